@@ -1,0 +1,26 @@
+//! What the proxy is told: its settings, and the mesh that it stands in.
+//!
+//! This crate reads, checks and publishes; it opens no data socket and knows neither rustls, h2 nor netfilter.
+//! Every mistake of a document is reported at once, with its place, its key, its value and what would be right.
+
+mod document;
+mod error;
+mod load;
+mod mesh;
+mod read;
+mod resolve;
+mod settings;
+mod show;
+mod spiffe;
+
+pub use document::Origin;
+pub use error::{ConfigErrors, Problem};
+pub use load::Sources;
+pub use mesh::{Mesh, MeshSource, Protocol, Workload};
+pub use read::parse_duration;
+pub use resolve::KEYS;
+pub use settings::{
+    IdentityFiles, InterceptionSettings, Ipv6, LogFormat, Logging, OnExit, Profile, ProxySettings,
+    Settings, Timeouts, WorkloadSettings,
+};
+pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};

@@ -1,0 +1,148 @@
+//! Where settings come from: a file, over it the environment, over that the flags; all mistakes of all three at once.
+//!
+//! Not here: which keys there are and what they default to (`resolve.rs`).
+
+use std::path::{Path, PathBuf};
+
+use crate::document::{Node, Origin};
+use crate::error::{ConfigErrors, Problem};
+use crate::read::{Cursor, Problems};
+use crate::resolve::{KEYS, settings};
+use crate::settings::Settings;
+
+const ENVIRONMENT_PREFIX: &str = "UNDERPASS_";
+
+/// What the settings are made of.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    /// The settings file, if there is one. Relative paths in it are relative to its folder.
+    pub file: Option<PathBuf>,
+    /// The environment: `UNDERPASS_PROXY_HBONE_PORT=15018` sets `proxy.hbone_port`.
+    pub environment: Vec<(String, String)>,
+    /// Flags of the form `KEY=VALUE`, such as `proxy.hbone_port=15018`.
+    pub flags: Vec<String>,
+}
+
+impl Sources {
+    /// The settings file of a command line, with the environment and the flags of this process.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one place that reads the environment"
+    )]
+    pub fn of_process(file: Option<PathBuf>, flags: Vec<String>) -> Self {
+        Self {
+            file,
+            environment: std::env::vars().collect(),
+            flags,
+        }
+    }
+
+    /// Reads and checks everything.
+    ///
+    /// # Errors
+    /// Every mistake in the three sources, or the one reason why the file could not be read.
+    pub fn load(&self) -> Result<Settings, ConfigErrors> {
+        let mut root = match &self.file {
+            Some(path) => read_file(path)?,
+            None => Node::empty(Origin::Flag),
+        };
+        let problems = Problems::default();
+        self.overlay_environment(&mut root, &problems);
+        self.overlay_flags(&mut root, &problems);
+        let folder = self
+            .file
+            .as_deref()
+            .and_then(Path::parent)
+            .unwrap_or_else(|| Path::new(""));
+        let settings = settings(Cursor::root(&root, &problems), folder);
+        problems.or_else(settings)
+    }
+
+    fn overlay_environment(&self, root: &mut Node, problems: &Problems) {
+        let variables = self.environment.iter().filter(|(name, _)| {
+            name.starts_with(ENVIRONMENT_PREFIX) && !is_kubernetes_service_link(name)
+        });
+        for (name, value) in variables {
+            let origin = Origin::Environment(name.clone());
+            match KEYS.iter().find(|key| environment_name(key) == *name) {
+                Some(key) => overlay(root, key, value, origin, problems),
+                None => problems.add(Problem {
+                    key: String::new(),
+                    value: Some(value.clone()),
+                    reason: "no such setting".to_owned(),
+                    origin: Some(origin),
+                }),
+            }
+        }
+    }
+
+    fn overlay_flags(&self, root: &mut Node, problems: &Problems) {
+        for flag in &self.flags {
+            match flag.split_once('=') {
+                Some((key, value)) => overlay(root, key, value, Origin::Flag, problems),
+                None => problems.add(Problem {
+                    key: String::new(),
+                    value: Some(flag.clone()),
+                    reason: "must be KEY=VALUE, such as proxy.workers=2".to_owned(),
+                    origin: Some(Origin::Flag),
+                }),
+            }
+        }
+    }
+}
+
+/// Reads a YAML file into a tree whose places carry the file's name.
+pub(crate) fn read_file(path: &Path) -> Result<Node, ConfigErrors> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        ConfigErrors::one(format!("{}: cannot be read: {error}", path.display()), None)
+    })?;
+    read_text(&path.display().to_string(), &text)
+}
+
+pub(crate) fn read_text(name: &str, text: &str) -> Result<Node, ConfigErrors> {
+    let name: std::sync::Arc<str> = name.into();
+    let origin = |line, column| Origin::Document {
+        name: name.clone(),
+        line,
+        column,
+    };
+    Ok(Node::parse(text, &origin)?)
+}
+
+fn overlay(root: &mut Node, key: &str, value: &str, origin: Origin, problems: &Problems) {
+    let path: Vec<&str> = key.split('.').collect();
+    match Node::parse(value, &|_, _| origin.clone()) {
+        Ok(node) => root.set(&path, node),
+        Err(error) => problems.add(Problem {
+            key: key.to_owned(),
+            value: Some(value.to_owned()),
+            reason: error.reason,
+            origin: Some(origin),
+        }),
+    }
+}
+
+/// `proxy.outbound_port` is `UNDERPASS_PROXY_OUTBOUND_PORT`, `workload.serviceAccount` is `UNDERPASS_WORKLOAD_SERVICE_ACCOUNT`.
+fn environment_name(key: &str) -> String {
+    let mut name = ENVIRONMENT_PREFIX.to_owned();
+    for c in key.chars() {
+        match c {
+            '.' => name.push('_'),
+            c if c.is_ascii_uppercase() => name.extend(['_', c]),
+            c => name.push(c.to_ascii_uppercase()),
+        }
+    }
+    name
+}
+
+/// Kubernetes puts `NAME_SERVICE_HOST`, `NAME_PORT_80_TCP_ADDR` and the like into every pod for each service, so a service
+/// that is called underpass must not break a sidecar.
+fn is_kubernetes_service_link(name: &str) -> bool {
+    name.ends_with("_SERVICE_HOST")
+        || name.contains("_SERVICE_PORT")
+        || name == "UNDERPASS_PORT"
+        || name.starts_with("UNDERPASS_PORT_")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,186 @@
+//! Settings as an operator writes them, right and wrong.
+
+use std::io::Write;
+
+use super::*;
+use crate::settings::{OnExit, Profile, ProxySettings};
+
+struct Given {
+    folder: PathBuf,
+}
+
+impl Given {
+    /// A settings file in a folder of its own.
+    fn file(name: &str, text: &str) -> (Self, PathBuf) {
+        let folder =
+            std::env::temp_dir().join(format!("underpass-config-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("underpass.yaml");
+        std::fs::File::create(&path)
+            .unwrap()
+            .write_all(text.as_bytes())
+            .unwrap();
+        (Self { folder }, path)
+    }
+}
+
+impl Drop for Given {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.folder).unwrap();
+    }
+}
+
+fn load(
+    text: &str,
+    environment: &[(&str, &str)],
+    flags: &[&str],
+) -> Result<Settings, ConfigErrors> {
+    let name: String = std::thread::current().name().unwrap().replace("::", "-");
+    let (_given, path) = Given::file(&name, text);
+    Sources {
+        file: Some(path),
+        environment: environment
+            .iter()
+            .map(|(k, v)| ((*k).into(), (*v).into()))
+            .collect(),
+        flags: flags.iter().map(|flag| (*flag).into()).collect(),
+    }
+    .load()
+}
+
+fn mistakes(result: Result<Settings, ConfigErrors>) -> Vec<String> {
+    result
+        .unwrap_err()
+        .problems
+        .into_iter()
+        .map(|p| format!("{}: {}", p.key, p.reason))
+        .collect()
+}
+
+#[test]
+fn nothing_written_means_the_defaults() {
+    let settings = load("", &[], &[]).unwrap();
+    assert_eq!(settings.proxy.outbound_port, 15001);
+    assert_eq!(settings.proxy.inbound_port, 15006);
+    assert_eq!(settings.proxy.hbone_port, 15008);
+    assert_eq!(settings.interception.profile, Profile::Ambient);
+    assert_eq!(settings.interception.on_exit, OnExit::Keep);
+    assert!(!settings.interception.allow_host);
+    assert_eq!(
+        settings.workload.spiffe_id.to_string(),
+        "spiffe://cluster.local/ns/default/sa/default"
+    );
+    assert_eq!(settings.readiness.to_string(), "[::]:15021");
+    assert_eq!(settings.identity, None);
+}
+
+#[test]
+fn flags_win_over_the_environment_and_that_over_the_file() {
+    let file = "proxy: {outbound_port: 1, inbound_port: 2, hbone_port: 3}\n";
+    let environment = [
+        ("UNDERPASS_PROXY_INBOUND_PORT", "20"),
+        ("UNDERPASS_PROXY_HBONE_PORT", "30"),
+    ];
+    let settings = load(file, &environment, &["proxy.hbone_port=300"]).unwrap();
+    let ProxySettings {
+        outbound_port,
+        inbound_port,
+        hbone_port,
+        ..
+    } = settings.proxy;
+    assert_eq!((outbound_port, inbound_port, hbone_port), (1, 20, 300));
+}
+
+#[test]
+fn every_key_has_its_environment_variable() {
+    assert_eq!(
+        environment_name("workload.serviceAccount"),
+        "UNDERPASS_WORKLOAD_SERVICE_ACCOUNT"
+    );
+    let settings = load("", &[("UNDERPASS_WORKLOAD_SERVICE_ACCOUNT", "web")], &[]).unwrap();
+    assert_eq!(settings.workload.service_account, "web");
+    assert_eq!(settings.workload.name, "web");
+}
+
+#[test]
+fn paths_in_the_file_are_relative_to_it_and_paths_in_flags_are_not() {
+    let file =
+        "identity: {certificate: c.pem, key: /abs/c.key, roots: r.pem}\nmesh: {file: m.yaml}\n";
+    let settings = load(file, &[], &["mesh.file=here.yaml"]).unwrap();
+    let identity = settings.identity.unwrap();
+    assert!(identity.certificate.is_absolute() && identity.certificate.ends_with("c.pem"));
+    assert_eq!(identity.key, Path::new("/abs/c.key"));
+    assert_eq!(settings.mesh_file.unwrap(), Path::new("here.yaml"));
+}
+
+#[test]
+fn all_mistakes_are_reported_at_once() {
+    let file = "proxy: {outbound_port: 0, workers: many}\nidentity: {certificate: c.pem}\n\
+                interception: {profile: ambience, ipv6: reject}\nworkload: {trustDomain: UPPER}\nmehs: {}\n";
+    let environment = [("UNDERPASS_PROXY_OUTBUND_PORT", "1")];
+    let found = mistakes(load(
+        file,
+        &environment,
+        &["nonsense", "timeouts.connect=10"],
+    ));
+    let expected = [
+        ": no such setting",
+        ": must be KEY=VALUE, such as proxy.workers=2",
+        "mehs: no such key; did you mean mesh?",
+        "workload.trustDomain: the trust domain must be 1 to 255 characters of a-z, 0-9, '.', '-' and '_'",
+        "proxy.outbound_port: must be a port, 1 to 65535",
+        "proxy.workers: must be auto or a number of threads, 1 to 1024",
+        "identity.key: is needed: certificate, key and roots go together",
+        "identity.roots: is needed: certificate, key and roots go together",
+        "interception.profile: must be one of ambient, none, sidecar, osm",
+        "interception.ipv6: not supported yet; there are capture and bypass",
+        "timeouts.connect: must be a duration above zero with its unit, such as 250ms, 10s, 5m or 24h",
+    ];
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn what_is_promised_for_later_is_refused_by_name() {
+    let file = "egress: mesh-only\nproxy: {mtls: strict}\ninterception: {dns: capture}\nadmin: {address: x}\n";
+    let found = mistakes(load(file, &[], &[]));
+    assert_eq!(found.len(), 4, "{found:?}");
+    assert!(
+        found
+            .iter()
+            .all(|mistake| mistake.ends_with("not supported yet")),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn two_listeners_cannot_share_a_port() {
+    let found = mistakes(load("proxy: {inbound_port: 15008}\n", &[], &[]));
+    assert_eq!(
+        found,
+        ["proxy: outbound_port, inbound_port and hbone_port must differ"]
+    );
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let sources = Sources {
+        file: Some("/does/not/exist.yaml".into()),
+        ..Sources::default()
+    };
+    let error = sources.load().unwrap_err().to_string();
+    assert!(
+        error.starts_with("/does/not/exist.yaml: cannot be read: No such file"),
+        "{error}"
+    );
+}
+
+#[test]
+fn kubernetes_service_links_are_not_settings() {
+    let links = [
+        ("UNDERPASS_SERVICE_HOST", "10.0.0.1"),
+        ("UNDERPASS_PORT", "tcp://10.0.0.1:80"),
+        ("UNDERPASS_PORT_80_TCP_ADDR", "10.0.0.1"),
+        ("UNDERPASS_SERVICE_PORT_HTTP", "80"),
+    ];
+    load("", &links, &[]).unwrap();
+}

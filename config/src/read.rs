@@ -1,0 +1,366 @@
+//! Reading typed values out of a document, collecting every mistake on the way instead of stopping at the first.
+//!
+//! A [`Cursor`] stands on one node (or on the place where one could be) and knows the path that led there, so that each
+//! mistake can be told with its key. Not here: which keys exist (`load.rs`, `mesh/document.rs`).
+
+use std::cell::RefCell;
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::document::{Node, Value};
+use crate::error::{ConfigErrors, Problem};
+
+/// The mistakes found so far.
+#[derive(Debug, Default)]
+pub(crate) struct Problems(RefCell<Vec<Problem>>);
+
+impl Problems {
+    pub(crate) fn add(&self, problem: Problem) {
+        self.0.borrow_mut().push(problem);
+    }
+
+    /// `value` if nothing was wrong with the document it came from.
+    pub(crate) fn or_else<T>(self, value: Option<T>) -> Result<T, ConfigErrors> {
+        let problems = self.0.into_inner();
+        match value {
+            Some(value) if problems.is_empty() => Ok(value),
+            _ if problems.is_empty() => Err(ConfigErrors::one("incomplete".to_owned(), None)),
+            _ => Err(ConfigErrors { problems }),
+        }
+    }
+}
+
+/// A place in a document: a node or the lack of one, and the path to it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cursor<'a> {
+    node: Option<&'a Node>,
+    parent: Option<&'a Self>,
+    step: Step<'a>,
+    problems: &'a Problems,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Step<'a> {
+    Root,
+    Key(&'a str),
+    Index(usize),
+}
+
+impl fmt::Display for Cursor<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(parent) = self.parent {
+            parent.fmt(f)?;
+        }
+        let nested = self
+            .parent
+            .is_some_and(|parent| !matches!(parent.step, Step::Root));
+        match self.step {
+            Step::Root => Ok(()),
+            Step::Key(key) if nested => write!(f, ".{key}"),
+            Step::Key(key) => f.write_str(key),
+            Step::Index(index) => write!(f, "[{index}]"),
+        }
+    }
+}
+
+impl<'a> Cursor<'a> {
+    pub(crate) fn root(node: &'a Node, problems: &'a Problems) -> Self {
+        Self {
+            node: Some(node),
+            parent: None,
+            step: Step::Root,
+            problems,
+        }
+    }
+
+    /// The node here, unless it is absent or null.
+    pub(crate) fn node(&self) -> Option<&'a Node> {
+        self.node.filter(|node| node.value != Value::Null)
+    }
+
+    pub(crate) fn is_given(&self) -> bool {
+        self.node().is_some()
+    }
+
+    /// Tells a mistake at this place.
+    pub(crate) fn problem(&self, reason: impl Into<String>) {
+        let value = match self.node.map(|node| &node.value) {
+            Some(Value::Scalar(text)) => Some(text.clone()),
+            _ => None,
+        };
+        self.problems.add(Problem {
+            key: self.to_string(),
+            value,
+            reason: reason.into(),
+            origin: self.node.map(|node| node.origin.clone()),
+        });
+    }
+
+    /// Refuses a key whose feature does not exist yet, rather than ignoring what it asks for.
+    pub(crate) fn not_yet(&self) {
+        if self.is_given() {
+            self.problem("not supported yet");
+        }
+    }
+
+    /// The entries of the mapping here; none when it is absent.
+    pub(crate) fn entries(&self) -> &'a [(String, Node)] {
+        match self.node().map(|node| &node.value) {
+            None => &[],
+            Some(Value::Mapping(entries)) => entries,
+            Some(_) => {
+                self.problem("must be a mapping (key: value)");
+                &[]
+            }
+        }
+    }
+
+    /// The value of `key`, whether it is there or not.
+    pub(crate) fn key<'b>(&'b self, key: &'b str) -> Cursor<'b> {
+        let entries = match self.node().map(|node| &node.value) {
+            Some(Value::Mapping(entries)) => entries.as_slice(),
+            _ => &[],
+        };
+        let node = entries
+            .iter()
+            .find(|(name, _)| name == key)
+            .map(|(_, node)| node);
+        Cursor {
+            node,
+            parent: Some(self),
+            step: Step::Key(key),
+            problems: self.problems,
+        }
+    }
+
+    /// Refuses every key of the mapping here that is not in `known`.
+    pub(crate) fn only(&self, known: &[&str]) {
+        for (key, _) in self.entries() {
+            if !known.contains(&key.as_str()) {
+                let place = self.key(key);
+                match closest(key, known) {
+                    Some(near) => place.problem(format!("no such key; did you mean {near}?")),
+                    None => place.problem(format!("no such key; there are {}", known.join(", "))),
+                }
+            }
+        }
+    }
+
+    /// Reads every item of the list here with `read`; an absent list is empty.
+    pub(crate) fn items<T>(&self, mut read: impl FnMut(Cursor<'_>) -> Option<T>) -> Vec<T> {
+        let items = match self.node().map(|node| &node.value) {
+            None => return Vec::new(),
+            Some(Value::Sequence(items)) => items,
+            Some(_) => {
+                self.problem("must be a list");
+                return Vec::new();
+            }
+        };
+        let cursor = |(index, node)| Cursor {
+            node: Some(node),
+            parent: Some(self),
+            step: Step::Index(index),
+            problems: self.problems,
+        };
+        items
+            .iter()
+            .enumerate()
+            .filter_map(|item| read(cursor(item)))
+            .collect()
+    }
+
+    /// The single value here as text.
+    pub(crate) fn text(&self) -> Option<&'a str> {
+        match self.node().map(|node| &node.value) {
+            None => None,
+            Some(Value::Scalar(text)) => Some(text),
+            Some(_) => {
+                self.problem("must be a single value");
+                None
+            }
+        }
+    }
+
+    /// The single value here, parsed; `expected` says what would be right.
+    pub(crate) fn parse<T: FromStr>(&self, expected: &str) -> Option<T> {
+        let parsed = self.text()?.parse().ok();
+        if parsed.is_none() {
+            self.problem(format!("must be {expected}"));
+        }
+        parsed
+    }
+
+    /// The single value here, parsed by a type whose error says what is wrong.
+    pub(crate) fn parse_explained<T>(&self) -> Option<T>
+    where
+        T: FromStr,
+        T::Err: fmt::Display,
+    {
+        self.text()?
+            .parse()
+            .map_err(|error: T::Err| self.problem(error.to_string()))
+            .ok()
+    }
+
+    /// One of a few words.
+    pub(crate) fn one_of<T: Copy>(&self, words: &[(&str, T)]) -> Option<T> {
+        let text = self.text()?;
+        let found = words
+            .iter()
+            .find(|(word, _)| *word == text)
+            .map(|(_, value)| *value);
+        if found.is_none() {
+            let words: Vec<_> = words.iter().map(|(word, _)| *word).collect();
+            self.problem(format!("must be one of {}", words.join(", ")));
+        }
+        found
+    }
+
+    /// A port that something can listen on or connect to: 1 to 65535.
+    pub(crate) fn port(&self) -> Option<u16> {
+        match self.parse::<u16>("a port, 1 to 65535")? {
+            0 => {
+                self.problem("must be a port, 1 to 65535");
+                None
+            }
+            port => Some(port),
+        }
+    }
+
+    /// A duration with its unit: `250ms`, `10s`, `5m`, `24h`. Zero is refused: it would give a peer no time at all.
+    pub(crate) fn duration(&self) -> Option<Duration> {
+        let duration = parse_duration(self.text()?);
+        if duration.is_none() {
+            self.problem(
+                "must be a duration above zero with its unit, such as 250ms, 10s, 5m or 24h",
+            );
+        }
+        duration
+    }
+}
+
+/// Parses `250ms`, `10s`, `5m` or `24h`.
+pub fn parse_duration(text: &str) -> Option<Duration> {
+    let unit_at = text.find(|c: char| !c.is_ascii_digit())?;
+    let (digits, unit) = text.split_at_checked(unit_at)?;
+    let number: u64 = digits.parse().ok().filter(|number| *number > 0)?;
+    let seconds = |factor: u64| number.checked_mul(factor).map(Duration::from_secs);
+    match unit {
+        "ms" => Some(Duration::from_millis(number)),
+        "s" => seconds(1),
+        "m" => seconds(60),
+        "h" => seconds(3600),
+        _ => None,
+    }
+}
+
+/// The known key that differs from `key` by at most two edits.
+fn closest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
+    let near = known
+        .iter()
+        .map(|candidate| (edits(key, candidate), *candidate))
+        .min()?;
+    (near.0 <= 2).then_some(near.1)
+}
+
+/// Levenshtein distance, ignoring case and the difference between `_` and nothing (`outboundPort`, `outbound_port`).
+fn edits(a: &str, b: &str) -> usize {
+    let plain = |text: &str| -> Vec<char> {
+        text.chars()
+            .filter(|c| *c != '_')
+            .map(|c| c.to_ascii_lowercase())
+            .collect()
+    };
+    let (a, b) = (plain(a), plain(b));
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.iter().enumerate() {
+        let mut next = vec![i + 1];
+        let pairs = row.iter().zip(row.iter().skip(1));
+        for ((diagonal, above), to) in pairs.zip(&b) {
+            let left = next.last().copied().unwrap_or_default();
+            next.push(
+                (diagonal + usize::from(from != to))
+                    .min(above + 1)
+                    .min(left + 1),
+            );
+        }
+        row = next;
+    }
+    row.last().copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::document::Origin;
+
+    fn problems_of(text: &str, read: impl Fn(Cursor<'_>)) -> Vec<String> {
+        let origin = |line, column| Origin::Document {
+            name: "f".into(),
+            line,
+            column,
+        };
+        let node = Node::parse(text, &origin).unwrap();
+        let problems = Problems::default();
+        read(Cursor::root(&node, &problems));
+        problems
+            .0
+            .into_inner()
+            .iter()
+            .map(ToString::to_string)
+            .collect()
+    }
+
+    #[test]
+    fn every_mistake_is_told_with_its_place_key_and_value() {
+        let found = problems_of(
+            "a:\n  port: 99999\n  list: [1, x]\n  outboundport: 1\n",
+            |root| {
+                let a = root.key("a");
+                a.only(&["port", "list", "outbound_port"]);
+                a.key("port").port();
+                a.key("list")
+                    .items(|item| item.parse::<u8>("a small number"));
+            },
+        );
+        assert_eq!(
+            found,
+            [
+                "f:4:17: a.outboundport: \"1\": no such key; did you mean outbound_port?",
+                "f:2:9: a.port: \"99999\": must be a port, 1 to 65535",
+                "f:3:13: a.list[1]: \"x\": must be a small number",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_duration_needs_its_unit_and_is_never_zero() {
+        assert_eq!(parse_duration("250ms"), Some(Duration::from_millis(250)));
+        assert_eq!(parse_duration("5m"), Some(Duration::from_secs(300)));
+        for bad in [
+            "10",
+            "s",
+            "",
+            "0s",
+            "1d",
+            "-1s",
+            "1.5s",
+            "99999999999999999999h",
+            "18446744073709551615h",
+        ] {
+            assert_eq!(parse_duration(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_wrong_kind_of_value_is_a_mistake_not_a_default() {
+        let found = problems_of("a: [1]\nb: 1\nc: {d: 1}\n", |root| {
+            root.key("a").text();
+            root.key("b").items(|_| Some(()));
+            root.key("c").port();
+            root.key("b").entries();
+        });
+        assert_eq!(found.len(), 4, "{found:?}");
+    }
+}

@@ -1,0 +1,144 @@
+//! The typed settings: what the file, the environment and the flags said, with every default filled in.
+//!
+//! Not here: how they are read. That is `read.rs` (keys and types) and `load.rs` (where they come from).
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::{SpiffeId, TrustDomain};
+
+/// All that an operator can tell underpass. `underpass config show` prints it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Who the proxied workload is.
+    pub workload: WorkloadSettings,
+    /// Where the mesh (who is where, who speaks HBONE) is described; `None`: nobody else is known.
+    pub mesh_file: Option<PathBuf>,
+    /// Where our certificate and the roots we trust come from; `None`: no HBONE, neither in nor out.
+    pub identity: Option<IdentityFiles>,
+    /// What is caught, and how.
+    pub interception: InterceptionSettings,
+    /// The ports and the threads of the data path.
+    pub proxy: ProxySettings,
+    /// How long a peer may let us wait.
+    pub timeouts: Timeouts,
+    /// Where Prometheus reads `/metrics`.
+    pub metrics: SocketAddr,
+    /// Where `/healthz/ready` answers.
+    pub readiness: SocketAddr,
+    /// What is logged, and how it looks.
+    pub logging: Logging,
+}
+
+/// The workload that this proxy stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkloadSettings {
+    /// Its name, as logs and metrics show it.
+    pub name: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// The service account that its certificate is issued to.
+    pub service_account: String,
+    /// The trust domain of its identity.
+    pub trust_domain: TrustDomain,
+    /// The identity that follows from the four above.
+    pub spiffe_id: SpiffeId,
+}
+
+/// A certificate, its key and the trusted roots, as PEM files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdentityFiles {
+    /// The leaf certificate, then the chain below the root.
+    pub certificate: PathBuf,
+    /// The private key of the leaf.
+    pub key: PathBuf,
+    /// The roots that peers must chain to.
+    pub roots: PathBuf,
+}
+
+/// What is caught, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InterceptionSettings {
+    /// Whose traffic scheme the rules follow.
+    pub profile: Profile,
+    /// What happens to IPv6 traffic.
+    pub ipv6: Ipv6,
+    /// What happens to the rules when the proxy stops.
+    pub on_exit: OnExit,
+    /// Whether the rules may be installed in the host's own network namespace.
+    pub allow_host: bool,
+}
+
+/// The rule profile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// Istio ambient: the proxy's packets are told by their mark.
+    Ambient,
+    /// The rules are someone else's: none are installed, and client addresses are not imitated.
+    None,
+}
+
+/// What happens to IPv6 traffic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ipv6 {
+    /// It is caught as IPv4 is; where the kernel has no IPv6, there is none to catch.
+    Capture,
+    /// It goes its way uncaught and unencrypted.
+    Bypass,
+}
+
+/// What happens to the rules when the proxy stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnExit {
+    /// They stay: without a proxy the pod's connections are refused (fail closed).
+    Keep,
+    /// They go: without a proxy the pod's connections are direct and plain (fail open).
+    Remove,
+}
+
+/// The ports and the threads of the data path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxySettings {
+    /// Where caught outbound connections arrive.
+    pub outbound_port: u16,
+    /// Where caught plaintext inbound connections arrive.
+    pub inbound_port: u16,
+    /// Where peers connect with HBONE; also the port that peers are expected to listen on.
+    pub hbone_port: u16,
+    /// How many data workers; `None`: as many as CPUs that the process may use.
+    pub workers: Option<usize>,
+}
+
+/// How long a peer may let us wait.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Timeouts {
+    /// For a TCP connection to be established.
+    pub connect: Duration,
+    /// For a TLS and HTTP/2 handshake to end, as client and as server.
+    pub handshake: Duration,
+    /// For the answer to a CONNECT request.
+    pub reply: Duration,
+    /// For connections to end by themselves once the proxy was told to stop.
+    pub drain: Duration,
+    /// For a pooled tunnel without streams before it is closed.
+    pub pool_idle: Duration,
+}
+
+/// What is logged, and how it looks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Logging {
+    /// Which levels of which targets, in tracing's filter syntax: `info`, `info,access=off`.
+    pub filter: String,
+    /// How a line looks.
+    pub format: LogFormat,
+}
+
+/// How a log line looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people: time, level, target, message, fields.
+    Plain,
+    /// For machines: one JSON object a line.
+    Json,
+}

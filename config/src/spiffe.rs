@@ -1,0 +1,189 @@
+//! SPIFFE identities: who a workload is, in the words of the SPIFFE-ID standard.
+//!
+//! Not here: how an identity is proven. That is a certificate, and belongs to the hbone crate.
+
+use std::fmt;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+/// SPIFFE-ID section 2.3: an identity is at most 2048 bytes long.
+const MAX_ID_BYTES: usize = 2048;
+/// SPIFFE-ID section 2.1: a trust domain is at most 255 bytes long.
+const MAX_TRUST_DOMAIN_BYTES: usize = 255;
+const SCHEME: &str = "spiffe://";
+
+/// Why a text is not a SPIFFE identity or trust domain.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum SpiffeError {
+    /// The text does not begin with `spiffe://`.
+    #[error("it does not begin with spiffe://")]
+    Scheme,
+    /// The trust domain is empty, too long, or has a character outside `a-z 0-9 . - _`.
+    #[error("the trust domain must be 1 to 255 characters of a-z, 0-9, '.', '-' and '_'")]
+    TrustDomain,
+    /// A path segment is empty, `.` or `..`, or has a character outside `a-z A-Z 0-9 . - _`.
+    #[error(
+        "each path segment must be one or more of a-z, A-Z, 0-9, '.', '-' and '_', and not '.' or '..'"
+    )]
+    Path,
+    /// The identity is longer than the 2048 bytes that the standard allows.
+    #[error("it is longer than 2048 bytes")]
+    TooLong,
+}
+
+/// A SPIFFE trust domain, such as `cluster.local`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TrustDomain(String);
+
+impl TrustDomain {
+    /// The trust domain as written in identities.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for TrustDomain {
+    type Err = SpiffeError;
+
+    fn from_str(text: &str) -> Result<Self, SpiffeError> {
+        let allowed = |c: u8| matches!(c, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_');
+        let fits = (1..=MAX_TRUST_DOMAIN_BYTES).contains(&text.len());
+        if fits && text.bytes().all(allowed) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(SpiffeError::TrustDomain)
+        }
+    }
+}
+
+impl fmt::Display for TrustDomain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A SPIFFE identity: a trust domain and a path of any shape.
+///
+/// ```
+/// use underpass_config::SpiffeId;
+/// let id: SpiffeId = "spiffe://cluster.local/ns/default/sa/client".parse().unwrap();
+/// assert_eq!(id.trust_domain().as_str(), "cluster.local");
+/// assert_eq!(id.namespace_and_service_account(), Some(("default", "client")));
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SpiffeId {
+    trust_domain: TrustDomain,
+    /// Empty, or `/` and segments.
+    path: String,
+}
+
+impl SpiffeId {
+    /// The identity that Istio gives a workload: `spiffe://TD/ns/NAMESPACE/sa/ACCOUNT`.
+    ///
+    /// # Errors
+    /// [`SpiffeError::Path`] when a name has a character that an identity cannot carry.
+    pub fn istio(
+        trust_domain: TrustDomain,
+        namespace: &str,
+        service_account: &str,
+    ) -> Result<Self, SpiffeError> {
+        format!("{SCHEME}{trust_domain}/ns/{namespace}/sa/{service_account}").parse()
+    }
+
+    /// The authority that vouches for this identity.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// The namespace and service account, if the path has Istio's shape.
+    pub fn namespace_and_service_account(&self) -> Option<(&str, &str)> {
+        let (namespace, account) = self.path.strip_prefix("/ns/")?.split_once("/sa/")?;
+        let single = |name: &str| !name.contains('/');
+        (single(namespace) && single(account)).then_some((namespace, account))
+    }
+}
+
+impl FromStr for SpiffeId {
+    type Err = SpiffeError;
+
+    fn from_str(text: &str) -> Result<Self, SpiffeError> {
+        if text.len() > MAX_ID_BYTES {
+            return Err(SpiffeError::TooLong);
+        }
+        let rest = text.strip_prefix(SCHEME).ok_or(SpiffeError::Scheme)?;
+        let (domain, segments) = match rest.split_once('/') {
+            Some((domain, path)) => (domain, Some(path)),
+            None => (rest, None),
+        };
+        let trust_domain = domain.parse()?;
+        if segments.is_some_and(|path| !path.split('/').all(is_segment)) {
+            return Err(SpiffeError::Path);
+        }
+        let path = segments.map(|path| format!("/{path}")).unwrap_or_default();
+        Ok(Self { trust_domain, path })
+    }
+}
+
+fn is_segment(segment: &str) -> bool {
+    let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-' | b'_');
+    !matches!(segment, "" | "." | "..") && segment.bytes().all(allowed)
+}
+
+impl fmt::Display for SpiffeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{SCHEME}{}{}", self.trust_domain, self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_prints_as_it_was_read() {
+        for text in [
+            "spiffe://cluster.local/ns/default/sa/client",
+            "spiffe://td/any/path/at/all",
+            "spiffe://td",
+        ] {
+            assert_eq!(text.parse::<SpiffeId>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn only_istios_shape_has_a_namespace_and_service_account() {
+        let parts = |text: &str| {
+            let id: SpiffeId = text.parse().unwrap();
+            id.namespace_and_service_account()
+                .map(|(n, s)| format!("{n}/{s}"))
+        };
+        assert_eq!(parts("spiffe://td/ns/a/sa/b").as_deref(), Some("a/b"));
+        for other in [
+            "spiffe://td",
+            "spiffe://td/ns/a",
+            "spiffe://td/ns/a/sa/b/c",
+            "spiffe://td/x/ns/a/sa/b",
+        ] {
+            assert_eq!(parts(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_identity_is_refused_with_the_reason() {
+        for (text, reason) in [
+            ("https://td/ns/a", SpiffeError::Scheme),
+            ("spiffe://", SpiffeError::TrustDomain),
+            ("spiffe://Upper/ns", SpiffeError::TrustDomain),
+            ("spiffe://td/", SpiffeError::Path),
+            ("spiffe://td/a//b", SpiffeError::Path),
+            ("spiffe://td/../b", SpiffeError::Path),
+            ("spiffe://td/a b", SpiffeError::Path),
+            ("spiffe://td/a?b", SpiffeError::Path),
+        ] {
+            assert_eq!(text.parse::<SpiffeId>(), Err(reason), "{text}");
+        }
+        let long = format!("spiffe://td/{}", "a".repeat(2048));
+        assert_eq!(long.parse::<SpiffeId>(), Err(SpiffeError::TooLong));
+    }
+}

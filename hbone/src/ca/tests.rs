@@ -1,0 +1,190 @@
+//! What the authority writes and issues, read back with another parser.
+
+use std::os::unix::fs::PermissionsExt as _;
+
+use x509_parser::extensions::ParsedExtension;
+
+use super::*;
+use crate::testing::{CLIENT, HOUR, id};
+
+/// A directory of its own, removed with it.
+pub(crate) struct TempDir(pub(crate) PathBuf);
+
+impl TempDir {
+    pub(crate) fn new(name: &str) -> Self {
+        let dir =
+            std::env::temp_dir().join(format!("underpass-hbone-{}-{name}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        Self(dir)
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).unwrap();
+    }
+}
+
+fn mode(file: &Path) -> u32 {
+    fs::metadata(file).unwrap().permissions().mode() & 0o777
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+fn td() -> TrustDomain {
+    "td".parse().unwrap()
+}
+
+#[test]
+fn an_authority_is_three_files_and_the_key_is_private() {
+    let dir = TempDir::new("init");
+    let dir = dir.0.join("made/on/the/way");
+    CertificateAuthority::init(&dir, td()).unwrap();
+    assert_eq!(names(&dir), ["ca.key", "ca.pem", "roots.pem"]);
+    assert_eq!(mode(&dir.join("ca.key")), 0o600);
+    let opened = CertificateAuthority::open(&dir).unwrap();
+    assert_eq!(opened.trust_domain(), &td());
+    assert_eq!(opened.roots_pem(), read(&dir.join("roots.pem")).unwrap());
+}
+
+#[test]
+fn no_file_of_an_authority_is_ever_replaced() {
+    for existing in ["ca.key", "ca.pem", "roots.pem"] {
+        let dir = TempDir::new(existing);
+        fs::write(dir.0.join(existing), "precious").unwrap();
+        let error = CertificateAuthority::init(&dir.0, td()).unwrap_err();
+        let HboneError::Credential {
+            file,
+            what: CredentialProblem::Exists,
+        } = error
+        else {
+            panic!()
+        };
+        assert_eq!(file, dir.0.join(existing));
+        assert_eq!(names(&dir.0), [existing]);
+        assert_eq!(read(&file).unwrap(), "precious");
+        // And the race that the check before cannot see.
+        let raced = create(&file, "other", PRIVATE).unwrap_err();
+        assert!(matches!(
+            raced,
+            HboneError::Credential {
+                what: CredentialProblem::Exists,
+                ..
+            }
+        ));
+        assert_eq!(
+            (names(&dir.0).len(), read(&file).unwrap().as_str()),
+            (1, "precious")
+        );
+    }
+}
+
+#[test]
+fn a_key_that_is_not_the_authoritys_is_refused() {
+    let (dir, other) = (TempDir::new("mine"), TempDir::new("theirs"));
+    CertificateAuthority::init(&dir.0, td()).unwrap();
+    CertificateAuthority::init(&other.0, td()).unwrap();
+    fs::copy(other.0.join(KEY_FILE), dir.0.join(KEY_FILE)).unwrap();
+    let error = CertificateAuthority::open(&dir.0).unwrap_err();
+    assert!(matches!(
+        error,
+        HboneError::Credential {
+            what: CredentialProblem::KeyMismatch,
+            ..
+        }
+    ));
+}
+
+#[test]
+fn a_leaf_has_one_critical_spiffe_name_and_both_usages() {
+    let authority = CertificateAuthority::generate(td()).unwrap();
+    let issued = authority.issue(&id(CLIENT), HOUR).unwrap();
+    let der = CertificateDer::from_pem_slice(issued.chain_pem.as_bytes()).unwrap();
+    let (_, leaf) = x509_parser::parse_x509_certificate(&der).unwrap();
+    assert_eq!(leaf.subject().iter().count(), 0);
+    assert_eq!(leaf.issuer().to_string(), "O=td");
+    assert!(leaf.subject_alternative_name().unwrap().unwrap().critical);
+    assert_eq!(tls::uri_names(&der).unwrap(), [CLIENT]);
+    assert!(!leaf.basic_constraints().unwrap().unwrap().value.ca);
+    let usage = leaf.extended_key_usage().unwrap().unwrap().value;
+    assert!(usage.server_auth && usage.client_auth);
+    let key_usage = leaf.key_usage().unwrap().unwrap();
+    assert!(key_usage.critical);
+    assert_eq!(key_usage.value.flags, 1, "digitalSignature only");
+    let is_aki =
+        |parsed: &ParsedExtension<'_>| matches!(parsed, ParsedExtension::AuthorityKeyIdentifier(_));
+    assert!(
+        leaf.extensions()
+            .iter()
+            .any(|extension| is_aki(extension.parsed_extension()))
+    );
+    let validity = leaf.validity();
+    let lifetime = validity.not_after.timestamp() - validity.not_before.timestamp();
+    assert_eq!(lifetime, 3600 + 300);
+}
+
+#[test]
+fn an_identity_of_another_trust_domain_is_not_issued() {
+    let authority = CertificateAuthority::generate(td()).unwrap();
+    let error = authority
+        .issue(&id("spiffe://other/ns/a/sa/b"), HOUR)
+        .unwrap_err();
+    assert!(matches!(
+        error,
+        HboneError::Credential {
+            what: CredentialProblem::ForeignId { .. },
+            ..
+        }
+    ));
+}
+
+#[test]
+fn a_lifetime_beyond_all_calendars_is_refused() {
+    let authority = CertificateAuthority::generate(td()).unwrap();
+    for ttl in [
+        Duration::MAX,
+        Duration::from_secs(u64::from(u32::MAX) * 1000),
+    ] {
+        let error = authority.issue(&id(CLIENT), ttl).unwrap_err();
+        assert!(matches!(
+            error,
+            HboneError::Credential {
+                what: CredentialProblem::Lifetime,
+                ..
+            }
+        ));
+    }
+}
+
+#[test]
+fn an_issued_certificate_is_written_beside_its_private_key_and_can_be_renewed() {
+    let dir = TempDir::new("issue");
+    let authority = CertificateAuthority::generate(td()).unwrap();
+    // The dot belongs to the name, it is no suffix to cut.
+    let prefix = dir.0.join("client.v1");
+    for _ in 0..2 {
+        let issued = authority.issue(&id(CLIENT), HOUR).unwrap();
+        issued.write(&prefix).unwrap();
+        assert_eq!(names(&dir.0), ["client.v1.key", "client.v1.pem"]);
+        assert_eq!(mode(&dir.0.join("client.v1.key")), 0o600);
+        assert_eq!(read(&dir.0.join("client.v1.key")).unwrap(), issued.key_pem);
+        assert_eq!(
+            read(&dir.0.join("client.v1.pem")).unwrap(),
+            issued.chain_pem
+        );
+    }
+}
+
+#[test]
+fn an_issued_certificate_does_not_print_its_key() {
+    let authority = CertificateAuthority::generate(td()).unwrap();
+    let issued = authority.issue(&id(CLIENT), HOUR).unwrap();
+    assert!(!format!("{issued:?}{authority:?}").contains("PRIVATE KEY"));
+}

@@ -1,0 +1,110 @@
+//! Gives up a peer that went silent while streams are open (RFC 9113 section 6.7, PING).
+//!
+//! Not here: closing the connection. Its owner polls [`Keepalive`] after the connection, and drops it when told.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use h2::{Ping, PingPong};
+use tokio::time::{Instant, Sleep};
+
+use crate::link::Link;
+use crate::{HboneError, KeepaliveSettings};
+
+/// ```text
+///          a stream is open            quiet for `settings.quiet`: PING
+/// Dormant ──────────────────▶ Watching ─────────────────────────────────▶ Awaiting ──▶ dead
+///    ▲                         │     ▲                                       │  nothing for `settings.timeout`
+///    └─────────────────────────┘     └───────────────────────────────────────┘
+///      no stream is open                               PONG
+/// ```
+#[derive(Debug, Clone, Copy)]
+enum State {
+    Dormant,
+    Watching { since: Instant },
+    Awaiting { since: Instant },
+}
+
+/// The watch over one connection.
+#[derive(Debug)]
+pub(crate) struct Keepalive {
+    settings: KeepaliveSettings,
+    link: Arc<Link>,
+    ping: PingPong,
+    timer: Pin<Box<Sleep>>,
+    state: State,
+}
+
+impl Keepalive {
+    /// `None` if the connection's one [`PingPong`] was taken before.
+    pub(crate) fn new(
+        settings: KeepaliveSettings,
+        link: Arc<Link>,
+        ping: Option<PingPong>,
+    ) -> Option<Self> {
+        let timer = Box::pin(tokio::time::sleep(settings.quiet));
+        Some(Self {
+            settings,
+            link,
+            ping: ping?,
+            timer,
+            state: State::Dormant,
+        })
+    }
+
+    /// Ready when the peer is to be given up. Poll it after the connection, so that what came is known.
+    pub(crate) fn poll_dead(
+        &mut self,
+        cx: &mut Context<'_>,
+        streams_open: bool,
+    ) -> Poll<HboneError> {
+        loop {
+            match self.state {
+                State::Dormant if !streams_open => return Poll::Pending,
+                State::Dormant => self.watch(Instant::now()),
+                State::Watching { since } => {
+                    ready!(self.timer.as_mut().poll(cx));
+                    let quiet_since = self.link.last_heard().max(since);
+                    if !streams_open {
+                        self.state = State::Dormant;
+                    } else if quiet_since.elapsed() < self.settings.quiet {
+                        self.watch(quiet_since);
+                    } else if self.ping.send_ping(Ping::opaque()).is_ok() {
+                        self.await_pong(Instant::now());
+                    } else {
+                        // The connection is ending, and says so itself.
+                        return Poll::Pending;
+                    }
+                }
+                State::Awaiting { since } => {
+                    if self.ping.poll_pong(cx).is_ready() {
+                        self.watch(Instant::now());
+                        continue;
+                    }
+                    ready!(self.timer.as_mut().poll(cx));
+                    let heard = self.link.last_heard();
+                    if heard <= since {
+                        let silent = heard.elapsed();
+                        return Poll::Ready(HboneError::Unresponsive { silent });
+                    }
+                    // Data came and the PONG did not: it waits behind more data, and the peer lives.
+                    self.await_pong(heard);
+                }
+            }
+        }
+    }
+
+    fn watch(&mut self, since: Instant) {
+        self.timer.as_mut().reset(since + self.settings.quiet);
+        self.state = State::Watching { since };
+    }
+
+    fn await_pong(&mut self, since: Instant) {
+        self.timer.as_mut().reset(since + self.settings.timeout);
+        self.state = State::Awaiting { since };
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,89 @@
+//! Peers that go silent, and peers that only seem to, on a paused clock.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use tokio::io::duplex;
+use tokio::time::{Instant, sleep};
+
+use crate::testing::{Awkward, HOUR, Mesh, SECOND, Served, request};
+use crate::{ClientSettings, HboneError, ServerSettings, TunnelStream};
+
+/// A stream over a connection whose client or server can be made deaf.
+async fn stream_with_a_deaf_side(
+    client_is_deaf: bool,
+) -> (
+    TunnelStream,
+    TunnelStream,
+    crate::Tunnel,
+    Served,
+    Arc<std::sync::atomic::AtomicBool>,
+) {
+    let (near, far) = duplex(64 << 10);
+    let (near, far) = (Awkward::new(near, 64 << 10), Awkward::new(far, 64 << 10));
+    let deaf = if client_is_deaf {
+        near.stopped.clone()
+    } else {
+        far.stopped.clone()
+    };
+    let (mut client, mut server) = (ClientSettings::default(), ServerSettings::default());
+    // The deaf side hears nothing either: it must not be the first to give up.
+    let patient = if client_is_deaf {
+        &mut client.keepalive
+    } else {
+        &mut server.keepalive
+    };
+    patient.quiet = HOUR;
+    let (tunnel, server) = Mesh::with(client, server).tunnel_over(near, far).await;
+    let mut served = Served::new(server);
+    let (near, far) = tokio::join!(tunnel.connect(request(), SECOND), async {
+        served.next().await.accept(HeaderMap::new()).unwrap()
+    });
+    (near.unwrap(), far, tunnel, served, deaf)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_goes_silent_is_given_up_by_either_side() {
+    for client_is_deaf in [true, false] {
+        let (near, far, _tunnel, _served, deaf) = stream_with_a_deaf_side(client_is_deaf).await;
+        let start = Instant::now();
+        deaf.store(true, Ordering::Relaxed);
+        let hearing = if client_is_deaf { far } else { near };
+        let (mut reader, mut writer) = hearing.split();
+        let error = reader.read().await.unwrap_err();
+        assert!(
+            matches!(error, HboneError::Unresponsive { .. }),
+            "{error:?}"
+        );
+        assert!(matches!(
+            writer.closed().await,
+            HboneError::Unresponsive { .. }
+        ));
+        let took = start.elapsed();
+        assert!(took >= 29 * SECOND && took <= 32 * SECOND, "{took:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_quiet_stream_to_a_living_peer_stays() {
+    let (near, far, tunnel, _served) = Mesh::new().stream().await;
+    sleep(HOUR).await;
+    assert!(!tunnel.is_closed());
+    let (_reader, mut writer) = near.split();
+    let (mut reader, _writer) = far.split();
+    writer
+        .write(Bytes::from_static(b"good morning"))
+        .await
+        .unwrap();
+    assert_eq!(reader.read().await.unwrap().unwrap(), "good morning");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_without_streams_sends_no_ping() {
+    // The server is not driven, so it would not answer.
+    let (tunnel, _server) = Mesh::new().tunnel().await;
+    sleep(HOUR).await;
+    assert!(!tunnel.is_closed());
+}

@@ -1,0 +1,251 @@
+//! The server's end of a tunnel: mutual TLS, then CONNECT requests to be accepted or refused.
+//!
+//! Not here: listening, and deciding who may connect where.
+
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::server::{Connection, SendResponse};
+use h2::{RecvStream, ext};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
+use tokio_rustls::server::TlsStream;
+
+use crate::keepalive::Keepalive;
+use crate::link::{Link, Monitored};
+use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
+use crate::tls::ServerTls;
+use crate::{Authority, HboneError, Identity, PeerIdentity, ServerSettings, TunnelStream};
+
+/// Accepts tunnels in the name of one [`Identity`]. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Acceptor {
+    tls: ServerTls,
+    settings: ServerSettings,
+}
+
+/// A connection from a client that has proven who it is. Dropping it aborts its streams.
+#[derive(Debug)]
+pub struct ServerTunnel<T> {
+    /// `None` once it ended.
+    connection: Option<Connection<Monitored<TlsStream<T>>, Bytes>>,
+    keepalive: Option<Keepalive>,
+    link: Arc<Link>,
+}
+
+/// A CONNECT request that waits for its answer. Dropped unanswered, it is reset.
+#[derive(Debug)]
+pub struct Incoming {
+    authority: Authority,
+    headers: HeaderMap,
+    recv: RecvStream,
+    respond: SendResponse<Bytes>,
+    link: Arc<Link>,
+}
+
+impl Acceptor {
+    /// # Errors
+    /// [`HboneError::Tls`] if rustls refuses the identity.
+    pub fn new(identity: &Identity, settings: ServerSettings) -> Result<Self, HboneError> {
+        Ok(Self {
+            tls: ServerTls::new(identity)?,
+            settings,
+        })
+    }
+
+    /// Handshakes over `io` with a client that must be of our trust domain.
+    ///
+    /// # Errors
+    /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise what is wrong with TLS or the peer.
+    pub async fn accept<T>(&self, io: T, deadline: Duration) -> Result<ServerTunnel<T>, HboneError>
+    where
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        timeout(deadline, self.handshake(io))
+            .await
+            .unwrap_or(Err(HboneError::HandshakeTimeout { after: deadline }))
+    }
+
+    async fn handshake<T>(&self, io: T) -> Result<ServerTunnel<T>, HboneError>
+    where
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        let (stream, peer) = self.tls.accept(io).await?;
+        let link = Link::new(peer);
+        let http2 = &self.settings.http2;
+        let mut connection = h2::server::Builder::new()
+            .initial_window_size(http2.stream_window)
+            .initial_connection_window_size(http2.connection_window)
+            .max_frame_size(MAX_FRAME_SIZE)
+            .max_header_list_size(http2.max_header_list)
+            .max_send_buffer_size(http2.send_buffer)
+            .data_frame_budget(SMALL_FRAME_BUDGET)
+            .max_concurrent_streams(self.settings.max_streams)
+            .handshake(Monitored::new(stream, link.clone()))
+            .await
+            .map_err(|error| link.stream_error(error))?;
+        let keepalive = Keepalive::new(
+            self.settings.keepalive.clone(),
+            link.clone(),
+            connection.ping_pong(),
+        );
+        Ok(ServerTunnel {
+            connection: Some(connection),
+            keepalive,
+            link,
+        })
+    }
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> ServerTunnel<T> {
+    /// Who the client is.
+    pub fn peer(&self) -> &PeerIdentity {
+        self.link.peer()
+    }
+
+    /// The next request; `None` when the connection ended. Cancel-safe.
+    ///
+    /// This also drives the streams accepted before: keep calling it while any of them is open. A request that is no
+    /// CONNECT, or to no usable authority, is answered with 400 here.
+    pub async fn next(&mut self) -> Option<Incoming> {
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// Tells the client to open no more streams (GOAWAY). Open ones go on; then [`ServerTunnel::next`] ends.
+    pub fn drain(&mut self) {
+        if let Some(connection) = &mut self.connection {
+            connection.graceful_shutdown();
+        }
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Incoming>> {
+        let Some(connection) = &mut self.connection else {
+            return Poll::Ready(None);
+        };
+        loop {
+            let accepted = pin!(connection.accept()).poll(cx);
+            let Poll::Ready(accepted) = accepted else {
+                break;
+            };
+            match accepted {
+                Some(Ok((request, respond))) => {
+                    if let Some(incoming) = Incoming::new(request, respond, &self.link) {
+                        return Poll::Ready(Some(incoming));
+                    }
+                }
+                Some(Err(error)) => {
+                    let reason = self.link.stream_error(error);
+                    return self.end(Some(reason));
+                }
+                None => return self.end(None),
+            }
+        }
+        let streams_open = connection.has_streams();
+        match self
+            .keepalive
+            .as_mut()
+            .map(|keepalive| keepalive.poll_dead(cx, streams_open))
+        {
+            Some(Poll::Ready(dead)) => self.end(Some(dead)),
+            _ => Poll::Pending,
+        }
+    }
+
+    fn end(&mut self, reason: Option<HboneError>) -> Poll<Option<Incoming>> {
+        if let Some(reason) = reason {
+            let peer = self.link.peer().spiffe_id();
+            tracing::debug!(%peer, error = &reason as &dyn std::error::Error, "tunnel ended");
+            // Before the connection is dropped, for that is when its streams learn of it.
+            self.link.fail(reason);
+        }
+        self.connection = None;
+        Poll::Ready(None)
+    }
+}
+
+impl Incoming {
+    /// `None` if it was answered with 400.
+    fn new(
+        request: Request<RecvStream>,
+        mut respond: SendResponse<Bytes>,
+        link: &Arc<Link>,
+    ) -> Option<Self> {
+        let plain = request.method() == Method::CONNECT
+            && request.extensions().get::<ext::Protocol>().is_none();
+        let authority = request
+            .uri()
+            .authority()
+            .and_then(|text| text.as_str().parse().ok());
+        let Some(authority) = authority.filter(|_| plain) else {
+            answer_end(&mut respond, StatusCode::BAD_REQUEST);
+            return None;
+        };
+        let (head, recv) = request.into_parts();
+        Some(Self {
+            authority,
+            headers: head.headers,
+            recv,
+            respond,
+            link: link.clone(),
+        })
+    }
+
+    /// Where the client wants to go.
+    pub fn authority(&self) -> &Authority {
+        &self.authority
+    }
+
+    /// The request's headers, as the client claims them.
+    pub fn headers(&self) -> &HeaderMap {
+        &self.headers
+    }
+
+    /// Who the client is.
+    pub fn peer(&self) -> &PeerIdentity {
+        self.link.peer()
+    }
+
+    /// Answers 200 with `headers`: from here the stream is raw bytes.
+    ///
+    /// # Errors
+    /// How the stream or connection ended before.
+    pub fn accept(mut self, headers: HeaderMap) -> Result<TunnelStream, HboneError> {
+        let mut response = Response::new(());
+        *response.headers_mut() = headers;
+        let sent = self.respond.send_response(response, false);
+        let send = sent.map_err(|error| self.refusal(error))?;
+        Ok(TunnelStream::new(send, self.recv, self.link.open_stream()))
+    }
+
+    /// Answers `status`, without a body.
+    pub fn refuse(mut self, status: StatusCode) {
+        answer_end(&mut self.respond, status);
+    }
+
+    /// h2 only says that a closed stream cannot be answered; why it is closed is asked separately.
+    fn refusal(&mut self, error: h2::Error) -> HboneError {
+        match self
+            .respond
+            .poll_reset(&mut Context::from_waker(Waker::noop()))
+        {
+            Poll::Ready(Ok(reason)) => HboneError::Reset { reason },
+            Poll::Ready(Err(ended)) => self.link.stream_error(ended),
+            Poll::Pending => self.link.stream_error(error),
+        }
+    }
+}
+
+fn answer_end(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    // Fails only for a stream that is gone, and then nobody waits for it.
+    let _gone = respond.send_response(response, true);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,92 @@
+//! The caps and pauses of a tunnel, with the defaults that stock ztunnel expects to meet.
+//!
+//! Not here: deadlines. Every call that waits for a peer takes its own.
+
+use std::time::Duration;
+
+/// RFC 9113 section 6.5.2: the largest frame we take. Few, large frames make bulk cheap.
+pub(crate) const MAX_FRAME_SIZE: u32 = 1 << 20;
+
+/// What we hold beyond the payload for buffered small DATA frames, in bytes (h2 counts what a frame is
+/// short of 256 bytes). h2's default of half the connection window closes a whole tunnel as soon as one stalled
+/// stream has about 33,000 tiny writes waiting; this bears every stream window full of 100-byte writes.
+pub(crate) const SMALL_FRAME_BUDGET: usize = 32 << 20;
+
+/// How a tunnel is used from the client's side.
+#[derive(Debug, Clone, Default)]
+pub struct ClientSettings {
+    /// Windows and buffers.
+    pub http2: Http2Settings,
+    /// When a silent peer is given up.
+    pub keepalive: KeepaliveSettings,
+}
+
+/// How a tunnel is served.
+#[derive(Debug, Clone)]
+pub struct ServerSettings {
+    /// Windows and buffers.
+    pub http2: Http2Settings,
+    /// When a silent peer is given up.
+    pub keepalive: KeepaliveSettings,
+    /// How many streams a peer may have open in one tunnel.
+    pub max_streams: u32,
+}
+
+/// Windows and buffers of one tunnel: the caps on what a peer can make us hold, in bytes.
+#[derive(Debug, Clone)]
+pub struct Http2Settings {
+    /// What a peer may send on a stream before it is read.
+    pub stream_window: u32,
+    /// What a peer may send on all streams together before it is read.
+    pub connection_window: u32,
+    /// What we queue for a stream before it is written to the connection.
+    pub send_buffer: usize,
+    /// The largest header list that we read.
+    pub max_header_list: u32,
+}
+
+/// When a silent peer is given up. Only while streams are open: idle tunnels cost nothing.
+#[derive(Debug, Clone)]
+pub struct KeepaliveSettings {
+    /// How long nothing is received before a PING is sent.
+    pub quiet: Duration,
+    /// How long its answer may take.
+    pub timeout: Duration,
+}
+
+impl Default for Http2Settings {
+    fn default() -> Self {
+        Self {
+            stream_window: 4 << 20,
+            connection_window: 16 << 20,
+            // What is already in flight is not counted here, so this bounds memory and not throughput:
+            // it must only outlast one turn of the task that writes to the connection.
+            send_buffer: 1 << 20,
+            max_header_list: 16 << 10,
+        }
+    }
+}
+
+impl Default for ServerSettings {
+    fn default() -> Self {
+        Self {
+            // As ztunnel: a peer that does not read can hold at most 200 of these.
+            http2: Http2Settings {
+                send_buffer: 400 << 10,
+                max_header_list: 64 << 10,
+                ..Http2Settings::default()
+            },
+            keepalive: KeepaliveSettings::default(),
+            max_streams: 200,
+        }
+    }
+}
+
+impl Default for KeepaliveSettings {
+    fn default() -> Self {
+        Self {
+            quiet: Duration::from_secs(10),
+            timeout: Duration::from_secs(20),
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! A tunnelled byte stream: DATA frames in, DATA frames out, and an end that is never mistaken.
+//!
+//! Not here: copying between a tunnel and a socket.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream, SendStream};
+
+use crate::link::{Link, OpenStream};
+use crate::{HboneError, PeerIdentity};
+
+/// One accepted CONNECT: two directions that end independently.
+#[derive(Debug)]
+pub struct TunnelStream {
+    reader: TunnelReader,
+    writer: TunnelWriter,
+}
+
+/// The direction from the peer.
+///
+/// Dropping it before the end does not stop the peer: abort the writer for that.
+#[derive(Debug)]
+pub struct TunnelReader {
+    recv: RecvStream,
+    /// Length of the chunk that the caller works on: its flow control credit is still ours.
+    unreturned: usize,
+    open: Arc<OpenStream>,
+}
+
+/// The direction to the peer. Dropping it before [`TunnelWriter::finish`] aborts the stream.
+#[derive(Debug)]
+pub struct TunnelWriter {
+    send: SendStream<Bytes>,
+    finished: bool,
+    open: Arc<OpenStream>,
+}
+
+impl TunnelStream {
+    pub(crate) fn new(send: SendStream<Bytes>, recv: RecvStream, open: OpenStream) -> Self {
+        let open = Arc::new(open);
+        let reader = TunnelReader {
+            recv,
+            unreturned: 0,
+            open: open.clone(),
+        };
+        Self {
+            reader,
+            writer: TunnelWriter {
+                send,
+                finished: false,
+                open,
+            },
+        }
+    }
+
+    /// Who is at the other end of the tunnel.
+    pub fn peer(&self) -> &PeerIdentity {
+        self.reader.link().peer()
+    }
+
+    /// The two directions. The stream counts as open until both are dropped.
+    pub fn split(self) -> (TunnelReader, TunnelWriter) {
+        (self.reader, self.writer)
+    }
+}
+
+impl TunnelReader {
+    /// The next chunk, never empty; `None` after END_STREAM and only then. Cancel-safe.
+    ///
+    /// The peer may send as much again as the chunk was long when the next one is asked for: whoever does not
+    /// read holds the peer back.
+    ///
+    /// # Errors
+    /// [`HboneError::Reset`] for any RST_STREAM, [`HboneError::Lost`] or its cause when the connection ended:
+    /// what was read so far may be a part only.
+    pub async fn read(&mut self) -> Result<Option<Bytes>, HboneError> {
+        self.return_credit();
+        loop {
+            match self.recv.data().await {
+                // END_STREAM often comes on an empty frame.
+                Some(Ok(chunk)) if chunk.is_empty() => {}
+                Some(Ok(chunk)) => {
+                    self.unreturned = chunk.len();
+                    return Ok(Some(chunk));
+                }
+                Some(Err(error)) => return Err(self.link().stream_error(error)),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    fn return_credit(&mut self) {
+        let credit = std::mem::take(&mut self.unreturned);
+        if credit > 0 {
+            // Fails only for more than was received.
+            let _returned = self.recv.flow_control().release_capacity(credit);
+        }
+    }
+
+    fn link(&self) -> &Link {
+        self.open.link()
+    }
+}
+
+impl TunnelWriter {
+    /// Queues all of `data`, waiting for the peer's window and our own buffer; nothing is copied.
+    ///
+    /// Not cancel-safe: a part may have been sent.
+    ///
+    /// # Errors
+    /// As [`TunnelReader::read`]; also when the stream was finished or aborted before.
+    pub async fn write(&mut self, mut data: Bytes) -> Result<(), HboneError> {
+        while !data.is_empty() {
+            let capacity = self.capacity(data.len()).await?;
+            let frame = data.split_to(capacity.min(data.len()));
+            self.send(frame, false)?;
+        }
+        Ok(())
+    }
+
+    /// Sends END_STREAM: the peer reads a clean end behind all that was written. The other direction goes on.
+    ///
+    /// # Errors
+    /// As [`TunnelWriter::write`].
+    pub fn finish(&mut self) -> Result<(), HboneError> {
+        self.send(Bytes::new(), true)?;
+        self.finished = true;
+        Ok(())
+    }
+
+    /// Sends RST_STREAM(CONNECT_ERROR) for both directions, dropping what is queued; also after
+    /// [`TunnelWriter::finish`]. The code is RFC 9113 section 8.5's for a TCP connection that was reset.
+    pub fn abort(&mut self) {
+        self.finished = true;
+        self.send.send_reset(Reason::CONNECT_ERROR);
+    }
+
+    /// Waits until the peer aborted the stream or the connection ended: for when there is nothing to write.
+    /// Cancel-safe; never returns if both directions end well.
+    pub async fn closed(&mut self) -> HboneError {
+        poll_fn(|cx| self.poll_closed(cx)).await
+    }
+
+    async fn capacity(&mut self, wanted: usize) -> Result<usize, HboneError> {
+        self.send.reserve_capacity(wanted);
+        loop {
+            let capacity = self.send.capacity();
+            if capacity > 0 {
+                return Ok(capacity);
+            }
+            match poll_fn(|cx| self.send.poll_capacity(cx)).await {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(self.refusal(error)),
+                None => return Err(self.refusal(Reason::STREAM_CLOSED.into())),
+            }
+        }
+    }
+
+    fn send(&mut self, frame: Bytes, end: bool) -> Result<(), HboneError> {
+        self.send
+            .send_data(frame, end)
+            .map_err(|error| self.refusal(error))
+    }
+
+    /// h2 only says that a closed stream cannot be written to; why it is closed is asked separately.
+    fn refusal(&mut self, error: h2::Error) -> HboneError {
+        match self.poll_closed(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(reason) => reason,
+            Poll::Pending => self.link().stream_error(error),
+        }
+    }
+
+    fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<HboneError> {
+        self.send.poll_reset(cx).map(|closed| match closed {
+            Ok(reason) => HboneError::Reset { reason },
+            Err(error) => self.link().stream_error(error),
+        })
+    }
+
+    fn link(&self) -> &Link {
+        self.open.link()
+    }
+}
+
+impl Drop for TunnelWriter {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.abort();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

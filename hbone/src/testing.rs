@@ -1,0 +1,189 @@
+//! What the unit tests share: two workloads of one authority, and tunnels between them in memory.
+//!
+//! Not here: sockets; the workspace's tests crate has those.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::HeaderMap;
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf, duplex};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use underpass_config::SpiffeId;
+
+use crate::{
+    Acceptor, CertificateAuthority, ClientSettings, ConnectRequest, Connector, Identity, Incoming,
+    ServerSettings, ServerTunnel, Tunnel, TunnelStream,
+};
+
+pub(crate) const CLIENT: &str = "spiffe://td/ns/default/sa/client";
+pub(crate) const SERVER: &str = "spiffe://td/ns/default/sa/server";
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
+pub(crate) const HOUR: Duration = Duration::from_secs(3600);
+
+pub(crate) fn id(text: &str) -> SpiffeId {
+    text.parse().unwrap()
+}
+
+pub(crate) fn authority(trust_domain: &str) -> CertificateAuthority {
+    CertificateAuthority::generate(trust_domain.parse().unwrap()).unwrap()
+}
+
+pub(crate) fn identity(authority: &CertificateAuthority, who: &str) -> Identity {
+    let issued = authority.issue(&id(who), HOUR).unwrap();
+    let roots = authority.roots_pem().as_bytes();
+    Identity::from_pem(
+        issued.chain_pem.as_bytes(),
+        issued.key_pem.as_bytes(),
+        roots,
+    )
+    .unwrap()
+}
+
+/// Both sides of a mesh, ready to meet.
+pub(crate) struct Mesh {
+    pub(crate) connector: Connector,
+    pub(crate) acceptor: Acceptor,
+}
+
+impl Mesh {
+    pub(crate) fn new() -> Self {
+        Self::with(ClientSettings::default(), ServerSettings::default())
+    }
+
+    pub(crate) fn with(client: ClientSettings, server: ServerSettings) -> Self {
+        let authority = authority("td");
+        Self {
+            connector: Connector::new(&identity(&authority, CLIENT), client).unwrap(),
+            acceptor: Acceptor::new(&identity(&authority, SERVER), server).unwrap(),
+        }
+    }
+
+    pub(crate) async fn tunnel(&self) -> (Tunnel, ServerTunnel<DuplexStream>) {
+        let (near, far) = duplex(64 << 10);
+        self.tunnel_over(near, far).await
+    }
+
+    pub(crate) async fn tunnel_over<A, B>(&self, near: A, far: B) -> (Tunnel, ServerTunnel<B>)
+    where
+        A: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        B: AsyncRead + AsyncWrite + Unpin,
+    {
+        let expected = [id(SERVER)];
+        let (client, server) = tokio::join!(
+            self.connector.open(near, &expected, SECOND),
+            self.acceptor.accept(far, SECOND)
+        );
+        (client.unwrap(), server.unwrap())
+    }
+
+    /// An accepted stream, and what serves it.
+    pub(crate) async fn stream(&self) -> (TunnelStream, TunnelStream, Tunnel, Served) {
+        let (tunnel, server) = self.tunnel().await;
+        let mut served = Served::new(server);
+        let (near, far) = tokio::join!(tunnel.connect(request(), SECOND), async {
+            served.next().await.accept(HeaderMap::new())
+        });
+        (near.unwrap(), far.unwrap(), tunnel, served)
+    }
+}
+
+/// A server tunnel that is driven by a task, and its requests.
+pub(crate) struct Served {
+    requests: mpsc::UnboundedReceiver<Incoming>,
+    driver: JoinHandle<()>,
+}
+
+impl Served {
+    pub(crate) fn new<T>(mut tunnel: ServerTunnel<T>) -> Self
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (found, requests) = mpsc::unbounded_channel();
+        let driver = tokio::spawn(async move {
+            while let Some(incoming) = tunnel.next().await {
+                let _unwanted = found.send(incoming);
+            }
+        });
+        Self { requests, driver }
+    }
+
+    pub(crate) async fn next(&mut self) -> Incoming {
+        self.requests.recv().await.unwrap()
+    }
+
+    /// Drops the connection, as a process that dies.
+    pub(crate) async fn kill(self) {
+        self.driver.abort();
+        assert!(self.driver.await.unwrap_err().is_cancelled());
+    }
+
+    /// Waits for the connection's end.
+    pub(crate) async fn ended(self) {
+        self.driver.await.unwrap();
+    }
+}
+
+pub(crate) fn request() -> ConnectRequest {
+    ConnectRequest {
+        authority: "10.0.0.1:80".to_owned(),
+        headers: HeaderMap::new(),
+    }
+}
+
+/// IO at its worst: at most `step` bytes at a time, and none come once it is `stopped`.
+pub(crate) struct Awkward<T> {
+    pub(crate) io: T,
+    pub(crate) step: usize,
+    pub(crate) stopped: Arc<AtomicBool>,
+}
+
+impl<T> Awkward<T> {
+    pub(crate) fn new(io: T, step: usize) -> Self {
+        Self {
+            io,
+            step,
+            stopped: Arc::default(),
+        }
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Awkward<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.stopped.load(Ordering::Relaxed) {
+            return Poll::Pending;
+        }
+        let mut bytes = vec![0; self.step.min(buf.remaining())];
+        let mut part = ReadBuf::new(&mut bytes);
+        let polled = Pin::new(&mut self.io).poll_read(cx, &mut part);
+        buf.put_slice(part.filled());
+        polled
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Awkward<T> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let part = &buf[..self.step.min(buf.len())];
+        Pin::new(&mut self.io).poll_write(cx, part)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}

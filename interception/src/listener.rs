@@ -1,0 +1,101 @@
+//! Listeners that are bound before anything runs, and accept in the runtime of whichever worker
+//! gets them.
+//!
+//! Not here: which address and mark they have (`socket.rs`), and what is done with a connection.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+
+use socket2::{Domain, Socket, Type};
+
+use crate::socket::canonical;
+
+/// How many connections may wait to be accepted; the kernel lowers it to net.core.somaxconn (4096).
+const BACKLOG: i32 = 4096;
+
+/// A listener that belongs to no runtime yet. The kernel already completes handshakes for it.
+#[derive(Debug)]
+pub struct BoundListener {
+    listener: TcpListener,
+}
+
+impl BoundListener {
+    /// Where it listens, with the port that the kernel chose if it was asked to.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Makes it part of the tokio runtime that the caller runs in.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime with IO, as tokio's own listeners do.
+    pub fn register(self) -> io::Result<Listener> {
+        tokio::net::TcpListener::from_std(self.listener).map(|listener| Listener { listener })
+    }
+}
+
+/// A listener in a runtime.
+#[derive(Debug)]
+pub struct Listener {
+    listener: tokio::net::TcpListener,
+}
+
+impl Listener {
+    /// Waits for the next connection, and the address of who made it (IPv4 clients in IPv4's form).
+    ///
+    /// The stream does not block and belongs to no runtime: it may be handed to another worker's.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, see accept(2): some concern one connection, some (EMFILE, ENFILE, ENOBUFS) the
+    /// process.
+    pub async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
+        // tokio registers the stream here and `into_std` takes it out again, at two epoll_ctl
+        // calls. Accepting without that takes `AsyncFd`, whose safe constructors tokio deprecates
+        // as unsound (tokio #8587).
+        let (stream, peer) = self.listener.accept().await?;
+        Ok((stream.into_std()?, canonical(peer)))
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+/// Listens on `address`; accepted streams inherit the mark (`inet_request_mark`,
+/// include/net/inet_sock.h).
+pub(crate) fn bind(address: SocketAddr, mark: Option<u32>) -> io::Result<BoundListener> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM.nonblocking(),
+        None,
+    )?;
+    // A restart must not wait for the connections of the last run to leave TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // Said, not assumed: net.ipv6.bindv6only may be 1.
+        socket.set_only_v6(false)?;
+    }
+    if let Some(mark) = mark {
+        socket.set_mark(mark)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(BoundListener {
+        listener: socket.into(),
+    })
+}

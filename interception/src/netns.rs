@@ -1,0 +1,241 @@
+//! Network namespaces: made, opened, entered, and wired to each other.
+//!
+//! Not here: privileges to do so without being root (`sandbox.rs`).
+
+use std::fmt::Display;
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+use nlink::netlink::addr::{Ipv4Address, Ipv6Address};
+use nlink::netlink::link::VethLink;
+use nlink::netlink::namespace::{self, Netns};
+use nlink::netlink::route::{Ipv4Route, Ipv6Route};
+use nlink::netlink::{Connection, Route};
+
+use crate::InterceptionError;
+use crate::netlink::into_io;
+
+/// Where `ip netns` keeps the namespaces that have names.
+const NAMED: &str = "/run/netns";
+
+/// A network namespace. It lives at least as long as this.
+#[derive(Debug)]
+pub struct Namespace {
+    netns: Netns,
+    path: PathBuf,
+}
+
+impl Namespace {
+    /// The one that the calling thread is in.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`].
+    pub fn current() -> Result<Self, InterceptionError> {
+        let netns = Netns::current().map_err(failed("open", "that this thread is in"))?;
+        let path = format!(
+            "/proc/{}/fd/{}",
+            std::process::id(),
+            netns.as_fd().as_raw_fd()
+        );
+        Ok(Self {
+            netns,
+            path: path.into(),
+        })
+    }
+
+    /// The one whose file is at `path`: `/run/netns/NAME`, `/proc/PID/ns/net`, or a container
+    /// runtime's.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`].
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, InterceptionError> {
+        let path = path.into();
+        let netns = Netns::from_path(&path).map_err(failed("open", path.display()))?;
+        Ok(Self { netns, path })
+    }
+
+    /// Makes one that `ip netns` and `nsenter --net=/run/netns/NAME` know.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`], also if the name is taken.
+    pub fn create_named(name: &str) -> Result<Self, InterceptionError> {
+        let path = Path::new(NAMED).join(name);
+        namespace::create_path(&path).map_err(failed("create", path.display()))?;
+        Self::open(path)
+    }
+
+    /// The file by which any process can enter it, while this value lives.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Takes its name away. It ends when nothing is in it and nothing holds it.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`], also if it has no file of its own.
+    pub fn delete(self) -> Result<(), InterceptionError> {
+        namespace::delete_path(&self.path).map_err(failed("delete", self.path.display()))
+    }
+
+    /// Runs `f` on a thread of its own inside the namespace. The caller never leaves its own;
+    /// sockets, threads and child processes that `f` makes stay inside.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`]: it cannot be entered, or `f` panicked.
+    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T, InterceptionError> {
+        self.netns
+            .run(f)
+            .map_err(failed("run code in", self.path.display()))
+    }
+
+    /// Sets its loopback interface up, which a new one has down.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`].
+    pub async fn set_loopback_up(&self) -> Result<(), InterceptionError> {
+        self.wired(async |rtnetlink| rtnetlink.set_link_up("lo").await)
+            .await
+    }
+
+    /// Routes `destination` through `gateway`, which must be of the same family and on a link.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`].
+    pub async fn add_route(
+        &self,
+        destination: IpNet,
+        gateway: IpAddr,
+    ) -> Result<(), InterceptionError> {
+        self.wired(async |rtnetlink| add_route(rtnetlink, destination, gateway).await)
+            .await
+    }
+
+    /// Runs netlink requests in the namespace.
+    async fn wired(
+        &self,
+        requests: impl AsyncFnOnce(&Connection<Route>) -> nlink::Result<()>,
+    ) -> Result<(), InterceptionError> {
+        let failed = failed("change the interfaces of", self.path.display());
+        match Connection::<Route>::new_in(&self.netns) {
+            Ok(rtnetlink) => requests(&rtnetlink).await.map_err(failed),
+            Err(error) => Err(failed(error)),
+        }
+    }
+}
+
+/// One end of a [`veth`] pair.
+#[derive(Debug, Clone, Copy)]
+pub struct Endpoint<'a> {
+    /// Where it is.
+    pub namespace: &'a Namespace,
+    /// What it is called there.
+    pub interface: &'a str,
+    /// Its addresses, with the length of their networks.
+    pub addresses: &'a [IpNet],
+    /// Whether all else is routed to the other end, by its first address of each family.
+    pub default_route: bool,
+}
+
+/// Connects two namespaces by a pair of interfaces; both are up and have their addresses when it
+/// returns.
+///
+/// # Errors
+///
+/// [`InterceptionError::Namespace`].
+pub async fn veth(a: &Endpoint<'_>, b: &Endpoint<'_>) -> Result<(), InterceptionError> {
+    let pair = VethLink::new(a.interface, b.interface).peer_netns_fd(&b.namespace.netns);
+    a.namespace
+        .wired(async |rtnetlink| rtnetlink.add_link(pair).await)
+        .await?;
+    for end in [a, b] {
+        end.namespace
+            .wired(async |rtnetlink| set_up(rtnetlink, end).await)
+            .await?;
+    }
+    for (end, other) in [(a, b), (b, a)] {
+        if end.default_route {
+            end.namespace
+                .wired(async |rtnetlink| route_all(rtnetlink, other).await)
+                .await?;
+        }
+    }
+    Ok(())
+}
+
+async fn set_up(rtnetlink: &Connection<Route>, end: &Endpoint<'_>) -> nlink::Result<()> {
+    rtnetlink.set_link_up("lo").await?;
+    for address in end.addresses {
+        match address {
+            IpNet::V4(v4) => {
+                let address = Ipv4Address::new(end.interface, v4.addr(), v4.prefix_len());
+                rtnetlink.add_address(address).await?;
+            }
+            IpNet::V6(v6) => {
+                // Nobody else is on this link: without the wait for an objection it is usable at
+                // once.
+                let address = Ipv6Address::new(end.interface, v6.addr(), v6.prefix_len()).nodad();
+                rtnetlink.add_address(address).await?;
+            }
+        }
+    }
+    rtnetlink.set_link_up(end.interface).await
+}
+
+async fn route_all(rtnetlink: &Connection<Route>, other: &Endpoint<'_>) -> nlink::Result<()> {
+    let first = |v4: bool| {
+        other
+            .addresses
+            .iter()
+            .find(|address| address.addr().is_ipv4() == v4)
+    };
+    for gateway in [first(true), first(false)].into_iter().flatten() {
+        let everything = match gateway {
+            IpNet::V4(_) => IpNet::V4(ipnet::Ipv4Net::default()),
+            IpNet::V6(_) => IpNet::V6(ipnet::Ipv6Net::default()),
+        };
+        add_route(rtnetlink, everything, gateway.addr()).await?;
+    }
+    Ok(())
+}
+
+async fn add_route(
+    rtnetlink: &Connection<Route>,
+    destination: IpNet,
+    gateway: IpAddr,
+) -> nlink::Result<()> {
+    match (destination, gateway) {
+        (IpNet::V4(v4), IpAddr::V4(gateway)) => {
+            let route = Ipv4Route::from_addr(v4.network(), v4.prefix_len()).gateway(gateway);
+            rtnetlink.add_route(route).await
+        }
+        (IpNet::V6(v6), IpAddr::V6(gateway)) => {
+            let route = Ipv6Route::from_addr(v6.network(), v6.prefix_len()).gateway(gateway);
+            rtnetlink.add_route(route).await
+        }
+        _ => Err(nlink::Error::invalid_message(
+            "the gateway is of the other address family",
+        )),
+    }
+}
+
+fn failed(
+    operation: &'static str,
+    namespace: impl Display,
+) -> impl FnOnce(nlink::Error) -> InterceptionError {
+    let namespace = namespace.to_string();
+    move |error| InterceptionError::Namespace {
+        operation,
+        namespace,
+        source: into_io(error),
+    }
+}

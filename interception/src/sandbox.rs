@@ -1,0 +1,82 @@
+//! Private namespaces for tests and demonstrations: in them anyone is root, and the machine is out
+//! of reach.
+//!
+//! Not here: network namespaces beside each other (`netns.rs`), which are then made inside.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{Gid, Uid, getegid, geteuid};
+
+use crate::InterceptionError;
+use crate::error::SandboxRemedy;
+
+/// Moves the process into new user, mount and network namespaces, as their root and with an empty
+/// `/run`. There is no way back.
+///
+/// Whoever is root already, and may not make user namespaces, gets the other two.
+///
+/// # Errors
+///
+/// [`InterceptionError::Sandbox`]: the process has more than one thread, or the kernel forbids it.
+pub fn enter_sandbox() -> Result<(), InterceptionError> {
+    let (uid, gid) = (geteuid(), getegid());
+    let private = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET;
+    match unshare(private | CloneFlags::CLONE_NEWUSER) {
+        Ok(()) => become_root(uid, gid).map_err(failed("become root"))?,
+        Err(errno) if errno != Errno::EINVAL && uid.is_root() => {
+            unshare(private).map_err(refused("make namespaces"))?;
+        }
+        Err(errno) => return Err(refused("make namespaces")(errno)),
+    }
+    // Else what is mounted here would appear outside too.
+    let nothing = None::<&Path>;
+    mount(
+        nothing,
+        "/",
+        nothing,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        nothing,
+    )
+    .map_err(refused("make the mounts private"))?;
+    mount(
+        Some("tmpfs"),
+        "/run",
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("mode=0755"),
+    )
+    .map_err(refused("mount an empty /run"))?;
+    fs::create_dir("/run/netns").map_err(failed("create /run/netns"))
+}
+
+/// Maps our user and group to root's (user_namespaces(7): `setgroups` has to be denied first).
+fn become_root(uid: Uid, gid: Gid) -> io::Result<()> {
+    fs::write("/proc/self/setgroups", "deny")?;
+    fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
+    fs::write("/proc/self/gid_map", format!("0 {gid} 1"))
+}
+
+fn refused(step: &'static str) -> impl FnOnce(Errno) -> InterceptionError {
+    move |errno| failed(step)(errno.into())
+}
+
+fn failed(step: &'static str) -> impl FnOnce(io::Error) -> InterceptionError {
+    move |source| {
+        let remedy = match source.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EINVAL) => SandboxRemedy::SingleThread,
+            // EPERM: a sysctl, seccomp or AppArmor; ENOSPC: user.max_user_namespaces (unshare(2)).
+            Some(Errno::EPERM | Errno::EACCES | Errno::ENOSPC) => SandboxRemedy::UserNamespaces,
+            _ => SandboxRemedy::Unknown,
+        };
+        InterceptionError::Sandbox {
+            step,
+            remedy,
+            source,
+        }
+    }
+}

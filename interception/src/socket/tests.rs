@@ -1,0 +1,131 @@
+//! What can be said of sockets without privileges; the rest is in `tests/kernel`.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use tokio::io::AsyncReadExt as _;
+
+use super::*;
+
+fn unmarked() -> Sockets {
+    Sockets::new(Profile::None, crate::ipv6_available())
+}
+
+fn listen(sockets: &Sockets) -> BoundListener {
+    sockets
+        .listen(0, "a test", "test.port")
+        .expect("a free port")
+}
+
+fn loopback(listener: &BoundListener) -> SocketAddr {
+    SocketAddr::from((
+        Ipv4Addr::LOCALHOST,
+        listener.local_addr().expect("bound").port(),
+    ))
+}
+
+#[test]
+fn a_mapped_address_becomes_ipv4_and_others_stay() {
+    let v4 = SocketAddr::from((Ipv4Addr::new(10, 0, 0, 1), 80));
+    let mapped = SocketAddr::from((Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped(), 80));
+    let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, 80));
+    assert_eq!([v4, mapped, v6].map(canonical), [v4, v4, v6]);
+}
+
+#[test]
+fn without_ipv6_any_address_is_ipv4s() {
+    let listener = listen(&Sockets::new(Profile::None, false));
+    assert!(listener.local_addr().expect("bound").is_ipv4());
+}
+
+#[test]
+fn a_taken_port_names_its_purpose_and_setting() {
+    let sockets = unmarked();
+    let taken = listen(&sockets).local_addr().expect("bound");
+    let _holder = sockets
+        .listen_on(taken, "a test", "test.port")
+        .expect("free again");
+    let error = sockets
+        .listen_on(taken, "captured connections", "proxy.port")
+        .expect_err("taken");
+    let message = error.to_string();
+    assert!(
+        message.contains("captured connections") && message.contains("proxy.port"),
+        "{message}"
+    );
+    assert!(
+        message.contains("another process already listens"),
+        "{message}"
+    );
+}
+
+#[tokio::test]
+async fn an_ipv4_client_of_a_dual_stack_listener_has_an_ipv4_address() {
+    let listener = listen(&unmarked());
+    let address = loopback(&listener);
+    let listener = listener.register().expect("registered");
+    let client = unmarked().connect(address, None).await.expect("connected");
+    let (_, peer) = listener.accept().await.expect("accepted");
+    assert_eq!(peer, client.local_addr().expect("an address"));
+}
+
+#[tokio::test]
+async fn an_accepted_stream_does_not_block_and_is_not_inherited() {
+    let listener = listen(&unmarked());
+    let address = loopback(&listener);
+    let listener = listener.register().expect("registered");
+    let _client = unmarked().connect(address, None).await.expect("connected");
+    let (stream, _) = listener.accept().await.expect("accepted");
+    assert!(SockRef::from(&stream).nonblocking().expect("flags"));
+    let flags = fcntl(&stream, FcntlArg::F_GETFD).expect("flags");
+    assert!(FdFlag::from_bits_retain(flags).contains(FdFlag::FD_CLOEXEC));
+}
+
+#[tokio::test]
+async fn a_connection_without_a_mark_needs_no_capability_and_keeps_no_source() {
+    let listener = listen(&unmarked());
+    let address = loopback(&listener);
+    let foreign = IpAddr::from([192, 0, 2, 1]);
+    let client = unmarked()
+        .connect(address, Some(foreign))
+        .await
+        .expect("connected");
+    assert_eq!(
+        client.local_addr().expect("an address").ip(),
+        Ipv4Addr::LOCALHOST
+    );
+}
+
+#[tokio::test]
+async fn connections_are_probed_and_not_delayed() {
+    let listener = listen(&unmarked());
+    let client = unmarked()
+        .connect(loopback(&listener), None)
+        .await
+        .expect("connected");
+    let socket = SockRef::from(&client);
+    assert!(socket.tcp_nodelay().expect("an option"));
+    assert!(socket.keepalive().expect("an option"));
+    assert_eq!(socket.tcp_keepalive_time().expect("an option"), KEEPALIVE);
+    assert_eq!(
+        socket.tcp_keepalive_interval().expect("an option"),
+        KEEPALIVE
+    );
+    assert_eq!(
+        socket.tcp_keepalive_retries().expect("an option"),
+        KEEPALIVE_PROBES
+    );
+}
+
+#[tokio::test]
+async fn a_stream_told_to_reset_on_close_does() {
+    let listener = listen(&unmarked());
+    let address = loopback(&listener);
+    let listener = listener.register().expect("registered");
+    let mut client = unmarked().connect(address, None).await.expect("connected");
+    let (stream, _) = listener.accept().await.expect("accepted");
+    reset_on_close(&stream).expect("set");
+    drop(stream);
+    let error = client.read_u8().await.expect_err("reset");
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+}

@@ -1,0 +1,370 @@
+//! Connections through the rules: who accepts them, what they were meant for, and which rule
+//! decided.
+
+use std::io::ErrorKind::ConnectionRefused;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+
+use libtest_mimic::Failed;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpSocket;
+use tokio::time::timeout;
+use underpass_config::{Ipv6, Profile};
+use underpass_interception::{
+    BoundListener, Namespace, PacketCapture, Sockets, TcpSegment, counters, original_destination,
+};
+
+use crate::Case;
+use crate::pod::{DEADLINE, Family, PORTS, V4, V6, Wired, at, equal, inside, prepare, runtime};
+
+pub(crate) const CASES: &[Case] = &[
+    ("A1: a connection of the workload is caught (IPv4)", || {
+        a1(V4, "a1-v4")
+    }),
+    ("A1: a connection of the workload is caught (IPv6)", || {
+        a1(V6, "a1-v6")
+    }),
+    (
+        "A2: a plaintext connection to the workload is caught (IPv4)",
+        || a2(V4, "a2-v4"),
+    ),
+    (
+        "A2: a plaintext connection to the workload is caught (IPv6)",
+        || a2(V6, "a2-v6"),
+    ),
+    ("A3: HBONE reaches its listener as it is (IPv4)", || {
+        a3(V4, "a3-v4")
+    }),
+    ("A3: HBONE reaches its listener as it is (IPv6)", || {
+        a3(V6, "a3-v6")
+    }),
+    ("A4: a kubelet probe reaches the workload (IPv4)", || {
+        a4(V4, "a4-v4")
+    }),
+    ("A4: a kubelet probe reaches the workload (IPv6)", || {
+        a4(V6, "a4-v6")
+    }),
+    ("A5: a workload reaches itself directly (IPv4)", || {
+        a5(V4, "a5-v4")
+    }),
+    ("A5: a workload reaches itself directly (IPv6)", || {
+        a5(V6, "a5-v6")
+    }),
+    (
+        "A6: the proxy's own connections are not caught (IPv4)",
+        || a6(V4, "a6-v4"),
+    ),
+    (
+        "A6: the proxy's own connections are not caught (IPv6)",
+        || a6(V6, "a6-v6"),
+    ),
+    (
+        "A7: the workload sees the client that the proxy imitates (IPv4)",
+        || a7(V4, "a7-v4"),
+    ),
+    (
+        "A7: the workload sees the client that the proxy imitates (IPv6)",
+        || a7(V6, "a7-v6"),
+    ),
+    (
+        "connections that are older than the rules survive them (IPv4)",
+        || older(V4, "older-v4"),
+    ),
+    (
+        "connections that are older than the rules survive them (IPv6)",
+        || older(V6, "older-v6"),
+    ),
+    ("a capture shows what goes over the wire", capture),
+];
+
+const APP: u16 = 8080;
+
+/// A pod with the rules in it, the proxy's listeners, and an application on both sides.
+struct Mesh {
+    wired: Wired,
+    outbound: BoundListener,
+    inbound: BoundListener,
+    hbone: BoundListener,
+    app: TcpListener,
+    remote_app: TcpListener,
+}
+
+impl Mesh {
+    fn new(name: &str) -> Result<Self, Failed> {
+        let wired = Wired::new(name)?;
+        let sockets = Sockets::new(Profile::Ambient, true);
+        let listen = |port| wired.pod.run(|| sockets.listen(port, "a test", "none"));
+        let (outbound, inbound) = (listen(PORTS.outbound)??, listen(PORTS.inbound)??);
+        let hbone = listen(PORTS.hbone)??;
+        let app = wired.pod.run(|| TcpListener::bind(("::", APP)))??;
+        let remote_app = wired.remote.run(|| TcpListener::bind(("::", APP)))??;
+        inside(&wired.pod, async || {
+            Ok(prepare(Ipv6::Capture).await?.install().await?)
+        })?;
+        Ok(Self {
+            wired,
+            outbound,
+            inbound,
+            hbone,
+            app,
+            remote_app,
+        })
+    }
+
+    /// Connects from within a namespace as any program would.
+    fn plain(&self, from: &Namespace, to: SocketAddr) -> Result<TcpStream, Failed> {
+        self.connect(from, to, None)
+    }
+
+    /// The same, from one of the namespace's own addresses.
+    fn connect(
+        &self,
+        from: &Namespace,
+        to: SocketAddr,
+        source: Option<IpAddr>,
+    ) -> Result<TcpStream, Failed> {
+        let stream = inside(from, async || {
+            let socket = if to.is_ipv4() {
+                TcpSocket::new_v4()?
+            } else {
+                TcpSocket::new_v6()?
+            };
+            if let Some(source) = source {
+                socket.bind(at(source, 0))?;
+            }
+            Ok(timeout(DEADLINE, socket.connect(to)).await??.into_std()?)
+        })?;
+        blocking(stream)
+    }
+
+    /// Connects from within the pod as the proxy does.
+    fn proxied(&self, to: SocketAddr, source: Option<IpAddr>) -> Result<TcpStream, Failed> {
+        let sockets = Sockets::new(Profile::Ambient, true);
+        let stream = inside(&self.wired.pod, async || {
+            Ok(timeout(DEADLINE, sockets.connect(to, source))
+                .await??
+                .into_std()?)
+        })?;
+        blocking(stream)
+    }
+}
+
+fn blocking(stream: TcpStream) -> Result<TcpStream, Failed> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    Ok(stream)
+}
+
+/// The rules that matched so far in a pod, in order, with how often.
+fn counted(pod: &Namespace) -> Result<Vec<(String, u64)>, Failed> {
+    let all = inside(pod, async || Ok(counters().await?))?;
+    Ok(all
+        .into_iter()
+        .filter(|counter| counter.packets > 0)
+        .map(|counter| (counter.id, counter.packets))
+        .collect())
+}
+
+/// Accepts on a listener of the proxy: who came, where it was going, and that bytes flow both ways.
+fn accept(
+    listener: BoundListener,
+    client: &mut TcpStream,
+) -> Result<(SocketAddr, SocketAddr), Failed> {
+    runtime()?.block_on(async {
+        let listener = listener.register()?;
+        let (stream, peer) = timeout(DEADLINE, listener.accept()).await??;
+        let original = original_destination(&stream)?;
+        let mut stream = tokio::net::TcpStream::from_std(stream)?;
+        client.write_all(b"?")?;
+        equal(
+            "the request",
+            timeout(DEADLINE, stream.read_u8()).await??,
+            b'?',
+        )?;
+        stream.write_all(b"!").await?;
+        let mut reply = [0];
+        client.read_exact(&mut reply)?;
+        equal("the reply", &reply, b"!")?;
+        Ok((peer, original))
+    })
+}
+
+/// Accepts as an application: who came, and that bytes flow both ways.
+fn serve(app: &TcpListener, client: &mut TcpStream) -> Result<IpAddr, Failed> {
+    let (mut stream, peer) = app.accept()?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    exchange(client, &mut stream)?;
+    Ok(peer.ip().to_canonical())
+}
+
+fn exchange(client: &mut TcpStream, server: &mut TcpStream) -> Result<(), Failed> {
+    let mut byte = [0];
+    client.write_all(b"?")?;
+    server.read_exact(&mut byte)?;
+    equal("the request", &byte, b"?")?;
+    server.write_all(b"!")?;
+    client.read_exact(&mut byte)?;
+    equal("the reply", &byte, b"!")
+}
+
+/// Only this rule matched, and only the first packet of one connection. It is asked after bytes
+/// have flowed both ways, so it also says that the mangle rules leave caught connections alone.
+fn only(pod: &Namespace, rule: String) -> Result<(), Failed> {
+    equal("rules that matched", counted(pod)?, vec![(rule, 1)])
+}
+
+fn a1(family: Family, name: &str) -> Result<(), Failed> {
+    let mesh = Mesh::new(name)?;
+    let to = at(family.remote, APP);
+    let mut client = mesh.plain(&mesh.wired.pod, to)?;
+    let (peer, original) = accept(mesh.outbound, &mut client)?;
+    equal("the original destination", original, to)?;
+    equal("the client", peer, client.local_addr()?)?;
+    only(&mesh.wired.pod, family.rule("capture-outbound"))
+}
+
+fn a2(family: Family, name: &str) -> Result<(), Failed> {
+    let mesh = Mesh::new(name)?;
+    let to = at(family.pod, APP);
+    let mut client = mesh.plain(&mesh.wired.remote, to)?;
+    let (peer, original) = accept(mesh.inbound, &mut client)?;
+    equal("the original destination", original, to)?;
+    equal("the client", peer, client.local_addr()?)?;
+    only(&mesh.wired.pod, family.rule("capture-inbound"))
+}
+
+fn a3(family: Family, name: &str) -> Result<(), Failed> {
+    let mesh = Mesh::new(name)?;
+    let to = at(family.pod, PORTS.hbone);
+    let mut client = mesh.plain(&mesh.wired.remote, to)?;
+    let (peer, original) = accept(mesh.hbone, &mut client)?;
+    equal("the original destination", original, to)?;
+    equal("the client", peer, client.local_addr()?)?;
+    only(&mesh.wired.pod, "hbone-in".to_owned())
+}
+
+fn a4(family: Family, name: &str) -> Result<(), Failed> {
+    let mesh = Mesh::new(name)?;
+    // Any program may bind to an address that its namespace has.
+    let mut client = mesh.connect(&mesh.wired.remote, at(family.pod, APP), Some(family.probe))?;
+    equal("the client", serve(&mesh.app, &mut client)?, family.probe)?;
+    only(&mesh.wired.pod, family.rule("kubelet-probe-in"))
+}
+
+fn a5(family: Family, name: &str) -> Result<(), Failed> {
+    let mesh = Mesh::new(name)?;
+    let mut client = mesh.plain(&mesh.wired.pod, at(family.loopback, APP))?;
+    equal(
+        "the client",
+        serve(&mesh.app, &mut client)?,
+        family.loopback,
+    )?;
+    equal("rules for loopback", counted(&mesh.wired.pod)?, vec![])?;
+    let mut client = mesh.plain(&mesh.wired.pod, at(family.pod, APP))?;
+    equal("the client", serve(&mesh.app, &mut client)?, family.pod)?;
+    only(&mesh.wired.pod, family.rule("own-pod"))
+}
+
+fn a6(family: Family, name: &str) -> Result<(), Failed> {
+    let mesh = Mesh::new(name)?;
+    let mut client = mesh.proxied(at(family.remote, APP), None)?;
+    equal(
+        "the client",
+        serve(&mesh.remote_app, &mut client)?,
+        family.pod,
+    )?;
+    equal("rules that matched", counted(&mesh.wired.pod)?, vec![])
+}
+
+fn a7(family: Family, name: &str) -> Result<(), Failed> {
+    let mesh = Mesh::new(name)?;
+    let mut client = mesh.proxied(at(family.pod, APP), Some(family.remote))?;
+    equal("the client", serve(&mesh.app, &mut client)?, family.remote)?;
+    let rules: Vec<_> = counted(&mesh.wired.pod)?
+        .into_iter()
+        .map(|(rule, _)| rule)
+        .collect();
+    let expected = [
+        "mark-proxy-connection".to_owned(),
+        "return-to-proxy".to_owned(),
+        family.rule("own-pod"),
+    ];
+    equal("rules that matched", rules, expected.to_vec())
+}
+
+fn older(family: Family, name: &str) -> Result<(), Failed> {
+    let wired = Wired::new(name)?;
+    let pairs = [
+        (&wired.pod, &wired.remote, family.remote),
+        (&wired.remote, &wired.pod, family.pod),
+    ];
+    let mut streams = Vec::new();
+    for (from, into, to) in pairs {
+        let app = into.run(|| TcpListener::bind(("::", APP)))??;
+        let client = from.run(|| TcpStream::connect_timeout(&at(to, APP), DEADLINE))??;
+        let (server, _) = app.accept()?;
+        for stream in [&client, &server] {
+            stream.set_read_timeout(Some(DEADLINE))?;
+        }
+        streams.push((client, server));
+    }
+    for (client, server) in &mut streams {
+        exchange(client, server)?;
+    }
+    inside(&wired.pod, async || {
+        Ok(prepare(Ipv6::Capture).await?.install().await?)
+    })?;
+    for (client, server) in &mut streams {
+        exchange(client, server)?;
+    }
+    let rules: Vec<_> = counted(&wired.pod)?
+        .into_iter()
+        .map(|(rule, _)| rule)
+        .collect();
+    equal(
+        "rules that matched",
+        rules,
+        ["established-in", "established-out"]
+            .map(String::from)
+            .to_vec(),
+    )?;
+    // A new one is caught, and without a proxy refused.
+    let new = wired
+        .pod
+        .run(|| TcpStream::connect_timeout(&at(family.remote, APP), DEADLINE))?;
+    equal(
+        "a new connection",
+        new.map(|_| ()).map_err(|error| error.kind()),
+        Err(ConnectionRefused),
+    )?;
+    let caught = counted(&wired.pod)?
+        .iter()
+        .any(|(rule, _)| *rule == family.rule("capture-outbound"));
+    equal("a new connection is caught", caught, true)
+}
+
+fn capture() -> Result<(), Failed> {
+    let wired = Wired::new("capture")?;
+    let mut capture = wired.remote.run(|| PacketCapture::open("eth0"))??;
+    for family in [V4, V6] {
+        let to = at(family.remote, APP);
+        let app = wired.remote.run(|| TcpListener::bind(to))??;
+        let mut client = wired
+            .pod
+            .run(|| TcpStream::connect_timeout(&to, DEADLINE))??;
+        serve(&app, &mut client)?;
+        let from = client.local_addr()?;
+        let frames = capture.drain()?;
+        let segments = frames.iter().filter_map(|frame| TcpSegment::parse(frame));
+        let data: Vec<_> = segments
+            .filter(|segment| !segment.payload.is_empty())
+            .map(|segment| (segment.source, segment.destination, segment.payload))
+            .collect();
+        equal(
+            "what went over the wire",
+            data,
+            vec![(from, to, &b"?"[..]), (to, from, &b"!"[..])],
+        )?;
+    }
+    Ok(())
+}

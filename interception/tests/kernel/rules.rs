@@ -1,0 +1,328 @@
+//! Installing, listing and removing: what nft and ip say about it.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::{fs, io};
+
+use libtest_mimic::Failed;
+use nlink::netlink::nftables::{Family, NFT_TABLE_F_OWNER};
+use nlink::netlink::{Connection, Nftables};
+use underpass_config::Ipv6;
+use underpass_interception::{
+    Interception, InterceptionError, Namespace, TABLE, counters, remove_everything,
+};
+
+use crate::Case;
+use crate::pod::{PORTS, command, equal, inside, lonely, prepare, settings};
+
+pub(crate) const CASES: &[Case] = &[
+    (
+        "installing twice gives the same ruleset and routes",
+        installing_twice_is_the_same,
+    ),
+    (
+        "removal leaves nothing in either family",
+        removal_leaves_nothing,
+    ),
+    (
+        "removal spares the rules and routes of others",
+        removal_spares_others,
+    ),
+    (
+        "the printed plan and the installed one are listed alike",
+        printed_is_installed,
+    ),
+    (
+        "an installation replaces what another version left",
+        leftovers_are_replaced,
+    ),
+    (
+        "a failed installation leaves nothing",
+        failure_leaves_nothing,
+    ),
+    (
+        "a refused ruleset takes its routes back",
+        refusal_leaves_nothing,
+    ),
+    (
+        "a dormant table of ours is replaced by a live one",
+        dormant_is_replaced,
+    ),
+    (
+        "without IPv6 only IPv4 is caught, and it is said",
+        without_ipv6,
+    ),
+    (
+        "IPv6 that is disabled everywhere but on a later interface counts as there",
+        ipv6_enabled_again,
+    ),
+    (
+        "bypassing IPv6 catches IPv4 only, and keeps the way back",
+        bypass,
+    ),
+    ("counters name every rule in order", counters_in_order),
+];
+
+/// What says all there is in a namespace.
+#[derive(Debug, PartialEq)]
+struct Listing {
+    rules: String,
+    policy: [String; 2],
+    routes: [String; 2],
+}
+
+impl Listing {
+    fn of(namespace: &Namespace) -> Result<Self, Failed> {
+        Ok(Self {
+            rules: command(namespace, "nft --stateless list ruleset")?,
+            policy: [
+                command(namespace, "ip -4 rule")?,
+                command(namespace, "ip -6 rule")?,
+            ],
+            routes: [
+                command(namespace, "ip -4 route show table all type local default")?,
+                command(namespace, "ip -6 route show table all type local default")?,
+            ],
+        })
+    }
+}
+
+fn installing_twice_is_the_same() -> Result<(), Failed> {
+    let pod = lonely("twice")?;
+    let install = || {
+        inside(&pod, async || {
+            Ok(prepare(Ipv6::Capture).await?.install().await?)
+        })
+    };
+    install()?;
+    let once = Listing::of(&pod)?;
+    install()?;
+    equal("the second listing", Listing::of(&pod)?, once)?;
+    let listing = Listing::of(&pod)?;
+    for family in listing.policy.iter().zip(&listing.routes) {
+        let rules = family
+            .0
+            .matches("32764:\tfrom all fwmark 0x111/0xfff lookup 100")
+            .count();
+        let routes = family.1.matches("local default dev lo table 100").count();
+        equal("rules and routes of a family", (rules, routes), (1, 1))?;
+    }
+    Ok(())
+}
+
+fn removal_leaves_nothing() -> Result<(), Failed> {
+    let pod = lonely("removal")?;
+    let before = Listing::of(&pod)?;
+    inside(&pod, async || {
+        let interception = prepare(Ipv6::Capture).await?;
+        interception.install().await?;
+        interception.remove().await?;
+        interception.remove().await?;
+        equal("there was something", remove_everything().await?, false)?;
+        interception.install().await?;
+        equal("there was something", remove_everything().await?, true)
+    })?;
+    equal("what is left", Listing::of(&pod)?, before)
+}
+
+fn removal_spares_others() -> Result<(), Failed> {
+    let pod = lonely("others")?;
+    command(&pod, "nft add table inet theirs")?;
+    command(&pod, "ip rule add fwmark 0x111/0xfff pref 32764 lookup 100")?;
+    command(&pod, "ip rule add fwmark 0x111/0xfff pref 32765 lookup 101")?;
+    command(&pod, "ip -6 route add local default dev lo table 100")?;
+    let before = Listing::of(&pod)?;
+    inside(&pod, async || {
+        let interception = prepare(Ipv6::Capture).await?;
+        interception.install().await?;
+        Ok(interception.remove().await?)
+    })?;
+    equal("what others have", Listing::of(&pod)?, before)
+}
+
+fn printed_is_installed() -> Result<(), Failed> {
+    for (ipv6, name) in [
+        (Ipv6::Capture, "printed-both"),
+        (Ipv6::Bypass, "printed-v4"),
+    ] {
+        let pod = lonely(name)?;
+        let plan = inside(&pod, async || {
+            let interception = prepare(ipv6).await?;
+            interception.install().await?;
+            Ok(interception.plan().clone())
+        })?;
+        let installed = command(&pod, "nft --stateless list ruleset")?;
+        for text in [plan.to_string(), format!("{plan:#}")] {
+            let path = format!("/run/{name}.nft");
+            fs::write(&path, text)?;
+            command(&pod, "nft flush ruleset")?;
+            command(&pod, &format!("nft -f {path}"))?;
+            command(&pod, &format!("nft -f {path}"))?;
+            let printed = command(&pod, "nft --stateless list ruleset")?;
+            equal("the listing of the printed plan", &printed, &installed)?;
+        }
+    }
+    Ok(())
+}
+
+fn leftovers_are_replaced() -> Result<(), Failed> {
+    let pod = lonely("leftovers")?;
+    command(&pod, "nft add table inet underpass")?;
+    command(
+        &pod,
+        "nft add chain inet underpass old { type filter hook input priority 0; }",
+    )?;
+    command(&pod, "nft add rule inet underpass old tcp dport 1 drop")?;
+    inside(&pod, async || {
+        Ok(prepare(Ipv6::Capture).await?.install().await?)
+    })?;
+    let rules = command(&pod, "nft list ruleset")?;
+    equal("the old chain is there", rules.contains("chain old"), false)
+}
+
+fn failure_leaves_nothing() -> Result<(), Failed> {
+    let pod = Namespace::create_named("failure")?;
+    let before = Listing::of(&pod)?;
+    // The loopback interface is down, so the kernel takes the ip rule and refuses the route.
+    let failed = inside(&pod, async || {
+        Ok(prepare(Ipv6::Capture).await?.install().await.is_err())
+    })?;
+    equal("the installation failed", failed, true)?;
+    equal("what is left", Listing::of(&pod)?, before)
+}
+
+fn refusal_leaves_nothing() -> Result<(), Failed> {
+    let pod = lonely("refusal")?;
+    let before = Listing::of(&pod)?;
+    inside(&pod, async || {
+        // A table with an owner is changed by nobody else, and goes with its owner.
+        let owner = Connection::<Nftables>::new()?;
+        owner
+            .add_table_with_flags(TABLE, Family::Inet, NFT_TABLE_F_OWNER)
+            .await?;
+        let refused = prepare(Ipv6::Capture).await?.install().await.is_err();
+        equal("the ruleset was refused", refused, true)
+    })?;
+    equal("what is left", Listing::of(&pod)?, before)
+}
+
+fn dormant_is_replaced() -> Result<(), Failed> {
+    let pod = lonely("dormant")?;
+    command(&pod, "nft add table inet underpass { flags dormant; }")?;
+    inside(&pod, async || {
+        Ok(prepare(Ipv6::Capture).await?.install().await?)
+    })?;
+    let dormant = command(&pod, "nft list ruleset")?.contains("dormant");
+    equal("the table is dormant", dormant, false)
+}
+
+fn without_ipv6() -> Result<(), Failed> {
+    let pod = lonely("without-ipv6")?;
+    let (absent, rules) = inside(&pod, async || {
+        fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
+        let interception = prepare(Ipv6::Capture).await?;
+        interception.install().await?;
+        let rules = counters().await?;
+        interception.remove().await?;
+        Ok((interception.ipv6_absent(), rules))
+    })?;
+    equal("IPv6 is absent", absent, true)?;
+    equal(
+        "an IPv6 rule",
+        rules.iter().any(|rule| rule.id.ends_with("-v6")),
+        false,
+    )?;
+    equal(
+        "ip rules of IPv6",
+        command(&pod, "ip -6 rule")?.contains("0x111"),
+        false,
+    )
+}
+
+fn ipv6_enabled_again() -> Result<(), Failed> {
+    let pod = lonely("ipv6-again")?;
+    command(&pod, "ip link add eth0 type veth peer name eth1")?;
+    inside(&pod, async || {
+        fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
+        fs::write("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "0")?;
+        let interception = prepare(Ipv6::Capture).await?;
+        interception.install().await?;
+        let rules = counters().await?;
+        equal("IPv6 is absent", interception.ipv6_absent(), false)?;
+        equal(
+            "an IPv6 rule",
+            rules.iter().any(|rule| rule.id.ends_with("-v6")),
+            true,
+        )
+    })
+}
+
+fn bypass() -> Result<(), Failed> {
+    let pod = lonely("bypass")?;
+    let rules = inside(&pod, async || {
+        let interception = prepare(Ipv6::Bypass).await?;
+        interception.install().await?;
+        Ok(counters().await?)
+    })?;
+    equal(
+        "an IPv6 rule",
+        rules.iter().any(|rule| rule.id.ends_with("-v6")),
+        false,
+    )?;
+    equal(
+        "ip rules of IPv6",
+        command(&pod, "ip -6 rule")?.contains("0x111/0xfff"),
+        true,
+    )
+}
+
+fn counters_in_order() -> Result<(), Failed> {
+    let pod = lonely("counters")?;
+    inside(&pod, async || {
+        let interception = prepare(Ipv6::Capture).await?;
+        equal("counters before", counters().await?.len(), 0)?;
+        interception.install().await?;
+        let installed = counters().await?;
+        let ids: Vec<_> = installed
+            .iter()
+            .map(|counter| counter.id.as_str())
+            .collect();
+        let planned: Vec<_> = interception
+            .plan()
+            .rules()
+            .iter()
+            .map(|rule| rule.id)
+            .collect();
+        equal("the ids", ids, planned)
+    })
+}
+
+/// What `prepare` says in the namespace that the test was started in, and whether that is the
+/// host's.
+pub(crate) struct Outside {
+    refused: bool,
+    permitted: bool,
+    initial: bool,
+}
+
+pub(crate) fn prepare_here() -> io::Result<Outside> {
+    const INITIAL: u64 = 0xEFFF_FFF9;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(Interception::prepare(&settings(Ipv6::Capture), PORTS));
+    Ok(Outside {
+        refused: matches!(result, Err(InterceptionError::HostNamespace { .. })),
+        permitted: !matches!(result, Err(InterceptionError::NotPermitted { .. })),
+        initial: fs::metadata("/proc/self/ns/net")?.ino() == INITIAL,
+    })
+}
+
+pub(crate) fn host_is_refused(outside: &io::Result<Outside>) -> Result<(), Failed> {
+    let outside = outside.as_ref().map_err(|error| error.to_string())?;
+    // Without NET_ADMIN that is what is said first.
+    if outside.permitted && outside.initial {
+        equal("the host is refused", outside.refused, true)?;
+    }
+    let pod = lonely("not-the-host")?;
+    inside(&pod, async || prepare(Ipv6::Capture).await.map(|_| ()))
+}

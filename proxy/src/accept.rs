@@ -1,0 +1,147 @@
+//! Accepting: one loop per listener, which gives each connection to the worker that shall serve it.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use underpass_interception::{BoundListener, Listener, original_destination, tune};
+
+use crate::error::ProxyError;
+use crate::metrics;
+use crate::worker::{Assignment, Worker, serve};
+
+/// How long a listener rests when the system has no descriptor or memory for another connection: long enough not to spin,
+/// short enough that a client which waits does not notice. The kernel's queue holds what arrives meanwhile.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Which listener a connection came in by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Caught on its way out.
+    Outbound,
+    /// Caught on its way in, in plain.
+    Plaintext,
+    /// From a peer, with TLS.
+    Hbone,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Plaintext => "inbound",
+            Self::Hbone => "hbone",
+        }
+    }
+}
+
+/// A connection that no runtime knows yet.
+#[derive(Debug)]
+pub(crate) struct Accepted {
+    pub(crate) kind: Kind,
+    pub(crate) stream: TcpStream,
+    pub(crate) client: SocketAddr,
+    /// Where the client meant to go; for [`Kind::Hbone`], where it did go.
+    pub(crate) destination: io::Result<SocketAddr>,
+}
+
+impl Accepted {
+    fn new(kind: Kind, stream: TcpStream, client: SocketAddr) -> Self {
+        let destination = match kind {
+            Kind::Hbone => stream.local_addr().map(canonical),
+            Kind::Outbound | Kind::Plaintext => original_destination(&stream),
+        };
+        Self { kind, stream, client, destination }
+    }
+
+    /// Registers the connection with the runtime of the calling worker.
+    pub(crate) fn register(self) -> Result<Registered, ProxyError> {
+        let destination = self.destination.map_err(ProxyError::NotCaptured)?;
+        tune(&self.stream).map_err(ProxyError::Client)?;
+        let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
+        Ok(Registered { stream, client: self.client, destination })
+    }
+}
+
+/// A connection on its worker.
+#[derive(Debug)]
+pub(crate) struct Registered {
+    pub(crate) stream: tokio::net::TcpStream,
+    pub(crate) client: SocketAddr,
+    pub(crate) destination: SocketAddr,
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Accepts until the proxy closes, and then closes the listener.
+pub(crate) async fn accept_loop(
+    worker: Arc<Worker>,
+    kind: Kind,
+    listener: BoundListener,
+    peers: Arc<[mpsc::Sender<Assignment>]>,
+) {
+    let listener = match listener.register() {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(listener = kind.name(), %error, "cannot wait for connections");
+            return;
+        }
+    };
+    let drain = worker.shared.drain.clone();
+    tokio::select! {
+        () = drain.closing() => {}
+        () = accept_forever(&worker, kind, &listener, &peers) => {}
+    }
+}
+
+async fn accept_forever(
+    worker: &Arc<Worker>,
+    kind: Kind,
+    listener: &Listener,
+    peers: &[mpsc::Sender<Assignment>],
+) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, client)) => assign(worker, Accepted::new(kind, stream, client), peers),
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                metrics::accept_paused(kind.name());
+                tracing::warn!(
+                    listener = kind.name(), %error,
+                    "accepting pauses for {} ms: is the limit of open files too low?", PAUSE.as_millis()
+                );
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+/// accept(2): errors that were already pending on the new connection say nothing about the listener.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionReset, HostUnreachable, NetworkDown, NetworkUnreachable};
+    matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionReset | HostUnreachable | NetworkDown | NetworkUnreachable
+    )
+}
+
+fn assign(worker: &Arc<Worker>, accepted: Accepted, peers: &[mpsc::Sender<Assignment>]) {
+    let peer = match (accepted.kind, &accepted.destination) {
+        (Kind::Outbound, Ok(destination)) => Some(destination.ip()),
+        _ => None,
+    };
+    let load = worker.balance.assign(peer);
+    let chosen = load.worker();
+    let assignment = Assignment { accepted, load };
+    let Some(other) = peers.get(chosen).filter(|_| chosen != worker.index) else {
+        return serve(worker, assignment);
+    };
+    if let Err(refused) = other.try_send(assignment) {
+        let Assignment { accepted, .. } = refused.into_inner();
+        serve(worker, Assignment { accepted, load: worker.balance.load(worker.index) });
+    }
+}

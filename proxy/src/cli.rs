@@ -1,0 +1,116 @@
+//! The command line: what can be typed, and what becomes of it.
+//!
+//! Results go to standard output, errors to standard error. Exit codes: 0 done, 1 it failed, 2 the command line or the
+//! configuration is wrong.
+
+mod ca;
+mod config;
+mod rules;
+mod run;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use metrics_exporter_prometheus::BuildError;
+use thiserror::Error;
+use underpass_config::ConfigErrors;
+use underpass_hbone::HboneError;
+use underpass_interception::InterceptionError;
+
+use crate::demo::{self, DemoError};
+use crate::error::chain;
+
+/// Transparent zero-trust networking below the application.
+#[derive(Debug, Parser)]
+#[command(name = "underpass", version, arg_required_else_help = true)]
+#[command(after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show it: two pods in namespaces of their own, real HTTP through the tunnel, and the proof. Needs no root
+    Demo(demo::Arguments),
+    /// Run a proxy for the network namespace it stands in (a sidecar container, a VM)
+    Run(run::Arguments),
+    /// Look after the rules that catch traffic
+    #[command(subcommand)]
+    Rules(rules::Command),
+    /// Keep a small local certificate authority
+    #[command(subcommand)]
+    Ca(ca::Command),
+    /// Check or show settings without running anything
+    #[command(subcommand)]
+    Config(config::Command),
+}
+
+/// Why a command did not do what it was told.
+#[derive(Debug, Error)]
+pub(crate) enum CommandError {
+    /// Exit code 2: the operator can mend it in the configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
+    #[error(transparent)]
+    Interception(#[from] InterceptionError),
+    #[error(transparent)]
+    Hbone(#[from] HboneError),
+    #[error(transparent)]
+    Demo(#[from] DemoError),
+    #[error("the process could not be set up")]
+    Start(#[source] io::Error),
+    #[error("metrics could not be set up")]
+    Metrics(#[source] BuildError),
+    #[error("the result could not be written")]
+    Output(#[source] io::Error),
+}
+
+impl CommandError {
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Config(_) => ExitCode::from(2),
+            _ => ExitCode::FAILURE,
+        }
+    }
+}
+
+/// Does what the command line says.
+pub fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Demo(arguments) => demo::run(&arguments).map_err(CommandError::from),
+        Command::Run(arguments) => run::run(arguments),
+        Command::Rules(command) => rules::run(&command),
+        Command::Ca(command) => ca::run(command),
+        Command::Config(command) => config::run(command),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // With standard error closed there is nobody left to tell; the exit code still tells.
+            writeln!(io::stderr(), "underpass: {}", chain(&error)).ok();
+            error.exit_code()
+        }
+    }
+}
+
+/// Writes a result.
+fn print(text: &str) -> Result<(), CommandError> {
+    io::stdout().write_all(text.as_bytes()).map_err(CommandError::Output)
+}
+
+/// A runtime on the thread that uses it.
+pub(crate) fn single_threaded_runtime() -> Result<tokio::runtime::Runtime, CommandError> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CommandError::Start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+}

@@ -1,0 +1,98 @@
+//! Opening connections: to an application or a plain destination, and to a peer's HBONE listener for the pool.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use underpass_hbone::Dial;
+use underpass_interception::Sockets;
+
+use crate::balance::{Balance, HeldTunnel};
+use crate::error::ProxyError;
+use crate::policy::Permit;
+
+/// Connects to what `permit` allows, from `source` if the profile can keep it, within `deadline`.
+pub(crate) async fn dial(
+    sockets: &Sockets,
+    permit: &Permit,
+    source: Option<IpAddr>,
+    deadline: Duration,
+) -> Result<TcpStream, ProxyError> {
+    let destination = permit.destination();
+    match timeout(deadline, sockets.connect(destination, source)).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => Err(ProxyError::Connect { destination, source: error }),
+        Err(_) => Err(ProxyError::ConnectTimeout { destination, after: deadline }),
+    }
+}
+
+/// Opens the connections below the tunnels of one worker's pool, and lets the balance know of them.
+#[derive(Debug)]
+pub(crate) struct TunnelDialer {
+    pub(crate) sockets: Sockets,
+    pub(crate) balance: Arc<Balance>,
+    pub(crate) worker: usize,
+}
+
+impl Dial for TunnelDialer {
+    type Io = TunnelSocket;
+
+    async fn dial(&self, address: SocketAddr) -> io::Result<TunnelSocket> {
+        let stream = self.sockets.connect(address, None).await?;
+        let held = self.balance.tunnel(self.worker, address.ip());
+        Ok(TunnelSocket { stream, _held: held })
+    }
+}
+
+/// A connection below a tunnel; the balance knows of the tunnel as long as this lives.
+#[derive(Debug)]
+pub(crate) struct TunnelSocket {
+    stream: TcpStream,
+    _held: HeldTunnel,
+}
+
+impl AsyncRead for TunnelSocket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for TunnelSocket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,116 @@
+//! What is seen from outside: readiness (`/healthz/ready`) and metrics (`/metrics`), over HTTP/1.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::sync::Semaphore;
+use underpass_interception::{BoundListener, Listener};
+
+/// Probes and scrapers are few; more connections than this wait in the kernel's queue.
+const CONNECTIONS: usize = 64;
+/// A client that has not sent its request by then is not a probe.
+const HEADER_DEADLINE: Duration = Duration::from_secs(2);
+/// Prometheus' text format, version 0.0.4.
+const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
+
+/// What the readiness probe is told.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Readiness(Arc<AtomicU8>);
+
+const STARTING: u8 = 0;
+const READY: u8 = 1;
+
+impl Readiness {
+    pub(crate) fn ready(&self) {
+        self.0.store(READY, Relaxed);
+    }
+
+    pub(crate) fn draining(&self) {
+        self.0.store(READY + 1, Relaxed);
+    }
+
+    fn answer(&self) -> Response<Full<Bytes>> {
+        match self.0.load(Relaxed) {
+            READY => text(StatusCode::OK, "ready\n"),
+            STARTING => text(StatusCode::SERVICE_UNAVAILABLE, "not ready: starting\n"),
+            _ => text(StatusCode::SERVICE_UNAVAILABLE, "not ready: draining\n"),
+        }
+    }
+}
+
+/// The two endpoints, each on an address of its own.
+#[derive(Clone)]
+pub(crate) enum Endpoint {
+    Readiness(Readiness),
+    Metrics(PrometheusHandle),
+}
+
+impl Endpoint {
+    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        if request.method() != Method::GET {
+            return text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n");
+        }
+        match (self, request.uri().path()) {
+            (Self::Readiness(readiness), "/healthz/ready") => readiness.answer(),
+            (Self::Metrics(metrics), "/metrics" | "/stats/prometheus") => {
+                let mut response = Response::new(Full::from(metrics.render()));
+                response.headers_mut().insert(header::CONTENT_TYPE, PROMETHEUS_TEXT);
+                response
+            }
+            (Self::Readiness(_), _) => text(StatusCode::NOT_FOUND, "here is only /healthz/ready\n"),
+            (Self::Metrics(_), _) => text(StatusCode::NOT_FOUND, "here is only /metrics\n"),
+        }
+    }
+
+    /// Serves until the runtime ends.
+    pub(crate) async fn serve(self, listener: BoundListener) -> std::io::Result<()> {
+        let listener = listener.register()?;
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        loop {
+            // The semaphore is never closed, so a place always comes.
+            let Ok(place) = places.clone().acquire_owned().await else { return Ok(()) };
+            let Some(stream) = accept(&listener).await else { continue };
+            let endpoint = self.clone();
+            tokio::spawn(async move {
+                let answer = service_fn(|request| {
+                    std::future::ready(Ok::<_, Infallible>(endpoint.answer(&request)))
+                });
+                let connection = http1::Builder::new()
+                    .timer(TokioTimer::new())
+                    .header_read_timeout(HEADER_DEADLINE)
+                    .serve_connection(TokioIo::new(stream), answer);
+                if let Err(error) = connection.await {
+                    tracing::debug!(%error, "a probe's connection failed");
+                }
+                drop(place);
+            });
+        }
+    }
+}
+
+async fn accept(listener: &Listener) -> Option<tokio::net::TcpStream> {
+    match listener.accept().await {
+        Ok((stream, _)) => tokio::net::TcpStream::from_std(stream).ok(),
+        Err(error) => {
+            tracing::debug!(%error, "accepting a probe failed");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            None
+        }
+    }
+}
+
+fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(body));
+    *response.status_mut() = status;
+    response
+}

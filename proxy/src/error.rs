@@ -1,0 +1,115 @@
+//! Why a connection did not end well: whose fault it was, and what is told to the peer, the log and the metrics.
+//!
+//! One function ([`ProxyError::reason`]) maps every error to all three, so that they never contradict each other.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use http::StatusCode;
+use thiserror::Error;
+use underpass_hbone::HboneError;
+
+/// What ended a connection early.
+#[derive(Debug, Error)]
+pub(crate) enum ProxyError {
+    #[error("the connection came to the listener without being caught by a rule: it has no original destination")]
+    NotCaptured(#[source] io::Error),
+    #[error("the destination {0} is this proxy's own listener")]
+    OwnListener(SocketAddr),
+    #[error("the mesh says that {0} speaks HBONE, but there is no certificate to reach it with: set identity.*")]
+    NoIdentity(SocketAddr),
+    #[error("the tunnel asks for {asked}, but it ends at {here}")]
+    NotHere { asked: String, here: SocketAddr },
+    #[error("cannot connect to {destination}")]
+    Connect { destination: SocketAddr, source: io::Error },
+    #[error("no answer from {destination} within {} (timeouts.connect): is a firewall dropping packets?", seconds(after))]
+    ConnectTimeout { destination: SocketAddr, after: Duration },
+    #[error("the tunnel failed")]
+    Tunnel(#[source] HboneError),
+    #[error("the client's connection broke")]
+    Client(#[source] io::Error),
+    #[error("the upstream's connection broke")]
+    Upstream(#[source] io::Error),
+    #[error("the proxy was told to stop and the drain deadline (timeouts.drain) passed")]
+    Drained,
+    #[error("the connection was dropped before it ended")]
+    Dropped,
+}
+
+fn seconds(duration: &Duration) -> String {
+    format!("{} s", duration.as_secs_f32())
+}
+
+/// Who could mend it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    Client,
+    Peer,
+    Us,
+}
+
+/// What an error is called where it is counted, logged and answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Reason {
+    /// A stable code for the access log (`reason=`).
+    pub(crate) code: &'static str,
+    /// ztunnel's `response_flags` label.
+    pub(crate) flags: &'static str,
+    pub(crate) fault: Fault,
+    /// What a CONNECT request is answered.
+    pub(crate) status: StatusCode,
+}
+
+impl ProxyError {
+    pub(crate) fn reason(&self) -> Reason {
+        use Fault::{Client, Peer, Us};
+        let (code, flags, fault, status) = match self {
+            Self::NotCaptured(_) => ("not_captured", "DENY", Client, StatusCode::BAD_REQUEST),
+            Self::OwnListener(_) => ("own_listener", "DENY", Client, StatusCode::SERVICE_UNAVAILABLE),
+            Self::NoIdentity(_) => ("no_identity", "IDENTITY_ERROR", Us, StatusCode::SERVICE_UNAVAILABLE),
+            Self::NotHere { .. } => ("not_here", "DENY", Client, StatusCode::BAD_REQUEST),
+            Self::Connect { .. } => ("connect", "CONNECT", Peer, StatusCode::SERVICE_UNAVAILABLE),
+            Self::ConnectTimeout { .. } => ("connect_timeout", "CONNECT", Peer, StatusCode::SERVICE_UNAVAILABLE),
+            Self::Tunnel(error) => return tunnel_reason(error),
+            Self::Client(_) => ("client_reset", "-", Client, StatusCode::BAD_GATEWAY),
+            Self::Upstream(_) => ("upstream_reset", "-", Peer, StatusCode::BAD_GATEWAY),
+            Self::Drained => ("drained", "-", Us, StatusCode::SERVICE_UNAVAILABLE),
+            Self::Dropped => ("dropped", "-", Us, StatusCode::SERVICE_UNAVAILABLE),
+        };
+        Reason { code, flags, fault, status }
+    }
+}
+
+/// The error and everything that caused it, outermost first: `cannot connect to 10.0.0.1:80: Connection refused`.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        cause = inner.source();
+    }
+    text
+}
+
+fn tunnel_reason(error: &HboneError) -> Reason {
+    let flags = match error {
+        HboneError::Dial { .. } | HboneError::ReplyTimeout { .. } => "CONNECT",
+        HboneError::Refused { status: StatusCode::UNAUTHORIZED } => "DENY",
+        HboneError::Refused { .. } => "CONNECT",
+        HboneError::HandshakeTimeout { .. }
+        | HboneError::Tls { .. }
+        | HboneError::NoPeerCertificate
+        | HboneError::PeerCertificateExpired { .. }
+        | HboneError::CertificateRefused { .. } => "TLS_FAILURE",
+        HboneError::UnexpectedPeer { .. } | HboneError::Credential { .. } => "IDENTITY_ERROR",
+        HboneError::H2 { .. } | HboneError::InvalidAuthority { .. } => "H2_HANDSHAKE_FAILURE",
+        HboneError::Reset { .. } | HboneError::Lost { .. } | HboneError::Unresponsive { .. } => "-",
+    };
+    let fault = match error.fault() {
+        underpass_hbone::Fault::Peer => Fault::Peer,
+        underpass_hbone::Fault::Configuration | underpass_hbone::Fault::Us => Fault::Us,
+    };
+    Reason { code: error.kind(), flags, fault, status: StatusCode::SERVICE_UNAVAILABLE }
+}

@@ -1,0 +1,192 @@
+//! Inbound connections: through a peer's tunnel, or caught in plain. Everything that can fail does so before the peer is
+//! told 200; the application sees the client's own address where the profile's rules support it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use http::HeaderMap;
+use tokio::net::TcpStream;
+use underpass_hbone::{Authority, Incoming, PeerIdentity, ServerTunnel};
+use underpass_interception::reset_on_close;
+
+use crate::accept::{Accepted, Registered};
+use crate::copy::Flow;
+use crate::dial::dial;
+use crate::error::ProxyError;
+use crate::policy;
+use crate::record::{ConnectionRecord, Direction, Party};
+use crate::worker::Worker;
+
+/// Serves one connection that was caught in plain.
+pub(crate) async fn serve_plaintext(worker: Arc<Worker>, accepted: Accepted) {
+    let destination = accepted.destination.as_ref().ok().copied();
+    let mut record = open_record(&worker, accepted.client, destination, None);
+    let outcome = match accepted.register() {
+        Ok(connection) => forward_plaintext(&worker, connection, &mut record).await,
+        Err(error) => Err(error),
+    };
+    record.close(outcome);
+}
+
+async fn forward_plaintext(
+    worker: &Worker,
+    Registered { stream, client, destination }: Registered,
+    record: &mut ConnectionRecord,
+) -> Result<(), ProxyError> {
+    let drain = &worker.shared.drain;
+    match drain.or_abort(connect(worker, client, destination)).await {
+        Ok(app) => {
+            record.established();
+            Flow::from_client(record, drain).through_tcp(stream, app).await
+        }
+        Err(error) => {
+            reset_on_close(&stream).ok();
+            Err(error)
+        }
+    }
+}
+
+/// Serves one peer's connection: the handshakes, then every CONNECT request that comes through it.
+pub(crate) async fn serve_tunnel(worker: Arc<Worker>, accepted: Accepted) {
+    let client = accepted.client;
+    let destination = accepted.destination.as_ref().ok().copied();
+    let outcome = match accepted.register() {
+        Err(error) => Err(error),
+        Ok(connection) => worker.shared.drain.or_abort(accept_tunnel(&worker, connection)).await,
+    };
+    if let Err(error) = outcome {
+        let mut record = open_record(&worker, client, None, None);
+        record.hbone = destination;
+        record.close(Err(error));
+    }
+}
+
+async fn accept_tunnel(
+    worker: &Arc<Worker>,
+    Registered { stream, client, destination }: Registered,
+) -> Result<(), ProxyError> {
+    let acceptor = worker.acceptor.as_ref().ok_or(ProxyError::NoIdentity(destination))?;
+    let deadline = worker.shared.timeouts.handshake;
+    let mut tunnel = acceptor.accept(stream, deadline).await.map_err(ProxyError::Tunnel)?;
+    let peer = tunnel.peer().clone();
+    tracing::debug!(%client, peer = %peer.spiffe_id(), "tunnel accepted");
+    while let Some(request) = next_request(worker, &mut tunnel).await {
+        let load = worker.balance.load(worker.index);
+        let (own, peer) = (worker.clone(), peer.clone());
+        let stream = async move {
+            let _load = load;
+            serve_request(&own, request, client, destination, &peer).await;
+        };
+        tokio::spawn(worker.shared.drain.track(stream));
+    }
+    Ok(())
+}
+
+/// The next CONNECT request; once the proxy closes, the peer is told to send no more (GOAWAY).
+async fn next_request(worker: &Worker, tunnel: &mut ServerTunnel<TcpStream>) -> Option<Incoming> {
+    tokio::select! {
+        request = tunnel.next() => return request,
+        () = worker.shared.drain.closing() => tunnel.drain(),
+    }
+    tunnel.next().await
+}
+
+/// Serves one CONNECT request of a tunnel that ends at `here`.
+async fn serve_request(
+    worker: &Worker,
+    request: Incoming,
+    client: SocketAddr,
+    here: SocketAddr,
+    peer: &PeerIdentity,
+) {
+    let target = target(request.authority(), here);
+    let mut record = open_record(worker, client, target.as_ref().ok().copied(), Some(peer));
+    record.hbone = Some(here);
+    let outcome = forward_request(worker, request, client, target, &mut record).await;
+    record.close(outcome);
+}
+
+async fn forward_request(
+    worker: &Worker,
+    request: Incoming,
+    client: SocketAddr,
+    target: Result<SocketAddr, ProxyError>,
+    record: &mut ConnectionRecord,
+) -> Result<(), ProxyError> {
+    let drain = &worker.shared.drain;
+    let connected = match target {
+        Ok(target) => drain.or_abort(connect(worker, client, target)).await,
+        Err(error) => Err(error),
+    };
+    let app = match connected {
+        Ok(app) => app,
+        Err(error) => {
+            request.refuse(error.reason().status);
+            return Err(error);
+        }
+    };
+    record.established();
+    match request.accept(HeaderMap::new()) {
+        Ok(tunnel) => Flow::to_upstream(record, drain).through_tunnel(app, tunnel).await,
+        Err(error) => {
+            reset_on_close(&app).ok();
+            Err(ProxyError::Tunnel(error))
+        }
+    }
+}
+
+/// What a request may reach: only this workload, at the address where its tunnel ends.
+fn target(authority: &Authority, here: SocketAddr) -> Result<SocketAddr, ProxyError> {
+    match authority {
+        Authority::Address(target) if target.ip().to_canonical() == here.ip() => Ok(*target),
+        other => Err(ProxyError::NotHere { asked: other.to_string(), here }),
+    }
+}
+
+/// Connects to the application at `target`, as `client` where that can be kept.
+async fn connect(
+    worker: &Worker,
+    client: SocketAddr,
+    target: SocketAddr,
+) -> Result<TcpStream, ProxyError> {
+    let permit = policy::inbound(target, worker.shared.ports)?;
+    let deadline = worker.shared.timeouts.connect;
+    dial(&worker.shared.sockets, &permit, Some(client.ip()), deadline).await
+}
+
+fn open_record(
+    worker: &Worker,
+    client: SocketAddr,
+    destination: Option<SocketAddr>,
+    peer: Option<&PeerIdentity>,
+) -> ConnectionRecord {
+    let mesh = worker.shared.mesh.borrow();
+    let workload = |address: SocketAddr| mesh.workload(address.ip()).cloned();
+    let own = worker.shared.identity.as_ref().map(|own| own.spiffe_id().clone());
+    let source = Party {
+        address: Some(client),
+        workload: workload(client),
+        identity: peer.map(|peer| peer.spiffe_id().clone()),
+    };
+    let destination = Party {
+        address: destination,
+        workload: destination.and_then(workload),
+        identity: own.filter(|_| peer.is_some()),
+    };
+    ConnectionRecord::new(Direction::Inbound, source, destination)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tunnel_reaches_nothing_but_the_address_where_it_ends() {
+        let here: SocketAddr = "10.0.0.1:15008".parse().unwrap();
+        let to = |authority: &str| target(&authority.parse().unwrap(), here);
+        assert_eq!(to("10.0.0.1:8080").unwrap(), "10.0.0.1:8080".parse().unwrap());
+        for elsewhere in ["10.0.0.2:8080", "127.0.0.1:8080", "[::1]:8080", "example.com:80"] {
+            assert!(matches!(to(elsewhere), Err(ProxyError::NotHere { .. })), "{elsewhere}");
+        }
+    }
+}

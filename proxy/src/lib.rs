@@ -1,0 +1,38 @@
+//! underpass: transparent zero-trust networking below the application.
+//!
+//! This library is the proxy and its command line; `main.rs` only calls [`main`]. In reading order:
+//!
+//! * `cli` is what a user types, `app` is one proxy from start to stop, `worker` and `accept` are its threads;
+//! * `outbound` and `inbound` are the paths of a connection, in which `route` and `policy` decide, `dial` connects and
+//!   `copy` moves the bytes;
+//! * `record` and `metrics` tell of every connection, `endpoints` answers probes and scrapers, `drain` ends it all;
+//! * `demo` shows it.
+
+mod accept;
+mod app;
+mod balance;
+mod cli;
+mod copy;
+mod demo;
+mod dial;
+mod drain;
+mod endpoints;
+mod error;
+mod inbound;
+mod logging;
+mod metrics;
+mod notify;
+mod outbound;
+mod parent;
+mod policy;
+mod record;
+mod route;
+pub mod spawn;
+mod worker;
+
+pub use cli::main;
+
+/// How many CPUs this process may use, cgroup limits and affinity included.
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}

@@ -1,0 +1,34 @@
+//! Log lines: on standard output, written by a thread of their own so that a slow reader of them slows nobody down.
+
+use std::io;
+
+use tracing_appender::non_blocking::WorkerGuard;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::time::SystemTime;
+use underpass_config::{ConfigErrors, LogFormat, Logging, Problem};
+
+/// Starts logging; lines that are not written yet are written when the guard is dropped.
+///
+/// # Errors
+/// The filter is not in tracing's syntax.
+pub(crate) fn start(settings: &Logging) -> Result<WorkerGuard, ConfigErrors> {
+    let filter = EnvFilter::try_new(&settings.filter).map_err(|error| ConfigErrors {
+        problems: vec![Problem {
+            key: "logging.filter".to_owned(),
+            value: Some(settings.filter.clone()),
+            reason: format!("must be like info or info,access=off: {error}"),
+            origin: None,
+        }],
+    })?;
+    let (writer, guard) = tracing_appender::non_blocking(io::stdout());
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_timer(SystemTime)
+        .with_ansi(false)
+        .with_writer(writer);
+    match settings.format {
+        LogFormat::Plain => subscriber.init(),
+        LogFormat::Json => subscriber.json().flatten_event(true).init(),
+    }
+    Ok(guard)
+}

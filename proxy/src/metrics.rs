@@ -1,0 +1,141 @@
+//! What Prometheus sees: ztunnel's `istio_tcp_*` counters with their labels, and how they are rendered.
+//!
+//! Not here: the HTTP server that answers `/metrics` (`endpoints.rs`).
+
+use metrics::{Counter, Gauge, Label, counter, describe_counter, describe_gauge, gauge};
+use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
+use underpass_config::Workload;
+
+use crate::record::{Direction, Party};
+
+const OPENED: &str = "istio_tcp_connections_opened_total";
+const CLOSED: &str = "istio_tcp_connections_closed_total";
+const FAILED: &str = "istio_tcp_connections_failed_total";
+const SENT: &str = "istio_tcp_sent_bytes_total";
+const RECEIVED: &str = "istio_tcp_received_bytes_total";
+const OPEN: &str = "istio_tcp_sockets_open";
+const PAUSES: &str = "underpass_accept_pauses_total";
+const BUILD: &str = "istio_build";
+
+/// What a label says of what is not known; ztunnel's word.
+const UNKNOWN: &str = "unknown";
+
+/// Installs the recorder of this process; what it returns renders `/metrics`.
+pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
+    let handle = PrometheusBuilder::new().install_recorder()?;
+    describe_counter!(OPENED, "TCP connections opened.");
+    describe_counter!(CLOSED, "TCP connections closed, having been opened.");
+    describe_counter!(FAILED, "TCP connections that could not be opened.");
+    describe_counter!(SENT, "Bytes sent to clients: responses.");
+    describe_counter!(RECEIVED, "Bytes received from clients: requests.");
+    describe_gauge!(OPEN, "TCP connections open now.");
+    describe_counter!(PAUSES, "Pauses of accepting because a system limit was reached.");
+    describe_gauge!(BUILD, "The version that runs; always 1.");
+    gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
+    Ok(handle)
+}
+
+/// Counts a pause of a listener that ran into a limit of the system.
+pub(crate) fn accept_paused(listener: &'static str) {
+    counter!(PAUSES, "listener" => listener).increment(1);
+}
+
+/// The labels that every metric of one connection carries.
+#[derive(Debug, Clone)]
+pub(crate) struct Labels(Vec<Label>);
+
+impl Labels {
+    pub(crate) fn new(
+        direction: Direction,
+        source: &Party,
+        destination: &Party,
+        mutual_tls: bool,
+    ) -> Self {
+        let mut labels = vec![
+            Label::from_static_parts("reporter", reporter(direction)),
+            Label::from_static_parts("request_protocol", "tcp"),
+            Label::from_static_parts(
+                "connection_security_policy",
+                if mutual_tls { "mutual_tls" } else { UNKNOWN },
+            ),
+            Label::from_static_parts("destination_service", UNKNOWN),
+            Label::from_static_parts("destination_service_name", UNKNOWN),
+            Label::from_static_parts("destination_service_namespace", UNKNOWN),
+        ];
+        for (side, party) in [("source", source), ("destination", destination)] {
+            let workload = party.workload.as_deref();
+            let mut label = |name: &str, value: Option<String>| {
+                let value = value.filter(|value| !value.is_empty());
+                let value = value.unwrap_or_else(|| UNKNOWN.to_owned());
+                labels.push(Label::new(format!("{side}_{name}"), value));
+            };
+            let of = |field: fn(&Workload) -> &String| workload.map(|w| field(w).clone());
+            label("workload", of(|w| &w.workload_name));
+            label("workload_namespace", of(|w| &w.namespace));
+            label("canonical_service", of(|w| &w.canonical_name));
+            label("canonical_revision", of(|w| &w.canonical_revision));
+            label("app", of(|w| &w.canonical_name));
+            label("version", of(|w| &w.canonical_revision));
+            label("cluster", of(|w| &w.cluster_id));
+            label("principal", party.identity.as_ref().map(ToString::to_string));
+        }
+        Self(labels)
+    }
+
+    fn with_flags(&self, flags: &'static str) -> Vec<Label> {
+        let mut labels = self.0.clone();
+        labels.push(Label::from_static_parts("response_flags", flags));
+        labels
+    }
+
+    fn open_gauge(&self) -> Gauge {
+        gauge!(OPEN, self.0.iter().filter(|label| label.key() == "reporter").cloned().collect::<Vec<_>>())
+    }
+}
+
+fn reporter(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Inbound => "destination",
+        Direction::Outbound => "source",
+    }
+}
+
+/// The counters of one open connection, looked up once.
+pub(crate) struct ConnectionMetrics {
+    labels: Labels,
+    sent: Counter,
+    received: Counter,
+}
+
+impl std::fmt::Debug for ConnectionMetrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ConnectionMetrics").field("labels", &self.labels).finish_non_exhaustive()
+    }
+}
+
+impl ConnectionMetrics {
+    pub(crate) fn opened(labels: Labels) -> Self {
+        let flagged = labels.with_flags("-");
+        counter!(OPENED, flagged.clone()).increment(1);
+        labels.open_gauge().increment(1);
+        Self { sent: counter!(SENT, flagged.clone()), received: counter!(RECEIVED, flagged), labels }
+    }
+
+    pub(crate) fn sent(&self, bytes: u64) {
+        self.sent.increment(bytes);
+    }
+
+    pub(crate) fn received(&self, bytes: u64) {
+        self.received.increment(bytes);
+    }
+
+    pub(crate) fn closed(self, flags: &'static str) {
+        counter!(CLOSED, self.labels.with_flags(flags)).increment(1);
+        self.labels.open_gauge().decrement(1);
+    }
+
+    /// Counts a connection that was never opened.
+    pub(crate) fn failed(labels: Labels, flags: &'static str) {
+        counter!(FAILED, labels.with_flags(flags)).increment(1);
+    }
+}

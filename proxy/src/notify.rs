@@ -1,0 +1,33 @@
+//! Telling a supervisor that we are ready, by systemd's protocol (`sd_notify(3)`): one datagram to `$NOTIFY_SOCKET`.
+//!
+//! Whoever starts us learns of the moment without asking again and again; without the variable nothing is sent.
+
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+pub(crate) fn ready() {
+    notify("READY=1");
+}
+
+pub(crate) fn stopping() {
+    notify("STOPPING=1");
+}
+
+fn notify(state: &str) {
+    if let Err(error) = send(state) {
+        tracing::warn!(%error, state, "cannot tell $NOTIFY_SOCKET");
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the protocol is an environment variable, not a setting")]
+fn send(state: &str) -> io::Result<()> {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(()) };
+    let address = match path.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(&path)?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.send_to_addr(state.as_bytes(), &address).map(|_| ())
+}

@@ -1,0 +1,149 @@
+//! One record per connection: opened at accept, counted and logged exactly once at the end, however it ends.
+//!
+//! Names of the access log's fields and of the metrics are ztunnel's, so that dashboards and parsers keep working.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use tokio::time::Instant;
+use underpass_config::{SpiffeId, Workload};
+
+use crate::error::{Fault, ProxyError, chain};
+use crate::metrics::{ConnectionMetrics, Labels};
+
+/// Which way a connection goes, and so who reports it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Direction {
+    Inbound,
+    Outbound,
+}
+
+impl Direction {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Inbound => "inbound",
+            Self::Outbound => "outbound",
+        }
+    }
+}
+
+/// One end of a connection, as far as it is known.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Party {
+    pub(crate) address: Option<SocketAddr>,
+    pub(crate) workload: Option<Arc<Workload>>,
+    /// Proven by a handshake, or demanded of one.
+    pub(crate) identity: Option<SpiffeId>,
+}
+
+/// What is known of a connection, and what it carried.
+#[derive(Debug)]
+pub(crate) struct ConnectionRecord {
+    direction: Direction,
+    opened: Instant,
+    pub(crate) source: Party,
+    pub(crate) destination: Party,
+    /// The address of the tunnel's other end, if a tunnel carries the connection.
+    pub(crate) hbone: Option<SocketAddr>,
+    metrics: Option<ConnectionMetrics>,
+    sent: AtomicU64,
+    received: AtomicU64,
+    outcome: Result<(), ProxyError>,
+}
+
+impl ConnectionRecord {
+    pub(crate) fn new(direction: Direction, source: Party, destination: Party) -> Self {
+        Self {
+            direction,
+            opened: Instant::now(),
+            source,
+            destination,
+            hbone: None,
+            metrics: None,
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            outcome: Err(ProxyError::Dropped),
+        }
+    }
+
+    /// Counts the connection as opened; both parties must be known by now.
+    pub(crate) fn established(&mut self) {
+        if self.metrics.is_none() {
+            self.metrics = Some(ConnectionMetrics::opened(self.labels()));
+        }
+    }
+
+    /// Counts bytes that went to the client.
+    pub(crate) fn sent(&self, bytes: usize) {
+        self.sent.fetch_add(bytes as u64, Relaxed);
+        if let Some(metrics) = &self.metrics {
+            metrics.sent(bytes as u64);
+        }
+    }
+
+    /// Counts bytes that came from the client.
+    pub(crate) fn received(&self, bytes: usize) {
+        self.received.fetch_add(bytes as u64, Relaxed);
+        if let Some(metrics) = &self.metrics {
+            metrics.received(bytes as u64);
+        }
+    }
+
+    /// Closes the record: it is counted and logged here and nowhere else.
+    pub(crate) fn close(mut self, outcome: Result<(), ProxyError>) {
+        self.outcome = outcome;
+    }
+
+    fn labels(&self) -> Labels {
+        Labels::new(self.direction, &self.source, &self.destination, self.hbone.is_some())
+    }
+
+    fn log(&self) {
+        let reason = self.outcome.as_ref().err().map(ProxyError::reason);
+        let error = self.outcome.as_ref().err().map(|error| chain(error));
+        let workload = |party: &Party| party.workload.clone();
+        let (source, destination) = (workload(&self.source), workload(&self.destination));
+        macro_rules! access {
+            ($level:expr, $message:literal) => {
+                tracing::event!(
+                    target: "access",
+                    $level,
+                    src.addr = self.source.address.map(tracing::field::display),
+                    src.workload = source.as_ref().map(|w| w.name.as_str()),
+                    src.namespace = source.as_ref().map(|w| w.namespace.as_str()),
+                    src.identity = self.source.identity.as_ref().map(tracing::field::display),
+                    dst.addr = self.destination.address.map(tracing::field::display),
+                    dst.hbone_addr = self.hbone.map(tracing::field::display),
+                    dst.workload = destination.as_ref().map(|w| w.name.as_str()),
+                    dst.namespace = destination.as_ref().map(|w| w.namespace.as_str()),
+                    dst.identity = self.destination.identity.as_ref().map(tracing::field::display),
+                    direction = self.direction.as_str(),
+                    bytes_sent = self.sent.load(Relaxed),
+                    bytes_recv = self.received.load(Relaxed),
+                    duration = format!("{}ms", self.opened.elapsed().as_millis()),
+                    reason = reason.map(|reason| reason.code),
+                    error,
+                    $message
+                )
+            };
+        }
+        match reason.map(|reason| reason.fault) {
+            None => access!(tracing::Level::INFO, "connection complete"),
+            Some(Fault::Client) => access!(tracing::Level::WARN, "connection failed"),
+            Some(Fault::Peer | Fault::Us) => access!(tracing::Level::ERROR, "connection failed"),
+        }
+    }
+}
+
+impl Drop for ConnectionRecord {
+    /// A record that nobody closed (its task was cancelled) is counted and logged as dropped.
+    fn drop(&mut self) {
+        let flags = self.outcome.as_ref().err().map_or("-", |error| error.reason().flags);
+        match self.metrics.take() {
+            Some(metrics) => metrics.closed(flags),
+            None => ConnectionMetrics::failed(self.labels(), flags),
+        }
+        self.log();
+    }
+}

@@ -1,0 +1,195 @@
+//! Another underpass process: started in a network namespace, waited for until it is ready, ended with us.
+//!
+//! The demonstration, the test suites and the benchmarks run the real binary through this.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::net::UnixDatagram;
+use tokio::process::{Child, ChildStdin, Command};
+use tokio::sync::watch;
+use underpass_interception::{InterceptionError, Namespace};
+
+/// Why a process did not get ready.
+#[derive(Debug, Error)]
+pub enum SpawnError {
+    /// It could not be started.
+    #[error("cannot start {}", program.display())]
+    Start {
+        /// What was to be started.
+        program: PathBuf,
+        /// Why it was not.
+        source: io::Error,
+    },
+    /// Its namespace could not be entered.
+    #[error("cannot enter the namespace")]
+    Namespace(#[source] InterceptionError),
+    /// It ended instead.
+    #[error("it ended with {status} instead of getting ready; it said:\n{log}")]
+    Ended {
+        /// How it ended.
+        status: ExitStatus,
+        /// All that it had written.
+        log: String,
+    },
+    /// It did neither.
+    #[error("it was not ready within {after:?}; it said:\n{log}")]
+    Late {
+        /// The deadline.
+        after: Duration,
+        /// All that it had written.
+        log: String,
+    },
+}
+
+/// A running `underpass run`. Dropping it kills the process.
+#[derive(Debug)]
+pub struct ChildProxy {
+    child: Child,
+    /// Held apart from the child, which would close it as soon as it is waited for.
+    alive: Option<ChildStdin>,
+    log: watch::Receiver<String>,
+}
+
+impl ChildProxy {
+    /// Starts `program run ARGUMENTS…` in `namespace` and waits until it is ready.
+    ///
+    /// # Errors
+    /// See [`SpawnError`].
+    pub async fn start(
+        program: &Path,
+        namespace: &Namespace,
+        arguments: &[impl AsRef<OsStr>],
+        deadline: Duration,
+    ) -> Result<Self, SpawnError> {
+        let failed = |source| SpawnError::Start { program: program.to_owned(), source };
+        let notify = NotifySocket::bind().map_err(failed)?;
+        let mut command = Command::new(program);
+        command.arg("run").args(arguments).arg("--until-eof").env("NOTIFY_SOCKET", &notify.path);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        let runtime = tokio::runtime::Handle::current();
+        let spawn = || {
+            let _runtime = runtime.enter();
+            command.spawn()
+        };
+        let mut child =
+            namespace.run(spawn).map_err(SpawnError::Namespace)?.map_err(failed)?;
+        let log = collect(child.stdout.take(), child.stderr.take());
+        let alive = child.stdin.take();
+        let mut proxy = Self { child, alive, log };
+        let ended = tokio::select! {
+            ready = notify.ready() => return ready.map(|()| proxy).map_err(failed),
+            () = tokio::time::sleep(deadline) => None,
+            status = proxy.child.wait() => Some(status.map_err(failed)?),
+        };
+        let log = proxy.rest_of_log().await;
+        Err(match ended {
+            Some(status) => SpawnError::Ended { status, log },
+            None => SpawnError::Late { after: deadline, log },
+        })
+    }
+
+    /// Its process id, as long as it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// All that it has written so far.
+    pub fn log(&self) -> String {
+        self.log.borrow().clone()
+    }
+
+    /// Waits until what it has written satisfies `enough`; `false` if it ended before.
+    pub async fn logged(&mut self, enough: impl FnMut(&String) -> bool) -> bool {
+        self.log.wait_for(enough).await.is_ok()
+    }
+
+    /// Tells it to stop, as losing its parent would, and waits for its end.
+    ///
+    /// # Errors
+    /// The operating system cannot tell how it ended.
+    pub async fn stop(&mut self) -> io::Result<ExitStatus> {
+        drop(self.alive.take());
+        self.child.wait().await
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// As [`ChildProxy::stop`].
+    pub async fn ended(&mut self) -> io::Result<ExitStatus> {
+        self.child.wait().await
+    }
+
+    /// What it wrote, once it can write no more.
+    async fn rest_of_log(&mut self) -> String {
+        self.child.start_kill().ok();
+        // The collectors end with the pipes, and drop the sender when they do.
+        while self.log.changed().await.is_ok() {}
+        self.log()
+    }
+}
+
+/// Follows the lines of both streams.
+fn collect(
+    stdout: Option<impl AsyncRead + Unpin + Send + 'static>,
+    stderr: Option<impl AsyncRead + Unpin + Send + 'static>,
+) -> watch::Receiver<String> {
+    let (sender, receiver) = watch::channel(String::new());
+    if let Some(stdout) = stdout {
+        tokio::spawn(follow(stdout, sender.clone()));
+    }
+    if let Some(stderr) = stderr {
+        tokio::spawn(follow(stderr, sender));
+    }
+    receiver
+}
+
+async fn follow(stream: impl AsyncRead + Unpin, log: watch::Sender<String>) {
+    let mut lines = BufReader::new(stream).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        log.send_modify(|log| {
+            log.push_str(&line);
+            log.push('\n');
+        });
+    }
+}
+
+/// Where the process tells that it is ready (`sd_notify(3)`).
+struct NotifySocket {
+    socket: UnixDatagram,
+    path: PathBuf,
+}
+
+impl NotifySocket {
+    fn bind() -> io::Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("underpass-{}-{}.notify", std::process::id(), NEXT.fetch_add(1, Relaxed));
+        let path = std::env::temp_dir().join(name);
+        // A file of that name can only be a leftover of an earlier process with our id.
+        std::fs::remove_file(&path).ok();
+        Ok(Self { socket: UnixDatagram::bind(&path)?, path })
+    }
+
+    async fn ready(&self) -> io::Result<()> {
+        let mut message = [0; 256];
+        loop {
+            let length = self.socket.recv(&mut message).await?;
+            if message.get(..length).is_some_and(|message| message.starts_with(b"READY=1")) {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Drop for NotifySocket {
+    fn drop(&mut self) {
+        std::fs::remove_file(&self.path).ok();
+    }
+}

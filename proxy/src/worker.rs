@@ -1,0 +1,134 @@
+//! The data workers: threads with a runtime, a pool and connections of their own.
+//!
+//! The three listeners are dealt to the workers in turn. Whoever accepts gives the connection, not yet registered with any
+//! runtime, to the worker that [`Balance`] chooses; there it stays: nothing is woken across threads per byte.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use tokio::sync::mpsc;
+use tokio::sync::watch;
+use underpass_config::{Mesh, Timeouts};
+use underpass_hbone::{
+    Acceptor, ClientSettings, Connector, HboneError, Identity, Pool, PoolSettings, ServerSettings,
+};
+use underpass_interception::{BoundListener, Ports, Sockets};
+
+use crate::accept::{Accepted, Kind, accept_loop};
+use crate::balance::{Balance, Load};
+use crate::cli::{CommandError, single_threaded_runtime};
+use crate::dial::TunnelDialer;
+use crate::drain::Drain;
+use crate::{inbound, outbound};
+
+/// Connections that may wait to be taken over by a worker; beyond it the accepting worker keeps them.
+const HANDOVER_QUEUE: usize = 1024;
+/// As many as ztunnel opens, and what it allows at least.
+const STREAMS_PER_TUNNEL: usize = 100;
+
+/// What all workers share: settings and snapshots, nothing that is locked per byte.
+#[derive(Debug, Clone)]
+pub(crate) struct Shared {
+    pub(crate) sockets: Sockets,
+    pub(crate) ports: Ports,
+    pub(crate) timeouts: Timeouts,
+    pub(crate) mesh: watch::Receiver<Arc<Mesh>>,
+    pub(crate) identity: Option<Identity>,
+    pub(crate) drain: Drain,
+}
+
+/// What the connections of one worker share.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) shared: Shared,
+    /// The tunnels that this worker has opened; `None` without a certificate.
+    pub(crate) pool: Option<Pool<TunnelDialer>>,
+    /// What accepts tunnels; `None` without a certificate.
+    pub(crate) acceptor: Option<Acceptor>,
+    pub(crate) balance: Arc<Balance>,
+    pub(crate) index: usize,
+}
+
+impl Worker {
+    fn new(shared: Shared, balance: Arc<Balance>, index: usize) -> Result<Self, HboneError> {
+        let Timeouts { connect, handshake, reply, pool_idle, .. } = shared.timeouts;
+        let dialer = TunnelDialer { sockets: shared.sockets.clone(), balance: balance.clone(), worker: index };
+        let settings = PoolSettings {
+            dial: connect,
+            handshake,
+            reply,
+            idle: pool_idle,
+            streams_per_tunnel: STREAMS_PER_TUNNEL,
+        };
+        let identity = shared.identity.as_ref();
+        let connector = identity.map(|identity| Connector::new(identity, ClientSettings::default()));
+        let pool = connector.transpose()?.map(|connector| Pool::new(dialer, connector, settings));
+        let acceptor = identity.map(|identity| Acceptor::new(identity, ServerSettings::default()));
+        Ok(Self { pool, acceptor: acceptor.transpose()?, balance, index, shared })
+    }
+}
+
+/// A connection on its way to the worker that will serve it.
+pub(crate) struct Assignment {
+    pub(crate) accepted: Accepted,
+    pub(crate) load: Load,
+}
+
+/// Starts the workers and deals the listeners to them.
+pub(crate) fn start(
+    shared: &Shared,
+    workers: usize,
+    listeners: Vec<(Kind, BoundListener)>,
+) -> Result<Vec<JoinHandle<()>>, CommandError> {
+    let balance = Balance::new(workers);
+    let (senders, receivers): (Vec<_>, Vec<_>) =
+        (0..workers).map(|_| mpsc::channel(HANDOVER_QUEUE)).unzip();
+    let senders: Arc<[mpsc::Sender<Assignment>]> = senders.into();
+    let mut hands: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
+    for (turn, listener) in listeners.into_iter().enumerate() {
+        if let Some(hand) = hands.get_mut(turn % workers) {
+            hand.push(listener);
+        }
+    }
+    let start_one = |(index, (receiver, hand))| {
+        let worker = Arc::new(Worker::new(shared.clone(), balance.clone(), index)?);
+        let senders = senders.clone();
+        let runtime = single_threaded_runtime()?;
+        let thread = std::thread::Builder::new().name(format!("worker-{index}"));
+        let run = move || runtime.block_on(run(worker, receiver, hand, senders));
+        thread.spawn(run).map_err(CommandError::Start)
+    };
+    receivers.into_iter().zip(hands).enumerate().map(start_one).collect()
+}
+
+async fn run(
+    worker: Arc<Worker>,
+    mut assignments: mpsc::Receiver<Assignment>,
+    listeners: Vec<(Kind, BoundListener)>,
+    peers: Arc<[mpsc::Sender<Assignment>]>,
+) {
+    for (kind, listener) in listeners {
+        tokio::spawn(accept_loop(worker.clone(), kind, listener, peers.clone()));
+    }
+    let drain = worker.shared.drain.clone();
+    loop {
+        tokio::select! {
+            () = drain.ended() => return,
+            Some(assignment) = assignments.recv() => serve(&worker, assignment),
+        }
+    }
+}
+
+/// Serves a connection on this worker until it ends or the drain deadline passes.
+pub(crate) fn serve(worker: &Arc<Worker>, Assignment { accepted, load }: Assignment) {
+    let own = worker.clone();
+    let connection = async move {
+        let _load = load;
+        match accepted.kind {
+            Kind::Outbound => outbound::serve(own, accepted).await,
+            Kind::Plaintext => inbound::serve_plaintext(own, accepted).await,
+            Kind::Hbone => inbound::serve_tunnel(own, accepted).await,
+        }
+    };
+    tokio::spawn(worker.shared.drain.track(connection));
+}
