@@ -10,9 +10,11 @@ use std::os::unix::fs::MetadataExt as _;
 
 use crate::InterceptionError;
 
-/// The inode of the initial network namespace, fixed since Linux 6.18 (NET_NS_INIT_INO,
+/// The inode of the initial network namespace, fixed since [`FIXED_SINCE`] (NET_NS_INIT_INO,
 /// include/uapi/linux/nsfs.h). Other namespaces begin at 0xf0000000, on older kernels too.
 const INITIAL_NET: u64 = 0xEFFF_FFF9;
+/// The first kernel, as major and minor, on which a namespace with another inode is not the host's.
+const FIXED_SINCE: (u32, u32) = (6, 18);
 /// The inode of the initial user namespace (PROC_USER_INIT_INO, include/linux/proc_ns.h).
 const INITIAL_USER: u64 = 0xEFFF_FFFD;
 /// The inode of the initial PID namespace (PROC_PID_INIT_INO).
@@ -39,6 +41,8 @@ pub(crate) fn refuse() -> Result<(), InterceptionError> {
 /// What the kernel shows of the calling thread's namespaces.
 #[derive(Debug, Clone)]
 struct Facts {
+    /// The kernel's major and minor version; zeros if it cannot be read.
+    kernel: (u32, u32),
     net: u64,
     user: u64,
     pid: u64,
@@ -50,7 +54,9 @@ struct Facts {
 impl Facts {
     fn gather() -> io::Result<Self> {
         let inode = |path: &str| fs::metadata(path).map(|file| file.ino());
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Ok(Self {
+            kernel: version(&release).unwrap_or_default(),
             net: inode("/proc/thread-self/ns/net")?,
             user: inode("/proc/thread-self/ns/user")?,
             pid: inode("/proc/thread-self/ns/pid")?,
@@ -63,6 +69,9 @@ impl Facts {
     fn host(&self) -> Option<String> {
         if self.net == INITIAL_NET {
             return Some("it is the kernel's initial one".to_owned());
+        }
+        if self.kernel >= FIXED_SINCE {
+            return None;
         }
         if self.user != INITIAL_USER {
             // Whose network namespace is another user namespace's, has no power over the host's.
@@ -97,6 +106,12 @@ impl Facts {
     }
 }
 
+/// The numbers that a release such as `6.18.44-generic` begins with.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
 fn interfaces() -> io::Result<Vec<String>> {
     let interfaces = nix::net::if_::if_nameindex()?;
     Ok(interfaces
@@ -112,6 +127,7 @@ mod tests {
     /// A process in an ordinary container on a kernel before 6.18.
     fn container() -> Facts {
         Facts {
+            kernel: (6, 17),
             net: 0xF000_0100,
             user: INITIAL_USER,
             pid: 0xF000_0101,
@@ -140,6 +156,22 @@ mod tests {
     #[test]
     fn a_container_is_not_the_host_though_its_process_1_is_in_the_same_namespace() {
         assert_eq!(container().host(), None);
+    }
+
+    #[test]
+    fn a_kernel_with_a_fixed_inode_needs_no_other_sign() {
+        for (release, told) in [
+            ("6.18.44-generic", true),
+            ("7.0.1", true),
+            ("6.17.9", false),
+            ("?", false),
+        ] {
+            let facts = Facts {
+                kernel: version(release).unwrap_or_default(),
+                ..with_interfaces(&["docker0"])
+            };
+            assert_eq!(facts.host().is_none(), told, "{release}");
+        }
     }
 
     #[test]

@@ -94,15 +94,6 @@ impl Interception {
     pub async fn remove(&self) -> Result<(), InterceptionError> {
         remove_everything().await.map(|_| ())
     }
-
-    /// As [`counters`].
-    ///
-    /// # Errors
-    ///
-    /// The kernel refused.
-    pub async fn counters(&self) -> Result<Vec<RuleCounter>, InterceptionError> {
-        counters().await
-    }
 }
 
 /// How often each rule that is installed here matched, in the order of the rules; empty if there

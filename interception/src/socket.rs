@@ -169,13 +169,9 @@ pub fn tune(stream: &impl AsFd) -> io::Result<()> {
 }
 
 /// From now on, dropping `stream` sends RST instead of FIN: an abort stays an abort on the other
-/// side.
-///
-/// # Errors
-///
-/// The kernel's.
-pub fn reset_on_close(stream: &impl AsFd) -> io::Result<()> {
-    SockRef::from(stream).set_linger(Some(Duration::ZERO))
+/// side. A connection that is gone already needs no reset, so that this cannot fail.
+pub fn reset_on_close(stream: &impl AsFd) {
+    let _gone = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
 /// Binds `socket` to an address that is not ours, which takes NET_ADMIN or NET_RAW.

@@ -53,7 +53,12 @@ impl Accepted {
             Kind::Hbone => stream.local_addr().map(canonical),
             Kind::Outbound | Kind::Plaintext => original_destination(&stream),
         };
-        Self { kind, stream, client, destination }
+        Self {
+            kind,
+            stream,
+            client,
+            destination,
+        }
     }
 
     /// Registers the connection with the runtime of the calling worker.
@@ -61,7 +66,11 @@ impl Accepted {
         let destination = self.destination.map_err(ProxyError::NotCaptured)?;
         tune(&self.stream).map_err(ProxyError::Client)?;
         let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
-        Ok(Registered { stream, client: self.client, destination })
+        Ok(Registered {
+            stream,
+            client: self.client,
+            destination,
+        })
     }
 }
 
@@ -122,7 +131,9 @@ async fn accept_forever(
 
 /// accept(2): errors that were already pending on the new connection say nothing about the listener.
 fn is_of_one_connection(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionAborted, ConnectionReset, HostUnreachable, NetworkDown, NetworkUnreachable};
+    use io::ErrorKind::{
+        ConnectionAborted, ConnectionReset, HostUnreachable, NetworkDown, NetworkUnreachable,
+    };
     matches!(
         error.kind(),
         ConnectionAborted | ConnectionReset | HostUnreachable | NetworkDown | NetworkUnreachable
@@ -142,6 +153,12 @@ fn assign(worker: &Arc<Worker>, accepted: Accepted, peers: &[mpsc::Sender<Assign
     };
     if let Err(refused) = other.try_send(assignment) {
         let Assignment { accepted, .. } = refused.into_inner();
-        serve(worker, Assignment { accepted, load: worker.balance.load(worker.index) });
+        serve(
+            worker,
+            Assignment {
+                accepted,
+                load: worker.balance.load(worker.index),
+            },
+        );
     }
 }

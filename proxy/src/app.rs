@@ -46,14 +46,28 @@ pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), Comma
     readiness.draining();
     notify::stopping();
     let deadline = settings.timeouts.drain;
-    tracing::info!(why, connections = shared.drain.open(), ?deadline, "stopping");
-    tokio::select! {
-        aborted = shared.drain.drain(deadline) => tracing::info!(aborted, "drained"),
-        why = stop.wait() => tracing::warn!(why, "told to stop again: not draining any longer"),
-    }
+    tracing::info!(
+        why,
+        connections = shared.drain.open(),
+        ?deadline,
+        "stopping"
+    );
+    let aborted = tokio::select! {
+        aborted = shared.drain.drain(deadline) => aborted,
+        why = stop.wait() => {
+            tracing::warn!(why, "told to stop again: not draining any longer");
+            shared.drain.drain(Duration::ZERO).await
+        }
+    };
+    tracing::info!(aborted, "drained");
     leave(&settings.interception, interception.as_ref()).await?;
     // A worker that does not end holds nothing that the end of the process would not free.
-    tokio::time::timeout(Duration::from_secs(1), tokio::task::spawn_blocking(|| join(threads))).await.ok();
+    tokio::time::timeout(
+        Duration::from_secs(1),
+        tokio::task::spawn_blocking(|| join(threads)),
+    )
+    .await
+    .ok();
     tracing::info!("stopped");
     Ok(())
 }
@@ -79,9 +93,26 @@ fn bind_data_path(
     ports: Ports,
 ) -> Result<Vec<(Kind, BoundListener)>, CommandError> {
     Ok(vec![
-        (Kind::Outbound, sockets.listen(ports.outbound, "caught outbound connections", "proxy.outbound_port")?),
-        (Kind::Hbone, sockets.listen(ports.hbone, "tunnels", "proxy.hbone_port")?),
-        (Kind::Plaintext, sockets.listen(ports.inbound, "caught inbound connections", "proxy.inbound_port")?),
+        (
+            Kind::Outbound,
+            sockets.listen(
+                ports.outbound,
+                "caught outbound connections",
+                "proxy.outbound_port",
+            )?,
+        ),
+        (
+            Kind::Hbone,
+            sockets.listen(ports.hbone, "tunnels", "proxy.hbone_port")?,
+        ),
+        (
+            Kind::Plaintext,
+            sockets.listen(
+                ports.inbound,
+                "caught inbound connections",
+                "proxy.inbound_port",
+            )?,
+        ),
     ])
 }
 
@@ -93,8 +124,18 @@ fn bind_endpoints(
 ) -> Result<(), CommandError> {
     let handle = metrics::install().map_err(CommandError::Metrics)?;
     let endpoints = [
-        (Endpoint::Readiness(readiness.clone()), settings.readiness, "readiness", "readiness.address"),
-        (Endpoint::Metrics(handle), settings.metrics, "metrics", "metrics.address"),
+        (
+            Endpoint::Readiness(readiness.clone()),
+            settings.readiness,
+            "readiness",
+            "readiness.address",
+        ),
+        (
+            Endpoint::Metrics(handle),
+            settings.metrics,
+            "metrics",
+            "metrics.address",
+        ),
     ];
     for (endpoint, address, purpose, setting) in endpoints {
         let listener = sockets.listen_on(address, purpose, setting)?;
@@ -108,7 +149,8 @@ fn bind_endpoints(
 }
 
 fn shared(settings: &Settings, sockets: Sockets, ports: Ports) -> Result<Shared, CommandError> {
-    let identity = settings.identity.as_ref().map(Identity::from_files).transpose()?;
+    let identity = settings.identity.as_ref().map(Identity::from_files).transpose();
+    let identity = identity.map_err(CommandError::Identity)?;
     match &identity {
         None => tracing::warn!("no certificate (identity.*): HBONE is off, inbound and outbound"),
         Some(own) if *own.spiffe_id() != settings.workload.spiffe_id => tracing::warn!(
@@ -146,7 +188,9 @@ async fn leave(
     settings: &InterceptionSettings,
     interception: Option<&Interception>,
 ) -> Result<(), CommandError> {
-    let Some(interception) = interception else { return Ok(()) };
+    let Some(interception) = interception else {
+        return Ok(());
+    };
     match settings.on_exit {
         OnExit::Keep => tracing::info!(
             "the rules stay, so nothing leaves in plain; `underpass rules remove` removes them"
@@ -171,7 +215,10 @@ impl StopSignal {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).map_err(CommandError::Start)?,
             interrupt: signal(SignalKind::interrupt()).map_err(CommandError::Start)?,
-            parent: until_eof.then(ParentGone::watch).transpose().map_err(CommandError::Start)?,
+            parent: until_eof
+                .then(ParentGone::watch)
+                .transpose()
+                .map_err(CommandError::Start)?,
         })
     }
 

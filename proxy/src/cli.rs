@@ -11,7 +11,8 @@ mod run;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use metrics_exporter_prometheus::BuildError;
 use thiserror::Error;
 use underpass_config::ConfigErrors;
@@ -24,7 +25,9 @@ use crate::error::chain;
 /// Transparent zero-trust networking below the application.
 #[derive(Debug, Parser)]
 #[command(name = "underpass", version, arg_required_else_help = true)]
-#[command(after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong.")]
+#[command(
+    after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -45,6 +48,15 @@ enum Command {
     /// Check or show settings without running anything
     #[command(subcommand)]
     Config(config::Command),
+    /// Print a completion script for a shell
+    #[command(after_help = "Example:\n  underpass completions bash > /etc/bash_completion.d/underpass")]
+    Completions {
+        /// For which shell
+        shell: Shell,
+    },
+    /// Print the manual page
+    #[command(after_help = "Example:\n  underpass man > /usr/share/man/man1/underpass.1")]
+    Man,
 }
 
 /// Why a command did not do what it was told.
@@ -55,6 +67,8 @@ pub(crate) enum CommandError {
     Config(#[from] ConfigErrors),
     #[error(transparent)]
     Interception(#[from] InterceptionError),
+    #[error("the certificate cannot be used (identity.certificate, identity.key, identity.roots)")]
+    Identity(#[source] HboneError),
     #[error(transparent)]
     Hbone(#[from] HboneError),
     #[error(transparent)]
@@ -84,6 +98,8 @@ pub fn main() -> ExitCode {
         Command::Rules(command) => rules::run(&command),
         Command::Ca(command) => ca::run(command),
         Command::Config(command) => config::run(command),
+        Command::Completions { shell } => completions(shell),
+        Command::Man => manual(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -95,14 +111,31 @@ pub fn main() -> ExitCode {
     }
 }
 
+fn completions(shell: Shell) -> Result<(), CommandError> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "underpass", &mut script);
+    io::stdout().write_all(&script).map_err(CommandError::Output)
+}
+
+fn manual() -> Result<(), CommandError> {
+    let mut page = Vec::new();
+    clap_mangen::Man::new(Cli::command()).render(&mut page).map_err(CommandError::Output)?;
+    io::stdout().write_all(&page).map_err(CommandError::Output)
+}
+
 /// Writes a result.
 fn print(text: &str) -> Result<(), CommandError> {
-    io::stdout().write_all(text.as_bytes()).map_err(CommandError::Output)
+    io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(CommandError::Output)
 }
 
 /// A runtime on the thread that uses it.
 pub(crate) fn single_threaded_runtime() -> Result<tokio::runtime::Runtime, CommandError> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CommandError::Start)
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(CommandError::Start)
 }
 
 #[cfg(test)]
@@ -111,6 +144,6 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        <Cli as clap::CommandFactory>::command().debug_assert();
+        Cli::command().debug_assert();
     }
 }

@@ -21,144 +21,179 @@ const FIRST_READ: usize = 4 * 1024;
 /// What a busy connection's read may take: large enough to make system calls rare, small enough to stay in L2.
 const LARGEST_READ: usize = 128 * 1024;
 
-/// One proxied connection while its bytes move: who is at which end, what is counted, and what may cut it short.
+/// One proxied connection while its bytes move: what is counted, and what may cut it short.
 #[derive(Clone, Copy)]
 pub(crate) struct Flow<'a> {
-    record: &'a ConnectionRecord,
-    drain: &'a Drain,
-    app_is_client: bool,
+    pub(crate) record: &'a ConnectionRecord,
+    pub(crate) drain: &'a Drain,
 }
 
-impl<'a> Flow<'a> {
-    /// The application's connection is the client's: outbound, and inbound in plain.
-    pub(crate) fn from_client(record: &'a ConnectionRecord, drain: &'a Drain) -> Self {
-        Self { record, drain, app_is_client: true }
-    }
-
-    /// The application's connection is the upstream: inbound through a tunnel.
-    pub(crate) fn to_upstream(record: &'a ConnectionRecord, drain: &'a Drain) -> Self {
-        Self { record, drain, app_is_client: false }
-    }
-
-    /// Copies between the application and a tunnel.
-    pub(crate) async fn through_tunnel(
+impl Flow<'_> {
+    /// Copies between a client's connection and the tunnel that leads to its destination.
+    pub(crate) async fn into_tunnel(
         self,
-        mut app: TcpStream,
+        client: TcpStream,
         tunnel: TunnelStream,
+    ) -> Result<(), ProxyError> {
+        let received = |bytes| self.record.received(bytes);
+        let sent = |bytes| self.record.sent(bytes);
+        self.through_tunnel(client, ProxyError::Client, tunnel, received, sent)
+            .await
+    }
+
+    /// Copies between the tunnel that a client came through and the application.
+    pub(crate) async fn out_of_tunnel(
+        self,
+        tunnel: TunnelStream,
+        app: TcpStream,
+    ) -> Result<(), ProxyError> {
+        let received = |bytes| self.record.received(bytes);
+        let sent = |bytes| self.record.sent(bytes);
+        self.through_tunnel(app, ProxyError::Upstream, tunnel, sent, received)
+            .await
+    }
+
+    async fn through_tunnel(
+        self,
+        mut stream: TcpStream,
+        broke: fn(io::Error) -> ProxyError,
+        tunnel: TunnelStream,
+        into_tunnel: impl Fn(usize),
+        out_of_tunnel: impl Fn(usize),
     ) -> Result<(), ProxyError> {
         let (mut reader, mut writer) = tunnel.split();
         let outcome = {
-            let (app_reader, app_writer) = app.split();
-            let out = self.to_tunnel(app_reader, &mut writer);
-            let back = self.from_tunnel(&mut reader, app_writer);
-            self.drain.or_abort(async { tokio::try_join!(out, back) }).await
+            let (read, write) = stream.split();
+            let there = pump(TcpSource::new(read, broke), &mut writer, into_tunnel);
+            let back = pump(
+                &mut reader,
+                TcpSink {
+                    stream: write,
+                    broke,
+                },
+                out_of_tunnel,
+            );
+            self.drain
+                .or_abort(async { tokio::try_join!(there, back) })
+                .await
         };
         if outcome.is_err() {
             writer.abort();
-            reset_on_close(&app).ok();
+            reset_on_close(&stream);
         }
         outcome.map(|_| ())
     }
 
-    /// Copies between the client and an upstream connection.
+    /// Copies between a client's connection and one to its destination.
     pub(crate) async fn through_tcp(
         self,
         mut client: TcpStream,
         mut upstream: TcpStream,
     ) -> Result<(), ProxyError> {
         let outcome = {
-            let (client_reader, client_writer) = client.split();
-            let (upstream_reader, upstream_writer) = upstream.split();
-            let (client_broke, upstream_broke) = (ProxyError::Client, ProxyError::Upstream);
-            let out = pump(client_reader, upstream_writer, client_broke, upstream_broke, |bytes| {
-                self.record.received(bytes);
+            let (read, write) = client.split();
+            let from_client = TcpSource::new(read, ProxyError::Client);
+            let to_client = TcpSink {
+                stream: write,
+                broke: ProxyError::Client,
+            };
+            let (read, write) = upstream.split();
+            let from_upstream = TcpSource::new(read, ProxyError::Upstream);
+            let to_upstream = TcpSink {
+                stream: write,
+                broke: ProxyError::Upstream,
+            };
+            let there = pump(from_client, to_upstream, |bytes| {
+                self.record.received(bytes)
             });
-            let back = pump(upstream_reader, client_writer, upstream_broke, client_broke, |bytes| {
-                self.record.sent(bytes);
-            });
-            self.drain.or_abort(async { tokio::try_join!(out, back) }).await
+            let back = pump(from_upstream, to_client, |bytes| self.record.sent(bytes));
+            self.drain
+                .or_abort(async { tokio::try_join!(there, back) })
+                .await
         };
         if outcome.is_err() {
-            reset_on_close(&client).ok();
-            reset_on_close(&upstream).ok();
+            reset_on_close(&client);
+            reset_on_close(&upstream);
         }
         outcome.map(|_| ())
     }
+}
 
-    async fn to_tunnel(
-        &self,
-        app: ReadHalf<'_>,
-        tunnel: &mut TunnelWriter,
-    ) -> Result<(), ProxyError> {
-        let mut source = Source::new(app);
-        while let Some(data) = source.read().await.map_err(|error| self.app_broke(error))? {
-            let bytes = data.len();
-            tunnel.write(data).await.map_err(ProxyError::Tunnel)?;
-            if self.app_is_client { self.record.received(bytes) } else { self.record.sent(bytes) }
-        }
-        tunnel.finish().map_err(ProxyError::Tunnel)
+/// Moves bytes from `from` to `to` until the one ends well, and then ends the other well.
+async fn pump(
+    mut from: impl Source,
+    mut to: impl Sink,
+    moved: impl Fn(usize),
+) -> Result<(), ProxyError> {
+    while let Some(data) = from.read().await? {
+        let bytes = data.len();
+        to.write(data).await?;
+        moved(bytes);
     }
+    to.finish().await
+}
 
-    async fn from_tunnel(
-        &self,
-        tunnel: &mut TunnelReader,
-        mut app: WriteHalf<'_>,
-    ) -> Result<(), ProxyError> {
-        while let Some(data) = tunnel.read().await.map_err(ProxyError::Tunnel)? {
-            app.write_all(&data).await.map_err(|error| self.app_broke(error))?;
-            let bytes = data.len();
-            if self.app_is_client { self.record.sent(bytes) } else { self.record.received(bytes) }
-        }
-        app.shutdown().await.map_err(|error| self.app_broke(error))
-    }
+/// Where bytes come from.
+trait Source {
+    /// The next bytes, never empty; `None` after a clean end (FIN, END_STREAM).
+    async fn read(&mut self) -> Result<Option<Bytes>, ProxyError>;
+}
 
-    fn app_broke(&self, error: io::Error) -> ProxyError {
-        if self.app_is_client { ProxyError::Client(error) } else { ProxyError::Upstream(error) }
+/// Where bytes go.
+trait Sink {
+    /// Takes all of `data`, waiting for room.
+    async fn write(&mut self, data: Bytes) -> Result<(), ProxyError>;
+    /// Ends this direction cleanly (FIN, END_STREAM); the other one goes on.
+    async fn finish(&mut self) -> Result<(), ProxyError>;
+}
+
+impl Source for &mut TunnelReader {
+    async fn read(&mut self) -> Result<Option<Bytes>, ProxyError> {
+        TunnelReader::read(self).await.map_err(ProxyError::Tunnel)
     }
 }
 
-async fn pump(
-    from: ReadHalf<'_>,
-    mut to: WriteHalf<'_>,
-    read_error: fn(io::Error) -> ProxyError,
-    write_error: fn(io::Error) -> ProxyError,
-    moved: impl Fn(usize),
-) -> Result<(), ProxyError> {
-    let mut source = Source::new(from);
-    while let Some(data) = source.read().await.map_err(read_error)? {
-        to.write_all(&data).await.map_err(write_error)?;
-        moved(data.len());
+impl Sink for &mut TunnelWriter {
+    async fn write(&mut self, data: Bytes) -> Result<(), ProxyError> {
+        TunnelWriter::write(self, data)
+            .await
+            .map_err(ProxyError::Tunnel)
     }
-    to.shutdown().await.map_err(write_error)
+
+    async fn finish(&mut self) -> Result<(), ProxyError> {
+        TunnelWriter::finish(self).map_err(ProxyError::Tunnel)
+    }
+}
+
+struct TcpSink<'a> {
+    stream: WriteHalf<'a>,
+    /// What an error of this connection is: the client's or the upstream's.
+    broke: fn(io::Error) -> ProxyError,
+}
+
+impl Sink for TcpSink<'_> {
+    async fn write(&mut self, data: Bytes) -> Result<(), ProxyError> {
+        self.stream.write_all(&data).await.map_err(self.broke)
+    }
+
+    async fn finish(&mut self) -> Result<(), ProxyError> {
+        self.stream.shutdown().await.map_err(self.broke)
+    }
 }
 
 /// Reads a connection into buffers that grow while it is busy and are not held while it is idle.
-struct Source<'a> {
+struct TcpSource<'a> {
     stream: ReadHalf<'a>,
+    broke: fn(io::Error) -> ProxyError,
     size: usize,
 }
 
-impl<'a> Source<'a> {
-    fn new(stream: ReadHalf<'a>) -> Self {
-        Self { stream, size: FIRST_READ }
-    }
-
-    /// The next bytes; `None` once the peer has sent FIN.
-    async fn read(&mut self) -> io::Result<Option<Bytes>> {
-        loop {
-            let mut buffer = BytesMut::with_capacity(self.size);
-            match self.stream.try_read_buf(&mut buffer) {
-                Ok(0) => return Ok(None),
-                Ok(read) => {
-                    self.adapt(read);
-                    return Ok(Some(buffer.freeze()));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    drop(buffer);
-                    self.stream.readable().await?;
-                }
-                Err(error) => return Err(error),
-            }
+impl<'a> TcpSource<'a> {
+    fn new(stream: ReadHalf<'a>, broke: fn(io::Error) -> ProxyError) -> Self {
+        Self {
+            stream,
+            broke,
+            size: FIRST_READ,
         }
     }
 
@@ -168,6 +203,27 @@ impl<'a> Source<'a> {
             self.size = (self.size * 2).min(LARGEST_READ);
         } else if read < self.size / 4 {
             self.size = (self.size / 2).max(FIRST_READ);
+        }
+    }
+}
+
+impl Source for TcpSource<'_> {
+    async fn read(&mut self) -> Result<Option<Bytes>, ProxyError> {
+        loop {
+            let mut buffer = BytesMut::with_capacity(self.size);
+            match self.stream.try_read_buf(&mut buffer) {
+                Ok(0) => return Ok(None),
+                Ok(read) => {
+                    self.adapt(read);
+                    return Ok(Some(buffer.freeze()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    // An idle connection holds no buffer.
+                    drop(buffer);
+                    self.stream.readable().await.map_err(self.broke)?;
+                }
+                Err(error) => return Err((self.broke)(error)),
+            }
         }
     }
 }

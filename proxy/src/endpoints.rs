@@ -64,7 +64,9 @@ impl Endpoint {
             (Self::Readiness(readiness), "/healthz/ready") => readiness.answer(),
             (Self::Metrics(metrics), "/metrics" | "/stats/prometheus") => {
                 let mut response = Response::new(Full::from(metrics.render()));
-                response.headers_mut().insert(header::CONTENT_TYPE, PROMETHEUS_TEXT);
+                response
+                    .headers_mut()
+                    .insert(header::CONTENT_TYPE, PROMETHEUS_TEXT);
                 response
             }
             (Self::Readiness(_), _) => text(StatusCode::NOT_FOUND, "here is only /healthz/ready\n"),
@@ -78,8 +80,12 @@ impl Endpoint {
         let places = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
             // The semaphore is never closed, so a place always comes.
-            let Ok(place) = places.clone().acquire_owned().await else { return Ok(()) };
-            let Some(stream) = accept(&listener).await else { continue };
+            let Ok(place) = places.clone().acquire_owned().await else {
+                return Ok(());
+            };
+            let Some(stream) = accept(&listener).await else {
+                continue;
+            };
             let endpoint = self.clone();
             tokio::spawn(async move {
                 let answer = service_fn(|request| {

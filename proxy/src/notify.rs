@@ -21,9 +21,14 @@ fn notify(state: &str) {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "the protocol is an environment variable, not a setting")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the protocol is an environment variable, not a setting"
+)]
 fn send(state: &str) -> io::Result<()> {
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(()) };
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return Ok(());
+    };
     let address = match path.as_bytes().strip_prefix(b"@") {
         Some(name) => SocketAddr::from_abstract_name(name)?,
         None => SocketAddr::from_pathname(&path)?,

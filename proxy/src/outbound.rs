@@ -26,7 +26,10 @@ pub(crate) async fn serve(worker: Arc<Worker>, accepted: Accepted) {
         workload: mesh.workload(accepted.client.ip()).cloned(),
         identity: None,
     };
-    let destination = Party { address: accepted.destination.as_ref().ok().copied(), ..Party::default() };
+    let destination = Party {
+        address: accepted.destination.as_ref().ok().copied(),
+        ..Party::default()
+    };
     let mut record = ConnectionRecord::new(Direction::Outbound, source, destination);
     let outcome = match accepted.register() {
         Ok(connection) => forward(&worker, &mesh, connection, &mut record).await,
@@ -38,7 +41,11 @@ pub(crate) async fn serve(worker: Arc<Worker>, accepted: Accepted) {
 async fn forward(
     worker: &Worker,
     mesh: &Mesh,
-    Registered { stream, destination, .. }: Registered,
+    Registered {
+        stream,
+        destination,
+        ..
+    }: Registered,
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
@@ -48,14 +55,14 @@ async fn forward(
         Ok(onward) => onward,
         Err(error) => {
             // The application saw its connection open; only a reset tells it that nothing was on the other side.
-            reset_on_close(&stream).ok();
+            reset_on_close(&stream);
             return Err(error);
         }
     };
     record.established();
-    let flow = Flow::from_client(record, drain);
+    let flow = Flow { record, drain };
     match onward {
-        Onward::Tunnel(tunnel) => flow.through_tunnel(stream, tunnel).await,
+        Onward::Tunnel(tunnel) => flow.into_tunnel(stream, tunnel).await,
         Onward::Plain(upstream) => flow.through_tcp(stream, upstream).await,
     }
 }
@@ -75,14 +82,25 @@ async fn connect(
     match route {
         Route::Plain { .. } => {
             let deadline = worker.shared.timeouts.connect;
-            dial(&worker.shared.sockets, &permit, None, deadline).await.map(Onward::Plain)
+            dial(&worker.shared.sockets, &permit, None, deadline)
+                .await
+                .map(Onward::Plain)
         }
         Route::Tunnel { workload, peer, .. } => {
             record.hbone = Some(*peer);
-            record.source.identity = worker.shared.identity.as_ref().map(|own| own.spiffe_id().clone());
+            record.source.identity = worker
+                .shared
+                .identity
+                .as_ref()
+                .map(|own| own.spiffe_id().clone());
             record.destination.identity = Some(workload.identity.clone());
-            let key = TunnelKey { address: *peer, peers: [workload.identity.clone()].into() };
-            tunnel(worker, &permit, *peer, &key).await.map(Onward::Tunnel)
+            let key = TunnelKey {
+                address: *peer,
+                peers: [workload.identity.clone()].into(),
+            };
+            tunnel(worker, &permit, *peer, &key)
+                .await
+                .map(Onward::Tunnel)
         }
     }
 }

@@ -44,7 +44,7 @@ pub(crate) struct ConnectionRecord {
     opened: Instant,
     pub(crate) source: Party,
     pub(crate) destination: Party,
-    /// The address of the tunnel's other end, if a tunnel carries the connection.
+    /// The address of the HBONE listener, if a tunnel carries the connection.
     pub(crate) hbone: Option<SocketAddr>,
     metrics: Option<ConnectionMetrics>,
     sent: AtomicU64,
@@ -96,28 +96,54 @@ impl ConnectionRecord {
     }
 
     fn labels(&self) -> Labels {
-        Labels::new(self.direction, &self.source, &self.destination, self.hbone.is_some())
+        Labels::new(
+            self.direction,
+            &self.source,
+            &self.destination,
+            self.hbone.is_some(),
+        )
     }
 
     fn log(&self) {
         let reason = self.outcome.as_ref().err().map(ProxyError::reason);
         let error = self.outcome.as_ref().err().map(|error| chain(error));
-        let workload = |party: &Party| party.workload.clone();
-        let (source, destination) = (workload(&self.source), workload(&self.destination));
+        let [source, destination] = [&self.source, &self.destination].map(|party| PartyFields {
+            workload: party
+                .workload
+                .as_ref()
+                .map(|workload| workload.name.as_str()),
+            namespace: party
+                .workload
+                .as_ref()
+                .map(|workload| workload.namespace.as_str()),
+            cluster: party
+                .workload
+                .as_ref()
+                .map(|workload| workload.cluster_id.as_str()),
+            identity: party.identity.as_ref().map(ToString::to_string),
+        });
+        // As ztunnel has it: the address of the connection itself, and the one that the tunnel leads to.
+        let target = self.destination.address;
+        let (address, tunnelled) = match self.hbone {
+            Some(hbone) => (Some(hbone), target),
+            None => (target, None),
+        };
         macro_rules! access {
             ($level:expr, $message:literal) => {
                 tracing::event!(
                     target: "access",
                     $level,
                     src.addr = self.source.address.map(tracing::field::display),
-                    src.workload = source.as_ref().map(|w| w.name.as_str()),
-                    src.namespace = source.as_ref().map(|w| w.namespace.as_str()),
-                    src.identity = self.source.identity.as_ref().map(tracing::field::display),
-                    dst.addr = self.destination.address.map(tracing::field::display),
-                    dst.hbone_addr = self.hbone.map(tracing::field::display),
-                    dst.workload = destination.as_ref().map(|w| w.name.as_str()),
-                    dst.namespace = destination.as_ref().map(|w| w.namespace.as_str()),
-                    dst.identity = self.destination.identity.as_ref().map(tracing::field::display),
+                    src.workload = source.workload,
+                    src.namespace = source.namespace,
+                    src.identity = source.identity,
+                    src.cluster = source.cluster,
+                    dst.addr = address.map(tracing::field::display),
+                    dst.hbone_addr = tunnelled.map(tracing::field::display),
+                    dst.workload = destination.workload,
+                    dst.namespace = destination.namespace,
+                    dst.identity = destination.identity,
+                    dst.cluster = destination.cluster,
                     direction = self.direction.as_str(),
                     bytes_sent = self.sent.load(Relaxed),
                     bytes_recv = self.received.load(Relaxed),
@@ -136,10 +162,22 @@ impl ConnectionRecord {
     }
 }
 
+/// What the access log tells of one end.
+struct PartyFields<'a> {
+    workload: Option<&'a str>,
+    namespace: Option<&'a str>,
+    cluster: Option<&'a str>,
+    identity: Option<String>,
+}
+
 impl Drop for ConnectionRecord {
     /// A record that nobody closed (its task was cancelled) is counted and logged as dropped.
     fn drop(&mut self) {
-        let flags = self.outcome.as_ref().err().map_or("-", |error| error.reason().flags);
+        let flags = self
+            .outcome
+            .as_ref()
+            .err()
+            .map_or("-", |error| error.reason().flags);
         match self.metrics.take() {
             Some(metrics) => metrics.closed(flags),
             None => ConnectionMetrics::failed(self.labels(), flags),

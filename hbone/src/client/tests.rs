@@ -91,7 +91,7 @@ async fn a_server_that_nobody_is_expected_at_is_refused() {
         mesh.acceptor.accept(far, SECOND)
     );
     assert!(matches!(client, Err(HboneError::UnexpectedPeer { .. })));
-    assert!(server.is_err());
+    server.unwrap_err();
 }
 
 #[tokio::test]

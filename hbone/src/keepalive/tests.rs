@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use http::HeaderMap;
 use tokio::io::duplex;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::testing::{Awkward, HOUR, Mesh, SECOND, Served, request};
 use crate::{ClientSettings, HboneError, ServerSettings, TunnelStream};
@@ -52,7 +52,11 @@ async fn a_peer_that_goes_silent_is_given_up_by_either_side() {
         deaf.store(true, Ordering::Relaxed);
         let hearing = if client_is_deaf { far } else { near };
         let (mut reader, mut writer) = hearing.split();
-        let error = reader.read().await.unwrap_err();
+        // Bounded, so that a watch that never gives up fails here and does not hang.
+        let error = timeout(60 * SECOND, reader.read())
+            .await
+            .unwrap()
+            .unwrap_err();
         assert!(
             matches!(error, HboneError::Unresponsive { .. }),
             "{error:?}"

@@ -96,7 +96,7 @@ async fn a_drained_tunnel_lets_streams_end_and_takes_no_new_ones() {
         .unwrap();
     assert_eq!(near_reader.read().await.unwrap().unwrap(), "after GOAWAY");
     assert!(tunnel.is_closed());
-    assert!(tunnel.connect(request(), SECOND).await.is_err());
+    tunnel.connect(request(), SECOND).await.unwrap_err();
     far_writer.finish().unwrap();
     near_writer.finish().unwrap();
     assert!(near_reader.read().await.unwrap().is_none());

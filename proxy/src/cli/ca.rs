@@ -21,7 +21,9 @@ pub(super) enum Command {
         trust_domain: TrustDomain,
     },
     /// Issue a workload's certificate: PREFIX.pem (leaf, then chain) and PREFIX.key
-    #[command(after_help = "Example:\n  underpass ca issue --dir ca --spiffe-id spiffe://cluster.local/ns/default/sa/web --out web")]
+    #[command(
+        after_help = "Example:\n  underpass ca issue --dir ca --spiffe-id spiffe://cluster.local/ns/default/sa/web --out web"
+    )]
     Issue {
         /// Where the certificate authority is kept
         #[arg(long)]
@@ -39,7 +41,8 @@ pub(super) enum Command {
 }
 
 fn ttl(text: &str) -> Result<Duration, String> {
-    parse_duration(text).ok_or_else(|| "must be above zero with its unit, such as 10m or 24h".to_owned())
+    parse_duration(text)
+        .ok_or_else(|| "must be above zero with its unit, such as 10m or 24h".to_owned())
 }
 
 pub(super) fn run(command: Command) -> Result<(), CommandError> {
@@ -47,9 +50,16 @@ pub(super) fn run(command: Command) -> Result<(), CommandError> {
         Command::Init { dir, trust_domain } => {
             CertificateAuthority::init(&dir, trust_domain)?;
             let dir = dir.display();
-            print(&format!("{dir}/roots.pem: give it to every proxy\n{dir}/ca.key: keep it secret\n"))
+            print(&format!(
+                "{dir}/roots.pem: give it to every proxy\n{dir}/ca.key: keep it secret\n"
+            ))
         }
-        Command::Issue { dir, spiffe_id, out, ttl } => {
+        Command::Issue {
+            dir,
+            spiffe_id,
+            out,
+            ttl,
+        } => {
             let certificate = CertificateAuthority::open(&dir)?.issue(&spiffe_id, ttl)?;
             certificate.write(&out)?;
             let out = out.display();

@@ -2,7 +2,7 @@
 
 use underpass_interception::remove_everything;
 
-use super::{CommandError, single_threaded_runtime, print};
+use super::{CommandError, print, single_threaded_runtime};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -15,7 +15,11 @@ pub(super) fn run(command: &Command) -> Result<(), CommandError> {
     match command {
         Command::Remove => {
             let removed = single_threaded_runtime()?.block_on(remove_everything())?;
-            print(if removed { "removed\n" } else { "there was nothing to remove\n" })
+            print(if removed {
+                "removed\n"
+            } else {
+                "there was nothing to remove\n"
+            })
         }
     }
 }

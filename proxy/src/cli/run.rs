@@ -25,7 +25,9 @@ impl SettingsArguments {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  underpass run --config underpass.yaml --set logging.format=json")]
+#[command(
+    after_help = "Example:\n  underpass run --config underpass.yaml --set logging.format=json"
+)]
 pub(super) struct Arguments {
     #[command(flatten)]
     settings: SettingsArguments,
@@ -37,5 +39,9 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     let settings = arguments.settings.load()?;
     let _logs = logging::start(&settings.logging)?;
-    single_threaded_runtime()?.block_on(app::run(settings, arguments.until_eof))
+    let runtime = single_threaded_runtime()?;
+    let outcome = runtime.block_on(app::run(settings, arguments.until_eof));
+    // Dropping it would wait for the thread that still waits for a worker which does not end.
+    runtime.shutdown_background();
+    outcome
 }

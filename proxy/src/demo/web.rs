@@ -10,8 +10,15 @@ use underpass_interception::Namespace;
 use super::PATIENCE;
 
 /// One GET from inside `pod`; the whole response as text.
-pub(super) fn get(pod: &Namespace, server: SocketAddr, path: &str, token: &str) -> io::Result<String> {
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {server}\r\nX-Token: {token}\r\nConnection: close\r\n\r\n");
+pub(super) fn get(
+    pod: &Namespace,
+    server: SocketAddr,
+    path: &str,
+    token: &str,
+) -> io::Result<String> {
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: {server}\r\nX-Token: {token}\r\nConnection: close\r\n\r\n"
+    );
     let exchange = || -> io::Result<String> {
         let mut stream = TcpStream::connect_timeout(&server, PATIENCE)?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -31,16 +38,20 @@ pub(super) struct Server {
 impl Server {
     /// Serves on `port` of every address of `pod` until the process ends.
     pub(super) fn start(pod: &Namespace, port: u16) -> io::Result<Self> {
-        let listener = pod.run(|| TcpListener::bind(("0.0.0.0", port))).map_err(io::Error::other)??;
+        let listener = pod
+            .run(|| TcpListener::bind(("0.0.0.0", port)))
+            .map_err(io::Error::other)??;
         let requests = Arc::new(AtomicUsize::new(0));
         let served = requests.clone();
-        std::thread::Builder::new().name("demo-server".into()).spawn(move || {
-            for stream in listener.incoming().flatten() {
-                served.fetch_add(1, Relaxed);
-                // A client that went away is not the server's trouble.
-                answer(stream).ok();
-            }
-        })?;
+        std::thread::Builder::new()
+            .name("demo-server".into())
+            .spawn(move || {
+                for stream in listener.incoming().flatten() {
+                    served.fetch_add(1, Relaxed);
+                    // A client that went away is not the server's trouble.
+                    answer(stream).ok();
+                }
+            })?;
         Ok(Self { requests })
     }
 
@@ -67,5 +78,8 @@ fn answer(mut stream: TcpStream) -> io::Result<()> {
     }
     let body = format!("hello from the server\nyou are {peer}\nyour token is {token}\n");
     let length = body.len();
-    write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}")
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+    )
 }
