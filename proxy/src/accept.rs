@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use underpass_interception::{BoundListener, Listener, original_destination, tune};
+use underpass_interception::{BoundListener, Listener, original_destination, reset_on_close, tune};
 
 use crate::error::ProxyError;
 use crate::metrics;
@@ -63,7 +63,10 @@ impl Accepted {
 
     /// Registers the connection with the runtime of the calling worker.
     pub(crate) fn register(self) -> Result<Registered, ProxyError> {
-        let destination = self.destination.map_err(ProxyError::NotCaptured)?;
+        let destination = self.destination.map_err(|error| {
+            reset_on_close(&self.stream);
+            ProxyError::NotCaptured(error)
+        })?;
         tune(&self.stream).map_err(ProxyError::Client)?;
         let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
         Ok(Registered {

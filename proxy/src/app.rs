@@ -149,7 +149,11 @@ fn bind_endpoints(
 }
 
 fn shared(settings: &Settings, sockets: Sockets, ports: Ports) -> Result<Shared, CommandError> {
-    let identity = settings.identity.as_ref().map(Identity::from_files).transpose();
+    let identity = settings
+        .identity
+        .as_ref()
+        .map(Identity::from_files)
+        .transpose();
     let identity = identity.map_err(CommandError::Identity)?;
     match &identity {
         None => tracing::warn!("no certificate (identity.*): HBONE is off, inbound and outbound"),

@@ -49,7 +49,9 @@ enum Command {
     #[command(subcommand)]
     Config(config::Command),
     /// Print a completion script for a shell
-    #[command(after_help = "Example:\n  underpass completions bash > /etc/bash_completion.d/underpass")]
+    #[command(
+        after_help = "Example:\n  underpass completions bash > /etc/bash_completion.d/underpass"
+    )]
     Completions {
         /// For which shell
         shell: Shell,
@@ -114,12 +116,16 @@ pub fn main() -> ExitCode {
 fn completions(shell: Shell) -> Result<(), CommandError> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "underpass", &mut script);
-    io::stdout().write_all(&script).map_err(CommandError::Output)
+    io::stdout()
+        .write_all(&script)
+        .map_err(CommandError::Output)
 }
 
 fn manual() -> Result<(), CommandError> {
     let mut page = Vec::new();
-    clap_mangen::Man::new(Cli::command()).render(&mut page).map_err(CommandError::Output)?;
+    clap_mangen::Man::new(Cli::command())
+        .render(&mut page)
+        .map_err(CommandError::Output)?;
     io::stdout().write_all(&page).map_err(CommandError::Output)
 }
 

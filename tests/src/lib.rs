@@ -1,1 +1,59 @@
-//! placeholder
+//! The harness of the end-to-end suites and the benchmarks: real pods, the real binary, peers that can misbehave.
+//!
+//! In reading order: [`Suite`] runs trials in a sandbox; [`Scene`] sets up the usual two pods, of the parts that [`World`],
+//! [`Pod`], [`Pki`], [`Mesh`] and [`Settings`] are; [`Proxy`] is the real binary in a pod; `peers` and `tls` are what it talks to,
+//! [`tool`] runs programs that judge, and [`Metrics`] and [`Counters`] are what it says of itself.
+//!
+//! Whatever goes wrong here fails the trial that it happens in: by a panic that says what was waited for or wanted. Not here: tests.
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a harness fails a test by panicking"
+)]
+
+mod binary;
+mod counters;
+mod mesh;
+mod metrics;
+mod peers;
+mod pki;
+mod pods;
+mod proxy;
+mod scene;
+mod settings;
+mod suite;
+mod tls;
+mod tools;
+
+pub use binary::binary;
+pub use counters::Counters;
+pub use mesh::Mesh;
+pub use metrics::{Metrics, http_get};
+pub use peers::{
+    DEADLINE, Dial, End, Listener, Server, abort, carry, exchange, read_to_end, within,
+};
+pub use pki::Pki;
+pub use pods::{Family, Pod, World};
+pub use proxy::Proxy;
+pub use scene::{APP, CLIENT, HBONE, SERVER, Scene};
+pub use settings::Settings;
+pub use suite::{Suite, skipped};
+pub use tls::{TlsClient, TlsServer};
+pub use tools::{Printed, tool};
+
+use std::fmt::Display;
+
+/// The value, or a panic that says what could not be done and why.
+trait OrFail<T> {
+    fn or_fail(self, what: impl Display) -> T;
+}
+
+impl<T, E: std::error::Error> OrFail<T> for Result<T, E> {
+    #[track_caller]
+    fn or_fail(self, what: impl Display) -> T {
+        self.unwrap_or_else(|error| {
+            let source = error.source().map(|source| format!(": {source}"));
+            panic!("cannot {what}: {error}{}", source.unwrap_or_default())
+        })
+    }
+}

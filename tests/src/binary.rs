@@ -1,0 +1,86 @@
+//! The binary under test, built from the current code: cargo builds no binaries of other packages for a test.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use crate::OrFail;
+
+/// The path of `underpass`, built once in this process with the profile and target directory of the caller.
+pub fn binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(build)
+}
+
+fn build() -> PathBuf {
+    let place = Place::of(&std::env::current_exe().or_fail("find this program"));
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args([
+        "build",
+        "--quiet",
+        "--locked",
+        "--offline",
+        "--package",
+        "underpass",
+        "--bin",
+        "underpass",
+    ]);
+    cargo
+        .arg("--manifest-path")
+        .arg(manifest)
+        .arg("--target-dir")
+        .arg(&place.target);
+    cargo.args(["--profile", &place.profile]);
+    if let Some(triple) = &place.triple {
+        cargo.args(["--target", triple]);
+    }
+    let status = cargo.status().or_fail("run cargo");
+    assert!(
+        status.success(),
+        "underpass does not build: cargo ended with {status}"
+    );
+    place.folder.join("underpass")
+}
+
+/// Where cargo put this program: `TARGET[/TRIPLE]/PROFILE/deps/PROGRAM`.
+struct Place {
+    target: PathBuf,
+    triple: Option<String>,
+    profile: String,
+    folder: PathBuf,
+}
+
+impl Place {
+    fn of(program: &Path) -> Self {
+        let name = |path: &Path| {
+            path.file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned()
+        };
+        let mut folder = program.parent().expect("a program is in a folder");
+        // Only tests are in deps; programs are beside it.
+        if folder.ends_with("deps") {
+            folder = folder.parent().expect("deps is in a folder");
+        }
+        let profile = match name(folder) {
+            debug if debug == "debug" => "dev".to_owned(),
+            other => other,
+        };
+        let above = folder
+            .parent()
+            .expect("the profile's folder is in the target directory");
+        let is_target = above.join("CACHEDIR.TAG").exists();
+        let (target, triple) = match above.parent() {
+            Some(target) if !is_target => (target, Some(name(above))),
+            _ => (above, None),
+        };
+        Self {
+            target: target.to_owned(),
+            triple,
+            profile,
+            folder: folder.to_owned(),
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! How often each rule of a pod matched, and which did since.
+
+use std::collections::BTreeMap;
+
+use underpass_interception::counters;
+
+use crate::OrFail;
+use crate::pods::Pod;
+
+/// The two rules that count packets instead of connections.
+const OF_PACKETS: [&str; 2] = ["mark-proxy-connection", "return-to-proxy"];
+
+/// A reading of a pod's rule counters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counters(BTreeMap<String, u64>);
+
+impl Pod {
+    /// Its rule counters, now.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let read = self.run(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            runtime.map(|runtime| runtime.block_on(counters()))
+        });
+        let read = read
+            .or_fail("make a runtime")
+            .or_fail("read the rules' counters");
+        Counters(
+            read.into_iter()
+                .map(|counter| (counter.id, counter.packets))
+                .collect(),
+        )
+    }
+
+    /// The rules that matched since `before`, by how many connections each, in the order of their names.
+    #[must_use]
+    pub fn connections_since(&self, before: &Counters) -> Vec<(String, u64)> {
+        let mut since = self.counters().since(before);
+        since.retain(|(rule, _)| !OF_PACKETS.contains(&rule.as_str()));
+        since
+    }
+}
+
+impl Counters {
+    /// How often a rule has matched; 0 if there is none of that id.
+    #[must_use]
+    pub fn get(&self, rule: &str) -> u64 {
+        self.0.get(rule).copied().unwrap_or(0)
+    }
+
+    /// Whether there is any rule at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// What has moved, and by how much.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Vec<(String, u64)> {
+        let moved = self
+            .0
+            .iter()
+            .map(|(rule, now)| (rule.clone(), now - before.get(rule)));
+        moved.filter(|(_, by)| *by > 0).collect()
+    }
+}

@@ -1,0 +1,83 @@
+//! What a proxy's endpoints say: `/metrics` and anything else over HTTP.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use tokio::io::AsyncWriteExt as _;
+
+use crate::OrFail;
+use crate::peers::{End, read_to_end, within};
+use crate::pods::Pod;
+
+/// A scrape of a proxy's metrics.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    text: String,
+}
+
+impl Pod {
+    /// Reads the metrics of the proxy inside, from its default address.
+    pub async fn metrics(&self) -> Metrics {
+        let (status, text) = http_get(self, (Ipv4Addr::LOCALHOST, 15020).into(), "/metrics").await;
+        assert_eq!(status, 200, "/metrics: {text}");
+        Metrics { text }
+    }
+}
+
+impl Metrics {
+    /// The sum of a metric over all label sets that have all of `labels`; `None` if there is no such series.
+    #[must_use]
+    pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
+        let labels: Vec<_> = labels
+            .iter()
+            .map(|(key, value)| format!("{key}=\"{value}\""))
+            .collect();
+        let is_wanted = |line: &&str| {
+            let series = line
+                .strip_prefix(name)
+                .filter(|rest| rest.starts_with(['{', ' ']));
+            series.is_some_and(|series| labels.iter().all(|label| series.contains(label)))
+        };
+        let value = |line: &str| {
+            line.rsplit(' ')
+                .next()
+                .and_then(|value| value.parse::<f64>().ok())
+        };
+        let values: Vec<f64> = self
+            .text
+            .lines()
+            .filter(is_wanted)
+            .filter_map(value)
+            .collect();
+        (!values.is_empty()).then(|| values.iter().sum())
+    }
+
+    /// The whole text.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+}
+
+/// One GET from inside a pod: the status and the body.
+pub async fn http_get(pod: &Pod, server: SocketAddr, path: &str) -> (u16, String) {
+    let mut stream = pod
+        .dial(server)
+        .await
+        .or_fail(format!("connect to {server}"));
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\n\r\n");
+    within("a request is sent", stream.write_all(request.as_bytes()))
+        .await
+        .or_fail("send a request");
+    let (bytes, end) = read_to_end(&mut stream).await;
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    assert_eq!(end, End::Fin, "{server} ended its response {text:?}");
+    let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+    let status = head
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok());
+    (
+        status.unwrap_or_else(|| panic!("no HTTP response: {text:?}")),
+        body.to_owned(),
+    )
+}

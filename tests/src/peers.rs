@@ -1,0 +1,261 @@
+//! Applications: what connects and what listens in a pod, well behaved or not. Every wait has a deadline.
+//!
+//! A socket belongs to the namespace that it was made in, so it is made inside the pod and used from outside.
+
+use std::future::Future;
+use std::io::{self, ErrorKind};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use socket2::{Domain, Socket, Type};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::task::JoinHandle;
+use underpass_interception::reset_on_close;
+
+use crate::OrFail;
+use crate::pods::Pod;
+
+/// How long anything may take: far longer than it does, far shorter than a trial may.
+pub const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Waits for `event`, which a message calls `what`, at most [`DEADLINE`] long.
+pub async fn within<T>(what: &str, event: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(DEADLINE, event).await {
+        Ok(value) => value,
+        Err(_) => panic!("waited {DEADLINE:?} in vain: {what}"),
+    }
+}
+
+/// What is special about a connection.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Dial {
+    /// The packet mark.
+    pub mark: Option<u32>,
+    /// The address to come from; it need not be the pod's own.
+    pub source: Option<IpAddr>,
+}
+
+impl Pod {
+    /// Connects from inside.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn dial(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        self.dial_as(to, Dial::default()).await
+    }
+
+    /// Connects from inside, with a mark or from another's address.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn dial_as(&self, to: SocketAddr, dial: Dial) -> io::Result<TcpStream> {
+        let socket = self.run(|| socket(to, dial))?;
+        within(
+            &format!("a connection to {to}"),
+            TcpSocket::from_std_stream(socket.into()).connect(to),
+        )
+        .await
+    }
+
+    /// Connects from inside and sees RST and nothing else. A proxy accepts before it knows better, so the RST may come with the
+    /// connection or after it.
+    pub async fn dial_and_see_reset(&self, to: SocketAddr) {
+        match self.dial(to).await {
+            Ok(mut stream) => {
+                assert_eq!(read_to_end(&mut stream).await, (vec![], End::Reset), "{to}");
+            }
+            Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{to}"),
+        }
+    }
+
+    /// Listens on a port of all addresses.
+    #[must_use]
+    pub fn listen(&self, port: u16) -> Listener {
+        let listen = || {
+            let socket = Socket::new(Domain::IPV6, Type::STREAM.nonblocking(), None)?;
+            socket.set_only_v6(false)?;
+            socket.set_reuse_address(true)?;
+            socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+            socket.listen(4096)?;
+            Ok(socket)
+        };
+        let socket: io::Result<Socket> = self.run(listen);
+        let socket = socket.or_fail(format!("listen on port {port}"));
+        let queue = socket.try_clone().or_fail("listen");
+        Listener {
+            listener: TcpListener::from_std(socket.into()).or_fail("listen"),
+            queue,
+        }
+    }
+
+    /// Connects to `to` from inside while `listener` accepts: the two ends, and whom the listener saw.
+    pub async fn meet(
+        &self,
+        listener: &Listener,
+        to: SocketAddr,
+    ) -> (TcpStream, TcpStream, SocketAddr) {
+        let (client, (server, peer)) = tokio::join!(self.dial(to), listener.accept());
+        (client.or_fail(format!("connect to {to}")), server, peer)
+    }
+}
+
+fn socket(to: SocketAddr, dial: Dial) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), None)?;
+    dial.mark.map_or(Ok(()), |mark| socket.set_mark(mark))?;
+    if let Some(source) = dial.source {
+        if source.is_ipv4() {
+            socket.set_ip_transparent_v4(true)?
+        } else {
+            socket.set_ip_transparent_v6(true)?
+        }
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+    }
+    Ok(socket)
+}
+
+/// An application's listener.
+#[derive(Debug)]
+pub struct Listener {
+    listener: TcpListener,
+    /// The same socket without a runtime in between, to see at once what the kernel has.
+    queue: Socket,
+}
+
+impl Listener {
+    /// The next connection, and who made it.
+    pub async fn accept(&self) -> (TcpStream, SocketAddr) {
+        let accepted = within("a connection to an application", self.listener.accept()).await;
+        let (stream, peer) = accepted.or_fail("accept");
+        (
+            stream,
+            SocketAddr::new(peer.ip().to_canonical(), peer.port()),
+        )
+    }
+
+    /// Whether a connection has arrived that nobody has accepted; it is accepted and closed.
+    #[must_use]
+    pub fn is_reached(&self) -> bool {
+        match self.queue.accept() {
+            Ok(_) => true,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => false,
+            Err(error) => panic!("cannot accept: {error}"),
+        }
+    }
+}
+
+/// An application that serves every connection, until it is dropped.
+#[derive(Debug)]
+pub struct Server {
+    task: JoinHandle<()>,
+    peers: Arc<Mutex<Vec<SocketAddr>>>,
+}
+
+impl Server {
+    /// Serves each connection with `serve`, which is also told who made it.
+    pub fn start<F>(
+        pod: &Pod,
+        port: u16,
+        serve: impl Fn(TcpStream, SocketAddr) -> F + Send + 'static,
+    ) -> Self
+    where
+        F: Future<Output = io::Result<()>> + Send + 'static,
+    {
+        let listener = pod.listen(port).listener;
+        let peers = Arc::new(Mutex::new(Vec::new()));
+        let seen = peers.clone();
+        let task = tokio::spawn(async move {
+            while let Ok((stream, peer)) = listener.accept().await {
+                let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+                seen.lock().expect("nothing panics with it").push(peer);
+                // A client that goes away is a client's right.
+                tokio::spawn(serve(stream, peer));
+            }
+        });
+        Self { task, peers }
+    }
+
+    /// Sends back whatever it receives, and FIN for FIN.
+    #[must_use]
+    pub fn echo(pod: &Pod, port: u16) -> Self {
+        Self::start(pod, port, async |mut stream, _| {
+            let (mut from, mut to) = stream.split();
+            tokio::io::copy(&mut from, &mut to).await?;
+            to.shutdown().await
+        })
+    }
+
+    /// Answers an HTTP/1.1 request with `peer ADDRESS` and `local ADDRESS`, a line each.
+    #[must_use]
+    pub fn http(pod: &Pod, port: u16) -> Self {
+        Self::start(pod, port, async |mut stream, peer| {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") && head.len() < 8192 {
+                head.push(stream.read_u8().await?);
+            }
+            let local = stream.local_addr()?;
+            let local = SocketAddr::new(local.ip().to_canonical(), local.port());
+            let body = format!("peer {peer}\nlocal {local}\n");
+            let length = body.len();
+            let head =
+                format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
+            stream.write_all(format!("{head}{body}").as_bytes()).await?;
+            stream.shutdown().await
+        })
+    }
+
+    /// Who has connected so far.
+    #[must_use]
+    pub fn peers(&self) -> Vec<SocketAddr> {
+        self.peers.lock().expect("nothing panics with it").clone()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// How a connection ended for whoever reads it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// FIN: all has been received.
+    Fin,
+    /// RST: something may be missing.
+    Reset,
+}
+
+/// Reads until the other side ends the connection: what it sent, and how it ended.
+pub async fn read_to_end(stream: &mut TcpStream) -> (Vec<u8>, End) {
+    let mut received = Vec::new();
+    match within("the end of a connection", stream.read_to_end(&mut received)).await {
+        Ok(_) => (received, End::Fin),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => (received, End::Reset),
+        Err(error) => panic!("the connection ended with neither FIN nor RST: {error}"),
+    }
+}
+
+/// Ends a connection with RST.
+pub fn abort(stream: TcpStream) {
+    reset_on_close(&stream);
+}
+
+/// A few bytes there and back, to see that a connection carries them.
+pub async fn exchange(client: &mut TcpStream, server: &mut TcpStream) {
+    carry(client, server, b"request").await;
+    carry(server, client, b"answer").await;
+}
+
+/// A few bytes from one end to the other.
+pub async fn carry(from: &mut TcpStream, to: &mut TcpStream, what: &[u8]) {
+    within("bytes are sent", from.write_all(what))
+        .await
+        .or_fail("send");
+    let mut received = vec![0; what.len()];
+    within("bytes arrive", to.read_exact(&mut received))
+        .await
+        .or_fail("receive");
+    assert_eq!(received, what);
+}

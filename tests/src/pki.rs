@@ -1,0 +1,103 @@
+//! Certificates as files: good ones, and ones with a single fault each.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use underpass_config::{IdentityFiles, SpiffeId, TrustDomain};
+use underpass_hbone::{CertificateAuthority, Identity, IssuedCertificate};
+
+use crate::OrFail;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// A certificate authority and the folder that its certificates are written to.
+#[derive(Debug)]
+pub struct Pki {
+    ca: CertificateAuthority,
+    folder: PathBuf,
+    roots: PathBuf,
+}
+
+impl Pki {
+    /// A new authority for `cluster.local`.
+    #[must_use]
+    pub fn new(folder: &Path) -> Self {
+        Self::of(folder, "cluster.local", "roots")
+    }
+
+    /// Another one, for `trust_domain`; its roots are `NAME.pem`.
+    #[must_use]
+    pub fn of(folder: &Path, trust_domain: &str, name: &str) -> Self {
+        let domain: TrustDomain = trust_domain.parse().or_fail("name a trust domain");
+        let ca = CertificateAuthority::generate(domain).or_fail("make a certificate authority");
+        let roots = folder.join(format!("{name}.pem"));
+        fs::write(&roots, ca.roots_pem()).or_fail("write the roots");
+        Self {
+            ca,
+            folder: folder.to_owned(),
+            roots,
+        }
+    }
+
+    /// Trusts `other` too, everywhere.
+    pub fn trust(&self, other: &Self) {
+        let both = format!("{}{}", self.ca.roots_pem(), other.ca.roots_pem());
+        fs::write(&self.roots, both).or_fail("write the roots");
+    }
+
+    /// The file of the roots.
+    #[must_use]
+    pub fn roots(&self) -> &Path {
+        &self.roots
+    }
+
+    /// The identity of a service account in the namespace `default`.
+    #[must_use]
+    pub fn id(&self, account: &str) -> SpiffeId {
+        SpiffeId::istio(self.ca.trust_domain().clone(), "default", account)
+            .or_fail("name a workload")
+    }
+
+    /// A valid certificate for `account`: `ACCOUNT.pem` and `ACCOUNT.key`.
+    #[must_use]
+    pub fn issue(&self, account: &str) -> IdentityFiles {
+        let issued = self
+            .ca
+            .issue(&self.id(account), HOUR)
+            .or_fail("issue a certificate");
+        self.write(account, &issued)
+    }
+
+    /// One that has expired an hour ago.
+    #[must_use]
+    pub fn issue_expired(&self, account: &str) -> IdentityFiles {
+        let ago = |hours: u32| {
+            SystemTime::now()
+                .checked_sub(HOUR * hours)
+                .expect("it is later than 1970")
+        };
+        let issued = self.ca.issue_between(&self.id(account), ago(2), ago(1));
+        self.write(
+            &format!("{account}-expired"),
+            &issued.or_fail("issue a certificate"),
+        )
+    }
+
+    /// Reads what one of the others wrote, as a proxy does.
+    #[must_use]
+    pub fn identity(&self, files: &IdentityFiles) -> Identity {
+        Identity::from_files(files).or_fail("read a certificate")
+    }
+
+    fn write(&self, name: &str, issued: &IssuedCertificate) -> IdentityFiles {
+        let prefix = self.folder.join(name);
+        issued.write(&prefix).or_fail("write a certificate");
+        let file = |kind: &str| self.folder.join(format!("{name}.{kind}"));
+        IdentityFiles {
+            certificate: file("pem"),
+            key: file("key"),
+            roots: self.roots.clone(),
+        }
+    }
+}

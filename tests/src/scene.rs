@@ -1,0 +1,101 @@
+//! The usual scene: two pods on one wire, both in the mesh as HBONE, a certificate for each. Proxies start when told.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use underpass_config::IdentityFiles;
+
+use crate::mesh::Mesh;
+use crate::pki::Pki;
+use crate::pods::{Family, Pod, World};
+use crate::proxy::Proxy;
+use crate::settings::Settings;
+
+/// Where applications listen.
+pub const APP: u16 = 8080;
+/// Where proxies listen for tunnels.
+pub const HBONE: u16 = 15008;
+/// The name of the pod that connects.
+pub const CLIENT: &str = "client";
+/// The name of the pod that is connected to.
+pub const SERVER: &str = "server";
+
+/// Two pods, their certificates and the mesh file that has both.
+#[derive(Debug)]
+pub struct Scene {
+    /// The pod that connects.
+    pub client: Pod,
+    /// The pod that is connected to.
+    pub server: Pod,
+    /// Whom both trust.
+    pub pki: Pki,
+    /// The mesh file.
+    pub mesh: PathBuf,
+    /// The client's certificate.
+    pub client_files: IdentityFiles,
+    /// The server's certificate.
+    pub server_files: IdentityFiles,
+    /// Where more pods come from.
+    pub world: World,
+}
+
+impl Scene {
+    /// The scene without proxies.
+    pub async fn new() -> Self {
+        let mut world = World::new();
+        let (mut client, mut server) = (world.pod(CLIENT).await, world.pod(SERVER).await);
+        world.wire(&mut client, &mut server).await;
+        let pki = Pki::new(world.folder());
+        let mesh = Mesh::default()
+            .hbone(&client)
+            .hbone(&server)
+            .write(&client, "mesh");
+        let (client_files, server_files) = (pki.issue(CLIENT), pki.issue(SERVER));
+        Self {
+            client,
+            server,
+            pki,
+            mesh,
+            client_files,
+            server_files,
+            world,
+        }
+    }
+
+    /// The scene with a proxy in each pod: client's, server's.
+    pub async fn with_proxies() -> (Self, Proxy, Proxy) {
+        let scene = Self::new().await;
+        let (client, server) = (scene.client_settings(), scene.server_settings());
+        let (client, server) =
+            tokio::join!(scene.client.proxy(&client), scene.server.proxy(&server));
+        (scene, client, server)
+    }
+
+    /// What the client's proxy is told: certificate and mesh.
+    #[must_use]
+    pub fn client_settings(&self) -> Settings {
+        Settings::new(CLIENT)
+            .identity(&self.client_files)
+            .mesh(&self.mesh)
+    }
+
+    /// What the server's proxy is told: certificate and mesh.
+    #[must_use]
+    pub fn server_settings(&self) -> Settings {
+        Settings::new(SERVER)
+            .identity(&self.server_files)
+            .mesh(&self.mesh)
+    }
+
+    /// The mesh file of a mesh without members: everything is passed through in plain.
+    #[must_use]
+    pub fn empty_mesh(&self) -> PathBuf {
+        Mesh::default().write(&self.client, "empty-mesh")
+    }
+
+    /// Where the server's application listens.
+    #[must_use]
+    pub fn app(&self, family: Family) -> SocketAddr {
+        self.server.at(family, APP)
+    }
+}

@@ -1,0 +1,181 @@
+//! TLS peers with nothing of our own in them, so that they can present what our own code would not: no certificate, an expired one,
+//! no ALPN.
+//!
+//! Not here: HTTP/2. A peer that gets through TLS sends or receives raw bytes.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
+use rustls::{ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme};
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+use underpass_config::IdentityFiles;
+
+use crate::OrFail;
+use crate::peers::within;
+use crate::pods::Pod;
+
+/// A client that trusts every server.
+#[derive(Debug, Clone)]
+pub struct TlsClient {
+    config: ClientConfig,
+}
+
+impl TlsClient {
+    /// One that presents a certificate, or none, and speaks `h2`.
+    #[must_use]
+    pub fn new(files: Option<&IdentityFiles>) -> Self {
+        let builder = ClientConfig::builder_with_provider(provider());
+        let builder = builder
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .or_fail("set up TLS");
+        let builder = builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Anyone(provider())));
+        let mut config = match files {
+            None => builder.with_no_client_auth(),
+            Some(files) => builder
+                .with_client_auth_cert(chain(&files.certificate), key(&files.key))
+                .or_fail("use a certificate"),
+        };
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Self { config }
+    }
+
+    /// The same without ALPN.
+    #[must_use]
+    pub fn without_alpn(mut self) -> Self {
+        self.config.alpn_protocols.clear();
+        self
+    }
+
+    /// Connects from a pod and reads: the error that the server gave, or how many bytes it sent. In TLS 1.3 a client learns only
+    /// after its handshake that the server refused it.
+    ///
+    /// # Errors
+    /// The server's alert, or the end of the connection.
+    pub async fn read(&self, pod: &Pod, to: SocketAddr) -> io::Result<usize> {
+        let stream = pod.dial(to).await?;
+        let connector = TlsConnector::from(Arc::new(self.config.clone()));
+        let mut stream = within(
+            "a TLS handshake",
+            connector.connect(ServerName::from(to.ip()), stream),
+        )
+        .await?;
+        within("the server's first bytes", stream.read(&mut [0; 1024])).await
+    }
+}
+
+/// A server that asks for no certificate.
+#[derive(Debug, Clone)]
+pub struct TlsServer {
+    config: ServerConfig,
+}
+
+impl TlsServer {
+    /// One that presents this certificate, and speaks `h2`.
+    #[must_use]
+    pub fn new(files: &IdentityFiles) -> Self {
+        let builder = ServerConfig::builder_with_provider(provider());
+        let builder = builder
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .or_fail("set up TLS");
+        let config = builder
+            .with_no_client_auth()
+            .with_single_cert(chain(&files.certificate), key(&files.key));
+        let mut config = config.or_fail("use a certificate");
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Self { config }
+    }
+
+    /// The same without ALPN.
+    #[must_use]
+    pub fn without_alpn(mut self) -> Self {
+        self.config.alpn_protocols.clear();
+        self
+    }
+
+    /// Handshakes, and receives until the client ends: the bytes, or why there was no handshake.
+    ///
+    /// # Errors
+    /// The client's alert, or the end of the connection.
+    pub async fn receive(&self, stream: TcpStream) -> io::Result<Vec<u8>> {
+        let acceptor = TlsAcceptor::from(Arc::new(self.config.clone()));
+        let mut stream = within("a TLS handshake", acceptor.accept(stream)).await?;
+        let mut received = Vec::new();
+        within("the client's end", stream.read_to_end(&mut received))
+            .await
+            .map(|_| received)
+    }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
+fn chain(file: &Path) -> Vec<CertificateDer<'static>> {
+    let certificates = CertificateDer::pem_file_iter(file).or_fail("read a certificate");
+    certificates
+        .collect::<Result<_, _>>()
+        .or_fail("read a certificate")
+}
+
+fn key(file: &Path) -> PrivateKeyDer<'static> {
+    PrivateKeyDer::from_pem_file(file).or_fail("read a key")
+}
+
+/// Takes whoever holds the key of the certificate that it presents.
+#[derive(Debug)]
+struct Anyone(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Anyone {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(
+            message,
+            certificate,
+            signed,
+            &self.0.signature_verification_algorithms,
+        )
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(
+            message,
+            certificate,
+            signed,
+            &self.0.signature_verification_algorithms,
+        )
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}

@@ -1,0 +1,148 @@
+//! What a connection carries: every byte, both ways, until each side has ended; and many at once.
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use underpass_tests::{
+    APP, End, Family, Pod, Scene, Server, Suite, carry, exchange, read_to_end, within,
+};
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite.test_both(
+        "10 MiB pass the tunnel both ways at once, unchanged",
+        large_through_the_tunnel,
+    );
+    suite.test_both(
+        "10 MiB pass in plain both ways at once, unchanged",
+        large_in_plain,
+    );
+    suite.test(
+        "after the client's FIN the server still sends",
+        client_ends_first,
+    );
+    suite.test(
+        "after the server's FIN the client still sends",
+        server_ends_first,
+    );
+    suite.test(
+        "300 connections at once each get their own answer",
+        many_at_once,
+    );
+}
+
+async fn large_through_the_tunnel(family: Family) {
+    let (scene, _client, _server) = Scene::with_proxies().await;
+    large(&scene, family).await;
+}
+
+async fn large_in_plain(family: Family) {
+    let scene = Scene::new().await;
+    let _proxy = scene.server.proxy(&scene.server_settings()).await;
+    large(&scene, family).await;
+}
+
+async fn large(scene: &Scene, family: Family) {
+    const SIZE: usize = 10 << 20;
+    let app = scene.server.listen(APP);
+    let (client, server, _) = scene.client.meet(&app, scene.app(family)).await;
+    let (question, answer) = (noise(1, SIZE), noise(2, SIZE));
+    let (got_answer, got_question) = tokio::join!(trade(client, &question), trade(server, &answer));
+    assert!(
+        got_question == question,
+        "the server received something else"
+    );
+    assert!(got_answer == answer, "the client received something else");
+}
+
+/// Sends everything and FIN while receiving until FIN.
+async fn trade(mut stream: TcpStream, send: &[u8]) -> Vec<u8> {
+    let (mut from, mut to) = stream.split();
+    let mut received = Vec::new();
+    let sending = async {
+        to.write_all(send).await?;
+        to.shutdown().await
+    };
+    let both = async { tokio::try_join!(sending, from.read_to_end(&mut received)) };
+    within("all bytes have passed", both)
+        .await
+        .expect("the connection holds");
+    received
+}
+
+/// Bytes that no two places share by accident (xorshift64).
+fn noise(seed: u64, size: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let words = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.take(size / 8).flatten().collect()
+}
+
+async fn client_ends_first() {
+    let (scene, _client, _server) = Scene::with_proxies().await;
+    let (mut client, mut server) = connected(&scene.client, &scene).await;
+    exchange(&mut client, &mut server).await;
+    client.shutdown().await.expect("FIN is sent");
+    assert_eq!(read_to_end(&mut server).await, (vec![], End::Fin));
+    carry(&mut server, &mut client, b"still here").await;
+    server.shutdown().await.expect("FIN is sent");
+    assert_eq!(read_to_end(&mut client).await, (vec![], End::Fin));
+}
+
+async fn server_ends_first() {
+    let (scene, _client, _server) = Scene::with_proxies().await;
+    let (mut client, mut server) = connected(&scene.client, &scene).await;
+    exchange(&mut client, &mut server).await;
+    server.shutdown().await.expect("FIN is sent");
+    assert_eq!(read_to_end(&mut client).await, (vec![], End::Fin));
+    carry(&mut client, &mut server, b"still here").await;
+    client.shutdown().await.expect("FIN is sent");
+    assert_eq!(read_to_end(&mut server).await, (vec![], End::Fin));
+}
+
+async fn connected(from: &Pod, scene: &Scene) -> (TcpStream, TcpStream) {
+    let app = scene.server.listen(APP);
+    let (client, server, _) = from.meet(&app, scene.app(Family::V4)).await;
+    (client, server)
+}
+
+async fn many_at_once() {
+    let (scene, _client, _server) = Scene::with_proxies().await;
+    let echo = Server::echo(&scene.server, APP);
+    let mut clients = Vec::new();
+    for number in 0..300_u32 {
+        let mut client = scene
+            .client
+            .dial(scene.app(Family::V4))
+            .await
+            .expect("it connects");
+        client
+            .write_all(&number.to_be_bytes())
+            .await
+            .expect("it sends");
+        clients.push((number, client));
+    }
+    // All are open: none was ended, and every answer is read only now.
+    for (number, client) in &mut clients {
+        let answer = within("an answer", client.read_u32())
+            .await
+            .expect("an answer");
+        assert_eq!(answer, *number);
+    }
+    for (number, mut client) in clients {
+        client.shutdown().await.expect("FIN is sent");
+        assert_eq!(
+            read_to_end(&mut client).await,
+            (vec![], End::Fin),
+            "{number}"
+        );
+    }
+    assert_eq!(echo.peers().len(), 300);
+    assert!(
+        echo.peers()
+            .iter()
+            .all(|peer| peer.ip() == scene.client.ip(Family::V4))
+    );
+}

@@ -1,0 +1,166 @@
+//! Connections that must not get anywhere: to the proxy's own listeners, through it to others, and in plain to who speaks HBONE.
+
+use std::net::SocketAddr;
+
+use http::{HeaderMap, StatusCode};
+use underpass_hbone::{ClientSettings, ConnectRequest, Connector, HboneError, Tunnel};
+use underpass_interception::TcpSegment;
+use underpass_tests::{APP, CLIENT, DEADLINE, Family, HBONE, SERVER, Scene, Suite};
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite.test_both(
+        "a member without a proxy is not reached in plain: the client gets RST",
+        no_proxy_there,
+    );
+    suite.test_both(
+        "a member whose proxy is not ours to reach gets nothing without a certificate",
+        no_certificate_here,
+    );
+    suite.test(
+        "an application cannot connect to its own proxy's listeners",
+        own_listener,
+    );
+    suite.test_both(
+        "nobody outside reaches the listeners for caught connections",
+        from_outside,
+    );
+    suite.test_both(
+        "a tunnel leads to no listener of the proxy and to nobody else",
+        by_tunnel,
+    );
+}
+
+/// Asserts that nothing but HBONE went over the wire, and none of it to an application.
+pub(crate) fn assert_nothing_in_plain(frames: &[Vec<u8>]) {
+    for segment in frames.iter().filter_map(|frame| TcpSegment::parse(frame)) {
+        let ports = [segment.source.port(), segment.destination.port()];
+        assert!(ports.contains(&HBONE), "{segment:?}");
+        // What `exchange` says.
+        for said in [&b"request"[..], b"answer"] {
+            let heard = segment
+                .payload
+                .windows(said.len())
+                .any(|window| window == said);
+            assert!(!heard, "in clear: {segment:?}");
+        }
+    }
+}
+
+async fn no_proxy_there(family: Family) {
+    let scene = Scene::new().await;
+    let mut proxy = scene.client.proxy(&scene.client_settings()).await;
+    let app = scene.server.listen(APP);
+    let mut wire = scene.server.capture();
+    scene.client.dial_and_see_reset(scene.app(family)).await;
+    proxy
+        .line(&["connection failed", "reason=\"connect\""])
+        .await;
+    assert!(!app.is_reached(), "the application was reached");
+    assert_nothing_in_plain(&wire.drain().expect("the capture is read"));
+}
+
+async fn no_certificate_here(family: Family) {
+    let scene = Scene::new().await;
+    let settings = underpass_tests::Settings::new(CLIENT).mesh(&scene.mesh);
+    let mut proxy = scene.client.proxy(&settings).await;
+    let _server = scene.server.proxy(&scene.server_settings()).await;
+    let app = scene.server.listen(APP);
+    let mut wire = scene.server.capture();
+    scene.client.dial_and_see_reset(scene.app(family)).await;
+    proxy
+        .line(&["connection failed", "reason=\"no_identity\""])
+        .await;
+    assert!(!app.is_reached(), "the application was reached");
+    assert_nothing_in_plain(&wire.drain().expect("the capture is read"));
+}
+
+async fn own_listener() {
+    let (scene, mut proxy, _server) = Scene::with_proxies().await;
+    for family in Family::BOTH {
+        let to = SocketAddr::new(family.loopback(), 15001);
+        scene.client.dial_and_see_reset(to).await;
+        proxy
+            .line(&[
+                "connection failed",
+                "reason=\"own_listener\"",
+                &format!("dst.addr={to}"),
+            ])
+            .await;
+    }
+    assert_eq!(
+        proxy.access_lines(2).await.len(),
+        2,
+        "each was refused once and went no further"
+    );
+}
+
+async fn from_outside(family: Family) {
+    let scene = Scene::new().await;
+    let mut proxy = scene.server.proxy(&scene.server_settings()).await;
+    for port in [15001, 15006] {
+        let to = scene.server.at(family, port);
+        scene.client.dial_and_see_reset(to).await;
+        proxy
+            .line(&[
+                "connection failed",
+                "reason=\"own_listener\"",
+                &format!("dst.addr={to}"),
+            ])
+            .await;
+    }
+    assert_eq!(
+        proxy.access_lines(2).await.len(),
+        2,
+        "each was refused once and went no further"
+    );
+}
+
+async fn by_tunnel(family: Family) {
+    let scene = Scene::new().await;
+    let mut proxy = scene.server.proxy(&scene.server_settings()).await;
+    let tunnel = open_tunnel(&scene, family).await;
+    let elsewhere = [
+        scene.client.at(family, APP),
+        SocketAddr::new(family.loopback(), APP),
+    ];
+    let listeners = [15001, 15006, 15008].map(|port| scene.server.at(family, port));
+    let bad = StatusCode::BAD_REQUEST;
+    let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+    let cases = elsewhere.map(|to| (to, bad, "not_here"));
+    let cases = cases
+        .into_iter()
+        .chain(listeners.map(|to| (to, unavailable, "own_listener")));
+    for (to, expected, reason) in cases {
+        let request = ConnectRequest {
+            authority: to.to_string(),
+            headers: HeaderMap::new(),
+        };
+        let refused = match tunnel.connect(request, DEADLINE).await {
+            Err(HboneError::Refused { status }) => Some(status),
+            _ => None,
+        };
+        assert_eq!(refused, Some(expected), "CONNECT {to}");
+        proxy
+            .line(&[
+                "connection failed",
+                &format!("reason=\"{reason}\""),
+                &to.to_string(),
+            ])
+            .await;
+    }
+}
+
+async fn open_tunnel(scene: &Scene, family: Family) -> Tunnel {
+    let identity = scene.pki.identity(&scene.client_files);
+    let connector = Connector::new(&identity, ClientSettings::default()).expect("a connector");
+    let stream = scene
+        .client
+        .dial(scene.server.at(family, HBONE))
+        .await
+        .expect("it listens");
+    let peers = [scene.pki.id(SERVER)];
+    connector
+        .open(stream, &peers, DEADLINE)
+        .await
+        .expect("a tunnel")
+}

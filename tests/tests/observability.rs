@@ -1,0 +1,337 @@
+//! What a proxy says of itself: readiness, metrics with ztunnel's names and labels, and one access-log line a connection.
+#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::process::ExitCode;
+
+use tokio::io::AsyncWriteExt as _;
+use underpass_tests::{
+    APP, Family, Metrics, Proxy, Scene, Suite, exchange, http_get, read_to_end, tool,
+};
+
+const OPENED: &str = "istio_tcp_connections_opened_total";
+const CLOSED: &str = "istio_tcp_connections_closed_total";
+const FAILED: &str = "istio_tcp_connections_failed_total";
+const RECEIVED: &str = "istio_tcp_received_bytes_total";
+const SENT: &str = "istio_tcp_sent_bytes_total";
+const OPEN: &str = "istio_tcp_sockets_open";
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new();
+    suite.test(
+        "the endpoints answer what they are asked, and nothing else",
+        endpoints,
+    );
+    suite.test_both(
+        "both proxies count a tunnelled connection with both identities",
+        tunnelled,
+    );
+    suite.test("a plain connection is counted without identities", plain);
+    suite.test(
+        "a connection that fails is counted as failed and with why",
+        failed,
+    );
+    suite.test(
+        "bytes are counted while a connection is open",
+        counted_while_open,
+    );
+    suite.test(
+        "a connection is one line in the access log, with ztunnel's names",
+        one_line,
+    );
+    suite.test("in JSON every line is an object with the same names", json);
+    suite.test("the access log can be turned off", silent);
+    suite.run()
+}
+
+/// One connection from its first to its last byte: 7 bytes there, 6 back.
+async fn connection(scene: &Scene, family: Family) -> SocketAddr {
+    let app = scene.server.listen(APP);
+    let (mut client, mut server, _) = scene.client.meet(&app, scene.app(family)).await;
+    let from = client.local_addr().expect("an address");
+    exchange(&mut client, &mut server).await;
+    client.shutdown().await.expect("FIN is sent");
+    server.shutdown().await.expect("FIN is sent");
+    read_to_end(&mut client).await;
+    read_to_end(&mut server).await;
+    from
+}
+
+async fn plain_scene() -> (Scene, Proxy) {
+    let scene = Scene::new().await;
+    let mesh = scene.empty_mesh();
+    let settings = scene
+        .client_settings()
+        .set(&format!("mesh.file={}", mesh.display()));
+    let proxy = scene.client.proxy(&settings).await;
+    (scene, proxy)
+}
+
+async fn endpoints() {
+    let (scene, _client, _server) = Scene::with_proxies().await;
+    let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    for ip in loopback {
+        for (port, path, status) in [
+            (15021, "/healthz/ready", 200),
+            (15021, "/metrics", 404),
+            (15021, "/", 404),
+            (15020, "/metrics", 200),
+            (15020, "/stats/prometheus", 200),
+            (15020, "/healthz/ready", 404),
+        ] {
+            let at = SocketAddr::new(ip, port);
+            assert_eq!(
+                http_get(&scene.client, at, path).await.0,
+                status,
+                "{at}{path}"
+            );
+        }
+    }
+    let post = [
+        "-s",
+        "-o",
+        "/dev/null",
+        "-w",
+        "%{http_code}",
+        "-X",
+        "POST",
+        "http://127.0.0.1:15020/metrics",
+    ];
+    assert_eq!(tool(&scene.client, "curl", &post).await.ok(), "405");
+    let metrics = scene.client.metrics().await;
+    assert_eq!(
+        metrics.sum("istio_build", &[("component", "underpass")]),
+        Some(1.0)
+    );
+}
+
+fn assert_counted(metrics: &Metrics, labels: &[(&str, &str)]) {
+    for (name, expected) in [(OPENED, 1.0), (CLOSED, 1.0), (RECEIVED, 7.0), (SENT, 6.0)] {
+        assert_eq!(
+            metrics.sum(name, labels),
+            Some(expected),
+            "{name} {labels:?}\n{}",
+            metrics.text()
+        );
+        assert_eq!(
+            metrics.sum(name, &[]),
+            Some(expected),
+            "{name} of all\n{}",
+            metrics.text()
+        );
+    }
+    assert_eq!(metrics.sum(FAILED, &[]), None, "{}", metrics.text());
+    assert_eq!(metrics.sum(OPEN, &[]), Some(0.0), "{}", metrics.text());
+}
+
+async fn tunnelled(family: Family) {
+    let (scene, mut client_proxy, mut server_proxy) = Scene::with_proxies().await;
+    connection(&scene, family).await;
+    let (source, destination) = (
+        scene.pki.id("client").to_string(),
+        scene.pki.id("server").to_string(),
+    );
+    for (pod, proxy, reporter) in [
+        (&scene.client, &mut client_proxy, "source"),
+        (&scene.server, &mut server_proxy, "destination"),
+    ] {
+        proxy.access_lines(1).await;
+        let labels = [
+            ("reporter", reporter),
+            ("request_protocol", "tcp"),
+            ("response_flags", "-"),
+            ("connection_security_policy", "mutual_tls"),
+            ("source_principal", &source),
+            ("source_workload", "client"),
+            ("source_workload_namespace", "default"),
+            ("source_canonical_service", "client"),
+            ("source_canonical_revision", "latest"),
+            ("source_app", "client"),
+            ("source_cluster", "Kubernetes"),
+            ("destination_principal", &destination),
+            ("destination_workload", "server"),
+            ("destination_workload_namespace", "default"),
+            ("destination_canonical_service", "server"),
+            ("destination_service", "unknown"),
+        ];
+        assert_counted(&pod.metrics().await, &labels);
+    }
+}
+
+async fn plain() {
+    let (scene, mut proxy) = plain_scene().await;
+    connection(&scene, Family::V4).await;
+    proxy.access_lines(1).await;
+    let labels = [
+        ("reporter", "source"),
+        ("response_flags", "-"),
+        ("connection_security_policy", "unknown"),
+        ("source_principal", "unknown"),
+        ("destination_principal", "unknown"),
+        ("destination_workload", "unknown"),
+    ];
+    assert_counted(&scene.client.metrics().await, &labels);
+}
+
+async fn failed() {
+    let (scene, mut client_proxy, mut server_proxy) = Scene::with_proxies().await;
+    scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
+    for (pod, proxy, reporter) in [
+        (&scene.client, &mut client_proxy, "source"),
+        (&scene.server, &mut server_proxy, "destination"),
+    ] {
+        proxy.access_lines(1).await;
+        let metrics = pod.metrics().await;
+        let labels = [("reporter", reporter), ("response_flags", "CONNECT")];
+        assert_eq!(
+            metrics.sum(FAILED, &labels),
+            Some(1.0),
+            "{}",
+            metrics.text()
+        );
+        assert_eq!(metrics.sum(OPENED, &[]), None, "{}", metrics.text());
+    }
+}
+
+async fn counted_while_open() {
+    let (scene, _client, _server) = Scene::with_proxies().await;
+    let app = scene.server.listen(APP);
+    let (mut client, mut server, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut client, &mut server).await;
+    // A byte is counted after it was handed on; one more exchange, and the first ones have been.
+    exchange(&mut client, &mut server).await;
+    for pod in [&scene.client, &scene.server] {
+        let metrics = pod.metrics().await;
+        assert_eq!(metrics.sum(OPENED, &[]), Some(1.0));
+        assert_eq!(metrics.sum(OPEN, &[]), Some(1.0));
+        assert!(
+            metrics.sum(RECEIVED, &[]) >= Some(7.0),
+            "{}",
+            metrics.text()
+        );
+        assert!(metrics.sum(SENT, &[]) >= Some(6.0), "{}", metrics.text());
+    }
+}
+
+/// What the line of a tunnelled connection says on each side, in order.
+fn expected_fields(
+    scene: &Scene,
+    from: SocketAddr,
+    to: SocketAddr,
+    inbound: bool,
+) -> Vec<(String, String)> {
+    let app = to.to_string();
+    let tunnel = SocketAddr::new(to.ip(), 15008).to_string();
+    // As ztunnel has it: the address that the connection was made to is where its tunnel ends.
+    let (address, hbone) = (tunnel, app);
+    let direction = if inbound { "inbound" } else { "outbound" };
+    let fields = [
+        ("src.addr", from.to_string()),
+        ("src.workload", "client".to_owned()),
+        ("src.namespace", "default".to_owned()),
+        ("src.identity", scene.pki.id("client").to_string()),
+        ("dst.addr", address),
+        ("dst.hbone_addr", hbone),
+        ("dst.workload", "server".to_owned()),
+        ("dst.namespace", "default".to_owned()),
+        ("dst.identity", scene.pki.id("server").to_string()),
+        ("direction", direction.to_owned()),
+        ("bytes_sent", "6".to_owned()),
+        ("bytes_recv", "7".to_owned()),
+    ];
+    fields
+        .map(|(name, value)| (name.to_owned(), value))
+        .to_vec()
+}
+
+async fn one_line() {
+    let (scene, mut client_proxy, mut server_proxy) = Scene::with_proxies().await;
+    let from = connection(&scene, Family::V4).await;
+    let to = scene.app(Family::V4);
+    for (proxy, inbound) in [(&mut client_proxy, false), (&mut server_proxy, true)] {
+        proxy.access_lines(1).await;
+        // With the proxy gone there is no more to come.
+        proxy.stop().await;
+        let lines = proxy.access_lines(1).await;
+        let [line] = &lines[..] else {
+            unreachable!("not one line: {lines:?}")
+        };
+        assert!(
+            line.contains(" INFO access: connection complete "),
+            "{line}"
+        );
+        for (name, value) in expected_fields(&scene, from, to, inbound) {
+            if inbound && name == "src.addr" {
+                continue; // The peer's own port is not the client's.
+            }
+            let (bare, quoted) = (format!(" {name}={value} "), format!(" {name}=\"{value}\" "));
+            assert!(
+                line.contains(&bare) || line.contains(&quoted),
+                "no {bare}in {line}"
+            );
+        }
+        assert!(line.contains(" duration=\""), "{line}");
+        assert!(!line.contains("error="), "{line}");
+    }
+}
+
+async fn json() {
+    let scene = Scene::new().await;
+    let client = scene.client_settings().set("logging.format=json");
+    let server = scene.server_settings().set("logging.format=json");
+    let mut client_proxy = scene.client.proxy(&client).await;
+    let mut server_proxy = scene.server.proxy(&server).await;
+    let from = connection(&scene, Family::V4).await;
+    scene
+        .client
+        .dial_and_see_reset(scene.server.at(Family::V4, APP + 1))
+        .await;
+    let to = scene.app(Family::V4);
+    for (proxy, inbound) in [(&mut client_proxy, false), (&mut server_proxy, true)] {
+        proxy.access_lines(2).await;
+        proxy.stop().await;
+        let parsed: Vec<serde_json::Value> = proxy
+            .log()
+            .lines()
+            .map(|line| {
+                serde_json::from_str(line).unwrap_or_else(|error| unreachable!("{error}: {line}"))
+            })
+            .collect();
+        let access: Vec<_> = parsed
+            .iter()
+            .filter(|line| line["target"] == "access")
+            .collect();
+        let [complete, failed] = access[..] else {
+            unreachable!("not two lines: {access:?}")
+        };
+        assert_eq!(complete["level"], "INFO");
+        assert_eq!(complete["message"], "connection complete");
+        for (name, value) in expected_fields(&scene, from, to, inbound) {
+            if !(inbound && name == "src.addr") {
+                let found = &complete[&name];
+                let text = found
+                    .as_str()
+                    .map_or_else(|| found.to_string(), str::to_owned);
+                assert_eq!(text, value, "{name} in {complete}");
+            }
+        }
+        assert_eq!(failed["message"], "connection failed");
+        assert!(
+            failed["reason"].is_string() && failed["error"].is_string(),
+            "{failed}"
+        );
+    }
+}
+
+async fn silent() {
+    let scene = Scene::new().await;
+    let settings = scene
+        .client_settings()
+        .set("logging.filter=info,access=off");
+    let mut proxy = scene.client.proxy(&settings).await;
+    let _server = scene.server.proxy(&scene.server_settings()).await;
+    connection(&scene, Family::V4).await;
+    proxy.stop().await;
+    assert!(!proxy.log().contains("access"), "{}", proxy.log());
+    assert!(proxy.log().contains("stopped"), "{}", proxy.log());
+}

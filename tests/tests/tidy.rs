@@ -1,0 +1,209 @@
+//! The shape of the repository: what the house rules say and no compiler checks.
+#![expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The hard cap; files aim below 400.
+const LONGEST_FILE: usize = 500;
+const FOLDERS: [&str; 6] = [
+    "proxy",
+    "interception",
+    "hbone",
+    "config",
+    "benches",
+    "tests",
+];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn read(path: impl AsRef<Path>) -> String {
+    let path = root().join(path);
+    fs::read_to_string(&path).unwrap_or_else(|error| unreachable!("{}: {error}", path.display()))
+}
+
+/// Every `.rs` file below these folders: its path from the root, and its text.
+fn sources(folders: &[&str]) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut folders: Vec<PathBuf> = folders.iter().map(PathBuf::from).collect();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(root().join(&folder))
+            .expect("a folder")
+            .flatten()
+        {
+            let path = folder.join(entry.file_name());
+            if entry.file_type().expect("a type").is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                found.push((path.display().to_string(), read(&path)));
+            }
+        }
+    }
+    assert!(!found.is_empty());
+    found
+}
+
+/// What every package of the workspace depends on, for its tests too: (package, dependency).
+fn arrows() -> BTreeSet<(String, String)> {
+    let cargo = Command::new(env!("CARGO"))
+        .args([
+            "metadata",
+            "--no-deps",
+            "--offline",
+            "--locked",
+            "--format-version",
+            "1",
+            "--manifest-path",
+        ])
+        .arg(root().join("Cargo.toml"))
+        .output()
+        .expect("cargo runs");
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&cargo.stdout).unwrap_or_else(|error| {
+            unreachable!("{error}: {}", String::from_utf8_lossy(&cargo.stderr))
+        });
+    let list = |value: &serde_json::Value| value.as_array().cloned().unwrap_or_default();
+    let name = |value: &serde_json::Value| value["name"].as_str().unwrap_or_default().to_owned();
+    let packages = list(&metadata["packages"]);
+    assert_eq!(packages.len(), FOLDERS.len());
+    packages
+        .iter()
+        .flat_map(|package| {
+            list(&package["dependencies"])
+                .into_iter()
+                .map(move |to| (name(package), name(&to)))
+        })
+        .collect()
+}
+
+#[test]
+fn every_file_says_what_it_is_for_and_is_not_too_long() {
+    for (path, text) in sources(&FOLDERS) {
+        assert!(text.starts_with("//! "), "{path} does not begin with //!");
+        let lines = text.lines().count();
+        assert!(lines <= LONGEST_FILE, "{path} has {lines} lines");
+        assert!(
+            !path.ends_with("/mod.rs"),
+            "{path}: foo.rs and foo/ instead"
+        );
+    }
+}
+
+#[test]
+fn capabilities_do_not_know_each_other() {
+    let arrows = arrows();
+    let ours = |to: &str| to == "underpass" || to.starts_with("underpass-");
+    for (from, to) in &arrows {
+        let allowed = match from.as_str() {
+            "underpass-config" => !ours(to),
+            "underpass-interception" | "underpass-hbone" => !ours(to) || to == "underpass-config",
+            "underpass" => !matches!(to.as_str(), "underpass-tests" | "underpass-benches"),
+            "underpass-tests" => to != "underpass-benches",
+            _ => true,
+        };
+        assert!(allowed, "{from} must not depend on {to}");
+    }
+    for to in [
+        "underpass-config",
+        "underpass-hbone",
+        "underpass-interception",
+    ] {
+        assert!(
+            arrows.contains(&("underpass".to_owned(), to.to_owned())),
+            "{to}"
+        );
+    }
+}
+
+#[test]
+fn what_a_capability_is_built_on_is_its_own() {
+    let owners: [(&[&str], &str); 2] = [
+        (
+            &["h2", "rustls", "tokio-rustls", "rcgen", "x509-parser"],
+            "underpass-hbone",
+        ),
+        (&["nix", "socket2", "nlink"], "underpass-interception"),
+    ];
+    for (from, to) in arrows() {
+        assert!(
+            !["anyhow", "eyre", "openssl", "native-tls", "async-trait"].contains(&to.as_str()),
+            "{from} depends on {to}"
+        );
+        for (crates, owner) in owners {
+            let tries = ["underpass-tests", "underpass-benches"].contains(&from.as_str());
+            assert!(
+                !crates.contains(&to.as_str()) || from == owner || tries,
+                "{from} depends on {to}, which is {owner}'s"
+            );
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_is_only_where_the_kernel_is() {
+    let exempt = ["allow(unsafe_code", "expect(unsafe_code"];
+    for (path, text) in sources(&FOLDERS) {
+        let is_this = path == "tests/tests/tidy.rs";
+        let exempted = exempt.iter().any(|attribute| text.contains(attribute));
+        assert!(
+            !exempted || is_this || path.starts_with("interception/src/"),
+            "{path} allows unsafe code"
+        );
+    }
+    assert!(read("Cargo.toml").contains("unsafe_code = \"deny\""));
+    for folder in FOLDERS {
+        let manifest = read(format!("{folder}/Cargo.toml"));
+        assert!(
+            manifest.contains("[lints]\nworkspace = true"),
+            "{folder} has lints of its own"
+        );
+    }
+}
+
+#[test]
+fn no_test_is_ignored_and_none_waits_for_the_clock() {
+    for (path, text) in sources(&FOLDERS)
+        .iter()
+        .filter(|(path, _)| path != "tests/tests/tidy.rs")
+    {
+        for word in ["#[ignore", "thread::sleep"] {
+            assert!(!text.contains(word), "{path} has {word}");
+        }
+    }
+    // Elsewhere tests run on a clock that is paused; these do not.
+    for (path, text) in sources(&["tests", "interception/tests"])
+        .iter()
+        .filter(|(path, _)| path != "tests/tests/tidy.rs")
+    {
+        assert!(!text.contains("sleep"), "{path} sleeps");
+    }
+}
+
+#[test]
+fn every_setting_is_documented_and_nothing_else_is() {
+    let document = read("docs/settings.md");
+    let keys = document
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+    let documented: Vec<_> = keys.collect();
+    assert_eq!(documented, underpass_config::KEYS);
+}
+
+#[test]
+fn the_readme_begins_with_two_commands() {
+    let readme = read("README.md");
+    for command in [
+        "```\ncargo run --release -- demo\n```",
+        "```\ncargo test --workspace\n```",
+    ] {
+        assert!(readme.contains(command), "{command}");
+    }
+}
