@@ -68,11 +68,7 @@ pub(crate) struct SyntaxError {
 impl Node {
     /// An empty mapping: what an empty document means.
     pub(crate) fn empty(origin: Origin) -> Self {
-        Self {
-            value: Value::Mapping(Vec::new()),
-            tag: None,
-            origin,
-        }
+        Self { value: Value::Mapping(Vec::new()), tag: None, origin }
     }
 
     /// Reads the one document in `text`; `origin` turns a line and column (from 1) into a place.
@@ -80,13 +76,8 @@ impl Node {
         text: &str,
         origin: &dyn Fn(usize, usize) -> Origin,
     ) -> Result<Self, SyntaxError> {
-        Loader {
-            parser: Parser::new_from_str(text),
-            origin,
-            anchors: HashMap::new(),
-            aliased: 0,
-        }
-        .document()
+        Loader { parser: Parser::new_from_str(text), origin, anchors: HashMap::new(), aliased: 0 }
+            .document()
     }
 
     /// Puts `node` at the end of `path`, making the mappings on the way.
@@ -159,10 +150,7 @@ impl<'a> Loader<'a> {
     }
 
     fn error(&self, span: &Span, reason: &str) -> SyntaxError {
-        SyntaxError {
-            reason: reason.to_owned(),
-            origin: self.place(span),
-        }
+        SyntaxError { reason: reason.to_owned(), origin: self.place(span) }
     }
 
     fn place(&self, span: &Span) -> Origin {
@@ -178,11 +166,7 @@ impl<'a> Loader<'a> {
             Event::Scalar(text, style, anchor, tag) => {
                 let plain = style == ScalarStyle::Plain;
                 let null = plain && matches!(&*text, "" | "~" | "null" | "Null" | "NULL");
-                let value = if null {
-                    Value::Null
-                } else {
-                    Value::Scalar(text.into_owned())
-                };
+                let value = if null { Value::Null } else { Value::Scalar(text.into_owned()) };
                 (value, anchor, tag)
             }
             Event::SequenceStart(anchor, tag) => (self.sequence(depth)?, anchor, tag),
@@ -191,11 +175,7 @@ impl<'a> Loader<'a> {
             _ => return Err(self.error(span, "a value was expected here")),
         };
         let tag = tag.as_deref().and_then(local_tag);
-        let node = Node {
-            value,
-            tag,
-            origin: self.place(span),
-        };
+        let node = Node { value, tag, origin: self.place(span) };
         if anchor != 0 {
             self.anchors.insert(anchor, node.clone());
         }
@@ -251,11 +231,7 @@ mod tests {
     use super::*;
 
     fn at(line: usize, column: usize) -> Origin {
-        Origin::Document {
-            name: "t".into(),
-            line,
-            column,
-        }
+        Origin::Document { name: "t".into(), line, column }
     }
 
     fn parse(text: &str) -> Result<Node, SyntaxError> {
@@ -265,13 +241,9 @@ mod tests {
     #[test]
     fn a_value_knows_its_line_and_column() {
         let root = parse("a: 1\nb:\n  - x\n  - !Exact y\n").unwrap();
-        let Value::Mapping(entries) = &root.value else {
-            panic!("{root:?}")
-        };
+        let Value::Mapping(entries) = &root.value else { panic!("{root:?}") };
         assert_eq!(entries[0].1.origin, at(1, 4));
-        let Value::Sequence(items) = &entries[1].1.value else {
-            panic!("{root:?}")
-        };
+        let Value::Sequence(items) = &entries[1].1.value else { panic!("{root:?}") };
         assert_eq!(items[0].origin, at(3, 5));
         assert_eq!(items[1].tag.as_deref(), Some("Exact"));
         assert_eq!(items[1].value, Value::Scalar("y".into()));
@@ -288,9 +260,7 @@ mod tests {
     #[test]
     fn an_alias_repeats_its_anchor() {
         let root = parse("a: &x [1, 2]\nb: *x\n").unwrap();
-        let Value::Mapping(entries) = &root.value else {
-            panic!("{root:?}")
-        };
+        let Value::Mapping(entries) = &root.value else { panic!("{root:?}") };
         assert_eq!(entries[0].1.value, entries[1].1.value);
     }
 
@@ -311,21 +281,14 @@ mod tests {
             ("? [a]\n: b\n", "a key must be"),
         ] {
             let error = parse(text).unwrap_err();
-            assert!(
-                error.reason.contains(reason),
-                "{text:.40}: {}",
-                error.reason
-            );
+            assert!(error.reason.contains(reason), "{text:.40}: {}", error.reason);
         }
     }
 
     #[test]
     fn an_overlay_replaces_one_value_and_makes_the_way_to_it() {
         let mut root = parse("proxy: {workers: 1, hbone_port: 15008}\n").unwrap();
-        let node = |text| Node {
-            origin: Origin::Flag,
-            ..parse(text).unwrap()
-        };
+        let node = |text| Node { origin: Origin::Flag, ..parse(text).unwrap() };
         root.set(&["proxy", "workers"], node("4"));
         root.set(&["mesh", "file"], node("m.yaml"));
         let expected = parse("proxy: {workers: 4, hbone_port: 15008}\nmesh: {file: m.yaml}\n");
@@ -337,10 +300,9 @@ mod tests {
             Value::Null => "~".into(),
             Value::Scalar(text) => text.clone(),
             Value::Sequence(items) => items.iter().map(shape).collect::<Vec<_>>().join(","),
-            Value::Mapping(entries) => entries
-                .iter()
-                .map(|(key, node)| format!("{{{key}:{}}}", shape(node)))
-                .collect(),
+            Value::Mapping(entries) => {
+                entries.iter().map(|(key, node)| format!("{{{key}:{}}}", shape(node))).collect()
+            }
         }
     }
 }

@@ -41,14 +41,7 @@ pub struct ConfigErrors {
 
 impl ConfigErrors {
     pub(crate) fn one(reason: String, origin: Option<Origin>) -> Self {
-        Self {
-            problems: vec![Problem {
-                key: String::new(),
-                value: None,
-                reason,
-                origin,
-            }],
-        }
+        Self { problems: vec![Problem { key: String::new(), value: None, reason, origin }] }
     }
 }
 
@@ -64,9 +57,7 @@ impl fmt::Display for ConfigErrors {
             [problem] => write!(f, "{problem}"),
             problems => {
                 write!(f, "{} mistakes in the configuration:", problems.len())?;
-                problems
-                    .iter()
-                    .try_for_each(|problem| write!(f, "\n  {problem}"))
+                problems.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
             }
         }
     }

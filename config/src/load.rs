@@ -25,16 +25,9 @@ pub struct Sources {
 
 impl Sources {
     /// The settings file of a command line, with the environment and the flags of this process.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the one place that reads the environment"
-    )]
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
     pub fn of_process(file: Option<PathBuf>, flags: Vec<String>) -> Self {
-        Self {
-            file,
-            environment: std::env::vars().collect(),
-            flags,
-        }
+        Self { file, environment: std::env::vars().collect(), flags }
     }
 
     /// Reads and checks everything.
@@ -49,11 +42,7 @@ impl Sources {
         let problems = Problems::default();
         self.overlay_environment(&mut root, &problems);
         self.overlay_flags(&mut root, &problems);
-        let folder = self
-            .file
-            .as_deref()
-            .and_then(Path::parent)
-            .unwrap_or_else(|| Path::new(""));
+        let folder = self.file.as_deref().and_then(Path::parent).unwrap_or_else(|| Path::new(""));
         let settings = settings(Cursor::root(&root, &problems), folder);
         problems.or_else(settings)
     }
@@ -101,11 +90,7 @@ pub(crate) fn read_file(path: &Path) -> Result<Node, ConfigErrors> {
 
 pub(crate) fn read_text(name: &str, text: &str) -> Result<Node, ConfigErrors> {
     let name: std::sync::Arc<str> = name.into();
-    let origin = |line, column| Origin::Document {
-        name: name.clone(),
-        line,
-        column,
-    };
+    let origin = |line, column| Origin::Document { name: name.clone(), line, column };
     Ok(Node::parse(text, &origin)?)
 }
 

@@ -117,9 +117,7 @@ impl MeshSource {
     /// As [`Mesh::from_file`].
     pub fn open(file: Option<&Path>) -> Result<Self, ConfigErrors> {
         let mesh = file.map(Mesh::from_file).transpose()?.unwrap_or_default();
-        Ok(Self {
-            current: watch::Sender::new(Arc::new(mesh)),
-        })
+        Ok(Self { current: watch::Sender::new(Arc::new(mesh)) })
     }
 
     /// Follows the snapshots, beginning with the current one.

@@ -52,9 +52,7 @@ impl fmt::Display for Cursor<'_> {
         if let Some(parent) = self.parent {
             parent.fmt(f)?;
         }
-        let nested = self
-            .parent
-            .is_some_and(|parent| !matches!(parent.step, Step::Root));
+        let nested = self.parent.is_some_and(|parent| !matches!(parent.step, Step::Root));
         match self.step {
             Step::Root => Ok(()),
             Step::Key(key) if nested => write!(f, ".{key}"),
@@ -66,12 +64,7 @@ impl fmt::Display for Cursor<'_> {
 
 impl<'a> Cursor<'a> {
     pub(crate) fn root(node: &'a Node, problems: &'a Problems) -> Self {
-        Self {
-            node: Some(node),
-            parent: None,
-            step: Step::Root,
-            problems,
-        }
+        Self { node: Some(node), parent: None, step: Step::Root, problems }
     }
 
     /// The node here, unless it is absent or null.
@@ -122,16 +115,8 @@ impl<'a> Cursor<'a> {
             Some(Value::Mapping(entries)) => entries.as_slice(),
             _ => &[],
         };
-        let node = entries
-            .iter()
-            .find(|(name, _)| name == key)
-            .map(|(_, node)| node);
-        Cursor {
-            node,
-            parent: Some(self),
-            step: Step::Key(key),
-            problems: self.problems,
-        }
+        let node = entries.iter().find(|(name, _)| name == key).map(|(_, node)| node);
+        Cursor { node, parent: Some(self), step: Step::Key(key), problems: self.problems }
     }
 
     /// Refuses every key of the mapping here that is not in `known`.
@@ -163,11 +148,7 @@ impl<'a> Cursor<'a> {
             step: Step::Index(index),
             problems: self.problems,
         };
-        items
-            .iter()
-            .enumerate()
-            .filter_map(|item| read(cursor(item)))
-            .collect()
+        items.iter().enumerate().filter_map(|item| read(cursor(item))).collect()
     }
 
     /// The single value here as text.
@@ -197,19 +178,13 @@ impl<'a> Cursor<'a> {
         T: FromStr,
         T::Err: fmt::Display,
     {
-        self.text()?
-            .parse()
-            .map_err(|error: T::Err| self.problem(error.to_string()))
-            .ok()
+        self.text()?.parse().map_err(|error: T::Err| self.problem(error.to_string())).ok()
     }
 
     /// One of a few words.
     pub(crate) fn one_of<T: Copy>(&self, words: &[(&str, T)]) -> Option<T> {
         let text = self.text()?;
-        let found = words
-            .iter()
-            .find(|(word, _)| *word == text)
-            .map(|(_, value)| *value);
+        let found = words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value);
         if found.is_none() {
             let words: Vec<_> = words.iter().map(|(word, _)| *word).collect();
             self.problem(format!("must be one of {}", words.join(", ")));
@@ -257,20 +232,14 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
 
 /// The known key that differs from `key` by at most two edits.
 fn closest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
-    let near = known
-        .iter()
-        .map(|candidate| (edits(key, candidate), *candidate))
-        .min()?;
+    let near = known.iter().map(|candidate| (edits(key, candidate), *candidate)).min()?;
     (near.0 <= 2).then_some(near.1)
 }
 
 /// Levenshtein distance, ignoring case and the difference between `_` and nothing (`outboundPort`, `outbound_port`).
 fn edits(a: &str, b: &str) -> usize {
     let plain = |text: &str| -> Vec<char> {
-        text.chars()
-            .filter(|c| *c != '_')
-            .map(|c| c.to_ascii_lowercase())
-            .collect()
+        text.chars().filter(|c| *c != '_').map(|c| c.to_ascii_lowercase()).collect()
     };
     let (a, b) = (plain(a), plain(b));
     let mut row: Vec<usize> = (0..=b.len()).collect();
@@ -279,11 +248,7 @@ fn edits(a: &str, b: &str) -> usize {
         let pairs = row.iter().zip(row.iter().skip(1));
         for ((diagonal, above), to) in pairs.zip(&b) {
             let left = next.last().copied().unwrap_or_default();
-            next.push(
-                (diagonal + usize::from(from != to))
-                    .min(above + 1)
-                    .min(left + 1),
-            );
+            next.push((diagonal + usize::from(from != to)).min(above + 1).min(left + 1));
         }
         row = next;
     }
@@ -296,34 +261,21 @@ mod tests {
     use crate::document::Origin;
 
     fn problems_of(text: &str, read: impl Fn(Cursor<'_>)) -> Vec<String> {
-        let origin = |line, column| Origin::Document {
-            name: "f".into(),
-            line,
-            column,
-        };
+        let origin = |line, column| Origin::Document { name: "f".into(), line, column };
         let node = Node::parse(text, &origin).unwrap();
         let problems = Problems::default();
         read(Cursor::root(&node, &problems));
-        problems
-            .0
-            .into_inner()
-            .iter()
-            .map(ToString::to_string)
-            .collect()
+        problems.0.into_inner().iter().map(ToString::to_string).collect()
     }
 
     #[test]
     fn every_mistake_is_told_with_its_place_key_and_value() {
-        let found = problems_of(
-            "a:\n  port: 99999\n  list: [1, x]\n  outboundport: 1\n",
-            |root| {
-                let a = root.key("a");
-                a.only(&["port", "list", "outbound_port"]);
-                a.key("port").port();
-                a.key("list")
-                    .items(|item| item.parse::<u8>("a small number"));
-            },
-        );
+        let found = problems_of("a:\n  port: 99999\n  list: [1, x]\n  outboundport: 1\n", |root| {
+            let a = root.key("a");
+            a.only(&["port", "list", "outbound_port"]);
+            a.key("port").port();
+            a.key("list").items(|item| item.parse::<u8>("a small number"));
+        });
         assert_eq!(
             found,
             [

@@ -95,46 +95,30 @@ fn refuse_unknown_keys(root: Cursor<'_>) {
             continue;
         }
         let in_section = |key: &&'static str| key.split_once('.').filter(|(s, _)| *s == section);
-        let known: Vec<&str> = KEYS
-            .iter()
-            .chain(NOT_YET)
-            .filter_map(&in_section)
-            .map(|(_, k)| k)
-            .collect();
+        let known: Vec<&str> =
+            KEYS.iter().chain(NOT_YET).filter_map(&in_section).map(|(_, k)| k).collect();
         cursor.only(&known);
-        NOT_YET
-            .iter()
-            .filter_map(in_section)
-            .for_each(|(_, key)| cursor.key(key).not_yet());
+        NOT_YET.iter().filter_map(in_section).for_each(|(_, key)| cursor.key(key).not_yet());
     }
 }
 
 fn workload(section: Cursor<'_>) -> Option<WorkloadSettings> {
     let text = |key: &str, default: &str| section.key(key).text().unwrap_or(default).to_owned();
-    let (namespace, service_account) = (
-        text("namespace", "default"),
-        text("serviceAccount", "default"),
-    );
+    let (namespace, service_account) =
+        (text("namespace", "default"), text("serviceAccount", "default"));
     let trust_domain: TrustDomain = match section.key("trustDomain") {
         given if given.is_given() => given.parse_explained()?,
         _ => "cluster.local".parse().ok()?,
     };
     let spiffe_id = SpiffeId::istio(trust_domain.clone(), &namespace, &service_account)
         .map_err(|error| {
-            section.problem(format!(
-                "namespace and serviceAccount make no SPIFFE identity: {error}"
-            ))
+            section
+                .problem(format!("namespace and serviceAccount make no SPIFFE identity: {error}"))
         })
         .ok()?;
     // A workload is called by its service account until it is told its name.
     let name = text("name", &service_account);
-    Some(WorkloadSettings {
-        name,
-        namespace,
-        service_account,
-        trust_domain,
-        spiffe_id,
-    })
+    Some(WorkloadSettings { name, namespace, service_account, trust_domain, spiffe_id })
 }
 
 fn identity(section: Cursor<'_>, files: Files<'_>) -> Option<IdentityFiles> {
@@ -150,47 +134,29 @@ fn identity(section: Cursor<'_>, files: Files<'_>) -> Option<IdentityFiles> {
         path
     };
     let (certificate, key, roots) = (path("certificate"), path("key"), path("roots"));
-    Some(IdentityFiles {
-        certificate: certificate?,
-        key: key?,
-        roots: roots?,
-    })
+    Some(IdentityFiles { certificate: certificate?, key: key?, roots: roots? })
 }
 
 fn interception(section: Cursor<'_>) -> InterceptionSettings {
-    let profiles = [
-        ("ambient", Some(Profile::Ambient)),
-        ("none", Some(Profile::None)),
-    ];
+    let profiles = [("ambient", Some(Profile::Ambient)), ("none", Some(Profile::None))];
     let later = [("sidecar", None), ("osm", None)];
     let profile = section.key("profile").one_of(&[profiles, later].concat());
     if profile == Some(None) {
-        section
-            .key("profile")
-            .problem("not supported yet; there are ambient and none");
+        section.key("profile").problem("not supported yet; there are ambient and none");
     }
-    let families = [
-        ("capture", Some(Ipv6::Capture)),
-        ("bypass", Some(Ipv6::Bypass)),
-        ("reject", None),
-    ];
+    let families =
+        [("capture", Some(Ipv6::Capture)), ("bypass", Some(Ipv6::Bypass)), ("reject", None)];
     let ipv6 = section.key("ipv6").one_of(&families);
     if ipv6 == Some(None) {
-        section
-            .key("ipv6")
-            .problem("not supported yet; there are capture and bypass");
+        section.key("ipv6").problem("not supported yet; there are capture and bypass");
     }
-    let on_exit = section
-        .key("on_exit")
-        .one_of(&[("keep", OnExit::Keep), ("remove", OnExit::Remove)]);
+    let on_exit =
+        section.key("on_exit").one_of(&[("keep", OnExit::Keep), ("remove", OnExit::Remove)]);
     InterceptionSettings {
         profile: profile.flatten().unwrap_or(Profile::Ambient),
         ipv6: ipv6.flatten().unwrap_or(Ipv6::Capture),
         on_exit: on_exit.unwrap_or(OnExit::Keep),
-        allow_host: section
-            .key("allow_host")
-            .parse("true or false")
-            .unwrap_or(false),
+        allow_host: section.key("allow_host").parse("true or false").unwrap_or(false),
     }
 }
 
@@ -202,12 +168,7 @@ fn proxy(section: Cursor<'_>) -> Option<ProxySettings> {
         hbone_port: port("hbone_port", 15008),
         workers: workers(section.key("workers")),
     };
-    let ProxySettings {
-        outbound_port,
-        inbound_port,
-        hbone_port,
-        ..
-    } = settings;
+    let ProxySettings { outbound_port, inbound_port, hbone_port, .. } = settings;
     if outbound_port == inbound_port || inbound_port == hbone_port || outbound_port == hbone_port {
         section.problem("outbound_port, inbound_port and hbone_port must differ");
         return None;
@@ -228,10 +189,7 @@ fn workers(cursor: Cursor<'_>) -> Option<usize> {
 
 fn timeouts(section: Cursor<'_>) -> Timeouts {
     let seconds = |key: &str, default| {
-        section
-            .key(key)
-            .duration()
-            .unwrap_or_else(|| Duration::from_secs(default))
+        section.key(key).duration().unwrap_or_else(|| Duration::from_secs(default))
     };
     Timeouts {
         // As long as ztunnel waits; a SYN is sent four times in it (after 1, 3 and 7 s).
@@ -256,10 +214,7 @@ fn logging(section: Cursor<'_>) -> Logging {
     let formats = [("plain", LogFormat::Plain), ("json", LogFormat::Json)];
     Logging {
         filter: section.key("filter").text().unwrap_or("info").to_owned(),
-        format: section
-            .key("format")
-            .one_of(&formats)
-            .unwrap_or(LogFormat::Plain),
+        format: section.key("format").one_of(&formats).unwrap_or(LogFormat::Plain),
     }
 }
 
@@ -277,10 +232,6 @@ impl Files<'_> {
             return None;
         }
         let in_file = matches!(cursor.node()?.origin, Origin::Document { .. });
-        Some(if in_file {
-            self.folder.join(text)
-        } else {
-            PathBuf::from(text)
-        })
+        Some(if in_file { self.folder.join(text) } else { PathBuf::from(text) })
     }
 }

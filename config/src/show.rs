@@ -35,11 +35,7 @@ impl fmt::Display for Settings {
             LogFormat::Plain => "plain",
             LogFormat::Json => "json",
         };
-        writeln!(
-            f,
-            "logging: {{filter: {:?}, format: {format}}}",
-            self.logging.filter
-        )
+        writeln!(f, "logging: {{filter: {:?}, format: {format}}}", self.logging.filter)
     }
 }
 
@@ -66,9 +62,7 @@ impl Settings {
 
     fn fmt_proxy(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let proxy = &self.proxy;
-        let workers = proxy
-            .workers
-            .map_or_else(|| "auto".to_owned(), |n| n.to_string());
+        let workers = proxy.workers.map_or_else(|| "auto".to_owned(), |n| n.to_string());
         writeln!(
             f,
             "proxy: {{outbound_port: {}, inbound_port: {}, hbone_port: {}, workers: {workers}}}",
@@ -114,23 +108,12 @@ mod tests {
             "metrics.address=127.0.0.1:1",
             "logging={filter: 'info,access=off', format: json}",
         ];
-        let first = Sources {
-            flags: flags.map(str::to_owned).into(),
-            ..Sources::default()
-        }
-        .load()
-        .unwrap();
+        let first = Sources { flags: flags.map(str::to_owned).into(), ..Sources::default() }
+            .load()
+            .unwrap();
         let shown = first.to_string();
-        let again: Vec<String> = shown
-            .lines()
-            .map(|line| line.replacen(": ", "=", 1))
-            .collect();
-        let second = Sources {
-            flags: again,
-            ..Sources::default()
-        }
-        .load()
-        .unwrap();
+        let again: Vec<String> = shown.lines().map(|line| line.replacen(": ", "=", 1)).collect();
+        let second = Sources { flags: again, ..Sources::default() }.load().unwrap();
         assert_eq!(first, second, "{shown}");
     }
 }

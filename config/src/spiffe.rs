@@ -155,8 +155,7 @@ mod tests {
     fn only_istios_shape_has_a_namespace_and_service_account() {
         let parts = |text: &str| {
             let id: SpiffeId = text.parse().unwrap();
-            id.namespace_and_service_account()
-                .map(|(n, s)| format!("{n}/{s}"))
+            id.namespace_and_service_account().map(|(n, s)| format!("{n}/{s}"))
         };
         assert_eq!(parts("spiffe://td/ns/a/sa/b").as_deref(), Some("a/b"));
         for other in [

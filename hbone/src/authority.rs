@@ -30,9 +30,7 @@ impl FromStr for Authority {
     type Err = HboneError;
 
     fn from_str(text: &str) -> Result<Self, HboneError> {
-        parse(text).ok_or_else(|| HboneError::InvalidAuthority {
-            authority: text.to_owned(),
-        })
+        parse(text).ok_or_else(|| HboneError::InvalidAuthority { authority: text.to_owned() })
     }
 }
 
@@ -56,10 +54,7 @@ fn parse(text: &str) -> Option<Authority> {
     if port == 0 {
         return None;
     }
-    if let Some(v6) = host
-        .strip_prefix('[')
-        .and_then(|rest| rest.strip_suffix(']'))
-    {
+    if let Some(v6) = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
         let ip: Ipv6Addr = v6.parse().ok()?;
         return Some(Authority::Address(SocketAddr::from((ip, port))));
     }
@@ -67,10 +62,7 @@ fn parse(text: &str) -> Option<Authority> {
         Ok(IpAddr::V4(ip)) => Some(Authority::Address(SocketAddr::from((ip, port)))),
         // Without brackets there is no telling where an IPv6 address ends (RFC 3986 section 3.2.2).
         Ok(IpAddr::V6(_)) => None,
-        Err(_) => is_name(host).then(|| Authority::Name {
-            host: host.to_ascii_lowercase(),
-            port,
-        }),
+        Err(_) => is_name(host).then(|| Authority::Name { host: host.to_ascii_lowercase(), port }),
     }
 }
 
@@ -80,10 +72,8 @@ fn is_name(host: &str) -> bool {
         (1..=MAX_LABEL_BYTES).contains(&label.len()) && label.bytes().all(allowed)
     };
     // A last label of digits would be an IPv4 address to some resolvers: `010.0.0.1`, `10.1`.
-    let numeric = host
-        .rsplit('.')
-        .next()
-        .is_some_and(|last| last.bytes().all(|c| c.is_ascii_digit()));
+    let numeric =
+        host.rsplit('.').next().is_some_and(|last| last.bytes().all(|c| c.is_ascii_digit()));
     host.len() <= MAX_NAME_BYTES && host.split('.').all(label) && !numeric
 }
 
@@ -100,10 +90,7 @@ mod tests {
             ("[::ffff:10.0.0.1]:1", address("[::ffff:10.0.0.1]:1")),
             (
                 "Server.default.svc.cluster.local:80",
-                Authority::Name {
-                    host: "server.default.svc.cluster.local".to_owned(),
-                    port: 80,
-                },
+                Authority::Name { host: "server.default.svc.cluster.local".to_owned(), port: 80 },
             ),
         ] {
             assert_eq!(text.parse::<Authority>().unwrap(), expected);

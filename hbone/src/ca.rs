@@ -71,16 +71,8 @@ impl CertificateAuthority {
         }
         let authority = Self::generate(trust_domain)?;
         // The key first: whoever wins the race for it owns the directory.
-        create(
-            &dir.join(KEY_FILE),
-            &authority.issuer.key().serialize_pem(),
-            PRIVATE,
-        )?;
-        create(
-            &dir.join(CERTIFICATE_FILE),
-            &authority.certificate_pem,
-            PUBLIC,
-        )?;
+        create(&dir.join(KEY_FILE), &authority.issuer.key().serialize_pem(), PRIVATE)?;
+        create(&dir.join(CERTIFICATE_FILE), &authority.certificate_pem, PUBLIC)?;
         create(&dir.join(ROOTS_FILE), &authority.certificate_pem, PUBLIC)?;
         Ok(authority)
     }
@@ -131,10 +123,7 @@ impl CertificateAuthority {
         not_before: SystemTime,
         not_after: SystemTime,
     ) -> Result<IssuedCertificate, HboneError> {
-        let usages = [
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
+        let usages = [ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         self.issue_for(id, not_before, not_after, &usages)
     }
 
@@ -148,21 +137,13 @@ impl CertificateAuthority {
         let problem = |what| HboneError::credential(id.to_string(), what);
         if id.trust_domain() != &self.trust_domain {
             let trust_domain = self.trust_domain.clone();
-            return Err(problem(CredentialProblem::ForeignId {
-                trust_domain,
-                id: id.clone(),
-            }));
+            return Err(problem(CredentialProblem::ForeignId { trust_domain, id: id.clone() }));
         }
         let mut params = leaf_params(id, not_before, not_after).map_err(problem)?;
         params.extended_key_usages = usages.to_vec();
         let key = new_key().map_err(problem)?;
-        let leaf = params
-            .signed_by(&key, &self.issuer)
-            .map_err(|error| problem(issue(error)))?;
-        Ok(IssuedCertificate {
-            chain_pem: leaf.pem(),
-            key_pem: key.serialize_pem(),
-        })
+        let leaf = params.signed_by(&key, &self.issuer).map_err(|error| problem(issue(error)))?;
+        Ok(IssuedCertificate { chain_pem: leaf.pem(), key_pem: key.serialize_pem() })
     }
 }
 
@@ -188,15 +169,11 @@ impl std::fmt::Debug for IssuedCertificate {
 
 fn generate(trust_domain: TrustDomain) -> Result<CertificateAuthority, CredentialProblem> {
     let now = SystemTime::now();
-    let lifetime = now
-        .checked_sub(CLOCK_SKEW)
-        .zip(now.checked_add(CA_LIFETIME));
+    let lifetime = now.checked_sub(CLOCK_SKEW).zip(now.checked_add(CA_LIFETIME));
     let (not_before, not_after) = lifetime.ok_or(CredentialProblem::Lifetime)?;
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
-    params
-        .distinguished_name
-        .push(DnType::OrganizationName, trust_domain.as_str());
+    params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
     params.subject_alt_names = vec![uri(&format!("spiffe://{trust_domain}"))?];
     params.not_before = offset(not_before)?;
     params.not_after = offset(not_after)?;
@@ -204,11 +181,7 @@ fn generate(trust_domain: TrustDomain) -> Result<CertificateAuthority, Credentia
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let key = new_key()?;
     let certificate_pem = params.self_signed(&key).map_err(issue)?.pem();
-    Ok(CertificateAuthority {
-        trust_domain,
-        certificate_pem,
-        issuer: Issuer::new(params, key),
-    })
+    Ok(CertificateAuthority { trust_domain, certificate_pem, issuer: Issuer::new(params, key) })
 }
 
 fn from_parts(
@@ -231,11 +204,7 @@ fn from_parts(
     let trust_domain = id.trust_domain().clone();
     let issuer =
         Issuer::from_ca_cert_der(&der, key).map_err(|error| malformed(error.to_string()))?;
-    Ok(CertificateAuthority {
-        trust_domain,
-        certificate_pem,
-        issuer,
-    })
+    Ok(CertificateAuthority { trust_domain, certificate_pem, issuer })
 }
 
 /// The X.509-SVID of the SPIFFE standard: an empty subject makes the one URI name critical (RFC 5280 section 4.1.2.6).
@@ -272,10 +241,7 @@ fn out_of_range(id: &SpiffeId) -> HboneError {
 }
 
 fn offset(time: SystemTime) -> Result<OffsetDateTime, CredentialProblem> {
-    let since = time
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let seconds = i64::try_from(since).map_err(|_| CredentialProblem::Lifetime)?;
     OffsetDateTime::from_unix_timestamp(seconds).map_err(|_| CredentialProblem::Lifetime)
 }
@@ -315,14 +281,8 @@ fn with_temporary(
     publish: impl FnOnce(&Path) -> io::Result<()>,
 ) -> io::Result<()> {
     let temporary = with_suffix(file, &format!(".{}.tmp", std::process::id()));
-    let options = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(&temporary);
-    let written = options
-        .and_then(|opened| fill(opened, text))
-        .and_then(|()| publish(&temporary));
+    let options = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary);
+    let written = options.and_then(|opened| fill(opened, text)).and_then(|()| publish(&temporary));
     if written.is_err() {
         // It may not exist, and the first error is the one to report.
         let _removed = fs::remove_file(&temporary);

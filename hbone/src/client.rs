@@ -50,10 +50,7 @@ impl Connector {
     /// # Errors
     /// [`HboneError::Tls`] if rustls refuses the identity.
     pub fn new(identity: &Identity, settings: ClientSettings) -> Result<Self, HboneError> {
-        Ok(Self {
-            tls: Arc::new(ClientTls::new(identity)?),
-            settings,
-        })
+        Ok(Self { tls: Arc::new(ClientTls::new(identity)?), settings })
     }
 
     /// A connector that trusts as `identity` does and presents no certificate: to see a server refuse it.
@@ -61,10 +58,7 @@ impl Connector {
     /// # Errors
     /// As [`Connector::new`].
     pub fn anonymous(identity: &Identity, settings: ClientSettings) -> Result<Self, HboneError> {
-        Ok(Self {
-            tls: Arc::new(ClientTls::anonymous(identity)?),
-            settings,
-        })
+        Ok(Self { tls: Arc::new(ClientTls::anonymous(identity)?), settings })
     }
 
     /// Handshakes over `io` with a server that must be one of `expected`. Spawns a task that drives the connection.
@@ -105,11 +99,8 @@ impl Connector {
             .handshake(Monitored::new(stream, link.clone()))
             .await
             .map_err(|error| link.stream_error(error))?;
-        let keepalive = Keepalive::new(
-            self.settings.keepalive.clone(),
-            link.clone(),
-            connection.ping_pong(),
-        );
+        let keepalive =
+            Keepalive::new(self.settings.keepalive.clone(), link.clone(), connection.ping_pong());
         tokio::spawn(drive(connection, keepalive, link.clone()));
         Ok(Tunnel { send, link })
     }
@@ -126,16 +117,12 @@ impl Tunnel {
         request: ConnectRequest,
         reply: Duration,
     ) -> Result<TunnelStream, HboneError> {
-        self.connect_reserved(request, reply, self.link.open_stream())
-            .await
+        self.connect_reserved(request, reply, self.link.open_stream()).await
     }
 
     /// Whether no new stream can be opened: the connection ended, or the peer sent GOAWAY.
     pub fn is_closed(&self) -> bool {
-        let ready = self
-            .send
-            .clone()
-            .poll_ready(&mut Context::from_waker(Waker::noop()));
+        let ready = self.send.clone().poll_ready(&mut Context::from_waker(Waker::noop()));
         self.link.is_closed() || matches!(ready, Poll::Ready(Err(_)))
     }
 
@@ -214,10 +201,7 @@ async fn drive<T>(
             return Poll::Ready(ended.map_err(|error| link.stream_error(error)));
         }
         let streams_open = link.open_streams() > 0;
-        match keepalive
-            .as_mut()
-            .map(|keepalive| keepalive.poll_dead(cx, streams_open))
-        {
+        match keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, streams_open)) {
             Some(Poll::Ready(dead)) => Poll::Ready(Err(dead)),
             _ => Poll::Pending,
         }

@@ -229,16 +229,11 @@ impl HboneError {
     }
 
     pub(crate) fn h2(source: h2::Error) -> Self {
-        Self::H2 {
-            source: Arc::new(source),
-        }
+        Self::H2 { source: Arc::new(source) }
     }
 
     pub(crate) fn credential(file: impl Into<PathBuf>, what: CredentialProblem) -> Self {
-        Self::Credential {
-            file: file.into(),
-            what,
-        }
+        Self::Credential { file: file.into(), what }
     }
 
     pub(crate) fn file(file: impl Into<PathBuf>, error: io::Error) -> Self {
@@ -264,13 +259,9 @@ fn list(items: &[impl fmt::Display]) -> String {
 }
 
 fn utc(time: SystemTime) -> String {
-    let since = time
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
-    let instant = i64::try_from(since)
-        .ok()
-        .and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok());
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let instant =
+        i64::try_from(since).ok().and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok());
     instant.map_or_else(
         || "a time beyond the year 9999".to_owned(),
         |t| {
@@ -290,13 +281,9 @@ mod tests {
     fn a_message_does_not_repeat_its_source() {
         let source = Arc::new(io::Error::other("the inner text"));
         let address = SocketAddr::from(([10, 0, 0, 1], 15008));
-        for error in [
-            HboneError::Dial {
-                address,
-                source: source.clone(),
-            },
-            HboneError::Tls { source },
-        ] {
+        for error in
+            [HboneError::Dial { address, source: source.clone() }, HboneError::Tls { source }]
+        {
             assert!(!error.to_string().contains("the inner text"), "{error}");
             assert_eq!(error.source().unwrap().to_string(), "the inner text");
         }
@@ -304,11 +291,9 @@ mod tests {
 
     #[test]
     fn an_identity_mismatch_says_who_was_expected_and_who_came() {
-        let expected: Arc<[SpiffeId]> = [
-            "spiffe://td/ns/a/sa/b".parse().unwrap(),
-            "spiffe://td/ns/a/sa/c".parse().unwrap(),
-        ]
-        .into();
+        let expected: Arc<[SpiffeId]> =
+            ["spiffe://td/ns/a/sa/b".parse().unwrap(), "spiffe://td/ns/a/sa/c".parse().unwrap()]
+                .into();
         let error = HboneError::UnexpectedPeer {
             expected: ExpectedPeer::OneOf(expected),
             presented: vec!["spiffe://td/ns/x/sa/y".to_owned()],

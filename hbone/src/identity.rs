@@ -49,18 +49,9 @@ impl Identity {
         let roots = read(&files.roots)?;
         warn_if_exposed(&files.key)?;
         Self::check(
-            Source {
-                name: &files.certificate,
-                pem: &certificate,
-            },
-            Source {
-                name: &files.key,
-                pem: &key,
-            },
-            Source {
-                name: &files.roots,
-                pem: &roots,
-            },
+            Source { name: &files.certificate, pem: &certificate },
+            Source { name: &files.key, pem: &key },
+            Source { name: &files.roots, pem: &roots },
             SystemTime::now(),
         )
     }
@@ -80,18 +71,9 @@ impl Identity {
         now: SystemTime,
     ) -> Result<Self, HboneError> {
         Self::check(
-            Source {
-                name: Path::new("certificate"),
-                pem: certificate,
-            },
-            Source {
-                name: Path::new("key"),
-                pem: key,
-            },
-            Source {
-                name: Path::new("roots"),
-                pem: roots,
-            },
+            Source { name: Path::new("certificate"), pem: certificate },
+            Source { name: Path::new("key"), pem: key },
+            Source { name: Path::new("roots"), pem: roots },
             now,
         )
     }
@@ -135,13 +117,7 @@ impl Identity {
         }
         let certified_key = Arc::new(pair(chain, key)?);
         let roots = Arc::new(root_store(roots)?);
-        Ok(Self(Arc::new(Generation {
-            spiffe_id,
-            not_before,
-            expires,
-            certified_key,
-            roots,
-        })))
+        Ok(Self(Arc::new(Generation { spiffe_id, not_before, expires, certified_key, roots })))
     }
 }
 
@@ -164,10 +140,7 @@ fn certificates(source: Source<'_>) -> Result<Vec<CertificateDer<'static>>, Hbon
         .collect::<Result<_, _>>()
         .map_err(|error| HboneError::credential(source.name, pem_problem(&error, "certificate")))?;
     if found.is_empty() {
-        return Err(HboneError::credential(
-            source.name,
-            CredentialProblem::Empty("certificate"),
-        ));
+        return Err(HboneError::credential(source.name, CredentialProblem::Empty("certificate")));
     }
     Ok(found)
 }
@@ -190,10 +163,7 @@ fn root_store(source: Source<'_>) -> Result<RootCertStore, HboneError> {
     let mut store = RootCertStore::empty();
     for root in certificates(source)? {
         store.add(root).map_err(|error| {
-            HboneError::credential(
-                source.name,
-                CredentialProblem::Certificate(error.to_string()),
-            )
+            HboneError::credential(source.name, CredentialProblem::Certificate(error.to_string()))
         })?;
     }
     Ok(store)
@@ -209,11 +179,7 @@ fn read_leaf(der: &[u8]) -> Result<(SpiffeId, SystemTime, SystemTime), Credentia
         return Err(CredentialProblem::Names(names));
     };
     let validity = leaf.validity();
-    Ok((
-        id,
-        system_time(validity.not_before),
-        system_time(validity.not_after),
-    ))
+    Ok((id, system_time(validity.not_before), system_time(validity.not_after)))
 }
 
 /// Before 1970 counts as 1970: nothing is valid so early.

@@ -44,13 +44,7 @@ impl Keepalive {
         ping: Option<PingPong>,
     ) -> Option<Self> {
         let timer = Box::pin(tokio::time::sleep(settings.quiet));
-        Some(Self {
-            settings,
-            link,
-            ping: ping?,
-            timer,
-            state: State::Dormant,
-        })
+        Some(Self { settings, link, ping: ping?, timer, state: State::Dormant })
     }
 
     /// Ready when the peer is to be given up. Poll it after the connection, so that what came is known.

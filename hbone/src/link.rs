@@ -46,10 +46,7 @@ impl Link {
             peer,
             opened: now,
             heard: AtomicU64::new(0),
-            load: Mutex::new(Load {
-                open_streams: 0,
-                idle_since: now,
-            }),
+            load: Mutex::new(Load { open_streams: 0, idle_since: now }),
             failure: OnceLock::new(),
             closed: watch::Sender::new(false),
         })
@@ -111,9 +108,7 @@ impl Link {
 
     /// Why the connection ended.
     pub(crate) fn lost(&self, source: Option<h2::Error>) -> HboneError {
-        let lost = || HboneError::Lost {
-            source: source.map(Arc::new),
-        };
+        let lost = || HboneError::Lost { source: source.map(Arc::new) };
         self.failure.get().cloned().unwrap_or_else(lost)
     }
 
@@ -133,8 +128,7 @@ impl Link {
 
     fn hear(&self) {
         let since = self.opened.elapsed().as_millis();
-        self.heard
-            .store(u64::try_from(since).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.heard.store(u64::try_from(since).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 }
 

@@ -80,12 +80,7 @@ enum Checkout {
 impl<D: Dial> Pool<D> {
     /// A pool that dials with `dial` and handshakes with `connector`.
     pub fn new(dial: D, connector: Connector, settings: PoolSettings) -> Self {
-        Self(Arc::new(Shared {
-            dial,
-            connector,
-            settings,
-            entries: Mutex::default(),
-        }))
+        Self(Arc::new(Shared { dial, connector, settings, entries: Mutex::default() }))
     }
 
     /// Opens a stream to `request.authority` through a tunnel to `key`, which is dialled if there is none with room.
@@ -99,9 +94,7 @@ impl<D: Dial> Pool<D> {
     ) -> Result<TunnelStream, HboneError> {
         let (tunnel, open) = self.tunnel(key).await?;
         let asked = Instant::now();
-        let answer = tunnel
-            .connect_reserved(request, self.0.settings.reply, open)
-            .await;
+        let answer = tunnel.connect_reserved(request, self.0.settings.reply, open).await;
         let timed_out = matches!(answer, Err(HboneError::ReplyTimeout { .. }));
         if timed_out && tunnel.link().last_heard() < asked {
             // Not a slow answer but silence: the peer may be gone without a word, so the next one dials anew.
@@ -120,11 +113,7 @@ impl<D: Dial> Pool<D> {
 
     /// How many tunnels are held.
     pub fn tunnels(&self) -> usize {
-        self.0
-            .entries()
-            .values()
-            .map(|entry| entry.tunnels.len())
-            .sum()
+        self.0.entries().values().map(|entry| entry.tunnels.len()).sum()
     }
 
     async fn tunnel(&self, key: &TunnelKey) -> Result<(Tunnel, OpenStream), HboneError> {
@@ -133,15 +122,10 @@ impl<D: Dial> Pool<D> {
                 Checkout::Reserved(tunnel, open) => return Ok((tunnel, open)),
                 Checkout::Wait(dialing) => dialing,
             };
-            let outcome = dialing
-                .wait_for(Option::is_some)
-                .await
-                .map(|outcome| outcome.clone());
+            let outcome = dialing.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
             // The dialling task only goes without a word when the runtime ends.
-            let tunnel = outcome
-                .ok()
-                .flatten()
-                .unwrap_or(Err(HboneError::Lost { source: None }))?;
+            let tunnel =
+                outcome.ok().flatten().unwrap_or(Err(HboneError::Lost { source: None }))?;
             if let Some(open) = tunnel.reserve(self.0.settings.streams_per_tunnel) {
                 return Ok((tunnel, open));
             }
@@ -161,10 +145,7 @@ impl<D: Dial> Shared<D> {
                 return Checkout::Reserved(tunnel.clone(), open);
             }
         }
-        let under_way = entry
-            .dialing
-            .as_ref()
-            .filter(|dialing| dialing.has_changed().is_ok());
+        let under_way = entry.dialing.as_ref().filter(|dialing| dialing.has_changed().is_ok());
         let dialing = under_way.cloned().unwrap_or_else(|| {
             let (done, dialing) = watch::channel(None);
             // In a task of its own, so that it goes on when the one who asked first gives up.
@@ -180,13 +161,8 @@ impl<D: Dial> Shared<D> {
         let io = timeout(self.settings.dial, self.dial.dial(address))
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-            .map_err(|error| HboneError::Dial {
-                address,
-                source: Arc::new(error),
-            })?;
-        self.connector
-            .open(io, &key.peers, self.settings.handshake)
-            .await
+            .map_err(|error| HboneError::Dial { address, source: Arc::new(error) })?;
+        self.connector.open(io, &key.peers, self.settings.handshake).await
     }
 
     fn dialled(&self, key: &TunnelKey, outcome: &Result<Tunnel, HboneError>) {
@@ -202,9 +178,7 @@ impl<D: Dial> Shared<D> {
     fn remove(&self, key: &TunnelKey, link: &Arc<Link>) {
         let mut entries = self.entries();
         if let Some(entry) = entries.get_mut(key) {
-            entry
-                .tunnels
-                .retain(|tunnel| !Arc::ptr_eq(tunnel.link(), link));
+            entry.tunnels.retain(|tunnel| !Arc::ptr_eq(tunnel.link(), link));
             if entry.is_empty() {
                 entries.remove(key);
             }
@@ -251,18 +225,15 @@ async fn watch_tunnel<D: Dial>(
     idle: Duration,
 ) {
     loop {
-        let look_again = link
-            .idle_since()
-            .map_or(idle, |since| idle.saturating_sub(since.elapsed()));
+        let look_again =
+            link.idle_since().map_or(idle, |since| idle.saturating_sub(since.elapsed()));
         tokio::select! {
             () = link.closed() => {}
             () = sleep(look_again) => {}
         }
         let Some(pool) = pool.upgrade() else { return };
         // A stream that is reserved just now keeps the tunnel alive without the pool.
-        let unused = link
-            .idle_since()
-            .is_some_and(|since| since.elapsed() >= idle);
+        let unused = link.idle_since().is_some_and(|since| since.elapsed() >= idle);
         if unused || link.is_closed() {
             pool.remove(&key, &link);
             return;

@@ -52,10 +52,7 @@ impl Acceptor {
     /// # Errors
     /// [`HboneError::Tls`] if rustls refuses the identity.
     pub fn new(identity: &Identity, settings: ServerSettings) -> Result<Self, HboneError> {
-        Ok(Self {
-            tls: ServerTls::new(identity)?,
-            settings,
-        })
+        Ok(Self { tls: ServerTls::new(identity)?, settings })
     }
 
     /// Handshakes over `io` with a client that must be of our trust domain.
@@ -89,16 +86,9 @@ impl Acceptor {
             .handshake(Monitored::new(stream, link.clone()))
             .await
             .map_err(|error| link.stream_error(error))?;
-        let keepalive = Keepalive::new(
-            self.settings.keepalive.clone(),
-            link.clone(),
-            connection.ping_pong(),
-        );
-        Ok(ServerTunnel {
-            connection: Some(connection),
-            keepalive,
-            link,
-        })
+        let keepalive =
+            Keepalive::new(self.settings.keepalive.clone(), link.clone(), connection.ping_pong());
+        Ok(ServerTunnel { connection: Some(connection), keepalive, link })
     }
 }
 
@@ -146,11 +136,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> ServerTunnel<T> {
             }
         }
         let streams_open = connection.has_streams();
-        match self
-            .keepalive
-            .as_mut()
-            .map(|keepalive| keepalive.poll_dead(cx, streams_open))
-        {
+        match self.keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, streams_open)) {
             Some(Poll::Ready(dead)) => self.end(Some(dead)),
             _ => Poll::Pending,
         }
@@ -177,22 +163,13 @@ impl Incoming {
     ) -> Option<Self> {
         let plain = request.method() == Method::CONNECT
             && request.extensions().get::<ext::Protocol>().is_none();
-        let authority = request
-            .uri()
-            .authority()
-            .and_then(|text| text.as_str().parse().ok());
+        let authority = request.uri().authority().and_then(|text| text.as_str().parse().ok());
         let Some(authority) = authority.filter(|_| plain) else {
             answer_end(&mut respond, StatusCode::BAD_REQUEST);
             return None;
         };
         let (head, recv) = request.into_parts();
-        Some(Self {
-            authority,
-            headers: head.headers,
-            recv,
-            respond,
-            link: link.clone(),
-        })
+        Some(Self { authority, headers: head.headers, recv, respond, link: link.clone() })
     }
 
     /// Where the client wants to go.
@@ -229,10 +206,7 @@ impl Incoming {
 
     /// h2 only says that a closed stream cannot be answered; why it is closed is asked separately.
     fn refusal(&mut self, error: h2::Error) -> HboneError {
-        match self
-            .respond
-            .poll_reset(&mut Context::from_waker(Waker::noop()))
-        {
+        match self.respond.poll_reset(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(Ok(reason)) => HboneError::Reset { reason },
             Poll::Ready(Err(ended)) => self.link.stream_error(ended),
             Poll::Pending => self.link.stream_error(error),

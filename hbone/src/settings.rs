@@ -84,9 +84,6 @@ impl Default for ServerSettings {
 
 impl Default for KeepaliveSettings {
     fn default() -> Self {
-        Self {
-            quiet: Duration::from_secs(10),
-            timeout: Duration::from_secs(20),
-        }
+        Self { quiet: Duration::from_secs(10), timeout: Duration::from_secs(20) }
     }
 }

@@ -41,19 +41,8 @@ pub struct TunnelWriter {
 impl TunnelStream {
     pub(crate) fn new(send: SendStream<Bytes>, recv: RecvStream, open: OpenStream) -> Self {
         let open = Arc::new(open);
-        let reader = TunnelReader {
-            recv,
-            unreturned: 0,
-            open: open.clone(),
-        };
-        Self {
-            reader,
-            writer: TunnelWriter {
-                send,
-                finished: false,
-                open,
-            },
-        }
+        let reader = TunnelReader { recv, unreturned: 0, open: open.clone() };
+        Self { reader, writer: TunnelWriter { send, finished: false, open } }
     }
 
     /// Who is at the other end of the tunnel.
@@ -160,9 +149,7 @@ impl TunnelWriter {
     }
 
     fn send(&mut self, frame: Bytes, end: bool) -> Result<(), HboneError> {
-        self.send
-            .send_data(frame, end)
-            .map_err(|error| self.refusal(error))
+        self.send.send_data(frame, end).map_err(|error| self.refusal(error))
     }
 
     /// h2 only says that a closed stream cannot be written to; why it is closed is asked separately.

@@ -36,12 +36,7 @@ pub(crate) fn authority(trust_domain: &str) -> CertificateAuthority {
 pub(crate) fn identity(authority: &CertificateAuthority, who: &str) -> Identity {
     let issued = authority.issue(&id(who), HOUR).unwrap();
     let roots = authority.roots_pem().as_bytes();
-    Identity::from_pem(
-        issued.chain_pem.as_bytes(),
-        issued.key_pem.as_bytes(),
-        roots,
-    )
-    .unwrap()
+    Identity::from_pem(issued.chain_pem.as_bytes(), issued.key_pem.as_bytes(), roots).unwrap()
 }
 
 /// Both sides of a mesh, ready to meet.
@@ -129,10 +124,7 @@ impl Served {
 }
 
 pub(crate) fn request() -> ConnectRequest {
-    ConnectRequest {
-        authority: "10.0.0.1:80".to_owned(),
-        headers: HeaderMap::new(),
-    }
+    ConnectRequest { authority: "10.0.0.1:80".to_owned(), headers: HeaderMap::new() }
 }
 
 /// IO at its worst: at most `step` bytes at a time, and none come once it is `stopped`.
@@ -144,11 +136,7 @@ pub(crate) struct Awkward<T> {
 
 impl<T> Awkward<T> {
     pub(crate) fn new(io: T, step: usize) -> Self {
-        Self {
-            io,
-            step,
-            stopped: Arc::default(),
-        }
+        Self { io, step, stopped: Arc::default() }
     }
 }
 

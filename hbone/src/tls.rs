@@ -85,9 +85,7 @@ impl ClientTls {
         let expected: Arc<[SpiffeId]> = expected.into();
         let mut config = self.config.clone();
         let verifier = self.verifier.expecting(expected.clone());
-        config
-            .dangerous()
-            .set_certificate_verifier(Arc::new(verifier));
+        config.dangerous().set_certificate_verifier(Arc::new(verifier));
         // rustls wants a name; an address is never sent as SNI (RFC 6066 section 3), nor looked at by us.
         let no_name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
         let stream = TlsConnector::from(Arc::new(config))
@@ -117,10 +115,7 @@ impl ServerTls {
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
-        Ok(Self {
-            config: Arc::new(config),
-            trust_domain,
-        })
+        Ok(Self { config: Arc::new(config), trust_domain })
     }
 
     /// Handshakes with a client that must be of our trust domain.
@@ -165,11 +160,7 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
             cipher_suite::TLS13_AES_256_GCM_SHA384,
             cipher_suite::TLS13_AES_128_GCM_SHA256,
         ],
-        kx_groups: vec![
-            kx_group::X25519MLKEM768,
-            kx_group::X25519,
-            kx_group::SECP256R1,
-        ],
+        kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1],
         ..aws_lc_rs::default_provider()
     })
 }
@@ -197,9 +188,7 @@ fn handshake_error(error: io::Error) -> HboneError {
         Some(rustls::Error::AlertReceived(alert)) => Some(received(*alert, &error)),
         _ => None,
     };
-    specific.unwrap_or_else(|| HboneError::Tls {
-        source: Arc::new(error),
-    })
+    specific.unwrap_or_else(|| HboneError::Tls { source: Arc::new(error) })
 }
 
 fn inner(error: &io::Error) -> Option<&rustls::Error> {
@@ -239,9 +228,7 @@ fn require_h2(connection: &CommonState) -> Result<(), HboneError> {
 }
 
 fn tls_error(error: rustls::Error) -> HboneError {
-    HboneError::Tls {
-        source: Arc::new(io::Error::new(io::ErrorKind::InvalidData, error)),
-    }
+    HboneError::Tls { source: Arc::new(io::Error::new(io::ErrorKind::InvalidData, error)) }
 }
 
 #[cfg(test)]

@@ -57,10 +57,7 @@ pub enum InterceptionError {
         source: io::Error,
     },
     /// A listener cannot be opened.
-    #[error(
-        "cannot listen on {address} for {purpose}: {}",
-        listen_advice(source, setting)
-    )]
+    #[error("cannot listen on {address} for {purpose}: {}", listen_advice(source, setting))]
     Listen {
         /// What the listener is for.
         purpose: &'static str,
@@ -164,10 +161,7 @@ mod tests {
     #[test]
     fn a_taken_port_is_explained_and_names_the_setting() {
         let message = listen(io::ErrorKind::AddrInUse).to_string();
-        assert!(
-            message.contains("another process already listens"),
-            "{message}"
-        );
+        assert!(message.contains("another process already listens"), "{message}");
         assert!(message.contains("proxy.outbound_port"), "{message}");
     }
 
@@ -188,9 +182,7 @@ mod tests {
 
     #[test]
     fn the_host_refusal_names_the_setting_that_allows_it() {
-        let error = InterceptionError::HostNamespace {
-            why: "test".to_owned(),
-        };
+        let error = InterceptionError::HostNamespace { why: "test".to_owned() };
         assert!(error.to_string().contains("interception.allow_host"));
         assert!(error.is_configuration());
     }

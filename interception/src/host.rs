@@ -31,9 +31,7 @@ const MANY_VETHS: usize = 3;
 pub(crate) fn refuse() -> Result<(), InterceptionError> {
     let why = match Facts::gather() {
         Ok(facts) => facts.host(),
-        Err(error) => Some(format!(
-            "/proc does not tell which namespace this is: {error}"
-        )),
+        Err(error) => Some(format!("/proc does not tell which namespace this is: {error}")),
     };
     why.map_or(Ok(()), |why| Err(InterceptionError::HostNamespace { why }))
 }
@@ -87,8 +85,7 @@ impl Facts {
                 ),
             };
         }
-        self.node_interface()
-            .map(|name| format!("the interface {name} is one of a node"))
+        self.node_interface().map(|name| format!("the interface {name} is one of a node"))
     }
 
     fn node_interface(&self) -> Option<&str> {
@@ -96,13 +93,8 @@ impl Facts {
             NODE_INTERFACES.contains(&name.as_str())
                 || NODE_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
         });
-        let mut veths = self
-            .interfaces
-            .iter()
-            .filter(|name| name.starts_with("veth"));
-        named
-            .or_else(|| veths.nth(MANY_VETHS - 1))
-            .map(String::as_str)
+        let mut veths = self.interfaces.iter().filter(|name| name.starts_with("veth"));
+        named.or_else(|| veths.nth(MANY_VETHS - 1)).map(String::as_str)
     }
 }
 
@@ -114,10 +106,7 @@ fn version(release: &str) -> Option<(u32, u32)> {
 
 fn interfaces() -> io::Result<Vec<String>> {
     let interfaces = nix::net::if_::if_nameindex()?;
-    Ok(interfaces
-        .iter()
-        .map(|interface| interface.name().to_string_lossy().into_owned())
-        .collect())
+    Ok(interfaces.iter().map(|interface| interface.name().to_string_lossy().into_owned()).collect())
 }
 
 #[cfg(test)]
@@ -137,19 +126,12 @@ mod tests {
     }
 
     fn with_interfaces(names: &[&str]) -> Facts {
-        Facts {
-            interfaces: names.iter().map(|&name| name.to_owned()).collect(),
-            ..container()
-        }
+        Facts { interfaces: names.iter().map(|&name| name.to_owned()).collect(), ..container() }
     }
 
     #[test]
     fn the_initial_namespace_is_the_host_even_from_a_container() {
-        let why = Facts {
-            net: INITIAL_NET,
-            ..container()
-        }
-        .host();
+        let why = Facts { net: INITIAL_NET, ..container() }.host();
         assert!(why.is_some_and(|why| why.contains("initial")));
     }
 
@@ -160,12 +142,9 @@ mod tests {
 
     #[test]
     fn a_kernel_with_a_fixed_inode_needs_no_other_sign() {
-        for (release, told) in [
-            ("6.18.44-generic", true),
-            ("7.0.1", true),
-            ("6.17.9", false),
-            ("?", false),
-        ] {
+        for (release, told) in
+            [("6.18.44-generic", true), ("7.0.1", true), ("6.17.9", false), ("?", false)]
+        {
             let facts = Facts {
                 kernel: version(release).unwrap_or_default(),
                 ..with_interfaces(&["docker0"])
@@ -176,46 +155,23 @@ mod tests {
 
     #[test]
     fn a_rootless_namespace_is_not_the_host_whatever_its_interfaces_are() {
-        let facts = Facts {
-            user: 0xF000_0102,
-            ..with_interfaces(&["docker0"])
-        };
+        let facts = Facts { user: 0xF000_0102, ..with_interfaces(&["docker0"]) };
         assert_eq!(facts.host(), None);
     }
 
     #[test]
     fn a_process_beside_the_hosts_is_told_by_process_1() {
-        let beside = Facts {
-            pid: INITIAL_PID,
-            ..container()
-        };
+        let beside = Facts { pid: INITIAL_PID, ..container() };
         assert!(beside.host().is_some_and(|why| why.contains("process 1")));
-        let own = Facts {
-            net_of_init: Some(0xF000_0999),
-            ..beside.clone()
-        };
+        let own = Facts { net_of_init: Some(0xF000_0999), ..beside.clone() };
         assert_eq!(own.host(), None);
-        let unreadable = Facts {
-            net_of_init: None,
-            ..beside
-        };
-        assert!(
-            unreadable
-                .host()
-                .is_some_and(|why| why.contains("cannot tell"))
-        );
+        let unreadable = Facts { net_of_init: None, ..beside };
+        assert!(unreadable.host().is_some_and(|why| why.contains("cannot tell")));
     }
 
     #[test]
     fn interfaces_of_a_node_give_the_host_away() {
-        for name in [
-            "docker0",
-            "cni0",
-            "cbr0",
-            "flannel.1",
-            "cali1a2b",
-            "br-0123",
-        ] {
+        for name in ["docker0", "cni0", "cbr0", "flannel.1", "cali1a2b", "br-0123"] {
             let why = with_interfaces(&["lo", "eth0", name]).host();
             assert!(why.is_some_and(|why| why.contains(name)), "{name}");
         }
@@ -224,10 +180,6 @@ mod tests {
     #[test]
     fn veths_are_a_nodes_only_in_bulk() {
         assert_eq!(with_interfaces(&["lo", "veth0", "veth1"]).host(), None);
-        assert!(
-            with_interfaces(&["lo", "veth0", "veth1", "veth2"])
-                .host()
-                .is_some()
-        );
+        assert!(with_interfaces(&["lo", "veth0", "veth1", "veth2"]).host().is_some());
     }
 }

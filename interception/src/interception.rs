@@ -50,10 +50,7 @@ impl Interception {
             Ipv6::Capture if !ipv6_absent => Families::V4AndV6,
             Ipv6::Capture | Ipv6::Bypass => Families::V4,
         };
-        Ok(Some(Self {
-            plan: RulePlan::ambient(ports, families),
-            ipv6_absent,
-        }))
+        Ok(Some(Self { plan: RulePlan::ambient(ports, families), ipv6_absent }))
     }
 
     /// The rules that [`install`](Self::install) installs.
@@ -129,9 +126,7 @@ fn lacks_net_admin() -> bool {
 
 /// The `CapEff` line of a status file (proc_pid_status(5)).
 fn effective_capabilities(status: &str) -> Option<u64> {
-    let mask = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
     u64::from_str_radix(mask.trim(), 16).ok()
 }
 

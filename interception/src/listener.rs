@@ -79,11 +79,7 @@ impl Listener {
 /// Listens on `address`; accepted streams inherit the mark (`inet_request_mark`,
 /// include/net/inet_sock.h).
 pub(crate) fn bind(address: SocketAddr, mark: Option<u32>) -> io::Result<BoundListener> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::STREAM.nonblocking(),
-        None,
-    )?;
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
     // A restart must not wait for the connections of the last run to leave TIME_WAIT.
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
@@ -95,7 +91,5 @@ pub(crate) fn bind(address: SocketAddr, mark: Option<u32>) -> io::Result<BoundLi
     }
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
-    Ok(BoundListener {
-        listener: socket.into(),
-    })
+    Ok(BoundListener { listener: socket.into() })
 }

@@ -15,19 +15,12 @@ use crate::InterceptionError;
 pub(crate) fn failed(operation: &'static str) -> impl FnOnce(nlink::Error) -> InterceptionError {
     move |error| {
         if error.is_permission_denied() {
-            return InterceptionError::NotPermitted {
-                operation,
-                capability: "NET_ADMIN",
-            };
+            return InterceptionError::NotPermitted { operation, capability: "NET_ADMIN" };
         }
         let module = missing_module(&error);
         let source = into_io(error);
         match module {
-            Some(module) => InterceptionError::Unsupported {
-                operation,
-                module,
-                source,
-            },
+            Some(module) => InterceptionError::Unsupported { operation, module, source },
             None => InterceptionError::Netlink { operation, source },
         }
     }
@@ -60,10 +53,7 @@ fn module_of(failure: &NftBatchFailure) -> Option<&'static str> {
         return Some("nf_tables");
     }
     if failure.operation.starts_with("add chain") {
-        return failure
-            .operation
-            .contains("/nat_")
-            .then_some("nft_chain_nat");
+        return failure.operation.contains("/nat_").then_some("nft_chain_nat");
     }
     let attribute = failure.attribute.as_deref()?;
     [("(redir)", "nft_redir"), ("(ct)", "nft_ct")]

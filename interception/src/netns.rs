@@ -35,15 +35,8 @@ impl Namespace {
     /// [`InterceptionError::Namespace`].
     pub fn current() -> Result<Self, InterceptionError> {
         let netns = Netns::current().map_err(failed("open", "that this thread is in"))?;
-        let path = format!(
-            "/proc/{}/fd/{}",
-            std::process::id(),
-            netns.as_fd().as_raw_fd()
-        );
-        Ok(Self {
-            netns,
-            path: path.into(),
-        })
+        let path = format!("/proc/{}/fd/{}", std::process::id(), netns.as_fd().as_raw_fd());
+        Ok(Self { netns, path: path.into() })
     }
 
     /// The one whose file is at `path`: `/run/netns/NAME`, `/proc/PID/ns/net`, or a container
@@ -91,9 +84,7 @@ impl Namespace {
     ///
     /// [`InterceptionError::Namespace`]: it cannot be entered, or `f` panicked.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T, InterceptionError> {
-        self.netns
-            .run(f)
-            .map_err(failed("run code in", self.path.display()))
+        self.netns.run(f).map_err(failed("run code in", self.path.display()))
     }
 
     /// Sets its loopback interface up, which a new one has down.
@@ -102,8 +93,7 @@ impl Namespace {
     ///
     /// [`InterceptionError::Namespace`].
     pub async fn set_loopback_up(&self) -> Result<(), InterceptionError> {
-        self.wired(async |rtnetlink| rtnetlink.set_link_up("lo").await)
-            .await
+        self.wired(async |rtnetlink| rtnetlink.set_link_up("lo").await).await
     }
 
     /// Routes `destination` through `gateway`, which must be of the same family and on a link.
@@ -116,8 +106,7 @@ impl Namespace {
         destination: IpNet,
         gateway: IpAddr,
     ) -> Result<(), InterceptionError> {
-        self.wired(async |rtnetlink| add_route(rtnetlink, destination, gateway).await)
-            .await
+        self.wired(async |rtnetlink| add_route(rtnetlink, destination, gateway).await).await
     }
 
     /// Runs netlink requests in the namespace.
@@ -154,19 +143,13 @@ pub struct Endpoint<'a> {
 /// [`InterceptionError::Namespace`].
 pub async fn veth(a: &Endpoint<'_>, b: &Endpoint<'_>) -> Result<(), InterceptionError> {
     let pair = VethLink::new(a.interface, b.interface).peer_netns_fd(&b.namespace.netns);
-    a.namespace
-        .wired(async |rtnetlink| rtnetlink.add_link(pair).await)
-        .await?;
+    a.namespace.wired(async |rtnetlink| rtnetlink.add_link(pair).await).await?;
     for end in [a, b] {
-        end.namespace
-            .wired(async |rtnetlink| set_up(rtnetlink, end).await)
-            .await?;
+        end.namespace.wired(async |rtnetlink| set_up(rtnetlink, end).await).await?;
     }
     for (end, other) in [(a, b), (b, a)] {
         if end.default_route {
-            end.namespace
-                .wired(async |rtnetlink| route_all(rtnetlink, other).await)
-                .await?;
+            end.namespace.wired(async |rtnetlink| route_all(rtnetlink, other).await).await?;
         }
     }
     Ok(())
@@ -192,12 +175,7 @@ async fn set_up(rtnetlink: &Connection<Route>, end: &Endpoint<'_>) -> nlink::Res
 }
 
 async fn route_all(rtnetlink: &Connection<Route>, other: &Endpoint<'_>) -> nlink::Result<()> {
-    let first = |v4: bool| {
-        other
-            .addresses
-            .iter()
-            .find(|address| address.addr().is_ipv4() == v4)
-    };
+    let first = |v4: bool| other.addresses.iter().find(|address| address.addr().is_ipv4() == v4);
     for gateway in [first(true), first(false)].into_iter().flatten() {
         let everything = match gateway {
             IpNet::V4(_) => IpNet::V4(ipnet::Ipv4Net::default()),
@@ -222,9 +200,7 @@ async fn add_route(
             let route = Ipv6Route::from_addr(v6.network(), v6.prefix_len()).gateway(gateway);
             rtnetlink.add_route(route).await
         }
-        _ => Err(nlink::Error::invalid_message(
-            "the gateway is of the other address family",
-        )),
+        _ => Err(nlink::Error::invalid_message("the gateway is of the other address family")),
     }
 }
 
@@ -233,9 +209,5 @@ fn failed(
     namespace: impl Display,
 ) -> impl FnOnce(nlink::Error) -> InterceptionError {
     let namespace = namespace.to_string();
-    move |error| InterceptionError::Namespace {
-        operation,
-        namespace,
-        source: into_io(error),
-    }
+    move |error| InterceptionError::Namespace { operation, namespace, source: into_io(error) }
 }

@@ -60,35 +60,23 @@ pub(crate) async fn apply(plan: &RulePlan) -> Result<(), InterceptionError> {
     for rule in plan.rules() {
         transaction = transaction.add_rule(kernel_rule(rule));
     }
-    transaction
-        .commit(&connection)
-        .await
-        .map_err(failed(OPERATION))
+    transaction.commit(&connection).await.map_err(failed(OPERATION))
 }
 
 /// The counters of the rules that are in the kernel, in their order; none if our table is not.
 pub(crate) async fn counters() -> Result<Vec<RuleCounter>, InterceptionError> {
     const OPERATION: &str = "read the nftables rules";
-    let rules = connect(OPERATION)?
-        .list_rules(TABLE, Family::Inet)
-        .await
-        .map_err(failed(OPERATION))?;
+    let rules =
+        connect(OPERATION)?.list_rules(TABLE, Family::Inet).await.map_err(failed(OPERATION))?;
     Ok(rules
         .into_iter()
         .filter_map(|rule| {
-            let counted = rule
-                .expressions()
-                .into_iter()
-                .find_map(|expression| match expression {
-                    RuleExpr::Counter { packets, bytes, .. } => Some((packets, bytes)),
-                    _ => None,
-                });
+            let counted = rule.expressions().into_iter().find_map(|expression| match expression {
+                RuleExpr::Counter { packets, bytes, .. } => Some((packets, bytes)),
+                _ => None,
+            });
             let (packets, bytes) = counted?;
-            Some(RuleCounter {
-                id: rule.comment_text?,
-                packets,
-                bytes,
-            })
+            Some(RuleCounter { id: rule.comment_text?, packets, bytes })
         })
         .collect())
 }
@@ -96,10 +84,7 @@ pub(crate) async fn counters() -> Result<Vec<RuleCounter>, InterceptionError> {
 /// Takes our table out; `false` if there was none.
 pub(crate) async fn remove() -> Result<bool, InterceptionError> {
     const OPERATION: &str = "remove the nftables rules";
-    connect(OPERATION)?
-        .del_table_if_exists(TABLE, Family::Inet)
-        .await
-        .map_err(failed(OPERATION))
+    connect(OPERATION)?.del_table_if_exists(TABLE, Family::Inet).await.map_err(failed(OPERATION))
 }
 
 fn connect(operation: &'static str) -> Result<Connection<Nftables>, InterceptionError> {
@@ -145,12 +130,7 @@ fn match_expressions(condition: Match) -> Vec<Expr> {
         Match::DestinationPort(port) => {
             let [protocol, is_tcp] = tcp();
             // RFC 9293 3.1: the destination port is the third and fourth octet.
-            vec![
-                protocol,
-                is_tcp,
-                transport(2, 2),
-                compare(CmpOp::Eq, port.to_be_bytes()),
-            ]
+            vec![protocol, is_tcp, transport(2, 2), compare(CmpOp::Eq, port.to_be_bytes())]
         }
         Match::OutLoopback => {
             // The loopback interface is number 1 in every namespace (LOOPBACK_IFINDEX,
@@ -170,28 +150,19 @@ fn action_expressions(action: Action) -> Vec<Expr> {
     match action {
         Action::Accept => vec![Expr::Verdict(Verdict::Accept)],
         Action::Redirect(port) => vec![
-            Expr::Immediate {
-                dreg: REGISTER,
-                data: port.to_be_bytes().into(),
-            },
+            Expr::Immediate { dreg: REGISTER, data: port.to_be_bytes().into() },
             // nlink's redirect reads the port from R0 and leaves loading it to us.
             RedirExpr::new().port(port).into(),
         ],
         Action::MarkConnection(mark) => vec![
             ct(CtKey::Mark),
             replace_masked(mark),
-            Expr::CtSet {
-                key: CtKey::Mark,
-                sreg: REGISTER,
-            },
+            Expr::CtSet { key: CtKey::Mark, sreg: REGISTER },
         ],
         Action::MarkPacket(mark) => vec![
             meta(MetaKey::Mark),
             replace_masked(mark),
-            Expr::MetaSet {
-                key: MetaKey::Mark,
-                sreg: REGISTER,
-            },
+            Expr::MetaSet { key: MetaKey::Mark, sreg: REGISTER },
         ],
     }
 }
@@ -206,11 +177,7 @@ fn tcp() -> [Expr; 2] {
 fn not_opening() -> Vec<Expr> {
     const FIN_SYN_RST_ACK: u8 = 0x17;
     const SYN: u8 = 0x02;
-    vec![
-        transport(13, 1),
-        bitwise([FIN_SYN_RST_ACK], [0]),
-        compare(CmpOp::Neq, [SYN]),
-    ]
+    vec![transport(13, 1), bitwise([FIN_SYN_RST_ACK], [0]), compare(CmpOp::Neq, [SYN])]
 }
 
 #[derive(Clone, Copy)]
@@ -235,12 +202,7 @@ fn address_is(address: IpAddr, direction: Direction, op: CmpOp) -> Vec<Expr> {
     vec![
         meta(MetaKey::NfProto),
         compare(CmpOp::Eq, [family]),
-        Expr::Payload {
-            dreg: REGISTER,
-            base: PayloadBase::Network,
-            offset,
-            len,
-        },
+        Expr::Payload { dreg: REGISTER, base: PayloadBase::Network, offset, len },
         compare(op, octets),
     ]
 }
@@ -257,26 +219,15 @@ fn replace_masked(mark: u32) -> Expr {
 }
 
 fn meta(key: MetaKey) -> Expr {
-    Expr::Meta {
-        dreg: REGISTER,
-        key,
-    }
+    Expr::Meta { dreg: REGISTER, key }
 }
 
 fn ct(key: CtKey) -> Expr {
-    Expr::Ct {
-        dreg: REGISTER,
-        key,
-    }
+    Expr::Ct { dreg: REGISTER, key }
 }
 
 fn transport(offset: u32, len: u32) -> Expr {
-    Expr::Payload {
-        dreg: REGISTER,
-        base: PayloadBase::Transport,
-        offset,
-        len,
-    }
+    Expr::Payload { dreg: REGISTER, base: PayloadBase::Transport, offset, len }
 }
 
 /// `register & mask ^ xor`.
@@ -291,9 +242,5 @@ fn bitwise<const N: usize>(mask: [u8; N], xor: [u8; N]) -> Expr {
 }
 
 fn compare(op: CmpOp, data: impl Into<Vec<u8>>) -> Expr {
-    Expr::Cmp {
-        sreg: REGISTER,
-        op,
-        data: data.into(),
-    }
+    Expr::Cmp { sreg: REGISTER, op, data: data.into() }
 }

@@ -38,21 +38,12 @@ impl PacketCapture {
     pub fn open(interface: &str) -> io::Result<Self> {
         let interface = usize::try_from(if_nametoindex(interface)?).map_err(io::Error::other)?;
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-        let socket = socket(
-            AddressFamily::Packet,
-            SockType::Raw,
-            flags,
-            SockProtocol::EthAll,
-        )?;
+        let socket = socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll)?;
         // Beyond net.core.rmem_max if we may, else up to it.
         if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
             setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
         }
-        Ok(Self {
-            socket,
-            interface,
-            frame: vec![0; LONGEST_FRAME],
-        })
+        Ok(Self { socket, interface, frame: vec![0; LONGEST_FRAME] })
     }
 
     /// The frames since the last call, in order; does not wait for more.
@@ -143,11 +134,7 @@ fn ipv6(packet: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
     };
     let length = usize::from(be16(packet, 4)?);
     (*packet.get(6)? == TCP).then_some(())?;
-    Some((
-        address(8)?,
-        address(24)?,
-        packet.get(HEADER..HEADER + length)?,
-    ))
+    Some((address(8)?, address(24)?, packet.get(HEADER..HEADER + length)?))
 }
 
 fn be16(bytes: &[u8], at: usize) -> Option<u16> {
@@ -172,11 +159,7 @@ mod tests {
         let segment = segment(payload);
         let mut frame = vec![0; 12];
         frame.extend([0x08, 0x00, 0x45, 0]);
-        frame.extend(
-            u16::try_from(20 + segment.len())
-                .expect("short")
-                .to_be_bytes(),
-        );
+        frame.extend(u16::try_from(20 + segment.len()).expect("short").to_be_bytes());
         frame.extend([0, 0, 0, 0, 64, TCP, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
         frame.extend(segment);
         frame
@@ -200,10 +183,7 @@ mod tests {
         frame.extend([0; 4]);
         let segment = TcpSegment::parse(&frame).expect("a segment");
         assert_eq!(segment.source, "10.0.0.1:1000".parse().expect("an address"));
-        assert_eq!(
-            segment.destination,
-            "10.0.0.2:2000".parse().expect("an address")
-        );
+        assert_eq!(segment.destination, "10.0.0.2:2000".parse().expect("an address"));
         assert_eq!(segment.payload, b"hi");
     }
 
@@ -212,10 +192,7 @@ mod tests {
         let frame = v6_frame(b"hello");
         let segment = TcpSegment::parse(&frame).expect("a segment");
         assert_eq!(segment.source, "[::1]:1000".parse().expect("an address"));
-        assert_eq!(
-            segment.destination,
-            "[fd00::2]:2000".parse().expect("an address")
-        );
+        assert_eq!(segment.destination, "[fd00::2]:2000".parse().expect("an address"));
         assert_eq!(segment.payload, b"hello");
     }
 

@@ -38,9 +38,8 @@ pub const TABLE: &str = "underpass";
 /// it.
 pub const KUBELET_PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 /// Where the kubelet's probes come from in an Istio mesh, IPv6.
-pub const KUBELET_PROBE_V6: Ipv6Addr = Ipv6Addr::new(
-    0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff,
-);
+pub const KUBELET_PROBE_V6: Ipv6Addr =
+    Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);
 
 /// The ports that the rules lead to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,12 +160,8 @@ impl RulePlan {
 
 impl Chain {
     /// All chains, in the order in which they are created.
-    pub const ALL: [Self; 4] = [
-        Self::ManglePrerouting,
-        Self::MangleOutput,
-        Self::NatPrerouting,
-        Self::NatOutput,
-    ];
+    pub const ALL: [Self; 4] =
+        [Self::ManglePrerouting, Self::MangleOutput, Self::NatPrerouting, Self::NatOutput];
 
     /// Its name in the kernel.
     #[must_use]
@@ -303,14 +298,10 @@ struct Family {
     probe: IpAddr,
 }
 
-const V4: Family = Family {
-    loopback: IpAddr::V4(Ipv4Addr::LOCALHOST),
-    probe: IpAddr::V4(KUBELET_PROBE_V4),
-};
-const V6: Family = Family {
-    loopback: IpAddr::V6(Ipv6Addr::LOCALHOST),
-    probe: IpAddr::V6(KUBELET_PROBE_V6),
-};
+const V4: Family =
+    Family { loopback: IpAddr::V4(Ipv4Addr::LOCALHOST), probe: IpAddr::V4(KUBELET_PROBE_V4) };
+const V6: Family =
+    Family { loopback: IpAddr::V6(Ipv6Addr::LOCALHOST), probe: IpAddr::V6(KUBELET_PROBE_V6) };
 
 impl Family {
     fn id(self, v4: &'static str, v6: &'static str) -> &'static str {

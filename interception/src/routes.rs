@@ -83,9 +83,7 @@ async fn delete(entries: &[Entry]) -> Result<bool, InterceptionError> {
     let connection = connect(OPERATION)?;
     let mut any = false;
     for entry in entries {
-        any |= delete_one(&connection, *entry)
-            .await
-            .map_err(failed(OPERATION))?;
+        any |= delete_one(&connection, *entry).await.map_err(failed(OPERATION))?;
     }
     Ok(any)
 }

@@ -35,22 +35,10 @@ pub fn enter_sandbox() -> Result<(), InterceptionError> {
     }
     // Else what is mounted here would appear outside too.
     let nothing = None::<&Path>;
-    mount(
-        nothing,
-        "/",
-        nothing,
-        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-        nothing,
-    )
-    .map_err(refused("make the mounts private"))?;
-    mount(
-        Some("tmpfs"),
-        "/run",
-        Some("tmpfs"),
-        MsFlags::empty(),
-        Some("mode=0755"),
-    )
-    .map_err(refused("mount an empty /run"))?;
+    mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)
+        .map_err(refused("make the mounts private"))?;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=0755"))
+        .map_err(refused("mount an empty /run"))?;
     fs::create_dir("/run/netns").map_err(failed("create /run/netns"))
 }
 
@@ -73,10 +61,6 @@ fn failed(step: &'static str) -> impl FnOnce(io::Error) -> InterceptionError {
             Some(Errno::EPERM | Errno::EACCES | Errno::ENOSPC) => SandboxRemedy::UserNamespaces,
             _ => SandboxRemedy::Unknown,
         };
-        InterceptionError::Sandbox {
-            step,
-            remedy,
-            source,
-        }
+        InterceptionError::Sandbox { step, remedy, source }
     }
 }

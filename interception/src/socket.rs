@@ -40,16 +40,8 @@ impl Sockets {
     #[must_use]
     pub fn new(profile: Profile, ipv6: bool) -> Self {
         match profile {
-            Profile::Ambient => Self {
-                mark: Some(PROXY_MARK),
-                keep_source: true,
-                ipv6,
-            },
-            Profile::None => Self {
-                mark: None,
-                keep_source: false,
-                ipv6,
-            },
+            Profile::Ambient => Self { mark: Some(PROXY_MARK), keep_source: true, ipv6 },
+            Profile::None => Self { mark: None, keep_source: false, ipv6 },
         }
     }
 
@@ -111,11 +103,8 @@ impl Sockets {
         source: Option<IpAddr>,
     ) -> io::Result<TcpStream> {
         let destination = canonical(destination);
-        let socket = Socket::new(
-            Domain::for_address(destination),
-            Type::STREAM.nonblocking(),
-            None,
-        )?;
+        let socket =
+            Socket::new(Domain::for_address(destination), Type::STREAM.nonblocking(), None)?;
         self.mark(&socket)?;
         tune(&socket)?;
         let source = source
@@ -125,9 +114,7 @@ impl Sockets {
         if let Some(source) = source {
             imitate(&socket, source)?;
         }
-        TcpSocket::from_std_stream(socket.into())
-            .connect(destination)
-            .await
+        TcpSocket::from_std_stream(socket.into()).connect(destination).await
     }
 
     fn mark(&self, socket: &Socket) -> io::Result<()> {
@@ -200,9 +187,7 @@ pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
 }
 
 fn inet(address: socket2::SockAddr) -> io::Result<SocketAddr> {
-    address
-        .as_socket()
-        .ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))
+    address.as_socket().ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))
 }
 
 #[cfg(test)]

@@ -53,12 +53,7 @@ impl Accepted {
             Kind::Hbone => stream.local_addr().map(canonical),
             Kind::Outbound | Kind::Plaintext => original_destination(&stream),
         };
-        Self {
-            kind,
-            stream,
-            client,
-            destination,
-        }
+        Self { kind, stream, client, destination }
     }
 
     /// Registers the connection with the runtime of the calling worker.
@@ -69,11 +64,7 @@ impl Accepted {
         })?;
         tune(&self.stream).map_err(ProxyError::Client)?;
         let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
-        Ok(Registered {
-            stream,
-            client: self.client,
-            destination,
-        })
+        Ok(Registered { stream, client: self.client, destination })
     }
 }
 
@@ -156,12 +147,6 @@ fn assign(worker: &Arc<Worker>, accepted: Accepted, peers: &[mpsc::Sender<Assign
     };
     if let Err(refused) = other.try_send(assignment) {
         let Assignment { accepted, .. } = refused.into_inner();
-        serve(
-            worker,
-            Assignment {
-                accepted,
-                load: worker.balance.load(worker.index),
-            },
-        );
+        serve(worker, Assignment { accepted, load: worker.balance.load(worker.index) });
     }
 }

@@ -46,12 +46,7 @@ pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), Comma
     readiness.draining();
     notify::stopping();
     let deadline = settings.timeouts.drain;
-    tracing::info!(
-        why,
-        connections = shared.drain.open(),
-        ?deadline,
-        "stopping"
-    );
+    tracing::info!(why, connections = shared.drain.open(), ?deadline, "stopping");
     let aborted = tokio::select! {
         aborted = shared.drain.drain(deadline) => aborted,
         why = stop.wait() => {
@@ -62,12 +57,9 @@ pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), Comma
     tracing::info!(aborted, "drained");
     leave(&settings.interception, interception.as_ref()).await?;
     // A worker that does not end holds nothing that the end of the process would not free.
-    tokio::time::timeout(
-        Duration::from_secs(1),
-        tokio::task::spawn_blocking(|| join(threads)),
-    )
-    .await
-    .ok();
+    tokio::time::timeout(Duration::from_secs(1), tokio::task::spawn_blocking(|| join(threads)))
+        .await
+        .ok();
     tracing::info!("stopped");
     Ok(())
 }
@@ -95,23 +87,12 @@ fn bind_data_path(
     Ok(vec![
         (
             Kind::Outbound,
-            sockets.listen(
-                ports.outbound,
-                "caught outbound connections",
-                "proxy.outbound_port",
-            )?,
+            sockets.listen(ports.outbound, "caught outbound connections", "proxy.outbound_port")?,
         ),
-        (
-            Kind::Hbone,
-            sockets.listen(ports.hbone, "tunnels", "proxy.hbone_port")?,
-        ),
+        (Kind::Hbone, sockets.listen(ports.hbone, "tunnels", "proxy.hbone_port")?),
         (
             Kind::Plaintext,
-            sockets.listen(
-                ports.inbound,
-                "caught inbound connections",
-                "proxy.inbound_port",
-            )?,
+            sockets.listen(ports.inbound, "caught inbound connections", "proxy.inbound_port")?,
         ),
     ])
 }
@@ -130,12 +111,7 @@ fn bind_endpoints(
             "readiness",
             "readiness.address",
         ),
-        (
-            Endpoint::Metrics(handle),
-            settings.metrics,
-            "metrics",
-            "metrics.address",
-        ),
+        (Endpoint::Metrics(handle), settings.metrics, "metrics", "metrics.address"),
     ];
     for (endpoint, address, purpose, setting) in endpoints {
         let listener = sockets.listen_on(address, purpose, setting)?;
@@ -149,11 +125,7 @@ fn bind_endpoints(
 }
 
 fn shared(settings: &Settings, sockets: Sockets, ports: Ports) -> Result<Shared, CommandError> {
-    let identity = settings
-        .identity
-        .as_ref()
-        .map(Identity::from_files)
-        .transpose();
+    let identity = settings.identity.as_ref().map(Identity::from_files).transpose();
     let identity = identity.map_err(CommandError::Identity)?;
     match &identity {
         None => tracing::warn!("no certificate (identity.*): HBONE is off, inbound and outbound"),
@@ -219,10 +191,7 @@ impl StopSignal {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).map_err(CommandError::Start)?,
             interrupt: signal(SignalKind::interrupt()).map_err(CommandError::Start)?,
-            parent: until_eof
-                .then(ParentGone::watch)
-                .transpose()
-                .map_err(CommandError::Start)?,
+            parent: until_eof.then(ParentGone::watch).transpose().map_err(CommandError::Start)?,
         })
     }
 

@@ -23,10 +23,7 @@ pub(crate) struct Balance {
 impl Balance {
     pub(crate) fn new(workers: usize) -> Arc<Self> {
         let loads = (0..workers.max(1)).map(|_| AtomicUsize::new(0)).collect();
-        Arc::new(Self {
-            loads,
-            tunnels: Mutex::default(),
-        })
+        Arc::new(Self { loads, tunnels: Mutex::default() })
     }
 
     /// Chooses a worker for a connection to `peer` and counts it there until the returned load is dropped.
@@ -37,9 +34,7 @@ impl Balance {
             let holders = self.holders(peer);
             let holds = |worker: usize| holders.get(worker).is_some_and(|tunnels| *tunnels > 0);
             let near = loads().filter(|(w, load)| holds(*w) && *load <= least + AFFINITY_SLACK);
-            worker = near
-                .min_by_key(|(_, load)| *load)
-                .map_or(worker, |(w, _)| w);
+            worker = near.min_by_key(|(_, load)| *load).map_or(worker, |(w, _)| w);
         }
         self.load(worker)
     }
@@ -49,10 +44,7 @@ impl Balance {
         if let Some(load) = self.loads.get(worker) {
             load.fetch_add(1, Relaxed);
         }
-        Load {
-            balance: self.clone(),
-            worker,
-        }
+        Load { balance: self.clone(), worker }
     }
 
     /// Notes that `worker` has a tunnel to `peer` until the returned value is dropped.
@@ -64,11 +56,7 @@ impl Balance {
                 *count += 1;
             }
         });
-        HeldTunnel {
-            balance: self.clone(),
-            worker,
-            peer,
-        }
+        HeldTunnel { balance: self.clone(), worker, peer }
     }
 
     fn holders(&self, peer: IpAddr) -> Vec<usize> {
@@ -145,9 +133,7 @@ mod tests {
     fn the_holder_of_a_tunnel_is_preferred_until_it_is_clearly_busier() {
         let balance = Balance::new(2);
         let tunnel = balance.tunnel(1, PEER);
-        let loads: Vec<_> = (0..=AFFINITY_SLACK)
-            .map(|_| balance.assign(Some(PEER)))
-            .collect();
+        let loads: Vec<_> = (0..=AFFINITY_SLACK).map(|_| balance.assign(Some(PEER))).collect();
         assert!(loads.iter().all(|load| load.worker() == 1));
         assert_eq!(balance.assign(Some(PEER)).worker(), 0, "beyond the slack");
         drop(tunnel);

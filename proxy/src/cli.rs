@@ -116,32 +116,23 @@ pub fn main() -> ExitCode {
 fn completions(shell: Shell) -> Result<(), CommandError> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "underpass", &mut script);
-    io::stdout()
-        .write_all(&script)
-        .map_err(CommandError::Output)
+    io::stdout().write_all(&script).map_err(CommandError::Output)
 }
 
 fn manual() -> Result<(), CommandError> {
     let mut page = Vec::new();
-    clap_mangen::Man::new(Cli::command())
-        .render(&mut page)
-        .map_err(CommandError::Output)?;
+    clap_mangen::Man::new(Cli::command()).render(&mut page).map_err(CommandError::Output)?;
     io::stdout().write_all(&page).map_err(CommandError::Output)
 }
 
 /// Writes a result.
 fn print(text: &str) -> Result<(), CommandError> {
-    io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(CommandError::Output)
+    io::stdout().write_all(text.as_bytes()).map_err(CommandError::Output)
 }
 
 /// A runtime on the thread that uses it.
 pub(crate) fn single_threaded_runtime() -> Result<tokio::runtime::Runtime, CommandError> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(CommandError::Start)
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CommandError::Start)
 }
 
 #[cfg(test)]

@@ -37,8 +37,7 @@ impl Flow<'_> {
     ) -> Result<(), ProxyError> {
         let received = |bytes| self.record.received(bytes);
         let sent = |bytes| self.record.sent(bytes);
-        self.through_tunnel(client, ProxyError::Client, tunnel, received, sent)
-            .await
+        self.through_tunnel(client, ProxyError::Client, tunnel, received, sent).await
     }
 
     /// Copies between the tunnel that a client came through and the application.
@@ -49,8 +48,7 @@ impl Flow<'_> {
     ) -> Result<(), ProxyError> {
         let received = |bytes| self.record.received(bytes);
         let sent = |bytes| self.record.sent(bytes);
-        self.through_tunnel(app, ProxyError::Upstream, tunnel, sent, received)
-            .await
+        self.through_tunnel(app, ProxyError::Upstream, tunnel, sent, received).await
     }
 
     async fn through_tunnel(
@@ -65,17 +63,8 @@ impl Flow<'_> {
         let outcome = {
             let (read, write) = stream.split();
             let there = pump(TcpSource::new(read, broke), &mut writer, into_tunnel);
-            let back = pump(
-                &mut reader,
-                TcpSink {
-                    stream: write,
-                    broke,
-                },
-                out_of_tunnel,
-            );
-            self.drain
-                .or_abort(async { tokio::try_join!(there, back) })
-                .await
+            let back = pump(&mut reader, TcpSink { stream: write, broke }, out_of_tunnel);
+            self.drain.or_abort(async { tokio::try_join!(there, back) }).await
         };
         if outcome.is_err() {
             writer.abort();
@@ -93,23 +82,13 @@ impl Flow<'_> {
         let outcome = {
             let (read, write) = client.split();
             let from_client = TcpSource::new(read, ProxyError::Client);
-            let to_client = TcpSink {
-                stream: write,
-                broke: ProxyError::Client,
-            };
+            let to_client = TcpSink { stream: write, broke: ProxyError::Client };
             let (read, write) = upstream.split();
             let from_upstream = TcpSource::new(read, ProxyError::Upstream);
-            let to_upstream = TcpSink {
-                stream: write,
-                broke: ProxyError::Upstream,
-            };
-            let there = pump(from_client, to_upstream, |bytes| {
-                self.record.received(bytes)
-            });
+            let to_upstream = TcpSink { stream: write, broke: ProxyError::Upstream };
+            let there = pump(from_client, to_upstream, |bytes| self.record.received(bytes));
             let back = pump(from_upstream, to_client, |bytes| self.record.sent(bytes));
-            self.drain
-                .or_abort(async { tokio::try_join!(there, back) })
-                .await
+            self.drain.or_abort(async { tokio::try_join!(there, back) }).await
         };
         if outcome.is_err() {
             reset_on_close(&client);
@@ -155,9 +134,7 @@ impl Source for &mut TunnelReader {
 
 impl Sink for &mut TunnelWriter {
     async fn write(&mut self, data: Bytes) -> Result<(), ProxyError> {
-        TunnelWriter::write(self, data)
-            .await
-            .map_err(ProxyError::Tunnel)
+        TunnelWriter::write(self, data).await.map_err(ProxyError::Tunnel)
     }
 
     async fn finish(&mut self) -> Result<(), ProxyError> {
@@ -190,11 +167,7 @@ struct TcpSource<'a> {
 
 impl<'a> TcpSource<'a> {
     fn new(stream: ReadHalf<'a>, broke: fn(io::Error) -> ProxyError) -> Self {
-        Self {
-            stream,
-            broke,
-            size: FIRST_READ,
-        }
+        Self { stream, broke, size: FIRST_READ }
     }
 
     /// Doubles after a read that filled the buffer, halves after one that used less than a quarter of it.

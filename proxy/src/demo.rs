@@ -38,22 +38,13 @@ pub(crate) enum DemoError {
     #[error(transparent)]
     Sandbox(InterceptionError),
     #[error("cannot {doing}")]
-    Namespace {
-        doing: &'static str,
-        source: InterceptionError,
-    },
+    Namespace { doing: &'static str, source: InterceptionError },
     #[error("cannot {doing}")]
-    Io {
-        doing: &'static str,
-        source: io::Error,
-    },
+    Io { doing: &'static str, source: io::Error },
     #[error("cannot make the certificates")]
     Certificates(#[source] HboneError),
     #[error("the proxy of pod {pod}")]
-    Proxy {
-        pod: &'static str,
-        source: SpawnError,
-    },
+    Proxy { pod: &'static str, source: SpawnError },
     #[error("the demonstration failed: not every point holds")]
     Disproved,
 }
@@ -70,9 +61,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), DemoError> {
     // Namespaces can only be entered while there is one thread.
     enter_sandbox().map_err(DemoError::Sandbox)?;
     let io = |doing| move |source| DemoError::Io { doing, source };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(io("start a runtime"))?.block_on(async {
         let began = Instant::now();
         let mut stage = Stage::set_up().await?;
@@ -80,16 +69,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), DemoError> {
         let holds = points.iter().all(|point| point.holds);
         show(&points, began.elapsed(), arguments.keep.then_some(&stage)).map_err(io("write"))?;
         if arguments.keep {
-            tokio::signal::ctrl_c()
-                .await
-                .map_err(io("wait for Ctrl-C"))?;
+            tokio::signal::ctrl_c().await.map_err(io("wait for Ctrl-C"))?;
         }
         stage.take_down().await;
-        if holds {
-            Ok(())
-        } else {
-            Err(DemoError::Disproved)
-        }
+        if holds { Ok(()) } else { Err(DemoError::Disproved) }
     })
 }
 
@@ -97,17 +80,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), DemoError> {
 async fn prove(stage: &Stage) -> Result<Vec<Point>, DemoError> {
     let mut wire = stage.capture()?;
     let began = Instant::now();
-    let answer = web::get(
-        &stage.client,
-        stage.server_address(HTTP_PORT),
-        "/",
-        stage.token(),
-    );
+    let answer = web::get(&stage.client, stage.server_address(HTTP_PORT), "/", stage.token());
     let took = began.elapsed();
-    let frames = wire.drain().map_err(|source| DemoError::Io {
-        doing: "read the capture",
-        source,
-    })?;
+    let frames =
+        wire.drain().map_err(|source| DemoError::Io { doing: "read the capture", source })?;
     let stranger = stranger(stage).await?;
     Ok(vec![
         response(stage, &answer, took),
@@ -123,55 +99,29 @@ fn response(stage: &Stage, answer: &io::Result<String>, took: Duration) -> Point
     let (seen, holds) = match answer {
         Ok(text) => {
             let status = text.lines().next().unwrap_or_default();
-            let greeting = text
-                .lines()
-                .find(|line| line.starts_with("hello"))
-                .unwrap_or_default();
+            let greeting = text.lines().find(|line| line.starts_with("hello")).unwrap_or_default();
             let right = status.contains("200") && text.contains(stage.token());
-            (
-                format!(
-                    "{status}, \"{greeting}\", after {:.1} ms",
-                    took.as_secs_f64() * 1e3
-                ),
-                right,
-            )
+            (format!("{status}, \"{greeting}\", after {:.1} ms", took.as_secs_f64() * 1e3), right)
         }
         Err(error) => (error.to_string(), false),
     };
-    Point {
-        subject: "response",
-        seen,
-        holds,
-    }
+    Point { subject: "response", seen, holds }
 }
 
 fn source_kept(stage: &Stage, answer: &io::Result<String>) -> Point {
     let line = |text: &String| {
-        text.lines()
-            .find_map(|line| line.strip_prefix("you are ").map(str::to_owned))
+        text.lines().find_map(|line| line.strip_prefix("you are ").map(str::to_owned))
     };
     let seen = answer.as_ref().ok().and_then(line).unwrap_or_default();
     let address: Option<SocketAddr> = seen.parse().ok();
     let holds = address.is_some_and(|address| address.ip() == stage.client_ip());
-    Point {
-        subject: "source",
-        seen: format!("the server saw the client itself: {seen}"),
-        holds,
-    }
+    Point { subject: "source", seen: format!("the server saw the client itself: {seen}"), holds }
 }
 
 /// The wire must have carried TLS to the HBONE port, and nothing of what was said.
 fn encrypted(stage: &Stage, frames: &[Vec<u8>]) -> Point {
-    let said = [
-        stage.token().as_bytes(),
-        b"GET /",
-        b"HTTP/1.1",
-        b"hello from",
-    ];
-    let clear = frames
-        .iter()
-        .filter(|frame| said.iter().any(|text| contains(frame, text)))
-        .count();
+    let said = [stage.token().as_bytes(), b"GET /", b"HTTP/1.1", b"hello from"];
+    let clear = frames.iter().filter(|frame| said.iter().any(|text| contains(frame, text))).count();
     let segments = || frames.iter().filter_map(|frame| TcpSegment::parse(frame));
     let to_port = |port: u16| segments().filter(move |segment| segment.destination.port() == port);
     // RFC 8446 section 5.1: a record begins with its type (20 to 23) and the version 3.x.
@@ -190,9 +140,7 @@ fn encrypted(stage: &Stage, frames: &[Vec<u8>]) -> Point {
 }
 
 fn contains(haystack: &[u8], needle: &[u8]) -> bool {
-    haystack
-        .windows(needle.len())
-        .any(|window| window == needle)
+    haystack.windows(needle.len()).any(|window| window == needle)
 }
 
 /// Both proxies must have counted one connection between the two proven identities.
@@ -223,76 +171,44 @@ async fn caught(stage: &Stage) -> Result<Point, DemoError> {
     let mut holds = true;
     let expected: [(&Namespace, &str, &[&str]); 2] = [
         (&stage.client, "client", &["capture-outbound"]),
-        (
-            &stage.server,
-            "server",
-            &["hbone-in", "own-pod", "return-to-proxy"],
-        ),
+        (&stage.server, "server", &["hbone-in", "own-pod", "return-to-proxy"]),
     ];
     for (namespace, pod, rules) in expected {
         let counters = read_counters(namespace)?;
-        let moved = |rule: &str| {
-            counters
-                .iter()
-                .find(|c| c.id == rule)
-                .map_or(0, |c| c.packets)
-        };
-        let moves: Vec<String> = rules
-            .iter()
-            .map(|rule| format!("{rule} {}", moved(rule)))
-            .collect();
+        let moved = |rule: &str| counters.iter().find(|c| c.id == rule).map_or(0, |c| c.packets);
+        let moves: Vec<String> =
+            rules.iter().map(|rule| format!("{rule} {}", moved(rule))).collect();
         holds &= rules.iter().all(|rule| moved(rule) > 0);
         seen.push(format!("{pod}: {}", moves.join(", ")));
     }
-    Ok(Point {
-        subject: "rules moved",
-        seen: seen.join("; "),
-        holds,
-    })
+    Ok(Point { subject: "rules moved", seen: seen.join("; "), holds })
 }
 
 fn read_counters(namespace: &Namespace) -> Result<Vec<RuleCounter>, DemoError> {
-    let failed = |source| DemoError::Namespace {
-        doing: "read the rules' counters",
-        source,
-    };
+    let failed = |source| DemoError::Namespace { doing: "read the rules' counters", source };
     let read = || {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         Ok(runtime.block_on(counters()))
     };
     let read = namespace.run(read).map_err(failed)?;
-    let read = read.map_err(|source| DemoError::Io {
-        doing: "start a runtime",
-        source,
-    })?;
+    let read = read.map_err(|source| DemoError::Io { doing: "start a runtime", source })?;
     read.map_err(failed)
 }
 
 /// What a client without a certificate gets: an end of the handshake, and nothing of the application.
 async fn stranger(stage: &Stage) -> Result<Point, DemoError> {
     let address = stage.server_address_for_stranger(HBONE_PORT);
-    let stream = stage
-        .stranger
-        .run(|| std::net::TcpStream::connect_timeout(&address, PATIENCE));
-    let stream = stream.map_err(|source| DemoError::Namespace {
-        doing: "enter pod stranger",
-        source,
-    })?;
+    let stream = stage.stranger.run(|| std::net::TcpStream::connect_timeout(&address, PATIENCE));
+    let stream =
+        stream.map_err(|source| DemoError::Namespace { doing: "enter pod stranger", source })?;
     let connected = stream.and_then(|stream| {
         stream.set_nonblocking(true)?;
         tokio::net::TcpStream::from_std(stream)
     });
-    let stream = connected.map_err(|source| DemoError::Io {
-        doing: "connect as a stranger",
-        source,
-    })?;
+    let stream =
+        connected.map_err(|source| DemoError::Io { doing: "connect as a stranger", source })?;
     let (refused, said) = match ask_without_certificate(stage, stream).await {
-        Err(error) => (
-            matches!(error, HboneError::CertificateRefused { .. }),
-            error.to_string(),
-        ),
+        Err(error) => (matches!(error, HboneError::CertificateRefused { .. }), error.to_string()),
         Ok(()) => (false, "it was let in".to_owned()),
     };
     let requests = stage.requests();
@@ -311,23 +227,15 @@ async fn ask_without_certificate(
 ) -> Result<(), HboneError> {
     let (_, server) = stage.identities();
     let connector = Connector::anonymous(stage.client_identity(), ClientSettings::default())?;
-    let tunnel = connector
-        .open(stream, std::slice::from_ref(server), PATIENCE)
-        .await?;
+    let tunnel = connector.open(stream, std::slice::from_ref(server), PATIENCE).await?;
     let authority = stage.server_address_for_stranger(HTTP_PORT).to_string();
-    let request = ConnectRequest {
-        authority,
-        headers: HeaderMap::new(),
-    };
+    let request = ConnectRequest { authority, headers: HeaderMap::new() };
     tunnel.connect(request, PATIENCE).await.map(drop)
 }
 
 fn show(points: &[Point], took: Duration, kept: Option<&Stage>) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(
-        out,
-        "underpass demo: pod client ── proxy ══ mutual TLS ══ proxy ── pod server\n"
-    )?;
+    writeln!(out, "underpass demo: pod client ── proxy ══ mutual TLS ══ proxy ── pod server\n")?;
     for point in points {
         let mark = if point.holds { "✓" } else { "✗" };
         writeln!(out, "  {mark} {:<12} {}", point.subject, point.seen)?;

@@ -27,14 +27,8 @@ pub(crate) async fn dial(
     let destination = permit.destination();
     match timeout(deadline, sockets.connect(destination, source)).await {
         Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(error)) => Err(ProxyError::Connect {
-            destination,
-            source: error,
-        }),
-        Err(_) => Err(ProxyError::ConnectTimeout {
-            destination,
-            after: deadline,
-        }),
+        Ok(Err(error)) => Err(ProxyError::Connect { destination, source: error }),
+        Err(_) => Err(ProxyError::ConnectTimeout { destination, after: deadline }),
     }
 }
 
@@ -52,10 +46,7 @@ impl Dial for TunnelDialer {
     async fn dial(&self, address: SocketAddr) -> io::Result<TunnelSocket> {
         let stream = self.sockets.connect(address, None).await?;
         let held = self.balance.tunnel(self.worker, address.ip());
-        Ok(TunnelSocket {
-            stream,
-            _held: held,
-        })
+        Ok(TunnelSocket { stream, _held: held })
     }
 }
 

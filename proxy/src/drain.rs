@@ -62,20 +62,11 @@ impl Drain {
         self.closing.cancel();
         self.connections.close();
         let mut left = 0;
-        if tokio::time::timeout(deadline, self.connections.wait())
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(deadline, self.connections.wait()).await.is_err() {
             left = self.open();
             self.aborting.cancel();
-            if tokio::time::timeout(ABORT_GRACE, self.connections.wait())
-                .await
-                .is_err()
-            {
-                tracing::warn!(
-                    connections = self.open(),
-                    "connections did not end when aborted"
-                );
+            if tokio::time::timeout(ABORT_GRACE, self.connections.wait()).await.is_err() {
+                tracing::warn!(connections = self.open(), "connections did not end when aborted");
             }
         }
         self.ended.cancel();

@@ -64,9 +64,7 @@ impl Endpoint {
             (Self::Readiness(readiness), "/healthz/ready") => readiness.answer(),
             (Self::Metrics(metrics), "/metrics" | "/stats/prometheus") => {
                 let mut response = Response::new(Full::from(metrics.render()));
-                response
-                    .headers_mut()
-                    .insert(header::CONTENT_TYPE, PROMETHEUS_TEXT);
+                response.headers_mut().insert(header::CONTENT_TYPE, PROMETHEUS_TEXT);
                 response
             }
             (Self::Readiness(_), _) => text(StatusCode::NOT_FOUND, "here is only /healthz/ready\n"),

@@ -26,18 +26,12 @@ pub(crate) enum ProxyError {
     #[error("the tunnel asks for {asked}, but it ends at {here}")]
     NotHere { asked: String, here: SocketAddr },
     #[error("cannot connect to {destination}")]
-    Connect {
-        destination: SocketAddr,
-        source: io::Error,
-    },
+    Connect { destination: SocketAddr, source: io::Error },
     #[error(
         "no answer from {destination} within {} (timeouts.connect): is a firewall dropping packets?",
         seconds(after)
     )]
-    ConnectTimeout {
-        destination: SocketAddr,
-        after: Duration,
-    },
+    ConnectTimeout { destination: SocketAddr, after: Duration },
     #[error("the tunnel failed")]
     Tunnel(#[source] HboneError),
     #[error("the client's connection broke")]
@@ -79,38 +73,24 @@ impl ProxyError {
         use Fault::{Client, Peer, Us};
         let (code, flags, fault, status) = match self {
             Self::NotCaptured(_) => ("not_captured", "DENY", Client, StatusCode::BAD_REQUEST),
-            Self::OwnListener(_) => (
-                "own_listener",
-                "DENY",
-                Client,
-                StatusCode::SERVICE_UNAVAILABLE,
-            ),
-            Self::NoIdentity(_) => (
-                "no_identity",
-                "IDENTITY_ERROR",
-                Us,
-                StatusCode::SERVICE_UNAVAILABLE,
-            ),
+            Self::OwnListener(_) => {
+                ("own_listener", "DENY", Client, StatusCode::SERVICE_UNAVAILABLE)
+            }
+            Self::NoIdentity(_) => {
+                ("no_identity", "IDENTITY_ERROR", Us, StatusCode::SERVICE_UNAVAILABLE)
+            }
             Self::NotHere { .. } => ("not_here", "DENY", Client, StatusCode::BAD_REQUEST),
             Self::Connect { .. } => ("connect", "CONNECT", Peer, StatusCode::SERVICE_UNAVAILABLE),
-            Self::ConnectTimeout { .. } => (
-                "connect_timeout",
-                "CONNECT",
-                Peer,
-                StatusCode::SERVICE_UNAVAILABLE,
-            ),
+            Self::ConnectTimeout { .. } => {
+                ("connect_timeout", "CONNECT", Peer, StatusCode::SERVICE_UNAVAILABLE)
+            }
             Self::Tunnel(error) => return tunnel_reason(error),
             Self::Client(_) => ("client_reset", "-", Client, StatusCode::BAD_GATEWAY),
             Self::Upstream(_) => ("upstream_reset", "-", Peer, StatusCode::BAD_GATEWAY),
             Self::Drained => ("drained", "-", Us, StatusCode::SERVICE_UNAVAILABLE),
             Self::Dropped => ("dropped", "-", Us, StatusCode::SERVICE_UNAVAILABLE),
         };
-        Reason {
-            code,
-            flags,
-            fault,
-            status,
-        }
+        Reason { code, flags, fault, status }
     }
 }
 
@@ -129,9 +109,7 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 fn tunnel_reason(error: &HboneError) -> Reason {
     let flags = match error {
         HboneError::Dial { .. } | HboneError::ReplyTimeout { .. } => "CONNECT",
-        HboneError::Refused {
-            status: StatusCode::UNAUTHORIZED,
-        } => "DENY",
+        HboneError::Refused { status: StatusCode::UNAUTHORIZED } => "DENY",
         HboneError::Refused { .. } => "CONNECT",
         HboneError::HandshakeTimeout { .. }
         | HboneError::Tls { .. }
@@ -146,10 +124,5 @@ fn tunnel_reason(error: &HboneError) -> Reason {
         underpass_hbone::Fault::Peer => Fault::Peer,
         underpass_hbone::Fault::Configuration | underpass_hbone::Fault::Us => Fault::Us,
     };
-    Reason {
-        code: error.kind(),
-        flags,
-        fault,
-        status: StatusCode::SERVICE_UNAVAILABLE,
-    }
+    Reason { code: error.kind(), flags, fault, status: StatusCode::SERVICE_UNAVAILABLE }
 }

@@ -30,11 +30,7 @@ pub(crate) async fn serve_plaintext(worker: Arc<Worker>, accepted: Accepted) {
 
 async fn forward_plaintext(
     worker: &Worker,
-    Registered {
-        stream,
-        client,
-        destination,
-    }: Registered,
+    Registered { stream, client, destination }: Registered,
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
@@ -56,13 +52,7 @@ pub(crate) async fn serve_tunnel(worker: Arc<Worker>, accepted: Accepted) {
     let destination = accepted.destination.as_ref().ok().copied();
     let outcome = match accepted.register() {
         Err(error) => Err(error),
-        Ok(connection) => {
-            worker
-                .shared
-                .drain
-                .or_abort(accept_tunnel(&worker, connection))
-                .await
-        }
+        Ok(connection) => worker.shared.drain.or_abort(accept_tunnel(&worker, connection)).await,
     };
     if let Err(error) = outcome {
         let mut record = open_record(&worker, client, None, None);
@@ -73,21 +63,11 @@ pub(crate) async fn serve_tunnel(worker: Arc<Worker>, accepted: Accepted) {
 
 async fn accept_tunnel(
     worker: &Arc<Worker>,
-    Registered {
-        stream,
-        client,
-        destination,
-    }: Registered,
+    Registered { stream, client, destination }: Registered,
 ) -> Result<(), ProxyError> {
-    let acceptor = worker
-        .acceptor
-        .as_ref()
-        .ok_or(ProxyError::NoIdentity(destination))?;
+    let acceptor = worker.acceptor.as_ref().ok_or(ProxyError::NoIdentity(destination))?;
     let deadline = worker.shared.timeouts.handshake;
-    let mut tunnel = acceptor
-        .accept(stream, deadline)
-        .await
-        .map_err(ProxyError::Tunnel)?;
+    let mut tunnel = acceptor.accept(stream, deadline).await.map_err(ProxyError::Tunnel)?;
     let peer = tunnel.peer().clone();
     tracing::debug!(%client, peer = %peer.spiffe_id(), "tunnel accepted");
     while let Some(request) = next_request(worker, &mut tunnel).await {
@@ -159,10 +139,7 @@ async fn forward_request(
 fn target(authority: &Authority, here: SocketAddr) -> Result<SocketAddr, ProxyError> {
     match authority {
         Authority::Address(target) if target.ip().to_canonical() == here.ip() => Ok(*target),
-        other => Err(ProxyError::NotHere {
-            asked: other.to_string(),
-            here,
-        }),
+        other => Err(ProxyError::NotHere { asked: other.to_string(), here }),
     }
 }
 
@@ -185,11 +162,7 @@ fn open_record(
 ) -> ConnectionRecord {
     let mesh = worker.shared.mesh.borrow();
     let workload = |address: SocketAddr| mesh.workload(address.ip()).cloned();
-    let own = worker
-        .shared
-        .identity
-        .as_ref()
-        .map(|own| own.spiffe_id().clone());
+    let own = worker.shared.identity.as_ref().map(|own| own.spiffe_id().clone());
     let source = Party {
         address: Some(client),
         workload: workload(client),
@@ -211,20 +184,9 @@ mod tests {
     fn a_tunnel_reaches_nothing_but_the_address_where_it_ends() {
         let here: SocketAddr = "10.0.0.1:15008".parse().unwrap();
         let to = |authority: &str| target(&authority.parse().unwrap(), here);
-        assert_eq!(
-            to("10.0.0.1:8080").unwrap(),
-            "10.0.0.1:8080".parse().unwrap()
-        );
-        for elsewhere in [
-            "10.0.0.2:8080",
-            "127.0.0.1:8080",
-            "[::1]:8080",
-            "example.com:80",
-        ] {
-            assert!(
-                matches!(to(elsewhere), Err(ProxyError::NotHere { .. })),
-                "{elsewhere}"
-            );
+        assert_eq!(to("10.0.0.1:8080").unwrap(), "10.0.0.1:8080".parse().unwrap());
+        for elsewhere in ["10.0.0.2:8080", "127.0.0.1:8080", "[::1]:8080", "example.com:80"] {
+            assert!(matches!(to(elsewhere), Err(ProxyError::NotHere { .. })), "{elsewhere}");
         }
     }
 }

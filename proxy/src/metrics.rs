@@ -29,10 +29,7 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     describe_counter!(SENT, "Bytes sent to clients: responses.");
     describe_counter!(RECEIVED, "Bytes received from clients: requests.");
     describe_gauge!(OPEN, "TCP connections open now.");
-    describe_counter!(
-        PAUSES,
-        "Pauses of accepting because a system limit was reached."
-    );
+    describe_counter!(PAUSES, "Pauses of accepting because a system limit was reached.");
     describe_gauge!(BUILD, "The version that runs; always 1.");
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
     Ok(handle)
@@ -80,10 +77,7 @@ impl Labels {
             label("app", of(|w| &w.canonical_name));
             label("version", of(|w| &w.canonical_revision));
             label("cluster", of(|w| &w.cluster_id));
-            label(
-                "principal",
-                party.identity.as_ref().map(ToString::to_string),
-            );
+            label("principal", party.identity.as_ref().map(ToString::to_string));
         }
         Self(labels)
     }
@@ -97,11 +91,7 @@ impl Labels {
     fn open_gauge(&self) -> Gauge {
         gauge!(
             OPEN,
-            self.0
-                .iter()
-                .filter(|label| label.key() == "reporter")
-                .cloned()
-                .collect::<Vec<_>>()
+            self.0.iter().filter(|label| label.key() == "reporter").cloned().collect::<Vec<_>>()
         )
     }
 }
@@ -122,9 +112,7 @@ pub(crate) struct ConnectionMetrics {
 
 impl std::fmt::Debug for ConnectionMetrics {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ConnectionMetrics")
-            .field("labels", &self.labels)
-            .finish_non_exhaustive()
+        f.debug_struct("ConnectionMetrics").field("labels", &self.labels).finish_non_exhaustive()
     }
 }
 

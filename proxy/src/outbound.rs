@@ -26,10 +26,8 @@ pub(crate) async fn serve(worker: Arc<Worker>, accepted: Accepted) {
         workload: mesh.workload(accepted.client.ip()).cloned(),
         identity: None,
     };
-    let destination = Party {
-        address: accepted.destination.as_ref().ok().copied(),
-        ..Party::default()
-    };
+    let destination =
+        Party { address: accepted.destination.as_ref().ok().copied(), ..Party::default() };
     let mut record = ConnectionRecord::new(Direction::Outbound, source, destination);
     let outcome = match accepted.register() {
         Ok(connection) => forward(&worker, &mesh, connection, &mut record).await,
@@ -41,11 +39,7 @@ pub(crate) async fn serve(worker: Arc<Worker>, accepted: Accepted) {
 async fn forward(
     worker: &Worker,
     mesh: &Mesh,
-    Registered {
-        stream,
-        destination,
-        ..
-    }: Registered,
+    Registered { stream, destination, .. }: Registered,
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
@@ -82,25 +76,15 @@ async fn connect(
     match route {
         Route::Plain { .. } => {
             let deadline = worker.shared.timeouts.connect;
-            dial(&worker.shared.sockets, &permit, None, deadline)
-                .await
-                .map(Onward::Plain)
+            dial(&worker.shared.sockets, &permit, None, deadline).await.map(Onward::Plain)
         }
         Route::Tunnel { workload, peer, .. } => {
             record.hbone = Some(*peer);
-            record.source.identity = worker
-                .shared
-                .identity
-                .as_ref()
-                .map(|own| own.spiffe_id().clone());
+            record.source.identity =
+                worker.shared.identity.as_ref().map(|own| own.spiffe_id().clone());
             record.destination.identity = Some(workload.identity.clone());
-            let key = TunnelKey {
-                address: *peer,
-                peers: [workload.identity.clone()].into(),
-            };
-            tunnel(worker, &permit, *peer, &key)
-                .await
-                .map(Onward::Tunnel)
+            let key = TunnelKey { address: *peer, peers: [workload.identity.clone()].into() };
+            tunnel(worker, &permit, *peer, &key).await.map(Onward::Tunnel)
         }
     }
 }
@@ -112,9 +96,7 @@ async fn tunnel(
     key: &TunnelKey,
 ) -> Result<TunnelStream, ProxyError> {
     let pool = worker.pool.as_ref().ok_or(ProxyError::NoIdentity(peer))?;
-    let request = ConnectRequest {
-        authority: permit.destination().to_string(),
-        headers: HeaderMap::new(),
-    };
+    let request =
+        ConnectRequest { authority: permit.destination().to_string(), headers: HeaderMap::new() };
     pool.connect(key, request).await.map_err(ProxyError::Tunnel)
 }

@@ -13,14 +13,12 @@ pub(crate) struct ParentGone(Option<oneshot::Receiver<()>>);
 impl ParentGone {
     pub(crate) fn watch() -> io::Result<Self> {
         let (gone, receiver) = oneshot::channel();
-        std::thread::Builder::new()
-            .name("parent".into())
-            .spawn(move || {
-                let mut ignored = [0; 64];
-                while matches!(io::stdin().read(&mut ignored), Ok(read) if read > 0) {}
-                // Nobody waits any more if the process is ending already.
-                gone.send(()).ok();
-            })?;
+        std::thread::Builder::new().name("parent".into()).spawn(move || {
+            let mut ignored = [0; 64];
+            while matches!(io::stdin().read(&mut ignored), Ok(read) if read > 0) {}
+            // Nobody waits any more if the process is ending already.
+            gone.send(()).ok();
+        })?;
         Ok(Self(Some(receiver)))
     }
 

@@ -48,34 +48,18 @@ fn is_own_listener(port: u16, ports: Ports) -> bool {
 mod tests {
     use super::*;
 
-    const PORTS: Ports = Ports {
-        outbound: 15001,
-        inbound: 15006,
-        hbone: 15008,
-    };
+    const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008 };
 
     #[test]
     fn nobody_may_reach_the_proxys_own_listeners_through_the_proxy() {
         for port in [15001, 15006, 15008] {
             let pod = SocketAddr::from(([10, 0, 0, 1], port));
             let loopback = SocketAddr::from(([127, 0, 0, 1], port));
-            assert!(
-                matches!(inbound(pod, PORTS), Err(ProxyError::OwnListener(_))),
-                "{port}"
-            );
-            let route = Route::Plain {
-                workload: None,
-                target: loopback,
-            };
-            assert!(
-                matches!(outbound(&route, PORTS), Err(ProxyError::OwnListener(_))),
-                "{port}"
-            );
+            assert!(matches!(inbound(pod, PORTS), Err(ProxyError::OwnListener(_))), "{port}");
+            let route = Route::Plain { workload: None, target: loopback };
+            assert!(matches!(outbound(&route, PORTS), Err(ProxyError::OwnListener(_))), "{port}");
         }
-        let other_pod = Route::Plain {
-            workload: None,
-            target: ([10, 0, 0, 1], 15008).into(),
-        };
+        let other_pod = Route::Plain { workload: None, target: ([10, 0, 0, 1], 15008).into() };
         assert_eq!(
             outbound(&other_pod, PORTS).unwrap().destination(),
             ([10, 0, 0, 1], 15008).into()

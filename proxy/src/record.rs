@@ -96,30 +96,16 @@ impl ConnectionRecord {
     }
 
     fn labels(&self) -> Labels {
-        Labels::new(
-            self.direction,
-            &self.source,
-            &self.destination,
-            self.hbone.is_some(),
-        )
+        Labels::new(self.direction, &self.source, &self.destination, self.hbone.is_some())
     }
 
     fn log(&self) {
         let reason = self.outcome.as_ref().err().map(ProxyError::reason);
         let error = self.outcome.as_ref().err().map(|error| chain(error));
         let [source, destination] = [&self.source, &self.destination].map(|party| PartyFields {
-            workload: party
-                .workload
-                .as_ref()
-                .map(|workload| workload.name.as_str()),
-            namespace: party
-                .workload
-                .as_ref()
-                .map(|workload| workload.namespace.as_str()),
-            cluster: party
-                .workload
-                .as_ref()
-                .map(|workload| workload.cluster_id.as_str()),
+            workload: party.workload.as_ref().map(|workload| workload.name.as_str()),
+            namespace: party.workload.as_ref().map(|workload| workload.namespace.as_str()),
+            cluster: party.workload.as_ref().map(|workload| workload.cluster_id.as_str()),
             identity: party.identity.as_ref().map(ToString::to_string),
         });
         // As ztunnel has it: the address of the connection itself, and the one that the tunnel leads to.
@@ -173,11 +159,7 @@ struct PartyFields<'a> {
 impl Drop for ConnectionRecord {
     /// A record that nobody closed (its task was cancelled) is counted and logged as dropped.
     fn drop(&mut self) {
-        let flags = self
-            .outcome
-            .as_ref()
-            .err()
-            .map_or("-", |error| error.reason().flags);
+        let flags = self.outcome.as_ref().err().map_or("-", |error| error.reason().flags);
         match self.metrics.take() {
             Some(metrics) => metrics.closed(flags),
             None => ConnectionMetrics::failed(self.labels(), flags),

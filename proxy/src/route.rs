@@ -19,10 +19,7 @@ pub(crate) enum Route {
         target: SocketAddr,
     },
     /// By plain TCP to the address that was asked for; the workload, if the mesh knows one there.
-    Plain {
-        workload: Option<Arc<Workload>>,
-        target: SocketAddr,
-    },
+    Plain { workload: Option<Arc<Workload>>, target: SocketAddr },
 }
 
 impl Route {
@@ -48,10 +45,7 @@ pub(crate) fn outbound(destination: SocketAddr, mesh: &Mesh, hbone_port: u16) ->
             peer: SocketAddr::new(destination.ip(), hbone_port),
             target: destination,
         },
-        workload => Route::Plain {
-            workload: workload.cloned(),
-            target: destination,
-        },
+        workload => Route::Plain { workload: workload.cloned(), target: destination },
     }
 }
 
@@ -78,17 +72,8 @@ mod tests {
     fn the_protocol_of_the_workload_decides_the_way() {
         let named = |name: &str| Some(name.to_owned());
         for (destination, expected) in [
-            (
-                "10.0.0.1:80",
-                ("10.0.0.1:80 via 10.0.0.1:15008".to_owned(), named("meshed")),
-            ),
-            (
-                "[fd00::1]:80",
-                (
-                    "[fd00::1]:80 via [fd00::1]:15008".to_owned(),
-                    named("meshed"),
-                ),
-            ),
+            ("10.0.0.1:80", ("10.0.0.1:80 via 10.0.0.1:15008".to_owned(), named("meshed"))),
+            ("[fd00::1]:80", ("[fd00::1]:80 via [fd00::1]:15008".to_owned(), named("meshed"))),
             ("10.0.0.2:80", ("10.0.0.2:80".to_owned(), named("plain"))),
             ("192.0.2.1:443", ("192.0.2.1:443".to_owned(), None)),
         ] {

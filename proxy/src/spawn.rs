@@ -68,17 +68,10 @@ impl ChildProxy {
         arguments: &[impl AsRef<OsStr>],
         deadline: Duration,
     ) -> Result<Self, SpawnError> {
-        let failed = |source| SpawnError::Start {
-            program: program.to_owned(),
-            source,
-        };
+        let failed = |source| SpawnError::Start { program: program.to_owned(), source };
         let notify = NotifySocket::bind().map_err(failed)?;
         let mut command = Command::new(program);
-        command
-            .arg("run")
-            .args(arguments)
-            .arg("--until-eof")
-            .env("NOTIFY_SOCKET", &notify.path);
+        command.arg("run").args(arguments).arg("--until-eof").env("NOTIFY_SOCKET", &notify.path);
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -89,10 +82,7 @@ impl ChildProxy {
             let _runtime = runtime.enter();
             command.spawn()
         };
-        let mut child = namespace
-            .run(spawn)
-            .map_err(SpawnError::Namespace)?
-            .map_err(failed)?;
+        let mut child = namespace.run(spawn).map_err(SpawnError::Namespace)?.map_err(failed)?;
         let log = collect(child.stdout.take(), child.stderr.take());
         let alive = child.stdin.take();
         let mut proxy = Self { child, alive, log };
@@ -104,10 +94,7 @@ impl ChildProxy {
         let log = proxy.rest_of_log().await;
         Err(match ended {
             Some(status) => SpawnError::Ended { status, log },
-            None => SpawnError::Late {
-                after: deadline,
-                log,
-            },
+            None => SpawnError::Late { after: deadline, log },
         })
     }
 
@@ -186,28 +173,19 @@ struct NotifySocket {
 impl NotifySocket {
     fn bind() -> io::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!(
-            "underpass-{}-{}.notify",
-            std::process::id(),
-            NEXT.fetch_add(1, Relaxed)
-        );
+        let name =
+            format!("underpass-{}-{}.notify", std::process::id(), NEXT.fetch_add(1, Relaxed));
         let path = std::env::temp_dir().join(name);
         // A file of that name can only be a leftover of an earlier process with our id.
         std::fs::remove_file(&path).ok();
-        Ok(Self {
-            socket: UnixDatagram::bind(&path)?,
-            path,
-        })
+        Ok(Self { socket: UnixDatagram::bind(&path)?, path })
     }
 
     async fn ready(&self) -> io::Result<()> {
         let mut message = [0; 256];
         loop {
             let length = self.socket.recv(&mut message).await?;
-            if message
-                .get(..length)
-                .is_some_and(|message| message.starts_with(b"READY=1"))
-            {
+            if message.get(..length).is_some_and(|message| message.starts_with(b"READY=1")) {
                 return Ok(());
             }
         }

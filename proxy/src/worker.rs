@@ -51,13 +51,7 @@ pub(crate) struct Worker {
 
 impl Worker {
     fn new(shared: Shared, balance: Arc<Balance>, index: usize) -> Result<Self, HboneError> {
-        let Timeouts {
-            connect,
-            handshake,
-            reply,
-            pool_idle,
-            ..
-        } = shared.timeouts;
+        let Timeouts { connect, handshake, reply, pool_idle, .. } = shared.timeouts;
         let dialer = TunnelDialer {
             sockets: shared.sockets.clone(),
             balance: balance.clone(),
@@ -73,17 +67,9 @@ impl Worker {
         let identity = shared.identity.as_ref();
         let connector =
             identity.map(|identity| Connector::new(identity, ClientSettings::default()));
-        let pool = connector
-            .transpose()?
-            .map(|connector| Pool::new(dialer, connector, settings));
+        let pool = connector.transpose()?.map(|connector| Pool::new(dialer, connector, settings));
         let acceptor = identity.map(|identity| Acceptor::new(identity, ServerSettings::default()));
-        Ok(Self {
-            pool,
-            acceptor: acceptor.transpose()?,
-            balance,
-            index,
-            shared,
-        })
+        Ok(Self { pool, acceptor: acceptor.transpose()?, balance, index, shared })
     }
 }
 
@@ -117,12 +103,7 @@ pub(crate) fn start(
         let run = move || runtime.block_on(run(worker, receiver, hand, senders));
         thread.spawn(run).map_err(CommandError::Start)
     };
-    receivers
-        .into_iter()
-        .zip(hands)
-        .enumerate()
-        .map(start_one)
-        .collect()
+    receivers.into_iter().zip(hands).enumerate().map(start_one).collect()
 }
 
 async fn run(

@@ -26,20 +26,13 @@ fn build() -> PathBuf {
         "--bin",
         "underpass",
     ]);
-    cargo
-        .arg("--manifest-path")
-        .arg(manifest)
-        .arg("--target-dir")
-        .arg(&place.target);
+    cargo.arg("--manifest-path").arg(manifest).arg("--target-dir").arg(&place.target);
     cargo.args(["--profile", &place.profile]);
     if let Some(triple) = &place.triple {
         cargo.args(["--target", triple]);
     }
     let status = cargo.status().or_fail("run cargo");
-    assert!(
-        status.success(),
-        "underpass does not build: cargo ended with {status}"
-    );
+    assert!(status.success(), "underpass does not build: cargo ended with {status}");
     place.folder.join("underpass")
 }
 
@@ -53,12 +46,8 @@ struct Place {
 
 impl Place {
     fn of(program: &Path) -> Self {
-        let name = |path: &Path| {
-            path.file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned()
-        };
+        let name =
+            |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut folder = program.parent().expect("a program is in a folder");
         // Only tests are in deps; programs are beside it.
         if folder.ends_with("deps") {
@@ -68,19 +57,12 @@ impl Place {
             debug if debug == "debug" => "dev".to_owned(),
             other => other,
         };
-        let above = folder
-            .parent()
-            .expect("the profile's folder is in the target directory");
+        let above = folder.parent().expect("the profile's folder is in the target directory");
         let is_target = above.join("CACHEDIR.TAG").exists();
         let (target, triple) = match above.parent() {
             Some(target) if !is_target => (target, Some(name(above))),
             _ => (above, None),
         };
-        Self {
-            target: target.to_owned(),
-            triple,
-            profile,
-            folder: folder.to_owned(),
-        }
+        Self { target: target.to_owned(), triple, profile, folder: folder.to_owned() }
     }
 }

@@ -19,19 +19,11 @@ impl Pod {
     #[must_use]
     pub fn counters(&self) -> Counters {
         let read = self.run(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.map(|runtime| runtime.block_on(counters()))
         });
-        let read = read
-            .or_fail("make a runtime")
-            .or_fail("read the rules' counters");
-        Counters(
-            read.into_iter()
-                .map(|counter| (counter.id, counter.packets))
-                .collect(),
-        )
+        let read = read.or_fail("make a runtime").or_fail("read the rules' counters");
+        Counters(read.into_iter().map(|counter| (counter.id, counter.packets)).collect())
     }
 
     /// The rules that matched since `before`, by how many connections each, in the order of their names.
@@ -59,10 +51,7 @@ impl Counters {
     /// What has moved, and by how much.
     #[must_use]
     pub fn since(&self, before: &Self) -> Vec<(String, u64)> {
-        let moved = self
-            .0
-            .iter()
-            .map(|(rule, now)| (rule.clone(), now - before.get(rule)));
+        let moved = self.0.iter().map(|(rule, now)| (rule.clone(), now - before.get(rule)));
         moved.filter(|(_, by)| *by > 0).collect()
     }
 }

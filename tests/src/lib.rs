@@ -5,11 +5,7 @@
 //! [`tool`] runs programs that judge, and [`Metrics`] and [`Counters`] are what it says of itself.
 //!
 //! Whatever goes wrong here fails the trial that it happens in: by a panic that says what was waited for or wanted. Not here: tests.
-#![expect(
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a harness fails a test by panicking"
-)]
+#![expect(clippy::expect_used, clippy::panic, reason = "a harness fails a test by panicking")]
 
 mod binary;
 mod counters;

@@ -27,27 +27,15 @@ impl Metrics {
     /// The sum of a metric over all label sets that have all of `labels`; `None` if there is no such series.
     #[must_use]
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
-        let labels: Vec<_> = labels
-            .iter()
-            .map(|(key, value)| format!("{key}=\"{value}\""))
-            .collect();
+        let labels: Vec<_> =
+            labels.iter().map(|(key, value)| format!("{key}=\"{value}\"")).collect();
         let is_wanted = |line: &&str| {
-            let series = line
-                .strip_prefix(name)
-                .filter(|rest| rest.starts_with(['{', ' ']));
+            let series = line.strip_prefix(name).filter(|rest| rest.starts_with(['{', ' ']));
             series.is_some_and(|series| labels.iter().all(|label| series.contains(label)))
         };
-        let value = |line: &str| {
-            line.rsplit(' ')
-                .next()
-                .and_then(|value| value.parse::<f64>().ok())
-        };
-        let values: Vec<f64> = self
-            .text
-            .lines()
-            .filter(is_wanted)
-            .filter_map(value)
-            .collect();
+        let value =
+            |line: &str| line.rsplit(' ').next().and_then(|value| value.parse::<f64>().ok());
+        let values: Vec<f64> = self.text.lines().filter(is_wanted).filter_map(value).collect();
         (!values.is_empty()).then(|| values.iter().sum())
     }
 
@@ -60,10 +48,7 @@ impl Metrics {
 
 /// One GET from inside a pod: the status and the body.
 pub async fn http_get(pod: &Pod, server: SocketAddr, path: &str) -> (u16, String) {
-    let mut stream = pod
-        .dial(server)
-        .await
-        .or_fail(format!("connect to {server}"));
+    let mut stream = pod.dial(server).await.or_fail(format!("connect to {server}"));
     let request = format!("GET {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\n\r\n");
     within("a request is sent", stream.write_all(request.as_bytes()))
         .await
@@ -72,12 +57,6 @@ pub async fn http_get(pod: &Pod, server: SocketAddr, path: &str) -> (u16, String
     let text = String::from_utf8_lossy(&bytes).into_owned();
     assert_eq!(end, End::Fin, "{server} ended its response {text:?}");
     let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
-    let status = head
-        .split(' ')
-        .nth(1)
-        .and_then(|status| status.parse().ok());
-    (
-        status.unwrap_or_else(|| panic!("no HTTP response: {text:?}")),
-        body.to_owned(),
-    )
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+    (status.unwrap_or_else(|| panic!("no HTTP response: {text:?}")), body.to_owned())
 }

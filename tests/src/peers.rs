@@ -84,10 +84,7 @@ impl Pod {
         let socket: io::Result<Socket> = self.run(listen);
         let socket = socket.or_fail(format!("listen on port {port}"));
         let queue = socket.try_clone().or_fail("listen");
-        Listener {
-            listener: TcpListener::from_std(socket.into()).or_fail("listen"),
-            queue,
-        }
+        Listener { listener: TcpListener::from_std(socket.into()).or_fail("listen"), queue }
     }
 
     /// Connects to `to` from inside while `listener` accepts: the two ends, and whom the listener saw.
@@ -128,10 +125,7 @@ impl Listener {
     pub async fn accept(&self) -> (TcpStream, SocketAddr) {
         let accepted = within("a connection to an application", self.listener.accept()).await;
         let (stream, peer) = accepted.or_fail("accept");
-        (
-            stream,
-            SocketAddr::new(peer.ip().to_canonical(), peer.port()),
-        )
+        (stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()))
     }
 
     /// Whether a connection has arrived that nobody has accepted; it is accepted and closed.
@@ -250,12 +244,8 @@ pub async fn exchange(client: &mut TcpStream, server: &mut TcpStream) {
 
 /// A few bytes from one end to the other.
 pub async fn carry(from: &mut TcpStream, to: &mut TcpStream, what: &[u8]) {
-    within("bytes are sent", from.write_all(what))
-        .await
-        .or_fail("send");
+    within("bytes are sent", from.write_all(what)).await.or_fail("send");
     let mut received = vec![0; what.len()];
-    within("bytes arrive", to.read_exact(&mut received))
-        .await
-        .or_fail("receive");
+    within("bytes arrive", to.read_exact(&mut received)).await.or_fail("receive");
     assert_eq!(received, what);
 }

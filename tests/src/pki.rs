@@ -33,11 +33,7 @@ impl Pki {
         let ca = CertificateAuthority::generate(domain).or_fail("make a certificate authority");
         let roots = folder.join(format!("{name}.pem"));
         fs::write(&roots, ca.roots_pem()).or_fail("write the roots");
-        Self {
-            ca,
-            folder: folder.to_owned(),
-            roots,
-        }
+        Self { ca, folder: folder.to_owned(), roots }
     }
 
     /// Trusts `other` too, everywhere.
@@ -62,10 +58,7 @@ impl Pki {
     /// A valid certificate for `account`: `ACCOUNT.pem` and `ACCOUNT.key`.
     #[must_use]
     pub fn issue(&self, account: &str) -> IdentityFiles {
-        let issued = self
-            .ca
-            .issue(&self.id(account), HOUR)
-            .or_fail("issue a certificate");
+        let issued = self.ca.issue(&self.id(account), HOUR).or_fail("issue a certificate");
         self.write(account, &issued)
     }
 
@@ -73,15 +66,10 @@ impl Pki {
     #[must_use]
     pub fn issue_expired(&self, account: &str) -> IdentityFiles {
         let ago = |hours: u32| {
-            SystemTime::now()
-                .checked_sub(HOUR * hours)
-                .expect("it is later than 1970")
+            SystemTime::now().checked_sub(HOUR * hours).expect("it is later than 1970")
         };
         let issued = self.ca.issue_between(&self.id(account), ago(2), ago(1));
-        self.write(
-            &format!("{account}-expired"),
-            &issued.or_fail("issue a certificate"),
-        )
+        self.write(&format!("{account}-expired"), &issued.or_fail("issue a certificate"))
     }
 
     /// Reads what one of the others wrote, as a proxy does.
@@ -94,10 +82,6 @@ impl Pki {
         let prefix = self.folder.join(name);
         issued.write(&prefix).or_fail("write a certificate");
         let file = |kind: &str| self.folder.join(format!("{name}.{kind}"));
-        IdentityFiles {
-            certificate: file("pem"),
-            key: file("key"),
-            roots: self.roots.clone(),
-        }
+        IdentityFiles { certificate: file("pem"), key: file("key"), roots: self.roots.clone() }
     }
 }

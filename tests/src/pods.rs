@@ -75,11 +75,7 @@ impl World {
         let folder = PathBuf::from(format!("/run/underpass-tests/{id}"));
         fs::create_dir_all(&folder)
             .or_fail("make a folder in /run: is the process in its sandbox?");
-        Self {
-            id,
-            wires: 0,
-            folder,
-        }
+        Self { id, wires: 0, folder }
     }
 
     /// Where the files of the trial are.
@@ -129,10 +125,7 @@ struct Addresses {
 
 impl Addresses {
     fn networks(self) -> [IpNet; 2] {
-        [
-            IpNet::new_assert(self.v4.into(), 24),
-            IpNet::new_assert(self.v6.into(), 64),
-        ]
+        [IpNet::new_assert(self.v4.into(), 24), IpNet::new_assert(self.v6.into(), 64)]
     }
 }
 
@@ -177,10 +170,7 @@ impl Pod {
     /// All its addresses, of both families.
     #[must_use]
     pub fn ips(&self) -> Vec<IpAddr> {
-        self.addresses
-            .iter()
-            .flat_map(|ips| [IpAddr::from(ips.v4), ips.v6.into()])
-            .collect()
+        self.addresses.iter().flat_map(|ips| [IpAddr::from(ips.v4), ips.v6.into()]).collect()
     }
 
     /// A port of [`Pod::ip`].
@@ -207,15 +197,13 @@ impl Pod {
     /// Writes a kernel setting of the pod's own network: `net/ipv6/conf/all/disable_ipv6`.
     pub fn sysctl(&self, key: &str, value: &str) {
         let file = Path::new("/proc/sys").join(key);
-        self.run(|| fs::write(&file, value))
-            .or_fail(format!("write {}", file.display()));
+        self.run(|| fs::write(&file, value)).or_fail(format!("write {}", file.display()));
     }
 
     /// A capture of its first wire, from now on.
     #[must_use]
     pub fn capture(&self) -> PacketCapture {
-        self.run(|| PacketCapture::open("eth0"))
-            .or_fail("capture packets")
+        self.run(|| PacketCapture::open("eth0")).or_fail("capture packets")
     }
 
     fn next_interface(&self) -> String {
@@ -224,12 +212,7 @@ impl Pod {
 
     fn end<'a>(&'a self, interface: &'a str, addresses: &'a [IpNet]) -> Endpoint<'a> {
         let default_route = self.addresses.is_empty();
-        Endpoint {
-            namespace: self.namespace(),
-            interface,
-            addresses,
-            default_route,
-        }
+        Endpoint { namespace: self.namespace(), interface, addresses, default_route }
     }
 }
 

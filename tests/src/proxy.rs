@@ -91,20 +91,14 @@ impl Proxy {
         let logged = self.child.logged(|log| find(log).is_some());
         let in_time = tokio::time::timeout(crate::DEADLINE, logged).await;
         find(&self.child.log()).unwrap_or_else(|| {
-            panic!(
-                "no log line with {parts:?} ({in_time:?}); it said:\n{}",
-                self.child.log()
-            )
+            panic!("no log line with {parts:?} ({in_time:?}); it said:\n{}", self.child.log())
         })
     }
 
     /// Waits until it has written at least `count` access-log lines, and returns all that there are.
     pub async fn access_lines(&mut self, count: usize) -> Vec<String> {
         let lines = |log: &str| -> Vec<String> {
-            log.lines()
-                .filter(|line| is_access(line))
-                .map(str::to_owned)
-                .collect()
+            log.lines().filter(|line| is_access(line)).map(str::to_owned).collect()
         };
         let enough = self.child.logged(|log| lines(log).len() >= count);
         let in_time = tokio::time::timeout(crate::DEADLINE, enough).await;
@@ -119,16 +113,12 @@ impl Proxy {
 
     /// Tells it to stop as losing its parent would, and waits for its end.
     pub async fn stop(&mut self) -> ExitStatus {
-        within("the proxy stops", self.child.stop())
-            .await
-            .or_fail("wait for the proxy")
+        within("the proxy stops", self.child.stop()).await.or_fail("wait for the proxy")
     }
 
     /// Waits for its end.
     pub async fn ended(&mut self) -> ExitStatus {
-        within("the proxy ends", self.child.ended())
-            .await
-            .or_fail("wait for the proxy")
+        within("the proxy ends", self.child.ended()).await.or_fail("wait for the proxy")
     }
 }
 
@@ -141,9 +131,6 @@ fn write_by_another(file: &Path, text: &str) {
     fs::write(&source, text).or_fail("write a script");
     fs::set_permissions(&source, fs::Permissions::from_mode(0o755))
         .or_fail("make a script executable");
-    let copied = std::process::Command::new("cp")
-        .arg(&source)
-        .arg(file)
-        .status();
+    let copied = std::process::Command::new("cp").arg(&source).arg(file).status();
     assert!(copied.or_fail("run cp").success(), "cp failed");
 }

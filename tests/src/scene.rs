@@ -46,20 +46,9 @@ impl Scene {
         let (mut client, mut server) = (world.pod(CLIENT).await, world.pod(SERVER).await);
         world.wire(&mut client, &mut server).await;
         let pki = Pki::new(world.folder());
-        let mesh = Mesh::default()
-            .hbone(&client)
-            .hbone(&server)
-            .write(&client, "mesh");
+        let mesh = Mesh::default().hbone(&client).hbone(&server).write(&client, "mesh");
         let (client_files, server_files) = (pki.issue(CLIENT), pki.issue(SERVER));
-        Self {
-            client,
-            server,
-            pki,
-            mesh,
-            client_files,
-            server_files,
-            world,
-        }
+        Self { client, server, pki, mesh, client_files, server_files, world }
     }
 
     /// The scene with a proxy in each pod: client's, server's.
@@ -74,17 +63,13 @@ impl Scene {
     /// What the client's proxy is told: certificate and mesh.
     #[must_use]
     pub fn client_settings(&self) -> Settings {
-        Settings::new(CLIENT)
-            .identity(&self.client_files)
-            .mesh(&self.mesh)
+        Settings::new(CLIENT).identity(&self.client_files).mesh(&self.mesh)
     }
 
     /// What the server's proxy is told: certificate and mesh.
     #[must_use]
     pub fn server_settings(&self) -> Settings {
-        Settings::new(SERVER)
-            .identity(&self.server_files)
-            .mesh(&self.mesh)
+        Settings::new(SERVER).identity(&self.server_files).mesh(&self.mesh)
     }
 
     /// The mesh file of a mesh without members: everything is passed through in plain.

@@ -21,22 +21,13 @@ impl Settings {
     #[must_use]
     pub fn new(name: &str) -> Self {
         let text = format!("workload: {{name: {name}, serviceAccount: {name}}}\n");
-        Self {
-            name: name.to_owned(),
-            text,
-            flags: Vec::new(),
-        }
-        .set("proxy.workers=2")
+        Self { name: name.to_owned(), text, flags: Vec::new() }.set("proxy.workers=2")
     }
 
     /// With a certificate.
     #[must_use]
     pub fn identity(mut self, files: &IdentityFiles) -> Self {
-        let IdentityFiles {
-            certificate,
-            key,
-            roots,
-        } = files;
+        let IdentityFiles { certificate, key, roots } = files;
         self.text.push_str(&format!(
             "identity: {{certificate: {certificate:?}, key: {key:?}, roots: {roots:?}}}\n"
         ));
@@ -53,8 +44,7 @@ impl Settings {
     /// With one more `--set KEY=VALUE`.
     #[must_use]
     pub fn set(mut self, assignment: &str) -> Self {
-        self.flags
-            .extend(["--set".to_owned(), assignment.to_owned()]);
+        self.flags.extend(["--set".to_owned(), assignment.to_owned()]);
         self
     }
 

@@ -42,11 +42,7 @@ impl Suite {
             binary();
             enter_sandbox().or_fail("make the namespaces that these tests need (UNDERPASS_SKIP_NAMESPACES=1 passes over them)");
         }
-        Self {
-            arguments,
-            skipped,
-            trials: Vec::new(),
-        }
+        Self { arguments, skipped, trials: Vec::new() }
     }
 
     /// Adds a trial; `name` is a sentence of behaviour.
@@ -62,38 +58,27 @@ impl Suite {
     ) {
         for family in Family::BOTH {
             let body = body.clone();
-            self.test(&format!("{name} ({family})"), async move || {
-                body(family).await
-            });
+            self.test(&format!("{name} ({family})"), async move || body(family).await);
         }
     }
 
     /// Runs what the command line asks for.
     #[must_use]
     pub fn run(self) -> ExitCode {
-        let trials = if self.skipped {
-            Vec::new()
-        } else {
-            self.trials
-        };
+        let trials = if self.skipped { Vec::new() } else { self.trials };
         libtest_mimic::run(&self.arguments, trials).exit_code()
     }
 }
 
 /// Whether the caller wants no namespaces: `UNDERPASS_SKIP_NAMESPACES=1`.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a switch of the tests alone, not a setting"
-)]
+#[expect(clippy::disallowed_methods, reason = "a switch of the tests alone, not a setting")]
 #[must_use]
 pub fn skipped() -> bool {
     std::env::var_os("UNDERPASS_SKIP_NAMESPACES").is_some_and(|value| value == "1")
 }
 
 fn run(body: impl AsyncFnOnce()) -> Result<(), Failed> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let ended = runtime.block_on(async { tokio::time::timeout(TOO_LONG, body()).await });
     ended.map_err(|_| format!("it had not ended after {TOO_LONG:?}").into())
 }

@@ -33,12 +33,10 @@ impl TlsClient {
     #[must_use]
     pub fn new(files: Option<&IdentityFiles>) -> Self {
         let builder = ClientConfig::builder_with_provider(provider());
-        let builder = builder
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .or_fail("set up TLS");
-        let builder = builder
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Anyone(provider())));
+        let builder =
+            builder.with_protocol_versions(&[&rustls::version::TLS13]).or_fail("set up TLS");
+        let builder =
+            builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider())));
         let mut config = match files {
             None => builder.with_no_client_auth(),
             Some(files) => builder
@@ -64,11 +62,8 @@ impl TlsClient {
     pub async fn read(&self, pod: &Pod, to: SocketAddr) -> io::Result<usize> {
         let stream = pod.dial(to).await?;
         let connector = TlsConnector::from(Arc::new(self.config.clone()));
-        let mut stream = within(
-            "a TLS handshake",
-            connector.connect(ServerName::from(to.ip()), stream),
-        )
-        .await?;
+        let mut stream =
+            within("a TLS handshake", connector.connect(ServerName::from(to.ip()), stream)).await?;
         within("the server's first bytes", stream.read(&mut [0; 1024])).await
     }
 }
@@ -84,9 +79,8 @@ impl TlsServer {
     #[must_use]
     pub fn new(files: &IdentityFiles) -> Self {
         let builder = ServerConfig::builder_with_provider(provider());
-        let builder = builder
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .or_fail("set up TLS");
+        let builder =
+            builder.with_protocol_versions(&[&rustls::version::TLS13]).or_fail("set up TLS");
         let config = builder
             .with_no_client_auth()
             .with_single_cert(chain(&files.certificate), key(&files.key));
@@ -110,9 +104,7 @@ impl TlsServer {
         let acceptor = TlsAcceptor::from(Arc::new(self.config.clone()));
         let mut stream = within("a TLS handshake", acceptor.accept(stream)).await?;
         let mut received = Vec::new();
-        within("the client's end", stream.read_to_end(&mut received))
-            .await
-            .map(|_| received)
+        within("the client's end", stream.read_to_end(&mut received)).await.map(|_| received)
     }
 }
 
@@ -122,9 +114,7 @@ fn provider() -> Arc<CryptoProvider> {
 
 fn chain(file: &Path) -> Vec<CertificateDer<'static>> {
     let certificates = CertificateDer::pem_file_iter(file).or_fail("read a certificate");
-    certificates
-        .collect::<Result<_, _>>()
-        .or_fail("read a certificate")
+    certificates.collect::<Result<_, _>>().or_fail("read a certificate")
 }
 
 fn key(file: &Path) -> PrivateKeyDer<'static> {

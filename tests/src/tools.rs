@@ -41,42 +41,26 @@ pub async fn tool(pod: &Pod, program: &str, arguments: &[&str]) -> Printed {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
-    let child = pod
-        .spawn(&mut command)
-        .unwrap_or_else(|error| match error.kind() {
-            ErrorKind::NotFound => panic!(
-                "{program} is not installed: apt-get install {}",
-                package_of(program)
-            ),
-            _ => panic!("cannot run {program}: {error}"),
-        });
+    let child = pod.spawn(&mut command).unwrap_or_else(|error| match error.kind() {
+        ErrorKind::NotFound => {
+            panic!("{program} is not installed: apt-get install {}", package_of(program))
+        }
+        _ => panic!("cannot run {program}: {error}"),
+    });
     let output = within(&format!("{program} ends"), child.wait_with_output()).await;
     let output = output.or_fail(format!("run {program}"));
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Printed {
-        status: output.status,
-        out: text(output.stdout),
-        err: text(output.stderr),
-    }
+    Printed { status: output.status, out: text(output.stdout), err: text(output.stderr) }
 }
 
 impl Printed {
     /// Standard output of a program that must have succeeded.
     pub fn ok(self) -> String {
-        assert!(
-            self.status.success(),
-            "{}: {}{}",
-            self.status,
-            self.out,
-            self.err
-        );
+        assert!(self.status.success(), "{}: {}{}", self.status, self.out, self.err);
         self.out
     }
 }
 
 fn package_of(program: &str) -> &str {
-    PACKAGES
-        .iter()
-        .find(|(name, _)| *name == program)
-        .map_or(program, |(_, package)| package)
+    PACKAGES.iter().find(|(name, _)| *name == program).map_or(program, |(_, package)| package)
 }

@@ -1,9 +1,5 @@
 //! The command line as a user types it: help, exit codes, and what the commands leave behind. No namespaces.
-#![expect(
-    clippy::expect_used,
-    clippy::unwrap_used,
-    reason = "a test fails by panicking"
-)]
+#![expect(clippy::expect_used, clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -28,11 +24,7 @@ impl Folder {
     }
 
     fn mode(&self, name: &str) -> u32 {
-        fs::metadata(self.0.join(name))
-            .unwrap()
-            .permissions()
-            .mode()
-            & 0o777
+        fs::metadata(self.0.join(name)).unwrap().permissions().mode() & 0o777
     }
 
     /// Runs `underpass`, its arguments separated by spaces.
@@ -43,9 +35,7 @@ impl Folder {
     fn run(&self, program: impl AsRef<Path>, arguments: &str) -> Answer {
         let program = program.as_ref();
         let mut command = Command::new(program);
-        command
-            .args(arguments.split_whitespace())
-            .current_dir(&self.0);
+        command.args(arguments.split_whitespace()).current_dir(&self.0);
         // The one variable of that prefix which is no setting, and so would be refused as one.
         let output = command.env_remove("UNDERPASS_SKIP_NAMESPACES").output();
         let missing = "does it need a package? openssl is in Debian's openssl";
@@ -71,35 +61,21 @@ struct Answer {
 impl From<Output> for Answer {
     fn from(output: Output) -> Self {
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
-        Self {
-            code: output.status.code(),
-            out: text(output.stdout),
-            err: text(output.stderr),
-        }
+        Self { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) }
     }
 }
 
 impl Answer {
     #[track_caller]
     fn ok(self) -> String {
-        assert_eq!(
-            (self.code, self.err.as_str()),
-            (Some(0), ""),
-            "{}",
-            self.out
-        );
+        assert_eq!((self.code, self.err.as_str()), (Some(0), ""), "{}", self.out);
         self.out
     }
 
     /// The error of a command that must have failed with `code`, and said so on standard error only.
     #[track_caller]
     fn fails(self, code: i32) -> String {
-        assert_eq!(
-            (self.code, self.out.as_str()),
-            (Some(code), ""),
-            "{}",
-            self.err
-        );
+        assert_eq!((self.code, self.out.as_str()), (Some(code), ""), "{}", self.err);
         self.err
     }
 }
@@ -127,10 +103,8 @@ fn the_help_of_every_command_has_an_example_that_begins_with_it() {
         if below.is_empty() {
             let example = format!("Example:\n  underpass{command}");
             let from_outside = format!("underpass{command}");
-            let shown = help
-                .split("Example:")
-                .nth(1)
-                .is_some_and(|text| text.contains(&from_outside));
+            let shown =
+                help.split("Example:").nth(1).is_some_and(|text| text.contains(&from_outside));
             assert!(shown, "no {example:?} in\n{help}");
             seen += 1;
         }
@@ -154,11 +128,8 @@ fn the_exit_code_tells_failure_from_a_wrong_command_line() {
         folder.underpass(wrong).fails(2);
     }
     let id = "spiffe://cluster.local/ns/default/sa/web";
-    let error = folder
-        .underpass(&format!(
-            "ca issue --dir nowhere --spiffe-id {id} --out web"
-        ))
-        .fails(1);
+    let error =
+        folder.underpass(&format!("ca issue --dir nowhere --spiffe-id {id} --out web")).fails(1);
     assert!(error.starts_with("underpass: nowhere/ca.pem: "), "{error}");
     assert_eq!(error.lines().count(), 1, "{error}");
 }
@@ -167,29 +138,15 @@ fn the_exit_code_tells_failure_from_a_wrong_command_line() {
 fn openssl_verifies_what_the_authority_issues() {
     let folder = Folder::new("ca");
     let id = "spiffe://example.org/ns/shop/sa/web";
-    folder
-        .underpass("ca init --dir ca --trust-domain example.org")
-        .ok();
-    folder
-        .underpass(&format!(
-            "ca issue --dir ca --spiffe-id {id} --out web --ttl 1h"
-        ))
-        .ok();
+    folder.underpass("ca init --dir ca --trust-domain example.org").ok();
+    folder.underpass(&format!("ca issue --dir ca --spiffe-id {id} --out web --ttl 1h")).ok();
     assert_eq!(
-        folder
-            .run(
-                "openssl",
-                "verify -x509_strict -CAfile ca/roots.pem web.pem"
-            )
-            .ok(),
+        folder.run("openssl", "verify -x509_strict -CAfile ca/roots.pem web.pem").ok(),
         "web.pem: OK\n"
     );
     for purpose in ["sslclient", "sslserver"] {
         folder
-            .run(
-                "openssl",
-                &format!("verify -purpose {purpose} -CAfile ca/roots.pem web.pem"),
-            )
+            .run("openssl", &format!("verify -purpose {purpose} -CAfile ca/roots.pem web.pem"))
             .ok();
     }
     let text = folder.run("openssl", "x509 -in web.pem -noout -text").ok();
@@ -204,52 +161,26 @@ fn openssl_verifies_what_the_authority_issues() {
         assert!(text.contains(part), "{part:?} is not in\n{text}");
     }
     // Valid for an hour, not for two.
-    folder
-        .run("openssl", "x509 -in web.pem -noout -checkend 3500")
-        .ok();
-    assert_eq!(
-        folder
-            .run("openssl", "x509 -in web.pem -noout -checkend 7200")
-            .code,
-        Some(1)
-    );
+    folder.run("openssl", "x509 -in web.pem -noout -checkend 3500").ok();
+    assert_eq!(folder.run("openssl", "x509 -in web.pem -noout -checkend 7200").code, Some(1));
     let key = folder.run("openssl", "pkey -in web.key -pubout").ok();
-    assert_eq!(
-        key,
-        folder
-            .run("openssl", "x509 -in web.pem -noout -pubkey")
-            .ok()
-    );
+    assert_eq!(key, folder.run("openssl", "x509 -in web.pem -noout -pubkey").ok());
 }
 
 #[test]
 fn keys_are_their_owners_and_nothing_of_an_authority_is_overwritten() {
     let folder = Folder::new("modes");
     folder.underpass("ca init --dir ca").ok();
-    folder
-        .underpass("ca issue --dir ca --spiffe-id spiffe://cluster.local/ns/a/sa/b --out b")
-        .ok();
-    assert_eq!(
-        (folder.mode("ca/ca.key"), folder.mode("b.key")),
-        (0o600, 0o600)
-    );
-    assert_eq!(
-        (folder.mode("ca/roots.pem"), folder.mode("b.pem")),
-        (0o644, 0o644)
-    );
+    folder.underpass("ca issue --dir ca --spiffe-id spiffe://cluster.local/ns/a/sa/b --out b").ok();
+    assert_eq!((folder.mode("ca/ca.key"), folder.mode("b.key")), (0o600, 0o600));
+    assert_eq!((folder.mode("ca/roots.pem"), folder.mode("b.pem")), (0o644, 0o644));
     let before = fs::read(folder.0.join("ca/ca.key")).unwrap();
     let error = folder.underpass("ca init --dir ca").fails(1);
-    assert!(
-        error.contains("ca/ca.key: it exists already and is not overwritten"),
-        "{error}"
-    );
+    assert!(error.contains("ca/ca.key: it exists already and is not overwritten"), "{error}");
     assert_eq!(fs::read(folder.0.join("ca/ca.key")).unwrap(), before);
     let foreign = "ca issue --dir ca --spiffe-id spiffe://elsewhere/ns/a/sa/b --out c";
     let error = folder.underpass(foreign).fails(1);
-    assert!(
-        error.contains("issues for trust domain cluster.local"),
-        "{error}"
-    );
+    assert!(error.contains("issues for trust domain cluster.local"), "{error}");
     assert!(!folder.0.join("c.pem").exists() && !folder.0.join("c.key").exists());
 }
 
@@ -260,9 +191,7 @@ fn config_check_lists_every_mistake_with_its_place() {
         "bad.yaml",
         "proxy: {workers: none}\nmehs: {}\ntimeouts:\n  drain: 5\nidentity: {key: k}\n",
     );
-    let error = folder
-        .underpass("config check --config bad.yaml --set metrics.address=x")
-        .fails(2);
+    let error = folder.underpass("config check --config bad.yaml --set metrics.address=x").fails(2);
     for part in [
         "6 mistakes",
         "bad.yaml:1:",
@@ -275,20 +204,14 @@ fn config_check_lists_every_mistake_with_its_place() {
     ] {
         assert!(error.contains(part), "{part:?} is not in\n{error}");
     }
-    folder.write(
-        "mesh.yaml",
-        "workloads: [{name: a, workloadIps: [nowhere]}]\n",
-    );
+    folder.write("mesh.yaml", "workloads: [{name: a, workloadIps: [nowhere]}]\n");
     folder.write("good.yaml", "mesh: {file: mesh.yaml}\n");
     let error = folder.underpass("config check --config good.yaml").fails(2);
     assert!(
         error.contains("mesh.yaml:1:") && error.contains("workloads[0].workloadIps[0]"),
         "{error}"
     );
-    folder.write(
-        "mesh.yaml",
-        "workloads: [{name: a, workloadIps: [10.0.0.1]}]\n",
-    );
+    folder.write("mesh.yaml", "workloads: [{name: a, workloadIps: [10.0.0.1]}]\n");
     assert_eq!(
         folder.underpass("config check --config good.yaml").ok(),
         "ok: 1 workloads in the mesh\n"
@@ -301,29 +224,19 @@ fn what_config_show_prints_is_a_settings_file_that_says_the_same() {
     let flags = "--set proxy.workers=3 --set timeouts.connect=250ms --set interception.on_exit=remove \
                  --set mesh.file=/m.yaml --set logging.filter=info,access=off --set workload.name=web";
     let shown = folder.underpass(&format!("config show {flags}")).ok();
-    for part in [
-        "workers: 3",
-        "connect: 250ms",
-        "on_exit: remove",
-        "name: web",
-    ] {
+    for part in ["workers: 3", "connect: 250ms", "on_exit: remove", "name: web"] {
         assert!(shown.contains(part), "{part:?} is not in\n{shown}");
     }
     folder.write("shown.yaml", &shown);
-    assert_eq!(
-        folder.underpass("config show --config shown.yaml").ok(),
-        shown
-    );
+    assert_eq!(folder.underpass("config show --config shown.yaml").ok(), shown);
 }
 
 #[test]
 fn the_readmes_example_works_as_it_is_written() {
     let folder = Folder::new("readme");
     let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).unwrap();
-    let commands: Vec<_> = readme
-        .lines()
-        .filter_map(|line| line.strip_prefix("underpass ca "))
-        .collect();
+    let commands: Vec<_> =
+        readme.lines().filter_map(|line| line.strip_prefix("underpass ca ")).collect();
     assert!(commands.len() >= 3, "{commands:?}");
     for command in commands {
         folder.underpass(&format!("ca {command}")).ok();
@@ -334,19 +247,13 @@ fn the_readmes_example_works_as_it_is_written() {
         folder.write(name, &format!("# {text}"));
     }
     assert_eq!(
-        folder
-            .underpass("config check --config underpass.yaml")
-            .ok(),
+        folder.underpass("config check --config underpass.yaml").ok(),
         "ok: 2 workloads in the mesh\n"
     );
     let shown = folder.underpass("config show --config underpass.yaml").ok();
-    let identity = shown
-        .lines()
-        .find(|line| line.starts_with("identity:"))
-        .expect("it has an identity");
-    for file in identity
-        .split('"')
-        .filter(|part| part.ends_with(".pem") || part.ends_with(".key"))
+    let identity =
+        shown.lines().find(|line| line.starts_with("identity:")).expect("it has an identity");
+    for file in identity.split('"').filter(|part| part.ends_with(".pem") || part.ends_with(".key"))
     {
         assert!(
             folder.0.join(file).exists(),

@@ -20,11 +20,8 @@ fn assert_proven(output: &Output) {
     let said = String::from_utf8_lossy(&output.stdout);
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{said}{error}");
-    let points = |mark: &str| {
-        said.lines()
-            .filter(|line| line.trim_start().starts_with(mark))
-            .count()
-    };
+    let points =
+        |mark: &str| said.lines().filter(|line| line.trim_start().starts_with(mark)).count();
     assert_eq!((points("✓"), points("✗")), (6, 0), "{said}{error}");
 }
 
@@ -48,25 +45,9 @@ async fn every_point_is_proven_without_root_too() {
     std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o755)).expect("readable");
     // By another process: one that is started meanwhile would inherit the file while it is open for writing, and the kernel
     // would refuse to run it.
-    assert!(
-        run(Command::new("cp").arg(binary()).arg(&program))
-            .await
-            .status
-            .success()
-    );
-    let nobody = [
-        "--reuid",
-        "65534",
-        "--regid",
-        "65534",
-        "--clear-groups",
-        "--",
-    ];
-    let output = run(Command::new("setpriv")
-        .args(nobody)
-        .arg(&program)
-        .arg("demo"))
-    .await;
+    assert!(run(Command::new("cp").arg(binary()).arg(&program)).await.status.success());
+    let nobody = ["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"];
+    let output = run(Command::new("setpriv").args(nobody).arg(&program).arg("demo")).await;
     std::fs::remove_dir_all(&folder).expect("removed");
     assert_proven(&output);
 }
@@ -77,16 +58,12 @@ async fn left_up_it_can_be_entered_by_the_commands_that_it_prints_and_ended_by_c
         return;
     }
     let mut demo = Command::new(binary());
-    demo.args(["demo", "--keep"])
-        .stdout(Stdio::piped())
-        .kill_on_drop(true);
+    demo.args(["demo", "--keep"]).stdout(Stdio::piped()).kill_on_drop(true);
     let mut demo = demo.spawn().expect("it runs");
     let mut lines = BufReader::new(demo.stdout.take().expect("a pipe")).lines();
     let mut commands = Vec::new();
     while commands.len() < 4 {
-        let line = within("four commands", lines.next_line())
-            .await
-            .expect("it can be read");
+        let line = within("four commands", lines.next_line()).await.expect("it can be read");
         let line = line.expect("it prints four commands before it ends");
         if line.trim_start().starts_with("nsenter ") {
             commands.push(line.trim().to_owned());
@@ -97,10 +74,7 @@ async fn left_up_it_can_be_entered_by_the_commands_that_it_prints_and_ended_by_c
         ("nft ", "capture-outbound"),
         ("/metrics", "istio_tcp_"),
     ] {
-        let command = commands
-            .iter()
-            .find(|command| command.contains(tool))
-            .expect("it shows how");
+        let command = commands.iter().find(|command| command.contains(tool)).expect("it shows how");
         let output = run(Command::new("sh").args(["-c", command])).await;
         let said = String::from_utf8_lossy(&output.stdout);
         assert!(
@@ -109,19 +83,13 @@ async fn left_up_it_can_be_entered_by_the_commands_that_it_prints_and_ended_by_c
             String::from_utf8_lossy(&output.stderr)
         );
     }
-    let pid = demo
-        .id()
-        .and_then(|pid| i32::try_from(pid).ok())
-        .expect("it still runs");
+    let pid = demo.id().and_then(|pid| i32::try_from(pid).ok()).expect("it still runs");
     kill(Pid::from_raw(pid), Signal::SIGINT).expect("a signal");
     let status = within("it ends", demo.wait()).await.expect("it ends");
     assert_eq!(status.code(), Some(0));
     let mut rest = String::new();
-    within(
-        "the end of its output",
-        lines.into_inner().read_to_string(&mut rest),
-    )
-    .await
-    .expect("text");
+    within("the end of its output", lines.into_inner().read_to_string(&mut rest))
+        .await
+        .expect("text");
     assert!(!Path::new(&format!("/proc/{pid}")).exists());
 }

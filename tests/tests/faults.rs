@@ -17,30 +17,16 @@ fn main() -> ExitCode {
         rst_through_the_tunnel,
     );
     suite.test_both("an application's RST arrives as RST in plain", rst_in_plain);
-    suite.test(
-        "when the server's proxy is killed the client gets RST",
-        server_proxy_killed,
-    );
-    suite.test(
-        "when the client's proxy is killed the server gets RST",
-        client_proxy_killed,
-    );
+    suite.test("when the server's proxy is killed the client gets RST", server_proxy_killed);
+    suite.test("when the client's proxy is killed the server gets RST", client_proxy_killed);
     suite.test(
         "when an application refuses, the tunnel's client gets RST and the logs say why",
         refused_in_tunnel,
     );
-    suite.test(
-        "when a destination refuses, its plain client gets RST",
-        refused_in_plain,
-    );
-    suite.test(
-        "a destination that does not answer is given up after timeouts.connect",
-        unreachable,
-    );
-    suite.test(
-        "a peer that does not answer is given up after timeouts.connect",
-        peer_unreachable,
-    );
+    suite.test("when a destination refuses, its plain client gets RST", refused_in_plain);
+    suite
+        .test("a destination that does not answer is given up after timeouts.connect", unreachable);
+    suite.test("a peer that does not answer is given up after timeouts.connect", peer_unreachable);
     suite.test(
         "a client that connects for HBONE and says nothing is cut after timeouts.handshake",
         silent_client,
@@ -49,18 +35,13 @@ fn main() -> ExitCode {
         "a peer that accepts HBONE and says nothing is given up after timeouts.handshake",
         silent_peer,
     );
-    suite.test(
-        "a peer that resets instead of shaking hands costs its client a RST",
-        peer_resets,
-    );
+    suite.test("a peer that resets instead of shaking hands costs its client a RST", peer_resets);
     suite.test(
         "an application that does not read blocks no other in the same tunnel",
         no_head_of_line_blocking,
     );
-    suite.test(
-        "out of file descriptors, the proxy waits and then serves again",
-        out_of_descriptors,
-    );
+    suite
+        .test("out of file descriptors, the proxy waits and then serves again", out_of_descriptors);
     suite.run()
 }
 
@@ -75,9 +56,8 @@ async fn connected(scene: &Scene, family: Family) -> (TcpStream, TcpStream) {
 /// A scene whose client passes everything through in plain, and has these settings besides.
 async fn plain_client(settings: &[&str]) -> (Scene, Proxy) {
     let scene = Scene::new().await;
-    let mut all = scene
-        .client_settings()
-        .set(&format!("mesh.file={}", scene.empty_mesh().display()));
+    let mut all =
+        scene.client_settings().set(&format!("mesh.file={}", scene.empty_mesh().display()));
     for setting in settings {
         all = all.set(setting);
     }
@@ -93,9 +73,7 @@ async fn rst_through_the_tunnel(family: Family) {
         (&mut server_proxy, ["upstream_reset", "reset"]),
     ] {
         for reason in reasons {
-            proxy
-                .line(&["connection failed", &format!("reason=\"{reason}\"")])
-                .await;
+            proxy.line(&["connection failed", &format!("reason=\"{reason}\"")]).await;
         }
     }
 }
@@ -105,27 +83,17 @@ async fn rst_in_plain(family: Family) {
     let _server_proxy = scene.server.proxy(&scene.server_settings()).await;
     rst_arrives(&scene, family).await;
     for reason in ["client_reset", "upstream_reset"] {
-        client_proxy
-            .line(&["connection failed", &format!("reason=\"{reason}\"")])
-            .await;
+        client_proxy.line(&["connection failed", &format!("reason=\"{reason}\"")]).await;
     }
 }
 
 async fn rst_arrives(scene: &Scene, family: Family) {
     let (client, mut server) = connected(scene, family).await;
     abort(client);
-    assert_eq!(
-        read_to_end(&mut server).await,
-        (vec![], End::Reset),
-        "the client's RST"
-    );
+    assert_eq!(read_to_end(&mut server).await, (vec![], End::Reset), "the client's RST");
     let (mut client, server) = connected(scene, family).await;
     abort(server);
-    assert_eq!(
-        read_to_end(&mut client).await,
-        (vec![], End::Reset),
-        "the server's RST"
-    );
+    assert_eq!(read_to_end(&mut client).await, (vec![], End::Reset), "the server's RST");
 }
 
 async fn server_proxy_killed() {
@@ -147,28 +115,14 @@ async fn client_proxy_killed() {
 async fn refused_in_tunnel() {
     let (scene, mut client_proxy, mut server_proxy) = Scene::with_proxies().await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
-    client_proxy
-        .line(&["connection failed", "reason=\"refused\"", "503"])
-        .await;
-    server_proxy
-        .line(&[
-            "connection failed",
-            "reason=\"connect\"",
-            "Connection refused",
-        ])
-        .await;
+    client_proxy.line(&["connection failed", "reason=\"refused\"", "503"]).await;
+    server_proxy.line(&["connection failed", "reason=\"connect\"", "Connection refused"]).await;
 }
 
 async fn refused_in_plain() {
     let (scene, mut proxy) = plain_client(&[]).await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
-    proxy
-        .line(&[
-            "connection failed",
-            "reason=\"connect\"",
-            "Connection refused",
-        ])
-        .await;
+    proxy.line(&["connection failed", "reason=\"connect\"", "Connection refused"]).await;
 }
 
 /// From now on, the pod does not answer on a port.
@@ -185,66 +139,38 @@ async fn unreachable() {
     drop_port(&scene.server, APP).await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
     proxy
-        .line(&[
-            "connection failed",
-            "reason=\"connect_timeout\"",
-            "0.5 s",
-            "timeouts.connect",
-        ])
+        .line(&["connection failed", "reason=\"connect_timeout\"", "0.5 s", "timeouts.connect"])
         .await;
 }
 
 async fn peer_unreachable() {
     let scene = Scene::new().await;
-    let mut proxy = scene
-        .client
-        .proxy(&scene.client_settings().set("timeouts.connect=500ms"))
-        .await;
+    let mut proxy =
+        scene.client.proxy(&scene.client_settings().set("timeouts.connect=500ms")).await;
     drop_port(&scene.server, HBONE).await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
-    proxy
-        .line(&["connection failed", "reason=\"connect\""])
-        .await;
+    proxy.line(&["connection failed", "reason=\"connect\""]).await;
 }
 
 async fn silent_client() {
     let scene = Scene::new().await;
-    let mut proxy = scene
-        .server
-        .proxy(&scene.server_settings().set("timeouts.handshake=300ms"))
-        .await;
-    let mut client = scene
-        .client
-        .dial(scene.server.at(Family::V4, HBONE))
-        .await
-        .expect("it listens");
+    let mut proxy =
+        scene.server.proxy(&scene.server_settings().set("timeouts.handshake=300ms")).await;
+    let mut client =
+        scene.client.dial(scene.server.at(Family::V4, HBONE)).await.expect("it listens");
     let (received, _) = read_to_end(&mut client).await;
     assert_eq!(received, b"");
-    proxy
-        .line(&[
-            "connection failed",
-            "reason=\"handshake_timeout\"",
-            "timeouts.handshake",
-        ])
-        .await;
+    proxy.line(&["connection failed", "reason=\"handshake_timeout\"", "timeouts.handshake"]).await;
 }
 
 async fn silent_peer() {
     let scene = Scene::new().await;
-    let mut proxy = scene
-        .client
-        .proxy(&scene.client_settings().set("timeouts.handshake=300ms"))
-        .await;
+    let mut proxy =
+        scene.client.proxy(&scene.client_settings().set("timeouts.handshake=300ms")).await;
     let peer = scene.server.listen(HBONE);
     let to = scene.app(Family::V4);
     let (_held, ()) = tokio::join!(peer.accept(), scene.client.dial_and_see_reset(to));
-    proxy
-        .line(&[
-            "connection failed",
-            "reason=\"handshake_timeout\"",
-            "timeouts.handshake",
-        ])
-        .await;
+    proxy.line(&["connection failed", "reason=\"handshake_timeout\"", "timeouts.handshake"]).await;
 }
 
 async fn peer_resets() {
@@ -268,10 +194,7 @@ async fn no_head_of_line_blocking() {
     let flood = async {
         let block = vec![0; 1 << 20];
         loop {
-            flooding
-                .write_all(&block)
-                .await
-                .expect("the connection holds");
+            flooding.write_all(&block).await.expect("the connection holds");
         }
     };
     let others = async {
@@ -288,9 +211,8 @@ async fn no_head_of_line_blocking() {
 
 async fn out_of_descriptors() {
     let scene = Scene::new().await;
-    let settings = scene
-        .client_settings()
-        .set(&format!("mesh.file={}", scene.empty_mesh().display()));
+    let settings =
+        scene.client_settings().set(&format!("mesh.file={}", scene.empty_mesh().display()));
     let script = "ulimit -n 64\nexec \"$UNDERPASS\" \"$@\"";
     let started = scene.client.try_proxy_through(script, &settings).await;
     let mut proxy = started.expect("the proxy starts");
@@ -300,9 +222,7 @@ async fn out_of_descriptors() {
         // What the proxy cannot take waits in the kernel's queue; what it can take but not carry on is reset.
         burst.extend(scene.client.dial(scene.app(Family::V4)).await);
     }
-    proxy
-        .line(&["accepting pauses", "limit of open files"])
-        .await;
+    proxy.line(&["accepting pauses", "limit of open files"]).await;
     let connected = burst.len();
     drop(burst);
     // Whatever comes before the last of them has ended may still be reset.
@@ -311,9 +231,5 @@ async fn out_of_descriptors() {
     let to = scene.server.at(Family::V4, APP + 1);
     let (mut client, mut server, _) = scene.client.meet(&app, to).await;
     exchange(&mut client, &mut server).await;
-    assert!(
-        proxy.stop().await.success(),
-        "the proxy lived on:\n{}",
-        proxy.log()
-    );
+    assert!(proxy.stop().await.success(), "the proxy lived on:\n{}", proxy.log());
 }

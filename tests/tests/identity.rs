@@ -24,13 +24,10 @@ fn add_clients(suite: &mut Suite) {
     suite.test("a client without a certificate is refused", async || {
         client_is_refused(|_| TlsClient::new(None), "no_certificate").await;
     });
-    suite.test(
-        "a client whose certificate has expired is refused",
-        async || {
-            let client = |scene: &Scene| TlsClient::new(Some(&scene.pki.issue_expired(CLIENT)));
-            client_is_refused(client, "expired").await;
-        },
-    );
+    suite.test("a client whose certificate has expired is refused", async || {
+        let client = |scene: &Scene| TlsClient::new(Some(&scene.pki.issue_expired(CLIENT)));
+        client_is_refused(client, "expired").await;
+    });
     suite.test("a client of another authority is refused", async || {
         let client = |scene: &Scene| TlsClient::new(Some(&of_another_authority(scene, CLIENT)));
         client_is_refused(client, "tls").await;
@@ -42,31 +39,22 @@ fn add_clients(suite: &mut Suite) {
             client_is_refused(client, "identity").await;
         },
     );
-    suite.test(
-        "a client that does not offer HTTP/2 is refused",
-        async || {
-            let client = |scene: &Scene| TlsClient::new(Some(&scene.client_files)).without_alpn();
-            client_is_refused(client, "tls").await;
-        },
-    );
+    suite.test("a client that does not offer HTTP/2 is refused", async || {
+        let client = |scene: &Scene| TlsClient::new(Some(&scene.client_files)).without_alpn();
+        client_is_refused(client, "tls").await;
+    });
 }
 
 /// Servers that our client must refuse.
 fn add_servers(suite: &mut Suite) {
-    suite.test(
-        "a server whose certificate has expired is refused",
-        async || {
-            let server = |scene: &Scene| TlsServer::new(&scene.pki.issue_expired(SERVER));
-            server_is_refused(server, "expired").await;
-        },
-    );
-    suite.test(
-        "a server that does not choose HTTP/2 is refused",
-        async || {
-            let server = |scene: &Scene| TlsServer::new(&scene.server_files).without_alpn();
-            server_is_refused(server, "tls").await;
-        },
-    );
+    suite.test("a server whose certificate has expired is refused", async || {
+        let server = |scene: &Scene| TlsServer::new(&scene.pki.issue_expired(SERVER));
+        server_is_refused(server, "expired").await;
+    });
+    suite.test("a server that does not choose HTTP/2 is refused", async || {
+        let server = |scene: &Scene| TlsServer::new(&scene.server_files).without_alpn();
+        server_is_refused(server, "tls").await;
+    });
     suite.test(
         "a server of another trust domain is refused, even if its root is trusted",
         async || {
@@ -78,43 +66,26 @@ fn add_servers(suite: &mut Suite) {
 
 /// Proxies that must not agree, and must both say why.
 fn add_pairs(suite: &mut Suite) {
-    suite.test(
-        "a server that is somebody else is refused, and both sides say so",
-        async || {
-            let wrong = |scene: &Scene| (scene.client_files.clone(), scene.pki.issue("somebody"));
-            let client = between_proxies(wrong, "identity", "certificate_refused").await;
-            for part in [
-                "presented spiffe://cluster.local/ns/default/sa/somebody",
-                "expected spiffe://cluster.local/ns/default/sa/server",
-            ] {
-                assert!(client.contains(part), "{part:?} is not in {client}");
-            }
-        },
-    );
-    suite.test(
-        "a server of another authority is refused, and both sides say so",
-        async || {
-            let foreign = |scene: &Scene| {
-                (
-                    scene.client_files.clone(),
-                    of_another_authority(scene, SERVER),
-                )
-            };
-            between_proxies(foreign, "tls", "certificate_refused").await;
-        },
-    );
-    suite.test(
-        "a client of another authority is refused, and both sides say so",
-        async || {
-            let foreign = |scene: &Scene| {
-                (
-                    of_another_authority(scene, CLIENT),
-                    scene.server_files.clone(),
-                )
-            };
-            between_proxies(foreign, "certificate_refused", "tls").await;
-        },
-    );
+    suite.test("a server that is somebody else is refused, and both sides say so", async || {
+        let wrong = |scene: &Scene| (scene.client_files.clone(), scene.pki.issue("somebody"));
+        let client = between_proxies(wrong, "identity", "certificate_refused").await;
+        for part in [
+            "presented spiffe://cluster.local/ns/default/sa/somebody",
+            "expected spiffe://cluster.local/ns/default/sa/server",
+        ] {
+            assert!(client.contains(part), "{part:?} is not in {client}");
+        }
+    });
+    suite.test("a server of another authority is refused, and both sides say so", async || {
+        let foreign =
+            |scene: &Scene| (scene.client_files.clone(), of_another_authority(scene, SERVER));
+        between_proxies(foreign, "tls", "certificate_refused").await;
+    });
+    suite.test("a client of another authority is refused, and both sides say so", async || {
+        let foreign =
+            |scene: &Scene| (of_another_authority(scene, CLIENT), scene.server_files.clone());
+        between_proxies(foreign, "certificate_refused", "tls").await;
+    });
 }
 
 /// A certificate for the right name whose root is not in the roots that its owner, and everybody, trusts.
@@ -122,10 +93,7 @@ fn of_another_authority(scene: &Scene, account: &str) -> IdentityFiles {
     let folder = scene.world.folder().join("other");
     std::fs::create_dir_all(&folder).expect("a folder");
     let files = Pki::of(&folder, "cluster.local", "roots").issue(account);
-    IdentityFiles {
-        roots: scene.pki.roots().to_owned(),
-        ..files
-    }
+    IdentityFiles { roots: scene.pki.roots().to_owned(), ..files }
 }
 
 /// A certificate for the right name in the wrong trust domain, whose root everybody trusts.
@@ -134,10 +102,7 @@ fn of_another_domain(scene: &Scene, account: &str) -> IdentityFiles {
     std::fs::create_dir_all(&folder).expect("a folder");
     let other = Pki::of(&folder, "elsewhere.test", "roots");
     scene.pki.trust(&other);
-    IdentityFiles {
-        roots: scene.pki.roots().to_owned(),
-        ..other.issue(account)
-    }
+    IdentityFiles { roots: scene.pki.roots().to_owned(), ..other.issue(account) }
 }
 
 async fn client_is_refused(client: impl FnOnce(&Scene) -> TlsClient, reason: &str) {
@@ -145,13 +110,8 @@ async fn client_is_refused(client: impl FnOnce(&Scene) -> TlsClient, reason: &st
     let client = client(&scene);
     let mut proxy = scene.server.proxy(&scene.server_settings()).await;
     let app = scene.server.listen(APP);
-    let read = client
-        .read(&scene.client, scene.server.at(Family::V4, HBONE))
-        .await;
-    assert!(
-        read.is_err(),
-        "the client got {read:?} bytes instead of an alert"
-    );
+    let read = client.read(&scene.client, scene.server.at(Family::V4, HBONE)).await;
+    assert!(read.is_err(), "the client got {read:?} bytes instead of an alert");
     failed(&mut proxy, reason).await;
     assert!(!app.is_reached(), "the application was reached");
 }
@@ -206,10 +166,7 @@ async fn either_authority() {
     std::fs::create_dir_all(&folder).expect("a folder");
     let second = Pki::of(&folder, "cluster.local", "roots");
     scene.pki.trust(&second);
-    let files = IdentityFiles {
-        roots: scene.pki.roots().to_owned(),
-        ..second.issue(CLIENT)
-    };
+    let files = IdentityFiles { roots: scene.pki.roots().to_owned(), ..second.issue(CLIENT) };
     let settings = Settings::new(CLIENT).identity(&files).mesh(&scene.mesh);
     let _client = scene.client.proxy(&settings).await;
     let _server = scene.server.proxy(&scene.server_settings()).await;

@@ -18,27 +18,12 @@ const OPEN: &str = "istio_tcp_sockets_open";
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test(
-        "the endpoints answer what they are asked, and nothing else",
-        endpoints,
-    );
-    suite.test_both(
-        "both proxies count a tunnelled connection with both identities",
-        tunnelled,
-    );
+    suite.test("the endpoints answer what they are asked, and nothing else", endpoints);
+    suite.test_both("both proxies count a tunnelled connection with both identities", tunnelled);
     suite.test("a plain connection is counted without identities", plain);
-    suite.test(
-        "a connection that fails is counted as failed and with why",
-        failed,
-    );
-    suite.test(
-        "bytes are counted while a connection is open",
-        counted_while_open,
-    );
-    suite.test(
-        "a connection is one line in the access log, with ztunnel's names",
-        one_line,
-    );
+    suite.test("a connection that fails is counted as failed and with why", failed);
+    suite.test("bytes are counted while a connection is open", counted_while_open);
+    suite.test("a connection is one line in the access log, with ztunnel's names", one_line);
     suite.test("in JSON every line is an object with the same names", json);
     suite.test("the access log can be turned off", silent);
     suite.run()
@@ -60,9 +45,7 @@ async fn connection(scene: &Scene, family: Family) -> SocketAddr {
 async fn plain_scene() -> (Scene, Proxy) {
     let scene = Scene::new().await;
     let mesh = scene.empty_mesh();
-    let settings = scene
-        .client_settings()
-        .set(&format!("mesh.file={}", mesh.display()));
+    let settings = scene.client_settings().set(&format!("mesh.file={}", mesh.display()));
     let proxy = scene.client.proxy(&settings).await;
     (scene, proxy)
 }
@@ -80,11 +63,7 @@ async fn endpoints() {
             (15020, "/healthz/ready", 404),
         ] {
             let at = SocketAddr::new(ip, port);
-            assert_eq!(
-                http_get(&scene.client, at, path).await.0,
-                status,
-                "{at}{path}"
-            );
+            assert_eq!(http_get(&scene.client, at, path).await.0, status, "{at}{path}");
         }
     }
     let post = [
@@ -99,10 +78,7 @@ async fn endpoints() {
     ];
     assert_eq!(tool(&scene.client, "curl", &post).await.ok(), "405");
     let metrics = scene.client.metrics().await;
-    assert_eq!(
-        metrics.sum("istio_build", &[("component", "underpass")]),
-        Some(1.0)
-    );
+    assert_eq!(metrics.sum("istio_build", &[("component", "underpass")]), Some(1.0));
 }
 
 fn assert_counted(metrics: &Metrics, labels: &[(&str, &str)]) {
@@ -113,12 +89,7 @@ fn assert_counted(metrics: &Metrics, labels: &[(&str, &str)]) {
             "{name} {labels:?}\n{}",
             metrics.text()
         );
-        assert_eq!(
-            metrics.sum(name, &[]),
-            Some(expected),
-            "{name} of all\n{}",
-            metrics.text()
-        );
+        assert_eq!(metrics.sum(name, &[]), Some(expected), "{name} of all\n{}", metrics.text());
     }
     assert_eq!(metrics.sum(FAILED, &[]), None, "{}", metrics.text());
     assert_eq!(metrics.sum(OPEN, &[]), Some(0.0), "{}", metrics.text());
@@ -127,10 +98,8 @@ fn assert_counted(metrics: &Metrics, labels: &[(&str, &str)]) {
 async fn tunnelled(family: Family) {
     let (scene, mut client_proxy, mut server_proxy) = Scene::with_proxies().await;
     connection(&scene, family).await;
-    let (source, destination) = (
-        scene.pki.id("client").to_string(),
-        scene.pki.id("server").to_string(),
-    );
+    let (source, destination) =
+        (scene.pki.id("client").to_string(), scene.pki.id("server").to_string());
     for (pod, proxy, reporter) in [
         (&scene.client, &mut client_proxy, "source"),
         (&scene.server, &mut server_proxy, "destination"),
@@ -183,12 +152,7 @@ async fn failed() {
         proxy.access_lines(1).await;
         let metrics = pod.metrics().await;
         let labels = [("reporter", reporter), ("response_flags", "CONNECT")];
-        assert_eq!(
-            metrics.sum(FAILED, &labels),
-            Some(1.0),
-            "{}",
-            metrics.text()
-        );
+        assert_eq!(metrics.sum(FAILED, &labels), Some(1.0), "{}", metrics.text());
         assert_eq!(metrics.sum(OPENED, &[]), None, "{}", metrics.text());
     }
 }
@@ -204,11 +168,7 @@ async fn counted_while_open() {
         let metrics = pod.metrics().await;
         assert_eq!(metrics.sum(OPENED, &[]), Some(1.0));
         assert_eq!(metrics.sum(OPEN, &[]), Some(1.0));
-        assert!(
-            metrics.sum(RECEIVED, &[]) >= Some(7.0),
-            "{}",
-            metrics.text()
-        );
+        assert!(metrics.sum(RECEIVED, &[]) >= Some(7.0), "{}", metrics.text());
         assert!(metrics.sum(SENT, &[]) >= Some(6.0), "{}", metrics.text());
     }
 }
@@ -239,9 +199,7 @@ fn expected_fields(
         ("bytes_sent", "6".to_owned()),
         ("bytes_recv", "7".to_owned()),
     ];
-    fields
-        .map(|(name, value)| (name.to_owned(), value))
-        .to_vec()
+    fields.map(|(name, value)| (name.to_owned(), value)).to_vec()
 }
 
 async fn one_line() {
@@ -253,22 +211,14 @@ async fn one_line() {
         // With the proxy gone there is no more to come.
         proxy.stop().await;
         let lines = proxy.access_lines(1).await;
-        let [line] = &lines[..] else {
-            unreachable!("not one line: {lines:?}")
-        };
-        assert!(
-            line.contains(" INFO access: connection complete "),
-            "{line}"
-        );
+        let [line] = &lines[..] else { unreachable!("not one line: {lines:?}") };
+        assert!(line.contains(" INFO access: connection complete "), "{line}");
         for (name, value) in expected_fields(&scene, from, to, inbound) {
             if inbound && name == "src.addr" {
                 continue; // The peer's own port is not the client's.
             }
             let (bare, quoted) = (format!(" {name}={value} "), format!(" {name}=\"{value}\" "));
-            assert!(
-                line.contains(&bare) || line.contains(&quoted),
-                "no {bare}in {line}"
-            );
+            assert!(line.contains(&bare) || line.contains(&quoted), "no {bare}in {line}");
         }
         assert!(line.contains(" duration=\""), "{line}");
         assert!(!line.contains("error="), "{line}");
@@ -282,10 +232,7 @@ async fn json() {
     let mut client_proxy = scene.client.proxy(&client).await;
     let mut server_proxy = scene.server.proxy(&server).await;
     let from = connection(&scene, Family::V4).await;
-    scene
-        .client
-        .dial_and_see_reset(scene.server.at(Family::V4, APP + 1))
-        .await;
+    scene.client.dial_and_see_reset(scene.server.at(Family::V4, APP + 1)).await;
     let to = scene.app(Family::V4);
     for (proxy, inbound) in [(&mut client_proxy, false), (&mut server_proxy, true)] {
         proxy.access_lines(2).await;
@@ -297,37 +244,25 @@ async fn json() {
                 serde_json::from_str(line).unwrap_or_else(|error| unreachable!("{error}: {line}"))
             })
             .collect();
-        let access: Vec<_> = parsed
-            .iter()
-            .filter(|line| line["target"] == "access")
-            .collect();
-        let [complete, failed] = access[..] else {
-            unreachable!("not two lines: {access:?}")
-        };
+        let access: Vec<_> = parsed.iter().filter(|line| line["target"] == "access").collect();
+        let [complete, failed] = access[..] else { unreachable!("not two lines: {access:?}") };
         assert_eq!(complete["level"], "INFO");
         assert_eq!(complete["message"], "connection complete");
         for (name, value) in expected_fields(&scene, from, to, inbound) {
             if !(inbound && name == "src.addr") {
                 let found = &complete[&name];
-                let text = found
-                    .as_str()
-                    .map_or_else(|| found.to_string(), str::to_owned);
+                let text = found.as_str().map_or_else(|| found.to_string(), str::to_owned);
                 assert_eq!(text, value, "{name} in {complete}");
             }
         }
         assert_eq!(failed["message"], "connection failed");
-        assert!(
-            failed["reason"].is_string() && failed["error"].is_string(),
-            "{failed}"
-        );
+        assert!(failed["reason"].is_string() && failed["error"].is_string(), "{failed}");
     }
 }
 
 async fn silent() {
     let scene = Scene::new().await;
-    let settings = scene
-        .client_settings()
-        .set("logging.filter=info,access=off");
+    let settings = scene.client_settings().set("logging.filter=info,access=off");
     let mut proxy = scene.client.proxy(&settings).await;
     let _server = scene.server.proxy(&scene.server_settings()).await;
     connection(&scene, Family::V4).await;

@@ -1,9 +1,5 @@
 //! The shape of the repository: what the house rules say and no compiler checks.
-#![expect(
-    clippy::expect_used,
-    clippy::indexing_slicing,
-    reason = "a test fails by panicking"
-)]
+#![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,14 +8,7 @@ use std::process::Command;
 
 /// The hard cap; files aim below 400.
 const LONGEST_FILE: usize = 500;
-const FOLDERS: [&str; 6] = [
-    "proxy",
-    "interception",
-    "hbone",
-    "config",
-    "benches",
-    "tests",
-];
+const FOLDERS: [&str; 6] = ["proxy", "interception", "hbone", "config", "benches", "tests"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -35,10 +24,7 @@ fn sources(folders: &[&str]) -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut folders: Vec<PathBuf> = folders.iter().map(PathBuf::from).collect();
     while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(root().join(&folder))
-            .expect("a folder")
-            .flatten()
-        {
+        for entry in fs::read_dir(root().join(&folder)).expect("a folder").flatten() {
             let path = folder.join(entry.file_name());
             if entry.file_type().expect("a type").is_dir() {
                 folders.push(path);
@@ -77,9 +63,7 @@ fn arrows() -> BTreeSet<(String, String)> {
     packages
         .iter()
         .flat_map(|package| {
-            list(&package["dependencies"])
-                .into_iter()
-                .map(move |to| (name(package), name(&to)))
+            list(&package["dependencies"]).into_iter().map(move |to| (name(package), name(&to)))
         })
         .collect()
 }
@@ -90,10 +74,7 @@ fn every_file_says_what_it_is_for_and_is_not_too_long() {
         assert!(text.starts_with("//! "), "{path} does not begin with //!");
         let lines = text.lines().count();
         assert!(lines <= LONGEST_FILE, "{path} has {lines} lines");
-        assert!(
-            !path.ends_with("/mod.rs"),
-            "{path}: foo.rs and foo/ instead"
-        );
+        assert!(!path.ends_with("/mod.rs"), "{path}: foo.rs and foo/ instead");
     }
 }
 
@@ -111,25 +92,15 @@ fn capabilities_do_not_know_each_other() {
         };
         assert!(allowed, "{from} must not depend on {to}");
     }
-    for to in [
-        "underpass-config",
-        "underpass-hbone",
-        "underpass-interception",
-    ] {
-        assert!(
-            arrows.contains(&("underpass".to_owned(), to.to_owned())),
-            "{to}"
-        );
+    for to in ["underpass-config", "underpass-hbone", "underpass-interception"] {
+        assert!(arrows.contains(&("underpass".to_owned(), to.to_owned())), "{to}");
     }
 }
 
 #[test]
 fn what_a_capability_is_built_on_is_its_own() {
     let owners: [(&[&str], &str); 2] = [
-        (
-            &["h2", "rustls", "tokio-rustls", "rcgen", "x509-parser"],
-            "underpass-hbone",
-        ),
+        (&["h2", "rustls", "tokio-rustls", "rcgen", "x509-parser"], "underpass-hbone"),
         (&["nix", "socket2", "nlink"], "underpass-interception"),
     ];
     for (from, to) in arrows() {
@@ -161,19 +132,13 @@ fn unsafe_code_is_only_where_the_kernel_is() {
     assert!(read("Cargo.toml").contains("unsafe_code = \"deny\""));
     for folder in FOLDERS {
         let manifest = read(format!("{folder}/Cargo.toml"));
-        assert!(
-            manifest.contains("[lints]\nworkspace = true"),
-            "{folder} has lints of its own"
-        );
+        assert!(manifest.contains("[lints]\nworkspace = true"), "{folder} has lints of its own");
     }
 }
 
 #[test]
 fn no_test_is_ignored_and_none_waits_for_the_clock() {
-    for (path, text) in sources(&FOLDERS)
-        .iter()
-        .filter(|(path, _)| path != "tests/tests/tidy.rs")
-    {
+    for (path, text) in sources(&FOLDERS).iter().filter(|(path, _)| path != "tests/tests/tidy.rs") {
         for word in ["#[ignore", "thread::sleep"] {
             assert!(!text.contains(word), "{path} has {word}");
         }
@@ -190,9 +155,7 @@ fn no_test_is_ignored_and_none_waits_for_the_clock() {
 #[test]
 fn every_setting_is_documented_and_nothing_else_is() {
     let document = read("docs/settings.md");
-    let keys = document
-        .lines()
-        .filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+    let keys = document.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
     let documented: Vec<_> = keys.collect();
     assert_eq!(documented, underpass_config::KEYS);
 }
@@ -200,10 +163,7 @@ fn every_setting_is_documented_and_nothing_else_is() {
 #[test]
 fn the_readme_begins_with_two_commands() {
     let readme = read("README.md");
-    for command in [
-        "```\ncargo run --release -- demo\n```",
-        "```\ncargo test --workspace\n```",
-    ] {
+    for command in ["```\ncargo run --release -- demo\n```", "```\ncargo test --workspace\n```"] {
         assert!(readme.contains(command), "{command}");
     }
 }

@@ -16,10 +16,7 @@ impl Given {
             std::env::temp_dir().join(format!("underpass-config-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         let path = folder.join("underpass.yaml");
-        std::fs::File::create(&path)
-            .unwrap()
-            .write_all(text.as_bytes())
-            .unwrap();
+        std::fs::File::create(&path).unwrap().write_all(text.as_bytes()).unwrap();
         (Self { folder }, path)
     }
 }
@@ -39,22 +36,14 @@ fn load(
     let (_given, path) = Given::file(&name, text);
     Sources {
         file: Some(path),
-        environment: environment
-            .iter()
-            .map(|(k, v)| ((*k).into(), (*v).into()))
-            .collect(),
+        environment: environment.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect(),
         flags: flags.iter().map(|flag| (*flag).into()).collect(),
     }
     .load()
 }
 
 fn mistakes(result: Result<Settings, ConfigErrors>) -> Vec<String> {
-    result
-        .unwrap_err()
-        .problems
-        .into_iter()
-        .map(|p| format!("{}: {}", p.key, p.reason))
-        .collect()
+    result.unwrap_err().problems.into_iter().map(|p| format!("{}: {}", p.key, p.reason)).collect()
 }
 
 #[test]
@@ -77,26 +66,16 @@ fn nothing_written_means_the_defaults() {
 #[test]
 fn flags_win_over_the_environment_and_that_over_the_file() {
     let file = "proxy: {outbound_port: 1, inbound_port: 2, hbone_port: 3}\n";
-    let environment = [
-        ("UNDERPASS_PROXY_INBOUND_PORT", "20"),
-        ("UNDERPASS_PROXY_HBONE_PORT", "30"),
-    ];
+    let environment =
+        [("UNDERPASS_PROXY_INBOUND_PORT", "20"), ("UNDERPASS_PROXY_HBONE_PORT", "30")];
     let settings = load(file, &environment, &["proxy.hbone_port=300"]).unwrap();
-    let ProxySettings {
-        outbound_port,
-        inbound_port,
-        hbone_port,
-        ..
-    } = settings.proxy;
+    let ProxySettings { outbound_port, inbound_port, hbone_port, .. } = settings.proxy;
     assert_eq!((outbound_port, inbound_port, hbone_port), (1, 20, 300));
 }
 
 #[test]
 fn every_key_has_its_environment_variable() {
-    assert_eq!(
-        environment_name("workload.serviceAccount"),
-        "UNDERPASS_WORKLOAD_SERVICE_ACCOUNT"
-    );
+    assert_eq!(environment_name("workload.serviceAccount"), "UNDERPASS_WORKLOAD_SERVICE_ACCOUNT");
     let settings = load("", &[("UNDERPASS_WORKLOAD_SERVICE_ACCOUNT", "web")], &[]).unwrap();
     assert_eq!(settings.workload.service_account, "web");
     assert_eq!(settings.workload.name, "web");
@@ -118,11 +97,7 @@ fn all_mistakes_are_reported_at_once() {
     let file = "proxy: {outbound_port: 0, workers: many}\nidentity: {certificate: c.pem}\n\
                 interception: {profile: ambience, ipv6: reject}\nworkload: {trustDomain: UPPER}\nmehs: {}\n";
     let environment = [("UNDERPASS_PROXY_OUTBUND_PORT", "1")];
-    let found = mistakes(load(
-        file,
-        &environment,
-        &["nonsense", "timeouts.connect=10"],
-    ));
+    let found = mistakes(load(file, &environment, &["nonsense", "timeouts.connect=10"]));
     let expected = [
         ": no such setting",
         ": must be KEY=VALUE, such as proxy.workers=2",
@@ -144,34 +119,20 @@ fn what_is_promised_for_later_is_refused_by_name() {
     let file = "egress: mesh-only\nproxy: {mtls: strict}\ninterception: {dns: capture}\nadmin: {address: x}\n";
     let found = mistakes(load(file, &[], &[]));
     assert_eq!(found.len(), 4, "{found:?}");
-    assert!(
-        found
-            .iter()
-            .all(|mistake| mistake.ends_with("not supported yet")),
-        "{found:?}"
-    );
+    assert!(found.iter().all(|mistake| mistake.ends_with("not supported yet")), "{found:?}");
 }
 
 #[test]
 fn two_listeners_cannot_share_a_port() {
     let found = mistakes(load("proxy: {inbound_port: 15008}\n", &[], &[]));
-    assert_eq!(
-        found,
-        ["proxy: outbound_port, inbound_port and hbone_port must differ"]
-    );
+    assert_eq!(found, ["proxy: outbound_port, inbound_port and hbone_port must differ"]);
 }
 
 #[test]
 fn a_missing_file_is_named() {
-    let sources = Sources {
-        file: Some("/does/not/exist.yaml".into()),
-        ..Sources::default()
-    };
+    let sources = Sources { file: Some("/does/not/exist.yaml".into()), ..Sources::default() };
     let error = sources.load().unwrap_err().to_string();
-    assert!(
-        error.starts_with("/does/not/exist.yaml: cannot be read: No such file"),
-        "{error}"
-    );
+    assert!(error.starts_with("/does/not/exist.yaml: cannot be read: No such file"), "{error}");
 }
 
 #[test]

@@ -91,10 +91,8 @@ fn workload(item: Cursor<'_>) -> Option<Workload> {
         given if given.is_given() => given.one_of(&protocols),
         _ => Some(Protocol::Tcp),
     };
-    let (namespace, service_account) = (
-        text("namespace", "default"),
-        text("serviceAccount", "default"),
-    );
+    let (namespace, service_account) =
+        (text("namespace", "default"), text("serviceAccount", "default"));
     let identity = identity(item, &namespace, &service_account);
     let addresses = addresses(item.key("workloadIps"));
     let name = text("name", "");
@@ -121,18 +119,14 @@ fn identity(item: Cursor<'_>, namespace: &str, service_account: &str) -> Option<
     };
     SpiffeId::istio(trust_domain, namespace, service_account)
         .map_err(|error| {
-            item.problem(format!(
-                "namespace and serviceAccount make no SPIFFE identity: {error}"
-            ))
+            item.problem(format!("namespace and serviceAccount make no SPIFFE identity: {error}"))
         })
         .ok()
 }
 
 fn addresses(list: Cursor<'_>) -> Option<Vec<IpAddr>> {
-    let addresses = list.items(|item| {
-        item.parse::<IpAddr>("an IP address")
-            .map(|address| address.to_canonical())
-    });
+    let addresses = list
+        .items(|item| item.parse::<IpAddr>("an IP address").map(|address| address.to_canonical()));
     if addresses.is_empty() {
         list.problem("needs at least one IP address");
         return None;
@@ -153,21 +147,12 @@ mod tests {
     use crate::document::Origin;
 
     fn mesh(text: &str) -> Result<Mesh, ConfigErrors> {
-        let origin = |line, column| Origin::Document {
-            name: "mesh.yaml".into(),
-            line,
-            column,
-        };
+        let origin = |line, column| Origin::Document { name: "mesh.yaml".into(), line, column };
         read(&Node::parse(text, &origin)?)
     }
 
     fn mistakes(text: &str) -> Vec<String> {
-        mesh(text)
-            .unwrap_err()
-            .problems
-            .iter()
-            .map(ToString::to_string)
-            .collect()
+        mesh(text).unwrap_err().problems.iter().map(ToString::to_string).collect()
     }
 
     /// The workload that ztunnel's documentation describes, with every key that is only information.
@@ -199,10 +184,7 @@ policies: []
             let workload = mesh.workload(address.parse().unwrap()).unwrap();
             assert_eq!(workload.name, "local");
             assert_eq!(workload.protocol, Protocol::Hbone);
-            assert_eq!(
-                workload.identity.to_string(),
-                "spiffe://cluster.local/ns/default/sa/web"
-            );
+            assert_eq!(workload.identity.to_string(), "spiffe://cluster.local/ns/default/sa/web");
         }
         assert_eq!(mesh.workload("10.0.0.9".parse().unwrap()), None);
     }
@@ -212,10 +194,7 @@ policies: []
         let mesh = mesh(WORKLOAD).unwrap();
         let plain = mesh.workload("10.0.0.2".parse().unwrap()).unwrap();
         assert_eq!(plain.protocol, Protocol::Tcp);
-        assert_eq!(
-            plain.identity.to_string(),
-            "spiffe://cluster.local/ns/default/sa/default"
-        );
+        assert_eq!(plain.identity.to_string(), "spiffe://cluster.local/ns/default/sa/default");
         assert_eq!(plain.workload_name, "plain");
         assert_eq!(plain.canonical_revision, "latest");
     }
@@ -251,11 +230,6 @@ policies: []
                     policies: [{name: deny}]\nservices: [{name: s}]\n";
         let found = mistakes(text);
         assert_eq!(found.len(), 4, "{found:?}");
-        assert!(
-            found
-                .iter()
-                .all(|mistake| mistake.contains("not supported yet")),
-            "{found:?}"
-        );
+        assert!(found.iter().all(|mistake| mistake.contains("not supported yet")), "{found:?}");
     }
 }

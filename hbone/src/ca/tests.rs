@@ -31,9 +31,8 @@ fn mode(file: &Path) -> u32 {
 
 fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).unwrap();
-    let mut names: Vec<_> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -60,11 +59,7 @@ fn no_file_of_an_authority_is_ever_replaced() {
         let dir = TempDir::new(existing);
         fs::write(dir.0.join(existing), "precious").unwrap();
         let error = CertificateAuthority::init(&dir.0, td()).unwrap_err();
-        let HboneError::Credential {
-            file,
-            what: CredentialProblem::Exists,
-        } = error
-        else {
+        let HboneError::Credential { file, what: CredentialProblem::Exists } = error else {
             panic!()
         };
         assert_eq!(file, dir.0.join(existing));
@@ -72,17 +67,8 @@ fn no_file_of_an_authority_is_ever_replaced() {
         assert_eq!(read(&file).unwrap(), "precious");
         // And the race that the check before cannot see.
         let raced = create(&file, "other", PRIVATE).unwrap_err();
-        assert!(matches!(
-            raced,
-            HboneError::Credential {
-                what: CredentialProblem::Exists,
-                ..
-            }
-        ));
-        assert_eq!(
-            (names(&dir.0).len(), read(&file).unwrap().as_str()),
-            (1, "precious")
-        );
+        assert!(matches!(raced, HboneError::Credential { what: CredentialProblem::Exists, .. }));
+        assert_eq!((names(&dir.0).len(), read(&file).unwrap().as_str()), (1, "precious"));
     }
 }
 
@@ -93,13 +79,7 @@ fn a_key_that_is_not_the_authoritys_is_refused() {
     CertificateAuthority::init(&other.0, td()).unwrap();
     fs::copy(other.0.join(KEY_FILE), dir.0.join(KEY_FILE)).unwrap();
     let error = CertificateAuthority::open(&dir.0).unwrap_err();
-    assert!(matches!(
-        error,
-        HboneError::Credential {
-            what: CredentialProblem::KeyMismatch,
-            ..
-        }
-    ));
+    assert!(matches!(error, HboneError::Credential { what: CredentialProblem::KeyMismatch, .. }));
 }
 
 #[test]
@@ -120,11 +100,7 @@ fn a_leaf_has_one_critical_spiffe_name_and_both_usages() {
     assert_eq!(key_usage.value.flags, 1, "digitalSignature only");
     let is_aki =
         |parsed: &ParsedExtension<'_>| matches!(parsed, ParsedExtension::AuthorityKeyIdentifier(_));
-    assert!(
-        leaf.extensions()
-            .iter()
-            .any(|extension| is_aki(extension.parsed_extension()))
-    );
+    assert!(leaf.extensions().iter().any(|extension| is_aki(extension.parsed_extension())));
     let validity = leaf.validity();
     let lifetime = validity.not_after.timestamp() - validity.not_before.timestamp();
     assert_eq!(lifetime, 3600 + 300);
@@ -133,33 +109,19 @@ fn a_leaf_has_one_critical_spiffe_name_and_both_usages() {
 #[test]
 fn an_identity_of_another_trust_domain_is_not_issued() {
     let authority = CertificateAuthority::generate(td()).unwrap();
-    let error = authority
-        .issue(&id("spiffe://other/ns/a/sa/b"), HOUR)
-        .unwrap_err();
+    let error = authority.issue(&id("spiffe://other/ns/a/sa/b"), HOUR).unwrap_err();
     assert!(matches!(
         error,
-        HboneError::Credential {
-            what: CredentialProblem::ForeignId { .. },
-            ..
-        }
+        HboneError::Credential { what: CredentialProblem::ForeignId { .. }, .. }
     ));
 }
 
 #[test]
 fn a_lifetime_beyond_all_calendars_is_refused() {
     let authority = CertificateAuthority::generate(td()).unwrap();
-    for ttl in [
-        Duration::MAX,
-        Duration::from_secs(u64::from(u32::MAX) * 1000),
-    ] {
+    for ttl in [Duration::MAX, Duration::from_secs(u64::from(u32::MAX) * 1000)] {
         let error = authority.issue(&id(CLIENT), ttl).unwrap_err();
-        assert!(matches!(
-            error,
-            HboneError::Credential {
-                what: CredentialProblem::Lifetime,
-                ..
-            }
-        ));
+        assert!(matches!(error, HboneError::Credential { what: CredentialProblem::Lifetime, .. }));
     }
 }
 
@@ -175,10 +137,7 @@ fn an_issued_certificate_is_written_beside_its_private_key_and_can_be_renewed() 
         assert_eq!(names(&dir.0), ["client.v1.key", "client.v1.pem"]);
         assert_eq!(mode(&dir.0.join("client.v1.key")), 0o600);
         assert_eq!(read(&dir.0.join("client.v1.key")).unwrap(), issued.key_pem);
-        assert_eq!(
-            read(&dir.0.join("client.v1.pem")).unwrap(),
-            issued.chain_pem
-        );
+        assert_eq!(read(&dir.0.join("client.v1.pem")).unwrap(), issued.chain_pem);
     }
 }
 

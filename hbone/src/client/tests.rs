@@ -12,20 +12,11 @@ async fn a_request_arrives_with_its_authority_and_headers() {
     let (tunnel, server) = Mesh::new().tunnel().await;
     let mut served = Served::new(server);
     let mut asked = request();
-    asked.headers.insert(
-        "baggage",
-        HeaderValue::from_static("k8s.namespace.name=default"),
-    );
+    asked.headers.insert("baggage", HeaderValue::from_static("k8s.namespace.name=default"));
     let (answer, _far) = tokio::join!(tunnel.connect(asked, SECOND), async {
         let incoming = served.next().await;
-        assert_eq!(
-            incoming.authority(),
-            &"10.0.0.1:80".parse::<Authority>().unwrap()
-        );
-        assert_eq!(
-            incoming.headers().get("baggage").unwrap(),
-            "k8s.namespace.name=default"
-        );
+        assert_eq!(incoming.authority(), &"10.0.0.1:80".parse::<Authority>().unwrap());
+        assert_eq!(incoming.headers().get("baggage").unwrap(), "k8s.namespace.name=default");
         assert_eq!(incoming.headers().len(), 1);
         incoming.accept(HeaderMap::new()).unwrap()
     });
@@ -36,17 +27,13 @@ async fn a_request_arrives_with_its_authority_and_headers() {
 async fn any_answer_but_200_is_a_refusal() {
     let (tunnel, server) = Mesh::new().tunnel().await;
     let mut served = Served::new(server);
-    for expected in [
-        StatusCode::UNAUTHORIZED,
-        StatusCode::SERVICE_UNAVAILABLE,
-        StatusCode::ACCEPTED,
-    ] {
+    for expected in
+        [StatusCode::UNAUTHORIZED, StatusCode::SERVICE_UNAVAILABLE, StatusCode::ACCEPTED]
+    {
         let (answer, ()) = tokio::join!(tunnel.connect(request(), SECOND), async {
             served.next().await.refuse(expected)
         });
-        let Err(HboneError::Refused { status }) = answer else {
-            panic!("{answer:?}")
-        };
+        let Err(HboneError::Refused { status }) = answer else { panic!("{answer:?}") };
         assert_eq!(status, expected);
     }
     assert_eq!(tunnel.open_streams(), 0);
@@ -58,10 +45,7 @@ async fn an_answer_that_does_not_come_is_given_up() {
     let (tunnel, server) = Mesh::new().tunnel().await;
     let mut served = Served::new(server);
     let answer = tunnel.connect(request(), SECOND).await;
-    assert!(
-        matches!(answer, Err(HboneError::ReplyTimeout { after: SECOND })),
-        "{answer:?}"
-    );
+    assert!(matches!(answer, Err(HboneError::ReplyTimeout { after: SECOND })), "{answer:?}");
     assert_eq!(tunnel.open_streams(), 0);
     // The server learns of it when it answers.
     tokio::task::yield_now().await;
@@ -72,24 +56,16 @@ async fn an_answer_that_does_not_come_is_given_up() {
 #[tokio::test(start_paused = true)]
 async fn a_silent_server_is_given_up() {
     let (near, _far) = duplex(1024);
-    let opened = Mesh::new()
-        .connector
-        .open(near, &[id(SERVER)], SECOND)
-        .await;
-    assert!(matches!(
-        opened,
-        Err(HboneError::HandshakeTimeout { after: SECOND })
-    ));
+    let opened = Mesh::new().connector.open(near, &[id(SERVER)], SECOND).await;
+    assert!(matches!(opened, Err(HboneError::HandshakeTimeout { after: SECOND })));
 }
 
 #[tokio::test]
 async fn a_server_that_nobody_is_expected_at_is_refused() {
     let mesh = Mesh::new();
     let (near, far) = duplex(64 << 10);
-    let (client, server) = tokio::join!(
-        mesh.connector.open(near, &[], SECOND),
-        mesh.acceptor.accept(far, SECOND)
-    );
+    let (client, server) =
+        tokio::join!(mesh.connector.open(near, &[], SECOND), mesh.acceptor.accept(far, SECOND));
     assert!(matches!(client, Err(HboneError::UnexpectedPeer { .. })));
     server.unwrap_err();
 }
@@ -98,15 +74,9 @@ async fn a_server_that_nobody_is_expected_at_is_refused() {
 async fn an_authority_that_http_cannot_carry_is_refused_before_it_is_sent() {
     let (tunnel, _server) = Mesh::new().tunnel().await;
     for authority in ["", "a b:80", "host/path"] {
-        let request = ConnectRequest {
-            authority: authority.to_owned(),
-            ..request()
-        };
+        let request = ConnectRequest { authority: authority.to_owned(), ..request() };
         let answer = tunnel.connect(request, SECOND).await;
-        assert!(
-            matches!(answer, Err(HboneError::InvalidAuthority { .. })),
-            "{authority}"
-        );
+        assert!(matches!(answer, Err(HboneError::InvalidAuthority { .. })), "{authority}");
     }
 }
 
@@ -116,10 +86,7 @@ async fn a_tunnel_ends_with_its_last_handle_and_stream() {
     drop(tunnel);
     let (mut reader, mut writer) = near.split();
     let (mut far_reader, mut far_writer) = far.split();
-    writer
-        .write(Bytes::from_static(b"still here"))
-        .await
-        .unwrap();
+    writer.write(Bytes::from_static(b"still here")).await.unwrap();
     assert_eq!(far_reader.read().await.unwrap().unwrap(), "still here");
     writer.finish().unwrap();
     far_writer.finish().unwrap();

@@ -7,18 +7,13 @@ use crate::testing::{CLIENT, HOUR, authority, id};
 
 fn issued() -> (IssuedCertificate, String) {
     let authority = authority("td");
-    (
-        authority.issue(&id(CLIENT), HOUR).unwrap(),
-        authority.roots_pem().to_owned(),
-    )
+    (authority.issue(&id(CLIENT), HOUR).unwrap(), authority.roots_pem().to_owned())
 }
 
 fn problem(certificate: &str, key: &str, roots: &str) -> (String, CredentialProblem) {
     let identity = Identity::from_pem(certificate.as_bytes(), key.as_bytes(), roots.as_bytes());
     let error = identity.unwrap_err();
-    let HboneError::Credential { file, what } = error else {
-        panic!("{error:?}")
-    };
+    let HboneError::Credential { file, what } = error else { panic!("{error:?}") };
     (file.display().to_string(), what)
 }
 
@@ -32,10 +27,7 @@ fn an_identity_knows_its_name_and_its_time() {
     )
     .unwrap();
     assert_eq!(identity.spiffe_id(), &id(CLIENT));
-    let lifetime = identity
-        .expires()
-        .duration_since(identity.not_before())
-        .unwrap();
+    let lifetime = identity.expires().duration_since(identity.not_before()).unwrap();
     assert_eq!(lifetime, HOUR + Duration::from_secs(300));
 }
 
@@ -50,28 +42,14 @@ fn each_part_must_be_there_and_well_formed() {
         assert!(found.0 == file && expected(&found.1), "{found:?}");
     };
     use CredentialProblem as P;
-    is(problem("", &key_pem, &roots), "certificate", |p| {
-        matches!(p, P::Empty("certificate"))
-    });
-    is(problem(&chain_pem, "", &roots), "key", |p| {
-        matches!(p, P::Empty("private key"))
-    });
-    is(problem(&chain_pem, &key_pem, ""), "roots", |p| {
-        matches!(p, P::Empty("certificate"))
-    });
-    is(problem(broken, &key_pem, &roots), "certificate", |p| {
-        matches!(p, P::Pem(_))
-    });
-    is(problem(garbage, &key_pem, &roots), "certificate", |p| {
-        matches!(p, P::Certificate(_))
-    });
-    is(problem(&chain_pem, &key_pem, garbage), "roots", |p| {
-        matches!(p, P::Certificate(_))
-    });
+    is(problem("", &key_pem, &roots), "certificate", |p| matches!(p, P::Empty("certificate")));
+    is(problem(&chain_pem, "", &roots), "key", |p| matches!(p, P::Empty("private key")));
+    is(problem(&chain_pem, &key_pem, ""), "roots", |p| matches!(p, P::Empty("certificate")));
+    is(problem(broken, &key_pem, &roots), "certificate", |p| matches!(p, P::Pem(_)));
+    is(problem(garbage, &key_pem, &roots), "certificate", |p| matches!(p, P::Certificate(_)));
+    is(problem(&chain_pem, &key_pem, garbage), "roots", |p| matches!(p, P::Certificate(_)));
     let mixed = format!("{roots}{garbage}");
-    is(problem(&chain_pem, &key_pem, &mixed), "roots", |p| {
-        matches!(p, P::Certificate(_))
-    });
+    is(problem(&chain_pem, &key_pem, &mixed), "roots", |p| matches!(p, P::Certificate(_)));
 }
 
 #[test]
@@ -87,29 +65,17 @@ fn a_key_of_another_certificate_is_refused() {
 fn a_leaf_must_have_exactly_one_spiffe_name() {
     let issue = |uris: &[&str]| {
         let mut params = rcgen::CertificateParams::default();
-        params.subject_alt_names = uris
-            .iter()
-            .map(|uri| rcgen::SanType::URI((*uri).try_into().unwrap()))
-            .collect();
+        params.subject_alt_names =
+            uris.iter().map(|uri| rcgen::SanType::URI((*uri).try_into().unwrap())).collect();
         let key = rcgen::KeyPair::generate().unwrap();
         let pem = params.self_signed(&key).unwrap().pem();
-        Identity::from_pem(
-            pem.as_bytes(),
-            key.serialize_pem().as_bytes(),
-            pem.as_bytes(),
-        )
+        Identity::from_pem(pem.as_bytes(), key.serialize_pem().as_bytes(), pem.as_bytes())
     };
     issue(&[CLIENT]).unwrap();
     issue(&["https://example.com", CLIENT]).unwrap();
-    for wrong in [
-        &[][..],
-        &["https://example.com"],
-        &[CLIENT, "spiffe://td/ns/x/sa/y"],
-    ] {
-        let Err(HboneError::Credential {
-            what: CredentialProblem::Names(names),
-            ..
-        }) = issue(wrong)
+    for wrong in [&[][..], &["https://example.com"], &[CLIENT, "spiffe://td/ns/x/sa/y"]] {
+        let Err(HboneError::Credential { what: CredentialProblem::Names(names), .. }) =
+            issue(wrong)
         else {
             panic!("{wrong:?}");
         };
@@ -121,20 +87,12 @@ fn a_leaf_must_have_exactly_one_spiffe_name() {
 fn an_expired_certificate_is_refused_with_its_file_and_time() {
     let authority = authority("td");
     let end = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
-    let issued = authority
-        .issue_between(&id(CLIENT), end - HOUR, end)
-        .unwrap();
+    let issued = authority.issue_between(&id(CLIENT), end - HOUR, end).unwrap();
     let dir = TempDir::new("expired");
     let files = write(&dir, &issued, authority.roots_pem());
     let error = Identity::from_files(&files).unwrap_err().to_string();
-    assert!(
-        error.starts_with(&files.certificate.display().to_string()),
-        "{error}"
-    );
-    assert!(
-        error.contains("expired at 2023-11-14 22:13:20 UTC"),
-        "{error}"
-    );
+    assert!(error.starts_with(&files.certificate.display().to_string()), "{error}");
+    assert!(error.contains("expired at 2023-11-14 22:13:20 UTC"), "{error}");
 }
 
 #[test]
@@ -142,19 +100,11 @@ fn files_are_read_and_a_missing_one_is_named() {
     let (issued, roots) = issued();
     let dir = TempDir::new("identity");
     let files = write(&dir, &issued, &roots);
-    assert_eq!(
-        Identity::from_files(&files).unwrap().spiffe_id(),
-        &id(CLIENT)
-    );
+    assert_eq!(Identity::from_files(&files).unwrap().spiffe_id(), &id(CLIENT));
     fs::remove_file(&files.roots).unwrap();
     let error = Identity::from_files(&files).unwrap_err();
     assert_eq!(error.fault(), crate::Fault::Configuration);
-    assert!(
-        error
-            .to_string()
-            .starts_with(&files.roots.display().to_string()),
-        "{error}"
-    );
+    assert!(error.to_string().starts_with(&files.roots.display().to_string()), "{error}");
 }
 
 fn write(dir: &TempDir, issued: &IssuedCertificate, roots: &str) -> IdentityFiles {

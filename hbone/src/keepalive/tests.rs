@@ -14,27 +14,13 @@ use crate::{ClientSettings, HboneError, ServerSettings, TunnelStream};
 /// A stream over a connection whose client or server can be made deaf.
 async fn stream_with_a_deaf_side(
     client_is_deaf: bool,
-) -> (
-    TunnelStream,
-    TunnelStream,
-    crate::Tunnel,
-    Served,
-    Arc<std::sync::atomic::AtomicBool>,
-) {
+) -> (TunnelStream, TunnelStream, crate::Tunnel, Served, Arc<std::sync::atomic::AtomicBool>) {
     let (near, far) = duplex(64 << 10);
     let (near, far) = (Awkward::new(near, 64 << 10), Awkward::new(far, 64 << 10));
-    let deaf = if client_is_deaf {
-        near.stopped.clone()
-    } else {
-        far.stopped.clone()
-    };
+    let deaf = if client_is_deaf { near.stopped.clone() } else { far.stopped.clone() };
     let (mut client, mut server) = (ClientSettings::default(), ServerSettings::default());
     // The deaf side hears nothing either: it must not be the first to give up.
-    let patient = if client_is_deaf {
-        &mut client.keepalive
-    } else {
-        &mut server.keepalive
-    };
+    let patient = if client_is_deaf { &mut client.keepalive } else { &mut server.keepalive };
     patient.quiet = HOUR;
     let (tunnel, server) = Mesh::with(client, server).tunnel_over(near, far).await;
     let mut served = Served::new(server);
@@ -53,18 +39,9 @@ async fn a_peer_that_goes_silent_is_given_up_by_either_side() {
         let hearing = if client_is_deaf { far } else { near };
         let (mut reader, mut writer) = hearing.split();
         // Bounded, so that a watch that never gives up fails here and does not hang.
-        let error = timeout(60 * SECOND, reader.read())
-            .await
-            .unwrap()
-            .unwrap_err();
-        assert!(
-            matches!(error, HboneError::Unresponsive { .. }),
-            "{error:?}"
-        );
-        assert!(matches!(
-            writer.closed().await,
-            HboneError::Unresponsive { .. }
-        ));
+        let error = timeout(60 * SECOND, reader.read()).await.unwrap().unwrap_err();
+        assert!(matches!(error, HboneError::Unresponsive { .. }), "{error:?}");
+        assert!(matches!(writer.closed().await, HboneError::Unresponsive { .. }));
         let took = start.elapsed();
         assert!(took >= 29 * SECOND && took <= 32 * SECOND, "{took:?}");
     }
@@ -77,10 +54,7 @@ async fn a_quiet_stream_to_a_living_peer_stays() {
     assert!(!tunnel.is_closed());
     let (_reader, mut writer) = near.split();
     let (mut reader, _writer) = far.split();
-    writer
-        .write(Bytes::from_static(b"good morning"))
-        .await
-        .unwrap();
+    writer.write(Bytes::from_static(b"good morning")).await.unwrap();
     assert_eq!(reader.read().await.unwrap().unwrap(), "good morning");
 }
 

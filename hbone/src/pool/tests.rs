@@ -62,10 +62,7 @@ impl Dial for Arc<Servers> {
 }
 
 fn pool(max_streams: u32, streams_per_tunnel: usize) -> (Pool<Arc<Servers>>, Arc<Servers>) {
-    let server = ServerSettings {
-        max_streams,
-        ..ServerSettings::default()
-    };
+    let server = ServerSettings { max_streams, ..ServerSettings::default() };
     let mesh = Mesh::with(ClientSettings::default(), server);
     let servers = Arc::new(Servers {
         acceptor: mesh.acceptor,
@@ -79,17 +76,11 @@ fn pool(max_streams: u32, streams_per_tunnel: usize) -> (Pool<Arc<Servers>>, Arc
         idle: IDLE,
         streams_per_tunnel,
     };
-    (
-        Pool::new(servers.clone(), mesh.connector, settings),
-        servers,
-    )
+    (Pool::new(servers.clone(), mesh.connector, settings), servers)
 }
 
 fn key(port: u16) -> TunnelKey {
-    TunnelKey {
-        address: SocketAddr::from(([10, 0, 0, 1], port)),
-        peers: [id(SERVER)].into(),
-    }
+    TunnelKey { address: SocketAddr::from(([10, 0, 0, 1], port)), peers: [id(SERVER)].into() }
 }
 
 fn dials(servers: &Servers) -> usize {
@@ -125,10 +116,7 @@ async fn a_full_tunnel_gets_a_sibling() {
     assert!(streams.iter().all(Result::is_ok));
     assert_eq!((dials(&servers), pool.tunnels()), (3, 3));
     drop(streams);
-    assert!(
-        connect_many(&pool, 25).await.iter().all(Result::is_ok),
-        "room is used again"
-    );
+    assert!(connect_many(&pool, 25).await.iter().all(Result::is_ok), "room is used again");
     assert_eq!(dials(&servers), 3);
 }
 
@@ -156,9 +144,7 @@ async fn a_stuck_dial_does_not_hold_up_another_key() {
     assert!(start.elapsed() < SECOND);
     assert_eq!(dials(&servers), 2);
     let error = stuck.await.unwrap().unwrap_err();
-    let HboneError::Dial { source, .. } = error else {
-        panic!("{error:?}")
-    };
+    let HboneError::Dial { source, .. } = error else { panic!("{error:?}") };
     assert_eq!(source.kind(), io::ErrorKind::TimedOut);
 }
 
@@ -167,11 +153,7 @@ async fn a_failed_dial_is_told_to_all_who_wait_and_not_remembered() {
     let (pool, servers) = pool(200, 100);
     let closed = key(CLOSED);
     let answers = join_all((0..5).map(|_| pool.connect(&closed, request()))).await;
-    assert!(
-        answers
-            .iter()
-            .all(|answer| matches!(answer, Err(HboneError::Dial { .. })))
-    );
+    assert!(answers.iter().all(|answer| matches!(answer, Err(HboneError::Dial { .. }))));
     assert_eq!((dials(&servers), entries(&pool)), (1, 0));
     pool.connect(&closed, request()).await.unwrap_err();
     assert_eq!(dials(&servers), 2);
@@ -181,15 +163,9 @@ async fn a_failed_dial_is_told_to_all_who_wait_and_not_remembered() {
 async fn other_expected_peers_need_another_tunnel() {
     let (pool, servers) = pool(200, 100);
     let _stream = pool.connect(&key(80), request()).await.unwrap();
-    let other = TunnelKey {
-        peers: [id("spiffe://td/ns/x/sa/y")].into(),
-        ..key(80)
-    };
+    let other = TunnelKey { peers: [id("spiffe://td/ns/x/sa/y")].into(), ..key(80) };
     let refused = pool.connect(&other, request()).await;
-    assert!(
-        matches!(refused, Err(HboneError::UnexpectedPeer { .. })),
-        "{refused:?}"
-    );
+    assert!(matches!(refused, Err(HboneError::UnexpectedPeer { .. })), "{refused:?}");
     assert_eq!((dials(&servers), entries(&pool)), (2, 1));
 }
 
@@ -213,10 +189,7 @@ async fn a_tunnel_without_streams_is_closed_and_forgotten() {
     sleep(2 * IDLE).await;
     assert_eq!(entries(&pool), 0);
     let serving = servers.running.lock().unwrap().pop().unwrap();
-    assert!(
-        serving.is_finished(),
-        "the connection is closed, not only forgotten"
-    );
+    assert!(serving.is_finished(), "the connection is closed, not only forgotten");
 }
 
 #[tokio::test(start_paused = true)]
@@ -227,10 +200,7 @@ async fn a_tunnel_that_went_silent_is_not_used_again() {
         let _stream = pool.connect(&key, request()).await.unwrap();
         sleep(SECOND).await;
         let second = pool.connect(&key, request()).await;
-        assert!(
-            matches!(second, Err(HboneError::ReplyTimeout { .. })),
-            "{second:?}"
-        );
+        assert!(matches!(second, Err(HboneError::ReplyTimeout { .. })), "{second:?}");
         assert_eq!(entries(&pool), 0);
     }
     assert_eq!(dials(&servers), 2);

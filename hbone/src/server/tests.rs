@@ -10,10 +10,7 @@ use crate::{ClientSettings, ConnectRequest};
 async fn a_silent_client_is_given_up() {
     let (_near, far) = duplex(1024);
     let accepted = Mesh::new().acceptor.accept(far, SECOND).await;
-    assert!(matches!(
-        accepted,
-        Err(HboneError::HandshakeTimeout { after: SECOND })
-    ));
+    assert!(matches!(accepted, Err(HboneError::HandshakeTimeout { after: SECOND })));
 }
 
 #[tokio::test(start_paused = true)]
@@ -69,11 +66,7 @@ async fn what_is_no_connect_to_an_address_is_answered_with_400() {
     assert_eq!(answered(get).await, StatusCode::BAD_REQUEST);
     for authority in ["10.0.0.1", "10.0.0.1:0", "user@10.0.0.1:80"] {
         let connect = Request::connect(authority).body(()).unwrap();
-        assert_eq!(
-            answered(connect).await,
-            StatusCode::BAD_REQUEST,
-            "{authority}"
-        );
+        assert_eq!(answered(connect).await, StatusCode::BAD_REQUEST, "{authority}");
     }
 }
 
@@ -90,10 +83,7 @@ async fn a_drained_tunnel_lets_streams_end_and_takes_no_new_ones() {
     let served = Served::new(server);
     let (mut near_reader, mut near_writer) = asking.await.unwrap().split();
     let (mut far_reader, mut far_writer) = far.split();
-    far_writer
-        .write(Bytes::from_static(b"after GOAWAY"))
-        .await
-        .unwrap();
+    far_writer.write(Bytes::from_static(b"after GOAWAY")).await.unwrap();
     assert_eq!(near_reader.read().await.unwrap().unwrap(), "after GOAWAY");
     assert!(tunnel.is_closed());
     tunnel.connect(request(), SECOND).await.unwrap_err();
@@ -107,10 +97,7 @@ async fn a_drained_tunnel_lets_streams_end_and_takes_no_new_ones() {
 
 #[tokio::test(start_paused = true)]
 async fn a_client_cannot_open_more_streams_than_allowed() {
-    let server = ServerSettings {
-        max_streams: 2,
-        ..ServerSettings::default()
-    };
+    let server = ServerSettings { max_streams: 2, ..ServerSettings::default() };
     let (tunnel, server) = Mesh::with(ClientSettings::default(), server).tunnel().await;
     let mut served = Served::new(server);
     let mut open = Vec::new();
@@ -121,18 +108,12 @@ async fn a_client_cannot_open_more_streams_than_allowed() {
         open.push((near.unwrap(), far));
     }
     let third = tunnel.connect(request(), SECOND).await;
-    assert!(
-        matches!(third, Err(HboneError::ReplyTimeout { .. })),
-        "{third:?}"
-    );
+    assert!(matches!(third, Err(HboneError::ReplyTimeout { .. })), "{third:?}");
     open.clear();
     let (near, _far) = tokio::join!(tunnel.connect(request(), SECOND), async {
         // The request that was given up comes too, and says so when it is answered.
         let given_up = served.next().await.accept(HeaderMap::new());
-        assert!(
-            matches!(given_up, Err(HboneError::Reset { .. })),
-            "{given_up:?}"
-        );
+        assert!(matches!(given_up, Err(HboneError::Reset { .. })), "{given_up:?}");
         served.next().await.accept(HeaderMap::new()).unwrap()
     });
     near.unwrap();
@@ -144,14 +125,6 @@ async fn headers_beyond_the_cap_do_not_get_through() {
     let _served = Served::new(server);
     let mut headers = HeaderMap::new();
     headers.insert("baggage", "x".repeat(65 << 10).parse().unwrap());
-    let answer = tunnel
-        .connect(
-            ConnectRequest {
-                headers,
-                ..request()
-            },
-            SECOND,
-        )
-        .await;
+    let answer = tunnel.connect(ConnectRequest { headers, ..request() }, SECOND).await;
     assert!(answer.is_err(), "{answer:?}");
 }

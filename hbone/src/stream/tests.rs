@@ -67,9 +67,7 @@ async fn bytes_survive_a_connection_that_moves_one_at_a_time() {
     let mesh = Mesh::new();
     // Not less: h2 writes its preface and first settings before it reads.
     let (near, far) = duplex(256);
-    let (tunnel, server) = mesh
-        .tunnel_over(Awkward::new(near, 1), Awkward::new(far, 1))
-        .await;
+    let (tunnel, server) = mesh.tunnel_over(Awkward::new(near, 1), Awkward::new(far, 1)).await;
     let mut served = Served::new(server);
     let (near, far) = tokio::join!(tunnel.connect(request(), SECOND), async {
         served.next().await.accept(HeaderMap::new())
@@ -83,24 +81,14 @@ async fn bytes_survive_a_connection_that_moves_one_at_a_time() {
 async fn each_direction_ends_on_its_own() {
     for client_first in [true, false] {
         let (near, far, _tunnel, _served) = Mesh::new().stream().await;
-        let (first, second) = if client_first {
-            (near, far)
-        } else {
-            (far, near)
-        };
+        let (first, second) = if client_first { (near, far) } else { (far, near) };
         let (mut first_reader, mut first_writer) = first.split();
         let (mut second_reader, mut second_writer) = second.split();
-        first_writer
-            .write(Bytes::from_static(b"request"))
-            .await
-            .unwrap();
+        first_writer.write(Bytes::from_static(b"request")).await.unwrap();
         first_writer.finish().unwrap();
         drop(first_writer);
         assert_eq!(drain(&mut second_reader).await.unwrap(), 7);
-        second_writer
-            .write(Bytes::from_static(b"late answer"))
-            .await
-            .unwrap();
+        second_writer.write(Bytes::from_static(b"late answer")).await.unwrap();
         second_writer.finish().unwrap();
         assert_eq!(drain(&mut first_reader).await.unwrap(), 11);
     }
@@ -109,17 +97,10 @@ async fn each_direction_ends_on_its_own() {
 /// How one side stops without an end, and what the other side reads.
 async fn abort_is_seen(client_aborts: bool, stop: impl Fn(TunnelReader, TunnelWriter)) -> Reason {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
-    let (stopping, other) = if client_aborts {
-        (near, far)
-    } else {
-        (far, near)
-    };
+    let (stopping, other) = if client_aborts { (near, far) } else { (far, near) };
     let (stopping_reader, mut stopping_writer) = stopping.split();
     let (mut reader, mut writer) = other.split();
-    stopping_writer
-        .write(Bytes::from_static(b"part"))
-        .await
-        .unwrap();
+    stopping_writer.write(Bytes::from_static(b"part")).await.unwrap();
     assert_eq!(reader.read().await.unwrap().unwrap(), "part");
     stop(stopping_reader, stopping_writer);
     let HboneError::Reset { reason } = reader.read().await.unwrap_err() else {
@@ -137,26 +118,14 @@ async fn abort_is_seen(client_aborts: bool, stop: impl Fn(TunnelReader, TunnelWr
 async fn an_abort_is_an_error_on_the_other_side_in_both_directions() {
     for client_aborts in [true, false] {
         let aborted = |_reader, mut writer: TunnelWriter| writer.abort();
-        assert_eq!(
-            abort_is_seen(client_aborts, aborted).await,
-            Reason::CONNECT_ERROR
-        );
+        assert_eq!(abort_is_seen(client_aborts, aborted).await, Reason::CONNECT_ERROR);
         let dropped = |reader, writer| drop((reader, writer));
-        assert_eq!(
-            abort_is_seen(client_aborts, dropped).await,
-            Reason::CONNECT_ERROR
-        );
+        assert_eq!(abort_is_seen(client_aborts, dropped).await, Reason::CONNECT_ERROR);
         let after_finish =
             |_reader, mut writer: TunnelWriter| writer.send.send_reset(Reason::CANCEL);
-        assert_eq!(
-            abort_is_seen(client_aborts, after_finish).await,
-            Reason::CANCEL
-        );
+        assert_eq!(abort_is_seen(client_aborts, after_finish).await, Reason::CANCEL);
         let no_error = |_reader, mut writer: TunnelWriter| writer.send.send_reset(Reason::NO_ERROR);
-        assert_eq!(
-            abort_is_seen(client_aborts, no_error).await,
-            Reason::NO_ERROR
-        );
+        assert_eq!(abort_is_seen(client_aborts, no_error).await, Reason::NO_ERROR);
     }
 }
 
@@ -168,9 +137,7 @@ async fn a_finished_writer_can_still_abort_the_other_direction() {
     near_writer.finish().unwrap();
     assert!(reader.read().await.unwrap().is_none());
     near_writer.abort();
-    let HboneError::Reset { reason } = writer.closed().await else {
-        panic!()
-    };
+    let HboneError::Reset { reason } = writer.closed().await else { panic!() };
     assert_eq!(reason, Reason::CONNECT_ERROR);
 }
 
@@ -201,41 +168,24 @@ async fn a_reader_that_stops_bounds_what_a_writer_can_send() {
         send_buffer: 50_000,
         ..Http2Settings::default()
     };
-    let client = ClientSettings {
-        http2: http2.clone(),
-        ..ClientSettings::default()
-    };
-    let server = ServerSettings {
-        http2,
-        ..ServerSettings::default()
-    };
+    let client = ClientSettings { http2: http2.clone(), ..ClientSettings::default() };
+    let server = ServerSettings { http2, ..ServerSettings::default() };
     for client_writes in [true, false] {
         let (near, far, _tunnel, _served) =
             Mesh::with(client.clone(), server.clone()).stream().await;
-        let (writing, reading) = if client_writes {
-            (near, far)
-        } else {
-            (far, near)
-        };
+        let (writing, reading) = if client_writes { (near, far) } else { (far, near) };
         let (mut reader, _kept) = reading.split();
         let (_kept, mut writer) = writing.split();
         let mut sent = 0;
         let piece = Bytes::from_static(&[0; 1000]);
-        while tokio::time::timeout(SECOND, writer.write(piece.clone()))
-            .await
-            .is_ok()
-        {
+        while tokio::time::timeout(SECOND, writer.write(piece.clone())).await.is_ok() {
             sent += piece.len();
         }
         assert_eq!(sent, 100_000, "the stream window, and no more");
         // Reading is not enough: the credit comes back with the next read.
         let chunk = reader.read().await.unwrap().unwrap();
         let stuck = tokio::time::timeout(SECOND, writer.write(piece.clone())).await;
-        assert!(
-            stuck.is_err(),
-            "{} bytes were read but not worked off",
-            chunk.len()
-        );
+        assert!(stuck.is_err(), "{} bytes were read but not worked off", chunk.len());
         let mut received = chunk.len();
         while received < sent {
             received += reader.read().await.unwrap().unwrap().len();

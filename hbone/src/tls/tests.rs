@@ -36,32 +36,18 @@ fn issued(
     roots: &str,
 ) -> Identity {
     let start = SystemTime::now() - 2 * HOUR;
-    let issued = authority
-        .issue_for(&id(who), start, not_after, usages)
-        .unwrap();
+    let issued = authority.issue_for(&id(who), start, not_after, usages).unwrap();
     let (chain, key) = (issued.chain_pem.as_bytes(), issued.key_pem.as_bytes());
     Identity::from_pem_at(chain, key, roots.as_bytes(), start).unwrap()
 }
 
 fn with_usage(authority: &CertificateAuthority, who: &str, usage: Usage) -> Identity {
-    issued(
-        authority,
-        who,
-        SystemTime::now() + HOUR,
-        &[usage],
-        authority.roots_pem(),
-    )
+    issued(authority, who, SystemTime::now() + HOUR, &[usage], authority.roots_pem())
 }
 
 fn expired(authority: &CertificateAuthority, who: &str) -> Identity {
     let both = [Usage::ServerAuth, Usage::ClientAuth];
-    issued(
-        authority,
-        who,
-        SystemTime::now() - HOUR,
-        &both,
-        authority.roots_pem(),
-    )
+    issued(authority, who, SystemTime::now() - HOUR, &both, authority.roots_pem())
 }
 
 fn refused_with(error: &HboneError, expected: &str) {
@@ -96,12 +82,8 @@ async fn another_authority_is_refused_by_either_side() {
 
     let other = authority("other");
     let expected = "spiffe://other/ns/default/sa/server";
-    let (client, server) = meet(
-        &identity(&ours, CLIENT),
-        &identity(&other, expected),
-        expected,
-    )
-    .await;
+    let (client, server) =
+        meet(&identity(&ours, CLIENT), &identity(&other, expected), expected).await;
     failed_with(&client, "UnknownIssuer");
     refused_with(&server, "UnknownCA");
 }
@@ -111,16 +93,11 @@ async fn an_expired_certificate_is_refused_by_either_side() {
     let authority = authority("td");
     let (good_client, good_server) = (identity(&authority, CLIENT), identity(&authority, SERVER));
     let (client, server) = meet(&good_client, &expired(&authority, SERVER), SERVER).await;
-    assert!(
-        matches!(client, HboneError::PeerCertificateExpired { .. }),
-        "{client:?}"
-    );
+    assert!(matches!(client, HboneError::PeerCertificateExpired { .. }), "{client:?}");
     refused_with(&server, "CertificateExpired");
     let (client, server) = meet(&expired(&authority, CLIENT), &good_server, SERVER).await;
     refused_with(&client, "CertificateExpired");
-    let HboneError::PeerCertificateExpired { expired } = server else {
-        panic!("{server:?}")
-    };
+    let HboneError::PeerCertificateExpired { expired } = server else { panic!("{server:?}") };
     let ago = SystemTime::now().duration_since(expired).unwrap();
     assert!(ago >= HOUR && ago < HOUR + 60 * SECOND, "{ago:?}");
 }
@@ -129,19 +106,9 @@ async fn an_expired_certificate_is_refused_by_either_side() {
 async fn a_server_that_is_somebody_else_never_gets_our_certificate() {
     let authority = authority("td");
     let wanted = "spiffe://td/ns/default/sa/other";
-    let (client, server) = meet(
-        &identity(&authority, CLIENT),
-        &identity(&authority, SERVER),
-        wanted,
-    )
-    .await;
-    let HboneError::UnexpectedPeer {
-        expected,
-        presented,
-    } = client
-    else {
-        panic!("{client:?}")
-    };
+    let (client, server) =
+        meet(&identity(&authority, CLIENT), &identity(&authority, SERVER), wanted).await;
+    let HboneError::UnexpectedPeer { expected, presented } = client else { panic!("{client:?}") };
     assert_eq!(expected, ExpectedPeer::OneOf([id(wanted)].into()));
     assert_eq!(presented, [SERVER]);
     refused_with(&server, "CertificateUnknown");
@@ -158,13 +125,7 @@ async fn a_client_of_another_trust_domain_is_refused_though_its_root_is_trusted(
     let server = issued(&ours, SERVER, in_an_hour, &both, &roots);
     let (client, server) = meet(&client, &server, SERVER).await;
     refused_with(&client, "CertificateUnknown");
-    let HboneError::UnexpectedPeer {
-        expected,
-        presented,
-    } = server
-    else {
-        panic!("{server:?}")
-    };
+    let HboneError::UnexpectedPeer { expected, presented } = server else { panic!("{server:?}") };
     assert_eq!(expected, ExpectedPeer::MemberOf("td".parse().unwrap()));
     assert_eq!(presented, [stranger]);
 }
@@ -228,16 +189,10 @@ async fn what_is_not_tls_is_refused() {
     let server = ServerTls::new(&identity(&authority("td"), SERVER)).unwrap();
     let (mut near, far) = duplex(1024);
     near.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
-    assert!(matches!(
-        server.accept(far).await,
-        Err(HboneError::Tls { .. })
-    ));
+    assert!(matches!(server.accept(far).await, Err(HboneError::Tls { .. })));
     let (near, far) = duplex(1024);
     drop(near);
-    assert!(matches!(
-        server.accept(far).await,
-        Err(HboneError::Tls { .. })
-    ));
+    assert!(matches!(server.accept(far).await, Err(HboneError::Tls { .. })));
 }
 
 #[tokio::test]
@@ -253,17 +208,9 @@ async fn both_sides_agree_on_tls13_aes_gcm_and_a_hybrid_key_exchange() {
     assert_eq!(is_client.spiffe_id().to_string(), CLIENT);
     let connection = server.get_ref().1;
     assert_eq!(connection.server_name(), None, "no SNI");
-    assert_eq!(
-        connection.protocol_version(),
-        Some(rustls::ProtocolVersion::TLSv1_3)
-    );
+    assert_eq!(connection.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
     let suite = connection.negotiated_cipher_suite().unwrap().suite();
     assert_eq!(suite, rustls::CipherSuite::TLS13_AES_256_GCM_SHA384);
-    let group = client
-        .get_ref()
-        .1
-        .negotiated_key_exchange_group()
-        .unwrap()
-        .name();
+    let group = client.get_ref().1.negotiated_key_exchange_group().unwrap().name();
     assert_eq!(group, rustls::NamedGroup::X25519MLKEM768);
 }

@@ -50,27 +50,17 @@ impl ServerVerifier {
     /// Expects nobody: see [`Self::expecting`].
     pub(super) fn new(roots: Arc<RootCertStore>, provider: &CryptoProvider) -> Self {
         let algorithms = provider.signature_verification_algorithms;
-        Self {
-            roots,
-            algorithms,
-            expected: Arc::new([]),
-        }
+        Self { roots, algorithms, expected: Arc::new([]) }
     }
 
     pub(super) fn expecting(&self, expected: Arc<[SpiffeId]>) -> Self {
-        Self {
-            expected,
-            ..self.clone()
-        }
+        Self { expected, ..self.clone() }
     }
 }
 
 impl ClientVerifier {
     pub(super) fn new(chain: Arc<dyn ClientCertVerifier>, trust_domain: TrustDomain) -> Self {
-        Self {
-            chain,
-            trust_domain,
-        }
+        Self { chain, trust_domain }
     }
 }
 
@@ -89,11 +79,7 @@ pub(super) fn client_identity(
     trust_domain: &TrustDomain,
 ) -> Result<PeerIdentity, HboneError> {
     let expectation = || ExpectedPeer::MemberOf(trust_domain.clone());
-    identity(
-        presented,
-        |id| id.trust_domain() == trust_domain,
-        expectation,
-    )
+    identity(presented, |id| id.trust_domain() == trust_domain, expectation)
 }
 
 fn identity(
@@ -101,21 +87,13 @@ fn identity(
     accept: impl Fn(&SpiffeId) -> bool,
     expected: impl Fn() -> ExpectedPeer,
 ) -> Result<PeerIdentity, HboneError> {
-    let leaf = presented
-        .and_then(<[_]>::first)
-        .ok_or(HboneError::NoPeerCertificate)?;
+    let leaf = presented.and_then(<[_]>::first).ok_or(HboneError::NoPeerCertificate)?;
     // A certificate whose names cannot be read has none.
     let presented = uri_names(leaf).unwrap_or_default();
-    let accepted = presented
-        .iter()
-        .filter_map(|name| name.parse().ok())
-        .find(accept);
+    let accepted = presented.iter().filter_map(|name| name.parse().ok()).find(accept);
     accepted
         .map(|id| PeerIdentity(Arc::new(id)))
-        .ok_or_else(|| HboneError::UnexpectedPeer {
-            expected: expected(),
-            presented,
-        })
+        .ok_or_else(|| HboneError::UnexpectedPeer { expected: expected(), presented })
 }
 
 /// The URI names of a certificate; `None` when it, or its subjectAltName, does not parse.
@@ -191,9 +169,7 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self
-            .chain
-            .verify_client_cert(end_entity, intermediates, now)?;
+        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
         client_identity(Some(std::slice::from_ref(end_entity)), &self.trust_domain)
             .map_err(rejected)?;
         Ok(verified)

@@ -4,18 +4,10 @@ use std::collections::BTreeSet;
 
 use super::*;
 
-const DEFAULT: Ports = Ports {
-    outbound: 15001,
-    inbound: 15006,
-    hbone: 15008,
-};
+const DEFAULT: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008 };
 
 fn golden(plan: &RulePlan, text: &str) {
-    assert_eq!(
-        plan.to_string(),
-        text,
-        "the golden file in interception/testdata differs"
-    );
+    assert_eq!(plan.to_string(), text, "the golden file in interception/testdata differs");
 }
 
 #[test]
@@ -36,11 +28,7 @@ fn ambient_for_both_families_is_the_golden_text() {
 
 #[test]
 fn ambient_with_other_ports_is_the_golden_text() {
-    let ports = Ports {
-        outbound: 25001,
-        inbound: 25006,
-        hbone: 25008,
-    };
+    let ports = Ports { outbound: 25001, inbound: 25006, hbone: 25008 };
     golden(
         &RulePlan::ambient(ports, Families::V4AndV6),
         include_str!("../../testdata/ambient_custom_ports.nft"),
@@ -53,10 +41,7 @@ fn the_alternate_form_gives_every_reason_on_one_line() {
     let text = format!("{plan:#}");
     let reasons = text.lines().filter(|line| line.starts_with("# ")).count();
     assert_eq!(reasons, plan.rules().len());
-    assert!(
-        !text.contains("  "),
-        "a reason has a line break in it:\n{text}"
-    );
+    assert!(!text.contains("  "), "a reason has a line break in it:\n{text}");
 }
 
 #[test]
@@ -69,18 +54,11 @@ fn every_id_is_unique() {
 #[test]
 fn every_twin_has_its_partner_and_differs_from_it() {
     let plan = RulePlan::ambient(DEFAULT, Families::V4AndV6);
-    let twins: Vec<_> = plan
-        .rules()
-        .iter()
-        .filter_map(|rule| Some((rule, rule.id.strip_suffix("-v6")?)))
-        .collect();
+    let twins: Vec<_> =
+        plan.rules().iter().filter_map(|rule| Some((rule, rule.id.strip_suffix("-v6")?))).collect();
     assert_eq!(twins.len(), 5);
     for (twin, id) in twins {
-        let first = plan
-            .rules()
-            .iter()
-            .find(|rule| rule.id == id)
-            .expect("the IPv4 twin");
+        let first = plan.rules().iter().find(|rule| rule.id == id).expect("the IPv4 twin");
         assert_eq!((first.chain, first.action), (twin.chain, twin.action));
         assert_ne!(first.matches, twin.matches);
     }
@@ -89,21 +67,14 @@ fn every_twin_has_its_partner_and_differs_from_it() {
 #[test]
 fn no_redirect_takes_loopback_or_the_proxys_own_packets() {
     let plan = RulePlan::ambient(DEFAULT, Families::V4AndV6);
-    let redirects = plan
-        .rules()
-        .iter()
-        .filter(|r| matches!(r.action, Action::Redirect(_)));
+    let redirects = plan.rules().iter().filter(|r| matches!(r.action, Action::Redirect(_)));
     for rule in redirects {
         let spares_loopback = rule
             .matches
             .iter()
             .any(|m| matches!(m, Match::NotDestination(address) if address.is_loopback()));
         assert!(spares_loopback, "{}", rule.id);
-        assert!(
-            rule.matches.contains(&Match::NotPacketMark(PROXY_MARK)),
-            "{}",
-            rule.id
-        );
+        assert!(rule.matches.contains(&Match::NotPacketMark(PROXY_MARK)), "{}", rule.id);
     }
 }
 
@@ -111,11 +82,7 @@ fn no_redirect_takes_loopback_or_the_proxys_own_packets() {
 fn each_nat_chain_starts_by_leaving_older_connections_alone() {
     let plan = RulePlan::ambient(DEFAULT, Families::V4AndV6);
     for chain in [Chain::NatPrerouting, Chain::NatOutput] {
-        let first = plan
-            .rules()
-            .iter()
-            .find(|rule| rule.chain == chain)
-            .expect("a rule");
+        let first = plan.rules().iter().find(|rule| rule.chain == chain).expect("a rule");
         assert_eq!(first.matches, [Match::Tcp, Match::NotOpening]);
         assert_eq!(first.action, Action::Accept);
     }

@@ -12,16 +12,11 @@ fn unmarked() -> Sockets {
 }
 
 fn listen(sockets: &Sockets) -> BoundListener {
-    sockets
-        .listen(0, "a test", "test.port")
-        .expect("a free port")
+    sockets.listen(0, "a test", "test.port").expect("a free port")
 }
 
 fn loopback(listener: &BoundListener) -> SocketAddr {
-    SocketAddr::from((
-        Ipv4Addr::LOCALHOST,
-        listener.local_addr().expect("bound").port(),
-    ))
+    SocketAddr::from((Ipv4Addr::LOCALHOST, listener.local_addr().expect("bound").port()))
 }
 
 #[test]
@@ -42,21 +37,14 @@ fn without_ipv6_any_address_is_ipv4s() {
 fn a_taken_port_names_its_purpose_and_setting() {
     let sockets = unmarked();
     let taken = listen(&sockets).local_addr().expect("bound");
-    let _holder = sockets
-        .listen_on(taken, "a test", "test.port")
-        .expect("free again");
-    let error = sockets
-        .listen_on(taken, "captured connections", "proxy.port")
-        .expect_err("taken");
+    let _holder = sockets.listen_on(taken, "a test", "test.port").expect("free again");
+    let error = sockets.listen_on(taken, "captured connections", "proxy.port").expect_err("taken");
     let message = error.to_string();
     assert!(
         message.contains("captured connections") && message.contains("proxy.port"),
         "{message}"
     );
-    assert!(
-        message.contains("another process already listens"),
-        "{message}"
-    );
+    assert!(message.contains("another process already listens"), "{message}");
 }
 
 #[tokio::test]
@@ -86,35 +74,20 @@ async fn a_connection_without_a_mark_needs_no_capability_and_keeps_no_source() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let foreign = IpAddr::from([192, 0, 2, 1]);
-    let client = unmarked()
-        .connect(address, Some(foreign))
-        .await
-        .expect("connected");
-    assert_eq!(
-        client.local_addr().expect("an address").ip(),
-        Ipv4Addr::LOCALHOST
-    );
+    let client = unmarked().connect(address, Some(foreign)).await.expect("connected");
+    assert_eq!(client.local_addr().expect("an address").ip(), Ipv4Addr::LOCALHOST);
 }
 
 #[tokio::test]
 async fn connections_are_probed_and_not_delayed() {
     let listener = listen(&unmarked());
-    let client = unmarked()
-        .connect(loopback(&listener), None)
-        .await
-        .expect("connected");
+    let client = unmarked().connect(loopback(&listener), None).await.expect("connected");
     let socket = SockRef::from(&client);
     assert!(socket.tcp_nodelay().expect("an option"));
     assert!(socket.keepalive().expect("an option"));
     assert_eq!(socket.tcp_keepalive_time().expect("an option"), KEEPALIVE);
-    assert_eq!(
-        socket.tcp_keepalive_interval().expect("an option"),
-        KEEPALIVE
-    );
-    assert_eq!(
-        socket.tcp_keepalive_retries().expect("an option"),
-        KEEPALIVE_PROBES
-    );
+    assert_eq!(socket.tcp_keepalive_interval().expect("an option"), KEEPALIVE);
+    assert_eq!(socket.tcp_keepalive_retries().expect("an option"), KEEPALIVE_PROBES);
 }
 
 #[tokio::test]

@@ -18,62 +18,22 @@ use crate::Case;
 use crate::pod::{DEADLINE, Family, PORTS, V4, V6, Wired, at, equal, inside, prepare, runtime};
 
 pub(crate) const CASES: &[Case] = &[
-    ("A1: a connection of the workload is caught (IPv4)", || {
-        a1(V4, "a1-v4")
-    }),
-    ("A1: a connection of the workload is caught (IPv6)", || {
-        a1(V6, "a1-v6")
-    }),
-    (
-        "A2: a plaintext connection to the workload is caught (IPv4)",
-        || a2(V4, "a2-v4"),
-    ),
-    (
-        "A2: a plaintext connection to the workload is caught (IPv6)",
-        || a2(V6, "a2-v6"),
-    ),
-    ("A3: HBONE reaches its listener as it is (IPv4)", || {
-        a3(V4, "a3-v4")
-    }),
-    ("A3: HBONE reaches its listener as it is (IPv6)", || {
-        a3(V6, "a3-v6")
-    }),
-    ("A4: a kubelet probe reaches the workload (IPv4)", || {
-        a4(V4, "a4-v4")
-    }),
-    ("A4: a kubelet probe reaches the workload (IPv6)", || {
-        a4(V6, "a4-v6")
-    }),
-    ("A5: a workload reaches itself directly (IPv4)", || {
-        a5(V4, "a5-v4")
-    }),
-    ("A5: a workload reaches itself directly (IPv6)", || {
-        a5(V6, "a5-v6")
-    }),
-    (
-        "A6: the proxy's own connections are not caught (IPv4)",
-        || a6(V4, "a6-v4"),
-    ),
-    (
-        "A6: the proxy's own connections are not caught (IPv6)",
-        || a6(V6, "a6-v6"),
-    ),
-    (
-        "A7: the workload sees the client that the proxy imitates (IPv4)",
-        || a7(V4, "a7-v4"),
-    ),
-    (
-        "A7: the workload sees the client that the proxy imitates (IPv6)",
-        || a7(V6, "a7-v6"),
-    ),
-    (
-        "connections that are older than the rules survive them (IPv4)",
-        || older(V4, "older-v4"),
-    ),
-    (
-        "connections that are older than the rules survive them (IPv6)",
-        || older(V6, "older-v6"),
-    ),
+    ("A1: a connection of the workload is caught (IPv4)", || a1(V4, "a1-v4")),
+    ("A1: a connection of the workload is caught (IPv6)", || a1(V6, "a1-v6")),
+    ("A2: a plaintext connection to the workload is caught (IPv4)", || a2(V4, "a2-v4")),
+    ("A2: a plaintext connection to the workload is caught (IPv6)", || a2(V6, "a2-v6")),
+    ("A3: HBONE reaches its listener as it is (IPv4)", || a3(V4, "a3-v4")),
+    ("A3: HBONE reaches its listener as it is (IPv6)", || a3(V6, "a3-v6")),
+    ("A4: a kubelet probe reaches the workload (IPv4)", || a4(V4, "a4-v4")),
+    ("A4: a kubelet probe reaches the workload (IPv6)", || a4(V6, "a4-v6")),
+    ("A5: a workload reaches itself directly (IPv4)", || a5(V4, "a5-v4")),
+    ("A5: a workload reaches itself directly (IPv6)", || a5(V6, "a5-v6")),
+    ("A6: the proxy's own connections are not caught (IPv4)", || a6(V4, "a6-v4")),
+    ("A6: the proxy's own connections are not caught (IPv6)", || a6(V6, "a6-v6")),
+    ("A7: the workload sees the client that the proxy imitates (IPv4)", || a7(V4, "a7-v4")),
+    ("A7: the workload sees the client that the proxy imitates (IPv6)", || a7(V6, "a7-v6")),
+    ("connections that are older than the rules survive them (IPv4)", || older(V4, "older-v4")),
+    ("connections that are older than the rules survive them (IPv6)", || older(V6, "older-v6")),
     ("a capture shows what goes over the wire", capture),
 ];
 
@@ -98,17 +58,8 @@ impl Mesh {
         let hbone = listen(PORTS.hbone)??;
         let app = wired.pod.run(|| TcpListener::bind(("::", APP)))??;
         let remote_app = wired.remote.run(|| TcpListener::bind(("::", APP)))??;
-        inside(&wired.pod, async || {
-            Ok(prepare(Ipv6::Capture).await?.install().await?)
-        })?;
-        Ok(Self {
-            wired,
-            outbound,
-            inbound,
-            hbone,
-            app,
-            remote_app,
-        })
+        inside(&wired.pod, async || Ok(prepare(Ipv6::Capture).await?.install().await?))?;
+        Ok(Self { wired, outbound, inbound, hbone, app, remote_app })
     }
 
     /// Connects from within a namespace as any program would.
@@ -124,11 +75,7 @@ impl Mesh {
         source: Option<IpAddr>,
     ) -> Result<TcpStream, Failed> {
         let stream = inside(from, async || {
-            let socket = if to.is_ipv4() {
-                TcpSocket::new_v4()?
-            } else {
-                TcpSocket::new_v6()?
-            };
+            let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
             if let Some(source) = source {
                 socket.bind(at(source, 0))?;
             }
@@ -141,9 +88,7 @@ impl Mesh {
     fn proxied(&self, to: SocketAddr, source: Option<IpAddr>) -> Result<TcpStream, Failed> {
         let sockets = Sockets::new(Profile::Ambient, true);
         let stream = inside(&self.wired.pod, async || {
-            Ok(timeout(DEADLINE, sockets.connect(to, source))
-                .await??
-                .into_std()?)
+            Ok(timeout(DEADLINE, sockets.connect(to, source)).await??.into_std()?)
         })?;
         blocking(stream)
     }
@@ -176,11 +121,7 @@ fn accept(
         let original = original_destination(&stream)?;
         let mut stream = tokio::net::TcpStream::from_std(stream)?;
         client.write_all(b"?")?;
-        equal(
-            "the request",
-            timeout(DEADLINE, stream.read_u8()).await??,
-            b'?',
-        )?;
+        equal("the request", timeout(DEADLINE, stream.read_u8()).await??, b'?')?;
         stream.write_all(b"!").await?;
         let mut reply = [0];
         client.read_exact(&mut reply)?;
@@ -254,11 +195,7 @@ fn a4(family: Family, name: &str) -> Result<(), Failed> {
 fn a5(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
     let mut client = mesh.plain(&mesh.wired.pod, at(family.loopback, APP))?;
-    equal(
-        "the client",
-        serve(&mesh.app, &mut client)?,
-        family.loopback,
-    )?;
+    equal("the client", serve(&mesh.app, &mut client)?, family.loopback)?;
     equal("rules for loopback", counted(&mesh.wired.pod)?, vec![])?;
     let mut client = mesh.plain(&mesh.wired.pod, at(family.pod, APP))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.pod)?;
@@ -268,11 +205,7 @@ fn a5(family: Family, name: &str) -> Result<(), Failed> {
 fn a6(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
     let mut client = mesh.proxied(at(family.remote, APP), None)?;
-    equal(
-        "the client",
-        serve(&mesh.remote_app, &mut client)?,
-        family.pod,
-    )?;
+    equal("the client", serve(&mesh.remote_app, &mut client)?, family.pod)?;
     equal("rules that matched", counted(&mesh.wired.pod)?, vec![])
 }
 
@@ -280,24 +213,16 @@ fn a7(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
     let mut client = mesh.proxied(at(family.pod, APP), Some(family.remote))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.remote)?;
-    let rules: Vec<_> = counted(&mesh.wired.pod)?
-        .into_iter()
-        .map(|(rule, _)| rule)
-        .collect();
-    let expected = [
-        "mark-proxy-connection".to_owned(),
-        "return-to-proxy".to_owned(),
-        family.rule("own-pod"),
-    ];
+    let rules: Vec<_> = counted(&mesh.wired.pod)?.into_iter().map(|(rule, _)| rule).collect();
+    let expected =
+        ["mark-proxy-connection".to_owned(), "return-to-proxy".to_owned(), family.rule("own-pod")];
     equal("rules that matched", rules, expected.to_vec())
 }
 
 fn older(family: Family, name: &str) -> Result<(), Failed> {
     let wired = Wired::new(name)?;
-    let pairs = [
-        (&wired.pod, &wired.remote, family.remote),
-        (&wired.remote, &wired.pod, family.pod),
-    ];
+    let pairs =
+        [(&wired.pod, &wired.remote, family.remote), (&wired.remote, &wired.pod, family.pod)];
     let mut streams = Vec::new();
     for (from, into, to) in pairs {
         let app = into.run(|| TcpListener::bind(("::", APP)))??;
@@ -311,35 +236,25 @@ fn older(family: Family, name: &str) -> Result<(), Failed> {
     for (client, server) in &mut streams {
         exchange(client, server)?;
     }
-    inside(&wired.pod, async || {
-        Ok(prepare(Ipv6::Capture).await?.install().await?)
-    })?;
+    inside(&wired.pod, async || Ok(prepare(Ipv6::Capture).await?.install().await?))?;
     for (client, server) in &mut streams {
         exchange(client, server)?;
     }
-    let rules: Vec<_> = counted(&wired.pod)?
-        .into_iter()
-        .map(|(rule, _)| rule)
-        .collect();
+    let rules: Vec<_> = counted(&wired.pod)?.into_iter().map(|(rule, _)| rule).collect();
     equal(
         "rules that matched",
         rules,
-        ["established-in", "established-out"]
-            .map(String::from)
-            .to_vec(),
+        ["established-in", "established-out"].map(String::from).to_vec(),
     )?;
     // A new one is caught, and without a proxy refused.
-    let new = wired
-        .pod
-        .run(|| TcpStream::connect_timeout(&at(family.remote, APP), DEADLINE))?;
+    let new = wired.pod.run(|| TcpStream::connect_timeout(&at(family.remote, APP), DEADLINE))?;
     equal(
         "a new connection",
         new.map(|_| ()).map_err(|error| error.kind()),
         Err(ConnectionRefused),
     )?;
-    let caught = counted(&wired.pod)?
-        .iter()
-        .any(|(rule, _)| *rule == family.rule("capture-outbound"));
+    let caught =
+        counted(&wired.pod)?.iter().any(|(rule, _)| *rule == family.rule("capture-outbound"));
     equal("a new connection is caught", caught, true)
 }
 
@@ -349,9 +264,7 @@ fn capture() -> Result<(), Failed> {
     for family in [V4, V6] {
         let to = at(family.remote, APP);
         let app = wired.remote.run(|| TcpListener::bind(to))??;
-        let mut client = wired
-            .pod
-            .run(|| TcpStream::connect_timeout(&to, DEADLINE))??;
+        let mut client = wired.pod.run(|| TcpStream::connect_timeout(&to, DEADLINE))??;
         serve(&app, &mut client)?;
         let from = client.local_addr()?;
         let frames = capture.drain()?;
@@ -360,11 +273,7 @@ fn capture() -> Result<(), Failed> {
             .filter(|segment| !segment.payload.is_empty())
             .map(|segment| (segment.source, segment.destination, segment.payload))
             .collect();
-        equal(
-            "what went over the wire",
-            data,
-            vec![(from, to, &b"?"[..]), (to, from, &b"!"[..])],
-        )?;
+        equal("what went over the wire", data, vec![(from, to, &b"?"[..]), (to, from, &b"!"[..])])?;
     }
     Ok(())
 }

@@ -33,30 +33,20 @@ fn main() {
         .chain(namespaces::CASES)
         .map(|&(name, test)| Trial::test(name, test))
         .collect();
-    trials.push(Trial::test(
-        "the host's own namespace, and no other, is refused",
-        move || rules::host_is_refused(&outside),
-    ));
+    trials.push(Trial::test("the host's own namespace, and no other, is refused", move || {
+        rules::host_is_refused(&outside)
+    }));
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a switch of this test alone, not a setting"
-)]
+#[expect(clippy::disallowed_methods, reason = "a switch of this test alone, not a setting")]
 fn skipped() -> bool {
     std::env::var("UNDERPASS_SKIP_NAMESPACES").is_ok_and(|value| value == "1")
 }
 
-#[expect(
-    clippy::print_stderr,
-    clippy::exit,
-    reason = "there is no test to report it"
-)]
+#[expect(clippy::print_stderr, clippy::exit, reason = "there is no test to report it")]
 fn fail_loudly(error: &InterceptionError) -> ! {
-    let source = std::error::Error::source(error)
-        .map(ToString::to_string)
-        .unwrap_or_default();
+    let source = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
     eprintln!("the kernel tests need namespaces: {error}: {source}");
     eprintln!("UNDERPASS_SKIP_NAMESPACES=1 passes over them");
     std::process::exit(1);

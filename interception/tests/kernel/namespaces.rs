@@ -9,24 +9,12 @@ use crate::Case;
 use crate::pod::{Wired, command, equal, lonely, runtime};
 
 pub(crate) const CASES: &[Case] = &[
-    (
-        "a named namespace can be entered by its path and its name",
-        entered_by_path_and_name,
-    ),
-    (
-        "the current namespace can be entered by its path",
-        entered_by_descriptor,
-    ),
-    (
-        "deleting a namespace frees its name",
-        deleting_frees_the_name,
-    ),
+    ("a named namespace can be entered by its path and its name", entered_by_path_and_name),
+    ("the current namespace can be entered by its path", entered_by_descriptor),
+    ("deleting a namespace frees its name", deleting_frees_the_name),
     ("a name that is taken is refused", taken_name),
     ("routes go through the gateway they were given", routes),
-    (
-        "a sandbox cannot be entered by one of several threads",
-        no_sandbox_for_threads,
-    ),
+    ("a sandbox cannot be entered by one of several threads", no_sandbox_for_threads),
 ];
 
 /// Its addresses say which namespace a program is in.
@@ -42,11 +30,7 @@ fn entered_by_path_and_name() -> Result<(), Failed> {
         command(&here, &format!("nsenter --net={path} {ADDRESSES}"))?,
         inside.clone(),
     )?;
-    equal(
-        "by name",
-        command(&here, "ip -n entered-remote -o address show dev eth0")?,
-        inside,
-    )
+    equal("by name", command(&here, "ip -n entered-remote -o address show dev eth0")?, inside)
 }
 
 fn entered_by_descriptor() -> Result<(), Failed> {
@@ -68,28 +52,15 @@ fn deleting_frees_the_name() -> Result<(), Failed> {
 fn taken_name() -> Result<(), Failed> {
     let _holder = lonely("taken")?;
     let again = Namespace::create_named("taken");
-    equal(
-        "refused",
-        matches!(again, Err(InterceptionError::Namespace { .. })),
-        true,
-    )
+    equal("refused", matches!(again, Err(InterceptionError::Namespace { .. })), true)
 }
 
 fn routes() -> Result<(), Failed> {
     let wired = Wired::new("routes")?;
     runtime()?.block_on(async {
-        wired
-            .pod
-            .add_route("192.0.2.0/24".parse()?, "10.0.0.2".parse()?)
-            .await?;
-        wired
-            .pod
-            .add_route("2001:db8::/32".parse()?, "fd00::2".parse()?)
-            .await?;
-        let mixed = wired
-            .pod
-            .add_route("2001:db8::/32".parse()?, "10.0.0.2".parse()?)
-            .await;
+        wired.pod.add_route("192.0.2.0/24".parse()?, "10.0.0.2".parse()?).await?;
+        wired.pod.add_route("2001:db8::/32".parse()?, "fd00::2".parse()?).await?;
+        let mixed = wired.pod.add_route("2001:db8::/32".parse()?, "10.0.0.2".parse()?).await;
         equal("mixed families are refused", mixed.is_err(), true)
     })?;
     for (line, gateway) in [

@@ -12,11 +12,7 @@ use underpass_interception::{
 
 /// Longer than anything here takes; a test that waits this long has failed.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
-pub(crate) const PORTS: Ports = Ports {
-    outbound: 15001,
-    inbound: 15006,
-    hbone: 15008,
-};
+pub(crate) const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008 };
 
 /// One of the two families, and who has which address in it.
 #[derive(Debug, Clone, Copy)]
@@ -88,9 +84,7 @@ pub(crate) fn lonely(name: &str) -> Result<Namespace, Failed> {
 }
 
 pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, Failed> {
-    Ok(tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?)
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
 }
 
 /// Runs async code inside a namespace.

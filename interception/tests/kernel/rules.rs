@@ -15,50 +15,20 @@ use crate::Case;
 use crate::pod::{PORTS, command, equal, inside, lonely, prepare, settings};
 
 pub(crate) const CASES: &[Case] = &[
-    (
-        "installing twice gives the same ruleset and routes",
-        installing_twice_is_the_same,
-    ),
-    (
-        "removal leaves nothing in either family",
-        removal_leaves_nothing,
-    ),
-    (
-        "removal spares the rules and routes of others",
-        removal_spares_others,
-    ),
-    (
-        "the printed plan and the installed one are listed alike",
-        printed_is_installed,
-    ),
-    (
-        "an installation replaces what another version left",
-        leftovers_are_replaced,
-    ),
-    (
-        "a failed installation leaves nothing",
-        failure_leaves_nothing,
-    ),
-    (
-        "a refused ruleset takes its routes back",
-        refusal_leaves_nothing,
-    ),
-    (
-        "a dormant table of ours is replaced by a live one",
-        dormant_is_replaced,
-    ),
-    (
-        "without IPv6 only IPv4 is caught, and it is said",
-        without_ipv6,
-    ),
+    ("installing twice gives the same ruleset and routes", installing_twice_is_the_same),
+    ("removal leaves nothing in either family", removal_leaves_nothing),
+    ("removal spares the rules and routes of others", removal_spares_others),
+    ("the printed plan and the installed one are listed alike", printed_is_installed),
+    ("an installation replaces what another version left", leftovers_are_replaced),
+    ("a failed installation leaves nothing", failure_leaves_nothing),
+    ("a refused ruleset takes its routes back", refusal_leaves_nothing),
+    ("a dormant table of ours is replaced by a live one", dormant_is_replaced),
+    ("without IPv6 only IPv4 is caught, and it is said", without_ipv6),
     (
         "IPv6 that is disabled everywhere but on a later interface counts as there",
         ipv6_enabled_again,
     ),
-    (
-        "bypassing IPv6 catches IPv4 only, and keeps the way back",
-        bypass,
-    ),
+    ("bypassing IPv6 catches IPv4 only, and keeps the way back", bypass),
     ("counters name every rule in order", counters_in_order),
 ];
 
@@ -74,10 +44,7 @@ impl Listing {
     fn of(namespace: &Namespace) -> Result<Self, Failed> {
         Ok(Self {
             rules: command(namespace, "nft --stateless list ruleset")?,
-            policy: [
-                command(namespace, "ip -4 rule")?,
-                command(namespace, "ip -6 rule")?,
-            ],
+            policy: [command(namespace, "ip -4 rule")?, command(namespace, "ip -6 rule")?],
             routes: [
                 command(namespace, "ip -4 route show table all type local default")?,
                 command(namespace, "ip -6 route show table all type local default")?,
@@ -88,21 +55,14 @@ impl Listing {
 
 fn installing_twice_is_the_same() -> Result<(), Failed> {
     let pod = lonely("twice")?;
-    let install = || {
-        inside(&pod, async || {
-            Ok(prepare(Ipv6::Capture).await?.install().await?)
-        })
-    };
+    let install = || inside(&pod, async || Ok(prepare(Ipv6::Capture).await?.install().await?));
     install()?;
     let once = Listing::of(&pod)?;
     install()?;
     equal("the second listing", Listing::of(&pod)?, once)?;
     let listing = Listing::of(&pod)?;
     for family in listing.policy.iter().zip(&listing.routes) {
-        let rules = family
-            .0
-            .matches("32764:\tfrom all fwmark 0x111/0xfff lookup 100")
-            .count();
+        let rules = family.0.matches("32764:\tfrom all fwmark 0x111/0xfff lookup 100").count();
         let routes = family.1.matches("local default dev lo table 100").count();
         equal("rules and routes of a family", (rules, routes), (1, 1))?;
     }
@@ -140,10 +100,7 @@ fn removal_spares_others() -> Result<(), Failed> {
 }
 
 fn printed_is_installed() -> Result<(), Failed> {
-    for (ipv6, name) in [
-        (Ipv6::Capture, "printed-both"),
-        (Ipv6::Bypass, "printed-v4"),
-    ] {
+    for (ipv6, name) in [(Ipv6::Capture, "printed-both"), (Ipv6::Bypass, "printed-v4")] {
         let pod = lonely(name)?;
         let plan = inside(&pod, async || {
             let interception = prepare(ipv6).await?;
@@ -167,14 +124,9 @@ fn printed_is_installed() -> Result<(), Failed> {
 fn leftovers_are_replaced() -> Result<(), Failed> {
     let pod = lonely("leftovers")?;
     command(&pod, "nft add table inet underpass")?;
-    command(
-        &pod,
-        "nft add chain inet underpass old { type filter hook input priority 0; }",
-    )?;
+    command(&pod, "nft add chain inet underpass old { type filter hook input priority 0; }")?;
     command(&pod, "nft add rule inet underpass old tcp dport 1 drop")?;
-    inside(&pod, async || {
-        Ok(prepare(Ipv6::Capture).await?.install().await?)
-    })?;
+    inside(&pod, async || Ok(prepare(Ipv6::Capture).await?.install().await?))?;
     let rules = command(&pod, "nft list ruleset")?;
     equal("the old chain is there", rules.contains("chain old"), false)
 }
@@ -183,9 +135,7 @@ fn failure_leaves_nothing() -> Result<(), Failed> {
     let pod = Namespace::create_named("failure")?;
     let before = Listing::of(&pod)?;
     // The loopback interface is down, so the kernel takes the ip rule and refuses the route.
-    let failed = inside(&pod, async || {
-        Ok(prepare(Ipv6::Capture).await?.install().await.is_err())
-    })?;
+    let failed = inside(&pod, async || Ok(prepare(Ipv6::Capture).await?.install().await.is_err()))?;
     equal("the installation failed", failed, true)?;
     equal("what is left", Listing::of(&pod)?, before)
 }
@@ -196,9 +146,7 @@ fn refusal_leaves_nothing() -> Result<(), Failed> {
     inside(&pod, async || {
         // A table with an owner is changed by nobody else, and goes with its owner.
         let owner = Connection::<Nftables>::new()?;
-        owner
-            .add_table_with_flags(TABLE, Family::Inet, NFT_TABLE_F_OWNER)
-            .await?;
+        owner.add_table_with_flags(TABLE, Family::Inet, NFT_TABLE_F_OWNER).await?;
         let refused = prepare(Ipv6::Capture).await?.install().await.is_err();
         equal("the ruleset was refused", refused, true)
     })?;
@@ -208,9 +156,7 @@ fn refusal_leaves_nothing() -> Result<(), Failed> {
 fn dormant_is_replaced() -> Result<(), Failed> {
     let pod = lonely("dormant")?;
     command(&pod, "nft add table inet underpass { flags dormant; }")?;
-    inside(&pod, async || {
-        Ok(prepare(Ipv6::Capture).await?.install().await?)
-    })?;
+    inside(&pod, async || Ok(prepare(Ipv6::Capture).await?.install().await?))?;
     let dormant = command(&pod, "nft list ruleset")?.contains("dormant");
     equal("the table is dormant", dormant, false)
 }
@@ -226,16 +172,8 @@ fn without_ipv6() -> Result<(), Failed> {
         Ok((interception.ipv6_absent(), rules))
     })?;
     equal("IPv6 is absent", absent, true)?;
-    equal(
-        "an IPv6 rule",
-        rules.iter().any(|rule| rule.id.ends_with("-v6")),
-        false,
-    )?;
-    equal(
-        "ip rules of IPv6",
-        command(&pod, "ip -6 rule")?.contains("0x111"),
-        false,
-    )
+    equal("an IPv6 rule", rules.iter().any(|rule| rule.id.ends_with("-v6")), false)?;
+    equal("ip rules of IPv6", command(&pod, "ip -6 rule")?.contains("0x111"), false)
 }
 
 fn ipv6_enabled_again() -> Result<(), Failed> {
@@ -248,11 +186,7 @@ fn ipv6_enabled_again() -> Result<(), Failed> {
         interception.install().await?;
         let rules = counters().await?;
         equal("IPv6 is absent", interception.ipv6_absent(), false)?;
-        equal(
-            "an IPv6 rule",
-            rules.iter().any(|rule| rule.id.ends_with("-v6")),
-            true,
-        )
+        equal("an IPv6 rule", rules.iter().any(|rule| rule.id.ends_with("-v6")), true)
     })
 }
 
@@ -263,16 +197,8 @@ fn bypass() -> Result<(), Failed> {
         interception.install().await?;
         Ok(counters().await?)
     })?;
-    equal(
-        "an IPv6 rule",
-        rules.iter().any(|rule| rule.id.ends_with("-v6")),
-        false,
-    )?;
-    equal(
-        "ip rules of IPv6",
-        command(&pod, "ip -6 rule")?.contains("0x111/0xfff"),
-        true,
-    )
+    equal("an IPv6 rule", rules.iter().any(|rule| rule.id.ends_with("-v6")), false)?;
+    equal("ip rules of IPv6", command(&pod, "ip -6 rule")?.contains("0x111/0xfff"), true)
 }
 
 fn counters_in_order() -> Result<(), Failed> {
@@ -282,16 +208,8 @@ fn counters_in_order() -> Result<(), Failed> {
         equal("counters before", counters().await?.len(), 0)?;
         interception.install().await?;
         let installed = counters().await?;
-        let ids: Vec<_> = installed
-            .iter()
-            .map(|counter| counter.id.as_str())
-            .collect();
-        let planned: Vec<_> = interception
-            .plan()
-            .rules()
-            .iter()
-            .map(|rule| rule.id)
-            .collect();
+        let ids: Vec<_> = installed.iter().map(|counter| counter.id.as_str()).collect();
+        let planned: Vec<_> = interception.plan().rules().iter().map(|rule| rule.id).collect();
         equal("the ids", ids, planned)
     })
 }
@@ -306,9 +224,7 @@ pub(crate) struct Outside {
 
 pub(crate) fn prepare_here() -> io::Result<Outside> {
     const INITIAL: u64 = 0xEFFF_FFF9;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(Interception::prepare(&settings(Ipv6::Capture), PORTS));
     Ok(Outside {
         refused: matches!(result, Err(InterceptionError::HostNamespace { .. })),

@@ -54,12 +54,7 @@ pub(super) fn run(command: Command) -> Result<(), CommandError> {
                 "{dir}/roots.pem: give it to every proxy\n{dir}/ca.key: keep it secret\n"
             ))
         }
-        Command::Issue {
-            dir,
-            spiffe_id,
-            out,
-            ttl,
-        } => {
+        Command::Issue { dir, spiffe_id, out, ttl } => {
             let certificate = CertificateAuthority::open(&dir)?.issue(&spiffe_id, ttl)?;
             certificate.write(&out)?;
             let out = out.display();

@@ -20,10 +20,7 @@ pub(super) fn run(command: Command) -> Result<(), CommandError> {
         Command::Check(arguments) => {
             let settings = arguments.load()?;
             let mesh = MeshSource::open(settings.mesh_file.as_deref())?;
-            print(&format!(
-                "ok: {} workloads in the mesh\n",
-                mesh.subscribe().borrow().len()
-            ))
+            print(&format!("ok: {} workloads in the mesh\n", mesh.subscribe().borrow().len()))
         }
         Command::Show(arguments) => print(&arguments.load()?.to_string()),
     }

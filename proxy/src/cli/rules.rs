@@ -15,11 +15,7 @@ pub(super) fn run(command: &Command) -> Result<(), CommandError> {
     match command {
         Command::Remove => {
             let removed = single_threaded_runtime()?.block_on(remove_everything())?;
-            print(if removed {
-                "removed\n"
-            } else {
-                "there was nothing to remove\n"
-            })
+            print(if removed { "removed\n" } else { "there was nothing to remove\n" })
         }
     }
 }

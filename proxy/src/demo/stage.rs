@@ -46,18 +46,12 @@ pub(super) struct Stage {
 impl Stage {
     pub(super) async fn set_up() -> Result<Self, DemoError> {
         let pod = |name| {
-            Namespace::create_named(name).map_err(|source| DemoError::Namespace {
-                doing: "make a pod",
-                source,
-            })
+            Namespace::create_named(name)
+                .map_err(|source| DemoError::Namespace { doing: "make a pod", source })
         };
         let (client, server, stranger) = (pod("client")?, pod("server")?, pod("stranger")?);
         wire((&client, "eth0", CLIENT), (&server, "eth0", SERVER)).await?;
-        wire(
-            (&stranger, "eth0", STRANGER),
-            (&server, "eth1", SERVER_FOR_STRANGER),
-        )
-        .await?;
+        wire((&stranger, "eth0", STRANGER), (&server, "eth1", SERVER_FOR_STRANGER)).await?;
         let folder = Path::new(FOLDER);
         let identities = write_files(folder)?;
         let io = |doing| move |source| DemoError::Io { doing, source };
@@ -68,16 +62,7 @@ impl Stage {
         ];
         let client_identity = read_identity(folder, "client")?;
         let token = token().map_err(io("read random bytes"))?;
-        Ok(Self {
-            client,
-            server,
-            stranger,
-            proxies,
-            web,
-            identities,
-            token,
-            client_identity,
-        })
+        Ok(Self { client, server, stranger, proxies, web, identities, token, client_identity })
     }
 
     /// Ends the proxies; the namespaces end with the process.
@@ -90,18 +75,9 @@ impl Stage {
 
     /// A capture of the wire between client and server, from now on.
     pub(super) fn capture(&self) -> Result<PacketCapture, DemoError> {
-        let failed = |source| DemoError::Namespace {
-            doing: "enter pod client",
-            source,
-        };
-        let capture = self
-            .client
-            .run(|| PacketCapture::open("eth0"))
-            .map_err(failed)?;
-        capture.map_err(|source| DemoError::Io {
-            doing: "capture the wire",
-            source,
-        })
+        let failed = |source| DemoError::Namespace { doing: "enter pod client", source };
+        let capture = self.client.run(|| PacketCapture::open("eth0")).map_err(failed)?;
+        capture.map_err(|source| DemoError::Io { doing: "capture the wire", source })
     }
 
     pub(super) fn client_ip(&self) -> IpAddr {
@@ -167,29 +143,19 @@ async fn wire(
     };
     veth(&end(a, for_a), &end(b, for_b))
         .await
-        .map_err(|source| DemoError::Namespace {
-            doing: "connect the pods",
-            source,
-        })
+        .map_err(|source| DemoError::Namespace { doing: "connect the pods", source })
 }
 
 /// Certificates, the mesh file and the settings of both pods.
 fn write_files(folder: &Path) -> Result<(SpiffeId, SpiffeId), DemoError> {
-    let failed = |source| DemoError::Io {
-        doing: "write the settings",
-        source,
-    };
+    let failed = |source| DemoError::Io { doing: "write the settings", source };
     let ca =
         CertificateAuthority::init(folder, trust_domain()?).map_err(DemoError::Certificates)?;
     let issue = |pod: &str| -> Result<SpiffeId, DemoError> {
         let id = SpiffeId::istio(trust_domain()?, "demo", pod)
             .map_err(|error| failed(io::Error::other(error)))?;
-        let issued = ca
-            .issue(&id, Duration::from_secs(3600))
-            .map_err(DemoError::Certificates)?;
-        issued
-            .write(&folder.join(pod))
-            .map_err(DemoError::Certificates)?;
+        let issued = ca.issue(&id, Duration::from_secs(3600)).map_err(DemoError::Certificates)?;
+        issued.write(&folder.join(pod)).map_err(DemoError::Certificates)?;
         fs::write(settings_of(folder, pod), settings(pod)).map_err(failed)?;
         Ok(id)
     };
@@ -208,12 +174,10 @@ fn read_identity(folder: &Path, pod: &str) -> Result<Identity, DemoError> {
 }
 
 fn trust_domain() -> Result<TrustDomain, DemoError> {
-    "cluster.local"
-        .parse()
-        .map_err(|error: SpiffeError| DemoError::Io {
-            doing: "name the trust domain",
-            source: io::Error::other(error),
-        })
+    "cluster.local".parse().map_err(|error: SpiffeError| DemoError::Io {
+        doing: "name the trust domain",
+        source: io::Error::other(error),
+    })
 }
 
 fn settings_of(folder: &Path, pod: &str) -> PathBuf {
@@ -246,10 +210,8 @@ async fn start_proxy(
     pod: &'static str,
     folder: &Path,
 ) -> Result<ChildProxy, DemoError> {
-    let program = std::env::current_exe().map_err(|source| DemoError::Io {
-        doing: "find this program",
-        source,
-    })?;
+    let program = std::env::current_exe()
+        .map_err(|source| DemoError::Io { doing: "find this program", source })?;
     let arguments = ["--config".into(), settings_of(folder, pod).into_os_string()];
     ChildProxy::start(&program, namespace, &arguments, PATIENCE)
         .await

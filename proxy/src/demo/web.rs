@@ -38,20 +38,17 @@ pub(super) struct Server {
 impl Server {
     /// Serves on `port` of every address of `pod` until the process ends.
     pub(super) fn start(pod: &Namespace, port: u16) -> io::Result<Self> {
-        let listener = pod
-            .run(|| TcpListener::bind(("0.0.0.0", port)))
-            .map_err(io::Error::other)??;
+        let listener =
+            pod.run(|| TcpListener::bind(("0.0.0.0", port))).map_err(io::Error::other)??;
         let requests = Arc::new(AtomicUsize::new(0));
         let served = requests.clone();
-        std::thread::Builder::new()
-            .name("demo-server".into())
-            .spawn(move || {
-                for stream in listener.incoming().flatten() {
-                    served.fetch_add(1, Relaxed);
-                    // A client that went away is not the server's trouble.
-                    answer(stream).ok();
-                }
-            })?;
+        std::thread::Builder::new().name("demo-server".into()).spawn(move || {
+            for stream in listener.incoming().flatten() {
+                served.fetch_add(1, Relaxed);
+                // A client that went away is not the server's trouble.
+                answer(stream).ok();
+            }
+        })?;
         Ok(Self { requests })
     }
 
@@ -78,8 +75,5 @@ fn answer(mut stream: TcpStream) -> io::Result<()> {
     }
     let body = format!("hello from the server\nyou are {peer}\nyour token is {token}\n");
     let length = body.len();
-    write!(
-        stream,
-        "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
-    )
+    write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}")
 }

@@ -7,26 +7,12 @@ use underpass_tests::{
 };
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test_both(
-        "10 MiB pass the tunnel both ways at once, unchanged",
-        large_through_the_tunnel,
-    );
-    suite.test_both(
-        "10 MiB pass in plain both ways at once, unchanged",
-        large_in_plain,
-    );
-    suite.test(
-        "after the client's FIN the server still sends",
-        client_ends_first,
-    );
-    suite.test(
-        "after the server's FIN the client still sends",
-        server_ends_first,
-    );
-    suite.test(
-        "300 connections at once each get their own answer",
-        many_at_once,
-    );
+    suite
+        .test_both("10 MiB pass the tunnel both ways at once, unchanged", large_through_the_tunnel);
+    suite.test_both("10 MiB pass in plain both ways at once, unchanged", large_in_plain);
+    suite.test("after the client's FIN the server still sends", client_ends_first);
+    suite.test("after the server's FIN the client still sends", server_ends_first);
+    suite.test("300 connections at once each get their own answer", many_at_once);
 }
 
 async fn large_through_the_tunnel(family: Family) {
@@ -46,10 +32,7 @@ async fn large(scene: &Scene, family: Family) {
     let (client, server, _) = scene.client.meet(&app, scene.app(family)).await;
     let (question, answer) = (noise(1, SIZE), noise(2, SIZE));
     let (got_answer, got_question) = tokio::join!(trade(client, &question), trade(server, &answer));
-    assert!(
-        got_question == question,
-        "the server received something else"
-    );
+    assert!(got_question == question, "the server received something else");
     assert!(got_answer == answer, "the client received something else");
 }
 
@@ -62,9 +45,7 @@ async fn trade(mut stream: TcpStream, send: &[u8]) -> Vec<u8> {
         to.shutdown().await
     };
     let both = async { tokio::try_join!(sending, from.read_to_end(&mut received)) };
-    within("all bytes have passed", both)
-        .await
-        .expect("the connection holds");
+    within("all bytes have passed", both).await.expect("the connection holds");
     received
 }
 
@@ -113,36 +94,19 @@ async fn many_at_once() {
     let echo = Server::echo(&scene.server, APP);
     let mut clients = Vec::new();
     for number in 0..300_u32 {
-        let mut client = scene
-            .client
-            .dial(scene.app(Family::V4))
-            .await
-            .expect("it connects");
-        client
-            .write_all(&number.to_be_bytes())
-            .await
-            .expect("it sends");
+        let mut client = scene.client.dial(scene.app(Family::V4)).await.expect("it connects");
+        client.write_all(&number.to_be_bytes()).await.expect("it sends");
         clients.push((number, client));
     }
     // All are open: none was ended, and every answer is read only now.
     for (number, client) in &mut clients {
-        let answer = within("an answer", client.read_u32())
-            .await
-            .expect("an answer");
+        let answer = within("an answer", client.read_u32()).await.expect("an answer");
         assert_eq!(answer, *number);
     }
     for (number, mut client) in clients {
         client.shutdown().await.expect("FIN is sent");
-        assert_eq!(
-            read_to_end(&mut client).await,
-            (vec![], End::Fin),
-            "{number}"
-        );
+        assert_eq!(read_to_end(&mut client).await, (vec![], End::Fin), "{number}");
     }
     assert_eq!(echo.peers().len(), 300);
-    assert!(
-        echo.peers()
-            .iter()
-            .all(|peer| peer.ip() == scene.client.ip(Family::V4))
-    );
+    assert!(echo.peers().iter().all(|peer| peer.ip() == scene.client.ip(Family::V4)));
 }

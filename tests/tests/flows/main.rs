@@ -27,20 +27,11 @@ fn main() -> ExitCode {
         "A1, A6: what the mesh does not know is passed through in plain",
         unknown_destination,
     );
-    suite.test_both(
-        "a member that speaks TCP only is reached in plain",
-        member_without_hbone,
-    );
-    suite.test_both(
-        "A4: a kubelet's probe reaches the application directly",
-        kubelet_probe,
-    );
+    suite.test_both("a member that speaks TCP only is reached in plain", member_without_hbone);
+    suite.test_both("A4: a kubelet's probe reaches the application directly", kubelet_probe);
     suite.test_both("A6: what carries the proxy's mark is not caught", marked);
     suite.test_both("A5: a pod reaches itself without the proxy", own_pod);
-    suite.test_both(
-        "curl gets its page through the tunnel",
-        curl_through_the_tunnel,
-    );
+    suite.test_both("curl gets its page through the tunnel", curl_through_the_tunnel);
     suite.test_both("curl gets its page in plain", curl_in_plain);
     bytes::add(&mut suite);
     refusals::add(&mut suite);
@@ -63,30 +54,16 @@ async fn through_the_tunnel(family: Family) {
     let (mut client, mut server, peer) = scene.client.meet(&app, to).await;
     exchange(&mut client, &mut server).await;
     refusals::assert_nothing_in_plain(&wire.drain().expect("the capture is read"));
-    assert_eq!(
-        peer.ip(),
-        scene.client.ip(family),
-        "the client that the application sees"
-    );
+    assert_eq!(peer.ip(), scene.client.ip(family), "the client that the application sees");
     assert_eq!(canonical(server.local_addr().expect("an address")), to);
-    assert_eq!(
-        client.peer_addr().expect("an address"),
-        to,
-        "the server that the client sees"
-    );
-    assert_eq!(
-        scene.client.connections_since(&before.0),
-        once(&[family.rule("capture-outbound")])
-    );
+    assert_eq!(client.peer_addr().expect("an address"), to, "the server that the client sees");
+    assert_eq!(scene.client.connections_since(&before.0), once(&[family.rule("capture-outbound")]));
     assert_eq!(
         scene.server.connections_since(&before.1),
         once(&["hbone-in".to_owned(), family.rule("own-pod")])
     );
     let after = scene.server.counters();
-    assert!(
-        after.get("return-to-proxy") > 0,
-        "the application's answer went back to the proxy"
-    );
+    assert!(after.get("return-to-proxy") > 0, "the application's answer went back to the proxy");
     assert_eq!(scene.client.counters().get("return-to-proxy"), 0);
 }
 
@@ -105,20 +82,13 @@ async fn plaintext_inbound(family: Family) {
         once(&[family.rule("capture-inbound"), family.rule("own-pod")])
     );
     drop((client, server));
-    proxy
-        .line(&[
-            "connection complete",
-            "direction=\"inbound\"",
-            &format!("dst.addr={to}"),
-        ])
-        .await;
+    proxy.line(&["connection complete", "direction=\"inbound\"", &format!("dst.addr={to}")]).await;
 }
 
 async fn unknown_destination(family: Family) {
     let scene = Scene::new().await;
-    let settings = scene
-        .client_settings()
-        .set(&format!("mesh.file={}", scene.empty_mesh().display()));
+    let settings =
+        scene.client_settings().set(&format!("mesh.file={}", scene.empty_mesh().display()));
     let _proxy = scene.client.proxy(&settings).await;
     let app = scene.server.listen(APP);
     let mut wire = scene.server.capture();
@@ -126,37 +96,27 @@ async fn unknown_destination(family: Family) {
     let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(family)).await;
     exchange(&mut client, &mut server).await;
     assert_eq!(peer.ip(), scene.client.ip(family));
-    assert_eq!(
-        scene.client.connections_since(&before),
-        once(&[family.rule("capture-outbound")])
-    );
+    assert_eq!(scene.client.connections_since(&before), once(&[family.rule("capture-outbound")]));
     let frames = wire.drain().expect("the capture is read");
     let ports: Vec<u16> = frames
         .iter()
         .filter_map(|frame| TcpSegment::parse(frame))
         .map(|s| s.destination.port())
         .collect();
-    assert!(
-        ports.contains(&APP) && !ports.contains(&HBONE),
-        "ports on the wire: {ports:?}"
-    );
+    assert!(ports.contains(&APP) && !ports.contains(&HBONE), "ports on the wire: {ports:?}");
 }
 
 async fn member_without_hbone(family: Family) {
     let scene = Scene::new().await;
     let mesh = Mesh::default().hbone(&scene.client).tcp(&scene.server);
     let mesh = mesh.write(&scene.client, "tcp-mesh");
-    let settings = scene
-        .client_settings()
-        .set(&format!("mesh.file={}", mesh.display()));
+    let settings = scene.client_settings().set(&format!("mesh.file={}", mesh.display()));
     let mut proxy = scene.client.proxy(&settings).await;
     let app = scene.server.listen(APP);
     let (mut client, mut server, _) = scene.client.meet(&app, scene.app(family)).await;
     exchange(&mut client, &mut server).await;
     drop((client, server));
-    let line = proxy
-        .line(&["connection complete", "dst.workload=\"server\""])
-        .await;
+    let line = proxy.line(&["connection complete", "dst.workload=\"server\""]).await;
     assert!(!line.contains("hbone"), "{line}");
 }
 
@@ -167,28 +127,15 @@ async fn kubelet_probe(family: Family) {
         Family::V4 => IpAddr::from(KUBELET_PROBE_V4),
         Family::V6 => IpAddr::from(KUBELET_PROBE_V6),
     };
-    tool(
-        &scene.client,
-        "ip",
-        &["address", "add", &probe.to_string(), "dev", "lo"],
-    )
-    .await
-    .ok();
+    tool(&scene.client, "ip", &["address", "add", &probe.to_string(), "dev", "lo"]).await.ok();
     let app = scene.server.listen(APP);
     let before = scene.server.counters();
-    let dial = Dial {
-        source: Some(probe),
-        ..Dial::default()
-    };
+    let dial = Dial { source: Some(probe), ..Dial::default() };
     let (client, (mut server, peer)) =
         tokio::join!(scene.client.dial_as(scene.app(family), dial), app.accept());
     let mut client = client.expect("it connects");
     exchange(&mut client, &mut server).await;
-    assert_eq!(
-        peer,
-        client.local_addr().expect("an address"),
-        "nothing is in between"
-    );
+    assert_eq!(peer, client.local_addr().expect("an address"), "nothing is in between");
     let moved = scene.server.connections_since(&before);
     assert_eq!(moved, once(&[family.rule("kubelet-probe-in")]));
 }
@@ -198,18 +145,11 @@ async fn marked(family: Family) {
     let _proxy = scene.client.proxy(&scene.client_settings()).await;
     let app = scene.server.listen(APP);
     let before = scene.client.counters();
-    let dial = Dial {
-        mark: Some(PROXY_MARK),
-        ..Dial::default()
-    };
+    let dial = Dial { mark: Some(PROXY_MARK), ..Dial::default() };
     let (client, (_server, peer)) =
         tokio::join!(scene.client.dial_as(scene.app(family), dial), app.accept());
     let client = client.expect("it connects");
-    assert_eq!(
-        peer,
-        client.local_addr().expect("an address"),
-        "nothing is in between"
-    );
+    assert_eq!(peer, client.local_addr().expect("an address"), "nothing is in between");
     assert_eq!(scene.client.connections_since(&before), vec![]);
 }
 
@@ -217,15 +157,9 @@ async fn own_pod(family: Family) {
     let (scene, mut client_proxy, _server) = Scene::with_proxies().await;
     let app = scene.client.listen(APP);
     let own = scene.client.ip(family);
-    let cases = [
-        (family.loopback(), vec![]),
-        (own, once(&[family.rule("own-pod")])),
-    ];
+    let cases = [(family.loopback(), vec![]), (own, once(&[family.rule("own-pod")]))];
     // The rules spare 127.0.0.1; the rest of 127.0.0.0/8 is the pod's own all the same.
-    let rest = [(
-        IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)),
-        once(&["own-pod".to_owned()]),
-    )];
+    let rest = [(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)), once(&["own-pod".to_owned()]))];
     for (ip, rules) in cases.into_iter().chain(rest) {
         let before = scene.client.counters();
         let (mut client, mut server, _) = scene.client.meet(&app, SocketAddr::new(ip, APP)).await;
@@ -233,11 +167,7 @@ async fn own_pod(family: Family) {
         assert_eq!(scene.client.connections_since(&before), rules, "{ip}");
     }
     client_proxy.stop().await;
-    assert!(
-        !client_proxy.log().contains(" access: "),
-        "the proxy saw it:\n{}",
-        client_proxy.log()
-    );
+    assert!(!client_proxy.log().contains(" access: "), "the proxy saw it:\n{}", client_proxy.log());
 }
 
 fn canonical(address: SocketAddr) -> SocketAddr {
@@ -247,16 +177,13 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 async fn curl_through_the_tunnel(family: Family) {
     let (scene, mut client, _server) = Scene::with_proxies().await;
     curl(&scene, family).await;
-    client
-        .line(&["connection complete", "dst.hbone_addr="])
-        .await;
+    client.line(&["connection complete", "dst.hbone_addr="]).await;
 }
 
 async fn curl_in_plain(family: Family) {
     let scene = Scene::new().await;
-    let settings = scene
-        .client_settings()
-        .set(&format!("mesh.file={}", scene.empty_mesh().display()));
+    let settings =
+        scene.client_settings().set(&format!("mesh.file={}", scene.empty_mesh().display()));
     let mut client = scene.client.proxy(&settings).await;
     curl(&scene, family).await;
     let line = client.line(&["connection complete"]).await;
@@ -267,9 +194,7 @@ async fn curl(scene: &Scene, family: Family) {
     let http = Server::http(&scene.server, APP);
     let to = scene.app(family);
     let url = format!("http://{to}/");
-    let page = tool(&scene.client, "curl", &["-sS", "--max-time", "8", &url])
-        .await
-        .ok();
+    let page = tool(&scene.client, "curl", &["-sS", "--max-time", "8", &url]).await.ok();
     let peer: SocketAddr = page
         .lines()
         .find_map(|line| line.strip_prefix("peer ")?.parse().ok())

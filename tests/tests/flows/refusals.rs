@@ -16,18 +16,9 @@ pub(crate) fn add(suite: &mut Suite) {
         "a member whose proxy is not ours to reach gets nothing without a certificate",
         no_certificate_here,
     );
-    suite.test(
-        "an application cannot connect to its own proxy's listeners",
-        own_listener,
-    );
-    suite.test_both(
-        "nobody outside reaches the listeners for caught connections",
-        from_outside,
-    );
-    suite.test_both(
-        "a tunnel leads to no listener of the proxy and to nobody else",
-        by_tunnel,
-    );
+    suite.test("an application cannot connect to its own proxy's listeners", own_listener);
+    suite.test_both("nobody outside reaches the listeners for caught connections", from_outside);
+    suite.test_both("a tunnel leads to no listener of the proxy and to nobody else", by_tunnel);
 }
 
 /// Asserts that nothing but HBONE went over the wire, and none of it to an application.
@@ -37,10 +28,7 @@ pub(crate) fn assert_nothing_in_plain(frames: &[Vec<u8>]) {
         assert!(ports.contains(&HBONE), "{segment:?}");
         // What `exchange` says.
         for said in [&b"request"[..], b"answer"] {
-            let heard = segment
-                .payload
-                .windows(said.len())
-                .any(|window| window == said);
+            let heard = segment.payload.windows(said.len()).any(|window| window == said);
             assert!(!heard, "in clear: {segment:?}");
         }
     }
@@ -52,9 +40,7 @@ async fn no_proxy_there(family: Family) {
     let app = scene.server.listen(APP);
     let mut wire = scene.server.capture();
     scene.client.dial_and_see_reset(scene.app(family)).await;
-    proxy
-        .line(&["connection failed", "reason=\"connect\""])
-        .await;
+    proxy.line(&["connection failed", "reason=\"connect\""]).await;
     assert!(!app.is_reached(), "the application was reached");
     assert_nothing_in_plain(&wire.drain().expect("the capture is read"));
 }
@@ -67,9 +53,7 @@ async fn no_certificate_here(family: Family) {
     let app = scene.server.listen(APP);
     let mut wire = scene.server.capture();
     scene.client.dial_and_see_reset(scene.app(family)).await;
-    proxy
-        .line(&["connection failed", "reason=\"no_identity\""])
-        .await;
+    proxy.line(&["connection failed", "reason=\"no_identity\""]).await;
     assert!(!app.is_reached(), "the application was reached");
     assert_nothing_in_plain(&wire.drain().expect("the capture is read"));
 }
@@ -80,18 +64,10 @@ async fn own_listener() {
         let to = SocketAddr::new(family.loopback(), 15001);
         scene.client.dial_and_see_reset(to).await;
         proxy
-            .line(&[
-                "connection failed",
-                "reason=\"own_listener\"",
-                &format!("dst.addr={to}"),
-            ])
+            .line(&["connection failed", "reason=\"own_listener\"", &format!("dst.addr={to}")])
             .await;
     }
-    assert_eq!(
-        proxy.access_lines(2).await.len(),
-        2,
-        "each was refused once and went no further"
-    );
+    assert_eq!(proxy.access_lines(2).await.len(), 2, "each was refused once and went no further");
 }
 
 async fn from_outside(family: Family) {
@@ -101,66 +77,37 @@ async fn from_outside(family: Family) {
         let to = scene.server.at(family, port);
         scene.client.dial_and_see_reset(to).await;
         proxy
-            .line(&[
-                "connection failed",
-                "reason=\"own_listener\"",
-                &format!("dst.addr={to}"),
-            ])
+            .line(&["connection failed", "reason=\"own_listener\"", &format!("dst.addr={to}")])
             .await;
     }
-    assert_eq!(
-        proxy.access_lines(2).await.len(),
-        2,
-        "each was refused once and went no further"
-    );
+    assert_eq!(proxy.access_lines(2).await.len(), 2, "each was refused once and went no further");
 }
 
 async fn by_tunnel(family: Family) {
     let scene = Scene::new().await;
     let mut proxy = scene.server.proxy(&scene.server_settings()).await;
     let tunnel = open_tunnel(&scene, family).await;
-    let elsewhere = [
-        scene.client.at(family, APP),
-        SocketAddr::new(family.loopback(), APP),
-    ];
+    let elsewhere = [scene.client.at(family, APP), SocketAddr::new(family.loopback(), APP)];
     let listeners = [15001, 15006, 15008].map(|port| scene.server.at(family, port));
     let bad = StatusCode::BAD_REQUEST;
     let unavailable = StatusCode::SERVICE_UNAVAILABLE;
     let cases = elsewhere.map(|to| (to, bad, "not_here"));
-    let cases = cases
-        .into_iter()
-        .chain(listeners.map(|to| (to, unavailable, "own_listener")));
+    let cases = cases.into_iter().chain(listeners.map(|to| (to, unavailable, "own_listener")));
     for (to, expected, reason) in cases {
-        let request = ConnectRequest {
-            authority: to.to_string(),
-            headers: HeaderMap::new(),
-        };
+        let request = ConnectRequest { authority: to.to_string(), headers: HeaderMap::new() };
         let refused = match tunnel.connect(request, DEADLINE).await {
             Err(HboneError::Refused { status }) => Some(status),
             _ => None,
         };
         assert_eq!(refused, Some(expected), "CONNECT {to}");
-        proxy
-            .line(&[
-                "connection failed",
-                &format!("reason=\"{reason}\""),
-                &to.to_string(),
-            ])
-            .await;
+        proxy.line(&["connection failed", &format!("reason=\"{reason}\""), &to.to_string()]).await;
     }
 }
 
 async fn open_tunnel(scene: &Scene, family: Family) -> Tunnel {
     let identity = scene.pki.identity(&scene.client_files);
     let connector = Connector::new(&identity, ClientSettings::default()).expect("a connector");
-    let stream = scene
-        .client
-        .dial(scene.server.at(family, HBONE))
-        .await
-        .expect("it listens");
+    let stream = scene.client.dial(scene.server.at(family, HBONE)).await.expect("it listens");
     let peers = [scene.pki.id(SERVER)];
-    connector
-        .open(stream, &peers, DEADLINE)
-        .await
-        .expect("a tunnel")
+    connector.open(stream, &peers, DEADLINE).await.expect("a tunnel")
 }

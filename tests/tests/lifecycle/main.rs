@@ -15,72 +15,32 @@ use underpass_tests::{
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test(
-        "told to stop, it is unready at once and lets what is open end by itself",
-        drains,
-    );
-    suite.test(
-        "what is still open at the drain's deadline is reset",
-        drain_deadline,
-    );
-    suite.test(
-        "told to stop twice, it does not drain any longer",
-        stopped_twice,
-    );
-    suite.test(
-        "while it drains it takes no new connection",
-        takes_nothing_new,
-    );
+    suite.test("told to stop, it is unready at once and lets what is open end by itself", drains);
+    suite.test("what is still open at the drain's deadline is reset", drain_deadline);
+    suite.test("told to stop twice, it does not drain any longer", stopped_twice);
+    suite.test("while it drains it takes no new connection", takes_nothing_new);
     suite.test("it stops when its parent ends", parent_ends);
-    suite.test(
-        "without the proxy its pod is closed, in and out",
-        closed_without_proxy,
-    );
-    suite.test_both(
-        "with on_exit: remove nothing is left, and traffic is direct",
-        removed_on_exit,
-    );
-    suite.test(
-        "killed and started again, it has every rule once",
-        killed_and_restarted,
-    );
-    suite.test(
-        "connections wait for no rule: a restart serves again",
-        restarted_serves,
-    );
-    suite.test(
-        "`underpass rules remove` leaves nothing and says so",
-        rules_remove,
-    );
+    suite.test("without the proxy its pod is closed, in and out", closed_without_proxy);
+    suite.test_both("with on_exit: remove nothing is left, and traffic is direct", removed_on_exit);
+    suite.test("killed and started again, it has every rule once", killed_and_restarted);
+    suite.test("connections wait for no rule: a restart serves again", restarted_serves);
+    suite.test("`underpass rules remove` leaves nothing and says so", rules_remove);
     start::add(&mut suite);
     suite.run()
 }
 
 /// All that rules consist of: netfilter's, policy routing's and its tables'.
 async fn traces(pod: &Pod) -> Vec<String> {
-    let mut all = vec![
-        tool(pod, "nft", &["--stateless", "list", "ruleset"])
-            .await
-            .ok(),
-    ];
+    let mut all = vec![tool(pod, "nft", &["--stateless", "list", "ruleset"]).await.ok()];
     for family in ["-4", "-6"] {
         all.push(tool(pod, "ip", &[family, "rule"]).await.ok());
-        all.push(
-            tool(pod, "ip", &[family, "route", "show", "table", "all"])
-                .await
-                .ok(),
-        );
+        all.push(tool(pod, "ip", &[family, "route", "show", "table", "all"]).await.ok());
     }
     all
 }
 
 async fn ready(pod: &Pod) -> (u16, String) {
-    http_get(
-        pod,
-        SocketAddr::from((Ipv4Addr::LOCALHOST, 15021)),
-        "/healthz/ready",
-    )
-    .await
+    http_get(pod, SocketAddr::from((Ipv4Addr::LOCALHOST, 15021)), "/healthz/ready").await
 }
 
 async fn drains() {
@@ -90,10 +50,7 @@ async fn drains() {
     assert_eq!(ready(&scene.client).await, (200, "ready\n".to_owned()));
     proxy.signal(Signal::SIGTERM);
     proxy.line(&["stopping", "SIGTERM"]).await;
-    assert_eq!(
-        ready(&scene.client).await,
-        (503, "not ready: draining\n".to_owned())
-    );
+    assert_eq!(ready(&scene.client).await, (503, "not ready: draining\n".to_owned()));
     exchange(&mut client, &mut server).await;
     client.shutdown().await.expect("FIN is sent");
     assert_eq!(read_to_end(&mut server).await, (vec![], End::Fin));
@@ -113,18 +70,12 @@ async fn drain_deadline() {
         let app = scene.server.listen(APP);
         let (mut client, mut server, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
         exchange(&mut client, &mut server).await;
-        let proxy = if stop_client {
-            &mut client_proxy
-        } else {
-            &mut server_proxy
-        };
+        let proxy = if stop_client { &mut client_proxy } else { &mut server_proxy };
         proxy.signal(Signal::SIGTERM);
         assert_eq!(read_to_end(&mut client).await, (vec![], End::Reset));
         assert_eq!(read_to_end(&mut server).await, (vec![], End::Reset));
         assert_eq!(proxy.ended().await.code(), Some(0), "{}", proxy.log());
-        proxy
-            .line(&["connection failed", "reason=\"drained\""])
-            .await;
+        proxy.line(&["connection failed", "reason=\"drained\""]).await;
     }
 }
 
@@ -172,17 +123,10 @@ async fn closed_without_proxy() {
     let app = scene.server.listen(APP);
     client_proxy.stop().await;
     server_proxy.stop().await;
-    assert!(
-        client_proxy.log().contains("the rules stay"),
-        "{}",
-        client_proxy.log()
-    );
+    assert!(client_proxy.log().contains("the rules stay"), "{}", client_proxy.log());
     for family in Family::BOTH {
         let out = scene.client.dial(scene.app(family)).await;
-        assert_eq!(
-            out.map(drop).map_err(|error| error.kind()),
-            Err(ErrorKind::ConnectionRefused)
-        );
+        assert_eq!(out.map(drop).map_err(|error| error.kind()), Err(ErrorKind::ConnectionRefused));
     }
     // The client pod no longer is in the way of what comes to the server pod.
     tool(&scene.client, "nft", &["flush", "ruleset"]).await.ok();
@@ -195,10 +139,7 @@ async fn closed_without_proxy() {
             );
         }
     }
-    assert!(
-        !app.is_reached(),
-        "the application was reached without a proxy"
-    );
+    assert!(!app.is_reached(), "the application was reached without a proxy");
 }
 
 async fn removed_on_exit(family: Family) {
@@ -213,11 +154,7 @@ async fn removed_on_exit(family: Family) {
     let app = scene.server.listen(APP);
     let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(family)).await;
     exchange(&mut client, &mut server).await;
-    assert_eq!(
-        peer,
-        client.local_addr().expect("an address"),
-        "nothing is in between"
-    );
+    assert_eq!(peer, client.local_addr().expect("an address"), "nothing is in between");
 }
 
 async fn killed_and_restarted() {
@@ -225,11 +162,7 @@ async fn killed_and_restarted() {
     let once = traces(&scene.client).await;
     proxy.signal(Signal::SIGKILL);
     proxy.ended().await;
-    assert_eq!(
-        traces(&scene.client).await,
-        once,
-        "a killed proxy leaves its pod closed"
-    );
+    assert_eq!(traces(&scene.client).await, once, "a killed proxy leaves its pod closed");
     let _proxy = scene.client.proxy(&scene.client_settings()).await;
     assert_eq!(traces(&scene.client).await, once);
 }
@@ -242,11 +175,7 @@ async fn restarted_serves() {
         let (mut client, mut server, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
         exchange(&mut client, &mut server).await;
         drop((client, server));
-        server_proxy.signal(if round == 0 {
-            Signal::SIGKILL
-        } else {
-            Signal::SIGTERM
-        });
+        server_proxy.signal(if round == 0 { Signal::SIGKILL } else { Signal::SIGTERM });
         server_proxy.ended().await;
         server_proxy = scene.server.proxy(&scene.server_settings()).await;
     }

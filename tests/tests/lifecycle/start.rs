@@ -6,30 +6,15 @@ use underpass::spawn::SpawnError;
 use underpass_tests::{APP, CLIENT, Family, Pod, SERVER, Scene, Settings, Suite, exchange, tool};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test(
-        "a port that is taken is named with its setting",
-        taken_ports,
-    );
-    suite.test(
-        "every mistake in the settings is told at once, with exit code 2",
-        bad_settings,
-    );
-    suite.test(
-        "a broken mesh file is told with its place, with exit code 2",
-        bad_mesh,
-    );
+    suite.test("a port that is taken is named with its setting", taken_ports);
+    suite.test("every mistake in the settings is told at once, with exit code 2", bad_settings);
+    suite.test("a broken mesh file is told with its place, with exit code 2", bad_mesh);
     suite.test(
         "a certificate that is missing or has expired is told with its file",
         bad_certificate,
     );
-    suite.test(
-        "without NET_ADMIN it says so and how to grant it",
-        without_net_admin,
-    );
-    suite.test(
-        "where IPv6 is disabled it starts and serves IPv4",
-        without_ipv6,
-    );
+    suite.test("without NET_ADMIN it says so and how to grant it", without_net_admin);
+    suite.test("where IPv6 is disabled it starts and serves IPv4", without_ipv6);
     suite.test("with ipv6: bypass, IPv6 goes its way", ipv6_bypassed);
     suite.test("with profile: none it installs nothing", profile_none);
 }
@@ -75,15 +60,8 @@ async fn taken_ports() {
         let _taken = scene.client.listen(port);
         let (code, log) = fails(&scene.client, &scene.client_settings()).await;
         assert_eq!(code, Some(1), "{log}");
-        let [error] = errors(&log)[..] else {
-            unreachable!("not one line:\n{log}")
-        };
-        for part in [
-            "underpass: cannot listen on",
-            &port.to_string(),
-            setting,
-            "another process",
-        ] {
+        let [error] = errors(&log)[..] else { unreachable!("not one line:\n{log}") };
+        for part in ["underpass: cannot listen on", &port.to_string(), setting, "another process"] {
             assert!(error.contains(part), "{part:?} is not in {error}");
         }
     }
@@ -137,13 +115,8 @@ async fn bad_certificate() {
         let settings = Settings::new(CLIENT).identity(&files).mesh(&scene.mesh);
         let (code, log) = fails(&scene.client, &settings).await;
         assert_eq!(code, Some(1), "{log}");
-        let [error] = errors(&log)[..] else {
-            unreachable!("not one line:\n{log}")
-        };
-        assert!(
-            error.contains(file) && error.contains(reason),
-            "{file} {reason}: {error}"
-        );
+        let [error] = errors(&log)[..] else { unreachable!("not one line:\n{log}") };
+        assert!(error.contains(file) && error.contains(reason), "{file} {reason}: {error}");
     }
 }
 
@@ -153,15 +126,10 @@ async fn without_net_admin() {
     tool(&scene.client, "setpriv", &["--version"]).await.ok();
     let script =
         "exec setpriv --bounding-set -net_admin --inh-caps -net_admin \"$UNDERPASS\" \"$@\"";
-    let started = scene
-        .client
-        .try_proxy_through(script, &scene.client_settings())
-        .await;
+    let started = scene.client.try_proxy_through(script, &scene.client_settings()).await;
     let (code, log) = ended(&scene.client, started.err()).await;
     assert_eq!(code, Some(1), "{log}");
-    let [error] = errors(&log)[..] else {
-        unreachable!("not one line:\n{log}")
-    };
+    let [error] = errors(&log)[..] else { unreachable!("not one line:\n{log}") };
     assert!(
         error.contains("NET_ADMIN is missing") && error.contains("--cap-add NET_ADMIN"),
         "{error}"
@@ -182,25 +150,17 @@ async fn without_ipv6() {
     exchange(&mut client, &mut server).await;
     assert_eq!(peer.ip(), scene.client.ip(Family::V4));
     drop((client, server));
-    client_proxy
-        .line(&["connection complete", "dst.hbone_addr="])
-        .await;
+    client_proxy.line(&["connection complete", "dst.hbone_addr="]).await;
 }
 
 async fn ipv6_bypassed() {
     let scene = Scene::new().await;
-    let _client = scene
-        .client
-        .proxy(&scene.client_settings().set("interception.ipv6=bypass"))
-        .await;
+    let _client =
+        scene.client.proxy(&scene.client_settings().set("interception.ipv6=bypass")).await;
     let app = scene.server.listen(APP);
     let before = scene.client.counters();
     let (client, _, peer) = scene.client.meet(&app, scene.app(Family::V6)).await;
-    assert_eq!(
-        peer,
-        client.local_addr().expect("an address"),
-        "nothing is in between"
-    );
+    assert_eq!(peer, client.local_addr().expect("an address"), "nothing is in between");
     assert_eq!(scene.client.connections_since(&before), vec![]);
 }
 
@@ -209,17 +169,9 @@ async fn profile_none() {
     let settings = scene.server_settings().set("interception.profile=none");
     let _client = scene.client.proxy(&scene.client_settings()).await;
     let _server = scene.server.proxy(&settings).await;
-    assert_eq!(
-        tool(&scene.server, "nft", &["list", "ruleset"]).await.ok(),
-        "",
-        "{SERVER}"
-    );
+    assert_eq!(tool(&scene.server, "nft", &["list", "ruleset"]).await.ok(), "", "{SERVER}");
     let app = scene.server.listen(APP);
     let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(Family::V4)).await;
     exchange(&mut client, &mut server).await;
-    assert_eq!(
-        peer.ip(),
-        scene.server.ip(Family::V4),
-        "the client is not imitated"
-    );
+    assert_eq!(peer.ip(), scene.server.ip(Family::V4), "the client is not imitated");
 }
