@@ -1,0 +1,79 @@
+//! `cargo bench -p underpass-benches`: every load on every path in turn, round after round, and the ratios.
+
+#![expect(
+    clippy::expect_used,
+    reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
+)]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "this is a program for a terminal"
+)]
+
+use std::fs;
+
+use underpass_benches::{Options, Path, Report, Workload, relay};
+use underpass_interception::{enter_sandbox, raise_open_files};
+
+fn main() {
+    let options = Options::read();
+    if !options.relay.is_empty() {
+        return relay(&options.relay);
+    }
+    if !options.bench {
+        println!("nothing is measured without --bench, which `cargo bench` adds");
+        return;
+    }
+    // Outside of the sandbox, where cargo has its home; with the profile of this program.
+    underpass_tests::binary();
+    // Namespaces can only be entered while there is one thread.
+    enter_sandbox().expect("this user may make namespaces");
+    raise_open_files().expect("the limit of open files can be raised");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let report = runtime
+        .expect("a runtime starts")
+        .block_on(measure(&options));
+    println!("\n{}", report.table());
+    save(&report);
+}
+
+/// Paths take turns within a round, so that whatever else the machine does meets all of them.
+async fn measure(options: &Options) -> Report {
+    let mut report = Report::new(options);
+    let mut paths = Vec::new();
+    for &name in &options.paths {
+        paths.push((name, Path::set_up(name, options).await));
+    }
+    for workload in options.only.iter().flat_map(|what| Workload::of(*what)) {
+        for round in 1..=options.rounds {
+            for (name, path) in paths.iter().filter(|(name, _)| workload.measures(*name)) {
+                eprintln!("{workload}, round {round} of {}, {name}", options.rounds);
+                let figures = if workload.needs_fresh_proxies() {
+                    workload
+                        .run(&Path::set_up(*name, options).await, options)
+                        .await
+                } else {
+                    workload.run(path, options).await
+                };
+                report.add(workload, *name, &figures);
+            }
+        }
+    }
+    report
+}
+
+/// Writes `target/bench/path.json`; this program is `target/PROFILE/deps/path-…`.
+fn save(report: &Report) {
+    let program = std::env::current_exe().expect("this program has a path");
+    let target = program
+        .ancestors()
+        .nth(3)
+        .expect("cargo has put it into its target directory");
+    let file = target.join("bench/path.json");
+    fs::create_dir_all(target.join("bench")).expect("the target directory can be written");
+    fs::write(&file, format!("{:#}\n", report.json()))
+        .expect("the target directory can be written");
+    println!("every round: {}", file.display());
+}

@@ -1,0 +1,66 @@
+//! What processes have used, as `/proc` tells it.
+
+use std::fs;
+
+/// `USER_HZ`, the unit of times in `/proc/PID/stat` (proc(5)): 100 on every architecture that we build for.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// The CPU time, user and system, that the processes have used in their lives, in seconds; the grain is 10 ms.
+///
+/// What the kernel does for them in interrupts counts for whoever was running.
+pub(crate) fn cpu_seconds(processes: &[u32]) -> f64 {
+    let ticks = |process: &u32| {
+        let stat =
+            fs::read_to_string(format!("/proc/{process}/stat")).expect("the proxy still runs");
+        cpu_ticks(&stat).expect("/proc/PID/stat is as proc(5) says")
+    };
+    processes.iter().map(ticks).sum::<f64>() / TICKS_PER_SECOND
+}
+
+/// The memory that is resident for a process, in KiB.
+pub(crate) fn resident_kib(process: u32) -> f64 {
+    let status =
+        fs::read_to_string(format!("/proc/{process}/status")).expect("the proxy still runs");
+    resident(&status).expect("/proc/PID/status is as proc(5) says")
+}
+
+fn cpu_ticks(stat: &str) -> Option<f64> {
+    // The second field is a name in parentheses that may contain anything; utime and stime are fields 14 and 15.
+    let (_, after_name) = stat.rsplit_once(") ")?;
+    let mut fields = after_name.split(' ').skip(11);
+    let user: f64 = fields.next()?.parse().ok()?;
+    let system: f64 = fields.next()?.parse().ok()?;
+    Some(user + system)
+}
+
+fn resident(status: &str) -> Option<f64> {
+    let value = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    value.trim().strip_suffix(" kB")?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_time_is_found_behind_any_name() {
+        let stat = "7 (a ) b) S 1 7 7 0 -1 4194560 100 0 0 0 150 50 0 0 20 0 3 0 400 1000 200";
+        assert_eq!(cpu_ticks(stat), Some(200.0));
+    }
+
+    #[test]
+    fn resident_memory_is_read_in_kib() {
+        assert_eq!(
+            resident("Name:\tx\nVmRSS:\t    8012 kB\nThreads:\t3\n"),
+            Some(8012.0)
+        );
+    }
+
+    #[test]
+    fn this_process_uses_memory_and_time() {
+        assert!(resident_kib(std::process::id()) > 100.0);
+        assert!(cpu_seconds(&[std::process::id()]) >= 0.0);
+    }
+}

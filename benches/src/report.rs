@@ -1,0 +1,260 @@
+//! All rounds put together: a table for people, JSON for the rest.
+//!
+//! Ratios are taken within a round, where both figures were measured one right after the other, and then their median.
+
+use std::fmt::Write as _;
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::options::{Options, PathName};
+use crate::workload::{Figure, Workload};
+
+/// Everything that was measured so far.
+#[derive(Debug)]
+pub struct Report {
+    paths: Vec<PathName>,
+    environment: Value,
+    rows: Vec<Row>,
+}
+
+/// One figure on all paths, of every round.
+#[derive(Debug)]
+struct Row {
+    workload: String,
+    figure: &'static str,
+    /// As many as paths, in their order.
+    rounds: Vec<Vec<f64>>,
+}
+
+impl Report {
+    /// An empty one, which knows the machine as it is now: before any load of ours.
+    ///
+    /// # Panics
+    /// `/proc` cannot be read.
+    #[must_use]
+    pub fn new(options: &Options) -> Self {
+        let line = |path: &str| {
+            fs::read_to_string(path)
+                .expect("/proc is there")
+                .trim()
+                .to_owned()
+        };
+        let load = line("/proc/loadavg");
+        let environment = json!({
+            "kernel": line("/proc/sys/kernel/osrelease"),
+            "processors": std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            "load_before": load.split(' ').next(),
+            "seconds": options.seconds,
+            "rounds": options.rounds,
+            "access_log": options.access_log,
+        });
+        Self {
+            paths: options.paths.clone(),
+            environment,
+            rows: Vec::new(),
+        }
+    }
+
+    /// Takes the figures of one workload on one path in one round.
+    pub fn add(&mut self, workload: Workload, path: PathName, figures: &[Figure]) {
+        let Some(column) = self.paths.iter().position(|known| *known == path) else {
+            return;
+        };
+        for figure in figures {
+            let row = self.row(workload.to_string(), figure.name);
+            if let (Some(rounds), Some(value)) = (row.rounds.get_mut(column), figure.value) {
+                rounds.push(value);
+            }
+        }
+    }
+
+    fn row(&mut self, workload: String, figure: &'static str) -> &mut Row {
+        let known = self
+            .rows
+            .iter()
+            .position(|row| row.workload == workload && row.figure == figure);
+        let index = known.unwrap_or(self.rows.len());
+        if known.is_none() {
+            self.rows.push(Row {
+                workload,
+                figure,
+                rounds: vec![Vec::new(); self.paths.len()],
+            });
+        }
+        self.rows.get_mut(index).expect("it is there by now")
+    }
+
+    /// The table, in Markdown: medians, with the least and the most of all rounds, and the ratios.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let mut head = vec![String::new()];
+        head.extend(self.paths.iter().map(ToString::to_string));
+        let ratios = self.ratios();
+        head.extend(ratios.iter().map(|(of, to)| format!("{of} ÷ {to}")));
+        let mut lines = vec![head];
+        for row in &self.rows {
+            let mut line = vec![format!("{}, {}", row.workload, row.figure)];
+            line.extend(row.rounds.iter().map(|rounds| cell(rounds)));
+            line.extend(ratios.iter().map(|&(of, to)| {
+                self.ratio(row, of, to)
+                    .map_or_else(|| "–".to_owned(), |ratio| format!("{ratio:.2}"))
+            }));
+            lines.push(line);
+        }
+        markdown(&lines)
+    }
+
+    /// Where, how, and every figure of every round.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        let rows = self.rows.iter().map(|row| {
+            let named = |(path, rounds): (&PathName, &Vec<f64>)| (path.to_string(), json!(rounds));
+            let rounds: serde_json::Map<_, _> = self.paths.iter().zip(&row.rounds).map(named).collect();
+            let ratio = |(of, to)| Some((format!("{of}/{to}"), json!(self.ratio(row, of, to)?)));
+            let ratios: serde_json::Map<_, _> = self.ratios().into_iter().filter_map(ratio).collect();
+            json!({ "workload": row.workload, "figure": row.figure, "rounds": rounds, "ratios": ratios })
+        });
+        json!({ "environment": self.environment, "rows": rows.collect::<Vec<_>>() })
+    }
+
+    /// Which paths are compared with which.
+    fn ratios(&self) -> Vec<(PathName, PathName)> {
+        let has = |path: &PathName| self.paths.contains(path);
+        let of = [PathName::Plain, PathName::Hbone].into_iter().filter(has);
+        of.flat_map(|of| {
+            [PathName::Direct, PathName::Relay]
+                .into_iter()
+                .filter(has)
+                .map(move |to| (of, to))
+        })
+        .collect()
+    }
+
+    fn ratio(&self, row: &Row, of: PathName, to: PathName) -> Option<f64> {
+        let rounds = |path| {
+            let column = self.paths.iter().position(|known| *known == path)?;
+            row.rounds.get(column)
+        };
+        let pairs = rounds(of)?.iter().zip(rounds(to)?);
+        median(&pairs.map(|(of, to)| of / to).collect::<Vec<_>>())
+    }
+}
+
+fn cell(rounds: &[f64]) -> String {
+    let Some(middle) = median(rounds) else {
+        return "–".to_owned();
+    };
+    let least = rounds.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = rounds.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    match rounds.len() {
+        1 => number(middle),
+        _ => format!("{} ({}–{})", number(middle), number(least), number(most)),
+    }
+}
+
+/// Three digits that matter.
+fn number(value: f64) -> String {
+    match value.abs() {
+        ..10.0 => format!("{value:.2}"),
+        10.0..100.0 => format!("{value:.1}"),
+        _ => format!("{value:.0}"),
+    }
+}
+
+fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let upper = *sorted.get(sorted.len() / 2)?;
+    let lower = *sorted.get((sorted.len() - 1) / 2)?;
+    Some(f64::midpoint(lower, upper))
+}
+
+/// The first line is the head; the first column is text and the others are figures.
+fn markdown(lines: &[Vec<String>]) -> String {
+    let columns = lines.first().map_or(0, Vec::len);
+    let width = |column: usize| {
+        let cells = lines.iter().filter_map(|line| line.get(column));
+        cells
+            .map(|cell| cell.chars().count())
+            .max()
+            .unwrap_or_default()
+    };
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    let mut table = String::new();
+    for (index, line) in lines.iter().enumerate() {
+        for (column, (cell, width)) in line.iter().zip(&widths).enumerate() {
+            let padded = if column == 0 {
+                format!("{cell:<width$}")
+            } else {
+                format!("{cell:>width$}")
+            };
+            write!(table, "| {padded} ").expect("a String takes everything");
+        }
+        table.push_str("|\n");
+        if index == 0 {
+            for (column, width) in widths.iter().enumerate() {
+                let rule = "-".repeat(*width);
+                let end = if column == 0 { '-' } else { ':' };
+                write!(table, "|-{rule}{end}").expect("a String takes everything");
+            }
+            table.push_str("|\n");
+        }
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_median_is_the_middle_or_between_the_two() {
+        assert_eq!(median(&[]), None);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[1.0, 2.0]), Some(1.5));
+    }
+
+    #[test]
+    fn a_ratio_is_taken_within_each_round() {
+        let mut report = report(&[PathName::Direct, PathName::Hbone]);
+        // The machine became half as fast between the rounds: the ratio did not change.
+        let row = Row {
+            workload: String::new(),
+            figure: "",
+            rounds: vec![vec![10.0, 5.0], vec![5.0, 2.5]],
+        };
+        assert_eq!(
+            report.ratio(&row, PathName::Hbone, PathName::Direct),
+            Some(0.5)
+        );
+        report.rows.push(row);
+        assert_eq!(report.json()["rows"][0]["ratios"]["hbone/direct"], 0.5);
+    }
+
+    #[test]
+    fn a_path_without_a_figure_has_a_dash_and_no_ratio() {
+        let mut report = report(&[PathName::Direct, PathName::Hbone]);
+        let rounds = vec![vec![], vec![1.0, 3.0, 2.0]];
+        report.rows.push(Row {
+            workload: "bulk x1".to_owned(),
+            figure: "CPU-s/GB",
+            rounds,
+        });
+        let table = report.table();
+        let line = table.lines().nth(2).unwrap();
+        let cells: Vec<_> = line.split('|').map(str::trim).collect();
+        assert_eq!(
+            cells,
+            ["", "bulk x1, CPU-s/GB", "–", "2.00 (1.00–3.00)", "–", ""]
+        );
+    }
+
+    fn report(paths: &[PathName]) -> Report {
+        Report {
+            paths: paths.to_vec(),
+            environment: Value::Null,
+            rows: Vec::new(),
+        }
+    }
+}

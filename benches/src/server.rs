@@ -1,0 +1,122 @@
+//! The other end of every load, in pod-b: what it does depends on the port.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::thread;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::watch;
+use underpass_interception::Namespace;
+
+/// Reads and forgets.
+pub(crate) const SINK: u16 = 9001;
+/// Writes until nobody reads.
+pub(crate) const SOURCE: u16 = 9002;
+/// Answers every [`MESSAGE`] with one.
+pub(crate) const ANSWER: u16 = 9003;
+/// Answers one [`MESSAGE`] and closes.
+pub(crate) const ANSWER_ONCE: u16 = 9004;
+
+pub(crate) const PORTS: [u16; 4] = [SINK, SOURCE, ANSWER, ANSWER_ONCE];
+
+/// Bytes of a request, and of a response.
+pub(crate) const MESSAGE: usize = 100;
+/// What bulk is read and written in: as iperf3 does.
+pub(crate) const BLOCK: usize = 128 * 1024;
+
+/// The server of one pod; it serves until the process ends.
+#[derive(Debug)]
+pub(crate) struct Server {
+    /// Bytes that the sink has read.
+    pub(crate) received: Arc<AtomicU64>,
+    /// Connections to the sink that have not ended.
+    pub(crate) sinking: watch::Receiver<usize>,
+}
+
+impl Server {
+    pub(crate) fn start(pod: &Namespace) -> Self {
+        let received = Arc::new(AtomicU64::new(0));
+        let (open, sinking) = watch::channel(0);
+        let (counter, open) = (received.clone(), Arc::new(open));
+        serve_bulk(pod, SINK, move |stream| {
+            open.send_modify(|open| *open += 1);
+            sink(stream, &counter);
+            open.send_modify(|open| *open -= 1);
+        });
+        serve_bulk(
+            pod,
+            SOURCE,
+            |mut stream| while stream.write_all(&[0; BLOCK]).is_ok() {},
+        );
+        serve_answers(pod);
+        Self { received, sinking }
+    }
+}
+
+/// Reads to the end, and counts.
+fn sink(mut stream: TcpStream, counter: &AtomicU64) {
+    let mut buffer = vec![0; BLOCK];
+    while let Ok(length @ 1..) = stream.read(&mut buffer) {
+        counter.fetch_add(length as u64, Relaxed);
+    }
+}
+
+fn listen(pod: &Namespace, port: u16) -> TcpListener {
+    let bound = pod
+        .run(|| TcpListener::bind(("0.0.0.0", port)))
+        .expect("the pod can be entered");
+    bound.expect("the port is free in a new pod")
+}
+
+/// A thread per connection.
+fn serve_bulk(pod: &Namespace, port: u16, serve: impl Fn(TcpStream) + Send + Sync + 'static) {
+    let (listener, serve) = (listen(pod, port), Arc::new(serve));
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (stream, serve) = (stream.expect("accept"), serve.clone());
+            thread::spawn(move || serve(stream));
+        }
+    });
+}
+
+/// One thread for all, as nginx with one worker.
+fn serve_answers(pod: &Namespace) {
+    let listeners = [
+        (listen(pod, ANSWER), usize::MAX),
+        (listen(pod, ANSWER_ONCE), 1),
+    ];
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build();
+        runtime.expect("a runtime starts").block_on(async {
+            for (listener, answers) in listeners {
+                listener.set_nonblocking(true).expect("O_NONBLOCK");
+                let listener = tokio::net::TcpListener::from_std(listener).expect("epoll takes it");
+                tokio::spawn(accept(listener, answers));
+            }
+            std::future::pending::<()>().await;
+        });
+    });
+}
+
+async fn accept(listener: tokio::net::TcpListener, answers: usize) {
+    loop {
+        let (mut stream, _) = listener.accept().await.expect("accept");
+        stream.set_nodelay(true).expect("TCP_NODELAY");
+        tokio::spawn(async move {
+            let mut message = [0; MESSAGE];
+            for _ in 0..answers {
+                // A client that went away has what it wanted; one that did not get it says so itself.
+                let Ok(_) = stream.read_exact(&mut message).await else {
+                    return;
+                };
+                let Ok(()) = stream.write_all(&message).await else {
+                    return;
+                };
+            }
+        });
+    }
+}
