@@ -4,11 +4,7 @@
     clippy::expect_used,
     reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
 )]
-#![expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "this is a program for a terminal"
-)]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
 
 use std::fs;
 
@@ -29,13 +25,9 @@ fn main() {
     // Namespaces can only be entered while there is one thread.
     enter_sandbox().expect("this user may make namespaces");
     raise_open_files().expect("the limit of open files can be raised");
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
-    let report = runtime
-        .expect("a runtime starts")
-        .block_on(measure(&options));
-    println!("\n{}", report.table());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let report = runtime.expect("a runtime starts").block_on(measure(&options));
+    println!("\n{}\n\n{}", report.machine(), report.table());
     save(&report);
 }
 
@@ -51,9 +43,7 @@ async fn measure(options: &Options) -> Report {
             for (name, path) in paths.iter().filter(|(name, _)| workload.measures(*name)) {
                 eprintln!("{workload}, round {round} of {}, {name}", options.rounds);
                 let figures = if workload.needs_fresh_proxies() {
-                    workload
-                        .run(&Path::set_up(*name, options).await, options)
-                        .await
+                    workload.run(&Path::set_up(*name, options).await, options).await
                 } else {
                     workload.run(path, options).await
                 };
@@ -67,10 +57,7 @@ async fn measure(options: &Options) -> Report {
 /// Writes `target/bench/path.json`; this program is `target/PROFILE/deps/path-…`.
 fn save(report: &Report) {
     let program = std::env::current_exe().expect("this program has a path");
-    let target = program
-        .ancestors()
-        .nth(3)
-        .expect("cargo has put it into its target directory");
+    let target = program.ancestors().nth(3).expect("cargo has put it into its target directory");
     let file = target.join("bench/path.json");
     fs::create_dir_all(target.join("bench")).expect("the target directory can be written");
     fs::write(&file, format!("{:#}\n", report.json()))

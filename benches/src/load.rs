@@ -75,9 +75,7 @@ impl Traffic {
         let mut traffic = Self::new();
         let phase = traffic.phase.clone();
         traffic.threads.push(spawn(pod, move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.expect("a runtime starts").block_on(async {
                 let client = |_| client(server, asking, phase.clone());
                 let clients: JoinSet<_> = (0..connections).map(client).collect();
@@ -89,11 +87,7 @@ impl Traffic {
 
     fn new() -> Self {
         let phase = Arc::new(AtomicU8::new(WARMING_UP));
-        Self {
-            phase,
-            received: Arc::default(),
-            threads: Vec::new(),
-        }
+        Self { phase, received: Arc::default(), threads: Vec::new() }
     }
 
     /// From now on, latencies count.
@@ -119,13 +113,10 @@ pub(crate) fn idle(pod: &Namespace, server: SocketAddr, connections: usize) -> V
         let mut stream = connect(server);
         let mut message = [0; MESSAGE];
         stream.write_all(&message).expect("the request is sent");
-        stream
-            .read_exact(&mut message)
-            .expect("the request is answered");
+        stream.read_exact(&mut message).expect("the request is answered");
         stream
     };
-    pod.run(|| (0..connections).map(open).collect())
-        .expect("the pod can be entered")
+    pod.run(|| (0..connections).map(open).collect()).expect("the pod can be entered")
 }
 
 /// A thread that is in the pod, as is whatever it opens.
@@ -133,18 +124,13 @@ fn spawn<T: Send + 'static>(
     pod: &Namespace,
     run: impl FnOnce() -> T + Send + 'static,
 ) -> JoinHandle<T> {
-    pod.run(|| thread::spawn(run))
-        .expect("the pod can be entered")
+    pod.run(|| thread::spawn(run)).expect("the pod can be entered")
 }
 
 fn connect(server: SocketAddr) -> TcpStream {
     let stream = TcpStream::connect_timeout(&server, PATIENCE).expect("the server can be reached");
-    stream
-        .set_read_timeout(Some(PATIENCE))
-        .expect("SO_RCVTIMEO");
-    stream
-        .set_write_timeout(Some(PATIENCE))
-        .expect("SO_SNDTIMEO");
+    stream.set_read_timeout(Some(PATIENCE)).expect("SO_RCVTIMEO");
+    stream.set_write_timeout(Some(PATIENCE)).expect("SO_SNDTIMEO");
     stream
 }
 
@@ -171,9 +157,7 @@ async fn client(server: SocketAddr, asking: Asking, phase: Arc<AtomicU8>) -> Vec
     while phase.load(Relaxed) != STOPPING {
         let began = Instant::now();
         let stream = kept.take();
-        kept = timeout(PATIENCE, ask(server, asking, stream))
-            .await
-            .expect("an answer comes");
+        kept = timeout(PATIENCE, ask(server, asking, stream)).await.expect("an answer comes");
         if phase.load(Relaxed) == MEASURING {
             latencies.push(u32::try_from(began.elapsed().as_micros()).expect("less than PATIENCE"));
         }
@@ -190,29 +174,19 @@ async fn ask(
     let mut stream = match stream {
         Some(stream) => stream,
         None => {
-            let new = tokio::net::TcpStream::connect(server)
-                .await
-                .expect("the server can be reached");
+            let new =
+                tokio::net::TcpStream::connect(server).await.expect("the server can be reached");
             new.set_nodelay(true).expect("TCP_NODELAY");
             new
         }
     };
     let mut message = [0; MESSAGE];
-    stream
-        .write_all(&message)
-        .await
-        .expect("the request is sent");
-    stream
-        .read_exact(&mut message)
-        .await
-        .expect("the request is answered");
+    stream.write_all(&message).await.expect("the request is sent");
+    stream.read_exact(&mut message).await.expect("the request is answered");
     match asking {
         Asking::KeepAlive => Some(stream),
         Asking::Once => {
-            let rest = stream
-                .read(&mut message)
-                .await
-                .expect("the connection ends well");
+            let rest = stream.read(&mut message).await.expect("the connection ends well");
             assert_eq!(rest, 0, "the server closes after one answer");
             None
         }

@@ -104,8 +104,5 @@ impl fmt::Display for PathName {
 
 /// As it is written on the command line.
 fn option_name(value: &impl ValueEnum) -> String {
-    value
-        .to_possible_value()
-        .map(|value| value.get_name().to_owned())
-        .unwrap_or_default()
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }

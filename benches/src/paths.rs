@@ -21,11 +21,8 @@ use crate::server::{PORTS, Server};
 /// How far above the server's own ports the relay in its pod listens.
 const RELAYED: u16 = 1000;
 
-/// Tens of thousands of new connections need more ports than there are by default. And no port may be in both ranges: the
-/// server's proxy connects to the server from the client's address and a port of its own pod; if the client itself then uses
-/// that port in plain, the kernel's connection tracking takes the new connection for the old one, and it is refused.
-const CLIENT_PORTS: &str = "10000 37499";
-const SERVER_PORTS: &str = "37500 65000";
+/// Tens of thousands of new connections need more ports than there are by default.
+const EPHEMERAL_PORTS: &str = "10000 65000";
 
 /// How much of a log may say why a load failed.
 const LOG_LINES: usize = 20;
@@ -54,8 +51,8 @@ impl Path {
         let mut world = World::new();
         let (mut client, mut server) = (world.pod(CLIENT).await, world.pod(SERVER).await);
         world.wire(&mut client, &mut server).await;
-        for (pod, ports) in [(&client, CLIENT_PORTS), (&server, SERVER_PORTS)] {
-            pod.sysctl("net/ipv4/ip_local_port_range", ports);
+        for pod in [&client, &server] {
+            pod.sysctl("net/ipv4/ip_local_port_range", EPHEMERAL_PORTS);
             pod.sysctl("net/ipv4/tcp_tw_reuse", "1");
         }
         let mesh = Mesh::default();
@@ -63,32 +60,15 @@ impl Path {
             PathName::Direct => Between::Nothing,
             PathName::Relay => relays(&client, &server),
             PathName::Plain => {
-                proxies(
-                    &world,
-                    mesh.tcp(&client).tcp(&server),
-                    [&client, &server],
-                    options,
-                )
-                .await
+                proxies(&world, mesh.tcp(&client).tcp(&server), [&client, &server], options).await
             }
             PathName::Hbone => {
-                proxies(
-                    &world,
-                    mesh.hbone(&client).hbone(&server),
-                    [&client, &server],
-                    options,
-                )
-                .await
+                proxies(&world, mesh.hbone(&client).hbone(&server), [&client, &server], options)
+                    .await
             }
         };
         let sockets = Server::start(server.namespace());
-        Self {
-            name,
-            client,
-            server_pod: server,
-            server: sockets,
-            between,
-        }
+        Self { name, client, server_pod: server, server: sockets, between }
     }
 
     /// Where load comes from.
@@ -98,11 +78,7 @@ impl Path {
 
     /// Where the client has to connect for a port of the server.
     pub(crate) fn target(&self, port: u16) -> SocketAddr {
-        let pod = if self.name == PathName::Relay {
-            &self.client
-        } else {
-            &self.server_pod
-        };
+        let pod = if self.name == PathName::Relay { &self.client } else { &self.server_pod };
         pod.at(Family::V4, port)
     }
 
@@ -123,13 +99,11 @@ impl Path {
     /// Waits until the server has read all that there is.
     pub(crate) async fn sink_is_idle(&self) {
         let mut sinking = self.server.sinking.clone();
-        sinking
-            .wait_for(|open| *open == 0)
-            .await
-            .expect("the server does not end");
+        sinking.wait_for(|open| *open == 0).await.expect("the server does not end");
     }
 }
 
+#[expect(clippy::print_stderr, reason = "a bench is a program for a terminal")]
 impl Drop for Path {
     /// Where the load met an error, the proxies may know why.
     fn drop(&mut self) {
@@ -161,11 +135,7 @@ fn relays(client: &Pod, server: &Pod) -> Between {
 
 async fn proxies(world: &World, mesh: Mesh, pods: [&Pod; 2], options: &Options) -> Between {
     let pki = Pki::new(world.folder());
-    let filter = if options.access_log {
-        "info"
-    } else {
-        "info,access=warn"
-    };
+    let filter = if options.access_log { "info" } else { "info,access=warn" };
     let mut proxies = Vec::new();
     for pod in pods {
         let settings = Settings::new(pod.name())

@@ -34,9 +34,7 @@ fn cpu_ticks(stat: &str) -> Option<f64> {
 }
 
 fn resident(status: &str) -> Option<f64> {
-    let value = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let value = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     value.trim().strip_suffix(" kB")?.parse().ok()
 }
 
@@ -52,10 +50,7 @@ mod tests {
 
     #[test]
     fn resident_memory_is_read_in_kib() {
-        assert_eq!(
-            resident("Name:\tx\nVmRSS:\t    8012 kB\nThreads:\t3\n"),
-            Some(8012.0)
-        );
+        assert_eq!(resident("Name:\tx\nVmRSS:\t    8012 kB\nThreads:\t3\n"), Some(8012.0));
     }
 
     #[test]

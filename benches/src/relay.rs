@@ -20,16 +20,9 @@ impl Relay {
     /// Starts a relay in `pod` from each first address to the second, and waits until it listens.
     pub(crate) fn start(pod: &Namespace, hops: &[(SocketAddr, SocketAddr)]) -> Self {
         let program = std::env::current_exe().expect("this program has a path");
-        let hops: Vec<_> = hops
-            .iter()
-            .map(|(from, to)| format!("{from}={to}"))
-            .collect();
+        let hops: Vec<_> = hops.iter().map(|(from, to)| format!("{from}={to}")).collect();
         let mut command = Command::new(program);
-        command
-            .arg("--relay")
-            .arg(hops.join(","))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped());
+        command.arg("--relay").arg(hops.join(",")).stdin(Stdio::piped()).stdout(Stdio::piped());
         let spawned = pod.run(|| command.spawn()).expect("the pod can be entered");
         let mut child = spawned.expect("the relay starts");
         let mut ready = [0];
@@ -68,10 +61,7 @@ pub fn relay(hops: &[String]) {
         });
     }
     let mut stdout = io::stdout();
-    stdout
-        .write_all(b"!")
-        .and_then(|()| stdout.flush())
-        .expect("the parent listens");
+    stdout.write_all(b"!").and_then(|()| stdout.flush()).expect("the parent listens");
     // Its end is the parent's.
     io::copy(&mut io::stdin(), &mut io::sink()).ok();
 }
@@ -94,10 +84,7 @@ fn serve(client: TcpStream, to: SocketAddr) {
 fn copy(mut from: &TcpStream, mut to: &TcpStream) {
     let mut buffer = vec![0; BUFFER];
     while let Ok(length @ 1..) = from.read(&mut buffer) {
-        if buffer
-            .get(..length)
-            .is_none_or(|data| to.write_all(data).is_err())
-        {
+        if buffer.get(..length).is_none_or(|data| to.write_all(data).is_err()) {
             break;
         }
     }

@@ -34,12 +34,7 @@ impl Report {
     /// `/proc` cannot be read.
     #[must_use]
     pub fn new(options: &Options) -> Self {
-        let line = |path: &str| {
-            fs::read_to_string(path)
-                .expect("/proc is there")
-                .trim()
-                .to_owned()
-        };
+        let line = |path: &str| fs::read_to_string(path).expect("/proc is there").trim().to_owned();
         let load = line("/proc/loadavg");
         let environment = json!({
             "kernel": line("/proc/sys/kernel/osrelease"),
@@ -49,11 +44,7 @@ impl Report {
             "rounds": options.rounds,
             "access_log": options.access_log,
         });
-        Self {
-            paths: options.paths.clone(),
-            environment,
-            rows: Vec::new(),
-        }
+        Self { paths: options.paths.clone(), environment, rows: Vec::new() }
     }
 
     /// Takes the figures of one workload on one path in one round.
@@ -70,19 +61,28 @@ impl Report {
     }
 
     fn row(&mut self, workload: String, figure: &'static str) -> &mut Row {
-        let known = self
-            .rows
-            .iter()
-            .position(|row| row.workload == workload && row.figure == figure);
+        let known =
+            self.rows.iter().position(|row| row.workload == workload && row.figure == figure);
         let index = known.unwrap_or(self.rows.len());
         if known.is_none() {
-            self.rows.push(Row {
-                workload,
-                figure,
-                rounds: vec![Vec::new(); self.paths.len()],
-            });
+            self.rows.push(Row { workload, figure, rounds: vec![Vec::new(); self.paths.len()] });
         }
         self.rows.get_mut(index).expect("it is there by now")
+    }
+
+    /// On what it was measured, and how, in a line.
+    #[must_use]
+    pub fn machine(&self) -> String {
+        let of = |key: &str| self.environment.get(key).map(ToString::to_string).unwrap_or_default();
+        format!(
+            "kernel {}, {} CPUs, load average {} before; {} rounds of {} s",
+            of("kernel"),
+            of("processors"),
+            of("load_before"),
+            of("rounds"),
+            of("seconds")
+        )
+        .replace('"', "")
     }
 
     /// The table, in Markdown: medians, with the least and the most of all rounds, and the ratios.
@@ -123,10 +123,7 @@ impl Report {
         let has = |path: &PathName| self.paths.contains(path);
         let of = [PathName::Plain, PathName::Hbone].into_iter().filter(has);
         of.flat_map(|of| {
-            [PathName::Direct, PathName::Relay]
-                .into_iter()
-                .filter(has)
-                .map(move |to| (of, to))
+            [PathName::Direct, PathName::Relay].into_iter().filter(has).map(move |to| (of, to))
         })
         .collect()
     }
@@ -175,20 +172,14 @@ fn markdown(lines: &[Vec<String>]) -> String {
     let columns = lines.first().map_or(0, Vec::len);
     let width = |column: usize| {
         let cells = lines.iter().filter_map(|line| line.get(column));
-        cells
-            .map(|cell| cell.chars().count())
-            .max()
-            .unwrap_or_default()
+        cells.map(|cell| cell.chars().count()).max().unwrap_or_default()
     };
     let widths: Vec<_> = (0..columns).map(width).collect();
     let mut table = String::new();
     for (index, line) in lines.iter().enumerate() {
         for (column, (cell, width)) in line.iter().zip(&widths).enumerate() {
-            let padded = if column == 0 {
-                format!("{cell:<width$}")
-            } else {
-                format!("{cell:>width$}")
-            };
+            let padded =
+                if column == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") };
             write!(table, "| {padded} ").expect("a String takes everything");
         }
         table.push_str("|\n");
@@ -224,10 +215,7 @@ mod tests {
             figure: "",
             rounds: vec![vec![10.0, 5.0], vec![5.0, 2.5]],
         };
-        assert_eq!(
-            report.ratio(&row, PathName::Hbone, PathName::Direct),
-            Some(0.5)
-        );
+        assert_eq!(report.ratio(&row, PathName::Hbone, PathName::Direct), Some(0.5));
         report.rows.push(row);
         assert_eq!(report.json()["rows"][0]["ratios"]["hbone/direct"], 0.5);
     }
@@ -236,25 +224,14 @@ mod tests {
     fn a_path_without_a_figure_has_a_dash_and_no_ratio() {
         let mut report = report(&[PathName::Direct, PathName::Hbone]);
         let rounds = vec![vec![], vec![1.0, 3.0, 2.0]];
-        report.rows.push(Row {
-            workload: "bulk x1".to_owned(),
-            figure: "CPU-s/GB",
-            rounds,
-        });
+        report.rows.push(Row { workload: "bulk x1".to_owned(), figure: "CPU-s/GB", rounds });
         let table = report.table();
         let line = table.lines().nth(2).unwrap();
         let cells: Vec<_> = line.split('|').map(str::trim).collect();
-        assert_eq!(
-            cells,
-            ["", "bulk x1, CPU-s/GB", "–", "2.00 (1.00–3.00)", "–", ""]
-        );
+        assert_eq!(cells, ["", "bulk x1, CPU-s/GB", "–", "2.00 (1.00–3.00)", "–", ""]);
     }
 
     fn report(paths: &[PathName]) -> Report {
-        Report {
-            paths: paths.to_vec(),
-            environment: Value::Null,
-            rows: Vec::new(),
-        }
+        Report { paths: paths.to_vec(), environment: Value::Null, rows: Vec::new() }
     }
 }

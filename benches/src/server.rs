@@ -45,11 +45,7 @@ impl Server {
             sink(stream, &counter);
             open.send_modify(|open| *open -= 1);
         });
-        serve_bulk(
-            pod,
-            SOURCE,
-            |mut stream| while stream.write_all(&[0; BLOCK]).is_ok() {},
-        );
+        serve_bulk(pod, SOURCE, |mut stream| while stream.write_all(&[0; BLOCK]).is_ok() {});
         serve_answers(pod);
         Self { received, sinking }
     }
@@ -64,9 +60,7 @@ fn sink(mut stream: TcpStream, counter: &AtomicU64) {
 }
 
 fn listen(pod: &Namespace, port: u16) -> TcpListener {
-    let bound = pod
-        .run(|| TcpListener::bind(("0.0.0.0", port)))
-        .expect("the pod can be entered");
+    let bound = pod.run(|| TcpListener::bind(("0.0.0.0", port))).expect("the pod can be entered");
     bound.expect("the port is free in a new pod")
 }
 
@@ -83,14 +77,9 @@ fn serve_bulk(pod: &Namespace, port: u16, serve: impl Fn(TcpStream) + Send + Syn
 
 /// One thread for all, as nginx with one worker.
 fn serve_answers(pod: &Namespace) {
-    let listeners = [
-        (listen(pod, ANSWER), usize::MAX),
-        (listen(pod, ANSWER_ONCE), 1),
-    ];
+    let listeners = [(listen(pod, ANSWER), usize::MAX), (listen(pod, ANSWER_ONCE), 1)];
     thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .build();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
         runtime.expect("a runtime starts").block_on(async {
             for (listener, answers) in listeners {
                 listener.set_nonblocking(true).expect("O_NONBLOCK");

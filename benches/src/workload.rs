@@ -45,11 +45,9 @@ impl Workload {
     #[must_use]
     pub fn of(what: What) -> Vec<Self> {
         let kinds: &[Kind] = match what {
-            What::Bulk => &[
-                Kind::Bulk(Way::Up, 1),
-                Kind::Bulk(Way::Up, 8),
-                Kind::Bulk(Way::Down, 1),
-            ],
+            What::Bulk => {
+                &[Kind::Bulk(Way::Up, 1), Kind::Bulk(Way::Up, 8), Kind::Bulk(Way::Down, 1)]
+            }
             What::Rtt => &[Kind::Latency],
             What::Rps => &[Kind::Requests(64)],
             What::Conn => &[Kind::Connections(16)],
@@ -76,14 +74,12 @@ impl Workload {
         match self.0 {
             Kind::Bulk(way, streams) => bulk(path, window, way, streams).await,
             Kind::Latency => latency(&requests(path, window, Asking::KeepAlive, 1).await),
-            Kind::Requests(connections) => rate(
-                "requests/s",
-                &requests(path, window, Asking::KeepAlive, connections).await,
-            ),
-            Kind::Connections(connections) => rate(
-                "connections/s",
-                &requests(path, window, Asking::Once, connections).await,
-            ),
+            Kind::Requests(connections) => {
+                rate("requests/s", &requests(path, window, Asking::KeepAlive, connections).await)
+            }
+            Kind::Connections(connections) => {
+                rate("connections/s", &requests(path, window, Asking::Once, connections).await)
+            }
             Kind::Idle(connections) => memory(path, connections).await,
         }
     }
@@ -105,11 +101,7 @@ impl fmt::Display for Workload {
 async fn bulk(path: &Path, window: Duration, way: Way, streams: usize) -> Vec<Figure> {
     let port = if way == Way::Up { SINK } else { SOURCE };
     let traffic = Traffic::bulk(path.client(), path.target(port), way, streams);
-    let counter = if way == Way::Up {
-        path.received()
-    } else {
-        traffic.received.clone()
-    };
+    let counter = if way == Way::Up { path.received() } else { traffic.received.clone() };
     let bytes = || counter.load(Relaxed);
     sleep(WARM_UP).await;
     let (meter, before) = (Meter::start(path), bytes());
@@ -118,18 +110,10 @@ async fn bulk(path: &Path, window: Duration, way: Way, streams: usize) -> Vec<Fi
     let Used { seconds, cpu } = meter.read();
     traffic.stop();
     traffic.latencies();
-    timeout(SETTLE, path.sink_is_idle())
-        .await
-        .expect("what was sent arrives");
+    timeout(SETTLE, path.sink_is_idle()).await.expect("what was sent arrives");
     vec![
-        Figure {
-            name: "Gbit/s",
-            value: Some(gigabytes * 8.0 / seconds),
-        },
-        Figure {
-            name: "CPU-s/GB",
-            value: cpu.map(|cpu| cpu / gigabytes),
-        },
+        Figure { name: "Gbit/s", value: Some(gigabytes * 8.0 / seconds) },
+        Figure { name: "CPU-s/GB", value: cpu.map(|cpu| cpu / gigabytes) },
     ]
 }
 
@@ -148,27 +132,17 @@ struct Used {
 
 impl<'a> Meter<'a> {
     fn start(path: &'a Path) -> Self {
-        Self {
-            path,
-            began: Instant::now(),
-            cpu: cpu_seconds(&path.processes()),
-        }
+        Self { path, began: Instant::now(), cpu: cpu_seconds(&path.processes()) }
     }
 
     fn read(&self) -> Used {
         let processes = self.path.processes();
         let cpu = (!processes.is_empty()).then(|| cpu_seconds(&processes) - self.cpu);
-        Used {
-            seconds: self.began.elapsed().as_secs_f64(),
-            cpu,
-        }
+        Used { seconds: self.began.elapsed().as_secs_f64(), cpu }
     }
 }
 
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "nobody moves more than 2^53 bytes here"
-)]
+#[expect(clippy::cast_precision_loss, reason = "nobody moves more than 2^53 bytes here")]
 fn gigabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e9
 }
@@ -181,11 +155,7 @@ struct Requests {
 }
 
 async fn requests(path: &Path, window: Duration, asking: Asking, connections: usize) -> Requests {
-    let port = if asking == Asking::KeepAlive {
-        ANSWER
-    } else {
-        ANSWER_ONCE
-    };
+    let port = if asking == Asking::KeepAlive { ANSWER } else { ANSWER_ONCE };
     let traffic = Traffic::requests(path.client(), path.target(port), asking, connections);
     sleep(WARM_UP).await;
     let meter = Meter::start(path);
@@ -196,63 +166,34 @@ async fn requests(path: &Path, window: Duration, asking: Asking, connections: us
     let mut latencies = traffic.latencies();
     latencies.sort_unstable();
     let cpu_each = cpu.map(|cpu| cpu * 1e6 / count(&latencies));
-    Requests {
-        latencies,
-        seconds,
-        cpu_each,
-    }
+    Requests { latencies, seconds, cpu_each }
 }
 
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "nobody asks more than 2^53 times here"
-)]
+#[expect(clippy::cast_precision_loss, reason = "nobody asks more than 2^53 times here")]
 fn count(latencies: &[u32]) -> f64 {
     latencies.len() as f64
 }
 
 fn latency(requests: &Requests) -> Vec<Figure> {
     vec![
-        Figure {
-            name: "p50 µs",
-            value: Some(percentile(&requests.latencies, 50)),
-        },
-        Figure {
-            name: "p99 µs",
-            value: Some(percentile(&requests.latencies, 99)),
-        },
-        Figure {
-            name: "CPU µs each",
-            value: requests.cpu_each,
-        },
+        Figure { name: "p50 µs", value: Some(percentile(&requests.latencies, 50)) },
+        Figure { name: "p99 µs", value: Some(percentile(&requests.latencies, 99)) },
+        Figure { name: "CPU µs each", value: requests.cpu_each },
     ]
 }
 
 fn rate(name: &'static str, requests: &Requests) -> Vec<Figure> {
     vec![
-        Figure {
-            name,
-            value: Some(count(&requests.latencies) / requests.seconds),
-        },
-        Figure {
-            name: "p99 µs",
-            value: Some(percentile(&requests.latencies, 99)),
-        },
-        Figure {
-            name: "CPU µs each",
-            value: requests.cpu_each,
-        },
+        Figure { name, value: Some(count(&requests.latencies) / requests.seconds) },
+        Figure { name: "p99 µs", value: Some(percentile(&requests.latencies, 99)) },
+        Figure { name: "CPU µs each", value: requests.cpu_each },
     ]
 }
 
 /// The smallest latency that `percent` of them do not exceed.
 fn percentile(sorted: &[u32], percent: usize) -> f64 {
     let rank = (sorted.len() * percent).div_ceil(100).saturating_sub(1);
-    sorted
-        .get(rank)
-        .copied()
-        .map(f64::from)
-        .expect("there were requests")
+    sorted.get(rank).copied().map(f64::from).expect("there were requests")
 }
 
 /// Resident memory of both proxies: at rest, and for each of many idle connections.
@@ -269,22 +210,10 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
     let rest = |side: usize| at_rest.get(side).map(|kib| kib / 1024.0);
     let growth = |side: usize| Some((after.get(side)? - before.get(side)?) / each);
     vec![
-        Figure {
-            name: "KiB each, client's side",
-            value: growth(0),
-        },
-        Figure {
-            name: "KiB each, server's side",
-            value: growth(1),
-        },
-        Figure {
-            name: "MiB at rest, client's side",
-            value: rest(0),
-        },
-        Figure {
-            name: "MiB at rest, server's side",
-            value: rest(1),
-        },
+        Figure { name: "KiB each, client's side", value: growth(0) },
+        Figure { name: "KiB each, server's side", value: growth(1) },
+        Figure { name: "MiB at rest, client's side", value: rest(0) },
+        Figure { name: "MiB at rest, server's side", value: rest(1) },
     ]
 }
 

@@ -36,7 +36,7 @@ pub use nftables::RuleCounter;
 pub use packets::{PacketCapture, TcpSegment};
 pub use plan::{
     Action, CONNECTION_MARK, Chain, Families, KUBELET_PROBE_V4, KUBELET_PROBE_V6, MARK_MASK, Match,
-    PROXY_MARK, Ports, ROUTE_TABLE, RULE_PRIORITY, Rule, RulePlan, TABLE,
+    PROXY_MARK, PROXY_ZONE, Ports, ROUTE_TABLE, RULE_PRIORITY, Rule, RulePlan, TABLE,
 };
 pub use sandbox::enter_sandbox;
 pub use socket::{

@@ -6,8 +6,9 @@
 use std::net::IpAddr;
 
 use nlink::netlink::nftables::{
-    BaseChain, Chain as KernelChain, CmpOp, CtKey, Expr, Family, FilterHook, MetaKey, NatHook,
-    PayloadBase, Policy, Priority, RedirExpr, Register, Rule as KernelRule, RuleExpr, Verdict,
+    BaseChain, Chain as KernelChain, CmpOp, CtKey, Expr, Family, FilterHook, MetaKey,
+    NFTA_CT_DIRECTION, NFTA_CT_KEY, NFTA_CT_SREG, NatHook, PayloadBase, Policy, Priority, RawExpr,
+    RedirExpr, Register, Rule as KernelRule, RuleExpr, Verdict,
 };
 use nlink::netlink::{Connection, Nftables};
 
@@ -94,6 +95,7 @@ fn connect(operation: &'static str) -> Result<Connection<Nftables>, Interception
 fn kernel_chain(chain: Chain) -> nlink::Result<KernelChain> {
     let priority = Priority::Custom(chain.priority());
     let base = match chain {
+        Chain::RawOutput => BaseChain::filter(FilterHook::Output, priority),
         Chain::ManglePrerouting => BaseChain::filter(FilterHook::Prerouting, priority),
         Chain::MangleOutput => BaseChain::route(priority),
         Chain::NatPrerouting => BaseChain::nat(NatHook::Prerouting, priority),
@@ -164,7 +166,33 @@ fn action_expressions(action: Action) -> Vec<Expr> {
             replace_masked(mark),
             Expr::MetaSet { key: MetaKey::Mark, sreg: REGISTER },
         ],
+        Action::Zone(zone) => vec![
+            Expr::Immediate { dreg: REGISTER, data: zone.to_ne_bytes().into() },
+            set_original_zone(),
+        ],
     }
+}
+
+/// `ct original zone set`: nlink's expression for conntrack has no direction, so its attributes are written here
+/// (enum nft_ct_attributes, include/uapi/linux/netfilter/nf_tables.h).
+fn set_original_zone() -> Expr {
+    let attributes = [
+        attribute(NFTA_CT_KEY, &(CtKey::Zone as u32).to_be_bytes()),
+        // IP_CT_DIR_ORIGINAL.
+        attribute(NFTA_CT_DIRECTION, &[0]),
+        attribute(NFTA_CT_SREG, &REGISTER.wire().to_be_bytes()),
+    ];
+    RawExpr::new("ct", attributes.concat()).into()
+}
+
+/// One netlink attribute: length and type in native byte order, the value, padding to four bytes (netlink(7)).
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    const HEADER: u16 = 4;
+    let length = u16::try_from(value.len()).map_or(HEADER, |length| HEADER + length);
+    let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+    bytes.extend_from_slice(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
 }
 
 fn tcp() -> [Expr; 2] {

@@ -17,7 +17,7 @@
 //! ```
 //!
 //! The nat chains see the first packet of a connection only, so their counters count connections;
-//! the mangle chains see, and count, packets.
+//! the raw and mangle chains see, and count, packets.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -32,6 +32,8 @@ pub const ROUTE_TABLE: u32 = 100;
 /// The priority of the ip rule that chooses [`ROUTE_TABLE`]: just before `main` (32766), as Istio
 /// has it.
 pub const RULE_PRIORITY: u32 = 32764;
+/// The conntrack zone of the original direction of what the proxy opens. Istio uses 1 and 2 for DNS.
+pub const PROXY_ZONE: u16 = 15;
 /// The name of our nftables table; its family is `inet`.
 pub const TABLE: &str = "underpass";
 /// Where the kubelet's probes come from in an Istio mesh, IPv4: the node rewrites their source to
@@ -85,6 +87,8 @@ pub struct Rule {
 /// A base chain of ours. Nothing jumps: every rule stands in the chain that the kernel enters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chain {
+    /// Every packet that a local process sends, before connection tracking.
+    RawOutput,
     /// Every packet that arrives, before address translation.
     ManglePrerouting,
     /// Every packet that a local process sends, before address translation.
@@ -135,6 +139,8 @@ pub enum Action {
     MarkConnection(u32),
     /// Our bits of its own mark become this.
     MarkPacket(u32),
+    /// Its connection is looked up in this conntrack zone, if the packet is of the original direction.
+    Zone(u16),
 }
 
 impl RulePlan {
@@ -145,7 +151,8 @@ impl RulePlan {
             Families::V4 => &[V4],
             Families::V4AndV6 => &[V4, V6],
         };
-        let mut rules = mangle();
+        let mut rules = vec![raw_output()];
+        rules.extend(mangle());
         rules.extend(nat_prerouting(ports, families));
         rules.extend(nat_output(ports, families));
         Self { rules }
@@ -160,13 +167,19 @@ impl RulePlan {
 
 impl Chain {
     /// All chains, in the order in which they are created.
-    pub const ALL: [Self; 4] =
-        [Self::ManglePrerouting, Self::MangleOutput, Self::NatPrerouting, Self::NatOutput];
+    pub const ALL: [Self; 5] = [
+        Self::RawOutput,
+        Self::ManglePrerouting,
+        Self::MangleOutput,
+        Self::NatPrerouting,
+        Self::NatOutput,
+    ];
 
     /// Its name in the kernel.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::RawOutput => "raw_output",
             Self::ManglePrerouting => "mangle_prerouting",
             Self::MangleOutput => "mangle_output",
             Self::NatPrerouting => "nat_prerouting",
@@ -179,9 +192,26 @@ impl Chain {
     #[must_use]
     pub fn priority(self) -> i32 {
         match self {
+            Self::RawOutput => -300,
             Self::ManglePrerouting | Self::MangleOutput => -150,
             Self::NatPrerouting | Self::NatOutput => -100,
         }
+    }
+}
+
+/// The rule that keeps the proxy's connections and the workload's apart, of both families at once.
+///
+/// The kernel of a client may choose, for a connection to the workload, the very port from which the proxy imitates that
+/// client. Conntrack would take its SYN for a packet of the proxy's connection: it would not be caught, and its answer
+/// would go astray. In a zone of its own, the proxy's original direction is never found from outside; replies carry
+/// no mark, and stay in the zone that everything is in.
+fn raw_output() -> Rule {
+    Rule {
+        id: "proxy-zone",
+        reason: "tracks what the proxy opens apart from what is opened by the clients that it imitates",
+        chain: Chain::RawOutput,
+        matches: vec![Match::PacketMark(PROXY_MARK)],
+        action: Action::Zone(PROXY_ZONE),
     }
 }
 

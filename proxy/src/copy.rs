@@ -18,8 +18,9 @@ use crate::record::ConnectionRecord;
 
 /// What a connection's first read may take: most requests fit, and thousands of quiet connections stay cheap.
 const FIRST_READ: usize = 4 * 1024;
-/// What a busy connection's read may take: large enough to make system calls rare, small enough to stay in L2.
-const LARGEST_READ: usize = 128 * 1024;
+/// What a busy connection's read may take: large enough to make system calls rare, small enough to stay in L2, and below
+/// the size (128 KiB) from which glibc asks the kernel for every allocation anew.
+const LARGEST_READ: usize = 64 * 1024;
 
 /// One proxied connection while its bytes move: what is counted, and what may cut it short.
 #[derive(Clone, Copy)]
@@ -158,21 +159,30 @@ impl Sink for TcpSink<'_> {
     }
 }
 
-/// Reads a connection into buffers that grow while it is busy and are not held while it is idle.
+/// Reads a connection into a buffer that grows while the connection is busy and is not held while it is idle.
 struct TcpSource<'a> {
     stream: ReadHalf<'a>,
     broke: fn(io::Error) -> ProxyError,
+    buffer: BytesMut,
     size: usize,
 }
 
 impl<'a> TcpSource<'a> {
     fn new(stream: ReadHalf<'a>, broke: fn(io::Error) -> ProxyError) -> Self {
-        Self { stream, broke, size: FIRST_READ }
+        Self { stream, broke, buffer: BytesMut::new(), size: FIRST_READ }
     }
 
-    /// Doubles after a read that filled the buffer, halves after one that used less than a quarter of it.
-    fn adapt(&mut self, read: usize) {
-        if read >= self.size {
+    /// Makes room for a read. What was read before is written by now, as a rule, and its memory is used again.
+    fn make_room(&mut self) -> usize {
+        if self.buffer.capacity() < self.size / 2 {
+            self.buffer.reserve(self.size);
+        }
+        self.buffer.capacity()
+    }
+
+    /// Doubles after a read that filled its room, halves after one that used less than a quarter of it.
+    fn adapt(&mut self, read: usize, room: usize) {
+        if read >= room {
             self.size = (self.size * 2).min(LARGEST_READ);
         } else if read < self.size / 4 {
             self.size = (self.size / 2).max(FIRST_READ);
@@ -183,16 +193,16 @@ impl<'a> TcpSource<'a> {
 impl Source for TcpSource<'_> {
     async fn read(&mut self) -> Result<Option<Bytes>, ProxyError> {
         loop {
-            let mut buffer = BytesMut::with_capacity(self.size);
-            match self.stream.try_read_buf(&mut buffer) {
+            let room = self.make_room();
+            match self.stream.try_read_buf(&mut self.buffer) {
                 Ok(0) => return Ok(None),
                 Ok(read) => {
-                    self.adapt(read);
-                    return Ok(Some(buffer.freeze()));
+                    self.adapt(read, room);
+                    return Ok(Some(self.buffer.split().freeze()));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     // An idle connection holds no buffer.
-                    drop(buffer);
+                    self.buffer = BytesMut::new();
                     self.stream.readable().await.map_err(self.broke)?;
                 }
                 Err(error) => return Err((self.broke)(error)),

@@ -3,8 +3,10 @@
 use std::io;
 
 use tracing_appender::non_blocking::WorkerGuard;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::time::SystemTime;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 use underpass_config::{ConfigErrors, LogFormat, Logging, Problem};
 
 /// Starts logging; lines that are not written yet are written when the guard is dropped.
@@ -12,7 +14,7 @@ use underpass_config::{ConfigErrors, LogFormat, Logging, Problem};
 /// # Errors
 /// The filter is not in tracing's syntax.
 pub(crate) fn start(settings: &Logging) -> Result<WorkerGuard, ConfigErrors> {
-    let filter = EnvFilter::try_new(&settings.filter).map_err(|error| ConfigErrors {
+    let filter: Targets = settings.filter.parse().map_err(|error| ConfigErrors {
         problems: vec![Problem {
             key: "logging.filter".to_owned(),
             value: Some(settings.filter.clone()),
@@ -21,14 +23,14 @@ pub(crate) fn start(settings: &Logging) -> Result<WorkerGuard, ConfigErrors> {
         }],
     })?;
     let (writer, guard) = tracing_appender::non_blocking(io::stdout());
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = tracing_subscriber::fmt::layer()
         .with_timer(SystemTime)
         .with_ansi(false)
         .with_writer(writer);
+    let registry = tracing_subscriber::registry().with(filter);
     match settings.format {
-        LogFormat::Plain => subscriber.init(),
-        LogFormat::Json => subscriber.json().flatten_event(true).init(),
+        LogFormat::Plain => registry.with(lines).init(),
+        LogFormat::Json => registry.with(lines.json().flatten_event(true)).init(),
     }
     Ok(guard)
 }

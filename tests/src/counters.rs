@@ -8,7 +8,7 @@ use crate::OrFail;
 use crate::pods::Pod;
 
 /// The two rules that count packets instead of connections.
-const OF_PACKETS: [&str; 2] = ["mark-proxy-connection", "return-to-proxy"];
+const OF_PACKETS: [&str; 3] = ["proxy-zone", "mark-proxy-connection", "return-to-proxy"];
 
 /// A reading of a pod's rule counters.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 
 use std::future::Future;
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -33,8 +33,8 @@ pub async fn within<T>(what: &str, event: impl Future<Output = T>) -> T {
 pub struct Dial {
     /// The packet mark.
     pub mark: Option<u32>,
-    /// The address to come from; it need not be the pod's own.
-    pub source: Option<IpAddr>,
+    /// The address to come from, which need not be the pod's own; any port, if its port is 0.
+    pub source: Option<SocketAddr>,
 }
 
 impl Pod {
@@ -107,7 +107,7 @@ fn socket(to: SocketAddr, dial: Dial) -> io::Result<Socket> {
         } else {
             socket.set_ip_transparent_v6(true)?
         }
-        socket.bind(&SocketAddr::new(source, 0).into())?;
+        socket.bind(&source.into())?;
     }
     Ok(socket)
 }

@@ -72,6 +72,7 @@ impl fmt::Display for Action {
             Self::MarkPacket(mark) => {
                 write!(f, "meta mark set meta mark & {others:#x} | {mark:#x}")
             }
+            Self::Zone(zone) => write!(f, "ct original zone set {zone}"),
         }
     }
 }
@@ -86,6 +87,7 @@ impl Chain {
     /// a packet again after its mark has changed.
     fn kind(self) -> &'static str {
         match self {
+            Self::RawOutput => "filter hook output",
             Self::ManglePrerouting => "filter hook prerouting",
             Self::MangleOutput => "route hook output",
             Self::NatPrerouting => "nat hook prerouting",

@@ -29,6 +29,10 @@ fn main() -> ExitCode {
     );
     suite.test_both("a member that speaks TCP only is reached in plain", member_without_hbone);
     suite.test_both("A4: a kubelet's probe reaches the application directly", kubelet_probe);
+    suite.test_both(
+        "a client may use a port that the proxy has imitated, and is caught all the same",
+        imitated_port,
+    );
     suite.test_both("A6: what carries the proxy's mark is not caught", marked);
     suite.test_both("A5: a pod reaches itself without the proxy", own_pod);
     suite.test_both("curl gets its page through the tunnel", curl_through_the_tunnel);
@@ -85,6 +89,29 @@ async fn plaintext_inbound(family: Family) {
     proxy.line(&["connection complete", "direction=\"inbound\"", &format!("dst.addr={to}")]).await;
 }
 
+/// The proxy reaches the application from the client's address and a port that the kernel chooses. The client's kernel knows
+/// nothing of that choice, and may choose the same port later or at the same time.
+async fn imitated_port(family: Family) {
+    let scene = Scene::new().await;
+    let _proxy = scene.server.proxy(&scene.server_settings()).await;
+    let app = scene.server.listen(APP);
+    let to = scene.app(family);
+    let (mut first, mut first_server, imitated) = scene.client.meet(&app, to).await;
+    exchange(&mut first, &mut first_server).await;
+    assert_ne!(first.local_addr().expect("an address"), imitated, "the port is the proxy's choice");
+    let before = scene.server.counters();
+    let dial = Dial { source: Some(imitated), ..Dial::default() };
+    let (second, (mut second_server, _)) =
+        tokio::join!(scene.client.dial_as(to, dial), app.accept());
+    let mut second = second.expect("the second connection opens");
+    exchange(&mut second, &mut second_server).await;
+    exchange(&mut first, &mut first_server).await;
+    assert_eq!(
+        scene.server.connections_since(&before),
+        once(&[family.rule("capture-inbound"), family.rule("own-pod")])
+    );
+}
+
 async fn unknown_destination(family: Family) {
     let scene = Scene::new().await;
     let settings =
@@ -130,7 +157,7 @@ async fn kubelet_probe(family: Family) {
     tool(&scene.client, "ip", &["address", "add", &probe.to_string(), "dev", "lo"]).await.ok();
     let app = scene.server.listen(APP);
     let before = scene.server.counters();
-    let dial = Dial { source: Some(probe), ..Dial::default() };
+    let dial = Dial { source: Some(SocketAddr::new(probe, 0)), ..Dial::default() };
     let (client, (mut server, peer)) =
         tokio::join!(scene.client.dial_as(scene.app(family), dial), app.accept());
     let mut client = client.expect("it connects");
