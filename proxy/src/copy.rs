@@ -20,7 +20,7 @@ use crate::record::ConnectionRecord;
 const FIRST_READ: usize = 4 * 1024;
 /// What a busy connection's read may take: large enough to make system calls rare, small enough to stay in L2, and below
 /// the size (128 KiB) from which glibc asks the kernel for every allocation anew.
-const LARGEST_READ: usize = 64 * 1024;
+const LARGEST_READ: usize = 128 * 1024;
 
 /// One proxied connection while its bytes move: what is counted, and what may cut it short.
 #[derive(Clone, Copy)]
