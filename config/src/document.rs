@@ -101,6 +101,18 @@ impl Node {
         }
     }
 
+    /// The node at the end of `path`.
+    #[cfg(test)]
+    pub(crate) fn at(&self, path: &[&str]) -> Option<&Self> {
+        let Some((first, rest)) = path.split_first() else {
+            return Some(self);
+        };
+        let Value::Mapping(entries) = &self.value else {
+            return None;
+        };
+        entries.iter().find(|(key, _)| key == first)?.1.at(rest)
+    }
+
     fn count(&self) -> usize {
         1 + match &self.value {
             Value::Sequence(items) => items.iter().map(Self::count).sum(),

@@ -5,6 +5,7 @@
 
 mod document;
 mod error;
+mod file_watch;
 mod load;
 mod mesh;
 mod read;
@@ -15,12 +16,15 @@ mod spiffe;
 
 pub use document::Origin;
 pub use error::{ConfigErrors, Problem};
+pub use file_watch::FileWatch;
+pub use ipnet::{IpNet, Ipv4Net};
 pub use load::Sources;
 pub use mesh::{Mesh, MeshSource, Protocol, Workload};
 pub use read::parse_duration;
 pub use resolve::KEYS;
 pub use settings::{
-    IdentityFiles, InterceptionSettings, Ipv6, LogFormat, Logging, OnExit, Profile, ProxySettings,
+    Backend, Dns, IdentityFiles, InboundCapture, InboundMode, InterceptionSettings, Ipv6,
+    LogFormat, Logging, OnExit, OutboundCapture, PortRange, PortRangeError, Profile, ProxySettings,
     Settings, Timeouts, WorkloadSettings,
 };
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};

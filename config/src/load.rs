@@ -4,10 +4,10 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::document::{Node, Origin};
+use crate::document::{Node, Origin, SyntaxError, Value};
 use crate::error::{ConfigErrors, Problem};
 use crate::read::{Cursor, Problems};
-use crate::resolve::{KEYS, settings};
+use crate::resolve::{KEYS, LISTS, settings};
 use crate::settings::Settings;
 
 const ENVIRONMENT_PREFIX: &str = "UNDERPASS_";
@@ -94,9 +94,18 @@ pub(crate) fn read_text(name: &str, text: &str) -> Result<Node, ConfigErrors> {
     Ok(Node::parse(text, &origin)?)
 }
 
+/// The settings that a file with this text has.
+#[cfg(test)]
+pub(crate) fn settings_of(text: &str) -> Result<Settings, ConfigErrors> {
+    let root = read_text("underpass.yaml", text)?;
+    let problems = Problems::default();
+    let settings = settings(Cursor::root(&root, &problems), Path::new(""));
+    problems.or_else(settings)
+}
+
 fn overlay(root: &mut Node, key: &str, value: &str, origin: Origin, problems: &Problems) {
     let path: Vec<&str> = key.split('.').collect();
-    match Node::parse(value, &|_, _| origin.clone()) {
+    match parse(key, value.trim(), &origin) {
         Ok(node) => root.set(&path, node),
         Err(error) => problems.add(Problem {
             key: key.to_owned(),
@@ -105,6 +114,20 @@ fn overlay(root: &mut Node, key: &str, value: &str, origin: Origin, problems: &P
             origin: Some(origin),
         }),
     }
+}
+
+/// The value of a key in a flag or a variable is text as one writes it in a shell: YAML would read its own into `*`,
+/// `[::]:15020` or `::1,::2`. Only quotes, and brackets where a list belongs, make it YAML, as does the key of a section.
+fn parse(key: &str, value: &str, origin: &Origin) -> Result<Node, SyntaxError> {
+    let is_list = LISTS.contains(&key) && value.starts_with('[');
+    if is_list || !KEYS.contains(&key) || value.starts_with(['"', '\'']) {
+        return Node::parse(value, &|_, _| origin.clone());
+    }
+    let value = match value {
+        "" | "~" | "null" => Value::Null,
+        text => Value::Scalar(text.to_owned()),
+    };
+    Ok(Node { value, tag: None, origin: origin.clone() })
 }
 
 /// `proxy.outbound_port` is `UNDERPASS_PROXY_OUTBOUND_PORT`, `workload.serviceAccount` is `UNDERPASS_WORKLOAD_SERVICE_ACCOUNT`.

@@ -82,10 +82,14 @@ impl<'a> Cursor<'a> {
             Some(Value::Scalar(text)) => Some(text.clone()),
             _ => None,
         };
+        self.problem_of(value, reason.into());
+    }
+
+    fn problem_of(&self, value: Option<String>, reason: String) {
         self.problems.add(Problem {
             key: self.to_string(),
             value,
-            reason: reason.into(),
+            reason,
             origin: self.node.map(|node| node.origin.clone()),
         });
     }
@@ -142,13 +146,67 @@ impl<'a> Cursor<'a> {
                 return Vec::new();
             }
         };
-        let cursor = |(index, node)| Cursor {
+        let items = items.iter().enumerate();
+        items.filter_map(|(index, node)| read(self.item(index, node))).collect()
+    }
+
+    fn item<'b>(&'b self, index: usize, node: &'a Node) -> Cursor<'b> {
+        Cursor {
             node: Some(node),
             parent: Some(self),
             step: Step::Index(index),
             problems: self.problems,
+        }
+    }
+
+    /// Reads a list of single values, each by `read`, which says what would be right. A text with commas is a list too.
+    /// What is given twice counts once; an absent list is empty.
+    pub(crate) fn list<T: PartialEq>(&self, read: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+        let mut list = Vec::new();
+        let mut add = |item: Cursor<'_>, text: &str| match read(text) {
+            Ok(value) if list.contains(&value) => {}
+            Ok(value) => list.push(value),
+            Err(reason) => item.problem_of(Some(text.to_owned()), reason),
         };
-        items.iter().enumerate().filter_map(|item| read(cursor(item))).collect()
+        match self.node().map(|node| (node, &node.value)) {
+            Some((node, Value::Scalar(text))) if !text.trim().is_empty() => {
+                let texts = text.split(',').enumerate();
+                texts.for_each(|(index, text)| add(self.item(index, node), text.trim()));
+            }
+            Some((_, Value::Sequence(nodes))) => {
+                for (index, node) in nodes.iter().enumerate() {
+                    let item = self.item(index, node);
+                    match item.text() {
+                        Some(text) => add(item, text),
+                        None if node.value == Value::Null => item.problem("must not be empty"),
+                        None => {}
+                    }
+                }
+            }
+            Some((_, Value::Mapping(_))) => {
+                self.problem("must be a list, or a text with commas between its items");
+            }
+            _ => {}
+        }
+        list
+    }
+
+    /// Whether a list is given that has no items.
+    pub(crate) fn is_empty_list(&self) -> bool {
+        let no_items = |node: &Node| node.value == Value::Sequence(Vec::new());
+        self.is_word("") || self.node().is_some_and(no_items)
+    }
+
+    /// Whether nothing but `word` is given here, alone or as the only item of a list.
+    pub(crate) fn is_word(&self, word: &str) -> bool {
+        match self.node().map(|node| &node.value) {
+            Some(Value::Scalar(text)) => text.trim() == word,
+            Some(Value::Sequence(items)) => match items.as_slice() {
+                [Node { value: Value::Scalar(text), .. }] => text == word,
+                _ => false,
+            },
+            _ => false,
+        }
     }
 
     /// The single value here as text.

@@ -2,15 +2,19 @@
 //!
 //! `docs/settings.md` explains them to operators, and a test keeps the two the same.
 
+mod interception;
+
+use std::collections::BTreeSet;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub(crate) use interception::LISTS;
+
 use crate::document::Origin;
 use crate::read::Cursor;
 use crate::settings::{
-    IdentityFiles, InterceptionSettings, Ipv6, LogFormat, Logging, OnExit, Profile, ProxySettings,
-    Settings, Timeouts, WorkloadSettings,
+    IdentityFiles, LogFormat, Logging, Profile, ProxySettings, Settings, Timeouts, WorkloadSettings,
 };
 use crate::{SpiffeId, TrustDomain};
 
@@ -25,12 +29,37 @@ pub const KEYS: &[&str] = &[
     "identity.key",
     "identity.roots",
     "interception.profile",
+    "interception.backend",
+    "interception.exact",
+    "interception.install",
+    "interception.repair",
     "interception.ipv6",
     "interception.on_exit",
     "interception.allow_host",
+    "interception.outbound.exclude_cidrs",
+    "interception.outbound.include_cidrs",
+    "interception.outbound.exclude_ports",
+    "interception.outbound.include_ports",
+    "interception.outbound.exclude_interfaces",
+    "interception.outbound.exclude_uids",
+    "interception.outbound.exclude_gids",
+    "interception.outbound.include_gids",
+    "interception.inbound.mode",
+    "interception.inbound.include_ports",
+    "interception.inbound.exclude_ports",
+    "interception.inbound.exclude_interfaces",
+    "interception.virtual_interfaces",
+    "interception.proxy_uids",
+    "interception.proxy_gids",
+    "interception.dns",
+    "interception.dns_servers",
+    "interception.drop_invalid",
+    "interception.ingress",
+    "interception.loopback_cidr",
     "proxy.outbound_port",
     "proxy.inbound_port",
     "proxy.hbone_port",
+    "proxy.dns_port",
     "proxy.workers",
     "timeouts.connect",
     "timeouts.handshake",
@@ -44,31 +73,22 @@ pub const KEYS: &[&str] = &[
 ];
 
 /// Keys of the published contract whose feature does not exist yet: refused by name instead of called unknown.
-const NOT_YET: &[&str] = &[
-    "mesh.xds",
-    "identity.local_ca",
-    "interception.backend",
-    "interception.outbound",
-    "interception.inbound",
-    "interception.virtual_interfaces",
-    "interception.dns",
-    "proxy.mtls",
-    "egress",
-    "admin",
-];
+const NOT_YET: &[&str] = &["mesh.xds", "identity.local_ca", "proxy.mtls", "egress", "admin"];
 
 /// Reads every setting; `folder` is where relative paths of the file begin.
 pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
-    refuse_unknown_keys(root);
+    refuse_unknown_keys(root, "");
     let files = Files { folder };
     let workload = workload(root.key("workload"));
     let mesh = root.key("mesh");
     let mesh_file = files.path(mesh.key("file"));
-    let proxy = proxy(root.key("proxy"));
+    let identity = identity(root.key("identity"), files);
+    let interception = interception::settings(root.key("interception"));
+    let proxy = proxy(root.key("proxy"), interception.profile);
     Some(Settings {
         mesh_file,
-        identity: identity(root.key("identity"), files),
-        interception: interception(root.key("interception")),
+        identity,
+        interception,
         timeouts: timeouts(root.key("timeouts")),
         metrics: address(root.key("metrics"), 15020),
         readiness: address(root.key("readiness"), 15021),
@@ -78,27 +98,23 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     })
 }
 
-/// Checks the keys of every section against [`KEYS`] and [`NOT_YET`].
-fn refuse_unknown_keys(root: Cursor<'_>) {
-    let mut sections: Vec<&str> = Vec::new();
-    for key in KEYS.iter().chain(NOT_YET) {
-        let section = key.split('.').next().unwrap_or(key);
-        if !sections.contains(&section) {
-            sections.push(section);
+/// Checks every key below `at`, whose path is `prefix` (empty, or ending with a dot), against [`KEYS`] and [`NOT_YET`].
+fn refuse_unknown_keys(at: Cursor<'_>, prefix: &str) {
+    let mut known: Vec<&str> = Vec::new();
+    for path in KEYS.iter().chain(NOT_YET).filter_map(|path| path.strip_prefix(prefix)) {
+        let key = path.split('.').next().unwrap_or(path);
+        if !known.contains(&key) {
+            known.push(key);
         }
     }
-    root.only(&sections);
-    for section in sections {
-        let cursor = root.key(section);
-        if NOT_YET.contains(&section) {
-            cursor.not_yet();
-            continue;
+    at.only(&known);
+    for key in known {
+        let path = format!("{prefix}{key}");
+        if NOT_YET.contains(&path.as_str()) {
+            at.key(key).not_yet();
+        } else if !KEYS.contains(&path.as_str()) {
+            refuse_unknown_keys(at.key(key), &format!("{path}."));
         }
-        let in_section = |key: &&'static str| key.split_once('.').filter(|(s, _)| *s == section);
-        let known: Vec<&str> =
-            KEYS.iter().chain(NOT_YET).filter_map(&in_section).map(|(_, k)| k).collect();
-        cursor.only(&known);
-        NOT_YET.iter().filter_map(in_section).for_each(|(_, key)| cursor.key(key).not_yet());
     }
 }
 
@@ -137,40 +153,20 @@ fn identity(section: Cursor<'_>, files: Files<'_>) -> Option<IdentityFiles> {
     Some(IdentityFiles { certificate: certificate?, key: key?, roots: roots? })
 }
 
-fn interception(section: Cursor<'_>) -> InterceptionSettings {
-    let profiles = [("ambient", Some(Profile::Ambient)), ("none", Some(Profile::None))];
-    let later = [("sidecar", None), ("osm", None)];
-    let profile = section.key("profile").one_of(&[profiles, later].concat());
-    if profile == Some(None) {
-        section.key("profile").problem("not supported yet; there are ambient and none");
-    }
-    let families =
-        [("capture", Some(Ipv6::Capture)), ("bypass", Some(Ipv6::Bypass)), ("reject", None)];
-    let ipv6 = section.key("ipv6").one_of(&families);
-    if ipv6 == Some(None) {
-        section.key("ipv6").problem("not supported yet; there are capture and bypass");
-    }
-    let on_exit =
-        section.key("on_exit").one_of(&[("keep", OnExit::Keep), ("remove", OnExit::Remove)]);
-    InterceptionSettings {
-        profile: profile.flatten().unwrap_or(Profile::Ambient),
-        ipv6: ipv6.flatten().unwrap_or(Ipv6::Capture),
-        on_exit: on_exit.unwrap_or(OnExit::Keep),
-        allow_host: section.key("allow_host").parse("true or false").unwrap_or(false),
-    }
-}
-
-fn proxy(section: Cursor<'_>) -> Option<ProxySettings> {
+fn proxy(section: Cursor<'_>, profile: Profile) -> Option<ProxySettings> {
     let port = |key: &str, default: u16| section.key(key).port().unwrap_or(default);
+    // OSM's sidecar listens where Istio's does not.
+    let inbound_port = if profile == Profile::Osm { 15003 } else { 15006 };
     let settings = ProxySettings {
         outbound_port: port("outbound_port", 15001),
-        inbound_port: port("inbound_port", 15006),
+        inbound_port: port("inbound_port", inbound_port),
         hbone_port: port("hbone_port", 15008),
+        dns_port: port("dns_port", 15053),
         workers: workers(section.key("workers")),
     };
-    let ProxySettings { outbound_port, inbound_port, hbone_port, .. } = settings;
-    if outbound_port == inbound_port || inbound_port == hbone_port || outbound_port == hbone_port {
-        section.problem("outbound_port, inbound_port and hbone_port must differ");
+    let ProxySettings { outbound_port, inbound_port, hbone_port, dns_port, .. } = settings;
+    if BTreeSet::from([outbound_port, inbound_port, hbone_port, dns_port]).len() < 4 {
+        section.problem("outbound_port, inbound_port, hbone_port and dns_port must differ");
         return None;
     }
     Some(settings)

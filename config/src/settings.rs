@@ -2,9 +2,16 @@
 //!
 //! Not here: how they are read. That is `read.rs` (keys and types) and `load.rs` (where they come from).
 
+mod interception;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+
+pub use interception::{
+    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
+    PortRange, PortRangeError, Profile,
+};
 
 use crate::{SpiffeId, TrustDomain};
 
@@ -57,46 +64,6 @@ pub struct IdentityFiles {
     pub roots: PathBuf,
 }
 
-/// What is caught, and how.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct InterceptionSettings {
-    /// Whose traffic scheme the rules follow.
-    pub profile: Profile,
-    /// What happens to IPv6 traffic.
-    pub ipv6: Ipv6,
-    /// What happens to the rules when the proxy stops.
-    pub on_exit: OnExit,
-    /// Whether the rules may be installed in the host's own network namespace.
-    pub allow_host: bool,
-}
-
-/// The rule profile.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Profile {
-    /// Istio ambient: the proxy's packets are told by their mark.
-    Ambient,
-    /// The rules are someone else's: none are installed, and client addresses are not imitated.
-    None,
-}
-
-/// What happens to IPv6 traffic.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ipv6 {
-    /// It is caught as IPv4 is; where the kernel has no IPv6, there is none to catch.
-    Capture,
-    /// It goes its way uncaught and unencrypted.
-    Bypass,
-}
-
-/// What happens to the rules when the proxy stops.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnExit {
-    /// They stay: without a proxy the pod's connections are refused (fail closed).
-    Keep,
-    /// They go: without a proxy the pod's connections are direct and plain (fail open).
-    Remove,
-}
-
 /// The ports and the threads of the data path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProxySettings {
@@ -106,6 +73,8 @@ pub struct ProxySettings {
     pub inbound_port: u16,
     /// Where peers connect with HBONE; also the port that peers are expected to listen on.
     pub hbone_port: u16,
+    /// Where caught DNS queries arrive.
+    pub dns_port: u16,
     /// How many data workers; `None`: as many as CPUs that the process may use.
     pub workers: Option<usize>,
 }

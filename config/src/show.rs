@@ -5,7 +5,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::settings::{Ipv6, LogFormat, OnExit, Profile, Settings};
+use crate::settings::{InterceptionSettings, LogFormat, Settings};
 
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -41,23 +41,43 @@ impl fmt::Display for Settings {
 
 impl Settings {
     fn fmt_interception(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let profile = match self.interception.profile {
-            Profile::Ambient => "ambient",
-            Profile::None => "none",
-        };
-        let ipv6 = match self.interception.ipv6 {
-            Ipv6::Capture => "capture",
-            Ipv6::Bypass => "bypass",
-        };
-        let on_exit = match self.interception.on_exit {
-            OnExit::Keep => "keep",
-            OnExit::Remove => "remove",
-        };
-        let allow_host = self.interception.allow_host;
-        writeln!(
-            f,
-            "interception: {{profile: {profile}, ipv6: {ipv6}, on_exit: {on_exit}, allow_host: {allow_host}}}"
-        )
+        let settings = &self.interception;
+        writeln!(f, "interception:")?;
+        writeln!(f, "  profile: {}", settings.profile)?;
+        writeln!(f, "  backend: {}", settings.backend)?;
+        writeln!(f, "  exact: {}", settings.exact)?;
+        writeln!(f, "  install: {}", settings.install)?;
+        writeln!(f, "  repair: {}", settings.repair)?;
+        writeln!(f, "  ipv6: {}", settings.ipv6)?;
+        writeln!(f, "  on_exit: {}", settings.on_exit)?;
+        writeln!(f, "  allow_host: {}", settings.allow_host)?;
+        self.fmt_capture(f)?;
+        writeln!(f, "  virtual_interfaces: {}", texts(&settings.virtual_interfaces))?;
+        writeln!(f, "  proxy_uids: {}", numbers(&settings.proxy_uids))?;
+        writeln!(f, "  proxy_gids: {}", numbers(&settings.proxy_gids))?;
+        writeln!(f, "  dns: {}", settings.dns)?;
+        writeln!(f, "  dns_servers: {}", texts(&settings.dns_servers))?;
+        writeln!(f, "  drop_invalid: {}", settings.drop_invalid)?;
+        writeln!(f, "  ingress: {}", settings.ingress)?;
+        writeln!(f, "  loopback_cidr: {}", settings.loopback_cidr)
+    }
+
+    fn fmt_capture(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let InterceptionSettings { outbound, inbound, .. } = &self.interception;
+        writeln!(f, "  outbound:")?;
+        writeln!(f, "    exclude_cidrs: {}", texts(&outbound.exclude_cidrs))?;
+        writeln!(f, "    include_cidrs: {}", included(outbound.include_cidrs.as_deref(), texts))?;
+        writeln!(f, "    exclude_ports: {}", numbers(&outbound.exclude_ports))?;
+        writeln!(f, "    include_ports: {}", numbers(&outbound.include_ports))?;
+        writeln!(f, "    exclude_interfaces: {}", texts(&outbound.exclude_interfaces))?;
+        writeln!(f, "    exclude_uids: {}", numbers(&outbound.exclude_uids))?;
+        writeln!(f, "    exclude_gids: {}", numbers(&outbound.exclude_gids))?;
+        writeln!(f, "    include_gids: {}", numbers(&outbound.include_gids))?;
+        writeln!(f, "  inbound:")?;
+        writeln!(f, "    mode: {}", inbound.mode)?;
+        writeln!(f, "    include_ports: {}", included(inbound.include_ports.as_deref(), numbers))?;
+        writeln!(f, "    exclude_ports: {}", numbers(&inbound.exclude_ports))?;
+        writeln!(f, "    exclude_interfaces: {}", texts(&inbound.exclude_interfaces))
     }
 
     fn fmt_proxy(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -65,8 +85,8 @@ impl Settings {
         let workers = proxy.workers.map_or_else(|| "auto".to_owned(), |n| n.to_string());
         writeln!(
             f,
-            "proxy: {{outbound_port: {}, inbound_port: {}, hbone_port: {}, workers: {workers}}}",
-            proxy.outbound_port, proxy.inbound_port, proxy.hbone_port
+            "proxy: {{outbound_port: {}, inbound_port: {}, hbone_port: {}, dns_port: {}, workers: {workers}}}",
+            proxy.outbound_port, proxy.inbound_port, proxy.hbone_port, proxy.dns_port
         )?;
         let t = &self.timeouts;
         writeln!(
@@ -78,6 +98,27 @@ impl Settings {
             Millis(t.drain),
             Millis(t.pool_idle)
         )
+    }
+}
+
+/// A list whose items need quotes: YAML would read a colon or a word of its own into them.
+fn texts<T: fmt::Display>(items: &[T]) -> String {
+    // No item has a quote or a backslash in it: resolving refuses them.
+    let items: Vec<String> = items.iter().map(|item| format!("\"{item}\"")).collect();
+    format!("[{}]", items.join(", "))
+}
+
+fn numbers<T: fmt::Display>(items: &[T]) -> String {
+    let items: Vec<String> = items.iter().map(ToString::to_string).collect();
+    format!("[{}]", items.join(", "))
+}
+
+/// A list that says everything when it is absent, and nothing in a word: `[]` would say everything too.
+fn included<T>(items: Option<&[T]>, list: impl Fn(&[T]) -> String) -> String {
+    match items {
+        None => "\"*\"".to_owned(),
+        Some([]) => "none".to_owned(),
+        Some(items) => list(items),
     }
 }
 
@@ -95,25 +136,73 @@ impl fmt::Display for Millis {
 
 #[cfg(test)]
 mod tests {
-    use crate::Sources;
+    use crate::load::{read_text, settings_of};
+    use crate::resolve::KEYS;
+
+    const SIDECAR: &str = r#"
+workload: {name: web-1, namespace: shop, serviceAccount: web, trustDomain: example.org}
+mesh: {file: /etc/underpass/mesh file.yaml}
+identity: {certificate: /c.pem, key: /c.key, roots: /r.pem}
+interception:
+  profile: sidecar
+  backend: iptables-legacy
+  exact: true
+  install: false
+  repair: false
+  ipv6: reject
+  on_exit: remove
+  allow_host: true
+  outbound:
+    exclude_cidrs: ["10.0.0.0/8", "fd00::/8"]
+    include_cidrs: ["0.0.0.0/0", "::/0"]
+    exclude_ports: [22, 8000-8100]
+    include_ports: [443]
+    exclude_interfaces: [eth1, "true"]
+    exclude_uids: [0, 5]
+    include_gids: [6]
+  inbound: {mode: tproxy, include_ports: [80, 9000-9100], exclude_interfaces: [eth2]}
+  virtual_interfaces: [veth0]
+  proxy_uids: [7, 8]
+  proxy_gids: [9]
+  dns: capture
+  dns_servers: ["10.96.0.10", "::1"]
+  drop_invalid: true
+  loopback_cidr: 127.0.0.0/8
+proxy: {outbound_port: 1, inbound_port: 2, hbone_port: 3, dns_port: 4, workers: 3}
+timeouts: {connect: 250ms, handshake: 1s, reply: 2s, drain: 3s, pool_idle: 2h}
+metrics: {address: "127.0.0.1:1"}
+readiness: {address: "[::1]:2"}
+logging: {filter: 'info,access=off', format: json}
+"#;
+    /// What does not go together with the above.
+    const AMBIENT: &str = r"
+interception:
+  ingress: true
+  outbound: {exclude_gids: [1], include_cidrs: none}
+  inbound: {exclude_ports: [15020]}
+";
+    const OSM: &str = r"
+interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_ports: none}}
+";
 
     #[test]
     fn what_is_shown_can_be_read_again_and_says_the_same() {
-        let flags = [
-            "mesh.file=/etc/underpass/mesh file.yaml",
-            "identity={certificate: /c.pem, key: /c.key, roots: /r.pem}",
-            "interception={profile: none, ipv6: bypass, on_exit: remove, allow_host: true}",
-            "proxy.workers=3",
-            "timeouts={connect: 250ms, pool_idle: 2h}",
-            "metrics.address=127.0.0.1:1",
-            "logging={filter: 'info,access=off', format: json}",
-        ];
-        let first = Sources { flags: flags.map(str::to_owned).into(), ..Sources::default() }
-            .load()
-            .unwrap();
-        let shown = first.to_string();
-        let again: Vec<String> = shown.lines().map(|line| line.replacen(": ", "=", 1)).collect();
-        let second = Sources { flags: again, ..Sources::default() }.load().unwrap();
-        assert_eq!(first, second, "{shown}");
+        for text in [SIDECAR, AMBIENT, OSM, ""] {
+            let first = settings_of(text).unwrap();
+            let shown = first.to_string();
+            assert_eq!(first, settings_of(&shown).unwrap(), "{shown}");
+        }
+    }
+
+    #[test]
+    fn every_key_is_shown_and_tried() {
+        let shown = settings_of(SIDECAR).unwrap().to_string();
+        let given = [SIDECAR, AMBIENT, OSM].map(|text| read_text("given", text).unwrap());
+        let shown = read_text("shown", &shown).unwrap();
+        for key in KEYS {
+            let path: Vec<&str> = key.split('.').collect();
+            assert!(shown.at(&path).is_some(), "{key} is not shown");
+            assert!(given.iter().any(|given| given.at(&path).is_some()), "{key} is not tried");
+        }
     }
 }

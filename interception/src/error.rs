@@ -7,6 +7,8 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 
+use crate::privileges::ProxyUser;
+
 /// Why interception cannot be set up, read or removed.
 ///
 /// `Display` says only this level; the inner error is the `source()`.
@@ -56,6 +58,32 @@ pub enum InterceptionError {
         #[source]
         source: io::Error,
     },
+    /// The profile tells the proxy by its user, and this process is another's.
+    #[error(
+        "the rules know the proxy by its user ({} or group {}), but this process is user {is} and may not change \
+         that: its connections would be caught again; start it as root or as that user \
+         (`securityContext.runAsUser: {}`), or set `interception.proxy_uids`",
+        user.uid, user.gid, user.uid
+    )]
+    WrongUser {
+        /// The user of this process.
+        is: u32,
+        /// Whom the rules know.
+        user: ProxyUser,
+    },
+    /// The process cannot become the proxy's user.
+    #[error(
+        "cannot become user {} and group {}, by which the rules know the proxy: does the user namespace have them? \
+         See `interception.proxy_uids` and `interception.proxy_gids`",
+        user.uid, user.gid
+    )]
+    BecomeUser {
+        /// Whom the rules know.
+        user: ProxyUser,
+        /// What the kernel answered.
+        #[source]
+        source: io::Error,
+    },
     /// A listener cannot be opened.
     #[error("cannot listen on {address} for {purpose}: {}", listen_advice(source, setting))]
     Listen {
@@ -80,6 +108,77 @@ pub enum InterceptionError {
         #[source]
         source: io::Error,
     },
+    /// Our table belongs to another netlink socket, which alone may change it.
+    #[error(
+        "cannot {operation}: the nftables table `inet underpass` belongs to another program, which alone may change it \
+         and takes it along when it ends; stop that program (`nft list ruleset` names it)"
+    )]
+    Owned {
+        /// What was tried, as a verb phrase.
+        operation: &'static str,
+        /// What the kernel answered.
+        #[source]
+        source: io::Error,
+    },
+    /// A program of iptables cannot be run.
+    #[error(
+        "cannot run `{program}`: {}choose another backend with `interception.backend`",
+        install_advice(source)
+    )]
+    IptablesProgram {
+        /// The program.
+        program: String,
+        /// Why not; `TimedOut`: it ran, and did not end.
+        #[source]
+        source: io::Error,
+    },
+    /// A program of iptables failed.
+    #[error("cannot {operation}: `{program}` says: {message}{}", module_advice(*module))]
+    Iptables {
+        /// What was tried, as a verb phrase.
+        operation: &'static str,
+        /// The program.
+        program: String,
+        /// What it printed, in one line.
+        message: String,
+        /// The kernel module whose absence would explain it.
+        module: Option<&'static str>,
+    },
+    /// iptables refuses a user or group that the user namespace does not have.
+    #[error(
+        "iptables cannot tell the {kind} {id}: this user namespace has none of that number; set \
+         `interception.backend: nftables`, which can, or choose another with `interception.proxy_{}ids` or in \
+         `interception.outbound`",
+        kind.get(..1).unwrap_or_default()
+    )]
+    IptablesOwner {
+        /// `user` or `group`.
+        kind: &'static str,
+        /// Its number.
+        id: u32,
+    },
+    /// iptables-nft cannot read a table.
+    #[error(
+        "cannot {operation}: iptables cannot read the table {table}, because another program put rules into it \
+         that only nft understands; set `interception.backend: nftables`"
+    )]
+    IptablesIncompatible {
+        /// What was tried, as a verb phrase.
+        operation: &'static str,
+        /// The table.
+        table: String,
+    },
+    /// The rules of a family could not be installed with iptables.
+    #[error("cannot install the {family} rules with iptables; {}", undone_advice(*undone))]
+    IptablesNotInstalled {
+        /// `IPv4` or `IPv6`.
+        family: &'static str,
+        /// Whether all rules, of both families, are again as they were before.
+        undone: bool,
+        /// What failed.
+        #[source]
+        source: Box<Self>,
+    },
     /// Private namespaces for tests and demonstrations cannot be made.
     #[error("cannot {step} for a sandbox: {remedy}")]
     Sandbox {
@@ -97,7 +196,20 @@ impl InterceptionError {
     /// Whether a setting of ours, rather than the machine, has to change.
     #[must_use]
     pub fn is_configuration(&self) -> bool {
-        matches!(self, Self::HostNamespace { .. } | Self::Listen { .. })
+        matches!(
+            self,
+            Self::HostNamespace { .. }
+                | Self::Listen { .. }
+                | Self::WrongUser { .. }
+                | Self::IptablesProgram { .. }
+                | Self::IptablesOwner { .. }
+                | Self::IptablesIncompatible { .. }
+        )
+    }
+
+    /// Whether a program that would be needed is not installed.
+    pub(crate) fn is_missing_program(&self) -> bool {
+        matches!(self, Self::IptablesProgram { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 }
 
@@ -140,6 +252,39 @@ fn listen_advice(source: &io::Error, setting: &str) -> String {
             format!("no interface here has this address; correct `{setting}`")
         }
         _ => format!("the address comes from `{setting}`"),
+    }
+}
+
+/// Whether a package is missing.
+fn install_advice(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => "install the package `iptables`, or ",
+        io::ErrorKind::TimedOut => {
+            "it does not end; another program may hold the lock /run/xtables.lock; end that, or "
+        }
+        _ => "",
+    }
+}
+
+fn module_advice(module: Option<&'static str>) -> String {
+    let Some(module) = module else { return String::new() };
+    // Of a table, legacy iptables says the same whichever is missing.
+    let capability = if module.contains("table_") {
+        ", or the capability NET_RAW is missing, which legacy iptables needs besides NET_ADMIN"
+    } else {
+        ""
+    };
+    format!(
+        "; the kernel has no {module} (load it on the host with `modprobe {module}`, or build it into the \
+         kernel){capability}"
+    )
+}
+
+fn undone_advice(undone: bool) -> &'static str {
+    if undone {
+        "the rules are as they were before"
+    } else {
+        "nor could all be put back that was there before: remove the rest with `underpass rules remove`"
     }
 }
 

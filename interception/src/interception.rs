@@ -1,22 +1,29 @@
-//! One installation of the rules: what is checked before, in which order it is done, and how it is
-//! undone.
+//! One installation of the rules: what is checked before, in which order it is done, how it is
+//! compared with what is there, and how it is undone.
 //!
-//! Not here: the rules (`plan.rs`) and the sockets that fit them (`socket.rs`). Everything acts on
-//! the network namespace of the thread that calls.
+//! Not here: the rules (`plan.rs`), how they get into the kernel (`backend.rs`), and the sockets
+//! that fit them (`socket.rs`). Everything acts on the network namespace of the thread that calls.
 
 use std::fs;
 
-use underpass_config::{InterceptionSettings, Ipv6, Profile};
+use underpass_config::{InterceptionSettings, Profile};
 
+use crate::backend::Backend;
+use crate::changes::Changes;
+use crate::iptables::{self, Variant};
+use crate::leftovers::{Leftover, leftovers};
 use crate::nftables::{self, RuleCounter};
-use crate::plan::{Families, Ports, RulePlan};
+use crate::plan::{Ports, RulePlan};
+use crate::verify::{Difference, Listing};
 use crate::{InterceptionError, host, ipv6_available, routes};
 
 /// Interception that has been checked and can be installed.
 #[derive(Debug, Clone)]
 pub struct Interception {
     plan: RulePlan,
-    ipv6_absent: bool,
+    ports: Ports,
+    backend: Backend,
+    ipv6: bool,
 }
 
 impl Interception {
@@ -26,14 +33,13 @@ impl Interception {
     /// # Errors
     ///
     /// In this order: the capability NET_ADMIN is missing, this is the host's own namespace (and
-    /// `allow_host` is off), the kernel has no nf_tables.
+    /// `allow_host` is off), the backend is not there.
     pub async fn prepare(
         settings: &InterceptionSettings,
         ports: Ports,
     ) -> Result<Option<Self>, InterceptionError> {
-        match settings.profile {
-            Profile::None => return Ok(None),
-            Profile::Ambient => {}
+        if settings.profile == Profile::None {
+            return Ok(None);
         }
         if lacks_net_admin() {
             return Err(InterceptionError::NotPermitted {
@@ -44,13 +50,16 @@ impl Interception {
         if !settings.allow_host {
             host::refuse()?;
         }
-        nftables::reach().await?;
-        let ipv6_absent = !ipv6_available();
-        let families = match settings.ipv6 {
-            Ipv6::Capture if !ipv6_absent => Families::V4AndV6,
-            Ipv6::Capture | Ipv6::Bypass => Families::V4,
-        };
-        Ok(Some(Self { plan: RulePlan::ambient(ports, families), ipv6_absent }))
+        let backend = Backend::find(settings.backend).await?;
+        let ipv6 = ipv6_available();
+        let plan = RulePlan::new(settings, ports, ipv6);
+        Ok(Some(Self { plan, ports, backend, ipv6 }))
+    }
+
+    /// The same interception of other connections: where it is and what it is installed with stay.
+    #[must_use]
+    pub fn with_settings(&self, settings: &InterceptionSettings) -> Self {
+        Self { plan: RulePlan::new(settings, self.ports, self.ipv6), ..self.clone() }
     }
 
     /// The rules that [`install`](Self::install) installs.
@@ -59,10 +68,32 @@ impl Interception {
         &self.plan
     }
 
+    /// The ports that they lead to.
+    #[must_use]
+    pub fn ports(&self) -> Ports {
+        self.ports
+    }
+
+    /// What they are installed with.
+    #[must_use]
+    pub fn backend(&self) -> Backend {
+        self.backend
+    }
+
     /// Whether there is no IPv6 here, so that only IPv4 is caught whatever the settings say.
     #[must_use]
     pub fn ipv6_absent(&self) -> bool {
-        self.ipv6_absent
+        !self.ipv6
+    }
+
+    /// Rules that would catch the same traffic: of an older run by another backend, or of Istio or
+    /// OSM.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused to tell.
+    pub async fn leftovers(&self) -> Result<Vec<Leftover>, InterceptionError> {
+        leftovers(self.backend).await
     }
 
     /// Installs the routes, then the rules in one transaction. Whatever an earlier run left is
@@ -75,12 +106,57 @@ impl Interception {
     /// The kernel refused; what this call had added is removed again, and rules of an earlier run
     /// still stand.
     pub async fn install(&self) -> Result<(), InterceptionError> {
-        let added = routes::install().await?;
-        if let Err(error) = nftables::apply(&self.plan).await {
+        let added = routes::install(&self.plan).await?;
+        if let Err(error) = self.backend.apply(&self.plan).await {
             routes::undo(&added).await;
             return Err(error);
         }
         Ok(())
+    }
+
+    /// How what is installed differs from the plan, by expression and order; `None` if it does not.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused to tell.
+    pub async fn verify(&self) -> Result<Option<Difference>, InterceptionError> {
+        let mut expected = self.backend.expected(&self.plan);
+        expected.sections.push(routes::expected(&self.plan));
+        let mut found: Listing = self.backend.installed(&self.plan).await?.unwrap_or_default();
+        found.sections.push(routes::installed(&self.plan).await?);
+        Ok(expected.difference(&found))
+    }
+
+    /// Installs again if what is installed differs from the plan, and says how it did.
+    ///
+    /// # Errors
+    ///
+    /// As [`verify`](Self::verify) and [`install`](Self::install).
+    pub async fn repair(&self) -> Result<Option<Difference>, InterceptionError> {
+        let difference = self.verify().await?;
+        if difference.is_some() {
+            self.install().await?;
+        }
+        Ok(difference)
+    }
+
+    /// Wake-ups after changes in this namespace, from now on.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not let us listen.
+    pub fn changes(&self) -> Result<Changes, InterceptionError> {
+        Changes::subscribe(self.backend)
+    }
+
+    /// How often each rule that is installed here matched, in the order of the rules; empty if there
+    /// are none.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub async fn counters(&self) -> Result<Vec<RuleCounter>, InterceptionError> {
+        self.backend.counters(&self.plan).await
     }
 
     /// Removes the rules, then the routes. What is already gone is no error.
@@ -89,12 +165,14 @@ impl Interception {
     ///
     /// The kernel refused.
     pub async fn remove(&self) -> Result<(), InterceptionError> {
-        remove_everything().await.map(|_| ())
+        self.backend.remove().await?;
+        routes::remove(&self.plan).await?;
+        Ok(())
     }
 }
 
-/// How often each rule that is installed here matched, in the order of the rules; empty if there
-/// are none.
+/// How often each rule of our nftables table matched, in the order of the rules; empty if there is
+/// none.
 ///
 /// # Errors
 ///
@@ -103,21 +181,41 @@ pub async fn counters() -> Result<Vec<RuleCounter>, InterceptionError> {
     nftables::counters().await
 }
 
-/// Removes whatever underpass ever installed here: the table, and the ip rules and routes of both
-/// families. `false` if there was nothing.
+/// Removes whatever underpass ever installed here, by whichever backend and profile: the table, the
+/// profiles' chains in iptables, the ip rules, routes and addresses. `false` if there was nothing.
 ///
 /// # Errors
 ///
-/// The kernel refused.
+/// The kernel or a program refused something; all else is removed.
 pub async fn remove_everything() -> Result<bool, InterceptionError> {
-    let rules = nftables::remove().await?;
-    let routes = routes::remove().await?;
-    Ok(rules || routes)
+    let removed = [
+        remove_from_nftables().await,
+        remove_from_iptables(Variant::Nft).await,
+        remove_from_iptables(Variant::Legacy).await,
+        routes::remove(&RulePlan::beside_rules()).await,
+    ];
+    removed.into_iter().try_fold(false, |any, removed| Ok(any | removed?))
+}
+
+async fn remove_from_nftables() -> Result<bool, InterceptionError> {
+    match nftables::reach().await {
+        Ok(()) => nftables::remove().await,
+        Err(InterceptionError::Unsupported { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+async fn remove_from_iptables(variant: Variant) -> Result<bool, InterceptionError> {
+    match iptables::find(variant).await {
+        Ok(variant) => iptables::remove(variant).await,
+        // What is not there has installed nothing.
+        Err(_) => Ok(false),
+    }
 }
 
 /// Whether the calling thread is known to lack NET_ADMIN. Where /proc does not say, the kernel
 /// will.
-fn lacks_net_admin() -> bool {
+pub(crate) fn lacks_net_admin() -> bool {
     /// CAP_NET_ADMIN, include/uapi/linux/capability.h.
     const NET_ADMIN: u32 = 12;
     let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();

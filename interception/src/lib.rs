@@ -9,10 +9,15 @@
 //!
 //! This crate knows neither HTTP/2, TLS nor policies.
 
+mod backend;
+mod changes;
 mod error;
+mod explain;
 mod host;
 mod interception;
+mod iptables;
 mod ipv6;
+mod leftovers;
 mod limits;
 mod listener;
 mod netlink;
@@ -20,25 +25,40 @@ mod netns;
 mod nftables;
 mod packets;
 mod plan;
+mod privileges;
 mod routes;
 mod sandbox;
+mod self_test;
 mod socket;
+#[doc(hidden)]
+pub mod testing;
+mod verify;
 
 pub use ipnet::IpNet;
 
+pub use backend::Backend;
+pub use changes::Changes;
 pub use error::{InterceptionError, SandboxRemedy};
+pub use explain::{Explanation, Flow, Hop, PacketExplanation, Party, Sender};
 pub use interception::{Interception, counters, remove_everything};
+pub use iptables::Variant;
 pub use ipv6::ipv6_available;
+pub use leftovers::{Leftover, LeftoverOwner};
 pub use limits::raise_open_files;
 pub use listener::{BoundListener, Listener};
 pub use netns::{Endpoint, Namespace, veth};
 pub use nftables::RuleCounter;
 pub use packets::{PacketCapture, TcpSegment};
 pub use plan::{
-    Action, CONNECTION_MARK, Chain, Families, KUBELET_PROBE_V4, KUBELET_PROBE_V6, MARK_MASK, Match,
-    PROXY_MARK, PROXY_ZONE, Ports, ROUTE_TABLE, RULE_PRIORITY, Rule, RulePlan, TABLE,
+    Action, CONNECTION_MARK, Chain, ChainId, Direction, End, Environment, Families, Family, Hook,
+    Interface, KUBELET_PROBE_V4, KUBELET_PROBE_V6, LoopbackAddress, MARK_MASK, Mark, Match, Origin,
+    PROXY_MARK, PROXY_ZONE, Packet, Passage, PolicyRoute, Ports, Protocol, ROUTE_TABLE,
+    RULE_PRIORITY, Rule, RulePlan, State, TABLE, Table, Walk, Way,
 };
+pub use privileges::{Kept, ProxyUser, drop_capabilities};
 pub use sandbox::enter_sandbox;
+pub use self_test::Probe;
 pub use socket::{
     KEEPALIVE, KEEPALIVE_PROBES, Sockets, original_destination, reset_on_close, tune,
 };
+pub use verify::{Difference, Line, SectionDifference, Sign};

@@ -77,8 +77,12 @@ impl Listener {
 }
 
 /// Listens on `address`; accepted streams inherit the mark (`inet_request_mark`,
-/// include/net/inet_sock.h).
-pub(crate) fn bind(address: SocketAddr, mark: Option<u32>) -> io::Result<BoundListener> {
+/// include/net/inet_sock.h). A transparent listener also takes what TPROXY delivers.
+pub(crate) fn bind(
+    address: SocketAddr,
+    mark: Option<u32>,
+    transparent: bool,
+) -> io::Result<BoundListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
     // A restart must not wait for the connections of the last run to leave TIME_WAIT.
     socket.set_reuse_address(true)?;
@@ -88,6 +92,12 @@ pub(crate) fn bind(address: SocketAddr, mark: Option<u32>) -> io::Result<BoundLi
     }
     if let Some(mark) = mark {
         socket.set_mark(mark)?;
+    }
+    // The two options set one flag of the socket (inet_sk(sk)->transparent).
+    match address {
+        _ if !transparent => {}
+        SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
+        SocketAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
     }
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;

@@ -5,19 +5,23 @@
 
 use std::io;
 
+use nix::errno::Errno;
 use nlink::ErrorDetail;
 use nlink::netlink::nftables::NftBatchFailure;
 
 use crate::InterceptionError;
 
-/// Turns a netlink failure of `operation` (a verb phrase) into ours: a missing capability and a
-/// missing kernel module are told apart from the rest.
+/// Turns a netlink failure of `operation` (a verb phrase) into ours: a missing capability, a table
+/// that belongs to another program and a missing kernel module are told apart from the rest.
 pub(crate) fn failed(operation: &'static str) -> impl FnOnce(nlink::Error) -> InterceptionError {
     move |error| {
+        if refusals(&error).iter().any(is_owned) {
+            return InterceptionError::Owned { operation, source: into_io(error) };
+        }
         if error.is_permission_denied() {
             return InterceptionError::NotPermitted { operation, capability: "NET_ADMIN" };
         }
-        let module = missing_module(&error);
+        let module = refusals(&error).iter().find_map(missing_module);
         let source = into_io(error);
         match module {
             Some(module) => InterceptionError::Unsupported { operation, module, source },
@@ -31,32 +35,53 @@ pub(crate) fn into_io(error: nlink::Error) -> io::Error {
     io::Error::other(error)
 }
 
-/// The kernel module whose absence explains a refused nftables batch.
-///
-/// A missing chain or expression type is ENOENT, by `nf_tables_chain_type_lookup` and
-/// `nft_expr_type_get` (net/netfilter/nf_tables_api.c); a kernel without nf_tables refuses the
-/// whole batch with EOPNOTSUPP (`nfnetlink_rcv_batch`, net/netfilter/nfnetlink.c).
-fn missing_module(error: &nlink::Error) -> Option<&'static str> {
-    let ErrorDetail::NftBatch { failures, .. } = error.detail() else {
-        return None;
-    };
-    failures.iter().find_map(module_of)
+/// What was refused of an nftables batch.
+fn refusals(error: &nlink::Error) -> &[NftBatchFailure] {
+    match error.detail() {
+        ErrorDetail::NftBatch { failures, .. } => failures,
+        _ => &[],
+    }
 }
 
-fn module_of(failure: &NftBatchFailure) -> Option<&'static str> {
-    let errno = nix::errno::Errno::from_raw(failure.errno);
-    let missing = errno == nix::errno::Errno::ENOENT || errno == nix::errno::Errno::EOPNOTSUPP;
-    if !missing {
-        return None;
+/// Whether a table was refused because another netlink socket owns it (`nft_table_lookup`,
+/// net/netfilter/nf_tables_api.c). Without NET_ADMIN it is the batch that is refused, before any of
+/// its operations (`nfnetlink_rcv`, net/netfilter/nfnetlink.c).
+fn is_owned(failure: &NftBatchFailure) -> bool {
+    failure.index.is_some() && Errno::from_raw(failure.errno) == Errno::EPERM
+}
+
+/// The kernel module whose absence explains a refusal.
+///
+/// A missing chain or expression type is ENOENT, by `nf_tables_chain_type_lookup` and
+/// `nft_expr_type_get`, a missing set type EOPNOTSUPP, by `nft_select_set_ops`
+/// (net/netfilter/nf_tables_api.c); a kernel without nf_tables refuses the whole batch with
+/// EOPNOTSUPP (`nfnetlink_rcv_batch`, net/netfilter/nfnetlink.c).
+fn missing_module(failure: &NftBatchFailure) -> Option<&'static str> {
+    /// Expressions that are, or were until lately, modules of their own.
+    const EXPRESSIONS: [(&str, &str); 7] = [
+        ("(counter)", "nft_counter"),
+        ("(ct)", "nft_ct"),
+        ("(redir)", "nft_redir"),
+        ("(reject)", "nft_reject_inet"),
+        ("(socket)", "nft_socket"),
+        ("(tproxy)", "nft_tproxy"),
+        ("(fib)", "nft_fib_inet"),
+    ];
+    match (failure.index, Errno::from_raw(failure.errno)) {
+        (None, Errno::ENOENT | Errno::EOPNOTSUPP) => Some("nf_tables"),
+        (Some(_), Errno::EOPNOTSUPP) if failure.operation.starts_with("add set") => {
+            Some("nf_tables_set")
+        }
+        (Some(_), Errno::ENOENT | Errno::EOPNOTSUPP)
+            if failure.operation.starts_with("add chain") =>
+        {
+            failure.operation.contains("/nat_").then_some("nft_chain_nat")
+        }
+        (Some(_), Errno::ENOENT) => {
+            let attribute = failure.attribute.as_deref()?;
+            let mut expressions = EXPRESSIONS.into_iter();
+            expressions.find_map(|(name, module)| attribute.contains(name).then_some(module))
+        }
+        _ => None,
     }
-    if failure.index.is_none() {
-        return Some("nf_tables");
-    }
-    if failure.operation.starts_with("add chain") {
-        return failure.operation.contains("/nat_").then_some("nft_chain_nat");
-    }
-    let attribute = failure.attribute.as_deref()?;
-    [("(redir)", "nft_redir"), ("(ct)", "nft_ct")]
-        .into_iter()
-        .find_map(|(name, module)| attribute.contains(name).then_some(module))
 }

@@ -1,57 +1,82 @@
-//! The way back: an ip rule and a route that deliver the workload's replies to imitated clients to
-//! the proxy.
+//! What the rules rely on beside netfilter: ip rules and routes that deliver marked packets to this
+//! namespace, and addresses of the loopback interface.
 //!
 //! ```text
 //! ip rule  add fwmark 0x111/0xfff pref 32764 lookup 100
 //! ip route add local default dev lo table 100
+//! ip addr  add ::6/128 dev lo
 //! ```
 //!
-//! Not here: what sets the mark (`plan.rs`). Everything acts on the calling thread's network
+//! Not here: what sets the marks (`plan.rs`). Everything acts on the calling thread's network
 //! namespace.
 
-use nlink::netlink::Connection;
-use nlink::netlink::Route as Rtnetlink;
+use std::net::Ipv6Addr;
+
+use nlink::netlink::addr::Ipv6Address;
+use nlink::netlink::messages::{AddressMessage, RouteMessage, RuleMessage};
 use nlink::netlink::route::{Ipv4Route, Ipv6Route};
 use nlink::netlink::rule::RuleBuilder;
 use nlink::netlink::types::route::{RouteProtocol, RouteType};
+use nlink::netlink::{Connection, Route as Rtnetlink};
 
 use crate::netlink::failed;
-use crate::plan::{CONNECTION_MARK, MARK_MASK, ROUTE_TABLE, RULE_PRIORITY};
+use crate::plan::{LoopbackAddress, PolicyRoute, RulePlan};
+use crate::verify::Section;
 use crate::{InterceptionError, ipv6};
 
 /// Says in the kernel who made our rules and routes (`ip rule` shows `proto 117`), so that removal
 /// cannot take another program's. The number is free in /etc/iproute2/rt_protos.
 const PROTOCOL: u8 = 117;
+/// The interface that all of it is about.
+const LOOPBACK: &str = "lo";
 
 /// One thing that we add.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
-    /// The ip rule of IPv4.
-    RuleV4,
-    /// The route of IPv4.
-    RouteV4,
-    /// The ip rule of IPv6.
-    RuleV6,
-    /// The route of IPv6.
-    RouteV6,
+    /// An ip rule, of IPv6 or IPv4.
+    Rule(PolicyRoute, Version),
+    /// The route that it leads to.
+    Route(PolicyRoute, Version),
+    /// An address.
+    Address(Ipv6Addr),
 }
 
-const V4: [Entry; 2] = [Entry::RuleV4, Entry::RouteV4];
-const V6: [Entry; 2] = [Entry::RuleV6, Entry::RouteV6];
+/// Of which IP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Version {
+    V4,
+    V6,
+}
 
-/// Adds what is missing, and says what that was. On failure nothing stays that this call added.
+/// What the plan needs here, in the order of its installation.
 ///
 /// IPv6 follows the kernel rather than the capture setting: also a pod whose own IPv6 traffic is
 /// not caught gets HBONE from IPv6 clients, whose addresses the proxy imitates. A loopback
 /// interface without IPv6 takes no IPv6 route, and has no IPv6 connection to return.
-pub(crate) async fn install() -> Result<Vec<Entry>, InterceptionError> {
-    const OPERATION: &str = "install the ip rule and route";
+fn needed(plan: &RulePlan) -> Vec<Entry> {
+    let v6 = ipv6::on_loopback();
+    let versions = if v6 { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
+    let routes = plan.routes().iter().flat_map(|route| {
+        versions
+            .iter()
+            .flat_map(|version| [Entry::Rule(*route, *version), Entry::Route(*route, *version)])
+    });
+    let addresses = plan.addresses().iter().filter(|_| v6);
+    routes.chain(addresses.map(|LoopbackAddress(address)| Entry::Address(*address))).collect()
+}
+
+/// Adds what is missing, and says what that was. On failure nothing stays that this call added.
+pub(crate) async fn install(plan: &RulePlan) -> Result<Vec<Entry>, InterceptionError> {
+    const OPERATION: &str = "install the ip rules and routes";
+    let needed = needed(plan);
+    if needed.is_empty() {
+        return Ok(Vec::new());
+    }
     let connection = connect(OPERATION)?;
-    let v6 = if ipv6::on_loopback() { &V6[..] } else { &[] };
     let mut added = Vec::new();
-    for entry in V4.iter().chain(v6) {
-        match add(&connection, *entry).await {
-            Ok(()) => added.push(*entry),
+    for entry in needed {
+        match add(&connection, entry).await {
+            Ok(()) => added.push(entry),
             Err(error) if error.is_already_exists() => {}
             Err(error) => {
                 undo(&added).await;
@@ -70,16 +95,99 @@ pub(crate) async fn undo(added: &[Entry]) {
     }
 }
 
-/// Removes ours in both families; `false` if there was nothing.
-pub(crate) async fn remove() -> Result<bool, InterceptionError> {
+/// Removes whatever the plan needs, in both families; `false` if there was nothing.
+pub(crate) async fn remove(plan: &RulePlan) -> Result<bool, InterceptionError> {
     // Without IPv6 the kernel answers questions about it with errors, and has nothing of ours.
-    let v6 = if ipv6::known() { &V6[..] } else { &[] };
-    let entries: Vec<_> = V4.iter().chain(v6).rev().copied().collect();
+    let v6 = if ipv6::known() { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
+    let mut entries = Vec::new();
+    for route in plan.routes() {
+        entries.extend(v6.iter().map(|version| Entry::Rule(*route, *version)));
+        entries.extend(v6.iter().map(|version| Entry::Route(*route, *version)));
+    }
+    let addresses = plan.addresses().iter().filter(|_| ipv6::known());
+    entries.extend(addresses.map(|LoopbackAddress(address)| Entry::Address(*address)));
     delete(&entries).await
 }
 
+/// What the plan needs here, for a comparison.
+pub(crate) fn expected(plan: &RulePlan) -> Section {
+    Section { head: HEAD.to_owned(), lines: needed(plan).into_iter().map(text).collect() }
+}
+
+/// What of it there is.
+pub(crate) async fn installed(plan: &RulePlan) -> Result<Section, InterceptionError> {
+    const OPERATION: &str = "read the ip rules and routes";
+    let needed = needed(plan);
+    let mut lines = Vec::new();
+    if !needed.is_empty() {
+        let connection = connect(OPERATION)?;
+        let rules = connection.get_rules().await.map_err(failed(OPERATION))?;
+        let routes = connection.get_routes().await.map_err(failed(OPERATION))?;
+        let addresses = connection.get_addresses().await.map_err(failed(OPERATION))?;
+        let there = |entry: &Entry| match entry {
+            Entry::Rule(route, version) => rules.iter().any(|rule| is_rule(rule, route, *version)),
+            Entry::Route(route, version) => {
+                routes.iter().any(|found| is_route(found, route, *version))
+            }
+            Entry::Address(address) => addresses.iter().any(|found| is_address(found, *address)),
+        };
+        lines = needed.into_iter().filter(there).map(text).collect();
+    }
+    Ok(Section { head: HEAD.to_owned(), lines })
+}
+
+const HEAD: &str = "ip rules, routes and addresses";
+
+/// As iproute2 would be told.
+fn text(entry: Entry) -> String {
+    let ip = |version| if version == Version::V4 { "ip -4" } else { "ip -6" };
+    match entry {
+        Entry::Rule(PolicyRoute { mark, priority, table }, version) => {
+            let (ip, value, mask) = (ip(version), mark.value, mark.mask);
+            format!("{ip} rule add fwmark {value:#x}/{mask:#x} pref {priority} lookup {table}")
+        }
+        Entry::Route(PolicyRoute { table, .. }, version) => {
+            format!("{} route add local default dev {LOOPBACK} table {table}", ip(version))
+        }
+        Entry::Address(address) => format!("ip -6 addr add {address}/128 dev {LOOPBACK}"),
+    }
+}
+
+fn is_rule(rule: &RuleMessage, route: &PolicyRoute, version: Version) -> bool {
+    rule.is_ipv4() == (version == Version::V4)
+        && rule.is_lookup()
+        && rule.table() == route.table
+        && rule.priority() == route.priority
+        && rule.fwmark() == Some(route.mark.value)
+        && rule.fwmask().unwrap_or(u32::MAX) == route.mark.mask
+        && rule.source().is_none()
+        && rule.destination().is_none()
+        && rule.iifname().is_none()
+        && !rule.is_invert()
+}
+
+fn is_route(found: &RouteMessage, route: &PolicyRoute, version: Version) -> bool {
+    /// The loopback interface is number 1 in every namespace (LOOPBACK_IFINDEX,
+    /// include/net/flow.h).
+    const LOOPBACK_INDEX: u32 = 1;
+    found.family() == family(version)
+        && found.table_id() == route.table
+        && found.route_type() == RouteType::Local
+        && found.dst_len() == 0
+        && found.oif() == Some(LOOPBACK_INDEX)
+}
+
+fn is_address(found: &AddressMessage, address: Ipv6Addr) -> bool {
+    found.address().copied() == Some(address.into())
+}
+
+fn family(version: Version) -> u8 {
+    // AF_INET and AF_INET6 (include/linux/socket.h).
+    if version == Version::V4 { 2 } else { 10 }
+}
+
 async fn delete(entries: &[Entry]) -> Result<bool, InterceptionError> {
-    const OPERATION: &str = "remove the ip rule and route";
+    const OPERATION: &str = "remove the ip rules and routes";
     let connection = connect(OPERATION)?;
     let mut any = false;
     for entry in entries {
@@ -90,43 +198,50 @@ async fn delete(entries: &[Entry]) -> Result<bool, InterceptionError> {
 
 async fn add(connection: &Connection<Rtnetlink>, entry: Entry) -> nlink::Result<()> {
     match entry {
-        Entry::RuleV4 => connection.add_rule(rule(RuleBuilder::v4())).await,
-        Entry::RuleV6 => connection.add_rule(rule(RuleBuilder::v6())).await,
-        Entry::RouteV4 => connection.add_route(route_v4()).await,
-        Entry::RouteV6 => connection.add_route(route_v6()).await,
+        Entry::Rule(route, version) => connection.add_rule(rule(route, version)).await,
+        Entry::Route(route, Version::V4) => connection.add_route(route_v4(route)).await,
+        Entry::Route(route, Version::V6) => connection.add_route(route_v6(route)).await,
+        // Nobody else is on the loopback interface: without the wait for an objection it is usable
+        // at once.
+        Entry::Address(address) => {
+            connection.add_address(Ipv6Address::new(LOOPBACK, address, 128).nodad()).await
+        }
     }
 }
 
 async fn delete_one(connection: &Connection<Rtnetlink>, entry: Entry) -> nlink::Result<bool> {
     match entry {
-        Entry::RuleV4 => connection.del_rule_if_exists(rule(RuleBuilder::v4())).await,
-        Entry::RuleV6 => connection.del_rule_if_exists(rule(RuleBuilder::v6())).await,
-        Entry::RouteV4 => connection.del_route_if_exists(route_v4()).await,
-        Entry::RouteV6 => connection.del_route_if_exists(route_v6()).await,
+        Entry::Rule(route, version) => connection.del_rule_if_exists(rule(route, version)).await,
+        Entry::Route(route, Version::V4) => connection.del_route_if_exists(route_v4(route)).await,
+        Entry::Route(route, Version::V6) => connection.del_route_if_exists(route_v6(route)).await,
+        Entry::Address(address) => {
+            connection.del_address_if_exists(LOOPBACK, address.into(), 128).await
+        }
     }
 }
 
-fn rule(family: RuleBuilder) -> RuleBuilder {
+fn rule(route: PolicyRoute, version: Version) -> RuleBuilder {
+    let family = if version == Version::V4 { RuleBuilder::v4() } else { RuleBuilder::v6() };
     family
-        .fwmark_mask(CONNECTION_MARK, MARK_MASK)
-        .priority(RULE_PRIORITY)
-        .table(ROUTE_TABLE)
+        .fwmark_mask(route.mark.value, route.mark.mask)
+        .priority(route.priority)
+        .table(route.table)
         .protocol(PROTOCOL)
 }
 
-fn route_v4() -> Ipv4Route {
+fn route_v4(route: PolicyRoute) -> Ipv4Route {
     Ipv4Route::default_route()
         .route_type(RouteType::Local)
-        .dev("lo")
-        .table(ROUTE_TABLE)
+        .dev(LOOPBACK)
+        .table(route.table)
         .protocol(RouteProtocol::Other(PROTOCOL))
 }
 
-fn route_v6() -> Ipv6Route {
+fn route_v6(route: PolicyRoute) -> Ipv6Route {
     Ipv6Route::default_route()
         .route_type(RouteType::Local)
-        .dev("lo")
-        .table(ROUTE_TABLE)
+        .dev(LOOPBACK)
+        .table(route.table)
         .protocol(RouteProtocol::Other(PROTOCOL))
 }
 

@@ -15,23 +15,29 @@ use nix::unistd::{Gid, Uid, getegid, geteuid};
 use crate::InterceptionError;
 use crate::error::SandboxRemedy;
 
-/// Moves the process into new user, mount and network namespaces, as their root and with an empty
-/// `/run`. There is no way back.
+/// Moves the process into new mount and network namespaces, as their root and with an empty `/run`.
+/// There is no way back.
 ///
-/// Whoever is root already, and may not make user namespaces, gets the other two.
+/// Who is not root becomes it in a user namespace too, where there is no other user; root needs none,
+/// and so can be any user inside.
 ///
 /// # Errors
 ///
 /// [`InterceptionError::Sandbox`]: the process has more than one thread, or the kernel forbids it.
 pub fn enter_sandbox() -> Result<(), InterceptionError> {
     let (uid, gid) = (geteuid(), getegid());
+    // Of several threads only this one would enter; for a user namespace the kernel itself refuses it.
+    if fs::read_dir("/proc/self/task").map_err(failed("count threads"))?.count() > 1 {
+        return Err(refused("make namespaces")(Errno::EINVAL));
+    }
     let private = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET;
-    match unshare(private | CloneFlags::CLONE_NEWUSER) {
-        Ok(()) => become_root(uid, gid).map_err(failed("become root"))?,
-        Err(errno) if errno != Errno::EINVAL && uid.is_root() => {
-            unshare(private).map_err(refused("make namespaces"))?;
-        }
-        Err(errno) => return Err(refused("make namespaces")(errno)),
+    // Root without SYS_ADMIN, as in most containers, is like any other user.
+    let made = if uid.is_root() { unshare(private) } else { Err(Errno::EPERM) };
+    if made == Err(Errno::EPERM) {
+        unshare(private | CloneFlags::CLONE_NEWUSER).map_err(refused("make namespaces"))?;
+        become_root(uid, gid).map_err(failed("become root"))?;
+    } else {
+        made.map_err(refused("make namespaces"))?;
     }
     // Else what is mounted here would appear outside too.
     let nothing = None::<&Path>;

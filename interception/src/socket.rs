@@ -5,14 +5,14 @@
 //! connection.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
-use underpass_config::Profile;
+use underpass_config::{InboundMode, InterceptionSettings, Profile};
 
 use crate::InterceptionError;
 use crate::listener::{self, BoundListener};
@@ -30,19 +30,53 @@ pub const KEEPALIVE_PROBES: u32 = 9;
 /// How the sockets of a profile are made.
 #[derive(Debug, Clone)]
 pub struct Sockets {
+    /// The mark of every socket; else the profile tells the proxy by its user.
     mark: Option<u32>,
-    keep_source: bool,
+    last_hop: LastHop,
+    /// Whether listeners take what TPROXY delivers.
+    transparent: bool,
     ipv6: bool,
 }
 
+/// Where connections to the workload come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LastHop {
+    /// The client's own address, with this mark for the way back.
+    Imitated { mark: u32 },
+    /// An address of the loopback interface, by which the rules know them.
+    Loopback { v4: Ipv4Addr, v6: Ipv6Addr },
+    /// Whatever the kernel chooses.
+    Any,
+}
+
 impl Sockets {
-    /// Sockets of `profile`, in a namespace that has IPv6 or not ([`crate::ipv6_available`]).
+    /// Sockets for these settings, in a namespace that has IPv6 or not
+    /// ([`crate::ipv6_available`]).
     #[must_use]
-    pub fn new(profile: Profile, ipv6: bool) -> Self {
-        match profile {
-            Profile::Ambient => Self { mark: Some(PROXY_MARK), keep_source: true, ipv6 },
-            Profile::None => Self { mark: None, keep_source: false, ipv6 },
-        }
+    pub fn new(settings: &InterceptionSettings, ipv6: bool) -> Self {
+        let imitated = LastHop::Imitated { mark: PROXY_MARK };
+        let (mark, last_hop) = match (settings.profile, settings.inbound.mode) {
+            (Profile::Ambient, _) => (Some(PROXY_MARK), imitated),
+            (Profile::Sidecar, InboundMode::Tproxy) => (None, imitated),
+            (Profile::Sidecar, InboundMode::Redirect) => {
+                let v6 = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
+                (None, LastHop::Loopback { v4: Ipv4Addr::new(127, 0, 0, 6), v6 })
+            }
+            (Profile::Osm, _) => {
+                let (v4, v6) = (Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST);
+                (None, LastHop::Loopback { v4, v6 })
+            }
+            (Profile::None, _) => (None, LastHop::Any),
+        };
+        let transparent = settings.inbound.mode == InboundMode::Tproxy;
+        Self { mark, last_hop, transparent, ipv6 }
+    }
+
+    /// Whether connecting needs the capability NET_ADMIN: for marks, and for addresses that are not
+    /// ours.
+    #[must_use]
+    pub fn need_net_admin(&self) -> bool {
+        self.mark.is_some() || matches!(self.last_hop, LastHop::Imitated { .. })
     }
 
     /// Listens on `port` of every address, in both families where there are both.
@@ -79,46 +113,64 @@ impl Sockets {
         } else {
             address
         };
-        listener::bind(address, self.mark).map_err(|source| InterceptionError::Listen {
-            purpose,
-            address,
-            setting,
-            source,
-        })
+        listener::bind(address, self.mark, self.transparent)
+            .map_err(|source| InterceptionError::Listen { purpose, address, setting, source })
     }
 
-    /// Opens a connection to `destination`; with a `source`, from that address, if the profile
-    /// keeps sources.
-    ///
-    /// The source is left out where it would not work: when it is of the other family, and when it
-    /// is the destination itself, whose replies to itself would never leave it.
+    /// Opens a connection to `destination`.
     ///
     /// # Errors
     ///
     /// The kernel's, as it gave them: refused, unreachable, not permitted. The wait has no end of
     /// its own.
-    pub async fn connect(
+    pub async fn connect(&self, destination: SocketAddr) -> io::Result<TcpStream> {
+        let destination = canonical(destination);
+        let socket = self.open(destination)?;
+        TcpSocket::from_std_stream(socket.into()).connect(destination).await
+    }
+
+    /// Opens a connection to the workload at `destination` for `client`: from the client's address
+    /// or one of the loopback interface, as the profile has it.
+    ///
+    /// The client's address is left out where it would not work: when it is of the other family,
+    /// and when it is the destination itself, whose replies to itself would never leave it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Sockets::connect`].
+    pub async fn connect_workload(
         &self,
         destination: SocketAddr,
-        source: Option<IpAddr>,
+        client: IpAddr,
     ) -> io::Result<TcpStream> {
         let destination = canonical(destination);
-        let socket =
-            Socket::new(Domain::for_address(destination), Type::STREAM.nonblocking(), None)?;
-        self.mark(&socket)?;
-        tune(&socket)?;
-        let source = source
-            .map(|source| source.to_canonical())
-            .filter(|source| self.keep_source && source.is_ipv4() == destination.is_ipv4())
-            .filter(|source| *source != destination.ip());
-        if let Some(source) = source {
-            imitate(&socket, source)?;
+        let socket = self.open(destination)?;
+        let client = client.to_canonical();
+        match self.last_hop {
+            LastHop::Imitated { mark } => {
+                socket.set_mark(mark)?;
+                let same_family = client.is_ipv4() == destination.is_ipv4();
+                if same_family && client != destination.ip() {
+                    imitate(&socket, client)?;
+                }
+            }
+            LastHop::Loopback { v4, v6 } => {
+                let source = if destination.is_ipv4() { v4.into() } else { v6.into() };
+                bind(&socket, source)?;
+            }
+            LastHop::Any => {}
         }
         TcpSocket::from_std_stream(socket.into()).connect(destination).await
     }
 
-    fn mark(&self, socket: &Socket) -> io::Result<()> {
-        self.mark.map_or(Ok(()), |mark| socket.set_mark(mark))
+    fn open(&self, destination: SocketAddr) -> io::Result<Socket> {
+        let socket =
+            Socket::new(Domain::for_address(destination), Type::STREAM.nonblocking(), None)?;
+        if let Some(mark) = self.mark {
+            socket.set_mark(mark)?;
+        }
+        tune(&socket)?;
+        Ok(socket)
     }
 }
 
@@ -168,9 +220,14 @@ fn imitate(socket: &Socket, source: IpAddr) -> io::Result<()> {
     } else {
         socket.set_ip_transparent_v6(true)?;
     }
-    // The port is chosen when the destination is known: else bind takes one that no other
-    // destination may use, and 28,000 connections from one client are all there can be. The option
-    // is IPv4's and holds for both (ipv6_setsockopt hands SOL_IP on).
+    bind(socket, source)
+}
+
+/// Binds `socket` to an address; its port is chosen when the destination is known: else bind takes
+/// one that no other destination may use, and 28,000 connections from one address are all there can
+/// be.
+fn bind(socket: &Socket, source: IpAddr) -> io::Result<()> {
+    // The option is IPv4's and holds for both (ipv6_setsockopt hands SOL_IP on).
     setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
     socket.bind(&SocketAddr::new(source, 0).into())
 }

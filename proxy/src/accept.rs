@@ -109,7 +109,12 @@ async fn accept_forever(
 ) {
     loop {
         match listener.accept().await {
-            Ok((stream, client)) => assign(worker, Accepted::new(kind, stream, client), peers),
+            Ok((stream, client)) => {
+                let accepted = Accepted::new(kind, stream, client);
+                if !worker.shared.self_test.claims(&accepted) {
+                    assign(worker, accepted, peers);
+                }
+            }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
                 metrics::accept_paused(kind.name());

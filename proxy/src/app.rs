@@ -1,48 +1,72 @@
 //! `underpass run`: one proxy for the namespace that it stands in, from its settings to its end. The only wiring.
 //!
-//! Start: check → bind → certificates and mesh → workers → rules → ready. The rules come last but one, so that whatever
-//! fails before leaves none behind; stop: unready → no more accepts, GOAWAY → drain → rules removed or kept → end.
+//! Start: check → bind → certificates and mesh → rules → the proxy's own user → workers → self-test → ready. Whatever fails
+//! before the rules leaves none behind; stop: unready → no more accepts, GOAWAY → drain → rules removed or kept → end.
 
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use underpass_config::{InterceptionSettings, MeshSource, OnExit, Settings};
+use underpass_config::{MeshSource, Settings, Sources};
 use underpass_hbone::Identity;
-use underpass_interception::{
-    BoundListener, Interception, Ports, Sockets, ipv6_available, raise_open_files,
-};
+use underpass_interception::{BoundListener, Ports, Sockets, ipv6_available, raise_open_files};
 
 use crate::accept::Kind;
+use crate::capture::{Capture, keep};
 use crate::cli::CommandError;
 use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::notify;
 use crate::parent::ParentGone;
+use crate::reload::Reload;
+use crate::self_test::SelfTest;
 use crate::worker::{self, Shared};
 use crate::{metrics, processors};
 
-/// Runs until a signal says stop, or the parent ends if `until_eof` asks for that.
-pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), CommandError> {
-    let mut stop = StopSignal::new(until_eof)?;
-    let ports = ports(&settings);
+/// Runs until a signal says stop, or the parent ends if `until_eof` asks for that. `sources` are where the settings came
+/// from, and are read again when they change.
+pub(crate) async fn run(
+    settings: Settings,
+    sources: Sources,
+    until_eof: bool,
+) -> Result<(), CommandError> {
+    let stop = StopSignal::new(until_eof)?;
     raise_open_files().map_err(CommandError::Start)?;
-    let interception = Interception::prepare(&settings.interception, ports).await?;
-    let sockets = Sockets::new(settings.interception.profile, ipv6_available());
-    let listeners = bind_data_path(&sockets, ports)?;
-    let readiness = Readiness::default();
-    bind_endpoints(&sockets, &settings, &readiness)?;
-    let shared = shared(&settings, sockets, ports)?;
+    let capture = Capture::prepare(&settings).await?;
+    let proxy = Proxy::prepare(&settings, &capture)?;
+    let reload = Reload::watch(&settings, sources)?;
+    capture.install().await?;
+    let outcome = serve(&settings, &capture, proxy, reload, stop).await;
+    let left = capture.leave(&settings.interception).await;
+    outcome.and(left)
+}
+
+/// From the installed rules to the end of the last connection.
+async fn serve(
+    settings: &Settings,
+    capture: &Capture,
+    proxy: Proxy,
+    reload: Reload,
+    mut stop: StopSignal,
+) -> Result<(), CommandError> {
+    let Proxy { shared, listeners, readiness } = proxy;
+    // Made while the process may still be another user than the proxy, whose connections are not caught.
+    let probes = capture.probes(&settings.interception)?;
+    capture.become_proxy(&settings.interception)?;
     let workers = settings.proxy.workers.unwrap_or_else(processors);
     let threads = worker::start(&shared, workers, listeners)?;
-    install(interception.as_ref()).await?;
+    capture.test(&shared.self_test, probes).await?;
     readiness.ready();
     notify::ready();
+    let ports = shared.ports;
     tracing::info!(
         workload = %settings.workload.name, workers, outbound = ports.outbound, inbound = ports.inbound,
-        hbone = ports.hbone, profile = ?settings.interception.profile, "ready"
+        hbone = ports.hbone, profile = %settings.interception.profile, "ready"
     );
+    let keeper =
+        tokio::spawn(keep(capture.guard(&settings.interception)?, reload, readiness.clone()));
 
     let why = stop.wait().await;
+    keeper.abort();
     readiness.draining();
     notify::stopping();
     let deadline = settings.timeouts.drain;
@@ -55,7 +79,6 @@ pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), Comma
         }
     };
     tracing::info!(aborted, "drained");
-    leave(&settings.interception, interception.as_ref()).await?;
     // A worker that does not end holds nothing that the end of the process would not free.
     tokio::time::timeout(Duration::from_secs(1), tokio::task::spawn_blocking(|| join(threads)))
         .await
@@ -64,19 +87,31 @@ pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), Comma
     Ok(())
 }
 
+/// What serves connections, bound and loaded but not yet running.
+struct Proxy {
+    shared: Shared,
+    listeners: Vec<(Kind, BoundListener)>,
+    readiness: Readiness,
+}
+
+impl Proxy {
+    fn prepare(settings: &Settings, capture: &Capture) -> Result<Self, CommandError> {
+        let (ports, ipv6) = (Ports::of(&settings.proxy), ipv6_available());
+        let sockets = Sockets::new(&settings.interception, ipv6);
+        let listeners = bind_data_path(&sockets, ports)?;
+        let readiness = Readiness::default();
+        bind_endpoints(&sockets, settings, &readiness)?;
+        let unprivileged = capture.is_by_user() && !sockets.need_net_admin();
+        let shared = shared(settings, sockets, ports, unprivileged)?;
+        Ok(Self { shared, listeners, readiness })
+    }
+}
+
 fn join(threads: Vec<std::thread::JoinHandle<()>>) {
     for thread in threads {
         if thread.join().is_err() {
             tracing::error!("a worker panicked");
         }
-    }
-}
-
-fn ports(settings: &Settings) -> Ports {
-    Ports {
-        outbound: settings.proxy.outbound_port,
-        inbound: settings.proxy.inbound_port,
-        hbone: settings.proxy.hbone_port,
     }
 }
 
@@ -124,7 +159,12 @@ fn bind_endpoints(
     Ok(())
 }
 
-fn shared(settings: &Settings, sockets: Sockets, ports: Ports) -> Result<Shared, CommandError> {
+fn shared(
+    settings: &Settings,
+    sockets: Sockets,
+    ports: Ports,
+    unprivileged: bool,
+) -> Result<Shared, CommandError> {
     let identity = settings.identity.as_ref().map(Identity::from_files).transpose();
     let identity = identity.map_err(CommandError::Identity)?;
     match &identity {
@@ -144,50 +184,20 @@ fn shared(settings: &Settings, sockets: Sockets, ports: Ports) -> Result<Shared,
         mesh: mesh.subscribe(),
         identity,
         drain: Drain::default(),
+        self_test: SelfTest::default(),
+        unprivileged,
     })
 }
 
-async fn install(interception: Option<&Interception>) -> Result<(), CommandError> {
-    let Some(interception) = interception else {
-        tracing::info!("profile none: whatever catches traffic here is not ours");
-        return Ok(());
-    };
-    if interception.ipv6_absent() {
-        tracing::info!("the kernel has no IPv6 here: there is none to catch");
-    }
-    interception.install().await?;
-    tracing::info!(rules = interception.plan().rules().len(), "rules installed");
-    Ok(())
-}
-
-async fn leave(
-    settings: &InterceptionSettings,
-    interception: Option<&Interception>,
-) -> Result<(), CommandError> {
-    let Some(interception) = interception else {
-        return Ok(());
-    };
-    match settings.on_exit {
-        OnExit::Keep => tracing::info!(
-            "the rules stay, so nothing leaves in plain; `underpass rules remove` removes them"
-        ),
-        OnExit::Remove => {
-            interception.remove().await?;
-            tracing::info!("rules removed: traffic is direct and plain from now on");
-        }
-    }
-    Ok(())
-}
-
 /// Whatever tells the proxy to stop.
-struct StopSignal {
+pub(crate) struct StopSignal {
     terminate: Signal,
     interrupt: Signal,
     parent: Option<ParentGone>,
 }
 
 impl StopSignal {
-    fn new(until_eof: bool) -> Result<Self, CommandError> {
+    pub(crate) fn new(until_eof: bool) -> Result<Self, CommandError> {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).map_err(CommandError::Start)?,
             interrupt: signal(SignalKind::interrupt()).map_err(CommandError::Start)?,
@@ -195,7 +205,7 @@ impl StopSignal {
         })
     }
 
-    async fn wait(&mut self) -> &'static str {
+    pub(crate) async fn wait(&mut self) -> &'static str {
         let parent = async {
             match &mut self.parent {
                 Some(parent) => parent.wait().await,

@@ -1,7 +1,7 @@
 //! The command line: what can be typed, and what becomes of it.
 //!
 //! Results go to standard output, errors to standard error. Exit codes: 0 done, 1 it failed, 2 the command line or the
-//! configuration is wrong.
+//! configuration is wrong, 3 `rules verify` found a difference.
 
 mod ca;
 mod config;
@@ -21,12 +21,13 @@ use underpass_interception::InterceptionError;
 
 use crate::demo::{self, DemoError};
 use crate::error::chain;
+use crate::self_test::SelfTestError;
 
 /// Transparent zero-trust networking below the application.
 #[derive(Debug, Parser)]
 #[command(name = "underpass", version, arg_required_else_help = true)]
 #[command(
-    after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong."
+    after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong, 3 `rules verify` found a difference."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -39,7 +40,7 @@ enum Command {
     Demo(demo::Arguments),
     /// Run a proxy for the network namespace it stands in (a sidecar container, a VM)
     Run(run::Arguments),
-    /// Look after the rules that catch traffic
+    /// Look after the rules that catch traffic, in the network namespace this stands in
     #[command(subcommand)]
     Rules(rules::Command),
     /// Keep a small local certificate authority
@@ -71,6 +72,24 @@ pub(crate) enum CommandError {
     Interception(#[from] InterceptionError),
     #[error("the certificate cannot be used (identity.certificate, identity.key, identity.roots)")]
     Identity(#[source] HboneError),
+    #[error(
+        "interception.dns: capture leads DNS queries to port {port}, but `underpass run` has no DNS proxy yet: they would \
+         be refused. Set interception.dns: off; `underpass rules install` can lead them to a DNS proxy of your own"
+    )]
+    NoDnsProxy { port: u16 },
+    #[error(transparent)]
+    SelfTest(SelfTestError),
+    #[error(
+        "interception.profile is none: there are no rules to look after; choose ambient, sidecar or osm (`--profile`)"
+    )]
+    NoRules,
+    /// Exit code 3: the result, already printed, is that there is a difference.
+    #[error("the rules that are installed are not those of these settings")]
+    Difference,
+    #[error(
+        "another program changed the rules again and again; they are no longer put back, and traffic may go uncaught"
+    )]
+    GaveUp,
     #[error(transparent)]
     Hbone(#[from] HboneError),
     #[error(transparent)]
@@ -86,7 +105,8 @@ pub(crate) enum CommandError {
 impl CommandError {
     fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Config(_) => ExitCode::from(2),
+            Self::Config(_) | Self::NoDnsProxy { .. } | Self::NoRules => ExitCode::from(2),
+            Self::Difference => ExitCode::from(3),
             _ => ExitCode::FAILURE,
         }
     }
@@ -97,7 +117,7 @@ pub fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(arguments) => demo::run(&arguments).map_err(CommandError::from),
         Command::Run(arguments) => run::run(arguments),
-        Command::Rules(command) => rules::run(&command),
+        Command::Rules(command) => rules::run(command),
         Command::Ca(command) => ca::run(command),
         Command::Config(command) => config::run(command),
         Command::Completions { shell } => completions(shell),

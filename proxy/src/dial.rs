@@ -17,15 +17,32 @@ use crate::balance::{Balance, HeldTunnel};
 use crate::error::ProxyError;
 use crate::policy::Permit;
 
-/// Connects to what `permit` allows, from `source` if the profile can keep it, within `deadline`.
+/// Connects to what `permit` allows, within `deadline`.
 pub(crate) async fn dial(
     sockets: &Sockets,
     permit: &Permit,
-    source: Option<IpAddr>,
     deadline: Duration,
 ) -> Result<TcpStream, ProxyError> {
+    within(permit, deadline, sockets.connect(permit.destination())).await
+}
+
+/// Connects to the workload, as the profile does it for `client`.
+pub(crate) async fn dial_workload(
+    sockets: &Sockets,
+    permit: &Permit,
+    client: IpAddr,
+    deadline: Duration,
+) -> Result<TcpStream, ProxyError> {
+    within(permit, deadline, sockets.connect_workload(permit.destination(), client)).await
+}
+
+async fn within(
+    permit: &Permit,
+    deadline: Duration,
+    connect: impl Future<Output = io::Result<TcpStream>>,
+) -> Result<TcpStream, ProxyError> {
     let destination = permit.destination();
-    match timeout(deadline, sockets.connect(destination, source)).await {
+    match timeout(deadline, connect).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) => Err(ProxyError::Connect { destination, source: error }),
         Err(_) => Err(ProxyError::ConnectTimeout { destination, after: deadline }),
@@ -44,7 +61,7 @@ impl Dial for TunnelDialer {
     type Io = TunnelSocket;
 
     async fn dial(&self, address: SocketAddr) -> io::Result<TunnelSocket> {
-        let stream = self.sockets.connect(address, None).await?;
+        let stream = self.sockets.connect(address).await?;
         let held = self.balance.tunnel(self.worker, address.ip());
         Ok(TunnelSocket { stream, _held: held })
     }

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -25,26 +25,39 @@ const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; versi
 
 /// What the readiness probe is told.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Readiness(Arc<AtomicU8>);
+pub(crate) struct Readiness {
+    phase: Arc<AtomicU8>,
+    /// Whether the rules are known to be other than they should, and not put back.
+    rules_lost: Arc<AtomicBool>,
+}
 
 const STARTING: u8 = 0;
 const READY: u8 = 1;
+const DRAINING: u8 = 2;
 
 impl Readiness {
     pub(crate) fn ready(&self) {
-        self.0.store(READY, Relaxed);
+        self.phase.store(READY, Relaxed);
     }
 
     pub(crate) fn draining(&self) {
-        self.0.store(READY + 1, Relaxed);
+        self.phase.store(DRAINING, Relaxed);
+    }
+
+    pub(crate) fn rules_intact(&self, intact: bool) {
+        self.rules_lost.store(!intact, Relaxed);
     }
 
     fn answer(&self) -> Response<Full<Bytes>> {
-        match self.0.load(Relaxed) {
-            READY => text(StatusCode::OK, "ready\n"),
-            STARTING => text(StatusCode::SERVICE_UNAVAILABLE, "not ready: starting\n"),
-            _ => text(StatusCode::SERVICE_UNAVAILABLE, "not ready: draining\n"),
-        }
+        let not_ready = match self.phase.load(Relaxed) {
+            READY if self.rules_lost.load(Relaxed) => {
+                "not ready: another program changes the rules\n"
+            }
+            READY => return text(StatusCode::OK, "ready\n"),
+            STARTING => "not ready: starting\n",
+            _ => "not ready: draining\n",
+        };
+        text(StatusCode::SERVICE_UNAVAILABLE, not_ready)
     }
 }
 

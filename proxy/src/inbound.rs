@@ -11,7 +11,7 @@ use underpass_interception::reset_on_close;
 
 use crate::accept::{Accepted, Registered};
 use crate::copy::Flow;
-use crate::dial::dial;
+use crate::dial::dial_workload;
 use crate::error::ProxyError;
 use crate::policy;
 use crate::record::{ConnectionRecord, Direction, Party};
@@ -151,7 +151,7 @@ async fn connect(
 ) -> Result<TcpStream, ProxyError> {
     let permit = policy::inbound(target, worker.shared.ports)?;
     let deadline = worker.shared.timeouts.connect;
-    dial(&worker.shared.sockets, &permit, Some(client.ip()), deadline).await
+    dial_workload(&worker.shared.sockets, &permit, client.ip(), deadline).await
 }
 
 fn open_record(

@@ -6,11 +6,13 @@
 //! * `outbound` and `inbound` are the paths of a connection, in which `route` and `policy` decide, `dial` connects and
 //!   `copy` moves the bytes;
 //! * `record` and `metrics` tell of every connection, `endpoints` answers probes and scrapers, `drain` ends it all;
+//! * `capture` has the rules installed and tested, `guard` keeps them, `reload` changes what is caught while it runs;
 //! * `demo` shows it.
 
 mod accept;
 mod app;
 mod balance;
+mod capture;
 mod cli;
 mod copy;
 mod demo;
@@ -18,6 +20,7 @@ mod dial;
 mod drain;
 mod endpoints;
 mod error;
+mod guard;
 mod inbound;
 mod logging;
 mod metrics;
@@ -26,7 +29,9 @@ mod outbound;
 mod parent;
 mod policy;
 mod record;
+mod reload;
 mod route;
+mod self_test;
 pub mod spawn;
 mod worker;
 

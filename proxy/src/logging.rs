@@ -3,7 +3,7 @@
 use std::io;
 
 use tracing_appender::non_blocking::WorkerGuard;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::time::SystemTime;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -22,6 +22,12 @@ pub(crate) fn start(settings: &Logging) -> Result<WorkerGuard, ConfigErrors> {
             origin: None,
         }],
     })?;
+    // It warns of every answer that is no success, expected ones too; what matters comes to us as an error.
+    let filter = if settings.filter.contains("nlink") {
+        filter
+    } else {
+        filter.with_target("nlink", LevelFilter::ERROR)
+    };
     let (writer, guard) = tracing_appender::non_blocking(io::stdout());
     let lines = tracing_subscriber::fmt::layer()
         .with_timer(SystemTime)

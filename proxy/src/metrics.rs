@@ -4,7 +4,8 @@
 
 use metrics::{Counter, Gauge, Label, counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
-use underpass_config::Workload;
+use underpass_config::{Profile, Workload};
+use underpass_interception::Backend;
 
 use crate::record::{Direction, Party};
 
@@ -16,6 +17,9 @@ const RECEIVED: &str = "istio_tcp_received_bytes_total";
 const OPEN: &str = "istio_tcp_sockets_open";
 const PAUSES: &str = "underpass_accept_pauses_total";
 const BUILD: &str = "istio_build";
+const INTERCEPTION: &str = "underpass_interception";
+const REPAIRS: &str = "underpass_rules_repairs_total";
+const INTACT: &str = "underpass_rules_intact";
 
 /// What a label says of what is not known; ztunnel's word.
 const UNKNOWN: &str = "unknown";
@@ -31,6 +35,9 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     describe_gauge!(OPEN, "TCP connections open now.");
     describe_counter!(PAUSES, "Pauses of accepting because a system limit was reached.");
     describe_gauge!(BUILD, "The version that runs; always 1.");
+    describe_gauge!(INTERCEPTION, "How traffic is caught; always 1.");
+    describe_counter!(REPAIRS, "How often rules that another program had changed were put back.");
+    describe_gauge!(INTACT, "Whether the rules are as they should be: 1, or 0.");
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
     Ok(handle)
 }
@@ -38,6 +45,25 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
 /// Counts a pause of a listener that ran into a limit of the system.
 pub(crate) fn accept_paused(listener: &'static str) {
     counter!(PAUSES, "listener" => listener).increment(1);
+}
+
+/// Says how traffic is caught, from the installation of the rules on.
+pub(crate) fn interception(profile: Profile, backend: Backend) {
+    let (profile, backend) = (profile.to_string(), backend.to_string());
+    gauge!(INTERCEPTION, "profile" => profile, "backend" => backend).set(1);
+    // Rules that were never repaired are a zero, not an absence.
+    counter!(REPAIRS).increment(0);
+    rules_intact(true);
+}
+
+/// Counts a repair of the rules.
+pub(crate) fn rules_repaired() {
+    counter!(REPAIRS).increment(1);
+}
+
+/// Says whether the rules are as they should be.
+pub(crate) fn rules_intact(intact: bool) {
+    gauge!(INTACT).set(if intact { 1 } else { 0 });
 }
 
 /// The labels that every metric of one connection carries.

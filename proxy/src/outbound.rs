@@ -76,7 +76,7 @@ async fn connect(
     match route {
         Route::Plain { .. } => {
             let deadline = worker.shared.timeouts.connect;
-            dial(&worker.shared.sockets, &permit, None, deadline).await.map(Onward::Plain)
+            dial(&worker.shared.sockets, &permit, deadline).await.map(Onward::Plain)
         }
         Route::Tunnel { workload, peer, .. } => {
             record.hbone = Some(*peer);

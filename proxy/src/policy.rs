@@ -48,7 +48,7 @@ fn is_own_listener(port: u16, ports: Ports) -> bool {
 mod tests {
     use super::*;
 
-    const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008 };
+    const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008, dns: 15053 };
 
     #[test]
     fn nobody_may_reach_the_proxys_own_listeners_through_the_proxy() {

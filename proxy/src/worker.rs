@@ -12,13 +12,14 @@ use underpass_config::{Mesh, Timeouts};
 use underpass_hbone::{
     Acceptor, ClientSettings, Connector, HboneError, Identity, Pool, PoolSettings, ServerSettings,
 };
-use underpass_interception::{BoundListener, Ports, Sockets};
+use underpass_interception::{BoundListener, Ports, Sockets, drop_capabilities};
 
 use crate::accept::{Accepted, Kind, accept_loop};
 use crate::balance::{Balance, Load};
 use crate::cli::{CommandError, single_threaded_runtime};
 use crate::dial::TunnelDialer;
 use crate::drain::Drain;
+use crate::self_test::SelfTest;
 use crate::{inbound, outbound};
 
 /// Connections that may wait to be taken over by a worker; beyond it the accepting worker keeps them.
@@ -35,6 +36,9 @@ pub(crate) struct Shared {
     pub(crate) mesh: watch::Receiver<Arc<Mesh>>,
     pub(crate) identity: Option<Identity>,
     pub(crate) drain: Drain,
+    pub(crate) self_test: SelfTest,
+    /// Whether workers can do without any capability.
+    pub(crate) unprivileged: bool,
 }
 
 /// What the connections of one worker share.
@@ -100,7 +104,13 @@ pub(crate) fn start(
         let senders = senders.clone();
         let runtime = single_threaded_runtime()?;
         let thread = std::thread::Builder::new().name(format!("worker-{index}"));
-        let run = move || runtime.block_on(run(worker, receiver, hand, senders));
+        let unprivileged = shared.unprivileged;
+        let run = move || {
+            if unprivileged && let Err(error) = drop_capabilities() {
+                tracing::warn!(%error, "a worker keeps capabilities that it does not need");
+            }
+            runtime.block_on(run(worker, receiver, hand, senders));
+        };
         thread.spawn(run).map_err(CommandError::Start)
     };
     receivers.into_iter().zip(hands).enumerate().map(start_one).collect()

@@ -1,89 +1,288 @@
-//! The plan against its golden files, and against what must hold for any plan.
+//! The plans of many settings against their golden files, and against what must hold for any plan.
+//!
+//! A golden file has the plan in the three languages. `BLESS=1 cargo test -p underpass-interception`
+//! writes them anew; the difference is then git's to show, and the reviewer's to judge.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
 
+use similar::TextDiff;
+use underpass_config::{Settings, Sources};
+
+use super::iptables::Family;
 use super::*;
 
-const DEFAULT: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008 };
+/// A golden file, and the settings of it.
+const SCENARIOS: &[(&str, &[&str])] = &[
+    ("ambient", &["profile=ambient"]),
+    ("ambient-exact", &["profile=ambient", "exact=true"]),
+    ("ambient-exact-dns", &["profile=ambient", "exact=true", "dns=capture"]),
+    ("ambient-dns-servers", &["profile=ambient", "dns=capture", "dns_servers=10.9.0.10,fd00::10"]),
+    ("ambient-ingress-dns", &["profile=ambient", "ingress=true", "dns=capture"]),
+    ("ambient-virtual-interfaces", &["profile=ambient", "virtual_interfaces=tap0,tap1"]),
+    ("ambient-exact-virtual", &["profile=ambient", "exact=true", "virtual_interfaces=tap0,tap1"]),
+    (
+        "ambient-exclusions",
+        &[
+            "profile=ambient",
+            "outbound.exclude_cidrs=192.0.2.0/24,198.51.100.7,2001:db8::/32",
+            "outbound.exclude_ports=25,9000-9010",
+            "outbound.exclude_interfaces=eth1",
+            "outbound.exclude_uids=100,101",
+            "outbound.exclude_gids=200",
+            "inbound.exclude_ports=22",
+            "inbound.exclude_interfaces=eth1,eth2",
+        ],
+    ),
+    (
+        "ambient-inclusions",
+        &[
+            "profile=ambient",
+            "outbound.include_cidrs=10.0.0.0/8,fd00::/8",
+            "outbound.include_ports=80,443",
+            "inbound.include_ports=8080",
+        ],
+    ),
+    ("ambient-ipv6-bypass", &["profile=ambient", "ipv6=bypass"]),
+    ("ambient-ipv6-reject", &["profile=ambient", "ipv6=reject", "dns=capture"]),
+    ("sidecar", &["profile=sidecar"]),
+    ("sidecar-exact", &["profile=sidecar", "exact=true"]),
+    ("sidecar-owners", &["profile=sidecar", "proxy_uids=3,4", "proxy_gids=1,2"]),
+    (
+        "sidecar-exact-owners",
+        &["profile=sidecar", "exact=true", "proxy_uids=3,4", "proxy_gids=1,2"],
+    ),
+    (
+        "sidecar-lists",
+        &[
+            "profile=sidecar",
+            "outbound.exclude_cidrs=192.0.2.0/24,2001:db8::/32",
+            "outbound.include_cidrs=10.0.0.0/8,172.16.0.0/12,fd00::/8",
+            "outbound.exclude_ports=25,26,27,28,29,30,31,32,33,34,35,36,37,38,39,40,9000-9010",
+            "outbound.include_ports=80,443",
+            "outbound.exclude_interfaces=eth1",
+            "outbound.exclude_uids=100",
+            "outbound.include_gids=202,203",
+            "inbound.exclude_ports=22,6000-6010",
+            "inbound.exclude_interfaces=eth1",
+            "virtual_interfaces=tap0,tap1",
+            "drop_invalid=true",
+        ],
+    ),
+    (
+        "sidecar-exact-lists",
+        &[
+            "profile=sidecar",
+            "exact=true",
+            "outbound.exclude_cidrs=192.0.2.0/24,2001:db8::/32",
+            "outbound.include_cidrs=10.0.0.0/8,172.16.0.0/12,fd00::/8",
+            "outbound.exclude_ports=25,26",
+            "outbound.include_ports=80,443",
+            "outbound.exclude_interfaces=eth1",
+            "outbound.exclude_gids=202,203",
+            "inbound.exclude_ports=22,23",
+            "inbound.exclude_interfaces=eth1",
+            "virtual_interfaces=tap0,tap1",
+            "drop_invalid=true",
+        ],
+    ),
+    ("sidecar-include-loopback", &["profile=sidecar", "outbound.include_cidrs=127.1.2.3/32"]),
+    ("sidecar-loopback-cidr", &["profile=sidecar", "loopback_cidr=127.0.0.0/8"]),
+    ("sidecar-inbound-ports", &["profile=sidecar", "inbound.include_ports=4000,5000"]),
+    (
+        "sidecar-nothing",
+        &["profile=sidecar", "inbound.include_ports=none", "outbound.include_cidrs=none"],
+    ),
+    ("sidecar-dns", &["profile=sidecar", "dns=capture"]),
+    (
+        "sidecar-exact-dns-servers",
+        &["profile=sidecar", "exact=true", "dns=capture", "dns_servers=127.0.0.53,10.9.0.10"],
+    ),
+    ("sidecar-tproxy", &["profile=sidecar", "inbound.mode=tproxy", "inbound.exclude_ports=22"]),
+    ("sidecar-exact-tproxy", &["profile=sidecar", "exact=true", "inbound.mode=tproxy"]),
+    (
+        "sidecar-tproxy-ports",
+        &[
+            "profile=sidecar",
+            "inbound.mode=tproxy",
+            "inbound.include_ports=80,8080",
+            "outbound.exclude_interfaces=eth1",
+            "inbound.exclude_interfaces=eth1",
+        ],
+    ),
+    ("sidecar-ipv6-reject", &["profile=sidecar", "ipv6=reject", "inbound.mode=tproxy"]),
+    ("osm", &["profile=osm"]),
+    ("osm-exact", &["profile=osm", "exact=true", "outbound.exclude_cidrs=54.91.118.50/32"]),
+    (
+        "osm-lists",
+        &[
+            "profile=osm",
+            "outbound.exclude_cidrs=192.0.2.0/24,198.51.100.0/24,2001:db8::/32",
+            "outbound.include_cidrs=10.0.0.0/8",
+            "outbound.exclude_ports=10,20",
+            "outbound.exclude_interfaces=eth1",
+            "inbound.exclude_ports=30,40",
+            "inbound.exclude_interfaces=eth1",
+        ],
+    ),
+    ("osm-ipv6-bypass", &["profile=osm", "ipv6=bypass"]),
+    ("osm-ipv6-reject", &["profile=osm", "ipv6=reject"]),
+];
 
-fn golden(plan: &RulePlan, text: &str) {
-    assert_eq!(plan.to_string(), text, "the golden file in interception/testdata differs");
+fn settings(assignments: &[&str]) -> Settings {
+    let flags = assignments.iter().map(|text| format!("interception.{text}")).collect();
+    Sources { file: None, environment: Vec::new(), flags }.load().expect("the settings are right")
+}
+
+fn plan(assignments: &[&str]) -> RulePlan {
+    let settings = settings(assignments);
+    RulePlan::new(&settings.interception, Ports::of(&settings.proxy), true)
+}
+
+fn every_plan() -> impl Iterator<Item = (&'static str, RulePlan)> {
+    SCENARIOS.iter().map(|(name, assignments)| (*name, plan(assignments)))
+}
+
+fn file(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("testdata/{name}.txt"))
 }
 
 #[test]
-fn ambient_for_ipv4_is_the_golden_text() {
-    golden(
-        &RulePlan::ambient(DEFAULT, Families::V4),
-        include_str!("../../testdata/ambient_v4.nft"),
-    );
+fn every_plan_is_its_golden_file_in_all_three_languages() {
+    #[expect(clippy::disallowed_methods, reason = "a switch of this test alone, not a setting")]
+    let bless = std::env::var_os("BLESS").is_some();
+    for (name, plan) in every_plan() {
+        let (v4, v6) = (plan.iptables(Family::V4), plan.iptables(Family::V6));
+        let text = format!("==> nft\n{plan}==> iptables-restore\n{v4}==> ip6tables-restore\n{v6}");
+        if bless {
+            fs::write(file(name), &text).expect("the golden file is written");
+        }
+        let golden = fs::read_to_string(file(name)).unwrap_or_default();
+        let difference = TextDiff::from_lines(&golden, &text).unified_diff().to_string();
+        assert!(
+            text == golden,
+            "interception/testdata/{name}.txt differs; BLESS=1 writes it anew\n{difference}"
+        );
+    }
 }
 
 #[test]
-fn ambient_for_both_families_is_the_golden_text() {
-    golden(
-        &RulePlan::ambient(DEFAULT, Families::V4AndV6),
-        include_str!("../../testdata/ambient_v4_v6.nft"),
-    );
-}
-
-#[test]
-fn ambient_with_other_ports_is_the_golden_text() {
-    let ports = Ports { outbound: 25001, inbound: 25006, hbone: 25008 };
-    golden(
-        &RulePlan::ambient(ports, Families::V4AndV6),
-        include_str!("../../testdata/ambient_custom_ports.nft"),
-    );
+fn there_is_no_golden_file_without_its_plan() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("testdata");
+    let files: BTreeSet<_> = fs::read_dir(folder)
+        .expect("the folder")
+        .flatten()
+        .map(|file| file.file_name().to_string_lossy().into_owned())
+        .collect();
+    let named: BTreeSet<_> = SCENARIOS.iter().map(|(name, _)| format!("{name}.txt")).collect();
+    assert_eq!(files, named);
 }
 
 #[test]
 fn the_alternate_form_gives_every_reason_on_one_line() {
-    let plan = RulePlan::ambient(DEFAULT, Families::V4AndV6);
-    let text = format!("{plan:#}");
-    let reasons = text.lines().filter(|line| line.starts_with("# ")).count();
-    assert_eq!(reasons, plan.rules().len());
-    assert!(!text.contains("  "), "a reason has a line break in it:\n{text}");
+    for (name, plan) in every_plan() {
+        let text = format!("{plan:#}");
+        let reasons = text.lines().filter(|line| line.starts_with("# ")).count();
+        assert_eq!(reasons, plan.rules().len(), "{name}");
+        assert!(!text.contains("  "), "a reason of {name} has a line break in it:\n{text}");
+    }
 }
 
 #[test]
 fn every_id_is_unique() {
-    let plan = RulePlan::ambient(DEFAULT, Families::V4AndV6);
-    let ids: BTreeSet<_> = plan.rules().iter().map(|rule| rule.id).collect();
-    assert_eq!(ids.len(), plan.rules().len());
-}
-
-#[test]
-fn every_twin_has_its_partner_and_differs_from_it() {
-    let plan = RulePlan::ambient(DEFAULT, Families::V4AndV6);
-    let twins: Vec<_> =
-        plan.rules().iter().filter_map(|rule| Some((rule, rule.id.strip_suffix("-v6")?))).collect();
-    assert_eq!(twins.len(), 5);
-    for (twin, id) in twins {
-        let first = plan.rules().iter().find(|rule| rule.id == id).expect("the IPv4 twin");
-        assert_eq!((first.chain, first.action), (twin.chain, twin.action));
-        assert_ne!(first.matches, twin.matches);
+    for (name, plan) in every_plan() {
+        let ids: BTreeSet<_> = plan.rules().iter().map(|rule| &rule.id).collect();
+        assert_eq!(ids.len(), plan.rules().len(), "{name}");
     }
 }
 
 #[test]
-fn no_redirect_takes_loopback_or_the_proxys_own_packets() {
-    let plan = RulePlan::ambient(DEFAULT, Families::V4AndV6);
-    let redirects = plan.rules().iter().filter(|r| matches!(r.action, Action::Redirect(_)));
-    for rule in redirects {
-        let spares_loopback = rule
-            .matches
-            .iter()
-            .any(|m| matches!(m, Match::NotDestination(address) if address.is_loopback()));
-        assert!(spares_loopback, "{}", rule.id);
-        assert!(rule.matches.contains(&Match::NotPacketMark(PROXY_MARK)), "{}", rule.id);
+fn every_rule_stands_in_a_chain_of_the_plan_and_jumps_to_one_of_its_table() {
+    for (name, plan) in every_plan() {
+        let there = |id| plan.chains().iter().any(|chain| chain.id == id);
+        for rule in plan.rules() {
+            assert!(there(rule.chain), "{name}: {}", rule.id);
+            if let Action::Jump(target) = rule.action {
+                assert!(there(target) && target.table == rule.chain.table, "{name}: {}", rule.id);
+            }
+        }
     }
 }
 
 #[test]
-fn each_nat_chain_starts_by_leaving_older_connections_alone() {
-    let plan = RulePlan::ambient(DEFAULT, Families::V4AndV6);
-    for chain in [Chain::NatPrerouting, Chain::NatOutput] {
-        let first = plan.rules().iter().find(|rule| rule.chain == chain).expect("a rule");
-        assert_eq!(first.matches, [Match::Tcp, Match::NotOpening]);
-        assert_eq!(first.action, Action::Accept);
+fn exact_has_nothing_of_ours_and_the_default_has_all_of_theirs() {
+    for (name, plan) in every_plan().filter(|(name, _)| name.contains("exact")) {
+        let ours = plan.rules().iter().find(|rule| rule.origin == Origin::Ours);
+        assert_eq!(ours, None, "{name}");
     }
+    for profile in ["sidecar", "osm"] {
+        let exact = plan(&[&format!("profile={profile}"), "exact=true"]);
+        let default = plan(&[&format!("profile={profile}")]);
+        let theirs: Vec<_> =
+            default.rules().iter().filter(|rule| rule.origin == Origin::Seed).collect();
+        assert_eq!(theirs, exact.rules().iter().collect::<Vec<_>>(), "{profile}");
+    }
+}
+
+#[test]
+fn lists_are_never_empty_and_their_addresses_are_of_the_rules_family() {
+    for (name, plan) in every_plan() {
+        for rule in plan.rules() {
+            for condition in &rule.matches {
+                if let Match::Source(networks) | Match::Destination(networks) = condition {
+                    assert!(!networks.is_empty(), "{name}: {}", rule.id);
+                    let v6 = rule.families == Families::V6;
+                    let same = networks.iter().all(|network| network.addr().is_ipv6() == v6);
+                    assert!(same && rule.families != Families::Both, "{name}: {}", rule.id);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn ten_thousand_excluded_networks_are_one_rule() {
+    let networks: Vec<_> =
+        (0..10_000).map(|n| format!("10.{}.{}.0/25", n / 250, n % 250)).collect();
+    let exclusion = format!("outbound.exclude_cidrs={}", networks.join(","));
+    for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
+        let rules = plan(&[profile, &exclusion]).rules().len();
+        assert_eq!(rules, plan(&[profile]).rules().len() + 1, "{profile}");
+    }
+}
+
+#[test]
+fn ipv6_is_captured_rejected_or_left_alone() {
+    for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
+        for (ipv6, caught, refused) in [
+            ("ipv6=capture", true, false),
+            ("ipv6=reject", false, true),
+            ("ipv6=bypass", false, false),
+        ] {
+            let plan = plan(&[profile, ipv6]);
+            let of_v6 = |action: fn(&Action) -> bool| {
+                let rules = plan.rules().iter().filter(|rule| rule.families.contains(true));
+                rules.into_iter().any(|rule| action(&rule.action))
+            };
+            assert_eq!(of_v6(|a| matches!(a, Action::Redirect(_))), caught, "{profile} {ipv6}");
+            assert_eq!(of_v6(|a| matches!(a, Action::Reject)), refused, "{profile} {ipv6}");
+        }
+        let absent = settings(&[profile]);
+        let plan = RulePlan::new(&absent.interception, Ports::of(&absent.proxy), false);
+        assert!(plan.rules().iter().all(|rule| rule.families == Families::V4), "{profile}");
+    }
+}
+
+#[test]
+fn ports_that_are_configured_are_those_of_the_rules() {
+    let flags = ["proxy.outbound_port=25001", "proxy.inbound_port=25006", "proxy.hbone_port=25008"];
+    let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
+    let settings = Sources { file: None, environment: Vec::new(), flags }.load().expect("settings");
+    let plan = RulePlan::new(&settings.interception, Ports::of(&settings.proxy), true);
+    let text = plan.to_string();
+    for port in ["redirect to :25001", "redirect to :25006", "tcp dport 25008"] {
+        assert!(text.contains(port), "{port}");
+    }
+    assert!(!text.contains(":150") && !text.contains("dport 150"), "{text}");
 }

@@ -4,11 +4,19 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::io::AsyncReadExt as _;
+use underpass_config::Sources;
 
 use super::*;
 
+/// Sockets of the profile without rules, which need no privileges.
+fn of_no_profile(ipv6: bool) -> Sockets {
+    let flags = vec!["interception.profile=none".to_owned()];
+    let sources = Sources { file: None, environment: Vec::new(), flags };
+    Sockets::new(&sources.load().expect("settings").interception, ipv6)
+}
+
 fn unmarked() -> Sockets {
-    Sockets::new(Profile::None, crate::ipv6_available())
+    of_no_profile(crate::ipv6_available())
 }
 
 fn listen(sockets: &Sockets) -> BoundListener {
@@ -29,7 +37,7 @@ fn a_mapped_address_becomes_ipv4_and_others_stay() {
 
 #[test]
 fn without_ipv6_any_address_is_ipv4s() {
-    let listener = listen(&Sockets::new(Profile::None, false));
+    let listener = listen(&of_no_profile(false));
     assert!(listener.local_addr().expect("bound").is_ipv4());
 }
 
@@ -52,7 +60,7 @@ async fn an_ipv4_client_of_a_dual_stack_listener_has_an_ipv4_address() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let listener = listener.register().expect("registered");
-    let client = unmarked().connect(address, None).await.expect("connected");
+    let client = unmarked().connect(address).await.expect("connected");
     let (_, peer) = listener.accept().await.expect("accepted");
     assert_eq!(peer, client.local_addr().expect("an address"));
 }
@@ -62,7 +70,7 @@ async fn an_accepted_stream_does_not_block_and_is_not_inherited() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let listener = listener.register().expect("registered");
-    let _client = unmarked().connect(address, None).await.expect("connected");
+    let _client = unmarked().connect(address).await.expect("connected");
     let (stream, _) = listener.accept().await.expect("accepted");
     assert!(SockRef::from(&stream).nonblocking().expect("flags"));
     let flags = fcntl(&stream, FcntlArg::F_GETFD).expect("flags");
@@ -74,14 +82,14 @@ async fn a_connection_without_a_mark_needs_no_capability_and_keeps_no_source() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let foreign = IpAddr::from([192, 0, 2, 1]);
-    let client = unmarked().connect(address, Some(foreign)).await.expect("connected");
+    let client = unmarked().connect_workload(address, foreign).await.expect("connected");
     assert_eq!(client.local_addr().expect("an address").ip(), Ipv4Addr::LOCALHOST);
 }
 
 #[tokio::test]
 async fn connections_are_probed_and_not_delayed() {
     let listener = listen(&unmarked());
-    let client = unmarked().connect(loopback(&listener), None).await.expect("connected");
+    let client = unmarked().connect(loopback(&listener)).await.expect("connected");
     let socket = SockRef::from(&client);
     assert!(socket.tcp_nodelay().expect("an option"));
     assert!(socket.keepalive().expect("an option"));
@@ -95,7 +103,7 @@ async fn a_stream_told_to_reset_on_close_does() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let listener = listener.register().expect("registered");
-    let mut client = unmarked().connect(address, None).await.expect("connected");
+    let mut client = unmarked().connect(address).await.expect("connected");
     let (stream, _) = listener.accept().await.expect("accepted");
     reset_on_close(&stream);
     drop(stream);

@@ -7,9 +7,12 @@
 //! `UNDERPASS_SKIP_NAMESPACES=1` passes over all of it where user namespaces are forbidden.
 
 mod flows;
+mod iptables;
 mod namespaces;
+mod nftables;
 mod pod;
 mod rules;
+mod walk;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use underpass_interception::{InterceptionError, enter_sandbox};
@@ -30,7 +33,10 @@ fn main() {
     let mut trials: Vec<_> = rules::CASES
         .iter()
         .chain(flows::CASES)
+        .chain(iptables::CASES)
+        .chain(nftables::CASES)
         .chain(namespaces::CASES)
+        .chain(walk::CASES)
         .map(|&(name, test)| Trial::test(name, test))
         .collect();
     trials.push(Trial::test("the host's own namespace, and no other, is refused", move || {

@@ -5,14 +5,14 @@ use std::process::Command;
 use std::time::Duration;
 
 use libtest_mimic::Failed;
-use underpass_config::{InterceptionSettings, Ipv6, OnExit, Profile};
+use underpass_config::{InterceptionSettings, Sources};
 use underpass_interception::{
     Endpoint, Interception, KUBELET_PROBE_V4, KUBELET_PROBE_V6, Namespace, Ports, veth,
 };
 
 /// Longer than anything here takes; a test that waits this long has failed.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
-pub(crate) const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008 };
+pub(crate) const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008, dns: 15053 };
 
 /// One of the two families, and who has which address in it.
 #[derive(Debug, Clone, Copy)]
@@ -108,19 +108,18 @@ pub(crate) fn command(namespace: &Namespace, line: &str) -> Result<String, Faile
     Ok(String::from_utf8(output.stdout)?)
 }
 
-pub(crate) fn settings(ipv6: Ipv6) -> InterceptionSettings {
-    InterceptionSettings {
-        profile: Profile::Ambient,
-        ipv6,
-        on_exit: OnExit::Keep,
-        allow_host: false,
-    }
+/// The settings of these keys below `interception`: `profile=sidecar ipv6=bypass`.
+#[expect(clippy::expect_used, reason = "the settings of a test are right")]
+pub(crate) fn settings(assignments: &str) -> InterceptionSettings {
+    let flags = assignments.split_whitespace().map(|text| format!("interception.{text}")).collect();
+    let sources = Sources { file: None, environment: Vec::new(), flags };
+    sources.load().expect("the settings are right").interception
 }
 
 /// Prepares in the calling thread's namespace.
-pub(crate) async fn prepare(ipv6: Ipv6) -> Result<Interception, Failed> {
-    let prepared = Interception::prepare(&settings(ipv6), PORTS).await?;
-    prepared.ok_or_else(|| "the ambient profile has rules".into())
+pub(crate) async fn prepare(assignments: &str) -> Result<Interception, Failed> {
+    let prepared = Interception::prepare(&settings(assignments), PORTS).await?;
+    prepared.ok_or_else(|| "the profile has rules".into())
 }
 
 pub(crate) fn at(address: IpAddr, port: u16) -> SocketAddr {

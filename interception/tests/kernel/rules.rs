@@ -6,7 +6,6 @@ use std::{fs, io};
 use libtest_mimic::Failed;
 use nlink::netlink::nftables::{Family, NFT_TABLE_F_OWNER};
 use nlink::netlink::{Connection, Nftables};
-use underpass_config::Ipv6;
 use underpass_interception::{
     Interception, InterceptionError, Namespace, TABLE, counters, remove_everything,
 };
@@ -55,7 +54,7 @@ impl Listing {
 
 fn installing_twice_is_the_same() -> Result<(), Failed> {
     let pod = lonely("twice")?;
-    let install = || inside(&pod, async || Ok(prepare(Ipv6::Capture).await?.install().await?));
+    let install = || inside(&pod, async || Ok(prepare("").await?.install().await?));
     install()?;
     let once = Listing::of(&pod)?;
     install()?;
@@ -73,7 +72,7 @@ fn removal_leaves_nothing() -> Result<(), Failed> {
     let pod = lonely("removal")?;
     let before = Listing::of(&pod)?;
     inside(&pod, async || {
-        let interception = prepare(Ipv6::Capture).await?;
+        let interception = prepare("").await?;
         interception.install().await?;
         interception.remove().await?;
         interception.remove().await?;
@@ -92,7 +91,7 @@ fn removal_spares_others() -> Result<(), Failed> {
     command(&pod, "ip -6 route add local default dev lo table 100")?;
     let before = Listing::of(&pod)?;
     inside(&pod, async || {
-        let interception = prepare(Ipv6::Capture).await?;
+        let interception = prepare("").await?;
         interception.install().await?;
         Ok(interception.remove().await?)
     })?;
@@ -100,7 +99,7 @@ fn removal_spares_others() -> Result<(), Failed> {
 }
 
 fn printed_is_installed() -> Result<(), Failed> {
-    for (ipv6, name) in [(Ipv6::Capture, "printed-both"), (Ipv6::Bypass, "printed-v4")] {
+    for (ipv6, name) in [("ipv6=capture", "printed-both"), ("ipv6=bypass", "printed-v4")] {
         let pod = lonely(name)?;
         let plan = inside(&pod, async || {
             let interception = prepare(ipv6).await?;
@@ -126,7 +125,7 @@ fn leftovers_are_replaced() -> Result<(), Failed> {
     command(&pod, "nft add table inet underpass")?;
     command(&pod, "nft add chain inet underpass old { type filter hook input priority 0; }")?;
     command(&pod, "nft add rule inet underpass old tcp dport 1 drop")?;
-    inside(&pod, async || Ok(prepare(Ipv6::Capture).await?.install().await?))?;
+    inside(&pod, async || Ok(prepare("").await?.install().await?))?;
     let rules = command(&pod, "nft list ruleset")?;
     equal("the old chain is there", rules.contains("chain old"), false)
 }
@@ -135,7 +134,7 @@ fn failure_leaves_nothing() -> Result<(), Failed> {
     let pod = Namespace::create_named("failure")?;
     let before = Listing::of(&pod)?;
     // The loopback interface is down, so the kernel takes the ip rule and refuses the route.
-    let failed = inside(&pod, async || Ok(prepare(Ipv6::Capture).await?.install().await.is_err()))?;
+    let failed = inside(&pod, async || Ok(prepare("").await?.install().await.is_err()))?;
     equal("the installation failed", failed, true)?;
     equal("what is left", Listing::of(&pod)?, before)
 }
@@ -147,7 +146,7 @@ fn refusal_leaves_nothing() -> Result<(), Failed> {
         // A table with an owner is changed by nobody else, and goes with its owner.
         let owner = Connection::<Nftables>::new()?;
         owner.add_table_with_flags(TABLE, Family::Inet, NFT_TABLE_F_OWNER).await?;
-        let refused = prepare(Ipv6::Capture).await?.install().await.is_err();
+        let refused = prepare("").await?.install().await.is_err();
         equal("the ruleset was refused", refused, true)
     })?;
     equal("what is left", Listing::of(&pod)?, before)
@@ -156,7 +155,7 @@ fn refusal_leaves_nothing() -> Result<(), Failed> {
 fn dormant_is_replaced() -> Result<(), Failed> {
     let pod = lonely("dormant")?;
     command(&pod, "nft add table inet underpass { flags dormant; }")?;
-    inside(&pod, async || Ok(prepare(Ipv6::Capture).await?.install().await?))?;
+    inside(&pod, async || Ok(prepare("").await?.install().await?))?;
     let dormant = command(&pod, "nft list ruleset")?.contains("dormant");
     equal("the table is dormant", dormant, false)
 }
@@ -165,7 +164,7 @@ fn without_ipv6() -> Result<(), Failed> {
     let pod = lonely("without-ipv6")?;
     let (absent, rules) = inside(&pod, async || {
         fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
-        let interception = prepare(Ipv6::Capture).await?;
+        let interception = prepare("").await?;
         interception.install().await?;
         let rules = counters().await?;
         interception.remove().await?;
@@ -182,7 +181,7 @@ fn ipv6_enabled_again() -> Result<(), Failed> {
     inside(&pod, async || {
         fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
         fs::write("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "0")?;
-        let interception = prepare(Ipv6::Capture).await?;
+        let interception = prepare("").await?;
         interception.install().await?;
         let rules = counters().await?;
         equal("IPv6 is absent", interception.ipv6_absent(), false)?;
@@ -193,7 +192,7 @@ fn ipv6_enabled_again() -> Result<(), Failed> {
 fn bypass() -> Result<(), Failed> {
     let pod = lonely("bypass")?;
     let rules = inside(&pod, async || {
-        let interception = prepare(Ipv6::Bypass).await?;
+        let interception = prepare("ipv6=bypass").await?;
         interception.install().await?;
         Ok(counters().await?)
     })?;
@@ -204,12 +203,13 @@ fn bypass() -> Result<(), Failed> {
 fn counters_in_order() -> Result<(), Failed> {
     let pod = lonely("counters")?;
     inside(&pod, async || {
-        let interception = prepare(Ipv6::Capture).await?;
-        equal("counters before", counters().await?.len(), 0)?;
+        let interception = prepare("").await?;
+        equal("counters before", interception.counters().await?.len(), 0)?;
         interception.install().await?;
-        let installed = counters().await?;
+        let installed = interception.counters().await?;
         let ids: Vec<_> = installed.iter().map(|counter| counter.id.as_str()).collect();
-        let planned: Vec<_> = interception.plan().rules().iter().map(|rule| rule.id).collect();
+        let planned: Vec<_> =
+            interception.plan().rules().iter().map(|rule| rule.id.as_str()).collect();
         equal("the ids", ids, planned)
     })
 }
@@ -225,7 +225,7 @@ pub(crate) struct Outside {
 pub(crate) fn prepare_here() -> io::Result<Outside> {
     const INITIAL: u64 = 0xEFFF_FFF9;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let result = runtime.block_on(Interception::prepare(&settings(Ipv6::Capture), PORTS));
+    let result = runtime.block_on(Interception::prepare(&settings(""), PORTS));
     Ok(Outside {
         refused: matches!(result, Err(InterceptionError::HostNamespace { .. })),
         permitted: !matches!(result, Err(InterceptionError::NotPermitted { .. })),
@@ -240,5 +240,5 @@ pub(crate) fn host_is_refused(outside: &io::Result<Outside>) -> Result<(), Faile
         equal("the host is refused", outside.refused, true)?;
     }
     let pod = lonely("not-the-host")?;
-    inside(&pod, async || prepare(Ipv6::Capture).await.map(|_| ()))
+    inside(&pod, async || prepare("").await.map(|_| ()))
 }

@@ -1,21 +1,315 @@
-//! `underpass rules`: for the namespace that it is run in.
+//! `underpass rules`: what catches traffic, shown, installed, compared, explained, kept and removed, in the network
+//! namespace that the command stands in.
+//!
+//! Not here: the options that all of them share (`rules/options.rs`).
 
-use underpass_interception::remove_everything;
+mod options;
 
+use std::io::{self, Write as _};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use serde_json::{Value, json};
+use underpass_config::{InterceptionSettings, Settings};
+use underpass_interception::{
+    Difference, Environment, Explanation, Family, Interception, Ports, Protocol, RuleCounter,
+    RulePlan, Sender, Sign, ipv6_available, remove_everything,
+};
+
+use self::options::RuleOptions;
 use super::{CommandError, print, single_threaded_runtime};
+use crate::guard::{Event, Guard};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
-    /// Remove every rule, ip rule and route of underpass from this network namespace
+    /// Print the rules without installing them; needs no privilege
+    #[command(
+        after_help = "Example:\n  underpass rules render --profile sidecar --format iptables --outbound-exclude-ports 5432"
+    )]
+    Render {
+        #[command(flatten)]
+        options: RuleOptions,
+        /// For which program
+        #[arg(long, short = 'o', value_enum, default_value_t = RenderFormat::Nft)]
+        format: RenderFormat,
+    },
+    /// Install the rules, as an init container does; without a proxy every caught connection is refused
+    #[command(
+        after_help = "Example:\n  ip netns exec pod-a underpass rules install --profile sidecar"
+    )]
+    Install {
+        #[command(flatten)]
+        options: RuleOptions,
+        /// How the result is told
+        #[arg(long, short = 'o', value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Compare the rules in the kernel with those of the settings; exit code 3 and the difference if they are not the same
+    #[command(
+        after_help = "Example:\n  ip netns exec pod-a underpass rules verify --config underpass.yaml"
+    )]
+    Verify {
+        #[command(flatten)]
+        options: RuleOptions,
+        /// How the result is told
+        #[arg(long, short = 'o', value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Remove every rule, ip rule, route and address of underpass, whatever installed it, and the chains of the profiles
     #[command(after_help = "Example:\n  ip netns exec pod-a underpass rules remove")]
-    Remove,
+    Remove {
+        /// How the result is told
+        #[arg(long, short = 'o', value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Show the way of each kind of traffic through the rules, with live counters, or that of one packet
+    #[command(
+        after_help = "Example:\n  ip netns exec pod-a underpass rules explain --profile sidecar --from app --to 10.0.0.5:443"
+    )]
+    Explain {
+        #[command(flatten)]
+        options: RuleOptions,
+        /// Who sends the one packet: the workload, the proxy, another pod, or the kubelet
+        #[arg(long, value_name = "app|proxy|remote|probe", value_parser = sender, requires = "to")]
+        from: Option<Sender>,
+        /// Where the one packet goes
+        #[arg(long, value_name = "ADDRESS:PORT", requires = "from")]
+        to: Option<SocketAddr>,
+        /// What the one packet carries
+        #[arg(long, value_name = "tcp|udp", value_parser = protocol, default_value = "tcp")]
+        protocol: Protocol,
+        /// How it is shown
+        #[arg(long, short = 'o', value_enum, default_value_t = ExplainFormat::Text)]
+        format: ExplainFormat,
+    },
+    /// Keep the rules: put back what another program changes, within milliseconds, until told to stop
+    #[command(
+        after_help = "Example:\n  ip netns exec pod-a underpass rules watch --config underpass.yaml"
+    )]
+    Watch {
+        #[command(flatten)]
+        options: RuleOptions,
+        /// How events are told, one line each
+        #[arg(long, short = 'o', value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
 }
 
-pub(super) fn run(command: &Command) -> Result<(), CommandError> {
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum RenderFormat {
+    /// For `nft -f -`
+    Nft,
+    /// For `iptables-restore --noflush`
+    Iptables,
+    /// For `ip6tables-restore --noflush`
+    Ip6tables,
+    /// For programs: every rule with its id, reason and origin
+    Json,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Output {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum ExplainFormat {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+    /// For documents that draw Mermaid diagrams
+    Mermaid,
+}
+
+pub(super) fn run(command: Command) -> Result<(), CommandError> {
     match command {
-        Command::Remove => {
-            let removed = single_threaded_runtime()?.block_on(remove_everything())?;
-            print(if removed { "removed\n" } else { "there was nothing to remove\n" })
+        Command::Render { options, format } => render(&options.load()?, format),
+        Command::Install { options, output } => block_on(install(options.load()?, output)),
+        Command::Verify { options, output } => block_on(verify(options.load()?, output)),
+        Command::Remove { output } => block_on(remove(output)),
+        Command::Explain { options, from, to, protocol, format } => {
+            let packet = from.zip(to).map(|(from, to)| (from, protocol, to));
+            block_on(explain(options.load()?, packet, format))
         }
+        Command::Watch { options, output } => block_on(watch(options.load()?, output)),
+    }
+}
+
+fn block_on(work: impl Future<Output = Result<(), CommandError>>) -> Result<(), CommandError> {
+    single_threaded_runtime()?.block_on(work)
+}
+
+fn render(settings: &Settings, format: RenderFormat) -> Result<(), CommandError> {
+    // What is printed may be for another namespace, so nothing is asked of this one.
+    let plan = RulePlan::new(&settings.interception, Ports::of(&settings.proxy), true);
+    match format {
+        RenderFormat::Nft => print(&format!("{plan:#}")),
+        RenderFormat::Iptables => print(&plan.iptables(Family::V4)),
+        RenderFormat::Ip6tables => print(&plan.iptables(Family::V6)),
+        RenderFormat::Json => print_json(&plan.json()),
+    }
+}
+
+async fn install(settings: Settings, output: Output) -> Result<(), CommandError> {
+    let interception = prepare(&settings).await?;
+    let leftovers = interception.leftovers().await?;
+    for leftover in &leftovers {
+        writeln!(io::stderr(), "underpass: {leftover}").ok();
+    }
+    interception.install().await?;
+    let (backend, rules) = (interception.backend().to_string(), interception.plan().rules().len());
+    let profile = settings.interception.profile.to_string();
+    match output {
+        Output::Text => {
+            print(&format!("installed {rules} rules of the {profile} profile with {backend}\n"))
+        }
+        Output::Json => {
+            let leftovers: Vec<_> = leftovers.iter().map(ToString::to_string).collect();
+            print_json(&json!({
+                "profile": profile, "backend": backend, "rules": rules, "leftovers": leftovers,
+            }))
+        }
+    }
+}
+
+async fn verify(settings: Settings, output: Output) -> Result<(), CommandError> {
+    let interception = prepare(&settings).await?;
+    let difference = interception.verify().await?;
+    match (output, &difference) {
+        (Output::Json, _) => print_json(&json!({
+            "same": difference.is_none(),
+            "differences": difference.as_ref().map(differences).unwrap_or_default(),
+        }))?,
+        (Output::Text, Some(difference)) => print(&difference.to_string())?,
+        (Output::Text, None) => print("the installed rules are those of the settings\n")?,
+    }
+    difference.map_or(Ok(()), |_| Err(CommandError::Difference))
+}
+
+/// `[{"place": …, "missing": [rule…], "unexpected": [rule…]}]`
+fn differences(difference: &Difference) -> Vec<Value> {
+    let sections = difference.sections().iter().map(|section| {
+        let with = |sign: Sign| -> Vec<&str> {
+            let lines = section.lines.iter().filter(|line| line.sign == sign);
+            lines.map(|line| line.text.as_str()).collect()
+        };
+        json!({
+            "place": section.place,
+            "missing": with(Sign::Missing),
+            "unexpected": with(Sign::Unexpected),
+        })
+    });
+    sections.collect()
+}
+
+async fn remove(output: Output) -> Result<(), CommandError> {
+    let removed = remove_everything().await?;
+    match output {
+        Output::Text if removed => print("removed\n"),
+        Output::Text => print("there was nothing to remove\n"),
+        Output::Json => print_json(&json!({ "removed": removed })),
+    }
+}
+
+async fn explain(
+    settings: Settings,
+    packet: Option<(Sender, Protocol, SocketAddr)>,
+    format: ExplainFormat,
+) -> Result<(), CommandError> {
+    let (settings, ports) = (&settings.interception, Ports::of(&settings.proxy));
+    let environment = Environment::current().map_err(CommandError::Start)?;
+    let counters = counters(settings, ports).await;
+    let explanation =
+        Explanation::new(settings, ports, ipv6_available(), &environment, counters.as_deref());
+    let text = match packet {
+        None => match format {
+            ExplainFormat::Text => explanation.to_string(),
+            ExplainFormat::Json => return print_json(&explanation.json()),
+            ExplainFormat::Mermaid => explanation.mermaid(),
+        },
+        Some((sender, protocol, to)) => {
+            let packet = explanation.packet(sender, protocol, to);
+            match format {
+                ExplainFormat::Text => packet.to_string(),
+                ExplainFormat::Json => return print_json(&packet.json()),
+                ExplainFormat::Mermaid => packet.mermaid(),
+            }
+        }
+    };
+    print(&text)
+}
+
+/// The live counters, where there are rules and we may read them; explaining does without.
+async fn counters(settings: &InterceptionSettings, ports: Ports) -> Option<Vec<RuleCounter>> {
+    let interception = Interception::prepare(settings, ports).await.ok()??;
+    let counters = interception.counters().await.ok()?;
+    (!counters.is_empty()).then_some(counters)
+}
+
+async fn watch(settings: Settings, output: Output) -> Result<(), CommandError> {
+    let interception = prepare(&settings).await?;
+    let mut stop = crate::app::StopSignal::new(false)?;
+    let mut guard = Guard::new(interception)?;
+    let settings = tokio::sync::watch::Sender::new(settings.interception);
+    let mut settings = settings.subscribe();
+    loop {
+        let event = tokio::select! {
+            event = guard.next(&mut settings) => event,
+            _ = stop.wait() => return Ok(()),
+        };
+        tell(&event, output)?;
+        match event {
+            Event::GaveUp { .. } => return Err(CommandError::GaveUp),
+            Event::Failed { error, .. } => return Err(error.into()),
+            Event::Repaired { .. } | Event::Followed { .. } => {}
+        }
+    }
+}
+
+fn tell(event: &Event, output: Output) -> Result<(), CommandError> {
+    let (word, difference, took) = match event {
+        Event::Repaired { difference, took } => ("repaired", difference, Some(took)),
+        Event::GaveUp { difference, .. } => ("gave up", difference, None),
+        Event::Followed { .. } | Event::Failed { .. } => return Ok(()),
+    };
+    if output == Output::Json {
+        return print(&format!(
+            "{}\n",
+            json!({
+                "event": word,
+                "seconds": took.map(Duration::as_secs_f64),
+                "differences": differences(difference),
+            })
+        ));
+    }
+    let took = took.map(|took| format!(" in {took:?}")).unwrap_or_default();
+    print(&format!("{word}{took}:\n{difference}"))
+}
+
+async fn prepare(settings: &Settings) -> Result<Interception, CommandError> {
+    let prepared =
+        Interception::prepare(&settings.interception, Ports::of(&settings.proxy)).await?;
+    prepared.ok_or(CommandError::NoRules)
+}
+
+fn print_json(value: &Value) -> Result<(), CommandError> {
+    print(&format!("{value:#}\n"))
+}
+
+fn sender(word: &str) -> Result<Sender, String> {
+    let found = Sender::ALL.into_iter().find(|sender| sender.name() == word);
+    found.ok_or_else(|| format!("must be one of {}", Sender::ALL.map(Sender::name).join(", ")))
+}
+
+fn protocol(word: &str) -> Result<Protocol, String> {
+    match word {
+        "tcp" => Ok(Protocol::Tcp),
+        "udp" => Ok(Protocol::Udp),
+        _ => Err("must be tcp or udp".to_owned()),
     }
 }

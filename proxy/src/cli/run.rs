@@ -20,7 +20,17 @@ pub(super) struct SettingsArguments {
 
 impl SettingsArguments {
     pub(super) fn load(self) -> Result<Settings, CommandError> {
-        Ok(Sources::of_process(self.config, self.set).load()?)
+        Ok(self.sources().load()?)
+    }
+
+    fn sources(self) -> Sources {
+        Sources::of_process(self.config, self.set)
+    }
+
+    /// The same with more settings, which win.
+    pub(super) fn with(mut self, assignments: impl IntoIterator<Item = String>) -> Self {
+        self.set.extend(assignments);
+        self
     }
 }
 
@@ -37,10 +47,11 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
-    let settings = arguments.settings.load()?;
+    let sources = arguments.settings.sources();
+    let settings = sources.load()?;
     let _logs = logging::start(&settings.logging)?;
     let runtime = single_threaded_runtime()?;
-    let outcome = runtime.block_on(app::run(settings, arguments.until_eof));
+    let outcome = runtime.block_on(app::run(settings, sources, arguments.until_eof));
     // Dropping it would wait for the thread that still waits for a worker which does not end.
     runtime.shutdown_background();
     outcome

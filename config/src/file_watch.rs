@@ -1,0 +1,176 @@
+//! Following one file, whoever replaces it and however: written in place, renamed over, or reached through symbolic links
+//! that are swapped, as Kubernetes does with the files of a ConfigMap.
+//!
+//! Not here: what the file means. Whoever is woken reads it anew.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::hash::{DefaultHasher, Hasher};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use notify::event::{AccessKind, AccessMode};
+use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+
+use crate::ConfigErrors;
+
+/// How long a replacement may take: to write a file is to empty it, to fill it and to close it, each of which is told.
+const SETTLE: Duration = Duration::from_millis(100);
+/// How often to look without being told: some file systems tell nothing (NFS, FUSE), and a watch can get lost.
+const LOOK: Duration = Duration::from_secs(30);
+/// The kernel follows no more links either (path_resolution(7)).
+const MAX_LINKS: usize = 40;
+
+/// Tells when the content of a file has changed.
+///
+/// The folders on the way to the file are watched, not the file: a watch on a file stays with the old one when a new one
+/// takes its name.
+#[derive(Debug)]
+pub struct FileWatch {
+    path: PathBuf,
+    /// The folders that are watched.
+    folders: BTreeSet<PathBuf>,
+    watcher: RecommendedWatcher,
+    /// Something happened in one of the folders.
+    told: Arc<Notify>,
+    /// What the file had in it at the last look.
+    seen: Option<u64>,
+    /// When to look next.
+    look_at: Instant,
+}
+
+impl FileWatch {
+    /// Begins to watch the file at `path`, which need not exist yet. What it has in it now counts as known, so begin to
+    /// watch before reading it.
+    ///
+    /// # Errors
+    /// When the kernel has no more watches to give, or the folder cannot be read.
+    pub fn new(path: &Path) -> Result<Self, ConfigErrors> {
+        Self::begin(path).map_err(|error| {
+            let reason = format!(
+                "{}: cannot be watched for changes: {error} (a limit may be too low: \
+                 fs.inotify.max_user_instances, fs.inotify.max_user_watches)",
+                path.display()
+            );
+            ConfigErrors::one(reason, None)
+        })
+    }
+
+    fn begin(path: &Path) -> notify::Result<Self> {
+        let told = Arc::new(Notify::new());
+        let teller = told.clone();
+        let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+            if !event.is_ok_and(|event| is_reading(event.kind)) {
+                teller.notify_one();
+            }
+        })?;
+        let mut watch = Self {
+            path: std::path::absolute(path)?,
+            folders: BTreeSet::new(),
+            watcher,
+            told,
+            seen: None,
+            look_at: Instant::now() + LOOK,
+        };
+        watch.follow()?;
+        watch.seen = fingerprint(&watch.path);
+        Ok(watch)
+    }
+
+    /// Waits until the file has another content than at the last return, or is gone, or is back. A burst of changes is
+    /// told once. Cancel safe.
+    pub async fn changed(&mut self) {
+        loop {
+            tokio::select! {
+                () = self.told.notified() => {
+                    self.look_at = self.look_at.min(Instant::now() + SETTLE);
+                }
+                () = sleep_until(self.look_at) => {
+                    self.look_at = Instant::now() + LOOK;
+                    // What cannot be watched now is tried again at the next look.
+                    self.follow().ok();
+                    let now = fingerprint(&self.path);
+                    if now != self.seen {
+                        self.seen = now;
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Watches the folders that lead to the file now, and no others.
+    fn follow(&mut self) -> notify::Result<()> {
+        loop {
+            let folders = folders_to(&self.path);
+            for folder in &folders {
+                // Also a folder that is watched: another may have taken its name.
+                self.watcher.watch(folder, RecursiveMode::NonRecursive)?;
+            }
+            let before = std::mem::replace(&mut self.folders, folders);
+            for gone in before.difference(&self.folders) {
+                // Its watch is gone already if the folder itself is.
+                self.watcher.unwatch(gone).ok();
+            }
+            // What was swapped before its folder was watched was not told.
+            if before == self.folders {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Whether an event tells of reading only, as our own is told too.
+fn is_reading(kind: EventKind) -> bool {
+    matches!(kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write))
+}
+
+/// What the file has in it, as a number that another content hardly ever has; `None` if it cannot be read.
+fn fingerprint(path: &Path) -> Option<u64> {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(&std::fs::read(path).ok()?);
+    Some(hasher.finish())
+}
+
+/// The folders in which a change can lead to another file at `path` (absolute): the one that it is in, and each that holds a
+/// symbolic link on the way to it. Where the way ends early, the last folder that there is.
+fn folders_to(path: &Path) -> BTreeSet<PathBuf> {
+    let mut folders = BTreeSet::new();
+    let mut links = 0;
+    let mut here = PathBuf::from("/");
+    let mut ahead = steps(path);
+    while let Some(step) = ahead.pop() {
+        if step == ".." {
+            // `here` has no links in it, so that the folder above it is its parent.
+            here.pop();
+            continue;
+        }
+        let next = here.join(step);
+        if let Ok(target) = next.read_link() {
+            folders.insert(here.clone());
+            links += 1;
+            if links > MAX_LINKS {
+                break;
+            }
+            ahead.extend(steps(&target));
+        } else if ahead.is_empty() || !next.is_dir() {
+            folders.insert(here);
+            break;
+        } else {
+            here = next;
+        }
+    }
+    folders
+}
+
+/// The components of a path, the last one first.
+fn steps(path: &Path) -> Vec<OsString> {
+    let steps = path.components().rev().filter(|step| *step != Component::CurDir);
+    steps.map(|step| step.as_os_str().to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,105 @@
+//! What the rules are installed with: nftables over netlink, or the programs of iptables.
+//!
+//! Not here: either of them. This is where they are chosen, and the one place that knows both.
+
+use std::fmt;
+
+use underpass_config::Backend as Choice;
+
+use crate::InterceptionError;
+use crate::iptables::{self, Variant};
+use crate::nftables::{self, RuleCounter};
+use crate::plan::RulePlan;
+use crate::verify::Listing;
+
+/// A backend that is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// nf_tables over netlink, in a table of ours.
+    Nftables,
+    /// `iptables-restore`, in the tables that all programs share.
+    Iptables(Variant),
+}
+
+impl Backend {
+    /// Finds what was chosen. Nothing is changed by it, not even in tables that reading would make.
+    pub(crate) async fn find(choice: Choice) -> Result<Self, InterceptionError> {
+        match choice {
+            Choice::Nftables => nftables::reach().await.map(|()| Self::Nftables),
+            Choice::Iptables => iptables::find(Variant::Nft).await.map(Self::Iptables),
+            Choice::IptablesLegacy => iptables::find(Variant::Legacy).await.map(Self::Iptables),
+            Choice::Auto => match nftables::reach().await {
+                Ok(()) => Ok(Self::Nftables),
+                Err(missing @ InterceptionError::Unsupported { .. }) => {
+                    // What nf_tables lacks is the better message where there is no iptables either.
+                    iptables::detect().await.map(Self::Iptables).map_err(|_| missing)
+                }
+                Err(error) => Err(error),
+            },
+        }
+    }
+
+    /// Whether it runs programs, which need the capabilities that we have.
+    #[must_use]
+    pub fn runs_programs(self) -> bool {
+        self != Self::Nftables
+    }
+
+    pub(crate) async fn apply(self, plan: &RulePlan) -> Result<(), InterceptionError> {
+        match self {
+            Self::Nftables => nftables::apply(plan).await,
+            Self::Iptables(variant) => iptables::apply(variant, plan).await,
+        }
+    }
+
+    pub(crate) async fn counters(
+        self,
+        plan: &RulePlan,
+    ) -> Result<Vec<RuleCounter>, InterceptionError> {
+        match self {
+            Self::Nftables => {
+                let mut found = nftables::counters().await?;
+                let place = |counter: &RuleCounter| {
+                    plan.rules().iter().position(|rule| rule.id == counter.id)
+                };
+                found.sort_by_cached_key(|counter| place(counter).unwrap_or(usize::MAX));
+                Ok(found)
+            }
+            Self::Iptables(variant) => iptables::counters(variant, plan).await,
+        }
+    }
+
+    pub(crate) async fn remove(self) -> Result<bool, InterceptionError> {
+        match self {
+            Self::Nftables => nftables::remove().await,
+            Self::Iptables(variant) => iptables::remove(variant).await,
+        }
+    }
+
+    pub(crate) fn expected(self, plan: &RulePlan) -> Listing {
+        match self {
+            Self::Nftables => nftables::expected(plan),
+            Self::Iptables(_) => iptables::expected(plan),
+        }
+    }
+
+    pub(crate) async fn installed(
+        self,
+        plan: &RulePlan,
+    ) -> Result<Option<Listing>, InterceptionError> {
+        match self {
+            Self::Nftables => nftables::installed().await,
+            Self::Iptables(variant) => iptables::installed(variant, plan).await,
+        }
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nftables => "nftables",
+            Self::Iptables(Variant::Nft) => "iptables",
+            Self::Iptables(Variant::Legacy) => "iptables-legacy",
+        })
+    }
+}

@@ -1,0 +1,310 @@
+//! The kinds of traffic: those of a profile, those that its settings except, and those that every
+//! profile has. They are data; what becomes of them is walked.
+
+mod ambient;
+mod osm;
+mod sidecar;
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use underpass_config::{Dns, Profile};
+
+use super::scene::{Process, Scene, unnamed_port};
+use super::{Explanation, Flow, Hop, Party};
+use crate::plan::{Protocol, State, Way};
+
+/// A port that nothing is known about.
+const ANY_UDP_PORT: u16 = 9999;
+/// The port of DNS.
+const DNS_PORT: u16 = 53;
+
+/// Every flow of the profile, in the order of its article, then those of the settings.
+pub(super) fn all<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
+    let scene = Scene::new(explanation, false);
+    let mut flows = match explanation.settings.profile {
+        Profile::Ambient => ambient::flows(explanation, scene),
+        Profile::Sidecar => sidecar::flows(explanation, scene),
+        Profile::Osm => osm::flows(explanation, scene),
+        Profile::None => return Vec::new(),
+    };
+    if explanation.ipv6 {
+        flows.extend(ipv6(Scene::new(explanation, true)));
+    }
+    flows.extend(outbound_exceptions(explanation));
+    flows.extend(inbound_exceptions(explanation, scene));
+    flows.extend(virtual_interfaces(explanation, scene));
+    flows.extend(older(explanation, scene));
+    flows
+}
+
+/// A flow in the making.
+struct Draft<'e> {
+    flow: Flow<'e>,
+    /// Whether a packet did not get to who would have sent the next.
+    ended: bool,
+}
+
+impl<'e> Draft<'e> {
+    fn new(id: impl Into<String>, title: impl Into<String>) -> Self {
+        let (id, title) = (id.into(), title.into());
+        Self { flow: Flow { id, title, article: None, note: None, hops: Vec::new() }, ended: false }
+    }
+
+    /// The path that the article gives.
+    fn article(mut self, article: &'static str) -> Self {
+        self.flow.article = Some(article);
+        self
+    }
+
+    fn note(mut self, note: &'static str) -> Self {
+        self.flow.note = Some(note);
+        self
+    }
+
+    fn note_if(self, condition: bool, note: &'static str) -> Self {
+        if condition { self.note(note) } else { self }
+    }
+
+    /// The next packet; left out, with all after it, if the one before did not reach its sender.
+    fn hop(mut self, hop: Hop<'e>) -> Self {
+        self.ended |= self.flow.hops.last().is_some_and(|last| last.to != Some(hop.from));
+        if !self.ended {
+            self.flow.hops.push(hop);
+        }
+        self
+    }
+
+    /// The answer to the last packet.
+    fn answer(self, scene: Scene<'e>, process: Process) -> Self {
+        match self.flow.hops.last() {
+            Some(last) if !self.ended => {
+                let reply = scene.reply(process, last);
+                self.hop(reply)
+            }
+            _ => self,
+        }
+    }
+
+    fn flow(self) -> Flow<'e> {
+        self.flow
+    }
+}
+
+/// The proxy's own connection onwards.
+fn onwards<'e>(scene: Scene<'e>, to: SocketAddr) -> Hop<'e> {
+    scene.sent(scene.proxy(), to, Party::Remote)
+}
+
+/// A connection from outside, as far as the workload.
+fn inbound<'e>(scene: Scene<'e>, id: &str, title: &str) -> Draft<'e> {
+    let client = scene.remote();
+    Draft::new(id, title)
+        .hop(scene.received(Party::Remote, client, scene.app_at_pod(), Party::App))
+        .hop(scene.last_hop(client))
+}
+
+/// A connection to the outside, as far as it is in the pod.
+fn outbound<'e>(scene: Scene<'e>, id: &str, title: &str, process: Process) -> Draft<'e> {
+    let to = scene.app_at_remote();
+    Draft::new(id, title).hop(scene.sent(process, to, Party::Remote)).hop(onwards(scene, to))
+}
+
+/// HBONE, which arrives at its listener as it is.
+fn hbone<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>, id: &str) -> Draft<'e> {
+    let (client, port) = (scene.remote(), explanation.ports.hbone);
+    Draft::new(id, "Another pod's proxy brings a connection by HBONE")
+        .hop(scene.received(
+            Party::Remote,
+            client,
+            SocketAddr::new(scene.pod(), port),
+            Party::Proxy,
+        ))
+        .hop(scene.last_hop(client))
+}
+
+/// A query over UDP or TCP, and what the DNS proxy then asks.
+fn dns<'e>(
+    explanation: &'e Explanation<'e>,
+    scene: Scene<'e>,
+    id: &str,
+    protocol: Protocol,
+) -> Flow<'e> {
+    let servers = &explanation.settings.dns_servers;
+    let server = servers.iter().copied().find(IpAddr::is_ipv4).unwrap_or_else(|| scene.remote());
+    let query = |process: Process| {
+        let mut packet = scene.opened(process, SocketAddr::new(server, DNS_PORT));
+        packet.protocol = protocol;
+        explanation.takes(process.party, packet, Party::DnsServer)
+    };
+    let by = if protocol == Protocol::Udp { "UDP" } else { "TCP" };
+    let off = explanation.settings.dns == Dns::Off;
+    Draft::new(id, format!("The app asks a DNS server by {by}"))
+        .note_if(
+            off && protocol == Protocol::Udp,
+            "interception.dns is off: queries go their way. With `capture` they pass the DNS proxy.",
+        )
+        .note_if(
+            off && protocol == Protocol::Tcp,
+            "interception.dns is off: over TCP a query is a connection like any other.",
+        )
+        .hop(query(scene.app()))
+        .hop(query(scene.proxy()))
+        .flow()
+}
+
+/// What is neither TCP nor DNS.
+fn udp<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>, id: &str) -> Draft<'e> {
+    let to = SocketAddr::new(scene.remote(), ANY_UDP_PORT);
+    let mut packet = scene.opened(scene.app(), to);
+    packet.protocol = Protocol::Udp;
+    Draft::new(id, "The app sends UDP").hop(explanation.takes(Party::App, packet, Party::Remote))
+}
+
+fn localhost<'e>(scene: Scene<'e>, id: &str) -> Draft<'e> {
+    let to = SocketAddr::new(scene.localhost(), scene.app_port());
+    Draft::new(id, "The app connects to localhost").hop(scene.sent(scene.app(), to, Party::App))
+}
+
+fn ipv6(scene: Scene<'_>) -> Vec<Flow<'_>> {
+    vec![
+        outbound(scene, "IPv6 out", "The app connects to another pod over IPv6", scene.app())
+            .flow(),
+        inbound(scene, "IPv6 in", "Another pod connects to the app over IPv6").flow(),
+    ]
+}
+
+/// One flow for each kind of outbound exception that the settings make.
+fn outbound_exceptions<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
+    let outbound = &explanation.settings.outbound;
+    let scene = Scene::new(explanation, false);
+    let mut flows = Vec::new();
+    let mut flow = |key: &str, what: String, scene: Scene<'e>, process: Process, to: SocketAddr| {
+        let draft = Draft::new(format!("outbound.{key}"), what);
+        flows
+            .push(draft.hop(scene.sent(process, to, Party::Remote)).hop(onwards(scene, to)).flow());
+    };
+    for v6 in [false, true] {
+        let cidr = outbound.exclude_cidrs.iter().find(|cidr| cidr.addr().is_ipv6() == v6);
+        if let Some((cidr, host)) = cidr.and_then(|cidr| Some((cidr, host_of(explanation, *cidr)?)))
+        {
+            let scene = Scene::new(explanation, v6);
+            let to = SocketAddr::new(host, scene.remote_port());
+            let what = format!("The app connects to {cidr}, which is excluded");
+            flow("exclude_cidrs", what, scene, scene.app(), to);
+        }
+    }
+    let to = scene.app_at_remote();
+    if let Some(range) = outbound.exclude_ports.first() {
+        let what = format!("The app connects to port {range}, which is excluded");
+        flow("exclude_ports", what, scene, scene.app(), SocketAddr::new(to.ip(), range.first));
+    }
+    if outbound.include_cidrs.is_some() {
+        let elsewhere =
+            SocketAddr::new(scene.not_included(), unnamed_port(&outbound.include_ports));
+        let what = "The app connects to what nothing includes".to_owned();
+        flow("include_cidrs", what, scene, scene.app(), elsewhere);
+    }
+    if let Some(&uid) = outbound.exclude_uids.first() {
+        let what = format!("A process of user {uid}, which is excluded, connects");
+        flow("exclude_uids", what, scene, Process { uid, ..scene.app() }, to);
+    }
+    if let Some(&gid) = outbound.exclude_gids.first() {
+        let what = format!("A process of group {gid}, which is excluded, connects");
+        flow("exclude_gids", what, scene, Process { gid, ..scene.app() }, to);
+    }
+    if !outbound.include_gids.is_empty() {
+        let taken = |gid: &u32| outbound.include_gids.contains(gid);
+        let gid = (1..).find(|gid| !taken(gid)).unwrap_or_default();
+        let what = format!("A process of group {gid}, which is not included, connects");
+        flow("include_gids", what, scene, Process { gid, ..scene.app() }, to);
+    }
+    flows.extend(excluded_interface(explanation, scene));
+    flows
+}
+
+fn excluded_interface<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Option<Flow<'e>> {
+    let name = explanation.settings.outbound.exclude_interfaces.first()?;
+    let mut packet = scene.opened(scene.app(), scene.app_at_remote());
+    if let Way::Out { interface, .. } = &mut packet.way {
+        interface.clone_from(name);
+    }
+    let title = format!("The app connects through {name}, which is excluded");
+    let draft = Draft::new("outbound.exclude_interfaces", title);
+    Some(draft.hop(explanation.takes(Party::App, packet, Party::Remote)).flow())
+}
+
+/// One flow for each kind of inbound exception that the settings make.
+fn inbound_exceptions<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
+    let inbound = &explanation.settings.inbound;
+    let mut flows = Vec::new();
+    let mut flow = |key: &str, what: String, port: u16, interface: Option<&String>| {
+        let mut packet = scene.arriving(scene.remote(), SocketAddr::new(scene.pod(), port));
+        if let Some(name) = interface {
+            packet.way = Way::In { interface: name.clone() };
+        }
+        let hop = explanation.takes(Party::Remote, packet, Party::App);
+        flows.push(Draft::new(format!("inbound.{key}"), what).hop(hop).flow());
+    };
+    if let Some(range) = inbound.exclude_ports.first() {
+        let what = format!("Another pod connects to port {range}, which is excluded");
+        flow("exclude_ports", what, range.first, None);
+    }
+    if let Some(included) = &inbound.include_ports {
+        let what = "Another pod connects to a port that is not included".to_owned();
+        flow("include_ports", what, unnamed_port(included), None);
+    }
+    if let Some(name) = inbound.exclude_interfaces.first() {
+        let what = format!("A connection to the app arrives by {name}, which is excluded");
+        flow("exclude_interfaces", what, scene.app_port(), Some(name));
+    }
+    flows
+}
+
+fn virtual_interfaces<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Option<Flow<'e>> {
+    let name = explanation.settings.virtual_interfaces.first()?;
+    let to = scene.app_at_remote();
+    let mut packet = scene.arriving(IpAddr::from([192, 0, 2, 99]), to);
+    packet.way = Way::In { interface: name.clone() };
+    let title = format!("A virtual machine behind {name} connects to another pod");
+    let draft = Draft::new("virtual_interfaces", title)
+        .hop(explanation.takes(Party::VirtualMachine, packet, Party::Remote))
+        .hop(onwards(scene, to));
+    Some(draft.flow())
+}
+
+/// Connections that were there before the rules.
+fn older<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
+    const NOTE: &str = "Conntrack never saw it open, and takes its next packet for a new connection. \
+                        Redirected, it would be reset.";
+    let mut sent = scene.opened(scene.app(), scene.app_at_remote());
+    sent.state = State::PickedUp;
+    let mut received = scene.arriving(scene.remote(), scene.app_at_pod());
+    received.state = State::PickedUp;
+    let older = |id: &str, title: &str, from, packet, to| {
+        Draft::new(id, title).note(NOTE).hop(explanation.takes(from, packet, to)).flow()
+    };
+    vec![
+        older(
+            "older out",
+            "The app sends on a connection that is older than the rules",
+            Party::App,
+            sent,
+            Party::Remote,
+        ),
+        older(
+            "older in",
+            "Another pod sends on a connection that is older than the rules",
+            Party::Remote,
+            received,
+            Party::App,
+        ),
+    ]
+}
+
+/// An address of the network that is not ours.
+fn host_of(explanation: &Explanation<'_>, cidr: IpNet) -> Option<IpAddr> {
+    cidr.hosts()
+        .take(8)
+        .find(|host| !explanation.environment.is_local(*host) || cidr.addr().is_loopback())
+}

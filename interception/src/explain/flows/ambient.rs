@@ -1,0 +1,82 @@
+//! The flows of the ambient article, A1 to A12 of the project's own tests.
+
+use std::net::SocketAddr;
+
+use super::{Draft, dns, hbone, inbound, localhost, outbound, udp};
+use crate::explain::scene::Scene;
+use crate::explain::{Explanation, Flow, Party};
+use crate::plan::Protocol;
+
+pub(super) fn flows<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
+    vec![
+        outbound(scene, "A1", "The app connects to another pod", scene.app())
+            .article("OUTPUT ▶ ISTIO_OUTPUT, the last rule ▶ 15001")
+            .note("The proxy's own connection carries the mark 0x539, by which the last rule knows it.")
+            .flow(),
+        from_remote(explanation, scene),
+        hbone(explanation, scene, "A3")
+            .article("PREROUTING ▶ ISTIO_PRERT ▶ 15008")
+            .note("15008 is no target of a redirect: the rule that catches spares it, and the connection arrives as it is.")
+            .answer(scene, scene.app())
+            .flow(),
+        probe(explanation, scene),
+        own_address(scene),
+        localhost(scene, "A5'").flow(),
+        other_loopback(scene),
+        own_hbone(explanation, scene),
+        dns(explanation, scene, "A9", Protocol::Udp),
+        dns(explanation, scene, "A9'", Protocol::Tcp),
+        udp(explanation, scene, "UDP").flow(),
+    ]
+}
+
+fn from_remote<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
+    let ingress = explanation.settings.ingress;
+    inbound(scene, "A2", "Another pod connects to the app in plain")
+        .article("PREROUTING ▶ ISTIO_PRERT, the last rule ▶ 15006")
+        .note(
+            "The proxy takes the client's address for its last hop. The connection mark 0x111 brings the \
+             app's answers back: it selects routing table 100. The article has it speed up matching.",
+        )
+        .note_if(ingress, "interception.ingress: plain connections reach the gateway as they are (A10).")
+        .answer(scene, scene.app())
+        .flow()
+}
+
+fn probe<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
+    Draft::new("A4", "The kubelet probes the app")
+        .article("PREROUTING ▶ ISTIO_PRERT, ACCEPT by source 169.254.7.127")
+        .note(
+            "169.254.7.127 is no address of Istio, as the article has it: istio-cni's node agent rewrites \
+             the source of the kubelet's probes to it. Without that agent probes are like any client.",
+        )
+        .note_if(
+            explanation.settings.ingress,
+            "interception.ingress: nothing is caught, so that probes need no rule.",
+        )
+        .hop(scene.received(Party::Kubelet, scene.kubelet(), scene.app_at_pod(), Party::App))
+        .flow()
+}
+
+fn own_address(scene: Scene<'_>) -> Flow<'_> {
+    Draft::new("A5", "The app connects to its own pod's address")
+        .article("OUTPUT ▶ ISTIO_OUTPUT, ACCEPT on loopback")
+        .hop(scene.sent(scene.app(), scene.app_at_pod(), Party::App))
+        .flow()
+}
+
+fn other_loopback(scene: Scene<'_>) -> Flow<'_> {
+    let to = SocketAddr::new([127, 0, 0, 2].into(), scene.app_port());
+    Draft::new("A5''", "The app connects to another loopback address")
+        .hop(scene.sent(scene.app(), to, Party::App))
+        .flow()
+}
+
+fn own_hbone<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
+    let to = SocketAddr::new(scene.pod(), explanation.ports.hbone);
+    Draft::new("A8", "The app connects to a service, and the proxy chooses this very pod")
+        .hop(scene.sent(scene.app(), scene.app_at_remote(), Party::Remote))
+        .hop(scene.sent(scene.proxy(), to, Party::Proxy))
+        .hop(scene.last_hop(scene.pod()))
+        .flow()
+}

@@ -1,0 +1,248 @@
+//! One packet that the user asks about: where it ends, by which rule, and which setting would
+//! change that.
+//!
+//! No advice is guessed: a setting is named only if the plan without it, or with it, leads the
+//! packet elsewhere.
+
+use std::fmt::Display;
+use std::net::SocketAddr;
+
+use underpass_config::{Dns, InterceptionSettings, Ipv6};
+
+use super::scene::Scene;
+use super::{Explanation, Hop, Party};
+use crate::plan::{End, Packet, Protocol, RulePlan};
+
+/// Who sends the packet that is asked about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sender {
+    /// The workload.
+    App,
+    /// The proxy.
+    Proxy,
+    /// Anything outside.
+    Remote,
+    /// The kubelet, with a probe.
+    Probe,
+}
+
+/// What becomes of one packet, and why.
+#[derive(Debug, Clone)]
+pub struct PacketExplanation<'e> {
+    pub(super) explanation: &'e Explanation<'e>,
+    /// The packet and its way.
+    pub hop: Hop<'e>,
+    /// What decides, and what to change if it is not what was wanted: sentences.
+    pub advice: Vec<String>,
+}
+
+impl Sender {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::App, Self::Proxy, Self::Remote, Self::Probe];
+
+    /// Its name on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::App => "app",
+            Self::Proxy => "proxy",
+            Self::Remote => "remote",
+            Self::Probe => "probe",
+        }
+    }
+}
+
+impl Explanation<'_> {
+    /// What becomes of the packet by which `sender` opens a connection to `to`.
+    #[must_use]
+    pub fn packet(
+        &self,
+        sender: Sender,
+        protocol: Protocol,
+        to: SocketAddr,
+    ) -> PacketExplanation<'_> {
+        let scene = Scene::new(self, to.is_ipv6());
+        let (from, mut packet) = match sender {
+            Sender::App => (Party::App, scene.opened(scene.app(), to)),
+            Sender::Proxy => (Party::Proxy, scene.opened(scene.proxy(), to)),
+            Sender::Remote => (Party::Remote, scene.arriving(scene.remote(), to)),
+            Sender::Probe => (Party::Kubelet, scene.arriving(scene.kubelet(), to)),
+        };
+        packet.protocol = protocol;
+        let hop = self.takes(from, packet, self.listener(to));
+        let advice = self.advice(sender, &hop);
+        PacketExplanation { explanation: self, hop, advice }
+    }
+
+    fn listener(&self, to: SocketAddr) -> Party {
+        let Self { ports, .. } = self;
+        let own = [ports.outbound, ports.inbound, ports.hbone, ports.dns].contains(&to.port());
+        match self.environment.is_local(to.ip()) {
+            true if own => Party::Proxy,
+            true => Party::App,
+            false => Party::Remote,
+        }
+    }
+
+    fn advice(&self, sender: Sender, hop: &Hop<'_>) -> Vec<String> {
+        let to = hop.packet.destination;
+        let arrives = matches!(sender, Sender::Remote | Sender::Probe);
+        if arrives && to.ip().is_loopback() {
+            return vec![format!(
+                "No such packet arrives: the kernel discards what comes from outside to {}.",
+                to.ip()
+            )];
+        }
+        let mut advice = Vec::new();
+        if arrives && !self.environment.is_local(to.ip()) {
+            advice.push(format!("{} is no address of this namespace.", to.ip()));
+        }
+        if sender == Sender::Proxy && hop.walk.end == End::Direct {
+            advice.push("The proxy's own connections are not caught again.".to_owned());
+        }
+        advice.extend(self.reasons(&hop.packet, hop.walk.end));
+        if matches!(hop.walk.end, End::Redirected(_) | End::Tproxied(_) | End::Rejected) {
+            advice.extend(self.exemptions(&hop.packet, arrives));
+        }
+        if advice.is_empty() {
+            advice.push("No setting changes this.".to_owned());
+        }
+        advice
+    }
+
+    /// The settings without which the packet would end elsewhere.
+    fn reasons(&self, packet: &Packet, end: End) -> impl Iterator<Item = String> {
+        DECIDING.iter().filter_map(move |(key, value, reset)| {
+            let mut settings = self.settings.clone();
+            reset(&mut settings);
+            let otherwise = self.end_with(&settings, packet);
+            (otherwise != end).then(|| {
+                let value = value(self.settings);
+                format!(
+                    "`interception.{key}: {value}` decides: else it would {}.",
+                    would(otherwise)
+                )
+            })
+        })
+    }
+
+    /// How to leave alone what is not.
+    fn exemptions(&self, packet: &Packet, arrives: bool) -> Option<String> {
+        let to = packet.destination;
+        let direct = |change: &dyn Fn(&mut InterceptionSettings)| {
+            let mut settings = self.settings.clone();
+            change(&mut settings);
+            self.end_with(&settings, packet) == End::Direct
+        };
+        let mut ways = Vec::new();
+        if arrives {
+            if direct(&|settings| settings.inbound.exclude_ports.push(to.port().into())) {
+                ways.push(format!("`interception.inbound.exclude_ports: {}`", to.port()));
+            }
+        } else {
+            if direct(&|settings| settings.outbound.exclude_cidrs.push(to.ip().into())) {
+                ways.push(format!("`interception.outbound.exclude_cidrs: {}`", to.ip()));
+            }
+            if direct(&|settings| settings.outbound.exclude_ports.push(to.port().into())) {
+                ways.push(format!("`interception.outbound.exclude_ports: {}`", to.port()));
+            }
+        }
+        (!ways.is_empty()).then(|| format!("{} would leave it alone.", ways.join(" or ")))
+    }
+
+    fn end_with(&self, settings: &InterceptionSettings, packet: &Packet) -> End {
+        let plan = RulePlan::new(settings, self.ports, self.ipv6);
+        plan.walk(packet, self.environment).end
+    }
+}
+
+/// What a packet would do.
+fn would(end: End) -> String {
+    match end {
+        End::Direct => "reach its destination as it is".to_owned(),
+        End::Redirected(port) => format!("be redirected to the proxy's port {port}"),
+        End::Tproxied(port) => format!("be handed to the proxy's port {port}"),
+        End::Rejected => "be refused".to_owned(),
+        End::Dropped => "be dropped".to_owned(),
+    }
+}
+
+/// A setting, its value as text, and how it is taken back.
+type Deciding = (&'static str, fn(&InterceptionSettings) -> String, fn(&mut InterceptionSettings));
+
+const DECIDING: &[Deciding] = &[
+    ("ipv6", |s| ipv6(s.ipv6).to_owned(), |s| s.ipv6 = Ipv6::Capture),
+    (
+        "dns",
+        |s| dns(s.dns).to_owned(),
+        |s| {
+            s.dns = match s.dns {
+                Dns::Off => Dns::Capture,
+                Dns::Capture => Dns::Off,
+            };
+        },
+    ),
+    ("dns_servers", |s| list(&s.dns_servers), |s| s.dns_servers.clear()),
+    ("ingress", |s| s.ingress.to_string(), |s| s.ingress = false),
+    ("virtual_interfaces", |s| list(&s.virtual_interfaces), |s| s.virtual_interfaces.clear()),
+    (
+        "outbound.exclude_cidrs",
+        |s| list(&s.outbound.exclude_cidrs),
+        |s| s.outbound.exclude_cidrs.clear(),
+    ),
+    (
+        "outbound.include_cidrs",
+        |s| list(s.outbound.include_cidrs.as_deref().unwrap_or_default()),
+        |s| s.outbound.include_cidrs = None,
+    ),
+    (
+        "outbound.include_ports",
+        |s| list(&s.outbound.include_ports),
+        |s| s.outbound.include_ports.clear(),
+    ),
+    (
+        "outbound.exclude_ports",
+        |s| list(&s.outbound.exclude_ports),
+        |s| s.outbound.exclude_ports.clear(),
+    ),
+    (
+        "outbound.exclude_interfaces",
+        |s| list(&s.outbound.exclude_interfaces),
+        |s| s.outbound.exclude_interfaces.clear(),
+    ),
+    (
+        "inbound.exclude_ports",
+        |s| list(&s.inbound.exclude_ports),
+        |s| s.inbound.exclude_ports.clear(),
+    ),
+    (
+        "inbound.include_ports",
+        |s| list(s.inbound.include_ports.as_deref().unwrap_or_default()),
+        |s| s.inbound.include_ports = None,
+    ),
+    (
+        "inbound.exclude_interfaces",
+        |s| list(&s.inbound.exclude_interfaces),
+        |s| s.inbound.exclude_interfaces.clear(),
+    ),
+];
+
+fn list<T: Display>(values: &[T]) -> String {
+    let values: Vec<String> = values.iter().map(ToString::to_string).collect();
+    if values.is_empty() { "none".to_owned() } else { values.join(",") }
+}
+
+fn ipv6(ipv6: Ipv6) -> &'static str {
+    match ipv6 {
+        Ipv6::Capture => "capture",
+        Ipv6::Reject => "reject",
+        Ipv6::Bypass => "bypass",
+    }
+}
+
+fn dns(dns: Dns) -> &'static str {
+    match dns {
+        Dns::Off => "off",
+        Dns::Capture => "capture",
+    }
+}

@@ -1,0 +1,319 @@
+//! What the flows of each profile say, with the settings' defaults and without.
+
+use std::net::SocketAddr;
+
+use underpass_config::Sources;
+
+use super::*;
+use crate::plan::Protocol;
+
+const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008, dns: 15053 };
+
+/// The settings of these keys below `interception`: `profile=sidecar ipv6=bypass`.
+fn settings(assignments: &str) -> InterceptionSettings {
+    let flags = assignments.split_whitespace().map(|text| format!("interception.{text}")).collect();
+    let sources = Sources { file: None, environment: Vec::new(), flags };
+    sources.load().expect("the settings are right").interception
+}
+
+/// Asks about these settings, in the example's pod.
+fn explained<T>(assignments: &str, question: impl FnOnce(&Explanation<'_>) -> T) -> T {
+    let (settings, environment) = (settings(assignments), Environment::example());
+    question(&Explanation::new(&settings, PORTS, true, &environment, None))
+}
+
+/// The ids of the rules that decided a flow's packets, with who got each.
+fn path(assignments: &str, id: &str) -> Vec<(String, Option<Party>)> {
+    explained(assignments, |explanation| {
+        let flows = explanation.flows();
+        let flow = flows.iter().find(|flow| flow.id == id).expect("the flow");
+        let decided = |hop: &Hop<'_>| hop.decided_by().map(|rule| rule.id.clone());
+        flow.hops.iter().map(|hop| (decided(hop).unwrap_or_default(), hop.to)).collect()
+    })
+}
+
+fn is(assignments: &str, id: &str, expected: &[(&str, Party)]) {
+    let expected: Vec<_> =
+        expected.iter().map(|&(rule, party)| (rule.to_owned(), Some(party))).collect();
+    assert_eq!(path(assignments, id), expected, "{assignments}, flow {id}");
+}
+
+#[test]
+fn the_sidecar_article_is_right_about_types_1_2_and_4() {
+    for exact in ["profile=sidecar", "profile=sidecar exact=true"] {
+        is(exact, "1", &[("capture-inbound", Party::Proxy), ("1-last-hop", Party::App)]);
+        is(exact, "2", &[("9-capture-outbound", Party::Proxy), ("4-proxy", Party::Remote)]);
+        is(
+            exact,
+            "4",
+            &[
+                ("9-capture-outbound", Party::Proxy),
+                ("2-self-call", Party::Proxy),
+                ("1-last-hop", Party::App),
+            ],
+        );
+    }
+}
+
+#[test]
+fn the_sidecar_article_is_wrong_about_types_3_5_and_6() {
+    for exact in ["profile=sidecar", "profile=sidecar exact=true"] {
+        is(exact, "3", &[("never-15020", Party::Proxy), ("", Party::Prometheus)]);
+        is(exact, "4'", &[("3-app-to-itself", Party::App)]);
+        is(exact, "5", &[("4-proxy", Party::Proxy)]);
+        is(exact, "6", &[("4-proxy", Party::Istiod)]);
+        is(exact, "6'", &[("7-proxy-group", Party::Istiod)]);
+    }
+}
+
+#[test]
+fn no_packet_meets_rules_5_6_and_8_of_the_sidecar_article() {
+    explained("profile=sidecar", |explanation| {
+        let flows = explanation.flows();
+        let mut met = flows.iter().flat_map(|flow| &flow.hops).flat_map(|hop| hop.walk.rules());
+        let dead = met.find(|rule| ["5-", "6-", "8-"].iter().any(|dead| rule.id.starts_with(dead)));
+        assert_eq!(dead, None);
+    });
+}
+
+#[test]
+fn the_ambient_flows_end_where_the_articles_tests_saw_them() {
+    let ambient = "profile=ambient";
+    is(ambient, "A1", &[("capture-outbound", Party::Proxy), ("", Party::Remote)]);
+    is(
+        ambient,
+        "A2",
+        &[("capture-inbound", Party::Proxy), ("own-pod", Party::App), ("", Party::Proxy)],
+    );
+    is(ambient, "A3", &[("hbone-in", Party::Proxy), ("own-pod", Party::App), ("", Party::Proxy)]);
+    is(ambient, "A4", &[("kubelet-probe-in", Party::App)]);
+    is(ambient, "A5", &[("own-pod", Party::App)]);
+    is(ambient, "A5'", &[("", Party::App)]);
+    is(ambient, "A5''", &[("own-pod", Party::App)]);
+    is(ambient, "A9", &[("", Party::DnsServer)]);
+    let dns = "profile=ambient dns=capture";
+    is(dns, "A9", &[("capture-dns-udp", Party::Proxy), ("", Party::DnsServer)]);
+    is(dns, "A9'", &[("capture-dns-tcp", Party::Proxy), ("", Party::DnsServer)]);
+    let ingress = "profile=ambient ingress=true";
+    is(ingress, "A2", &[("", Party::App)]);
+}
+
+#[test]
+fn the_answer_to_an_imitated_client_returns_by_a_mark() {
+    explained("profile=ambient", |explanation| {
+        let flows = explanation.flows();
+        let hops = &flows.iter().find(|flow| flow.id == "A2").expect("A2").hops;
+        let met = |hop: &Hop<'_>| hop.walk.rules().map(|rule| rule.id.clone()).collect::<Vec<_>>();
+        assert!(met(&hops[1]).contains(&"mark-proxy-connection".to_owned()));
+        assert!(met(&hops[2]).contains(&"return-to-proxy".to_owned()));
+        assert!(hops[2].walk.local);
+    });
+}
+
+#[test]
+fn the_osm_flows_end_where_the_articles_tests_saw_them() {
+    let osm = "profile=osm";
+    is(osm, "O1", &[("capture-outbound", Party::Proxy), ("proxy", Party::Remote)]);
+    is(osm, "O2", &[("capture-inbound", Party::Proxy), ("proxy", Party::App)]);
+    is(osm, "O3", &[("never-15010", Party::Proxy)]);
+    is(osm, "O4", &[("never-15901", Party::Proxy)]);
+    is(osm, "O5", &[("capture-outbound", Party::Proxy), ("proxy", Party::App)]);
+    is(osm, "O6", &[("localhost", Party::App)]);
+    is(osm, "O7", &[("capture-outbound", Party::Proxy)]);
+}
+
+#[test]
+fn hbone_is_never_redirected() {
+    for (profile, id) in [("ambient", "A3"), ("sidecar", "HBONE"), ("osm", "HBONE")] {
+        explained(&format!("profile={profile}"), |explanation| {
+            let flows = explanation.flows();
+            let flow = flows.iter().find(|flow| flow.id == id).expect("HBONE");
+            assert_eq!((flow.hops[0].walk.end, flow.hops[0].to), (End::Direct, Some(Party::Proxy)));
+        });
+    }
+}
+
+#[test]
+fn each_exception_of_the_settings_has_a_flow_and_is_direct() {
+    for profile in ["ambient", "sidecar", "osm"] {
+        for (key, value) in [
+            ("outbound.exclude_cidrs", "203.0.113.0/24"),
+            ("outbound.include_cidrs", "203.0.113.0/24"),
+            ("outbound.exclude_ports", "8080"),
+            ("outbound.exclude_interfaces", "eth1"),
+            ("outbound.exclude_uids", "1000"),
+            ("outbound.exclude_gids", "1000"),
+            ("inbound.exclude_ports", "8080"),
+            ("inbound.include_ports", "8080"),
+            ("inbound.exclude_interfaces", "eth1"),
+        ] {
+            let (ends, normal) =
+                explained(&format!("profile={profile} {key}={value}"), |explanation| {
+                    let flows = explanation.flows();
+                    let find = |id: &str| flows.iter().find(|flow| flow.id == id).cloned();
+                    let flow = find(key).unwrap_or_else(|| panic!("{profile}: {key}"));
+                    let normal = ["1", "A2", "O2"].into_iter().find_map(find).expect("a flow");
+                    let end = |flow: &Flow<'_>| flow.hops[0].walk.end;
+                    (end(&flow), end(&normal))
+                });
+            assert_eq!(ends, End::Direct, "{profile}: {key}");
+            assert_eq!(normal, End::Redirected(15006), "{profile}: {key}");
+        }
+    }
+}
+
+#[test]
+fn what_a_virtual_machine_sends_is_outbound() {
+    for profile in ["ambient", "sidecar"] {
+        let path = path(&format!("profile={profile} virtual_interfaces=vm0"), "virtual_interfaces");
+        assert_eq!(path[0], ("virtual-outbound".to_owned(), Some(Party::Proxy)), "{profile}");
+        assert_eq!(path[1].1, Some(Party::Remote), "{profile}");
+    }
+}
+
+#[test]
+fn ipv6_is_caught_refused_or_passed_as_the_settings_say() {
+    for profile in ["ambient", "sidecar", "osm"] {
+        let end = |ipv6: &str, id: &str| {
+            explained(&format!("profile={profile} ipv6={ipv6}"), |explanation| {
+                let flows = explanation.flows();
+                flows.iter().find(|flow| flow.id == id).expect("IPv6").hops[0].walk.end
+            })
+        };
+        assert_eq!(end("capture", "IPv6 out"), End::Redirected(15001), "{profile}");
+        assert_eq!(end("capture", "IPv6 in"), End::Redirected(15006), "{profile}");
+        for id in ["IPv6 out", "IPv6 in"] {
+            assert_eq!(end("reject", id), End::Rejected, "{profile}");
+            assert_eq!(end("bypass", id), End::Direct, "{profile}");
+        }
+    }
+}
+
+#[test]
+fn older_connections_survive_unless_the_rules_are_exact() {
+    for profile in ["ambient", "sidecar", "osm"] {
+        for (exact, end) in [(false, End::Direct), (true, End::Redirected(15001))] {
+            let found = explained(&format!("profile={profile} exact={exact}"), |explanation| {
+                let flows = explanation.flows();
+                flows.iter().find(|flow| flow.id == "older out").expect("older").hops[0].walk.end
+            });
+            assert_eq!(found, end, "{profile}");
+        }
+    }
+}
+
+#[test]
+fn no_line_of_the_text_is_wider_than_a_terminal_except_for_words_that_are() {
+    for assignments in ["profile=ambient dns=capture", "profile=sidecar", "profile=osm"] {
+        let text = explained(assignments, |explanation| explanation.to_string());
+        let wide =
+            text.lines().find(|line| line.chars().count() > 100 && line.trim_start().contains(' '));
+        assert_eq!(wide, None, "{assignments}");
+    }
+}
+
+#[test]
+fn the_text_shows_the_counter_of_a_rule_that_is_installed() {
+    let (settings, environment) = (settings("profile=sidecar"), Environment::example());
+    let counters =
+        [RuleCounter { id: "9-capture-outbound".to_owned(), packets: 4711, bytes: 60 * 4711 }];
+    let explanation = Explanation::new(&settings, PORTS, true, &environment, Some(&counters));
+    let text = explanation.to_string();
+    let line = text.lines().find(|line| line.contains("9-capture-outbound")).expect("the rule");
+    assert!(line.contains("4711"), "{line}");
+    let json = explanation.json();
+    let rules = json["rules"].as_array().expect("rules");
+    let rule = rules.iter().find(|rule| rule["id"] == "9-capture-outbound").expect("the rule");
+    assert_eq!((&rule["packets"], &rule["bytes"]), (&4711.into(), &(60 * 4711).into()));
+}
+
+#[test]
+fn every_rule_that_a_packet_of_the_json_names_is_in_its_list() {
+    for profile in ["ambient", "sidecar", "osm"] {
+        let json = explained(&format!("profile={profile}"), |explanation| explanation.json());
+        let ids: Vec<_> =
+            json["rules"].as_array().expect("rules").iter().map(|rule| &rule["id"]).collect();
+        let flows = json["flows"].as_array().expect("flows");
+        for hop in flows.iter().flat_map(|flow| flow["hops"].as_array().expect("hops")) {
+            let decided = &hop["decided_by"];
+            assert!(decided.is_null() || ids.contains(&decided), "{profile}: {decided}");
+        }
+    }
+}
+
+#[test]
+fn each_subgraph_of_the_mermaid_chart_ends_and_each_arrow_has_nodes() {
+    for profile in ["ambient", "sidecar", "osm"] {
+        let chart = explained(&format!("profile={profile}"), |explanation| explanation.mermaid());
+        assert!(chart.starts_with("flowchart LR\n"));
+        let count =
+            |start: &str| chart.lines().filter(|line| line.trim_start().starts_with(start)).count();
+        assert_eq!(count("subgraph "), chart.lines().filter(|line| *line == "  end").count());
+        for line in chart.lines().filter(|line| line.contains("-->")) {
+            let words: Vec<_> = line.split_whitespace().collect();
+            for node in [words[0], words[words.len() - 1]] {
+                let defined = |open: &str| chart.contains(&format!("    {node}{open}"));
+                assert!(defined("[\"") || defined("([\""), "{node}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_profile_without_rules_says_so() {
+    let text = explained("profile=none", |explanation| explanation.to_string());
+    assert!(text.contains("nothing is caught"), "{text}");
+}
+
+fn asked(assignments: &str, sender: Sender, to: &str) -> (End, String) {
+    let to: SocketAddr = to.parse().expect("an address and port");
+    explained(assignments, |explanation| {
+        let packet = explanation.packet(sender, Protocol::Tcp, to);
+        (packet.hop.walk.end, packet.to_string())
+    })
+}
+
+#[test]
+fn an_excluded_packet_names_the_setting_that_excludes_it() {
+    let sidecar = "profile=sidecar outbound.exclude_ports=443";
+    let (end, text) = asked(sidecar, Sender::App, "10.0.0.5:443");
+    assert_eq!(end, End::Direct);
+    assert!(text.contains("`interception.outbound.exclude_ports: 443` decides"), "{text}");
+    let included = "profile=ambient outbound.include_cidrs=10.1.0.0/16";
+    let (end, text) = asked(included, Sender::App, "10.0.0.5:443");
+    assert_eq!(end, End::Direct);
+    assert!(text.contains("`interception.outbound.include_cidrs: 10.1.0.0/16` decides"), "{text}");
+    let (end, text) = asked("profile=ambient ipv6=bypass", Sender::App, "[2001:db8::5]:443");
+    assert_eq!(end, End::Direct);
+    assert!(text.contains("`interception.ipv6: bypass` decides"), "{text}");
+}
+
+#[test]
+fn a_caught_packet_names_what_would_leave_it_alone() {
+    let (end, text) = asked("profile=ambient", Sender::App, "10.0.0.5:443");
+    assert_eq!(end, End::Redirected(15001));
+    assert!(text.contains("`interception.outbound.exclude_cidrs: 10.0.0.5`"), "{text}");
+    let (end, text) = asked("profile=osm", Sender::Remote, "10.0.0.1:8080");
+    assert_eq!(end, End::Redirected(15006));
+    assert!(text.contains("`interception.inbound.exclude_ports: 8080`"), "{text}");
+}
+
+#[test]
+fn the_proxy_and_probes_are_told_apart() {
+    for profile in ["ambient", "sidecar", "osm"] {
+        let settings = format!("profile={profile}");
+        let (end, text) = asked(&settings, Sender::Proxy, "10.0.0.5:443");
+        assert_eq!(end, End::Direct, "{profile}");
+        assert!(text.contains("proxy's own connections"), "{text}");
+    }
+    assert_eq!(asked("profile=ambient", Sender::Probe, "10.0.0.1:8080").0, End::Direct);
+    assert_eq!(asked("profile=sidecar", Sender::Probe, "10.0.0.1:8080").0, End::Redirected(15006));
+}
+
+#[test]
+fn packets_that_cannot_be_are_said_to_be_impossible() {
+    let (_, text) = asked("profile=ambient", Sender::Remote, "127.0.0.1:8080");
+    assert!(text.contains("No such packet arrives"), "{text}");
+    let (_, text) = asked("profile=ambient", Sender::Remote, "192.0.2.77:8080");
+    assert!(text.contains("no address of this namespace"), "{text}");
+}

@@ -1,0 +1,248 @@
+//! The explanation for people, on a terminal of 100 columns.
+
+use std::fmt;
+
+use super::{Explanation, Flow, Hop, PacketExplanation};
+use crate::plan::nft::Statement;
+use crate::plan::{
+    Action, ChainId, Direction, End, LoopbackAddress, Origin, Passage, Protocol, Rule, State,
+};
+
+/// How wide a terminal is taken to be.
+const WIDTH: usize = 100;
+const ARROW: &str = "─▶";
+/// What stands before a rule that decides, and before one that is ours.
+const LEGEND: &str = "Each line is a rule that the packet meets. * it decides; + it is ours, the others are those of";
+
+/// The flows, the rules, and what they rely on.
+impl fmt::Display for Explanation<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let flows = self.flows();
+        if flows.is_empty() {
+            return writeln!(f, "The profile none has no rules: nothing is caught.");
+        }
+        head(f, self)?;
+        for flow in &flows {
+            writeln!(f)?;
+            self::flow(f, self, flow)?;
+        }
+        rules(f, self, &flows)?;
+        routes(f, self)
+    }
+}
+
+/// The packet's way, its end, and the advice.
+impl fmt::Display for PacketExplanation<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        hop(f, self.explanation, &self.hop)?;
+        writeln!(f)?;
+        let end = match self.hop.walk.end {
+            End::Direct => "It reaches its destination as it is".to_owned(),
+            End::Redirected(port) => format!("It is redirected to the proxy's port {port}"),
+            End::Tproxied(port) => format!("It is handed to the proxy's port {port} as it is"),
+            End::Rejected => "It is refused".to_owned(),
+            End::Dropped => "It is dropped".to_owned(),
+        };
+        let why = match self.hop.decided_by() {
+            Some(rule) => format!("{end}, by the rule {}: {}.", rule.id, rule.reason),
+            None => format!("{end}: no rule takes it."),
+        };
+        wrap(f, 0, &why)?;
+        self.advice.iter().try_for_each(|advice| wrap(f, 0, advice))
+    }
+}
+
+fn head(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>) -> fmt::Result {
+    let whose = match explanation.settings.profile {
+        underpass_config::Profile::Osm => "OSM",
+        _ => "Istio",
+    };
+    let count = if explanation.counters.is_some() {
+        " The number is how often it matched: connections in nat, packets elsewhere."
+    } else {
+        " The rules are not installed here, so that nothing is counted."
+    };
+    wrap(f, 0, &format!("{LEGEND} {whose}.{count}"))
+}
+
+fn flow(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>, flow: &Flow<'_>) -> fmt::Result {
+    writeln!(f, "{}  {}", flow.id, flow.title)?;
+    if let Some(article) = flow.article {
+        wrap(f, 3, &format!("The article: {article}"))?;
+    }
+    if let Some(note) = flow.note {
+        wrap(f, 3, note)?;
+    }
+    flow.hops.iter().try_for_each(|hop| self::hop(f, explanation, hop))
+}
+
+/// Who sends what to whom; the path; and the rules on it.
+fn hop(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>, hop: &Hop<'_>) -> fmt::Result {
+    let packet = &hop.packet;
+    let mut about = String::new();
+    if packet.protocol == Protocol::Udp {
+        about.push_str(", UDP");
+    }
+    if packet.mark != 0 {
+        about.push_str(&format!(", mark {:#x}", packet.mark));
+    }
+    about.push_str(match packet.state {
+        State::New => "",
+        State::PickedUp => ", unknown to conntrack",
+        State::Established(Direction::Reply) => ", the answer",
+        State::Established(Direction::Original) => ", of a known connection",
+        State::Invalid => ", invalid",
+    });
+    let (from, source, to) = (hop.from, packet.source.ip(), packet.destination);
+    writeln!(f, "   {from} {source} {ARROW} {to}{about}")?;
+    wrap(f, 6, &path(hop))?;
+    let rules: Vec<&Rule> =
+        hop.telling().flat_map(|passage| passage.rules.iter().copied()).collect();
+    let widest = |width: fn(&Rule) -> usize| rules.iter().map(|rule| width(rule)).max();
+    let chain = widest(|rule| place(rule).chars().count()).unwrap_or_default();
+    let id = widest(|rule| rule.id.chars().count()).unwrap_or_default();
+    for rule in rules {
+        let decides = if hop.decided_by() == Some(rule) { '*' } else { ' ' };
+        let (ours, count) = (ours(rule), count(explanation, rule));
+        let line = format!(
+            "{decides}{ours} {:<chain$}  {:<id$}{count}  {}",
+            place(rule),
+            rule.id,
+            rule.reason
+        );
+        let hanging = 6 + 3 + chain + 2 + id + count.chars().count() + 2;
+        hang(f, 6, hanging, &line)?;
+    }
+    Ok(())
+}
+
+/// Where a rule stands: `nat ISTIO_OUTPUT`.
+fn place(rule: &Rule) -> String {
+    format!("{} {}", rule.chain.table.name(), rule.chain.name)
+}
+
+fn ours(rule: &Rule) -> char {
+    match rule.origin {
+        Origin::Seed => ' ',
+        Origin::Ours => '+',
+    }
+}
+
+fn count(explanation: &Explanation<'_>, rule: &Rule) -> String {
+    match (explanation.counters, explanation.counter(rule)) {
+        (None, _) => String::new(),
+        (Some(_), Some(counter)) => format!("  {:>6}", counter.packets),
+        (Some(_), None) => format!("  {:>6}", "-"),
+    }
+}
+
+/// `─▶ nat OUTPUT ─▶ ISTIO_OUTPUT ─▶ proxy :15001`.
+fn path(hop: &Hop<'_>) -> String {
+    let mut stops: Vec<String> = Vec::new();
+    for passage in hop.telling() {
+        stops.extend(chains(passage).into_iter().map(|chain| name(passage, chain)));
+    }
+    if stops.is_empty() {
+        stops.push(match hop.packet.state {
+            State::Established(_) => "no rule: nat decided when the connection opened".to_owned(),
+            State::New | State::PickedUp | State::Invalid => "no rule".to_owned(),
+        });
+    }
+    stops.push(end(hop));
+    stops.iter().map(|stop| format!("{ARROW} {stop}")).collect::<Vec<_>>().join(" ")
+}
+
+/// The chains that a packet passes after it enters this one, itself first.
+pub(super) fn chains(passage: &Passage<'_>) -> Vec<ChainId> {
+    let mut chains = vec![passage.chain];
+    for rule in &passage.rules {
+        chains.push(rule.chain);
+        if let Action::Jump(target) = rule.action {
+            chains.push(target);
+        }
+    }
+    chains.dedup();
+    chains
+}
+
+fn name(passage: &Passage<'_>, chain: ChainId) -> String {
+    if chain == passage.chain {
+        format!("{} {}", chain.table.name(), chain.name)
+    } else {
+        chain.name.to_owned()
+    }
+}
+
+/// Who gets it, and where.
+pub(super) fn end(hop: &Hop<'_>) -> String {
+    let who = hop.to.map(|party| party.to_string()).unwrap_or_default();
+    match hop.walk.end {
+        End::Direct => format!("{who} {}", hop.packet.destination),
+        End::Redirected(port) => format!("{who} :{port}"),
+        End::Tproxied(port) => format!("{who} :{port} (TPROXY)"),
+        End::Rejected => "refused".to_owned(),
+        End::Dropped => "dropped".to_owned(),
+    }
+}
+
+fn rules(
+    f: &mut fmt::Formatter<'_>,
+    explanation: &Explanation<'_>,
+    flows: &[Flow<'_>],
+) -> fmt::Result {
+    writeln!(f, "\nAll rules (- : no packet above meets it)")?;
+    let hops = || flows.iter().flat_map(|flow| &flow.hops);
+    for chain in explanation.plan.chains() {
+        writeln!(f, "\n  {} {}", chain.id.table.name(), chain.id.name)?;
+        for rule in explanation.plan.rules_of(chain.id) {
+            let met = hops().any(|hop| hop.walk.rules().any(|passed| passed.id == rule.id));
+            let met = if met { ' ' } else { '-' };
+            writeln!(f, "   {met}{} {}{}", ours(rule), rule.id, count(explanation, rule))?;
+            wrap(f, 8, rule.reason)?;
+            hang(f, 8, 10, &Statement(rule).to_string())?;
+        }
+    }
+    Ok(())
+}
+
+fn routes(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>) -> fmt::Result {
+    let (routes, addresses) = (explanation.plan.routes(), explanation.plan.addresses());
+    if !routes.is_empty() || !addresses.is_empty() {
+        writeln!(f, "\nBeside the rules")?;
+    }
+    for route in routes {
+        let (mark, table) = (route.mark, route.table);
+        writeln!(
+            f,
+            "  ip rule  from all fwmark {:#x}/{:#x} pref {} lookup {table}",
+            mark.value, mark.mask, route.priority
+        )?;
+        writeln!(f, "  ip route local default dev lo table {table}")?;
+    }
+    addresses
+        .iter()
+        .try_for_each(|LoopbackAddress(address)| writeln!(f, "  ip addr  {address}/128 dev lo"))
+}
+
+/// Writes lines of at most [`WIDTH`] columns, all indented alike.
+fn wrap(f: &mut fmt::Formatter<'_>, indent: usize, text: &str) -> fmt::Result {
+    hang(f, indent, indent, text)
+}
+
+/// The same, but from the second line on indented by `hanging`. Spaces within the text stay.
+fn hang(f: &mut fmt::Formatter<'_>, indent: usize, hanging: usize, text: &str) -> fmt::Result {
+    let mut line = " ".repeat(indent);
+    let mut empty = true;
+    for word in text.split(' ') {
+        if !empty && line.chars().count() + 1 + word.chars().count() > WIDTH {
+            writeln!(f, "{}", line.trim_end())?;
+            (line, empty) = (" ".repeat(hanging), true);
+        }
+        if !empty {
+            line.push(' ');
+        }
+        line.push_str(word);
+        empty = false;
+    }
+    writeln!(f, "{}", line.trim_end())
+}

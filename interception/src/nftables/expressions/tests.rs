@@ -1,0 +1,64 @@
+//! Rules as nft lists their expressions, which is what it would make them of.
+
+use super::*;
+use crate::plan::nft::testing::rule as planned;
+use crate::plan::{Families, Rule};
+
+/// The expressions as nft would list them, which is what it would make them of.
+fn listed(families: Families, matches: Vec<Match>, action: Action) -> String {
+    let planned = Rule { families, action, ..planned("id", matches) };
+    let listed = rule(&planned).unwrap().nft_syntax_stateless();
+    listed.expect("nlink's syntax").replace(" comment \"id\"", "")
+}
+
+#[test]
+fn a_protocol_is_asked_for_once() {
+    let port = Match::DestinationPort(Protocol::Tcp, vec![80.into()]);
+    let matches = vec![Match::Protocol(Protocol::Tcp), Match::NotOpening, port];
+    let both = Rule { matches, ..planned("id", vec![]) };
+    let guards = expressions(&both).unwrap().into_iter();
+    let guards = guards.filter(|each| matches!(each, Expr::Meta { key: MetaKey::L4Proto, .. }));
+    assert_eq!(guards.count(), 1);
+}
+
+#[test]
+fn networks_are_compared_by_their_prefix() {
+    for (cidr, listing) in [
+        ("10.0.0.1/32", "ip daddr 10.0.0.1 counter accept"),
+        ("10.0.0.0/8", "ip daddr 10.0.0.0/8 counter accept"),
+        ("172.16.0.0/12", "ip daddr 172.16.0.0/12 counter accept"),
+        ("fd00::/16", "ip6 daddr fd00::/16 counter accept"),
+        ("fc00::/7", "ip6 daddr fc00::/7 counter accept"),
+    ] {
+        let matches = vec![Match::Destination(vec![cidr.parse().unwrap()])];
+        assert_eq!(listed(Families::Both, matches, Action::Accept), listing);
+    }
+}
+
+#[test]
+fn sets_are_looked_up_by_name_and_inverted() {
+    let ports = vec![80.into(), 443.into()];
+    let matches = vec![Match::NotDestinationPort(Protocol::Udp, ports)];
+    assert_eq!(
+        listed(Families::Both, matches, Action::Return),
+        "udp dport != @id-ports counter return"
+    );
+}
+
+#[test]
+fn marks_keep_the_bits_that_are_not_ours() {
+    let mark = Mark { value: 0x111, mask: 0xfff };
+    assert_eq!(
+        listed(Families::Both, vec![Match::NotPacketMark(mark)], Action::MarkConnection(mark)),
+        "meta mark & 0x00000fff != 0x00000111 counter ct mark set ct mark & 0xfffff111 | 0x00000111"
+    );
+}
+
+#[test]
+fn a_rule_of_one_family_asks_for_it() {
+    let matches = vec![Match::Protocol(Protocol::Tcp)];
+    assert_eq!(
+        listed(Families::V6, matches, Action::Redirect(15001)),
+        "meta nfproto ipv6 meta l4proto tcp counter redirect to :15001"
+    );
+}

@@ -1,0 +1,189 @@
+//! What is installed and what should be, in one form.
+//!
+//! A rule's line is made of its expressions as the kernel has them, in nft's language; its comment
+//! is a part of it, as our counters go by it.
+//!
+//! Not here: the difference of the two (`verify.rs`).
+
+use nlink::netlink::MessageBuilder;
+use nlink::netlink::nftables::{
+    ChainInfo, ChainKind, Family, NFT_TABLE_F_DORMANT, NFT_TABLE_F_OWNER, Policy, RuleExpr,
+    RuleInfo, SetFlags, SetKeyType, Table, parse_expressions, write_expressions,
+};
+
+use super::{Kernel, ask, expressions, named_sets, sets};
+use crate::InterceptionError;
+use crate::plan::{Chain, Rule, RulePlan, TABLE};
+use crate::verify::{Listing, Section};
+
+const OPERATION: &str = "read the nftables rules";
+
+/// All that is in our table; `None` if there is none.
+pub(crate) async fn installed() -> Result<Option<Listing>, InterceptionError> {
+    ask(OPERATION, async |kernel| {
+        /// Whoever changes the ruleset more often while we read it wakes us up again.
+        const ATTEMPTS: usize = 5;
+        let mut generation = kernel.generation().await?;
+        let mut listing = read(kernel).await?;
+        for _ in 1..ATTEMPTS {
+            let now = kernel.generation().await?;
+            if now == generation {
+                break;
+            }
+            generation = now;
+            listing = read(kernel).await?;
+        }
+        Ok(listing)
+    })
+    .await
+}
+
+/// What [`installed`] says after the plan has been applied.
+pub(crate) fn expected(plan: &RulePlan) -> Listing {
+    let mut sections = vec![Section { head: table_head(0), lines: Vec::new() }];
+    for chain in plan.chains() {
+        let lines = plan.rules_of(chain.id).map(planned_rule).collect();
+        sections.push(Section { head: planned_chain(chain), lines });
+    }
+    for set in named_sets(plan) {
+        let key = sets::key_type(&set.values);
+        let head = set_head(&set.name, &key, sets::flags(&set.values), "");
+        sections.push(Section { head, lines: sets::planned_lines(&set.values) });
+    }
+    sorted(sections)
+}
+
+async fn read(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
+    let tables = kernel.list_tables_in(Family::Inet).await?;
+    let Some(table) = tables.into_iter().find(|table| table.name == TABLE) else {
+        return Ok(None);
+    };
+    let mut sections = vec![Section { head: installed_table(&table), lines: Vec::new() }];
+    let rules = kernel.list_rules(TABLE, Family::Inet).await?;
+    for chain in kernel.list_chains_in(TABLE, Family::Inet).await? {
+        let own = rules.iter().filter(|rule| rule.chain == chain.name);
+        let lines = own.map(installed_rule).collect();
+        sections.push(Section { head: installed_chain(&chain), lines });
+    }
+    for set in kernel.list_sets_in(TABLE, Family::Inet).await? {
+        let key = SetKeyType::from_kernel(set.key_type, set.key_len);
+        let interval = set.flags.contains(SetFlags::INTERVAL);
+        // Maps, timeouts and statements of elements: ours have none.
+        let rest = match (set.timeout, set.data_type, set.object_type, set.statements.as_slice()) {
+            (None, None, None, []) => String::new(),
+            rest => format!(" {rest:?}"),
+        };
+        let elements = kernel.list_set_elements(TABLE, &set.name, Family::Inet).await?;
+        sections.push(Section {
+            head: set_head(&set.name, &key, set.flags, &rest),
+            lines: sets::installed_lines(&key, interval, &elements),
+        });
+    }
+    for flowtable in kernel.list_flowtables_in(TABLE, Family::Inet).await? {
+        sections.push(Section { head: format!("flowtable {}", flowtable.name), lines: Vec::new() });
+    }
+    for object in kernel.list_objects_in(TABLE, Family::Inet).await? {
+        let head = format!("object {} of type {:?}", object.name, object.object_type());
+        sections.push(Section { head, lines: Vec::new() });
+    }
+    Ok(Some(sorted(sections)))
+}
+
+/// In an order of their own: that of the kernel is the one in which they were made, and means
+/// nothing.
+fn sorted(mut sections: Vec<Section>) -> Listing {
+    sections.sort_by(|a, b| a.head.cmp(&b.head));
+    Listing { sections }
+}
+
+fn installed_table(table: &Table) -> String {
+    table_head(table.flags)
+}
+
+fn table_head(flags: u32) -> String {
+    let names = [(NFT_TABLE_F_DORMANT, " dormant"), (NFT_TABLE_F_OWNER, " owner")];
+    let set = names.into_iter().filter(|(flag, _)| flags & flag != 0);
+    let names: String = set.map(|(_, name)| name).collect();
+    format!("table inet {TABLE}{names}")
+}
+
+fn planned_chain(chain: &Chain) -> String {
+    let name = chain.id.nftables_name();
+    let Some(hook) = chain.hook else { return regular_chain_head(&name) };
+    base_chain_head(&name, chain.kind(), hook, chain.id.table.priority(), "accept")
+}
+
+fn installed_chain(chain: &ChainInfo) -> String {
+    match chain.kind() {
+        Some(ChainKind::Regular) => regular_chain_head(&chain.name),
+        Some(ChainKind::Base(base)) if base.devices().is_empty() => {
+            let policy = match base.default_policy() {
+                Some(Policy::Drop) => "drop",
+                _ => "accept",
+            };
+            let (kind, priority) = (base.chain_type().as_str(), base.priority().to_i32());
+            base_chain_head(&chain.name, kind, base.hook(), priority, policy)
+        }
+        // Ours have no devices, and a hook and a type that are known.
+        _ => {
+            format!("chain {} {{ hook {:?} devices {:?}; }}", chain.name, chain.hook, chain.devices)
+        }
+    }
+}
+
+fn regular_chain_head(name: &str) -> String {
+    format!("chain {name}")
+}
+
+fn base_chain_head(
+    name: &str,
+    kind: impl std::fmt::Display,
+    hook: impl std::fmt::Display,
+    priority: i32,
+    policy: &str,
+) -> String {
+    format!("chain {name} {{ type {kind} hook {hook} priority {priority}; policy {policy}; }}")
+}
+
+/// `rest`: what else there is to say about it.
+fn set_head(name: &str, key: &SetKeyType, flags: SetFlags, rest: &str) -> String {
+    let flags = match flags {
+        SetFlags(0) => String::new(),
+        SetFlags::INTERVAL => " flags interval;".to_owned(),
+        SetFlags(flags) => format!(" flags {flags:#x};"),
+    };
+    format!("set {name} {{ type {};{flags}{rest} }}", sets::type_name(key))
+}
+
+fn planned_rule(rule: &Rule) -> String {
+    let line = expressions::rule(rule).and_then(|kernel_rule| {
+        let syntax = kernel_rule.nft_syntax_stateless();
+        syntax.map_or_else(|| Ok(without_syntax(&decoded(rule)?, Some(&rule.id))), Ok)
+    });
+    // What cannot be said in netlink cannot be installed either: it equals nothing.
+    line.unwrap_or_else(|error| format!("{}: {error}", rule.id))
+}
+
+fn installed_rule(rule: &RuleInfo) -> String {
+    let syntax = rule.nft_syntax_stateless();
+    syntax.unwrap_or_else(|| without_syntax(&rule.expressions(), rule.comment_text.as_deref()))
+}
+
+/// The rule's expressions as the kernel would tell them.
+fn decoded(rule: &Rule) -> nlink::Result<Vec<RuleExpr>> {
+    /// The headers of the message (struct nlmsghdr) and of the list of expressions (struct nlattr).
+    const HEADERS: usize = 16 + 4;
+    let mut message = MessageBuilder::new(0, 0);
+    write_expressions(&mut message, &expressions::expressions(rule)?);
+    Ok(parse_expressions(message.as_bytes().get(HEADERS..).unwrap_or_default()))
+}
+
+/// A rule that nlink cannot put in nft's words: one of ours is, `ct original zone set`.
+fn without_syntax(expressions: &[RuleExpr], comment: Option<&str>) -> String {
+    let expressions = expressions.iter().map(|expression| match expression {
+        RuleExpr::Counter { .. } => "counter".to_owned(),
+        expression => format!("{expression:?}"),
+    });
+    let comment = comment.map(|comment| format!("comment \"{comment}\""));
+    expressions.chain(comment).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,295 @@
+//! The sets of a plan: as netlink messages, and as lines of a listing.
+//!
+//! The messages are written here rather than by nlink, which leaves out what nft needs to list ids
+//! and names, and takes many times as long for ten thousand networks.
+//!
+//! Not here: which sets there are (`plan/nft/set.rs`).
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use nlink::netlink::message::{NLM_F_CREATE, NLM_F_EXCL};
+use nlink::netlink::nftables::{
+    Family, NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM, NFT_SET_ELEM_INTERVAL_END, NFTA_DATA_VALUE,
+    NFTA_LIST_ELEM, NFTA_SET_ELEM_FLAGS, NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_LIST_ELEMENTS,
+    NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_FLAGS, NFTA_SET_ID,
+    NFTA_SET_KEY_LEN, NFTA_SET_KEY_TYPE, NFTA_SET_NAME, NFTA_SET_TABLE, NFTA_SET_USERDATA,
+    RawMessage, SetElement, SetFlags, SetKeyType,
+};
+
+use super::encode::{attribute, interface_key, nested, octets, text};
+use crate::plan::TABLE;
+use crate::plan::nft::{NamedSet, Values};
+
+/// What an element takes of a message at most: the two ends of a range of IPv6 addresses.
+pub(super) const ELEMENT: usize = 64;
+/// The elements of a message are one attribute, which ends at 64 KiB.
+const PER_MESSAGE: usize = 1000;
+
+/// nft's own numbers of types that nlink does not name (enum datatypes, include/datatype.h of
+/// nftables): the kernel stores them for nft to list the elements by.
+const UID: SetKeyType = SetKeyType::Other { type_id: 24, len: 4 };
+const GID: SetKeyType = SetKeyType::Other { type_id: 25, len: 4 };
+const IFNAME: SetKeyType = SetKeyType::Other { type_id: 41, len: 16 };
+
+/// An element: the first and the last key of a range, as big-endian numbers, which is the order
+/// that ranges have.
+type Range = (u128, u128);
+
+/// The messages that make the set and fill it; `id` is its number in the transaction.
+pub(super) fn messages(set: &NamedSet, id: u32) -> Vec<RawMessage> {
+    let ranges = ranges(&set.values);
+    let filled = ranges.chunks(PER_MESSAGE).map(|chunk| fill(set, chunk));
+    [create(set, id)].into_iter().chain(filled).collect()
+}
+
+/// What the set's keys are.
+pub(super) fn key_type(values: &Values) -> SetKeyType {
+    match values {
+        Values::Cidrs(_) if values.is_v6() => SetKeyType::Ipv6Addr,
+        Values::Cidrs(_) => SetKeyType::Ipv4Addr,
+        Values::Ports(_) => SetKeyType::InetService,
+        Values::Uids(_) => UID,
+        Values::Gids(_) => GID,
+        Values::Interfaces(_) => IFNAME,
+    }
+}
+
+/// An interval set where there are ranges.
+pub(super) fn flags(values: &Values) -> SetFlags {
+    if values.has_ranges() { SetFlags::INTERVAL } else { SetFlags::empty() }
+}
+
+/// The elements that the set has to have, a line each.
+pub(super) fn planned_lines(values: &Values) -> Vec<String> {
+    lines(&key_type(values), values.has_ranges(), ranges(values))
+}
+
+/// The elements that a set has, a line each; `interval`: whether it is one of ranges.
+pub(super) fn installed_lines(
+    key: &SetKeyType,
+    interval: bool,
+    elements: &[SetElement],
+) -> Vec<String> {
+    let mut ranges = Vec::new();
+    let mut others = Vec::new();
+    for element in elements {
+        let last = element.key_end().unwrap_or_else(|| element.key());
+        // Of ours none has data, or ends by itself.
+        let plain = element.data().is_none() && element.timeout().is_none();
+        if plain && !element.is_catchall() && last.len() <= size_of::<u128>() {
+            ranges.push((number(element.key()), number(last)));
+        } else {
+            others.push(format!("{element:?}"));
+        }
+    }
+    others.sort();
+    lines(key, interval, ranges).into_iter().chain(others).collect()
+}
+
+/// nft's name of a type, as far as our sets have them.
+pub(super) fn type_name(key: &SetKeyType) -> String {
+    match key {
+        SetKeyType::Ipv4Addr => "ipv4_addr".to_owned(),
+        SetKeyType::Ipv6Addr => "ipv6_addr".to_owned(),
+        SetKeyType::InetService => "inet_service".to_owned(),
+        key if *key == UID => "uid".to_owned(),
+        key if *key == GID => "gid".to_owned(),
+        key if *key == IFNAME => "ifname".to_owned(),
+        key => format!("{key:?}"),
+    }
+}
+
+fn create(set: &NamedSet, id: u32) -> RawMessage {
+    /// NFTNL_UDATA_SET_KEYBYTEORDER, include/libnftnl/udata.h: how nft reads the keys.
+    const KEY_BYTE_ORDER: u8 = 0;
+    // enum byteorder, include/datatype.h of nftables: the host's is 1, the network's 2.
+    let order: u32 = match set.values {
+        Values::Uids(_) | Values::Gids(_) | Values::Interfaces(_) => 1,
+        Values::Cidrs(_) | Values::Ports(_) => 2,
+    };
+    let key = key_type(&set.values);
+    let attributes = [
+        text(NFTA_SET_TABLE, TABLE),
+        text(NFTA_SET_NAME, &set.name),
+        attribute(NFTA_SET_FLAGS, &flags(&set.values).bits().to_be_bytes()),
+        attribute(NFTA_SET_KEY_TYPE, &key.type_id().to_be_bytes()),
+        attribute(NFTA_SET_KEY_LEN, &key.len().to_be_bytes()),
+        attribute(NFTA_SET_ID, &id.to_be_bytes()),
+        attribute(NFTA_SET_USERDATA, &[&[KEY_BYTE_ORDER, 4][..], &order.to_ne_bytes()].concat()),
+    ];
+    let message = RawMessage::new(NFT_MSG_NEWSET, Family::Inet);
+    message.flags(NLM_F_CREATE | NLM_F_EXCL).attrs(attributes.concat())
+}
+
+/// Ranges are two elements each: the first key, and the key after the last one. One that goes to
+/// the end has no second one.
+fn fill(set: &NamedSet, ranges: &[Range]) -> RawMessage {
+    let length = key_length(&key_type(&set.values));
+    let end = attribute(NFTA_SET_ELEM_FLAGS, &NFT_SET_ELEM_INTERVAL_END.to_be_bytes());
+    let mut elements = Vec::with_capacity(ranges.len() * ELEMENT);
+    for &(first, last) in ranges {
+        elements.extend(element(&bytes(first, length), &[]));
+        if set.values.has_ranges()
+            && let Some(next) = next(last, length)
+        {
+            elements.extend(element(&bytes(next, length), &end));
+        }
+    }
+    let attributes = [
+        text(NFTA_SET_ELEM_LIST_TABLE, TABLE),
+        text(NFTA_SET_ELEM_LIST_SET, &set.name),
+        nested(NFTA_SET_ELEM_LIST_ELEMENTS, &elements),
+    ];
+    let message = RawMessage::new(NFT_MSG_NEWSETELEM, Family::Inet);
+    message.flags(NLM_F_CREATE).attrs(attributes.concat())
+}
+
+fn element(key: &[u8], flags: &[u8]) -> Vec<u8> {
+    let key = nested(NFTA_SET_ELEM_KEY, &attribute(NFTA_DATA_VALUE, key));
+    nested(NFTA_LIST_ELEM, &[&key, flags].concat())
+}
+
+fn ranges(values: &Values) -> Vec<Range> {
+    let one = |key: &[u8]| (number(key), number(key));
+    match values {
+        Values::Cidrs(cidrs) => cidrs
+            .iter()
+            .map(|cidr| (number(&octets(cidr.network())), number(&octets(cidr.broadcast()))))
+            .collect(),
+        Values::Ports(ports) => {
+            ports.iter().map(|port| (port.first.into(), port.last.into())).collect()
+        }
+        Values::Uids(ids) | Values::Gids(ids) => {
+            ids.iter().map(|id| one(&id.to_ne_bytes())).collect()
+        }
+        Values::Interfaces(names) => names.iter().map(|name| one(&interface_key(name))).collect(),
+    }
+}
+
+fn number(key: &[u8]) -> u128 {
+    key.iter().fold(0, |number, byte| number << 8 | u128::from(*byte))
+}
+
+/// The number as a key again.
+fn bytes(number: u128, length: usize) -> Vec<u8> {
+    let bytes = number.to_be_bytes();
+    bytes
+        .len()
+        .checked_sub(length)
+        .and_then(|start| bytes.get(start..))
+        .unwrap_or_default()
+        .to_vec()
+}
+
+/// The key after this one; `None`: it is the last one of this length.
+fn next(key: u128, length: usize) -> Option<u128> {
+    let next = key.checked_add(1)?;
+    let fits = length >= size_of::<u128>() || next >> (8 * length) == 0;
+    fits.then_some(next)
+}
+
+fn key_length(key: &SetKeyType) -> usize {
+    usize::try_from(key.len()).unwrap_or(usize::MAX)
+}
+
+/// Ranges are merged where they touch: another tool may have split what we give in one.
+fn lines(key: &SetKeyType, interval: bool, mut ranges: Vec<Range>) -> Vec<String> {
+    ranges.sort_unstable();
+    if interval {
+        ranges = merged(ranges);
+    }
+    let length = key_length(key);
+    let show = |number| key_text(key, &bytes(number, length));
+    let line = |(first, last): Range| match first == last {
+        true => show(first),
+        false => format!("{}-{}", show(first), show(last)),
+    };
+    ranges.into_iter().map(line).collect()
+}
+
+fn merged(sorted: Vec<Range>) -> Vec<Range> {
+    let mut merged: Vec<Range> = Vec::with_capacity(sorted.len());
+    for (first, last) in sorted {
+        match merged.last_mut() {
+            Some(before) if first <= before.1.saturating_add(1) => before.1 = before.1.max(last),
+            _ => merged.push((first, last)),
+        }
+    }
+    merged
+}
+
+fn key_text(key: &SetKeyType, bytes: &[u8]) -> String {
+    if let Ok(octets) = <[u8; 4]>::try_from(bytes) {
+        match key {
+            SetKeyType::Ipv4Addr => return Ipv4Addr::from(octets).to_string(),
+            key if [UID, GID].contains(key) => return u32::from_ne_bytes(octets).to_string(),
+            _ => {}
+        }
+    }
+    if let Ok(octets) = <[u8; 16]>::try_from(bytes) {
+        match key {
+            SetKeyType::Ipv6Addr => return Ipv6Addr::from(octets).to_string(),
+            key if *key == IFNAME => {
+                return String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
+            }
+            _ => {}
+        }
+    }
+    match <[u8; 2]>::try_from(bytes) {
+        Ok(octets) if *key == SetKeyType::InetService => u16::from_be_bytes(octets).to_string(),
+        _ => format!("{bytes:02x?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn cidrs(texts: &[&str]) -> Values {
+        Values::Cidrs(texts.iter().map(|text| text.parse().unwrap()).collect())
+    }
+
+    #[test]
+    fn ranges_that_touch_are_one_however_they_were_split() {
+        let split = ["10.0.1.0/24", "10.0.0.0/24"];
+        assert_eq!(planned_lines(&cidrs(&split)), ["10.0.0.0-10.0.1.255"]);
+        let hosts = ["10.0.0.1/32", "10.0.0.2/32"];
+        assert_eq!(planned_lines(&cidrs(&hosts)), ["10.0.0.1", "10.0.0.2"]);
+    }
+
+    #[test]
+    fn elements_are_said_in_the_words_of_their_type() {
+        assert_eq!(planned_lines(&Values::Interfaces(vec!["eth0".to_owned()])), ["eth0"]);
+        assert_eq!(planned_lines(&Values::Uids(vec![1337])), ["1337"]);
+        assert_eq!(planned_lines(&Values::Ports(vec![80.into()])), ["80"]);
+        let all = "::-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff";
+        assert_eq!(planned_lines(&cidrs(&["::/0"])), [all]);
+    }
+
+    #[test]
+    fn an_element_that_ends_by_itself_is_another() {
+        let lines = |element| installed_lines(&SetKeyType::InetService, false, &[element]);
+        assert_eq!(lines(SetElement::port(80)), ["80"]);
+        assert_ne!(lines(SetElement::port(80).with_timeout(Duration::from_secs(1))), ["80"]);
+    }
+
+    #[test]
+    fn a_range_that_goes_to_the_end_has_no_element_after_it() {
+        assert_eq!(next(0xffff, 2), None);
+        assert_eq!(next(0xfffe, 2), Some(0xffff));
+        assert_eq!(next(u128::MAX, 16), None);
+    }
+
+    #[test]
+    fn no_message_outgrows_its_attribute() {
+        let range = "2001:db8::/32".parse().unwrap();
+        let values = Values::Cidrs(vec![range; PER_MESSAGE + 1]);
+        let set = NamedSet { name: "n".repeat(200), values };
+        let messages = messages(&set, 1);
+        assert_eq!(messages.len(), 3);
+        assert!(messages.iter().all(|message| message.attrs.len() < usize::from(u16::MAX)));
+        assert_eq!(element(&[0; 16], &attribute(NFTA_SET_ELEM_FLAGS, &[0; 4])).len(), 36);
+    }
+}

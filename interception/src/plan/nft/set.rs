@@ -1,0 +1,310 @@
+//! The values of a rule's matches: one of them stands in the rule, several in a named set of our
+//! table.
+//!
+//! Sets are looked up in constant (addresses, ids) or logarithmic time (ranges), however many
+//! values they have; a rule for each would be tried one after the other.
+
+use std::fmt::{self, Display, Formatter};
+
+use ipnet::IpNet;
+use underpass_config::PortRange;
+
+use crate::plan::{Match, Rule, TABLE};
+
+/// What a match compares with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Operand {
+    /// Nothing that could be in a set: its kind says it all.
+    Fixed,
+    /// One value.
+    Value(Values),
+    /// One of these.
+    Set(NamedSet),
+}
+
+/// A named set of our table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NamedSet {
+    /// Its name: the id of the rule that looks it up, and what is in it.
+    pub(crate) name: String,
+    /// What is in it.
+    pub(crate) values: Values,
+}
+
+/// Values of one type, sorted, without duplicates and overlaps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Values {
+    /// Networks of one family.
+    Cidrs(Vec<IpNet>),
+    /// Ports.
+    Ports(Vec<PortRange>),
+    /// Users.
+    Uids(Vec<u32>),
+    /// Groups.
+    Gids(Vec<u32>),
+    /// Interfaces.
+    Interfaces(Vec<String>),
+}
+
+/// What each match of the rule compares with, in their order.
+pub(crate) fn operands(rule: &Rule) -> Vec<Operand> {
+    let mut names = Vec::new();
+    rule.matches
+        .iter()
+        .map(|condition| match Values::of(condition) {
+            None => Operand::Fixed,
+            Some(values) if values.is_single() => Operand::Value(values),
+            Some(values) => {
+                let name = unused_name(&names, &rule.id, values.kind());
+                names.push(name.clone());
+                Operand::Set(NamedSet { name, values })
+            }
+        })
+        .collect()
+}
+
+/// `exclude-ports-ports`, or with a number if a rule has two sets of one kind.
+fn unused_name(names: &[String], id: &str, kind: &str) -> String {
+    let name = format!("{id}-{kind}");
+    let taken = names.iter().filter(|other| other.starts_with(&name)).count();
+    if taken == 0 { name } else { format!("{name}-{}", taken + 1) }
+}
+
+impl Operand {
+    /// The set, if it is one.
+    pub(crate) fn into_set(self) -> Option<NamedSet> {
+        match self {
+            Self::Set(set) => Some(set),
+            Self::Fixed | Self::Value(_) => None,
+        }
+    }
+
+    /// Whether it is made of IPv6 addresses.
+    pub(crate) fn is_v6(&self) -> bool {
+        let (Self::Value(values) | Self::Set(NamedSet { values, .. })) = self else { return false };
+        values.is_v6()
+    }
+}
+
+impl Values {
+    fn of(condition: &Match) -> Option<Self> {
+        Some(match condition {
+            Match::Source(cidrs) | Match::Destination(cidrs) => {
+                Self::Cidrs(IpNet::aggregate(cidrs))
+            }
+            Match::NotDestination(cidr) => Self::Cidrs(vec![cidr.trunc()]),
+            Match::SourcePort(_, port) => Self::Ports(vec![PortRange::from(*port)]),
+            Match::DestinationPort(_, ports) | Match::NotDestinationPort(_, ports) => {
+                Self::Ports(merged(ports))
+            }
+            Match::In(interfaces) | Match::Out(interfaces) => Self::Interfaces(unique(interfaces)),
+            Match::NotOut(interface) => Self::Interfaces(vec![interface.clone()]),
+            Match::Uid(uids) | Match::NotUid(uids) => Self::Uids(unique(uids)),
+            Match::Gid(gids) | Match::NotGid(gids) => Self::Gids(unique(gids)),
+            Match::Protocol(_)
+            | Match::TcpModule
+            | Match::NotOpening
+            | Match::Invalid
+            | Match::Established
+            | Match::Direction(_)
+            | Match::PacketMark(_)
+            | Match::NotPacketMark(_)
+            | Match::ConnectionMark(_) => return None,
+        })
+    }
+
+    /// Whether a rule can hold it: one value, and not a range of ports.
+    fn is_single(&self) -> bool {
+        match self {
+            Self::Cidrs(cidrs) => cidrs.len() == 1,
+            Self::Ports(ports) => matches!(ports.as_slice(), [port] if port.first == port.last),
+            Self::Uids(ids) | Self::Gids(ids) => ids.len() == 1,
+            Self::Interfaces(interfaces) => interfaces.len() == 1,
+        }
+    }
+
+    /// Whether one of them stands for several numbers, which only an interval set can hold.
+    pub(crate) fn has_ranges(&self) -> bool {
+        match self {
+            Self::Cidrs(cidrs) => {
+                cidrs.iter().any(|cidr| cidr.prefix_len() < cidr.max_prefix_len())
+            }
+            Self::Ports(ports) => ports.iter().any(|port| port.first < port.last),
+            Self::Uids(_) | Self::Gids(_) | Self::Interfaces(_) => false,
+        }
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Cidrs(cidrs) => cidrs.len(),
+            Self::Ports(ports) => ports.len(),
+            Self::Uids(ids) | Self::Gids(ids) => ids.len(),
+            Self::Interfaces(interfaces) => interfaces.len(),
+        }
+    }
+
+    /// Whether these are IPv6 networks.
+    pub(crate) fn is_v6(&self) -> bool {
+        matches!(self, Self::Cidrs(cidrs) if matches!(cidrs.first(), Some(IpNet::V6(_))))
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Cidrs(_) => "cidrs",
+            Self::Ports(_) => "ports",
+            Self::Uids(_) => "uids",
+            Self::Gids(_) => "gids",
+            Self::Interfaces(_) => "interfaces",
+        }
+    }
+
+    /// nft's name of the type.
+    fn data_type(&self) -> &'static str {
+        match self {
+            Self::Cidrs(_) if self.is_v6() => "ipv6_addr",
+            Self::Cidrs(_) => "ipv4_addr",
+            Self::Ports(_) => "inet_service",
+            Self::Uids(_) => "uid",
+            Self::Gids(_) => "gid",
+            Self::Interfaces(_) => "ifname",
+        }
+    }
+}
+
+/// The same ports, with ranges joined that overlap or touch.
+fn merged(ports: &[PortRange]) -> Vec<PortRange> {
+    let mut merged: Vec<PortRange> = Vec::new();
+    for port in unique(ports) {
+        match merged.last_mut() {
+            Some(last) if port.first <= last.last.saturating_add(1) => {
+                last.last = last.last.max(port.last);
+            }
+            _ => merged.push(port),
+        }
+    }
+    merged
+}
+
+fn unique<T: Clone + Ord>(values: &[T]) -> Vec<T> {
+    let mut values = values.to_vec();
+    values.sort();
+    values.dedup();
+    values
+}
+
+/// The set as nft adds it.
+impl Display for NamedSet {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "set inet {TABLE} {} {{ type {};", self.name, self.values.data_type())?;
+        if self.values.has_ranges() {
+            f.write_str(" flags interval;")?;
+        }
+        write!(f, " elements = {{ {} }} }}", self.values)
+    }
+}
+
+impl Display for Operand {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed => Ok(()),
+            Self::Value(values) => values.fmt(f),
+            Self::Set(set) => write!(f, "@{}", set.name),
+        }
+    }
+}
+
+impl Display for Values {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cidrs(cidrs) => list(f, cidrs, |cidr, f| match cidr.prefix_len() {
+                length if length == cidr.max_prefix_len() => cidr.addr().fmt(f),
+                _ => cidr.fmt(f),
+            }),
+            Self::Ports(ports) => list(f, ports, Display::fmt),
+            Self::Uids(ids) | Self::Gids(ids) => list(f, ids, Display::fmt),
+            Self::Interfaces(interfaces) => list(f, interfaces, |name, f| write!(f, "\"{name}\"")),
+        }
+    }
+}
+
+fn list<T>(
+    f: &mut Formatter<'_>,
+    values: &[T],
+    show: impl Fn(&T, &mut Formatter<'_>) -> fmt::Result,
+) -> fmt::Result {
+    for (index, value) in values.iter().enumerate() {
+        if index > 0 {
+            f.write_str(", ")?;
+        }
+        show(value, f)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Protocol;
+    use crate::plan::nft::testing::rule;
+
+    fn set(condition: Match) -> String {
+        let mut operands = operands(&rule("id", vec![condition])).into_iter();
+        operands.find_map(Operand::into_set).expect("a set").to_string()
+    }
+
+    fn ports(texts: &[&str]) -> Vec<PortRange> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn networks_that_overlap_or_complete_each_other_become_one() {
+        let cidrs = ["10.1.0.0/16", "10.0.0.0/8", "192.168.0.0/25", "192.168.0.128/25"];
+        let cidrs = cidrs.map(|cidr| cidr.parse().unwrap()).to_vec();
+        assert_eq!(
+            set(Match::Destination(cidrs)),
+            "set inet underpass id-cidrs { type ipv4_addr; flags interval; \
+             elements = { 10.0.0.0/8, 192.168.0.0/24 } }"
+        );
+    }
+
+    #[test]
+    fn addresses_need_no_interval_set() {
+        let cidrs = ["fd00::1/128", "fd00::9/128"].map(|cidr| cidr.parse().unwrap()).to_vec();
+        assert_eq!(
+            set(Match::Source(cidrs)),
+            "set inet underpass id-cidrs { type ipv6_addr; elements = { fd00::1, fd00::9 } }"
+        );
+    }
+
+    #[test]
+    fn port_ranges_that_overlap_or_touch_become_one() {
+        let list = ports(&["8000-8100", "80", "8050-8200", "81", "65535", "443"]);
+        assert_eq!(
+            set(Match::DestinationPort(Protocol::Tcp, list)),
+            "set inet underpass id-ports { type inet_service; flags interval; \
+             elements = { 80-81, 443, 8000-8200, 65535 } }"
+        );
+    }
+
+    #[test]
+    fn a_value_given_twice_needs_no_set_and_a_range_does() {
+        let operand = |condition| operands(&rule("id", vec![condition])).remove(0);
+        assert_eq!(operand(Match::Uid(vec![7, 7])), Operand::Value(Values::Uids(vec![7])));
+        let range = Match::NotDestinationPort(Protocol::Udp, ports(&["1-2"]));
+        assert!(matches!(operand(range), Operand::Set(_)));
+        assert_eq!(operand(Match::NotOpening), Operand::Fixed);
+    }
+
+    #[test]
+    fn two_sets_of_one_kind_have_two_names() {
+        let conditions = vec![
+            Match::DestinationPort(Protocol::Tcp, ports(&["1-2"])),
+            Match::Gid(vec![1, 2]),
+            Match::NotDestinationPort(Protocol::Tcp, ports(&["3-4"])),
+        ];
+        let operands = operands(&rule("id", conditions)).into_iter();
+        let names: Vec<_> = operands.filter_map(Operand::into_set).map(|set| set.name).collect();
+        assert_eq!(names, ["id-ports", "id-gids", "id-ports-2"]);
+    }
+}

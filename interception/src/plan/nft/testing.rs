@@ -1,0 +1,19 @@
+//! Rules and chains made by hand, for unit tests.
+
+use crate::plan::{Action, ChainId, Families, Match, Origin, Rule, Table};
+
+pub(crate) const NAT_OUTPUT: ChainId = ChainId { table: Table::Nat, name: "OUTPUT" };
+
+/// A rule with these matches, which accepts.
+pub(crate) fn rule(id: &str, matches: Vec<Match>) -> Rule {
+    Rule {
+        id: id.to_owned(),
+        reason: "a test",
+        origin: Origin::Ours,
+        chain: NAT_OUTPUT,
+        families: Families::Both,
+        matches,
+        action: Action::Accept,
+        nftables_only: false,
+    }
+}

@@ -1,0 +1,124 @@
+//! DNS capture of the sidecar profile: the redirects, and conntrack zones that keep the workload's
+//! queries and the DNS proxy's own apart, which may have the same source port.
+//!
+//! Zone 1 is between the DNS proxy and the servers, zone 2 between the workload and the DNS proxy.
+
+use ipnet::IpNet;
+
+use super::{ISTIO_OUTPUT, established};
+use crate::plan::build::{Builder, Family, Inputs, chain};
+use crate::plan::{Action, ChainId, Families, Match, Protocol, Table};
+
+const NAT: ChainId = chain(Table::Nat, "ISTIO_OUTPUT_DNS");
+const RAW: ChainId = chain(Table::Raw, "ISTIO_OUTPUT_DNS");
+const RAW_INBOUND: ChainId = chain(Table::Raw, "ISTIO_INBOUND");
+
+const UPSTREAM: Action = Action::Zone(1, None);
+const DOWNSTREAM: Action = Action::Zone(2, None);
+
+/// Where queries that are caught go to: one list for each rule, `None` for anywhere.
+#[derive(Debug, Clone)]
+struct Servers {
+    families: Families,
+    addresses: Option<Vec<IpNet>>,
+}
+
+/// The redirects, in `ISTIO_OUTPUT`.
+pub(super) fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
+    let servers = servers(inputs);
+    if servers.is_empty() {
+        return;
+    }
+    for families in distinct(&servers) {
+        b.rule(ISTIO_OUTPUT, "enter-dns", "queries to a local resolver are caught too")
+            .families(families)
+            .when([], Action::Jump(NAT));
+    }
+    established(b, NAT, "established-dns", inputs.neutral());
+    let redirect = Action::Redirect(inputs.ports.dns);
+    for (protocol, id) in [(Protocol::Tcp, "capture-dns-tcp"), (Protocol::Udp, "capture-dns-udp")] {
+        for servers in &servers {
+            let mut matches = vec![Match::DestinationPort(protocol, vec![53.into()])];
+            if let Some(addresses) = &servers.addresses {
+                matches.insert(0, Match::Destination(addresses.clone()));
+            }
+            b.rule(NAT, id, "the workload's DNS queries pass the DNS proxy")
+                .numbered()
+                .families(servers.families)
+                .when_all(matches, redirect);
+        }
+    }
+}
+
+/// The zones.
+pub(super) fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
+    let (settings, neutral) = (inputs.settings, inputs.neutral());
+    b.rule(
+        chain(Table::Raw, "OUTPUT"),
+        "enter-raw-output",
+        "all packets that local processes send",
+    )
+    .families(neutral)
+    .when([], Action::Jump(RAW));
+    let uids = inputs.split(&settings.proxy_uids).into_iter().map(Match::Uid);
+    let gids = inputs.split(&settings.proxy_gids).into_iter().map(Match::Gid);
+    for owner in uids.chain(gids) {
+        let to_server = Match::DestinationPort(Protocol::Udp, vec![53.into()]);
+        b.rule(RAW, "zone-proxy-query", "the DNS proxy's queries to the servers: zone 1")
+            .numbered()
+            .families(neutral)
+            .when([to_server, owner.clone()], UPSTREAM);
+        let from_proxy = Match::SourcePort(Protocol::Udp, inputs.ports.dns);
+        b.rule(RAW, "zone-proxy-answer", "the DNS proxy's answers to the workload: zone 2")
+            .numbered()
+            .families(neutral)
+            .when([from_proxy, owner], DOWNSTREAM);
+    }
+    for servers in servers(inputs) {
+        zones_of(b, &servers);
+    }
+}
+
+fn zones_of(b: &mut Builder, Servers { families, addresses }: &Servers) {
+    let entered = b.has_rule("enter-raw-prerouting", *families);
+    if !entered {
+        b.rule(chain(Table::Raw, "PREROUTING"), "enter-raw-prerouting", "all packets that arrive")
+            .families(*families)
+            .when([], Action::Jump(RAW_INBOUND));
+    }
+    let mut query = vec![Match::DestinationPort(Protocol::Udp, vec![53.into()])];
+    let mut answer = vec![Match::SourcePort(Protocol::Udp, 53)];
+    if let Some(addresses) = addresses {
+        query.insert(0, Match::Destination(addresses.clone()));
+        answer.insert(0, Match::Source(addresses.clone()));
+    }
+    b.rule(RAW, "zone-query", "the workload's queries: zone 2")
+        .numbered()
+        .families(*families)
+        .when_all(query, DOWNSTREAM);
+    b.rule(RAW_INBOUND, "zone-answer", "the servers' answers: zone 1")
+        .numbered()
+        .families(*families)
+        .when_all(answer, UPSTREAM);
+}
+
+fn servers(inputs: &Inputs<'_>) -> Vec<Servers> {
+    let addresses: Vec<IpNet> =
+        inputs.settings.dns_servers.iter().copied().map(IpNet::from).collect();
+    if addresses.is_empty() {
+        return vec![Servers { families: inputs.neutral(), addresses: None }];
+    }
+    let of = |family: &Family| {
+        let families = family.families();
+        let lists = inputs.split(&family.of(&addresses)).into_iter();
+        lists.map(move |list| Servers { families, addresses: Some(list) }).collect::<Vec<_>>()
+    };
+    inputs.families.iter().flat_map(of).collect()
+}
+
+/// Each of the families that occur, once.
+fn distinct(servers: &[Servers]) -> Vec<Families> {
+    let mut families: Vec<_> = servers.iter().map(|servers| servers.families).collect();
+    families.dedup();
+    families
+}

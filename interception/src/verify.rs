@@ -1,0 +1,185 @@
+//! What is installed against what the plan says: the difference, for people and programs.
+//!
+//! Not here: how either is read. Each backend makes a [`Listing`] of both, in one form.
+
+use std::fmt;
+
+use similar::{ChangeTag, TextDiff};
+
+/// Rules as text, chain by chain, in which equal lines mean equal rules.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Listing {
+    /// The chains (their head says all that a chain is besides its rules), and the sets.
+    pub(crate) sections: Vec<Section>,
+}
+
+/// One chain or set.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Section {
+    /// Its kind and name, with what else defines it: `chain nat_output { type nat hook output priority -100; }`.
+    pub(crate) head: String,
+    /// Its rules or elements, in order.
+    pub(crate) lines: Vec<String>,
+}
+
+/// How what is installed differs from the plan.
+///
+/// `Display` prints a section for each chain that differs: `-` is missing, `+` should not be there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    sections: Vec<SectionDifference>,
+}
+
+/// How one chain differs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SectionDifference {
+    /// What differs: a chain, a set, the ip rules and routes.
+    pub place: String,
+    /// Its lines, all of them, in the order of both.
+    pub lines: Vec<Line>,
+}
+
+/// A line of a chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    /// Whether both have it.
+    pub sign: Sign,
+    /// The rule.
+    pub text: String,
+}
+
+/// Who has a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sign {
+    /// Both.
+    Same,
+    /// The plan alone.
+    Missing,
+    /// The kernel alone.
+    Unexpected,
+}
+
+impl Listing {
+    /// How `found` differs from this, `None` if it does not.
+    pub(crate) fn difference(&self, found: &Self) -> Option<Difference> {
+        let mut sections = Vec::new();
+        for section in &self.sections {
+            let nothing = Section { head: section.head.clone(), lines: Vec::new() };
+            let there = found.section(&section.head);
+            let mut lines = compare(&section.lines, &there.unwrap_or(&nothing).lines);
+            if there.is_none() {
+                lines.insert(0, Line { sign: Sign::Missing, text: section.head.clone() });
+            }
+            sections.push(SectionDifference { place: section.head.clone(), lines });
+        }
+        for section in found.sections.iter().filter(|found| self.section(&found.head).is_none()) {
+            let unexpected = |text: &String| Line { sign: Sign::Unexpected, text: text.clone() };
+            let lines = [&section.head].into_iter().chain(&section.lines).map(unexpected).collect();
+            sections.push(SectionDifference { place: section.head.clone(), lines });
+        }
+        sections.retain(|section| section.lines.iter().any(|line| line.sign != Sign::Same));
+        (!sections.is_empty()).then_some(Difference { sections })
+    }
+
+    fn section(&self, head: &str) -> Option<&Section> {
+        self.sections.iter().find(|section| section.head == head)
+    }
+}
+
+impl Difference {
+    /// What differs, place by place.
+    #[must_use]
+    pub fn sections(&self) -> &[SectionDifference] {
+        &self.sections
+    }
+
+    /// How many lines are missing, and how many should not be there.
+    #[must_use]
+    pub fn counts(&self) -> (usize, usize) {
+        let count = |sign| {
+            let lines = self.sections.iter().flat_map(|section| &section.lines);
+            lines.filter(|line| line.sign == sign).count()
+        };
+        (count(Sign::Missing), count(Sign::Unexpected))
+    }
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for section in &self.sections {
+            writeln!(f, "@ {}", section.place)?;
+            for line in &section.lines {
+                let sign = match line.sign {
+                    Sign::Same => ' ',
+                    Sign::Missing => '-',
+                    Sign::Unexpected => '+',
+                };
+                writeln!(f, "{sign} {}", line.text)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn compare(expected: &[String], found: &[String]) -> Vec<Line> {
+    let (expected, found): (Vec<_>, Vec<_>) =
+        (expected.iter().map(String::as_str).collect(), found.iter().map(String::as_str).collect());
+    TextDiff::from_slices(&expected, &found)
+        .iter_all_changes()
+        .map(|change| {
+            let sign = match change.tag() {
+                ChangeTag::Equal => Sign::Same,
+                ChangeTag::Delete => Sign::Missing,
+                ChangeTag::Insert => Sign::Unexpected,
+            };
+            Line { sign, text: change.value().to_owned() }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listing(sections: &[(&str, &[&str])]) -> Listing {
+        let section = |(head, lines): &(&str, &[&str])| Section {
+            head: (*head).to_owned(),
+            lines: lines.iter().map(|&line| line.to_owned()).collect(),
+        };
+        Listing { sections: sections.iter().map(section).collect() }
+    }
+
+    fn shown(expected: &Listing, found: &Listing) -> String {
+        expected.difference(found).map(|difference| difference.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn what_is_equal_has_no_difference() {
+        let plan = listing(&[("chain a", &["1", "2"]), ("chain b", &[])]);
+        assert_eq!(plan.difference(&plan), None);
+    }
+
+    #[test]
+    fn the_order_of_rules_counts_and_that_of_chains_does_not() {
+        let plan = listing(&[("chain a", &["1", "2"]), ("chain b", &["3"])]);
+        assert_eq!(shown(&plan, &listing(&[("chain b", &["3"]), ("chain a", &["1", "2"])])), "");
+        let swapped = listing(&[("chain a", &["2", "1"]), ("chain b", &["3"])]);
+        let difference = plan.difference(&swapped).expect("a difference");
+        assert_eq!(difference.sections().len(), 1);
+        assert_eq!(difference.counts(), (1, 1));
+    }
+
+    #[test]
+    fn a_chain_that_is_not_there_is_missing_with_all_its_rules() {
+        let plan = listing(&[("chain a", &["1"])]);
+        let difference = plan.difference(&Listing::default()).unwrap();
+        assert_eq!(difference.to_string(), "@ chain a\n- chain a\n- 1\n");
+        assert_eq!(difference.counts(), (2, 0));
+    }
+
+    #[test]
+    fn a_chain_that_should_not_be_there_is_unexpected() {
+        let found = listing(&[("chain z", &["9"])]);
+        assert_eq!(shown(&Listing::default(), &found), "@ chain z\n+ chain z\n+ 9\n");
+    }
+}

@@ -1,0 +1,365 @@
+//! The netlink backend against nft itself: both make the same rules of a plan, and whatever is
+//! changed afterwards is seen.
+//!
+//! Not here: what the rules do to connections (`flows.rs`).
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+use nlink::netlink::nftables::{Family, NFT_TABLE_F_OWNER};
+use nlink::netlink::{Connection, Nftables};
+use tokio::time::timeout;
+use underpass_config::PortRange;
+use underpass_interception::testing::{self, Sections};
+use underpass_interception::{
+    Action, Chain, ChainId, Direction, Families, Hook, InterceptionError, IpNet, Mark, Match,
+    Namespace, Origin, Protocol, Rule, RulePlan, TABLE, Table,
+};
+
+use crate::Case;
+use crate::pod::{DEADLINE, command, equal, inside, lonely, prepare};
+
+pub(crate) const CASES: &[Case] = &[
+    ("nftables: every match and action is printed as it is installed", printed_is_installed),
+    ("nftables: what is installed is expected, by netlink or by nft", installed_is_expected),
+    ("nftables: whatever is changed in our table is a difference", tampering_is_seen),
+    ("nftables: what is changed in other tables is none", others_are_not_seen),
+    ("nftables: ten thousand networks are one set with all of them", many_networks),
+    ("nftables: changes are told, also when there are too many to tell", changes_are_told),
+    ("nftables: a table that is owned is told from a missing capability", owned_table),
+];
+
+const NAT: ChainId = ChainId { table: Table::Nat, name: "OUTPUT" };
+const NAT_REGULAR: ChainId = ChainId { table: Table::Nat, name: "ISTIO_OUTPUT" };
+const MANGLE: ChainId = ChainId { table: Table::Mangle, name: "OUTPUT" };
+const MANGLE_IN: ChainId = ChainId { table: Table::Mangle, name: "PREROUTING" };
+const RAW: ChainId = ChainId { table: Table::Raw, name: "OUTPUT" };
+const FILTER: ChainId = ChainId { table: Table::Filter, name: "OUTPUT" };
+const FILTER_IN: ChainId = ChainId { table: Table::Filter, name: "INPUT" };
+
+const WHOLE: Mark = Mark { value: 0x539, mask: u32::MAX };
+const MASKED: Mark = Mark { value: 0x111, mask: 0xfff };
+const TCP: Match = Match::Protocol(Protocol::Tcp);
+
+/// Networks of whole octets and of parts of one, everything, and sets with and without ranges, with
+/// networks that touch.
+const V4_CIDRS: &[&[&str]] = &[
+    &["10.0.0.1/32"],
+    &["10.0.0.0/8"],
+    &["172.16.0.0/12"],
+    &["0.0.0.0/0"],
+    &["10.0.0.1/32", "10.0.0.9/32"],
+    &["10.0.0.0/8", "192.168.1.0/24", "192.168.2.0/23", "255.255.255.0/24"],
+];
+/// As [`V4_CIDRS`].
+const V6_CIDRS: &[&[&str]] = &[
+    &["fd00::1/128"],
+    &["fd00::/16"],
+    &["fc00::/7"],
+    &["::/0"],
+    &["fd00::1/128", "fd00::9/128"],
+    &["::1/128", "fd00::/8", "2001:db8::/32"],
+];
+
+fn chains() -> Vec<Chain> {
+    let base = [
+        (NAT, Hook::Output),
+        (MANGLE, Hook::Output),
+        (MANGLE_IN, Hook::Prerouting),
+        (RAW, Hook::Output),
+        (FILTER, Hook::Output),
+        (FILTER_IN, Hook::Input),
+    ];
+    let base = base.map(|(id, hook)| Chain { id, hook: Some(hook) });
+    base.into_iter().chain([Chain { id: NAT_REGULAR, hook: None }]).collect()
+}
+
+/// Every match and every action in each of its forms: one value and several, with and without a
+/// mask, of one family and of both. The first rule is for TCP.
+fn every_rule() -> Result<RulePlan, Failed> {
+    let mut rules: Vec<Rule> = Vec::new();
+    let mut add = |chain, families, matches: Vec<Match>, action| {
+        let id = format!("rule-{}", rules.len());
+        rules.push(Rule { id, chain, families, matches, action, ..rule() });
+    };
+    for (families, condition) in every_match()? {
+        add(NAT_REGULAR, families, vec![condition], Action::Return);
+    }
+    let together = vec![
+        Match::Source(cidrs(&["10.0.0.0/8", "192.168.0.1/32"])?),
+        Match::NotDestination("127.0.0.1/32".parse()?),
+        TCP,
+        Match::DestinationPort(Protocol::Tcp, ports(&["80", "8000-8100"])?),
+        Match::NotDestinationPort(Protocol::Tcp, ports(&["81", "8050"])?),
+    ];
+    add(NAT_REGULAR, Families::V4, together, Action::Accept);
+    add(NAT, Families::V6, vec![TCP], Action::Jump(NAT_REGULAR));
+    for (chain, action) in [
+        (NAT, Action::Redirect(15001)),
+        (FILTER, Action::Drop),
+        (FILTER, Action::Reject),
+        (RAW, Action::Zone(15, Some(Direction::Original))),
+        (RAW, Action::Zone(2, Some(Direction::Reply))),
+        (RAW, Action::Zone(1, None)),
+        (MANGLE, Action::MarkPacket(WHOLE)),
+        (MANGLE, Action::MarkPacket(MASKED)),
+        (MANGLE, Action::MarkConnection(WHOLE)),
+        (MANGLE, Action::MarkConnection(MASKED)),
+        (MANGLE, Action::SaveMark),
+        (MANGLE, Action::RestoreMark),
+    ] {
+        add(chain, Families::Both, vec![TCP], action);
+    }
+    for families in [Families::Both, Families::V4, Families::V6] {
+        add(FILTER_IN, families, vec![], Action::Reject);
+        for mark in [WHOLE, MASKED] {
+            add(MANGLE_IN, families, vec![TCP], Action::Tproxy(15006, mark));
+        }
+    }
+    let spared = vec![Match::NotDestination("::1/128".parse()?), TCP];
+    add(MANGLE_IN, Families::V6, spared, Action::Tproxy(15006, WHOLE));
+    Ok(testing::plan(chains(), rules))
+}
+
+fn every_match() -> Result<Vec<(Families, Match)>, Failed> {
+    let mut matches = vec![
+        TCP,
+        Match::Protocol(Protocol::Udp),
+        Match::TcpModule,
+        Match::NotOpening,
+        Match::Invalid,
+        Match::Established,
+        Match::Direction(Direction::Original),
+        Match::Direction(Direction::Reply),
+        Match::SourcePort(Protocol::Udp, 53),
+        Match::NotOut("lo".to_owned()),
+        Match::PacketMark(WHOLE),
+        Match::PacketMark(MASKED),
+        Match::NotPacketMark(WHOLE),
+        Match::NotPacketMark(MASKED),
+        Match::ConnectionMark(WHOLE),
+        Match::ConnectionMark(MASKED),
+    ];
+    for list in [&["443"][..], &["53", "443"], &["8000-8100"], &["80", "8000-8100", "65535"]] {
+        matches.push(Match::DestinationPort(Protocol::Tcp, ports(list)?));
+        matches.push(Match::NotDestinationPort(Protocol::Udp, ports(list)?));
+    }
+    for list in [&["eth0"][..], &["eth0", "eth1"]] {
+        let list: Vec<_> = list.iter().map(ToString::to_string).collect();
+        matches.push(Match::In(list.clone()));
+        matches.push(Match::Out(list));
+    }
+    for list in [vec![1337], vec![0, 1000, 1337]] {
+        matches.push(Match::Uid(list.clone()));
+        matches.push(Match::NotUid(list.clone()));
+        matches.push(Match::Gid(list.clone()));
+        matches.push(Match::NotGid(list));
+    }
+    let mut all: Vec<_> = matches.into_iter().map(|each| (Families::Both, each)).collect();
+    all.push((Families::V4, Match::Established));
+    for (families, lists) in [(Families::V4, V4_CIDRS), (Families::V6, V6_CIDRS)] {
+        for list in lists {
+            let list = cidrs(list)?;
+            let first = list.first().copied().ok_or("a network")?;
+            all.push((families, Match::NotDestination(first)));
+            all.push((families, Match::Source(list.clone())));
+            all.push((families, Match::Destination(list)));
+        }
+    }
+    Ok(all)
+}
+
+/// What the rules have in common.
+fn rule() -> Rule {
+    Rule {
+        id: String::new(),
+        reason: "a test",
+        origin: Origin::Ours,
+        chain: NAT_REGULAR,
+        families: Families::Both,
+        matches: Vec::new(),
+        action: Action::Return,
+        nftables_only: false,
+    }
+}
+
+fn cidrs(texts: &[&str]) -> Result<Vec<IpNet>, Failed> {
+    texts.iter().map(|text| Ok(text.parse()?)).collect()
+}
+
+fn ports(texts: &[&str]) -> Result<Vec<PortRange>, Failed> {
+    texts.iter().map(|text| Ok(text.parse()?)).collect()
+}
+
+fn install(namespace: &Namespace, plan: &RulePlan) -> Result<(), Failed> {
+    inside(namespace, async || Ok(testing::apply(plan).await?))
+}
+
+/// As a person would who has printed the plan.
+fn load(namespace: &Namespace, name: &str, text: &str) -> Result<(), Failed> {
+    let path = format!("/run/{name}.nft");
+    fs::write(&path, text)?;
+    command(namespace, &format!("nft -f {path}")).map(|_| ())
+}
+
+/// What is installed, and what is expected.
+fn listings(namespace: &Namespace, plan: &RulePlan) -> Result<[Option<Sections>; 2], Failed> {
+    inside(namespace, async || Ok(testing::listings(plan).await?))
+}
+
+/// Fails with the first line in which what is there is not what the plan says.
+fn same(namespace: &Namespace, plan: &RulePlan) -> Result<(), Failed> {
+    let lines = |sections: Option<Sections>| -> Vec<String> {
+        let sections = sections.unwrap_or_default().into_iter();
+        sections.flat_map(|(head, lines)| [vec![head], lines].concat()).collect()
+    };
+    let [installed, expected] = listings(namespace, plan)?.map(lines);
+    for (installed, expected) in installed.iter().zip(&expected) {
+        equal("a line of the listing", installed, expected)?;
+    }
+    equal("the number of lines", installed.len(), expected.len())
+}
+
+fn printed_is_installed() -> Result<(), Failed> {
+    let pod = lonely("nft-printed")?;
+    let plan = every_rule()?;
+    install(&pod, &plan)?;
+    let installed = command(&pod, "nft --stateless list ruleset")?;
+    load(&pod, "nft-printed", &format!("{plan:#}"))?;
+    let printed = command(&pod, "nft --stateless list ruleset")?;
+    for (printed, installed) in printed.lines().zip(installed.lines()) {
+        equal("a line of nft's listing", printed, installed)?;
+    }
+    equal("nft's listing", printed, installed)
+}
+
+fn installed_is_expected() -> Result<(), Failed> {
+    let pod = lonely("nft-expected")?;
+    let plan = every_rule()?;
+    let [installed, _] = listings(&pod, &plan)?;
+    equal("a listing before there is a table", installed, None)?;
+    install(&pod, &plan)?;
+    same(&pod, &plan)?;
+    load(&pod, "nft-expected", &plan.to_string())?;
+    same(&pod, &plan)?;
+    // Nor is a backup of it that another tool puts back a difference.
+    let backup = command(&pod, "nft list ruleset")?;
+    load(&pod, "nft-backup", &format!("flush ruleset\n{backup}"))?;
+    same(&pod, &plan)?;
+    install(&pod, &plan)?;
+    same(&pod, &plan)
+}
+
+/// HANDLE is that of the first rule, `meta l4proto tcp counter return comment "rule-0"`; SET is a
+/// set with 10.0.0.0/8 in it.
+const TAMPERING: &[&str] = &[
+    "delete rule inet underpass nat_istio_output handle HANDLE",
+    "add rule inet underpass nat_istio_output tcp dport 1 accept",
+    "insert rule inet underpass nat_istio_output tcp dport 1 accept",
+    "replace rule inet underpass nat_istio_output handle HANDLE \
+     meta l4proto udp counter return comment \"rule-0\"",
+    "replace rule inet underpass nat_istio_output handle HANDLE \
+     meta l4proto tcp counter accept comment \"rule-0\"",
+    "replace rule inet underpass nat_istio_output handle HANDLE \
+     meta l4proto tcp return comment \"rule-0\"",
+    "replace rule inet underpass nat_istio_output handle HANDLE meta l4proto tcp counter return",
+    "delete rule inet underpass nat_istio_output handle HANDLE\n\
+     add rule inet underpass nat_istio_output meta l4proto tcp counter return comment \"rule-0\"",
+    "flush chain inet underpass nat_istio_output",
+    "delete element inet underpass SET { 10.0.0.0/8 }",
+    "add element inet underpass SET { 203.0.113.7 }",
+    "flush set inet underpass SET",
+    "add chain inet underpass filter_output { policy drop; }",
+    "add table inet underpass { flags dormant; }",
+    "add chain inet underpass extra",
+    "add chain inet underpass extra { type filter hook input priority 7; }",
+    "add set inet underpass extra { type ipv4_addr; }",
+    "add map inet underpass extra { type ipv4_addr : verdict; }",
+    "add counter inet underpass extra",
+    "delete table inet underpass",
+    "flush ruleset",
+];
+
+fn tampering_is_seen() -> Result<(), Failed> {
+    let pod = lonely("nft-tampering")?;
+    let plan = every_rule()?;
+    for tampering in TAMPERING {
+        install(&pod, &plan)?;
+        same(&pod, &plan)?;
+        let chain = command(&pod, "nft -a list chain inet underpass nat_istio_output")?;
+        let first = chain.lines().find(|line| line.contains("\"rule-0\"")).ok_or("a rule")?;
+        let (_, handle) = first.rsplit_once("handle ").ok_or("a handle")?;
+        let sets = command(&pod, "nft list sets")?;
+        let set = sets.split("\tset ").find(|set| set.contains("10.0.0.0/8")).ok_or("a set")?;
+        let (name, _) = set.split_once(' ').ok_or("its name")?;
+        let text = tampering.replace("HANDLE", handle).replace("SET", name);
+        load(&pod, "nft-tampering", &text)?;
+        let [installed, expected] = listings(&pod, &plan)?;
+        equal(tampering, installed == expected, false)?;
+    }
+    Ok(())
+}
+
+fn others_are_not_seen() -> Result<(), Failed> {
+    let pod = lonely("nft-others")?;
+    let plan = every_rule()?;
+    install(&pod, &plan)?;
+    for text in [
+        "add table ip underpass { flags dormant; }",
+        "add chain ip underpass nat_istio_output",
+        "add rule ip underpass nat_istio_output accept",
+        "add counter ip underpass extra",
+        "add table inet other",
+        "add chain inet other extra",
+        "add set inet other extra { type ipv4_addr; }",
+    ] {
+        load(&pod, "nft-others", text)?;
+        same(&pod, &plan)?;
+    }
+    Ok(())
+}
+
+fn many_networks() -> Result<(), Failed> {
+    let pod = lonely("nft-many")?;
+    let network = |n: u32| IpNet::new(IpAddr::V4(Ipv4Addr::from(0x0a00_0000 + n * 512)), 24);
+    let networks = (0..10_000).map(network).collect::<Result<Vec<_>, _>>()?;
+    let matches = vec![Match::Destination(networks)];
+    let many = Rule { id: "many".to_owned(), families: Families::V4, matches, ..rule() };
+    let plan = testing::plan(chains(), vec![many]);
+    install(&pod, &plan)?;
+    same(&pod, &plan)?;
+    install(&pod, &plan)?;
+    same(&pod, &plan)
+}
+
+fn changes_are_told() -> Result<(), Failed> {
+    let pod = lonely("nft-changes")?;
+    // More notifications than a socket holds.
+    let burst = "add table inet other\ndelete table inet other\n".repeat(10_000);
+    inside(&pod, async || {
+        let here = Namespace::current()?;
+        let mut changes = prepare("").await?.changes()?;
+        // Whoever gives up waiting has lost nothing.
+        let early = timeout(Duration::ZERO, changes.next()).await;
+        equal("there is a change before there is one", early.is_err(), true)?;
+        for text in ["add table inet other", &burst, "add table inet another"] {
+            load(&here, "nft-changes", text)?;
+            timeout(DEADLINE, changes.next()).await??;
+        }
+        Ok(())
+    })
+}
+
+fn owned_table() -> Result<(), Failed> {
+    let pod = lonely("nft-owned")?;
+    let plan = every_rule()?;
+    let refused = inside(&pod, async || {
+        let owner = Connection::<Nftables>::new()?;
+        owner.add_table_with_flags(TABLE, Family::Inet, NFT_TABLE_F_OWNER).await?;
+        Ok(testing::apply(&plan).await)
+    })?;
+    let owned = matches!(refused, Err(InterceptionError::Owned { .. }));
+    equal(&format!("the owner is told of: {refused:?}"), owned, true)
+}

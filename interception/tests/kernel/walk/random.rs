@@ -1,0 +1,291 @@
+//! Settings and packets by chance, of a generator that a seed repeats.
+
+#![expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "lists and texts of this file: what is not there fails the test"
+)]
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use underpass_config::{
+    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
+    PortRange, Profile,
+};
+use underpass_interception::{
+    Environment, IpNet, KUBELET_PROBE_V4, KUBELET_PROBE_V6, PROXY_MARK, Packet, Protocol, State,
+    Way,
+};
+
+use super::Attempt;
+use super::network::{POD, Place, REMOTE, TCP_PORTS, UDP_PORTS, VM};
+
+/// Where the source ports begin: above every listener's, and outside of what the kernel chooses.
+const FIRST_SOURCE_PORT: u16 = 20000;
+const NETWORKS: [&str; 6] =
+    ["10.8.0.0/16", "fd08::/16", "10.0.0.2/32", "fd00::2/128", "10.0.0.0/24", "127.0.0.2/32"];
+
+pub(crate) struct Random {
+    state: u64,
+    source_port: u16,
+    /// Users and groups that processes can have here.
+    ids: &'static [u32],
+}
+
+impl Random {
+    pub(crate) fn new(seed: u64, users: bool) -> Self {
+        if !users {
+            warn();
+        }
+        let ids: &[u32] = if users { &[0, 33, 1000, 1337, 1500] } else { &[0] };
+        Self { state: seed, source_port: FIRST_SOURCE_PORT, ids }
+    }
+
+    /// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+    fn next(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        usize::try_from(self.next() % limit as u64).expect("below a usize")
+    }
+
+    /// Once in so many times.
+    fn one_in(&mut self, times: usize) -> bool {
+        self.below(times) == 0
+    }
+
+    fn pick<T: Clone>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())].clone()
+    }
+
+    /// Mostly none, else one or two.
+    fn some<T: Clone>(&mut self, from: &[T]) -> Vec<T> {
+        let count = [0, 0, 1, 2][self.below(4)];
+        (0..count).map(|_| self.pick(from)).collect()
+    }
+
+    fn ports(&mut self) -> Vec<PortRange> {
+        let ranges = [(80, 80), (443, 443), (8000, 8080), (53, 80), (15010, 15021)];
+        self.some(&ranges.map(|(first, last)| PortRange { first, last }))
+    }
+
+    fn networks(&mut self) -> Vec<IpNet> {
+        self.some(&NETWORKS.map(|text| text.parse().expect("a network")))
+    }
+
+    fn interfaces(&mut self) -> Vec<String> {
+        self.some(&["eth0".to_owned(), "vm0".to_owned()])
+    }
+
+    /// Settings as config would let them through.
+    pub(crate) fn settings(&mut self, profile: Profile) -> InterceptionSettings {
+        let sidecar = profile == Profile::Sidecar;
+        let backend = self.pick(&[Backend::Nftables, Backend::Nftables, Backend::Iptables]);
+        let dns = if profile != Profile::Osm && self.one_in(2) { Dns::Capture } else { Dns::Off };
+        let servers = [REMOTE[0], REMOTE[1]];
+        let some = |given: bool, list: Vec<u32>| if given { list } else { Vec::new() };
+        let proxys = self.proxys(backend);
+        let loopback = if sidecar && self.one_in(4) { "127.0.0.0/8" } else { "127.0.0.1/32" };
+        InterceptionSettings {
+            profile,
+            backend,
+            exact: self.one_in(3),
+            install: true,
+            repair: false,
+            ipv6: self.pick(&[Ipv6::Capture, Ipv6::Capture, Ipv6::Reject, Ipv6::Bypass]),
+            on_exit: OnExit::Keep,
+            allow_host: false,
+            outbound: self.outbound(backend, sidecar),
+            inbound: self.inbound(sidecar),
+            virtual_interfaces: self.virtual_interfaces(profile),
+            proxy_uids: some(profile != Profile::Ambient, proxys.clone()),
+            proxy_gids: some(sidecar, proxys),
+            dns,
+            dns_servers: if dns == Dns::Capture { self.some(&servers) } else { Vec::new() },
+            drop_invalid: sidecar && self.one_in(3),
+            ingress: profile == Profile::Ambient && self.one_in(4),
+            loopback_cidr: loopback.parse().expect("a network"),
+        }
+    }
+
+    /// Some of these users or groups, as far as the backend can name them.
+    fn owners(&mut self, backend: Backend, owners: &[u32]) -> Vec<u32> {
+        let nameable = |owner: &&u32| backend == Backend::Nftables || self.ids.contains(owner);
+        let owners: Vec<u32> = owners.iter().filter(nameable).copied().collect();
+        if owners.is_empty() { owners } else { self.some(&owners) }
+    }
+
+    fn proxys(&mut self, backend: Backend) -> Vec<u32> {
+        // Where all are one user, that is the proxy's or is not.
+        let choices: &[&[u32]] = match self.ids.len() {
+            1 if backend == Backend::Nftables => &[&[1337], &[0]],
+            1 => &[&[0]],
+            _ => &[&[1337], &[1337, 33], &[0]],
+        };
+        self.pick(choices).to_vec()
+    }
+
+    fn outbound(&mut self, backend: Backend, sidecar: bool) -> OutboundCapture {
+        let include_cidrs = self.one_in(3).then(|| self.networks());
+        let groups = self.owners(backend, &[0, 33, 1000]);
+        let include = sidecar && self.one_in(2);
+        let (exclude_gids, include_gids) =
+            if include { (Vec::new(), groups) } else { (groups, Vec::new()) };
+        OutboundCapture {
+            exclude_cidrs: self.networks(),
+            include_cidrs,
+            exclude_ports: self.ports(),
+            include_ports: self.ports(),
+            exclude_interfaces: if self.one_in(4) { self.interfaces() } else { Vec::new() },
+            exclude_uids: self.owners(backend, &[33, 1000]),
+            exclude_gids,
+            include_gids,
+        }
+    }
+
+    fn inbound(&mut self, sidecar: bool) -> InboundCapture {
+        let tproxy = sidecar && self.one_in(2);
+        let include_ports = self.one_in(3).then(|| self.ports());
+        InboundCapture {
+            mode: if tproxy { InboundMode::Tproxy } else { InboundMode::Redirect },
+            exclude_ports: if include_ports.is_none() { self.ports() } else { Vec::new() },
+            include_ports,
+            exclude_interfaces: if self.one_in(4) { self.interfaces() } else { Vec::new() },
+        }
+    }
+
+    fn virtual_interfaces(&mut self, profile: Profile) -> Vec<String> {
+        if profile != Profile::Osm && self.one_in(3) { vec!["vm0".to_owned()] } else { Vec::new() }
+    }
+
+    /// A packet that can exist here.
+    pub(crate) fn attempt(
+        &mut self,
+        settings: &InterceptionSettings,
+        environment: &Environment,
+    ) -> Attempt {
+        self.source_port += 1;
+        let v6 = self.one_in(3);
+        let family = |addresses: &[IpAddr]| -> Vec<IpAddr> {
+            addresses.iter().copied().filter(|address| address.is_ipv6() == v6).collect()
+        };
+        let udp = self.one_in(4);
+        let (protocol, port) = if udp {
+            (Protocol::Udp, self.pick(&UDP_PORTS))
+        } else {
+            (Protocol::Tcp, self.pick(&TCP_PORTS))
+        };
+        let (from, source, to, way) = match self.below(6) {
+            0 => {
+                let probe = [KUBELET_PROBE_V4.into(), KUBELET_PROBE_V6.into()];
+                let source = if self.one_in(3) { family(&probe) } else { family(&REMOTE[..2]) };
+                let to = self.pick(&family(&POD));
+                (Place::Remote, source[0], to, Way::In { interface: "eth0".to_owned() })
+            }
+            1 => {
+                // With TPROXY the answers to what is passed on count as the proxy's, and are lost.
+                let passed_on = settings.inbound.mode == InboundMode::Redirect;
+                let remote = if passed_on { family(&REMOTE) } else { Vec::new() };
+                let to = self.pick(&[family(&POD), remote].concat());
+                (Place::Vm, family(&VM)[0], to, Way::In { interface: "vm0".to_owned() })
+            }
+            _ => self.local(settings, environment, &family),
+        };
+        let mark = self.mark(settings, &way, environment.is_local(to), source);
+        let packet = Packet {
+            protocol,
+            source: SocketAddr::new(source, self.source_port),
+            destination: SocketAddr::new(to, port),
+            way,
+            state: State::New,
+            mark,
+            connection_mark: 0,
+        };
+        Attempt { from, packet }
+    }
+
+    /// What a process of the pod sends.
+    fn local(
+        &mut self,
+        settings: &InterceptionSettings,
+        environment: &Environment,
+        family: &impl Fn(&[IpAddr]) -> Vec<IpAddr>,
+    ) -> (Place, IpAddr, IpAddr, Way) {
+        let loopback: [IpAddr; 3] = [
+            Ipv4Addr::LOCALHOST.into(),
+            Ipv4Addr::new(127, 0, 0, 2).into(),
+            Ipv6Addr::LOCALHOST.into(),
+        ];
+        let to =
+            self.pick(&[family(&loopback), family(&POD), family(&REMOTE), family(&VM)].concat());
+        let last_hop =
+            [Ipv4Addr::new(127, 0, 0, 6).into(), Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6).into()];
+        let local = environment.is_local(to);
+        let (mut uid, mut gid) = (self.pick(self.ids), self.pick(self.ids));
+        let imitator = imitator(settings, to, self.ids);
+        let source = if local && settings.profile == Profile::Sidecar && self.one_in(3) {
+            family(&last_hop)[0]
+        } else if let Some(imitator) = imitator.filter(|_| self.one_in(3)) {
+            (uid, gid) = (imitator, imitator);
+            family(&REMOTE)[0]
+        } else if to.is_loopback() {
+            family(&[Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()])[0]
+        } else if local {
+            to
+        } else if VM.contains(&to) {
+            family(&POD[2..])[0]
+        } else {
+            family(&POD)[0]
+        };
+        let interface = environment.interface_to(to).to_owned();
+        let way = Way::Out { interface, uid, gid };
+        (Place::Pod, source, to, way)
+    }
+
+    /// The mark of the socket: always the proxy's where it imitates, or answers would go astray;
+    /// else by chance where that leads nowhere else.
+    fn mark(
+        &mut self,
+        settings: &InterceptionSettings,
+        way: &Way,
+        local: bool,
+        source: IpAddr,
+    ) -> u32 {
+        let sent = matches!(way, Way::Out { .. });
+        if sent && REMOTE.contains(&source) {
+            return PROXY_MARK;
+        }
+        // With TPROXY this mark leads to loopback, whatever the destination.
+        let free = sent && (local || settings.inbound.mode == InboundMode::Redirect);
+        if free { self.pick(&[0, 0, 0x1000, PROXY_MARK, 0x1000 | PROXY_MARK]) } else { 0 }
+    }
+}
+
+/// Who may open a connection to this address of the pod in a client's name, so that the answers
+/// find the way back.
+fn imitator(settings: &InterceptionSettings, to: IpAddr, ids: &[u32]) -> Option<u32> {
+    let tproxy = settings.inbound.mode == InboundMode::Tproxy;
+    // Without capture of IPv6 only our own rules have a way back for it.
+    let way_back = !settings.exact || to.is_ipv4() || settings.ipv6 == Ipv6::Capture;
+    // Istio's TPROXY excludes interfaces from the way back too.
+    let excluded = settings.outbound.exclude_interfaces.iter().any(|name| name == "eth0");
+    let way_back = way_back && !(tproxy && settings.exact && excluded);
+    let possible =
+        POD.contains(&to) && way_back && (tproxy || settings.profile == Profile::Ambient);
+    // By Istio's rules, what the proxy's user or group sends to the pod is a self-call, and caught.
+    let proxys = || settings.proxy_uids.iter().chain(&settings.proxy_gids);
+    let spared = |id: &u32| !(tproxy && settings.exact) || proxys().all(|proxy| proxy != id);
+    ids.iter().copied().find(spared).filter(|_| possible)
+}
+
+#[expect(clippy::print_stderr, reason = "a test that tests less has to say so")]
+fn warn() {
+    eprintln!(
+        "walk: NO OTHER USERS HERE: matches of users and groups are tested with user and group 0 only"
+    );
+}

@@ -1,0 +1,199 @@
+//! The rules in the life of a proxy: checked, installed, tested, kept, and removed or left behind.
+//!
+//! Not here: the rules, and how they get into the kernel (the interception crate).
+
+use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
+use underpass_interception::{
+    Interception, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, ipv6_available,
+};
+
+use crate::cli::CommandError;
+use crate::endpoints::Readiness;
+use crate::guard::{Event, Guard};
+use crate::metrics;
+use crate::reload::Reload;
+use crate::self_test::{SelfTest, SelfTestError};
+
+/// What catches the workload's traffic.
+#[derive(Debug)]
+pub(crate) struct Capture {
+    /// `None` if the rules are someone else's to install.
+    interception: Option<Interception>,
+    plan: RulePlan,
+    ports: Ports,
+    profile: Profile,
+    /// Whom the process becomes once the rules stand.
+    user: Option<ProxyUser>,
+}
+
+impl Capture {
+    /// Checks all that can be checked before anything is changed.
+    pub(crate) async fn prepare(settings: &Settings) -> Result<Self, CommandError> {
+        let ports = Ports::of(&settings.proxy);
+        let interception = &settings.interception;
+        if interception.dns == Dns::Capture && interception.profile != Profile::None {
+            return Err(CommandError::NoDnsProxy { port: ports.dns });
+        }
+        let user = ProxyUser::required(interception)?;
+        let prepared = if interception.install {
+            Interception::prepare(interception, ports).await?
+        } else {
+            None
+        };
+        let plan = match &prepared {
+            Some(prepared) => prepared.plan().clone(),
+            None => RulePlan::new(interception, ports, ipv6_available()),
+        };
+        Ok(Self { interception: prepared, plan, ports, profile: interception.profile, user })
+    }
+
+    /// Whether the rules know the proxy by its user.
+    pub(crate) fn is_by_user(&self) -> bool {
+        matches!(self.profile, Profile::Sidecar | Profile::Osm)
+    }
+
+    pub(crate) async fn install(&self) -> Result<(), CommandError> {
+        let Some(interception) = &self.interception else {
+            tracing::info!(profile = %self.profile, "the rules are someone else's: none are installed");
+            return Ok(());
+        };
+        if interception.ipv6_absent() {
+            tracing::info!("the kernel has no IPv6 here: there is none to catch");
+        }
+        for leftover in interception.leftovers().await? {
+            tracing::warn!("{leftover}");
+        }
+        interception.install().await?;
+        let backend = interception.backend();
+        metrics::interception(self.profile, backend);
+        tracing::info!(%backend, rules = self.plan.rules().len(), "rules installed");
+        Ok(())
+    }
+
+    /// Opens the sockets of the self-test.
+    pub(crate) fn probes(
+        &self,
+        settings: &InterceptionSettings,
+    ) -> Result<Vec<Probe>, CommandError> {
+        Probe::prepare(&self.plan, settings, self.ports)
+            .map_err(|error| CommandError::SelfTest(SelfTestError::Prepare(error)))
+    }
+
+    /// Becomes the user by which the rules know the proxy, and gives up what it no longer needs.
+    pub(crate) fn become_proxy(&self, settings: &InterceptionSettings) -> Result<(), CommandError> {
+        let Some(user) = self.user else {
+            return Ok(());
+        };
+        let sockets = Sockets::new(settings, ipv6_available());
+        let changes_rules =
+            self.interception.is_some() && (settings.repair || settings.on_exit == OnExit::Remove);
+        let kept = match &self.interception {
+            Some(interception) if changes_rules && interception.backend().runs_programs() => {
+                Kept::NetAdminForPrograms
+            }
+            _ if changes_rules || sockets.need_net_admin() => Kept::NetAdmin,
+            _ => Kept::Nothing,
+        };
+        user.become_it(kept)?;
+        tracing::info!(
+            uid = user.uid,
+            gid = user.gid,
+            ?kept,
+            "runs as the user that the rules know"
+        );
+        Ok(())
+    }
+
+    /// Tests that what should be caught is.
+    pub(crate) async fn test(
+        &self,
+        self_test: &SelfTest,
+        probes: Vec<Probe>,
+    ) -> Result<(), CommandError> {
+        let tested = self_test.run(probes).await.map_err(CommandError::SelfTest)?;
+        if tested.is_empty() && self.profile != Profile::None {
+            tracing::info!(
+                "the rules could not be tested from here: no connection that this process can make would be caught"
+            );
+        } else {
+            tracing::debug!(?tested, "connections are caught");
+        }
+        Ok(())
+    }
+
+    /// Who keeps the rules from now on; `None` if nobody is to.
+    pub(crate) fn guard(
+        &self,
+        settings: &InterceptionSettings,
+    ) -> Result<Option<Guard>, CommandError> {
+        let kept = self.interception.as_ref().filter(|_| settings.repair);
+        Ok(kept.cloned().map(Guard::new).transpose()?)
+    }
+
+    /// At the end: the rules stay or go, as the settings say.
+    pub(crate) async fn leave(&self, settings: &InterceptionSettings) -> Result<(), CommandError> {
+        let Some(interception) = &self.interception else {
+            return Ok(());
+        };
+        match settings.on_exit {
+            OnExit::Keep => tracing::info!(
+                "the rules stay, so nothing leaves in plain; `underpass rules remove` removes them"
+            ),
+            OnExit::Remove => {
+                interception.remove().await?;
+                tracing::info!("rules removed: traffic is direct and plain from now on");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Keeps the rules, and follows the settings, until the end.
+pub(crate) async fn keep(guard: Option<Guard>, mut reload: Reload, readiness: Readiness) {
+    let Some(mut guard) = guard else {
+        return reload.refuse_changes().await;
+    };
+    let mut settings = reload.subscribe();
+    tokio::spawn(async move { reload.follow().await });
+    loop {
+        let event = guard.next(&mut settings).await;
+        let intact = tell(&event);
+        metrics::rules_intact(intact);
+        readiness.rules_intact(intact);
+    }
+}
+
+/// Logs and counts; says whether the rules are as they should be.
+fn tell(event: &Event) -> bool {
+    match event {
+        Event::Repaired { difference, took } => {
+            let (missing, unexpected) = difference.counts();
+            metrics::rules_repaired();
+            tracing::warn!(
+                missing,
+                unexpected,
+                ?took,
+                "another program had changed the rules; they are as they should be again"
+            );
+            tracing::debug!("what had been changed:\n{difference}");
+        }
+        Event::Followed { rules } => {
+            tracing::info!(rules, "the settings changed, and the rules with them, in one step");
+        }
+        Event::GaveUp { difference, rest } => {
+            let (missing, unexpected) = difference.counts();
+            tracing::error!(
+                missing,
+                unexpected,
+                ?rest,
+                "another program changes the rules again and again: giving up for a while, traffic may go uncaught. \
+                 Stop it, or set interception.profile: none\n{difference}"
+            );
+        }
+        Event::Failed { error, rest } => {
+            let error = crate::error::chain(error);
+            tracing::error!(error, ?rest, "the rules cannot be watched or put back; trying again");
+        }
+    }
+    matches!(event, Event::Repaired { .. } | Event::Followed { .. })
+}

@@ -1,0 +1,153 @@
+//! Keeping the rules as they should be: what another program changes is put back, and what the settings change is
+//! followed.
+//!
+//! Not here: what is compared and installed (the interception crate).
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
+use underpass_config::InterceptionSettings;
+use underpass_interception::{Changes, Difference, Interception, InterceptionError};
+
+/// So many repairs within [`WINDOW`] are a fight with another program, which nobody wins.
+const REPAIRS: usize = 100;
+const WINDOW: Duration = Duration::from_secs(10);
+/// How long the guard rests after it gave up, or after a failure, before it looks again: fail closed in the end.
+const REST: Duration = Duration::from_secs(30);
+
+/// What the guard has to tell.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// Another program had changed the rules; they are as they should be again.
+    Repaired { difference: Difference, took: Duration },
+    /// The settings changed, and the rules with them.
+    Followed { rules: usize },
+    /// Another program changes them again and again; nothing is put back for a while.
+    GaveUp { difference: Difference, rest: Duration },
+    /// The rules could not be read or put back; tried again after a while.
+    Failed { error: InterceptionError, rest: Duration },
+}
+
+/// Who keeps the rules.
+#[derive(Debug)]
+pub(crate) struct Guard {
+    interception: Interception,
+    changes: Changes,
+    limit: RepairLimit,
+    /// When to look without having been told.
+    look_at: Option<Instant>,
+}
+
+impl Guard {
+    /// Begins to watch; nothing that happens from now on is missed.
+    pub(crate) fn new(interception: Interception) -> Result<Self, InterceptionError> {
+        let changes = interception.changes()?;
+        let limit = RepairLimit::default();
+        Ok(Self { interception, changes, limit, look_at: Some(Instant::now()) })
+    }
+
+    /// The next event. Cancelling it while it repairs leaves the old or the new rules, as any end does.
+    pub(crate) async fn next(
+        &mut self,
+        settings: &mut watch::Receiver<InterceptionSettings>,
+    ) -> Event {
+        loop {
+            let rest = async {
+                match self.look_at {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let resting = self.look_at.is_some();
+            let looked = tokio::select! {
+                () = rest => self.look().await,
+                told = self.changes.next(), if !resting => match told {
+                    Ok(()) => self.look().await,
+                    Err(error) => Err(error),
+                },
+                Ok(()) = settings.changed() => {
+                    let settings = settings.borrow_and_update().clone();
+                    self.follow(&settings).await.map(Some)
+                }
+            };
+            match looked {
+                Ok(None) => {}
+                Ok(Some(event)) => return event,
+                Err(error) => {
+                    self.look_at = Some(Instant::now() + REST);
+                    return Event::Failed { error, rest: REST };
+                }
+            }
+        }
+    }
+
+    async fn look(&mut self) -> Result<Option<Event>, InterceptionError> {
+        self.look_at = None;
+        let began = Instant::now();
+        let Some(difference) = self.interception.verify().await? else {
+            return Ok(None);
+        };
+        if !self.limit.allows(began) {
+            self.look_at = Some(began + REST);
+            return Ok(Some(Event::GaveUp { difference, rest: REST }));
+        }
+        self.interception.install().await?;
+        Ok(Some(Event::Repaired { difference, took: began.elapsed() }))
+    }
+
+    async fn follow(
+        &mut self,
+        settings: &InterceptionSettings,
+    ) -> Result<Event, InterceptionError> {
+        let changed = self.interception.with_settings(settings);
+        changed.install().await?;
+        let rules = changed.plan().rules().len();
+        self.interception = changed;
+        Ok(Event::Followed { rules })
+    }
+}
+
+/// Tells a mishap from a fight.
+#[derive(Debug, Default)]
+struct RepairLimit {
+    repairs: VecDeque<Instant>,
+}
+
+impl RepairLimit {
+    fn allows(&mut self, now: Instant) -> bool {
+        while self.repairs.front().is_some_and(|first| now.duration_since(*first) > WINDOW) {
+            self.repairs.pop_front();
+        }
+        if self.repairs.len() >= REPAIRS {
+            self.repairs.clear();
+            return false;
+        }
+        self.repairs.push_back(now);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fight_is_given_up_and_then_taken_up_again() {
+        let mut limit = RepairLimit::default();
+        let start = Instant::now();
+        assert!((0..REPAIRS).all(|_| limit.allows(start)));
+        assert!(!limit.allows(start));
+        assert!(limit.allows(start + REST));
+    }
+
+    #[test]
+    fn mishaps_now_and_then_are_mended_for_ever() {
+        let mut limit = RepairLimit::default();
+        let start = Instant::now();
+        for mishap in 0..10 * u32::try_from(REPAIRS).unwrap() {
+            assert!(limit.allows(start + WINDOW / 50 * mishap));
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! The test before `ready`: connections of our own go the way of the workload's, and have to arrive at our listeners with
+//! the destination that they were made for.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use underpass_interception::Probe;
+
+use crate::accept::{Accepted, Kind};
+
+/// A connection within a namespace takes well under a millisecond; a machine that is busy starting takes longer.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// The test failed: traffic is not caught as it should be.
+#[derive(Debug, Error)]
+pub(crate) enum SelfTestError {
+    #[error(
+        "the rules do not work: a test connection to {destination} could not be made, so it was not caught; does \
+         another program's netfilter rule come before ours, or were ours removed? `underpass rules verify` and \
+         `underpass rules explain --from app --to {destination}` tell"
+    )]
+    NotCaught { destination: SocketAddr, source: std::io::Error },
+    #[error(
+        "the rules do not work: a test connection to {destination} did not come back within {} s; does another \
+         program's netfilter rule come before ours, or were ours removed? `underpass rules verify` tells",
+        DEADLINE.as_secs()
+    )]
+    NotArrived { destination: SocketAddr },
+    #[error("the sockets of the test could not be made")]
+    Prepare(#[source] std::io::Error),
+}
+
+/// Shared by the test and the accepting workers, who give it its own connections.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct SelfTest {
+    /// Looked at for every connection, so that nothing else is while there is no test.
+    running: Arc<AtomicBool>,
+    expected: Arc<Mutex<Option<Expected>>>,
+}
+
+#[derive(Debug)]
+struct Expected {
+    destination: SocketAddr,
+    arrived: mpsc::UnboundedSender<()>,
+}
+
+impl SelfTest {
+    /// Whether `accepted` is the test's own, and so nobody else's.
+    pub(crate) fn claims(&self, accepted: &Accepted) -> bool {
+        if accepted.kind != Kind::Outbound || !self.running.load(Relaxed) {
+            return false;
+        }
+        let expected = self.expected.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Expected { destination, arrived }) = expected.as_ref() else {
+            return false;
+        };
+        let claimed = accepted.destination.as_ref().is_ok_and(|arrived| arrived == destination);
+        // Whoever waits no longer has been told something else.
+        claimed && arrived.send(()).is_ok()
+    }
+
+    /// Makes each connection and waits for it; says which destinations were tested.
+    pub(crate) async fn run(&self, probes: Vec<Probe>) -> Result<Vec<SocketAddr>, SelfTestError> {
+        self.running.store(true, Relaxed);
+        let mut tested = Vec::new();
+        let mut outcome = Ok(());
+        for probe in probes {
+            let destination = probe.destination;
+            match self.one(probe).await {
+                Ok(true) => tested.push(destination),
+                Ok(false) => {
+                    tracing::debug!(%destination, "there is no route that a test could take");
+                }
+                Err(error) => outcome = Err(error),
+            }
+        }
+        self.running.store(false, Relaxed);
+        self.expect(None);
+        outcome.map(|()| tested)
+    }
+
+    /// `false` if there is no route by which such a connection could leave.
+    async fn one(&self, probe: Probe) -> Result<bool, SelfTestError> {
+        let destination = probe.destination;
+        let (arrived, mut arrivals) = mpsc::unbounded_channel();
+        self.expect(Some(Expected { destination, arrived }));
+        let test = async {
+            let connected = probe.connect().await;
+            let stream =
+                connected.map_err(|source| SelfTestError::NotCaught { destination, source })?;
+            if stream.is_none() {
+                return Ok(false);
+            }
+            arrivals.recv().await;
+            Ok(true)
+        };
+        timeout(DEADLINE, test).await.unwrap_or(Err(SelfTestError::NotArrived { destination }))
+    }
+
+    fn expect(&self, expected: Option<Expected>) {
+        *self.expected.lock().unwrap_or_else(PoisonError::into_inner) = expected;
+    }
+}
