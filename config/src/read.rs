@@ -4,7 +4,9 @@
 //! mistake can be told with its key. Not here: which keys exist (`load.rs`, `mesh/document.rs`).
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::fmt;
+use std::hash::Hash;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -161,11 +163,18 @@ impl<'a> Cursor<'a> {
 
     /// Reads a list of single values, each by `read`, which says what would be right. A text with commas is a list too.
     /// What is given twice counts once; an absent list is empty.
-    pub(crate) fn list<T: PartialEq>(&self, read: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+    pub(crate) fn list<T: Clone + Eq + Hash>(
+        &self,
+        read: impl Fn(&str) -> Result<T, String>,
+    ) -> Vec<T> {
         let mut list = Vec::new();
+        let mut known = HashSet::new();
         let mut add = |item: Cursor<'_>, text: &str| match read(text) {
-            Ok(value) if list.contains(&value) => {}
-            Ok(value) => list.push(value),
+            Ok(value) if known.contains(&value) => {}
+            Ok(value) => {
+                known.insert(value.clone());
+                list.push(value);
+            }
             Err(reason) => item.problem_of(Some(text.to_owned()), reason),
         };
         match self.node().map(|node| (node, &node.value)) {

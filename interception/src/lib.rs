@@ -56,7 +56,7 @@ pub use plan::{
     RULE_PRIORITY, Rule, RulePlan, State, TABLE, Table, Walk, Way,
 };
 pub use privileges::{Kept, ProxyUser, drop_capabilities};
-pub use sandbox::enter_sandbox;
+pub use sandbox::{Sandbox, enter_sandbox};
 pub use self_test::Probe;
 pub use socket::{
     KEEPALIVE, KEEPALIVE_PROBES, Sockets, original_destination, reset_on_close, tune,

@@ -15,6 +15,15 @@ use nix::unistd::{Gid, Uid, getegid, geteuid};
 use crate::InterceptionError;
 use crate::error::SandboxRemedy;
 
+/// What [`enter_sandbox`] made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sandbox {
+    /// Namespaces of mounts and network, where every user exists.
+    OfRoot,
+    /// The same in a user namespace, where only root does.
+    InUserNamespace,
+}
+
 /// Moves the process into new mount and network namespaces, as their root and with an empty `/run`.
 /// There is no way back.
 ///
@@ -24,7 +33,7 @@ use crate::error::SandboxRemedy;
 /// # Errors
 ///
 /// [`InterceptionError::Sandbox`]: the process has more than one thread, or the kernel forbids it.
-pub fn enter_sandbox() -> Result<(), InterceptionError> {
+pub fn enter_sandbox() -> Result<Sandbox, InterceptionError> {
     let (uid, gid) = (geteuid(), getegid());
     // Of several threads only this one would enter; for a user namespace the kernel itself refuses it.
     if fs::read_dir("/proc/self/task").map_err(failed("count threads"))?.count() > 1 {
@@ -33,19 +42,22 @@ pub fn enter_sandbox() -> Result<(), InterceptionError> {
     let private = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET;
     // Root without SYS_ADMIN, as in most containers, is like any other user.
     let made = if uid.is_root() { unshare(private) } else { Err(Errno::EPERM) };
-    if made == Err(Errno::EPERM) {
+    let sandbox = if made == Err(Errno::EPERM) {
         unshare(private | CloneFlags::CLONE_NEWUSER).map_err(refused("make namespaces"))?;
         become_root(uid, gid).map_err(failed("become root"))?;
+        Sandbox::InUserNamespace
     } else {
         made.map_err(refused("make namespaces"))?;
-    }
+        Sandbox::OfRoot
+    };
     // Else what is mounted here would appear outside too.
     let nothing = None::<&Path>;
     mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)
         .map_err(refused("make the mounts private"))?;
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=0755"))
         .map_err(refused("mount an empty /run"))?;
-    fs::create_dir("/run/netns").map_err(failed("create /run/netns"))
+    fs::create_dir("/run/netns").map_err(failed("create /run/netns"))?;
+    Ok(sandbox)
 }
 
 /// Maps our user and group to root's (user_namespaces(7): `setgroups` has to be denied first).

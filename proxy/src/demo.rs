@@ -59,7 +59,7 @@ struct Point {
 /// Sets up, shows and takes down; an error unless every point holds.
 pub(crate) fn run(arguments: &Arguments) -> Result<(), DemoError> {
     // Namespaces can only be entered while there is one thread.
-    enter_sandbox().map_err(DemoError::Sandbox)?;
+    let sandbox = enter_sandbox().map_err(DemoError::Sandbox)?;
     let io = |doing| move |source| DemoError::Io { doing, source };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(io("start a runtime"))?.block_on(async {
@@ -67,7 +67,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), DemoError> {
         let mut stage = Stage::set_up().await?;
         let points = prove(&stage).await?;
         let holds = points.iter().all(|point| point.holds);
-        show(&points, began.elapsed(), arguments.keep.then_some(&stage)).map_err(io("write"))?;
+        let how_to_enter = arguments.keep.then(|| stage.how_to_enter(sandbox));
+        show(&points, began.elapsed(), how_to_enter.as_deref()).map_err(io("write"))?;
         if arguments.keep {
             tokio::signal::ctrl_c().await.map_err(io("wait for Ctrl-C"))?;
         }
@@ -233,7 +234,7 @@ async fn ask_without_certificate(
     tunnel.connect(request, PATIENCE).await.map(drop)
 }
 
-fn show(points: &[Point], took: Duration, kept: Option<&Stage>) -> io::Result<()> {
+fn show(points: &[Point], took: Duration, how_to_enter: Option<&str>) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "underpass demo: pod client ── proxy ══ mutual TLS ══ proxy ── pod server\n")?;
     for point in points {
@@ -247,8 +248,8 @@ fn show(points: &[Point], took: Duration, kept: Option<&Stage>) -> io::Result<()
         points.len(),
         took.as_secs_f32()
     )?;
-    if let Some(stage) = kept {
-        writeln!(out, "{}", stage.how_to_enter())?;
+    if let Some(how_to_enter) = how_to_enter {
+        writeln!(out, "{how_to_enter}")?;
     }
     out.flush()
 }

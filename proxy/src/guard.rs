@@ -14,8 +14,10 @@ use underpass_interception::{Changes, Difference, Interception, InterceptionErro
 /// So many repairs within [`WINDOW`] are a fight with another program, which nobody wins.
 const REPAIRS: usize = 100;
 const WINDOW: Duration = Duration::from_secs(10);
-/// How long the guard rests after it gave up, or after a failure, before it looks again: fail closed in the end.
+/// How long the guard rests after it gave up, before it looks again: fail closed in the end.
 const REST: Duration = Duration::from_secs(30);
+/// The same after a failure.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// What the guard has to tell.
 #[derive(Debug)]
@@ -76,8 +78,8 @@ impl Guard {
                 Ok(None) => {}
                 Ok(Some(event)) => return event,
                 Err(error) => {
-                    self.look_at = Some(Instant::now() + REST);
-                    return Event::Failed { error, rest: REST };
+                    self.look_at = Some(Instant::now() + RETRY);
+                    return Event::Failed { error, rest: RETRY };
                 }
             }
         }

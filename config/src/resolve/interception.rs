@@ -2,6 +2,7 @@
 //!
 //! Not here: which keys exist (`resolve.rs`).
 
+use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
@@ -119,7 +120,7 @@ fn inbound(section: Cursor<'_>) -> InboundCapture {
 
 /// A list of what is caught; `None`: everything. An empty list says nothing, as a key that is absent does: to catch
 /// nothing must be asked for with the word.
-fn included<T: PartialEq>(
+fn included<T: Clone + Eq + Hash>(
     cursor: Cursor<'_>,
     read: impl Fn(&str) -> Result<T, String>,
 ) -> Option<Vec<T>> {
@@ -130,7 +131,7 @@ fn included<T: PartialEq>(
     (!everything).then(|| cursor.list(read))
 }
 
-fn list_or<T: PartialEq + Clone>(
+fn list_or<T: Clone + Eq + Hash>(
     cursor: Cursor<'_>,
     read: impl Fn(&str) -> Result<T, String>,
     default: &[T],

@@ -42,8 +42,8 @@ pub(super) async fn save(
 /// The command lines that print everything together.
 fn save_arguments(variant: Variant, family: Family) -> Vec<Vec<&'static str>> {
     let names = match family {
-        Family::V4 => "/proc/net/ip_tables_names",
-        Family::V6 => "/proc/net/ip6_tables_names",
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
     };
     let unlisted = |error: io::Error| error.kind() == io::ErrorKind::PermissionDenied;
     if variant == Variant::Legacy && File::open(names).is_err_and(unlisted) {

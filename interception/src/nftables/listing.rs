@@ -24,18 +24,26 @@ pub(crate) async fn installed() -> Result<Option<Listing>, InterceptionError> {
         /// Whoever changes the ruleset more often while we read it wakes us up again.
         const ATTEMPTS: usize = 5;
         let mut generation = kernel.generation().await?;
-        let mut listing = read(kernel).await?;
+        let mut listing = read_if_there(kernel).await?;
         for _ in 1..ATTEMPTS {
             let now = kernel.generation().await?;
             if now == generation {
                 break;
             }
             generation = now;
-            listing = read(kernel).await?;
+            listing = read_if_there(kernel).await?;
         }
         Ok(listing)
     })
     .await
+}
+
+/// What goes while it is read is as good as not there.
+async fn read_if_there(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
+    match read(kernel).await {
+        Err(error) if error.is_not_found() => Ok(None),
+        listing => listing,
+    }
 }
 
 /// What [`installed`] says after the plan has been applied.

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use underpass_config::{IdentityFiles, SpiffeError, SpiffeId, TrustDomain};
 use underpass_hbone::{CertificateAuthority, Identity};
-use underpass_interception::{Endpoint, IpNet, Namespace, PacketCapture, veth};
+use underpass_interception::{Endpoint, IpNet, Namespace, PacketCapture, Sandbox, veth};
 
 use super::web::Server;
 use super::{DemoError, PATIENCE};
@@ -113,11 +113,13 @@ impl Stage {
     }
 
     /// Commands for a look around.
-    pub(super) fn how_to_enter(&self) -> String {
-        let enter = format!(
-            "nsenter -t {} -U -m -n --preserve-credentials ip netns exec",
-            std::process::id()
-        );
+    pub(super) fn how_to_enter(&self, sandbox: Sandbox) -> String {
+        // Nobody can enter the user namespace that they are in already.
+        let user = match sandbox {
+            Sandbox::OfRoot => "",
+            Sandbox::InUserNamespace => " -U --preserve-credentials",
+        };
+        let enter = format!("nsenter -t {}{user} -m -n ip netns exec", std::process::id());
         format!(
             "\nIt stays until Ctrl-C. Look around from another terminal:\n\
              \x20 {enter} client curl -s http://{SERVER}:{HTTP_PORT}/\n\

@@ -1,0 +1,110 @@
+//! `cargo bench -p underpass-benches --bench rules`: what installing, comparing and repairing the rules takes, and what they cost a
+//! connection, each in a namespace with nothing else in it.
+//!
+//! Rows: the profiles by netlink, then ambient with 10,000 excluded networks. Columns: the median, the least and the most of the
+//! rounds. A connection is refused (nobody listens), so that it is the rules that are measured and no server.
+
+#![expect(
+    clippy::expect_used,
+    reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
+)]
+#![expect(clippy::print_stdout, reason = "this is a program for a terminal")]
+
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use underpass_config::Sources;
+use underpass_interception::{Interception, Namespace, Ports, enter_sandbox};
+
+const ROUNDS: usize = 100;
+/// Connections in a row that are one figure.
+const CONNECTIONS: u32 = 1000;
+
+fn main() {
+    if !std::env::args().any(|argument| argument == "--bench") {
+        println!("nothing is measured without --bench, which `cargo bench` adds");
+        return;
+    }
+    // Namespaces can only be entered while there is one thread.
+    enter_sandbox().expect("this user may make namespaces");
+    let networks: Vec<_> = (0..10_000).map(|n| format!("10.{}.{}.0/25", n / 250, n % 250)).collect();
+    let exclusion = format!("interception.outbound.exclude_cidrs={}", networks.join(","));
+    println!("| rules | install, ms | verify, ms | replace, ms | µs per refused connection |");
+    println!("|---|---|---|---|---|");
+    let none = "interception.profile=none";
+    measure("none", &[none]);
+    for profile in ["ambient", "sidecar", "osm"] {
+        measure(profile, &[&format!("interception.profile={profile}")]);
+    }
+    measure("ambient, 10,000 CIDRs excluded", &["interception.profile=ambient", &exclusion]);
+}
+
+fn measure(name: &str, flags: &[&str]) {
+    let mut columns: [Vec<f64>; 4] = Default::default();
+    for round in 0..ROUNDS {
+        let namespace = Namespace::create_named(&format!("bench-{round}")).expect("a namespace");
+        let figures = namespace.run(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.expect("a runtime").block_on(async {
+                let lo = Namespace::current().expect("the namespace");
+                lo.set_loopback_up().await.expect("loopback is set up");
+                one(flags, round).await
+            })
+        });
+        for (column, figure) in columns.iter_mut().zip(figures.expect("the namespace is entered")) {
+            column.extend(figure);
+        }
+        namespace.delete().expect("the namespace is deleted");
+    }
+    let cells: Vec<_> = columns.iter_mut().map(|column| cell(column)).collect();
+    println!("| {name} | {} |", cells.join(" | "));
+}
+
+/// Installation, comparison, replacement, and connections.
+async fn one(flags: &[&str], round: usize) -> [Option<f64>; 4] {
+    let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
+    let sources = Sources { file: None, environment: Vec::new(), flags };
+    let settings = sources.load().expect("the settings are right");
+    let ports = Ports::of(&settings.proxy);
+    let prepared = Interception::prepare(&settings.interception, ports).await.expect("prepared");
+    let mut figures = [None; 4];
+    if let Some(interception) = prepared {
+        let began = Instant::now();
+        interception.install().await.expect("installed");
+        let installed = Instant::now();
+        assert_eq!(interception.verify().await.expect("compared"), None);
+        let verified = Instant::now();
+        interception.install().await.expect("replaced");
+        let millis = |duration: Duration| Some(duration.as_secs_f64() * 1e3);
+        figures[0] = millis(installed - began);
+        figures[1] = millis(verified - installed);
+        figures[2] = millis(verified.elapsed());
+    }
+    // A tenth of the rounds is enough of these.
+    if round % 10 == 0 {
+        figures[3] = Some(refused_connections().as_secs_f64() * 1e6 / f64::from(CONNECTIONS));
+    }
+    figures
+}
+
+/// To an address of the namespace, so that none leaves it: through the rules up to the one that spares such connections.
+fn refused_connections() -> Duration {
+    let nobody = SocketAddr::from(([127, 0, 0, 2], 9));
+    let began = Instant::now();
+    for _ in 0..CONNECTIONS {
+        TcpStream::connect(nobody).expect_err("nobody listens");
+    }
+    began.elapsed()
+}
+
+/// The median, the least and the most.
+fn cell(figures: &mut [f64]) -> String {
+    figures.sort_by(f64::total_cmp);
+    match (figures.first(), figures.get(figures.len() / 2), figures.last()) {
+        (Some(least), Some(median), Some(most)) => {
+            format!("**{median:.2}** ({least:.2}–{most:.2})")
+        }
+        _ => "–".to_owned(),
+    }
+}
