@@ -2,6 +2,7 @@
 //!
 //! Not here: either of them. This is where they are chosen, and the one place that knows both.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use underpass_config::Backend as Choice;
@@ -80,6 +81,14 @@ impl Backend {
         match self {
             Self::Nftables => nftables::expected(plan),
             Self::Iptables(_) => iptables::expected(plan),
+        }
+    }
+
+    /// What people read instead of some lines of a listing.
+    pub(crate) fn readable(self, plan: &RulePlan) -> BTreeMap<String, String> {
+        match self {
+            Self::Nftables => nftables::readable(plan),
+            Self::Iptables(_) => BTreeMap::new(),
         }
     }
 

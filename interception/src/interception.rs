@@ -124,7 +124,8 @@ impl Interception {
         expected.sections.push(routes::expected(&self.plan));
         let mut found: Listing = self.backend.installed(&self.plan).await?.unwrap_or_default();
         found.sections.push(routes::installed(&self.plan).await?);
-        Ok(expected.difference(&found))
+        let difference = expected.difference(&found);
+        Ok(difference.map(|difference| difference.readable(&self.backend.readable(&self.plan))))
     }
 
     /// Installs again if what is installed differs from the plan, and says how it did.

@@ -15,7 +15,7 @@ use nix::sys::socket::sockopt::{SndBuf, SndBufForce};
 use nlink::netlink::nftables::{Family, Transaction};
 use nlink::netlink::{Connection, Nftables};
 
-pub(crate) use listing::{expected, installed};
+pub(crate) use listing::{expected, installed, readable};
 pub(crate) use tables::{chains, remove_bare_iptables_tables, tables};
 
 use crate::InterceptionError;

@@ -2,6 +2,7 @@
 //!
 //! Not here: how either is read. Each backend makes a [`Listing`] of both, in one form.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use similar::{ChangeTag, TextDiff};
@@ -91,6 +92,17 @@ impl Difference {
     #[must_use]
     pub fn sections(&self) -> &[SectionDifference] {
         &self.sections
+    }
+
+    /// The same, with other words for some lines.
+    pub(crate) fn readable(mut self, words: &BTreeMap<String, String>) -> Self {
+        let lines = self.sections.iter_mut().flat_map(|section| &mut section.lines);
+        for line in lines {
+            if let Some(text) = words.get(&line.text) {
+                line.text.clone_from(text);
+            }
+        }
+        self
     }
 
     /// How many lines are missing, and how many should not be there.

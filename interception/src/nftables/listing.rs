@@ -5,6 +5,8 @@
 //!
 //! Not here: the difference of the two (`verify.rs`).
 
+use std::collections::BTreeMap;
+
 use nlink::netlink::MessageBuilder;
 use nlink::netlink::nftables::{
     ChainInfo, ChainKind, Family, NFT_TABLE_F_DORMANT, NFT_TABLE_F_OWNER, Policy, RuleExpr,
@@ -13,6 +15,7 @@ use nlink::netlink::nftables::{
 
 use super::{Kernel, ask, expressions, named_sets, sets};
 use crate::InterceptionError;
+use crate::plan::nft::Statement;
 use crate::plan::{Chain, Rule, RulePlan, TABLE};
 use crate::verify::{Listing, Section};
 
@@ -95,6 +98,15 @@ async fn read(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
         sections.push(Section { head, lines: Vec::new() });
     }
     Ok(Some(sorted(sections)))
+}
+
+/// How people read the lines of rules that nlink cannot put in nft's words.
+pub(crate) fn readable(plan: &RulePlan) -> BTreeMap<String, String> {
+    let rules = plan.rules().iter();
+    rules
+        .map(|rule| (planned_rule(rule), format!("{} comment \"{}\"", Statement(rule), rule.id)))
+        .filter(|(line, _)| line.contains(NO_SYNTAX))
+        .collect()
 }
 
 /// In an order of their own: that of the kernel is the one in which they were made, and means
@@ -186,10 +198,13 @@ fn decoded(rule: &Rule) -> nlink::Result<Vec<RuleExpr>> {
     Ok(parse_expressions(message.as_bytes().get(HEADERS..).unwrap_or_default()))
 }
 
+/// The counter of a rule in debug form, which no rule in nft's words has.
+const NO_SYNTAX: &str = "Counter";
+
 /// A rule that nlink cannot put in nft's words: one of ours is, `ct original zone set`.
 fn without_syntax(expressions: &[RuleExpr], comment: Option<&str>) -> String {
     let expressions = expressions.iter().map(|expression| match expression {
-        RuleExpr::Counter { .. } => "counter".to_owned(),
+        RuleExpr::Counter { .. } => NO_SYNTAX.to_owned(),
         expression => format!("{expression:?}"),
     });
     let comment = comment.map(|comment| format!("comment \"{comment}\""));
