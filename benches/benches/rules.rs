@@ -28,7 +28,8 @@ fn main() {
     }
     // Namespaces can only be entered while there is one thread.
     enter_sandbox().expect("this user may make namespaces");
-    let networks: Vec<_> = (0..10_000).map(|n| format!("10.{}.{}.0/25", n / 250, n % 250)).collect();
+    let networks: Vec<_> =
+        (0..10_000).map(|n| format!("10.{}.{}.0/25", n / 250, n % 250)).collect();
     let exclusion = format!("interception.outbound.exclude_cidrs={}", networks.join(","));
     println!("| rules | install, ms | verify, ms | replace, ms | µs per refused connection |");
     println!("|---|---|---|---|---|");
@@ -82,7 +83,7 @@ async fn one(flags: &[&str], round: usize) -> [Option<f64>; 4] {
         figures[2] = millis(verified.elapsed());
     }
     // A tenth of the rounds is enough of these.
-    if round % 10 == 0 {
+    if round.is_multiple_of(10) {
         figures[3] = Some(refused_connections().as_secs_f64() * 1e6 / f64::from(CONNECTIONS));
     }
     figures

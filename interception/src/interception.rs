@@ -111,7 +111,7 @@ impl Interception {
             routes::undo(&added).await;
             return Err(error);
         }
-        Ok(())
+        routes::remove_foreign(&self.plan).await
     }
 
     /// How what is installed differs from the plan, by expression and order; `None` if it does not.

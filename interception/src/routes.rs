@@ -65,6 +65,26 @@ fn needed(plan: &RulePlan) -> Vec<Entry> {
     routes.chain(addresses.map(|LoopbackAddress(address)| Entry::Address(*address))).collect()
 }
 
+/// What the rules of other settings rely on, and these do not: with them, a mark that these rules set would lead astray.
+fn foreign(plan: &RulePlan) -> Vec<Entry> {
+    let needed = needed(plan);
+    let is_needed = |entry: &Entry| match entry {
+        // A route is its table's, whatever the rule that leads to it.
+        Entry::Route(PolicyRoute { table, .. }, _) => {
+            plan.routes().iter().any(|route| route.table == *table)
+        }
+        entry => needed.contains(entry),
+    };
+    let mut entries = removable(&RulePlan::beside_rules());
+    entries.retain(|entry| !is_needed(entry));
+    entries
+}
+
+/// Takes out what an installation of other settings left.
+pub(crate) async fn remove_foreign(plan: &RulePlan) -> Result<(), InterceptionError> {
+    delete(&foreign(plan)).await.map(drop)
+}
+
 /// Adds what is missing, and says what that was. On failure nothing stays that this call added.
 pub(crate) async fn install(plan: &RulePlan) -> Result<Vec<Entry>, InterceptionError> {
     const OPERATION: &str = "install the ip rules and routes";
@@ -97,6 +117,11 @@ pub(crate) async fn undo(added: &[Entry]) {
 
 /// Removes whatever the plan needs, in both families; `false` if there was nothing.
 pub(crate) async fn remove(plan: &RulePlan) -> Result<bool, InterceptionError> {
+    delete(&removable(plan)).await
+}
+
+/// All that the plan may have needed here, in both families.
+fn removable(plan: &RulePlan) -> Vec<Entry> {
     // Without IPv6 the kernel answers questions about it with errors, and has nothing of ours.
     let v6 = if ipv6::known() { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
     let mut entries = Vec::new();
@@ -106,7 +131,7 @@ pub(crate) async fn remove(plan: &RulePlan) -> Result<bool, InterceptionError> {
     }
     let addresses = plan.addresses().iter().filter(|_| ipv6::known());
     entries.extend(addresses.map(|LoopbackAddress(address)| Entry::Address(*address)));
-    delete(&entries).await
+    entries
 }
 
 /// What the plan needs here, for a comparison.

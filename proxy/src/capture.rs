@@ -2,6 +2,8 @@
 //!
 //! Not here: the rules, and how they get into the kernel (the interception crate).
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
     Interception, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, ipv6_available,
@@ -13,6 +15,14 @@ use crate::guard::{Event, Guard};
 use crate::metrics;
 use crate::reload::Reload;
 use crate::self_test::{SelfTest, SelfTestError};
+
+/// A process has one user.
+static HAS_BECOME_PROXY: AtomicBool = AtomicBool::new(false);
+
+/// Whether the process has become the user by which the rules know the proxy.
+pub(crate) fn has_become_proxy() -> bool {
+    HAS_BECOME_PROXY.load(Relaxed)
+}
 
 /// What catches the workload's traffic.
 #[derive(Debug)]
@@ -95,6 +105,7 @@ impl Capture {
             _ => Kept::Nothing,
         };
         user.become_it(kept)?;
+        HAS_BECOME_PROXY.store(true, Relaxed);
         tracing::info!(
             uid = user.uid,
             gid = user.gid,

@@ -3,7 +3,9 @@
 //! The demonstration, the test suites and the benchmarks run the real binary through this.
 
 use std::ffi::OsStr;
+use std::fs::Permissions;
 use std::io;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -178,7 +180,10 @@ impl NotifySocket {
         let path = std::env::temp_dir().join(name);
         // A file of that name can only be a leftover of an earlier process with our id.
         std::fs::remove_file(&path).ok();
-        Ok(Self { socket: UnixDatagram::bind(&path)?, path })
+        let bound = Self { socket: UnixDatagram::bind(&path)?, path };
+        // The proxy is another user by the time that it is ready.
+        std::fs::set_permissions(&bound.path, Permissions::from_mode(0o666))?;
+        Ok(bound)
     }
 
     async fn ready(&self) -> io::Result<()> {

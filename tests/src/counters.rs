@@ -7,8 +7,10 @@ use underpass_interception::counters;
 use crate::OrFail;
 use crate::pods::Pod;
 
-/// The two rules that count packets instead of connections.
+/// The rules that count packets instead of connections.
 const OF_PACKETS: [&str; 3] = ["proxy-zone", "mark-proxy-connection", "return-to-proxy"];
+/// The jumps into the profile's own chains decide nothing.
+const JUMP: &str = "enter-";
 
 /// A reading of a pod's rule counters.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,7 +32,7 @@ impl Pod {
     #[must_use]
     pub fn connections_since(&self, before: &Counters) -> Vec<(String, u64)> {
         let mut since = self.counters().since(before);
-        since.retain(|(rule, _)| !OF_PACKETS.contains(&rule.as_str()));
+        since.retain(|(rule, _)| !OF_PACKETS.contains(&rule.as_str()) && !rule.starts_with(JUMP));
         since
     }
 }

@@ -26,7 +26,7 @@ pub use counters::Counters;
 pub use mesh::Mesh;
 pub use metrics::{Metrics, http_get};
 pub use peers::{
-    DEADLINE, Dial, End, Listener, Server, abort, carry, exchange, read_to_end, within,
+    DEADLINE, Dial, End, Listener, Server, abort, carry, exchange, read_to_end, until, within,
 };
 pub use pki::Pki;
 pub use pods::{Family, Pod, World};
@@ -35,7 +35,7 @@ pub use scene::{APP, CLIENT, HBONE, SERVER, Scene};
 pub use settings::Settings;
 pub use suite::{Suite, skipped};
 pub use tls::{TlsClient, TlsServer};
-pub use tools::{Printed, tool};
+pub use tools::{Background, Printed, tool};
 
 use std::fmt::Display;
 

@@ -28,6 +28,16 @@ pub async fn within<T>(what: &str, event: impl Future<Output = T>) -> T {
     }
 }
 
+/// Waits until `what` holds, asking again and again: for what nobody tells.
+pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let asking = async {
+        while !holds().await {
+            tokio::task::yield_now().await;
+        }
+    };
+    within(what, asking).await;
+}
+
 /// What is special about a connection.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Dial {
@@ -68,6 +78,12 @@ impl Pod {
             }
             Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{to}"),
         }
+    }
+
+    /// Connects from inside and is refused.
+    pub async fn dial_and_be_refused(&self, to: SocketAddr) {
+        let refused = self.dial(to).await.map(drop).map_err(|error| error.kind());
+        assert_eq!(refused, Err(ErrorKind::ConnectionRefused), "{to}");
     }
 
     /// Listens on a port of all addresses.

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -52,7 +53,7 @@ impl Pod {
         settings: &Settings,
     ) -> Result<Proxy, SpawnError> {
         let file = self.folder().join(format!("start-{}", self.name()));
-        let text = format!("#!/bin/sh\nset -e\nUNDERPASS={:?}\n{script}\n", binary());
+        let text = format!("#!/bin/sh\nset -e\nUNDERPASS={:?}\n{script}\n", program_for_all());
         // Not by this process: a sibling that it starts meanwhile would inherit the open file, and the kernel refuses to run it.
         write_by_another(&file, &text);
         self.try_program(&file, settings).await
@@ -95,6 +96,25 @@ impl Proxy {
         })
     }
 
+    /// How many lines so far have all of `parts` in them.
+    #[must_use]
+    pub fn count(&self, parts: &[&str]) -> usize {
+        let is_wanted = |line: &&str| parts.iter().all(|part| line.contains(part));
+        self.child.log().lines().filter(is_wanted).count()
+    }
+
+    /// Waits until more than `count` lines have all of `parts` in them.
+    pub async fn more_than(&mut self, count: usize, parts: &[&str]) {
+        let is_wanted = |line: &&str| parts.iter().all(|part| line.contains(part));
+        let logged = self.child.logged(|log| log.lines().filter(is_wanted).count() > count);
+        let in_time = tokio::time::timeout(crate::DEADLINE, logged).await;
+        assert!(
+            self.count(parts) > count,
+            "no more than {count} lines with {parts:?} ({in_time:?}); it said:\n{}",
+            self.child.log()
+        );
+    }
+
     /// Waits until it has written at least `count` access-log lines, and returns all that there are.
     pub async fn access_lines(&mut self, count: usize) -> Vec<String> {
         let lines = |log: &str| -> Vec<String> {
@@ -124,6 +144,19 @@ impl Proxy {
 
 fn is_access(line: &str) -> bool {
     line.contains(" access: ") || line.contains("\"target\":\"access\"")
+}
+
+/// The binary at a place that every user can reach, as a home need not be.
+fn program_for_all() -> &'static Path {
+    static PLACE: OnceLock<PathBuf> = OnceLock::new();
+    PLACE.get_or_init(|| {
+        let place = PathBuf::from("/run/underpass-tests/underpass");
+        fs::write(&place, "").or_fail("write to /run");
+        let mount =
+            std::process::Command::new("mount").arg("--bind").arg(binary()).arg(&place).status();
+        assert!(mount.or_fail("run mount").success(), "mount failed");
+        place
+    })
 }
 
 fn write_by_another(file: &Path, text: &str) {

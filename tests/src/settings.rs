@@ -41,6 +41,14 @@ impl Settings {
         self
     }
 
+    /// With one more section of the file, in YAML: `interception: {profile: osm}`. What is [`set`](Self::set) wins.
+    #[must_use]
+    pub fn section(mut self, yaml: &str) -> Self {
+        self.text.push_str(yaml);
+        self.text.push('\n');
+        self
+    }
+
     /// With one more `--set KEY=VALUE`.
     #[must_use]
     pub fn set(mut self, assignment: &str) -> Self {
@@ -48,11 +56,25 @@ impl Settings {
         self
     }
 
-    /// Writes the file beside the other files of the pod's world; the arguments for `underpass run` that name it.
+    /// Where [`write`](Self::write) writes the file: beside the other files of the pod's world.
+    #[must_use]
+    pub fn file(&self, pod: &Pod) -> PathBuf {
+        pod.folder().join(format!("settings-{}.yaml", self.name))
+    }
+
+    /// Writes the file anew, in one step, as there may be who follows it.
+    pub fn write(&self, pod: &Pod) {
+        let file = self.file(pod);
+        let new = file.with_extension("new");
+        fs::write(&new, &self.text).or_fail("write a settings file");
+        fs::rename(&new, &file).or_fail("write a settings file");
+    }
+
+    /// Writes the file; the arguments for `underpass run` that name it.
     #[must_use]
     pub fn arguments(&self, pod: &Pod) -> Vec<String> {
-        let file: PathBuf = pod.folder().join(format!("settings-{}.yaml", self.name));
-        fs::write(&file, &self.text).or_fail("write a settings file");
+        self.write(pod);
+        let file = self.file(pod);
         let mut arguments = vec!["--config".to_owned(), file.display().to_string()];
         arguments.extend(self.flags.iter().cloned());
         arguments

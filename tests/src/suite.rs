@@ -2,6 +2,7 @@
 //!
 //! `UNDERPASS_SKIP_NAMESPACES=1` passes over all of it where user namespaces are forbidden; else that is a failure.
 
+use std::fs;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -62,6 +63,28 @@ impl Suite {
         }
     }
 
+    /// Adds a trial that needs users besides root. Where the sandbox has none, because who runs the suite is not root, it is
+    /// passed over, and that is said.
+    pub fn test_with_users(&mut self, name: &str, body: impl AsyncFnOnce() + Send + 'static) {
+        if self.skipped || self.arguments.list || has_users() {
+            self.test(name, body);
+        } else {
+            pass_over(name);
+        }
+    }
+
+    /// Adds such a trial for each address family.
+    pub fn test_both_with_users(
+        &mut self,
+        name: &str,
+        body: impl AsyncFnOnce(Family) + Clone + Send + 'static,
+    ) {
+        for family in Family::BOTH {
+            let body = body.clone();
+            self.test_with_users(&format!("{name} ({family})"), async move || body(family).await);
+        }
+    }
+
     /// Runs what the command line asks for.
     #[must_use]
     pub fn run(self) -> ExitCode {
@@ -75,6 +98,21 @@ impl Suite {
 #[must_use]
 pub fn skipped() -> bool {
     std::env::var_os("UNDERPASS_SKIP_NAMESPACES").is_some_and(|value| value == "1")
+}
+
+/// Whether this user namespace has more users than the sandbox of somebody who is not root, who is its only one.
+fn has_users() -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").or_fail("read /proc/self/uid_map");
+    let counts = map.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok());
+    counts.sum::<u64>() > 1
+}
+
+#[expect(
+    clippy::print_stderr,
+    reason = "a trial that is passed over in silence looks like one that passed"
+)]
+fn pass_over(name: &str) {
+    eprintln!("SKIPPED, for it needs users besides root; run the suite as root: {name}");
 }
 
 fn run(body: impl AsyncFnOnce()) -> Result<(), Failed> {

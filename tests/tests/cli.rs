@@ -2,7 +2,8 @@
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -32,17 +33,25 @@ impl Folder {
         self.run(binary(), arguments)
     }
 
+    /// Runs the copy of `underpass` that is in the folder as a user without any privilege.
+    fn nobody(&self, arguments: &str) -> Answer {
+        let mut command = Command::new(self.0.join("underpass"));
+        if fs::metadata(&self.0).unwrap().uid() == 0 {
+            command.uid(65534).gid(65534);
+        }
+        self.answer(command, arguments)
+    }
+
     fn run(&self, program: impl AsRef<Path>, arguments: &str) -> Answer {
-        let program = program.as_ref();
-        let mut command = Command::new(program);
+        self.answer(Command::new(program.as_ref()), arguments)
+    }
+
+    fn answer(&self, mut command: Command, arguments: &str) -> Answer {
         command.args(arguments.split_whitespace()).current_dir(&self.0);
         // The one variable of that prefix which is no setting, and so would be refused as one.
         let output = command.env_remove("UNDERPASS_SKIP_NAMESPACES").output();
         let missing = "does it need a package? openssl is in Debian's openssl";
-        Answer::from(
-            output
-                .unwrap_or_else(|error| unreachable!("{}: {error}: {missing}", program.display())),
-        )
+        Answer::from(output.unwrap_or_else(|error| unreachable!("{command:?}: {error}: {missing}")))
     }
 }
 
@@ -110,7 +119,7 @@ fn the_help_of_every_command_has_an_example_that_begins_with_it() {
         }
         commands.extend(below.into_iter().map(|name| format!("{command} {name}")));
     }
-    assert!(seen >= 7, "only {seen} commands");
+    assert!(seen >= 14, "only {seen} commands");
 }
 
 #[test]
@@ -124,6 +133,14 @@ fn the_exit_code_tells_failure_from_a_wrong_command_line() {
         "ca init",
         "ca issue --dir x --out y --spiffe-id nonsense",
         "config check --set a",
+        "rules",
+        "rules verify --format nft",
+        "rules render --format tables",
+        "rules explain --from app",
+        "rules explain --from nobody --to 10.0.0.1:80",
+        "rules render --set interception.profile=kuma",
+        "rules render --profile osm --ingress",
+        "rules remove --profile osm",
     ] {
         folder.underpass(wrong).fails(2);
     }
@@ -132,6 +149,46 @@ fn the_exit_code_tells_failure_from_a_wrong_command_line() {
         folder.underpass(&format!("ca issue --dir nowhere --spiffe-id {id} --out web")).fails(1);
     assert!(error.starts_with("underpass: nowhere/ca.pem: "), "{error}");
     assert_eq!(error.lines().count(), 1, "{error}");
+}
+
+#[test]
+fn rules_are_shown_to_anybody_and_installed_by_nobody() {
+    let folder = Folder::new("nobody");
+    // Where everybody can reach it, as a home need not be.
+    folder.run("cp", &format!("{} underpass", binary().display())).ok();
+    for profile in ["ambient", "sidecar", "osm"] {
+        let render = |format: &str| {
+            folder.nobody(&format!("rules render --profile {profile} --format {format}")).ok()
+        };
+        assert!(render("nft").contains("add table inet underpass\n"), "{profile}");
+        assert!(render("iptables").contains("*nat\n"), "{profile}");
+        assert!(render("ip6tables").ends_with("COMMIT\n"), "{profile}");
+        let json: serde_json::Value = serde_json::from_str(&render("json")).unwrap();
+        assert!(json["rules"].as_array().is_some_and(|rules| rules.len() > 10), "{profile}");
+        for options in ["", "--from app --to 10.1.0.2:80"] {
+            folder.nobody(&format!("rules explain --profile {profile} {options}")).ok();
+        }
+    }
+    for command in ["install", "verify", "watch"] {
+        let error = folder.nobody(&format!("rules {command}")).fails(1);
+        assert!(error.contains("NET_ADMIN is missing"), "{command}: {error}");
+        assert_eq!(error.lines().count(), 1, "{command}: {error}");
+    }
+}
+
+#[test]
+fn a_wrong_option_of_the_rules_is_told_with_its_key() {
+    let folder = Folder::new("options");
+    for (options, key) in [
+        ("--outbound-exclude-ports 0", "interception.outbound.exclude_ports"),
+        ("--outbound-include-cidrs 10.0.0.0/33", "interception.outbound.include_cidrs"),
+        ("--inbound-exclude-interfaces lo", "interception.inbound.exclude_interfaces"),
+        ("--profile osm --inbound-mode tproxy", "interception.inbound.mode"),
+        ("--proxy-uids proxy", "interception.proxy_uids"),
+    ] {
+        let error = folder.underpass(&format!("rules render {options}")).fails(2);
+        assert!(error.contains(key), "{options}: {error}");
+    }
 }
 
 #[test]

@@ -99,9 +99,10 @@ fn capabilities_do_not_know_each_other() {
 
 #[test]
 fn what_a_capability_is_built_on_is_its_own() {
-    let owners: [(&[&str], &str); 2] = [
+    let owners: [(&[&str], &str); 3] = [
+        (&["notify"], "underpass-config"),
         (&["h2", "rustls", "tokio-rustls", "rcgen", "x509-parser"], "underpass-hbone"),
-        (&["nix", "socket2", "nlink"], "underpass-interception"),
+        (&["nix", "socket2", "nlink", "caps", "similar"], "underpass-interception"),
     ];
     for (from, to) in arrows() {
         assert!(

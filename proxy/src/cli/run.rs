@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use tokio::runtime::Runtime;
 use underpass_config::{Settings, Sources};
+use underpass_interception::drop_capabilities;
 
-use super::{CommandError, single_threaded_runtime};
-use crate::{app, logging};
+use super::CommandError;
+use crate::{app, capture, logging};
 
 /// Where settings come from.
 #[derive(Debug, clap::Args)]
@@ -50,9 +52,23 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     let sources = arguments.settings.sources();
     let settings = sources.load()?;
     let _logs = logging::start(&settings.logging)?;
-    let runtime = single_threaded_runtime()?;
+    let runtime = control_runtime()?;
     let outcome = runtime.block_on(app::run(settings, sources, arguments.until_eof));
     // Dropping it would wait for the thread that still waits for a worker which does not end.
     runtime.shutdown_background();
     outcome
+}
+
+/// The runtime of this thread, which may keep a capability; threads on which it waits for what blocks need none. They give
+/// it up only once the user has changed: that has to succeed on every thread or on none (setxid in nptl(7)).
+fn control_runtime() -> Result<Runtime, CommandError> {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().on_thread_start(|| {
+        if capture::has_become_proxy()
+            && let Err(error) = drop_capabilities()
+        {
+            tracing::warn!(%error, "a thread keeps capabilities that it does not need");
+        }
+    });
+    runtime.build().map_err(CommandError::Start)
 }

@@ -29,16 +29,6 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// All that rules consist of: netfilter's, policy routing's and its tables'.
-async fn traces(pod: &Pod) -> Vec<String> {
-    let mut all = vec![tool(pod, "nft", &["--stateless", "list", "ruleset"]).await.ok()];
-    for family in ["-4", "-6"] {
-        all.push(tool(pod, "ip", &[family, "rule"]).await.ok());
-        all.push(tool(pod, "ip", &[family, "route", "show", "table", "all"]).await.ok());
-    }
-    all
-}
-
 async fn ready(pod: &Pod) -> (u16, String) {
     http_get(pod, SocketAddr::from((Ipv4Addr::LOCALHOST, 15021)), "/healthz/ready").await
 }
@@ -123,7 +113,7 @@ async fn closed_without_proxy() {
     let app = scene.server.listen(APP);
     client_proxy.stop().await;
     server_proxy.stop().await;
-    assert!(client_proxy.log().contains("the rules stay"), "{}", client_proxy.log());
+    client_proxy.line(&["the rules stay"]).await;
     for family in Family::BOTH {
         let out = scene.client.dial(scene.app(family)).await;
         assert_eq!(out.map(drop).map_err(|error| error.kind()), Err(ErrorKind::ConnectionRefused));
@@ -144,13 +134,13 @@ async fn closed_without_proxy() {
 
 async fn removed_on_exit(family: Family) {
     let scene = Scene::new().await;
-    let before = traces(&scene.client).await;
+    let before = scene.client.traces().await;
     let settings = scene.client_settings().set("interception.on_exit=remove");
     let mut proxy = scene.client.proxy(&settings).await;
-    assert_ne!(traces(&scene.client).await, before);
+    assert_ne!(scene.client.traces().await, before);
     proxy.stop().await;
-    assert_eq!(traces(&scene.client).await, before);
-    assert!(proxy.log().contains("rules removed"), "{}", proxy.log());
+    assert_eq!(scene.client.traces().await, before);
+    proxy.line(&["rules removed"]).await;
     let app = scene.server.listen(APP);
     let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(family)).await;
     exchange(&mut client, &mut server).await;
@@ -159,12 +149,12 @@ async fn removed_on_exit(family: Family) {
 
 async fn killed_and_restarted() {
     let (scene, mut proxy, _server) = Scene::with_proxies().await;
-    let once = traces(&scene.client).await;
+    let once = scene.client.traces().await;
     proxy.signal(Signal::SIGKILL);
     proxy.ended().await;
-    assert_eq!(traces(&scene.client).await, once, "a killed proxy leaves its pod closed");
+    assert_eq!(scene.client.traces().await, once, "a killed proxy leaves its pod closed");
     let _proxy = scene.client.proxy(&scene.client_settings()).await;
-    assert_eq!(traces(&scene.client).await, once);
+    assert_eq!(scene.client.traces().await, once);
 }
 
 async fn restarted_serves() {
@@ -186,12 +176,12 @@ async fn restarted_serves() {
 
 async fn rules_remove() {
     let scene = Scene::new().await;
-    let before = traces(&scene.client).await;
+    let before = scene.client.traces().await;
     let mut proxy = scene.client.proxy(&scene.client_settings()).await;
     proxy.stop().await;
     let program = binary().to_str().expect("a path in UTF-8");
     let remove = || tool(&scene.client, program, &["rules", "remove"]);
     assert_eq!(remove().await.ok(), "removed\n");
-    assert_eq!(traces(&scene.client).await, before);
+    assert_eq!(scene.client.traces().await, before);
     assert_eq!(remove().await.ok(), "there was nothing to remove\n");
 }

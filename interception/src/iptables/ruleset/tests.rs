@@ -1,3 +1,5 @@
+//! Rulesets as the programs print them, what of them is ours, and what makes one of another.
+
 use underpass_config::{
     Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
     Profile,

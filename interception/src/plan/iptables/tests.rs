@@ -1,3 +1,5 @@
+//! The text of plans in iptables' language.
+
 use underpass_config::PortRange;
 
 use super::*;

@@ -172,12 +172,14 @@ async fn datagram(
     socket.connect(to).await?;
     socket.send(b"?").await?;
     let mut nothing = [0];
-    tokio::select! {
-        arrival = arrivals.recv() => Ok(arrival),
-        // Nobody answers: this ends by an ICMP error only.
-        refused = socket.recv(&mut nothing) => refused.map(|_| None),
-        () = tokio::time::sleep(DEADLINE) => Ok(None),
-    }
+    let outcome = async {
+        tokio::select! {
+            arrival = arrivals.recv() => Ok(arrival),
+            // Nobody answers: this ends by an ICMP error only.
+            refused = socket.recv(&mut nothing) => refused.map(|_| None),
+        }
+    };
+    timeout(DEADLINE, outcome).await.unwrap_or(Ok(None))
 }
 
 /// A datagram that is refused where it is sent is not permitted.

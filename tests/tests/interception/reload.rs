@@ -1,0 +1,107 @@
+//! Settings that change while the proxy runs: what is caught follows, connections go on, and mistakes change nothing.
+
+use std::fs;
+
+use nix::sys::signal::Signal;
+use underpass_tests::{APP, Family, Listener, Proxy, Scene, Settings, Suite, exchange};
+
+use crate::{OSM, Profile, SIDECAR, plain};
+
+const FOLLOWED: &[&str] = &["the settings changed, and the rules with them"];
+const NONE: &str = "interception: {outbound: {exclude_ports: []}}";
+const SERVER: &str = "interception: {outbound: {exclude_cidrs: [10.1.0.2, 'fd00:1::2']}}";
+
+pub(crate) fn add(suite: &mut Suite) {
+    for profile in [OSM, SIDECAR] {
+        profile.test(suite, "what is excluded follows the settings file", async move || {
+            follows_the_file(profile).await;
+        });
+    }
+    suite.test_with_users("osm: and SIGHUP, where nobody tells of the file", follows_the_signal);
+    suite.test("a change that needs a restart is told", needs_a_restart);
+}
+
+/// Whether a new connection of the client is caught.
+async fn is_caught(scene: &Scene, app: &Listener, proxy: &mut Proxy) -> bool {
+    let mut caught = Vec::new();
+    for family in Family::BOTH {
+        let before = scene.client.counters();
+        let (mut client, mut server, peer) = scene.client.meet(app, scene.app(family)).await;
+        exchange(&mut client, &mut server).await;
+        let is_direct = peer == client.local_addr().expect("an address");
+        let moved = scene.client.connections_since(&before);
+        assert_eq!(
+            is_direct,
+            !moved.iter().any(|(rule, _)| rule == "redirect-outbound"),
+            "{moved:?}"
+        );
+        caught.push(!is_direct);
+    }
+    let [v4, v6] = caught[..] else { unreachable!("two families") };
+    assert_eq!(v4, v6, "{}", proxy.log());
+    v4
+}
+
+fn settings(scene: &Scene, profile: Profile, section: &str) -> Settings {
+    plain(scene, profile).section(section)
+}
+
+async fn follows_the_file(profile: Profile) {
+    let scene = Scene::new().await;
+    let mut proxy = scene.client.proxy(&settings(&scene, profile, NONE)).await;
+    let app = scene.server.listen(APP);
+    let (mut client, mut server, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut client, &mut server).await;
+    assert!(is_caught(&scene, &app, &mut proxy).await);
+
+    let excluded = settings(&scene, profile, SERVER);
+    excluded.write(&scene.client);
+    proxy.more_than(0, FOLLOWED).await;
+    assert!(!is_caught(&scene, &app, &mut proxy).await);
+    scene.client.rules("verify", &excluded).await.ok();
+    exchange(&mut client, &mut server).await;
+
+    let file = excluded.file(&scene.client);
+    fs::write(&file, "interception: {outbound: {exclude_cidrs: [nonsense]}}\n").expect("written");
+    let line = proxy.line(&["ERROR", "the settings cannot be read again"]).await;
+    assert!(line.contains("the last good ones stay"), "{line}");
+    assert!(proxy.log().contains("nonsense"), "{}", proxy.log());
+    assert!(!is_caught(&scene, &app, &mut proxy).await);
+    exchange(&mut client, &mut server).await;
+
+    settings(&scene, profile, NONE).write(&scene.client);
+    proxy.more_than(1, FOLLOWED).await;
+    assert!(is_caught(&scene, &app, &mut proxy).await);
+    exchange(&mut client, &mut server).await;
+    assert_eq!(proxy.count(FOLLOWED), 2, "{}", proxy.log());
+    assert_eq!(proxy.count(&["another program had changed"]), 0, "{}", proxy.log());
+}
+
+/// The file changes by another name that it has, in another folder: who watches this folder is not told.
+async fn follows_the_signal() {
+    let scene = Scene::new().await;
+    let settings = settings(&scene, OSM, NONE);
+    let mut proxy = scene.client.proxy(&settings).await;
+    let app = scene.server.listen(APP);
+    assert!(is_caught(&scene, &app, &mut proxy).await);
+    let file = settings.file(&scene.client);
+    let elsewhere = scene.world.folder().join("elsewhere");
+    fs::create_dir(&elsewhere).expect("a folder");
+    let other = elsewhere.join("settings.yaml");
+    fs::hard_link(&file, &other).expect("a link");
+    let text = fs::read_to_string(&file).expect("settings");
+    fs::write(&other, text.replace(NONE, SERVER)).expect("written");
+    proxy.signal(Signal::SIGHUP);
+    proxy.more_than(0, FOLLOWED).await;
+    assert!(!is_caught(&scene, &app, &mut proxy).await);
+}
+
+async fn needs_a_restart() {
+    let scene = Scene::new().await;
+    let before = scene.client_settings().section("proxy: {outbound_port: 15001}");
+    let after = scene.client_settings().section("proxy: {outbound_port: 16001}");
+    let mut proxy = scene.client.proxy(&before).await;
+    after.write(&scene.client);
+    proxy.line(&["WARN", "need a restart"]).await;
+    scene.client.rules("verify", &after.set("proxy.outbound_port=15001")).await.ok();
+}

@@ -1,0 +1,90 @@
+//! `inbound.mode: tproxy`: the application sees its client, and without the proxy nobody reaches it, whatever installed the rules.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use underpass_interception::TcpSegment;
+use underpass_tests::{APP, Family, Scene, Settings, Suite, exchange, tool, until, within};
+
+use crate::SIDECAR;
+
+pub(crate) fn add(suite: &mut Suite) {
+    for backend in ["nftables", "iptables", "iptables-legacy"] {
+        suite.test_with_users(
+            &format!("tproxy with {backend}: the application sees its client, in plain and through the tunnel"),
+            async move || sees_its_client(backend).await,
+        );
+        suite.test_with_users(
+            &format!("tproxy with {backend}: a proxy that was killed leaves its pod closed"),
+            async move || closed(backend).await,
+        );
+    }
+}
+
+fn settings(scene: &Scene, backend: &str) -> Settings {
+    SIDECAR
+        .of(scene.server_settings())
+        .set("interception.inbound.mode=tproxy")
+        .set(&format!("interception.backend={backend}"))
+}
+
+async fn sees_its_client(backend: &str) {
+    let scene = Scene::new().await;
+    let mut proxy = scene.server.proxy(&settings(&scene, backend)).await;
+    let app = scene.server.listen(APP);
+    let inbound = ["connection complete", "direction=\"inbound\""];
+    for family in Family::BOTH {
+        let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(family)).await;
+        exchange(&mut client, &mut server).await;
+        assert_eq!(peer.ip(), scene.client.ip(family));
+        drop((client, server));
+        let destination = format!("dst.addr={}", scene.app(family));
+        proxy.line(&[inbound[0], inbound[1], &destination]).await;
+    }
+    let _client = scene.client.proxy(&SIDECAR.of(scene.client_settings())).await;
+    for family in Family::BOTH {
+        let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(family)).await;
+        exchange(&mut client, &mut server).await;
+        assert_eq!(peer.ip(), scene.client.ip(family));
+        drop((client, server));
+        proxy.line(&[inbound[0], &format!("dst.hbone_addr={}", scene.app(family))]).await;
+    }
+}
+
+async fn closed(backend: &str) {
+    let scene = Scene::new().await;
+    let mut proxy = scene.server.proxy(&settings(&scene, backend)).await;
+    let app = scene.server.listen(APP);
+    let (mut client, mut server, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut client, &mut server).await;
+    drop((client, server));
+    proxy.signal(Signal::SIGKILL);
+    proxy.ended().await;
+    // A program that it was about to run has its sockets until it does run.
+    let listening = async || {
+        let listeners = ["--tcp", "--listening", "--no-header", "sport = :15006"];
+        !tool(&scene.server, "ss", &listeners).await.ok().is_empty()
+    };
+    until("its listeners are closed", async || !listening().await).await;
+    tokio::join!(dropped(&scene, Family::V4), dropped(&scene, Family::V6));
+    assert!(!app.is_reached(), "the application was reached without a proxy");
+}
+
+/// The client's SYN is answered by nobody: its kernel sends another one, for which the first must have been dropped.
+async fn dropped(scene: &Scene, family: Family) {
+    let to = scene.app(family);
+    let mut wire = scene.client.capture();
+    let mut dialling = pin!(scene.client.dial(to));
+    let mut sent = 0;
+    let asked_again = async {
+        while sent < 2 {
+            let answer = tokio::time::timeout(Duration::from_millis(10), &mut dialling).await;
+            assert!(answer.is_err(), "{to} was answered: {answer:?}");
+            let frames = wire.drain().expect("the capture is read");
+            let segments = frames.iter().filter_map(|frame| TcpSegment::parse(frame));
+            sent += segments.filter(|segment| segment.destination == to).count();
+        }
+    };
+    within("the client asks again", asked_again).await;
+}
