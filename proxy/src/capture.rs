@@ -124,7 +124,7 @@ impl Capture {
         let tested = self_test.run(probes).await.map_err(CommandError::SelfTest)?;
         if tested.is_empty() && self.profile != Profile::None {
             tracing::info!(
-                "the rules could not be tested from here: no connection that this process can make would be caught"
+                "the rules could not be tested from here: no connection that this process can make would be caught, or has a route"
             );
         } else {
             tracing::debug!(?tested, "connections are caught");

@@ -102,13 +102,13 @@ pub enum Profile {
 /// What the rules are installed with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
-    /// What fits what the namespace has already.
+    /// nftables; where the kernel has none, iptables: legacy first.
     Auto,
     /// A table of nftables, over netlink.
     Nftables,
-    /// The `iptables` and `ip6tables` of the system, whichever kernel interface they use.
+    /// iptables in its variant for nf_tables.
     Iptables,
-    /// `iptables-legacy` and `ip6tables-legacy`.
+    /// iptables in its variant for the kernel's ip_tables.
     IptablesLegacy,
 }
 
