@@ -139,25 +139,31 @@ pub(crate) fn expected(plan: &RulePlan) -> Section {
     Section { head: HEAD.to_owned(), lines: needed(plan).into_iter().map(text).collect() }
 }
 
-/// What of it there is.
+/// What of it there is, and what an installation of other settings left.
 pub(crate) async fn installed(plan: &RulePlan) -> Result<Section, InterceptionError> {
     const OPERATION: &str = "read the ip rules and routes";
-    let needed = needed(plan);
-    let mut lines = Vec::new();
-    if !needed.is_empty() {
-        let connection = connect(OPERATION)?;
-        let rules = connection.get_rules().await.map_err(failed(OPERATION))?;
-        let routes = connection.get_routes().await.map_err(failed(OPERATION))?;
-        let addresses = connection.get_addresses().await.map_err(failed(OPERATION))?;
-        let there = |entry: &Entry| match entry {
-            Entry::Rule(route, version) => rules.iter().any(|rule| is_rule(rule, route, *version)),
-            Entry::Route(route, version) => {
-                routes.iter().any(|found| is_route(found, route, *version))
-            }
-            Entry::Address(address) => addresses.iter().any(|found| is_address(found, *address)),
-        };
-        lines = needed.into_iter().filter(there).map(text).collect();
-    }
+    let connection = connect(OPERATION)?;
+    let rules = connection.get_rules().await.map_err(failed(OPERATION))?;
+    let routes = connection.get_routes().await.map_err(failed(OPERATION))?;
+    let addresses = connection.get_addresses().await.map_err(failed(OPERATION))?;
+    let there = |entry: &Entry| match entry {
+        Entry::Rule(route, version) => rules.iter().any(|rule| is_rule(rule, route, *version)),
+        Entry::Route(route, version) => routes.iter().any(|found| is_route(found, route, *version)),
+        Entry::Address(address) => addresses.iter().any(|found| is_address(found, *address)),
+    };
+    // Only what has our number can be what another installation of ours left.
+    let ours = |entry: &Entry| match entry {
+        Entry::Rule(route, version) => rules
+            .iter()
+            .any(|rule| rule.protocol() == Some(PROTOCOL) && is_rule(rule, route, *version)),
+        Entry::Route(route, version) => routes.iter().any(|found| {
+            found.protocol() == RouteProtocol::Other(PROTOCOL) && is_route(found, route, *version)
+        }),
+        Entry::Address(_) => false,
+    };
+    let needed = needed(plan).into_iter().filter(there);
+    let left = foreign(plan).into_iter().filter(ours);
+    let lines = needed.chain(left).map(text).collect();
     Ok(Section { head: HEAD.to_owned(), lines })
 }
 

@@ -21,6 +21,7 @@ pub(crate) const CASES: &[Case] = &[
     ("an installation replaces what another version left", leftovers_are_replaced),
     ("a failed installation leaves nothing", failure_leaves_nothing),
     ("a refused ruleset takes its routes back", refusal_leaves_nothing),
+    ("ip rules and routes of another mode are a difference, and go", routes_of_another_mode),
     ("a dormant table of ours is replaced by a live one", dormant_is_replaced),
     ("without IPv6 only IPv4 is caught, and it is said", without_ipv6),
     (
@@ -150,6 +151,30 @@ fn refusal_leaves_nothing() -> Result<(), Failed> {
         equal("the ruleset was refused", refused, true)
     })?;
     equal("what is left", Listing::of(&pod)?, before)
+}
+
+fn routes_of_another_mode() -> Result<(), Failed> {
+    let pod = lonely("other-mode")?;
+    inside(&pod, async || {
+        prepare("profile=sidecar inbound.mode=tproxy").await?.install().await?;
+        Ok(())
+    })?;
+    // Someone else's is no difference.
+    command(&pod, "ip rule add fwmark 0x539/0xff pref 32765 lookup 133")?;
+    let (before, after) = inside(&pod, async || {
+        let ambient = prepare("").await?;
+        let difference = ambient.verify().await?.ok_or("there is no difference")?;
+        ambient.install().await?;
+        Ok((difference.to_string(), ambient.verify().await?))
+    })?;
+    for line in [
+        "+ ip -4 rule add fwmark 0x539/0xfff pref 32765 lookup 133",
+        "+ ip -6 route add local default dev lo table 133",
+    ] {
+        equal(line, before.contains(line), true)?;
+    }
+    equal("a difference after installation", after, None)?;
+    equal("rules of others", command(&pod, "ip rule")?.matches("lookup 133").count(), 1)
 }
 
 fn dormant_is_replaced() -> Result<(), Failed> {
