@@ -68,12 +68,6 @@ impl Interception {
         &self.plan
     }
 
-    /// The ports that they lead to.
-    #[must_use]
-    pub fn ports(&self) -> Ports {
-        self.ports
-    }
-
     /// What they are installed with.
     #[must_use]
     pub fn backend(&self) -> Backend {
@@ -126,19 +120,6 @@ impl Interception {
         found.sections.push(routes::installed(&self.plan).await?);
         let difference = expected.difference(&found);
         Ok(difference.map(|difference| difference.readable(&self.backend.readable(&self.plan))))
-    }
-
-    /// Installs again if what is installed differs from the plan, and says how it did.
-    ///
-    /// # Errors
-    ///
-    /// As [`verify`](Self::verify) and [`install`](Self::install).
-    pub async fn repair(&self) -> Result<Option<Difference>, InterceptionError> {
-        let difference = self.verify().await?;
-        if difference.is_some() {
-            self.install().await?;
-        }
-        Ok(difference)
     }
 
     /// Wake-ups after changes in this namespace, from now on.

@@ -191,6 +191,7 @@ fn tell(event: &Event) -> bool {
         Event::Followed { rules } => {
             tracing::info!(rules, "the settings changed, and the rules with them, in one step");
         }
+        Event::Intact => tracing::info!("the rules are as they should be again"),
         Event::GaveUp { difference, rest } => {
             let (missing, unexpected) = difference.counts();
             tracing::error!(
@@ -206,5 +207,5 @@ fn tell(event: &Event) -> bool {
             tracing::error!(error, ?rest, "the rules cannot be watched or put back; trying again");
         }
     }
-    matches!(event, Event::Repaired { .. } | Event::Followed { .. })
+    !matches!(event, Event::GaveUp { .. } | Event::Failed { .. })
 }

@@ -26,6 +26,8 @@ pub(crate) enum Event {
     Repaired { difference: Difference, took: Duration },
     /// The settings changed, and the rules with them.
     Followed { rules: usize },
+    /// The rules are as they should be again, by nobody's doing of ours: after one of the two below.
+    Intact,
     /// Another program changes them again and again; nothing is put back for a while.
     GaveUp { difference: Difference, rest: Duration },
     /// The rules could not be read or put back; tried again after a while.
@@ -40,6 +42,8 @@ pub(crate) struct Guard {
     limit: RepairLimit,
     /// When to look without having been told.
     look_at: Option<Instant>,
+    /// Whether the rules were last told to be other than they should.
+    lost: bool,
 }
 
 impl Guard {
@@ -47,7 +51,7 @@ impl Guard {
     pub(crate) fn new(interception: Interception) -> Result<Self, InterceptionError> {
         let changes = interception.changes()?;
         let limit = RepairLimit::default();
-        Ok(Self { interception, changes, limit, look_at: Some(Instant::now()) })
+        Ok(Self { interception, changes, limit, look_at: Some(Instant::now()), lost: false })
     }
 
     /// The next event. Cancelling it while it repairs leaves the old or the new rules, as any end does.
@@ -75,9 +79,17 @@ impl Guard {
                 }
             };
             match looked {
+                Ok(None) if self.lost => {
+                    self.lost = false;
+                    return Event::Intact;
+                }
                 Ok(None) => {}
-                Ok(Some(event)) => return event,
+                Ok(Some(event)) => {
+                    self.lost = matches!(event, Event::GaveUp { .. });
+                    return event;
+                }
                 Err(error) => {
+                    self.lost = true;
                     self.look_at = Some(Instant::now() + RETRY);
                     return Event::Failed { error, rest: RETRY };
                 }
@@ -103,11 +115,10 @@ impl Guard {
         &mut self,
         settings: &InterceptionSettings,
     ) -> Result<Event, InterceptionError> {
-        let changed = self.interception.with_settings(settings);
-        changed.install().await?;
-        let rules = changed.plan().rules().len();
-        self.interception = changed;
-        Ok(Event::Followed { rules })
+        // What cannot be installed now is installed by a later look.
+        self.interception = self.interception.with_settings(settings);
+        self.interception.install().await?;
+        Ok(Event::Followed { rules: self.interception.plan().rules().len() })
     }
 }
 

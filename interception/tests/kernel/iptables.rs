@@ -339,7 +339,8 @@ fn repaired(variant: Variant) -> Result<(), Failed> {
         variant.run(&pod, tampering)?;
         inside(&pod, async || {
             let interception = variant.prepare(&settings).await?;
-            equal("a difference is seen", interception.repair().await?.is_some(), true)?;
+            equal("a difference is seen", interception.verify().await?.is_some(), true)?;
+            interception.install().await?;
             equal("a difference is left", interception.verify().await?.map(|d| d.to_string()), None)
         })?;
         variant.run(&pod, "-t nat -D PREROUTING -i foreign0 -j ACCEPT")?;

@@ -266,7 +266,7 @@ async fn watch(settings: Settings, output: Output) -> Result<(), CommandError> {
         match event {
             Event::GaveUp { .. } => return Err(CommandError::GaveUp),
             Event::Failed { error, .. } => return Err(error.into()),
-            Event::Repaired { .. } | Event::Followed { .. } => {}
+            Event::Repaired { .. } | Event::Followed { .. } | Event::Intact => {}
         }
     }
 }
@@ -275,7 +275,7 @@ fn tell(event: &Event, output: Output) -> Result<(), CommandError> {
     let (word, difference, took) = match event {
         Event::Repaired { difference, took } => ("repaired", difference, Some(took)),
         Event::GaveUp { difference, .. } => ("gave up", difference, None),
-        Event::Followed { .. } | Event::Failed { .. } => return Ok(()),
+        Event::Intact | Event::Followed { .. } | Event::Failed { .. } => return Ok(()),
     };
     if output == Output::Json {
         return print(&format!(
