@@ -23,8 +23,9 @@ pub use mesh::{Mesh, MeshSource, Protocol, Workload};
 pub use read::parse_duration;
 pub use resolve::KEYS;
 pub use settings::{
-    Backend, Dns, IdentityFiles, InboundCapture, InboundMode, InterceptionSettings, Ipv6,
-    LogFormat, Logging, OnExit, OutboundCapture, PortRange, PortRangeError, Profile, ProxySettings,
-    Settings, Timeouts, WorkloadSettings,
+    Backend, BundleFile, Dns, IdentityFiles, IdentitySettings, InboundCapture, InboundMode,
+    InterceptionSettings, Ipv6, IstioCaSettings, Limits, LocalCaSettings, LogFormat, Logging,
+    OnExit, OutboundCapture, PortRange, PortRangeError, Profile, ProxySettings, Settings,
+    SpireSettings, Timeouts, TrustSettings, TunnelSettings, WorkloadSettings,
 };
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};

@@ -2,12 +2,17 @@
 //!
 //! Not here: how they are read. That is `read.rs` (keys and types) and `load.rs` (where they come from).
 
+mod identity;
 mod interception;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use identity::{
+    BundleFile, IdentityFiles, IdentitySettings, IstioCaSettings, Limits, LocalCaSettings,
+    SpireSettings, TrustSettings, TunnelSettings,
+};
 pub use interception::{
     Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
     PortRange, PortRangeError, Profile,
@@ -51,17 +56,6 @@ pub struct WorkloadSettings {
     pub trust_domain: TrustDomain,
     /// The identity that follows from the four above.
     pub spiffe_id: SpiffeId,
-}
-
-/// A certificate, its key and the trusted roots, as PEM files.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IdentityFiles {
-    /// The leaf certificate, then the chain below the root.
-    pub certificate: PathBuf,
-    /// The private key of the leaf.
-    pub key: PathBuf,
-    /// The roots that peers must chain to.
-    pub roots: PathBuf,
 }
 
 /// The ports and the threads of the data path.

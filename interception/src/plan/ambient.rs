@@ -319,7 +319,7 @@ fn nat_output_excluded(b: &mut Builder, inputs: &Inputs<'_>) {
             .when([ports], Action::Return);
     }
     for &family in &inputs.families {
-        for cidrs in inputs.split(&family.of(&outbound.exclude_cidrs)) {
+        for cidrs in inputs.networks(family, &outbound.exclude_cidrs) {
             b.rule(NAT_OUTPUT, "exclude-cidrs", "outbound.exclude_cidrs asks for it")
                 .numbered()
                 .twin(family)
@@ -380,7 +380,7 @@ fn capture_outbound(b: &mut Builder, inputs: &Inputs<'_>) {
                 None,
             ),
             Some(cidrs) => {
-                for cidrs in inputs.split(&family.of(cidrs)) {
+                for cidrs in inputs.networks(family, cidrs) {
                     let to = Some(Match::Destination(cidrs));
                     capture("include-cidrs", "outbound.include_cidrs asks for it", to);
                 }

@@ -84,17 +84,49 @@ impl<'a> Inputs<'a> {
 
     /// The values of one rule each: Istio's and OSM's own way is a rule for every value, ours is
     /// one for all of them. No rule without values.
-    pub(super) fn split<T: Clone>(&self, values: &[T]) -> Vec<Vec<T>> {
+    ///
+    /// A value that is given twice counts once: iptables makes a rule of each, and what returns from
+    /// the first one's chain would meet the second.
+    pub(super) fn split<T: Clone + PartialEq>(&self, values: &[T]) -> Vec<Vec<T>> {
         if self.settings.exact {
             return values.iter().map(|value| vec![value.clone()]).collect();
         }
-        if values.is_empty() { Vec::new() } else { vec![values.to_vec()] }
+        let mut once: Vec<T> = Vec::new();
+        for value in values {
+            if !once.contains(value) {
+                once.push(value.clone());
+            }
+        }
+        if once.is_empty() { Vec::new() } else { vec![once] }
+    }
+
+    /// The same for those of `cidrs` that are of `family`; a network inside another one of them
+    /// goes without saying.
+    pub(super) fn networks(&self, family: Family, cidrs: &[IpNet]) -> Vec<Vec<IpNet>> {
+        let cidrs = family.of(cidrs);
+        if self.settings.exact {
+            return self.split(&cidrs);
+        }
+        let cidrs = outermost(cidrs);
+        if cidrs.is_empty() { Vec::new() } else { vec![cidrs] }
     }
 
     pub(super) fn destination_ports(&self, ports: &[PortRange]) -> Vec<Match> {
         let ports = self.split(ports).into_iter();
         ports.map(|ports| Match::DestinationPort(Protocol::Tcp, ports)).collect()
     }
+}
+
+/// The networks that are in no other one, in order: each sorts before all that it contains.
+fn outermost(mut cidrs: Vec<IpNet>) -> Vec<IpNet> {
+    cidrs.sort_unstable();
+    let mut kept: Vec<IpNet> = Vec::with_capacity(cidrs.len());
+    for cidr in cidrs {
+        if kept.last().is_none_or(|last| !last.contains(&cidr)) {
+            kept.push(cidr);
+        }
+    }
+    kept
 }
 
 const V6: Family = Family {

@@ -3,8 +3,6 @@
 //! The order and the chains are those of OSM 0.8, the seed; the exclusions and inclusions of its
 //! later versions stand where that version has its own.
 
-use ipnet::IpNet;
-
 use super::build::{Builder, Family, Inputs, TCP, chain};
 use super::{Action, ChainId, Match, Protocol, RulePlan, Table, reject};
 
@@ -113,9 +111,9 @@ fn outbound(b: &mut Builder, inputs: &Inputs<'_>) {
 
 /// OSM inserts each at the head of the chain, so that the last one stands first.
 fn exclude_cidrs(b: &mut Builder, inputs: &Inputs<'_>, family: Family) {
-    let mut cidrs = family.of(&inputs.settings.outbound.exclude_cidrs);
+    let mut cidrs = inputs.settings.outbound.exclude_cidrs.clone();
     cidrs.reverse();
-    for cidrs in inputs.split(&cidrs) {
+    for cidrs in inputs.networks(family, &cidrs) {
         b.rule(OUTBOUND, "exclude-cidrs", "outbound.exclude_cidrs asks for it")
             .numbered()
             .twin(family)
@@ -138,7 +136,7 @@ fn capture_outbound(b: &mut Builder, inputs: &Inputs<'_>) {
         return;
     };
     for &family in &inputs.families {
-        for cidrs in inputs.split::<IpNet>(&family.of(cidrs)) {
+        for cidrs in inputs.networks(family, cidrs) {
             b.rule(OUTBOUND, "include-cidrs", "outbound.include_cidrs asks for it")
                 .numbered()
                 .twin(family)

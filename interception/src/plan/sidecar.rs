@@ -93,9 +93,9 @@ fn virtual_interfaces(b: &mut Builder, inputs: &Inputs<'_>) {
         }
         Some(cidrs) => {
             for &family in &inputs.families {
-                let mut cidrs = family.of(cidrs);
+                let mut cidrs = cidrs.clone();
                 cidrs.reverse();
-                for cidrs in inputs.split(&cidrs) {
+                for cidrs in inputs.networks(family, &cidrs) {
                     for interfaces in interfaces.clone() {
                         let to = Match::Destination(cidrs.clone());
                         b.rule(PREROUTING, "virtual-outbound", reason)
@@ -357,7 +357,7 @@ fn capture_outbound(b: &mut Builder, inputs: &Inputs<'_>) {
     let (outbound, neutral) = (&inputs.settings.outbound, inputs.neutral());
     let redirect = Action::Jump(ISTIO_REDIRECT);
     for &family in &inputs.families {
-        for cidrs in inputs.split(&family.of(&outbound.exclude_cidrs)) {
+        for cidrs in inputs.networks(family, &outbound.exclude_cidrs) {
             b.rule(ISTIO_OUTPUT, "exclude-cidrs", "outbound.exclude_cidrs asks for it")
                 .numbered()
                 .twin(family)
@@ -377,12 +377,12 @@ fn capture_outbound(b: &mut Builder, inputs: &Inputs<'_>) {
         return;
     };
     for &family in &inputs.families {
-        include_cidrs(b, inputs, family, &family.of(cidrs));
+        include_cidrs(b, inputs, family, cidrs);
     }
 }
 
 fn include_cidrs(b: &mut Builder, inputs: &Inputs<'_>, family: Family, cidrs: &[ipnet::IpNet]) {
-    for cidrs in inputs.split(cidrs) {
+    for cidrs in inputs.networks(family, cidrs) {
         b.rule(ISTIO_OUTPUT, "include-cidrs", "outbound.include_cidrs asks for it")
             .numbered()
             .twin(family)

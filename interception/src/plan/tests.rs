@@ -286,3 +286,14 @@ fn ports_that_are_configured_are_those_of_the_rules() {
     }
     assert!(!text.contains(":150") && !text.contains("dport 150"), "{text}");
 }
+
+#[test]
+fn what_is_given_twice_counts_once() {
+    let networks = "outbound.include_cidrs=10.1.0.0/16,10.0.0.0/8,10.0.0.0/8,192.0.2.1,fd00::/8";
+    let plan = plan(&["profile=sidecar", networks, "outbound.exclude_uids=100,101,100"]);
+    let matches =
+        |id: &str| plan.rules().iter().find(|rule| rule.id == id).map(|rule| &rule.matches);
+    let expected = ["10.0.0.0/8", "192.0.2.1/32"].map(|cidr| cidr.parse().unwrap());
+    assert_eq!(matches("include-cidrs").unwrap(), &[Match::Destination(expected.to_vec())]);
+    assert_eq!(matches("exclude-uids").unwrap(), &[Match::Uid(vec![100, 101])]);
+}

@@ -110,7 +110,7 @@ fn servers(inputs: &Inputs<'_>) -> Vec<Servers> {
     }
     let of = |family: &Family| {
         let families = family.families();
-        let lists = inputs.split(&family.of(&addresses)).into_iter();
+        let lists = inputs.networks(*family, &addresses).into_iter();
         lists.map(move |list| Servers { families, addresses: Some(list) }).collect::<Vec<_>>()
     };
     inputs.families.iter().flat_map(of).collect()
