@@ -3,6 +3,7 @@
 //! This crate reads, checks and publishes; it opens no data socket and knows neither rustls, h2 nor netfilter.
 //! Every mistake of a document is reported at once, with its place, its key, its value and what would be right.
 
+mod ca_clients;
 mod document;
 mod error;
 mod file_watch;
@@ -14,12 +15,13 @@ mod settings;
 mod show;
 mod spiffe;
 
+pub use ca_clients::{CaClient, CaClients, CaToken, IdentityPattern};
 pub use document::Origin;
 pub use error::{ConfigErrors, Problem};
 pub use file_watch::FileWatch;
 pub use ipnet::{IpNet, Ipv4Net};
 pub use load::Sources;
-pub use mesh::{Mesh, MeshSource, Protocol, Workload};
+pub use mesh::{Locality, Mesh, MeshSource, Protocol, Workload, WorkloadType};
 pub use read::parse_duration;
 pub use resolve::KEYS;
 pub use settings::{

@@ -23,6 +23,30 @@ pub enum Protocol {
     Hbone,
 }
 
+/// What kind of thing a workload is part of: Istio's four.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WorkloadType {
+    /// A Deployment, or what is scaled like one.
+    Deployment,
+    /// A CronJob.
+    CronJob,
+    /// Nothing larger: a pod, or a process, by itself.
+    Pod,
+    /// A Job.
+    Job,
+}
+
+/// Where in the world a workload runs. Empty: unknown.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Locality {
+    /// A cloud's region.
+    pub region: String,
+    /// A zone in that region.
+    pub zone: String,
+    /// A part of that zone, such as a rack.
+    pub subzone: String,
+}
+
 /// One workload: a pod, a VM, a process with an address and an identity.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Workload {
@@ -42,12 +66,31 @@ pub struct Workload {
     pub protocol: Protocol,
     /// What it is part of, as metrics call it (`source_workload`): a Deployment's name, or its own.
     pub workload_name: String,
+    /// What kind of thing that is.
+    pub workload_type: WorkloadType,
     /// The service that it mainly is, as metrics call it.
     pub canonical_name: String,
     /// The revision of that service.
     pub canonical_revision: String,
     /// The cluster that it is in.
     pub cluster_id: String,
+    /// Where it runs.
+    pub locality: Locality,
+}
+
+impl WorkloadType {
+    /// Every type.
+    pub const ALL: [Self; 4] = [Self::Deployment, Self::CronJob, Self::Pod, Self::Job];
+
+    /// As the mesh file and `baggage` call it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Deployment => "deployment",
+            Self::CronJob => "cronjob",
+            Self::Pod => "pod",
+            Self::Job => "job",
+        }
+    }
 }
 
 /// One state of the mesh.

@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fmt;
 use std::hash::Hash;
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -257,6 +258,15 @@ impl<'a> Cursor<'a> {
             self.problem(format!("must be one of {}", words.join(", ")));
         }
         found
+    }
+
+    /// A number in `range`; `expected` says so in words.
+    pub(crate) fn number(&self, range: RangeInclusive<usize>, expected: &str) -> Option<usize> {
+        let number = self.parse(expected)?;
+        if !range.contains(&number) {
+            self.problem(format!("must be {expected}"));
+        }
+        Some(number)
     }
 
     /// A port that something can listen on or connect to: 1 to 65535.

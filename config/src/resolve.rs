@@ -2,6 +2,7 @@
 //!
 //! `docs/settings.md` explains them to operators, and a test keeps the two the same.
 
+mod identity;
 mod interception;
 
 use std::collections::BTreeSet;
@@ -9,12 +10,10 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub(crate) use interception::LISTS;
-
 use crate::document::Origin;
 use crate::read::Cursor;
 use crate::settings::{
-    IdentityFiles, LogFormat, Logging, Profile, ProxySettings, Settings, Timeouts, WorkloadSettings,
+    LogFormat, Logging, Profile, ProxySettings, Settings, Timeouts, WorkloadSettings,
 };
 use crate::{SpiffeId, TrustDomain};
 
@@ -28,6 +27,18 @@ pub const KEYS: &[&str] = &[
     "identity.certificate",
     "identity.key",
     "identity.roots",
+    "identity.local_ca",
+    "identity.istio_ca.address",
+    "identity.istio_ca.server_name",
+    "identity.istio_ca.roots",
+    "identity.istio_ca.token",
+    "identity.istio_ca.cluster_id",
+    "identity.istio_ca.impersonate",
+    "identity.spire.socket",
+    "identity.ttl",
+    "trust.aliases",
+    "trust.bundles",
+    "trust.crls",
     "interception.profile",
     "interception.backend",
     "interception.exact",
@@ -61,6 +72,10 @@ pub const KEYS: &[&str] = &[
     "proxy.hbone_port",
     "proxy.dns_port",
     "proxy.workers",
+    "tunnels.max_age",
+    "tunnels.streams",
+    "tunnels.per_peer",
+    "limits.handshakes_per_source",
     "timeouts.connect",
     "timeouts.handshake",
     "timeouts.reply",
@@ -73,7 +88,12 @@ pub const KEYS: &[&str] = &[
 ];
 
 /// Keys of the published contract whose feature does not exist yet: refused by name instead of called unknown.
-const NOT_YET: &[&str] = &["mesh.xds", "identity.local_ca", "proxy.mtls", "egress", "admin"];
+const NOT_YET: &[&str] = &["mesh.xds", "proxy.mtls", "egress", "admin"];
+
+/// Whether the value of `key` is a list: in a flag or a variable, brackets make it YAML.
+pub(crate) fn is_list(key: &str) -> bool {
+    interception::LISTS.contains(&key) || identity::LISTS.contains(&key)
+}
 
 /// Reads every setting; `folder` is where relative paths of the file begin.
 pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
@@ -82,13 +102,18 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     let workload = workload(root.key("workload"));
     let mesh = root.key("mesh");
     let mesh_file = files.path(mesh.key("file"));
-    let identity = identity(root.key("identity"), files);
+    let identity = identity::identity(root.key("identity"), files);
+    let own = workload.as_ref().map(|workload| &workload.trust_domain);
+    let trust = identity::trust(root.key("trust"), files, own);
     let interception = interception::settings(root.key("interception"));
     let proxy = proxy(root.key("proxy"), interception.profile);
     Some(Settings {
         mesh_file,
         identity,
+        trust,
         interception,
+        tunnels: identity::tunnels(root.key("tunnels")),
+        limits: identity::limits(root.key("limits")),
         timeouts: timeouts(root.key("timeouts")),
         metrics: address(root.key("metrics"), 15020),
         readiness: address(root.key("readiness"), 15021),
@@ -137,22 +162,6 @@ fn workload(section: Cursor<'_>) -> Option<WorkloadSettings> {
     Some(WorkloadSettings { name, namespace, service_account, trust_domain, spiffe_id })
 }
 
-fn identity(section: Cursor<'_>, files: Files<'_>) -> Option<IdentityFiles> {
-    if !section.is_given() {
-        return None;
-    }
-    let path = |key: &str| {
-        let cursor = section.key(key);
-        let path = files.path(cursor);
-        if path.is_none() {
-            cursor.problem("is needed: certificate, key and roots go together");
-        }
-        path
-    };
-    let (certificate, key, roots) = (path("certificate"), path("key"), path("roots"));
-    Some(IdentityFiles { certificate: certificate?, key: key?, roots: roots? })
-}
-
 fn proxy(section: Cursor<'_>, profile: Profile) -> Option<ProxySettings> {
     let port = |key: &str, default: u16| section.key(key).port().unwrap_or(default);
     // OSM's sidecar listens where Istio's does not.
@@ -176,11 +185,7 @@ fn workers(cursor: Cursor<'_>) -> Option<usize> {
     if cursor.text()? == "auto" {
         return None;
     }
-    let workers: usize = cursor.parse("auto or a number of threads, 1 to 1024")?;
-    if !(1..=1024).contains(&workers) {
-        cursor.problem("must be auto or a number of threads, 1 to 1024");
-    }
-    Some(workers)
+    cursor.number(1..=1024, "auto or a number of threads, 1 to 1024")
 }
 
 fn timeouts(section: Cursor<'_>) -> Timeouts {
@@ -227,7 +232,13 @@ impl Files<'_> {
             cursor.problem("must be the path of a file");
             return None;
         }
-        let in_file = matches!(cursor.node()?.origin, Origin::Document { .. });
-        Some(if in_file { self.folder.join(text) } else { PathBuf::from(text) })
+        Some(self.resolve(cursor, text))
+    }
+
+    /// A path that is part of what was written at `cursor`.
+    fn resolve(self, cursor: Cursor<'_>, path: &str) -> PathBuf {
+        let in_file =
+            cursor.node().is_some_and(|node| matches!(node.origin, Origin::Document { .. }));
+        if in_file { self.folder.join(path) } else { PathBuf::from(path) }
     }
 }

@@ -28,11 +28,17 @@ pub struct Settings {
     /// Where the mesh (who is where, who speaks HBONE) is described; `None`: nobody else is known.
     pub mesh_file: Option<PathBuf>,
     /// Where our certificate and the roots we trust come from; `None`: no HBONE, neither in nor out.
-    pub identity: Option<IdentityFiles>,
+    pub identity: Option<IdentitySettings>,
+    /// Whom we trust beyond that.
+    pub trust: TrustSettings,
     /// What is caught, and how.
     pub interception: InterceptionSettings,
     /// The ports and the threads of the data path.
     pub proxy: ProxySettings,
+    /// How many tunnels there are to a peer, and how long they are used.
+    pub tunnels: TunnelSettings,
+    /// What others can make us do at once.
+    pub limits: Limits,
     /// How long a peer may let us wait.
     pub timeouts: Timeouts,
     /// Where Prometheus reads `/metrics`.

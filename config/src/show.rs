@@ -3,9 +3,10 @@
 //! Paths of secrets are shown, their contents never: settings do not hold them.
 
 use std::fmt;
+use std::path::Path;
 use std::time::Duration;
 
-use crate::settings::{InterceptionSettings, LogFormat, Settings};
+use crate::settings::{IdentitySettings, InterceptionSettings, LogFormat, Settings};
 
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -16,17 +17,10 @@ impl fmt::Display for Settings {
             workload.name, workload.namespace, workload.service_account, workload.trust_domain
         )?;
         if let Some(file) = &self.mesh_file {
-            writeln!(f, "mesh: {{file: {:?}}}", file.display().to_string())?;
+            writeln!(f, "mesh: {{file: {}}}", path(file))?;
         }
-        if let Some(files) = &self.identity {
-            writeln!(
-                f,
-                "identity: {{certificate: {:?}, key: {:?}, roots: {:?}}}",
-                files.certificate.display().to_string(),
-                files.key.display().to_string(),
-                files.roots.display().to_string()
-            )?;
-        }
+        self.fmt_identity(f)?;
+        self.fmt_trust(f)?;
         self.fmt_interception(f)?;
         self.fmt_proxy(f)?;
         writeln!(f, "metrics: {{address: \"{}\"}}", self.metrics)?;
@@ -40,6 +34,47 @@ impl fmt::Display for Settings {
 }
 
 impl Settings {
+    fn fmt_identity(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.identity {
+            None => Ok(()),
+            Some(IdentitySettings::Files(files)) => writeln!(
+                f,
+                "identity: {{certificate: {}, key: {}, roots: {}}}",
+                path(&files.certificate),
+                path(&files.key),
+                path(&files.roots)
+            ),
+            Some(IdentitySettings::LocalCa(ca)) => {
+                writeln!(f, "identity: {{local_ca: {}, ttl: {}}}", path(&ca.dir), Millis(ca.ttl))
+            }
+            Some(IdentitySettings::IstioCa(ca)) => {
+                writeln!(f, "identity:\n  istio_ca:\n    address: {:?}", ca.address)?;
+                if let Some(name) = &ca.server_name {
+                    writeln!(f, "    server_name: {name:?}")?;
+                }
+                writeln!(f, "    roots: {}\n    token: {}", path(&ca.roots), path(&ca.token))?;
+                writeln!(f, "    cluster_id: {:?}", ca.cluster_id)?;
+                writeln!(f, "    impersonate: {}\n  ttl: {}", ca.impersonate, Millis(ca.ttl))
+            }
+            Some(IdentitySettings::Spire(spire)) => {
+                writeln!(f, "identity: {{spire: {{socket: {}}}}}", path(&spire.socket))
+            }
+        }
+    }
+
+    fn fmt_trust(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let trust = &self.trust;
+        let bundles = trust.bundles.iter();
+        let bundles: Vec<String> = bundles
+            .map(|bundle| {
+                format!("{:?}", format!("{}={}", bundle.trust_domain, bundle.file.display()))
+            })
+            .collect();
+        let crls: Vec<String> = trust.crls.iter().map(|file| path(file)).collect();
+        writeln!(f, "trust:\n  aliases: {}", texts(&trust.aliases))?;
+        writeln!(f, "  bundles: {}\n  crls: {}", bare(&bundles), bare(&crls))
+    }
+
     fn fmt_interception(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let settings = &self.interception;
         writeln!(f, "interception:")?;
@@ -53,8 +88,8 @@ impl Settings {
         writeln!(f, "  allow_host: {}", settings.allow_host)?;
         self.fmt_capture(f)?;
         writeln!(f, "  virtual_interfaces: {}", texts(&settings.virtual_interfaces))?;
-        writeln!(f, "  proxy_uids: {}", numbers(&settings.proxy_uids))?;
-        writeln!(f, "  proxy_gids: {}", numbers(&settings.proxy_gids))?;
+        writeln!(f, "  proxy_uids: {}", bare(&settings.proxy_uids))?;
+        writeln!(f, "  proxy_gids: {}", bare(&settings.proxy_gids))?;
         writeln!(f, "  dns: {}", settings.dns)?;
         writeln!(f, "  dns_servers: {}", texts(&settings.dns_servers))?;
         writeln!(f, "  drop_invalid: {}", settings.drop_invalid)?;
@@ -67,16 +102,16 @@ impl Settings {
         writeln!(f, "  outbound:")?;
         writeln!(f, "    exclude_cidrs: {}", texts(&outbound.exclude_cidrs))?;
         writeln!(f, "    include_cidrs: {}", included(outbound.include_cidrs.as_deref(), texts))?;
-        writeln!(f, "    exclude_ports: {}", numbers(&outbound.exclude_ports))?;
-        writeln!(f, "    include_ports: {}", numbers(&outbound.include_ports))?;
+        writeln!(f, "    exclude_ports: {}", bare(&outbound.exclude_ports))?;
+        writeln!(f, "    include_ports: {}", bare(&outbound.include_ports))?;
         writeln!(f, "    exclude_interfaces: {}", texts(&outbound.exclude_interfaces))?;
-        writeln!(f, "    exclude_uids: {}", numbers(&outbound.exclude_uids))?;
-        writeln!(f, "    exclude_gids: {}", numbers(&outbound.exclude_gids))?;
-        writeln!(f, "    include_gids: {}", numbers(&outbound.include_gids))?;
+        writeln!(f, "    exclude_uids: {}", bare(&outbound.exclude_uids))?;
+        writeln!(f, "    exclude_gids: {}", bare(&outbound.exclude_gids))?;
+        writeln!(f, "    include_gids: {}", bare(&outbound.include_gids))?;
         writeln!(f, "  inbound:")?;
         writeln!(f, "    mode: {}", inbound.mode)?;
-        writeln!(f, "    include_ports: {}", included(inbound.include_ports.as_deref(), numbers))?;
-        writeln!(f, "    exclude_ports: {}", numbers(&inbound.exclude_ports))?;
+        writeln!(f, "    include_ports: {}", included(inbound.include_ports.as_deref(), bare))?;
+        writeln!(f, "    exclude_ports: {}", bare(&inbound.exclude_ports))?;
         writeln!(f, "    exclude_interfaces: {}", texts(&inbound.exclude_interfaces))
     }
 
@@ -88,6 +123,16 @@ impl Settings {
             "proxy: {{outbound_port: {}, inbound_port: {}, hbone_port: {}, dns_port: {}, workers: {workers}}}",
             proxy.outbound_port, proxy.inbound_port, proxy.hbone_port, proxy.dns_port
         )?;
+        let tunnels = &self.tunnels;
+        writeln!(
+            f,
+            "tunnels: {{max_age: {}, streams: {}, per_peer: {}}}",
+            Millis(tunnels.max_age),
+            tunnels.streams,
+            tunnels.per_peer
+        )?;
+        let handshakes = self.limits.handshakes_per_source;
+        writeln!(f, "limits: {{handshakes_per_source: {handshakes}}}")?;
         let t = &self.timeouts;
         writeln!(
             f,
@@ -101,6 +146,11 @@ impl Settings {
     }
 }
 
+/// A path in quotes.
+fn path(path: &Path) -> String {
+    format!("{:?}", path.display().to_string())
+}
+
 /// A list whose items need quotes: YAML would read a colon or a word of its own into them.
 fn texts<T: fmt::Display>(items: &[T]) -> String {
     // No item has a quote or a backslash in it: resolving refuses them.
@@ -108,7 +158,8 @@ fn texts<T: fmt::Display>(items: &[T]) -> String {
     format!("[{}]", items.join(", "))
 }
 
-fn numbers<T: fmt::Display>(items: &[T]) -> String {
+/// A list whose items need no quotes, or have them.
+fn bare<T: fmt::Display>(items: &[T]) -> String {
     let items: Vec<String> = items.iter().map(ToString::to_string).collect();
     format!("[{}]", items.join(", "))
 }
@@ -173,21 +224,35 @@ timeouts: {connect: 250ms, handshake: 1s, reply: 2s, drain: 3s, pool_idle: 2h}
 metrics: {address: "127.0.0.1:1"}
 readiness: {address: "[::1]:2"}
 logging: {filter: 'info,access=off', format: json}
+trust: {aliases: [old.example.org, cluster.local], bundles: ["partner.org=/p, q.pem"], crls: ["/a.crl", "/b\"\\.crl"]}
+tunnels: {max_age: 90s, streams: 7, per_peer: 2}
+limits: {handshakes_per_source: 9}
 "#;
     /// What does not go together with the above.
     const AMBIENT: &str = r"
+identity:
+  istio_ca:
+    address: https://istiod.istio-system.svc:15012
+    server_name: istiod
+    roots: /istio/root-cert.pem
+    token: /var/run/secrets/tokens/istio-token
+    cluster_id: 'east:#1'
+    impersonate: true
+  ttl: 12h
 interception:
   ingress: true
   outbound: {exclude_gids: [1], include_cidrs: none}
   inbound: {exclude_ports: [15020]}
 ";
     const OSM: &str = r"
+identity: {local_ca: /ca}
 interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_ports: none}}
 ";
+    const SPIRE: &str = "identity: {spire: {socket: /run/spire/agent.sock}}";
 
     #[test]
     fn what_is_shown_can_be_read_again_and_says_the_same() {
-        for text in [SIDECAR, AMBIENT, OSM, ""] {
+        for text in [SIDECAR, AMBIENT, OSM, SPIRE, ""] {
             let first = settings_of(text).unwrap();
             let shown = first.to_string();
             assert_eq!(first, settings_of(&shown).unwrap(), "{shown}");
@@ -196,12 +261,13 @@ interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_
 
     #[test]
     fn every_key_is_shown_and_tried() {
-        let shown = settings_of(SIDECAR).unwrap().to_string();
-        let given = [SIDECAR, AMBIENT, OSM].map(|text| read_text("given", text).unwrap());
-        let shown = read_text("shown", &shown).unwrap();
+        let given = [SIDECAR, AMBIENT, OSM, SPIRE];
+        let shown =
+            given.map(|text| read_text("shown", &settings_of(text).unwrap().to_string()).unwrap());
+        let given = given.map(|text| read_text("given", text).unwrap());
         for key in KEYS {
             let path: Vec<&str> = key.split('.').collect();
-            assert!(shown.at(&path).is_some(), "{key} is not shown");
+            assert!(shown.iter().any(|shown| shown.at(&path).is_some()), "{key} is not shown");
             assert!(given.iter().any(|given| given.at(&path).is_some()), "{key} is not tried");
         }
     }

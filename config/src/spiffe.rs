@@ -96,6 +96,11 @@ impl SpiffeId {
         &self.trust_domain
     }
 
+    /// The workload within its trust domain: empty, or `/` and segments.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
     /// The namespace and service account, if the path has Istio's shape.
     pub fn namespace_and_service_account(&self) -> Option<(&str, &str)> {
         let (namespace, account) = self.path.strip_prefix("/ns/")?.split_once("/sa/")?;

@@ -1,11 +1,17 @@
-//! A small certificate authority on files, for meshes without one: `underpass ca init` and `underpass ca issue`.
+//! A small certificate authority on files, for meshes without one: `underpass ca init`, `issue` and `serve`.
 //!
-//! Not here: proving to the authority who one is. Whoever can read the directory can be anybody.
+//! Not here: who may be whom. Whoever can read the directory can be anybody; others ask the [`CaServer`].
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+mod clients;
+mod files;
+mod messages;
+mod request;
+mod revoke;
+pub(crate) mod server;
+
+use std::fs;
+use std::net::IpAddr;
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use rcgen::string::Ia5String;
@@ -13,20 +19,31 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
 };
-use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, DnsName};
 use time::OffsetDateTime;
 use underpass_config::{SpiffeId, TrustDomain};
 
-use crate::{CredentialProblem, HboneError, tls};
+use self::files::{create, read, replace, with_suffix};
+use crate::{Bundle, CredentialProblem, HboneError, clock, tls};
+
+pub(crate) use self::clients::read_token;
+pub(crate) use self::messages::{
+    CREATE_CERTIFICATE, IMPERSONATED, IstioCertificateRequest, IstioCertificateResponse,
+};
+pub use self::request::CertificateRequest;
+pub use self::server::{CaServer, CaServerSettings};
 
 const ROOTS_FILE: &str = "roots.pem";
 const CERTIFICATE_FILE: &str = "ca.pem";
 const KEY_FILE: &str = "ca.key";
 
 const CA_LIFETIME: Duration = Duration::from_secs(3650 * 24 * 60 * 60);
-/// How far a peer's clock may be behind ours.
+/// How far a peer's clock may be behind ours, at most.
 const CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
+
+const BOTH_USAGES: [ExtendedKeyUsagePurpose; 2] =
+    [ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
 
 const PUBLIC: u32 = 0o644;
 const PRIVATE: u32 = 0o600;
@@ -36,6 +53,7 @@ const PRIVATE: u32 = 0o600;
 pub struct CertificateAuthority {
     trust_domain: TrustDomain,
     certificate_pem: String,
+    roots_pem: String,
     issuer: Issuer<'static, KeyPair>,
 }
 
@@ -88,8 +106,15 @@ impl CertificateAuthority {
         let key_pair = KeyPair::from_pem(&key_pem).map_err(|error| {
             HboneError::credential(&key, CredentialProblem::Key(error.to_string()))
         })?;
-        from_parts(certificate_pem, key_pair)
-            .map_err(|what| HboneError::credential(certificate, what))
+        let mut authority = from_parts(certificate_pem, key_pair)
+            .map_err(|what| HboneError::credential(certificate, what))?;
+        let roots = dir.join(ROOTS_FILE);
+        // While roots are replaced, the old and the new one stand in there together.
+        if roots.symlink_metadata().is_ok() {
+            authority.roots_pem = read(&roots)?;
+            Bundle::from_pem(&roots, authority.roots_pem.as_bytes())?;
+        }
+        Ok(authority)
     }
 
     /// The trust domain that it vouches for.
@@ -97,20 +122,54 @@ impl CertificateAuthority {
         &self.trust_domain
     }
 
-    /// The root to trust, as PEM.
+    /// The roots to trust, as PEM: `roots.pem`, or the authority's own certificate if there is no such file.
     pub fn roots_pem(&self) -> &str {
-        &self.certificate_pem
+        &self.roots_pem
     }
 
-    /// A certificate for `id` and a new key, valid from a few minutes ago (clocks differ) until `ttl` from now.
+    /// A certificate for `id` and a new key, valid from a little ago (clocks differ) until `ttl` from now.
     ///
     /// # Errors
     /// [`HboneError::Credential`] for an identity of another trust domain, or a `ttl` beyond the year 9999.
     pub fn issue(&self, id: &SpiffeId, ttl: Duration) -> Result<IssuedCertificate, HboneError> {
-        let now = SystemTime::now();
-        let lifetime = now.checked_sub(CLOCK_SKEW).zip(now.checked_add(ttl));
-        let (not_before, not_after) = lifetime.ok_or_else(|| out_of_range(id))?;
+        let (not_before, not_after) = lifetime(id, ttl)?;
         self.issue_between(id, not_before, not_after)
+    }
+
+    /// A certificate for the key of `request`, otherwise as [`CertificateAuthority::issue`] makes one: nothing else of the
+    /// request is looked at. PEM, the leaf first.
+    ///
+    /// # Errors
+    /// As [`CertificateAuthority::issue`].
+    pub fn sign(
+        &self,
+        request: &CertificateRequest,
+        id: &SpiffeId,
+        ttl: Duration,
+    ) -> Result<String, HboneError> {
+        let (not_before, not_after) = lifetime(id, ttl)?;
+        let params = self.svid_params(id, not_before, not_after, &BOTH_USAGES)?;
+        let leaf = params.signed_by(request.public_key(), &self.issuer);
+        leaf.map(|leaf| leaf.pem())
+            .map_err(|error| HboneError::credential(id.to_string(), issue(error)))
+    }
+
+    /// A certificate with which a server that is no workload proves its host names and addresses, and a new key.
+    ///
+    /// # Errors
+    /// [`HboneError::Credential`] with the name that is neither, or a `ttl` beyond the year 9999.
+    pub fn issue_server(
+        &self,
+        names: &[String],
+        ttl: Duration,
+    ) -> Result<IssuedCertificate, HboneError> {
+        let what = names.join(", ");
+        let (not_before, not_after) = lifetime(&what, ttl)?;
+        let names: Vec<_> = names.iter().map(|name| server_name(name)).collect::<Result<_, _>>()?;
+        let problem = |problem| HboneError::credential(&what, problem);
+        let mut params = leaf_params(names, not_before, not_after).map_err(problem)?;
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        self.finish(&params).map_err(problem)
     }
 
     /// The same with an explicit validity, which may have passed.
@@ -123,8 +182,7 @@ impl CertificateAuthority {
         not_before: SystemTime,
         not_after: SystemTime,
     ) -> Result<IssuedCertificate, HboneError> {
-        let usages = [ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        self.issue_for(id, not_before, not_after, &usages)
+        self.issue_for(id, not_before, not_after, &BOTH_USAGES)
     }
 
     pub(crate) fn issue_for(
@@ -134,15 +192,32 @@ impl CertificateAuthority {
         not_after: SystemTime,
         usages: &[ExtendedKeyUsagePurpose],
     ) -> Result<IssuedCertificate, HboneError> {
+        let params = self.svid_params(id, not_before, not_after, usages)?;
+        self.finish(&params).map_err(|what| HboneError::credential(id.to_string(), what))
+    }
+
+    /// The X.509-SVID of the SPIFFE standard.
+    fn svid_params(
+        &self,
+        id: &SpiffeId,
+        not_before: SystemTime,
+        not_after: SystemTime,
+        usages: &[ExtendedKeyUsagePurpose],
+    ) -> Result<CertificateParams, HboneError> {
         let problem = |what| HboneError::credential(id.to_string(), what);
         if id.trust_domain() != &self.trust_domain {
             let trust_domain = self.trust_domain.clone();
             return Err(problem(CredentialProblem::ForeignId { trust_domain, id: id.clone() }));
         }
-        let mut params = leaf_params(id, not_before, not_after).map_err(problem)?;
+        let name = uri(&id.to_string()).map_err(problem)?;
+        let mut params = leaf_params(vec![name], not_before, not_after).map_err(problem)?;
         params.extended_key_usages = usages.to_vec();
-        let key = new_key().map_err(problem)?;
-        let leaf = params.signed_by(&key, &self.issuer).map_err(|error| problem(issue(error)))?;
+        Ok(params)
+    }
+
+    fn finish(&self, params: &CertificateParams) -> Result<IssuedCertificate, CredentialProblem> {
+        let key = new_key()?;
+        let leaf = params.signed_by(&key, &self.issuer).map_err(issue)?;
         Ok(IssuedCertificate { chain_pem: leaf.pem(), key_pem: key.serialize_pem() })
     }
 }
@@ -168,7 +243,7 @@ impl std::fmt::Debug for IssuedCertificate {
 }
 
 fn generate(trust_domain: TrustDomain) -> Result<CertificateAuthority, CredentialProblem> {
-    let now = SystemTime::now();
+    let now = clock::now();
     let lifetime = now.checked_sub(CLOCK_SKEW).zip(now.checked_add(CA_LIFETIME));
     let (not_before, not_after) = lifetime.ok_or(CredentialProblem::Lifetime)?;
     let mut params = CertificateParams::default();
@@ -181,7 +256,9 @@ fn generate(trust_domain: TrustDomain) -> Result<CertificateAuthority, Credentia
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let key = new_key()?;
     let certificate_pem = params.self_signed(&key).map_err(issue)?.pem();
-    Ok(CertificateAuthority { trust_domain, certificate_pem, issuer: Issuer::new(params, key) })
+    let roots_pem = certificate_pem.clone();
+    let issuer = Issuer::new(params, key);
+    Ok(CertificateAuthority { trust_domain, certificate_pem, roots_pem, issuer })
 }
 
 fn from_parts(
@@ -204,24 +281,43 @@ fn from_parts(
     let trust_domain = id.trust_domain().clone();
     let issuer =
         Issuer::from_ca_cert_der(&der, key).map_err(|error| malformed(error.to_string()))?;
-    Ok(CertificateAuthority { trust_domain, certificate_pem, issuer })
+    let roots_pem = certificate_pem.clone();
+    Ok(CertificateAuthority { trust_domain, certificate_pem, roots_pem, issuer })
 }
 
-/// The X.509-SVID of the SPIFFE standard: an empty subject makes the one URI name critical (RFC 5280 section 4.1.2.6).
+/// An empty subject makes the names critical (RFC 5280 section 4.2.1.6), as the SPIFFE standard likes them.
 fn leaf_params(
-    id: &SpiffeId,
+    names: Vec<SanType>,
     not_before: SystemTime,
     not_after: SystemTime,
 ) -> Result<CertificateParams, CredentialProblem> {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
-    params.subject_alt_names = vec![uri(&id.to_string())?];
+    params.subject_alt_names = names;
     params.not_before = offset(not_before)?;
     params.not_after = offset(not_after)?;
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.use_authority_key_identifier_extension = true;
     Ok(params)
+}
+
+/// From a little ago (clocks differ) until `ttl` from now. How little depends on `ttl`: ztunnel renews at half of the whole
+/// validity, and without a pause if a short certificate was half over when it was issued.
+fn lifetime(what: &impl ToString, ttl: Duration) -> Result<(SystemTime, SystemTime), HboneError> {
+    let now = clock::now();
+    let skew = CLOCK_SKEW.min(ttl / 10);
+    let lifetime = now.checked_sub(skew).zip(now.checked_add(ttl));
+    lifetime.ok_or_else(|| HboneError::credential(what.to_string(), CredentialProblem::Lifetime))
+}
+
+fn server_name(name: &str) -> Result<SanType, HboneError> {
+    let problem = || HboneError::credential(name, CredentialProblem::ServerName);
+    if let Ok(address) = name.parse::<IpAddr>() {
+        return Ok(SanType::IpAddress(address));
+    }
+    DnsName::try_from(name).map_err(|_| problem())?;
+    Ia5String::try_from(name).map(SanType::DnsName).map_err(|_| problem())
 }
 
 fn new_key() -> Result<KeyPair, CredentialProblem> {
@@ -236,63 +332,10 @@ fn issue(error: rcgen::Error) -> CredentialProblem {
     CredentialProblem::Issue(error.to_string())
 }
 
-fn out_of_range(id: &SpiffeId) -> HboneError {
-    HboneError::credential(id.to_string(), CredentialProblem::Lifetime)
-}
-
 fn offset(time: SystemTime) -> Result<OffsetDateTime, CredentialProblem> {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let seconds = i64::try_from(since).map_err(|_| CredentialProblem::Lifetime)?;
     OffsetDateTime::from_unix_timestamp(seconds).map_err(|_| CredentialProblem::Lifetime)
-}
-
-fn read(file: &Path) -> Result<String, HboneError> {
-    fs::read_to_string(file).map_err(|error| HboneError::file(file, error))
-}
-
-fn with_suffix(prefix: &Path, suffix: &str) -> PathBuf {
-    let mut name = prefix.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
-}
-
-/// Writes a new file in one step: a hard link, unlike a rename, does not replace.
-fn create(file: &Path, text: &str, mode: u32) -> Result<(), HboneError> {
-    let written = with_temporary(file, text, mode, |temporary| {
-        let linked = fs::hard_link(temporary, file);
-        linked.and_then(|()| fs::remove_file(temporary))
-    });
-    written.map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => HboneError::credential(file, CredentialProblem::Exists),
-        _ => HboneError::file(file, error),
-    })
-}
-
-fn replace(file: &Path, text: &str, mode: u32) -> Result<(), HboneError> {
-    with_temporary(file, text, mode, |temporary| fs::rename(temporary, file))
-        .map_err(|error| HboneError::file(file, error))
-}
-
-/// The mode is the file's from the start, so that a key is never readable for a moment.
-fn with_temporary(
-    file: &Path,
-    text: &str,
-    mode: u32,
-    publish: impl FnOnce(&Path) -> io::Result<()>,
-) -> io::Result<()> {
-    let temporary = with_suffix(file, &format!(".{}.tmp", std::process::id()));
-    let options = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary);
-    let written = options.and_then(|opened| fill(opened, text)).and_then(|()| publish(&temporary));
-    if written.is_err() {
-        // It may not exist, and the first error is the one to report.
-        let _removed = fs::remove_file(&temporary);
-    }
-    written
-}
-
-fn fill(mut file: File, text: &str) -> io::Result<()> {
-    file.write_all(text.as_bytes())?;
-    file.sync_all()
 }
 
 #[cfg(test)]

@@ -3,29 +3,34 @@
 //! Not here: dialling, and which tunnel to use. See `pool`.
 
 use std::future::poll_fn;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use h2::client::{Connection, SendRequest};
 use http::uri::{self, Uri};
 use http::{HeaderMap, Method, Request, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
 use tokio::time::timeout;
+use tokio_rustls::client::TlsStream;
 use underpass_config::SpiffeId;
 
+use crate::guard::Guard;
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored, OpenStream};
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
-use crate::tls::ClientTls;
-use crate::{ClientSettings, HboneError, Identity, PeerIdentity, TunnelStream};
+use crate::tls::{ClientTls, Peer};
+use crate::{ClientSettings, Credentials, HboneError, PeerIdentity, TunnelStream};
 
-/// Opens tunnels in the name of one [`Identity`]. Cheap to clone.
+/// Opens tunnels, each with the [`Credentials`] of its moment. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Connector {
-    tls: Arc<ClientTls>,
+    credentials: watch::Receiver<Credentials>,
+    anonymous: bool,
     settings: ClientSettings,
 }
 
@@ -35,6 +40,7 @@ pub struct Connector {
 pub struct Tunnel {
     send: SendRequest<Bytes>,
     link: Arc<Link>,
+    resumed: bool,
 }
 
 /// What a CONNECT request says.
@@ -47,21 +53,20 @@ pub struct ConnectRequest {
 }
 
 impl Connector {
-    /// # Errors
-    /// [`HboneError::Tls`] if rustls refuses the identity.
-    pub fn new(identity: &Identity, settings: ClientSettings) -> Result<Self, HboneError> {
-        Ok(Self { tls: Arc::new(ClientTls::new(identity)?), settings })
+    /// A connector with what `credentials` hold when a tunnel is opened.
+    pub fn new(credentials: watch::Receiver<Credentials>, settings: ClientSettings) -> Self {
+        Self { credentials, anonymous: false, settings }
     }
 
-    /// A connector that trusts as `identity` does and presents no certificate: to see a server refuse it.
+    /// A connector that trusts as `credentials` do and presents no certificate: to see a server refuse it.
+    pub fn anonymous(credentials: watch::Receiver<Credentials>, settings: ClientSettings) -> Self {
+        Self { credentials, anonymous: true, settings }
+    }
+
+    /// Handshakes over `io` with a server at `address` that must be one of `expected`. Spawns a task that drives the
+    /// connection, and ends it when later credentials distrust the server.
     ///
-    /// # Errors
-    /// As [`Connector::new`].
-    pub fn anonymous(identity: &Identity, settings: ClientSettings) -> Result<Self, HboneError> {
-        Ok(Self { tls: Arc::new(ClientTls::anonymous(identity)?), settings })
-    }
-
-    /// Handshakes over `io` with a server that must be one of `expected`. Spawns a task that drives the connection.
+    /// A session with the same address and expectation is resumed, so keep both the same for the same server.
     ///
     /// In TLS 1.3 the client is done first: that the server refuses our certificate is known at the first request.
     ///
@@ -70,23 +75,35 @@ impl Connector {
     pub async fn open<T>(
         &self,
         io: T,
+        address: SocketAddr,
         expected: &[SpiffeId],
         deadline: Duration,
     ) -> Result<Tunnel, HboneError>
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        timeout(deadline, self.handshake(io, expected))
+        timeout(deadline, self.handshake(io, address, expected))
             .await
             .unwrap_or(Err(HboneError::HandshakeTimeout { after: deadline }))
     }
 
-    async fn handshake<T>(&self, io: T, expected: &[SpiffeId]) -> Result<Tunnel, HboneError>
+    async fn handshake<T>(
+        &self,
+        io: T,
+        address: SocketAddr,
+        expected: &[SpiffeId],
+    ) -> Result<Tunnel, HboneError>
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (stream, peer) = self.tls.connect(io, expected).await?;
-        let link = Link::new(peer);
+        // What changes from here on is the guard's to notice.
+        let mut credentials = self.credentials.clone();
+        let current = credentials.borrow_and_update().clone();
+        let (stream, peer) = self.tls(&current, io, address, expected).await?;
+        let usable_until = peer.expires.min(current.identity().expires());
+        let link = Link::new(peer.identity.clone(), usable_until);
+        let resumed = peer.resumed;
+        let guard = Guard::new(credentials, current.authorities().clone(), peer);
         let http2 = &self.settings.http2;
         let (send, mut connection) = h2::client::Builder::new()
             .initial_window_size(http2.stream_window)
@@ -101,8 +118,26 @@ impl Connector {
             .map_err(|error| link.stream_error(error))?;
         let keepalive =
             Keepalive::new(self.settings.keepalive.clone(), link.clone(), connection.ping_pong());
-        tokio::spawn(drive(connection, keepalive, link.clone()));
-        Ok(Tunnel { send, link })
+        tokio::spawn(drive(connection, keepalive, guard, link.clone()));
+        Ok(Tunnel { send, link, resumed })
+    }
+
+    async fn tls<T>(
+        &self,
+        credentials: &Credentials,
+        io: T,
+        address: SocketAddr,
+        expected: &[SpiffeId],
+    ) -> Result<(TlsStream<T>, Peer), HboneError>
+    where
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        if self.anonymous {
+            let authorities = credentials.authorities().clone();
+            let tls = ClientTls::anonymous(credentials.identity(), authorities)?;
+            return tls.connect(io, address, expected).await;
+        }
+        credentials.client().connect(io, address, expected).await
     }
 }
 
@@ -136,15 +171,24 @@ impl Tunnel {
         self.link.peer()
     }
 
+    /// When the first of both sides' certificates expires: open streams may go on, but no new ones should begin.
+    pub fn usable_until(&self) -> SystemTime {
+        self.link.usable_until()
+    }
+
+    /// Whether the handshake resumed an earlier session.
+    pub fn resumed(&self) -> bool {
+        self.resumed
+    }
+
     pub(crate) fn link(&self) -> &Arc<Link> {
         &self.link
     }
 
-    /// A place for one more stream, within `limit` and what the peer allows. One is always allowed, so that a peer
-    /// that allows none costs a reply timeout and not a dial for ever.
-    pub(crate) fn reserve(&self, limit: usize) -> Option<OpenStream> {
-        let allowed = limit.min(self.send.current_max_send_streams()).max(1);
-        self.link.reserve_stream(allowed)
+    /// How many streams the peer allows at a time; `None` if it set no limit, or did not say so yet.
+    pub(crate) fn allowed_streams(&self) -> Option<usize> {
+        // What h2 assumes before the peer's SETTINGS come, and if they have no limit.
+        Some(self.send.current_max_send_streams()).filter(|allowed| *allowed != usize::MAX)
     }
 
     pub(crate) async fn connect_reserved(
@@ -192,6 +236,7 @@ fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
 async fn drive<T>(
     mut connection: Connection<Monitored<T>>,
     mut keepalive: Option<Keepalive>,
+    mut guard: Guard,
     link: Arc<Link>,
 ) where
     T: AsyncRead + AsyncWrite + Unpin,
@@ -200,8 +245,11 @@ async fn drive<T>(
         if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
             return Poll::Ready(ended.map_err(|error| link.stream_error(error)));
         }
-        let streams_open = link.open_streams() > 0;
-        match keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, streams_open)) {
+        if let Poll::Ready(reason) = guard.poll_distrusted(cx) {
+            return Poll::Ready(Err(reason));
+        }
+        let needed = link.is_needed();
+        match keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, needed)) {
             Some(Poll::Ready(dead)) => Poll::Ready(Err(dead)),
             _ => Poll::Pending,
         }

@@ -13,7 +13,9 @@ use h2::Reason;
 use http::StatusCode;
 use thiserror::Error;
 use time::OffsetDateTime;
-use underpass_config::{SpiffeId, TrustDomain};
+use underpass_config::{ConfigErrors, SpiffeId, TrustDomain};
+
+use crate::source::IssuerProblem;
 
 /// Why a tunnel could not be opened or used, or a certificate not be read or issued.
 ///
@@ -31,6 +33,17 @@ pub enum HboneError {
         #[source]
         source: Arc<io::Error>,
     },
+    /// No new attempt, because the last one failed just now.
+    #[error("{address} is not dialled for another {remaining:?}, because it just failed")]
+    BackingOff {
+        /// What would have been dialled.
+        address: SocketAddr,
+        /// How long until it is dialled again.
+        remaining: Duration,
+        /// Why the last dial or handshake failed.
+        #[source]
+        source: Arc<Self>,
+    },
     /// The peer let the TLS and HTTP/2 handshake wait for too long.
     #[error("the peer did not finish the handshake in {after:?} (timeouts.handshake)")]
     HandshakeTimeout {
@@ -44,7 +57,7 @@ pub enum HboneError {
         #[source]
         source: Arc<io::Error>,
     },
-    /// The certificate is good, but the peer is somebody else.
+    /// The peer is somebody else, by the names in its certificate.
     #[error(
         "peer presented {}, expected {expected}: are serviceAccount and trustDomain right in the mesh file?",
         list(presented)
@@ -63,6 +76,49 @@ pub enum HboneError {
     PeerCertificateExpired {
         /// The end of its validity.
         expired: SystemTime,
+    },
+    /// The peer is of a trust domain whose roots we do not have.
+    #[error(
+        "the peer is of trust domain {trust_domain}, whose roots are not known here: add them to trust.bundles, \
+         or the name to trust.aliases if it is another one of our own"
+    )]
+    UntrustedDomain {
+        /// Whose roots are missing.
+        trust_domain: TrustDomain,
+    },
+    /// The peer's certificate, or one in its chain, is on a revocation list.
+    #[error(
+        "the peer's certificate, or one in its chain, is revoked by a list in trust.crls: it needs a new one, if it is still to be trusted"
+    )]
+    Revoked,
+    /// There are revocation lists, but none of this issuer.
+    #[error(
+        "whether the peer's certificate is revoked is not known, so it is refused: add the list of {issuer} to trust.crls"
+    )]
+    RevocationUnknown {
+        /// Whose list is missing, as a distinguished name.
+        issuer: String,
+    },
+    /// A revocation list is past its `nextUpdate`.
+    #[error(
+        "{}: this revocation list was to be replaced by {}, so all that it covers is refused: is it still renewed?",
+        file.display(), utc(*expired)
+    )]
+    RevocationListExpired {
+        /// The list's file.
+        file: PathBuf,
+        /// When it should have been replaced.
+        expired: SystemTime,
+    },
+    /// A revocation list is not what its issuer signed, or the issuer may sign none.
+    #[error(
+        "the list in trust.crls for the peer's issuer cannot be trusted, so the peer is refused: was it signed by this \
+         issuer, and may the issuer sign lists?"
+    )]
+    RevocationListUntrusted {
+        /// What is wrong with it.
+        #[source]
+        source: webpki::Error,
     },
     /// The client came without a certificate.
     #[error("the peer presented no certificate: is it an HBONE client at all?")]
@@ -127,6 +183,31 @@ pub enum HboneError {
         /// What is wrong.
         what: CredentialProblem,
     },
+    /// A file of credentials cannot be watched.
+    #[error("changes of a certificate, key, bundle or revocation list would not be noticed")]
+    Watch {
+        /// What cannot be watched, and why.
+        #[source]
+        source: ConfigErrors,
+    },
+    /// A CA or an agent that gives us no certificate.
+    #[error("{issuer}: {what}")]
+    Issuer {
+        /// Who was asked.
+        issuer: String,
+        /// What went wrong.
+        what: IssuerProblem,
+        /// What the connection or a library said.
+        #[source]
+        source: Option<Arc<io::Error>>,
+    },
+    /// The clients file of `ca serve`, or a socket of it.
+    #[error("the clients file cannot be used")]
+    Clients {
+        /// Every mistake.
+        #[source]
+        source: ConfigErrors,
+    },
 }
 
 /// Whose fault an error is.
@@ -145,7 +226,7 @@ pub enum Fault {
 pub enum ExpectedPeer {
     /// A server: one of these.
     OneOf(Arc<[SpiffeId]>),
-    /// A client: any identity of our trust domain.
+    /// A client: any identity of our trust domain, or of another one whose roots we have.
     MemberOf(TrustDomain),
 }
 
@@ -155,6 +236,11 @@ pub enum CredentialProblem {
     /// It cannot be read or written.
     #[error("{0}")]
     Io(Arc<io::Error>),
+    /// It is not ours to read or write.
+    #[error(
+        "permission denied: the user that this process runs as (the proxy gives up root once it stands) needs access to it"
+    )]
+    Permission,
     /// It is there, and is not to be replaced.
     #[error("it exists already and is not overwritten: choose another directory")]
     Exists,
@@ -167,6 +253,12 @@ pub enum CredentialProblem {
     /// A certificate that does not parse.
     #[error("it holds a malformed certificate ({0})")]
     Certificate(String),
+    /// A revocation list that does not parse.
+    #[error("it holds a malformed or unsupported revocation list ({0})")]
+    RevocationList(String),
+    /// The roots of the certificate's own trust domain are missing.
+    #[error("there are no roots of {0}, the certificate's own trust domain")]
+    NoRoots(TrustDomain),
     /// The key cannot be used.
     #[error("it holds no usable private key ({0})")]
     Key(String),
@@ -179,6 +271,18 @@ pub enum CredentialProblem {
     /// The certificate is no longer valid.
     #[error("the certificate expired at {}: issue a new one", utc(*.0))]
     Expired(SystemTime),
+    /// The certificate is not valid yet.
+    #[error("the certificate is not valid before {}: are the clocks right?", utc(*.0))]
+    NotYetValid(SystemTime),
+    /// No bearer token.
+    #[error("it holds no token: one word of visible ASCII is expected")]
+    Token,
+    /// A certificate signing request that cannot be granted.
+    #[error("{0}")]
+    Request(RequestProblem),
+    /// A server name that is neither a host name nor an address.
+    #[error("it is no host name or IP address")]
+    ServerName,
     /// The authority was asked for an identity of another trust domain.
     #[error("this authority issues for trust domain {trust_domain}, not for {id}")]
     ForeignId {
@@ -187,6 +291,9 @@ pub enum CredentialProblem {
         /// What was asked.
         id: SpiffeId,
     },
+    /// The certificate was issued by somebody else.
+    #[error("this authority has not issued it, and cannot revoke it")]
+    ForeignIssuer,
     /// A lifetime that no certificate can express.
     #[error("the lifetime is out of range")]
     Lifetime,
@@ -195,13 +302,38 @@ pub enum CredentialProblem {
     Issue(String),
 }
 
+/// Why a certificate signing request cannot be granted.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum RequestProblem {
+    /// It does not parse.
+    #[error("it is no PEM certificate request ({0})")]
+    Malformed(String),
+    /// Whoever sent it does not hold the key.
+    #[error("its signature is wrong, or of a kind that is not supported ({0})")]
+    Signature(String),
+    /// A key that is too weak or of a kind that we cannot certify.
+    #[error("its key must be P-256, P-384, Ed25519, or RSA of at least 2048 bits")]
+    Key,
+    /// It asks for more than one identity.
+    #[error("it must have at most one URI name, a SPIFFE identity; it has: {}", list(.0))]
+    Names(Vec<String>),
+}
+
 impl HboneError {
     /// Whose fault this is.
     pub fn fault(&self) -> Fault {
         match self {
-            Self::CertificateRefused { .. } | Self::Credential { .. } => Fault::Configuration,
+            Self::CertificateRefused { .. }
+            | Self::RevocationUnknown { .. }
+            | Self::RevocationListExpired { .. }
+            | Self::RevocationListUntrusted { .. }
+            | Self::Credential { .. }
+            | Self::Watch { .. }
+            | Self::Clients { .. } => Fault::Configuration,
+            Self::Issuer { what, .. } => what.fault(),
             // The server answers a peer's bad authority itself: an error is about one we asked for.
             Self::InvalidAuthority { .. } => Fault::Us,
+            Self::BackingOff { source, .. } => source.fault(),
             Self::H2 { source } if !source.is_remote() && !source.is_library() => Fault::Us,
             _ => Fault::Peer,
         }
@@ -211,10 +343,16 @@ impl HboneError {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Dial { .. } => "connect",
+            Self::BackingOff { .. } => "backing_off",
             Self::HandshakeTimeout { .. } => "handshake_timeout",
             Self::Tls { .. } => "tls",
             Self::UnexpectedPeer { .. } => "identity",
             Self::PeerCertificateExpired { .. } => "expired",
+            Self::UntrustedDomain { .. } => "untrusted_domain",
+            Self::Revoked => "revoked",
+            Self::RevocationUnknown { .. } => "revocation_unknown",
+            Self::RevocationListExpired { .. } => "revocation_list_expired",
+            Self::RevocationListUntrusted { .. } => "revocation_list_untrusted",
             Self::NoPeerCertificate => "no_certificate",
             Self::CertificateRefused { .. } => "certificate_refused",
             Self::H2 { .. } => "h2",
@@ -225,6 +363,9 @@ impl HboneError {
             Self::Unresponsive { .. } => "unresponsive",
             Self::InvalidAuthority { .. } => "authority",
             Self::Credential { .. } => "credential",
+            Self::Watch { .. } => "watch",
+            Self::Clients { .. } => "clients",
+            Self::Issuer { .. } => "issuer",
         }
     }
 
@@ -237,7 +378,11 @@ impl HboneError {
     }
 
     pub(crate) fn file(file: impl Into<PathBuf>, error: io::Error) -> Self {
-        Self::credential(file, CredentialProblem::Io(Arc::new(error)))
+        let what = match error.kind() {
+            io::ErrorKind::PermissionDenied => CredentialProblem::Permission,
+            _ => CredentialProblem::Io(Arc::new(error)),
+        };
+        Self::credential(file, what)
     }
 }
 

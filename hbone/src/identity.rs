@@ -1,22 +1,21 @@
-//! Who we are: a certificate, its key and the roots that we trust, checked before they are used.
+//! Who we are: a certificate, its key and the roots that came with it, checked before they are used.
 //!
-//! Not here: how a peer proves itself (`tls`), and when files are read again.
+//! Not here: whom we trust beyond that (`trust`), how a peer proves itself (`tls`), and when files are read again.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use rustls::InconsistentKeys;
 use rustls::sign::CertifiedKey;
-use rustls::{InconsistentKeys, RootCertStore};
-use rustls_pki_types::pem::{self, PemObject};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use underpass_config::{IdentityFiles, SpiffeId};
+use underpass_config::{IdentityFiles, SpiffeId, TrustDomain};
 use x509_parser::time::ASN1Time;
 
-use crate::tls;
-use crate::{CredentialProblem, HboneError};
+use crate::{Bundle, CredentialProblem, HboneError, clock, pem, tls};
 
 /// One generation of our certificate. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -24,35 +23,63 @@ pub struct Identity(Arc<Generation>);
 
 #[derive(Debug)]
 struct Generation {
+    leaf: Leaf,
+    certified_key: Arc<CertifiedKey>,
+    bundles: BTreeMap<TrustDomain, Bundle>,
+}
+
+/// What a leaf says.
+#[derive(Debug)]
+struct Leaf {
     spiffe_id: SpiffeId,
     not_before: SystemTime,
     expires: SystemTime,
-    certified_key: Arc<CertifiedKey>,
-    roots: Arc<RootCertStore>,
 }
 
-/// PEM and what to call it in an error.
-#[derive(Clone, Copy)]
-struct Source<'a> {
-    name: &'a Path,
-    pem: &'a [u8],
+/// What our certificate is made of, and what to call its parts in an error.
+struct Parts<'a> {
+    certificate: &'a Path,
+    chain: Vec<CertificateDer<'static>>,
+    key: &'a Path,
+    key_der: PrivateKeyDer<'static>,
 }
 
 impl Identity {
+    /// An identity from its parts: the leaf and the chain below the root, the leaf's key, and the roots of trust domains,
+    /// of which the leaf's must be one. `name` is what an error calls it.
+    ///
+    /// # Errors
+    /// [`HboneError::Credential`], saying what is wrong.
+    pub fn new(
+        name: &Path,
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+        bundles: BTreeMap<TrustDomain, Bundle>,
+    ) -> Result<Self, HboneError> {
+        let parts = Parts { certificate: name, chain, key: name, key_der: key };
+        let leaf = parts.leaf(clock::now())?;
+        let own = leaf.spiffe_id.trust_domain();
+        if !bundles.contains_key(own) {
+            let what = CredentialProblem::NoRoots(own.clone());
+            return Err(HboneError::credential(name, what));
+        }
+        parts.assemble(leaf, bundles)
+    }
+
     /// Reads and checks the three files. A key that others may read is used, with a warning.
     ///
     /// # Errors
     /// [`HboneError::Credential`], naming the file and what is wrong with it.
     pub fn from_files(files: &IdentityFiles) -> Result<Self, HboneError> {
-        let certificate = read(&files.certificate)?;
-        let key = read(&files.key)?;
-        let roots = read(&files.roots)?;
+        let certificate = pem::read(&files.certificate)?;
+        let key = pem::read(&files.key)?;
+        let roots = pem::read(&files.roots)?;
         warn_if_exposed(&files.key)?;
         Self::check(
-            Source { name: &files.certificate, pem: &certificate },
-            Source { name: &files.key, pem: &key },
-            Source { name: &files.roots, pem: &roots },
-            SystemTime::now(),
+            (&files.certificate, &certificate),
+            (&files.key, &key),
+            (&files.roots, &roots),
+            clock::now(),
         )
     }
 
@@ -61,7 +88,7 @@ impl Identity {
     /// # Errors
     /// [`HboneError::Credential`], calling them `certificate`, `key` and `roots`.
     pub fn from_pem(certificate: &[u8], key: &[u8], roots: &[u8]) -> Result<Self, HboneError> {
-        Self::from_pem_at(certificate, key, roots, SystemTime::now())
+        Self::from_pem_at(certificate, key, roots, clock::now())
     }
 
     pub(crate) fn from_pem_at(
@@ -70,59 +97,90 @@ impl Identity {
         roots: &[u8],
         now: SystemTime,
     ) -> Result<Self, HboneError> {
-        Self::check(
-            Source { name: Path::new("certificate"), pem: certificate },
-            Source { name: Path::new("key"), pem: key },
-            Source { name: Path::new("roots"), pem: roots },
-            now,
-        )
+        let [certificate_name, key_name, roots_name] =
+            ["certificate", "key", "roots"].map(Path::new);
+        Self::check((certificate_name, certificate), (key_name, key), (roots_name, roots), now)
     }
 
     /// Who we are.
     pub fn spiffe_id(&self) -> &SpiffeId {
-        &self.0.spiffe_id
+        &self.0.leaf.spiffe_id
     }
 
     /// When the leaf becomes valid.
     pub fn not_before(&self) -> SystemTime {
-        self.0.not_before
+        self.0.leaf.not_before
     }
 
     /// When the leaf stops being valid.
     pub fn expires(&self) -> SystemTime {
-        self.0.expires
+        self.0.leaf.expires
     }
 
     pub(crate) fn certified_key(&self) -> Arc<CertifiedKey> {
         self.0.certified_key.clone()
     }
 
-    pub(crate) fn roots(&self) -> Arc<RootCertStore> {
-        self.0.roots.clone()
+    /// The roots that came with the certificate: always those of its own trust domain.
+    pub(crate) fn bundles(&self) -> &BTreeMap<TrustDomain, Bundle> {
+        &self.0.bundles
     }
 
+    /// Those of its own trust domain.
+    #[cfg(test)]
+    pub(crate) fn roots(&self) -> &[rustls_pki_types::TrustAnchor<'static>] {
+        self.bundles()[self.spiffe_id().trust_domain()].anchors()
+    }
+
+    /// From PEM, each with its name.
     fn check(
-        certificate: Source<'_>,
-        key: Source<'_>,
-        roots: Source<'_>,
+        certificate: (&Path, &[u8]),
+        key: (&Path, &[u8]),
+        roots: (&Path, &[u8]),
         now: SystemTime,
     ) -> Result<Self, HboneError> {
-        let chain = certificates(certificate)?;
-        let leaf = chain.first().map(AsRef::as_ref).unwrap_or_default();
-        let (spiffe_id, not_before, expires) =
-            read_leaf(leaf).map_err(|what| HboneError::credential(certificate.name, what))?;
-        if expires <= now {
-            let what = CredentialProblem::Expired(expires);
-            return Err(HboneError::credential(certificate.name, what));
-        }
-        let certified_key = Arc::new(pair(chain, key)?);
-        let roots = Arc::new(root_store(roots)?);
-        Ok(Self(Arc::new(Generation { spiffe_id, not_before, expires, certified_key, roots })))
+        let parts = Parts {
+            certificate: certificate.0,
+            chain: pem::certificates(certificate.0, certificate.1)?,
+            key: key.0,
+            key_der: pem::private_key(key.0, key.1)?,
+        };
+        let leaf = parts.leaf(now)?;
+        let bundle = Bundle::from_pem(roots.0, roots.1)?;
+        let bundles = BTreeMap::from([(leaf.spiffe_id.trust_domain().clone(), bundle)]);
+        parts.assemble(leaf, bundles)
     }
 }
 
-fn read(file: &Path) -> Result<Vec<u8>, HboneError> {
-    fs::read(file).map_err(|error| HboneError::file(file, error))
+impl Parts<'_> {
+    fn leaf(&self, now: SystemTime) -> Result<Leaf, HboneError> {
+        let der = self.chain.first().map(AsRef::as_ref).unwrap_or_default();
+        let problem = |what| HboneError::credential(self.certificate, what);
+        let leaf = read_leaf(der).map_err(problem)?;
+        if leaf.expires <= now {
+            return Err(problem(CredentialProblem::Expired(leaf.expires)));
+        }
+        Ok(leaf)
+    }
+
+    fn assemble(
+        self,
+        leaf: Leaf,
+        bundles: BTreeMap<TrustDomain, Bundle>,
+    ) -> Result<Identity, HboneError> {
+        let certified_key = CertifiedKey::from_der(self.chain, self.key_der, &tls::provider())
+            .map_err(|error| {
+                let what = match error {
+                    rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+                        CredentialProblem::KeyMismatch
+                    }
+                    other => CredentialProblem::Key(other.to_string()),
+                };
+                HboneError::credential(self.key, what)
+            })?;
+        let certified_key = Arc::new(certified_key);
+        Ok(Identity(Arc::new(Generation { leaf, certified_key, bundles })))
+    }
 }
 
 fn warn_if_exposed(key: &Path) -> Result<(), HboneError> {
@@ -135,64 +193,27 @@ fn warn_if_exposed(key: &Path) -> Result<(), HboneError> {
     Ok(())
 }
 
-fn certificates(source: Source<'_>) -> Result<Vec<CertificateDer<'static>>, HboneError> {
-    let found: Vec<_> = CertificateDer::pem_slice_iter(source.pem)
-        .collect::<Result<_, _>>()
-        .map_err(|error| HboneError::credential(source.name, pem_problem(&error, "certificate")))?;
-    if found.is_empty() {
-        return Err(HboneError::credential(source.name, CredentialProblem::Empty("certificate")));
-    }
-    Ok(found)
-}
-
-fn pair(chain: Vec<CertificateDer<'static>>, key: Source<'_>) -> Result<CertifiedKey, HboneError> {
-    let problem = |what| HboneError::credential(key.name, what);
-    let der = PrivateKeyDer::from_pem_slice(key.pem)
-        .map_err(|error| problem(pem_problem(&error, "private key")))?;
-    CertifiedKey::from_der(chain, der, &tls::provider()).map_err(|error| {
-        problem(match error {
-            rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
-                CredentialProblem::KeyMismatch
-            }
-            other => CredentialProblem::Key(other.to_string()),
-        })
-    })
-}
-
-fn root_store(source: Source<'_>) -> Result<RootCertStore, HboneError> {
-    let mut store = RootCertStore::empty();
-    for root in certificates(source)? {
-        store.add(root).map_err(|error| {
-            HboneError::credential(source.name, CredentialProblem::Certificate(error.to_string()))
-        })?;
-    }
-    Ok(store)
-}
-
-fn read_leaf(der: &[u8]) -> Result<(SpiffeId, SystemTime, SystemTime), CredentialProblem> {
+fn read_leaf(der: &[u8]) -> Result<Leaf, CredentialProblem> {
     let malformed = |error: String| CredentialProblem::Certificate(error);
     let (_, leaf) =
         x509_parser::parse_x509_certificate(der).map_err(|error| malformed(error.to_string()))?;
     let names = tls::uri_names(der).ok_or_else(|| malformed("subjectAltName".to_owned()))?;
     let mut ids = names.iter().filter_map(|name| name.parse().ok());
-    let (Some(id), None) = (ids.next(), ids.next()) else {
+    let (Some(spiffe_id), None) = (ids.next(), ids.next()) else {
         return Err(CredentialProblem::Names(names));
     };
     let validity = leaf.validity();
-    Ok((id, system_time(validity.not_before), system_time(validity.not_after)))
+    Ok(Leaf {
+        spiffe_id,
+        not_before: system_time(validity.not_before),
+        expires: system_time(validity.not_after),
+    })
 }
 
 /// Before 1970 counts as 1970: nothing is valid so early.
-fn system_time(time: ASN1Time) -> SystemTime {
+pub(crate) fn system_time(time: ASN1Time) -> SystemTime {
     let seconds = u64::try_from(time.timestamp()).unwrap_or(0);
     SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
-}
-
-fn pem_problem(error: &pem::Error, wanted: &'static str) -> CredentialProblem {
-    match error {
-        pem::Error::NoItemsFound => CredentialProblem::Empty(wanted),
-        other => CredentialProblem::Pem(other.to_string()),
-    }
 }
 
 #[cfg(test)]

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! client  Pool ─ Dial ─ Connector: TLS (is it one of the expected peers?) ─ Tunnel: CONNECT ─ 200 ─ TunnelStream
-//! server  Acceptor: TLS (is it of our trust domain?) ─ ServerTunnel ─ Incoming: accept 200 / refuse ─ TunnelStream
+//! server  Acceptor: TLS (is it of a trust domain that we know?) ─ ServerTunnel ─ Incoming: accept 200 / refuse ─ TunnelStream
 //! ```
+//!
+//! Both take the [`Credentials`] of the moment for each handshake, and cut a tunnel whose peer later ones distrust.
 //!
 //! Interoperates with istio/ztunnel. Every wait on a peer has a deadline that the caller gives, and
 //! everything a peer can make us hold has a cap (see [`Http2Settings`]).
@@ -11,27 +13,49 @@
 //! Not here: sockets (the caller dials, through [`Dial`]), who may talk to whom, and copying bytes.
 
 mod authority;
+mod bundle;
 mod ca;
 mod client;
+mod clock;
+mod credentials;
 mod error;
+mod guard;
+mod handshakes;
+mod headers;
 mod identity;
 mod keepalive;
+mod keeper;
 mod link;
+mod pem;
 mod pool;
 mod server;
 mod settings;
+mod source;
 mod stream;
 #[cfg(test)]
 mod testing;
 mod tls;
+mod trust;
 
 pub use authority::Authority;
-pub use ca::{CertificateAuthority, IssuedCertificate};
+pub use bundle::Bundle;
+pub use ca::{
+    CaServer, CaServerSettings, CertificateAuthority, CertificateRequest, IssuedCertificate,
+};
 pub use client::{ConnectRequest, Connector, Tunnel};
-pub use error::{CredentialProblem, ExpectedPeer, Fault, HboneError};
+pub use credentials::Credentials;
+pub use error::{CredentialProblem, ExpectedPeer, Fault, HboneError, RequestProblem};
+pub use handshakes::{HandshakeGuard, HandshakeLimit};
+pub use headers::{Baggage, Forwarded, HeaderError, RequestHeaders, TraceParent};
 pub use identity::Identity;
-pub use pool::{Dial, Pool, PoolSettings, TunnelKey};
+pub use keeper::{CredentialsEvent, Keeper};
+pub use pool::{Dial, Pool, PoolSettings, PoolStatistics, TunnelKey};
 pub use server::{Acceptor, Incoming, ServerTunnel};
 pub use settings::{ClientSettings, Http2Settings, KeepaliveSettings, ServerSettings};
+pub use source::{
+    FileSource, IdentitySource, IssuerProblem, IstioCa, IstioCaSource, LocalCaSource, NextIdentity,
+    Priority, SpireSource,
+};
 pub use stream::{TunnelReader, TunnelStream, TunnelWriter};
 pub use tls::PeerIdentity;
+pub use trust::{Trust, TrustFiles};

@@ -1,14 +1,14 @@
 //! What the parts of one connection share: who the peer is, when it was last heard, how many streams are
-//! open, and why the connection failed if it did.
+//! open, how much goes over it, and why it failed if it did.
 //!
 //! Not here: frames. h2 owns the connection; this is what its handles cannot tell.
 
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::watch;
@@ -20,12 +20,16 @@ use crate::{HboneError, PeerIdentity, tls};
 #[derive(Debug)]
 pub(crate) struct Link {
     peer: PeerIdentity,
+    usable_until: SystemTime,
     opened: Instant,
     /// When bytes last came in, as milliseconds since `opened`.
     heard: AtomicU64,
+    traffic: Traffic,
     load: Mutex<Load>,
     /// Why the connection failed, when h2 does not know: a TLS alert, or a silent peer.
     failure: OnceLock<HboneError>,
+    /// Whether it is to close with its last stream.
+    released: AtomicBool,
     closed: watch::Sender<bool>,
 }
 
@@ -35,25 +39,46 @@ struct Load {
     idle_since: Instant,
 }
 
+/// How many bytes go in and out: a count, and now and then a mean. The count costs one addition per read or write;
+/// the mean is taken when something is heard, where the time is known anyway. Times are milliseconds since the
+/// connection was opened.
+#[derive(Debug, Default)]
+struct Traffic {
+    bytes: AtomicU64,
+    /// When the current interval began, and what `bytes` was then.
+    since: AtomicU64,
+    bytes_before: AtomicU64,
+    /// The mean of the interval before, per second.
+    mean: AtomicU64,
+}
+
 /// Counts as one open stream for as long as it lives.
 #[derive(Debug)]
 pub(crate) struct OpenStream(Arc<Link>);
 
 impl Link {
-    pub(crate) fn new(peer: PeerIdentity) -> Arc<Self> {
+    /// `usable_until`: when the first of both sides' certificates expires.
+    pub(crate) fn new(peer: PeerIdentity, usable_until: SystemTime) -> Arc<Self> {
         let now = Instant::now();
         Arc::new(Self {
             peer,
+            usable_until,
             opened: now,
             heard: AtomicU64::new(0),
+            traffic: Traffic::default(),
             load: Mutex::new(Load { open_streams: 0, idle_since: now }),
             failure: OnceLock::new(),
+            released: AtomicBool::new(false),
             closed: watch::Sender::new(false),
         })
     }
 
     pub(crate) fn peer(&self) -> &PeerIdentity {
         &self.peer
+    }
+
+    pub(crate) fn usable_until(&self) -> SystemTime {
+        self.usable_until
     }
 
     pub(crate) fn last_heard(&self) -> Instant {
@@ -70,25 +95,30 @@ impl Link {
         (load.open_streams == 0).then_some(load.idle_since)
     }
 
+    /// What went over it lately, in both directions: the mean of about a second, or of the silence since.
+    pub(crate) fn bytes_per_second(&self) -> u64 {
+        self.traffic.mean(self.age())
+    }
+
     pub(crate) fn open_stream(self: &Arc<Self>) -> OpenStream {
         self.load().open_streams += 1;
         OpenStream(self.clone())
-    }
-
-    /// Opens a stream unless `limit` are open.
-    pub(crate) fn reserve_stream(self: &Arc<Self>, limit: usize) -> Option<OpenStream> {
-        let mut load = self.load();
-        if load.open_streams >= limit {
-            return None;
-        }
-        load.open_streams += 1;
-        Some(OpenStream(self.clone()))
     }
 
     /// Notes why the connection is about to end. The first reason stays.
     pub(crate) fn fail(&self, reason: HboneError) {
         // A second reason follows from the first.
         let _first = self.failure.set(reason);
+    }
+
+    /// Notes that nobody will open a stream any more.
+    pub(crate) fn release(&self) {
+        self.released.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether something is expected of the peer: that it serves a stream, or lets us close the connection.
+    pub(crate) fn is_needed(&self) -> bool {
+        self.open_streams() > 0 || self.released.load(Ordering::Relaxed)
     }
 
     pub(crate) fn close(&self) {
@@ -127,8 +157,51 @@ impl Link {
     }
 
     fn hear(&self) {
-        let since = self.opened.elapsed().as_millis();
-        self.heard.store(u64::try_from(since).unwrap_or(u64::MAX), Ordering::Relaxed);
+        let age = self.age();
+        self.heard.store(age, Ordering::Relaxed);
+        self.traffic.hear(age);
+    }
+
+    fn wrote(&self, polled: &Poll<io::Result<usize>>) {
+        if let Poll::Ready(Ok(bytes)) = polled {
+            self.traffic.count(*bytes);
+        }
+    }
+
+    /// In milliseconds.
+    fn age(&self) -> u64 {
+        u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+impl Traffic {
+    /// Long enough to even out bursts, short enough to notice a bulk transfer when it begins.
+    const INTERVAL: u64 = 1000;
+
+    fn count(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn hear(&self, now: u64) {
+        let interval = now.saturating_sub(self.since.load(Ordering::Relaxed));
+        if interval >= Self::INTERVAL {
+            self.mean.store(self.mean_of(interval), Ordering::Relaxed);
+            self.since.store(now, Ordering::Relaxed);
+            self.bytes_before.store(self.bytes.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
+    fn mean(&self, now: u64) -> u64 {
+        match now.saturating_sub(self.since.load(Ordering::Relaxed)) {
+            interval if interval >= Self::INTERVAL => self.mean_of(interval),
+            _ => self.mean.load(Ordering::Relaxed),
+        }
+    }
+
+    fn mean_of(&self, interval: u64) -> u64 {
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        bytes.saturating_sub(self.bytes_before.load(Ordering::Relaxed)).saturating_mul(1000)
+            / interval.max(1)
     }
 }
 
@@ -167,9 +240,13 @@ impl<T: AsyncRead + Unpin> AsyncRead for Monitored<T> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
         let polled = Pin::new(&mut self.io).poll_read(cx, buf);
         match &polled {
-            Poll::Ready(Ok(())) => self.link.hear(),
+            Poll::Ready(Ok(())) => {
+                self.link.traffic.count(buf.filled().len() - before);
+                self.link.hear();
+            }
             Poll::Ready(Err(error)) => {
                 if let Some(reason) = tls::alert_error(error) {
                     self.link.fail(reason);
@@ -187,7 +264,9 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Monitored<T> {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
+        let polled = Pin::new(&mut self.io).poll_write(cx, buf);
+        self.link.wrote(&polled);
+        polled
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -203,10 +282,37 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Monitored<T> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+        let polled = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
+        self.link.wrote(&polled);
+        polled
     }
 
     fn is_write_vectored(&self) -> bool {
         self.io.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mean_follows_what_goes_over_the_connection() {
+        let traffic = Traffic::default();
+        let second = |now: u64, bytes: usize| {
+            traffic.count(bytes);
+            traffic.hear(now * 1000);
+            traffic.mean(now * 1000)
+        };
+        assert_eq!([second(1, 5000), second(2, 7000), second(3, 0)], [5000, 7000, 0]);
+        assert_eq!(second(600, 0), 0);
+        assert_eq!(second(601, 9000), 9000, "quiet minutes before do not count");
+    }
+
+    #[test]
+    fn the_mean_is_known_when_nothing_was_heard_since() {
+        let traffic = Traffic::default();
+        traffic.count(8000);
+        assert_eq!([500, 1000, 2000, 8000].map(|now| traffic.mean(now)), [0, 8000, 4000, 1000]);
     }
 }

@@ -6,26 +6,27 @@ use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use h2::server::{Connection, SendResponse};
 use h2::{RecvStream, ext};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 
+use crate::guard::Guard;
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored};
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
-use crate::tls::ServerTls;
-use crate::{Authority, HboneError, Identity, PeerIdentity, ServerSettings, TunnelStream};
+use crate::{Authority, Credentials, HboneError, PeerIdentity, ServerSettings, TunnelStream};
 
-/// Accepts tunnels in the name of one [`Identity`]. Cheap to clone.
+/// Accepts tunnels, each with the [`Credentials`] of its moment. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Acceptor {
-    tls: ServerTls,
+    credentials: watch::Receiver<Credentials>,
     settings: ServerSettings,
 }
 
@@ -35,7 +36,9 @@ pub struct ServerTunnel<T> {
     /// `None` once it ended.
     connection: Option<Connection<Monitored<TlsStream<T>>, Bytes>>,
     keepalive: Option<Keepalive>,
+    guard: Guard,
     link: Arc<Link>,
+    resumed: bool,
 }
 
 /// A CONNECT request that waits for its answer. Dropped unanswered, it is reset.
@@ -49,13 +52,13 @@ pub struct Incoming {
 }
 
 impl Acceptor {
-    /// # Errors
-    /// [`HboneError::Tls`] if rustls refuses the identity.
-    pub fn new(identity: &Identity, settings: ServerSettings) -> Result<Self, HboneError> {
-        Ok(Self { tls: ServerTls::new(identity)?, settings })
+    /// An acceptor with what `credentials` hold when a tunnel is accepted.
+    pub fn new(credentials: watch::Receiver<Credentials>, settings: ServerSettings) -> Self {
+        Self { credentials, settings }
     }
 
-    /// Handshakes over `io` with a client that must be of our trust domain.
+    /// Handshakes over `io` with a client that must be of a trust domain whose roots we have. The tunnel ends when later
+    /// credentials distrust the client.
     ///
     /// # Errors
     /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise what is wrong with TLS or the peer.
@@ -72,8 +75,14 @@ impl Acceptor {
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
-        let (stream, peer) = self.tls.accept(io).await?;
-        let link = Link::new(peer);
+        // What changes from here on is the guard's to notice.
+        let mut credentials = self.credentials.clone();
+        let current = credentials.borrow_and_update().clone();
+        let (stream, peer) = current.server().accept(io).await?;
+        let usable_until = peer.expires.min(current.identity().expires());
+        let link = Link::new(peer.identity.clone(), usable_until);
+        let resumed = peer.resumed;
+        let guard = Guard::new(credentials, current.authorities().clone(), peer);
         let http2 = &self.settings.http2;
         let mut connection = h2::server::Builder::new()
             .initial_window_size(http2.stream_window)
@@ -88,7 +97,7 @@ impl Acceptor {
             .map_err(|error| link.stream_error(error))?;
         let keepalive =
             Keepalive::new(self.settings.keepalive.clone(), link.clone(), connection.ping_pong());
-        Ok(ServerTunnel { connection: Some(connection), keepalive, link })
+        Ok(ServerTunnel { connection: Some(connection), keepalive, guard, link, resumed })
     }
 }
 
@@ -96,6 +105,16 @@ impl<T: AsyncRead + AsyncWrite + Unpin> ServerTunnel<T> {
     /// Who the client is.
     pub fn peer(&self) -> &PeerIdentity {
         self.link.peer()
+    }
+
+    /// When the first of both sides' certificates expires.
+    pub fn usable_until(&self) -> SystemTime {
+        self.link.usable_until()
+    }
+
+    /// Whether the handshake resumed an earlier session.
+    pub fn resumed(&self) -> bool {
+        self.resumed
     }
 
     /// The next request; `None` when the connection ended. Cancel-safe.
@@ -117,6 +136,10 @@ impl<T: AsyncRead + AsyncWrite + Unpin> ServerTunnel<T> {
         let Some(connection) = &mut self.connection else {
             return Poll::Ready(None);
         };
+        // First, so that a peer which never stops asking is cut all the same.
+        if let Poll::Ready(reason) = self.guard.poll_distrusted(cx) {
+            return self.end(Some(reason));
+        }
         loop {
             let accepted = pin!(connection.accept()).poll(cx);
             let Poll::Ready(accepted) = accepted else {

@@ -2,7 +2,10 @@
 //!
 //! Not here: sockets; the workspace's tests crate has those.
 
+pub(crate) mod pki;
+
 use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,17 +14,20 @@ use std::time::Duration;
 
 use http::HeaderMap;
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf, duplex};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use underpass_config::SpiffeId;
 
 use crate::{
-    Acceptor, CertificateAuthority, ClientSettings, ConnectRequest, Connector, Identity, Incoming,
-    ServerSettings, ServerTunnel, Tunnel, TunnelStream,
+    Acceptor, CertificateAuthority, ClientSettings, ConnectRequest, Connector, Credentials,
+    Identity, Incoming, ServerSettings, ServerTunnel, Trust, Tunnel, TunnelStream,
 };
 
 pub(crate) const CLIENT: &str = "spiffe://td/ns/default/sa/client";
 pub(crate) const SERVER: &str = "spiffe://td/ns/default/sa/server";
+/// Where the server seems to be.
+pub(crate) const ADDRESS: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15008);
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 pub(crate) const HOUR: Duration = Duration::from_secs(3600);
 
@@ -39,6 +45,11 @@ pub(crate) fn identity(authority: &CertificateAuthority, who: &str) -> Identity 
     Identity::from_pem(issued.chain_pem.as_bytes(), issued.key_pem.as_bytes(), roots).unwrap()
 }
 
+/// An identity that trusts its own roots, and never changes.
+pub(crate) fn credentials(identity: &Identity) -> Credentials {
+    Credentials::new(identity.clone(), Trust::default()).unwrap()
+}
+
 /// Both sides of a mesh, ready to meet.
 pub(crate) struct Mesh {
     pub(crate) connector: Connector,
@@ -52,9 +63,19 @@ impl Mesh {
 
     pub(crate) fn with(client: ClientSettings, server: ServerSettings) -> Self {
         let authority = authority("td");
+        let fixed = |who| credentials(&identity(&authority, who)).fixed();
+        Self::of(fixed(CLIENT), client, fixed(SERVER), server)
+    }
+
+    pub(crate) fn of(
+        client: watch::Receiver<Credentials>,
+        client_settings: ClientSettings,
+        server: watch::Receiver<Credentials>,
+        server_settings: ServerSettings,
+    ) -> Self {
         Self {
-            connector: Connector::new(&identity(&authority, CLIENT), client).unwrap(),
-            acceptor: Acceptor::new(&identity(&authority, SERVER), server).unwrap(),
+            connector: Connector::new(client, client_settings),
+            acceptor: Acceptor::new(server, server_settings),
         }
     }
 
@@ -70,7 +91,7 @@ impl Mesh {
     {
         let expected = [id(SERVER)];
         let (client, server) = tokio::join!(
-            self.connector.open(near, &expected, SECOND),
+            self.connector.open(near, ADDRESS, &expected, SECOND),
             self.acceptor.accept(far, SECOND)
         );
         (client.unwrap(), server.unwrap())

@@ -1,17 +1,19 @@
 //! `underpass run`: one proxy for the namespace that it stands in, from its settings to its end. The only wiring.
 //!
-//! Start: check → bind → certificates and mesh → rules → the proxy's own user → workers → self-test → ready. Whatever fails
-//! before the rules leaves none behind; stop: unready → no more accepts, GOAWAY → drain → rules removed or kept → end.
+//! Start: check → bind → mesh, certificate from files → rules → the proxy's own user → certificate from others → workers →
+//! self-test → ready. Whatever fails before the rules leaves none behind; stop: unready → no more accepts, GOAWAY → drain →
+//! rules removed or kept → end.
 
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use underpass_config::{MeshSource, Settings, Sources};
-use underpass_hbone::Identity;
+use underpass_hbone::HandshakeLimit;
 use underpass_interception::{BoundListener, Ports, Sockets, ipv6_available, raise_open_files};
 
 use crate::accept::Kind;
 use crate::capture::{Capture, keep};
+use crate::certificates::{self, Certificate};
 use crate::cli::CommandError;
 use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
@@ -32,7 +34,7 @@ pub(crate) async fn run(
     let stop = StopSignal::new(until_eof)?;
     raise_open_files().map_err(CommandError::Start)?;
     let capture = Capture::prepare(&settings).await?;
-    let proxy = Proxy::prepare(&settings, &capture)?;
+    let proxy = Proxy::prepare(&settings, &capture).await?;
     let reload = Reload::watch(&settings, sources)?;
     capture.install().await?;
     let outcome = serve(&settings, &capture, proxy, reload, stop).await;
@@ -48,10 +50,26 @@ async fn serve(
     reload: Reload,
     mut stop: StopSignal,
 ) -> Result<(), CommandError> {
-    let Proxy { shared, listeners, readiness } = proxy;
+    let Proxy { mut shared, certificate, listeners, readiness } = proxy;
     // Made while the process may still be another user than the proxy, whose connections are not caught.
     let probes = capture.probes(&settings.interception)?;
-    capture.become_proxy(&settings.interception)?;
+    if capture.become_proxy(&settings.interception)? {
+        certificates::warn_if_unreadable(settings);
+    }
+    let certificate = tokio::select! {
+        certificate = certificate.hold() => certificate?,
+        why = stop.wait() => {
+            tracing::info!(why, "stopped before there was a certificate");
+            return Ok(());
+        }
+    };
+    let renewal = match certificate {
+        Certificate::Held(keeper, credentials) => {
+            shared.credentials = Some(credentials);
+            Some(tokio::spawn(keeper.run()))
+        }
+        Certificate::Off | Certificate::Wanted(_) => None,
+    };
     let workers = settings.proxy.workers.unwrap_or_else(processors);
     let threads = worker::start(&shared, workers, listeners)?;
     capture.test(&shared.self_test, probes).await?;
@@ -79,6 +97,10 @@ async fn serve(
         }
     };
     tracing::info!(aborted, "drained");
+    // Until here: what drains may outlive a certificate, or be revoked.
+    if let Some(renewal) = renewal {
+        renewal.abort();
+    }
     // A worker that does not end holds nothing that the end of the process would not free.
     tokio::time::timeout(Duration::from_secs(1), tokio::task::spawn_blocking(|| join(threads)))
         .await
@@ -90,20 +112,22 @@ async fn serve(
 /// What serves connections, bound and loaded but not yet running.
 struct Proxy {
     shared: Shared,
+    certificate: Certificate,
     listeners: Vec<(Kind, BoundListener)>,
     readiness: Readiness,
 }
 
 impl Proxy {
-    fn prepare(settings: &Settings, capture: &Capture) -> Result<Self, CommandError> {
+    async fn prepare(settings: &Settings, capture: &Capture) -> Result<Self, CommandError> {
         let (ports, ipv6) = (Ports::of(&settings.proxy), ipv6_available());
         let sockets = Sockets::new(&settings.interception, ipv6);
         let listeners = bind_data_path(&sockets, ports)?;
         let readiness = Readiness::default();
         bind_endpoints(&sockets, settings, &readiness)?;
         let unprivileged = capture.is_by_user() && !sockets.need_net_admin();
+        let certificate = Certificate::prepare(settings, &sockets).await?;
         let shared = shared(settings, sockets, ports, unprivileged)?;
-        Ok(Self { shared, listeners, readiness })
+        Ok(Self { shared, certificate, listeners, readiness })
     }
 }
 
@@ -165,24 +189,17 @@ fn shared(
     ports: Ports,
     unprivileged: bool,
 ) -> Result<Shared, CommandError> {
-    let identity = settings.identity.as_ref().map(Identity::from_files).transpose();
-    let identity = identity.map_err(CommandError::Identity)?;
-    match &identity {
-        None => tracing::warn!("no certificate (identity.*): HBONE is off, inbound and outbound"),
-        Some(own) if *own.spiffe_id() != settings.workload.spiffe_id => tracing::warn!(
-            certificate = %own.spiffe_id(), workload = %settings.workload.spiffe_id,
-            "the certificate is for another workload than the settings name; peers see the certificate"
-        ),
-        Some(own) => tracing::info!(identity = %own.spiffe_id(), "certificate loaded"),
-    }
     let mesh = MeshSource::open(settings.mesh_file.as_deref())?;
     tracing::info!(workloads = mesh.subscribe().borrow().len(), "mesh loaded");
     Ok(Shared {
         sockets,
         ports,
         timeouts: settings.timeouts.clone(),
+        tunnels: settings.tunnels.clone(),
+        workload: settings.workload.clone(),
         mesh: mesh.subscribe(),
-        identity,
+        credentials: None,
+        handshakes: HandshakeLimit::new(settings.limits.handshakes_per_source),
         drain: Drain::default(),
         self_test: SelfTest::default(),
         unprivileged,

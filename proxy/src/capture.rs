@@ -89,10 +89,13 @@ impl Capture {
             .map_err(|error| CommandError::SelfTest(SelfTestError::Prepare(error)))
     }
 
-    /// Becomes the user by which the rules know the proxy, and gives up what it no longer needs.
-    pub(crate) fn become_proxy(&self, settings: &InterceptionSettings) -> Result<(), CommandError> {
+    /// Becomes the user by which the rules know the proxy, and gives up what it no longer needs. Whether it is another user now.
+    pub(crate) fn become_proxy(
+        &self,
+        settings: &InterceptionSettings,
+    ) -> Result<bool, CommandError> {
         let Some(user) = self.user else {
-            return Ok(());
+            return Ok(false);
         };
         let sockets = Sockets::new(settings, ipv6_available());
         let changes_rules =
@@ -112,7 +115,7 @@ impl Capture {
             ?kept,
             "runs as the user that the rules know"
         );
-        Ok(())
+        Ok(true)
     }
 
     /// Tests that what should be caught is.

@@ -9,6 +9,7 @@ mod rules;
 mod run;
 
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -43,7 +44,7 @@ enum Command {
     /// Look after the rules that catch traffic, in the network namespace this stands in
     #[command(subcommand)]
     Rules(rules::Command),
-    /// Keep a small local certificate authority
+    /// Keep a small certificate authority: files, revocation lists, and Istio's CA protocol
     #[command(subcommand)]
     Ca(ca::Command),
     /// Check or show settings without running anything
@@ -70,7 +71,7 @@ pub(crate) enum CommandError {
     Config(#[from] ConfigErrors),
     #[error(transparent)]
     Interception(#[from] InterceptionError),
-    #[error("the certificate cannot be used (identity.certificate, identity.key, identity.roots)")]
+    #[error("there is no certificate to begin with (identity, trust)")]
     Identity(#[source] HboneError),
     #[error(
         "interception.dns: capture leads DNS queries to port {port}, but `underpass run` has no DNS proxy yet: they would \
@@ -96,6 +97,8 @@ pub(crate) enum CommandError {
     Demo(#[from] DemoError),
     #[error("the process could not be set up")]
     Start(#[source] io::Error),
+    #[error("cannot listen on {address}")]
+    Listen { address: SocketAddr, source: io::Error },
     #[error("metrics could not be set up")]
     Metrics(#[source] BuildError),
     #[error("the result could not be written")]

@@ -227,8 +227,10 @@ async fn ask_without_certificate(
     stream: tokio::net::TcpStream,
 ) -> Result<(), HboneError> {
     let (_, server) = stage.identities();
-    let connector = Connector::anonymous(stage.client_identity(), ClientSettings::default())?;
-    let tunnel = connector.open(stream, std::slice::from_ref(server), PATIENCE).await?;
+    let credentials = stage.client_credentials().clone().fixed();
+    let connector = Connector::anonymous(credentials, ClientSettings::default());
+    let address = stage.server_address_for_stranger(HBONE_PORT);
+    let tunnel = connector.open(stream, address, std::slice::from_ref(server), PATIENCE).await?;
     let authority = stage.server_address_for_stranger(HTTP_PORT).to_string();
     let request = ConnectRequest { authority, headers: HeaderMap::new() };
     tunnel.connect(request, PATIENCE).await.map(drop)

@@ -15,6 +15,7 @@ use underpass_interception::Sockets;
 
 use crate::balance::{Balance, HeldTunnel};
 use crate::error::ProxyError;
+use crate::metrics::{self, OpenTunnel};
 use crate::policy::Permit;
 
 /// Connects to what `permit` allows, within `deadline`.
@@ -63,7 +64,21 @@ impl Dial for TunnelDialer {
     async fn dial(&self, address: SocketAddr) -> io::Result<TunnelSocket> {
         let stream = self.sockets.connect(address).await?;
         let held = self.balance.tunnel(self.worker, address.ip());
-        Ok(TunnelSocket { stream, _held: held })
+        Ok(TunnelSocket { stream, _held: held, _open: metrics::tunnel_open("outbound") })
+    }
+}
+
+/// Opens connections of the proxy's own, to whoever issues certificates: as the proxy, so that its rules do not catch them.
+#[derive(Debug)]
+pub(crate) struct PlainDialer {
+    pub(crate) sockets: Sockets,
+}
+
+impl Dial for PlainDialer {
+    type Io = TcpStream;
+
+    async fn dial(&self, address: SocketAddr) -> io::Result<TcpStream> {
+        self.sockets.connect(address).await
     }
 }
 
@@ -72,6 +87,7 @@ impl Dial for TunnelDialer {
 pub(crate) struct TunnelSocket {
     stream: TcpStream,
     _held: HeldTunnel,
+    _open: OpenTunnel,
 }
 
 impl AsyncRead for TunnelSocket {

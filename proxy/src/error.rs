@@ -3,7 +3,7 @@
 //! One function ([`ProxyError::reason`]) maps every error to all three, so that they never contradict each other.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use http::StatusCode;
@@ -25,6 +25,11 @@ pub(crate) enum ProxyError {
     NoIdentity(SocketAddr),
     #[error("the tunnel asks for {asked}, but it ends at {here}")]
     NotHere { asked: String, here: SocketAddr },
+    #[error(
+        "{0} has too many TLS handshakes under way (limits.handshakes_per_source): a storm of connections, or a client \
+         that never finishes them?"
+    )]
+    TooManyHandshakes(IpAddr),
     #[error("cannot connect to {destination}")]
     Connect { destination: SocketAddr, source: io::Error },
     #[error(
@@ -80,6 +85,9 @@ impl ProxyError {
                 ("no_identity", "IDENTITY_ERROR", Us, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::NotHere { .. } => ("not_here", "DENY", Client, StatusCode::BAD_REQUEST),
+            Self::TooManyHandshakes(_) => {
+                ("too_many_handshakes", "DENY", Peer, StatusCode::SERVICE_UNAVAILABLE)
+            }
             Self::Connect { .. } => ("connect", "CONNECT", Peer, StatusCode::SERVICE_UNAVAILABLE),
             Self::ConnectTimeout { .. } => {
                 ("connect_timeout", "CONNECT", Peer, StatusCode::SERVICE_UNAVAILABLE)
@@ -109,14 +117,25 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 fn tunnel_reason(error: &HboneError) -> Reason {
     let flags = match error {
         HboneError::Dial { .. } | HboneError::ReplyTimeout { .. } => "CONNECT",
+        // It is refused for what the last attempt failed of.
+        HboneError::BackingOff { source, .. } => tunnel_reason(source).flags,
         HboneError::Refused { status: StatusCode::UNAUTHORIZED } => "DENY",
         HboneError::Refused { .. } => "CONNECT",
         HboneError::HandshakeTimeout { .. }
         | HboneError::Tls { .. }
         | HboneError::NoPeerCertificate
         | HboneError::PeerCertificateExpired { .. }
+        | HboneError::Revoked
+        | HboneError::RevocationUnknown { .. }
+        | HboneError::RevocationListExpired { .. }
+        | HboneError::RevocationListUntrusted { .. }
         | HboneError::CertificateRefused { .. } => "TLS_FAILURE",
-        HboneError::UnexpectedPeer { .. } | HboneError::Credential { .. } => "IDENTITY_ERROR",
+        HboneError::UnexpectedPeer { .. }
+        | HboneError::UntrustedDomain { .. }
+        | HboneError::Credential { .. }
+        | HboneError::Watch { .. }
+        | HboneError::Clients { .. }
+        | HboneError::Issuer { .. } => "IDENTITY_ERROR",
         HboneError::H2 { .. } | HboneError::InvalidAuthority { .. } => "H2_HANDSHAKE_FAILURE",
         HboneError::Reset { .. } | HboneError::Lost { .. } | HboneError::Unresponsive { .. } => "-",
     };

@@ -2,11 +2,13 @@
 //! told 200; the application sees the client's own address where the profile's rules support it.
 
 use std::net::SocketAddr;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
-use http::HeaderMap;
 use tokio::net::TcpStream;
-use underpass_hbone::{Authority, Incoming, PeerIdentity, ServerTunnel};
+use tokio::time::Sleep;
+use underpass_hbone::{Authority, Incoming, PeerIdentity, RequestHeaders, ServerTunnel};
 use underpass_interception::reset_on_close;
 
 use crate::accept::{Accepted, Registered};
@@ -16,6 +18,7 @@ use crate::error::ProxyError;
 use crate::policy;
 use crate::record::{ConnectionRecord, Direction, Party};
 use crate::worker::Worker;
+use crate::{headers, metrics};
 
 /// Serves one connection that was caught in plain.
 pub(crate) async fn serve_plaintext(worker: Arc<Worker>, accepted: Accepted) {
@@ -67,10 +70,20 @@ async fn accept_tunnel(
 ) -> Result<(), ProxyError> {
     let acceptor = worker.acceptor.as_ref().ok_or(ProxyError::NoIdentity(destination))?;
     let deadline = worker.shared.timeouts.handshake;
-    let mut tunnel = acceptor.accept(stream, deadline).await.map_err(ProxyError::Tunnel)?;
+    let Some(admitted) = worker.shared.handshakes.admit(client.ip()) else {
+        metrics::handshake_refused();
+        reset_on_close(&stream);
+        return Err(ProxyError::TooManyHandshakes(client.ip()));
+    };
+    // Boxed: what a handshake needs is a multiple of what the tunnel needs after it.
+    let handshake = Box::pin(acceptor.accept(stream, deadline));
+    let mut tunnel = handshake.await.map_err(ProxyError::Tunnel)?;
+    drop(admitted);
+    let _open = metrics::tunnel_open("inbound");
     let peer = tunnel.peer().clone();
     tracing::debug!(%client, peer = %peer.spiffe_id(), "tunnel accepted");
-    while let Some(request) = next_request(worker, &mut tunnel).await {
+    let mut retirement = pin!(tokio::time::sleep(lifetime(worker, &tunnel)));
+    while let Some(request) = next_request(worker, &mut tunnel, retirement.as_mut()).await {
         let load = worker.balance.load(worker.index);
         let (own, peer) = (worker.clone(), peer.clone());
         let stream = async move {
@@ -82,13 +95,26 @@ async fn accept_tunnel(
     Ok(())
 }
 
-/// The next CONNECT request; once the proxy closes, the peer is told to send no more (GOAWAY).
-async fn next_request(worker: &Worker, tunnel: &mut ServerTunnel<TcpStream>) -> Option<Incoming> {
+/// The next CONNECT request; once the proxy closes or the tunnel is too old, the peer is told to send no more (GOAWAY).
+async fn next_request(
+    worker: &Worker,
+    tunnel: &mut ServerTunnel<TcpStream>,
+    retirement: Pin<&mut Sleep>,
+) -> Option<Incoming> {
     tokio::select! {
         request = tunnel.next() => return request,
-        () = worker.shared.drain.closing() => tunnel.drain(),
+        () = worker.shared.drain.closing() => {}
+        () = retirement => {}
     }
+    tunnel.drain();
     tunnel.next().await
+}
+
+/// How long a tunnel takes new streams: as long as both certificates are valid, and within the maximum age, at which a peer
+/// like ours has let it go by itself.
+fn lifetime(worker: &Worker, tunnel: &ServerTunnel<TcpStream>) -> Duration {
+    let valid = tunnel.usable_until().duration_since(SystemTime::now()).unwrap_or_default();
+    valid.min(worker.shared.tunnels.max_age)
 }
 
 /// Serves one CONNECT request of a tunnel that ends at `here`.
@@ -102,6 +128,7 @@ async fn serve_request(
     let target = target(request.authority(), here);
     let mut record = open_record(worker, client, target.as_ref().ok().copied(), Some(peer));
     record.hbone = Some(here);
+    record.claimed(RequestHeaders::read(request.headers()));
     let outcome = forward_request(worker, request, client, target, &mut record).await;
     record.close(outcome);
 }
@@ -126,7 +153,7 @@ async fn forward_request(
         }
     };
     record.established();
-    match request.accept(HeaderMap::new()) {
+    match request.accept(headers::response(record, &worker.shared.workload)) {
         Ok(tunnel) => Flow { record, drain }.out_of_tunnel(tunnel, app).await,
         Err(error) => {
             reset_on_close(&app);
@@ -162,7 +189,6 @@ fn open_record(
 ) -> ConnectionRecord {
     let mesh = worker.shared.mesh.borrow();
     let workload = |address: SocketAddr| mesh.workload(address.ip()).cloned();
-    let own = worker.shared.identity.as_ref().map(|own| own.spiffe_id().clone());
     let source = Party {
         address: Some(client),
         workload: workload(client),
@@ -171,7 +197,7 @@ fn open_record(
     let destination = Party {
         address: destination,
         workload: destination.and_then(workload),
-        identity: own.filter(|_| peer.is_some()),
+        identity: peer.and_then(|_| worker.shared.identity()),
     };
     ConnectionRecord::new(Direction::Inbound, source, destination)
 }

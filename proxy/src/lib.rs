@@ -6,6 +6,7 @@
 //! * `outbound` and `inbound` are the paths of a connection, in which `route` and `policy` decide, `dial` connects and
 //!   `copy` moves the bytes;
 //! * `record` and `metrics` tell of every connection, `endpoints` answers probes and scrapers, `drain` ends it all;
+//! * `certificates` is who the workload is, and keeps it so; `headers` is what a tunnel tells of its ends;
 //! * `capture` has the rules installed and tested, `guard` keeps them, `reload` changes what is caught while it runs;
 //! * `demo` shows it.
 
@@ -13,6 +14,7 @@ mod accept;
 mod app;
 mod balance;
 mod capture;
+mod certificates;
 mod cli;
 mod copy;
 mod demo;
@@ -21,6 +23,7 @@ mod drain;
 mod endpoints;
 mod error;
 mod guard;
+mod headers;
 mod inbound;
 mod logging;
 mod metrics;

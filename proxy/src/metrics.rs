@@ -2,6 +2,8 @@
 //!
 //! Not here: the HTTP server that answers `/metrics` (`endpoints.rs`).
 
+use std::time::SystemTime;
+
 use metrics::{Counter, Gauge, Label, counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
 use underpass_config::{Profile, Workload};
@@ -20,6 +22,11 @@ const BUILD: &str = "istio_build";
 const INTERCEPTION: &str = "underpass_interception";
 const REPAIRS: &str = "underpass_rules_repairs_total";
 const INTACT: &str = "underpass_rules_intact";
+const CERTIFICATE_EXPIRES: &str = "underpass_certificate_expires_seconds";
+const RENEWALS: &str = "underpass_certificate_renewals_total";
+const RENEWALS_FAILED: &str = "underpass_certificate_failures_total";
+const TUNNELS: &str = "underpass_tunnels_open";
+const HANDSHAKES_REFUSED: &str = "underpass_handshakes_refused_total";
 
 /// What a label says of what is not known; ztunnel's word.
 const UNKNOWN: &str = "unknown";
@@ -38,6 +45,17 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     describe_gauge!(INTERCEPTION, "How traffic is caught; always 1.");
     describe_counter!(REPAIRS, "How often rules that another program had changed were put back.");
     describe_gauge!(INTACT, "Whether the rules are as they should be: 1, or 0.");
+    describe_gauge!(CERTIFICATE_EXPIRES, "When our certificate expires, in seconds since 1970.");
+    describe_counter!(RENEWALS, "Certificates that came into use, the first one included.");
+    describe_counter!(
+        RENEWALS_FAILED,
+        "Certificates, roots or revocation lists that could not be renewed or read."
+    );
+    describe_gauge!(TUNNELS, "HBONE connections open now.");
+    describe_counter!(
+        HANDSHAKES_REFUSED,
+        "Connections refused for too many TLS handshakes of one source."
+    );
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
     Ok(handle)
 }
@@ -64,6 +82,46 @@ pub(crate) fn rules_repaired() {
 /// Says whether the rules are as they should be.
 pub(crate) fn rules_intact(intact: bool) {
     gauge!(INTACT).set(if intact { 1 } else { 0 });
+}
+
+/// Says that a certificate came into use.
+pub(crate) fn certificate_renewed(expires: SystemTime) {
+    let since_1970 = expires.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    gauge!(CERTIFICATE_EXPIRES).set(since_1970.as_secs_f64());
+    counter!(RENEWALS).increment(1);
+    counter!(RENEWALS_FAILED).increment(0);
+}
+
+/// Counts a certificate, roots or revocation list that could not be renewed or read.
+pub(crate) fn certificate_failed() {
+    counter!(RENEWALS_FAILED).increment(1);
+}
+
+/// Counts a connection that was refused before its handshake.
+pub(crate) fn handshake_refused() {
+    counter!(HANDSHAKES_REFUSED).increment(1);
+}
+
+/// Counts a tunnel as open for as long as the value lives.
+pub(crate) fn tunnel_open(direction: &'static str) -> OpenTunnel {
+    let gauge = gauge!(TUNNELS, "direction" => direction);
+    gauge.increment(1);
+    OpenTunnel(gauge)
+}
+
+/// An open tunnel, as metrics count it.
+pub(crate) struct OpenTunnel(Gauge);
+
+impl std::fmt::Debug for OpenTunnel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OpenTunnel")
+    }
+}
+
+impl Drop for OpenTunnel {
+    fn drop(&mut self) {
+        self.0.decrement(1);
+    }
 }
 
 /// The labels that every metric of one connection carries.

@@ -3,9 +3,8 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use http::HeaderMap;
 use tokio::net::TcpStream;
-use underpass_config::Mesh;
+use underpass_config::{Mesh, Workload};
 use underpass_hbone::{ConnectRequest, TunnelKey, TunnelStream};
 use underpass_interception::reset_on_close;
 
@@ -13,6 +12,7 @@ use crate::accept::{Accepted, Registered};
 use crate::copy::Flow;
 use crate::dial::dial;
 use crate::error::ProxyError;
+use crate::headers;
 use crate::policy::{self, Permit};
 use crate::record::{ConnectionRecord, Direction, Party};
 use crate::route::{self, Route};
@@ -80,11 +80,9 @@ async fn connect(
         }
         Route::Tunnel { workload, peer, .. } => {
             record.hbone = Some(*peer);
-            record.source.identity =
-                worker.shared.identity.as_ref().map(|own| own.spiffe_id().clone());
+            record.source.identity = worker.shared.identity();
             record.destination.identity = Some(workload.identity.clone());
-            let key = TunnelKey { address: *peer, peers: [workload.identity.clone()].into() };
-            tunnel(worker, &permit, *peer, &key).await.map(Onward::Tunnel)
+            tunnel(worker, &permit, *peer, workload, record).await.map(Onward::Tunnel)
         }
     }
 }
@@ -93,10 +91,13 @@ async fn tunnel(
     worker: &Worker,
     permit: &Permit,
     peer: SocketAddr,
-    key: &TunnelKey,
+    workload: &Workload,
+    record: &ConnectionRecord,
 ) -> Result<TunnelStream, ProxyError> {
-    let pool = worker.pool.as_ref().ok_or(ProxyError::NoIdentity(peer))?;
-    let request =
-        ConnectRequest { authority: permit.destination().to_string(), headers: HeaderMap::new() };
-    pool.connect(key, request).await.map_err(ProxyError::Tunnel)
+    let identity = record.source.identity.clone().zip(worker.connector.as_ref());
+    let (source, connector) = identity.ok_or(ProxyError::NoIdentity(peer))?;
+    let key = TunnelKey { source, address: peer, peers: [workload.identity.clone()].into() };
+    let headers = headers::request(record, &worker.shared.workload);
+    let request = ConnectRequest { authority: permit.destination().to_string(), headers };
+    worker.pool.connect(&key, connector, request).await.map_err(ProxyError::Tunnel)
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tokio::time::Instant;
 use underpass_config::{SpiffeId, Workload};
+use underpass_hbone::{Baggage, RequestHeaders, TraceParent};
 
 use crate::error::{Fault, ProxyError, chain};
 use crate::metrics::{ConnectionMetrics, Labels};
@@ -46,6 +47,9 @@ pub(crate) struct ConnectionRecord {
     pub(crate) destination: Party,
     /// The address of the HBONE listener, if a tunnel carries the connection.
     pub(crate) hbone: Option<SocketAddr>,
+    trace: TraceParent,
+    /// Who the peer says that the source is, in words for people; used where the mesh does not know.
+    claimed: Option<Baggage>,
     metrics: Option<ConnectionMetrics>,
     sent: AtomicU64,
     received: AtomicU64,
@@ -60,11 +64,26 @@ impl ConnectionRecord {
             source,
             destination,
             hbone: None,
+            trace: TraceParent::new(),
+            claimed: None,
             metrics: None,
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             outcome: Err(ProxyError::Dropped),
         }
+    }
+
+    /// The trace that the connection is logged under, here and at the peer.
+    pub(crate) fn trace(&self) -> TraceParent {
+        self.trace
+    }
+
+    /// Notes what the peer says of the connection.
+    pub(crate) fn claimed(&mut self, headers: RequestHeaders) {
+        if let Some(trace) = headers.traceparent {
+            self.trace = trace.child();
+        }
+        self.claimed = headers.baggage;
     }
 
     /// Counts the connection as opened; both parties must be known by now.
@@ -102,12 +121,8 @@ impl ConnectionRecord {
     fn log(&self) {
         let reason = self.outcome.as_ref().err().map(ProxyError::reason);
         let error = self.outcome.as_ref().err().map(|error| chain(error));
-        let [source, destination] = [&self.source, &self.destination].map(|party| PartyFields {
-            workload: party.workload.as_ref().map(|workload| workload.name.as_str()),
-            namespace: party.workload.as_ref().map(|workload| workload.namespace.as_str()),
-            cluster: party.workload.as_ref().map(|workload| workload.cluster_id.as_str()),
-            identity: party.identity.as_ref().map(ToString::to_string),
-        });
+        let source = PartyFields::new(&self.source, self.claimed.as_ref());
+        let destination = PartyFields::new(&self.destination, None);
         // As ztunnel has it: the address of the connection itself, and the one that the tunnel leads to.
         let target = self.destination.address;
         let (address, tunnelled) = match self.hbone {
@@ -131,6 +146,7 @@ impl ConnectionRecord {
                     dst.identity = destination.identity,
                     dst.cluster = destination.cluster,
                     direction = self.direction.as_str(),
+                    trace_id = format!("{:032x}", self.trace.trace_id()),
                     bytes_sent = self.sent.load(Relaxed),
                     bytes_recv = self.received.load(Relaxed),
                     duration = format!("{}ms", self.opened.elapsed().as_millis()),
@@ -154,6 +170,29 @@ struct PartyFields<'a> {
     namespace: Option<&'a str>,
     cluster: Option<&'a str>,
     identity: Option<String>,
+}
+
+impl<'a> PartyFields<'a> {
+    /// What the mesh knows goes before what the party says of itself.
+    fn new(party: &'a Party, claimed: Option<&'a Baggage>) -> Self {
+        let identity = party.identity.as_ref().map(ToString::to_string);
+        let text = |text: &'a String| Some(text.as_str()).filter(|text| !text.is_empty());
+        match (&party.workload, claimed) {
+            (Some(workload), _) => Self {
+                workload: Some(workload.name.as_str()),
+                namespace: Some(workload.namespace.as_str()),
+                cluster: Some(workload.cluster_id.as_str()),
+                identity,
+            },
+            (None, Some(claimed)) => Self {
+                workload: claimed.workload.as_ref().and_then(|(_, name)| text(name)),
+                namespace: text(&claimed.namespace),
+                cluster: text(&claimed.cluster),
+                identity,
+            },
+            (None, None) => Self { workload: None, namespace: None, cluster: None, identity },
+        }
+    }
 }
 
 impl Drop for ConnectionRecord {

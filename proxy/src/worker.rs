@@ -8,9 +8,10 @@ use std::thread::JoinHandle;
 
 use tokio::sync::mpsc;
 use tokio::sync::watch;
-use underpass_config::{Mesh, Timeouts};
+use underpass_config::{Mesh, SpiffeId, Timeouts, TunnelSettings, WorkloadSettings};
 use underpass_hbone::{
-    Acceptor, ClientSettings, Connector, HboneError, Identity, Pool, PoolSettings, ServerSettings,
+    Acceptor, ClientSettings, Connector, Credentials, HandshakeLimit, Pool, PoolSettings,
+    ServerSettings,
 };
 use underpass_interception::{BoundListener, Ports, Sockets, drop_capabilities};
 
@@ -24,37 +25,47 @@ use crate::{inbound, outbound};
 
 /// Connections that may wait to be taken over by a worker; beyond it the accepting worker keeps them.
 const HANDOVER_QUEUE: usize = 1024;
-/// As many as ztunnel opens, and what it allows at least.
-const STREAMS_PER_TUNNEL: usize = 100;
-
 /// What all workers share: settings and snapshots, nothing that is locked per byte.
 #[derive(Debug, Clone)]
 pub(crate) struct Shared {
     pub(crate) sockets: Sockets,
     pub(crate) ports: Ports,
     pub(crate) timeouts: Timeouts,
+    pub(crate) tunnels: TunnelSettings,
+    pub(crate) workload: WorkloadSettings,
     pub(crate) mesh: watch::Receiver<Arc<Mesh>>,
-    pub(crate) identity: Option<Identity>,
+    /// What we prove and whom we trust, as it is renewed; `None` without a certificate.
+    pub(crate) credentials: Option<watch::Receiver<Credentials>>,
+    pub(crate) handshakes: HandshakeLimit,
     pub(crate) drain: Drain,
     pub(crate) self_test: SelfTest,
     /// Whether workers can do without any capability.
     pub(crate) unprivileged: bool,
 }
 
+impl Shared {
+    /// Who we prove to be, if anybody.
+    pub(crate) fn identity(&self) -> Option<SpiffeId> {
+        let credentials = self.credentials.as_ref()?.borrow();
+        Some(credentials.identity().spiffe_id().clone())
+    }
+}
+
 /// What the connections of one worker share.
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) shared: Shared,
-    /// The tunnels that this worker has opened; `None` without a certificate.
-    pub(crate) pool: Option<Pool<TunnelDialer>>,
-    /// What accepts tunnels; `None` without a certificate.
+    /// The tunnels that this worker has opened.
+    pub(crate) pool: Pool<TunnelDialer>,
+    /// What opens tunnels, and what accepts them; `None` without a certificate.
+    pub(crate) connector: Option<Connector>,
     pub(crate) acceptor: Option<Acceptor>,
     pub(crate) balance: Arc<Balance>,
     pub(crate) index: usize,
 }
 
 impl Worker {
-    fn new(shared: Shared, balance: Arc<Balance>, index: usize) -> Result<Self, HboneError> {
+    fn new(shared: Shared, balance: Arc<Balance>, index: usize) -> Self {
         let Timeouts { connect, handshake, reply, pool_idle, .. } = shared.timeouts;
         let dialer = TunnelDialer {
             sockets: shared.sockets.clone(),
@@ -66,14 +77,15 @@ impl Worker {
             handshake,
             reply,
             idle: pool_idle,
-            streams_per_tunnel: STREAMS_PER_TUNNEL,
+            max_age: shared.tunnels.max_age,
+            streams_per_tunnel: shared.tunnels.streams,
+            tunnels_per_peer: shared.tunnels.per_peer,
         };
-        let identity = shared.identity.as_ref();
-        let connector =
-            identity.map(|identity| Connector::new(identity, ClientSettings::default()));
-        let pool = connector.transpose()?.map(|connector| Pool::new(dialer, connector, settings));
-        let acceptor = identity.map(|identity| Acceptor::new(identity, ServerSettings::default()));
-        Ok(Self { pool, acceptor: acceptor.transpose()?, balance, index, shared })
+        let credentials = || shared.credentials.clone();
+        let connector = credentials().map(|own| Connector::new(own, ClientSettings::default()));
+        let acceptor = credentials().map(|own| Acceptor::new(own, ServerSettings::default()));
+        let pool = Pool::new(dialer, settings);
+        Self { pool, connector, acceptor, balance, index, shared }
     }
 }
 
@@ -100,7 +112,7 @@ pub(crate) fn start(
         }
     }
     let start_one = |(index, (receiver, hand))| {
-        let worker = Arc::new(Worker::new(shared.clone(), balance.clone(), index)?);
+        let worker = Arc::new(Worker::new(shared.clone(), balance.clone(), index));
         let senders = senders.clone();
         let runtime = single_threaded_runtime()?;
         let thread = std::thread::Builder::new().name(format!("worker-{index}"));

@@ -37,6 +37,15 @@ impl Mesh {
         self
     }
 
+    /// Adds a pod of another trust domain, which speaks HBONE.
+    #[must_use]
+    pub fn foreign(mut self, pod: &Pod, trust_domain: &str) -> Self {
+        self = self.hbone(pod);
+        let last = self.workloads.trim_end().len() - 1;
+        self.workloads.insert_str(last, &format!(", trustDomain: {trust_domain}"));
+        self
+    }
+
     /// Writes it as `NAME.yaml` beside the other files of the pod's world.
     #[must_use]
     pub fn write(&self, pod: &Pod, name: &str) -> PathBuf {

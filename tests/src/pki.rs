@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use underpass_config::{IdentityFiles, SpiffeId, TrustDomain};
-use underpass_hbone::{CertificateAuthority, Identity, IssuedCertificate};
+use underpass_hbone::{CertificateAuthority, Credentials, Identity, IssuedCertificate, Trust};
 
 use crate::OrFail;
 
@@ -15,6 +15,8 @@ const HOUR: Duration = Duration::from_secs(3600);
 #[derive(Debug)]
 pub struct Pki {
     ca: CertificateAuthority,
+    /// Where the authority itself is.
+    dir: PathBuf,
     folder: PathBuf,
     roots: PathBuf,
 }
@@ -30,10 +32,24 @@ impl Pki {
     #[must_use]
     pub fn of(folder: &Path, trust_domain: &str, name: &str) -> Self {
         let domain: TrustDomain = trust_domain.parse().or_fail("name a trust domain");
-        let ca = CertificateAuthority::generate(domain).or_fail("make a certificate authority");
+        let dir = folder.join(format!("{name}-ca"));
+        let ca = CertificateAuthority::init(&dir, domain).or_fail("make a certificate authority");
         let roots = folder.join(format!("{name}.pem"));
         fs::write(&roots, ca.roots_pem()).or_fail("write the roots");
-        Self { ca, folder: folder.to_owned(), roots }
+        Self { ca, dir, folder: folder.to_owned(), roots }
+    }
+
+    /// The authority's directory, as `underpass ca` knows it.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The authority's revocation list, with these certificates added to it.
+    pub fn revoke(&self, revoked: &[&IdentityFiles]) -> PathBuf {
+        let certificates: Vec<_> = revoked.iter().map(|files| &files.certificate).collect();
+        self.ca.revoke(&self.dir, &certificates).or_fail("revoke a certificate");
+        self.dir.join("crl.pem")
     }
 
     /// Trusts `other` too, everywhere.
@@ -74,8 +90,9 @@ impl Pki {
 
     /// Reads what one of the others wrote, as a proxy does.
     #[must_use]
-    pub fn identity(&self, files: &IdentityFiles) -> Identity {
-        Identity::from_files(files).or_fail("read a certificate")
+    pub fn credentials(&self, files: &IdentityFiles) -> Credentials {
+        let identity = Identity::from_files(files).or_fail("read a certificate");
+        Credentials::new(identity, Trust::default()).or_fail("use a certificate")
     }
 
     fn write(&self, name: &str, issued: &IssuedCertificate) -> IdentityFiles {

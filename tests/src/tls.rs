@@ -15,7 +15,7 @@ use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use underpass_config::IdentityFiles;
 
 use crate::OrFail;
@@ -60,11 +60,18 @@ impl TlsClient {
     /// # Errors
     /// The server's alert, or the end of the connection.
     pub async fn read(&self, pod: &Pod, to: SocketAddr) -> io::Result<usize> {
-        let stream = pod.dial(to).await?;
-        let connector = TlsConnector::from(Arc::new(self.config.clone()));
-        let mut stream =
-            within("a TLS handshake", connector.connect(ServerName::from(to.ip()), stream)).await?;
+        let mut stream = self.connect(pod.dial(to).await?).await?;
         within("the server's first bytes", stream.read(&mut [0; 1024])).await
+    }
+
+    /// Handshakes.
+    ///
+    /// # Errors
+    /// The end of the connection.
+    pub async fn connect(&self, stream: TcpStream) -> io::Result<client::TlsStream<TcpStream>> {
+        let name = ServerName::from(stream.peer_addr()?.ip());
+        let connector = TlsConnector::from(Arc::new(self.config.clone()));
+        within("a TLS handshake", connector.connect(name, stream)).await
     }
 }
 
@@ -101,10 +108,18 @@ impl TlsServer {
     /// # Errors
     /// The client's alert, or the end of the connection.
     pub async fn receive(&self, stream: TcpStream) -> io::Result<Vec<u8>> {
-        let acceptor = TlsAcceptor::from(Arc::new(self.config.clone()));
-        let mut stream = within("a TLS handshake", acceptor.accept(stream)).await?;
+        let mut stream = self.accept(stream).await?;
         let mut received = Vec::new();
         within("the client's end", stream.read_to_end(&mut received)).await.map(|_| received)
+    }
+
+    /// Handshakes.
+    ///
+    /// # Errors
+    /// The client's alert, or the end of the connection.
+    pub async fn accept(&self, stream: TcpStream) -> io::Result<server::TlsStream<TcpStream>> {
+        let acceptor = TlsAcceptor::from(Arc::new(self.config.clone()));
+        within("a TLS handshake", acceptor.accept(stream)).await
     }
 }
 

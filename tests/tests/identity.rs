@@ -36,7 +36,7 @@ fn add_clients(suite: &mut Suite) {
         "a client of another trust domain is refused, even if its root is trusted",
         async || {
             let client = |scene: &Scene| TlsClient::new(Some(&of_another_domain(scene, CLIENT)));
-            client_is_refused(client, "identity").await;
+            client_is_refused(client, "untrusted_domain").await;
         },
     );
     suite.test("a client that does not offer HTTP/2 is refused", async || {

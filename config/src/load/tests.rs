@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use super::*;
-use crate::settings::{OnExit, Profile, ProxySettings};
+use crate::settings::{IdentitySettings, OnExit, Profile, ProxySettings};
 
 struct Given {
     folder: PathBuf,
@@ -145,10 +145,23 @@ fn paths_in_the_file_are_relative_to_it_and_paths_in_flags_are_not() {
     let file =
         "identity: {certificate: c.pem, key: /abs/c.key, roots: r.pem}\nmesh: {file: m.yaml}\n";
     let settings = load(file, &[], &["mesh.file=here.yaml"]).unwrap();
-    let identity = settings.identity.unwrap();
+    let Some(IdentitySettings::Files(identity)) = settings.identity else {
+        panic!("{:?}", settings.identity);
+    };
     assert!(identity.certificate.is_absolute() && identity.certificate.ends_with("c.pem"));
     assert_eq!(identity.key, Path::new("/abs/c.key"));
     assert_eq!(settings.mesh_file.unwrap(), Path::new("here.yaml"));
+
+    let file = "trust: {bundles: [a.org=a.pem], crls: [x.crl, /abs/y.crl]}\n";
+    let by_file = load(file, &[], &[]).unwrap().trust;
+    assert!(by_file.bundles[0].file.is_absolute() && by_file.bundles[0].file.ends_with("a.pem"));
+    assert!(by_file.crls[0].is_absolute() && by_file.crls[0].ends_with("x.crl"));
+    assert_eq!(by_file.crls[1], Path::new("/abs/y.crl"));
+    let variable = ("UNDERPASS_TRUST_CRLS", "x.crl");
+    let flags = ["trust.bundles=[a.org=a.pem, b.org=b.pem]"];
+    let trust = load(file, &[variable], &flags).unwrap().trust;
+    assert_eq!(trust.crls, [Path::new("x.crl")]);
+    assert_eq!(trust.bundles[1].file, Path::new("b.pem"));
 }
 
 #[test]
@@ -175,8 +188,7 @@ fn all_mistakes_are_reported_at_once() {
 
 #[test]
 fn what_is_promised_for_later_is_refused_by_name() {
-    let file =
-        "egress: mesh-only\nproxy: {mtls: strict}\nidentity: {local_ca: x}\nadmin: {address: x}\n";
+    let file = "egress: mesh-only\nproxy: {mtls: strict}\nmesh: {xds: x}\nadmin: {address: x}\n";
     let found = mistakes(load(file, &[], &[]));
     let later: Vec<_> = found.iter().filter(|found| found.ends_with("not supported yet")).collect();
     assert_eq!(later.len(), 4, "{found:?}");

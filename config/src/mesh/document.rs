@@ -5,7 +5,7 @@
 
 use std::net::IpAddr;
 
-use super::{Mesh, Protocol, Workload};
+use super::{Locality, Mesh, Protocol, Workload, WorkloadType};
 use crate::document::Node;
 use crate::error::ConfigErrors;
 use crate::read::{Cursor, Problems};
@@ -102,6 +102,8 @@ fn workload(item: Cursor<'_>) -> Option<Workload> {
         canonical_name: text("canonicalName", &workload_name),
         canonical_revision: text("canonicalRevision", "latest"),
         cluster_id: text("clusterId", "Kubernetes"),
+        workload_type: workload_type(item.key("workloadType")),
+        locality: locality(item.key("locality")),
         identity: identity?,
         addresses: addresses?,
         protocol: protocol?,
@@ -122,6 +124,21 @@ fn identity(item: Cursor<'_>, namespace: &str, service_account: &str) -> Option<
             item.problem(format!("namespace and serviceAccount make no SPIFFE identity: {error}"))
         })
         .ok()
+}
+
+fn workload_type(cursor: Cursor<'_>) -> WorkloadType {
+    let words = WorkloadType::ALL.map(|kind| (kind.as_str(), kind));
+    match cursor.text() {
+        // Empty is ztunnel's default, and says nothing.
+        None | Some("") => WorkloadType::Pod,
+        Some(_) => cursor.one_of(&words).unwrap_or(WorkloadType::Pod),
+    }
+}
+
+fn locality(section: Cursor<'_>) -> Locality {
+    section.only(&["region", "zone", "subzone"]);
+    let text = |key: &str| section.key(key).text().unwrap_or_default().to_owned();
+    Locality { region: text("region"), zone: text("zone"), subzone: text("subzone") }
 }
 
 fn addresses(list: Cursor<'_>) -> Option<Vec<IpAddr>> {
@@ -169,6 +186,8 @@ workloads:
   network: ""
   services: {"default/example.com": {80: 8080}}
   locality: {region: r, zone: z, subzone: ""}
+  workloadName: web
+  workloadType: deployment
   capacity: 1
   status: Healthy
 - {name: plain, namespace: default, workloadIps: ["10.0.0.2"], services: {}}
@@ -197,6 +216,26 @@ policies: []
         assert_eq!(plain.identity.to_string(), "spiffe://cluster.local/ns/default/sa/default");
         assert_eq!(plain.workload_name, "plain");
         assert_eq!(plain.canonical_revision, "latest");
+        assert_eq!(plain.workload_type, WorkloadType::Pod);
+        assert_eq!(plain.locality, Locality::default());
+    }
+
+    #[test]
+    fn what_a_workload_is_part_of_and_where_it_runs_are_read() {
+        let mesh = mesh(WORKLOAD).unwrap();
+        let local = mesh.workload("10.0.0.1".parse().unwrap()).unwrap();
+        assert_eq!(local.workload_type, WorkloadType::Deployment);
+        let Locality { region, zone, subzone } = &local.locality;
+        assert_eq!((region.as_str(), zone.as_str(), subzone.as_str()), ("r", "z", ""));
+        let text = "workloads:\n- {name: a, workloadIps: [10.0.0.1], workloadType: pods, \
+                    locality: {regoin: r}}\n- {name: b, workloadIps: [10.0.0.2], workloadType: '', locality: ~}\n";
+        assert_eq!(
+            mistakes(text),
+            [
+                "mesh.yaml:2:52: workloads[0].workloadType: \"pods\": must be one of deployment, cronjob, pod, job",
+                "mesh.yaml:2:77: workloads[0].locality.regoin: \"r\": no such key; did you mean region?",
+            ]
+        );
     }
 
     #[test]

@@ -26,7 +26,7 @@ const NO_ID: u32 = u32::MAX;
 const LOOPBACK: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::LOCALHOST, 32);
 
 /// The keys whose values are lists: in a flag or a variable, brackets make these YAML (`load.rs`).
-pub(crate) const LISTS: &[&str] = &[
+pub(super) const LISTS: &[&str] = &[
     "interception.outbound.exclude_cidrs",
     "interception.outbound.include_cidrs",
     "interception.outbound.exclude_ports",

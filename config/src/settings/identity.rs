@@ -78,7 +78,7 @@ pub struct TrustSettings {
 }
 
 /// The roots of a foreign trust domain, as PEM.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct BundleFile {
     /// Whose roots they are.
     pub trust_domain: TrustDomain,

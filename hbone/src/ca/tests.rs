@@ -1,6 +1,8 @@
 //! What the authority writes and issues, read back with another parser.
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::process::{Command, Output};
 
 use x509_parser::extensions::ParsedExtension;
 
@@ -23,6 +25,12 @@ impl Drop for TempDir {
     fn drop(&mut self) {
         fs::remove_dir_all(&self.0).unwrap();
     }
+}
+
+/// A judge who shares no code with us.
+pub(crate) fn openssl(arguments: &[&str], directory: &Path) -> Output {
+    let ran = Command::new("openssl").args(arguments).current_dir(directory).output();
+    ran.expect("this test needs the openssl command (apt-get install openssl)")
 }
 
 fn mode(file: &Path) -> u32 {
@@ -146,4 +154,53 @@ fn an_issued_certificate_does_not_print_its_key() {
     let authority = CertificateAuthority::generate(td()).unwrap();
     let issued = authority.issue(&id(CLIENT), HOUR).unwrap();
     assert!(!format!("{issued:?}{authority:?}").contains("PRIVATE KEY"));
+}
+
+/// ztunnel renews when half of the whole validity has passed.
+#[test]
+fn a_short_certificate_is_not_half_over_when_it_is_issued() {
+    let authority = CertificateAuthority::generate(td()).unwrap();
+    for ttl in [10, 60, 600, 86_400] {
+        let issued = authority.issue(&id(CLIENT), Duration::from_secs(ttl)).unwrap();
+        let der = CertificateDer::from_pem_slice(issued.chain_pem.as_bytes()).unwrap();
+        let (_, leaf) = x509_parser::parse_x509_certificate(&der).unwrap();
+        let validity = leaf.validity();
+        let seconds = validity.not_after.timestamp() - validity.not_before.timestamp();
+        let skew = seconds - i64::try_from(ttl).unwrap();
+        assert!(skew >= 1 && skew * 8 < seconds, "{ttl}: {skew}");
+    }
+}
+
+#[test]
+fn a_server_certificate_has_names_and_addresses_and_proves_no_workload() {
+    let dir = TempDir::new("server-certificate");
+    let authority = CertificateAuthority::generate(td()).unwrap();
+    let names = ["ca.test", "10.0.0.1", "fd00::1"].map(str::to_owned);
+    let issued = authority.issue_server(&names, HOUR).unwrap();
+    fs::write(dir.0.join("leaf"), &issued.chain_pem).unwrap();
+    fs::write(dir.0.join("roots"), authority.roots_pem()).unwrap();
+    let verify = |more: &[&str]| {
+        let arguments = ["verify", "-x509_strict", "-CAfile", "roots"];
+        openssl(&[&arguments, more, &["leaf"]].concat(), &dir.0).status.success()
+    };
+    for good in [
+        ["-verify_hostname", "ca.test"],
+        ["-verify_ip", "10.0.0.1"],
+        ["-verify_ip", "fd00::1"],
+        ["-purpose", "sslserver"],
+    ] {
+        assert!(verify(&good), "{good:?}");
+    }
+    for bad in [["-verify_hostname", "other.test"], ["-purpose", "sslclient"]] {
+        assert!(!verify(&bad), "{bad:?}");
+    }
+    let der = CertificateDer::from_pem_slice(issued.chain_pem.as_bytes()).unwrap();
+    assert!(tls::uri_names(&der).unwrap_or_default().is_empty());
+    for bad in ["", "not a name", "spiffe://td/x", "n\u{f6}n"] {
+        let error = authority.issue_server(&[bad.to_owned()], HOUR).unwrap_err();
+        assert!(matches!(
+            error,
+            HboneError::Credential { what: CredentialProblem::ServerName, .. }
+        ));
+    }
 }

@@ -5,7 +5,7 @@ use tokio::io::duplex;
 
 use super::*;
 use crate::Authority;
-use crate::testing::{Mesh, SECOND, SERVER, Served, id, request};
+use crate::testing::{ADDRESS, Mesh, SECOND, SERVER, Served, id, request};
 
 #[tokio::test]
 async fn a_request_arrives_with_its_authority_and_headers() {
@@ -56,7 +56,7 @@ async fn an_answer_that_does_not_come_is_given_up() {
 #[tokio::test(start_paused = true)]
 async fn a_silent_server_is_given_up() {
     let (near, _far) = duplex(1024);
-    let opened = Mesh::new().connector.open(near, &[id(SERVER)], SECOND).await;
+    let opened = Mesh::new().connector.open(near, ADDRESS, &[id(SERVER)], SECOND).await;
     assert!(matches!(opened, Err(HboneError::HandshakeTimeout { after: SECOND })));
 }
 
@@ -64,8 +64,10 @@ async fn a_silent_server_is_given_up() {
 async fn a_server_that_nobody_is_expected_at_is_refused() {
     let mesh = Mesh::new();
     let (near, far) = duplex(64 << 10);
-    let (client, server) =
-        tokio::join!(mesh.connector.open(near, &[], SECOND), mesh.acceptor.accept(far, SECOND));
+    let (client, server) = tokio::join!(
+        mesh.connector.open(near, ADDRESS, &[], SECOND),
+        mesh.acceptor.accept(far, SECOND)
+    );
     assert!(matches!(client, Err(HboneError::UnexpectedPeer { .. })));
     server.unwrap_err();
 }

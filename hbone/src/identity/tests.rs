@@ -32,6 +32,23 @@ fn an_identity_knows_its_name_and_its_time() {
 }
 
 #[test]
+fn an_identity_needs_the_roots_of_its_own_trust_domain() {
+    let (issued, roots) = issued();
+    let name = Path::new("issued");
+    let with = |trust_domain: &str| {
+        let bundle = Bundle::from_pem(name, roots.as_bytes()).unwrap();
+        let chain = pem::certificates(name, issued.chain_pem.as_bytes()).unwrap();
+        let key = pem::private_key(name, issued.key_pem.as_bytes()).unwrap();
+        let bundles = BTreeMap::from([(trust_domain.parse().unwrap(), bundle)]);
+        Identity::new(name, chain, key, bundles)
+    };
+    assert_eq!(with("td").unwrap().spiffe_id(), &id(CLIENT));
+    let HboneError::Credential { file, what } = with("other").unwrap_err() else { panic!() };
+    assert_eq!(file, name);
+    assert!(matches!(what, CredentialProblem::NoRoots(domain) if domain.as_str() == "td"));
+}
+
+#[test]
 fn each_part_must_be_there_and_well_formed() {
     let (IssuedCertificate { chain_pem, key_pem }, roots) = issued();
     let broken = "-----BEGIN CERTIFICATE-----\n!!!\n-----END CERTIFICATE-----\n";

@@ -1,226 +1,403 @@
-//! Sharing, growing and forgetting tunnels, over connections in memory.
+//! Sharing, growing and forgetting tunnels, over connections in memory. `failures` has what goes wrong.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+mod failures;
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use bytes::Bytes;
 use futures_util::future::join_all;
-use http::HeaderMap;
+use http::{HeaderMap, StatusCode};
 use tokio::io::{DuplexStream, duplex};
-use tokio::task::AbortHandle;
+use tokio::runtime::Handle as Runtime;
+use tokio::sync::Notify;
+use tokio::task::{AbortHandle, yield_now};
+use tokio::time::sleep;
 
 use super::*;
-use crate::testing::{Mesh, SECOND, SERVER, id, request};
-use crate::{Acceptor, ClientSettings, ServerSettings};
+use crate::testing::{CLIENT, HOUR, Mesh, SECOND, SERVER, id, request};
+use crate::{Acceptor, ClientSettings, Incoming, ServerSettings};
 
 const IDLE: Duration = Duration::from_secs(60);
+const SETTINGS: PoolSettings = PoolSettings {
+    dial: Duration::from_secs(5),
+    handshake: SECOND,
+    reply: SECOND,
+    idle: IDLE,
+    max_age: HOUR,
+    streams_per_tunnel: 100,
+    tunnels_per_peer: 3,
+};
 
-/// Dials servers that accept every request and keep the stream until the client ends it.
-struct Servers {
-    acceptor: Acceptor,
-    dials: AtomicUsize,
-    running: Mutex<Vec<AbortHandle>>,
-}
-
-/// Where nobody answers, and where nobody listens.
+/// How a server behaves that is dialled at this port; any other accepts every request, and keeps the stream until
+/// the client ends it.
 const BLACK_HOLE: u16 = 1;
 const CLOSED: u16 = 2;
 /// Answers the first request, and then nothing any more.
 const MUTE: u16 = 3;
+/// The first connection ends, answering nothing but the first request, when the fifth came.
+const DIES: u16 = 4;
+/// Ends the connection at the first request.
+const NEVER_LIVES: u16 = 5;
+/// Takes no more requests in a tunnel after the tenth.
+const MOVES_ON: u16 = 6;
+/// Answers 503.
+const UNAVAILABLE: u16 = 7;
+/// Resets each request.
+const RESETS: u16 = 8;
+const PANICS: u16 = 9;
+/// Reads nothing after the handshake.
+const STALLED: u16 = 10;
+
+struct Servers {
+    acceptor: Acceptor,
+    dials: AtomicUsize,
+    down: AtomicBool,
+    connections: Mutex<Vec<Connection>>,
+}
+
+#[derive(Clone)]
+struct Connection {
+    requests: Arc<AtomicUsize>,
+    serving: AbortHandle,
+    drain: Arc<Notify>,
+}
 
 impl Dial for Arc<Servers> {
     type Io = DuplexStream;
 
     async fn dial(&self, address: SocketAddr) -> io::Result<DuplexStream> {
-        self.dials.fetch_add(1, Ordering::Relaxed);
+        let first = self.dials.fetch_add(1, Ordering::Relaxed) == 0;
         match address.port() {
             BLACK_HOLE => std::future::pending().await,
+            PANICS => panic!("as told"),
             CLOSED => return Err(io::ErrorKind::ConnectionRefused.into()),
+            _ if self.down.load(Ordering::Relaxed) => {
+                return Err(io::ErrorKind::ConnectionRefused.into());
+            }
             _ => {}
         }
         let (near, far) = duplex(64 << 10);
+        let (requests, drain) = (Arc::<AtomicUsize>::default(), Arc::<Notify>::default());
+        let behaviour = if first || address.port() != DIES { address.port() } else { 80 };
         let acceptor = self.acceptor.clone();
-        let mute = address.port() == MUTE;
-        let serving = tokio::spawn(async move {
-            let mut tunnel = acceptor.accept(far, SECOND).await.unwrap();
-            while let Some(incoming) = tunnel.next().await {
-                let Ok(stream) = incoming.accept(HeaderMap::new()) else {
-                    continue;
-                };
-                tokio::spawn(async move {
-                    let (mut reader, _writer) = stream.split();
-                    while let Ok(Some(_)) = reader.read().await {}
-                });
-                if mute {
-                    // The answer is queued: one more turn sends it.
-                    let _none = timeout(SECOND / 10, tunnel.next()).await;
-                    std::future::pending::<()>().await;
-                }
-            }
-        });
-        self.running.lock().unwrap().push(serving.abort_handle());
+        let serve = serve(acceptor, far, behaviour, requests.clone(), drain.clone());
+        let serving = tokio::spawn(serve).abort_handle();
+        self.connections.lock().unwrap().push(Connection { requests, serving, drain });
         Ok(near)
     }
 }
 
-fn pool(max_streams: u32, streams_per_tunnel: usize) -> (Pool<Arc<Servers>>, Arc<Servers>) {
-    let server = ServerSettings { max_streams, ..ServerSettings::default() };
-    let mesh = Mesh::with(ClientSettings::default(), server);
-    let servers = Arc::new(Servers {
-        acceptor: mesh.acceptor,
-        dials: AtomicUsize::new(0),
-        running: Mutex::default(),
+async fn serve(
+    acceptor: Acceptor,
+    io: DuplexStream,
+    behaviour: u16,
+    requests: Arc<AtomicUsize>,
+    drain: Arc<Notify>,
+) {
+    let Ok(mut tunnel) = acceptor.accept(io, SECOND).await else { return };
+    let mut unanswered = Vec::new();
+    if behaviour == STALLED {
+        std::future::pending::<()>().await;
+    }
+    loop {
+        let incoming = tokio::select! {
+            incoming = tunnel.next() => incoming,
+            () = drain.notified() => {
+                tunnel.drain();
+                continue;
+            }
+        };
+        let Some(incoming) = incoming else { return };
+        match (behaviour, requests.fetch_add(1, Ordering::Relaxed) + 1) {
+            (NEVER_LIVES, _) | (DIES, 5) => return,
+            (DIES, 2..) => unanswered.push(incoming),
+            (UNAVAILABLE, _) => incoming.refuse(StatusCode::SERVICE_UNAVAILABLE),
+            (RESETS, _) => drop(incoming),
+            (MOVES_ON, 10) => {
+                tunnel.drain();
+                accept(incoming);
+            }
+            (MUTE, _) => {
+                accept(incoming);
+                // The answer is queued: one more turn sends it.
+                let _none = timeout(SECOND / 10, tunnel.next()).await;
+                std::future::pending::<()>().await;
+            }
+            _ => accept(incoming),
+        }
+    }
+}
+
+/// Reads until the end, and ends the stream then.
+fn accept(incoming: Incoming) {
+    let Ok(stream) = incoming.accept(HeaderMap::new()) else { return };
+    tokio::spawn(async move {
+        let (mut reader, mut writer) = stream.split();
+        while let Ok(Some(_)) = reader.read().await {}
+        writer.finish()
     });
-    let settings = PoolSettings {
-        dial: 5 * SECOND,
-        handshake: SECOND,
-        reply: SECOND,
-        idle: IDLE,
-        streams_per_tunnel,
-    };
-    (Pool::new(servers.clone(), mesh.connector, settings), servers)
+}
+
+/// A pool, the only client of some servers.
+struct Client {
+    pool: Pool<Arc<Servers>>,
+    connector: Connector,
+    servers: Arc<Servers>,
+}
+
+impl Client {
+    fn new() -> Self {
+        Self::with(200, SETTINGS)
+    }
+
+    fn with(max_streams: u32, settings: PoolSettings) -> Self {
+        let server = ServerSettings { max_streams, ..ServerSettings::default() };
+        Self::of(Mesh::with(ClientSettings::default(), server), settings)
+    }
+
+    fn of(mesh: Mesh, settings: PoolSettings) -> Self {
+        let servers = Arc::new(Servers {
+            acceptor: mesh.acceptor,
+            dials: AtomicUsize::new(0),
+            down: AtomicBool::new(false),
+            connections: Mutex::default(),
+        });
+        let pool = Pool::new(servers.clone(), settings);
+        Self { pool, connector: mesh.connector, servers }
+    }
+
+    async fn connect(&self, port: u16) -> Result<TunnelStream, HboneError> {
+        self.pool.connect(&key(port), &self.connector, request()).await
+    }
+
+    async fn stream(&self) -> TunnelStream {
+        self.connect(80).await.unwrap()
+    }
+
+    async fn streams(&self, count: usize) -> Vec<TunnelStream> {
+        join_all((0..count).map(|_| self.stream())).await
+    }
+
+    /// A whole short connection.
+    async fn exchange(&self, port: u16) -> Result<(), HboneError> {
+        let (mut reader, mut writer) = self.connect(port).await?.split();
+        writer.write("request".into()).await?;
+        writer.finish()?;
+        assert_eq!(reader.read().await?, None);
+        Ok(())
+    }
+
+    fn dials(&self) -> usize {
+        self.servers.dials.load(Ordering::Relaxed)
+    }
+
+    fn connection(&self, index: usize) -> Connection {
+        self.servers.connections.lock().unwrap()[index].clone()
+    }
+
+    /// How many requests each connection got.
+    fn requests(&self) -> Vec<usize> {
+        let connections = self.servers.connections.lock().unwrap();
+        connections.iter().map(|one| one.requests.load(Ordering::Relaxed)).collect()
+    }
+
+    fn entries(&self) -> usize {
+        self.pool.0.state().entries()
+    }
+
+    /// Waits until `condition` holds, for what goes on in the background.
+    async fn until(&self, condition: impl Fn(PoolStatistics) -> bool) {
+        let holds = async {
+            while !condition(self.pool.statistics()) {
+                yield_now().await;
+            }
+        };
+        let statistics = || format!("{:?}", self.pool.statistics());
+        timeout(10 * SECOND, holds).await.unwrap_or_else(|_| panic!("still {}", statistics()));
+    }
 }
 
 fn key(port: u16) -> TunnelKey {
-    TunnelKey { address: SocketAddr::from(([10, 0, 0, 1], port)), peers: [id(SERVER)].into() }
-}
-
-fn dials(servers: &Servers) -> usize {
-    servers.dials.load(Ordering::Relaxed)
-}
-
-async fn connect_many(
-    pool: &Pool<Arc<Servers>>,
-    count: usize,
-) -> Vec<Result<TunnelStream, HboneError>> {
-    let key = key(80);
-    join_all((0..count).map(|_| pool.connect(&key, request()))).await
-}
-
-fn entries(pool: &Pool<Arc<Servers>>) -> usize {
-    pool.0.entries().len()
+    TunnelKey {
+        source: id(CLIENT),
+        address: SocketAddr::from(([10, 0, 0, 1], port)),
+        peers: [id(SERVER)].into(),
+    }
 }
 
 #[tokio::test]
 async fn fifty_at_once_share_one_dial() {
-    let (pool, servers) = pool(200, 100);
-    let streams = connect_many(&pool, 50).await;
-    assert!(streams.iter().all(Result::is_ok));
-    assert_eq!(dials(&servers), 1);
-    pool.connect(&key(80), request()).await.unwrap();
-    assert_eq!(dials(&servers), 1);
+    let client = Client::new();
+    let _streams = client.streams(50).await;
+    assert_eq!(client.dials(), 1);
+    let counted = client.pool.statistics();
+    assert_eq!((counted.tunnels, counted.streams), (1, 50));
 }
 
 #[tokio::test]
-async fn a_full_tunnel_gets_a_sibling() {
-    let (pool, servers) = pool(200, 10);
-    let streams = connect_many(&pool, 25).await;
-    assert!(streams.iter().all(Result::is_ok));
-    assert_eq!((dials(&servers), pool.tunnels()), (3, 3));
+async fn a_full_tunnel_gets_a_sibling_whose_room_is_used_again() {
+    let client = Client::with(200, PoolSettings { streams_per_tunnel: 10, ..SETTINGS });
+    let streams = client.streams(25).await;
+    assert_eq!((client.dials(), client.pool.tunnels()), (3, 3));
     drop(streams);
-    assert!(connect_many(&pool, 25).await.iter().all(Result::is_ok), "room is used again");
-    assert_eq!(dials(&servers), 3);
+    let _streams = client.streams(25).await;
+    assert_eq!(client.dials(), 3);
 }
 
 #[tokio::test]
 async fn the_peers_own_limit_makes_a_tunnel_full() {
-    let (pool, servers) = pool(2, 100);
+    let client = Client::with(2, SETTINGS);
     let mut streams = Vec::new();
     for _ in 0..6 {
-        streams.push(pool.connect(&key(80), request()).await.unwrap());
+        streams.push(client.stream().await);
     }
-    assert_eq!(dials(&servers), 3);
+    client.until(|now| now.dialing == 0).await;
+    assert_eq!(client.dials(), 3);
+    assert_eq!(client.requests(), [2, 2, 2]);
+}
+
+#[tokio::test]
+async fn a_tunnel_goes_on_after_as_many_streams_as_the_peer_allows_at_a_time() {
+    let client = Client::with(100, PoolSettings { tunnels_per_peer: 1, ..SETTINGS });
+    for _ in 0..3 {
+        for outcome in join_all((0..100).map(|_| client.exchange(80))).await {
+            outcome.unwrap();
+        }
+    }
+    assert_eq!((client.dials(), client.requests()), (1, vec![300]));
+    let streams = client.streams(100).await;
+    let more = client.streams(50).await;
+    assert_eq!((streams.len() + more.len(), client.dials()), (150, 2));
+}
+
+#[tokio::test]
+async fn half_full_tunnels_get_a_sibling_in_the_background_up_to_the_cap() {
+    let client = Client::with(200, PoolSettings { streams_per_tunnel: 10, ..SETTINGS });
+    let mut streams = Vec::new();
+    for (wanted, tunnels) in [(5, 1), (1, 2), (6, 3), (14, 3)] {
+        for _ in 0..wanted {
+            streams.push(client.stream().await);
+        }
+        client.until(|now| now.tunnels == tunnels && now.dialing == 0).await;
+    }
+    assert_eq!((client.dials(), client.requests()), (3, vec![9, 9, 8]));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stuck_dial_does_not_hold_up_another_key() {
-    let (pool, servers) = pool(200, 100);
-    let pool = Arc::new(pool);
-    let stuck = tokio::spawn({
-        let pool = pool.clone();
-        async move { pool.connect(&key(BLACK_HOLE), request()).await }
-    });
-    tokio::task::yield_now().await;
-    let start = Instant::now();
-    pool.connect(&key(80), request()).await.unwrap();
-    assert!(start.elapsed() < SECOND);
-    assert_eq!(dials(&servers), 2);
-    let error = stuck.await.unwrap().unwrap_err();
-    let HboneError::Dial { source, .. } = error else { panic!("{error:?}") };
-    assert_eq!(source.kind(), io::ErrorKind::TimedOut);
-}
-
-#[tokio::test]
-async fn a_failed_dial_is_told_to_all_who_wait_and_not_remembered() {
-    let (pool, servers) = pool(200, 100);
-    let closed = key(CLOSED);
-    let answers = join_all((0..5).map(|_| pool.connect(&closed, request()))).await;
-    assert!(answers.iter().all(|answer| matches!(answer, Err(HboneError::Dial { .. }))));
-    assert_eq!((dials(&servers), entries(&pool)), (1, 0));
-    pool.connect(&closed, request()).await.unwrap_err();
-    assert_eq!(dials(&servers), 2);
-}
-
-#[tokio::test]
-async fn other_expected_peers_need_another_tunnel() {
-    let (pool, servers) = pool(200, 100);
-    let _stream = pool.connect(&key(80), request()).await.unwrap();
-    let other = TunnelKey { peers: [id("spiffe://td/ns/x/sa/y")].into(), ..key(80) };
-    let refused = pool.connect(&other, request()).await;
-    assert!(matches!(refused, Err(HboneError::UnexpectedPeer { .. })), "{refused:?}");
-    assert_eq!((dials(&servers), entries(&pool)), (2, 1));
-}
-
-#[tokio::test]
-async fn a_lost_tunnel_is_replaced() {
-    let (pool, servers) = pool(200, 100);
-    let (mut reader, _writer) = pool.connect(&key(80), request()).await.unwrap().split();
-    servers.running.lock().unwrap().pop().unwrap().abort();
-    assert!(matches!(reader.read().await, Err(HboneError::Lost { .. })));
-    pool.connect(&key(80), request()).await.unwrap();
-    assert_eq!((dials(&servers), pool.tunnels()), (2, 1));
+async fn a_busy_tunnel_gets_a_sibling_that_new_streams_prefer() {
+    let client = Client::new();
+    let (_reader, mut bulk) = client.stream().await.split();
+    let megabyte = Bytes::from(vec![0; 1 << 20]);
+    for _ in 0..48 {
+        bulk.write(megabyte.clone()).await.unwrap();
+    }
+    sleep(SECOND).await;
+    let _second = client.stream().await;
+    client.until(|now| now.tunnels == 2).await;
+    let _third = client.stream().await;
+    let _fourth = client.stream().await;
+    assert_eq!((client.dials(), client.requests()), (2, vec![2, 2]));
+    sleep(5 * SECOND).await;
+    let _fifth = client.streams(4).await;
+    assert_eq!((client.dials(), client.requests()), (2, vec![4, 4]), "it is quiet again");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_tunnel_without_streams_is_closed_and_forgotten() {
-    let (pool, servers) = pool(200, 100);
-    let stream = pool.connect(&key(80), request()).await.unwrap();
+async fn tunnels_that_are_not_needed_go_one_by_one_and_the_last_one_late() {
+    let client = Client::with(200, PoolSettings { streams_per_tunnel: 10, ..SETTINGS });
+    let streams = client.streams(25).await;
     sleep(3 * IDLE).await;
-    assert_eq!(entries(&pool), 1, "it has a stream");
-    drop(stream);
-    sleep(2 * IDLE).await;
-    assert_eq!(entries(&pool), 0);
-    let serving = servers.running.lock().unwrap().pop().unwrap();
-    assert!(serving.is_finished(), "the connection is closed, not only forgotten");
+    assert_eq!(client.pool.tunnels(), 3, "all have streams");
+    drop(streams);
+    sleep(IDLE / 2).await;
+    assert_eq!(client.pool.statistics(), PoolStatistics { tunnels: 1, ..Default::default() });
+    sleep(IDLE * 2).await;
+    assert_eq!(client.entries(), 0);
+    for index in 0..3 {
+        assert!(client.connection(index).serving.is_finished(), "closed, not only forgotten");
+    }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_tunnel_that_went_silent_is_not_used_again() {
-    let (pool, servers) = pool(200, 100);
-    let key = key(MUTE);
-    for _ in 0..2 {
-        let _stream = pool.connect(&key, request()).await.unwrap();
-        sleep(SECOND).await;
-        let second = pool.connect(&key, request()).await;
-        assert!(matches!(second, Err(HboneError::ReplyTimeout { .. })), "{second:?}");
-        assert_eq!(entries(&pool), 0);
-    }
-    assert_eq!(dials(&servers), 2);
+async fn a_tunnel_past_its_age_finishes_its_streams_and_closes() {
+    let client = Client::with(200, PoolSettings { max_age: IDLE / 2, ..SETTINGS });
+    let (mut reader, mut writer) = client.stream().await.split();
+    sleep(IDLE / 4).await;
+    drop(client.stream().await);
+    assert_eq!(client.dials(), 1);
+    sleep(IDLE / 4).await;
+    let _young = client.stream().await;
+    let expected = PoolStatistics { tunnels: 1, retired: 1, streams: 2, ..Default::default() };
+    assert_eq!((client.dials(), client.pool.statistics()), (2, expected));
+    writer.write("still open".into()).await.unwrap();
+    writer.finish().unwrap();
+    assert_eq!(reader.read().await.unwrap(), None);
+    drop((reader, writer));
+    client.until(|now| now.retired == 0 && now.tunnels == 1).await;
+    assert!(client.connection(0).serving.is_finished());
+}
+
+#[tokio::test]
+async fn other_sources_and_other_expected_peers_need_another_tunnel() {
+    let client = Client::new();
+    let _stream = client.stream().await;
+    let source = TunnelKey { source: id("spiffe://td/ns/x/sa/y"), ..key(80) };
+    let _other = client.pool.connect(&source, &client.connector, request()).await.unwrap();
+    assert_eq!((client.dials(), client.entries()), (2, 2));
+    let peers = TunnelKey { peers: [id("spiffe://td/ns/x/sa/y")].into(), ..key(80) };
+    let refused = client.pool.connect(&peers, &client.connector, request()).await;
+    assert!(matches!(refused, Err(HboneError::UnexpectedPeer { .. })), "{refused:?}");
+    assert_eq!((client.dials(), client.pool.statistics().backing_off), (3, 1));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_dial_goes_on_when_the_one_who_asked_gives_up() {
-    let (pool, servers) = pool(200, 100);
-    let gave_up = timeout(Duration::ZERO, pool.connect(&key(80), request())).await;
-    gave_up.unwrap_err();
-    pool.connect(&key(80), request()).await.unwrap();
-    assert_eq!(dials(&servers), 1);
+    let client = Client::new();
+    timeout(Duration::ZERO, client.stream()).await.unwrap_err();
+    client.stream().await;
+    assert_eq!(client.dials(), 1);
 }
 
 #[tokio::test]
-async fn a_drained_pool_holds_nothing_and_open_streams_go_on() {
-    let (pool, _servers) = pool(200, 100);
-    let (_reader, mut writer) = pool.connect(&key(80), request()).await.unwrap().split();
-    pool.drain();
-    assert_eq!(entries(&pool), 0);
+async fn a_drained_pool_gives_no_tunnel_a_stream_and_open_streams_go_on() {
+    let client = Client::new();
+    let (reader, mut writer) = client.stream().await.split();
+    client.pool.drain();
+    assert_eq!(client.pool.tunnels(), 0);
     writer.write("still open".into()).await.unwrap();
     writer.finish().unwrap();
+    drop((reader, writer));
+    client.until(|now| now == PoolStatistics::default()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn ten_thousand_short_streams_leave_nothing_behind() {
+    let tasks = || Runtime::current().metrics().num_alive_tasks();
+    let before = tasks();
+    let client = Client::with(100, SETTINGS);
+    for _ in 0..100 {
+        for outcome in join_all((0..100).map(|_| client.exchange(80))).await {
+            outcome.unwrap();
+        }
+    }
+    assert_eq!(client.requests().iter().sum::<usize>(), 10_000);
+    assert!(client.dials() <= SETTINGS.tunnels_per_peer, "{}", client.dials());
+    assert_eq!(client.pool.statistics().streams, 0);
+    sleep(2 * IDLE).await;
+    assert_eq!((client.entries(), tasks()), (0, before));
+}
+
+#[tokio::test]
+async fn a_dropped_pool_ends_its_tasks_with_the_last_stream() {
+    let tasks = || Runtime::current().metrics().num_alive_tasks();
+    let before = tasks();
+    let Client { pool, connector, .. } = Client::new();
+    let stream = pool.connect(&key(80), &connector, request()).await.unwrap();
+    drop(pool);
+    yield_now().await;
+    assert!(tasks() > before);
+    drop(stream);
+    while tasks() > before {
+        yield_now().await;
+    }
 }

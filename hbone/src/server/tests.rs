@@ -1,9 +1,13 @@
 //! Requests that are none, slow clients, and the way out.
 
-use tokio::io::{AsyncWriteExt as _, duplex};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+use tokio::time::{Instant, sleep};
 
 use super::*;
-use crate::testing::{Mesh, SECOND, Served, authority, identity, request};
+use crate::testing::{
+    ADDRESS, CLIENT, HOUR, Mesh, SECOND, SERVER, Served, authority, credentials, id, identity,
+    request,
+};
 use crate::{ClientSettings, ConnectRequest};
 
 #[tokio::test(start_paused = true)]
@@ -13,17 +17,57 @@ async fn a_silent_client_is_given_up() {
     assert!(matches!(accepted, Err(HboneError::HandshakeTimeout { after: SECOND })));
 }
 
+/// A client to do TLS with, and nothing more.
+fn client_and_acceptor() -> (Credentials, Acceptor) {
+    let authority = authority("td");
+    let server = credentials(&identity(&authority, SERVER));
+    let acceptor = Acceptor::new(server.fixed(), ServerSettings::default());
+    (credentials(&identity(&authority, CLIENT)), acceptor)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_sends_a_byte_now_and_then_is_given_up() {
+    let (client, acceptor) = client_and_acceptor();
+    let (near, mut tap) = duplex(64 << 10);
+    // All that the client has to say, of which each slow one sends as much as it comes to.
+    let hello = async {
+        let mut hello = [0; 512];
+        tap.read_exact(&mut hello).await.unwrap();
+        hello
+    };
+    let expected = [id(SERVER)];
+    let hello = tokio::select! {
+        hello = hello => hello,
+        _ = client.client().connect(near, ADDRESS, &expected) => unreachable!(),
+    };
+    let deadline = 10 * SECOND;
+    for interval in [SECOND / 10, SECOND, HOUR] {
+        let (mut near, far) = duplex(64 << 10);
+        let start = Instant::now();
+        let slow = async {
+            for byte in hello {
+                near.write_all(&[byte]).await.unwrap();
+                sleep(interval).await;
+            }
+            panic!("nobody gave it up");
+        };
+        let accepted = tokio::select! {
+            accepted = acceptor.accept(far, deadline) => accepted,
+            () = slow => unreachable!(),
+        };
+        assert!(matches!(accepted, Err(HboneError::HandshakeTimeout { .. })), "{accepted:?}");
+        assert_eq!(start.elapsed(), deadline);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_client_that_stops_after_tls_is_given_up() {
-    let authority = authority("td");
-    let client = crate::tls::ClientTls::new(&identity(&authority, crate::testing::CLIENT)).unwrap();
-    let server = identity(&authority, crate::testing::SERVER);
-    let acceptor = Acceptor::new(&server, ServerSettings::default()).unwrap();
+    let (client, acceptor) = client_and_acceptor();
     let (near, far) = duplex(64 << 10);
-    let expected = [server.spiffe_id().clone()];
     let (client, accepted) = tokio::join!(
         async {
-            let (mut stream, _) = client.connect(near, &expected).await.unwrap();
+            let (mut stream, _) =
+                client.client().connect(near, ADDRESS, &[id(SERVER)]).await.unwrap();
             stream.write_all(b"PRI * HTT").await.unwrap();
             stream.flush().await.unwrap();
             stream
@@ -36,14 +80,10 @@ async fn a_client_that_stops_after_tls_is_given_up() {
 
 /// The status that the server gives without asking us.
 async fn answered(request: Request<()>) -> StatusCode {
-    let authority = authority("td");
-    let client = crate::tls::ClientTls::new(&identity(&authority, crate::testing::CLIENT)).unwrap();
-    let server = identity(&authority, crate::testing::SERVER);
-    let acceptor = Acceptor::new(&server, ServerSettings::default()).unwrap();
+    let (client, acceptor) = client_and_acceptor();
     let (near, far) = duplex(64 << 10);
-    let expected = [server.spiffe_id().clone()];
     let ask = async {
-        let (stream, _) = client.connect(near, &expected).await.unwrap();
+        let (stream, _) = client.client().connect(near, ADDRESS, &[id(SERVER)]).await.unwrap();
         let (mut send, connection) = h2::client::handshake(stream).await.unwrap();
         tokio::spawn(connection);
         let (response, _send) = send.send_request(request, false).unwrap();

@@ -1,27 +1,44 @@
 //! Who gets in and who does not. A side that fails the handshake has no tunnel, so no CONNECT can pass.
 
+use std::path::Path;
 use std::time::SystemTime;
 
 use rcgen::ExtendedKeyUsagePurpose as Usage;
-use rustls::SignatureScheme;
 use rustls::client::ResolvesClientCert;
-use rustls::sign::CertifiedKey;
-use tokio::io::{AsyncWriteExt as _, duplex};
+use rustls::crypto::SupportedKxGroup;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{ClientConfig, NamedGroup, SignatureScheme};
+use rustls_pki_types::ServerName;
+use tokio::io::{AsyncWriteExt as _, DuplexStream, duplex};
+use underpass_config::TrustDomain;
 
 use super::*;
-use crate::testing::{CLIENT, HOUR, SECOND, SERVER, authority, id, identity, request};
+use crate::testing::pki::{Ca, Files};
+use crate::testing::{
+    ADDRESS, CLIENT, HOUR, Mesh, SECOND, SERVER, authority, credentials, id, identity, request,
+};
 use crate::{
-    Acceptor, CertificateAuthority, ClientSettings, Connector, ExpectedPeer, ServerSettings, Tunnel,
+    Bundle, CertificateAuthority, ClientSettings, Credentials, ExpectedPeer, Identity,
+    ServerSettings, Tunnel,
 };
 
 /// What became of the client, at the latest at its first request, and of the server.
 async fn meet(client: &Identity, server: &Identity, expected: &str) -> (HboneError, HboneError) {
-    let connector = Connector::new(client, ClientSettings::default()).unwrap();
-    let acceptor = Acceptor::new(server, ServerSettings::default()).unwrap();
+    meet_with(credentials(client), credentials(server), expected).await
+}
+
+async fn meet_with(
+    client: Credentials,
+    server: Credentials,
+    expected: &str,
+) -> (HboneError, HboneError) {
+    let (client, server) = (client.fixed(), server.fixed());
+    let Mesh { connector, acceptor } =
+        Mesh::of(client, ClientSettings::default(), server, ServerSettings::default());
     let (near, far) = duplex(64 << 10);
     let expected = [id(expected)];
     let open = async {
-        let tunnel: Tunnel = connector.open(near, &expected, SECOND).await?;
+        let tunnel: Tunnel = connector.open(near, ADDRESS, &expected, SECOND).await?;
         tunnel.connect(request(), SECOND).await
     };
     let (client, server) = tokio::join!(open, acceptor.accept(far, SECOND));
@@ -84,8 +101,11 @@ async fn another_authority_is_refused_by_either_side() {
     let expected = "spiffe://other/ns/default/sa/server";
     let (client, server) =
         meet(&identity(&ours, CLIENT), &identity(&other, expected), expected).await;
-    failed_with(&client, "UnknownIssuer");
-    refused_with(&server, "UnknownCA");
+    let domain = "other".parse().unwrap();
+    assert!(
+        matches!(client, HboneError::UntrustedDomain { trust_domain } if trust_domain == domain)
+    );
+    refused_with(&server, "CertificateUnknown");
 }
 
 #[tokio::test]
@@ -115,19 +135,20 @@ async fn a_server_that_is_somebody_else_never_gets_our_certificate() {
 }
 
 #[tokio::test]
-async fn a_client_of_another_trust_domain_is_refused_though_its_root_is_trusted() {
-    let (ours, other) = (authority("td"), authority("other"));
-    let roots = format!("{}{}", ours.roots_pem(), other.roots_pem());
-    let both = [Usage::ServerAuth, Usage::ClientAuth];
-    let in_an_hour = SystemTime::now() + HOUR;
-    let stranger = "spiffe://other/ns/default/sa/client";
-    let client = issued(&other, stranger, in_an_hour, &both, &roots);
-    let server = issued(&ours, SERVER, in_an_hour, &both, &roots);
-    let (client, server) = meet(&client, &server, SERVER).await;
+async fn a_client_of_another_trust_domain_needs_roots_of_its_own() {
+    let (ours, other) = (Ca::root("ours"), Ca::root("other"));
+    let stranger = "spiffe://other/anybody";
+    let federated = Files::new().bundle("td", &ours);
+    let client = Credentials::new(other.identity(stranger, 1), federated.trust()).unwrap();
+    // That the roots of our domain include the stranger's is not enough.
+    let both = Bundle::from_der(Path::new("both"), [ours.certificate(), other.certificate()]);
+    let domain: TrustDomain = "td".parse().unwrap();
+    let server =
+        ours.identity_with(SERVER, 1, SystemTime::now() + HOUR, [(domain, both.unwrap())].into());
+    let (client, server) = meet_with(client, credentials(&server), SERVER).await;
     refused_with(&client, "CertificateUnknown");
-    let HboneError::UnexpectedPeer { expected, presented } = server else { panic!("{server:?}") };
-    assert_eq!(expected, ExpectedPeer::MemberOf("td".parse().unwrap()));
-    assert_eq!(presented, [stranger]);
+    let HboneError::UntrustedDomain { trust_domain } = server else { panic!("{server:?}") };
+    assert_eq!(trust_domain.as_str(), "other");
 }
 
 #[tokio::test]
@@ -156,16 +177,43 @@ impl ResolvesClientCert for NoCertificate {
     }
 }
 
+/// A client that need not do all that ours does, and stays until the server is done with it.
+async fn visit<T>(config: ClientConfig, visited: impl Future<Output = T>, near: DuplexStream) -> T {
+    let name = ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+    let (_client, visited) = tokio::join!(connector.connect(name, near), visited);
+    visited
+}
+
+/// What our client would have, if not for the key exchange.
+fn config(
+    authority: &CertificateAuthority,
+    groups: &[&'static dyn SupportedKxGroup],
+) -> ClientConfig {
+    let identity = identity(authority, CLIENT);
+    let provider = CryptoProvider { kx_groups: groups.to_vec(), ..(*provider()).clone() };
+    let verifier = verify::Verifier {
+        authorities: credentials(&identity).authorities().clone(),
+        expected: ExpectedPeer::OneOf([id(SERVER)].into()),
+    };
+    let mut config = ClientConfig::builder_with_provider(Arc::new(provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(identity.certified_key())));
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config
+}
+
 /// The server's error when a client with such a configuration comes.
-async fn accept_from(change: impl Fn(&mut ClientConfig)) -> HboneError {
+async fn accept_from(change: impl FnOnce(&mut ClientConfig)) -> HboneError {
     let authority = authority("td");
-    let mut client = ClientTls::new(&identity(&authority, CLIENT)).unwrap();
-    change(&mut client.config);
-    let server = ServerTls::new(&identity(&authority, SERVER)).unwrap();
+    let mut config = config(&authority, &[kx_group::X25519MLKEM768]);
+    change(&mut config);
+    let server = credentials(&identity(&authority, SERVER));
     let (near, far) = duplex(64 << 10);
-    let expected = [id(SERVER)];
-    let (_client, server) = tokio::join!(client.connect(near, &expected), server.accept(far));
-    server.err().unwrap()
+    visit(config, server.server().accept(far), near).await.err().unwrap()
 }
 
 #[tokio::test]
@@ -186,7 +234,8 @@ async fn a_client_that_does_not_speak_h2_is_refused() {
 
 #[tokio::test]
 async fn what_is_not_tls_is_refused() {
-    let server = ServerTls::new(&identity(&authority("td"), SERVER)).unwrap();
+    let credentials = credentials(&identity(&authority("td"), SERVER));
+    let server = credentials.server();
     let (mut near, far) = duplex(1024);
     near.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
     assert!(matches!(server.accept(far).await, Err(HboneError::Tls { .. })));
@@ -198,19 +247,36 @@ async fn what_is_not_tls_is_refused() {
 #[tokio::test]
 async fn both_sides_agree_on_tls13_aes_gcm_and_a_hybrid_key_exchange() {
     let authority = authority("td");
-    let client = ClientTls::new(&identity(&authority, CLIENT)).unwrap();
-    let server = ServerTls::new(&identity(&authority, SERVER)).unwrap();
+    let client = credentials(&identity(&authority, CLIENT));
+    let server = credentials(&identity(&authority, SERVER));
     let (near, far) = duplex(64 << 10);
     let expected = [id(SERVER)];
-    let (client, server) = tokio::join!(client.connect(near, &expected), server.accept(far));
+    let (client, server) = tokio::join!(
+        client.client().connect(near, ADDRESS, &expected),
+        server.server().accept(far)
+    );
     let ((client, is_server), (server, is_client)) = (client.unwrap(), server.unwrap());
-    assert_eq!(is_server.spiffe_id().to_string(), SERVER);
-    assert_eq!(is_client.spiffe_id().to_string(), CLIENT);
+    assert_eq!(is_server.identity.spiffe_id().to_string(), SERVER);
+    assert_eq!(is_client.identity.spiffe_id().to_string(), CLIENT);
     let connection = server.get_ref().1;
     assert_eq!(connection.server_name(), None, "no SNI");
     assert_eq!(connection.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
     let suite = connection.negotiated_cipher_suite().unwrap().suite();
     assert_eq!(suite, rustls::CipherSuite::TLS13_AES_256_GCM_SHA384);
     let group = client.get_ref().1.negotiated_key_exchange_group().unwrap().name();
-    assert_eq!(group, rustls::NamedGroup::X25519MLKEM768);
+    assert_eq!(group, NamedGroup::X25519MLKEM768);
+}
+
+#[tokio::test]
+async fn a_client_without_the_hybrid_key_exchange_is_accepted() {
+    let authority = authority("td");
+    let server = credentials(&identity(&authority, SERVER));
+    let groups: [&'static dyn SupportedKxGroup; 2] = [kx_group::X25519, kx_group::SECP256R1];
+    for group in groups {
+        let (near, far) = duplex(64 << 10);
+        let accepted = visit(config(&authority, &[group]), server.server().accept(far), near).await;
+        let (stream, _) = accepted.unwrap();
+        let negotiated = stream.get_ref().1.negotiated_key_exchange_group().unwrap().name();
+        assert_eq!(negotiated, group.name());
+    }
 }

@@ -1,99 +1,94 @@
-//! Who may be at the other end: the chain as webpki checks it, then the SPIFFE names of the leaf.
+//! Who is at the other end, asked inside the handshake, so that a wrong server never gets our certificate, and neither side
+//! sends a byte of HTTP/2 to a wrong peer.
 //!
-//! Not here: the handshake. Names are looked at inside it, so that a wrong server never gets our
-//! certificate, and neither side sends a byte of HTTP/2 to a wrong peer.
+//! Not here: what makes a peer right (`trust/authorities.rs`).
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::verify_server_cert_signed_by_trust_anchor;
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature};
-use rustls::server::ParsedCertificate;
+use rustls::crypto::verify_tls13_signature;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError,
-    PeerIncompatible, RootCertStore, SignatureScheme,
+    CommonState, DigitallySignedStruct, DistinguishedName, Error, HandshakeKind, PeerIncompatible,
+    SignatureScheme,
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
-use underpass_config::{SpiffeId, TrustDomain};
+use underpass_config::SpiffeId;
 use x509_parser::extensions::GeneralName;
 
-use crate::{ExpectedPeer, HboneError};
+use super::rejection;
+use crate::identity::system_time;
+use crate::trust::Authorities;
+use crate::{ExpectedPeer, HboneError, clock};
 
 /// A peer's identity, proven in a TLS handshake: nothing else can make one. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PeerIdentity(Arc<SpiffeId>);
 
+/// A peer, and the chain that proved it, which later trust may judge otherwise. rustls caps the chain at 64 KiB.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    pub(crate) identity: PeerIdentity,
+    /// When its leaf expires.
+    pub(crate) expires: SystemTime,
+    /// Whether it proved itself in an earlier handshake, which this one resumed.
+    pub(crate) resumed: bool,
+    chain: Vec<CertificateDer<'static>>,
+    expected: ExpectedPeer,
+    proven: UnixTime,
+}
+
+/// Expects certain servers, or clients of certain trust domains.
+#[derive(Debug)]
+pub(super) struct Verifier {
+    pub(super) authorities: Arc<Authorities>,
+    pub(super) expected: ExpectedPeer,
+}
+
 impl PeerIdentity {
-    /// Who the peer is.
+    /// Who the peer is, in the words of its certificate, also when its trust domain is an alias of ours.
     pub fn spiffe_id(&self) -> &SpiffeId {
         &self.0
     }
 }
 
-/// The client's view of a server: our roots, serverAuth, and one of the expected names.
-#[derive(Debug, Clone)]
-pub(super) struct ServerVerifier {
-    roots: Arc<RootCertStore>,
-    algorithms: WebPkiSupportedAlgorithms,
-    expected: Arc<[SpiffeId]>,
-}
-
-/// The server's view of a client: our roots, clientAuth, and a name of our trust domain.
-#[derive(Debug)]
-pub(super) struct ClientVerifier {
-    chain: Arc<dyn ClientCertVerifier>,
-    trust_domain: TrustDomain,
-}
-
-impl ServerVerifier {
-    /// Expects nobody: see [`Self::expecting`].
-    pub(super) fn new(roots: Arc<RootCertStore>, provider: &CryptoProvider) -> Self {
-        let algorithms = provider.signature_verification_algorithms;
-        Self { roots, algorithms, expected: Arc::new([]) }
+impl Peer {
+    /// The peer of a finished handshake. If that resumed a session, its chain is judged again, for time has passed.
+    pub(super) fn of(connection: &CommonState, verifier: &Verifier) -> Result<Self, HboneError> {
+        let chain = connection.peer_certificates().ok_or(HboneError::NoPeerCertificate)?;
+        let (leaf, intermediates) = chain.split_first().ok_or(HboneError::NoPeerCertificate)?;
+        let Verifier { authorities, expected } = verifier;
+        let proven = clock::unix(clock::now());
+        let resumed = connection.handshake_kind() == Some(HandshakeKind::Resumed);
+        let id = if resumed {
+            authorities.judge(leaf, intermediates, expected, proven).map_err(rejection)?
+        } else {
+            authorities.choose(leaf, expected)?
+        };
+        Ok(Self {
+            identity: PeerIdentity(Arc::new(id)),
+            expires: expiry(leaf),
+            resumed,
+            chain: chain.iter().map(|der| der.clone().into_owned()).collect(),
+            expected: expected.clone(),
+            proven,
+        })
     }
 
-    pub(super) fn expecting(&self, expected: Arc<[SpiffeId]>) -> Self {
-        Self { expected, ..self.clone() }
+    /// Why other `authorities` would not have let the peer in when it came; `None` if they would, or cannot tell. What has
+    /// expired since is no reason: a tunnel may outlive the certificates that opened it.
+    pub(crate) fn distrusted(&self, authorities: &Authorities) -> Option<HboneError> {
+        let (leaf, intermediates) = self.chain.split_first()?;
+        let judged = authorities.judge(leaf, intermediates, &self.expected, self.proven);
+        match judged.map_err(rejection).err()? {
+            // A fault of the lists, which says nothing about the peer. New handshakes are refused for it.
+            HboneError::RevocationUnknown { .. }
+            | HboneError::RevocationListExpired { .. }
+            | HboneError::RevocationListUntrusted { .. } => None,
+            reason => Some(reason),
+        }
     }
-}
-
-impl ClientVerifier {
-    pub(super) fn new(chain: Arc<dyn ClientCertVerifier>, trust_domain: TrustDomain) -> Self {
-        Self { chain, trust_domain }
-    }
-}
-
-/// The server's identity: the first of its names that was expected.
-pub(super) fn server_identity(
-    presented: Option<&[CertificateDer<'_>]>,
-    expected: &Arc<[SpiffeId]>,
-) -> Result<PeerIdentity, HboneError> {
-    let expectation = || ExpectedPeer::OneOf(expected.clone());
-    identity(presented, |id| expected.contains(id), expectation)
-}
-
-/// The client's identity: the first of its names that is of our trust domain.
-pub(super) fn client_identity(
-    presented: Option<&[CertificateDer<'_>]>,
-    trust_domain: &TrustDomain,
-) -> Result<PeerIdentity, HboneError> {
-    let expectation = || ExpectedPeer::MemberOf(trust_domain.clone());
-    identity(presented, |id| id.trust_domain() == trust_domain, expectation)
-}
-
-fn identity(
-    presented: Option<&[CertificateDer<'_>]>,
-    accept: impl Fn(&SpiffeId) -> bool,
-    expected: impl Fn() -> ExpectedPeer,
-) -> Result<PeerIdentity, HboneError> {
-    let leaf = presented.and_then(<[_]>::first).ok_or(HboneError::NoPeerCertificate)?;
-    // A certificate whose names cannot be read has none.
-    let presented = uri_names(leaf).unwrap_or_default();
-    let accepted = presented.iter().filter_map(|name| name.parse().ok()).find(accept);
-    accepted
-        .map(|id| PeerIdentity(Arc::new(id)))
-        .ok_or_else(|| HboneError::UnexpectedPeer { expected: expected(), presented })
 }
 
 /// The URI names of a certificate; `None` when it, or its subjectAltName, does not parse.
@@ -108,12 +103,13 @@ pub(crate) fn uri_names(der: &[u8]) -> Option<Vec<String>> {
     Some(names.iter().filter_map(uri).collect())
 }
 
-/// rustls carries our own error through the handshake; `handshake_error` takes it out again.
-fn rejected(error: HboneError) -> Error {
-    CertificateError::Other(OtherError(Arc::new(error))).into()
+/// A leaf that does not parse is not let in; if it were, it would have expired.
+fn expiry(leaf: &CertificateDer<'_>) -> SystemTime {
+    let parsed = x509_parser::parse_x509_certificate(leaf);
+    parsed.map_or(SystemTime::UNIX_EPOCH, |(_, leaf)| system_time(leaf.validity().not_after))
 }
 
-impl ServerCertVerifier for ServerVerifier {
+impl ServerCertVerifier for Verifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -122,16 +118,7 @@ impl ServerCertVerifier for ServerVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let certificate = ParsedCertificate::try_from(end_entity)?;
-        verify_server_cert_signed_by_trust_anchor(
-            &certificate,
-            &self.roots,
-            intermediates,
-            now,
-            self.algorithms.all,
-        )?;
-        server_identity(Some(std::slice::from_ref(end_entity)), &self.expected)
-            .map_err(rejected)?;
+        self.authorities.judge(end_entity, intermediates, &self.expected, now)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -150,17 +137,18 @@ impl ServerCertVerifier for ServerVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
+        verify_tls13_signature(message, cert, dss, self.authorities.algorithms())
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        self.authorities.algorithms().supported_schemes()
     }
 }
 
-impl ClientCertVerifier for ClientVerifier {
+impl ClientCertVerifier for Verifier {
+    /// None: a client has one certificate, and is not told whom we are federated with.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.chain.root_hint_subjects()
+        &[]
     }
 
     fn verify_client_cert(
@@ -169,19 +157,17 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
-        client_identity(Some(std::slice::from_ref(end_entity)), &self.trust_domain)
-            .map_err(rejected)?;
-        Ok(verified)
+        self.authorities.judge(end_entity, intermediates, &self.expected, now)?;
+        Ok(ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
         &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls12_signature(message, cert, dss)
+        Err(PeerIncompatible::Tls12NotOffered.into())
     }
 
     fn verify_tls13_signature(
@@ -190,10 +176,10 @@ impl ClientCertVerifier for ClientVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls13_signature(message, cert, dss)
+        verify_tls13_signature(message, cert, dss, self.authorities.algorithms())
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
+        self.authorities.algorithms().supported_schemes()
     }
 }

@@ -1,12 +1,16 @@
-//! `underpass ca`: roots and workload certificates as files.
+//! `underpass ca`: roots, certificates and revocation lists as files, and certificates over Istio's CA protocol.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use underpass_config::{SpiffeId, TrustDomain, parse_duration};
-use underpass_hbone::CertificateAuthority;
+use tokio::net::TcpListener;
+use underpass_config::{LogFormat, Logging, SpiffeId, TrustDomain, parse_duration};
+use underpass_hbone::{CaServer, CaServerSettings, CertificateAuthority};
 
-use super::{CommandError, print};
+use super::{CommandError, print, single_threaded_runtime};
+use crate::app::StopSignal;
+use crate::{logging, notify};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -38,6 +42,51 @@ pub(super) enum Command {
         #[arg(long, default_value = "24h", value_parser = ttl)]
         ttl: Duration,
     },
+    /// Revoke certificates: adds them to DIR/crl.pem, the list for trust.crls; without any, makes an empty one
+    #[command(after_help = "Example:\n  underpass ca revoke --dir ca web.pem")]
+    Revoke {
+        /// Where the certificate authority is kept
+        #[arg(long)]
+        dir: PathBuf,
+        /// The certificates, as `ca issue` wrote them
+        certificates: Vec<PathBuf>,
+    },
+    /// Serve certificates over Istio's CA protocol, to underpass and to ztunnel
+    #[command(after_help = SERVE_EXAMPLE)]
+    Serve(Serve),
+}
+
+const SERVE_EXAMPLE: &str = "Example:
+  underpass ca serve --dir ca --listen 10.0.0.1:15012 --clients clients.yaml --name ca.example
+
+clients.yaml says who may have which certificate; nobody else gets one:
+  clients:
+  - token: s3cret            # or token_file: FILE
+    identities: [spiffe://cluster.local/ns/default/sa/web, \"spiffe://cluster.local/ns/shop/*\"]";
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Serve {
+    /// Where the certificate authority is kept
+    #[arg(long)]
+    dir: PathBuf,
+    /// Where to listen; istiod's port is 15012
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: SocketAddr,
+    /// Who may have which certificate; followed as it changes
+    #[arg(long, value_name = "FILE")]
+    clients: PathBuf,
+    /// A host name or address by which clients know this server, beside the one that it listens on; may be repeated
+    #[arg(long = "name", value_name = "HOST")]
+    names: Vec<String>,
+    /// The longest that a certificate is valid
+    #[arg(long, default_value = "24h", value_parser = ttl)]
+    max_ttl: Duration,
+    /// What is logged, in tracing's filter syntax
+    #[arg(long, value_name = "FILTER", default_value = "info")]
+    log: String,
+    /// Stop when standard input ends: a child of a test must not outlive it
+    #[arg(long)]
+    until_eof: bool,
 }
 
 fn ttl(text: &str) -> Result<Duration, String> {
@@ -60,5 +109,35 @@ pub(super) fn run(command: Command) -> Result<(), CommandError> {
             let out = out.display();
             print(&format!("{out}.pem and {out}.key: {spiffe_id}\n"))
         }
+        Command::Revoke { dir, certificates } => {
+            let revoked = CertificateAuthority::open(&dir)?.revoke(&dir, &certificates)?;
+            let dir = dir.display();
+            print(&format!(
+                "{dir}/crl.pem: {revoked} revoked; give it to every proxy (trust.crls)\n"
+            ))
+        }
+        Command::Serve(arguments) => serve(arguments),
     }
+}
+
+fn serve(arguments: Serve) -> Result<(), CommandError> {
+    let Serve { dir, listen, clients, names, max_ttl, log, until_eof } = arguments;
+    let _logs = logging::start(&Logging { filter: log, format: LogFormat::Plain })?;
+    let settings = CaServerSettings { dir, clients, names, max_ttl };
+    single_threaded_runtime()?.block_on(async {
+        let mut stop = StopSignal::new(until_eof)?;
+        let listener = TcpListener::bind(listen)
+            .await
+            .map_err(|source| CommandError::Listen { address: listen, source })?;
+        let server = CaServer::new(settings, listener)?;
+        tracing::info!(%listen, "ready");
+        notify::ready();
+        server
+            .run(async {
+                let why = stop.wait().await;
+                tracing::info!(why, "stopping");
+            })
+            .await;
+        Ok(())
+    })
 }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use underpass_config::{IdentityFiles, SpiffeError, SpiffeId, TrustDomain};
-use underpass_hbone::{CertificateAuthority, Identity};
+use underpass_hbone::{CertificateAuthority, Credentials, Identity, Trust};
 use underpass_interception::{Endpoint, IpNet, Namespace, PacketCapture, Sandbox, veth};
 
 use super::web::Server;
@@ -39,7 +39,7 @@ pub(super) struct Stage {
     proxies: Vec<ChildProxy>,
     web: Server,
     identities: (SpiffeId, SpiffeId),
-    client_identity: Identity,
+    client_credentials: Credentials,
     token: String,
 }
 
@@ -60,9 +60,9 @@ impl Stage {
             start_proxy(&client, "client", folder).await?,
             start_proxy(&server, "server", folder).await?,
         ];
-        let client_identity = read_identity(folder, "client")?;
+        let client_credentials = read_credentials(folder, "client")?;
         let token = token().map_err(io("read random bytes"))?;
-        Ok(Self { client, server, stranger, proxies, web, identities, token, client_identity })
+        Ok(Self { client, server, stranger, proxies, web, identities, token, client_credentials })
     }
 
     /// Ends the proxies; the namespaces end with the process.
@@ -108,8 +108,8 @@ impl Stage {
     }
 
     /// What the client pod trusts and is.
-    pub(super) fn client_identity(&self) -> &Identity {
-        &self.client_identity
+    pub(super) fn client_credentials(&self) -> &Credentials {
+        &self.client_credentials
     }
 
     /// Commands for a look around.
@@ -166,13 +166,14 @@ fn write_files(folder: &Path) -> Result<(SpiffeId, SpiffeId), DemoError> {
     Ok(identities)
 }
 
-fn read_identity(folder: &Path, pod: &str) -> Result<Identity, DemoError> {
+fn read_credentials(folder: &Path, pod: &str) -> Result<Credentials, DemoError> {
     let files = IdentityFiles {
         certificate: folder.join(format!("{pod}.pem")),
         key: folder.join(format!("{pod}.key")),
         roots: folder.join("roots.pem"),
     };
-    Identity::from_files(&files).map_err(DemoError::Certificates)
+    let identity = Identity::from_files(&files).map_err(DemoError::Certificates)?;
+    Credentials::new(identity, Trust::default()).map_err(DemoError::Certificates)
 }
 
 fn trust_domain() -> Result<TrustDomain, DemoError> {

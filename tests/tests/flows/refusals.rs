@@ -105,9 +105,10 @@ async fn by_tunnel(family: Family) {
 }
 
 async fn open_tunnel(scene: &Scene, family: Family) -> Tunnel {
-    let identity = scene.pki.identity(&scene.client_files);
-    let connector = Connector::new(&identity, ClientSettings::default()).expect("a connector");
-    let stream = scene.client.dial(scene.server.at(family, HBONE)).await.expect("it listens");
+    let credentials = scene.pki.credentials(&scene.client_files).fixed();
+    let connector = Connector::new(credentials, ClientSettings::default());
+    let hbone = scene.server.at(family, HBONE);
+    let stream = scene.client.dial(hbone).await.expect("it listens");
     let peers = [scene.pki.id(SERVER)];
-    connector.open(stream, &peers, DEADLINE).await.expect("a tunnel")
+    connector.open(stream, hbone, &peers, DEADLINE).await.expect("a tunnel")
 }

@@ -1,0 +1,62 @@
+//! The roots of one trust domain.
+//!
+//! Not here: which trust domain they vouch for (`trust`), and when their file is read again.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::RootCertStore;
+use rustls_pki_types::{CertificateDer, TrustAnchor};
+
+use crate::{CredentialProblem, HboneError, pem};
+
+/// The roots of one trust domain, one at least. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Bundle(Arc<RootCertStore>);
+
+impl Bundle {
+    /// The certificates in `pem`; `name` is what an error calls them.
+    ///
+    /// # Errors
+    /// [`HboneError::Credential`] when there is none, or one is malformed.
+    pub fn from_pem(name: &Path, pem: &[u8]) -> Result<Self, HboneError> {
+        Self::from_der(name, pem::certificates(name, pem)?)
+    }
+
+    /// The same from certificates.
+    ///
+    /// # Errors
+    /// As [`Bundle::from_pem`].
+    pub fn from_der(
+        name: &Path,
+        roots: impl IntoIterator<Item = CertificateDer<'static>>,
+    ) -> Result<Self, HboneError> {
+        let mut store = RootCertStore::empty();
+        for root in roots {
+            store.add(root).map_err(|error| {
+                HboneError::credential(name, CredentialProblem::Certificate(error.to_string()))
+            })?;
+        }
+        if store.is_empty() {
+            return Err(HboneError::credential(name, CredentialProblem::Empty("certificate")));
+        }
+        Ok(Self(Arc::new(store)))
+    }
+
+    pub(crate) fn roots(&self) -> Arc<RootCertStore> {
+        self.0.clone()
+    }
+
+    pub(crate) fn anchors(&self) -> &[TrustAnchor<'static>] {
+        &self.0.roots
+    }
+}
+
+/// Equal when the roots are.
+impl PartialEq for Bundle {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.0.roots == other.0.roots
+    }
+}
+
+impl Eq for Bundle {}

@@ -1,0 +1,179 @@
+//! Certificate revocation lists (RFC 5280 section 5): `underpass ca revoke`.
+//!
+//! Not here: who looks at them (`trust`).
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+use std::time::SystemTime;
+
+use rcgen::{
+    CertificateRevocationListParams, KeyIdMethod, RevocationReason, RevokedCertParams, SerialNumber,
+};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use time::OffsetDateTime;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::prelude::FromDer as _;
+use x509_parser::revocation_list::CertificateRevocationList;
+
+use super::{CA_LIFETIME, CLOCK_SKEW, CertificateAuthority, PUBLIC, offset, replace};
+use crate::{CredentialProblem, HboneError};
+
+/// The revocation list, beside the authority's other files.
+const CRL_FILE: &str = "crl.pem";
+
+/// What the list says so far: its number, and when each serial number was revoked.
+#[derive(Default)]
+struct Revoked {
+    number: u64,
+    serials: BTreeMap<Vec<u8>, OffsetDateTime>,
+}
+
+impl CertificateAuthority {
+    /// Adds certificates of this authority (PEM files; of a chain the leaf) to the list `crl.pem` in `dir`, which is made if
+    /// there is none; returns how many it has. It is valid for as long as the authority is: proxies refuse everybody by an
+    /// outdated list, and this one is only renewed when something is revoked.
+    ///
+    /// # Errors
+    /// [`HboneError::Credential`] with the file that cannot be read, is of another authority, or cannot be written.
+    pub fn revoke<P: AsRef<Path>>(
+        &self,
+        dir: &Path,
+        certificates: &[P],
+    ) -> Result<usize, HboneError> {
+        let file = dir.join(CRL_FILE);
+        let mut revoked = self.read_list(&file)?;
+        let now = OffsetDateTime::from(SystemTime::now());
+        for certificate in certificates.iter().map(AsRef::as_ref) {
+            let serial = self
+                .serial_of(certificate)
+                .map_err(|what| HboneError::credential(certificate, what))?;
+            revoked.serials.entry(serial).or_insert(now);
+        }
+        let pem = self.list(&revoked).map_err(|what| HboneError::credential(&file, what))?;
+        replace(&file, &pem, PUBLIC)?;
+        Ok(revoked.serials.len())
+    }
+
+    fn read_list(&self, file: &Path) -> Result<Revoked, HboneError> {
+        let pem = match fs::read(file) {
+            Ok(pem) => pem,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Revoked::default()),
+            Err(error) => return Err(HboneError::file(file, error)),
+        };
+        parse_list(&pem).map_err(|what| HboneError::credential(file, what))
+    }
+
+    /// The serial number of a certificate that this authority has issued.
+    fn serial_of(&self, file: &Path) -> Result<Vec<u8>, CredentialProblem> {
+        let der = CertificateDer::from_pem_file(file)
+            .map_err(|error| CredentialProblem::Pem(error.to_string()))?;
+        let own = CertificateDer::from_pem_slice(self.certificate_pem.as_bytes())
+            .map_err(|error| CredentialProblem::Pem(error.to_string()))?;
+        let (certificate, own) = (parse(&der)?, parse(&own)?);
+        if certificate.verify_signature(Some(own.public_key())).is_err() {
+            return Err(CredentialProblem::ForeignIssuer);
+        }
+        Ok(certificate.raw_serial().to_vec())
+    }
+
+    fn list(&self, revoked: &Revoked) -> Result<String, CredentialProblem> {
+        let now = SystemTime::now();
+        let times = now.checked_sub(CLOCK_SKEW).zip(now.checked_add(CA_LIFETIME));
+        let (this_update, next_update) = times.ok_or(CredentialProblem::Lifetime)?;
+        let entry = |(serial, time): (&Vec<u8>, &OffsetDateTime)| RevokedCertParams {
+            serial_number: SerialNumber::from_slice(serial),
+            revocation_time: *time,
+            reason_code: Some(RevocationReason::Unspecified),
+            invalidity_date: None,
+        };
+        let params = CertificateRevocationListParams {
+            this_update: offset(this_update)?,
+            next_update: offset(next_update)?,
+            crl_number: SerialNumber::from(revoked.number + 1),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.serials.iter().map(entry).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let list = params.signed_by(&self.issuer).and_then(|list| list.pem());
+        list.map_err(super::issue)
+    }
+}
+
+fn parse(der: &[u8]) -> Result<X509Certificate<'_>, CredentialProblem> {
+    let parsed = X509Certificate::from_der(der);
+    parsed
+        .map(|(_, certificate)| certificate)
+        .map_err(|error| CredentialProblem::Certificate(error.to_string()))
+}
+
+fn parse_list(pem: &[u8]) -> Result<Revoked, CredentialProblem> {
+    let der = rustls_pki_types::CertificateRevocationListDer::from_pem_slice(pem)
+        .map_err(|error| CredentialProblem::Pem(error.to_string()))?;
+    let (_, list) = CertificateRevocationList::from_der(&der)
+        .map_err(|error| CredentialProblem::RevocationList(error.to_string()))?;
+    let number = list.crl_number().and_then(|number| u64::try_from(number).ok());
+    let entry = |revoked: &x509_parser::revocation_list::RevokedCertificate<'_>| {
+        (revoked.raw_serial().to_vec(), revoked.revocation_date.to_datetime())
+    };
+    let serials = list.iter_revoked_certificates().map(entry).collect();
+    Ok(Revoked { number: number.unwrap_or_default(), serials })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::ca::tests::TempDir;
+    use crate::testing::{CLIENT, HOUR, SERVER, authority, id};
+
+    fn issued(authority: &CertificateAuthority, dir: &Path, who: &str) -> PathBuf {
+        let file = dir.join("leaf.pem");
+        fs::write(&file, authority.issue(&id(who), HOUR).unwrap().chain_pem).unwrap();
+        file
+    }
+
+    fn list(dir: &Path) -> Revoked {
+        parse_list(&fs::read(dir.join(CRL_FILE)).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn what_was_revoked_stays_revoked() {
+        let dir = TempDir::new("revoke");
+        let authority = authority("td");
+        assert_eq!(authority.revoke::<&Path>(&dir.0, &[]).unwrap(), 0);
+        let client = issued(&authority, &dir.0, CLIENT);
+        assert_eq!(authority.revoke(&dir.0, &[&client]).unwrap(), 1);
+        let first = list(&dir.0);
+        let server = issued(&authority, &dir.0, SERVER);
+        assert_eq!(authority.revoke(&dir.0, &[&server, &server]).unwrap(), 2);
+        let second = list(&dir.0);
+        assert_eq!((first.number, second.number), (2, 3));
+        for (serial, time) in first.serials {
+            assert_eq!(second.serials.get(&serial), Some(&time));
+        }
+    }
+
+    #[test]
+    fn only_certificates_of_the_authority_are_revoked() {
+        let dir = TempDir::new("revoke-foreign");
+        let foreign = issued(&authority("td"), &dir.0, CLIENT);
+        let refused = authority("td").revoke(&dir.0, &[&foreign]).unwrap_err();
+        assert!(matches!(
+            refused,
+            HboneError::Credential { what: CredentialProblem::ForeignIssuer, .. }
+        ));
+        assert!(!dir.0.join(CRL_FILE).exists());
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_read_is_not_replaced() {
+        let dir = TempDir::new("revoke-damaged");
+        fs::write(dir.0.join(CRL_FILE), "damaged").unwrap();
+        authority("td").revoke::<&Path>(&dir.0, &[]).unwrap_err();
+        assert_eq!(fs::read(dir.0.join(CRL_FILE)).unwrap(), b"damaged");
+    }
+}

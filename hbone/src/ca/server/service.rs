@@ -1,0 +1,188 @@
+//! One request for a certificate: who asks, for which identity, with which key, and whether that is granted.
+//!
+//! Not here: connections.
+
+use std::future::{Ready, ready};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::Method;
+use hyper::body::Incoming;
+use prost_types::{Struct, value::Kind};
+use tokio::sync::watch;
+use tonic::body::Body;
+use tonic::metadata::MetadataMap;
+use tonic::server::{Grpc, UnaryService};
+use tonic::{Request, Response, Status};
+use tonic_prost::ProstCodec;
+use underpass_config::SpiffeId;
+
+use super::chain;
+use crate::HboneError;
+use crate::ca::clients::Clients;
+use crate::ca::{
+    CREATE_CERTIFICATE, CertificateAuthority, CertificateRequest, IMPERSONATED,
+    IstioCertificateRequest, IstioCertificateResponse,
+};
+
+/// The largest request that is read: a certificate request has a few hundred bytes.
+const MAX_REQUEST: usize = 64 << 10;
+/// For who does not say how long.
+const DEFAULT_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+
+#[derive(Debug)]
+pub(super) struct Service {
+    dir: PathBuf,
+    max_ttl: Duration,
+    clients: watch::Sender<Clients>,
+}
+
+/// What is known of a request, as far as it was understood.
+#[derive(Debug, Default)]
+struct Asked {
+    client: Option<String>,
+    spiffe_id: Option<SpiffeId>,
+}
+
+impl Service {
+    pub(super) fn new(dir: PathBuf, max_ttl: Duration, clients: Clients) -> Self {
+        Self { dir, max_ttl, clients: watch::Sender::new(clients) }
+    }
+
+    pub(super) fn set_clients(&self, clients: Clients) {
+        self.clients.send_replace(clients);
+    }
+
+    pub(super) async fn answer(
+        self: Arc<Self>,
+        peer: SocketAddr,
+        request: http::Request<Incoming>,
+    ) -> http::Response<Body> {
+        if request.method() != Method::POST || request.uri().path() != CREATE_CERTIFICATE {
+            return Status::unimplemented(format!("there is only {CREATE_CERTIFICATE}"))
+                .into_http();
+        }
+        let mut grpc = Grpc::new(ProstCodec::default()).max_decoding_message_size(MAX_REQUEST);
+        grpc.unary(CreateCertificate { service: self, peer }, request).await
+    }
+
+    /// Answers, and logs what was answered to whom.
+    fn create(
+        &self,
+        peer: SocketAddr,
+        request: &Request<IstioCertificateRequest>,
+    ) -> Result<IstioCertificateResponse, Status> {
+        let mut asked = Asked::default();
+        let answer = self.decide(request, &mut asked);
+        let Asked { client, spiffe_id } = asked;
+        let client = client.as_deref().unwrap_or("unknown");
+        let spiffe_id = spiffe_id.map(|id| id.to_string()).unwrap_or_default();
+        match answer {
+            Ok((answer, ttl)) => {
+                tracing::info!(%peer, client, spiffe_id, ?ttl, "certificate issued");
+                Ok(answer)
+            }
+            Err(status) => {
+                let reason = status.message();
+                tracing::warn!(%peer, client, spiffe_id, reason, "certificate refused");
+                Err(status)
+            }
+        }
+    }
+
+    fn decide(
+        &self,
+        request: &Request<IstioCertificateRequest>,
+        asked: &mut Asked,
+    ) -> Result<(IstioCertificateResponse, Duration), Status> {
+        let clients = self.clients.borrow();
+        let bearer = clients.bearer(token(request.metadata())?);
+        let bearer = bearer.ok_or_else(|| {
+            Status::unauthenticated("the token is not in the clients file of this CA")
+        })?;
+        asked.client = Some(bearer.to_string());
+        let message = request.get_ref();
+        let csr = CertificateRequest::from_pem(&message.csr)
+            .map_err(|problem| Status::invalid_argument(format!("the CSR: {problem}")))?;
+        let id = requested_id(&csr, message.metadata.as_ref())?;
+        asked.spiffe_id = Some(id.clone());
+        if !bearer.may_be(&id) {
+            return Err(Status::permission_denied(format!(
+                "the clients file of this CA does not list {id} for this token"
+            )));
+        }
+        let authority = CertificateAuthority::open(&self.dir).map_err(|error| own_fault(&error))?;
+        if id.trust_domain() != authority.trust_domain() {
+            let trust_domain = authority.trust_domain();
+            return Err(Status::permission_denied(format!(
+                "this CA issues for trust domain {trust_domain}, not for {id}"
+            )));
+        }
+        let ttl = self.ttl(message.validity_duration);
+        let leaf = authority.sign(&csr, &id, ttl).map_err(|error| own_fault(&error))?;
+        let cert_chain = vec![leaf, authority.roots_pem().to_owned()];
+        Ok((IstioCertificateResponse { cert_chain }, ttl))
+    }
+
+    fn ttl(&self, seconds: i64) -> Duration {
+        let asked = match u64::try_from(seconds) {
+            Ok(seconds @ 1..) => Duration::from_secs(seconds),
+            _ => DEFAULT_TTL,
+        };
+        asked.min(self.max_ttl)
+    }
+}
+
+/// The bearer token of RFC 6750 section 2.1.
+fn token(metadata: &MetadataMap) -> Result<&str, Status> {
+    let header = metadata.get("authorization").and_then(|header| header.to_str().ok());
+    let token = header.and_then(|header| {
+        let (scheme, token) = header.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+    });
+    token.ok_or_else(|| Status::unauthenticated("a header is missing: authorization: Bearer TOKEN"))
+}
+
+/// Who is asked for: named in the metadata by a node for its workloads, else in the request itself.
+fn requested_id(csr: &CertificateRequest, metadata: Option<&Struct>) -> Result<SpiffeId, Status> {
+    let named = metadata.and_then(|metadata| metadata.fields.get(IMPERSONATED));
+    let named = named.map(|value| match &value.kind {
+        Some(Kind::StringValue(id)) => id.parse::<SpiffeId>().map_err(|error| {
+            Status::invalid_argument(format!("{IMPERSONATED} is no SPIFFE identity: {error}"))
+        }),
+        _ => Err(Status::invalid_argument(format!("{IMPERSONATED} is no text"))),
+    });
+    match (named.transpose()?, csr.spiffe_id()) {
+        (Some(named), Some(own)) if named != *own => Err(Status::invalid_argument(format!(
+            "the CSR is for {own}, but {IMPERSONATED} is {named}"
+        ))),
+        (Some(id), _) => Ok(id),
+        (None, Some(id)) => Ok(id.clone()),
+        (None, None) => Err(Status::invalid_argument(
+            "the CSR names no SPIFFE identity, and the metadata neither",
+        )),
+    }
+}
+
+/// What is wrong with our files is not told to clients.
+fn own_fault(error: &HboneError) -> Status {
+    tracing::error!(error = %chain(error), "the authority cannot be used");
+    Status::internal("the CA cannot use its own files: its log says why")
+}
+
+/// One request, in the shape that tonic wants it.
+struct CreateCertificate {
+    service: Arc<Service>,
+    peer: SocketAddr,
+}
+
+impl UnaryService<IstioCertificateRequest> for CreateCertificate {
+    type Response = IstioCertificateResponse;
+    type Future = Ready<Result<Response<IstioCertificateResponse>, Status>>;
+
+    fn call(&mut self, request: Request<IstioCertificateRequest>) -> Self::Future {
+        ready(self.service.create(self.peer, &request).map(Response::new))
+    }
+}

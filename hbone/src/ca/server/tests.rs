@@ -1,0 +1,328 @@
+//! The CA over loopback: what it grants, what it refuses and how, and what it says of itself.
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use prost_types::{Struct, Value, value::Kind};
+use rcgen::{CertificateParams, KeyPair, SanType};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tonic::Code;
+
+use super::*;
+use crate::ca::tests::TempDir;
+use crate::ca::{IMPERSONATED, IstioCertificateRequest};
+use crate::source::testing::{DialOnce, ask, connect, connect_with};
+use crate::testing::{CLIENT, HOUR, SERVER};
+
+pub(crate) const NAME: &str = "ca.test";
+
+/// A CA that is served from a directory of its own.
+pub(crate) struct Served {
+    pub(crate) dir: TempDir,
+    pub(crate) address: SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    running: Option<JoinHandle<()>>,
+}
+
+impl Served {
+    pub(crate) async fn new(name: &str, clients: &str) -> Self {
+        let dir = TempDir::new(name);
+        CertificateAuthority::init(&dir.0, "td".parse().unwrap()).unwrap();
+        fs::write(dir.0.join("clients.yaml"), clients).unwrap();
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let mut served = Self { dir, address, stop: None, running: None };
+        served.start().await;
+        served
+    }
+
+    pub(crate) async fn start(&mut self) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        self.address = listener.local_addr().unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let server = CaServer::new(self.settings(), listener).unwrap();
+        self.running = Some(tokio::spawn(server.run(async {
+            let _dropped = stopped.await;
+        })));
+        self.stop = Some(stop);
+    }
+
+    fn settings(&self) -> CaServerSettings {
+        CaServerSettings {
+            dir: self.dir.0.clone(),
+            clients: self.file("clients.yaml"),
+            names: vec![NAME.to_owned()],
+            max_ttl: HOUR,
+        }
+    }
+
+    /// What a server of the same name would present.
+    pub(crate) fn tls(&self) -> TlsAcceptor {
+        own_tls(&self.settings()).unwrap().into()
+    }
+
+    pub(crate) async fn stop(&mut self) {
+        self.stop.take().unwrap().send(()).unwrap();
+        self.running.take().unwrap().await.unwrap();
+    }
+
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.dir.0.join(name)
+    }
+}
+
+pub(crate) const CLIENTS: &str = "clients:
+- {token: client-token, identities: [spiffe://td/ns/default/sa/client]}
+- {token: node-token, identities: [\"spiffe://td/ns/default/*\"]}
+- {token: stray-token, identities: [spiffe://elsewhere/a]}
+";
+
+fn csr(uris: &[&str]) -> String {
+    let mut params = CertificateParams::default();
+    let uri = |uri: &&str| SanType::URI((*uri).try_into().unwrap());
+    params.subject_alt_names = uris.iter().map(uri).collect();
+    params.serialize_request(&KeyPair::generate().unwrap()).unwrap().pem().unwrap()
+}
+
+fn request(csr: String, validity_duration: i64) -> IstioCertificateRequest {
+    IstioCertificateRequest { csr, validity_duration, metadata: None }
+}
+
+fn impersonating(csr: String, kind: Kind) -> IstioCertificateRequest {
+    let fields = [(IMPERSONATED.to_owned(), Value { kind: Some(kind) })].into();
+    IstioCertificateRequest { metadata: Some(Struct { fields }), ..request(csr, 60) }
+}
+
+/// The URI names of a leaf, and how long it is valid in seconds, with the tenth before it was issued.
+fn leaf(pem: &str) -> (Vec<String>, i64) {
+    let der = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+    let (_, leaf) = x509_parser::parse_x509_certificate(&der).unwrap();
+    let validity = leaf.validity();
+    let seconds = validity.not_after.timestamp() - validity.not_before.timestamp();
+    (tls::uri_names(&der).unwrap(), seconds)
+}
+
+#[tokio::test]
+async fn what_is_listed_is_issued_with_the_root_last_and_a_validity_that_is_capped() {
+    let served = Served::new("serve-issue", CLIENTS).await;
+    let roots = fs::read_to_string(served.file("roots.pem")).unwrap();
+    for (seconds, expected) in [(60, 66), (0, 3900), (-5, 3900), (i64::MAX, 3900)] {
+        let answer = ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), seconds));
+        let chain = answer.await.unwrap().cert_chain;
+        assert_eq!(chain.len(), 2);
+        assert_eq!(leaf(&chain[0]), (vec![CLIENT.to_owned()], expected), "{seconds}");
+        assert_eq!(chain[1], roots);
+    }
+    // The name may come from either place, or from both.
+    let text = |id: &str| Kind::StringValue(id.to_owned());
+    for csr in [csr(&[]), csr(&[SERVER])] {
+        let asked = ask(&served, Some("bearer node-token"), impersonating(csr, text(SERVER)));
+        assert_eq!(leaf(&asked.await.unwrap().cert_chain[0]).0, [SERVER]);
+    }
+}
+
+#[tokio::test]
+async fn everything_else_is_refused_with_a_reason() {
+    let served = Served::new("serve-refuse", CLIENTS).await;
+    let text = |id: &str| Kind::StringValue(id.to_owned());
+    let plain = || request(csr(&[CLIENT]), 60);
+    let node = Some("Bearer node-token");
+    let cases = [
+        (None, plain(), Code::Unauthenticated, "a header is missing"),
+        (Some("client-token"), plain(), Code::Unauthenticated, "a header is missing"),
+        (Some("Basic client-token"), plain(), Code::Unauthenticated, "a header is missing"),
+        (Some("Bearer client-toke"), plain(), Code::Unauthenticated, "not in the clients file"),
+        (
+            Some("Bearer client-token"),
+            request(csr(&[SERVER]), 60),
+            Code::PermissionDenied,
+            "does not list spiffe://td/ns/default/sa/server",
+        ),
+        (
+            node,
+            impersonating(csr(&[]), text("spiffe://td/ns/other/sa/x")),
+            Code::PermissionDenied,
+            "does not list",
+        ),
+        (
+            Some("Bearer stray-token"),
+            request(csr(&["spiffe://elsewhere/a"]), 60),
+            Code::PermissionDenied,
+            "trust domain td",
+        ),
+        (node, request(csr(&[]), 60), Code::InvalidArgument, "names no SPIFFE identity"),
+        (node, request(csr(&[CLIENT, SERVER]), 60), Code::InvalidArgument, "at most one URI"),
+        (node, request(csr(&["https://x"]), 60), Code::InvalidArgument, "at most one URI"),
+        (node, request("no csr".to_owned(), 60), Code::InvalidArgument, "no PEM"),
+        (
+            node,
+            impersonating(csr(&[CLIENT]), text(SERVER)),
+            Code::InvalidArgument,
+            "the CSR is for spiffe://td/ns/default/sa/client, but ImpersonatedIdentity is",
+        ),
+        (node, impersonating(csr(&[]), text("td/x")), Code::InvalidArgument, "is no SPIFFE"),
+        (node, impersonating(csr(&[]), Kind::NumberValue(1.0)), Code::InvalidArgument, "no text"),
+        (node, request("x".repeat(65 << 10), 60), Code::OutOfRange, "decoded message length"),
+    ];
+    for (header, message, code, reason) in cases {
+        let status = ask(&served, header, message).await.unwrap_err();
+        assert_eq!(status.code(), code, "{status:?}");
+        assert!(status.message().contains(reason), "{reason} is not in {}", status.message());
+    }
+}
+
+#[tokio::test]
+async fn trouble_with_our_own_files_is_no_news_for_clients() {
+    let served = Served::new("serve-trouble", CLIENTS).await;
+    fs::rename(served.file("ca.key"), served.file("gone")).unwrap();
+    let asked = || ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), 60));
+    let status = asked().await.unwrap_err();
+    assert_eq!(status.code(), Code::Internal);
+    assert!(!status.message().contains("ca.key"), "{}", status.message());
+    fs::rename(served.file("gone"), served.file("ca.key")).unwrap();
+    asked().await.unwrap();
+}
+
+#[tokio::test]
+async fn another_method_is_told_that_there_is_none() {
+    let served = Served::new("serve-method", CLIENTS).await;
+    let mut grpc = tonic::client::Grpc::with_origin(
+        connect(&served, NAME).await.unwrap(),
+        "https://ca.test".parse().unwrap(),
+    );
+    let path = http::uri::PathAndQuery::from_static("/grpc.health.v1.Health/Check");
+    let codec = tonic_prost::ProstCodec::<(), ()>::default();
+    let status = grpc.unary(tonic::Request::new(()), path, codec).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unimplemented);
+}
+
+#[tokio::test]
+async fn the_server_proves_its_names_and_its_address_and_no_others() {
+    let served = Served::new("serve-names", CLIENTS).await;
+    for name in [NAME, "127.0.0.1"] {
+        connect(&served, name).await.unwrap();
+    }
+    for name in ["other.test", "127.0.0.2"] {
+        connect(&served, name).await.unwrap_err();
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_says_nothing_does_not_keep_others_out_nor_the_server_from_ending() {
+    let mut served = Served::new("serve-silent", CLIENTS).await;
+    let silent = TcpStream::connect(served.address).await.unwrap();
+    let idle = connect(&served, NAME).await.unwrap();
+    ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), 60)).await.unwrap();
+    drop(silent);
+    served.stop().await;
+    drop(idle);
+}
+
+#[tokio::test]
+async fn a_server_does_not_start_with_what_it_cannot_use() {
+    let dir = TempDir::new("serve-start");
+    CertificateAuthority::init(&dir.0, "td".parse().unwrap()).unwrap();
+    let settings = |clients: &str, names: &[&str]| CaServerSettings {
+        dir: dir.0.clone(),
+        clients: dir.0.join(clients),
+        names: names.iter().map(|name| (*name).to_owned()).collect(),
+        max_ttl: HOUR,
+    };
+    let new = async |settings| {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        CaServer::new(settings, listener).map(|_| ())
+    };
+    let write = |text: &str| fs::write(dir.0.join("clients.yaml"), text).unwrap();
+    write("clients: [\n");
+    assert!(matches!(new(settings("clients.yaml", &[])).await, Err(HboneError::Clients { .. })));
+    assert!(matches!(new(settings("absent.yaml", &[])).await, Err(HboneError::Clients { .. })));
+    write("");
+    let bad_name = new(settings("clients.yaml", &["not a name"])).await;
+    let what = CredentialProblem::ServerName.to_string();
+    assert!(bad_name.unwrap_err().to_string().contains(&what));
+    new(settings("clients.yaml", &["ca.test", "::1"])).await.unwrap();
+    fs::remove_file(Path::new(&dir.0).join("ca.key")).unwrap();
+    assert!(matches!(new(settings("clients.yaml", &[])).await, Err(HboneError::Credential { .. })));
+}
+
+#[tokio::test]
+async fn a_client_that_is_listed_later_is_let_in_without_a_restart() {
+    let served = Served::new("serve-reload", "clients: []\n").await;
+    let asked = || ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), 60));
+    assert_eq!(asked().await.unwrap_err().code(), Code::Unauthenticated);
+    fs::write(served.file("clients.yaml"), CLIENTS).unwrap();
+    while asked().await.is_err() {}
+    // What is wrong is not used, and what is right is used again.
+    fs::write(served.file("clients.yaml"), "clients: [\n").unwrap();
+    fs::write(served.file("clients.yaml"), "clients: []\n").unwrap();
+    while asked().await.is_ok() {}
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_servers_own_certificate_is_renewed_at_half_of_its_life() {
+    let served = Served::new("serve-renew", CLIENTS).await;
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let mut server = CaServer::new(served.settings(), listener).unwrap();
+    let start = tokio::time::Instant::now();
+    for round in 1..=3 {
+        let before = server.tls.clone();
+        server.renewal.due().await;
+        server.renew();
+        assert!(!Arc::ptr_eq(&before, &server.tls));
+        let hours = start.elapsed().as_secs_f64() / 3600.0 / f64::from(round);
+        assert!((10.7..=13.3).contains(&hours), "{hours}");
+    }
+    fs::remove_file(served.file("ca.key")).unwrap();
+    let before = server.tls.clone();
+    server.renew();
+    assert!(Arc::ptr_eq(&before, &server.tls), "the last one stays");
+}
+
+/// A connection in memory that is served, and what it is served by.
+fn in_memory(served: &Served) -> (DialOnce, JoinHandle<()>) {
+    let (clients_file, clients) = ClientsFile::open(served.file("clients.yaml")).unwrap();
+    drop(clients_file);
+    let service = Arc::new(Service::new(served.dir.0.clone(), HOUR, clients));
+    let tls = own_tls(&served.settings()).unwrap();
+    let (near, far) = tokio::io::duplex(64 << 10);
+    let serving = tokio::spawn(async move {
+        let stop = watch::Sender::new(());
+        serve(far, "192.0.2.1:1".parse().unwrap(), tls, service, stop.subscribe()).await;
+    });
+    (DialOnce(std::sync::Mutex::new(Some(near))), serving)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_does_not_handshake_is_dropped() {
+    let served = Served::new("serve-mute", CLIENTS).await;
+    let (_near, serving) = in_memory(&served);
+    let start = tokio::time::Instant::now();
+    serving.await.unwrap();
+    assert_eq!(start.elapsed().as_secs(), HANDSHAKE.as_secs());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_is_not_used_ends() {
+    let served = Served::new("serve-age", CLIENTS).await;
+    let (near, serving) = in_memory(&served);
+    let connection = connect_with(&served, NAME, &near).await.unwrap();
+    let start = tokio::time::Instant::now();
+    serving.await.unwrap();
+    assert_eq!(start.elapsed().as_secs(), CONNECTION_AGE.as_secs());
+    drop(connection);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_never_ends_is_answered() {
+    let served = Served::new("serve-slow", CLIENTS).await;
+    let (near, _serving) = in_memory(&served);
+    let connection = connect_with(&served, NAME, &near).await.unwrap();
+    let origin = "https://ca.test".parse().unwrap();
+    let mut grpc = tonic::client::Grpc::with_origin(connection, origin);
+    let endless = futures_util::stream::pending::<IstioCertificateRequest>();
+    let path = http::uri::PathAndQuery::from_static(crate::ca::CREATE_CERTIFICATE);
+    let codec = tonic_prost::ProstCodec::<_, crate::ca::IstioCertificateResponse>::default();
+    let answer = grpc.client_streaming(tonic::Request::new(endless), path, codec).await;
+    assert_eq!(answer.unwrap_err().code(), Code::DeadlineExceeded);
+}

@@ -1,0 +1,298 @@
+//! `baggage`: what a workload says of itself, as Istio's proxies exchange it (W3C Baggage; the keys are OpenTelemetry's).
+//!
+//! Not here: baggage of applications. It travels inside the tunnel, and keys that are not of ours are skipped.
+
+use std::fmt;
+use std::str::FromStr;
+
+use http::header::{HeaderMap, HeaderValue};
+use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
+use underpass_config::{Workload, WorkloadType};
+
+use super::{BAGGAGE, HeaderError, OWS, header};
+
+/// W3C Baggage, "Limits": so much must be passed on at least; we read and write no more.
+const MAX_BYTES: usize = 8192;
+/// As many as its grammar has (`baggage-string`); 64 of them must be passed on at least.
+const MAX_MEMBERS: usize = 180;
+
+/// What a value cannot hold as it is (`baggage-octet`), what begins an escape, and `=`, at which ztunnel's reader cuts.
+const ESCAPED: &AsciiSet =
+    &CONTROLS.add(b' ').add(b'"').add(b',').add(b';').add(b'\\').add(b'%').add(b'=');
+
+/// What a workload says of itself, for the metrics of its peers. Empty: unknown. As read from a peer it is a claim.
+///
+/// A value with a control character in it is neither written nor read: it would end up in somebody's log.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Baggage {
+    /// The cluster that it is in (`k8s.cluster.name`).
+    pub cluster: String,
+    /// Its namespace (`k8s.namespace.name`).
+    pub namespace: String,
+    /// What it is part of (`k8s.deployment.name` and the like).
+    pub workload: Option<(WorkloadType, String)>,
+    /// The service that it mainly is (`service.name`).
+    pub service: String,
+    /// The revision of that service (`service.version`).
+    pub version: String,
+    /// Where it runs (`cloud.region`).
+    pub region: String,
+    /// Where in the region (`cloud.availability_zone`).
+    pub zone: String,
+}
+
+impl Baggage {
+    /// Reads the header, in as many lines as it has; `None` if it is absent, too long, or says nothing of a workload.
+    pub fn read(headers: &HeaderMap) -> Option<Self> {
+        let lines = headers.get_all(BAGGAGE).iter();
+        // ztunnel escapes nothing, so that a line may have bytes beyond ASCII.
+        let lines: Vec<_> = lines.map(|line| String::from_utf8_lossy(line.as_bytes())).collect();
+        lines.join(",").parse().ok().filter(|baggage: &Self| !baggage.is_empty())
+    }
+
+    /// Whether it says nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The value of the header; `None` if it says nothing.
+    pub fn to_header(&self) -> Option<HeaderValue> {
+        header(self.to_string())
+    }
+
+    /// The keys and values in the order in which ztunnel writes them.
+    fn members(&self) -> [(&'static str, &str); 7] {
+        let (kind, workload) =
+            self.workload.as_ref().map_or((WorkloadType::Pod, ""), |(kind, name)| (*kind, name));
+        [
+            ("k8s.cluster.name", &self.cluster),
+            ("k8s.namespace.name", &self.namespace),
+            (workload_key(kind), workload),
+            ("service.name", &self.service),
+            ("service.version", &self.version),
+            ("cloud.region", &self.region),
+            ("cloud.availability_zone", &self.zone),
+        ]
+    }
+
+    /// Takes a member if its key is of ours; of several with the same key, the first that says something.
+    fn take(&mut self, key: &str, value: &str) {
+        let field = match key {
+            "k8s.cluster.name" => &mut self.cluster,
+            "k8s.namespace.name" => &mut self.namespace,
+            "service.name" => &mut self.service,
+            "service.version" => &mut self.version,
+            "cloud.region" => &mut self.region,
+            "cloud.availability_zone" => &mut self.zone,
+            key => {
+                let kind = WorkloadType::ALL.into_iter().find(|kind| workload_key(*kind) == key);
+                let workload = || Some((kind?, decode(value)?));
+                self.workload = self.workload.take().or_else(workload);
+                return;
+            }
+        };
+        if field.is_empty() {
+            *field = decode(value).unwrap_or_default();
+        }
+    }
+}
+
+impl From<&Workload> for Baggage {
+    fn from(workload: &Workload) -> Self {
+        let name = Some(&workload.workload_name).filter(|name| !name.is_empty());
+        Self {
+            cluster: workload.cluster_id.clone(),
+            namespace: workload.namespace.clone(),
+            workload: name.map(|name| (workload.workload_type, name.clone())),
+            service: workload.canonical_name.clone(),
+            version: workload.canonical_revision.clone(),
+            region: workload.locality.region.clone(),
+            zone: workload.locality.zone.clone(),
+        }
+    }
+}
+
+impl FromStr for Baggage {
+    type Err = HeaderError;
+
+    /// Members that cannot be read are skipped, and so are properties (`;…`) and keys that are not of ours.
+    fn from_str(text: &str) -> Result<Self, HeaderError> {
+        if text.len() > MAX_BYTES {
+            return Err(HeaderError::TooLong { limit: MAX_BYTES });
+        }
+        if text.split(',').count() > MAX_MEMBERS {
+            return Err(HeaderError::TooManyMembers { limit: MAX_MEMBERS });
+        }
+        let mut baggage = Self::default();
+        for member in text.split(',') {
+            let (pair, _properties) = member.split_once(';').unwrap_or((member, ""));
+            if let Some((key, value)) = pair.split_once('=') {
+                baggage.take(key.trim_matches(OWS), value.trim_matches(OWS));
+            }
+        }
+        Ok(baggage)
+    }
+}
+
+impl TryFrom<&HeaderValue> for Baggage {
+    type Error = HeaderError;
+
+    fn try_from(value: &HeaderValue) -> Result<Self, HeaderError> {
+        String::from_utf8_lossy(value.as_bytes()).parse()
+    }
+}
+
+impl fmt::Display for Baggage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut length = 0;
+        for (key, value) in self.members().into_iter().filter(|(_, value)| is_sayable(value)) {
+            let comma = if length == 0 { "" } else { "," };
+            let member = format!("{comma}{key}={}", utf8_percent_encode(value, ESCAPED));
+            if length + member.len() <= MAX_BYTES {
+                length += member.len();
+                f.write_str(&member)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn workload_key(kind: WorkloadType) -> &'static str {
+    match kind {
+        WorkloadType::Deployment => "k8s.deployment.name",
+        WorkloadType::CronJob => "k8s.cronjob.name",
+        WorkloadType::Pod => "k8s.pod.name",
+        WorkloadType::Job => "k8s.job.name",
+    }
+}
+
+/// A `%` that begins no escape stays, as ztunnel writes it. What is no UTF-8 becomes U+FFFD, as the standard wants.
+fn decode(value: &str) -> Option<String> {
+    let value = percent_decode_str(value).decode_utf8_lossy();
+    is_sayable(&value).then(|| value.into_owned())
+}
+
+fn is_sayable(value: &str) -> bool {
+    !value.is_empty() && !value.contains(char::is_control)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn full() -> Baggage {
+        Baggage {
+            cluster: "Kubernetes".to_owned(),
+            namespace: "default".to_owned(),
+            workload: Some((WorkloadType::Deployment, "client".to_owned())),
+            service: "client".to_owned(),
+            version: "v1".to_owned(),
+            region: "eu".to_owned(),
+            zone: "eu-1".to_owned(),
+        }
+    }
+
+    fn read(text: &str) -> Baggage {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn it_is_written_as_ztunnel_writes_it() {
+        let text = "k8s.cluster.name=Kubernetes,k8s.namespace.name=default,\
+                    k8s.deployment.name=client,service.name=client,service.version=v1,\
+                    cloud.region=eu,cloud.availability_zone=eu-1";
+        assert_eq!(full().to_string(), text);
+        assert_eq!(read(text), full());
+        let nothing = Baggage::default();
+        assert_eq!((nothing.to_string().as_str(), nothing.to_header()), ("", None));
+        let some = Baggage { namespace: "a".to_owned(), zone: "b".to_owned(), ..nothing };
+        assert_eq!(some.to_string(), "k8s.namespace.name=a,cloud.availability_zone=b");
+    }
+
+    #[test]
+    fn each_kind_of_workload_has_its_key() {
+        for kind in WorkloadType::ALL {
+            let text = format!("k8s.{}.name=n", kind.as_str());
+            let baggage = read(&text);
+            assert_eq!(baggage.workload, Some((kind, "n".to_owned())));
+            assert_eq!(baggage.to_string(), text);
+        }
+        assert_eq!(read("k8s.replicaset.name=n,k8s..name=n"), Baggage::default());
+    }
+
+    #[test]
+    fn a_value_is_escaped_where_the_grammar_or_ztunnel_needs_it() {
+        let service = "a,k8s.namespace.name=b;c \"d\\ 100%é".to_owned();
+        let baggage = Baggage { service, ..Baggage::default() };
+        assert_eq!(
+            baggage.to_string(),
+            "service.name=a%2Ck8s.namespace.name%3Db%3Bc%20%22d%5C%20100%25%C3%A9"
+        );
+        assert_eq!(read(&baggage.to_string()), baggage);
+    }
+
+    #[test]
+    fn what_is_not_escaped_is_read_too() {
+        let service = |text: &str| read(&format!("service.name={text}")).service;
+        assert_eq!(service("a b"), "a b");
+        assert_eq!(service("100%"), "100%");
+        assert_eq!(service("%zz%4"), "%zz%4");
+        assert_eq!(service("a=b"), "a=b");
+        assert_eq!(service("é"), "é");
+        assert_eq!(service("%FF"), "\u{fffd}");
+    }
+
+    #[test]
+    fn spaces_properties_and_what_is_unknown_are_skipped() {
+        let text = "userId=alice, service.name = web ;ttl=1;x , broken,=,;,\tcloud.region=r\t,\
+                    SERVICE.VERSION=v1";
+        let expected =
+            Baggage { service: "web".to_owned(), region: "r".to_owned(), ..Baggage::default() };
+        assert_eq!(read(text), expected);
+    }
+
+    #[test]
+    fn the_first_of_a_key_counts() {
+        let text = "service.name=,service.name=%00,service.name=a,service.name=b,\
+                    k8s.job.name=j,k8s.pod.name=p";
+        let baggage = read(text);
+        assert_eq!(baggage.service, "a");
+        assert_eq!(baggage.workload, Some((WorkloadType::Job, "j".to_owned())));
+    }
+
+    #[test]
+    fn a_control_character_is_neither_read_nor_written() {
+        for escape in ["%0A", "%00", "%7F", "%C2%85", "a\tb", "a\nb"] {
+            assert!(read(&format!("service.name={escape}")).is_empty(), "{escape}");
+        }
+        let baggage = Baggage { service: "a\nb".to_owned(), ..full() };
+        assert_eq!(read(&baggage.to_string()), Baggage { service: String::new(), ..full() });
+    }
+
+    #[test]
+    fn the_limits_are_kept_in_both_directions() {
+        let most = vec!["service.name=a"; MAX_MEMBERS].join(",");
+        assert_eq!(read(&most).service, "a");
+        let error = (most + ",").parse::<Baggage>();
+        assert_eq!(error, Err(HeaderError::TooManyMembers { limit: MAX_MEMBERS }));
+        let long = "a".repeat(MAX_BYTES - "service.name=".len());
+        assert_eq!(read(&format!("service.name={long}")).service, long);
+        let error = format!("service.name={long}a").parse::<Baggage>();
+        assert_eq!(error, Err(HeaderError::TooLong { limit: MAX_BYTES }));
+        // What does not fit is left out whole.
+        let baggage = Baggage { service: long, ..full() };
+        assert_eq!(read(&baggage.to_string()), Baggage { service: String::new(), ..full() });
+    }
+
+    #[test]
+    fn the_lines_of_a_header_are_one_list() {
+        let mut headers = HeaderMap::new();
+        assert_eq!(Baggage::read(&headers), None);
+        headers.append(BAGGAGE, HeaderValue::from_static("userId=alice"));
+        assert_eq!(Baggage::read(&headers), None);
+        headers.append(BAGGAGE, HeaderValue::from_static("k8s.namespace.name=a"));
+        headers.append(BAGGAGE, HeaderValue::from_bytes(b"service.name=\xff").unwrap());
+        let baggage = Baggage::read(&headers).unwrap();
+        assert_eq!((baggage.namespace.as_str(), baggage.service.as_str()), ("a", "\u{fffd}"));
+    }
+}

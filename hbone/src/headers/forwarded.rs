@@ -1,0 +1,298 @@
+//! `forwarded`: whose connection a tunnel carries, and to which service (RFC 7239).
+//!
+//! Not here: who forwarded it before. Of several elements the first is read, which is about the one who began.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::str::FromStr;
+
+use http::header::{FORWARDED, HeaderMap, HeaderValue};
+
+use super::{HeaderError, OWS, header};
+
+/// A name (RFC 1035 section 2.3.4), a colon and a port.
+const MAX_HOST_BYTES: usize = 253 + 6;
+
+/// Whose connection a tunnel carries, and to which service. As read from a peer it is a claim: the address of the peer is
+/// that of its TCP connection.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Forwarded {
+    source: Option<SocketAddr>,
+    host: Option<String>,
+}
+
+impl Forwarded {
+    /// A connection from `source`, to the service `host` if it was dialled by one. What cannot be a host is left out.
+    pub fn new(source: SocketAddr, host: Option<&str>) -> Self {
+        let source = SocketAddr::new(source.ip().to_canonical(), source.port());
+        Self { source: Some(source), host: host.and_then(to_host) }
+    }
+
+    /// Where the connection came from; port 0: the peer tells the address alone.
+    pub fn source(&self) -> Option<SocketAddr> {
+        self.source
+    }
+
+    /// The service that was dialled, in lower case, with its port if the peer tells it.
+    pub fn host(&self) -> Option<&str> {
+        self.host.as_deref()
+    }
+
+    /// The value of the header; `None` if it says nothing.
+    pub fn to_header(&self) -> Option<HeaderValue> {
+        header(self.to_string())
+    }
+
+    /// Reads the first line of the header; `None` if it is absent, malformed, or says nothing of ours.
+    pub(super) fn read(headers: &HeaderMap) -> Option<Self> {
+        let read = Self::try_from(headers.get(FORWARDED)?);
+        read.ok().filter(|forwarded| *forwarded != Self::default())
+    }
+}
+
+impl FromStr for Forwarded {
+    type Err = HeaderError;
+
+    /// Other parameters than `for` and `host` are skipped. An address that is `unknown`, hidden (`_name`) or malformed is
+    /// none, and so is a malformed host.
+    fn from_str(text: &str) -> Result<Self, HeaderError> {
+        let (mut source, mut host) = (None, None);
+        // A list may have empty elements (RFC 9110 section 5.6.1.2).
+        let mut rest = text.trim_start_matches([' ', '\t', ',']);
+        loop {
+            rest = rest.trim_start_matches(OWS);
+            if rest.is_empty() || rest.starts_with(',') {
+                break;
+            }
+            if let Some(next) = rest.strip_prefix(';') {
+                rest = next;
+                continue;
+            }
+            let (name, value, next) = pair(rest).ok_or(HeaderError::Forwarded)?;
+            let known = match name.to_ascii_lowercase().as_str() {
+                "for" => Some(&mut source),
+                "host" => Some(&mut host),
+                _ => None,
+            };
+            if known.is_some_and(|known| known.replace(value).is_some()) {
+                return Err(HeaderError::Forwarded);
+            }
+            rest = next;
+        }
+        let source = source.and_then(|node: String| address(&node));
+        Ok(Self { source, host: host.and_then(|host: String| to_host(&host)) })
+    }
+}
+
+impl TryFrom<&HeaderValue> for Forwarded {
+    type Error = HeaderError;
+
+    fn try_from(value: &HeaderValue) -> Result<Self, HeaderError> {
+        value.to_str().map_err(|_| HeaderError::NotText)?.parse()
+    }
+}
+
+impl fmt::Display for Forwarded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.source.map(|source| (source.ip(), source.port())) {
+            None => {}
+            Some((IpAddr::V4(ip), 0)) => write!(f, "for=\"{ip}\"")?,
+            Some((IpAddr::V6(ip), 0)) => write!(f, "for=\"[{ip}]\"")?,
+            Some((IpAddr::V4(ip), port)) => write!(f, "for=\"{ip}:{port}\"")?,
+            Some((IpAddr::V6(ip), port)) => write!(f, "for=\"[{ip}]:{port}\"")?,
+        }
+        let separator = if self.source.is_some() { ";" } else { "" };
+        match &self.host {
+            None => Ok(()),
+            Some(host) if host.bytes().all(is_token) => write!(f, "{separator}host={host}"),
+            // A host has no quotes or backslashes in it.
+            Some(host) => write!(f, "{separator}host=\"{host}\""),
+        }
+    }
+}
+
+/// The name and value at the beginning of `text`, and what follows: nothing, `;` or `,`.
+fn pair(text: &str) -> Option<(&str, String, &str)> {
+    let (name, text) = text.split_once('=')?;
+    let (value, rest) = match text.strip_prefix('"') {
+        Some(text) => quoted(text)?,
+        // More than a token (RFC 7239 section 4): many forget the quotes around a colon.
+        None => {
+            let end = text.find([';', ',', ' ', '\t', '"']).unwrap_or(text.len());
+            let (value, rest) = text.split_at_checked(end)?;
+            (value.to_owned(), rest)
+        }
+    };
+    let rest = rest.trim_start_matches(OWS);
+    let is_name = !name.is_empty() && name.bytes().all(is_token);
+    let ends = rest.is_empty() || rest.starts_with([';', ',']);
+    (is_name && ends).then_some((name, value, rest))
+}
+
+/// What stands before the closing quote, without its escapes, and what follows (RFC 9110 section 5.6.4).
+fn quoted(text: &str) -> Option<(String, &str)> {
+    let mut value = String::new();
+    let mut chars = text.chars();
+    loop {
+        match chars.next()? {
+            '"' => return Some((value, chars.as_str())),
+            '\\' => value.push(chars.next()?),
+            c => value.push(c),
+        }
+    }
+}
+
+/// A node (RFC 7239 section 6) that tells its address; port 0 if it does not tell that.
+fn address(node: &str) -> Option<SocketAddr> {
+    let (ip, port): (IpAddr, _) = match node.strip_prefix('[') {
+        Some(rest) => {
+            let (ip, port) = rest.split_once(']')?;
+            (ip.parse::<Ipv6Addr>().ok()?.into(), port)
+        }
+        None => {
+            let (ip, port) = node.split_at_checked(node.find(':').unwrap_or(node.len()))?;
+            (ip.parse::<Ipv4Addr>().ok()?.into(), port)
+        }
+    };
+    let port = match port.strip_prefix(':') {
+        Some(hidden) if hidden.starts_with('_') => 0,
+        Some(digits) if digits.bytes().all(|c| c.is_ascii_digit()) => digits.parse().ok()?,
+        None if port.is_empty() => 0,
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip.to_canonical(), port))
+}
+
+/// A name or an address, with or without a port, in lower case. `*` is the first label of a wildcard service.
+fn to_host(text: &str) -> Option<String> {
+    let allowed = |c: u8| {
+        c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_' | b'*' | b':' | b'[' | b']')
+    };
+    let is_host = (1..=MAX_HOST_BYTES).contains(&text.len()) && text.bytes().all(allowed);
+    is_host.then(|| text.to_ascii_lowercase())
+}
+
+/// RFC 9110 section 5.6.2.
+fn is_token(c: u8) -> bool {
+    c.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&c)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> (Option<String>, Option<String>) {
+        let read: Forwarded = text.parse().unwrap();
+        (read.source().map(|source| source.to_string()), read.host().map(str::to_owned))
+    }
+
+    fn told(source: &str, host: &str) -> (Option<String>, Option<String>) {
+        let some = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
+        (some(source), some(host))
+    }
+
+    #[test]
+    fn it_is_written_as_ztunnel_writes_it() {
+        for (source, host, text) in [
+            ("10.0.0.5:41234", None, "for=\"10.0.0.5:41234\""),
+            ("10.0.0.5:1", Some("Web.default.svc"), "for=\"10.0.0.5:1\";host=web.default.svc"),
+            ("[fd00::1]:2", Some("*.example.org"), "for=\"[fd00::1]:2\";host=*.example.org"),
+            ("[::ffff:10.0.0.5]:3", Some("web:80"), "for=\"10.0.0.5:3\";host=\"web:80\""),
+            ("10.0.0.5:4", Some("a\";for=b"), "for=\"10.0.0.5:4\""),
+            ("10.0.0.5:0", None, "for=\"10.0.0.5\""),
+            ("[fd00::1]:0", None, "for=\"[fd00::1]\""),
+        ] {
+            let forwarded = Forwarded::new(source.parse().unwrap(), host);
+            assert_eq!(forwarded.to_string(), text);
+            assert_eq!(text.parse::<Forwarded>().unwrap(), forwarded);
+        }
+        assert_eq!(Forwarded::default().to_header(), None);
+    }
+
+    #[test]
+    fn the_examples_of_the_standard_are_read() {
+        for (text, expected) in [
+            ("for=\"_gazonk\"", told("", "")),
+            ("For=\"[2001:db8:cafe::17]:4711\"", told("[2001:db8:cafe::17]:4711", "")),
+            ("for=192.0.2.60;proto=http;by=203.0.113.43", told("192.0.2.60:0", "")),
+            ("for=192.0.2.43, for=198.51.100.17", told("192.0.2.43:0", "")),
+            ("for=_hidden, for=_SEVKISEK", told("", "")),
+            ("for=unknown;host=example.com", told("", "example.com")),
+            ("for=\"192.0.2.43:_port\"", told("192.0.2.43:0", "")),
+        ] {
+            assert_eq!(read(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn spaces_case_order_quotes_and_empty_parts_do_not_matter() {
+        let expected = told("1.2.3.4:5", "a.b");
+        for text in [
+            "for=1.2.3.4:5;host=a.b",
+            " , ,;HOST=\"A.b\" ;\t; fOr=\"1.2.3.4:5\" ;, for=9.9.9.9",
+            "host=\"\\a\\.b\";for=\"1.2.3.4:5\";secret=\"a,b;host=c\\\"\"",
+            "for=\"1.2.3.4:5\";host=a.b,}{",
+        ] {
+            assert_eq!(read(text), expected, "{text}");
+        }
+        assert_eq!(read(""), told("", ""));
+    }
+
+    #[test]
+    fn what_is_no_address_is_none() {
+        for node in [
+            "",
+            "::1",
+            "[::1",
+            "[::1]5",
+            "[1.2.3.4]:5",
+            "1.2.3.4:",
+            "1.2.3.4:+5",
+            "1.2.3.4:65536",
+            "1.2.3:5",
+            "1.2.3.4:5:6",
+            "[fe80::1%eth0]:5",
+            "UNKNOWN",
+            "[::1]:",
+            "name:5",
+        ] {
+            let text = format!("for=\"{node}\";host=a");
+            assert_eq!(read(&text), told("", "a"), "{node}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_host_is_none() {
+        let long = "a".repeat(MAX_HOST_BYTES + 1);
+        for host in ["", "a b", "a,b", "a;b", "a\\\"b", "a\\\\b", "a/b", "a%0ab", "a@b", &long] {
+            assert_eq!(
+                read(&format!("for=1.2.3.4;host=\"{host}\"")),
+                told("1.2.3.4:0", ""),
+                "{host}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_malformed_is_refused() {
+        for text in [
+            "for",
+            "=",
+            "=a",
+            "for=\"1.2.3.4",
+            "for=\"a\\",
+            "for=a;for=b",
+            "host=a;HOST=b",
+            "for=a b",
+            "for=\"a\"b",
+            "for=a\"b\"",
+            "for =a",
+            "f(r=a",
+            "for=a;x",
+        ] {
+            assert_eq!(text.parse::<Forwarded>(), Err(HeaderError::Forwarded), "{text}");
+        }
+        let bytes = HeaderValue::from_bytes(b"for=\xff").unwrap();
+        assert_eq!(Forwarded::try_from(&bytes), Err(HeaderError::NotText));
+    }
+}

@@ -1,0 +1,207 @@
+//! `traceparent`: which trace a connection belongs to (W3C Trace Context section 3.2).
+//!
+//! Not here: recording traces. We pass the ids on, and logs show them.
+
+use std::fmt;
+use std::num::{NonZeroU64, NonZeroU128};
+use std::str::FromStr;
+use std::sync::LazyLock;
+
+use http::header::{HeaderMap, HeaderValue};
+use rustls::crypto::{SecureRandom, aws_lc_rs};
+
+use super::{HeaderError, TRACEPARENT};
+
+/// The version that we write; of later ones we read what it has in common with them.
+const VERSION: u128 = 0x00;
+/// There will never be a version of this number.
+const NO_VERSION: u128 = 0xff;
+/// Trace Context section 3.2.2.5: the one flag of version 00.
+const SAMPLED: u128 = 0x01;
+
+/// aws-lc's generator and not `fastrand`, which begins with the time since boot and the number of the thread alone: proxies
+/// that start together on like machines could repeat each other's ids one by one.
+static RANDOM: LazyLock<&'static dyn SecureRandom> =
+    LazyLock::new(|| aws_lc_rs::default_provider().secure_random);
+
+/// A place in a trace. Prints as the header's value, always well-formed: stock ztunnel drops a whole tunnel over some that
+/// are not (its parser panics on 55 characters that begin with `00-` and have no other dash).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TraceParent {
+    trace_id: NonZeroU128,
+    parent_id: NonZeroU64,
+    sampled: bool,
+}
+
+impl TraceParent {
+    /// The beginning of a new trace, with random ids; not sampled.
+    #[expect(clippy::new_without_default, reason = "two of them are never equal")]
+    pub fn new() -> Self {
+        let mut trace_id = [0; 16];
+        if RANDOM.fill(&mut trace_id).is_err() {
+            // Without a source of randomness TLS fails and says so; until then ids need not be good.
+            fastrand::fill(&mut trace_id);
+        }
+        let trace_id = NonZeroU128::new(u128::from_be_bytes(trace_id)).unwrap_or(NonZeroU128::MIN);
+        Self { trace_id, parent_id: random_parent_id(), sampled: false }
+    }
+
+    /// The next place in the same trace: the id of the parent is new, all else stays.
+    #[must_use]
+    pub fn child(self) -> Self {
+        Self { parent_id: random_parent_id(), ..self }
+    }
+
+    /// Which trace; 32 hexadecimal digits where it is printed (`{:032x}`).
+    pub fn trace_id(self) -> NonZeroU128 {
+        self.trace_id
+    }
+
+    /// Which request in it, also called the span id; 16 digits (`{:016x}`).
+    pub fn parent_id(self) -> NonZeroU64 {
+        self.parent_id
+    }
+
+    /// Whether the caller may have recorded it.
+    pub fn is_sampled(self) -> bool {
+        self.sampled
+    }
+
+    /// The value of the header.
+    #[expect(clippy::expect_used, reason = "digits and dashes are a header value")]
+    pub fn to_header(self) -> HeaderValue {
+        HeaderValue::try_from(self.to_string()).expect("visible ASCII")
+    }
+
+    /// Reads the header, which must be there once.
+    pub(super) fn read(headers: &HeaderMap) -> Option<Self> {
+        let mut values = headers.get_all(TRACEPARENT).iter();
+        let value = values.next().filter(|_| values.next().is_none())?;
+        Self::try_from(value).ok()
+    }
+}
+
+impl FromStr for TraceParent {
+    type Err = HeaderError;
+
+    fn from_str(text: &str) -> Result<Self, HeaderError> {
+        let mut fields = text.splitn(5, '-');
+        let mut field = |digits| fields.next().and_then(|text| hex(text, digits));
+        let fields_read = (field(2), field(32), field(16), field(2));
+        let (Some(version), Some(trace_id), Some(parent_id), Some(flags)) = fields_read else {
+            return Err(HeaderError::TraceParent);
+        };
+        if version == NO_VERSION {
+            return Err(HeaderError::TraceVersion);
+        }
+        // Section 3.2.4: later versions may add fields behind those of version 00.
+        if version == VERSION && fields.next().is_some() {
+            return Err(HeaderError::TraceParent);
+        }
+        let parent_id = u64::try_from(parent_id).map_err(|_| HeaderError::TraceParent)?;
+        Ok(Self {
+            trace_id: NonZeroU128::new(trace_id).ok_or(HeaderError::TraceIdZero)?,
+            parent_id: NonZeroU64::new(parent_id).ok_or(HeaderError::TraceIdZero)?,
+            sampled: flags & SAMPLED != 0,
+        })
+    }
+}
+
+impl TryFrom<&HeaderValue> for TraceParent {
+    type Error = HeaderError;
+
+    fn try_from(value: &HeaderValue) -> Result<Self, HeaderError> {
+        value.to_str().map_err(|_| HeaderError::NotText)?.parse()
+    }
+}
+
+impl fmt::Display for TraceParent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let flags = if self.sampled { SAMPLED } else { 0 };
+        write!(f, "{VERSION:02x}-{:032x}-{:016x}-{flags:02x}", self.trace_id, self.parent_id)
+    }
+}
+
+fn random_parent_id() -> NonZeroU64 {
+    let mut id = [0; 8];
+    if RANDOM.fill(&mut id).is_err() {
+        fastrand::fill(&mut id);
+    }
+    NonZeroU64::new(u64::from_be_bytes(id)).unwrap_or(NonZeroU64::MIN)
+}
+
+/// As many lower-case hexadecimal digits as said, and nothing else.
+fn hex(text: &str, digits: usize) -> Option<u128> {
+    let is_hex = text.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f'));
+    u128::from_str_radix(text, 16).ok().filter(|_| is_hex && text.len() == digits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXAMPLE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
+    #[test]
+    fn a_traceparent_prints_as_it_was_read() {
+        let read: TraceParent = EXAMPLE.parse().unwrap();
+        assert_eq!(read.trace_id().get(), 0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736);
+        assert_eq!(read.parent_id().get(), 0x00f0_67aa_0ba9_02b7);
+        assert!(read.is_sampled());
+        assert_eq!(read.to_string(), EXAMPLE);
+    }
+
+    #[test]
+    fn a_new_one_is_another_and_a_child_is_of_the_same_trace() {
+        let (one, other) = (TraceParent::new(), TraceParent::new());
+        assert_ne!(one.trace_id(), other.trace_id());
+        assert_ne!(one.parent_id(), other.parent_id());
+        let sampled: TraceParent = EXAMPLE.parse().unwrap();
+        let child = sampled.child();
+        assert_eq!((child.trace_id(), child.is_sampled()), (sampled.trace_id(), true));
+        assert_ne!(child.parent_id(), sampled.parent_id());
+        assert_eq!(one.to_string().len(), 55);
+    }
+
+    #[test]
+    fn of_a_later_version_what_is_known_is_read_and_written_as_ours() {
+        for later in [
+            EXAMPLE.replacen("00", "01", 1),
+            EXAMPLE.replacen("00", "fe", 1) + "-what-comes-then",
+            EXAMPLE.replacen("00", "cc", 1) + "-",
+            EXAMPLE.replacen("-01", "-ff", 1),
+        ] {
+            assert_eq!(later.parse::<TraceParent>().unwrap().to_string(), EXAMPLE, "{later}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_traceparent_is_refused_with_the_reason() {
+        let zeros = |count| "0".repeat(count);
+        let of = |trace: &str, parent: &str| format!("00-{trace}-{parent}-00");
+        let (trace, parent) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+        for (text, reason) in [
+            (String::new(), HeaderError::TraceParent),
+            // On this stock ztunnel panics.
+            (format!("00-{}", zeros(52)), HeaderError::TraceParent),
+            (format!("00-{}", "-".repeat(52)), HeaderError::TraceParent),
+            (EXAMPLE.to_uppercase(), HeaderError::TraceParent),
+            (format!("{EXAMPLE}-"), HeaderError::TraceParent),
+            (format!("{EXAMPLE}-00"), HeaderError::TraceParent),
+            (format!("{EXAMPLE}0"), HeaderError::TraceParent),
+            (format!(" {EXAMPLE}"), HeaderError::TraceParent),
+            (EXAMPLE.replacen("00", "0", 1), HeaderError::TraceParent),
+            (EXAMPLE.replacen("00", "+0", 1), HeaderError::TraceParent),
+            (EXAMPLE.replacen("00", "01", 1) + "00", HeaderError::TraceParent),
+            (EXAMPLE.replacen("-01", "-1", 1), HeaderError::TraceParent),
+            (EXAMPLE.replacen("-01", "", 1), HeaderError::TraceParent),
+            (of(&trace.replacen('b', "é", 1), parent), HeaderError::TraceParent),
+            (of(&trace.replacen('b', "g", 1), parent), HeaderError::TraceParent),
+            (EXAMPLE.replacen("00", "ff", 1), HeaderError::TraceVersion),
+            (of(&zeros(32), parent), HeaderError::TraceIdZero),
+            (of(trace, &zeros(16)), HeaderError::TraceIdZero),
+        ] {
+            assert_eq!(text.parse::<TraceParent>(), Err(reason), "{text}");
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Identities that come, fail and expire, from a source that does as it is told.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
+
+use super::*;
+use crate::source::NextIdentity;
+use crate::testing::{CLIENT, HOUR, SERVER, authority, id, identity};
+use crate::{CertificateAuthority, IssuerProblem};
+
+type Answer = Result<Identity, HboneError>;
+
+struct Script(mpsc::UnboundedReceiver<Answer>);
+
+impl IdentitySource for Script {
+    fn next(&mut self) -> NextIdentity<'_> {
+        Box::pin(async {
+            match self.0.recv().await {
+                Some(answer) => answer,
+                None => std::future::pending().await,
+            }
+        })
+    }
+}
+
+struct Scene {
+    authority: CertificateAuthority,
+    answers: mpsc::UnboundedSender<Answer>,
+    source: Option<Script>,
+    told: Arc<Mutex<Vec<String>>>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let (answers, scripted) = mpsc::unbounded_channel();
+        let source = Some(Script(scripted));
+        Self { authority: authority("td"), answers, source, told: Arc::default() }
+    }
+
+    fn answer(&self, answer: Answer) {
+        self.answers.send(answer).unwrap();
+    }
+
+    async fn start(&mut self) -> Result<(Keeper, watch::Receiver<Credentials>), HboneError> {
+        let told = self.told.clone();
+        let tell = move |event: CredentialsEvent<'_>| {
+            told.lock().unwrap().push(match event {
+                CredentialsEvent::Identity(new) => format!("{}", new.identity().spiffe_id()),
+                CredentialsEvent::Trust(_) => "trust".to_owned(),
+                CredentialsEvent::Failed(error) => format!("failed: {}", error.kind()),
+            });
+        };
+        let source = Box::new(self.source.take().unwrap());
+        Keeper::start(source, TrustSettings::default(), tell).await
+    }
+
+    fn told(&self) -> Vec<String> {
+        std::mem::take(&mut self.told.lock().unwrap())
+    }
+}
+
+fn unreachable_ca() -> HboneError {
+    HboneError::Issuer { issuer: "ca".to_owned(), what: IssuerProblem::Connect, source: None }
+}
+
+fn bad_file() -> HboneError {
+    HboneError::credential("file", CredentialProblem::Token)
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_start_waits_for_a_ca_that_is_not_there_yet() {
+    let mut scene = Scene::new();
+    scene.answer(Err(unreachable_ca()));
+    scene.answer(Err(unreachable_ca()));
+    scene.answer(Ok(identity(&scene.authority, CLIENT)));
+    let (_, credentials) = scene.start().await.unwrap();
+    assert_eq!(credentials.borrow().identity().spiffe_id(), &id(CLIENT));
+    assert_eq!(scene.told(), ["failed: issuer", "failed: issuer", CLIENT]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_start_ends_with_what_only_the_operator_can_change() {
+    let mut scene = Scene::new();
+    scene.answer(Err(bad_file()));
+    assert_eq!(scene.start().await.unwrap_err().fault(), Fault::Configuration);
+    assert!(scene.told().is_empty(), "whoever started it tells");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_identity_is_published_and_after_a_failure_the_last_one_stays() {
+    let mut scene = Scene::new();
+    scene.answer(Ok(identity(&scene.authority, CLIENT)));
+    let (keeper, mut credentials) = scene.start().await.unwrap();
+    let running = tokio::spawn(keeper.run());
+    scene.answer(Err(bad_file()));
+    scene.answer(Ok(identity(&scene.authority, SERVER)));
+    credentials.changed().await.unwrap();
+    assert_eq!(credentials.borrow_and_update().identity().spiffe_id(), &id(SERVER));
+    assert_eq!(scene.told(), [CLIENT, "failed: credential", SERVER]);
+    scene.answer(Err(unreachable_ca()));
+    timeout(HOUR / 2, credentials.changed()).await.unwrap_err();
+    assert_eq!(scene.told(), ["failed: issuer"]);
+    assert!(!running.is_finished());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_identity_that_expires_without_a_successor_is_told_once() {
+    let mut scene = Scene::new();
+    scene.answer(Ok(identity(&scene.authority, CLIENT)));
+    let (keeper, credentials) = scene.start().await.unwrap();
+    let _running = tokio::spawn(keeper.run());
+    sleep(HOUR - Duration::from_secs(10)).await;
+    assert_eq!(scene.told(), [CLIENT]);
+    sleep(3 * HOUR).await;
+    assert_eq!(scene.told(), ["failed: credential"]);
+    assert_eq!(credentials.borrow().identity().spiffe_id(), &id(CLIENT));
+    // The next one can expire as well.
+    scene.answer(Ok(identity(&scene.authority, SERVER)));
+    sleep(2 * HOUR).await;
+    assert_eq!(scene.told(), [SERVER, "failed: credential"]);
+}

@@ -1,0 +1,157 @@
+//! What h2 and the tunnel say about a request that failed, and whether it is tried again. The peer is scripted frame
+//! by frame, so that the errors are h2's own.
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use http::{Method, Request, StatusCode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+use super::*;
+use crate::testing::{Mesh, SECOND};
+
+const PREFACE: usize = 24;
+const HEADERS: u8 = 1;
+const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+/// DATA on stream 0, which RFC 9113 section 6.1 forbids.
+const VIOLATION: [u8; 9] = [0; 9];
+
+fn go_away(last_stream: u8, reason: Reason) -> Vec<u8> {
+    let mut frame = vec![0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, last_stream];
+    frame.extend(u32::from(reason).to_be_bytes());
+    frame
+}
+
+fn rst_stream(reason: Reason) -> Vec<u8> {
+    let mut frame = vec![0, 0, 4, 3, 0, 0, 0, 0, 1];
+    frame.extend(u32::from(reason).to_be_bytes());
+    frame
+}
+
+async fn connect() -> (SendRequest<Bytes>, DuplexStream) {
+    let (near, mut far) = duplex(64 << 10);
+    far.write_all(&EMPTY_SETTINGS).await.unwrap();
+    let (send, connection) = h2::client::handshake(near).await.unwrap();
+    tokio::spawn(connection);
+    far.read_exact(&mut [0; PREFACE]).await.unwrap();
+    (send, far)
+}
+
+fn request() -> Request<()> {
+    let connect = Request::builder().method(Method::CONNECT).uri("10.0.0.1:80");
+    connect.body(()).unwrap()
+}
+
+async fn receive_request(far: &mut DuplexStream) {
+    loop {
+        let mut head = [0; 9];
+        far.read_exact(&mut head).await.unwrap();
+        let mut payload = vec![0; usize::from(head[2])];
+        far.read_exact(&mut payload).await.unwrap();
+        if head[3] == HEADERS {
+            return;
+        }
+    }
+}
+
+/// As a tunnel reports it.
+async fn reported(error: h2::Error) -> HboneError {
+    let (tunnel, _server) = Mesh::new().tunnel().await;
+    tunnel.link().stream_error(error)
+}
+
+/// How a request ends that was received when `reply` is sent, after which the connection is closed.
+async fn error_of_a_request_in_flight(reply: &[u8]) -> HboneError {
+    let (mut send, mut far) = connect().await;
+    let (response, _stream) = send.send_request(request(), false).unwrap();
+    receive_request(&mut far).await;
+    far.write_all(reply).await.unwrap();
+    drop(far);
+    reported(response.await.unwrap_err()).await
+}
+
+/// How a request ends that comes when GOAWAY was received already.
+async fn error_of_a_request_after_go_away(reason: Reason) -> [HboneError; 2] {
+    let (mut send, mut far) = connect().await;
+    let (response, _stream) = send.send_request(request(), false).unwrap();
+    receive_request(&mut far).await;
+    far.write_all(&go_away(0, reason)).await.unwrap();
+    response.await.unwrap_err();
+    let unsent = send.send_request(request(), false).unwrap_err();
+    let unready = send.ready().await.unwrap_err();
+    [reported(unsent).await, reported(unready).await]
+}
+
+fn safe(error: &HboneError) -> [bool; 2] {
+    [false, true].map(|pooled| is_safe(error, pooled))
+}
+
+const ALWAYS: [bool; 2] = [true, true];
+const IF_POOLED: [bool; 2] = [false, true];
+const NEVER: [bool; 2] = [false, false];
+
+#[tokio::test]
+async fn a_request_above_the_last_stream_of_a_go_away_is_tried_again_whatever_its_code() {
+    for reason in [Reason::NO_ERROR, Reason::ENHANCE_YOUR_CALM, Reason::INTERNAL_ERROR] {
+        let error = error_of_a_request_in_flight(&go_away(0, reason)).await;
+        assert_eq!(safe(&error), ALWAYS, "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_was_not_sent_because_of_a_go_away_is_tried_again() {
+    for reason in [Reason::NO_ERROR, Reason::ENHANCE_YOUR_CALM] {
+        for error in error_of_a_request_after_go_away(reason).await {
+            assert_eq!(safe(&error), ALWAYS, "{error:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_a_go_away_promises_to_answer_counts_as_lost_with_the_connection() {
+    for reason in [Reason::NO_ERROR, Reason::INTERNAL_ERROR] {
+        let error = error_of_a_request_in_flight(&go_away(1, reason)).await;
+        assert_eq!(safe(&error), IF_POOLED, "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn of_all_codes_of_rst_stream_only_refused_stream_is_tried_again() {
+    let error = error_of_a_request_in_flight(&rst_stream(Reason::REFUSED_STREAM)).await;
+    assert_eq!(safe(&error), ALWAYS, "{error:?}");
+    for code in (0..=0xd).filter(|code| *code != u32::from(Reason::REFUSED_STREAM)) {
+        let error = error_of_a_request_in_flight(&rst_stream(code.into())).await;
+        assert!(matches!(error, HboneError::Reset { .. }), "{error:?}");
+        assert_eq!(safe(&error), NEVER, "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_lost_with_its_connection_is_tried_again_if_that_was_an_old_one() {
+    for last_words in [&[][..], &VIOLATION] {
+        let error = error_of_a_request_in_flight(last_words).await;
+        assert!(matches!(error, HboneError::Lost { .. }), "{error:?}");
+        assert_eq!(safe(&error), IF_POOLED, "{error:?}");
+    }
+    let gone = [HboneError::Lost { source: None }, HboneError::Unresponsive { silent: SECOND }];
+    for error in gone {
+        assert_eq!(safe(&error), IF_POOLED, "{error:?}");
+    }
+}
+
+#[test]
+fn an_answer_a_late_answer_and_a_failed_handshake_are_final() {
+    let address = ([10, 0, 0, 1], 15008).into();
+    let refused = std::sync::Arc::new(std::io::Error::from(std::io::ErrorKind::ConnectionRefused));
+    let last = std::sync::Arc::new(HboneError::Lost { source: None });
+    for error in [
+        HboneError::Refused { status: StatusCode::SERVICE_UNAVAILABLE },
+        HboneError::ReplyTimeout { after: SECOND },
+        HboneError::HandshakeTimeout { after: SECOND },
+        HboneError::Dial { address, source: refused },
+        HboneError::BackingOff { address, remaining: SECOND, source: last },
+        HboneError::CertificateRefused { alert: "bad_certificate".to_owned() },
+        HboneError::InvalidAuthority { authority: String::new() },
+    ] {
+        assert_eq!(safe(&error), NEVER, "{error:?}");
+    }
+}

@@ -1,0 +1,433 @@
+//! Which tunnel a stream goes through, when tunnels are dialled, and when they are let go: the pool's decisions.
+//!
+//! ```text
+//!          opened         not usable, too old, idle           closed
+//! dialing ────────▶ open ───────────────────────────▶ retired ────────▶ gone
+//!   ▲ │ failed
+//!   │ ▼                    nobody asked for a while
+//! backing off ──────────────────────────────────────▶ gone
+//! ```
+//!
+//! Not here: IO, tasks and clocks. Tunnels are seen through [`Handle`], and the time comes as an argument.
+
+use std::collections::HashMap;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fastrand::Rng;
+use tokio::time::Instant;
+
+use super::{PoolSettings, PoolStatistics, TunnelKey};
+use crate::HboneError;
+
+/// The pause after a first failure: not longer than a client waits gladly for a peer that restarts, and still no
+/// more than ten dials a second to one that refuses.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// What it doubles to: a peer that came back is not missed for longer than a person notices.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Thousandths of a pause, so that the workers of many hosts do not dial a peer that came back all at once.
+const PAUSE_JITTER: RangeInclusive<u32> = 800..=1200;
+/// How long after its pause a failure is remembered: one that follows sooner counts as the next in a row.
+const FORGET_AFTER: Duration = Duration::from_secs(10);
+
+/// Thousandths of the maximum age, so that tunnels opened together do not all move at once.
+const AGE_JITTER: RangeInclusive<u32> = 900..=1000;
+/// Thousandths of the idle time, for the same reason.
+const IDLE_JITTER: RangeInclusive<u32> = 900..=1100;
+/// A tunnel that is not needed goes after this part of the idle time: the last one saves a dial, others save none.
+const SURPLUS_IDLE_PART: u32 = 10;
+
+/// From here a new stream is better off in another tunnel. It is a quarter of what a 1 Gbit/s link carries: below
+/// it a shared congestion window and socket buffer hardly delay anybody.
+const BUSY_BYTES_PER_SECOND: u64 = 32 << 20;
+
+/// Longer waits are cut to this, as tokio does it: an [`Instant`] cannot express every one.
+const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
+
+/// A tunnel as the pool sees it.
+pub(super) trait Handle {
+    /// Holds a stream's place in the tunnel from the moment it is promised.
+    type Place;
+
+    /// How it is right now.
+    fn load(&self) -> Load;
+
+    /// A place for one more stream, whatever the load; `None` once released.
+    fn reserve(&self) -> Option<Self::Place>;
+
+    /// Lets go of the tunnel, so that it closes with its last stream.
+    fn release(&mut self);
+}
+
+/// What is asked of a tunnel.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Load {
+    /// Whether it takes new streams: it is neither closed nor going away, and both certificates are valid.
+    pub(super) usable: bool,
+    /// How many streams have a place.
+    pub(super) streams: usize,
+    /// Since when there are none.
+    pub(super) idle_since: Option<Instant>,
+    /// How many the peer allows; `None` if it did not say so (yet).
+    pub(super) allowed: Option<usize>,
+    /// What it moves in both directions.
+    pub(super) bytes_per_second: u64,
+}
+
+/// Names a tunnel within a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct TunnelId(u64);
+
+/// What a caller wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wish {
+    /// A place in whatever tunnel there is.
+    Any,
+    /// A place in a tunnel that is only being opened.
+    Fresh,
+}
+
+/// What a caller gets.
+#[derive(Debug)]
+pub(super) enum Checkout<P, W> {
+    /// A place in a tunnel.
+    Use {
+        /// Which one.
+        id: TunnelId,
+        /// The place.
+        place: P,
+    },
+    /// The ticket of the dial to wait for.
+    Wait(W),
+    /// Nothing, because the last dial failed just now.
+    Refuse {
+        /// How long nothing is dialled yet.
+        remaining: Duration,
+        /// Why the last dial failed.
+        last: Arc<HboneError>,
+    },
+}
+
+/// The tunnels `T`, and the tickets `W` that callers wait with for those being dialled.
+#[derive(Debug)]
+pub(super) struct State<T, W> {
+    settings: PoolSettings,
+    entries: HashMap<TunnelKey, Entry<T, W>>,
+    opened: u64,
+    rng: Rng,
+}
+
+/// All there is for one key. Removed as soon as there is nothing.
+#[derive(Debug)]
+struct Entry<T, W> {
+    /// In the order in which they were opened.
+    tunnels: Vec<Slot<T>>,
+    dialing: Option<W>,
+    backoff: Option<Backoff>,
+}
+
+#[derive(Debug)]
+struct Slot<T> {
+    id: TunnelId,
+    tunnel: T,
+    retired: bool,
+    /// The end of its maximum age.
+    retires: Instant,
+    /// How long it may be without streams.
+    idle: Duration,
+}
+
+#[derive(Debug)]
+struct Backoff {
+    failures: u32,
+    until: Instant,
+    last: Arc<HboneError>,
+}
+
+impl<T: Handle, W: Clone> State<T, W> {
+    /// The same `seed` gives the same jitter.
+    pub(super) fn new(settings: PoolSettings, seed: u64) -> Self {
+        Self { settings, entries: HashMap::new(), opened: 0, rng: Rng::with_seed(seed) }
+    }
+
+    /// Decides where a stream goes. If that takes a dial, or another tunnel would be good to have soon, `dial` is
+    /// called for the ticket of one; [`State::opened`], [`State::failed`] or [`State::abandoned`] must follow.
+    ///
+    /// Full tunnels are never waited for: beyond `tunnels_per_peer`, which bounds what is opened because of load,
+    /// another one is dialled. What bounds that is the number of callers.
+    pub(super) fn checkout(
+        &mut self,
+        key: &TunnelKey,
+        wish: Wish,
+        now: Instant,
+        dial: impl FnOnce() -> W,
+    ) -> Checkout<T::Place, W> {
+        let settings = &self.settings;
+        let entry = self.entries.entry(key.clone()).or_default();
+        entry.retire_unusable(now);
+        if wish == Wish::Any
+            && let Some((id, place, crowded)) = entry.take_place(settings.streams_per_tunnel)
+        {
+            if crowded && entry.may_grow(settings.tunnels_per_peer, now) {
+                entry.dialing = Some(dial());
+            }
+            return Checkout::Use { id, place };
+        }
+        if let Some(ticket) = &entry.dialing {
+            return Checkout::Wait(ticket.clone());
+        }
+        if let Some((remaining, last)) = entry.pause(now) {
+            return Checkout::Refuse { remaining, last };
+        }
+        let ticket = dial();
+        entry.dialing = Some(ticket.clone());
+        Checkout::Wait(ticket)
+    }
+
+    /// A place in the tunnel that a caller waited for; `None` if others that waited took all there were. Should it
+    /// be gone already, whoever takes a place learns there why.
+    pub(super) fn join(&self, key: &TunnelKey, tunnel: &T) -> Option<T::Place> {
+        let allowed = self.entries.get(key).and_then(Entry::allowed);
+        let load = tunnel.load();
+        let room = load.streams < load.limit(self.settings.streams_per_tunnel, allowed);
+        if room { tunnel.reserve() } else { None }
+    }
+
+    /// Takes in the tunnel that was dialled.
+    pub(super) fn opened(&mut self, key: &TunnelKey, tunnel: T, now: Instant) -> TunnelId {
+        self.opened += 1;
+        let id = TunnelId(self.opened);
+        let max_age = jittered(&mut self.rng, self.settings.max_age, AGE_JITTER);
+        let idle = jittered(&mut self.rng, self.settings.idle, IDLE_JITTER);
+        let entry = self.entries.entry(key.clone()).or_default();
+        entry.dialing = None;
+        entry.backoff = None;
+        let retires = after(now, max_age);
+        entry.tunnels.push(Slot { id, tunnel, retired: false, retires, idle });
+        id
+    }
+
+    /// Notes that a dial failed. Returns when [`State::forget`] is due.
+    pub(super) fn failed(
+        &mut self,
+        key: &TunnelKey,
+        error: Arc<HboneError>,
+        now: Instant,
+    ) -> Instant {
+        self.entries.entry(key.clone()).or_default().dialing = None;
+        self.back_off(key, error, now)
+    }
+
+    /// Notes that a dial ended without an outcome.
+    pub(super) fn abandoned(&mut self, key: &TunnelKey) {
+        if let Some(entry) = self.entries.get_mut(key) {
+            entry.dialing = None;
+            self.remove_if_empty(key);
+        }
+    }
+
+    /// Pauses dialling, for longer after each failure in a row. Returns when [`State::forget`] is due.
+    pub(super) fn back_off(
+        &mut self,
+        key: &TunnelKey,
+        error: Arc<HboneError>,
+        now: Instant,
+    ) -> Instant {
+        let entry = self.entries.entry(key.clone()).or_default();
+        let before = entry.backoff.as_ref().map_or(0, |backoff| backoff.failures);
+        let doubled = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(before).unwrap_or(u32::MAX));
+        let pause = jittered(&mut self.rng, doubled.min(LONGEST_PAUSE), PAUSE_JITTER);
+        let backoff =
+            Backoff { failures: before.saturating_add(1), until: now + pause, last: error };
+        let forget_at = backoff.until + FORGET_AFTER;
+        entry.backoff = Some(backoff);
+        forget_at
+    }
+
+    /// Forgets a failure that nothing followed.
+    pub(super) fn forget(&mut self, key: &TunnelKey, now: Instant) {
+        if let Some(entry) = self.entries.get_mut(key) {
+            entry.backoff.take_if(|backoff| now >= backoff.until + FORGET_AFTER);
+            self.remove_if_empty(key);
+        }
+    }
+
+    /// Retires a tunnel that is idle or too old. `None` once it is retired, otherwise when to look again.
+    pub(super) fn inspect(
+        &mut self,
+        key: &TunnelKey,
+        id: TunnelId,
+        now: Instant,
+    ) -> Option<Instant> {
+        let entry = self.entries.get_mut(key)?;
+        entry.retire_unusable(now);
+        let surplus = entry.can_do_without(id, self.settings.streams_per_tunnel);
+        let slot = entry.open_mut().find(|slot| slot.id == id)?;
+        let soon = slot.idle / SURPLUS_IDLE_PART;
+        if let Some(idle_since) = slot.tunnel.load().idle_since {
+            let due = after(idle_since, if surplus { soon } else { slot.idle });
+            if now >= due {
+                slot.retire();
+                return None;
+            }
+            return Some(due.min(after(now, soon)).min(slot.retires));
+        }
+        Some(after(now, soon).min(slot.retires))
+    }
+
+    /// Gives a tunnel no new streams.
+    pub(super) fn retire(&mut self, key: &TunnelKey, id: TunnelId) {
+        let entry = self.entries.get_mut(key);
+        entry
+            .into_iter()
+            .flat_map(Entry::open_mut)
+            .filter(|slot| slot.id == id)
+            .for_each(Slot::retire);
+    }
+
+    /// Forgets a tunnel whose connection ended.
+    pub(super) fn closed(&mut self, key: &TunnelKey, id: TunnelId) {
+        if let Some(entry) = self.entries.get_mut(key) {
+            entry.tunnels.retain(|slot| slot.id != id);
+            self.remove_if_empty(key);
+        }
+    }
+
+    /// Retires all tunnels and forgets all failures. A dial under way goes on.
+    pub(super) fn drain(&mut self) {
+        for entry in self.entries.values_mut() {
+            entry.open_mut().for_each(Slot::retire);
+            entry.backoff = None;
+        }
+        self.entries.retain(|_, entry| !entry.is_empty());
+    }
+
+    pub(super) fn statistics(&self, now: Instant) -> PoolStatistics {
+        let mut counted = PoolStatistics::default();
+        for entry in self.entries.values() {
+            let open = entry.open().count();
+            counted.tunnels += open;
+            counted.retired += entry.tunnels.len() - open;
+            counted.streams +=
+                entry.tunnels.iter().map(|slot| slot.tunnel.load().streams).sum::<usize>();
+            counted.dialing += usize::from(entry.dialing.is_some());
+            counted.backing_off += usize::from(entry.pause(now).is_some());
+        }
+        counted
+    }
+
+    #[cfg(test)]
+    pub(super) fn entries(&self) -> usize {
+        self.entries.len()
+    }
+
+    fn remove_if_empty(&mut self, key: &TunnelKey) {
+        if self.entries.get(key).is_some_and(Entry::is_empty) {
+            self.entries.remove(key);
+        }
+    }
+}
+
+impl<T: Handle, W> Entry<T, W> {
+    fn open(&self) -> impl Iterator<Item = &Slot<T>> {
+        self.tunnels.iter().filter(|slot| !slot.retired)
+    }
+
+    fn open_mut(&mut self) -> impl Iterator<Item = &mut Slot<T>> {
+        self.tunnels.iter_mut().filter(|slot| !slot.retired)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.tunnels.is_empty() && self.dialing.is_none() && self.backoff.is_none()
+    }
+
+    fn retire_unusable(&mut self, now: Instant) {
+        let unusable = |slot: &&mut Slot<T>| now >= slot.retires || !slot.tunnel.load().usable;
+        self.open_mut().filter(unusable).for_each(Slot::retire);
+    }
+
+    /// How many streams the peer allows in a tunnel, from the tunnels where it said so.
+    fn allowed(&self) -> Option<usize> {
+        self.open().filter_map(|slot| slot.tunnel.load().allowed).min()
+    }
+
+    /// A place in the least loaded tunnel with room, and whether even that one is crowded. Of equals the oldest is
+    /// taken, so that those that are not needed become idle.
+    fn take_place(&self, streams_per_tunnel: usize) -> Option<(TunnelId, T::Place, bool)> {
+        let allowed = self.allowed();
+        let loads = self.open().map(|slot| {
+            let load = slot.tunnel.load();
+            (slot, load, load.limit(streams_per_tunnel, allowed))
+        });
+        let (slot, load, limit) = loads
+            .filter(|(_, load, limit)| load.streams < *limit)
+            .min_by_key(|(_, load, _)| (load.is_busy(), load.streams))?;
+        Some((slot.id, slot.tunnel.reserve()?, load.is_crowded(limit)))
+    }
+
+    fn may_grow(&self, tunnels_per_peer: usize, now: Instant) -> bool {
+        self.dialing.is_none()
+            && self.pause(now).is_none()
+            && self.open().count() < tunnels_per_peer
+    }
+
+    /// Whether another tunnel would take a new stream without being crowded.
+    fn can_do_without(&self, id: TunnelId, streams_per_tunnel: usize) -> bool {
+        let allowed = self.allowed();
+        self.open().filter(|slot| slot.id != id).any(|slot| {
+            let load = slot.tunnel.load();
+            !load.is_crowded(load.limit(streams_per_tunnel, allowed))
+        })
+    }
+
+    /// How long nothing is to be dialled, and why.
+    fn pause(&self, now: Instant) -> Option<(Duration, Arc<HboneError>)> {
+        let backoff = self.backoff.as_ref().filter(|backoff| now < backoff.until)?;
+        Some((backoff.until - now, backoff.last.clone()))
+    }
+}
+
+impl<T, W> Default for Entry<T, W> {
+    fn default() -> Self {
+        Self { tunnels: Vec::new(), dialing: None, backoff: None }
+    }
+}
+
+impl<T: Handle> Slot<T> {
+    fn retire(&mut self) {
+        self.retired = true;
+        self.tunnel.release();
+    }
+}
+
+impl Load {
+    /// How many streams may share the tunnel: a peer whose SETTINGS did not come yet is taken to allow what it does
+    /// in its other tunnels. One is always possible, so that a peer that allows none costs a reply timeout and not a
+    /// dial for ever.
+    fn limit(&self, streams_per_tunnel: usize, elsewhere: Option<usize>) -> usize {
+        let allowed = self.allowed.or(elsewhere).unwrap_or(usize::MAX);
+        streams_per_tunnel.min(allowed).max(1)
+    }
+
+    fn is_busy(&self) -> bool {
+        self.bytes_per_second >= BUSY_BYTES_PER_SECOND
+    }
+
+    /// Whether the next stream makes another tunnel worth its dial. At half of the limit the other half is there for
+    /// those that come while it is dialled.
+    fn is_crowded(&self, limit: usize) -> bool {
+        self.is_busy() || self.streams >= limit.div_ceil(2)
+    }
+}
+
+fn jittered(rng: &mut Rng, duration: Duration, thousandths: RangeInclusive<u32>) -> Duration {
+    (duration / 1000).saturating_mul(rng.u32(thousandths))
+}
+
+fn after(now: Instant, wait: Duration) -> Instant {
+    now + wait.min(FAR)
+}
+
+#[cfg(test)]
+mod tests;

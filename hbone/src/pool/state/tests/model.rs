@@ -1,0 +1,270 @@
+//! Random sequences of events, and what must hold after each.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const KEYS: u16 = 3;
+
+#[derive(Debug, Clone)]
+enum Event {
+    Ask {
+        key: u16,
+        fresh: bool,
+    },
+    DialSucceeds {
+        key: u16,
+    },
+    DialFails {
+        key: u16,
+    },
+    EndStream(usize),
+    /// GOAWAY: its streams go on.
+    GoAway(usize),
+    /// The connection ends with all its streams.
+    Lose(usize),
+    Move {
+        tunnel: usize,
+        bytes_per_second: u64,
+    },
+    Allow {
+        tunnel: usize,
+        streams: usize,
+    },
+    Retire(usize),
+    Inspect(usize),
+    Wait {
+        milliseconds: u64,
+    },
+    Drain,
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let key = 0..KEYS;
+    let tunnel = 0..8_usize;
+    prop_oneof![
+        12 => (key.clone(), prop::bool::weighted(0.1)).prop_map(|(key, fresh)| Event::Ask { key, fresh }),
+        4 => key.clone().prop_map(|key| Event::DialSucceeds { key }),
+        1 => key.prop_map(|key| Event::DialFails { key }),
+        5 => tunnel.clone().prop_map(Event::EndStream),
+        1 => tunnel.clone().prop_map(Event::GoAway),
+        1 => tunnel.clone().prop_map(Event::Lose),
+        1 => (tunnel.clone(), 0..2 * BUSY_BYTES_PER_SECOND)
+            .prop_map(|(tunnel, bytes_per_second)| Event::Move { tunnel, bytes_per_second }),
+        1 => (tunnel.clone(), 0..6_usize).prop_map(|(tunnel, streams)| Event::Allow { tunnel, streams }),
+        1 => tunnel.clone().prop_map(Event::Retire),
+        2 => tunnel.prop_map(Event::Inspect),
+        2 => prop_oneof![1..3000_u64, 1..4_000_000_u64].prop_map(|milliseconds| Event::Wait { milliseconds }),
+        1 => Just(Event::Drain),
+    ]
+}
+
+/// What an observer knows: the dials under way with those who wait for them, and the connections.
+struct Model {
+    world: World,
+    waiting: HashMap<u16, Vec<Wish>>,
+    tunnels: Vec<(u16, TunnelId, Fake)>,
+    forget_at: Vec<(u16, Instant)>,
+    answered: usize,
+    asked: usize,
+}
+
+impl Model {
+    fn new() -> Self {
+        Self {
+            world: World::with(PoolSettings { streams_per_tunnel: 4, ..SETTINGS }),
+            waiting: HashMap::new(),
+            tunnels: Vec::new(),
+            forget_at: Vec::new(),
+            answered: 0,
+            asked: 0,
+        }
+    }
+
+    fn apply(&mut self, event: Event) {
+        match event {
+            Event::Ask { key, fresh } => {
+                self.asked += 1;
+                self.ask(key, if fresh { Wish::Fresh } else { Wish::Any });
+            }
+            Event::DialSucceeds { key } => self.dial_succeeds(key),
+            Event::DialFails { key } => self.dial_fails(key),
+            Event::Wait { milliseconds } => self.wait(Duration::from_millis(milliseconds)),
+            Event::Drain => self.world.state.drain(),
+            Event::EndStream(index)
+            | Event::GoAway(index)
+            | Event::Lose(index)
+            | Event::Retire(index)
+            | Event::Inspect(index)
+            | Event::Move { tunnel: index, .. }
+            | Event::Allow { tunnel: index, .. } => {
+                if let Some((port, id, tunnel)) = self.tunnels.get(index).cloned() {
+                    self.apply_to(&event, &key(port), id, &tunnel);
+                }
+            }
+        }
+    }
+
+    fn apply_to(&mut self, event: &Event, key: &TunnelKey, id: TunnelId, tunnel: &Fake) {
+        let now = self.world.now;
+        match *event {
+            Event::EndStream(_) if tunnel.load().streams > 0 => tunnel.end_stream(now),
+            Event::GoAway(_) => tunnel.set(|load| load.usable = false),
+            Event::Lose(_) => {
+                tunnel.set(|load| {
+                    (load.usable, load.streams, load.idle_since) = (false, 0, Some(now))
+                });
+                self.world.state.closed(key, id);
+                self.tunnels.retain(|(_, other, _)| *other != id);
+            }
+            Event::Move { bytes_per_second, .. } => {
+                tunnel.set(|load| load.bytes_per_second = bytes_per_second)
+            }
+            Event::Allow { streams, .. } => tunnel.set(|load| load.allowed = Some(streams)),
+            Event::Retire(_) => self.world.state.retire(key, id),
+            Event::Inspect(_) => {
+                let look_again = self.world.state.inspect(key, id, now);
+                assert!(look_again.is_none_or(|then| then > now), "no busy loop");
+                assert_eq!(look_again.is_none(), tunnel.is_released());
+            }
+            _ => {}
+        }
+    }
+
+    fn ask(&mut self, port: u16, wish: Wish) {
+        let dials = self.world.dials;
+        let checkout = self.world.ask(&key(port), wish);
+        let dialled = self.world.dials - dials;
+        // What is too old was released just now.
+        let open =
+            self.tunnels.iter().filter(|(other, ..)| *other == port).map(|(.., tunnel)| tunnel);
+        let open: Vec<&Fake> = open.filter(|tunnel| !tunnel.is_released()).collect();
+        let room = |tunnel: &Fake| {
+            tunnel.load().streams < 4.min(tunnel.load().allowed.unwrap_or(4)).max(1)
+        };
+        assert!(dialled == 0 || !self.waiting.contains_key(&port), "one dial at a time");
+        match checkout {
+            Checkout::Use { place, .. } => {
+                assert_eq!(wish, Wish::Any);
+                assert!(place.load().usable && !place.is_released());
+                assert!(open.iter().any(|tunnel| tunnel.same(&place)), "of the same key");
+                assert!(place.load().streams <= 4, "within the limit");
+                assert!(dialled == 0 || open.len() < SETTINGS.tunnels_per_peer, "growth has a cap");
+                self.answered += 1;
+                if dialled > 0 {
+                    self.waiting.insert(port, Vec::new());
+                }
+            }
+            Checkout::Wait(_) => {
+                // A peer's limit may be expected of a tunnel that was not told yet.
+                let told = |tunnel: &Fake| tunnel.load().allowed.is_some();
+                let missed = open.iter().any(|tunnel| told(tunnel) && room(tunnel));
+                assert!(wish == Wish::Fresh || !missed, "nothing to wait for");
+                self.waiting.entry(port).or_default().push(wish);
+            }
+            Checkout::Refuse { remaining, .. } => {
+                assert!(!remaining.is_zero() && remaining <= LONGEST_PAUSE * 12 / 10);
+                assert!(!self.waiting.contains_key(&port), "a dial under way is waited for");
+                self.answered += 1;
+            }
+        }
+    }
+
+    fn dial_succeeds(&mut self, port: u16) {
+        let Some(waiting) = self.waiting.remove(&port) else { return };
+        let tunnel = Fake::new(self.world.now);
+        let id = self.world.state.opened(&key(port), tunnel.clone(), self.world.now);
+        self.tunnels.push((port, id, tunnel.clone()));
+        let before = waiting.len();
+        let mut served = 0;
+        for wish in waiting {
+            if self.world.state.join(&key(port), &tunnel).is_some() {
+                served += 1;
+                self.answered += 1;
+            } else {
+                self.ask(port, wish);
+            }
+        }
+        assert!(before == 0 || served > 0, "each round serves somebody");
+    }
+
+    fn dial_fails(&mut self, port: u16) {
+        let Some(waiting) = self.waiting.remove(&port) else { return };
+        let error = Arc::new(HboneError::Lost { source: None });
+        let forget_at = self.world.state.failed(&key(port), error, self.world.now);
+        self.forget_at.push((port, forget_at));
+        self.answered += waiting.len();
+    }
+
+    fn wait(&mut self, duration: Duration) {
+        self.world.now += duration;
+        let now = self.world.now;
+        let due = self.forget_at.extract_if(.., |(_, at)| *at <= now).collect::<Vec<_>>();
+        for (port, _) in due {
+            self.world.state.forget(&key(port), now);
+        }
+    }
+
+    /// Connections that were let go close with their last stream.
+    fn close_released(&mut self) {
+        for (port, id, _) in self
+            .tunnels
+            .extract_if(.., |(_, _, tunnel)| tunnel.is_released() && tunnel.load().streams == 0)
+        {
+            self.world.state.closed(&key(port), id);
+        }
+    }
+
+    fn check(&self) {
+        let counted = self.world.state.statistics(self.world.now);
+        assert_eq!(counted.tunnels + counted.retired, self.tunnels.len());
+        assert_eq!(
+            counted.streams,
+            self.tunnels.iter().map(|(_, _, tunnel)| tunnel.load().streams).sum::<usize>()
+        );
+        assert_eq!(counted.dialing, self.waiting.len());
+        let waiting: usize = self.waiting.values().map(Vec::len).sum();
+        assert_eq!(self.answered + waiting, self.asked, "everybody gets an outcome");
+        for port in 0..KEYS {
+            let held = self.tunnels.iter().any(|(other, ..)| *other == port)
+                || self.waiting.contains_key(&port)
+                || self.forget_at.iter().any(|(other, _)| *other == port);
+            assert!(
+                held || !self.world.state.entries.contains_key(&key(port)),
+                "nothing is kept of {port}"
+            );
+        }
+    }
+
+    /// All streams end, all dials do, and time passes.
+    fn wind_down(&mut self) {
+        while !self.waiting.is_empty() {
+            (0..KEYS).for_each(|port| self.dial_succeeds(port));
+        }
+        for (_, _, tunnel) in &self.tunnels {
+            while tunnel.load().streams > 0 {
+                tunnel.end_stream(self.world.now);
+            }
+        }
+        self.wait(2 * HOUR);
+        for (port, id, _) in self.tunnels.clone() {
+            assert_eq!(self.world.state.inspect(&key(port), id, self.world.now), None);
+        }
+        self.close_released();
+        self.check();
+        assert_eq!(self.world.state.entries(), 0);
+    }
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_the_pool_stays_within_its_bounds(events in prop::collection::vec(event(), 1..200)) {
+        let mut model = Model::new();
+        for event in events {
+            model.apply(event);
+            model.close_released();
+            model.check();
+        }
+        model.wind_down();
+    }
+}

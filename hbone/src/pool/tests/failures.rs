@@ -1,0 +1,213 @@
+//! Dials that fail, peers that die, refuse or move on, and what is tried again.
+
+use super::*;
+use crate::testing::{authority, credentials, identity};
+
+const FIRST_PAUSE: Duration = Duration::from_millis(120);
+
+#[tokio::test(start_paused = true)]
+async fn a_stuck_dial_does_not_hold_up_another_key() {
+    let client = Arc::new(Client::new());
+    let stuck = tokio::spawn({
+        let client = client.clone();
+        async move { client.connect(BLACK_HOLE).await }
+    });
+    yield_now().await;
+    let start = Instant::now();
+    client.stream().await;
+    assert!(start.elapsed() < SECOND);
+    assert_eq!((client.dials(), client.pool.statistics().dialing), (2, 1));
+    let error = stuck.await.unwrap().unwrap_err();
+    let HboneError::Dial { source, .. } = error else { panic!("{error:?}") };
+    assert_eq!(source.kind(), io::ErrorKind::TimedOut);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_dial_is_told_to_all_who_wait_and_refuses_others_for_a_while() {
+    let client = Client::new();
+    let answers = join_all((0..5).map(|_| client.connect(CLOSED))).await;
+    assert!(answers.iter().all(|answer| matches!(answer, Err(HboneError::Dial { .. }))));
+    assert_eq!((client.dials(), client.pool.statistics().backing_off), (1, 1));
+    let refused = client.connect(CLOSED).await.unwrap_err();
+    let HboneError::BackingOff { address, remaining, source } = &refused else {
+        panic!("{refused:?}")
+    };
+    assert_eq!(*address, key(CLOSED).address);
+    assert!(*remaining > SECOND / 20 && *remaining <= FIRST_PAUSE);
+    assert!(matches!(**source, HboneError::Dial { .. }));
+    assert_eq!(client.dials(), 1);
+    sleep(*remaining).await;
+    let again = client.connect(CLOSED).await;
+    assert!(matches!(again, Err(HboneError::Dial { .. })), "{again:?}");
+    sleep(20 * SECOND).await;
+    assert_eq!(client.entries(), 0, "forgotten");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_comes_back_is_found_at_the_end_of_the_pause() {
+    let client = Client::new();
+    client.servers.down.store(true, Ordering::Relaxed);
+    for dials in 1..=7 {
+        let failed = client.connect(80).await;
+        assert!(matches!(failed, Err(HboneError::Dial { .. })), "{failed:?}");
+        let refused = client.connect(80).await;
+        let Err(HboneError::BackingOff { remaining, .. }) = refused else { panic!("{refused:?}") };
+        assert_eq!(client.dials(), dials);
+        sleep(remaining).await;
+    }
+    client.servers.down.store(false, Ordering::Relaxed);
+    client.stream().await;
+    assert_eq!(client.pool.statistics().backing_off, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_certificate_that_the_peer_refuses_after_the_handshake_counts_as_a_failed_one() {
+    let authority = authority("td");
+    let [client, server] =
+        [CLIENT, SERVER].map(|who| credentials(&identity(&authority, who)).fixed());
+    let connector = Connector::anonymous(client, ClientSettings::default());
+    let acceptor = Acceptor::new(server, ServerSettings::default());
+    let client = Client::of(Mesh { connector, acceptor }, SETTINGS);
+    for dials in 1..=2 {
+        let first = client.connect(80).await;
+        assert!(matches!(first, Err(HboneError::CertificateRefused { .. })), "{first:?}");
+        client.until(|now| now.backing_off == 1).await;
+        let refused = client.connect(80).await;
+        let Err(HboneError::BackingOff { source, .. }) = refused else { panic!("{refused:?}") };
+        assert!(matches!(*source, HboneError::CertificateRefused { .. }));
+        assert_eq!(client.dials(), dials);
+        sleep(SECOND).await;
+    }
+    sleep(20 * SECOND).await;
+    assert_eq!(client.entries(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_that_panics_strands_nobody() {
+    let client = Client::new();
+    for dials in 1..=2 {
+        let answers = join_all((0..3).map(|_| client.connect(PANICS))).await;
+        assert!(answers.iter().all(|answer| matches!(answer, Err(HboneError::Lost { .. }))));
+        assert_eq!((client.dials(), client.entries()), (dials, 0));
+    }
+}
+
+#[tokio::test]
+async fn a_peer_that_dies_aborts_its_streams_and_the_next_one_dials_anew() {
+    let client = Client::new();
+    let streams = client.streams(20).await;
+    client.connection(0).serving.abort();
+    for stream in streams {
+        let (mut reader, _writer) = stream.split();
+        assert!(matches!(reader.read().await, Err(HboneError::Lost { .. })));
+    }
+    let _stream = client.stream().await;
+    client.until(|now| now.retired == 0).await;
+    assert_eq!((client.dials(), client.pool.tunnels()), (2, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_that_went_silent_is_not_used_again() {
+    let client = Client::new();
+    for dials in 1..=2 {
+        let stream = client.connect(MUTE).await.unwrap();
+        sleep(SECOND).await;
+        let second = client.connect(MUTE).await;
+        assert!(matches!(second, Err(HboneError::ReplyTimeout { .. })), "{second:?}");
+        assert_eq!((client.pool.tunnels(), client.dials()), (0, dials), "and not tried again");
+        drop(stream);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_does_not_even_let_us_close_the_connection_is_given_up() {
+    let client = Client::new();
+    let long_request = |number: usize| {
+        let mut long = request();
+        // More than is buffered on the way, and never the same, or HPACK makes it short.
+        let value = format!("{number:04}").repeat(500).parse().unwrap();
+        long.headers.insert("baggage", value);
+        long
+    };
+    let key = key(STALLED);
+    let answers = join_all(
+        (0..90).map(|number| client.pool.connect(&key, &client.connector, long_request(number))),
+    );
+    assert!(answers.await.iter().all(Result::is_err));
+    client.pool.drain();
+    assert_eq!(client.pool.statistics(), PoolStatistics { retired: 1, ..Default::default() });
+    sleep(60 * SECOND).await;
+    assert_eq!(client.entries(), 0);
+}
+
+#[tokio::test]
+async fn requests_lost_with_an_old_tunnel_share_one_new_one() {
+    let client = Client::new();
+    let (mut reader, _writer) = client.connect(DIES).await.unwrap().split();
+    let answers = join_all((0..4).map(|_| client.connect(DIES))).await;
+    assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+    assert_eq!((client.dials(), client.requests()), (2, vec![5, 4]));
+    assert!(matches!(reader.read().await, Err(HboneError::Lost { .. })), "that one was answered");
+}
+
+#[tokio::test]
+async fn a_request_lost_with_a_new_tunnel_is_not_tried_again() {
+    let client = Client::new();
+    let lost = client.connect(NEVER_LIVES).await;
+    assert!(matches!(lost, Err(HboneError::Lost { .. })), "{lost:?}");
+    assert_eq!(client.dials(), 1);
+}
+
+#[tokio::test]
+async fn an_answer_is_final_whatever_it_is() {
+    let client = Client::new();
+    let _tunnel = client.stream().await;
+    for round in 1..=2 {
+        let refused = client.connect(UNAVAILABLE).await;
+        assert!(matches!(refused, Err(HboneError::Refused { .. })), "{refused:?}");
+        assert_eq!(client.requests()[1], round);
+    }
+    for round in 1..=2 {
+        let reset = client.connect(RESETS).await;
+        assert!(matches!(reset, Err(HboneError::Reset { .. })), "{reset:?}");
+        assert_eq!(client.requests()[2], round);
+    }
+    assert_eq!(client.dials(), 3);
+}
+
+#[tokio::test]
+async fn a_burst_beyond_what_the_peer_allows_is_spread_over_new_tunnels() {
+    let client = Client::with(10, SETTINGS);
+    let streams = client.streams(60).await;
+    assert_eq!(streams.len(), 60);
+    assert!(client.dials() <= 8, "{}", client.dials());
+}
+
+#[tokio::test]
+async fn a_peer_that_moves_on_loses_no_request() {
+    let client = Client::new();
+    let worker = || async {
+        for _ in 0..50 {
+            client.exchange(MOVES_ON).await.unwrap();
+        }
+    };
+    join_all((0..20).map(|_| worker())).await;
+    let requests = client.requests();
+    assert_eq!(requests.iter().sum::<usize>(), 1000);
+    assert!(requests.len() >= 20, "{requests:?}");
+}
+
+#[tokio::test]
+async fn a_go_away_moves_new_streams_and_the_old_ones_finish() {
+    let client = Client::new();
+    let (mut reader, mut writer) = client.stream().await.split();
+    client.connection(0).drain.notify_one();
+    while client.dials() == 1 {
+        client.exchange(80).await.unwrap();
+    }
+    writer.write("still open".into()).await.unwrap();
+    writer.finish().unwrap();
+    assert_eq!(reader.read().await.unwrap(), None);
+    drop((reader, writer));
+    client.until(|now| now.tunnels == 1 && now.retired == 0).await;
+}

@@ -1,0 +1,64 @@
+//! Where our certificate comes from, and when the next one does: files, our own CA, Istio's CA protocol, or SPIRE.
+//!
+//! Not here: what is done with it (`keeper`), and which source is used, which is a setting.
+
+mod error;
+mod files;
+mod istio_ca;
+mod limit;
+mod local_ca;
+mod renewal;
+mod spire;
+#[cfg(test)]
+pub(crate) mod testing;
+
+use std::future::{Future, poll_fn};
+use std::path::Path;
+use std::pin::Pin;
+use std::task::Poll;
+
+use underpass_config::FileWatch;
+
+use crate::{CredentialProblem, HboneError, Identity, clock};
+
+pub use self::error::IssuerProblem;
+pub use self::files::FileSource;
+pub use self::istio_ca::{IstioCa, IstioCaSource};
+pub use self::limit::Priority;
+pub use self::local_ca::LocalCaSource;
+pub(crate) use self::renewal::{Schedule, reached};
+pub use self::spire::SpireSource;
+
+/// What [`IdentitySource::next`] returns.
+pub type NextIdentity<'a> = Pin<Box<dyn Future<Output = Result<Identity, HboneError>> + Send + 'a>>;
+
+/// Where our certificate comes from.
+pub trait IdentitySource: Send {
+    /// The first identity, then each new one when it is there. After an error, which is told once, the last identity stays and
+    /// this is called again: the source paces itself. Cancel-safe.
+    fn next(&mut self) -> NextIdentity<'_>;
+}
+
+/// An identity that can be used from now on.
+fn valid_now(name: &Path, identity: Identity) -> Result<Identity, HboneError> {
+    let now = clock::now();
+    if identity.not_before() > now {
+        let what = CredentialProblem::NotYetValid(identity.not_before());
+        return Err(HboneError::credential(name, what));
+    }
+    if identity.expires() <= now {
+        let what = CredentialProblem::Expired(identity.expires());
+        return Err(HboneError::credential(name, what));
+    }
+    Ok(identity)
+}
+
+/// Waits until one of the files has changed; for ever, if there is none. Cancel-safe.
+pub(crate) async fn any_changed(watches: &mut [FileWatch]) {
+    let mut changes: Vec<_> = watches.iter_mut().map(|watch| Box::pin(watch.changed())).collect();
+    poll_fn(|context| {
+        let changed = changes.iter_mut().any(|change| change.as_mut().poll(context).is_ready());
+        if changed { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+}

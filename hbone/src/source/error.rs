@@ -1,0 +1,111 @@
+//! Why a CA or an agent gave us no certificate, in words for the operator.
+//!
+//! Not here: certificates that are there and wrong (`CredentialProblem`).
+
+use std::time::Duration;
+
+use thiserror::Error;
+use underpass_config::SpiffeId;
+
+use crate::{CredentialProblem, Fault};
+
+/// Why an issuer of certificates gave none. Always shown with the issuer.
+#[derive(Debug, Clone, Error)]
+pub enum IssuerProblem {
+    /// The setting names no server.
+    #[error("it must be https://HOST or https://HOST:PORT (identity.istio_ca.address)")]
+    Address,
+    /// The setting names no server that a certificate could be for.
+    #[error("{0:?} is no host name or IP address (identity.istio_ca.server_name)")]
+    ServerName(String),
+    /// The setting cannot be sent.
+    #[error(
+        "the cluster is sent in a header and must be visible ASCII (identity.istio_ca.cluster_id)"
+    )]
+    ClusterId,
+    /// No connection to the CA.
+    #[error("cannot connect: is it up, and is identity.istio_ca.address right?")]
+    Connect,
+    /// No connection in time.
+    #[error(
+        "no connection after {0:?}: is identity.istio_ca.address right, and the way there open?"
+    )]
+    ConnectTimeout(Duration),
+    /// The CA is not who it should be, or does not speak as it should.
+    #[error(
+        "TLS 1.3 with h2 failed: does identity.istio_ca.roots hold its root, and is identity.istio_ca.server_name in its certificate?"
+    )]
+    Tls,
+    /// The connection broke before the answer.
+    #[error("the connection was lost before it answered")]
+    Lost,
+    /// No answer in time.
+    #[error("no answer after {0:?}")]
+    ReplyTimeout(Duration),
+    /// gRPC status 16.
+    #[error(
+        "it does not know us ({0:?}): is the token in identity.istio_ca.token still valid, and made for this CA?"
+    )]
+    Unauthenticated(String),
+    /// gRPC status 7.
+    #[error(
+        "it refuses us {id} ({message:?}): may the token's owner be this (identity.istio_ca.impersonate)?"
+    )]
+    Denied {
+        /// What was asked for.
+        id: SpiffeId,
+        /// What the CA said.
+        message: String,
+    },
+    /// gRPC status 14.
+    #[error("it is not available ({0:?}): is identity.istio_ca.address the CA's?")]
+    Unavailable(String),
+    /// Any other gRPC status.
+    #[error("it refused with status {status} ({message:?}): its log may tell more")]
+    Refused {
+        /// The status in the words of gRPC.
+        status: &'static str,
+        /// What the CA said.
+        message: String,
+    },
+    /// An answer without a leaf or without a root.
+    #[error("it answered with {0} certificates: a leaf and at least one root are needed")]
+    EmptyResponse(usize),
+    /// An answer that is no certificate for our key.
+    #[error("it answered with a certificate that cannot be used: {0}")]
+    Answer(CredentialProblem),
+    /// A certificate for somebody else.
+    #[error(
+        "it answered with a certificate of {got:?}, {asked} was asked for: whose token is in identity.istio_ca.token?"
+    )]
+    WrongIdentity {
+        /// What was asked for.
+        asked: SpiffeId,
+        /// The URI names of what came.
+        got: String,
+    },
+    /// No SPIRE agent at the socket.
+    #[error("no SPIRE agent answers: does it run, and is identity.spire.socket its socket?")]
+    Agent,
+    /// The agent is there and says nothing.
+    #[error("the SPIRE agent did not answer in {0:?}")]
+    AgentTimeout(Duration),
+    /// The agent knows of no identity for this process.
+    #[error(
+        "the SPIRE agent has no identity for this process: is there a registration entry whose selectors match it?"
+    )]
+    NotRegistered,
+    /// The agent's stream ended.
+    #[error("the SPIRE agent closed its stream")]
+    AgentClosed,
+}
+
+impl IssuerProblem {
+    pub(crate) fn fault(&self) -> Fault {
+        match self {
+            Self::Address | Self::ServerName(_) | Self::ClusterId => Fault::Configuration,
+            // Whatever else it is can pass without us: CAs restart, and learn of new workloads late.
+            _ => Fault::Peer,
+        }
+    }
+}

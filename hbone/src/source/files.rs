@@ -1,0 +1,103 @@
+//! A certificate, its key and its roots in files that someone else renews.
+//!
+//! Whoever renews them writes one file after the other: between two of them the pair does not match, and is not used. Not
+//! here: how files are followed (`underpass_config::FileWatch`).
+
+use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
+use tokio::select;
+use underpass_config::{FileWatch, IdentityFiles};
+
+use super::{IdentitySource, NextIdentity, Schedule, any_changed, valid_now};
+use crate::{HboneError, Identity};
+
+/// Reads the files at first and whenever they change: written in place, renamed, or reached through a swapped link.
+#[derive(Debug)]
+pub struct FileSource {
+    files: IdentityFiles,
+    watches: Vec<FileWatch>,
+    /// When to look again without being told, because what was read last could not be used: it may become valid with
+    /// time, or readable.
+    retry: Option<Schedule>,
+    /// The content of the files that is used.
+    used: Option<u64>,
+    /// What was told about a content that cannot be used.
+    told: Option<String>,
+}
+
+impl FileSource {
+    /// A source of the certificates in these files.
+    pub fn new(files: IdentityFiles) -> Self {
+        Self { files, watches: Vec::new(), retry: Some(Schedule::new()), used: None, told: None }
+    }
+
+    async fn next_identity(&mut self) -> Result<Identity, HboneError> {
+        loop {
+            select! {
+                () = any_changed(&mut self.watches) => {}
+                () = due(self.retry.as_ref()) => {}
+            }
+            match self.read() {
+                Ok(Some(identity)) => return Ok(identity),
+                Ok(None) => {}
+                Err(error) => {
+                    self.retry.get_or_insert_with(Schedule::new).failed();
+                    let text = error.to_string();
+                    if self.told.as_ref() != Some(&text) {
+                        self.told = Some(text);
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is in the files now; `None` if that is used already.
+    fn read(&mut self) -> Result<Option<Identity>, HboneError> {
+        if self.watches.is_empty() {
+            // Watched before they are read, so that no change is missed.
+            let IdentityFiles { certificate, key, roots } = &self.files;
+            let watches = [certificate, key, roots].into_iter().map(|file| FileWatch::new(file));
+            self.watches =
+                watches.collect::<Result<_, _>>().map_err(|source| HboneError::Watch { source })?;
+        }
+        let before = self.content();
+        let is_used = before.is_some() && before == self.used;
+        let identity = match is_used {
+            true => None,
+            false => Some(valid_now(&self.files.certificate, Identity::from_files(&self.files)?)?),
+        };
+        // What changed while it was read is told by the watch.
+        self.used = before;
+        self.retry = None;
+        self.told = None;
+        Ok(identity)
+    }
+
+    /// A number that another content hardly ever has; `None` if a file cannot be read.
+    fn content(&self) -> Option<u64> {
+        let IdentityFiles { certificate, key, roots } = &self.files;
+        let mut hasher = DefaultHasher::new();
+        for file in [certificate, key, roots] {
+            fs::read(file).ok()?.hash(&mut hasher);
+        }
+        Some(hasher.finish())
+    }
+}
+
+impl IdentitySource for FileSource {
+    fn next(&mut self) -> NextIdentity<'_> {
+        Box::pin(self.next_identity())
+    }
+}
+
+async fn due(schedule: Option<&Schedule>) {
+    match schedule {
+        Some(schedule) => schedule.due().await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,149 @@
+//! When a source asks for the next certificate: at half of what is left of the one it has, and after a failure soon, then
+//! ever less often.
+//!
+//! Not here: asking. By the wall clock, because certificates are: tokio's stands still while a machine is suspended.
+
+use std::time::{Duration, SystemTime};
+
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::clock;
+
+/// No CA is asked more often, however short its certificates are.
+const LEAST: Duration = Duration::from_secs(1);
+/// The wait after the first failure in a row, doubled by each further one.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_secs(150);
+
+/// So that many proxies that started together do not ask together.
+const RENEWAL_JITTER: f64 = 0.1;
+const RETRY_JITTER: f64 = 0.2;
+
+/// How long the wall clock is trusted to run evenly.
+const LOOK: Duration = Duration::from_secs(60);
+
+/// When to ask next.
+#[derive(Debug)]
+pub(crate) struct Schedule {
+    due: Due,
+    /// In a row.
+    failures: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Due {
+    Renewal(SystemTime),
+    Retry(Instant),
+}
+
+impl Schedule {
+    /// Now.
+    pub(crate) fn new() -> Self {
+        Self { due: Due::Retry(Instant::now()), failures: 0 }
+    }
+
+    /// Waits until it is time. Cancel-safe.
+    pub(crate) async fn due(&self) {
+        match self.due {
+            Due::Renewal(time) => reached(time).await,
+            Due::Retry(instant) => sleep_until(instant).await,
+        }
+    }
+
+    /// There is a certificate, which is valid until `expires`.
+    pub(crate) fn succeeded(&mut self, expires: SystemTime) {
+        let now = clock::now();
+        let left = expires.duration_since(now).unwrap_or_default();
+        self.due = Due::Renewal(now + renew_after(left, random()));
+        self.failures = 0;
+    }
+
+    pub(crate) fn failed(&mut self) {
+        self.due = Due::Retry(Instant::now() + retry_after(self.failures, random()));
+        self.failures = self.failures.saturating_add(1);
+    }
+}
+
+/// Waits until the wall clock shows `time`, also if it is set or the machine sleeps meanwhile. Cancel-safe.
+pub(crate) async fn reached(time: SystemTime) {
+    while let Ok(left) = time.duration_since(clock::now()) {
+        if left.is_zero() {
+            return;
+        }
+        sleep(left.min(LOOK)).await;
+    }
+}
+
+/// When to renew a certificate that is valid for `left` from now on; `chance` is from -1 to 1.
+fn renew_after(left: Duration, chance: f64) -> Duration {
+    (left / 2).mul_f64(1.0 + RENEWAL_JITTER * chance).max(LEAST)
+}
+
+/// When to ask again after `failures` others before this one; `chance` is from -1 to 1.
+fn retry_after(failures: u32, chance: f64) -> Duration {
+    let doubled = FIRST_RETRY.saturating_mul(2_u32.saturating_pow(failures));
+    doubled.min(LAST_RETRY).mul_f64(1.0 + RETRY_JITTER * chance)
+}
+
+fn random() -> f64 {
+    fastrand::f64() * 2.0 - 1.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn a_certificate_is_renewed_at_half_of_its_life_give_or_take_a_tenth() {
+        assert_eq!(renew_after(24 * HOUR, 0.0), 12 * HOUR);
+        assert_eq!(renew_after(20 * HOUR, -1.0), 9 * HOUR);
+        assert_eq!(renew_after(20 * HOUR, 1.0), 11 * HOUR);
+    }
+
+    #[test]
+    fn no_certificate_is_so_short_that_the_ca_is_asked_without_pause() {
+        for left in [Duration::ZERO, Duration::from_millis(1), LEAST] {
+            assert_eq!(renew_after(left, -1.0), LEAST, "{left:?}");
+        }
+    }
+
+    #[test]
+    fn failures_double_the_pause_up_to_its_end() {
+        let pauses = [0, 1, 2, 6, 7, 8, 40, u32::MAX].map(|failures| retry_after(failures, 0.0));
+        let seconds: Vec<u64> = pauses.iter().map(Duration::as_secs).collect();
+        assert_eq!(seconds, [1, 2, 4, 64, 128, 150, 150, 150]);
+        assert_eq!(retry_after(8, 1.0), Duration::from_secs(180));
+        assert_eq!(retry_after(0, -1.0), Duration::from_millis(800));
+    }
+
+    #[test]
+    fn chance_is_between_both_ends() {
+        let drawn: Vec<f64> = (0..1000).map(|_| random()).collect();
+        assert!(drawn.iter().all(|chance| (-1.0..=1.0).contains(chance)));
+        assert!(drawn.iter().any(|c| *c < -0.5) && drawn.iter().any(|c| *c > 0.5));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_due_now_is_not_waited_for_and_what_is_due_later_is() {
+        let start = Instant::now();
+        let mut schedule = Schedule::new();
+        schedule.due().await;
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        schedule.failed();
+        schedule.failed();
+        schedule.due().await;
+        assert!((1600..=2401).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
+        let start = Instant::now();
+        schedule.succeeded(clock::now() + HOUR);
+        schedule.due().await;
+        let minutes = start.elapsed().as_secs_f64() / 60.0;
+        assert!((27.0..=33.1).contains(&minutes), "{minutes}");
+        // The row of failures ended.
+        schedule.failed();
+        let start = Instant::now();
+        schedule.due().await;
+        assert!(start.elapsed() <= Duration::from_millis(1201));
+    }
+}

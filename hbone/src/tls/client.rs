@@ -1,0 +1,148 @@
+//! The client side of one generation: a configuration for each peer, so that its sessions are its own.
+//!
+//! Not here: which peer to connect to, and connecting.
+
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use rustls::ClientConfig;
+use rustls::client::{ClientSessionStore, Resumption};
+use rustls::sign::SingleCertAndKey;
+use rustls_pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use underpass_config::SpiffeId;
+
+use super::sessions::Sessions;
+use super::verify::{Peer, Verifier};
+use super::{ALPN, handshake_error, provider, require_h2, tls_error};
+use crate::clock::WallClock;
+use crate::trust::Authorities;
+use crate::{ExpectedPeer, HboneError, Identity};
+
+/// How many peers have their sessions remembered.
+const PEERS: usize = 1024;
+
+/// The client side of one [`Credentials`](crate::Credentials), shared by all its connections.
+#[derive(Debug)]
+pub(crate) struct ClientTls {
+    authorities: Arc<Authorities>,
+    /// When our own certificate expires, and with it every session.
+    expires: SystemTime,
+    /// Complete but for what belongs to a peer: it expects nobody, and remembers no session.
+    template: ClientConfig,
+    /// rustls resumes only with the very verifier and certificate that the session began with.
+    peers: Mutex<HashMap<PeerKey, Arc<PeerTls>>>,
+}
+
+/// A session is resumed only at the same address, and where the same peers are expected.
+type PeerKey = (SocketAddr, Arc<[SpiffeId]>);
+
+#[derive(Debug)]
+struct PeerTls {
+    config: Arc<ClientConfig>,
+    verifier: Arc<Verifier>,
+    sessions: Arc<Sessions>,
+}
+
+impl ClientTls {
+    pub(crate) fn new(
+        identity: &Identity,
+        authorities: Arc<Authorities>,
+    ) -> Result<Self, HboneError> {
+        let mut tls = Self::anonymous(identity, authorities)?;
+        tls.template.client_auth_cert_resolver =
+            Arc::new(SingleCertAndKey::from(identity.certified_key()));
+        Ok(tls)
+    }
+
+    /// Trusts as `identity` does, and presents nothing.
+    pub(crate) fn anonymous(
+        identity: &Identity,
+        authorities: Arc<Authorities>,
+    ) -> Result<Self, HboneError> {
+        let nobody = ExpectedPeer::OneOf(Arc::new([]));
+        let verifier = Verifier { authorities: authorities.clone(), expected: nobody };
+        let mut template = ClientConfig::builder_with_details(provider(), Arc::new(WallClock))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(tls_error)?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_no_client_auth();
+        template.alpn_protocols = vec![ALPN.to_vec()];
+        template.enable_sni = false;
+        template.resumption = Resumption::disabled();
+        Ok(Self { authorities, expires: identity.expires(), template, peers: Mutex::default() })
+    }
+
+    /// Handshakes with a server that must be one of `expected`; our certificate is not sent to another.
+    pub(crate) async fn connect<T>(
+        &self,
+        io: T,
+        address: SocketAddr,
+        expected: &[SpiffeId],
+    ) -> Result<(TlsStream<T>, Peer), HboneError>
+    where
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        let tls = self.peer((address, expected.into()));
+        // rustls wants a name; an address is never sent as SNI (RFC 6066 section 3), nor looked at by us.
+        let no_name = ServerName::IpAddress(Ipv4Addr::UNSPECIFIED.into());
+        let stream = TlsConnector::from(tls.config.clone())
+            .connect(no_name, io)
+            .await
+            .map_err(handshake_error)?;
+        let (_, connection) = stream.get_ref();
+        require_h2(connection)?;
+        let peer = Peer::of(connection, &tls.verifier).inspect_err(|_| tls.sessions.forget())?;
+        if !peer.resumed {
+            tls.sessions.begun(peer.expires.min(self.expires));
+        }
+        Ok((stream, peer))
+    }
+
+    fn peer(&self, key: PeerKey) -> Arc<PeerTls> {
+        // Nothing panics while it is held.
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = peers.get(&key) {
+            return known.clone();
+        }
+        // Any one: a peer that is met again has a full handshake, which is no great loss.
+        if peers.len() >= PEERS
+            && let Some(any) = peers.keys().next().cloned()
+        {
+            peers.remove(&any);
+        }
+        let peer = Arc::new(self.peer_tls(key.1.clone()));
+        peers.insert(key, peer.clone());
+        peer
+    }
+
+    fn peer_tls(&self, expected: Arc<[SpiffeId]>) -> PeerTls {
+        let expected = ExpectedPeer::OneOf(expected);
+        let verifier = Arc::new(Verifier { authorities: self.authorities.clone(), expected });
+        let sessions = Arc::new(Sessions::new(self.expires));
+        let mut config = self.template.clone();
+        config.dangerous().set_certificate_verifier(verifier.clone());
+        let store: Arc<dyn ClientSessionStore> = sessions.clone();
+        config.resumption = Resumption::store(store);
+        PeerTls { config: Arc::new(config), verifier, sessions }
+    }
+}
+
+#[cfg(test)]
+impl ClientTls {
+    /// A client that offers tickets though its certificate has expired.
+    pub(crate) fn careless(mut self) -> Self {
+        self.expires += std::time::Duration::from_secs(1 << 20);
+        self
+    }
+
+    /// For how many peers sessions are remembered.
+    pub(crate) fn peers(&self) -> usize {
+        self.peers.lock().unwrap().len()
+    }
+}

@@ -1,0 +1,133 @@
+//! Sessions that can be resumed: the client's tickets, and the server's way to make them.
+//!
+//! Not here: for whom. A client's tickets belong to one peer, and both sides' to one generation of credentials.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use rustls::NamedGroup;
+use rustls::client::{ClientSessionStore, Tls12ClientSessionValue, Tls13ClientSessionValue};
+use rustls::crypto::aws_lc_rs::Ticketer;
+use rustls::server::ProducesTickets;
+use rustls_pki_types::ServerName;
+
+use super::tls_error;
+use crate::{HboneError, clock};
+
+/// How many tickets are kept of one peer: as many tunnels to it can be opened at once without a full handshake.
+const TICKETS: usize = 4;
+
+/// The largest session that is put into a ticket, in bytes. Most of it is the client's chain; one near the 64 KiB that
+/// the protocol can carry would make the ticket too long for it, and costs more to carry than a handshake.
+const SESSION_BYTES: usize = 16 << 10;
+
+/// What a client remembers of one peer.
+#[derive(Debug)]
+pub(super) struct Sessions(Mutex<Remembered>);
+
+#[derive(Debug)]
+struct Remembered {
+    /// The oldest first. rustls gives each back once (RFC 8446 appendix C.4).
+    tickets: VecDeque<Tls13ClientSessionValue>,
+    /// When one of the certificates that the sessions began with expires.
+    expires: SystemTime,
+    group: Option<NamedGroup>,
+}
+
+impl Sessions {
+    pub(super) fn new(expires: SystemTime) -> Self {
+        Self(Mutex::new(Remembered { tickets: VecDeque::new(), expires, group: None }))
+    }
+
+    /// Notes that a full handshake began a session, which may be resumed until one of its certificates expires.
+    pub(super) fn begun(&self, expires: SystemTime) {
+        self.remembered().expires = expires;
+    }
+
+    pub(super) fn forget(&self) {
+        self.remembered().tickets.clear();
+    }
+
+    fn remembered(&self) -> MutexGuard<'_, Remembered> {
+        // Nothing panics while it is held.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ClientSessionStore for Sessions {
+    fn set_kx_hint(&self, _: ServerName<'static>, group: NamedGroup) {
+        self.remembered().group = Some(group);
+    }
+
+    fn kx_hint(&self, _: &ServerName<'_>) -> Option<NamedGroup> {
+        self.remembered().group
+    }
+
+    fn set_tls12_session(&self, _: ServerName<'static>, _: Tls12ClientSessionValue) {}
+
+    fn tls12_session(&self, _: &ServerName<'_>) -> Option<Tls12ClientSessionValue> {
+        None
+    }
+
+    fn remove_tls12_session(&self, _: &ServerName<'static>) {}
+
+    fn insert_tls13_ticket(&self, _: ServerName<'static>, ticket: Tls13ClientSessionValue) {
+        let mut remembered = self.remembered();
+        if remembered.tickets.len() >= TICKETS {
+            remembered.tickets.pop_front();
+        }
+        remembered.tickets.push_back(ticket);
+    }
+
+    fn take_tls13_ticket(&self, _: &ServerName<'static>) -> Option<Tls13ClientSessionValue> {
+        let mut remembered = self.remembered();
+        if remembered.expires <= clock::now() {
+            remembered.tickets.clear();
+        }
+        remembered.tickets.pop_back()
+    }
+}
+
+/// Tickets that carry the session themselves, encrypted: unlike sessions that we keep, they take no memory that a peer
+/// could fill, no lock that all workers share, and no peer can crowd out another's. They end with our certificate.
+#[derive(Debug)]
+pub(super) struct Tickets {
+    keys: Arc<dyn ProducesTickets>,
+    expires: SystemTime,
+}
+
+impl Tickets {
+    /// With new keys, that change every few hours, until `expires`.
+    pub(super) fn new(expires: SystemTime) -> Result<Self, HboneError> {
+        Ok(Self { keys: Ticketer::new().map_err(tls_error)?, expires })
+    }
+
+    /// In whole seconds.
+    fn remaining(&self) -> u32 {
+        let remaining = self.expires.duration_since(clock::now()).unwrap_or_default();
+        u32::try_from(remaining.as_secs()).unwrap_or(u32::MAX)
+    }
+}
+
+impl ProducesTickets for Tickets {
+    fn enabled(&self) -> bool {
+        true
+    }
+
+    fn lifetime(&self) -> u32 {
+        self.keys.lifetime().min(self.remaining())
+    }
+
+    fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
+        let fits = plain.len() <= SESSION_BYTES;
+        if self.remaining() == 0 || !fits { None } else { self.keys.encrypt(plain) }
+    }
+
+    fn decrypt(&self, cipher: &[u8]) -> Option<Vec<u8>> {
+        if self.remaining() == 0 { None } else { self.keys.decrypt(cipher) }
+    }
+}
+
+#[cfg(test)]
+mod tests;

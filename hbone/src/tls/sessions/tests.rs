@@ -1,0 +1,214 @@
+//! Sessions that are resumed, and all that must not be.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+use tokio::sync::watch;
+use tokio::time::sleep;
+use underpass_config::SpiffeId;
+
+use super::*;
+use crate::testing::pki::{Ca, Files};
+use crate::testing::{ADDRESS, CLIENT, HOUR, SECOND, SERVER, Served, id, request};
+use crate::tls::{ClientTls, ServerTls};
+use crate::trust::Authorities;
+use crate::{Acceptor, ClientSettings, Connector, Credentials, ServerSettings, Trust};
+
+struct Parties {
+    client: watch::Sender<Credentials>,
+    server: watch::Sender<Credentials>,
+    connector: Connector,
+    acceptor: Acceptor,
+}
+
+fn credentials(ca: &Ca, who: &str, serial: u64, lifetime: Duration) -> Credentials {
+    let identity = ca.identity_until(who, serial, clock::now() + lifetime);
+    Credentials::new(identity, Trust::default()).unwrap()
+}
+
+impl Parties {
+    fn new(client: Credentials, server: Credentials) -> Self {
+        let (client, client_credentials) = watch::channel(client);
+        let (server, server_credentials) = watch::channel(server);
+        Self {
+            client,
+            server,
+            connector: Connector::new(client_credentials, ClientSettings::default()),
+            acceptor: Acceptor::new(server_credentials, ServerSettings::default()),
+        }
+    }
+
+    fn of(ca: &Ca) -> Self {
+        Self::new(credentials(ca, CLIENT, 1, HOUR), credentials(ca, SERVER, 2, HOUR))
+    }
+
+    /// Whether a new tunnel resumes an earlier session, as both sides see it; it is used until its tickets have come.
+    async fn resume(
+        &self,
+        address: SocketAddr,
+        expected: &[SpiffeId],
+    ) -> Result<bool, (Option<HboneError>, Option<HboneError>)> {
+        let (near, far) = duplex(64 << 10);
+        let (client, server) = tokio::join!(
+            self.connector.open(near, address, expected, SECOND),
+            self.acceptor.accept(far, SECOND)
+        );
+        let (tunnel, server) = match (client, server) {
+            (Ok(tunnel), Ok(server)) => (tunnel, server),
+            (client, server) => return Err((client.err(), server.err())),
+        };
+        assert_eq!(tunnel.resumed(), server.resumed());
+        let resumed = tunnel.resumed();
+        assert_eq!(server.peer().spiffe_id(), &id(CLIENT));
+        assert_eq!(tunnel.usable_until(), server.usable_until());
+        let mut served = Served::new(server);
+        let (near, _far) = tokio::join!(tunnel.connect(request(), SECOND), async {
+            served.next().await.accept(HeaderMap::new()).unwrap()
+        });
+        let (_reader, mut writer) = near.unwrap().split();
+        writer.write(Bytes::from_static(b"used")).await.unwrap();
+        Ok(resumed)
+    }
+
+    async fn again(&self) -> bool {
+        self.resume(ADDRESS, &[id(SERVER)]).await.unwrap()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_second_tunnel_to_a_peer_resumes_and_so_does_each_after_it() {
+    let parties = Parties::of(&Ca::root("ours"));
+    assert!(!parties.again().await);
+    for _ in 0..10 {
+        assert!(parties.again().await);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn sessions_are_not_shared_between_addresses_or_expectations() {
+    let parties = Parties::of(&Ca::root("ours"));
+    assert!(!parties.again().await);
+    let other_address = SocketAddr::from(([10, 0, 0, 9], 15008));
+    assert!(!parties.resume(other_address, &[id(SERVER)]).await.unwrap());
+    let more = [id(SERVER), id("spiffe://td/ns/x/sa/y")];
+    assert!(!parties.resume(ADDRESS, &more).await.unwrap());
+    let (refused, _) = parties.resume(ADDRESS, &more[1..]).await.unwrap_err();
+    assert!(matches!(refused, Some(HboneError::UnexpectedPeer { .. })));
+    assert!(parties.again().await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_resumed_after_either_side_rotated() {
+    let ca = Ca::root("ours");
+    let parties = Parties::of(&ca);
+    assert!(!parties.again().await);
+    parties.server.send_replace(credentials(&ca, SERVER, 3, HOUR));
+    // The client offers a ticket that the server has no key for, as with a stock ztunnel.
+    assert!(!parties.again().await);
+    assert!(parties.again().await);
+    parties.client.send_replace(credentials(&ca, CLIENT, 4, HOUR));
+    assert!(!parties.again().await);
+    assert!(parties.again().await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_resumed_after_a_revocation() {
+    let ca = Ca::root("ours");
+    let parties = Parties::of(&ca);
+    assert!(!parties.again().await);
+    let revoked = Files::new().crl("list", &ca.revoke(&[1])).trust();
+    let server = ca.identity(SERVER, 2);
+    parties.server.send_replace(Credentials::new(server, revoked).unwrap());
+    let (_, refused) = parties.resume(ADDRESS, &[id(SERVER)]).await.unwrap_err();
+    assert!(matches!(refused, Some(HboneError::Revoked)), "{refused:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_session_outlives_a_certificate() {
+    let ca = Ca::root("ours");
+    // The server's: the client does not even try.
+    let parties =
+        Parties::new(credentials(&ca, CLIENT, 1, 3 * HOUR), credentials(&ca, SERVER, 2, HOUR));
+    assert!(!parties.again().await);
+    sleep(HOUR / 2).await;
+    assert!(parties.again().await);
+    sleep(HOUR).await;
+    let (refused, _) = parties.resume(ADDRESS, &[id(SERVER)]).await.unwrap_err();
+    assert!(matches!(refused, Some(HboneError::PeerCertificateExpired { .. })), "{refused:?}");
+    // The client's: it does not try either.
+    let parties =
+        Parties::new(credentials(&ca, CLIENT, 1, HOUR), credentials(&ca, SERVER, 2, 3 * HOUR));
+    assert!(!parties.again().await);
+    sleep(HOUR + SECOND).await;
+    let (_, refused) = parties.resume(ADDRESS, &[id(SERVER)]).await.unwrap_err();
+    assert!(matches!(refused, Some(HboneError::PeerCertificateExpired { .. })), "{refused:?}");
+}
+
+/// A handshake, and whether it was a resumed one; the client reads until its tickets have come.
+async fn handshake(
+    client: &ClientTls,
+    server: &ServerTls,
+    address: SocketAddr,
+) -> Result<bool, HboneError> {
+    let (near, far) = duplex(64 << 10);
+    let expected = [id(SERVER)];
+    let connect = async {
+        let (mut stream, _) = client.connect(near, address, &expected).await?;
+        let mut greeting = [0; 5];
+        // Nothing comes if it is refused.
+        let _refused = stream.read_exact(&mut greeting).await;
+        Ok(())
+    };
+    let accept = async {
+        let (mut stream, peer) = server.accept(far).await?;
+        stream.write_all(b"hello").await.unwrap();
+        stream.flush().await.unwrap();
+        Ok(peer.resumed)
+    };
+    let (client, server) = tokio::join!(connect, accept);
+    server.and_then(|resumed| client.map(|()| resumed))
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_server_judges_a_client_that_resumes_once_more() {
+    let ca = Ca::root("ours");
+    let identity = ca.identity(CLIENT, 1);
+    let server = credentials(&ca, SERVER, 2, 3 * HOUR);
+    let authorities = Arc::new(Authorities::new(&identity, Trust::default()));
+    let client = ClientTls::new(&identity, authorities).unwrap().careless();
+    assert!(!handshake(&client, server.server(), ADDRESS).await.unwrap());
+    assert!(handshake(&client, server.server(), ADDRESS).await.unwrap());
+    sleep(HOUR + SECOND).await;
+    let refused = handshake(&client, server.server(), ADDRESS).await.unwrap_err();
+    assert!(matches!(refused, HboneError::PeerCertificateExpired { .. }), "{refused:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_ticket_ends_with_the_servers_certificate() {
+    let tickets = Tickets::new(clock::now() + HOUR).unwrap();
+    let ticket = tickets.encrypt(b"session").unwrap();
+    assert!(tickets.lifetime() >= 3599 && tickets.lifetime() <= 3600);
+    assert_eq!(tickets.decrypt(&ticket).unwrap(), b"session");
+    assert_eq!(tickets.encrypt(&[0; SESSION_BYTES + 1]), None);
+    sleep(HOUR).await;
+    assert_eq!((tickets.encrypt(b"session"), tickets.decrypt(&ticket)), (None, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_sessions_of_so_many_peers_are_remembered_and_no_more() {
+    let ca = Ca::root("ours");
+    let (client, server) = (credentials(&ca, CLIENT, 1, HOUR), credentials(&ca, SERVER, 2, HOUR));
+    for port in 1..=1030 {
+        // Nobody answers.
+        let (near, far) = duplex(1024);
+        drop(far);
+        let address = SocketAddr::from(([10, 0, 0, 1], port));
+        client.client().connect(near, address, &[id(SERVER)]).await.unwrap_err();
+    }
+    assert_eq!(client.client().peers(), 1024);
+    assert!(!handshake(client.client(), server.server(), ADDRESS).await.unwrap());
+    assert_eq!(client.client().peers(), 1024);
+}

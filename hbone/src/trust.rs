@@ -1,0 +1,118 @@
+//! Whom we trust beyond what comes with our certificate: aliases of our trust domain, the roots of other ones, and
+//! revocation lists, from files that are watched.
+//!
+//! Not here: how a peer is judged by it (`trust/authorities.rs`), and when new trust is put to use.
+
+mod authorities;
+mod revocations;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::poll_fn;
+use std::path::Path;
+use std::sync::Arc;
+use std::task::Poll;
+
+use underpass_config::{FileWatch, TrustDomain, TrustSettings};
+
+use self::revocations::Revocations;
+use crate::{Bundle, HboneError, pem};
+
+pub(crate) use self::authorities::Authorities;
+
+/// What the settings add to the roots that come with our certificate; by default nothing. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Trust(Arc<Parts>);
+
+#[derive(Debug, Default)]
+struct Parts {
+    aliases: BTreeSet<TrustDomain>,
+    bundles: BTreeMap<TrustDomain, Bundle>,
+    revocations: Revocations,
+}
+
+/// Watches the files of [`TrustSettings`].
+#[derive(Debug)]
+pub struct TrustFiles {
+    settings: TrustSettings,
+    watches: Vec<FileWatch>,
+}
+
+impl TrustFiles {
+    /// Reads the files, and begins to watch them.
+    ///
+    /// # Errors
+    /// [`HboneError::Credential`] for a file that is missing or malformed, [`HboneError::Watch`] for one that cannot be
+    /// watched.
+    pub fn open(settings: &TrustSettings) -> Result<(Self, Trust), HboneError> {
+        // Before they are read, so that no change in between is missed.
+        let watches = files(settings)
+            .map(FileWatch::new)
+            .collect::<Result<_, _>>()
+            .map_err(|source| HboneError::Watch { source })?;
+        let trust = Trust::read(settings)?;
+        Ok((Self { settings: settings.clone(), watches }, trust))
+    }
+
+    /// Waits for a file to change, and reads all of them again. Without files it waits for ever. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`TrustFiles::open`], once for each change: what was read before stays good, so call it again.
+    pub async fn next(&mut self) -> Result<Trust, HboneError> {
+        any_changed(&mut self.watches).await;
+        Trust::read(&self.settings)
+    }
+}
+
+impl Trust {
+    /// Fails closed: what is missing or malformed is an error, not less trust or fewer revocations.
+    pub(crate) fn read(settings: &TrustSettings) -> Result<Self, HboneError> {
+        let mut bundles = BTreeMap::new();
+        for bundle in &settings.bundles {
+            let roots = Bundle::from_pem(&bundle.file, &pem::read(&bundle.file)?)?;
+            bundles.insert(bundle.trust_domain.clone(), roots);
+        }
+        Ok(Self(Arc::new(Parts {
+            aliases: settings.aliases.iter().cloned().collect(),
+            bundles,
+            revocations: Revocations::read(&settings.crls)?,
+        })))
+    }
+
+    pub(crate) fn is_alias(&self, trust_domain: &TrustDomain) -> bool {
+        self.0.aliases.contains(trust_domain)
+    }
+
+    pub(crate) fn bundle(&self, trust_domain: &TrustDomain) -> Option<&Bundle> {
+        self.0.bundles.get(trust_domain)
+    }
+
+    fn revocations(&self) -> &Revocations {
+        &self.0.revocations
+    }
+}
+
+/// Equal when one is a clone of the other.
+impl PartialEq for Trust {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Trust {}
+
+fn files(settings: &TrustSettings) -> impl Iterator<Item = &Path> {
+    let bundles = settings.bundles.iter().map(|bundle| bundle.file.as_path());
+    bundles.chain(settings.crls.iter().map(AsRef::as_ref))
+}
+
+async fn any_changed(watches: &mut [FileWatch]) {
+    let mut changes: Vec<_> = watches.iter_mut().map(|watch| Box::pin(watch.changed())).collect();
+    poll_fn(|cx| {
+        let changed = changes.iter_mut().any(|change| change.as_mut().poll(cx).is_ready());
+        if changed { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,189 @@
+//! How a peer is judged: the name in its leaf tells its trust domain, and only that domain's roots can vouch for it.
+//!
+//! Not here: the handshake (`tls`), and whether a peer may do what it asks for.
+
+use std::collections::BTreeMap;
+
+use rustls::crypto::WebPkiSupportedAlgorithms;
+use rustls::{CertificateError, Error, ExtendedKeyPurpose, OtherError};
+use rustls_pki_types::{CertificateDer, UnixTime};
+use underpass_config::{SpiffeId, TrustDomain};
+use webpki::{
+    EndEntityCert, ExpirationPolicy, KeyUsage, RequiredEkuNotFoundContext, RevocationCheckDepth,
+    RevocationOptionsBuilder, UnknownStatusPolicy,
+};
+
+use super::Trust;
+use crate::{Bundle, ExpectedPeer, HboneError, Identity, tls};
+
+/// Everything that one generation of credentials trusts.
+#[derive(Debug)]
+pub(crate) struct Authorities {
+    own: TrustDomain,
+    /// What came with our certificate.
+    bundles: BTreeMap<TrustDomain, Bundle>,
+    trust: Trust,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl Authorities {
+    pub(crate) fn new(identity: &Identity, trust: Trust) -> Self {
+        Self {
+            own: identity.spiffe_id().trust_domain().clone(),
+            bundles: identity.bundles().clone(),
+            trust,
+            algorithms: tls::provider().signature_verification_algorithms,
+        }
+    }
+
+    pub(crate) fn algorithms(&self) -> &WebPkiSupportedAlgorithms {
+        &self.algorithms
+    }
+
+    /// What a server asks of its clients: an identity of any trust domain whose roots we have.
+    pub(crate) fn any_member(&self) -> ExpectedPeer {
+        ExpectedPeer::MemberOf(self.own.clone())
+    }
+
+    /// Whether `other` trusts the same, as far as it can be told without reading the files' contents.
+    pub(crate) fn trust_as(&self, other: &Self) -> bool {
+        (&self.own, &self.trust, &self.bundles) == (&other.own, &other.trust, &other.bundles)
+    }
+
+    /// Who a chain proves its owner to be at the time `now`: names, roots, validity, purpose and revocation.
+    pub(crate) fn judge(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        expected: &ExpectedPeer,
+        now: UnixTime,
+    ) -> Result<SpiffeId, Error> {
+        let id = self.choose(leaf, expected).map_err(rejected)?;
+        let bundle = self.bundle(id.trust_domain()).map_err(rejected)?;
+        self.verify(leaf, intermediates, bundle, usage(expected), now)
+            .map_err(|error| self.explain(error, leaf, intermediates))?;
+        Ok(id)
+    }
+
+    /// The name in a leaf that counts: the first that is expected.
+    pub(crate) fn choose(
+        &self,
+        leaf: &CertificateDer<'_>,
+        expected: &ExpectedPeer,
+    ) -> Result<SpiffeId, HboneError> {
+        // A certificate whose names cannot be read has none.
+        let presented = tls::uri_names(leaf).unwrap_or_default();
+        let ids: Vec<SpiffeId> = presented.iter().filter_map(|name| name.parse().ok()).collect();
+        let accepted = ids.iter().find(|id| match expected {
+            ExpectedPeer::OneOf(expected) => expected.iter().any(|one| self.is_same(one, id)),
+            ExpectedPeer::MemberOf(_) => self.bundle(id.trust_domain()).is_ok(),
+        });
+        match (accepted, ids.first(), expected) {
+            (Some(id), ..) => Ok(id.clone()),
+            (None, Some(stranger), ExpectedPeer::MemberOf(_)) => {
+                Err(HboneError::UntrustedDomain { trust_domain: stranger.trust_domain().clone() })
+            }
+            _ => Err(HboneError::UnexpectedPeer { expected: expected.clone(), presented }),
+        }
+    }
+
+    /// The roots of a trust domain. Those of our own are never taken from elsewhere.
+    fn bundle(&self, trust_domain: &TrustDomain) -> Result<&Bundle, HboneError> {
+        let bundle = if self.is_own(trust_domain) {
+            self.bundles.get(&self.own)
+        } else {
+            self.trust.bundle(trust_domain).or_else(|| self.bundles.get(trust_domain))
+        };
+        bundle.ok_or_else(|| HboneError::UntrustedDomain { trust_domain: trust_domain.clone() })
+    }
+
+    fn is_own(&self, trust_domain: &TrustDomain) -> bool {
+        *trust_domain == self.own || self.trust.is_alias(trust_domain)
+    }
+
+    fn is_same(&self, one: &SpiffeId, other: &SpiffeId) -> bool {
+        let both_own = self.is_own(one.trust_domain()) && self.is_own(other.trust_domain());
+        one == other || (both_own && one.path() == other.path())
+    }
+
+    fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        bundle: &Bundle,
+        usage: KeyUsage,
+        now: UnixTime,
+    ) -> Result<(), webpki::Error> {
+        let lists = self.trust.revocations().for_chain(leaf, intermediates);
+        let revocation = RevocationOptionsBuilder::new(&lists).ok().map(|options| {
+            options
+                .with_depth(RevocationCheckDepth::Chain)
+                .with_status_policy(UnknownStatusPolicy::Deny)
+                .with_expiration_policy(ExpirationPolicy::Enforce)
+                .build()
+        });
+        EndEntityCert::try_from(leaf)?.verify_for_usage(
+            self.algorithms.all,
+            bundle.anchors(),
+            intermediates,
+            now,
+            usage,
+            revocation,
+            None,
+        )?;
+        Ok(())
+    }
+
+    /// As rustls has it, so that the peer gets the alert that fits.
+    fn explain(
+        &self,
+        error: webpki::Error,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+    ) -> Error {
+        use webpki::Error as Pki;
+        let error = match error {
+            Pki::BadDer | Pki::BadDerTime | Pki::TrailingData(_) => CertificateError::BadEncoding,
+            Pki::CertExpired { time, not_after } => {
+                CertificateError::ExpiredContext { time, not_after }
+            }
+            Pki::CertNotValidYet { time, not_before } => {
+                CertificateError::NotValidYetContext { time, not_before }
+            }
+            Pki::UnknownIssuer => CertificateError::UnknownIssuer,
+            Pki::InvalidSignatureForPublicKey => CertificateError::BadSignature,
+            Pki::RequiredEkuNotFoundContext(purposes) => wrong_purpose(&purposes),
+            Pki::CertRevoked => CertificateError::Revoked,
+            other => match self.trust.revocations().explain(&other, leaf, intermediates) {
+                Some(error) => return rejected(error),
+                None => CertificateError::Other(OtherError(std::sync::Arc::new(other))),
+            },
+        };
+        error.into()
+    }
+}
+
+/// rustls carries our own error through the handshake; `tls` takes it out again.
+fn rejected(error: HboneError) -> Error {
+    CertificateError::Other(OtherError(std::sync::Arc::new(error))).into()
+}
+
+/// We expect certain servers, and clients of certain trust domains.
+fn usage(expected: &ExpectedPeer) -> KeyUsage {
+    match expected {
+        ExpectedPeer::OneOf(_) => KeyUsage::server_auth(),
+        ExpectedPeer::MemberOf(_) => KeyUsage::client_auth(),
+    }
+}
+
+fn wrong_purpose(purposes: &RequiredEkuNotFoundContext) -> CertificateError {
+    let purpose = |oid: Vec<usize>| match oid.as_slice() {
+        KeyUsage::SERVER_AUTH_REPR => ExtendedKeyPurpose::ServerAuth,
+        KeyUsage::CLIENT_AUTH_REPR => ExtendedKeyPurpose::ClientAuth,
+        _ => ExtendedKeyPurpose::Other(oid),
+    };
+    CertificateError::InvalidPurposeContext {
+        required: purpose(purposes.required.oid_values().collect()),
+        presented: purposes.present.iter().cloned().map(purpose).collect(),
+    }
+}

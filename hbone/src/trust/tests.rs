@@ -1,0 +1,254 @@
+//! Who vouches for whom, what a revocation list says, and files that change.
+
+use std::fs;
+use std::sync::Arc;
+
+use rustls::CertificateError;
+use rustls_pki_types::CertificateDer;
+use tokio::time::timeout;
+use underpass_config::SpiffeId;
+
+use super::*;
+use crate::testing::pki::{Ca, Files};
+use crate::testing::{CLIENT, HOUR, SECOND, SERVER, id};
+use crate::{CredentialProblem, ExpectedPeer, Fault, Identity, clock};
+
+const FOREIGN: &str = "spiffe://other/any/path/at/all";
+
+fn authorities(identity: &Identity, files: &Files) -> Authorities {
+    Authorities::new(identity, files.trust())
+}
+
+fn as_client(judge: &Authorities, chain: &[CertificateDer<'_>]) -> Result<SpiffeId, rustls::Error> {
+    let now = clock::unix(clock::now());
+    judge.judge(&chain[0], &chain[1..], &judge.any_member(), now)
+}
+
+fn as_server(
+    judge: &Authorities,
+    chain: &[CertificateDer<'_>],
+    expected: &str,
+) -> Result<SpiffeId, rustls::Error> {
+    let expected = ExpectedPeer::OneOf([id(expected)].into());
+    judge.judge(&chain[0], &chain[1..], &expected, clock::unix(clock::now()))
+}
+
+/// The error of ours that rustls carries.
+fn ours(result: Result<SpiffeId, rustls::Error>) -> HboneError {
+    match result.unwrap_err() {
+        rustls::Error::InvalidCertificate(CertificateError::Other(other)) => {
+            other.0.downcast_ref::<HboneError>().unwrap().clone()
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+fn theirs(result: Result<SpiffeId, rustls::Error>) -> CertificateError {
+    match result.unwrap_err() {
+        rustls::Error::InvalidCertificate(error) => error,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn the_roots_of_one_domain_never_vouch_for_another() {
+    let (ours_ca, other) = (Ca::root("ours"), Ca::root("other"));
+    let files = Files::new().bundle("other", &other);
+    let judge = authorities(&ours_ca.identity(SERVER, 1), &files);
+    assert_eq!(as_client(&judge, &ours_ca.chain(&[CLIENT], 2)), Ok(id(CLIENT)));
+    assert_eq!(as_client(&judge, &other.chain(&[FOREIGN], 2)), Ok(id(FOREIGN)));
+    assert_eq!(as_server(&judge, &other.chain(&[FOREIGN], 2), FOREIGN), Ok(id(FOREIGN)));
+    for (ca, name) in [(&other, CLIENT), (&ours_ca, FOREIGN)] {
+        let chain = ca.chain(&[name], 3);
+        assert_eq!(theirs(as_client(&judge, &chain)), CertificateError::UnknownIssuer);
+        assert_eq!(theirs(as_server(&judge, &chain, name)), CertificateError::UnknownIssuer);
+        // Nor by naming a domain of its own as well.
+        let both = ca.chain(&[name, if name == CLIENT { FOREIGN } else { CLIENT }], 4);
+        assert_eq!(theirs(as_client(&judge, &both)), CertificateError::UnknownIssuer);
+    }
+}
+
+#[test]
+fn an_alias_is_another_name_of_our_own_domain() {
+    let (ca, other) = (Ca::root("ours"), Ca::root("other"));
+    let files = Files::new().alias("old-td").bundle("other", &other);
+    let judge = authorities(&ca.identity(CLIENT, 1), &files);
+    let old = "spiffe://old-td/ns/default/sa/server";
+    let chain = ca.chain(&[old], 2);
+    assert_eq!(as_client(&judge, &chain), Ok(id(old)), "what was presented is told");
+    assert_eq!(as_server(&judge, &chain, SERVER), Ok(id(old)));
+    assert_eq!(as_server(&judge, &ca.chain(&[SERVER], 2), old), Ok(id(SERVER)));
+    for wrong in [CLIENT, "spiffe://other/ns/default/sa/server"] {
+        let error = ours(as_server(&judge, &chain, wrong));
+        assert!(matches!(error, HboneError::UnexpectedPeer { .. }), "{error:?}");
+    }
+    let forged = other.chain(&[old], 2);
+    assert_eq!(theirs(as_server(&judge, &forged, SERVER)), CertificateError::UnknownIssuer);
+    assert_eq!(theirs(as_client(&judge, &forged)), CertificateError::UnknownIssuer);
+}
+
+#[test]
+fn a_domain_without_roots_is_refused_with_the_settings_to_change() {
+    let (ca, other) = (Ca::root("ours"), Ca::root("other"));
+    let judge = authorities(&ca.identity(CLIENT, 1), &Files::new());
+    let chain = other.chain(&[FOREIGN], 2);
+    for result in [as_client(&judge, &chain), as_server(&judge, &chain, FOREIGN)] {
+        let error = ours(result);
+        assert!(matches!(error, HboneError::UntrustedDomain { .. }), "{error:?}");
+        let text = error.to_string();
+        let named = ["trust domain other", "trust.bundles", "trust.aliases"];
+        assert!(named.iter().all(|name| text.contains(name)), "{text}");
+    }
+    let nameless = ca.chain(&["https://example.com"], 2);
+    let HboneError::UnexpectedPeer { expected, presented } = ours(as_client(&judge, &nameless))
+    else {
+        panic!()
+    };
+    assert_eq!(expected, judge.any_member());
+    assert_eq!(presented, ["https://example.com"]);
+}
+
+#[test]
+fn bundles_come_with_the_identity_or_from_settings_which_come_first() {
+    let (ca, spire, settings) = (Ca::root("ours"), Ca::root("spire"), Ca::root("settings"));
+    let bundles = [("td", &ca), ("other", &spire), ("third", &spire)]
+        .map(|(domain, ca)| (domain.parse().unwrap(), ca.bundle()));
+    let own = ca.identity_with(SERVER, 1, clock::now() + HOUR, bundles.into());
+    let third = "spiffe://third";
+    let judge = authorities(&own, &Files::new());
+    assert_eq!(as_client(&judge, &spire.chain(&[FOREIGN], 2)), Ok(id(FOREIGN)));
+    let files = Files::new().bundle("other", &settings).bundle("td", &settings);
+    let judge = authorities(&own, &files);
+    assert_eq!(as_client(&judge, &settings.chain(&[FOREIGN], 2)), Ok(id(FOREIGN)));
+    as_client(&judge, &spire.chain(&[FOREIGN], 2)).unwrap_err();
+    assert_eq!(as_client(&judge, &spire.chain(&[third], 2)), Ok(id(third)));
+    // Those of our own domain are the identity's.
+    assert_eq!(as_client(&judge, &ca.chain(&[CLIENT], 2)), Ok(id(CLIENT)));
+    as_client(&judge, &settings.chain(&[CLIENT], 2)).unwrap_err();
+}
+
+#[test]
+fn a_revoked_certificate_is_refused_in_either_role() {
+    let ca = Ca::root("ours");
+    for name in ["list.pem", "list.der"] {
+        let files = Files::new().crl(name, &ca.revoke(&[7, 8]));
+        let judge = authorities(&ca.identity(SERVER, 1), &files);
+        as_client(&judge, &ca.chain(&[CLIENT], 2)).unwrap();
+        let revoked = ca.chain(&[CLIENT], 7);
+        assert_eq!(theirs(as_client(&judge, &revoked)), CertificateError::Revoked);
+        assert_eq!(theirs(as_server(&judge, &revoked, CLIENT)), CertificateError::Revoked);
+    }
+}
+
+#[test]
+fn the_whole_chain_must_be_covered_and_not_revoked() {
+    let root = Ca::root("root");
+    let middle = root.intermediate("middle", 50);
+    let chain = middle.chain(&[CLIENT], 2);
+    let judged = |files: Files| as_client(&authorities(&root.identity(SERVER, 1), &files), &chain);
+    let both = |serials: &[u64]| {
+        Files::new().crl("root", &root.revoke(serials)).crl("middle", &middle.revoke(&[]))
+    };
+    judged(both(&[])).unwrap();
+    assert_eq!(theirs(judged(both(&[50]))), CertificateError::Revoked);
+    let missing = [
+        ("O=root", Files::new().crl("middle", &middle.revoke(&[]))),
+        ("O=middle", Files::new().crl("root", &root.revoke(&[]))),
+    ];
+    for (name, files) in missing {
+        let error = ours(judged(files));
+        let HboneError::RevocationUnknown { issuer } = &error else { panic!("{error:?}") };
+        assert_eq!(issuer, name);
+        assert!(error.to_string().contains("trust.crls"));
+        assert_eq!(error.fault(), Fault::Configuration);
+    }
+}
+
+#[test]
+fn a_list_that_expired_or_that_the_issuer_did_not_sign_refuses_all() {
+    let (ca, impostor) = (Ca::root("ours"), Ca::root("ours"));
+    let now = clock::now();
+    let judged = |list| {
+        let files = Files::new().crl("list.pem", &list);
+        let judge = authorities(&ca.identity(SERVER, 1), &files);
+        (ours(as_client(&judge, &ca.chain(&[CLIENT], 2))), files)
+    };
+    let (error, files) = judged(ca.revoke_between(&[], now - 2 * HOUR, now - HOUR));
+    let HboneError::RevocationListExpired { file, .. } = &error else { panic!("{error:?}") };
+    assert_eq!(file, &files.settings.crls[0]);
+    let (error, _files) = judged(impostor.revoke(&[]));
+    assert!(matches!(error, HboneError::RevocationListUntrusted { .. }), "{error:?}");
+}
+
+#[test]
+fn of_two_lists_the_newer_counts_and_each_key_of_an_issuer_has_its_own() {
+    let (ca, former) = (Ca::root("ours"), Ca::root("ours"));
+    let now = clock::now();
+    let old = ca.revoke_between(&[], now - 2 * HOUR, now + HOUR);
+    let (new, other) = (ca.revoke(&[7]), former.revoke(&[]));
+    for order in [[&old, &new, &other], [&other, &new, &old]] {
+        let mut files = Files::new();
+        for (index, list) in order.iter().enumerate() {
+            files = files.crl(&index.to_string(), list);
+        }
+        let judge = authorities(&ca.identity(SERVER, 1), &files);
+        as_client(&judge, &ca.chain(&[CLIENT], 2)).unwrap();
+        let revoked = as_client(&judge, &ca.chain(&[CLIENT], 7));
+        assert_eq!(theirs(revoked), CertificateError::Revoked);
+    }
+}
+
+fn problem(settings: &TrustSettings) -> (std::path::PathBuf, CredentialProblem) {
+    match TrustFiles::open(settings).unwrap_err() {
+        HboneError::Credential { file, what } => (file, what),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_is_missing_or_malformed_at_the_start_is_an_error_with_its_file() {
+    let ca = Ca::root("ours");
+    let list = ca.revoke(&[]);
+    let files = Files::new().bundle("other", &ca).crl("list", &list);
+    let (bundle, crl) = (files.settings.bundles[0].file.clone(), files.settings.crls[0].clone());
+    TrustFiles::open(&files.settings).unwrap();
+    use CredentialProblem as P;
+    let broken = "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n";
+    let half = [list.pem().unwrap().as_str(), broken].concat();
+    let is = |content: &[u8], expected: fn(&P) -> bool| {
+        files.write("list", content);
+        let (file, what) = problem(&files.settings);
+        assert!(file == crl && expected(&what), "{what:?}");
+    };
+    is(b"", |what| matches!(what, P::Empty("X509 CRL")));
+    is(half.as_bytes(), |what| matches!(what, P::RevocationList(_)));
+    is(&list.der()[..100], |what| matches!(what, P::RevocationList(_)));
+    is(&[list.der().as_ref(), b"more"].concat(), |what| matches!(what, P::RevocationList(_)));
+    fs::remove_file(&crl).unwrap();
+    assert!(matches!(problem(&files.settings), (file, P::Io(_)) if file == crl));
+    files.write("other", b"nothing");
+    assert!(matches!(problem(&files.settings), (file, P::Empty("certificate")) if file == bundle));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_changed_file_is_read_again_and_a_bad_one_is_told_once() {
+    let ca = Ca::root("ours");
+    let files = Files::new().crl("list", &ca.revoke(&[]));
+    let (mut watched, first) = TrustFiles::open(&files.settings).unwrap();
+    files.write("list", b"garbage");
+    watched.next().await.unwrap_err();
+    let silence = timeout(HOUR, watched.next()).await;
+    assert!(silence.is_err(), "told once");
+    files.write("list", ca.revoke(&[7]).pem().unwrap().as_bytes());
+    let second = watched.next().await.unwrap();
+    assert_ne!(first, second);
+    let judge = Authorities::new(&ca.identity(SERVER, 1), second);
+    assert_eq!(theirs(as_client(&judge, &ca.chain(&[CLIENT], 7))), CertificateError::Revoked);
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_files_nothing_ever_changes() {
+    let (mut files, trust) = TrustFiles::open(&TrustSettings::default()).unwrap();
+    timeout(100 * SECOND, files.next()).await.unwrap_err();
+    assert_eq!(Arc::strong_count(&trust.0), 1);
+}

@@ -1,0 +1,159 @@
+//! The workload's certificate in a proxy's life: where it comes from, and what is told as it is renewed.
+//!
+//! Not here: how each source works, and how often it renews (the hbone crate).
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::watch;
+use underpass_config::{IdentitySettings, Settings, SpiffeId, TrustSettings};
+use underpass_hbone::{
+    Credentials, CredentialsEvent, FileSource, IdentitySource, IstioCa, IstioCaSource, Keeper,
+    LocalCaSource, Priority, SpireSource,
+};
+use underpass_interception::Sockets;
+
+use crate::cli::CommandError;
+use crate::dial::PlainDialer;
+use crate::error::chain;
+use crate::metrics;
+
+/// The certificate of this proxy, from its settings to the last renewal.
+pub(crate) enum Certificate {
+    /// None is configured: HBONE is off.
+    Off,
+    /// To be asked for.
+    Wanted(Wanted),
+    /// There, and kept up to date for as long as the keeper runs.
+    Held(Keeper, watch::Receiver<Credentials>),
+}
+
+/// A certificate to be asked for.
+pub(crate) struct Wanted {
+    source: Box<dyn IdentitySource>,
+    trust: TrustSettings,
+    workload: SpiffeId,
+}
+
+impl Certificate {
+    /// Takes what lies in files at once, so that a mistake in them ends the start before rules are installed. Who must be
+    /// asked for one over the network is asked later, by [`Certificate::hold`]: when the proxy's connections are told from
+    /// the workload's.
+    pub(crate) async fn prepare(
+        settings: &Settings,
+        sockets: &Sockets,
+    ) -> Result<Self, CommandError> {
+        let Some(identity) = &settings.identity else {
+            tracing::warn!("no certificate (identity.*): HBONE is off, inbound and outbound");
+            return Ok(Self::Off);
+        };
+        let workload = settings.workload.spiffe_id.clone();
+        let wanted = Wanted {
+            source: source(identity, &workload, sockets)?,
+            trust: settings.trust.clone(),
+            workload,
+        };
+        match identity {
+            IdentitySettings::Files(_) | IdentitySettings::LocalCa(_) => wanted.hold().await,
+            IdentitySettings::IstioCa(_) | IdentitySettings::Spire(_) => Ok(Self::Wanted(wanted)),
+        }
+    }
+
+    /// Waits until it is there; for ever, if who issues it is away.
+    pub(crate) async fn hold(self) -> Result<Self, CommandError> {
+        match self {
+            Self::Wanted(wanted) => wanted.hold().await,
+            held => Ok(held),
+        }
+    }
+}
+
+impl Wanted {
+    async fn hold(self) -> Result<Certificate, CommandError> {
+        let Self { source, trust, workload } = self;
+        let told = move |event: CredentialsEvent<'_>| tell(&event, &workload);
+        let (keeper, credentials) =
+            Keeper::start(source, trust, told).await.map_err(CommandError::Identity)?;
+        Ok(Certificate::Held(keeper, credentials))
+    }
+}
+
+fn source(
+    identity: &IdentitySettings,
+    workload: &SpiffeId,
+    sockets: &Sockets,
+) -> Result<Box<dyn IdentitySource>, CommandError> {
+    let failed = CommandError::Identity;
+    Ok(match identity {
+        IdentitySettings::Files(files) => Box::new(FileSource::new(files.clone())),
+        IdentitySettings::LocalCa(ca) => Box::new(LocalCaSource::new(ca.clone(), workload.clone())),
+        IdentitySettings::IstioCa(ca) => {
+            let dialer = PlainDialer { sockets: sockets.clone() };
+            let client = IstioCa::new(ca.clone(), dialer).map_err(failed)?;
+            Box::new(IstioCaSource::new(Arc::new(client), workload.clone(), Priority::RealTime))
+        }
+        IdentitySettings::Spire(spire) => {
+            Box::new(SpireSource::new(spire.clone(), workload.clone()))
+        }
+    })
+}
+
+/// What happened to the certificate: to the log and the metrics.
+fn tell(event: &CredentialsEvent<'_>, workload: &SpiffeId) {
+    match event {
+        CredentialsEvent::Identity(credentials) => {
+            let identity = credentials.identity();
+            metrics::certificate_renewed(identity.expires());
+            if identity.spiffe_id() == workload {
+                let left = identity.expires().duration_since(SystemTime::now()).unwrap_or_default();
+                let expires_in = Duration::from_secs(left.as_secs());
+                tracing::info!(identity = %identity.spiffe_id(), ?expires_in, "certificate in use");
+            } else {
+                tracing::warn!(
+                    certificate = %identity.spiffe_id(), workload = %workload,
+                    "the certificate is for another workload than the settings name; peers see the certificate"
+                );
+            }
+        }
+        CredentialsEvent::Trust(_) => {
+            tracing::info!("trust bundles and revocation lists read again")
+        }
+        CredentialsEvent::Failed(error) => {
+            metrics::certificate_failed();
+            tracing::error!(
+                error = chain(error),
+                "no new certificate or trust; what is there stays"
+            );
+        }
+    }
+}
+
+/// Warns of files that are read again later, and that this user cannot read: for when the proxy has given up being root.
+pub(crate) fn warn_if_unreadable(settings: &Settings) {
+    let unreadable = |file: &PathBuf| {
+        File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+    };
+    for file in read_again(settings).iter().filter(|file| unreadable(file)) {
+        tracing::warn!(
+            file = %file.display(),
+            "the proxy's user cannot read this file: when it is renewed the proxy will not see it; chown it"
+        );
+    }
+}
+
+fn read_again(settings: &Settings) -> Vec<PathBuf> {
+    let mut files = match &settings.identity {
+        Some(IdentitySettings::Files(files)) => {
+            vec![files.certificate.clone(), files.key.clone(), files.roots.clone()]
+        }
+        Some(IdentitySettings::LocalCa(ca)) => vec![ca.dir.join("ca.key"), ca.dir.join("ca.pem")],
+        Some(IdentitySettings::IstioCa(ca)) => vec![ca.roots.clone(), ca.token.clone()],
+        Some(IdentitySettings::Spire(_)) | None => Vec::new(),
+    };
+    files.extend(settings.trust.bundles.iter().map(|bundle| bundle.file.clone()));
+    files.extend(settings.trust.crls.iter().cloned());
+    files
+}

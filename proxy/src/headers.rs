@@ -1,0 +1,36 @@
+//! What a tunnel's headers say of its two ends: `traceparent`, `baggage`, `forwarded`. They are for logs and dashboards: nothing
+//! is decided by what a peer claims.
+
+use http::HeaderMap;
+use underpass_config::WorkloadSettings;
+use underpass_hbone::{Baggage, Forwarded, RequestHeaders};
+
+use crate::record::{ConnectionRecord, Party};
+
+/// The headers of the CONNECT request for a caught connection.
+pub(crate) fn request(record: &ConnectionRecord, own: &WorkloadSettings) -> HeaderMap {
+    let headers = RequestHeaders {
+        traceparent: Some(record.trace()),
+        baggage: Some(baggage(&record.source, own)),
+        forwarded: record.source.address.map(|client| Forwarded::new(client, None)),
+    };
+    headers.into_header_map()
+}
+
+/// The headers of the answer 200.
+pub(crate) fn response(record: &ConnectionRecord, own: &WorkloadSettings) -> HeaderMap {
+    let baggage = Some(baggage(&record.destination, own));
+    RequestHeaders { baggage, ..RequestHeaders::default() }.into_header_map()
+}
+
+/// Who is at our end: as the mesh knows it, or else as the settings call it.
+fn baggage(own_end: &Party, own: &WorkloadSettings) -> Baggage {
+    match &own_end.workload {
+        Some(workload) => Baggage::from(workload.as_ref()),
+        None => Baggage {
+            namespace: own.namespace.clone(),
+            service: own.name.clone(),
+            ..Baggage::default()
+        },
+    }
+}

@@ -1,0 +1,176 @@
+//! Certificates in a proxy's life: renewed under traffic, damaged, revoked, federated, and issued by a CA. Who is let in with
+//! which certificate is in `identity.rs`.
+#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
+mod authority;
+mod revocation;
+
+use std::fs;
+use std::process::ExitCode;
+
+use underpass_tests::{
+    APP, CLIENT, Family, Mesh, Pki, Proxy, SERVER, Scene, Server, Settings, Suite, exchange, within,
+};
+
+const IN_USE: &str = "certificate in use";
+const KEPT: &str = "what is there stays";
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new();
+    suite.test("certificates that are renewed again and again fail no connection", renewal);
+    suite.test("a pair that does not match is told, and the last good one stays", mismatch);
+    suite.test("a proxy issues its own certificates from a local CA, and renews them", local_ca);
+    suite.test("workloads of federated trust domains reach each other", federation);
+    suite.test("a trust domain's alias is trusted as itself, another one is not", alias);
+    revocation::add(&mut suite);
+    authority::add(&mut suite);
+    suite.run()
+}
+
+/// How many connections a round of traffic has.
+const ROUND: usize = 50;
+
+/// Connections one after the other, each with its own bytes there and back.
+async fn traffic(scene: &Scene) {
+    for _ in 0..ROUND {
+        one_connection(scene).await;
+    }
+}
+
+async fn one_connection(scene: &Scene) {
+    let mut stream = scene.client.dial(scene.app(Family::V4)).await.expect("a connection");
+    let (mut reader, mut writer) = stream.split();
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let sent = b"there and back".repeat(100);
+    let mut received = Vec::new();
+    let exchange = async {
+        writer.write_all(&sent).await?;
+        writer.shutdown().await?;
+        reader.read_to_end(&mut received).await
+    };
+    within("an echo", exchange).await.expect("no connection fails");
+    assert!(received == sent, "{} of {} bytes came back", received.len(), sent.len());
+}
+
+async fn renewal() {
+    let (scene, mut client, mut server) = Scene::with_proxies().await;
+    let _app = Server::echo(&scene.server, APP);
+    for round in 1..=4 {
+        let renew = async {
+            let (_, _) = (scene.pki.issue(CLIENT), scene.pki.issue(SERVER));
+            client.more_than(round, &[IN_USE]).await;
+            server.more_than(round, &[IN_USE]).await;
+        };
+        tokio::join!(traffic(&scene), renew);
+    }
+    for proxy in [&client, &server] {
+        assert_eq!(proxy.count(&["connection failed"]), 0, "{}", proxy.log());
+    }
+}
+
+async fn mismatch() {
+    let (scene, mut client, _server) = Scene::with_proxies().await;
+    let _app = Server::echo(&scene.server, APP);
+    fs::copy(&scene.server_files.key, &scene.client_files.key).expect("a key");
+    client.line(&[KEPT, "the key does not belong to the certificate"]).await;
+    traffic(&scene).await;
+    let before = client.count(&[IN_USE]);
+    let _renewed = scene.pki.issue(CLIENT);
+    client.more_than(before, &[IN_USE]).await;
+    traffic(&scene).await;
+}
+
+async fn local_ca() {
+    let scene = Scene::new().await;
+    let _app = Server::echo(&scene.server, APP);
+    let settings = |name: &str| {
+        let ca = format!("identity: {{local_ca: {:?}, ttl: 3s}}", scene.pki.dir());
+        Settings::new(name).section(&ca).mesh(&scene.mesh)
+    };
+    let mut client = scene.client.proxy(&settings(CLIENT)).await;
+    let mut server = scene.server.proxy(&settings(SERVER)).await;
+    for round in 1..=3 {
+        let renewed = async {
+            client.more_than(round, &[IN_USE]).await;
+            server.more_than(round, &[IN_USE]).await;
+        };
+        tokio::join!(traffic(&scene), renewed);
+    }
+    assert_eq!(server.count(&["connection failed"]), 0, "{}", server.log());
+    let line = server.line(&["connection complete"]).await;
+    assert!(
+        line.contains("src.identity=\"spiffe://cluster.local/ns/default/sa/client\""),
+        "{line}"
+    );
+}
+
+/// The server is of another trust domain, with roots of its own.
+struct Foreign {
+    scene: Scene,
+    other: Pki,
+}
+
+impl Foreign {
+    async fn new() -> Self {
+        let scene = Scene::new().await;
+        let other = Pki::of(scene.world.folder(), "other.test", "other");
+        Self { scene, other }
+    }
+
+    /// Starts both, each with more settings.
+    async fn start(&self, client: &str, server: &str) -> (Proxy, Proxy) {
+        let Self { scene, other } = self;
+        let mesh = Mesh::default().hbone(&scene.client).foreign(&scene.server, "other.test");
+        let mesh = mesh.write(&scene.client, "federated");
+        let client =
+            Settings::new(CLIENT).identity(&scene.client_files).mesh(&mesh).section(client);
+        let server = Settings::new(SERVER)
+            .set("workload.trustDomain=other.test")
+            .identity(&other.issue(SERVER))
+            .mesh(&mesh)
+            .section(server);
+        tokio::join!(scene.client.proxy(&client), scene.server.proxy(&server))
+    }
+}
+
+async fn federation() {
+    let foreign = Foreign::new().await;
+    let Foreign { scene, other } = &foreign;
+    let bundle = |domain: &str, pki: &Pki| {
+        format!("trust: {{bundles: [{:?}]}}", format!("{domain}={}", pki.roots().display()))
+    };
+    let (of_other, of_own) = (bundle("other.test", other), bundle("cluster.local", &scene.pki));
+    let (_client, mut server) = foreign.start(&of_other, &of_own).await;
+    let app = scene.server.listen(APP);
+    let (mut near, mut far, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut near, &mut far).await;
+    drop((near, far));
+    server.line(&["src.identity=\"spiffe://cluster.local/ns/default/sa/client\""]).await;
+}
+
+async fn alias() {
+    let scene = Scene::new().await;
+    let _app = Server::echo(&scene.server, APP);
+    // The same root vouches for the old name of the trust domain.
+    let old = Pki::of(scene.world.folder(), "old.test", "old");
+    scene.pki.trust(&old);
+    let files = underpass_config::IdentityFiles {
+        roots: scene.pki.roots().to_owned(),
+        ..old.issue(CLIENT)
+    };
+    let client = Settings::new(CLIENT)
+        .set("workload.trustDomain=old.test")
+        .identity(&files)
+        .section("trust: {aliases: [cluster.local]}")
+        .mesh(&scene.mesh);
+    let mut proxy = scene.client.proxy(&client).await;
+    let mut without = scene.server.proxy(&scene.server_settings()).await;
+    scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
+    without.line(&["connection failed", "trust.aliases"]).await;
+    // Both, for the client's would not dial again at once.
+    tokio::join!(proxy.stop(), without.stop());
+    let _client = scene.client.proxy(&client).await;
+    let server = scene.server_settings().section("trust: {aliases: [old.test]}");
+    let _server = scene.server.proxy(&server).await;
+    one_connection(&scene).await;
+}

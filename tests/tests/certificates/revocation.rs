@@ -1,0 +1,82 @@
+//! Certificate revocation lists: an open connection of a revoked certificate is cut, a new one is refused, and a list that
+//! cannot be read lets nobody in.
+
+use std::fs;
+
+use underpass_tests::{
+    APP, End, Family, Proxy, Scene, Server, Settings, Suite, exchange, read_to_end,
+};
+
+use crate::{KEPT, one_connection};
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite.test("a client whose certificate is revoked is cut and refused", async || {
+        let (watched, cut) = (Side::Server, Side::Client);
+        revoked_while_connected(watched, cut).await;
+    });
+    suite.test("a server whose certificate is revoked is cut and refused", async || {
+        let (watched, cut) = (Side::Client, Side::Server);
+        revoked_while_connected(watched, cut).await;
+    });
+    suite.test("without its revocation list a proxy does not start", missing_list);
+    suite.test("a list that is damaged is told, and the last good one stays", damaged_list);
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Client,
+    Server,
+}
+
+fn with_list(settings: Settings, scene: &Scene) -> Settings {
+    settings.section(&format!("trust: {{crls: [{:?}]}}", scene.pki.dir().join("crl.pem")))
+}
+
+/// One side looks at the list on which the other one comes to stand.
+async fn revoked_while_connected(watches: Side, revoked: Side) {
+    let scene = Scene::new().await;
+    let _list = scene.pki.revoke(&[]);
+    let with =
+        |settings, side| if watches == side { with_list(settings, &scene) } else { settings };
+    let client = with(scene.client_settings(), Side::Client);
+    let server = with(scene.server_settings(), Side::Server);
+    let (mut client, mut server) =
+        tokio::join!(scene.client.proxy(&client), scene.server.proxy(&server));
+    let app = scene.server.listen(APP);
+    let (mut near, mut far, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut near, &mut far).await;
+
+    let files = if revoked == Side::Client { &scene.client_files } else { &scene.server_files };
+    let _list = scene.pki.revoke(&[files]);
+    let ((_, near_end), (_, far_end)) = tokio::join!(read_to_end(&mut near), read_to_end(&mut far));
+    assert_eq!((near_end, far_end), (End::Reset, End::Reset));
+    let watching = if watches == Side::Client { &mut client } else { &mut server };
+    watching.line(&["connection failed", "reason=\"revoked\""]).await;
+    let before = watching.count(&["reason=\"revoked\""]);
+    scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
+    watching.more_than(before, &["reason=\"revoked\""]).await;
+    assert!(!app.is_reached(), "the application was reached");
+}
+
+async fn missing_list() {
+    let scene = Scene::new().await;
+    let settings = with_list(scene.server_settings(), &scene);
+    let refused = scene.server.try_proxy(&settings).await.map(drop).expect_err("it has no list");
+    let refused = refused.to_string();
+    assert!(refused.contains("crl.pem") && refused.contains("No such file"), "{refused}");
+    fs::write(scene.pki.dir().join("crl.pem"), "damaged").expect("a file");
+    let refused = scene.server.try_proxy(&settings).await.map(drop).expect_err("it has no list");
+    assert!(refused.to_string().contains("crl.pem"), "{refused}");
+}
+
+async fn damaged_list() {
+    let scene = Scene::new().await;
+    let _app = Server::echo(&scene.server, APP);
+    let list = scene.pki.revoke(&[]);
+    let mut server: Proxy = scene.server.proxy(&with_list(scene.server_settings(), &scene)).await;
+    let _client = scene.client.proxy(&scene.client_settings()).await;
+    one_connection(&scene).await;
+    fs::write(&list, "damaged").expect("a file");
+    server.line(&[KEPT, "crl.pem"]).await;
+    one_connection(&scene).await;
+}

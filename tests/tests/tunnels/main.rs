@@ -1,0 +1,125 @@
+//! Tunnels between proxies, and with peers that are not ours: turned over, refused, cut, and abused.
+#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
+mod malformed;
+mod scripted;
+
+use std::process::ExitCode;
+
+use nix::sys::signal::Signal;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use underpass_tests::{
+    APP, Family, HBONE, Scene, Server, Suite, TlsClient, read_to_end, until, within,
+};
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new();
+    suite.test("tunnels that retire under load fail no connection", retirement);
+    suite.test("a proxy that is killed and comes back costs no connection after it", come_back);
+    suite.test("handshakes of one source are limited, and slow ones end", handshakes);
+    suite.test("both sides log one trace", trace);
+    malformed::add(&mut suite);
+    scripted::add(&mut suite);
+    suite.run()
+}
+
+/// A connection with its own bytes there and back.
+async fn one_connection(scene: &Scene) {
+    let mut stream = scene.client.dial(scene.app(Family::V4)).await.expect("a connection");
+    let (mut reader, mut writer) = stream.split();
+    let mut received = Vec::new();
+    let exchange = async {
+        writer.write_all(b"there and back").await?;
+        writer.shutdown().await?;
+        reader.read_to_end(&mut received).await
+    };
+    within("an echo", exchange).await.expect("no connection fails");
+    assert_eq!(received, b"there and back");
+}
+
+async fn retirement() {
+    let scene = Scene::new().await;
+    let _app = Server::echo(&scene.server, APP);
+    let client = scene.client_settings().set("tunnels.max_age=300ms");
+    let server = scene.server_settings().set("logging.filter=debug,h2=off");
+    let mut client = scene.client.proxy(&client).await;
+    let mut server = scene.server.proxy(&server).await;
+    let turned_over = async {
+        server.more_than(5, &["tunnel accepted"]).await;
+    };
+    let traffic = async {
+        loop {
+            one_connection(&scene).await;
+        }
+    };
+    tokio::select! {
+        () = turned_over => {}
+        () = traffic => {}
+    }
+    // The same when it is the server that lets go.
+    client.stop().await;
+    client = scene.client.proxy(&scene.client_settings()).await;
+    server.stop().await;
+    let settings = scene.server_settings().set("logging.filter=debug,h2=off");
+    let mut server = scene.server.proxy(&settings.set("tunnels.max_age=300ms")).await;
+    tokio::select! {
+        () = server.more_than(5, &["tunnel accepted"]) => {}
+        () = async { loop { one_connection(&scene).await } } => {}
+    }
+    assert_eq!(client.count(&["connection failed"]), 0, "{}", client.log());
+    assert_eq!(server.count(&["connection failed"]), 0, "{}", server.log());
+}
+
+async fn come_back() {
+    let (scene, client, mut server) = Scene::with_proxies().await;
+    let _app = Server::echo(&scene.server, APP);
+    for _ in 0..3 {
+        one_connection(&scene).await;
+        server.signal(Signal::SIGKILL);
+        server.ended().await;
+        server = scene.server.proxy(&scene.server_settings()).await;
+    }
+    one_connection(&scene).await;
+    assert_eq!(client.count(&["connection failed"]), 0, "{}", client.log());
+}
+
+async fn handshakes() {
+    let scene = Scene::new().await;
+    let _app = Server::echo(&scene.server, APP);
+    let settings = scene.server_settings();
+    let settings = settings.set("limits.handshakes_per_source=3").set("timeouts.handshake=1s");
+    let mut server = scene.server.proxy(&settings).await;
+    let hbone = scene.server.at(Family::V4, HBONE);
+    let mut silent = Vec::new();
+    for _ in 0..3 {
+        silent.push(scene.client.dial(hbone).await.expect("it listens"));
+    }
+    until("a fourth one is refused", async || {
+        let mut fourth = scene.client.dial(hbone).await.expect("it listens");
+        let refused = server.count(&["reason=\"too_many_handshakes\""]) > 0;
+        if refused {
+            read_to_end(&mut fourth).await;
+        }
+        refused
+    })
+    .await;
+    let refused = scene.server.metrics().await.sum("underpass_handshakes_refused_total", &[]);
+    assert!(refused >= Some(1.0), "{refused:?}");
+    for stream in &mut silent {
+        read_to_end(stream).await;
+    }
+    server.line(&["reason=\"handshake_timeout\""]).await;
+    let client = TlsClient::new(Some(&scene.client_files));
+    let stream = scene.client.dial(hbone).await.expect("it listens");
+    client.connect(stream).await.expect("there is room again");
+}
+
+async fn trace() {
+    let (scene, mut client, mut server) = Scene::with_proxies().await;
+    let _app = Server::echo(&scene.server, APP);
+    one_connection(&scene).await;
+    let line = client.line(&["connection complete"]).await;
+    let trace = line.split("trace_id=").nth(1).and_then(|rest| rest.split(' ').next());
+    let trace = trace.expect("a trace");
+    server.line(&["connection complete", trace]).await;
+}
