@@ -32,6 +32,7 @@ pub(crate) use self::messages::{
     CREATE_CERTIFICATE, IMPERSONATED, IstioCertificateRequest, IstioCertificateResponse,
 };
 pub use self::request::CertificateRequest;
+pub use self::revoke::Serial;
 pub use self::server::{CaServer, CaServerSettings};
 
 const ROOTS_FILE: &str = "roots.pem";

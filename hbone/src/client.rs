@@ -246,6 +246,7 @@ async fn drive<T>(
             return Poll::Ready(ended.map_err(|error| link.stream_error(error)));
         }
         if let Poll::Ready(reason) = guard.poll_distrusted(cx) {
+            link.distrust(reason.clone());
             return Poll::Ready(Err(reason));
         }
         let needed = link.is_needed();

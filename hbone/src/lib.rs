@@ -40,7 +40,7 @@ mod trust;
 pub use authority::Authority;
 pub use bundle::Bundle;
 pub use ca::{
-    CaServer, CaServerSettings, CertificateAuthority, CertificateRequest, IssuedCertificate,
+    CaServer, CaServerSettings, CertificateAuthority, CertificateRequest, IssuedCertificate, Serial,
 };
 pub use client::{ConnectRequest, Connector, Tunnel};
 pub use credentials::Credentials;

@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::watch;
+use tokio::sync::{SetOnce, watch};
 use tokio::time::Instant;
 
 use crate::{HboneError, PeerIdentity, tls};
@@ -30,6 +30,7 @@ pub(crate) struct Link {
     failure: OnceLock<HboneError>,
     /// Whether it is to close with its last stream.
     released: AtomicBool,
+    distrusted: SetOnce<()>,
     closed: watch::Sender<bool>,
 }
 
@@ -68,6 +69,7 @@ impl Link {
             traffic: Traffic::default(),
             load: Mutex::new(Load { open_streams: 0, idle_since: now }),
             failure: OnceLock::new(),
+            distrusted: SetOnce::new(),
             released: AtomicBool::new(false),
             closed: watch::Sender::new(false),
         })
@@ -109,6 +111,19 @@ impl Link {
     pub(crate) fn fail(&self, reason: HboneError) {
         // A second reason follows from the first.
         let _first = self.failure.set(reason);
+    }
+
+    /// The same for a peer that is not to be trusted any longer: its streams end at once, whatever of them is still to be read.
+    pub(crate) fn distrust(&self, reason: HboneError) {
+        self.fail(reason);
+        // It may have been set before.
+        let _first = self.distrusted.set(());
+    }
+
+    /// Waits until the peer is not to be trusted any longer.
+    pub(crate) async fn distrusted(&self) -> HboneError {
+        self.distrusted.wait().await;
+        self.lost(None)
     }
 
     /// Notes that nobody will open a stream any more.
@@ -294,7 +309,24 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Monitored<T> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
     use super::*;
+    use crate::testing::Mesh;
+
+    #[tokio::test]
+    async fn bytes_are_counted_in_both_directions() {
+        let (tunnel, _server) = Mesh::new().tunnel().await;
+        let (near, mut far) = duplex(64);
+        let mut near = Monitored::new(near, tunnel.link().clone());
+        let count = || tunnel.link().traffic.bytes.load(Ordering::Relaxed);
+        let before = count();
+        near.write_all(b"request").await.unwrap();
+        assert_eq!(count() - before, 7);
+        far.write_all(b"answer").await.unwrap();
+        near.read_exact(&mut [0; 6]).await.unwrap();
+        assert_eq!(count() - before, 13);
+    }
 
     #[test]
     fn the_mean_follows_what_goes_over_the_connection() {

@@ -30,11 +30,6 @@ pub trait Dial: Send + Sync + 'static {
 
     /// Connects to `address`. The pool sets the deadline.
     fn dial(&self, address: SocketAddr) -> impl Future<Output = io::Result<Self::Io>> + Send;
-
-    /// Connects to `key.address`: for those whose source address depends on `key.source`.
-    fn dial_for(&self, key: &TunnelKey) -> impl Future<Output = io::Result<Self::Io>> + Send {
-        self.dial(key.address)
-    }
 }
 
 /// The pool's deadlines and limits.
@@ -294,7 +289,7 @@ impl<D: Dial> UnderWay<D> {
 
     async fn dial(&self, connector: &Connector) -> Result<Tunnel, HboneError> {
         let (key, settings) = (&self.key, &self.pool.settings);
-        let io = timeout(settings.dial, self.pool.dial.dial_for(key))
+        let io = timeout(settings.dial, self.pool.dial.dial(key.address))
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
             .map_err(|error| HboneError::Dial { address: key.address, source: Arc::new(error) })?;

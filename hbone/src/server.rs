@@ -117,6 +117,11 @@ impl<T: AsyncRead + AsyncWrite + Unpin> ServerTunnel<T> {
         self.resumed
     }
 
+    /// How many requests are being served.
+    pub fn open_streams(&self) -> usize {
+        self.link.open_streams()
+    }
+
     /// The next request; `None` when the connection ended. Cancel-safe.
     ///
     /// This also drives the streams accepted before: keep calling it while any of them is open. A request that is no
@@ -138,6 +143,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> ServerTunnel<T> {
         };
         // First, so that a peer which never stops asking is cut all the same.
         if let Poll::Ready(reason) = self.guard.poll_distrusted(cx) {
+            self.link.distrust(reason.clone());
             return self.end(Some(reason));
         }
         loop {

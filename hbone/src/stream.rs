@@ -50,6 +50,13 @@ impl TunnelStream {
         self.reader.link().peer()
     }
 
+    /// Waits until the peer is not to be trusted any longer, as when its certificate is revoked. Reading tells that only behind what
+    /// was received before, and writing only when there is something to write. Cancel-safe; may never return.
+    pub fn distrusted(&self) -> impl Future<Output = HboneError> + Send + use<> {
+        let open = self.reader.open.clone();
+        async move { open.link().distrusted().await }
+    }
+
     /// The two directions. The stream counts as open until both are dropped.
     pub fn split(self) -> (TunnelReader, TunnelWriter) {
         (self.reader, self.writer)

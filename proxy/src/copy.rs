@@ -60,12 +60,17 @@ impl Flow<'_> {
         into_tunnel: impl Fn(usize),
         out_of_tunnel: impl Fn(usize),
     ) -> Result<(), ProxyError> {
+        let distrusted = tunnel.distrusted();
         let (mut reader, mut writer) = tunnel.split();
         let outcome = {
             let (read, write) = stream.split();
             let there = pump(TcpSource::new(read, broke), &mut writer, into_tunnel);
             let back = pump(&mut reader, TcpSink { stream: write, broke }, out_of_tunnel);
-            self.drain.or_abort(async { tokio::try_join!(there, back) }).await
+            let both = self.drain.or_abort(async { tokio::try_join!(there, back) });
+            tokio::select! {
+                outcome = both => outcome,
+                reason = distrusted => Err(ProxyError::Tunnel(reason)),
+            }
         };
         if outcome.is_err() {
             writer.abort();

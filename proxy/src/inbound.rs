@@ -2,12 +2,12 @@
 //! told 200; the application sees the client's own address where the profile's rules support it.
 
 use std::net::SocketAddr;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::net::TcpStream;
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep, sleep_until};
 use underpass_hbone::{Authority, Incoming, PeerIdentity, RequestHeaders, ServerTunnel};
 use underpass_interception::reset_on_close;
 
@@ -82,8 +82,8 @@ async fn accept_tunnel(
     let _open = metrics::tunnel_open("inbound");
     let peer = tunnel.peer().clone();
     tracing::debug!(%client, peer = %peer.spiffe_id(), "tunnel accepted");
-    let mut retirement = pin!(tokio::time::sleep(lifetime(worker, &tunnel)));
-    while let Some(request) = next_request(worker, &mut tunnel, retirement.as_mut()).await {
+    let mut retirement = Retirement::new(worker, &tunnel);
+    while let Some(request) = next_request(worker, &mut tunnel, &mut retirement).await {
         let load = worker.balance.load(worker.index);
         let (own, peer) = (worker.clone(), peer.clone());
         let stream = async move {
@@ -99,22 +99,46 @@ async fn accept_tunnel(
 async fn next_request(
     worker: &Worker,
     tunnel: &mut ServerTunnel<TcpStream>,
-    retirement: Pin<&mut Sleep>,
+    retirement: &mut Retirement,
 ) -> Option<Incoming> {
-    tokio::select! {
-        request = tunnel.next() => return request,
-        () = worker.shared.drain.closing() => {}
-        () = retirement => {}
+    loop {
+        tokio::select! {
+            request = tunnel.next() => return request,
+            () = worker.shared.drain.closing() => break,
+            () = &mut retirement.timer => if retirement.is_due(tunnel.open_streams()) { break },
+        }
     }
     tunnel.drain();
     tunnel.next().await
 }
 
-/// How long a tunnel takes new streams: as long as both certificates are valid, and within the maximum age, at which a peer
-/// like ours has let it go by itself.
-fn lifetime(worker: &Worker, tunnel: &ServerTunnel<TcpStream>) -> Duration {
-    let valid = tunnel.usable_until().duration_since(SystemTime::now()).unwrap_or_default();
-    valid.min(worker.shared.tunnels.max_age)
+/// When a tunnel takes no new streams any longer: once the first of both certificates has expired, or at the maximum age, at
+/// which a peer like ours has let it go by itself.
+///
+/// A stock ztunnel fails a request that it opens while GOAWAY is on its way. So it is sent when no stream is open, when a new one
+/// is least likely; only a tunnel that is never without one gets it in the middle of them, after another tenth of the age.
+struct Retirement {
+    timer: Pin<Box<Sleep>>,
+    at_the_latest: Instant,
+}
+
+impl Retirement {
+    /// How often a tunnel that is due is looked at.
+    const LOOK: Duration = Duration::from_secs(1);
+
+    fn new(worker: &Worker, tunnel: &ServerTunnel<TcpStream>) -> Self {
+        let max_age = worker.shared.tunnels.max_age;
+        let valid = tunnel.usable_until().duration_since(SystemTime::now()).unwrap_or_default();
+        let due = Instant::now() + valid.min(max_age);
+        Self { timer: Box::pin(sleep_until(due)), at_the_latest: due + max_age / 10 }
+    }
+
+    /// Asked when the timer has run out, which is set anew.
+    fn is_due(&mut self, open_streams: usize) -> bool {
+        let now = Instant::now();
+        self.timer.as_mut().reset(now + Self::LOOK);
+        open_streams == 0 || now >= self.at_the_latest
+    }
 }
 
 /// Serves one CONNECT request of a tunnel that ends at `here`.

@@ -48,7 +48,7 @@ impl Pki {
     /// The authority's revocation list, with these certificates added to it.
     pub fn revoke(&self, revoked: &[&IdentityFiles]) -> PathBuf {
         let certificates: Vec<_> = revoked.iter().map(|files| &files.certificate).collect();
-        self.ca.revoke(&self.dir, &certificates).or_fail("revoke a certificate");
+        self.ca.revoke(&self.dir, &certificates, &[]).or_fail("revoke a certificate");
         self.dir.join("crl.pem")
     }
 

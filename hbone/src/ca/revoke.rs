@@ -3,9 +3,11 @@
 //! Not here: who looks at them (`trust`).
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
+use std::str::FromStr;
 use std::time::SystemTime;
 
 use rcgen::{
@@ -28,11 +30,48 @@ const CRL_FILE: &str = "crl.pem";
 #[derive(Default)]
 struct Revoked {
     number: u64,
-    serials: BTreeMap<Vec<u8>, OffsetDateTime>,
+    serials: BTreeMap<Serial, OffsetDateTime>,
+}
+
+/// A certificate's serial number (RFC 5280 section 4.1.2.2), as openssl and the log of `ca serve` write it: `0a:1b:2c`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Serial(Vec<u8>);
+
+/// The longest that the RFC allows.
+const MAX_SERIAL: usize = 20;
+
+impl FromStr for Serial {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let byte = |pair: &str| {
+            let digits = pair.len() == 2 && pair.bytes().all(|c| c.is_ascii_hexdigit());
+            digits.then(|| u8::from_str_radix(pair, 16).ok()).flatten()
+        };
+        let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+        let bytes = bytes.filter(|bytes| bytes.len() <= MAX_SERIAL);
+        bytes.map(Self).ok_or("must be a serial number in hexadecimal, such as 0a:1b:2c")
+    }
+}
+
+impl fmt::Display for Serial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes: Vec<_> = self.0.iter().map(|byte| format!("{byte:02x}")).collect();
+        f.write_str(&bytes.join(":"))
+    }
+}
+
+impl Serial {
+    /// That of the first certificate in `pem`.
+    pub(crate) fn of(pem: &str) -> Result<Self, CredentialProblem> {
+        let der = CertificateDer::from_pem_slice(pem.as_bytes())
+            .map_err(|error| CredentialProblem::Pem(error.to_string()))?;
+        Ok(Self(parse(&der)?.raw_serial().to_vec()))
+    }
 }
 
 impl CertificateAuthority {
-    /// Adds certificates of this authority (PEM files; of a chain the leaf) to the list `crl.pem` in `dir`, which is made if
+    /// Adds certificates of this authority (PEM files; of a chain the leaf) and serial numbers to the list `crl.pem` in `dir`, which is made if
     /// there is none; returns how many it has. It is valid for as long as the authority is: proxies refuse everybody by an
     /// outdated list, and this one is only renewed when something is revoked.
     ///
@@ -42,6 +81,7 @@ impl CertificateAuthority {
         &self,
         dir: &Path,
         certificates: &[P],
+        serials: &[Serial],
     ) -> Result<usize, HboneError> {
         let file = dir.join(CRL_FILE);
         let mut revoked = self.read_list(&file)?;
@@ -51,6 +91,9 @@ impl CertificateAuthority {
                 .serial_of(certificate)
                 .map_err(|what| HboneError::credential(certificate, what))?;
             revoked.serials.entry(serial).or_insert(now);
+        }
+        for serial in serials {
+            revoked.serials.entry(serial.clone()).or_insert(now);
         }
         let pem = self.list(&revoked).map_err(|what| HboneError::credential(&file, what))?;
         replace(&file, &pem, PUBLIC)?;
@@ -67,7 +110,7 @@ impl CertificateAuthority {
     }
 
     /// The serial number of a certificate that this authority has issued.
-    fn serial_of(&self, file: &Path) -> Result<Vec<u8>, CredentialProblem> {
+    fn serial_of(&self, file: &Path) -> Result<Serial, CredentialProblem> {
         let der = CertificateDer::from_pem_file(file)
             .map_err(|error| CredentialProblem::Pem(error.to_string()))?;
         let own = CertificateDer::from_pem_slice(self.certificate_pem.as_bytes())
@@ -76,15 +119,15 @@ impl CertificateAuthority {
         if certificate.verify_signature(Some(own.public_key())).is_err() {
             return Err(CredentialProblem::ForeignIssuer);
         }
-        Ok(certificate.raw_serial().to_vec())
+        Ok(Serial(certificate.raw_serial().to_vec()))
     }
 
     fn list(&self, revoked: &Revoked) -> Result<String, CredentialProblem> {
         let now = SystemTime::now();
         let times = now.checked_sub(CLOCK_SKEW).zip(now.checked_add(CA_LIFETIME));
         let (this_update, next_update) = times.ok_or(CredentialProblem::Lifetime)?;
-        let entry = |(serial, time): (&Vec<u8>, &OffsetDateTime)| RevokedCertParams {
-            serial_number: SerialNumber::from_slice(serial),
+        let entry = |(serial, time): (&Serial, &OffsetDateTime)| RevokedCertParams {
+            serial_number: SerialNumber::from_slice(&serial.0),
             revocation_time: *time,
             reason_code: Some(RevocationReason::Unspecified),
             invalidity_date: None,
@@ -116,7 +159,7 @@ fn parse_list(pem: &[u8]) -> Result<Revoked, CredentialProblem> {
         .map_err(|error| CredentialProblem::RevocationList(error.to_string()))?;
     let number = list.crl_number().and_then(|number| u64::try_from(number).ok());
     let entry = |revoked: &x509_parser::revocation_list::RevokedCertificate<'_>| {
-        (revoked.raw_serial().to_vec(), revoked.revocation_date.to_datetime())
+        (Serial(revoked.raw_serial().to_vec()), revoked.revocation_date.to_datetime())
     };
     let serials = list.iter_revoked_certificates().map(entry).collect();
     Ok(Revoked { number: number.unwrap_or_default(), serials })
@@ -144,12 +187,12 @@ mod tests {
     fn what_was_revoked_stays_revoked() {
         let dir = TempDir::new("revoke");
         let authority = authority("td");
-        assert_eq!(authority.revoke::<&Path>(&dir.0, &[]).unwrap(), 0);
+        assert_eq!(authority.revoke::<&Path>(&dir.0, &[], &[]).unwrap(), 0);
         let client = issued(&authority, &dir.0, CLIENT);
-        assert_eq!(authority.revoke(&dir.0, &[&client]).unwrap(), 1);
+        assert_eq!(authority.revoke(&dir.0, &[&client], &[]).unwrap(), 1);
         let first = list(&dir.0);
         let server = issued(&authority, &dir.0, SERVER);
-        assert_eq!(authority.revoke(&dir.0, &[&server, &server]).unwrap(), 2);
+        assert_eq!(authority.revoke(&dir.0, &[&server, &server], &[]).unwrap(), 2);
         let second = list(&dir.0);
         assert_eq!((first.number, second.number), (2, 3));
         for (serial, time) in first.serials {
@@ -161,7 +204,7 @@ mod tests {
     fn only_certificates_of_the_authority_are_revoked() {
         let dir = TempDir::new("revoke-foreign");
         let foreign = issued(&authority("td"), &dir.0, CLIENT);
-        let refused = authority("td").revoke(&dir.0, &[&foreign]).unwrap_err();
+        let refused = authority("td").revoke(&dir.0, &[&foreign], &[]).unwrap_err();
         assert!(matches!(
             refused,
             HboneError::Credential { what: CredentialProblem::ForeignIssuer, .. }
@@ -170,10 +213,24 @@ mod tests {
     }
 
     #[test]
+    fn a_serial_number_is_revoked_as_its_certificate_is() {
+        let dir = TempDir::new("revoke-serial");
+        let authority = authority("td");
+        let pem = authority.issue(&id(CLIENT), HOUR).unwrap().chain_pem;
+        let serial = Serial::of(&pem).unwrap();
+        assert_eq!(serial.to_string().parse(), Ok(serial.clone()));
+        authority.revoke::<&Path>(&dir.0, &[], std::slice::from_ref(&serial)).unwrap();
+        assert!(list(&dir.0).serials.contains_key(&serial));
+        for bad in ["", "0", "0a:", "0a1b", "+1", "0a:1b:zz", &["00"; 21].join(":")] {
+            assert!(bad.parse::<Serial>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn a_list_that_cannot_be_read_is_not_replaced() {
         let dir = TempDir::new("revoke-damaged");
         fs::write(dir.0.join(CRL_FILE), "damaged").unwrap();
-        authority("td").revoke::<&Path>(&dir.0, &[]).unwrap_err();
+        authority("td").revoke::<&Path>(&dir.0, &[], &[]).unwrap_err();
         assert_eq!(fs::read(dir.0.join(CRL_FILE)).unwrap(), b"damaged");
     }
 }

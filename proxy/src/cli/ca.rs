@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use underpass_config::{LogFormat, Logging, SpiffeId, TrustDomain, parse_duration};
-use underpass_hbone::{CaServer, CaServerSettings, CertificateAuthority};
+use underpass_hbone::{CaServer, CaServerSettings, CertificateAuthority, Serial};
 
 use super::{CommandError, print, single_threaded_runtime};
 use crate::app::StopSignal;
@@ -50,6 +50,9 @@ pub(super) enum Command {
         dir: PathBuf,
         /// The certificates, as `ca issue` wrote them
         certificates: Vec<PathBuf>,
+        /// A serial number, as `ca serve` logs it; may be repeated
+        #[arg(long = "serial", value_name = "HEX")]
+        serials: Vec<Serial>,
     },
     /// Serve certificates over Istio's CA protocol, to underpass and to ztunnel
     #[command(after_help = SERVE_EXAMPLE)]
@@ -109,8 +112,9 @@ pub(super) fn run(command: Command) -> Result<(), CommandError> {
             let out = out.display();
             print(&format!("{out}.pem and {out}.key: {spiffe_id}\n"))
         }
-        Command::Revoke { dir, certificates } => {
-            let revoked = CertificateAuthority::open(&dir)?.revoke(&dir, &certificates)?;
+        Command::Revoke { dir, certificates, serials } => {
+            let revoked =
+                CertificateAuthority::open(&dir)?.revoke(&dir, &certificates, &serials)?;
             let dir = dir.display();
             print(&format!(
                 "{dir}/crl.pem: {revoked} revoked; give it to every proxy (trust.crls)\n"

@@ -3,6 +3,7 @@
 
 use std::fs;
 
+use tokio::io::AsyncWriteExt as _;
 use underpass_tests::{
     APP, End, Family, Proxy, Scene, Server, Settings, Suite, exchange, read_to_end,
 };
@@ -18,6 +19,7 @@ pub(crate) fn add(suite: &mut Suite) {
         let (watched, cut) = (Side::Client, Side::Server);
         revoked_while_connected(watched, cut).await;
     });
+    suite.test("a revoked server is cut also where nobody reads", revoked_unread);
     suite.test("without its revocation list a proxy does not start", missing_list);
     suite.test("a list that is damaged is told, and the last good one stays", damaged_list);
 }
@@ -56,6 +58,26 @@ async fn revoked_while_connected(watches: Side, revoked: Side) {
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
     watching.more_than(before, &["reason=\"revoked\""]).await;
     assert!(!app.is_reached(), "the application was reached");
+}
+
+async fn revoked_unread() {
+    let scene = Scene::new().await;
+    let _list = scene.pki.revoke(&[]);
+    let mut client = scene.client.proxy(&with_list(scene.client_settings(), &scene)).await;
+    let _server = scene.server.proxy(&scene.server_settings()).await;
+    let app = scene.server.listen(APP);
+    let (near, mut far, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    // More than all buffers on the way hold, so that the proxy waits for a reader.
+    let fill = async {
+        let chunk = vec![0; 1 << 20];
+        while far.write_all(&chunk).await.is_ok() {}
+    };
+    let cut = async {
+        scene.pki.revoke(&[&scene.server_files]);
+        client.line(&["connection failed", "reason=\"revoked\""]).await;
+    };
+    tokio::join!(fill, cut);
+    drop(near);
 }
 
 async fn missing_list() {

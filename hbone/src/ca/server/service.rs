@@ -20,12 +20,12 @@ use tonic_prost::ProstCodec;
 use underpass_config::SpiffeId;
 
 use super::chain;
-use crate::HboneError;
 use crate::ca::clients::Clients;
 use crate::ca::{
     CREATE_CERTIFICATE, CertificateAuthority, CertificateRequest, IMPERSONATED,
     IstioCertificateRequest, IstioCertificateResponse,
 };
+use crate::{HboneError, Serial};
 
 /// The largest request that is read: a certificate request has a few hundred bytes.
 const MAX_REQUEST: usize = 64 << 10;
@@ -81,7 +81,10 @@ impl Service {
         let spiffe_id = spiffe_id.map(|id| id.to_string()).unwrap_or_default();
         match answer {
             Ok((answer, ttl)) => {
-                tracing::info!(%peer, client, spiffe_id, ?ttl, "certificate issued");
+                // Whoever wants to revoke it has nothing else to tell it by.
+                let leaf = answer.cert_chain.first().and_then(|leaf| Serial::of(leaf).ok());
+                let serial = leaf.map(|serial| serial.to_string());
+                tracing::info!(%peer, client, spiffe_id, ?ttl, serial, "certificate issued");
                 Ok(answer)
             }
             Err(status) => {

@@ -63,10 +63,9 @@ async fn a_peer_that_comes_back_is_found_at_the_end_of_the_pause() {
 #[tokio::test(start_paused = true)]
 async fn a_certificate_that_the_peer_refuses_after_the_handshake_counts_as_a_failed_one() {
     let authority = authority("td");
-    let [client, server] =
-        [CLIENT, SERVER].map(|who| credentials(&identity(&authority, who)).fixed());
-    let connector = Connector::anonymous(client, ClientSettings::default());
-    let acceptor = Acceptor::new(server, ServerSettings::default());
+    let fixed = |who| credentials(&identity(&authority, who)).fixed();
+    let connector = Connector::anonymous(fixed(CLIENT), ClientSettings::default());
+    let acceptor = Acceptor::new(fixed(SERVER), ServerSettings::default());
     let client = Client::of(Mesh { connector, acceptor }, SETTINGS);
     for dials in 1..=2 {
         let first = client.connect(80).await;
@@ -151,6 +150,19 @@ async fn requests_lost_with_an_old_tunnel_share_one_new_one() {
 }
 
 #[tokio::test]
+async fn a_second_attempt_does_not_trust_another_old_tunnel() {
+    let client = Client::with(200, PoolSettings { streams_per_tunnel: 2, ..SETTINGS });
+    let _first = client.connect(DIES).await.unwrap();
+    let death = async {
+        client.until(|now| now.tunnels == 2 && client.requests()[0] == 2).await;
+        client.connection(0).serving.abort();
+    };
+    let (second, ()) = tokio::join!(client.connect(DIES), death);
+    second.unwrap();
+    assert_eq!((client.dials(), client.requests()), (3, vec![2, 0, 1]));
+}
+
+#[tokio::test]
 async fn a_request_lost_with_a_new_tunnel_is_not_tried_again() {
     let client = Client::new();
     let lost = client.connect(NEVER_LIVES).await;
@@ -202,12 +214,28 @@ async fn a_go_away_moves_new_streams_and_the_old_ones_finish() {
     let client = Client::new();
     let (mut reader, mut writer) = client.stream().await.split();
     client.connection(0).drain.notify_one();
-    while client.dials() == 1 {
+    for _ in 0..1000 {
         client.exchange(80).await.unwrap();
     }
+    assert_eq!(client.dials(), 2);
     writer.write("still open".into()).await.unwrap();
     writer.finish().unwrap();
     assert_eq!(reader.read().await.unwrap(), None);
     drop((reader, writer));
     client.until(|now| now.tunnels == 1 && now.retired == 0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_whose_certificates_expired_takes_no_stream_and_keeps_those_it_has() {
+    let client = Client::with(200, PoolSettings { max_age: 10 * HOUR, ..SETTINGS });
+    let (mut reader, mut writer) = client.stream().await.split();
+    sleep(HOUR - 5 * SECOND).await;
+    drop(client.stream().await);
+    assert_eq!(client.dials(), 1);
+    sleep(10 * SECOND).await;
+    let expired = client.connect(80).await;
+    assert!(expired.is_err(), "{expired:?}");
+    assert_eq!((client.dials(), client.pool.statistics().retired), (2, 1));
+    writer.finish().unwrap();
+    assert_eq!(reader.read().await.unwrap(), None);
 }

@@ -156,6 +156,7 @@ async fn a_silent_ca_is_given_up() {
 #[tokio::test]
 async fn settings_that_cannot_be_right_are_refused_at_once() {
     let served = Served::new("istio-settings", CLIENTS).await;
+    write_token(&served, "client-token");
     let new = |change: &dyn Fn(&mut IstioCaSettings)| {
         let mut settings = settings(&served, NAME);
         change(&mut settings);
@@ -177,6 +178,13 @@ async fn settings_that_cannot_be_right_are_refused_at_once() {
     assert!(matches!(problem(error), IssuerProblem::ServerName(_)));
     let error = new(&|settings| settings.cluster_id = "a\nb".to_owned()).unwrap_err();
     assert!(matches!(problem(error), IssuerProblem::ClusterId));
+    let absent = Path::new("/absent");
+    let settings: [&dyn Fn(&mut IstioCaSettings); 2] =
+        [&|settings| settings.token = absent.into(), &|settings| settings.roots = absent.into()];
+    for change in settings {
+        let error = new(change).unwrap_err();
+        assert!(matches!(&error, HboneError::Credential { file, .. } if file == absent), "{error}");
+    }
 }
 
 fn answer(cert_chain: &[&str]) -> IstioCertificateResponse {
