@@ -10,7 +10,7 @@ use crate::record::{ConnectionRecord, Party};
 /// The headers of the CONNECT request for a caught connection.
 pub(crate) fn request(record: &ConnectionRecord, own: &WorkloadSettings) -> HeaderMap {
     let headers = RequestHeaders {
-        traceparent: Some(record.trace()),
+        traceparent: record.trace(),
         baggage: Some(baggage(&record.source, own)),
         forwarded: record.source.address.map(|client| Forwarded::new(client, None)),
     };

@@ -47,7 +47,8 @@ pub(crate) struct ConnectionRecord {
     pub(crate) destination: Party,
     /// The address of the HBONE listener, if a tunnel carries the connection.
     pub(crate) hbone: Option<SocketAddr>,
-    trace: TraceParent,
+    /// What it is logged under, here and at the peer.
+    trace: Option<TraceParent>,
     /// Who the peer says that the source is, in words for people; used where the mesh does not know.
     claimed: Option<Baggage>,
     metrics: Option<ConnectionMetrics>,
@@ -64,7 +65,8 @@ impl ConnectionRecord {
             source,
             destination,
             hbone: None,
-            trace: TraceParent::new(),
+            // Who is connected to is told by whoever connects.
+            trace: (direction == Direction::Outbound).then(TraceParent::new),
             claimed: None,
             metrics: None,
             sent: AtomicU64::new(0),
@@ -74,15 +76,13 @@ impl ConnectionRecord {
     }
 
     /// The trace that the connection is logged under, here and at the peer.
-    pub(crate) fn trace(&self) -> TraceParent {
+    pub(crate) fn trace(&self) -> Option<TraceParent> {
         self.trace
     }
 
     /// Notes what the peer says of the connection.
     pub(crate) fn claimed(&mut self, headers: RequestHeaders) {
-        if let Some(trace) = headers.traceparent {
-            self.trace = trace.child();
-        }
+        self.trace = headers.traceparent;
         self.claimed = headers.baggage;
     }
 
@@ -146,7 +146,7 @@ impl ConnectionRecord {
                     dst.identity = destination.identity,
                     dst.cluster = destination.cluster,
                     direction = self.direction.as_str(),
-                    trace_id = format!("{:032x}", self.trace.trace_id()),
+                    trace_id = self.trace.map(|trace| format!("{:032x}", trace.trace_id())),
                     bytes_sent = self.sent.load(Relaxed),
                     bytes_recv = self.received.load(Relaxed),
                     duration = format!("{}ms", self.opened.elapsed().as_millis()),

@@ -46,12 +46,6 @@ impl TraceParent {
         Self { trace_id, parent_id: random_parent_id(), sampled: false }
     }
 
-    /// The next place in the same trace: the id of the parent is new, all else stays.
-    #[must_use]
-    pub fn child(self) -> Self {
-        Self { parent_id: random_parent_id(), ..self }
-    }
-
     /// Which trace; 32 hexadecimal digits where it is printed (`{:032x}`).
     pub fn trace_id(self) -> NonZeroU128 {
         self.trace_id
@@ -152,14 +146,10 @@ mod tests {
     }
 
     #[test]
-    fn a_new_one_is_another_and_a_child_is_of_the_same_trace() {
+    fn a_new_one_is_another() {
         let (one, other) = (TraceParent::new(), TraceParent::new());
         assert_ne!(one.trace_id(), other.trace_id());
         assert_ne!(one.parent_id(), other.parent_id());
-        let sampled: TraceParent = EXAMPLE.parse().unwrap();
-        let child = sampled.child();
-        assert_eq!((child.trace_id(), child.is_sampled()), (sampled.trace_id(), true));
-        assert_ne!(child.parent_id(), sampled.parent_id());
         assert_eq!(one.to_string().len(), 55);
     }
 

@@ -195,6 +195,33 @@ async fn a_reader_that_stops_bounds_what_a_writer_can_send() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn all_streams_of_a_peer_together_hold_the_connections_window_and_no_more() {
+    let http2 = Http2Settings {
+        stream_window: 100_000,
+        connection_window: 300_000,
+        ..Http2Settings::default()
+    };
+    let server = ServerSettings { http2, ..ServerSettings::default() };
+    let mesh = Mesh::with(ClientSettings::default(), server);
+    let (tunnel, server) = mesh.tunnel().await;
+    let mut served = Served::new(server);
+    let mut unread = Vec::new();
+    let mut sent = 0;
+    let piece = Bytes::from_static(&[0; 1000]);
+    for _ in 0..10 {
+        let (near, far) = tokio::join!(tunnel.connect(request(), SECOND), async {
+            served.next().await.accept(HeaderMap::new())
+        });
+        let (reader, mut writer) = near.unwrap().split();
+        while tokio::time::timeout(SECOND, writer.write(piece.clone())).await.is_ok() {
+            sent += piece.len();
+        }
+        unread.push((reader, writer, far.unwrap()));
+    }
+    assert_eq!(sent, 300_000);
+}
+
 #[tokio::test]
 async fn a_stalled_stream_with_many_small_writes_does_not_end_the_tunnel() {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
