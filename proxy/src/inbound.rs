@@ -81,7 +81,8 @@ async fn accept_tunnel(
     drop(admitted);
     let _open = metrics::tunnel_open("inbound");
     let peer = tunnel.peer().clone();
-    tracing::debug!(%client, peer = %peer.spiffe_id(), "tunnel accepted");
+    let resumed = tunnel.resumed();
+    tracing::debug!(%client, peer = %peer.spiffe_id(), resumed, "tunnel accepted");
     let mut retirement = Retirement::new(worker, &tunnel);
     while let Some(request) = next_request(worker, &mut tunnel, &mut retirement).await {
         let load = worker.balance.load(worker.index);

@@ -25,6 +25,7 @@ use crate::{inbound, outbound};
 
 /// Connections that may wait to be taken over by a worker; beyond it the accepting worker keeps them.
 const HANDOVER_QUEUE: usize = 1024;
+
 /// What all workers share: settings and snapshots, nothing that is locked per byte.
 #[derive(Debug, Clone)]
 pub(crate) struct Shared {

@@ -14,7 +14,7 @@ use underpass_tests::{
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test("tunnels that retire under load fail no connection", retirement);
+    suite.test("tunnels that retire under load fail no connection and resume", retirement);
     suite.test("a proxy that is killed and comes back costs no connection after it", come_back);
     suite.test("handshakes of one source are limited, and slow ones end", handshakes);
     suite.test("both sides log one trace", trace);
@@ -66,6 +66,7 @@ async fn retirement() {
         () = server.more_than(5, &["tunnel accepted"]) => {}
         () = async { loop { one_connection(&scene).await } } => {}
     }
+    server.line(&["tunnel accepted", "resumed=true"]).await;
     assert_eq!(client.count(&["connection failed"]), 0, "{}", client.log());
     assert_eq!(server.count(&["connection failed"]), 0, "{}", server.log());
 }
