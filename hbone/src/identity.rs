@@ -3,8 +3,6 @@
 //! Not here: whom we trust beyond that (`trust`), how a peer proves itself (`tls`), and when files are read again.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -15,6 +13,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use underpass_config::{IdentityFiles, SpiffeId, TrustDomain};
 use x509_parser::time::ASN1Time;
 
+use crate::files::warn_if_exposed;
 use crate::{Bundle, CredentialProblem, HboneError, clock, pem, tls};
 
 /// One generation of our certificate. Cheap to clone.
@@ -74,7 +73,7 @@ impl Identity {
         let certificate = pem::read(&files.certificate)?;
         let key = pem::read(&files.key)?;
         let roots = pem::read(&files.roots)?;
-        warn_if_exposed(&files.key)?;
+        warn_if_exposed(&files.key, "the private key")?;
         Self::check(
             (&files.certificate, &certificate),
             (&files.key, &key),
@@ -181,16 +180,6 @@ impl Parts<'_> {
         let certified_key = Arc::new(certified_key);
         Ok(Identity(Arc::new(Generation { leaf, certified_key, bundles })))
     }
-}
-
-fn warn_if_exposed(key: &Path) -> Result<(), HboneError> {
-    let metadata = fs::metadata(key).map_err(|error| HboneError::file(key, error))?;
-    let mode = metadata.permissions().mode() & 0o777;
-    if mode & 0o077 != 0 {
-        let file = key.display();
-        tracing::warn!(%file, mode = %format_args!("{mode:04o}"), "others may read the private key: chmod 0600");
-    }
-    Ok(())
 }
 
 fn read_leaf(der: &[u8]) -> Result<Leaf, CredentialProblem> {

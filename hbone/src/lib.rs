@@ -19,6 +19,7 @@ mod client;
 mod clock;
 mod credentials;
 mod error;
+mod files;
 mod guard;
 mod handshakes;
 mod headers;

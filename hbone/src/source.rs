@@ -12,12 +12,9 @@ mod spire;
 #[cfg(test)]
 pub(crate) mod testing;
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::path::Path;
 use std::pin::Pin;
-use std::task::Poll;
-
-use underpass_config::FileWatch;
 
 use crate::{CredentialProblem, HboneError, Identity, clock};
 
@@ -51,14 +48,4 @@ fn valid_now(name: &Path, identity: Identity) -> Result<Identity, HboneError> {
         return Err(HboneError::credential(name, what));
     }
     Ok(identity)
-}
-
-/// Waits until one of the files has changed; for ever, if there is none. Cancel-safe.
-pub(crate) async fn any_changed(watches: &mut [FileWatch]) {
-    let mut changes: Vec<_> = watches.iter_mut().map(|watch| Box::pin(watch.changed())).collect();
-    poll_fn(|context| {
-        let changed = changes.iter_mut().any(|change| change.as_mut().poll(context).is_ready());
-        if changed { Poll::Ready(()) } else { Poll::Pending }
-    })
-    .await;
 }

@@ -7,14 +7,13 @@ mod authorities;
 mod revocations;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::future::poll_fn;
 use std::path::Path;
 use std::sync::Arc;
-use std::task::Poll;
 
-use underpass_config::{FileWatch, TrustDomain, TrustSettings};
+use underpass_config::{TrustDomain, TrustSettings};
 
 use self::revocations::Revocations;
+use crate::files::WatchedFiles;
 use crate::{Bundle, HboneError, pem};
 
 pub(crate) use self::authorities::Authorities;
@@ -34,7 +33,7 @@ struct Parts {
 #[derive(Debug)]
 pub struct TrustFiles {
     settings: TrustSettings,
-    watches: Vec<FileWatch>,
+    watched: WatchedFiles,
 }
 
 impl TrustFiles {
@@ -44,13 +43,9 @@ impl TrustFiles {
     /// [`HboneError::Credential`] for a file that is missing or malformed, [`HboneError::Watch`] for one that cannot be
     /// watched.
     pub fn open(settings: &TrustSettings) -> Result<(Self, Trust), HboneError> {
-        // Before they are read, so that no change in between is missed.
-        let watches = files(settings)
-            .map(FileWatch::new)
-            .collect::<Result<_, _>>()
-            .map_err(|source| HboneError::Watch { source })?;
+        let watched = WatchedFiles::new(files(settings))?;
         let trust = Trust::read(settings)?;
-        Ok((Self { settings: settings.clone(), watches }, trust))
+        Ok((Self { settings: settings.clone(), watched }, trust))
     }
 
     /// Waits for a file to change, and reads all of them again. Without files it waits for ever. Cancel-safe.
@@ -58,7 +53,7 @@ impl TrustFiles {
     /// # Errors
     /// As [`TrustFiles::open`], once for each change: what was read before stays good, so call it again.
     pub async fn next(&mut self) -> Result<Trust, HboneError> {
-        any_changed(&mut self.watches).await;
+        self.watched.changed().await;
         Trust::read(&self.settings)
     }
 }
@@ -103,15 +98,6 @@ impl Eq for Trust {}
 fn files(settings: &TrustSettings) -> impl Iterator<Item = &Path> {
     let bundles = settings.bundles.iter().map(|bundle| bundle.file.as_path());
     bundles.chain(settings.crls.iter().map(AsRef::as_ref))
-}
-
-async fn any_changed(watches: &mut [FileWatch]) {
-    let mut changes: Vec<_> = watches.iter_mut().map(|watch| Box::pin(watch.changed())).collect();
-    poll_fn(|cx| {
-        let changed = changes.iter_mut().any(|change| change.as_mut().poll(cx).is_ready());
-        if changed { Poll::Ready(()) } else { Poll::Pending }
-    })
-    .await;
 }
 
 #[cfg(test)]

@@ -3,9 +3,12 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use underpass_config::IdentityFiles;
 
+use crate::OrFail;
 use crate::mesh::Mesh;
+use crate::peers::within;
 use crate::pki::Pki;
 use crate::pods::{Family, Pod, World};
 use crate::proxy::Proxy;
@@ -70,6 +73,22 @@ impl Scene {
     #[must_use]
     pub fn server_settings(&self) -> Settings {
         Settings::new(SERVER).identity(&self.server_files).mesh(&self.mesh)
+    }
+
+    /// One connection to an echo in the server's pod: bytes there, FIN, all of them back, FIN.
+    pub async fn echoed(&self) {
+        let sent = b"there and back".repeat(100);
+        let connected = self.client.dial(self.app(Family::V4)).await;
+        let mut stream = connected.or_fail("connect to the echo");
+        let (mut reader, mut writer) = stream.split();
+        let mut received = Vec::new();
+        let exchange = async {
+            writer.write_all(&sent).await?;
+            writer.shutdown().await?;
+            reader.read_to_end(&mut received).await
+        };
+        within("an echo", exchange).await.or_fail("get an echo");
+        assert!(received == sent, "{} of {} bytes came back", received.len(), sent.len());
     }
 
     /// The mesh file of a mesh without members: everything is passed through in plain.

@@ -101,7 +101,21 @@ fn capabilities_do_not_know_each_other() {
 fn what_a_capability_is_built_on_is_its_own() {
     let owners: [(&[&str], &str); 3] = [
         (&["notify"], "underpass-config"),
-        (&["h2", "rustls", "tokio-rustls", "rcgen", "x509-parser"], "underpass-hbone"),
+        (
+            &[
+                "h2",
+                "rustls",
+                "rustls-webpki",
+                "tokio-rustls",
+                "rcgen",
+                "x509-parser",
+                "aws-lc-rs",
+                "tonic",
+                "prost",
+                "spiffe",
+            ],
+            "underpass-hbone",
+        ),
         (&["nix", "socket2", "nlink", "caps", "similar"], "underpass-interception"),
     ];
     for (from, to) in arrows() {

@@ -4,14 +4,13 @@
 
 use std::fmt;
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use aws_lc_rs::digest::{SHA256, digest};
-use underpass_config::{CaClients, CaToken, FileWatch, IdentityPattern, SpiffeId};
+use underpass_config::{CaClients, CaToken, IdentityPattern, SpiffeId};
 
-use crate::source::any_changed;
+use crate::files::{WatchedFiles, warn_if_exposed};
 use crate::{CredentialProblem, HboneError};
 
 /// Everyone who may ask, and for what.
@@ -62,43 +61,42 @@ impl fmt::Display for Bearer<'_> {
 #[derive(Debug)]
 pub(super) struct ClientsFile {
     path: PathBuf,
-    watches: Vec<FileWatch>,
+    watched: WatchedFiles,
 }
 
 impl ClientsFile {
     /// # Errors
     /// [`HboneError::Clients`] with every mistake in the file, or [`HboneError::Credential`] with a token's file.
     pub(super) fn open(path: PathBuf) -> Result<(Self, Clients), HboneError> {
-        let mut file = Self { path, watches: Vec::new() };
+        let mut file = Self { path, watched: WatchedFiles::default() };
         let clients = file.read()?;
         Ok((file, clients))
     }
 
     /// Waits for a change. After an error the last clients stay, and this is called again. Cancel-safe.
     pub(super) async fn next(&mut self) -> Result<Clients, HboneError> {
-        any_changed(&mut self.watches).await;
+        self.watched.changed().await;
         self.read()
     }
 
     fn read(&mut self) -> Result<Clients, HboneError> {
-        // Watched before they are read, so that no change is missed.
-        let mut watches = vec![watch(&self.path)?];
-        let read = self.read_all(&mut watches);
-        self.watches = watches;
+        let mut watched = WatchedFiles::new([&self.path])?;
+        let read = self.read_all(&mut watched);
+        self.watched = watched;
         read
     }
 
-    fn read_all(&self, watches: &mut Vec<FileWatch>) -> Result<Clients, HboneError> {
+    fn read_all(&self, watched: &mut WatchedFiles) -> Result<Clients, HboneError> {
         let document =
             CaClients::from_file(&self.path).map_err(|source| HboneError::Clients { source })?;
-        warn_if_exposed(&self.path)?;
+        warn_if_exposed(&self.path, "the tokens")?;
         let mut clients = Vec::new();
         for client in document.clients {
             let token = match client.token {
                 CaToken::Literal(token) => hash(&token),
                 CaToken::File(file) => {
-                    watches.push(watch(&file)?);
-                    warn_if_exposed(&file)?;
+                    watched.add(&file)?;
+                    warn_if_exposed(&file, "the token")?;
                     hash(&read_token(&file)?)
                 }
             };
@@ -120,20 +118,6 @@ pub(crate) fn read_token(file: &Path) -> Result<String, HboneError> {
 
 fn hash(token: &str) -> Vec<u8> {
     digest(&SHA256, token.as_bytes()).as_ref().to_vec()
-}
-
-fn watch(file: &Path) -> Result<FileWatch, HboneError> {
-    FileWatch::new(file).map_err(|source| HboneError::Watch { source })
-}
-
-fn warn_if_exposed(file: &Path) -> Result<(), HboneError> {
-    let metadata = fs::metadata(file).map_err(|error| HboneError::file(file, error))?;
-    let mode = metadata.permissions().mode() & 0o777;
-    if mode & 0o077 != 0 {
-        let file = file.display();
-        tracing::warn!(%file, mode = %format_args!("{mode:04o}"), "others may read the tokens: chmod 0600");
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -4,8 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
-use std::io::ErrorKind;
 use std::path::Path;
 use std::str::FromStr;
 use std::time::SystemTime;
@@ -18,10 +16,12 @@ use rustls_pki_types::pem::PemObject;
 use time::OffsetDateTime;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer as _;
-use x509_parser::revocation_list::CertificateRevocationList;
+use x509_parser::revocation_list::{CertificateRevocationList, RevokedCertificate};
 
-use super::{CA_LIFETIME, CLOCK_SKEW, CertificateAuthority, PUBLIC, offset, replace};
-use crate::{CredentialProblem, HboneError};
+use super::{
+    CA_LIFETIME, CERTIFICATE_FILE, CLOCK_SKEW, CertificateAuthority, PUBLIC, offset, replace,
+};
+use crate::{CredentialProblem, HboneError, pem};
 
 /// The revocation list, beside the authority's other files.
 const CRL_FILE: &str = "crl.pem";
@@ -84,12 +84,10 @@ impl CertificateAuthority {
         serials: &[Serial],
     ) -> Result<usize, HboneError> {
         let file = dir.join(CRL_FILE);
-        let mut revoked = self.read_list(&file)?;
+        let mut revoked = read_list(&file)?;
         let now = OffsetDateTime::from(SystemTime::now());
         for certificate in certificates.iter().map(AsRef::as_ref) {
-            let serial = self
-                .serial_of(certificate)
-                .map_err(|what| HboneError::credential(certificate, what))?;
+            let serial = self.serial_of(certificate)?;
             revoked.serials.entry(serial).or_insert(now);
         }
         for serial in serials {
@@ -100,26 +98,19 @@ impl CertificateAuthority {
         Ok(revoked.serials.len())
     }
 
-    fn read_list(&self, file: &Path) -> Result<Revoked, HboneError> {
-        let pem = match fs::read(file) {
-            Ok(pem) => pem,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Revoked::default()),
-            Err(error) => return Err(HboneError::file(file, error)),
-        };
-        parse_list(&pem).map_err(|what| HboneError::credential(file, what))
-    }
-
     /// The serial number of a certificate that this authority has issued.
-    fn serial_of(&self, file: &Path) -> Result<Serial, CredentialProblem> {
-        let der = CertificateDer::from_pem_file(file)
-            .map_err(|error| CredentialProblem::Pem(error.to_string()))?;
-        let own = CertificateDer::from_pem_slice(self.certificate_pem.as_bytes())
-            .map_err(|error| CredentialProblem::Pem(error.to_string()))?;
-        let (certificate, own) = (parse(&der)?, parse(&own)?);
-        if certificate.verify_signature(Some(own.public_key())).is_err() {
-            return Err(CredentialProblem::ForeignIssuer);
+    fn serial_of(&self, file: &Path) -> Result<Serial, HboneError> {
+        let problem = |what| HboneError::credential(file, what);
+        let chain = pem::certificates(file, &pem::read(file)?)?;
+        let own = pem::certificates(Path::new(CERTIFICATE_FILE), self.certificate_pem.as_bytes())?;
+        // Neither is empty.
+        let leaf = chain.first().map(AsRef::as_ref).unwrap_or_default();
+        let own = own.first().map(AsRef::as_ref).unwrap_or_default();
+        let (leaf, own) = (parse(leaf).map_err(problem)?, parse(own).map_err(problem)?);
+        if leaf.verify_signature(Some(own.public_key())).is_err() {
+            return Err(problem(CredentialProblem::ForeignIssuer));
         }
-        Ok(Serial(certificate.raw_serial().to_vec()))
+        Ok(Serial(leaf.raw_serial().to_vec()))
     }
 
     fn list(&self, revoked: &Revoked) -> Result<String, CredentialProblem> {
@@ -152,13 +143,21 @@ fn parse(der: &[u8]) -> Result<X509Certificate<'_>, CredentialProblem> {
         .map_err(|error| CredentialProblem::Certificate(error.to_string()))
 }
 
-fn parse_list(pem: &[u8]) -> Result<Revoked, CredentialProblem> {
-    let der = rustls_pki_types::CertificateRevocationListDer::from_pem_slice(pem)
-        .map_err(|error| CredentialProblem::Pem(error.to_string()))?;
-    let (_, list) = CertificateRevocationList::from_der(&der)
+/// None has been revoked if there is no list yet.
+fn read_list(file: &Path) -> Result<Revoked, HboneError> {
+    if !file.try_exists().map_err(|error| HboneError::file(file, error))? {
+        return Ok(Revoked::default());
+    }
+    let lists = pem::revocation_lists(file, pem::read(file)?)?;
+    let der = lists.first().map(AsRef::as_ref).unwrap_or_default();
+    parse_list(der).map_err(|what| HboneError::credential(file, what))
+}
+
+fn parse_list(der: &[u8]) -> Result<Revoked, CredentialProblem> {
+    let (_, list) = CertificateRevocationList::from_der(der)
         .map_err(|error| CredentialProblem::RevocationList(error.to_string()))?;
     let number = list.crl_number().and_then(|number| u64::try_from(number).ok());
-    let entry = |revoked: &x509_parser::revocation_list::RevokedCertificate<'_>| {
+    let entry = |revoked: &RevokedCertificate<'_>| {
         (Serial(revoked.raw_serial().to_vec()), revoked.revocation_date.to_datetime())
     };
     let serials = list.iter_revoked_certificates().map(entry).collect();
@@ -167,6 +166,7 @@ fn parse_list(pem: &[u8]) -> Result<Revoked, CredentialProblem> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::path::PathBuf;
 
     use super::*;
@@ -180,7 +180,7 @@ mod tests {
     }
 
     fn list(dir: &Path) -> Revoked {
-        parse_list(&fs::read(dir.join(CRL_FILE)).unwrap()).unwrap()
+        read_list(&dir.join(CRL_FILE)).unwrap()
     }
 
     #[test]

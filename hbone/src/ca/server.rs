@@ -130,7 +130,10 @@ impl CaServer {
             }
             Err(error) => {
                 self.renewal.failed();
-                tracing::warn!(error = %chain(&error), "the server's own certificate is not renewed");
+                tracing::warn!(
+                    error = &error as &dyn Error,
+                    "the server's own certificate is not renewed"
+                );
             }
         }
     }
@@ -143,7 +146,7 @@ impl CaServer {
                 self.service.set_clients(clients);
             }
             Err(error) => tracing::warn!(
-                error = %chain(&error),
+                error = &error as &dyn Error,
                 "the clients file is not used: what it said before stays"
             ),
         }
@@ -255,18 +258,6 @@ async fn serve<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     if timeout(FAREWELL, connection).await.is_err() {
         tracing::debug!(%peer, "the connection did not end");
     }
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

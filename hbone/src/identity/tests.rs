@@ -1,5 +1,7 @@
 //! Credentials that are in order, and all the ways in which they are not.
 
+use std::fs;
+
 use super::*;
 use crate::IssuedCertificate;
 use crate::ca::tests::TempDir;

@@ -1,22 +1,23 @@
 //! A certificate, its key and its roots in files that someone else renews.
 //!
 //! Whoever renews them writes one file after the other: between two of them the pair does not match, and is not used. Not
-//! here: how files are followed (`underpass_config::FileWatch`).
+//! here: how files are followed (`crate::files`).
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use tokio::select;
-use underpass_config::{FileWatch, IdentityFiles};
+use underpass_config::IdentityFiles;
 
-use super::{IdentitySource, NextIdentity, Schedule, any_changed, valid_now};
+use super::{IdentitySource, NextIdentity, Schedule, valid_now};
+use crate::files::WatchedFiles;
 use crate::{HboneError, Identity};
 
 /// Reads the files at first and whenever they change: written in place, renamed, or reached through a swapped link.
 #[derive(Debug)]
 pub struct FileSource {
     files: IdentityFiles,
-    watches: Vec<FileWatch>,
+    watched: WatchedFiles,
     /// When to look again without being told, because what was read last could not be used: it may become valid with
     /// time, or readable.
     retry: Option<Schedule>,
@@ -29,13 +30,19 @@ pub struct FileSource {
 impl FileSource {
     /// A source of the certificates in these files.
     pub fn new(files: IdentityFiles) -> Self {
-        Self { files, watches: Vec::new(), retry: Some(Schedule::new()), used: None, told: None }
+        Self {
+            files,
+            watched: WatchedFiles::default(),
+            retry: Some(Schedule::new()),
+            used: None,
+            told: None,
+        }
     }
 
     async fn next_identity(&mut self) -> Result<Identity, HboneError> {
         loop {
             select! {
-                () = any_changed(&mut self.watches) => {}
+                () = self.watched.changed() => {}
                 () = due(self.retry.as_ref()) => {}
             }
             match self.read() {
@@ -55,12 +62,9 @@ impl FileSource {
 
     /// What is in the files now; `None` if that is used already.
     fn read(&mut self) -> Result<Option<Identity>, HboneError> {
-        if self.watches.is_empty() {
-            // Watched before they are read, so that no change is missed.
+        if self.watched.is_empty() {
             let IdentityFiles { certificate, key, roots } = &self.files;
-            let watches = [certificate, key, roots].into_iter().map(|file| FileWatch::new(file));
-            self.watches =
-                watches.collect::<Result<_, _>>().map_err(|source| HboneError::Watch { source })?;
+            self.watched = WatchedFiles::new([certificate, key, roots])?;
         }
         let before = self.content();
         let is_used = before.is_some() && before == self.used;

@@ -10,7 +10,7 @@ use underpass_tests::{
     until,
 };
 
-use crate::{IN_USE, KEPT, one_connection, traffic};
+use crate::{IN_USE, KEPT, traffic};
 
 /// istiod's port.
 const PORT: u16 = 15012;
@@ -168,6 +168,6 @@ async fn impersonation() {
     };
     let _client = scene.client.proxy(&node(CLIENT)).await;
     let mut server = scene.server.proxy(&node(SERVER)).await;
-    one_connection(scene).await;
+    scene.echoed().await;
     server.line(&["src.identity=\"spiffe://cluster.local/ns/default/sa/client\""]).await;
 }

@@ -9,7 +9,7 @@ use std::fs;
 use std::process::ExitCode;
 
 use underpass_tests::{
-    APP, CLIENT, Family, Mesh, Pki, Proxy, SERVER, Scene, Server, Settings, Suite, exchange, within,
+    APP, CLIENT, Family, Mesh, Pki, Proxy, SERVER, Scene, Server, Settings, Suite, exchange,
 };
 
 const IN_USE: &str = "certificate in use";
@@ -33,23 +33,8 @@ const ROUND: usize = 50;
 /// Connections one after the other, each with its own bytes there and back.
 async fn traffic(scene: &Scene) {
     for _ in 0..ROUND {
-        one_connection(scene).await;
+        scene.echoed().await;
     }
-}
-
-async fn one_connection(scene: &Scene) {
-    let mut stream = scene.client.dial(scene.app(Family::V4)).await.expect("a connection");
-    let (mut reader, mut writer) = stream.split();
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    let sent = b"there and back".repeat(100);
-    let mut received = Vec::new();
-    let exchange = async {
-        writer.write_all(&sent).await?;
-        writer.shutdown().await?;
-        reader.read_to_end(&mut received).await
-    };
-    within("an echo", exchange).await.expect("no connection fails");
-    assert!(received == sent, "{} of {} bytes came back", received.len(), sent.len());
 }
 
 async fn renewal() {
@@ -172,5 +157,5 @@ async fn alias() {
     let _client = scene.client.proxy(&client).await;
     let server = scene.server_settings().section("trust: {aliases: [old.test]}");
     let _server = scene.server.proxy(&server).await;
-    one_connection(&scene).await;
+    scene.echoed().await;
 }

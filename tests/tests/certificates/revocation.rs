@@ -8,7 +8,7 @@ use underpass_tests::{
     APP, End, Family, Proxy, Scene, Server, Settings, Suite, exchange, read_to_end,
 };
 
-use crate::{KEPT, one_connection};
+use crate::KEPT;
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test("a client whose certificate is revoked is cut and refused", async || {
@@ -97,8 +97,8 @@ async fn damaged_list() {
     let list = scene.pki.revoke(&[]);
     let mut server: Proxy = scene.server.proxy(&with_list(scene.server_settings(), &scene)).await;
     let _client = scene.client.proxy(&scene.client_settings()).await;
-    one_connection(&scene).await;
+    scene.echoed().await;
     fs::write(&list, "damaged").expect("a file");
     server.line(&[KEPT, "crl.pem"]).await;
-    one_connection(&scene).await;
+    scene.echoed().await;
 }

@@ -7,7 +7,9 @@ use std::time::Duration;
 use serde_json::Value;
 use underpass::spawn::SpawnError;
 use underpass_config::IdentityFiles;
-use underpass_tests::{APP, Family, Pod, Proxy, Scene, Settings, Suite, binary, exchange, tool};
+use underpass_tests::{
+    APP, Family, Listener, Pod, Proxy, Scene, Settings, Suite, binary, exchange, tool,
+};
 
 use crate::{AMBIENT, OSM, PROFILES, Profile, SIDECAR, plain};
 
@@ -78,11 +80,16 @@ async fn closed_until_run(profile: Profile) {
     let before = scene.client.traces().await;
     let _proxy = scene.client.proxy(&settings).await;
     assert_eq!(scene.client.traces().await, before, "every rule is there once");
+    both_ways(&scene, &app, &own_app, profile).await;
+}
+
+/// The client's pod reaches `app`, and is reached at `own_app`, which sees whom the profile lets it see.
+async fn both_ways(scene: &Scene, app: &Listener, own_app: &Listener, profile: Profile) {
     for family in Family::BOTH {
-        let (mut client, mut server, _) = scene.client.meet(&app, scene.app(family)).await;
+        let (mut client, mut server, _) = scene.client.meet(app, scene.app(family)).await;
         exchange(&mut client, &mut server).await;
         let own = scene.client.at(family, APP);
-        let (mut client, mut server, peer) = scene.server.meet(&own_app, own).await;
+        let (mut client, mut server, peer) = scene.server.meet(own_app, own).await;
         exchange(&mut client, &mut server).await;
         assert_eq!(peer.ip(), profile.peer(family, scene.server.ip(family)));
     }
@@ -149,14 +156,7 @@ async fn without_privileges() {
     // Whatever it connects to is not caught, so that it cannot tell.
     proxy.line(&["the rules could not be tested from here"]).await;
     let (app, own_app) = (scene.server.listen(APP), scene.client.listen(APP));
-    for family in Family::BOTH {
-        let (mut client, mut server, _) = scene.client.meet(&app, scene.app(family)).await;
-        exchange(&mut client, &mut server).await;
-        let own = scene.client.at(family, APP);
-        let (mut client, mut server, peer) = scene.server.meet(&own_app, own).await;
-        exchange(&mut client, &mut server).await;
-        assert_eq!(peer.ip(), SIDECAR.peer(family, scene.server.ip(family)));
-    }
+    both_ways(&scene, &app, &own_app, SIDECAR).await;
     proxy.access_lines(4).await;
     assert!(proxy.stop().await.success(), "{}", proxy.log());
 }

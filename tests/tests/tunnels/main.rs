@@ -7,10 +7,7 @@ mod scripted;
 use std::process::ExitCode;
 
 use nix::sys::signal::Signal;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use underpass_tests::{
-    APP, Family, HBONE, Scene, Server, Suite, TlsClient, read_to_end, until, within,
-};
+use underpass_tests::{APP, Family, HBONE, Scene, Server, Suite, TlsClient, read_to_end, until};
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
@@ -21,20 +18,6 @@ fn main() -> ExitCode {
     malformed::add(&mut suite);
     scripted::add(&mut suite);
     suite.run()
-}
-
-/// A connection with its own bytes there and back.
-async fn one_connection(scene: &Scene) {
-    let mut stream = scene.client.dial(scene.app(Family::V4)).await.expect("a connection");
-    let (mut reader, mut writer) = stream.split();
-    let mut received = Vec::new();
-    let exchange = async {
-        writer.write_all(b"there and back").await?;
-        writer.shutdown().await?;
-        reader.read_to_end(&mut received).await
-    };
-    within("an echo", exchange).await.expect("no connection fails");
-    assert_eq!(received, b"there and back");
 }
 
 async fn retirement() {
@@ -49,7 +32,7 @@ async fn retirement() {
     };
     let traffic = async {
         loop {
-            one_connection(&scene).await;
+            scene.echoed().await;
         }
     };
     tokio::select! {
@@ -64,7 +47,7 @@ async fn retirement() {
     let mut server = scene.server.proxy(&settings.set("tunnels.max_age=300ms")).await;
     tokio::select! {
         () = server.more_than(5, &["tunnel accepted"]) => {}
-        () = async { loop { one_connection(&scene).await } } => {}
+        () = async { loop { scene.echoed().await } } => {}
     }
     server.line(&["tunnel accepted", "resumed=true"]).await;
     assert_eq!(client.count(&["connection failed"]), 0, "{}", client.log());
@@ -75,12 +58,12 @@ async fn come_back() {
     let (scene, client, mut server) = Scene::with_proxies().await;
     let _app = Server::echo(&scene.server, APP);
     for _ in 0..3 {
-        one_connection(&scene).await;
+        scene.echoed().await;
         server.signal(Signal::SIGKILL);
         server.ended().await;
         server = scene.server.proxy(&scene.server_settings()).await;
     }
-    one_connection(&scene).await;
+    scene.echoed().await;
     assert_eq!(client.count(&["connection failed"]), 0, "{}", client.log());
 }
 
@@ -118,7 +101,7 @@ async fn handshakes() {
 async fn trace() {
     let (scene, mut client, mut server) = Scene::with_proxies().await;
     let _app = Server::echo(&scene.server, APP);
-    one_connection(&scene).await;
+    scene.echoed().await;
     let line = client.line(&["connection complete"]).await;
     let trace = line.split("trace_id=").nth(1).and_then(|rest| rest.split(' ').next());
     let trace = trace.expect("a trace");

@@ -5,8 +5,6 @@ use underpass_tests::{
     APP, Dial, Family, HBONE, Scene, Server, Suite, TlsClient, exchange, within,
 };
 
-use crate::one_connection;
-
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
 
@@ -129,7 +127,7 @@ async fn others_go_on() {
     }
     drop((near, far, app));
     let _app = Server::echo(&scene.server, APP);
-    one_connection(&scene).await;
+    scene.echoed().await;
     for proxy in [&mut client, &mut server] {
         assert_eq!(proxy.count(&["panicked"]), 0, "{}", proxy.log());
     }

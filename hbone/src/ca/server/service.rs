@@ -19,7 +19,6 @@ use tonic::{Request, Response, Status};
 use tonic_prost::ProstCodec;
 use underpass_config::SpiffeId;
 
-use super::chain;
 use crate::ca::clients::Clients;
 use crate::ca::{
     CREATE_CERTIFICATE, CertificateAuthority, CertificateRequest, IMPERSONATED,
@@ -171,7 +170,7 @@ fn requested_id(csr: &CertificateRequest, metadata: Option<&Struct>) -> Result<S
 
 /// What is wrong with our files is not told to clients.
 fn own_fault(error: &HboneError) -> Status {
-    tracing::error!(error = %chain(error), "the authority cannot be used");
+    tracing::error!(error = error as &dyn std::error::Error, "the authority cannot be used");
     Status::internal("the CA cannot use its own files: its log says why")
 }
 
