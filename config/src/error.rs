@@ -4,6 +4,9 @@ use std::fmt;
 
 use crate::document::{Origin, SyntaxError};
 
+/// More mistakes than one reads at once: often one mistake, many times.
+const MAX_SHOWN: usize = 20;
+
 /// One mistake in a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
@@ -35,13 +38,18 @@ impl fmt::Display for Problem {
 /// Every mistake of a configuration; never empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigErrors {
-    /// The mistakes, in the order of the document.
+    /// The mistakes, in the order of the document; the first 1000 if there are more.
     pub problems: Vec<Problem>,
+    /// How many more there are.
+    pub more: usize,
 }
 
 impl ConfigErrors {
     pub(crate) fn one(reason: String, origin: Option<Origin>) -> Self {
-        Self { problems: vec![Problem { key: String::new(), value: None, reason, origin }] }
+        Self {
+            problems: vec![Problem { key: String::new(), value: None, reason, origin }],
+            more: 0,
+        }
     }
 }
 
@@ -56,8 +64,14 @@ impl fmt::Display for ConfigErrors {
         match self.problems.as_slice() {
             [problem] => write!(f, "{problem}"),
             problems => {
-                write!(f, "{} mistakes in the configuration:", problems.len())?;
-                problems.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
+                let count = problems.len() + self.more;
+                write!(f, "{count} mistakes in the configuration:")?;
+                let mut shown = problems.iter().take(MAX_SHOWN);
+                shown.try_for_each(|problem| write!(f, "\n  {problem}"))?;
+                match count.saturating_sub(MAX_SHOWN) {
+                    0 => Ok(()),
+                    more => write!(f, "\n  and {more} more"),
+                }
             }
         }
     }

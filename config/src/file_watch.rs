@@ -1,11 +1,10 @@
-//! Following one file, whoever replaces it and however: written in place, renamed over, or reached through symbolic links
-//! that are swapped, as Kubernetes does with the files of a ConfigMap.
+//! Following a file, or the documents in a folder, whoever replaces them and however: written in place, renamed over, added,
+//! removed, or reached through symbolic links that are swapped, as Kubernetes does with the files of a ConfigMap.
 //!
-//! Not here: what the file means. Whoever is woken reads it anew.
+//! Not here: what the files mean. Whoever is woken reads them anew.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::hash::{DefaultHasher, Hasher};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,40 +14,71 @@ use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-use crate::ConfigErrors;
+use crate::{ConfigErrors, files};
 
 /// How long a replacement may take: to write a file is to empty it, to fill it and to close it, each of which is told.
 const SETTLE: Duration = Duration::from_millis(100);
+/// How long whoever replaces without end can keep us from looking.
+const MAX_SETTLE: Duration = Duration::from_secs(1);
 /// How often to look without being told: some file systems tell nothing (NFS, FUSE), and a watch can get lost.
 const LOOK: Duration = Duration::from_secs(30);
 /// The kernel follows no more links either (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
-/// Tells when the content of a file has changed.
-///
-/// The folders on the way to the file are watched, not the file: a watch on a file stays with the old one when a new one
-/// takes its name.
+/// Tells when the content of a file, or of the documents in a folder, has changed.
 #[derive(Debug)]
 pub struct FileWatch {
+    watch: Watch,
+    /// What there was at the last look.
+    seen: u64,
+}
+
+impl FileWatch {
+    /// Begins to watch what is at `path`, which need not exist yet. What is there now counts as known, so begin to watch
+    /// before reading it.
+    ///
+    /// # Errors
+    /// When the kernel has no more watches to give, or the folder cannot be read.
+    pub fn new(path: &Path) -> Result<Self, ConfigErrors> {
+        let watch = Watch::new(path)?;
+        Ok(Self { seen: files::fingerprint(&watch.path), watch })
+    }
+
+    /// Waits until the content is another one than the last time, and has been for a moment. Several changes in a row are
+    /// told once. Cancel safe.
+    pub async fn changed(&mut self) {
+        loop {
+            self.watch.look().await;
+            let now = files::fingerprint(&self.watch.path);
+            if now != self.seen {
+                self.seen = now;
+                return;
+            }
+        }
+    }
+}
+
+/// Tells when it is time to look whether something has changed.
+///
+/// The folders on the way to each file are watched, not the file: a watch on a file stays with the old one when a new one
+/// takes its name.
+#[derive(Debug)]
+pub(crate) struct Watch {
     path: PathBuf,
     /// The folders that are watched.
     folders: BTreeSet<PathBuf>,
     watcher: RecommendedWatcher,
     /// Something happened in one of the folders.
     told: Arc<Notify>,
-    /// What the file had in it at the last look.
-    seen: Option<u64>,
     /// When to look next.
     look_at: Instant,
+    /// When to look at the latest, since something happened.
+    settled_by: Option<Instant>,
 }
 
-impl FileWatch {
-    /// Begins to watch the file at `path`, which need not exist yet. What it has in it now counts as known, so begin to
-    /// watch before reading it.
-    ///
-    /// # Errors
-    /// When the kernel has no more watches to give, or the folder cannot be read.
-    pub fn new(path: &Path) -> Result<Self, ConfigErrors> {
+impl Watch {
+    /// As [`FileWatch::new`].
+    pub(crate) fn new(path: &Path) -> Result<Self, ConfigErrors> {
         Self::begin(path).map_err(|error| {
             let reason = format!(
                 "{}: cannot be watched for changes: {error} (a limit may be too low: \
@@ -72,40 +102,37 @@ impl FileWatch {
             folders: BTreeSet::new(),
             watcher,
             told,
-            seen: None,
             look_at: Instant::now() + LOOK,
+            settled_by: None,
         };
         watch.follow()?;
-        watch.seen = fingerprint(&watch.path);
         Ok(watch)
     }
 
-    /// Waits until the file has another content than at the last return, or is gone, or is back. A burst of changes is
-    /// told once. Cancel safe.
-    pub async fn changed(&mut self) {
+    /// Waits until something may have changed and has been quiet for a moment, though not for ever. Cancel safe.
+    pub(crate) async fn look(&mut self) {
         loop {
             tokio::select! {
                 () = self.told.notified() => {
-                    self.look_at = self.look_at.min(Instant::now() + SETTLE);
+                    let now = Instant::now();
+                    let by = *self.settled_by.get_or_insert(now + MAX_SETTLE);
+                    self.look_at = by.min(now + SETTLE);
                 }
                 () = sleep_until(self.look_at) => {
                     self.look_at = Instant::now() + LOOK;
+                    self.settled_by = None;
                     // What cannot be watched now is tried again at the next look.
                     self.follow().ok();
-                    let now = fingerprint(&self.path);
-                    if now != self.seen {
-                        self.seen = now;
-                        return;
-                    }
+                    return;
                 }
             }
         }
     }
 
-    /// Watches the folders that lead to the file now, and no others.
+    /// Watches the folders that lead to the files now, and no others.
     fn follow(&mut self) -> notify::Result<()> {
         loop {
-            let folders = folders_to(&self.path);
+            let folders = folders_of(&self.path);
             for folder in &folders {
                 // Also a folder that is watched: another may have taken its name.
                 self.watcher.watch(folder, RecursiveMode::NonRecursive)?;
@@ -128,11 +155,17 @@ fn is_reading(kind: EventKind) -> bool {
     matches!(kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write))
 }
 
-/// What the file has in it, as a number that another content hardly ever has; `None` if it cannot be read.
-fn fingerprint(path: &Path) -> Option<u64> {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(&std::fs::read(path).ok()?);
-    Some(hasher.finish())
+/// The folders in which a change can lead to other content: of a file, or of the documents in a folder.
+fn folders_of(path: &Path) -> BTreeSet<PathBuf> {
+    if !path.is_dir() {
+        return folders_to(path);
+    }
+    // Also without a document in it: the way to any name in the folder leads through the folder.
+    let mut folders = folders_to(&path.join("any"));
+    for document in files::at(path).unwrap_or_default() {
+        folders.append(&mut folders_to(&document));
+    }
+    folders
 }
 
 /// The folders in which a change can lead to another file at `path` (absolute): the one that it is in, and each that holds a

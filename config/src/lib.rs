@@ -4,9 +4,11 @@
 //! Every mistake of a document is reported at once, with its place, its key, its value and what would be right.
 
 mod ca_clients;
+mod cidr;
 mod document;
 mod error;
 mod file_watch;
+mod files;
 mod load;
 mod mesh;
 mod read;
@@ -14,6 +16,8 @@ mod resolve;
 mod settings;
 mod show;
 mod spiffe;
+#[cfg(test)]
+mod test_folder;
 
 pub use ca_clients::{CaClient, CaClients, CaToken, IdentityPattern};
 pub use document::Origin;
@@ -21,12 +25,20 @@ pub use error::{ConfigErrors, Problem};
 pub use file_watch::FileWatch;
 pub use ipnet::{IpNet, Ipv4Net};
 pub use load::Sources;
-pub use mesh::{Locality, Mesh, MeshSource, Protocol, Workload, WorkloadType};
+pub use mesh::{
+    ApplicationTunnel, Condition, Connection, Destination, Endpoint, Gateway, GatewayDestination,
+    IpFamilies, Item, LoadBalancing, LoadBalancingMode, Locality, Match, Mesh, MeshBuilder,
+    MeshSource, Mistake, Name, NamespacedHostname, NetworkAddress, NetworkCidr, NetworkMode,
+    Policy, PolicyAction, PolicyScope, PolicySet, PortMap, Protocol, Rules, Scope, Service,
+    StringMatch, TunnelHeader, Values, Visibility, WeightedWaypoint, Workload, WorkloadDraft,
+    WorkloadType,
+};
 pub use read::parse_duration;
 pub use resolve::KEYS;
 pub use settings::{
-    Backend, BundleFile, Dns, IdentityFiles, IdentitySettings, InboundCapture, InboundMode,
-    InterceptionSettings, Ipv6, IstioCaSettings, Limits, LocalCaSettings, LogFormat, Logging,
+    Backend, BundleFile, Dns, Egress, EgressSettings, IdentityFiles, IdentitySettings,
+    InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, Limits,
+    LocalCaSettings, LogFormat, Logging, Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings,
     OnExit, OutboundCapture, PortRange, PortRangeError, Profile, ProxySettings, Settings,
     SpireSettings, Timeouts, TrustSettings, TunnelSettings, WorkloadSettings,
 };

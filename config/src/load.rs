@@ -3,6 +3,7 @@
 //! Not here: which keys there are and what they default to (`resolve.rs`).
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::document::{Node, Origin, SyntaxError, Value};
 use crate::error::{ConfigErrors, Problem};
@@ -89,7 +90,7 @@ pub(crate) fn read_file(path: &Path) -> Result<Node, ConfigErrors> {
 }
 
 pub(crate) fn read_text(name: &str, text: &str) -> Result<Node, ConfigErrors> {
-    let name: std::sync::Arc<str> = name.into();
+    let name: Arc<str> = name.into();
     let origin = |line, column| Origin::Document { name: name.clone(), line, column };
     Ok(Node::parse(text, &origin)?)
 }

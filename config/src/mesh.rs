@@ -1,112 +1,77 @@
-//! The mesh: an immutable snapshot of who is where and who speaks HBONE, and the source that publishes it.
+//! The mesh: an immutable snapshot of who is where, who speaks HBONE and who may talk to whom, and the source that publishes it.
 //!
 //! A snapshot is built whole, checked whole and swapped whole; whoever holds one sees one state of the mesh. Not here:
-//! what is done with it. Routing belongs to the proxy.
+//! what is done with it. Routing and the decision by policies belong to the proxy.
 
+mod builder;
 mod document;
+mod names;
+mod network;
+mod policy;
+mod service;
+mod source;
+mod workload;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use tokio::sync::watch;
+pub use builder::{Item, MeshBuilder, Mistake, WorkloadDraft};
+pub use names::{Name, NamespacedHostname, NetworkAddress, NetworkCidr};
+pub use policy::{
+    Condition, Connection, Match, Policy, PolicyAction, PolicyScope, PolicySet, Rules, StringMatch,
+    Values,
+};
+pub use service::{
+    Endpoint, IpFamilies, LoadBalancing, LoadBalancingMode, PortMap, Scope, Service, Visibility,
+    WeightedWaypoint,
+};
+pub use source::MeshSource;
+pub use workload::{
+    ApplicationTunnel, Gateway, GatewayDestination, Locality, NetworkMode, Protocol, TunnelHeader,
+    Workload, WorkloadType,
+};
 
-use crate::{ConfigErrors, SpiffeId};
+use crate::ConfigErrors;
+use network::{Network, best};
 
-/// How a workload is reached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Protocol {
-    /// By plain TCP.
-    Tcp,
-    /// Through a tunnel, and never otherwise.
-    Hbone,
-}
-
-/// What kind of thing a workload is part of: Istio's four.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum WorkloadType {
-    /// A Deployment, or what is scaled like one.
-    Deployment,
-    /// A CronJob.
-    CronJob,
-    /// Nothing larger: a pod, or a process, by itself.
-    Pod,
-    /// A Job.
-    Job,
-}
-
-/// Where in the world a workload runs. Empty: unknown.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Locality {
-    /// A cloud's region.
-    pub region: String,
-    /// A zone in that region.
-    pub zone: String,
-    /// A part of that zone, such as a rack.
-    pub subzone: String,
-}
-
-/// One workload: a pod, a VM, a process with an address and an identity.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Workload {
-    /// Unique in the mesh; empty if the source gives none.
-    pub uid: String,
-    /// Its name.
-    pub name: String,
-    /// Its namespace.
-    pub namespace: String,
-    /// The service account that its identity is made of.
-    pub service_account: String,
-    /// Who it must prove to be.
-    pub identity: SpiffeId,
-    /// Where it is.
-    pub addresses: Vec<IpAddr>,
-    /// How it is reached.
-    pub protocol: Protocol,
-    /// What it is part of, as metrics call it (`source_workload`): a Deployment's name, or its own.
-    pub workload_name: String,
-    /// What kind of thing that is.
-    pub workload_type: WorkloadType,
-    /// The service that it mainly is, as metrics call it.
-    pub canonical_name: String,
-    /// The revision of that service.
-    pub canonical_revision: String,
-    /// The cluster that it is in.
-    pub cluster_id: String,
-    /// Where it runs.
-    pub locality: Locality,
-}
-
-impl WorkloadType {
-    /// Every type.
-    pub const ALL: [Self; 4] = [Self::Deployment, Self::CronJob, Self::Pod, Self::Job];
-
-    /// As the mesh file and `baggage` call it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Deployment => "deployment",
-            Self::CronJob => "cronjob",
-            Self::Pod => "pod",
-            Self::Job => "job",
-        }
-    }
+/// What has a name or an address in the mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Destination<'a> {
+    /// A workload.
+    Workload(&'a Arc<Workload>),
+    /// A service.
+    Service(&'a Arc<Service>),
 }
 
 /// One state of the mesh.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Mesh {
-    by_address: HashMap<IpAddr, Arc<Workload>>,
-    workloads: usize,
+    networks: HashMap<Name, Network>,
+    hostnames: HashMap<Name, Vec<Arc<Service>>>,
+    workload_hostnames: HashMap<Name, Vec<Arc<Workload>>>,
+    policies: Policies,
+    workloads: Vec<Arc<Workload>>,
+    services: Vec<Arc<Service>>,
+}
+
+/// The policies that hold for more than the workloads which name them.
+#[derive(Debug, Default)]
+struct Policies {
+    global: Box<[Arc<Policy>]>,
+    namespaces: HashMap<Name, Box<[Arc<Policy>]>>,
+    /// How many policies there are in all.
+    count: usize,
 }
 
 impl Mesh {
-    /// Reads a mesh file: ztunnel's `LOCAL_XDS_PATH` document.
+    /// Reads a mesh file, ztunnel's `LOCAL_XDS_PATH` document, or every one in a folder (`*.yaml`, `*.yml`, `*.json`).
     ///
     /// # Errors
-    /// Every mistake in the file, or the one reason why it could not be read.
+    /// Every mistake in the files, or why they could not be read.
     pub fn from_file(path: &Path) -> Result<Self, ConfigErrors> {
-        document::read(&crate::load::read_file(path)?)
+        source::read(path).1
     }
 
     /// Reads the same document from a text that is called `name` in errors.
@@ -114,57 +79,79 @@ impl Mesh {
     /// # Errors
     /// Every mistake in the text.
     pub fn from_text(name: &str, text: &str) -> Result<Self, ConfigErrors> {
-        document::read(&crate::load::read_text(name, text)?)
+        let mut reader = document::Reader::default();
+        reader.document(name, text);
+        reader.finish()
     }
 
-    /// The workload that has this address.
-    pub fn workload(&self, address: IpAddr) -> Option<&Arc<Workload>> {
-        self.by_address.get(&address.to_canonical())
+    /// The workload that has this address in `network`; none if several share it.
+    pub fn workload(&self, network: &str, address: IpAddr) -> Option<&Arc<Workload>> {
+        self.networks.get(network)?.workload(address.to_canonical())
     }
 
-    /// How many workloads the mesh has.
-    pub fn len(&self) -> usize {
-        self.workloads
+    /// Whether any workload has this address in `network`, if only together with others.
+    pub fn has_workload(&self, network: &str, address: IpAddr) -> bool {
+        let known = self.networks.get(network);
+        known.is_some_and(|known| known.has_workload(address.to_canonical()))
     }
 
-    /// Whether the mesh has no workload at all.
-    pub fn is_empty(&self) -> bool {
-        self.workloads == 0
+    /// Whether a workload that has this address in `network` speaks HBONE, even if several share it.
+    pub fn speaks_hbone(&self, network: &str, address: IpAddr) -> bool {
+        self.networks.get(network).is_some_and(|known| known.speaks_hbone(address.to_canonical()))
     }
 
-    /// Adds a workload; gives back the one that has one of its addresses already.
-    fn insert(&mut self, workload: Workload) -> Result<(), (IpAddr, Arc<Workload>)> {
-        let taken = |address: &IpAddr| Some((*address, self.by_address.get(address)?.clone()));
-        if let Some(conflict) = workload.addresses.iter().find_map(taken) {
-            return Err(conflict);
+    /// The service that a workload of `namespace` means by this address in `network`.
+    pub fn service(
+        &self,
+        network: &str,
+        address: IpAddr,
+        namespace: &str,
+    ) -> Option<&Arc<Service>> {
+        self.networks.get(network)?.service(address.to_canonical(), namespace)
+    }
+
+    /// The service that a workload of `namespace` means by this hostname.
+    pub fn service_by_hostname(&self, hostname: &str, namespace: &str) -> Option<&Arc<Service>> {
+        best(self.hostnames.get(hostname)?, namespace)
+    }
+
+    /// The service with this name, or else the workload with this hostname.
+    pub fn named(&self, name: &NamespacedHostname) -> Option<Destination<'_>> {
+        let services = self.hostnames.get(&name.hostname).map(Vec::as_slice).unwrap_or_default();
+        let service = services.iter().find(|service| service.namespace == name.namespace);
+        service.map(Destination::Service).or_else(|| {
+            let workloads = self.workload_hostnames.get(&name.hostname)?;
+            let workload = workloads.iter().find(|workload| workload.namespace == name.namespace);
+            workload.map(Destination::Workload)
+        })
+    }
+
+    /// The policies that hold for a workload of `namespace`, which is `workload` if the mesh knows it.
+    pub fn policies<'a>(
+        &'a self,
+        namespace: &str,
+        workload: Option<&'a Workload>,
+    ) -> PolicySet<'a> {
+        let of_namespace = self.policies.namespaces.get(namespace);
+        PolicySet {
+            global: &self.policies.global,
+            namespace: of_namespace.map(|policies| &**policies).unwrap_or_default(),
+            workload: workload.map(|workload| &*workload.policies).unwrap_or_default(),
         }
-        let workload = Arc::new(workload);
-        for address in &workload.addresses {
-            self.by_address.insert(*address, workload.clone());
-        }
-        self.workloads += 1;
-        Ok(())
-    }
-}
-
-/// Where the current snapshot is published.
-#[derive(Debug)]
-pub struct MeshSource {
-    current: watch::Sender<Arc<Mesh>>,
-}
-
-impl MeshSource {
-    /// A source whose mesh is a file, or empty when there is none.
-    ///
-    /// # Errors
-    /// As [`Mesh::from_file`].
-    pub fn open(file: Option<&Path>) -> Result<Self, ConfigErrors> {
-        let mesh = file.map(Mesh::from_file).transpose()?.unwrap_or_default();
-        Ok(Self { current: watch::Sender::new(Arc::new(mesh)) })
     }
 
-    /// Follows the snapshots, beginning with the current one.
-    pub fn subscribe(&self) -> watch::Receiver<Arc<Mesh>> {
-        self.current.subscribe()
+    /// Every workload.
+    pub fn workloads(&self) -> &[Arc<Workload>] {
+        &self.workloads
+    }
+
+    /// Every service.
+    pub fn services(&self) -> &[Arc<Service>] {
+        &self.services
+    }
+
+    /// How many policies there are.
+    pub fn policy_count(&self) -> usize {
+        self.policies.count
     }
 }

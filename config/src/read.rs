@@ -3,7 +3,7 @@
 //! A [`Cursor`] stands on one node (or on the place where one could be) and knows the path that led there, so that each
 //! mistake can be told with its key. Not here: which keys exist (`load.rs`, `mesh/document.rs`).
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::fmt;
 use std::hash::Hash;
@@ -11,25 +11,43 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::document::{Node, Value};
+use crate::document::{Node, Origin, Value};
 use crate::error::{ConfigErrors, Problem};
+
+/// How many mistakes are kept; more of them are only counted.
+const MAX_PROBLEMS: usize = 1000;
+
+/// Nothing longer is a mistyped key.
+const MAX_TYPED: usize = 64;
 
 /// The mistakes found so far.
 #[derive(Debug, Default)]
-pub(crate) struct Problems(RefCell<Vec<Problem>>);
+pub(crate) struct Problems {
+    kept: RefCell<Vec<Problem>>,
+    more: Cell<usize>,
+}
 
 impl Problems {
     pub(crate) fn add(&self, problem: Problem) {
-        self.0.borrow_mut().push(problem);
+        let mut kept = self.kept.borrow_mut();
+        if kept.len() < MAX_PROBLEMS {
+            kept.push(problem);
+        } else {
+            self.more.update(|more| more + 1);
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.kept.borrow().is_empty()
     }
 
     /// `value` if nothing was wrong with the document it came from.
     pub(crate) fn or_else<T>(self, value: Option<T>) -> Result<T, ConfigErrors> {
-        let problems = self.0.into_inner();
+        let (problems, more) = (self.kept.into_inner(), self.more.get());
         match value {
             Some(value) if problems.is_empty() => Ok(value),
             _ if problems.is_empty() => Err(ConfigErrors::one("incomplete".to_owned(), None)),
-            _ => Err(ConfigErrors { problems }),
+            _ => Err(ConfigErrors { problems, more }),
         }
     }
 }
@@ -70,13 +88,36 @@ impl<'a> Cursor<'a> {
         Self { node: Some(node), parent: None, step: Step::Root, problems }
     }
 
+    /// Where the whole of a document would be of which only parts are there.
+    pub(crate) fn nowhere(problems: &'a Problems) -> Self {
+        Self { node: None, parent: None, step: Step::Root, problems }
+    }
+
     /// The node here, unless it is absent or null.
     pub(crate) fn node(&self) -> Option<&'a Node> {
         self.node.filter(|node| node.value != Value::Null)
     }
 
+    /// The local tag of what is here, even of nothing (`!Presence`).
+    pub(crate) fn tag(&self) -> Option<&'a str> {
+        self.node?.tag.as_deref()
+    }
+
     pub(crate) fn is_given(&self) -> bool {
         self.node().is_some()
+    }
+
+    pub(crate) fn is_mapping(&self) -> bool {
+        self.node().is_some_and(|node| matches!(node.value, Value::Mapping(_)))
+    }
+
+    /// This place if something is given here; otherwise it is a mistake for this reason.
+    pub(crate) fn given_or(self, reason: &str) -> Option<Self> {
+        if !self.is_given() {
+            self.problem(reason);
+            return None;
+        }
+        Some(self)
     }
 
     /// Tells a mistake at this place.
@@ -89,12 +130,18 @@ impl<'a> Cursor<'a> {
     }
 
     fn problem_of(&self, value: Option<String>, reason: String) {
-        self.problems.add(Problem {
-            key: self.to_string(),
-            value,
-            reason,
-            origin: self.node.map(|node| node.origin.clone()),
-        });
+        self.problems.add(Problem { key: self.to_string(), value, reason, origin: self.place() });
+    }
+
+    /// Where this is written, or else the section or item that it is missing in.
+    fn place(&self) -> Option<Origin> {
+        match self.node {
+            Some(node) => Some(node.origin.clone()),
+            None => {
+                let parent = self.parent.filter(|parent| !matches!(parent.step, Step::Root))?;
+                parent.place()
+            }
+        }
     }
 
     /// Refuses a key whose feature does not exist yet, rather than ignoring what it asks for.
@@ -122,20 +169,34 @@ impl<'a> Cursor<'a> {
             Some(Value::Mapping(entries)) => entries.as_slice(),
             _ => &[],
         };
-        let node = entries.iter().find(|(name, _)| name == key).map(|(_, node)| node);
+        self.at(key, entries.iter().find(|(name, _)| name == key).map(|(_, node)| node))
+    }
+
+    /// The place of `key`, where `node` is.
+    pub(crate) fn at<'b>(&'b self, key: &'b str, node: Option<&'b Node>) -> Cursor<'b> {
         Cursor { node, parent: Some(self), step: Step::Key(key), problems: self.problems }
+    }
+
+    /// Reads every entry of the mapping here with `read`, whatever its key is; an absent mapping is empty.
+    pub(crate) fn each<T>(&self, mut read: impl FnMut(&str, Cursor<'_>) -> Option<T>) -> Vec<T> {
+        let entries = self.entries().iter();
+        entries.filter_map(|(key, node)| read(key, self.at(key, Some(node)))).collect()
     }
 
     /// Refuses every key of the mapping here that is not in `known`.
     pub(crate) fn only(&self, known: &[&str]) {
-        for (key, _) in self.entries() {
+        for (key, node) in self.entries() {
             if !known.contains(&key.as_str()) {
-                let place = self.key(key);
-                match closest(key, known) {
-                    Some(near) => place.problem(format!("no such key; did you mean {near}?")),
-                    None => place.problem(format!("no such key; there are {}", known.join(", "))),
-                }
+                self.at(key, Some(node)).no_such_key(key, known);
             }
+        }
+    }
+
+    /// Tells that the key here is none of those in `known`.
+    pub(crate) fn no_such_key(&self, key: &str, known: &[&str]) {
+        match closest(key, known) {
+            Some(near) => self.problem(format!("no such key; did you mean {near}?")),
+            None => self.problem(format!("no such key; there are {}", known.join(", "))),
         }
     }
 
@@ -153,7 +214,8 @@ impl<'a> Cursor<'a> {
         items.filter_map(|(index, node)| read(self.item(index, node))).collect()
     }
 
-    fn item<'b>(&'b self, index: usize, node: &'a Node) -> Cursor<'b> {
+    /// The place of the item `index`, which is `node`.
+    pub(crate) fn item<'b>(&'b self, index: usize, node: &'b Node) -> Cursor<'b> {
         Cursor {
             node: Some(node),
             parent: Some(self),
@@ -260,6 +322,11 @@ impl<'a> Cursor<'a> {
         found
     }
 
+    /// `true` or `false`, and no other word that YAML ever took for them.
+    pub(crate) fn flag(&self) -> Option<bool> {
+        self.one_of(&[("true", true), ("false", false)])
+    }
+
     /// A number in `range`; `expected` says so in words.
     pub(crate) fn number(&self, range: RangeInclusive<usize>, expected: &str) -> Option<usize> {
         let number = self.parse(expected)?;
@@ -309,6 +376,9 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
 
 /// The known key that differs from `key` by at most two edits.
 fn closest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
+    if key.len() > MAX_TYPED {
+        return None;
+    }
     let near = known.iter().map(|candidate| (edits(key, candidate), *candidate)).min()?;
     (near.0 <= 2).then_some(near.1)
 }
@@ -333,63 +403,4 @@ fn edits(a: &str, b: &str) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::document::Origin;
-
-    fn problems_of(text: &str, read: impl Fn(Cursor<'_>)) -> Vec<String> {
-        let origin = |line, column| Origin::Document { name: "f".into(), line, column };
-        let node = Node::parse(text, &origin).unwrap();
-        let problems = Problems::default();
-        read(Cursor::root(&node, &problems));
-        problems.0.into_inner().iter().map(ToString::to_string).collect()
-    }
-
-    #[test]
-    fn every_mistake_is_told_with_its_place_key_and_value() {
-        let found = problems_of("a:\n  port: 99999\n  list: [1, x]\n  outboundport: 1\n", |root| {
-            let a = root.key("a");
-            a.only(&["port", "list", "outbound_port"]);
-            a.key("port").port();
-            a.key("list").items(|item| item.parse::<u8>("a small number"));
-        });
-        assert_eq!(
-            found,
-            [
-                "f:4:17: a.outboundport: \"1\": no such key; did you mean outbound_port?",
-                "f:2:9: a.port: \"99999\": must be a port, 1 to 65535",
-                "f:3:13: a.list[1]: \"x\": must be a small number",
-            ]
-        );
-    }
-
-    #[test]
-    fn a_duration_needs_its_unit_and_is_never_zero() {
-        assert_eq!(parse_duration("250ms"), Some(Duration::from_millis(250)));
-        assert_eq!(parse_duration("5m"), Some(Duration::from_secs(300)));
-        for bad in [
-            "10",
-            "s",
-            "",
-            "0s",
-            "1d",
-            "-1s",
-            "1.5s",
-            "99999999999999999999h",
-            "18446744073709551615h",
-        ] {
-            assert_eq!(parse_duration(bad), None, "{bad}");
-        }
-    }
-
-    #[test]
-    fn the_wrong_kind_of_value_is_a_mistake_not_a_default() {
-        let found = problems_of("a: [1]\nb: 1\nc: {d: 1}\n", |root| {
-            root.key("a").text();
-            root.key("b").items(|_| Some(()));
-            root.key("c").port();
-            root.key("b").entries();
-        });
-        assert_eq!(found.len(), 4, "{found:?}");
-    }
-}
+mod tests;

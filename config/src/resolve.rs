@@ -2,6 +2,7 @@
 //!
 //! `docs/settings.md` explains them to operators, and a test keeps the two the same.
 
+mod access;
 mod identity;
 mod interception;
 
@@ -13,7 +14,7 @@ use std::time::Duration;
 use crate::document::Origin;
 use crate::read::Cursor;
 use crate::settings::{
-    LogFormat, Logging, Profile, ProxySettings, Settings, Timeouts, WorkloadSettings,
+    LogFormat, Logging, MtlsSettings, Profile, ProxySettings, Settings, Timeouts, WorkloadSettings,
 };
 use crate::{SpiffeId, TrustDomain};
 
@@ -23,6 +24,7 @@ pub const KEYS: &[&str] = &[
     "workload.namespace",
     "workload.serviceAccount",
     "workload.trustDomain",
+    "workload.network",
     "mesh.file",
     "identity.certificate",
     "identity.key",
@@ -72,6 +74,11 @@ pub const KEYS: &[&str] = &[
     "proxy.hbone_port",
     "proxy.dns_port",
     "proxy.workers",
+    "proxy.mtls",
+    "proxy.mtls_overrides",
+    "egress",
+    "egress_exceptions.cidrs",
+    "egress_exceptions.ports",
     "tunnels.max_age",
     "tunnels.streams",
     "tunnels.per_peer",
@@ -81,6 +88,7 @@ pub const KEYS: &[&str] = &[
     "timeouts.reply",
     "timeouts.drain",
     "timeouts.pool_idle",
+    "timeouts.set_aside",
     "metrics.address",
     "readiness.address",
     "logging.filter",
@@ -88,11 +96,11 @@ pub const KEYS: &[&str] = &[
 ];
 
 /// Keys of the published contract whose feature does not exist yet: refused by name instead of called unknown.
-const NOT_YET: &[&str] = &["mesh.xds", "proxy.mtls", "egress", "admin"];
+const NOT_YET: &[&str] = &["mesh.xds", "admin"];
 
 /// Whether the value of `key` is a list: in a flag or a variable, brackets make it YAML.
 pub(crate) fn is_list(key: &str) -> bool {
-    interception::LISTS.contains(&key) || identity::LISTS.contains(&key)
+    [access::LISTS, identity::LISTS, interception::LISTS].iter().any(|lists| lists.contains(&key))
 }
 
 /// Reads every setting; `folder` is where relative paths of the file begin.
@@ -102,16 +110,21 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     let workload = workload(root.key("workload"));
     let mesh = root.key("mesh");
     let mesh_file = files.path(mesh.key("file"));
-    let identity = identity::identity(root.key("identity"), files);
+    let identity_section = root.key("identity");
+    let identity = identity::identity(identity_section, files);
     let own = workload.as_ref().map(|workload| &workload.trust_domain);
     let trust = identity::trust(root.key("trust"), files, own);
     let interception = interception::settings(root.key("interception"));
-    let proxy = proxy(root.key("proxy"), interception.profile);
+    let section = root.key("proxy");
+    let mtls = access::mtls(section, identity_section.is_given());
+    let proxy = proxy(section, interception.profile, mtls);
+    let egress = access::egress(root);
     Some(Settings {
         mesh_file,
         identity,
         trust,
         interception,
+        egress,
         tunnels: identity::tunnels(root.key("tunnels")),
         limits: identity::limits(root.key("limits")),
         timeouts: timeouts(root.key("timeouts")),
@@ -159,10 +172,21 @@ fn workload(section: Cursor<'_>) -> Option<WorkloadSettings> {
         .ok()?;
     // A workload is called by its service account until it is told its name.
     let name = text("name", &service_account);
-    Some(WorkloadSettings { name, namespace, service_account, trust_domain, spiffe_id })
+    let network = network(section.key("network"))?;
+    Some(WorkloadSettings { name, namespace, service_account, trust_domain, network, spiffe_id })
 }
 
-fn proxy(section: Cursor<'_>, profile: Profile) -> Option<ProxySettings> {
+/// The mesh file writes an address as `network/address`.
+fn network(cursor: Cursor<'_>) -> Option<String> {
+    let name = cursor.text().unwrap_or_default();
+    if name.contains('/') {
+        cursor.problem("must be the name of a network, without '/'");
+        return None;
+    }
+    Some(name.to_owned())
+}
+
+fn proxy(section: Cursor<'_>, profile: Profile, mtls: MtlsSettings) -> Option<ProxySettings> {
     let port = |key: &str, default: u16| section.key(key).port().unwrap_or(default);
     // OSM's sidecar listens where Istio's does not.
     let inbound_port = if profile == Profile::Osm { 15003 } else { 15006 };
@@ -172,6 +196,7 @@ fn proxy(section: Cursor<'_>, profile: Profile) -> Option<ProxySettings> {
         hbone_port: port("hbone_port", 15008),
         dns_port: port("dns_port", 15053),
         workers: workers(section.key("workers")),
+        mtls,
     };
     let ProxySettings { outbound_port, inbound_port, hbone_port, dns_port, .. } = settings;
     if BTreeSet::from([outbound_port, inbound_port, hbone_port, dns_port]).len() < 4 {
@@ -201,6 +226,8 @@ fn timeouts(section: Cursor<'_>) -> Timeouts {
         // Kubernetes gives a pod 30 s by default; this leaves most of it to the application.
         drain: seconds("drain", 5),
         pool_idle: seconds("pool_idle", 300),
+        // As long as one attempt may take: what does not answer then costs every caller that much, once.
+        set_aside: seconds("set_aside", 10),
     }
 }
 

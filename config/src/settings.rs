@@ -2,13 +2,16 @@
 //!
 //! Not here: how they are read. That is `read.rs` (keys and types) and `load.rs` (where they come from).
 
+mod egress;
 mod identity;
 mod interception;
+mod mtls;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use egress::{Egress, EgressSettings};
 pub use identity::{
     BundleFile, IdentityFiles, IdentitySettings, IstioCaSettings, Limits, LocalCaSettings,
     SpireSettings, TrustSettings, TunnelSettings,
@@ -17,6 +20,7 @@ pub use interception::{
     Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
     PortRange, PortRangeError, Profile,
 };
+pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 
 use crate::{SpiffeId, TrustDomain};
 
@@ -35,6 +39,8 @@ pub struct Settings {
     pub interception: InterceptionSettings,
     /// The ports and the threads of the data path.
     pub proxy: ProxySettings,
+    /// Where the workload may connect to outside the mesh.
+    pub egress: EgressSettings,
     /// How many tunnels there are to a peer, and how long they are used.
     pub tunnels: TunnelSettings,
     /// What others can make us do at once.
@@ -60,7 +66,9 @@ pub struct WorkloadSettings {
     pub service_account: String,
     /// The trust domain of its identity.
     pub trust_domain: TrustDomain,
-    /// The identity that follows from the four above.
+    /// The network in which its addresses mean something; may be empty.
+    pub network: String,
+    /// The identity that follows from namespace, service account and trust domain.
     pub spiffe_id: SpiffeId,
 }
 
@@ -77,6 +85,8 @@ pub struct ProxySettings {
     pub dns_port: u16,
     /// How many data workers; `None`: as many as CPUs that the process may use.
     pub workers: Option<usize>,
+    /// Whether connections that did not come through a tunnel are taken.
+    pub mtls: MtlsSettings,
 }
 
 /// How long a peer may let us wait.
@@ -92,6 +102,8 @@ pub struct Timeouts {
     pub drain: Duration,
     /// For a pooled tunnel without streams before it is closed.
     pub pool_idle: Duration,
+    /// For an endpoint that could not be connected to, before it is chosen again.
+    pub set_aside: Duration,
 }
 
 /// What is logged, and how it looks.

@@ -6,15 +6,21 @@ use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::settings::{IdentitySettings, InterceptionSettings, LogFormat, Settings};
+use crate::settings::{
+    Egress, EgressSettings, IdentitySettings, InterceptionSettings, LogFormat, Settings,
+};
 
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let workload = &self.workload;
         writeln!(
             f,
-            "workload: {{name: {}, namespace: {}, serviceAccount: {}, trustDomain: {}}}",
-            workload.name, workload.namespace, workload.service_account, workload.trust_domain
+            "workload: {{name: {}, namespace: {}, serviceAccount: {}, trustDomain: {}, network: {:?}}}",
+            workload.name,
+            workload.namespace,
+            workload.service_account,
+            workload.trust_domain,
+            workload.network
         )?;
         if let Some(file) = &self.mesh_file {
             writeln!(f, "mesh: {{file: {}}}", path(file))?;
@@ -23,6 +29,8 @@ impl fmt::Display for Settings {
         self.fmt_trust(f)?;
         self.fmt_interception(f)?;
         self.fmt_proxy(f)?;
+        self.fmt_egress(f)?;
+        self.fmt_tunnels(f)?;
         writeln!(f, "metrics: {{address: \"{}\"}}", self.metrics)?;
         writeln!(f, "readiness: {{address: \"{}\"}}", self.readiness)?;
         let format = match self.logging.format {
@@ -120,9 +128,27 @@ impl Settings {
         let workers = proxy.workers.map_or_else(|| "auto".to_owned(), |n| n.to_string());
         writeln!(
             f,
-            "proxy: {{outbound_port: {}, inbound_port: {}, hbone_port: {}, dns_port: {}, workers: {workers}}}",
-            proxy.outbound_port, proxy.inbound_port, proxy.hbone_port, proxy.dns_port
-        )?;
+            "proxy: {{outbound_port: {}, inbound_port: {}, hbone_port: {}, dns_port: {}, workers: {workers}, mtls: {}, mtls_overrides: {}}}",
+            proxy.outbound_port,
+            proxy.inbound_port,
+            proxy.hbone_port,
+            proxy.dns_port,
+            proxy.mtls.default,
+            texts(&proxy.mtls.overrides)
+        )
+    }
+
+    fn fmt_egress(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let EgressSettings { mode, cidrs, ports } = &self.egress;
+        let mode = match mode {
+            Egress::Allow => "allow",
+            Egress::MeshOnly => "mesh-only",
+        };
+        writeln!(f, "egress: {mode}")?;
+        writeln!(f, "egress_exceptions: {{cidrs: {}, ports: {}}}", texts(cidrs), bare(ports))
+    }
+
+    fn fmt_tunnels(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tunnels = &self.tunnels;
         writeln!(
             f,
@@ -136,12 +162,13 @@ impl Settings {
         let t = &self.timeouts;
         writeln!(
             f,
-            "timeouts: {{connect: {}, handshake: {}, reply: {}, drain: {}, pool_idle: {}}}",
+            "timeouts: {{connect: {}, handshake: {}, reply: {}, drain: {}, pool_idle: {}, set_aside: {}}}",
             Millis(t.connect),
             Millis(t.handshake),
             Millis(t.reply),
             Millis(t.drain),
-            Millis(t.pool_idle)
+            Millis(t.pool_idle),
+            Millis(t.set_aside)
         )
     }
 }
@@ -191,7 +218,7 @@ mod tests {
     use crate::resolve::KEYS;
 
     const SIDECAR: &str = r#"
-workload: {name: web-1, namespace: shop, serviceAccount: web, trustDomain: example.org}
+workload: {name: web-1, namespace: shop, serviceAccount: web, trustDomain: example.org, network: 'east: #1'}
 mesh: {file: /etc/underpass/mesh file.yaml}
 identity: {certificate: /c.pem, key: /c.key, roots: /r.pem}
 interception:
@@ -219,8 +246,10 @@ interception:
   dns_servers: ["10.96.0.10", "::1"]
   drop_invalid: true
   loopback_cidr: 127.0.0.0/8
-proxy: {outbound_port: 1, inbound_port: 2, hbone_port: 3, dns_port: 4, workers: 3}
-timeouts: {connect: 250ms, handshake: 1s, reply: 2s, drain: 3s, pool_idle: 2h}
+proxy: {outbound_port: 1, inbound_port: 2, hbone_port: 3, dns_port: 4, workers: 3, mtls: strict, mtls_overrides: ["shop/web:80=permissive", ":9000=permissive", shop/db=strict]}
+egress: mesh-only
+egress_exceptions: {cidrs: [10.0.0.0/8, "fd00::1"], ports: [53, 8000-8100]}
+timeouts: {connect: 250ms, handshake: 1s, reply: 2s, drain: 3s, pool_idle: 2h, set_aside: 4s}
 metrics: {address: "127.0.0.1:1"}
 readiness: {address: "[::1]:2"}
 logging: {filter: 'info,access=off', format: json}

@@ -20,6 +20,7 @@ use tokio_rustls::client::TlsStream;
 use underpass_config::SpiffeId;
 
 use crate::guard::Guard;
+use crate::io::Io;
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored, OpenStream};
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
@@ -80,22 +81,36 @@ impl Connector {
         deadline: Duration,
     ) -> Result<Tunnel, HboneError>
     where
-        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        T: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
     {
-        timeout(deadline, self.handshake(io, address, expected))
-            .await
-            .unwrap_or(Err(HboneError::HandshakeTimeout { after: deadline }))
+        let handshake = self.handshake(Box::new(io), address, expected, None);
+        within(deadline, handshake).await
     }
 
-    async fn handshake<T>(
+    /// The same inside of another tunnel, for one stream; it also ends when the peer of the other one is not to be trusted any
+    /// longer.
+    pub(crate) async fn open_inside(
         &self,
-        io: T,
+        carrier: TunnelStream,
         address: SocketAddr,
         expected: &[SpiffeId],
-    ) -> Result<Tunnel, HboneError>
-    where
-        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
+        deadline: Duration,
+    ) -> Result<Tunnel, HboneError> {
+        let (io, open) = carrier.into_carrier();
+        let handshake = self.handshake(Box::new(io), address, expected, Some(open));
+        let tunnel = within(deadline, handshake).await?;
+        // It closes with its stream, and what the peer owes us for that is watched over too.
+        tunnel.link.release();
+        Ok(tunnel)
+    }
+
+    async fn handshake(
+        &self,
+        io: Io,
+        address: SocketAddr,
+        expected: &[SpiffeId],
+        carrier: Option<Arc<OpenStream>>,
+    ) -> Result<Tunnel, HboneError> {
         // What changes from here on is the guard's to notice.
         let mut credentials = self.credentials.clone();
         let current = credentials.borrow_and_update().clone();
@@ -103,7 +118,7 @@ impl Connector {
         let usable_until = peer.expires.min(current.identity().expires());
         let link = Link::new(peer.identity.clone(), usable_until);
         let resumed = peer.resumed;
-        let guard = Guard::new(credentials, current.authorities().clone(), peer);
+        let guard = Guard::new(credentials, current.authorities().clone(), peer, carrier);
         let http2 = &self.settings.http2;
         let (send, mut connection) = h2::client::Builder::new()
             .initial_window_size(http2.stream_window)
@@ -122,16 +137,13 @@ impl Connector {
         Ok(Tunnel { send, link, resumed })
     }
 
-    async fn tls<T>(
+    async fn tls(
         &self,
         credentials: &Credentials,
-        io: T,
+        io: Io,
         address: SocketAddr,
         expected: &[SpiffeId],
-    ) -> Result<(TlsStream<T>, Peer), HboneError>
-    where
-        T: AsyncRead + AsyncWrite + Unpin,
-    {
+    ) -> Result<(TlsStream<Io>, Peer), HboneError> {
         if self.anonymous {
             let authorities = credentials.authorities().clone();
             let tls = ClientTls::anonymous(credentials.identity(), authorities)?;
@@ -219,6 +231,15 @@ impl Tunnel {
     }
 }
 
+async fn within(
+    deadline: Duration,
+    handshake: impl Future<Output = Result<Tunnel, HboneError>>,
+) -> Result<Tunnel, HboneError> {
+    timeout(deadline, handshake)
+        .await
+        .unwrap_or(Err(HboneError::HandshakeTimeout { after: deadline }))
+}
+
 /// RFC 9113 section 8.5: `:method` and `:authority`, neither `:scheme` nor `:path`.
 fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
     let ConnectRequest { authority, headers } = connect;
@@ -233,21 +254,20 @@ fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
     Ok(request)
 }
 
-async fn drive<T>(
-    mut connection: Connection<Monitored<T>>,
+async fn drive(
+    mut connection: Connection<Monitored<TlsStream<Io>>>,
     mut keepalive: Option<Keepalive>,
     mut guard: Guard,
     link: Arc<Link>,
-) where
-    T: AsyncRead + AsyncWrite + Unpin,
-{
+) {
     let ended = poll_fn(|cx| {
-        if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
-            return Poll::Ready(ended.map_err(|error| link.stream_error(error)));
-        }
+        // First: a carrier that is not to be trusted any longer fails too, and the reason would be lost.
         if let Poll::Ready(reason) = guard.poll_distrusted(cx) {
             link.distrust(reason.clone());
             return Poll::Ready(Err(reason));
+        }
+        if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
+            return Poll::Ready(ended.map_err(|error| link.stream_error(error)));
         }
         let needed = link.is_needed();
         match keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, needed)) {

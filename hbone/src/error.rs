@@ -44,6 +44,15 @@ pub enum HboneError {
         #[source]
         source: Arc<Self>,
     },
+    /// The tunnel to a gateway stands, and the one inside of it to the peer behind the gateway does not.
+    #[error("no tunnel to the peer behind the gateway {gateway}")]
+    BehindGateway {
+        /// The gateway's address.
+        gateway: SocketAddr,
+        /// What went wrong behind it.
+        #[source]
+        source: Arc<Self>,
+    },
     /// The peer let the TLS and HTTP/2 handshake wait for too long.
     #[error("the peer did not finish the handshake in {after:?} (timeouts.handshake)")]
     HandshakeTimeout {
@@ -333,7 +342,7 @@ impl HboneError {
             Self::Issuer { what, .. } => what.fault(),
             // The server answers a peer's bad authority itself: an error is about one we asked for.
             Self::InvalidAuthority { .. } => Fault::Us,
-            Self::BackingOff { source, .. } => source.fault(),
+            Self::BackingOff { source, .. } | Self::BehindGateway { source, .. } => source.fault(),
             Self::H2 { source } if !source.is_remote() && !source.is_library() => Fault::Us,
             _ => Fault::Peer,
         }
@@ -344,6 +353,8 @@ impl HboneError {
         match self {
             Self::Dial { .. } => "connect",
             Self::BackingOff { .. } => "backing_off",
+            // The connection record names the gateway; what is counted is what went wrong.
+            Self::BehindGateway { source, .. } => source.kind(),
             Self::HandshakeTimeout { .. } => "handshake_timeout",
             Self::Tls { .. } => "tls",
             Self::UnexpectedPeer { .. } => "identity",

@@ -10,6 +10,7 @@ use std::task::{Context, Poll};
 
 use tokio::sync::watch;
 
+use crate::link::OpenStream;
 use crate::tls::Peer;
 use crate::trust::Authorities;
 use crate::{Credentials, HboneError};
@@ -18,13 +19,24 @@ use crate::{Credentials, HboneError};
 pub(crate) struct Guard(Pin<Box<dyn Future<Output = HboneError> + Send + Sync>>);
 
 impl Guard {
-    /// `credentials` were last read for the handshake with `peer`, which `authorities` judged.
+    /// `credentials` were last read for the handshake with `peer`, which `authorities` judged. The tunnel may run inside of
+    /// `carrier`, a stream of another one: it is worth no more than that.
     pub(crate) fn new(
         credentials: watch::Receiver<Credentials>,
         authorities: Arc<Authorities>,
         peer: Peer,
+        carrier: Option<Arc<OpenStream>>,
     ) -> Self {
-        Self(Box::pin(until_distrusted(credentials, authorities, peer)))
+        let own = until_distrusted(credentials, authorities, peer);
+        match carrier {
+            None => Self(Box::pin(own)),
+            Some(carrier) => Self(Box::pin(async move {
+                tokio::select! {
+                    reason = own => reason,
+                    reason = carrier.link().distrusted() => reason,
+                }
+            })),
+        }
     }
 
     /// Ready, once, when the peer is not to be trusted any longer.

@@ -1,15 +1,17 @@
-//! What a CONNECT request says beside its destination: where it belongs in a trace, who sends it, and whose connection it
-//! carries. An answer says who serves it.
+//! What a CONNECT request says beside its destination: where it belongs in a trace, who sends it, whose connection it carries
+//! and from which network. An answer says who serves it.
 //!
 //! All of it is the peer's claim. It is good for logs and metrics; who the peer is tells its certificate alone
 //! ([`PeerIdentity`](crate::PeerIdentity)), and no decision to let somebody in may depend on anything in here.
 
 mod baggage;
 mod forwarded;
+mod network;
 mod traceparent;
 
 use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue};
 use thiserror::Error;
+use underpass_config::Name;
 
 pub use baggage::Baggage;
 pub use forwarded::Forwarded;
@@ -17,6 +19,7 @@ pub use traceparent::TraceParent;
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
+const NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
 
 /// The whitespace that HTTP allows between the parts of a value (RFC 9110 section 5.6.3).
 const OWS: [char; 2] = [' ', '\t'];
@@ -62,6 +65,8 @@ pub struct RequestHeaders {
     pub baggage: Option<Baggage>,
     /// The connection that is carried.
     pub forwarded: Option<Forwarded>,
+    /// The network that it comes from, on the inner request of one that crosses a gateway. ztunnel compares it ignoring case.
+    pub network: Option<Name>,
 }
 
 impl RequestHeaders {
@@ -71,6 +76,7 @@ impl RequestHeaders {
             traceparent: TraceParent::read(headers),
             baggage: Baggage::read(headers),
             forwarded: Forwarded::read(headers),
+            network: network::read(headers),
         }
     }
 
@@ -80,6 +86,7 @@ impl RequestHeaders {
             (TRACEPARENT, self.traceparent.map(TraceParent::to_header)),
             (BAGGAGE, self.baggage.and_then(|baggage| baggage.to_header())),
             (FORWARDED, self.forwarded.and_then(|forwarded| forwarded.to_header())),
+            (NETWORK, self.network.and_then(|network| network::to_header(&network))),
         ];
         values.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }

@@ -24,6 +24,7 @@ mod guard;
 mod handshakes;
 mod headers;
 mod identity;
+mod io;
 mod keepalive;
 mod keeper;
 mod link;
@@ -57,6 +58,6 @@ pub use source::{
     FileSource, IdentitySource, IssuerProblem, IstioCa, IstioCaSource, LocalCaSource, NextIdentity,
     Priority, SpireSource,
 };
-pub use stream::{TunnelReader, TunnelStream, TunnelWriter};
+pub use stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
 pub use tls::PeerIdentity;
 pub use trust::{Trust, TrustFiles};

@@ -236,7 +236,8 @@ impl Drop for OpenStream {
     }
 }
 
-/// The TLS stream under h2, which tells its [`Link`] what h2 forgets: when bytes came, which alert ended it.
+/// The TLS stream under h2, which tells its [`Link`] what h2 forgets: when bytes came, which alert ended it, or what ended the
+/// stream that carries it.
 #[derive(Debug)]
 pub(crate) struct Monitored<T> {
     io: T,
@@ -263,7 +264,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Monitored<T> {
                 self.link.hear();
             }
             Poll::Ready(Err(error)) => {
-                if let Some(reason) = tls::alert_error(error) {
+                if let Some(reason) = tls::known_error(error) {
                     self.link.fail(reason);
                 }
             }

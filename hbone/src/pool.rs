@@ -7,6 +7,7 @@
 
 mod retry;
 mod state;
+mod through;
 
 use std::future::Future;
 use std::io;
@@ -26,7 +27,7 @@ use crate::{ConnectRequest, Connector, HboneError, Tunnel, TunnelStream, clock};
 /// Opens the connection under a tunnel: the owner of sockets, marks and source addresses.
 pub trait Dial: Send + Sync + 'static {
     /// What a tunnel runs over.
-    type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+    type Io: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static;
 
     /// Connects to `address`. The pool sets the deadline.
     fn dial(&self, address: SocketAddr) -> impl Future<Output = io::Result<Self::Io>> + Send;

@@ -18,6 +18,7 @@ use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 
 use crate::guard::Guard;
+use crate::io::Io;
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored};
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
@@ -32,9 +33,9 @@ pub struct Acceptor {
 
 /// A connection from a client that has proven who it is. Dropping it aborts its streams.
 #[derive(Debug)]
-pub struct ServerTunnel<T> {
+pub struct ServerTunnel {
     /// `None` once it ended.
-    connection: Option<Connection<Monitored<TlsStream<T>>, Bytes>>,
+    connection: Option<Connection<Monitored<TlsStream<Io>>, Bytes>>,
     keepalive: Option<Keepalive>,
     guard: Guard,
     link: Arc<Link>,
@@ -62,19 +63,16 @@ impl Acceptor {
     ///
     /// # Errors
     /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise what is wrong with TLS or the peer.
-    pub async fn accept<T>(&self, io: T, deadline: Duration) -> Result<ServerTunnel<T>, HboneError>
+    pub async fn accept<T>(&self, io: T, deadline: Duration) -> Result<ServerTunnel, HboneError>
     where
-        T: AsyncRead + AsyncWrite + Unpin,
+        T: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
     {
-        timeout(deadline, self.handshake(io))
+        timeout(deadline, self.handshake(Box::new(io)))
             .await
             .unwrap_or(Err(HboneError::HandshakeTimeout { after: deadline }))
     }
 
-    async fn handshake<T>(&self, io: T) -> Result<ServerTunnel<T>, HboneError>
-    where
-        T: AsyncRead + AsyncWrite + Unpin,
-    {
+    async fn handshake(&self, io: Io) -> Result<ServerTunnel, HboneError> {
         // What changes from here on is the guard's to notice.
         let mut credentials = self.credentials.clone();
         let current = credentials.borrow_and_update().clone();
@@ -82,7 +80,7 @@ impl Acceptor {
         let usable_until = peer.expires.min(current.identity().expires());
         let link = Link::new(peer.identity.clone(), usable_until);
         let resumed = peer.resumed;
-        let guard = Guard::new(credentials, current.authorities().clone(), peer);
+        let guard = Guard::new(credentials, current.authorities().clone(), peer, None);
         let http2 = &self.settings.http2;
         let mut connection = h2::server::Builder::new()
             .initial_window_size(http2.stream_window)
@@ -101,7 +99,7 @@ impl Acceptor {
     }
 }
 
-impl<T: AsyncRead + AsyncWrite + Unpin> ServerTunnel<T> {
+impl ServerTunnel {
     /// Who the client is.
     pub fn peer(&self) -> &PeerIdentity {
         self.link.peer()

@@ -2,13 +2,17 @@
 //!
 //! Not here: copying between a tunnel and a socket.
 
+mod io;
+
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
 
+pub use self::io::TunnelIo;
+pub(crate) use self::io::carried_error;
 use crate::link::{Link, OpenStream};
 use crate::{HboneError, PeerIdentity};
 
@@ -73,17 +77,21 @@ impl TunnelReader {
     /// [`HboneError::Reset`] for any RST_STREAM, [`HboneError::Lost`] or its cause when the connection ended:
     /// what was read so far may be a part only.
     pub async fn read(&mut self) -> Result<Option<Bytes>, HboneError> {
+        poll_fn(|cx| self.poll_read(cx)).await
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, HboneError>> {
         self.return_credit();
         loop {
-            match self.recv.data().await {
+            match ready!(self.recv.poll_data(cx)) {
                 // END_STREAM often comes on an empty frame.
                 Some(Ok(chunk)) if chunk.is_empty() => {}
                 Some(Ok(chunk)) => {
                     self.unreturned = chunk.len();
-                    return Ok(Some(chunk));
+                    return Poll::Ready(Ok(Some(chunk)));
                 }
-                Some(Err(error)) => return Err(self.link().stream_error(error)),
-                None => return Ok(None),
+                Some(Err(error)) => return Poll::Ready(Err(self.link().stream_error(error))),
+                None => return Poll::Ready(Ok(None)),
             }
         }
     }
@@ -110,7 +118,7 @@ impl TunnelWriter {
     /// As [`TunnelReader::read`]; also when the stream was finished or aborted before.
     pub async fn write(&mut self, mut data: Bytes) -> Result<(), HboneError> {
         while !data.is_empty() {
-            let capacity = self.capacity(data.len()).await?;
+            let capacity = poll_fn(|cx| self.poll_capacity(cx, data.len())).await?;
             let frame = data.split_to(capacity.min(data.len()));
             self.send(frame, false)?;
         }
@@ -140,17 +148,22 @@ impl TunnelWriter {
         poll_fn(|cx| self.poll_closed(cx)).await
     }
 
-    async fn capacity(&mut self, wanted: usize) -> Result<usize, HboneError> {
+    /// How much may be sent now, of the `wanted` bytes or more; never 0.
+    fn poll_capacity(
+        &mut self,
+        cx: &mut Context<'_>,
+        wanted: usize,
+    ) -> Poll<Result<usize, HboneError>> {
         self.send.reserve_capacity(wanted);
         loop {
             let capacity = self.send.capacity();
             if capacity > 0 {
-                return Ok(capacity);
+                return Poll::Ready(Ok(capacity));
             }
-            match poll_fn(|cx| self.send.poll_capacity(cx)).await {
+            match ready!(self.send.poll_capacity(cx)) {
                 Some(Ok(_)) => {}
-                Some(Err(error)) => return Err(self.refusal(error)),
-                None => return Err(self.refusal(Reason::STREAM_CLOSED.into())),
+                Some(Err(error)) => return Poll::Ready(Err(self.refusal(error))),
+                None => return Poll::Ready(Err(self.refusal(Reason::STREAM_CLOSED.into()))),
             }
         }
     }

@@ -13,7 +13,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::HeaderMap;
-use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf, duplex};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, duplex};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use underpass_config::SpiffeId;
@@ -79,15 +79,15 @@ impl Mesh {
         }
     }
 
-    pub(crate) async fn tunnel(&self) -> (Tunnel, ServerTunnel<DuplexStream>) {
+    pub(crate) async fn tunnel(&self) -> (Tunnel, ServerTunnel) {
         let (near, far) = duplex(64 << 10);
         self.tunnel_over(near, far).await
     }
 
-    pub(crate) async fn tunnel_over<A, B>(&self, near: A, far: B) -> (Tunnel, ServerTunnel<B>)
+    pub(crate) async fn tunnel_over<A, B>(&self, near: A, far: B) -> (Tunnel, ServerTunnel)
     where
-        A: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-        B: AsyncRead + AsyncWrite + Unpin,
+        A: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
+        B: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
     {
         let expected = [id(SERVER)];
         let (client, server) = tokio::join!(
@@ -115,10 +115,7 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    pub(crate) fn new<T>(mut tunnel: ServerTunnel<T>) -> Self
-    where
-        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
+    pub(crate) fn new(mut tunnel: ServerTunnel) -> Self {
         let (found, requests) = mpsc::unbounded_channel();
         let driver = tokio::spawn(async move {
             while let Some(incoming) = tunnel.next().await {

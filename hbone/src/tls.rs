@@ -16,6 +16,7 @@ use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
 use rustls::{AlertDescription, CertificateError, CommonState};
 
 use crate::HboneError;
+use crate::stream::carried_error;
 
 pub(crate) use self::client::ClientTls;
 pub(crate) use self::server::ServerTls;
@@ -36,11 +37,12 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
     })
 }
 
-/// The error of a TLS connection; `None` when it is not TLS that failed.
-pub(crate) fn alert_error(error: &io::Error) -> Option<HboneError> {
-    match inner(error)? {
-        rustls::Error::AlertReceived(alert) => Some(received(*alert, error)),
-        _ => None,
+/// What the error of a connection says that h2 would forget: an alert of the peer, or what ended the stream that carries us.
+pub(crate) fn known_error(error: &io::Error) -> Option<HboneError> {
+    match inner(error) {
+        Some(rustls::Error::AlertReceived(alert)) => Some(received(*alert, error)),
+        Some(_) => None,
+        None => carried_error(error),
     }
 }
 
@@ -60,7 +62,8 @@ fn handshake_error(error: io::Error) -> HboneError {
         }
         Some(rustls::Error::NoCertificatesPresented) => Some(HboneError::NoPeerCertificate),
         Some(rustls::Error::AlertReceived(alert)) => Some(received(*alert, &error)),
-        _ => None,
+        Some(_) => None,
+        None => carried_error(&error),
     };
     specific.unwrap_or_else(|| HboneError::Tls { source: Arc::new(error) })
 }

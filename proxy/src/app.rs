@@ -4,10 +4,12 @@
 //! self-test → ready. Whatever fails before the rules leaves none behind; stop: unready → no more accepts, GOAWAY → drain →
 //! rules removed or kept → end.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use underpass_config::{MeshSource, Settings, Sources};
+use tokio::sync::watch;
+use underpass_config::{MeshSource, Profile, Settings, Sources};
 use underpass_hbone::HandshakeLimit;
 use underpass_interception::{BoundListener, Ports, Sockets, ipv6_available, raise_open_files};
 
@@ -19,9 +21,13 @@ use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::notify;
 use crate::parent::ParentGone;
+use crate::policy::Rules;
+use crate::publish::Publisher;
 use crate::reload::Reload;
+use crate::resolve::Resolver;
 use crate::self_test::SelfTest;
-use crate::worker::{self, Shared};
+use crate::snapshot::Snapshot;
+use crate::worker::{self, Shared, Workers};
 use crate::{metrics, processors};
 
 /// Runs until a signal says stop, or the parent ends if `until_eof` asks for that. `sources` are where the settings came
@@ -50,7 +56,7 @@ async fn serve(
     reload: Reload,
     mut stop: StopSignal,
 ) -> Result<(), CommandError> {
-    let Proxy { mut shared, certificate, listeners, readiness } = proxy;
+    let Proxy { mut shared, publisher, certificate, listeners, readiness } = proxy;
     // Made while the process may still be another user than the proxy, whose connections are not caught.
     let probes = capture.probes(&settings.interception)?;
     if capture.become_proxy(&settings.interception)? {
@@ -71,11 +77,12 @@ async fn serve(
         Certificate::Off | Certificate::Wanted(_) => None,
     };
     let workers = settings.proxy.workers.unwrap_or_else(processors);
-    let threads = worker::start(&shared, workers, listeners)?;
+    let Workers { threads, applied } = worker::start(&shared, workers, listeners)?;
+    let publishing = tokio::spawn(publisher.follow(applied));
     capture.test(&shared.self_test, probes).await?;
     readiness.ready();
     notify::ready();
-    let ports = shared.ports;
+    let ports = shared.rules.ports;
     tracing::info!(
         workload = %settings.workload.name, workers, outbound = ports.outbound, inbound = ports.inbound,
         hbone = ports.hbone, profile = %settings.interception.profile, "ready"
@@ -97,7 +104,8 @@ async fn serve(
         }
     };
     tracing::info!(aborted, "drained");
-    // Until here: what drains may outlive a certificate, or be revoked.
+    // Until here: what drains may outlive a certificate, or be forbidden.
+    publishing.abort();
     if let Some(renewal) = renewal {
         renewal.abort();
     }
@@ -112,6 +120,7 @@ async fn serve(
 /// What serves connections, bound and loaded but not yet running.
 struct Proxy {
     shared: Shared,
+    publisher: Publisher,
     certificate: Certificate,
     listeners: Vec<(Kind, BoundListener)>,
     readiness: Readiness,
@@ -126,8 +135,10 @@ impl Proxy {
         bind_endpoints(&sockets, settings, &readiness)?;
         let unprivileged = capture.is_by_user() && !sockets.need_net_admin();
         let certificate = Certificate::prepare(settings, &sockets).await?;
-        let shared = shared(settings, sockets, ports, unprivileged)?;
-        Ok(Self { shared, certificate, listeners, readiness })
+        let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref())?;
+        let publisher = Publisher::new(source, mesh, &settings.workload);
+        let shared = shared(settings, sockets, ports, unprivileged, publisher.subscribe());
+        Ok(Self { shared, publisher, certificate, listeners, readiness })
     }
 }
 
@@ -188,22 +199,30 @@ fn shared(
     sockets: Sockets,
     ports: Ports,
     unprivileged: bool,
-) -> Result<Shared, CommandError> {
-    let mesh = MeshSource::open(settings.mesh_file.as_deref())?;
-    tracing::info!(workloads = mesh.subscribe().borrow().len(), "mesh loaded");
-    Ok(Shared {
-        sockets,
+    mesh: watch::Receiver<Arc<Snapshot>>,
+) -> Shared {
+    let rules = Rules {
         ports,
+        own: settings.workload.clone(),
+        egress: settings.egress.clone(),
+        mtls: settings.proxy.mtls.clone(),
+        // Only there does kubelet come from an address that nobody else has.
+        probes: settings.interception.profile == Profile::Ambient,
+    };
+    Shared {
+        sockets,
+        rules: Arc::new(rules),
         timeouts: settings.timeouts.clone(),
         tunnels: settings.tunnels.clone(),
-        workload: settings.workload.clone(),
-        mesh: mesh.subscribe(),
+        mesh,
+        endpoints: Arc::default(),
+        resolver: Arc::new(Resolver::system()),
         credentials: None,
         handshakes: HandshakeLimit::new(settings.limits.handshakes_per_source),
         drain: Drain::default(),
         self_test: SelfTest::default(),
         unprivileged,
-    })
+    }
 }
 
 /// Whatever tells the proxy to stop.

@@ -14,6 +14,7 @@ use underpass_interception::reset_on_close;
 
 use crate::drain::Drain;
 use crate::error::ProxyError;
+use crate::live::Revocation;
 use crate::record::ConnectionRecord;
 
 /// What a connection's first read may take: most requests fit, and thousands of quiet connections stay cheap.
@@ -23,10 +24,10 @@ const FIRST_READ: usize = 4 * 1024;
 const LARGEST_READ: usize = 128 * 1024;
 
 /// One proxied connection while its bytes move: what is counted, and what may cut it short.
-#[derive(Clone, Copy)]
 pub(crate) struct Flow<'a> {
     pub(crate) record: &'a ConnectionRecord,
     pub(crate) drain: &'a Drain,
+    pub(crate) revocation: &'a mut Revocation,
 }
 
 impl Flow<'_> {
@@ -67,6 +68,7 @@ impl Flow<'_> {
             let there = pump(TcpSource::new(read, broke), &mut writer, into_tunnel);
             let back = pump(&mut reader, TcpSink { stream: write, broke }, out_of_tunnel);
             let both = self.drain.or_abort(async { tokio::try_join!(there, back) });
+            let both = self.revocation.or_end(both);
             tokio::select! {
                 outcome = both => outcome,
                 reason = distrusted => Err(ProxyError::Tunnel(reason)),
@@ -94,7 +96,8 @@ impl Flow<'_> {
             let to_upstream = TcpSink { stream: write, broke: ProxyError::Upstream };
             let there = pump(from_client, to_upstream, |bytes| self.record.received(bytes));
             let back = pump(from_upstream, to_client, |bytes| self.record.sent(bytes));
-            self.drain.or_abort(async { tokio::try_join!(there, back) }).await
+            let both = self.drain.or_abort(async { tokio::try_join!(there, back) });
+            self.revocation.or_end(both).await
         };
         if outcome.is_err() {
             reset_on_close(&client);

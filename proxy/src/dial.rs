@@ -1,7 +1,7 @@
 //! Opening connections: to an application or a plain destination, and to a peer's HBONE listener for the pool.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
@@ -35,6 +35,22 @@ pub(crate) async fn dial_workload(
     deadline: Duration,
 ) -> Result<TcpStream, ProxyError> {
     within(permit, deadline, sockets.connect_workload(permit.destination(), client)).await
+}
+
+/// Connects to the permitted port of the loopback interface: what takes connections for others there needs to be open to nobody
+/// else, and is told who connects by a header.
+pub(crate) async fn dial_loopback(
+    sockets: &Sockets,
+    permit: &Permit,
+    deadline: Duration,
+) -> Result<TcpStream, ProxyError> {
+    let destination = permit.destination();
+    let loopback = match destination {
+        SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+    };
+    let here = SocketAddr::new(loopback, destination.port());
+    within(permit, deadline, sockets.connect(here)).await
 }
 
 async fn within(

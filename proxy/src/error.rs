@@ -4,11 +4,17 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::StatusCode;
 use thiserror::Error;
+use underpass_config::Workload;
 use underpass_hbone::HboneError;
+
+use crate::authorization::Denial;
+use crate::resolve::ResolveError;
+use crate::route::RouteError;
 
 /// What ended a connection early.
 #[derive(Debug, Error)]
@@ -23,13 +29,31 @@ pub(crate) enum ProxyError {
         "the mesh says that {0} speaks HBONE, but there is no certificate to reach it with: set identity.*"
     )]
     NoIdentity(SocketAddr),
-    #[error("the tunnel asks for {asked}, but it ends at {here}")]
-    NotHere { asked: String, here: SocketAddr },
     #[error(
         "{0} has too many TLS handshakes under way (limits.handshakes_per_source): a storm of connections, or a client \
          that never finishes them?"
     )]
     TooManyHandshakes(IpAddr),
+    #[error("{0}")]
+    Denied(Denial),
+    #[error(
+        "plaintext to {0} is refused, since proxy.mtls (or one of proxy.mtls_overrides) is strict: is the client part of the mesh?"
+    )]
+    PlaintextRefused(SocketAddr),
+    #[error(
+        "the mesh does not know {0}, and egress is mesh-only: add it to the mesh, or to egress_exceptions"
+    )]
+    Egress(SocketAddr),
+    #[error("{0} is not connected to in plain: the mesh says that HBONE is spoken there")]
+    PlaintextToHbone(SocketAddr),
+    #[error("{hop} belongs to {workload} now, whose identity is another one")]
+    OtherIdentity { hop: SocketAddr, workload: Arc<Workload> },
+    #[error("closed since the mesh changed: the connection is no longer allowed")]
+    NoLongerAllowed(#[source] Box<Self>),
+    #[error("no way to the destination")]
+    Route(#[source] RouteError),
+    #[error("the endpoint's hostname has no address")]
+    Resolve(#[source] ResolveError),
     #[error("cannot connect to {destination}")]
     Connect { destination: SocketAddr, source: io::Error },
     #[error(
@@ -74,6 +98,16 @@ pub(crate) struct Reason {
 }
 
 impl ProxyError {
+    /// Whether another endpoint of a service might do what this one did not: none of them was told anything yet, and it is not
+    /// that somebody decided against the connection.
+    pub(crate) fn is_of_endpoint(&self) -> bool {
+        match self {
+            Self::Resolve(..) | Self::Connect { .. } | Self::ConnectTimeout { .. } => true,
+            Self::Tunnel(error) => is_of_peer(error),
+            _ => false,
+        }
+    }
+
     pub(crate) fn reason(&self) -> Reason {
         use Fault::{Client, Peer, Us};
         let (code, flags, fault, status) = match self {
@@ -84,10 +118,29 @@ impl ProxyError {
             Self::NoIdentity(_) => {
                 ("no_identity", "IDENTITY_ERROR", Us, StatusCode::SERVICE_UNAVAILABLE)
             }
-            Self::NotHere { .. } => ("not_here", "DENY", Client, StatusCode::BAD_REQUEST),
             Self::TooManyHandshakes(_) => {
                 ("too_many_handshakes", "DENY", Peer, StatusCode::SERVICE_UNAVAILABLE)
             }
+            Self::Denied(_) => ("policy_denied", "DENY", Client, StatusCode::UNAUTHORIZED),
+            Self::PlaintextRefused(_) => {
+                ("plaintext_refused", "DENY", Client, StatusCode::UNAUTHORIZED)
+            }
+            Self::Egress(_) => ("egress_denied", "DENY", Client, StatusCode::FORBIDDEN),
+            Self::PlaintextToHbone(_) => {
+                ("plaintext_to_hbone", "DENY", Client, StatusCode::FORBIDDEN)
+            }
+            Self::OtherIdentity { .. } => {
+                ("other_identity", "IDENTITY_ERROR", Peer, StatusCode::SERVICE_UNAVAILABLE)
+            }
+            Self::NoLongerAllowed(_) => {
+                ("no_longer_allowed", "DENY", Client, StatusCode::UNAUTHORIZED)
+            }
+            // What a peer asks for and does not get is its mistake; where a caught connection cannot go is the mesh's.
+            Self::Route(RouteError::NotHere { .. }) => {
+                ("not_here", "DENY", Client, StatusCode::BAD_REQUEST)
+            }
+            Self::Route(error) => (error.code(), "CONNECT", Us, StatusCode::SERVICE_UNAVAILABLE),
+            Self::Resolve(..) => ("resolve", "CONNECT", Us, StatusCode::SERVICE_UNAVAILABLE),
             Self::Connect { .. } => ("connect", "CONNECT", Peer, StatusCode::SERVICE_UNAVAILABLE),
             Self::ConnectTimeout { .. } => {
                 ("connect_timeout", "CONNECT", Peer, StatusCode::SERVICE_UNAVAILABLE)
@@ -99,6 +152,20 @@ impl ProxyError {
             Self::Dropped => ("dropped", "-", Us, StatusCode::SERVICE_UNAVAILABLE),
         };
         Reason { code, flags, fault, status }
+    }
+}
+
+fn is_of_peer(error: &HboneError) -> bool {
+    use StatusCode as Status;
+    match error {
+        HboneError::Refused { status } => matches!(
+            *status,
+            Status::BAD_GATEWAY | Status::SERVICE_UNAVAILABLE | Status::GATEWAY_TIMEOUT
+        ),
+        HboneError::BehindGateway { source, .. } | HboneError::BackingOff { source, .. } => {
+            is_of_peer(source)
+        }
+        error => error.fault() == underpass_hbone::Fault::Peer,
     }
 }
 
@@ -118,7 +185,9 @@ fn tunnel_reason(error: &HboneError) -> Reason {
     let flags = match error {
         HboneError::Dial { .. } | HboneError::ReplyTimeout { .. } => "CONNECT",
         // It is refused for what the last attempt failed of.
-        HboneError::BackingOff { source, .. } => tunnel_reason(source).flags,
+        HboneError::BackingOff { source, .. } | HboneError::BehindGateway { source, .. } => {
+            tunnel_reason(source).flags
+        }
         HboneError::Refused { status: StatusCode::UNAUTHORIZED } => "DENY",
         HboneError::Refused { .. } => "CONNECT",
         HboneError::HandshakeTimeout { .. }

@@ -1,5 +1,5 @@
-//! What a tunnel's headers say of its two ends: `traceparent`, `baggage`, `forwarded`. They are for logs and dashboards: nothing
-//! is decided by what a peer claims.
+//! What a tunnel's headers say of its two ends: `traceparent`, `baggage`, `forwarded` and, between networks,
+//! `x-forwarded-network`. They are for logs and dashboards: nothing is decided by what a peer claims.
 
 use http::HeaderMap;
 use underpass_config::WorkloadSettings;
@@ -9,12 +9,22 @@ use crate::record::{ConnectionRecord, Party};
 
 /// The headers of the CONNECT request for a caught connection.
 pub(crate) fn request(record: &ConnectionRecord, own: &WorkloadSettings) -> HeaderMap {
-    let headers = RequestHeaders {
+    about(record, own).into_header_map()
+}
+
+/// The same for a tunnel that crosses into another network: it says which one the connection comes from.
+pub(crate) fn request_from_network(record: &ConnectionRecord, own: &WorkloadSettings) -> HeaderMap {
+    let network = Some(own.network.as_str().into());
+    RequestHeaders { network, ..about(record, own) }.into_header_map()
+}
+
+fn about(record: &ConnectionRecord, own: &WorkloadSettings) -> RequestHeaders {
+    RequestHeaders {
         traceparent: record.trace(),
         baggage: Some(baggage(&record.source, own)),
         forwarded: record.source.address.map(|client| Forwarded::new(client, None)),
-    };
-    headers.into_header_map()
+        network: None,
+    }
 }
 
 /// The headers of the answer 200.
@@ -28,8 +38,8 @@ fn baggage(own_end: &Party, own: &WorkloadSettings) -> Baggage {
     match &own_end.workload {
         Some(workload) => Baggage::from(workload.as_ref()),
         None => Baggage {
-            namespace: own.namespace.clone(),
-            service: own.name.clone(),
+            namespace: own.namespace.as_str().into(),
+            service: own.name.as_str().into(),
             ..Baggage::default()
         },
     }

@@ -6,19 +6,23 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
+use underpass_config::Service;
 use underpass_hbone::{Authority, Incoming, PeerIdentity, RequestHeaders, ServerTunnel};
 use underpass_interception::reset_on_close;
 
 use crate::accept::{Accepted, Registered};
 use crate::copy::Flow;
-use crate::dial::dial_workload;
+use crate::dial::{dial_loopback, dial_workload};
 use crate::error::ProxyError;
-use crate::policy;
+use crate::live::Revocation;
+use crate::policy::{Permit, Subject};
 use crate::record::{ConnectionRecord, Direction, Party};
+use crate::route::{self, InboundTarget, Target};
 use crate::worker::Worker;
-use crate::{headers, metrics};
+use crate::{headers, metrics, proxy_protocol};
 
 /// Serves one connection that was caught in plain.
 pub(crate) async fn serve_plaintext(worker: Arc<Worker>, accepted: Accepted) {
@@ -37,10 +41,11 @@ async fn forward_plaintext(
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
-    match drain.or_abort(connect(worker, client, destination)).await {
-        Ok(app) => {
+    let way = Way::new(destination);
+    match drain.or_abort(connect(worker, client, &way, None)).await {
+        Ok(Connected { app, permit: _permit, mut revocation }) => {
             record.established();
-            Flow { record, drain }.through_tcp(stream, app).await
+            Flow { record, drain, revocation: &mut revocation }.through_tcp(stream, app).await
         }
         Err(error) => {
             reset_on_close(&stream);
@@ -99,7 +104,7 @@ async fn accept_tunnel(
 /// The next CONNECT request; once the proxy closes or the tunnel is too old, the peer is told to send no more (GOAWAY).
 async fn next_request(
     worker: &Worker,
-    tunnel: &mut ServerTunnel<TcpStream>,
+    tunnel: &mut ServerTunnel,
     retirement: &mut Retirement,
 ) -> Option<Incoming> {
     loop {
@@ -127,7 +132,7 @@ impl Retirement {
     /// How often a tunnel that is due is looked at.
     const LOOK: Duration = Duration::from_secs(1);
 
-    fn new(worker: &Worker, tunnel: &ServerTunnel<TcpStream>) -> Self {
+    fn new(worker: &Worker, tunnel: &ServerTunnel) -> Self {
         let max_age = worker.shared.tunnels.max_age;
         let valid = tunnel.usable_until().duration_since(SystemTime::now()).unwrap_or_default();
         let due = Instant::now() + valid.min(max_age);
@@ -150,11 +155,13 @@ async fn serve_request(
     here: SocketAddr,
     peer: &PeerIdentity,
 ) {
-    let target = target(request.authority(), here);
-    let mut record = open_record(worker, client, target.as_ref().ok().copied(), Some(peer));
+    let way = way(worker, request.authority(), here);
+    let destination = way.as_ref().ok().map(|way| way.destination);
+    let mut record = open_record(worker, client, destination, Some(peer));
+    record.service = way.as_ref().ok().and_then(|way| way.service.clone());
     record.hbone = Some(here);
     record.claimed(RequestHeaders::read(request.headers()));
-    let outcome = forward_request(worker, request, client, target, &mut record).await;
+    let outcome = forward_request(worker, request, client, way, peer, &mut record).await;
     record.close(outcome);
 }
 
@@ -162,24 +169,28 @@ async fn forward_request(
     worker: &Worker,
     request: Incoming,
     client: SocketAddr,
-    target: Result<SocketAddr, ProxyError>,
+    way: Result<Way, ProxyError>,
+    peer: &PeerIdentity,
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
-    let connected = match target {
-        Ok(target) => drain.or_abort(connect(worker, client, target)).await,
+    let connected = match way {
+        Ok(way) => drain.or_abort(connect(worker, client, &way, Some(peer))).await,
         Err(error) => Err(error),
     };
-    let app = match connected {
-        Ok(app) => app,
+    let Connected { app, permit: _permit, mut revocation } = match connected {
+        Ok(connected) => connected,
         Err(error) => {
             request.refuse(error.reason().status);
             return Err(error);
         }
     };
     record.established();
-    match request.accept(headers::response(record, &worker.shared.workload)) {
-        Ok(tunnel) => Flow { record, drain }.out_of_tunnel(tunnel, app).await,
+    match request.accept(headers::response(record, &worker.shared.rules.own)) {
+        Ok(tunnel) => {
+            let flow = Flow { record, drain, revocation: &mut revocation };
+            flow.out_of_tunnel(tunnel, app).await
+        }
         Err(error) => {
             reset_on_close(&app);
             Err(ProxyError::Tunnel(error))
@@ -187,23 +198,67 @@ async fn forward_request(
     }
 }
 
-/// What a request may reach: only this workload, at the address where its tunnel ends.
-fn target(authority: &Authority, here: SocketAddr) -> Result<SocketAddr, ProxyError> {
-    match authority {
-        Authority::Address(target) if target.ip().to_canonical() == here.ip() => Ok(*target),
-        other => Err(ProxyError::NotHere { asked: other.to_string(), here }),
+/// Where a connection goes in the workload.
+struct Way {
+    /// As policies see it.
+    destination: SocketAddr,
+    /// What a PROXY header calls it, for a workload that takes connections to others.
+    header: Option<SocketAddr>,
+    /// The service that was asked for.
+    service: Option<Arc<Service>>,
+}
+
+impl Way {
+    fn new(destination: SocketAddr) -> Self {
+        Self { destination, header: None, service: None }
     }
 }
 
-/// Connects to the application at `target`, as `client` where that can be kept.
+/// Where a request goes that came through a tunnel which ends at `here`.
+fn way(worker: &Worker, authority: &Authority, here: SocketAddr) -> Result<Way, ProxyError> {
+    let asked = match authority {
+        Authority::Address(address) => Target::Address(*address),
+        Authority::Name { host, port } => Target::Hostname(host.as_str().into(), *port),
+    };
+    let snapshot = worker.shared.mesh.borrow();
+    let own = &worker.shared.rules.own;
+    let local = snapshot.local(here.ip()).map(|workload| &**workload);
+    let namespace = local.map_or(&*own.namespace, |workload| &*workload.namespace);
+    let InboundTarget { address, header, service } =
+        route::inbound(&asked, here, &snapshot.mesh, local, &own.network, namespace)
+            .map_err(ProxyError::Route)?;
+    Ok(Way { destination: address, header, service })
+}
+
+/// A connection to the application, and what must be held as long as it is open.
+struct Connected {
+    app: TcpStream,
+    permit: Permit,
+    revocation: Revocation,
+}
+
+/// Connects to the application, as `client` where that can be kept.
 async fn connect(
     worker: &Worker,
     client: SocketAddr,
-    target: SocketAddr,
-) -> Result<TcpStream, ProxyError> {
-    let permit = policy::inbound(target, worker.shared.ports)?;
-    let deadline = worker.shared.timeouts.connect;
-    dial_workload(&worker.shared.sockets, &permit, client.ip(), deadline).await
+    way: &Way,
+    peer: Option<&PeerIdentity>,
+) -> Result<Connected, ProxyError> {
+    let identity = peer.map(|peer| peer.spiffe_id());
+    let subject = Subject::inbound(client, way.destination, identity.cloned());
+    let (permit, mut revocation) = worker.permit(subject)?;
+    let (sockets, deadline) = (&worker.shared.sockets, worker.shared.timeouts.connect);
+    let app = revocation.or_end(async {
+        let Some(destination) = way.header else {
+            return dial_workload(sockets, &permit, client.ip(), deadline).await;
+        };
+        let mut app = dial_loopback(sockets, &permit, deadline).await?;
+        let header = proxy_protocol::header(client, destination, identity);
+        app.write_all(&header).await.map_err(ProxyError::Upstream)?;
+        Ok(app)
+    });
+    let app = app.await?;
+    Ok(Connected { app, permit, revocation })
 }
 
 fn open_record(
@@ -212,32 +267,17 @@ fn open_record(
     destination: Option<SocketAddr>,
     peer: Option<&PeerIdentity>,
 ) -> ConnectionRecord {
-    let mesh = worker.shared.mesh.borrow();
-    let workload = |address: SocketAddr| mesh.workload(address.ip()).cloned();
+    let snapshot = worker.shared.mesh.borrow();
     let source = Party {
         address: Some(client),
-        workload: workload(client),
+        workload: snapshot.workload(client.ip()).cloned(),
         identity: peer.map(|peer| peer.spiffe_id().clone()),
     };
+    let local = destination.and_then(|address| snapshot.local(address.ip()));
     let destination = Party {
         address: destination,
-        workload: destination.and_then(workload),
+        workload: local.cloned(),
         identity: peer.and_then(|_| worker.shared.identity()),
     };
     ConnectionRecord::new(Direction::Inbound, source, destination)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_tunnel_reaches_nothing_but_the_address_where_it_ends() {
-        let here: SocketAddr = "10.0.0.1:15008".parse().unwrap();
-        let to = |authority: &str| target(&authority.parse().unwrap(), here);
-        assert_eq!(to("10.0.0.1:8080").unwrap(), "10.0.0.1:8080".parse().unwrap());
-        for elsewhere in ["10.0.0.2:8080", "127.0.0.1:8080", "[::1]:8080", "example.com:80"] {
-            assert!(matches!(to(elsewhere), Err(ProxyError::NotHere { .. })), "{elsewhere}");
-        }
-    }
 }

@@ -5,6 +5,8 @@
 //! * `cli` is what a user types, `app` is one proxy from start to stop, `worker` and `accept` are its threads;
 //! * `outbound` and `inbound` are the paths of a connection, in which `route` and `policy` decide, `dial` connects and
 //!   `copy` moves the bytes;
+//! * `snapshot` is the mesh that they decide by, `publish` changes it, and `live` ends what a change forbids;
+//!   `authorization` is what policies say, `endpoint_health` and `resolve` are what is known of endpoints beside the mesh;
 //! * `record` and `metrics` tell of every connection, `endpoints` answers probes and scrapers, `drain` ends it all;
 //! * `certificates` is who the workload is, and keeps it so; `headers` is what a tunnel tells of its ends;
 //! * `capture` has the rules installed and tested, `guard` keeps them, `reload` changes what is caught while it runs;
@@ -12,6 +14,7 @@
 
 mod accept;
 mod app;
+mod authorization;
 mod balance;
 mod capture;
 mod certificates;
@@ -20,21 +23,27 @@ mod copy;
 mod demo;
 mod dial;
 mod drain;
+mod endpoint_health;
 mod endpoints;
 mod error;
 mod guard;
 mod headers;
 mod inbound;
+mod live;
 mod logging;
 mod metrics;
 mod notify;
 mod outbound;
 mod parent;
 mod policy;
+mod proxy_protocol;
+mod publish;
 mod record;
 mod reload;
+mod resolve;
 mod route;
 mod self_test;
+mod snapshot;
 pub mod spawn;
 mod worker;
 

@@ -21,6 +21,7 @@ pub(crate) fn start(settings: &Logging) -> Result<WorkerGuard, ConfigErrors> {
             reason: format!("must be like info or info,access=off: {error}"),
             origin: None,
         }],
+        more: 0,
     })?;
     // It warns of every answer that is no success, expected ones too; what matters comes to us as an error.
     let filter = if settings.filter.contains("nlink") {

@@ -4,9 +4,11 @@
 
 use std::time::SystemTime;
 
-use metrics::{Counter, Gauge, Label, counter, describe_counter, describe_gauge, gauge};
+use metrics::{
+    Counter, Gauge, Label, SharedString, counter, describe_counter, describe_gauge, gauge,
+};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
-use underpass_config::{Profile, Workload};
+use underpass_config::{Mesh, Name, Profile, Service, Workload};
 use underpass_interception::Backend;
 
 use crate::record::{Direction, Party};
@@ -27,6 +29,11 @@ const RENEWALS: &str = "underpass_certificate_renewals_total";
 const RENEWALS_FAILED: &str = "underpass_certificate_failures_total";
 const TUNNELS: &str = "underpass_tunnels_open";
 const HANDSHAKES_REFUSED: &str = "underpass_handshakes_refused_total";
+const MESH_UPDATES: &str = "underpass_mesh_updates_total";
+const MESH_GENERATION: &str = "underpass_mesh_generation";
+const MESH_SIZE: &str = "underpass_mesh_size";
+const CUT: &str = "underpass_connections_cut_total";
+const SET_ASIDE: &str = "underpass_endpoints_set_aside_total";
 
 /// What a label says of what is not known; ztunnel's word.
 const UNKNOWN: &str = "unknown";
@@ -56,6 +63,14 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
         HANDSHAKES_REFUSED,
         "Connections refused for too many TLS handshakes of one source."
     );
+    describe_counter!(MESH_UPDATES, "Changes of the mesh, by what came of them.");
+    describe_gauge!(
+        MESH_GENERATION,
+        "How many states of the mesh have been in force, all workers included."
+    );
+    describe_gauge!(MESH_SIZE, "How many workloads, services and policies the mesh has.");
+    describe_counter!(CUT, "Open connections cut because a change of the mesh forbids them.");
+    describe_counter!(SET_ASIDE, "Endpoints set aside because they could not be connected to.");
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
     Ok(handle)
 }
@@ -102,6 +117,32 @@ pub(crate) fn handshake_refused() {
     counter!(HANDSHAKES_REFUSED).increment(1);
 }
 
+/// Says that all workers go by this mesh, the `generation`th.
+pub(crate) fn mesh_applied(mesh: &Mesh, generation: u64, cut: usize) {
+    gauge!(MESH_GENERATION).set(generation as f64);
+    let size = [
+        ("workload", mesh.workloads().len()),
+        ("service", mesh.services().len()),
+        ("policy", mesh.policy_count()),
+    ];
+    for (kind, count) in size {
+        gauge!(MESH_SIZE, "kind" => kind).set(count as f64);
+    }
+    counter!(MESH_UPDATES, "result" => "applied").increment(1);
+    counter!(MESH_UPDATES, "result" => "refused").increment(0);
+    counter!(CUT).increment(cut as u64);
+}
+
+/// Counts a change of the mesh that could not be read.
+pub(crate) fn mesh_refused() {
+    counter!(MESH_UPDATES, "result" => "refused").increment(1);
+}
+
+/// Counts an endpoint that is not chosen for a while.
+pub(crate) fn endpoint_set_aside() {
+    counter!(SET_ASIDE).increment(1);
+}
+
 /// Counts a tunnel as open for as long as the value lives.
 pub(crate) fn tunnel_open(direction: &'static str) -> OpenTunnel {
     let gauge = gauge!(TUNNELS, "direction" => direction);
@@ -133,8 +174,10 @@ impl Labels {
         direction: Direction,
         source: &Party,
         destination: &Party,
+        service: Option<&Service>,
         mutual_tls: bool,
     ) -> Self {
+        let service = |field: fn(&Service) -> &Name| shared(service.map(|s| field(s).clone()));
         let mut labels = vec![
             Label::from_static_parts("reporter", reporter(direction)),
             Label::from_static_parts("request_protocol", "tcp"),
@@ -142,18 +185,17 @@ impl Labels {
                 "connection_security_policy",
                 if mutual_tls { "mutual_tls" } else { UNKNOWN },
             ),
-            Label::from_static_parts("destination_service", UNKNOWN),
-            Label::from_static_parts("destination_service_name", UNKNOWN),
-            Label::from_static_parts("destination_service_namespace", UNKNOWN),
+            Label::new("destination_service", service(|s| &s.hostname)),
+            Label::new("destination_service_name", service(|s| &s.name)),
+            Label::new("destination_service_namespace", service(|s| &s.namespace)),
         ];
         for (side, party) in [("source", source), ("destination", destination)] {
             let workload = party.workload.as_deref();
-            let mut label = |name: &str, value: Option<String>| {
+            let mut label = |name: &str, value: Option<Name>| {
                 let value = value.filter(|value| !value.is_empty());
-                let value = value.unwrap_or_else(|| UNKNOWN.to_owned());
-                labels.push(Label::new(format!("{side}_{name}"), value));
+                labels.push(Label::new(format!("{side}_{name}"), shared(value)));
             };
-            let of = |field: fn(&Workload) -> &String| workload.map(|w| field(w).clone());
+            let of = |field: fn(&Workload) -> &Name| workload.map(|w| field(w).clone());
             label("workload", of(|w| &w.workload_name));
             label("workload_namespace", of(|w| &w.namespace));
             label("canonical_service", of(|w| &w.canonical_name));
@@ -161,7 +203,7 @@ impl Labels {
             label("app", of(|w| &w.canonical_name));
             label("version", of(|w| &w.canonical_revision));
             label("cluster", of(|w| &w.cluster_id));
-            label("principal", party.identity.as_ref().map(ToString::to_string));
+            label("principal", party.identity.as_ref().map(|id| id.to_string().into()));
         }
         Self(labels)
     }
@@ -178,6 +220,11 @@ impl Labels {
             self.0.iter().filter(|label| label.key() == "reporter").cloned().collect::<Vec<_>>()
         )
     }
+}
+
+/// A name as a label's value, without a copy of it.
+fn shared(name: Option<Name>) -> SharedString {
+    name.map_or_else(|| SharedString::const_str(UNKNOWN), SharedString::from_shared)
 }
 
 fn reporter(direction: Direction) -> &'static str {

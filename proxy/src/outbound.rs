@@ -1,36 +1,48 @@
 //! Caught outbound connections: route, permit, then a tunnel to the peer or a plain connection, then copy.
+//!
+//! Of a service's endpoints another is tried if one cannot be connected to: the application has sent nothing by then.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpStream;
-use underpass_config::{Mesh, Workload};
-use underpass_hbone::{ConnectRequest, TunnelKey, TunnelStream};
+use tokio::time::timeout;
+use underpass_config::{NetworkMode, SpiffeId};
+use underpass_hbone::{ConnectRequest, Connector, TunnelKey, TunnelStream};
 use underpass_interception::reset_on_close;
 
 use crate::accept::{Accepted, Registered};
 use crate::copy::Flow;
 use crate::dial::dial;
-use crate::error::ProxyError;
-use crate::headers;
-use crate::policy::{self, Permit};
+use crate::endpoint_health::OpenConnection;
+use crate::error::{ProxyError, chain};
+use crate::live::Revocation;
+use crate::policy::{Outbound, Permit, Subject};
 use crate::record::{ConnectionRecord, Direction, Party};
-use crate::route::{self, Route};
+use crate::route::{self, Caller, Chooser, EndpointKey, Route, Target, Via};
 use crate::worker::Worker;
+use crate::{headers, metrics};
+
+/// How many endpoints of a service are tried for one connection.
+const ATTEMPTS: usize = 3;
+/// How long an endpoint may take while there is another to try. In it the kernel sends a SYN twice (after 1 s), so that one lost
+/// packet sets nobody aside.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Serves one caught connection from its first to its last byte.
 pub(crate) async fn serve(worker: Arc<Worker>, accepted: Accepted) {
-    let mesh = worker.shared.mesh.borrow().clone();
     let source = Party {
         address: Some(accepted.client),
-        workload: mesh.workload(accepted.client.ip()).cloned(),
+        workload: worker.shared.mesh.borrow().caller(accepted.client.ip()).cloned(),
         identity: None,
     };
     let destination =
         Party { address: accepted.destination.as_ref().ok().copied(), ..Party::default() };
     let mut record = ConnectionRecord::new(Direction::Outbound, source, destination);
     let outcome = match accepted.register() {
-        Ok(connection) => forward(&worker, &mesh, connection, &mut record).await,
+        Ok(connection) => forward(&worker, connection, &mut record).await,
         Err(error) => Err(error),
     };
     record.close(outcome);
@@ -38,15 +50,15 @@ pub(crate) async fn serve(worker: Arc<Worker>, accepted: Accepted) {
 
 async fn forward(
     worker: &Worker,
-    mesh: &Mesh,
-    Registered { stream, destination, .. }: Registered,
+    Registered { stream, client, destination }: Registered,
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
-    let route = route::outbound(destination, mesh, worker.shared.ports.hbone);
-    record.destination.workload = route.workload().cloned();
-    let onward = match drain.or_abort(connect(worker, &route, record)).await {
-        Ok(onward) => onward,
+    let call = Call { worker, client: client.ip(), asked: destination };
+    // Boxed: what connecting needs is a multiple of what the connection needs after it.
+    let connected = Box::pin(drain.or_abort(call.connect(record))).await;
+    let Connected { onward, mut revocation, permit: _permit, load: _load } = match connected {
+        Ok(connected) => connected,
         Err(error) => {
             // The application saw its connection open; only a reset tells it that nothing was on the other side.
             reset_on_close(&stream);
@@ -54,7 +66,7 @@ async fn forward(
         }
     };
     record.established();
-    let flow = Flow { record, drain };
+    let flow = Flow { record, drain, revocation: &mut revocation };
     match onward {
         Onward::Tunnel(tunnel) => flow.into_tunnel(stream, tunnel).await,
         Onward::Plain(upstream) => flow.through_tcp(stream, upstream).await,
@@ -67,37 +79,216 @@ enum Onward {
     Plain(TcpStream),
 }
 
-async fn connect(
-    worker: &Worker,
-    route: &Route,
-    record: &mut ConnectionRecord,
-) -> Result<Onward, ProxyError> {
-    let permit = policy::outbound(route, worker.shared.ports)?;
-    match route {
-        Route::Plain { .. } => {
-            let deadline = worker.shared.timeouts.connect;
-            dial(&worker.shared.sockets, &permit, deadline).await.map(Onward::Plain)
+/// A connection that is ready to carry bytes, and what must be held as long as it does.
+struct Connected {
+    onward: Onward,
+    revocation: Revocation,
+    permit: Permit,
+    load: Vec<OpenConnection>,
+}
+
+/// A connection that wants to get somewhere.
+struct Call<'a> {
+    worker: &'a Worker,
+    client: IpAddr,
+    asked: SocketAddr,
+}
+
+impl Call<'_> {
+    /// Connects, to another endpoint if one cannot be connected to and there is another.
+    async fn connect(&self, record: &mut ConnectionRecord) -> Result<Connected, ProxyError> {
+        let mut tried = Vec::new();
+        let mut route = self.route(&tried)?;
+        loop {
+            let failed = match self.attempt(&route, &tried, record).await {
+                Ok(connected) => return Ok(connected),
+                Err(error) => error,
+            };
+            let Some(endpoint) = route.dialled().filter(|_| failed.is_of_endpoint()) else {
+                return Err(failed);
+            };
+            self.set_aside(endpoint, &failed);
+            tried.push(endpoint.clone());
+            match self.route(&tried) {
+                Ok(another) if tried.len() < ATTEMPTS => route = another,
+                // Why there is nobody left is what went wrong with the last one.
+                _ => return Err(failed),
+            }
         }
-        Route::Tunnel { workload, peer, .. } => {
-            record.hbone = Some(*peer);
-            record.source.identity = worker.shared.identity();
-            record.destination.identity = Some(workload.identity.clone());
-            tunnel(worker, &permit, *peer, workload, record).await.map(Onward::Tunnel)
+    }
+
+    /// The way there, past the endpoints that were tried.
+    fn route(&self, tried: &[EndpointKey]) -> Result<Route, ProxyError> {
+        let shared = &self.worker.shared;
+        let (own, identity) = (&shared.rules.own, shared.identity());
+        let snapshot = shared.mesh.borrow();
+        let caller = Caller {
+            network: &own.network,
+            namespace: &own.namespace,
+            workload: snapshot.caller(self.client).map(|workload| &**workload),
+            address: self.client,
+            identity: identity.as_ref(),
+            hbone_port: shared.rules.ports.hbone,
+        };
+        let mut choose = Chooser { health: &shared.endpoints, tried };
+        route::outbound(self.asked, &snapshot.mesh, &caller, &mut choose).map_err(ProxyError::Route)
+    }
+
+    fn set_aside(&self, endpoint: &EndpointKey, failed: &ProxyError) {
+        let shared = &self.worker.shared;
+        let pause = shared.timeouts.set_aside;
+        metrics::endpoint_set_aside();
+        tracing::warn!(
+            endpoint = %endpoint.uid, port = endpoint.port, error = chain(failed),
+            "an endpoint is set aside for {} s", pause.as_secs_f32()
+        );
+        shared.endpoints.set_aside(endpoint.clone(), pause);
+    }
+
+    /// Goes one way. As long as there is another one, this one may not take long.
+    async fn attempt(
+        &self,
+        route: &Route,
+        tried: &[EndpointKey],
+        record: &mut ConnectionRecord,
+    ) -> Result<Connected, ProxyError> {
+        let shared = &self.worker.shared;
+        let open = |endpoint: &EndpointKey| shared.endpoints.open(endpoint.clone());
+        let load: Vec<_> = route.endpoints().map(open).collect();
+        record.destination.workload = route.workload.clone();
+        record.service = route.service.clone();
+        let mut going = pin!(self.go(route, record));
+        let went = match route.dialled() {
+            None => going.await,
+            Some(endpoint) => match timeout(PATIENCE, &mut going).await {
+                Ok(went) => went,
+                Err(_) if self.is_another(endpoint, tried) => {
+                    Err(ProxyError::ConnectTimeout { destination: self.asked, after: PATIENCE })
+                }
+                Err(_) => going.await,
+            },
+        };
+        let (onward, permit, revocation) = went?;
+        route.endpoints().for_each(|endpoint| shared.endpoints.take_back(endpoint));
+        Ok(Connected { onward, revocation, permit, load })
+    }
+
+    fn is_another(&self, endpoint: &EndpointKey, tried: &[EndpointKey]) -> bool {
+        let tried = [tried, std::slice::from_ref(endpoint)].concat();
+        tried.len() < ATTEMPTS && self.route(&tried).is_ok()
+    }
+
+    async fn go(
+        &self,
+        route: &Route,
+        record: &mut ConnectionRecord,
+    ) -> Result<(Onward, Permit, Revocation), ProxyError> {
+        let (to, peers) = match &route.via {
+            Via::Plain { to } => (to, None),
+            Via::Tunnel { to, peers, .. } => (to, Some(peers.clone())),
+            Via::DoubleTunnel { gateway, gateway_peers, .. } => {
+                (gateway, Some(gateway_peers.clone()))
+            }
+        };
+        let (resolver, deadline) =
+            (&self.worker.shared.resolver, self.worker.shared.timeouts.connect);
+        let hop = resolver.resolve(to, deadline).await.map_err(ProxyError::Resolve)?;
+        let own_network = &*self.worker.shared.rules.own.network;
+        let by_address = route.workload.as_ref().is_none_or(|workload| {
+            &*workload.network == own_network && workload.network_mode == NetworkMode::Standard
+        });
+        let subject = Subject::Outbound(Outbound { asked: self.asked, hop, peers, by_address });
+        let (permit, mut revocation) = self.worker.permit(subject)?;
+        let onward = revocation.or_end(self.dial(route, &permit, record)).await?;
+        Ok((onward, permit, revocation))
+    }
+
+    async fn dial(
+        &self,
+        route: &Route,
+        permit: &Permit,
+        record: &mut ConnectionRecord,
+    ) -> Result<Onward, ProxyError> {
+        let shared = &self.worker.shared;
+        let hop = permit.destination();
+        match &route.via {
+            Via::Plain { .. } => {
+                record.destination.address = Some(hop);
+                dial(&shared.sockets, permit, shared.timeouts.connect).await.map(Onward::Plain)
+            }
+            Via::Tunnel { peers, authority, .. } => {
+                let target = authority.at(hop.ip());
+                self.tell_tunnel(hop, &target, record);
+                let tunnel = self.tunnel(permit, peers, &target, record).await?;
+                Ok(Onward::Tunnel(told(tunnel, record)))
+            }
+            Via::DoubleTunnel { gateway_peers, peers, authority, .. } => {
+                self.tell_tunnel(hop, authority, record);
+                let tunnel = self.through(permit, gateway_peers, peers, authority, record).await?;
+                Ok(Onward::Tunnel(told(tunnel, record)))
+            }
         }
+    }
+
+    /// Notes what is known of a tunnel before it is there.
+    fn tell_tunnel(&self, hop: SocketAddr, target: &Target, record: &mut ConnectionRecord) {
+        record.hbone = Some(hop);
+        record.source.identity = self.worker.shared.identity();
+        let demanded = record.destination.workload.as_ref();
+        record.destination.identity = demanded.map(|workload| workload.identity.clone());
+        if let Target::Address(address) = target {
+            record.destination.address = Some(*address);
+        }
+    }
+
+    /// A stream of a pooled tunnel to where `permit` says.
+    async fn tunnel(
+        &self,
+        permit: &Permit,
+        peers: &Arc<[SpiffeId]>,
+        authority: &Target,
+        record: &ConnectionRecord,
+    ) -> Result<TunnelStream, ProxyError> {
+        let (key, connector) = self.key(permit, peers, record)?;
+        let headers = headers::request(record, &self.worker.shared.rules.own);
+        let request = ConnectRequest { authority: authority.to_string(), headers };
+        self.worker.pool.connect(&key, connector, request).await.map_err(ProxyError::Tunnel)
+    }
+
+    /// A tunnel to one of `peers`, through a stream to the gateway that is where `permit` says.
+    async fn through(
+        &self,
+        permit: &Permit,
+        gateway_peers: &Arc<[SpiffeId]>,
+        peers: &[SpiffeId],
+        authority: &Target,
+        record: &ConnectionRecord,
+    ) -> Result<TunnelStream, ProxyError> {
+        let (key, connector) = self.key(permit, gateway_peers, record)?;
+        let own = &self.worker.shared.rules.own;
+        let request = |headers| ConnectRequest { authority: authority.to_string(), headers };
+        let outer = request(headers::request(record, own));
+        let inner = request(headers::request_from_network(record, own));
+        let connecting = self.worker.pool.connect_through(&key, connector, outer, peers, inner);
+        connecting.await.map_err(ProxyError::Tunnel)
+    }
+
+    /// Which pooled tunnel, and what opens it if there is none.
+    fn key(
+        &self,
+        permit: &Permit,
+        peers: &Arc<[SpiffeId]>,
+        record: &ConnectionRecord,
+    ) -> Result<(TunnelKey, &Connector), ProxyError> {
+        let address = permit.destination();
+        let identity = record.source.identity.clone().zip(self.worker.connector.as_ref());
+        let (source, connector) = identity.ok_or(ProxyError::NoIdentity(address))?;
+        Ok((TunnelKey { source, address, peers: peers.clone() }, connector))
     }
 }
 
-async fn tunnel(
-    worker: &Worker,
-    permit: &Permit,
-    peer: SocketAddr,
-    workload: &Workload,
-    record: &ConnectionRecord,
-) -> Result<TunnelStream, ProxyError> {
-    let identity = record.source.identity.clone().zip(worker.connector.as_ref());
-    let (source, connector) = identity.ok_or(ProxyError::NoIdentity(peer))?;
-    let key = TunnelKey { source, address: peer, peers: [workload.identity.clone()].into() };
-    let headers = headers::request(record, &worker.shared.workload);
-    let request = ConnectRequest { authority: permit.destination().to_string(), headers };
-    worker.pool.connect(&key, connector, request).await.map_err(ProxyError::Tunnel)
+/// Notes who is at the end of the tunnel, which may be one of several.
+fn told(tunnel: TunnelStream, record: &mut ConnectionRecord) -> TunnelStream {
+    record.destination.identity = Some(tunnel.peer().spiffe_id().clone());
+    tunnel
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tokio::time::Instant;
-use underpass_config::{SpiffeId, Workload};
+use underpass_config::{Name, Service, SpiffeId, Workload};
 use underpass_hbone::{Baggage, RequestHeaders, TraceParent};
 
 use crate::error::{Fault, ProxyError, chain};
@@ -45,6 +45,8 @@ pub(crate) struct ConnectionRecord {
     opened: Instant,
     pub(crate) source: Party,
     pub(crate) destination: Party,
+    /// The service that the connection is for, if it is for one.
+    pub(crate) service: Option<Arc<Service>>,
     /// The address of the HBONE listener, if a tunnel carries the connection.
     pub(crate) hbone: Option<SocketAddr>,
     /// What it is logged under, here and at the peer.
@@ -64,6 +66,7 @@ impl ConnectionRecord {
             opened: Instant::now(),
             source,
             destination,
+            service: None,
             hbone: None,
             // Who is connected to is told by whoever connects.
             trace: (direction == Direction::Outbound).then(TraceParent::new),
@@ -115,7 +118,8 @@ impl ConnectionRecord {
     }
 
     fn labels(&self) -> Labels {
-        Labels::new(self.direction, &self.source, &self.destination, self.hbone.is_some())
+        let service = self.service.as_deref();
+        Labels::new(self.direction, &self.source, &self.destination, service, self.hbone.is_some())
     }
 
     fn log(&self) {
@@ -141,6 +145,7 @@ impl ConnectionRecord {
                     src.cluster = source.cluster,
                     dst.addr = address.map(tracing::field::display),
                     dst.hbone_addr = tunnelled.map(tracing::field::display),
+                    dst.service = self.service.as_ref().map(|service| &*service.hostname),
                     dst.workload = destination.workload,
                     dst.namespace = destination.namespace,
                     dst.identity = destination.identity,
@@ -176,12 +181,12 @@ impl<'a> PartyFields<'a> {
     /// What the mesh knows goes before what the party says of itself.
     fn new(party: &'a Party, claimed: Option<&'a Baggage>) -> Self {
         let identity = party.identity.as_ref().map(ToString::to_string);
-        let text = |text: &'a String| Some(text.as_str()).filter(|text| !text.is_empty());
+        let text = |text: &'a Name| Some(&**text).filter(|text| !text.is_empty());
         match (&party.workload, claimed) {
             (Some(workload), _) => Self {
-                workload: Some(workload.name.as_str()),
-                namespace: Some(workload.namespace.as_str()),
-                cluster: Some(workload.cluster_id.as_str()),
+                workload: Some(&*workload.name),
+                namespace: Some(&*workload.namespace),
+                cluster: Some(&*workload.cluster_id),
                 identity,
             },
             (None, Some(claimed)) => Self {

@@ -1,83 +1,154 @@
-//! Where a caught connection goes: a pure function of its original destination and a snapshot of the mesh.
+//! Where a caught connection goes: pure functions of its original destination and a snapshot of the mesh.
 //!
-//! Not here: whether it may go there (`policy.rs`), and going there (`outbound.rs`).
+//! Not here: whether it may go there (`policy.rs`), looking hostnames up (`resolve.rs`), and going there (`outbound.rs`).
 
-use std::net::SocketAddr;
+mod error;
+mod inbound;
+mod load_balancing;
+mod outbound;
+
+#[cfg(test)]
+mod invariants;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use underpass_config::{Mesh, Protocol, Workload};
+use underpass_config::{IpFamilies, Name, Service, SpiffeId, Workload};
+
+pub(crate) use error::{RouteError, Unfit};
+pub(crate) use inbound::{InboundTarget, inbound};
+#[cfg(test)]
+pub(crate) use load_balancing::Choose;
+pub(crate) use load_balancing::{Chooser, EndpointKey};
+pub(crate) use outbound::outbound;
+
+/// Who opened a connection that goes out.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Caller<'a> {
+    /// The network in which the destination's address means something.
+    pub(crate) network: &'a str,
+    /// The namespace that decides which services it can see.
+    pub(crate) namespace: &'a str,
+    /// What the mesh knows of it.
+    pub(crate) workload: Option<&'a Workload>,
+    /// The client's address.
+    pub(crate) address: IpAddr,
+    /// Who it proves to be.
+    pub(crate) identity: Option<&'a SpiffeId>,
+    /// The port at which workloads take tunnels.
+    pub(crate) hbone_port: u16,
+}
 
 /// The way to a destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Route {
-    /// Through a tunnel to the workload; never otherwise, whatever fails.
-    Tunnel {
-        workload: Arc<Workload>,
-        /// Where the peer's HBONE listener is.
-        peer: SocketAddr,
-        /// What the peer shall connect to: the CONNECT request's `:authority`.
-        target: SocketAddr,
-    },
-    /// By plain TCP to the address that was asked for; the workload, if the mesh knows one there.
-    Plain { workload: Option<Arc<Workload>>, target: SocketAddr },
+pub(crate) struct Route {
+    /// What is dialled, and what goes through the connection.
+    pub(crate) via: Via,
+    /// Who is dialled, if the mesh knows: the destination, a waypoint or the gateway of another network.
+    pub(crate) workload: Option<Arc<Workload>>,
+    /// The service that was addressed.
+    pub(crate) service: Option<Arc<Service>>,
+    /// The endpoint of a service, or of its waypoint, that was chosen among several.
+    pub(crate) endpoint: Option<EndpointKey>,
+    /// The endpoint of the other network's gateway that was chosen among several.
+    pub(crate) gateway: Option<EndpointKey>,
 }
 
 impl Route {
-    pub(crate) fn target(&self) -> SocketAddr {
-        match self {
-            Self::Tunnel { target, .. } | Self::Plain { target, .. } => *target,
-        }
+    /// Which of several endpoints it is that cannot be reached if dialling fails; `None`: there is nobody else to try.
+    pub(crate) fn dialled(&self) -> Option<&EndpointKey> {
+        self.gateway.as_ref().or(self.endpoint.as_ref())
     }
 
-    pub(crate) fn workload(&self) -> Option<&Arc<Workload>> {
+    /// All that the connection is a load for.
+    pub(crate) fn endpoints(&self) -> impl Iterator<Item = &EndpointKey> {
+        self.endpoint.iter().chain(&self.gateway)
+    }
+}
+
+/// How a destination is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Via {
+    /// By plain TCP.
+    Plain { to: Hop },
+    /// Through a tunnel; never otherwise, whatever fails.
+    Tunnel {
+        /// Where the tunnel ends.
+        to: Hop,
+        /// Any of these is who must be there.
+        peers: Arc<[SpiffeId]>,
+        /// What the CONNECT request asks for.
+        authority: Authority,
+    },
+    /// Through a tunnel that goes to the gateway of another network through a tunnel.
+    DoubleTunnel {
+        /// Where the outer tunnel ends.
+        gateway: Hop,
+        /// Any of these is who must be there.
+        gateway_peers: Arc<[SpiffeId]>,
+        /// Any of these is who must be at the end of the inner tunnel.
+        peers: Arc<[SpiffeId]>,
+        /// What the CONNECT requests of both tunnels ask for.
+        authority: Target,
+    },
+}
+
+/// What is dialled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Hop {
+    /// An address.
+    Address(SocketAddr),
+    /// Whatever address of `families` DNS has for `hostname`.
+    Hostname {
+        /// The name that is looked up.
+        hostname: Name,
+        /// The port at the address that is found.
+        port: u16,
+        /// The families of which the address may be.
+        families: IpFamilies,
+        /// Which family is taken if both are there: the client's.
+        prefer_v6: bool,
+    },
+}
+
+/// What a tunnel's CONNECT request asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Authority {
+    /// This.
+    Known(Target),
+    /// This port at the address that was dialled: a peer whose address DNS tells takes no other name.
+    AtHop(u16),
+}
+
+impl Authority {
+    /// What is asked for once it is known which address is dialled.
+    pub(crate) fn at(&self, dialled: IpAddr) -> Target {
         match self {
-            Self::Tunnel { workload, .. } => Some(workload),
-            Self::Plain { workload, .. } => workload.as_ref(),
+            Self::Known(target) => target.clone(),
+            Self::AtHop(port) => Target::Address(SocketAddr::new(dialled, *port)),
         }
     }
 }
 
-/// The way to `destination`; HBONE peers listen on `hbone_port`.
-pub(crate) fn outbound(destination: SocketAddr, mesh: &Mesh, hbone_port: u16) -> Route {
-    match mesh.workload(destination.ip()) {
-        Some(workload) if workload.protocol == Protocol::Hbone => Route::Tunnel {
-            workload: workload.clone(),
-            peer: SocketAddr::new(destination.ip(), hbone_port),
-            target: destination,
-        },
-        workload => Route::Plain { workload: workload.cloned(), target: destination },
-    }
+/// The end of a tunnel as its CONNECT request names it (RFC 9113 section 8.5).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// An address and port.
+    Address(SocketAddr),
+    /// The hostname and port of a service.
+    Hostname(Name, u16),
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn mesh() -> Mesh {
-        let text = "workloads:\n- {name: meshed, workloadIps: [10.0.0.1, \"fd00::1\"], protocol: HBONE}\n\
-                    - {name: plain, workloadIps: [10.0.0.2]}\n";
-        Mesh::from_text("mesh", text).unwrap()
-    }
-
-    fn way(destination: &str) -> (String, Option<String>) {
-        let route = outbound(destination.parse().unwrap(), &mesh(), 15008);
-        let name = route.workload().map(|workload| workload.name.clone());
-        match route {
-            Route::Tunnel { peer, target, .. } => (format!("{target} via {peer}"), name),
-            Route::Plain { target, .. } => (target.to_string(), name),
-        }
-    }
-
-    #[test]
-    fn the_protocol_of_the_workload_decides_the_way() {
-        let named = |name: &str| Some(name.to_owned());
-        for (destination, expected) in [
-            ("10.0.0.1:80", ("10.0.0.1:80 via 10.0.0.1:15008".to_owned(), named("meshed"))),
-            ("[fd00::1]:80", ("[fd00::1]:80 via [fd00::1]:15008".to_owned(), named("meshed"))),
-            ("10.0.0.2:80", ("10.0.0.2:80".to_owned(), named("plain"))),
-            ("192.0.2.1:443", ("192.0.2.1:443".to_owned(), None)),
-        ] {
-            assert_eq!(way(destination), expected, "{destination}");
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Hostname(hostname, port) => write!(f, "{hostname}:{port}"),
         }
     }
 }

@@ -8,20 +8,27 @@ use std::thread::JoinHandle;
 
 use tokio::sync::mpsc;
 use tokio::sync::watch;
-use underpass_config::{Mesh, SpiffeId, Timeouts, TunnelSettings, WorkloadSettings};
+use underpass_config::{SpiffeId, Timeouts, TunnelSettings};
 use underpass_hbone::{
     Acceptor, ClientSettings, Connector, Credentials, HandshakeLimit, Pool, PoolSettings,
     ServerSettings,
 };
-use underpass_interception::{BoundListener, Ports, Sockets, drop_capabilities};
+use underpass_interception::{BoundListener, Sockets, drop_capabilities};
 
 use crate::accept::{Accepted, Kind, accept_loop};
 use crate::balance::{Balance, Load};
 use crate::cli::{CommandError, single_threaded_runtime};
 use crate::dial::TunnelDialer;
 use crate::drain::Drain;
+use crate::endpoint_health::EndpointHealth;
+use crate::error::ProxyError;
+use crate::live::{Live, Revocation};
+use crate::policy::{Change, Permit, Rules, Subject};
+use crate::publish::Applied;
+use crate::resolve::Resolver;
 use crate::self_test::SelfTest;
-use crate::{inbound, outbound};
+use crate::snapshot::Snapshot;
+use crate::{inbound, outbound, policy};
 
 /// Connections that may wait to be taken over by a worker; beyond it the accepting worker keeps them.
 const HANDOVER_QUEUE: usize = 1024;
@@ -30,11 +37,14 @@ const HANDOVER_QUEUE: usize = 1024;
 #[derive(Debug, Clone)]
 pub(crate) struct Shared {
     pub(crate) sockets: Sockets,
-    pub(crate) ports: Ports,
+    pub(crate) rules: Arc<Rules>,
     pub(crate) timeouts: Timeouts,
     pub(crate) tunnels: TunnelSettings,
-    pub(crate) workload: WorkloadSettings,
-    pub(crate) mesh: watch::Receiver<Arc<Mesh>>,
+    pub(crate) mesh: watch::Receiver<Arc<Snapshot>>,
+    /// How the endpoints of services fare.
+    pub(crate) endpoints: Arc<EndpointHealth>,
+    /// What hostnames resolve to.
+    pub(crate) resolver: Arc<Resolver>,
     /// What we prove and whom we trust, as it is renewed; `None` without a certificate.
     pub(crate) credentials: Option<watch::Receiver<Credentials>>,
     pub(crate) handshakes: HandshakeLimit,
@@ -61,6 +71,8 @@ pub(crate) struct Worker {
     /// What opens tunnels, and what accepts them; `None` without a certificate.
     pub(crate) connector: Option<Connector>,
     pub(crate) acceptor: Option<Acceptor>,
+    /// The connections that this worker serves.
+    pub(crate) live: Arc<Live>,
     pub(crate) balance: Arc<Balance>,
     pub(crate) index: usize,
 }
@@ -86,7 +98,26 @@ impl Worker {
         let connector = credentials().map(|own| Connector::new(own, ClientSettings::default()));
         let acceptor = credentials().map(|own| Acceptor::new(own, ServerSettings::default()));
         let pool = Pool::new(dialer, settings);
-        Self { pool, connector, acceptor, balance, index, shared }
+        Self { pool, connector, acceptor, live: Arc::default(), balance, index, shared }
+    }
+
+    /// Decides on a connection.
+    pub(crate) fn permit(&self, subject: Subject) -> Result<(Permit, Revocation), ProxyError> {
+        policy::permit(subject, &self.shared.mesh, &self.shared.rules, &self.live)
+    }
+
+    /// Ends what each change of the mesh forbids, for ever.
+    async fn enforce(&self, applied: watch::Sender<Applied>) {
+        let mut mesh = self.shared.mesh.clone();
+        let mut old = mesh.borrow_and_update().clone();
+        applied.send_replace(Applied { generation: old.generation, cut: 0 });
+        while mesh.changed().await.is_ok() {
+            let new = mesh.borrow_and_update().clone();
+            let mut change = Change::new(&old, &new, &self.shared.rules);
+            let cut = self.live.enforce(|subject, since| change.check(subject, since)).await;
+            applied.send_replace(Applied { generation: new.generation, cut });
+            old = new;
+        }
     }
 }
 
@@ -96,12 +127,19 @@ pub(crate) struct Assignment {
     pub(crate) load: Load,
 }
 
+/// The running workers.
+pub(crate) struct Workers {
+    pub(crate) threads: Vec<JoinHandle<()>>,
+    /// By which mesh each of them goes.
+    pub(crate) applied: Vec<watch::Receiver<Applied>>,
+}
+
 /// Starts the workers and deals the listeners to them.
 pub(crate) fn start(
     shared: &Shared,
     workers: usize,
     listeners: Vec<(Kind, BoundListener)>,
-) -> Result<Vec<JoinHandle<()>>, CommandError> {
+) -> Result<Workers, CommandError> {
     let balance = Balance::new(workers);
     let (senders, receivers): (Vec<_>, Vec<_>) =
         (0..workers).map(|_| mpsc::channel(HANDOVER_QUEUE)).unzip();
@@ -112,7 +150,8 @@ pub(crate) fn start(
             hand.push(listener);
         }
     }
-    let start_one = |(index, (receiver, hand))| {
+    let start_one = |(index, (receiver, hand))| -> Result<_, CommandError> {
+        let (applied, followed) = watch::channel(Applied::default());
         let worker = Arc::new(Worker::new(shared.clone(), balance.clone(), index));
         let senders = senders.clone();
         let runtime = single_threaded_runtime()?;
@@ -122,11 +161,14 @@ pub(crate) fn start(
             if unprivileged && let Err(error) = drop_capabilities() {
                 tracing::warn!(%error, "a worker keeps capabilities that it does not need");
             }
-            runtime.block_on(run(worker, receiver, hand, senders));
+            runtime.block_on(run(worker, receiver, hand, senders, applied));
         };
-        thread.spawn(run).map_err(CommandError::Start)
+        Ok((thread.spawn(run).map_err(CommandError::Start)?, followed))
     };
-    receivers.into_iter().zip(hands).enumerate().map(start_one).collect()
+    let started: Result<Vec<_>, _> =
+        receivers.into_iter().zip(hands).enumerate().map(start_one).collect();
+    let (threads, applied) = started?.into_iter().unzip();
+    Ok(Workers { threads, applied })
 }
 
 async fn run(
@@ -134,7 +176,10 @@ async fn run(
     mut assignments: mpsc::Receiver<Assignment>,
     listeners: Vec<(Kind, BoundListener)>,
     peers: Arc<[mpsc::Sender<Assignment>]>,
+    applied: watch::Sender<Applied>,
 ) {
+    let enforcing = worker.clone();
+    tokio::spawn(async move { enforcing.enforce(applied).await });
     for (kind, listener) in listeners {
         tokio::spawn(accept_loop(worker.clone(), kind, listener, peers.clone()));
     }

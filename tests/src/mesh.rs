@@ -1,4 +1,4 @@
-//! The mesh file: who is where, and who speaks HBONE.
+//! The mesh file: who is where, who speaks HBONE, and who may talk to whom.
 
 use std::fs;
 use std::net::IpAddr;
@@ -11,6 +11,8 @@ use crate::pods::Pod;
 #[derive(Debug, Clone, Default)]
 pub struct Mesh {
     workloads: String,
+    services: String,
+    policies: String,
 }
 
 impl Mesh {
@@ -28,12 +30,50 @@ impl Mesh {
 
     /// Adds any workload.
     #[must_use]
-    pub fn workload(mut self, name: &str, ips: &[IpAddr], protocol: &str) -> Self {
+    pub fn workload(self, name: &str, ips: &[IpAddr], protocol: &str) -> Self {
+        self.workload_with(name, ips, protocol, "")
+    }
+
+    /// Adds any workload of which more is said, such as `, capacity: 2`.
+    #[must_use]
+    pub fn workload_with(mut self, name: &str, ips: &[IpAddr], protocol: &str, more: &str) -> Self {
         let ips: Vec<_> = ips.iter().map(|ip| format!("\"{ip}\"")).collect();
         self.workloads.push_str(&format!(
-            "- {{name: {name}, serviceAccount: {name}, protocol: {protocol}, workloadIps: [{}]}}\n",
+            "- {{name: {name}, serviceAccount: {name}, protocol: {protocol}, workloadIps: [{}]{more}}}\n",
             ips.join(", ")
         ));
+        self
+    }
+
+    /// Adds a service: what stands between its braces, but for its namespace.
+    #[must_use]
+    pub fn service(mut self, said: &str) -> Self {
+        self.services.push_str(&format!("- {{namespace: default, {said}}}\n"));
+        self
+    }
+
+    /// Adds a policy that is for the whole namespace unless `said` has a scope of its own; its rules are `rules`.
+    #[must_use]
+    pub fn policy(mut self, name: &str, action: &str, rules: &str) -> Self {
+        self.policies.push_str(&format!(
+            "- {{name: {name}, namespace: default, scope: Namespace, action: {action}, dryRun: false, rules: {rules}}}\n"
+        ));
+        self
+    }
+
+    /// Has every policy so far only say what it would do.
+    #[must_use]
+    pub fn dry_run(mut self) -> Self {
+        self.policies = self.policies.replace("dryRun: false", "dryRun: true");
+        self
+    }
+
+    /// Adds a policy for the workloads that name it.
+    #[must_use]
+    pub fn selector_policy(mut self, name: &str, action: &str, rules: &str) -> Self {
+        self = self.policy(name, action, rules);
+        let scope = self.policies.rfind("scope: Namespace").expect("it was just written");
+        self.policies.replace_range(scope..scope + 16, "scope: WorkloadSelector");
         self
     }
 
@@ -46,16 +86,25 @@ impl Mesh {
         self
     }
 
-    /// Writes it as `NAME.yaml` beside the other files of the pod's world.
+    /// Writes it as `NAME.yaml` beside the other files of the pod's world, in one step: whoever reads it sees the old or the new one.
     #[must_use]
     pub fn write(&self, pod: &Pod, name: &str) -> PathBuf {
         let file = pod.folder().join(format!("{name}.yaml"));
-        let text = if self.workloads.is_empty() {
-            "workloads: []\n".to_owned()
-        } else {
-            format!("workloads:\n{}", self.workloads)
-        };
-        fs::write(&file, text).or_fail("write a mesh file");
+        let new = file.with_extension("new");
+        fs::write(&new, self.text()).or_fail("write a mesh file");
+        fs::rename(&new, &file).or_fail("replace a mesh file");
         file
+    }
+
+    /// The document.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let Self { workloads, services, policies } = self;
+        let sections = [("workloads", workloads), ("services", services), ("policies", policies)];
+        let text = |(name, items): (&str, &String)| match items.as_str() {
+            "" => format!("{name}: []\n"),
+            items => format!("{name}:\n{items}"),
+        };
+        sections.map(text).concat()
     }
 }

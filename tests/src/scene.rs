@@ -77,8 +77,13 @@ impl Scene {
 
     /// One connection to an echo in the server's pod: bytes there, FIN, all of them back, FIN.
     pub async fn echoed(&self) {
+        self.echoed_at(self.app(Family::V4)).await;
+    }
+
+    /// The same with an echo that is reached at `to`.
+    pub async fn echoed_at(&self, to: SocketAddr) {
         let sent = b"there and back".repeat(100);
-        let connected = self.client.dial(self.app(Family::V4)).await;
+        let connected = self.client.dial(to).await;
         let mut stream = connected.or_fail("connect to the echo");
         let (mut reader, mut writer) = stream.split();
         let mut received = Vec::new();

@@ -271,7 +271,7 @@ fn config_check_lists_every_mistake_with_its_place() {
     folder.write("mesh.yaml", "workloads: [{name: a, workloadIps: [10.0.0.1]}]\n");
     assert_eq!(
         folder.underpass("config check --config good.yaml").ok(),
-        "ok: 1 workloads in the mesh\n"
+        "ok; workloads: 1, services: 0, policies: 0\n"
     );
 }
 
@@ -305,7 +305,7 @@ fn the_readmes_example_works_as_it_is_written() {
     }
     assert_eq!(
         folder.underpass("config check --config underpass.yaml").ok(),
-        "ok: 2 workloads in the mesh\n"
+        "ok; workloads: 2, services: 0, policies: 0\n"
     );
     let shown = folder.underpass("config show --config underpass.yaml").ok();
     let identity =

@@ -1,54 +1,17 @@
 //! Files replaced in all the ways in which tools do it, on the real file system.
 
 use std::fs;
-use std::os::unix::fs::symlink;
 
 use tokio::time::timeout;
 
 use super::*;
+use crate::test_folder::Folder;
 
 /// A bound for what takes [`SETTLE`], less than [`LOOK`]: to be told, not to have looked after all.
 const BOUND: Duration = Duration::from_secs(10);
 
-/// A folder of its own for one test.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Self {
-        let test = std::thread::current().name().unwrap().replace("::", "-");
-        let path = std::env::temp_dir().join(format!("underpass-{}-{test}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Self(path.canonicalize().unwrap())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-
-    fn write(&self, name: &str, text: &str) {
-        fs::create_dir_all(self.path(name).parent().unwrap()).unwrap();
-        fs::write(self.path(name), text).unwrap();
-    }
-
-    fn rename(&self, from: &str, to: &str) {
-        fs::rename(self.path(from), self.path(to)).unwrap();
-    }
-
-    /// Puts a link to `target` in the place of `name` in one step.
-    fn swap(&self, target: &str, name: &str) {
-        symlink(target, self.path("tmp")).unwrap();
-        self.rename("tmp", name);
-    }
-
-    fn watch(&self, name: &str) -> FileWatch {
-        FileWatch::new(&self.path(name)).unwrap()
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        fs::remove_dir_all(&self.0).unwrap();
-    }
+fn watch(folder: &Folder, name: &str) -> FileWatch {
+    FileWatch::new(&folder.path(name)).unwrap()
 }
 
 async fn wakes(watch: &mut FileWatch) {
@@ -59,7 +22,7 @@ async fn wakes(watch: &mut FileWatch) {
 async fn a_file_written_in_place_is_told() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
-    let mut watch = folder.watch("a.yaml");
+    let mut watch = watch(&folder, "a.yaml");
     for text in ["2", "", "3"] {
         folder.write("a.yaml", text);
         wakes(&mut watch).await;
@@ -70,7 +33,7 @@ async fn a_file_written_in_place_is_told() {
 async fn a_file_renamed_over_is_told_again_and_again() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
-    let mut watch = folder.watch("a.yaml");
+    let mut watch = watch(&folder, "a.yaml");
     for text in ["2", "3"] {
         folder.write("a.yaml.new", text);
         folder.rename("a.yaml.new", "a.yaml");
@@ -86,14 +49,14 @@ async fn a_config_map_that_is_swapped_is_told_again_and_again() {
     folder.write("..1/a.yaml", "1");
     folder.swap("..1", "..data");
     folder.swap("..data/a.yaml", "a.yaml");
-    let mut watch = folder.watch("a.yaml");
+    let mut watch = watch(&folder, "a.yaml");
     for (old, new) in [(1, 2), (2, 3)] {
         folder.write(&format!("..{new}/a.yaml"), &new.to_string());
         folder.swap(&format!("..{new}"), "..data");
         fs::remove_dir_all(folder.path(&format!("..{old}"))).unwrap();
         wakes(&mut watch).await;
     }
-    assert_eq!(watch.folders, [folder.0.clone(), folder.path("..3")].into());
+    assert_eq!(watch.watch.folders, [folder.root(), folder.path("..3")].into());
     folder.write("..3/a.yaml", "in place");
     wakes(&mut watch).await;
 }
@@ -104,7 +67,7 @@ async fn a_folder_that_is_a_link_and_swapped_is_told() {
     folder.write("releases/1/a.yaml", "1");
     folder.write("releases/2/a.yaml", "2");
     folder.swap("./releases/../releases/1", "current");
-    let mut watch = folder.watch("current/a.yaml");
+    let mut watch = watch(&folder, "current/a.yaml");
     folder.swap("releases/2", "current");
     wakes(&mut watch).await;
     folder.write("releases/2/a.yaml", "3");
@@ -114,8 +77,8 @@ async fn a_folder_that_is_a_link_and_swapped_is_told() {
 #[tokio::test]
 async fn a_file_that_goes_and_comes_back_with_its_folder_is_told() {
     let folder = Folder::new();
-    let mut watch = folder.watch("deep/down/a.yaml");
-    assert_eq!(watch.folders, [folder.0.clone()].into());
+    let mut watch = watch(&folder, "deep/down/a.yaml");
+    assert_eq!(watch.watch.folders, [folder.root()].into());
     for text in ["1", "2"] {
         folder.write("deep/down/a.yaml", text);
         wakes(&mut watch).await;
@@ -127,7 +90,7 @@ async fn a_file_that_goes_and_comes_back_with_its_folder_is_told() {
 #[tokio::test]
 async fn a_burst_of_changes_is_told_once() {
     let folder = Folder::new();
-    let mut watch = folder.watch("a.yaml");
+    let mut watch = watch(&folder, "a.yaml");
     for text in 0..100 {
         folder.write("a.yaml", &text.to_string());
     }
@@ -139,11 +102,11 @@ async fn a_burst_of_changes_is_told_once() {
 async fn other_files_and_the_same_content_are_not_told() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
-    let mut watch = folder.watch("a.yaml");
+    let mut watch = watch(&folder, "a.yaml");
     for name in ["b.yaml", "a.yaml"] {
         folder.write(name, "1");
-        timeout(BOUND, watch.told.notified()).await.expect("the folder is watched");
-        watch.told.notify_one();
+        timeout(BOUND, watch.watch.told.notified()).await.expect("the folder is watched");
+        watch.watch.told.notify_one();
         stays_silent(&mut watch).await;
     }
 }
@@ -153,7 +116,7 @@ async fn stays_silent(watch: &mut FileWatch) {
     tokio::time::pause();
     timeout(LOOK * 5, watch.changed()).await.expect_err("nothing to tell");
     tokio::time::resume();
-    watch.look_at = Instant::now() + LOOK;
+    watch.watch.look_at = Instant::now() + LOOK;
 }
 
 #[test]
@@ -172,7 +135,7 @@ fn reading_is_no_change() {
 async fn a_change_outlives_a_wait_that_is_cancelled() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
-    let mut watch = folder.watch("a.yaml");
+    let mut watch = watch(&folder, "a.yaml");
     folder.write("a.yaml", "2");
     let impatient = async { while timeout(SETTLE / 20, watch.changed()).await.is_err() {} };
     timeout(BOUND, impatient).await.expect("it is told");
@@ -182,8 +145,8 @@ async fn a_change_outlives_a_wait_that_is_cancelled() {
 async fn a_file_system_that_tells_nothing_is_looked_at() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
-    let mut watch = folder.watch("a.yaml");
-    watch.watcher.unwatch(&folder.0).unwrap();
+    let mut watch = watch(&folder, "a.yaml");
+    watch.watch.watcher.unwatch(&folder.root()).unwrap();
     folder.write("a.yaml", "2");
     tokio::time::pause();
     timeout(LOOK * 2, watch.changed()).await.expect("it is seen");
@@ -193,8 +156,101 @@ async fn a_file_system_that_tells_nothing_is_looked_at() {
 async fn a_link_to_itself_does_not_hang() {
     let folder = Folder::new();
     folder.swap("a.yaml", "a.yaml");
-    let mut watch = folder.watch("a.yaml");
+    let mut watch = watch(&folder, "a.yaml");
     folder.write("b.yaml", "1");
     folder.rename("b.yaml", "a.yaml");
     wakes(&mut watch).await;
+}
+
+#[tokio::test]
+async fn a_document_written_added_renamed_or_removed_in_a_folder_is_told() {
+    let folder = Folder::new();
+    folder.write("mesh/a.yaml", "1");
+    let mut watch = watch(&folder, "mesh");
+    folder.write("mesh/a.yaml", "2");
+    wakes(&mut watch).await;
+    folder.write("mesh/b.json", "1");
+    wakes(&mut watch).await;
+    folder.rename("mesh/b.json", "mesh/c.yml");
+    wakes(&mut watch).await;
+    fs::remove_file(folder.path("mesh/c.yml")).unwrap();
+    wakes(&mut watch).await;
+}
+
+#[tokio::test]
+async fn what_is_no_document_of_a_folder_is_not_told() {
+    let folder = Folder::new();
+    folder.write("mesh/a.yaml", "1");
+    let mut watch = watch(&folder, "mesh");
+    for name in ["mesh/.a.yaml.swp", "mesh/.b.yaml", "mesh/README", "mesh/below/c.yaml", "a.yaml"] {
+        folder.write(name, "1");
+    }
+    timeout(BOUND, watch.watch.told.notified()).await.expect("the folder is watched");
+    watch.watch.told.notify_one();
+    stays_silent(&mut watch).await;
+}
+
+#[tokio::test]
+async fn a_config_map_that_is_mounted_as_a_folder_is_told_again_and_again() {
+    let folder = Folder::new();
+    folder.write("mesh/..1/a.yaml", "1");
+    folder.swap("..1", "mesh/..data");
+    folder.swap("..data/a.yaml", "mesh/a.yaml");
+    let mut watch = watch(&folder, "mesh");
+    for (old, new) in [(1, 2), (2, 3)] {
+        folder.write(&format!("mesh/..{new}/a.yaml"), &new.to_string());
+        folder.swap(&format!("..{new}"), "mesh/..data");
+        fs::remove_dir_all(folder.path(&format!("mesh/..{old}"))).unwrap();
+        wakes(&mut watch).await;
+    }
+    folder.write("mesh/..3/a.yaml", "in place");
+    wakes(&mut watch).await;
+}
+
+#[tokio::test]
+async fn a_folder_that_another_one_takes_the_place_of_is_told() {
+    let folder = Folder::new();
+    folder.write("mesh/a.yaml", "1");
+    folder.write("next/a.yaml", "2");
+    let mut watch = watch(&folder, "mesh");
+    folder.rename("mesh", "last");
+    folder.rename("next", "mesh");
+    wakes(&mut watch).await;
+    folder.write("mesh/a.yaml", "3");
+    wakes(&mut watch).await;
+    fs::remove_dir_all(folder.path("mesh")).unwrap();
+    wakes(&mut watch).await;
+    folder.write("mesh/a.yaml", "4");
+    wakes(&mut watch).await;
+}
+
+#[tokio::test]
+async fn a_file_in_a_folder_that_is_a_link_to_elsewhere_is_followed() {
+    let folder = Folder::new();
+    folder.write("elsewhere/a.yaml", "1");
+    folder.write("mesh/b.yaml", "1");
+    folder.swap("../elsewhere/a.yaml", "mesh/a.yaml");
+    let mut watch = watch(&folder, "mesh");
+    folder.write("elsewhere/a.yaml", "2");
+    wakes(&mut watch).await;
+}
+
+#[tokio::test]
+async fn a_file_that_never_stays_the_same_is_looked_at_all_the_same() {
+    let folder = Folder::new();
+    folder.write("a.yaml", "1");
+    let mut watch = watch(&folder, "a.yaml");
+    let began = Instant::now();
+    let writes = async {
+        let mut every = tokio::time::interval(SETTLE / 2);
+        for text in 0.. {
+            every.tick().await;
+            folder.write("a.yaml", &text.to_string());
+        }
+    };
+    tokio::select! {
+        () = writes => {}
+        () = wakes(&mut watch) => {}
+    }
+    assert!(began.elapsed() >= SETTLE);
 }

@@ -210,32 +210,14 @@ fn refuse_contradictions(section: Cursor<'_>, settings: &InterceptionSettings) {
     }
 }
 
-/// Reads a CIDR as iptables does: a bare address is itself alone, host bits are cut off; an IPv4-mapped one is IPv4.
-fn cidr(text: &str) -> Result<IpNet, String> {
+pub(super) fn cidr(text: &str) -> Result<IpNet, String> {
     refuse_wildcards(text)?;
-    parse_cidr(text).ok_or_else(|| {
+    crate::cidr::parse(text).ok_or_else(|| {
         "must be an address or a CIDR, such as 10.0.0.0/8, 10.1.2.3 or fd00::/8".to_owned()
     })
 }
 
-fn parse_cidr(text: &str) -> Option<IpNet> {
-    let (address, bits) = match text.split_once('/') {
-        Some((address, bits)) => (address, Some(number::<u8>(bits)?)),
-        None => (text, None),
-    };
-    let address: IpAddr = address.parse().ok()?;
-    let net = match bits {
-        Some(bits) => IpNet::new(address, bits).ok()?.trunc(),
-        None => IpNet::from(address),
-    };
-    let mapped = net.addr().to_canonical();
-    match net.prefix_len().checked_sub(96) {
-        Some(bits) if mapped != net.addr() => IpNet::new(mapped, bits).ok(),
-        _ => Some(net),
-    }
-}
-
-fn port_range(text: &str) -> Result<PortRange, String> {
+pub(super) fn port_range(text: &str) -> Result<PortRange, String> {
     refuse_wildcards(text)?;
     text.parse().map_err(|error: PortRangeError| error.to_string())
 }
@@ -293,7 +275,7 @@ fn loopback(cursor: Cursor<'_>) -> Ipv4Net {
     let Some(text) = cursor.text() else {
         return LOOPBACK;
     };
-    match parse_cidr(text.trim()) {
+    match crate::cidr::parse(text.trim()) {
         Some(IpNet::V4(net)) if net.addr().is_loopback() && net.prefix_len() >= 8 => net,
         _ => {
             cursor.problem("must be an IPv4 CIDR inside 127.0.0.0/8, such as 127.0.0.1/32");

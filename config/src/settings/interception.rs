@@ -294,11 +294,11 @@ impl fmt::Display for Dns {
 }
 
 /// How a setting's value is written.
-fn word<T: PartialEq>(value: T, words: &[(&'static str, T)]) -> &'static str {
+pub(super) fn word<T: PartialEq>(value: T, words: &[(&'static str, T)]) -> &'static str {
     words.iter().find(|(_, known)| *known == value).map_or("", |(word, _)| word)
 }
 
-fn port(text: &str) -> Result<u16, PortRangeError> {
+pub(super) fn port(text: &str) -> Result<u16, PortRangeError> {
     // `parse` alone would take "+80".
     let digits = text.bytes().all(|c| c.is_ascii_digit());
     text.parse().ok().filter(|port| digits && *port != 0).ok_or(PortRangeError::Port)

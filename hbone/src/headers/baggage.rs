@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use http::header::{HeaderMap, HeaderValue};
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
-use underpass_config::{Workload, WorkloadType};
+use underpass_config::{Name, Workload, WorkloadType};
 
 use super::{BAGGAGE, HeaderError, OWS, header};
 
@@ -22,23 +22,24 @@ const ESCAPED: &AsciiSet =
 
 /// What a workload says of itself, for the metrics of its peers. Empty: unknown. As read from a peer it is a claim.
 ///
-/// A value with a control character in it is neither written nor read: it would end up in somebody's log.
+/// A value with a control character in it is neither written nor read: it would end up in somebody's log. The values are
+/// those of a [`Workload`], shared with it: this is made for every connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Baggage {
     /// The cluster that it is in (`k8s.cluster.name`).
-    pub cluster: String,
+    pub cluster: Name,
     /// Its namespace (`k8s.namespace.name`).
-    pub namespace: String,
+    pub namespace: Name,
     /// What it is part of (`k8s.deployment.name` and the like).
-    pub workload: Option<(WorkloadType, String)>,
+    pub workload: Option<(WorkloadType, Name)>,
     /// The service that it mainly is (`service.name`).
-    pub service: String,
+    pub service: Name,
     /// The revision of that service (`service.version`).
-    pub version: String,
+    pub version: Name,
     /// Where it runs (`cloud.region`).
-    pub region: String,
+    pub region: Name,
     /// Where in the region (`cloud.availability_zone`).
-    pub zone: String,
+    pub zone: Name,
 }
 
 impl Baggage {
@@ -167,9 +168,9 @@ fn workload_key(kind: WorkloadType) -> &'static str {
 }
 
 /// A `%` that begins no escape stays, as ztunnel writes it. What is no UTF-8 becomes U+FFFD, as the standard wants.
-fn decode(value: &str) -> Option<String> {
+fn decode(value: &str) -> Option<Name> {
     let value = percent_decode_str(value).decode_utf8_lossy();
-    is_sayable(&value).then(|| value.into_owned())
+    is_sayable(&value).then(|| value.into())
 }
 
 fn is_sayable(value: &str) -> bool {
@@ -182,13 +183,13 @@ mod tests {
 
     fn full() -> Baggage {
         Baggage {
-            cluster: "Kubernetes".to_owned(),
-            namespace: "default".to_owned(),
-            workload: Some((WorkloadType::Deployment, "client".to_owned())),
-            service: "client".to_owned(),
-            version: "v1".to_owned(),
-            region: "eu".to_owned(),
-            zone: "eu-1".to_owned(),
+            cluster: "Kubernetes".into(),
+            namespace: "default".into(),
+            workload: Some((WorkloadType::Deployment, "client".into())),
+            service: "client".into(),
+            version: "v1".into(),
+            region: "eu".into(),
+            zone: "eu-1".into(),
         }
     }
 
@@ -205,7 +206,7 @@ mod tests {
         assert_eq!(read(text), full());
         let nothing = Baggage::default();
         assert_eq!((nothing.to_string().as_str(), nothing.to_header()), ("", None));
-        let some = Baggage { namespace: "a".to_owned(), zone: "b".to_owned(), ..nothing };
+        let some = Baggage { namespace: "a".into(), zone: "b".into(), ..nothing };
         assert_eq!(some.to_string(), "k8s.namespace.name=a,cloud.availability_zone=b");
     }
 
@@ -214,7 +215,7 @@ mod tests {
         for kind in WorkloadType::ALL {
             let text = format!("k8s.{}.name=n", kind.as_str());
             let baggage = read(&text);
-            assert_eq!(baggage.workload, Some((kind, "n".to_owned())));
+            assert_eq!(baggage.workload, Some((kind, "n".into())));
             assert_eq!(baggage.to_string(), text);
         }
         assert_eq!(read("k8s.replicaset.name=n,k8s..name=n"), Baggage::default());
@@ -222,7 +223,7 @@ mod tests {
 
     #[test]
     fn a_value_is_escaped_where_the_grammar_or_ztunnel_needs_it() {
-        let service = "a,k8s.namespace.name=b;c \"d\\ 100%é".to_owned();
+        let service: Name = "a,k8s.namespace.name=b;c \"d\\ 100%é".into();
         let baggage = Baggage { service, ..Baggage::default() };
         assert_eq!(
             baggage.to_string(),
@@ -234,20 +235,19 @@ mod tests {
     #[test]
     fn what_is_not_escaped_is_read_too() {
         let service = |text: &str| read(&format!("service.name={text}")).service;
-        assert_eq!(service("a b"), "a b");
-        assert_eq!(service("100%"), "100%");
-        assert_eq!(service("%zz%4"), "%zz%4");
-        assert_eq!(service("a=b"), "a=b");
-        assert_eq!(service("é"), "é");
-        assert_eq!(service("%FF"), "\u{fffd}");
+        assert_eq!(&*service("a b"), "a b");
+        assert_eq!(&*service("100%"), "100%");
+        assert_eq!(&*service("%zz%4"), "%zz%4");
+        assert_eq!(&*service("a=b"), "a=b");
+        assert_eq!(&*service("é"), "é");
+        assert_eq!(&*service("%FF"), "\u{fffd}");
     }
 
     #[test]
     fn spaces_properties_and_what_is_unknown_are_skipped() {
         let text = "userId=alice, service.name = web ;ttl=1;x , broken,=,;,\tcloud.region=r\t,\
                     SERVICE.VERSION=v1";
-        let expected =
-            Baggage { service: "web".to_owned(), region: "r".to_owned(), ..Baggage::default() };
+        let expected = Baggage { service: "web".into(), region: "r".into(), ..Baggage::default() };
         assert_eq!(read(text), expected);
     }
 
@@ -256,8 +256,8 @@ mod tests {
         let text = "service.name=,service.name=%00,service.name=a,service.name=b,\
                     k8s.job.name=j,k8s.pod.name=p";
         let baggage = read(text);
-        assert_eq!(baggage.service, "a");
-        assert_eq!(baggage.workload, Some((WorkloadType::Job, "j".to_owned())));
+        assert_eq!(&*baggage.service, "a");
+        assert_eq!(baggage.workload, Some((WorkloadType::Job, "j".into())));
     }
 
     #[test]
@@ -265,23 +265,23 @@ mod tests {
         for escape in ["%0A", "%00", "%7F", "%C2%85", "a\tb", "a\nb"] {
             assert!(read(&format!("service.name={escape}")).is_empty(), "{escape}");
         }
-        let baggage = Baggage { service: "a\nb".to_owned(), ..full() };
-        assert_eq!(read(&baggage.to_string()), Baggage { service: String::new(), ..full() });
+        let baggage = Baggage { service: "a\nb".into(), ..full() };
+        assert_eq!(read(&baggage.to_string()), Baggage { service: Name::default(), ..full() });
     }
 
     #[test]
     fn the_limits_are_kept_in_both_directions() {
         let most = vec!["service.name=a"; MAX_MEMBERS].join(",");
-        assert_eq!(read(&most).service, "a");
+        assert_eq!(read(&most).service, "a".into());
         let error = (most + ",").parse::<Baggage>();
         assert_eq!(error, Err(HeaderError::TooManyMembers { limit: MAX_MEMBERS }));
         let long = "a".repeat(MAX_BYTES - "service.name=".len());
-        assert_eq!(read(&format!("service.name={long}")).service, long);
+        assert_eq!(read(&format!("service.name={long}")).service, long.as_str().into());
         let error = format!("service.name={long}a").parse::<Baggage>();
         assert_eq!(error, Err(HeaderError::TooLong { limit: MAX_BYTES }));
         // What does not fit is left out whole.
-        let baggage = Baggage { service: long, ..full() };
-        assert_eq!(read(&baggage.to_string()), Baggage { service: String::new(), ..full() });
+        let baggage = Baggage { service: long.into(), ..full() };
+        assert_eq!(read(&baggage.to_string()), Baggage { service: Name::default(), ..full() });
     }
 
     #[test]
@@ -293,6 +293,6 @@ mod tests {
         headers.append(BAGGAGE, HeaderValue::from_static("k8s.namespace.name=a"));
         headers.append(BAGGAGE, HeaderValue::from_bytes(b"service.name=\xff").unwrap());
         let baggage = Baggage::read(&headers).unwrap();
-        assert_eq!((baggage.namespace.as_str(), baggage.service.as_str()), ("a", "\u{fffd}"));
+        assert_eq!((&*baggage.namespace, &*baggage.service), ("a", "\u{fffd}"));
     }
 }

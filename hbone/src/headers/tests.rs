@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
-use underpass_config::WorkloadType;
+use underpass_config::{Name, WorkloadType};
 
 use super::*;
 
@@ -41,8 +41,8 @@ fn near() -> impl Strategy<Value = String> {
 }
 
 /// A value without control characters: what a workload can be called.
-fn value() -> impl Strategy<Value = String> {
-    prop_oneof!["[a-z0-9.-]{0,20}", "[ -~]{0,20}", "\\PC{0,20}"]
+fn value() -> impl Strategy<Value = Name> {
+    prop_oneof!["[a-z0-9.-]{0,20}", "[ -~]{0,20}", "\\PC{0,20}"].prop_map(Name::from)
 }
 
 fn traceparent() -> impl Strategy<Value = TraceParent> {
@@ -78,7 +78,8 @@ fn all_are_clean(headers: &RequestHeaders) -> bool {
     let workload = workload.map(|(_, name)| name).unwrap_or_default();
     let values = [cluster, namespace, workload, service, version, region, zone];
     let host = headers.forwarded.as_ref().and_then(|forwarded| forwarded.host().map(str::to_owned));
-    values.into_iter().chain(host).all(|value| is_clean(&value))
+    let network = headers.network.as_deref();
+    values.iter().map(|value| &**value).chain(host.as_deref()).chain(network).all(is_clean)
 }
 
 /// Whether a value on the wire is one that any HTTP/2 peer takes: visible ASCII and no space around it.
@@ -98,7 +99,7 @@ fn headers_of(lines: &[(HeaderName, Vec<u8>)]) -> HeaderMap {
 }
 
 fn lines() -> impl Strategy<Value = Vec<(HeaderName, Vec<u8>)>> {
-    let name = prop::sample::select(vec![TRACEPARENT, BAGGAGE, FORWARDED]);
+    let name = prop::sample::select(vec![TRACEPARENT, BAGGAGE, FORWARDED, NETWORK]);
     let value = prop_oneof![
         2 => near().prop_map(String::into_bytes),
         1 => vec(any::<u8>(), 0..80),
@@ -135,8 +136,9 @@ proptest! {
         traceparent in option::of(traceparent()),
         baggage in option::of(baggage().prop_filter("says something", |baggage| !baggage.is_empty())),
         forwarded in option::of(forwarded()),
+        network in option::of("[!-~]{0,253}".prop_map(Name::from)),
     ) {
-        let headers = RequestHeaders { traceparent, baggage, forwarded };
+        let headers = RequestHeaders { traceparent, baggage, forwarded, network };
         let written = headers.clone().into_header_map();
         prop_assert!(written.values().all(is_wire), "{written:?}");
         prop_assert_eq!(RequestHeaders::read(&written), headers);
@@ -144,6 +146,7 @@ proptest! {
 
     #[test]
     fn no_value_becomes_another_member(cluster in any::<String>(), service in any::<String>()) {
+        let (cluster, service) = (Name::from(cluster), Name::from(service));
         let sayable = usize::from(!cluster.is_empty() && is_clean(&cluster))
             + usize::from(!service.is_empty() && is_clean(&service));
         let baggage = Baggage { cluster, service, ..Baggage::default() };
@@ -168,6 +171,7 @@ fn what_says_nothing_is_not_sent() {
         baggage: Some(Baggage::default()),
         forwarded: Some(Forwarded::default()),
         traceparent: None,
+        network: None,
     };
     assert!(headers.into_header_map().is_empty());
     assert_eq!(RequestHeaders::read(&HeaderMap::new()), RequestHeaders::default());

@@ -38,7 +38,7 @@ async fn a_client_that_sends_a_byte_now_and_then_is_given_up() {
     let expected = [id(SERVER)];
     let hello = tokio::select! {
         hello = hello => hello,
-        _ = client.client().connect(near, ADDRESS, &expected) => unreachable!(),
+        _ = client.client().connect(Box::new(near), ADDRESS, &expected) => unreachable!(),
     };
     let deadline = 10 * SECOND;
     for interval in [SECOND / 10, SECOND, HOUR] {
@@ -67,7 +67,7 @@ async fn a_client_that_stops_after_tls_is_given_up() {
     let (client, accepted) = tokio::join!(
         async {
             let (mut stream, _) =
-                client.client().connect(near, ADDRESS, &[id(SERVER)]).await.unwrap();
+                client.client().connect(Box::new(near), ADDRESS, &[id(SERVER)]).await.unwrap();
             stream.write_all(b"PRI * HTT").await.unwrap();
             stream.flush().await.unwrap();
             stream
@@ -83,7 +83,8 @@ async fn answered(request: Request<()>) -> StatusCode {
     let (client, acceptor) = client_and_acceptor();
     let (near, far) = duplex(64 << 10);
     let ask = async {
-        let (stream, _) = client.client().connect(near, ADDRESS, &[id(SERVER)]).await.unwrap();
+        let (stream, _) =
+            client.client().connect(Box::new(near), ADDRESS, &[id(SERVER)]).await.unwrap();
         let (mut send, connection) = h2::client::handshake(stream).await.unwrap();
         tokio::spawn(connection);
         let (response, _send) = send.send_request(request, false).unwrap();

@@ -11,7 +11,6 @@ use rustls::ClientConfig;
 use rustls::client::{ClientSessionStore, Resumption};
 use rustls::sign::SingleCertAndKey;
 use rustls_pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use underpass_config::SpiffeId;
@@ -20,6 +19,7 @@ use super::sessions::Sessions;
 use super::verify::{Peer, Verifier};
 use super::{ALPN, handshake_error, provider, require_h2, tls_error};
 use crate::clock::WallClock;
+use crate::io::Io;
 use crate::trust::Authorities;
 use crate::{ExpectedPeer, HboneError, Identity};
 
@@ -79,15 +79,12 @@ impl ClientTls {
     }
 
     /// Handshakes with a server that must be one of `expected`; our certificate is not sent to another.
-    pub(crate) async fn connect<T>(
+    pub(crate) async fn connect(
         &self,
-        io: T,
+        io: Io,
         address: SocketAddr,
         expected: &[SpiffeId],
-    ) -> Result<(TlsStream<T>, Peer), HboneError>
-    where
-        T: AsyncRead + AsyncWrite + Unpin,
-    {
+    ) -> Result<(TlsStream<Io>, Peer), HboneError> {
         let tls = self.peer((address, expected.into()));
         // rustls wants a name; an address is never sent as SNI (RFC 6066 section 3), nor looked at by us.
         let no_name = ServerName::IpAddress(Ipv4Addr::UNSPECIFIED.into());

@@ -16,6 +16,7 @@ use super::sessions::Tickets;
 use super::verify::{Peer, Verifier};
 use super::{ALPN, handshake_error, provider, require_h2, tls_error};
 use crate::clock::WallClock;
+use crate::io::Io;
 use crate::trust::Authorities;
 use crate::{HboneError, Identity};
 
@@ -54,10 +55,7 @@ impl ServerTls {
     }
 
     /// Handshakes with a client that must be of a trust domain whose roots we have.
-    pub(crate) async fn accept<T>(&self, io: T) -> Result<(TlsStream<T>, Peer), HboneError>
-    where
-        T: AsyncRead + AsyncWrite + Unpin,
-    {
+    pub(crate) async fn accept(&self, io: Io) -> Result<(TlsStream<Io>, Peer), HboneError> {
         let accept = TlsAcceptor::from(self.config.clone()).accept(io);
         let stream = match accept.into_fallible().await {
             Ok(stream) => stream,

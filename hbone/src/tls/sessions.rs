@@ -30,7 +30,7 @@ pub(super) struct Sessions(Mutex<Remembered>);
 struct Remembered {
     /// The oldest first. rustls gives each back once (RFC 8446 appendix C.4).
     tickets: VecDeque<Tls13ClientSessionValue>,
-    /// When one of the certificates that the sessions began with expires.
+    /// When the first of the certificates that the sessions began with expires.
     expires: SystemTime,
     group: Option<NamedGroup>,
 }
@@ -42,7 +42,10 @@ impl Sessions {
 
     /// Notes that a full handshake began a session, which may be resumed until one of its certificates expires.
     pub(super) fn begun(&self, expires: SystemTime) {
-        self.remembered().expires = expires;
+        let mut remembered = self.remembered();
+        // Several servers may be behind one address, so that the tickets may be of several certificates.
+        let others = if remembered.tickets.is_empty() { expires } else { remembered.expires };
+        remembered.expires = expires.min(others);
     }
 
     pub(super) fn forget(&self) {

@@ -1,6 +1,6 @@
 //! `underpass config`: the settings and the mesh file, without running anything.
 
-use underpass_config::MeshSource;
+use underpass_config::Mesh;
 
 use super::run::SettingsArguments;
 use super::{CommandError, print};
@@ -19,8 +19,13 @@ pub(super) fn run(command: Command) -> Result<(), CommandError> {
     match command {
         Command::Check(arguments) => {
             let settings = arguments.load()?;
-            let mesh = MeshSource::open(settings.mesh_file.as_deref())?;
-            print(&format!("ok: {} workloads in the mesh\n", mesh.subscribe().borrow().len()))
+            let mesh = settings.mesh_file.as_deref().map(Mesh::from_file).transpose()?;
+            let mesh = mesh.unwrap_or_default();
+            let (workloads, services) = (mesh.workloads().len(), mesh.services().len());
+            let policies = mesh.policy_count();
+            print(&format!(
+                "ok; workloads: {workloads}, services: {services}, policies: {policies}\n"
+            ))
         }
         Command::Show(arguments) => print(&arguments.load()?.to_string()),
     }

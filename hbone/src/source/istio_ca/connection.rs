@@ -21,6 +21,7 @@ use tonic::body::Body;
 use tower_service::Service;
 use underpass_config::IstioCaSettings;
 
+use crate::io::Io;
 use crate::source::IssuerProblem;
 use crate::{Bundle, Dial, HboneError, tls};
 
@@ -67,7 +68,9 @@ impl Endpoint {
     ) -> Result<Connection, HboneError> {
         let io =
             self.dial(dial).await.map_err(|error| self.problem(IssuerProblem::Connect, error))?;
-        self.handshake(io, roots).await.map_err(|error| self.problem(IssuerProblem::Tls, error))
+        self.handshake(Box::new(io), roots)
+            .await
+            .map_err(|error| self.problem(IssuerProblem::Tls, error))
     }
 
     async fn dial<D: Dial>(&self, dial: &D) -> io::Result<D::Io> {
@@ -83,10 +86,7 @@ impl Endpoint {
         Err(last)
     }
 
-    async fn handshake<T>(&self, io: T, roots: Arc<RootCertStore>) -> io::Result<Connection>
-    where
-        T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
-    {
+    async fn handshake(&self, io: Io, roots: Arc<RootCertStore>) -> io::Result<Connection> {
         let mut config = ClientConfig::builder_with_provider(tls::provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(io::Error::other)?

@@ -147,6 +147,19 @@ async fn no_session_outlives_a_certificate() {
     assert!(matches!(refused, Some(HboneError::PeerCertificateExpired { .. })), "{refused:?}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn tickets_of_several_servers_end_with_the_first_of_their_certificates() {
+    let ca = Ca::root("ours");
+    let parties =
+        Parties::new(credentials(&ca, CLIENT, 1, 3 * HOUR), credentials(&ca, SERVER, 2, HOUR));
+    assert!(!parties.again().await);
+    parties.server.send_replace(credentials(&ca, SERVER, 3, 3 * HOUR));
+    assert!(!parties.again().await);
+    sleep(HOUR).await;
+    assert!(!parties.again().await);
+    assert!(parties.again().await);
+}
+
 /// A handshake, and whether it was a resumed one; the client reads until its tickets have come.
 async fn handshake(
     client: &ClientTls,
@@ -156,14 +169,14 @@ async fn handshake(
     let (near, far) = duplex(64 << 10);
     let expected = [id(SERVER)];
     let connect = async {
-        let (mut stream, _) = client.connect(near, address, &expected).await?;
+        let (mut stream, _) = client.connect(Box::new(near), address, &expected).await?;
         let mut greeting = [0; 5];
         // Nothing comes if it is refused.
         let _refused = stream.read_exact(&mut greeting).await;
         Ok(())
     };
     let accept = async {
-        let (mut stream, peer) = server.accept(far).await?;
+        let (mut stream, peer) = server.accept(Box::new(far)).await?;
         stream.write_all(b"hello").await.unwrap();
         stream.flush().await.unwrap();
         Ok(peer.resumed)
@@ -206,7 +219,7 @@ async fn the_sessions_of_so_many_peers_are_remembered_and_no_more() {
         let (near, far) = duplex(1024);
         drop(far);
         let address = SocketAddr::from(([10, 0, 0, 1], port));
-        client.client().connect(near, address, &[id(SERVER)]).await.unwrap_err();
+        client.client().connect(Box::new(near), address, &[id(SERVER)]).await.unwrap_err();
     }
     assert_eq!(client.client().peers(), 1024);
     assert!(!handshake(client.client(), server.server(), ADDRESS).await.unwrap());

@@ -1,0 +1,302 @@
+//! `cargo bench -p underpass-benches --bench changes -- [CONNECTIONS]`: what a change of the mesh costs connections that are open.
+//!
+//! * **cut**: plaintext connections (50,000, two sockets each in the proxy) that a policy comes to forbid: how long until every one of
+//!   them has ended, and what requests of another connection through the same proxy take meanwhile.
+//! * **update**: 64 connections with requests through both proxies, whose mesh has 100,000 workloads and 10,000 services in 100
+//!   files, of which one changes twice a second: the latencies with and without, in turns.
+//!
+//! 50,000 connections need a limit of some 150,000 open files: `prlimit --nofile=200000 cargo bench …`, as root.
+
+#![expect(
+    clippy::expect_used,
+    reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
+)]
+#![expect(clippy::print_stdout, reason = "this is a program for a terminal")]
+
+use std::fmt::Write as _;
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::thread;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, interval, sleep};
+use underpass_interception::{Namespace, enter_sandbox, raise_open_files};
+use underpass_tests::{CLIENT, Family, Mesh, Pki, Pod, Proxy, SERVER, Settings, World};
+
+/// Where connections are held open; several, for a port of the client serves only one connection to each.
+const HELD: [u16; 4] = [9101, 9102, 9103, 9104];
+/// Where requests are answered.
+const ANSWER: u16 = 9003;
+const MESSAGE: usize = 100;
+const WORKLOADS: usize = 100_000;
+const SERVICES: usize = 10_000;
+const FILES: usize = 100;
+const ROUNDS: usize = 6;
+
+fn main() {
+    let arguments: Vec<_> = std::env::args().collect();
+    if !arguments.iter().any(|argument| argument == "--bench") {
+        println!("nothing is measured without --bench, which `cargo bench` adds");
+        return;
+    }
+    let connections = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(50_000);
+    underpass_tests::binary();
+    enter_sandbox().expect("this user may make namespaces");
+    raise_open_files().expect("the limit of open files can be raised");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime starts").block_on(async {
+        cut(connections).await;
+        update().await;
+    });
+}
+
+/// Two pods on one wire.
+struct Pods {
+    world: World,
+    client: Pod,
+    server: Pod,
+}
+
+impl Pods {
+    async fn new() -> Self {
+        let mut world = World::new();
+        let (mut client, mut server) = (world.pod(CLIENT).await, world.pod(SERVER).await);
+        world.wire(&mut client, &mut server).await;
+        for pod in [&client, &server] {
+            pod.sysctl("net/ipv4/ip_local_port_range", "1024 65000");
+        }
+        serve(&server);
+        Self { world, client, server }
+    }
+
+    async fn proxy(&self, pod: &Pod, mesh: &Path) -> Proxy {
+        let settings = Settings::new(pod.name())
+            .identity(&Pki::new(self.world.folder()).issue(pod.name()))
+            .mesh(mesh)
+            .set("logging.filter=info");
+        pod.proxy(&settings).await
+    }
+}
+
+/// An application that holds connections and one that answers, on a thread of their own.
+fn serve(pod: &Pod) {
+    in_pod(pod.namespace(), async || {
+        for port in HELD.into_iter().chain([ANSWER]) {
+            let listener = TcpListener::bind(("0.0.0.0", port)).await.expect("a free port");
+            tokio::spawn(async move {
+                loop {
+                    let (stream, _) = listener.accept().await.expect("accept");
+                    tokio::spawn(answer(stream));
+                }
+            });
+        }
+        std::future::pending().await
+    });
+}
+
+async fn answer(mut stream: TcpStream) {
+    let mut message = [0; MESSAGE];
+    while stream.read_exact(&mut message).await.is_ok() && stream.write_all(&message).await.is_ok()
+    {
+    }
+}
+
+/// Runs `work` on a thread in the pod, with a runtime of its own.
+fn in_pod<T: Send + 'static>(
+    pod: &Namespace,
+    work: impl AsyncFnOnce() -> T + Send + 'static,
+) -> thread::JoinHandle<T> {
+    let run = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime starts").block_on(work())
+    };
+    pod.run(|| thread::spawn(run)).expect("the pod can be entered")
+}
+
+async fn ask(stream: &mut TcpStream) -> std::io::Result<()> {
+    let mut message = [0; MESSAGE];
+    stream.write_all(&message).await?;
+    stream.read_exact(&mut message).await.map(drop)
+}
+
+async fn cut(connections: usize) {
+    let pods = Pods::new().await;
+    let file = pods.world.folder().join("mesh.yaml");
+    let write = |mesh: Mesh| mesh.write(&pods.client, "mesh");
+    let usual = || Mesh::default().hbone(&pods.server);
+    assert_eq!(write(usual()), file);
+    let mut proxy = pods.proxy(&pods.server, &file).await;
+    let (opened, ended) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let counts = (opened.clone(), ended.clone());
+    let servers = HELD.map(|port| pods.server.at(Family::V4, port));
+    in_pod(pods.client.namespace(), async move || {
+        let mut held = JoinSet::new();
+        for server in servers.into_iter().cycle().take(connections) {
+            let mut stream = TcpStream::connect(server).await.expect("a connection");
+            ask(&mut stream).await.expect("an answer");
+            counts.0.fetch_add(1, SeqCst);
+            let ended = counts.1.clone();
+            held.spawn(async move {
+                let _ = stream.read_u8().await;
+                ended.fetch_add(1, SeqCst);
+            });
+        }
+        held.join_all().await;
+    });
+    reach(&opened, connections).await;
+    let calm = latencies(&pods, 1, Duration::from_secs(2)).await;
+    let ports: Vec<_> = HELD.iter().map(u16::to_string).collect();
+    let rules = format!("[[[{{destinationPorts: [{}]}}]]]", ports.join(", "));
+    let measured = latencies_while(&pods, 1);
+    let began = Instant::now();
+    assert_eq!(write(usual().policy("closed", "Deny", &rules)), file);
+    reach(&ended, connections).await;
+    let all_ended = began.elapsed();
+    let line = proxy.line(&["the change is in force", "generation=2"]).await;
+    let took = line.split_whitespace().find(|word| word.starts_with("took=")).unwrap_or_default();
+    let (mut during, mut calm) = (measured.stop(), calm);
+    println!(
+        "| connections | from the file to the last RST | of it in the proxy | request beside it: p50, p99, most | before |"
+    );
+    println!("|---|---|---|---|---|");
+    println!(
+        "| {connections} | {:.2} s | {took} | {} | {} |\n",
+        all_ended.as_secs_f64(),
+        figures(&mut during),
+        figures(&mut calm)
+    );
+}
+
+async fn reach(counter: &AtomicUsize, all: usize) {
+    while counter.load(SeqCst) < all {
+        sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Requests that are made until they are told to stop.
+struct Measuring {
+    stop: Arc<AtomicBool>,
+    thread: thread::JoinHandle<Vec<u32>>,
+}
+
+impl Measuring {
+    fn stop(self) -> Vec<u32> {
+        self.stop.store(true, SeqCst);
+        self.thread.join().expect("the load met no error")
+    }
+}
+
+fn latencies_while(pods: &Pods, connections: usize) -> Measuring {
+    let stop = Arc::new(AtomicBool::new(false));
+    let (stopped, server) = (stop.clone(), pods.server.at(Family::V4, ANSWER));
+    let thread = in_pod(pods.client.namespace(), async move || {
+        let mut clients = JoinSet::new();
+        for _ in 0..connections {
+            clients.spawn(requests(server, stopped.clone()));
+        }
+        clients.join_all().await.concat()
+    });
+    Measuring { stop, thread }
+}
+
+async fn latencies(pods: &Pods, connections: usize, window: Duration) -> Vec<u32> {
+    let measuring = latencies_while(pods, connections);
+    sleep(window).await;
+    measuring.stop()
+}
+
+async fn requests(server: SocketAddr, stopped: Arc<AtomicBool>) -> Vec<u32> {
+    let mut stream = TcpStream::connect(server).await.expect("a connection");
+    stream.set_nodelay(true).expect("TCP_NODELAY");
+    let mut latencies = Vec::new();
+    while !stopped.load(SeqCst) {
+        let began = Instant::now();
+        ask(&mut stream).await.expect("an answer");
+        latencies.push(u32::try_from(began.elapsed().as_micros()).expect("less than an hour"));
+    }
+    latencies
+}
+
+/// p50, p99 and the most, in µs.
+fn figures(latencies: &mut [u32]) -> String {
+    latencies.sort_unstable();
+    let at = |share: usize| latencies.get((latencies.len() * share / 100).min(latencies.len() - 1));
+    let [p50, p99, most] = [50, 99, 100].map(|share| at(share).copied().unwrap_or_default());
+    format!("{p50}, {p99}, {most} µs ({} requests)", latencies.len())
+}
+
+async fn update() {
+    let pods = Pods::new().await;
+    let folder = pods.world.folder().join("meshes");
+    fs::create_dir_all(&folder).expect("a folder");
+    let two = Mesh::default().hbone(&pods.client).hbone(&pods.server);
+    fs::write(folder.join("pods.yaml"), two.text()).expect("a mesh file");
+    (0..FILES).for_each(|number| part(&folder, number, 0));
+    let client = pods.proxy(&pods.client, &folder).await;
+    let server = pods.proxy(&pods.server, &folder).await;
+    let (mut without, mut with) = (Vec::new(), Vec::new());
+    println!(
+        "| round | 64 connections: p50, p99, most without changes | with two changes of 1 % a second | p99 ratio |"
+    );
+    println!("|---|---|---|---|");
+    for round in 0..ROUNDS {
+        let mut calm = latencies(&pods, 64, Duration::from_secs(5)).await;
+        let measuring = latencies_while(&pods, 64);
+        let mut ticks = interval(Duration::from_millis(500));
+        for change in 0..10 {
+            ticks.tick().await;
+            part(&folder, change % FILES, round * 10 + change + 1);
+        }
+        ticks.tick().await;
+        let mut changing = measuring.stop();
+        let (calm_text, changing_text) = (figures(&mut calm), figures(&mut changing));
+        let p99 =
+            |sorted: &[u32]| f64::from(sorted.get(sorted.len() * 99 / 100).copied().unwrap_or(1));
+        println!(
+            "| {} | {calm_text} | {changing_text} | {:.2} |",
+            round + 1,
+            p99(&changing) / p99(&calm)
+        );
+        without.append(&mut calm);
+        with.append(&mut changing);
+    }
+    println!("| all | {} | {} | |", figures(&mut without), figures(&mut with));
+    let changes = [&client, &server].map(|proxy| proxy.count(&["the change is in force"]));
+    println!("\nchanges in force: {changes:?} (client's proxy, server's proxy)");
+}
+
+/// Writes one of the files: a hundredth of all.
+fn part(folder: &Path, number: usize, version: usize) {
+    let mut text = format!("# version {version}\nworkloads:\n");
+    for index in (number * WORKLOADS / FILES)..((number + 1) * WORKLOADS / FILES) {
+        let service = index % (SERVICES / FILES) + number * SERVICES / FILES;
+        let (a, b, c) = (100 + index / 65536, index / 256 % 256, index % 256);
+        writeln!(
+            text,
+            "- {{uid: c//Pod/ns-{0}/pod-{index}-{version}, name: pod-{index}, namespace: ns-{0}, serviceAccount: sa-{0}, trustDomain: cluster.local, \
+             workloadIps: [\"{a}.{b}.{c}.1\"], protocol: HBONE, node: node-{1}, workloadName: app-{service}, workloadType: deployment, \
+             canonicalName: app-{service}, canonicalRevision: v1, clusterId: Kubernetes, services: {{ns-{0}/app-{service}.example: {{80: 8080}}}}}}",
+            service % 100, index % 500
+        )
+        .expect("text");
+    }
+    text.push_str("services:\n");
+    for service in (number * SERVICES / FILES)..((number + 1) * SERVICES / FILES) {
+        writeln!(
+            text,
+            "- {{name: app-{service}, namespace: ns-{}, hostname: app-{service}.example, vips: [\"/10.200.{}.{}\"], ports: {{80: 8080}}}}",
+            service % 100, service / 256, service % 256
+        )
+        .expect("text");
+    }
+    let file: PathBuf = folder.join(format!("part-{number:03}.yaml"));
+    let new = file.with_extension("new");
+    fs::write(&new, text).expect("a mesh file");
+    fs::rename(&new, &file).expect("a mesh file");
+}

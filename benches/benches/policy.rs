@@ -1,0 +1,152 @@
+//! `cargo bench -p underpass-benches --bench policy`: what a decision by policies takes in a mesh with 10,000 policies of 10 rules.
+//!
+//! Ten policies hold for each workload: five deny and five allow, one of them the whole mesh's. Rows: the connection, and which rules
+//! it takes to decide. Columns: the median of the rounds, the least, and what nine of ten of them kept within.
+
+#![expect(
+    clippy::expect_used,
+    reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
+)]
+#![expect(clippy::print_stdout, reason = "this is a program for a terminal")]
+
+use std::fmt::Write as _;
+use std::hint::black_box;
+
+use tokio::time::Instant;
+use underpass_config::{Connection, Mesh, PolicyAction, PolicySet, SpiffeId};
+
+const NAMESPACES: usize = 1111;
+/// Those of a namespace; there is one more, the mesh's.
+const POLICIES: usize = 9;
+const RULES: usize = 10;
+const ROUNDS: usize = 1001;
+/// Decisions that are one figure: about a millisecond, so that most rounds are not interrupted by whatever else the machine does.
+const DECISIONS: u32 = 200;
+
+fn main() {
+    if !std::env::args().any(|argument| argument == "--bench") {
+        println!("nothing is measured without --bench, which `cargo bench` adds");
+        return;
+    }
+    let text = document();
+    let start = Instant::now();
+    let mesh = Mesh::from_text("bench", &text).expect("a mesh file without mistakes");
+    println!(
+        "{} policies, {} MB of text, read in {} ms\n",
+        mesh.policy_count(),
+        text.len() / 1_000_000,
+        start.elapsed().as_millis()
+    );
+    println!("| connection | µs per decision | least | 90 % |\n|---|---|---|---|");
+    let nobody = identity("spiffe://td/ns/none/sa/none");
+    let allowed = identity("spiffe://td/ns/friends/sa/last");
+    let denied = identity("spiffe://td/ns/foes/sa/first");
+    let near = |_: usize| "ns-500".to_owned();
+    let far = |round: usize| format!("ns-{}", round * 7 % NAMESPACES);
+    measure("no rule matches: all are asked", &mesh, Some(&nobody), near, decides);
+    measure("the last rule allows", &mesh, Some(&allowed), near, decides);
+    measure("the first rule denies", &mesh, Some(&denied), near, decides);
+    measure("plaintext; no rule matches", &mesh, None, near, decides);
+    measure("another workload each time", &mesh, Some(&nobody), far, decides);
+    measure(
+        "dry run, of which there is none",
+        &mesh,
+        Some(&nobody),
+        near,
+        |policies, connection| {
+            let actions = [PolicyAction::Deny, PolicyAction::Allow];
+            let mut all = actions.into_iter().flat_map(|action| policies.dry_run(action));
+            black_box(all.any(|policy| policy.matches(connection)));
+        },
+    );
+    measure("the same set, compared with itself", &mesh, Some(&nobody), near, |policies, _| {
+        black_box(policies == black_box(policies));
+    });
+}
+
+fn identity(text: &str) -> SpiffeId {
+    text.parse().expect("an identity")
+}
+
+/// Asks as `authorization::decide` does, to which the proxy's library has no public door.
+fn decides(policies: PolicySet<'_>, connection: &Connection<'_>) {
+    let denied = policies.deciding(PolicyAction::Deny).any(|policy| policy.matches(connection));
+    let mut allowing = policies.deciding(PolicyAction::Allow).peekable();
+    black_box(
+        !denied && (allowing.peek().is_none() || allowing.any(|policy| policy.matches(connection))),
+    );
+}
+
+fn measure(
+    name: &str,
+    mesh: &Mesh,
+    identity: Option<&SpiffeId>,
+    namespace: impl Fn(usize) -> String,
+    what: impl Fn(PolicySet<'_>, &Connection<'_>),
+) {
+    let connection = Connection {
+        source: [192, 0, 2, 1].into(),
+        destination: ([10, 0, 0, 9], 8080).into(),
+        identity,
+    };
+    let namespaces: Vec<_> = (0..NAMESPACES).map(namespace).collect();
+    let mut namespaces = namespaces.iter().cycle();
+    let mut figures: Vec<f64> = (0..ROUNDS)
+        .map(|_| {
+            let start = Instant::now();
+            for (namespace, _) in namespaces.by_ref().zip(0..DECISIONS) {
+                what(mesh.policies(namespace, None), black_box(&connection));
+            }
+            start.elapsed().as_secs_f64() * 1e6 / f64::from(DECISIONS)
+        })
+        .collect();
+    figures.sort_by(f64::total_cmp);
+    let at = |index: usize| figures.get(index).copied().unwrap_or_default();
+    println!("| {name} | {:.3} | {:.3} | {:.3} |", at(ROUNDS / 2), at(0), at(ROUNDS * 9 / 10));
+}
+
+/// The mesh file.
+fn document() -> String {
+    let mut text = "policies:\n".to_owned();
+    policy(&mut text, 0, 0, "Global");
+    for namespace in 0..NAMESPACES {
+        for index in 1..=POLICIES {
+            policy(&mut text, namespace, index, "Namespace");
+        }
+    }
+    text
+}
+
+fn policy(text: &mut String, namespace: usize, index: usize, scope: &str) {
+    let action = if index.is_multiple_of(2) { "Deny" } else { "Allow" };
+    writeln!(
+        text,
+        "- name: p-{index}\n  namespace: ns-{namespace}\n  scope: {scope}\n  action: {action}\n  dryRun: false\n  rules:"
+    )
+    .expect("memory");
+    for number in 0..RULES {
+        let seed = (namespace * 10 + index) * 10 + number;
+        // All but the last two rules need their texts compared: the port is right.
+        let port = "[{destinationPorts: [80, 443, 8080]}]";
+        let from = match number {
+            _ if index == 0 && number == 0 => "principals: [!Exact td/ns/foes/sa/first]".to_owned(),
+            _ if index == POLICIES && number == RULES - 1 => {
+                "principals: [!Exact td/ns/friends/sa/last]".to_owned()
+            }
+            n if n % 5 == 0 => {
+                format!("principals: [!Exact td/ns/a-{seed}/sa/web, !Exact td/ns/b-{seed}/sa/db]")
+            }
+            n if n % 5 == 1 => {
+                format!("namespaces: [!Exact c-{seed}], notPrincipals: [!Suffix /sa/x-{seed}]")
+            }
+            n if n % 5 == 2 => format!(
+                "sourceIps: [10.{}.0.0/16, 172.16.{}.0/24, 'fd00::/8']",
+                seed % 256,
+                seed % 255
+            ),
+            n if n % 5 == 3 => format!("principals: [!Prefix td/ns/d-{seed}/]"),
+            _ => format!("serviceAccounts: [{{namespace: e-{seed}, serviceAccount: web}}]"),
+        };
+        writeln!(text, "  - [[{{{from}}}], {port}]").expect("memory");
+    }
+}

@@ -1,0 +1,222 @@
+//! From the events of a YAML parser to nodes: the whole document, or one item of its lists after the other.
+//!
+//! Not here: YAML's grammar, which is the parser's.
+
+use std::collections::{HashMap, HashSet};
+
+use saphyr_parser::{Event, Parser, ScalarStyle, Span, StrInput, Tag};
+
+use super::{Node, Origin, Part, SyntaxError, Value};
+
+/// Deeper nesting than any setting needs; a bound for the recursion below.
+const MAX_DEPTH: usize = 32;
+/// How many nodes aliases (`*name`) may add, so that a small file cannot unfold into a huge tree: these, and one for each byte
+/// of the text.
+const MAX_ALIASED_NODES: usize = 100_000;
+/// A mapping with more keys than these is searched by hash.
+const FEW_KEYS: usize = 16;
+
+pub(super) struct Loader<'a> {
+    parser: Parser<'a, StrInput<'a>>,
+    origin: &'a dyn Fn(usize, usize) -> Origin,
+    anchors: HashMap<usize, Node>,
+    /// How many nodes aliases may still add.
+    aliased_left: usize,
+}
+
+impl<'a> Loader<'a> {
+    pub(super) fn new(text: &'a str, origin: &'a dyn Fn(usize, usize) -> Origin) -> Self {
+        // A byte order mark may begin a file (YAML 1.2, section 5.2), but is no part of what it says.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+        Self {
+            parser: Parser::new_from_str(text),
+            origin,
+            anchors: HashMap::new(),
+            aliased_left: MAX_ALIASED_NODES + text.len(),
+        }
+    }
+
+    pub(super) fn document(mut self) -> Result<Node, SyntaxError> {
+        let root = match self.begin()? {
+            Some((event, span)) => self.node(event, &span, 0)?,
+            None => return Ok(Node::empty((self.origin)(1, 1))),
+        };
+        self.end()?;
+        Ok(root)
+    }
+
+    pub(super) fn parts(mut self, tell: &mut dyn FnMut(Part<'_>)) -> Result<(), SyntaxError> {
+        let (event, span) = match self.begin()? {
+            Some((Event::MappingStart(..), _)) => {
+                self.sections(tell)?;
+                return self.end();
+            }
+            Some(other) => other,
+            None => {
+                let origin = (self.origin)(1, 1);
+                tell(Part::Whole(Node { value: Value::Null, tag: None, origin }));
+                return Ok(());
+            }
+        };
+        tell(Part::Whole(self.node(event, &span, 0)?));
+        self.end()
+    }
+
+    fn sections(&mut self, tell: &mut dyn FnMut(Part<'_>)) -> Result<(), SyntaxError> {
+        let mut known = HashSet::new();
+        while let Some((key, span)) = self.key()? {
+            if !known.insert(key.clone()) {
+                return Err(self.error(&span, &format!("the key {key} is given twice")));
+            }
+            let (event, span) = self.next()?;
+            tell(Part::Key(&key, self.place(&span)));
+            // A list that an alias may repeat is needed as a whole.
+            if !matches!(event, Event::SequenceStart(0, _)) {
+                match self.node(event, &span, 1)? {
+                    Node { value: Value::Sequence(items), .. } => items
+                        .into_iter()
+                        .enumerate()
+                        .for_each(|(index, node)| tell(Part::Item(&key, index, node))),
+                    node => tell(Part::Value(&key, node)),
+                }
+                continue;
+            }
+            for index in 0.. {
+                match self.next()? {
+                    (Event::SequenceEnd, _) => break,
+                    (event, span) => tell(Part::Item(&key, index, self.node(event, &span, 2)?)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The event that begins the document, if there is one.
+    fn begin(&mut self) -> Result<Option<(Event<'a>, Span)>, SyntaxError> {
+        loop {
+            match self.next()? {
+                (Event::StreamEnd, _) => return Ok(None),
+                (Event::StreamStart | Event::DocumentStart(_) | Event::Nothing, _) => {}
+                first => return Ok(Some(first)),
+            }
+        }
+    }
+
+    /// Refuses what follows the document.
+    fn end(&mut self) -> Result<(), SyntaxError> {
+        loop {
+            match self.next()? {
+                (Event::StreamEnd, _) => return Ok(()),
+                (Event::DocumentEnd | Event::Nothing, _) => {}
+                (_, span) => {
+                    return Err(self.error(&span, "a second document: only one is read"));
+                }
+            }
+        }
+    }
+
+    fn next(&mut self) -> Result<(Event<'a>, Span), SyntaxError> {
+        match self.parser.next_event() {
+            Some(Ok(event)) => Ok(event),
+            Some(Err(error)) => {
+                let at = error.marker();
+                Err(SyntaxError {
+                    reason: format!("not YAML: {}", error.info()),
+                    origin: (self.origin)(at.line(), at.col() + 1),
+                })
+            }
+            None => Ok((Event::StreamEnd, Span::default())),
+        }
+    }
+
+    fn error(&self, span: &Span, reason: &str) -> SyntaxError {
+        SyntaxError { reason: reason.to_owned(), origin: self.place(span) }
+    }
+
+    fn place(&self, span: &Span) -> Origin {
+        (self.origin)(span.start.line(), span.start.col() + 1)
+    }
+
+    /// The node that `event` begins.
+    fn node(&mut self, event: Event<'a>, span: &Span, depth: usize) -> Result<Node, SyntaxError> {
+        if depth > MAX_DEPTH {
+            return Err(self.error(span, "nested too deeply"));
+        }
+        let (value, anchor, tag) = match event {
+            Event::Scalar(text, style, anchor, tag) => {
+                let plain = style == ScalarStyle::Plain;
+                let null = plain && matches!(&*text, "" | "~" | "null" | "Null" | "NULL");
+                let value = if null { Value::Null } else { Value::Scalar(text.into_owned()) };
+                (value, anchor, tag)
+            }
+            Event::SequenceStart(anchor, tag) => (self.sequence(depth)?, anchor, tag),
+            Event::MappingStart(anchor, tag) => (self.mapping(depth)?, anchor, tag),
+            Event::Alias(anchor) => return self.alias(anchor, span),
+            _ => return Err(self.error(span, "a value was expected here")),
+        };
+        let tag = tag.as_deref().and_then(local_tag);
+        let node = Node { value, tag, origin: self.place(span) };
+        if anchor != 0 {
+            self.anchors.insert(anchor, node.clone());
+        }
+        Ok(node)
+    }
+
+    fn sequence(&mut self, depth: usize) -> Result<Value, SyntaxError> {
+        let mut items = Vec::new();
+        loop {
+            let (event, span) = self.next()?;
+            if matches!(event, Event::SequenceEnd) {
+                return Ok(Value::Sequence(items));
+            }
+            items.push(self.node(event, &span, depth + 1)?);
+        }
+    }
+
+    fn mapping(&mut self, depth: usize) -> Result<Value, SyntaxError> {
+        let mut entries: Vec<(String, Node)> = Vec::new();
+        let mut many = HashSet::new();
+        while let Some((key, span)) = self.key()? {
+            if !is_new(&key, &entries, &mut many) {
+                return Err(self.error(&span, &format!("the key {key} is given twice")));
+            }
+            let (event, span) = self.next()?;
+            entries.push((key, self.node(event, &span, depth + 1)?));
+        }
+        Ok(Value::Mapping(entries))
+    }
+
+    /// The next key of a mapping; `None` at its end.
+    fn key(&mut self) -> Result<Option<(String, Span)>, SyntaxError> {
+        match self.next()? {
+            (Event::MappingEnd, _) => Ok(None),
+            (Event::Scalar(text, ..), span) => Ok(Some((text.into_owned(), span))),
+            (_, span) => Err(self.error(&span, "a key must be a plain word")),
+        }
+    }
+
+    fn alias(&mut self, anchor: usize, span: &Span) -> Result<Node, SyntaxError> {
+        let node = self.anchors.get(&anchor);
+        let node = node.ok_or_else(|| self.error(span, "an alias to itself"))?;
+        let left = self.aliased_left.checked_sub(node.count());
+        self.aliased_left =
+            left.ok_or_else(|| self.error(span, "aliases unfold to too many values"))?;
+        Ok(node.clone())
+    }
+}
+
+/// Whether no entry has this key yet; `many` are the keys of all entries once there are many.
+fn is_new(key: &str, entries: &[(String, Node)], many: &mut HashSet<String>) -> bool {
+    if entries.len() < FEW_KEYS {
+        return !entries.iter().any(|(known, _)| known == key);
+    }
+    if many.is_empty() {
+        many.extend(entries.iter().map(|(known, _)| known.clone()));
+    }
+    many.insert(key.to_owned())
+}
+
+/// The name in a local tag (`!Exact`); tags of YAML's own schema (`!!str`) say nothing that we need.
+fn local_tag(tag: &Tag) -> Option<String> {
+    (tag.handle == "!").then(|| tag.suffix.clone())
+}

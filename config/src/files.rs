@@ -1,0 +1,57 @@
+//! The files that a path stands for: one file, or the documents in a folder.
+//!
+//! Not here: what is in them, and when they change (`file_watch.rs`).
+
+use std::hash::{DefaultHasher, Hasher};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+const EXTENSIONS: &[&str] = &["yaml", "yml", "json"];
+
+/// The file at `path`, or if that is a folder, the documents in it, in the order of their names: neither hidden ones (so
+/// that of a ConfigMap nothing is read twice) nor those in folders below.
+pub(crate) fn at(path: &Path) -> io::Result<Vec<PathBuf>> {
+    if !path.is_dir() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut documents = Vec::new();
+    for entry in std::fs::read_dir(path)? {
+        let path = entry?.path();
+        if is_document(&path) && !path.is_dir() {
+            documents.push(path);
+        }
+    }
+    documents.sort_unstable();
+    Ok(documents)
+}
+
+/// Reads the files of `path` and gives each to `read`. Gives back a number that other content hardly ever has.
+pub(crate) fn read_each(path: &Path, mut read: impl FnMut(&Path, io::Result<Vec<u8>>)) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    let mut one = |file: &Path, content: io::Result<Vec<u8>>| {
+        for part in [file.as_os_str().as_bytes(), content.as_deref().unwrap_or_default()] {
+            hasher.write_usize(part.len());
+            hasher.write(part);
+        }
+        // What cannot be read is not what is empty.
+        hasher.write_u8(content.is_err().into());
+        read(file, content);
+    };
+    match at(path) {
+        Ok(files) => files.iter().for_each(|file| one(file, std::fs::read(file))),
+        Err(error) => one(path, Err(error)),
+    }
+    hasher.finish()
+}
+
+/// The number that [`read_each`] gives.
+pub(crate) fn fingerprint(path: &Path) -> u64 {
+    read_each(path, |_, _| ())
+}
+
+fn is_document(path: &Path) -> bool {
+    let hidden = path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"."));
+    let extension = path.extension().and_then(|extension| extension.to_str());
+    !hidden && extension.is_some_and(|extension| EXTENSIONS.contains(&extension))
+}

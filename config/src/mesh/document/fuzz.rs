@@ -1,0 +1,118 @@
+//! Documents that nobody meant to write: mutations of a right one, and text at random.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// A right document with something of everything.
+const RIGHT: &str = r#"workloads:
+- uid: one
+  name: a
+  namespace: ns
+  serviceAccount: web
+  workloadIps: ["10.0.0.1", "fd00::1"]
+  protocol: HBONE
+  services: {"ns/example.com": {80: 8080}, ns/other: {}}
+  locality: &here {region: r, zone: z, subzone: ""}
+  waypoint: {destination: ns/example.com, hboneMtlsPort: 15008}
+  applicationTunnel: {protocol: PROXY, port: 15088}
+- name: b
+  network: far
+  locality: *here
+  networkGateway: {destination: /10.0.0.1}
+  status: Unhealthy
+- {name: c, hostname: c.example.com, networkMode: HostNetwork, capacity: 3}
+services:
+- name: s
+  namespace: ns
+  hostname: example.com
+  vips: [/127.10.0.1, remote/127.10.0.2]
+  cidrVips: [{network: '', cidr: 10.1.2.3/16}]
+  ports:
+    80: 8080
+    443: 0
+  weightedWaypoints: [{destination: {destination: /10.0.0.1}, weight: 3}]
+  loadBalancer: {routingPreferences: [Region, Node], mode: Failover}
+  canonical: true
+- {hostname: other, namespace: ns}
+policies: []
+"#;
+
+/// What a document means, or what is wrong with it: the same each time.
+fn outcome(text: &str) -> String {
+    match Mesh::from_text("mesh.yaml", text) {
+        Ok(mesh) => format!("{:?} {:?}", mesh.workloads(), mesh.services()),
+        Err(errors) => {
+            assert!(!errors.problems.is_empty());
+            errors.to_string()
+        }
+    }
+}
+
+fn check(text: &str) {
+    assert_eq!(outcome(text), outcome(text), "{text}");
+}
+
+fn lines(keep: impl Fn(usize) -> bool) -> String {
+    let lines = RIGHT.lines().enumerate().filter(|(at, _)| keep(*at));
+    lines.map(|(_, line)| format!("{line}\n")).collect()
+}
+
+#[test]
+fn the_right_document_is_right() {
+    let mesh = Mesh::from_text("mesh.yaml", RIGHT).unwrap();
+    assert_eq!((mesh.workloads().len(), mesh.services().len()), (3, 2));
+}
+
+#[test]
+fn a_document_that_lacks_a_line_or_its_end_is_read_or_refused() {
+    for line in 0..RIGHT.lines().count() {
+        check(&lines(|at| at != line));
+        check(&lines(|at| at < line));
+    }
+}
+
+proptest! {
+    #[test]
+    fn flipped_bytes_are_read_or_refused(
+        flips in prop::collection::vec((0..RIGHT.len(), any::<u8>()), 1..8),
+    ) {
+        let mut bytes = RIGHT.as_bytes().to_vec();
+        for (at, byte) in flips {
+            bytes[at] = byte;
+        }
+        check(&String::from_utf8_lossy(&bytes));
+    }
+
+    #[test]
+    fn swapped_words_are_read_or_refused(swaps in prop::collection::vec((0..200_usize, 0..200_usize), 1..6)) {
+        let mut words: Vec<_> = RIGHT.split_inclusive([' ', ',', '\n']).collect();
+        for (one, other) in swaps {
+            let count = words.len();
+            words.swap(one % count, other % count);
+        }
+        check(&words.concat());
+    }
+
+    #[test]
+    fn a_value_of_another_kind_is_read_or_refused(
+        line in 0..RIGHT.lines().count(),
+        value in prop::sample::select(vec!["~", "[]", "{}", "[~]", "'x'", "-1", "99999999999", "*here", "!t x", "|\n   x", "&a [*a]"]),
+    ) {
+        let text: String = RIGHT.lines().enumerate().map(|(at, text)| match text.split_once(": ") {
+            Some((key, _)) if at == line => format!("{key}: {value}\n"),
+            _ => format!("{text}\n"),
+        }).collect();
+        check(&text);
+    }
+
+    #[test]
+    fn yaml_at_random_is_read_or_refused(text in "(workloads|services|policies|[a-z0-9]{0,3}|[ \n:{}\\[\\],&*!|>'\"?#~-]){0,80}") {
+        check(&text);
+    }
+
+    #[test]
+    fn text_at_random_is_read_or_refused(text in ".{0,200}") {
+        check(&text);
+    }
+}

@@ -1,0 +1,64 @@
+//! The values that workloads and services have in common: gateways and port maps.
+
+use std::collections::HashSet;
+
+use super::shared::Shared;
+use crate::mesh::{Gateway, GatewayDestination, NamespacedHostname, NetworkAddress, PortMap};
+use crate::read::Cursor;
+
+/// Where a gateway takes tunnels unless it says otherwise: HBONE's port.
+const HBONE_PORT: u16 = 15008;
+
+/// A gateway or waypoint, if one is given.
+pub(super) fn gateway(section: Cursor<'_>, shared: &mut Shared) -> Option<Gateway> {
+    if !section.is_given() {
+        return None;
+    }
+    section.only(&["destination", "hboneMtlsPort"]);
+    let port = section.key("hboneMtlsPort");
+    let hbone_port = if port.is_given() { port.port()? } else { HBONE_PORT };
+    Some(Gateway { destination: destination(section.key("destination"), shared)?, hbone_port })
+}
+
+/// As ztunnel tells them apart: what reads as an address is one, all else is a hostname.
+fn destination(given: Cursor<'_>, shared: &mut Shared) -> Option<GatewayDestination> {
+    if !given.is_given() {
+        given.problem("must be given: NETWORK/ADDRESS or NAMESPACE/HOSTNAME");
+        return None;
+    }
+    let text = given.text()?;
+    if let Ok(address) = text.parse::<NetworkAddress>() {
+        return Some(GatewayDestination::Address(address.shared(&mut shared.names)));
+    }
+    match text.parse::<NamespacedHostname>() {
+        Ok(name) => Some(GatewayDestination::Hostname(name.shared(&mut shared.names))),
+        Err(_) => {
+            given.problem(
+                "must be NETWORK/ADDRESS or NAMESPACE/HOSTNAME, such as /10.0.0.1 or default/gateway",
+            );
+            None
+        }
+    }
+}
+
+/// A mapping from the ports of a service to those behind it; with `named`, 0 stands for a port that has a name.
+pub(super) fn ports(section: Cursor<'_>, named: bool, shared: &mut Shared) -> PortMap {
+    let mut known = HashSet::new();
+    let pairs = section.each(|key, target| {
+        let port = key.parse().ok().filter(|port: &u16| *port != 0);
+        let Some(port) = port else {
+            target.problem("the key must be a port of the service, 1 to 65535");
+            return None;
+        };
+        if !known.insert(port) {
+            target.problem(format!("the port {port} is given twice"));
+        }
+        if !target.is_given() {
+            target.problem("must be the port behind it");
+            return None;
+        }
+        let target = if named { target.parse("a port, 0 (named) to 65535") } else { target.port() };
+        Some((port, target?))
+    });
+    shared.ports(pairs.into_iter().collect())
+}

@@ -1,0 +1,273 @@
+//! Rules in the form in which they are asked: a row of conditions, each of which says which one comes next.
+//!
+//! All that a policy compares stands in few places in memory, since it is read for every connection, and most of it has to be fetched
+//! when there are many policies. Nothing is allocated to ask.
+
+use std::net::IpAddr;
+use std::ops::Range;
+
+use ipnet::IpNet;
+
+use super::{Condition, Connection, Match, StringMatch, Values};
+use crate::cidr;
+
+/// Where a match ends; no step has these numbers.
+const MATCH: usize = usize::MAX;
+const NO_MATCH: usize = usize::MAX - 1;
+
+/// The conditions of all rules of a policy, and their values.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Program {
+    /// The step that is first.
+    start: usize,
+    steps: Vec<Step>,
+    ports: Vec<u16>,
+    /// From the first address to the last. Those of one step are sorted, and none overlap.
+    ranges: Vec<(IpAddr, IpAddr)>,
+    texts: Vec<Text>,
+    /// What the texts are parts of.
+    letters: String,
+}
+
+/// One condition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Step {
+    field: Field,
+    negated: bool,
+    /// Its values: which of the ports, ranges or texts.
+    values: Range<usize>,
+    /// The step after it if it holds.
+    then: usize,
+    /// The step after it if it does not.
+    otherwise: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Field {
+    DestinationPort,
+    SourceIp,
+    DestinationIp,
+    Namespace,
+    ServiceAccount,
+    Principal,
+}
+
+/// A [`StringMatch`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Text {
+    kind: Kind,
+    letters: Range<usize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Exact,
+    Prefix,
+    Suffix,
+    Presence,
+}
+
+impl Default for Program {
+    fn default() -> Self {
+        Self::of(Vec::new())
+    }
+}
+
+impl Program {
+    /// Compiles rules, their clauses and matches, from the last to the first: so each step knows what follows it.
+    pub(super) fn of(rules: Vec<Vec<Vec<Match>>>) -> Self {
+        let mut program = Self {
+            start: NO_MATCH,
+            steps: Vec::new(),
+            ports: Vec::new(),
+            ranges: Vec::new(),
+            texts: Vec::new(),
+            letters: String::new(),
+        };
+        for rule in rules.into_iter().rev() {
+            // Where a rule fails, the one after it is asked; where all its clauses hold, it matches.
+            let otherwise = program.start;
+            program.start = MATCH;
+            for clause in rule.into_iter().rev().filter(|clause| !clause.is_empty()) {
+                program.start = program.clause(clause, program.start, otherwise);
+            }
+        }
+        program.shrink();
+        program
+    }
+
+    /// Adds a clause; gives back its first step.
+    fn clause(&mut self, matches: Vec<Match>, then: usize, mut otherwise: usize) -> usize {
+        for Match(mut conditions) in matches.into_iter().rev() {
+            // Without conditions it fails: the one after it is asked.
+            if conditions.is_empty() {
+                continue;
+            }
+            // They are added from the last to the first, and what is quickly asked is asked first.
+            conditions.sort_by_key(|condition| std::cmp::Reverse(cost(&condition.values)));
+            let first = conditions
+                .into_iter()
+                .fold(then, |then, condition| self.condition(condition, then, otherwise));
+            otherwise = first;
+        }
+        otherwise
+    }
+
+    /// Adds a condition; gives back its step.
+    fn condition(
+        &mut self,
+        Condition { values, negated }: Condition,
+        then: usize,
+        otherwise: usize,
+    ) -> usize {
+        let (field, values) = match values {
+            Values::DestinationPorts(ports) => (Field::DestinationPort, self.add_ports(ports)),
+            Values::SourceIps(cidrs) => (Field::SourceIp, self.add_ranges(cidrs)),
+            Values::DestinationIps(cidrs) => (Field::DestinationIp, self.add_ranges(cidrs)),
+            Values::Namespaces(matches) => (Field::Namespace, self.add_texts(matches)),
+            Values::ServiceAccounts(accounts) => {
+                // Names have no '/' where an identity has this shape, so no two accounts are the same text.
+                let path =
+                    |(namespace, name)| StringMatch::Exact(format!("/ns/{namespace}/sa/{name}"));
+                (Field::ServiceAccount, self.add_texts(accounts.into_iter().map(path).collect()))
+            }
+            Values::Principals(matches) => (Field::Principal, self.add_texts(matches)),
+        };
+        self.steps.push(Step { field, negated, values, then, otherwise });
+        self.steps.len() - 1
+    }
+
+    fn add_ports(&mut self, mut ports: Vec<u16>) -> Range<usize> {
+        ports.sort_unstable();
+        ports.dedup();
+        append(&mut self.ports, ports)
+    }
+
+    fn add_ranges(&mut self, cidrs: Vec<IpNet>) -> Range<usize> {
+        let cidrs: Vec<_> = cidrs.into_iter().map(cidr::canonical).collect();
+        let disjoint = IpNet::aggregate(&cidrs).into_iter();
+        let mut ranges: Vec<_> = disjoint.map(|cidr| (cidr.network(), cidr.broadcast())).collect();
+        ranges.sort_unstable();
+        append(&mut self.ranges, ranges)
+    }
+
+    fn add_texts(&mut self, matches: Vec<StringMatch>) -> Range<usize> {
+        let texts = matches.into_iter().map(|one| {
+            let (kind, text) = match one {
+                StringMatch::Exact(text) => (Kind::Exact, text),
+                StringMatch::Prefix(text) => (Kind::Prefix, text),
+                StringMatch::Suffix(text) => (Kind::Suffix, text),
+                StringMatch::Presence => (Kind::Presence, String::new()),
+            };
+            let first = self.letters.len();
+            self.letters.push_str(&text);
+            Text { kind, letters: first..self.letters.len() }
+        });
+        append(&mut self.texts, texts.collect())
+    }
+
+    fn shrink(&mut self) {
+        self.steps.shrink_to_fit();
+        self.ports.shrink_to_fit();
+        self.ranges.shrink_to_fit();
+        self.texts.shrink_to_fit();
+        self.letters.shrink_to_fit();
+    }
+}
+
+fn append<T>(all: &mut Vec<T>, more: Vec<T>) -> Range<usize> {
+    let first = all.len();
+    all.extend(more);
+    first..all.len()
+}
+
+/// How long a condition takes to be asked, compared with others.
+fn cost(values: &Values) -> u8 {
+    match values {
+        Values::DestinationPorts(_) => 0,
+        Values::SourceIps(_) | Values::DestinationIps(_) => 1,
+        Values::Namespaces(_) | Values::ServiceAccounts(_) | Values::Principals(_) => 2,
+    }
+}
+
+/// A connection, taken apart.
+struct Facts<'a> {
+    port: u16,
+    source: IpAddr,
+    destination: IpAddr,
+    namespace: &'a str,
+    /// `/ns/NAMESPACE/sa/ACCOUNT`, if that is the shape of the identity.
+    service_account: Option<&'a str>,
+    principal: Option<&'a str>,
+}
+
+impl<'a> Facts<'a> {
+    fn of(connection: &Connection<'a>) -> Self {
+        let identity = connection.identity;
+        let istio = identity.and_then(|identity| identity.namespace_and_service_account());
+        Self {
+            port: connection.destination.port(),
+            // An IPv4-mapped address would be in no range of IPv4 addresses that is denied.
+            source: connection.source.to_canonical(),
+            destination: connection.destination.ip().to_canonical(),
+            namespace: istio.map(|(namespace, _)| namespace).unwrap_or_default(),
+            service_account: identity.filter(|_| istio.is_some()).map(|identity| identity.path()),
+            principal: identity.map(|identity| identity.principal()),
+        }
+    }
+}
+
+impl Program {
+    pub(super) fn matches(&self, connection: &Connection<'_>) -> bool {
+        let facts = Facts::of(connection);
+        let mut at = self.start;
+        // A step leads only to steps that were added before it, so this ends.
+        while let Some(step) = self.steps.get(at) {
+            let holds = self.applies(step, &facts) != step.negated;
+            at = if holds { step.then } else { step.otherwise };
+        }
+        at == MATCH
+    }
+
+    /// Whether one of the step's values is the connection's.
+    fn applies(&self, step: &Step, facts: &Facts<'_>) -> bool {
+        match step.field {
+            Field::DestinationPort => values(&self.ports, step).binary_search(&facts.port).is_ok(),
+            Field::SourceIp => contain(values(&self.ranges, step), facts.source),
+            Field::DestinationIp => contain(values(&self.ranges, step), facts.destination),
+            Field::Namespace => self.any_text(step, facts.namespace),
+            Field::ServiceAccount => {
+                facts.service_account.is_some_and(|account| self.any_text(step, account))
+            }
+            Field::Principal => facts.principal.is_some_and(|name| self.any_text(step, name)),
+        }
+    }
+
+    fn any_text(&self, step: &Step, actual: &str) -> bool {
+        let actual = actual.as_bytes();
+        values(&self.texts, step).iter().any(|Text { kind, letters }| {
+            // Most differ in their length, so that what they are need not be fetched.
+            let (least, is_exact) = (letters.len(), *kind == Kind::Exact);
+            if actual.len() < least || is_exact && actual.len() != least {
+                return false;
+            }
+            let expected = self.letters.as_bytes().get(letters.clone()).unwrap_or_default();
+            match kind {
+                Kind::Exact => actual == expected,
+                Kind::Prefix => actual.starts_with(expected),
+                Kind::Suffix => actual.ends_with(expected),
+                Kind::Presence => !actual.is_empty(),
+            }
+        })
+    }
+}
+
+fn values<'a, T>(all: &'a [T], step: &Step) -> &'a [T] {
+    all.get(step.values.clone()).unwrap_or_default()
+}
+
+fn contain(ranges: &[(IpAddr, IpAddr)], address: IpAddr) -> bool {
+    let later = ranges.partition_point(|(first, _)| *first <= address);
+    let nearest = later.checked_sub(1).and_then(|at| ranges.get(at));
+    nearest.is_some_and(|(_, last)| address <= *last)
+}

@@ -1,0 +1,331 @@
+//! What rules match: a truth table, and an evaluator that is written from the sentences of Istio's and ztunnel's documentation.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::Mesh;
+
+/// Whose connections are judged: a name, the identity, the source, the destination.
+const CONNECTIONS: &[(&str, Option<&str>, &str, &str)] = &[
+    ("web", Some("spiffe://td/ns/shop/sa/web"), "10.0.0.1", "10.0.0.9:80"),
+    ("foreign", Some("spiffe://other/ns/shop/sa/web"), "10.0.0.2", "10.0.0.9:80"),
+    ("teller", Some("spiffe://td/ns/bank/sa/teller"), "10.1.0.1", "10.0.0.9:8080"),
+    ("odd", Some("spiffe://td/some/path"), "10.0.0.3", "10.0.0.8:80"),
+    ("plain", None, "10.0.0.4", "10.0.0.9:80"),
+    ("web6", Some("spiffe://td/ns/shop/sa/web"), "fd00::1", "[fd00::9]:80"),
+    ("mapped", None, "::ffff:10.1.0.4", "[::ffff:10.0.0.8]:8080"),
+];
+
+const ALL: &str = "web foreign teller odd plain web6 mapped";
+const PEERS: &str = "web foreign teller odd web6";
+
+/// Rules, and whose connections they match.
+const TABLE: &[(&str, &str)] = &[
+    // Emptiness.
+    ("[]", ""),
+    ("[[]]", ALL),
+    ("[[[]]]", ALL),
+    ("[[[{}]]]", ""),
+    ("[[[{}, {destinationPorts: [8080]}]]]", "teller mapped"),
+    ("[[[], [{}]]]", ""),
+    ("[[[{}]], []]", ALL),
+    ("[[[{principals: []}]]]", ""),
+    ("[[[{notPrincipals: [], destinationPorts: [8080]}]]]", "teller mapped"),
+    // Rules are alternatives, clauses are not, matches are, fields are not, values are.
+    ("[[[{destinationPorts: [8080]}]], [[{sourceIps: [10.0.0.1]}]]]", "web teller mapped"),
+    ("[[[{destinationPorts: [8080]}], [{sourceIps: [10.1.0.1]}]]]", "teller"),
+    ("[[[{destinationPorts: [8080]}], []]]", "teller mapped"),
+    ("[[[{destinationPorts: [8080]}, {sourceIps: [10.0.0.1]}]]]", "web teller mapped"),
+    ("[[[{destinationPorts: [8080], sourceIps: [10.1.0.1]}]]]", "teller"),
+    ("[[[{sourceIps: [10.1.0.1, 10.0.0.1]}]]]", "web teller"),
+    ("[[[{notSourceIps: [10.1.0.1, 10.0.0.1]}]]]", "foreign odd plain web6 mapped"),
+    ("[[[{sourceIps: [10.0.0.0/16], notSourceIps: [10.0.0.2, 10.0.0.3]}]]]", "web plain"),
+    ("[[[{sourceIps: [10.0.0.1], notSourceIps: [10.0.0.0/8]}]]]", ""),
+    // Namespaces: without an identity, or with one of another shape, the namespace is empty.
+    ("[[[{namespaces: [!Exact shop]}]]]", "web foreign web6"),
+    ("[[[{notNamespaces: [!Exact shop]}]]]", "teller odd plain mapped"),
+    ("[[[{namespaces: [!Prefix s]}]]]", "web foreign web6"),
+    ("[[[{namespaces: [!Suffix k]}]]]", "teller"),
+    ("[[[{namespaces: [!Presence []]}]]]", "web foreign teller web6"),
+    ("[[[{notNamespaces: [!Presence []]}]]]", "odd plain mapped"),
+    ("[[[{namespaces: [!Exact '']}]]]", "odd plain mapped"),
+    ("[[[{namespaces: [!Prefix '']}]]]", ALL),
+    ("[[[{namespaces: [!Exact bank, !Suffix op]}]]]", "web foreign teller web6"),
+    ("[[[{namespaces: [!Exact hop]}]]]", ""),
+    ("[[[{namespaces: [!Prefix s], notNamespaces: [!Exact shop]}]]]", ""),
+    // Service accounts, in whatever trust domain.
+    ("[[[{serviceAccounts: [{namespace: shop, serviceAccount: web}]}]]]", "web foreign web6"),
+    (
+        "[[[{notServiceAccounts: [{namespace: shop, serviceAccount: web}]}]]]",
+        "teller odd plain mapped",
+    ),
+    ("[[[{serviceAccounts: [{namespace: bank, serviceAccount: web}]}]]]", ""),
+    ("[[[{serviceAccounts: [{namespace: shop, serviceAccount: teller}]}]]]", ""),
+    (
+        "[[[{serviceAccounts: [{namespace: shop, serviceAccount: web}, {namespace: bank, serviceAccount: teller}]}]]]",
+        "web foreign teller web6",
+    ),
+    // Principals: all of the identity but the scheme, in one trust domain.
+    ("[[[{principals: [!Exact td/ns/shop/sa/web]}]]]", "web web6"),
+    ("[[[{notPrincipals: [!Exact td/ns/shop/sa/web]}]]]", "foreign teller odd plain mapped"),
+    ("[[[{principals: [!Exact td/some/path]}]]]", "odd"),
+    ("[[[{principals: [!Prefix td/]}]]]", "web teller odd web6"),
+    ("[[[{notPrincipals: [!Prefix td/]}]]]", "foreign plain mapped"),
+    ("[[[{principals: [!Suffix /sa/web]}]]]", "web foreign web6"),
+    ("[[[{notPrincipals: [!Suffix /sa/web]}]]]", "teller odd plain mapped"),
+    ("[[[{principals: [!Presence []]}]]]", PEERS),
+    ("[[[{notPrincipals: [!Presence []]}]]]", "plain mapped"),
+    ("[[[{principals: [!Prefix '']}]]]", PEERS),
+    ("[[[{principals: [!Exact '']}]]]", ""),
+    ("[[[{notPrincipals: [!Exact '']}]]]", ALL),
+    ("[[[{principals: [!Exact TD/ns/shop/sa/web]}]]]", ""),
+    ("[[[{principals: [!Presence []], notPrincipals: [!Prefix td/]}]]]", "foreign"),
+    // Sources.
+    ("[[[{sourceIps: [10.0.0.0/16]}]]]", "web foreign odd plain"),
+    ("[[[{notSourceIps: [10.0.0.0/16]}]]]", "teller web6 mapped"),
+    ("[[[{sourceIps: [10.1.0.4/32]}]]]", "mapped"),
+    ("[[[{sourceIps: ['::ffff:10.1.0.0/112']}]]]", "teller mapped"),
+    ("[[[{sourceIps: [0.0.0.0/0]}]]]", "web foreign teller odd plain mapped"),
+    ("[[[{sourceIps: ['::/0']}]]]", "web6"),
+    ("[[[{sourceIps: ['fd00::/8']}]]]", "web6"),
+    ("[[[{sourceIps: ['fd00::1']}]]]", "web6"),
+    ("[[[{notSourceIps: ['fd00::/8']}]]]", "web foreign teller odd plain mapped"),
+    ("[[[{sourceIps: [10.0.0.1/16]}]]]", "web foreign odd plain"),
+    ("[[[{sourceIps: [10.0.0.0/31, 10.0.0.2/31, 10.1.0.0/16]}]]]", "web foreign teller odd mapped"),
+    // Destinations.
+    ("[[[{destinationIps: [10.0.0.9]}]]]", "web foreign teller plain"),
+    ("[[[{notDestinationIps: [10.0.0.9]}]]]", "odd web6 mapped"),
+    ("[[[{destinationIps: [10.0.0.8, 'fd00::/8']}]]]", "odd web6 mapped"),
+    ("[[[{notDestinationIps: ['fd00::/8', 10.0.0.8/31]}]]]", ""),
+    ("[[[{destinationPorts: [8080]}]]]", "teller mapped"),
+    ("[[[{notDestinationPorts: [8080]}]]]", "web foreign odd plain web6"),
+    ("[[[{destinationPorts: [1, 8080, 80]}]]]", ALL),
+    ("[[[{notDestinationPorts: [8080, 80]}]]]", ""),
+    ("[[[{destinationPorts: [80], notDestinationPorts: [80]}]]]", ""),
+    // All together.
+    (
+        "[[[{namespaces: [!Exact shop], principals: [!Prefix td/], sourceIps: [10.0.0.0/8], destinationPorts: [80]}]]]",
+        "web",
+    ),
+    ("[[[{destinationPorts: [80], notPrincipals: [!Presence []]}]]]", "plain"),
+    // Written without tags.
+    ("[[[{namespaces: [{exact: shop}]}]]]", "web foreign web6"),
+    ("[[[{principals: [{prefix: td/ns}, {suffix: path}]}]]]", "web teller odd web6"),
+    ("[[[{principals: [{presence: true}]}]]]", PEERS),
+    ("[[[{principals: [!Presence ]}]]]", PEERS),
+];
+
+/// Reads `rules` as a mesh file has them.
+fn policy(rules: &str) -> Policy {
+    let text = format!(
+        "policies:\n- {{name: p, namespace: n, scope: Global, action: Allow, rules: {rules}}}\n"
+    );
+    let mesh =
+        Mesh::from_text("mesh.yaml", &text).unwrap_or_else(|error| panic!("{rules}: {error}"));
+    Policy::clone(mesh.policies("", None).iter().next().unwrap())
+}
+
+#[test]
+fn rules_match_what_the_table_says() {
+    for (rules, expected) in TABLE {
+        let policy = policy(rules);
+        let mut matched = Vec::new();
+        for (name, identity, source, destination) in CONNECTIONS {
+            let identity = identity.map(|text| text.parse().unwrap());
+            let connection = Connection {
+                source: source.parse().unwrap(),
+                destination: destination.parse().unwrap(),
+                identity: identity.as_ref(),
+            };
+            if policy.matches(&connection) {
+                matched.push(*name);
+            }
+        }
+        assert_eq!(matched.join(" "), *expected, "{rules}");
+    }
+}
+
+#[test]
+fn an_identity_of_another_shape_has_no_service_account() {
+    let policy = policy("[[[{serviceAccounts: [{namespace: shop, serviceAccount: web/x}]}]]]");
+    let identity = "spiffe://td/ns/shop/sa/web/x".parse().unwrap();
+    let connection = Connection {
+        source: [10, 0, 0, 1].into(),
+        destination: ([10, 0, 0, 9], 80).into(),
+        identity: Some(&identity),
+    };
+    assert!(!policy.matches(&connection));
+}
+
+#[test]
+fn sets_are_equal_if_they_decide_the_same_in_whatever_snapshot() {
+    let mesh = |rules: &str| {
+        let text = format!(
+            "policies: [{{name: p, namespace: n, scope: Namespace, action: Deny, rules: {rules}}}]"
+        );
+        Mesh::from_text("mesh.yaml", &text).unwrap()
+    };
+    let (one, same, other) = (
+        mesh("[[[{sourceIps: [10.0.0.0/8]}]]]"),
+        mesh("[[[{sourceIps: [10.128.0.0/9, 10.0.0.0/9]}]]]"),
+        mesh("[[[{notSourceIps: [10.0.0.0/8]}]]]"),
+    );
+    assert_eq!(one.policies("n", None), one.policies("n", None));
+    assert_eq!(one.policies("n", None), same.policies("n", None));
+    assert_ne!(one.policies("n", None), other.policies("n", None));
+    assert_ne!(one.policies("n", None), one.policies("m", None));
+}
+
+/// One field of a match, as it was written: positive and negative values.
+type Written = (Vec<Values>, Vec<Values>);
+
+/// Istio's sentences: rules OR, clauses AND, matches OR, fields AND, values OR, positive AND not negative.
+fn says(rules: &[Vec<Vec<Vec<Written>>>], connection: &Connection<'_>) -> bool {
+    let field = |(positive, negative): &Written| {
+        (positive.is_empty() || positive.iter().any(|value| is(value, connection)))
+            && !negative.iter().any(|value| is(value, connection))
+    };
+    let is_empty = |fields: &[Written]| fields.iter().all(|(p, n)| p.is_empty() && n.is_empty());
+    let one = |fields: &Vec<Written>| !is_empty(fields) && fields.iter().all(field);
+    let clause = |matches: &Vec<Vec<Written>>| matches.is_empty() || matches.iter().any(one);
+    rules.iter().any(|rule| rule.iter().all(clause))
+}
+
+/// Whether the one value in `value` applies.
+fn is(value: &Values, connection: &Connection<'_>) -> bool {
+    let text = |expected: &StringMatch, text: &str| match expected {
+        StringMatch::Exact(exact) => text == exact,
+        StringMatch::Prefix(prefix) => text.starts_with(prefix.as_str()),
+        StringMatch::Suffix(suffix) => text.ends_with(suffix.as_str()),
+        StringMatch::Presence => !text.is_empty(),
+    };
+    let parts = connection.identity.and_then(|identity| identity.namespace_and_service_account());
+    match value {
+        Values::Namespaces(one) => text(&one[0], parts.map_or("", |(namespace, _)| namespace)),
+        Values::ServiceAccounts(one) => parts == Some((&one[0].0, &one[0].1)),
+        Values::Principals(one) => connection.identity.is_some_and(|identity| {
+            text(&one[0], identity.to_string().strip_prefix("spiffe://").unwrap())
+        }),
+        Values::SourceIps(one) => one[0].contains(&connection.source),
+        Values::DestinationIps(one) => one[0].contains(&connection.destination.ip()),
+        Values::DestinationPorts(one) => one[0] == connection.destination.port(),
+    }
+}
+
+/// The values of one field put together, as a condition has them.
+fn together(values: &[Values]) -> Option<Values> {
+    values.iter().cloned().reduce(|all, value| match (all, value) {
+        (Values::Namespaces(all), Values::Namespaces(one)) => {
+            Values::Namespaces([all, one].concat())
+        }
+        (Values::ServiceAccounts(all), Values::ServiceAccounts(one)) => {
+            Values::ServiceAccounts([all, one].concat())
+        }
+        (Values::Principals(all), Values::Principals(one)) => {
+            Values::Principals([all, one].concat())
+        }
+        (Values::SourceIps(all), Values::SourceIps(one)) => Values::SourceIps([all, one].concat()),
+        (Values::DestinationIps(all), Values::DestinationIps(one)) => {
+            Values::DestinationIps([all, one].concat())
+        }
+        (Values::DestinationPorts(all), Values::DestinationPorts(one)) => {
+            Values::DestinationPorts([all, one].concat())
+        }
+        (all, other) => panic!("{all:?} and {other:?} are of different fields"),
+    })
+}
+
+fn compiled(rules: &[Vec<Vec<Vec<Written>>>]) -> Rules {
+    let one = |fields: &Vec<Written>| -> Match {
+        let conditions = fields.iter().flat_map(|(positive, negative)| {
+            [together(positive).map(Condition::any_of), together(negative).map(Condition::none_of)]
+        });
+        conditions.flatten().collect()
+    };
+    let clause = |matches: &Vec<Vec<Written>>| matches.iter().map(one).collect();
+    let rules: Vec<Vec<Vec<Match>>> =
+        rules.iter().map(|rule| rule.iter().map(clause).collect()).collect();
+    Rules::from(rules)
+}
+
+fn string_match() -> impl Strategy<Value = StringMatch> {
+    let text = "[abt/]{0,2}|td/ns/[ab]|[ab]";
+    prop_oneof![
+        text.prop_map(StringMatch::Exact),
+        "td/ns/[ab]/sa/[ab]".prop_map(StringMatch::Exact),
+        text.prop_map(StringMatch::Prefix),
+        text.prop_map(StringMatch::Suffix),
+        Just(StringMatch::Presence),
+    ]
+}
+
+fn address() -> impl Strategy<Value = IpAddr> {
+    prop_oneof![
+        (0..4u8, 0..4u8).prop_map(|(c, d)| IpAddr::from([10, 0, c << 6, d])),
+        (0..4u16, 0..4u16).prop_map(|(g, h)| IpAddr::from([0xfd00, 0, 0, 0, 0, 0, g << 14, h])),
+    ]
+}
+
+fn range() -> impl Strategy<Value = ipnet::IpNet> {
+    (address(), prop_oneof![Just(0u8), 8..12u8, 22..=32u8, 110..=128u8]).prop_map(
+        |(address, bits)| {
+            let most = if address.is_ipv4() { 32 } else { 128 };
+            ipnet::IpNet::new(address, bits.min(most)).unwrap()
+        },
+    )
+}
+
+/// A field with some values, each by itself.
+fn field() -> impl Strategy<Value = Written> {
+    fn both<T: Clone + fmt::Debug>(
+        value: impl Strategy<Value = T>,
+        wrap: fn(Vec<T>) -> Values,
+    ) -> impl Strategy<Value = Written> {
+        let one = value.prop_map(move |value| wrap(vec![value]));
+        let list = proptest::collection::vec(one, 0..6);
+        (list, 0..3usize).prop_map(|(values, negative)| {
+            let (negative, positive) = values.split_at(negative.min(values.len()));
+            (positive.to_vec(), negative.to_vec())
+        })
+    }
+    prop_oneof![
+        both(string_match(), Values::Namespaces),
+        both(("[ab]", "[ab]"), Values::ServiceAccounts),
+        both(string_match(), Values::Principals),
+        both(range(), Values::SourceIps),
+        both(range(), Values::DestinationIps),
+        both(1..4u16, Values::DestinationPorts),
+    ]
+}
+
+fn rules() -> impl Strategy<Value = Vec<Vec<Vec<Vec<Written>>>>> {
+    use proptest::collection::vec;
+    vec(vec(vec(vec(field(), 0..3), 0..3), 0..3), 0..4)
+}
+
+fn identity() -> impl Strategy<Value = Option<SpiffeId>> {
+    let text = prop_oneof![
+        "spiffe://(td|t)/ns/[ab]{1,2}/sa/[ab]{1,2}",
+        "spiffe://td(/[ab]){0,2}",
+        "spiffe://td/ns/[ab]"
+    ];
+    proptest::option::weighted(0.8, text.prop_map(|text| text.parse().unwrap()))
+}
+
+proptest! {
+    #[test]
+    fn compiled_rules_agree_with_the_sentences(
+        rules in rules(),
+        connections in proptest::collection::vec((identity(), address(), address(), 1..4u16), 16),
+    ) {
+        let compiled = compiled(&rules);
+        for (identity, source, destination, port) in &connections {
+            let connection = Connection {
+                source: *source,
+                destination: SocketAddr::new(*destination, *port),
+                identity: identity.as_ref(),
+            };
+            prop_assert_eq!(compiled.matches(&connection), says(&rules, &connection), "{:?}", connection);
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Meshes that change while they are followed, on the real file system.
+
+use std::fs;
+
+use tokio::time::{sleep, timeout};
+
+use super::*;
+use crate::test_folder::Folder;
+
+/// A bound for what takes a moment.
+const BOUND: Duration = Duration::from_secs(10);
+/// Long enough to be told of a change if there was one.
+const SILENCE: Duration = Duration::from_millis(400);
+
+fn workload(name: &str, address: u8) -> String {
+    format!("workloads: [{{name: {name}, workloadIps: [10.0.0.{address}]}}]\n")
+}
+
+fn names(mesh: &Mesh) -> Vec<&str> {
+    mesh.workloads().iter().map(|workload| &*workload.name).collect()
+}
+
+fn open(folder: &Folder, name: &str) -> (MeshSource, Arc<Mesh>) {
+    MeshSource::open(Some(&folder.path(name))).unwrap()
+}
+
+async fn next(source: &mut MeshSource) -> Result<Arc<Mesh>, ConfigErrors> {
+    timeout(BOUND, source.changed()).await.expect("a change is told")
+}
+
+async fn next_names(source: &mut MeshSource) -> Vec<String> {
+    let mesh = next(source).await.unwrap();
+    names(&mesh).into_iter().map(str::to_owned).collect()
+}
+
+async fn stays_silent(source: &mut MeshSource) {
+    timeout(SILENCE, source.changed()).await.expect_err("nothing to tell");
+}
+
+#[tokio::test]
+async fn a_file_gives_a_snapshot_now_and_one_for_each_change() {
+    let folder = Folder::new();
+    folder.write("mesh.yaml", &workload("a", 1));
+    let (mut source, first) = open(&folder, "mesh.yaml");
+    assert_eq!(names(&first), ["a"]);
+    folder.write("mesh.yaml", &workload("b", 1));
+    assert_eq!(next_names(&mut source).await, ["b"]);
+    folder.write("new.yaml", &workload("c", 1));
+    folder.rename("new.yaml", "mesh.yaml");
+    assert_eq!(next_names(&mut source).await, ["c"]);
+    folder.write("mesh.yaml", &workload("c", 1));
+    stays_silent(&mut source).await;
+}
+
+#[tokio::test]
+async fn documents_of_a_folder_are_one_mesh() {
+    let folder = Folder::new();
+    fs::create_dir(folder.path("mesh")).unwrap();
+    let (mut source, empty) = open(&folder, "mesh");
+    assert!(empty.workloads().is_empty());
+    folder.write("mesh/b.json", "{\"services\": [{\"hostname\": \"s\"}]}");
+    folder.write(
+        "mesh/a.yaml",
+        "workloads: [{name: a, workloadIps: [10.0.0.1], services: {default/s: {80: 80}}}]\n",
+    );
+    folder.write("mesh/.hidden.yaml", "nonsense");
+    folder.write("mesh/notes.txt", "nonsense");
+    folder.write("mesh/below/c.yaml", "nonsense");
+    let mesh = next(&mut source).await.unwrap();
+    assert_eq!(mesh.services()[0].endpoints[0].workload, mesh.workloads()[0]);
+    fs::remove_file(folder.path("mesh/b.json")).unwrap();
+    let errors = next(&mut source).await.unwrap_err();
+    let file = folder.path("mesh/a.yaml");
+    assert_eq!(
+        errors.to_string(),
+        format!("{}:1:13: workloads[0].services: there is no service default/s", file.display())
+    );
+    fs::remove_file(file).unwrap();
+    assert_eq!(next_names(&mut source).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn mistakes_across_the_documents_of_a_folder_name_the_file() {
+    let folder = Folder::new();
+    folder.write("mesh/a.yaml", &workload("a", 1));
+    folder.write("mesh/b.yaml", &format!("# second\n{}", workload("b", 1)));
+    fs::write(folder.path("mesh/c.yaml"), b"\xff").unwrap();
+    let errors = Mesh::from_file(&folder.path("mesh")).unwrap_err().to_string();
+    assert!(errors.contains("c.yaml: is no text"), "{errors}");
+    fs::remove_file(folder.path("mesh/c.yaml")).unwrap();
+    let errors = Mesh::from_file(&folder.path("mesh")).unwrap_err().to_string();
+    let place = "b.yaml:2:13: workloads[0].workloadIps: 10.0.0.1 already belongs to default/a";
+    assert!(errors.ends_with(place), "{errors}");
+    // A link to nowhere is a document that is missing, not one that is not meant.
+    folder.swap("nowhere", "mesh/b.yaml");
+    let errors = Mesh::from_file(&folder.path("mesh")).unwrap_err().to_string();
+    assert!(errors.contains("b.yaml: cannot be read"), "{errors}");
+}
+
+#[tokio::test]
+async fn what_is_not_there_is_an_error_at_first_and_later() {
+    let folder = Folder::new();
+    let path = folder.path("mesh");
+    let errors = MeshSource::open(Some(&path)).unwrap_err();
+    assert!(errors.to_string().contains("cannot be read"), "{errors}");
+    folder.write("mesh/a.yaml", &workload("a", 1));
+    let (mut source, _) = open(&folder, "mesh");
+    fs::remove_dir_all(&path).unwrap();
+    next(&mut source).await.unwrap_err();
+    stays_silent(&mut source).await;
+    folder.write("mesh/a.yaml", &workload("a", 1));
+    assert_eq!(next_names(&mut source).await, ["a"]);
+}
+
+#[tokio::test]
+async fn without_a_file_the_mesh_is_empty_and_stays_so() {
+    let (mut source, mesh) = MeshSource::open(None).unwrap();
+    assert!(mesh.workloads().is_empty());
+    tokio::time::pause();
+    timeout(BOUND * 1000, source.changed()).await.expect_err("nothing to tell");
+}
+
+#[tokio::test]
+async fn garbage_is_told_each_time_and_never_a_snapshot() {
+    let folder = Folder::new();
+    folder.write("mesh.yaml", &workload("a", 1));
+    let (mut source, _) = open(&folder, "mesh.yaml");
+    for garbage in
+        ["", "{", "workloads: [", "workloads: [{}]", "\u{0}", "a: b", "- - -", "workloads"]
+    {
+        folder.write("mesh.yaml", garbage);
+        assert!(!next(&mut source).await.unwrap_err().problems.is_empty(), "{garbage}");
+    }
+    stays_silent(&mut source).await;
+    folder.write("mesh.yaml", &workload("a", 1));
+    assert_eq!(next_names(&mut source).await, ["a"]);
+}
+
+#[tokio::test]
+async fn a_change_outlives_a_wait_that_is_cancelled() {
+    let folder = Folder::new();
+    folder.write("mesh.yaml", &workload("a", 1));
+    let (mut source, _) = open(&folder, "mesh.yaml");
+    folder.write("mesh.yaml", &workload("b", 1));
+    let impatient = async {
+        loop {
+            if let Ok(mesh) = timeout(Duration::from_millis(1), source.changed()).await {
+                return mesh.unwrap();
+            }
+        }
+    };
+    assert_eq!(names(&timeout(BOUND, impatient).await.expect("it is told")), ["b"]);
+}
+
+#[tokio::test]
+async fn a_file_that_never_stays_the_same_is_read_all_the_same() {
+    let folder = Folder::new();
+    folder.write("mesh.yaml", &workload("a", 1));
+    let (mut source, _) = open(&folder, "mesh.yaml");
+    let writes = async {
+        for n in 0.. {
+            folder.write("new.yaml", &workload(&format!("b{n}"), 1));
+            folder.rename("new.yaml", "mesh.yaml");
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let reads = async {
+        for _ in 0..2 {
+            assert!(next_names(&mut source).await[0].starts_with('b'));
+        }
+    };
+    tokio::select! {
+        () = writes => {}
+        () = reads => {}
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retired_snapshot_is_freed_once_nobody_holds_it() {
+    let mesh = Arc::new(Mesh::from_text("mesh", &workload("a", 1)).unwrap());
+    let kept = mesh.workloads()[0].clone();
+    let retirement = tokio::spawn(mesh.clone().retire());
+    sleep(RETIREMENT * 2).await;
+    assert!(!retirement.is_finished());
+    drop(mesh);
+    timeout(BOUND, retirement).await.unwrap().unwrap();
+    assert_eq!(&*kept.name, "a");
+}

@@ -1,0 +1,51 @@
+//! Values and mistakes as they are read out of small documents.
+
+use super::*;
+
+fn problems_of(text: &str, read: impl Fn(Cursor<'_>)) -> Vec<String> {
+    let origin = |line, column| Origin::Document { name: "f".into(), line, column };
+    let node = Node::parse(text, &origin).unwrap();
+    let problems = Problems::default();
+    read(Cursor::root(&node, &problems));
+    problems.kept.into_inner().iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn every_mistake_is_told_with_its_place_key_and_value() {
+    let found = problems_of("a:\n  port: 99999\n  list: [1, x]\n  outboundport: 1\n", |root| {
+        let a = root.key("a");
+        a.only(&["port", "list", "outbound_port"]);
+        a.key("port").port();
+        a.key("list").items(|item| item.parse::<u8>("a small number"));
+    });
+    assert_eq!(
+        found,
+        [
+            "f:4:17: a.outboundport: \"1\": no such key; did you mean outbound_port?",
+            "f:2:9: a.port: \"99999\": must be a port, 1 to 65535",
+            "f:3:13: a.list[1]: \"x\": must be a small number",
+        ]
+    );
+}
+
+#[test]
+fn a_duration_needs_its_unit_and_is_never_zero() {
+    assert_eq!(parse_duration("250ms"), Some(Duration::from_millis(250)));
+    assert_eq!(parse_duration("5m"), Some(Duration::from_secs(300)));
+    for bad in
+        ["10", "s", "", "0s", "1d", "-1s", "1.5s", "99999999999999999999h", "18446744073709551615h"]
+    {
+        assert_eq!(parse_duration(bad), None, "{bad}");
+    }
+}
+
+#[test]
+fn the_wrong_kind_of_value_is_a_mistake_not_a_default() {
+    let found = problems_of("a: [1]\nb: 1\nc: {d: 1}\n", |root| {
+        root.key("a").text();
+        root.key("b").items(|_| Some(()));
+        root.key("c").port();
+        root.key("b").entries();
+    });
+    assert_eq!(found.len(), 4, "{found:?}");
+}

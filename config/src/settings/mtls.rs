@@ -1,0 +1,130 @@
+//! Whether the workload can be reached in plain, or with HBONE only.
+//!
+//! Not here: who may reach it. That is the policies' business, and theirs alone where plaintext is taken.
+
+use std::fmt;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+/// Whether plaintext is taken, by workload and port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MtlsSettings {
+    /// The mode of all that has none of its own.
+    pub default: Mtls,
+    /// What differs; each workload and port once.
+    pub overrides: Vec<MtlsOverride>,
+}
+
+/// Whether connections that did not come through a tunnel are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mtls {
+    /// They are, if policies allow them.
+    Permissive,
+    /// They are refused.
+    Strict,
+}
+
+/// The mode of a workload, of a port, or of a port of a workload: `shop/web=strict`, `:9000=strict`, `shop/web:80=permissive`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct MtlsOverride {
+    /// Namespace and name of the workload; `None`: any. It has a port then.
+    pub workload: Option<(String, String)>,
+    /// The port that the client connects to; `None`: any. There is a workload then.
+    pub port: Option<u16>,
+    /// The mode.
+    pub mode: Mtls,
+}
+
+/// Why a text is not a [`MtlsOverride`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error(
+    "must be NAMESPACE/NAME=MODE, NAMESPACE/NAME:PORT=MODE or :PORT=MODE, where MODE is permissive or strict, such as shop/web:80=permissive"
+)]
+pub struct MtlsOverrideError;
+
+impl MtlsSettings {
+    /// The mode of this port of the workload `namespace`/`name`: the most specific that there is.
+    #[must_use]
+    pub fn mode(&self, namespace: &str, name: &str, port: u16) -> Mtls {
+        let applies = |one: &&MtlsOverride| {
+            one.port.is_none_or(|only| only == port)
+                && one.workload.as_ref().is_none_or(|(n, w)| n == namespace && w == name)
+        };
+        let applying = self.overrides.iter().filter(applies);
+        // Of two that are equally specific, only one applies.
+        let specific = applying.max_by_key(|one| (one.workload.is_some(), one.port.is_some()));
+        specific.map_or(self.default, |one| one.mode)
+    }
+
+    /// Whether there is something that only peers with an identity can reach.
+    pub(crate) fn is_strict_somewhere(&self) -> bool {
+        self.default == Mtls::Strict || self.overrides.iter().any(|one| one.mode == Mtls::Strict)
+    }
+}
+
+impl MtlsOverride {
+    /// Whether both speak of the same workload and port.
+    pub(crate) fn is_of_same(&self, other: &Self) -> bool {
+        (&self.workload, self.port) == (&other.workload, other.port)
+    }
+}
+
+impl Mtls {
+    pub(crate) const WORDS: &[(&str, Self)] =
+        &[("permissive", Self::Permissive), ("strict", Self::Strict)];
+}
+
+impl fmt::Display for Mtls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(super::interception::word(*self, Self::WORDS))
+    }
+}
+
+impl FromStr for MtlsOverride {
+    type Err = MtlsOverrideError;
+
+    fn from_str(text: &str) -> Result<Self, MtlsOverrideError> {
+        let (key, mode) = text.rsplit_once('=').ok_or(MtlsOverrideError)?;
+        let mode = Mtls::WORDS.iter().find(|(word, _)| *word == mode);
+        let (_, mode) = *mode.ok_or(MtlsOverrideError)?;
+        let (workload, port) = match key.split_once(':') {
+            Some((workload, digits)) => (workload, Some(port(digits)?)),
+            None => (key, None),
+        };
+        let workload = match workload.split_once('/') {
+            Some((namespace, name)) if is_name(namespace) && is_name(name) => {
+                Some((namespace.to_owned(), name.to_owned()))
+            }
+            None if workload.is_empty() && port.is_some() => None,
+            _ => return Err(MtlsOverrideError),
+        };
+        Ok(Self { workload, port, mode })
+    }
+}
+
+impl fmt::Display for MtlsOverride {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some((namespace, name)) = &self.workload {
+            write!(f, "{namespace}/{name}")?;
+        }
+        if let Some(port) = self.port {
+            write!(f, ":{port}")?;
+        }
+        write!(f, "={}", self.mode)
+    }
+}
+
+fn port(digits: &str) -> Result<u16, MtlsOverrideError> {
+    super::interception::port(digits).map_err(|_| MtlsOverrideError)
+}
+
+/// Whether it can stand in an override, and an override in a list.
+fn is_name(text: &str) -> bool {
+    let refused = |c: char| {
+        c.is_whitespace()
+            || c.is_control()
+            || matches!(c, '/' | ':' | '=' | ',' | '\'' | '"' | '\\')
+    };
+    !text.is_empty() && !text.contains(refused)
+}

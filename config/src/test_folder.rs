@@ -1,0 +1,47 @@
+//! A folder in which a test writes, replaces and links files; gone with the test.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+
+/// A folder of its own for one test.
+#[derive(Debug)]
+pub(crate) struct Folder(PathBuf);
+
+impl Folder {
+    pub(crate) fn new() -> Self {
+        let test = std::thread::current().name().unwrap().replace("::", "-");
+        let path = std::env::temp_dir().join(format!("underpass-{}-{test}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path.canonicalize().unwrap())
+    }
+
+    pub(crate) fn root(&self) -> PathBuf {
+        self.0.clone()
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    pub(crate) fn write(&self, name: &str, text: &str) {
+        fs::create_dir_all(self.path(name).parent().unwrap()).unwrap();
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    pub(crate) fn rename(&self, from: &str, to: &str) {
+        fs::rename(self.path(from), self.path(to)).unwrap();
+    }
+
+    /// Puts a link to `target` in the place of `name` in one step.
+    pub(crate) fn swap(&self, target: &str, name: &str) {
+        symlink(target, self.path("tmp")).unwrap();
+        self.rename("tmp", name);
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).unwrap();
+    }
+}

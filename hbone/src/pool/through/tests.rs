@@ -1,0 +1,362 @@
+//! A client, a gateway that copies bytes to one backend after another, and backends; over connections in memory.
+
+mod ends;
+
+use std::future::pending;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use http::{HeaderMap, StatusCode};
+use tokio::io::{
+    AsyncRead, AsyncWrite, AsyncWriteExt as _, DuplexStream, copy, copy_bidirectional, duplex,
+    split,
+};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{AbortHandle, yield_now};
+use tokio::time::{sleep, timeout};
+
+use super::*;
+use crate::testing::pki::{Ca, Files};
+use crate::testing::{ADDRESS, CLIENT, HOUR, SECOND, id};
+use crate::{
+    Acceptor, ClientSettings, Credentials, Identity, Incoming, PoolSettings, PoolStatistics,
+    ServerSettings, Trust,
+};
+
+const GATEWAY: &str = "spiffe://td/ns/istio-system/sa/gateway";
+const FIRST: &str = "spiffe://td/ns/default/sa/first";
+const SECOND_ONE: &str = "spiffe://td/ns/default/sa/second";
+
+const SETTINGS: PoolSettings = PoolSettings {
+    dial: SECOND,
+    handshake: SECOND,
+    reply: SECOND,
+    idle: Duration::from_secs(60),
+    max_age: HOUR,
+    streams_per_tunnel: 100,
+    tunnels_per_peer: 3,
+};
+
+/// What the gateway does with a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Copies,
+    /// Copies, and never ends its own direction.
+    NeverEnds,
+    /// Has its own end of the inner tunnel, in its own name.
+    Intercepts,
+    /// Takes all, and says nothing.
+    Swallows,
+    Refuses,
+}
+
+/// A request that came to a backend, and whether its tunnel resumed a session.
+struct Arrived {
+    incoming: Incoming,
+    backend: usize,
+    resumed: bool,
+}
+
+struct Servers {
+    gateway: Acceptor,
+    backends: Vec<Acceptor>,
+    way: Mutex<Way>,
+    next: AtomicUsize,
+    /// The gateway's end of the last tunnel.
+    serving: Mutex<Option<AbortHandle>>,
+    authorities: Mutex<Vec<String>>,
+    arrived: mpsc::UnboundedSender<Arrived>,
+    /// How each stream ended that the gateway copied.
+    copied: mpsc::UnboundedSender<io::Result<()>>,
+}
+
+struct Scene {
+    ca: Ca,
+    client: watch::Sender<Credentials>,
+    connector: Connector,
+    pool: Pool<Arc<Servers>>,
+    servers: Arc<Servers>,
+    arrived: mpsc::UnboundedReceiver<Arrived>,
+    copied: mpsc::UnboundedReceiver<io::Result<()>>,
+}
+
+impl Dial for Arc<Servers> {
+    type Io = DuplexStream;
+
+    async fn dial(&self, _: SocketAddr) -> io::Result<DuplexStream> {
+        let (near, far) = duplex(64 << 10);
+        let servers = self.clone();
+        let serving = tokio::spawn(async move {
+            let Ok(mut tunnel) = servers.gateway.accept(far, SECOND).await else { return };
+            while let Some(incoming) = tunnel.next().await {
+                tokio::spawn(servers.clone().pass(incoming));
+            }
+        });
+        *self.serving.lock().unwrap() = Some(serving.abort_handle());
+        Ok(near)
+    }
+}
+
+impl Servers {
+    async fn pass(self: Arc<Self>, incoming: Incoming) {
+        self.authorities.lock().unwrap().push(incoming.authority().to_string());
+        assert_eq!(incoming.peer().spiffe_id(), &id(CLIENT));
+        let way = *self.way.lock().unwrap();
+        if way == Way::Refuses {
+            return incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);
+        }
+        let mut outer = incoming.accept(HeaderMap::new()).unwrap().into_io();
+        if way == Way::Intercepts {
+            return self.clone().serve(self.gateway.clone(), outer, usize::MAX).await;
+        }
+        let (mut near, far) = duplex(64 << 10);
+        let backend = self.next.fetch_add(1, Ordering::Relaxed) % self.backends.len();
+        tokio::spawn(self.clone().serve(self.backends[backend].clone(), far, backend));
+        let copied = match way {
+            Way::Copies => copy_bidirectional(&mut outer, &mut near).await.map(|_| ()),
+            Way::NeverEnds => {
+                let ((mut from_client, mut to_client), (mut from_backend, mut to_backend)) =
+                    (split(outer), split(near));
+                let there = async {
+                    copy(&mut from_client, &mut to_backend).await?;
+                    to_backend.shutdown().await
+                };
+                let (_there, _back) = tokio::join!(there, copy(&mut from_backend, &mut to_client));
+                pending().await
+            }
+            _ => pending().await,
+        };
+        let _nobody = self.copied.send(copied);
+    }
+
+    async fn serve<T>(self: Arc<Self>, acceptor: Acceptor, io: T, backend: usize)
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
+    {
+        let Ok(mut tunnel) = acceptor.accept(io, SECOND).await else { return };
+        let resumed = tunnel.resumed();
+        while let Some(incoming) = tunnel.next().await {
+            let _nobody = self.arrived.send(Arrived { incoming, backend, resumed });
+        }
+    }
+}
+
+impl Scene {
+    fn new() -> Self {
+        Self::with(ClientSettings::default(), ServerSettings::default())
+    }
+
+    fn with(client_settings: ClientSettings, server_settings: ServerSettings) -> Self {
+        let ca = Ca::root("ours");
+        let fixed = |who, serial| {
+            let identity = ca.identity(who, serial);
+            Acceptor::new(trusting(identity).fixed(), server_settings.clone())
+        };
+        let (found, arrived) = mpsc::unbounded_channel();
+        let (ended, copied) = mpsc::unbounded_channel();
+        let servers = Arc::new(Servers {
+            gateway: fixed(GATEWAY, 2),
+            backends: vec![fixed(FIRST, 3), fixed(SECOND_ONE, 4)],
+            way: Mutex::new(Way::Copies),
+            next: AtomicUsize::new(0),
+            serving: Mutex::default(),
+            authorities: Mutex::default(),
+            arrived: found,
+            copied: ended,
+        });
+        let (client, credentials) = watch::channel(trusting(ca.identity(CLIENT, 1)));
+        let connector = Connector::new(credentials, client_settings);
+        let pool = Pool::new(servers.clone(), SETTINGS);
+        Self { ca, client, connector, pool, servers, arrived, copied }
+    }
+
+    fn go(&self, way: Way) {
+        *self.servers.way.lock().unwrap() = way;
+    }
+
+    async fn connect_to(&self, peers: &[&str]) -> Result<TunnelStream, HboneError> {
+        open(&self.pool, &self.connector, peers).await
+    }
+
+    async fn connect(&self) -> Result<TunnelStream, HboneError> {
+        self.connect_to(&[FIRST, SECOND_ONE]).await
+    }
+
+    /// Both ends of a new stream, which backend it came to, and whether the inner tunnel resumed a session.
+    async fn stream(&mut self) -> (TunnelStream, TunnelStream, usize, bool) {
+        let connecting = open(&self.pool, &self.connector, &[FIRST, SECOND_ONE]);
+        let (near, far) = tokio::join!(connecting, async {
+            let Arrived { incoming, backend, resumed } = self.arrived.recv().await.unwrap();
+            assert_eq!(incoming.authority().to_string(), "web.default.svc:8080");
+            (incoming.accept(HeaderMap::new()).unwrap(), backend, resumed)
+        });
+        let (far, backend, resumed) = far;
+        (near.unwrap(), far, backend, resumed)
+    }
+
+    /// Waits until no stream is left in the outer tunnel.
+    async fn is_quiet(&self) -> bool {
+        for _ in 0..10_000 {
+            if self.pool.statistics().streams == 0 {
+                return true;
+            }
+            yield_now().await;
+        }
+        false
+    }
+
+    fn revoke(&self, serial: u64) {
+        let trust = Files::new().crl("list", &self.ca.revoke(&[serial])).trust();
+        let identity = self.ca.identity(CLIENT, 1);
+        self.client.send_replace(Credentials::new(identity, trust).unwrap());
+    }
+}
+
+fn trusting(identity: Identity) -> Credentials {
+    Credentials::new(identity, Trust::default()).unwrap()
+}
+
+async fn open(
+    pool: &Pool<Arc<Servers>>,
+    connector: &Connector,
+    peers: &[&str],
+) -> Result<TunnelStream, HboneError> {
+    let peers: Vec<SpiffeId> = peers.iter().map(|who| id(who)).collect();
+    let gateway = TunnelKey { source: id(CLIENT), address: ADDRESS, peers: [id(GATEWAY)].into() };
+    let [outer, inner] = ["web.default.svc:80", "web.default.svc:8080"].map(|authority| {
+        ConnectRequest { authority: authority.to_owned(), headers: HeaderMap::new() }
+    });
+    pool.connect_through(&gateway, connector, outer, &peers, inner).await
+}
+
+fn behind(error: HboneError) -> HboneError {
+    let HboneError::BehindGateway { gateway, source } = error else {
+        panic!("{error:?} is not behind the gateway")
+    };
+    assert_eq!(gateway, ADDRESS);
+    (*source).clone()
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_end_knows_the_other_and_the_gateway_only_passes_on() {
+    let mut scene = Scene::new();
+    let (near, far, backend, _) = scene.stream().await;
+    assert_eq!(backend, 0);
+    assert_eq!(near.peer().spiffe_id(), &id(FIRST));
+    assert_eq!(far.peer().spiffe_id(), &id(CLIENT));
+    assert_eq!(*scene.servers.authorities.lock().unwrap(), ["web.default.svc:80"]);
+    let expected = PoolStatistics { tunnels: 1, streams: 1, ..Default::default() };
+    assert_eq!(scene.pool.statistics(), expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_stream_has_an_inner_tunnel_of_its_own_and_they_share_the_outer_one() {
+    let mut scene = Scene::new();
+    let mut streams = Vec::new();
+    for expected in [0, 1, 0, 1] {
+        let (near, far, backend, _) = scene.stream().await;
+        assert_eq!(backend, expected);
+        assert_eq!(near.peer().spiffe_id(), &id([FIRST, SECOND_ONE][backend]));
+        streams.push((near, far));
+    }
+    let expected = PoolStatistics { tunnels: 1, streams: 4, ..Default::default() };
+    assert_eq!(scene.pool.statistics(), expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_ticket_of_one_backend_opens_no_other() {
+    let mut scene = Scene::new();
+    // The newest ticket is offered first, whosever it is.
+    let turns = [(0, false), (0, true), (1, false), (1, true), (0, false)];
+    for (backend, resumes) in turns {
+        scene.servers.next.store(backend, Ordering::Relaxed);
+        let (near, far, arrived, resumed) = scene.stream().await;
+        assert_eq!((arrived, resumed), (backend, resumes));
+        assert_eq!(near.peer().spiffe_id(), &id([FIRST, SECOND_ONE][backend]));
+        // Until the tickets have come.
+        let (mut reader, _writer) = near.split();
+        let (_reader, mut writer) = far.split();
+        writer.write("hello".into()).await.unwrap();
+        reader.read().await.unwrap().unwrap();
+    }
+    // A session that began where both were expected is of no use where one is.
+    scene.servers.next.store(1, Ordering::Relaxed);
+    let refused = behind(scene.connect_to(&[FIRST]).await.unwrap_err());
+    assert!(matches!(refused, HboneError::UnexpectedPeer { .. }), "{refused:?}");
+    // Nor to one who is no longer trusted.
+    scene.revoke(4);
+    scene.servers.next.store(1, Ordering::Relaxed);
+    let refused = behind(scene.connect().await.unwrap_err());
+    assert!(matches!(refused, HboneError::Revoked), "{refused:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wrong_peer_behind_the_gateway_gets_no_request_and_neither_does_the_gateway() {
+    let mut scene = Scene::new();
+    for (way, peers) in [
+        (Way::Copies, &[SECOND_ONE][..]),
+        (Way::Copies, &[]),
+        (Way::Intercepts, &[FIRST, SECOND_ONE]),
+    ] {
+        scene.go(way);
+        scene.servers.next.store(0, Ordering::Relaxed);
+        let refused = behind(scene.connect_to(peers).await.unwrap_err());
+        let HboneError::UnexpectedPeer { presented, .. } = refused else { panic!("{refused:?}") };
+        assert_eq!(presented, [if way == Way::Copies { FIRST } else { GATEWAY }]);
+        assert!(scene.is_quiet().await);
+        sleep(SECOND).await;
+        assert!(scene.arrived.try_recv().is_err());
+    }
+    scene.go(Way::Copies);
+    scene.stream().await;
+    assert_eq!(scene.pool.statistics().backing_off, 0, "the gateway is not to blame");
+}
+
+#[tokio::test(start_paused = true)]
+async fn errors_tell_the_gateway_from_what_is_behind_it() {
+    let mut scene = Scene::new();
+    scene.go(Way::Refuses);
+    let refused = scene.connect().await.unwrap_err();
+    assert!(matches!(refused, HboneError::Refused { .. }), "{refused:?}");
+    scene.go(Way::Swallows);
+    let silent = scene.connect().await.unwrap_err();
+    assert_eq!(silent.kind(), "handshake_timeout");
+    assert!(matches!(behind(silent), HboneError::HandshakeTimeout { .. }));
+    scene.go(Way::Copies);
+    let unanswered = behind(scene.connect().await.unwrap_err());
+    assert!(matches!(unanswered, HboneError::ReplyTimeout { .. }), "{unanswered:?}");
+    scene.arrived.recv().await.unwrap();
+    let (refused, ()) =
+        tokio::join!(open(&scene.pool, &scene.connector, &[FIRST, SECOND_ONE]), async {
+            let arrived = scene.arrived.recv().await.unwrap();
+            arrived.incoming.refuse(StatusCode::UNAUTHORIZED);
+        });
+    let refused = behind(refused.unwrap_err());
+    let HboneError::Refused { status } = refused else { panic!("{refused:?}") };
+    assert_eq!(status, StatusCode::UNAUTHORIZED);
+    assert!(scene.is_quiet().await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_revocation_on_either_level_cuts_the_stream_at_once() {
+    for serial in [2, 3] {
+        let mut scene = Scene::new();
+        let (near, far, ..) = scene.stream().await;
+        // Unread: a stream that nobody reads is cut too.
+        let (_far_reader, mut far_writer) = far.split();
+        far_writer.write("unread".into()).await.unwrap();
+        let distrusted = near.distrusted();
+        scene.revoke(99);
+        sleep(SECOND).await;
+        scene.revoke(serial);
+        let reason = timeout(SECOND, distrusted).await.unwrap();
+        assert!(matches!(reason, HboneError::Revoked), "{reason:?}");
+        let gone = timeout(SECOND, far_writer.closed()).await.unwrap();
+        assert!(matches!(gone, HboneError::Lost { .. }), "{gone:?}");
+        drop(near);
+        assert!(scene.is_quiet().await);
+    }
+}

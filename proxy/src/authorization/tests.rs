@@ -1,0 +1,170 @@
+//! Which policies are asked, in which order, and what that comes to. What one policy matches is tried in the config crate.
+
+use underpass_config::{Mesh, MeshBuilder, PolicyScope, Rules, SpiffeId, Workload, WorkloadDraft};
+
+use super::*;
+
+const WORKLOAD: &str = "\nworkloads: [{name: web, namespace: shop, workloadIps: [10.0.0.9]}]\n";
+
+/// Policies are written short: `deny! shop/name Scope RULES`, where `!` makes it a dry run.
+fn mesh(policies: &str) -> Mesh {
+    let mut text = "policies:\n".to_owned();
+    for line in policies.split(';').map(str::trim).filter(|line| !line.is_empty()) {
+        let mut words = line.splitn(4, ' ');
+        let mut word = || words.next().unwrap();
+        let (action, (namespace, name)) = (word(), word().split_once('/').unwrap());
+        let (scope, rules) = (word(), word());
+        let (action, dry_run) = (action.trim_end_matches('!'), action.ends_with('!'));
+        let action = if action == "deny" { "Deny" } else { "Allow" };
+        text.push_str(&format!(
+            "- {{name: {name}, namespace: {namespace}, scope: {scope}, action: {action}, dryRun: {dry_run}, rules: {rules}}}\n"
+        ));
+    }
+    Mesh::from_text("mesh.yaml", &(text + WORKLOAD)).unwrap_or_else(|error| panic!("{error}"))
+}
+
+struct Judged {
+    decision: String,
+    dry_run: Vec<String>,
+}
+
+/// How `shop/web` takes a connection from `td/ns/bank/sa/teller` to its port 80.
+fn judge(mesh: &Mesh) -> Judged {
+    let workload = mesh.workload("", [10, 0, 0, 9].into()).unwrap();
+    let identity: SpiffeId = "spiffe://td/ns/bank/sa/teller".parse().unwrap();
+    let connection = Connection {
+        source: [10, 0, 0, 1].into(),
+        destination: ([10, 0, 0, 9], 80).into(),
+        identity: Some(&identity),
+    };
+    let policies = mesh.policies(&workload.namespace, Some(workload));
+    let decision = match decide(policies, &connection) {
+        Ok(()) => "allowed".to_owned(),
+        Err(denial) => denial.to_string(),
+    };
+    let dry_run = dry_run(policies, &connection).iter().map(ToString::to_string).collect();
+    Judged { decision, dry_run }
+}
+
+const NOT_ALLOWED: &str = "allow policies exist, but none allowed";
+
+#[test]
+fn policies_are_asked_in_istios_order() {
+    for (policies, decision) in [
+        ("", "allowed"),
+        // Rules: `[[]]` matches everything, `[]` nothing.
+        ("deny shop/a Namespace []", "allowed"),
+        ("deny shop/a Namespace [[]]", "explicitly denied by: shop/a"),
+        ("allow shop/a Namespace []", NOT_ALLOWED),
+        ("allow shop/a Namespace [[]]", "allowed"),
+        ("allow shop/a Namespace []; allow shop/b Namespace [[]]", "allowed"),
+        ("allow shop/a Namespace [[]]; allow shop/b Namespace []", "allowed"),
+        ("allow shop/a Namespace []; allow shop/b Namespace []", NOT_ALLOWED),
+        // A denial goes before any permission, wherever it stands.
+        ("allow shop/a Namespace [[]]; deny shop/b Namespace [[]]", "explicitly denied by: shop/b"),
+        ("deny shop/b Namespace [[]]; allow shop/a Namespace [[]]", "explicitly denied by: shop/b"),
+        ("deny shop/a Namespace []; allow shop/b Namespace []", NOT_ALLOWED),
+        ("deny shop/a Namespace []; allow shop/b Namespace [[]]", "allowed"),
+        ("deny shop/a Namespace []; deny shop/b Namespace [[]]", "explicitly denied by: shop/b"),
+        // Scopes.
+        ("deny root/a Global [[]]", "explicitly denied by: root/a"),
+        ("allow root/a Global []", NOT_ALLOWED),
+        ("deny bank/a Namespace [[]]", "allowed"),
+        ("allow bank/a Namespace []", "allowed"),
+        ("deny shop/a WorkloadSelector [[]]", "allowed"),
+        ("allow shop/a WorkloadSelector []", "allowed"),
+        ("allow root/a Global [[]]; deny shop/b Namespace [[]]", "explicitly denied by: shop/b"),
+        ("deny root/a Global [[]]; allow shop/b Namespace [[]]", "explicitly denied by: root/a"),
+        ("allow root/a Global []; allow shop/b Namespace [[]]", "allowed"),
+        // The caller has the identity td/ns/bank/sa/teller.
+        ("allow shop/a Namespace [[[{namespaces: [!Exact bank]}]]]", "allowed"),
+        ("allow shop/a Namespace [[[{namespaces: [!Exact shop]}]]]", NOT_ALLOWED),
+        ("deny shop/a Namespace [[[{destinationPorts: [80]}]]]", "explicitly denied by: shop/a"),
+        ("deny shop/a Namespace [[[{notDestinationPorts: [80]}]]]", "allowed"),
+        // Dry runs.
+        ("deny! shop/a Namespace [[]]", "allowed"),
+        ("allow! shop/a Namespace []", "allowed"),
+        ("allow shop/a Namespace []; allow! shop/b Namespace [[]]", NOT_ALLOWED),
+        ("allow shop/a Namespace [[]]; deny! root/b Global [[]]", "allowed"),
+    ] {
+        assert_eq!(judge(&mesh(policies)).decision, decision, "{policies}");
+    }
+}
+
+#[test]
+fn a_workload_names_policies_of_whatever_scope_and_namespace() {
+    let everything = Rules::from(vec![vec![]]);
+    let policy = |name: &str, namespace: &str, scope, action| Policy {
+        name: name.into(),
+        namespace: namespace.into(),
+        scope,
+        action,
+        dry_run: false,
+        rules: everything.clone(),
+    };
+    let decision = |names: &[&str]| {
+        let mut builder = MeshBuilder::default();
+        let selected = PolicyScope::WorkloadSelector;
+        builder.policy(policy("all", "shop", selected, PolicyAction::Allow));
+        builder.policy(policy("none", "shop", selected, PolicyAction::Deny));
+        builder.policy(policy("theirs", "bank", PolicyScope::Namespace, PolicyAction::Deny));
+        builder.policy(Policy {
+            rules: Rules::default(),
+            ..policy("nobody", "shop", selected, PolicyAction::Allow)
+        });
+        let workload = mesh("").workload("", [10, 0, 0, 9].into()).unwrap().clone();
+        builder.workload(WorkloadDraft {
+            workload: Workload::clone(&workload),
+            services: Vec::new(),
+            policies: names.iter().map(|name| (*name).into()).collect(),
+        });
+        judge(&builder.build().unwrap()).decision
+    };
+    assert_eq!(decision(&[]), "allowed");
+    assert_eq!(decision(&["shop/all"]), "allowed");
+    assert_eq!(decision(&["shop/nobody"]), NOT_ALLOWED);
+    assert_eq!(decision(&["shop/nobody", "shop/all"]), "allowed");
+    assert_eq!(decision(&["shop/all", "shop/none"]), "explicitly denied by: shop/none");
+    assert_eq!(decision(&["bank/theirs"]), "explicitly denied by: bank/theirs");
+}
+
+#[test]
+fn dry_run_policies_say_what_they_would_do() {
+    const NONE: &[&str] = &[];
+    for (policies, expected) in [
+        ("", NONE),
+        ("deny shop/a Namespace [[]]; allow shop/b Namespace [[]]", NONE),
+        ("deny! shop/a Namespace []", NONE),
+        ("deny! shop/a Namespace [[]]", &["dry run: would be denied by: shop/a"]),
+        (
+            "deny! shop/a Namespace [[]]; deny! shop/b Namespace [[]]",
+            &["dry run: would be denied by: shop/a", "dry run: would be denied by: shop/b"],
+        ),
+        ("allow! shop/a Namespace [[]]", &["dry run: would be allowed by: shop/a"]),
+        ("allow! shop/a Namespace []", &["dry run: would not be allowed by any policy"]),
+        (
+            "allow! shop/a Namespace []; allow! shop/b Namespace [[]]",
+            &["dry run: would be allowed by: shop/b"],
+        ),
+        // Others that allow decide already.
+        ("allow! shop/a Namespace []; allow shop/b Namespace [[]]", NONE),
+        ("allow! shop/a Namespace []; allow shop/b Namespace []", NONE),
+        // First what would deny; what would allow is asked only if nothing denies in earnest.
+        (
+            "allow! shop/a Namespace [[]]; deny! shop/b Namespace [[]]",
+            &["dry run: would be denied by: shop/b", "dry run: would be allowed by: shop/a"],
+        ),
+        (
+            "deny! shop/a Namespace [[]]; allow! shop/b Namespace []",
+            &["dry run: would be denied by: shop/a", "dry run: would not be allowed by any policy"],
+        ),
+        (
+            "allow! shop/a Namespace [[]]; deny! shop/b Namespace [[]]; deny shop/c Namespace [[]]",
+            &["dry run: would be denied by: shop/b"],
+        ),
+        // Of other scopes nothing is said.
+        ("deny! bank/a Namespace [[]]; deny! shop/a WorkloadSelector [[]]", NONE),
+    ] {
+        assert_eq!(judge(&mesh(policies)).dry_run, expected, "{policies}");
+    }
+}

@@ -1,0 +1,200 @@
+//! What is allowed, and what a change of the mesh means for what was.
+
+use underpass_config::{Mesh, Sources};
+
+use super::*;
+
+const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
+
+fn rules(settings: &[&str]) -> Rules {
+    let files =
+        "identity.certificate=c.pem identity.key=c.key identity.roots=r.pem workload.name=server";
+    let flags = files.split(' ').chain(settings.iter().copied()).map(str::to_owned).collect();
+    let sources = Sources { file: None, environment: Vec::new(), flags };
+    let settings = sources.load().expect("settings");
+    Rules {
+        ports: Ports::of(&settings.proxy),
+        own: settings.workload,
+        egress: settings.egress,
+        mtls: settings.proxy.mtls,
+        probes: true,
+    }
+}
+
+fn snapshot(generation: u64, policies: &str) -> Snapshot {
+    let text = format!(
+        "workloads:\n\
+         - {{name: server, workloadIps: [10.0.0.1], protocol: HBONE, serviceAccount: server}}\n\
+         - {{name: plain, workloadIps: [10.0.0.2]}}\n\
+         services:\n\
+         - {{name: web, namespace: default, hostname: web.example, vips: [/10.96.0.1], ports: {{80: 80}}}}\n\
+         policies: [{policies}]\n"
+    );
+    let mesh = Mesh::from_text("mesh", &text).expect("a mesh");
+    Snapshot::new(Arc::new(mesh), &rules(&[]).own, generation)
+}
+
+fn policy(action: &str, rules: &str) -> String {
+    format!(
+        "{{name: p, namespace: default, scope: Namespace, action: {action}, dryRun: false, rules: {rules}}}"
+    )
+}
+
+fn deny_client() -> String {
+    policy("Deny", "[[[{principals: [{exact: cluster.local/ns/default/sa/client}]}]]]")
+}
+
+fn at(address: &str) -> SocketAddr {
+    address.parse().expect("an address")
+}
+
+fn from_client() -> Subject {
+    Subject::inbound(
+        at("10.0.0.9:40000"),
+        at("10.0.0.1:8080"),
+        Some(CLIENT.parse().expect("an id")),
+    )
+}
+
+fn in_plain(source: &str) -> Subject {
+    Subject::inbound(at(source), at("10.0.0.1:8080"), None)
+}
+
+fn outbound(asked: &str, hop: &str, peers: Option<&[&str]>) -> Subject {
+    let ids = |peers: &[&str]| peers.iter().map(|id| id.parse().expect("an id")).collect();
+    Subject::Outbound(Outbound {
+        asked: at(asked),
+        hop: at(hop),
+        peers: peers.map(ids),
+        by_address: true,
+    })
+}
+
+fn decided(subject: &Subject, settings: &[&str]) -> Result<(), &'static str> {
+    check(subject, &snapshot(1, ""), &rules(settings)).map_err(|error| error.reason().code)
+}
+
+#[test]
+fn nobody_may_reach_the_proxys_own_listeners_through_the_proxy() {
+    for port in [15001, 15006, 15008] {
+        let to = SocketAddr::new(at("10.0.0.1:1").ip(), port);
+        let inbound = Subject::inbound(at("10.0.0.9:1"), to, None);
+        assert_eq!(decided(&inbound, &[]), Err("own_listener"), "{port}");
+        let loopback = format!("127.0.0.1:{port}");
+        assert_eq!(decided(&outbound(&loopback, &loopback, None), &[]), Err("own_listener"));
+        let other_pod = format!("10.0.0.2:{port}");
+        assert_eq!(decided(&outbound(&other_pod, &other_pod, None), &[]), Ok(()));
+    }
+}
+
+#[test]
+fn what_speaks_hbone_is_never_reached_in_plain_and_only_by_its_identity() {
+    let (service, server) = ("10.96.0.1:80", "10.0.0.1:80");
+    assert_eq!(decided(&outbound(server, server, None), &[]), Err("plaintext_to_hbone"));
+    assert_eq!(decided(&outbound(service, server, None), &[]), Err("plaintext_to_hbone"));
+    let own = [
+        "spiffe://cluster.local/ns/default/sa/other",
+        "spiffe://cluster.local/ns/default/sa/server",
+    ];
+    assert_eq!(decided(&outbound(service, "10.0.0.1:15008", Some(&own)), &[]), Ok(()));
+    let others = Some(&own[..1]);
+    assert_eq!(decided(&outbound(service, "10.0.0.1:15008", others), &[]), Err("other_identity"));
+}
+
+#[test]
+fn mesh_only_egress_reaches_what_the_mesh_knows_and_what_is_excepted() {
+    let mesh_only = ["egress=mesh-only"];
+    let excepted =
+        ["egress=mesh-only", "egress_exceptions.cidrs=192.0.2.0/24", "egress_exceptions.ports=53"];
+    for (asked, hop, settings, expected) in [
+        ("192.0.2.1:443", "192.0.2.1:443", &[][..], Ok(())),
+        ("192.0.2.1:443", "192.0.2.1:443", &mesh_only, Err("egress_denied")),
+        ("10.0.0.2:443", "10.0.0.2:443", &mesh_only, Ok(())),
+        ("10.96.0.1:80", "192.0.2.1:80", &mesh_only, Ok(())),
+        ("192.0.2.1:443", "192.0.2.1:443", &excepted, Ok(())),
+        ("198.51.100.1:53", "198.51.100.1:53", &excepted, Ok(())),
+        ("198.51.100.1:54", "198.51.100.1:54", &excepted, Err("egress_denied")),
+    ] {
+        assert_eq!(
+            decided(&outbound(asked, hop, None), settings),
+            expected,
+            "{asked} {settings:?}"
+        );
+    }
+}
+
+#[test]
+fn strict_refuses_plaintext_but_for_probes_and_overrides() {
+    let strict = ["proxy.mtls=strict"];
+    let by_port = ["proxy.mtls=strict", "proxy.mtls_overrides=default/server:8080=permissive"];
+    assert_eq!(decided(&in_plain("10.0.0.9:1"), &[]), Ok(()));
+    assert_eq!(decided(&in_plain("10.0.0.9:1"), &strict), Err("plaintext_refused"));
+    assert_eq!(decided(&in_plain("169.254.7.127:1"), &strict), Ok(()));
+    assert_eq!(decided(&in_plain("10.0.0.9:1"), &by_port), Ok(()));
+    assert_eq!(decided(&from_client(), &strict), Ok(()));
+}
+
+#[test]
+fn an_address_that_the_mesh_does_not_know_is_under_the_policies_of_our_name() {
+    let selected = "workloads:\n- {name: server, workloadIps: [10.0.0.1], authorizationPolicies: [default/p]}\n\
+                    policies: [{name: p, namespace: default, scope: WorkloadSelector, action: Deny, dryRun: false, rules: [[]]}]\n";
+    let mesh = Mesh::from_text("mesh", selected).expect("a mesh");
+    let rules = rules(&[]);
+    let snapshot = Snapshot::new(Arc::new(mesh), &rules.own, 1);
+    for address in ["10.0.0.1:80", "10.99.0.1:80", "[fd00::1]:80"] {
+        let subject = Subject::inbound(at("10.0.0.9:1"), at(address), None);
+        let denied = check(&subject, &snapshot, &rules).map_err(|error| error.reason().code);
+        assert_eq!(denied, Err("policy_denied"), "{address}");
+    }
+}
+
+fn after(old: &Snapshot, new: &Snapshot, since: u64) -> Result<(), &'static str> {
+    let rules = rules(&[]);
+    let checked = Change::new(old, new, &rules).check(&from_client(), since);
+    checked.map_err(|error| error.reason().code)
+}
+
+#[test]
+fn a_change_is_felt_by_what_was_allowed_before() {
+    let (open, closed) = (snapshot(1, ""), snapshot(2, &deny_client()));
+    assert_eq!(after(&open, &closed, 1), Err("policy_denied"));
+    assert_eq!(after(&open, &snapshot(2, &policy("Allow", "[[]]")), 1), Ok(()));
+}
+
+#[test]
+fn what_began_between_two_states_that_are_alike_is_decided_on_again() {
+    // It was allowed by the second state; the first and the third forbid it, and a worker may never see the second.
+    let (first, third) = (snapshot(1, &deny_client()), snapshot(3, &deny_client()));
+    assert_eq!(after(&first, &third, 2), Err("policy_denied"));
+}
+
+#[test]
+fn a_change_that_touches_nothing_here_decides_nothing_anew() {
+    // Not decided on again, or it would be refused: the connection could not have begun.
+    let (old, new) = (snapshot(1, &deny_client()), snapshot(2, &deny_client()));
+    assert_eq!(after(&old, &new, 1), Ok(()));
+}
+
+#[tokio::test]
+async fn a_permit_is_registered_as_long_as_it_lives() {
+    let (sender, mesh) = watch::channel(Arc::new(snapshot(1, "")));
+    let (live, rules) = (Arc::new(Live::default()), rules(&[]));
+    let (allowed, _told) = permit(from_client(), &mesh, &rules, &live).expect("a permit");
+    assert_eq!(allowed.destination(), at("10.0.0.1:8080"));
+    let count = async |live: &Arc<Live>| {
+        let mut seen: Vec<u64> = Vec::new();
+        live.enforce(|_, since| {
+            seen.push(since);
+            Ok(())
+        })
+        .await;
+        seen
+    };
+    assert_eq!(count(&live).await, [1]);
+    drop(allowed);
+    assert_eq!(count(&live).await, Vec::<u64>::new());
+    sender.send_replace(Arc::new(snapshot(2, &deny_client())));
+    let denied = permit(from_client(), &mesh, &rules, &live).map(drop);
+    assert!(matches!(denied, Err(ProxyError::Denied(_))), "{denied:?}");
+    assert_eq!(count(&live).await, Vec::<u64>::new());
+}

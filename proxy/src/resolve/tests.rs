@@ -1,0 +1,191 @@
+//! Hostnames: what is remembered of them, for how long, and who waits for whom.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use futures_util::future::join_all;
+use tokio::time::{advance, sleep};
+
+use super::*;
+
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Answers as it is told, after a second, and counts.
+#[derive(Clone, Default)]
+struct Dns {
+    answer: Arc<Mutex<Option<Vec<IpAddr>>>>,
+    delay: Arc<Mutex<Duration>>,
+    asked: Arc<AtomicUsize>,
+}
+
+impl Dns {
+    fn new(addresses: &[&str]) -> Self {
+        let dns = Self::default();
+        *dns.delay.lock().unwrap() = Duration::from_secs(1);
+        dns.answers(Some(addresses));
+        dns
+    }
+
+    fn answers(&self, addresses: Option<&[&str]>) {
+        let parse = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        *self.answer.lock().unwrap() = addresses.map(parse);
+    }
+
+    fn delays(&self, delay: Duration) {
+        *self.delay.lock().unwrap() = delay;
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.load(Ordering::Relaxed)
+    }
+
+    fn resolver(&self) -> Resolver {
+        let dns = self.clone();
+        Resolver::new(move |_| {
+            let dns = dns.clone();
+            async move {
+                dns.asked.fetch_add(1, Ordering::Relaxed);
+                let delay = *dns.delay.lock().unwrap();
+                sleep(delay).await;
+                let answer = dns.answer.lock().unwrap().clone();
+                answer.map(Into::into).ok_or_else(|| Arc::new(io::Error::other("SERVFAIL")))
+            }
+            .boxed()
+        })
+    }
+}
+
+fn hop(hostname: &str, families: IpFamilies, prefer_v6: bool) -> Hop {
+    Hop::Hostname { hostname: hostname.into(), port: 80, families, prefer_v6 }
+}
+
+async fn resolve(resolver: &Resolver) -> Result<String, ResolveError> {
+    let found = resolver.resolve(&hop("a.example", IpFamilies::Any, false), DEADLINE).await;
+    found.map(|address| address.to_string())
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_needs_no_lookup() {
+    let dns = Dns::new(&[]);
+    let address = "10.0.0.1:80".parse().unwrap();
+    let found = dns.resolver().resolve(&Hop::Address(address), DEADLINE).await;
+    assert_eq!((found.unwrap(), dns.asked()), (address, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn addresses_of_the_preferred_family_take_turns_and_others_only_stand_in() {
+    let dns = Dns::new(&["10.0.0.1", "fd00::1", "10.0.0.2"]);
+    let resolver = dns.resolver();
+    let mut turns = Vec::new();
+    for _ in 0..4 {
+        turns.push(resolve(&resolver).await.unwrap());
+    }
+    turns.sort();
+    assert_eq!(turns, ["10.0.0.1:80", "10.0.0.1:80", "10.0.0.2:80", "10.0.0.2:80"]);
+    for (families, prefer_v6, v6) in [
+        (IpFamilies::Any, true, true),
+        (IpFamilies::V6, false, true),
+        (IpFamilies::V4, true, false),
+    ] {
+        let hop = hop("a.example", families, prefer_v6);
+        assert_eq!(resolver.resolve(&hop, DEADLINE).await.unwrap().is_ipv6(), v6);
+    }
+    assert_eq!(dns.asked(), 1);
+    dns.answers(Some(&["10.0.0.1"]));
+    let only_v6 = hop("b.example", IpFamilies::V6, true);
+    let error = resolver.resolve(&only_v6, DEADLINE).await.unwrap_err();
+    assert!(matches!(error, ResolveError::NoAddress { .. }), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn addresses_are_used_for_thirty_seconds() {
+    let dns = Dns::new(&["10.0.0.1"]);
+    let resolver = dns.resolver();
+    resolve(&resolver).await.unwrap();
+    dns.answers(Some(&["10.0.0.2"]));
+    advance(FRESH - Duration::from_secs(2)).await;
+    assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
+    advance(Duration::from_secs(1)).await;
+    assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.2:80");
+    assert_eq!(dns.asked(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_wait_for_one_lookup_even_if_the_first_gives_up() {
+    let dns = Dns::new(&["10.0.0.1"]);
+    let resolver = dns.resolver();
+    let hop = hop("a.example", IpFamilies::Any, false);
+    let early = resolver.resolve(&hop, Duration::from_millis(500));
+    let others = join_all((0..10).map(|_| resolver.resolve(&hop, DEADLINE)));
+    let (early, others) = tokio::join!(early, others);
+    assert!(matches!(early, Err(ResolveError::Timeout { .. })));
+    assert!(others.iter().all(Result::is_ok));
+    assert_eq!(dns.asked(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_is_repeated_for_two_seconds() {
+    let dns = Dns::new(&[]);
+    dns.answers(None);
+    let resolver = dns.resolver();
+    for asked in [1, 1] {
+        let error = resolve(&resolver).await.unwrap_err();
+        assert!(matches!(error, ResolveError::Lookup { .. }), "{error}");
+        assert_eq!(dns.asked(), asked);
+    }
+    dns.answers(Some(&["10.0.0.1"]));
+    advance(FAILED).await;
+    assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
+    assert_eq!(dns.asked(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn stale_addresses_stand_in_when_a_lookup_fails_or_takes_long() {
+    let dns = Dns::new(&["10.0.0.1"]);
+    let resolver = dns.resolver();
+    resolve(&resolver).await.unwrap();
+    dns.answers(None);
+    advance(FRESH).await;
+    assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
+    dns.delays(Duration::from_mins(1));
+    advance(FAILED).await;
+    let begun = Instant::now();
+    assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
+    assert_eq!(begun.elapsed(), PATIENCE);
+    advance(STALE).await;
+    let error = resolve(&resolver).await.unwrap_err();
+    assert!(matches!(error, ResolveError::Timeout { .. }), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lookup_that_nobody_waited_for_does_not_tell_of_the_present() {
+    let dns = Dns::new(&["10.0.0.1"]);
+    let resolver = dns.resolver();
+    let hop = hop("a.example", IpFamilies::Any, false);
+    resolver.resolve(&hop, Duration::from_millis(500)).await.unwrap_err();
+    dns.answers(Some(&["10.0.0.2"]));
+    advance(FRESH).await;
+    assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.2:80");
+    assert_eq!(dns.asked(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_name_that_was_not_asked_for_the_longest_is_forgotten_first() {
+    let dns = Dns::new(&["10.0.0.1"]);
+    dns.delays(Duration::ZERO);
+    let resolver = dns.resolver();
+    for index in 0..=MAX_NAMES {
+        let hop = hop(&format!("{index}.example"), IpFamilies::Any, false);
+        resolver.resolve(&hop, DEADLINE).await.unwrap();
+        advance(Duration::from_nanos(1)).await;
+    }
+    let names = resolver.lock();
+    assert_eq!(names.len(), MAX_NAMES);
+    assert!(!names.contains_key("0.example") && names.contains_key("1.example"));
+}
+
+#[tokio::test]
+async fn the_system_is_asked() {
+    let hop = hop("127.0.0.1", IpFamilies::Any, false);
+    let found = Resolver::system().resolve(&hop, DEADLINE).await.unwrap();
+    assert_eq!(found, SocketAddr::from(([127, 0, 0, 1], 80)));
+}

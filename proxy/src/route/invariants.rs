@@ -1,0 +1,158 @@
+//! What holds for every mesh, destination and state of the endpoints.
+
+use std::net::{IpAddr, SocketAddr};
+
+use proptest::prelude::*;
+use underpass_config::{Mesh, NetworkMode, Protocol, Workload};
+
+use super::testing::{Fixed, caller, mesh, named};
+use super::{Hop, Route, Target, Via, inbound, outbound};
+
+const WORKLOADS: u8 = 6;
+const SERVICES: u8 = 4;
+
+/// Words that may be said of a workload; its address is its own, that of a node which several share, or none.
+fn workload(index: u8) -> impl Strategy<Value = String> {
+    let address = prop_oneof![
+        4 => Just(format!("ip=10.0.0.{index}")),
+        1 => Just(format!("ip=10.0.0.{index},fd00::{index}")),
+        1 => Just("ip=10.0.9.9 hostnetwork".to_owned()),
+        1 => Just(format!("host=w{index}.internal")),
+        1 => Just(String::new()),
+    ];
+    let network = prop_oneof![3 => Just(""), 1 => Just("net=far"), 2 => Just("net=far gateway=far/10.5.0.1@15009")];
+    let protocol = prop_oneof![Just("hbone"), Just("")];
+    let waypoint = prop_oneof![3 => Just(""), 1 => Just("waypoint=default/s0@80"), 1 => Just("waypoint=/10.6.0.1@15008")];
+    let rest = prop_oneof![3 => Just(""), 1 => Just("capacity=0"), 1 => Just("capacity=7"), 1 => Just("unhealthy tunnel=15088")];
+    let of = proptest::sample::subsequence((0..SERVICES).collect::<Vec<_>>(), 0..4);
+    (address, network, protocol, waypoint, rest, of).prop_map(move |parts| {
+        let (address, network, protocol, waypoint, rest, of) = parts;
+        let of: String = of.iter().map(|service| format!(" of=default/s{service}")).collect();
+        format!("workload w{index} {address} {network} {protocol} {waypoint} {rest} {of}\n")
+    })
+}
+
+/// Words that may be said of a service, whose address may be that of a workload or around it.
+fn service(index: u8) -> impl Strategy<Value = String> {
+    let vip = prop_oneof![
+        4 => Just(format!("vip=/10.1.0.{index},/fd01::{index}")),
+        1 => Just("vip=/10.0.9.9,/10.0.0.1".to_owned()),
+        1 => Just("cidr=/10.0.0.0/16".to_owned()),
+    ];
+    let mode = prop_oneof![
+        2 => Just(""), 1 => Just("mode=failover prefer=network,region"), 1 => Just("mode=strict prefer=network"),
+        2 => Just("mode=passthrough")
+    ];
+    let waypoint = prop_oneof![3 => Just(""), 1 => Just("waypoint=default/s1@80"), 1 => Just("waypoint=/10.6.0.1@15008")];
+    let rest = prop_oneof![
+        Just(""),
+        Just("sans=team"),
+        Just("families=v4"),
+        Just("families=v6 unhealthy")
+    ];
+    (vip, mode, waypoint, rest).prop_map(move |(vip, mode, waypoint, rest)| {
+        format!("service default/s{index} {vip} {mode} {waypoint} {rest}\n")
+    })
+}
+
+fn any_mesh() -> impl Strategy<Value = String> {
+    let workloads: Vec<_> = (1..=WORKLOADS).map(workload).collect();
+    let services: Vec<_> = (0..SERVICES).map(service).collect();
+    (workloads, services).prop_map(|(workloads, services)| {
+        let fixed = "workload client ip=10.0.7.1 region=r\n\
+                     workload gateway ip=10.5.0.1 net=far\n\
+                     workload waypoint ip=10.6.0.1 hbone\n";
+        format!("{fixed}{}{}", workloads.concat(), services.concat())
+    })
+}
+
+fn destination() -> impl Strategy<Value = SocketAddr> {
+    let address = prop_oneof![
+        (1..=WORKLOADS).prop_map(|index| IpAddr::from([10, 0, 0, index])),
+        (0..SERVICES).prop_map(|index| IpAddr::from([10, 1, 0, index])),
+        (1..=WORKLOADS).prop_map(|index| format!("fd00::{index}").parse().unwrap()),
+        Just(IpAddr::from([10, 0, 9, 9])),
+        Just(IpAddr::from([192, 0, 2, 1])),
+    ];
+    (address, prop_oneof![3 => Just(80), 1 => Just(81)]).prop_map(SocketAddr::from)
+}
+
+/// Some workloads, by their number.
+fn some() -> impl Strategy<Value = Vec<u8>> {
+    proptest::sample::subsequence((1..=WORKLOADS).collect::<Vec<_>>(), 0..=usize::from(WORKLOADS))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn what_speaks_hbone_is_never_dialled_in_plain(
+        (text, destination) in (any_mesh(), destination()),
+        (set_aside, tried, seed) in (some(), some(), any::<u64>()),
+    ) {
+        let mesh = mesh(&text);
+        let mut choose = Fixed::new(seed);
+        choose.set_aside = set_aside.iter().map(|index| format!("w{index}").into()).collect();
+        choose.tried = tried.iter().map(|index| format!("w{index}").into()).collect();
+        let caller = caller(named(&mesh, "client"));
+        if let Ok(route) = outbound(destination, &mesh, &caller, &mut choose) {
+            check(&route, &mesh, destination);
+            for endpoint in route.endpoints() {
+                assert!(!choose.tried.contains(&endpoint.uid));
+                assert_ne!(named(&mesh, &endpoint.uid).capacity, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_tunnel_never_leads_away_from_the_address_where_it_ends(
+        (text, asked, here) in (any_mesh(), destination(), 1..=WORKLOADS),
+        hostname in proptest::option::of(0..=SERVICES),
+    ) {
+        let mesh = mesh(&text);
+        let local = named(&mesh, &format!("w{here}"));
+        let here = SocketAddr::from(([10, 0, 0, here], 15008));
+        let authority = match hostname {
+            Some(index) => Target::Hostname(format!("s{index}").into(), asked.port()),
+            None => Target::Address(asked),
+        };
+        if let Ok(target) = inbound(&authority, here, &mesh, Some(local), "", "default") {
+            assert_eq!(target.address.ip(), here.ip());
+            assert_ne!(target.address.port(), 0);
+        }
+    }
+}
+
+fn check(route: &Route, mesh: &Mesh, destination: SocketAddr) {
+    let workload = route.workload.as_deref();
+    match &route.via {
+        Via::Plain { to } => {
+            assert!(workload.is_none_or(|workload| workload.protocol == Protocol::Tcp));
+            // A service may say which of those it means who share the address of a node.
+            let told_apart =
+                workload.is_some_and(|known| known.network_mode == NetworkMode::HostNetwork);
+            if let Hop::Address(address) = to {
+                assert!(told_apart || !mesh.speaks_hbone("", address.ip()));
+            }
+            assert!(workload.is_some() || *to == Hop::Address(destination));
+            assert!(workload.is_none_or(|known| is_at(known, to) && known.network.is_empty()));
+        }
+        Via::Tunnel { to, peers, .. } => {
+            let workload = workload.unwrap();
+            assert!(peers.contains(&workload.identity));
+            assert!(is_at(workload, to) && workload.network.is_empty());
+        }
+        Via::DoubleTunnel { gateway, gateway_peers, peers, .. } => {
+            let workload = workload.unwrap();
+            assert!(gateway_peers.contains(&workload.identity) && is_at(workload, gateway));
+            assert!(!peers.is_empty() && route.service.is_some());
+        }
+    }
+}
+
+fn is_at(workload: &Workload, hop: &Hop) -> bool {
+    match hop {
+        Hop::Address(address) => workload.addresses.contains(&address.ip()),
+        Hop::Hostname { hostname, .. } => *hostname == workload.hostname,
+    }
+}

@@ -1,0 +1,340 @@
+//! Which endpoint of a service takes a connection: the less loaded of two that are drawn by capacity, among the nearest ones.
+//!
+//! Not here: what is known of endpoints (`endpoint_health.rs`).
+
+use std::sync::Arc;
+
+use underpass_config::{Endpoint, LoadBalancingMode, Name, Scope, Service, Workload};
+
+use super::{Caller, RouteError, Unfit};
+use crate::endpoint_health::EndpointHealth;
+
+/// How often endpoints are drawn from all of them before they are looked at one by one. Two draws do unless many cannot be
+/// taken or are not the nearest, or one has almost all of the capacity.
+const DRAWS: usize = 32;
+
+/// An endpoint: a workload and the port at which it serves.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct EndpointKey {
+    /// The workload's.
+    pub(crate) uid: Name,
+    /// The endpoint's own port, not the service's.
+    pub(crate) port: u16,
+}
+
+/// What a choice depends on beside the mesh.
+pub(crate) trait Choose {
+    /// A random number below `n`, which is not 0.
+    fn below(&mut self, n: u64) -> u64;
+    /// How many connections to the endpoint are open.
+    fn open_connections(&self, uid: &Name, port: u16) -> u32;
+    /// Whether it could not be connected to lately: it is taken only if there is no other.
+    fn is_set_aside(&self, uid: &Name, port: u16) -> bool;
+    /// Whether it was tried for this very connection: it is not taken again.
+    fn was_tried(&self, uid: &Name, port: u16) -> bool;
+}
+
+/// Chooses by the state of the endpoints and the thread's random numbers.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Chooser<'a> {
+    /// What is known of all endpoints.
+    pub(crate) health: &'a EndpointHealth,
+    /// Those that were tried for this connection.
+    pub(crate) tried: &'a [EndpointKey],
+}
+
+impl Choose for Chooser<'_> {
+    fn below(&mut self, n: u64) -> u64 {
+        fastrand::u64(..n)
+    }
+
+    fn open_connections(&self, uid: &Name, port: u16) -> u32 {
+        self.health.open_connections(&EndpointKey { uid: uid.clone(), port })
+    }
+
+    fn is_set_aside(&self, uid: &Name, port: u16) -> bool {
+        self.health.any_set_aside()
+            && self.health.is_set_aside(&EndpointKey { uid: uid.clone(), port })
+    }
+
+    fn was_tried(&self, uid: &Name, port: u16) -> bool {
+        self.tried.iter().any(|tried| tried.port == port && tried.uid == *uid)
+    }
+}
+
+/// What an endpoint is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// To serve the connection.
+    Service,
+    /// To be the waypoint in front of a service.
+    ServiceWaypoint,
+    /// To be the waypoint in front of a workload.
+    WorkloadWaypoint,
+    /// To be the gateway of another network.
+    NetworkGateway,
+}
+
+/// An endpoint that can take the connection.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Candidate<'m> {
+    pub(super) workload: &'m Arc<Workload>,
+    /// Its own port.
+    pub(super) port: u16,
+    /// How good it is, before capacity and load are looked at.
+    tier: Tier,
+}
+
+/// Better ones compare greater: whoever is not set aside, then whoever is nearer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Tier {
+    not_set_aside: bool,
+    rank: usize,
+}
+
+/// Chooses the endpoint of `service` that takes a connection to its `port`.
+pub(super) fn select<'m>(
+    service: &'m Arc<Service>,
+    port: u16,
+    purpose: Purpose,
+    caller: &Caller<'_>,
+    choose: &mut impl Choose,
+) -> Result<Candidate<'m>, RouteError> {
+    let selection = Selection { service, port, purpose, caller };
+    selection.check_port()?;
+    match selection.draw(choose).or_else(|| selection.search(choose)) {
+        Some(candidate) => Ok(candidate),
+        None => Err(selection.explain(choose)),
+    }
+}
+
+/// One question for an endpoint.
+struct Selection<'m, 'a> {
+    service: &'m Arc<Service>,
+    port: u16,
+    purpose: Purpose,
+    caller: &'a Caller<'a>,
+}
+
+impl<'m> Selection<'m, '_> {
+    /// A waypoint is not asked for by clients, so that a tunnel to it needs no port of the service.
+    fn check_port(&self) -> Result<(), RouteError> {
+        if self.is_for_waypoint() || self.service.ports.get(self.port).is_some() {
+            return Ok(());
+        }
+        Err(RouteError::NoPort { service: self.service.clone(), port: self.port })
+    }
+
+    /// Draws until two are found that nobody can be better than, without looking at all of them. None if that takes too long, as
+    /// when nobody matches every preference.
+    fn draw(&self, choose: &mut impl Choose) -> Option<Candidate<'m>> {
+        let endpoints = &self.service.endpoints;
+        let all = endpoints.last()?.capacity_through;
+        if all == 0 {
+            return None;
+        }
+        let best = Tier { not_set_aside: true, rank: self.best_rank() };
+        let mut first: Option<Candidate<'m>> = None;
+        for _ in 0..DRAWS {
+            let at = choose.below(all);
+            let index = endpoints.partition_point(|endpoint| endpoint.capacity_through <= at);
+            let drawn = self.candidate(endpoints.get(index)?, choose);
+            let Some(drawn) = drawn.ok().filter(|drawn| drawn.tier == best) else {
+                continue;
+            };
+            match first {
+                None if endpoints.len() == 1 => return Some(drawn),
+                None => first = Some(drawn),
+                Some(first) if Arc::ptr_eq(first.workload, drawn.workload) => {}
+                Some(first) => return Some(less_loaded(first, drawn, choose)),
+            }
+        }
+        None
+    }
+
+    /// Looks at all, and draws two among the best.
+    fn search(&self, choose: &mut impl Choose) -> Option<Candidate<'m>> {
+        let mut best: Vec<Candidate<'m>> = Vec::new();
+        for endpoint in &self.service.endpoints {
+            let Ok(candidate) = self.candidate(endpoint, choose) else { continue };
+            match best.last().map(|known| candidate.tier.cmp(&known.tier)) {
+                Some(std::cmp::Ordering::Less) => continue,
+                Some(std::cmp::Ordering::Greater) => best.clear(),
+                Some(std::cmp::Ordering::Equal) | None => {}
+            }
+            best.push(candidate);
+        }
+        let first = take_by_capacity(&mut best, choose)?;
+        match take_by_capacity(&mut best, choose) {
+            Some(second) => Some(less_loaded(first, second, choose)),
+            None => Some(first),
+        }
+    }
+
+    /// Why there is nobody.
+    fn explain(&self, choose: &mut impl Choose) -> RouteError {
+        let endpoints = self.service.endpoints.iter();
+        let nearest = endpoints.filter_map(|endpoint| self.candidate(endpoint, choose).err()).max();
+        RouteError::NoEndpoint {
+            service: self.service.clone(),
+            port: self.port,
+            nearest: nearest.unwrap_or(Unfit::Nobody),
+        }
+    }
+
+    fn candidate(
+        &self,
+        endpoint: &'m Endpoint,
+        choose: &impl Choose,
+    ) -> Result<Candidate<'m>, Unfit> {
+        let workload = &endpoint.workload;
+        let port = self.target_port(endpoint).ok_or(Unfit::NoPort)?;
+        // As with ztunnel, nobody is chosen if all have no capacity: it is how a workload is told to take nothing.
+        if workload.capacity == 0 {
+            return Err(Unfit::NoCapacity);
+        }
+        self.check_reachable(workload)?;
+        let rank = self.rank(workload);
+        let strict = self.service.load_balancing.mode == LoadBalancingMode::Strict;
+        if strict && rank < self.best_rank() {
+            return Err(Unfit::NotNear);
+        }
+        if choose.was_tried(&workload.uid, port) {
+            return Err(Unfit::Tried);
+        }
+        let not_set_aside = !choose.is_set_aside(&workload.uid, port);
+        Ok(Candidate { workload, port, tier: Tier { not_set_aside, rank } })
+    }
+
+    /// The endpoint's own word goes before the service's. A waypoint that takes tunnels by itself takes them at any port.
+    fn target_port(&self, endpoint: &Endpoint) -> Option<u16> {
+        let of_service = self.service.ports.get(self.port);
+        let tunnel = endpoint.workload.application_tunnel;
+        let of_tunnel = tunnel.filter(|tunnel| self.is_for_waypoint() && tunnel.port.is_some());
+        let of_tunnel = of_tunnel.map(|_| self.port);
+        let exists = of_service.or(of_tunnel).is_some();
+        let of_endpoint = endpoint.ports.get(self.port).filter(|_| exists);
+        [of_endpoint, of_service, of_tunnel].into_iter().flatten().find(|port| *port != 0)
+    }
+
+    fn is_for_waypoint(&self) -> bool {
+        matches!(self.purpose, Purpose::ServiceWaypoint | Purpose::WorkloadWaypoint)
+    }
+
+    fn check_reachable(&self, workload: &Workload) -> Result<(), Unfit> {
+        let here = *workload.network == *self.caller.network;
+        match self.purpose {
+            Purpose::Service | Purpose::ServiceWaypoint if !here => {
+                check_behind_gateway(workload, Some(self.service))
+            }
+            Purpose::WorkloadWaypoint if !here => Err(Unfit::OtherNetwork),
+            _ => check_address(workload, self.service),
+        }
+    }
+
+    /// How many of the preferences it matches, counted from the first.
+    ///
+    /// As ztunnel ranks: if the network is what is preferred first, those in other networks are compared by the rest, and
+    /// every one of this network goes before all of them.
+    fn rank(&self, workload: &Workload) -> usize {
+        let preferences = self.preferences();
+        let matches = |scope: &&Scope| self.is_near(workload, **scope);
+        match preferences.split_first() {
+            Some((Scope::Network, rest)) => {
+                let near = rest.iter().take_while(matches).count();
+                let here = self.is_near(workload, Scope::Network);
+                near + if here { preferences.len() } else { 0 }
+            }
+            _ => preferences.iter().take_while(matches).count(),
+        }
+    }
+
+    /// The rank of who matches every preference.
+    fn best_rank(&self) -> usize {
+        match self.preferences() {
+            preferences @ [Scope::Network, rest @ ..] => preferences.len() + rest.len(),
+            preferences => preferences.len(),
+        }
+    }
+
+    fn preferences(&self) -> &'m [Scope] {
+        let balancing = &self.service.load_balancing;
+        let by_distance = balancing.mode != LoadBalancingMode::Standard;
+        if by_distance { &balancing.preferences } else { &[] }
+    }
+
+    /// What is unknown of both is equal, as with ztunnel.
+    fn is_near(&self, workload: &Workload, scope: Scope) -> bool {
+        let caller = self.caller.workload;
+        let unknown = "";
+        let of_caller = |part: fn(&Workload) -> &Name| caller.map_or(unknown, |known| part(known));
+        let same = |part: fn(&Workload) -> &Name| of_caller(part) == &**part(workload);
+        match scope {
+            Scope::Region => same(|workload| &workload.locality.region),
+            Scope::Zone => same(|workload| &workload.locality.zone),
+            Scope::Subzone => same(|workload| &workload.locality.subzone),
+            Scope::Node => same(|workload| &workload.node),
+            Scope::Cluster => same(|workload| &workload.cluster_id),
+            Scope::Network => *workload.network == *self.caller.network,
+        }
+    }
+}
+
+/// Whether a workload of this network can be dialled for `service`.
+fn check_address(workload: &Workload, service: &Service) -> Result<(), Unfit> {
+    let fits = |address: &std::net::IpAddr| service.ip_families.accept(*address);
+    if !workload.hostname.is_empty() || workload.addresses.iter().any(fits) {
+        Ok(())
+    } else if workload.addresses.is_empty() {
+        Err(Unfit::NoAddress)
+    } else {
+        Err(Unfit::NoAddressOfFamily)
+    }
+}
+
+/// Whether a workload of another network can be reached through a tunnel to its gateway.
+pub(super) fn check_behind_gateway(
+    workload: &Workload,
+    service: Option<&Arc<Service>>,
+) -> Result<(), Unfit> {
+    if workload.network_gateway.is_none() {
+        return Err(Unfit::NoGateway);
+    }
+    match service {
+        Some(service) if !service.subject_alt_names.is_empty() => Ok(()),
+        _ => Err(Unfit::NoSubjectAltNames),
+    }
+}
+
+/// Draws one by capacity and takes it out.
+fn take_by_capacity<'m>(
+    candidates: &mut Vec<Candidate<'m>>,
+    choose: &mut impl Choose,
+) -> Option<Candidate<'m>> {
+    let capacity = |candidate: &Candidate<'_>| u64::from(candidate.workload.capacity);
+    let all: u64 = candidates.iter().map(capacity).sum();
+    if all == 0 {
+        return None;
+    }
+    let mut at = choose.below(all);
+    let index = candidates.iter().position(|candidate| {
+        let found = at < capacity(candidate);
+        at = at.saturating_sub(capacity(candidate));
+        found
+    });
+    index.map(|index| candidates.swap_remove(index))
+}
+
+/// The one with fewer connections for its capacity; the first if they have equally many.
+fn less_loaded<'m>(
+    first: Candidate<'m>,
+    second: Candidate<'m>,
+    choose: &impl Choose,
+) -> Candidate<'m> {
+    // One's connections times the other's capacity, to compare without dividing.
+    let load = |one: Candidate<'_>, other: Candidate<'_>| {
+        let open = choose.open_connections(&one.workload.uid, one.port);
+        u64::from(open) * u64::from(other.workload.capacity)
+    };
+    if load(second, first) < load(first, second) { second } else { first }
+}

@@ -1,0 +1,306 @@
+//! The way out: through a service's waypoint, to one of its endpoints, to a workload, through its waypoint, through another
+//! network's gateway, or in plain to what the mesh does not know.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use underpass_config::{
+    Destination, Gateway, GatewayDestination, IpFamilies, LoadBalancingMode, Mesh, Protocol,
+    Service, SpiffeId, Workload,
+};
+
+use super::load_balancing::{self, Choose, EndpointKey, Purpose};
+use super::{Authority, Caller, Hop, Route, RouteError, Target, Unfit, Via};
+
+/// The way to `destination`.
+///
+/// # Errors
+/// Why there is none; the connection must be closed then. What the mesh knows as HBONE never goes in plain instead.
+pub(crate) fn outbound(
+    destination: SocketAddr,
+    mesh: &Mesh,
+    caller: &Caller<'_>,
+    choose: &mut impl Choose,
+) -> Result<Route, RouteError> {
+    let address = destination.ip().to_canonical();
+    let destination = SocketAddr::new(address, destination.port());
+    let workload = mesh.workload(caller.network, address);
+    let service = mesh.service(caller.network, address, caller.namespace);
+    let mut router = Router { destination, mesh, caller, choose };
+    // A workload's own address does not mean the service whose range it lies in: its waypoint is not for that.
+    if let (Some(service), None) = (service, workload)
+        && let Some(waypoint) = waypoint_of(service, router.choose)
+    {
+        return router.through_waypoint(waypoint, Purpose::ServiceWaypoint, Some(service));
+    }
+    let balanced =
+        |service: &&Arc<Service>| service.load_balancing.mode != LoadBalancingMode::Passthrough;
+    match (service.filter(balanced), workload) {
+        (Some(service), _) => router.by_service(service, workload.is_none()),
+        // ztunnel goes in plain to whatever a passthrough service leads to; here a workload remains what it is.
+        (None, Some(workload)) => {
+            let upstream = Upstream::workload(workload, destination);
+            router.by_workload(&upstream, service, true)
+        }
+        (None, None) => router.pass_through(service),
+    }
+}
+
+/// One of several waypoints by weight, or else the only one.
+fn waypoint_of<'m>(service: &'m Service, choose: &mut impl Choose) -> Option<&'m Gateway> {
+    let weighted = &service.weighted_waypoints;
+    let all: u64 = weighted.iter().map(|waypoint| u64::from(waypoint.weight)).sum();
+    if all == 0 {
+        return service.waypoint.as_ref();
+    }
+    let mut at = choose.below(all);
+    let drawn = weighted.iter().find(|waypoint| {
+        let found = at < u64::from(waypoint.weight);
+        at = at.saturating_sub(u64::from(waypoint.weight));
+        found
+    });
+    drawn.map(|waypoint| &waypoint.gateway)
+}
+
+/// Who serves a connection, or passes it on: a workload and one of its ports.
+struct Upstream<'m> {
+    workload: &'m Arc<Workload>,
+    port: u16,
+    /// The service that it was chosen for.
+    service: Option<&'m Arc<Service>>,
+    /// Set if there are others.
+    endpoint: Option<EndpointKey>,
+    /// The address that it was asked for by: taken if the workload has it, and else one of the same family.
+    asked: IpAddr,
+}
+
+impl<'m> Upstream<'m> {
+    fn workload(workload: &'m Arc<Workload>, asked: SocketAddr) -> Self {
+        Self { workload, port: asked.port(), service: None, endpoint: None, asked: asked.ip() }
+    }
+
+    /// Whom it may prove to be: the workload itself, or one who may answer for the service.
+    fn peers(&self) -> Arc<[SpiffeId]> {
+        let itself = &self.workload.identity;
+        let others = self.service.map(|service| &*service.subject_alt_names).unwrap_or_default();
+        let others = others.iter().filter(|name| *name != itself);
+        std::iter::once(itself).chain(others).cloned().collect()
+    }
+
+    /// How `port` of it is dialled.
+    fn hop(&self, port: u16) -> Result<Hop, RouteError> {
+        let families = self.service.map(|service| service.ip_families).unwrap_or_default();
+        if let Some(address) = self.address(families) {
+            return Ok(Hop::Address(SocketAddr::new(address, port)));
+        }
+        if self.workload.hostname.is_empty() {
+            let workload = self.workload.clone();
+            let none = workload.addresses.is_empty();
+            let reason = if none { Unfit::NoAddress } else { Unfit::NoAddressOfFamily };
+            return Err(RouteError::Unfit { workload, reason });
+        }
+        let hostname = self.workload.hostname.clone();
+        Ok(Hop::Hostname { hostname, port, families, prefer_v6: self.asked.is_ipv6() })
+    }
+
+    fn address(&self, families: IpFamilies) -> Option<IpAddr> {
+        let addresses = &self.workload.addresses;
+        if addresses.contains(&self.asked) {
+            return Some(self.asked);
+        }
+        let accepted = || addresses.iter().copied().filter(|address| families.accept(*address));
+        accepted()
+            .find(|address| address.is_ipv6() == self.asked.is_ipv6())
+            .or_else(|| accepted().next())
+    }
+}
+
+/// One question for a way.
+struct Router<'m, 'a, C> {
+    destination: SocketAddr,
+    mesh: &'m Mesh,
+    caller: &'a Caller<'a>,
+    choose: &'a mut C,
+}
+
+impl<'m, C: Choose> Router<'m, '_, C> {
+    /// To an address that the mesh does not know, or to whatever a passthrough service leads to.
+    fn pass_through(&self, service: Option<&Arc<Service>>) -> Result<Route, RouteError> {
+        let address = self.destination.ip();
+        if self.mesh.speaks_hbone(self.caller.network, address) {
+            return Err(RouteError::SharedAddress { address });
+        }
+        let via = Via::Plain { to: Hop::Address(self.destination) };
+        Ok(Route { via, workload: None, service: service.cloned(), endpoint: None, gateway: None })
+    }
+
+    /// To one of the endpoints of `service`; `by_vip`: the address is none of a workload.
+    fn by_service(&mut self, service: &'m Arc<Service>, by_vip: bool) -> Result<Route, RouteError> {
+        let (asked, port) = (self.destination.ip(), self.destination.port());
+        let upstream = self.endpoint(service, port, Purpose::Service, asked)?;
+        if self.is_elsewhere(&upstream) {
+            return self.through_gateway(upstream, service);
+        }
+        self.by_workload(&upstream, Some(service), !by_vip)
+    }
+
+    /// To a workload of this network; `by_address`: its own, so that its waypoint is for the connection.
+    fn by_workload(
+        &mut self,
+        upstream: &Upstream<'m>,
+        service: Option<&Arc<Service>>,
+        by_address: bool,
+    ) -> Result<Route, RouteError> {
+        let waypoint = upstream.workload.waypoint.as_deref().filter(|_| by_address);
+        if let Some(waypoint) = waypoint.filter(|waypoint| !self.comes_from(waypoint)) {
+            return self.through_waypoint(waypoint, Purpose::WorkloadWaypoint, service);
+        }
+        let via = match upstream.workload.protocol {
+            Protocol::Tcp => Via::Plain { to: upstream.hop(upstream.port)? },
+            Protocol::Hbone => {
+                let to = upstream.hop(self.caller.hbone_port)?;
+                let authority = match &to {
+                    Hop::Address(peer) => {
+                        let target = SocketAddr::new(peer.ip(), upstream.port);
+                        Authority::Known(Target::Address(target))
+                    }
+                    Hop::Hostname { .. } => Authority::AtHop(upstream.port),
+                };
+                Via::Tunnel { to, peers: upstream.peers(), authority }
+            }
+        };
+        Ok(Route {
+            via,
+            workload: Some(upstream.workload.clone()),
+            service: service.cloned(),
+            endpoint: upstream.endpoint.clone(),
+            gateway: None,
+        })
+    }
+
+    /// Through a waypoint, to the destination as the client named it.
+    fn through_waypoint(
+        &mut self,
+        waypoint: &Gateway,
+        purpose: Purpose,
+        service: Option<&Arc<Service>>,
+    ) -> Result<Route, RouteError> {
+        let unknown = || RouteError::UnknownWaypoint { waypoint: waypoint.destination.clone() };
+        let upstream = self.proxy(waypoint, purpose)?.ok_or_else(unknown)?;
+        if self.is_elsewhere(&upstream) {
+            return match service.filter(|_| purpose == Purpose::ServiceWaypoint) {
+                Some(service) => self.through_gateway(upstream, service),
+                None => Err(unfit(&upstream, Unfit::OtherNetwork)),
+            };
+        }
+        let authority = Authority::Known(Target::Address(self.destination));
+        let to = upstream.hop(upstream.port)?;
+        Ok(Route {
+            via: Via::Tunnel { to, peers: upstream.peers(), authority },
+            workload: Some(upstream.workload.clone()),
+            service: service.cloned(),
+            endpoint: upstream.endpoint,
+            gateway: None,
+        })
+    }
+
+    /// To an endpoint of `service`, or a waypoint in front of it, that is in another network.
+    fn through_gateway(
+        &mut self,
+        upstream: Upstream<'m>,
+        service: &Arc<Service>,
+    ) -> Result<Route, RouteError> {
+        let chosen_for = upstream.service;
+        load_balancing::check_behind_gateway(upstream.workload, chosen_for)
+            .map_err(|reason| unfit(&upstream, reason))?;
+        let gateway = upstream.workload.network_gateway.as_deref();
+        let gateway = gateway.ok_or_else(|| unfit(&upstream, Unfit::NoGateway))?;
+        let unknown = || RouteError::UnknownGateway { gateway: gateway.destination.clone() };
+        let next = self.proxy(gateway, Purpose::NetworkGateway)?.ok_or_else(unknown)?;
+        let via = Via::DoubleTunnel {
+            gateway: next.hop(next.port)?,
+            gateway_peers: next.peers(),
+            // Who is behind the gateway is chosen there: only the names of the service say who it may be.
+            peers: chosen_for.map(|service| &*service.subject_alt_names).unwrap_or_default().into(),
+            authority: Target::Hostname(service.hostname.clone(), self.destination.port()),
+        };
+        Ok(Route {
+            via,
+            workload: Some(next.workload.clone()),
+            service: Some(service.clone()),
+            endpoint: upstream.endpoint,
+            gateway: next.endpoint,
+        })
+    }
+
+    /// The workload that is a waypoint or gateway, or serves as one; none if nobody has the name.
+    fn proxy(
+        &mut self,
+        gateway: &Gateway,
+        purpose: Purpose,
+    ) -> Result<Option<Upstream<'m>>, RouteError> {
+        // Given by its name, it is dialled at an address of the family that the client uses.
+        let asked = match &gateway.destination {
+            GatewayDestination::Address(at) => at.address,
+            GatewayDestination::Hostname(_) => self.destination.ip(),
+        };
+        let port = gateway.hbone_port;
+        match self.gateway_destination(gateway) {
+            Some(Destination::Service(service)) => {
+                self.endpoint(service, port, purpose, asked).map(Some)
+            }
+            Some(Destination::Workload(workload)) => {
+                Ok(Some(Upstream::workload(workload, SocketAddr::new(asked, port))))
+            }
+            None => Ok(None),
+        }
+    }
+
+    fn gateway_destination(&self, gateway: &Gateway) -> Option<Destination<'m>> {
+        match &gateway.destination {
+            GatewayDestination::Hostname(name) => self.mesh.named(name),
+            GatewayDestination::Address(at) => {
+                let service = self.mesh.service(&at.network, at.address, self.caller.namespace);
+                let workload = || self.mesh.workload(&at.network, at.address);
+                service.map(Destination::Service).or_else(|| workload().map(Destination::Workload))
+            }
+        }
+    }
+
+    fn endpoint(
+        &mut self,
+        service: &'m Arc<Service>,
+        port: u16,
+        purpose: Purpose,
+        asked: IpAddr,
+    ) -> Result<Upstream<'m>, RouteError> {
+        let chosen = load_balancing::select(service, port, purpose, self.caller, self.choose)?;
+        let key = EndpointKey { uid: chosen.workload.uid.clone(), port: chosen.port };
+        let endpoint = (service.endpoints.len() > 1).then_some(key);
+        let service = Some(service);
+        Ok(Upstream { workload: chosen.workload, port: chosen.port, service, endpoint, asked })
+    }
+
+    /// Whether the caller is the waypoint, which has done its part then.
+    fn comes_from(&self, waypoint: &Gateway) -> bool {
+        let is_caller = |workload: &Workload| {
+            self.caller.identity == Some(&workload.identity)
+                && workload.addresses.contains(&self.caller.address.to_canonical())
+        };
+        match self.gateway_destination(waypoint) {
+            Some(Destination::Workload(workload)) => is_caller(workload),
+            Some(Destination::Service(service)) => {
+                service.endpoints.iter().any(|endpoint| is_caller(&endpoint.workload))
+            }
+            None => false,
+        }
+    }
+
+    fn is_elsewhere(&self, upstream: &Upstream<'_>) -> bool {
+        *upstream.workload.network != *self.caller.network
+    }
+}
+
+fn unfit(upstream: &Upstream<'_>, reason: Unfit) -> RouteError {
+    RouteError::Unfit { workload: upstream.workload.clone(), reason }
+}

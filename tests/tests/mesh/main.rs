@@ -1,0 +1,63 @@
+//! The mesh through the real binary: services and what is behind them, policies and what they end, and the file as it changes.
+#![expect(clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod changes;
+mod gateways;
+mod policies;
+mod services;
+mod settings;
+
+use std::net::IpAddr;
+use std::process::ExitCode;
+
+use underpass_tests::{CLIENT, Mesh, Proxy, SERVER, Scene, Suite};
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new();
+    services::add(&mut suite);
+    gateways::add(&mut suite);
+    policies::add(&mut suite);
+    changes::add(&mut suite);
+    settings::add(&mut suite);
+    suite.run()
+}
+
+/// The mesh of the usual scene.
+fn usual(scene: &Scene) -> Mesh {
+    Mesh::default().hbone(&scene.client).hbone(&scene.server)
+}
+
+/// The same, but more is said of the server.
+fn with_server(scene: &Scene, more: &str) -> Mesh {
+    let ips: Vec<IpAddr> = scene.server.ips();
+    Mesh::default().hbone(&scene.client).workload_with(SERVER, &ips, "HBONE", more)
+}
+
+/// The scene with a proxy in each pod that goes by `mesh`, which is a function of the scene: client's, server's.
+async fn proxies(mesh: impl FnOnce(&Scene) -> Mesh) -> (Scene, Proxy, Proxy) {
+    let scene = Scene::new().await;
+    let _ = mesh(&scene).write(&scene.client, "mesh");
+    let (client, server) = (scene.client_settings(), scene.server_settings());
+    let (client, server) = tokio::join!(scene.client.proxy(&client), scene.server.proxy(&server));
+    (scene, client, server)
+}
+
+/// Replaces the mesh file of the scene, and waits until `proxies` go by it.
+async fn change(scene: &Scene, mesh: &Mesh, proxies: &mut [&mut Proxy]) {
+    const IN_FORCE: &[&str] = &["the change is in force"];
+    let before: Vec<_> = proxies.iter().map(|proxy| proxy.count(IN_FORCE)).collect();
+    let _ = mesh.write(&scene.client, "mesh");
+    for (proxy, before) in proxies.iter_mut().zip(before) {
+        proxy.more_than(before, IN_FORCE).await;
+    }
+}
+
+/// The rule that is for whoever is called `account`.
+fn from(account: &str) -> String {
+    format!("[[[{{principals: [{{exact: cluster.local/ns/default/sa/{account}}}]}}]]]")
+}
+
+/// The rule for the scene's client.
+fn from_client() -> String {
+    from(CLIENT)
+}

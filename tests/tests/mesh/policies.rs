@@ -1,0 +1,213 @@
+//! Policies: who is let in and who is not, and what a change of them does to connections that are open.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::{Instant, interval};
+use underpass_tests::{
+    APP, End, Family, Listener, Mesh, Scene, Server, Suite, exchange, read_to_end, within,
+};
+
+use crate::{change, from, from_client, proxies, usual, with_server};
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite.test_both("who is allowed gets in, and nobody else: the client gets RST", allowed);
+    suite.test_both("who is denied does not get in, whatever allows it", denied);
+    suite.test("a plaintext connection has no principal", plaintext);
+    suite.test("a dry run decides nothing and says what it would do", dry_run);
+    suite.test("attaching a policy ends the connections that it forbids, and no others", attach);
+    suite.test(
+        "changing an attached policy does so too, and removing it lets new ones in",
+        change_and_remove,
+    );
+    suite.test(
+        "a change that does not concern a workload ends none of its connections",
+        unconcerned,
+    );
+    suite.test("a policy that another one follows at once is not missed", flip_flop);
+    suite.test(
+        "no byte arrives that was sent after a policy is in force, however often it flips",
+        flips,
+    );
+}
+
+const ANYBODY: &str = "[[[]]]";
+
+fn deny_client(scene: &Scene) -> Mesh {
+    usual(scene).policy("no-client", "Deny", &from_client())
+}
+
+async fn allowed(family: Family) {
+    let (scene, mut client, mut server) =
+        proxies(|scene| usual(scene).policy("only-client", "Allow", &from_client())).await;
+    let app = scene.server.listen(APP);
+    let (mut one, mut other, _) = scene.client.meet(&app, scene.app(family)).await;
+    exchange(&mut one, &mut other).await;
+    drop((one, other));
+    let others = usual(&scene).policy("only-others", "Allow", &from("others"));
+    change(&scene, &others, &mut [&mut client, &mut server]).await;
+    scene.client.dial_and_see_reset(scene.app(family)).await;
+    assert!(!app.is_reached(), "the application was reached");
+    server
+        .line(&["connection failed", "reason=\"policy_denied\"", "none allowed", "sa/client"])
+        .await;
+    client.line(&["connection failed", "401"]).await;
+}
+
+async fn denied(family: Family) {
+    let (scene, _client, mut server) =
+        proxies(|scene| deny_client(scene).policy("everybody", "Allow", ANYBODY)).await;
+    let app = scene.server.listen(APP);
+    scene.client.dial_and_see_reset(scene.app(family)).await;
+    assert!(!app.is_reached(), "the application was reached");
+    server.line(&["connection failed", "reason=\"policy_denied\"", "default/no-client"]).await;
+}
+
+async fn plaintext() {
+    let scene = Scene::new().await;
+    let _ = usual(&scene)
+        .policy("no-strangers", "Deny", "[[[{notPrincipals: [{presence: true}]}]]]")
+        .write(&scene.client, "mesh");
+    let mut server = scene.server.proxy(&scene.server_settings()).await;
+    let app = scene.server.listen(APP);
+    scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
+    assert!(!app.is_reached(), "the application was reached");
+    server.line(&["connection failed", "reason=\"policy_denied\"", "default/no-strangers"]).await;
+}
+
+async fn dry_run() {
+    let (scene, _client, mut server) = proxies(|scene| deny_client(scene).dry_run()).await;
+    let app = scene.server.listen(APP);
+    let (mut one, mut other, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut one, &mut other).await;
+    server.line(&["policy", "default/no-client", "sa/client"]).await;
+}
+
+/// A connection through both proxies, which carries bytes.
+async fn open(scene: &Scene, app: &Listener) -> (tokio::net::TcpStream, tokio::net::TcpStream) {
+    let (mut one, mut other, _) = scene.client.meet(app, scene.app(Family::V4)).await;
+    exchange(&mut one, &mut other).await;
+    (one, other)
+}
+
+async fn attach() {
+    let selected = |more: &str| {
+        let more = more.to_owned();
+        move |scene: &Scene| {
+            with_server(scene, &more).selector_policy("no-client", "Deny", &from_client())
+        }
+    };
+    let (scene, mut client, mut server) = proxies(selected("")).await;
+    let app = scene.server.listen(APP);
+    let (mut one, mut other) = open(&scene, &app).await;
+    let attached = selected(", authorizationPolicies: [default/no-client]")(&scene);
+    change(&scene, &attached, &mut [&mut server, &mut client]).await;
+    assert_eq!(read_to_end(&mut one).await.1, End::Reset);
+    assert_eq!(read_to_end(&mut other).await.1, End::Reset);
+    server.line(&["connection failed", "reason=\"no_longer_allowed\"", "default/no-client"]).await;
+    scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
+}
+
+async fn change_and_remove() {
+    let (scene, mut client, mut server) =
+        proxies(|scene| usual(scene).policy("policy", "Allow", &from_client())).await;
+    let app = scene.server.listen(APP);
+    let (mut one, _other) = open(&scene, &app).await;
+    let both = &mut [&mut client, &mut server];
+    change(&scene, &usual(&scene).policy("policy", "Allow", &from("others")), both).await;
+    assert_eq!(read_to_end(&mut one).await.1, End::Reset);
+    change(&scene, &usual(&scene), both).await;
+    open(&scene, &app).await;
+}
+
+async fn unconcerned() {
+    let (scene, mut client, mut server) =
+        proxies(|scene| usual(scene).policy("policy", "Allow", &from_client())).await;
+    let app = scene.server.listen(APP);
+    let (mut one, mut other) = open(&scene, &app).await;
+    let both = &mut [&mut client, &mut server];
+    let elsewhere = usual(&scene)
+        .policy("policy", "Allow", &from_client())
+        .selector_policy("not-here", "Deny", ANYBODY)
+        .workload("another", &["10.99.0.1".parse().expect("an address")], "HBONE");
+    change(&scene, &elsewhere, both).await;
+    exchange(&mut one, &mut other).await;
+    // Allowed for another reason than before.
+    change(&scene, &usual(&scene).policy("other", "Allow", ANYBODY), both).await;
+    exchange(&mut one, &mut other).await;
+}
+
+/// Twice as fast as the file is read: some states are never seen, but the last one always is.
+async fn flip_flop() {
+    let (scene, mut client, mut server) = proxies(usual).await;
+    let app = scene.server.listen(APP);
+    let mut flips = interval(Duration::from_millis(50));
+    for _ in 0..10 {
+        flips.tick().await;
+        let _ = deny_client(&scene).write(&scene.client, "mesh");
+        flips.tick().await;
+        let _ = usual(&scene).write(&scene.client, "mesh");
+    }
+    let last = usual(&scene).workload("last", &["10.99.0.1".parse().expect("an address")], "TCP");
+    change(&scene, &last, &mut [&mut client, &mut server]).await;
+    let (mut one, _other) = open(&scene, &app).await;
+    change(&scene, &deny_client(&scene), &mut [&mut server]).await;
+    assert_eq!(read_to_end(&mut one).await.1, End::Reset);
+}
+
+/// What every byte carries: the time at which it was sent, counted in states of the policy; odd ones forbid.
+#[derive(Debug, Default)]
+struct Clock(AtomicU64);
+
+async fn flips() {
+    const SENDERS: usize = 16;
+    let (scene, _client, mut server) = proxies(usual).await;
+    let scene = Arc::new(scene);
+    let clock = Arc::new(Clock::default());
+    let (carried, forbidden) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let counts = (carried.clone(), forbidden.clone());
+    let _app = Server::start(&scene.server, APP, move |mut stream, _| {
+        let (carried, forbidden) = counts.clone();
+        async move {
+            loop {
+                let sent_at = stream.read_u64().await?;
+                let count = if sent_at % 2 == 1 { &forbidden } else { &carried };
+                count.fetch_add(1, SeqCst);
+            }
+        }
+    });
+    let senders: Vec<_> =
+        (0..SENDERS).map(|_| tokio::spawn(send(scene.clone(), clock.clone()))).collect();
+    for round in 0..12 {
+        let before = carried.load(SeqCst);
+        let flowing = async || carried.load(SeqCst) > before + 100;
+        underpass_tests::until("bytes flow while they are allowed", flowing).await;
+        change(&scene, &deny_client(&scene), &mut [&mut server]).await;
+        clock.0.fetch_add(1, SeqCst);
+        // Long enough for every sender to try again and again.
+        let tried = server.count(&["connection failed", "policy_denied"]);
+        server.more_than(tried + SENDERS, &["connection failed", "policy_denied"]).await;
+        assert_eq!(forbidden.load(SeqCst), 0, "round {round}");
+        clock.0.fetch_add(1, SeqCst);
+        change(&scene, &usual(&scene), &mut [&mut server]).await;
+    }
+    senders.iter().for_each(tokio::task::JoinHandle::abort);
+    assert_eq!(forbidden.load(SeqCst), 0);
+}
+
+/// Connects again and again, and sends the time.
+async fn send(scene: Arc<Scene>, clock: Arc<Clock>) {
+    let to = scene.app(Family::V4);
+    loop {
+        let Ok(mut stream) = scene.client.dial(to).await else { continue };
+        let began = Instant::now();
+        let mut sent = Ok(());
+        while sent.is_ok() && began.elapsed() < Duration::from_secs(1) {
+            let now = clock.0.load(SeqCst);
+            sent = within("bytes are sent", stream.write_u64(now)).await;
+            tokio::task::yield_now().await;
+        }
+    }
+}

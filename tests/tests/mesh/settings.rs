@@ -1,0 +1,80 @@
+//! The two switches beside the mesh: where connections may go that the mesh does not know, and whether plaintext is let in.
+
+use underpass_interception::KUBELET_PROBE_V4;
+use underpass_tests::{APP, Dial, Family, Mesh, Scene, Server, Suite, tool};
+
+use crate::change;
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite.test_both("with egress mesh-only, what the mesh does not know is not reached", mesh_only);
+    suite.test("an exception for a network or a port lets it through", exceptions);
+    suite.test("with mtls strict, plaintext is refused and a tunnel is not", strict);
+    suite.test("mtls may be another one for a port", strict_but_for_a_port);
+    suite.test("a kubelet's probe gets in, strict or not", probe);
+}
+
+async fn mesh_only(family: Family) {
+    let scene = Scene::new().await;
+    let settings = scene.client_settings().set(&no_mesh(&scene)).set("egress=mesh-only");
+    let mut client = scene.client.proxy(&settings).await;
+    let app = scene.server.listen(APP);
+    scene.client.dial_and_see_reset(scene.app(family)).await;
+    client.line(&["connection failed", "reason=\"egress_denied\"", "egress_exceptions"]).await;
+    assert!(!app.is_reached(), "the application was reached");
+}
+
+async fn exceptions() {
+    let scene = Scene::new().await;
+    let only = scene.client_settings().set(&no_mesh(&scene)).set("egress=mesh-only");
+    let _app = Server::echo(&scene.server, APP);
+    let network = format!("egress_exceptions.cidrs={}/32", scene.server.ip(Family::V4));
+    for exception in [network, format!("egress_exceptions.ports={APP}")] {
+        let mut client = scene.client.proxy(&only.clone().set(&exception)).await;
+        scene.echoed().await;
+        client.stop().await;
+    }
+    // A member that speaks TCP is known.
+    let mut client = scene.client.proxy(&scene.client_settings().set("egress=mesh-only")).await;
+    change(&scene, &Mesh::default().hbone(&scene.client).tcp(&scene.server), &mut [&mut client])
+        .await;
+    scene.echoed().await;
+}
+
+async fn strict() {
+    let scene = Scene::new().await;
+    let mut server = scene.server.proxy(&scene.server_settings().set("proxy.mtls=strict")).await;
+    let _app = Server::echo(&scene.server, APP);
+    scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
+    server.line(&["connection failed", "reason=\"plaintext_refused\"", "proxy.mtls"]).await;
+    let _client = scene.client.proxy(&scene.client_settings()).await;
+    scene.echoed().await;
+}
+
+async fn strict_but_for_a_port() {
+    let scene = Scene::new().await;
+    let settings = scene
+        .server_settings()
+        .set("proxy.mtls=strict")
+        .set("proxy.mtls_overrides=default/server:8081=permissive");
+    let _server = scene.server.proxy(&settings).await;
+    let (_app, _open) = (Server::echo(&scene.server, APP), Server::echo(&scene.server, 8081));
+    scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
+    scene.echoed_at(scene.server.at(Family::V4, 8081)).await;
+}
+
+async fn probe() {
+    let scene = Scene::new().await;
+    let _server = scene.server.proxy(&scene.server_settings().set("proxy.mtls=strict")).await;
+    let address = KUBELET_PROBE_V4.to_string();
+    tool(&scene.client, "ip", &["address", "add", &address, "dev", "lo"]).await.ok();
+    let app = scene.server.listen(APP);
+    let source = Some((KUBELET_PROBE_V4, 0).into());
+    let probe = scene.client.dial_as(scene.app(Family::V4), Dial { source, ..Dial::default() });
+    let (probe, _) = tokio::join!(probe, app.accept());
+    probe.expect("the probe gets in");
+}
+
+/// The setting for a mesh without members.
+fn no_mesh(scene: &Scene) -> String {
+    format!("mesh.file={}", scene.empty_mesh().display())
+}
