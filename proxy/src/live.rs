@@ -1,23 +1,28 @@
 //! The open connections of one worker, so that a change of the mesh can end those that it forbids.
 //!
 //! A connection is decided on and registered in one step, on the thread that looks through all of them after a change: what was
-//! decided by the older mesh is found by that look, and what comes later is decided by the newer one. Not here: what is
-//! allowed (`policy.rs`).
+//! decided by the older mesh is found by that look, and what comes later is decided by the newer one. First everything that is
+//! forbidden is stopped, which takes next to nothing; then it is ended, a few at a time. Not here: what is allowed (`policy.rs`).
 
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
+use futures_util::task::AtomicWaker;
 use slab::Slab;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
 
 use crate::error::ProxyError;
 use crate::policy::Subject;
 
-/// How many connections are looked at before others get their turn: some tens of microseconds.
+/// How many connections are looked at before others get their turn: some hundreds of microseconds.
 const LOOK_AT_ONCE: usize = 256;
-/// How many are ended before others get their turn. To end one takes some tens of microseconds too: two sockets and a log line.
-const CUT_AT_ONCE: usize = 32;
-/// How long connections that were told to end may take to do so before that is said and no longer waited for.
+/// How many are ended before others get their turn. To end one takes some tens of microseconds: two sockets, and a log line.
+const END_AT_ONCE: usize = 32;
+/// How long connections that are stopped may take to end before that is said and they are no longer waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The open connections of one worker.
@@ -31,8 +36,8 @@ pub(crate) struct Live {
 #[derive(Debug, Default)]
 struct Connections {
     all: Slab<Connection>,
-    /// How many were told to end and have not yet.
-    ending: usize,
+    /// How many are stopped and have not ended yet.
+    stopped: usize,
 }
 
 #[derive(Debug)]
@@ -40,8 +45,16 @@ struct Connection {
     subject: Subject,
     /// The generation of the mesh that it was decided by when it began.
     since: u64,
-    /// `None` once it was told to end.
-    cut: Option<oneshot::Sender<ProxyError>>,
+    stop: Arc<Stop>,
+}
+
+/// Why a connection must end, once it must.
+#[derive(Debug, Default)]
+struct Stop {
+    /// Read at every turn of the connection, and so apart from the reason.
+    stopped: AtomicBool,
+    reason: Mutex<Option<ProxyError>>,
+    waker: AtomicWaker,
 }
 
 /// An open connection, for as long as this lives.
@@ -53,19 +66,42 @@ pub(crate) struct Registration {
 
 /// Tells a connection that it is no longer allowed.
 #[derive(Debug)]
-pub(crate) struct Revocation(oneshot::Receiver<ProxyError>);
+pub(crate) struct Revocation(Arc<Stop>);
 
 impl Revocation {
-    /// `work`, unless the connection must end first. The order matters: once it is told, nothing more is moved.
+    /// `work`, unless the connection is stopped. That is asked first at every turn: once it is, nothing more is moved.
     pub(crate) async fn or_end<T>(
         &mut self,
         work: impl Future<Output = Result<T, ProxyError>>,
     ) -> Result<T, ProxyError> {
-        tokio::select! {
-            biased;
-            Ok(reason) = &mut self.0 => Err(ProxyError::NoLongerAllowed(Box::new(reason))),
-            outcome = work => outcome,
+        let mut work = pin!(work);
+        poll_fn(|cx| {
+            self.0.waker.register(cx.waker());
+            match self.0.reason() {
+                Some(reason) => Poll::Ready(Err(ProxyError::NoLongerAllowed(Box::new(reason)))),
+                None => work.as_mut().poll(cx),
+            }
+        })
+        .await
+    }
+}
+
+impl Stop {
+    fn stop(&self, reason: ProxyError) {
+        *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+        self.stopped.store(true, Relaxed);
+    }
+
+    fn is_stopped(&self) -> bool {
+        // Both sides are on one thread.
+        self.stopped.load(Relaxed)
+    }
+
+    fn reason(&self) -> Option<ProxyError> {
+        if !self.is_stopped() {
+            return None;
         }
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
@@ -76,59 +112,64 @@ impl Live {
         subject: Subject,
         since: u64,
     ) -> (Registration, Revocation) {
-        let (cut, told) = oneshot::channel();
-        let connection = Connection { subject, since, cut: Some(cut) };
+        let stop = Arc::new(Stop::default());
+        let connection = Connection { subject, since, stop: stop.clone() };
         let key = self.lock().all.insert(connection);
-        (Registration { live: self.clone(), key }, Revocation(told))
+        (Registration { live: self.clone(), key }, Revocation(stop))
     }
 
-    /// Ends every connection that `check` does not allow, and waits until they have ended; returns how many that were. `check` is
-    /// told the generation of the mesh that allowed the connection when it began.
-    pub(crate) async fn enforce(
+    /// Stops every connection that `check` does not allow: from then on it moves nothing. `check` is told the generation of the
+    /// mesh that allowed the connection when it began.
+    pub(crate) async fn stop(
         &self,
         mut check: impl FnMut(&Subject, u64) -> Result<(), ProxyError>,
-    ) -> usize {
-        let (mut next, mut cut) = (0, 0);
-        while let Some((reached, ended)) = self.enforce_some(next, &mut check) {
-            (next, cut) = (reached, cut + ended);
+    ) -> Stopped {
+        let (mut next, mut stopped) = (0, Vec::new());
+        while let Some(reached) = self.stop_some(next, &mut check, &mut stopped) {
+            next = reached;
+            tokio::task::yield_now().await;
+        }
+        Stopped(stopped)
+    }
+
+    /// The same from `next` on until others must get their turn: how far that was; `None` at the end.
+    fn stop_some(
+        &self,
+        next: usize,
+        check: &mut impl FnMut(&Subject, u64) -> Result<(), ProxyError>,
+        stopped: &mut Vec<Arc<Stop>>,
+    ) -> Option<usize> {
+        let mut connections = self.lock();
+        let Connections { all, stopped: count } = &mut *connections;
+        let end = all.capacity().min(next + LOOK_AT_ONCE);
+        for key in next..end {
+            let Some(connection) = all.get(key).filter(|one| !one.stop.is_stopped()) else {
+                continue;
+            };
+            if let Err(reason) = check(&connection.subject, connection.since) {
+                connection.stop.stop(reason);
+                stopped.push(connection.stop.clone());
+                *count += 1;
+            }
+        }
+        (next < end).then_some(end)
+    }
+
+    /// Ends what was stopped, a few connections at a time, and waits until none is left.
+    pub(crate) async fn end(&self, Stopped(stopped): Stopped) {
+        for some in stopped.chunks(END_AT_ONCE) {
+            some.iter().for_each(|stop| stop.waker.wake());
             tokio::task::yield_now().await;
         }
         let all_ended = async {
-            while self.lock().ending > 0 {
+            while self.lock().stopped > 0 {
                 self.ended.notified().await;
             }
         };
         if tokio::time::timeout(PATIENCE, all_ended).await.is_err() {
-            let connections = self.lock().ending;
+            let connections = self.lock().stopped;
             tracing::error!(connections, "connections that are no longer allowed did not end");
         }
-        cut
-    }
-
-    /// The same from `next` on until others must get their turn: how far that was and how many were ended; `None` at the end.
-    fn enforce_some(
-        &self,
-        next: usize,
-        check: &mut impl FnMut(&Subject, u64) -> Result<(), ProxyError>,
-    ) -> Option<(usize, usize)> {
-        let mut connections = self.lock();
-        let end = connections.all.capacity().min(next + LOOK_AT_ONCE);
-        let mut cut = 0;
-        for key in next..end {
-            let Some(connection) = connections.all.get_mut(key) else { continue };
-            if connection.cut.is_some()
-                && let Err(reason) = check(&connection.subject, connection.since)
-            {
-                // Nobody listens if the connection is ending by itself just now.
-                connection.cut.take().map(|told| told.send(reason).ok());
-                connections.ending += 1;
-                cut += 1;
-                if cut == CUT_AT_ONCE {
-                    return Some((key + 1, cut));
-                }
-            }
-        }
-        (next < end).then_some((end, cut))
     }
 
     fn lock(&self) -> MutexGuard<'_, Connections> {
@@ -137,13 +178,25 @@ impl Live {
     }
 }
 
+/// Connections that are stopped and must be ended.
+#[derive(Debug)]
+pub(crate) struct Stopped(Vec<Arc<Stop>>);
+
+impl Stopped {
+    /// How many.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
 impl Drop for Registration {
     fn drop(&mut self) {
         let mut connections = self.live.lock();
-        if connections.all.try_remove(self.key).is_some_and(|gone| gone.cut.is_none()) {
-            connections.ending -= 1;
-            if connections.ending == 0 {
-                self.live.ended.notify_one();
+        let gone = connections.all.try_remove(self.key);
+        if gone.is_some_and(|gone| gone.stop.is_stopped()) {
+            connections.stopped -= 1;
+            if connections.stopped == 0 {
+                self.live.ended.notify_waiters();
             }
         }
     }
@@ -167,6 +220,16 @@ mod tests {
         Err(ProxyError::OwnListener(subject.destination()))
     }
 
+    async fn enforced(
+        live: &Live,
+        check: impl FnMut(&Subject, u64) -> Result<(), ProxyError>,
+    ) -> usize {
+        let stopped = live.stop(check).await;
+        let count = stopped.len();
+        live.end(stopped).await;
+        count
+    }
+
     #[tokio::test]
     async fn what_is_forbidden_ends_and_the_rest_goes_on() {
         let live = Arc::new(Live::default());
@@ -182,7 +245,7 @@ mod tests {
         let even = |subject: &Subject, since: u64| {
             if port_of(subject).is_multiple_of(2) { forbidden(subject, since) } else { Ok(()) }
         };
-        assert_eq!(live.enforce(even).await, 500);
+        assert_eq!(enforced(&live, even).await, 500);
         assert_eq!(live.lock().all.len(), 500);
         for (index, task) in running.into_iter().enumerate() {
             if index % 2 == 1 {
@@ -196,20 +259,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_that_is_told_to_end_moves_nothing_more() {
+    async fn a_connection_that_is_stopped_moves_nothing_more_even_before_it_is_ended() {
         let live = Arc::new(Live::default());
-        let (registration, mut told) = live.register(subject(1), 1);
-        let ended = tokio::join!(
-            async {
-                // Both are ready at once: what ends it goes first.
-                tokio::task::yield_now().await;
-                let outcome = told.or_end(async { Ok("moved") }).await;
-                drop(registration);
-                outcome
-            },
-            live.enforce(forbidden)
-        );
-        assert!(matches!(ended, (Err(ProxyError::NoLongerAllowed(_)), 1)), "{ended:?}");
+        let (_registration, mut told) = live.register(subject(1), 1);
+        let stopped = live.stop(forbidden).await;
+        // It has work that is ready, and is not ended yet: the stop goes first.
+        let outcome = told.or_end(async { Ok("moved") }).await;
+        assert!(matches!(outcome, Err(ProxyError::NoLongerAllowed(_))), "{outcome:?}");
+        assert_eq!(stopped.len(), 1);
     }
 
     #[tokio::test(start_paused = true)]
@@ -217,27 +274,35 @@ mod tests {
         let live = Arc::new(Live::default());
         let (_registration, _told) = live.register(subject(1), 1);
         let began = tokio::time::Instant::now();
-        assert_eq!(live.enforce(forbidden).await, 1);
+        assert_eq!(enforced(&live, forbidden).await, 1);
         assert_eq!(began.elapsed(), PATIENCE);
         // It is told once.
-        assert_eq!(live.enforce(forbidden).await, 0);
+        assert_eq!(live.stop(forbidden).await.len(), 0);
     }
 
     #[tokio::test]
-    async fn others_get_their_turn_while_many_are_ended() {
+    async fn others_get_their_turn_while_many_are_stopped_and_ended() {
         let live = Arc::new(Live::default());
-        let mut open: Vec<_> = (0..10_000).map(|_| live.register(subject(1), 1)).collect();
+        let open: Vec<_> = (0..10_000).map(|_| live.register(subject(1), 1)).collect();
+        let running = open.into_iter().map(|(registration, mut told)| {
+            tokio::spawn(async move {
+                let _registration = registration;
+                told.or_end::<()>(std::future::pending()).await
+            })
+        });
+        let running: Vec<_> = running.collect();
+        tokio::task::yield_now().await;
         let turns = async {
             let mut turns = 0;
-            while !open.is_empty() {
-                open.retain_mut(|(_, told)| told.0.try_recv().is_err());
+            while !running.iter().all(tokio::task::JoinHandle::is_finished) {
                 turns += 1;
                 tokio::task::yield_now().await;
             }
             turns
         };
-        let (cut, turns) = tokio::join!(live.enforce(forbidden), turns);
-        assert_eq!(cut, 10_000);
-        assert!(turns >= 10_000 / CUT_AT_ONCE, "{turns}");
+        let (stopped, turns) = tokio::join!(enforced(&live, forbidden), turns);
+        assert_eq!(stopped, 10_000);
+        // Who waits for both is woken once for several of them.
+        assert!(turns >= (10_000 / LOOK_AT_ONCE + 10_000 / END_AT_ONCE) / 4, "{turns}");
     }
 }

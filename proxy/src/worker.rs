@@ -107,15 +107,27 @@ impl Worker {
     }
 
     /// Ends what each change of the mesh forbids, for ever.
-    async fn enforce(&self, applied: watch::Sender<Applied>) {
+    async fn enforce(&self, applied: Arc<watch::Sender<Applied>>) {
         let mut mesh = self.shared.mesh.clone();
         let mut old = mesh.borrow_and_update().clone();
         applied.send_replace(Applied { generation: old.generation, cut: 0 });
         while mesh.changed().await.is_ok() {
             let new = mesh.borrow_and_update().clone();
             let mut change = Change::new(&old, &new, &self.shared.rules);
-            let cut = self.live.enforce(|subject, since| change.check(subject, since)).await;
-            applied.send_replace(Applied { generation: new.generation, cut });
+            let stopped = self.live.stop(|subject, since| change.check(subject, since)).await;
+            // The next change need not wait until all of them have ended.
+            let (live, applied, generation) = (self.live.clone(), applied.clone(), new.generation);
+            tokio::spawn(async move {
+                let cut = stopped.len();
+                live.end(stopped).await;
+                applied.send_if_modified(|last| {
+                    let newer = generation > last.generation;
+                    if newer {
+                        *last = Applied { generation, cut };
+                    }
+                    newer
+                });
+            });
             old = new;
         }
     }
@@ -179,7 +191,7 @@ async fn run(
     applied: watch::Sender<Applied>,
 ) {
     let enforcing = worker.clone();
-    tokio::spawn(async move { enforcing.enforce(applied).await });
+    tokio::spawn(async move { enforcing.enforce(Arc::new(applied)).await });
     for (kind, listener) in listeners {
         tokio::spawn(accept_loop(worker.clone(), kind, listener, peers.clone()));
     }

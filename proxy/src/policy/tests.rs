@@ -183,7 +183,7 @@ async fn a_permit_is_registered_as_long_as_it_lives() {
     assert_eq!(allowed.destination(), at("10.0.0.1:8080"));
     let count = async |live: &Arc<Live>| {
         let mut seen: Vec<u64> = Vec::new();
-        live.enforce(|_, since| {
+        live.stop(|_, since| {
             seen.push(since);
             Ok(())
         })
