@@ -7,17 +7,20 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
-use notify::event::{AccessKind, AccessMode};
+use notify::event::{AccessKind, AccessMode, CreateKind, ModifyKind};
 use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use crate::{ConfigErrors, files};
 
-/// How long a replacement may take: to write a file is to empty it, to fill it and to close it, each of which is told.
-const SETTLE: Duration = Duration::from_millis(100);
+/// How long it must have been quiet while a file is being written: to write is to empty it, to fill it and to close it.
+const WRITING: Duration = Duration::from_millis(100);
+/// The same once it is closed, or after what is done in one step (renamed, removed): others may follow it.
+const WRITTEN: Duration = Duration::from_millis(10);
 /// How long whoever replaces without end can keep us from looking.
 const MAX_SETTLE: Duration = Duration::from_secs(1);
 /// How often to look without being told: some file systems tell nothing (NFS, FUSE), and a watch can get lost.
@@ -68,12 +71,34 @@ pub(crate) struct Watch {
     /// The folders that are watched.
     folders: BTreeSet<PathBuf>,
     watcher: RecommendedWatcher,
-    /// Something happened in one of the folders.
-    told: Arc<Notify>,
+    told: Arc<Told>,
     /// When to look next.
     look_at: Instant,
     /// When to look at the latest, since something happened.
     settled_by: Option<Instant>,
+}
+
+/// Something happened in one of the folders.
+#[derive(Debug, Default)]
+struct Told {
+    notify: Notify,
+    /// Whether the last that happened was that something is being written, and is not finished.
+    writing: AtomicBool,
+}
+
+impl Told {
+    fn tell(&self, event: notify::Result<Event>) {
+        let kind = event.map_or(EventKind::Any, |event| event.kind);
+        if !is_reading(kind) {
+            self.writing.store(is_writing(kind), Relaxed);
+            self.notify.notify_one();
+        }
+    }
+
+    /// How long to wait for more.
+    fn pause(&self) -> Duration {
+        if self.writing.load(Relaxed) { WRITING } else { WRITTEN }
+    }
 }
 
 impl Watch {
@@ -90,13 +115,9 @@ impl Watch {
     }
 
     fn begin(path: &Path) -> notify::Result<Self> {
-        let told = Arc::new(Notify::new());
+        let told = Arc::new(Told::default());
         let teller = told.clone();
-        let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-            if !event.is_ok_and(|event| is_reading(event.kind)) {
-                teller.notify_one();
-            }
-        })?;
+        let watcher = notify::recommended_watcher(move |event| teller.tell(event))?;
         let mut watch = Self {
             path: std::path::absolute(path)?,
             folders: BTreeSet::new(),
@@ -113,10 +134,10 @@ impl Watch {
     pub(crate) async fn look(&mut self) {
         loop {
             tokio::select! {
-                () = self.told.notified() => {
+                () = self.told.notify.notified() => {
                     let now = Instant::now();
                     let by = *self.settled_by.get_or_insert(now + MAX_SETTLE);
-                    self.look_at = by.min(now + SETTLE);
+                    self.look_at = by.min(now + self.told.pause());
                 }
                 () = sleep_until(self.look_at) => {
                     self.look_at = Instant::now() + LOOK;
@@ -153,6 +174,15 @@ impl Watch {
 /// Whether an event tells of reading only, as our own is told too.
 fn is_reading(kind: EventKind) -> bool {
     matches!(kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write))
+}
+
+/// Whether an event is part of writing a file, whose end is told too: that it is closed.
+fn is_writing(kind: EventKind) -> bool {
+    matches!(
+        kind,
+        EventKind::Create(CreateKind::File)
+            | EventKind::Modify(ModifyKind::Data(_) | ModifyKind::Metadata(_))
+    )
 }
 
 /// The folders in which a change can lead to other content: of a file, or of the documents in a folder.

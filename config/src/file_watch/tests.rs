@@ -1,13 +1,14 @@
 //! Files replaced in all the ways in which tools do it, on the real file system.
 
 use std::fs;
+use std::io::Write as _;
 
 use tokio::time::timeout;
 
 use super::*;
 use crate::test_folder::Folder;
 
-/// A bound for what takes [`SETTLE`], less than [`LOOK`]: to be told, not to have looked after all.
+/// A bound for what takes [`WRITING`], less than [`LOOK`]: to be told, not to have looked after all.
 const BOUND: Duration = Duration::from_secs(10);
 
 fn watch(folder: &Folder, name: &str) -> FileWatch {
@@ -105,8 +106,8 @@ async fn other_files_and_the_same_content_are_not_told() {
     let mut watch = watch(&folder, "a.yaml");
     for name in ["b.yaml", "a.yaml"] {
         folder.write(name, "1");
-        timeout(BOUND, watch.watch.told.notified()).await.expect("the folder is watched");
-        watch.watch.told.notify_one();
+        timeout(BOUND, watch.watch.told.notify.notified()).await.expect("the folder is watched");
+        watch.watch.told.notify.notify_one();
         stays_silent(&mut watch).await;
     }
 }
@@ -137,7 +138,7 @@ async fn a_change_outlives_a_wait_that_is_cancelled() {
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
     folder.write("a.yaml", "2");
-    let impatient = async { while timeout(SETTLE / 20, watch.changed()).await.is_err() {} };
+    let impatient = async { while timeout(WRITTEN / 5, watch.changed()).await.is_err() {} };
     timeout(BOUND, impatient).await.expect("it is told");
 }
 
@@ -185,8 +186,8 @@ async fn what_is_no_document_of_a_folder_is_not_told() {
     for name in ["mesh/.a.yaml.swp", "mesh/.b.yaml", "mesh/README", "mesh/below/c.yaml", "a.yaml"] {
         folder.write(name, "1");
     }
-    timeout(BOUND, watch.watch.told.notified()).await.expect("the folder is watched");
-    watch.watch.told.notify_one();
+    timeout(BOUND, watch.watch.told.notify.notified()).await.expect("the folder is watched");
+    watch.watch.told.notify.notify_one();
     stays_silent(&mut watch).await;
 }
 
@@ -236,21 +237,42 @@ async fn a_file_in_a_folder_that_is_a_link_to_elsewhere_is_followed() {
 }
 
 #[tokio::test]
-async fn a_file_that_never_stays_the_same_is_looked_at_all_the_same() {
+async fn a_file_that_is_written_without_end_is_looked_at_all_the_same() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
+    let mut file = fs::File::create(folder.root().join("a.yaml")).unwrap();
     let began = Instant::now();
     let writes = async {
-        let mut every = tokio::time::interval(SETTLE / 2);
-        for text in 0.. {
+        let mut every = tokio::time::interval(WRITING / 2);
+        loop {
             every.tick().await;
-            folder.write("a.yaml", &text.to_string());
+            file.write_all(b"more").unwrap();
         }
     };
     tokio::select! {
         () = writes => {}
         () = wakes(&mut watch) => {}
     }
-    assert!(began.elapsed() >= SETTLE);
+    assert!(began.elapsed() >= WRITING);
+}
+
+#[test]
+fn what_is_being_written_is_waited_for_and_what_is_done_in_one_step_is_not() {
+    use notify::event::{DataChange, MetadataKind, RemoveKind, RenameMode};
+    for (kind, pause) in [
+        (EventKind::Create(CreateKind::File), WRITING),
+        (EventKind::Modify(ModifyKind::Data(DataChange::Any)), WRITING),
+        (EventKind::Modify(ModifyKind::Metadata(MetadataKind::Any)), WRITING),
+        (EventKind::Access(AccessKind::Close(AccessMode::Write)), WRITTEN),
+        (EventKind::Modify(ModifyKind::Name(RenameMode::To)), WRITTEN),
+        (EventKind::Remove(RemoveKind::File), WRITTEN),
+    ] {
+        let told = Told::default();
+        told.tell(Ok(Event::new(kind)));
+        assert_eq!(told.pause(), pause, "{kind:?}");
+        // Who only reads meanwhile changes nothing about it.
+        told.tell(Ok(Event::new(EventKind::Access(AccessKind::Read))));
+        assert_eq!(told.pause(), pause, "{kind:?}");
+    }
 }
