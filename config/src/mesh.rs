@@ -110,15 +110,30 @@ impl Mesh {
         self.networks.get(network)?.service(address.to_canonical(), namespace)
     }
 
+    /// Every service that has this address in `network` or a range around it, whoever can see it.
+    pub fn services_at(
+        &self,
+        network: &str,
+        address: IpAddr,
+    ) -> impl Iterator<Item = &Arc<Service>> {
+        let known = self.networks.get(network).into_iter();
+        known.flat_map(move |known| known.services_at(address.to_canonical()))
+    }
+
     /// The service that a workload of `namespace` means by this hostname.
     pub fn service_by_hostname(&self, hostname: &str, namespace: &str) -> Option<&Arc<Service>> {
-        best(self.hostnames.get(hostname)?, namespace)
+        best(self.services_named(hostname), namespace)
+    }
+
+    /// Every service with this hostname, whoever can see it.
+    pub fn services_named(&self, hostname: &str) -> &[Arc<Service>] {
+        self.hostnames.get(hostname).map(Vec::as_slice).unwrap_or_default()
     }
 
     /// The service with this name, or else the workload with this hostname.
     pub fn named(&self, name: &NamespacedHostname) -> Option<Destination<'_>> {
-        let services = self.hostnames.get(&name.hostname).map(Vec::as_slice).unwrap_or_default();
-        let service = services.iter().find(|service| service.namespace == name.namespace);
+        let mut services = self.services_named(&name.hostname).iter();
+        let service = services.find(|service| service.namespace == name.namespace);
         service.map(Destination::Service).or_else(|| {
             let workloads = self.workload_hostnames.get(&name.hostname)?;
             let workload = workloads.iter().find(|workload| workload.namespace == name.namespace);

@@ -322,9 +322,13 @@ impl<'a> Cursor<'a> {
         found
     }
 
-    /// `true` or `false`, and no other word that YAML ever took for them.
+    /// `true` or `false`.
     pub(crate) fn flag(&self) -> Option<bool> {
-        self.one_of(&[("true", true), ("false", false)])
+        let flag = parse_flag(self.text()?);
+        if flag.is_none() {
+            self.problem("must be true or false");
+        }
+        flag
     }
 
     /// A number in `range`; `expected` says so in words.
@@ -338,13 +342,20 @@ impl<'a> Cursor<'a> {
 
     /// A port that something can listen on or connect to: 1 to 65535.
     pub(crate) fn port(&self) -> Option<u16> {
-        match self.parse::<u16>("a port, 1 to 65535")? {
-            0 => {
-                self.problem("must be a port, 1 to 65535");
-                None
-            }
-            port => Some(port),
+        let port = parse_port(self.text()?).filter(|port| *port != 0);
+        if port.is_none() {
+            self.problem("must be a port, 1 to 65535");
         }
+        port
+    }
+
+    /// A port, or 0 for one that has a name.
+    pub(crate) fn port_or_named(&self) -> Option<u16> {
+        let port = parse_port(self.text()?);
+        if port.is_none() {
+            self.problem("must be a port, 0 (named) to 65535");
+        }
+        port
     }
 
     /// A duration with its unit: `250ms`, `10s`, `5m`, `24h`. Zero is refused: it would give a peer no time at all.
@@ -357,6 +368,27 @@ impl<'a> Cursor<'a> {
         }
         duration
     }
+}
+
+/// Parses a boolean of YAML 1.2 (section 10.3.2), and no other word that YAML ever took for one.
+pub(crate) fn parse_flag(text: &str) -> Option<bool> {
+    match text {
+        "true" | "True" | "TRUE" => Some(true),
+        "false" | "False" | "FALSE" => Some(false),
+        _ => None,
+    }
+}
+
+/// Parses a port, or 0, as YAML 1.2 writes whole numbers (section 10.3.2): `80`, `0x50` or `0o120`.
+pub(crate) fn parse_port(text: &str) -> Option<u16> {
+    let (digits, radix) = match text.split_at_checked(2) {
+        Some(("0x", digits)) => (digits, 16),
+        Some(("0o", digits)) => (digits, 8),
+        _ => return text.parse().ok(),
+    };
+    // `from_str_radix` alone would take "0x+50".
+    let only_digits = digits.chars().all(|digit| digit.is_digit(radix));
+    u16::from_str_radix(digits, radix).ok().filter(|_| only_digits)
 }
 
 /// Parses `250ms`, `10s`, `5m` or `24h`.

@@ -225,7 +225,7 @@ impl Build {
 
     fn services(&mut self, services: Vec<(Service, Vec<Endpoint>)>) {
         for (mut service, mut endpoints) in services {
-            endpoints.sort_by(|one, other| one.workload.uid.cmp(&other.workload.uid));
+            endpoints.sort_by(|one, other| service.order(&one.workload, &other.workload));
             let mut capacity = 0;
             for endpoint in &mut endpoints {
                 capacity += u64::from(endpoint.workload.capacity);

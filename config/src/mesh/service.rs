@@ -1,5 +1,6 @@
 //! Services: names and virtual addresses behind which workloads stand as endpoints.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -66,6 +67,20 @@ pub enum Scope {
     Network,
 }
 
+impl Scope {
+    /// Where a workload is in this respect; may be empty.
+    pub fn of(self, workload: &Workload) -> &Name {
+        match self {
+            Self::Region => &workload.locality.region,
+            Self::Zone => &workload.locality.zone,
+            Self::Subzone => &workload.locality.subzone,
+            Self::Node => &workload.node,
+            Self::Cluster => &workload.cluster_id,
+            Self::Network => &workload.network,
+        }
+    }
+}
+
 /// How a service spreads connections over its endpoints.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadBalancing {
@@ -75,6 +90,14 @@ pub struct LoadBalancing {
     pub preferences: Box<[Scope]>,
     /// Whether workloads that are not healthy are endpoints too.
     pub allow_unhealthy: bool,
+}
+
+impl LoadBalancing {
+    /// What is preferred, as far as the mode asks for it.
+    pub fn scopes(&self) -> &[Scope] {
+        let by_distance = self.mode != LoadBalancingMode::Standard;
+        if by_distance { &self.preferences } else { &[] }
+    }
 }
 
 /// The address families that a service is served in.
@@ -126,9 +149,16 @@ pub struct Endpoint {
     pub workload: Arc<Workload>,
     /// Where it serves the ports of the service; goes before the service's own.
     pub ports: PortMap,
-    /// The capacities of the service's endpoints up to and with this one, added: a number below that of the last one draws
+    /// The capacities of the service's endpoints up to and with this one, added: a number between those of two of them draws
     /// an endpoint by its capacity, in a binary search.
     pub capacity_through: u64,
+}
+
+impl Endpoint {
+    /// The capacities of those before it, added.
+    pub fn capacity_before(&self) -> u64 {
+        self.capacity_through.saturating_sub(u64::from(self.workload.capacity))
+    }
 }
 
 /// One service.
@@ -160,7 +190,8 @@ pub struct Service {
     pub canonical: bool,
     /// Who can see it.
     pub visibility: Visibility,
-    /// The workloads behind it, in the order of their uid; only such as are fit to take connections.
+    /// The workloads behind it; only such as are fit to take connections. Those are together that are in the same place, as far
+    /// as a place is preferred, so that [`Service::nearest`] need not look for them.
     pub endpoints: Box<[Endpoint]>,
 }
 
@@ -177,14 +208,103 @@ impl Service {
 
     /// The endpoint that `workload` is.
     pub fn endpoint(&self, workload: &Workload) -> Option<&Endpoint> {
-        let by_uid = |endpoint: &Endpoint| endpoint.workload.uid.cmp(&workload.uid);
-        let at = self.endpoints.binary_search_by(by_uid).ok()?;
+        let order = |endpoint: &Endpoint| self.order(&endpoint.workload, workload);
+        let at = self.endpoints.binary_search_by(order).ok()?;
         self.endpoints.get(at)
+    }
+
+    /// The endpoints that match the first `count` of the preferred scopes for somebody who is at `place`.
+    pub fn nearest<'a>(&self, count: usize, place: impl Fn(Scope) -> &'a str) -> &[Endpoint] {
+        let scopes = self.load_balancing.scopes().iter().take(count);
+        let order = |endpoint: &Endpoint| {
+            let parts = scopes.clone().map(|scope| &**scope.of(&endpoint.workload));
+            parts.cmp(scopes.clone().map(|scope| place(*scope)))
+        };
+        let first = self.endpoints.partition_point(|endpoint| order(endpoint) == Ordering::Less);
+        let from = self.endpoints.get(first..).unwrap_or_default();
+        let end = from.partition_point(|endpoint| order(endpoint) == Ordering::Equal);
+        from.get(..end).unwrap_or_default()
+    }
+
+    /// The order of the endpoints: by what is preferred, the most important first, and then by uid.
+    pub(super) fn order(&self, one: &Workload, other: &Workload) -> Ordering {
+        let scopes = self.load_balancing.scopes().iter();
+        let parts = scopes.map(|scope| scope.of(one).cmp(scope.of(other)));
+        parts.fold(Ordering::Equal, Ordering::then).then_with(|| one.uid.cmp(&other.uid))
     }
 }
 
 impl fmt::Display for Service {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.hostname)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::Mesh;
+
+    /// A service with 81 endpoints, in three regions of three zones each, on three nodes in each of these.
+    fn service(load_balancer: &str) -> Mesh {
+        let workload = |n: usize| {
+            format!(
+                "- {{name: w{n:02}, workloadIps: [10.0.0.{n}], services: {{default/s: {{}}}}, capacity: {}, \
+                 node: n{}, locality: {{region: r{}, zone: z{}}}}}\n",
+                n % 4,
+                n % 3,
+                n / 3 % 3,
+                n / 9 % 3,
+            )
+        };
+        let workloads: String = (0..81).map(workload).collect();
+        let text = format!(
+            "workloads:\n{workloads}services: [{{hostname: s, loadBalancer: {{{load_balancer}}}}}]"
+        );
+        Mesh::from_text("mesh.yaml", &text).unwrap()
+    }
+
+    fn place(scope: Scope) -> &'static str {
+        match scope {
+            Scope::Region => "r1",
+            Scope::Zone => "z2",
+            Scope::Node => "n0",
+            _ => "Kubernetes",
+        }
+    }
+
+    #[test]
+    fn the_nearest_endpoints_are_all_who_match_the_first_preferences() {
+        for preferences in ["Region, Zone, Node", "Node, Region", "Cluster, Zone", "Subzone", ""] {
+            let mesh = service(&format!("mode: Failover, routingPreferences: [{preferences}]"));
+            let service = &mesh.services()[0];
+            let scopes = service.load_balancing.scopes();
+            for count in 0..=scopes.len() {
+                let near = |endpoint: &&Endpoint| {
+                    let mut scopes = scopes.iter().take(count);
+                    scopes.all(|scope| **scope.of(&endpoint.workload) == *place(*scope))
+                };
+                let expected: Vec<_> = service.endpoints.iter().filter(near).collect();
+                let nearest: Vec<_> = service.nearest(count, place).iter().collect();
+                assert_eq!(nearest, expected, "{count} of {preferences}");
+            }
+        }
+    }
+
+    #[test]
+    fn whatever_is_preferred_each_endpoint_is_found_and_drawn_by_its_capacity() {
+        for mode in ["Standard", "Failover", "Strict"] {
+            let mesh = service(&format!("mode: {mode}, routingPreferences: [Region, Zone]"));
+            let service = &mesh.services()[0];
+            let mut through = 0;
+            for endpoint in &service.endpoints {
+                assert_eq!(service.endpoint(&endpoint.workload), Some(endpoint));
+                assert_eq!(endpoint.capacity_before(), through);
+                through = endpoint.capacity_through;
+            }
+            assert_eq!(service.endpoints.len(), 81);
+            let standard = mode == "Standard";
+            assert_eq!(service.nearest(2, place).len(), if standard { 81 } else { 9 });
+        }
     }
 }

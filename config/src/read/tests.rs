@@ -40,6 +40,24 @@ fn a_duration_needs_its_unit_and_is_never_zero() {
 }
 
 #[test]
+fn ports_and_booleans_are_written_as_in_yaml() {
+    for (text, port) in [("80", 80), ("0x50", 80), ("0o120", 80), ("0xFfFf", 65535), ("0", 0)] {
+        assert_eq!(parse_port(text), Some(port), "{text}");
+    }
+    for bad in
+        ["", "0x", "0o", "0x+50", "0o8", "0X50", "0b1", "0x10000", "-1", "80.0", "1e2", "x50"]
+    {
+        assert_eq!(parse_port(bad), None, "{bad}");
+    }
+    for (text, flag) in [("true", true), ("TRUE", true), ("False", false), ("FALSE", false)] {
+        assert_eq!(parse_flag(text), Some(flag), "{text}");
+    }
+    for bad in ["", "tRUE", "yes", "on", "1", "y"] {
+        assert_eq!(parse_flag(bad), None, "{bad}");
+    }
+}
+
+#[test]
 fn the_wrong_kind_of_value_is_a_mistake_not_a_default() {
     let found = problems_of("a: [1]\nb: 1\nc: {d: 1}\n", |root| {
         root.key("a").text();

@@ -60,6 +60,15 @@ pub(crate) enum RouteError {
 }
 
 impl RouteError {
+    /// Whether a service has nobody for the port, rather than somebody who could not be connected to.
+    pub(super) fn is_nobody(&self) -> bool {
+        match self {
+            Self::NoPort { .. } => true,
+            Self::NoEndpoint { nearest, .. } => *nearest != Unfit::Tried,
+            _ => false,
+        }
+    }
+
     /// A stable code for the access log.
     pub(crate) fn code(&self) -> &'static str {
         match self {

@@ -42,9 +42,8 @@ pub(crate) fn inbound(
             question.address(SocketAddr::new(asked.ip().to_canonical(), asked.port()))
         }
         Target::Hostname(hostname, port) => {
-            let service = mesh.service_by_hostname(hostname, namespace);
             let unknown = || RouteError::UnknownService { hostname: hostname.clone() };
-            question.service(service.ok_or_else(unknown)?, *port)
+            question.service(question.named(hostname).ok_or_else(unknown)?, *port)
         }
     }
 }
@@ -60,21 +59,32 @@ struct Question<'a> {
 impl<'a> Question<'a> {
     fn address(&self, asked: SocketAddr) -> Result<InboundTarget, RouteError> {
         let own = asked.ip() == self.here.ip();
+        let tunnel = self.local.and_then(|local| local.application_tunnel);
         // Of a workload's own address nobody can say which of its services is meant.
         let owner = if own { None } else { self.owner(asked.ip()) };
-        let tunnel = self.local.and_then(|local| local.application_tunnel);
-        let in_front = || owner.is_some_and(|owner| self.is_waypoint_of(owner));
-        if !own && tunnel.is_none() && !in_front() {
+        let in_front_of = if own { None } else { self.in_front_of(asked.ip()) };
+        if !own && tunnel.is_none() && in_front_of.is_none() {
             return Err(RouteError::NotHere { asked: Target::Address(asked), here: self.here });
         }
         let port = tunnel.and_then(|tunnel| tunnel.port).unwrap_or_else(|| asked.port());
         let header = tunnel.filter(|tunnel| tunnel.header == TunnelHeader::Proxy);
-        let service = match owner {
+        let service = match in_front_of.or(owner) {
             Some(Destination::Service(service)) => Some(service.clone()),
             Some(Destination::Workload(_)) | None => None,
         };
         let address = SocketAddr::new(self.here.ip(), port);
         Ok(InboundTarget { address, header: header.map(|_| asked), service })
+    }
+
+    /// The service that a tunnel means by a hostname, which several may have: one that the workload here serves, or else one that
+    /// it is the waypoint of, or else the usual one. The first two need not be visible to it: visibility is about clients.
+    fn named(&self, hostname: &str) -> Option<&'a Arc<Service>> {
+        let best = self.mesh.service_by_hostname(hostname, self.namespace);
+        let all = || best.into_iter().chain(self.mesh.services_named(hostname));
+        all()
+            .find(|service| self.serves(service))
+            .or_else(|| all().find(|service| self.is_waypoint_of(Destination::Service(service))))
+            .or(best)
     }
 
     fn service(&self, service: &'a Arc<Service>, port: u16) -> Result<InboundTarget, RouteError> {
@@ -119,26 +129,34 @@ impl<'a> Question<'a> {
         workload.or_else(|| service().map(Destination::Service))
     }
 
+    /// Who at this address names the workload here as waypoint, whether visible to it or not: of several services each client
+    /// means another one.
+    fn in_front_of(&self, address: IpAddr) -> Option<Destination<'a>> {
+        let services = self.mesh.services_at(self.network, address).map(Destination::Service);
+        let mut all = self.owner(address).into_iter().chain(services);
+        all.find(|destination| self.is_waypoint_of(*destination))
+    }
+
     /// Whether its connections are to go through the workload here.
     fn is_waypoint_of(&self, destination: Destination<'_>) -> bool {
         waypoints_of(destination).any(|waypoint| self.is_here(waypoint))
     }
 
     fn is_here(&self, waypoint: &Gateway) -> bool {
-        let destination = match &waypoint.destination {
-            GatewayDestination::Hostname(name) => self.mesh.named(name),
-            GatewayDestination::Address(at) => {
-                let workload = self.mesh.workload(&at.network, at.address);
-                let service = || self.mesh.service(&at.network, at.address, self.namespace);
-                workload.map(Destination::Workload).or_else(|| service().map(Destination::Service))
-            }
-        };
-        match destination {
-            Some(Destination::Service(service)) => self.serves(service),
-            Some(Destination::Workload(workload)) => {
+        let is_here = |destination| match destination {
+            Destination::Service(service) => self.serves(service),
+            Destination::Workload(workload) => {
                 *workload.network == *self.network && workload.addresses.contains(&self.here.ip())
             }
-            None => false,
+        };
+        match &waypoint.destination {
+            GatewayDestination::Hostname(name) => self.mesh.named(name).is_some_and(is_here),
+            GatewayDestination::Address(at) => {
+                let workload = self.mesh.workload(&at.network, at.address);
+                let services = self.mesh.services_at(&at.network, at.address);
+                workload.is_some_and(|workload| is_here(Destination::Workload(workload)))
+                    || services.map(Destination::Service).any(is_here)
+            }
         }
     }
 

@@ -123,6 +123,72 @@ proptest! {
     }
 }
 
+/// An endpoint: its network, region, zone and capacity, and whether it is set aside or was tried.
+type Place = (bool, u8, u8, u32, bool, bool);
+
+fn place() -> impl Strategy<Value = Place> {
+    (any::<bool>(), 0..2u8, 0..2u8, 0..3u32, any::<bool>(), proptest::bool::weighted(0.2))
+}
+
+/// How near an endpoint is to a client in region 0 and zone 0 of this network: more compares greater.
+fn nearness((far, region, zone, ..): Place, preferences: &[&str]) -> (bool, usize) {
+    let near = |scope: &&&str| match **scope {
+        "network" => !far,
+        "region" => region == 0,
+        _ => zone == 0,
+    };
+    match preferences {
+        ["network", rest @ ..] => (!far, rest.iter().take_while(near).count()),
+        all => (true, all.iter().take_while(near).count()),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn the_nearest_is_chosen_who_can_be_taken(
+        places in proptest::collection::vec(place(), 1..12),
+        preferences in proptest::sample::subsequence(vec!["network", "region", "zone"], 0..=3).prop_shuffle(),
+        (strict, seed) in (any::<bool>(), any::<u64>()),
+    ) {
+        let mode = if strict { "strict" } else { "failover" };
+        let prefer = if preferences.is_empty() { String::new() } else { format!("prefer={}", preferences.join(",")) };
+        let mut text = format!(
+            "workload client ip=10.0.7.1 region=0 zone=0\n\
+             service default/s vip=/10.1.0.1 sans=team mode={mode} {prefer}\n"
+        );
+        let mut choose = Fixed::new(seed);
+        for (index, (far, region, zone, capacity, set_aside, tried)) in places.iter().enumerate() {
+            let far = if *far { "net=far gateway=/10.0.7.1@15009" } else { "" };
+            text.push_str(&format!(
+                "workload w{index} ip=10.0.0.{index} {far} region={region} zone={zone} capacity={capacity} of=default/s\n"
+            ));
+            let lists = [(set_aside, &mut choose.set_aside), (tried, &mut choose.tried)];
+            for (_, list) in lists.into_iter().filter(|(is, _)| **is) {
+                list.push(format!("w{index}").into());
+            }
+        }
+        let here = nearness((false, 0, 0, 1, false, false), &preferences);
+        let fit = |place: &&Place| {
+            let near = !strict || nearness(**place, &preferences) == here;
+            place.3 > 0 && !place.5 && near
+        };
+        let quality = |place: &Place| (!place.4, nearness(*place, &preferences));
+        let best = places.iter().filter(fit).map(quality).max();
+        let mesh = mesh(&text);
+        let route = outbound(([10, 1, 0, 1], 80).into(), &mesh, &caller(named(&mesh, "client")), &mut choose);
+        let chosen = match &route {
+            Ok(Route { endpoint: Some(endpoint), .. }) => endpoint.uid.strip_prefix('w').unwrap().parse().ok(),
+            Ok(_) => Some(0),
+            Err(_) => None,
+        };
+        let chosen = chosen.map(|index: usize| &places[index]);
+        assert!(chosen.is_none_or(|chosen| fit(&chosen)));
+        assert_eq!(chosen.map(quality), best);
+    }
+}
+
 fn check(route: &Route, mesh: &Mesh, destination: SocketAddr) {
     let workload = route.workload.as_deref();
     match &route.via {

@@ -102,10 +102,21 @@ pub(super) fn select<'m>(
 ) -> Result<Candidate<'m>, RouteError> {
     let selection = Selection { service, port, purpose, caller };
     selection.check_port()?;
-    match selection.draw(choose).or_else(|| selection.search(choose)) {
-        Some(candidate) => Ok(candidate),
-        None => Err(selection.explain(choose)),
+    let mut found = None;
+    let mut looked_at = 0;
+    for matched in selection.levels() {
+        let near = service.nearest(matched, |scope| selection.part_of_caller(scope));
+        if near.len() == looked_at {
+            continue;
+        }
+        looked_at = near.len();
+        found = selection.draw(near, matched, choose).or_else(|| selection.search(near, choose));
+        // Whoever is farther off is better than one that was set aside.
+        if found.is_some_and(|found| found.tier.not_set_aside) {
+            break;
+        }
     }
+    found.ok_or_else(|| selection.explain(choose))
 }
 
 /// One question for an endpoint.
@@ -125,25 +136,37 @@ impl<'m> Selection<'m, '_> {
         Err(RouteError::NoPort { service: self.service.clone(), port: self.port })
     }
 
-    /// Draws until two are found that nobody can be better than, without looking at all of them. None if that takes too long, as
-    /// when nobody matches every preference.
-    fn draw(&self, choose: &mut impl Choose) -> Option<Candidate<'m>> {
-        let endpoints = &self.service.endpoints;
-        let all = endpoints.last()?.capacity_through;
+    /// How many of the first preferences are to be matched: all of them, then fewer, so that more and more endpoints do.
+    fn levels(&self) -> impl Iterator<Item = usize> {
+        let preferences = self.preferences().len();
+        let least = if self.is_strict() { preferences } else { 0 };
+        (least..=preferences).rev()
+    }
+
+    /// Draws from those who match the first `matched` preferences until two are found that nobody else among them can be better
+    /// than, without looking at all of them. None if that takes too long, as when many of them cannot be taken.
+    fn draw(
+        &self,
+        near: &'m [Endpoint],
+        matched: usize,
+        choose: &mut impl Choose,
+    ) -> Option<Candidate<'m>> {
+        let before = near.first()?.capacity_before();
+        let all = near.last()?.capacity_through.saturating_sub(before);
         if all == 0 {
             return None;
         }
-        let best = Tier { not_set_aside: true, rank: self.best_rank() };
+        let best = Tier { not_set_aside: true, rank: self.rank_of(matched) };
         let mut first: Option<Candidate<'m>> = None;
         for _ in 0..DRAWS {
-            let at = choose.below(all);
-            let index = endpoints.partition_point(|endpoint| endpoint.capacity_through <= at);
-            let drawn = self.candidate(endpoints.get(index)?, choose);
+            let at = before.saturating_add(choose.below(all));
+            let index = near.partition_point(|endpoint| endpoint.capacity_through <= at);
+            let drawn = self.candidate(near.get(index)?, choose);
             let Some(drawn) = drawn.ok().filter(|drawn| drawn.tier == best) else {
                 continue;
             };
             match first {
-                None if endpoints.len() == 1 => return Some(drawn),
+                None if near.len() == 1 => return Some(drawn),
                 None => first = Some(drawn),
                 Some(first) if Arc::ptr_eq(first.workload, drawn.workload) => {}
                 Some(first) => return Some(less_loaded(first, drawn, choose)),
@@ -152,10 +175,10 @@ impl<'m> Selection<'m, '_> {
         None
     }
 
-    /// Looks at all, and draws two among the best.
-    fn search(&self, choose: &mut impl Choose) -> Option<Candidate<'m>> {
+    /// Looks at all of them, and draws two among the best.
+    fn search(&self, near: &'m [Endpoint], choose: &mut impl Choose) -> Option<Candidate<'m>> {
         let mut best: Vec<Candidate<'m>> = Vec::new();
-        for endpoint in &self.service.endpoints {
+        for endpoint in near {
             let Ok(candidate) = self.candidate(endpoint, choose) else { continue };
             match best.last().map(|known| candidate.tier.cmp(&known.tier)) {
                 Some(std::cmp::Ordering::Less) => continue,
@@ -195,8 +218,7 @@ impl<'m> Selection<'m, '_> {
         }
         self.check_reachable(workload)?;
         let rank = self.rank(workload);
-        let strict = self.service.load_balancing.mode == LoadBalancingMode::Strict;
-        if strict && rank < self.best_rank() {
+        if self.is_strict() && rank < self.rank_of(self.preferences().len()) {
             return Err(Unfit::NotNear);
         }
         if choose.was_tried(&workload.uid, port) {
@@ -232,50 +254,44 @@ impl<'m> Selection<'m, '_> {
         }
     }
 
-    /// How many of the preferences it matches, counted from the first.
+    /// How near it is: how many of the preferences it matches, counted from the first.
     ///
     /// As ztunnel ranks: if the network is what is preferred first, those in other networks are compared by the rest, and
     /// every one of this network goes before all of them.
     fn rank(&self, workload: &Workload) -> usize {
-        let preferences = self.preferences();
-        let matches = |scope: &&Scope| self.is_near(workload, **scope);
-        match preferences.split_first() {
-            Some((Scope::Network, rest)) => {
-                let near = rest.iter().take_while(matches).count();
-                let here = self.is_near(workload, Scope::Network);
-                near + if here { preferences.len() } else { 0 }
-            }
-            _ => preferences.iter().take_while(matches).count(),
+        let matched = |scopes: &[Scope]| {
+            let near = |scope: &&Scope| **scope.of(workload) == *self.part_of_caller(**scope);
+            scopes.iter().take_while(near).count()
+        };
+        match (matched(self.preferences()), self.preferences()) {
+            (0, [Scope::Network, rest @ ..]) => matched(rest),
+            (matched, _) => self.rank_of(matched),
         }
     }
 
-    /// The rank of who matches every preference.
-    fn best_rank(&self) -> usize {
-        match self.preferences() {
-            preferences @ [Scope::Network, rest @ ..] => preferences.len() + rest.len(),
-            preferences => preferences.len(),
+    /// The best rank of those who match the first `matched` preferences, and not the next one.
+    fn rank_of(&self, matched: usize) -> usize {
+        match (matched, self.preferences()) {
+            (0, [Scope::Network, rest @ ..]) => rest.len(),
+            (_, [Scope::Network, rest @ ..]) => rest.len() + matched,
+            _ => matched,
         }
     }
 
     fn preferences(&self) -> &'m [Scope] {
-        let balancing = &self.service.load_balancing;
-        let by_distance = balancing.mode != LoadBalancingMode::Standard;
-        if by_distance { &balancing.preferences } else { &[] }
+        self.service.load_balancing.scopes()
     }
 
-    /// What is unknown of both is equal, as with ztunnel.
-    fn is_near(&self, workload: &Workload, scope: Scope) -> bool {
-        let caller = self.caller.workload;
-        let unknown = "";
-        let of_caller = |part: fn(&Workload) -> &Name| caller.map_or(unknown, |known| part(known));
-        let same = |part: fn(&Workload) -> &Name| of_caller(part) == &**part(workload);
-        match scope {
-            Scope::Region => same(|workload| &workload.locality.region),
-            Scope::Zone => same(|workload| &workload.locality.zone),
-            Scope::Subzone => same(|workload| &workload.locality.subzone),
-            Scope::Node => same(|workload| &workload.node),
-            Scope::Cluster => same(|workload| &workload.cluster_id),
-            Scope::Network => *workload.network == *self.caller.network,
+    fn is_strict(&self) -> bool {
+        self.service.load_balancing.mode == LoadBalancingMode::Strict
+    }
+
+    /// Where the caller is. What is unknown of both is equal, as with ztunnel.
+    fn part_of_caller(&self, scope: Scope) -> &str {
+        match (scope, self.caller.workload) {
+            (Scope::Network, _) => self.caller.network,
+            (_, Some(workload)) => scope.of(workload),
+            (_, None) => "",
         }
     }
 }

@@ -36,7 +36,7 @@ pub(crate) fn outbound(
     let balanced =
         |service: &&Arc<Service>| service.load_balancing.mode != LoadBalancingMode::Passthrough;
     match (service.filter(balanced), workload) {
-        (Some(service), _) => router.by_service(service, workload.is_none()),
+        (Some(service), workload) => router.by_service(service, workload),
         // ztunnel goes in plain to whatever a passthrough service leads to; here a workload remains what it is.
         (None, Some(workload)) => {
             let upstream = Upstream::workload(workload, destination);
@@ -134,14 +134,26 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         Ok(Route { via, workload: None, service: service.cloned(), endpoint: None, gateway: None })
     }
 
-    /// To one of the endpoints of `service`; `by_vip`: the address is none of a workload.
-    fn by_service(&mut self, service: &'m Arc<Service>, by_vip: bool) -> Result<Route, RouteError> {
+    /// To one of the endpoints of `service`; `owner`: the workload whose own address it is too.
+    fn by_service(
+        &mut self,
+        service: &'m Arc<Service>,
+        owner: Option<&'m Arc<Workload>>,
+    ) -> Result<Route, RouteError> {
         let (asked, port) = (self.destination.ip(), self.destination.port());
-        let upstream = self.endpoint(service, port, Purpose::Service, asked)?;
+        let upstream = match (self.endpoint(service, port, Purpose::Service, asked), owner) {
+            (Ok(upstream), _) => upstream,
+            // Who was meant then is the workload itself. ztunnel goes there in plain, past its waypoint and its tunnel.
+            (Err(error), Some(owner)) if error.is_nobody() => {
+                let upstream = Upstream::workload(owner, self.destination);
+                return self.by_workload(&upstream, None, true);
+            }
+            (Err(error), _) => return Err(error),
+        };
         if self.is_elsewhere(&upstream) {
             return self.through_gateway(upstream, service);
         }
-        self.by_workload(&upstream, Some(service), !by_vip)
+        self.by_workload(&upstream, Some(service), owner.is_some())
     }
 
     /// To a workload of this network; `by_address`: its own, so that its waypoint is for the connection.

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::shared::Shared;
 use crate::mesh::{Gateway, GatewayDestination, NamespacedHostname, NetworkAddress, PortMap};
-use crate::read::Cursor;
+use crate::read::{Cursor, parse_port};
 
 /// Where a gateway takes tunnels unless it says otherwise: HBONE's port.
 const HBONE_PORT: u16 = 15008;
@@ -45,8 +45,7 @@ fn destination(given: Cursor<'_>, shared: &mut Shared) -> Option<GatewayDestinat
 pub(super) fn ports(section: Cursor<'_>, named: bool, shared: &mut Shared) -> PortMap {
     let mut known = HashSet::new();
     let pairs = section.each(|key, target| {
-        let port = key.parse().ok().filter(|port: &u16| *port != 0);
-        let Some(port) = port else {
+        let Some(port) = parse_port(key).filter(|port| *port != 0) else {
             target.problem("the key must be a port of the service, 1 to 65535");
             return None;
         };
@@ -57,7 +56,7 @@ pub(super) fn ports(section: Cursor<'_>, named: bool, shared: &mut Shared) -> Po
             target.problem("must be the port behind it");
             return None;
         }
-        let target = if named { target.parse("a port, 0 (named) to 65535") } else { target.port() };
+        let target = if named { target.port_or_named() } else { target.port() };
         Some((port, target?))
     });
     shared.ports(pairs.into_iter().collect())

@@ -11,7 +11,7 @@ use crate::mesh::names::Names;
 use crate::mesh::policy::{
     Condition, Match, Policy, PolicyAction, PolicyScope, Rules, StringMatch, Values,
 };
-use crate::read::Cursor;
+use crate::read::{Cursor, parse_flag};
 
 const KEYS: &[&str] = &["name", "namespace", "scope", "action", "rules", "dryRun"];
 
@@ -49,7 +49,7 @@ pub(super) fn policy(item: Cursor<'_>, names: &mut Names) -> Option<Policy> {
     let action = needed(&item.key("action")).then(|| item.key("action").one_of(ACTIONS));
     let rules = rules(item.key("rules"));
     let dry_run = match item.key("dryRun") {
-        given if given.is_given() => given.parse("true or false"),
+        given if given.is_given() => given.flag(),
         _ => Some(false),
     };
     let (namespace, scope) = (namespace?, scope??);
@@ -129,7 +129,9 @@ fn string_match(item: Cursor<'_>) -> Option<StringMatch> {
         "exact" => text().map(StringMatch::Exact),
         "prefix" => text().map(StringMatch::Prefix),
         "suffix" => text().map(StringMatch::Suffix),
-        "presence" if value.text() == Some("true") => Some(StringMatch::Presence),
+        "presence" if value.text().and_then(parse_flag) == Some(true) => {
+            Some(StringMatch::Presence)
+        }
         "presence" => {
             value.problem("must be true");
             None

@@ -255,6 +255,7 @@ fn each_wrong_value_of_each_key_refuses_the_document() {
         "ipFamilies: IPv5",
         "canonical: yes",
         "canonical: 1",
+        "canonical: tRUE",
         "visibility: Private",
         "loadBalancing: {mode: Strict}",
     ] {
@@ -273,6 +274,9 @@ fn each_wrong_value_of_each_key_refuses_the_document() {
         "services: [{hostname: s, ports: {0: 80}}]",
         "services: [{hostname: s, ports: {80: ~}}]",
         "services: [{hostname: s, ports: {80: 80, '080': 81}}]",
+        "services: [{hostname: s, ports: {80: 80, 0x50: 81}}]",
+        "services: [{hostname: s, ports: {0x0: 80}}]",
+        "services: [{hostname: s, ports: {80: 0x10000}}]",
         "services: [{hostname: s}]\nworkloads: [{name: a, workloadIps: [10.0.0.1], services: {default/s: {80: 0}}}]",
         "workloads: [{name: a, workloadIps: [10.0.0.1], services: {s: {}}}]",
         "policies: [~]",
@@ -284,6 +288,33 @@ fn each_wrong_value_of_each_key_refuses_the_document() {
     ] {
         assert!(!mistakes(document).is_empty(), "{document}");
     }
+}
+
+#[test]
+fn numbers_and_booleans_are_those_of_yaml() {
+    let mesh = mesh(
+        "
+workloads:
+- name: w
+  workloadIps: [10.0.0.1]
+  applicationTunnel: {port: 0x3AF0}
+  nativeTunnel: FALSE
+  services: {default/s: {0x50: 0x1F90}}
+  waypoint: {destination: /10.0.0.1, hboneMtlsPort: 0o35240}
+services:
+- {hostname: s, canonical: True, ports: {0x50: 0o0, 443: 0x20Fb}}
+policies:
+- {name: p, namespace: n, scope: Global, action: Allow, dryRun: True, rules: [[[{principals: [{presence: TRUE}]}]]]}
+",
+    )
+    .unwrap();
+    let (workload, service) = (&mesh.workloads()[0], &mesh.services()[0]);
+    assert_eq!(workload.application_tunnel.unwrap().port, Some(15088));
+    assert_eq!(workload.waypoint.as_ref().unwrap().hbone_port, 15008);
+    assert!(service.canonical);
+    assert_eq!(service.ports.iter().collect::<Vec<_>>(), [(80, 0), (443, 8443)]);
+    assert_eq!(service.endpoints[0].ports.get(80), Some(8080));
+    assert!(mesh.policies("", None).global[0].dry_run);
 }
 
 #[test]
@@ -299,7 +330,7 @@ fn a_mistake_in_one_item_makes_none_in_others() {
                 services: [{hostname: s, canonical: maybe}]\n";
     assert_eq!(
         mistakes(text),
-        ["mesh.yaml:2:37: services[0].canonical: \"maybe\": must be one of true, false"]
+        ["mesh.yaml:2:37: services[0].canonical: \"maybe\": must be true or false"]
     );
 }
 

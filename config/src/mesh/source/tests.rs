@@ -79,6 +79,20 @@ async fn documents_of_a_folder_are_one_mesh() {
     assert_eq!(next_names(&mut source).await, [""; 0]);
 }
 
+#[test]
+fn of_services_with_one_address_the_one_in_the_last_file_counts() {
+    let folder = Folder::new();
+    for name in ["b", "c", "a"] {
+        let service = format!("services: [{{hostname: {name}, vips: [/10.1.0.1]}}]\n");
+        folder.write(&format!("mesh/{name}.yaml"), &service);
+    }
+    let mesh = Mesh::from_file(&folder.path("mesh")).unwrap();
+    let names: Vec<_> = mesh.services().iter().map(|service| &*service.name).collect();
+    assert_eq!(names, ["a", "b", "c"]);
+    let meant = mesh.service("", [10, 1, 0, 1].into(), "default").unwrap();
+    assert_eq!(&*meant.name, "c");
+}
+
 #[tokio::test]
 async fn mistakes_across_the_documents_of_a_folder_name_the_file() {
     let folder = Folder::new();

@@ -6,9 +6,9 @@ use crate::route::testing::{mesh, named};
 use crate::route::{InboundTarget, RouteError, Target, inbound};
 
 const MESH: &str = "
-    workload web ip=10.0.0.1,fd00::1 of=default/web.example{90:9090} of=default/plain.example
+    workload web ip=10.0.0.1,fd00::1 of=default/web.example{90:9090} of=default/plain.example of=other/twice.example of=other/inner.example
     workload sick ip=10.0.0.2 unhealthy of=default/web.example{90:9090}
-    workload way ip=10.0.0.3 of=default/way.example
+    workload way ip=10.0.0.3 of=default/way.example of=other/innerway.example
     workload sandwich ip=10.0.0.4 of=default/way.example tunnel=15088 proxy
     workload anyport ip=10.0.0.5 tunnel=any proxy
     workload silent ip=10.0.0.6 tunnel=15088
@@ -22,6 +22,17 @@ const MESH: &str = "
     service default/range.example cidr=/10.0.0.0/24 waypoint=default/way.example@15008
     service other/secret.example vip=/10.1.0.5 private
     service other/v6.example vip=/fd01::6,far/10.2.0.6
+    service other/hidden.example vip=/10.1.0.6 private waypoint=default/way.example@15008
+    service default/shared.example vip=/10.1.0.7,/10.5.0.9
+    service other/shared-too.example vip=/10.1.0.7 waypoint=default/way.example@15008
+    service default/narrow.example cidr=/10.5.0.0/24
+    service other/wide.example cidr=/10.5.0.0/16 private waypoint=default/way.example@15008
+    service other/innerway.example vip=/10.1.0.8 private
+    service default/by-innerway.example vip=/10.1.0.9 waypoint=/10.1.0.8@15008
+    service default/twice.example vip=/10.1.0.10 ports=80:1111
+    service other/twice.example ports=80:2222 private
+    service third/twice.example ports=80:3333 private waypoint=default/way.example@15008
+    service other/inner.example ports=80:8080 private
 ";
 
 #[rustfmt::skip]
@@ -48,7 +59,7 @@ const TABLE: &[(&str, &str, &str)] = &[
     // What has the workload here as its waypoint.
     ("way", "10.0.0.7:80", "10.0.0.3:80"),
     ("way", "10.0.0.8:80", "10.0.0.3:80"),
-    ("way", "10.0.0.1:80", "not_here"),
+    ("way", "10.0.0.1:80", "10.0.0.3:80 for range.example"),
     ("way", "10.0.0.77:80", "10.0.0.3:80 for range.example"),
     ("way", "10.1.0.2:80", "10.0.0.3:80 for plain.example"),
     ("way", "10.1.0.3:80", "10.0.0.3:80 for split.example"),
@@ -56,6 +67,25 @@ const TABLE: &[(&str, &str, &str)] = &[
     ("way", "plain.example:80", "10.0.0.3:8080 for plain.example"),
     ("way", "web.example:80", "not_endpoint"),
     ("web", "10.0.0.7:80", "not_here"),
+    // Also what is hidden from it, and whoever else has the address.
+    ("way", "10.1.0.6:80", "10.0.0.3:80 for hidden.example"),
+    ("way", "10.1.0.7:80", "10.0.0.3:80 for shared-too.example"),
+    ("way", "10.5.0.1:80", "10.0.0.3:80 for wide.example"),
+    ("way", "10.5.0.9:80", "10.0.0.3:80 for wide.example"),
+    ("way", "10.5.1.1:80", "10.0.0.3:80 for wide.example"),
+    ("way", "10.6.0.1:80", "not_here"),
+    ("way", "hidden.example:80", "10.0.0.3:8080 for hidden.example"),
+    ("way", "10.1.0.9:80", "10.0.0.3:80 for by-innerway.example"),
+    ("way", "by-innerway.example:80", "10.0.0.3:8080 for by-innerway.example"),
+    ("web", "10.1.0.6:80", "not_here"),
+    ("web", "10.1.0.9:80", "not_here"),
+    // Several services with one hostname: what the workload here serves, or is the waypoint of, or else the usual one.
+    ("web", "twice.example:80", "10.0.0.1:2222 for twice.example"),
+    ("web", "inner.example:80", "10.0.0.1:8080 for inner.example"),
+    ("way", "twice.example:80", "10.0.0.3:3333 for twice.example"),
+    ("anyport", "twice.example:80", "10.0.0.5:1111 as 10.1.0.10:80 for twice.example"),
+    ("sick", "twice.example:80", "not_endpoint"),
+    ("anyport", "inner.example:80", "unknown_service"),
     // Application tunnels take everything, at their own port.
     ("sandwich", "10.1.0.1:80", "10.0.0.4:15088 as 10.1.0.1:80 for web.example"),
     ("sandwich", "192.0.2.1:80", "10.0.0.4:15088 as 192.0.2.1:80"),

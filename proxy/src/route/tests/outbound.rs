@@ -12,6 +12,7 @@ const PLAIN: &str = "
     workload node2 ip=10.0.0.4 hostnetwork
     workload node3 ip=10.0.0.5 hostnetwork hbone
     workload node4 ip=10.0.0.5 hostnetwork
+    workload node5 ip=10.0.0.6 hostnetwork hbone
     service default/hostnet.example vip=/10.1.0.1 ports=80:80
 ";
 
@@ -33,6 +34,10 @@ const SERVICES: &str = "
     workload mine ip=10.0.0.19 of=default/mine.example
     workload theirs ip=10.0.0.20 of=other/mine.example
     workload inrange ip=10.9.0.1 hbone
+    workload itself ip=10.0.0.21 hbone
+    workload bare ip=10.0.0.22
+    workload alone ip=10.0.0.23 hbone
+    workload around ip=10.7.0.1
     service default/web.example vip=/10.1.0.1,/fd01::1 sans=web-team
     service default/v4.example vip=/10.1.0.2,/fd01::2 families=v4
     service default/v6.example vip=/10.1.0.3 families=v6
@@ -54,6 +59,12 @@ const SERVICES: &str = "
     service default/pass.example vip=/10.1.0.18,/10.0.0.10 cidr=/10.9.0.0/16 mode=passthrough
     service default/range.example cidr=/10.8.0.0/16 waypoint=/10.0.0.11@15008
     service default/passway.example vip=/10.1.0.19 mode=passthrough waypoint=/10.0.0.11@15008
+    service default/itself.example vip=/10.0.0.21 ports=80:8080,82:0
+    service default/bare.example vip=/10.0.0.22 ports=80:8080
+    service default/alone.example vip=/10.0.0.23 ports=80:8080 mode=strict prefer=region
+    workload elsewhere ip=10.0.0.24 region=other of=default/alone.example of=default/itself.example
+    service default/around.example cidr=/10.7.0.0/16 ports=80:8080
+    workload behind ip=10.0.0.25 of=default/around.example
 ";
 
 const WAYPOINTS: &str = "
@@ -133,6 +144,7 @@ const TABLE: &[(&str, &str, &str, &str)] = &[
     (PLAIN, "client", "10.0.0.4:80", "plain 10.0.0.4:80"),
     (PLAIN, "client", "10.1.0.1:80", "plain 10.0.0.4:80 @node1 for hostnet.example"),
     (PLAIN, "client", "10.0.0.5:80", "shared_address"),
+    (PLAIN, "client", "10.0.0.6:9100", "tunnel 10.0.0.6:15008 > 10.0.0.6:9100 by node5 @node5"),
     // Services: ports, families, hostnames, health, capacity, visibility.
     (SERVICES, "client", "10.1.0.1:80", "tunnel 10.0.0.10:15008 > 10.0.0.10:8080 by web+web-team @web for web.example"),
     (SERVICES, "client", "[fd01::1]:80", "tunnel [fd00::10]:15008 > [fd00::10]:8080 by web+web-team @web for web.example"),
@@ -165,6 +177,15 @@ const TABLE: &[(&str, &str, &str, &str)] = &[
     (SERVICES, "client", "10.0.0.10:80", "tunnel 10.0.0.10:15008 > 10.0.0.10:80 by web @web for pass.example"),
     (SERVICES, "client", "10.1.0.19:80", "tunnel 10.0.0.11:15008 > 10.1.0.19:80 by old @old for passway.example"),
     (SERVICES, "client", "10.8.1.2:443", "tunnel 10.0.0.11:15008 > 10.8.1.2:443 by old @old for range.example"),
+    // An address of a service and a workload: to the workload where the service has nobody for the port.
+    (SERVICES, "client", "10.0.0.21:80", "plain 10.0.0.24:8080 @elsewhere for itself.example"),
+    (SERVICES, "client", "10.0.0.21:81", "tunnel 10.0.0.21:15008 > 10.0.0.21:81 by itself @itself"),
+    (SERVICES, "client", "10.0.0.21:82", "tunnel 10.0.0.21:15008 > 10.0.0.21:82 by itself @itself"),
+    (SERVICES, "client", "10.0.0.22:80", "plain 10.0.0.22:80 @bare"),
+    (SERVICES, "client", "10.0.0.23:80", "tunnel 10.0.0.23:15008 > 10.0.0.23:80 by alone @alone"),
+    (SERVICES, "client", "10.7.0.1:80", "plain 10.0.0.25:8080 @behind for around.example"),
+    (SERVICES, "client", "10.7.0.1:81", "plain 10.7.0.1:81 @around"),
+    (SERVICES, "client", "10.7.0.2:81", "no_service_port"),
     // Waypoints of services.
     (WAYPOINTS, "client", "10.1.0.4:80", "tunnel 10.0.0.2:15008 > 10.1.0.4:80 by way+way-team @way for front.example one way:15008"),
     (WAYPOINTS, "client", "10.1.0.4:81", "tunnel 10.0.0.2:15008 > 10.1.0.4:81 by way+way-team @way for front.example one way:15008"),
@@ -179,6 +200,8 @@ const TABLE: &[(&str, &str, &str, &str)] = &[
     // Waypoints of workloads: for their own addresses only, and not for the waypoint itself.
     (WAYPOINTS, "client", "10.0.0.10:80", "tunnel 10.0.0.2:15008 > 10.0.0.10:80 by way+way-team @way one way:15008"),
     (WAYPOINTS, "client", "10.0.0.15:80", "tunnel 10.0.0.2:15008 > 10.0.0.15:80 by way @way for both.example"),
+    (WAYPOINTS, "client", "10.0.0.15:81", "tunnel 10.0.0.2:15008 > 10.0.0.15:81 by way @way"),
+    (WAYPOINTS, "way", "10.0.0.15:81", "tunnel 10.0.0.15:15008 > 10.0.0.15:81 by both @both"),
     (WAYPOINTS, "client", "[fd00::10]:80", "tunnel [fd00::2]:15008 > [fd00::10]:80 by way+way-team @way one way:15008"),
     (WAYPOINTS, "client", "10.1.0.10:80", "tunnel 10.0.0.10:15008 > 10.0.0.10:8080 by behind @behind for direct.example"),
     (WAYPOINTS, "client", "10.0.0.11:80", "tunnel 10.0.0.2:15008 > 10.0.0.11:80 by way @way"),
@@ -245,4 +268,14 @@ fn only_who_has_the_waypoints_identity_and_address_has_been_through_it() {
         let route = outbound(destination, &mesh, &caller, &mut Fixed::new(0));
         assert_eq!(show(&route), expected);
     }
+}
+
+#[test]
+fn an_address_of_a_service_does_not_become_the_workloads_when_its_endpoints_fail() {
+    let mesh = mesh(SERVICES);
+    let caller = caller(named(&mesh, "client"));
+    let mut choose = Fixed::new(0);
+    choose.tried = vec!["elsewhere".into()];
+    let route = outbound(([10, 0, 0, 21], 80).into(), &mesh, &caller, &mut choose);
+    assert_eq!(show(&route), "no endpoint: Tried");
 }
