@@ -6,8 +6,8 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use notify::event::{AccessKind, AccessMode, CreateKind, ModifyKind};
@@ -78,21 +78,28 @@ pub(crate) struct Watch {
     settled_by: Option<Instant>,
 }
 
-/// Something happened in one of the folders.
+/// Something happened that can lead to other content.
 #[derive(Debug, Default)]
 struct Told {
     notify: Notify,
+    /// What counts. Others may write in the same folders, such as a log.
+    relevant: Mutex<Relevant>,
     /// Whether the last that happened was that something is being written, and is not finished.
     writing: AtomicBool,
 }
 
 impl Told {
     fn tell(&self, event: notify::Result<Event>) {
-        let kind = event.map_or(EventKind::Any, |event| event.kind);
-        if !is_reading(kind) {
-            self.writing.store(is_writing(kind), Relaxed);
+        // What the kernel could not tell, or had to leave out, may be anything.
+        let event = event.unwrap_or_default();
+        if !is_reading(event.kind) && self.relevant().has(&event.paths) {
+            self.writing.store(is_writing(event.kind), Relaxed);
             self.notify.notify_one();
         }
+    }
+
+    fn relevant(&self) -> MutexGuard<'_, Relevant> {
+        self.relevant.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How long to wait for more.
@@ -153,7 +160,9 @@ impl Watch {
     /// Watches the folders that lead to the files now, and no others.
     fn follow(&mut self) -> notify::Result<()> {
         loop {
-            let folders = folders_of(&self.path);
+            let relevant = Relevant::of(&self.path);
+            let folders = relevant.folders();
+            *self.told.relevant() = relevant;
             for folder in &folders {
                 // Also a folder that is watched: another may have taken its name.
                 self.watcher.watch(folder, RecursiveMode::NonRecursive)?;
@@ -185,23 +194,52 @@ fn is_writing(kind: EventKind) -> bool {
     )
 }
 
-/// The folders in which a change can lead to other content: of a file, or of the documents in a folder.
-fn folders_of(path: &Path) -> BTreeSet<PathBuf> {
-    if !path.is_dir() {
-        return folders_to(path);
-    }
-    // Also without a document in it: the way to any name in the folder leads through the folder.
-    let mut folders = folders_to(&path.join("any"));
-    for document in files::at(path).unwrap_or_default() {
-        folders.append(&mut folders_to(&document));
-    }
-    folders
+/// Where a change can lead to other content.
+#[derive(Debug, Default)]
+struct Relevant {
+    /// The files, and each symbolic link on the way to them; where a way ends early, the first that is missing.
+    turns: BTreeSet<PathBuf>,
+    /// The folder of which every document counts.
+    folder: Option<PathBuf>,
 }
 
-/// The folders in which a change can lead to another file at `path` (absolute): the one that it is in, and each that holds a
-/// symbolic link on the way to it. Where the way ends early, the last folder that there is.
-fn folders_to(path: &Path) -> BTreeSet<PathBuf> {
-    let mut folders = BTreeSet::new();
+impl Relevant {
+    fn of(path: &Path) -> Self {
+        if !path.is_dir() {
+            return Self { turns: turns(path), folder: None };
+        }
+        // Also without a document in it: the way to any name in the folder leads through the folder.
+        let mut turns_to_all = turns(&path.join("any"));
+        let folder = turns_to_all.iter().find(|turn| turn.ends_with("any"));
+        let folder = folder.and_then(|any| any.parent()).map(Path::to_owned);
+        for document in files::at(path).unwrap_or_default() {
+            turns_to_all.append(&mut turns(&document));
+        }
+        Self { turns: turns_to_all, folder }
+    }
+
+    /// The folders in which all that happens.
+    fn folders(&self) -> BTreeSet<PathBuf> {
+        let parents = self.turns.iter().filter_map(|turn| turn.parent());
+        parents.map(Path::to_owned).collect()
+    }
+
+    fn has(&self, paths: &[PathBuf]) -> bool {
+        let is_document =
+            |path: &Path| self.folder.as_deref() == path.parent() && files::is_document(path);
+        // A folder itself is told of when it goes.
+        let is_folder = |path: &Path| self.turns.iter().any(|turn| turn.parent() == Some(path));
+        paths.is_empty()
+            || paths
+                .iter()
+                .any(|path| self.turns.contains(path) || is_document(path) || is_folder(path))
+    }
+}
+
+/// Where a change can lead to another file at `path` (absolute): the file, and each symbolic link on the way to it; where the
+/// way ends early, what is missing.
+fn turns(path: &Path) -> BTreeSet<PathBuf> {
+    let mut turns = BTreeSet::new();
     let mut links = 0;
     let mut here = PathBuf::from("/");
     let mut ahead = steps(path);
@@ -213,20 +251,20 @@ fn folders_to(path: &Path) -> BTreeSet<PathBuf> {
         }
         let next = here.join(step);
         if let Ok(target) = next.read_link() {
-            folders.insert(here.clone());
+            turns.insert(next);
             links += 1;
             if links > MAX_LINKS {
                 break;
             }
             ahead.extend(steps(&target));
         } else if ahead.is_empty() || !next.is_dir() {
-            folders.insert(here);
+            turns.insert(next);
             break;
         } else {
             here = next;
         }
     }
-    folders
+    turns
 }
 
 /// The components of a path, the last one first.

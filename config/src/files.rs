@@ -50,7 +50,8 @@ pub(crate) fn fingerprint(path: &Path) -> u64 {
     read_each(path, |_, _| ())
 }
 
-fn is_document(path: &Path) -> bool {
+/// Whether a file of a folder is one of its documents, by its name.
+pub(crate) fn is_document(path: &Path) -> bool {
     let hidden = path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"."));
     let extension = path.extension().and_then(|extension| extension.to_str());
     !hidden && extension.is_some_and(|extension| EXTENSIONS.contains(&extension))

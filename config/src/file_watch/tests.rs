@@ -104,12 +104,37 @@ async fn other_files_and_the_same_content_are_not_told() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
-    for name in ["b.yaml", "a.yaml"] {
-        folder.write(name, "1");
-        timeout(BOUND, watch.watch.told.notify.notified()).await.expect("the folder is watched");
-        watch.watch.told.notify.notify_one();
-        stays_silent(&mut watch).await;
+    folder.write("a.yaml", "1");
+    timeout(BOUND, watch.watch.told.notify.notified()).await.expect("the folder is watched");
+    watch.watch.told.notify.notify_one();
+    stays_silent(&mut watch).await;
+    folder.write("b.yaml", "1");
+    stays_silent(&mut watch).await;
+}
+
+#[test]
+fn only_what_can_lead_to_other_content_counts() {
+    let folder = Folder::new();
+    folder.write("mesh/..1/a.yaml", "1");
+    folder.swap("..1", "mesh/..data");
+    folder.swap("..data/a.yaml", "mesh/a.yaml");
+    let has = |of: &str, name: &str| {
+        Relevant::of(&folder.root().join(of)).has(&[folder.root().join(name)])
+    };
+    for relevant in ["mesh/a.yaml", "mesh/..data", "mesh/..1/a.yaml", "mesh", "mesh/..1"] {
+        assert!(has("mesh/a.yaml", relevant), "{relevant}");
     }
+    for other in ["mesh/b.yaml", "mesh/proxy.log", "mesh/..1/b.yaml", "mesh/..2"] {
+        assert!(!has("mesh/a.yaml", other), "{other}");
+    }
+    for relevant in ["mesh/a.yaml", "mesh/..data", "mesh/b.yaml", "mesh/c.json", "mesh"] {
+        assert!(has("mesh", relevant), "{relevant}");
+    }
+    for other in ["mesh/proxy.log", "mesh/.hidden.yaml", "b.yaml"] {
+        assert!(!has("mesh", other), "{other}");
+    }
+    assert!(has("missing/a.yaml", "missing"));
+    assert!(Relevant::of(&folder.root()).has(&[]), "what was left out may be anything");
 }
 
 /// However often it looks: the clock runs ahead.
@@ -186,9 +211,9 @@ async fn what_is_no_document_of_a_folder_is_not_told() {
     for name in ["mesh/.a.yaml.swp", "mesh/.b.yaml", "mesh/README", "mesh/below/c.yaml", "a.yaml"] {
         folder.write(name, "1");
     }
-    timeout(BOUND, watch.watch.told.notify.notified()).await.expect("the folder is watched");
-    watch.watch.told.notify.notify_one();
     stays_silent(&mut watch).await;
+    folder.write("mesh/b.yaml", "1");
+    wakes(&mut watch).await;
 }
 
 #[tokio::test]
