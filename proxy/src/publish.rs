@@ -40,13 +40,14 @@ impl Publisher {
     }
 
     /// Publishes every change until the end; `workers` tell when they go by it.
-    pub(crate) async fn follow(mut self, mut workers: Vec<watch::Receiver<Applied>>) {
+    pub(crate) async fn follow(mut self, workers: Vec<watch::Receiver<Applied>>) {
         let first = self.current.borrow().clone();
-        self.wait_for_all(&first, &mut workers).await;
+        let cut = all_go_by(&first, workers.clone()).await;
+        metrics::mesh_applied(&first.mesh, first.generation, cut);
         drop(first);
         loop {
             match self.source.changed().await {
-                Ok(mesh) => self.publish(mesh, &mut workers).await,
+                Ok(mesh) => self.publish(mesh, workers.clone()),
                 Err(errors) => {
                     metrics::mesh_refused();
                     tracing::error!("the mesh cannot be read, the last good one stays: {errors}");
@@ -55,33 +56,34 @@ impl Publisher {
         }
     }
 
-    async fn publish(&self, mesh: Arc<Mesh>, workers: &mut [watch::Receiver<Applied>]) {
+    /// Hands a mesh to the workers. Until it is in force, the next one may come.
+    fn publish(&self, mesh: Arc<Mesh>, workers: Vec<watch::Receiver<Applied>>) {
         let began = Instant::now();
         let generation = self.current.borrow().generation + 1;
         let new = Arc::new(Snapshot::new(mesh, &self.own, generation));
         let old = self.current.send_replace(new.clone());
-        let cut = self.wait_for_all(&new, workers).await;
-        let took = began.elapsed();
-        tell("mesh changed", &new.mesh);
-        tracing::info!(generation, cut, ?took, "the change is in force");
-        tokio::spawn(old.mesh.clone().retire());
+        tokio::spawn(async move {
+            let cut = all_go_by(&new, workers).await;
+            metrics::mesh_applied(&new.mesh, generation, cut);
+            tell("mesh changed", &new.mesh);
+            tracing::info!(generation, cut, took = ?began.elapsed(), "the change is in force");
+            drop(new);
+            let mesh = old.mesh.clone();
+            drop(old);
+            mesh.retire().await;
+        });
     }
+}
 
-    /// Waits until every worker goes by `snapshot`; returns how many connections they ended.
-    async fn wait_for_all(
-        &self,
-        snapshot: &Snapshot,
-        workers: &mut [watch::Receiver<Applied>],
-    ) -> usize {
-        let mut cut = 0;
-        for worker in workers {
-            let reached = |applied: &Applied| applied.generation >= snapshot.generation;
-            // A worker that is gone has no connections.
-            cut += worker.wait_for(reached).await.map_or(0, |applied| applied.cut);
-        }
-        metrics::mesh_applied(&snapshot.mesh, snapshot.generation, cut);
-        cut
+/// Waits until every worker goes by `snapshot`; returns how many connections they ended.
+async fn all_go_by(snapshot: &Snapshot, workers: Vec<watch::Receiver<Applied>>) -> usize {
+    let mut cut = 0;
+    for mut worker in workers {
+        let reached = |applied: &Applied| applied.generation >= snapshot.generation;
+        // A worker that is gone has no connections.
+        cut += worker.wait_for(reached).await.map_or(0, |applied| applied.cut);
     }
+    cut
 }
 
 fn tell(what: &str, mesh: &Mesh) {
