@@ -1,8 +1,11 @@
-//! `cargo bench -p underpass-benches --bench mesh -- [WORKLOADS [SERVICES [POLICIES]]]`: what a mesh of a file takes to load, to hold,
-//! to ask and to free.
+//! `cargo bench -p underpass-benches --bench mesh -- [WORKLOADS [SERVICES [POLICIES]]]`: what a mesh of files takes to load, to follow, to
+//! hold, to ask and to free.
 //!
 //! Memory is resident memory (`/proc/self/status`) beyond what the process had before: the most while loading, and what is left once
-//! loaded. Rows: a cold load, then one while the last snapshot is still held, as at each change of the file.
+//! loaded. Rows: a cold load of one file, then one while the last snapshot is still held, then one of a file with no more keys than
+//! are needed; the same mesh in 100 files that are followed, and each change of one of them until there is a new snapshot. A change is
+//! waited for until it has settled, which is part of its time, though not of its CPU. Memory that was freed before is taken again without
+//! being seen: of all but the first row it says little.
 
 #![expect(
     clippy::expect_used,
@@ -10,14 +13,19 @@
 )]
 #![expect(clippy::print_stdout, reason = "this is a program for a terminal")]
 
-use std::fmt::Write as _;
 use std::fs;
 use std::hint::black_box;
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::Range;
+use std::path::Path;
 
 use tokio::time::Instant;
-use underpass_config::Mesh;
+use underpass_config::{Mesh, MeshSource};
 
+/// How many files the mesh that is followed has.
+const FILES: u32 = 100;
+/// How many of them change, one after the other.
+const CHANGES: u32 = 5;
 /// How many lookups are one figure.
 const LOOKUPS: u32 = 1_000_000;
 
@@ -31,34 +39,70 @@ fn main() {
     let workloads = sizes.next().unwrap_or(100_000);
     let services = sizes.next().unwrap_or(10_000);
     let policies = sizes.next().unwrap_or(0);
-    let file =
-        std::env::temp_dir().join(format!("underpass-bench-mesh-{}.yaml", std::process::id()));
-    let size = {
-        let text = mesh(workloads, services, policies);
-        fs::write(&file, &text).expect("the temporary folder can be written");
-        text.len()
+    let folder = std::env::temp_dir().join(format!("underpass-bench-mesh-{}", std::process::id()));
+    let (full, lean, many) =
+        (folder.join("full.yaml"), folder.join("lean.yaml"), folder.join("many"));
+    fs::create_dir_all(&many).expect("the temporary folder can be written");
+    println!("{workloads} workloads, {services} services, {policies} policies");
+    let size = |file, text: String| {
+        fs::write(file, &text).expect("the temporary folder can be written");
+        mebibytes(text.len())
     };
+    let full_size = size(&full, mesh(0..workloads, 0..services, 0..policies, services, false));
+    let lean_size = size(&lean, mesh(0..workloads, 0..services, 0..policies, services, true));
+    for n in 0..FILES {
+        part(&many, n, [workloads, services, policies]);
+    }
     println!(
-        "{workloads} workloads, {services} services, {policies} policies: {:.1} MiB of YAML\n",
-        mebibytes(size)
+        "{full_size:.1} MiB of YAML, {lean_size:.1} MiB without the keys that may be left out\n"
     );
     println!("| load | s | CPU, s | peak, MiB | held, MiB |\n|---|---|---|---|---|");
-    let first = load("cold", &file);
-    let second = load("again", &file);
-    fs::remove_file(&file).expect("it can be removed");
+    let first = load("cold", || Mesh::from_file(&full).expect("the mesh is right"));
+    let second = load("again", || Mesh::from_file(&full).expect("the mesh is right"));
     drop(first);
+    drop(load("lean", || Mesh::from_file(&lean).expect("the mesh is right")));
+    follow(&many);
+    fs::remove_dir_all(&folder).expect("it can be removed");
     look_up(&second, workloads, services);
     let began = Instant::now();
     drop(second);
     println!("to free it: {:.1} ms", began.elapsed().as_secs_f64() * 1e3);
 }
 
-fn load(name: &str, file: &std::path::Path) -> Mesh {
+/// Writes one of [`FILES`] files, with its share of what there is.
+fn part(folder: &Path, n: u32, all: [u32; 3]) {
+    let [workloads, services, policies] =
+        all.map(|count| count * n / FILES..count * (n + 1) / FILES);
+    let text = mesh(workloads, services, policies, all[1], false);
+    fs::write(folder.join(format!("{n:03}.yaml")), text).expect("the folder can be written");
+}
+
+fn follow(folder: &Path) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+    let runtime = runtime.expect("a runtime needs nothing that is not there");
+    let name = format!("{FILES} files");
+    let (mut source, mut mesh) = runtime.block_on(async {
+        load(&name, || MeshSource::open(Some(folder)).expect("the mesh is right"))
+    });
+    for n in 0..CHANGES {
+        let changed = folder.join(format!("{n:03}.yaml"));
+        let text = fs::read_to_string(&changed).expect("it was written");
+        fs::write(&changed, text.replace("canonicalRevision: v1", "canonicalRevision: v2"))
+            .expect("the folder can be written");
+        let before = mesh;
+        mesh = load("one of them changed", || {
+            runtime.block_on(source.changed()).expect("the mesh is right")
+        });
+        runtime.block_on(before.retire());
+    }
+}
+
+fn load<T>(name: &str, read: impl FnOnce() -> T) -> T {
     // Makes the kernel forget the peak so far (proc_pid_clear_refs(5)).
     fs::write("/proc/self/clear_refs", "5").expect("our own peak can be reset");
     let before = status("VmRSS");
     let (began, used) = (Instant::now(), processor_seconds());
-    let mesh = Mesh::from_file(file).expect("the mesh is right");
+    let mesh = read();
     let (took, used) = (began.elapsed().as_secs_f64(), processor_seconds() - used);
     let (peak, held) = (status("VmHWM") - before, status("VmRSS") - before);
     println!("| {name} | {took:.2} | {used:.2} | {peak:.0} | {held:.0} |");
@@ -102,57 +146,58 @@ fn hostname(service: u32) -> String {
     format!("svc-{service}.ns-{}.svc.cluster.local", service % 500)
 }
 
-/// A document as a control plane would write it: each key that is commonly there.
-fn mesh(workloads: u32, services: u32, policies: u32) -> String {
+/// A document as a control plane would write it, of a mesh with `all` services: each key that is commonly there, or `lean`.
+fn mesh(
+    workloads: Range<u32>,
+    services: Range<u32>,
+    policies: Range<u32>,
+    all: u32,
+    lean: bool,
+) -> String {
     let mut text = String::from("workloads:\n");
-    for n in 0..workloads {
-        let service = n % services.max(1);
+    for n in workloads {
+        let service = n % all.max(1);
         let namespace = service % 500;
-        write!(
-            text,
-            "- uid: cluster1//Pod/ns-{namespace}/app-{service}-{n}\n  name: app-{service}-{n}\n  \
-             namespace: ns-{namespace}\n  serviceAccount: sa-{service}\n  trustDomain: cluster.local\n  \
-             workloadIps: [\"{}\"]\n  protocol: HBONE\n  node: node-{}\n  network: \"\"\n  clusterId: cluster1\n  \
-             workloadName: app-{service}\n  workloadType: deployment\n  canonicalName: app-{service}\n  \
-             canonicalRevision: v1\n  locality: {{region: r{}, zone: z{}, subzone: \"\"}}\n",
+        text += &format!(
+            "- name: app-{service}-{n}\n  namespace: ns-{namespace}\n  serviceAccount: sa-{service}\n  \
+             workloadIps: [\"{}\"]\n  protocol: HBONE\n  node: node-{}\n  network: \"\"\n",
             address(10, n),
             n % 2000,
-            n % 3,
-            n % 9,
-        )
-        .expect("a string takes everything");
-        if services > 0 {
+        );
+        if !lean {
+            text += &format!(
+                "  uid: cluster1//Pod/ns-{namespace}/app-{service}-{n}\n  trustDomain: cluster.local\n  clusterId: cluster1\n  \
+                 workloadName: app-{service}\n  workloadType: deployment\n  canonicalName: app-{service}\n  \
+                 canonicalRevision: v1\n  locality: {{region: r{}, zone: z{}, subzone: \"\"}}\n",
+                n % 3,
+                n % 9,
+            );
+        }
+        if all > 0 {
             let host = hostname(service);
-            writeln!(
-                text,
-                "  services:\n    ns-{namespace}/{host}:\n      80: 8080\n      443: 8443"
-            )
-            .expect("a string takes everything");
+            let ports = if lean { "      80: 8080\n" } else { "      80: 8080\n      443: 8443\n" };
+            text += &format!("  services:\n    ns-{namespace}/{host}:\n{ports}");
         }
     }
     text.push_str("services:\n");
-    for n in 0..services {
-        writeln!(
-            text,
+    for n in services {
+        text += &format!(
             "- name: svc-{n}\n  namespace: ns-{}\n  hostname: {}\n  vips: [/{}]\n  ports:\n    80: 8080\n    443: 8443\n  \
-             subjectAltNames: [spiffe://cluster.local/ns/ns-{}/sa/sa-{n}]\n  canonical: true",
+             subjectAltNames: [spiffe://cluster.local/ns/ns-{}/sa/sa-{n}]\n  canonical: true\n",
             n % 500,
             hostname(n),
             address(11, n),
             n % 500,
-        )
-        .expect("a string takes everything");
+        );
     }
     text.push_str("policies:\n");
-    for n in 0..policies {
-        writeln!(
-            text,
+    for n in policies {
+        text += &format!(
             "- name: policy-{n}\n  namespace: ns-{}\n  scope: Namespace\n  action: Allow\n  dryRun: false\n  rules:\n  \
              - - - principals: [!Exact cluster.local/ns/ns-{}/sa/sa-{n}]\n",
             n % 500,
             n % 500,
-        )
-        .expect("a string takes everything");
+        );
     }
     text
 }

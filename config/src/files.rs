@@ -9,6 +9,15 @@ use std::path::{Path, PathBuf};
 
 const EXTENSIONS: &[&str] = &["yaml", "yml", "json"];
 
+/// A file as it was read.
+#[derive(Debug)]
+pub(crate) struct File {
+    pub(crate) path: PathBuf,
+    pub(crate) content: io::Result<Vec<u8>>,
+    /// A number that another file or content hardly ever has.
+    pub(crate) fingerprint: u64,
+}
+
 /// The file at `path`, or if that is a folder, the documents in it, in the order of their names: neither hidden ones (so
 /// that of a ConfigMap nothing is read twice) nor those in folders below.
 pub(crate) fn at(path: &Path) -> io::Result<Vec<PathBuf>> {
@@ -26,28 +35,40 @@ pub(crate) fn at(path: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(documents)
 }
 
-/// Reads the files of `path` and gives each to `read`. Gives back a number that other content hardly ever has.
-pub(crate) fn read_each(path: &Path, mut read: impl FnMut(&Path, io::Result<Vec<u8>>)) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    let mut one = |file: &Path, content: io::Result<Vec<u8>>| {
-        for part in [file.as_os_str().as_bytes(), content.as_deref().unwrap_or_default()] {
+/// Reads the files of `path` and gives each to `read`. Gives back the [`fingerprint`] of all.
+pub(crate) fn read_each(path: &Path, mut read: impl FnMut(File)) -> u64 {
+    let mut all = DefaultHasher::new();
+    let mut one = |path: PathBuf, content: io::Result<Vec<u8>>| {
+        let file = File::new(path, content);
+        all.write_u64(file.fingerprint);
+        read(file);
+    };
+    match at(path) {
+        Ok(files) => files.into_iter().for_each(|file| {
+            let content = std::fs::read(&file);
+            one(file, content);
+        }),
+        Err(error) => one(path.to_owned(), Err(error)),
+    }
+    all.finish()
+}
+
+/// A number that other files of `path`, or other contents, hardly ever have.
+pub(crate) fn fingerprint(path: &Path) -> u64 {
+    read_each(path, drop)
+}
+
+impl File {
+    fn new(path: PathBuf, content: io::Result<Vec<u8>>) -> Self {
+        let mut hasher = DefaultHasher::new();
+        for part in [path.as_os_str().as_bytes(), content.as_deref().unwrap_or_default()] {
             hasher.write_usize(part.len());
             hasher.write(part);
         }
         // What cannot be read is not what is empty.
         hasher.write_u8(content.is_err().into());
-        read(file, content);
-    };
-    match at(path) {
-        Ok(files) => files.iter().for_each(|file| one(file, std::fs::read(file))),
-        Err(error) => one(path, Err(error)),
+        Self { path, content, fingerprint: hasher.finish() }
     }
-    hasher.finish()
-}
-
-/// The number that [`read_each`] gives.
-pub(crate) fn fingerprint(path: &Path) -> u64 {
-    read_each(path, |_, _| ())
 }
 
 /// Whether a file of a folder is one of its documents, by its name.

@@ -8,11 +8,11 @@ mod document;
 mod names;
 mod network;
 mod policy;
+mod reader;
 mod service;
 mod source;
 mod workload;
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -34,6 +34,7 @@ pub use workload::{
 };
 
 use crate::ConfigErrors;
+use names::Map;
 use network::{Network, best};
 
 /// What has a name or an address in the mesh.
@@ -48,9 +49,9 @@ pub enum Destination<'a> {
 /// One state of the mesh.
 #[derive(Debug, Default)]
 pub struct Mesh {
-    networks: HashMap<Name, Network>,
-    hostnames: HashMap<Name, Vec<Arc<Service>>>,
-    workload_hostnames: HashMap<Name, Vec<Arc<Workload>>>,
+    networks: Map<Name, Network>,
+    hostnames: Map<Name, Vec<Arc<Service>>>,
+    workload_hostnames: Map<Name, Vec<Arc<Workload>>>,
     policies: Policies,
     workloads: Vec<Arc<Workload>>,
     services: Vec<Arc<Service>>,
@@ -60,7 +61,7 @@ pub struct Mesh {
 #[derive(Debug, Default)]
 struct Policies {
     global: Box<[Arc<Policy>]>,
-    namespaces: HashMap<Name, Box<[Arc<Policy>]>>,
+    namespaces: Map<Name, Box<[Arc<Policy>]>>,
     /// How many policies there are in all.
     count: usize,
 }
@@ -71,7 +72,7 @@ impl Mesh {
     /// # Errors
     /// Every mistake in the files, or why they could not be read.
     pub fn from_file(path: &Path) -> Result<Self, ConfigErrors> {
-        source::read(path).1
+        reader::Reader::default().read(path)
     }
 
     /// Reads the same document from a text that is called `name` in errors.
@@ -79,9 +80,7 @@ impl Mesh {
     /// # Errors
     /// Every mistake in the text.
     pub fn from_text(name: &str, text: &str) -> Result<Self, ConfigErrors> {
-        let mut reader = document::Reader::default();
-        reader.document(name, text);
-        reader.finish()
+        reader::from_text(name, text)
     }
 
     /// The workload that has this address in `network`; none if several share it.

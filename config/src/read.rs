@@ -41,6 +41,10 @@ impl Problems {
         self.kept.borrow().is_empty()
     }
 
+    pub(crate) fn count(&self) -> usize {
+        self.kept.borrow().len() + self.more.get()
+    }
+
     /// `value` if nothing was wrong with the document it came from.
     pub(crate) fn or_else<T>(self, value: Option<T>) -> Result<T, ConfigErrors> {
         let (problems, more) = (self.kept.into_inner(), self.more.get());

@@ -116,6 +116,11 @@ impl SpiffeId {
         &self.0.text
     }
 
+    /// Whether there are other copies of it.
+    pub(crate) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
     /// The namespace and service account, if the path has Istio's shape.
     pub fn namespace_and_service_account(&self) -> Option<(&str, &str)> {
         // Policies ask for every connection: to look for one byte is faster than to look for "/sa/".

@@ -2,10 +2,9 @@
 //!
 //! Not here: where things come from (`document.rs`). Whoever adds them tells where a mistake was written.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::names::{Name, NamespacedHostname};
+use super::names::{Map, Name, NamespacedHostname, Set};
 use super::network::Network;
 use super::policy::{Policy, PolicyScope};
 use super::service::{Endpoint, PortMap, Service};
@@ -49,8 +48,10 @@ pub struct Mistake {
 #[derive(Debug)]
 struct Draft {
     workload: Arc<Workload>,
-    services: Vec<(NamespacedHostname, PortMap)>,
-    policies: Vec<Name>,
+    /// Of each of its services.
+    ports: Box<[PortMap]>,
+    policies: Box<[Name]>,
+    has_uid: bool,
 }
 
 /// Collects the parts of a mesh.
@@ -58,14 +59,22 @@ struct Draft {
 pub struct MeshBuilder {
     workloads: Vec<Draft>,
     services: Vec<Service>,
-    policies: Vec<Policy>,
+    policies: Vec<Arc<Policy>>,
 }
 
 impl MeshBuilder {
     /// Adds a workload.
     pub fn workload(&mut self, draft: WorkloadDraft) {
-        let WorkloadDraft { workload, services, policies } = draft;
-        self.workloads.push(Draft { workload: Arc::new(workload), services, policies });
+        let WorkloadDraft { mut workload, services, policies } = draft;
+        let has_uid = !workload.uid.is_empty();
+        if !has_uid {
+            workload.uid = workload.to_string().into();
+        }
+        let (services, ports): (Vec<_>, Vec<_>) = services.into_iter().unzip();
+        workload.services = services.into();
+        workload.policies = Box::default();
+        let (workload, ports, policies) = (Arc::new(workload), ports.into(), policies.into());
+        self.workloads.push(Draft { workload, ports, policies, has_uid });
     }
 
     /// Adds a service; its endpoints come from the workloads.
@@ -75,7 +84,7 @@ impl MeshBuilder {
 
     /// Adds a policy.
     pub fn policy(&mut self, policy: Policy) {
-        self.policies.push(policy);
+        self.policies.push(Arc::new(policy));
     }
 
     /// The mesh of all that was added.
@@ -83,36 +92,49 @@ impl MeshBuilder {
     /// # Errors
     /// Every name that is given twice or leads to nothing.
     pub fn build(self) -> Result<Mesh, Vec<Mistake>> {
-        let mut build = Build::default();
-        build.policies(self.policies);
-        let mut services = build.name_services(self.services);
-        build.workloads(self.workloads, &mut services);
-        build.services(services);
-        build.check_gateways();
-        if build.mistakes.is_empty() { Ok(build.mesh) } else { Err(build.mistakes) }
+        build(&[&self])
     }
+
+    /// Gives back the memory that more items would have taken.
+    pub(super) fn shrink(&mut self) {
+        self.workloads.shrink_to_fit();
+        self.services.shrink_to_fit();
+        self.policies.shrink_to_fit();
+    }
+}
+
+/// The mesh of all that was added to these, which share what they have with it. Mistakes count items through all of them.
+pub(super) fn build(parts: &[&MeshBuilder]) -> Result<Mesh, Vec<Mistake>> {
+    let mut build = Build::default();
+    build.policies(parts);
+    let mut services = build.name_services(parts);
+    build.workloads(parts, &mut services);
+    build.services(services);
+    build.check_gateways();
+    if build.mistakes.is_empty() { Ok(build.mesh) } else { Err(build.mistakes) }
 }
 
 /// A mesh that is being built.
 #[derive(Default)]
-struct Build {
+struct Build<'a> {
     mesh: Mesh,
-    policies: HashMap<String, Arc<Policy>>,
-    names: HashMap<NamespacedHostname, usize>,
-    uids: HashSet<Name>,
+    policies: Map<String, Arc<Policy>>,
+    /// By namespace and hostname.
+    names: Map<(&'a str, &'a str), usize>,
+    uids: Set<&'a str>,
     mistakes: Vec<Mistake>,
 }
 
-impl Build {
+impl<'a> Build<'a> {
     fn mistake(&mut self, item: Item, key: &'static str, reason: String) {
         self.mistakes.push(Mistake { item, key, reason });
     }
 
-    fn policies(&mut self, policies: Vec<Policy>) {
+    fn policies(&mut self, parts: &[&MeshBuilder]) {
         let mut global = Vec::new();
-        let mut namespaces: HashMap<Name, Vec<Arc<Policy>>> = HashMap::new();
-        for (index, policy) in policies.into_iter().enumerate() {
-            let policy = Arc::new(policy);
+        let mut namespaces: Map<Name, Vec<Arc<Policy>>> = Map::default();
+        let policies = parts.iter().flat_map(|part| &part.policies);
+        for (index, policy) in policies.enumerate() {
             match policy.scope {
                 PolicyScope::Global => global.push(policy.clone()),
                 PolicyScope::Namespace => {
@@ -131,73 +153,77 @@ impl Build {
         self.mesh.policies = Policies { global: global.into(), namespaces, count };
     }
 
-    fn name_services(&mut self, services: Vec<Service>) -> Vec<(Service, Vec<Endpoint>)> {
-        for (index, service) in services.iter().enumerate() {
-            if self.names.insert(service.key(), index).is_some() {
+    fn name_services(&mut self, parts: &[&'a MeshBuilder]) -> Vec<(&'a Service, Vec<Endpoint>)> {
+        let mut services = Vec::new();
+        for (index, service) in parts.iter().flat_map(|part| &part.services).enumerate() {
+            if self.names.insert((&service.namespace, &service.hostname), index).is_some() {
                 let reason = format!("there is another service {service}");
                 self.mistake(Item::Service(index), "hostname", reason);
             }
+            services.push((service, Vec::new()));
         }
-        services.into_iter().map(|service| (service, Vec::new())).collect()
+        services
     }
 
-    fn workloads(&mut self, drafts: Vec<Draft>, services: &mut [(Service, Vec<Endpoint>)]) {
-        self.mesh.workloads.reserve_exact(drafts.len());
-        for (index, draft) in drafts.into_iter().enumerate() {
+    fn workloads(&mut self, parts: &[&'a MeshBuilder], services: &mut [(&Service, Vec<Endpoint>)]) {
+        let count = parts.iter().map(|part| part.workloads.len()).sum();
+        self.mesh.workloads.reserve_exact(count);
+        self.uids.reserve(count);
+        for (index, draft) in parts.iter().flat_map(|part| &part.workloads).enumerate() {
             let item = Item::Workload(index);
-            let Draft { workload: mut shared, services: endpoint_of, policies } = draft;
-            // Nobody else has it yet, so that nothing is copied.
-            let workload = Arc::make_mut(&mut shared);
-            self.name_workload(item, workload);
-            workload.policies = self.selected_by(item, policies);
-            workload.services = endpoint_of.iter().map(|(name, _)| name.clone()).collect();
-            self.endpoint(item, &shared, endpoint_of, services);
-            self.index_workload(item, &shared);
-            self.mesh.workloads.push(shared);
+            self.name_workload(item, draft);
+            let workload = self.selected_by(item, draft);
+            self.endpoint(item, &workload, &draft.ports, services);
+            self.index_workload(item, &workload);
+            self.mesh.workloads.push(workload);
         }
     }
 
-    fn name_workload(&mut self, item: Item, workload: &mut Workload) {
-        let (key, advice) = if workload.uid.is_empty() {
-            workload.uid = workload.to_string().into();
-            ("name", ": give them different names, or each a uid")
-        } else {
-            ("uid", "")
-        };
-        if !self.uids.insert(workload.uid.clone()) {
-            let reason = format!("there is another workload {}{advice}", workload.uid);
-            self.mistake(item, key, reason);
+    fn name_workload(&mut self, item: Item, draft: &'a Draft) {
+        let uid = &draft.workload.uid;
+        if !self.uids.insert(uid) {
+            let (key, advice) = match draft.has_uid {
+                true => ("uid", ""),
+                false => ("name", ": give them different names, or each a uid"),
+            };
+            self.mistake(item, key, format!("there is another workload {uid}{advice}"));
         }
     }
 
-    fn selected_by(&mut self, item: Item, policies: Vec<Name>) -> Box<[Arc<Policy>]> {
-        let mut found = Vec::with_capacity(policies.len());
-        for key in policies {
-            match self.policies.get(&*key) {
-                Some(policy) => found.push(policy.clone()),
+    /// The workload of a draft with the policies that select it: with none it is the one of the draft itself.
+    fn selected_by(&mut self, item: Item, draft: &Draft) -> Arc<Workload> {
+        if draft.policies.is_empty() {
+            return draft.workload.clone();
+        }
+        let mut policies = Vec::with_capacity(draft.policies.len());
+        for key in &draft.policies {
+            match self.policies.get(&**key) {
+                Some(policy) => policies.push(policy.clone()),
                 None => {
                     self.mistake(item, "authorizationPolicies", format!("there is no policy {key}"))
                 }
             }
         }
-        found.into()
+        Arc::new(Workload { policies: policies.into(), ..Workload::clone(&draft.workload) })
     }
 
     fn endpoint(
         &mut self,
         item: Item,
         workload: &Arc<Workload>,
-        endpoint_of: Vec<(NamespacedHostname, PortMap)>,
-        services: &mut [(Service, Vec<Endpoint>)],
+        ports: &[PortMap],
+        services: &mut [(&Service, Vec<Endpoint>)],
     ) {
-        for (name, ports) in endpoint_of {
-            let service = self.names.get(&name).and_then(|index| services.get_mut(*index));
-            let Some((service, endpoints)) = service else {
+        for (name, ports) in workload.services.iter().zip(ports) {
+            let index = self.names.get(&(&*name.namespace, &*name.hostname));
+            let Some((service, endpoints)) = index.and_then(|index| services.get_mut(*index))
+            else {
                 self.mistake(item, "services", format!("there is no service {name}"));
                 continue;
             };
             if workload.healthy || service.load_balancing.allow_unhealthy {
-                endpoints.push(Endpoint { workload: workload.clone(), ports, capacity_through: 0 });
+                let (workload, ports) = (workload.clone(), ports.clone());
+                endpoints.push(Endpoint { workload, ports, capacity_through: 0 });
             }
         }
     }
@@ -223,16 +249,16 @@ impl Build {
         self.mesh.networks.entry(name.clone()).or_default()
     }
 
-    fn services(&mut self, services: Vec<(Service, Vec<Endpoint>)>) {
-        for (mut service, mut endpoints) in services {
+    fn services(&mut self, services: Vec<(&Service, Vec<Endpoint>)>) {
+        for (service, mut endpoints) in services {
             endpoints.sort_by(|one, other| service.order(&one.workload, &other.workload));
             let mut capacity = 0;
             for endpoint in &mut endpoints {
                 capacity += u64::from(endpoint.workload.capacity);
                 endpoint.capacity_through = capacity;
             }
-            service.endpoints = endpoints.into();
-            let service = Arc::new(service);
+            let endpoints = endpoints.into();
+            let service = Arc::new(Service { endpoints, ..service.clone() });
             for vip in &service.vips {
                 self.network(&vip.network).add_vip(vip.address, &service);
             }

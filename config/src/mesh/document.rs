@@ -13,27 +13,20 @@ mod workload;
 
 use std::sync::Arc;
 
-use self::shared::Shared;
-use super::{Item, Mesh, MeshBuilder, Mistake};
+pub(super) use self::shared::Shared;
+use super::{Item, MeshBuilder, Mistake};
 use crate::document::{Node, Origin, Part, Value, parts};
-use crate::error::{ConfigErrors, Problem};
+use crate::error::Problem;
 use crate::read::{Cursor, Problems};
 
 const SECTIONS: &[&str] = &["workloads", "services", "policies"];
 
-/// Reads the documents of one mesh, one after the other; their items may refer to each other.
-#[derive(Debug, Default)]
-pub(super) struct Reader {
-    problems: Problems,
-    builder: MeshBuilder,
-    shared: Shared,
-    places: Places,
-}
-
-/// Where the items of a mesh were written, in the order in which the builder was given them.
-#[derive(Debug, Default)]
-struct Places {
-    documents: Vec<Arc<str>>,
+/// What one document says, and where.
+#[derive(Debug)]
+pub(super) struct Document {
+    name: Arc<str>,
+    items: MeshBuilder,
+    /// Of each kind in the order of `items`, which is that of the section: an item that is left out has a mistake.
     workloads: Vec<Place>,
     services: Vec<Place>,
     policies: Vec<Place>,
@@ -42,20 +35,27 @@ struct Places {
 /// Where one item was written; small, for there are many.
 #[derive(Debug, Clone, Copy)]
 struct Place {
-    document: u32,
-    /// Which item of its section.
-    index: u32,
     line: u32,
     column: u32,
 }
 
-impl Reader {
-    /// Reads one document, which is called `name` in errors.
-    pub(super) fn document(&mut self, name: &str, text: &str) {
-        let Self { problems, builder, shared, places } = self;
-        let document = small(places.documents.len());
-        let name = Arc::<str>::from(name);
-        places.documents.push(name.clone());
+impl Document {
+    /// Reads one document, which is called `name` in errors; `None` if there is a mistake in it.
+    pub(super) fn read(
+        name: &str,
+        text: &str,
+        shared: &mut Shared,
+        problems: &Problems,
+    ) -> Option<Self> {
+        let before = problems.count();
+        let mut document = Self {
+            name: name.into(),
+            items: MeshBuilder::default(),
+            workloads: Vec::new(),
+            services: Vec::new(),
+            policies: Vec::new(),
+        };
+        let name = document.name.clone();
         let origin = |line, column| Origin::Document { name: name.clone(), line, column };
         let root = Cursor::nowhere(problems);
         let mut tell = |part: Part<'_>| match part {
@@ -68,38 +68,87 @@ impl Reader {
             Part::Value(_, Node { value: Value::Null, .. }) => {}
             Part::Value(key, node) => root.at(key, Some(&node)).problem("must be a list"),
             Part::Item(section, index, node) => {
-                let place = Place::new(document, index, &node.origin);
                 let list = root.at(section, None);
-                item(section, list.item(index, &node), place, builder, shared, places);
+                document.item(section, list.item(index, &node), Place::of(&node.origin), shared);
             }
         };
         if let Err(error) = parts(text, &origin, &mut tell) {
             let (reason, origin) = (error.reason, Some(error.origin));
             problems.add(Problem { key: String::new(), value: None, reason, origin });
         }
+        document.shrink();
+        (problems.count() == before).then_some(document)
     }
 
-    /// Tells that a document could not be read.
-    pub(super) fn unreadable(&mut self, reason: String) {
-        self.problems.add(Problem { key: String::new(), value: None, reason, origin: None });
+    /// What it says.
+    pub(super) fn items(&self) -> &MeshBuilder {
+        &self.items
     }
 
-    /// The mesh of all documents.
-    pub(super) fn finish(self) -> Result<Mesh, ConfigErrors> {
-        let Self { problems, builder, shared, places } = self;
-        // What is missing because it could not be read is no second mistake.
-        if !problems.is_empty() {
-            return problems.or_else(None);
+    fn item(&mut self, section: &str, item: Cursor<'_>, place: Place, shared: &mut Shared) {
+        if !item.is_mapping() {
+            return item.problem("must be a mapping (key: value)");
         }
-        drop(shared);
-        match builder.build() {
-            Ok(mesh) => Ok(mesh),
-            Err(mistakes) => {
-                mistakes.into_iter().for_each(|mistake| problems.add(places.problem(mistake)));
-                problems.or_else(None)
+        match section {
+            "workloads" => {
+                if let Some(draft) = workload::workload(item, shared) {
+                    self.items.workload(draft);
+                    self.workloads.push(place);
+                }
             }
+            "services" => {
+                if let Some(service) = service::service(item, shared) {
+                    self.items.service(service);
+                    self.services.push(place);
+                }
+            }
+            "policies" => {
+                if let Some(policy) = policy::policy(item, &mut shared.names) {
+                    self.items.policy(policy);
+                    self.policies.push(place);
+                }
+            }
+            // Its key was told.
+            _ => {}
         }
     }
+
+    /// Gives back the memory that more items would have taken: documents are kept.
+    fn shrink(&mut self) {
+        self.items.shrink();
+        for places in [&mut self.workloads, &mut self.services, &mut self.policies] {
+            places.shrink_to_fit();
+        }
+    }
+
+    fn origin(&self, Place { line, column }: Place) -> Option<Origin> {
+        let (line, column) = (line.try_into().ok()?, column.try_into().ok()?);
+        Some(Origin::Document { name: self.name.clone(), line, column })
+    }
+}
+
+/// What to tell of a mistake in what `documents` say together.
+pub(super) fn problem(documents: &[Arc<Document>], mistake: Mistake) -> Problem {
+    let Mistake { item, key, reason } = mistake;
+    let (section, mut index) = match item {
+        Item::Workload(index) => ("workloads", index),
+        Item::Service(index) => ("services", index),
+        Item::Policy(index) => ("policies", index),
+    };
+    let mut origin = None;
+    for document in documents {
+        let places = match item {
+            Item::Workload(_) => &document.workloads,
+            Item::Service(_) => &document.services,
+            Item::Policy(_) => &document.policies,
+        };
+        if let Some(place) = places.get(index) {
+            origin = document.origin(*place);
+            break;
+        }
+        index -= places.len();
+    }
+    Problem { key: format!("{section}[{index}].{key}"), value: None, reason, origin }
 }
 
 /// A file without anything in it is more likely to be written just now than to mean a mesh without policies.
@@ -110,67 +159,14 @@ fn refuse(root: &Node, problems: &Problems) {
     });
 }
 
-fn item(
-    section: &str,
-    item: Cursor<'_>,
-    place: Place,
-    builder: &mut MeshBuilder,
-    shared: &mut Shared,
-    places: &mut Places,
-) {
-    if !item.is_mapping() {
-        return item.problem("must be a mapping (key: value)");
-    }
-    match section {
-        "workloads" => {
-            if let Some(draft) = workload::workload(item, shared) {
-                builder.workload(draft);
-                places.workloads.push(place);
-            }
-        }
-        "services" => {
-            if let Some(service) = service::service(item, shared) {
-                builder.service(service);
-                places.services.push(place);
-            }
-        }
-        "policies" => {
-            if let Some(policy) = policy::policy(item, &mut shared.names) {
-                builder.policy(policy);
-                places.policies.push(place);
-            }
-        }
-        // Its key was told.
-        _ => {}
-    }
-}
-
-impl Places {
-    fn problem(&self, Mistake { item, key, reason }: Mistake) -> Problem {
-        let (section, place) = match item {
-            Item::Workload(index) => ("workloads", self.workloads.get(index)),
-            Item::Service(index) => ("services", self.services.get(index)),
-            Item::Policy(index) => ("policies", self.policies.get(index)),
-        };
-        let origin = place.and_then(|place| self.origin(place));
-        let index = place.map(|place| place.index).unwrap_or_default();
-        Problem { key: format!("{section}[{index}].{key}"), value: None, reason, origin }
-    }
-
-    fn origin(&self, place: &Place) -> Option<Origin> {
-        let name = self.documents.get(usize::try_from(place.document).ok()?)?.clone();
-        let line = usize::try_from(place.line).ok()?;
-        Some(Origin::Document { name, line, column: usize::try_from(place.column).ok()? })
-    }
-}
-
 impl Place {
-    fn new(document: u32, index: usize, origin: &Origin) -> Self {
-        let (line, column) = match origin {
-            Origin::Document { line, column, .. } => (*line, *column),
-            Origin::Environment(_) | Origin::Flag => (0, 0),
-        };
-        Self { document, index: small(index), line: small(line), column: small(column) }
+    fn of(origin: &Origin) -> Self {
+        match origin {
+            Origin::Document { line, column, .. } => {
+                Self { line: small(*line), column: small(*column) }
+            }
+            Origin::Environment(_) | Origin::Flag => Self { line: 0, column: 0 },
+        }
     }
 }
 

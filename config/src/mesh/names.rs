@@ -1,20 +1,27 @@
 //! What things in a mesh are called: texts that many of them share, and addresses that mean something in one network only.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::hash::Hash;
 use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use foldhash::fast::RandomState;
 use ipnet::{IpNet, Ipv4Net};
 
 /// A name that many things in the mesh share: a namespace, a node, a network.
 pub type Name = Arc<str>;
 
+/// A map with a faster hash than the standard one: its keys come from whoever says what the mesh is, not from peers.
+pub(crate) type Map<K, V> = HashMap<K, V, RandomState>;
+
+/// A set with the hash of [`Map`].
+pub(crate) type Set<T> = HashSet<T, RandomState>;
+
 /// Gives equal texts one place in memory.
 #[derive(Debug, Default)]
-pub(crate) struct Names(HashSet<Name>);
+pub(crate) struct Names(Set<Name>);
 
 impl Names {
     /// The one copy of `text`.
@@ -26,15 +33,20 @@ impl Names {
         self.0.insert(name.clone());
         name
     }
+
+    /// Lets go of the texts that nobody else has.
+    pub(crate) fn forget_unused(&mut self) {
+        self.0.retain(|name| Arc::strong_count(name) > 1);
+    }
 }
 
 /// Gives equal values one place in memory.
 #[derive(Debug)]
-pub(crate) struct Interned<T>(HashSet<Arc<T>>);
+pub(crate) struct Interned<T>(Set<Arc<T>>);
 
 impl<T> Default for Interned<T> {
     fn default() -> Self {
-        Self(HashSet::new())
+        Self(Set::default())
     }
 }
 
@@ -47,6 +59,11 @@ impl<T: Eq + Hash> Interned<T> {
         let value = Arc::new(value);
         self.0.insert(value.clone());
         value
+    }
+
+    /// Lets go of the values that nobody else has.
+    pub(crate) fn forget_unused(&mut self) {
+        self.0.retain(|value| Arc::strong_count(value) > 1);
     }
 }
 
@@ -85,9 +102,17 @@ pub struct NamespacedHostname {
 }
 
 impl NamespacedHostname {
-    /// The same, both names shared.
-    pub(crate) fn shared(self, names: &mut Names) -> Self {
-        Self { namespace: names.shared(&self.namespace), hostname: names.shared(&self.hostname) }
+    /// Reads ztunnel's `namespace/hostname`; `name` makes a name of each.
+    pub(crate) fn read(
+        text: &str,
+        mut name: impl FnMut(&str) -> Name,
+    ) -> Result<Self, &'static str> {
+        match text.split_once('/') {
+            Some((namespace, hostname)) if !hostname.is_empty() && !hostname.contains('/') => {
+                Ok(Self { namespace: name(namespace), hostname: name(hostname) })
+            }
+            _ => Err("must be NAMESPACE/HOSTNAME, such as default/example.com"),
+        }
     }
 }
 
@@ -120,12 +145,7 @@ impl FromStr for NamespacedHostname {
 
     /// Reads ztunnel's `namespace/hostname`, such as `default/example.com`.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.split_once('/') {
-            Some((namespace, hostname)) if !hostname.is_empty() && !hostname.contains('/') => {
-                Ok(Self { namespace: namespace.into(), hostname: hostname.into() })
-            }
-            _ => Err("must be NAMESPACE/HOSTNAME, such as default/example.com"),
-        }
+        Self::read(text, |text| text.into())
     }
 }
 

@@ -1,21 +1,22 @@
 //! Who has which address in one network: workloads, services' virtual addresses and their ranges.
 
+use std::collections::BTreeSet;
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::names::Map;
 use super::service::Service;
 use super::workload::{NetworkMode, Protocol, Workload};
 
 /// The addresses of one network.
 #[derive(Debug, Default)]
 pub(super) struct Network {
-    workloads: HashMap<IpAddr, Owner>,
-    vips: HashMap<IpAddr, Vec<Arc<Service>>>,
-    cidr_vips: HashMap<IpNet, Vec<Arc<Service>>>,
+    workloads: Map<IpAddr, Owner>,
+    vips: Map<IpAddr, Vec<Arc<Service>>>,
+    cidr_vips: Map<IpNet, Vec<Arc<Service>>>,
     /// The lengths that the ranges have, so that only these are tried.
     lengths: BTreeSet<u8>,
 }

@@ -26,6 +26,11 @@ impl PortMap {
     pub fn iter(&self) -> impl Iterator<Item = (u16, u16)> + '_ {
         self.0.iter().copied()
     }
+
+    /// Whether there are other copies of it.
+    pub(super) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
 }
 
 impl FromIterator<(u16, u16)> for PortMap {

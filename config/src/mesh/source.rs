@@ -2,6 +2,7 @@
 //!
 //! Not here: who uses them. The caller publishes what it is given.
 
+use std::mem::take;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,12 +11,10 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::sleep;
 
 use super::Mesh;
-use super::document::Reader;
+use super::reader::Reader;
+use crate::ConfigErrors;
 use crate::file_watch::Watch;
-use crate::{ConfigErrors, files};
 
-/// How often to read again what was replaced meanwhile, before it is taken as it was read.
-const MAX_READS: usize = 3;
 /// How long to wait before seeing again whether a snapshot is still in use.
 const RETIREMENT: Duration = Duration::from_millis(200);
 
@@ -27,14 +26,14 @@ pub struct MeshSource(Option<Followed>);
 struct Followed {
     path: PathBuf,
     watch: Watch,
-    /// The content that was read last, right or wrong.
-    seen: u64,
+    /// What has been read; it is with `reading` meanwhile.
+    reader: Reader,
     /// What is being read now; it goes on when the wait for it is cancelled.
-    reading: Option<JoinHandle<Option<Outcome>>>,
+    reading: Option<JoinHandle<(Reader, Outcome)>>,
 }
 
-/// What a content is called, and what it means.
-type Outcome = (u64, Result<Mesh, ConfigErrors>);
+/// What new content means, if it is new.
+type Outcome = Option<Result<Mesh, ConfigErrors>>;
 
 impl MeshSource {
     /// A source and its first snapshot: of the file or folder at `path`, or for ever the empty mesh when there is none.
@@ -47,9 +46,10 @@ impl MeshSource {
         };
         // Before it is read, so that no change goes unnoticed.
         let watch = Watch::new(path)?;
-        let (seen, mesh) = read_whole(path);
-        let followed = Followed { path: path.to_owned(), watch, seen, reading: None };
-        Ok((Self(Some(followed)), Arc::new(mesh?)))
+        let mut reader = Reader::default();
+        let mesh = Arc::new(reader.read(path)?);
+        let followed = Followed { path: path.to_owned(), watch, reader, reading: None };
+        Ok((Self(Some(followed)), mesh))
     }
 
     /// Waits for the next content, and gives the snapshot that it makes. It is read on a thread of its own. Cancel safe.
@@ -71,18 +71,22 @@ impl Followed {
                 Some(reading) => reading,
                 None => {
                     self.watch.look().await;
-                    let (path, seen) = (self.path.clone(), self.seen);
-                    self.reading.insert(spawn_blocking(move || read_if_new(&path, seen)))
+                    let (path, mut reader) = (self.path.clone(), take(&mut self.reader));
+                    self.reading.insert(spawn_blocking(move || {
+                        let outcome = reader.read_if_new(&path);
+                        (reader, outcome)
+                    }))
                 }
             };
             let outcome = reading.await;
             self.reading = None;
             match outcome {
-                Ok(Some((seen, mesh))) => {
-                    self.seen = seen;
-                    return mesh;
+                Ok((reader, outcome)) => {
+                    self.reader = reader;
+                    if let Some(mesh) = outcome {
+                        return mesh;
+                    }
                 }
-                Ok(None) => {}
                 Err(error) => {
                     let reason = format!("{}: reading was given up: {error}", self.path.display());
                     return Err(ConfigErrors::one(reason, None));
@@ -109,36 +113,6 @@ impl Mesh {
             sleep(RETIREMENT).await;
         }
     }
-}
-
-/// Reads the mesh at `path`, and tells which content it was.
-pub(super) fn read(path: &Path) -> Outcome {
-    let mut reader = Reader::default();
-    let content = files::read_each(path, |file, content| {
-        let name = file.display();
-        match content.map(String::from_utf8) {
-            Ok(Ok(text)) => reader.document(&name.to_string(), &text),
-            Ok(Err(error)) => reader.unreadable(format!("{name}: is no text: {error}")),
-            Err(error) => reader.unreadable(format!("{name}: cannot be read: {error}")),
-        }
-    });
-    (content, reader.finish())
-}
-
-/// As [`read`], but all of one time: files may be replaced while they are read, one before and one after its reading.
-fn read_whole(path: &Path) -> Outcome {
-    let mut outcome = read(path);
-    for _ in 1..MAX_READS {
-        if outcome.0 == files::fingerprint(path) {
-            break;
-        }
-        outcome = read(path);
-    }
-    outcome
-}
-
-fn read_if_new(path: &Path, seen: u64) -> Option<Outcome> {
-    (files::fingerprint(path) != seen).then(|| read_whole(path))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::*;
+use crate::Mesh;
 
 /// A right document with something of everything.
 const RIGHT: &str = r#"workloads:

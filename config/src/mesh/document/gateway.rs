@@ -1,8 +1,7 @@
 //! The values that workloads and services have in common: gateways and port maps.
 
-use std::collections::HashSet;
-
 use super::shared::Shared;
+use crate::mesh::names::Set;
 use crate::mesh::{Gateway, GatewayDestination, NamespacedHostname, NetworkAddress, PortMap};
 use crate::read::{Cursor, parse_port};
 
@@ -30,8 +29,8 @@ fn destination(given: Cursor<'_>, shared: &mut Shared) -> Option<GatewayDestinat
     if let Ok(address) = text.parse::<NetworkAddress>() {
         return Some(GatewayDestination::Address(address.shared(&mut shared.names)));
     }
-    match text.parse::<NamespacedHostname>() {
-        Ok(name) => Some(GatewayDestination::Hostname(name.shared(&mut shared.names))),
+    match NamespacedHostname::read(text, |text| shared.name(text)) {
+        Ok(name) => Some(GatewayDestination::Hostname(name)),
         Err(_) => {
             given.problem(
                 "must be NETWORK/ADDRESS or NAMESPACE/HOSTNAME, such as /10.0.0.1 or default/gateway",
@@ -43,7 +42,7 @@ fn destination(given: Cursor<'_>, shared: &mut Shared) -> Option<GatewayDestinat
 
 /// A mapping from the ports of a service to those behind it; with `named`, 0 stands for a port that has a name.
 pub(super) fn ports(section: Cursor<'_>, named: bool, shared: &mut Shared) -> PortMap {
-    let mut known = HashSet::new();
+    let mut known = Set::default();
     let pairs = section.each(|key, target| {
         let Some(port) = parse_port(key).filter(|port| *port != 0) else {
             target.problem("the key must be a port of the service, 1 to 65535");

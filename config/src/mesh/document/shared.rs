@@ -1,22 +1,31 @@
 //! What many items of a mesh have in common, kept once: names, identities, localities, gateways, port maps.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use crate::mesh::names::{Interned, Name, Names};
+use crate::mesh::names::{Interned, Map, Name, Names, Set};
 use crate::mesh::{Gateway, Locality, PortMap};
 use crate::{SpiffeError, SpiffeId, TrustDomain};
 
 #[derive(Debug, Default)]
-pub(super) struct Shared {
+pub(in crate::mesh) struct Shared {
     pub(super) names: Names,
     pub(super) localities: Interned<Locality>,
     pub(super) gateways: Interned<Gateway>,
-    ports: HashSet<PortMap>,
-    identities: HashMap<[Name; 3], SpiffeId>,
+    ports: Set<PortMap>,
+    identities: Map<[Name; 3], SpiffeId>,
 }
 
 impl Shared {
+    /// Lets go of what only this holds.
+    pub(in crate::mesh) fn forget_unused(&mut self) {
+        self.identities.retain(|_, identity| identity.is_shared());
+        self.ports.retain(PortMap::is_shared);
+        self.gateways.forget_unused();
+        self.localities.forget_unused();
+        // Those above have names in them.
+        self.names.forget_unused();
+    }
+
     pub(super) fn name(&mut self, text: &str) -> Name {
         self.names.shared(text)
     }

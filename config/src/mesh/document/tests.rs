@@ -5,6 +5,7 @@ use crate::mesh::{
     ApplicationTunnel, Destination, Gateway, GatewayDestination, IpFamilies, LoadBalancingMode,
     Locality, NetworkMode, Protocol, Scope, TunnelHeader, Visibility, WorkloadType,
 };
+use crate::{ConfigErrors, Mesh};
 
 fn mesh(text: &str) -> Result<Mesh, ConfigErrors> {
     Mesh::from_text("mesh.yaml", text)

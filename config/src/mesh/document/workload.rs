@@ -167,8 +167,8 @@ fn addresses(item: Cursor<'_>) -> Box<[IpAddr]> {
 }
 
 fn services(section: Cursor<'_>, shared: &mut Shared) -> Vec<(NamespacedHostname, PortMap)> {
-    section.each(|key, map| match key.parse::<NamespacedHostname>() {
-        Ok(name) => Some((name.shared(&mut shared.names), ports(map, false, shared))),
+    section.each(|key, map| match NamespacedHostname::read(key, |text| shared.name(text)) {
+        Ok(name) => Some((name, ports(map, false, shared))),
         Err(reason) => {
             map.problem(format!("the key {reason}"));
             None

@@ -5,6 +5,7 @@ use std::fs;
 use tokio::time::{sleep, timeout};
 
 use super::*;
+use crate::PolicyAction;
 use crate::test_folder::Folder;
 
 /// A bound for what takes a moment.
@@ -109,6 +110,73 @@ async fn mistakes_across_the_documents_of_a_folder_name_the_file() {
     folder.swap("nowhere", "mesh/b.yaml");
     let errors = Mesh::from_file(&folder.path("mesh")).unwrap_err().to_string();
     assert!(errors.contains("b.yaml: cannot be read"), "{errors}");
+}
+
+#[tokio::test]
+async fn files_that_did_not_change_are_not_read_again() {
+    let folder = Folder::new();
+    folder.write("mesh/a.yaml", &workload("a", 1));
+    folder.write("mesh/b.yaml", &workload("b", 2));
+    let (mut source, first) = open(&folder, "mesh");
+    folder.write("mesh/b.yaml", &workload("c", 2));
+    let second = next(&mut source).await.unwrap();
+    assert_eq!(names(&second), ["a", "c"]);
+    assert!(Arc::ptr_eq(&first.workloads()[0], &second.workloads()[0]));
+    // Nor are they when others had mistakes in the meantime, alone or in the light of theirs.
+    folder.write("mesh/b.yaml", "nonsense");
+    next(&mut source).await.unwrap_err();
+    folder.write("mesh/b.yaml", &workload("d", 1));
+    let errors = next(&mut source).await.unwrap_err().to_string();
+    assert!(errors.ends_with("10.0.0.1 already belongs to default/a"), "{errors}");
+    fs::remove_file(folder.path("mesh/b.yaml")).unwrap();
+    folder.write("mesh/0.yaml", &workload("d", 2));
+    let third = next(&mut source).await.unwrap();
+    assert_eq!(names(&third), ["d", "a"]);
+    assert!(Arc::ptr_eq(&first.workloads()[0], &third.workloads()[1]));
+    // The same text is another document once it is in another file.
+    fs::remove_file(folder.path("mesh/0.yaml")).unwrap();
+    folder.rename("mesh/a.yaml", "mesh/c.yaml");
+    folder.write("mesh/d.yaml", &workload("a", 2));
+    let errors = next(&mut source).await.unwrap_err().to_string();
+    assert!(errors.contains("d.yaml:1:13: workloads[0].name: there is another"), "{errors}");
+}
+
+#[tokio::test]
+async fn what_a_workload_refers_to_may_change_in_another_file() {
+    let policy = |action: &str| {
+        let scope = "scope: WorkloadSelector, rules: []";
+        format!("policies: [{{name: p, namespace: shop, {scope}, action: {action}}}]\n")
+    };
+    let service = "services: [{hostname: s, vips: [/10.1.0.1]}]\n";
+    let refers = "services: {default/s: {80: 8080}}, authorizationPolicies: [shop/p]";
+    let folder = Folder::new();
+    let a = format!("workloads: [{{name: a, workloadIps: [10.0.0.1], {refers}}}]\n");
+    folder.write("mesh/a.yaml", &a);
+    folder.write("mesh/policies.yaml", &policy("Allow"));
+    folder.write("mesh/services.yaml", service);
+    let (mut source, first) = open(&folder, "mesh");
+    let action = |mesh: &Mesh| mesh.workloads()[0].policies[0].action;
+    assert_eq!(action(&first), PolicyAction::Allow);
+    folder.write("mesh/policies.yaml", &policy("Deny"));
+    let second = next(&mut source).await.unwrap();
+    assert_eq!((action(&first), action(&second)), (PolicyAction::Allow, PolicyAction::Deny));
+    let [endpoint] = &*second.services()[0].endpoints else { panic!("it has one") };
+    assert!(Arc::ptr_eq(&endpoint.workload, &second.workloads()[0]));
+    assert_eq!(endpoint.ports.get(80), Some(8080));
+    folder.write("mesh/policies.yaml", "policies: []");
+    let errors = next(&mut source).await.unwrap_err().to_string();
+    let place = "a.yaml:1:13: workloads[0].authorizationPolicies: there is no policy shop/p";
+    assert!(errors.ends_with(place), "{errors}");
+    // The service moves, and gets a waypoint.
+    let moved = "services: [{hostname: s, waypoint: {destination: /10.0.0.1}}]\n";
+    folder.write("mesh/policies.yaml", &(policy("Deny") + moved));
+    fs::remove_file(folder.path("mesh/services.yaml")).unwrap();
+    let third = next(&mut source).await.unwrap();
+    assert_eq!(action(&third), PolicyAction::Deny);
+    assert_eq!(third.services().len(), 1);
+    assert_eq!(third.services()[0].endpoints, second.services()[0].endpoints);
+    assert!(third.services()[0].waypoint.is_some());
+    assert!(third.service("", [10, 1, 0, 1].into(), "default").is_none());
 }
 
 #[tokio::test]

@@ -1,0 +1,169 @@
+//! Reads the documents of a mesh, and again only those that have changed since the last time.
+//!
+//! A document is kept as what it says by itself; it shares its items with the snapshots that they are in. Not here: when
+//! documents change (`source.rs`), how one is read (`document.rs`), and how they fit together (`builder.rs`).
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::Mesh;
+use super::builder::build;
+use super::document::{Document, Shared, problem};
+use crate::files::{self, File};
+use crate::read::Problems;
+use crate::{ConfigErrors, Problem};
+
+/// How often files are taken that are replaced meanwhile, before they are read as they are.
+const MAX_TAKES: usize = 3;
+
+/// Reads documents, and remembers those of the last time.
+#[derive(Debug, Default)]
+pub(super) struct Reader {
+    /// Which files there were, right or wrong.
+    seen: Option<u64>,
+    /// What they say, by the fingerprint of the file; without those that had a mistake in them.
+    known: HashMap<u64, Arc<Document>>,
+    shared: Shared,
+}
+
+/// A file of a mesh.
+enum Content {
+    Known(u64, Arc<Document>),
+    New(File),
+}
+
+impl Reader {
+    /// Reads the mesh at `path`.
+    pub(super) fn read(&mut self, path: &Path) -> Result<Mesh, ConfigErrors> {
+        let taken = self.take(path);
+        self.read_taken(path, taken)
+    }
+
+    /// Reads the mesh at `path`, unless its files are those of the last time.
+    pub(super) fn read_if_new(&mut self, path: &Path) -> Option<Result<Mesh, ConfigErrors>> {
+        let taken = self.take(path);
+        (self.seen != Some(taken.0)).then(|| self.read_taken(path, taken))
+    }
+
+    /// Gives the files of `path` and their common fingerprint.
+    fn take(&self, path: &Path) -> (u64, Vec<Content>) {
+        let mut files = Vec::new();
+        let fingerprint = files::read_each(path, |file| {
+            files.push(match self.known.get(&file.fingerprint) {
+                Some(document) => Content::Known(file.fingerprint, document.clone()),
+                None => Content::New(file),
+            });
+        });
+        (fingerprint, files)
+    }
+
+    /// Reads files that were taken once all of them are of one time: one may be replaced before it is taken and another one
+    /// after it. To take them is fast; what changes while they are read is the next change.
+    fn read_taken(
+        &mut self,
+        path: &Path,
+        mut taken: (u64, Vec<Content>),
+    ) -> Result<Mesh, ConfigErrors> {
+        for _ in 1..MAX_TAKES {
+            if taken.0 == files::fingerprint(path) {
+                break;
+            }
+            taken = self.take(path);
+        }
+        let (fingerprint, files) = taken;
+        self.seen = Some(fingerprint);
+        let problems = Problems::default();
+        let mut known = HashMap::with_capacity(files.len());
+        let mut documents = Vec::with_capacity(files.len());
+        for content in files {
+            let (fingerprint, document) = match content {
+                Content::Known(fingerprint, document) => (fingerprint, Some(document)),
+                Content::New(file) => (file.fingerprint, self.document(file, &problems)),
+            };
+            if let Some(document) = document {
+                known.insert(fingerprint, document.clone());
+                documents.push(document);
+            }
+        }
+        self.known = known;
+        self.shared.forget_unused();
+        mesh_of(&documents, problems)
+    }
+
+    fn document(&mut self, file: File, problems: &Problems) -> Option<Arc<Document>> {
+        let name = file.path.display().to_string();
+        let reason = match file.content.map(String::from_utf8) {
+            Ok(Ok(text)) => {
+                let document = Document::read(&name, &text, &mut self.shared, problems);
+                return document.map(Arc::new);
+            }
+            Ok(Err(error)) => format!("{name}: is no text: {error}"),
+            Err(error) => format!("{name}: cannot be read: {error}"),
+        };
+        problems.add(Problem { key: String::new(), value: None, reason, origin: None });
+        None
+    }
+}
+
+/// The mesh of one document, which is called `name` in errors.
+pub(super) fn from_text(name: &str, text: &str) -> Result<Mesh, ConfigErrors> {
+    let problems = Problems::default();
+    let document = Document::read(name, text, &mut Shared::default(), &problems);
+    mesh_of(document.map(Arc::new).as_slice(), problems)
+}
+
+fn mesh_of(documents: &[Arc<Document>], problems: Problems) -> Result<Mesh, ConfigErrors> {
+    // What is missing because it could not be read is no second mistake.
+    if !problems.is_empty() {
+        return problems.or_else(None);
+    }
+    let parts: Vec<_> = documents.iter().map(|document| document.items()).collect();
+    build(&parts).or_else(|mistakes| {
+        mistakes.into_iter().for_each(|mistake| problems.add(problem(documents, mistake)));
+        problems.or_else(None)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_folder::Folder;
+
+    fn workload(name: &str, address: u8) -> String {
+        format!("workloads: [{{name: {name}, workloadIps: [10.0.0.{address}]}}]\n")
+    }
+
+    fn names(mesh: &Mesh) -> Vec<&str> {
+        mesh.workloads().iter().map(|workload| &*workload.name).collect()
+    }
+
+    #[test]
+    fn what_is_replaced_while_files_are_taken_is_taken_again() {
+        let folder = Folder::new();
+        folder.write("a.yaml", &workload("a", 1));
+        folder.write("b.yaml", &workload("b", 2));
+        let (path, mut reader) = (folder.root(), Reader::default());
+        let taken = reader.take(&path);
+        folder.write("a.yaml", &workload("c", 2));
+        folder.write("b.yaml", &workload("d", 1));
+        assert_eq!(names(&reader.read_taken(&path, taken).unwrap()), ["c", "d"]);
+        assert!(reader.read_if_new(&path).is_none());
+    }
+
+    #[test]
+    fn what_is_gone_is_forgotten() {
+        let folder = Folder::new();
+        let (path, mut reader) = (folder.path("mesh.yaml"), Reader::default());
+        for name in ["a", "b", "c"] {
+            folder.write(
+                "mesh.yaml",
+                &format!("{}services: [{{hostname: in-{name}}}]", workload(name, 1)),
+            );
+            reader.read_if_new(&path).unwrap().unwrap();
+            assert_eq!(reader.known.len(), 1);
+            let kept = format!("{:?}", reader.shared);
+            assert_eq!([kept.contains("in-b"), kept.contains("in-c")], [name == "b", name == "c"]);
+        }
+    }
+}
