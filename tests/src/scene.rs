@@ -75,6 +75,12 @@ impl Scene {
         Settings::new(SERVER).identity(&self.server_files).mesh(&self.mesh)
     }
 
+    /// Replaces the mesh file.
+    pub fn set_mesh(&self, mesh: &Mesh) {
+        let file = mesh.write(&self.client, "mesh");
+        assert_eq!(file, self.mesh, "it is the scene's");
+    }
+
     /// One connection to an echo in the server's pod: bytes there, FIN, all of them back, FIN.
     pub async fn echoed(&self) {
         self.echoed_at(self.app(Family::V4)).await;

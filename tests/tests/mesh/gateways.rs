@@ -58,13 +58,14 @@ impl ProxyHeader {
         let port = |bytes: &[u8]| u16::from_be_bytes(bytes.try_into().expect("two bytes"));
         let (addresses, tlv) = rest.split_at(2 * width + 4);
         let (ips, ports) = addresses.split_at(2 * width);
+        let ((source, destination), (from, to)) = (ips.split_at(width), ports.split_at(2));
         let (kind, tlv) = tlv.split_first().expect("a TLV");
         assert_eq!(*kind, 0xd0);
         let (length, value) = tlv.split_at(2);
         assert_eq!(usize::from(port(length)), value.len(), "it is the only TLV");
         Self {
-            source: SocketAddr::new(ip(&ips[..width]), port(&ports[..2])),
-            destination: SocketAddr::new(ip(&ips[width..]), port(&ports[2..])),
+            source: SocketAddr::new(ip(source), port(from)),
+            destination: SocketAddr::new(ip(destination), port(to)),
             identity: String::from_utf8(value.to_vec()).expect("text"),
         }
     }
@@ -143,7 +144,7 @@ async fn other_network() {
         .service(service);
     let at_server =
         Mesh::default().workload_with(SERVER, &[behind.ip()], "HBONE", endpoint).service(service);
-    let _ = near.write(&scene.client, "mesh");
+    scene.set_mesh(&near);
     let gateway_settings = underpass_tests::Settings::new("gateway")
         .identity(&scene.pki.issue("gateway"))
         .mesh(&there.write(&scene.client, "there"));

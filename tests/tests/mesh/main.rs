@@ -36,7 +36,7 @@ fn with_server(scene: &Scene, more: &str) -> Mesh {
 /// The scene with a proxy in each pod that goes by `mesh`, which is a function of the scene: client's, server's.
 async fn proxies(mesh: impl FnOnce(&Scene) -> Mesh) -> (Scene, Proxy, Proxy) {
     let scene = Scene::new().await;
-    let _ = mesh(&scene).write(&scene.client, "mesh");
+    scene.set_mesh(&mesh(&scene));
     let (client, server) = (scene.client_settings(), scene.server_settings());
     let (client, server) = tokio::join!(scene.client.proxy(&client), scene.server.proxy(&server));
     (scene, client, server)
@@ -46,7 +46,7 @@ async fn proxies(mesh: impl FnOnce(&Scene) -> Mesh) -> (Scene, Proxy, Proxy) {
 async fn change(scene: &Scene, mesh: &Mesh, proxies: &mut [&mut Proxy]) {
     const IN_FORCE: &[&str] = &["the change is in force"];
     let before: Vec<_> = proxies.iter().map(|proxy| proxy.count(IN_FORCE)).collect();
-    let _ = mesh.write(&scene.client, "mesh");
+    scene.set_mesh(mesh);
     for (proxy, before) in proxies.iter_mut().zip(before) {
         proxy.more_than(before, IN_FORCE).await;
     }

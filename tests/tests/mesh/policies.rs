@@ -67,9 +67,11 @@ async fn denied(family: Family) {
 
 async fn plaintext() {
     let scene = Scene::new().await;
-    let _ = usual(&scene)
-        .policy("no-strangers", "Deny", "[[[{notPrincipals: [{presence: true}]}]]]")
-        .write(&scene.client, "mesh");
+    scene.set_mesh(&usual(&scene).policy(
+        "no-strangers",
+        "Deny",
+        "[[[{notPrincipals: [{presence: true}]}]]]",
+    ));
     let mut server = scene.server.proxy(&scene.server_settings()).await;
     let app = scene.server.listen(APP);
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
@@ -146,9 +148,9 @@ async fn flip_flop() {
     let mut flips = interval(Duration::from_millis(50));
     for _ in 0..10 {
         flips.tick().await;
-        let _ = deny_client(&scene).write(&scene.client, "mesh");
+        scene.set_mesh(&deny_client(&scene));
         flips.tick().await;
-        let _ = usual(&scene).write(&scene.client, "mesh");
+        scene.set_mesh(&usual(&scene));
     }
     let last = usual(&scene).workload("last", &["10.99.0.1".parse().expect("an address")], "TCP");
     change(&scene, &last, &mut [&mut client, &mut server]).await;

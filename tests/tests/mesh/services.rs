@@ -90,7 +90,7 @@ async fn set_aside() {
     let mut gone = scene.world.pod("gone").await;
     scene.world.wire(&mut scene.client, &mut gone).await;
     let mesh = mesh(&scene).workload_with("gone", &gone.ips(), "HBONE", ENDPOINT);
-    let _ = mesh.write(&scene.client, "mesh");
+    scene.set_mesh(&mesh);
     let mut proxy = scene.client.proxy(&scene.client_settings()).await;
     let _at_server = scene.server.proxy(&scene.server_settings()).await;
     let app = scene.server.listen(APP);
