@@ -155,8 +155,11 @@ impl Call<'_> {
         let shared = &self.worker.shared;
         let open = |endpoint: &EndpointKey| shared.endpoints.open(endpoint.clone());
         let load: Vec<_> = route.endpoints().map(open).collect();
-        record.destination.workload = route.workload.clone();
+        // What an attempt before this one noted is no longer so.
+        record.destination =
+            Party { address: Some(self.asked), workload: route.workload.clone(), identity: None };
         record.service = route.service.clone();
+        record.hbone = None;
         let mut going = pin!(self.go(route, record));
         let went = match route.dialled() {
             None => going.await,
