@@ -5,9 +5,10 @@
 use std::mem::take;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::sync::oneshot;
 use tokio::time::sleep;
 
 use super::Mesh;
@@ -17,6 +18,10 @@ use crate::file_watch::Watch;
 
 /// How long to wait before seeing again whether a snapshot is still in use.
 const RETIREMENT: Duration = Duration::from_millis(200);
+
+/// How much those who carry traffic go before us: they get some nine tenths of a CPU that both want (sched(7), weights of nice
+/// values). A large mesh is read a little later then, and no request waits for it.
+const NICE: i32 = 10;
 
 /// Follows a mesh.
 #[derive(Debug)]
@@ -29,7 +34,7 @@ struct Followed {
     /// What has been read; it is with `reading` meanwhile.
     reader: Reader,
     /// What is being read now; it goes on when the wait for it is cancelled.
-    reading: Option<JoinHandle<(Reader, Outcome)>>,
+    reading: Option<oneshot::Receiver<(Reader, Outcome)>>,
 }
 
 /// What new content means, if it is new.
@@ -72,7 +77,7 @@ impl Followed {
                 None => {
                     self.watch.look().await;
                     let (path, mut reader) = (self.path.clone(), take(&mut self.reader));
-                    self.reading.insert(spawn_blocking(move || {
+                    self.reading.insert(at_leisure(move || {
                         let outcome = reader.read_if_new(&path);
                         (reader, outcome)
                     }))
@@ -87,8 +92,8 @@ impl Followed {
                         return mesh;
                     }
                 }
-                Err(error) => {
-                    let reason = format!("{}: reading was given up: {error}", self.path.display());
+                Err(_) => {
+                    let reason = format!("{}: no thread to read it", self.path.display());
                     return Err(ConfigErrors::one(reason, None));
                 }
             }
@@ -104,8 +109,8 @@ impl Mesh {
         loop {
             match Arc::try_unwrap(snapshot) {
                 Ok(mesh) => {
-                    // Nobody waits for it, and a runtime that ends frees it all the same.
-                    drop(spawn_blocking(move || drop(mesh)));
+                    // Nobody waits for it.
+                    drop(at_leisure(move || drop(mesh)));
                     return;
                 }
                 Err(shared) => snapshot = shared,
@@ -113,6 +118,22 @@ impl Mesh {
             sleep(RETIREMENT).await;
         }
     }
+}
+
+/// Does `work` on a thread of its own that gives way to others. Its end is told; it is dropped if there is no thread to be had.
+fn at_leisure<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> oneshot::Receiver<T> {
+    let (done, told) = oneshot::channel();
+    let run = move || {
+        // Of this thread only (nice(2)). Where it is forbidden, it is as important as the others.
+        rustix::process::nice(NICE).ok();
+        // Whoever waited may be gone.
+        done.send(work()).ok();
+    };
+    // Without a thread, what would tell is dropped.
+    thread::Builder::new().name("mesh".to_owned()).spawn(run).ok();
+    told
 }
 
 #[cfg(test)]
