@@ -1,4 +1,4 @@
-//! `cargo bench -p underpass-benches --bench changes -- [CONNECTIONS]`: what a change of the mesh costs connections that are open.
+//! `cargo bench -p underpass-benches --bench changes -- [--connections N]`: what a change of the mesh costs connections that are open.
 //!
 //! * **cut**: plaintext connections (9,000, two sockets each in the proxy) that a policy comes to forbid: how long until every one of
 //!   them has ended, and what requests of another connection through the same proxy take meanwhile.
@@ -45,7 +45,8 @@ fn main() {
         println!("nothing is measured without --bench, which `cargo bench` adds");
         return;
     }
-    let connections = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(9_000);
+    let asked = arguments.iter().skip_while(|argument| *argument != "--connections").nth(1);
+    let connections = asked.and_then(|number| number.parse().ok()).unwrap_or(9_000);
     underpass_tests::binary();
     enter_sandbox().expect("this user may make namespaces");
     raise_open_files().expect("the limit of open files can be raised");

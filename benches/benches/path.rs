@@ -1,4 +1,4 @@
-//! `cargo bench -p underpass-benches`: every load on every path in turn, round after round, and the ratios.
+//! `cargo bench -p underpass-benches --bench path`: every load on every path in turn, round after round, and the ratios.
 
 #![expect(
     clippy::expect_used,
