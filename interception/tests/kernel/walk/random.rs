@@ -260,8 +260,10 @@ impl Random {
         if sent && REMOTE.contains(&source) {
             return PROXY_MARK;
         }
-        // With TPROXY this mark leads to loopback, whatever the destination.
-        let free = sent && (local || settings.inbound.mode == InboundMode::Redirect);
+        // With TPROXY this mark leads to loopback, whatever the destination; and with exact rules what carries it is lost where DNS
+        // capture redirects it too (seed 17273302232085046549), which the walk does not know.
+        let spared = local && settings.dns == Dns::Off;
+        let free = sent && (spared || settings.inbound.mode == InboundMode::Redirect);
         if free { self.pick(&[0, 0, 0x1000, PROXY_MARK, 0x1000 | PROXY_MARK]) } else { 0 }
     }
 }
