@@ -40,6 +40,6 @@ pub use settings::{
     InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, Limits,
     LocalCaSettings, LogFormat, Logging, Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings,
     OnExit, OutboundCapture, PortRange, PortRangeError, Profile, ProxySettings, Settings,
-    SpireSettings, Timeouts, TrustSettings, TunnelSettings, WorkloadSettings,
+    SpireSettings, TakeOver, Timeouts, TrustSettings, TunnelSettings, WorkloadSettings,
 };
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};

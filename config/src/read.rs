@@ -56,6 +56,8 @@ impl Problems {
     }
 }
 
+const DURATION: &str = "a duration above zero with its unit, such as 250ms, 10s, 5m or 24h";
+
 /// A place in a document: a node or the lack of one, and the path to it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Cursor<'a> {
@@ -366,11 +368,27 @@ impl<'a> Cursor<'a> {
     pub(crate) fn duration(&self) -> Option<Duration> {
         let duration = parse_duration(self.text()?);
         if duration.is_none() {
-            self.problem(
-                "must be a duration above zero with its unit, such as 250ms, 10s, 5m or 24h",
-            );
+            self.problem(format!("must be {DURATION}"));
         }
         duration
+    }
+
+    /// The same where there may be none.
+    pub(crate) fn duration_or_off(&self) -> Option<Duration> {
+        let duration = parse_duration(self.text()?);
+        if duration.is_none() {
+            self.problem(format!("must be off or {DURATION}"));
+        }
+        duration
+    }
+
+    /// An amount of memory in bytes, with its unit: `64KiB`, `256MiB`, `1GiB`.
+    pub(crate) fn size(&self) -> Option<usize> {
+        let size = parse_size(self.text()?);
+        if size.is_none() {
+            self.problem("must be a size above zero with its unit, such as 64KiB, 256MiB or 1GiB");
+        }
+        size
     }
 }
 
@@ -408,6 +426,20 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
         "h" => seconds(3600),
         _ => None,
     }
+}
+
+/// Parses `64KiB`, `256MiB` or `1GiB`.
+fn parse_size(text: &str) -> Option<usize> {
+    let unit_at = text.find(|c: char| !c.is_ascii_digit())?;
+    let (digits, unit) = text.split_at_checked(unit_at)?;
+    let number: usize = digits.parse().ok().filter(|number| *number > 0)?;
+    let factor = match unit {
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return None,
+    };
+    number.checked_mul(factor)
 }
 
 /// The known key that differs from `key` by at most two edits.

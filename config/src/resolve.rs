@@ -5,16 +5,16 @@
 mod access;
 mod identity;
 mod interception;
+mod limits;
 
 use std::collections::BTreeSet;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use crate::document::Origin;
 use crate::read::Cursor;
 use crate::settings::{
-    LogFormat, Logging, MtlsSettings, Profile, ProxySettings, Settings, Timeouts, WorkloadSettings,
+    LogFormat, Logging, MtlsSettings, Profile, ProxySettings, Settings, WorkloadSettings,
 };
 use crate::{SpiffeId, TrustDomain};
 
@@ -82,13 +82,23 @@ pub const KEYS: &[&str] = &[
     "tunnels.max_age",
     "tunnels.streams",
     "tunnels.per_peer",
+    "limits.connections_per_worker",
+    "limits.connections_per_source",
+    "limits.accepts_per_second",
+    "limits.handshakes",
     "limits.handshakes_per_source",
+    "limits.buffers",
     "timeouts.connect",
     "timeouts.handshake",
     "timeouts.reply",
+    "timeouts.idle",
+    "timeouts.half_close",
+    "timeouts.keepalive",
     "timeouts.drain",
+    "timeouts.handed_over",
     "timeouts.pool_idle",
     "timeouts.set_aside",
+    "take_over.socket",
     "metrics.address",
     "readiness.address",
     "logging.filter",
@@ -126,8 +136,9 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
         interception,
         egress,
         tunnels: identity::tunnels(root.key("tunnels")),
-        limits: identity::limits(root.key("limits")),
-        timeouts: timeouts(root.key("timeouts")),
+        limits: limits::limits(root.key("limits")),
+        timeouts: limits::timeouts(root.key("timeouts")),
+        take_over: limits::take_over(root.key("take_over"), files),
         metrics: address(root.key("metrics"), 15020),
         readiness: address(root.key("readiness"), 15021),
         logging: logging(root.key("logging")),
@@ -211,24 +222,6 @@ fn workers(cursor: Cursor<'_>) -> Option<usize> {
         return None;
     }
     cursor.number(1..=1024, "auto or a number of threads, 1 to 1024")
-}
-
-fn timeouts(section: Cursor<'_>) -> Timeouts {
-    let seconds = |key: &str, default| {
-        section.key(key).duration().unwrap_or_else(|| Duration::from_secs(default))
-    };
-    Timeouts {
-        // As long as ztunnel waits; a SYN is sent four times in it (after 1, 3 and 7 s).
-        connect: seconds("connect", 10),
-        handshake: seconds("handshake", 10),
-        // The peer answers after it has connected to its application, so it must outlast the peer's own connect deadline.
-        reply: seconds("reply", 15),
-        // Kubernetes gives a pod 30 s by default; this leaves most of it to the application.
-        drain: seconds("drain", 5),
-        pool_idle: seconds("pool_idle", 300),
-        // As long as one attempt may take: what does not answer then costs every caller that much, once.
-        set_aside: seconds("set_aside", 10),
-    }
 }
 
 fn address(section: Cursor<'_>, port: u16) -> SocketAddr {

@@ -5,21 +5,22 @@
 mod egress;
 mod identity;
 mod interception;
+mod limits;
 mod mtls;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
 
 pub use egress::{Egress, EgressSettings};
 pub use identity::{
-    BundleFile, IdentityFiles, IdentitySettings, IstioCaSettings, Limits, LocalCaSettings,
-    SpireSettings, TrustSettings, TunnelSettings,
+    BundleFile, IdentityFiles, IdentitySettings, IstioCaSettings, LocalCaSettings, SpireSettings,
+    TrustSettings, TunnelSettings,
 };
 pub use interception::{
     Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
     PortRange, PortRangeError, Profile,
 };
+pub use limits::{Limits, TakeOver, Timeouts};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 
 use crate::{SpiffeId, TrustDomain};
@@ -47,6 +48,8 @@ pub struct Settings {
     pub limits: Limits,
     /// How long a peer may let us wait.
     pub timeouts: Timeouts,
+    /// Where another process may ask for our listeners.
+    pub take_over: TakeOver,
     /// Where Prometheus reads `/metrics`.
     pub metrics: SocketAddr,
     /// Where `/healthz/ready` answers.
@@ -87,23 +90,6 @@ pub struct ProxySettings {
     pub workers: Option<usize>,
     /// Whether connections that did not come through a tunnel are taken.
     pub mtls: MtlsSettings,
-}
-
-/// How long a peer may let us wait.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Timeouts {
-    /// For a TCP connection to be established.
-    pub connect: Duration,
-    /// For a TLS and HTTP/2 handshake to end, as client and as server.
-    pub handshake: Duration,
-    /// For the answer to a CONNECT request.
-    pub reply: Duration,
-    /// For connections to end by themselves once the proxy was told to stop.
-    pub drain: Duration,
-    /// For a pooled tunnel without streams before it is closed.
-    pub pool_idle: Duration,
-    /// For an endpoint that could not be connected to, before it is chosen again.
-    pub set_aside: Duration,
 }
 
 /// What is logged, and how it looks.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::settings::{
-    Egress, EgressSettings, IdentitySettings, InterceptionSettings, LogFormat, Settings,
+    Egress, EgressSettings, IdentitySettings, InterceptionSettings, LogFormat, Settings, TakeOver,
 };
 
 impl fmt::Display for Settings {
@@ -31,6 +31,7 @@ impl fmt::Display for Settings {
         self.fmt_proxy(f)?;
         self.fmt_egress(f)?;
         self.fmt_tunnels(f)?;
+        self.fmt_limits(f)?;
         writeln!(f, "metrics: {{address: \"{}\"}}", self.metrics)?;
         writeln!(f, "readiness: {{address: \"{}\"}}", self.readiness)?;
         let format = match self.logging.format {
@@ -156,21 +157,49 @@ impl Settings {
             Millis(tunnels.max_age),
             tunnels.streams,
             tunnels.per_peer
+        )
+    }
+
+    fn fmt_limits(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let l = &self.limits;
+        writeln!(
+            f,
+            "limits:\n  connections_per_worker: {}\n  connections_per_source: {}\n  accepts_per_second: {}\n  \
+             handshakes: {}\n  handshakes_per_source: {}\n  buffers: {}KiB",
+            l.connections_per_worker,
+            or_off(l.connections_per_source),
+            or_off(l.accepts_per_second),
+            l.handshakes,
+            l.handshakes_per_source,
+            l.buffers >> 10
         )?;
-        let handshakes = self.limits.handshakes_per_source;
-        writeln!(f, "limits: {{handshakes_per_source: {handshakes}}}")?;
         let t = &self.timeouts;
         writeln!(
             f,
-            "timeouts: {{connect: {}, handshake: {}, reply: {}, drain: {}, pool_idle: {}, set_aside: {}}}",
+            "timeouts: {{connect: {}, handshake: {}, reply: {}, idle: {}, half_close: {}, keepalive: {}, drain: {}, \
+             handed_over: {}, pool_idle: {}, set_aside: {}}}",
             Millis(t.connect),
             Millis(t.handshake),
             Millis(t.reply),
+            or_off(t.idle.map(Millis)),
+            or_off(t.half_close.map(Millis)),
+            Millis(t.keepalive),
             Millis(t.drain),
+            Millis(t.handed_over),
             Millis(t.pool_idle),
             Millis(t.set_aside)
-        )
+        )?;
+        match &self.take_over {
+            TakeOver::Auto => writeln!(f, "take_over: {{socket: auto}}"),
+            TakeOver::At(socket) => writeln!(f, "take_over: {{socket: {}}}", path(socket)),
+            TakeOver::Off => writeln!(f, "take_over: {{socket: off}}"),
+        }
     }
+}
+
+/// A value that may be `off`.
+fn or_off<T: fmt::Display>(value: Option<T>) -> String {
+    value.map_or_else(|| "off".to_owned(), |value| value.to_string())
 }
 
 /// A path in quotes.
@@ -249,13 +278,14 @@ interception:
 proxy: {outbound_port: 1, inbound_port: 2, hbone_port: 3, dns_port: 4, workers: 3, mtls: strict, mtls_overrides: ["shop/web:80=permissive", ":9000=permissive", shop/db=strict]}
 egress: mesh-only
 egress_exceptions: {cidrs: [10.0.0.0/8, "fd00::1"], ports: [53, 8000-8100]}
-timeouts: {connect: 250ms, handshake: 1s, reply: 2s, drain: 3s, pool_idle: 2h, set_aside: 4s}
+timeouts: {connect: 250ms, handshake: 1s, reply: 2s, idle: 8h, half_close: off, keepalive: 30s, drain: 3s, handed_over: 12h, pool_idle: 2h, set_aside: 4s}
+take_over: {socket: /run/x.sock}
 metrics: {address: "127.0.0.1:1"}
 readiness: {address: "[::1]:2"}
 logging: {filter: 'info,access=off', format: json}
 trust: {aliases: [old.example.org, cluster.local], bundles: ["partner.org=/p, q.pem"], crls: ["/a.crl", "/b\"\\.crl"]}
 tunnels: {max_age: 90s, streams: 7, per_peer: 2}
-limits: {handshakes_per_source: 9}
+limits: {connections_per_worker: 1, connections_per_source: 2, accepts_per_second: 3, handshakes: 4, handshakes_per_source: 9, buffers: 2MiB}
 "#;
     /// What does not go together with the above.
     const AMBIENT: &str = r"

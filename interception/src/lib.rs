@@ -58,7 +58,5 @@ pub use plan::{
 pub use privileges::{Kept, ProxyUser, drop_capabilities};
 pub use sandbox::{Sandbox, enter_sandbox};
 pub use self_test::Probe;
-pub use socket::{
-    KEEPALIVE, KEEPALIVE_PROBES, Sockets, original_destination, reset_on_close, tune,
-};
+pub use socket::{KEEPALIVE_PROBES, Sockets, end_on_close, original_destination, reset_on_close};
 pub use verify::{Difference, Line, SectionDifference, Sign};

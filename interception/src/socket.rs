@@ -18,12 +18,6 @@ use crate::InterceptionError;
 use crate::listener::{self, BoundListener};
 use crate::plan::PROXY_MARK;
 
-/// After how long without data a connection is probed, and how long after each probe.
-///
-/// A caught connection lives only as long as its conntrack entry; NAT gateways and load balancers
-/// on the way forget after as little as 240 s. A connection that they forgot hangs (istio #38982,
-/// #43301). ztunnel has the same value.
-pub const KEEPALIVE: Duration = Duration::from_secs(180);
 /// How many probes stay unanswered before the connection is given up: Linux's own default.
 pub const KEEPALIVE_PROBES: u32 = 9;
 
@@ -36,6 +30,7 @@ pub struct Sockets {
     /// Whether listeners take what TPROXY delivers.
     transparent: bool,
     ipv6: bool,
+    keepalive: Option<Duration>,
 }
 
 /// Where connections to the workload come from.
@@ -69,7 +64,17 @@ impl Sockets {
             (Profile::None, _) => (None, LastHop::Any),
         };
         let transparent = settings.inbound.mode == InboundMode::Tproxy;
-        Self { mark, last_hop, transparent, ipv6 }
+        Self { mark, last_hop, transparent, ipv6, keepalive: None }
+    }
+
+    /// The same, whose connections are probed when they were silent for this long, and as long
+    /// after each probe.
+    ///
+    /// A caught connection lives only as long as its conntrack entry, and what NAT gateways and load
+    /// balancers on the way forgot hangs (istio #38982, #43301).
+    #[must_use]
+    pub fn with_keepalive(self, keepalive: Duration) -> Self {
+        Self { keepalive: Some(keepalive), ..self }
     }
 
     /// Whether connecting needs the capability NET_ADMIN: for marks, and for addresses that are not
@@ -163,13 +168,28 @@ impl Sockets {
         TcpSocket::from_std_stream(socket.into()).connect(destination).await
     }
 
+    /// Sets what every connection of the proxy has: no delay of small segments, and keepalive.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn tune(&self, stream: &impl AsFd) -> io::Result<()> {
+        let socket = SockRef::from(stream);
+        socket.set_tcp_nodelay(true)?;
+        let Some(keepalive) = self.keepalive else {
+            return Ok(());
+        };
+        let probes = TcpKeepalive::new().with_time(keepalive).with_interval(keepalive);
+        socket.set_tcp_keepalive(&probes.with_retries(KEEPALIVE_PROBES))
+    }
+
     fn open(&self, destination: SocketAddr) -> io::Result<Socket> {
         let socket =
             Socket::new(Domain::for_address(destination), Type::STREAM.nonblocking(), None)?;
         if let Some(mark) = self.mark {
             socket.set_mark(mark)?;
         }
-        tune(&socket)?;
+        self.tune(&socket)?;
         Ok(socket)
     }
 }
@@ -192,25 +212,16 @@ pub fn original_destination(stream: &impl AsFd) -> io::Result<SocketAddr> {
     inet(original).map(canonical)
 }
 
-/// Sets what every connection of the proxy has: no delay of small segments, and [`KEEPALIVE`].
-///
-/// # Errors
-///
-/// The kernel's.
-pub fn tune(stream: &impl AsFd) -> io::Result<()> {
-    let socket = SockRef::from(stream);
-    socket.set_tcp_nodelay(true)?;
-    let keepalive = TcpKeepalive::new()
-        .with_time(KEEPALIVE)
-        .with_interval(KEEPALIVE)
-        .with_retries(KEEPALIVE_PROBES);
-    socket.set_tcp_keepalive(&keepalive)
-}
-
-/// From now on, dropping `stream` sends RST instead of FIN: an abort stays an abort on the other
-/// side. A connection that is gone already needs no reset, so that this cannot fail.
+/// From now on, closing `stream` sends RST instead of FIN, whoever closes it: the kernel too, when
+/// the process is killed. A connection that is gone already needs no reset, so that this cannot
+/// fail.
 pub fn reset_on_close(stream: &impl AsFd) {
     let _gone = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+/// Takes [`reset_on_close`] back: what was written still arrives, and a FIN behind it.
+pub fn end_on_close(stream: &impl AsFd) {
+    let _gone = SockRef::from(stream).set_linger(None);
 }
 
 /// Binds `socket` to an address that is not ours, which takes NET_ADMIN or NET_RAW.

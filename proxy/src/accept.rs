@@ -6,11 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use underpass_interception::{BoundListener, Listener, original_destination, reset_on_close, tune};
+use underpass_interception::{
+    BoundListener, Listener, Sockets, original_destination, reset_on_close,
+};
 
 use crate::error::ProxyError;
 use crate::metrics;
-use crate::worker::{Assignment, Worker, serve};
+use crate::worker::{Assignment, Shared, Worker, serve};
 
 /// How long a listener rests when the system has no descriptor or memory for another connection: long enough not to spin,
 /// short enough that a client which waits does not notice. The kernel's queue holds what arrives meanwhile.
@@ -51,18 +53,19 @@ impl Accepted {
     fn new(kind: Kind, stream: TcpStream, client: SocketAddr) -> Self {
         let destination = match kind {
             Kind::Hbone => stream.local_addr().map(canonical),
-            Kind::Outbound | Kind::Plaintext => original_destination(&stream),
+            Kind::Outbound | Kind::Plaintext => {
+                // The client saw its connection open: only a reset tells it that nothing is on the other side, or no longer.
+                reset_on_close(&stream);
+                original_destination(&stream)
+            }
         };
         Self { kind, stream, client, destination }
     }
 
     /// Registers the connection with the runtime of the calling worker.
-    pub(crate) fn register(self) -> Result<Registered, ProxyError> {
-        let destination = self.destination.map_err(|error| {
-            reset_on_close(&self.stream);
-            ProxyError::NotCaptured(error)
-        })?;
-        tune(&self.stream).map_err(ProxyError::Client)?;
+    pub(crate) fn register(self, sockets: &Sockets) -> Result<Registered, ProxyError> {
+        let destination = self.destination.map_err(ProxyError::NotCaptured)?;
+        sockets.tune(&self.stream).map_err(ProxyError::Client)?;
         let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
         Ok(Registered { stream, client: self.client, destination })
     }
@@ -94,10 +97,11 @@ pub(crate) async fn accept_loop(
             return;
         }
     };
-    let drain = worker.shared.drain.clone();
+    let Shared { drain, gate, .. } = &worker.shared;
+    let accepting = gate.accept(|| accept_forever(&worker, kind, &listener, &peers));
     tokio::select! {
         () = drain.closing() => {}
-        () = accept_forever(&worker, kind, &listener, &peers) => {}
+        () = accepting => {}
     }
 }
 

@@ -19,6 +19,7 @@ use crate::certificates::{self, Certificate};
 use crate::cli::CommandError;
 use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
+use crate::gate::Gate;
 use crate::notify;
 use crate::parent::ParentGone;
 use crate::policy::Rules;
@@ -129,7 +130,8 @@ struct Proxy {
 impl Proxy {
     async fn prepare(settings: &Settings, capture: &Capture) -> Result<Self, CommandError> {
         let (ports, ipv6) = (Ports::of(&settings.proxy), ipv6_available());
-        let sockets = Sockets::new(&settings.interception, ipv6);
+        let sockets =
+            Sockets::new(&settings.interception, ipv6).with_keepalive(settings.timeouts.keepalive);
         let listeners = bind_data_path(&sockets, ports)?;
         let readiness = Readiness::default();
         bind_endpoints(&sockets, settings, &readiness)?;
@@ -220,6 +222,7 @@ fn shared(
         credentials: None,
         handshakes: HandshakeLimit::new(settings.limits.handshakes_per_source),
         drain: Drain::default(),
+        gate: Gate::default(),
         self_test: SelfTest::default(),
         unprivileged,
     }

@@ -2,6 +2,7 @@
 //!
 //! Both directions run until both have ended (half-open is a state like any other) or one breaks. FIN becomes END_STREAM
 //! and END_STREAM becomes FIN; whatever else ends a side aborts the other one: TCP RST and RST_STREAM, never a FIN.
+//! Sockets come here such that closing them is a reset (`accept.rs`, `dial.rs`); only a good end takes that back.
 
 use std::io;
 
@@ -10,7 +11,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use underpass_hbone::{TunnelReader, TunnelStream, TunnelWriter};
-use underpass_interception::reset_on_close;
+use underpass_interception::end_on_close;
 
 use crate::drain::Drain;
 use crate::error::ProxyError;
@@ -74,9 +75,9 @@ impl Flow<'_> {
                 reason = distrusted => Err(ProxyError::Tunnel(reason)),
             }
         };
-        if outcome.is_err() {
-            writer.abort();
-            reset_on_close(&stream);
+        match outcome {
+            Ok(_) => end_on_close(&stream),
+            Err(_) => writer.abort(),
         }
         outcome.map(|_| ())
     }
@@ -99,9 +100,9 @@ impl Flow<'_> {
             let both = self.drain.or_abort(async { tokio::try_join!(there, back) });
             self.revocation.or_end(both).await
         };
-        if outcome.is_err() {
-            reset_on_close(&client);
-            reset_on_close(&upstream);
+        if outcome.is_ok() {
+            end_on_close(&client);
+            end_on_close(&upstream);
         }
         outcome.map(|_| ())
     }

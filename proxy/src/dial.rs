@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use underpass_hbone::Dial;
-use underpass_interception::Sockets;
+use underpass_interception::{Sockets, reset_on_close};
 
 use crate::balance::{Balance, HeldTunnel};
 use crate::error::ProxyError;
@@ -60,7 +60,11 @@ async fn within(
 ) -> Result<TcpStream, ProxyError> {
     let destination = permit.destination();
     match timeout(deadline, connect).await {
-        Ok(Ok(stream)) => Ok(stream),
+        Ok(Ok(stream)) => {
+            // Nothing but a good end of both directions is to look like one.
+            reset_on_close(&stream);
+            Ok(stream)
+        }
         Ok(Err(error)) => Err(ProxyError::Connect { destination, source: error }),
         Err(_) => Err(ProxyError::ConnectTimeout { destination, after: deadline }),
     }

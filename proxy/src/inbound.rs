@@ -9,7 +9,6 @@ use std::time::{Duration, SystemTime};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
-use underpass_config::Service;
 use underpass_hbone::{Authority, Incoming, PeerIdentity, RequestHeaders, ServerTunnel};
 use underpass_interception::reset_on_close;
 
@@ -28,7 +27,7 @@ use crate::{headers, metrics, proxy_protocol};
 pub(crate) async fn serve_plaintext(worker: Arc<Worker>, accepted: Accepted) {
     let destination = accepted.destination.as_ref().ok().copied();
     let mut record = open_record(&worker, accepted.client, destination, None);
-    let outcome = match accepted.register() {
+    let outcome = match accepted.register(&worker.shared.sockets) {
         Ok(connection) => forward_plaintext(&worker, connection, &mut record).await,
         Err(error) => Err(error),
     };
@@ -41,24 +40,18 @@ async fn forward_plaintext(
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
-    let way = Way::new(destination);
-    match drain.or_abort(connect(worker, client, &way, None)).await {
-        Ok(Connected { app, permit: _permit, mut revocation }) => {
-            record.established();
-            Flow { record, drain, revocation: &mut revocation }.through_tcp(stream, app).await
-        }
-        Err(error) => {
-            reset_on_close(&stream);
-            Err(error)
-        }
-    }
+    let way = InboundTarget { address: destination, header: None, service: None };
+    let connected = drain.or_abort(connect(worker, client, &way, None)).await?;
+    let Connected { app, permit: _permit, mut revocation } = connected;
+    record.established();
+    Flow { record, drain, revocation: &mut revocation }.through_tcp(stream, app).await
 }
 
 /// Serves one peer's connection: the handshakes, then every CONNECT request that comes through it.
 pub(crate) async fn serve_tunnel(worker: Arc<Worker>, accepted: Accepted) {
     let client = accepted.client;
     let destination = accepted.destination.as_ref().ok().copied();
-    let outcome = match accepted.register() {
+    let outcome = match accepted.register(&worker.shared.sockets) {
         Err(error) => Err(error),
         Ok(connection) => worker.shared.drain.or_abort(accept_tunnel(&worker, connection)).await,
     };
@@ -156,7 +149,7 @@ async fn serve_request(
     peer: &PeerIdentity,
 ) {
     let way = way(worker, request.authority(), here);
-    let destination = way.as_ref().ok().map(|way| way.destination);
+    let destination = way.as_ref().ok().map(|way| way.address);
     let mut record = open_record(worker, client, destination, Some(peer));
     record.service = way.as_ref().ok().and_then(|way| way.service.clone());
     record.hbone = Some(here);
@@ -169,7 +162,7 @@ async fn forward_request(
     worker: &Worker,
     request: Incoming,
     client: SocketAddr,
-    way: Result<Way, ProxyError>,
+    way: Result<InboundTarget, ProxyError>,
     peer: &PeerIdentity,
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
@@ -186,36 +179,17 @@ async fn forward_request(
         }
     };
     record.established();
-    match request.accept(headers::response(record, &worker.shared.rules.own)) {
-        Ok(tunnel) => {
-            let flow = Flow { record, drain, revocation: &mut revocation };
-            flow.out_of_tunnel(tunnel, app).await
-        }
-        Err(error) => {
-            reset_on_close(&app);
-            Err(ProxyError::Tunnel(error))
-        }
-    }
-}
-
-/// Where a connection goes in the workload.
-struct Way {
-    /// As policies see it.
-    destination: SocketAddr,
-    /// What a PROXY header calls it, for a workload that takes connections to others.
-    header: Option<SocketAddr>,
-    /// The service that was asked for.
-    service: Option<Arc<Service>>,
-}
-
-impl Way {
-    fn new(destination: SocketAddr) -> Self {
-        Self { destination, header: None, service: None }
-    }
+    let accepted = request.accept(headers::response(record, &worker.shared.rules.own));
+    let tunnel = accepted.map_err(ProxyError::Tunnel)?;
+    Flow { record, drain, revocation: &mut revocation }.out_of_tunnel(tunnel, app).await
 }
 
 /// Where a request goes that came through a tunnel which ends at `here`.
-fn way(worker: &Worker, authority: &Authority, here: SocketAddr) -> Result<Way, ProxyError> {
+fn way(
+    worker: &Worker,
+    authority: &Authority,
+    here: SocketAddr,
+) -> Result<InboundTarget, ProxyError> {
     let asked = match authority {
         Authority::Address(address) => Target::Address(*address),
         Authority::Name { host, port } => Target::Hostname(host.as_str().into(), *port),
@@ -224,10 +198,8 @@ fn way(worker: &Worker, authority: &Authority, here: SocketAddr) -> Result<Way, 
     let own = &worker.shared.rules.own;
     let local = snapshot.local(here.ip()).map(|workload| &**workload);
     let namespace = local.map_or(&*own.namespace, |workload| &*workload.namespace);
-    let InboundTarget { address, header, service } =
-        route::inbound(&asked, here, &snapshot.mesh, local, &own.network, namespace)
-            .map_err(ProxyError::Route)?;
-    Ok(Way { destination: address, header, service })
+    route::inbound(&asked, here, &snapshot.mesh, local, &own.network, namespace)
+        .map_err(ProxyError::Route)
 }
 
 /// A connection to the application, and what must be held as long as it is open.
@@ -241,11 +213,11 @@ struct Connected {
 async fn connect(
     worker: &Worker,
     client: SocketAddr,
-    way: &Way,
+    way: &InboundTarget,
     peer: Option<&PeerIdentity>,
 ) -> Result<Connected, ProxyError> {
     let identity = peer.map(|peer| peer.spiffe_id());
-    let subject = Subject::inbound(client, way.destination, identity.cloned());
+    let subject = Subject::inbound(client, way.address, identity.cloned());
     let (permit, mut revocation) = worker.permit(subject)?;
     let (sockets, deadline) = (&worker.shared.sockets, worker.shared.timeouts.connect);
     let app = revocation.or_end(async {

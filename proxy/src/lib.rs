@@ -26,6 +26,7 @@ mod drain;
 mod endpoint_health;
 mod endpoints;
 mod error;
+mod gate;
 mod guard;
 mod headers;
 mod inbound;

@@ -11,7 +11,6 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use underpass_config::{NetworkMode, SpiffeId};
 use underpass_hbone::{ConnectRequest, Connector, TunnelKey, TunnelStream};
-use underpass_interception::reset_on_close;
 
 use crate::accept::{Accepted, Registered};
 use crate::copy::Flow;
@@ -35,13 +34,13 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub(crate) async fn serve(worker: Arc<Worker>, accepted: Accepted) {
     let source = Party {
         address: Some(accepted.client),
-        workload: worker.shared.mesh.borrow().caller(accepted.client.ip()).cloned(),
+        workload: worker.shared.mesh.borrow().local(accepted.client.ip()).cloned(),
         identity: None,
     };
     let destination =
         Party { address: accepted.destination.as_ref().ok().copied(), ..Party::default() };
     let mut record = ConnectionRecord::new(Direction::Outbound, source, destination);
-    let outcome = match accepted.register() {
+    let outcome = match accepted.register(&worker.shared.sockets) {
         Ok(connection) => forward(&worker, connection, &mut record).await,
         Err(error) => Err(error),
     };
@@ -56,15 +55,8 @@ async fn forward(
     let drain = &worker.shared.drain;
     let call = Call { worker, client: client.ip(), asked: destination };
     // Boxed: what connecting needs is a multiple of what the connection needs after it.
-    let connected = Box::pin(drain.or_abort(call.connect(record))).await;
-    let Connected { onward, mut revocation, permit: _permit, load: _load } = match connected {
-        Ok(connected) => connected,
-        Err(error) => {
-            // The application saw its connection open; only a reset tells it that nothing was on the other side.
-            reset_on_close(&stream);
-            return Err(error);
-        }
-    };
+    let connected = Box::pin(drain.or_abort(call.connect(record))).await?;
+    let Connected { onward, mut revocation, permit: _permit, load: _load } = connected;
     record.established();
     let flow = Flow { record, drain, revocation: &mut revocation };
     match onward {
@@ -125,7 +117,7 @@ impl Call<'_> {
         let caller = Caller {
             network: &own.network,
             namespace: &own.namespace,
-            workload: snapshot.caller(self.client).map(|workload| &**workload),
+            workload: snapshot.local(self.client).map(|workload| &**workload),
             address: self.client,
             identity: identity.as_ref(),
             hbone_port: shared.rules.ports.hbone,

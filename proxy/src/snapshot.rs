@@ -30,14 +30,9 @@ impl Snapshot {
         self.mesh.workload(&self.network, address)
     }
 
-    /// The workload that we serve at `address`: as the mesh knows it by this address, or else by our name. A workload that is
+    /// The workload that we stand for at `address`: as the mesh knows it by this address, or else by our name. A workload that is
     /// reached at an address which the mesh does not know is still under the policies that select it.
     pub(crate) fn local(&self, address: IpAddr) -> Option<&Arc<Workload>> {
         self.workload(address).or(self.own.as_ref())
-    }
-
-    /// The workload that a caught connection from `client` comes from.
-    pub(crate) fn caller(&self, client: IpAddr) -> Option<&Arc<Workload>> {
-        self.local(client)
     }
 }

@@ -22,6 +22,7 @@ use crate::dial::TunnelDialer;
 use crate::drain::Drain;
 use crate::endpoint_health::EndpointHealth;
 use crate::error::ProxyError;
+use crate::gate::Gate;
 use crate::live::{Live, Revocation};
 use crate::policy::{Change, Permit, Rules, Subject};
 use crate::publish::Applied;
@@ -49,6 +50,7 @@ pub(crate) struct Shared {
     pub(crate) credentials: Option<watch::Receiver<Credentials>>,
     pub(crate) handshakes: HandshakeLimit,
     pub(crate) drain: Drain,
+    pub(crate) gate: Gate,
     pub(crate) self_test: SelfTest,
     /// Whether workers can do without any capability.
     pub(crate) unprivileged: bool,
@@ -107,7 +109,7 @@ impl Worker {
     }
 
     /// Ends what each change of the mesh forbids, for ever.
-    async fn enforce(&self, applied: Arc<watch::Sender<Applied>>) {
+    async fn enforce(&self, applied: watch::Sender<Applied>) {
         let mut mesh = self.shared.mesh.clone();
         let mut old = mesh.borrow_and_update().clone();
         applied.send_replace(Applied { generation: old.generation, cut: 0 });
@@ -191,7 +193,7 @@ async fn run(
     applied: watch::Sender<Applied>,
 ) {
     let enforcing = worker.clone();
-    tokio::spawn(async move { enforcing.enforce(Arc::new(applied)).await });
+    tokio::spawn(async move { enforcing.enforce(applied).await });
     for (kind, listener) in listeners {
         tokio::spawn(accept_loop(worker.clone(), kind, listener, peers.clone()));
     }

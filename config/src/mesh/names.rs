@@ -8,7 +8,9 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
+
+use crate::cidr::canonical;
 
 /// A name that many things in the mesh share: a namespace, a node, a network.
 pub type Name = Arc<str>;
@@ -147,19 +149,6 @@ impl FromStr for NamespacedHostname {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         Self::read(text, |text| text.into())
     }
-}
-
-/// A range as addresses are looked up in it: without the bits after its length, and IPv4 where it is IPv4-mapped.
-pub(crate) fn canonical(cidr: IpNet) -> IpNet {
-    const MAPPED: u8 = 96;
-    if let IpNet::V6(mapped) = cidr
-        && let Some(address) = mapped.addr().to_ipv4_mapped()
-        && let Some(length) = mapped.prefix_len().checked_sub(MAPPED)
-        && let Ok(cidr) = Ipv4Net::new(address, length)
-    {
-        return IpNet::V4(cidr.trunc());
-    }
-    cidr.trunc()
 }
 
 impl fmt::Display for NetworkAddress {

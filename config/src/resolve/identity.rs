@@ -1,4 +1,4 @@
-//! From the sections `identity`, `trust`, `tunnels` and `limits` to the settings of HBONE: their types, their defaults,
+//! From the sections `identity`, `trust` and `tunnels` to the settings of HBONE: their types, their defaults,
 //! and what does not go together.
 //!
 //! Not here: which keys exist (`resolve.rs`), and whether a file is there and any good (the hbone crate).
@@ -11,8 +11,8 @@ use std::time::Duration;
 use super::Files;
 use crate::read::Cursor;
 use crate::settings::{
-    BundleFile, IdentityFiles, IdentitySettings, IstioCaSettings, Limits, LocalCaSettings,
-    SpireSettings, TrustSettings, TunnelSettings,
+    BundleFile, IdentityFiles, IdentitySettings, IstioCaSettings, LocalCaSettings, SpireSettings,
+    TrustSettings, TunnelSettings,
 };
 use crate::{SpiffeError, TrustDomain};
 
@@ -84,7 +84,7 @@ fn istio_ca(section: Cursor<'_>, files: Files<'_>) -> Option<IdentitySettings> {
     let settings = IstioCaSettings {
         server_name: server_name(ca.key("server_name")),
         cluster_id: cluster_id(ca.key("cluster_id")),
-        impersonate: ca.key("impersonate").parse("true or false").unwrap_or(false),
+        impersonate: ca.key("impersonate").flag().unwrap_or(false),
         ttl: ttl(section),
         address: address?,
         roots: roots?,
@@ -156,13 +156,6 @@ pub(super) fn tunnels(section: Cursor<'_>) -> TunnelSettings {
         // One tunnel is served by one thread of the peer: four of them make use of four.
         per_peer: count("per_peer", 64).unwrap_or(4),
     }
-}
-
-pub(super) fn limits(section: Cursor<'_>) -> Limits {
-    let handshakes =
-        section.key("handshakes_per_source").number(1..=usize::MAX, "a number, 1 or more");
-    // A peer opens a few tunnels for each of its workers, and several peers may stand behind one address.
-    Limits { handshakes_per_source: handshakes.unwrap_or(64) }
 }
 
 /// `cursor`, if something is given there.

@@ -47,8 +47,7 @@ pub(super) const LISTS: &[&str] = &[
 /// Reads the whole section. What is wrong is told at its key; the settings are then of no use.
 pub(super) fn settings(section: Cursor<'_>) -> InterceptionSettings {
     let profile = profile(section.key("profile"));
-    let switch =
-        |key: &str, default: bool| section.key(key).parse("true or false").unwrap_or(default);
+    let switch = |key: &str, default: bool| section.key(key).flag().unwrap_or(default);
     let (uids, gids): (&[u32], &[u32]) = match profile {
         Profile::Sidecar => (&[ISTIO_PROXY], &[ISTIO_PROXY]),
         Profile::Osm => (&[OSM_PROXY], &[]),

@@ -96,10 +96,3 @@ pub struct TunnelSettings {
     /// How many tunnels a worker has to one peer at most.
     pub per_peer: usize,
 }
-
-/// What others can make us do at once.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
-    /// TLS handshakes that one source address may have under way.
-    pub handshakes_per_source: usize,
-}

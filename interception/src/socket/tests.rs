@@ -89,12 +89,14 @@ async fn a_connection_without_a_mark_needs_no_capability_and_keeps_no_source() {
 #[tokio::test]
 async fn connections_are_probed_and_not_delayed() {
     let listener = listen(&unmarked());
-    let client = unmarked().connect(loopback(&listener)).await.expect("connected");
+    let keepalive = Duration::from_secs(77);
+    let sockets = unmarked().with_keepalive(keepalive);
+    let client = sockets.connect(loopback(&listener)).await.expect("connected");
     let socket = SockRef::from(&client);
     assert!(socket.tcp_nodelay().expect("an option"));
     assert!(socket.keepalive().expect("an option"));
-    assert_eq!(socket.tcp_keepalive_time().expect("an option"), KEEPALIVE);
-    assert_eq!(socket.tcp_keepalive_interval().expect("an option"), KEEPALIVE);
+    assert_eq!(socket.tcp_keepalive_time().expect("an option"), keepalive);
+    assert_eq!(socket.tcp_keepalive_interval().expect("an option"), keepalive);
     assert_eq!(socket.tcp_keepalive_retries().expect("an option"), KEEPALIVE_PROBES);
 }
 
@@ -109,4 +111,11 @@ async fn a_stream_told_to_reset_on_close_does() {
     drop(stream);
     let error = client.read_u8().await.expect_err("reset");
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    // And taken back.
+    let mut client = unmarked().connect(address).await.expect("connected");
+    let (stream, _) = listener.accept().await.expect("accepted");
+    reset_on_close(&stream);
+    end_on_close(&stream);
+    drop(stream);
+    assert_eq!(client.read(&mut [0; 1]).await.expect("a clean end"), 0);
 }

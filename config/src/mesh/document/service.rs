@@ -3,7 +3,8 @@
 use super::gateway::{gateway, ports};
 use super::shared::Shared;
 use crate::SpiffeId;
-use crate::mesh::names::{Name, NetworkCidr, canonical};
+use crate::cidr::canonical;
+use crate::mesh::names::{Name, NetworkCidr};
 use crate::mesh::{
     IpFamilies, LoadBalancing, LoadBalancingMode, NetworkAddress, Scope, Service, Visibility,
     WeightedWaypoint,

@@ -36,7 +36,6 @@ fn nothing_written_means_no_hbone_and_no_further_trust() {
     assert_eq!((settings.identity, settings.trust), (None, TrustSettings::default()));
     let TunnelSettings { max_age, streams, per_peer } = settings.tunnels;
     assert_eq!((max_age.as_secs(), streams, per_peer), (3600, 100, 4));
-    assert_eq!(settings.limits.handshakes_per_source, 64);
 }
 
 #[test]
@@ -225,7 +224,6 @@ fn counts_have_their_bounds() {
     ] {
         is_refused(&format!("tunnels: {{{key}: {wrong}}}\n"), &format!("tunnels.{key}"));
     }
-    is_refused("limits: {handshakes_per_source: 0}\n", "limits.handshakes_per_source");
 }
 
 #[test]

@@ -1,0 +1,57 @@
+//! What others can make us hold, for how long, and what becomes of it when another process takes over.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What others can make us do at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections and streams that one worker serves.
+    pub connections_per_worker: usize,
+    /// Connections and streams of one source address (IPv6: of one /64); `None`: as many as the workers serve.
+    pub connections_per_source: Option<usize>,
+    /// How many connections each listener takes in a second; `None`: as many as come.
+    pub accepts_per_second: Option<u32>,
+    /// TLS handshakes under way; further ones wait.
+    pub handshakes: usize,
+    /// TLS handshakes that one source address may have under way.
+    pub handshakes_per_source: usize,
+    /// Bytes of memory for the buffers of busy connections, of all workers together.
+    pub buffers: usize,
+}
+
+/// How long a peer may let us wait.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Timeouts {
+    /// For a TCP connection to be established.
+    pub connect: Duration,
+    /// For a TLS and HTTP/2 handshake to end, as client and as server.
+    pub handshake: Duration,
+    /// For the answer to a CONNECT request.
+    pub reply: Duration,
+    /// For a byte to move in a connection; `None`: for ever.
+    pub idle: Option<Duration>,
+    /// For a byte to move in a connection of which one direction has ended; `None`: for ever.
+    pub half_close: Option<Duration>,
+    /// For a byte from the other side of a socket, before the kernel probes whether that side is still there.
+    pub keepalive: Duration,
+    /// For connections to end by themselves once the proxy was told to stop.
+    pub drain: Duration,
+    /// The same once another process has taken over.
+    pub handed_over: Duration,
+    /// For a pooled tunnel without streams before it is closed.
+    pub pool_idle: Duration,
+    /// For an endpoint that could not be connected to, before it is chosen again.
+    pub set_aside: Duration,
+}
+
+/// Where another process may ask for our listeners.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TakeOver {
+    /// At a socket that is named after the network namespace.
+    Auto,
+    /// At this Unix socket.
+    At(PathBuf),
+    /// Nowhere.
+    Off,
+}
