@@ -242,7 +242,8 @@ impl fmt::Display for SandboxRemedy {
 fn listen_advice(source: &io::Error, setting: &str) -> String {
     match source.kind() {
         io::ErrorKind::AddrInUse => format!(
-            "another process already listens there; stop it, or choose another port with `{setting}`"
+            "another process already listens there; stop it, take over from it if it is underpass (`run --take-over`), or \
+             choose another port with `{setting}`"
         ),
         io::ErrorKind::PermissionDenied => format!(
             "the kernel does not permit it; a port below 1024 needs NET_BIND_SERVICE and a marked socket \

@@ -36,6 +36,16 @@ pub(crate) fn refuse() -> Result<(), InterceptionError> {
     why.map_or(Ok(()), |why| Err(InterceptionError::HostNamespace { why }))
 }
 
+/// The number of the network namespace that the calling thread is in, by which it is told from others
+/// of this machine.
+///
+/// # Errors
+///
+/// /proc does not tell.
+pub fn network_namespace() -> io::Result<u64> {
+    fs::metadata("/proc/thread-self/ns/net").map(|file| file.ino())
+}
+
 /// What the kernel shows of the calling thread's namespaces.
 #[derive(Debug, Clone)]
 struct Facts {
@@ -55,7 +65,7 @@ impl Facts {
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Ok(Self {
             kernel: version(&release).unwrap_or_default(),
-            net: inode("/proc/thread-self/ns/net")?,
+            net: network_namespace()?,
             user: inode("/proc/thread-self/ns/user")?,
             pid: inode("/proc/thread-self/ns/pid")?,
             net_of_init: inode("/proc/1/ns/net").ok(),

@@ -5,8 +5,9 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::socket::canonical;
 
@@ -20,6 +21,15 @@ pub struct BoundListener {
 }
 
 impl BoundListener {
+    /// The same listener once more: both accept from one queue, and it closes with the last of them.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        self.listener.try_clone().map(Self::from)
+    }
+
     /// Where it listens, with the port that the kernel chose if it was asked to.
     ///
     /// # Errors
@@ -40,6 +50,35 @@ impl BoundListener {
     /// Outside of a tokio runtime with IO, as tokio's own listeners do.
     pub fn register(self) -> io::Result<Listener> {
         tokio::net::TcpListener::from_std(self.listener).map(|listener| Listener { listener })
+    }
+}
+
+impl AsFd for BoundListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl From<TcpListener> for BoundListener {
+    fn from(listener: TcpListener) -> Self {
+        Self { listener }
+    }
+}
+
+impl TryFrom<OwnedFd> for BoundListener {
+    type Error = io::Error;
+
+    /// From another process, which may send what it wants.
+    fn try_from(socket: OwnedFd) -> io::Result<Self> {
+        let listens = SockRef::from(&socket).is_listener()?;
+        let listener = TcpListener::from(socket);
+        // Fails for what has no IP address.
+        listener.local_addr()?;
+        if !listens {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        listener.set_nonblocking(true)?;
+        Ok(listener.into())
     }
 }
 
@@ -101,5 +140,5 @@ pub(crate) fn bind(
     }
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
-    Ok(BoundListener { listener: socket.into() })
+    Ok(TcpListener::from(socket).into())
 }

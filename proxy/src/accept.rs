@@ -97,8 +97,12 @@ pub(crate) async fn accept_loop(
             return;
         }
     };
-    let Shared { drain, gate, .. } = &worker.shared;
-    let accepting = gate.accept(|| accept_forever(&worker, kind, &listener, &peers));
+    let Shared { drain, accept: gate, .. } = &worker.shared;
+    let accepting = async {
+        loop {
+            gate.pass(accept_forever(&worker, kind, &listener, &peers)).await;
+        }
+    };
     tokio::select! {
         () = drain.closing() => {}
         () = accepting => {}

@@ -2,16 +2,19 @@
 //!
 //! Start: check → bind → mesh, certificate from files → rules → the proxy's own user → certificate from others → workers →
 //! self-test → ready. Whatever fails before the rules leaves none behind; stop: unready → no more accepts, GOAWAY → drain →
-//! rules removed or kept → end.
+//! rules removed or kept → end. Taking over from a process that runs has the same steps, with its listeners (`take_over.rs`).
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use underpass_config::{MeshSource, Profile, Settings, Sources};
 use underpass_hbone::HandshakeLimit;
-use underpass_interception::{BoundListener, Ports, Sockets, ipv6_available, raise_open_files};
+use underpass_interception::{
+    BoundListener, Ports, Probe, Sockets, ipv6_available, raise_open_files,
+};
 
 use crate::accept::Kind;
 use crate::capture::{Capture, keep};
@@ -20,6 +23,7 @@ use crate::cli::CommandError;
 use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::gate::Gate;
+use crate::listeners::Listeners;
 use crate::notify;
 use crate::parent::ParentGone;
 use crate::policy::Rules;
@@ -28,25 +32,78 @@ use crate::reload::Reload;
 use crate::resolve::Resolver;
 use crate::self_test::SelfTest;
 use crate::snapshot::Snapshot;
+use crate::take_over::{Claim, Gates, Handed, Offer, Offered};
 use crate::worker::{self, Shared, Workers};
 use crate::{metrics, processors};
 
-/// Runs until a signal says stop, or the parent ends if `until_eof` asks for that. `sources` are where the settings came
-/// from, and are read again when they change.
+/// How `underpass run` was started.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Start {
+    /// Whether to stop when the parent ends.
+    pub(crate) until_eof: bool,
+    /// Whether to take over from the process that runs.
+    pub(crate) take_over: bool,
+}
+
+/// Whose the rules are, and from whom they are to come to us.
+#[derive(Debug)]
+struct Tenure {
+    /// The process that we are about to take over from.
+    claim: Option<Claim>,
+    /// Whether the rules are ours to remove.
+    rules: bool,
+}
+
+/// Why a proxy serves no longer.
+#[derive(Debug, Clone, Copy)]
+enum End {
+    Stopped(&'static str),
+    /// Another process serves instead.
+    HandedOver {
+        pid: Option<i32>,
+    },
+}
+
+/// Runs until it is told to stop, or another process has taken over. `sources` are where the settings came from, and are read
+/// again when they change.
 pub(crate) async fn run(
     settings: Settings,
     sources: Sources,
-    until_eof: bool,
+    start: Start,
 ) -> Result<(), CommandError> {
-    let stop = StopSignal::new(until_eof)?;
+    let stop = StopSignal::new(start.until_eof)?;
     raise_open_files().map_err(CommandError::Start)?;
+    let (claim, handed) = claim(&settings, start.take_over).await?.unzip();
+    let mut tenure = Tenure { rules: claim.is_none(), claim };
     let capture = Capture::prepare(&settings).await?;
-    let proxy = Proxy::prepare(&settings, &capture).await?;
+    let proxy = Proxy::prepare(&settings, &capture, handed.unwrap_or_default()).await?;
     let reload = Reload::watch(&settings, sources)?;
+    if let Some(claim) = &tenure.claim {
+        claim.rules().await?;
+    }
     capture.install().await?;
-    let outcome = serve(&settings, &capture, proxy, reload, stop).await;
+    let outcome = serve(&settings, &capture, proxy, reload, stop, &mut tenure).await;
+    if !tenure.rules {
+        tracing::info!("the rules are another process's");
+        return outcome;
+    }
     let left = capture.leave(&settings.interception).await;
     outcome.and(left)
+}
+
+/// The process to take over from, if there is to be one and there is, and what it has handed over.
+async fn claim(
+    settings: &Settings,
+    take_over: bool,
+) -> Result<Option<(Claim, Handed)>, CommandError> {
+    if !take_over {
+        return Ok(None);
+    }
+    let claim = Claim::make(settings).await?;
+    if claim.is_none() {
+        tracing::info!("there is no process to take over from: starting as ever");
+    }
+    Ok(claim)
 }
 
 /// From the installed rules to the end of the last connection.
@@ -56,8 +113,11 @@ async fn serve(
     proxy: Proxy,
     reload: Reload,
     mut stop: StopSignal,
+    tenure: &mut Tenure,
 ) -> Result<(), CommandError> {
-    let Proxy { mut shared, publisher, certificate, listeners, readiness } = proxy;
+    let Proxy { mut shared, publisher, certificate, listeners, mut offer, gates, endpoints } =
+        proxy;
+    let readiness = &endpoints.readiness;
     // Made while the process may still be another user than the proxy, whose connections are not caught.
     let probes = capture.probes(&settings.interception)?;
     if capture.become_proxy(&settings.interception)? {
@@ -77,10 +137,21 @@ async fn serve(
         }
         Certificate::Off | Certificate::Wanted(_) => None,
     };
+    if let Some(claim) = &tenure.claim {
+        claim.accept().await?;
+        gates.accept.open();
+    }
     let workers = settings.proxy.workers.unwrap_or_else(processors);
     let Workers { threads, applied } = worker::start(&shared, workers, listeners)?;
     let publishing = tokio::spawn(publisher.follow(applied));
-    capture.test(&shared.self_test, probes).await?;
+    if let Err(error) = prove(capture, &shared, probes, tenure).await {
+        // Who goes on accepting instead goes first; what came meanwhile is served.
+        gates.accept.close().await;
+        tenure.claim = None;
+        shared.drain.drain(settings.timeouts.drain).await;
+        return Err(error);
+    }
+    offer.own();
     readiness.ready();
     notify::ready();
     let ports = shared.rules.ports;
@@ -88,22 +159,29 @@ async fn serve(
         workload = %settings.workload.name, workers, outbound = ports.outbound, inbound = ports.inbound,
         hbone = ports.hbone, profile = %settings.interception.profile, "ready"
     );
-    let keeper =
-        tokio::spawn(keep(capture.guard(&settings.interception)?, reload, readiness.clone()));
+    let guard = capture.guard(&settings.interception)?;
+    let keeper = tokio::spawn(keep(guard, reload, readiness.clone(), gates.rules));
 
-    let why = stop.wait().await;
+    let end = until_end(settings, capture, offer, &mut stop).await;
     keeper.abort();
     readiness.draining();
-    notify::stopping();
-    let deadline = settings.timeouts.drain;
-    tracing::info!(why, connections = shared.drain.open(), ?deadline, "stopping");
-    let aborted = tokio::select! {
-        aborted = shared.drain.drain(deadline) => aborted,
-        why = stop.wait() => {
-            tracing::warn!(why, "told to stop again: not draining any longer");
-            shared.drain.drain(Duration::ZERO).await
+    let timeouts = &settings.timeouts;
+    let connections = shared.drain.open();
+    let deadlines = match end {
+        End::Stopped(why) => {
+            notify::stopping();
+            tracing::info!(why, connections, deadline = ?timeouts.drain, "stopping");
+            [timeouts.drain, Duration::ZERO, Duration::ZERO]
+        }
+        End::HandedOver { pid } => {
+            tenure.rules = false;
+            endpoints.close();
+            notify::succeeded_by(pid);
+            tracing::info!(pid, connections, deadline = ?timeouts.handed_over, "another process has taken over");
+            [timeouts.handed_over, timeouts.drain, Duration::ZERO]
         }
     };
+    let aborted = drain(&shared.drain, &mut stop, deadlines).await;
     tracing::info!(aborted, "drained");
     // Until here: what drains may outlive a certificate, or be forbidden.
     publishing.abort();
@@ -118,29 +196,132 @@ async fn serve(
     Ok(())
 }
 
+/// Tests the rules with connections that come to us; then whoever served before needs to no longer.
+async fn prove(
+    capture: &Capture,
+    shared: &Shared,
+    probes: Vec<Probe>,
+    tenure: &mut Tenure,
+) -> Result<(), CommandError> {
+    capture.test(&shared.self_test, probes).await?;
+    if let Some(claim) = &tenure.claim {
+        claim.ready().await?;
+    }
+    *tenure = Tenure { claim: None, rules: true };
+    Ok(())
+}
+
+/// Waits until it is told to stop, or another process has taken over. While one tries, a signal has to wait.
+async fn until_end(
+    settings: &Settings,
+    capture: &Capture,
+    mut offer: Offer,
+    stop: &mut StopSignal,
+) -> End {
+    loop {
+        let conversation = tokio::select! {
+            why = stop.wait() => return End::Stopped(why),
+            conversation = offer.asked() => conversation,
+        };
+        match offer.answer(conversation).await {
+            Offered::Taken { pid } => return End::HandedOver { pid },
+            // Who keeps the rules looks at them now; else it is done here.
+            Offered::TakenBack if settings.interception.repair => {}
+            Offered::TakenBack => {
+                if let Err(error) = capture.install().await {
+                    let error = crate::error::chain(&error);
+                    tracing::error!(error, "the rules may be other than they should");
+                }
+            }
+        }
+    }
+}
+
+/// Drains to the first deadline; each time that it is told to stop, to the next one.
+async fn drain(drain: &Drain, stop: &mut StopSignal, deadlines: [Duration; 3]) -> usize {
+    let [first, second, last] = deadlines;
+    for deadline in [first, second] {
+        tokio::select! {
+            aborted = drain.drain(deadline) => return aborted,
+            why = stop.wait() => tracing::warn!(why, "told to stop again: not draining as long as that"),
+        }
+    }
+    drain.drain(last).await
+}
+
 /// What serves connections, bound and loaded but not yet running.
 struct Proxy {
     shared: Shared,
     publisher: Publisher,
     certificate: Certificate,
-    listeners: Vec<(Kind, BoundListener)>,
-    readiness: Readiness,
+    listeners: [(Kind, BoundListener); 3],
+    offer: Offer,
+    gates: Gates,
+    endpoints: Endpoints,
 }
 
 impl Proxy {
-    async fn prepare(settings: &Settings, capture: &Capture) -> Result<Self, CommandError> {
+    async fn prepare(
+        settings: &Settings,
+        capture: &Capture,
+        handed: Handed,
+    ) -> Result<Self, CommandError> {
         let (ports, ipv6) = (Ports::of(&settings.proxy), ipv6_available());
         let sockets =
             Sockets::new(&settings.interception, ipv6).with_keepalive(settings.timeouts.keepalive);
-        let listeners = bind_data_path(&sockets, ports)?;
-        let readiness = Readiness::default();
-        bind_endpoints(&sockets, settings, &readiness)?;
+        let gates = Gates::default();
+        if handed.is_something() {
+            // It is still another process that answers.
+            gates.accept.close().await;
+        }
+        let Handed { listeners, place } = handed;
+        let listeners = Listeners::bind(&sockets, settings, listeners)?;
+        let offered = listeners.try_clone().map_err(CommandError::Start)?;
+        let offer = Offer::make(settings, offered, gates.clone(), place)?;
+        let (listeners, readiness, metrics) = listeners.split();
+        let endpoints = Endpoints::serve(readiness, metrics, &gates.accept)?;
         let unprivileged = capture.is_by_user() && !sockets.need_net_admin();
         let certificate = Certificate::prepare(settings, &sockets).await?;
         let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref())?;
         let publisher = Publisher::new(source, mesh, &settings.workload);
-        let shared = shared(settings, sockets, ports, unprivileged, publisher.subscribe());
-        Ok(Self { shared, publisher, certificate, listeners, readiness })
+        let accept = gates.accept.clone();
+        let shared = shared(settings, sockets, ports, unprivileged, publisher.subscribe(), accept);
+        Ok(Self { shared, publisher, certificate, listeners, offer, gates, endpoints })
+    }
+}
+
+/// Readiness and metrics, served on the control thread from now on.
+struct Endpoints {
+    readiness: Readiness,
+    serving: [JoinHandle<()>; 2],
+}
+
+impl Endpoints {
+    fn serve(
+        readiness: BoundListener,
+        metrics: BoundListener,
+        gate: &Gate,
+    ) -> Result<Self, CommandError> {
+        let handle = metrics::install().map_err(CommandError::Metrics)?;
+        let state = Readiness::default();
+        let serve = |endpoint: Endpoint, listener, purpose| {
+            let gate = gate.clone();
+            tokio::spawn(async move {
+                if let Err(error) = endpoint.serve(listener, gate).await {
+                    tracing::error!(purpose, %error, "an endpoint ended");
+                }
+            })
+        };
+        let serving = [
+            serve(Endpoint::Readiness(state.clone()), readiness, "readiness"),
+            serve(Endpoint::Metrics(handle), metrics, "metrics"),
+        ];
+        Ok(Self { readiness: state, serving })
+    }
+
+    /// Closes their listeners: another process has them too.
+    fn close(&self) {
+        self.serving.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -152,56 +333,13 @@ fn join(threads: Vec<std::thread::JoinHandle<()>>) {
     }
 }
 
-fn bind_data_path(
-    sockets: &Sockets,
-    ports: Ports,
-) -> Result<Vec<(Kind, BoundListener)>, CommandError> {
-    Ok(vec![
-        (
-            Kind::Outbound,
-            sockets.listen(ports.outbound, "caught outbound connections", "proxy.outbound_port")?,
-        ),
-        (Kind::Hbone, sockets.listen(ports.hbone, "tunnels", "proxy.hbone_port")?),
-        (
-            Kind::Plaintext,
-            sockets.listen(ports.inbound, "caught inbound connections", "proxy.inbound_port")?,
-        ),
-    ])
-}
-
-/// Binds the readiness and metrics endpoints and serves them on the control thread from now on.
-fn bind_endpoints(
-    sockets: &Sockets,
-    settings: &Settings,
-    readiness: &Readiness,
-) -> Result<(), CommandError> {
-    let handle = metrics::install().map_err(CommandError::Metrics)?;
-    let endpoints = [
-        (
-            Endpoint::Readiness(readiness.clone()),
-            settings.readiness,
-            "readiness",
-            "readiness.address",
-        ),
-        (Endpoint::Metrics(handle), settings.metrics, "metrics", "metrics.address"),
-    ];
-    for (endpoint, address, purpose, setting) in endpoints {
-        let listener = sockets.listen_on(address, purpose, setting)?;
-        tokio::spawn(async move {
-            if let Err(error) = endpoint.serve(listener).await {
-                tracing::error!(purpose, %error, "an endpoint ended");
-            }
-        });
-    }
-    Ok(())
-}
-
 fn shared(
     settings: &Settings,
     sockets: Sockets,
     ports: Ports,
     unprivileged: bool,
     mesh: watch::Receiver<Arc<Snapshot>>,
+    accept: Gate,
 ) -> Shared {
     let rules = Rules {
         ports,
@@ -222,7 +360,7 @@ fn shared(
         credentials: None,
         handshakes: HandshakeLimit::new(settings.limits.handshakes_per_source),
         drain: Drain::default(),
-        gate: Gate::default(),
+        accept,
         self_test: SelfTest::default(),
         unprivileged,
     }

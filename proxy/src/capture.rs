@@ -11,6 +11,7 @@ use underpass_interception::{
 
 use crate::cli::CommandError;
 use crate::endpoints::Readiness;
+use crate::gate::Gate;
 use crate::guard::{Event, Guard};
 use crate::metrics;
 use crate::reload::Reload;
@@ -73,10 +74,14 @@ impl Capture {
         for leftover in interception.leftovers().await? {
             tracing::warn!("{leftover}");
         }
-        interception.install().await?;
-        let backend = interception.backend();
+        let (backend, rules) = (interception.backend(), self.plan.rules().len());
         metrics::interception(self.profile, backend);
-        tracing::info!(%backend, rules = self.plan.rules().len(), "rules installed");
+        if interception.verify().await?.is_none() {
+            tracing::info!(%backend, rules, "the rules stand as they should");
+            return Ok(());
+        }
+        interception.install().await?;
+        tracing::info!(%backend, rules, "rules installed");
         Ok(())
     }
 
@@ -163,14 +168,23 @@ impl Capture {
 }
 
 /// Keeps the rules, and follows the settings, until the end.
-pub(crate) async fn keep(guard: Option<Guard>, mut reload: Reload, readiness: Readiness) {
+pub(crate) async fn keep(
+    guard: Option<Guard>,
+    mut reload: Reload,
+    readiness: Readiness,
+    gate: Gate,
+) {
     let Some(mut guard) = guard else {
         return reload.refuse_changes().await;
     };
     let mut settings = reload.subscribe();
     tokio::spawn(async move { reload.follow().await });
     loop {
-        let event = guard.next(&mut settings).await;
+        let Some(event) = gate.pass(guard.next(&mut settings)).await else {
+            // Another process may have changed them.
+            guard.look_again();
+            continue;
+        };
         let intact = tell(&event);
         metrics::rules_intact(intact);
         readiness.rules_intact(intact);

@@ -23,6 +23,7 @@ use underpass_interception::InterceptionError;
 use crate::demo::{self, DemoError};
 use crate::error::chain;
 use crate::self_test::SelfTestError;
+use crate::take_over::TakeOverError;
 
 /// Transparent zero-trust networking below the application.
 #[derive(Debug, Parser)]
@@ -80,6 +81,8 @@ pub(crate) enum CommandError {
     NoDnsProxy { port: u16 },
     #[error(transparent)]
     SelfTest(SelfTestError),
+    #[error("cannot take over")]
+    TakeOver(#[from] TakeOverError),
     #[error(
         "interception.profile is none: there are no rules to look after; choose ambient, sidecar or osm (`--profile`)"
     )]

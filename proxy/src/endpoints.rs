@@ -16,6 +16,8 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 use underpass_interception::{BoundListener, Listener};
 
+use crate::gate::Gate;
+
 /// Probes and scrapers are few; more connections than this wait in the kernel's queue.
 const CONNECTIONS: usize = 64;
 /// A client that has not sent its request by then is not a probe.
@@ -85,8 +87,8 @@ impl Endpoint {
         }
     }
 
-    /// Serves until the runtime ends.
-    pub(crate) async fn serve(self, listener: BoundListener) -> std::io::Result<()> {
+    /// Serves until the runtime ends, while the gate is open.
+    pub(crate) async fn serve(self, listener: BoundListener, gate: Gate) -> std::io::Result<()> {
         let listener = listener.register()?;
         let places = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
@@ -94,7 +96,7 @@ impl Endpoint {
             let Ok(place) = places.clone().acquire_owned().await else {
                 return Ok(());
             };
-            let Some(stream) = accept(&listener).await else {
+            let Some(Some(stream)) = gate.pass(accept(&listener)).await else {
                 continue;
             };
             let endpoint = self.clone();

@@ -1,50 +1,50 @@
-//! Whether connections are accepted. While another process tries to take over they are not, and nothing is lost by it: they
-//! wait in the kernel's queue, for either of both.
+//! Whether something goes on that only one process may do: accepting connections, looking after the rules. While another
+//! process tries to take over it does not, and nothing is lost by it: connections wait in the kernel's queue, for either of both.
 
 use std::sync::Arc;
 
 use tokio::sync::watch;
 
-/// Shared by all that accept, and by whoever may stop them.
+/// Shared by all that stand at the gate, and by whoever may close it.
 #[derive(Debug, Clone)]
 pub(crate) struct Gate(Arc<State>);
 
 #[derive(Debug)]
 struct State {
     open: watch::Sender<bool>,
-    /// How many loops may be accepting right now.
-    accepting: watch::Sender<usize>,
+    /// How many have passed and are not back yet.
+    inside: watch::Sender<usize>,
 }
 
 impl Default for Gate {
     fn default() -> Self {
-        let (open, accepting) = (watch::Sender::new(true), watch::Sender::new(0));
-        Self(Arc::new(State { open, accepting }))
+        let (open, inside) = (watch::Sender::new(true), watch::Sender::new(0));
+        Self(Arc::new(State { open, inside }))
     }
 }
 
 impl Gate {
-    /// Accepts by `forever` whenever the gate is open. Cancelling it must lose no connection.
-    pub(crate) async fn accept<F: Future<Output = ()>>(&self, forever: impl Fn() -> F) {
+    /// Waits until the gate is open, and then does `work`; `None` if the gate closed before that was done. Cancelling it must
+    /// lose nothing.
+    pub(crate) async fn pass<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         let mut open = self.0.open.subscribe();
         // The sender is ours, so that waiting cannot fail.
-        while open.wait_for(|open| *open).await.is_ok() {
-            let _accepting = Accepting::new(&self.0);
-            tokio::select! {
-                // First: it may have been closed since.
-                biased;
-                _ = open.wait_for(|open| !*open) => {}
-                () = forever() => return,
-            }
+        open.wait_for(|open| *open).await.ok()?;
+        let _inside = Inside::new(&self.0);
+        tokio::select! {
+            // First: it may have been closed since.
+            biased;
+            _ = open.wait_for(|open| !*open) => None,
+            done = work => Some(done),
         }
     }
 
-    /// Closes the gate and waits until nobody accepts any longer.
+    /// Closes the gate and waits until nobody is inside any longer.
     pub(crate) async fn close(&self) {
         self.0.open.send_replace(false);
+        let mut inside = self.0.inside.subscribe();
         // As above.
-        let mut accepting = self.0.accepting.subscribe();
-        let _none = accepting.wait_for(|accepting| *accepting == 0).await;
+        let _nobody = inside.wait_for(|inside| *inside == 0).await;
     }
 
     pub(crate) fn open(&self) {
@@ -52,19 +52,19 @@ impl Gate {
     }
 }
 
-/// A loop that accepts, for as long as this lives.
-struct Accepting<'a>(&'a State);
+/// Somebody who has passed, for as long as this lives.
+struct Inside<'a>(&'a State);
 
-impl<'a> Accepting<'a> {
+impl<'a> Inside<'a> {
     fn new(state: &'a State) -> Self {
-        state.accepting.send_modify(|accepting| *accepting += 1);
+        state.inside.send_modify(|inside| *inside += 1);
         Self(state)
     }
 }
 
-impl Drop for Accepting<'_> {
+impl Drop for Inside<'_> {
     fn drop(&mut self) {
-        self.0.accepting.send_modify(|accepting| *accepting -= 1);
+        self.0.inside.send_modify(|inside| *inside -= 1);
     }
 }
 
@@ -75,17 +75,17 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn behind_a_closed_gate_nothing_is_accepted_until_it_opens_again() {
+    async fn behind_a_closed_gate_nothing_is_done_until_it_opens_again() {
         let (gate, accepted) = (Gate::default(), Arc::new(AtomicUsize::new(0)));
         let (own, count) = (gate.clone(), accepted.clone());
         let accepting = tokio::spawn(async move {
-            let forever = || async {
-                loop {
-                    count.fetch_add(1, Relaxed);
+            loop {
+                let one = async {
                     tokio::task::yield_now().await;
-                }
-            };
-            own.accept(forever).await;
+                    count.fetch_add(1, Relaxed);
+                };
+                own.pass(one).await;
+            }
         });
         while accepted.load(Relaxed) == 0 {
             tokio::task::yield_now().await;
@@ -101,6 +101,16 @@ mod tests {
             tokio::task::yield_now().await;
         }
         accepting.abort();
+    }
+
+    #[tokio::test]
+    async fn what_is_under_way_when_the_gate_closes_is_cancelled() {
+        let gate = Gate::default();
+        let own = gate.clone();
+        let endless = tokio::spawn(async move { own.pass(std::future::pending::<()>()).await });
+        tokio::task::yield_now().await;
+        gate.close().await;
+        assert_eq!(endless.await.unwrap(), None);
     }
 
     #[tokio::test]

@@ -97,6 +97,11 @@ impl Guard {
         }
     }
 
+    /// Has the next event be what a look at the rules tells.
+    pub(crate) fn look_again(&mut self) {
+        self.look_at = Some(Instant::now());
+    }
+
     async fn look(&mut self) -> Result<Option<Event>, InterceptionError> {
         self.look_at = None;
         let began = Instant::now();

@@ -30,6 +30,7 @@ mod gate;
 mod guard;
 mod headers;
 mod inbound;
+mod listeners;
 mod live;
 mod logging;
 mod metrics;
@@ -46,6 +47,7 @@ mod route;
 mod self_test;
 mod snapshot;
 pub mod spawn;
+mod take_over;
 mod worker;
 
 pub use cli::main;

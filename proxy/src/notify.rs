@@ -15,6 +15,13 @@ pub(crate) fn stopping() {
     notify("STOPPING=1");
 }
 
+/// Tells the supervisor whom to look after from now on.
+pub(crate) fn succeeded_by(pid: Option<i32>) {
+    if let Some(pid) = pid {
+        notify(&format!("MAINPID={pid}"));
+    }
+}
+
 fn notify(state: &str) {
     if let Err(error) = send(state) {
         tracing::warn!(%error, state, "cannot tell $NOTIFY_SOCKET");

@@ -9,7 +9,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-use underpass_interception::Probe;
+use underpass_interception::{Probe, end_on_close};
 
 use crate::accept::{Accepted, Kind};
 
@@ -60,6 +60,10 @@ impl SelfTest {
             return false;
         };
         let claimed = accepted.destination.as_ref().is_ok_and(|arrived| arrived == destination);
+        if claimed {
+            // Whoever connects is not to take a reset for a refusal.
+            end_on_close(&accepted.stream);
+        }
         // Whoever waits no longer has been told something else.
         claimed && arrived.send(()).is_ok()
     }

@@ -50,7 +50,7 @@ pub(crate) struct Shared {
     pub(crate) credentials: Option<watch::Receiver<Credentials>>,
     pub(crate) handshakes: HandshakeLimit,
     pub(crate) drain: Drain,
-    pub(crate) gate: Gate,
+    pub(crate) accept: Gate,
     pub(crate) self_test: SelfTest,
     /// Whether workers can do without any capability.
     pub(crate) unprivileged: bool,
@@ -152,7 +152,7 @@ pub(crate) struct Workers {
 pub(crate) fn start(
     shared: &Shared,
     workers: usize,
-    listeners: Vec<(Kind, BoundListener)>,
+    listeners: [(Kind, BoundListener); 3],
 ) -> Result<Workers, CommandError> {
     let balance = Balance::new(workers);
     let (senders, receivers): (Vec<_>, Vec<_>) =

@@ -56,6 +56,13 @@ impl Settings {
         self
     }
 
+    /// To take over from the process that runs.
+    #[must_use]
+    pub fn take_over(mut self) -> Self {
+        self.flags.push("--take-over".to_owned());
+        self
+    }
+
     /// Where [`write`](Self::write) writes the file: beside the other files of the pod's world.
     #[must_use]
     pub fn file(&self, pod: &Pod) -> PathBuf {

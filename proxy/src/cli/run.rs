@@ -7,7 +7,8 @@ use underpass_config::{Settings, Sources};
 use underpass_interception::drop_capabilities;
 
 use super::CommandError;
-use crate::{app, capture, logging};
+use crate::app::{self, Start};
+use crate::{capture, logging};
 
 /// Where settings come from.
 #[derive(Debug, clap::Args)]
@@ -38,7 +39,7 @@ impl SettingsArguments {
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  underpass run --config underpass.yaml --set logging.format=json"
+    after_help = "Example:\n  underpass run --config underpass.yaml --set logging.format=json\n\nA new version or other settings, without a connection that fails:\n  underpass run --config underpass.yaml --take-over"
 )]
 pub(super) struct Arguments {
     #[command(flatten)]
@@ -46,6 +47,9 @@ pub(super) struct Arguments {
     /// Stop when standard input ends: a child of a test must not outlive it
     #[arg(long)]
     until_eof: bool,
+    /// Take over from the process that runs, without a connection that fails; start as ever if none does
+    #[arg(long)]
+    take_over: bool,
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
@@ -53,7 +57,8 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     let settings = sources.load()?;
     let _logs = logging::start(&settings.logging)?;
     let runtime = control_runtime()?;
-    let outcome = runtime.block_on(app::run(settings, sources, arguments.until_eof));
+    let start = Start { until_eof: arguments.until_eof, take_over: arguments.take_over };
+    let outcome = runtime.block_on(app::run(settings, sources, start));
     // Dropping it would wait for the thread that still waits for a worker which does not end.
     runtime.shutdown_background();
     outcome

@@ -1,0 +1,1 @@
+//! Two processes of which one takes over, in one process.

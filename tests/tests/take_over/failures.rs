@@ -1,0 +1,210 @@
+//! Take-overs that fail: whatever becomes of the new process, the old one goes on as if nothing had been.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::UnixStream;
+use underpass::spawn::SpawnError;
+use underpass_interception::{BoundListener, Handover};
+use underpass_tests::{APP, Family, Proxy, Scene, Server, Settings, Suite, tool, until, within};
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite.test("a process of another kind is refused, and told what differs", another_kind);
+    suite.test("a process that does not start leaves the old one as it was", does_not_start);
+    suite.test("a process that leaves half-way has cost no connection", leaves_half_way);
+    suite.test("rules that a process changed before it left are put back", rules_put_back);
+    suite.test("what is said at the socket by others disturbs nobody", nonsense);
+    suite.test("without --take-over a second process is told about it", second_process);
+    suite.test_with_users("another user's process gets no listener", another_user);
+}
+
+/// A client's proxy whose socket is known, and a server that sends back what it gets.
+struct Running {
+    scene: Scene,
+    proxy: Proxy,
+    socket: PathBuf,
+    _server: Proxy,
+    _echo: Server,
+}
+
+impl Running {
+    async fn new() -> Self {
+        let scene = Scene::new().await;
+        let socket = scene.client.folder().join("take-over.sock");
+        let settings = with_socket(&scene, &socket);
+        let proxy = scene.client.proxy(&settings).await;
+        let server = scene.server.proxy(&scene.server_settings()).await;
+        let echo = Server::echo(&scene.server, APP);
+        Self { scene, proxy, socket, _server: server, _echo: echo }
+    }
+
+    fn settings(&self) -> Settings {
+        with_socket(&self.scene, &self.socket).take_over()
+    }
+
+    /// Starts a process that does not take over: its exit code and what it said.
+    async fn fails(&self, settings: &Settings) -> (Option<i32>, String) {
+        match self.scene.client.try_proxy(settings).await {
+            Err(SpawnError::Ended { status, log }) => (status.code(), log),
+            other => unreachable!("it did not end by itself: {other:?}"),
+        }
+    }
+
+    /// The old process serves, and can be succeeded.
+    async fn goes_on(&mut self) {
+        self.scene.echoed().await;
+        let new = self.scene.client.proxy(&self.settings()).await;
+        self.proxy.line(&["another process has taken over"]).await;
+        assert!(self.proxy.ended().await.success(), "{}", self.proxy.log());
+        self.proxy = new;
+        self.scene.echoed().await;
+    }
+
+    /// A conversation with the running process by somebody who is none.
+    async fn talk(&self) -> Handover {
+        Handover::new(UnixStream::connect(&self.socket).await.expect("connected"))
+    }
+
+    /// One in which the listeners have been handed over.
+    async fn claim(&self) -> (Handover, Vec<BoundListener>) {
+        let stranger = self.talk().await;
+        stranger.say("who are you?", &[]).await.expect("said");
+        let (refusal, _) = stranger.hear().await.expect("heard").expect("an answer");
+        let role = refusal.split('"').nth(1).expect("what it is");
+        let conversation = self.talk().await;
+        conversation.say(role, &[]).await.expect("said");
+        let (names, sockets) = conversation.hear().await.expect("heard").expect("an answer");
+        let names = names.strip_prefix("listeners ").expect("listeners").split(' ');
+        let listeners = names
+            .zip(sockets)
+            .filter(|(name, _)| *name != "take-over")
+            .map(|(_, socket)| BoundListener::try_from(socket).expect("a listener"));
+        (conversation, listeners.collect())
+    }
+}
+
+fn with_socket(scene: &Scene, socket: &std::path::Path) -> Settings {
+    scene.client_settings().set(&format!("take_over.socket={}", socket.display()))
+}
+
+async fn ask(conversation: &Handover, what: &str) {
+    conversation.say(what, &[]).await.expect("said");
+    let answer = within("an answer", conversation.hear()).await.expect("heard");
+    assert_eq!(answer.expect("an answer").0, "ok");
+}
+
+async fn another_kind() {
+    let mut running = Running::new().await;
+    for (setting, told) in [
+        ("proxy.outbound_port=15011", "ports 15011 15006 15008"),
+        ("interception.profile=none", "profile none"),
+    ] {
+        let (code, log) = running.fails(&running.settings().set(setting)).await;
+        assert_eq!(code, Some(1), "{log}");
+        for part in ["does not let us take over", "ports 15001 15006 15008", told] {
+            assert!(log.contains(part), "{part} is missing:\n{log}");
+        }
+        running.proxy.line(&["another process did not take over", "it is not like us"]).await;
+    }
+    running.goes_on().await;
+}
+
+async fn does_not_start() {
+    let mut running = Running::new().await;
+    let settings = [
+        "identity.certificate=/nowhere.pem",
+        // Found after the rules became the new process's, and nobody issues certificates there.
+        "identity={istio_ca: {address: \"https://127.0.0.1:1\", roots: /nowhere.pem, token: /nowhere}}",
+    ];
+    for setting in settings {
+        let rules = running.scene.client.traces().await;
+        let (code, log) = running.fails(&running.settings().set(setting)).await;
+        assert_ne!(code, Some(0), "{log}");
+        running.scene.echoed().await;
+        assert_eq!(running.scene.client.traces().await, rules);
+    }
+    running.goes_on().await;
+}
+
+async fn leaves_half_way() {
+    let mut running = Running::new().await;
+    for asked in [&["rules"][..], &["rules", "accept"]] {
+        let (conversation, listeners) = running.claim().await;
+        for what in asked {
+            ask(&conversation, what).await;
+        }
+        let left = ["did not take over", "it left"];
+        let before = running.proxy.count(&left);
+        let echo = tokio::join!(running.scene.echoed(), async {
+            // With the conversation, and not before, somebody accepts again.
+            if asked.contains(&"accept") {
+                let to = running.scene.app(Family::V4);
+                within("a connection waits", running.scene.client.dial(to)).await.expect("queued");
+            }
+            drop((conversation, listeners));
+        });
+        let ((), ()) = echo;
+        running.proxy.more_than(before, &left).await;
+    }
+    running.goes_on().await;
+}
+
+async fn rules_put_back() {
+    for repair in [true, false] {
+        let mut running = Running::new().await;
+        if !repair {
+            let settings = running.settings().set("interception.repair=false");
+            running.proxy = running.scene.client.proxy(&settings).await;
+        }
+        let rules = running.scene.client.traces().await;
+        let (conversation, _listeners) = running.claim().await;
+        ask(&conversation, "rules").await;
+        tool(&running.scene.client, "nft", &["flush", "ruleset"]).await.ok();
+        drop(conversation);
+        until("the rules are back", async || running.scene.client.traces().await == rules).await;
+        running.scene.echoed().await;
+    }
+}
+
+async fn nonsense() {
+    let mut running = Running::new().await;
+    let mut raw = UnixStream::connect(&running.socket).await.expect("connected");
+    raw.write_all(&[0xff; 10_000]).await.ok();
+    drop(UnixStream::connect(&running.socket).await.expect("connected"));
+    let (conversation, _listeners) = running.claim().await;
+    // Out of turn.
+    conversation.say("ready", &[]).await.expect("said");
+    running.proxy.line(&["did not take over", "instead of"]).await;
+    drop(raw);
+    running.goes_on().await;
+}
+
+async fn second_process() {
+    let running = Running::new().await;
+    let settings = with_socket(&running.scene, &running.socket);
+    let (code, log) = running.fails(&settings).await;
+    assert_eq!(code, Some(1), "{log}");
+    assert!(log.contains("--take-over"), "{log}");
+    running.scene.echoed().await;
+}
+
+async fn another_user() {
+    let mut running = Running::new().await;
+    // Who may connect is decided by who it is, not by the file alone.
+    fs::set_permissions(&running.socket, fs::Permissions::from_mode(0o666)).expect("a file");
+    let folder = running.socket.parent().expect("a folder");
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).expect("a folder");
+    let settings = running.settings();
+    let script = "exec setpriv --reuid 4711 --regid 4711 --clear-groups \"$UNDERPASS\" \"$@\"";
+    match running.scene.client.try_proxy_through(script, &settings).await {
+        Err(SpawnError::Ended { status, log }) => {
+            assert_eq!(status.code(), Some(1), "{log}");
+            assert!(log.contains("it gives way to its own user and root"), "{log}");
+        }
+        other => unreachable!("it did not end by itself: {other:?}"),
+    }
+    running.proxy.line(&["did not take over", "it is user 4711"]).await;
+    running.goes_on().await;
+}

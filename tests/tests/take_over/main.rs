@@ -1,0 +1,259 @@
+//! Hot restart: one process takes over from another, and no connection notices. What goes wrong on the way is in `failures`.
+#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
+mod failures;
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+
+use nix::sys::signal::Signal;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use underpass_tests::{
+    APP, End, Family, Pod, Proxy, Scene, Server, Settings, Suite, exchange, http_get, read_to_end,
+    within,
+};
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new();
+    suite.test_both(
+        "what is open goes on in the old process, what is new comes to the new one",
+        both_serve,
+    );
+    suite.test("the old process ends with its last connection, and leaves the rules", old_one_ends);
+    suite.test("one after the other takes over, under load, and nothing fails", nothing_fails);
+    suite
+        .test("the server's proxy hands over in the middle of its clients' tunnels", tunnels_go_on);
+    suite.test("readiness and metrics are the new process's", seen_from_outside);
+    suite.test(
+        "at timeouts.handed_over what is left in the old process is reset",
+        handed_over_deadline,
+    );
+    suite.test("the old process can be told to stop", old_one_stopped);
+    suite.test("with on_exit: remove the rules go with the last process only", removed_by_the_last);
+    suite.test_with_users("the profiles by user hand over too", by_user);
+    suite.test("where no process runs it starts as ever", nobody_there);
+    failures::add(&mut suite);
+    suite.run()
+}
+
+/// Starts a process that takes over, and waits until the old one knows.
+async fn succeed(pod: &Pod, old: &mut Proxy, settings: &Settings) -> Proxy {
+    let new = pod.proxy(&settings.clone().take_over()).await;
+    old.line(&["another process has taken over", &format!("pid={}", new.pid())]).await;
+    new
+}
+
+async fn both_serve(family: Family) {
+    let (scene, mut old, mut server) = Scene::with_proxies().await;
+    let app = scene.server.listen(APP);
+    let rules = scene.client.traces().await;
+    let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(family)).await;
+    exchange(&mut client, &mut peer).await;
+
+    let mut new = succeed(&scene.client, &mut old, &scene.client_settings()).await;
+    assert_eq!(scene.client.traces().await, rules, "the rules stay as they are");
+    exchange(&mut client, &mut peer).await;
+    let (mut second, mut second_peer, _) = scene.client.meet(&app, scene.app(family)).await;
+    exchange(&mut second, &mut second_peer).await;
+    drop((second, second_peer));
+    new.access_lines(1).await;
+    assert_eq!(old.count(&["access"]), 0, "{}", old.log());
+    server.access_lines(1).await;
+}
+
+async fn old_one_ends() {
+    let (scene, mut old, _server) = Scene::with_proxies().await;
+    let app = scene.server.listen(APP);
+    let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut client, &mut peer).await;
+    let _new = succeed(&scene.client, &mut old, &scene.client_settings()).await;
+    let rules = scene.client.traces().await;
+    client.shutdown().await.expect("FIN is sent");
+    assert_eq!(read_to_end(&mut peer).await, (vec![], End::Fin));
+    peer.shutdown().await.expect("FIN is sent");
+    assert_eq!(read_to_end(&mut client).await, (vec![], End::Fin));
+    assert!(old.ended().await.success(), "{}", old.log());
+    old.line(&["the rules are another process's"]).await;
+    assert_eq!(scene.client.traces().await, rules);
+    let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut client, &mut peer).await;
+}
+
+/// Connects again and again until it is told to stop; every connection has to succeed.
+struct Load {
+    stop: Arc<AtomicBool>,
+    done: Arc<AtomicUsize>,
+    clients: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Load {
+    fn start(scene: &Arc<Scene>, clients: usize) -> Self {
+        let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let client = |_| {
+            let (scene, stop, done) = (scene.clone(), stop.clone(), done.clone());
+            tokio::spawn(async move {
+                while !stop.load(Relaxed) {
+                    scene.echoed().await;
+                    done.fetch_add(1, Relaxed);
+                }
+            })
+        };
+        let clients = (0..clients).map(client).collect();
+        Self { stop, done, clients }
+    }
+
+    /// Waits until this many more connections were served.
+    async fn go_on(&self, more: usize) {
+        let goal = self.done.load(Relaxed) + more;
+        underpass_tests::until("connections are served", async || {
+            tokio::task::yield_now().await;
+            self.done.load(Relaxed) >= goal
+                || self.clients.iter().any(|client| client.is_finished())
+        })
+        .await;
+    }
+
+    async fn end(self) {
+        self.stop.store(true, Relaxed);
+        for client in self.clients {
+            client.await.expect("every connection is served");
+        }
+    }
+}
+
+async fn nothing_fails() {
+    let (scene, mut client_proxy, mut server_proxy) = Scene::with_proxies().await;
+    let _echo = Server::echo(&scene.server, APP);
+    let scene = Arc::new(scene);
+    let load = Load::start(&scene, 8);
+    for _ in 0..4 {
+        load.go_on(30).await;
+        let new = succeed(&scene.client, &mut client_proxy, &scene.client_settings()).await;
+        let mut old = std::mem::replace(&mut client_proxy, new);
+        load.go_on(30).await;
+        let new = succeed(&scene.server, &mut server_proxy, &scene.server_settings()).await;
+        let mut old_server = std::mem::replace(&mut server_proxy, new);
+        assert!(old.ended().await.success(), "{}", old.log());
+        assert!(old_server.ended().await.success(), "{}", old_server.log());
+        assert_eq!(old.count(&["connection failed"]), 0, "{}", old.log());
+        assert_eq!(old_server.count(&["connection failed"]), 0, "{}", old_server.log());
+    }
+    load.go_on(30).await;
+    load.end().await;
+}
+
+async fn tunnels_go_on() {
+    let (scene, mut client_proxy, mut old) = Scene::with_proxies().await;
+    let app = scene.server.listen(APP);
+    let (mut first, mut first_peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut first, &mut first_peer).await;
+    let mut new = succeed(&scene.server, &mut old, &scene.server_settings()).await;
+    exchange(&mut first, &mut first_peer).await;
+    let (mut second, mut second_peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut second, &mut second_peer).await;
+    exchange(&mut first, &mut first_peer).await;
+    drop((first, first_peer, second, second_peer));
+    client_proxy.access_lines(2).await;
+    assert!(old.ended().await.success(), "{}", old.log());
+    new.access_lines(1).await;
+}
+
+async fn seen_from_outside() {
+    let (scene, mut old, _server) = Scene::with_proxies().await;
+    let app = scene.server.listen(APP);
+    let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut client, &mut peer).await;
+    let _new = succeed(&scene.client, &mut old, &scene.client_settings()).await;
+    let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    assert_eq!(http_get(&scene.client, at(15021), "/healthz/ready").await.0, 200);
+    let (status, metrics) = http_get(&scene.client, at(15020), "/metrics").await;
+    assert_eq!(status, 200);
+    assert!(!metrics.contains("istio_tcp_connections_opened_total{"), "the old one's:\n{metrics}");
+    exchange(&mut client, &mut peer).await;
+}
+
+async fn handed_over_deadline() {
+    let scene = Scene::new().await;
+    let settings = scene.client_settings().set("timeouts.handed_over=300ms");
+    let mut old = scene.client.proxy(&settings).await;
+    let _server = scene.server.proxy(&scene.server_settings()).await;
+    let app = scene.server.listen(APP);
+    let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut client, &mut peer).await;
+    let _new = succeed(&scene.client, &mut old, &settings).await;
+    assert_eq!(read_to_end(&mut client).await, (vec![], End::Reset));
+    assert_eq!(read_to_end(&mut peer).await, (vec![], End::Reset));
+    assert!(old.ended().await.success(), "{}", old.log());
+    old.line(&["connection failed", "reason=\"drained\""]).await;
+}
+
+async fn old_one_stopped() {
+    let scene = Scene::new().await;
+    let settings = scene.client_settings().set("timeouts.drain=200ms");
+    let mut old = scene.client.proxy(&settings).await;
+    let _server = scene.server.proxy(&scene.server_settings()).await;
+    let app = scene.server.listen(APP);
+    let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+    exchange(&mut client, &mut peer).await;
+    let _new = succeed(&scene.client, &mut old, &settings).await;
+    exchange(&mut client, &mut peer).await;
+    old.signal(Signal::SIGTERM);
+    assert!(old.ended().await.success(), "{}", old.log());
+    assert_eq!(read_to_end(&mut client).await, (vec![], End::Reset));
+}
+
+async fn removed_by_the_last() {
+    let scene = Scene::new().await;
+    let without = scene.client.traces().await;
+    let settings = scene.client_settings().set("interception.on_exit=remove");
+    let mut old = scene.client.proxy(&settings).await;
+    let with = scene.client.traces().await;
+    let mut new = succeed(&scene.client, &mut old, &settings).await;
+    assert!(old.ended().await.success(), "{}", old.log());
+    assert_eq!(scene.client.traces().await, with);
+    assert!(new.stop().await.success());
+    assert_eq!(scene.client.traces().await, without);
+}
+
+async fn by_user() {
+    for profile in ["sidecar", "osm"] {
+        let scene = Scene::new().await;
+        let settings = scene.client_settings().set(&format!("interception.profile={profile}"));
+        let mut old = scene.client.proxy(&settings).await;
+        let _server = scene.server.proxy(&scene.server_settings()).await;
+        let app = scene.server.listen(APP);
+        let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
+        exchange(&mut client, &mut peer).await;
+        for _ in 0..2 {
+            let mut new = succeed(&scene.client, &mut old, &settings).await;
+            let (mut second, mut second_peer, _) =
+                scene.client.meet(&app, scene.app(Family::V4)).await;
+            exchange(&mut second, &mut second_peer).await;
+            exchange(&mut client, &mut peer).await;
+            drop((second, second_peer));
+            new.access_lines(1).await;
+            // The first one still serves; another one is the one to be succeeded.
+            std::mem::swap(&mut old, &mut new);
+            std::mem::forget(new);
+        }
+    }
+}
+
+async fn nobody_there() {
+    let scene = Scene::new().await;
+    let mut proxy = scene.client.proxy(&scene.client_settings().take_over()).await;
+    proxy.line(&["there is no process to take over from"]).await;
+    // Nor is there one where a killed one has left its socket.
+    proxy.signal(Signal::SIGKILL);
+    proxy.ended().await;
+    let mut proxy = scene.client.proxy(&scene.client_settings().take_over()).await;
+    proxy.line(&["there is no process to take over from"]).await;
+    let mut received = String::new();
+    let ready = scene.client.dial(SocketAddr::from((Ipv4Addr::LOCALHOST, 15021))).await;
+    let mut ready = ready.expect("connected");
+    ready.write_all(b"GET /healthz/ready HTTP/1.0\r\n\r\n").await.expect("sent");
+    within("an answer", ready.read_to_string(&mut received)).await.expect("read");
+    assert!(received.ends_with("ready\n"), "{received}");
+}
