@@ -195,7 +195,7 @@ mod tests {
         assert_eq!(other.hear().await.expect_err("no text").kind(), ErrorKind::InvalidData);
         let (unix, _) = UnixStream::pair().expect("a pair");
         let imposter = OwnedFd::from(unix.into_std().expect("its socket"));
-        assert!(BoundListener::try_from(imposter).is_err());
+        BoundListener::try_from(imposter).expect_err("it does not listen");
     }
 
     #[tokio::test]

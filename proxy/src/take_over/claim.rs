@@ -44,13 +44,17 @@ impl Claim {
             return Err(TakeOverError::Stranger { socket, uid: peer.uid });
         }
         let role = Role::of(settings).map_err(TakeOverError::Namespace)?;
-        let claim = Self { conversation, socket: socket.clone() };
+        let claim = Self::over(conversation, socket.clone());
         let (names, sockets) = claim.ask("hello", &role.to_string()).await?;
         let mut handed = Handed::default();
         for (name, socket) in names.split(' ').zip(sockets) {
             handed.add(name, socket, &claim.socket).map_err(talk)?;
         }
         Ok(Some((claim, handed)))
+    }
+
+    pub(super) fn over(conversation: Handover, socket: PathBuf) -> Self {
+        Self { conversation, socket }
     }
 
     /// From here on, the rules are ours to change.
