@@ -1,113 +1,104 @@
-//! A cap on the TLS handshakes that one source may have under way: each costs us signatures and memory before we know who
-//! it is.
+//! Caps on the TLS handshakes that may be under way: each costs us signatures and memory before we know who it is. One source
+//! has so many and is refused more; all together have so many, and whoever comes then waits for its turn.
 //!
-//! Not here: how long one may take (the caller's deadline), and what becomes of those who are not admitted.
+//! Not here: how long one may wait and take (the caller's deadline), and what becomes of those who are refused.
 
-use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::net::IpAddr;
+use std::sync::Arc;
 
-/// The network part of an IPv6 address: one subscriber has all the addresses below it (RFC 6177).
-const SUBSCRIBER: u128 = !0 << 64;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
 
-/// Counts the handshakes under way by their source. Cheap to clone; clones count together.
+use crate::sources::{SourceGuard, SourceLimit};
+
+/// Counts the handshakes under way. Cheap to clone; clones count together.
 #[derive(Debug, Clone)]
-pub struct HandshakeLimit(Arc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
-    per_source: usize,
-    /// Only sources that have a handshake under way.
-    under_way: Mutex<HashMap<IpAddr, usize>>,
+pub struct HandshakeLimit {
+    sources: SourceLimit,
+    places: Arc<Semaphore>,
 }
 
 /// One handshake under way, for as long as it lives.
 #[derive(Debug)]
 pub struct HandshakeGuard {
-    limit: HandshakeLimit,
-    source: IpAddr,
+    _source: SourceGuard,
+    _place: OwnedSemaphorePermit,
 }
 
 impl HandshakeLimit {
-    /// A limit of `per_source` handshakes at once.
-    pub fn new(per_source: usize) -> Self {
-        Self(Arc::new(Shared { per_source, under_way: Mutex::default() }))
+    /// A limit of `total` handshakes at once, of which one source has `per_source` at most.
+    pub fn new(total: usize, per_source: usize) -> Self {
+        let places = Arc::new(Semaphore::new(total.min(Semaphore::MAX_PERMITS)));
+        Self { sources: SourceLimit::new(per_source), places }
     }
 
-    /// Begins a handshake with `source`; `None` when it has too many under way. An IPv6 source is its /64, and an IPv4
-    /// address that came in through an IPv6 socket is an IPv4 address.
-    pub fn admit(&self, source: IpAddr) -> Option<HandshakeGuard> {
-        let source = match source.to_canonical() {
-            IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & SUBSCRIBER)),
-            v4 @ IpAddr::V4(_) => v4,
-        };
-        let mut under_way = self.under_way();
-        let count = under_way.get(&source).copied().unwrap_or(0);
-        if count >= self.0.per_source {
-            return None;
-        }
-        under_way.insert(source, count + 1);
-        Some(HandshakeGuard { limit: self.clone(), source })
-    }
-
-    fn under_way(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
-        // Nothing panics while it is held.
-        self.0.under_way.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for HandshakeGuard {
-    fn drop(&mut self) {
-        let mut under_way = self.limit.under_way();
-        match under_way.get_mut(&self.source) {
-            Some(count) if *count > 1 => *count -= 1,
-            _ => {
-                under_way.remove(&self.source);
+    /// Begins a handshake with `source`, when those who asked before have had their turn; `None` when it has too many, those
+    /// that wait included. `waits` is called if there is a wait. Whoever gives up waiting leaves nothing behind.
+    pub async fn admit(&self, source: IpAddr, waits: impl FnOnce()) -> Option<HandshakeGuard> {
+        let source = self.sources.admit(source)?;
+        let place = match self.places.clone().try_acquire_owned() {
+            Ok(place) => place,
+            Err(TryAcquireError::NoPermits) => {
+                waits();
+                self.places.clone().acquire_owned().await.ok()?
             }
-        }
+            // It never is.
+            Err(TryAcquireError::Closed) => return None,
+        };
+        Some(HandshakeGuard { _source: source, _place: place })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+    use std::time::Duration;
+
+    use futures_util::FutureExt as _;
+    use tokio::time::timeout;
+
     use super::*;
 
-    fn ip(text: &str) -> IpAddr {
-        text.parse().unwrap()
+    fn ip(last: u8) -> IpAddr {
+        IpAddr::from([10, 0, 0, last])
     }
 
-    #[test]
-    fn a_source_has_no_more_under_way_than_allowed_and_others_are_not_concerned() {
-        let limit = HandshakeLimit::new(2);
-        let (first, _second) = (limit.admit(ip("10.0.0.1")), limit.admit(ip("10.0.0.1")));
-        assert!(first.is_some() && limit.admit(ip("10.0.0.1")).is_none());
-        assert!(limit.clone().admit(ip("10.0.0.1")).is_none(), "clones count together");
-        assert!(limit.admit(ip("10.0.0.2")).is_some());
-        drop(first);
-        assert!(limit.admit(ip("10.0.0.1")).is_some());
+    #[tokio::test]
+    async fn a_source_with_too_many_is_refused_at_once() {
+        let limit = HandshakeLimit::new(10, 1);
+        let held = limit.admit(ip(1), || unreachable!()).await;
+        assert!(limit.clone().admit(ip(1), || unreachable!()).await.is_none());
+        drop(held);
+        assert!(limit.admit(ip(1), || unreachable!()).await.is_some());
     }
 
-    #[test]
-    fn an_ipv6_source_is_its_64_and_a_mapped_address_is_ipv4() {
-        let limit = HandshakeLimit::new(1);
-        let _held = limit.admit(ip("2001:db8:0:1::1"));
-        assert!(limit.admit(ip("2001:db8:0:1:ffff::2")).is_none());
-        assert!(limit.admit(ip("2001:db8:0:2::1")).is_some());
-        let _held = limit.admit(ip("::ffff:10.0.0.1"));
-        assert!(limit.admit(ip("10.0.0.1")).is_none());
-        assert!(limit.admit(ip("::ffff:10.0.0.2")).is_some());
+    #[tokio::test]
+    async fn whoever_comes_when_all_places_are_taken_waits_for_its_turn() {
+        let limit = HandshakeLimit::new(1, 1);
+        let held = limit.admit(ip(1), || unreachable!()).await;
+        let waits = Cell::new(0);
+        let count = || waits.set(waits.get() + 1);
+        let mut second = Box::pin(limit.admit(ip(2), count));
+        let mut third = Box::pin(limit.admit(ip(3), count));
+        assert!((&mut second).now_or_never().is_none());
+        assert!((&mut third).now_or_never().is_none());
+        assert_eq!(waits.get(), 2);
+        assert!(limit.admit(ip(3), || unreachable!()).await.is_none(), "one that waits counts");
+        drop(held);
+        assert!((&mut third).now_or_never().is_none(), "it came later");
+        let second = second.await;
+        assert!(second.is_some() && (&mut third).now_or_never().is_none());
+        drop(second);
+        assert!(third.await.is_some());
     }
 
-    #[test]
-    fn sources_without_a_handshake_are_not_remembered() {
-        let limit = HandshakeLimit::new(3);
-        for last in 0..=255 {
-            let source = IpAddr::from([10, 0, 0, last]);
-            let guards = [limit.admit(source), limit.admit(source)];
-            assert_eq!(limit.under_way().len(), 1);
-            drop(guards);
-        }
-        assert!(HandshakeLimit::new(0).admit(ip("10.0.0.1")).is_none());
-        assert_eq!(limit.under_way().len(), 0);
+    #[tokio::test(start_paused = true)]
+    async fn whoever_gives_up_waiting_leaves_nothing_behind() {
+        let limit = HandshakeLimit::new(1, 1);
+        let held = limit.admit(ip(1), || ()).await;
+        let waiting = timeout(Duration::from_secs(10), limit.admit(ip(2), || ()));
+        waiting.await.unwrap_err();
+        drop(held);
+        let second = limit.admit(ip(2), || unreachable!()).await;
+        assert!(second.is_some());
     }
 }

@@ -33,6 +33,7 @@ mod pool;
 mod server;
 mod settings;
 mod source;
+mod sources;
 mod stream;
 #[cfg(test)]
 mod testing;
@@ -58,6 +59,7 @@ pub use source::{
     FileSource, IdentitySource, IssuerProblem, IstioCa, IstioCaSource, LocalCaSource, NextIdentity,
     Priority, SpireSource,
 };
+pub use sources::{SourceGuard, SourceLimit};
 pub use stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
 pub use tls::PeerIdentity;
 pub use trust::{Trust, TrustFiles};

@@ -40,6 +40,7 @@ pub struct ServerTunnel {
     guard: Guard,
     link: Arc<Link>,
     resumed: bool,
+    draining: bool,
 }
 
 /// A CONNECT request that waits for its answer. Dropped unanswered, it is reset.
@@ -95,7 +96,8 @@ impl Acceptor {
             .map_err(|error| link.stream_error(error))?;
         let keepalive =
             Keepalive::new(self.settings.keepalive.clone(), link.clone(), connection.ping_pong());
-        Ok(ServerTunnel { connection: Some(connection), keepalive, guard, link, resumed })
+        let connection = Some(connection);
+        Ok(ServerTunnel { connection, keepalive, guard, link, resumed, draining: false })
     }
 }
 
@@ -128,8 +130,10 @@ impl ServerTunnel {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// Tells the client to open no more streams (GOAWAY). Open ones go on; then [`ServerTunnel::next`] ends.
+    /// Tells the client to open no more streams (GOAWAY). Open ones go on; then [`ServerTunnel::next`] ends. A client that does
+    /// not let it end, for it neither answers nor reads, is given up like a silent one.
     pub fn drain(&mut self) {
+        self.draining = true;
         if let Some(connection) = &mut self.connection {
             connection.graceful_shutdown();
         }
@@ -162,8 +166,8 @@ impl ServerTunnel {
                 None => return self.end(None),
             }
         }
-        let streams_open = connection.has_streams();
-        match self.keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, streams_open)) {
+        let needed = self.draining || connection.has_streams();
+        match self.keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, needed)) {
             Some(Poll::Ready(dead)) => self.end(Some(dead)),
             _ => Poll::Pending,
         }

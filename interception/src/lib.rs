@@ -47,7 +47,7 @@ pub use interception::{Interception, counters, remove_everything};
 pub use iptables::Variant;
 pub use ipv6::ipv6_available;
 pub use leftovers::{Leftover, LeftoverOwner};
-pub use limits::raise_open_files;
+pub use limits::{is_out_of_files, raise_open_files};
 pub use listener::{BoundListener, Listener};
 pub use netns::{Endpoint, Namespace, veth};
 pub use nftables::RuleCounter;

@@ -6,11 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::time::{sleep, sleep_until};
 use underpass_interception::{
     BoundListener, Listener, Sockets, original_destination, reset_on_close,
 };
 
+use crate::descriptors::{Held, PAIR, Shortage};
 use crate::error::ProxyError;
+use crate::limits::{Limits, Place, Rate, Refusal};
 use crate::metrics;
 use crate::worker::{Assignment, Shared, Worker, serve};
 
@@ -30,7 +33,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Outbound => "outbound",
             Self::Plaintext => "inbound",
@@ -47,10 +50,12 @@ pub(crate) struct Accepted {
     pub(crate) client: SocketAddr,
     /// Where the client meant to go; for [`Kind::Hbone`], where it did go.
     pub(crate) destination: io::Result<SocketAddr>,
+    /// For both sockets of a caught connection, for the one of a tunnel.
+    descriptors: Held,
 }
 
 impl Accepted {
-    fn new(kind: Kind, stream: TcpStream, client: SocketAddr) -> Self {
+    fn new(kind: Kind, stream: TcpStream, client: SocketAddr, descriptors: Held) -> Self {
         let destination = match kind {
             Kind::Hbone => stream.local_addr().map(canonical),
             Kind::Outbound | Kind::Plaintext => {
@@ -59,7 +64,7 @@ impl Accepted {
                 original_destination(&stream)
             }
         };
-        Self { kind, stream, client, destination }
+        Self { kind, stream, client, destination, descriptors }
     }
 
     /// Registers the connection with the runtime of the calling worker.
@@ -67,7 +72,8 @@ impl Accepted {
         let destination = self.destination.map_err(ProxyError::NotCaptured)?;
         sockets.tune(&self.stream).map_err(ProxyError::Client)?;
         let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
-        Ok(Registered { stream, client: self.client, destination })
+        let Self { client, descriptors, .. } = self;
+        Ok(Registered { stream, client, destination, descriptors })
     }
 }
 
@@ -77,6 +83,7 @@ pub(crate) struct Registered {
     pub(crate) stream: tokio::net::TcpStream,
     pub(crate) client: SocketAddr,
     pub(crate) destination: SocketAddr,
+    pub(crate) descriptors: Held,
 }
 
 fn canonical(address: SocketAddr) -> SocketAddr {
@@ -115,22 +122,26 @@ async fn accept_forever(
     listener: &Listener,
     peers: &[mpsc::Sender<Assignment>],
 ) {
+    let Limits { descriptors, accepts_per_second, .. } = &worker.shared.limits;
+    let mut rate = accepts_per_second.map(Rate::new);
     loop {
+        if !descriptors.have_room() {
+            let _paused = descriptors.pause(kind.name(), Shortage::Descriptors);
+            descriptors.room().await;
+        }
         match listener.accept().await {
             Ok((stream, client)) => {
-                let accepted = Accepted::new(kind, stream, client);
-                if !worker.shared.self_test.claims(&accepted) {
-                    assign(worker, accepted, peers);
+                take(worker, kind, stream, client, peers);
+                if let Some(next) = rate.as_mut().and_then(Rate::take) {
+                    metrics::accept_paused(kind.name(), "rate");
+                    sleep_until(next).await;
                 }
             }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
-                metrics::accept_paused(kind.name());
-                tracing::warn!(
-                    listener = kind.name(), %error,
-                    "accepting pauses for {} ms: is the limit of open files too low?", PAUSE.as_millis()
-                );
-                tokio::time::sleep(PAUSE).await;
+                let shortage = Shortage::System(error.raw_os_error());
+                let _paused = descriptors.pause(kind.name(), shortage);
+                sleep(PAUSE).await;
             }
         }
     }
@@ -147,19 +158,56 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
-fn assign(worker: &Arc<Worker>, accepted: Accepted, peers: &[mpsc::Sender<Assignment>]) {
-    let peer = match (accepted.kind, &accepted.destination) {
+/// Gives a connection to whoever shall serve it, unless it exceeds a limit: then it costs next to nothing.
+fn take(
+    worker: &Arc<Worker>,
+    kind: Kind,
+    stream: TcpStream,
+    client: SocketAddr,
+    peers: &[mpsc::Sender<Assignment>],
+) {
+    let Limits { descriptors, .. } = &worker.shared.limits;
+    let source = match worker.shared.limits.admit(client.ip()) {
+        Ok(source) => source,
+        Err(refusal) => return refuse(worker, kind, &stream, refusal),
+    };
+    let held = descriptors.hold(if kind == Kind::Hbone { 1 } else { PAIR });
+    let accepted = Accepted::new(kind, stream, client, held);
+    if worker.shared.self_test.claims(&accepted) {
+        return;
+    }
+    let peer = match (kind, &accepted.destination) {
         (Kind::Outbound, Ok(destination)) => Some(destination.ip()),
         _ => None,
     };
-    let load = worker.balance.assign(peer);
-    let chosen = load.worker();
-    let assignment = Assignment { accepted, load };
+    match worker.balance.assign(peer) {
+        Some(load) => assign(worker, accepted, Place { load, source }, peers),
+        None => refuse(worker, kind, &accepted.stream, Refusal::Worker),
+    }
+}
+
+fn assign(
+    worker: &Arc<Worker>,
+    accepted: Accepted,
+    place: Place,
+    peers: &[mpsc::Sender<Assignment>],
+) {
+    let chosen = place.load.worker();
+    let assignment = Assignment { accepted, place };
     let Some(other) = peers.get(chosen).filter(|_| chosen != worker.index) else {
         return serve(worker, assignment);
     };
     if let Err(refused) = other.try_send(assignment) {
-        let Assignment { accepted, .. } = refused.into_inner();
-        serve(worker, Assignment { accepted, load: worker.balance.load(worker.index) });
+        let Assignment { accepted, place } = refused.into_inner();
+        match worker.balance.load(worker.index) {
+            Some(load) => serve(worker, Assignment { accepted, place: Place { load, ..place } }),
+            None => refuse(worker, accepted.kind, &accepted.stream, Refusal::Worker),
+        }
     }
+}
+
+/// What is refused is reset: a clean end would look like an answer.
+fn refuse(worker: &Worker, kind: Kind, stream: &TcpStream, refusal: Refusal) {
+    reset_on_close(stream);
+    worker.shared.limits.refused(refusal, kind.name());
 }

@@ -11,7 +11,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use underpass_config::{MeshSource, Profile, Settings, Sources};
-use underpass_hbone::HandshakeLimit;
 use underpass_interception::{
     BoundListener, Ports, Probe, Sockets, ipv6_available, raise_open_files,
 };
@@ -23,6 +22,7 @@ use crate::cli::CommandError;
 use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::gate::Gate;
+use crate::limits::Limits;
 use crate::listeners::Listeners;
 use crate::notify;
 use crate::parent::ParentGone;
@@ -141,8 +141,10 @@ async fn serve(
         claim.accept().await?;
         gates.accept.open();
     }
-    let workers = settings.proxy.workers.unwrap_or_else(processors);
+    let workers = workers(settings);
     let Workers { threads, applied } = worker::start(&shared, workers, listeners)?;
+    let (limits, told) = (shared.limits.clone(), readiness.clone());
+    tokio::spawn(async move { limits.tell(told).await });
     let publishing = tokio::spawn(publisher.follow(applied));
     if let Err(error) = prove(capture, &shared, probes, tenure).await {
         // Who goes on accepting instead goes first; what came meanwhile is served.
@@ -325,6 +327,10 @@ impl Endpoints {
     }
 }
 
+fn workers(settings: &Settings) -> usize {
+    settings.proxy.workers.unwrap_or_else(processors)
+}
+
 fn join(threads: Vec<std::thread::JoinHandle<()>>) {
     for thread in threads {
         if thread.join().is_err() {
@@ -358,7 +364,7 @@ fn shared(
         endpoints: Arc::default(),
         resolver: Arc::new(Resolver::system()),
         credentials: None,
-        handshakes: HandshakeLimit::new(settings.limits.handshakes_per_source),
+        limits: Limits::new(&settings.limits, workers(settings)),
         drain: Drain::default(),
         accept,
         self_test: SelfTest::default(),

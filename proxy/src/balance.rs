@@ -16,35 +16,39 @@ const AFFINITY_SLACK: usize = 4;
 #[derive(Debug)]
 pub(crate) struct Balance {
     loads: Vec<AtomicUsize>,
+    /// What one worker may serve at most.
+    limit: usize,
     /// For each peer, how many tunnels each worker holds to it; entries go with their last tunnel.
     tunnels: Mutex<HashMap<IpAddr, Vec<usize>>>,
 }
 
 impl Balance {
-    pub(crate) fn new(workers: usize) -> Arc<Self> {
+    pub(crate) fn new(workers: usize, limit: usize) -> Arc<Self> {
         let loads = (0..workers.max(1)).map(|_| AtomicUsize::new(0)).collect();
-        Arc::new(Self { loads, tunnels: Mutex::default() })
+        Arc::new(Self { loads, limit, tunnels: Mutex::default() })
     }
 
-    /// Chooses a worker for a connection to `peer` and counts it there until the returned load is dropped.
-    pub(crate) fn assign(self: &Arc<Self>, peer: Option<IpAddr>) -> Load {
+    /// Chooses a worker for a connection to `peer` and counts it there until the returned load is dropped. `None` if even the
+    /// least loaded one serves as much as it may.
+    pub(crate) fn assign(self: &Arc<Self>, peer: Option<IpAddr>) -> Option<Load> {
         let loads = || self.loads.iter().map(|load| load.load(Relaxed)).enumerate();
         let (mut worker, least) = loads().min_by_key(|(_, load)| *load).unwrap_or_default();
         if let Some(peer) = peer {
             let holders = self.holders(peer);
             let holds = |worker: usize| holders.get(worker).is_some_and(|tunnels| *tunnels > 0);
-            let near = loads().filter(|(w, load)| holds(*w) && *load <= least + AFFINITY_SLACK);
+            let most = self.limit.saturating_sub(1).min(least + AFFINITY_SLACK);
+            let near = loads().filter(|(w, load)| holds(*w) && *load <= most);
             worker = near.min_by_key(|(_, load)| *load).map_or(worker, |(w, _)| w);
         }
         self.load(worker)
     }
 
-    /// Counts one more connection or stream on `worker`.
-    pub(crate) fn load(self: &Arc<Self>, worker: usize) -> Load {
-        if let Some(load) = self.loads.get(worker) {
-            load.fetch_add(1, Relaxed);
-        }
-        Load { balance: self.clone(), worker }
+    /// Counts one more connection or stream on `worker`; `None` if it serves as much as it may.
+    pub(crate) fn load(self: &Arc<Self>, worker: usize) -> Option<Load> {
+        let one_more = |load| (load < self.limit).then_some(load + 1);
+        let load = self.loads.get(worker)?;
+        load.fetch_update(Relaxed, Relaxed, one_more).ok()?;
+        Some(Load { balance: self.clone(), worker })
     }
 
     /// Notes that `worker` has a tunnel to `peer` until the returned value is dropped.
@@ -121,29 +125,42 @@ mod tests {
 
     #[test]
     fn a_connection_goes_to_the_least_loaded_worker() {
-        let balance = Balance::new(3);
-        let loads: Vec<_> = (0..6).map(|_| balance.assign(None)).collect();
+        let balance = Balance::new(3, usize::MAX);
+        let loads: Vec<_> = (0..6).map(|_| balance.assign(None).unwrap()).collect();
         let workers: Vec<_> = loads.iter().map(Load::worker).collect();
         assert_eq!(workers, [0, 1, 2, 0, 1, 2]);
         drop(loads);
-        assert_eq!(balance.assign(None).worker(), 0);
+        assert_eq!(balance.assign(None).unwrap().worker(), 0);
     }
 
     #[test]
     fn the_holder_of_a_tunnel_is_preferred_until_it_is_clearly_busier() {
-        let balance = Balance::new(2);
+        let balance = Balance::new(2, usize::MAX);
         let tunnel = balance.tunnel(1, PEER);
-        let loads: Vec<_> = (0..=AFFINITY_SLACK).map(|_| balance.assign(Some(PEER))).collect();
+        let loads: Vec<_> =
+            (0..=AFFINITY_SLACK).map(|_| balance.assign(Some(PEER)).unwrap()).collect();
         assert!(loads.iter().all(|load| load.worker() == 1));
-        assert_eq!(balance.assign(Some(PEER)).worker(), 0, "beyond the slack");
+        assert_eq!(balance.assign(Some(PEER)).unwrap().worker(), 0, "beyond the slack");
         drop(tunnel);
         drop(loads);
-        assert_eq!(balance.assign(Some(PEER)).worker(), 0, "the tunnel is gone");
+        assert_eq!(balance.assign(Some(PEER)).unwrap().worker(), 0, "the tunnel is gone");
+    }
+
+    #[test]
+    fn beyond_the_limit_of_every_worker_nothing_is_taken() {
+        let balance = Balance::new(2, 3);
+        let _tunnel = balance.tunnel(1, PEER);
+        let loads: Vec<_> = (0..6).map_while(|_| balance.assign(Some(PEER))).collect();
+        let workers: Vec<_> = loads.iter().map(Load::worker).collect();
+        assert_eq!(workers, [1, 1, 1, 0, 0, 0], "a tunnel is no reason to go beyond the limit");
+        assert!(balance.assign(None).is_none() && balance.load(0).is_none());
+        drop(loads);
+        assert!(balance.assign(None).is_some() && balance.load(0).is_some());
     }
 
     #[test]
     fn nothing_is_remembered_of_a_peer_without_tunnels() {
-        let balance = Balance::new(2);
+        let balance = Balance::new(2, usize::MAX);
         drop((balance.tunnel(0, PEER), balance.tunnel(1, PEER)));
         assert!(balance.tunnels.lock().unwrap().is_empty());
     }

@@ -11,11 +11,12 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use underpass_hbone::Dial;
-use underpass_interception::{Sockets, reset_on_close};
+use underpass_interception::{Sockets, is_out_of_files, reset_on_close};
 
 use crate::balance::{Balance, HeldTunnel};
+use crate::descriptors::{Descriptors, Held};
 use crate::error::ProxyError;
-use crate::metrics::{self, OpenTunnel};
+use crate::metrics::{self, Counted};
 use crate::policy::Permit;
 
 /// Connects to what `permit` allows, within `deadline`.
@@ -65,6 +66,7 @@ async fn within(
             reset_on_close(&stream);
             Ok(stream)
         }
+        Ok(Err(error)) if is_out_of_files(&error) => Err(ProxyError::OutOfDescriptors),
         Ok(Err(error)) => Err(ProxyError::Connect { destination, source: error }),
         Err(_) => Err(ProxyError::ConnectTimeout { destination, after: deadline }),
     }
@@ -76,15 +78,21 @@ pub(crate) struct TunnelDialer {
     pub(crate) sockets: Sockets,
     pub(crate) balance: Arc<Balance>,
     pub(crate) worker: usize,
+    pub(crate) descriptors: Descriptors,
 }
 
 impl Dial for TunnelDialer {
     type Io = TunnelSocket;
 
     async fn dial(&self, address: SocketAddr) -> io::Result<TunnelSocket> {
+        let descriptor = self.descriptors.hold(1);
         let stream = self.sockets.connect(address).await?;
-        let held = self.balance.tunnel(self.worker, address.ip());
-        Ok(TunnelSocket { stream, _held: held, _open: metrics::tunnel_open("outbound") })
+        Ok(TunnelSocket {
+            stream,
+            _descriptor: descriptor,
+            _held: self.balance.tunnel(self.worker, address.ip()),
+            _open: metrics::tunnel_open("outbound"),
+        })
     }
 }
 
@@ -106,8 +114,9 @@ impl Dial for PlainDialer {
 #[derive(Debug)]
 pub(crate) struct TunnelSocket {
     stream: TcpStream,
+    _descriptor: Held,
     _held: HeldTunnel,
-    _open: OpenTunnel,
+    _open: Counted,
 }
 
 impl AsyncRead for TunnelSocket {

@@ -22,6 +22,8 @@ use crate::gate::Gate;
 const CONNECTIONS: usize = 64;
 /// A client that has not sent its request by then is not a probe.
 const HEADER_DEADLINE: Duration = Duration::from_secs(2);
+/// A connection has had its answers by then, or takes places from others that ask: from probes too.
+const DEADLINE: Duration = Duration::from_secs(5);
 /// Prometheus' text format, version 0.0.4.
 const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
 
@@ -31,6 +33,7 @@ pub(crate) struct Readiness {
     phase: Arc<AtomicU8>,
     /// Whether the rules are known to be other than they should, and not put back.
     rules_lost: Arc<AtomicBool>,
+    out_of_descriptors: Arc<AtomicBool>,
 }
 
 const STARTING: u8 = 0;
@@ -50,8 +53,21 @@ impl Readiness {
         self.rules_lost.store(!intact, Relaxed);
     }
 
+    pub(crate) fn out_of_descriptors(&self, are_out: bool) {
+        self.out_of_descriptors.store(are_out, Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_out_of_descriptors(&self) -> bool {
+        self.out_of_descriptors.load(Relaxed)
+    }
+
     fn answer(&self) -> Response<Full<Bytes>> {
         let not_ready = match self.phase.load(Relaxed) {
+            // First: without any, the rules cannot be read either.
+            READY if self.out_of_descriptors.load(Relaxed) => {
+                "not ready: out of file descriptors\n"
+            }
             READY if self.rules_lost.load(Relaxed) => {
                 "not ready: another program changes the rules\n"
             }
@@ -108,8 +124,10 @@ impl Endpoint {
                     .timer(TokioTimer::new())
                     .header_read_timeout(HEADER_DEADLINE)
                     .serve_connection(TokioIo::new(stream), answer);
-                if let Err(error) = connection.await {
-                    tracing::debug!(%error, "a probe's connection failed");
+                match tokio::time::timeout(DEADLINE, connection).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => tracing::debug!(%error, "a probe's connection failed"),
+                    Err(_) => tracing::debug!("a probe's connection took too long"),
                 }
                 drop(place);
             });

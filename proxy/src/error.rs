@@ -11,8 +11,10 @@ use http::StatusCode;
 use thiserror::Error;
 use underpass_config::Workload;
 use underpass_hbone::HboneError;
+use underpass_interception::is_out_of_files;
 
 use crate::authorization::Denial;
+use crate::limits::Refusal;
 use crate::resolve::ResolveError;
 use crate::route::RouteError;
 
@@ -34,6 +36,18 @@ pub(crate) enum ProxyError {
          that never finishes them?"
     )]
     TooManyHandshakes(IpAddr),
+    #[error(
+        "there were too many TLS handshakes under way (limits.handshakes) for this one to have its turn within {} \
+         (timeouts.handshake): a storm of connections, or too few CPUs?",
+        seconds(after)
+    )]
+    HandshakeNotBegun { after: Duration },
+    #[error("{0}")]
+    TooManyConnections(Refusal),
+    #[error(
+        "no file descriptor is left to connect with: raise the limit of open files (ulimit -n, LimitNOFILE)"
+    )]
+    OutOfDescriptors,
     #[error("{0}")]
     Denied(Denial),
     #[error(
@@ -98,6 +112,11 @@ pub(crate) struct Reason {
 }
 
 impl ProxyError {
+    /// What a tunnel failed of; for want of a descriptor, that is not the peer's fault.
+    pub(crate) fn tunnel(error: HboneError) -> Self {
+        if lacks_descriptor(&error) { Self::OutOfDescriptors } else { Self::Tunnel(error) }
+    }
+
     /// Whether another endpoint of a service might do what this one did not: none of them was told anything yet, and it is not
     /// that somebody decided against the connection.
     pub(crate) fn is_of_endpoint(&self) -> bool {
@@ -118,8 +137,14 @@ impl ProxyError {
             Self::NoIdentity(_) => {
                 ("no_identity", "IDENTITY_ERROR", Us, StatusCode::SERVICE_UNAVAILABLE)
             }
-            Self::TooManyHandshakes(_) => {
+            Self::TooManyHandshakes(_) | Self::HandshakeNotBegun { .. } => {
                 ("too_many_handshakes", "DENY", Peer, StatusCode::SERVICE_UNAVAILABLE)
+            }
+            Self::TooManyConnections(_) => {
+                ("too_many_connections", "DENY", Client, StatusCode::SERVICE_UNAVAILABLE)
+            }
+            Self::OutOfDescriptors => {
+                ("out_of_descriptors", "CONNECT", Us, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::Denied(_) => ("policy_denied", "DENY", Client, StatusCode::UNAUTHORIZED),
             Self::PlaintextRefused(_) => {
@@ -152,6 +177,16 @@ impl ProxyError {
             Self::Dropped => ("dropped", "-", Us, StatusCode::SERVICE_UNAVAILABLE),
         };
         Reason { code, flags, fault, status }
+    }
+}
+
+fn lacks_descriptor(error: &HboneError) -> bool {
+    match error {
+        HboneError::Dial { source, .. } => is_out_of_files(source),
+        HboneError::BehindGateway { source, .. } | HboneError::BackingOff { source, .. } => {
+            lacks_descriptor(source)
+        }
+        _ => false,
     }
 }
 

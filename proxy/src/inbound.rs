@@ -1,21 +1,25 @@
 //! Inbound connections: through a peer's tunnel, or caught in plain. Everything that can fail does so before the peer is
 //! told 200; the application sees the client's own address where the profile's rules support it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
-use tokio::time::{Instant, Sleep, sleep_until};
-use underpass_hbone::{Authority, Incoming, PeerIdentity, RequestHeaders, ServerTunnel};
+use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
+use underpass_hbone::{
+    Acceptor, Authority, HboneError, Incoming, PeerIdentity, RequestHeaders, ServerTunnel,
+};
 use underpass_interception::reset_on_close;
 
-use crate::accept::{Accepted, Registered};
+use crate::accept::{Accepted, Kind, Registered};
 use crate::copy::Flow;
+use crate::descriptors::Held;
 use crate::dial::{dial_loopback, dial_workload};
 use crate::error::ProxyError;
+use crate::limits::Place;
 use crate::live::Revocation;
 use crate::policy::{Permit, Subject};
 use crate::record::{ConnectionRecord, Direction, Party};
@@ -36,7 +40,7 @@ pub(crate) async fn serve_plaintext(worker: Arc<Worker>, accepted: Accepted) {
 
 async fn forward_plaintext(
     worker: &Worker,
-    Registered { stream, client, destination }: Registered,
+    Registered { stream, client, destination, descriptors: _descriptors }: Registered,
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
@@ -64,34 +68,51 @@ pub(crate) async fn serve_tunnel(worker: Arc<Worker>, accepted: Accepted) {
 
 async fn accept_tunnel(
     worker: &Arc<Worker>,
-    Registered { stream, client, destination }: Registered,
+    Registered { stream, client, destination, descriptors: _descriptors }: Registered,
 ) -> Result<(), ProxyError> {
     let acceptor = worker.acceptor.as_ref().ok_or(ProxyError::NoIdentity(destination))?;
-    let deadline = worker.shared.timeouts.handshake;
-    let Some(admitted) = worker.shared.handshakes.admit(client.ip()) else {
-        metrics::handshake_refused();
-        reset_on_close(&stream);
-        return Err(ProxyError::TooManyHandshakes(client.ip()));
-    };
     // Boxed: what a handshake needs is a multiple of what the tunnel needs after it.
-    let handshake = Box::pin(acceptor.accept(stream, deadline));
-    let mut tunnel = handshake.await.map_err(ProxyError::Tunnel)?;
-    drop(admitted);
+    let mut tunnel = Box::pin(handshake(worker, acceptor, stream, client.ip())).await?;
     let _open = metrics::tunnel_open("inbound");
     let peer = tunnel.peer().clone();
     let resumed = tunnel.resumed();
     tracing::debug!(%client, peer = %peer.spiffe_id(), resumed, "tunnel accepted");
     let mut retirement = Retirement::new(worker, &tunnel);
     while let Some(request) = next_request(worker, &mut tunnel, &mut retirement).await {
-        let load = worker.balance.load(worker.index);
+        let admitted = worker.admit_stream(client.ip(), Kind::Hbone.name());
         let (own, peer) = (worker.clone(), peer.clone());
         let stream = async move {
-            let _load = load;
-            serve_request(&own, request, client, destination, &peer).await;
+            serve_request(&own, request, admitted, client, destination, &peer).await;
         };
         tokio::spawn(worker.shared.drain.track(stream));
     }
     Ok(())
+}
+
+/// Handshakes with a client when it is its turn; the wait for that is part of the deadline.
+async fn handshake(
+    worker: &Worker,
+    acceptor: &Acceptor,
+    stream: TcpStream,
+    client: IpAddr,
+) -> Result<ServerTunnel, ProxyError> {
+    let after = worker.shared.timeouts.handshake;
+    let deadline = Instant::now() + after;
+    let turn = worker.shared.limits.handshakes.admit(client, metrics::handshake_waits);
+    let (limit, error) = match timeout_at(deadline, turn).await {
+        Ok(Some(_under_way)) => {
+            let _counted = metrics::handshake_under_way();
+            let handshake = timeout_at(deadline, acceptor.accept(stream, after)).await;
+            return handshake
+                .unwrap_or(Err(HboneError::HandshakeTimeout { after }))
+                .map_err(ProxyError::Tunnel);
+        }
+        Ok(None) => ("handshakes_per_source", ProxyError::TooManyHandshakes(client)),
+        Err(_) => ("handshakes", ProxyError::HandshakeNotBegun { after }),
+    };
+    metrics::handshake_refused(limit);
+    reset_on_close(&stream);
+    Err(error)
 }
 
 /// The next CONNECT request; once the proxy closes or the tunnel is too old, the peer is told to send no more (GOAWAY).
@@ -158,6 +179,7 @@ impl Retirement {
 async fn serve_request(
     worker: &Worker,
     request: Incoming,
+    admitted: Result<(Place, Held), ProxyError>,
     client: SocketAddr,
     here: SocketAddr,
     peer: &PeerIdentity,
@@ -168,6 +190,10 @@ async fn serve_request(
     record.service = way.as_ref().ok().and_then(|way| way.service.clone());
     record.hbone = Some(here);
     record.claimed(RequestHeaders::read(request.headers()));
+    let (_admitted, way) = match admitted {
+        Ok(admitted) => (Some(admitted), way),
+        Err(error) => (None, Err(error)),
+    };
     let outcome = forward_request(worker, request, client, way, peer, &mut record).await;
     record.close(outcome);
 }

@@ -19,7 +19,7 @@ const FAILED: &str = "istio_tcp_connections_failed_total";
 const SENT: &str = "istio_tcp_sent_bytes_total";
 const RECEIVED: &str = "istio_tcp_received_bytes_total";
 const OPEN: &str = "istio_tcp_sockets_open";
-const PAUSES: &str = "underpass_accept_pauses_total";
+const PAUSES: &str = "underpass_accept_paused_total";
 const BUILD: &str = "istio_build";
 const INTERCEPTION: &str = "underpass_interception";
 const REPAIRS: &str = "underpass_rules_repairs_total";
@@ -28,6 +28,9 @@ const CERTIFICATE_EXPIRES: &str = "underpass_certificate_expires_seconds";
 const RENEWALS: &str = "underpass_certificate_renewals_total";
 const RENEWALS_FAILED: &str = "underpass_certificate_failures_total";
 const TUNNELS: &str = "underpass_tunnels_open";
+const REFUSED: &str = "underpass_connections_refused_total";
+const HANDSHAKES: &str = "underpass_handshakes_under_way";
+const HANDSHAKES_WAITED: &str = "underpass_handshakes_waited_total";
 const HANDSHAKES_REFUSED: &str = "underpass_handshakes_refused_total";
 const MESH_UPDATES: &str = "underpass_mesh_updates_total";
 const MESH_GENERATION: &str = "underpass_mesh_generation";
@@ -47,7 +50,7 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     describe_counter!(SENT, "Bytes sent to clients: responses.");
     describe_counter!(RECEIVED, "Bytes received from clients: requests.");
     describe_gauge!(OPEN, "TCP connections open now.");
-    describe_counter!(PAUSES, "Pauses of accepting because a system limit was reached.");
+    describe_counter!(PAUSES, "Pauses of accepting, by what ran out.");
     describe_gauge!(BUILD, "The version that runs; always 1.");
     describe_gauge!(INTERCEPTION, "How traffic is caught; always 1.");
     describe_counter!(REPAIRS, "How often rules that another program had changed were put back.");
@@ -59,10 +62,10 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
         "Certificates, roots or revocation lists that could not be renewed or read."
     );
     describe_gauge!(TUNNELS, "HBONE connections open now.");
-    describe_counter!(
-        HANDSHAKES_REFUSED,
-        "Connections refused for too many TLS handshakes of one source."
-    );
+    describe_counter!(REFUSED, "Connections and streams refused, by the limit that they exceed.");
+    describe_gauge!(HANDSHAKES, "TLS handshakes with clients under way now.");
+    describe_counter!(HANDSHAKES_WAITED, "TLS handshakes that had to wait for their turn.");
+    describe_counter!(HANDSHAKES_REFUSED, "TLS handshakes refused, by the limit.");
     describe_counter!(MESH_UPDATES, "Changes of the mesh, by what came of them.");
     describe_gauge!(
         MESH_GENERATION,
@@ -75,9 +78,14 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     Ok(handle)
 }
 
-/// Counts a pause of a listener that ran into a limit of the system.
-pub(crate) fn accept_paused(listener: &'static str) {
-    counter!(PAUSES, "listener" => listener).increment(1);
+/// Counts a pause of a listener, for want of what `reason` says.
+pub(crate) fn accept_paused(listener: &'static str, reason: &'static str) {
+    counter!(PAUSES, "listener" => listener, "reason" => reason).increment(1);
+}
+
+/// Counts a connection or stream that exceeds a limit.
+pub(crate) fn connection_refused(limit: &'static str, listener: &'static str) {
+    counter!(REFUSED, "limit" => limit, "listener" => listener).increment(1);
 }
 
 /// Says how traffic is caught, from the installation of the rules on.
@@ -113,8 +121,18 @@ pub(crate) fn certificate_failed() {
 }
 
 /// Counts a connection that was refused before its handshake.
-pub(crate) fn handshake_refused() {
-    counter!(HANDSHAKES_REFUSED).increment(1);
+pub(crate) fn handshake_refused(limit: &'static str) {
+    counter!(HANDSHAKES_REFUSED, "limit" => limit).increment(1);
+}
+
+/// Counts a handshake that has to wait for its turn.
+pub(crate) fn handshake_waits() {
+    counter!(HANDSHAKES_WAITED).increment(1);
+}
+
+/// Counts a handshake as under way for as long as the value lives.
+pub(crate) fn handshake_under_way() -> Counted {
+    Counted::in_gauge(gauge!(HANDSHAKES))
 }
 
 /// Says that all workers go by this mesh, the `generation`th.
@@ -144,22 +162,27 @@ pub(crate) fn endpoint_set_aside() {
 }
 
 /// Counts a tunnel as open for as long as the value lives.
-pub(crate) fn tunnel_open(direction: &'static str) -> OpenTunnel {
-    let gauge = gauge!(TUNNELS, "direction" => direction);
-    gauge.increment(1);
-    OpenTunnel(gauge)
+pub(crate) fn tunnel_open(direction: &'static str) -> Counted {
+    Counted::in_gauge(gauge!(TUNNELS, "direction" => direction))
 }
 
-/// An open tunnel, as metrics count it.
-pub(crate) struct OpenTunnel(Gauge);
+/// One of the things that a gauge counts.
+pub(crate) struct Counted(Gauge);
 
-impl std::fmt::Debug for OpenTunnel {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("OpenTunnel")
+impl Counted {
+    fn in_gauge(gauge: Gauge) -> Self {
+        gauge.increment(1);
+        Self(gauge)
     }
 }
 
-impl Drop for OpenTunnel {
+impl std::fmt::Debug for Counted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Counted")
+    }
+}
+
+impl Drop for Counted {
     fn drop(&mut self) {
         self.0.decrement(1);
     }

@@ -49,7 +49,7 @@ pub(crate) async fn serve(worker: Arc<Worker>, accepted: Accepted) {
 
 async fn forward(
     worker: &Worker,
-    Registered { stream, client, destination }: Registered,
+    Registered { stream, client, destination, mut descriptors }: Registered,
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
@@ -60,7 +60,11 @@ async fn forward(
     record.established();
     let flow = Flow { record, drain, revocation: &mut revocation };
     match onward {
-        Onward::Tunnel(tunnel) => flow.into_tunnel(stream, tunnel).await,
+        Onward::Tunnel(tunnel) => {
+            // The tunnel has its own.
+            descriptors.release_one();
+            flow.into_tunnel(stream, tunnel).await
+        }
         Onward::Plain(upstream) => flow.through_tcp(stream, upstream).await,
     }
 }
@@ -247,7 +251,7 @@ impl Call<'_> {
         let (key, connector) = self.key(permit, peers, record)?;
         let headers = headers::request(record, &self.worker.shared.rules.own);
         let request = ConnectRequest { authority: authority.to_string(), headers };
-        self.worker.pool.connect(&key, connector, request).await.map_err(ProxyError::Tunnel)
+        self.worker.pool.connect(&key, connector, request).await.map_err(ProxyError::tunnel)
     }
 
     /// A tunnel to one of `peers`, through a stream to the gateway that is where `permit` says.
@@ -265,7 +269,7 @@ impl Call<'_> {
         let outer = request(headers::request(record, own));
         let inner = request(headers::request_from_network(record, own));
         let connecting = self.worker.pool.connect_through(&key, connector, outer, peers, inner);
-        connecting.await.map_err(ProxyError::Tunnel)
+        connecting.await.map_err(ProxyError::tunnel)
     }
 
     /// Which pooled tunnel, and what opens it if there is none.

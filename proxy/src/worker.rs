@@ -3,6 +3,7 @@
 //! The three listeners are dealt to the workers in turn. Whoever accepts gives the connection, not yet registered with any
 //! runtime, to the worker that [`Balance`] chooses; there it stays: nothing is woken across threads per byte.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -10,26 +11,27 @@ use tokio::sync::mpsc;
 use tokio::sync::watch;
 use underpass_config::{SpiffeId, Timeouts, TunnelSettings};
 use underpass_hbone::{
-    Acceptor, ClientSettings, Connector, Credentials, HandshakeLimit, Pool, PoolSettings,
-    ServerSettings,
+    Acceptor, ClientSettings, Connector, Credentials, Pool, PoolSettings, ServerSettings,
 };
 use underpass_interception::{BoundListener, Sockets, drop_capabilities};
 
 use crate::accept::{Accepted, Kind, accept_loop};
-use crate::balance::{Balance, Load};
+use crate::balance::Balance;
 use crate::cli::{CommandError, single_threaded_runtime};
+use crate::descriptors::Held;
 use crate::dial::TunnelDialer;
 use crate::drain::Drain;
 use crate::endpoint_health::EndpointHealth;
 use crate::error::ProxyError;
 use crate::gate::Gate;
+use crate::limits::{Limits, Place, Refusal};
 use crate::live::{Live, Revocation};
 use crate::policy::{Change, Permit, Rules, Subject};
 use crate::publish::Applied;
 use crate::resolve::Resolver;
 use crate::self_test::SelfTest;
 use crate::snapshot::Snapshot;
-use crate::{inbound, outbound, policy};
+use crate::{inbound, metrics, outbound, policy};
 
 /// Connections that may wait to be taken over by a worker; beyond it the accepting worker keeps them.
 const HANDOVER_QUEUE: usize = 1024;
@@ -48,7 +50,7 @@ pub(crate) struct Shared {
     pub(crate) resolver: Arc<Resolver>,
     /// What we prove and whom we trust, as it is renewed; `None` without a certificate.
     pub(crate) credentials: Option<watch::Receiver<Credentials>>,
-    pub(crate) handshakes: HandshakeLimit,
+    pub(crate) limits: Limits,
     pub(crate) drain: Drain,
     pub(crate) accept: Gate,
     pub(crate) self_test: SelfTest,
@@ -86,6 +88,7 @@ impl Worker {
             sockets: shared.sockets.clone(),
             balance: balance.clone(),
             worker: index,
+            descriptors: shared.limits.descriptors.clone(),
         };
         let settings = PoolSettings {
             dial: connect,
@@ -106,6 +109,26 @@ impl Worker {
     /// Decides on a connection.
     pub(crate) fn permit(&self, subject: Subject) -> Result<(Permit, Revocation), ProxyError> {
         policy::permit(subject, &self.shared.mesh, &self.shared.rules, &self.live)
+    }
+
+    /// A place for a stream of a tunnel from `client`, which came by the listener `listener`, and a descriptor to connect with.
+    pub(crate) fn admit_stream(
+        &self,
+        client: IpAddr,
+        listener: &'static str,
+    ) -> Result<(Place, Held), ProxyError> {
+        let Limits { descriptors, .. } = &self.shared.limits;
+        let place = self.place(client).map_err(|refusal| {
+            metrics::connection_refused(refusal.limit(), listener);
+            ProxyError::TooManyConnections(refusal)
+        });
+        Ok((place?, descriptors.one().ok_or(ProxyError::OutOfDescriptors)?))
+    }
+
+    fn place(&self, client: IpAddr) -> Result<Place, Refusal> {
+        let source = self.shared.limits.admit(client)?;
+        let load = self.balance.load(self.index).ok_or(Refusal::Worker)?;
+        Ok(Place { load, source })
     }
 
     /// Ends what each change of the mesh forbids, for ever.
@@ -138,7 +161,7 @@ impl Worker {
 /// A connection on its way to the worker that will serve it.
 pub(crate) struct Assignment {
     pub(crate) accepted: Accepted,
-    pub(crate) load: Load,
+    pub(crate) place: Place,
 }
 
 /// The running workers.
@@ -154,7 +177,7 @@ pub(crate) fn start(
     workers: usize,
     listeners: [(Kind, BoundListener); 3],
 ) -> Result<Workers, CommandError> {
-    let balance = Balance::new(workers);
+    let balance = Balance::new(workers, shared.limits.connections_per_worker);
     let (senders, receivers): (Vec<_>, Vec<_>) =
         (0..workers).map(|_| mpsc::channel(HANDOVER_QUEUE)).unzip();
     let senders: Arc<[mpsc::Sender<Assignment>]> = senders.into();
@@ -207,10 +230,10 @@ async fn run(
 }
 
 /// Serves a connection on this worker until it ends or the drain deadline passes.
-pub(crate) fn serve(worker: &Arc<Worker>, Assignment { accepted, load }: Assignment) {
+pub(crate) fn serve(worker: &Arc<Worker>, Assignment { accepted, place }: Assignment) {
     let own = worker.clone();
     let connection = async move {
-        let _load = load;
+        let _place = place;
         match accepted.kind {
             Kind::Outbound => outbound::serve(own, accepted).await,
             Kind::Plaintext => inbound::serve_plaintext(own, accepted).await,

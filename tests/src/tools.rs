@@ -25,6 +25,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("tcpdump", "tcpdump"),
     ("iptables-legacy-save", "iptables"),
     ("iptables-nft-save", "iptables"),
+    ("prlimit", "util-linux"),
     ("setpriv", "util-linux"),
     ("nsenter", "util-linux"),
 ];

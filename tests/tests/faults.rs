@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use underpass_tests::{
-    APP, End, Family, HBONE, Pod, Proxy, Scene, Server, Suite, abort, exchange, read_to_end, tool,
+    APP, End, Family, HBONE, Pod, Proxy, Scene, Suite, abort, exchange, read_to_end, tool,
 };
 
 fn main() -> ExitCode {
@@ -40,8 +40,6 @@ fn main() -> ExitCode {
         "an application that does not read blocks no other in the same tunnel",
         no_head_of_line_blocking,
     );
-    suite
-        .test("out of file descriptors, the proxy waits and then serves again", out_of_descriptors);
     suite.run()
 }
 
@@ -207,29 +205,4 @@ async fn no_head_of_line_blocking() {
         () = flood => {}
         () = others => {}
     }
-}
-
-async fn out_of_descriptors() {
-    let scene = Scene::new().await;
-    let settings =
-        scene.client_settings().set(&format!("mesh.file={}", scene.empty_mesh().display()));
-    let script = "ulimit -n 64\nexec \"$UNDERPASS\" \"$@\"";
-    let started = scene.client.try_proxy_through(script, &settings).await;
-    let mut proxy = started.expect("the proxy starts");
-    let _echo = Server::echo(&scene.server, APP);
-    let mut burst = Vec::new();
-    for _ in 0..100 {
-        // What the proxy cannot take waits in the kernel's queue; what it can take but not carry on is reset.
-        burst.extend(scene.client.dial(scene.app(Family::V4)).await);
-    }
-    proxy.line(&["accepting pauses", "limit of open files"]).await;
-    let connected = burst.len();
-    drop(burst);
-    // Whatever comes before the last of them has ended may still be reset.
-    proxy.access_lines(connected).await;
-    let app = scene.server.listen(APP + 1);
-    let to = scene.server.at(Family::V4, APP + 1);
-    let (mut client, mut server, _) = scene.client.meet(&app, to).await;
-    exchange(&mut client, &mut server).await;
-    assert!(proxy.stop().await.success(), "the proxy lived on:\n{}", proxy.log());
 }

@@ -1,12 +1,14 @@
 //! Requests that are none, slow clients, and the way out.
 
+use std::sync::atomic::Ordering;
+
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 use tokio::time::{Instant, sleep};
 
 use super::*;
 use crate::testing::{
-    ADDRESS, CLIENT, HOUR, Mesh, SECOND, SERVER, Served, authority, credentials, id, identity,
-    request,
+    ADDRESS, Awkward, CLIENT, HOUR, Mesh, SECOND, SERVER, Served, authority, credentials, id,
+    identity, request,
 };
 use crate::{ClientSettings, ConnectRequest};
 
@@ -134,6 +136,18 @@ async fn a_drained_tunnel_lets_streams_end_and_takes_no_new_ones() {
     assert!(far_reader.read().await.unwrap().is_none());
     drop((near_reader, near_writer, far_reader, far_writer));
     served.ended().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drained_tunnel_whose_client_does_not_let_it_end_is_given_up() {
+    let (near, far) = duplex(64 << 10);
+    let near = Awkward::new(near, 64 << 10);
+    let deaf = near.stopped.clone();
+    let (_tunnel, mut server) = Mesh::new().tunnel_over(near, far).await;
+    deaf.store(true, Ordering::Relaxed);
+    server.drain();
+    // Bounded, so that a wait for ever fails here and does not hang.
+    assert!(timeout(60 * SECOND, server.next()).await.unwrap().is_none());
 }
 
 #[tokio::test(start_paused = true)]

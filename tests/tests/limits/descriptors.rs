@@ -1,0 +1,179 @@
+//! File descriptors: before the last ones are gone accepting pauses and the proxy is unready, and it recovers by itself; without
+//! any, what cannot be carried on says so.
+
+use std::fs;
+use std::net::Ipv4Addr;
+
+use underpass_tests::{
+    APP, Dial, Family, Pod, Proxy, Scene, Server, Settings, Suite, exchange, http_get, tool, until,
+};
+
+use crate::{plain_client, served, served_until_full};
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite.test(
+        "before it is out of file descriptors the proxy accepts no more, says so, and recovers without a restart",
+        accepting_pauses,
+    );
+    suite.test(
+        "a stream for which no descriptor is left is answered 503, and the proxy recovers",
+        streams,
+    );
+    suite.test(
+        "a connection that cannot be carried on for want of a descriptor says so",
+        cannot_dial,
+    );
+    suite.test("a tunnel that cannot be opened for want of a descriptor says so", cannot_tunnel);
+    suite.test(
+        "when the system has no descriptor to accept with, accepting pauses and goes on",
+        cannot_accept,
+    );
+}
+
+/// A proxy that may have as many files open.
+async fn limited(pod: &Pod, files: usize, settings: &Settings) -> Proxy {
+    let script = format!("ulimit -n {files}\nexec \"$UNDERPASS\" \"$@\"");
+    pod.try_proxy_through(&script, settings).await.expect("the proxy starts")
+}
+
+async fn readiness(pod: &Pod) -> (u16, String) {
+    http_get(pod, (Ipv4Addr::LOCALHOST, 15021).into(), "/healthz/ready").await
+}
+
+async fn is_unready(pod: &Pod) {
+    let (status, why) = readiness(pod).await;
+    assert_eq!((status, why.trim()), (503, "not ready: out of file descriptors"));
+}
+
+async fn becomes_ready(pod: &Pod) {
+    until("it is ready again", async || readiness(pod).await.0 == 200).await;
+}
+
+/// How often accepting has paused for want of descriptors, as the metrics say.
+async fn pauses(pod: &Pod) -> Option<f64> {
+    let labels = [("reason", "descriptors")];
+    pod.metrics().await.sum("underpass_accept_paused_total", &labels)
+}
+
+async fn accepting_pauses() {
+    const BURST: usize = 100;
+    let scene = Scene::new().await;
+    let settings =
+        scene.client_settings().set(&format!("mesh.file={}", scene.empty_mesh().display()));
+    let mut proxy = limited(&scene.client, 100, &settings).await;
+    let echo = Server::echo(&scene.server, APP);
+    let mut burst = Vec::new();
+    for _ in 0..BURST {
+        // What the proxy does not take waits in the kernel's queue.
+        burst.push(scene.client.dial(scene.app(Family::V4)).await.expect("it listens"));
+    }
+    let warning = proxy.line(&["WARN", "accepting pauses", "ulimit -n", "LimitNOFILE"]).await;
+    is_unready(&scene.client).await;
+    assert!(pauses(&scene.client).await >= Some(1.0));
+    let reached = echo.peers().len();
+    assert!((5..BURST / 2).contains(&reached), "{reached} were taken: {warning}");
+    assert!(fs::read_dir(format!("/proc/{}/fd", proxy.pid())).expect("it runs").count() < 100);
+    drop(burst);
+    becomes_ready(&scene.client).await;
+    proxy.line(&["INFO", "accepting goes on"]).await;
+    // Nobody was refused: who had to wait was served in the end.
+    proxy.access_lines(BURST).await;
+    assert_eq!(proxy.count(&["connection complete"]), BURST, "{}", proxy.log());
+    assert_eq!(proxy.count(&["accepting pauses"]), proxy.count(&["accepting goes on"]));
+    let app = scene.server.listen(APP + 1);
+    let to = scene.server.at(Family::V4, APP + 1);
+    let (mut client, mut server, _) = scene.client.meet(&app, to).await;
+    exchange(&mut client, &mut server).await;
+    drop((client, server));
+    assert!(proxy.stop().await.success(), "the proxy lived on:\n{}", proxy.log());
+}
+
+async fn streams() {
+    let scene = Scene::new().await;
+    let mut proxy = limited(&scene.server, 100, &scene.server_settings()).await;
+    let mut client = scene.client.proxy(&scene.client_settings()).await;
+    let _echo = Server::echo(&scene.server, APP);
+    let to = scene.app(Family::V4);
+    let held = served_until_full(&scene.client, to).await;
+    assert!(held.len() > 10, "{} streams", held.len());
+    proxy.line(&["connection failed", "reason=\"out_of_descriptors\"", "ulimit -n"]).await;
+    client.line(&["connection failed", "reason=\"refused\"", "503"]).await;
+    proxy.line(&["accepting pauses, and streams of tunnels are refused"]).await;
+    is_unready(&scene.server).await;
+    drop(held);
+    becomes_ready(&scene.server).await;
+    until("streams are served again", async || {
+        served(&scene.client, to, Dial::default()).await.is_some()
+    })
+    .await;
+}
+
+/// Leaves a running proxy `free` descriptors.
+async fn leave_free(pod: &Pod, proxy: &Proxy, free: usize) {
+    let folder = format!("/proc/{}/fd", proxy.pid());
+    let names = fs::read_dir(folder).expect("it runs").flatten();
+    let numbers: Vec<usize> =
+        names.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    // The kernel gives the lowest number that is free, and none from the limit on.
+    let unused: Vec<_> = (0..).filter(|number| !numbers.contains(number)).take(free + 1).collect();
+    set_limit(pod, proxy, *unused.last().expect("one at least")).await;
+}
+
+async fn set_limit(pod: &Pod, proxy: &Proxy, files: usize) {
+    let (pid, limit) = (proxy.pid().to_string(), format!("--nofile={files}:"));
+    tool(pod, "prlimit", &["--pid", &pid, &limit]).await.ok();
+}
+
+/// Connects again and again, with `free` descriptors left, until the proxy says so: what it opens in between for itself, as to
+/// look at its rules, may take or free one.
+async fn until_said(scene: &Scene, proxy: &Proxy, free: usize, parts: &[&str]) {
+    let mut held = Vec::new();
+    until("it is said", async || {
+        leave_free(&scene.client, proxy, free).await;
+        // One that is accepted may be reset at once.
+        held.extend(scene.client.dial(scene.app(Family::V4)).await);
+        proxy.count(parts) > 0
+    })
+    .await;
+    set_limit(&scene.client, proxy, 1024).await;
+}
+
+async fn is_served_again(scene: &Scene) {
+    until("it recovers", async || {
+        served(&scene.client, scene.app(Family::V4), Dial::default()).await.is_some()
+    })
+    .await;
+}
+
+const OUT: [&str; 4] =
+    ["connection failed", "reason=\"out_of_descriptors\"", "ulimit -n", "LimitNOFILE"];
+
+async fn cannot_dial() {
+    let (scene, proxy) = plain_client(&[]).await;
+    let _echo = Server::echo(&scene.server, APP);
+    // The one is for the connection that is accepted.
+    until_said(&scene, &proxy, 1, &OUT).await;
+    is_served_again(&scene).await;
+}
+
+async fn cannot_tunnel() {
+    let (scene, client, _server) = Scene::with_proxies().await;
+    let _echo = Server::echo(&scene.server, APP);
+    until_said(&scene, &client, 1, &OUT).await;
+    is_served_again(&scene).await;
+}
+
+async fn cannot_accept() {
+    let (scene, mut proxy) = plain_client(&[]).await;
+    let _echo = Server::echo(&scene.server, APP);
+    let warning = ["WARN", "accepting pauses", "Too many open files", "LimitNOFILE"];
+    until_said(&scene, &proxy, 0, &warning).await;
+    is_unready(&scene.client).await;
+    is_served_again(&scene).await;
+    becomes_ready(&scene.client).await;
+    proxy.line(&["INFO", "accepting goes on"]).await;
+    assert_eq!(proxy.count(&["accepting pauses"]), 1, "{}", proxy.log());
+    let labels = [("listener", "outbound"), ("reason", "system")];
+    let paused = scene.client.metrics().await.sum("underpass_accept_paused_total", &labels);
+    assert!(paused >= Some(1.0), "{paused:?}");
+}

@@ -1,0 +1,227 @@
+//! What each limit does when it is exceeded: who is refused, who waits, what is counted, and that it ends by itself.
+#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
+mod descriptors;
+mod sources;
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use underpass_tests::{
+    APP, Dial, Family, HBONE, Pod, Proxy, Scene, Server, Suite, TlsClient, http_get, until, within,
+};
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new();
+    suite.test(
+        "beyond limits.connections_per_worker of all workers a connection is reset, until another ends",
+        per_worker,
+    );
+    suite.test(
+        "a storm beyond the limit is told of in a line a second, and all of it is counted",
+        storm,
+    );
+    suite.test("a stream beyond limits.connections_per_worker is answered 503", streams_per_worker);
+    suite.test("connections beyond limits.accepts_per_second wait and are served", rate);
+    suite.test("a handshake beyond limits.handshakes waits for its turn", handshakes);
+    suite.test("clients that keep the readiness endpoint busy do not keep probes out", probes);
+    sources::add(&mut suite);
+    descriptors::add(&mut suite);
+    suite.run()
+}
+
+/// A scene whose client passes everything through in plain, with these settings besides.
+async fn plain_client(settings: &[&str]) -> (Scene, Proxy) {
+    let scene = Scene::new().await;
+    let mut all =
+        scene.client_settings().set(&format!("mesh.file={}", scene.empty_mesh().display()));
+    for setting in settings {
+        all = all.set(setting);
+    }
+    let proxy = scene.client.proxy(&all).await;
+    (scene, proxy)
+}
+
+/// A connection to an echo over which a byte has gone there and back; `None` if it was reset instead.
+async fn served(pod: &Pod, to: SocketAddr, dial: Dial) -> Option<TcpStream> {
+    let mut stream = pod.dial_as(to, dial).await.ok()?;
+    let there_and_back = async {
+        stream.write_u8(1).await?;
+        stream.read_u8().await
+    };
+    within("a byte comes back, or a reset", there_and_back).await.ok()?;
+    Some(stream)
+}
+
+/// As many as are served, until one is not.
+async fn served_until_full(pod: &Pod, to: SocketAddr) -> Vec<TcpStream> {
+    let mut held = Vec::new();
+    while let Some(stream) = served(pod, to, Dial::default()).await {
+        held.push(stream);
+        assert!(held.len() < 1000, "there is no limit");
+    }
+    held
+}
+
+/// How many connections were refused by a limit at a listener.
+async fn refused(pod: &Pod, limit: &str, listener: &str) -> Option<f64> {
+    let labels = [("limit", limit), ("listener", listener)];
+    pod.metrics().await.sum("underpass_connections_refused_total", &labels)
+}
+
+async fn per_worker() {
+    let (scene, mut proxy) = plain_client(&["limits.connections_per_worker=2"]).await;
+    let _echo = Server::echo(&scene.server, APP);
+    let to = scene.app(Family::V4);
+    let mut held = served_until_full(&scene.client, to).await;
+    assert_eq!(held.len(), 4, "two for each of two workers");
+    scene.client.dial_and_see_reset(to).await;
+    let counted = refused(&scene.client, "connections_per_worker", "outbound").await;
+    assert_eq!(counted, Some(2.0));
+    proxy.line(&["connections are refused", "limits.connections_per_worker"]).await;
+    drop(held.pop());
+    until("there is room again", async || {
+        served(&scene.client, to, Dial::default()).await.is_some()
+    })
+    .await;
+    // Those who were there before did not notice.
+    for stream in &mut held {
+        stream.write_u8(2).await.expect("it is open");
+        assert_eq!(within("an echo", stream.read_u8()).await.expect("it is open"), 2);
+    }
+    assert_eq!(proxy.count(&["connection failed"]), 0, "{}", proxy.log());
+}
+
+async fn storm() {
+    const STORM: usize = 500;
+    let (scene, mut proxy) =
+        plain_client(&["limits.connections_per_worker=1", "logging.format=json"]).await;
+    let _echo = Server::echo(&scene.server, APP);
+    let to = scene.app(Family::V4);
+    let _held = [
+        served(&scene.client, to, Dial::default()).await.expect("a first one"),
+        served(&scene.client, to, Dial::default()).await.expect("a second one"),
+    ];
+    let began = Instant::now();
+    for _ in 0..STORM {
+        scene.client.dial_and_see_reset(to).await;
+    }
+    let told = |proxy: &Proxy| -> Vec<usize> {
+        let log = proxy.log();
+        let lines = log.lines().filter(|line| line.contains("connections are refused"));
+        let count = |line: &str| -> usize {
+            let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
+            let refused = line.get("refused").and_then(serde_json::Value::as_u64);
+            usize::try_from(refused.expect("a count")).expect("a count")
+        };
+        lines.map(count).collect()
+    };
+    proxy.line(&["connections are refused"]).await;
+    until("all are told of", async || told(&proxy).iter().sum::<usize>() == STORM).await;
+    let lines = told(&proxy).len();
+    let seconds = began.elapsed().as_secs_f64();
+    assert!(lines as f64 <= seconds + 1.0, "{lines} lines in {seconds} s");
+    let counted = refused(&scene.client, "connections_per_worker", "outbound").await;
+    assert_eq!(counted, Some(STORM as f64));
+}
+
+async fn streams_per_worker() {
+    let scene = Scene::new().await;
+    let _echo = Server::echo(&scene.server, APP);
+    let settings = scene.server_settings().set("limits.connections_per_worker=3");
+    let mut server = scene.server.proxy(&settings).await;
+    let mut client = scene.client.proxy(&scene.client_settings()).await;
+    let to = scene.app(Family::V4);
+    let held = served_until_full(&scene.client, to).await;
+    assert_eq!(held.len(), 2, "the tunnel counts too");
+    server
+        .line(&[
+            "connection failed",
+            "reason=\"too_many_connections\"",
+            "limits.connections_per_worker",
+        ])
+        .await;
+    client.line(&["connection failed", "reason=\"refused\"", "503"]).await;
+    let counted = refused(&scene.server, "connections_per_worker", "hbone").await;
+    assert_eq!(counted, Some(1.0));
+    drop(held);
+    until("there is room again", async || {
+        served(&scene.client, to, Dial::default()).await.is_some()
+    })
+    .await;
+}
+
+async fn rate() {
+    let (scene, proxy) = plain_client(&["limits.accepts_per_second=20"]).await;
+    let _echo = Server::echo(&scene.server, APP);
+    let to = scene.app(Family::V4);
+    let began = Instant::now();
+    let mut held = Vec::new();
+    for _ in 0..14 {
+        // They all wait in the kernel's queue.
+        held.push(scene.client.dial(to).await.expect("it listens"));
+    }
+    for stream in &mut held {
+        stream.write_u8(1).await.expect("it is open");
+        within("an echo", stream.read_u8()).await.expect("it is served");
+    }
+    // A burst of two, and twelve at 50 ms each.
+    let took = began.elapsed();
+    assert!(took >= Duration::from_millis(600), "{took:?}");
+    let labels = [("listener", "outbound"), ("reason", "rate")];
+    let paused = scene.client.metrics().await.sum("underpass_accept_paused_total", &labels);
+    assert!(paused >= Some(1.0), "{paused:?}");
+    assert_eq!(proxy.count(&["connection failed"]), 0, "{}", proxy.log());
+}
+
+async fn handshakes() {
+    let scene = Scene::new().await;
+    let _server = scene.server.proxy(&scene.server_settings().set("limits.handshakes=1")).await;
+    let hbone = scene.server.at(Family::V4, HBONE);
+    let metric = async |name| scene.server.metrics().await.sum(name, &[]);
+    let silent = scene.client.dial(hbone).await.expect("it listens");
+    until("it has its turn", async || metric("underpass_handshakes_under_way").await == Some(1.0))
+        .await;
+    let client = TlsClient::new(Some(&scene.client_files));
+    let second = async {
+        let stream = scene.client.dial(hbone).await.expect("it listens");
+        client.connect(stream).await.expect("its turn comes")
+    };
+    let first = async {
+        until("the second one waits", async || {
+            metric("underpass_handshakes_waited_total").await == Some(1.0)
+        })
+        .await;
+        drop(silent);
+    };
+    let (_second, ()) = tokio::join!(second, first);
+    assert_eq!(metric("underpass_handshakes_refused_total").await, None);
+}
+
+async fn probes() {
+    // As many as it serves at once.
+    const CLIENTS: usize = 64;
+    let (scene, _proxy) = plain_client(&[]).await;
+    let readiness = (Ipv4Addr::LOCALHOST, 15021).into();
+    let mut busy = JoinSet::new();
+    for _ in 0..CLIENTS {
+        let mut stream = scene.client.dial(readiness).await.expect("it listens");
+        busy.spawn(async move {
+            let mut again = tokio::time::interval(Duration::from_secs(1));
+            let request = b"GET /healthz/ready HTTP/1.1\r\nHost: ready\r\n\r\n";
+            while stream.write_all(request).await.is_ok()
+                && stream.read(&mut [0; 1024]).await.is_ok_and(|bytes| bytes > 0)
+            {
+                again.tick().await;
+            }
+        });
+    }
+    let (status, _) = http_get(&scene.client, readiness, "/healthz/ready").await;
+    assert_eq!(status, 200);
+    while busy.join_next().await.is_some() {}
+}
