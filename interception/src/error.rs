@@ -58,6 +58,17 @@ pub enum InterceptionError {
         #[source]
         source: io::Error,
     },
+    /// The kernel drops what TPROXY marks before the proxy gets it.
+    #[error(
+        "inbound connections would hang: interception.inbound.mode is tproxy, and the kernel drops what so arrives by \
+         {interface}, since it looks for clients' addresses with the mark too and finds them here; set the sysctl \
+         net.ipv4.conf.all.src_valid_mark and net.ipv4.conf.{interface}.src_valid_mark to 0 (or \
+         net.ipv4.conf.{interface}.accept_local to 1), or interception.inbound.mode: redirect"
+    )]
+    ClientsRefused {
+        /// By which interface they come.
+        interface: String,
+    },
     /// The profile tells the proxy by its user, and this process is another's.
     #[error(
         "the rules know the proxy by its user ({} or group {}), but this process is user {is} and may not change \

@@ -27,6 +27,7 @@ mod nftables;
 mod packets;
 mod plan;
 mod privileges;
+mod reverse_path;
 mod routes;
 mod sandbox;
 mod self_test;
@@ -34,6 +35,7 @@ mod socket;
 #[doc(hidden)]
 pub mod testing;
 mod verify;
+mod way_back;
 
 pub use ipnet::IpNet;
 
@@ -59,7 +61,9 @@ pub use plan::{
     RULE_PRIORITY, Rule, RulePlan, State, TABLE, Table, Walk, Way,
 };
 pub use privileges::{Kept, ProxyUser, drop_capabilities};
+pub use reverse_path::check_reverse_path;
 pub use sandbox::{Sandbox, enter_sandbox};
 pub use self_test::Probe;
 pub use socket::{KEEPALIVE_PROBES, Sockets, end_on_close, original_destination, reset_on_close};
 pub use verify::{Difference, Line, SectionDifference, Sign};
+pub use way_back::WayBack;

@@ -26,6 +26,7 @@ pub use types::{
     Action, Chain, ChainId, Direction, Families, Hook, LoopbackAddress, Mark, Match, Origin,
     PolicyRoute, Protocol, Rule, Table,
 };
+pub(crate) use walk::is_link_local;
 pub use walk::{End, Environment, Interface, Packet, Passage, State, Walk, Way};
 
 use std::net::{Ipv4Addr, Ipv6Addr};

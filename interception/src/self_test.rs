@@ -16,8 +16,8 @@ use underpass_config::{InterceptionSettings, PortRange};
 use crate::plan::{End, Environment, Packet, Ports, Protocol, RulePlan, State, Way};
 
 /// Addresses that nobody has (TEST-NET-1, RFC 5737; documentation prefix, RFC 3849).
-const NOBODY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
-const NOBODY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2));
+pub(crate) const NOBODY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
+pub(crate) const NOBODY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2));
 /// The port that linkerd's validator has made known for this.
 const PORT: u16 = 1404;
 

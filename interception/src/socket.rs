@@ -81,7 +81,7 @@ impl Sockets {
     /// ours.
     #[must_use]
     pub fn need_net_admin(&self) -> bool {
-        self.mark.is_some() || matches!(self.last_hop, LastHop::Imitated { .. })
+        self.mark.is_some() || self.imitate_clients()
     }
 
     /// Listens on `port` of every address, in both families where there are both.
@@ -131,7 +131,7 @@ impl Sockets {
     pub async fn connect(&self, destination: SocketAddr) -> io::Result<TcpStream> {
         let destination = canonical(destination);
         let socket = self.open(destination)?;
-        TcpSocket::from_std_stream(socket.into()).connect(destination).await
+        finish_connecting(socket, destination).await
     }
 
     /// Opens a connection to the workload at `destination` for `client`: from the client's address
@@ -149,8 +149,23 @@ impl Sockets {
         client: IpAddr,
     ) -> io::Result<TcpStream> {
         let destination = canonical(destination);
+        let socket = self.open_to_workload(destination, client.to_canonical())?;
+        finish_connecting(socket, destination).await
+    }
+
+    /// Whether the workload sees its clients' own addresses, so that its answers need a way back.
+    #[must_use]
+    pub(crate) fn imitate_clients(&self) -> bool {
+        matches!(self.last_hop, LastHop::Imitated { .. })
+    }
+
+    /// The socket of [`connect_workload`](Self::connect_workload).
+    pub(crate) fn open_to_workload(
+        &self,
+        destination: SocketAddr,
+        client: IpAddr,
+    ) -> io::Result<Socket> {
         let socket = self.open(destination)?;
-        let client = client.to_canonical();
         match self.last_hop {
             LastHop::Imitated { mark } => {
                 socket.set_mark(mark)?;
@@ -165,7 +180,7 @@ impl Sockets {
             }
             LastHop::Any => {}
         }
-        TcpSocket::from_std_stream(socket.into()).connect(destination).await
+        Ok(socket)
     }
 
     /// Sets what every connection of the proxy has: no delay of small segments, and keepalive.
@@ -192,6 +207,17 @@ impl Sockets {
         self.tune(&socket)?;
         Ok(socket)
     }
+}
+
+/// Waits until `socket` is connected.
+///
+/// Whoever gives up in the middle of it leaves with a RST: the kernel may have the connection by
+/// then, and to whoever accepted it a FIN would say that all is said.
+async fn finish_connecting(socket: Socket, destination: SocketAddr) -> io::Result<TcpStream> {
+    reset_on_close(&socket);
+    let stream = TcpSocket::from_std_stream(socket.into()).connect(destination).await?;
+    end_on_close(&stream);
+    Ok(stream)
 }
 
 /// Where a caught connection was going before the rules redirected it. Of a connection that was

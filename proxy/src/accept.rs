@@ -70,6 +70,11 @@ impl Accepted {
     /// Registers the connection with the runtime of the calling worker.
     pub(crate) fn register(self, sockets: &Sockets) -> Result<Registered, ProxyError> {
         let destination = self.destination.map_err(ProxyError::NotCaptured)?;
+        // Made to the listener itself, not caught: a connection on to there would come back here, for ever.
+        let here = self.stream.local_addr().map(canonical).map_err(ProxyError::Client)?;
+        if self.kind == Kind::Outbound && destination == here {
+            return Err(ProxyError::OwnListener(destination));
+        }
         sockets.tune(&self.stream).map_err(ProxyError::Client)?;
         let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
         let Self { client, descriptors, .. } = self;

@@ -11,12 +11,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use underpass_config::{MeshSource, Profile, Settings, Sources};
-use underpass_interception::{
-    BoundListener, Ports, Probe, Sockets, ipv6_available, raise_open_files,
-};
+use underpass_interception::{BoundListener, Ports, Sockets, ipv6_available, raise_open_files};
 
 use crate::accept::Kind;
-use crate::capture::{Capture, keep};
+use crate::capture::{Capture, Probes, keep};
 use crate::certificates::{self, Certificate};
 use crate::cli::CommandError;
 use crate::drain::Drain;
@@ -202,7 +200,7 @@ async fn serve(
 async fn prove(
     capture: &Capture,
     shared: &Shared,
-    probes: Vec<Probe>,
+    probes: Probes,
     tenure: &mut Tenure,
 ) -> Result<(), CommandError> {
     capture.test(&shared.self_test, probes).await?;

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
-    Interception, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, ipv6_available,
+    Interception, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, WayBack, check_reverse_path,
+    ipv6_available,
 };
 
 use crate::cli::CommandError;
@@ -15,7 +16,7 @@ use crate::gate::Gate;
 use crate::guard::{Event, Guard};
 use crate::metrics;
 use crate::reload::Reload;
-use crate::self_test::{SelfTest, SelfTestError};
+use crate::self_test::{self, SelfTest, SelfTestError};
 
 /// A process has one user.
 static HAS_BECOME_PROXY: AtomicBool = AtomicBool::new(false);
@@ -37,6 +38,13 @@ pub(crate) struct Capture {
     user: Option<ProxyUser>,
 }
 
+/// The connections of the self-test, whose sockets are open.
+#[derive(Debug)]
+pub(crate) struct Probes {
+    caught: Vec<Probe>,
+    returned: Vec<WayBack>,
+}
+
 impl Capture {
     /// Checks all that can be checked before anything is changed.
     pub(crate) async fn prepare(settings: &Settings) -> Result<Self, CommandError> {
@@ -45,6 +53,7 @@ impl Capture {
         if interception.dns == Dns::Capture && interception.profile != Profile::None {
             return Err(CommandError::NoDnsProxy { port: ports.dns });
         }
+        check_reverse_path(interception)?;
         let user = ProxyUser::required(interception)?;
         let prepared = if interception.install {
             Interception::prepare(interception, ports).await?
@@ -86,12 +95,14 @@ impl Capture {
     }
 
     /// Opens the sockets of the self-test.
-    pub(crate) fn probes(
-        &self,
-        settings: &InterceptionSettings,
-    ) -> Result<Vec<Probe>, CommandError> {
-        Probe::prepare(&self.plan, settings, self.ports)
-            .map_err(|error| CommandError::SelfTest(SelfTestError::Prepare(error)))
+    pub(crate) fn probes(&self, settings: &InterceptionSettings) -> Result<Probes, CommandError> {
+        let sockets = Sockets::new(settings, ipv6_available());
+        let prepare = || {
+            let caught = Probe::prepare(&self.plan, settings, self.ports)?;
+            let returned = WayBack::prepare(&self.plan, &sockets)?;
+            Ok(Probes { caught, returned })
+        };
+        prepare().map_err(|error| CommandError::SelfTest(SelfTestError::Prepare(error)))
     }
 
     /// Becomes the user by which the rules know the proxy, and gives up what it no longer needs. Whether it is another user now.
@@ -123,13 +134,13 @@ impl Capture {
         Ok(true)
     }
 
-    /// Tests that what should be caught is.
+    /// Tests that what should be caught is, and that what should come back does.
     pub(crate) async fn test(
         &self,
         self_test: &SelfTest,
-        probes: Vec<Probe>,
+        probes: Probes,
     ) -> Result<(), CommandError> {
-        let tested = self_test.run(probes).await.map_err(CommandError::SelfTest)?;
+        let tested = self_test.run(probes.caught).await.map_err(CommandError::SelfTest)?;
         if tested.is_empty() && self.profile != Profile::None {
             tracing::info!(
                 "the rules could not be tested from here: no connection that this process can make would be caught, or has a route"
@@ -137,6 +148,9 @@ impl Capture {
         } else {
             tracing::debug!(?tested, "connections are caught");
         }
+        let returned = self_test::run_way_back(probes.returned).await;
+        let returned = returned.map_err(CommandError::SelfTest)?;
+        tracing::debug!(?returned, "answers to imitated clients come back");
         Ok(())
     }
 

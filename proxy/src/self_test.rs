@@ -1,7 +1,7 @@
 //! The test before `ready`: connections of our own go the way of the workload's, and have to arrive at our listeners with
-//! the destination that they were made for.
+//! the destination that they were made for; and what the workload answers to clients that we imitate has to come back.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-use underpass_interception::{Probe, end_on_close};
+use underpass_interception::{PolicyRoute, Probe, WayBack, end_on_close};
 
 use crate::accept::{Accepted, Kind};
 
@@ -31,6 +31,20 @@ pub(crate) enum SelfTestError {
         DEADLINE.as_secs()
     )]
     NotArrived { destination: SocketAddr },
+    #[error(
+        "inbound connections would hang: what the workload answers to a client leaves for the network instead of coming \
+         back to the proxy, as a test connection from {client} to {destination} did for {} s. `ip {} rule` must lead what \
+         is marked {:#x} to table {} (local default dev lo) before any other rule does; is that one missing, or another \
+         program's first? `underpass rules verify` tells",
+        DEADLINE.as_secs(), if client.is_ipv6() { "-6" } else { "-4" }, route.mark.value, route.table
+    )]
+    NotReturned { client: IpAddr, destination: SocketAddr, route: PolicyRoute },
+    #[error(
+        "inbound connections would fail: a test connection to the workload from a client's address, {client}, to \
+         {destination} could not be made; does another program's netfilter rule refuse or rewrite it? \
+         `underpass rules verify` tells"
+    )]
+    NotImitated { client: IpAddr, destination: SocketAddr, source: std::io::Error },
     #[error("the sockets of the test could not be made")]
     Prepare(#[source] std::io::Error),
 }
@@ -61,7 +75,7 @@ impl SelfTest {
         };
         let claimed = accepted.destination.as_ref().is_ok_and(|arrived| arrived == destination);
         if claimed {
-            // Whoever connects is not to take a reset for a refusal.
+            // A reset may come with the connection, and the test would take it for a refusal.
             end_on_close(&accepted.stream);
         }
         // Whoever waits no longer has been told something else.
@@ -109,4 +123,22 @@ impl SelfTest {
     fn expect(&self, expected: Option<Expected>) {
         *self.expected.lock().unwrap_or_else(PoisonError::into_inner) = expected;
     }
+}
+
+/// Makes each connection and waits for its answer; says between whom.
+pub(crate) async fn run_way_back(
+    connections: Vec<WayBack>,
+) -> Result<Vec<(IpAddr, SocketAddr)>, SelfTestError> {
+    let mut tested = Vec::new();
+    for connection in connections {
+        let WayBack { client, destination, route, .. } = connection;
+        match timeout(DEADLINE, connection.connect()).await {
+            Ok(Ok(())) => tested.push((client, destination)),
+            Ok(Err(source)) => {
+                return Err(SelfTestError::NotImitated { client, destination, source });
+            }
+            Err(_) => return Err(SelfTestError::NotReturned { client, destination, route }),
+        }
+    }
+    Ok(tested)
 }

@@ -209,7 +209,8 @@ impl Interface {
     }
 }
 
-fn is_link_local(address: IpAddr) -> bool {
+/// Nobody connects to such an address from outside.
+pub(crate) fn is_link_local(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => v4.is_link_local(),
         IpAddr::V6(v6) => v6.is_unicast_link_local(),

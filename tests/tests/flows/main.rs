@@ -11,7 +11,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
 use underpass_interception::{KUBELET_PROBE_V4, KUBELET_PROBE_V6, PROXY_MARK, TcpSegment};
-use underpass_tests::{APP, Dial, Family, HBONE, Mesh, Scene, Server, Suite, exchange, tool};
+use underpass_tests::{
+    APP, Counters, Dial, Family, HBONE, Mesh, Pod, Scene, Server, Suite, exchange, tool,
+};
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
@@ -66,9 +68,12 @@ async fn through_the_tunnel(family: Family) {
         scene.server.connections_since(&before.1),
         once(&["hbone-in".to_owned(), family.rule("own-pod")])
     );
-    let after = scene.server.counters();
-    assert!(after.get("return-to-proxy") > 0, "the application's answer went back to the proxy");
-    assert_eq!(scene.client.counters().get("return-to-proxy"), 0);
+    let returned = |pod: &Pod, before: &Counters| {
+        pod.counters().get("return-to-proxy") - before.get("return-to-proxy")
+    };
+    let to_proxy = returned(&scene.server, &before.1);
+    assert!(to_proxy > 0, "the application's answer went back to the proxy");
+    assert_eq!(returned(&scene.client, &before.0), 0);
 }
 
 async fn plaintext_inbound(family: Family) {

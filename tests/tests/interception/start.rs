@@ -10,6 +10,26 @@ use crate::{PROFILES, Profile, SIDECAR, plain};
 pub(crate) fn add(suite: &mut Suite) {
     suite.test("rules that come before and drop are found before it is ready", dropped_before);
     suite.test("rules that come before and refuse are found before it is ready", refused_before);
+    suite.test("ambient: an ip rule that is missing is found before it is ready", async || {
+        no_way_back(AMBIENT, "rule del pref 32764", 100).await;
+    });
+    suite.test("ambient: so is a route", async || {
+        no_way_back(AMBIENT, "route del local default table 100", 100).await;
+    });
+    suite.test("ambient: so is another program's ip rule that comes first", async || {
+        no_way_back(AMBIENT, "rule add pref 100 lookup main", 100).await;
+    });
+    suite.test_with_users("sidecar: so is an ip rule that TPROXY mode needs", async || {
+        no_way_back(TPROXY, "rule del pref 32765", 133).await;
+    });
+    suite.test("ambient: answers come back past strict reverse path filters", async || {
+        filtered(AMBIENT, true).await;
+    });
+    suite.test_with_users("sidecar: in TPROXY mode too", async || filtered(TPROXY, false).await);
+    suite.test_with_users(
+        "sidecar: a kernel that drops what TPROXY marks is found before anything is changed",
+        dropped_by_mark,
+    );
     for profile in PROFILES {
         profile.test(
             suite,
@@ -71,6 +91,82 @@ async fn refused_before() {
     {
         assert!(error.contains(part), "{part:?} is not in {error}");
     }
+}
+
+const TPROXY: fn(Settings) -> Settings =
+    |settings| SIDECAR.of(settings).set("interception.inbound.mode=tproxy");
+const AMBIENT: fn(Settings) -> Settings = |settings| crate::AMBIENT.of(settings);
+
+/// The rules are someone else's, and what returns answers was changed by `ip COMMAND`, of one family: the start fails.
+async fn no_way_back(of: fn(Settings) -> Settings, command: &str, table: u32) {
+    let scene = Scene::new().await;
+    let settings = of(scene.server_settings());
+    for (ip, client) in [("-4", "192.0.2.2"), ("-6", "2001:db8::2")] {
+        scene.server.rules("install", &settings).await.ok();
+        let arguments: Vec<_> = [ip].into_iter().chain(command.split(' ')).collect();
+        tool(&scene.server, "ip", &arguments).await.ok();
+        let started =
+            scene.server.try_proxy(&settings.clone().set("interception.install=false")).await;
+        let Err(SpawnError::Ended { status, log }) = started else {
+            unreachable!("it did not end by itself: {started:?}")
+        };
+        assert_eq!(status.code(), Some(1), "{log}");
+        let error = log.lines().find(|line| line.starts_with("underpass: ")).unwrap_or_default();
+        let rule = format!("`ip {ip} rule`");
+        let to = format!("to table {table}");
+        for part in ["would hang", client, " for 5 s", &rule, &to, "verify"] {
+            assert!(error.contains(part), "{part:?} is not in {error}");
+        }
+        scene.server.underpass(&["rules", "remove"]).await.ok();
+        if command.starts_with("rule add") {
+            tool(&scene.server, "ip", &[ip, "rule", "del", "pref", "100"]).await.ok();
+        }
+    }
+}
+
+/// What a proxy sends for a client over loopback is no stranger there, and answers are routed here.
+async fn filtered(of: fn(Settings) -> Settings, looked_up_by_mark: bool) {
+    let scene = Scene::new().await;
+    for interface in ["all", "default", "lo", "eth0"] {
+        scene.server.sysctl(&format!("net/ipv4/conf/{interface}/rp_filter"), "1");
+        if looked_up_by_mark {
+            scene.server.sysctl(&format!("net/ipv4/conf/{interface}/src_valid_mark"), "1");
+        }
+    }
+    let _server = scene.server.proxy(&of(scene.server_settings())).await;
+    let app = scene.server.listen(APP);
+    sees_its_client(&scene, &app).await;
+    let _client = scene.client.proxy(&of(scene.client_settings())).await;
+    sees_its_client(&scene, &app).await;
+}
+
+async fn dropped_by_mark() {
+    let scene = Scene::new().await;
+    let settings = TPROXY(scene.server_settings());
+    let app = scene.server.listen(APP);
+    for interface in ["eth0", "all"] {
+        let key = format!("net/ipv4/conf/{interface}/src_valid_mark");
+        scene.server.sysctl(&key, "1");
+        let started = scene.server.try_proxy(&settings).await;
+        let Err(SpawnError::Ended { status, log }) = started else {
+            unreachable!("it did not end by itself: {started:?}")
+        };
+        assert_eq!(status.code(), Some(1), "{log}");
+        assert!(log.contains("would hang") && log.contains("eth0.src_valid_mark"), "{log}");
+        assert_eq!(tool(&scene.server, "nft", &["list", "ruleset"]).await.ok(), "");
+        scene.server.sysctl(&key, "0");
+    }
+    // The way out that it names is one.
+    scene.server.sysctl("net/ipv4/conf/eth0/src_valid_mark", "1");
+    scene.server.sysctl("net/ipv4/conf/eth0/accept_local", "1");
+    let _server = scene.server.proxy(&settings).await;
+    sees_its_client(&scene, &app).await;
+}
+
+async fn sees_its_client(scene: &Scene, app: &underpass_tests::Listener) {
+    let (mut client, mut server, peer) = scene.client.meet(app, scene.app(Family::V4)).await;
+    exchange(&mut client, &mut server).await;
+    assert_eq!(peer.ip(), scene.client.ip(Family::V4));
 }
 
 /// A proxy in each pod, in a mesh without members, with this setting.

@@ -1,0 +1,47 @@
+//! A proxy that is killed, in the middle of what it carries: its kernel tells both sides with RST, and never with FIN.
+
+use nix::sys::signal::Signal;
+use tokio::io::AsyncReadExt as _;
+use underpass_tests::{APP, End, Family, Suite, exchange, read_to_end};
+
+use crate::{MUCH, Path, breaks, send};
+
+pub(crate) fn add(suite: &mut Suite) {
+    for (path, which, who) in [
+        (Path::Outbound, 0, "client"),
+        (Path::Inbound, 0, "server"),
+        (Path::Tunnel, 0, "client"),
+        (Path::Tunnel, 1, "server"),
+    ] {
+        let name =
+            format!("{}: when the {who}'s proxy is killed, nothing looks complete", path.name());
+        suite.test_both(&name, async move |family| killed(path, which, family).await);
+    }
+}
+
+async fn killed(path: Path, which: usize, family: Family) {
+    let (scene, mut proxies) = path.scene().await;
+    let app = scene.server.listen(APP);
+    let to = scene.app(family);
+    // One without bytes on their way, one with a body of which a part has arrived, and one whose client has sent all that it had.
+    let (mut idle, mut idle_app, _) = scene.client.meet(&app, to).await;
+    exchange(&mut idle, &mut idle_app).await;
+    let (mut upload, mut upload_app, _) = scene.client.meet(&app, to).await;
+    let (mut ended, mut ended_app, _) = scene.client.meet(&app, to).await;
+    send(&mut ended, 0, true).await.expect("FIN is sent");
+    assert_eq!(read_to_end(&mut ended_app).await, (vec![], End::Fin));
+    tokio::select! {
+        sent = send(&mut upload, MUCH, true) => sent.expect("it may send"),
+        read = async { upload_app.read_exact(&mut vec![0; MUCH / 2]).await } => {
+            read.expect("bytes arrive");
+        }
+    }
+    let proxy = proxies.get_mut(which).expect("one of the path's");
+    proxy.signal(Signal::SIGKILL);
+    proxy.ended().await;
+    for stream in [&mut idle, &mut idle_app, &mut ended, &mut upload] {
+        assert_eq!(read_to_end(stream).await.1, End::Reset);
+    }
+    assert_eq!(read_to_end(&mut upload_app).await.1, End::Reset, "half a body is no whole one");
+    breaks(&ended_app).await;
+}

@@ -1,0 +1,182 @@
+//! What a peer that is not ours does to a stream in the middle of a body, and to the tunnel below it: only END_STREAM is FIN.
+
+use std::future::pending;
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream, SendStream};
+use http::{Method, Request, Response, StatusCode};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use underpass_interception::reset_on_close;
+use underpass_tests::{
+    APP, End, Family, HBONE, Scene, Suite, TlsClient, TlsServer, read_to_end, within,
+};
+
+use Does::{EndStream, Fin, GoAway, Reset, ResetStream, Retire};
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Does {
+    /// DATA with END_STREAM.
+    EndStream,
+    /// RST_STREAM.
+    ResetStream(Reason),
+    /// GOAWAY for streams to come, and END_STREAM of this one.
+    Retire,
+    /// GOAWAY, and an orderly end of TLS and TCP without a word about the stream.
+    GoAway(Reason),
+    /// FIN of the tunnel's connection, without a word.
+    Fin,
+    /// RST of the tunnel's connection.
+    Reset,
+}
+
+/// What the peer does, and what the application at our side of the tunnel must see.
+const TABLE: [(Does, End); 11] = [
+    (EndStream, End::Fin),
+    (Retire, End::Fin),
+    (ResetStream(Reason::NO_ERROR), End::Reset),
+    (ResetStream(Reason::CANCEL), End::Reset),
+    (ResetStream(Reason::INTERNAL_ERROR), End::Reset),
+    (ResetStream(Reason::REFUSED_STREAM), End::Reset),
+    (ResetStream(Reason::CONNECT_ERROR), End::Reset),
+    (GoAway(Reason::NO_ERROR), End::Reset),
+    (GoAway(Reason::ENHANCE_YOUR_CALM), End::Reset),
+    (Fin, End::Reset),
+    (Reset, End::Reset),
+];
+
+pub(crate) fn add(suite: &mut Suite) {
+    for (does, sees) in TABLE {
+        suite.test(&format!("HBONE client: the peer's {does:?} -> {sees:?}"), async move || {
+            by_server(does, sees, Family::V4).await;
+        });
+        // h2's client cannot be made to send GOAWAY with a stream open.
+        if !matches!(does, Retire | GoAway(_)) {
+            suite.test(
+                &format!("HBONE server: the peer's {does:?} -> {sees:?}"),
+                async move || {
+                    by_client(does, sees, Family::V4).await;
+                },
+            );
+        }
+    }
+    suite.test("HBONE client, IPv6: the peer's Fin -> Reset", async || {
+        by_server(Fin, End::Reset, Family::V6).await;
+    });
+    suite.test("HBONE server, IPv6: the peer's Fin -> Reset", async || {
+        by_client(Fin, End::Reset, Family::V6).await;
+    });
+}
+
+/// The proxy has opened the tunnel.
+async fn by_server(does: Does, sees: End, family: Family) {
+    let scene = Scene::new().await;
+    let listener = scene.server.listen(HBONE);
+    let _proxy = scene.client.proxy(&scene.client_settings()).await;
+    let mut app = scene.client.dial(scene.app(family)).await.expect("the proxy accepts");
+    let (stream, _) = listener.accept().await;
+    if does == Reset {
+        reset_on_close(&stream);
+    }
+    let server = TlsServer::new(&scene.server_files);
+    let stream = server.accept(stream).await.expect("a TLS handshake");
+    let handshake = within("a preface", h2::server::handshake(stream));
+    let mut tunnel = handshake.await.expect("HTTP/2");
+    let request = within("a request", tunnel.accept()).await;
+    let (request, mut respond) = request.expect("a request").expect("HTTP/2");
+    let mut body: SendStream<Bytes> =
+        respond.send_response(Response::new(()), false).expect("a response");
+    body.send_data("half".into(), false).expect("data");
+    tokio::select! {
+        () = is_half(&mut app) => {}
+        _ = tunnel.accept() => unreachable!("the proxy ended its tunnel"),
+    }
+    let request = request.into_body();
+    match does {
+        Fin | Reset => {
+            drop((tunnel, body, request, respond));
+            return assert_eq!(read_to_end(&mut app).await, (vec![], sees));
+        }
+        GoAway(reason) => tunnel.abrupt_shutdown(reason),
+        Retire => tunnel.graceful_shutdown(),
+        EndStream | ResetStream(_) => {}
+    }
+    let driven = async {
+        while tunnel.accept().await.is_some() {}
+        pending::<()>().await;
+    };
+    tokio::select! {
+        () = seen(does, sees, &mut app, body, request) => {}
+        () = driven => {}
+    }
+}
+
+/// The proxy has accepted the tunnel.
+async fn by_client(does: Does, sees: End, family: Family) {
+    let scene = Scene::new().await;
+    let _proxy = scene.server.proxy(&scene.server_settings()).await;
+    let listener = scene.server.listen(APP);
+    let stream = scene.client.dial(scene.server.at(family, HBONE)).await.expect("it listens");
+    if does == Reset {
+        reset_on_close(&stream);
+    }
+    let client = TlsClient::new(Some(&scene.client_files));
+    let stream = client.connect(stream).await.expect("a TLS handshake");
+    let (requests, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
+    let driving = tokio::spawn(connection);
+    let (response, mut body) = connect(requests, scene.app(family)).await;
+    let (mut app, _) = listener.accept().await;
+    let response = within("a response", response).await.expect("HTTP/2");
+    assert_eq!(response.status(), StatusCode::OK);
+    body.send_data("half".into(), false).expect("data");
+    is_half(&mut app).await;
+    if matches!(does, Fin | Reset) {
+        driving.abort();
+        return assert_eq!(read_to_end(&mut app).await, (vec![], sees));
+    }
+    seen(does, sees, &mut app, body, response.into_body()).await;
+    driving.abort();
+}
+
+async fn connect(
+    requests: h2::client::SendRequest<Bytes>,
+    to: SocketAddr,
+) -> (h2::client::ResponseFuture, SendStream<Bytes>) {
+    let mut requests = within("room for a stream", requests.ready()).await.expect("HTTP/2");
+    let request = Request::builder().method(Method::CONNECT).uri(to.to_string());
+    requests.send_request(request.body(()).expect("a request"), false).expect("HTTP/2")
+}
+
+/// Does what is done by the stream itself, and sees how the application ends.
+async fn seen(
+    does: Does,
+    sees: End,
+    app: &mut TcpStream,
+    mut body: SendStream<Bytes>,
+    mut from_app: RecvStream,
+) {
+    match does {
+        ResetStream(reason) => body.send_reset(reason),
+        EndStream | Retire => body.send_data("whole".into(), true).expect("data"),
+        GoAway(_) | Fin | Reset => {}
+    }
+    let rest = if sees == End::Fin { &b"whole"[..] } else { b"" };
+    assert_eq!(read_to_end(app).await, (rest.to_vec(), sees));
+    if sees == End::Fin {
+        // The other direction goes on, and ends well too.
+        app.write_all(b"more").await.expect("it may send");
+        app.shutdown().await.expect("FIN is sent");
+        let mut received = Vec::new();
+        while let Some(data) = within("END_STREAM", from_app.data()).await {
+            received.extend_from_slice(&data.expect("no reset"));
+        }
+        assert_eq!(received, b"more");
+    }
+}
+
+async fn is_half(app: &mut TcpStream) {
+    let mut half = [0; 4];
+    within("bytes arrive", app.read_exact(&mut half)).await.expect("no end");
+    assert_eq!(&half, b"half");
+}

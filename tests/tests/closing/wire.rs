@@ -1,0 +1,90 @@
+//! The segments of a connection that ends well: on the wire one FIN each way, and no RST.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+use tokio::io::AsyncWriteExt as _;
+use underpass_interception::{PacketCapture, TcpSegment};
+use underpass_tests::{APP, End, Family, Suite, exchange, read_to_end, until};
+
+use crate::Path;
+
+pub(crate) fn add(suite: &mut Suite) {
+    for path in Path::ALL {
+        let name =
+            format!("{}: on the wire, a good end is one FIN each way and no RST", path.name());
+        suite.test_both(&name, async move |family| good_end(path, family).await);
+    }
+}
+
+/// RFC 9293 3.1.
+const FIN: u8 = 0b001;
+const RST: u8 = 0b100;
+
+/// Who said it, with which sequence number: loopback shows a segment twice, and what is lost is sent again.
+type Said = BTreeSet<(SocketAddr, SocketAddr, u32)>;
+
+#[derive(Debug, Default)]
+struct Ends {
+    fins: Said,
+    resets: Said,
+}
+
+impl Ends {
+    /// Adds what the wire has of connections with the application's port.
+    fn add(&mut self, wire: &mut PacketCapture) {
+        for frame in wire.drain().expect("the capture is read") {
+            let Some((segment, flags, sequence)) = read(&frame) else { continue };
+            let said = (segment.source, segment.destination, sequence);
+            if ![said.0.port(), said.1.port()].contains(&APP) {
+                continue;
+            }
+            if flags & FIN != 0 {
+                self.fins.insert(said);
+            }
+            if flags & RST != 0 {
+                self.resets.insert(said);
+            }
+        }
+    }
+}
+
+fn read(frame: &[u8]) -> Option<(TcpSegment<'_>, u8, u32)> {
+    let segment = TcpSegment::parse(frame)?;
+    let ip = frame.get(14..)?;
+    let header = match segment.source {
+        // RFC 791 3.1: the length of the header in words of four octets.
+        SocketAddr::V4(_) => usize::from(ip.first()? & 0xf) * 4,
+        SocketAddr::V6(_) => 40,
+    };
+    let tcp = ip.get(header..)?;
+    let sequence = u32::from_be_bytes(tcp.get(4..8)?.try_into().ok()?);
+    Some((segment, *tcp.get(13)?, sequence))
+}
+
+async fn good_end(path: Path, family: Family) {
+    let (scene, _proxies) = path.scene().await;
+    let app = scene.server.listen(APP);
+    // Where the connection with the application is in the open: between the pods, or on the server's loopback.
+    let wire = || PacketCapture::open(if path == Path::Outbound { "eth0" } else { "lo" });
+    let mut wire = scene.server.run(wire).expect("packets are captured");
+    let (mut client, mut server, _) = scene.client.meet(&app, scene.app(family)).await;
+    exchange(&mut client, &mut server).await;
+    client.shutdown().await.expect("FIN is sent");
+    assert_eq!(read_to_end(&mut server).await, (vec![], End::Fin));
+    server.shutdown().await.expect("FIN is sent");
+    assert_eq!(read_to_end(&mut client).await, (vec![], End::Fin));
+    drop((client, server));
+    let mut ends = Ends::default();
+    until("both ends are on the wire", async || {
+        ends.add(&mut wire);
+        ends.fins.len() >= 2
+    })
+    .await;
+    // Whatever comes later, comes with the next connection at the latest.
+    let (mut next, mut next_server, _) = scene.client.meet(&app, scene.app(family)).await;
+    exchange(&mut next, &mut next_server).await;
+    ends.add(&mut wire);
+    assert_eq!(ends.fins.len(), 2, "{ends:?}");
+    assert!(ends.resets.is_empty(), "{ends:?}");
+}
