@@ -218,6 +218,11 @@ impl Incoming {
         self.link.peer()
     }
 
+    /// Waits until the client reset the request or the connection ended: for when its answer takes a while. Cancel-safe.
+    pub async fn closed(&mut self) -> HboneError {
+        poll_fn(|cx| self.poll_closed(cx)).await
+    }
+
     /// Answers 200 with `headers`: from here the stream is raw bytes.
     ///
     /// # Errors
@@ -237,11 +242,17 @@ impl Incoming {
 
     /// h2 only says that a closed stream cannot be answered; why it is closed is asked separately.
     fn refusal(&mut self, error: h2::Error) -> HboneError {
-        match self.respond.poll_reset(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(Ok(reason)) => HboneError::Reset { reason },
-            Poll::Ready(Err(ended)) => self.link.stream_error(ended),
+        match self.poll_closed(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(reason) => reason,
             Poll::Pending => self.link.stream_error(error),
         }
+    }
+
+    fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<HboneError> {
+        self.respond.poll_reset(cx).map(|closed| match closed {
+            Ok(reason) => HboneError::Reset { reason },
+            Err(error) => self.link.stream_error(error),
+        })
     }
 }
 

@@ -118,11 +118,22 @@ impl TunnelWriter {
     /// As [`TunnelReader::read`]; also when the stream was finished or aborted before.
     pub async fn write(&mut self, mut data: Bytes) -> Result<(), HboneError> {
         while !data.is_empty() {
-            let capacity = poll_fn(|cx| self.poll_capacity(cx, data.len())).await?;
-            let frame = data.split_to(capacity.min(data.len()));
-            self.send(frame, false)?;
+            self.write_part(&mut data).await?;
         }
         Ok(())
+    }
+
+    /// Queues as much from the front of `data`, which must not be empty, as there is room for, waiting for some, and says how
+    /// much that was. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`TunnelWriter::write`].
+    pub async fn write_part(&mut self, data: &mut Bytes) -> Result<usize, HboneError> {
+        let capacity = poll_fn(|cx| self.poll_capacity(cx, data.len())).await?;
+        let frame = data.split_to(capacity.min(data.len()));
+        let length = frame.len();
+        self.send(frame, false)?;
+        Ok(length)
     }
 
     /// Sends END_STREAM: the peer reads a clean end behind all that was written. The other direction goes on.

@@ -5,7 +5,7 @@
 //! connection.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -248,6 +248,25 @@ pub fn reset_on_close(stream: &impl AsFd) {
 /// Takes [`reset_on_close`] back: what was written still arrives, and a FIN behind it.
 pub fn end_on_close(stream: &impl AsFd) {
     let _gone = SockRef::from(stream).set_linger(None);
+}
+
+/// Probes the other side of `stream` when it was silent for `first`, and then `every` so often, both in whole seconds; it is given
+/// up after [`KEEPALIVE_PROBES`] without an answer. A connection that is gone needs no probes, so that this cannot fail.
+pub fn probe_every(stream: &impl AsFd, first: Duration, every: Duration) {
+    let probes = TcpKeepalive::new().with_time(first).with_interval(every);
+    let _gone = SockRef::from(stream).set_tcp_keepalive(&probes.with_retries(KEEPALIVE_PROBES));
+}
+
+/// Sends a FIN behind what was written; reading goes on.
+///
+/// # Errors
+///
+/// The kernel's; none if the connection is gone already, which whoever reads it learns.
+pub fn end_writing(stream: &impl AsFd) -> io::Result<()> {
+    match SockRef::from(stream).shutdown(Shutdown::Write) {
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+        ended => ended,
+    }
 }
 
 /// Binds `socket` to an address that is not ours, which takes NET_ADMIN or NET_RAW.

@@ -17,6 +17,7 @@ use crate::accept::Kind;
 use crate::capture::{Capture, Probes, keep};
 use crate::certificates::{self, Certificate};
 use crate::cli::CommandError;
+use crate::copy::Buffers;
 use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::gate::Gate;
@@ -363,6 +364,7 @@ fn shared(
         resolver: Arc::new(Resolver::system()),
         credentials: None,
         limits: Limits::new(&settings.limits, workers(settings)),
+        buffers: Buffers::new(settings.limits.buffers),
         drain: Drain::default(),
         accept,
         self_test: SelfTest::default(),

@@ -3,43 +3,68 @@
 //! Both directions run until both have ended (half-open is a state like any other) or one breaks. FIN becomes END_STREAM
 //! and END_STREAM becomes FIN; whatever else ends a side aborts the other one: TCP RST and RST_STREAM, never a FIN.
 //! Sockets come here such that closing them is a reset (`accept.rs`, `dial.rs`); only a good end takes that back.
+//!
+//! A side whose sending has ended can still break. Nobody reads it then, so that whoever has nothing to write to it watches it.
+//! As long as it sends, reading tells, behind what it had sent before.
+//!
+//! `tcp` reads and writes connections, `splice` moves bulk between two of them, `buffers` is what that may cost, and `deadlines` is
+//! how long it may rest.
 
-use std::io;
+mod buffers;
+mod deadlines;
+mod splice;
+mod tcp;
 
-use bytes::{Bytes, BytesMut};
-use tokio::io::AsyncWriteExt;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::task::Poll;
+
+use bytes::Bytes;
 use tokio::net::TcpStream;
-use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::task::coop::consume_budget;
 use underpass_hbone::{TunnelReader, TunnelStream, TunnelWriter};
 use underpass_interception::end_on_close;
 
+pub(crate) use self::buffers::Buffers;
+pub(crate) use self::deadlines::Deadlines;
+use self::splice::Spliced;
+pub(crate) use self::tcp::broken;
+use self::tcp::{Broke, TcpSink, TcpSource};
 use crate::drain::Drain;
 use crate::error::ProxyError;
 use crate::live::Revocation;
 use crate::record::ConnectionRecord;
+use crate::worker::Shared;
 
-/// What a connection's first read may take: most requests fit, and thousands of quiet connections stay cheap.
-const FIRST_READ: usize = 4 * 1024;
-/// What a busy connection's read may take: large enough to make system calls rare, small enough to stay in L2. Half of it
-/// cost a fifth more CPU in bulk, twice of it gained nothing that could be told from noise.
-const LARGEST_READ: usize = 128 * 1024;
-
-/// One proxied connection while its bytes move: what is counted, and what may cut it short.
+/// One proxied connection while its bytes move: what is counted, what it may hold, and what may cut it short.
 pub(crate) struct Flow<'a> {
     pub(crate) record: &'a ConnectionRecord,
+    pub(crate) buffers: &'a Buffers,
+    pub(crate) deadlines: Deadlines,
     pub(crate) drain: &'a Drain,
     pub(crate) revocation: &'a mut Revocation,
 }
 
-impl Flow<'_> {
+impl<'a> Flow<'a> {
+    pub(crate) fn new(
+        shared: &'a Shared,
+        record: &'a ConnectionRecord,
+        revocation: &'a mut Revocation,
+    ) -> Self {
+        let Shared { buffers, drain, timeouts, .. } = shared;
+        Self { record, buffers, deadlines: timeouts.into(), drain, revocation }
+    }
+
     /// Copies between a client's connection and the tunnel that leads to its destination.
     pub(crate) async fn into_tunnel(
         self,
         client: TcpStream,
         tunnel: TunnelStream,
     ) -> Result<(), ProxyError> {
-        let received = |bytes| self.record.received(bytes);
-        let sent = |bytes| self.record.sent(bytes);
+        let record = self.record;
+        let received = |bytes| record.received(bytes);
+        let sent = |bytes| record.sent(bytes);
         self.through_tunnel(client, ProxyError::Client, tunnel, received, sent).await
     }
 
@@ -49,62 +74,93 @@ impl Flow<'_> {
         tunnel: TunnelStream,
         app: TcpStream,
     ) -> Result<(), ProxyError> {
-        let received = |bytes| self.record.received(bytes);
-        let sent = |bytes| self.record.sent(bytes);
+        let record = self.record;
+        let received = |bytes| record.received(bytes);
+        let sent = |bytes| record.sent(bytes);
         self.through_tunnel(app, ProxyError::Upstream, tunnel, sent, received).await
     }
 
     async fn through_tunnel(
         self,
-        mut stream: TcpStream,
-        broke: fn(io::Error) -> ProxyError,
+        stream: TcpStream,
+        broke: Broke,
         tunnel: TunnelStream,
         into_tunnel: impl Fn(usize),
         out_of_tunnel: impl Fn(usize),
     ) -> Result<(), ProxyError> {
         let distrusted = tunnel.distrusted();
         let (mut reader, mut writer) = tunnel.split();
+        let half_closed = AtomicBool::new(false);
         let outcome = {
-            let (read, write) = stream.split();
-            let there = pump(TcpSource::new(read, broke), &mut writer, into_tunnel);
-            let back = pump(&mut reader, TcpSink { stream: write, broke }, out_of_tunnel);
-            let both = self.drain.or_abort(async { tokio::try_join!(there, back) });
-            let both = self.revocation.or_end(both);
+            let from = TcpSource::new(&stream, broke, self.buffers);
+            let to = TcpSink { stream: &stream, broke };
+            let there = pin!(pump(from, &mut writer, &half_closed, into_tunnel));
+            let back = pin!(pump(&mut reader, to, &half_closed, out_of_tunnel));
+            let sockets = [&stream];
+            let both = self.both(there, back, &half_closed, &sockets);
             tokio::select! {
                 outcome = both => outcome,
                 reason = distrusted => Err(ProxyError::Tunnel(reason)),
             }
         };
         match outcome {
-            Ok(_) => end_on_close(&stream),
+            Ok(()) => end_on_close(&stream),
             Err(_) => writer.abort(),
         }
-        outcome.map(|_| ())
+        outcome
     }
 
     /// Copies between a client's connection and one to its destination.
     pub(crate) async fn through_tcp(
         self,
-        mut client: TcpStream,
-        mut upstream: TcpStream,
+        client: TcpStream,
+        upstream: TcpStream,
     ) -> Result<(), ProxyError> {
+        let record = self.record;
+        let half_closed = AtomicBool::new(false);
         let outcome = {
-            let (read, write) = client.split();
-            let from_client = TcpSource::new(read, ProxyError::Client);
-            let to_client = TcpSink { stream: write, broke: ProxyError::Client };
-            let (read, write) = upstream.split();
-            let from_upstream = TcpSource::new(read, ProxyError::Upstream);
-            let to_upstream = TcpSink { stream: write, broke: ProxyError::Upstream };
-            let there = pump(from_client, to_upstream, |bytes| self.record.received(bytes));
-            let back = pump(from_upstream, to_client, |bytes| self.record.sent(bytes));
-            let both = self.drain.or_abort(async { tokio::try_join!(there, back) });
-            self.revocation.or_end(both).await
+            let from_client = TcpSource::new(&client, ProxyError::Client, self.buffers);
+            let to_client = TcpSink { stream: &client, broke: ProxyError::Client };
+            let from_upstream = TcpSource::new(&upstream, ProxyError::Upstream, self.buffers);
+            let to_upstream = TcpSink { stream: &upstream, broke: ProxyError::Upstream };
+            let received = |bytes| record.received(bytes);
+            let sent = |bytes| record.sent(bytes);
+            let there = pin!(pump_bulk(from_client, to_upstream, &half_closed, received));
+            let back = pin!(pump_bulk(from_upstream, to_client, &half_closed, sent));
+            self.both(there, back, &half_closed, &[&client, &upstream]).await
         };
         if outcome.is_ok() {
             end_on_close(&client);
             end_on_close(&upstream);
         }
-        outcome.map(|_| ())
+        outcome
+    }
+
+    /// Runs both directions to their ends, unless something cuts them short. `half_closed` is set when the first one has ended.
+    async fn both(
+        self,
+        mut there: Pin<&mut impl Future<Output = Result<(), ProxyError>>>,
+        mut back: Pin<&mut impl Future<Output = Result<(), ProxyError>>>,
+        half_closed: &AtomicBool,
+        sockets: &[&TcpStream],
+    ) -> Result<(), ProxyError> {
+        let Self { record, deadlines, drain, revocation, .. } = self;
+        let moved = || record.moved();
+        let both = async {
+            let there_ended = tokio::select! {
+                ended = &mut there => ended.map(|()| true)?,
+                ended = &mut back => ended.map(|()| false)?,
+                late = deadlines.idle(moved) => return Err(late),
+            };
+            half_closed.store(true, Relaxed);
+            let rest = async { if there_ended { back.await } else { there.await } };
+            // Boxed: most connections are never half-closed for long, and all of them would have to bear its timers.
+            tokio::select! {
+                ended = rest => ended,
+                late = Box::pin(deadlines.half_closed(sockets, moved)) => Err(late),
+            }
+        };
+        revocation.or_end(drain.or_abort(both)).await
     }
 }
 
@@ -112,28 +168,80 @@ impl Flow<'_> {
 async fn pump(
     mut from: impl Source,
     mut to: impl Sink,
+    half_closed: &AtomicBool,
     moved: impl Fn(usize),
 ) -> Result<(), ProxyError> {
-    while let Some(data) = from.read().await? {
-        let bytes = data.len();
-        to.write(data).await?;
-        moved(bytes);
+    while let Some(data) = next(&mut from, &mut to, half_closed).await? {
+        write_all(&mut to, data, &moved).await?;
     }
     to.finish().await
 }
 
+/// The same between two connections, of which bulk need not be copied.
+async fn pump_bulk(
+    mut from: TcpSource<'_>,
+    mut to: TcpSink<'_>,
+    half_closed: &AtomicBool,
+    moved: impl Fn(usize),
+) -> Result<(), ProxyError> {
+    while let Some(data) = next(&mut from, &mut to, half_closed).await? {
+        write_all(&mut to, data, &moved).await?;
+        if from.is_bulk() {
+            // Boxed: most connections never are, and all of them would have to bear its state.
+            let splicing = Box::pin(splice::relay(&mut from, &mut to, half_closed, &moved));
+            if splicing.await? == Spliced::Ended {
+                break;
+            }
+        }
+    }
+    to.finish().await
+}
+
+/// What `from` has next, unless the side that it would go to breaks when nobody reads that any longer.
+async fn next(
+    from: &mut impl Source,
+    to: &mut impl Sink,
+    half_closed: &AtomicBool,
+) -> Result<Option<Bytes>, ProxyError> {
+    tokio::select! {
+        biased;
+        data = from.read() => data,
+        error = async { once(half_closed).await; to.aborted().await } => Err(error),
+    }
+}
+
+async fn write_all(
+    to: &mut impl Sink,
+    mut data: Bytes,
+    moved: &impl Fn(usize),
+) -> Result<(), ProxyError> {
+    while !data.is_empty() {
+        moved(to.write(&mut data).await?);
+    }
+    // A side that always has something, and one that always takes it, leave others their turn.
+    consume_budget().await;
+    Ok(())
+}
+
+/// Waits until `state` is set. Whoever sets it polls whoever waits, both being of one task.
+async fn once(state: &AtomicBool) {
+    poll_fn(|_| if state.load(Relaxed) { Poll::Ready(()) } else { Poll::Pending }).await;
+}
+
 /// Where bytes come from.
 trait Source {
-    /// The next bytes, never empty; `None` after a clean end (FIN, END_STREAM).
+    /// The next bytes, never empty; `None` after a clean end (FIN, END_STREAM). Cancel-safe.
     async fn read(&mut self) -> Result<Option<Bytes>, ProxyError>;
 }
 
 /// Where bytes go.
 trait Sink {
-    /// Takes all of `data`, waiting for room.
-    async fn write(&mut self, data: Bytes) -> Result<(), ProxyError>;
+    /// Takes some from the front of `data`, waiting for room: how many.
+    async fn write(&mut self, data: &mut Bytes) -> Result<usize, ProxyError>;
     /// Ends this direction cleanly (FIN, END_STREAM); the other one goes on.
     async fn finish(&mut self) -> Result<(), ProxyError>;
+    /// Waits until this side breaks, though nothing is written to it. Cancel-safe.
+    async fn aborted(&mut self) -> ProxyError;
 }
 
 impl Source for &mut TunnelReader {
@@ -143,79 +251,18 @@ impl Source for &mut TunnelReader {
 }
 
 impl Sink for &mut TunnelWriter {
-    async fn write(&mut self, data: Bytes) -> Result<(), ProxyError> {
-        TunnelWriter::write(self, data).await.map_err(ProxyError::Tunnel)
+    async fn write(&mut self, data: &mut Bytes) -> Result<usize, ProxyError> {
+        self.write_part(data).await.map_err(ProxyError::Tunnel)
     }
 
     async fn finish(&mut self) -> Result<(), ProxyError> {
         TunnelWriter::finish(self).map_err(ProxyError::Tunnel)
     }
-}
 
-struct TcpSink<'a> {
-    stream: WriteHalf<'a>,
-    /// What an error of this connection is: the client's or the upstream's.
-    broke: fn(io::Error) -> ProxyError,
-}
-
-impl Sink for TcpSink<'_> {
-    async fn write(&mut self, data: Bytes) -> Result<(), ProxyError> {
-        self.stream.write_all(&data).await.map_err(self.broke)
-    }
-
-    async fn finish(&mut self) -> Result<(), ProxyError> {
-        self.stream.shutdown().await.map_err(self.broke)
+    async fn aborted(&mut self) -> ProxyError {
+        ProxyError::Tunnel(self.closed().await)
     }
 }
 
-/// Reads a connection into a buffer that grows while the connection is busy and is not held while it is idle.
-struct TcpSource<'a> {
-    stream: ReadHalf<'a>,
-    broke: fn(io::Error) -> ProxyError,
-    buffer: BytesMut,
-    size: usize,
-}
-
-impl<'a> TcpSource<'a> {
-    fn new(stream: ReadHalf<'a>, broke: fn(io::Error) -> ProxyError) -> Self {
-        Self { stream, broke, buffer: BytesMut::new(), size: FIRST_READ }
-    }
-
-    /// Makes room for a read. What was read before is written by now, as a rule, and its memory is used again.
-    fn make_room(&mut self) -> usize {
-        if self.buffer.capacity() < self.size / 2 {
-            self.buffer.reserve(self.size);
-        }
-        self.buffer.capacity()
-    }
-
-    /// Doubles after a read that filled its room, halves after one that used less than a quarter of it.
-    fn adapt(&mut self, read: usize, room: usize) {
-        if read >= room {
-            self.size = (self.size * 2).min(LARGEST_READ);
-        } else if read < self.size / 4 {
-            self.size = (self.size / 2).max(FIRST_READ);
-        }
-    }
-}
-
-impl Source for TcpSource<'_> {
-    async fn read(&mut self) -> Result<Option<Bytes>, ProxyError> {
-        loop {
-            let room = self.make_room();
-            match self.stream.try_read_buf(&mut self.buffer) {
-                Ok(0) => return Ok(None),
-                Ok(read) => {
-                    self.adapt(read, room);
-                    return Ok(Some(self.buffer.split().freeze()));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    // An idle connection holds no buffer.
-                    self.buffer = BytesMut::new();
-                    self.stream.readable().await.map_err(self.broke)?;
-                }
-                Err(error) => return Err((self.broke)(error)),
-            }
-        }
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -81,6 +81,14 @@ pub(crate) enum ProxyError {
     Client(#[source] io::Error),
     #[error("the upstream's connection broke")]
     Upstream(#[source] io::Error),
+    #[error("nothing moved in either direction for {} (timeouts.idle)", seconds(after))]
+    IdleTimeout { after: Duration },
+    #[error(
+        "one side ended its direction, and nothing moved in the other for {} (timeouts.half_close): is it an application \
+         that never closes?",
+        seconds(after)
+    )]
+    HalfCloseTimeout { after: Duration },
     #[error("the proxy was told to stop and the drain deadline (timeouts.drain) passed")]
     Drained,
     #[error("the connection was dropped before it ended")]
@@ -173,6 +181,10 @@ impl ProxyError {
             Self::Tunnel(error) => return tunnel_reason(error),
             Self::Client(_) => ("client_reset", "-", Client, StatusCode::BAD_GATEWAY),
             Self::Upstream(_) => ("upstream_reset", "-", Peer, StatusCode::BAD_GATEWAY),
+            Self::IdleTimeout { .. } => ("idle_timeout", "-", Client, StatusCode::GATEWAY_TIMEOUT),
+            Self::HalfCloseTimeout { .. } => {
+                ("half_close_timeout", "-", Client, StatusCode::GATEWAY_TIMEOUT)
+            }
             Self::Drained => ("drained", "-", Us, StatusCode::SERVICE_UNAVAILABLE),
             Self::Dropped => ("dropped", "-", Us, StatusCode::SERVICE_UNAVAILABLE),
         };

@@ -15,7 +15,7 @@ use underpass_hbone::{
 use underpass_interception::reset_on_close;
 
 use crate::accept::{Accepted, Kind, Registered};
-use crate::copy::Flow;
+use crate::copy::{Flow, broken};
 use crate::descriptors::Held;
 use crate::dial::{dial_loopback, dial_workload};
 use crate::error::ProxyError;
@@ -45,10 +45,14 @@ async fn forward_plaintext(
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
     let way = InboundTarget { address: destination, header: None, service: None };
-    let connected = drain.or_abort(connect(worker, client, &way, None)).await?;
+    let connected = tokio::select! {
+        connected = drain.or_abort(connect(worker, client, &way, None)) => connected?,
+        // A FIN is no reason: what was sent before it is still to be delivered.
+        error = broken(&stream) => return Err(ProxyError::Client(error)),
+    };
     let Connected { app, permit: _permit, mut revocation } = connected;
     record.established();
-    Flow { record, drain, revocation: &mut revocation }.through_tcp(stream, app).await
+    Flow::new(&worker.shared, record, &mut revocation).through_tcp(stream, app).await
 }
 
 /// Serves one peer's connection: the handshakes, then every CONNECT request that comes through it.
@@ -200,7 +204,7 @@ async fn serve_request(
 
 async fn forward_request(
     worker: &Worker,
-    request: Incoming,
+    mut request: Incoming,
     client: SocketAddr,
     way: Result<InboundTarget, ProxyError>,
     peer: &PeerIdentity,
@@ -208,7 +212,10 @@ async fn forward_request(
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
     let connected = match way {
-        Ok(way) => drain.or_abort(connect(worker, client, &way, Some(peer))).await,
+        Ok(way) => tokio::select! {
+            connected = drain.or_abort(connect(worker, client, &way, Some(peer))) => connected,
+            error = request.closed() => return Err(ProxyError::Tunnel(error)),
+        },
         Err(error) => Err(error),
     };
     let Connected { app, permit: _permit, mut revocation } = match connected {
@@ -221,7 +228,7 @@ async fn forward_request(
     record.established();
     let accepted = request.accept(headers::response(record, &worker.shared.rules.own));
     let tunnel = accepted.map_err(ProxyError::Tunnel)?;
-    Flow { record, drain, revocation: &mut revocation }.out_of_tunnel(tunnel, app).await
+    Flow::new(&worker.shared, record, &mut revocation).out_of_tunnel(tunnel, app).await
 }
 
 /// Where a request goes that came through a tunnel which ends at `here`.

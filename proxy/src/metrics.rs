@@ -35,6 +35,8 @@ const HANDSHAKES_REFUSED: &str = "underpass_handshakes_refused_total";
 const MESH_UPDATES: &str = "underpass_mesh_updates_total";
 const MESH_GENERATION: &str = "underpass_mesh_generation";
 const MESH_SIZE: &str = "underpass_mesh_size";
+const BUFFERS_REFUSED: &str = "underpass_buffers_refused_total";
+const BUFFER_BYTES: &str = "underpass_buffer_bytes";
 const CUT: &str = "underpass_connections_cut_total";
 const SET_ASIDE: &str = "underpass_endpoints_set_aside_total";
 
@@ -72,6 +74,11 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
         "How many states of the mesh have been in force, all workers included."
     );
     describe_gauge!(MESH_SIZE, "How many workloads, services and policies the mesh has.");
+    describe_counter!(
+        BUFFERS_REFUSED,
+        "Buffers or pipes that busy connections did not get, by what was short."
+    );
+    describe_gauge!(BUFFER_BYTES, "Bytes of memory that busy connections may use for buffers now.");
     describe_counter!(CUT, "Open connections cut because a change of the mesh forbids them.");
     describe_counter!(SET_ASIDE, "Endpoints set aside because they could not be connected to.");
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
@@ -133,6 +140,19 @@ pub(crate) fn handshake_waits() {
 /// Counts a handshake as under way for as long as the value lives.
 pub(crate) fn handshake_under_way() -> Counted {
     Counted::in_gauge(gauge!(HANDSHAKES))
+}
+
+/// Counts a buffer or pipe that a busy connection did not get, for want of what `short` says: `limit` or `pipe`.
+pub(crate) fn buffer_refused(short: &'static str) {
+    counter!(BUFFERS_REFUSED, "short" => short).increment(1);
+}
+
+/// How much memory the buffers of busy connections take.
+pub(crate) fn buffer_bytes() -> Gauge {
+    // What was never refused is a zero, not an absence.
+    counter!(BUFFERS_REFUSED, "short" => "limit").increment(0);
+    counter!(BUFFERS_REFUSED, "short" => "pipe").increment(0);
+    gauge!(BUFFER_BYTES)
 }
 
 /// Says that all workers go by this mesh, the `generation`th.

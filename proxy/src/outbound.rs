@@ -13,7 +13,7 @@ use underpass_config::{NetworkMode, SpiffeId};
 use underpass_hbone::{ConnectRequest, Connector, TunnelKey, TunnelStream};
 
 use crate::accept::{Accepted, Registered};
-use crate::copy::Flow;
+use crate::copy::{Flow, broken};
 use crate::dial::dial;
 use crate::endpoint_health::OpenConnection;
 use crate::error::{ProxyError, chain};
@@ -55,10 +55,15 @@ async fn forward(
     let drain = &worker.shared.drain;
     let call = Call { worker, client: client.ip(), asked: destination };
     // Boxed: what connecting needs is a multiple of what the connection needs after it.
-    let connected = Box::pin(drain.or_abort(call.connect(record))).await?;
+    let connecting = Box::pin(drain.or_abort(call.connect(record)));
+    let connected = tokio::select! {
+        connected = connecting => connected?,
+        // A FIN is no reason: what was sent before it is still to be delivered.
+        error = broken(&stream) => return Err(ProxyError::Client(error)),
+    };
     let Connected { onward, mut revocation, permit: _permit, load: _load } = connected;
     record.established();
-    let flow = Flow { record, drain, revocation: &mut revocation };
+    let flow = Flow::new(&worker.shared, record, &mut revocation);
     match onward {
         Onward::Tunnel(tunnel) => {
             // The tunnel has its own.

@@ -112,6 +112,11 @@ impl ConnectionRecord {
         }
     }
 
+    /// How many bytes went either way.
+    pub(crate) fn moved(&self) -> u64 {
+        self.sent.load(Relaxed).wrapping_add(self.received.load(Relaxed))
+    }
+
     /// Closes the record: it is counted and logged here and nowhere else.
     pub(crate) fn close(mut self, outcome: Result<(), ProxyError>) {
         self.outcome = outcome;

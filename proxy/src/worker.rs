@@ -18,6 +18,7 @@ use underpass_interception::{BoundListener, Sockets, drop_capabilities};
 use crate::accept::{Accepted, Kind, accept_loop};
 use crate::balance::Balance;
 use crate::cli::{CommandError, single_threaded_runtime};
+use crate::copy::Buffers;
 use crate::descriptors::Held;
 use crate::dial::TunnelDialer;
 use crate::drain::Drain;
@@ -51,6 +52,8 @@ pub(crate) struct Shared {
     /// What we prove and whom we trust, as it is renewed; `None` without a certificate.
     pub(crate) credentials: Option<watch::Receiver<Credentials>>,
     pub(crate) limits: Limits,
+    /// What the copy may hold.
+    pub(crate) buffers: Buffers,
     pub(crate) drain: Drain,
     pub(crate) accept: Gate,
     pub(crate) self_test: SelfTest,

@@ -183,3 +183,29 @@ async fn headers_beyond_the_cap_do_not_get_through() {
     let answer = tunnel.connect(ConnectRequest { headers, ..request() }, SECOND).await;
     assert!(answer.is_err(), "{answer:?}");
 }
+
+#[tokio::test]
+async fn a_request_that_waits_for_its_answer_learns_that_nobody_waits_for_that() {
+    let (tunnel, server) = Mesh::new().tunnel().await;
+    let mut served = Served::new(server);
+    let asking = async {
+        // Given up as soon as it was heard of.
+        tokio::select! {
+            answered = tunnel.connect(request(), HOUR) => panic!("{answered:?}"),
+            incoming = served.next() => incoming,
+        }
+    };
+    let mut incoming = asking.await;
+    assert!(matches!(incoming.closed().await, HboneError::Reset { .. }));
+    let (_, mut incoming) = tokio::join!(
+        async { timeout(SECOND, tunnel.connect(request(), HOUR)).await },
+        served.next()
+    );
+    assert!(matches!(incoming.closed().await, HboneError::Reset { .. }));
+    let connecting = tokio::spawn(async move { tunnel.connect(request(), HOUR).await });
+    let mut incoming = served.next().await;
+    served.kill().await;
+    assert!(matches!(incoming.closed().await, HboneError::Lost { .. }));
+    let answered = connecting.await.unwrap();
+    assert!(matches!(answered, Err(HboneError::Lost { .. })), "{answered:?}");
+}

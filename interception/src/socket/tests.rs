@@ -41,6 +41,23 @@ fn without_ipv6_any_address_is_ipv4s() {
     assert!(listener.local_addr().expect("bound").is_ipv4());
 }
 
+#[tokio::test]
+async fn an_end_of_writing_is_a_fin_and_none_is_needed_when_all_is_over() {
+    let sockets = unmarked();
+    let listener = listen(&sockets);
+    let to = loopback(&listener);
+    let listener = listener.register().expect("registered");
+    let (near, accepted) = tokio::join!(sockets.connect(to), listener.accept());
+    let near = near.expect("connected");
+    let mut far = TcpStream::from_std(accepted.expect("accepted").0).expect("registered");
+    end_writing(&near).expect("a FIN");
+    assert_eq!(far.read(&mut [0]).await.expect("an end"), 0);
+    reset_on_close(&far);
+    drop(far);
+    near.ready(tokio::io::Interest::ERROR).await.expect("the reset");
+    end_writing(&near).expect("nothing to end");
+}
+
 #[test]
 fn a_taken_port_names_its_purpose_and_setting() {
     let sockets = unmarked();

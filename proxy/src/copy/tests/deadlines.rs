@@ -1,0 +1,112 @@
+//! What rests too long is cut, and what moves is not, on a clock that is paused.
+
+use std::time::Duration;
+
+use rustix::net::sockopt::{socket_keepalive, tcp_keepcnt, tcp_keepidle, tcp_keepintvl};
+use tokio::time::{Instant, sleep};
+use underpass_interception::KEEPALIVE_PROBES;
+
+use super::testing::{End, Scene, Way};
+use crate::error::ProxyError;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_moves_nothing_is_reset_after_the_idle_deadline() {
+    for way in Way::ALL {
+        let mut scene = Scene::with(way, |deadlines| deadlines.idle = Some(MINUTE)).await;
+        scene.exchange().await;
+        let began = Instant::now();
+        assert_eq!(scene.client.read().await, (vec![], End::Reset), "{way:?}");
+        assert_eq!(scene.server.read().await, (vec![], End::Reset), "{way:?}");
+        assert!((MINUTE..=MINUTE * 5 / 4).contains(&began.elapsed()), "{:?}", began.elapsed());
+        let (outcome, _) = scene.ended().await;
+        assert!(matches!(outcome, Err(ProxyError::IdleTimeout { after: MINUTE })), "{outcome:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_byte_now_and_then_in_either_direction_keeps_a_connection() {
+    for way in Way::ALL {
+        let mut scene = Scene::with(way, |deadlines| deadlines.idle = Some(MINUTE)).await;
+        for turn in 0..10 {
+            sleep(MINUTE * 9 / 10).await;
+            let (one, other) = scene.sides(turn % 2 == 0);
+            one.send(b"x").await;
+            assert_eq!(other.receive(1).await, b"x", "{way:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn half_open_works_without_limit_while_bytes_flow_and_ends_after_the_deadline() {
+    for way in Way::ALL {
+        let mut scene = Scene::with(way, |deadlines| deadlines.half_close = Some(MINUTE)).await;
+        sleep(MINUTE * 10).await;
+        scene.client.finish().await;
+        assert_eq!(scene.server.read().await, (vec![], End::Fin));
+        for _ in 0..10 {
+            sleep(MINUTE * 9 / 10).await;
+            scene.server.send(b"x").await;
+            assert_eq!(scene.client.receive(1).await, b"x", "{way:?}");
+        }
+        let began = Instant::now();
+        assert_eq!(scene.client.read().await, (vec![], End::Reset), "{way:?}");
+        assert!((MINUTE..=MINUTE * 5 / 4).contains(&began.elapsed()), "{:?}", began.elapsed());
+        let (outcome, _) = scene.ended().await;
+        let expected = matches!(outcome, Err(ProxyError::HalfCloseTimeout { after: MINUTE }));
+        assert!(expected, "{outcome:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_shorter_deadline_holds_for_a_half_closed_connection() {
+    let mut scene = Scene::with(Way::Plain, |deadlines| {
+        deadlines.idle = Some(MINUTE);
+        deadlines.half_close = Some(MINUTE * 60);
+    })
+    .await;
+    scene.client.finish().await;
+    let (outcome, _) = scene.ended().await;
+    assert!(matches!(outcome, Err(ProxyError::IdleTimeout { after: MINUTE })), "{outcome:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_direction_that_is_blocked_in_writing_counts_as_nothing_moved() {
+    for way in Way::ALL {
+        let mut scene = Scene::with(way, |deadlines| deadlines.idle = Some(MINUTE)).await;
+        scene.client.send_until_it_blocks().await;
+        let (outcome, _) = scene.ended().await;
+        assert!(matches!(outcome, Err(ProxyError::IdleTimeout { .. })), "{way:?}: {outcome:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_deadlines_a_connection_rests_for_days() {
+    for way in Way::ALL {
+        let mut scene = Scene::new(way).await;
+        sleep(MINUTE * 60 * 24 * 3).await;
+        scene.exchange().await;
+        scene.client.finish().await;
+        sleep(MINUTE * 60 * 24 * 3).await;
+        scene.server.send(b"late").await;
+        assert_eq!(scene.client.receive(4).await, b"late", "{way:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_half_closed_connection_is_probed_before_conntrack_forgets_it() {
+    let (ours, theirs) = super::testing::pair().await;
+    let watched = ours.into_std().unwrap();
+    let copy = watched.try_clone().unwrap();
+    let mut scene = Scene::plain(tokio::net::TcpStream::from_std(watched).unwrap()).await;
+    scene.server.finish().await;
+    sleep(Duration::from_secs(9)).await;
+    assert_ne!(tcp_keepidle(&copy).unwrap(), Duration::from_secs(20), "not yet");
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(tcp_keepidle(&copy).unwrap(), Duration::from_secs(20));
+    assert_eq!(tcp_keepintvl(&copy).unwrap(), Duration::from_secs(10));
+    assert_eq!(tcp_keepcnt(&copy).unwrap(), KEEPALIVE_PROBES);
+    assert!(socket_keepalive(&copy).unwrap());
+    drop(theirs);
+}
