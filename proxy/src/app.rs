@@ -354,6 +354,7 @@ fn shared(
         // Only there does kubelet come from an address that nobody else has.
         probes: settings.interception.profile == Profile::Ambient,
     };
+    let limits = Limits::new(&settings.limits, workers(settings));
     Shared {
         sockets,
         rules: Arc::new(rules),
@@ -363,8 +364,8 @@ fn shared(
         endpoints: Arc::default(),
         resolver: Arc::new(Resolver::system()),
         credentials: None,
-        limits: Limits::new(&settings.limits, workers(settings)),
-        buffers: Buffers::new(settings.limits.buffers),
+        buffers: Buffers::new(settings.limits.buffers, limits.descriptors.clone()),
+        limits,
         drain: Drain::default(),
         accept,
         self_test: SelfTest::default(),

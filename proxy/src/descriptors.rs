@@ -95,6 +95,14 @@ impl Descriptors {
         Some(Held { descriptors: self.clone(), count: 1 })
     }
 
+    /// `count` more for what can do without, as long as connections leave plenty.
+    pub(crate) fn spare(&self, count: usize) -> Option<Held> {
+        let plenty = self.0.allowed - self.0.allowed / 4;
+        let more = |held: usize| held.checked_add(count).filter(|sum| *sum <= plenty);
+        self.0.held.fetch_update(SeqCst, SeqCst, more).ok()?;
+        Some(Held { descriptors: self.clone(), count })
+    }
+
     /// Whether there are enough for one more connection.
     pub(crate) fn have_room(&self) -> bool {
         self.0.held.load(SeqCst).saturating_add(PAIR) <= self.0.allowed
@@ -219,6 +227,17 @@ mod tests {
         assert_eq!(allowed(1_000_000, 30, 2), 1_000_000 - 30 - 8 - 20_000);
         assert_eq!(allowed(64, 20, 2), 18);
         assert_eq!(allowed(16, 20, 2), PAIR, "it cannot work, but nothing else would be better");
+    }
+
+    #[test]
+    fn what_can_do_without_gets_some_while_connections_leave_plenty() {
+        let descriptors = descriptors(100);
+        let connections = descriptors.hold(72);
+        let pipe = descriptors.spare(2);
+        assert!(pipe.is_some() && descriptors.spare(2).is_none());
+        assert!(descriptors.have_room(), "connections may have the rest");
+        drop(connections);
+        assert!(descriptors.spare(2).is_some());
     }
 
     #[tokio::test]

@@ -1,4 +1,4 @@
-//! How much memory the buffers of busy connections may take, of all workers together.
+//! How much memory the buffers of busy connections may take, of all workers together, and how many descriptors their pipes.
 //!
 //! Counted is what a connection holds of its own accord beyond a first small read: the copy's buffers, and what may be in its pipes.
 //! Not counted is what is bounded elsewhere: the kernel's socket buffers, and what HTTP/2 has received or queued for a stream
@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use metrics::Gauge;
 
+use crate::descriptors::{Descriptors, Held};
 use crate::metrics::{buffer_bytes, buffer_refused};
 
 /// The memory for all buffers. Cheap to clone.
@@ -19,6 +20,7 @@ struct Budget {
     limit: usize,
     used: AtomicUsize,
     gauge: Gauge,
+    descriptors: Descriptors,
 }
 
 impl std::fmt::Debug for Buffers {
@@ -28,13 +30,19 @@ impl std::fmt::Debug for Buffers {
 }
 
 impl Buffers {
-    /// `limits.buffers`, in bytes.
-    pub(crate) fn new(limit: usize) -> Self {
-        Self(Arc::new(Budget { limit, used: AtomicUsize::new(0), gauge: buffer_bytes() }))
+    /// `limits.buffers`, in bytes; pipes take some of `descriptors`.
+    pub(crate) fn new(limit: usize, descriptors: Descriptors) -> Self {
+        let (used, gauge) = (AtomicUsize::new(0), buffer_bytes());
+        Self(Arc::new(Budget { limit, used, gauge, descriptors }))
+    }
+
+    /// The descriptors of a pipe.
+    pub(super) fn pipe_ends(&self) -> Option<Held> {
+        self.0.descriptors.spare(2)
     }
 
     fn take(&self, bytes: usize) -> bool {
-        let Budget { limit, used, gauge } = &*self.0;
+        let Budget { limit, used, gauge, .. } = &*self.0;
         let fits = |used: usize| used.checked_add(bytes).filter(|sum| sum <= limit);
         let taken = used.fetch_update(Relaxed, Relaxed, fits).is_ok();
         if taken {
@@ -46,6 +54,12 @@ impl Buffers {
     fn give_back(&self, bytes: usize) {
         self.0.used.fetch_sub(bytes, Relaxed);
         self.0.gauge.decrement(bytes as f64);
+    }
+
+    /// With as many descriptors as anybody could want.
+    #[cfg(test)]
+    pub(super) fn of(limit: usize) -> Self {
+        Self::new(limit, Descriptors::new(1 << 20, 0, 1))
     }
 
     #[cfg(test)]
@@ -63,6 +77,10 @@ pub(super) struct Share<'a> {
 }
 
 impl<'a> Share<'a> {
+    pub(super) fn buffers(&self) -> &'a Buffers {
+        self.buffers
+    }
+
     pub(super) fn none_of(buffers: &'a Buffers) -> Self {
         Self { buffers, bytes: 0 }
     }
@@ -93,7 +111,7 @@ mod tests {
 
     #[test]
     fn shares_are_given_until_there_is_no_more_and_again_when_some_came_back() {
-        let buffers = Buffers::new(100);
+        let buffers = Buffers::of(100);
         let (mut one, mut other) = (Share::none_of(&buffers), Share::none_of(&buffers));
         assert!(one.resize(60));
         assert!(!other.resize(41), "more than is left");
@@ -110,7 +128,7 @@ mod tests {
 
     #[test]
     fn what_can_never_be_is_refused_too() {
-        let buffers = Buffers::new(usize::MAX);
+        let buffers = Buffers::of(usize::MAX);
         let mut share = Share::none_of(&buffers);
         assert!(share.resize(1));
         assert!(!Share::none_of(&buffers).resize(usize::MAX));

@@ -12,8 +12,10 @@ use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice
 use tokio::io::Interest;
 use tokio::task::coop::consume_budget;
 
+use super::buffers::Buffers;
 use super::tcp::{TcpSink, TcpSource};
 use super::{Sink as _, once};
+use crate::descriptors::Held;
 use crate::error::ProxyError;
 use crate::metrics::buffer_refused;
 
@@ -55,7 +57,7 @@ pub(super) async fn relay(
         if !from.share.resize(PIPE) {
             return Ok(Spliced::Quiet);
         }
-        let Ok(mut pipe) = Pipe::take() else {
+        let Some(mut pipe) = Pipe::take(from.share.buffers()) else {
             from.begin_anew();
             buffer_refused("pipe");
             return Ok(Spliced::Quiet);
@@ -113,14 +115,18 @@ struct Pipe {
 struct Ends {
     read: OwnedFd,
     write: OwnedFd,
+    _held: Held,
 }
 
 impl Pipe {
-    /// A spare one, or a new one.
-    fn take() -> io::Result<Self> {
+    /// A spare one, or a new one if there can be one.
+    fn take(buffers: &Buffers) -> Option<Self> {
         let spare = POOL.with_borrow_mut(|pool| pool.spare.pop());
-        let ends = spare.map_or_else(|| Ends::new().map(Arc::new), Ok)?;
-        Ok(Self { ends, filled: 0 })
+        let ends = match spare {
+            Some(ends) => ends,
+            None => Arc::new(Ends::new(buffers.pipe_ends()?).ok()?),
+        };
+        Some(Self { ends, filled: 0 })
     }
 
     /// Takes what there is from `source`, up to [`PIPE`].
@@ -147,11 +153,11 @@ impl Drop for Pipe {
 }
 
 impl Ends {
-    fn new() -> io::Result<Self> {
+    fn new(held: Held) -> io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // Refused beyond a user's share of memory for pipes (fs.pipe-user-pages-soft), where a pipe is not worth its calls.
         fcntl_setpipe_size(&write, PIPE)?;
-        Ok(Self { read, write })
+        Ok(Self { read, write, _held: held })
     }
 }
 

@@ -257,17 +257,17 @@ impl Scene {
     pub(super) async fn with(way: Way, change: impl FnOnce(&mut Deadlines)) -> Self {
         let mut deadlines = NO_DEADLINES;
         change(&mut deadlines);
-        Self::build(way, deadlines, Buffers::new(64 << 20)).await
+        Self::build(way, deadlines, Buffers::of(64 << 20)).await
     }
 
     pub(super) async fn with_buffers(way: Way, bytes: usize) -> Self {
-        Self::build(way, NO_DEADLINES, Buffers::new(bytes)).await
+        Self::build(way, NO_DEADLINES, Buffers::of(bytes)).await
     }
 
     /// A plain flow whose client's connection is `client`.
     pub(super) async fn plain(client: TcpStream) -> Self {
         let (upstream, server) = pair().await;
-        let buffers = Buffers::new(1 << 20);
+        let buffers = Buffers::of(1 << 20);
         let flow = tokio::spawn(run(Ends::Plain(client, upstream), NO_DEADLINES, buffers.clone()));
         Self { client: Side::Gone, server: Side::Socket(server), buffers, flow, tunnel: None }
     }
