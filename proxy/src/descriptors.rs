@@ -231,8 +231,8 @@ mod tests {
 
     #[test]
     fn what_can_do_without_gets_some_while_connections_leave_plenty() {
-        let descriptors = descriptors(100);
-        let connections = descriptors.hold(72);
+        let descriptors = descriptors(40);
+        let connections = descriptors.hold(28);
         let pipe = descriptors.spare(2);
         assert!(pipe.is_some() && descriptors.spare(2).is_none());
         assert!(descriptors.have_room(), "connections may have the rest");
