@@ -6,7 +6,7 @@
 //! here: deadlines, and what is said of a failure (the proxy's side).
 
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpSocket};
@@ -42,9 +42,14 @@ impl WayBack {
         };
         let environment = Environment::current()?;
         let mut connections = Vec::new();
-        for client in [NOBODY_V4, NOBODY_V6] {
-            let own = environment.address(client.is_ipv6());
-            let Some(own) = own.filter(|own| !is_link_local(*own) && serves(plan, client)) else {
+        for nobody in [NOBODY_V4, NOBODY_V6] {
+            let own = environment.address(nobody.is_ipv6());
+            let Some(own) = own.filter(|own| !is_link_local(*own) && serves(plan, nobody)) else {
+                continue;
+            };
+            // Nobody is where no route leads to.
+            let Some(client) = [nobody, neighbour(own)].into_iter().find(|to| is_route(own, *to))
+            else {
                 continue;
             };
             if let Some((listener, destination)) = listen(own)? {
@@ -91,6 +96,26 @@ fn serves(plan: &RulePlan, client: IpAddr) -> bool {
         remembers(&rule.action) && (rule.families == Families::Both || rule.families == family)
     });
     by_rule && (client.is_ipv4() || ipv6::on_loopback())
+}
+
+/// The other address of the smallest network that `own` can share with anybody. Whoever has it hears
+/// of the test only if that fails.
+fn neighbour(own: IpAddr) -> IpAddr {
+    match own {
+        IpAddr::V4(own) => Ipv4Addr::from_bits(own.to_bits() ^ 1).into(),
+        IpAddr::V6(own) => Ipv6Addr::from_bits(own.to_bits() ^ 1).into(),
+    }
+}
+
+/// Whether an answer from `own` to `client` has a route before the rules mark it: the kernel looks for
+/// one first, and sends nothing without.
+fn is_route(own: IpAddr, client: IpAddr) -> bool {
+    const DISCARD: u16 = 9;
+    let connected = || {
+        let socket = UdpSocket::bind(SocketAddr::new(own, 0))?;
+        socket.connect(SocketAddr::new(client, DISCARD))
+    };
+    connected().is_ok()
 }
 
 /// Without a mark, as applications do; `None` if the address cannot be used yet (duplicate address

@@ -22,6 +22,12 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test_with_users("sidecar: so is an ip rule that TPROXY mode needs", async || {
         no_way_back(TPROXY, "rule del pref 32765", 133).await;
     });
+    suite.test(
+        "ambient: without a default route the same is tested with a neighbour",
+        async || {
+            without_default_route().await;
+        },
+    );
     suite.test("ambient: answers come back past strict reverse path filters", async || {
         filtered(AMBIENT, true).await;
     });
@@ -90,6 +96,23 @@ async fn refused_before() {
         ["the rules do not work", "a test connection to ", ":1404 could not be made", "explain"]
     {
         assert!(error.contains(part), "{part:?} is not in {error}");
+    }
+}
+
+/// Nobody's address has no route there: an answer to it would not even be sent.
+async fn without_default_route() {
+    let scene = Scene::new().await;
+    let settings = scene.server_settings();
+    for ip in ["-4", "-6"] {
+        tool(&scene.server, "ip", &[ip, "route", "del", "default"]).await.ok();
+    }
+    let mut proxy = scene.server.proxy(&settings).await;
+    assert!(proxy.stop().await.success());
+    tool(&scene.server, "ip", &["rule", "del", "pref", "32764"]).await.ok();
+    let others = settings.set("interception.install=false");
+    match scene.server.try_proxy(&others).await {
+        Err(SpawnError::Ended { log, .. }) => assert!(log.contains("would hang"), "{log}"),
+        other => unreachable!("it did not end by itself: {other:?}"),
     }
 }
 
