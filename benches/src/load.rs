@@ -19,6 +19,8 @@ use crate::server::{BLOCK, MESSAGE};
 
 /// How long anything may take before it hangs rather than waits.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// A connection that takes nothing for so long takes nothing any more.
+const FULL: Duration = Duration::from_millis(500);
 
 const WARMING_UP: u8 = 0;
 const MEASURING: u8 = 1;
@@ -117,6 +119,20 @@ pub(crate) fn idle(pod: &Namespace, server: SocketAddr, connections: usize) -> V
         stream
     };
     pod.run(|| (0..connections).map(open).collect()).expect("the pod can be entered")
+}
+
+/// Connections to a server that does not read, each with all in it that it takes.
+pub(crate) fn stalled(pod: &Namespace, server: SocketAddr, connections: usize) -> Vec<TcpStream> {
+    let threads: Vec<_> = (0..connections).map(|_| spawn(pod, move || fill(server))).collect();
+    threads.into_iter().map(|thread| thread.join().expect("it met no error")).collect()
+}
+
+fn fill(server: SocketAddr) -> TcpStream {
+    let mut stream = connect(server);
+    stream.set_write_timeout(Some(FULL)).expect("SO_SNDTIMEO");
+    let block = vec![0; BLOCK];
+    while stream.write(&block).is_ok() {}
+    stream
 }
 
 /// A thread that is in the pod, as is whatever it opens.

@@ -67,10 +67,12 @@ pub enum What {
     Conn,
     /// Memory at rest and of idle connections
     Idle,
+    /// What is left to others while readers have stopped, and what those hold
+    Stalls,
 }
 
 impl What {
-    const ALL: [Self; 5] = [Self::Bulk, Self::Rtt, Self::Rps, Self::Conn, Self::Idle];
+    const ALL: [Self; 6] = [Self::Bulk, Self::Rtt, Self::Rps, Self::Conn, Self::Idle, Self::Stalls];
 }
 
 /// A way between two pods.

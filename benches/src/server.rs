@@ -5,6 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
@@ -18,8 +19,10 @@ pub(crate) const SOURCE: u16 = 9002;
 pub(crate) const ANSWER: u16 = 9003;
 /// Answers one [`MESSAGE`] and closes.
 pub(crate) const ANSWER_ONCE: u16 = 9004;
+/// Never reads.
+pub(crate) const STALL: u16 = 9005;
 
-pub(crate) const PORTS: [u16; 4] = [SINK, SOURCE, ANSWER, ANSWER_ONCE];
+pub(crate) const PORTS: [u16; 5] = [SINK, SOURCE, ANSWER, ANSWER_ONCE, STALL];
 
 /// Bytes of a request, and of a response.
 pub(crate) const MESSAGE: usize = 100;
@@ -47,6 +50,12 @@ impl Server {
         });
         serve_bulk(pod, SOURCE, |mut stream| while stream.write_all(&[0; BLOCK]).is_ok() {});
         serve_answers(pod);
+        serve_bulk(pod, STALL, |stream| {
+            // Its client ends it, by RST, for there is much that was not read.
+            while stream.take_error().is_ok_and(|error| error.is_none()) {
+                thread::park_timeout(Duration::from_millis(100));
+            }
+        });
         Self { received, sinking }
     }
 }

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::load::{Asking, Traffic, Way, idle};
+use crate::load::{Asking, Traffic, Way, idle, stalled};
 use crate::options::{Options, PathName, What};
 use crate::paths::Path;
 use crate::process::{cpu_seconds, resident_kib};
-use crate::server::{ANSWER, ANSWER_ONCE, SINK, SOURCE};
+use crate::server::{ANSWER, ANSWER_ONCE, SINK, SOURCE, STALL};
 
 /// For TCP to find its windows, and the proxies their tunnels, buffers and caches.
 const WARM_UP: Duration = Duration::from_millis(500);
@@ -29,6 +29,7 @@ enum Kind {
     Requests(usize),
     Connections(usize),
     Idle(usize),
+    Stalls(usize),
 }
 
 /// One figure of a workload.
@@ -52,6 +53,7 @@ impl Workload {
             What::Rps => &[Kind::Requests(64)],
             What::Conn => &[Kind::Connections(16)],
             What::Idle => &[Kind::Idle(IDLE_CONNECTIONS)],
+            What::Stalls => &[0, 1, 4, 20, 99].map(Kind::Stalls),
         };
         kinds.iter().copied().map(Self).collect()
     }
@@ -65,7 +67,7 @@ impl Workload {
     /// Whether it looks at proxies that have not done anything yet, on a path of its own.
     #[must_use]
     pub fn needs_fresh_proxies(self) -> bool {
-        matches!(self.0, Kind::Idle(_))
+        matches!(self.0, Kind::Idle(_) | Kind::Stalls(_))
     }
 
     /// Puts the load on the path, and measures for as long as the options say.
@@ -81,6 +83,7 @@ impl Workload {
                 rate("connections/s", &requests(path, window, Asking::Once, connections).await)
             }
             Kind::Idle(connections) => memory(path, connections).await,
+            Kind::Stalls(readers) => stalls(path, window, readers).await,
         }
     }
 }
@@ -94,6 +97,7 @@ impl fmt::Display for Workload {
             Kind::Requests(connections) => write!(f, "requests x{connections}"),
             Kind::Connections(connections) => write!(f, "new connections x{connections}"),
             Kind::Idle(connections) => write!(f, "idle x{connections}"),
+            Kind::Stalls(readers) => write!(f, "stalled readers x{readers}"),
         }
     }
 }
@@ -214,6 +218,27 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
         Figure { name: "KiB each, server's side", value: growth(1) },
         Figure { name: "MiB at rest, client's side", value: rest(0) },
         Figure { name: "MiB at rest, server's side", value: rest(1) },
+    ]
+}
+
+/// What others get while readers have stopped, and what those hold in each proxy.
+async fn stalls(path: &Path, window: Duration, readers: usize) -> Vec<Figure> {
+    let resident = || -> Vec<f64> { path.processes().into_iter().map(resident_kib).collect() };
+    let first = idle(path.client(), path.target(ANSWER), 1);
+    let before = resident();
+    let held = stalled(path.client(), path.target(STALL), readers);
+    let after = resident();
+    let growth = |side: usize| Some((after.get(side)? - before.get(side)?) / 1024.0);
+    let asked = requests(path, window, Asking::KeepAlive, 1).await;
+    let moved = bulk(path, window, Way::Up, 1).await;
+    drop((first, held));
+    let rate = moved.first().and_then(|rate| rate.value);
+    vec![
+        Figure { name: "Gbit/s beside them", value: rate },
+        Figure { name: "p50 µs", value: Some(percentile(&asked.latencies, 50)) },
+        Figure { name: "p99 µs", value: Some(percentile(&asked.latencies, 99)) },
+        Figure { name: "MiB, client's side", value: growth(0) },
+        Figure { name: "MiB, server's side", value: growth(1) },
     ]
 }
 

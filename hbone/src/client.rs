@@ -25,6 +25,7 @@ use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored, OpenStream};
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
 use crate::tls::{ClientTls, Peer};
+use crate::windows::Windows;
 use crate::{ClientSettings, Credentials, HboneError, PeerIdentity, TunnelStream};
 
 /// Opens tunnels, each with the [`Credentials`] of its moment. Cheap to clone.
@@ -133,7 +134,8 @@ impl Connector {
             .map_err(|error| link.stream_error(error))?;
         let keepalive =
             Keepalive::new(self.settings.keepalive.clone(), link.clone(), connection.ping_pong());
-        tokio::spawn(drive(connection, keepalive, guard, link.clone()));
+        let windows = Windows::new(http2);
+        tokio::spawn(drive(connection, keepalive, guard, windows, link.clone()));
         Ok(Tunnel { send, link, resumed })
     }
 
@@ -258,6 +260,7 @@ async fn drive(
     mut connection: Connection<Monitored<TlsStream<Io>>>,
     mut keepalive: Option<Keepalive>,
     mut guard: Guard,
+    mut windows: Windows,
     link: Arc<Link>,
 ) {
     let ended = poll_fn(|cx| {
@@ -266,8 +269,14 @@ async fn drive(
             link.distrust(reason.clone());
             return Poll::Ready(Err(reason));
         }
-        if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
-            return Poll::Ready(ended.map_err(|error| link.stream_error(error)));
+        loop {
+            if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
+                return Poll::Ready(ended.map_err(|error| link.stream_error(error)));
+            }
+            let set = |window| connection.set_initial_window_size(window);
+            if !windows.adjust(&link, set) {
+                break;
+            }
         }
         let needed = link.is_needed();
         match keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, needed)) {

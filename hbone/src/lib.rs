@@ -39,6 +39,7 @@ mod stream;
 mod testing;
 mod tls;
 mod trust;
+mod windows;
 
 pub use authority::Authority;
 pub use bundle::Bundle;

@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{SetOnce, watch};
 use tokio::time::Instant;
 
+use crate::windows::Unread;
 use crate::{HboneError, PeerIdentity, tls};
 
 /// One connection to a peer.
@@ -26,6 +27,7 @@ pub(crate) struct Link {
     heard: AtomicU64,
     traffic: Traffic,
     load: Mutex<Load>,
+    unread: Unread,
     /// Why the connection failed, when h2 does not know: a TLS alert, or a silent peer.
     failure: OnceLock<HboneError>,
     /// Whether it is to close with its last stream.
@@ -68,6 +70,7 @@ impl Link {
             heard: AtomicU64::new(0),
             traffic: Traffic::default(),
             load: Mutex::new(Load { open_streams: 0, idle_since: now }),
+            unread: Unread::default(),
             failure: OnceLock::new(),
             distrusted: SetOnce::new(),
             released: AtomicBool::new(false),
@@ -100,6 +103,16 @@ impl Link {
     /// What went over it lately, in both directions: the mean of about a second, or of the silence since.
     pub(crate) fn bytes_per_second(&self) -> u64 {
         self.traffic.mean(self.age())
+    }
+
+    /// What went over it so far, in both directions, in bytes.
+    pub(crate) fn bytes_moved(&self) -> u64 {
+        self.traffic.bytes.load(Ordering::Relaxed)
+    }
+
+    /// What its streams hold that was not read.
+    pub(crate) fn unread(&self) -> &Unread {
+        &self.unread
     }
 
     pub(crate) fn open_stream(self: &Arc<Self>) -> OpenStream {

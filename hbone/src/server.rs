@@ -22,6 +22,7 @@ use crate::io::Io;
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored};
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
+use crate::windows::Windows;
 use crate::{Authority, Credentials, HboneError, PeerIdentity, ServerSettings, TunnelStream};
 
 /// Accepts tunnels, each with the [`Credentials`] of its moment. Cheap to clone.
@@ -38,6 +39,7 @@ pub struct ServerTunnel {
     connection: Option<Connection<Monitored<TlsStream<Io>>, Bytes>>,
     keepalive: Option<Keepalive>,
     guard: Guard,
+    windows: Windows,
     link: Arc<Link>,
     resumed: bool,
     draining: bool,
@@ -96,8 +98,8 @@ impl Acceptor {
             .map_err(|error| link.stream_error(error))?;
         let keepalive =
             Keepalive::new(self.settings.keepalive.clone(), link.clone(), connection.ping_pong());
-        let connection = Some(connection);
-        Ok(ServerTunnel { connection, keepalive, guard, link, resumed, draining: false })
+        let (connection, windows) = (Some(connection), Windows::new(http2));
+        Ok(ServerTunnel { connection, keepalive, guard, windows, link, resumed, draining: false })
     }
 }
 
@@ -151,6 +153,10 @@ impl ServerTunnel {
         loop {
             let accepted = pin!(connection.accept()).poll(cx);
             let Poll::Ready(accepted) = accepted else {
+                let set = |window| connection.set_initial_window_size(window);
+                if self.windows.adjust(&self.link, set) {
+                    continue;
+                }
                 break;
             };
             match accepted {

@@ -8,9 +8,9 @@ use std::time::Duration;
 pub(crate) const MAX_FRAME_SIZE: u32 = 1 << 20;
 
 /// What we hold beyond the payload for buffered small DATA frames, in bytes (h2 counts what a frame is
-/// short of 256 bytes). h2's default of half the connection window closes a whole tunnel as soon as one stalled
-/// stream has about 33,000 tiny writes waiting; this bears every stream window full of 100-byte writes.
-pub(crate) const SMALL_FRAME_BUDGET: usize = 32 << 20;
+/// short of 256 bytes). A tunnel that needs more is closed: a stalled stream may have some 260,000 writes of a few bytes
+/// waiting, or all streams together 40 MiB in writes of 100 bytes.
+pub(crate) const SMALL_FRAME_BUDGET: usize = 64 << 20;
 
 /// How a tunnel is used from the client's side.
 #[derive(Debug, Clone, Default)]
@@ -37,6 +37,8 @@ pub struct ServerSettings {
 pub struct Http2Settings {
     /// What a peer may send on a stream before it is read.
     pub stream_window: u32,
+    /// The same while what is not read, of all streams, takes more than a quarter of `connection_window`.
+    pub crowded_stream_window: u32,
     /// What a peer may send on all streams together before it is read.
     pub connection_window: u32,
     /// What we queue for a stream before it is written to the connection.
@@ -58,7 +60,10 @@ impl Default for Http2Settings {
     fn default() -> Self {
         Self {
             stream_window: 4 << 20,
-            connection_window: 16 << 20,
+            // A hundred of these, or two, beside the quarter that was held before, leave half or a quarter of the
+            // connection's window for what comes until the peer knows of them.
+            crowded_stream_window: 128 << 10,
+            connection_window: 64 << 20,
             // What is already in flight is not counted here, so this bounds memory and not throughput:
             // it must only outlast one turn of the task that writes to the connection.
             send_buffer: 1 << 20,

@@ -45,7 +45,7 @@ pub struct TunnelWriter {
 impl TunnelStream {
     pub(crate) fn new(send: SendStream<Bytes>, recv: RecvStream, open: OpenStream) -> Self {
         let open = Arc::new(open);
-        let reader = TunnelReader { recv, unreturned: 0, open: open.clone() };
+        let reader = TunnelReader::new(recv, open.clone());
         Self { reader, writer: TunnelWriter { send, finished: false, open } }
     }
 
@@ -68,6 +68,11 @@ impl TunnelStream {
 }
 
 impl TunnelReader {
+    fn new(mut recv: RecvStream, open: Arc<OpenStream>) -> Self {
+        open.link().unread().add(recv.flow_control());
+        Self { recv, unreturned: 0, open }
+    }
+
     /// The next chunk, never empty; `None` after END_STREAM and only then. Cancel-safe.
     ///
     /// The peer may send as much again as the chunk was long when the next one is asked for: whoever does not
@@ -106,6 +111,12 @@ impl TunnelReader {
 
     fn link(&self) -> &Link {
         self.open.link()
+    }
+}
+
+impl Drop for TunnelReader {
+    fn drop(&mut self) {
+        self.link().unread().remove(self.recv.stream_id());
     }
 }
 

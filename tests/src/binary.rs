@@ -49,9 +49,9 @@ impl Place {
         let name =
             |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut folder = program.parent().expect("a program is in a folder");
-        // Only tests are in deps; programs are beside it.
-        if folder.ends_with("deps") {
-            folder = folder.parent().expect("deps is in a folder");
+        // Tests are in deps, and examples in a folder of their own; programs are beside them.
+        if folder.ends_with("deps") || folder.ends_with("examples") {
+            folder = folder.parent().expect("these are in a folder");
         }
         let profile = match name(folder) {
             debug if debug == "debug" => "dev".to_owned(),

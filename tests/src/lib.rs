@@ -2,7 +2,7 @@
 //!
 //! In reading order: [`Suite`] runs trials in a sandbox; [`Scene`] sets up the usual two pods, of the parts that [`World`],
 //! [`Pod`], [`Pki`], [`Mesh`] and [`Settings`] are; [`Proxy`] is the real binary in a pod; `peers` and `tls` are what it talks to,
-//! [`tool`] runs programs that judge, and [`Metrics`] and [`Counters`] are what it says of itself.
+//! [`tool`] runs programs that judge, and [`Metrics`] and [`Counters`] are what it says of itself. [`soak`] is all of it at once.
 //!
 //! Whatever goes wrong here fails the trial that it happens in: by a panic that says what was waited for or wanted. Not here: tests.
 #![expect(clippy::expect_used, clippy::panic, reason = "a harness fails a test by panicking")]
@@ -17,6 +17,7 @@ mod pods;
 mod proxy;
 mod scene;
 mod settings;
+mod soak;
 mod suite;
 mod tls;
 mod tools;
@@ -33,6 +34,7 @@ pub use pods::{Family, Pod, World};
 pub use proxy::Proxy;
 pub use scene::{APP, CLIENT, HBONE, SERVER, Scene};
 pub use settings::Settings;
+pub use soak::{Fault, SoakOptions, SoakSummary, soak};
 pub use suite::{Suite, skipped};
 pub use tls::{TlsClient, TlsServer};
 pub use tools::{Background, Printed, tool};

@@ -114,7 +114,8 @@ impl Pod {
     }
 }
 
-fn socket(to: SocketAddr, dial: Dial) -> io::Result<Socket> {
+/// A socket that is about to be connected; made where the thread is.
+pub(crate) fn socket(to: SocketAddr, dial: Dial) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), None)?;
     dial.mark.map_or(Ok(()), |mark| socket.set_mark(mark))?;
     if let Some(source) = dial.source {

@@ -7,7 +7,7 @@ use tokio::io::duplex;
 
 use crate::testing::{Awkward, Mesh, SECOND, SERVER, Served, request};
 use crate::{
-    ClientSettings, HboneError, Http2Settings, ServerSettings, TunnelReader, TunnelStream,
+    ClientSettings, HboneError, Http2Settings, ServerSettings, Tunnel, TunnelReader, TunnelStream,
     TunnelWriter,
 };
 
@@ -220,6 +220,58 @@ async fn all_streams_of_a_peer_together_hold_the_connections_window_and_no_more(
         unread.push((reader, writer, far.unwrap()));
     }
     assert_eq!(sent, 300_000);
+}
+
+/// An accepted stream: what writes, and what reads.
+async fn direction(
+    tunnel: &Tunnel,
+    served: &mut Served,
+    client_writes: bool,
+) -> (TunnelStream, TunnelStream) {
+    let (near, far) = tokio::join!(tunnel.connect(request(), SECOND), async {
+        served.next().await.accept(HeaderMap::new())
+    });
+    let (near, far) = (near.unwrap(), far.unwrap());
+    if client_writes { (near, far) } else { (far, near) }
+}
+
+#[tokio::test(start_paused = true)]
+async fn readers_that_stop_do_not_stop_the_others_of_their_tunnel() {
+    // A sixteenth of the defaults.
+    let http2 = Http2Settings {
+        stream_window: 256 << 10,
+        crowded_stream_window: 8 << 10,
+        connection_window: 4 << 20,
+        ..Http2Settings::default()
+    };
+    let client = ClientSettings { http2: http2.clone(), ..ClientSettings::default() };
+    let server = ServerSettings { http2, ..ServerSettings::default() };
+    for client_writes in [true, false] {
+        let (tunnel, server) = Mesh::with(client.clone(), server.clone()).tunnel().await;
+        let mut served = Served::new(server);
+        let mut stalled = Vec::new();
+        for _ in 0..99 {
+            let (writing, reading) = direction(&tunnel, &mut served, client_writes).await;
+            let (kept_reader, mut writer) = writing.split();
+            let (reader, kept_writer) = reading.split();
+            let (mut sent, piece) = (0, pattern(10_000));
+            while tokio::time::timeout(SECOND, writer.write(piece.clone())).await.is_ok() {
+                sent += piece.len();
+            }
+            stalled.push((sent, reader, writer, kept_reader, kept_writer));
+        }
+        let (writing, reading) = direction(&tunnel, &mut served, client_writes).await;
+        tokio::spawn(echo(reading));
+        let data = pattern(5 << 20);
+        let moved = tokio::time::timeout(60 * SECOND, round_trip(writing, data.clone())).await;
+        assert!(moved.expect("it goes on") == data);
+        // Now they go on too, and nothing is missing.
+        for (sent, mut reader, mut writer, ..) in stalled {
+            writer.finish().unwrap();
+            let received = tokio::time::timeout(SECOND, drain(&mut reader)).await;
+            assert!(received.expect("it goes on").unwrap() >= sent);
+        }
+    }
 }
 
 #[tokio::test]
