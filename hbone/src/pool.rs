@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use underpass_config::SpiffeId;
 
-use self::state::{Checkout, Handle, Load, State, TunnelId, Wish};
+use self::state::{Checkout, DialId, Handle, Load, State, TunnelId, Wish};
 use crate::link::{Link, OpenStream};
 use crate::{ConnectRequest, Connector, HboneError, Tunnel, TunnelStream, clock};
 
@@ -190,9 +190,9 @@ impl<D: Dial> Pool<D> {
         wish: Wish,
     ) -> Result<(TunnelId, Place, bool), HboneError> {
         loop {
-            let mut dialing = match self.checkout(key, connector, wish) {
+            let (mut dialing, promised) = match self.checkout(key, connector, wish) {
                 Checkout::Use { id, place } => return Ok((id, place, true)),
-                Checkout::Wait(dialing) => dialing,
+                Checkout::Wait { ticket, promised } => (ticket, promised),
                 Checkout::Refuse { remaining, last } => {
                     let address = key.address;
                     return Err(HboneError::BackingOff { address, remaining, source: last });
@@ -202,10 +202,10 @@ impl<D: Dial> Pool<D> {
             // The dialling task only goes without a word if it panics, or when the runtime ends.
             let lost = || Err(HboneError::Lost { source: None });
             let (id, tunnel) = outcome.ok().flatten().unwrap_or_else(lost)?;
-            if let Some(place) = self.0.state().join(key, &tunnel) {
+            // Who was promised nothing leaves the places to those who were.
+            if promised && let Some(place) = self.0.state().join(key, &tunnel) {
                 return Ok((id, place, false));
             }
-            // Others that waited filled it: each round serves at least one of us.
         }
     }
 
@@ -216,14 +216,14 @@ impl<D: Dial> Pool<D> {
         wish: Wish,
     ) -> Checkout<Place, Dialing> {
         let mut started = None;
-        let checkout = self.0.state().checkout(key, wish, Instant::now(), || {
+        let checkout = self.0.state().checkout(key, wish, Instant::now(), |id| {
             let (done, dialing) = watch::channel(None);
-            started = Some(done);
+            started = Some((id, done));
             dialing
         });
-        if let Some(done) = started {
+        if let Some((id, done)) = started {
             // In a task of its own, so that it goes on when the one who asked first gives up.
-            let dial = UnderWay { pool: self.0.clone(), key: key.clone(), done };
+            let dial = UnderWay { pool: self.0.clone(), key: key.clone(), id, done };
             tokio::spawn(dial.run(connector.clone()));
         }
         checkout
@@ -266,6 +266,7 @@ impl Handle for Pooled {
 struct UnderWay<D: Dial> {
     pool: Arc<Shared<D>>,
     key: TunnelKey,
+    id: DialId,
     done: watch::Sender<Option<Outcome>>,
 }
 
@@ -304,11 +305,11 @@ impl<D: Dial> UnderWay<D> {
             Ok(tunnel) => {
                 let link = tunnel.link().clone();
                 let pooled = Pooled { tunnel: Some(tunnel), link: link.clone() };
-                let id = state.opened(&self.key, pooled.clone(), now);
+                let id = state.opened(&self.key, self.id, pooled.clone(), now);
                 (Ok((id, pooled)), Aftermath::Watch(id, link))
             }
             Err(error) => {
-                let forget_at = state.failed(&self.key, Arc::new(error.clone()), now);
+                let forget_at = state.failed(&self.key, self.id, Arc::new(error.clone()), now);
                 (Err(error), Aftermath::Forget(forget_at))
             }
         };
@@ -322,7 +323,7 @@ impl<D: Dial> Drop for UnderWay<D> {
     fn drop(&mut self) {
         if self.done.borrow().is_none() {
             // The dialling code panicked, or the runtime ends. Those who wait see that nobody is left to tell them.
-            self.pool.state().abandoned(&self.key);
+            self.pool.state().abandoned(&self.key, self.id);
         }
     }
 }

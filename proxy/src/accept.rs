@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::task::coop::unconstrained;
+use tokio::task::yield_now;
 use tokio::time::{sleep, sleep_until};
 use underpass_interception::{
     BoundListener, Listener, Sockets, original_destination, reset_on_close,
@@ -20,6 +22,10 @@ use crate::worker::{Assignment, Shared, Worker, serve};
 /// How long a listener rests when the system has no descriptor or memory for another connection: long enough not to spin,
 /// short enough that a client which waits does not notice. The kernel's queue holds what arrives meanwhile.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// How many connections are accepted before others get their turn: some milliseconds. A turn of thousands of busy connections takes
+/// far longer, and were it tokio's 128, the kernel's queue (4096) would run over in a storm; whom it drops then waits for seconds.
+const ACCEPTS_AT_ONCE: usize = 512;
 
 /// Which listener a connection came in by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,12 +135,15 @@ async fn accept_forever(
 ) {
     let Limits { descriptors, accepts_per_second, .. } = &worker.shared.limits;
     let mut rate = accepts_per_second.map(Rate::new);
-    loop {
+    for accepted in (1..=ACCEPTS_AT_ONCE).cycle() {
+        if accepted == ACCEPTS_AT_ONCE {
+            yield_now().await;
+        }
         if !descriptors.have_room() {
             let _paused = descriptors.pause(kind.name(), Shortage::Descriptors);
             descriptors.room().await;
         }
-        match listener.accept().await {
+        match unconstrained(listener.accept()).await {
             Ok((stream, client)) => {
                 take(worker, kind, stream, client, peers);
                 if let Some(next) = rate.as_mut().and_then(Rate::take) {

@@ -136,6 +136,11 @@ impl Proxy {
         within("the proxy stops", self.child.stop()).await.or_fail("wait for the proxy")
     }
 
+    /// Waits for its end, however long that takes.
+    pub async fn ended_by_itself(&mut self) -> ExitStatus {
+        self.child.ended().await.or_fail("wait for the proxy")
+    }
+
     /// Waits for its end.
     pub async fn ended(&mut self) -> ExitStatus {
         within("the proxy ends", self.child.ended()).await.or_fail("wait for the proxy")

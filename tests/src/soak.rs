@@ -117,6 +117,9 @@ pub async fn soak(options: &SoakOptions) -> SoakSummary {
     let is_back = |held: [Held; 2]| {
         held.iter().zip(&before).all(|(now, before)| now.excess(before, options.patient).is_empty())
     };
+    if timeout(SETTLE, stage.others_ended()).await.is_err() {
+        course.violation("a proxy that was taken over from has not ended".to_owned());
+    }
     let patience = if options.patient { FORGET } else { SETTLE };
     let after = settled(&stage, is_back, patience).await;
     drop(servers);

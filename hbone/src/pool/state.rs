@@ -42,6 +42,10 @@ const SURPLUS_IDLE_PART: u32 = 10;
 /// it a shared congestion window and socket buffer hardly delay anybody.
 const BUSY_BYTES_PER_SECOND: u64 = 32 << 20;
 
+/// How many tunnels to one peer are dialled at once: a handful serves a burst soon, and is far from the number of handshakes that a
+/// peer bears from one address (64 is our own default, for all workers of a client).
+const DIALS_AT_ONCE: usize = 4;
+
 /// Longer waits are cut to this, as tokio does it: an [`Instant`] cannot express every one.
 const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 
@@ -79,6 +83,10 @@ pub(super) struct Load {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TunnelId(u64);
 
+/// Names a dial within a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct DialId(pub(super) u64);
+
 /// What a caller wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wish {
@@ -98,8 +106,14 @@ pub(super) enum Checkout<P, W> {
         /// The place.
         place: P,
     },
-    /// The ticket of the dial to wait for.
-    Wait(W),
+    /// A dial to wait for.
+    Wait {
+        /// Its ticket.
+        ticket: W,
+        /// Whether the tunnel that it opens is to have a place for the caller. Otherwise all dials are spoken for; once this one
+        /// has ended, ask again.
+        promised: bool,
+    },
     /// Nothing, because the last dial failed just now.
     Refuse {
         /// How long nothing is dialled yet.
@@ -115,6 +129,7 @@ pub(super) struct State<T, W> {
     settings: PoolSettings,
     entries: HashMap<TunnelKey, Entry<T, W>>,
     opened: u64,
+    dialled: u64,
     rng: Rng,
 }
 
@@ -123,8 +138,17 @@ pub(super) struct State<T, W> {
 struct Entry<T, W> {
     /// In the order in which they were opened.
     tunnels: Vec<Slot<T>>,
-    dialing: Option<W>,
+    /// The oldest first.
+    dials: Vec<UnderWay<W>>,
     backoff: Option<Backoff>,
+}
+
+#[derive(Debug)]
+struct UnderWay<W> {
+    id: DialId,
+    ticket: W,
+    /// How many places are promised.
+    promised: usize,
 }
 
 #[derive(Debug)]
@@ -148,41 +172,54 @@ struct Backoff {
 impl<T: Handle, W: Clone> State<T, W> {
     /// The same `seed` gives the same jitter.
     pub(super) fn new(settings: PoolSettings, seed: u64) -> Self {
-        Self { settings, entries: HashMap::new(), opened: 0, rng: Rng::with_seed(seed) }
+        let (opened, dialled) = (0, 0);
+        Self { settings, entries: HashMap::new(), opened, dialled, rng: Rng::with_seed(seed) }
     }
 
     /// Decides where a stream goes. If that takes a dial, or another tunnel would be good to have soon, `dial` is
     /// called for the ticket of one; [`State::opened`], [`State::failed`] or [`State::abandoned`] must follow.
     ///
     /// Full tunnels are never waited for: beyond `tunnels_per_peer`, which bounds what is opened because of load,
-    /// another one is dialled. What bounds that is the number of callers.
+    /// others are dialled, for as many callers each as a tunnel has places. What bounds that is the number of callers.
     pub(super) fn checkout(
         &mut self,
         key: &TunnelKey,
         wish: Wish,
         now: Instant,
-        dial: impl FnOnce() -> W,
+        dial: impl FnOnce(DialId) -> W,
     ) -> Checkout<T::Place, W> {
         let settings = &self.settings;
         let entry = self.entries.entry(key.clone()).or_default();
         entry.retire_unusable(now);
+        let dialled = &mut self.dialled;
+        let dial = |promised| {
+            *dialled += 1;
+            let id = DialId(*dialled);
+            UnderWay { id, ticket: dial(id), promised }
+        };
         if wish == Wish::Any
             && let Some((id, place, crowded)) = entry.take_place(settings.streams_per_tunnel)
         {
             if crowded && entry.may_grow(settings.tunnels_per_peer, now) {
-                entry.dialing = Some(dial());
+                entry.dials.push(dial(0));
             }
             return Checkout::Use { id, place };
         }
-        if let Some(ticket) = &entry.dialing {
-            return Checkout::Wait(ticket.clone());
+        if let Some(ticket) = entry.promise(settings.streams_per_tunnel) {
+            return Checkout::Wait { ticket, promised: true };
         }
-        if let Some((remaining, last)) = entry.pause(now) {
+        let pause = entry.pause(now);
+        let no_more = pause.is_some() || entry.dials.len() >= DIALS_AT_ONCE;
+        if let Some(first) = entry.dials.first().filter(|_| no_more) {
+            return Checkout::Wait { ticket: first.ticket.clone(), promised: false };
+        }
+        if let Some((remaining, last)) = pause {
             return Checkout::Refuse { remaining, last };
         }
-        let ticket = dial();
-        entry.dialing = Some(ticket.clone());
-        Checkout::Wait(ticket)
+        let under_way = dial(1);
+        let ticket = under_way.ticket.clone();
+        entry.dials.push(under_way);
+        Checkout::Wait { ticket, promised: true }
     }
 
     /// A place in the tunnel that a caller waited for; `None` if others that waited took all there were. Should it
@@ -195,13 +232,19 @@ impl<T: Handle, W: Clone> State<T, W> {
     }
 
     /// Takes in the tunnel that was dialled.
-    pub(super) fn opened(&mut self, key: &TunnelKey, tunnel: T, now: Instant) -> TunnelId {
+    pub(super) fn opened(
+        &mut self,
+        key: &TunnelKey,
+        dial: DialId,
+        tunnel: T,
+        now: Instant,
+    ) -> TunnelId {
         self.opened += 1;
         let id = TunnelId(self.opened);
         let max_age = jittered(&mut self.rng, self.settings.max_age, AGE_JITTER);
         let idle = jittered(&mut self.rng, self.settings.idle, IDLE_JITTER);
         let entry = self.entries.entry(key.clone()).or_default();
-        entry.dialing = None;
+        entry.ended(dial);
         entry.backoff = None;
         let retires = after(now, max_age);
         entry.tunnels.push(Slot { id, tunnel, retired: false, retires, idle });
@@ -212,22 +255,24 @@ impl<T: Handle, W: Clone> State<T, W> {
     pub(super) fn failed(
         &mut self,
         key: &TunnelKey,
+        dial: DialId,
         error: Arc<HboneError>,
         now: Instant,
     ) -> Instant {
-        self.entries.entry(key.clone()).or_default().dialing = None;
+        self.entries.entry(key.clone()).or_default().ended(dial);
         self.back_off(key, error, now)
     }
 
     /// Notes that a dial ended without an outcome.
-    pub(super) fn abandoned(&mut self, key: &TunnelKey) {
+    pub(super) fn abandoned(&mut self, key: &TunnelKey, dial: DialId) {
         if let Some(entry) = self.entries.get_mut(key) {
-            entry.dialing = None;
+            entry.ended(dial);
             self.remove_if_empty(key);
         }
     }
 
-    /// Pauses dialling, for longer after each failure in a row. Returns when [`State::forget`] is due.
+    /// Pauses dialling, for longer after each failure in a row; those of dials that went on beside the first one are the same
+    /// failure. Returns when [`State::forget`] is due.
     pub(super) fn back_off(
         &mut self,
         key: &TunnelKey,
@@ -235,6 +280,10 @@ impl<T: Handle, W: Clone> State<T, W> {
         now: Instant,
     ) -> Instant {
         let entry = self.entries.entry(key.clone()).or_default();
+        if let Some(backoff) = entry.backoff.as_mut().filter(|backoff| now < backoff.until) {
+            backoff.last = error;
+            return backoff.until + FORGET_AFTER;
+        }
         let before = entry.backoff.as_ref().map_or(0, |backoff| backoff.failures);
         let doubled = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(before).unwrap_or(u32::MAX));
         let pause = jittered(&mut self.rng, doubled.min(LONGEST_PAUSE), PAUSE_JITTER);
@@ -311,7 +360,7 @@ impl<T: Handle, W: Clone> State<T, W> {
             counted.retired += entry.tunnels.len() - open;
             counted.streams +=
                 entry.tunnels.iter().map(|slot| slot.tunnel.load().streams).sum::<usize>();
-            counted.dialing += usize::from(entry.dialing.is_some());
+            counted.dialing += entry.dials.len();
             counted.backing_off += usize::from(entry.pause(now).is_some());
         }
         counted
@@ -329,7 +378,7 @@ impl<T: Handle, W: Clone> State<T, W> {
     }
 }
 
-impl<T: Handle, W> Entry<T, W> {
+impl<T: Handle, W: Clone> Entry<T, W> {
     fn open(&self) -> impl Iterator<Item = &Slot<T>> {
         self.tunnels.iter().filter(|slot| !slot.retired)
     }
@@ -339,7 +388,7 @@ impl<T: Handle, W> Entry<T, W> {
     }
 
     fn is_empty(&self) -> bool {
-        self.tunnels.is_empty() && self.dialing.is_none() && self.backoff.is_none()
+        self.tunnels.is_empty() && self.dials.is_empty() && self.backoff.is_none()
     }
 
     fn retire_unusable(&mut self, now: Instant) {
@@ -366,10 +415,20 @@ impl<T: Handle, W> Entry<T, W> {
         Some((slot.id, slot.tunnel.reserve()?, load.is_crowded(limit)))
     }
 
+    /// The ticket of a dial under way whose tunnel has a place left, which is promised with it.
+    fn promise(&mut self, streams_per_tunnel: usize) -> Option<W> {
+        let places = streams_per_tunnel.min(self.allowed().unwrap_or(usize::MAX)).max(1);
+        let under_way = self.dials.iter_mut().find(|dial| dial.promised < places)?;
+        under_way.promised += 1;
+        Some(under_way.ticket.clone())
+    }
+
+    fn ended(&mut self, dial: DialId) {
+        self.dials.retain(|under_way| under_way.id != dial);
+    }
+
     fn may_grow(&self, tunnels_per_peer: usize, now: Instant) -> bool {
-        self.dialing.is_none()
-            && self.pause(now).is_none()
-            && self.open().count() < tunnels_per_peer
+        self.dials.is_empty() && self.pause(now).is_none() && self.open().count() < tunnels_per_peer
     }
 
     /// Whether another tunnel would take a new stream without being crowded.
@@ -390,7 +449,7 @@ impl<T: Handle, W> Entry<T, W> {
 
 impl<T, W> Default for Entry<T, W> {
     fn default() -> Self {
-        Self { tunnels: Vec::new(), dialing: None, backoff: None }
+        Self { tunnels: Vec::new(), dials: Vec::new(), backoff: None }
     }
 }
 

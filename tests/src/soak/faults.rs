@@ -28,12 +28,13 @@ pub enum Fault {
     Kill,
     /// A proxy is told to stop, and is started again.
     Stop,
-    // A hot restart (`run --take-over`) belongs here, and touches nothing.
+    /// Another process takes over from a proxy, which breaks nothing.
+    TakeOver,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Drop,
         Self::Mesh,
         Self::Deny,
@@ -41,6 +42,7 @@ impl Fault {
         Self::Reload,
         Self::Kill,
         Self::Stop,
+        Self::TakeOver,
     ];
 
     /// What it is called on the command line and in the summary.
@@ -54,6 +56,7 @@ impl Fault {
             Self::Reload => "reload",
             Self::Kill => "kill",
             Self::Stop => "stop",
+            Self::TakeOver => "take-over",
         }
     }
 }
@@ -96,7 +99,7 @@ impl Event {
     /// Whether it may break a stream that goes this way.
     pub(super) fn touches(&self, way: Way) -> bool {
         match self.fault {
-            Fault::Mesh | Fault::Certificate | Fault::Reload => false,
+            Fault::Mesh | Fault::Certificate | Fault::Reload | Fault::TakeOver => false,
             Fault::Deny => way.can_be_denied(),
             Fault::Drop => self.wire.between.iter().all(|side| way.ends().contains(side)),
             Fault::Kill | Fault::Stop => way.ends().contains(&self.side),
@@ -141,6 +144,7 @@ impl Event {
             Fault::Reload => stage.proxy(self.side).signal(Signal::SIGHUP),
             Fault::Kill => stage.restart(self.side, Signal::SIGKILL).await,
             Fault::Stop => stage.restart(self.side, Signal::SIGTERM).await,
+            Fault::TakeOver => stage.take_over(self.side).await,
         }
     }
 }

@@ -2,10 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 use std::sync::Arc;
 
 use fastrand::Rng;
 use nix::sys::signal::Signal;
+use tokio::task::JoinSet;
 
 use crate::OrFail;
 use crate::mesh::Mesh;
@@ -54,6 +56,8 @@ pub(super) struct Stage {
     mesh: MeshState,
     client: Proxy,
     server: Proxy,
+    /// Those that others took over from.
+    outgoing: JoinSet<ExitStatus>,
     _world: World,
 }
 
@@ -134,7 +138,7 @@ impl Stage {
         let (for_client, for_server) = (settings(&pods.client, &pki), settings(&pods.server, &pki));
         let (client, server) =
             tokio::join!(pods.client.proxy(&for_client), pods.server.proxy(&for_server));
-        Self { pods, pki, mesh, client, server, _world: world }
+        Self { pods, pki, mesh, client, server, outgoing: JoinSet::new(), _world: world }
     }
 
     pub(super) fn proxies(&self) -> [(&Pod, &Proxy); 2] {
@@ -169,6 +173,23 @@ impl Stage {
     /// Gives a proxy another certificate.
     pub(super) fn renew(&self, side: Side) {
         let _files = self.pki.issue(self.pods.pod(side).name());
+    }
+
+    /// Has another process take over from a proxy, which goes on with what it has.
+    pub(super) async fn take_over(&mut self, side: Side) {
+        let pod = self.pods.pod(side);
+        let proxy = if side == Side::Client { &mut self.client } else { &mut self.server };
+        let new = pod.proxy(&settings(pod, &self.pki).take_over()).await;
+        let mut old = std::mem::replace(proxy, new);
+        self.outgoing.spawn(async move { old.ended_by_itself().await });
+    }
+
+    /// Waits until all processes have ended that others took over from: with their last streams.
+    pub(super) async fn others_ended(&mut self) {
+        while let Some(ended) = self.outgoing.join_next().await {
+            let status = ended.or_fail("wait for a proxy");
+            assert!(status.success(), "a proxy that was taken over from ended with {status}");
+        }
     }
 
     /// Ends a proxy by a signal, and starts another one.

@@ -86,9 +86,9 @@ impl Handle for Fake {
 
 /// A state, the time, and how often it dialled. Tickets are the numbers of the dials.
 struct World {
-    state: State<Fake, u32>,
+    state: State<Fake, u64>,
     now: Instant,
-    dials: u32,
+    dials: u64,
 }
 
 impl World {
@@ -100,11 +100,12 @@ impl World {
         Self { state: State::new(settings, 1), now: Instant::now(), dials: 0 }
     }
 
-    fn ask(&mut self, key: &TunnelKey, wish: Wish) -> Checkout<Fake, u32> {
+    fn ask(&mut self, key: &TunnelKey, wish: Wish) -> Checkout<Fake, u64> {
         let dials = &mut self.dials;
-        self.state.checkout(key, wish, self.now, || {
+        self.state.checkout(key, wish, self.now, |DialId(id)| {
             *dials += 1;
-            *dials
+            assert_eq!(id, *dials);
+            id
         })
     }
 
@@ -116,9 +117,9 @@ impl World {
         }
     }
 
-    fn waits(&mut self, wish: Wish) -> u32 {
+    fn waits(&mut self, wish: Wish) -> u64 {
         match self.ask(&key(1), wish) {
-            Checkout::Wait(ticket) => ticket,
+            Checkout::Wait { ticket, promised: true } => ticket,
             other => panic!("{other:?}"),
         }
     }
@@ -130,13 +131,22 @@ impl World {
         }
     }
 
+    /// The oldest dial opens a tunnel.
     fn open(&mut self) -> (TunnelId, Fake) {
-        let tunnel = Fake::new(self.now);
-        (self.state.opened(&key(1), tunnel.clone(), self.now), tunnel)
+        let (tunnel, dial) = (Fake::new(self.now), self.oldest_dial(&key(1)));
+        (self.state.opened(&key(1), dial, tunnel.clone(), self.now), tunnel)
     }
 
+    /// The oldest dial fails.
     fn fail(&mut self) -> Instant {
-        self.state.failed(&key(1), Arc::new(HboneError::Lost { source: None }), self.now)
+        let dial = self.oldest_dial(&key(1));
+        self.state.failed(&key(1), dial, Arc::new(HboneError::Lost { source: None }), self.now)
+    }
+
+    /// One that is not under way, if none is.
+    fn oldest_dial(&self, key: &TunnelKey) -> DialId {
+        let dials = self.state.entries.get(key).map(|entry| entry.dials.as_slice());
+        dials.and_then(|dials| Some(dials.first()?.id)).unwrap_or(DialId(0))
     }
 
     fn inspect(&mut self, id: TunnelId) -> Option<Duration> {
@@ -168,9 +178,36 @@ fn all_callers_for_a_key_wait_for_one_dial_and_those_for_another_do_not() {
         TunnelKey { source: id(SERVER), ..key(1) },
         TunnelKey { peers: [].into(), ..key(1) },
     ] {
-        assert!(matches!(world.ask(&other, Wish::Any), Checkout::Wait(ticket) if ticket != 1));
+        assert!(
+            matches!(world.ask(&other, Wish::Any), Checkout::Wait { ticket, promised: true } if ticket != 1)
+        );
     }
     assert_eq!(world.dials, 4);
+}
+
+#[test]
+fn a_burst_is_served_by_several_dials_and_each_promises_what_its_tunnel_takes() {
+    let mut world = World::new();
+    let tickets: Vec<u64> = (0..10 * DIALS_AT_ONCE).map(|_| world.waits(Wish::Any)).collect();
+    assert!(tickets.chunks(10).zip(1..).all(|(some, ticket)| some.iter().all(|t| *t == ticket)));
+    // Whoever is promised nothing asks again when the first of them has ended.
+    let late = world.ask(&key(1), Wish::Any);
+    assert!(matches!(late, Checkout::Wait { ticket: 1, promised: false }), "{late:?}");
+    let (_, tunnel) = world.open();
+    (0..10).for_each(|_| assert!(world.state.join(&key(1), &tunnel).is_some()));
+    assert_eq!(world.waits(Wish::Any), DIALS_AT_ONCE as u64 + 1);
+}
+
+#[test]
+fn dials_that_fail_together_are_one_failure() {
+    let mut world = World::new();
+    for _ in 0..10 * DIALS_AT_ONCE {
+        world.waits(Wish::Any);
+    }
+    for _ in 0..DIALS_AT_ONCE {
+        world.fail();
+    }
+    assert!(world.refused(Wish::Any) <= 120 * MILLISECOND);
 }
 
 #[test]
@@ -414,7 +451,7 @@ fn a_drained_pool_keeps_only_what_is_open() {
     let (id, tunnel) = world.open();
     world.used();
     world.ask(&key(2), Wish::Any);
-    world.state.failed(&key(2), Arc::new(HboneError::Lost { source: None }), world.now);
+    world.state.failed(&key(2), DialId(1), Arc::new(HboneError::Lost { source: None }), world.now);
     world.ask(&key(3), Wish::Any);
     world.state.drain();
     assert!(tunnel.is_released());

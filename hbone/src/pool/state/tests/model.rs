@@ -2,6 +2,8 @@
 
 use proptest::prelude::*;
 
+use std::collections::BTreeMap;
+
 use super::*;
 
 const KEYS: u16 = 3;
@@ -62,7 +64,8 @@ fn event() -> impl Strategy<Value = Event> {
 /// What an observer knows: the dials under way with those who wait for them, and the connections.
 struct Model {
     world: World,
-    waiting: HashMap<u16, Vec<Wish>>,
+    /// Who waits for which dial, to which port; and whether a place is promised.
+    waiting: BTreeMap<u64, (u16, Vec<(Wish, bool)>)>,
     tunnels: Vec<(u16, TunnelId, Fake)>,
     forget_at: Vec<(u16, Instant)>,
     answered: usize,
@@ -73,7 +76,7 @@ impl Model {
     fn new() -> Self {
         Self {
             world: World::with(PoolSettings { streams_per_tunnel: 4, ..SETTINGS }),
-            waiting: HashMap::new(),
+            waiting: BTreeMap::new(),
             tunnels: Vec::new(),
             forget_at: Vec::new(),
             answered: 0,
@@ -142,7 +145,7 @@ impl Model {
         let room = |tunnel: &Fake| {
             tunnel.load().streams < 4.min(tunnel.load().allowed.unwrap_or(4)).max(1)
         };
-        assert!(dialled == 0 || !self.waiting.contains_key(&port), "one dial at a time");
+        assert!(dialled == 0 || self.dials(port).len() < DIALS_AT_ONCE, "a few dials at a time");
         match checkout {
             Checkout::Use { place, .. } => {
                 assert_eq!(wish, Wish::Any);
@@ -152,46 +155,61 @@ impl Model {
                 assert!(dialled == 0 || open.len() < SETTINGS.tunnels_per_peer, "growth has a cap");
                 self.answered += 1;
                 if dialled > 0 {
-                    self.waiting.insert(port, Vec::new());
+                    self.waiting.insert(self.world.dials, (port, Vec::new()));
                 }
             }
-            Checkout::Wait(_) => {
+            Checkout::Wait { ticket, promised } => {
                 // A peer's limit may be expected of a tunnel that was not told yet.
                 let told = |tunnel: &Fake| tunnel.load().allowed.is_some();
                 let missed = open.iter().any(|tunnel| told(tunnel) && room(tunnel));
                 assert!(wish == Wish::Fresh || !missed, "nothing to wait for");
-                self.waiting.entry(port).or_default().push(wish);
+                let (_, waiting) = self.waiting.entry(ticket).or_insert((port, Vec::new()));
+                waiting.push((wish, promised));
+                let promises = waiting.iter().filter(|(_, promised)| *promised).count();
+                assert!(promises <= 4, "no tunnel has more places");
             }
             Checkout::Refuse { remaining, .. } => {
                 assert!(!remaining.is_zero() && remaining <= LONGEST_PAUSE * 12 / 10);
-                assert!(!self.waiting.contains_key(&port), "a dial under way is waited for");
+                assert!(self.dials(port).is_empty(), "a dial under way is waited for");
                 self.answered += 1;
             }
         }
     }
 
+    /// Those under way to a port, the oldest first.
+    fn dials(&self, port: u16) -> Vec<u64> {
+        let dials = self.waiting.iter().filter(|(_, (other, _))| *other == port);
+        dials.map(|(dial, _)| *dial).collect()
+    }
+
+    fn ended(&mut self, port: u16) -> Option<(DialId, Vec<(Wish, bool)>)> {
+        let dial = *self.dials(port).first()?;
+        let (_, waiting) = self.waiting.remove(&dial)?;
+        Some((DialId(dial), waiting))
+    }
+
     fn dial_succeeds(&mut self, port: u16) {
-        let Some(waiting) = self.waiting.remove(&port) else { return };
+        let Some((dial, waiting)) = self.ended(port) else { return };
         let tunnel = Fake::new(self.world.now);
-        let id = self.world.state.opened(&key(port), tunnel.clone(), self.world.now);
+        let id = self.world.state.opened(&key(port), dial, tunnel.clone(), self.world.now);
         self.tunnels.push((port, id, tunnel.clone()));
-        let before = waiting.len();
+        let promises = waiting.iter().filter(|(_, promised)| *promised).count();
         let mut served = 0;
-        for wish in waiting {
-            if self.world.state.join(&key(port), &tunnel).is_some() {
+        for (wish, promised) in waiting {
+            if promised && self.world.state.join(&key(port), &tunnel).is_some() {
                 served += 1;
                 self.answered += 1;
             } else {
                 self.ask(port, wish);
             }
         }
-        assert!(before == 0 || served > 0, "each round serves somebody");
+        assert!(promises == 0 || served > 0, "each round serves somebody");
     }
 
     fn dial_fails(&mut self, port: u16) {
-        let Some(waiting) = self.waiting.remove(&port) else { return };
+        let Some((dial, waiting)) = self.ended(port) else { return };
         let error = Arc::new(HboneError::Lost { source: None });
-        let forget_at = self.world.state.failed(&key(port), error, self.world.now);
+        let forget_at = self.world.state.failed(&key(port), dial, error, self.world.now);
         self.forget_at.push((port, forget_at));
         self.answered += waiting.len();
     }
@@ -223,11 +241,11 @@ impl Model {
             self.tunnels.iter().map(|(_, _, tunnel)| tunnel.load().streams).sum::<usize>()
         );
         assert_eq!(counted.dialing, self.waiting.len());
-        let waiting: usize = self.waiting.values().map(Vec::len).sum();
+        let waiting: usize = self.waiting.values().map(|(_, waiting)| waiting.len()).sum();
         assert_eq!(self.answered + waiting, self.asked, "everybody gets an outcome");
         for port in 0..KEYS {
             let held = self.tunnels.iter().any(|(other, ..)| *other == port)
-                || self.waiting.contains_key(&port)
+                || !self.dials(port).is_empty()
                 || self.forget_at.iter().any(|(other, _)| *other == port);
             assert!(
                 held || !self.world.state.entries.contains_key(&key(port)),
