@@ -11,8 +11,9 @@ use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::socket::canonical;
 
-/// How many connections may wait to be accepted; the kernel lowers it to net.core.somaxconn (4096).
-const BACKLOG: i32 = 4096;
+/// How many connections may wait to be accepted: as many as net.core.somaxconn allows (4096 by
+/// default), which the kernel lowers it to.
+const BACKLOG: i32 = 65_535;
 
 /// A listener that belongs to no runtime yet. The kernel already completes handshakes for it.
 #[derive(Debug)]
