@@ -2,7 +2,7 @@
 //!
 //! In reading order: [`Suite`] runs trials in a sandbox; [`Scene`] sets up the usual two pods, of the parts that [`World`],
 //! [`Pod`], [`Pki`], [`Mesh`] and [`Settings`] are; [`Proxy`] is the real binary in a pod; `peers` and `tls` are what it talks to,
-//! [`tool`] runs programs that judge, and [`Metrics`] and [`Counters`] are what it says of itself. [`soak`] is all of it at once.
+//! [`tool`] runs programs that judge, and [`Metrics`] and [`Counters`] are what it says of itself. [`soak()`] is all of it at once.
 //!
 //! Whatever goes wrong here fails the trial that it happens in: by a panic that says what was waited for or wanted. Not here: tests.
 #![expect(clippy::expect_used, clippy::panic, reason = "a harness fails a test by panicking")]
