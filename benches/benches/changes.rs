@@ -40,11 +40,7 @@ const FILES: usize = 100;
 const ROUNDS: usize = 6;
 
 fn main() {
-    let arguments: Vec<_> = std::env::args().collect();
-    if !arguments.iter().any(|argument| argument == "--bench") {
-        println!("nothing is measured without --bench, which `cargo bench` adds");
-        return;
-    }
+    let Some(arguments) = underpass_benches::asked() else { return };
     let asked = arguments.iter().skip_while(|argument| *argument != "--connections").nth(1);
     let connections = asked.and_then(|number| number.parse().ok()).unwrap_or(9_000);
     underpass_tests::binary();

@@ -30,11 +30,7 @@ const CHANGES: u32 = 5;
 const LOOKUPS: u32 = 1_000_000;
 
 fn main() {
-    let arguments: Vec<_> = std::env::args().skip(1).collect();
-    if !arguments.iter().any(|argument| argument == "--bench") {
-        println!("nothing is measured without --bench, which `cargo bench` adds");
-        return;
-    }
+    let Some(arguments) = underpass_benches::asked() else { return };
     let mut sizes = arguments.iter().filter_map(|argument| argument.parse().ok());
     let workloads = sizes.next().unwrap_or(100_000);
     let services = sizes.next().unwrap_or(10_000);

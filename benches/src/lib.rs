@@ -28,3 +28,16 @@ pub use paths::Path;
 pub use relay::relay;
 pub use report::Report;
 pub use workload::{Figure, Workload};
+
+/// The arguments after the program's name, if something is to be measured. `cargo bench` asks for that; `cargo test` runs benches too,
+/// and then this says so.
+#[expect(clippy::print_stdout, reason = "a bench's output is its result")]
+#[must_use]
+pub fn asked() -> Option<Vec<String>> {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let asked = arguments.iter().any(|argument| argument == "--bench");
+    if !asked {
+        println!("nothing is measured without --bench, which `cargo bench` adds");
+    }
+    asked.then_some(arguments)
+}
