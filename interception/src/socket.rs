@@ -84,24 +84,9 @@ impl Sockets {
         self.mark.is_some() || self.imitate_clients()
     }
 
-    /// Listens on `port` of every address, in both families where there are both.
+    /// Listens on `address`. `[::]` takes IPv4 too, and without IPv6 is `0.0.0.0`.
     ///
     /// `purpose` and `setting` are for the message of a failure.
-    ///
-    /// # Errors
-    ///
-    /// [`InterceptionError::Listen`].
-    pub fn listen(
-        &self,
-        port: u16,
-        purpose: &'static str,
-        setting: &'static str,
-    ) -> Result<BoundListener, InterceptionError> {
-        let any = SocketAddr::from(([0u16; 8], port));
-        self.listen_on(any, purpose, setting)
-    }
-
-    /// Listens on `address`. `[::]` takes IPv4 too, and without IPv6 is `0.0.0.0`.
     ///
     /// # Errors
     ///

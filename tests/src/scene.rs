@@ -4,11 +4,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use underpass_config::IdentityFiles;
 
 use crate::OrFail;
 use crate::mesh::Mesh;
-use crate::peers::within;
+use crate::peers::{exchange, within};
 use crate::pki::Pki;
 use crate::pods::{Family, Pod, World};
 use crate::proxy::Proxy;
@@ -61,6 +62,23 @@ impl Scene {
         let (client, server) =
             tokio::join!(scene.client.proxy(&client), scene.server.proxy(&server));
         (scene, client, server)
+    }
+
+    /// The scene with a proxy in the client's pod alone, which passes everything through in plain, and has these settings besides.
+    pub async fn with_plain_client(settings: &[&str]) -> (Self, Proxy) {
+        let scene = Self::new().await;
+        let mesh = format!("mesh.file={}", scene.empty_mesh().display());
+        let all = settings.iter().fold(scene.client_settings().set(&mesh), |all, one| all.set(one));
+        let proxy = scene.client.proxy(&all).await;
+        (scene, proxy)
+    }
+
+    /// A connection between the pods' applications over which bytes have gone both ways.
+    pub async fn connected(&self, family: Family) -> (TcpStream, TcpStream) {
+        let app = self.server.listen(APP);
+        let (mut client, mut server, _) = self.client.meet(&app, self.app(family)).await;
+        exchange(&mut client, &mut server).await;
+        (client, server)
     }
 
     /// What the client's proxy is told: certificate and mesh.

@@ -392,8 +392,8 @@ fn probed(stream: &TcpStream) -> io::Result<()> {
     socket2::SockRef::from(stream).set_tcp_keepalive(&probes)
 }
 
-/// Nothing happens for so long.
+/// Nothing happens for so long: a pause is part of what a stream or a fault does, or comes between two looks. Nothing is taken to have
+/// happened in it.
 async fn pause(length: Duration) {
-    // It never comes.
     let _elapsed = timeout(length, pending::<()>()).await;
 }

@@ -5,9 +5,8 @@ use std::process::ExitCode;
 
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use underpass_tests::{
-    APP, End, Family, HBONE, Pod, Proxy, Scene, Suite, abort, exchange, read_to_end, tool,
+    APP, End, Family, HBONE, Pod, Scene, Suite, abort, exchange, read_to_end, tool,
 };
 
 fn main() -> ExitCode {
@@ -43,26 +42,6 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// A connection between the pods' applications over which bytes have gone both ways.
-async fn connected(scene: &Scene, family: Family) -> (TcpStream, TcpStream) {
-    let app = scene.server.listen(APP);
-    let (mut client, mut server, _) = scene.client.meet(&app, scene.app(family)).await;
-    exchange(&mut client, &mut server).await;
-    (client, server)
-}
-
-/// A scene whose client passes everything through in plain, and has these settings besides.
-async fn plain_client(settings: &[&str]) -> (Scene, Proxy) {
-    let scene = Scene::new().await;
-    let mut all =
-        scene.client_settings().set(&format!("mesh.file={}", scene.empty_mesh().display()));
-    for setting in settings {
-        all = all.set(setting);
-    }
-    let proxy = scene.client.proxy(&all).await;
-    (scene, proxy)
-}
-
 async fn rst_through_the_tunnel(family: Family) {
     let (scene, mut client_proxy, mut server_proxy) = Scene::with_proxies().await;
     rst_arrives(&scene, family).await;
@@ -77,7 +56,7 @@ async fn rst_through_the_tunnel(family: Family) {
 }
 
 async fn rst_in_plain(family: Family) {
-    let (scene, mut client_proxy) = plain_client(&[]).await;
+    let (scene, mut client_proxy) = Scene::with_plain_client(&[]).await;
     let _server_proxy = scene.server.proxy(&scene.server_settings()).await;
     rst_arrives(&scene, family).await;
     for reason in ["client_reset", "upstream_reset"] {
@@ -86,17 +65,17 @@ async fn rst_in_plain(family: Family) {
 }
 
 async fn rst_arrives(scene: &Scene, family: Family) {
-    let (client, mut server) = connected(scene, family).await;
+    let (client, mut server) = scene.connected(family).await;
     abort(client);
     assert_eq!(read_to_end(&mut server).await, (vec![], End::Reset), "the client's RST");
-    let (mut client, server) = connected(scene, family).await;
+    let (mut client, server) = scene.connected(family).await;
     abort(server);
     assert_eq!(read_to_end(&mut client).await, (vec![], End::Reset), "the server's RST");
 }
 
 async fn server_proxy_killed() {
     let (scene, _client_proxy, mut server_proxy) = Scene::with_proxies().await;
-    let (mut client, _server) = connected(&scene, Family::V4).await;
+    let (mut client, _server) = scene.connected(Family::V4).await;
     server_proxy.signal(Signal::SIGKILL);
     server_proxy.ended().await;
     assert_eq!(read_to_end(&mut client).await, (vec![], End::Reset));
@@ -104,7 +83,7 @@ async fn server_proxy_killed() {
 
 async fn client_proxy_killed() {
     let (scene, mut client_proxy, _server_proxy) = Scene::with_proxies().await;
-    let (_client, mut server) = connected(&scene, Family::V4).await;
+    let (_client, mut server) = scene.connected(Family::V4).await;
     client_proxy.signal(Signal::SIGKILL);
     client_proxy.ended().await;
     assert_eq!(read_to_end(&mut server).await, (vec![], End::Reset));
@@ -118,7 +97,7 @@ async fn refused_in_tunnel() {
 }
 
 async fn refused_in_plain() {
-    let (scene, mut proxy) = plain_client(&[]).await;
+    let (scene, mut proxy) = Scene::with_plain_client(&[]).await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
     proxy.line(&["connection failed", "reason=\"connect\"", "Connection refused"]).await;
 }
@@ -133,7 +112,7 @@ async fn drop_port(pod: &Pod, port: u16) {
 }
 
 async fn unreachable() {
-    let (scene, mut proxy) = plain_client(&["timeouts.connect=500ms"]).await;
+    let (scene, mut proxy) = Scene::with_plain_client(&["timeouts.connect=500ms"]).await;
     drop_port(&scene.server, APP).await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
     proxy

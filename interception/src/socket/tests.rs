@@ -20,7 +20,8 @@ fn unmarked() -> Sockets {
 }
 
 fn listen(sockets: &Sockets) -> BoundListener {
-    sockets.listen(0, "a test", "test.port").expect("a free port")
+    let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0));
+    sockets.listen_on(any, "a test", "test.port").expect("a free port")
 }
 
 fn loopback(listener: &BoundListener) -> SocketAddr {

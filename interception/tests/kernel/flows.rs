@@ -3,7 +3,7 @@
 
 use std::io::ErrorKind::ConnectionRefused;
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 
 use libtest_mimic::Failed;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -54,7 +54,8 @@ impl Mesh {
     fn new(name: &str) -> Result<Self, Failed> {
         let wired = Wired::new(name)?;
         let sockets = Sockets::new(&settings(""), true);
-        let listen = |port| wired.pod.run(|| sockets.listen(port, "a test", "none"));
+        let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+        let listen = |port| wired.pod.run(|| sockets.listen_on(any(port), "a test", "none"));
         let (outbound, inbound) = (listen(PORTS.outbound)??, listen(PORTS.inbound)??);
         let hbone = listen(PORTS.hbone)??;
         let app = wired.pod.run(|| TcpListener::bind(("::", APP)))??;

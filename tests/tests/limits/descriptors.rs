@@ -8,7 +8,7 @@ use underpass_tests::{
     APP, Dial, Family, Pod, Proxy, Scene, Server, Settings, Suite, exchange, http_get, tool, until,
 };
 
-use crate::{plain_client, served, served_until_full};
+use crate::{served, served_until_full};
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test(
@@ -149,7 +149,7 @@ const OUT: [&str; 4] =
     ["connection failed", "reason=\"out_of_descriptors\"", "ulimit -n", "LimitNOFILE"];
 
 async fn cannot_dial() {
-    let (scene, proxy) = plain_client(&[]).await;
+    let (scene, proxy) = Scene::with_plain_client(&[]).await;
     let _echo = Server::echo(&scene.server, APP);
     // The one is for the connection that is accepted.
     until_said(&scene, &proxy, 1, &OUT).await;
@@ -164,7 +164,7 @@ async fn cannot_tunnel() {
 }
 
 async fn cannot_accept() {
-    let (scene, mut proxy) = plain_client(&[]).await;
+    let (scene, mut proxy) = Scene::with_plain_client(&[]).await;
     let _echo = Server::echo(&scene.server, APP);
     let warning = ["WARN", "accepting pauses", "Too many open files", "LimitNOFILE"];
     until_said(&scene, &proxy, 0, &warning).await;

@@ -35,18 +35,6 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// A scene whose client passes everything through in plain, with these settings besides.
-async fn plain_client(settings: &[&str]) -> (Scene, Proxy) {
-    let scene = Scene::new().await;
-    let mut all =
-        scene.client_settings().set(&format!("mesh.file={}", scene.empty_mesh().display()));
-    for setting in settings {
-        all = all.set(setting);
-    }
-    let proxy = scene.client.proxy(&all).await;
-    (scene, proxy)
-}
-
 /// A connection to an echo over which a byte has gone there and back; `None` if it was reset instead.
 async fn served(pod: &Pod, to: SocketAddr, dial: Dial) -> Option<TcpStream> {
     let mut stream = pod.dial_as(to, dial).await.ok()?;
@@ -75,7 +63,7 @@ async fn refused(pod: &Pod, limit: &str, listener: &str) -> Option<f64> {
 }
 
 async fn per_worker() {
-    let (scene, mut proxy) = plain_client(&["limits.connections_per_worker=2"]).await;
+    let (scene, mut proxy) = Scene::with_plain_client(&["limits.connections_per_worker=2"]).await;
     let _echo = Server::echo(&scene.server, APP);
     let to = scene.app(Family::V4);
     let mut held = served_until_full(&scene.client, to).await;
@@ -100,7 +88,7 @@ async fn per_worker() {
 async fn storm() {
     const STORM: usize = 500;
     let (scene, mut proxy) =
-        plain_client(&["limits.connections_per_worker=1", "logging.format=json"]).await;
+        Scene::with_plain_client(&["limits.connections_per_worker=1", "logging.format=json"]).await;
     let _echo = Server::echo(&scene.server, APP);
     let to = scene.app(Family::V4);
     let _held = [
@@ -157,7 +145,7 @@ async fn streams_per_worker() {
 }
 
 async fn rate() {
-    let (scene, proxy) = plain_client(&["limits.accepts_per_second=20"]).await;
+    let (scene, proxy) = Scene::with_plain_client(&["limits.accepts_per_second=20"]).await;
     let _echo = Server::echo(&scene.server, APP);
     let to = scene.app(Family::V4);
     let began = Instant::now();
@@ -206,7 +194,7 @@ async fn handshakes() {
 async fn probes() {
     // As many as it serves at once.
     const CLIENTS: usize = 64;
-    let (scene, _proxy) = plain_client(&[]).await;
+    let (scene, _proxy) = Scene::with_plain_client(&[]).await;
     let readiness = (Ipv4Addr::LOCALHOST, 15021).into();
     let mut busy = JoinSet::new();
     for _ in 0..CLIENTS {

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use underpass_tests::{APP, Dial, Family, HBONE, Pod, Scene, Server, Suite, tool, until};
 
-use crate::{plain_client, refused, served, served_until_full};
+use crate::{refused, served, served_until_full};
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test_both(
@@ -70,7 +70,7 @@ async fn of_a_subscriber() {
 }
 
 async fn of_the_application() {
-    let (scene, _proxy) = plain_client(&["limits.connections_per_source=3"]).await;
+    let (scene, _proxy) = Scene::with_plain_client(&["limits.connections_per_source=3"]).await;
     let _echo = Server::echo(&scene.server, APP);
     let held = served_until_full(&scene.client, scene.app(Family::V4)).await;
     assert_eq!(held.len(), 3);
@@ -109,7 +109,7 @@ async fn of_handshakes() {
 }
 
 async fn off() {
-    let (scene, _proxy) = plain_client(&["limits.connections_per_source=off"]).await;
+    let (scene, _proxy) = Scene::with_plain_client(&["limits.connections_per_source=off"]).await;
     let _echo = Server::echo(&scene.server, APP);
     let mut held = Vec::new();
     for _ in 0..100 {

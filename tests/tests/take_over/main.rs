@@ -65,9 +65,7 @@ async fn both_serve(family: Family) {
 
 async fn old_one_ends() {
     let (scene, mut old, _server) = Scene::with_proxies().await;
-    let app = scene.server.listen(APP);
-    let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
-    exchange(&mut client, &mut peer).await;
+    let (mut client, mut peer) = scene.connected(Family::V4).await;
     let _new = succeed(&scene.client, &mut old, &scene.client_settings()).await;
     let rules = scene.client.traces().await;
     client.shutdown().await.expect("FIN is sent");
@@ -77,8 +75,7 @@ async fn old_one_ends() {
     assert!(old.ended().await.success(), "{}", old.log());
     old.line(&["the rules are another process's"]).await;
     assert_eq!(scene.client.traces().await, rules);
-    let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
-    exchange(&mut client, &mut peer).await;
+    scene.connected(Family::V4).await;
 }
 
 /// Connects again and again until it is told to stop; every connection has to succeed.
@@ -168,9 +165,7 @@ async fn tunnels_go_on() {
 
 async fn seen_from_outside() {
     let (scene, mut old, _server) = Scene::with_proxies().await;
-    let app = scene.server.listen(APP);
-    let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
-    exchange(&mut client, &mut peer).await;
+    let (mut client, mut peer) = scene.connected(Family::V4).await;
     let _new = succeed(&scene.client, &mut old, &scene.client_settings()).await;
     let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     assert_eq!(http_get(&scene.client, at(15021), "/healthz/ready").await.0, 200);
@@ -185,9 +180,7 @@ async fn handed_over_deadline() {
     let settings = scene.client_settings().set("timeouts.handed_over=300ms");
     let mut old = scene.client.proxy(&settings).await;
     let _server = scene.server.proxy(&scene.server_settings()).await;
-    let app = scene.server.listen(APP);
-    let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
-    exchange(&mut client, &mut peer).await;
+    let (mut client, mut peer) = scene.connected(Family::V4).await;
     let _new = succeed(&scene.client, &mut old, &settings).await;
     assert_eq!(read_to_end(&mut client).await, (vec![], End::Reset));
     assert_eq!(read_to_end(&mut peer).await, (vec![], End::Reset));
@@ -200,9 +193,7 @@ async fn old_one_stopped() {
     let settings = scene.client_settings().set("timeouts.drain=200ms");
     let mut old = scene.client.proxy(&settings).await;
     let _server = scene.server.proxy(&scene.server_settings()).await;
-    let app = scene.server.listen(APP);
-    let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
-    exchange(&mut client, &mut peer).await;
+    let (mut client, mut peer) = scene.connected(Family::V4).await;
     let _new = succeed(&scene.client, &mut old, &settings).await;
     exchange(&mut client, &mut peer).await;
     old.signal(Signal::SIGTERM);
