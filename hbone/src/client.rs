@@ -20,7 +20,7 @@ use tokio_rustls::client::TlsStream;
 use underpass_config::SpiffeId;
 
 use crate::guard::Guard;
-use crate::io::Io;
+use crate::io::{Io, transport};
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored, OpenStream};
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
@@ -84,7 +84,7 @@ impl Connector {
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
     {
-        let handshake = self.handshake(Box::new(io), address, expected, None);
+        let handshake = self.handshake(transport(io), address, expected, None);
         within(deadline, handshake).await
     }
 
@@ -98,7 +98,7 @@ impl Connector {
         deadline: Duration,
     ) -> Result<Tunnel, HboneError> {
         let (io, open) = carrier.into_carrier();
-        let handshake = self.handshake(Box::new(io), address, expected, Some(open));
+        let handshake = self.handshake(transport(io), address, expected, Some(open));
         let tunnel = within(deadline, handshake).await?;
         // It closes with its stream, and what the peer owes us for that is watched over too.
         tunnel.link.release();

@@ -249,17 +249,23 @@ impl Drop for OpenStream {
     }
 }
 
+/// How much is read in one turn of the task that drives a connection, before the streams get theirs: what they were given is still
+/// in the caches then, where it would otherwise be a whole window of it.
+const TURN: usize = 256 << 10;
+
 /// The TLS stream under h2, which tells its [`Link`] what h2 forgets: when bytes came, which alert ended it, or what ended the
 /// stream that carries it.
 #[derive(Debug)]
 pub(crate) struct Monitored<T> {
     io: T,
     link: Arc<Link>,
+    /// How much was read in this turn.
+    read: usize,
 }
 
 impl<T> Monitored<T> {
     pub(crate) fn new(io: T, link: Arc<Link>) -> Self {
-        Self { io, link }
+        Self { io, link, read: 0 }
     }
 }
 
@@ -269,11 +275,18 @@ impl<T: AsyncRead + Unpin> AsyncRead for Monitored<T> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.read >= TURN {
+            self.read = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.io).poll_read(cx, buf);
         match &polled {
             Poll::Ready(Ok(())) => {
-                self.link.traffic.count(buf.filled().len() - before);
+                let read = buf.filled().len() - before;
+                self.read += read;
+                self.link.traffic.count(read);
                 self.link.hear();
             }
             Poll::Ready(Err(error)) => {
@@ -281,7 +294,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Monitored<T> {
                     self.link.fail(reason);
                 }
             }
-            Poll::Pending => {}
+            Poll::Pending => self.read = 0,
         }
         polled
     }

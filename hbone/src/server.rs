@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 
 use crate::guard::Guard;
-use crate::io::Io;
+use crate::io::{Io, transport};
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored};
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
@@ -70,7 +70,7 @@ impl Acceptor {
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
     {
-        timeout(deadline, self.handshake(Box::new(io)))
+        timeout(deadline, self.handshake(transport(io)))
             .await
             .unwrap_or(Err(HboneError::HandshakeTimeout { after: deadline }))
     }

@@ -64,9 +64,9 @@ impl Default for Http2Settings {
             // connection's window for what comes until the peer knows of them.
             crowded_stream_window: 128 << 10,
             connection_window: 64 << 20,
-            // What is already in flight is not counted here, so this bounds memory and not throughput:
-            // it must only outlast one turn of the task that writes to the connection.
-            send_buffer: 1 << 20,
+            // What is already in flight is not counted here, so this bounds memory and not throughput: it must only outlast one
+            // turn of the task that writes to the connection. What is more has left the caches by then.
+            send_buffer: 256 << 10,
             max_header_list: 16 << 10,
         }
     }
@@ -76,11 +76,7 @@ impl Default for ServerSettings {
     fn default() -> Self {
         Self {
             // As ztunnel: a peer that does not read can hold at most 200 of these.
-            http2: Http2Settings {
-                send_buffer: 400 << 10,
-                max_header_list: 64 << 10,
-                ..Http2Settings::default()
-            },
+            http2: Http2Settings { max_header_list: 64 << 10, ..Http2Settings::default() },
             keepalive: KeepaliveSettings::default(),
             max_streams: 200,
         }

@@ -21,6 +21,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::Poll;
 
 use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use tokio::net::TcpStream;
 use tokio::task::coop::consume_budget;
 use underpass_hbone::{TunnelReader, TunnelStream, TunnelWriter};
@@ -91,17 +93,19 @@ impl<'a> Flow<'a> {
         let distrusted = tunnel.distrusted();
         let (mut reader, mut writer) = tunnel.split();
         let half_closed = AtomicBool::new(false);
+        let drain = self.drain;
+        let cut = Box::pin(async {
+            tokio::select! {
+                drained = drain.aborting() => drained,
+                reason = distrusted => ProxyError::Tunnel(reason),
+            }
+        });
         let outcome = {
             let from = TcpSource::new(&stream, broke, self.buffers);
             let to = TcpSink { stream: &stream, broke };
             let there = pin!(pump(from, &mut writer, &half_closed, into_tunnel));
             let back = pin!(pump(&mut reader, to, &half_closed, out_of_tunnel));
-            let sockets = [&stream];
-            let both = self.both(there, back, &half_closed, &sockets);
-            tokio::select! {
-                outcome = both => outcome,
-                reason = distrusted => Err(ProxyError::Tunnel(reason)),
-            }
+            self.both(there, back, &half_closed, &[&stream], cut).await
         };
         match outcome {
             Ok(()) => end_on_close(&stream),
@@ -118,6 +122,7 @@ impl<'a> Flow<'a> {
     ) -> Result<(), ProxyError> {
         let record = self.record;
         let half_closed = AtomicBool::new(false);
+        let cut = Box::pin(self.drain.aborting());
         let outcome = {
             let from_client = TcpSource::new(&client, ProxyError::Client, self.buffers);
             let to_client = TcpSink { stream: &client, broke: ProxyError::Client };
@@ -127,7 +132,7 @@ impl<'a> Flow<'a> {
             let sent = |bytes| record.sent(bytes);
             let there = pin!(pump_bulk(from_client, to_upstream, &half_closed, received));
             let back = pin!(pump_bulk(from_upstream, to_client, &half_closed, sent));
-            self.both(there, back, &half_closed, &[&client, &upstream]).await
+            self.both(there, back, &half_closed, &[&client, &upstream], cut).await
         };
         if outcome.is_ok() {
             end_on_close(&client);
@@ -136,15 +141,19 @@ impl<'a> Flow<'a> {
         outcome
     }
 
-    /// Runs both directions to their ends, unless something cuts them short. `half_closed` is set when the first one has ended.
+    /// Runs both directions to their ends, unless `cut` or something else cuts them short. `half_closed` is set when the first one
+    /// has ended.
     async fn both(
         self,
         mut there: Pin<&mut impl Future<Output = Result<(), ProxyError>>>,
         mut back: Pin<&mut impl Future<Output = Result<(), ProxyError>>>,
         half_closed: &AtomicBool,
         sockets: &[&TcpStream],
+        cut: Pin<Box<impl Future<Output = ProxyError>>>,
     ) -> Result<(), ProxyError> {
-        let Self { record, deadlines, drain, revocation, .. } = self;
+        let Self { record, deadlines, revocation, .. } = self;
+        // It is polled when it was woken, and not at every turn: that would be some locks which all connections share.
+        let mut cut: FuturesUnordered<_> = [cut].into_iter().collect();
         let moved = || record.moved();
         let both = async {
             let there_ended = tokio::select! {
@@ -160,7 +169,13 @@ impl<'a> Flow<'a> {
                 late = Box::pin(deadlines.half_closed(sockets, moved)) => Err(late),
             }
         };
-        revocation.or_end(drain.or_abort(both)).await
+        let uncut = async {
+            tokio::select! {
+                ended = both => ended,
+                Some(error) = cut.next() => Err(error),
+            }
+        };
+        revocation.or_end(uncut).await
     }
 }
 

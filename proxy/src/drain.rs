@@ -36,6 +36,12 @@ impl Drain {
         self.ended.cancelled()
     }
 
+    /// Ends when the deadline has passed.
+    pub(crate) async fn aborting(&self) -> ProxyError {
+        self.aborting.cancelled().await;
+        ProxyError::Drained
+    }
+
     /// `work`, unless the deadline passes first: that is an error like any other that ends a connection.
     pub(crate) async fn or_abort<T>(
         &self,
@@ -43,7 +49,7 @@ impl Drain {
     ) -> Result<T, ProxyError> {
         tokio::select! {
             outcome = work => outcome,
-            () = self.aborting.cancelled() => Err(ProxyError::Drained),
+            drained = self.aborting() => Err(drained),
         }
     }
 

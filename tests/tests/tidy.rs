@@ -100,7 +100,7 @@ fn capabilities_do_not_know_each_other() {
 #[test]
 fn what_a_capability_is_built_on_is_its_own() {
     let owners: [(&[&str], &str); 3] = [
-        (&["notify"], "underpass-config"),
+        (&["saphyr-parser"], "underpass-config"),
         (
             &[
                 "h2",

@@ -17,7 +17,7 @@ use underpass_config::SpiffeId;
 
 use super::sessions::Sessions;
 use super::verify::{Peer, Verifier};
-use super::{ALPN, handshake_error, provider, require_h2, tls_error};
+use super::{ALPN, SEND_BUFFER, handshake_error, provider, require_h2, tls_error};
 use crate::clock::WallClock;
 use crate::io::Io;
 use crate::trust::Authorities;
@@ -88,11 +88,12 @@ impl ClientTls {
         let tls = self.peer((address, expected.into()));
         // rustls wants a name; an address is never sent as SNI (RFC 6066 section 3), nor looked at by us.
         let no_name = ServerName::IpAddress(Ipv4Addr::UNSPECIFIED.into());
-        let stream = TlsConnector::from(tls.config.clone())
+        let mut stream = TlsConnector::from(tls.config.clone())
             .connect(no_name, io)
             .await
             .map_err(handshake_error)?;
-        let (_, connection) = stream.get_ref();
+        let (_, connection) = stream.get_mut();
+        connection.set_buffer_limit(Some(SEND_BUFFER));
         require_h2(connection)?;
         let peer = Peer::of(connection, &tls.verifier).inspect_err(|_| tls.sessions.forget())?;
         if !peer.resumed {

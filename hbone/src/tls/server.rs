@@ -14,7 +14,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::sessions::Tickets;
 use super::verify::{Peer, Verifier};
-use super::{ALPN, handshake_error, provider, require_h2, tls_error};
+use super::{ALPN, SEND_BUFFER, handshake_error, provider, require_h2, tls_error};
 use crate::clock::WallClock;
 use crate::io::Io;
 use crate::trust::Authorities;
@@ -57,14 +57,15 @@ impl ServerTls {
     /// Handshakes with a client that must be of a trust domain whose roots we have.
     pub(crate) async fn accept(&self, io: Io) -> Result<(TlsStream<Io>, Peer), HboneError> {
         let accept = TlsAcceptor::from(self.config.clone()).accept(io);
-        let stream = match accept.into_fallible().await {
+        let mut stream = match accept.into_fallible().await {
             Ok(stream) => stream,
             Err((error, io)) => {
                 say_farewell(io).await;
                 return Err(handshake_error(error));
             }
         };
-        let (_, connection) = stream.get_ref();
+        let (_, connection) = stream.get_mut();
+        connection.set_buffer_limit(Some(SEND_BUFFER));
         require_h2(connection)?;
         match Peer::of(connection, &self.verifier) {
             Ok(peer) => Ok((stream, peer)),
