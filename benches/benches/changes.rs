@@ -15,10 +15,9 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
@@ -26,6 +25,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep};
+use underpass_benches::{Asking, Traffic};
 use underpass_interception::{Namespace, enter_sandbox, raise_open_files};
 use underpass_tests::{CLIENT, Family, Mesh, Pki, Pod, Proxy, SERVER, Settings, World};
 
@@ -153,14 +153,14 @@ async fn cut(connections: usize) {
     let calm = latencies(&pods, 1, Duration::from_secs(2)).await;
     let ports: Vec<_> = HELD.iter().map(u16::to_string).collect();
     let rules = format!("[[[{{destinationPorts: [{}]}}]]]", ports.join(", "));
-    let measured = latencies_while(&pods, 1);
+    let measured = asking(&pods, 1);
     let began = Instant::now();
     assert_eq!(write(usual().policy("closed", "Deny", &rules)), file);
     reach(&ended, connections).await;
     let all_ended = began.elapsed();
     let line = proxy.line(&["the change is in force", "generation=2"]).await;
     let took = line.split_whitespace().find(|word| word.starts_with("took=")).unwrap_or_default();
-    let (mut during, mut calm) = (measured.stop(), calm);
+    let (mut during, mut calm) = (stopped(measured), calm);
     println!(
         "| connections | from the file to the last RST | of it in the proxy | request beside it: p50, p99, most | before |"
     );
@@ -179,48 +179,24 @@ async fn reach(counter: &AtomicUsize, all: usize) {
     }
 }
 
-/// Requests that are made until they are told to stop.
-struct Measuring {
-    stop: Arc<AtomicBool>,
-    thread: thread::JoinHandle<Vec<u32>>,
+/// Requests that are measured until they are [`stopped`].
+fn asking(pods: &Pods, connections: usize) -> Traffic {
+    let server = pods.server.at(Family::V4, ANSWER);
+    let traffic =
+        Traffic::requests(pods.client.namespace(), server, Asking::KeepAlive, connections);
+    traffic.measure();
+    traffic
 }
 
-impl Measuring {
-    fn stop(self) -> Vec<u32> {
-        self.stop.store(true, SeqCst);
-        self.thread.join().expect("the load met no error")
-    }
-}
-
-fn latencies_while(pods: &Pods, connections: usize) -> Measuring {
-    let stop = Arc::new(AtomicBool::new(false));
-    let (stopped, server) = (stop.clone(), pods.server.at(Family::V4, ANSWER));
-    let thread = in_pod(pods.client.namespace(), async move || {
-        let mut clients = JoinSet::new();
-        for _ in 0..connections {
-            clients.spawn(requests(server, stopped.clone()));
-        }
-        clients.join_all().await.concat()
-    });
-    Measuring { stop, thread }
+fn stopped(traffic: Traffic) -> Vec<u32> {
+    traffic.stop();
+    traffic.latencies()
 }
 
 async fn latencies(pods: &Pods, connections: usize, window: Duration) -> Vec<u32> {
-    let measuring = latencies_while(pods, connections);
+    let traffic = asking(pods, connections);
     sleep(window).await;
-    measuring.stop()
-}
-
-async fn requests(server: SocketAddr, stopped: Arc<AtomicBool>) -> Vec<u32> {
-    let mut stream = TcpStream::connect(server).await.expect("a connection");
-    stream.set_nodelay(true).expect("TCP_NODELAY");
-    let mut latencies = Vec::new();
-    while !stopped.load(SeqCst) {
-        let began = Instant::now();
-        ask(&mut stream).await.expect("an answer");
-        latencies.push(u32::try_from(began.elapsed().as_micros()).expect("less than an hour"));
-    }
-    latencies
+    stopped(traffic)
 }
 
 /// p50, p99 and the most, in µs.
@@ -247,14 +223,14 @@ async fn update() {
     println!("|---|---|---|---|");
     for round in 0..ROUNDS {
         let mut calm = latencies(&pods, 64, Duration::from_secs(5)).await;
-        let measuring = latencies_while(&pods, 64);
+        let measuring = asking(&pods, 64);
         let mut ticks = interval(Duration::from_millis(500));
         for change in 0..10 {
             ticks.tick().await;
             part(&folder, change % FILES, round * 10 + change + 1);
         }
         ticks.tick().await;
-        let mut changing = measuring.stop();
+        let mut changing = stopped(measuring);
         let (calm_text, changing_text) = (figures(&mut calm), figures(&mut changing));
         let p99 =
             |sorted: &[u32]| f64::from(sorted.get(sorted.len() * 99 / 100).copied().unwrap_or(1));

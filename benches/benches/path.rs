@@ -8,14 +8,14 @@
 
 use std::fs;
 
-use underpass_benches::{Options, Path, Report, Workload, relay};
+use underpass_benches::{Options, Path, Report, Workload, results, was_part};
 use underpass_interception::{enter_sandbox, raise_open_files};
 
 fn main() {
-    let options = Options::read();
-    if !options.relay.is_empty() {
-        return relay(&options.relay);
+    if was_part() {
+        return;
     }
+    let options = Options::read();
     if !options.bench {
         println!("nothing is measured without --bench, which `cargo bench` adds");
         return;
@@ -27,7 +27,7 @@ fn main() {
     raise_open_files().expect("the limit of open files can be raised");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let report = runtime.expect("a runtime starts").block_on(measure(&options));
-    println!("\n{}\n\n{}", report.machine(), report.table());
+    println!("\n{}\n\n{}\n{}", report.machine(), report.table(), report.goals());
     save(&report);
 }
 
@@ -54,12 +54,9 @@ async fn measure(options: &Options) -> Report {
     report
 }
 
-/// Writes `target/bench/path.json`; this program is `target/PROFILE/deps/path-…`.
+/// Writes `target/bench/path.json`.
 fn save(report: &Report) {
-    let program = std::env::current_exe().expect("this program has a path");
-    let target = program.ancestors().nth(3).expect("cargo has put it into its target directory");
-    let file = target.join("bench/path.json");
-    fs::create_dir_all(target.join("bench")).expect("the target directory can be written");
+    let file = results().join("path.json");
     fs::write(&file, format!("{:#}\n", report.json()))
         .expect("the target directory can be written");
     println!("every round: {}", file.display());

@@ -2,10 +2,11 @@
 //!
 //! In reading order:
 //!
-//! * `options` is what may be asked, `paths` are the ways between two pods that are compared (`relay` is one of them);
-//! * `workload` puts one load on one path and says what it measured: `load` is the client, `server` the other end,
-//!   `process` what the proxies used;
-//! * `report` puts the rounds together: the table, the ratios, the JSON.
+//! * `options` is what may be asked, `paths` are the ways between two pods that are compared (`relay` and `ztunnel` are on some);
+//! * `workload` puts one load on one path and says what it measured: `load` and `crowd` are the clients, `server` is the other end,
+//!   `process` what the proxies used; `part` is what runs in a process of its own;
+//! * `report` puts the rounds together: the table, the ratios, the `goals`, the JSON;
+//! * `scaling` repeats a few loads at sizes that grow, and `plot` draws them.
 //!
 //! Not here: what is right or wrong (the tests crate). A bench that meets an error stops: its figures would be worth nothing.
 
@@ -14,19 +15,28 @@
     reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
 )]
 
+mod crowd;
+mod goals;
 mod load;
 mod options;
+mod part;
 mod paths;
+mod plot;
 mod process;
 mod relay;
 mod report;
+mod scaling;
 mod server;
 mod workload;
+mod ztunnel;
 
+pub use load::{Asking, Traffic};
 pub use options::{Options, PathName, What};
+pub use part::was_part;
 pub use paths::Path;
-pub use relay::relay;
+pub use plot::Plot;
 pub use report::Report;
+pub use scaling::{Growing, Scaling};
 pub use workload::{Figure, Workload};
 
 /// The arguments after the program's name, if something is to be measured. `cargo bench` asks for that; `cargo test` runs benches too,
@@ -40,4 +50,17 @@ pub fn asked() -> Option<Vec<String>> {
         println!("nothing is measured without --bench, which `cargo bench` adds");
     }
     asked.then_some(arguments)
+}
+
+/// `target/bench`, where results are written to; this program is `target/PROFILE/deps/NAME-…`.
+///
+/// # Panics
+/// It is not, or the folder cannot be made.
+#[must_use]
+pub fn results() -> std::path::PathBuf {
+    let program = std::env::current_exe().expect("this program has a path");
+    let target = program.ancestors().nth(3).expect("cargo has put it into its target directory");
+    let folder = target.join("bench");
+    std::fs::create_dir_all(&folder).expect("the target directory can be written");
+    folder
 }

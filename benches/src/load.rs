@@ -3,7 +3,7 @@
 //! Bulk is a blocking thread per stream; requests of any number of connections are one thread with one epoll loop, so that
 //! the load leaves the two or so CPUs to what is measured.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
@@ -18,7 +18,7 @@ use underpass_interception::Namespace;
 use crate::server::{BLOCK, MESSAGE};
 
 /// How long anything may take before it hangs rather than waits.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// A connection that takes nothing for so long takes nothing any more.
 const FULL: Duration = Duration::from_millis(500);
 
@@ -35,7 +35,7 @@ pub(crate) enum Way {
 
 /// What a client asks, and how often.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Asking {
+pub enum Asking {
     /// All requests on one connection.
     KeepAlive,
     /// A connection for every request; the server closes it.
@@ -44,7 +44,7 @@ pub(crate) enum Asking {
 
 /// Traffic from a pod that flows until it is stopped.
 #[derive(Debug)]
-pub(crate) struct Traffic {
+pub struct Traffic {
     phase: Arc<AtomicU8>,
     /// Bytes that came down.
     pub(crate) received: Arc<AtomicU64>,
@@ -68,7 +68,9 @@ impl Traffic {
         traffic
     }
 
-    pub(crate) fn requests(
+    /// Requests on so many connections at a time.
+    #[must_use]
+    pub fn requests(
         pod: &Namespace,
         server: SocketAddr,
         asking: Asking,
@@ -93,17 +95,21 @@ impl Traffic {
     }
 
     /// From now on, latencies count.
-    pub(crate) fn measure(&self) {
+    pub fn measure(&self) {
         self.phase.store(MEASURING, Relaxed);
     }
 
     /// Until now; the traffic is about to end.
-    pub(crate) fn stop(&self) {
+    pub fn stop(&self) {
         self.phase.store(STOPPING, Relaxed);
     }
 
     /// The latencies in between, in microseconds and in no order, once all has ended.
-    pub(crate) fn latencies(self) -> Vec<u32> {
+    ///
+    /// # Panics
+    /// It met an error.
+    #[must_use]
+    pub fn latencies(self) -> Vec<u32> {
         let join = |thread: JoinHandle<_>| thread.join().expect("the load met no error");
         self.threads.into_iter().flat_map(join).collect()
     }
@@ -173,38 +179,41 @@ async fn client(server: SocketAddr, asking: Asking, phase: Arc<AtomicU8>) -> Vec
     while phase.load(Relaxed) != STOPPING {
         let began = Instant::now();
         let stream = kept.take();
-        kept = timeout(PATIENCE, ask(server, asking, stream)).await.expect("an answer comes");
+        let asked = timeout(PATIENCE, ask(server, asking, stream)).await;
+        kept = asked.expect("an answer comes").expect("the server can be reached and answers");
         if phase.load(Relaxed) == MEASURING {
-            latencies.push(u32::try_from(began.elapsed().as_micros()).expect("less than PATIENCE"));
+            latencies.push(micros(began));
         }
     }
     latencies
 }
 
+/// Since then, in microseconds.
+pub(crate) fn micros(began: Instant) -> u32 {
+    u32::try_from(began.elapsed().as_micros()).expect("nothing here takes an hour")
+}
+
 /// One request, on the connection that is given or a new one; returns the connection if it can be asked again.
-async fn ask(
+pub(crate) async fn ask(
     server: SocketAddr,
     asking: Asking,
     stream: Option<tokio::net::TcpStream>,
-) -> Option<tokio::net::TcpStream> {
+) -> io::Result<Option<tokio::net::TcpStream>> {
     let mut stream = match stream {
         Some(stream) => stream,
         None => {
-            let new =
-                tokio::net::TcpStream::connect(server).await.expect("the server can be reached");
-            new.set_nodelay(true).expect("TCP_NODELAY");
+            let new = tokio::net::TcpStream::connect(server).await?;
+            new.set_nodelay(true)?;
             new
         }
     };
     let mut message = [0; MESSAGE];
-    stream.write_all(&message).await.expect("the request is sent");
-    stream.read_exact(&mut message).await.expect("the request is answered");
-    match asking {
-        Asking::KeepAlive => Some(stream),
-        Asking::Once => {
-            let rest = stream.read(&mut message).await.expect("the connection ends well");
-            assert_eq!(rest, 0, "the server closes after one answer");
-            None
-        }
+    stream.write_all(&message).await?;
+    stream.read_exact(&mut message).await?;
+    if asking == Asking::KeepAlive {
+        return Ok(Some(stream));
     }
+    let rest = stream.read(&mut message).await?;
+    assert_eq!(rest, 0, "the server closes after one answer");
+    Ok(None)
 }

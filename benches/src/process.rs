@@ -24,6 +24,12 @@ pub(crate) fn resident_kib(process: u32) -> f64 {
     resident(&status).expect("/proc/PID/status is as proc(5) says")
 }
 
+/// How many open files a process has.
+pub(crate) fn open_files(process: u32) -> f64 {
+    let files = fs::read_dir(format!("/proc/{process}/fd")).expect("the proxy still runs");
+    f64::from(u32::try_from(files.count()).expect("far fewer"))
+}
+
 fn cpu_ticks(stat: &str) -> Option<f64> {
     // The second field is a name in parentheses that may contain anything; utime and stime are fields 14 and 15.
     let (_, after_name) = stat.rsplit_once(") ")?;
@@ -56,6 +62,7 @@ mod tests {
     #[test]
     fn this_process_uses_memory_and_time() {
         assert!(resident_kib(std::process::id()) > 100.0);
+        assert!(open_files(std::process::id()) > 2.0);
         assert!(cpu_seconds(&[std::process::id()]) >= 0.0);
     }
 }

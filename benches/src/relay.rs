@@ -1,72 +1,68 @@
-//! The floor under any proxy in user space: a bare TCP relay, one blocking thread per direction, as `relay.c` of others.
+//! The floor under any proxy in user space: a bare TCP relay, one blocking thread per direction. One kind copies, as whoever has to
+//! see the bytes must; the other splices (splice(2)) through a pipe, and the bytes stay in the kernel.
 //!
-//! It runs in a process of its own, so that its CPU can be told apart: this very program, started with `--relay`.
+//! An error ends a connection as an end does: it is a floor, not a proxy.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
+use rustix::net::listen;
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 use underpass_interception::Namespace;
 
+use crate::part::{Part, ready, told};
+use crate::server::BACKLOG;
+
+/// What is moved at once, and what a pipe holds.
 const BUFFER: usize = 128 * 1024;
 
-/// A running relay process. Dropping it ends it.
-#[derive(Debug)]
-pub(crate) struct Relay(Child);
-
-impl Relay {
-    /// Starts a relay in `pod` from each first address to the second, and waits until it listens.
-    pub(crate) fn start(pod: &Namespace, hops: &[(SocketAddr, SocketAddr)]) -> Self {
-        let program = std::env::current_exe().expect("this program has a path");
-        let hops: Vec<_> = hops.iter().map(|(from, to)| format!("{from}={to}")).collect();
-        let mut command = Command::new(program);
-        command.arg("--relay").arg(hops.join(",")).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let spawned = pod.run(|| command.spawn()).expect("the pod can be entered");
-        let mut child = spawned.expect("the relay starts");
-        let mut ready = [0];
-        let stdout = child.stdout.as_mut().expect("it is piped");
-        stdout.read_exact(&mut ready).expect("the relay listens");
-        Self(child)
-    }
-
-    pub(crate) fn pid(&self) -> u32 {
-        self.0.id()
-    }
+/// How bytes are moved.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum How {
+    Copy,
+    Splice,
 }
 
-impl Drop for Relay {
-    fn drop(&mut self) {
-        // One that has ended already needs no end.
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
+/// Starts a relay in `pod` from each first address to the second, and waits until it listens.
+pub(crate) fn start(pod: &Namespace, how: How, hops: &[(SocketAddr, SocketAddr)]) -> Part {
+    let how = match how {
+        How::Copy => "copy",
+        How::Splice => "splice",
+    };
+    let hops: Vec<_> = hops.iter().map(|(from, to)| format!("{from}={to}")).collect();
+    Part::start(pod, &["relay".to_owned(), how.to_owned(), hops.join(",")])
 }
 
 /// Relays each `FROM=TO`, until standard input ends.
-///
-/// # Panics
-/// An argument is not of that shape, or an address cannot be listened on.
-pub fn relay(hops: &[String]) {
-    for hop in hops {
+pub(crate) fn run(how: &str, hops: &str) {
+    let how = if how == "splice" { How::Splice } else { How::Copy };
+    for hop in hops.split(',') {
         let (from, to) = hop.split_once('=').expect("FROM=TO");
         let listener = TcpListener::bind(from).expect("the address is free");
+        listen(&listener, BACKLOG).expect("it listens already");
         let to: SocketAddr = to.parse().expect("TO is an address");
-        thread::spawn(move || {
-            for client in listener.incoming() {
-                let client = client.expect("accept");
-                thread::spawn(move || serve(client, to));
-            }
-        });
+        thread::spawn(move || accept(&listener, how, to));
     }
-    let mut stdout = io::stdout();
-    stdout.write_all(b"!").and_then(|()| stdout.flush()).expect("the parent listens");
-    // Its end is the parent's.
-    io::copy(&mut io::stdin(), &mut io::sink()).ok();
+    ready();
+    while told() {}
 }
 
-fn serve(client: TcpStream, to: SocketAddr) {
+fn accept(listener: &TcpListener, how: How, to: SocketAddr) {
+    loop {
+        let served = listener.accept().and_then(|(client, _)| {
+            thread::Builder::new().spawn(move || serve(client, how, to)).map(drop)
+        });
+        if served.is_err() {
+            // No more files or threads: others will end.
+            thread::park_timeout(Duration::from_millis(1));
+        }
+    }
+}
+
+fn serve(client: TcpStream, how: How, to: SocketAddr) {
     let Ok(server) = TcpStream::connect(to) else {
         return;
     };
@@ -75,18 +71,44 @@ fn serve(client: TcpStream, to: SocketAddr) {
     }
     let (client, server) = (Arc::new(client), Arc::new(server));
     let (from, to) = (client.clone(), server.clone());
-    let up = thread::spawn(move || copy(&from, &to));
-    copy(&server, &client);
-    up.join().expect("copying does not panic");
+    let up = thread::Builder::new().spawn(move || pump(&from, &to, how));
+    if up.is_ok() {
+        pump(&server, &client, how);
+    }
 }
 
-/// Not `io::copy`: its buffer is smaller. An error ends the connection as an end does: it is a floor, not a proxy.
-fn copy(mut from: &TcpStream, mut to: &TcpStream) {
+fn pump(from: &TcpStream, to: &TcpStream, how: How) {
+    // What went wrong is not told: the connection has ended.
+    match how {
+        How::Copy => copy_bytes(from, to).ok(),
+        How::Splice => splice_bytes(from, to).ok(),
+    };
+    to.shutdown(Shutdown::Write).ok();
+}
+
+/// Not `io::copy`, which splices if it can.
+fn copy_bytes(mut from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
-    while let Ok(length @ 1..) = from.read(&mut buffer) {
-        if buffer.get(..length).is_none_or(|data| to.write_all(data).is_err()) {
-            break;
+    loop {
+        let length = from.read(&mut buffer)?;
+        match buffer.get(..length) {
+            Some(data @ [_, ..]) => to.write_all(data)?,
+            _ => return Ok(()),
         }
     }
-    to.shutdown(Shutdown::Write).ok();
+}
+
+fn splice_bytes(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
+    let (out, into) = pipe_with(PipeFlags::CLOEXEC)?;
+    // A user with many pipes gets smaller ones.
+    fcntl_setpipe_size(&into, BUFFER).ok();
+    loop {
+        let mut held = splice(from, None, &into, None, BUFFER, SpliceFlags::MOVE)?;
+        if held == 0 {
+            return Ok(());
+        }
+        while held > 0 {
+            held -= splice(&out, None, to, None, held, SpliceFlags::MOVE)?;
+        }
+    }
 }

@@ -7,6 +7,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
+use crate::goals::{GOALS, Goal};
 use crate::options::{Options, PathName};
 use crate::workload::{Figure, Workload};
 
@@ -105,6 +106,28 @@ impl Report {
         markdown(&lines)
     }
 
+    /// The goals, in Markdown: what was measured, and whether that is enough.
+    #[must_use]
+    pub fn goals(&self) -> String {
+        let mut lines = vec![["goal", "measured", "verdict"].map(str::to_owned).to_vec()];
+        for goal in GOALS {
+            let measured = self.measured(goal);
+            let figure = measured.map_or_else(|| "–".to_owned(), number);
+            lines.push(vec![goal.to_string(), figure, goal.verdict(measured).to_string()]);
+        }
+        markdown(&lines)
+    }
+
+    fn measured(&self, goal: &Goal) -> Option<f64> {
+        let is_meant =
+            |row: &&Row| row.workload == goal.workload && row.figure.starts_with(goal.figure);
+        let of = |row| match goal.against {
+            Some(other) => self.ratio(row, goal.path, other),
+            None => median(self.rounds(row, goal.path)?),
+        };
+        self.rows.iter().filter(is_meant).filter_map(of).reduce(f64::max)
+    }
+
     /// Where, how, and every figure of every round.
     #[must_use]
     pub fn json(&self) -> Value {
@@ -115,26 +138,34 @@ impl Report {
             let ratios: serde_json::Map<_, _> = self.ratios().into_iter().filter_map(ratio).collect();
             json!({ "workload": row.workload, "figure": row.figure, "rounds": rounds, "ratios": ratios })
         });
-        json!({ "environment": self.environment, "rows": rows.collect::<Vec<_>>() })
+        let goals: Vec<_> = GOALS.iter().map(|goal| goal.json(self.measured(goal))).collect();
+        json!({ "environment": self.environment, "rows": rows.collect::<Vec<_>>(), "goals": goals })
     }
 
-    /// Which paths are compared with which.
+    /// Which paths are compared with which: both with what they add to, their floor and their rival.
     fn ratios(&self) -> Vec<(PathName, PathName)> {
+        use PathName::{Direct, Hbone, Plain, RelayCopy, RelaySplice, ZtunnelHbone, ZtunnelPlain};
+        let pairs = [
+            (Plain, Direct),
+            (Plain, RelaySplice),
+            (Plain, ZtunnelPlain),
+            (Hbone, Direct),
+            (Hbone, RelayCopy),
+            (Hbone, ZtunnelHbone),
+        ];
         let has = |path: &PathName| self.paths.contains(path);
-        let of = [PathName::Plain, PathName::Hbone].into_iter().filter(has);
-        of.flat_map(|of| {
-            [PathName::Direct, PathName::Relay].into_iter().filter(has).map(move |to| (of, to))
-        })
-        .collect()
+        pairs.into_iter().filter(|(of, to)| has(of) && has(to)).collect()
+    }
+
+    fn rounds<'a>(&self, row: &'a Row, path: PathName) -> Option<&'a Vec<f64>> {
+        row.rounds.get(self.paths.iter().position(|known| *known == path)?)
     }
 
     fn ratio(&self, row: &Row, of: PathName, to: PathName) -> Option<f64> {
-        let rounds = |path| {
-            let column = self.paths.iter().position(|known| *known == path)?;
-            row.rounds.get(column)
-        };
-        let pairs = rounds(of)?.iter().zip(rounds(to)?);
-        median(&pairs.map(|(of, to)| of / to).collect::<Vec<_>>())
+        let pairs = self.rounds(row, of)?.iter().zip(self.rounds(row, to)?);
+        // Of none that failed to none that failed there is no ratio.
+        let ratios = pairs.map(|(of, to)| of / to).filter(|ratio| ratio.is_finite());
+        median(&ratios.collect::<Vec<_>>())
     }
 }
 
@@ -151,7 +182,7 @@ fn cell(rounds: &[f64]) -> String {
 }
 
 /// Three digits that matter.
-fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     match value.abs() {
         ..10.0 => format!("{value:.2}"),
         10.0..100.0 => format!("{value:.1}"),
@@ -159,7 +190,7 @@ fn number(value: f64) -> String {
     }
 }
 
-fn median(values: &[f64]) -> Option<f64> {
+pub(crate) fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let upper = *sorted.get(sorted.len() / 2)?;
@@ -168,7 +199,7 @@ fn median(values: &[f64]) -> Option<f64> {
 }
 
 /// The first line is the head; the first column is text and the others are figures.
-fn markdown(lines: &[Vec<String>]) -> String {
+pub(crate) fn markdown(lines: &[Vec<String>]) -> String {
     let columns = lines.first().map_or(0, Vec::len);
     let width = |column: usize| {
         let cells = lines.iter().filter_map(|line| line.get(column));
@@ -229,6 +260,29 @@ mod tests {
         let line = table.lines().nth(2).unwrap();
         let cells: Vec<_> = line.split('|').map(str::trim).collect();
         assert_eq!(cells, ["", "bulk x1, CPU-s/GB", "–", "2.00 (1.00–3.00)", "–", ""]);
+    }
+
+    #[test]
+    fn a_goal_is_judged_by_the_ratio_within_rounds() {
+        let mut report = report(&[PathName::Hbone, PathName::ZtunnelHbone]);
+        let rounds = vec![vec![10.0, 5.0], vec![5.0, 2.5]];
+        report.rows.push(Row { workload: "bulk x1".to_owned(), figure: "Gbit/s", rounds });
+        assert_eq!(report.measured(&GOALS[0]), Some(2.0));
+        assert_eq!(report.json()["goals"][0]["verdict"], "met");
+        assert_eq!(report.json()["goals"][1]["verdict"], "not measured");
+    }
+
+    #[test]
+    fn of_both_sides_the_larger_has_to_reach_the_goal() {
+        let mut report = report(&[PathName::Hbone]);
+        for (figure, kibibytes) in
+            [("KiB each, client's side", 3.0), ("KiB each, server's side", 5.0)]
+        {
+            let rounds = vec![vec![kibibytes]];
+            report.rows.push(Row { workload: "idle x2000".to_owned(), figure, rounds });
+        }
+        let goal = GOALS.iter().find(|goal| goal.figure == "KiB each").unwrap();
+        assert_eq!(report.measured(goal), Some(5.0));
     }
 
     fn report(paths: &[PathName]) -> Report {

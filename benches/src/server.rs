@@ -29,6 +29,9 @@ pub(crate) const MESSAGE: usize = 100;
 /// What bulk is read and written in: as iperf3 does.
 pub(crate) const BLOCK: usize = 128 * 1024;
 
+/// How many connections may wait to be accepted: a storm's. The kernel takes no more than `net.core.somaxconn`.
+pub(crate) const BACKLOG: i32 = 32_768;
+
 /// The server of one pod; it serves until the process ends.
 #[derive(Debug)]
 pub(crate) struct Server {
@@ -70,7 +73,9 @@ fn sink(mut stream: TcpStream, counter: &AtomicU64) {
 
 fn listen(pod: &Namespace, port: u16) -> TcpListener {
     let bound = pod.run(|| TcpListener::bind(("0.0.0.0", port))).expect("the pod can be entered");
-    bound.expect("the port is free in a new pod")
+    let listener = bound.expect("the port is free in a new pod");
+    rustix::net::listen(&listener, BACKLOG).expect("it listens already");
+    listener
 }
 
 /// A thread per connection.

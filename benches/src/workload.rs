@@ -6,17 +6,32 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::crowd::{prepare_storm, storm};
 use crate::load::{Asking, Traffic, Way, idle, stalled};
 use crate::options::{Options, PathName, What};
 use crate::paths::Path;
-use crate::process::{cpu_seconds, resident_kib};
+use crate::process::{cpu_seconds, open_files, resident_kib};
 use crate::server::{ANSWER, ANSWER_ONCE, SINK, SOURCE, STALL};
 
 /// For TCP to find its windows, and the proxies their tunnels, buffers and caches.
-const WARM_UP: Duration = Duration::from_millis(500);
+pub(crate) const WARM_UP: Duration = Duration::from_millis(500);
 /// For what the last load left in buffers and proxies.
 const SETTLE: Duration = Duration::from_secs(10);
+/// For a proxy to give back what ended connections had.
+const AFTERWARDS: Duration = Duration::from_secs(2);
 const IDLE_CONNECTIONS: usize = 2000;
+const STORM_CONNECTIONS: usize = 10_000;
+
+// The names of figures that goals are set for.
+pub(crate) const BITS: &str = "Gbit/s";
+pub(crate) const CPU_PER_BYTE: &str = "CPU-s/GB";
+pub(crate) const MEDIAN: &str = "p50 µs";
+pub(crate) const REQUESTS: &str = "requests/s";
+pub(crate) const CONNECTIONS: &str = "connections/s";
+pub(crate) const CPU_EACH: &str = "CPU µs each";
+/// What the names of both sides' figures begin with.
+pub(crate) const PER_IDLE: &str = "KiB each";
+pub(crate) const AT_REST: &str = "MiB at rest";
 
 /// A load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +43,7 @@ enum Kind {
     Latency,
     Requests(usize),
     Connections(usize),
+    Storm(usize),
     Idle(usize),
     Stalls(usize),
 }
@@ -52,6 +68,7 @@ impl Workload {
             What::Rtt => &[Kind::Latency],
             What::Rps => &[Kind::Requests(64)],
             What::Conn => &[Kind::Connections(16)],
+            What::Storm => &[Kind::Storm(STORM_CONNECTIONS)],
             What::Idle => &[Kind::Idle(IDLE_CONNECTIONS)],
             What::Stalls => &[0, 1, 4, 20, 99].map(Kind::Stalls),
         };
@@ -61,7 +78,7 @@ impl Workload {
     /// Whether there is anything to measure on such a path: memory is the proxies'.
     #[must_use]
     pub fn measures(self, path: PathName) -> bool {
-        !self.needs_fresh_proxies() || matches!(path, PathName::Plain | PathName::Hbone)
+        !self.needs_fresh_proxies() || path.has_proxies()
     }
 
     /// Whether it looks at proxies that have not done anything yet, on a path of its own.
@@ -77,11 +94,12 @@ impl Workload {
             Kind::Bulk(way, streams) => bulk(path, window, way, streams).await,
             Kind::Latency => latency(&requests(path, window, Asking::KeepAlive, 1).await),
             Kind::Requests(connections) => {
-                rate("requests/s", &requests(path, window, Asking::KeepAlive, connections).await)
+                rate(REQUESTS, &requests(path, window, Asking::KeepAlive, connections).await)
             }
             Kind::Connections(connections) => {
-                rate("connections/s", &requests(path, window, Asking::Once, connections).await)
+                rate(CONNECTIONS, &requests(path, window, Asking::Once, connections).await)
             }
+            Kind::Storm(connections) => burst(path, connections).await,
             Kind::Idle(connections) => memory(path, connections).await,
             Kind::Stalls(readers) => stalls(path, window, readers).await,
         }
@@ -96,13 +114,14 @@ impl fmt::Display for Workload {
             Kind::Latency => f.write_str("requests x1"),
             Kind::Requests(connections) => write!(f, "requests x{connections}"),
             Kind::Connections(connections) => write!(f, "new connections x{connections}"),
+            Kind::Storm(connections) => write!(f, "storm x{connections}"),
             Kind::Idle(connections) => write!(f, "idle x{connections}"),
             Kind::Stalls(readers) => write!(f, "stalled readers x{readers}"),
         }
     }
 }
 
-async fn bulk(path: &Path, window: Duration, way: Way, streams: usize) -> Vec<Figure> {
+pub(crate) async fn bulk(path: &Path, window: Duration, way: Way, streams: usize) -> Vec<Figure> {
     let port = if way == Way::Up { SINK } else { SOURCE };
     let traffic = Traffic::bulk(path.client(), path.target(port), way, streams);
     let counter = if way == Way::Up { path.received() } else { traffic.received.clone() };
@@ -113,33 +132,33 @@ async fn bulk(path: &Path, window: Duration, way: Way, streams: usize) -> Vec<Fi
     let gigabytes = gigabytes(bytes() - before);
     let Used { seconds, cpu } = meter.read();
     traffic.stop();
-    traffic.latencies();
+    drop(traffic.latencies());
     timeout(SETTLE, path.sink_is_idle()).await.expect("what was sent arrives");
     vec![
-        Figure { name: "Gbit/s", value: Some(gigabytes * 8.0 / seconds) },
-        Figure { name: "CPU-s/GB", value: cpu.map(|cpu| cpu / gigabytes) },
+        Figure { name: BITS, value: Some(gigabytes * 8.0 / seconds) },
+        Figure { name: CPU_PER_BYTE, value: cpu.map(|cpu| cpu / gigabytes) },
     ]
 }
 
 /// What a path uses from one moment to another.
-struct Meter<'a> {
+pub(crate) struct Meter<'a> {
     path: &'a Path,
     began: Instant,
     cpu: f64,
 }
 
-struct Used {
-    seconds: f64,
+pub(crate) struct Used {
+    pub(crate) seconds: f64,
     /// CPU seconds of what stands between the pods, if anything does.
-    cpu: Option<f64>,
+    pub(crate) cpu: Option<f64>,
 }
 
 impl<'a> Meter<'a> {
-    fn start(path: &'a Path) -> Self {
+    pub(crate) fn start(path: &'a Path) -> Self {
         Self { path, began: Instant::now(), cpu: cpu_seconds(&path.processes()) }
     }
 
-    fn read(&self) -> Used {
+    pub(crate) fn read(&self) -> Used {
         let processes = self.path.processes();
         let cpu = (!processes.is_empty()).then(|| cpu_seconds(&processes) - self.cpu);
         Used { seconds: self.began.elapsed().as_secs_f64(), cpu }
@@ -152,13 +171,18 @@ fn gigabytes(bytes: u64) -> f64 {
 }
 
 /// What requests took: latencies in microseconds, sorted.
-struct Requests {
+pub(crate) struct Requests {
     latencies: Vec<u32>,
     seconds: f64,
-    cpu_each: Option<f64>,
+    pub(crate) cpu_each: Option<f64>,
 }
 
-async fn requests(path: &Path, window: Duration, asking: Asking, connections: usize) -> Requests {
+pub(crate) async fn requests(
+    path: &Path,
+    window: Duration,
+    asking: Asking,
+    connections: usize,
+) -> Requests {
     let port = if asking == Asking::KeepAlive { ANSWER } else { ANSWER_ONCE };
     let traffic = Traffic::requests(path.client(), path.target(port), asking, connections);
     sleep(WARM_UP).await;
@@ -180,9 +204,9 @@ fn count(latencies: &[u32]) -> f64 {
 
 fn latency(requests: &Requests) -> Vec<Figure> {
     vec![
-        Figure { name: "p50 µs", value: Some(percentile(&requests.latencies, 50)) },
+        Figure { name: MEDIAN, value: Some(percentile(&requests.latencies, 50)) },
         Figure { name: "p99 µs", value: Some(percentile(&requests.latencies, 99)) },
-        Figure { name: "CPU µs each", value: requests.cpu_each },
+        Figure { name: CPU_EACH, value: requests.cpu_each },
     ]
 }
 
@@ -190,7 +214,7 @@ fn rate(name: &'static str, requests: &Requests) -> Vec<Figure> {
     vec![
         Figure { name, value: Some(count(&requests.latencies) / requests.seconds) },
         Figure { name: "p99 µs", value: Some(percentile(&requests.latencies, 99)) },
-        Figure { name: "CPU µs each", value: requests.cpu_each },
+        Figure { name: CPU_EACH, value: requests.cpu_each },
     ]
 }
 
@@ -200,24 +224,59 @@ fn percentile(sorted: &[u32], percent: usize) -> f64 {
     sorted.get(rank).copied().map(f64::from).expect("there were requests")
 }
 
-/// Resident memory of both proxies: at rest, and for each of many idle connections.
+/// So many connections at once, each for one request.
+async fn burst(path: &Path, connections: usize) -> Vec<Figure> {
+    let part = prepare_storm(path.client(), path.target(ANSWER_ONCE), connections);
+    let meter = Meter::start(path);
+    let blown = tokio::task::spawn_blocking(|| storm(part)).await;
+    let storm = blown.expect("the storm met no error");
+    let Used { cpu, .. } = meter.read();
+    let mut latencies = storm.latencies;
+    latencies.sort_unstable();
+    vec![
+        Figure { name: "s until the last", value: Some(storm.seconds) },
+        Figure { name: MEDIAN, value: Some(percentile(&latencies, 50)) },
+        Figure { name: "p99 µs", value: Some(percentile(&latencies, 99)) },
+        Figure { name: "most µs", value: Some(percentile(&latencies, 100)) },
+        Figure { name: CPU_EACH, value: cpu.map(|cpu| cpu * 1e6 / count(&latencies)) },
+        Figure { name: "failed", value: Some(f64::from(storm.failed)) },
+    ]
+}
+
+/// Resident memory of both proxies: at rest, for each of many idle connections, and after those have ended.
 async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
-    let resident = || -> Vec<f64> { path.processes().into_iter().map(resident_kib).collect() };
+    let of_all =
+        |of: fn(u32) -> f64| -> Vec<f64> { path.processes().into_iter().map(of).collect() };
+    let resident = || of_all(resident_kib);
     let at_rest = resident();
     // The tunnel, and what the first connection of all needs, is not what an idle one holds.
     let first = idle(path.client(), path.target(ANSWER), 1);
     let before = resident();
+    let files = of_all(open_files);
     let held = idle(path.client(), path.target(ANSWER), connections);
     let each = f64::from(u32::try_from(connections).expect("a few thousand"));
+    let during = resident();
+    drop(held);
+    // Tunnels may stay, of which there are fewer by far.
+    let is_open = |(now, before): (&f64, &f64)| now > &(before + each / 10.0);
+    let ended = async {
+        while of_all(open_files).iter().zip(&files).any(is_open) {
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(SETTLE, ended).await.expect("the proxies close what the client has closed");
+    sleep(AFTERWARDS).await;
     let after = resident();
-    drop((first, held));
-    let rest = |side: usize| at_rest.get(side).map(|kib| kib / 1024.0);
-    let growth = |side: usize| Some((after.get(side)? - before.get(side)?) / each);
+    drop(first);
+    let mebibytes = |figures: &[f64], side: usize| figures.get(side).map(|kib| kib / 1024.0);
+    let growth = |side: usize| Some((during.get(side)? - before.get(side)?) / each);
     vec![
         Figure { name: "KiB each, client's side", value: growth(0) },
         Figure { name: "KiB each, server's side", value: growth(1) },
-        Figure { name: "MiB at rest, client's side", value: rest(0) },
-        Figure { name: "MiB at rest, server's side", value: rest(1) },
+        Figure { name: "MiB at rest, client's side", value: mebibytes(&at_rest, 0) },
+        Figure { name: "MiB at rest, server's side", value: mebibytes(&at_rest, 1) },
+        Figure { name: "MiB after their end, client's side", value: mebibytes(&after, 0) },
+        Figure { name: "MiB after their end, server's side", value: mebibytes(&after, 1) },
     ]
 }
 
@@ -235,7 +294,7 @@ async fn stalls(path: &Path, window: Duration, readers: usize) -> Vec<Figure> {
     let rate = moved.first().and_then(|rate| rate.value);
     vec![
         Figure { name: "Gbit/s beside them", value: rate },
-        Figure { name: "p50 µs", value: Some(percentile(&asked.latencies, 50)) },
+        Figure { name: MEDIAN, value: Some(percentile(&asked.latencies, 50)) },
         Figure { name: "p99 µs", value: Some(percentile(&asked.latencies, 99)) },
         Figure { name: "MiB, client's side", value: growth(0) },
         Figure { name: "MiB, server's side", value: growth(1) },

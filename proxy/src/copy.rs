@@ -29,7 +29,7 @@ use underpass_hbone::{TunnelReader, TunnelStream, TunnelWriter};
 use underpass_interception::end_on_close;
 
 pub(crate) use self::buffers::Buffers;
-pub(crate) use self::deadlines::Deadlines;
+pub(crate) use self::deadlines::{Deadlines, Probes};
 use self::splice::Spliced;
 pub(crate) use self::tcp::broken;
 use self::tcp::{Broke, TcpSink, TcpSource};

@@ -17,6 +17,8 @@ mod accept;
 mod app;
 mod authorization;
 mod balance;
+#[doc(hidden)]
+pub mod bench;
 mod capture;
 mod certificates;
 mod cli;

@@ -1,0 +1,150 @@
+//! What the proxy is meant to reach, and how near it is. Goals against ztunnel have a verdict only where there is one to compare with.
+//!
+//! The goal for installing the rules (3 ms) is not here: `--bench rules` measures it.
+
+use std::fmt;
+
+use serde_json::{Value, json};
+
+use crate::options::PathName::{self, Hbone, Plain, RelaySplice, ZtunnelHbone, ZtunnelPlain};
+use crate::workload::{
+    AT_REST, BITS, CONNECTIONS, CPU_EACH, CPU_PER_BYTE, MEDIAN, PER_IDLE, REQUESTS,
+};
+
+/// One goal: a figure of a workload on a path, alone or divided by the same on another path.
+#[derive(Debug)]
+pub(crate) struct Goal {
+    pub(crate) workload: &'static str,
+    /// The figure, or what the names of several begin with: then the largest counts.
+    pub(crate) figure: &'static str,
+    pub(crate) path: PathName,
+    pub(crate) against: Option<PathName>,
+    bound: Bound,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Bound {
+    AtLeast(f64),
+    AtMost(f64),
+}
+use Bound::{AtLeast, AtMost};
+
+/// All of them, in the order in which they are told.
+#[rustfmt::skip]
+pub(crate) const GOALS: &[Goal] = &[
+    goal("bulk x1", BITS, Hbone, Some(ZtunnelHbone), AtLeast(1.45)),
+    goal("bulk x1", CPU_PER_BYTE, Hbone, Some(ZtunnelHbone), AtMost(0.65)),
+    goal("bulk x8", BITS, Hbone, Some(ZtunnelHbone), AtLeast(1.5)),
+    goal("bulk x1", BITS, Plain, Some(ZtunnelPlain), AtLeast(1.4)),
+    goal("bulk x1", BITS, Plain, Some(RelaySplice), AtLeast(0.95)),
+    goal("bulk x1", CPU_PER_BYTE, Plain, Some(ZtunnelPlain), AtMost(0.55)),
+    goal("requests x1", MEDIAN, Hbone, None, AtMost(100.0)),
+    goal("requests x1", MEDIAN, Hbone, Some(ZtunnelHbone), AtMost(0.8)),
+    goal("requests x1", CPU_EACH, Hbone, Some(ZtunnelHbone), AtMost(0.7)),
+    goal("requests x64", REQUESTS, Hbone, Some(ZtunnelHbone), AtLeast(1.5)),
+    goal("requests x64", REQUESTS, Plain, Some(ZtunnelPlain), AtLeast(1.4)),
+    goal("new connections x16", CONNECTIONS, Hbone, Some(ZtunnelHbone), AtLeast(1.6)),
+    goal("new connections x16", CONNECTIONS, Plain, Some(ZtunnelPlain), AtLeast(1.6)),
+    goal("idle x2000", PER_IDLE, Hbone, None, AtMost(4.0)),
+    goal("idle x2000", PER_IDLE, Plain, None, AtMost(4.0)),
+    goal("idle x2000", AT_REST, Hbone, None, AtMost(8.0)),
+    goal("idle x2000", AT_REST, Plain, None, AtMost(8.0)),
+];
+
+const fn goal(
+    workload: &'static str,
+    figure: &'static str,
+    path: PathName,
+    against: Option<PathName>,
+    bound: Bound,
+) -> Goal {
+    Goal { workload, figure, path, against, bound }
+}
+
+/// How near a goal is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Verdict {
+    /// Something that it needs was not measured.
+    Unknown,
+    Met,
+    /// By which share of the bound it is missed.
+    MissedBy(f64),
+}
+
+impl Goal {
+    /// What is to be made of a measured figure, or ratio.
+    pub(crate) fn verdict(&self, measured: Option<f64>) -> Verdict {
+        let missing = measured.map(|measured| match self.bound {
+            AtLeast(bound) => 1.0 - measured / bound,
+            AtMost(bound) => measured / bound - 1.0,
+        });
+        match missing {
+            None => Verdict::Unknown,
+            Some(missing) if missing <= 0.0 => Verdict::Met,
+            Some(missing) => Verdict::MissedBy(missing),
+        }
+    }
+
+    pub(crate) fn json(&self, measured: Option<f64>) -> Value {
+        json!({ "goal": self.to_string(), "measured": measured, "verdict": self.verdict(measured).to_string() })
+    }
+}
+
+/// "bulk x1, Gbit/s: hbone ≥ 1.45 × ztunnel-hbone".
+impl fmt::Display for Goal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (sign, bound) = match self.bound {
+            AtLeast(bound) => ('≥', bound),
+            AtMost(bound) => ('≤', bound),
+        };
+        write!(f, "{}, {}: {} {sign} {bound}", self.workload, self.figure, self.path)?;
+        self.against.map_or(Ok(()), |against| write!(f, " × {against}"))
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown => f.write_str("not measured"),
+            Self::Met => f.write_str("met"),
+            Self::MissedBy(share) => write!(f, "missed by {:.0} %", share * 100.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::ValueEnum as _;
+
+    use super::*;
+    use crate::options::What;
+    use crate::workload::Workload;
+
+    #[test]
+    fn a_goal_is_met_on_its_own_side_of_the_bound() {
+        let least = goal("", "", Hbone, None, AtLeast(2.0));
+        assert_eq!(least.verdict(Some(2.0)), Verdict::Met);
+        assert_eq!(least.verdict(Some(1.0)), Verdict::MissedBy(0.5));
+        let most = goal("", "", Hbone, None, AtMost(2.0));
+        assert_eq!(most.verdict(Some(1.0)), Verdict::Met);
+        assert_eq!(most.verdict(Some(3.0)), Verdict::MissedBy(0.5));
+        assert_eq!(most.verdict(None), Verdict::Unknown);
+    }
+
+    #[test]
+    fn every_goal_is_of_a_workload_that_there_is() {
+        let known: Vec<_> =
+            What::value_variants().iter().flat_map(|what| Workload::of(*what)).collect();
+        let known: Vec<_> = known.iter().map(ToString::to_string).collect();
+        for goal in GOALS {
+            assert!(known.iter().any(|workload| workload == goal.workload), "{goal}");
+        }
+    }
+
+    #[test]
+    fn a_goal_says_what_it_compares() {
+        let texts: Vec<_> = GOALS.iter().map(ToString::to_string).collect();
+        assert_eq!(texts[0], "bulk x1, Gbit/s: hbone ≥ 1.45 × ztunnel-hbone");
+        assert_eq!(texts[6], "requests x1, p50 µs: hbone ≤ 100");
+    }
+}

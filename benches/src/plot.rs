@@ -1,0 +1,175 @@
+//! A plain plot in SVG: how a figure grows with a size. The sizes are on a logarithmic scale, the figure on a linear one from 0, so that
+//! what costs the same for all sizes is a flat line. Grey text and a transparent ground can be read on white and on black.
+
+use std::fmt::Write as _;
+
+const WIDTH: f64 = 640.0;
+const HEIGHT: f64 = 320.0;
+/// Around the field: for the labels.
+const LEFT: f64 = 70.0;
+const RIGHT: f64 = 20.0;
+const TOP: f64 = 40.0;
+const BOTTOM: f64 = 40.0;
+/// Between those of black and white, all of them.
+const GREY: &str = "#808080";
+const COLOURS: [&str; 4] = ["#1f8fd6", "#e0702a", "#3aa655", "#b05cc6"];
+
+/// A plot.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plot {
+    /// What it shows.
+    pub title: String,
+    /// Lines, with their names: size (above 0) and figure.
+    pub lines: Vec<(String, Vec<(f64, f64)>)>,
+}
+
+impl Plot {
+    /// The picture.
+    #[must_use]
+    pub fn svg(&self) -> String {
+        let sizes = || self.lines.iter().flat_map(|(_, points)| points.iter().map(|point| point.0));
+        let figures = self.lines.iter().flat_map(|(_, points)| points.iter().map(|point| point.1));
+        let across = Across::of(sizes());
+        let up = Up::of(figures);
+        let mut svg = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" \
+             font-family=\"sans-serif\" font-size=\"12\" fill=\"{GREY}\">\n"
+        );
+        let mut draw = |element: String| {
+            writeln!(svg, "{element}").expect("a String takes everything");
+        };
+        draw(text(LEFT, 20.0, "start", &self.title));
+        for value in up.marks() {
+            let y = up.at(value);
+            draw(format!(
+                "<path d=\"M{LEFT} {y:.1}H{:.1}\" stroke=\"{GREY}\" stroke-opacity=\"0.4\"/>",
+                WIDTH - RIGHT
+            ));
+            draw(text(LEFT - 8.0, y + 4.0, "end", &format!("{value}")));
+        }
+        let mut marks: Vec<_> = sizes().collect();
+        marks.sort_by(f64::total_cmp);
+        marks.dedup();
+        for size in marks {
+            draw(text(across.at(size), HEIGHT - BOTTOM + 18.0, "middle", &format!("{size}")));
+        }
+        for (index, ((name, points), colour)) in
+            self.lines.iter().zip(COLOURS.iter().cycle()).enumerate()
+        {
+            let place = |&(size, figure): &(f64, f64)| (across.at(size), up.at(figure));
+            let places: Vec<_> = points.iter().map(place).collect();
+            let line: Vec<_> = places.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
+            draw(format!(
+                "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>",
+                line.join(" ")
+            ));
+            for (x, y) in places {
+                draw(format!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\" fill=\"{colour}\"/>"));
+            }
+            let from_right = f64::from(u32::try_from(self.lines.len() - index).unwrap_or(1));
+            let x = WIDTH - RIGHT - from_right * 110.0 + 110.0;
+            draw(format!("<g fill=\"{colour}\">{}</g>", text(x, 20.0, "end", name)));
+        }
+        svg.push_str("</svg>\n");
+        svg
+    }
+}
+
+fn text(x: f64, y: f64, anchor: &str, text: &str) -> String {
+    let text = text.replace('&', "&amp;").replace('<', "&lt;");
+    format!("<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{text}</text>")
+}
+
+/// From the least size on the left to the most on the right, by their logarithms.
+struct Across {
+    least: f64,
+    most: f64,
+}
+
+impl Across {
+    fn of(sizes: impl Iterator<Item = f64>) -> Self {
+        let (least, most) = sizes.fold((f64::INFINITY, 0.0_f64), |(least, most), size| {
+            (least.min(size), most.max(size))
+        });
+        Self { least, most }
+    }
+
+    fn at(&self, size: f64) -> f64 {
+        let span = (self.most / self.least).ln();
+        let share = if span > 0.0 { (size / self.least).ln() / span } else { 0.5 };
+        LEFT + share * (WIDTH - LEFT - RIGHT)
+    }
+}
+
+/// From 0 at the bottom to a round number at the top.
+struct Up {
+    step: f64,
+    most: f64,
+}
+
+impl Up {
+    fn of(figures: impl Iterator<Item = f64>) -> Self {
+        let most = figures.fold(f64::MIN_POSITIVE, f64::max);
+        let magnitude = 10_f64.powf(most.log10().floor());
+        // Three to ten marks.
+        let step = match most / magnitude {
+            ..2.0 => magnitude / 4.0,
+            2.0..5.0 => magnitude / 2.0,
+            _ => magnitude,
+        };
+        Self { step, most: (most / step).ceil() * step }
+    }
+
+    fn marks(&self) -> impl Iterator<Item = f64> {
+        let marks = (0..=10).map(|number| f64::from(number) * self.step);
+        // What floating point adds is not shown.
+        let shown = marks.map(|mark| format!("{mark:.6}").parse().unwrap_or(mark));
+        shown.take_while(|mark| *mark <= self.most * 1.001)
+    }
+
+    fn at(&self, figure: f64) -> f64 {
+        HEIGHT - BOTTOM - figure / self.most * (HEIGHT - TOP - BOTTOM)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_that_grow_by_the_same_factor_are_equally_far_apart() {
+        let across = Across::of([10.0, 1000.0].into_iter());
+        assert_eq!(across.at(10.0), LEFT);
+        assert_eq!(across.at(1000.0), WIDTH - RIGHT);
+        assert!((across.at(100.0) - f64::midpoint(LEFT, WIDTH - RIGHT)).abs() < 1e-9);
+    }
+
+    #[test]
+    fn one_size_alone_is_in_the_middle() {
+        assert_eq!(Across::of([7.0].into_iter()).at(7.0), f64::midpoint(LEFT, WIDTH - RIGHT));
+    }
+
+    #[test]
+    fn figures_begin_at_zero_and_end_below_a_round_number() {
+        let up = Up::of([3.0, 371.0].into_iter());
+        assert_eq!(
+            up.marks().collect::<Vec<_>>(),
+            (0..9).map(|n| f64::from(n) * 50.0).collect::<Vec<_>>()
+        );
+        assert_eq!(up.at(0.0), HEIGHT - BOTTOM);
+        assert_eq!(up.at(400.0), TOP);
+        assert_eq!(Up::of([0.31].into_iter()).marks().last(), Some(0.35));
+    }
+
+    #[test]
+    fn a_picture_has_a_line_for_each_and_nothing_that_is_no_number() {
+        let lines = vec![
+            ("plain".to_owned(), vec![(10.0, 1.0), (100.0, 2.0)]),
+            ("<hbone>".to_owned(), vec![(10.0, 0.0)]),
+        ];
+        let svg = Plot { title: "CPU & more".to_owned(), lines }.svg();
+        assert_eq!(svg.matches("<polyline").count(), 2);
+        assert!(svg.contains("CPU &amp; more") && svg.contains("&lt;hbone>"));
+        assert!(!svg.contains("NaN") && !svg.contains("inf\""));
+    }
+}

@@ -1,0 +1,148 @@
+//! A stock ztunnel to compare with, if the user has one: we neither fetch nor build it.
+//!
+//! One runs dedicated to each pod, told by a file instead of a control plane, behind the rules of the ambient profile, with a certificate
+//! from our own certificate authority, which has to run in its pod for that. All else is as it is by default.
+
+use std::fs::{self, File, Permissions};
+use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use underpass_tests::{Mesh, Pki, Pod, Settings, World, http_get};
+
+use crate::options::Options;
+
+/// How long it may take to get ready.
+const PATIENCE: Duration = Duration::from_secs(20);
+const CA: u16 = 15012;
+const READINESS: u16 = 15021;
+
+/// A ztunnel in its pod. Dropping it ends it.
+#[derive(Debug)]
+pub(crate) struct Ztunnel {
+    ca: Child,
+    proxy: Child,
+    log: PathBuf,
+}
+
+/// One in each pod, ready, in a mesh that says `protocol`.
+pub(crate) async fn pair(
+    world: &World,
+    pods: [&Pod; 2],
+    protocol: &str,
+    options: &Options,
+) -> Vec<Ztunnel> {
+    let pki = Pki::new(world.folder());
+    let member = |mesh: Mesh, pod: &Pod| {
+        // It takes no key for granted.
+        let more = format!(
+            ", uid: bench//Pod/default/{}, namespace: default, trustDomain: cluster.local, node: local, network: \"\", services: {{}}",
+            pod.name()
+        );
+        mesh.workload_with(pod.name(), &pod.ips(), protocol, &more)
+    };
+    let mesh = pods.into_iter().fold(Mesh::default(), member);
+    let mut pair = Vec::new();
+    for pod in pods {
+        let ztunnel = Ztunnel::start(pod, &pki, &mesh.write(pod, "mesh"), options).await;
+        pair.push(ztunnel);
+    }
+    pair
+}
+
+impl Ztunnel {
+    async fn start(pod: &Pod, pki: &Pki, mesh: &Path, options: &Options) -> Self {
+        let settings = Settings::new(pod.name()).set("interception.profile=ambient");
+        pod.rules("install", &settings).await.ok();
+        let (token, clients) = clients(pod);
+        let mut authority = Command::new(underpass_tests::binary());
+        authority.args(["ca", "serve", "--listen", &format!("127.0.0.1:{CA}")]);
+        authority.args(["--name", "localhost", "--log", "warn"]);
+        authority.arg("--dir").arg(pki.dir()).arg("--clients").arg(clients);
+        let ca = start(pod, &mut authority, "ca");
+        listens(pod, CA).await;
+        let program = options.ztunnel.as_ref().expect("a path of it is only for who has it");
+        let mut command = Command::new(program);
+        command
+            .env("PROXY_MODE", "dedicated")
+            .env("PROXY_WORKLOAD_INFO", format!("default/{0}/{0}", pod.name()))
+            .env("NODE_NAME", "local")
+            .env("CLUSTER_ID", "Kubernetes")
+            .env("PACKET_MARK", underpass_interception::PROXY_MARK.to_string())
+            .env("ENABLE_ORIG_SRC", "true")
+            .env("IPV6_ENABLED", "false")
+            .env("XDS_ADDRESS", "")
+            .env("LOCAL_XDS_PATH", mesh)
+            .env("CA_ADDRESS", format!("https://localhost:{CA}"))
+            .env("CA_ROOT_CA", pki.roots())
+            .env("AUTH_TOKEN", token)
+            .env("RUST_LOG", options.log_filter());
+        let proxy = start(pod, &mut command, "ztunnel");
+        let ztunnel = Self { ca, proxy, log: log(pod, "ztunnel") };
+        listens(pod, READINESS).await;
+        let readiness = (Ipv4Addr::LOCALHOST, READINESS).into();
+        let began = Instant::now();
+        while http_get(pod, readiness, "/healthz/ready").await.0 != 200 {
+            assert!(began.elapsed() < PATIENCE, "it gets ready, but said:\n{}", ztunnel.log());
+            sleep(Duration::from_millis(20)).await;
+        }
+        ztunnel
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.proxy.id()
+    }
+
+    /// All that it has said.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for Ztunnel {
+    fn drop(&mut self) {
+        for child in [&mut self.proxy, &mut self.ca] {
+            // One that has ended already needs no end.
+            child.kill().ok();
+            child.wait().ok();
+        }
+    }
+}
+
+/// The token that the pod's ztunnel shows, and the file that says to the authority whose it is.
+fn clients(pod: &Pod) -> (PathBuf, PathBuf) {
+    let file = |kind: &str, text: &str| {
+        let file = pod.folder().join(format!("{}.{kind}", pod.name()));
+        fs::write(&file, text).expect("the world's folder can be written");
+        fs::set_permissions(&file, Permissions::from_mode(0o600)).expect("it is ours");
+        file
+    };
+    let name = pod.name();
+    let identity = format!("spiffe://cluster.local/ns/default/sa/{name}");
+    let clients = format!("clients:\n- {{token: token-{name}, identities: [\"{identity}\"]}}\n");
+    (file("token", &format!("token-{name}")), file("clients", &clients))
+}
+
+/// Starts a program inside; what it says goes to a file.
+fn start(pod: &Pod, command: &mut Command, name: &str) -> Child {
+    let output = File::create(log(pod, name)).expect("the world's folder can be written");
+    let errors = output.try_clone().expect("a descriptor more");
+    command.stdin(Stdio::null()).stdout(output).stderr(errors);
+    pod.run(|| command.spawn()).expect("the program is there and may be run: is its path absolute?")
+}
+
+fn log(pod: &Pod, name: &str) -> PathBuf {
+    pod.folder().join(format!("{name}-{}.log", pod.name()))
+}
+
+/// Waits until a port of the pod's loopback takes connections.
+async fn listens(pod: &Pod, port: u16) {
+    let began = Instant::now();
+    while pod.dial((Ipv4Addr::LOCALHOST, port).into()).await.is_err() {
+        assert!(began.elapsed() < PATIENCE, "port {port} of pod {} gets open", pod.name());
+        sleep(Duration::from_millis(20)).await;
+    }
+}

@@ -1,0 +1,82 @@
+//! Doors to what is private, for the micro benches alone: copying, and routes. Nothing here is for anybody else, or stable.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+use underpass_config::Mesh;
+use underpass_hbone::TunnelStream;
+
+use crate::copy::{Buffers, Deadlines, Flow, Probes};
+use crate::descriptors::Descriptors;
+use crate::drain::Drain;
+use crate::endpoint_health::EndpointHealth;
+use crate::error::ProxyError;
+use crate::live::Live;
+use crate::policy::Subject;
+use crate::record::{ConnectionRecord, Direction, Party};
+use crate::route::{Caller, Chooser, outbound};
+
+/// What copying may hold: the defaults of a process with enough files.
+const BUFFERS: usize = 256 << 20;
+const FILES: usize = 20_000;
+
+/// What a connection is carried on by.
+#[derive(Debug)]
+pub enum Upstream {
+    /// Another connection.
+    Tcp(TcpStream),
+    /// A tunnel.
+    Tunnel(TunnelStream),
+}
+
+/// Copies both ways until both have ended: whether they ended well. Needs a runtime.
+pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
+    let buffers = Buffers::new(BUFFERS, Descriptors::new(FILES, 0, 1));
+    let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let live = Arc::new(Live::default());
+    let (_registration, mut revocation) =
+        live.register(Subject::inbound(nowhere, nowhere, None), 0);
+    let record = ConnectionRecord::new(Direction::Outbound, Party::default(), Party::default());
+    let drain = Drain::default();
+    let deadlines = Deadlines { idle: None, half_close: None, probes: Probes::CONNTRACK };
+    let revocation = &mut revocation;
+    let flow = Flow { record: &record, buffers: &buffers, deadlines, drain: &drain, revocation };
+    let ended: Result<(), ProxyError> = match upstream {
+        Upstream::Tcp(upstream) => flow.through_tcp(client, upstream).await,
+        Upstream::Tunnel(tunnel) => flow.into_tunnel(client, tunnel).await,
+    };
+    let well = ended.is_ok();
+    record.close(ended);
+    well
+}
+
+/// Routes connections of a client that the mesh does not know, in the network "".
+#[derive(Debug)]
+pub struct Router {
+    mesh: Mesh,
+    health: EndpointHealth,
+}
+
+impl Router {
+    /// A router in a mesh, all of whose endpoints are well.
+    #[must_use]
+    pub fn new(mesh: Mesh) -> Self {
+        Self { mesh, health: EndpointHealth::default() }
+    }
+
+    /// Whether there is a route to `destination` through a tunnel or in plain.
+    #[must_use]
+    pub fn has_route(&self, destination: SocketAddr) -> bool {
+        let caller = Caller {
+            network: "",
+            namespace: "default",
+            workload: None,
+            address: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            identity: None,
+            hbone_port: 15008,
+        };
+        let mut chooser = Chooser { health: &self.health, tried: &[] };
+        outbound(destination, &self.mesh, &caller, &mut chooser).is_ok()
+    }
+}
