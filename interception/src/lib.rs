@@ -65,8 +65,8 @@ pub use reverse_path::check_reverse_path;
 pub use sandbox::{Sandbox, enter_sandbox};
 pub use self_test::Probe;
 pub use socket::{
-    KEEPALIVE_PROBES, Sockets, end_on_close, end_writing, original_destination, probe_every,
-    reset_on_close,
+    Closing, KEEPALIVE_PROBES, Sockets, end_on_close, end_writing, original_destination,
+    probe_every, reset_on_close,
 };
 pub use verify::{Difference, Line, SectionDifference, Sign};
 pub use way_back::WayBack;

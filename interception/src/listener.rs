@@ -7,7 +7,10 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::net::{SocketFlags, acceptfrom_with};
 use socket2::{Domain, SockRef, Socket, Type};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use crate::socket::canonical;
 
@@ -50,7 +53,14 @@ impl BoundListener {
     ///
     /// Outside of a tokio runtime with IO, as tokio's own listeners do.
     pub fn register(self) -> io::Result<Listener> {
-        tokio::net::TcpListener::from_std(self.listener).map(|listener| Listener { listener })
+        // tokio's own listener registers each connection with the runtime that accepts it, which is
+        // often not the one that serves it.
+        #[expect(
+            deprecated,
+            reason = "safe here: a TcpListener's descriptor stays open and the same (tokio #8587)"
+        )]
+        let listener = AsyncFd::with_interest(self.listener, Interest::READABLE)?;
+        Ok(Listener { listener })
     }
 }
 
@@ -86,24 +96,25 @@ impl TryFrom<OwnedFd> for BoundListener {
 /// A listener in a runtime.
 #[derive(Debug)]
 pub struct Listener {
-    listener: tokio::net::TcpListener,
+    listener: AsyncFd<TcpListener>,
 }
 
 impl Listener {
     /// Waits for the next connection, and the address of who made it (IPv4 clients in IPv4's form).
     ///
-    /// The stream does not block and belongs to no runtime: it may be handed to another worker's.
+    /// The stream does not block and belongs to no runtime: it may be handed to another worker's. Its
+    /// options are the listener's.
     ///
     /// # Errors
     ///
     /// The kernel's, see accept(2): some concern one connection, some (EMFILE, ENFILE, ENOBUFS) the
     /// process.
     pub async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
-        // tokio registers the stream here and `into_std` takes it out again, at two epoll_ctl
-        // calls. Accepting without that takes `AsyncFd`, whose safe constructors tokio deprecates
-        // as unsound (tokio #8587).
-        let (stream, peer) = self.listener.accept().await?;
-        Ok((stream.into_std()?, canonical(peer)))
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let accept = |listener: &TcpListener| Ok(acceptfrom_with(listener, flags)?);
+        let (stream, peer) = self.listener.async_io(Interest::READABLE, accept).await?;
+        let peer = peer.ok_or(io::ErrorKind::Unsupported)?;
+        Ok((stream.into(), canonical(SocketAddr::try_from(peer)?)))
     }
 
     /// Where it listens.
@@ -112,16 +123,24 @@ impl Listener {
     ///
     /// The kernel's.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
+        self.listener.get_ref().local_addr()
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
     }
 }
 
 /// Listens on `address`; accepted streams inherit the mark (`inet_request_mark`,
-/// include/net/inet_sock.h). A transparent listener also takes what TPROXY delivers.
+/// include/net/inet_sock.h). A transparent listener also takes what TPROXY delivers. `prepare` is done
+/// before the first of them can be there.
 pub(crate) fn bind(
     address: SocketAddr,
     mark: Option<u32>,
     transparent: bool,
+    prepare: impl FnOnce(&Socket) -> io::Result<()>,
 ) -> io::Result<BoundListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
     // A restart must not wait for the connections of the last run to leave TIME_WAIT.
@@ -139,6 +158,7 @@ pub(crate) fn bind(
         SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
         SocketAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
     }
+    prepare(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(TcpListener::from(socket).into())

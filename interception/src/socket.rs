@@ -33,6 +33,15 @@ pub struct Sockets {
     keepalive: Option<Duration>,
 }
 
+/// What closing a connection that a listener accepted does, as long as nobody says otherwise of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Closing {
+    /// What was written still arrives, and a FIN behind it.
+    End,
+    /// RST, as after [`reset_on_close`].
+    Reset,
+}
+
 /// Where connections to the workload come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LastHop {
@@ -94,6 +103,7 @@ impl Sockets {
     pub fn listen_on(
         &self,
         address: SocketAddr,
+        closing: Closing,
         purpose: &'static str,
         setting: &'static str,
     ) -> Result<BoundListener, InterceptionError> {
@@ -103,11 +113,27 @@ impl Sockets {
         } else {
             address
         };
-        listener::bind(address, self.mark, self.transparent)
+        let prepare = |socket: &Socket| self.prepare(socket, closing);
+        listener::bind(address, self.mark, self.transparent, prepare)
             .map_err(|source| InterceptionError::Listen { purpose, address, setting, source })
     }
 
-    /// Opens a connection to `destination`.
+    /// Sets what the connections of `listener` have from it: the kernel copies its options to each
+    /// (`sk_clone_lock`, net/core/sock.c), which costs nothing, and six calls for each less.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn prepare(&self, listener: &impl AsFd, closing: Closing) -> io::Result<()> {
+        self.tune(listener)?;
+        match closing {
+            Closing::End => end_on_close(listener),
+            Closing::Reset => reset_on_close(listener),
+        }
+        Ok(())
+    }
+
+    /// Opens a connection to `destination`. Closing it sends RST, until [`end_on_close`].
     ///
     /// # Errors
     ///
@@ -115,7 +141,7 @@ impl Sockets {
     /// its own.
     pub async fn connect(&self, destination: SocketAddr) -> io::Result<TcpStream> {
         let destination = canonical(destination);
-        let socket = self.open(destination)?;
+        let socket = self.open(destination, self.mark)?;
         finish_connecting(socket, destination).await
     }
 
@@ -150,10 +176,13 @@ impl Sockets {
         destination: SocketAddr,
         client: IpAddr,
     ) -> io::Result<Socket> {
-        let socket = self.open(destination)?;
+        let mark = match self.last_hop {
+            LastHop::Imitated { mark } => Some(mark),
+            LastHop::Loopback { .. } | LastHop::Any => self.mark,
+        };
+        let socket = self.open(destination, mark)?;
         match self.last_hop {
-            LastHop::Imitated { mark } => {
-                socket.set_mark(mark)?;
+            LastHop::Imitated { .. } => {
                 let same_family = client.is_ipv4() == destination.is_ipv4();
                 if same_family && client != destination.ip() {
                     imitate(&socket, client)?;
@@ -169,11 +198,7 @@ impl Sockets {
     }
 
     /// Sets what every connection of the proxy has: no delay of small segments, and keepalive.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
-    pub fn tune(&self, stream: &impl AsFd) -> io::Result<()> {
+    fn tune(&self, stream: &impl AsFd) -> io::Result<()> {
         let socket = SockRef::from(stream);
         socket.set_tcp_nodelay(true)?;
         let Some(keepalive) = self.keepalive else {
@@ -183,10 +208,10 @@ impl Sockets {
         socket.set_tcp_keepalive(&probes.with_retries(KEEPALIVE_PROBES))
     }
 
-    fn open(&self, destination: SocketAddr) -> io::Result<Socket> {
+    fn open(&self, destination: SocketAddr, mark: Option<u32>) -> io::Result<Socket> {
         let socket =
             Socket::new(Domain::for_address(destination), Type::STREAM.nonblocking(), None)?;
-        if let Some(mark) = self.mark {
+        if let Some(mark) = mark {
             socket.set_mark(mark)?;
         }
         self.tune(&socket)?;
@@ -200,22 +225,20 @@ impl Sockets {
 /// then, and to whoever accepted it a FIN would say that all is said.
 async fn finish_connecting(socket: Socket, destination: SocketAddr) -> io::Result<TcpStream> {
     reset_on_close(&socket);
-    let stream = TcpSocket::from_std_stream(socket.into()).connect(destination).await?;
-    end_on_close(&stream);
-    Ok(stream)
+    TcpSocket::from_std_stream(socket.into()).connect(destination).await
 }
 
-/// Where a caught connection was going before the rules redirected it. Of a connection that was
-/// not, the address that it was made to.
+/// Where a caught connection of `client` was going before the rules redirected it. Of a connection
+/// that was not, the address that it was made to.
 ///
 /// # Errors
 ///
 /// The kernel's: ENOENT if conntrack does not know the connection.
-pub fn original_destination(stream: &impl AsFd) -> io::Result<SocketAddr> {
+pub fn original_destination(stream: &impl AsFd, client: IpAddr) -> io::Result<SocketAddr> {
     let socket = SockRef::from(stream);
     // The family is that of the packets, which on a dual-stack listener is not the socket's. Asked
     // for the other one, conntrack would look up addresses that are not the connection's.
-    let original = if canonical(inet(socket.local_addr()?)?).is_ipv4() {
+    let original = if client.to_canonical().is_ipv4() {
         socket.original_dst_v4()?
     } else {
         socket.original_dst_v6()?

@@ -10,7 +10,7 @@ use tokio::task::coop::unconstrained;
 use tokio::task::yield_now;
 use tokio::time::{sleep, sleep_until};
 use underpass_interception::{
-    BoundListener, Listener, Sockets, original_destination, reset_on_close,
+    BoundListener, Closing, Listener, Ports, original_destination, reset_on_close,
 };
 
 use crate::descriptors::{Held, PAIR, Shortage};
@@ -46,6 +46,15 @@ impl Kind {
             Self::Hbone => "hbone",
         }
     }
+
+    /// What closing its connections does. Of a caught one the client saw that it opened: only a reset tells it that nothing is on
+    /// the other side, or no longer.
+    pub(crate) fn closing(self) -> Closing {
+        match self {
+            Self::Outbound | Self::Plaintext => Closing::Reset,
+            Self::Hbone => Closing::End,
+        }
+    }
 }
 
 /// A connection that no runtime knows yet.
@@ -64,24 +73,21 @@ impl Accepted {
     fn new(kind: Kind, stream: TcpStream, client: SocketAddr, descriptors: Held) -> Self {
         let destination = match kind {
             Kind::Hbone => stream.local_addr().map(canonical),
-            Kind::Outbound | Kind::Plaintext => {
-                // The client saw its connection open: only a reset tells it that nothing is on the other side, or no longer.
-                reset_on_close(&stream);
-                original_destination(&stream)
-            }
+            Kind::Outbound | Kind::Plaintext => original_destination(&stream, client.ip()),
         };
         Self { kind, stream, client, destination, descriptors }
     }
 
     /// Registers the connection with the runtime of the calling worker.
-    pub(crate) fn register(self, sockets: &Sockets) -> Result<Registered, ProxyError> {
+    pub(crate) fn register(self, ports: Ports) -> Result<Registered, ProxyError> {
         let destination = self.destination.map_err(ProxyError::NotCaptured)?;
         // Made to the listener itself, not caught: a connection on to there would come back here, for ever.
-        let here = self.stream.local_addr().map(canonical).map_err(ProxyError::Client)?;
-        if self.kind == Kind::Outbound && destination == here {
-            return Err(ProxyError::OwnListener(destination));
+        if self.kind == Kind::Outbound && destination.port() == ports.outbound {
+            let here = self.stream.local_addr().map(canonical).map_err(ProxyError::Client)?;
+            if destination == here {
+                return Err(ProxyError::OwnListener(destination));
+            }
         }
-        sockets.tune(&self.stream).map_err(ProxyError::Client)?;
         let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
         let Self { client, descriptors, .. } = self;
         Ok(Registered { stream, client, destination, descriptors })
@@ -133,6 +139,10 @@ async fn accept_forever(
     listener: &Listener,
     peers: &[mpsc::Sender<Assignment>],
 ) {
+    // Anew each time: another process may have the same listener, and have set what it wants, when it tried to take over.
+    if let Err(error) = worker.shared.sockets.prepare(listener, kind.closing()) {
+        tracing::error!(listener = kind.name(), %error, "connections lack socket options");
+    }
     let Limits { descriptors, accepts_per_second, .. } = &worker.shared.limits;
     let mut rate = accepts_per_second.map(Rate::new);
     for accepted in (1..=ACCEPTS_AT_ONCE).cycle() {

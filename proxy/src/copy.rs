@@ -155,7 +155,7 @@ impl<'a> Flow<'a> {
         // It is polled when it was woken, and not at every turn: that would be some locks which all connections share.
         let mut cut: FuturesUnordered<_> = [cut].into_iter().collect();
         let moved = || record.moved();
-        let both = async {
+        let both = pin!(async {
             let there_ended = tokio::select! {
                 ended = &mut there => ended.map(|()| true)?,
                 ended = &mut back => ended.map(|()| false)?,
@@ -168,13 +168,13 @@ impl<'a> Flow<'a> {
                 ended = rest => ended,
                 late = Box::pin(deadlines.half_closed(sockets, moved)) => Err(late),
             }
-        };
-        let uncut = async {
+        });
+        let uncut = pin!(async {
             tokio::select! {
                 ended = both => ended,
                 Some(error) = cut.next() => Err(error),
             }
-        };
+        });
         revocation.or_end(uncut).await
     }
 }

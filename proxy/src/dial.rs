@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use underpass_hbone::Dial;
-use underpass_interception::{Sockets, is_out_of_files, reset_on_close};
+use underpass_interception::{Sockets, end_on_close, is_out_of_files};
 
 use crate::balance::{Balance, HeldTunnel};
 use crate::descriptors::{Descriptors, Held};
@@ -61,11 +61,8 @@ async fn within(
 ) -> Result<TcpStream, ProxyError> {
     let destination = permit.destination();
     match timeout(deadline, connect).await {
-        Ok(Ok(stream)) => {
-            // Nothing but a good end of both directions is to look like one.
-            reset_on_close(&stream);
-            Ok(stream)
-        }
+        // Nothing but a good end of both directions is to look like one: it is reset on close.
+        Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) if is_out_of_files(&error) => Err(ProxyError::OutOfDescriptors),
         Ok(Err(error)) => Err(ProxyError::Connect { destination, source: error }),
         Err(_) => Err(ProxyError::ConnectTimeout { destination, after: deadline }),
@@ -87,6 +84,8 @@ impl Dial for TunnelDialer {
     async fn dial(&self, address: SocketAddr) -> io::Result<TunnelSocket> {
         let descriptor = self.descriptors.hold(1);
         let stream = self.sockets.connect(address).await?;
+        // TLS has an end of its own.
+        end_on_close(&stream);
         Ok(TunnelSocket {
             stream,
             _descriptor: descriptor,
@@ -106,7 +105,9 @@ impl Dial for PlainDialer {
     type Io = TcpStream;
 
     async fn dial(&self, address: SocketAddr) -> io::Result<TcpStream> {
-        self.sockets.connect(address).await
+        let stream = self.sockets.connect(address).await?;
+        end_on_close(&stream);
+        Ok(stream)
     }
 }
 

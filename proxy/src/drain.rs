@@ -42,10 +42,11 @@ impl Drain {
         ProxyError::Drained
     }
 
-    /// `work`, unless the deadline passes first: that is an error like any other that ends a connection.
+    /// `work`, unless the deadline passes first: that is an error like any other that ends a connection. It is pinned by the caller:
+    /// a future that is given to another is in its memory twice, and moved into it.
     pub(crate) async fn or_abort<T>(
         &self,
-        work: impl Future<Output = Result<T, ProxyError>>,
+        work: impl Future<Output = Result<T, ProxyError>> + Unpin,
     ) -> Result<T, ProxyError> {
         tokio::select! {
             outcome = work => outcome,

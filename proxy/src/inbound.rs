@@ -2,13 +2,14 @@
 //! told 200; the application sees the client's own address where the profile's rules support it.
 
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
+use underpass_config::SpiffeId;
 use underpass_hbone::{
     Acceptor, Authority, HboneError, Incoming, PeerIdentity, RequestHeaders, ServerTunnel,
 };
@@ -31,7 +32,7 @@ use crate::{headers, metrics, proxy_protocol};
 pub(crate) async fn serve_plaintext(worker: Arc<Worker>, accepted: Accepted) {
     let destination = accepted.destination.as_ref().ok().copied();
     let mut record = open_record(&worker, accepted.client, destination, None);
-    let outcome = match accepted.register(&worker.shared.sockets) {
+    let outcome = match accepted.register(worker.shared.rules.ports) {
         Ok(connection) => forward_plaintext(&worker, connection, &mut record).await,
         Err(error) => Err(error),
     };
@@ -45,13 +46,14 @@ async fn forward_plaintext(
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
     let way = InboundTarget { address: destination, header: None, service: None };
+    let connecting = pin!(connect(worker, client, &way, None));
     let connected = tokio::select! {
-        connected = drain.or_abort(connect(worker, client, &way, None)) => connected?,
+        connected = drain.or_abort(connecting) => connected?,
         // A FIN is no reason: what was sent before it is still to be delivered.
         error = broken(&stream) => return Err(ProxyError::Client(error)),
     };
     let Connected { app, permit: _permit, mut revocation } = connected;
-    record.established();
+    record.established(&worker.series);
     Flow::new(&worker.shared, record, &mut revocation).through_tcp(stream, app).await
 }
 
@@ -59,9 +61,12 @@ async fn forward_plaintext(
 pub(crate) async fn serve_tunnel(worker: Arc<Worker>, accepted: Accepted) {
     let client = accepted.client;
     let destination = accepted.destination.as_ref().ok().copied();
-    let outcome = match accepted.register(&worker.shared.sockets) {
+    let outcome = match accepted.register(worker.shared.rules.ports) {
         Err(error) => Err(error),
-        Ok(connection) => worker.shared.drain.or_abort(accept_tunnel(&worker, connection)).await,
+        Ok(connection) => {
+            let serving = pin!(accept_tunnel(&worker, connection));
+            worker.shared.drain.or_abort(serving).await
+        }
     };
     if let Err(error) = outcome {
         let mut record = open_record(&worker, client, None, None);
@@ -212,10 +217,13 @@ async fn forward_request(
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
     let connected = match way {
-        Ok(way) => tokio::select! {
-            connected = drain.or_abort(connect(worker, client, &way, Some(peer))) => connected,
-            error = request.closed() => return Err(ProxyError::Tunnel(error)),
-        },
+        Ok(way) => {
+            let connecting = pin!(connect(worker, client, &way, Some(peer)));
+            tokio::select! {
+                connected = drain.or_abort(connecting) => connected,
+                error = request.closed() => return Err(ProxyError::Tunnel(error)),
+            }
+        }
         Err(error) => Err(error),
     };
     let Connected { app, permit: _permit, mut revocation } = match connected {
@@ -225,7 +233,7 @@ async fn forward_request(
             return Err(error);
         }
     };
-    record.established();
+    record.established(&worker.series);
     let accepted = request.accept(headers::response(record, &worker.shared.rules.own));
     let tunnel = accepted.map_err(ProxyError::Tunnel)?;
     Flow::new(&worker.shared, record, &mut revocation).out_of_tunnel(tunnel, app).await
@@ -266,18 +274,25 @@ async fn connect(
     let identity = peer.map(|peer| peer.spiffe_id());
     let subject = Subject::inbound(client, way.address, identity.cloned());
     let (permit, mut revocation) = worker.permit(subject)?;
-    let (sockets, deadline) = (&worker.shared.sockets, worker.shared.timeouts.connect);
-    let app = revocation.or_end(async {
-        let Some(destination) = way.header else {
-            return dial_workload(sockets, &permit, client.ip(), deadline).await;
-        };
-        let mut app = dial_loopback(sockets, &permit, deadline).await?;
-        let header = proxy_protocol::header(client, destination, identity);
-        app.write_all(&header).await.map_err(ProxyError::Upstream)?;
-        Ok(app)
-    });
-    let app = app.await?;
+    let app = revocation.or_end(pin!(reach(worker, client, way, &permit, identity))).await?;
     Ok(Connected { app, permit, revocation })
+}
+
+async fn reach(
+    worker: &Worker,
+    client: SocketAddr,
+    way: &InboundTarget,
+    permit: &Permit,
+    identity: Option<&SpiffeId>,
+) -> Result<TcpStream, ProxyError> {
+    let (sockets, deadline) = (&worker.shared.sockets, worker.shared.timeouts.connect);
+    let Some(destination) = way.header else {
+        return dial_workload(sockets, permit, client.ip(), deadline).await;
+    };
+    let mut app = dial_loopback(sockets, permit, deadline).await?;
+    let header = proxy_protocol::header(client, destination, identity);
+    app.write_all(&header).await.map_err(ProxyError::Upstream)?;
+    Ok(app)
 }
 
 fn open_record(

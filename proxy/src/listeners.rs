@@ -5,7 +5,7 @@ use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 
 use underpass_config::Settings;
-use underpass_interception::{BoundListener, InterceptionError, Sockets};
+use underpass_interception::{BoundListener, Closing, InterceptionError, Sockets};
 
 use crate::accept::Kind;
 
@@ -15,6 +15,7 @@ struct Wanted {
     /// What the listener is called when it is handed over.
     name: &'static str,
     address: SocketAddr,
+    closing: Closing,
     purpose: &'static str,
     setting: &'static str,
 }
@@ -38,26 +39,46 @@ impl Listeners {
     ) -> Result<Self, InterceptionError> {
         let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
         let proxy = &settings.proxy;
-        let mut listen = |name, address, purpose, setting| {
-            let wanted = Wanted { name, address, purpose, setting };
+        let mut listen = |name, address, closing, purpose, setting| {
+            let wanted = Wanted { name, address, closing, purpose, setting };
             take(&mut handed, wanted).map_or_else(|| bind(sockets, wanted), Ok)
         };
         Ok(Self {
             outbound: listen(
                 "outbound",
                 any(proxy.outbound_port),
+                Kind::Outbound.closing(),
                 "caught outbound connections",
                 "proxy.outbound_port",
             )?,
-            hbone: listen("hbone", any(proxy.hbone_port), "tunnels", "proxy.hbone_port")?,
+            hbone: listen(
+                "hbone",
+                any(proxy.hbone_port),
+                Kind::Hbone.closing(),
+                "tunnels",
+                "proxy.hbone_port",
+            )?,
             inbound: listen(
                 "inbound",
                 any(proxy.inbound_port),
+                Kind::Plaintext.closing(),
                 "caught inbound connections",
                 "proxy.inbound_port",
             )?,
-            readiness: listen("readiness", settings.readiness, "readiness", "readiness.address")?,
-            metrics: listen("metrics", settings.metrics, "metrics", "metrics.address")?,
+            readiness: listen(
+                "readiness",
+                settings.readiness,
+                Closing::End,
+                "readiness",
+                "readiness.address",
+            )?,
+            metrics: listen(
+                "metrics",
+                settings.metrics,
+                Closing::End,
+                "metrics",
+                "metrics.address",
+            )?,
         })
     }
 
@@ -95,7 +116,8 @@ impl Listeners {
 }
 
 fn bind(sockets: &Sockets, wanted: Wanted) -> Result<BoundListener, InterceptionError> {
-    sockets.listen_on(wanted.address, wanted.purpose, wanted.setting)
+    let Wanted { address, closing, purpose, setting, .. } = wanted;
+    sockets.listen_on(address, closing, purpose, setting)
 }
 
 /// The listener that was handed over for this; `None` if it listens elsewhere, or there is none.

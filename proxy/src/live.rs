@@ -5,7 +5,7 @@
 //! forbidden is stopped, which takes next to nothing; then it is ended, a few at a time. Not here: what is allowed (`policy.rs`).
 
 use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
@@ -69,17 +69,17 @@ pub(crate) struct Registration {
 pub(crate) struct Revocation(Arc<Stop>);
 
 impl Revocation {
-    /// `work`, unless the connection is stopped. That is asked first at every turn: once it is, nothing more is moved.
+    /// `work`, unless the connection is stopped. That is asked first at every turn: once it is, nothing more is moved. It is pinned
+    /// by the caller, see [`crate::drain::Drain::or_abort`].
     pub(crate) async fn or_end<T>(
         &mut self,
-        work: impl Future<Output = Result<T, ProxyError>>,
+        mut work: impl Future<Output = Result<T, ProxyError>> + Unpin,
     ) -> Result<T, ProxyError> {
-        let mut work = pin!(work);
         poll_fn(|cx| {
             self.0.waker.register(cx.waker());
             match self.0.reason() {
                 Some(reason) => Poll::Ready(Err(ProxyError::NoLongerAllowed(Box::new(reason)))),
-                None => work.as_mut().poll(cx),
+                None => Pin::new(&mut work).poll(cx),
             }
         })
         .await
@@ -264,7 +264,7 @@ mod tests {
         let (_registration, mut told) = live.register(subject(1), 1);
         let stopped = live.stop(forbidden).await;
         // It has work that is ready, and is not ended yet: the stop goes first.
-        let outcome = told.or_end(async { Ok("moved") }).await;
+        let outcome = told.or_end(std::future::ready(Ok("moved"))).await;
         assert!(matches!(outcome, Err(ProxyError::NoLongerAllowed(_))), "{outcome:?}");
         assert_eq!(stopped.len(), 1);
     }

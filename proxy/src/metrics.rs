@@ -1,24 +1,18 @@
-//! What Prometheus sees: ztunnel's `istio_tcp_*` counters with their labels, and how they are rendered.
+//! What Prometheus sees, and how it is rendered: what counts connections in `series`, all the rest here.
 //!
 //! Not here: the HTTP server that answers `/metrics` (`endpoints.rs`).
 
+mod series;
+
 use std::time::SystemTime;
 
-use metrics::{
-    Counter, Gauge, Label, SharedString, counter, describe_counter, describe_gauge, gauge,
-};
+use metrics::{Gauge, counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
-use underpass_config::{Mesh, Name, Profile, Service, Workload};
+use underpass_config::{Mesh, Profile};
 use underpass_interception::Backend;
 
-use crate::record::{Direction, Party};
+pub(crate) use self::series::{KnownSeries, Labels, Series, failed};
 
-const OPENED: &str = "istio_tcp_connections_opened_total";
-const CLOSED: &str = "istio_tcp_connections_closed_total";
-const FAILED: &str = "istio_tcp_connections_failed_total";
-const SENT: &str = "istio_tcp_sent_bytes_total";
-const RECEIVED: &str = "istio_tcp_received_bytes_total";
-const OPEN: &str = "istio_tcp_sockets_open";
 const PAUSES: &str = "underpass_accept_paused_total";
 const BUILD: &str = "istio_build";
 const INTERCEPTION: &str = "underpass_interception";
@@ -40,18 +34,10 @@ const BUFFER_BYTES: &str = "underpass_buffer_bytes";
 const CUT: &str = "underpass_connections_cut_total";
 const SET_ASIDE: &str = "underpass_endpoints_set_aside_total";
 
-/// What a label says of what is not known; ztunnel's word.
-const UNKNOWN: &str = "unknown";
-
 /// Installs the recorder of this process; what it returns renders `/metrics`.
 pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     let handle = PrometheusBuilder::new().install_recorder()?;
-    describe_counter!(OPENED, "TCP connections opened.");
-    describe_counter!(CLOSED, "TCP connections closed, having been opened.");
-    describe_counter!(FAILED, "TCP connections that could not be opened.");
-    describe_counter!(SENT, "Bytes sent to clients: responses.");
-    describe_counter!(RECEIVED, "Bytes received from clients: requests.");
-    describe_gauge!(OPEN, "TCP connections open now.");
+    series::describe();
     describe_counter!(PAUSES, "Pauses of accepting, by what ran out.");
     describe_gauge!(BUILD, "The version that runs; always 1.");
     describe_gauge!(INTERCEPTION, "How traffic is caught; always 1.");
@@ -205,118 +191,5 @@ impl std::fmt::Debug for Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.0.decrement(1);
-    }
-}
-
-/// The labels that every metric of one connection carries.
-#[derive(Debug, Clone)]
-pub(crate) struct Labels(Vec<Label>);
-
-impl Labels {
-    pub(crate) fn new(
-        direction: Direction,
-        source: &Party,
-        destination: &Party,
-        service: Option<&Service>,
-        mutual_tls: bool,
-    ) -> Self {
-        let service = |field: fn(&Service) -> &Name| shared(service.map(|s| field(s).clone()));
-        let mut labels = vec![
-            Label::from_static_parts("reporter", reporter(direction)),
-            Label::from_static_parts("request_protocol", "tcp"),
-            Label::from_static_parts(
-                "connection_security_policy",
-                if mutual_tls { "mutual_tls" } else { UNKNOWN },
-            ),
-            Label::new("destination_service", service(|s| &s.hostname)),
-            Label::new("destination_service_name", service(|s| &s.name)),
-            Label::new("destination_service_namespace", service(|s| &s.namespace)),
-        ];
-        for (side, party) in [("source", source), ("destination", destination)] {
-            let workload = party.workload.as_deref();
-            let mut label = |name: &str, value: Option<Name>| {
-                let value = value.filter(|value| !value.is_empty());
-                labels.push(Label::new(format!("{side}_{name}"), shared(value)));
-            };
-            let of = |field: fn(&Workload) -> &Name| workload.map(|w| field(w).clone());
-            label("workload", of(|w| &w.workload_name));
-            label("workload_namespace", of(|w| &w.namespace));
-            label("canonical_service", of(|w| &w.canonical_name));
-            label("canonical_revision", of(|w| &w.canonical_revision));
-            label("app", of(|w| &w.canonical_name));
-            label("version", of(|w| &w.canonical_revision));
-            label("cluster", of(|w| &w.cluster_id));
-            label("principal", party.identity.as_ref().map(|id| id.to_string().into()));
-        }
-        Self(labels)
-    }
-
-    fn with_flags(&self, flags: &'static str) -> Vec<Label> {
-        let mut labels = self.0.clone();
-        labels.push(Label::from_static_parts("response_flags", flags));
-        labels
-    }
-
-    fn open_gauge(&self) -> Gauge {
-        gauge!(
-            OPEN,
-            self.0.iter().filter(|label| label.key() == "reporter").cloned().collect::<Vec<_>>()
-        )
-    }
-}
-
-/// A name as a label's value, without a copy of it.
-fn shared(name: Option<Name>) -> SharedString {
-    name.map_or_else(|| SharedString::const_str(UNKNOWN), SharedString::from_shared)
-}
-
-fn reporter(direction: Direction) -> &'static str {
-    match direction {
-        Direction::Inbound => "destination",
-        Direction::Outbound => "source",
-    }
-}
-
-/// The counters of one open connection, looked up once.
-pub(crate) struct ConnectionMetrics {
-    labels: Labels,
-    sent: Counter,
-    received: Counter,
-}
-
-impl std::fmt::Debug for ConnectionMetrics {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ConnectionMetrics").field("labels", &self.labels).finish_non_exhaustive()
-    }
-}
-
-impl ConnectionMetrics {
-    pub(crate) fn opened(labels: Labels) -> Self {
-        let flagged = labels.with_flags("-");
-        counter!(OPENED, flagged.clone()).increment(1);
-        labels.open_gauge().increment(1);
-        Self {
-            sent: counter!(SENT, flagged.clone()),
-            received: counter!(RECEIVED, flagged),
-            labels,
-        }
-    }
-
-    pub(crate) fn sent(&self, bytes: u64) {
-        self.sent.increment(bytes);
-    }
-
-    pub(crate) fn received(&self, bytes: u64) {
-        self.received.increment(bytes);
-    }
-
-    pub(crate) fn closed(self, flags: &'static str) {
-        counter!(CLOSED, self.labels.with_flags(flags)).increment(1);
-        self.labels.open_gauge().decrement(1);
-    }
-
-    /// Counts a connection that was never opened.
-    pub(crate) fn failed(labels: Labels, flags: &'static str) {
-        counter!(FAILED, labels.with_flags(flags)).increment(1);
     }
 }

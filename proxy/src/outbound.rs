@@ -40,7 +40,7 @@ pub(crate) async fn serve(worker: Arc<Worker>, accepted: Accepted) {
     let destination =
         Party { address: accepted.destination.as_ref().ok().copied(), ..Party::default() };
     let mut record = ConnectionRecord::new(Direction::Outbound, source, destination);
-    let outcome = match accepted.register(&worker.shared.sockets) {
+    let outcome = match accepted.register(worker.shared.rules.ports) {
         Ok(connection) => forward(&worker, connection, &mut record).await,
         Err(error) => Err(error),
     };
@@ -55,14 +55,14 @@ async fn forward(
     let drain = &worker.shared.drain;
     let call = Call { worker, client: client.ip(), asked: destination };
     // Boxed: what connecting needs is a multiple of what the connection needs after it.
-    let connecting = Box::pin(drain.or_abort(call.connect(record)));
+    let connecting = Box::pin(call.connect(record));
     let connected = tokio::select! {
-        connected = connecting => connected?,
+        connected = drain.or_abort(connecting) => connected?,
         // A FIN is no reason: what was sent before it is still to be delivered.
         error = broken(&stream) => return Err(ProxyError::Client(error)),
     };
     let Connected { onward, mut revocation, permit: _permit, load: _load } = connected;
-    record.established();
+    record.established(&worker.series);
     let flow = Flow::new(&worker.shared, record, &mut revocation);
     match onward {
         Onward::Tunnel(tunnel) => {
@@ -203,7 +203,7 @@ impl Call<'_> {
         });
         let subject = Subject::Outbound(Outbound { asked: self.asked, hop, peers, by_address });
         let (permit, mut revocation) = self.worker.permit(subject)?;
-        let onward = revocation.or_end(self.dial(route, &permit, record)).await?;
+        let onward = revocation.or_end(pin!(self.dial(route, &permit, record))).await?;
         Ok((onward, permit, revocation))
     }
 
@@ -228,8 +228,9 @@ impl Call<'_> {
             }
             Via::DoubleTunnel { gateway_peers, peers, authority, .. } => {
                 self.tell_tunnel(hop, authority, record);
-                let tunnel = self.through(permit, gateway_peers, peers, authority, record).await?;
-                Ok(Onward::Tunnel(told(tunnel, record)))
+                // Boxed: it has a handshake of its own, and every other connection would have to bear what that needs.
+                let through = self.through(permit, gateway_peers, peers, authority, record);
+                Ok(Onward::Tunnel(told(Box::pin(through).await?, record)))
             }
         }
     }

@@ -11,7 +11,7 @@ use underpass_config::{Name, Service, SpiffeId, Workload};
 use underpass_hbone::{Baggage, RequestHeaders, TraceParent};
 
 use crate::error::{Fault, ProxyError, chain};
-use crate::metrics::{ConnectionMetrics, Labels};
+use crate::metrics::{self, KnownSeries, Labels, Series};
 
 /// Which way a connection goes, and so who reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -53,7 +53,7 @@ pub(crate) struct ConnectionRecord {
     trace: Option<TraceParent>,
     /// Who the peer says that the source is, in words for people; used where the mesh does not know.
     claimed: Option<Baggage>,
-    metrics: Option<ConnectionMetrics>,
+    series: Option<Arc<Series>>,
     sent: AtomicU64,
     received: AtomicU64,
     outcome: Result<(), ProxyError>,
@@ -71,7 +71,7 @@ impl ConnectionRecord {
             // Who is connected to is told by whoever connects.
             trace: (direction == Direction::Outbound).then(TraceParent::new),
             claimed: None,
-            metrics: None,
+            series: None,
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             outcome: Err(ProxyError::Dropped),
@@ -90,25 +90,25 @@ impl ConnectionRecord {
     }
 
     /// Counts the connection as opened; both parties must be known by now.
-    pub(crate) fn established(&mut self) {
-        if self.metrics.is_none() {
-            self.metrics = Some(ConnectionMetrics::opened(self.labels()));
+    pub(crate) fn established(&mut self, known: &KnownSeries) {
+        if self.series.is_none() {
+            self.series = Some(Series::opened(self.labels(), known));
         }
     }
 
     /// Counts bytes that went to the client.
     pub(crate) fn sent(&self, bytes: usize) {
         self.sent.fetch_add(bytes as u64, Relaxed);
-        if let Some(metrics) = &self.metrics {
-            metrics.sent(bytes as u64);
+        if let Some(series) = &self.series {
+            series.sent(bytes as u64);
         }
     }
 
     /// Counts bytes that came from the client.
     pub(crate) fn received(&self, bytes: usize) {
         self.received.fetch_add(bytes as u64, Relaxed);
-        if let Some(metrics) = &self.metrics {
-            metrics.received(bytes as u64);
+        if let Some(series) = &self.series {
+            series.received(bytes as u64);
         }
     }
 
@@ -123,7 +123,7 @@ impl ConnectionRecord {
     }
 
     fn labels(&self) -> Labels {
-        let service = self.service.as_deref();
+        let service = self.service.as_ref();
         Labels::new(self.direction, &self.source, &self.destination, service, self.hbone.is_some())
     }
 
@@ -209,9 +209,9 @@ impl Drop for ConnectionRecord {
     /// A record that nobody closed (its task was cancelled) is counted and logged as dropped.
     fn drop(&mut self) {
         let flags = self.outcome.as_ref().err().map_or("-", |error| error.reason().flags);
-        match self.metrics.take() {
-            Some(metrics) => metrics.closed(flags),
-            None => ConnectionMetrics::failed(self.labels(), flags),
+        match &self.series {
+            Some(series) => series.closed(flags, || self.labels()),
+            None => metrics::failed(&self.labels(), flags),
         }
         self.log();
     }

@@ -27,6 +27,7 @@ use crate::error::ProxyError;
 use crate::gate::Gate;
 use crate::limits::{Limits, Place, Refusal};
 use crate::live::{Live, Revocation};
+use crate::metrics::KnownSeries;
 use crate::policy::{Change, Permit, Rules, Subject};
 use crate::publish::Applied;
 use crate::resolve::Resolver;
@@ -80,6 +81,8 @@ pub(crate) struct Worker {
     pub(crate) acceptor: Option<Acceptor>,
     /// The connections that this worker serves.
     pub(crate) live: Arc<Live>,
+    /// What they are counted in.
+    pub(crate) series: KnownSeries,
     pub(crate) balance: Arc<Balance>,
     pub(crate) index: usize,
 }
@@ -106,7 +109,8 @@ impl Worker {
         let connector = credentials().map(|own| Connector::new(own, ClientSettings::default()));
         let acceptor = credentials().map(|own| Acceptor::new(own, ServerSettings::default()));
         let pool = Pool::new(dialer, settings);
-        Self { pool, connector, acceptor, live: Arc::default(), balance, index, shared }
+        let (live, series) = (Arc::default(), KnownSeries::default());
+        Self { pool, connector, acceptor, live, series, balance, index, shared }
     }
 
     /// Decides on a connection.
@@ -141,6 +145,7 @@ impl Worker {
         applied.send_replace(Applied { generation: old.generation, cut: 0 });
         while mesh.changed().await.is_ok() {
             let new = mesh.borrow_and_update().clone();
+            self.series.forget();
             let mut change = Change::new(&old, &new, &self.shared.rules);
             let stopped = self.live.stop(|subject, since| change.check(subject, since)).await;
             // The next change need not wait until all of them have ended.

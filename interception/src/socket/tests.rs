@@ -21,7 +21,7 @@ fn unmarked() -> Sockets {
 
 fn listen(sockets: &Sockets) -> BoundListener {
     let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0));
-    sockets.listen_on(any, "a test", "test.port").expect("a free port")
+    sockets.listen_on(any, Closing::End, "a test", "test.port").expect("a free port")
 }
 
 fn loopback(listener: &BoundListener) -> SocketAddr {
@@ -63,8 +63,11 @@ async fn an_end_of_writing_is_a_fin_and_none_is_needed_when_all_is_over() {
 fn a_taken_port_names_its_purpose_and_setting() {
     let sockets = unmarked();
     let taken = listen(&sockets).local_addr().expect("bound");
-    let _holder = sockets.listen_on(taken, "a test", "test.port").expect("free again");
-    let error = sockets.listen_on(taken, "captured connections", "proxy.port").expect_err("taken");
+    let _holder =
+        sockets.listen_on(taken, Closing::End, "a test", "test.port").expect("free again");
+    let error = sockets
+        .listen_on(taken, Closing::End, "captured connections", "proxy.port")
+        .expect_err("taken");
     let message = error.to_string();
     assert!(
         message.contains("captured connections") && message.contains("proxy.port"),
@@ -104,18 +107,64 @@ async fn a_connection_without_a_mark_needs_no_capability_and_keeps_no_source() {
     assert_eq!(client.local_addr().expect("an address").ip(), Ipv4Addr::LOCALHOST);
 }
 
+/// What a listener's connections have from it, for a client of `from`.
+async fn accepted(
+    sockets: &Sockets,
+    listener: &BoundListener,
+    from: IpAddr,
+) -> std::net::TcpStream {
+    let port = listener.local_addr().expect("bound").port();
+    let listener = listener.try_clone().expect("a copy").register().expect("registered");
+    let to = SocketAddr::new(from, port);
+    let (client, accepted) = tokio::join!(sockets.connect(to), listener.accept());
+    client.expect("connected");
+    accepted.expect("accepted").0
+}
+
+fn is_tuned(stream: &impl AsFd, keepalive: Duration) -> bool {
+    let socket = SockRef::from(stream);
+    socket.tcp_nodelay().expect("an option")
+        && socket.keepalive().expect("an option")
+        && socket.tcp_keepalive_time().expect("an option") == keepalive
+        && socket.tcp_keepalive_interval().expect("an option") == keepalive
+        && socket.tcp_keepalive_retries().expect("an option") == KEEPALIVE_PROBES
+}
+
 #[tokio::test]
 async fn connections_are_probed_and_not_delayed() {
     let listener = listen(&unmarked());
     let keepalive = Duration::from_secs(77);
     let sockets = unmarked().with_keepalive(keepalive);
     let client = sockets.connect(loopback(&listener)).await.expect("connected");
-    let socket = SockRef::from(&client);
-    assert!(socket.tcp_nodelay().expect("an option"));
-    assert!(socket.keepalive().expect("an option"));
-    assert_eq!(socket.tcp_keepalive_time().expect("an option"), keepalive);
-    assert_eq!(socket.tcp_keepalive_interval().expect("an option"), keepalive);
-    assert_eq!(socket.tcp_keepalive_retries().expect("an option"), KEEPALIVE_PROBES);
+    assert!(is_tuned(&client, keepalive));
+    assert_eq!(SockRef::from(&client).linger().expect("an option"), Some(Duration::ZERO));
+}
+
+#[tokio::test]
+async fn what_is_accepted_has_the_options_of_its_listener() {
+    let keepalive = Duration::from_secs(78);
+    let sockets = unmarked().with_keepalive(keepalive);
+    let bound = listen(&sockets);
+    let any_v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+    // As one comes from another process.
+    let handed = BoundListener::from(std::net::TcpListener::bind(any_v4).expect("a free port"));
+    let mut clients =
+        vec![(&bound, Ipv4Addr::LOCALHOST.into()), (&handed, Ipv4Addr::LOCALHOST.into())];
+    if crate::ipv6_available() {
+        clients.push((&bound, Ipv6Addr::LOCALHOST.into()));
+    }
+    for (listener, from) in clients {
+        for (closing, linger) in [(Closing::Reset, Some(Duration::ZERO)), (Closing::End, None)] {
+            sockets.prepare(listener, closing).expect("its options");
+            let stream = accepted(&sockets, listener, from).await;
+            assert!(is_tuned(&stream, keepalive), "{from}");
+            assert_eq!(SockRef::from(&stream).linger().expect("an option"), linger, "{from}");
+        }
+    }
+    let of_its_own = sockets.listen_on(any_v4, Closing::Reset, "a test", "test.port");
+    let stream = accepted(&sockets, &of_its_own.expect("a free port"), any_v4.ip()).await;
+    assert_eq!(SockRef::from(&stream).linger().expect("an option"), Some(Duration::ZERO));
+    assert!(is_tuned(&stream, keepalive));
 }
 
 #[tokio::test]

@@ -10,7 +10,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpSocket;
 use tokio::time::timeout;
 use underpass_interception::{
-    BoundListener, Namespace, PacketCapture, Sockets, TcpSegment, counters, original_destination,
+    BoundListener, Closing, Namespace, PacketCapture, Sockets, TcpSegment, counters,
+    original_destination,
 };
 
 use crate::Case;
@@ -55,7 +56,8 @@ impl Mesh {
         let wired = Wired::new(name)?;
         let sockets = Sockets::new(&settings(""), true);
         let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-        let listen = |port| wired.pod.run(|| sockets.listen_on(any(port), "a test", "none"));
+        let listen =
+            |port| wired.pod.run(|| sockets.listen_on(any(port), Closing::Reset, "a test", "none"));
         let (outbound, inbound) = (listen(PORTS.outbound)??, listen(PORTS.inbound)??);
         let hbone = listen(PORTS.hbone)??;
         let app = wired.pod.run(|| TcpListener::bind(("::", APP)))??;
@@ -126,7 +128,7 @@ fn accept(
     runtime()?.block_on(async {
         let listener = listener.register()?;
         let (stream, peer) = timeout(DEADLINE, listener.accept()).await??;
-        let original = original_destination(&stream)?;
+        let original = original_destination(&stream, peer.ip())?;
         let mut stream = tokio::net::TcpStream::from_std(stream)?;
         client.write_all(b"?")?;
         equal("the request", timeout(DEADLINE, stream.read_u8()).await??, b'?')?;

@@ -251,9 +251,9 @@ async fn accept(
     port: u16,
     arrivals: UnboundedSender<Arrival>,
 ) {
-    while let Ok((stream, _)) = listener.accept().await {
+    while let Ok((stream, client)) = listener.accept().await {
         let original = match place {
-            Place::Pod => original_destination(&stream).ok(),
+            Place::Pod => original_destination(&stream, client.ip()).ok(),
             Place::Remote | Place::Vm => None,
         };
         if arrivals.send(Arrival { place, port, original }).is_err() {
