@@ -359,6 +359,7 @@ fn shared(
         sockets,
         rules: Arc::new(rules),
         timeouts: settings.timeouts.clone(),
+        deadlines: (&settings.timeouts).into(),
         tunnels: settings.tunnels.clone(),
         mesh,
         endpoints: Arc::default(),

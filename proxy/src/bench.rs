@@ -39,7 +39,7 @@ pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
         live.register(Subject::inbound(nowhere, nowhere, None), 0);
     let record = ConnectionRecord::new(Direction::Outbound, Party::default(), Party::default());
     let drain = Drain::default();
-    let deadlines = Deadlines { idle: None, half_close: None, probes: Probes::CONNTRACK };
+    let deadlines = &Deadlines { idle: None, half_close: None, probes: Probes::CONNTRACK };
     let revocation = &mut revocation;
     let flow = Flow { record: &record, buffers: &buffers, deadlines, drain: &drain, revocation };
     let ended: Result<(), ProxyError> = match upstream {

@@ -43,7 +43,7 @@ use crate::worker::Shared;
 pub(crate) struct Flow<'a> {
     pub(crate) record: &'a ConnectionRecord,
     pub(crate) buffers: &'a Buffers,
-    pub(crate) deadlines: Deadlines,
+    pub(crate) deadlines: &'a Deadlines,
     pub(crate) drain: &'a Drain,
     pub(crate) revocation: &'a mut Revocation,
 }
@@ -54,32 +54,32 @@ impl<'a> Flow<'a> {
         record: &'a ConnectionRecord,
         revocation: &'a mut Revocation,
     ) -> Self {
-        let Shared { buffers, drain, timeouts, .. } = shared;
-        Self { record, buffers, deadlines: timeouts.into(), drain, revocation }
+        let Shared { buffers, drain, deadlines, .. } = shared;
+        Self { record, buffers, deadlines, drain, revocation }
     }
 
     /// Copies between a client's connection and the tunnel that leads to its destination.
-    pub(crate) async fn into_tunnel(
+    pub(crate) fn into_tunnel(
         self,
         client: TcpStream,
         tunnel: TunnelStream,
-    ) -> Result<(), ProxyError> {
+    ) -> impl Future<Output = Result<(), ProxyError>> {
         let record = self.record;
         let received = |bytes| record.received(bytes);
         let sent = |bytes| record.sent(bytes);
-        self.through_tunnel(client, ProxyError::Client, tunnel, received, sent).await
+        self.through_tunnel(client, ProxyError::Client, tunnel, received, sent)
     }
 
     /// Copies between the tunnel that a client came through and the application.
-    pub(crate) async fn out_of_tunnel(
+    pub(crate) fn out_of_tunnel(
         self,
         tunnel: TunnelStream,
         app: TcpStream,
-    ) -> Result<(), ProxyError> {
+    ) -> impl Future<Output = Result<(), ProxyError>> {
         let record = self.record;
         let received = |bytes| record.received(bytes);
         let sent = |bytes| record.sent(bytes);
-        self.through_tunnel(app, ProxyError::Upstream, tunnel, sent, received).await
+        self.through_tunnel(app, ProxyError::Upstream, tunnel, sent, received)
     }
 
     async fn through_tunnel(
@@ -221,7 +221,8 @@ async fn next(
     tokio::select! {
         biased;
         data = from.read() => data,
-        error = async { once(half_closed).await; to.aborted().await } => Err(error),
+        // Boxed: most connections are never half-closed for long, and all of them would have to bear its state.
+        error = async { once(half_closed).await; Box::pin(to.aborted()).await } => Err(error),
     }
 }
 

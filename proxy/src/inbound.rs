@@ -46,13 +46,16 @@ async fn forward_plaintext(
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
     let way = InboundTarget { address: destination, header: None, service: None };
-    let connecting = pin!(connect(worker, client, &way, None));
-    let connected = tokio::select! {
-        connected = drain.or_abort(connecting) => connected?,
-        // A FIN is no reason: what was sent before it is still to be delivered.
-        error = broken(&stream) => return Err(ProxyError::Client(error)),
-    };
-    let Connected { app, permit: _permit, mut revocation } = connected;
+    // Boxed: what connecting needs is a multiple of what the connection needs after it.
+    let connected = Box::pin(async {
+        let connecting = pin!(connect(worker, client, &way, None));
+        tokio::select! {
+            connected = drain.or_abort(connecting) => connected,
+            // A FIN is no reason: what was sent before it is still to be delivered.
+            error = broken(&stream) => Err(ProxyError::Client(error)),
+        }
+    });
+    let Connected { app, permit: _permit, mut revocation } = connected.await?;
     record.established(&worker.series);
     Flow::new(&worker.shared, record, &mut revocation).through_tcp(stream, app).await
 }
@@ -216,19 +219,19 @@ async fn forward_request(
     record: &mut ConnectionRecord,
 ) -> Result<(), ProxyError> {
     let drain = &worker.shared.drain;
-    let connected = match way {
-        Ok(way) => {
-            let connecting = pin!(connect(worker, client, &way, Some(peer)));
-            tokio::select! {
-                connected = drain.or_abort(connecting) => connected,
-                error = request.closed() => return Err(ProxyError::Tunnel(error)),
-            }
+    // Boxed: what connecting needs is a multiple of what the connection needs after it.
+    let connected = Box::pin(async {
+        let way = way?;
+        let connecting = pin!(connect(worker, client, &way, Some(peer)));
+        tokio::select! {
+            connected = drain.or_abort(connecting) => connected,
+            error = request.closed() => Err(ProxyError::Tunnel(error)),
         }
-        Err(error) => Err(error),
-    };
-    let Connected { app, permit: _permit, mut revocation } = match connected {
+    });
+    let Connected { app, permit: _permit, mut revocation } = match connected.await {
         Ok(connected) => connected,
         Err(error) => {
+            // Nothing is said to a client that has gone.
             request.refuse(error.reason().status);
             return Err(error);
         }

@@ -3,13 +3,15 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
-use tracing_appender::non_blocking::WorkerGuard;
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::time::SystemTime;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use underpass_config::{ConfigErrors, LogFormat, Logging, Problem};
 
+/// How many lines may wait for a slow reader; what is more is lost. The library's 128,000 are 4 MiB that are resident from the start.
+const LINES: usize = 16 << 10;
 /// How long the thread rests when it has written what there was. Whoever logs meanwhile need not wake it: that cost a connection
 /// two of its 30 system calls and some of the thread's.
 const REST: Duration = Duration::from_millis(10);
@@ -36,7 +38,9 @@ pub(crate) fn start(settings: &Logging) -> Result<WorkerGuard, ConfigErrors> {
     } else {
         filter.with_target("nlink", LevelFilter::ERROR)
     };
-    let (writer, guard) = tracing_appender::non_blocking(Batches::new(io::stdout()));
+    let (writer, guard) = NonBlockingBuilder::default()
+        .buffered_lines_limit(LINES)
+        .finish(Batches::new(io::stdout()));
     let lines = tracing_subscriber::fmt::layer()
         .with_timer(SystemTime)
         .with_ansi(false)

@@ -55,13 +55,15 @@ async fn forward(
     let drain = &worker.shared.drain;
     let call = Call { worker, client: client.ip(), asked: destination };
     // Boxed: what connecting needs is a multiple of what the connection needs after it.
-    let connecting = Box::pin(call.connect(record));
-    let connected = tokio::select! {
-        connected = drain.or_abort(connecting) => connected?,
-        // A FIN is no reason: what was sent before it is still to be delivered.
-        error = broken(&stream) => return Err(ProxyError::Client(error)),
-    };
-    let Connected { onward, mut revocation, permit: _permit, load: _load } = connected;
+    let connected = Box::pin(async {
+        let connecting = pin!(call.connect(record));
+        tokio::select! {
+            connected = drain.or_abort(connecting) => connected,
+            // A FIN is no reason: what was sent before it is still to be delivered.
+            error = broken(&stream) => Err(ProxyError::Client(error)),
+        }
+    });
+    let Connected { onward, mut revocation, permit: _permit, load: _load } = connected.await?;
     record.established(&worker.series);
     let flow = Flow::new(&worker.shared, record, &mut revocation);
     match onward {

@@ -18,7 +18,7 @@ use underpass_interception::{BoundListener, Sockets, drop_capabilities};
 use crate::accept::{Accepted, Kind, accept_loop};
 use crate::balance::Balance;
 use crate::cli::{CommandError, single_threaded_runtime};
-use crate::copy::Buffers;
+use crate::copy::{Buffers, Deadlines};
 use crate::descriptors::Held;
 use crate::dial::TunnelDialer;
 use crate::drain::Drain;
@@ -55,6 +55,8 @@ pub(crate) struct Shared {
     pub(crate) limits: Limits,
     /// What the copy may hold.
     pub(crate) buffers: Buffers,
+    /// How long a connection may rest.
+    pub(crate) deadlines: Deadlines,
     pub(crate) drain: Drain,
     pub(crate) accept: Gate,
     pub(crate) self_test: SelfTest,
@@ -245,8 +247,25 @@ pub(crate) fn serve(worker: &Arc<Worker>, Assignment { accepted, place }: Assign
         match accepted.kind {
             Kind::Outbound => outbound::serve(own, accepted).await,
             Kind::Plaintext => inbound::serve_plaintext(own, accepted).await,
-            Kind::Hbone => inbound::serve_tunnel(own, accepted).await,
+            // Boxed: tunnels are few, and every connection would take as much memory as one.
+            Kind::Hbone => Box::pin(inbound::serve_tunnel(own, accepted)).await,
         }
     };
     tokio::spawn(worker.shared.drain.track(connection));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<A, B, F: Future>(_: impl Fn(A, B) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// It is most of what an idle connection holds, and one future that is not boxed where it should be doubles it.
+    #[test]
+    fn what_a_connection_needs_for_as_long_as_it_lives_is_little() {
+        assert!(size(outbound::serve) <= 3072, "{}", size(outbound::serve));
+        assert!(size(inbound::serve_plaintext) <= 3072, "{}", size(inbound::serve_plaintext));
+    }
 }

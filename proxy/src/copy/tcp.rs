@@ -1,6 +1,8 @@
 //! A TCP connection as where bytes come from and where they go, and how it breaks.
 
+use std::future::poll_fn;
 use std::io;
+use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use tokio::io::Interest;
@@ -53,19 +55,7 @@ pub(super) struct TcpSink<'a> {
 
 impl Sink for TcpSink<'_> {
     async fn write(&mut self, data: &mut Bytes) -> Result<usize, ProxyError> {
-        loop {
-            match self.stream.try_write(data) {
-                Ok(0) => return Err((self.broke)(io::ErrorKind::WriteZero.into())),
-                Ok(written) => {
-                    data.advance(written);
-                    return Ok(written);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.stream.writable().await.map_err(self.broke)?;
-                }
-                Err(error) => return Err((self.broke)(error)),
-            }
-        }
+        poll_fn(|cx| self.poll_write(cx, data)).await.map_err(self.broke)
     }
 
     async fn finish(&mut self) -> Result<(), ProxyError> {
@@ -74,6 +64,23 @@ impl Sink for TcpSink<'_> {
 
     async fn aborted(&mut self) -> ProxyError {
         (self.broke)(broken(self.stream).await)
+    }
+}
+
+impl TcpSink<'_> {
+    fn poll_write(&self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.stream.poll_write_ready(cx))?;
+            match self.stream.try_write(data) {
+                Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Ok(written) => {
+                    data.advance(written);
+                    return Poll::Ready(Ok(written));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
     }
 }
 
@@ -138,6 +145,30 @@ impl<'a> TcpSource<'a> {
         }
     }
 
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
+        loop {
+            let Poll::Ready(ready) = self.stream.poll_read_ready(cx) else {
+                // An idle connection holds no buffer.
+                self.release();
+                return Poll::Pending;
+            };
+            ready?;
+            let room = self.make_room();
+            match self.stream.try_read_buf(&mut self.buffer) {
+                Ok(0) => return Poll::Ready(Ok(None)),
+                Ok(read) => {
+                    if read < room {
+                        exhausted(self.stream);
+                    }
+                    self.adapt(read, room);
+                    return Poll::Ready(Ok(Some(self.buffer.split().freeze())));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
     /// Lets the buffer go.
     fn release(&mut self) {
         self.buffer = BytesMut::new();
@@ -147,24 +178,6 @@ impl<'a> TcpSource<'a> {
 
 impl Source for TcpSource<'_> {
     async fn read(&mut self) -> Result<Option<Bytes>, ProxyError> {
-        loop {
-            let room = self.make_room();
-            match self.stream.try_read_buf(&mut self.buffer) {
-                Ok(0) => return Ok(None),
-                Ok(read) => {
-                    if read < room {
-                        exhausted(self.stream);
-                    }
-                    self.adapt(read, room);
-                    return Ok(Some(self.buffer.split().freeze()));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    // An idle connection holds no buffer.
-                    self.release();
-                    self.stream.readable().await.map_err(self.broke)?;
-                }
-                Err(error) => return Err((self.broke)(error)),
-            }
-        }
+        poll_fn(|cx| self.poll_read(cx)).await.map_err(self.broke)
     }
 }

@@ -342,7 +342,13 @@ async fn run(ends: Ends, deadlines: Deadlines, buffers: Buffers) -> (Result<(), 
     let record = ConnectionRecord::new(Direction::Outbound, Party::default(), Party::default());
     let drain = Drain::default();
     let revocation = &mut revocation;
-    let flow = Flow { record: &record, buffers: &buffers, deadlines, drain: &drain, revocation };
+    let flow = Flow {
+        record: &record,
+        buffers: &buffers,
+        deadlines: &deadlines,
+        drain: &drain,
+        revocation,
+    };
     let outcome = match ends {
         Ends::Plain(client, server) => flow.through_tcp(client, server).await,
         Ends::IntoTunnel(client, tunnel) => flow.into_tunnel(client, tunnel).await,
