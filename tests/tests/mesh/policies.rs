@@ -159,6 +159,9 @@ async fn flip_flop() {
     assert_eq!(read_to_end(&mut one).await.1, End::Reset);
 }
 
+/// What the application says first.
+const OPEN: u8 = b'o';
+
 /// What every byte carries: the time at which it was sent, counted in states of the policy; odd ones forbid.
 #[derive(Debug, Default)]
 struct Clock(AtomicU64);
@@ -173,6 +176,7 @@ async fn flips() {
     let _app = Server::start(&scene.server, APP, move |mut stream, _| {
         let (carried, forbidden) = counts.clone();
         async move {
+            stream.write_u8(OPEN).await?;
             loop {
                 let sent_at = stream.read_u64().await?;
                 let count = if sent_at % 2 == 1 { &forbidden } else { &carried };
@@ -199,11 +203,15 @@ async fn flips() {
     assert_eq!(forbidden.load(SeqCst), 0);
 }
 
-/// Connects again and again, and sends the time.
+/// Connects again and again, and sends the time once the connection is open all the way. What is sent before waits for the decision,
+/// and may arrive if that is made when the policy is gone.
 async fn send(scene: Arc<Scene>, clock: Arc<Clock>) {
     let to = scene.app(Family::V4);
     loop {
         let Ok(mut stream) = scene.client.dial(to).await else { continue };
+        if within("it is opened or denied", stream.read_u8()).await.is_err() {
+            continue;
+        }
         let began = Instant::now();
         let mut sent = Ok(());
         while sent.is_ok() && began.elapsed() < Duration::from_secs(1) {
