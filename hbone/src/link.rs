@@ -336,6 +336,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Monitored<T> {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::future::poll_immediate;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     use super::*;
@@ -353,6 +354,21 @@ mod tests {
         far.write_all(b"answer").await.unwrap();
         near.read_exact(&mut [0; 6]).await.unwrap();
         assert_eq!(count() - before, 13);
+    }
+
+    #[tokio::test]
+    async fn a_turn_of_reading_ends_though_there_is_more_and_another_follows() {
+        let (tunnel, _server) = Mesh::new().tunnel().await;
+        let (near, mut far) = duplex(2 * TURN);
+        let mut near = Monitored::new(near, tunnel.link().clone());
+        far.write_all(&vec![0; 2 * TURN]).await.unwrap();
+        let (mut read, mut buffer) = (0, vec![0; TURN / 4]);
+        while let Some(length) = poll_immediate(near.read(&mut buffer)).await {
+            read += length.unwrap();
+        }
+        assert_eq!(read, TURN);
+        // Whoever waits is woken at once.
+        assert_eq!(near.read(&mut buffer).await.unwrap(), TURN / 4);
     }
 
     #[test]
