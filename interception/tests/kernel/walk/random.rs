@@ -277,6 +277,8 @@ fn imitator(settings: &InterceptionSettings, to: IpAddr, ids: &[u32]) -> Option<
     // Istio's TPROXY excludes interfaces from the way back too.
     let excluded = settings.outbound.exclude_interfaces.iter().any(|name| name == "eth0");
     let way_back = way_back && !(tproxy && settings.exact && excluded);
+    // What carries the mark, as what imitates does, is lost where DNS capture redirects it too, see `mark` (seed 1486892390326654285).
+    let way_back = way_back && !(tproxy && settings.exact && settings.dns == Dns::Capture);
     let possible =
         POD.contains(&to) && way_back && (tproxy || settings.profile == Profile::Ambient);
     // By Istio's rules, what the proxy's user or group sends to the pod is a self-call, and caught.
