@@ -25,8 +25,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep};
-use underpass_benches::{Asking, Traffic};
-use underpass_interception::{Namespace, enter_sandbox, raise_open_files};
+use underpass_benches::{Asking, Traffic, runtime_with_pods};
+use underpass_interception::Namespace;
 use underpass_tests::{CLIENT, Family, Mesh, Pki, Pod, Proxy, SERVER, Settings, World};
 
 /// Where connections are held open; several, for a port of the client serves only one connection to each.
@@ -43,11 +43,7 @@ fn main() {
     let Some(arguments) = underpass_benches::asked() else { return };
     let asked = arguments.iter().skip_while(|argument| *argument != "--connections").nth(1);
     let connections = asked.and_then(|number| number.parse().ok()).unwrap_or(9_000);
-    underpass_tests::binary();
-    enter_sandbox().expect("this user may make namespaces");
-    raise_open_files().expect("the limit of open files can be raised");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.expect("a runtime starts").block_on(async {
+    runtime_with_pods().block_on(async {
         cut(connections).await;
         update().await;
     });

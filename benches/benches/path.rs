@@ -8,25 +8,11 @@
 
 use std::fs;
 
-use underpass_benches::{Options, Path, Report, Workload, results, was_part};
-use underpass_interception::{enter_sandbox, raise_open_files};
+use underpass_benches::{Options, Path, Report, Workload, results, runtime_with_pods};
 
 fn main() {
-    if was_part() {
-        return;
-    }
-    let options = Options::read();
-    if !options.bench {
-        println!("nothing is measured without --bench, which `cargo bench` adds");
-        return;
-    }
-    // Outside of the sandbox, where cargo has its home; with the profile of this program.
-    underpass_tests::binary();
-    // Namespaces can only be entered while there is one thread.
-    enter_sandbox().expect("this user may make namespaces");
-    raise_open_files().expect("the limit of open files can be raised");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let report = runtime.expect("a runtime starts").block_on(measure(&options));
+    let Some(options) = Options::asked() else { return };
+    let report = runtime_with_pods().block_on(measure(&options));
     println!("\n{}\n\n{}\n{}", report.machine(), report.table(), report.goals());
     save(&report);
 }

@@ -30,9 +30,10 @@ mod server;
 mod workload;
 mod ztunnel;
 
+use underpass_interception::{enter_sandbox, raise_open_files};
+
 pub use load::{Asking, Traffic};
 pub use options::{Options, PathName, What};
-pub use part::was_part;
 pub use paths::Path;
 pub use plot::Plot;
 pub use report::Report;
@@ -50,6 +51,21 @@ pub fn asked() -> Option<Vec<String>> {
         println!("nothing is measured without --bench, which `cargo bench` adds");
     }
     asked.then_some(arguments)
+}
+
+/// What a bench with pods runs in, having built what it measures; to be called while there is one thread, which is when namespaces can
+/// be entered.
+///
+/// # Panics
+/// This user may not make namespaces, or the program cannot be built.
+#[must_use]
+pub fn runtime_with_pods() -> tokio::runtime::Runtime {
+    // Outside of the sandbox, where cargo has its home; with the profile of this program.
+    underpass_tests::binary();
+    enter_sandbox().expect("this user may make namespaces");
+    raise_open_files().expect("the limit of open files can be raised");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime starts")
 }
 
 /// `target/bench`, where results are written to; this program is `target/PROFILE/deps/NAME-…`.

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
+use crate::part::was_part;
+
 /// Measures direct, relayed, plain and HBONE traffic between two pods, in one sitting
 #[derive(Debug, Clone, Parser)]
 #[command(name = "cargo bench -p underpass-benches --")]
@@ -43,9 +45,14 @@ pub struct Options {
 }
 
 impl Options {
-    /// The options of this process; ends it if they are not understood.
+    /// The options of this process, if something is to be measured: if it is no part of a bench, and `cargo bench` has started it.
+    /// Ends it if they are not understood.
     #[must_use]
-    pub fn read() -> Self {
+    pub fn asked() -> Option<Self> {
+        if was_part() {
+            return None;
+        }
+        crate::asked()?;
         let mut options = Self::parse();
         if options.quick {
             options.seconds = 1.0;
@@ -57,7 +64,7 @@ impl Options {
         if options.ztunnel.is_none() {
             options.paths.retain(|path| !path.is_ztunnel());
         }
-        options
+        Some(options)
     }
 
     /// What proxies log.

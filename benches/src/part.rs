@@ -66,7 +66,7 @@ impl Drop for Part {
 /// # Panics
 /// It met an error, or was told what is no part.
 #[must_use]
-pub fn was_part() -> bool {
+pub(crate) fn was_part() -> bool {
     let mut arguments = std::env::args().skip(1);
     if arguments.next().as_deref() != Some(PART) {
         return false;

@@ -146,8 +146,9 @@ impl Scaling {
                 of_it().flat_map(|(_, figures)| figures.keys().map(|(_, size)| *size)).collect();
             sizes.sort_unstable();
             sizes.dedup();
-            let mut lines = vec![vec![what.name().to_owned()]];
-            lines.iter_mut().for_each(|head| head.extend(sizes.iter().map(usize::to_string)));
+            let mut head = vec![what.name().to_owned()];
+            head.extend(sizes.iter().map(usize::to_string));
+            let mut lines = vec![head];
             for ((_, figure), values) in of_it() {
                 for path in paths(values) {
                     let cell = |size| {

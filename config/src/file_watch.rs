@@ -131,7 +131,8 @@ impl Watch {
 
     /// Waits until something happens that can lead to other content, and tells how long to wait for more of it.
     async fn told(&self) -> Duration {
-        // For as long as somebody waits: to begin to watch takes no runtime. What came before is told at once.
+        // For as long as somebody waits: to begin to watch takes no runtime. What came before is told at once, and what cannot be told
+        // is found by the next look.
         #[expect(
             deprecated,
             reason = "its successor is `unsafe`, for what closes its descriptor too early; ours is borrowed for as long"
