@@ -18,6 +18,7 @@ mod ca;
 mod client;
 mod clock;
 mod credentials;
+mod distrust;
 mod error;
 mod files;
 mod guard;
@@ -48,6 +49,7 @@ pub use ca::{
 };
 pub use client::{ConnectRequest, Connector, Tunnel};
 pub use credentials::Credentials;
+pub use distrust::Distrust;
 pub use error::{CredentialProblem, ExpectedPeer, Fault, HboneError, RequestProblem};
 pub use handshakes::{HandshakeGuard, HandshakeLimit};
 pub use headers::{Baggage, Forwarded, HeaderError, RequestHeaders, TraceParent};

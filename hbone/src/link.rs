@@ -11,9 +11,10 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::{SetOnce, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::distrust::{Distrust, Distrusted};
 use crate::windows::Unread;
 use crate::{HboneError, PeerIdentity, tls};
 
@@ -32,7 +33,7 @@ pub(crate) struct Link {
     failure: OnceLock<HboneError>,
     /// Whether it is to close with its last stream.
     released: AtomicBool,
-    distrusted: SetOnce<()>,
+    trust: Distrusted,
     closed: watch::Sender<bool>,
 }
 
@@ -72,7 +73,7 @@ impl Link {
             load: Mutex::new(Load { open_streams: 0, idle_since: now }),
             unread: Unread::default(),
             failure: OnceLock::new(),
-            distrusted: SetOnce::new(),
+            trust: Distrusted::default(),
             released: AtomicBool::new(false),
             closed: watch::Sender::new(false),
         })
@@ -129,14 +130,16 @@ impl Link {
     /// The same for a peer that is not to be trusted any longer: its streams end at once, whatever of them is still to be read.
     pub(crate) fn distrust(&self, reason: HboneError) {
         self.fail(reason);
-        // It may have been set before.
-        let _first = self.distrusted.set(());
+        self.trust.tell();
     }
 
     /// Waits until the peer is not to be trusted any longer.
-    pub(crate) async fn distrusted(&self) -> HboneError {
-        self.distrusted.wait().await;
-        self.lost(None)
+    pub(crate) fn distrusted(self: &Arc<Self>) -> Distrust {
+        Distrust::of(self.clone())
+    }
+
+    pub(crate) fn trust(&self) -> &Distrusted {
+        &self.trust
     }
 
     /// Notes that nobody will open a stream any more.

@@ -5,6 +5,7 @@
 mod io;
 
 use std::future::poll_fn;
+use std::mem::take;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
@@ -13,6 +14,7 @@ use h2::{Reason, RecvStream, SendStream};
 
 pub use self::io::TunnelIo;
 pub(crate) use self::io::carried_error;
+use crate::distrust::Distrust;
 use crate::link::{Link, OpenStream};
 use crate::{HboneError, PeerIdentity};
 
@@ -56,9 +58,8 @@ impl TunnelStream {
 
     /// Waits until the peer is not to be trusted any longer, as when its certificate is revoked. Reading tells that only behind what
     /// was received before, and writing only when there is something to write. Cancel-safe; may never return.
-    pub fn distrusted(&self) -> impl Future<Output = HboneError> + Send + use<> {
-        let open = self.reader.open.clone();
-        async move { open.link().distrusted().await }
+    pub fn distrusted(&self) -> Distrust {
+        self.reader.link().distrusted()
     }
 
     /// The two directions. The stream counts as open until both are dropped.
@@ -85,7 +86,11 @@ impl TunnelReader {
         poll_fn(|cx| self.poll_read(cx)).await
     }
 
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, HboneError>> {
+    /// [`TunnelReader::read`] for who is no `async fn`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, HboneError>> {
         self.return_credit();
         loop {
             match ready!(self.recv.poll_data(cx)) {
@@ -102,14 +107,14 @@ impl TunnelReader {
     }
 
     fn return_credit(&mut self) {
-        let credit = std::mem::take(&mut self.unreturned);
+        let credit = take(&mut self.unreturned);
         if credit > 0 {
             // Fails only for more than was received.
             let _returned = self.recv.flow_control().release_capacity(credit);
         }
     }
 
-    fn link(&self) -> &Link {
+    fn link(&self) -> &Arc<Link> {
         self.open.link()
     }
 }
@@ -129,22 +134,25 @@ impl TunnelWriter {
     /// As [`TunnelReader::read`]; also when the stream was finished or aborted before.
     pub async fn write(&mut self, mut data: Bytes) -> Result<(), HboneError> {
         while !data.is_empty() {
-            self.write_part(&mut data).await?;
+            poll_fn(|cx| self.poll_write(cx, &mut data)).await?;
         }
         Ok(())
     }
 
-    /// Queues as much from the front of `data`, which must not be empty, as there is room for, waiting for some, and says how
-    /// much that was. Cancel-safe.
+    /// Queues as much from the front of `data`, which must not be empty, as there is room for, and says how much that was.
     ///
     /// # Errors
     /// As [`TunnelWriter::write`].
-    pub async fn write_part(&mut self, data: &mut Bytes) -> Result<usize, HboneError> {
-        let capacity = poll_fn(|cx| self.poll_capacity(cx, data.len())).await?;
-        let frame = data.split_to(capacity.min(data.len()));
+    pub fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        data: &mut Bytes,
+    ) -> Poll<Result<usize, HboneError>> {
+        let capacity = ready!(self.poll_capacity(cx, data.len()))?;
+        let frame = if capacity < data.len() { data.split_to(capacity) } else { take(data) };
         let length = frame.len();
         self.send(frame, false)?;
-        Ok(length)
+        Poll::Ready(Ok(length))
     }
 
     /// Sends END_STREAM: the peer reads a clean end behind all that was written. The other direction goes on.
@@ -202,7 +210,8 @@ impl TunnelWriter {
         }
     }
 
-    fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<HboneError> {
+    /// [`TunnelWriter::closed`] for who is no `async fn`.
+    pub fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<HboneError> {
         self.send.poll_reset(cx).map(|closed| match closed {
             Ok(reason) => HboneError::Reset { reason },
             Err(error) => self.link().stream_error(error),

@@ -4,8 +4,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 
-use similar::{ChangeTag, TextDiff};
+use imara_diff::{Algorithm, Diff, Hunk, InternedInput};
 
 /// Rules as text, chain by chain, in which equal lines mean equal rules.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -134,19 +135,24 @@ impl fmt::Display for Difference {
 }
 
 fn compare(expected: &[String], found: &[String]) -> Vec<Line> {
-    let (expected, found): (Vec<_>, Vec<_>) =
-        (expected.iter().map(String::as_str).collect(), found.iter().map(String::as_str).collect());
-    TextDiff::from_slices(&expected, &found)
-        .iter_all_changes()
-        .map(|change| {
-            let sign = match change.tag() {
-                ChangeTag::Equal => Sign::Same,
-                ChangeTag::Delete => Sign::Missing,
-                ChangeTag::Insert => Sign::Unexpected,
-            };
-            Line { sign, text: change.value().to_owned() }
-        })
-        .collect()
+    let mut input = InternedInput::default();
+    input.update_before(expected.iter().map(String::as_str));
+    input.update_after(found.iter().map(String::as_str));
+    let (mut lines, mut reached) = (Vec::new(), 0);
+    let mut tell = |sign, from: &[String], range: Range<u32>| {
+        let range = range.start as usize..range.end as usize;
+        let texts = from.get(range).unwrap_or_default();
+        lines.extend(texts.iter().map(|text| Line { sign, text: text.clone() }));
+    };
+    for Hunk { before, after } in Diff::compute(Algorithm::Myers, &input).hunks() {
+        tell(Sign::Same, expected, reached..before.start);
+        reached = before.end;
+        tell(Sign::Missing, expected, before);
+        tell(Sign::Unexpected, found, after);
+    }
+    let rest = expected.get(reached as usize..).unwrap_or_default();
+    lines.extend(rest.iter().map(|text| Line { sign: Sign::Same, text: text.clone() }));
+    lines
 }
 
 #[cfg(test)]

@@ -9,7 +9,6 @@ use underpass_hbone::TunnelStream;
 
 use crate::copy::{Buffers, Deadlines, Flow, Probes};
 use crate::descriptors::Descriptors;
-use crate::drain::Drain;
 use crate::endpoint_health::EndpointHealth;
 use crate::error::ProxyError;
 use crate::live::Live;
@@ -38,13 +37,12 @@ pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
     let (_registration, mut revocation) =
         live.register(Subject::inbound(nowhere, nowhere, None), 0);
     let record = ConnectionRecord::new(Direction::Outbound, Party::default(), Party::default());
-    let drain = Drain::default();
     let deadlines = &Deadlines { idle: None, half_close: None, probes: Probes::CONNTRACK };
     let revocation = &mut revocation;
-    let flow = Flow { record: &record, buffers: &buffers, deadlines, drain: &drain, revocation };
+    let flow = Flow { record: &record, buffers: &buffers, deadlines, revocation };
     let ended: Result<(), ProxyError> = match upstream {
-        Upstream::Tcp(upstream) => flow.through_tcp(client, upstream).await,
-        Upstream::Tunnel(tunnel) => flow.into_tunnel(client, tunnel).await,
+        Upstream::Tcp(upstream) => flow.through_tcp(&client, &upstream).await,
+        Upstream::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,
     };
     let well = ended.is_ok();
     record.close(ended);

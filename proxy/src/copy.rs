@@ -7,33 +7,32 @@
 //! A side whose sending has ended can still break. Nobody reads it then, so that whoever has nothing to write to it watches it.
 //! As long as it sends, reading tells, behind what it had sent before.
 //!
-//! `tcp` reads and writes connections, `splice` moves bulk between two of them, `buffers` is what that may cost, and `deadlines` is
-//! how long it may rest.
+//! A [`Relay`] is polled and not written as an `async fn`: it is most of what an idle connection holds, and most of what a small
+//! request costs beside its system calls.
+//!
+//! `tcp` and `tunnel` are what a side can be, `splice` moves bulk between two connections, `buffers` is what that may cost, and
+//! `deadlines` is how long it may rest.
 
 mod buffers;
 mod deadlines;
 mod splice;
 mod tcp;
+mod tunnel;
 
-use std::future::poll_fn;
-use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::task::Poll;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use futures_util::StreamExt as _;
-use futures_util::stream::FuturesUnordered;
 use tokio::net::TcpStream;
-use tokio::task::coop::consume_budget;
-use underpass_hbone::{TunnelReader, TunnelStream, TunnelWriter};
-use underpass_interception::end_on_close;
+use underpass_hbone::TunnelStream;
 
 pub(crate) use self::buffers::Buffers;
+use self::deadlines::Watch;
 pub(crate) use self::deadlines::{Deadlines, Probes};
-use self::splice::Spliced;
+use self::splice::Splice;
+use self::tcp::Tcp;
 pub(crate) use self::tcp::broken;
-use self::tcp::{Broke, TcpSink, TcpSource};
-use crate::drain::Drain;
+use self::tunnel::Tunnelled;
 use crate::error::ProxyError;
 use crate::live::Revocation;
 use crate::record::ConnectionRecord;
@@ -44,239 +43,270 @@ pub(crate) struct Flow<'a> {
     pub(crate) record: &'a ConnectionRecord,
     pub(crate) buffers: &'a Buffers,
     pub(crate) deadlines: &'a Deadlines,
-    pub(crate) drain: &'a Drain,
     pub(crate) revocation: &'a mut Revocation,
 }
 
 impl<'a> Flow<'a> {
     pub(crate) fn new(
-        shared: &'a Shared,
+        Shared { buffers, deadlines, .. }: &'a Shared,
         record: &'a ConnectionRecord,
         revocation: &'a mut Revocation,
     ) -> Self {
-        let Shared { buffers, drain, deadlines, .. } = shared;
-        Self { record, buffers, deadlines, drain, revocation }
+        Self { record, buffers, deadlines, revocation }
     }
 
     /// Copies between a client's connection and the tunnel that leads to its destination.
     pub(crate) fn into_tunnel(
         self,
-        client: TcpStream,
+        client: &'a TcpStream,
         tunnel: TunnelStream,
     ) -> impl Future<Output = Result<(), ProxyError>> {
-        let record = self.record;
-        let received = |bytes| record.received(bytes);
-        let sent = |bytes| record.sent(bytes);
-        self.through_tunnel(client, ProxyError::Client, tunnel, received, sent)
+        let client = Tcp::new(client, ProxyError::Client, self.buffers);
+        Relay::new(self, client, Tunnelled::new(tunnel))
     }
 
     /// Copies between the tunnel that a client came through and the application.
     pub(crate) fn out_of_tunnel(
         self,
         tunnel: TunnelStream,
-        app: TcpStream,
+        app: &'a TcpStream,
     ) -> impl Future<Output = Result<(), ProxyError>> {
-        let record = self.record;
-        let received = |bytes| record.received(bytes);
-        let sent = |bytes| record.sent(bytes);
-        self.through_tunnel(app, ProxyError::Upstream, tunnel, sent, received)
-    }
-
-    async fn through_tunnel(
-        self,
-        stream: TcpStream,
-        broke: Broke,
-        tunnel: TunnelStream,
-        into_tunnel: impl Fn(usize),
-        out_of_tunnel: impl Fn(usize),
-    ) -> Result<(), ProxyError> {
-        let distrusted = tunnel.distrusted();
-        let (mut reader, mut writer) = tunnel.split();
-        let half_closed = AtomicBool::new(false);
-        let drain = self.drain;
-        let cut = Box::pin(async {
-            tokio::select! {
-                drained = drain.aborting() => drained,
-                reason = distrusted => ProxyError::Tunnel(reason),
-            }
-        });
-        let outcome = {
-            let from = TcpSource::new(&stream, broke, self.buffers);
-            let to = TcpSink { stream: &stream, broke };
-            let there = pin!(pump(from, &mut writer, &half_closed, into_tunnel));
-            let back = pin!(pump(&mut reader, to, &half_closed, out_of_tunnel));
-            self.both(there, back, &half_closed, &[&stream], cut).await
-        };
-        match outcome {
-            Ok(()) => end_on_close(&stream),
-            Err(_) => writer.abort(),
-        }
-        outcome
+        let app = Tcp::new(app, ProxyError::Upstream, self.buffers);
+        Relay::new(self, Tunnelled::new(tunnel), app)
     }
 
     /// Copies between a client's connection and one to its destination.
-    pub(crate) async fn through_tcp(
+    pub(crate) fn through_tcp(
         self,
-        client: TcpStream,
-        upstream: TcpStream,
-    ) -> Result<(), ProxyError> {
-        let record = self.record;
-        let half_closed = AtomicBool::new(false);
-        let cut = Box::pin(self.drain.aborting());
-        let outcome = {
-            let from_client = TcpSource::new(&client, ProxyError::Client, self.buffers);
-            let to_client = TcpSink { stream: &client, broke: ProxyError::Client };
-            let from_upstream = TcpSource::new(&upstream, ProxyError::Upstream, self.buffers);
-            let to_upstream = TcpSink { stream: &upstream, broke: ProxyError::Upstream };
-            let received = |bytes| record.received(bytes);
-            let sent = |bytes| record.sent(bytes);
-            let there = pin!(pump_bulk(from_client, to_upstream, &half_closed, received));
-            let back = pin!(pump_bulk(from_upstream, to_client, &half_closed, sent));
-            self.both(there, back, &half_closed, &[&client, &upstream], cut).await
-        };
-        if outcome.is_ok() {
-            end_on_close(&client);
-            end_on_close(&upstream);
-        }
-        outcome
-    }
-
-    /// Runs both directions to their ends, unless `cut` or something else cuts them short. `half_closed` is set when the first one
-    /// has ended.
-    async fn both(
-        self,
-        mut there: Pin<&mut impl Future<Output = Result<(), ProxyError>>>,
-        mut back: Pin<&mut impl Future<Output = Result<(), ProxyError>>>,
-        half_closed: &AtomicBool,
-        sockets: &[&TcpStream],
-        cut: Pin<Box<impl Future<Output = ProxyError>>>,
-    ) -> Result<(), ProxyError> {
-        let Self { record, deadlines, revocation, .. } = self;
-        // It is polled when it was woken, and not at every turn: that would be some locks which all connections share.
-        let mut cut: FuturesUnordered<_> = [cut].into_iter().collect();
-        let moved = || record.moved();
-        let both = pin!(async {
-            let there_ended = tokio::select! {
-                ended = &mut there => ended.map(|()| true)?,
-                ended = &mut back => ended.map(|()| false)?,
-                late = deadlines.idle(moved) => return Err(late),
-            };
-            half_closed.store(true, Relaxed);
-            let rest = async { if there_ended { back.await } else { there.await } };
-            // Boxed: most connections are never half-closed for long, and all of them would have to bear its timers.
-            tokio::select! {
-                ended = rest => ended,
-                late = Box::pin(deadlines.half_closed(sockets, moved)) => Err(late),
-            }
-        });
-        let uncut = pin!(async {
-            tokio::select! {
-                ended = both => ended,
-                Some(error) = cut.next() => Err(error),
-            }
-        });
-        revocation.or_end(uncut).await
+        client: &'a TcpStream,
+        upstream: &'a TcpStream,
+    ) -> impl Future<Output = Result<(), ProxyError>> {
+        let client = Tcp::new(client, ProxyError::Client, self.buffers);
+        let upstream = Tcp::new(upstream, ProxyError::Upstream, self.buffers);
+        Relay::new(self, client, upstream)
     }
 }
 
-/// Moves bytes from `from` to `to` until the one ends well, and then ends the other well.
-async fn pump(
-    mut from: impl Source,
-    mut to: impl Sink,
-    half_closed: &AtomicBool,
-    moved: impl Fn(usize),
-) -> Result<(), ProxyError> {
-    while let Some(data) = next(&mut from, &mut to, half_closed).await? {
-        write_all(&mut to, data, &moved).await?;
-    }
-    to.finish().await
+/// One side of a connection: bytes come from it, and go to it.
+trait Side {
+    /// The next bytes, never empty; `None` after a clean end (FIN, END_STREAM).
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ProxyError>>;
+
+    /// Takes some from the front of `data`, which is not empty, when there is room: how many.
+    fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        data: &mut Bytes,
+    ) -> Poll<Result<usize, ProxyError>>;
+
+    /// Ends what is written to it cleanly (FIN, END_STREAM); the other direction goes on.
+    fn finish(&mut self) -> Result<(), ProxyError>;
+
+    /// Ready when it breaks, though nothing is read from it or written to it.
+    fn poll_aborted(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError>;
+
+    /// Ready when it may not be used any longer, whatever is still to be read from it.
+    fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError>;
+
+    /// All is over: both directions ended well, or this side has to tell that they did not.
+    fn close(&mut self, well: bool);
+
+    /// The connection that is probed while it is half-closed; a tunnel has its own way to find out.
+    fn socket(&self) -> Option<&TcpStream>;
 }
 
-/// The same between two connections, of which bulk need not be copied.
-async fn pump_bulk(
-    mut from: TcpSource<'_>,
-    mut to: TcpSink<'_>,
-    half_closed: &AtomicBool,
-    moved: impl Fn(usize),
-) -> Result<(), ProxyError> {
-    while let Some(data) = next(&mut from, &mut to, half_closed).await? {
-        write_all(&mut to, data, &moved).await?;
-        if from.is_bulk() {
-            // Boxed: most connections never are, and all of them would have to bear its state.
-            let splicing = Box::pin(splice::relay(&mut from, &mut to, half_closed, &moved));
-            if splicing.await? == Spliced::Ended {
+/// How bytes get from one side to another.
+trait Onto<To: Side>: Side + Sized {
+    /// Moves what there is: ready when this side has ended well, and that was passed on.
+    fn poll_onto(
+        &mut self,
+        to: &mut To,
+        direction: &mut Direction,
+        cx: &mut Context<'_>,
+        moved: &impl Fn(usize),
+    ) -> Poll<Result<(), ProxyError>> {
+        while ready!(direction.poll_piece(self, to, cx, moved))? {}
+        Poll::Ready(to.finish())
+    }
+}
+
+impl Onto<Tunnelled> for Tcp<'_> {}
+impl Onto<Tcp<'_>> for Tunnelled {}
+
+impl Onto<Tcp<'_>> for Tcp<'_> {
+    /// Bulk between two connections need not be copied.
+    fn poll_onto(
+        &mut self,
+        to: &mut Tcp<'_>,
+        direction: &mut Direction,
+        cx: &mut Context<'_>,
+        moved: &impl Fn(usize),
+    ) -> Poll<Result<(), ProxyError>> {
+        loop {
+            if let Some(splice) = &mut direction.splice {
+                let ended = ready!(splice.poll(self, to, direction.watches, cx, moved))?;
+                direction.splice = None;
+                if ended {
+                    break;
+                }
+            }
+            if !ready!(direction.poll_piece(self, to, cx, moved))? {
                 break;
             }
+            // Boxed: most connections never are, and all of them would have to bear its state.
+            direction.splice = self.is_bulk().then(|| Box::new(Splice::new()));
+        }
+        Poll::Ready(to.finish())
+    }
+}
+
+/// One direction of a connection.
+#[derive(Default)]
+struct Direction {
+    /// What was read and is not written yet.
+    pending: Bytes,
+    splice: Option<Box<Splice>>,
+    /// Whether where it goes has ended its own sending, so that nobody reads there.
+    watches: bool,
+    ended: bool,
+}
+
+impl Direction {
+    /// Moves one piece; false at a clean end. Every piece waits for a connection once, which is what gives others their turn:
+    /// tokio lets no task find its connections ready for ever.
+    fn poll_piece(
+        &mut self,
+        from: &mut impl Side,
+        to: &mut impl Side,
+        cx: &mut Context<'_>,
+        moved: &impl Fn(usize),
+    ) -> Poll<Result<bool, ProxyError>> {
+        if self.pending.is_empty() {
+            match from.poll_read(cx)? {
+                Poll::Ready(Some(data)) => self.pending = data,
+                Poll::Ready(None) => return Poll::Ready(Ok(false)),
+                Poll::Pending => return self.poll_watch(to, cx),
+            }
+        }
+        while !self.pending.is_empty() {
+            moved(ready!(to.poll_write(cx, &mut self.pending))?);
+        }
+        // Empty, it would still hold the memory that it was read into.
+        self.pending = Bytes::new();
+        Poll::Ready(Ok(true))
+    }
+
+    /// While there is nothing to write: an error if where it would go has broken, and nobody reads that.
+    fn poll_watch<T>(
+        &self,
+        to: &mut impl Side,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<T, ProxyError>> {
+        if self.watches { to.poll_aborted(cx).map(Err) } else { Poll::Pending }
+    }
+}
+
+/// Both directions of one connection, until both have ended or something cuts them short.
+struct Relay<'a, C, U> {
+    flow: Flow<'a>,
+    client: C,
+    upstream: U,
+    /// From the client, and to it.
+    there: Direction,
+    back: Direction,
+    /// How long it may rest, if that is limited.
+    watch: Option<Box<Watch>>,
+    /// Which direction goes first: a busy one would leave the other no turn.
+    back_first: bool,
+}
+
+impl<'a, C: Onto<U>, U: Onto<C>> Relay<'a, C, U> {
+    fn new(flow: Flow<'a>, client: C, upstream: U) -> Self {
+        let watch = flow.deadlines.idle(flow.record.moved());
+        let (there, back) = (Direction::default(), Direction::default());
+        Self { flow, client, upstream, there, back, watch, back_first: false }
+    }
+
+    fn poll_there(&mut self, cx: &mut Context<'_>) -> Result<(), ProxyError> {
+        let record = self.flow.record;
+        let Self { client, upstream, there, .. } = self;
+        if !there.ended
+            && client.poll_onto(upstream, there, cx, &|bytes| record.received(bytes))?.is_ready()
+        {
+            there.ended = true;
+            self.half_closed();
+        }
+        Ok(())
+    }
+
+    fn poll_back(&mut self, cx: &mut Context<'_>) -> Result<(), ProxyError> {
+        let record = self.flow.record;
+        let Self { client, upstream, back, .. } = self;
+        if !back.ended
+            && upstream.poll_onto(client, back, cx, &|bytes| record.sent(bytes))?.is_ready()
+        {
+            back.ended = true;
+            self.half_closed();
+        }
+        Ok(())
+    }
+
+    /// One of two directions has ended: from now on the other one watches the side that nobody reads.
+    fn half_closed(&mut self) {
+        if self.there.ended != self.back.ended {
+            (self.there.watches, self.back.watches) = (true, true);
         }
     }
-    to.finish().await
-}
 
-/// What `from` has next, unless the side that it would go to breaks when nobody reads that any longer.
-async fn next(
-    from: &mut impl Source,
-    to: &mut impl Sink,
-    half_closed: &AtomicBool,
-) -> Result<Option<Bytes>, ProxyError> {
-    tokio::select! {
-        biased;
-        data = from.read() => data,
-        // Boxed: most connections are never half-closed for long, and all of them would have to bear its state.
-        error = async { once(half_closed).await; Box::pin(to.aborted()).await } => Err(error),
+    fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {
+        // First: once a connection is stopped or cut, nothing more is moved.
+        if let Poll::Ready(reason) = self.flow.revocation.poll_stopped(cx) {
+            return Poll::Ready(Err(reason));
+        }
+        if let Poll::Ready(reason) = self.client.poll_cut(cx) {
+            return Poll::Ready(Err(reason));
+        }
+        if let Poll::Ready(reason) = self.upstream.poll_cut(cx) {
+            return Poll::Ready(Err(reason));
+        }
+        self.back_first = !self.back_first;
+        let half_closed = self.there.watches;
+        if self.back_first {
+            self.poll_back(cx)?;
+        }
+        self.poll_there(cx)?;
+        if !self.back_first {
+            self.poll_back(cx)?;
+        }
+        if self.there.watches != half_closed {
+            // Whoever goes on may have gone first, and did not know that it has to watch.
+            self.poll_there(cx)?;
+            self.poll_back(cx)?;
+        }
+        if self.there.ended && self.back.ended {
+            return Poll::Ready(Ok(()));
+        }
+        if self.there.watches != half_closed {
+            self.watch = Some(self.flow.deadlines.half_closed(self.flow.record.moved()));
+        }
+        self.poll_late(cx).map(Err)
+    }
+
+    fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
+        let Some(watch) = &mut self.watch else { return Poll::Pending };
+        let sockets = [self.client.socket(), self.upstream.socket()];
+        watch.poll(cx, self.flow.record.moved(), &sockets)
     }
 }
 
-async fn write_all(
-    to: &mut impl Sink,
-    mut data: Bytes,
-    moved: &impl Fn(usize),
-) -> Result<(), ProxyError> {
-    while !data.is_empty() {
-        moved(to.write(&mut data).await?);
-    }
-    // A side that always has something, and one that always takes it, leave others their turn.
-    consume_budget().await;
-    Ok(())
-}
+impl<C: Onto<U> + Unpin, U: Onto<C> + Unpin> Future for Relay<'_, C, U> {
+    type Output = Result<(), ProxyError>;
 
-/// Waits until `state` is set. Whoever sets it polls whoever waits, both being of one task.
-async fn once(state: &AtomicBool) {
-    poll_fn(|_| if state.load(Relaxed) { Poll::Ready(()) } else { Poll::Pending }).await;
-}
-
-/// Where bytes come from.
-trait Source {
-    /// The next bytes, never empty; `None` after a clean end (FIN, END_STREAM). Cancel-safe.
-    async fn read(&mut self) -> Result<Option<Bytes>, ProxyError>;
-}
-
-/// Where bytes go.
-trait Sink {
-    /// Takes some from the front of `data`, waiting for room: how many.
-    async fn write(&mut self, data: &mut Bytes) -> Result<usize, ProxyError>;
-    /// Ends this direction cleanly (FIN, END_STREAM); the other one goes on.
-    async fn finish(&mut self) -> Result<(), ProxyError>;
-    /// Waits until this side breaks, though nothing is written to it. Cancel-safe.
-    async fn aborted(&mut self) -> ProxyError;
-}
-
-impl Source for &mut TunnelReader {
-    async fn read(&mut self) -> Result<Option<Bytes>, ProxyError> {
-        TunnelReader::read(self).await.map_err(ProxyError::Tunnel)
-    }
-}
-
-impl Sink for &mut TunnelWriter {
-    async fn write(&mut self, data: &mut Bytes) -> Result<usize, ProxyError> {
-        self.write_part(data).await.map_err(ProxyError::Tunnel)
-    }
-
-    async fn finish(&mut self) -> Result<(), ProxyError> {
-        TunnelWriter::finish(self).map_err(ProxyError::Tunnel)
-    }
-
-    async fn aborted(&mut self) -> ProxyError {
-        ProxyError::Tunnel(self.closed().await)
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let outcome = ready!(self.poll_both(cx));
+        self.client.close(outcome.is_ok());
+        self.upstream.close(outcome.is_ok());
+        Poll::Ready(outcome)
     }
 }
 

@@ -43,14 +43,15 @@ impl Drain {
     }
 
     /// `work`, unless the deadline passes first: that is an error like any other that ends a connection. It is pinned by the caller:
-    /// a future that is given to another is in its memory twice, and moved into it.
+    /// a future that is given to another is in its memory twice, and moved into it. The deadline is looked at first.
     pub(crate) async fn or_abort<T>(
         &self,
         work: impl Future<Output = Result<T, ProxyError>> + Unpin,
     ) -> Result<T, ProxyError> {
         tokio::select! {
-            outcome = work => outcome,
+            biased;
             drained = self.aborting() => Err(drained),
+            outcome = work => outcome,
         }
     }
 

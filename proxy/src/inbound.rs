@@ -12,10 +12,11 @@ use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
 use underpass_config::SpiffeId;
 use underpass_hbone::{
     Acceptor, Authority, HboneError, Incoming, PeerIdentity, RequestHeaders, ServerTunnel,
+    TunnelStream,
 };
 use underpass_interception::reset_on_close;
 
-use crate::accept::{Accepted, Kind, Registered};
+use crate::accept::{Kind, Registered};
 use crate::copy::{Flow, broken};
 use crate::descriptors::Held;
 use crate::dial::{dial_loopback, dial_workload};
@@ -25,43 +26,73 @@ use crate::live::Revocation;
 use crate::policy::{Permit, Subject};
 use crate::record::{ConnectionRecord, Direction, Party};
 use crate::route::{self, InboundTarget, Target};
-use crate::worker::Worker;
+use crate::worker::{Assignment, Worker};
 use crate::{headers, metrics, proxy_protocol};
 
 /// Serves one connection that was caught in plain.
-pub(crate) async fn serve_plaintext(worker: Arc<Worker>, accepted: Accepted) {
+pub(crate) fn serve_plaintext(
+    worker: Arc<Worker>,
+    assignment: Assignment,
+) -> impl Future<Output = ()> + Send {
+    // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
+    let opening = Box::pin(open_plaintext(worker.clone(), assignment));
+    async move {
+        let Some((mut record, Opened { client, app, mut revocation, _held })) = opening.await
+        else {
+            return;
+        };
+        record.established(&worker.series);
+        let flow = Flow::new(&worker.shared, &record, &mut revocation);
+        let outcome = flow.through_tcp(&client, &app).await;
+        record.close(outcome);
+    }
+}
+
+/// Both sides of a connection, the client's and the application's, and what must be held as long as it is open.
+struct Opened<C, H> {
+    client: C,
+    app: TcpStream,
+    revocation: Revocation,
+    _held: H,
+}
+
+type Plaintext = Opened<TcpStream, (Permit, Place, Held)>;
+
+/// Connects to the application, and opens the record of that, which is closed if it fails.
+async fn open_plaintext(
+    worker: Arc<Worker>,
+    Assignment { accepted, place }: Assignment,
+) -> Option<(ConnectionRecord, Plaintext)> {
     let destination = accepted.destination.as_ref().ok().copied();
-    let mut record = open_record(&worker, accepted.client, destination, None);
-    let outcome = match accepted.register(worker.shared.rules.ports) {
-        Ok(connection) => forward_plaintext(&worker, connection, &mut record).await,
+    let record = open_record(&worker, accepted.client, destination, None);
+    let opened = match accepted.register(worker.shared.rules.ports) {
+        Ok(connection) => forward_plaintext(&worker, connection, place).await,
         Err(error) => Err(error),
     };
-    record.close(outcome);
+    record.or_close(opened)
 }
 
 async fn forward_plaintext(
     worker: &Worker,
-    Registered { stream, client, destination, descriptors: _descriptors }: Registered,
-    record: &mut ConnectionRecord,
-) -> Result<(), ProxyError> {
-    let drain = &worker.shared.drain;
+    Registered { stream, client, destination, descriptors }: Registered,
+    place: Place,
+) -> Result<Plaintext, ProxyError> {
     let way = InboundTarget { address: destination, header: None, service: None };
-    // Boxed: what connecting needs is a multiple of what the connection needs after it.
-    let connected = Box::pin(async {
-        let connecting = pin!(connect(worker, client, &way, None));
-        tokio::select! {
-            connected = drain.or_abort(connecting) => connected,
-            // A FIN is no reason: what was sent before it is still to be delivered.
-            error = broken(&stream) => Err(ProxyError::Client(error)),
-        }
-    });
-    let Connected { app, permit: _permit, mut revocation } = connected.await?;
-    record.established(&worker.series);
-    Flow::new(&worker.shared, record, &mut revocation).through_tcp(stream, app).await
+    let connecting = pin!(connect(worker, client, &way, None));
+    let connected = tokio::select! {
+        connected = worker.shared.drain.or_abort(connecting) => connected?,
+        // A FIN is no reason: what was sent before it is still to be delivered.
+        error = broken(&stream) => return Err(ProxyError::Client(error)),
+    };
+    let Connected { app, permit, revocation } = connected;
+    Ok(Opened { client: stream, app, revocation, _held: (permit, place, descriptors) })
 }
 
 /// Serves one peer's connection: the handshakes, then every CONNECT request that comes through it.
-pub(crate) async fn serve_tunnel(worker: Arc<Worker>, accepted: Accepted) {
+pub(crate) async fn serve_tunnel(
+    worker: Arc<Worker>,
+    Assignment { accepted, place: _place }: Assignment,
+) {
     let client = accepted.client;
     let destination = accepted.destination.as_ref().ok().copied();
     let outcome = match accepted.register(worker.shared.rules.ports) {
@@ -92,11 +123,8 @@ async fn accept_tunnel(
     let mut retirement = Retirement::new(worker, &tunnel);
     while let Some(request) = next_request(worker, &mut tunnel, &mut retirement).await {
         let admitted = worker.admit_stream(client.ip(), Kind::Hbone.name());
-        let (own, peer) = (worker.clone(), peer.clone());
-        let stream = async move {
-            serve_request(&own, request, admitted, client, destination, &peer).await;
-        };
-        tokio::spawn(worker.shared.drain.track(stream));
+        let asked = Asked { request, client, here: destination, peer: peer.clone() };
+        tokio::spawn(worker.shared.drain.track(serve_request(worker.clone(), asked, admitted)));
     }
     Ok(())
 }
@@ -187,48 +215,68 @@ impl Retirement {
     }
 }
 
-/// Serves one CONNECT request of a tunnel that ends at `here`.
-async fn serve_request(
-    worker: &Worker,
+/// A CONNECT request of `client`, who is `peer`, in a tunnel that ends at `here`.
+struct Asked {
     request: Incoming,
-    admitted: Result<(Place, Held), ProxyError>,
     client: SocketAddr,
     here: SocketAddr,
-    peer: &PeerIdentity,
-) {
-    let way = way(worker, request.authority(), here);
+    peer: PeerIdentity,
+}
+
+/// Serves one CONNECT request.
+fn serve_request(
+    worker: Arc<Worker>,
+    asked: Asked,
+    admitted: Result<(Place, Held), ProxyError>,
+) -> impl Future<Output = ()> + Send {
+    // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
+    let opening = Box::pin(open_request(worker.clone(), asked, admitted));
+    async move {
+        let Some((record, Opened { client, app, mut revocation, _held })) = opening.await else {
+            return;
+        };
+        let flow = Flow::new(&worker.shared, &record, &mut revocation);
+        let outcome = flow.out_of_tunnel(client, &app).await;
+        record.close(outcome);
+    }
+}
+
+type Requested = Opened<TunnelStream, (Permit, Place, Held)>;
+
+/// Connects to the application, answers, and opens the record of that, which is closed if it fails.
+async fn open_request(
+    worker: Arc<Worker>,
+    asked: Asked,
+    admitted: Result<(Place, Held), ProxyError>,
+) -> Option<(ConnectionRecord, Requested)> {
+    let Asked { request, client, here, peer } = &asked;
+    let way = way(&worker, request.authority(), *here);
     let destination = way.as_ref().ok().map(|way| way.address);
-    let mut record = open_record(worker, client, destination, Some(peer));
+    let mut record = open_record(&worker, *client, destination, Some(peer));
     record.service = way.as_ref().ok().and_then(|way| way.service.clone());
-    record.hbone = Some(here);
+    record.hbone = Some(*here);
     record.claimed(RequestHeaders::read(request.headers()));
-    let (_admitted, way) = match admitted {
-        Ok(admitted) => (Some(admitted), way),
-        Err(error) => (None, Err(error)),
-    };
-    let outcome = forward_request(worker, request, client, way, peer, &mut record).await;
-    record.close(outcome);
+    let admitted = admitted.and_then(|admitted| Ok((admitted, way?)));
+    let opened = forward_request(&worker, asked, admitted, &mut record).await;
+    record.or_close(opened)
 }
 
 async fn forward_request(
     worker: &Worker,
-    mut request: Incoming,
-    client: SocketAddr,
-    way: Result<InboundTarget, ProxyError>,
-    peer: &PeerIdentity,
+    Asked { mut request, client, peer, .. }: Asked,
+    admitted: Result<((Place, Held), InboundTarget), ProxyError>,
     record: &mut ConnectionRecord,
-) -> Result<(), ProxyError> {
-    let drain = &worker.shared.drain;
-    // Boxed: what connecting needs is a multiple of what the connection needs after it.
-    let connected = Box::pin(async {
-        let way = way?;
-        let connecting = pin!(connect(worker, client, &way, Some(peer)));
-        tokio::select! {
-            connected = drain.or_abort(connecting) => connected,
-            error = request.closed() => Err(ProxyError::Tunnel(error)),
-        }
-    });
-    let Connected { app, permit: _permit, mut revocation } = match connected.await {
+) -> Result<Requested, ProxyError> {
+    let connected = async {
+        let ((place, descriptor), way) = admitted?;
+        let connecting = pin!(connect(worker, client, &way, Some(&peer)));
+        let connected = tokio::select! {
+            connected = worker.shared.drain.or_abort(connecting) => connected?,
+            error = request.closed() => return Err(ProxyError::Tunnel(error)),
+        };
+        Ok((connected, place, descriptor))
+    };
+    let (Connected { app, permit, revocation }, place, descriptor) = match connected.await {
         Ok(connected) => connected,
         Err(error) => {
             // Nothing is said to a client that has gone.
@@ -238,8 +286,8 @@ async fn forward_request(
     };
     record.established(&worker.series);
     let accepted = request.accept(headers::response(record, &worker.shared.rules.own));
-    let tunnel = accepted.map_err(ProxyError::Tunnel)?;
-    Flow::new(&worker.shared, record, &mut revocation).out_of_tunnel(tunnel, app).await
+    let client = accepted.map_err(ProxyError::Tunnel)?;
+    Ok(Opened { client, app, revocation, _held: (permit, place, descriptor) })
 }
 
 /// Where a request goes that came through a tunnel which ends at `here`.

@@ -1,4 +1,4 @@
-//! The open connections of one worker, so that a change of the mesh can end those that it forbids.
+//! The open connections of one worker, so that a change of the mesh can end those that it forbids, and a drain all of them.
 //!
 //! A connection is decided on and registered in one step, on the thread that looks through all of them after a change: what was
 //! decided by the older mesh is found by that look, and what comes later is decided by the newer one. First everything that is
@@ -8,7 +8,7 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::task::AtomicWaker;
@@ -64,7 +64,7 @@ pub(crate) struct Registration {
     key: usize,
 }
 
-/// Tells a connection that it is no longer allowed.
+/// Tells a connection that it has to end: it is no longer allowed, or the proxy stops.
 #[derive(Debug)]
 pub(crate) struct Revocation(Arc<Stop>);
 
@@ -75,14 +75,17 @@ impl Revocation {
         &mut self,
         mut work: impl Future<Output = Result<T, ProxyError>> + Unpin,
     ) -> Result<T, ProxyError> {
-        poll_fn(|cx| {
-            self.0.waker.register(cx.waker());
-            match self.0.reason() {
-                Some(reason) => Poll::Ready(Err(ProxyError::NoLongerAllowed(Box::new(reason)))),
-                None => Pin::new(&mut work).poll(cx),
-            }
+        poll_fn(|cx| match self.poll_stopped(cx) {
+            Poll::Ready(reason) => Poll::Ready(Err(reason)),
+            Poll::Pending => Pin::new(&mut work).poll(cx),
         })
         .await
+    }
+
+    /// Ready, once, when the connection is stopped: why.
+    pub(crate) fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
+        self.0.waker.register(cx.waker());
+        self.0.reason().map_or(Poll::Pending, Poll::Ready)
     }
 }
 
@@ -168,7 +171,7 @@ impl Live {
         };
         if tokio::time::timeout(PATIENCE, all_ended).await.is_err() {
             let connections = self.lock().stopped;
-            tracing::error!(connections, "connections that are no longer allowed did not end");
+            tracing::error!(connections, "connections that have to end did not");
         }
     }
 
@@ -250,7 +253,7 @@ mod tests {
         for (index, task) in running.into_iter().enumerate() {
             if index % 2 == 1 {
                 let ended = task.await.unwrap();
-                assert!(matches!(ended, Err(ProxyError::NoLongerAllowed(_))), "{ended:?}");
+                assert!(matches!(ended, Err(ProxyError::OwnListener(_))), "{ended:?}");
             } else {
                 assert!(!task.is_finished());
                 task.abort();
@@ -265,7 +268,7 @@ mod tests {
         let stopped = live.stop(forbidden).await;
         // It has work that is ready, and is not ended yet: the stop goes first.
         let outcome = told.or_end(std::future::ready(Ok("moved"))).await;
-        assert!(matches!(outcome, Err(ProxyError::NoLongerAllowed(_))), "{outcome:?}");
+        assert!(matches!(outcome, Err(ProxyError::OwnListener(_))), "{outcome:?}");
         assert_eq!(stopped.len(), 1);
     }
 

@@ -12,16 +12,18 @@ use tokio::time::timeout;
 use underpass_config::{NetworkMode, SpiffeId};
 use underpass_hbone::{ConnectRequest, Connector, TunnelKey, TunnelStream};
 
-use crate::accept::{Accepted, Registered};
+use crate::accept::Registered;
 use crate::copy::{Flow, broken};
+use crate::descriptors::Held;
 use crate::dial::dial;
 use crate::endpoint_health::OpenConnection;
 use crate::error::{ProxyError, chain};
+use crate::limits::Place;
 use crate::live::Revocation;
 use crate::policy::{Outbound, Permit, Subject};
 use crate::record::{ConnectionRecord, Direction, Party};
 use crate::route::{self, Caller, Chooser, EndpointKey, Route, Target, Via};
-use crate::worker::Worker;
+use crate::worker::{Assignment, Worker};
 use crate::{headers, metrics};
 
 /// How many endpoints of a service are tried for one connection.
@@ -31,7 +33,32 @@ const ATTEMPTS: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Serves one caught connection from its first to its last byte.
-pub(crate) async fn serve(worker: Arc<Worker>, accepted: Accepted) {
+pub(crate) fn serve(
+    worker: Arc<Worker>,
+    assignment: Assignment,
+) -> impl Future<Output = ()> + Send {
+    // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
+    let opening = Box::pin(open(worker.clone(), assignment));
+    async move {
+        let Some((mut record, Opened { client, onward, mut revocation, _held })) = opening.await
+        else {
+            return;
+        };
+        record.established(&worker.series);
+        let flow = Flow::new(&worker.shared, &record, &mut revocation);
+        let outcome = match onward {
+            Onward::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,
+            Onward::Plain(upstream) => flow.through_tcp(&client, &upstream).await,
+        };
+        record.close(outcome);
+    }
+}
+
+/// Opens the way that a connection takes, and its record, which is closed if that fails.
+async fn open(
+    worker: Arc<Worker>,
+    Assignment { accepted, place }: Assignment,
+) -> Option<(ConnectionRecord, Opened)> {
     let source = Party {
         address: Some(accepted.client),
         workload: worker.shared.mesh.borrow().local(accepted.client.ip()).cloned(),
@@ -40,40 +67,41 @@ pub(crate) async fn serve(worker: Arc<Worker>, accepted: Accepted) {
     let destination =
         Party { address: accepted.destination.as_ref().ok().copied(), ..Party::default() };
     let mut record = ConnectionRecord::new(Direction::Outbound, source, destination);
-    let outcome = match accepted.register(worker.shared.rules.ports) {
-        Ok(connection) => forward(&worker, connection, &mut record).await,
+    let opened = match accepted.register(worker.shared.rules.ports) {
+        Ok(connection) => forward(&worker, connection, place, &mut record).await,
         Err(error) => Err(error),
     };
-    record.close(outcome);
+    record.or_close(opened)
 }
 
 async fn forward(
     worker: &Worker,
     Registered { stream, client, destination, mut descriptors }: Registered,
+    place: Place,
     record: &mut ConnectionRecord,
-) -> Result<(), ProxyError> {
-    let drain = &worker.shared.drain;
+) -> Result<Opened, ProxyError> {
     let call = Call { worker, client: client.ip(), asked: destination };
-    // Boxed: what connecting needs is a multiple of what the connection needs after it.
-    let connected = Box::pin(async {
-        let connecting = pin!(call.connect(record));
-        tokio::select! {
-            connected = drain.or_abort(connecting) => connected,
-            // A FIN is no reason: what was sent before it is still to be delivered.
-            error = broken(&stream) => Err(ProxyError::Client(error)),
-        }
-    });
-    let Connected { onward, mut revocation, permit: _permit, load: _load } = connected.await?;
-    record.established(&worker.series);
-    let flow = Flow::new(&worker.shared, record, &mut revocation);
-    match onward {
-        Onward::Tunnel(tunnel) => {
-            // The tunnel has its own.
-            descriptors.release_one();
-            flow.into_tunnel(stream, tunnel).await
-        }
-        Onward::Plain(upstream) => flow.through_tcp(stream, upstream).await,
+    let connecting = pin!(call.connect(record));
+    let connected = tokio::select! {
+        connected = worker.shared.drain.or_abort(connecting) => connected?,
+        // A FIN is no reason: what was sent before it is still to be delivered.
+        error = broken(&stream) => return Err(ProxyError::Client(error)),
+    };
+    let Connected { onward, revocation, permit, load } = connected;
+    if let Onward::Tunnel(_) = &onward {
+        // The tunnel has its own.
+        descriptors.release_one();
     }
+    let held = (permit, load, place, descriptors);
+    Ok(Opened { client: stream, onward, revocation, _held: held })
+}
+
+/// Both sides of a connection that was caught, and what must be held as long as it is open.
+struct Opened {
+    client: TcpStream,
+    onward: Onward,
+    revocation: Revocation,
+    _held: (Permit, Vec<OpenConnection>, Place, Held),
 }
 
 /// What carries the bytes on.

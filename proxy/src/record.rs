@@ -52,7 +52,7 @@ pub(crate) struct ConnectionRecord {
     /// What it is logged under, here and at the peer.
     trace: Option<TraceParent>,
     /// Who the peer says that the source is, in words for people; used where the mesh does not know.
-    claimed: Option<Baggage>,
+    claimed: Option<Box<Baggage>>,
     series: Option<Arc<Series>>,
     sent: AtomicU64,
     received: AtomicU64,
@@ -86,7 +86,7 @@ impl ConnectionRecord {
     /// Notes what the peer says of the connection.
     pub(crate) fn claimed(&mut self, headers: RequestHeaders) {
         self.trace = headers.traceparent;
-        self.claimed = headers.baggage;
+        self.claimed = headers.baggage.map(Box::new);
     }
 
     /// Counts the connection as opened; both parties must be known by now.
@@ -122,6 +122,17 @@ impl ConnectionRecord {
         self.outcome = outcome;
     }
 
+    /// Goes on with what was opened, or closes with why it was not.
+    pub(crate) fn or_close<T>(self, opened: Result<T, ProxyError>) -> Option<(Self, T)> {
+        match opened {
+            Ok(opened) => Some((self, opened)),
+            Err(error) => {
+                self.close(Err(error));
+                None
+            }
+        }
+    }
+
     fn labels(&self) -> Labels {
         let service = self.service.as_ref();
         Labels::new(self.direction, &self.source, &self.destination, service, self.hbone.is_some())
@@ -130,7 +141,7 @@ impl ConnectionRecord {
     fn log(&self) {
         let reason = self.outcome.as_ref().err().map(ProxyError::reason);
         let error = self.outcome.as_ref().err().map(|error| chain(error));
-        let source = PartyFields::new(&self.source, self.claimed.as_ref());
+        let source = PartyFields::new(&self.source, self.claimed.as_deref());
         let destination = PartyFields::new(&self.destination, None);
         // As ztunnel has it: the address of the connection itself, and the one that the tunnel leads to.
         let target = self.destination.address;

@@ -140,6 +140,14 @@ impl Worker {
         Ok(Place { load, source })
     }
 
+    /// Ends what is left when the time to drain has passed. Connecting asks for that itself, and before all else; so a connection is
+    /// found here, or has not begun.
+    async fn abort(&self) {
+        let _drained = self.shared.drain.aborting().await;
+        let all = self.live.stop(|_, _| Err(ProxyError::Drained)).await;
+        self.live.end(all).await;
+    }
+
     /// Ends what each change of the mesh forbids, for ever.
     async fn enforce(&self, applied: watch::Sender<Applied>) {
         let mut mesh = self.shared.mesh.clone();
@@ -149,7 +157,11 @@ impl Worker {
             let new = mesh.borrow_and_update().clone();
             self.series.forget();
             let mut change = Change::new(&old, &new, &self.shared.rules);
-            let stopped = self.live.stop(|subject, since| change.check(subject, since)).await;
+            let check = |subject: &Subject, since| {
+                let checked = change.check(subject, since);
+                checked.map_err(|reason| ProxyError::NoLongerAllowed(Box::new(reason)))
+            };
+            let stopped = self.live.stop(check).await;
             // The next change need not wait until all of them have ended.
             let (live, applied, generation) = (self.live.clone(), applied.clone(), new.generation);
             tokio::spawn(async move {
@@ -227,6 +239,8 @@ async fn run(
 ) {
     let enforcing = worker.clone();
     tokio::spawn(async move { enforcing.enforce(applied).await });
+    let aborting = worker.clone();
+    tokio::spawn(async move { aborting.abort().await });
     for (kind, listener) in listeners {
         tokio::spawn(accept_loop(worker.clone(), kind, listener, peers.clone()));
     }
@@ -240,18 +254,14 @@ async fn run(
 }
 
 /// Serves a connection on this worker until it ends or the drain deadline passes.
-pub(crate) fn serve(worker: &Arc<Worker>, Assignment { accepted, place }: Assignment) {
-    let own = worker.clone();
-    let connection = async move {
-        let _place = place;
-        match accepted.kind {
-            Kind::Outbound => outbound::serve(own, accepted).await,
-            Kind::Plaintext => inbound::serve_plaintext(own, accepted).await,
-            // Boxed: tunnels are few, and every connection would take as much memory as one.
-            Kind::Hbone => Box::pin(inbound::serve_tunnel(own, accepted)).await,
-        }
+pub(crate) fn serve(worker: &Arc<Worker>, assignment: Assignment) {
+    let (own, drain) = (worker.clone(), &worker.shared.drain);
+    // Each a task of its own size: tunnels are few, and need much more than a connection.
+    match assignment.accepted.kind {
+        Kind::Outbound => tokio::spawn(drain.track(outbound::serve(own, assignment))),
+        Kind::Plaintext => tokio::spawn(drain.track(inbound::serve_plaintext(own, assignment))),
+        Kind::Hbone => tokio::spawn(drain.track(inbound::serve_tunnel(own, assignment))),
     };
-    tokio::spawn(worker.shared.drain.track(connection));
 }
 
 #[cfg(test)]
@@ -265,7 +275,7 @@ mod tests {
     /// It is most of what an idle connection holds, and one future that is not boxed where it should be doubles it.
     #[test]
     fn what_a_connection_needs_for_as_long_as_it_lives_is_little() {
-        assert!(size(outbound::serve) <= 3072, "{}", size(outbound::serve));
-        assert!(size(inbound::serve_plaintext) <= 3072, "{}", size(inbound::serve_plaintext));
+        assert!(size(outbound::serve) <= 1024, "{}", size(outbound::serve));
+        assert!(size(inbound::serve_plaintext) <= 1024, "{}", size(inbound::serve_plaintext));
     }
 }

@@ -7,11 +7,11 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 
-use similar::TextDiff;
 use underpass_config::{Settings, Sources};
 
 use super::iptables::Family;
 use super::*;
+use crate::verify::{Listing, Section};
 
 /// A golden file, and the settings of it.
 const SCENARIOS: &[(&str, &[&str])] = &[
@@ -144,6 +144,12 @@ fn every_plan() -> impl Iterator<Item = (&'static str, RulePlan)> {
     SCENARIOS.iter().map(|(name, assignments)| (*name, plan(assignments)))
 }
 
+/// A text as what can be compared line by line.
+fn listing(head: &str, text: &str) -> Listing {
+    let lines = text.lines().map(str::to_owned).collect();
+    Listing { sections: vec![Section { head: head.to_owned(), lines }] }
+}
+
 fn file(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("testdata/{name}.txt"))
 }
@@ -159,10 +165,11 @@ fn every_plan_is_its_golden_file_in_all_three_languages() {
             fs::write(file(name), &text).expect("the golden file is written");
         }
         let golden = fs::read_to_string(file(name)).unwrap_or_default();
-        let difference = TextDiff::from_lines(&golden, &text).unified_diff().to_string();
+        let difference = listing(name, &golden).difference(&listing(name, &text));
         assert!(
             text == golden,
-            "interception/testdata/{name}.txt differs; BLESS=1 writes it anew\n{difference}"
+            "interception/testdata/{name}.txt differs; BLESS=1 writes it anew\n{}",
+            difference.map(|difference| difference.to_string()).unwrap_or_default()
         );
     }
 }

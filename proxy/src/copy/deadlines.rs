@@ -2,12 +2,12 @@
 //!
 //! Nothing here is done for a byte: a timer looks at how many have moved.
 
-use std::convert::Infallible;
-use std::future::pending;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::net::TcpStream;
-use tokio::time::sleep;
+use tokio::time::{Instant, Sleep, sleep_until};
 use underpass_config::Timeouts;
 use underpass_interception::probe_every;
 
@@ -55,52 +55,98 @@ impl From<&Timeouts> for Deadlines {
 }
 
 impl Deadlines {
-    /// Waits until a connection is idle of which both sides may still send; for ever, and without a timer, if it may be that.
-    pub(super) async fn idle(&self, moved: impl Fn() -> u64) -> ProxyError {
-        let Some(after) = self.idle else {
-            return pending().await;
-        };
-        Box::pin(stalled(after, moved)).await;
-        ProxyError::IdleTimeout { after }
+    /// Watches over a connection of which both sides may still send, and which has moved so many bytes; nothing, and no timer, if it
+    /// may rest for ever.
+    pub(super) fn idle(&self, moved: u64) -> Option<Box<Watch>> {
+        let rest = Rest::new(self.idle?, moved, idle_timeout);
+        Some(Watch::new(Some(rest), None, self.probes))
     }
 
-    /// The same for a connection of which one side has ended, from now on; its `sockets` are probed in time.
-    pub(super) async fn half_closed(
-        &self,
-        sockets: &[&TcpStream],
-        moved: impl Fn() -> u64,
-    ) -> ProxyError {
-        let probing = async {
-            sleep(self.probes.after).await;
-            for socket in sockets {
-                probe_every(socket, self.probes.first, self.probes.every);
-            }
-            pending::<Infallible>().await
+    /// The same for a connection of which one side has ended, from now on; its sockets are probed in time.
+    pub(super) fn half_closed(&self, moved: u64) -> Box<Watch> {
+        let half_close = self.half_close.filter(|limit| self.idle.is_none_or(|idle| *limit < idle));
+        let rest = match (half_close, self.idle) {
+            (Some(limit), _) => Some(Rest::new(limit, moved, half_close_timeout)),
+            (None, Some(limit)) => Some(Rest::new(limit, moved, idle_timeout)),
+            (None, None) => None,
         };
-        let late = async {
-            let half_close =
-                self.half_close.filter(|limit| self.idle.is_none_or(|idle| *limit < idle));
-            let Some(after) = half_close else {
-                return self.idle(moved).await;
-            };
-            stalled(after, moved).await;
-            ProxyError::HalfCloseTimeout { after }
-        };
-        tokio::select! {
-            late = late => late,
-            never = probing => match never {},
-        }
+        Watch::new(rest, Some(Instant::now() + self.probes.after), self.probes)
     }
 }
 
-/// Waits until `moved` has stayed the same for `limit`, or up to a quarter longer.
-async fn stalled(limit: Duration, moved: impl Fn() -> u64) {
-    let look = limit / LOOKS;
-    let (mut seen, mut quiet) = (moved(), 0);
-    while quiet < LOOKS {
-        sleep(look).await;
-        let now = moved();
-        quiet = if now == seen { quiet + 1 } else { 0 };
-        seen = now;
+fn idle_timeout(after: Duration) -> ProxyError {
+    ProxyError::IdleTimeout { after }
+}
+
+fn half_close_timeout(after: Duration) -> ProxyError {
+    ProxyError::HalfCloseTimeout { after }
+}
+
+/// What is to be done for a connection at some later time, by one timer.
+pub(super) struct Watch {
+    /// Set for the first of the times below.
+    timer: Pin<Box<Sleep>>,
+    rest: Option<Rest>,
+    probe_at: Option<Instant>,
+    probes: Probes,
+}
+
+/// How long nothing has moved.
+struct Rest {
+    limit: Duration,
+    late: fn(Duration) -> ProxyError,
+    look_at: Instant,
+    seen: u64,
+    quiet: u32,
+}
+
+impl Watch {
+    fn new(rest: Option<Rest>, probe_at: Option<Instant>, probes: Probes) -> Box<Self> {
+        let due = first(rest.as_ref(), probe_at).unwrap_or_else(Instant::now);
+        Box::new(Self { timer: Box::pin(sleep_until(due)), rest, probe_at, probes })
     }
+
+    /// Ready when the connection, which has moved so many bytes so far, has rested for too long.
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        moved: u64,
+        sockets: &[Option<&TcpStream>],
+    ) -> Poll<ProxyError> {
+        while let Some(due) = first(self.rest.as_ref(), self.probe_at) {
+            if self.timer.deadline() != due {
+                self.timer.as_mut().reset(due);
+            }
+            ready!(self.timer.as_mut().poll(cx));
+            let now = Instant::now();
+            if self.probe_at.take_if(|at| *at <= now).is_some() {
+                let Probes { first, every, .. } = self.probes;
+                sockets.iter().flatten().for_each(|socket| probe_every(socket, first, every));
+            }
+            if let Some(rest) = self.rest.as_mut().filter(|rest| rest.look_at <= now)
+                && rest.is_over(now, moved)
+            {
+                return Poll::Ready((rest.late)(rest.limit));
+            }
+        }
+        Poll::Pending
+    }
+}
+
+impl Rest {
+    fn new(limit: Duration, moved: u64, late: fn(Duration) -> ProxyError) -> Self {
+        Self { limit, late, look_at: Instant::now() + limit / LOOKS, seen: moved, quiet: 0 }
+    }
+
+    /// Looks whether anything has moved since the last look: whether that has been too long ago, by up to a quarter more.
+    fn is_over(&mut self, now: Instant, moved: u64) -> bool {
+        self.quiet = if moved == self.seen { self.quiet + 1 } else { 0 };
+        (self.seen, self.look_at) = (moved, now + self.limit / LOOKS);
+        self.quiet == LOOKS
+    }
+}
+
+/// When something is to be done.
+fn first(rest: Option<&Rest>, probe_at: Option<Instant>) -> Option<Instant> {
+    [rest.map(|rest| rest.look_at), probe_at].into_iter().flatten().min()
 }

@@ -6,15 +6,14 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::task::{Context, Poll, ready};
 
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 use tokio::io::Interest;
-use tokio::task::coop::consume_budget;
 
+use super::Side as _;
 use super::buffers::Buffers;
-use super::tcp::{TcpSink, TcpSource};
-use super::{Sink as _, once};
+use super::tcp::Tcp;
 use crate::descriptors::Held;
 use crate::error::ProxyError;
 use crate::metrics::buffer_refused;
@@ -33,77 +32,105 @@ thread_local! {
     static POOL: RefCell<Pool> = const { RefCell::new(Pool { spare: Vec::new(), members: 0 }) };
 }
 
-/// What has become of a spliced direction.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Spliced {
-    /// It ended with FIN, and all is written.
-    Ended,
-    /// It goes on, but not in bulk, or not by pipes.
-    Quiet,
+/// A direction that is bulk. It moves bytes by pipes as long as they are many. A pipe is held only while there is something to move,
+/// and is always empty when it is filled: so EAGAIN tells which of the two connections has to be waited for, and what left the
+/// pipe is what was moved.
+pub(super) struct Splice {
+    pipe: Option<Pipe>,
+    /// How many moves in a row were of few bytes.
+    few: u32,
+    _member: Member,
 }
 
-/// Moves bytes by pipes as long as they are many. A pipe is held only while there is something to move, and is always empty when
-/// it is filled: so EAGAIN tells which of the two connections has to be waited for, and what left the pipe is what was moved.
-pub(super) async fn relay(
-    from: &mut TcpSource<'_>,
-    to: &mut TcpSink<'_>,
-    half_closed: &AtomicBool,
-    moved: &impl Fn(usize),
-) -> Result<Spliced, ProxyError> {
-    let _member = Member::new();
-    let mut few = 0;
-    loop {
-        from.begin_anew();
-        if !from.share.resize(PIPE) {
-            return Ok(Spliced::Quiet);
-        }
-        let Some(mut pipe) = Pipe::take(from.share.buffers()) else {
-            from.begin_anew();
-            buffer_refused("pipe");
-            return Ok(Spliced::Quiet);
-        };
+impl Splice {
+    pub(super) fn new() -> Self {
+        Self { pipe: None, few: 0, _member: Member::new() }
+    }
+
+    /// Ready when it has ended with FIN and all is written (true), or when it goes on, but not in bulk, or not by pipes (false).
+    pub(super) fn poll(
+        &mut self,
+        from: &mut Tcp<'_>,
+        to: &mut Tcp<'_>,
+        watches: bool,
+        cx: &mut Context<'_>,
+        moved: &impl Fn(usize),
+    ) -> Poll<Result<bool, ProxyError>> {
         loop {
-            match from.stream.try_io(Interest::READABLE, || pipe.fill(from.stream)) {
-                Ok(0) => return Ok(Spliced::Ended),
-                Ok(bytes) => few = if bytes < FEW_BYTES { few + 1 } else { 0 },
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err((from.broke)(error)),
+            let Some(pipe) = &mut self.pipe else {
+                let Poll::Ready(ready) = from.stream.poll_read_ready(cx) else {
+                    return if watches { to.poll_aborted(cx).map(Err) } else { Poll::Pending };
+                };
+                ready.map_err(from.broke)?;
+                self.pipe = take_pipe(from);
+                if self.pipe.is_none() {
+                    return Poll::Ready(Ok(false));
+                }
+                continue;
+            };
+            if pipe.filled > 0 {
+                ready!(poll_empty(pipe, to, cx, moved))?;
+                if self.few == FEW_MOVES {
+                    self.give_back(from);
+                    return Poll::Ready(Ok(false));
+                }
             }
-            empty(&mut pipe, to, moved).await?;
-            if few == FEW_MOVES {
-                drop(pipe);
-                from.begin_anew();
-                return Ok(Spliced::Quiet);
+            // Asked anew for every piece, which gives others their turn: tokio lets no task find its connections ready for ever.
+            let ready = from.stream.poll_read_ready(cx);
+            let mut fill = || from.stream.try_io(Interest::READABLE, || pipe.fill(from.stream));
+            match ready.map(|ready| ready.and_then(|()| fill())) {
+                Poll::Ready(Ok(0)) => {
+                    self.give_back(from);
+                    return Poll::Ready(Ok(true));
+                }
+                Poll::Ready(Ok(bytes)) => {
+                    self.few = if bytes < FEW_BYTES { self.few + 1 } else { 0 };
+                }
+                Poll::Ready(Err(error)) if error.kind() != io::ErrorKind::WouldBlock => {
+                    return Poll::Ready(Err((from.broke)(error)));
+                }
+                Poll::Ready(Err(_)) | Poll::Pending => self.give_back(from),
             }
-            consume_budget().await;
-        }
-        drop(pipe);
-        from.begin_anew();
-        tokio::select! {
-            biased;
-            ready = from.stream.readable() => ready.map_err(from.broke)?,
-            error = async { once(half_closed).await; to.aborted().await } => return Err(error),
         }
     }
+
+    fn give_back(&mut self, from: &mut Tcp<'_>) {
+        self.pipe = None;
+        from.begin_anew();
+    }
+}
+
+/// A pipe instead of the buffer, if there is memory for it.
+fn take_pipe(from: &mut Tcp<'_>) -> Option<Pipe> {
+    from.begin_anew();
+    if !from.share.resize(PIPE) {
+        return None;
+    }
+    let pipe = Pipe::take(from.share.buffers());
+    if pipe.is_none() {
+        from.begin_anew();
+        buffer_refused("pipe");
+    }
+    pipe
 }
 
 /// Moves all that is in the pipe.
-async fn empty(
+fn poll_empty(
     pipe: &mut Pipe,
-    to: &TcpSink<'_>,
+    to: &Tcp<'_>,
+    cx: &mut Context<'_>,
     moved: &impl Fn(usize),
-) -> Result<(), ProxyError> {
+) -> Poll<Result<(), ProxyError>> {
     while pipe.filled > 0 {
+        ready!(to.stream.poll_write_ready(cx)).map_err(to.broke)?;
         match to.stream.try_io(Interest::WRITABLE, || pipe.drain(to.stream)) {
-            Ok(0) => return Err((to.broke)(io::ErrorKind::WriteZero.into())),
+            Ok(0) => return Poll::Ready(Err((to.broke)(io::ErrorKind::WriteZero.into()))),
             Ok(bytes) => moved(bytes),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                to.stream.writable().await.map_err(to.broke)?;
-            }
-            Err(error) => return Err((to.broke)(error)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Poll::Ready(Err((to.broke)(error))),
         }
     }
-    Ok(())
+    Poll::Ready(Ok(()))
 }
 
 /// A pipe in use. Dropped empty, it is kept for others; with something in it, it is closed.

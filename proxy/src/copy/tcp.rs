@@ -1,16 +1,16 @@
-//! A TCP connection as where bytes come from and where they go, and how it breaks.
+//! A TCP connection as a side of a connection, and how it breaks.
 
-use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
-use underpass_interception::end_writing;
+use underpass_interception::{end_on_close, end_writing};
 
+use super::Side;
 use super::buffers::{Buffers, Share};
-use super::{Sink, Source};
 use crate::error::ProxyError;
 
 /// What a connection's first read may take: most requests fit, and thousands of quiet connections stay cheap.
@@ -47,45 +47,8 @@ fn exhausted(stream: &TcpStream) {
     let _forgotten = stream.try_io(Interest::READABLE, nothing);
 }
 
-/// Writes a connection.
-pub(super) struct TcpSink<'a> {
-    pub(super) stream: &'a TcpStream,
-    pub(super) broke: Broke,
-}
-
-impl Sink for TcpSink<'_> {
-    async fn write(&mut self, data: &mut Bytes) -> Result<usize, ProxyError> {
-        poll_fn(|cx| self.poll_write(cx, data)).await.map_err(self.broke)
-    }
-
-    async fn finish(&mut self) -> Result<(), ProxyError> {
-        end_writing(self.stream).map_err(self.broke)
-    }
-
-    async fn aborted(&mut self) -> ProxyError {
-        (self.broke)(broken(self.stream).await)
-    }
-}
-
-impl TcpSink<'_> {
-    fn poll_write(&self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<io::Result<usize>> {
-        loop {
-            ready!(self.stream.poll_write_ready(cx))?;
-            match self.stream.try_write(data) {
-                Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                Ok(written) => {
-                    data.advance(written);
-                    return Poll::Ready(Ok(written));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
-        }
-    }
-}
-
-/// Reads a connection into a buffer that grows while the connection is busy and is not held while it is idle.
-pub(super) struct TcpSource<'a> {
+/// A connection, read into a buffer that grows while the connection is busy and is not held while it is idle.
+pub(super) struct Tcp<'a> {
     pub(super) stream: &'a TcpStream,
     pub(super) broke: Broke,
     buffer: BytesMut,
@@ -97,14 +60,25 @@ pub(super) struct TcpSource<'a> {
     /// How much was read since it began or was found not to be bulk.
     read: usize,
     full: bool,
+    /// What waits until it is broken, once somebody wants to know. Boxed: most connections never are half-closed for long.
+    breaking: Option<Breaking<'a>>,
 }
 
-impl<'a> TcpSource<'a> {
+type Breaking<'a> = Pin<Box<dyn Future<Output = io::Error> + Send + 'a>>;
+
+impl<'a> Tcp<'a> {
     pub(super) fn new(stream: &'a TcpStream, broke: Broke, buffers: &'a Buffers) -> Self {
-        let share = Share::none_of(buffers);
-        let buffer = BytesMut::new();
-        let size = FIRST_READ;
-        Self { stream, broke, buffer, size, share, patience: 0, read: 0, full: false }
+        Self {
+            stream,
+            broke,
+            buffer: BytesMut::new(),
+            size: FIRST_READ,
+            share: Share::none_of(buffers),
+            patience: 0,
+            read: 0,
+            full: false,
+            breaking: None,
+        }
     }
 
     /// Whether there is so much, and so much at a time, that splicing pays.
@@ -145,7 +119,7 @@ impl<'a> TcpSource<'a> {
         }
     }
 
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
         loop {
             let Poll::Ready(ready) = self.stream.poll_read_ready(cx) else {
                 // An idle connection holds no buffer.
@@ -169,6 +143,21 @@ impl<'a> TcpSource<'a> {
         }
     }
 
+    fn poll_drain(&self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.stream.poll_write_ready(cx))?;
+            match self.stream.try_write(data) {
+                Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Ok(written) => {
+                    data.advance(written);
+                    return Poll::Ready(Ok(written));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
     /// Lets the buffer go.
     fn release(&mut self) {
         self.buffer = BytesMut::new();
@@ -176,8 +165,42 @@ impl<'a> TcpSource<'a> {
     }
 }
 
-impl Source for TcpSource<'_> {
-    async fn read(&mut self) -> Result<Option<Bytes>, ProxyError> {
-        poll_fn(|cx| self.poll_read(cx)).await.map_err(self.broke)
+impl Side for Tcp<'_> {
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ProxyError>> {
+        self.poll_fill(cx).map_err(self.broke)
+    }
+
+    fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        data: &mut Bytes,
+    ) -> Poll<Result<usize, ProxyError>> {
+        self.poll_drain(cx, data).map_err(self.broke)
+    }
+
+    fn finish(&mut self) -> Result<(), ProxyError> {
+        end_writing(self.stream).map_err(self.broke)
+    }
+
+    fn poll_aborted(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
+        let stream = self.stream;
+        let breaking = self.breaking.get_or_insert_with(|| Box::pin(broken(stream)));
+        let error = ready!(breaking.as_mut().poll(cx));
+        self.breaking = None;
+        Poll::Ready((self.broke)(error))
+    }
+
+    fn poll_cut(&mut self, _: &mut Context<'_>) -> Poll<ProxyError> {
+        Poll::Pending
+    }
+
+    fn close(&mut self, well: bool) {
+        if well {
+            end_on_close(self.stream);
+        }
+    }
+
+    fn socket(&self) -> Option<&TcpStream> {
+        Some(self.stream)
     }
 }

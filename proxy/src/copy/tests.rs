@@ -3,6 +3,7 @@
 mod bulk;
 mod deadlines;
 mod half_open;
+mod pieces;
 mod testing;
 
 use std::future::poll_fn;

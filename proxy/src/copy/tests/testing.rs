@@ -18,7 +18,6 @@ use underpass_interception::reset_on_close;
 
 use super::super::deadlines::{Deadlines, Probes};
 use super::super::{Buffers, Flow};
-use crate::drain::Drain;
 use crate::error::ProxyError;
 use crate::live::Live;
 use crate::policy::Subject;
@@ -340,19 +339,12 @@ async fn run(ends: Ends, deadlines: Deadlines, buffers: Buffers) -> (Result<(), 
     let (_registration, mut revocation) =
         live.register(Subject::inbound(address, address, None), 0);
     let record = ConnectionRecord::new(Direction::Outbound, Party::default(), Party::default());
-    let drain = Drain::default();
     let revocation = &mut revocation;
-    let flow = Flow {
-        record: &record,
-        buffers: &buffers,
-        deadlines: &deadlines,
-        drain: &drain,
-        revocation,
-    };
+    let flow = Flow { record: &record, buffers: &buffers, deadlines: &deadlines, revocation };
     let outcome = match ends {
-        Ends::Plain(client, server) => flow.through_tcp(client, server).await,
-        Ends::IntoTunnel(client, tunnel) => flow.into_tunnel(client, tunnel).await,
-        Ends::OutOfTunnel(tunnel, server) => flow.out_of_tunnel(tunnel, server).await,
+        Ends::Plain(client, server) => flow.through_tcp(&client, &server).await,
+        Ends::IntoTunnel(client, tunnel) => flow.into_tunnel(&client, tunnel).await,
+        Ends::OutOfTunnel(tunnel, server) => flow.out_of_tunnel(tunnel, &server).await,
     };
     let moved = record.moved();
     record.close(Ok(()));

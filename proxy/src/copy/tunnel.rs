@@ -1,0 +1,61 @@
+//! A stream of a tunnel as a side of a connection.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use tokio::net::TcpStream;
+use underpass_hbone::{Distrust, TunnelReader, TunnelStream, TunnelWriter};
+
+use super::Side;
+use crate::error::ProxyError;
+
+pub(super) struct Tunnelled {
+    reader: TunnelReader,
+    writer: TunnelWriter,
+    distrust: Distrust,
+}
+
+impl Tunnelled {
+    pub(super) fn new(tunnel: TunnelStream) -> Self {
+        let distrust = tunnel.distrusted();
+        let (reader, writer) = tunnel.split();
+        Self { reader, writer, distrust }
+    }
+}
+
+impl Side for Tunnelled {
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ProxyError>> {
+        self.reader.poll_read(cx).map_err(ProxyError::Tunnel)
+    }
+
+    fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        data: &mut Bytes,
+    ) -> Poll<Result<usize, ProxyError>> {
+        self.writer.poll_write(cx, data).map_err(ProxyError::Tunnel)
+    }
+
+    fn finish(&mut self) -> Result<(), ProxyError> {
+        self.writer.finish().map_err(ProxyError::Tunnel)
+    }
+
+    fn poll_aborted(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
+        self.writer.poll_closed(cx).map(ProxyError::Tunnel)
+    }
+
+    fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
+        Pin::new(&mut self.distrust).poll(cx).map(ProxyError::Tunnel)
+    }
+
+    fn close(&mut self, well: bool) {
+        if !well {
+            self.writer.abort();
+        }
+    }
+
+    fn socket(&self) -> Option<&TcpStream> {
+        None
+    }
+}
