@@ -36,7 +36,7 @@ pub use mesh::{
 pub use read::parse_duration;
 pub use resolve::KEYS;
 pub use settings::{
-    Backend, BundleFile, Dns, Egress, EgressSettings, IdentityFiles, IdentitySettings,
+    Backend, BundleFile, Cipher, Dns, Egress, EgressSettings, IdentityFiles, IdentitySettings,
     InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, Limits,
     LocalCaSettings, LogFormat, Logging, Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings,
     OnExit, OutboundCapture, PortRange, PortRangeError, Profile, ProxySettings, Settings,

@@ -41,6 +41,7 @@ pub const KEYS: &[&str] = &[
     "trust.aliases",
     "trust.bundles",
     "trust.crls",
+    "trust.ciphers",
     "interception.profile",
     "interception.backend",
     "interception.exact",

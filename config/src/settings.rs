@@ -13,8 +13,8 @@ use std::path::PathBuf;
 
 pub use egress::{Egress, EgressSettings};
 pub use identity::{
-    BundleFile, IdentityFiles, IdentitySettings, IstioCaSettings, LocalCaSettings, SpireSettings,
-    TrustSettings, TunnelSettings,
+    BundleFile, Cipher, IdentityFiles, IdentitySettings, IstioCaSettings, LocalCaSettings,
+    SpireSettings, TrustSettings, TunnelSettings,
 };
 pub use interception::{
     Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,

@@ -81,7 +81,8 @@ impl Settings {
             .collect();
         let crls: Vec<String> = trust.crls.iter().map(|file| path(file)).collect();
         writeln!(f, "trust:\n  aliases: {}", texts(&trust.aliases))?;
-        writeln!(f, "  bundles: {}\n  crls: {}", bare(&bundles), bare(&crls))
+        writeln!(f, "  bundles: {}\n  crls: {}", bare(&bundles), bare(&crls))?;
+        writeln!(f, "  ciphers: {}", bare(&trust.ciphers))
     }
 
     fn fmt_interception(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -283,7 +284,7 @@ take_over: {socket: /run/x.sock}
 metrics: {address: "127.0.0.1:1"}
 readiness: {address: "[::1]:2"}
 logging: {filter: 'info,access=off', format: json}
-trust: {aliases: [old.example.org, cluster.local], bundles: ["partner.org=/p, q.pem"], crls: ["/a.crl", "/b\"\\.crl"]}
+trust: {aliases: [old.example.org, cluster.local], bundles: ["partner.org=/p, q.pem"], crls: ["/a.crl", "/b\"\\.crl"], ciphers: [aes-256-gcm]}
 tunnels: {max_age: 90s, streams: 7, per_peer: 2}
 limits: {connections_per_worker: 1, connections_per_source: 2, accepts_per_second: 3, handshakes: 4, handshakes_per_source: 9, buffers: 2MiB}
 "#;

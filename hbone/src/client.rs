@@ -17,14 +17,14 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
-use underpass_config::SpiffeId;
+use underpass_config::{Cipher, SpiffeId};
 
 use crate::guard::Guard;
 use crate::io::{Io, transport};
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored, OpenStream};
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
-use crate::tls::{ClientTls, Peer};
+use crate::tls::{ClientTls, Peer, provider};
 use crate::windows::Windows;
 use crate::{ClientSettings, Credentials, HboneError, PeerIdentity, TunnelStream};
 
@@ -148,7 +148,8 @@ impl Connector {
     ) -> Result<(TlsStream<Io>, Peer), HboneError> {
         if self.anonymous {
             let authorities = credentials.authorities().clone();
-            let tls = ClientTls::anonymous(credentials.identity(), authorities)?;
+            let provider = provider(&Cipher::ALL);
+            let tls = ClientTls::anonymous(credentials.identity(), authorities, provider)?;
             return tls.connect(io, address, expected).await;
         }
         credentials.client().connect(io, address, expected).await

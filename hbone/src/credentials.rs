@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::tls::{ClientTls, ServerTls};
+use crate::tls::{ClientTls, ServerTls, provider};
 use crate::trust::Authorities;
 use crate::{HboneError, Identity, Trust};
 
@@ -31,9 +31,10 @@ impl Credentials {
     /// # Errors
     /// [`HboneError::Tls`] if rustls refuses the identity.
     pub fn new(identity: Identity, trust: Trust) -> Result<Self, HboneError> {
+        let provider = provider(trust.ciphers());
         let authorities = Arc::new(Authorities::new(&identity, trust));
-        let client = ClientTls::new(&identity, authorities.clone())?;
-        let server = ServerTls::new(&identity, authorities.clone())?;
+        let client = ClientTls::new(&identity, authorities.clone(), provider.clone())?;
+        let server = ServerTls::new(&identity, authorities.clone(), provider)?;
         Ok(Self(Arc::new(Generation { identity, authorities, client, server })))
     }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use rustls::InconsistentKeys;
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use underpass_config::{IdentityFiles, SpiffeId, TrustDomain};
+use underpass_config::{Cipher, IdentityFiles, SpiffeId, TrustDomain};
 use x509_parser::time::ASN1Time;
 
 use crate::files::warn_if_exposed;
@@ -167,16 +167,17 @@ impl Parts<'_> {
         leaf: Leaf,
         bundles: BTreeMap<TrustDomain, Bundle>,
     ) -> Result<Identity, HboneError> {
-        let certified_key = CertifiedKey::from_der(self.chain, self.key_der, &tls::provider())
-            .map_err(|error| {
-                let what = match error {
-                    rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
-                        CredentialProblem::KeyMismatch
-                    }
-                    other => CredentialProblem::Key(other.to_string()),
-                };
-                HboneError::credential(self.key, what)
-            })?;
+        let certified_key =
+            CertifiedKey::from_der(self.chain, self.key_der, &tls::provider(&Cipher::ALL))
+                .map_err(|error| {
+                    let what = match error {
+                        rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+                            CredentialProblem::KeyMismatch
+                        }
+                        other => CredentialProblem::Key(other.to_string()),
+                    };
+                    HboneError::credential(self.key, what)
+                })?;
         let certified_key = Arc::new(certified_key);
         Ok(Identity(Arc::new(Generation { leaf, certified_key, bundles })))
     }

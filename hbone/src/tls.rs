@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime};
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
 use rustls::{AlertDescription, CertificateError, CommonState};
+use underpass_config::Cipher;
 
 use crate::HboneError;
 use crate::stream::carried_error;
@@ -28,13 +29,17 @@ pub(crate) const ALPN: &[u8] = b"h2";
 /// How much encrypted data waits for its system call: a DATA frame of 128 KiB goes out by one, where rustls' 64 KiB made it three.
 const SEND_BUFFER: usize = 256 << 10;
 
-/// AES-GCM as ztunnel has it, and a key exchange that a recording does not help to break later.
-pub(crate) fn provider() -> Arc<CryptoProvider> {
+/// AES-GCM, and a key exchange that a recording does not help to break later.
+///
+/// By default with 128 bits first: that costs a quarter less than 256, which is more of a tunnel's bulk than anything else, and
+/// nobody will ever search through 2^128 keys, quantum computers included (NIST, Post-Quantum Cryptography FAQ).
+pub(crate) fn provider(ciphers: &[Cipher]) -> Arc<CryptoProvider> {
+    let suite = |cipher: &Cipher| match cipher {
+        Cipher::Aes128Gcm => cipher_suite::TLS13_AES_128_GCM_SHA256,
+        Cipher::Aes256Gcm => cipher_suite::TLS13_AES_256_GCM_SHA384,
+    };
     Arc::new(CryptoProvider {
-        cipher_suites: vec![
-            cipher_suite::TLS13_AES_256_GCM_SHA384,
-            cipher_suite::TLS13_AES_128_GCM_SHA256,
-        ],
+        cipher_suites: ciphers.iter().map(suite).collect(),
         kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1],
         ..aws_lc_rs::default_provider()
     })

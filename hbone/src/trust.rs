@@ -1,5 +1,5 @@
 //! Whom we trust beyond what comes with our certificate: aliases of our trust domain, the roots of other ones, and
-//! revocation lists, from files that are watched.
+//! revocation lists, from files that are watched; and which ciphers.
 //!
 //! Not here: how a peer is judged by it (`trust/authorities.rs`), and when new trust is put to use.
 
@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use underpass_config::{TrustDomain, TrustSettings};
+use underpass_config::{Cipher, TrustDomain, TrustSettings};
 
 use self::revocations::Revocations;
 use crate::files::WatchedFiles;
@@ -22,11 +22,20 @@ pub(crate) use self::authorities::Authorities;
 #[derive(Debug, Clone, Default)]
 pub struct Trust(Arc<Parts>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Parts {
     aliases: BTreeSet<TrustDomain>,
     bundles: BTreeMap<TrustDomain, Bundle>,
     revocations: Revocations,
+    ciphers: Vec<Cipher>,
+}
+
+impl Default for Parts {
+    fn default() -> Self {
+        let (aliases, bundles) = (BTreeSet::new(), BTreeMap::new());
+        let (revocations, ciphers) = (Revocations::default(), Cipher::ALL.to_vec());
+        Self { aliases, bundles, revocations, ciphers }
+    }
 }
 
 /// Watches the files of [`TrustSettings`].
@@ -70,6 +79,7 @@ impl Trust {
             aliases: settings.aliases.iter().cloned().collect(),
             bundles,
             revocations: Revocations::read(&settings.crls)?,
+            ciphers: settings.ciphers.clone(),
         })))
     }
 
@@ -79,6 +89,10 @@ impl Trust {
 
     pub(crate) fn bundle(&self, trust_domain: &TrustDomain) -> Option<&Bundle> {
         self.0.bundles.get(trust_domain)
+    }
+
+    pub(crate) fn ciphers(&self) -> &[Cipher] {
+        &self.0.ciphers
     }
 
     fn revocations(&self) -> &Revocations {

@@ -11,13 +11,14 @@ use std::time::Duration;
 use super::Files;
 use crate::read::Cursor;
 use crate::settings::{
-    BundleFile, IdentityFiles, IdentitySettings, IstioCaSettings, LocalCaSettings, SpireSettings,
-    TrustSettings, TunnelSettings,
+    BundleFile, Cipher, IdentityFiles, IdentitySettings, IstioCaSettings, LocalCaSettings,
+    SpireSettings, TrustSettings, TunnelSettings,
 };
 use crate::{SpiffeError, TrustDomain};
 
 /// The keys whose values are lists, as in `interception.rs`.
-pub(super) const LISTS: &[&str] = &["trust.aliases", "trust.bundles", "trust.crls"];
+pub(super) const LISTS: &[&str] =
+    &["trust.aliases", "trust.bundles", "trust.crls", "trust.ciphers"];
 
 /// As Istio's. It is renewed at half of it, so that a CA may be down overnight.
 const DEFAULT_TTL: Duration = Duration::from_secs(24 * 3600);
@@ -124,6 +125,7 @@ pub(super) fn trust(
             "" => Err("must be the path of a file".to_owned()),
             text => Ok(files.resolve(crls, text)),
         }),
+        ciphers: ciphers(section.key("ciphers")),
     };
     let mut known = BTreeSet::new();
     for BundleFile { trust_domain, .. } in &settings.bundles {
@@ -141,6 +143,19 @@ pub(super) fn trust(
         }
     }
     settings
+}
+
+fn ciphers(cursor: Cursor<'_>) -> Vec<Cipher> {
+    if !cursor.is_given() {
+        return Cipher::ALL.to_vec();
+    }
+    if cursor.is_empty_list() {
+        cursor.problem("must have at least one cipher: aes-128-gcm, aes-256-gcm");
+    }
+    cursor.list(|text| {
+        let named = Cipher::ALL.into_iter().find(|cipher| cipher.to_string() == text);
+        named.ok_or_else(|| "must be aes-128-gcm or aes-256-gcm".to_owned())
+    })
 }
 
 pub(super) fn tunnels(section: Cursor<'_>) -> TunnelSettings {

@@ -2,6 +2,7 @@
 //!
 //! Not here: certificates themselves (the hbone crate), and what each key defaults to (`resolve/identity.rs`).
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -67,7 +68,7 @@ pub struct SpireSettings {
 }
 
 /// Whom we trust beyond what comes with our certificate.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrustSettings {
     /// Other names of our own trust domain: its roots vouch for these too.
     pub aliases: Vec<TrustDomain>,
@@ -75,6 +76,38 @@ pub struct TrustSettings {
     pub bundles: Vec<BundleFile>,
     /// Certificate revocation lists. If there is one, a certificate whose issuer has none is refused.
     pub crls: Vec<PathBuf>,
+    /// What tunnels may be encrypted with, the first first; never empty.
+    pub ciphers: Vec<Cipher>,
+}
+
+impl Default for TrustSettings {
+    fn default() -> Self {
+        let ciphers = Cipher::ALL.to_vec();
+        Self { aliases: Vec::new(), bundles: Vec::new(), crls: Vec::new(), ciphers }
+    }
+}
+
+/// A cipher of TLS 1.3 (RFC 8446 appendix B.4), by its AEAD algorithm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Cipher {
+    /// `TLS_AES_128_GCM_SHA256`, the one that every implementation has.
+    Aes128Gcm,
+    /// `TLS_AES_256_GCM_SHA384`.
+    Aes256Gcm,
+}
+
+impl Cipher {
+    /// Those that there are, the fastest first.
+    pub const ALL: [Self; 2] = [Self::Aes128Gcm, Self::Aes256Gcm];
+}
+
+impl fmt::Display for Cipher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Aes128Gcm => "aes-128-gcm",
+            Self::Aes256Gcm => "aes-256-gcm",
+        })
+    }
 }
 
 /// The roots of a foreign trust domain, as PEM.

@@ -26,6 +26,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tonic::Status;
+use underpass_config::Cipher;
 
 use self::service::Service;
 use super::CertificateAuthority;
@@ -181,7 +182,7 @@ fn own_tls(settings: &CaServerSettings) -> Result<Arc<ServerConfig>, HboneError>
     let key = PrivateKeyDer::from_pem_slice(issued.key_pem.as_bytes());
     let (leaf, key) =
         leaf.and_then(|leaf| Ok((leaf, key?))).map_err(|error| problem(error.to_string()))?;
-    let mut config = ServerConfig::builder_with_provider(tls::provider())
+    let mut config = ServerConfig::builder_with_provider(tls::provider(&Cipher::ALL))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .and_then(|config| config.with_no_client_auth().with_single_cert(vec![leaf], key))
         .map_err(|error| problem(error.to_string()))?;

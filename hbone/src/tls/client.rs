@@ -9,6 +9,7 @@ use std::time::SystemTime;
 
 use rustls::ClientConfig;
 use rustls::client::{ClientSessionStore, Resumption};
+use rustls::crypto::CryptoProvider;
 use rustls::sign::SingleCertAndKey;
 use rustls_pki_types::ServerName;
 use tokio_rustls::TlsConnector;
@@ -17,7 +18,7 @@ use underpass_config::SpiffeId;
 
 use super::sessions::Sessions;
 use super::verify::{Peer, Verifier};
-use super::{ALPN, SEND_BUFFER, handshake_error, provider, require_h2, tls_error};
+use super::{ALPN, SEND_BUFFER, handshake_error, require_h2, tls_error};
 use crate::clock::WallClock;
 use crate::io::Io;
 use crate::trust::Authorities;
@@ -52,8 +53,9 @@ impl ClientTls {
     pub(crate) fn new(
         identity: &Identity,
         authorities: Arc<Authorities>,
+        provider: Arc<CryptoProvider>,
     ) -> Result<Self, HboneError> {
-        let mut tls = Self::anonymous(identity, authorities)?;
+        let mut tls = Self::anonymous(identity, authorities, provider)?;
         tls.template.client_auth_cert_resolver =
             Arc::new(SingleCertAndKey::from(identity.certified_key()));
         Ok(tls)
@@ -63,10 +65,11 @@ impl ClientTls {
     pub(crate) fn anonymous(
         identity: &Identity,
         authorities: Arc<Authorities>,
+        provider: Arc<CryptoProvider>,
     ) -> Result<Self, HboneError> {
         let nobody = ExpectedPeer::OneOf(Arc::new([]));
         let verifier = Verifier { authorities: authorities.clone(), expected: nobody };
-        let mut template = ClientConfig::builder_with_details(provider(), Arc::new(WallClock))
+        let mut template = ClientConfig::builder_with_details(provider, Arc::new(WallClock))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(tls_error)?
             .dangerous()

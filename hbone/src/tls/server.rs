@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ServerConfig;
+use rustls::crypto::CryptoProvider;
 use rustls::server::NoServerSessionStorage;
 use rustls::sign::SingleCertAndKey;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
@@ -14,7 +15,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::sessions::Tickets;
 use super::verify::{Peer, Verifier};
-use super::{ALPN, SEND_BUFFER, handshake_error, provider, require_h2, tls_error};
+use super::{ALPN, SEND_BUFFER, handshake_error, require_h2, tls_error};
 use crate::clock::WallClock;
 use crate::io::Io;
 use crate::trust::Authorities;
@@ -39,15 +40,17 @@ impl ServerTls {
     pub(crate) fn new(
         identity: &Identity,
         authorities: Arc<Authorities>,
+        provider: Arc<CryptoProvider>,
     ) -> Result<Self, HboneError> {
         let expected = authorities.any_member();
         let verifier = Arc::new(Verifier { authorities, expected });
-        let mut config = ServerConfig::builder_with_details(provider(), Arc::new(WallClock))
+        let mut config = ServerConfig::builder_with_details(provider, Arc::new(WallClock))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(tls_error)?
             .with_client_cert_verifier(verifier.clone())
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(identity.certified_key())));
         config.alpn_protocols = vec![ALPN.to_vec()];
+        config.ignore_client_order = true;
         config.send_tls13_tickets = TICKETS;
         config.ticketer = Arc::new(Tickets::new(identity.expires())?);
         config.session_storage = Arc::new(NoServerSessionStorage {});

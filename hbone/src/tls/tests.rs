@@ -7,10 +7,10 @@ use rcgen::ExtendedKeyUsagePurpose as Usage;
 use rustls::client::ResolvesClientCert;
 use rustls::crypto::SupportedKxGroup;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{ClientConfig, NamedGroup, SignatureScheme};
+use rustls::{CipherSuite, ClientConfig, NamedGroup, SignatureScheme};
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncWriteExt as _, DuplexStream, duplex};
-use underpass_config::TrustDomain;
+use underpass_config::{Cipher, TrustDomain, TrustSettings};
 
 use super::*;
 use crate::testing::pki::{Ca, Files};
@@ -19,7 +19,7 @@ use crate::testing::{
 };
 use crate::{
     Bundle, CertificateAuthority, ClientSettings, Credentials, ExpectedPeer, Identity,
-    ServerSettings, Tunnel,
+    ServerSettings, Trust, Tunnel,
 };
 
 /// What became of the client, at the latest at its first request, and of the server.
@@ -164,6 +164,43 @@ async fn a_certificate_for_the_other_role_is_refused() {
     failed_with(&server, "client authentication");
 }
 
+/// Who agrees to these ciphers, the first first.
+fn with_ciphers(identity: &Identity, ciphers: &[Cipher]) -> Credentials {
+    let settings = TrustSettings { ciphers: ciphers.to_vec(), ..TrustSettings::default() };
+    Credentials::new(identity.clone(), Trust::read(&settings).unwrap()).unwrap()
+}
+
+#[tokio::test]
+async fn tunnels_have_the_cipher_that_both_sides_may_use_and_the_server_prefers() {
+    use Cipher::{Aes128Gcm, Aes256Gcm};
+    let (small, large) =
+        (CipherSuite::TLS13_AES_128_GCM_SHA256, CipherSuite::TLS13_AES_256_GCM_SHA384);
+    let authority = authority("td");
+    let (client, server) = (identity(&authority, CLIENT), identity(&authority, SERVER));
+    for (of_client, of_server, expected) in [
+        (&Cipher::ALL[..], &Cipher::ALL[..], small),
+        // As a stock ztunnel has them.
+        (&[Aes256Gcm, Aes128Gcm], &Cipher::ALL, small),
+        (&Cipher::ALL, &[Aes256Gcm, Aes128Gcm], large),
+        (&[Aes256Gcm], &Cipher::ALL, large),
+        (&Cipher::ALL, &[Aes256Gcm], large),
+    ] {
+        let (client, server) = (with_ciphers(&client, of_client), with_ciphers(&server, of_server));
+        let (near, far) = duplex(64 << 10);
+        let expecting = [id(SERVER)];
+        let (met, accepted) = tokio::join!(
+            client.client().connect(Box::new(near), ADDRESS, &expecting),
+            server.server().accept(Box::new(far))
+        );
+        let agreed = met.unwrap().0.get_ref().1.negotiated_cipher_suite().unwrap().suite();
+        assert_eq!(agreed, expected, "{of_client:?}, {of_server:?}");
+        accepted.unwrap();
+    }
+    let (client, server) =
+        (with_ciphers(&client, &[Aes256Gcm]), with_ciphers(&server, &[Aes128Gcm]));
+    failed_with(&meet_with(client, server, SERVER).await.0, "HandshakeFailure");
+}
+
 #[derive(Debug)]
 struct NoCertificate;
 
@@ -191,7 +228,8 @@ fn config(
     groups: &[&'static dyn SupportedKxGroup],
 ) -> ClientConfig {
     let identity = identity(authority, CLIENT);
-    let provider = CryptoProvider { kx_groups: groups.to_vec(), ..(*provider()).clone() };
+    let provider =
+        CryptoProvider { kx_groups: groups.to_vec(), ..(*provider(&Cipher::ALL)).clone() };
     let verifier = verify::Verifier {
         authorities: credentials(&identity).authorities().clone(),
         expected: ExpectedPeer::OneOf([id(SERVER)].into()),
@@ -262,7 +300,7 @@ async fn both_sides_agree_on_tls13_aes_gcm_and_a_hybrid_key_exchange() {
     assert_eq!(connection.server_name(), None, "no SNI");
     assert_eq!(connection.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
     let suite = connection.negotiated_cipher_suite().unwrap().suite();
-    assert_eq!(suite, rustls::CipherSuite::TLS13_AES_256_GCM_SHA384);
+    assert_eq!(suite, CipherSuite::TLS13_AES_128_GCM_SHA256);
     let group = client.get_ref().1.negotiated_key_exchange_group().unwrap().name();
     assert_eq!(group, NamedGroup::X25519MLKEM768);
 }

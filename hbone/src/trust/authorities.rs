@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls::{CertificateError, Error, ExtendedKeyPurpose, OtherError};
 use rustls_pki_types::{CertificateDer, UnixTime};
-use underpass_config::{SpiffeId, TrustDomain};
+use underpass_config::{Cipher, SpiffeId, TrustDomain};
 use webpki::{
     EndEntityCert, ExpirationPolicy, KeyUsage, RequiredEkuNotFoundContext, RevocationCheckDepth,
     RevocationOptionsBuilder, UnknownStatusPolicy,
@@ -32,7 +32,7 @@ impl Authorities {
             own: identity.spiffe_id().trust_domain().clone(),
             bundles: identity.bundles().clone(),
             trust,
-            algorithms: tls::provider().signature_verification_algorithms,
+            algorithms: tls::provider(&Cipher::ALL).signature_verification_algorithms,
         }
     }
 

@@ -173,11 +173,28 @@ fn trust_is_read() {
     let bundle =
         |name: &str, file: &str| BundleFile { trust_domain: domain(name), file: file.into() };
     let expected = TrustSettings {
+        ciphers: Cipher::ALL.to_vec(),
         aliases: vec![domain("a.org"), domain("b.org")],
         bundles: vec![bundle("c.org", "c.pem"), bundle("d.org", "/d=.pem")],
         crls: vec!["x.crl".into(), "y.crl".into()],
     };
     assert_eq!(read(text).unwrap().trust, expected);
+}
+
+#[test]
+fn ciphers_are_in_order_of_preference_and_at_least_one() {
+    let ciphers = |text: &str| read(text).unwrap().trust.ciphers;
+    assert_eq!(ciphers(""), [Cipher::Aes128Gcm, Cipher::Aes256Gcm]);
+    let both = ciphers("trust: {ciphers: [aes-256-gcm, aes-128-gcm]}\n");
+    assert_eq!(both, [Cipher::Aes256Gcm, Cipher::Aes128Gcm]);
+    assert_eq!(ciphers("trust: {ciphers: aes-256-gcm}\n"), [Cipher::Aes256Gcm]);
+    for (wrong, reason) in
+        [("[]", "must have at least one cipher"), ("[rc4]", "must be aes-128-gcm")]
+    {
+        let found = mistakes(&format!("trust: {{ciphers: {wrong}}}\n"));
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].contains(reason), "{found:?}");
+    }
 }
 
 #[test]

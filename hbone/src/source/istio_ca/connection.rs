@@ -19,7 +19,7 @@ use tokio::net::lookup_host;
 use tokio_rustls::TlsConnector;
 use tonic::body::Body;
 use tower_service::Service;
-use underpass_config::IstioCaSettings;
+use underpass_config::{Cipher, IstioCaSettings};
 
 use crate::io::Io;
 use crate::source::IssuerProblem;
@@ -87,7 +87,7 @@ impl Endpoint {
     }
 
     async fn handshake(&self, io: Io, roots: Arc<RootCertStore>) -> io::Result<Connection> {
-        let mut config = ClientConfig::builder_with_provider(tls::provider())
+        let mut config = ClientConfig::builder_with_provider(tls::provider(&Cipher::ALL))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(io::Error::other)?
             .with_root_certificates(roots)

@@ -8,12 +8,12 @@ use http::HeaderMap;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 use tokio::sync::watch;
 use tokio::time::sleep;
-use underpass_config::SpiffeId;
+use underpass_config::{Cipher, SpiffeId};
 
 use super::*;
 use crate::testing::pki::{Ca, Files};
 use crate::testing::{ADDRESS, CLIENT, HOUR, SECOND, SERVER, Served, id, request};
-use crate::tls::{ClientTls, ServerTls};
+use crate::tls::{ClientTls, ServerTls, provider};
 use crate::trust::Authorities;
 use crate::{Acceptor, ClientSettings, Connector, Credentials, ServerSettings, Trust};
 
@@ -191,7 +191,7 @@ async fn the_server_judges_a_client_that_resumes_once_more() {
     let identity = ca.identity(CLIENT, 1);
     let server = credentials(&ca, SERVER, 2, 3 * HOUR);
     let authorities = Arc::new(Authorities::new(&identity, Trust::default()));
-    let client = ClientTls::new(&identity, authorities).unwrap().careless();
+    let client = ClientTls::new(&identity, authorities, provider(&Cipher::ALL)).unwrap().careless();
     assert!(!handshake(&client, server.server(), ADDRESS).await.unwrap());
     assert!(handshake(&client, server.server(), ADDRESS).await.unwrap());
     sleep(HOUR + SECOND).await;
