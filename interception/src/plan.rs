@@ -27,7 +27,7 @@ pub use types::{
     PolicyRoute, Protocol, Rule, Table,
 };
 pub(crate) use walk::is_link_local;
-pub use walk::{End, Environment, Interface, Packet, Passage, State, Walk, Way};
+pub use walk::{Answer, End, Environment, Interface, Packet, Passage, State, Walk, Way};
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 

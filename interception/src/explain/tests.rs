@@ -203,6 +203,25 @@ fn older_connections_survive_unless_the_rules_are_exact() {
 }
 
 #[test]
+fn every_connection_is_answered_unless_exact_tproxy_rules_catch_what_imitates() {
+    for settings in
+        ["ambient", "ambient dns=capture", "sidecar", "sidecar inbound.mode=tproxy", "osm"]
+    {
+        explained(&format!("profile={settings}"), |explanation| {
+            for hop in explanation.flows().iter().flat_map(|flow| &flow.hops) {
+                let answered = matches!(hop.answer, None | Some(Answer::Returns));
+                assert!(answered, "{settings}: {:?} of {:?}", hop.answer, hop.packet);
+            }
+        });
+    }
+    let exact = "profile=sidecar inbound.mode=tproxy exact=true";
+    let (text, json) =
+        explained(exact, |explanation| (explanation.to_string(), explanation.json()));
+    assert!(text.contains("from 127.0.0.1 to another host"), "{text}");
+    assert_eq!(json["flows"][0]["hops"][1]["answer"], "unroutable");
+}
+
+#[test]
 fn no_line_of_the_text_is_wider_than_a_terminal_except_for_words_that_are() {
     for assignments in ["profile=ambient dns=capture", "profile=sidecar", "profile=osm"] {
         let text = explained(assignments, |explanation| explanation.to_string());

@@ -13,8 +13,8 @@ use underpass_config::{
     PortRange, Profile,
 };
 use underpass_interception::{
-    Environment, IpNet, KUBELET_PROBE_V4, KUBELET_PROBE_V6, PROXY_MARK, Packet, Protocol, State,
-    Way,
+    Environment, IpNet, KUBELET_PROBE_V4, KUBELET_PROBE_V6, PROXY_MARK, Packet, PolicyRoute,
+    Protocol, State, Way,
 };
 
 use super::Attempt;
@@ -168,6 +168,7 @@ impl Random {
         &mut self,
         settings: &InterceptionSettings,
         environment: &Environment,
+        routes: &[PolicyRoute],
     ) -> Attempt {
         self.source_port += 1;
         let v6 = self.one_in(3);
@@ -180,7 +181,7 @@ impl Random {
         } else {
             (Protocol::Tcp, self.pick(&TCP_PORTS))
         };
-        let (from, source, to, way) = match self.below(6) {
+        let (from, source, to, mut way) = match self.below(6) {
             0 => {
                 let probe = [KUBELET_PROBE_V4.into(), KUBELET_PROBE_V6.into()];
                 let source = if self.one_in(3) { family(&probe) } else { family(&REMOTE[..2]) };
@@ -188,15 +189,17 @@ impl Random {
                 (Place::Remote, source[0], to, Way::In { interface: "eth0".to_owned() })
             }
             1 => {
-                // With TPROXY the answers to what is passed on count as the proxy's, and are lost.
-                let passed_on = settings.inbound.mode == InboundMode::Redirect;
-                let remote = if passed_on { family(&REMOTE) } else { Vec::new() };
-                let to = self.pick(&[family(&POD), remote].concat());
+                let to = self.pick(&[family(&POD), family(&REMOTE)].concat());
                 (Place::Vm, family(&VM)[0], to, Way::In { interface: "vm0".to_owned() })
             }
             _ => self.local(settings, environment, &family),
         };
-        let mark = self.mark(settings, &way, environment.is_local(to), source);
+        let mark = self.mark(&way, source);
+        if let Way::Out { interface, .. } = &mut way
+            && routes.iter().any(|route| route.mark.matches(mark))
+        {
+            "lo".clone_into(interface);
+        }
         let packet = Packet {
             protocol,
             source: SocketAddr::new(source, self.source_port),
@@ -226,12 +229,10 @@ impl Random {
         let last_hop =
             [Ipv4Addr::new(127, 0, 0, 6).into(), Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6).into()];
         let local = environment.is_local(to);
-        let (mut uid, mut gid) = (self.pick(self.ids), self.pick(self.ids));
-        let imitator = imitator(settings, to, self.ids);
+        let (uid, gid) = (self.pick(self.ids), self.pick(self.ids));
         let source = if local && settings.profile == Profile::Sidecar && self.one_in(3) {
             family(&last_hop)[0]
-        } else if let Some(imitator) = imitator.filter(|_| self.one_in(3)) {
-            (uid, gid) = (imitator, imitator);
+        } else if imitates(settings, to) && self.one_in(3) {
             family(&REMOTE)[0]
         } else if to.is_loopback() {
             family(&[Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()])[0]
@@ -247,44 +248,20 @@ impl Random {
         (Place::Pod, source, to, way)
     }
 
-    /// The mark of the socket: always the proxy's where it imitates, or answers would go astray;
-    /// else by chance where that leads nowhere else.
-    fn mark(
-        &mut self,
-        settings: &InterceptionSettings,
-        way: &Way,
-        local: bool,
-        source: IpAddr,
-    ) -> u32 {
-        let sent = matches!(way, Way::Out { .. });
-        if sent && REMOTE.contains(&source) {
-            return PROXY_MARK;
+    /// The mark of the socket: mostly the proxy's where it imitates, or answers would go astray.
+    fn mark(&mut self, way: &Way, source: IpAddr) -> u32 {
+        match way {
+            Way::In { .. } => 0,
+            Way::Out { .. } if REMOTE.contains(&source) && !self.one_in(4) => PROXY_MARK,
+            Way::Out { .. } => self.pick(&[0, 0, 0x1000, PROXY_MARK, 0x1000 | PROXY_MARK]),
         }
-        // With TPROXY this mark leads to loopback, whatever the destination; and with exact rules what carries it is lost where DNS
-        // capture redirects it too (seed 17273302232085046549), which the walk does not know.
-        let spared = local && settings.dns == Dns::Off;
-        let free = sent && (spared || settings.inbound.mode == InboundMode::Redirect);
-        if free { self.pick(&[0, 0, 0x1000, PROXY_MARK, 0x1000 | PROXY_MARK]) } else { 0 }
     }
 }
 
-/// Who may open a connection to this address of the pod in a client's name, so that the answers
-/// find the way back.
-fn imitator(settings: &InterceptionSettings, to: IpAddr, ids: &[u32]) -> Option<u32> {
+/// Whether the proxy opens connections to this address of the pod in a client's name.
+fn imitates(settings: &InterceptionSettings, to: IpAddr) -> bool {
     let tproxy = settings.inbound.mode == InboundMode::Tproxy;
-    // Without capture of IPv6 only our own rules have a way back for it.
-    let way_back = !settings.exact || to.is_ipv4() || settings.ipv6 == Ipv6::Capture;
-    // Istio's TPROXY excludes interfaces from the way back too.
-    let excluded = settings.outbound.exclude_interfaces.iter().any(|name| name == "eth0");
-    let way_back = way_back && !(tproxy && settings.exact && excluded);
-    // What carries the mark, as what imitates does, is lost where DNS capture redirects it too, see `mark` (seed 1486892390326654285).
-    let way_back = way_back && !(tproxy && settings.exact && settings.dns == Dns::Capture);
-    let possible =
-        POD.contains(&to) && way_back && (tproxy || settings.profile == Profile::Ambient);
-    // By Istio's rules, what the proxy's user or group sends to the pod is a self-call, and caught.
-    let proxys = || settings.proxy_uids.iter().chain(&settings.proxy_gids);
-    let spared = |id: &u32| !(tproxy && settings.exact) || proxys().all(|proxy| proxy != id);
-    ids.iter().copied().find(spared).filter(|_| possible)
+    POD.contains(&to) && (tproxy || settings.profile == Profile::Ambient)
 }
 
 #[expect(clippy::print_stderr, reason = "a test that tests less has to say so")]
