@@ -12,7 +12,8 @@ use nlink::netlink::nftables::NftBatchFailure;
 use crate::InterceptionError;
 
 /// Turns a netlink failure of `operation` (a verb phrase) into ours: a missing capability, a table
-/// that belongs to another program and a missing kernel module are told apart from the rest.
+/// that belongs to another program, a missing kernel module and a loopback interface that is down are told apart from the
+/// rest.
 pub(crate) fn failed(operation: &'static str) -> impl FnOnce(nlink::Error) -> InterceptionError {
     move |error| {
         if refusals(&error).iter().any(is_owned) {
@@ -22,7 +23,12 @@ pub(crate) fn failed(operation: &'static str) -> impl FnOnce(nlink::Error) -> In
             return InterceptionError::NotPermitted { operation, capability: "NET_ADMIN" };
         }
         let module = refusals(&error).iter().find_map(missing_module);
+        // All routes and addresses that we make are the loopback interface's.
+        let down = error.errno().map(Errno::from_raw) == Some(Errno::ENETDOWN);
         let source = into_io(error);
+        if down {
+            return InterceptionError::LoopbackDown { operation, source };
+        }
         match module {
             Some(module) => InterceptionError::Unsupported { operation, module, source },
             None => InterceptionError::Netlink { operation, source },

@@ -11,6 +11,7 @@
 
 mod ambient;
 mod build;
+mod invalid;
 mod iptables;
 mod json;
 pub(crate) mod nft;

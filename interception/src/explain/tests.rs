@@ -164,7 +164,7 @@ fn each_exception_of_the_settings_has_a_flow_and_is_direct() {
 
 #[test]
 fn what_a_virtual_machine_sends_is_outbound() {
-    for profile in ["ambient", "sidecar"] {
+    for profile in ["ambient", "sidecar", "sidecar inbound.mode=tproxy"] {
         let path = path(&format!("profile={profile} virtual_interfaces=vm0"), "virtual_interfaces");
         assert_eq!(path[0], ("virtual-outbound".to_owned(), Some(Party::Proxy)), "{profile}");
         assert_eq!(path[1].1, Some(Party::Remote), "{profile}");

@@ -33,6 +33,7 @@ const SCENARIOS: &[(&str, &[&str])] = &[
             "outbound.exclude_gids=200",
             "inbound.exclude_ports=22",
             "inbound.exclude_interfaces=eth1,eth2",
+            "drop_invalid=true",
         ],
     ),
     (
@@ -102,6 +103,10 @@ const SCENARIOS: &[(&str, &[&str])] = &[
     ("sidecar-tproxy", &["profile=sidecar", "inbound.mode=tproxy", "inbound.exclude_ports=22"]),
     ("sidecar-exact-tproxy", &["profile=sidecar", "exact=true", "inbound.mode=tproxy"]),
     (
+        "sidecar-tproxy-virtual",
+        &["profile=sidecar", "inbound.mode=tproxy", "virtual_interfaces=tap0,tap1"],
+    ),
+    (
         "sidecar-tproxy-ports",
         &[
             "profile=sidecar",
@@ -124,6 +129,7 @@ const SCENARIOS: &[(&str, &[&str])] = &[
             "outbound.exclude_interfaces=eth1",
             "inbound.exclude_ports=30,40",
             "inbound.exclude_interfaces=eth1",
+            "drop_invalid=true",
         ],
     ),
     ("osm-ipv6-bypass", &["profile=osm", "ipv6=bypass"]),
@@ -271,6 +277,22 @@ fn ipv6_is_captured_rejected_or_left_alone() {
         let absent = settings(&[profile]);
         let plan = RulePlan::new(&absent.interception, Ports::of(&absent.proxy), false);
         assert!(plan.rules().iter().all(|rule| rule.families == Families::V4), "{profile}");
+    }
+}
+
+#[test]
+fn every_profile_drops_what_is_invalid_if_it_is_asked_to() {
+    for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
+        for exact in ["exact=false", "exact=true"] {
+            let drops = |drop_invalid| {
+                let plan = plan(&[profile, exact, drop_invalid]);
+                plan.rules().iter().any(|rule| rule.id == "drop-invalid")
+            };
+            assert!(
+                drops("drop_invalid=true") && !drops("drop_invalid=false"),
+                "{profile} {exact}"
+            );
+        }
     }
 }
 

@@ -14,13 +14,15 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use libtest_mimic::Failed;
+use tokio::sync::mpsc::UnboundedReceiver;
 use underpass_config::{InterceptionSettings, Profile};
 use underpass_interception::{
-    Answer, End, Environment, Interception, Packet, Protocol, RulePlan, Table, Walk,
+    Answer, End, Environment, Interception, PROXY_MARK, Packet, Protocol, RulePlan, State, Table,
+    Walk, Way,
 };
 
 use crate::Case;
-use crate::pod::{DEADLINE, equal, inside, runtime};
+use crate::pod::{DEADLINE, equal, inside, runtime, settings};
 use network::{Arrival, Network, Outcome, Place};
 use random::Random;
 
@@ -28,6 +30,7 @@ pub(crate) const CASES: &[Case] = &[
     ("the kernel does what the walk says (ambient)", || compare(Profile::Ambient, "walk-ambient")),
     ("the kernel does what the walk says (sidecar)", || compare(Profile::Sidecar, "walk-sidecar")),
     ("the kernel does what the walk says (osm)", || compare(Profile::Osm, "walk-osm")),
+    ("what imitates a client and is redirected has no answer in IPv4", unanswered),
 ];
 
 /// How many random settings each profile gets, and how many packets each of those.
@@ -61,16 +64,43 @@ fn compare(profile: Profile, name: &str) -> Result<(), Failed> {
             for _ in 0..PACKETS {
                 let routes = installed.plan().routes();
                 let attempt = random.attempt(&settings, &installed.environment, routes);
-                let patience = installed.patience(&attempt.packet);
-                let sent = network.send(&attempt, patience, &mut arrivals).await;
-                let outcome = sent.map_err(told)?;
-                installed.check(&network, &attempt, &outcome).map_err(|error| {
-                    told(format!("{}\n{attempt:#?}", error.message().unwrap_or_default()).into())
-                })?;
+                installed.attempt(&network, &attempt, &mut arrivals).await.map_err(told)?;
             }
             installed.remove(&network).map_err(told)?;
         }
         Ok(())
+    })
+}
+
+/// By Istio's TPROXY rules, what the proxy opens in a client's name is caught by DNS capture like any other
+/// connection to port 53; of the two answers, the kernel sends the one from ::1 only.
+fn unanswered() -> Result<(), Failed> {
+    let network = Network::new("walk-answers")?;
+    let settings = settings("profile=sidecar exact=true inbound.mode=tproxy dns=capture");
+    runtime()?.block_on(async {
+        let mut arrivals = network.listen()?;
+        let mut installed = Installed::new(&network, &settings)?;
+        let ends = network::POD.into_iter().zip(network::REMOTE).take(2);
+        for (source_port, (pod, client)) in (20000..).zip(ends) {
+            let way = Way::Out { interface: "lo".to_owned(), uid: 0, gid: 0 };
+            let packet = Packet {
+                protocol: Protocol::Tcp,
+                source: SocketAddr::new(client, source_port),
+                destination: SocketAddr::new(pod, 53),
+                way,
+                state: State::New,
+                mark: PROXY_MARK,
+                connection_mark: 0,
+            };
+            let walk = installed.plan().walk(&packet, &installed.environment);
+            let answer = installed.plan().answer(&packet, &walk, &installed.environment);
+            let expected = if pod.is_ipv4() { Answer::Unroutable } else { Answer::Returns };
+            equal("the end", walk.end, End::Redirected(network::PORTS.dns))?;
+            equal("the answer", answer, Some(expected))?;
+            let attempt = Attempt { from: Place::Pod, packet };
+            installed.attempt(&network, &attempt, &mut arrivals).await?;
+        }
+        installed.remove(&network)
     })
 }
 
@@ -102,6 +132,20 @@ impl Installed {
 
     fn plan(&self) -> &RulePlan {
         self.interception.plan()
+    }
+
+    /// Sends a packet, and compares what became of it.
+    async fn attempt(
+        &mut self,
+        network: &Network,
+        attempt: &Attempt,
+        arrivals: &mut UnboundedReceiver<Arrival>,
+    ) -> Result<(), Failed> {
+        let patience = self.patience(&attempt.packet);
+        let outcome = network.send(attempt, patience, arrivals).await?;
+        self.check(network, attempt, &outcome).map_err(|error| {
+            format!("{}\n{attempt:#?}", error.message().unwrap_or_default()).into()
+        })
     }
 
     /// What the walk and its answer say.

@@ -107,7 +107,7 @@ impl Random {
             proxy_gids: some(sidecar, proxys),
             dns,
             dns_servers: if dns == Dns::Capture { self.some(&servers) } else { Vec::new() },
-            drop_invalid: sidecar && self.one_in(3),
+            drop_invalid: self.one_in(3),
             ingress: profile == Profile::Ambient && self.one_in(4),
             loopback_cidr: loopback.parse().expect("a network"),
         }
