@@ -21,6 +21,7 @@ mod sidecar;
 mod types;
 mod walk;
 
+pub(crate) use build::MANY;
 pub use iptables::Family;
 pub(crate) use iptables::TABLES;
 pub use types::{

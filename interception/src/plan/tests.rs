@@ -259,6 +259,34 @@ fn ten_thousand_excluded_networks_are_one_rule() {
 }
 
 #[test]
+fn many_networks_are_a_rule_for_each_length_that_many_of_them_have() {
+    let of_length = |length, first: usize, count: usize| {
+        (0..count).map(move |n| format!("{first}.{}.{}.0/{length}", n / 200, n % 200))
+    };
+    let networks: Vec<_> = of_length(24, 10, 300)
+        .chain(of_length(26, 11, 400))
+        .chain(of_length(25, 12, 3))
+        .chain(["13.0.0.0/8".to_owned()])
+        .collect();
+    let exclusion = format!("outbound.exclude_cidrs={}", networks.join(","));
+    for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
+        let plan = plan(&[profile, &exclusion]);
+        let rules = plan.rules().iter().filter(|rule| rule.id.starts_with("exclude-cidrs"));
+        let lists = rules.map(|rule| (rule.id.as_str(), excluded(rule)));
+        let expected = [("exclude-cidrs", 4), ("exclude-cidrs-2", 300), ("exclude-cidrs-3", 400)];
+        assert_eq!(lists.collect::<Vec<_>>(), expected, "{profile}");
+    }
+}
+
+fn excluded(rule: &Rule) -> usize {
+    let mut lists = rule.matches.iter().filter_map(|condition| match condition {
+        Match::Destination(networks) => Some(networks.len()),
+        _ => None,
+    });
+    lists.next().unwrap_or_default()
+}
+
+#[test]
 fn ipv6_is_captured_rejected_or_left_alone() {
     for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
         for (ipv6, caught, refused) in [

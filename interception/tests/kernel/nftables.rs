@@ -4,7 +4,7 @@
 //! Not here: what the rules do to connections (`flows.rs`).
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use libtest_mimic::Failed;
@@ -323,13 +323,29 @@ fn others_are_not_seen() -> Result<(), Failed> {
 
 fn many_networks() -> Result<(), Failed> {
     let pod = lonely("nft-many")?;
-    let network = |n: u32| IpNet::new(IpAddr::V4(Ipv4Addr::from(0x0a00_0000 + n * 512)), 24);
-    let networks = (0..10_000).map(network).collect::<Result<Vec<_>, _>>()?;
-    let matches = vec![Match::Destination(networks)];
-    let many = Rule { id: "many".to_owned(), families: Families::V4, matches, ..rule() };
-    let plan = testing::plan(chains(), vec![many]);
+    let v4 =
+        |n: u32, length| IpNet::new(IpAddr::from((0x0a00_0000 + n * 512).to_be_bytes()), length);
+    let v6 = |n: u16| IpNet::new(IpAddr::from([0xfd00, n, 0, 0, 0, 0, 0, 0]), 32);
+    let of_length = |length| (0..10_000).map(|n| v4(n, length)).collect::<Result<Vec<_>, _>>();
+    let mixed = [of_length(24)?, vec!["192.0.2.0/25".parse()?]].concat();
+    let lists = [
+        (Families::V4, of_length(24)?),
+        (Families::V4, of_length(32)?),
+        (Families::V4, mixed),
+        (Families::V6, (0..10_000).map(v6).collect::<Result<Vec<_>, _>>()?),
+    ];
+    let rules = lists.into_iter().enumerate().map(|(n, (families, networks))| {
+        let matches = vec![Match::Destination(networks)];
+        Rule { id: format!("many-{n}"), families, matches, ..rule() }
+    });
+    let plan = testing::plan(chains(), rules.collect());
     install(&pod, &plan)?;
     same(&pod, &plan)?;
+    let installed = command(&pod, "nft --stateless list ruleset")?;
+    load(&pod, "nft-many", &plan.to_string())?;
+    same(&pod, &plan)?;
+    let printed = command(&pod, "nft --stateless list ruleset")?;
+    equal("nft lists both alike", printed == installed, true)?;
     install(&pod, &plan)?;
     same(&pod, &plan)
 }

@@ -25,6 +25,16 @@ const FIRST_SOURCE_PORT: u16 = 20000;
 const NETWORKS: [&str; 6] =
     ["10.8.0.0/16", "fd08::/16", "10.0.0.2/32", "fd00::2/128", "10.0.0.0/24", "127.0.0.2/32"];
 
+/// Of one length in each family, the first of them that of a remote address.
+fn many_networks() -> impl Iterator<Item = IpNet> {
+    let network = |address: IpAddr, length| IpNet::new(address, length).expect("a length");
+    (0..300).flat_map(move |n| {
+        let v4 = Ipv4Addr::from_bits(Ipv4Addr::new(10, 8, 0, 0).to_bits() + (n << 4));
+        let v6 = Ipv6Addr::new(0xfd08, 0, 0, 0, 0, 0, u16::try_from(n).expect("few"), 0);
+        [network(v4.into(), 28), network(v6.into(), 112)]
+    })
+}
+
 pub(crate) struct Random {
     state: u64,
     source_port: u16,
@@ -74,8 +84,13 @@ impl Random {
         self.some(&ranges.map(|(first, last)| PortRange { first, last }))
     }
 
+    /// Now and then so many that they are looked up by a mask.
     fn networks(&mut self) -> Vec<IpNet> {
-        self.some(&NETWORKS.map(|text| text.parse().expect("a network")))
+        let mut networks = self.some(&NETWORKS.map(|text| text.parse().expect("a network")));
+        if self.one_in(6) {
+            networks.extend(many_networks());
+        }
+        networks
     }
 
     fn interfaces(&mut self) -> Vec<String> {
