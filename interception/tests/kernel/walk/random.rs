@@ -25,7 +25,7 @@ const FIRST_SOURCE_PORT: u16 = 20000;
 const NETWORKS: [&str; 6] =
     ["10.8.0.0/16", "fd08::/16", "10.0.0.2/32", "fd00::2/128", "10.0.0.0/24", "127.0.0.2/32"];
 
-/// Of one length in each family, the first of them that of a remote address.
+/// So many of one length in each family that they are looked up by a mask; a remote address is in the first.
 fn many_networks() -> impl Iterator<Item = IpNet> {
     let network = |address: IpAddr, length| IpNet::new(address, length).expect("a length");
     (0..300).flat_map(move |n| {
@@ -84,13 +84,8 @@ impl Random {
         self.some(&ranges.map(|(first, last)| PortRange { first, last }))
     }
 
-    /// Now and then so many that they are looked up by a mask.
     fn networks(&mut self) -> Vec<IpNet> {
-        let mut networks = self.some(&NETWORKS.map(|text| text.parse().expect("a network")));
-        if self.one_in(6) {
-            networks.extend(many_networks());
-        }
-        networks
+        self.some(&NETWORKS.map(|text| text.parse().expect("a network")))
     }
 
     fn interfaces(&mut self) -> Vec<String> {
@@ -105,17 +100,18 @@ impl Random {
         let servers = [REMOTE[0], REMOTE[1]];
         let some = |given: bool, list: Vec<u32>| if given { list } else { Vec::new() };
         let proxys = self.proxys(backend);
+        let exact = self.one_in(3);
         let loopback = if sidecar && self.one_in(4) { "127.0.0.0/8" } else { "127.0.0.1/32" };
         InterceptionSettings {
             profile,
             backend,
-            exact: self.one_in(3),
+            exact,
             install: true,
             repair: false,
             ipv6: self.pick(&[Ipv6::Capture, Ipv6::Capture, Ipv6::Reject, Ipv6::Bypass]),
             on_exit: OnExit::Keep,
             allow_host: false,
-            outbound: self.outbound(backend, sidecar),
+            outbound: self.outbound(backend, sidecar, exact),
             inbound: self.inbound(sidecar),
             virtual_interfaces: self.virtual_interfaces(profile),
             proxy_uids: some(profile != Profile::Ambient, proxys.clone()),
@@ -145,14 +141,19 @@ impl Random {
         self.pick(choices).to_vec()
     }
 
-    fn outbound(&mut self, backend: Backend, sidecar: bool) -> OutboundCapture {
+    fn outbound(&mut self, backend: Backend, sidecar: bool, exact: bool) -> OutboundCapture {
         let include_cidrs = self.one_in(3).then(|| self.networks());
         let groups = self.owners(backend, &[0, 33, 1000]);
         let include = sidecar && self.one_in(2);
         let (exclude_gids, include_gids) =
             if include { (Vec::new(), groups) } else { (groups, Vec::new()) };
+        let mut exclude_cidrs = self.networks();
+        // Elsewhere each of them is a rule or a line of its own, and a round takes seconds.
+        if backend == Backend::Nftables && !exact && self.one_in(3) {
+            exclude_cidrs.extend(many_networks());
+        }
         OutboundCapture {
-            exclude_cidrs: self.networks(),
+            exclude_cidrs,
             include_cidrs,
             exclude_ports: self.ports(),
             include_ports: self.ports(),
