@@ -69,10 +69,8 @@ pub(super) fn write_attribute(bytes: &mut Vec<u8>, kind: u16, write: impl FnOnce
     bytes.extend([0; HEADER]);
     write(bytes);
     let length = u16::try_from(bytes.len() - start).unwrap_or_default();
-    if let Some(header) = bytes.get_mut(start..start + HEADER) {
-        header[..2].copy_from_slice(&length.to_ne_bytes());
-        header[2..].copy_from_slice(&kind.to_ne_bytes());
-    }
+    let header = length.to_ne_bytes().into_iter().chain(kind.to_ne_bytes());
+    bytes.iter_mut().skip(start).zip(header).for_each(|(byte, value)| *byte = value);
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 

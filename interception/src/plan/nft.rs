@@ -136,7 +136,7 @@ pub(crate) enum IpVersion {
 
 fn write_match(f: &mut Formatter<'_>, condition: &Match, operand: &Operand) -> fmt::Result {
     let ip = if operand.is_v6() { "ip6" } else { "ip" };
-    let mask = operand.mask().map(|mask| format!("& {mask} ")).unwrap_or_default();
+    let mask = operand.mask().map(|mask| format!("& {mask} == ")).unwrap_or_default();
     match condition {
         Match::Protocol(protocol) => write!(f, "meta l4proto {protocol}"),
         Match::TcpModule => write!(f, "meta l4proto tcp"),
