@@ -8,7 +8,10 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use libtest_mimic::Failed;
-use nlink::netlink::nftables::{Family, NFT_TABLE_F_OWNER};
+use nlink::ErrorDetail;
+use nlink::netlink::nftables::{
+    Chain as KernelChain, Expr, Family, NFT_TABLE_F_OWNER, RawExpr, Rule as KernelRule,
+};
 use nlink::netlink::{Connection, Nftables};
 use tokio::time::timeout;
 use underpass_config::PortRange;
@@ -29,6 +32,7 @@ pub(crate) const CASES: &[Case] = &[
     ("nftables: ten thousand networks are one set with all of them", many_networks),
     ("nftables: changes are told, also when there are too many to tell", changes_are_told),
     ("nftables: a table that is owned is told from a missing capability", owned_table),
+    ("nftables: the kernel blames an expression that it does not have", unknown_expression),
 ];
 
 const NAT: ChainId = ChainId { table: Table::Nat, name: "OUTPUT" };
@@ -382,4 +386,24 @@ fn owned_table() -> Result<(), Failed> {
     })?;
     let owned = matches!(refused, Err(InterceptionError::Owned { .. }));
     equal(&format!("the owner is told of: {refused:?}"), owned, true)
+}
+
+/// The module that a refusal names is found by the name of the expression.
+fn unknown_expression() -> Result<(), Failed> {
+    let refused = inside(&lonely("nft-unknown")?, async || {
+        let kernel = Connection::<Nftables>::new()?;
+        let unknown = KernelRule::new("t", "c")
+            .family(Family::Inet)
+            .then(Expr::Raw(RawExpr::without_data("nosuch")));
+        let transaction = kernel.transaction().add_table("t", Family::Inet);
+        let transaction = transaction.add_chain(KernelChain::new("t", "c")?.family(Family::Inet));
+        Ok(transaction.add_rule(unknown).commit(&kernel).await)
+    })?;
+    let Err(error) = refused else { return Err("it was taken".into()) };
+    let ErrorDetail::NftBatch { failures, .. } = error.detail() else {
+        return Err(format!("another error: {error}").into());
+    };
+    let blamed: Vec<_> =
+        failures.iter().filter_map(|failure| failure.attribute.as_deref()).collect();
+    equal("what is blamed", blamed, vec!["expression #1 (nosuch)"])
 }
