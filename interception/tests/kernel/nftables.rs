@@ -22,10 +22,12 @@ use underpass_interception::{
 };
 
 use crate::Case;
-use crate::pod::{DEADLINE, command, equal, inside, lonely, prepare};
+use crate::plans;
+use crate::pod::{DEADLINE, PORTS, command, equal, inside, lonely, prepare};
 
 pub(crate) const CASES: &[Case] = &[
     ("nftables: every match and action is printed as it is installed", printed_is_installed),
+    ("nftables: nft takes the text of every plan, and makes what is installed", every_plan),
     ("nftables: what is installed is expected, by netlink or by nft", installed_is_expected),
     ("nftables: whatever is changed in our table is a difference", tampering_is_seen),
     ("nftables: what is changed in other tables is none", others_are_not_seen),
@@ -237,6 +239,21 @@ fn printed_is_installed() -> Result<(), Failed> {
         equal("a line of nft's listing", printed, installed)?;
     }
     equal("nft's listing", printed, installed)
+}
+
+fn every_plan() -> Result<(), Failed> {
+    for (number, settings) in plans::all()?.iter().enumerate() {
+        let name = format!("nft-plan-{number}");
+        let (pod, plan) = (lonely(&name)?, RulePlan::new(settings, PORTS, true));
+        install(&pod, &plan)?;
+        let installed = command(&pod, "nft --stateless list ruleset")?;
+        load(&pod, &name, &plan.to_string())?;
+        equal("what is loaded", command(&pod, "nft --stateless list ruleset")?, installed.clone())?;
+        // What nft lists, nft takes: so people keep rulesets.
+        load(&pod, &name, &format!("flush ruleset\n{installed}"))?;
+        equal("what is kept", command(&pod, "nft --stateless list ruleset")?, installed)?;
+    }
+    Ok(())
 }
 
 fn installed_is_expected() -> Result<(), Failed> {

@@ -66,9 +66,10 @@ pub(crate) fn operands(rule: &Rule) -> Vec<Operand> {
         .collect()
 }
 
-/// `exclude-ports-ports`, or with a number if a rule has two sets of one kind.
+/// `exclude-ports-ports`, or with a number if a rule has two sets of one kind. To nft, what begins with a digit is no name.
 fn unused_name(names: &[String], id: &str, kind: &str) -> String {
-    let name = format!("{id}-{kind}");
+    let prefix = if id.starts_with(|first: char| first.is_ascii_digit()) { "rule-" } else { "" };
+    let name = format!("{prefix}{id}-{kind}");
     let taken = names.iter().filter(|other| other.starts_with(&name)).count();
     if taken == 0 { name } else { format!("{name}-{}", taken + 1) }
 }
