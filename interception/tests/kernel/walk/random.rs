@@ -211,6 +211,7 @@ impl Random {
             _ => self.local(settings, environment, &family),
         };
         let mark = self.mark(&way, source);
+        // The socket's route is chosen by its mark too.
         if let Way::Out { interface, .. } = &mut way
             && routes.iter().any(|route| route.mark.matches(mark))
         {
