@@ -1,8 +1,8 @@
 //! `cargo bench -p underpass-benches --bench rules`: what installing, comparing and repairing the rules takes, and what they cost a
 //! connection, each in a namespace with nothing else in it.
 //!
-//! Rows: the profiles by netlink, then ambient with 10,000 excluded networks. Columns: the median, the least and the most of the
-//! rounds. A connection is refused (nobody listens), so that it is the rules that are measured and no server.
+//! Rows: the profiles by netlink, then ambient with 10,000 excluded networks of one length, and of sixteen. Columns: the median, the
+//! least and the most of the rounds. A connection is refused (nobody listens), so that it is the rules that are measured and no server.
 
 #![expect(
     clippy::expect_used,
@@ -10,7 +10,7 @@
 )]
 #![expect(clippy::print_stdout, reason = "this is a program for a terminal")]
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -31,7 +31,8 @@ fn main() {
     enter_sandbox().expect("this user may make namespaces");
     let networks: Vec<_> =
         (0..10_000).map(|n| format!("10.{}.{}.0/25", n / 250, n % 250)).collect();
-    let exclusion = format!("interception.outbound.exclude_cidrs={}", networks.join(","));
+    let excluding =
+        |networks: &[String]| format!("interception.outbound.exclude_cidrs={}", networks.join(","));
     println!("| rules | install, ms | verify, ms | replace, ms | µs per refused connection |");
     println!("|---|---|---|---|---|");
     let none = "interception.profile=none";
@@ -39,7 +40,20 @@ fn main() {
     for profile in ["ambient", "sidecar", "osm"] {
         measure(profile, &[&format!("interception.profile={profile}")]);
     }
-    measure("ambient, 10,000 CIDRs excluded", &["interception.profile=ambient", &exclusion]);
+    for (name, networks) in [
+        ("ambient, 10,000 CIDRs excluded", networks),
+        ("ambient, 10,000 CIDRs of 16 lengths", (0..10_000).map(network_of_some_length).collect()),
+    ] {
+        measure(name, &["interception.profile=ambient", &excluding(&networks)]);
+    }
+}
+
+/// A network that no other number has, of a length from 17 to 32.
+fn network_of_some_length(number: u32) -> String {
+    let (kind, index) = (number % 16, number / 16);
+    let length = 17 + kind;
+    let address = ((20 + 2 * kind) << 24) + (index << (32 - length));
+    format!("{}/{length}", Ipv4Addr::from_bits(address))
 }
 
 fn measure(name: &str, flags: &[&str]) {

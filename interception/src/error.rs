@@ -58,6 +58,15 @@ pub enum InterceptionError {
         #[source]
         source: io::Error,
     },
+    /// The routes that lead to the loopback interface cannot be made while it is down.
+    #[error("cannot {operation}: the loopback interface is down; `ip link set lo up` sets it up")]
+    LoopbackDown {
+        /// What was tried, as a verb phrase.
+        operation: &'static str,
+        /// What the kernel answered.
+        #[source]
+        source: io::Error,
+    },
     /// The kernel drops what TPROXY marks before the proxy gets it.
     #[error(
         "inbound connections would hang: interception.inbound.mode is tproxy, and the kernel drops what so arrives by \

@@ -19,7 +19,8 @@ use underpass_config::InterceptionSettings;
 
 use crate::RuleCounter;
 use crate::plan::{
-    Action, End, Environment, Match, Packet, Passage, Ports, Rule, RulePlan, Table, Walk,
+    Action, Answer, End, Environment, Match, Packet, Passage, Ports, Protocol, Rule, RulePlan,
+    State, Table, Walk,
 };
 
 pub use packet::{PacketExplanation, Sender};
@@ -62,6 +63,8 @@ pub struct Hop<'p> {
     pub walk: Walk<'p>,
     /// Who gets it; `None`: nobody.
     pub to: Option<Party>,
+    /// What becomes of its answer, if it opens a connection and somebody gets it.
+    pub answer: Option<Answer>,
 }
 
 /// Who takes part in a flow.
@@ -133,7 +136,9 @@ impl<'p> Hop<'p> {
             End::Redirected(_) | End::Tproxied(_) => Some(Party::Proxy),
             End::Rejected | End::Dropped => None,
         };
-        Self { from, packet, walk, to }
+        let opens = packet.protocol == Protocol::Tcp && packet.state == State::New;
+        let answer = plan.answer(&packet, &walk, environment).filter(|_| opens);
+        Self { from, packet, walk, to, answer }
     }
 
     /// The rule that decided, if one did: where it only catches, the one that jumped to it.

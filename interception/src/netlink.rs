@@ -12,7 +12,8 @@ use nlink::netlink::nftables::NftBatchFailure;
 use crate::InterceptionError;
 
 /// Turns a netlink failure of `operation` (a verb phrase) into ours: a missing capability, a table
-/// that belongs to another program and a missing kernel module are told apart from the rest.
+/// that belongs to another program, a missing kernel module and a loopback interface that is down are told apart from the
+/// rest.
 pub(crate) fn failed(operation: &'static str) -> impl FnOnce(nlink::Error) -> InterceptionError {
     move |error| {
         if refusals(&error).iter().any(is_owned) {
@@ -22,7 +23,12 @@ pub(crate) fn failed(operation: &'static str) -> impl FnOnce(nlink::Error) -> In
             return InterceptionError::NotPermitted { operation, capability: "NET_ADMIN" };
         }
         let module = refusals(&error).iter().find_map(missing_module);
+        // All routes and addresses that we make are the loopback interface's.
+        let down = error.errno().map(Errno::from_raw) == Some(Errno::ENETDOWN);
         let source = into_io(error);
+        if down {
+            return InterceptionError::LoopbackDown { operation, source };
+        }
         match module {
             Some(module) => InterceptionError::Unsupported { operation, module, source },
             None => InterceptionError::Netlink { operation, source },
@@ -50,13 +56,19 @@ fn is_owned(failure: &NftBatchFailure) -> bool {
     failure.index.is_some() && Errno::from_raw(failure.errno) == Errno::EPERM
 }
 
-/// The kernel module whose absence explains a refusal.
+fn missing_module(failure: &NftBatchFailure) -> Option<&'static str> {
+    let refused = failure.index.map(|_| failure.operation.as_str());
+    module(refused, failure.attribute.as_deref(), Errno::from_raw(failure.errno))
+}
+
+/// The kernel module whose absence explains a refusal. `refused`: which operation of the batch was, if not all of it; `blamed`: its
+/// attribute.
 ///
 /// A missing chain or expression type is ENOENT, by `nf_tables_chain_type_lookup` and
 /// `nft_expr_type_get`, a missing set type EOPNOTSUPP, by `nft_select_set_ops`
 /// (net/netfilter/nf_tables_api.c); a kernel without nf_tables refuses the whole batch with
 /// EOPNOTSUPP (`nfnetlink_rcv_batch`, net/netfilter/nfnetlink.c).
-fn missing_module(failure: &NftBatchFailure) -> Option<&'static str> {
+fn module(refused: Option<&str>, blamed: Option<&str>, errno: Errno) -> Option<&'static str> {
     /// Expressions that are, or were until lately, modules of their own.
     const EXPRESSIONS: [(&str, &str); 7] = [
         ("(counter)", "nft_counter"),
@@ -67,21 +79,57 @@ fn missing_module(failure: &NftBatchFailure) -> Option<&'static str> {
         ("(tproxy)", "nft_tproxy"),
         ("(fib)", "nft_fib_inet"),
     ];
-    match (failure.index, Errno::from_raw(failure.errno)) {
+    match (refused, errno) {
         (None, Errno::ENOENT | Errno::EOPNOTSUPP) => Some("nf_tables"),
-        (Some(_), Errno::EOPNOTSUPP) if failure.operation.starts_with("add set") => {
+        (Some(operation), Errno::EOPNOTSUPP) if operation.starts_with("add set") => {
             Some("nf_tables_set")
         }
-        (Some(_), Errno::ENOENT | Errno::EOPNOTSUPP)
-            if failure.operation.starts_with("add chain") =>
+        (Some(operation), Errno::ENOENT | Errno::EOPNOTSUPP)
+            if operation.starts_with("add chain") =>
         {
-            failure.operation.contains("/nat_").then_some("nft_chain_nat")
+            operation.contains("/nat_").then_some("nft_chain_nat")
         }
         (Some(_), Errno::ENOENT) => {
-            let attribute = failure.attribute.as_deref()?;
             let mut expressions = EXPRESSIONS.into_iter();
-            expressions.find_map(|(name, module)| attribute.contains(name).then_some(module))
+            expressions.find_map(|(name, module)| blamed?.contains(name).then_some(module))
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_refuses_names_the_module() {
+        const NOWHERE: Option<&str> = None;
+        for (refused, blamed, errno, expected) in [
+            (None, NOWHERE, Errno::EOPNOTSUPP, Some("nf_tables")),
+            (Some("add set inet underpass/x"), NOWHERE, Errno::EOPNOTSUPP, Some("nf_tables_set")),
+            (
+                Some("add chain inet underpass/nat_output"),
+                NOWHERE,
+                Errno::ENOENT,
+                Some("nft_chain_nat"),
+            ),
+            (Some("add chain inet underpass/mangle_output"), NOWHERE, Errno::ENOENT, None),
+            (
+                Some("add rule inet underpass/x"),
+                Some("expression #4 (redir)"),
+                Errno::ENOENT,
+                Some("nft_redir"),
+            ),
+            (
+                Some("add rule inet underpass/x"),
+                Some("expression #1 (tproxy)"),
+                Errno::ENOENT,
+                Some("nft_tproxy"),
+            ),
+            (Some("add rule inet underpass/x"), Some("attribute 3"), Errno::ENOENT, None),
+            (Some("add rule inet underpass/x"), NOWHERE, Errno::EINVAL, None),
+        ] {
+            assert_eq!(module(refused, blamed, errno), expected, "{refused:?} {blamed:?} {errno}");
+        }
     }
 }

@@ -11,6 +11,7 @@
 
 mod ambient;
 mod build;
+mod invalid;
 mod iptables;
 mod json;
 pub(crate) mod nft;
@@ -20,6 +21,7 @@ mod sidecar;
 mod types;
 mod walk;
 
+pub(crate) use build::MANY;
 pub use iptables::Family;
 pub(crate) use iptables::TABLES;
 pub use types::{
@@ -27,7 +29,7 @@ pub use types::{
     PolicyRoute, Protocol, Rule, Table,
 };
 pub(crate) use walk::is_link_local;
-pub use walk::{End, Environment, Interface, Packet, Passage, State, Walk, Way};
+pub use walk::{Answer, End, Environment, Interface, Packet, Passage, State, Walk, Way};
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 

@@ -26,7 +26,8 @@ pub(crate) struct Section {
 
 /// How what is installed differs from the plan.
 ///
-/// `Display` prints a section for each chain that differs: `-` is missing, `+` should not be there.
+/// `Display` prints a section for each chain that differs: `-` is missing, `+` should not be there. Of what is as it should be, only
+/// the neighbours are printed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
     sections: Vec<SectionDifference>,
@@ -68,6 +69,10 @@ impl Listing {
         for section in &self.sections {
             let nothing = Section { head: section.head.clone(), lines: Vec::new() };
             let there = found.section(&section.head);
+            // Most sections, of which a set may have ten thousand lines.
+            if there.is_some_and(|there| there.lines == section.lines) {
+                continue;
+            }
             let mut lines = compare(&section.lines, &there.unwrap_or(&nothing).lines);
             if there.is_none() {
                 lines.insert(0, Line { sign: Sign::Missing, text: section.head.clone() });
@@ -79,7 +84,6 @@ impl Listing {
             let lines = [&section.head].into_iter().chain(&section.lines).map(unexpected).collect();
             sections.push(SectionDifference { place: section.head.clone(), lines });
         }
-        sections.retain(|section| section.lines.iter().any(|line| line.sign != Sign::Same));
         (!sections.is_empty()).then_some(Difference { sections })
     }
 
@@ -121,16 +125,43 @@ impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for section in &self.sections {
             writeln!(f, "@ {}", section.place)?;
-            for line in &section.lines {
-                let sign = match line.sign {
-                    Sign::Same => ' ',
-                    Sign::Missing => '-',
-                    Sign::Unexpected => '+',
-                };
-                writeln!(f, "{sign} {}", line.text)?;
+            let mut left_out = false;
+            for (line, near) in section.lines.iter().zip(section.near_changes()) {
+                match (near, left_out) {
+                    (true, _) => writeln!(f, "{line}")?,
+                    (false, false) => writeln!(f, "  …")?,
+                    (false, true) => {}
+                }
+                left_out = !near;
             }
         }
         Ok(())
+    }
+}
+
+impl SectionDifference {
+    /// Of each line, whether it differs or is a neighbour of one that does.
+    fn near_changes(&self) -> Vec<bool> {
+        /// How many neighbours there are on each side.
+        const CONTEXT: usize = 3;
+        let mut near = vec![false; self.lines.len()];
+        let changed = |line: &Line| line.sign != Sign::Same;
+        for (index, _) in self.lines.iter().enumerate().filter(|(_, line)| changed(line)) {
+            let neighbours = near.iter_mut().skip(index.saturating_sub(CONTEXT));
+            neighbours.take(index.min(CONTEXT) + 1 + CONTEXT).for_each(|near| *near = true);
+        }
+        near
+    }
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sign = match self.sign {
+            Sign::Same => ' ',
+            Sign::Missing => '-',
+            Sign::Unexpected => '+',
+        };
+        write!(f, "{sign} {}", self.text)
     }
 }
 
@@ -193,6 +224,20 @@ mod tests {
         let difference = plan.difference(&Listing::default()).unwrap();
         assert_eq!(difference.to_string(), "@ chain a\n- chain a\n- 1\n");
         assert_eq!(difference.counts(), (2, 0));
+    }
+
+    #[test]
+    fn of_a_long_section_only_what_is_near_a_difference_is_printed() {
+        let lines: Vec<_> = (0..10_000).map(|n| n.to_string()).collect();
+        let plan = Listing { sections: vec![Section { head: "set s".to_owned(), lines }] };
+        let mut found = plan.clone();
+        found.sections[0].lines.remove(5000);
+        found.sections[0].lines.push("10000".to_owned());
+        let expected = "@ set s\n  …\n  4997\n  4998\n  4999\n- 5000\n  5001\n  5002\n  5003\n  …\n  \
+                        9997\n  9998\n  9999\n+ 10000\n";
+        assert_eq!(shown(&plan, &found), expected);
+        found.sections[0].lines.remove(0);
+        assert!(shown(&plan, &found).starts_with("@ set s\n- 0\n  1\n  2\n  3\n  …\n"));
     }
 
     #[test]

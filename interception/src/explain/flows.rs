@@ -34,6 +34,9 @@ pub(super) fn all<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
     flows.extend(outbound_exceptions(explanation));
     flows.extend(inbound_exceptions(explanation, scene));
     flows.extend(virtual_interfaces(explanation, scene));
+    if explanation.settings.drop_invalid {
+        flows.push(invalid(explanation, scene));
+    }
     flows.extend(older(explanation, scene));
     flows
 }
@@ -271,6 +274,15 @@ fn virtual_interfaces<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) ->
         .hop(explanation.takes(Party::VirtualMachine, packet, Party::Remote))
         .hop(onwards(scene, to));
     Some(draft.flow())
+}
+
+fn invalid<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
+    let mut packet = scene.arriving(scene.remote(), scene.app_at_pod());
+    packet.state = State::Invalid;
+    Draft::new("drop_invalid", "A packet arrives that fits no connection")
+        .note("Delivered, it would be answered with a reset, which ends the connection it was meant for.")
+        .hop(explanation.takes(Party::Remote, packet, Party::App))
+        .flow()
 }
 
 /// Connections that were there before the rules.

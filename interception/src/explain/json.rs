@@ -9,6 +9,7 @@
 //!             uid?, gid?, mark, connection_mark, state (new | picked-up | established | reply | invalid),
 //!             passages[]: table, chain, rules[] (ids)
 //!             end: kind (direct | redirected | tproxied | rejected | dropped), port?
+//!             answer (returns | astray | unroutable; null: it opens no connection, or nobody gets it)
 //!             decided_by (id, null: no rule)
 //! rules[], routes[], addresses[] as `plan/json.rs` has them; rules with packets?, bytes? (if they are installed)
 //! ```
@@ -18,7 +19,7 @@
 use serde_json::{Value, json};
 
 use super::{Explanation, Flow, Hop, PacketExplanation};
-use crate::plan::{Direction, End, Protocol, Rule, State, Way};
+use crate::plan::{Answer, Direction, End, Protocol, Rule, State, Way};
 
 impl Explanation<'_> {
     /// The flows, the rules, and what they rely on.
@@ -102,6 +103,7 @@ fn hop(hop: &Hop<'_>) -> Value {
         "state": state(packet.state),
         "passages": passages.collect::<Vec<_>>(),
         "end": end(hop.walk.end),
+        "answer": hop.answer.map(answer),
         "decided_by": hop.decided_by().map(|rule| rule.id.as_str()),
     });
     if let (Some((uid, gid)), Some(fields)) = (owner, value.as_object_mut()) {
@@ -118,6 +120,14 @@ fn state(state: State) -> &'static str {
         State::Established(Direction::Original) => "established",
         State::Established(Direction::Reply) => "reply",
         State::Invalid => "invalid",
+    }
+}
+
+fn answer(answer: Answer) -> &'static str {
+    match answer {
+        Answer::Returns => "returns",
+        Answer::Astray => "astray",
+        Answer::Unroutable => "unroutable",
     }
 }
 

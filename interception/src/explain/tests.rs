@@ -164,7 +164,7 @@ fn each_exception_of_the_settings_has_a_flow_and_is_direct() {
 
 #[test]
 fn what_a_virtual_machine_sends_is_outbound() {
-    for profile in ["ambient", "sidecar"] {
+    for profile in ["ambient", "sidecar", "sidecar inbound.mode=tproxy"] {
         let path = path(&format!("profile={profile} virtual_interfaces=vm0"), "virtual_interfaces");
         assert_eq!(path[0], ("virtual-outbound".to_owned(), Some(Party::Proxy)), "{profile}");
         assert_eq!(path[1].1, Some(Party::Remote), "{profile}");
@@ -200,6 +200,25 @@ fn older_connections_survive_unless_the_rules_are_exact() {
             assert_eq!(found, end, "{profile}");
         }
     }
+}
+
+#[test]
+fn every_connection_is_answered_unless_exact_tproxy_rules_catch_what_imitates() {
+    for settings in
+        ["ambient", "ambient dns=capture", "sidecar", "sidecar inbound.mode=tproxy", "osm"]
+    {
+        explained(&format!("profile={settings}"), |explanation| {
+            for hop in explanation.flows().iter().flat_map(|flow| &flow.hops) {
+                let answered = matches!(hop.answer, None | Some(Answer::Returns));
+                assert!(answered, "{settings}: {:?} of {:?}", hop.answer, hop.packet);
+            }
+        });
+    }
+    let exact = "profile=sidecar inbound.mode=tproxy exact=true";
+    let (text, json) =
+        explained(exact, |explanation| (explanation.to_string(), explanation.json()));
+    assert!(text.contains("from 127.0.0.1 to another host"), "{text}");
+    assert_eq!(json["flows"][0]["hops"][1]["answer"], "unroutable");
 }
 
 #[test]

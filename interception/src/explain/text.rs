@@ -5,7 +5,8 @@ use std::fmt;
 use super::{Explanation, Flow, Hop, PacketExplanation};
 use crate::plan::nft::Statement;
 use crate::plan::{
-    Action, ChainId, Direction, End, LoopbackAddress, Origin, Passage, Protocol, Rule, State,
+    Action, Answer, ChainId, Direction, End, LoopbackAddress, Origin, Passage, Protocol, Rule,
+    State,
 };
 
 /// How wide a terminal is taken to be.
@@ -96,6 +97,9 @@ fn hop(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>, hop: &Hop<'_>)
     let (from, source, to) = (hop.from, packet.source.ip(), packet.destination);
     writeln!(f, "   {from} {source} {ARROW} {to}{about}")?;
     wrap(f, 6, &path(hop))?;
+    if let Some(sentence) = hop.answer.and_then(unanswered) {
+        wrap(f, 6, sentence)?;
+    }
     let rules: Vec<&Rule> =
         hop.telling().flat_map(|passage| passage.rules.iter().copied()).collect();
     let widest = |width: fn(&Rule) -> usize| rules.iter().map(|rule| width(rule)).max();
@@ -114,6 +118,18 @@ fn hop(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>, hop: &Hop<'_>)
         hang(f, 6, hanging, &line)?;
     }
     Ok(())
+}
+
+/// Why the connection does not come about, though somebody gets its first packet.
+fn unanswered(answer: Answer) -> Option<&'static str> {
+    match answer {
+        Answer::Returns => None,
+        Answer::Astray => Some("The answer goes elsewhere, so that no connection comes about."),
+        Answer::Unroutable => Some(
+            "The answer would go from 127.0.0.1 to another host, for which the kernel has no route, so \
+             that no connection comes about.",
+        ),
+    }
 }
 
 /// Where a rule stands: `nat ISTIO_OUTPUT`.

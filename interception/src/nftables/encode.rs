@@ -11,6 +11,9 @@ use nlink::netlink::nftables::{
 use crate::plan::nft::ChainKind;
 use crate::plan::{Chain, Hook, TABLE};
 
+/// NLA_F_NESTED, include/uapi/linux/netlink.h.
+const NESTED: u16 = 1 << 15;
+
 /// The chain, with the policy `accept`.
 pub(super) fn chain(chain: &Chain) -> nlink::Result<KernelChain> {
     let kernel_chain = KernelChain::new(TABLE, chain.id.nftables_name())?.family(Family::Inet);
@@ -49,19 +52,31 @@ pub(super) fn octets(address: IpAddr) -> Vec<u8> {
 /// One netlink attribute: length and type in native byte order, the value, padding to four bytes
 /// (netlink(7)).
 pub(super) fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-    const HEADER: u16 = 4;
-    let length = u16::try_from(value.len()).map_or(HEADER, |length| HEADER + length);
-    let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
-    bytes.extend_from_slice(value);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    let mut bytes = Vec::new();
+    write_attribute(&mut bytes, kind, |bytes| bytes.extend_from_slice(value));
     bytes
 }
 
 /// An attribute that is made of attributes.
 pub(super) fn nested(kind: u16, attributes: &[u8]) -> Vec<u8> {
-    /// NLA_F_NESTED, include/uapi/linux/netlink.h.
-    const NESTED: u16 = 1 << 15;
     attribute(kind | NESTED, attributes)
+}
+
+/// Appends an attribute, whose value `write` appends.
+pub(super) fn write_attribute(bytes: &mut Vec<u8>, kind: u16, write: impl FnOnce(&mut Vec<u8>)) {
+    const HEADER: usize = 4;
+    let start = bytes.len();
+    bytes.extend([0; HEADER]);
+    write(bytes);
+    let length = u16::try_from(bytes.len() - start).unwrap_or_default();
+    let header = length.to_ne_bytes().into_iter().chain(kind.to_ne_bytes());
+    bytes.iter_mut().skip(start).zip(header).for_each(|(byte, value)| *byte = value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+}
+
+/// Appends an attribute that is made of those that `write` appends.
+pub(super) fn write_nested(bytes: &mut Vec<u8>, kind: u16, write: impl FnOnce(&mut Vec<u8>)) {
+    write_attribute(bytes, kind | NESTED, write);
 }
 
 /// A name, which ends with a zero.

@@ -246,6 +246,11 @@ impl Body {
             }
             operand => {
                 self.payload(PayloadBase::Network, offset, len);
+                if let Some(mask) = operand.mask() {
+                    let mask = octets(mask);
+                    let unchanged = vec![0; mask.len()];
+                    self.bitwise(len, mask, unchanged);
+                }
                 self.one_of(op, operand);
             }
         }
@@ -299,7 +304,9 @@ enum Address {
 /// A single value as the kernel compares it: ports in network byte order, ids in the host's.
 fn key(value: &Values) -> Vec<u8> {
     match value {
-        Values::Cidrs(cidrs) => cidrs.iter().flat_map(|cidr| octets(cidr.network())).collect(),
+        Values::Cidrs(cidrs) | Values::Prefixes(cidrs) => {
+            cidrs.iter().flat_map(|cidr| octets(cidr.network())).collect()
+        }
         Values::Ports(ports) => ports.iter().flat_map(|port| port.first.to_be_bytes()).collect(),
         Values::Uids(ids) | Values::Gids(ids) => {
             ids.iter().flat_map(|id| id.to_ne_bytes()).collect()

@@ -10,13 +10,15 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use nlink::netlink::message::{NLM_F_CREATE, NLM_F_EXCL};
 use nlink::netlink::nftables::{
     Family, NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM, NFT_SET_ELEM_INTERVAL_END, NFTA_DATA_VALUE,
-    NFTA_LIST_ELEM, NFTA_SET_ELEM_FLAGS, NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_LIST_ELEMENTS,
-    NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_FLAGS, NFTA_SET_ID,
-    NFTA_SET_KEY_LEN, NFTA_SET_KEY_TYPE, NFTA_SET_NAME, NFTA_SET_TABLE, NFTA_SET_USERDATA,
-    RawMessage, SetElement, SetFlags, SetKeyType,
+    NFTA_LIST_ELEM, NFTA_SET_DESC, NFTA_SET_DESC_SIZE, NFTA_SET_ELEM_FLAGS, NFTA_SET_ELEM_KEY,
+    NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_FLAGS,
+    NFTA_SET_ID, NFTA_SET_KEY_LEN, NFTA_SET_KEY_TYPE, NFTA_SET_NAME, NFTA_SET_TABLE,
+    NFTA_SET_USERDATA, RawMessage, SetElement, SetFlags, SetKeyType,
 };
 
-use super::encode::{attribute, interface_key, nested, octets, text};
+use super::encode::{
+    attribute, interface_key, nested, octets, text, write_attribute, write_nested,
+};
 use crate::plan::TABLE;
 use crate::plan::nft::{NamedSet, Values};
 
@@ -45,8 +47,8 @@ pub(super) fn messages(set: &NamedSet, id: u32) -> Vec<RawMessage> {
 /// What the set's keys are.
 pub(super) fn key_type(values: &Values) -> SetKeyType {
     match values {
-        Values::Cidrs(_) if values.is_v6() => SetKeyType::Ipv6Addr,
-        Values::Cidrs(_) => SetKeyType::Ipv4Addr,
+        Values::Cidrs(_) | Values::Prefixes(_) if values.is_v6() => SetKeyType::Ipv6Addr,
+        Values::Cidrs(_) | Values::Prefixes(_) => SetKeyType::Ipv4Addr,
         Values::Ports(_) => SetKeyType::InetService,
         Values::Uids(_) => UID,
         Values::Gids(_) => GID,
@@ -105,7 +107,7 @@ fn create(set: &NamedSet, id: u32) -> RawMessage {
     // enum byteorder, include/datatype.h of nftables: the host's is 1, the network's 2.
     let order: u32 = match set.values {
         Values::Uids(_) | Values::Gids(_) | Values::Interfaces(_) => 1,
-        Values::Cidrs(_) | Values::Ports(_) => 2,
+        Values::Cidrs(_) | Values::Prefixes(_) | Values::Ports(_) => 2,
     };
     let key = key_type(&set.values);
     let attributes = [
@@ -115,24 +117,31 @@ fn create(set: &NamedSet, id: u32) -> RawMessage {
         attribute(NFTA_SET_KEY_TYPE, &key.type_id().to_be_bytes()),
         attribute(NFTA_SET_KEY_LEN, &key.len().to_be_bytes()),
         attribute(NFTA_SET_ID, &id.to_be_bytes()),
+        values_size(&set.values),
         attribute(NFTA_SET_USERDATA, &[&[KEY_BYTE_ORDER, 4][..], &order.to_ne_bytes()].concat()),
     ];
     let message = RawMessage::new(NFT_MSG_NEWSET, Family::Inet);
     message.flags(NLM_F_CREATE | NLM_F_EXCL).attrs(attributes.concat())
 }
 
+/// How many elements there will be, where the kernel is to know before.
+fn values_size(values: &Values) -> Vec<u8> {
+    let size = values.size().and_then(|size| u32::try_from(size).ok());
+    let attributes = size.map(|size| attribute(NFTA_SET_DESC_SIZE, &size.to_be_bytes()));
+    attributes.map(|size| nested(NFTA_SET_DESC, &size)).unwrap_or_default()
+}
+
 /// Ranges are two elements each: the first key, and the key after the last one. One that goes to
 /// the end has no second one.
 fn fill(set: &NamedSet, ranges: &[Range]) -> RawMessage {
     let length = key_length(&key_type(&set.values));
-    let end = attribute(NFTA_SET_ELEM_FLAGS, &NFT_SET_ELEM_INTERVAL_END.to_be_bytes());
     let mut elements = Vec::with_capacity(ranges.len() * ELEMENT);
     for &(first, last) in ranges {
-        elements.extend(element(&bytes(first, length), &[]));
+        write_element(&mut elements, first, length, false);
         if set.values.has_ranges()
             && let Some(next) = next(last, length)
         {
-            elements.extend(element(&bytes(next, length), &end));
+            write_element(&mut elements, next, length, true);
         }
     }
     let attributes = [
@@ -144,14 +153,26 @@ fn fill(set: &NamedSet, ranges: &[Range]) -> RawMessage {
     message.flags(NLM_F_CREATE).attrs(attributes.concat())
 }
 
-fn element(key: &[u8], flags: &[u8]) -> Vec<u8> {
-    let key = nested(NFTA_SET_ELEM_KEY, &attribute(NFTA_DATA_VALUE, key));
-    nested(NFTA_LIST_ELEM, &[&key, flags].concat())
+/// `ends`: whether a range ends before this key.
+fn write_element(bytes: &mut Vec<u8>, key: u128, length: usize, ends: bool) {
+    write_nested(bytes, NFTA_LIST_ELEM, |bytes| {
+        write_nested(bytes, NFTA_SET_ELEM_KEY, |bytes| {
+            write_attribute(bytes, NFTA_DATA_VALUE, |bytes| write_key(bytes, key, length));
+        });
+        if ends {
+            write_attribute(bytes, NFTA_SET_ELEM_FLAGS, |bytes| {
+                bytes.extend(NFT_SET_ELEM_INTERVAL_END.to_be_bytes());
+            });
+        }
+    });
 }
 
 fn ranges(values: &Values) -> Vec<Range> {
     let one = |key: &[u8]| (number(key), number(key));
     match values {
+        Values::Prefixes(networks) => {
+            networks.iter().map(|network| one(&octets(network.network()))).collect()
+        }
         Values::Cidrs(cidrs) => cidrs
             .iter()
             .map(|cidr| (number(&octets(cidr.network())), number(&octets(cidr.broadcast()))))
@@ -172,13 +193,15 @@ fn number(key: &[u8]) -> u128 {
 
 /// The number as a key again.
 fn bytes(number: u128, length: usize) -> Vec<u8> {
-    let bytes = number.to_be_bytes();
+    let mut bytes = Vec::with_capacity(length);
+    write_key(&mut bytes, number, length);
     bytes
-        .len()
-        .checked_sub(length)
-        .and_then(|start| bytes.get(start..))
-        .unwrap_or_default()
-        .to_vec()
+}
+
+fn write_key(bytes: &mut Vec<u8>, number: u128, length: usize) {
+    let digits = number.to_be_bytes();
+    let key = digits.len().checked_sub(length).and_then(|start| digits.get(start..));
+    bytes.extend_from_slice(key.unwrap_or_default());
 }
 
 /// The key after this one; `None`: it is the last one of this length.
@@ -290,6 +313,9 @@ mod tests {
         let messages = messages(&set, 1);
         assert_eq!(messages.len(), 3);
         assert!(messages.iter().all(|message| message.attrs.len() < usize::from(u16::MAX)));
-        assert_eq!(element(&[0; 16], &attribute(NFTA_SET_ELEM_FLAGS, &[0; 4])).len(), 36);
+        let mut elements = Vec::new();
+        write_element(&mut elements, u128::MAX, 16, false);
+        write_element(&mut elements, u128::MAX, 16, true);
+        assert!(elements.len() <= ELEMENT);
     }
 }

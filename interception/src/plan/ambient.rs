@@ -18,7 +18,7 @@ use underpass_config::{Dns, PortRange};
 use super::build::{Builder, Inputs, LOOPBACK, TCP, chain};
 use super::{
     Action, CONNECTION_MARK, ChainId, Direction, MARK_MASK, Mark, Match, PROXY_MARK, PROXY_ZONE,
-    PolicyRoute, Protocol, ROUTE_TABLE, RULE_PRIORITY, RulePlan, Table, reject,
+    PolicyRoute, Protocol, ROUTE_TABLE, RULE_PRIORITY, RulePlan, Table, invalid, reject,
 };
 
 const PROXY: Mark = Mark { value: PROXY_MARK, mask: MARK_MASK };
@@ -38,6 +38,7 @@ pub(super) const ROUTE: PolicyRoute =
 pub(super) fn plan(inputs: &Inputs<'_>) -> RulePlan {
     let mut builder = Builder::default();
     raw(&mut builder, inputs);
+    invalid::add(&mut builder, inputs);
     mangle(&mut builder, inputs);
     nat(&mut builder, inputs);
     reject::add(&mut builder, inputs, nat);

@@ -136,6 +136,7 @@ pub(crate) enum IpVersion {
 
 fn write_match(f: &mut Formatter<'_>, condition: &Match, operand: &Operand) -> fmt::Result {
     let ip = if operand.is_v6() { "ip6" } else { "ip" };
+    let mask = operand.mask().map(|mask| format!("& {mask} == ")).unwrap_or_default();
     match condition {
         Match::Protocol(protocol) => write!(f, "meta l4proto {protocol}"),
         Match::TcpModule => write!(f, "meta l4proto tcp"),
@@ -143,8 +144,8 @@ fn write_match(f: &mut Formatter<'_>, condition: &Match, operand: &Operand) -> f
         Match::Invalid => write!(f, "ct state invalid"),
         Match::Established => write!(f, "ct state established,related"),
         Match::Direction(direction) => write!(f, "ct direction {direction}"),
-        Match::Source(_) => write!(f, "{ip} saddr {operand}"),
-        Match::Destination(_) => write!(f, "{ip} daddr {operand}"),
+        Match::Source(_) => write!(f, "{ip} saddr {mask}{operand}"),
+        Match::Destination(_) => write!(f, "{ip} daddr {mask}{operand}"),
         Match::NotDestination(_) => write!(f, "{ip} daddr != {operand}"),
         Match::SourcePort(protocol, _) => write!(f, "{protocol} sport {operand}"),
         Match::DestinationPort(protocol, _) => write!(f, "{protocol} dport {operand}"),

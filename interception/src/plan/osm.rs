@@ -4,7 +4,7 @@
 //! later versions stand where that version has its own.
 
 use super::build::{Builder, Family, Inputs, TCP, chain};
-use super::{Action, ChainId, Match, Protocol, RulePlan, Table, reject};
+use super::{Action, ChainId, Match, Protocol, RulePlan, Table, invalid, reject};
 
 const PREROUTING: ChainId = chain(Table::Nat, "PREROUTING");
 const OUTPUT: ChainId = chain(Table::Nat, "OUTPUT");
@@ -22,6 +22,7 @@ const TCP_PROBE: u16 = 15904;
 
 pub(super) fn plan(inputs: &Inputs<'_>) -> RulePlan {
     let mut builder = Builder::default();
+    invalid::add(&mut builder, inputs);
     nat(&mut builder, inputs);
     reject::add(&mut builder, inputs, nat);
     builder.finish(inputs)

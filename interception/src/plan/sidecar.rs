@@ -12,7 +12,9 @@ use std::net::Ipv6Addr;
 use underpass_config::Dns;
 
 use super::build::{Builder, Family, Inputs, LOOPBACK, TCP, chain};
-use super::{Action, ChainId, Families, LoopbackAddress, Match, Protocol, RulePlan, Table, reject};
+use super::{
+    Action, ChainId, Families, LoopbackAddress, Match, Protocol, RulePlan, Table, invalid, reject,
+};
 
 const PREROUTING: ChainId = chain(Table::Nat, "PREROUTING");
 const OUTPUT: ChainId = chain(Table::Nat, "OUTPUT");
@@ -35,9 +37,7 @@ pub(super) fn plan(inputs: &Inputs<'_>) -> RulePlan {
     if inputs.tproxy {
         tproxy::excluded_interfaces(&mut builder, inputs);
     }
-    if inputs.settings.drop_invalid {
-        drop_invalid(&mut builder, inputs);
-    }
+    invalid::add(&mut builder, inputs);
     if inputs.tproxy {
         tproxy::mangle(&mut builder, inputs);
         builder.route(tproxy::route(inputs.settings.exact));
@@ -50,20 +50,6 @@ pub(super) fn plan(inputs: &Inputs<'_>) -> RulePlan {
         builder.address(LAST_HOP_V6);
     }
     builder.finish(inputs)
-}
-
-fn drop_invalid(b: &mut Builder, inputs: &Inputs<'_>) {
-    const DROP: ChainId = chain(Table::Mangle, "ISTIO_DROP");
-    b.rule(
-        chain(Table::Mangle, "PREROUTING"),
-        "invalid",
-        "drop_invalid asks for it: a packet outside of its window is dropped, not answered with a reset",
-    )
-    .families(inputs.neutral())
-    .when([Match::Invalid], Action::Jump(DROP));
-    b.rule(DROP, "drop-invalid", "here the packet ends")
-        .families(inputs.neutral())
-        .when([], Action::Drop);
 }
 
 fn nat(b: &mut Builder, inputs: &Inputs<'_>) {

@@ -33,6 +33,7 @@ const SCENARIOS: &[(&str, &[&str])] = &[
             "outbound.exclude_gids=200",
             "inbound.exclude_ports=22",
             "inbound.exclude_interfaces=eth1,eth2",
+            "drop_invalid=true",
         ],
     ),
     (
@@ -102,6 +103,10 @@ const SCENARIOS: &[(&str, &[&str])] = &[
     ("sidecar-tproxy", &["profile=sidecar", "inbound.mode=tproxy", "inbound.exclude_ports=22"]),
     ("sidecar-exact-tproxy", &["profile=sidecar", "exact=true", "inbound.mode=tproxy"]),
     (
+        "sidecar-tproxy-virtual",
+        &["profile=sidecar", "inbound.mode=tproxy", "virtual_interfaces=tap0,tap1"],
+    ),
+    (
         "sidecar-tproxy-ports",
         &[
             "profile=sidecar",
@@ -124,6 +129,7 @@ const SCENARIOS: &[(&str, &[&str])] = &[
             "outbound.exclude_interfaces=eth1",
             "inbound.exclude_ports=30,40",
             "inbound.exclude_interfaces=eth1",
+            "drop_invalid=true",
         ],
     ),
     ("osm-ipv6-bypass", &["profile=osm", "ipv6=bypass"]),
@@ -260,6 +266,34 @@ fn ten_thousand_excluded_networks_are_one_rule() {
 }
 
 #[test]
+fn many_networks_are_a_rule_for_each_length_that_many_of_them_have() {
+    let of_length = |length, first: usize, count: usize| {
+        (0..count).map(move |n| format!("{first}.{}.{}.0/{length}", n / 200, n % 200))
+    };
+    let networks: Vec<_> = of_length(24, 10, 300)
+        .chain(of_length(26, 11, 400))
+        .chain(of_length(25, 12, 3))
+        .chain(["13.0.0.0/8".to_owned()])
+        .collect();
+    let exclusion = format!("outbound.exclude_cidrs={}", networks.join(","));
+    for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
+        let plan = plan(&[profile, &exclusion]);
+        let rules = plan.rules().iter().filter(|rule| rule.id.starts_with("exclude-cidrs"));
+        let lists = rules.map(|rule| (rule.id.as_str(), excluded(rule)));
+        let expected = [("exclude-cidrs", 4), ("exclude-cidrs-2", 300), ("exclude-cidrs-3", 400)];
+        assert_eq!(lists.collect::<Vec<_>>(), expected, "{profile}");
+    }
+}
+
+fn excluded(rule: &Rule) -> usize {
+    let mut lists = rule.matches.iter().filter_map(|condition| match condition {
+        Match::Destination(networks) => Some(networks.len()),
+        _ => None,
+    });
+    lists.next().unwrap_or_default()
+}
+
+#[test]
 fn ipv6_is_captured_rejected_or_left_alone() {
     for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
         for (ipv6, caught, refused) in [
@@ -278,6 +312,22 @@ fn ipv6_is_captured_rejected_or_left_alone() {
         let absent = settings(&[profile]);
         let plan = RulePlan::new(&absent.interception, Ports::of(&absent.proxy), false);
         assert!(plan.rules().iter().all(|rule| rule.families == Families::V4), "{profile}");
+    }
+}
+
+#[test]
+fn every_profile_drops_what_is_invalid_if_it_is_asked_to() {
+    for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
+        for exact in ["exact=false", "exact=true"] {
+            let drops = |drop_invalid| {
+                let plan = plan(&[profile, exact, drop_invalid]);
+                plan.rules().iter().any(|rule| rule.id == "drop-invalid")
+            };
+            assert!(
+                drops("drop_invalid=true") && !drops("drop_invalid=false"),
+                "{profile} {exact}"
+            );
+        }
     }
 }
 

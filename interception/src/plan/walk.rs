@@ -1,7 +1,7 @@
 //! One packet on its way through the plan, hook by hook, as the kernel would take it.
 //!
-//! Pure, like the plan. Not here: what the packets of a profile are, and how a walk is told to
-//! people (`explain.rs`).
+//! Pure, like the plan. Not here: what the packets of a profile are, how a walk is told to people
+//! (`explain.rs`), and what becomes of the answer (`walk/answer.rs`).
 //!
 //! ```text
 //! sent      raw, mangle, nat, filter OUTPUT ──▶ out, or if it stays here:
@@ -9,8 +9,11 @@
 //! arriving  raw, mangle, nat PREROUTING ──▶ filter INPUT ──▶ a socket, or on to where it is going
 //! ```
 
+mod answer;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+pub use answer::Answer;
 use ipnet::IpNet;
 
 use super::{Action, ChainId, Direction, Hook, Match, Protocol, Rule, RulePlan, Table};
@@ -130,7 +133,8 @@ pub enum End {
 }
 
 impl RulePlan {
-    /// Takes `packet` through the rules. Whatever they lead to is taken to have a listener.
+    /// Takes `packet` through the rules. Whatever they lead to is taken to have a listener; whether its
+    /// answer comes back is another question ([`RulePlan::answer`]).
     #[must_use]
     pub fn walk(&self, packet: &Packet, environment: &Environment) -> Walk<'_> {
         let (sender, hook) = match &packet.way {

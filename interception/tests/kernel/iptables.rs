@@ -4,8 +4,6 @@
 //! A rule about a user or group is refused by xt_owner if the user namespace has none of that number,
 //! and the sandbox has but 0: here, the proxy is root.
 
-mod plans;
-
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
@@ -19,8 +17,8 @@ use underpass_interception::{
 };
 
 use crate::Case;
+use crate::plans::{all, base, full, tproxy};
 use crate::pod::{DEADLINE, PORTS, command, equal, inside, lonely};
-use plans::{all, base, full, tproxy};
 
 pub(crate) const CASES: &[Case] = &[
     ("the plans of these tests have every match and every action", every_word),

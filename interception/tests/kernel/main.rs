@@ -10,6 +10,7 @@ mod flows;
 mod iptables;
 mod namespaces;
 mod nftables;
+mod plans;
 mod pod;
 mod rules;
 mod walk;

@@ -4,11 +4,14 @@
 //! Not here: what the rules do to connections (`flows.rs`).
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use libtest_mimic::Failed;
-use nlink::netlink::nftables::{Family, NFT_TABLE_F_OWNER};
+use nlink::ErrorDetail;
+use nlink::netlink::nftables::{
+    Chain as KernelChain, Expr, Family, NFT_TABLE_F_OWNER, RawExpr, Rule as KernelRule,
+};
 use nlink::netlink::{Connection, Nftables};
 use tokio::time::timeout;
 use underpass_config::PortRange;
@@ -19,16 +22,19 @@ use underpass_interception::{
 };
 
 use crate::Case;
-use crate::pod::{DEADLINE, command, equal, inside, lonely, prepare};
+use crate::plans;
+use crate::pod::{DEADLINE, PORTS, command, equal, inside, lonely, prepare};
 
 pub(crate) const CASES: &[Case] = &[
     ("nftables: every match and action is printed as it is installed", printed_is_installed),
+    ("nftables: nft takes the text of every plan, and makes what is installed", every_plan),
     ("nftables: what is installed is expected, by netlink or by nft", installed_is_expected),
     ("nftables: whatever is changed in our table is a difference", tampering_is_seen),
     ("nftables: what is changed in other tables is none", others_are_not_seen),
     ("nftables: ten thousand networks are one set with all of them", many_networks),
     ("nftables: changes are told, also when there are too many to tell", changes_are_told),
     ("nftables: a table that is owned is told from a missing capability", owned_table),
+    ("nftables: the kernel blames an expression that it does not have", unknown_expression),
 ];
 
 const NAT: ChainId = ChainId { table: Table::Nat, name: "OUTPUT" };
@@ -235,6 +241,21 @@ fn printed_is_installed() -> Result<(), Failed> {
     equal("nft's listing", printed, installed)
 }
 
+fn every_plan() -> Result<(), Failed> {
+    for (number, settings) in plans::all()?.iter().enumerate() {
+        let name = format!("nft-plan-{number}");
+        let (pod, plan) = (lonely(&name)?, RulePlan::new(settings, PORTS, true));
+        install(&pod, &plan)?;
+        let installed = command(&pod, "nft --stateless list ruleset")?;
+        load(&pod, &name, &plan.to_string())?;
+        equal("what is loaded", command(&pod, "nft --stateless list ruleset")?, installed.clone())?;
+        // What nft lists, nft takes: so people keep rulesets.
+        load(&pod, &name, &format!("flush ruleset\n{installed}"))?;
+        equal("what is kept", command(&pod, "nft --stateless list ruleset")?, installed)?;
+    }
+    Ok(())
+}
+
 fn installed_is_expected() -> Result<(), Failed> {
     let pod = lonely("nft-expected")?;
     let plan = every_rule()?;
@@ -323,13 +344,29 @@ fn others_are_not_seen() -> Result<(), Failed> {
 
 fn many_networks() -> Result<(), Failed> {
     let pod = lonely("nft-many")?;
-    let network = |n: u32| IpNet::new(IpAddr::V4(Ipv4Addr::from(0x0a00_0000 + n * 512)), 24);
-    let networks = (0..10_000).map(network).collect::<Result<Vec<_>, _>>()?;
-    let matches = vec![Match::Destination(networks)];
-    let many = Rule { id: "many".to_owned(), families: Families::V4, matches, ..rule() };
-    let plan = testing::plan(chains(), vec![many]);
+    let v4 =
+        |n: u32, length| IpNet::new(IpAddr::from((0x0a00_0000 + n * 512).to_be_bytes()), length);
+    let v6 = |n: u16| IpNet::new(IpAddr::from([0xfd00, n, 0, 0, 0, 0, 0, 0]), 32);
+    let of_length = |length| (0..10_000).map(|n| v4(n, length)).collect::<Result<Vec<_>, _>>();
+    let mixed = [of_length(24)?, vec!["192.0.2.0/25".parse()?]].concat();
+    let lists = [
+        (Families::V4, of_length(24)?),
+        (Families::V4, of_length(32)?),
+        (Families::V4, mixed),
+        (Families::V6, (0..10_000).map(v6).collect::<Result<Vec<_>, _>>()?),
+    ];
+    let rules = lists.into_iter().enumerate().map(|(n, (families, networks))| {
+        let matches = vec![Match::Destination(networks)];
+        Rule { id: format!("many-{n}"), families, matches, ..rule() }
+    });
+    let plan = testing::plan(chains(), rules.collect());
     install(&pod, &plan)?;
     same(&pod, &plan)?;
+    let installed = command(&pod, "nft --stateless list ruleset")?;
+    load(&pod, "nft-many", &plan.to_string())?;
+    same(&pod, &plan)?;
+    let printed = command(&pod, "nft --stateless list ruleset")?;
+    equal("nft lists both alike", printed == installed, true)?;
     install(&pod, &plan)?;
     same(&pod, &plan)
 }
@@ -366,4 +403,24 @@ fn owned_table() -> Result<(), Failed> {
     })?;
     let owned = matches!(refused, Err(InterceptionError::Owned { .. }));
     equal(&format!("the owner is told of: {refused:?}"), owned, true)
+}
+
+/// The module that a refusal names is found by the name of the expression.
+fn unknown_expression() -> Result<(), Failed> {
+    let refused = inside(&lonely("nft-unknown")?, async || {
+        let kernel = Connection::<Nftables>::new()?;
+        let unknown = KernelRule::new("t", "c")
+            .family(Family::Inet)
+            .then(Expr::Raw(RawExpr::without_data("nosuch")));
+        let transaction = kernel.transaction().add_table("t", Family::Inet);
+        let transaction = transaction.add_chain(KernelChain::new("t", "c")?.family(Family::Inet));
+        Ok(transaction.add_rule(unknown).commit(&kernel).await)
+    })?;
+    let Err(error) = refused else { return Err("it was taken".into()) };
+    let ErrorDetail::NftBatch { failures, .. } = error.detail() else {
+        return Err(format!("another error: {error}").into());
+    };
+    let blamed: Vec<_> =
+        failures.iter().filter_map(|failure| failure.attribute.as_deref()).collect();
+    equal("what is blamed", blamed, vec!["expression #1 (nosuch)"])
 }

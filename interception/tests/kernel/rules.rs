@@ -135,8 +135,9 @@ fn failure_leaves_nothing() -> Result<(), Failed> {
     let pod = Namespace::create_named("failure")?;
     let before = Listing::of(&pod)?;
     // The loopback interface is down, so the kernel takes the ip rule and refuses the route.
-    let failed = inside(&pod, async || Ok(prepare("").await?.install().await.is_err()))?;
-    equal("the installation failed", failed, true)?;
+    let failed = inside(&pod, async || Ok(prepare("").await?.install().await))?;
+    let told = failed.is_err_and(|error| error.to_string().contains("`ip link set lo up`"));
+    equal("the error says what to do", told, true)?;
     equal("what is left", Listing::of(&pod)?, before)
 }
 

@@ -11,15 +11,18 @@ mod random;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use libtest_mimic::Failed;
+use tokio::sync::mpsc::UnboundedReceiver;
 use underpass_config::{InterceptionSettings, Profile};
 use underpass_interception::{
-    End, Environment, Interception, Packet, Protocol, RulePlan, Table, Walk,
+    Answer, End, Environment, Interception, PROXY_MARK, Packet, Protocol, RulePlan, State, Table,
+    Walk, Way,
 };
 
 use crate::Case;
-use crate::pod::{equal, inside, runtime};
+use crate::pod::{DEADLINE, equal, inside, runtime, settings};
 use network::{Arrival, Network, Outcome, Place};
 use random::Random;
 
@@ -27,11 +30,15 @@ pub(crate) const CASES: &[Case] = &[
     ("the kernel does what the walk says (ambient)", || compare(Profile::Ambient, "walk-ambient")),
     ("the kernel does what the walk says (sidecar)", || compare(Profile::Sidecar, "walk-sidecar")),
     ("the kernel does what the walk says (osm)", || compare(Profile::Osm, "walk-osm")),
+    ("what imitates a client and is redirected has no answer in IPv4", unanswered),
 ];
 
 /// How many random settings each profile gets, and how many packets each of those.
 const ROUNDS: usize = 12;
 const PACKETS: usize = 12;
+/// How long nothing must come of what is lost: less than the second after which the kernel sends a SYN
+/// again. Nat would count that one too where a reset has ended the first one's entry.
+const QUIET: Duration = Duration::from_millis(500);
 
 /// A packet to send, and from where.
 #[derive(Debug, Clone)]
@@ -55,15 +62,45 @@ fn compare(profile: Profile, name: &str) -> Result<(), Failed> {
             };
             let mut installed = Installed::new(&network, &settings).map_err(told)?;
             for _ in 0..PACKETS {
-                let attempt = random.attempt(&settings, &installed.environment);
-                let outcome = network.send(&attempt, &mut arrivals).await.map_err(told)?;
-                installed.check(&network, &attempt, &outcome).map_err(|error| {
-                    told(format!("{}\n{attempt:#?}", error.message().unwrap_or_default()).into())
-                })?;
+                let routes = installed.plan().routes();
+                let attempt = random.attempt(&settings, &installed.environment, routes);
+                installed.attempt(&network, &attempt, &mut arrivals).await.map_err(told)?;
             }
             installed.remove(&network).map_err(told)?;
         }
         Ok(())
+    })
+}
+
+/// By Istio's TPROXY rules, what the proxy opens in a client's name is caught by DNS capture like any other
+/// connection to port 53; of the two answers, the kernel sends the one from ::1 only.
+fn unanswered() -> Result<(), Failed> {
+    let network = Network::new("walk-answers")?;
+    let settings = settings("profile=sidecar exact=true inbound.mode=tproxy dns=capture");
+    runtime()?.block_on(async {
+        let mut arrivals = network.listen()?;
+        let mut installed = Installed::new(&network, &settings)?;
+        let ends = network::POD.into_iter().zip(network::REMOTE).take(2);
+        for (source_port, (pod, client)) in (20000..).zip(ends) {
+            let way = Way::Out { interface: "lo".to_owned(), uid: 0, gid: 0 };
+            let packet = Packet {
+                protocol: Protocol::Tcp,
+                source: SocketAddr::new(client, source_port),
+                destination: SocketAddr::new(pod, 53),
+                way,
+                state: State::New,
+                mark: PROXY_MARK,
+                connection_mark: 0,
+            };
+            let walk = installed.plan().walk(&packet, &installed.environment);
+            let answer = installed.plan().answer(&packet, &walk, &installed.environment);
+            let expected = if pod.is_ipv4() { Answer::Unroutable } else { Answer::Returns };
+            equal("the end", walk.end, End::Redirected(network::PORTS.dns))?;
+            equal("the answer", answer, Some(expected))?;
+            let attempt = Attempt { from: Place::Pod, packet };
+            installed.attempt(&network, &attempt, &mut arrivals).await?;
+        }
+        installed.remove(&network)
     })
 }
 
@@ -97,6 +134,33 @@ impl Installed {
         self.interception.plan()
     }
 
+    /// Sends a packet, and compares what became of it.
+    async fn attempt(
+        &mut self,
+        network: &Network,
+        attempt: &Attempt,
+        arrivals: &mut UnboundedReceiver<Arrival>,
+    ) -> Result<(), Failed> {
+        let patience = self.patience(&attempt.packet);
+        let outcome = network.send(attempt, patience, arrivals).await?;
+        self.check(network, attempt, &outcome).map_err(|error| {
+            format!("{}\n{attempt:#?}", error.message().unwrap_or_default()).into()
+        })
+    }
+
+    /// What the walk and its answer say.
+    fn expected(&self, packet: &Packet) -> (Walk<'_>, Outcome) {
+        let walk = self.plan().walk(packet, &self.environment);
+        let answer = self.plan().answer(packet, &walk, &self.environment);
+        let outcome = expected(packet, &walk, answer);
+        (walk, outcome)
+    }
+
+    /// How long to wait for an outcome.
+    fn patience(&self, packet: &Packet) -> Duration {
+        if self.expected(packet).1 == Outcome::Lost { QUIET } else { DEADLINE }
+    }
+
     /// The counters of nat's rules.
     fn count(&self, network: &Network) -> Result<BTreeMap<String, u64>, Failed> {
         let counters = inside(&network.pod, async || Ok(self.interception.counters().await?))?;
@@ -116,9 +180,9 @@ impl Installed {
     ) -> Result<(), Failed> {
         let after = self.count(network)?;
         let before = std::mem::replace(&mut self.counted, after);
-        let walk = self.plan().walk(&attempt.packet, &self.environment);
+        let (walk, expected) = self.expected(&attempt.packet);
         let outcome = plain(outcome, &walk, &attempt.packet);
-        equal("what became of it", outcome, expected(&attempt.packet, &walk))?;
+        equal("what became of it", outcome, expected)?;
         let moved = |(id, packets): (&String, &u64)| {
             let moved = packets - before.get(id).copied().unwrap_or_default();
             (moved > 0).then(|| (id.clone(), moved))
@@ -150,8 +214,14 @@ fn plain(outcome: &Outcome, walk: &Walk<'_>, packet: &Packet) -> Outcome {
     }
 }
 
-fn expected(packet: &Packet, walk: &Walk<'_>) -> Outcome {
+fn expected(packet: &Packet, walk: &Walk<'_>, answer: Option<Answer>) -> Outcome {
     let arrived = |place, port, original| Outcome::Arrived(Arrival { place, port, original });
+    // A datagram needs no answer to arrive.
+    if packet.protocol == Protocol::Tcp
+        && matches!(answer, Some(Answer::Astray | Answer::Unroutable))
+    {
+        return Outcome::Lost;
+    }
     match walk.end {
         End::Direct => {
             let place = if walk.local { Place::Pod } else { place_of(packet.destination) };

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use super::{Draft, dns, hbone, inbound, localhost, onwards, outbound, udp};
 use crate::explain::scene::{Process, Scene};
 use crate::explain::{Explanation, Flow, Party};
-use crate::plan::{Protocol, State};
+use crate::plan::Protocol;
 
 /// The agent's merged metrics.
 const METRICS: u16 = 15020;
@@ -36,9 +36,6 @@ pub(super) fn flows<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> V
         dns(explanation, scene, "DNS over TCP", Protocol::Tcp),
         udp(explanation, scene, "UDP").flow(),
     ]);
-    if explanation.settings.drop_invalid {
-        flows.push(invalid(explanation, scene));
-    }
     flows
 }
 
@@ -131,13 +128,4 @@ fn agent_by_group<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Opt
     let title = format!("An agent of user {uid} and the proxy's group connects to istiod");
     let draft = Draft::new("6'", title).hop(scene.sent(agent, to, Party::Istiod));
     Some(draft.hop(onwards(scene, to)).flow())
-}
-
-fn invalid<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
-    let mut packet = scene.arriving(scene.remote(), scene.app_at_pod());
-    packet.state = State::Invalid;
-    Draft::new("drop_invalid", "A packet arrives that fits no connection")
-        .note("Delivered, it would be answered with a reset, which ends the connection it was meant for.")
-        .hop(explanation.takes(Party::Remote, packet, Party::App))
-        .flow()
 }

@@ -5,11 +5,12 @@
 //! values they have; a rule for each would be tried one after the other.
 
 use std::fmt::{self, Display, Formatter};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use underpass_config::PortRange;
 
-use crate::plan::{Match, Rule, TABLE};
+use crate::plan::{MANY, Match, Rule, TABLE};
 
 /// What a match compares with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +37,8 @@ pub(crate) struct NamedSet {
 pub(crate) enum Values {
     /// Networks of one family.
     Cidrs(Vec<IpNet>),
+    /// [`MANY`] networks of one family and one length, looked up by what the mask leaves of an address.
+    Prefixes(Vec<IpNet>),
     /// Ports.
     Ports(Vec<PortRange>),
     /// Users.
@@ -63,9 +66,10 @@ pub(crate) fn operands(rule: &Rule) -> Vec<Operand> {
         .collect()
 }
 
-/// `exclude-ports-ports`, or with a number if a rule has two sets of one kind.
+/// `exclude-ports-ports`, or with a number if a rule has two sets of one kind. To nft, what begins with a digit is no name.
 fn unused_name(names: &[String], id: &str, kind: &str) -> String {
-    let name = format!("{id}-{kind}");
+    let prefix = if id.starts_with(|first: char| first.is_ascii_digit()) { "rule-" } else { "" };
+    let name = format!("{prefix}{id}-{kind}");
     let taken = names.iter().filter(|other| other.starts_with(&name)).count();
     if taken == 0 { name } else { format!("{name}-{}", taken + 1) }
 }
@@ -81,17 +85,26 @@ impl Operand {
 
     /// Whether it is made of IPv6 addresses.
     pub(crate) fn is_v6(&self) -> bool {
-        let (Self::Value(values) | Self::Set(NamedSet { values, .. })) = self else { return false };
-        values.is_v6()
+        self.values().is_some_and(Values::is_v6)
+    }
+
+    /// What is left of an address before it is compared, if not all of it.
+    pub(crate) fn mask(&self) -> Option<IpAddr> {
+        self.values().and_then(Values::mask)
+    }
+
+    fn values(&self) -> Option<&Values> {
+        match self {
+            Self::Fixed => None,
+            Self::Value(values) | Self::Set(NamedSet { values, .. }) => Some(values),
+        }
     }
 }
 
 impl Values {
     fn of(condition: &Match) -> Option<Self> {
         Some(match condition {
-            Match::Source(cidrs) | Match::Destination(cidrs) => {
-                Self::Cidrs(IpNet::aggregate(cidrs))
-            }
+            Match::Source(cidrs) | Match::Destination(cidrs) => Self::of_networks(cidrs),
             Match::NotDestination(cidr) => Self::Cidrs(vec![cidr.trunc()]),
             Match::SourcePort(_, port) => Self::Ports(vec![PortRange::from(*port)]),
             Match::DestinationPort(_, ports) | Match::NotDestinationPort(_, ports) => {
@@ -113,10 +126,28 @@ impl Values {
         })
     }
 
+    fn of_networks(cidrs: &Vec<IpNet>) -> Self {
+        let one_length =
+            cidrs.windows(2).all(|pair| matches!(pair, [a, b] if a.prefix_len() == b.prefix_len()));
+        if one_length && cidrs.len() >= MANY {
+            Self::Prefixes(unique(cidrs))
+        } else {
+            Self::Cidrs(IpNet::aggregate(cidrs))
+        }
+    }
+
+    /// What is left of an address before it is looked up, if not all of it.
+    pub(crate) fn mask(&self) -> Option<IpAddr> {
+        let Self::Prefixes(networks) = self else { return None };
+        let network = networks.first()?;
+        (network.prefix_len() < network.max_prefix_len()).then(|| network.netmask())
+    }
+
     /// Whether a rule can hold it: one value, and not a range of ports.
     fn is_single(&self) -> bool {
         match self {
             Self::Cidrs(cidrs) => cidrs.len() == 1,
+            Self::Prefixes(_) => false,
             Self::Ports(ports) => matches!(ports.as_slice(), [port] if port.first == port.last),
             Self::Uids(ids) | Self::Gids(ids) => ids.len() == 1,
             Self::Interfaces(interfaces) => interfaces.len() == 1,
@@ -130,28 +161,34 @@ impl Values {
                 cidrs.iter().any(|cidr| cidr.prefix_len() < cidr.max_prefix_len())
             }
             Self::Ports(ports) => ports.iter().any(|port| port.first < port.last),
-            Self::Uids(_) | Self::Gids(_) | Self::Interfaces(_) => false,
+            Self::Prefixes(_) | Self::Uids(_) | Self::Gids(_) | Self::Interfaces(_) => false,
         }
     }
 
     /// How many there are.
     pub(crate) fn len(&self) -> usize {
         match self {
-            Self::Cidrs(cidrs) => cidrs.len(),
+            Self::Cidrs(cidrs) | Self::Prefixes(cidrs) => cidrs.len(),
             Self::Ports(ports) => ports.len(),
             Self::Uids(ids) | Self::Gids(ids) => ids.len(),
             Self::Interfaces(interfaces) => interfaces.len(),
         }
     }
 
+    /// How large a hash has to be that need not grow while it is filled.
+    pub(crate) fn size(&self) -> Option<usize> {
+        matches!(self, Self::Prefixes(_)).then(|| self.len())
+    }
+
     /// Whether these are IPv6 networks.
     pub(crate) fn is_v6(&self) -> bool {
-        matches!(self, Self::Cidrs(cidrs) if matches!(cidrs.first(), Some(IpNet::V6(_))))
+        let (Self::Cidrs(cidrs) | Self::Prefixes(cidrs)) = self else { return false };
+        matches!(cidrs.first(), Some(IpNet::V6(_)))
     }
 
     fn kind(&self) -> &'static str {
         match self {
-            Self::Cidrs(_) => "cidrs",
+            Self::Cidrs(_) | Self::Prefixes(_) => "cidrs",
             Self::Ports(_) => "ports",
             Self::Uids(_) => "uids",
             Self::Gids(_) => "gids",
@@ -162,8 +199,8 @@ impl Values {
     /// nft's name of the type.
     fn data_type(&self) -> &'static str {
         match self {
-            Self::Cidrs(_) if self.is_v6() => "ipv6_addr",
-            Self::Cidrs(_) => "ipv4_addr",
+            Self::Cidrs(_) | Self::Prefixes(_) if self.is_v6() => "ipv6_addr",
+            Self::Cidrs(_) | Self::Prefixes(_) => "ipv4_addr",
             Self::Ports(_) => "inet_service",
             Self::Uids(_) => "uid",
             Self::Gids(_) => "gid",
@@ -200,6 +237,9 @@ impl Display for NamedSet {
         if self.values.has_ranges() {
             f.write_str(" flags interval;")?;
         }
+        if let Some(size) = self.values.size() {
+            write!(f, " size {size};")?;
+        }
         write!(f, " elements = {{ {} }} }}", self.values)
     }
 }
@@ -221,6 +261,7 @@ impl Display for Values {
                 length if length == cidr.max_prefix_len() => cidr.addr().fmt(f),
                 _ => cidr.fmt(f),
             }),
+            Self::Prefixes(networks) => list(f, networks, |net, f| net.network().fmt(f)),
             Self::Ports(ports) => list(f, ports, Display::fmt),
             Self::Uids(ids) | Self::Gids(ids) => list(f, ids, Display::fmt),
             Self::Interfaces(interfaces) => list(f, interfaces, |name, f| write!(f, "\"{name}\"")),
@@ -266,6 +307,26 @@ mod tests {
             "set inet underpass id-cidrs { type ipv4_addr; flags interval; \
              elements = { 10.0.0.0/8, 192.168.0.0/24 } }"
         );
+    }
+
+    #[test]
+    fn many_networks_of_one_length_are_looked_up_in_a_hash_by_a_mask() {
+        let networks = |length: u8, many: u32| -> Vec<IpNet> {
+            let network =
+                |n: u32| IpNet::new((0x0a00_0000 + (n << 8)).to_be_bytes().into(), length);
+            (0..many).map(|n| network(n).unwrap()).collect()
+        };
+        let many = u32::try_from(MANY).unwrap();
+        for (length, mask) in [(24, Some("255.255.255.0")), (32, None)] {
+            let operand =
+                operands(&rule("id", vec![Match::Destination(networks(length, many))])).remove(0);
+            assert_eq!(operand.mask(), mask.map(|mask| mask.parse().unwrap()));
+            let set = operand.into_set().unwrap().to_string();
+            let head = "set inet underpass id-cidrs { type ipv4_addr; size 256; elements = { 10.0.0.0, 10.0.1.0,";
+            assert!(set.starts_with(head), "{set}");
+        }
+        let few = operands(&rule("id", vec![Match::Destination(networks(32, many - 1))])).remove(0);
+        assert_eq!(few.values().unwrap().size(), None);
     }
 
     #[test]

@@ -7,7 +7,9 @@
 
 use super::{ISTIO_OUTPUT, excluded_ports, lo, tcp_to};
 use crate::plan::build::{Builder, Inputs, TCP, chain};
-use crate::plan::{Action, ChainId, MARK_MASK, Mark, Match, PROXY_MARK, PolicyRoute, Table};
+use crate::plan::{
+    Action, ChainId, Direction, MARK_MASK, Mark, Match, PROXY_MARK, PolicyRoute, Table,
+};
 
 const PREROUTING: ChainId = chain(Table::Mangle, "PREROUTING");
 const OUTPUT: ChainId = chain(Table::Mangle, "OUTPUT");
@@ -114,6 +116,17 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
     b.rule(INBOUND, "app-to-itself", "a workload that calls its own address stays direct")
         .families(neutral)
         .when([Match::In(lo()), TCP, Match::NotPacketMark(self_call(inputs))], Action::Return);
+    for interfaces in inputs.split(&inputs.settings.virtual_interfaces) {
+        b.rule(
+            INBOUND,
+            "virtual-tproxy",
+            "what a virtual machine sends is outbound, and nat leads it to its port",
+        )
+        .ours()
+        .numbered()
+        .families(neutral)
+        .when([Match::In(interfaces), TCP], Action::Return);
+    }
     b.rule(INBOUND, "hbone-in-tproxy", "HBONE arrives at its listener as it is")
         .ours()
         .families(neutral)
@@ -143,10 +156,15 @@ pub(super) fn spare_imitated(b: &mut Builder, inputs: &Inputs<'_>) {
 
 fn divert_or_tproxy(b: &mut Builder, inputs: &Inputs<'_>, these: Match) {
     let neutral = inputs.neutral();
+    let mut established = vec![these.clone(), Match::Established];
+    if !inputs.settings.exact {
+        // Istio's rule also takes the answers to what is passed on for a virtual machine.
+        established.push(Match::Direction(Direction::Original));
+    }
     b.rule(INBOUND, "capture-established", "packets of connections that the proxy has")
         .numbered()
         .families(neutral)
-        .when([these.clone(), Match::Established], Action::Jump(DIVERT));
+        .when_all(established, Action::Jump(DIVERT));
     b.rule(INBOUND, "capture-inbound", "connections to the workload pass the proxy")
         .numbered()
         .families(neutral)

@@ -383,3 +383,52 @@ fn an_address_leads_to_the_interface_with_its_network() {
     }
     assert_eq!(environment.address(true), Some(at("[fd00::1]:0").ip()), "not the link-local one");
 }
+
+#[test]
+fn an_answer_to_an_imitated_client_needs_a_mark_and_must_not_come_from_127_0_0_1() {
+    let ours = Mark { value: 0x111, mask: 0xfff };
+    let marked = vec![
+        (MARKS, vec![], Action::MarkConnection(ours)),
+        (MARKS_OUT, vec![Match::ConnectionMark(ours)], Action::RestoreMark),
+    ];
+    let redirect = (OUTPUT, vec![Match::NotOut("eth0".to_owned())], Action::Redirect(PORT));
+    let [direct, direct_marked] = [vec![], marked.clone()].map(plan);
+    let [redirected, redirected_marked] =
+        [vec![redirect.clone()], [marked, vec![redirect]].concat()].map(plan);
+    for (mut plan, v4, v6) in [
+        (direct, Answer::Astray, Answer::Astray),
+        (direct_marked, Answer::Returns, Answer::Returns),
+        (redirected, Answer::Unroutable, Answer::Astray),
+        (redirected_marked, Answer::Unroutable, Answer::Returns),
+    ] {
+        plan.routes = vec![PolicyRoute { mark: ours, priority: 32764, table: 100 }];
+        let answer = |source, to| {
+            let packet = Packet { source: at(source), ..out(to) };
+            plan.answer(&packet, &plan.walk(&packet, &pod()), &pod())
+        };
+        assert_eq!(answer("10.0.0.2:40000", "10.0.0.1:80"), Some(v4), "{plan:?}");
+        assert_eq!(answer("[fd00::2]:40000", "[fd00::1]:80"), Some(v6), "{plan:?}");
+        assert_eq!(answer("10.0.0.1:40000", "10.0.0.1:80"), Some(Answer::Returns), "{plan:?}");
+    }
+}
+
+#[test]
+fn an_answer_to_what_was_passed_on_must_be_passed_on_too() {
+    let ours = Mark { value: 0x539, mask: 0xfff };
+    let mut plan = plan(vec![(MARKS, vec![Match::Established], Action::MarkPacket(ours))]);
+    let packet = Packet { way: Way::In { interface: "vm0".to_owned() }, ..arriving("10.0.0.2:80") };
+    let packet = Packet { source: at("10.9.0.2:40000"), ..packet };
+    let answer = |plan: &RulePlan| plan.answer(&packet, &plan.walk(&packet, &pod()), &pod());
+    assert_eq!(answer(&plan), Some(Answer::Returns));
+    plan.routes = vec![PolicyRoute { mark: ours, priority: 32765, table: 133 }];
+    assert_eq!(answer(&plan), Some(Answer::Astray));
+}
+
+#[test]
+fn what_nobody_gets_has_no_answer() {
+    for action in [Action::Drop, Action::Reject] {
+        let plan = plan(vec![(OUTPUT, vec![], action)]);
+        let packet = out("10.0.0.2:80");
+        assert_eq!(plan.answer(&packet, &plan.walk(&packet, &pod()), &pod()), None);
+    }
+}

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::time::Duration;
 
 use libtest_mimic::Failed;
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
@@ -16,7 +17,7 @@ use underpass_interception::{
 };
 
 use super::Attempt;
-use crate::pod::{DEADLINE, Wired, command, runtime};
+use crate::pod::{Wired, command, runtime};
 
 pub(crate) const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008, dns: 15053 };
 /// The ports that packets go to, and the proxy's.
@@ -127,13 +128,14 @@ impl Network {
     pub(crate) async fn send(
         &self,
         attempt: &Attempt,
+        patience: Duration,
         arrivals: &mut UnboundedReceiver<Arrival>,
     ) -> Result<Outcome, Failed> {
         let to = attempt.packet.destination;
         let socket = self.namespace(attempt.from).run(|| open(attempt))??;
         let reached = match attempt.packet.protocol {
-            Protocol::Tcp => connection(socket, to, arrivals).await,
-            Protocol::Udp => datagram(socket, to, arrivals).await,
+            Protocol::Tcp => connection(socket, to, patience, arrivals).await,
+            Protocol::Udp => datagram(socket, to, patience, arrivals).await,
         };
         match reached {
             Ok(Some(arrival)) => Ok(Outcome::Arrived(arrival)),
@@ -151,21 +153,23 @@ impl Network {
 async fn connection(
     socket: Socket,
     to: SocketAddr,
+    patience: Duration,
     arrivals: &mut UnboundedReceiver<Arrival>,
 ) -> io::Result<Option<Arrival>> {
     let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
-    let Ok(connected) = timeout(DEADLINE, connecting).await else {
+    let Ok(connected) = timeout(patience, connecting).await else {
         return Ok(None);
     };
     // It stays open until the arrival is known: the listener asks conntrack about it.
     let _stream = connected?;
-    Ok(timeout(DEADLINE, arrivals.recv()).await.unwrap_or_default())
+    Ok(timeout(patience, arrivals.recv()).await.unwrap_or_default())
 }
 
 /// Sends a datagram; it arrives, or is refused.
 async fn datagram(
     socket: Socket,
     to: SocketAddr,
+    patience: Duration,
     arrivals: &mut UnboundedReceiver<Arrival>,
 ) -> io::Result<Option<Arrival>> {
     let socket = tokio::net::UdpSocket::from_std(socket.into())?;
@@ -179,7 +183,7 @@ async fn datagram(
             refused = socket.recv(&mut nothing) => refused.map(|_| None),
         }
     };
-    timeout(DEADLINE, outcome).await.unwrap_or(Ok(None))
+    timeout(patience, outcome).await.unwrap_or(Ok(None))
 }
 
 /// A datagram that is refused where it is sent is not permitted.

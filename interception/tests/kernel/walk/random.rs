@@ -13,8 +13,8 @@ use underpass_config::{
     PortRange, Profile,
 };
 use underpass_interception::{
-    Environment, IpNet, KUBELET_PROBE_V4, KUBELET_PROBE_V6, PROXY_MARK, Packet, Protocol, State,
-    Way,
+    Environment, IpNet, KUBELET_PROBE_V4, KUBELET_PROBE_V6, PROXY_MARK, Packet, PolicyRoute,
+    Protocol, State, Way,
 };
 
 use super::Attempt;
@@ -24,6 +24,16 @@ use super::network::{POD, Place, REMOTE, TCP_PORTS, UDP_PORTS, VM};
 const FIRST_SOURCE_PORT: u16 = 20000;
 const NETWORKS: [&str; 6] =
     ["10.8.0.0/16", "fd08::/16", "10.0.0.2/32", "fd00::2/128", "10.0.0.0/24", "127.0.0.2/32"];
+
+/// So many of one length in each family that they are looked up by a mask; a remote address is in the first.
+fn many_networks() -> impl Iterator<Item = IpNet> {
+    let network = |address: IpAddr, length| IpNet::new(address, length).expect("a length");
+    (0..300).flat_map(move |n| {
+        let v4 = Ipv4Addr::from_bits(Ipv4Addr::new(10, 8, 0, 0).to_bits() + (n << 4));
+        let v6 = Ipv6Addr::new(0xfd08, 0, 0, 0, 0, 0, u16::try_from(n).expect("few"), 0);
+        [network(v4.into(), 28), network(v6.into(), 112)]
+    })
+}
 
 pub(crate) struct Random {
     state: u64,
@@ -90,24 +100,25 @@ impl Random {
         let servers = [REMOTE[0], REMOTE[1]];
         let some = |given: bool, list: Vec<u32>| if given { list } else { Vec::new() };
         let proxys = self.proxys(backend);
+        let exact = self.one_in(3);
         let loopback = if sidecar && self.one_in(4) { "127.0.0.0/8" } else { "127.0.0.1/32" };
         InterceptionSettings {
             profile,
             backend,
-            exact: self.one_in(3),
+            exact,
             install: true,
             repair: false,
             ipv6: self.pick(&[Ipv6::Capture, Ipv6::Capture, Ipv6::Reject, Ipv6::Bypass]),
             on_exit: OnExit::Keep,
             allow_host: false,
-            outbound: self.outbound(backend, sidecar),
+            outbound: self.outbound(backend, sidecar, exact),
             inbound: self.inbound(sidecar),
             virtual_interfaces: self.virtual_interfaces(profile),
             proxy_uids: some(profile != Profile::Ambient, proxys.clone()),
             proxy_gids: some(sidecar, proxys),
             dns,
             dns_servers: if dns == Dns::Capture { self.some(&servers) } else { Vec::new() },
-            drop_invalid: sidecar && self.one_in(3),
+            drop_invalid: self.one_in(3),
             ingress: profile == Profile::Ambient && self.one_in(4),
             loopback_cidr: loopback.parse().expect("a network"),
         }
@@ -130,14 +141,19 @@ impl Random {
         self.pick(choices).to_vec()
     }
 
-    fn outbound(&mut self, backend: Backend, sidecar: bool) -> OutboundCapture {
+    fn outbound(&mut self, backend: Backend, sidecar: bool, exact: bool) -> OutboundCapture {
         let include_cidrs = self.one_in(3).then(|| self.networks());
         let groups = self.owners(backend, &[0, 33, 1000]);
         let include = sidecar && self.one_in(2);
         let (exclude_gids, include_gids) =
             if include { (Vec::new(), groups) } else { (groups, Vec::new()) };
+        let mut exclude_cidrs = self.networks();
+        // Elsewhere each of them is a rule or a line of its own, and a round takes seconds.
+        if backend == Backend::Nftables && !exact && self.one_in(3) {
+            exclude_cidrs.extend(many_networks());
+        }
         OutboundCapture {
-            exclude_cidrs: self.networks(),
+            exclude_cidrs,
             include_cidrs,
             exclude_ports: self.ports(),
             include_ports: self.ports(),
@@ -168,6 +184,7 @@ impl Random {
         &mut self,
         settings: &InterceptionSettings,
         environment: &Environment,
+        routes: &[PolicyRoute],
     ) -> Attempt {
         self.source_port += 1;
         let v6 = self.one_in(3);
@@ -180,7 +197,7 @@ impl Random {
         } else {
             (Protocol::Tcp, self.pick(&TCP_PORTS))
         };
-        let (from, source, to, way) = match self.below(6) {
+        let (from, source, to, mut way) = match self.below(6) {
             0 => {
                 let probe = [KUBELET_PROBE_V4.into(), KUBELET_PROBE_V6.into()];
                 let source = if self.one_in(3) { family(&probe) } else { family(&REMOTE[..2]) };
@@ -188,15 +205,18 @@ impl Random {
                 (Place::Remote, source[0], to, Way::In { interface: "eth0".to_owned() })
             }
             1 => {
-                // With TPROXY the answers to what is passed on count as the proxy's, and are lost.
-                let passed_on = settings.inbound.mode == InboundMode::Redirect;
-                let remote = if passed_on { family(&REMOTE) } else { Vec::new() };
-                let to = self.pick(&[family(&POD), remote].concat());
+                let to = self.pick(&[family(&POD), family(&REMOTE)].concat());
                 (Place::Vm, family(&VM)[0], to, Way::In { interface: "vm0".to_owned() })
             }
             _ => self.local(settings, environment, &family),
         };
-        let mark = self.mark(settings, &way, environment.is_local(to), source);
+        let mark = self.mark(&way, source);
+        // The socket's route is chosen by its mark too.
+        if let Way::Out { interface, .. } = &mut way
+            && routes.iter().any(|route| route.mark.matches(mark))
+        {
+            "lo".clone_into(interface);
+        }
         let packet = Packet {
             protocol,
             source: SocketAddr::new(source, self.source_port),
@@ -226,12 +246,10 @@ impl Random {
         let last_hop =
             [Ipv4Addr::new(127, 0, 0, 6).into(), Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6).into()];
         let local = environment.is_local(to);
-        let (mut uid, mut gid) = (self.pick(self.ids), self.pick(self.ids));
-        let imitator = imitator(settings, to, self.ids);
+        let (uid, gid) = (self.pick(self.ids), self.pick(self.ids));
         let source = if local && settings.profile == Profile::Sidecar && self.one_in(3) {
             family(&last_hop)[0]
-        } else if let Some(imitator) = imitator.filter(|_| self.one_in(3)) {
-            (uid, gid) = (imitator, imitator);
+        } else if imitates(settings, to) && self.one_in(3) {
             family(&REMOTE)[0]
         } else if to.is_loopback() {
             family(&[Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()])[0]
@@ -247,44 +265,20 @@ impl Random {
         (Place::Pod, source, to, way)
     }
 
-    /// The mark of the socket: always the proxy's where it imitates, or answers would go astray;
-    /// else by chance where that leads nowhere else.
-    fn mark(
-        &mut self,
-        settings: &InterceptionSettings,
-        way: &Way,
-        local: bool,
-        source: IpAddr,
-    ) -> u32 {
-        let sent = matches!(way, Way::Out { .. });
-        if sent && REMOTE.contains(&source) {
-            return PROXY_MARK;
+    /// The mark of the socket: mostly the proxy's where it imitates, or answers would go astray.
+    fn mark(&mut self, way: &Way, source: IpAddr) -> u32 {
+        match way {
+            Way::In { .. } => 0,
+            Way::Out { .. } if REMOTE.contains(&source) && !self.one_in(4) => PROXY_MARK,
+            Way::Out { .. } => self.pick(&[0, 0, 0x1000, PROXY_MARK, 0x1000 | PROXY_MARK]),
         }
-        // With TPROXY this mark leads to loopback, whatever the destination; and with exact rules what carries it is lost where DNS
-        // capture redirects it too (seed 17273302232085046549), which the walk does not know.
-        let spared = local && settings.dns == Dns::Off;
-        let free = sent && (spared || settings.inbound.mode == InboundMode::Redirect);
-        if free { self.pick(&[0, 0, 0x1000, PROXY_MARK, 0x1000 | PROXY_MARK]) } else { 0 }
     }
 }
 
-/// Who may open a connection to this address of the pod in a client's name, so that the answers
-/// find the way back.
-fn imitator(settings: &InterceptionSettings, to: IpAddr, ids: &[u32]) -> Option<u32> {
+/// Whether the proxy opens connections to this address of the pod in a client's name.
+fn imitates(settings: &InterceptionSettings, to: IpAddr) -> bool {
     let tproxy = settings.inbound.mode == InboundMode::Tproxy;
-    // Without capture of IPv6 only our own rules have a way back for it.
-    let way_back = !settings.exact || to.is_ipv4() || settings.ipv6 == Ipv6::Capture;
-    // Istio's TPROXY excludes interfaces from the way back too.
-    let excluded = settings.outbound.exclude_interfaces.iter().any(|name| name == "eth0");
-    let way_back = way_back && !(tproxy && settings.exact && excluded);
-    // What carries the mark, as what imitates does, is lost where DNS capture redirects it too, see `mark` (seed 1486892390326654285).
-    let way_back = way_back && !(tproxy && settings.exact && settings.dns == Dns::Capture);
-    let possible =
-        POD.contains(&to) && way_back && (tproxy || settings.profile == Profile::Ambient);
-    // By Istio's rules, what the proxy's user or group sends to the pod is a self-call, and caught.
-    let proxys = || settings.proxy_uids.iter().chain(&settings.proxy_gids);
-    let spared = |id: &u32| !(tproxy && settings.exact) || proxys().all(|proxy| proxy != id);
-    ids.iter().copied().find(spared).filter(|_| possible)
+    POD.contains(&to) && (tproxy || settings.profile == Profile::Ambient)
 }
 
 #[expect(clippy::print_stderr, reason = "a test that tests less has to say so")]

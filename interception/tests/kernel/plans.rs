@@ -5,7 +5,7 @@ use underpass_config::{
     Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
     PortRange, Profile,
 };
-pub(super) fn base(profile: Profile) -> Result<InterceptionSettings, Failed> {
+pub(crate) fn base(profile: Profile) -> Result<InterceptionSettings, Failed> {
     let sidecar = profile == Profile::Sidecar;
     Ok(InterceptionSettings {
         profile,
@@ -30,7 +30,7 @@ pub(super) fn base(profile: Profile) -> Result<InterceptionSettings, Failed> {
 }
 
 /// A profile with whatever it takes.
-pub(super) fn full(profile: Profile) -> Result<InterceptionSettings, Failed> {
+pub(crate) fn full(profile: Profile) -> Result<InterceptionSettings, Failed> {
     let interfaces = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
     let many_ports = (1..=20).map(PortRange::from);
     let settings = InterceptionSettings {
@@ -71,13 +71,13 @@ pub(super) fn full(profile: Profile) -> Result<InterceptionSettings, Failed> {
     })
 }
 
-pub(super) fn tproxy(settings: InterceptionSettings) -> InterceptionSettings {
+pub(crate) fn tproxy(settings: InterceptionSettings) -> InterceptionSettings {
     let inbound = InboundCapture { mode: InboundMode::Tproxy, ..settings.inbound };
     InterceptionSettings { inbound, ..settings }
 }
 
 /// Plans that have every match and every action among them.
-pub(super) fn all() -> Result<Vec<InterceptionSettings>, Failed> {
+pub(crate) fn all() -> Result<Vec<InterceptionSettings>, Failed> {
     let mut all = vec![tproxy(base(Profile::Sidecar)?), tproxy(full(Profile::Sidecar)?)];
     for profile in [Profile::Ambient, Profile::Sidecar, Profile::Osm] {
         all.extend([base(profile)?, full(profile)?]);
