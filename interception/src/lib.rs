@@ -27,6 +27,7 @@ mod nftables;
 mod packets;
 mod plan;
 mod privileges;
+mod resident;
 mod reverse_path;
 mod routes;
 mod sandbox;
@@ -61,6 +62,7 @@ pub use plan::{
     RULE_PRIORITY, Rule, RulePlan, State, TABLE, Table, Walk, Way,
 };
 pub use privileges::{Kept, ProxyUser, drop_capabilities};
+pub use resident::unmap_code;
 pub use reverse_path::check_reverse_path;
 pub use sandbox::{Sandbox, enter_sandbox};
 pub use self_test::Probe;

@@ -11,7 +11,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use underpass_config::{MeshSource, Profile, Settings, Sources};
-use underpass_interception::{BoundListener, Ports, Sockets, ipv6_available, raise_open_files};
+use underpass_interception::{
+    BoundListener, Ports, Sockets, ipv6_available, raise_open_files, unmap_code,
+};
 
 use crate::accept::Kind;
 use crate::capture::{Capture, Probes, keep};
@@ -34,6 +36,9 @@ use crate::snapshot::Snapshot;
 use crate::take_over::{Claim, Gates, Handed, Offer, Offered};
 use crate::worker::{self, Shared, Workers};
 use crate::{metrics, processors};
+
+/// How long after `ready` all has run that only the start needs.
+const SETTLED: Duration = Duration::from_secs(1);
 
 /// How `underpass run` was started.
 #[derive(Debug, Clone, Copy)]
@@ -162,6 +167,7 @@ async fn serve(
     );
     let guard = capture.guard(&settings.interception)?;
     let keeper = tokio::spawn(keep(guard, reload, readiness.clone(), gates.rules));
+    tokio::spawn(settle());
 
     let end = until_end(settings, capture, offer, &mut stop).await;
     keeper.abort();
@@ -195,6 +201,14 @@ async fn serve(
         .ok();
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Gives back what only the start needed, once the start and the first look at the rules are over.
+async fn settle() {
+    tokio::time::sleep(SETTLED).await;
+    if let Err(error) = unmap_code() {
+        tracing::debug!(%error, "code that has run stays in memory");
+    }
 }
 
 /// Tests the rules with connections that come to us; then whoever served before needs to no longer.

@@ -12,6 +12,7 @@ use underpass_interception::{
 
 use crate::cli::CommandError;
 use crate::endpoints::Readiness;
+use crate::error::chain;
 use crate::gate::Gate;
 use crate::guard::{Event, Guard};
 use crate::metrics;
@@ -43,6 +44,37 @@ pub(crate) struct Capture {
 pub(crate) struct Probes {
     caught: Vec<Probe>,
     returned: Vec<WayBack>,
+}
+
+/// Leaves the rules behind, as they should be: another program may have changed them, and repairing been given up or never wanted.
+async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), CommandError> {
+    let difference = match interception.verify().await {
+        Ok(difference) => difference,
+        Err(error) if repair => return Err(error.into()),
+        Err(error) => {
+            tracing::info!(
+                error = chain(&error),
+                "the rules stay as they are, and cannot be looked at"
+            );
+            return Ok(());
+        }
+    };
+    match difference {
+        None => tracing::info!(
+            "the rules stay, so nothing leaves in plain; `underpass rules remove` removes them"
+        ),
+        Some(_) if repair => {
+            interception.install().await?;
+            tracing::warn!(
+                "another program had changed the rules; they are put back and stay, so nothing leaves in plain"
+            );
+        }
+        Some(difference) => tracing::error!(
+            %difference,
+            "another program has changed the rules, and interception.repair is off: traffic may leave in plain"
+        ),
+    }
+    Ok(())
 }
 
 impl Capture {
@@ -169,9 +201,7 @@ impl Capture {
             return Ok(());
         };
         match settings.on_exit {
-            OnExit::Keep => tracing::info!(
-                "the rules stay, so nothing leaves in plain; `underpass rules remove` removes them"
-            ),
+            OnExit::Keep => leave_closed(interception, settings.repair).await?,
             OnExit::Remove => {
                 interception.remove().await?;
                 tracing::info!("rules removed: traffic is direct and plain from now on");
@@ -234,7 +264,7 @@ fn tell(event: &Event) -> bool {
             );
         }
         Event::Failed { error, rest } => {
-            let error = crate::error::chain(error);
+            let error = chain(error);
             tracing::error!(error, ?rest, "the rules cannot be watched or put back; trying again");
         }
     }

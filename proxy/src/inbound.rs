@@ -11,8 +11,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
 use underpass_config::SpiffeId;
 use underpass_hbone::{
-    Acceptor, Authority, HboneError, Incoming, PeerIdentity, RequestHeaders, ServerTunnel,
-    TunnelStream,
+    Acceptor, Authority, HboneError, Incoming, PeerIdentity, ServerTunnel, TunnelStream,
 };
 use underpass_interception::reset_on_close;
 
@@ -255,7 +254,7 @@ async fn open_request(
     let mut record = open_record(&worker, *client, destination, Some(peer));
     record.service = way.as_ref().ok().and_then(|way| way.service.clone());
     record.hbone = Some(*here);
-    record.claimed(RequestHeaders::read(request.headers()));
+    record.claimed(request.headers());
     let admitted = admitted.and_then(|admitted| Ok((admitted, way?)));
     let opened = forward_request(&worker, asked, admitted, &mut record).await;
     record.or_close(opened)

@@ -6,9 +6,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use http::HeaderMap;
 use tokio::time::Instant;
 use underpass_config::{Name, Service, SpiffeId, Workload};
-use underpass_hbone::{Baggage, RequestHeaders, TraceParent};
+use underpass_hbone::{Baggage, TraceParent};
 
 use crate::error::{Fault, ProxyError, chain};
 use crate::metrics::{self, KnownSeries, Labels, Series};
@@ -83,10 +84,12 @@ impl ConnectionRecord {
         self.trace
     }
 
-    /// Notes what the peer says of the connection.
-    pub(crate) fn claimed(&mut self, headers: RequestHeaders) {
-        self.trace = headers.traceparent;
-        self.claimed = headers.baggage.map(Box::new);
+    /// Notes what the peer says of the connection; of the source only if the mesh does not know it.
+    pub(crate) fn claimed(&mut self, headers: &HeaderMap) {
+        self.trace = TraceParent::read(headers);
+        if self.source.workload.is_none() {
+            self.claimed = Baggage::read(headers).map(Box::new);
+        }
     }
 
     /// Counts the connection as opened; both parties must be known by now.

@@ -116,7 +116,7 @@ fn what_a_capability_is_built_on_is_its_own() {
             ],
             "underpass-hbone",
         ),
-        (&["nix", "socket2", "nlink", "caps", "similar"], "underpass-interception"),
+        (&["nix", "socket2", "nlink", "caps", "imara-diff"], "underpass-interception"),
     ];
     for (from, to) in arrows() {
         assert!(

@@ -148,10 +148,13 @@ impl fmt::Display for Baggage {
         let mut length = 0;
         for (key, value) in self.members().into_iter().filter(|(_, value)| is_sayable(value)) {
             let comma = if length == 0 { "" } else { "," };
-            let member = format!("{comma}{key}={}", utf8_percent_encode(value, ESCAPED));
-            if length + member.len() <= MAX_BYTES {
-                length += member.len();
-                f.write_str(&member)?;
+            let mut value = utf8_percent_encode(value, ESCAPED);
+            let member =
+                [comma, key, "="].into_iter().chain(value.clone()).map(str::len).sum::<usize>();
+            if length + member <= MAX_BYTES {
+                length += member;
+                [comma, key, "="].into_iter().try_for_each(|part| f.write_str(part))?;
+                value.try_for_each(|part| f.write_str(part))?;
             }
         }
         Ok(())

@@ -67,8 +67,8 @@ impl TraceParent {
         HeaderValue::try_from(self.to_string()).expect("visible ASCII")
     }
 
-    /// Reads the header, which must be there once.
-    pub(super) fn read(headers: &HeaderMap) -> Option<Self> {
+    /// Reads the header, which must be there once; `None` if it is absent or malformed.
+    pub fn read(headers: &HeaderMap) -> Option<Self> {
         let mut values = headers.get_all(TRACEPARENT).iter();
         let value = values.next().filter(|_| values.next().is_none())?;
         Self::try_from(value).ok()

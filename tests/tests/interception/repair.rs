@@ -28,6 +28,7 @@ pub(crate) fn add(suite: &mut Suite) {
         );
     }
     suite.test("a fight with another program is given up loudly", fight);
+    suite.test("a proxy that may not repair says what it leaves behind", left_changed);
     suite.test("`rules watch` installs, repairs and ends when it is told to", watch);
 }
 
@@ -150,6 +151,19 @@ async fn fight() {
     let (_, why) = readiness(&scene.client).await;
     assert_eq!(why, "not ready: another program changes the rules\n");
     assert_eq!(scene.client.metrics().await.sum(INTACT, &[]), Some(0.0));
+    // It leaves them closed all the same.
+    assert_eq!(proxy.stop().await.code(), Some(0));
+    proxy.line(&["they are put back and stay"]).await;
+    scene.client.rules("verify", &scene.client_settings()).await.ok();
+}
+
+async fn left_changed() {
+    let scene = Scene::new().await;
+    let settings = scene.client_settings().set("interception.repair=false");
+    let mut proxy = scene.client.proxy(&settings).await;
+    tool(&scene.client, "nft", &["delete", "table", "inet", "underpass"]).await.ok();
+    assert_eq!(proxy.stop().await.code(), Some(0));
+    proxy.line(&["ERROR", "traffic may leave in plain"]).await;
 }
 
 async fn watch() {
