@@ -36,7 +36,8 @@ pub(crate) fn serve_plaintext(
     // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
     let opening = Box::pin(open_plaintext(worker.clone(), assignment));
     async move {
-        let Some((mut record, Opened { client, app, mut revocation, _held })) = opening.await
+        // In this order, so that what is held is let go of when the connections are closed.
+        let Some((mut record, Opened { _held, mut revocation, client, app })) = opening.await
         else {
             return;
         };
@@ -48,20 +49,18 @@ pub(crate) fn serve_plaintext(
 }
 
 /// Both sides of a connection, the client's and the application's, and what must be held as long as it is open.
-struct Opened<C, H> {
+struct Opened<C> {
     client: C,
     app: TcpStream,
     revocation: Revocation,
-    _held: H,
+    _held: (Permit, Place, Held),
 }
-
-type Plaintext = Opened<TcpStream, (Permit, Place, Held)>;
 
 /// Connects to the application, and opens the record of that, which is closed if it fails.
 async fn open_plaintext(
     worker: Arc<Worker>,
     Assignment { accepted, place }: Assignment,
-) -> Option<(ConnectionRecord, Plaintext)> {
+) -> Option<(ConnectionRecord, Opened<TcpStream>)> {
     let destination = accepted.destination.as_ref().ok().copied();
     let record = open_record(&worker, accepted.client, destination, None);
     let opened = match accepted.register(worker.shared.rules.ports) {
@@ -75,7 +74,7 @@ async fn forward_plaintext(
     worker: &Worker,
     Registered { stream, client, destination, descriptors }: Registered,
     place: Place,
-) -> Result<Plaintext, ProxyError> {
+) -> Result<Opened<TcpStream>, ProxyError> {
     let way = InboundTarget { address: destination, header: None, service: None };
     let connecting = pin!(connect(worker, client, &way, None));
     let connected = tokio::select! {
@@ -231,7 +230,7 @@ fn serve_request(
     // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
     let opening = Box::pin(open_request(worker.clone(), asked, admitted));
     async move {
-        let Some((record, Opened { client, app, mut revocation, _held })) = opening.await else {
+        let Some((record, Opened { _held, mut revocation, client, app })) = opening.await else {
             return;
         };
         let flow = Flow::new(&worker.shared, &record, &mut revocation);
@@ -240,14 +239,12 @@ fn serve_request(
     }
 }
 
-type Requested = Opened<TunnelStream, (Permit, Place, Held)>;
-
 /// Connects to the application, answers, and opens the record of that, which is closed if it fails.
 async fn open_request(
     worker: Arc<Worker>,
     asked: Asked,
     admitted: Result<(Place, Held), ProxyError>,
-) -> Option<(ConnectionRecord, Requested)> {
+) -> Option<(ConnectionRecord, Opened<TunnelStream>)> {
     let Asked { request, client, here, peer } = &asked;
     let way = way(&worker, request.authority(), *here);
     let destination = way.as_ref().ok().map(|way| way.address);
@@ -265,7 +262,7 @@ async fn forward_request(
     Asked { mut request, client, peer, .. }: Asked,
     admitted: Result<((Place, Held), InboundTarget), ProxyError>,
     record: &mut ConnectionRecord,
-) -> Result<Requested, ProxyError> {
+) -> Result<Opened<TunnelStream>, ProxyError> {
     let connected = async {
         let ((place, descriptor), way) = admitted?;
         let connecting = pin!(connect(worker, client, &way, Some(&peer)));

@@ -40,7 +40,8 @@ pub(crate) fn serve(
     // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
     let opening = Box::pin(open(worker.clone(), assignment));
     async move {
-        let Some((mut record, Opened { client, onward, mut revocation, _held })) = opening.await
+        // In this order, so that what is held is let go of when the connections are closed.
+        let Some((mut record, Opened { _held, mut revocation, client, onward })) = opening.await
         else {
             return;
         };

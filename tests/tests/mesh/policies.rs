@@ -194,7 +194,7 @@ async fn flips() {
     for round in 0..12 {
         let before = carried.load(SeqCst);
         let flowing = async || carried.load(SeqCst) > before + 100;
-        underpass_tests::until("bytes flow while they are allowed", flowing).await;
+        until("bytes flow while they are allowed", flowing).await;
         change(&scene, &deny_client(&scene), &mut [&mut server]).await;
         clock.0.fetch_add(1, SeqCst);
         // Long enough for every sender to try again and again.
