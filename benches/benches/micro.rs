@@ -108,7 +108,7 @@ impl Sides {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 15008));
         let key = TunnelKey { source: id(CLIENT), address, peers: [id(SERVER)].into() };
         let request =
-            ConnectRequest { authority: "10.0.0.1:80".to_owned(), headers: HeaderMap::new() };
+            || ConnectRequest { authority: "10.0.0.1:80".to_owned(), headers: HeaderMap::new() };
         let near = pool.connect(&key, &self.connector, request).await.expect("it is accepted");
         (near, self.streams.recv().await.expect("the server does not end"))
     }

@@ -167,7 +167,7 @@ impl Tunnel {
         request: ConnectRequest,
         reply: Duration,
     ) -> Result<TunnelStream, HboneError> {
-        self.connect_reserved(request, reply, self.link.open_stream()).await
+        self.connect_reserved(|| request, reply, self.link.open_stream()).await
     }
 
     /// Whether no new stream can be opened: the connection ended, or the peer sent GOAWAY.
@@ -208,11 +208,10 @@ impl Tunnel {
 
     pub(crate) async fn connect_reserved(
         &self,
-        request: ConnectRequest,
+        request: impl FnOnce() -> ConnectRequest,
         reply: Duration,
         open: OpenStream,
     ) -> Result<TunnelStream, HboneError> {
-        let request = head(request)?;
         timeout(reply, self.exchange(request, open))
             .await
             .unwrap_or(Err(HboneError::ReplyTimeout { after: reply }))
@@ -220,12 +219,14 @@ impl Tunnel {
 
     async fn exchange(
         &self,
-        request: Request<()>,
+        request: impl FnOnce() -> ConnectRequest,
         open: OpenStream,
     ) -> Result<TunnelStream, HboneError> {
         let failed = |error| self.link.stream_error(error);
         let mut ready = self.send.clone().ready().await.map_err(failed)?;
-        let (response, send) = ready.send_request(request, false).map_err(failed)?;
+        // Made here, so that nobody who waits holds one.
+        let (response, send) = ready.send_request(head(request())?, false).map_err(failed)?;
+        drop(ready);
         let response = response.await.map_err(failed)?;
         match response.status() {
             StatusCode::OK => Ok(TunnelStream::new(send, response.into_body(), open)),

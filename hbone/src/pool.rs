@@ -118,8 +118,8 @@ impl<D: Dial> Pool<D> {
         Self(Arc::new(Shared { dial, settings, state }))
     }
 
-    /// Opens a stream to `request.authority` through a tunnel to `key`. If one must be dialled, `connector` opens it;
-    /// it speaks for `key.source`.
+    /// Opens a stream through a tunnel to `key`, by what `request` makes each time that one is sent. If a tunnel must be dialled,
+    /// `connector` opens it; it speaks for `key.source`.
     ///
     /// A request that the peer certainly did not act on, or that was lost with a tunnel from before, is tried once
     /// more in a new tunnel. Nothing else is.
@@ -131,9 +131,9 @@ impl<D: Dial> Pool<D> {
         &self,
         key: &TunnelKey,
         connector: &Connector,
-        request: ConnectRequest,
+        request: impl Fn() -> ConnectRequest,
     ) -> Result<TunnelStream, HboneError> {
-        let first = self.attempt(key, connector, request.clone(), Wish::Any).await;
+        let first = self.attempt(key, connector, &request, Wish::Any).await;
         let outcome = match first {
             Err((error, pooled)) if retry::is_safe(&error, pooled) => {
                 tracing::debug!(
@@ -141,7 +141,7 @@ impl<D: Dial> Pool<D> {
                     error = &error as &dyn std::error::Error,
                     "the request is tried again in a new tunnel"
                 );
-                self.attempt(key, connector, request, Wish::Fresh).await
+                self.attempt(key, connector, &request, Wish::Fresh).await
             }
             answered => answered,
         };
@@ -168,7 +168,7 @@ impl<D: Dial> Pool<D> {
         &self,
         key: &TunnelKey,
         connector: &Connector,
-        request: ConnectRequest,
+        request: impl Fn() -> ConnectRequest,
         wish: Wish,
     ) -> Result<TunnelStream, (HboneError, bool)> {
         let found = self.place(key, connector, wish).await;

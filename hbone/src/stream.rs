@@ -106,6 +106,11 @@ impl TunnelReader {
         }
     }
 
+    /// Whether all that the peer sent has been read, and END_STREAM is known to be behind it.
+    pub fn is_at_end(&self) -> bool {
+        self.recv.is_end_stream()
+    }
+
     fn return_credit(&mut self) {
         let credit = take(&mut self.unreturned);
         if credit > 0 {
@@ -134,12 +139,13 @@ impl TunnelWriter {
     /// As [`TunnelReader::read`]; also when the stream was finished or aborted before.
     pub async fn write(&mut self, mut data: Bytes) -> Result<(), HboneError> {
         while !data.is_empty() {
-            poll_fn(|cx| self.poll_write(cx, &mut data)).await?;
+            poll_fn(|cx| self.poll_write(cx, &mut data, false)).await?;
         }
         Ok(())
     }
 
     /// Queues as much from the front of `data`, which must not be empty, as there is room for, and says how much that was.
+    /// If it is the `last`, the frame with the end of it carries END_STREAM too: nothing may be written after that.
     ///
     /// # Errors
     /// As [`TunnelWriter::write`].
@@ -147,22 +153,22 @@ impl TunnelWriter {
         &mut self,
         cx: &mut Context<'_>,
         data: &mut Bytes,
+        last: bool,
     ) -> Poll<Result<usize, HboneError>> {
         let capacity = ready!(self.poll_capacity(cx, data.len()))?;
         let frame = if capacity < data.len() { data.split_to(capacity) } else { take(data) };
         let length = frame.len();
-        self.send(frame, false)?;
+        self.send(frame, last && data.is_empty())?;
         Poll::Ready(Ok(length))
     }
 
-    /// Sends END_STREAM: the peer reads a clean end behind all that was written. The other direction goes on.
+    /// Sends END_STREAM, unless it went with the last data: the peer reads a clean end behind all that was written. The other
+    /// direction goes on.
     ///
     /// # Errors
     /// As [`TunnelWriter::write`].
     pub fn finish(&mut self) -> Result<(), HboneError> {
-        self.send(Bytes::new(), true)?;
-        self.finished = true;
-        Ok(())
+        if self.finished { Ok(()) } else { self.send(Bytes::new(), true) }
     }
 
     /// Sends RST_STREAM(CONNECT_ERROR) for both directions, dropping what is queued; also after
@@ -199,7 +205,9 @@ impl TunnelWriter {
     }
 
     fn send(&mut self, frame: Bytes, end: bool) -> Result<(), HboneError> {
-        self.send.send_data(frame, end).map_err(|error| self.refusal(error))
+        self.send.send_data(frame, end).map_err(|error| self.refusal(error))?;
+        self.finished = end;
+        Ok(())
     }
 
     /// h2 only says that a closed stream cannot be written to; why it is closed is asked separately.

@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use foldhash::fast::RandomState;
 use h2::{FlowControl, StreamId};
 
 use crate::Http2Settings;
@@ -17,7 +18,9 @@ use crate::link::Link;
 
 /// What the open streams of one connection hold that was not read.
 #[derive(Debug, Default)]
-pub(crate) struct Unread(Mutex<HashMap<StreamId, FlowControl>>);
+pub(crate) struct Unread(Mutex<Streams>);
+
+type Streams = HashMap<StreamId, FlowControl, RandomState>;
 
 impl Unread {
     pub(crate) fn add(&self, stream: &FlowControl) {
@@ -34,7 +37,7 @@ impl Unread {
         self.streams().values().map(FlowControl::used_capacity).sum()
     }
 
-    fn streams(&self) -> MutexGuard<'_, HashMap<StreamId, FlowControl>> {
+    fn streams(&self) -> MutexGuard<'_, Streams> {
         // Nothing panics while it is held.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -68,7 +68,7 @@ pub use sandbox::{Sandbox, enter_sandbox};
 pub use self_test::Probe;
 pub use socket::{
     Closing, KEEPALIVE_PROBES, Sockets, end_on_close, end_writing, original_destination,
-    probe_every, reset_on_close,
+    probe_every, reset_on_close, write_before_end,
 };
 pub use verify::{Difference, Line, SectionDifference, Sign};
 pub use way_back::WayBack;

@@ -9,9 +9,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
+use rustix::net::{SendFlags, send};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpStream;
 use underpass_config::{InboundMode, InterceptionSettings, Profile};
 
 use crate::InterceptionError;
@@ -225,7 +227,19 @@ impl Sockets {
 /// then, and to whoever accepted it a FIN would say that all is said.
 async fn finish_connecting(socket: Socket, destination: SocketAddr) -> io::Result<TcpStream> {
     reset_on_close(&socket);
-    TcpSocket::from_std_stream(socket.into()).connect(destination).await
+    match socket.connect(&destination.into()) {
+        Err(error) if error.raw_os_error() != Some(Errno::EINPROGRESS as i32) => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    // A peer on the same host, as an application is, has answered by now, as a rule: its packets are
+    // delivered before the call returns, which does not look at them itself.
+    let connected = socket.peer_addr().is_ok();
+    let stream = TcpStream::from_std(socket.into())?;
+    if !connected {
+        stream.writable().await?;
+        stream.take_error()?.map_or(Ok(()), Err)?;
+    }
+    Ok(stream)
 }
 
 /// Where a caught connection of `client` was going before the rules redirected it. Of a connection
@@ -275,6 +289,16 @@ pub fn end_writing(stream: &impl AsFd) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
         ended => ended,
     }
+}
+
+/// Writes to `stream` what [`end_writing`] follows at once: with room for all of it, the FIN leaves
+/// in the same segment. How much was written.
+///
+/// # Errors
+///
+/// The kernel's.
+pub fn write_before_end(stream: &impl AsFd, data: &[u8]) -> io::Result<usize> {
+    Ok(send(stream, data, SendFlags::MORE | SendFlags::NOSIGNAL)?)
 }
 
 /// Binds `socket` to an address that is not ours, which takes NET_ADMIN or NET_RAW.

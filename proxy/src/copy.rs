@@ -92,11 +92,17 @@ trait Side {
     /// The next bytes, never empty; `None` after a clean end (FIN, END_STREAM).
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ProxyError>>;
 
-    /// Takes some from the front of `data`, which is not empty, when there is room: how many.
+    /// Whether a clean end is known to follow what was read last. One that is known in time goes on with it, and costs neither
+    /// side a packet and a wake-up of its own.
+    fn is_at_end(&self) -> bool;
+
+    /// Takes some from the front of `data`, which is not empty, when there is room: how many. After the `last` data, it is only
+    /// finished.
     fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
         data: &mut Bytes,
+        last: bool,
     ) -> Poll<Result<usize, ProxyError>>;
 
     /// Ends what is written to it cleanly (FIN, END_STREAM); the other direction goes on.
@@ -188,8 +194,9 @@ impl Direction {
                 Poll::Pending => return self.poll_watch(to, cx),
             }
         }
+        let last = from.is_at_end();
         while !self.pending.is_empty() {
-            moved(ready!(to.poll_write(cx, &mut self.pending))?);
+            moved(ready!(to.poll_write(cx, &mut self.pending, last))?);
         }
         // Empty, it would still hold the memory that it was read into.
         self.pending = Bytes::new();

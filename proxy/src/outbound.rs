@@ -286,8 +286,11 @@ impl Call<'_> {
         record: &ConnectionRecord,
     ) -> Result<TunnelStream, ProxyError> {
         let (key, connector) = self.key(permit, peers, record)?;
-        let headers = headers::request(record, &self.worker.shared.rules.own);
-        let request = ConnectRequest { authority: authority.to_string(), headers };
+        let own = &self.worker.shared.rules.own;
+        let request = || ConnectRequest {
+            authority: authority.to_string(),
+            headers: headers::request(record, own),
+        };
         self.worker.pool.connect(&key, connector, request).await.map_err(ProxyError::tunnel)
     }
 
@@ -303,8 +306,8 @@ impl Call<'_> {
         let (key, connector) = self.key(permit, gateway_peers, record)?;
         let own = &self.worker.shared.rules.own;
         let request = |headers| ConnectRequest { authority: authority.to_string(), headers };
-        let outer = request(headers::request(record, own));
-        let inner = request(headers::request_from_network(record, own));
+        let outer = || request(headers::request(record, own));
+        let inner = || request(headers::request_from_network(record, own));
         let connecting = self.worker.pool.connect_through(&key, connector, outer, peers, inner);
         connecting.await.map_err(ProxyError::tunnel)
     }

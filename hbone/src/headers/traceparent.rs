@@ -2,13 +2,14 @@
 //!
 //! Not here: recording traces. We pass the ids on, and logs show them.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::num::{NonZeroU64, NonZeroU128};
 use std::str::FromStr;
-use std::sync::LazyLock;
 
+use fastrand::Rng;
 use http::header::{HeaderMap, HeaderValue};
-use rustls::crypto::{SecureRandom, aws_lc_rs};
+use rustls::crypto::aws_lc_rs;
 
 use super::{HeaderError, TRACEPARENT};
 
@@ -19,10 +20,12 @@ const NO_VERSION: u128 = 0xff;
 /// Trace Context section 3.2.2.5: the one flag of version 00.
 const SAMPLED: u128 = 0x01;
 
-/// aws-lc's generator and not `fastrand`, which begins with the time since boot and the number of the thread alone: proxies
-/// that start together on like machines could repeat each other's ids one by one.
-static RANDOM: LazyLock<&'static dyn SecureRandom> =
-    LazyLock::new(|| aws_lc_rs::default_provider().secure_random);
+thread_local! {
+    /// Ids are no secrets, so that a fast generator is good enough. It begins with aws-lc's random bytes: `fastrand` by itself
+    /// begins with the time since boot and the number of the thread alone, and proxies that start together on like machines
+    /// could repeat each other's ids one by one.
+    static RANDOM: RefCell<Rng> = RefCell::new(seeded());
+}
 
 /// A place in a trace. Prints as the header's value, always well-formed: stock ztunnel drops a whole tunnel over some that
 /// are not (its parser panics on 55 characters that begin with `00-` and have no other dash).
@@ -37,13 +40,11 @@ impl TraceParent {
     /// The beginning of a new trace, with random ids; not sampled.
     #[expect(clippy::new_without_default, reason = "two of them are never equal")]
     pub fn new() -> Self {
-        let mut trace_id = [0; 16];
-        if RANDOM.fill(&mut trace_id).is_err() {
-            // Without a source of randomness TLS fails and says so; until then ids need not be good.
-            fastrand::fill(&mut trace_id);
-        }
-        let trace_id = NonZeroU128::new(u128::from_be_bytes(trace_id)).unwrap_or(NonZeroU128::MIN);
-        Self { trace_id, parent_id: random_parent_id(), sampled: false }
+        let (trace_id, parent_id) =
+            RANDOM.with_borrow_mut(|random| (random.u128(1..), random.u64(1..)));
+        let trace_id = NonZeroU128::new(trace_id).unwrap_or(NonZeroU128::MIN);
+        let parent_id = NonZeroU64::new(parent_id).unwrap_or(NonZeroU64::MIN);
+        Self { trace_id, parent_id, sampled: false }
     }
 
     /// Which trace; 32 hexadecimal digits where it is printed (`{:032x}`).
@@ -116,12 +117,11 @@ impl fmt::Display for TraceParent {
     }
 }
 
-fn random_parent_id() -> NonZeroU64 {
-    let mut id = [0; 8];
-    if RANDOM.fill(&mut id).is_err() {
-        fastrand::fill(&mut id);
-    }
-    NonZeroU64::new(u64::from_be_bytes(id)).unwrap_or(NonZeroU64::MIN)
+fn seeded() -> Rng {
+    let mut seed = [0; 8];
+    let filled = aws_lc_rs::default_provider().secure_random.fill(&mut seed);
+    // Without a source of randomness TLS fails and says so; until then ids need not be good.
+    filled.map_or_else(|_| Rng::new(), |()| Rng::with_seed(u64::from_ne_bytes(seed)))
 }
 
 /// As many lower-case hexadecimal digits as said, and nothing else.

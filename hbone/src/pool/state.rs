@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fastrand::Rng;
+use foldhash::fast::RandomState;
 use tokio::time::Instant;
 
 use super::{PoolSettings, PoolStatistics, TunnelKey};
@@ -127,7 +128,8 @@ pub(super) enum Checkout<P, W> {
 #[derive(Debug)]
 pub(super) struct State<T, W> {
     settings: PoolSettings,
-    entries: HashMap<TunnelKey, Entry<T, W>>,
+    /// With a fast hash: the keys come from the mesh, not from peers.
+    entries: HashMap<TunnelKey, Entry<T, W>, RandomState>,
     opened: u64,
     dialled: u64,
     rng: Rng,
@@ -155,6 +157,8 @@ struct UnderWay<W> {
 struct Slot<T> {
     id: TunnelId,
     tunnel: T,
+    /// How it was when [`Entry::look`] last looked.
+    seen: Load,
     retired: bool,
     /// The end of its maximum age.
     retires: Instant,
@@ -173,7 +177,7 @@ impl<T: Handle, W: Clone> State<T, W> {
     /// The same `seed` gives the same jitter.
     pub(super) fn new(settings: PoolSettings, seed: u64) -> Self {
         let (opened, dialled) = (0, 0);
-        Self { settings, entries: HashMap::new(), opened, dialled, rng: Rng::with_seed(seed) }
+        Self { settings, entries: HashMap::default(), opened, dialled, rng: Rng::with_seed(seed) }
     }
 
     /// Decides where a stream goes. If that takes a dial, or another tunnel would be good to have soon, `dial` is
@@ -190,7 +194,7 @@ impl<T: Handle, W: Clone> State<T, W> {
     ) -> Checkout<T::Place, W> {
         let settings = &self.settings;
         let entry = self.entries.entry(key.clone()).or_default();
-        entry.retire_unusable(now);
+        entry.look(now);
         let dialled = &mut self.dialled;
         let dial = |promised| {
             *dialled += 1;
@@ -247,7 +251,8 @@ impl<T: Handle, W: Clone> State<T, W> {
         entry.ended(dial);
         entry.backoff = None;
         let retires = after(now, max_age);
-        entry.tunnels.push(Slot { id, tunnel, retired: false, retires, idle });
+        let seen = tunnel.load();
+        entry.tunnels.push(Slot { id, tunnel, seen, retired: false, retires, idle });
         id
     }
 
@@ -310,7 +315,7 @@ impl<T: Handle, W: Clone> State<T, W> {
         now: Instant,
     ) -> Option<Instant> {
         let entry = self.entries.get_mut(key)?;
-        entry.retire_unusable(now);
+        entry.look(now);
         let surplus = entry.can_do_without(id, self.settings.streams_per_tunnel);
         let slot = entry.open_mut().find(|slot| slot.id == id)?;
         let soon = slot.idle / SURPLUS_IDLE_PART;
@@ -391,9 +396,14 @@ impl<T: Handle, W: Clone> Entry<T, W> {
         self.tunnels.is_empty() && self.dials.is_empty() && self.backoff.is_none()
     }
 
-    fn retire_unusable(&mut self, now: Instant) {
-        let unusable = |slot: &&mut Slot<T>| now >= slot.retires || !slot.tunnel.load().usable;
-        self.open_mut().filter(unusable).for_each(Slot::retire);
+    /// Sees how the tunnels are, once for all that is asked of them, and retires those that are not usable.
+    fn look(&mut self, now: Instant) {
+        for slot in self.open_mut() {
+            slot.seen = slot.tunnel.load();
+            if now >= slot.retires || !slot.seen.usable {
+                slot.retire();
+            }
+        }
     }
 
     /// How many streams the peer allows in a tunnel, from the tunnels where it said so.
@@ -404,15 +414,13 @@ impl<T: Handle, W: Clone> Entry<T, W> {
     /// A place in the least loaded tunnel with room, and whether even that one is crowded. Of equals the oldest is
     /// taken, so that those that are not needed become idle.
     fn take_place(&self, streams_per_tunnel: usize) -> Option<(TunnelId, T::Place, bool)> {
-        let allowed = self.allowed();
-        let loads = self.open().map(|slot| {
-            let load = slot.tunnel.load();
-            (slot, load, load.limit(streams_per_tunnel, allowed))
-        });
-        let (slot, load, limit) = loads
-            .filter(|(_, load, limit)| load.streams < *limit)
-            .min_by_key(|(_, load, _)| (load.is_busy(), load.streams))?;
-        Some((slot.id, slot.tunnel.reserve()?, load.is_crowded(limit)))
+        let allowed = self.open().filter_map(|slot| slot.seen.allowed).min();
+        let (slot, limit) = self
+            .open()
+            .map(|slot| (slot, slot.seen.limit(streams_per_tunnel, allowed)))
+            .filter(|(slot, limit)| slot.seen.streams < *limit)
+            .min_by_key(|(slot, _)| (slot.seen.is_busy(), slot.seen.streams))?;
+        Some((slot.id, slot.tunnel.reserve()?, slot.seen.is_crowded(limit)))
     }
 
     /// The ticket of a dial under way whose tunnel has a place left, which is promised with it.

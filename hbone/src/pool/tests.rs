@@ -167,7 +167,7 @@ impl Client {
     }
 
     async fn connect(&self, port: u16) -> Result<TunnelStream, HboneError> {
-        self.pool.connect(&key(port), &self.connector, request()).await
+        self.pool.connect(&key(port), &self.connector, request).await
     }
 
     async fn stream(&self) -> TunnelStream {
@@ -348,10 +348,10 @@ async fn other_sources_and_other_expected_peers_need_another_tunnel() {
     let client = Client::new();
     let _stream = client.stream().await;
     let source = TunnelKey { source: id("spiffe://td/ns/x/sa/y"), ..key(80) };
-    let _other = client.pool.connect(&source, &client.connector, request()).await.unwrap();
+    let _other = client.pool.connect(&source, &client.connector, request).await.unwrap();
     assert_eq!((client.dials(), client.entries()), (2, 2));
     let peers = TunnelKey { peers: [id("spiffe://td/ns/x/sa/y")].into(), ..key(80) };
-    let refused = client.pool.connect(&peers, &client.connector, request()).await;
+    let refused = client.pool.connect(&peers, &client.connector, request).await;
     assert!(matches!(refused, Err(HboneError::UnexpectedPeer { .. })), "{refused:?}");
     assert_eq!((client.dials(), client.pool.statistics().backing_off), (3, 1));
 }
@@ -398,7 +398,7 @@ async fn a_dropped_pool_ends_its_tasks_with_the_last_stream() {
     let tasks = || Runtime::current().metrics().num_alive_tasks();
     let before = tasks();
     let Client { pool, connector, .. } = Client::new();
-    let stream = pool.connect(&key(80), &connector, request()).await.unwrap();
+    let stream = pool.connect(&key(80), &connector, request).await.unwrap();
     drop(pool);
     yield_now().await;
     assert!(tasks() > before);

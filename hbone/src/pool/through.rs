@@ -33,9 +33,9 @@ impl<D: Dial> Pool<D> {
         &self,
         gateway: &TunnelKey,
         connector: &Connector,
-        outer: ConnectRequest,
+        outer: impl Fn() -> ConnectRequest,
         peers: &[SpiffeId],
-        inner: ConnectRequest,
+        inner: impl FnOnce() -> ConnectRequest,
     ) -> Result<TunnelStream, HboneError> {
         let carrier = self.connect(gateway, connector, outer).await?;
         let stream = self.connect_inside(carrier, gateway, connector, peers, inner);
@@ -51,11 +51,11 @@ impl<D: Dial> Pool<D> {
         gateway: &TunnelKey,
         connector: &Connector,
         peers: &[SpiffeId],
-        request: ConnectRequest,
+        request: impl FnOnce() -> ConnectRequest,
     ) -> Result<TunnelStream, HboneError> {
         let settings = &self.0.settings;
         let opening = connector.open_inside(carrier, gateway.address, peers, settings.handshake);
-        opening.await?.connect(request, settings.reply).await
+        opening.await?.connect(request(), settings.reply).await
     }
 }
 

@@ -1,5 +1,7 @@
 //! Streams between a client and a server in memory: ends, aborts and back-pressure.
 
+use std::future::poll_fn;
+
 use bytes::Bytes;
 use h2::Reason;
 use http::HeaderMap;
@@ -46,6 +48,33 @@ async fn round_trip(stream: TunnelStream, data: Bytes) -> Vec<u8> {
 
 fn pattern(len: usize) -> Bytes {
     (0..=250).cycle().take(len).collect()
+}
+
+#[tokio::test]
+async fn the_end_can_go_with_the_last_data() {
+    let (near, far, _tunnel, _served) = Mesh::new().stream().await;
+    let ((_near_reader, mut writer), (mut reader, _far_writer)) = (near.split(), far.split());
+    // More than a window: it takes several writes, and only with the last one goes the end.
+    let (mut data, mut received, mut seen) = (pattern(5 << 20), 0, Vec::new());
+    let total = data.len();
+    let send = async {
+        while !data.is_empty() {
+            poll_fn(|cx| writer.poll_write(cx, &mut data, true)).await.unwrap();
+        }
+        // It has been said.
+        writer.finish().unwrap();
+        assert!(writer.write(Bytes::from_static(b"more")).await.is_err());
+    };
+    let receive = async {
+        while let Some(chunk) = reader.read().await.unwrap() {
+            received += chunk.len();
+            seen.push(reader.is_at_end());
+        }
+    };
+    tokio::join!(send, receive);
+    assert_eq!(received, total);
+    assert_eq!(seen.pop(), Some(true));
+    assert!(seen.len() > 2 && seen.iter().all(|at_end| !at_end), "{seen:?}");
 }
 
 #[tokio::test]

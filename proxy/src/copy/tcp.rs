@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf as _, Bytes, BytesMut};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
-use underpass_interception::{end_on_close, end_writing};
+use underpass_interception::{end_on_close, end_writing, write_before_end};
 
 use super::Side;
 use super::buffers::{Buffers, Share};
@@ -60,6 +60,8 @@ pub(super) struct Tcp<'a> {
     /// How much was read since it began or was found not to be bulk.
     read: usize,
     full: bool,
+    /// What follows the bytes that were read last, once that is known: an end, or that it broke.
+    behind: Option<io::Result<()>>,
     /// What waits until it is broken, once somebody wants to know. Boxed: most connections never are half-closed for long.
     breaking: Option<Breaking<'a>>,
 }
@@ -77,6 +79,7 @@ impl<'a> Tcp<'a> {
             patience: 0,
             read: 0,
             full: false,
+            behind: None,
             breaking: None,
         }
     }
@@ -120,6 +123,9 @@ impl<'a> Tcp<'a> {
     }
 
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
+        if let Some(behind) = self.behind.take() {
+            return Poll::Ready(behind.map(|()| None));
+        }
         loop {
             let Poll::Ready(ready) = self.stream.poll_read_ready(cx) else {
                 // An idle connection holds no buffer.
@@ -133,8 +139,9 @@ impl<'a> Tcp<'a> {
                 Ok(read) => {
                     if read < room {
                         exhausted(self.stream);
+                        self.look_behind(cx);
                     }
-                    self.adapt(read, room);
+                    self.adapt(self.buffer.len(), room);
                     return Poll::Ready(Ok(Some(self.buffer.split().freeze())));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -143,10 +150,30 @@ impl<'a> Tcp<'a> {
         }
     }
 
-    fn poll_drain(&self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<io::Result<usize>> {
+    /// After a read that left room: notes an end that has come already, and takes what else has.
+    fn look_behind(&mut self, cx: &mut Context<'_>) {
+        if let Poll::Ready(Ok(())) = self.stream.poll_read_ready(cx) {
+            match self.stream.try_read_buf(&mut self.buffer) {
+                Ok(0) => self.behind = Some(Ok(())),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // The kernel tells it once.
+                Err(error) => self.behind = Some(Err(error)),
+            }
+        }
+    }
+
+    fn poll_drain(
+        &self,
+        cx: &mut Context<'_>,
+        data: &mut Bytes,
+        last: bool,
+    ) -> Poll<io::Result<usize>> {
+        let before_end =
+            || self.stream.try_io(Interest::WRITABLE, || write_before_end(self.stream, data));
         loop {
             ready!(self.stream.poll_write_ready(cx))?;
-            match self.stream.try_write(data) {
+            match if last { before_end() } else { self.stream.try_write(data) } {
                 Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Ok(written) => {
                     data.advance(written);
@@ -170,12 +197,17 @@ impl Side for Tcp<'_> {
         self.poll_fill(cx).map_err(self.broke)
     }
 
+    fn is_at_end(&self) -> bool {
+        matches!(self.behind, Some(Ok(())))
+    }
+
     fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
         data: &mut Bytes,
+        last: bool,
     ) -> Poll<Result<usize, ProxyError>> {
-        self.poll_drain(cx, data).map_err(self.broke)
+        self.poll_drain(cx, data, last).map_err(self.broke)
     }
 
     fn finish(&mut self) -> Result<(), ProxyError> {

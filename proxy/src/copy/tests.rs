@@ -14,7 +14,7 @@ use std::task::Poll;
 use tokio::io::AsyncWriteExt as _;
 use underpass_interception::reset_on_close;
 
-use self::testing::{End, Scene, Way};
+use self::testing::{End, Scene, Side, Way};
 use crate::error::ProxyError;
 
 #[tokio::test]
@@ -87,6 +87,21 @@ async fn what_arrived_before_a_reset_is_delivered_first() {
     let mut scene = Scene::plain(ours).await;
     assert_eq!(scene.server.read().await, (b"last words".to_vec(), End::Reset));
     Way::Plain.assert_clients(scene.ended().await.0);
+}
+
+#[tokio::test]
+async fn an_end_that_is_known_in_time_goes_with_the_last_bytes() {
+    let mut scene = Scene::new(Way::IntoTunnel).await;
+    scene.exchange().await;
+    scene.client.send(b"last words").await;
+    scene.client.finish().await;
+    assert_eq!(scene.server.receive(10).await, b"last words");
+    let Side::Stream(reader, _) = &scene.server else { panic!("no tunnel") };
+    assert!(reader.is_at_end(), "the end has a frame of its own");
+    assert_eq!(scene.server.read().await, (vec![], End::Fin));
+    scene.server.finish().await;
+    assert_eq!(scene.client.read().await, (vec![], End::Fin));
+    assert!(scene.ended().await.0.is_ok());
 }
 
 #[tokio::test]

@@ -29,12 +29,17 @@ impl Side for Tunnelled {
         self.reader.poll_read(cx).map_err(ProxyError::Tunnel)
     }
 
+    fn is_at_end(&self) -> bool {
+        self.reader.is_at_end()
+    }
+
     fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
         data: &mut Bytes,
+        last: bool,
     ) -> Poll<Result<usize, ProxyError>> {
-        self.writer.poll_write(cx, data).map_err(ProxyError::Tunnel)
+        self.writer.poll_write(cx, data, last).map_err(ProxyError::Tunnel)
     }
 
     fn finish(&mut self) -> Result<(), ProxyError> {

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use foldhash::fast::RandomState;
 use metrics::{
     Counter, Gauge, Label, SharedString, counter, describe_counter, describe_gauge, gauge,
 };
@@ -152,7 +153,10 @@ fn shared(name: Option<Name>) -> SharedString {
 
 /// The series that one worker has counted in.
 #[derive(Debug, Default)]
-pub(crate) struct KnownSeries(Mutex<HashMap<Labels, Arc<Series>>>);
+pub(crate) struct KnownSeries(Mutex<Known>);
+
+/// With a fast hash: the keys come from the mesh and from proven identities.
+type Known = HashMap<Labels, Arc<Series>, RandomState>;
 
 impl KnownSeries {
     fn get(&self, labels: Labels) -> Arc<Series> {
@@ -168,7 +172,7 @@ impl KnownSeries {
         self.lock().clear();
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Labels, Arc<Series>>> {
+    fn lock(&self) -> MutexGuard<'_, Known> {
         // What is in there is whole at any time; only its worker's thread ever locks it.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -129,9 +129,10 @@ async fn a_peer_that_does_not_even_let_us_close_the_connection_is_given_up() {
         long
     };
     let key = key(STALLED);
-    let answers = join_all(
-        (0..90).map(|number| client.pool.connect(&key, &client.connector, long_request(number))),
-    );
+    let answers =
+        join_all((0..90).map(|number| {
+            client.pool.connect(&key, &client.connector, move || long_request(number))
+        }));
     assert!(answers.await.iter().all(Result::is_err));
     client.pool.drain();
     assert_eq!(client.pool.statistics(), PoolStatistics { retired: 1, ..Default::default() });

@@ -226,9 +226,12 @@ async fn open(
 ) -> Result<TunnelStream, HboneError> {
     let peers: Vec<SpiffeId> = peers.iter().map(|who| id(who)).collect();
     let gateway = TunnelKey { source: id(CLIENT), address: ADDRESS, peers: [id(GATEWAY)].into() };
-    let [outer, inner] = ["web.default.svc:80", "web.default.svc:8080"].map(|authority| {
-        ConnectRequest { authority: authority.to_owned(), headers: HeaderMap::new() }
-    });
+    let request = |authority: &str| ConnectRequest {
+        authority: authority.to_owned(),
+        headers: HeaderMap::new(),
+    };
+    let outer = || request("web.default.svc:80");
+    let inner = || request("web.default.svc:8080");
     pool.connect_through(&gateway, connector, outer, &peers, inner).await
 }
 
