@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use underpass_config::{MeshSource, Profile, Settings, Sources};
 use underpass_interception::{
@@ -23,6 +23,7 @@ use crate::copy::Buffers;
 use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::gate::Gate;
+use crate::guard::Guard;
 use crate::limits::Limits;
 use crate::listeners::Listeners;
 use crate::notify;
@@ -37,7 +38,7 @@ use crate::take_over::{Claim, Gates, Handed, Offer, Offered};
 use crate::worker::{self, Shared, Workers};
 use crate::{metrics, processors};
 
-/// How long after `ready` all has run that only the start needs.
+/// How long after `ready`, or after a look at the rules, all has run that is needed for that alone.
 const SETTLED: Duration = Duration::from_secs(1);
 
 /// How `underpass run` was started.
@@ -166,8 +167,8 @@ async fn serve(
         hbone = ports.hbone, profile = %settings.interception.profile, "ready"
     );
     let guard = capture.guard(&settings.interception)?;
+    tokio::spawn(settle(guard.as_ref().map(Guard::looked)));
     let keeper = tokio::spawn(keep(guard, reload, readiness.clone(), gates.rules));
-    tokio::spawn(settle());
 
     let end = until_end(settings, capture, offer, &mut stop).await;
     keeper.abort();
@@ -203,11 +204,17 @@ async fn serve(
     Ok(())
 }
 
-/// Gives back what only the start needed, once the start and the first look at the rules are over.
-async fn settle() {
-    tokio::time::sleep(SETTLED).await;
-    if let Err(error) = unmap_code() {
-        tracing::debug!(%error, "code that has run stays in memory");
+/// Gives back what only the start needed, and again what only looking at the rules did: the code for that is large.
+async fn settle(looked: Option<Arc<Notify>>) {
+    loop {
+        tokio::time::sleep(SETTLED).await;
+        if let Err(error) = unmap_code() {
+            tracing::debug!(%error, "code that has run stays in memory");
+        }
+        match &looked {
+            Some(looked) => looked.notified().await,
+            None => return,
+        }
     }
 }
 

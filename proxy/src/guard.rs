@@ -4,9 +4,10 @@
 //! Not here: what is compared and installed (the interception crate).
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
 use underpass_config::InterceptionSettings;
 use underpass_interception::{Changes, Difference, Interception, InterceptionError};
@@ -44,14 +45,22 @@ pub(crate) struct Guard {
     look_at: Option<Instant>,
     /// Whether the rules were last told to be other than they should.
     lost: bool,
+    /// Told after each look.
+    looked: Arc<Notify>,
 }
 
 impl Guard {
     /// Begins to watch; nothing that happens from now on is missed.
     pub(crate) fn new(interception: Interception) -> Result<Self, InterceptionError> {
         let changes = interception.changes()?;
-        let limit = RepairLimit::default();
-        Ok(Self { interception, changes, limit, look_at: Some(Instant::now()), lost: false })
+        let (limit, looked) = (RepairLimit::default(), Arc::default());
+        let look_at = Some(Instant::now());
+        Ok(Self { interception, changes, limit, look_at, lost: false, looked })
+    }
+
+    /// What is told after each look at the rules.
+    pub(crate) fn looked(&self) -> Arc<Notify> {
+        self.looked.clone()
     }
 
     /// The next event. Cancelling it while it repairs leaves the old or the new rules, as any end does.
@@ -103,6 +112,12 @@ impl Guard {
     }
 
     async fn look(&mut self) -> Result<Option<Event>, InterceptionError> {
+        let found = self.find_and_repair().await;
+        self.looked.notify_one();
+        found
+    }
+
+    async fn find_and_repair(&mut self) -> Result<Option<Event>, InterceptionError> {
         self.look_at = None;
         let began = Instant::now();
         let Some(difference) = self.interception.verify().await? else {
