@@ -105,6 +105,7 @@ async fn streams(name: PathName, size: usize, options: &Options) -> Vec<Point> {
 async fn workloads(name: PathName, size: usize, options: &Options) -> Vec<Point> {
     let options = Options { workloads: size, ..options.clone() };
     let path = Path::set_up(name, &options).await;
+    sleep(RESTED).await;
     let resident = path.processes().into_iter().map(resident_kib).fold(0.0, f64::max);
     let mut points =
         vec![("s until ready", path.ready_after()), ("MiB at rest", resident / 1024.0)];

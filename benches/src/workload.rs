@@ -32,6 +32,8 @@ pub(crate) const CPU_EACH: &str = "CPU µs each";
 /// What the names of both sides' figures begin with.
 pub(crate) const PER_IDLE: &str = "KiB each";
 pub(crate) const AT_REST: &str = "MiB at rest";
+/// How long after its start a process is at rest: ours gives back what only the start needed.
+pub(crate) const RESTED: Duration = Duration::from_secs(4);
 
 /// A load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -248,6 +250,7 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
     let of_all =
         |of: fn(u32) -> f64| -> Vec<f64> { path.processes().into_iter().map(of).collect() };
     let resident = || of_all(resident_kib);
+    sleep(RESTED).await;
     let at_rest = resident();
     // The tunnel, and what the first connection of all needs, is not what an idle one holds.
     let first = idle(path.client(), path.target(ANSWER), 1);
