@@ -28,7 +28,7 @@ const OBJECTS: [&str; 3] = ["*aesni-gcm-x86_64.o", "*aesni-x86_64.o", "*ghash-x8
 fn main() {
     let arguments: Vec<_> = env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let [recording, binary] = arguments.as_slice() else {
-        eprintln!("usage: layout RECORDING BINARY");
+        println!("usage: cargo bench -p underpass-benches --bench layout -- RECORDING BINARY");
         return;
     };
     let samples = samples(&output(

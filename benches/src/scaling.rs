@@ -12,7 +12,7 @@ use crate::plot::Plot;
 use crate::process::resident_kib;
 use crate::report::{markdown, median, number};
 use crate::server::ANSWER;
-use crate::workload::{Meter, WARM_UP, bulk, requests};
+use crate::workload::{Meter, RESTED, WARM_UP, bulk, requests};
 
 /// What there is more and more of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

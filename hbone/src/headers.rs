@@ -9,6 +9,8 @@ mod forwarded;
 mod network;
 mod traceparent;
 
+use std::fmt::{self, Write as _};
+
 use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue};
 use thiserror::Error;
 use underpass_config::Name;
@@ -83,19 +85,27 @@ impl RequestHeaders {
     /// As a [`ConnectRequest`](crate::ConnectRequest) carries them. What says nothing is left out.
     pub fn into_header_map(self) -> HeaderMap {
         let values = [
-            (TRACEPARENT, self.traceparent.map(TraceParent::to_header)),
+            (TRACEPARENT, self.traceparent.map(|trace| once(trace.to_header()))),
             (BAGGAGE, self.baggage.and_then(|baggage| baggage.to_header())),
-            (FORWARDED, self.forwarded.and_then(|forwarded| forwarded.to_header())),
+            (FORWARDED, self.forwarded.and_then(|forwarded| forwarded.to_header()).map(once)),
             (NETWORK, self.network.and_then(|network| network::to_header(&network))),
         ];
         values.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
 }
 
-/// `text` as a header's value; `None` if it is empty.
-fn header(text: String) -> Option<HeaderValue> {
+/// What is said as a header's value; `None` if it is nothing. It takes about `length` bytes.
+fn header(said: &impl fmt::Display, length: usize) -> Option<HeaderValue> {
+    let mut text = String::with_capacity(length);
+    write!(text, "{said}").ok()?;
     // Only control characters are refused, and none of ours writes any: the tests try.
     HeaderValue::try_from(text).ok().filter(|value| !value.is_empty())
+}
+
+/// A value that is never the same twice: the tables of HPACK are for others (RFC 7541 section 7.1.3 has the way to say that).
+fn once(mut value: HeaderValue) -> HeaderValue {
+    value.set_sensitive(true);
+    value
 }
 
 #[cfg(test)]

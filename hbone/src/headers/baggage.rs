@@ -11,6 +11,8 @@ use underpass_config::{Name, Workload, WorkloadType};
 
 use super::{BAGGAGE, HeaderError, OWS, header};
 
+/// What most take.
+const LENGTH: usize = 256;
 /// W3C Baggage, "Limits": so much must be passed on at least; we read and write no more.
 const MAX_BYTES: usize = 8192;
 /// As many as its grammar has (`baggage-string`); 64 of them must be passed on at least.
@@ -58,7 +60,7 @@ impl Baggage {
 
     /// The value of the header; `None` if it says nothing.
     pub fn to_header(&self) -> Option<HeaderValue> {
-        header(self.to_string())
+        header(self, LENGTH)
     }
 
     /// The keys and values in the order in which ztunnel writes them.

@@ -13,6 +13,9 @@ use super::{HeaderError, OWS, header};
 /// A name (RFC 1035 section 2.3.4), a colon and a port.
 const MAX_HOST_BYTES: usize = 253 + 6;
 
+/// Of one that names an IPv6 address and no host.
+const LENGTH: usize = 56;
+
 /// Whose connection a tunnel carries, and to which service. As read from a peer it is a claim: the address of the peer is
 /// that of its TCP connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -40,7 +43,7 @@ impl Forwarded {
 
     /// The value of the header; `None` if it says nothing.
     pub fn to_header(&self) -> Option<HeaderValue> {
-        header(self.to_string())
+        header(self, LENGTH)
     }
 
     /// Reads the first line of the header; `None` if it is absent, malformed, or says nothing of ours.

@@ -11,8 +11,10 @@ use fastrand::Rng;
 use http::header::{HeaderMap, HeaderValue};
 use rustls::crypto::aws_lc_rs;
 
-use super::{HeaderError, TRACEPARENT};
+use super::{HeaderError, TRACEPARENT, header};
 
+/// How long the value is.
+const LENGTH: usize = 55;
 /// The version that we write; of later ones we read what it has in common with them.
 const VERSION: u128 = 0x00;
 /// There will never be a version of this number.
@@ -65,7 +67,7 @@ impl TraceParent {
     /// The value of the header.
     #[expect(clippy::expect_used, reason = "digits and dashes are a header value")]
     pub fn to_header(self) -> HeaderValue {
-        HeaderValue::try_from(self.to_string()).expect("visible ASCII")
+        header(&self, LENGTH).expect("visible ASCII")
     }
 
     /// Reads the header, which must be there once; `None` if it is absent or malformed.
@@ -126,8 +128,13 @@ fn seeded() -> Rng {
 
 /// As many lower-case hexadecimal digits as said, and nothing else.
 fn hex(text: &str, digits: usize) -> Option<u128> {
-    let is_hex = text.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f'));
-    u128::from_str_radix(text, 16).ok().filter(|_| is_hex && text.len() == digits)
+    let digit = |c| match c {
+        b'0'..=b'9' => Some(c - b'0'),
+        b'a'..=b'f' => Some(c - b'a' + 10),
+        _ => None,
+    };
+    let read = |number, c| Some(number << 4 | u128::from(digit(c)?));
+    if text.len() == digits { text.bytes().try_fold(0, read) } else { None }
 }
 
 #[cfg(test)]
