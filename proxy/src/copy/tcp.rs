@@ -139,7 +139,7 @@ impl<'a> Tcp<'a> {
                 Ok(read) => {
                     if read < room {
                         exhausted(self.stream);
-                        self.look_behind(cx);
+                        self.look_behind();
                     }
                     self.adapt(self.buffer.len(), room);
                     return Poll::Ready(Ok(Some(self.buffer.split().freeze())));
@@ -150,16 +150,15 @@ impl<'a> Tcp<'a> {
         }
     }
 
-    /// After a read that left room: notes an end that has come already, and takes what else has.
-    fn look_behind(&mut self, cx: &mut Context<'_>) {
-        if let Poll::Ready(Ok(())) = self.stream.poll_read_ready(cx) {
-            match self.stream.try_read_buf(&mut self.buffer) {
-                Ok(0) => self.behind = Some(Ok(())),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // The kernel tells it once.
-                Err(error) => self.behind = Some(Err(error)),
-            }
+    /// After a read that left room: notes an end that has come already, and takes what else has. The kernel is asked only if it
+    /// has told of either.
+    fn look_behind(&mut self) {
+        match self.stream.try_read_buf(&mut self.buffer) {
+            Ok(0) => self.behind = Some(Ok(())),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // The kernel tells it once.
+            Err(error) => self.behind = Some(Err(error)),
         }
     }
 
