@@ -1,4 +1,4 @@
-//! Puts the functions that run when there is traffic side by side in a release build (`layout.ld`): they are a tenth of the code, and
+//! Puts the functions that run when there is traffic side by side in a release build (`layout.ld`): they are a seventh of the code, and
 //! as the compiler leaves them they are spread over all of it, which costs misses of the caches for code and for addresses. A function
 //! that the script does not know stays where it was, so that a script which is out of date does no harm.
 

@@ -224,7 +224,7 @@ impl Tunnel {
     ) -> Result<TunnelStream, HboneError> {
         let failed = |error| self.link.stream_error(error);
         let mut ready = self.send.clone().ready().await.map_err(failed)?;
-        // Made here, so that nobody who waits holds one.
+        // Made here, so that nobody who waits holds one, nor what sent it.
         let (response, send) = ready.send_request(head(request())?, false).map_err(failed)?;
         drop(ready);
         let response = response.await.map_err(failed)?;

@@ -40,7 +40,10 @@ pub struct TunnelReader {
 #[derive(Debug)]
 pub struct TunnelWriter {
     send: SendStream<Bytes>,
-    finished: bool,
+    /// END_STREAM was sent.
+    ended: bool,
+    /// RST_STREAM was.
+    aborted: bool,
     open: Arc<OpenStream>,
 }
 
@@ -48,7 +51,7 @@ impl TunnelStream {
     pub(crate) fn new(send: SendStream<Bytes>, recv: RecvStream, open: OpenStream) -> Self {
         let open = Arc::new(open);
         let reader = TunnelReader::new(recv, open.clone());
-        Self { reader, writer: TunnelWriter { send, finished: false, open } }
+        Self { reader, writer: TunnelWriter { send, ended: false, aborted: false, open } }
     }
 
     /// Who is at the other end of the tunnel.
@@ -162,19 +165,18 @@ impl TunnelWriter {
         Poll::Ready(Ok(length))
     }
 
-    /// Sends END_STREAM, unless it went with the last data: the peer reads a clean end behind all that was written. The other
-    /// direction goes on.
+    /// Sends END_STREAM, unless it was sent: the peer reads a clean end behind all that was written. The other direction goes on.
     ///
     /// # Errors
     /// As [`TunnelWriter::write`].
     pub fn finish(&mut self) -> Result<(), HboneError> {
-        if self.finished { Ok(()) } else { self.send(Bytes::new(), true) }
+        if self.ended { Ok(()) } else { self.send(Bytes::new(), true) }
     }
 
     /// Sends RST_STREAM(CONNECT_ERROR) for both directions, dropping what is queued; also after
     /// [`TunnelWriter::finish`]. The code is RFC 9113 section 8.5's for a TCP connection that was reset.
     pub fn abort(&mut self) {
-        self.finished = true;
+        self.aborted = true;
         self.send.send_reset(Reason::CONNECT_ERROR);
     }
 
@@ -206,7 +208,7 @@ impl TunnelWriter {
 
     fn send(&mut self, frame: Bytes, end: bool) -> Result<(), HboneError> {
         self.send.send_data(frame, end).map_err(|error| self.refusal(error))?;
-        self.finished = end;
+        self.ended = end;
         Ok(())
     }
 
@@ -233,7 +235,7 @@ impl TunnelWriter {
 
 impl Drop for TunnelWriter {
     fn drop(&mut self) {
-        if !self.finished {
+        if !self.ended && !self.aborted {
             self.abort();
         }
     }

@@ -126,9 +126,7 @@ impl AsyncWrite for TunnelIo {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.writer.finished {
-            self.writer.finish().map_err(io_error)?;
-        }
+        self.writer.finish().map_err(io_error)?;
         if self.lingers { self.poll_end(cx) } else { Poll::Ready(Ok(())) }
     }
 }

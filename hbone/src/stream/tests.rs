@@ -165,6 +165,8 @@ async fn a_finished_writer_can_still_abort_the_other_direction() {
     let (mut reader, mut writer) = far.split();
     near_writer.finish().unwrap();
     assert!(reader.read().await.unwrap().is_none());
+    // It was said already.
+    near_writer.finish().unwrap();
     near_writer.abort();
     let HboneError::Reset { reason } = writer.closed().await else { panic!() };
     assert_eq!(reason, Reason::CONNECT_ERROR);
