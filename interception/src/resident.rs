@@ -1,4 +1,4 @@
-//! The memory of a program that has started: what only the start needed is given back.
+//! The memory of a program that rests: what only its start needed, or work that is rare, is given back.
 
 use std::ffi::c_void;
 use std::fs;
@@ -9,7 +9,8 @@ use std::ptr::with_exposed_provenance_mut;
 use rustix::mm::{Advice, madvise};
 
 /// Unmaps the code of the program and of its libraries. What it goes on to run is mapped again as it runs, from the page cache,
-/// some pages at a time; what ran once, at the start, is not. That was more than half of a proxy's memory at rest.
+/// some pages at a time; what ran once, at the start, is not, nor is what runs rarely until it does. That was more than half of a
+/// proxy's memory at rest.
 ///
 /// A breakpoint that somebody has set in the code by now (a debugger, a uprobe) is lost.
 ///

@@ -406,7 +406,7 @@ impl<T: Handle, W: Clone> Entry<T, W> {
         }
     }
 
-    /// How many streams the peer allows in a tunnel, from the tunnels where it said so.
+    /// How many streams the peer allows in a tunnel, from the tunnels where it said so by now: since [`Entry::look`], too.
     fn allowed(&self) -> Option<usize> {
         self.open().filter_map(|slot| slot.tunnel.load().allowed).min()
     }
