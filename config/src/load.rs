@@ -2,16 +2,18 @@
 //!
 //! Not here: which keys there are and what they default to (`resolve.rs`).
 
+mod environment;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use self::environment::{CONFIG_FILE, Meaning};
 
 use crate::document::{Node, Origin, SyntaxError, Value};
 use crate::error::{ConfigErrors, Problem};
 use crate::read::{Cursor, Problems};
 use crate::resolve::{KEYS, is_list, settings};
 use crate::settings::Settings;
-
-const ENVIRONMENT_PREFIX: &str = "UNDERPASS_";
 
 /// What the settings are made of.
 #[derive(Debug, Clone, Default)]
@@ -25,10 +27,22 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// The settings file of a command line, with the environment and the flags of this process.
-    #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
+    /// The settings file of a command line, or else of `UNDERPASS_CONFIG`, with the environment and
+    /// the flags of this process.
     pub fn of_process(file: Option<PathBuf>, flags: Vec<String>) -> Self {
-        Self { file, environment: std::env::vars().collect(), flags }
+        let environment = environment::of_process();
+        let named = environment.iter().find(|(name, path)| name == CONFIG_FILE && !path.is_empty());
+        let file = file.or_else(|| named.map(|(_, path)| path.into()));
+        Self { file, environment, flags }
+    }
+
+    /// What is not wrong and yet not meant either: variables with our prefix that set nothing.
+    pub fn warnings(&self) -> Vec<Problem> {
+        let unknown = |(name, value): &(String, String)| {
+            (Meaning::of(name, value) == Meaning::Unknown)
+                .then(|| environment::unknown(name, value))
+        };
+        self.environment.iter().filter_map(unknown).collect()
     }
 
     /// Reads and checks everything.
@@ -49,19 +63,9 @@ impl Sources {
     }
 
     fn overlay_environment(&self, root: &mut Node, problems: &Problems) {
-        let variables = self.environment.iter().filter(|(name, _)| {
-            name.starts_with(ENVIRONMENT_PREFIX) && !is_kubernetes_service_link(name)
-        });
-        for (name, value) in variables {
-            let origin = Origin::Environment(name.clone());
-            match KEYS.iter().find(|key| environment_name(key) == *name) {
-                Some(key) => overlay(root, key, value, origin, problems),
-                None => problems.add(Problem {
-                    key: String::new(),
-                    value: Some(value.clone()),
-                    reason: "no such setting".to_owned(),
-                    origin: Some(origin),
-                }),
+        for (name, value) in &self.environment {
+            if let Meaning::Key(key) = Meaning::of(name, value) {
+                overlay(root, key, value, Origin::Environment(name.clone()), problems);
             }
         }
     }
@@ -129,28 +133,6 @@ fn parse(key: &str, value: &str, origin: &Origin) -> Result<Node, SyntaxError> {
         text => Value::Scalar(text.to_owned()),
     };
     Ok(Node { value, tag: None, origin: origin.clone() })
-}
-
-/// `proxy.outbound_port` is `UNDERPASS_PROXY_OUTBOUND_PORT`, `workload.serviceAccount` is `UNDERPASS_WORKLOAD_SERVICE_ACCOUNT`.
-fn environment_name(key: &str) -> String {
-    let mut name = ENVIRONMENT_PREFIX.to_owned();
-    for c in key.chars() {
-        match c {
-            '.' => name.push('_'),
-            c if c.is_ascii_uppercase() => name.extend(['_', c]),
-            c => name.push(c.to_ascii_uppercase()),
-        }
-    }
-    name
-}
-
-/// Kubernetes puts `NAME_SERVICE_HOST`, `NAME_PORT_80_TCP_ADDR` and the like into every pod for each service, so a service
-/// that is called underpass must not break a sidecar.
-fn is_kubernetes_service_link(name: &str) -> bool {
-    name.ends_with("_SERVICE_HOST")
-        || name.contains("_SERVICE_PORT")
-        || name == "UNDERPASS_PORT"
-        || name.starts_with("UNDERPASS_PORT_")
 }
 
 #[cfg(test)]

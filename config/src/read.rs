@@ -443,7 +443,7 @@ fn parse_size(text: &str) -> Option<usize> {
 }
 
 /// The known key that differs from `key` by at most two edits.
-fn closest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
+pub(crate) fn closest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
     if key.len() > MAX_TYPED {
         return None;
     }

@@ -75,7 +75,7 @@ fn flags_win_over_the_environment_and_that_over_the_file() {
 
 #[test]
 fn every_key_has_its_environment_variable() {
-    assert_eq!(environment_name("workload.serviceAccount"), "UNDERPASS_WORKLOAD_SERVICE_ACCOUNT");
+    assert_eq!(environment::variable("workload.serviceAccount"), "UNDERPASS_WORKLOAD_SERVICE_ACCOUNT");
     let settings = load("", &[("UNDERPASS_WORKLOAD_SERVICE_ACCOUNT", "web")], &[]).unwrap();
     assert_eq!(settings.workload.service_account, "web");
     assert_eq!(settings.workload.name, "web");
@@ -83,7 +83,7 @@ fn every_key_has_its_environment_variable() {
 
 #[test]
 fn no_two_keys_share_an_environment_variable() {
-    let mut names: Vec<String> = KEYS.iter().map(|key| environment_name(key)).collect();
+    let mut names: Vec<String> = KEYS.iter().map(|key| environment::variable(key)).collect();
     names.sort();
     names.dedup();
     assert_eq!(names.len(), KEYS.len());
@@ -168,10 +168,9 @@ fn paths_in_the_file_are_relative_to_it_and_paths_in_flags_are_not() {
 fn all_mistakes_are_reported_at_once() {
     let file = "proxy: {outbound_port: 0, workers: many}\nidentity: {certificate: c.pem}\n\
                 interception: {profile: ambience, ipv6: maybe}\nworkload: {trustDomain: UPPER}\nmehs: {}\n";
-    let environment = [("UNDERPASS_PROXY_OUTBUND_PORT", "1")];
+    let environment = [("UNDERPASS_PROXY_HBONE_PORT", "hbone")];
     let found = mistakes(load(file, &environment, &["nonsense", "timeouts.connect=10"]));
     let expected = [
-        ": no such setting",
         ": must be KEY=VALUE, such as proxy.workers=2",
         "mehs: no such key; did you mean mesh?",
         "workload.trustDomain: the trust domain must be 1 to 255 characters of a-z, 0-9, '.', '-' and '_'",
@@ -180,6 +179,7 @@ fn all_mistakes_are_reported_at_once() {
         "interception.profile: must be one of ambient, sidecar, osm, none",
         "interception.ipv6: must be one of capture, reject, bypass",
         "proxy.outbound_port: must be a port, 1 to 65535",
+        "proxy.hbone_port: must be a port, 1 to 65535",
         "proxy.workers: must be auto or a number of threads, 1 to 1024",
         "timeouts.connect: must be a duration above zero with its unit, such as 250ms, 10s, 5m or 24h",
     ];
@@ -207,13 +207,61 @@ fn a_missing_file_is_named() {
     assert!(error.starts_with("/does/not/exist.yaml: cannot be read: No such file"), "{error}");
 }
 
+fn warnings(environment: &[(&str, &str)]) -> Vec<String> {
+    let environment = environment.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
+    let sources = Sources { environment, ..Sources::default() };
+    sources.load().unwrap();
+    sources.warnings().iter().map(ToString::to_string).collect()
+}
+
 #[test]
-fn kubernetes_service_links_are_not_settings() {
+fn ignores_service_links_of_kubernetes() {
+    // What kubelet makes for the Services underpass, underpass-ca and underpass-proxy-outbound.
     let links = [
         ("UNDERPASS_SERVICE_HOST", "10.0.0.1"),
-        ("UNDERPASS_PORT", "tcp://10.0.0.1:80"),
-        ("UNDERPASS_PORT_80_TCP_ADDR", "10.0.0.1"),
+        ("UNDERPASS_SERVICE_PORT", "80"),
         ("UNDERPASS_SERVICE_PORT_HTTP", "80"),
+        ("UNDERPASS_PORT", "tcp://10.0.0.1:80"),
+        ("UNDERPASS_PORT_80_TCP", "tcp://10.0.0.1:80"),
+        ("UNDERPASS_PORT_80_TCP_PROTO", "tcp"),
+        ("UNDERPASS_PORT_80_TCP_PORT", "80"),
+        ("UNDERPASS_PORT_80_TCP_ADDR", "10.0.0.1"),
+        ("UNDERPASS_CA_SERVICE_HOST", "10.96.0.9"),
+        ("UNDERPASS_CA_SERVICE_PORT_GRPC", "15012"),
+        ("UNDERPASS_CA_PORT", "tcp://10.96.0.9:15012"),
+        ("UNDERPASS_CA_PORT_15012_TCP", "tcp://10.96.0.9:15012"),
+        ("UNDERPASS_CA_PORT_15012_TCP_PORT", "15012"),
+        ("UNDERPASS_DNS_PORT", "udp://10.96.0.9:53"),
+        ("UNDERPASS_DNS_PORT_53_UDP_ADDR", "10.96.0.9"),
+        ("UNDERPASS_PROXY_OUTBOUND_PORT", "tcp://10.96.0.8:1"),
     ];
-    load("", &links, &[]).unwrap();
+    assert_eq!(warnings(&links), [""; 0]);
+}
+
+#[test]
+fn reads_keys_whose_variables_end_like_service_links() {
+    let environment = [
+        ("UNDERPASS_PROXY_OUTBOUND_PORT", "16001"),
+        ("UNDERPASS_PROXY_DNS_PORT", "16053"),
+    ];
+    let proxy = load("", &environment, &[]).unwrap().proxy;
+    assert_eq!((proxy.outbound_port, proxy.dns_port), (16001, 16053));
+    let found = mistakes(load("", &[("UNDERPASS_PROXY_OUTBOUND_PORT", "http://x:1")], &[]));
+    assert_eq!(found, ["proxy.outbound_port: must be a port, 1 to 65535"]);
+}
+
+#[test]
+fn warns_of_unknown_variables() {
+    let environment = [
+        ("UNDERPASS_PROXY_OUTBUND_PORT", "1"),
+        ("UNDERPASS_SPARK", "x"),
+        ("UNDERPASS_CONFIG", "/etc/underpass.yaml"),
+        ("SOMETHING_ELSE", "x"),
+    ];
+    let expected = [
+        "environment UNDERPASS_PROXY_OUTBUND_PORT: \"1\": no such setting, ignored; did you mean \
+         UNDERPASS_PROXY_OUTBOUND_PORT?",
+        "environment UNDERPASS_SPARK: \"x\": no such setting, ignored",
+    ];
+    assert_eq!(warnings(&environment), expected);
 }

@@ -13,7 +13,7 @@ use crate::{capture, logging};
 /// Where settings come from.
 #[derive(Debug, clap::Args)]
 pub(super) struct SettingsArguments {
-    /// The settings file (YAML)
+    /// The settings file (YAML); else the one that UNDERPASS_CONFIG names
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Set one key over the file and the environment, such as proxy.workers=2; may be repeated
@@ -26,7 +26,7 @@ impl SettingsArguments {
         Ok(self.sources().load()?)
     }
 
-    fn sources(self) -> Sources {
+    pub(super) fn sources(self) -> Sources {
         Sources::of_process(self.config, self.set)
     }
 
@@ -56,6 +56,9 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     let sources = arguments.settings.sources();
     let settings = sources.load()?;
     let _logs = logging::start(&settings.logging)?;
+    for warning in sources.warnings() {
+        tracing::warn!("{warning}");
+    }
     let runtime = control_runtime()?;
     let start = Start { until_eof: arguments.until_eof, take_over: arguments.take_over };
     let outcome = runtime.block_on(app::run(settings, sources, start));
