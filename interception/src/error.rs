@@ -7,7 +7,7 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 
-use crate::privileges::ProxyUser;
+use crate::privileges::{MissingCapabilities, ProxyUser};
 
 /// Why interception cannot be set up, read or removed.
 ///
@@ -80,8 +80,9 @@ pub enum InterceptionError {
     },
     /// The profile tells the proxy by its user, and this process is another's.
     #[error(
-        "the rules know the proxy by its user ({} or group {}), but this process is user {is} and may not change \
-         that: its connections would be caught again; start it as root or as that user \
+        "the rules know the proxy by its user ({} or group {}), but this process is user {is} and cannot become that \
+         one without these capabilities: {missing}; its connections would be caught again. Grant them \
+         (`securityContext.capabilities.add: [{missing}]`, `--cap-add`), start it as that user \
          (`securityContext.runAsUser: {}`), or set `interception.proxy_uids`",
         user.uid, user.gid, user.uid
     )]
@@ -90,6 +91,8 @@ pub enum InterceptionError {
         is: u32,
         /// Whom the rules know.
         user: ProxyUser,
+        /// What would let it become that user.
+        missing: MissingCapabilities,
     },
     /// The process cannot become the proxy's user.
     #[error(

@@ -61,7 +61,9 @@ pub use plan::{
     Origin, PROXY_MARK, PROXY_ZONE, Packet, Passage, PolicyRoute, Ports, Protocol, ROUTE_TABLE,
     RULE_PRIORITY, Rule, RulePlan, State, TABLE, Table, Walk, Way,
 };
-pub use privileges::{Kept, ProxyUser, drop_capabilities};
+pub use privileges::{
+    Kept, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process, confine_thread,
+};
 pub use resident::unmap_code;
 pub use reverse_path::check_reverse_path;
 pub use sandbox::{Sandbox, enter_sandbox};

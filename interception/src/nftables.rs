@@ -22,6 +22,7 @@ use crate::InterceptionError;
 use crate::netlink::{failed, into_io};
 use crate::plan::nft::{NamedSet, Operand, operands};
 use crate::plan::{RulePlan, TABLE};
+use crate::privileges::confine_auxiliary_thread;
 
 type Kernel = Connection<Nftables>;
 
@@ -96,8 +97,19 @@ async fn ask<T>(
 ) -> Result<T, InterceptionError> {
     let kernel = connect(operation)?;
     let answer = request(&kernel).await;
-    drop(tokio::task::spawn_blocking(move || drop(kernel)));
+    close(kernel);
     answer.map_err(failed(operation))
+}
+
+/// Closes on another thread. If there is none to be had, the closure is dropped here, and the
+/// connection with it.
+fn close(kernel: Kernel) {
+    let close = move || {
+        // It lives for a moment.
+        confine_auxiliary_thread().ok();
+        drop(kernel);
+    };
+    std::thread::Builder::new().name("close".to_owned()).spawn(close).ok();
 }
 
 fn connect(operation: &'static str) -> Result<Kernel, InterceptionError> {

@@ -81,7 +81,7 @@ pub(crate) async fn run(
     let (claim, handed) = claim(&settings, start.take_over).await?.unzip();
     let mut tenure = Tenure { rules: claim.is_none(), claim };
     let capture = Capture::prepare(&settings).await?;
-    let proxy = Proxy::prepare(&settings, &capture, handed.unwrap_or_default()).await?;
+    let proxy = Proxy::prepare(&settings, handed.unwrap_or_default()).await?;
     let reload = Reload::watch(&settings, sources)?;
     if let Some(claim) = &tenure.claim {
         claim.rules().await?;
@@ -125,9 +125,8 @@ async fn serve(
     let readiness = &endpoints.readiness;
     // Made while the process may still be another user than the proxy, whose connections are not caught.
     let probes = capture.probes(&settings.interception)?;
-    if capture.become_proxy(&settings.interception)? {
-        certificates::warn_if_unreadable(settings);
-    }
+    capture.confine(&settings.interception)?;
+    certificates::warn_if_unreadable(settings);
     let certificate = tokio::select! {
         certificate = certificate.hold() => certificate?,
         why = stop.wait() => {
@@ -283,11 +282,7 @@ struct Proxy {
 }
 
 impl Proxy {
-    async fn prepare(
-        settings: &Settings,
-        capture: &Capture,
-        handed: Handed,
-    ) -> Result<Self, CommandError> {
+    async fn prepare(settings: &Settings, handed: Handed) -> Result<Self, CommandError> {
         let (ports, ipv6) = (Ports::of(&settings.proxy), ipv6_available());
         let sockets =
             Sockets::new(&settings.interception, ipv6).with_keepalive(settings.timeouts.keepalive);
@@ -302,7 +297,7 @@ impl Proxy {
         let offer = Offer::make(settings, offered, gates.clone(), place)?;
         let (listeners, readiness, metrics) = listeners.split();
         let endpoints = Endpoints::serve(readiness, metrics, &gates.accept)?;
-        let unprivileged = capture.is_by_user() && !sockets.need_net_admin();
+        let unprivileged = !sockets.need_net_admin();
         let certificate = Certificate::prepare(settings, &sockets).await?;
         let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref())?;
         let publisher = Publisher::new(source, mesh, &settings.workload);

@@ -2,12 +2,10 @@
 //!
 //! Not here: the rules, and how they get into the kernel (the interception crate).
 
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
     Interception, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, WayBack, check_reverse_path,
-    ipv6_available,
+    confine_thread, ipv6_available,
 };
 
 use crate::cli::CommandError;
@@ -18,14 +16,6 @@ use crate::guard::{Event, Guard};
 use crate::metrics;
 use crate::reload::Reload;
 use crate::self_test::{self, SelfTest, SelfTestError};
-
-/// A process has one user.
-static HAS_BECOME_PROXY: AtomicBool = AtomicBool::new(false);
-
-/// Whether the process has become the user by which the rules know the proxy.
-pub(crate) fn has_become_proxy() -> bool {
-    HAS_BECOME_PROXY.load(Relaxed)
-}
 
 /// What catches the workload's traffic.
 #[derive(Debug)]
@@ -99,11 +89,6 @@ impl Capture {
         Ok(Self { interception: prepared, plan, ports, profile: interception.profile, user })
     }
 
-    /// Whether the rules know the proxy by its user.
-    pub(crate) fn is_by_user(&self) -> bool {
-        matches!(self.profile, Profile::Sidecar | Profile::Osm)
-    }
-
     pub(crate) async fn install(&self) -> Result<(), CommandError> {
         let Some(interception) = &self.interception else {
             tracing::info!(profile = %self.profile, "the rules are someone else's: none are installed");
@@ -137,33 +122,33 @@ impl Capture {
         prepare().map_err(|error| CommandError::SelfTest(SelfTestError::Prepare(error)))
     }
 
-    /// Becomes the user by which the rules know the proxy, and gives up what it no longer needs. Whether it is another user now.
-    pub(crate) fn become_proxy(
-        &self,
-        settings: &InterceptionSettings,
-    ) -> Result<bool, CommandError> {
-        let Some(user) = self.user else {
-            return Ok(false);
-        };
-        let sockets = Sockets::new(settings, ipv6_available());
+    /// Becomes the user by which the rules know the proxy, if they do, and gives up every capability that the calling thread
+    /// does not need any more. Threads that it makes from now on have no more than it.
+    pub(crate) fn confine(&self, settings: &InterceptionSettings) -> Result<(), CommandError> {
+        let kept = self.kept(settings);
+        match self.user {
+            Some(user) => {
+                user.become_it(kept)?;
+                let ProxyUser { uid, gid } = user;
+                tracing::info!(uid, gid, ?kept, "runs as the user that the rules know");
+            }
+            None => confine_thread(kept).map_err(CommandError::Start)?,
+        }
+        Ok(())
+    }
+
+    /// What the thread that looks after the rules, and connects to a CA, needs to the end.
+    fn kept(&self, settings: &InterceptionSettings) -> Kept {
+        let marks = Sockets::new(settings, ipv6_available()).need_net_admin();
         let changes_rules =
             self.interception.is_some() && (settings.repair || settings.on_exit == OnExit::Remove);
-        let kept = match &self.interception {
-            Some(interception) if changes_rules && interception.backend().runs_programs() => {
+        match &self.interception {
+            Some(rules) if rules.backend().runs_programs() && (changes_rules || marks) => {
                 Kept::NetAdminForPrograms
             }
-            _ if changes_rules || sockets.need_net_admin() => Kept::NetAdmin,
+            _ if changes_rules || marks => Kept::NetAdmin,
             _ => Kept::Nothing,
-        };
-        user.become_it(kept)?;
-        HAS_BECOME_PROXY.store(true, Relaxed);
-        tracing::info!(
-            uid = user.uid,
-            gid = user.gid,
-            ?kept,
-            "runs as the user that the rules know"
-        );
-        Ok(true)
+        }
     }
 
     /// Tests that what should be caught is, and that what should come back does.

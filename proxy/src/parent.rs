@@ -5,6 +5,7 @@
 use std::io::{self, Read};
 
 use tokio::sync::oneshot;
+use underpass_interception::confine_auxiliary_thread;
 
 /// Learns of the end of standard input.
 #[derive(Debug)]
@@ -14,6 +15,10 @@ impl ParentGone {
     pub(crate) fn watch() -> io::Result<Self> {
         let (gone, receiver) = oneshot::channel();
         std::thread::Builder::new().name("parent".into()).spawn(move || {
+            // It stays, and only reads.
+            if let Err(error) = confine_auxiliary_thread() {
+                tracing::warn!(%error, "a thread keeps capabilities that it does not need");
+            }
             let mut ignored = [0; 64];
             while matches!(io::stdin().read(&mut ignored), Ok(read) if read > 0) {}
             // Nobody waits any more if the process is ending already.

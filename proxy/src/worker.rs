@@ -13,7 +13,7 @@ use underpass_config::{SpiffeId, Timeouts, TunnelSettings};
 use underpass_hbone::{
     Acceptor, ClientSettings, Connector, Credentials, Pool, PoolSettings, ServerSettings,
 };
-use underpass_interception::{BoundListener, Sockets, drop_capabilities};
+use underpass_interception::{BoundListener, Kept, Sockets, confine_thread};
 
 use crate::accept::{Accepted, Kind, accept_loop};
 use crate::balance::Balance;
@@ -215,9 +215,9 @@ pub(crate) fn start(
         let senders = senders.clone();
         let runtime = single_threaded_runtime()?;
         let thread = std::thread::Builder::new().name(format!("worker-{index}"));
-        let unprivileged = shared.unprivileged;
+        let kept = if shared.unprivileged { Kept::Nothing } else { Kept::NetAdmin };
         let run = move || {
-            if unprivileged && let Err(error) = drop_capabilities() {
+            if let Err(error) = confine_thread(kept) {
                 tracing::warn!(%error, "a worker keeps capabilities that it does not need");
             }
             runtime.block_on(run(worker, receiver, hand, senders, applied));

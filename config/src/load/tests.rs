@@ -75,7 +75,10 @@ fn flags_win_over_the_environment_and_that_over_the_file() {
 
 #[test]
 fn every_key_has_its_environment_variable() {
-    assert_eq!(environment::variable("workload.serviceAccount"), "UNDERPASS_WORKLOAD_SERVICE_ACCOUNT");
+    assert_eq!(
+        environment::variable("workload.serviceAccount"),
+        "UNDERPASS_WORKLOAD_SERVICE_ACCOUNT"
+    );
     let settings = load("", &[("UNDERPASS_WORKLOAD_SERVICE_ACCOUNT", "web")], &[]).unwrap();
     assert_eq!(settings.workload.service_account, "web");
     assert_eq!(settings.workload.name, "web");
@@ -240,10 +243,8 @@ fn ignores_service_links_of_kubernetes() {
 
 #[test]
 fn reads_keys_whose_variables_end_like_service_links() {
-    let environment = [
-        ("UNDERPASS_PROXY_OUTBOUND_PORT", "16001"),
-        ("UNDERPASS_PROXY_DNS_PORT", "16053"),
-    ];
+    let environment =
+        [("UNDERPASS_PROXY_OUTBOUND_PORT", "16001"), ("UNDERPASS_PROXY_DNS_PORT", "16053")];
     let proxy = load("", &environment, &[]).unwrap().proxy;
     assert_eq!((proxy.outbound_port, proxy.dns_port), (16001, 16053));
     let found = mistakes(load("", &[("UNDERPASS_PROXY_OUTBOUND_PORT", "http://x:1")], &[]));

@@ -1,14 +1,15 @@
 //! `underpass run`.
 
+use std::io;
 use std::path::PathBuf;
 
 use tokio::runtime::Runtime;
 use underpass_config::{Settings, Sources};
-use underpass_interception::drop_capabilities;
+use underpass_interception::{ProxyUser, confine_auxiliary_thread, confine_process};
 
 use super::CommandError;
 use crate::app::{self, Start};
-use crate::{capture, logging};
+use crate::logging;
 
 /// Where settings come from.
 #[derive(Debug, clap::Args)]
@@ -55,7 +56,12 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     let sources = arguments.settings.sources();
     let settings = sources.load()?;
-    let _logs = logging::start(&settings.logging)?;
+    confine_process().map_err(CommandError::Start)?;
+    // One that cannot be had is an error later on, with the log's help.
+    if let Ok(Some(user)) = ProxyUser::required(&settings.interception) {
+        user.announce();
+    }
+    let _logs = on_confined_thread(|| logging::start(&settings.logging))??;
     for warning in sources.warnings() {
         tracing::warn!("{warning}");
     }
@@ -67,14 +73,26 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     outcome
 }
 
-/// The runtime of this thread, which may keep a capability; threads on which it waits for what blocks need none. They give
-/// it up only once the user has changed: that has to succeed on every thread or on none (setxid in nptl(7)).
+/// Runs `start` on a thread without capabilities, so that the threads which it makes have none.
+fn on_confined_thread<T: Send>(start: impl FnOnce() -> T + Send) -> Result<T, CommandError> {
+    let confined = || -> io::Result<T> {
+        confine_auxiliary_thread()?;
+        Ok(start())
+    };
+    let lost = || io::Error::other("a thread that writes the log cannot be started");
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("start".to_owned());
+        let thread = thread.spawn_scoped(scope, confined)?;
+        thread.join().unwrap_or_else(|_| Err(lost()))
+    })
+    .map_err(CommandError::Start)
+}
+
+/// The runtime of this thread, which may keep a capability; threads on which it waits for what blocks need none.
 fn control_runtime() -> Result<Runtime, CommandError> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().on_thread_start(|| {
-        if capture::has_become_proxy()
-            && let Err(error) = drop_capabilities()
-        {
+        if let Err(error) = confine_auxiliary_thread() {
             tracing::warn!(%error, "a thread keeps capabilities that it does not need");
         }
     });

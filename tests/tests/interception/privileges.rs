@@ -4,19 +4,30 @@ use std::fs;
 
 use underpass_tests::{Proxy, Scene, Suite, tool, until};
 
-use crate::{OSM, Profile, SIDECAR};
+use crate::{OSM, PROFILES, Profile, SIDECAR};
 
 /// CAP_NET_ADMIN and CAP_NET_RAW (include/uapi/linux/capability.h), as bits.
 const NET_ADMIN: u64 = 1 << 12;
 const NET_RAW: u64 = 1 << 13;
 
 pub(crate) fn add(suite: &mut Suite) {
-    for profile in [SIDECAR, OSM] {
+    for profile in PROFILES {
         profile.test(
             suite,
-            "it runs as its user, and only the thread that keeps the rules has NET_ADMIN",
-            async move || keeps_the_rules(profile).await,
+            "drops every capability that a thread does not need",
+            async move || confines_every_thread(profile).await,
         );
+    }
+    suite.test(
+        "ambient: keeps NET_RAW too with the iptables backend, and repairs",
+        iptables_in_ambient,
+    );
+    suite.test("ambient: hides its memory from processes of the same user", hides_memory);
+    suite.test_with_users(
+        "sidecar: names the capabilities that a change of user lacks",
+        names_missing_capabilities,
+    );
+    for profile in [SIDECAR, OSM] {
         profile.test(suite, "with repair: false no thread has any capability", async move || {
             keeps_nothing(profile).await;
         });
@@ -41,15 +52,18 @@ struct Thread {
     permitted: u64,
     inheritable: u64,
     ambient: u64,
+    bounding: u64,
+    no_new_privileges: bool,
 }
 
 impl Thread {
     fn all(proxy: &Proxy) -> Vec<Self> {
         let folder = format!("/proc/{}/task", proxy.pid());
-        let threads = fs::read_dir(&folder).expect("threads").map(|entry| {
+        let threads = fs::read_dir(&folder).expect("threads").filter_map(|entry| {
             let entry = entry.expect("a thread");
-            let status = fs::read_to_string(entry.path().join("status")).expect("a status");
-            Self::of(&status, entry.file_name() == *proxy.pid().to_string())
+            // Some live for a moment.
+            let status = fs::read_to_string(entry.path().join("status")).ok()?;
+            Some(Self::of(&status, entry.file_name() == *proxy.pid().to_string()))
         });
         threads.collect()
     }
@@ -73,25 +87,107 @@ impl Thread {
             permitted: bits("CapPrm"),
             inheritable: bits("CapInh"),
             ambient: bits("CapAmb"),
+            bounding: bits("CapBnd"),
+            no_new_privileges: field("NoNewPrivs") == "1",
         }
     }
 
     fn is_worker(&self) -> bool {
         self.name.starts_with("worker-")
     }
+}
 
-    fn may(&self, capabilities: u64) {
-        assert_eq!((self.effective, self.permitted), (capabilities, capabilities), "{self:?}");
+/// Waits until there are two workers, and every thread has what `kept` says and has given up what it began with. A new thread
+/// has the capabilities of the one that made it for a moment.
+async fn all_confined(proxy: &Proxy, kept: impl Fn(&Thread) -> u64) -> Vec<Thread> {
+    let is_confined = |thread: &Thread| {
+        let kept = kept(thread);
+        (thread.effective, thread.permitted) == (kept, kept) && thread.no_new_privileges
+    };
+    let mut last = Vec::new();
+    let confined = async || {
+        last = Thread::all(proxy);
+        last.iter().filter(|thread| thread.is_worker()).count() == 2 && last.iter().all(is_confined)
+    };
+    until(&format!("every thread of {} is confined", proxy.pid()), confined).await;
+    last
+}
+
+async fn confines_every_thread(profile: Profile) {
+    let scene = Scene::new().await;
+    let mut proxy = scene.client.proxy(&profile.of(scene.client_settings())).await;
+    // Connections of the ambient profile are marked.
+    let worker = if profile.user.is_some() { 0 } else { NET_ADMIN };
+    let kept = |thread: &Thread| match thread.is_worker() {
+        true => worker,
+        false if thread.is_first => NET_ADMIN,
+        false => 0,
+    };
+    for repairs in 0..2 {
+        for thread in all_confined(&proxy, kept).await {
+            let others = (thread.inheritable, thread.ambient, thread.bounding);
+            assert_eq!(others, (0, 0, 0), "{thread:?}");
+            if let Some(user) = profile.user {
+                assert_eq!(thread.users, [user; 4], "{thread:?}");
+                assert_eq!((&thread.groups[..], &*thread.supplementary), (&[user; 4][..], ""));
+            }
+        }
+        tool(&scene.client, "nft", &["flush", "ruleset"]).await.ok();
+        proxy.more_than(repairs, &["another program had changed the rules"]).await;
     }
 }
 
-/// The threads of a proxy that is another user now, and of no other group, and whose workers have these capabilities.
-async fn threads(proxy: &Proxy, profile: Profile, workers: u64) -> Vec<Thread> {
-    // A worker gives up what it does not need when it begins, and others may begin to serve before.
-    let has_begun = |thread: &Thread| thread.is_worker() && thread.effective == workers;
-    let have_begun = async || Thread::all(proxy).iter().filter(|one| has_begun(one)).count() == 2;
-    until(&format!("two workers have begun, with the capabilities {workers:#x}"), have_begun).await;
-    let threads = Thread::all(proxy);
+async fn iptables_in_ambient() {
+    let scene = Scene::new().await;
+    let settings = scene.client_settings().set("interception.backend=iptables");
+    let mut proxy = scene.client.proxy(&settings).await;
+    let both = NET_ADMIN | NET_RAW;
+    let kept = |thread: &Thread| match thread.is_worker() {
+        true => NET_ADMIN,
+        false if thread.is_first => both,
+        false => 0,
+    };
+    for thread in all_confined(&proxy, kept).await {
+        assert_eq!(thread.bounding & !both, 0, "{thread:?}");
+    }
+    tool(&scene.client, "iptables", &["-t", "nat", "-F"]).await.ok();
+    proxy.more_than(0, &["another program had changed the rules"]).await;
+}
+
+async fn hides_memory() {
+    let scene = Scene::new().await;
+    let proxy = scene.client.proxy(&scene.client_settings()).await;
+    // Root without SYS_PTRACE, and with what the proxy has: else the kernel refuses it for that (ptrace(2)).
+    let read = |file: &str| {
+        let file = format!("/proc/{}/{file}", proxy.pid());
+        let arguments = ["--bounding-set=-all,+net_admin", "cat", &file].map(str::to_owned);
+        arguments
+    };
+    for (file, code) in [("environ", 1), ("status", 0)] {
+        let arguments = read(file);
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        tool(&scene.client, "setpriv", &arguments).await.exited(code);
+    }
+}
+
+async fn names_missing_capabilities() {
+    let scene = Scene::new().await;
+    let settings = SIDECAR.of(scene.client_settings());
+    let before = scene.client.traces().await;
+    for (dropped, missing) in
+        [("-setuid", "[SETUID]"), ("-setgid", "[SETGID]"), ("-setuid,-setgid", "[SETUID, SETGID]")]
+    {
+        let script = format!("exec setpriv --bounding-set={dropped} $UNDERPASS \"$@\"");
+        let error = scene.client.try_proxy_through(&script, &settings).await;
+        let error = error.expect_err("no change of user").to_string();
+        assert!(error.contains(missing), "{dropped}: {error}");
+        assert_eq!(scene.client.traces().await, before, "{dropped}");
+    }
+}
+
+/// The threads of a proxy that is another user now, and of no other group, when each has what `kept` says.
+async fn threads(proxy: &Proxy, profile: Profile, kept: impl Fn(&Thread) -> u64) -> Vec<Thread> {
+    let threads = all_confined(proxy, kept).await;
     let user = [profile.user.expect("a user"); 4];
     for thread in &threads {
         assert_eq!((&thread.users[..], &thread.groups[..]), (&user[..], &user[..]), "{thread:?}");
@@ -100,25 +196,11 @@ async fn threads(proxy: &Proxy, profile: Profile, workers: u64) -> Vec<Thread> {
     threads
 }
 
-async fn keeps_the_rules(profile: Profile) {
-    let scene = Scene::new().await;
-    let mut proxy = scene.client.proxy(&profile.of(scene.client_settings())).await;
-    for repairs in 0..2 {
-        for thread in threads(&proxy, profile, 0).await {
-            thread.may(if thread.is_first { NET_ADMIN } else { 0 });
-            assert_eq!((thread.inheritable, thread.ambient), (0, 0), "{thread:?}");
-        }
-        tool(&scene.client, "nft", &["flush", "ruleset"]).await.ok();
-        proxy.more_than(repairs, &["another program had changed the rules"]).await;
-    }
-}
-
 async fn keeps_nothing(profile: Profile) {
     let scene = Scene::new().await;
     let settings = profile.of(scene.client_settings()).set("interception.repair=false");
     let mut proxy = scene.client.proxy(&settings).await;
-    for thread in threads(&proxy, profile, 0).await {
-        thread.may(0);
+    for thread in threads(&proxy, profile, |_| 0).await {
         assert_eq!((thread.inheritable, thread.ambient), (0, 0), "{thread:?}");
     }
     // What it does not keep, stays changed.
@@ -131,9 +213,9 @@ async fn for_iptables() {
     let scene = Scene::new().await;
     let settings = SIDECAR.of(scene.client_settings()).set("interception.backend=iptables");
     let proxy = scene.client.proxy(&settings).await;
-    for thread in threads(&proxy, SIDECAR, 0).await {
-        let kept = if thread.is_first { NET_ADMIN | NET_RAW } else { 0 };
-        thread.may(kept);
+    let kept = |thread: &Thread| if thread.is_first { NET_ADMIN | NET_RAW } else { 0 };
+    for thread in threads(&proxy, SIDECAR, kept).await {
+        let kept = kept(&thread);
         assert_eq!((thread.inheritable, thread.ambient), (kept, kept), "{thread:?}");
     }
 }
@@ -154,11 +236,9 @@ async fn for_tproxy() {
     let scene = Scene::new().await;
     let settings = SIDECAR.of(scene.server_settings()).set("interception.inbound.mode=tproxy");
     let proxy = scene.server.proxy(&settings).await;
-    for thread in threads(&proxy, SIDECAR, NET_ADMIN).await {
-        if thread.is_first || thread.is_worker() {
-            thread.may(NET_ADMIN);
-        } else {
-            thread.may(0);
-        }
-    }
+    let kept = |thread: &Thread| match thread.is_first || thread.is_worker() {
+        true => NET_ADMIN,
+        false => 0,
+    };
+    threads(&proxy, SIDECAR, kept).await;
 }
