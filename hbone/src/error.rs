@@ -247,7 +247,8 @@ pub enum CredentialProblem {
     Io(Arc<io::Error>),
     /// It is not ours to read or write.
     #[error(
-        "permission denied: the user that this process runs as (the proxy gives up root once it stands) needs access to it"
+        "permission denied: the user that this process runs as needs access to it, or the capability DAC_OVERRIDE, which \
+         the proxy gives up once it runs"
     )]
     Permission,
     /// It is there, and is not to be replaced.
@@ -274,6 +275,12 @@ pub enum CredentialProblem {
     /// The key belongs to another certificate.
     #[error("the key does not belong to the certificate: were they issued together?")]
     KeyMismatch,
+    /// The roots that came with the certificate do not vouch for it, so peers would refuse it.
+    #[error(
+        "the roots that go with the certificate do not verify it ({0}): were both issued by the same authority, and \
+         does the file hold the certificates between them?"
+    )]
+    UnknownIssuer(String),
     /// The leaf must have exactly one `spiffe://` name.
     #[error("the certificate must have exactly one SPIFFE URI name, it has: {}", list(.0))]
     Names(Vec<String>),

@@ -11,6 +11,7 @@ use rustls::InconsistentKeys;
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use underpass_config::{Cipher, IdentityFiles, SpiffeId, TrustDomain};
+use webpki::{EndEntityCert, KeyUsage};
 use x509_parser::time::ASN1Time;
 
 use crate::files::warn_if_exposed;
@@ -114,6 +115,26 @@ impl Identity {
     /// When the leaf stops being valid.
     pub fn expires(&self) -> SystemTime {
         self.0.leaf.expires
+    }
+
+    /// Checks that the roots which came with the certificate vouch for it at the time `now`, as peers that have the same roots
+    /// will. Revocation is not looked at.
+    pub(crate) fn verify(&self, name: &Path, now: SystemTime) -> Result<(), HboneError> {
+        let [leaf, intermediates @ ..] = self.0.certified_key.cert.as_slice() else {
+            return Err(HboneError::credential(name, CredentialProblem::Empty("certificate")));
+        };
+        let own = self.spiffe_id().trust_domain();
+        let anchors = self.bundles().get(own).map(Bundle::anchors).unwrap_or_default();
+        let algorithms = tls::provider(&Cipher::ALL).signature_verification_algorithms;
+        let verified = [KeyUsage::server_auth(), KeyUsage::client_auth()].map(|usage| {
+            let now = clock::unix(now);
+            let leaf = EndEntityCert::try_from(leaf)?;
+            leaf.verify_for_usage(algorithms.all, anchors, intermediates, now, usage, None, None)?;
+            Ok(())
+        });
+        verified.into_iter().collect::<Result<(), webpki::Error>>().map_err(|error| {
+            HboneError::credential(name, CredentialProblem::UnknownIssuer(error.to_string()))
+        })
     }
 
     pub(crate) fn certified_key(&self) -> Arc<CertifiedKey> {

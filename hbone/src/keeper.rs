@@ -4,6 +4,7 @@
 //! Not here: where an identity comes from (`source`), and logs and metrics, which whoever is told makes of it.
 
 use std::fmt;
+use std::time::{Duration, SystemTime};
 
 use tokio::select;
 use tokio::sync::watch;
@@ -12,6 +13,7 @@ use underpass_config::TrustSettings;
 use crate::source::reached;
 use crate::{
     CredentialProblem, Credentials, Fault, HboneError, Identity, IdentitySource, Trust, TrustFiles,
+    clock,
 };
 
 /// What happened to our credentials.
@@ -21,8 +23,17 @@ pub enum CredentialsEvent<'a> {
     Identity(&'a Credentials),
     /// Whom we trust has changed.
     Trust(&'a Credentials),
-    /// Something new could not be had or used, or the certificate has expired; what was there before stays.
+    /// Something new could not be had or used; what was there before stays.
     Failed(&'a HboneError),
+    /// The certificate has little left of its life, and there is no new one yet.
+    Expiring {
+        /// The certificate.
+        credentials: &'a Credentials,
+        /// How long it is still valid.
+        left: Duration,
+    },
+    /// The certificate has expired, and there is no new one: no handshake can succeed.
+    Expired(&'a HboneError),
 }
 
 /// Keeps the credentials up to date.
@@ -63,23 +74,18 @@ impl Keeper {
         let Self { mut source, mut files, trust, credentials, told } = self;
         let mut published = Published { trust, credentials, told };
         let mut next = source.next();
-        let mut expires = Some(published.identity().expires());
+        let mut reminder = Reminder::of(&published.identity());
         loop {
             select! {
                 identity = &mut next => {
                     drop(next);
                     next = source.next();
                     if published.set_identity(identity) {
-                        expires = Some(published.identity().expires());
+                        reminder = Reminder::of(&published.identity());
                     }
                 }
                 trust = files.next() => published.set_trust(trust),
-                () = expired(expires) => {
-                    let what = CredentialProblem::Expired(published.identity().expires());
-                    let name = published.identity().spiffe_id().to_string();
-                    published.failed(&HboneError::credential(name, what));
-                    expires = None;
-                }
+                () = reminder.due() => reminder = published.remind(reminder),
             }
         }
     }
@@ -132,15 +138,64 @@ impl Published {
         }
     }
 
+    /// Tells of the end of the certificate that comes or has come; the next reminder.
+    fn remind(&self, reminder: Reminder) -> Reminder {
+        let credentials = self.credentials.borrow().clone();
+        let expires = credentials.identity().expires();
+        match reminder {
+            Reminder::Expiring(_) => {
+                let left = expires.duration_since(clock::now()).unwrap_or_default();
+                (self.told)(CredentialsEvent::Expiring { credentials: &credentials, left });
+                Reminder::after(expires)
+            }
+            Reminder::Expired(_) | Reminder::None => {
+                let name = credentials.identity().spiffe_id().to_string();
+                let what = CredentialProblem::Expired(expires);
+                (self.told)(CredentialsEvent::Expired(&HboneError::credential(name, what)));
+                Reminder::None
+            }
+        }
+    }
+
     fn failed(&self, error: &HboneError) {
         (self.told)(CredentialsEvent::Failed(error));
     }
 }
 
-async fn expired(expires: Option<std::time::SystemTime>) {
-    match expires {
-        Some(expires) => reached(expires).await,
-        None => std::future::pending().await,
+/// When to tell next of the end of a certificate: at two thirds of its life, then daily, and hourly in its last day.
+#[derive(Debug, Clone, Copy)]
+enum Reminder {
+    Expiring(SystemTime),
+    Expired(SystemTime),
+    None,
+}
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const HOUR: Duration = Duration::from_secs(60 * 60);
+
+impl Reminder {
+    /// The first one of a certificate, which may be due now.
+    fn of(identity: &Identity) -> Self {
+        let life = identity.expires().duration_since(identity.not_before()).unwrap_or_default();
+        Self::Expiring(identity.expires() - life / 3)
+    }
+
+    /// The one after one that was due now.
+    fn after(expires: SystemTime) -> Self {
+        let now = clock::now();
+        let left = expires.duration_since(now).unwrap_or_default();
+        let pause = match left.checked_sub(DAY) {
+            Some(until_last_day) if !until_last_day.is_zero() => DAY.min(until_last_day),
+            _ => HOUR,
+        };
+        if pause < left { Self::Expiring(now + pause) } else { Self::Expired(expires) }
+    }
+
+    async fn due(self) {
+        match self {
+            Self::Expiring(time) | Self::Expired(time) => reached(time).await,
+            Self::None => std::future::pending().await,
+        }
     }
 }
 

@@ -36,7 +36,7 @@ pub trait IdentitySource: Send {
     fn next(&mut self) -> NextIdentity<'_>;
 }
 
-/// An identity that can be used from now on.
+/// An identity that can be used from now on, and that peers with the same roots accept.
 fn valid_now(name: &Path, identity: Identity) -> Result<Identity, HboneError> {
     let now = clock::now();
     if identity.not_before() > now {
@@ -47,5 +47,6 @@ fn valid_now(name: &Path, identity: Identity) -> Result<Identity, HboneError> {
         let what = CredentialProblem::Expired(identity.expires());
         return Err(HboneError::credential(name, what));
     }
+    identity.verify(name, now)?;
     Ok(identity)
 }

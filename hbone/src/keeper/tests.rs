@@ -51,6 +51,10 @@ impl Scene {
                 CredentialsEvent::Identity(new) => format!("{}", new.identity().spiffe_id()),
                 CredentialsEvent::Trust(_) => "trust".to_owned(),
                 CredentialsEvent::Failed(error) => format!("failed: {}", error.kind()),
+                CredentialsEvent::Expiring { left, .. } => {
+                    format!("expiring: {} min", (left.as_secs() + 30) / 60)
+                }
+                CredentialsEvent::Expired(error) => format!("expired: {}", error.kind()),
             });
         };
         let source = Box::new(self.source.take().unwrap());
@@ -107,18 +111,58 @@ async fn a_new_identity_is_published_and_after_a_failure_the_last_one_stays() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_identity_that_expires_without_a_successor_is_told_once() {
+async fn reports_an_identity_that_expires_without_a_successor() {
     let mut scene = Scene::new();
     scene.answer(Ok(identity(&scene.authority, CLIENT)));
     let (keeper, credentials) = scene.start().await.unwrap();
     let _running = tokio::spawn(keeper.run());
-    sleep(HOUR - Duration::from_secs(10)).await;
+    sleep(HOUR / 2).await;
     assert_eq!(scene.told(), [CLIENT]);
+    sleep(HOUR / 2 - Duration::from_secs(10)).await;
+    // It was issued with a validity that began some minutes ago.
+    assert_eq!(scene.told(), ["expiring: 22 min"]);
     sleep(3 * HOUR).await;
-    assert_eq!(scene.told(), ["failed: credential"]);
+    assert_eq!(scene.told(), ["expired: credential"]);
     assert_eq!(credentials.borrow().identity().spiffe_id(), &id(CLIENT));
     // The next one can expire as well.
     scene.answer(Ok(identity(&scene.authority, SERVER)));
     sleep(2 * HOUR).await;
-    assert_eq!(scene.told(), [SERVER, "failed: credential"]);
+    assert_eq!(scene.told(), [SERVER, "expiring: 22 min", "expired: credential"]);
+}
+
+/// An identity of this life in days, of which this much has passed.
+fn identity_of_days(authority: &CertificateAuthority, life: u32, passed: u32) -> Identity {
+    let day = 24 * HOUR;
+    let now = clock::now();
+    let issued =
+        authority.issue_between(&id(CLIENT), now - passed * day, now + (life - passed) * day);
+    let issued = issued.unwrap();
+    let (chain, key) = (issued.chain_pem.as_bytes(), issued.key_pem.as_bytes());
+    Identity::from_pem(chain, key, authority.roots_pem().as_bytes()).unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn warns_at_two_thirds_then_daily_then_hourly() {
+    let mut scene = Scene::new();
+    scene.answer(Ok(identity_of_days(&scene.authority, 9, 0)));
+    let (keeper, _credentials) = scene.start().await.unwrap();
+    let _running = tokio::spawn(keeper.run());
+    sleep(6 * 24 * HOUR - HOUR).await;
+    assert_eq!(scene.told(), [CLIENT]);
+    sleep(4 * 24 * HOUR).await;
+    let days = [3, 2].map(|days| format!("expiring: {} min", days * 24 * 60));
+    let hours = (1..=24).rev().map(|hours| format!("expiring: {} min", hours * 60));
+    let expected: Vec<_> =
+        days.into_iter().chain(hours).chain(["expired: credential".to_owned()]).collect();
+    assert_eq!(scene.told(), expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn warns_at_once_past_two_thirds() {
+    let mut scene = Scene::new();
+    scene.answer(Ok(identity_of_days(&scene.authority, 30, 28)));
+    let (keeper, _credentials) = scene.start().await.unwrap();
+    let _running = tokio::spawn(keeper.run());
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(scene.told(), [CLIENT, "expiring: 2880 min"]);
 }

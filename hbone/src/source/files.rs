@@ -39,6 +39,14 @@ impl FileSource {
         }
     }
 
+    /// Reads and checks the files once, without watching them.
+    ///
+    /// # Errors
+    /// [`HboneError::Credential`], naming the file and what is wrong with it.
+    pub fn check(files: &IdentityFiles) -> Result<Identity, HboneError> {
+        valid_now(&files.certificate, Identity::from_files(files)?)
+    }
+
     async fn next_identity(&mut self) -> Result<Identity, HboneError> {
         loop {
             select! {
@@ -70,7 +78,7 @@ impl FileSource {
         let is_used = before.is_some() && before == self.used;
         let identity = match is_used {
             true => None,
-            false => Some(valid_now(&self.files.certificate, Identity::from_files(&self.files)?)?),
+            false => Some(Self::check(&self.files)?),
         };
         // What changed while it was read is told by the watch.
         self.used = before;

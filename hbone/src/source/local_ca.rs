@@ -5,29 +5,47 @@
 use underpass_config::{LocalCaSettings, SpiffeId};
 
 use super::{IdentitySource, NextIdentity, Schedule, valid_now};
-use crate::{CertificateAuthority, HboneError, Identity};
+use crate::{CertificateAuthority, CredentialProblem, HboneError, Identity};
 
-/// Issues our certificates from a CA's directory, which is read anew for each.
+/// Issues our certificates from a CA's directory, which is read again for each.
+///
+/// A proxy that starts as root and becomes another user cannot read the CA's key any more: then it goes on with what it read
+/// last, so that its certificate does not run out.
 #[derive(Debug)]
 pub struct LocalCaSource {
     settings: LocalCaSettings,
     spiffe_id: SpiffeId,
     schedule: Schedule,
+    /// As it was read last.
+    authority: Option<CertificateAuthority>,
 }
 
 impl LocalCaSource {
     /// A source of certificates for `spiffe_id`.
     pub fn new(settings: LocalCaSettings, spiffe_id: SpiffeId) -> Self {
-        Self { settings, spiffe_id, schedule: Schedule::new() }
+        Self { settings, spiffe_id, schedule: Schedule::new(), authority: None }
     }
 
-    fn issue(&self) -> Result<Identity, HboneError> {
-        let authority = CertificateAuthority::open(&self.settings.dir)?;
-        let issued = authority.issue(&self.spiffe_id, self.settings.ttl)?;
+    /// A new certificate, at once.
+    ///
+    /// # Errors
+    /// [`HboneError::Credential`] with the file that cannot be read or used, or why the authority issues no such certificate.
+    pub fn issue(&mut self) -> Result<Identity, HboneError> {
+        let Self { settings, spiffe_id, authority: kept, .. } = self;
+        let authority = match (CertificateAuthority::open(&settings.dir), kept) {
+            (Ok(authority), kept) => kept.insert(authority),
+            (Err(error), Some(kept)) if is_forbidden(&error) => kept,
+            (Err(error), _) => return Err(error),
+        };
+        let issued = authority.issue(spiffe_id, settings.ttl)?;
         let (chain, key) = (issued.chain_pem.as_bytes(), issued.key_pem.as_bytes());
         let identity = Identity::from_pem(chain, key, authority.roots_pem().as_bytes())?;
-        valid_now(&self.settings.dir, identity)
+        valid_now(&settings.dir, identity)
     }
+}
+
+fn is_forbidden(error: &HboneError) -> bool {
+    matches!(error, HboneError::Credential { what: CredentialProblem::Permission, .. })
 }
 
 impl IdentitySource for LocalCaSource {
@@ -54,7 +72,7 @@ mod tests {
     use super::*;
     use crate::ca::tests::TempDir;
     use crate::testing::{CLIENT, HOUR, id};
-    use crate::{CredentialProblem, Fault, clock};
+    use crate::{Fault, clock};
 
     fn source(dir: &TempDir) -> LocalCaSource {
         let settings = LocalCaSettings { dir: dir.0.clone(), ttl: HOUR };
