@@ -130,6 +130,11 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     let mtls = access::mtls(section, identity_section.is_given());
     let proxy = proxy(section, interception.profile, mtls);
     let egress = access::egress(root);
+    let metrics = address(root.key("metrics"), 15020);
+    let readiness = address(root.key("readiness"), 15021);
+    if let Some(proxy) = &proxy {
+        refuse_shared_ports(root, proxy, metrics, readiness);
+    }
     Some(Settings {
         mesh_file,
         identity,
@@ -140,8 +145,8 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
         limits: limits::limits(root.key("limits")),
         timeouts: limits::timeouts(root.key("timeouts")),
         take_over: limits::take_over(root.key("take_over"), files),
-        metrics: address(root.key("metrics"), 15020),
-        readiness: address(root.key("readiness"), 15021),
+        metrics,
+        readiness,
         logging: logging(root.key("logging")),
         workload: workload?,
         proxy: proxy?,
@@ -230,6 +235,32 @@ fn address(section: Cursor<'_>, port: u16) -> SocketAddr {
         .key("address")
         .parse("an address with its port, such as 127.0.0.1:15020 or \"[::]:15020\"")
         .unwrap_or_else(|| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))
+}
+
+/// Each of the two needs a port of its own, or an address on which nothing else has it.
+fn refuse_shared_ports(
+    root: Cursor<'_>,
+    proxy: &ProxySettings,
+    metrics: SocketAddr,
+    readiness: SocketAddr,
+) {
+    let taken = [
+        (proxy.outbound_port, "proxy.outbound_port"),
+        (proxy.inbound_port, "proxy.inbound_port"),
+        (proxy.hbone_port, "proxy.hbone_port"),
+    ];
+    for (section, address) in [("metrics", metrics), ("readiness", readiness)] {
+        let other = taken.iter().find(|(port, _)| *port == address.port());
+        if let Some((port, key)) = other {
+            root.key(section).key("address").problem(format!("port {port} is that of {key}"));
+        }
+    }
+    let any = metrics.ip().is_unspecified() || readiness.ip().is_unspecified();
+    let same_place = any || metrics.ip() == readiness.ip();
+    if metrics.port() != 0 && metrics.port() == readiness.port() && same_place {
+        let reason = format!("port {} is that of metrics.address", metrics.port());
+        root.key("readiness").key("address").problem(reason);
+    }
 }
 
 fn logging(section: Cursor<'_>) -> Logging {

@@ -298,7 +298,7 @@ impl Proxy {
         let (listeners, readiness, metrics) = listeners.split();
         let endpoints = Endpoints::serve(readiness, metrics, &gates.accept)?;
         let unprivileged = !sockets.need_net_admin();
-        let certificate = Certificate::prepare(settings, &sockets).await?;
+        let certificate = Certificate::prepare(settings, &sockets, &endpoints.readiness).await?;
         let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref())?;
         let publisher = Publisher::new(source, mesh, &settings.workload);
         let accept = gates.accept.clone();

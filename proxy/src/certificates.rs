@@ -11,13 +11,14 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use underpass_config::{IdentitySettings, Settings, SpiffeId, TrustSettings};
 use underpass_hbone::{
-    Credentials, CredentialsEvent, FileSource, IdentitySource, IstioCa, IstioCaSource, Keeper,
-    LocalCaSource, Priority, SpireSource,
+    Credentials, CredentialsEvent, FileSource, Identity, IdentitySource, IstioCa, IstioCaSource,
+    Keeper, LocalCaSource, Priority, SpireSource,
 };
 use underpass_interception::Sockets;
 
 use crate::cli::CommandError;
 use crate::dial::PlainDialer;
+use crate::endpoints::Readiness;
 use crate::error::chain;
 use crate::metrics;
 
@@ -35,7 +36,15 @@ pub(crate) enum Certificate {
 pub(crate) struct Wanted {
     source: Box<dyn IdentitySource>,
     trust: TrustSettings,
+    reporter: Reporter,
+}
+
+/// Logs and counts what happens to the certificate, and makes the proxy unready while it has none that is valid.
+struct Reporter {
     workload: SpiffeId,
+    /// Where the certificate comes from, as the log names it.
+    origin: String,
+    readiness: Readiness,
 }
 
 impl Certificate {
@@ -45,6 +54,7 @@ impl Certificate {
     pub(crate) async fn prepare(
         settings: &Settings,
         sockets: &Sockets,
+        readiness: &Readiness,
     ) -> Result<Self, CommandError> {
         let Some(identity) = &settings.identity else {
             tracing::warn!("no certificate (identity.*): HBONE is off, inbound and outbound");
@@ -54,7 +64,7 @@ impl Certificate {
         let wanted = Wanted {
             source: source(identity, &workload, sockets)?,
             trust: settings.trust.clone(),
-            workload,
+            reporter: Reporter { workload, origin: origin(identity), readiness: readiness.clone() },
         };
         match identity {
             IdentitySettings::Files(_) | IdentitySettings::LocalCa(_) => wanted.hold().await,
@@ -73,8 +83,8 @@ impl Certificate {
 
 impl Wanted {
     async fn hold(self) -> Result<Certificate, CommandError> {
-        let Self { source, trust, workload } = self;
-        let told = move |event: CredentialsEvent<'_>| tell(&event, &workload);
+        let Self { source, trust, reporter } = self;
+        let told = move |event: CredentialsEvent<'_>| reporter.report(&event);
         let (keeper, credentials) =
             Keeper::start(source, trust, told).await.map_err(CommandError::Identity)?;
         Ok(Certificate::Held(keeper, credentials))
@@ -101,46 +111,88 @@ fn source(
     })
 }
 
-/// What happened to the certificate: to the log and the metrics.
-fn tell(event: &CredentialsEvent<'_>, workload: &SpiffeId) {
-    match event {
-        CredentialsEvent::Identity(credentials) => {
-            let identity = credentials.identity();
-            metrics::certificate_renewed(identity.expires());
-            if identity.spiffe_id() == workload {
-                let left = identity.expires().duration_since(SystemTime::now()).unwrap_or_default();
-                let expires_in = Duration::from_secs(left.as_secs());
-                tracing::info!(identity = %identity.spiffe_id(), ?expires_in, "certificate in use");
-            } else {
-                tracing::warn!(
-                    certificate = %identity.spiffe_id(), workload = %workload,
-                    "the certificate is for another workload than the settings name; peers see the certificate"
-                );
-            }
-        }
-        CredentialsEvent::Trust(_) => {
-            tracing::info!("trust bundles and revocation lists read again")
-        }
-        CredentialsEvent::Failed(error) => {
-            metrics::certificate_failed();
-            tracing::error!(
-                error = chain(error),
-                "no new certificate or trust; what is there stays"
-            );
-        }
+/// Where a certificate comes from, as the log names it.
+fn origin(identity: &IdentitySettings) -> String {
+    match identity {
+        IdentitySettings::Files(files) => files.certificate.display().to_string(),
+        IdentitySettings::LocalCa(ca) => ca.dir.display().to_string(),
+        IdentitySettings::IstioCa(ca) => ca.address.clone(),
+        IdentitySettings::Spire(spire) => spire.socket.display().to_string(),
     }
 }
 
-/// Warns of files that are read again later, and that this user cannot read: for when the proxy has given up being root.
+impl Reporter {
+    fn report(&self, event: &CredentialsEvent<'_>) {
+        match event {
+            CredentialsEvent::Identity(credentials) => self.in_use(credentials.identity()),
+            CredentialsEvent::Trust(_) => {
+                tracing::info!("trust bundles and revocation lists read again");
+            }
+            CredentialsEvent::Failed(error) => {
+                metrics::certificate_failed();
+                tracing::error!(
+                    error = chain(error),
+                    "no new certificate or trust; what is there stays"
+                );
+            }
+            CredentialsEvent::Expiring { credentials, left } => {
+                tracing::warn!(
+                    from = self.origin,
+                    identity = %credentials.identity().spiffe_id(),
+                    expires_in = ?whole_seconds(*left),
+                    "the certificate expires soon, and there is no new one yet"
+                );
+            }
+            CredentialsEvent::Expired(error) => {
+                self.readiness.certificate_expired(true);
+                metrics::certificate_failed();
+                tracing::error!(
+                    from = self.origin,
+                    error = chain(error),
+                    "the certificate has expired: every HBONE connection fails until there is a new one"
+                );
+            }
+        }
+    }
+
+    fn in_use(&self, identity: &Identity) {
+        self.readiness.certificate_expired(false);
+        metrics::certificate_renewed(identity.expires());
+        if identity.spiffe_id() != &self.workload {
+            tracing::warn!(
+                certificate = %identity.spiffe_id(), workload = %self.workload,
+                "the certificate is for another workload than the settings name; peers see the certificate"
+            );
+            return;
+        }
+        let left = identity.expires().duration_since(SystemTime::now()).unwrap_or_default();
+        let expires_in = whole_seconds(left);
+        tracing::info!(identity = %identity.spiffe_id(), ?expires_in, "certificate in use");
+    }
+}
+
+fn whole_seconds(duration: Duration) -> Duration {
+    Duration::from_secs(duration.as_secs())
+}
+
+/// Warns of files that are read again later, and that the proxy cannot read any more: for when it has given up its privileges.
 pub(crate) fn warn_if_unreadable(settings: &Settings) {
     let unreadable = |file: &PathBuf| {
         File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
     };
     for file in read_again(settings).iter().filter(|file| unreadable(file)) {
-        tracing::warn!(
-            file = %file.display(),
-            "the proxy's user cannot read this file: when it is renewed the proxy will not see it; chown it"
-        );
+        let file = file.display();
+        if matches!(&settings.identity, Some(IdentitySettings::LocalCa(_))) {
+            tracing::warn!(
+                %file,
+                "the proxy's user cannot read this file: a changed CA takes effect at the next start; certificates are renewed"
+            );
+        } else {
+            tracing::warn!(
+                %file,
+                "the proxy's user cannot read this file: when it is renewed the proxy will not see it; chown it"
+            );
+        }
     }
 }
 

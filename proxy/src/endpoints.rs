@@ -34,6 +34,8 @@ pub(crate) struct Readiness {
     /// Whether the rules are known to be other than they should, and not put back.
     rules_lost: Arc<AtomicBool>,
     out_of_descriptors: Arc<AtomicBool>,
+    /// Whether our certificate has expired: no HBONE connection can be made.
+    certificate_expired: Arc<AtomicBool>,
 }
 
 const STARTING: u8 = 0;
@@ -57,6 +59,10 @@ impl Readiness {
         self.out_of_descriptors.store(are_out, Relaxed);
     }
 
+    pub(crate) fn certificate_expired(&self, has_expired: bool) {
+        self.certificate_expired.store(has_expired, Relaxed);
+    }
+
     #[cfg(test)]
     pub(crate) fn is_out_of_descriptors(&self) -> bool {
         self.out_of_descriptors.load(Relaxed)
@@ -70,6 +76,9 @@ impl Readiness {
             }
             READY if self.rules_lost.load(Relaxed) => {
                 "not ready: another program changes the rules\n"
+            }
+            READY if self.certificate_expired.load(Relaxed) => {
+                "not ready: the certificate has expired\n"
             }
             READY => return text(StatusCode::OK, "ready\n"),
             STARTING => "not ready: starting\n",

@@ -23,15 +23,7 @@ const MOST_GATHERED: usize = 64 << 10;
 /// # Errors
 /// The filter is not in tracing's syntax.
 pub(crate) fn start(settings: &Logging) -> Result<WorkerGuard, ConfigErrors> {
-    let filter: Targets = settings.filter.parse().map_err(|error| ConfigErrors {
-        problems: vec![Problem {
-            key: "logging.filter".to_owned(),
-            value: Some(settings.filter.clone()),
-            reason: format!("must be like info or info,access=off: {error}"),
-            origin: None,
-        }],
-        more: 0,
-    })?;
+    let filter = filter(settings)?;
     // It warns of every answer that is no success, expected ones too; what matters comes to us as an error.
     let filter = if settings.filter.contains("nlink") {
         filter
@@ -51,6 +43,22 @@ pub(crate) fn start(settings: &Logging) -> Result<WorkerGuard, ConfigErrors> {
         LogFormat::Json => registry.with(lines.json().flatten_event(true)).init(),
     }
     Ok(guard)
+}
+
+/// What is logged.
+///
+/// # Errors
+/// The filter is not in tracing's syntax.
+pub(crate) fn filter(settings: &Logging) -> Result<Targets, ConfigErrors> {
+    settings.filter.parse().map_err(|error| ConfigErrors {
+        problems: vec![Problem {
+            key: "logging.filter".to_owned(),
+            value: Some(settings.filter.clone()),
+            reason: format!("must be like info or info,access=off: {error}"),
+            origin: None,
+        }],
+        more: 0,
+    })
 }
 
 /// Gathers lines, writes them together when it is flushed, and rests. tracing-appender flushes when no line is waiting, and at the

@@ -269,10 +269,90 @@ fn config_check_lists_every_mistake_with_its_place() {
         "{error}"
     );
     folder.write("mesh.yaml", "workloads: [{name: a, workloadIps: [10.0.0.1]}]\n");
+    let answer = folder.underpass("config check --config good.yaml");
     assert_eq!(
-        folder.underpass("config check --config good.yaml").ok(),
-        "ok; workloads: 1, services: 0, policies: 0\n"
+        (answer.code, &*answer.out),
+        (Some(0), "ok; workloads: 1, services: 0, policies: 0\n")
     );
+    for part in ["there is no certificate", "no workload \"default\""] {
+        assert!(answer.err.contains(part), "{part:?} is not in\n{}", answer.err);
+    }
+}
+
+/// A folder with a CA, a certificate of `a` and settings that name them.
+fn with_certificate(name: &str) -> Folder {
+    let folder = Folder::new(name);
+    folder.underpass("ca init --dir ca").ok();
+    folder.underpass(&format!("ca issue --dir ca --spiffe-id {A} --out a")).ok();
+    folder.write(
+        "a.yaml",
+        "workload: {serviceAccount: a}\nidentity: {certificate: a.pem, key: a.key, roots: ca/roots.pem}\n",
+    );
+    folder
+}
+
+const A: &str = "spiffe://cluster.local/ns/default/sa/a";
+
+#[test]
+fn config_check_accepts_a_certificate_and_shows_its_life() {
+    let folder = with_certificate("check-certificate");
+    let shown = folder.underpass("config check --config a.yaml").ok();
+    assert!(shown.contains(&format!("certificate: {A}, expires in 23h 59m")), "{shown}");
+    folder.write("local.yaml", "workload: {serviceAccount: a}\nidentity: {local_ca: ca}\n");
+    let shown = folder.underpass("config check --config local.yaml").ok();
+    assert!(shown.contains(&format!("certificate: {A}, expires in 23h 59m")), "{shown}");
+}
+
+#[test]
+fn config_check_refuses_certificates_that_a_start_refuses() {
+    let folder = with_certificate("check-refuses");
+    folder.underpass("ca init --dir other").ok();
+    folder.underpass(&format!("ca issue --dir other --spiffe-id {A} --out b")).ok();
+    folder.underpass(&format!("ca issue --dir ca --spiffe-id {A} --ttl 1ms --out expired")).ok();
+    let refused = [
+        ("identity.certificate=nowhere.pem", "nowhere.pem: No such file"),
+        ("identity.key=b.key", "the key does not belong to the certificate"),
+        ("identity.roots=other/roots.pem", "do not verify it"),
+        ("identity.roots=a.key", "no PEM section of a certificate"),
+        ("trust.crls=nowhere.crl", "nowhere.crl: No such file"),
+        ("trust.bundles=other.test=nowhere.pem", "nowhere.pem: No such file"),
+        ("logging.filter=a=b=c", "logging.filter"),
+        ("interception.dns=capture", "no DNS proxy yet"),
+        ("mesh.file=nowhere.yaml", "nowhere.yaml"),
+        ("metrics.address=[::]:15021", "readiness.address"),
+    ];
+    for (setting, expected) in refused {
+        let error =
+            folder.underpass(&format!("config check --config a.yaml --set {setting}")).fails(2);
+        assert!(error.contains(expected), "{setting}: {error}");
+    }
+    let expired = "--set identity.certificate=expired.pem --set identity.key=expired.key";
+    let error = folder.underpass(&format!("config check --config a.yaml {expired}")).fails(2);
+    assert!(error.contains("expired.pem: the certificate expired at"), "{error}");
+    let foreign = "--set identity={local_ca:ca} --set workload.trustDomain=other.test";
+    let error = folder.underpass(&format!("config check {foreign}"));
+    assert_eq!(error.code, Some(2), "{}", error.err);
+}
+
+#[test]
+fn config_check_warns_of_what_does_not_end_a_start() {
+    let folder = with_certificate("check-warns");
+    folder.underpass(&format!("ca issue --dir ca --spiffe-id {A} --ttl 10s --out short")).ok();
+    folder
+        .write("mesh.yaml", "workloads: [{name: a, serviceAccount: b, workloadIps: [10.0.0.1]}]\n");
+    let mut command = Command::new(binary());
+    command.env("UNDERPASS_WORKLOD_NAME", "x").env("UNDERPASS_CA_PORT", "tcp://10.96.0.9:15012");
+    command.env("UNDERPASS_CONFIG", "a.yaml");
+    let answer = folder.answer(command, "config check --set mesh.file=mesh.yaml");
+    assert_eq!(answer.code, Some(0), "{}", answer.err);
+    for part in [
+        "did you mean UNDERPASS_WORKLOAD_NAME?",
+        "is spiffe://cluster.local/ns/default/sa/b there",
+        "no `protocol: HBONE`",
+    ] {
+        assert!(answer.err.contains(part), "{part:?} is not in\n{}", answer.err);
+    }
+    assert!(!answer.err.contains("UNDERPASS_CA_PORT"), "{}", answer.err);
 }
 
 #[test]

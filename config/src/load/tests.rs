@@ -114,10 +114,11 @@ fn a_list_in_a_flag_or_a_variable_is_plain_text_with_commas() {
 fn a_value_in_a_flag_or_a_variable_needs_no_quotes_and_may_have_them() {
     for value in ["[::]:15020", "\"[::]:15020\"", " '[::]:15020' "] {
         let flag = format!("metrics.address={value}");
-        let variable = ("UNDERPASS_READINESS_ADDRESS", value);
-        let settings = load("", &[variable], &[&flag]).unwrap();
-        assert_eq!(settings.metrics.to_string(), "[::]:15020");
-        assert_eq!(settings.readiness, settings.metrics);
+        let variable = ("UNDERPASS_METRICS_ADDRESS", value);
+        for (environment, flags) in [(&[variable][..], &[][..]), (&[], &[flag.as_str()])] {
+            let settings = load("", environment, flags).unwrap();
+            assert_eq!(settings.metrics.to_string(), "[::]:15020");
+        }
     }
 }
 
@@ -201,6 +202,20 @@ fn what_is_promised_for_later_is_refused_by_name() {
 fn two_listeners_cannot_share_a_port() {
     let found = mistakes(load("proxy: {inbound_port: 15008}\n", &[], &[]));
     assert_eq!(found, ["proxy: outbound_port, inbound_port, hbone_port and dns_port must differ"]);
+}
+
+#[test]
+fn refuses_a_port_that_two_listeners_share() {
+    let found = |flags: &[&str]| mistakes(load("", &[], flags));
+    assert_eq!(
+        found(&["metrics.address=127.0.0.1:15008"]),
+        ["metrics.address: port 15008 is that of proxy.hbone_port"]
+    );
+    let same = ["metrics.address=127.0.0.1:9000", "readiness.address=[::]:9000"];
+    assert_eq!(found(&same), ["readiness.address: port 9000 is that of metrics.address"]);
+    let apart = ["metrics.address=127.0.0.1:9000", "readiness.address=127.0.0.2:9000"];
+    load("", &[], &apart).unwrap();
+    load("", &[], &["metrics.address=[::]:0", "readiness.address=[::]:0"]).unwrap();
 }
 
 #[test]

@@ -1,13 +1,27 @@
-//! `underpass config`: the settings and the mesh file, without running anything.
+//! `underpass config`: the settings and all that they name, without running anything.
 
-use underpass_config::Mesh;
+use std::io::{self, Write as _};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use underpass_config::{
+    ConfigErrors, Dns, IdentitySettings, Mesh, Problem, Profile, Protocol, Settings, Workload,
+};
+use underpass_hbone::{
+    Credentials, FileSource, HboneError, Identity, IstioCa, LocalCaSource, TrustFiles,
+};
+use underpass_interception::{Ports, Sockets, ipv6_available};
 
 use super::run::SettingsArguments;
 use super::{CommandError, print};
+use crate::dial::PlainDialer;
+use crate::error::chain;
+use crate::logging;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
-    /// Check the settings and the mesh file; every mistake is listed, and the exit code is 2 if there is one
+    /// Check the settings, the mesh file and the certificates as a start would; every mistake is listed, and the exit code is 2
+    /// if there is one
     #[command(after_help = "Example:\n  underpass config check --config underpass.yaml")]
     Check(SettingsArguments),
     /// Print the settings in effect: file, environment, flags and defaults
@@ -17,16 +31,195 @@ pub(super) enum Command {
 
 pub(super) fn run(command: Command) -> Result<(), CommandError> {
     match command {
-        Command::Check(arguments) => {
-            let settings = arguments.load()?;
-            let mesh = settings.mesh_file.as_deref().map(Mesh::from_file).transpose()?;
-            let mesh = mesh.unwrap_or_default();
-            let (workloads, services) = (mesh.workloads().len(), mesh.services().len());
-            let policies = mesh.policy_count();
-            print(&format!(
-                "ok; workloads: {workloads}, services: {services}, policies: {policies}\n"
-            ))
-        }
+        Command::Check(arguments) => check(arguments),
         Command::Show(arguments) => print(&arguments.load()?.to_string()),
+    }
+}
+
+fn check(arguments: SettingsArguments) -> Result<(), CommandError> {
+    let sources = arguments.sources();
+    let warnings = sources.warnings();
+    let settings = sources.load()?;
+    let mut check = Check::default();
+    check.warnings.extend(warnings.iter().map(ToString::to_string));
+    check.settings(&settings);
+    let identity = check.credentials(&settings);
+    let mesh = check.mesh(&settings);
+    if let Some(identity) = &identity {
+        check.identity(&settings, identity);
+    }
+    for warning in &check.warnings {
+        // With standard error closed the result still counts.
+        writeln!(io::stderr(), "underpass: warning: {warning}").ok();
+    }
+    if !check.problems.is_empty() {
+        return Err(ConfigErrors { problems: check.problems, more: check.more }.into());
+    }
+    let (workloads, services) = (mesh.workloads().len(), mesh.services().len());
+    let policies = mesh.policy_count();
+    print(&format!("ok; workloads: {workloads}, services: {services}, policies: {policies}\n"))?;
+    match identity {
+        Some(identity) => print(&format!(
+            "certificate: {}, expires in {}\n",
+            identity.spiffe_id(),
+            in_words(left(&identity))
+        )),
+        None => Ok(()),
+    }
+}
+
+/// What was found: mistakes end a start, warnings do not.
+#[derive(Debug, Default)]
+struct Check {
+    problems: Vec<Problem>,
+    more: usize,
+    warnings: Vec<String>,
+}
+
+impl Check {
+    fn errors(&mut self, errors: ConfigErrors) {
+        self.problems.extend(errors.problems);
+        self.more += errors.more;
+    }
+
+    fn problem(&mut self, key: &str, value: Option<String>, reason: String) {
+        self.problems.push(Problem { key: key.to_owned(), value, reason, origin: None });
+    }
+
+    fn hbone(&mut self, key: &str, error: &HboneError) {
+        self.problem(key, None, chain(error));
+    }
+
+    fn settings(&mut self, settings: &Settings) {
+        if let Err(errors) = logging::filter(&settings.logging) {
+            self.errors(errors);
+        }
+        let interception = &settings.interception;
+        if interception.dns == Dns::Capture && interception.profile != Profile::None {
+            let error = CommandError::NoDnsProxy { port: Ports::of(&settings.proxy).dns };
+            self.problem("interception.dns", Some("capture".to_owned()), error.to_string());
+        }
+    }
+
+    /// Reads whatever is in files; a CA or an agent is not asked.
+    fn credentials(&mut self, settings: &Settings) -> Option<Identity> {
+        let trust = TrustFiles::open(&settings.trust);
+        let trust = trust.map_err(|error| self.hbone("trust", &error)).ok();
+        let identity = match self.own_identity(settings) {
+            Ok(identity) => identity?,
+            Err(error) => {
+                self.hbone("identity", &error);
+                return None;
+            }
+        };
+        let (_, trust) = trust?;
+        let credentials = Credentials::new(identity.clone(), trust);
+        credentials.map_err(|error| self.hbone("identity", &error)).ok()?;
+        Some(identity)
+    }
+
+    fn own_identity(&mut self, settings: &Settings) -> Result<Option<Identity>, HboneError> {
+        let workload = &settings.workload.spiffe_id;
+        match &settings.identity {
+            Some(IdentitySettings::Files(files)) => FileSource::check(files).map(Some),
+            Some(IdentitySettings::LocalCa(ca)) => {
+                LocalCaSource::new(ca.clone(), workload.clone()).issue().map(Some)
+            }
+            Some(IdentitySettings::IstioCa(ca)) => {
+                let sockets = Sockets::new(&settings.interception, ipv6_available());
+                IstioCa::new(ca.clone(), PlainDialer { sockets }).map(|_| None)
+            }
+            Some(IdentitySettings::Spire(spire)) => {
+                if !spire.socket.exists() {
+                    let socket = spire.socket.display();
+                    self.warnings.push(format!(
+                        "identity.spire.socket: there is no {socket} yet: a start waits for it, unready"
+                    ));
+                }
+                Ok(None)
+            }
+            None => {
+                let off = "identity: there is no certificate: HBONE is off, inbound and outbound";
+                self.warnings.push(off.to_owned());
+                Ok(None)
+            }
+        }
+    }
+
+    fn mesh(&mut self, settings: &Settings) -> Mesh {
+        let mesh = match settings.mesh_file.as_deref().map(Mesh::from_file).transpose() {
+            Ok(mesh) => mesh.unwrap_or_default(),
+            Err(errors) => {
+                self.errors(errors);
+                return Mesh::default();
+            }
+        };
+        if settings.mesh_file.is_some() {
+            self.own_workload(settings, &mesh);
+        }
+        mesh
+    }
+
+    /// What peers read of this workload in the same file has to fit what it is.
+    fn own_workload(&mut self, settings: &Settings, mesh: &Mesh) {
+        let own = &settings.workload;
+        let is_own = |workload: &&Arc<Workload>| {
+            *workload.name == *own.name && *workload.namespace == *own.namespace
+        };
+        let Some(workload) = mesh.workloads().iter().find(is_own) else {
+            self.warnings.push(format!(
+                "mesh.file: it has no workload {:?} of namespace {:?} (workload.name, workload.namespace): peers with the \
+                 same file do not know this one",
+                own.name, own.namespace
+            ));
+            return;
+        };
+        if workload.identity != own.spiffe_id {
+            self.warnings.push(format!(
+                "mesh.file: workload {:?} is {} there and {} here (workload.serviceAccount, workload.trustDomain): peers \
+                 with the same file refuse this one",
+                own.name, workload.identity, own.spiffe_id
+            ));
+        }
+        if settings.identity.is_some() && workload.protocol != Protocol::Hbone {
+            self.warnings.push(format!(
+                "mesh.file: workload {:?} has no `protocol: HBONE`: peers with the same file reach it in plain",
+                own.name
+            ));
+        }
+    }
+
+    fn identity(&mut self, settings: &Settings, identity: &Identity) {
+        let (is, wanted) = (identity.spiffe_id(), &settings.workload.spiffe_id);
+        if is != wanted {
+            self.warnings.push(format!(
+                "identity: the certificate is {is}, and the workload {wanted} (workload.serviceAccount, \
+                 workload.trustDomain): peers see the certificate"
+            ));
+        }
+        let life = identity.expires().duration_since(identity.not_before()).unwrap_or_default();
+        let left = left(identity);
+        if left < life / 3 {
+            self.warnings.push(format!(
+                "identity: the certificate expires in {}: is it still renewed?",
+                in_words(left)
+            ));
+        }
+    }
+}
+
+fn left(identity: &Identity) -> Duration {
+    identity.expires().duration_since(SystemTime::now()).unwrap_or_default()
+}
+
+/// `3d 4h`, `23h 59m`, `59m 59s`.
+fn in_words(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let (days, hours) = (seconds / 86_400, seconds / 3600 % 24);
+    let (minutes, rest) = (seconds / 60 % 60, seconds % 60);
+    match (days, hours) {
+        (0, 0) => format!("{minutes}m {rest}s"),
+        (0, hours) => format!("{hours}h {minutes}m"),
+        (days, hours) => format!("{days}d {hours}h"),
     }
 }

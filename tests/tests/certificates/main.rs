@@ -7,9 +7,11 @@ mod revocation;
 
 use std::fs;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use underpass_tests::{
     APP, CLIENT, Family, Mesh, Pki, Proxy, SERVER, Scene, Server, Settings, Suite, exchange,
+    http_get,
 };
 
 const IN_USE: &str = "certificate in use";
@@ -22,6 +24,11 @@ fn main() -> ExitCode {
     suite.test("a proxy issues its own certificates from a local CA, and renews them", local_ca);
     suite.test("workloads of federated trust domains reach each other", federation);
     suite.test("a trust domain's alias is trusted as itself, another one is not", alias);
+    suite.test("a proxy is unready from the end of its certificate until the next one", expiry);
+    suite.test_with_users(
+        "sidecar: a local CA whose key its user cannot read renews certificates",
+        local_ca_of_root,
+    );
     revocation::add(&mut suite);
     authority::add(&mut suite);
     suite.run()
@@ -87,6 +94,34 @@ async fn local_ca() {
         line.contains("src.identity=\"spiffe://cluster.local/ns/default/sa/client\""),
         "{line}"
     );
+}
+
+async fn expiry() {
+    let scene = Scene::new().await;
+    let files = scene.pki.issue_expiring(CLIENT, Duration::from_secs(5));
+    let mut proxy = scene.client.proxy(&scene.client_settings()).await;
+    let readiness = async || {
+        http_get(&scene.client, scene.client.at(Family::V4, 15021), "/healthz/ready").await
+    };
+    let certificate = files.certificate.display().to_string();
+    proxy.line(&["WARN", "expires soon", &certificate]).await;
+    assert_eq!(readiness().await.0, 200);
+    proxy.line(&["ERROR", "the certificate has expired", &certificate]).await;
+    let (status, reason) = readiness().await;
+    assert_eq!((status, &*reason), (503, "not ready: the certificate has expired\n"));
+    let _renewed = scene.pki.issue(CLIENT);
+    proxy.more_than(1, &[IN_USE]).await;
+    assert_eq!(readiness().await.0, 200);
+}
+
+async fn local_ca_of_root() {
+    let scene = Scene::new().await;
+    let ca = format!("identity: {{local_ca: {:?}, ttl: 3s}}", scene.pki.dir());
+    let settings = Settings::new(CLIENT).section(&ca).mesh(&scene.mesh);
+    let mut proxy = scene.client.proxy(&settings.set("interception.profile=sidecar")).await;
+    proxy.line(&["WARN", "ca.key", "certificates are renewed"]).await;
+    proxy.more_than(3, &[IN_USE]).await;
+    assert_eq!(proxy.count(&["ERROR"]), 0, "{}", proxy.log());
 }
 
 /// The server is of another trust domain, with roots of its own.
