@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
@@ -35,7 +36,7 @@ use crate::resolve::Resolver;
 use crate::self_test::SelfTest;
 use crate::snapshot::Snapshot;
 use crate::take_over::{Claim, Gates, Handed, Offer, Offered};
-use crate::worker::{self, Shared, Workers};
+use crate::worker::{self, Shared, WorkerThread, Workers};
 use crate::{metrics, processors};
 
 /// How long after `ready`, or after a look at the rules, all has run that is needed for that alone.
@@ -196,9 +197,8 @@ async fn serve(
         renewal.abort();
     }
     // A worker that does not end holds nothing that the end of the process would not free.
-    tokio::time::timeout(Duration::from_secs(1), tokio::task::spawn_blocking(|| join(threads)))
-        .await
-        .ok();
+    let ended = futures_util::future::join_all(threads.into_iter().map(WorkerThread::join));
+    tokio::time::timeout(Duration::from_secs(1), ended).await.ok();
     tracing::info!("stopped");
     Ok(())
 }
@@ -346,14 +346,6 @@ fn workers(settings: &Settings) -> usize {
     settings.proxy.workers.unwrap_or_else(processors)
 }
 
-fn join(threads: Vec<std::thread::JoinHandle<()>>) {
-    for thread in threads {
-        if thread.join().is_err() {
-            tracing::error!("a worker panicked");
-        }
-    }
-}
-
 fn shared(
     settings: &Settings,
     sockets: Sockets,
@@ -379,7 +371,7 @@ fn shared(
         tunnels: settings.tunnels.clone(),
         mesh,
         endpoints: Arc::default(),
-        resolver: Arc::new(Resolver::system()),
+        resolver: Arc::new(Resolver::system(Handle::current())),
         credentials: None,
         buffers: Buffers::new(settings.limits.buffers, limits.descriptors.clone()),
         limits,
@@ -402,7 +394,7 @@ impl StopSignal {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).map_err(CommandError::Start)?,
             interrupt: signal(SignalKind::interrupt()).map_err(CommandError::Start)?,
-            parent: until_eof.then(ParentGone::watch).transpose().map_err(CommandError::Start)?,
+            parent: until_eof.then(ParentGone::watch).transpose().map_err(CommandError::start)?,
         })
     }
 

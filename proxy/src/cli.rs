@@ -100,6 +100,11 @@ pub(crate) enum CommandError {
     Demo(#[from] DemoError),
     #[error("the process could not be set up")]
     Start(#[source] io::Error),
+    #[error(
+        "a thread cannot be started: is a limit of processes too low (`ulimit -u`, pids.max of the cgroup, TasksMax of the \
+         service)?"
+    )]
+    Thread(#[source] io::Error),
     #[error("cannot listen on {address}")]
     Listen { address: SocketAddr, source: io::Error },
     #[error("metrics could not be set up")]
@@ -109,6 +114,14 @@ pub(crate) enum CommandError {
 }
 
 impl CommandError {
+    /// What went wrong while something was started that needs a thread (EAGAIN: pthread_create(3)).
+    pub(crate) fn start(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::WouldBlock => Self::Thread(error),
+            _ => Self::Start(error),
+        }
+    }
+
     fn exit_code(&self) -> ExitCode {
         match self {
             Self::Config(_) | Self::NoDnsProxy { .. } | Self::NoRules => ExitCode::from(2),

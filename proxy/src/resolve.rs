@@ -8,13 +8,14 @@ mod tests;
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 use thiserror::Error;
+use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
 use underpass_config::{IpFamilies, Name};
 
@@ -72,11 +73,13 @@ struct Entry {
 }
 
 impl Resolver {
-    /// Asks the system's resolver.
-    pub(crate) fn system() -> Self {
-        Self::new(|name| {
+    /// Asks the system's resolver, which blocks, on the threads that `runtime` has for that.
+    pub(crate) fn system(runtime: Handle) -> Self {
+        Self::new(move |name| {
+            let lookup = runtime.spawn_blocking(move || (&*name, 0).to_socket_addrs());
             async move {
-                let found = tokio::net::lookup_host((&*name, 0)).await.map_err(Arc::new)?;
+                let found = lookup.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+                let found = found.map_err(Arc::new)?;
                 Ok(found.map(|address| address.ip().to_canonical()).collect())
             }
             .boxed()

@@ -3,12 +3,13 @@
 //! The three listeners are dealt to the workers in turn. Whoever accepts gives the connection, not yet registered with any
 //! runtime, to the worker that [`Balance`] chooses; there it stays: nothing is woken across threads per byte.
 
+use std::convert::Infallible;
+use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use tokio::sync::mpsc;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use underpass_config::{SpiffeId, Timeouts, TunnelSettings};
 use underpass_hbone::{
     Acceptor, ClientSettings, Connector, Credentials, Pool, PoolSettings, ServerSettings,
@@ -17,7 +18,7 @@ use underpass_interception::{BoundListener, Kept, Sockets, confine_thread};
 
 use crate::accept::{Accepted, Kind, accept_loop};
 use crate::balance::Balance;
-use crate::cli::{CommandError, single_threaded_runtime};
+use crate::cli::CommandError;
 use crate::copy::{Buffers, Deadlines};
 use crate::descriptors::Held;
 use crate::dial::TunnelDialer;
@@ -188,9 +189,26 @@ pub(crate) struct Assignment {
 
 /// The running workers.
 pub(crate) struct Workers {
-    pub(crate) threads: Vec<JoinHandle<()>>,
+    pub(crate) threads: Vec<WorkerThread>,
     /// By which mesh each of them goes.
     pub(crate) applied: Vec<watch::Receiver<Applied>>,
+}
+
+/// The thread of one worker.
+pub(crate) struct WorkerThread {
+    handle: JoinHandle<()>,
+    /// Ends without a value when the thread does, also by a panic.
+    end: oneshot::Receiver<Infallible>,
+}
+
+impl WorkerThread {
+    /// Waits for its end without a thread for that, which there may not be.
+    pub(crate) async fn join(self) {
+        self.end.await.ok();
+        if self.handle.join().is_err() {
+            tracing::error!("a worker panicked");
+        }
+    }
 }
 
 /// Starts the workers and deals the listeners to them.
@@ -213,21 +231,44 @@ pub(crate) fn start(
         let (applied, followed) = watch::channel(Applied::default());
         let worker = Arc::new(Worker::new(shared.clone(), balance.clone(), index));
         let senders = senders.clone();
-        let runtime = single_threaded_runtime()?;
-        let thread = std::thread::Builder::new().name(format!("worker-{index}"));
         let kept = if shared.unprivileged { Kept::Nothing } else { Kept::NetAdmin };
-        let run = move || {
-            if let Err(error) = confine_thread(kept) {
-                tracing::warn!(%error, "a worker keeps capabilities that it does not need");
-            }
-            runtime.block_on(run(worker, receiver, hand, senders, applied));
-        };
-        Ok((thread.spawn(run).map_err(CommandError::Start)?, followed))
+        let thread =
+            start_thread(index, kept, move || run(worker, receiver, hand, senders, applied));
+        Ok((thread.map_err(CommandError::start)?, followed))
     };
     let started: Result<Vec<_>, _> =
         receivers.into_iter().zip(hands).enumerate().map(start_one).collect();
     let (threads, applied) = started?.into_iter().unzip();
     Ok(Workers { threads, applied })
+}
+
+/// Starts a thread with a runtime of its own that ends with the task. A runtime that cannot be made is an error of the start; it is
+/// made on its thread, since it must not be dropped on another one's.
+fn start_thread<F: Future<Output = ()>>(
+    index: usize,
+    kept: Kept,
+    task: impl FnOnce() -> F + Send + 'static,
+) -> io::Result<WorkerThread> {
+    let (alive, end) = oneshot::channel();
+    let (made, made_or_not) = std::sync::mpsc::sync_channel(1);
+    let body = move || {
+        let _alive = alive;
+        if let Err(error) = confine_thread(kept) {
+            tracing::warn!(%error, "a worker keeps capabilities that it does not need");
+        }
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                made.send(Err(error)).ok();
+                return;
+            }
+        };
+        made.send(Ok(())).ok();
+        runtime.block_on(task());
+    };
+    let handle = std::thread::Builder::new().name(format!("worker-{index}")).spawn(body)?;
+    made_or_not.recv().unwrap_or_else(|_| Err(io::Error::other("a worker ended at once")))?;
+    Ok(WorkerThread { handle, end })
 }
 
 async fn run(

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use underpass_config::{Settings, Sources};
@@ -77,24 +78,44 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
 fn on_confined_thread<T: Send>(start: impl FnOnce() -> T + Send) -> Result<T, CommandError> {
     let confined = || -> io::Result<T> {
         confine_auxiliary_thread()?;
+        attempt_thread()?;
         Ok(start())
     };
-    let lost = || io::Error::other("a thread that writes the log cannot be started");
+    let lost = || io::Error::other("the thread that starts the log panicked");
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("start".to_owned());
         let thread = thread.spawn_scoped(scope, confined)?;
         thread.join().unwrap_or_else(|_| Err(lost()))
     })
-    .map_err(CommandError::Start)
+    .map_err(CommandError::start)
 }
+
+/// Starts a thread that does nothing: an attempt that may fail, before one of a library that panics if it does.
+fn attempt_thread() -> io::Result<()> {
+    std::thread::Builder::new().spawn(|| {})?.join().ok();
+    Ok(())
+}
+
+/// How long a thread that waits for what blocks rests before it ends: for ever, almost. tokio panics where it needs one, has none
+/// and cannot start one; so there is always one.
+const KEEP_ALIVE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+/// More of these threads would be idle for ever: they look up the names of CAs and of endpoints.
+const BLOCKING_THREADS: usize = 16;
 
 /// The runtime of this thread, which may keep a capability; threads on which it waits for what blocks need none.
 fn control_runtime() -> Result<Runtime, CommandError> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
-    let runtime = runtime.enable_all().on_thread_start(|| {
-        if let Err(error) = confine_auxiliary_thread() {
-            tracing::warn!(%error, "a thread keeps capabilities that it does not need");
-        }
-    });
-    runtime.build().map_err(CommandError::Start)
+    let runtime = runtime
+        .enable_all()
+        .thread_keep_alive(KEEP_ALIVE)
+        .max_blocking_threads(BLOCKING_THREADS)
+        .on_thread_start(|| {
+            if let Err(error) = confine_auxiliary_thread() {
+                tracing::warn!(%error, "a thread keeps capabilities that it does not need");
+            }
+        });
+    let runtime = runtime.build().map_err(CommandError::Start)?;
+    attempt_thread().map_err(CommandError::start)?;
+    drop(runtime.spawn_blocking(|| {}));
+    Ok(runtime)
 }

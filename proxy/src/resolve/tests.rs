@@ -186,6 +186,6 @@ async fn the_name_that_was_not_asked_for_the_longest_is_forgotten_first() {
 #[tokio::test]
 async fn the_system_is_asked() {
     let hop = hop("127.0.0.1", IpFamilies::Any, false);
-    let found = Resolver::system().resolve(&hop, DEADLINE).await.unwrap();
+    let found = Resolver::system(Handle::current()).resolve(&hop, DEADLINE).await.unwrap();
     assert_eq!(found, SocketAddr::from(([127, 0, 0, 1], 80)));
 }

@@ -16,6 +16,10 @@ pub(crate) fn add(suite: &mut Suite) {
         bad_certificate,
     );
     suite.test("without NET_ADMIN it says so and how to grant it", without_net_admin);
+    suite.test_with_users(
+        "without enough threads it ends with an error and exit code 1",
+        without_threads,
+    );
     suite.test("where IPv6 is disabled it starts and serves IPv4", without_ipv6);
     suite.test("with ipv6: bypass, IPv6 goes its way", ipv6_bypassed);
     suite.test("with profile: none it installs nothing", profile_none);
@@ -67,6 +71,26 @@ async fn taken_ports() {
         for part in ["underpass: cannot listen on", &port.to_string(), setting, "another process"] {
             assert!(error.contains(part), "{part:?} is not in {error}");
         }
+    }
+}
+
+async fn without_threads() {
+    let scene = Scene::new().await;
+    let settings = Settings::new(CLIENT);
+    // Root is exempt. Nothing else runs as this user, whose processes are counted.
+    let user = "setpriv --reuid=23456 --regid=23456 --clear-groups --inh-caps=+net_admin --ambient-caps=+net_admin";
+    for limit in 1.. {
+        let script = format!("exec prlimit --nproc={limit} {user} \"$UNDERPASS\" \"$@\"");
+        let Err(error) = scene.client.try_proxy_through(&script, &settings).await else {
+            assert!(limit > 4, "{limit} threads are too few");
+            break;
+        };
+        assert!(limit < 20, "{error}");
+        // What it had installed stays (interception.on_exit).
+        let SpawnError::Ended { status, log } = error else { unreachable!("{error}") };
+        assert_eq!(status.code(), Some(1), "{log}");
+        let [error] = errors(&log)[..] else { unreachable!("not one line:\n{log}") };
+        assert!(error.starts_with("underpass: a thread cannot be started"), "{error}");
     }
 }
 
