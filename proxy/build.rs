@@ -1,32 +1,54 @@
-//! Puts the functions that run when there is traffic side by side in a release build (`layout.ld`): they are a seventh of the code, and
-//! as the compiler leaves them they are spread over all of it, which costs misses of the caches for code and for addresses. A function
-//! that the script does not know stays where it was, so that a script which is out of date does no harm.
+//! The version with the commit that it was built from: `0.1.0 (1a2b3c4d5e6f)`; the version alone where there is no git.
+//!
+//! `UNDERPASS_COMMIT` names the commit where sources are built without their repository. No program of git is run.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "cargo tells a build script everything by its environment"
-)]
-
-use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 fn main() {
+    println!("cargo::rerun-if-env-changed=UNDERPASS_COMMIT");
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=layout.ld");
-    println!("cargo::rerun-if-env-changed=RUSTC_LINKER");
-    if is_optimized() && links_with_lld() {
-        let folder = env::var("CARGO_MANIFEST_DIR").unwrap_or_default();
-        println!("cargo::rustc-link-arg-bins=-Wl,--script={folder}/layout.ld");
+    let version = std::env::var("CARGO_PKG_VERSION").unwrap_or_default();
+    let given = std::env::var("UNDERPASS_COMMIT").ok().filter(|commit| !commit.is_empty());
+    let version = match given.or_else(commit) {
+        Some(commit) => format!("{version} ({})", commit.get(..12).unwrap_or(&commit)),
+        None => version,
+    };
+    println!("cargo::rustc-env=UNDERPASS_VERSION={version}");
+}
+
+/// The commit that is checked out in the repository whose `proxy` this is (gitrepository-layout(5)).
+fn commit() -> Option<String> {
+    let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").ok()?).parent()?.to_owned();
+    let git = git_folder(&root)?;
+    let head = read(&git.join("HEAD"))?;
+    let Some(name) = head.strip_prefix("ref: ") else { return Some(head) };
+    // A worktree has a HEAD of its own, and shares the branches.
+    let shared = read(&git.join("commondir")).map(|folder| git.join(folder));
+    let folders = [Some(git), shared];
+    let mut folders = folders.iter().flatten();
+    folders.find_map(|folder| read(&folder.join(name)).or_else(|| packed(folder, name)))
+}
+
+/// `.git`, or what that names in a worktree.
+fn git_folder(root: &Path) -> Option<PathBuf> {
+    let git = root.join(".git");
+    if git.is_dir() {
+        return Some(git);
     }
+    let named = read(&git)?.strip_prefix("gitdir: ")?.to_owned();
+    Some(root.join(named))
 }
 
-fn is_optimized() -> bool {
-    env::var("OPT_LEVEL").is_ok_and(|level| level != "0")
+fn packed(folder: &Path, name: &str) -> Option<String> {
+    let packed = read(&folder.join("packed-refs"))?;
+    let line = packed.lines().find_map(|line| line.strip_suffix(name))?;
+    Some(line.trim().to_owned())
 }
 
-/// Whether the linker is the one that comes with Rust, of which we know that it takes such a script: it is the default on this target
-/// alone, as long as nobody wants another one.
-fn links_with_lld() -> bool {
-    let is_default = env::var("TARGET").is_ok_and(|target| target == "x86_64-unknown-linux-gnu");
-    let flags = env::var("CARGO_ENCODED_RUSTFLAGS").unwrap_or_default();
-    is_default && env::var_os("RUSTC_LINKER").is_none() && !flags.contains("link")
+/// A small file's text. What it says next is built in next, also if it is not there yet.
+fn read(file: &Path) -> Option<String> {
+    let text = fs::read_to_string(file).ok()?;
+    println!("cargo::rerun-if-changed={}", file.display());
+    Some(text.trim().to_owned())
 }

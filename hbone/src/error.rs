@@ -2,6 +2,8 @@
 //!
 //! Not here: which status or log reason a failure becomes. That is the caller's, from [`HboneError::kind`].
 
+mod hints;
+
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -23,9 +25,7 @@ use crate::source::IssuerProblem;
 #[derive(Debug, Clone, Error)]
 pub enum HboneError {
     /// No connection to the peer's HBONE port.
-    #[error(
-        "cannot connect to {address}: does the peer listen for HBONE, and is the port open on the way?"
-    )]
+    #[error("{}", hints::dial(*address, source))]
     Dial {
         /// What was dialled.
         address: SocketAddr,
@@ -60,7 +60,7 @@ pub enum HboneError {
         after: Duration,
     },
     /// TLS failed for a reason without a variant of its own.
-    #[error("TLS failed: do both sides speak TLS 1.3 with h2, and trust the same roots?")]
+    #[error("TLS failed: {}", hints::tls(source))]
     Tls {
         /// What rustls or the connection said.
         #[source]
@@ -133,9 +133,7 @@ pub enum HboneError {
     #[error("the peer presented no certificate: is it an HBONE client at all?")]
     NoPeerCertificate,
     /// The peer did not like our certificate.
-    #[error(
-        "the peer refused our certificate (TLS alert {alert}): does it trust our root, and is ours still valid?"
-    )]
+    #[error("the peer refused our certificate (TLS alert {alert}): {}", hints::refused(alert))]
     CertificateRefused {
         /// The alert's name, as in RFC 8446 section 6.2.
         alert: String,
@@ -358,6 +356,9 @@ impl HboneError {
     /// A short label for metrics and logs. Stable: dashboards depend on it.
     pub fn kind(&self) -> &'static str {
         match self {
+            Self::Dial { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
+                "connect_timeout"
+            }
             Self::Dial { .. } => "connect",
             Self::BackingOff { .. } => "backing_off",
             // The connection record names the gateway; what is counted is what went wrong.

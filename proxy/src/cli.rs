@@ -5,6 +5,7 @@
 
 mod ca;
 mod config;
+mod man;
 mod rules;
 mod run;
 
@@ -25,9 +26,12 @@ use crate::error::chain;
 use crate::self_test::SelfTestError;
 use crate::take_over::TakeOverError;
 
+/// The version and the commit that it was built from.
+pub(crate) const VERSION: &str = env!("UNDERPASS_VERSION");
+
 /// Transparent zero-trust networking below the application.
 #[derive(Debug, Parser)]
-#[command(name = "underpass", version, arg_required_else_help = true)]
+#[command(name = "underpass", version = VERSION, arg_required_else_help = true)]
 #[command(
     after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong, 3 `rules verify` found a difference."
 )]
@@ -59,9 +63,8 @@ enum Command {
         /// For which shell
         shell: Shell,
     },
-    /// Print the manual page
-    #[command(after_help = "Example:\n  underpass man > /usr/share/man/man1/underpass.1")]
-    Man,
+    /// Print the manual page of a command, or write those of all
+    Man(man::Arguments),
 }
 
 /// Why a command did not do what it was told.
@@ -140,7 +143,7 @@ pub fn main() -> ExitCode {
         Command::Ca(command) => ca::run(command),
         Command::Config(command) => config::run(command),
         Command::Completions { shell } => completions(shell),
-        Command::Man => manual(),
+        Command::Man(arguments) => man::run(&arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -156,12 +159,6 @@ fn completions(shell: Shell) -> Result<(), CommandError> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "underpass", &mut script);
     io::stdout().write_all(&script).map_err(CommandError::Output)
-}
-
-fn manual() -> Result<(), CommandError> {
-    let mut page = Vec::new();
-    clap_mangen::Man::new(Cli::command()).render(&mut page).map_err(CommandError::Output)?;
-    io::stdout().write_all(&page).map_err(CommandError::Output)
 }
 
 /// Writes a result.

@@ -125,7 +125,10 @@ fn the_help_of_every_command_has_an_example_that_begins_with_it() {
 #[test]
 fn the_exit_code_tells_failure_from_a_wrong_command_line() {
     let folder = Folder::new("codes");
-    assert!(folder.underpass("--version").ok().starts_with("underpass "));
+    let version = folder.underpass("--version").ok();
+    let version = version.strip_prefix(concat!("underpass ", env!("CARGO_PKG_VERSION")));
+    let commit = version.expect("a version").trim().trim_matches(['(', ')']);
+    assert!(commit.chars().all(|c| c.is_ascii_hexdigit()), "{commit:?}");
     assert_eq!(folder.underpass("").code, Some(2));
     for wrong in [
         "nonsense",
@@ -276,6 +279,38 @@ fn config_check_lists_every_mistake_with_its_place() {
     );
     for part in ["there is no certificate", "no workload \"default\""] {
         assert!(answer.err.contains(part), "{part:?} is not in\n{}", answer.err);
+    }
+}
+
+#[test]
+fn every_manual_page_that_another_names_exists() {
+    let folder = Folder::new("man");
+    folder.underpass("man --dir pages").ok();
+    let pages: Vec<_> =
+        fs::read_dir(folder.0.join("pages")).unwrap().map(|page| page.unwrap().path()).collect();
+    assert!(pages.len() >= 18, "{pages:?}");
+    for page in &pages {
+        let text = fs::read_to_string(page).unwrap().replace("\\-", "-");
+        let named = text.split_whitespace().filter_map(|word| word.strip_suffix("(1)"));
+        for name in named {
+            let file = folder.0.join("pages").join(format!("{name}.1"));
+            assert!(file.exists(), "{} names {name}(1)", page.display());
+        }
+    }
+    assert!(folder.underpass("man rules verify").ok().contains("underpass-rules-verify"));
+    folder.underpass("man nonsense").fails(1);
+}
+
+#[test]
+fn a_wrong_ttl_is_told_the_units() {
+    let folder = Folder::new("ttl");
+    for command in
+        ["ca issue --dir ca --spiffe-id spiffe://a/b --out x --ttl 30d", "ca issue --help"]
+    {
+        let answer = folder.underpass(command);
+        let text = format!("{}{}", answer.out, answer.err);
+        let words: Vec<_> = text.split_whitespace().collect();
+        assert!(words.join(" ").contains("ms, s, m or h"), "{text}");
     }
 }
 

@@ -26,6 +26,12 @@ fn main() -> ExitCode {
     suite
         .test("a destination that does not answer is given up after timeouts.connect", unreachable);
     suite.test("a peer that does not answer is given up after timeouts.connect", peer_unreachable);
+    suite
+        .test("a peer without a proxy is reported with what is expected there", peer_without_proxy);
+    suite.test(
+        "a peer that does not speak HBONE is reported with what is expected",
+        peer_without_hbone,
+    );
     suite.test(
         "a client that connects for HBONE and says nothing is cut after timeouts.handshake",
         silent_client,
@@ -126,7 +132,28 @@ async fn peer_unreachable() {
         scene.client.proxy(&scene.client_settings().set("timeouts.connect=500ms")).await;
     drop_port(&scene.server, HBONE).await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
-    proxy.line(&["connection failed", "reason=\"connect\""]).await;
+    let line = ["connection failed", "reason=\"connect_timeout\"", "firewall", ":15008"];
+    proxy.line(&line).await;
+}
+
+async fn peer_without_proxy() {
+    let scene = Scene::new().await;
+    let mut proxy = scene.client.proxy(&scene.client_settings()).await;
+    scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
+    proxy.line(&["reason=\"connect\"", "an HBONE proxy is expected", "Connection refused"]).await;
+}
+
+async fn peer_without_hbone() {
+    let scene = Scene::new().await;
+    let mut proxy = scene.client.proxy(&scene.client_settings()).await;
+    let other = scene.server.listen(HBONE);
+    let answer = async {
+        let (mut stream, _) = other.accept().await;
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.expect("an answer");
+        stream
+    };
+    tokio::join!(answer, scene.client.dial_and_see_reset(scene.app(Family::V4)));
+    proxy.line(&["reason=\"tls\"", "HBONE (TLS 1.3 with h2) is expected at this port"]).await;
 }
 
 async fn silent_client() {

@@ -88,12 +88,13 @@ fn add_pairs(suite: &mut Suite) {
     });
 }
 
-/// A certificate for the right name whose root is not in the roots that its owner, and everybody, trusts.
+/// A certificate for the right name by an authority that its owner trusts, besides everybody's, and nobody else does.
 fn of_another_authority(scene: &Scene, account: &str) -> IdentityFiles {
     let folder = scene.world.folder().join("other");
     std::fs::create_dir_all(&folder).expect("a folder");
-    let files = Pki::of(&folder, "cluster.local", "roots").issue(account);
-    IdentityFiles { roots: scene.pki.roots().to_owned(), ..files }
+    let other = Pki::of(&folder, "cluster.local", "roots");
+    other.trust(&scene.pki);
+    other.issue(account)
 }
 
 /// A certificate for the right name in the wrong trust domain, whose root everybody trusts.

@@ -7,8 +7,9 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use underpass_config::{LogFormat, Logging, SpiffeId, TrustDomain, parse_duration};
 use underpass_hbone::{CaServer, CaServerSettings, CertificateAuthority, Serial};
+use underpass_interception::confine_process;
 
-use super::{CommandError, print, single_threaded_runtime};
+use super::{CommandError, VERSION, print, single_threaded_runtime};
 use crate::app::StopSignal;
 use crate::{logging, notify};
 
@@ -38,7 +39,7 @@ pub(super) enum Command {
         /// What the two files are called, without .pem and .key
         #[arg(long, value_name = "PREFIX")]
         out: PathBuf,
-        /// How long the certificate is valid: 10m, 24h
+        /// How long the certificate is valid: a whole number with its unit, ms, s, m or h, such as 90s, 10m, 24h or 720h (30 days)
         #[arg(long, default_value = "24h", value_parser = ttl)]
         ttl: Duration,
     },
@@ -81,7 +82,7 @@ pub(super) struct Serve {
     /// A host name or address by which clients know this server, beside the one that it listens on; may be repeated
     #[arg(long = "name", value_name = "HOST")]
     names: Vec<String>,
-    /// The longest that a certificate is valid
+    /// The longest that a certificate is valid: a whole number with its unit, ms, s, m or h
     #[arg(long, default_value = "24h", value_parser = ttl)]
     max_ttl: Duration,
     /// What is logged, in tracing's filter syntax
@@ -94,7 +95,7 @@ pub(super) struct Serve {
 
 fn ttl(text: &str) -> Result<Duration, String> {
     parse_duration(text)
-        .ok_or_else(|| "must be above zero with its unit, such as 10m or 24h".to_owned())
+        .ok_or_else(|| "must be a whole number above zero with its unit, which is ms, s, m or h, such as 10m or 720h (30 days)".to_owned())
 }
 
 pub(super) fn run(command: Command) -> Result<(), CommandError> {
@@ -127,6 +128,8 @@ pub(super) fn run(command: Command) -> Result<(), CommandError> {
 fn serve(arguments: Serve) -> Result<(), CommandError> {
     let Serve { dir, listen, clients, names, max_ttl, log, until_eof } = arguments;
     let _logs = logging::start(&Logging { filter: log, format: LogFormat::Plain })?;
+    // Its memory holds the CA's key.
+    confine_process().map_err(CommandError::Start)?;
     let settings = CaServerSettings { dir, clients, names, max_ttl };
     single_threaded_runtime()?.block_on(async {
         let mut stop = StopSignal::new(until_eof)?;
@@ -134,7 +137,7 @@ fn serve(arguments: Serve) -> Result<(), CommandError> {
             .await
             .map_err(|source| CommandError::Listen { address: listen, source })?;
         let server = CaServer::new(settings, listener)?;
-        tracing::info!(%listen, "ready");
+        tracing::info!(version = VERSION, %listen, "ready");
         notify::ready();
         server
             .run(async {

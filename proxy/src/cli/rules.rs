@@ -31,7 +31,7 @@ pub(super) enum Command {
         #[command(flatten)]
         options: RuleOptions,
         /// For which program
-        #[arg(long, short = 'o', value_enum, default_value_t = RenderFormat::Nft)]
+        #[arg(long, short = 'o', visible_alias = "output", value_enum, default_value_t = RenderFormat::Nft)]
         format: RenderFormat,
     },
     /// Install the rules, as an init container does; without a proxy every caught connection is refused
@@ -42,7 +42,7 @@ pub(super) enum Command {
         #[command(flatten)]
         options: RuleOptions,
         /// How the result is told
-        #[arg(long, short = 'o', value_enum, default_value_t = Output::Text)]
+        #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
     /// Compare the rules in the kernel with those of the settings; exit code 3 and the difference if they are not the same
@@ -53,14 +53,14 @@ pub(super) enum Command {
         #[command(flatten)]
         options: RuleOptions,
         /// How the result is told
-        #[arg(long, short = 'o', value_enum, default_value_t = Output::Text)]
+        #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
     /// Remove every rule, ip rule, route and address of underpass, whatever installed it, and the chains of the profiles
     #[command(after_help = "Example:\n  ip netns exec pod-a underpass rules remove")]
     Remove {
         /// How the result is told
-        #[arg(long, short = 'o', value_enum, default_value_t = Output::Text)]
+        #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
     /// Show the way of each kind of traffic through the rules, with live counters, or that of one packet
@@ -80,7 +80,7 @@ pub(super) enum Command {
         #[arg(long, value_name = "tcp|udp", value_parser = protocol, default_value = "tcp")]
         protocol: Protocol,
         /// How it is shown
-        #[arg(long, short = 'o', value_enum, default_value_t = ExplainFormat::Text)]
+        #[arg(long, short = 'o', visible_alias = "output", value_enum, default_value_t = ExplainFormat::Text)]
         format: ExplainFormat,
     },
     /// Keep the rules: put back what another program changes, within milliseconds, until told to stop
@@ -91,7 +91,7 @@ pub(super) enum Command {
         #[command(flatten)]
         options: RuleOptions,
         /// How events are told, one line each
-        #[arg(long, short = 'o', value_enum, default_value_t = Output::Text)]
+        #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
 }

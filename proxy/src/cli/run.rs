@@ -8,7 +8,7 @@ use tokio::runtime::Runtime;
 use underpass_config::{Settings, Sources};
 use underpass_interception::{ProxyUser, confine_auxiliary_thread, confine_process};
 
-use super::CommandError;
+use super::{CommandError, VERSION};
 use crate::app::{self, Start};
 use crate::logging;
 
@@ -63,6 +63,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
         user.announce();
     }
     let _logs = on_confined_thread(|| logging::start(&settings.logging))??;
+    tracing::info!(version = VERSION, pid = std::process::id(), "underpass starts");
     for warning in sources.warnings() {
         tracing::warn!("{warning}");
     }

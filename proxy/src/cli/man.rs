@@ -1,0 +1,40 @@
+//! `underpass man`: the manual pages of all commands, made from the same definitions as their help.
+
+use std::io;
+use std::path::PathBuf;
+
+use clap::CommandFactory as _;
+
+use super::{Cli, CommandError, print};
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  underpass man rules verify | man -l -\n  underpass man --dir /usr/share/man/man1"
+)]
+pub(super) struct Arguments {
+    /// The command whose page is printed, such as `rules verify`; without one, the page of underpass itself
+    command: Vec<String>,
+    /// Write the pages of all commands to this folder instead
+    #[arg(long, value_name = "DIR", conflicts_with = "command")]
+    dir: Option<PathBuf>,
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<(), CommandError> {
+    // Pages refer to those of subcommands, and there is none of `help`.
+    let mut root = Cli::command().disable_help_subcommand(true);
+    if let Some(dir) = &arguments.dir {
+        std::fs::create_dir_all(dir).map_err(CommandError::Output)?;
+        return clap_mangen::generate_to(root, dir).map_err(CommandError::Output);
+    }
+    root.build();
+    let mut command = &root;
+    for name in &arguments.command {
+        command = command.find_subcommand(name).ok_or_else(|| {
+            let unknown = format!("there is no command {:?}", arguments.command.join(" "));
+            CommandError::Output(io::Error::new(io::ErrorKind::InvalidInput, unknown))
+        })?;
+    }
+    let mut page = Vec::new();
+    clap_mangen::Man::new(command.clone()).render(&mut page).map_err(CommandError::Output)?;
+    print(&String::from_utf8_lossy(&page))
+}
