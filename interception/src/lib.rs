@@ -66,7 +66,7 @@ pub use privileges::{
 };
 pub use resident::unmap_code;
 pub use reverse_path::check_reverse_path;
-pub use sandbox::{Sandbox, enter_sandbox};
+pub use sandbox::{Sandbox, enter_sandbox, sandbox_folder};
 pub use self_test::Probe;
 pub use socket::{
     Closing, KEEPALIVE_PROBES, Sockets, end_on_close, end_writing, original_destination,

@@ -16,9 +16,10 @@ use nlink::netlink::{Connection, Route};
 
 use crate::InterceptionError;
 use crate::netlink::into_io;
+use crate::sandbox::sandbox_folder;
 
-/// Where `ip netns` keeps the namespaces that have names.
-const NAMED: &str = "/run/netns";
+/// Where the namespaces that have names are, below `/run` or what a sandbox has in its place; `ip netns` looks in `/run/netns`.
+const NAMED: &str = "netns";
 
 /// A network namespace. It lives at least as long as this.
 #[derive(Debug)]
@@ -57,7 +58,7 @@ impl Namespace {
     ///
     /// [`InterceptionError::Namespace`], also if the name is taken.
     pub fn create_named(name: &str) -> Result<Self, InterceptionError> {
-        let path = Path::new(NAMED).join(name);
+        let path = sandbox_folder().join(NAMED).join(name);
         namespace::create_path(&path).map_err(failed("create", path.display()))?;
         Self::open(path)
     }

@@ -5,7 +5,8 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -14,6 +15,20 @@ use nix::unistd::{Gid, Uid, getegid, geteuid};
 
 use crate::InterceptionError;
 use crate::error::SandboxRemedy;
+
+/// Where an empty file system can be mounted, the first that there is: a minimal image may have neither `/run` nor `/tmp`, and be
+/// read-only.
+const FOLDERS: [&str; 9] =
+    ["/run", "/tmp", "/var/tmp", "/mnt", "/srv", "/opt", "/var", "/home", "/dev"];
+
+/// What [`sandbox_folder`] returns, once there is a sandbox.
+static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+
+/// The folder that is the sandbox's own, on a file system that ends with it. Outside of a sandbox `/run`.
+#[must_use]
+pub fn sandbox_folder() -> &'static Path {
+    FOLDER.get().map_or(Path::new("/run"), PathBuf::as_path)
+}
 
 /// What [`enter_sandbox`] made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,8 +39,8 @@ pub enum Sandbox {
     InUserNamespace,
 }
 
-/// Moves the process into new mount and network namespaces, as their root and with an empty `/run`.
-/// There is no way back.
+/// Moves the process into new mount and network namespaces, as their root and with an empty
+/// [`sandbox_folder`], which is `/run` if there is one. There is no way back.
 ///
 /// Who is not root becomes it in a user namespace too, where there is no other user; root needs none,
 /// and so can be any user inside.
@@ -54,10 +69,24 @@ pub fn enter_sandbox() -> Result<Sandbox, InterceptionError> {
     let nothing = None::<&Path>;
     mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)
         .map_err(refused("make the mounts private"))?;
-    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=0755"))
+    let folder = choose_folder().map_err(failed("find a folder to mount an empty one over"))?;
+    mount(Some("tmpfs"), folder, Some("tmpfs"), MsFlags::empty(), Some("mode=0755"))
         .map_err(refused("mount an empty /run"))?;
-    fs::create_dir("/run/netns").map_err(failed("create /run/netns"))?;
+    let folder = FOLDER.get_or_init(|| folder.to_owned());
+    fs::create_dir(folder.join("netns")).map_err(failed("create /run/netns"))?;
     Ok(sandbox)
+}
+
+/// `/run`, which is made if it can be, or else another folder that is there.
+fn choose_folder() -> io::Result<&'static Path> {
+    let program = std::env::current_exe().unwrap_or_default();
+    // In a container's image that has none. Where it cannot be made, the next is taken.
+    fs::create_dir("/run").ok();
+    let mut folders = FOLDERS.iter().map(Path::new);
+    let none =
+        || io::Error::new(io::ErrorKind::NotFound, format!("none of {}", FOLDERS.join(", ")));
+    // What is started again must not be covered.
+    folders.find(|folder| folder.is_dir() && !program.starts_with(folder)).ok_or_else(none)
 }
 
 /// Maps our user and group to root's (user_namespaces(7): `setgroups` has to be denied first).

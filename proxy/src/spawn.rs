@@ -16,7 +16,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::net::UnixDatagram;
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::watch;
-use underpass_interception::{InterceptionError, Namespace};
+use underpass_interception::{InterceptionError, Namespace, sandbox_folder};
 
 /// Why a process did not get ready.
 #[derive(Debug, Error)]
@@ -177,7 +177,10 @@ impl NotifySocket {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name =
             format!("underpass-{}-{}.notify", std::process::id(), NEXT.fetch_add(1, Relaxed));
-        let path = std::env::temp_dir().join(name);
+        // A minimal image may have no such folder; then it is a sandbox that has one.
+        let folder = std::env::temp_dir();
+        let folder = if folder.is_dir() { folder } else { sandbox_folder().to_owned() };
+        let path = folder.join(name);
         // A file of that name can only be a leftover of an earlier process with our id.
         std::fs::remove_file(&path).ok();
         let bound = Self { socket: UnixDatagram::bind(&path)?, path };

@@ -13,7 +13,9 @@ use std::time::Duration;
 
 use underpass_config::{IdentityFiles, SpiffeError, SpiffeId, TrustDomain};
 use underpass_hbone::{CertificateAuthority, Credentials, Identity, Trust};
-use underpass_interception::{Endpoint, IpNet, Namespace, PacketCapture, Sandbox, veth};
+use underpass_interception::{
+    Endpoint, IpNet, Namespace, PacketCapture, Sandbox, sandbox_folder, veth,
+};
 
 use super::web::Server;
 use super::{DemoError, PATIENCE};
@@ -28,8 +30,8 @@ const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const STRANGER: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 1);
 const SERVER_FOR_STRANGER: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 2);
 
-/// Below /run, which in the sandbox is a file system of its own that ends with it.
-const FOLDER: &str = "/run/underpass-demo";
+/// In the sandbox's own folder.
+const FOLDER: &str = "underpass-demo";
 
 /// The pods and what runs in them.
 pub(super) struct Stage {
@@ -52,7 +54,7 @@ impl Stage {
         let (client, server, stranger) = (pod("client")?, pod("server")?, pod("stranger")?);
         wire((&client, "eth0", CLIENT), (&server, "eth0", SERVER)).await?;
         wire((&stranger, "eth0", STRANGER), (&server, "eth1", SERVER_FOR_STRANGER)).await?;
-        let folder = Path::new(FOLDER);
+        let folder = &sandbox_folder().join(FOLDER);
         let identities = write_files(folder)?;
         let io = |doing| move |source| DemoError::Io { doing, source };
         let web = Server::start(&server, HTTP_PORT).map_err(io("start the HTTP server"))?;
@@ -61,7 +63,7 @@ impl Stage {
             start_proxy(&server, "server", folder).await?,
         ];
         let client_credentials = read_credentials(folder, "client")?;
-        let token = token().map_err(io("read random bytes"))?;
+        let token = token();
         Ok(Self { client, server, stranger, proxies, web, identities, token, client_credentials })
     }
 
@@ -119,14 +121,17 @@ impl Stage {
             Sandbox::OfRoot => "",
             Sandbox::InUserNamespace => " -U --preserve-credentials",
         };
-        let enter = format!("nsenter -t {}{user} -m -n ip netns exec", std::process::id());
+        // Paths of namespaces are those of the sandbox's own mounts: nsenter opens them before it enters anything.
+        let enter = format!("nsenter -t {}{user} -m nsenter", std::process::id());
+        let [client, server] = [&self.client, &self.server]
+            .map(|pod| format!("{enter} --net={}", pod.path().display()));
         format!(
             "\nIt stays until Ctrl-C. Look around from another terminal:\n\
-             \x20 {enter} client curl -s http://{SERVER}:{HTTP_PORT}/\n\
-             \x20 {enter} client nft list ruleset\n\
-             \x20 {enter} server tcpdump -ni eth0\n\
-             \x20 {enter} server curl -s http://127.0.0.1:{METRICS_PORT}/metrics\n\
-             (ip, curl, nft and tcpdump are Debian's iproute2, curl, nftables and tcpdump)"
+             \x20 {client} curl -s http://{SERVER}:{HTTP_PORT}/\n\
+             \x20 {client} nft list ruleset\n\
+             \x20 {server} tcpdump -ni eth0\n\
+             \x20 {server} curl -s http://127.0.0.1:{METRICS_PORT}/metrics\n\
+             (nsenter, curl, nft and tcpdump are Debian's util-linux, curl, nftables and tcpdump)"
         )
     }
 }
@@ -221,10 +226,7 @@ async fn start_proxy(
         .map_err(|source| DemoError::Proxy { pod, source })
 }
 
-/// Sixteen random bytes in hexadecimal.
-fn token() -> io::Result<String> {
-    use std::io::Read;
-    let mut bytes = [0; 16];
-    fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+/// Unique, not secret; a minimal image has no /dev/urandom.
+fn token() -> String {
+    format!("{:032x}", fastrand::u128(..))
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 use underpass_config::{Settings, TakeOver};
-use underpass_interception::{Handover, Peer};
+use underpass_interception::{Handover, Peer, ProxyUser};
 
 use super::place::{self, Place};
 use super::{
@@ -82,7 +82,7 @@ impl Offer {
         let role = Role::of(settings).map_err(TakeOverError::Namespace)?;
         let place = match handed {
             Some(place) => Some(place),
-            None => make_place(&settings.take_over)?,
+            None => make_place(settings)?,
         };
         Ok(Self { place, listeners, role, gates })
     }
@@ -169,13 +169,14 @@ impl Offer {
     }
 }
 
-fn make_place(settings: &TakeOver) -> Result<Option<Place>, TakeOverError> {
-    let Some(socket) = place::path(settings).map_err(TakeOverError::Namespace)? else {
+fn make_place(settings: &Settings) -> Result<Option<Place>, TakeOverError> {
+    let Some(socket) = place::path(&settings.take_over).map_err(TakeOverError::Namespace)? else {
         return Ok(None);
     };
-    match Place::make(&socket) {
+    let user = ProxyUser::required(&settings.interception).ok().flatten();
+    match Place::make(&socket, user) {
         Ok(place) => Ok(Some(place)),
-        Err(error) if *settings == TakeOver::Auto => {
+        Err(error) if settings.take_over == TakeOver::Auto => {
             tracing::info!(
                 %error, socket = %socket.display(),
                 "no other process can take over from this one (take_over.socket)"

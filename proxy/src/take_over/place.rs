@@ -6,13 +6,13 @@
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
 
 use tokio::net::{UnixListener, UnixStream};
 use underpass_config::TakeOver;
-use underpass_interception::network_namespace;
+use underpass_interception::{ProxyUser, network_namespace};
 
 /// Where sockets are that no setting names.
 const FOLDER: &str = "/run/underpass";
@@ -27,10 +27,10 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Listens at `path`, in the place of whoever did before.
-    pub(super) fn make(path: &Path) -> io::Result<Self> {
+    /// Listens at `path`, in the place of whoever did before. `user` is whom the process becomes later.
+    pub(super) fn make(path: &Path, user: Option<ProxyUser>) -> io::Result<Self> {
         if path.parent() == Some(Path::new(FOLDER)) {
-            DirBuilder::new().recursive(true).mode(0o755).create(FOLDER)?;
+            make_folder(user)?;
         }
         let new = path.with_extension(format!("{}.new", std::process::id()));
         remove(&new)?;
@@ -61,6 +61,15 @@ impl Drop for Place {
             // As another user than the one that made it. It is in nobody's way.
             tracing::debug!(%error, socket = %self.path.display(), "cannot remove a socket");
         }
+    }
+}
+
+/// A new folder belongs to the user that will have to remove the socket from it.
+fn make_folder(user: Option<ProxyUser>) -> io::Result<()> {
+    match (DirBuilder::new().mode(0o755).create(FOLDER), user) {
+        (Ok(()), Some(ProxyUser { uid, gid })) => chown(FOLDER, Some(uid), Some(gid)),
+        (Err(error), _) if error.kind() != ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
     }
 }
 

@@ -36,6 +36,7 @@ pub(crate) fn add(suite: &mut Suite) {
         "sidecar: for iptables it also keeps NET_RAW, for programs too",
         for_iptables,
     );
+    suite.test_with_users("sidecar: removes its socket when it ends", removes_socket);
     suite.test_with_users("sidecar: with on_exit: remove it still can, as another user", removes);
     suite.test_with_users("sidecar: in TPROXY mode its workers keep NET_ADMIN alone", for_tproxy);
 }
@@ -218,6 +219,24 @@ async fn for_iptables() {
         let kept = kept(&thread);
         assert_eq!((thread.inheritable, thread.ambient), (kept, kept), "{thread:?}");
     }
+}
+
+async fn removes_socket() {
+    let scene = Scene::new().await;
+    // As in a container of its own, where /run/underpass is not there.
+    let script = "exec unshare -m sh -c '
+mount -t tmpfs none /mnt
+mkdir /mnt/upper /mnt/work
+cp \"$0\" /mnt/underpass
+mount -t overlay none -o lowerdir=/run,upperdir=/mnt/upper,workdir=/mnt/work /run
+rm -rf /run/underpass
+/mnt/underpass \"$@\"
+ls /run/underpass | sed s/^/left:/' \"$UNDERPASS\" \"$@\"";
+    let settings = SIDECAR.of(scene.client_settings());
+    let mut proxy = scene.client.try_proxy_through(script, &settings).await.expect("it starts");
+    assert!(proxy.stop().await.success(), "{}", proxy.log());
+    proxy.line(&["stopped"]).await;
+    assert_eq!(proxy.count(&["left:"]), 0, "{}", proxy.log());
 }
 
 async fn removes() {
