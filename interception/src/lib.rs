@@ -10,6 +10,7 @@
 //! This crate knows neither HTTP/2, TLS nor policies.
 
 mod backend;
+mod bypass;
 mod changes;
 mod error;
 mod explain;
@@ -41,6 +42,7 @@ mod way_back;
 pub use ipnet::IpNet;
 
 pub use backend::Backend;
+pub use bypass::{BypassingProcess, bypassing_processes};
 pub use changes::Changes;
 pub use error::{InterceptionError, SandboxRemedy};
 pub use explain::{Explanation, Flow, Hop, PacketExplanation, Party, Sender};

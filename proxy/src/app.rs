@@ -126,6 +126,7 @@ async fn serve(
     let readiness = &endpoints.readiness;
     // Made while the process may still be another user than the proxy, whose connections are not caught.
     let probes = capture.probes(&settings.interception)?;
+    capture.warn_of_bypassing();
     capture.confine(&settings.interception)?;
     certificates::warn_if_unreadable(settings);
     let certificate = tokio::select! {

@@ -4,8 +4,8 @@
 
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
-    Interception, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, WayBack, check_reverse_path,
-    confine_thread, ipv6_available,
+    Interception, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, WayBack, bypassing_processes,
+    check_reverse_path, confine_thread, ipv6_available,
 };
 
 use crate::cli::CommandError;
@@ -135,6 +135,21 @@ impl Capture {
             None => confine_thread(kept).map_err(CommandError::Start)?,
         }
         Ok(())
+    }
+
+    /// Warns of other processes that can bypass the rules, as far as they can be seen. For while the process still may look.
+    pub(crate) fn warn_of_bypassing(&self) {
+        if self.profile == Profile::None {
+            return;
+        }
+        let found = bypassing_processes(self.profile).unwrap_or_default();
+        let Some(first) = found.first() else { return };
+        tracing::warn!(
+            processes = found.len(),
+            first = %first,
+            "processes of this network namespace can bypass the rules: drop these capabilities from the workload \
+             (SECURITY.md)"
+        );
     }
 
     /// What the thread that looks after the rules, and connects to a CA, needs to the end.

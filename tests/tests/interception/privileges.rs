@@ -23,6 +23,10 @@ pub(crate) fn add(suite: &mut Suite) {
         iptables_in_ambient,
     );
     suite.test("ambient: hides its memory from processes of the same user", hides_memory);
+    suite.test(
+        "ambient: warns of a process with NET_RAW in its network namespace",
+        warns_of_net_raw,
+    );
     suite.test_with_users(
         "sidecar: names the capabilities that a change of user lacks",
         names_missing_capabilities,
@@ -169,6 +173,19 @@ async fn hides_memory() {
         let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
         tool(&scene.client, "setpriv", &arguments).await.exited(code);
     }
+}
+
+async fn warns_of_net_raw() {
+    let scene = Scene::new().await;
+    let mut without = scene.client.proxy(&scene.client_settings()).await;
+    without.line(&["ready"]).await;
+    assert_eq!(without.count(&["can bypass the rules"]), 0, "{}", without.log());
+    assert!(without.stop().await.success());
+    let arguments = ["--bounding-set=-all,+net_raw", "sleep", "60"];
+    let _workload = scene.client.background("setpriv".as_ref(), &arguments);
+    let mut proxy = scene.client.proxy(&scene.client_settings()).await;
+    // It is found before or after setpriv has become the other program.
+    proxy.line(&["WARN", "can bypass the rules", "processes=1", "NET_RAW"]).await;
 }
 
 async fn names_missing_capabilities() {

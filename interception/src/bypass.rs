@@ -1,0 +1,117 @@
+//! Which other processes of the network namespace can bypass the rules, as far as /proc shows them.
+//!
+//! NET_ADMIN can change the rules, NET_RAW can set the proxy's mark (socket(7), since Linux 5.17) and send
+//! frames past netfilter (packet(7)), SETUID and SETGID can become the proxy's user. Container
+//! runtimes grant the last three by default.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use underpass_config::Profile;
+
+/// A process that can bypass the rules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BypassingProcess {
+    /// Its id.
+    pub pid: u32,
+    /// Its name, as it calls itself.
+    pub name: String,
+    /// The capabilities that let it, without `CAP_`.
+    pub capabilities: Vec<&'static str>,
+}
+
+impl fmt::Display for BypassingProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { pid, name, capabilities } = self;
+        write!(f, "{name:?} (pid {pid}): {}", capabilities.join(", "))
+    }
+}
+
+/// The other processes in this network and user namespace that can bypass the rules of `profile`.
+///
+/// What the process id namespace hides, and what this process must not look into, is not found: an
+/// empty answer proves nothing. Processes of this program's name are passed over, as they may be
+/// another proxy about to hand over.
+///
+/// # Errors
+///
+/// /proc cannot be read.
+pub fn bypassing_processes(profile: Profile) -> io::Result<Vec<BypassingProcess>> {
+    let own = Process::read(Path::new("/proc/self"))?;
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        // It may have ended, or be another user's.
+        let Ok(process) = Process::read(&entry.path()) else { continue };
+        let capabilities = telling(profile, process.effective);
+        let is_here = process.namespaces == own.namespaces && process.name != own.name;
+        if pid != std::process::id() && is_here && !capabilities.is_empty() {
+            found.push(BypassingProcess { pid, name: process.name, capabilities });
+        }
+    }
+    Ok(found)
+}
+
+/// Those of the capabilities in `effective` that let a process bypass the rules.
+fn telling(profile: Profile, effective: u64) -> Vec<&'static str> {
+    /// include/uapi/linux/capability.h.
+    const ALL: [(u32, &str); 4] =
+        [(12, "NET_ADMIN"), (13, "NET_RAW"), (7, "SETUID"), (6, "SETGID")];
+    let knows_user = matches!(profile, Profile::Sidecar | Profile::Osm);
+    let counted = ALL.into_iter().take(if knows_user { 4 } else { 2 });
+    counted.filter(|(bit, _)| effective & (1 << bit) != 0).map(|(_, name)| name).collect()
+}
+
+/// What /proc shows of a process.
+#[derive(Debug)]
+struct Process {
+    name: String,
+    effective: u64,
+    /// Network and user: capabilities count in the user namespace that they are held in.
+    namespaces: [String; 2],
+}
+
+impl Process {
+    fn read(folder: &Path) -> io::Result<Self> {
+        let namespace = |kind: &str| -> io::Result<String> {
+            let link = fs::read_link(folder.join("ns").join(kind))?;
+            Ok(link.to_string_lossy().into_owned())
+        };
+        let (name, effective) = status(&fs::read_to_string(folder.join("status"))?)
+            .ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Self { name, effective, namespaces: [namespace("net")?, namespace("user")?] })
+    }
+}
+
+/// The name and the effective capabilities in a status file (proc_pid_status(5)).
+fn status(text: &str) -> Option<(String, u64)> {
+    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    let effective = u64::from_str_radix(field("CapEff:")?, 16).ok()?;
+    Some((field("Name:")?.to_owned(), effective))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_name_and_capabilities_of_a_status_file() {
+        let text = "Name:\tsh\nCapPrm:\t0000000000000000\nCapEff:\t0000000000002000\n";
+        assert_eq!(status(text), Some(("sh".to_owned(), 1 << 13)));
+        assert_eq!(status("Name:\tsh\nCapEff:\tnonsense\n"), None);
+    }
+
+    #[test]
+    fn counts_changes_of_user_only_where_the_rules_know_users() {
+        // Docker's default (moby/oci/caps/defaults.go), in which NET_RAW, SETUID and SETGID are.
+        let docker = 0xa804_25fb;
+        assert_eq!(telling(Profile::Ambient, docker), ["NET_RAW"]);
+        assert_eq!(telling(Profile::Sidecar, docker), ["NET_RAW", "SETUID", "SETGID"]);
+        assert_eq!(telling(Profile::Osm, 0), [""; 0]);
+    }
+}
