@@ -11,6 +11,7 @@ mod file_watch;
 mod files;
 mod load;
 mod mesh;
+mod quote;
 mod read;
 mod resolve;
 mod settings;
@@ -33,6 +34,7 @@ pub use mesh::{
     StringMatch, TunnelHeader, Values, Visibility, WeightedWaypoint, Workload, WorkloadDraft,
     WorkloadType,
 };
+pub use quote::Quoted;
 pub use read::parse_duration;
 pub use resolve::KEYS;
 pub use settings::{

@@ -247,7 +247,7 @@ async fn within(
 /// RFC 9113 section 8.5: `:method` and `:authority`, neither `:scheme` nor `:path`.
 fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
     let ConnectRequest { authority, headers } = connect;
-    let invalid = |authority: String| HboneError::InvalidAuthority { authority };
+    let invalid = |authority: String| HboneError::InvalidAuthority { authority: authority.into() };
     let mut parts = uri::Parts::default();
     parts.authority = Some(authority.parse().map_err(|_| invalid(authority.clone()))?);
     let uri = Uri::from_parts(parts).map_err(|_| invalid(authority))?;

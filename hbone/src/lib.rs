@@ -64,5 +64,5 @@ pub use source::{
 };
 pub use sources::{SourceGuard, SourceLimit};
 pub use stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
-pub use tls::PeerIdentity;
+pub use tls::{PeerIdentity, SvidProblem};
 pub use trust::{Trust, TrustFiles};

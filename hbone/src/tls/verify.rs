@@ -15,9 +15,8 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use underpass_config::SpiffeId;
-use x509_parser::extensions::GeneralName;
 
-use super::rejection;
+use super::{rejection, workload_id};
 use crate::identity::system_time;
 use crate::trust::Authorities;
 use crate::{ExpectedPeer, HboneError, clock};
@@ -64,7 +63,8 @@ impl Peer {
         let id = if resumed {
             authorities.judge(leaf, intermediates, expected, proven).map_err(rejection)?
         } else {
-            authorities.choose(leaf, expected)?
+            // The handshake has judged the chain already.
+            workload_id(leaf).map_err(|problem| HboneError::NotSvid { problem })?
         };
         Ok(Self {
             identity: PeerIdentity(Arc::new(id)),
@@ -89,18 +89,6 @@ impl Peer {
             reason => Some(reason),
         }
     }
-}
-
-/// The URI names of a certificate; `None` when it, or its subjectAltName, does not parse.
-pub(crate) fn uri_names(der: &[u8]) -> Option<Vec<String>> {
-    let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
-    let names = certificate.subject_alternative_name().ok()?;
-    let names = names.map_or(&[][..], |extension| &extension.value.general_names);
-    let uri = |name: &GeneralName<'_>| match name {
-        GeneralName::URI(uri) => Some((*uri).to_owned()),
-        _ => None,
-    };
-    Some(names.iter().filter_map(uri).collect())
 }
 
 /// A leaf that does not parse is not let in; if it were, it would have expired.

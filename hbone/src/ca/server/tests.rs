@@ -94,13 +94,13 @@ fn impersonating(csr: String, kind: Kind) -> IstioCertificateRequest {
     IstioCertificateRequest { metadata: Some(Struct { fields }), ..request(csr, 60) }
 }
 
-/// The URI names of a leaf, and how long it is valid in seconds, with the tenth before it was issued.
-fn leaf(pem: &str) -> (Vec<String>, i64) {
+/// The identity of a leaf, and how long it is valid in seconds, with the tenth before it was issued.
+fn leaf(pem: &str) -> (String, i64) {
     let der = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
     let (_, leaf) = x509_parser::parse_x509_certificate(&der).unwrap();
     let validity = leaf.validity();
     let seconds = validity.not_after.timestamp() - validity.not_before.timestamp();
-    (tls::uri_names(&der).unwrap(), seconds)
+    (tls::workload_id(&der).unwrap().to_string(), seconds)
 }
 
 #[tokio::test]
@@ -111,14 +111,14 @@ async fn what_is_listed_is_issued_with_the_root_last_and_a_validity_that_is_capp
         let answer = ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), seconds));
         let chain = answer.await.unwrap().cert_chain;
         assert_eq!(chain.len(), 2);
-        assert_eq!(leaf(&chain[0]), (vec![CLIENT.to_owned()], expected), "{seconds}");
+        assert_eq!(leaf(&chain[0]), (CLIENT.to_owned(), expected), "{seconds}");
         assert_eq!(chain[1], roots);
     }
     // The name may come from either place, or from both.
     let text = |id: &str| Kind::StringValue(id.to_owned());
     for csr in [csr(&[]), csr(&[SERVER])] {
         let asked = ask(&served, Some("bearer node-token"), impersonating(csr, text(SERVER)));
-        assert_eq!(leaf(&asked.await.unwrap().cert_chain[0]).0, [SERVER]);
+        assert_eq!(leaf(&asked.await.unwrap().cert_chain[0]).0, SERVER);
     }
 }
 
