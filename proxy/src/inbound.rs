@@ -22,7 +22,7 @@ use crate::dial::{dial_loopback, dial_workload};
 use crate::error::ProxyError;
 use crate::limits::Place;
 use crate::live::Revocation;
-use crate::policy::{Permit, Subject};
+use crate::policy::{Permit, Principal, Subject};
 use crate::record::{ConnectionRecord, Direction, Party};
 use crate::route::{self, InboundTarget, Target};
 use crate::worker::{Assignment, Worker};
@@ -319,7 +319,7 @@ async fn connect(
     peer: Option<&PeerIdentity>,
 ) -> Result<Connected, ProxyError> {
     let identity = peer.map(|peer| peer.spiffe_id());
-    let subject = Subject::inbound(client, way.address, identity.cloned());
+    let subject = Subject::inbound(client, way.address, peer.map(Principal::from));
     let (permit, mut revocation) = worker.permit(subject)?;
     let app = revocation.or_end(pin!(reach(worker, client, way, &permit, identity))).await?;
     Ok(Connected { app, permit, revocation })

@@ -14,7 +14,7 @@ use rustls::{
     SignatureScheme,
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
-use underpass_config::SpiffeId;
+use underpass_config::{SpiffeId, TrustDomain};
 
 use super::{rejection, workload_id};
 use crate::identity::system_time;
@@ -23,7 +23,13 @@ use crate::{ExpectedPeer, HboneError, clock};
 
 /// A peer's identity, proven in a TLS handshake: nothing else can make one. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct PeerIdentity(Arc<SpiffeId>);
+pub struct PeerIdentity(Arc<Proven>);
+
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Proven {
+    id: SpiffeId,
+    aliases: Arc<[TrustDomain]>,
+}
 
 /// A peer, and the chain that proved it, which later trust may judge otherwise. rustls caps the chain at 64 KiB.
 #[derive(Debug)]
@@ -48,7 +54,13 @@ pub(super) struct Verifier {
 impl PeerIdentity {
     /// Who the peer is, in the words of its certificate, also when its trust domain is an alias of ours.
     pub fn spiffe_id(&self) -> &SpiffeId {
-        &self.0
+        &self.0.id
+    }
+
+    /// Trust domains that are the same as the peer's: our own and its aliases, if the peer is of one
+    /// of them and there are several. Policies may speak of the peer in the name of each.
+    pub fn aliases(&self) -> &Arc<[TrustDomain]> {
+        &self.0.aliases
     }
 }
 
@@ -67,7 +79,7 @@ impl Peer {
             workload_id(leaf).map_err(|problem| HboneError::NotSvid { problem })?
         };
         Ok(Self {
-            identity: PeerIdentity(Arc::new(id)),
+            identity: PeerIdentity(Arc::new(Proven { aliases: authorities.aliases(&id), id })),
             expires: expiry(leaf),
             resumed,
             chain: chain.iter().map(|der| der.clone().into_owned()).collect(),

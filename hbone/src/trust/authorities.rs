@@ -3,6 +3,7 @@
 //! Not here: the handshake (`tls`), and whether a peer may do what it asks for.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls::{CertificateError, Error, ExtendedKeyPurpose, OtherError};
@@ -20,6 +21,8 @@ use crate::{Bundle, ExpectedPeer, HboneError, Identity, tls};
 #[derive(Debug)]
 pub(crate) struct Authorities {
     own: TrustDomain,
+    /// Our own trust domain and its aliases; empty without aliases.
+    aliases: Arc<[TrustDomain]>,
     /// What came with our certificate.
     bundles: BTreeMap<TrustDomain, Bundle>,
     trust: Trust,
@@ -28,8 +31,10 @@ pub(crate) struct Authorities {
 
 impl Authorities {
     pub(crate) fn new(identity: &Identity, trust: Trust) -> Self {
+        let own = identity.spiffe_id().trust_domain().clone();
         Self {
-            own: identity.spiffe_id().trust_domain().clone(),
+            aliases: trust.with_aliases(&own),
+            own,
             bundles: identity.bundles().clone(),
             trust,
             algorithms: tls::provider(&Cipher::ALL).signature_verification_algorithms,
@@ -38,6 +43,11 @@ impl Authorities {
 
     pub(crate) fn algorithms(&self) -> &WebPkiSupportedAlgorithms {
         &self.algorithms
+    }
+
+    /// The trust domains that are the same as that of `id`; none if there are no others.
+    pub(crate) fn aliases(&self, id: &SpiffeId) -> Arc<[TrustDomain]> {
+        if self.is_own(id.trust_domain()) { self.aliases.clone() } else { Arc::default() }
     }
 
     /// What a server asks of its clients: an identity of any trust domain whose roots we have.
@@ -161,7 +171,7 @@ impl Authorities {
 
 /// rustls carries our own error through the handshake; `tls` takes it out again.
 fn rejected(error: HboneError) -> Error {
-    CertificateError::Other(OtherError(std::sync::Arc::new(error))).into()
+    CertificateError::Other(OtherError(Arc::new(error))).into()
 }
 
 /// We expect certain servers, and clients of certain trust domains.
@@ -175,7 +185,7 @@ fn usage(expected: &ExpectedPeer) -> KeyUsage {
 /// What webpki says, bounded: it quotes identifiers of algorithms in the length that the peer chose.
 fn unspecific(error: &webpki::Error) -> CertificateError {
     let error = HboneError::InvalidCertificate { reason: Quoted::new(error) };
-    CertificateError::Other(OtherError(std::sync::Arc::new(error)))
+    CertificateError::Other(OtherError(Arc::new(error)))
 }
 
 /// The first purposes of a certificate that has others than the required one. The peer chooses how

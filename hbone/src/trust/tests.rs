@@ -79,6 +79,13 @@ fn an_alias_is_another_name_of_our_own_domain() {
         let error = ours(as_server(&judge, &chain, wrong));
         assert!(matches!(error, HboneError::UnexpectedPeer { .. }), "{error:?}");
     }
+    let aliases =
+        |peer: &str| judge.aliases(&id(peer)).iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(
+        (aliases(old), aliases(SERVER)),
+        (aliases(CLIENT), vec!["td".into(), "old-td".into()])
+    );
+    assert!(aliases(FOREIGN).is_empty());
     let forged = other.chain(&[old], 2);
     assert_eq!(theirs(as_server(&judge, &forged, SERVER)), CertificateError::UnknownIssuer);
     assert_eq!(theirs(as_client(&judge, &forged)), CertificateError::UnknownIssuer);
