@@ -4,6 +4,7 @@
 //! is part of an error, a log line or a metric label. Without the bound, one certificate of 60 KB costs
 //! a log line of several hundred KB.
 
+use std::error::Error;
 use std::fmt::{self, Write};
 
 /// A text from outside: at most [`Quoted::MAX_BYTES`] bytes of it, with control characters escaped.
@@ -19,6 +20,8 @@ pub struct Quoted(Box<str>);
 impl Quoted {
     /// The longest quote, in bytes, without the mark that says that it was cut.
     pub const MAX_BYTES: usize = 200;
+    /// The longest quote of an error with its causes: some of our own words, and a few quotes.
+    pub const MAX_CHAIN_BYTES: usize = 1024;
 
     /// Quotes the text that `value` displays. Formatting stops at the bound, so that a long text costs
     /// no more than a short one.
@@ -33,6 +36,11 @@ impl Quoted {
             text.text.push_str("...");
         }
         Self(text.text.into_boxed_str())
+    }
+
+    /// An error and everything that caused it, outermost first: `cannot connect: Connection refused`.
+    pub fn chain(error: &(dyn Error + 'static)) -> Self {
+        Self::bounded(Chain(error), Self::MAX_CHAIN_BYTES)
     }
 
     /// The quote.
@@ -62,6 +70,20 @@ impl From<&str> for Quoted {
 impl From<String> for Quoted {
     fn from(text: String) -> Self {
         Self::new(text)
+    }
+}
+
+struct Chain<'a>(&'a (dyn Error + 'static));
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
     }
 }
 
@@ -129,6 +151,19 @@ mod tests {
         let whole = "x".repeat(Quoted::MAX_BYTES);
         assert_eq!(Quoted::new(&whole).as_str(), whole);
     }
+
+    #[test]
+    fn chain_has_every_cause_within_its_bound() {
+        let cause = std::io::Error::other("the\ncause");
+        let error = std::io::Error::new(std::io::ErrorKind::Other, Outer(cause));
+        assert_eq!(Quoted::chain(&error).as_str(), "outer: the\\ncause");
+        let long = std::io::Error::other("x".repeat(1 << 20));
+        assert!(Quoted::chain(&long).as_str().len() <= Quoted::MAX_CHAIN_BYTES + 3);
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("outer")]
+    struct Outer(#[source] std::io::Error);
 
     #[test]
     fn stops_formatting_at_the_bound() {

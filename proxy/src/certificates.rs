@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
-use underpass_config::{IdentitySettings, Settings, SpiffeId, TrustSettings};
+use underpass_config::{IdentitySettings, Quoted, Settings, SpiffeId, TrustSettings};
 use underpass_hbone::{
     Credentials, CredentialsEvent, FileSource, IdentitySource, IstioCa, IstioCaSource, Keeper,
     LocalCaSource, Priority, SpireSource,
@@ -18,7 +18,6 @@ use underpass_interception::Sockets;
 
 use crate::cli::CommandError;
 use crate::dial::PlainDialer;
-use crate::error::chain;
 use crate::metrics;
 
 /// The certificate of this proxy, from its settings to the last renewal.
@@ -124,7 +123,7 @@ fn tell(event: &CredentialsEvent<'_>, workload: &SpiffeId) {
         CredentialsEvent::Failed(error) => {
             metrics::certificate_failed();
             tracing::error!(
-                error = chain(error),
+                error = %Quoted::chain(*error),
                 "no new certificate or trust; what is there stays"
             );
         }

@@ -103,7 +103,11 @@ pub(crate) async fn serve_tunnel(
     if let Err(error) = outcome {
         let mut record = open_record(&worker, client, None, None);
         record.hbone = destination;
-        record.close(Err(error));
+        match error {
+            // The tunnel may have stood.
+            ProxyError::Drained => record.close(Err(error)),
+            error => record.close_unproven(error),
+        }
     }
 }
 

@@ -125,6 +125,11 @@ async fn others_go_on() {
         drop(tunnel);
         exchange(&mut near, &mut far).await;
     }
+    let rogue = "peer=spiffe://cluster.local/ns/default/sa/rogue";
+    for reason in ["the method is not CONNECT", "the authority is not ADDRESS:PORT or NAME:PORT"] {
+        server.line(&["malformed request answered with 400", rogue, reason]).await;
+    }
+    server.line(&["tunnel failed: HTTP/2 was violated", rogue, "PROTOCOL_ERROR"]).await;
     drop((near, far, app));
     let _app = Server::echo(&scene.server, APP);
     scene.echoed().await;
