@@ -11,7 +11,7 @@ use std::io::{self, ErrorKind, Write};
 use std::mem;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::line::Lines;
 use crate::metrics;
@@ -106,14 +106,16 @@ impl Queue {
         lines.clear();
         let mut state = self.state();
         state.in_flight = 0;
-        let deadline = timeout.map(|timeout| Instant::now() + timeout);
-        while state.waiting.is_empty() && state.lost == 0 && !state.closed {
+        let nothing =
+            |state: &mut State| state.waiting.is_empty() && state.lost == 0 && !state.closed;
+        if nothing(&mut state) {
             state.thread = ThreadState::Idle;
-            state = match deadline.map(|at| at.saturating_duration_since(Instant::now())) {
-                None => self.work.wait(state).unwrap_or_else(PoisonError::into_inner),
-                Some(Duration::ZERO) => break,
-                Some(left) => {
-                    let waited = self.work.wait_timeout(state, left);
+            state = match timeout {
+                None => {
+                    self.work.wait_while(state, nothing).unwrap_or_else(PoisonError::into_inner)
+                }
+                Some(timeout) => {
+                    let waited = self.work.wait_timeout_while(state, timeout, nothing);
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
             };
@@ -218,7 +220,7 @@ impl<W: Write> Output<W> {
                 Err(error) => match error.kind() {
                     ErrorKind::Interrupted => {}
                     // A pipe that another process made non-blocking, and that is full.
-                    ErrorKind::WouldBlock => thread::sleep(REST),
+                    ErrorKind::WouldBlock => thread::park_timeout(REST),
                     _ => break,
                 },
             }
