@@ -324,6 +324,7 @@ fn policy(criterion: &mut Criterion) {
         source: [192, 0, 2, 1].into(),
         destination: ([10, 0, 0, 9], 8080).into(),
         identity: Some(&client),
+        aliases: &[],
     };
     criterion.bench_function("policy/five ask, none allows", |bencher| {
         bencher.iter(|| {

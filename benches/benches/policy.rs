@@ -87,6 +87,7 @@ fn measure(
         source: [192, 0, 2, 1].into(),
         destination: ([10, 0, 0, 9], 8080).into(),
         identity,
+        aliases: &[],
     };
     let namespaces: Vec<_> = (0..NAMESPACES).map(namespace).collect();
     let mut namespaces = namespaces.iter().cycle();

@@ -82,7 +82,11 @@ impl FromStr for IdentityPattern {
             Some(base) => (base, true),
             None => (text, false),
         };
-        Ok(Self { base: base.parse()?, below })
+        let base: SpiffeId = base.parse()?;
+        if !below && !base.is_workload() {
+            return Err(SpiffeError::NoPath);
+        }
+        Ok(Self { base, below })
     }
 }
 
@@ -206,8 +210,14 @@ mod tests {
         let all: IdentityPattern = "spiffe://td/*".parse().unwrap();
         assert!(all.matches(&id("spiffe://td/ns/a/sa/b")));
         assert!(!all.matches(&id("spiffe://td")) && !all.matches(&id("spiffe://tdx/a")));
-        for bad in ["*", "spiffe://*", "spiffe://td/*/sa/x", "spiffe://td/ns/sh*", "spiffe://td/**"]
-        {
+        for bad in [
+            "*",
+            "spiffe://*",
+            "spiffe://td",
+            "spiffe://td/*/sa/x",
+            "spiffe://td/ns/sh*",
+            "spiffe://td/**",
+        ] {
             assert!(bad.parse::<IdentityPattern>().is_err(), "{bad}");
         }
     }

@@ -11,6 +11,7 @@ mod file_watch;
 mod files;
 mod load;
 mod mesh;
+mod quote;
 mod read;
 mod resolve;
 mod settings;
@@ -33,13 +34,15 @@ pub use mesh::{
     StringMatch, TunnelHeader, Values, Visibility, WeightedWaypoint, Workload, WorkloadDraft,
     WorkloadType,
 };
+pub use quote::Quoted;
 pub use read::parse_duration;
 pub use resolve::KEYS;
 pub use settings::{
     Backend, BundleFile, Cipher, Dns, Egress, EgressSettings, IdentityFiles, IdentitySettings,
     InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, Limits,
-    LocalCaSettings, LogFormat, Logging, Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings,
-    OnExit, OutboundCapture, PortRange, PortRangeError, Profile, ProxySettings, Settings,
-    SpireSettings, TakeOver, Timeouts, TrustSettings, TunnelSettings, WorkloadSettings,
+    LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls, MtlsOverride,
+    MtlsOverrideError, MtlsSettings, OnExit, OutboundCapture, PortRange, PortRangeError, Profile,
+    ProxySettings, Settings, SpireSettings, TakeOver, Timeouts, TrustSettings, TunnelSettings,
+    WorkloadSettings,
 };
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use crate::document::Origin;
 use crate::read::Cursor;
 use crate::settings::{
-    LogFormat, Logging, MtlsSettings, Profile, ProxySettings, Settings, WorkloadSettings,
+    LogFilter, LogFormat, Logging, MtlsSettings, Profile, ProxySettings, Settings, WorkloadSettings,
 };
 use crate::{SpiffeId, TrustDomain};
 
@@ -266,8 +266,19 @@ fn refuse_shared_ports(
 fn logging(section: Cursor<'_>) -> Logging {
     let formats = [("plain", LogFormat::Plain), ("json", LogFormat::Json)];
     Logging {
-        filter: section.key("filter").text().unwrap_or("info").to_owned(),
+        filter: log_filter(section.key("filter")),
         format: section.key("format").one_of(&formats).unwrap_or(LogFormat::Plain),
+    }
+}
+
+fn log_filter(cursor: Cursor<'_>) -> LogFilter {
+    match cursor.text().map(str::parse) {
+        Some(Ok(filter)) => filter,
+        Some(Err(error)) => {
+            cursor.problem(format!("must be like info or info,access=off: {error}"));
+            LogFilter::default()
+        }
+        None => LogFilter::default(),
     }
 }
 

@@ -6,6 +6,7 @@ mod egress;
 mod identity;
 mod interception;
 mod limits;
+mod logging;
 mod mtls;
 
 use std::net::SocketAddr;
@@ -21,6 +22,7 @@ pub use interception::{
     PortRange, PortRangeError, Profile,
 };
 pub use limits::{Limits, TakeOver, Timeouts};
+pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 
 use crate::{SpiffeId, TrustDomain};
@@ -90,22 +92,4 @@ pub struct ProxySettings {
     pub workers: Option<usize>,
     /// Whether connections that did not come through a tunnel are taken.
     pub mtls: MtlsSettings,
-}
-
-/// What is logged, and how it looks.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Logging {
-    /// Which levels of which targets, in tracing's filter syntax: `info`, `info,access=off`.
-    pub filter: String,
-    /// How a line looks.
-    pub format: LogFormat,
-}
-
-/// How a log line looks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LogFormat {
-    /// For people: time, level, target, message, fields.
-    Plain,
-    /// For machines: one JSON object a line.
-    Json,
 }

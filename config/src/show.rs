@@ -38,7 +38,7 @@ impl fmt::Display for Settings {
             LogFormat::Plain => "plain",
             LogFormat::Json => "json",
         };
-        writeln!(f, "logging: {{filter: {:?}, format: {format}}}", self.logging.filter)
+        writeln!(f, "logging: {{filter: {:?}, format: {format}}}", self.logging.filter.as_str())
     }
 }
 

@@ -28,6 +28,9 @@ pub enum SpiffeError {
         "each path segment must be one or more of a-z, A-Z, 0-9, '.', '-' and '_', and not '.' or '..'"
     )]
     Path,
+    /// There is no path where the identity of a workload is needed.
+    #[error("it has no path: it names a trust domain, not a workload")]
+    NoPath,
     /// The identity is longer than the 2048 bytes that the standard allows.
     #[error("it is longer than 2048 bytes")]
     TooLong,
@@ -111,6 +114,12 @@ impl SpiffeId {
         self.0.text.get(self.0.trust_domain.0.len()..).unwrap_or_default()
     }
 
+    /// Whether it names a workload. An identity without a path names the trust domain itself: only
+    /// the certificate of a CA has one (X509-SVID section 2).
+    pub fn is_workload(&self) -> bool {
+        !self.path().is_empty()
+    }
+
     /// The identity as Istio's policies write it: without `spiffe://`.
     pub fn principal(&self) -> &str {
         &self.0.text
@@ -176,6 +185,12 @@ mod tests {
             assert_eq!(id.to_string(), text);
             assert_eq!(format!("spiffe://{}{}", id.trust_domain(), id.path()), text);
         }
+    }
+
+    #[test]
+    fn identity_without_path_is_no_workload() {
+        let is_workload = |text: &str| text.parse::<SpiffeId>().unwrap().is_workload();
+        assert!(is_workload("spiffe://td/a") && !is_workload("spiffe://td"));
     }
 
     #[test]

@@ -30,7 +30,7 @@ impl FromStr for Authority {
     type Err = HboneError;
 
     fn from_str(text: &str) -> Result<Self, HboneError> {
-        parse(text).ok_or_else(|| HboneError::InvalidAuthority { authority: text.to_owned() })
+        parse(text).ok_or_else(|| HboneError::InvalidAuthority { authority: text.into() })
     }
 }
 

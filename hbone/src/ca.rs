@@ -25,7 +25,7 @@ use time::OffsetDateTime;
 use underpass_config::{SpiffeId, TrustDomain};
 
 use self::files::{create, read, replace, with_suffix};
-use crate::{Bundle, CredentialProblem, HboneError, clock, tls};
+use crate::{Bundle, CredentialProblem, HboneError, SvidProblem, clock, tls};
 
 pub(crate) use self::clients::read_token;
 pub(crate) use self::messages::{
@@ -210,6 +210,10 @@ impl CertificateAuthority {
             let trust_domain = self.trust_domain.clone();
             return Err(problem(CredentialProblem::ForeignId { trust_domain, id: id.clone() }));
         }
+        if !id.is_workload() {
+            let nameless = SvidProblem::TrustDomainOnly(self.trust_domain.clone());
+            return Err(problem(CredentialProblem::Svid(nameless)));
+        }
         let name = uri(&id.to_string()).map_err(problem)?;
         let mut params = leaf_params(vec![name], not_before, not_after).map_err(problem)?;
         params.extended_key_usages = usages.to_vec();
@@ -274,11 +278,7 @@ fn from_parts(
     if certificate.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
         return Err(CredentialProblem::KeyMismatch);
     }
-    let names = tls::uri_names(&der).unwrap_or_default();
-    let ids: Vec<SpiffeId> = names.iter().filter_map(|name| name.parse().ok()).collect();
-    let [id] = ids.as_slice() else {
-        return Err(CredentialProblem::Names(names));
-    };
+    let id = tls::spiffe_id(&certificate).map_err(CredentialProblem::Authority)?;
     let trust_domain = id.trust_domain().clone();
     let issuer =
         Issuer::from_ca_cert_der(&der, key).map_err(|error| malformed(error.to_string()))?;

@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
-use underpass_config::{Cipher, SpiffeId};
+use underpass_config::{Cipher, Quoted, SpiffeId};
 
 use crate::guard::Guard;
 use crate::io::{Io, transport};
@@ -247,7 +247,7 @@ async fn within(
 /// RFC 9113 section 8.5: `:method` and `:authority`, neither `:scheme` nor `:path`.
 fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
     let ConnectRequest { authority, headers } = connect;
-    let invalid = |authority: String| HboneError::InvalidAuthority { authority };
+    let invalid = |authority: String| HboneError::InvalidAuthority { authority: authority.into() };
     let mut parts = uri::Parts::default();
     parts.authority = Some(authority.parse().map_err(|_| invalid(authority.clone()))?);
     let uri = Uri::from_parts(parts).map_err(|_| invalid(authority))?;
@@ -289,7 +289,7 @@ async fn drive(
     .await;
     if let Err(reason) = ended {
         let peer = link.peer().spiffe_id();
-        tracing::debug!(%peer, error = &reason as &dyn std::error::Error, "tunnel ended");
+        tracing::debug!(%peer, error = %Quoted::chain(&reason), "tunnel ended");
         // Before the connection is dropped, for that is when its streams learn of it.
         link.fail(reason);
     }

@@ -15,8 +15,9 @@ use h2::Reason;
 use http::StatusCode;
 use thiserror::Error;
 use time::OffsetDateTime;
-use underpass_config::{ConfigErrors, SpiffeId, TrustDomain};
+use underpass_config::{ConfigErrors, Quoted, SpiffeId, TrustDomain};
 
+use crate::SvidProblem;
 use crate::source::IssuerProblem;
 
 /// Why a tunnel could not be opened or used, or a certificate not be read or issued.
@@ -68,14 +69,25 @@ pub enum HboneError {
     },
     /// The peer is somebody else, by the names in its certificate.
     #[error(
-        "peer presented {}, expected {expected}: are serviceAccount and trustDomain right in the mesh file?",
-        list(presented)
+        "peer presented {presented}, expected {expected}: are serviceAccount and trustDomain right in the mesh file?"
     )]
     UnexpectedPeer {
         /// Who it should have been.
         expected: ExpectedPeer,
-        /// The URI names in its certificate.
-        presented: Vec<String>,
+        /// Who it has proven to be.
+        presented: Quoted,
+    },
+    /// The peer's certificate is not one of a workload.
+    #[error("the peer's certificate is not an X.509-SVID: {problem}")]
+    NotSvid {
+        /// What is wrong with it.
+        problem: SvidProblem,
+    },
+    /// The peer's chain is invalid for a reason without a variant of its own.
+    #[error("the peer's certificate is invalid: {reason}")]
+    InvalidCertificate {
+        /// What webpki says.
+        reason: Quoted,
     },
     /// The peer's certificate, or one in its chain, is no longer valid.
     #[error(
@@ -106,7 +118,7 @@ pub enum HboneError {
     )]
     RevocationUnknown {
         /// Whose list is missing, as a distinguished name.
-        issuer: String,
+        issuer: Quoted,
     },
     /// A revocation list is past its `nextUpdate`.
     #[error(
@@ -180,7 +192,7 @@ pub enum HboneError {
     #[error("{authority:?} is not an authority of the form ADDRESS:PORT or NAME:PORT")]
     InvalidAuthority {
         /// What was given.
-        authority: String,
+        authority: Quoted,
     },
     /// A certificate, key or roots that cannot be used, read or written.
     #[error("{}: {what}", file.display())]
@@ -279,9 +291,12 @@ pub enum CredentialProblem {
          does the file hold the certificates between them?"
     )]
     UnknownIssuer(String),
-    /// The leaf must have exactly one `spiffe://` name.
-    #[error("the certificate must have exactly one SPIFFE URI name, it has: {}", list(.0))]
-    Names(Vec<String>),
+    /// The certificate is not one of a workload.
+    #[error("the certificate is not an X.509-SVID: {0}")]
+    Svid(SvidProblem),
+    /// The certificate of a CA names no trust domain.
+    #[error("the CA's certificate names no trust domain: {0}")]
+    Authority(SvidProblem),
     /// The certificate is no longer valid.
     #[error("the certificate expired at {}: issue a new one", utc(*.0))]
     Expired(SystemTime),
@@ -329,8 +344,8 @@ pub enum RequestProblem {
     #[error("its key must be P-256, P-384, Ed25519, or RSA of at least 2048 bits")]
     Key,
     /// It asks for more than one identity.
-    #[error("it must have at most one URI name, a SPIFFE identity; it has: {}", list(.0))]
-    Names(Vec<String>),
+    #[error("it must have at most one URI name, a SPIFFE identity; it has: {0}")]
+    Names(Quoted),
 }
 
 impl HboneError {
@@ -366,6 +381,8 @@ impl HboneError {
             Self::HandshakeTimeout { .. } => "handshake_timeout",
             Self::Tls { .. } => "tls",
             Self::UnexpectedPeer { .. } => "identity",
+            Self::NotSvid { .. } => "svid",
+            Self::InvalidCertificate { .. } => "certificate",
             Self::PeerCertificateExpired { .. } => "expired",
             Self::UntrustedDomain { .. } => "untrusted_domain",
             Self::Revoked => "revoked",
@@ -460,7 +477,7 @@ mod tests {
                 .into();
         let error = HboneError::UnexpectedPeer {
             expected: ExpectedPeer::OneOf(expected),
-            presented: vec!["spiffe://td/ns/x/sa/y".to_owned()],
+            presented: "spiffe://td/ns/x/sa/y".into(),
         };
         let start = "peer presented spiffe://td/ns/x/sa/y, \
                      expected spiffe://td/ns/a/sa/b or spiffe://td/ns/a/sa/c:";

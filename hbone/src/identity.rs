@@ -208,11 +208,7 @@ fn read_leaf(der: &[u8]) -> Result<Leaf, CredentialProblem> {
     let malformed = |error: String| CredentialProblem::Certificate(error);
     let (_, leaf) =
         x509_parser::parse_x509_certificate(der).map_err(|error| malformed(error.to_string()))?;
-    let names = tls::uri_names(der).ok_or_else(|| malformed("subjectAltName".to_owned()))?;
-    let mut ids = names.iter().filter_map(|name| name.parse().ok());
-    let (Some(spiffe_id), None) = (ids.next(), ids.next()) else {
-        return Err(CredentialProblem::Names(names));
-    };
+    let spiffe_id = tls::workload_id(der).map_err(CredentialProblem::Svid)?;
     let validity = leaf.validity();
     Ok(Leaf {
         spiffe_id,

@@ -10,12 +10,13 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use h2::server::{Connection, SendResponse};
-use h2::{RecvStream, ext};
+use h2::{Reason, RecvStream, ext};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
+use underpass_config::Quoted;
 
 use crate::guard::Guard;
 use crate::io::{Io, transport};
@@ -23,7 +24,9 @@ use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored};
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
 use crate::windows::Windows;
-use crate::{Authority, Credentials, HboneError, PeerIdentity, ServerSettings, TunnelStream};
+use crate::{
+    Authority, Credentials, HboneError, LogLimit, PeerIdentity, ServerSettings, TunnelStream,
+};
 
 /// Accepts tunnels, each with the [`Credentials`] of its moment. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -181,8 +184,7 @@ impl ServerTunnel {
 
     fn end(&mut self, reason: Option<HboneError>) -> Poll<Option<Incoming>> {
         if let Some(reason) = reason {
-            let peer = self.link.peer().spiffe_id();
-            tracing::debug!(%peer, error = &reason as &dyn std::error::Error, "tunnel ended");
+            log_end(&reason, &self.link);
             // Before the connection is dropped, for that is when its streams learn of it.
             self.link.fail(reason);
         }
@@ -198,12 +200,13 @@ impl Incoming {
         mut respond: SendResponse<Bytes>,
         link: &Arc<Link>,
     ) -> Option<Self> {
-        let plain = request.method() == Method::CONNECT
-            && request.extensions().get::<ext::Protocol>().is_none();
-        let authority = request.uri().authority().and_then(|text| text.as_str().parse().ok());
-        let Some(authority) = authority.filter(|_| plain) else {
-            answer_end(&mut respond, StatusCode::BAD_REQUEST);
-            return None;
+        let authority = match destination(&request) {
+            Ok(authority) => authority,
+            Err(reason) => {
+                log_malformed(&request, reason, link);
+                answer_end(&mut respond, StatusCode::BAD_REQUEST);
+                return None;
+            }
         };
         let (head, recv) = request.into_parts();
         Some(Self { authority, headers: head.headers, recv, respond, link: link.clone() })
@@ -259,6 +262,53 @@ impl Incoming {
             Ok(reason) => HboneError::Reset { reason },
             Err(error) => self.link.stream_error(error),
         })
+    }
+}
+
+/// Where a CONNECT request leads, or why it cannot be granted.
+fn destination(request: &Request<RecvStream>) -> Result<Authority, &'static str> {
+    if request.method() != Method::CONNECT {
+        return Err("the method is not CONNECT");
+    }
+    if request.extensions().get::<ext::Protocol>().is_some() {
+        return Err("extended CONNECT (RFC 8441) is not supported");
+    }
+    let authority = request.uri().authority().ok_or("there is no authority")?;
+    let authority = authority.as_str().parse();
+    authority.map_err(|_| "the authority is not ADDRESS:PORT or NAME:PORT")
+}
+
+fn log_malformed(request: &Request<RecvStream>, reason: &'static str, link: &Link) {
+    static LIMIT: LogLimit = LogLimit::new("malformed requests");
+    if LIMIT.admit(reason) {
+        let peer = link.peer().spiffe_id();
+        let method = Quoted::new(request.method());
+        let authority = Quoted::new(request.uri().authority().map_or("", |text| text.as_str()));
+        tracing::warn!(%peer, %method, %authority, reason, "malformed request answered with 400");
+    }
+}
+
+/// A peer that violates HTTP/2 leaves a line; how connections usually end is for debugging.
+fn log_end(reason: &HboneError, link: &Link) {
+    static LIMIT: LogLimit = LogLimit::new("tunnels that failed");
+    let peer = link.peer().spiffe_id();
+    // The peer chooses the debug data of its GOAWAY.
+    let error = || Quoted::chain(reason);
+    if !is_violation(reason) {
+        tracing::debug!(%peer, error = %error(), "tunnel ended");
+    } else if LIMIT.admit(reason.kind()) {
+        tracing::warn!(%peer, error = %error(), "tunnel failed: HTTP/2 was violated");
+    }
+}
+
+/// Whether one side ended the connection because of what the other one sent.
+fn is_violation(reason: &HboneError) -> bool {
+    match reason {
+        HboneError::H2 { .. } => true,
+        HboneError::Lost { source: Some(error) } => {
+            error.is_go_away() && error.reason() != Some(Reason::NO_ERROR)
+        }
+        _ => false,
     }
 }
 

@@ -36,10 +36,7 @@ impl SourceLimit {
     /// One more of `source`; `None` when it has too many. An IPv6 source is its /64, and an IPv4 address that came in
     /// through an IPv6 socket is an IPv4 address.
     pub fn admit(&self, source: IpAddr) -> Option<SourceGuard> {
-        let source = match source.to_canonical() {
-            IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & SUBSCRIBER)),
-            v4 @ IpAddr::V4(_) => v4,
-        };
+        let source = network(source);
         let mut counts = self.counts();
         let count = counts.get(&source).copied().unwrap_or(0);
         if count >= self.0.per_source {
@@ -52,6 +49,14 @@ impl SourceLimit {
     fn counts(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
         // Nothing panics while it is held.
         self.0.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What counts as one source: an IPv4 address, or the /64 of an IPv6 address.
+pub(crate) fn network(source: IpAddr) -> IpAddr {
+    match source.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & SUBSCRIBER)),
+        v4 @ IpAddr::V4(_) => v4,
     }
 }
 

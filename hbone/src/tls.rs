@@ -5,6 +5,7 @@
 mod client;
 mod server;
 mod sessions;
+mod svid;
 mod verify;
 
 use std::io;
@@ -21,8 +22,10 @@ use crate::stream::carried_error;
 
 pub(crate) use self::client::ClientTls;
 pub(crate) use self::server::ServerTls;
+pub use self::svid::SvidProblem;
+pub(crate) use self::svid::{spiffe_id, workload_id};
+pub(crate) use self::verify::Peer;
 pub use self::verify::PeerIdentity;
-pub(crate) use self::verify::{Peer, uri_names};
 
 pub(crate) const ALPN: &[u8] = b"h2";
 

@@ -87,6 +87,15 @@ impl Trust {
         self.0.aliases.contains(trust_domain)
     }
 
+    /// `own` and its aliases; nothing if there are none.
+    pub(crate) fn with_aliases(&self, own: &TrustDomain) -> Arc<[TrustDomain]> {
+        if self.0.aliases.is_empty() {
+            return Arc::default();
+        }
+        let others = self.0.aliases.iter().filter(|alias| *alias != own);
+        std::iter::once(own).chain(others).cloned().collect()
+    }
+
     pub(crate) fn bundle(&self, trust_domain: &TrustDomain) -> Option<&Bundle> {
         self.0.bundles.get(trust_domain)
     }

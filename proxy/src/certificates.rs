@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
-use underpass_config::{IdentitySettings, Settings, SpiffeId, TrustSettings};
+use underpass_config::{IdentitySettings, Quoted, Settings, SpiffeId, TrustSettings};
 use underpass_hbone::{
     Credentials, CredentialsEvent, FileSource, Identity, IdentitySource, IstioCa, IstioCaSource,
     Keeper, LocalCaSource, Priority, SpireSource,
@@ -19,7 +19,6 @@ use underpass_interception::Sockets;
 use crate::cli::CommandError;
 use crate::dial::PlainDialer;
 use crate::endpoints::Readiness;
-use crate::error::chain;
 use crate::metrics;
 
 /// The certificate of this proxy, from its settings to the last renewal.
@@ -131,7 +130,7 @@ impl Reporter {
             CredentialsEvent::Failed(error) => {
                 metrics::certificate_failed();
                 tracing::error!(
-                    error = chain(error),
+                    error = %Quoted::chain(*error),
                     "no new certificate or trust; what is there stays"
                 );
             }
@@ -148,7 +147,7 @@ impl Reporter {
                 metrics::certificate_failed();
                 tracing::error!(
                     from = self.origin,
-                    error = chain(error),
+                    error = %Quoted::chain(*error),
                     "the certificate has expired: every HBONE connection fails until there is a new one"
                 );
             }

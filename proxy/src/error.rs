@@ -241,12 +241,14 @@ fn tunnel_reason(error: &HboneError) -> Reason {
         | HboneError::Tls { .. }
         | HboneError::NoPeerCertificate
         | HboneError::PeerCertificateExpired { .. }
+        | HboneError::InvalidCertificate { .. }
         | HboneError::Revoked
         | HboneError::RevocationUnknown { .. }
         | HboneError::RevocationListExpired { .. }
         | HboneError::RevocationListUntrusted { .. }
         | HboneError::CertificateRefused { .. } => "TLS_FAILURE",
         HboneError::UnexpectedPeer { .. }
+        | HboneError::NotSvid { .. }
         | HboneError::UntrustedDomain { .. }
         | HboneError::Credential { .. }
         | HboneError::Watch { .. }

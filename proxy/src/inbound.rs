@@ -22,7 +22,7 @@ use crate::dial::{dial_loopback, dial_workload};
 use crate::error::ProxyError;
 use crate::limits::Place;
 use crate::live::Revocation;
-use crate::policy::{Permit, Subject};
+use crate::policy::{Permit, Principal, Subject};
 use crate::record::{ConnectionRecord, Direction, Party};
 use crate::route::{self, InboundTarget, Target};
 use crate::worker::{Assignment, Worker};
@@ -103,7 +103,11 @@ pub(crate) async fn serve_tunnel(
     if let Err(error) = outcome {
         let mut record = open_record(&worker, client, None, None);
         record.hbone = destination;
-        record.close(Err(error));
+        match error {
+            // The tunnel may have stood.
+            ProxyError::Drained => record.close(Err(error)),
+            error => record.close_unproven(error),
+        }
     }
 }
 
@@ -319,7 +323,7 @@ async fn connect(
     peer: Option<&PeerIdentity>,
 ) -> Result<Connected, ProxyError> {
     let identity = peer.map(|peer| peer.spiffe_id());
-    let subject = Subject::inbound(client, way.address, identity.cloned());
+    let subject = Subject::inbound(client, way.address, peer.map(Principal::from));
     let (permit, mut revocation) = worker.permit(subject)?;
     let app = revocation.or_end(pin!(reach(worker, client, way, &permit, identity))).await?;
     Ok(Connected { app, permit, revocation })

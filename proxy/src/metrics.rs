@@ -25,6 +25,8 @@ const TUNNELS: &str = "underpass_tunnels_open";
 const REFUSED: &str = "underpass_connections_refused_total";
 const HANDSHAKES: &str = "underpass_handshakes_under_way";
 const HANDSHAKES_WAITED: &str = "underpass_handshakes_waited_total";
+const HANDSHAKES_FAILED: &str = "underpass_handshakes_failed_total";
+const LOG_LINES_LOST: &str = "underpass_log_lines_lost_total";
 const HANDSHAKES_REFUSED: &str = "underpass_handshakes_refused_total";
 const MESH_UPDATES: &str = "underpass_mesh_updates_total";
 const MESH_GENERATION: &str = "underpass_mesh_generation";
@@ -54,6 +56,15 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     describe_gauge!(HANDSHAKES, "TLS handshakes with clients under way now.");
     describe_counter!(HANDSHAKES_WAITED, "TLS handshakes that had to wait for their turn.");
     describe_counter!(HANDSHAKES_REFUSED, "TLS handshakes refused, by the limit.");
+    describe_counter!(
+        HANDSHAKES_FAILED,
+        "Handshakes of clients that failed, by the reason of the access log."
+    );
+    describe_counter!(
+        LOG_LINES_LOST,
+        "Log lines lost because standard output was stalled or full."
+    );
+    counter!(LOG_LINES_LOST).increment(0);
     describe_counter!(MESH_UPDATES, "Changes of the mesh, by what came of them.");
     describe_gauge!(
         MESH_GENERATION,
@@ -116,6 +127,16 @@ pub(crate) fn certificate_failed() {
 /// Counts a connection that was refused before its handshake.
 pub(crate) fn handshake_refused(limit: &'static str) {
     counter!(HANDSHAKES_REFUSED, "limit" => limit).increment(1);
+}
+
+/// Counts a client that failed to handshake, or that was refused by its handshake.
+pub(crate) fn handshake_failed(reason: &'static str) {
+    counter!(HANDSHAKES_FAILED, "reason" => reason).increment(1);
+}
+
+/// Counts log lines that were lost.
+pub(crate) fn log_lines_lost(lines: u64) {
+    counter!(LOG_LINES_LOST).increment(lines);
 }
 
 /// Counts a handshake that has to wait for its turn.

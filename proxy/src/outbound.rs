@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use underpass_config::{NetworkMode, SpiffeId};
+use underpass_config::{NetworkMode, Quoted, SpiffeId};
 use underpass_hbone::{ConnectRequest, Connector, TunnelKey, TunnelStream};
 
 use crate::accept::Registered;
@@ -17,7 +17,7 @@ use crate::copy::{Flow, broken};
 use crate::descriptors::Held;
 use crate::dial::dial;
 use crate::endpoint_health::OpenConnection;
-use crate::error::{ProxyError, chain};
+use crate::error::ProxyError;
 use crate::limits::Place;
 use crate::live::Revocation;
 use crate::policy::{Outbound, Permit, Subject};
@@ -171,7 +171,7 @@ impl Call<'_> {
         let pause = shared.timeouts.set_aside;
         metrics::endpoint_set_aside();
         tracing::warn!(
-            endpoint = %endpoint.uid, port = endpoint.port, error = chain(failed),
+            endpoint = %endpoint.uid, port = endpoint.port, error = %Quoted::chain(failed),
             "an endpoint is set aside for {} s", pause.as_secs_f32()
         );
         shared.endpoints.set_aside(endpoint.clone(), pause);

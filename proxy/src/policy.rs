@@ -10,8 +10,10 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use underpass_config::{
-    Connection, EgressSettings, Mtls, MtlsSettings, SpiffeId, Workload, WorkloadSettings,
+    Connection, EgressSettings, Mtls, MtlsSettings, SpiffeId, TrustDomain, Workload,
+    WorkloadSettings,
 };
+use underpass_hbone::PeerIdentity;
 use underpass_interception::{KUBELET_PROBE_V4, KUBELET_PROBE_V6, Ports};
 
 use crate::authorization;
@@ -57,18 +59,31 @@ pub(crate) struct Inbound {
     source: SocketAddr,
     destination: SocketAddr,
     /// Who came through a tunnel; `None` in plain.
-    identity: Option<SpiffeId>,
+    principal: Option<Principal>,
+}
+
+/// A proven identity, and the trust domains in whose names policies may speak of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Principal {
+    id: SpiffeId,
+    aliases: Arc<[TrustDomain]>,
+}
+
+impl From<&PeerIdentity> for Principal {
+    fn from(peer: &PeerIdentity) -> Self {
+        Self { id: peer.spiffe_id().clone(), aliases: peer.aliases().clone() }
+    }
 }
 
 impl Subject {
-    /// A connection from `source` to the application at `destination`; `identity` is proven by the tunnel that it came through.
+    /// A connection from `source` to the application at `destination`; `principal` is proven by the tunnel that it came through.
     pub(crate) fn inbound(
         source: SocketAddr,
         destination: SocketAddr,
-        identity: Option<SpiffeId>,
+        principal: Option<Principal>,
     ) -> Self {
         let source = SocketAddr::new(source.ip().to_canonical(), source.port());
-        Self::Inbound(Inbound { source, destination, identity })
+        Self::Inbound(Inbound { source, destination, principal })
     }
 
     /// What is connected to.
@@ -150,12 +165,12 @@ fn knows(snapshot: &Snapshot, asked: SocketAddr, hop: SocketAddr, own: &Workload
 }
 
 fn check_inbound(inbound: &Inbound, snapshot: &Snapshot, rules: &Rules) -> Result<(), ProxyError> {
-    let Inbound { source, destination, identity } = inbound;
+    let Inbound { source, destination, principal } = inbound;
     if is_own_listener(destination.port(), rules.ports) {
         return Err(ProxyError::OwnListener(*destination));
     }
     let local = local(destination.ip(), snapshot, rules);
-    if identity.is_none() && !(rules.probes && is_probe_source(source.ip())) {
+    if principal.is_none() && !(rules.probes && is_probe_source(source.ip())) {
         let mode = rules.mtls.mode(local.namespace, local.name, destination.port());
         if mode == Mtls::Strict {
             return Err(ProxyError::PlaintextRefused(*destination));
@@ -170,7 +185,12 @@ impl Inbound {
         Connection {
             source: self.source.ip(),
             destination: self.destination,
-            identity: self.identity.as_ref(),
+            identity: self.principal.as_ref().map(|principal| &principal.id),
+            aliases: self
+                .principal
+                .as_ref()
+                .map(|principal| &*principal.aliases)
+                .unwrap_or_default(),
         }
     }
 }
@@ -181,7 +201,8 @@ fn log_dry_run(subject: &Subject, snapshot: &Snapshot, rules: &Rules) {
     let local = local(inbound.destination.ip(), snapshot, rules);
     let policies = snapshot.mesh.policies(local.namespace, local.workload);
     for would in authorization::dry_run(policies, &inbound.connection()) {
-        let identity = inbound.identity.as_ref().map(tracing::field::display);
+        let identity =
+            inbound.principal.as_ref().map(|principal| tracing::field::display(&principal.id));
         tracing::info!(
             target: "policy", source = %inbound.source, identity, destination = %inbound.destination, "{would}"
         );

@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use http::HeaderMap;
 use tokio::time::Instant;
-use underpass_config::{Name, Service, SpiffeId, Workload};
-use underpass_hbone::{Baggage, TraceParent};
+use underpass_config::{Quoted, Service, SpiffeId, Workload};
+use underpass_hbone::{Baggage, LogLimit, TraceParent};
 
-use crate::error::{Fault, ProxyError, chain};
+use crate::error::{Fault, ProxyError};
 use crate::metrics::{self, KnownSeries, Labels, Series};
 
 /// Which way a connection goes, and so who reports it.
@@ -53,11 +53,31 @@ pub(crate) struct ConnectionRecord {
     /// What it is logged under, here and at the peer.
     trace: Option<TraceParent>,
     /// Who the peer says that the source is, in words for people; used where the mesh does not know.
-    claimed: Option<Box<Baggage>>,
+    claimed: Option<Box<Claim>>,
     series: Option<Arc<Series>>,
     sent: AtomicU64,
     received: AtomicU64,
     outcome: Result<(), ProxyError>,
+    /// Whether the log has no line of it: it has too many of the same.
+    unlogged: bool,
+}
+
+/// What a peer says of the workload that it speaks for, as far as the log has it.
+#[derive(Debug)]
+struct Claim {
+    workload: Option<Quoted>,
+    namespace: Quoted,
+    cluster: Quoted,
+}
+
+impl From<Baggage> for Claim {
+    fn from(baggage: Baggage) -> Self {
+        Self {
+            workload: baggage.workload.map(|(_, name)| Quoted::new(&*name)),
+            namespace: Quoted::new(&*baggage.namespace),
+            cluster: Quoted::new(&*baggage.cluster),
+        }
+    }
 }
 
 impl ConnectionRecord {
@@ -76,6 +96,7 @@ impl ConnectionRecord {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             outcome: Err(ProxyError::Dropped),
+            unlogged: false,
         }
     }
 
@@ -88,7 +109,7 @@ impl ConnectionRecord {
     pub(crate) fn claimed(&mut self, headers: &HeaderMap) {
         self.trace = TraceParent::read(headers);
         if self.source.workload.is_none() {
-            self.claimed = Baggage::read(headers).map(Box::new);
+            self.claimed = Baggage::read(headers).map(|baggage| Box::new(baggage.into()));
         }
     }
 
@@ -120,6 +141,16 @@ impl ConnectionRecord {
         self.sent.load(Relaxed).wrapping_add(self.received.load(Relaxed))
     }
 
+    /// Closes the record of a client that failed to handshake, or was refused by its handshake. Anyone
+    /// can cause one, so that beyond a rate they are only counted.
+    pub(crate) fn close_unproven(mut self, error: ProxyError) {
+        static LIMIT: LogLimit = LogLimit::new("failed handshakes");
+        let reason = error.reason().code;
+        metrics::handshake_failed(reason);
+        self.unlogged = !LIMIT.admit(reason);
+        self.outcome = Err(error);
+    }
+
     /// Closes the record: it is counted and logged here and nowhere else.
     pub(crate) fn close(mut self, outcome: Result<(), ProxyError>) {
         self.outcome = outcome;
@@ -143,7 +174,8 @@ impl ConnectionRecord {
 
     fn log(&self) {
         let reason = self.outcome.as_ref().err().map(ProxyError::reason);
-        let error = self.outcome.as_ref().err().map(|error| chain(error));
+        let error = self.outcome.as_ref().err().map(|error| Quoted::chain(error));
+        let error = error.as_ref().map(Quoted::as_str);
         let source = PartyFields::new(&self.source, self.claimed.as_deref());
         let destination = PartyFields::new(&self.destination, None);
         // As ztunnel has it: the address of the connection itself, and the one that the tunnel leads to.
@@ -198,9 +230,9 @@ struct PartyFields<'a> {
 
 impl<'a> PartyFields<'a> {
     /// What the mesh knows goes before what the party says of itself.
-    fn new(party: &'a Party, claimed: Option<&'a Baggage>) -> Self {
+    fn new(party: &'a Party, claimed: Option<&'a Claim>) -> Self {
         let identity = party.identity.as_ref().map(ToString::to_string);
-        let text = |text: &'a Name| Some(&**text).filter(|text| !text.is_empty());
+        let text = |text: &'a Quoted| Some(text.as_str()).filter(|text| !text.is_empty());
         match (&party.workload, claimed) {
             (Some(workload), _) => Self {
                 workload: Some(&*workload.name),
@@ -209,7 +241,7 @@ impl<'a> PartyFields<'a> {
                 identity,
             },
             (None, Some(claimed)) => Self {
-                workload: claimed.workload.as_ref().and_then(|(_, name)| text(name)),
+                workload: claimed.workload.as_ref().and_then(text),
                 namespace: text(&claimed.namespace),
                 cluster: text(&claimed.cluster),
                 identity,
@@ -227,6 +259,8 @@ impl Drop for ConnectionRecord {
             Some(series) => series.closed(flags, || self.labels()),
             None => metrics::failed(&self.labels(), flags),
         }
-        self.log();
+        if !self.unlogged {
+            self.log();
+        }
     }
 }

@@ -16,6 +16,7 @@ fn main() -> ExitCode {
     add_servers(&mut suite);
     add_pairs(&mut suite);
     suite.test("who trusts two authorities takes either", either_authority);
+    suite.test("a storm of refused certificates leaves few short lines", storm);
     suite.run()
 }
 
@@ -59,7 +60,7 @@ fn add_servers(suite: &mut Suite) {
         "a server of another trust domain is refused, even if its root is trusted",
         async || {
             let server = |scene: &Scene| TlsServer::new(&of_another_domain(scene, SERVER));
-            server_is_refused(server, "identity").await;
+            server_is_refused(server, "untrusted_domain").await;
         },
     );
 }
@@ -159,6 +160,53 @@ async fn between_proxies(
     assert!(!app.is_reached(), "the application was reached");
     failed(&mut server, server_reason).await;
     failed(&mut client, client_reason).await
+}
+
+/// How many clients come with a certificate of 60 KB that nobody vouches for.
+const STORM: usize = 200;
+
+async fn storm() {
+    let scene = Scene::new().await;
+    let mut server = scene.server.proxy(&scene.server_settings()).await;
+    let client = TlsClient::new(Some(&self_signed(&scene, 60_000)));
+    let hbone = scene.server.at(Family::V4, HBONE);
+    for _ in 0..STORM {
+        let read = client.read(&scene.client, hbone).await;
+        assert!(read.is_err(), "the client got {read:?} bytes instead of an alert");
+    }
+    server.line(&["connection failed", "reason=\"svid\""]).await;
+    server.line(&["similar log lines suppressed", "kind=\"failed handshakes\""]).await;
+    let (log, longest) = (server.log(), server.log().lines().map(str::len).max());
+    assert!(longest.is_some_and(|bytes| bytes < 2000), "{longest:?} bytes in a line");
+    assert!(log.lines().count() < STORM, "{log}");
+    let failed = scene.server.metrics().await;
+    let failed = failed.sum("underpass_handshakes_failed_total", &[("reason", "svid")]);
+    assert_eq!(failed, Some(STORM as f64));
+}
+
+/// A certificate that its own key signs, with a URI name of so many bytes.
+fn self_signed(scene: &Scene, bytes: usize) -> IdentityFiles {
+    let file = |name: &str| scene.world.folder().join(name);
+    let files = IdentityFiles {
+        certificate: file("storm.pem"),
+        key: file("storm.key"),
+        roots: scene.pki.roots().to_owned(),
+    };
+    let names = format!("[x]\nsubjectAltName=URI:spiffe://cluster.local/{}\n", "a".repeat(bytes));
+    std::fs::write(file("storm.cnf"), format!("[req]\ndistinguished_name=dn\n[dn]\n{names}"))
+        .expect("a file");
+    let made = std::process::Command::new("openssl")
+        .args(["req", "-x509", "-new", "-nodes", "-newkey", "ec", "-subj", "/O=storm"])
+        .args(["-pkeyopt", "ec_paramgen_curve:P-256", "-extensions", "x", "-config"])
+        .arg(file("storm.cnf"))
+        .arg("-keyout")
+        .arg(&files.key)
+        .arg("-out")
+        .arg(&files.certificate)
+        .output()
+        .expect("this test needs the openssl command");
+    assert!(made.status.success(), "{made:?}");
+    files
 }
 
 async fn either_authority() {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 pub use rules::{Condition, Match, Rules, StringMatch, Values};
 
 use super::names::Name;
-use crate::SpiffeId;
+use crate::{SpiffeId, TrustDomain};
 
 /// Whom a policy is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,6 +59,9 @@ pub struct Connection<'a> {
     pub destination: SocketAddr,
     /// Who the peer has proven to be; `None`: it came in plain.
     pub identity: Option<&'a SpiffeId>,
+    /// Trust domains that are the same as the identity's: with several, principals of policies speak
+    /// of the peer in any of their names. The identity's own may be among them.
+    pub aliases: &'a [TrustDomain],
 }
 
 impl Policy {

@@ -5,7 +5,7 @@
 use rcgen::SubjectPublicKeyInfo;
 use rustls_pki_types::CertificateSigningRequestDer;
 use rustls_pki_types::pem::PemObject;
-use underpass_config::SpiffeId;
+use underpass_config::{Quoted, SpiffeId};
 use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::extensions::{GeneralName, ParsedExtension};
 use x509_parser::prelude::FromDer;
@@ -81,11 +81,9 @@ fn spiffe_id(request: &X509CertificationRequest<'_>) -> Result<Option<SpiffeId>,
         [] => Ok(None),
         [uri] => match uri.parse() {
             Ok(id) => Ok(Some(id)),
-            Err(_) => Err(RequestProblem::Names(vec![(*uri).to_owned()])),
+            Err(_) => Err(RequestProblem::Names(Quoted::new(uri))),
         },
-        several => {
-            Err(RequestProblem::Names(several.iter().map(|uri| (*uri).to_owned()).collect()))
-        }
+        several => Err(RequestProblem::Names(Quoted::new(several.join(" or ")))),
     }
 }
 

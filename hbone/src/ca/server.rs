@@ -3,6 +3,7 @@
 //! The server proves its name, clients prove themselves by a token. Not here: who may be what (`clients`), and what is
 //! answered to whom (`service`).
 
+mod places;
 mod service;
 
 use std::convert::Infallible;
@@ -21,28 +22,32 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::select;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tonic::Status;
-use underpass_config::Cipher;
+use underpass_config::{Cipher, Quoted};
 
+use self::places::{Place, Places};
 use self::service::Service;
 use super::CertificateAuthority;
 use super::clients::{Clients, ClientsFile};
 use crate::source::Schedule;
-use crate::{CredentialProblem, HboneError, clock, tls};
+use crate::{CredentialProblem, HboneError, LogLimit, clock, tls};
 
-/// More connections wait to be accepted.
-const CONNECTIONS: usize = 256;
-const HANDSHAKE: Duration = Duration::from_secs(10);
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// After the handshake, for a first request with a listed token to be answered.
+const FIRST_REQUEST: Duration = Duration::from_secs(5);
 /// For a request to come in whole and be answered.
 const REQUEST: Duration = Duration::from_secs(10);
 /// After this a connection takes no more requests: who holds one without asking holds none for long, and clients connect anew.
 const CONNECTION_AGE: Duration = Duration::from_secs(60);
 /// For what is under way when a connection or the server ends.
 const FAREWELL: Duration = Duration::from_secs(10);
+/// The same for a connection whose place another one has taken, and for one without a listed token
+/// when the server ends.
+const SHORT_FAREWELL: Duration = Duration::from_secs(1);
 /// After accepting failed, as it does when there are no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const STREAMS: u32 = 32;
@@ -96,7 +101,7 @@ impl CaServer {
 
     /// Serves until `shutdown`, and then lets the requests that are under way end.
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) {
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        let places = Places::default();
         let mut connections = JoinSet::new();
         let stop = watch::Sender::new(());
         tokio::pin!(shutdown);
@@ -106,13 +111,13 @@ impl CaServer {
                 () = self.renewal.due() => self.renew(),
                 clients = self.clients.next() => self.set_clients(clients),
                 Some(_) = connections.join_next(), if !connections.is_empty() => {}
-                (stream, peer, place) = accept(&self.listener, &places) => {
-                    let (tls, service) = (self.tls.clone(), self.service.clone());
-                    let stopped = stop.subscribe();
-                    connections.spawn(async move {
-                        serve(stream, peer, tls, service, stopped).await;
-                        drop(place);
-                    });
+                (stream, peer) = accept(&self.listener) => match places.take(peer.ip()) {
+                    Some(place) => {
+                        let (tls, service) = (self.tls.clone(), self.service.clone());
+                        let stopped = stop.subscribe();
+                        connections.spawn(serve(stream, peer, tls, service, place, stopped));
+                    }
+                    None => log_refused(peer),
                 }
             }
         }
@@ -190,18 +195,11 @@ fn own_tls(settings: &CaServerSettings) -> Result<Arc<ServerConfig>, HboneError>
     Ok(Arc::new(config))
 }
 
-/// The next connection, when there is a place for it. Cancel-safe.
-async fn accept(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-) -> (TcpStream, SocketAddr, OwnedSemaphorePermit) {
-    let Ok(place) = places.clone().acquire_owned().await else {
-        // Nobody closes it.
-        return std::future::pending().await;
-    };
+/// The next connection. Cancel-safe.
+async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
-            Ok((stream, peer)) => return (stream, peer, place),
+            Ok(accepted) => return accepted,
             Err(error) => {
                 tracing::warn!(%error, "no connection can be accepted");
                 sleep(ACCEPT_PAUSE).await;
@@ -210,28 +208,51 @@ async fn accept(
     }
 }
 
+fn log_refused(peer: SocketAddr) {
+    static LIMIT: LogLimit = LogLimit::new("refused connections");
+    let reason = "every place is taken by a request that is being answered";
+    if LIMIT.admit(reason) {
+        tracing::warn!(%peer, reason, "connection refused");
+    }
+}
+
 async fn serve<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: T,
     peer: SocketAddr,
     tls: Arc<ServerConfig>,
     service: Arc<Service>,
-    mut stopped: watch::Receiver<()>,
+    place: Place,
+    stopped: watch::Receiver<()>,
 ) {
-    let stream = match timeout(HANDSHAKE, TlsAcceptor::from(tls).accept(stream)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => {
-            tracing::debug!(%peer, %error, "the TLS handshake failed");
-            return;
-        }
-        Err(_) => {
-            tracing::debug!(%peer, "the TLS handshake took too long");
+    let handshake = timeout(HANDSHAKE, TlsAcceptor::from(tls).accept(stream));
+    let stream = select! {
+        stream = handshake => stream,
+        () = place.evicted() => {
+            tracing::debug!(%peer, "another connection takes the place of this one");
             return;
         }
     };
+    match stream {
+        Ok(Ok(stream)) => serve_requests(stream, peer, service, place, stopped).await,
+        Ok(Err(error)) => tracing::debug!(%peer, %error, "the TLS handshake failed"),
+        Err(_) => tracing::debug!(%peer, "the TLS handshake took too long"),
+    }
+}
+
+async fn serve_requests<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    stream: T,
+    peer: SocketAddr,
+    service: Arc<Service>,
+    place: Place,
+    stopped: watch::Receiver<()>,
+) {
+    let place = Arc::new(place);
+    let of_requests = place.clone();
     let answer = service_fn(move |request| {
-        let service = service.clone();
+        let (service, place) = (service.clone(), of_requests.clone());
         async move {
-            let answer = timeout(REQUEST, service.answer(peer, request)).await;
+            let _busy = place.request();
+            let answer = timeout(REQUEST, service.answer(peer, &place, request)).await;
             let late = |_| Status::deadline_exceeded("the request took too long").into_http();
             Ok::<_, Infallible>(answer.unwrap_or_else(late))
         }
@@ -244,20 +265,36 @@ async fn serve<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         .max_header_list_size(MAX_HEADER_LIST);
     let connection = builder.serve_connection(TokioIo::new(stream), answer);
     tokio::pin!(connection);
-    select! {
+    let farewell = select! {
         ended = &mut connection => {
             if let Err(error) = ended {
-                tracing::debug!(%peer, %error, "the connection broke");
+                tracing::debug!(%peer, error = %Quoted::chain(&error), "the connection broke");
             }
             return;
         }
-        () = sleep(CONNECTION_AGE) => {}
-        // An error tells the same: nobody is left to stop it later.
-        _ = stopped.changed() => {}
-    }
+        farewell = end_of_service(&place, stopped) => farewell,
+    };
     connection.as_mut().graceful_shutdown();
-    if timeout(FAREWELL, connection).await.is_err() {
+    if timeout(farewell, connection).await.is_err() {
         tracing::debug!(%peer, "the connection did not end");
+    }
+}
+
+/// Waits until a connection is to take no more requests; how long those under way may take then.
+async fn end_of_service(place: &Place, mut stopped: watch::Receiver<()>) -> Duration {
+    let old = async {
+        sleep(FIRST_REQUEST).await;
+        if !place.is_proven() {
+            return Duration::ZERO;
+        }
+        sleep(CONNECTION_AGE.saturating_sub(FIRST_REQUEST)).await;
+        FAREWELL
+    };
+    select! {
+        farewell = old => farewell,
+        () = place.evicted() => SHORT_FAREWELL,
+        // An error tells the same: nobody is left to stop it later.
+        _ = stopped.changed() => if place.is_proven() { FAREWELL } else { SHORT_FAREWELL },
     }
 }
 

@@ -99,7 +99,7 @@ fn a_leaf_has_one_critical_spiffe_name_and_both_usages() {
     assert_eq!(leaf.subject().iter().count(), 0);
     assert_eq!(leaf.issuer().to_string(), "O=td");
     assert!(leaf.subject_alternative_name().unwrap().unwrap().critical);
-    assert_eq!(tls::uri_names(&der).unwrap(), [CLIENT]);
+    assert_eq!(tls::workload_id(&der).unwrap(), id(CLIENT));
     assert!(!leaf.basic_constraints().unwrap().unwrap().value.ca);
     let usage = leaf.extended_key_usage().unwrap().unwrap().value;
     assert!(usage.server_auth && usage.client_auth);
@@ -122,6 +122,16 @@ fn an_identity_of_another_trust_domain_is_not_issued() {
         error,
         HboneError::Credential { what: CredentialProblem::ForeignId { .. }, .. }
     ));
+}
+
+#[test]
+fn issues_no_certificate_for_a_trust_domain_itself() {
+    let authority = CertificateAuthority::generate(td()).unwrap();
+    let error = authority.issue(&id("spiffe://td"), HOUR).unwrap_err();
+    let HboneError::Credential { what: CredentialProblem::Svid(problem), .. } = error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(problem, SvidProblem::TrustDomainOnly(td()));
 }
 
 #[test]
@@ -195,7 +205,7 @@ fn a_server_certificate_has_names_and_addresses_and_proves_no_workload() {
         assert!(!verify(&bad), "{bad:?}");
     }
     let der = CertificateDer::from_pem_slice(issued.chain_pem.as_bytes()).unwrap();
-    assert!(tls::uri_names(&der).unwrap_or_default().is_empty());
+    assert_eq!(tls::workload_id(&der).unwrap_err(), SvidProblem::UriNames(0));
     for bad in ["", "not a name", "spiffe://td/x", "n\u{f6}n"] {
         let error = authority.issue_server(&[bad.to_owned()], HOUR).unwrap_err();
         assert!(matches!(

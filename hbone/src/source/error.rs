@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use thiserror::Error;
-use underpass_config::SpiffeId;
+use underpass_config::{Quoted, SpiffeId};
 
 use crate::{CredentialProblem, Fault};
 
@@ -46,7 +46,7 @@ pub enum IssuerProblem {
     #[error(
         "it does not know us ({0:?}): is the token in identity.istio_ca.token still valid, and made for this CA?"
     )]
-    Unauthenticated(String),
+    Unauthenticated(Quoted),
     /// gRPC status 7.
     #[error(
         "it refuses us {id} ({message:?}): may the token's owner be this (identity.istio_ca.impersonate)?"
@@ -55,18 +55,18 @@ pub enum IssuerProblem {
         /// What was asked for.
         id: SpiffeId,
         /// What the CA said.
-        message: String,
+        message: Quoted,
     },
     /// gRPC status 14.
     #[error("it is not available ({0:?}): is identity.istio_ca.address the CA's?")]
-    Unavailable(String),
+    Unavailable(Quoted),
     /// Any other gRPC status.
     #[error("it refused with status {status} ({message:?}): its log may tell more")]
     Refused {
         /// The status in the words of gRPC.
         status: &'static str,
         /// What the CA said.
-        message: String,
+        message: Quoted,
     },
     /// An answer without a leaf or without a root.
     #[error("it answered with {0} certificates: a leaf and at least one root are needed")]
@@ -76,13 +76,13 @@ pub enum IssuerProblem {
     Answer(CredentialProblem),
     /// A certificate for somebody else.
     #[error(
-        "it answered with a certificate of {got:?}, {asked} was asked for: whose token is in identity.istio_ca.token?"
+        "it answered with a certificate of {got}, {asked} was asked for: whose token is in identity.istio_ca.token?"
     )]
     WrongIdentity {
         /// What was asked for.
         asked: SpiffeId,
         /// The URI names of what came.
-        got: String,
+        got: Quoted,
     },
     /// No SPIRE agent at the socket.
     #[error("no SPIRE agent answers: does it run, and is identity.spire.socket its socket?")]

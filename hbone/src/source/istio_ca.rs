@@ -24,7 +24,7 @@ use tonic::client::Grpc;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::{Code, Request, Status};
 use tonic_prost::ProstCodec;
-use underpass_config::{IstioCaSettings, SpiffeId};
+use underpass_config::{IstioCaSettings, Quoted, SpiffeId};
 
 use self::connection::{Connection, Endpoint};
 use super::limit::{Priority, PriorityLimit};
@@ -119,7 +119,7 @@ impl<D: Dial> IstioCa<D> {
     }
 
     fn refusal(&self, id: &SpiffeId, status: &Status) -> HboneError {
-        let message = status.message().to_owned();
+        let message = Quoted::new(status.message());
         let broken = status.source();
         let what = match status.code() {
             // Not a word of the CA, but of the library about the connection.
@@ -129,7 +129,7 @@ impl<D: Dial> IstioCa<D> {
             Code::Unavailable => IssuerProblem::Unavailable(message),
             code => IssuerProblem::Refused { status: code.description(), message },
         };
-        let source = broken.map(|error| Arc::new(io::Error::other(error.to_string())));
+        let source = broken.map(|error| Arc::new(io::Error::other(Quoted::new(error).to_string())));
         HboneError::Issuer { issuer: self.settings.address.clone(), what, source }
     }
 
@@ -214,7 +214,9 @@ fn identity(
     };
     let unusable = |error: HboneError| match error {
         HboneError::Credential { what, .. } => IssuerProblem::Answer(what),
-        other => IssuerProblem::Answer(CredentialProblem::Certificate(other.to_string())),
+        other => {
+            IssuerProblem::Answer(CredentialProblem::Certificate(Quoted::new(other).to_string()))
+        }
     };
     let chain: Vec<_> = chain
         .iter()
@@ -224,9 +226,11 @@ fn identity(
     let bundle = Bundle::from_pem(issuer, roots.as_bytes()).map_err(unusable)?;
     let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
     let bundles = BTreeMap::from([(id.trust_domain().clone(), bundle)]);
-    let names = chain.first().and_then(|leaf| tls::uri_names(leaf)).unwrap_or_default();
-    if names != [id.to_string()] {
-        let got = names.join(", ");
+    let leaf = chain.first().map(AsRef::as_ref).unwrap_or_default();
+    let got = tls::workload_id(leaf)
+        .map_err(|problem| IssuerProblem::Answer(CredentialProblem::Svid(problem)))?;
+    if got != *id {
+        let got = Quoted::new(got);
         return Err(IssuerProblem::WrongIdentity { asked: id.clone(), got });
     }
     let identity = Identity::new(issuer, chain, key, bundles).map_err(unusable)?;

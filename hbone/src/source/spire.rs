@@ -15,7 +15,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use spiffe::transport::Endpoint;
 use spiffe::{Certificate, WorkloadApiClient, WorkloadApiError, X509Context, X509Svid};
 use tokio::time::timeout;
-use underpass_config::{SpiffeError, SpiffeId, SpireSettings};
+use underpass_config::{Quoted, SpiffeError, SpiffeId, SpireSettings};
 
 use super::{IdentitySource, IssuerProblem, NextIdentity, Schedule, valid_now};
 use crate::{Bundle, CredentialProblem, HboneError, Identity};
@@ -130,9 +130,12 @@ impl SpireSource {
             WorkloadApiError::EmptyResponse | WorkloadApiError::Transport(_) => {
                 IssuerProblem::Agent
             }
-            _ => IssuerProblem::Answer(CredentialProblem::Certificate(error.to_string())),
+            _ => {
+                let reason = Quoted::new(&error).to_string();
+                IssuerProblem::Answer(CredentialProblem::Certificate(reason))
+            }
         };
-        let source = Some(Arc::new(io::Error::other(error)));
+        let source = Some(Arc::new(io::Error::other(Quoted::new(error).to_string())));
         HboneError::Issuer { issuer: self.issuer(), what, source }
     }
 

@@ -13,7 +13,8 @@ use tonic::{Request, Status};
 use tonic_prost::ProstCodec;
 use underpass_config::IstioCaSettings;
 
-use super::istio_ca::connection::{Connection, Endpoint};
+pub(crate) use super::istio_ca::connection::Connection;
+use super::istio_ca::connection::Endpoint;
 use crate::ca::server::tests::{NAME, Served};
 use crate::ca::{CREATE_CERTIFICATE, IstioCertificateRequest, IstioCertificateResponse};
 use crate::{Dial, HboneError};

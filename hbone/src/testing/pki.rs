@@ -161,11 +161,30 @@ impl Ca {
         .unwrap()
     }
 
+    /// A leaf with these names, and whatever else `change` makes of it.
+    pub(crate) fn leaf_with(
+        &self,
+        names: &[&str],
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+        self.changed_leaf(names, 99, clock::now() + HOUR, change)
+    }
+
     fn leaf(
         &self,
         names: &[&str],
         serial: u64,
         end: SystemTime,
+    ) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+        self.changed_leaf(names, serial, end, |_| {})
+    }
+
+    fn changed_leaf(
+        &self,
+        names: &[&str],
+        serial: u64,
+        end: SystemTime,
+        change: impl FnOnce(&mut CertificateParams),
     ) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
@@ -177,6 +196,7 @@ impl Ca {
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
+        change(&mut params);
         let leaf = params.signed_by(&key, &self.issuer).unwrap().der().clone();
         let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
         ([vec![leaf], self.chain.clone()].concat(), key)

@@ -14,17 +14,22 @@ use rustls::{
     SignatureScheme,
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
-use underpass_config::SpiffeId;
-use x509_parser::extensions::GeneralName;
+use underpass_config::{SpiffeId, TrustDomain};
 
-use super::rejection;
+use super::{rejection, workload_id};
 use crate::identity::system_time;
 use crate::trust::Authorities;
 use crate::{ExpectedPeer, HboneError, clock};
 
 /// A peer's identity, proven in a TLS handshake: nothing else can make one. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct PeerIdentity(Arc<SpiffeId>);
+pub struct PeerIdentity(Arc<Proven>);
+
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Proven {
+    id: SpiffeId,
+    aliases: Arc<[TrustDomain]>,
+}
 
 /// A peer, and the chain that proved it, which later trust may judge otherwise. rustls caps the chain at 64 KiB.
 #[derive(Debug)]
@@ -49,7 +54,13 @@ pub(super) struct Verifier {
 impl PeerIdentity {
     /// Who the peer is, in the words of its certificate, also when its trust domain is an alias of ours.
     pub fn spiffe_id(&self) -> &SpiffeId {
-        &self.0
+        &self.0.id
+    }
+
+    /// Trust domains that are the same as the peer's: our own and its aliases, if the peer is of one
+    /// of them and there are several. Policies may speak of the peer in the name of each.
+    pub fn aliases(&self) -> &Arc<[TrustDomain]> {
+        &self.0.aliases
     }
 }
 
@@ -64,10 +75,11 @@ impl Peer {
         let id = if resumed {
             authorities.judge(leaf, intermediates, expected, proven).map_err(rejection)?
         } else {
-            authorities.choose(leaf, expected)?
+            // The handshake has judged the chain already.
+            workload_id(leaf).map_err(|problem| HboneError::NotSvid { problem })?
         };
         Ok(Self {
-            identity: PeerIdentity(Arc::new(id)),
+            identity: PeerIdentity(Arc::new(Proven { aliases: authorities.aliases(&id), id })),
             expires: expiry(leaf),
             resumed,
             chain: chain.iter().map(|der| der.clone().into_owned()).collect(),
@@ -89,18 +101,6 @@ impl Peer {
             reason => Some(reason),
         }
     }
-}
-
-/// The URI names of a certificate; `None` when it, or its subjectAltName, does not parse.
-pub(crate) fn uri_names(der: &[u8]) -> Option<Vec<String>> {
-    let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
-    let names = certificate.subject_alternative_name().ok()?;
-    let names = names.map_or(&[][..], |extension| &extension.value.general_names);
-    let uri = |name: &GeneralName<'_>| match name {
-        GeneralName::URI(uri) => Some((*uri).to_owned()),
-        _ => None,
-    };
-    Some(names.iter().filter_map(uri).collect())
 }
 
 /// A leaf that does not parse is not let in; if it were, it would have expired.

@@ -3,11 +3,12 @@
 //! Not here: the handshake (`tls`), and whether a peer may do what it asks for.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls::{CertificateError, Error, ExtendedKeyPurpose, OtherError};
 use rustls_pki_types::{CertificateDer, UnixTime};
-use underpass_config::{Cipher, SpiffeId, TrustDomain};
+use underpass_config::{Cipher, Quoted, SpiffeId, TrustDomain};
 use webpki::{
     EndEntityCert, ExpirationPolicy, KeyUsage, RequiredEkuNotFoundContext, RevocationCheckDepth,
     RevocationOptionsBuilder, UnknownStatusPolicy,
@@ -20,6 +21,8 @@ use crate::{Bundle, ExpectedPeer, HboneError, Identity, tls};
 #[derive(Debug)]
 pub(crate) struct Authorities {
     own: TrustDomain,
+    /// Our own trust domain and its aliases; empty without aliases.
+    aliases: Arc<[TrustDomain]>,
     /// What came with our certificate.
     bundles: BTreeMap<TrustDomain, Bundle>,
     trust: Trust,
@@ -28,8 +31,10 @@ pub(crate) struct Authorities {
 
 impl Authorities {
     pub(crate) fn new(identity: &Identity, trust: Trust) -> Self {
+        let own = identity.spiffe_id().trust_domain().clone();
         Self {
-            own: identity.spiffe_id().trust_domain().clone(),
+            aliases: trust.with_aliases(&own),
+            own,
             bundles: identity.bundles().clone(),
             trust,
             algorithms: tls::provider(&Cipher::ALL).signature_verification_algorithms,
@@ -38,6 +43,11 @@ impl Authorities {
 
     pub(crate) fn algorithms(&self) -> &WebPkiSupportedAlgorithms {
         &self.algorithms
+    }
+
+    /// The trust domains that are the same as that of `id`; none if there are no others.
+    pub(crate) fn aliases(&self, id: &SpiffeId) -> Arc<[TrustDomain]> {
+        if self.is_own(id.trust_domain()) { self.aliases.clone() } else { Arc::default() }
     }
 
     /// What a server asks of its clients: an identity of any trust domain whose roots we have.
@@ -50,7 +60,10 @@ impl Authorities {
         (&self.own, &self.trust, &self.bundles) == (&other.own, &other.trust, &other.bundles)
     }
 
-    /// Who a chain proves its owner to be at the time `now`: names, roots, validity, purpose and revocation.
+    /// Who a chain proves its owner to be at the time `now`: name, roots, validity, purpose and revocation.
+    ///
+    /// The name selects the roots, so it is read first; nothing of it is compared, or quoted in an error,
+    /// before the chain is verified.
     pub(crate) fn judge(
         &self,
         leaf: &CertificateDer<'_>,
@@ -58,32 +71,25 @@ impl Authorities {
         expected: &ExpectedPeer,
         now: UnixTime,
     ) -> Result<SpiffeId, Error> {
-        let id = self.choose(leaf, expected).map_err(rejected)?;
+        let id =
+            tls::workload_id(leaf).map_err(|problem| rejected(HboneError::NotSvid { problem }))?;
         let bundle = self.bundle(id.trust_domain()).map_err(rejected)?;
         self.verify(leaf, intermediates, bundle, usage(expected), now)
             .map_err(|error| self.explain(error, leaf, intermediates))?;
-        Ok(id)
+        if self.is_expected(&id, expected) {
+            Ok(id)
+        } else {
+            let (expected, presented) = (expected.clone(), Quoted::new(id));
+            Err(rejected(HboneError::UnexpectedPeer { expected, presented }))
+        }
     }
 
-    /// The name in a leaf that counts: the first that is expected.
-    pub(crate) fn choose(
-        &self,
-        leaf: &CertificateDer<'_>,
-        expected: &ExpectedPeer,
-    ) -> Result<SpiffeId, HboneError> {
-        // A certificate whose names cannot be read has none.
-        let presented = tls::uri_names(leaf).unwrap_or_default();
-        let ids: Vec<SpiffeId> = presented.iter().filter_map(|name| name.parse().ok()).collect();
-        let accepted = ids.iter().find(|id| match expected {
+    /// Whether a proven identity is an expected one. That roots vouch for a member's trust domain is
+    /// what makes it one.
+    fn is_expected(&self, id: &SpiffeId, expected: &ExpectedPeer) -> bool {
+        match expected {
             ExpectedPeer::OneOf(expected) => expected.iter().any(|one| self.is_same(one, id)),
-            ExpectedPeer::MemberOf(_) => self.bundle(id.trust_domain()).is_ok(),
-        });
-        match (accepted, ids.first(), expected) {
-            (Some(id), ..) => Ok(id.clone()),
-            (None, Some(stranger), ExpectedPeer::MemberOf(_)) => {
-                Err(HboneError::UntrustedDomain { trust_domain: stranger.trust_domain().clone() })
-            }
-            _ => Err(HboneError::UnexpectedPeer { expected: expected.clone(), presented }),
+            ExpectedPeer::MemberOf(_) => true,
         }
     }
 
@@ -156,7 +162,7 @@ impl Authorities {
             Pki::CertRevoked => CertificateError::Revoked,
             other => match self.trust.revocations().explain(&other, leaf, intermediates) {
                 Some(error) => return rejected(error),
-                None => CertificateError::Other(OtherError(std::sync::Arc::new(other))),
+                None => unspecific(&other),
             },
         };
         error.into()
@@ -165,7 +171,7 @@ impl Authorities {
 
 /// rustls carries our own error through the handshake; `tls` takes it out again.
 fn rejected(error: HboneError) -> Error {
-    CertificateError::Other(OtherError(std::sync::Arc::new(error))).into()
+    CertificateError::Other(OtherError(Arc::new(error))).into()
 }
 
 /// We expect certain servers, and clients of certain trust domains.
@@ -176,14 +182,25 @@ fn usage(expected: &ExpectedPeer) -> KeyUsage {
     }
 }
 
+/// What webpki says, bounded: it quotes identifiers of algorithms in the length that the peer chose.
+fn unspecific(error: &webpki::Error) -> CertificateError {
+    let error = HboneError::InvalidCertificate { reason: Quoted::new(error) };
+    CertificateError::Other(OtherError(Arc::new(error)))
+}
+
+/// The first purposes of a certificate that has others than the required one. The peer chooses how
+/// many there are, and how long each is.
 fn wrong_purpose(purposes: &RequiredEkuNotFoundContext) -> CertificateError {
+    const PURPOSES: usize = 4;
+    const COMPONENTS: usize = 16;
     let purpose = |oid: Vec<usize>| match oid.as_slice() {
         KeyUsage::SERVER_AUTH_REPR => ExtendedKeyPurpose::ServerAuth,
         KeyUsage::CLIENT_AUTH_REPR => ExtendedKeyPurpose::ClientAuth,
         _ => ExtendedKeyPurpose::Other(oid),
     };
+    let first = |oid: &Vec<usize>| purpose(oid.iter().copied().take(COMPONENTS).collect());
     CertificateError::InvalidPurposeContext {
         required: purpose(purposes.required.oid_values().collect()),
-        presented: purposes.present.iter().cloned().map(purpose).collect(),
+        presented: purposes.present.iter().take(PURPOSES).map(first).collect(),
     }
 }

@@ -93,7 +93,7 @@ impl Revocations {
         #[expect(deprecated, reason = "webpki may still return them")]
         match error {
             Pki::UnknownRevocationStatus => {
-                let issuer = self.uncovered(leaf, intermediates);
+                let issuer = self.uncovered(leaf, intermediates).into();
                 Some(HboneError::RevocationUnknown { issuer })
             }
             Pki::CrlExpired { next_update, .. } => {

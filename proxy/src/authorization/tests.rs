@@ -36,6 +36,7 @@ fn judge(mesh: &Mesh) -> Judged {
         source: [10, 0, 0, 1].into(),
         destination: ([10, 0, 0, 9], 80).into(),
         identity: Some(&identity),
+        aliases: &[],
     };
     let policies = mesh.policies(&workload.namespace, Some(workload));
     let decision = match decide(policies, &connection) {

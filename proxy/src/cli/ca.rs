@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use underpass_config::{LogFormat, Logging, SpiffeId, TrustDomain, parse_duration};
+use underpass_config::{LogFilter, LogFormat, Logging, SpiffeId, TrustDomain, parse_duration};
 use underpass_hbone::{CaServer, CaServerSettings, CertificateAuthority, Serial};
 use underpass_interception::confine_process;
 
@@ -87,7 +87,7 @@ pub(super) struct Serve {
     max_ttl: Duration,
     /// What is logged, in tracing's filter syntax
     #[arg(long, value_name = "FILTER", default_value = "info")]
-    log: String,
+    log: LogFilter,
     /// Stop when standard input ends: a child of a test must not outlive it
     #[arg(long)]
     until_eof: bool,

@@ -49,11 +49,15 @@ fn at(address: &str) -> SocketAddr {
 }
 
 fn from_client() -> Subject {
-    Subject::inbound(
-        at("10.0.0.9:40000"),
-        at("10.0.0.1:8080"),
-        Some(CLIENT.parse().expect("an id")),
-    )
+    from_peer(CLIENT, &[])
+}
+
+fn from_peer(id: &str, aliases: &[&str]) -> Subject {
+    let principal = Principal {
+        id: id.parse().expect("an id"),
+        aliases: aliases.iter().map(|alias| alias.parse().expect("a trust domain")).collect(),
+    };
+    Subject::inbound(at("10.0.0.9:40000"), at("10.0.0.1:8080"), Some(principal))
 }
 
 fn in_plain(source: &str) -> Subject {
@@ -132,6 +136,25 @@ fn strict_refuses_plaintext_but_for_probes_and_overrides() {
     assert_eq!(decided(&in_plain("169.254.7.127:1"), &strict), Ok(()));
     assert_eq!(decided(&in_plain("10.0.0.9:1"), &by_port), Ok(()));
     assert_eq!(decided(&from_client(), &strict), Ok(()));
+}
+
+#[test]
+fn deny_by_principal_holds_for_peer_of_alias() {
+    let decided = |rules: &Rules, action: &str, principal: &str| {
+        let rule = format!("[[[{{principals: [{{exact: {principal}}}]}}]]]");
+        let subject = from_peer("spiffe://old/ns/default/sa/client", &["cluster.local", "old"]);
+        check(&subject, &snapshot(1, &policy(action, &rule)), rules)
+            .map_err(|error| error.reason().code)
+    };
+    let rules = rules(&[]);
+    for domain in ["cluster.local", "old"] {
+        let principal = format!("{domain}/ns/default/sa/client");
+        assert_eq!(decided(&rules, "Deny", &principal), Err("policy_denied"), "{domain}");
+        assert_eq!(decided(&rules, "Allow", &principal), Ok(()), "{domain}");
+    }
+    let foreign = "other/ns/default/sa/client";
+    assert_eq!(decided(&rules, "Deny", foreign), Ok(()));
+    assert_eq!(decided(&rules, "Allow", foreign), Err("policy_denied"));
 }
 
 #[test]

@@ -23,6 +23,7 @@ const END_HEADERS: u8 = 4;
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test("malformed frames and headers cost others nothing", others_go_on);
+    suite.test("malformed requests of a proven peer leave a line", leave_a_line);
 }
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -130,5 +131,28 @@ async fn others_go_on() {
     scene.echoed().await;
     for proxy in [&mut client, &mut server] {
         assert_eq!(proxy.count(&["panicked"]), 0, "{}", proxy.log());
+    }
+}
+
+async fn leave_a_line() {
+    let scene = Scene::new().await;
+    let mut server = scene.server.proxy(&scene.server_settings()).await;
+    let rogue = TlsClient::new(Some(&scene.pki.issue("rogue")));
+    let peer = "peer=spiffe://cluster.local/ns/default/sa/rogue";
+    let target = scene.app(Family::V4).to_string();
+    let refused = "malformed request answered with 400";
+    let lines = [
+        ("GET", [refused, "method=GET", "the method is not CONNECT"]),
+        ("CONNECT to a name without a port", [refused, "authority=example", "NAME:PORT"]),
+        ("HEADERS on stream 0", ["tunnel failed: HTTP/2 was violated", "error=", "protocol error"]),
+    ];
+    let abuses = abuses(&target);
+    for (what, parts) in lines {
+        let (_, bytes) = abuses.iter().find(|(name, _)| *name == what).expect("an abuse");
+        let stream = scene.client.dial(scene.server.at(Family::V4, HBONE)).await;
+        let mut tunnel = rogue.connect(stream.expect("it listens")).await.expect("a handshake");
+        let bytes = [PREFACE, SETTINGS, bytes].concat();
+        within(what, tunnel.write_all(&bytes)).await.expect("it is sent");
+        server.line(&[&parts[..], &[peer]].concat()).await;
     }
 }

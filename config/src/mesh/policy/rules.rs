@@ -39,7 +39,8 @@ pub enum Values {
     Namespaces(Vec<StringMatch>),
     /// The namespace and service account in the peer's identity, in whatever trust domain.
     ServiceAccounts(Vec<(String, String)>),
-    /// The peer's identity without `spiffe://`; without an identity, none applies.
+    /// The peer's identity without `spiffe://`, also in the name of an alias of its trust domain;
+    /// without an identity, none applies.
     Principals(Vec<StringMatch>),
 }
 

@@ -136,12 +136,75 @@ fn rules_match_what_the_table_says() {
                 source: source.parse().unwrap(),
                 destination: destination.parse().unwrap(),
                 identity: identity.as_ref(),
+                aliases: &[],
             };
             if policy.matches(&connection) {
                 matched.push(*name);
             }
         }
         assert_eq!(matched.join(" "), *expected, "{rules}");
+    }
+}
+
+/// Rules, and which of two connections of the service account web in the namespace shop they match: one
+/// whose certificate names `td`, and one whose certificate names `old`, its alias.
+const ALIAS_TABLE: &[(&str, &str)] = &[
+    // The name in the policy is the certificate's, or that of the alias: both are the same peer.
+    ("{principals: [!Exact td/ns/shop/sa/web]}", "td old"),
+    ("{principals: [!Exact old/ns/shop/sa/web]}", "td old"),
+    ("{notPrincipals: [!Exact td/ns/shop/sa/web]}", ""),
+    ("{notPrincipals: [!Exact old/ns/shop/sa/web]}", ""),
+    // Of another account, or of another trust domain.
+    ("{principals: [!Exact td/ns/shop/sa/we]}", ""),
+    ("{principals: [!Exact old/ns/shop/sa/webb]}", ""),
+    ("{principals: [!Exact other/ns/shop/sa/web]}", ""),
+    ("{notPrincipals: [!Exact other/ns/shop/sa/web]}", "td old"),
+    // Prefixes: of the trust domain, the whole of it, and more.
+    ("{principals: [!Prefix t]}", "td old"),
+    ("{principals: [!Prefix old]}", "td old"),
+    ("{principals: [!Prefix old/]}", "td old"),
+    ("{principals: [!Prefix td/ns/shop]}", "td old"),
+    ("{principals: [!Prefix td/ns/bank]}", ""),
+    ("{principals: [!Prefix oldest/]}", ""),
+    ("{notPrincipals: [!Prefix old/]}", ""),
+    ("{notPrincipals: [!Prefix other/]}", "td old"),
+    ("{principals: [!Prefix '']}", "td old"),
+    // Suffixes: any trust domain, the end of one, and the whole of it.
+    ("{principals: [!Suffix /ns/shop/sa/web]}", "td old"),
+    ("{principals: [!Suffix ld/ns/shop/sa/web]}", "td old"),
+    ("{principals: [!Suffix d/ns/shop/sa/web]}", "td old"),
+    ("{principals: [!Suffix old/ns/shop/sa/web]}", "td old"),
+    ("{principals: [!Suffix told/ns/shop/sa/web]}", ""),
+    ("{notPrincipals: [!Suffix old/ns/shop/sa/web]}", ""),
+    // No trust domain at all.
+    ("{principals: [!Presence []]}", "td old"),
+    ("{notPrincipals: [!Presence []]}", ""),
+    ("{namespaces: [!Exact shop]}", "td old"),
+    ("{notNamespaces: [!Exact shop]}", ""),
+    ("{serviceAccounts: [{namespace: shop, serviceAccount: web}]}", "td old"),
+    ("{notServiceAccounts: [{namespace: shop, serviceAccount: web}]}", ""),
+    // All values count.
+    ("{principals: [!Exact td/x, !Exact old/ns/shop/sa/web]}", "td old"),
+    ("{principals: [!Presence []], notPrincipals: [!Exact old/ns/shop/sa/web]}", ""),
+];
+
+#[test]
+fn principals_match_peers_in_the_name_of_every_alias() {
+    let aliases: Vec<TrustDomain> =
+        ["td", "old"].iter().map(|domain| domain.parse().unwrap()).collect();
+    for (rule, expected) in ALIAS_TABLE {
+        let policy = policy(&format!("[[[{rule}]]]"));
+        let matches = |domain: &&str| {
+            let identity = format!("spiffe://{domain}/ns/shop/sa/web").parse().unwrap();
+            policy.matches(&Connection {
+                source: [10, 0, 0, 1].into(),
+                destination: ([10, 0, 0, 9], 80).into(),
+                identity: Some(&identity),
+                aliases: &aliases,
+            })
+        };
+        let matched: Vec<_> = ["td", "old"].into_iter().filter(matches).collect();
+        assert_eq!(matched.join(" "), *expected, "{rule}");
     }
 }
 
@@ -153,6 +216,7 @@ fn an_identity_of_another_shape_has_no_service_account() {
         source: [10, 0, 0, 1].into(),
         destination: ([10, 0, 0, 9], 80).into(),
         identity: Some(&identity),
+        aliases: &[],
     };
     assert!(!policy.matches(&connection));
 }
@@ -204,7 +268,9 @@ fn is(value: &Values, connection: &Connection<'_>) -> bool {
         Values::Namespaces(one) => text(&one[0], parts.map_or("", |(namespace, _)| namespace)),
         Values::ServiceAccounts(one) => parts == Some((&one[0].0, &one[0].1)),
         Values::Principals(one) => connection.identity.is_some_and(|identity| {
-            text(&one[0], identity.to_string().strip_prefix("spiffe://").unwrap())
+            let own = std::iter::once(identity.trust_domain());
+            own.chain(connection.aliases)
+                .any(|domain| text(&one[0], &format!("{domain}{}", identity.path())))
         }),
         Values::SourceIps(one) => one[0].contains(&connection.source),
         Values::DestinationIps(one) => one[0].contains(&connection.destination.ip()),
@@ -317,13 +383,16 @@ proptest! {
     fn compiled_rules_agree_with_the_sentences(
         rules in rules(),
         connections in proptest::collection::vec((identity(), address(), address(), 1..4u16), 16),
+        aliases in proptest::collection::vec("td|t|[ab]", 0..3),
     ) {
+        let aliases: Vec<TrustDomain> = aliases.iter().map(|one| one.parse().unwrap()).collect();
         let compiled = compiled(&rules);
         for (identity, source, destination, port) in &connections {
             let connection = Connection {
                 source: *source,
                 destination: SocketAddr::new(*destination, *port),
                 identity: identity.as_ref(),
+                aliases: &aliases,
             };
             prop_assert_eq!(compiled.matches(&connection), says(&rules, &connection), "{:?}", connection);
         }

@@ -17,14 +17,15 @@ use tonic::metadata::MetadataMap;
 use tonic::server::{Grpc, UnaryService};
 use tonic::{Request, Response, Status};
 use tonic_prost::ProstCodec;
-use underpass_config::SpiffeId;
+use underpass_config::{Quoted, SpiffeId};
 
+use super::places::Place;
 use crate::ca::clients::Clients;
 use crate::ca::{
     CREATE_CERTIFICATE, CertificateAuthority, CertificateRequest, IMPERSONATED,
     IstioCertificateRequest, IstioCertificateResponse,
 };
-use crate::{HboneError, Serial};
+use crate::{HboneError, LogLimit, Serial};
 
 /// The largest request that is read: a certificate request has a few hundred bytes.
 const MAX_REQUEST: usize = 64 << 10;
@@ -57,6 +58,7 @@ impl Service {
     pub(super) async fn answer(
         self: Arc<Self>,
         peer: SocketAddr,
+        place: &Arc<Place>,
         request: http::Request<Incoming>,
     ) -> http::Response<Body> {
         if request.method() != Method::POST || request.uri().path() != CREATE_CERTIFICATE {
@@ -64,20 +66,26 @@ impl Service {
                 .into_http();
         }
         let mut grpc = Grpc::new(ProstCodec::default()).max_decoding_message_size(MAX_REQUEST);
-        grpc.unary(CreateCertificate { service: self, peer }, request).await
+        let place = place.clone();
+        grpc.unary(CreateCertificate { service: self, peer, place }, request).await
     }
 
     /// Answers, and logs what was answered to whom.
     fn create(
         &self,
         peer: SocketAddr,
+        place: &Place,
         request: &Request<IstioCertificateRequest>,
     ) -> Result<IstioCertificateResponse, Status> {
         let mut asked = Asked::default();
         let answer = self.decide(request, &mut asked);
         let Asked { client, spiffe_id } = asked;
+        if client.is_some() {
+            place.prove();
+        }
         let client = client.as_deref().unwrap_or("unknown");
-        let spiffe_id = spiffe_id.map(|id| id.to_string()).unwrap_or_default();
+        let spiffe_id = spiffe_id.map(Quoted::new);
+        let spiffe_id = spiffe_id.as_ref().map(Quoted::as_str).unwrap_or_default();
         match answer {
             Ok((answer, ttl)) => {
                 // Whoever wants to revoke it has nothing else to tell it by.
@@ -87,8 +95,12 @@ impl Service {
                 Ok(answer)
             }
             Err(status) => {
-                let reason = status.message();
-                tracing::warn!(%peer, client, spiffe_id, reason, "certificate refused");
+                static LIMIT: LogLimit = LogLimit::new("refused certificates");
+                if LIMIT.admit(status.code().description()) {
+                    let reason = Quoted::bounded(status.message(), Quoted::MAX_CHAIN_BYTES);
+                    let reason = reason.as_str();
+                    tracing::warn!(%peer, client, spiffe_id, reason, "certificate refused");
+                }
                 Err(status)
             }
         }
@@ -178,6 +190,7 @@ fn own_fault(error: &HboneError) -> Status {
 struct CreateCertificate {
     service: Arc<Service>,
     peer: SocketAddr,
+    place: Arc<Place>,
 }
 
 impl UnaryService<IstioCertificateRequest> for CreateCertificate {
@@ -185,6 +198,6 @@ impl UnaryService<IstioCertificateRequest> for CreateCertificate {
     type Future = Ready<Result<Response<IstioCertificateResponse>, Status>>;
 
     fn call(&mut self, request: Request<IstioCertificateRequest>) -> Self::Future {
-        ready(self.service.create(self.peer, &request).map(Response::new))
+        ready(self.service.create(self.peer, &self.place, &request).map(Response::new))
     }
 }

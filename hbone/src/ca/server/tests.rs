@@ -12,8 +12,8 @@ use tonic::Code;
 
 use super::*;
 use crate::ca::tests::TempDir;
-use crate::ca::{IMPERSONATED, IstioCertificateRequest};
-use crate::source::testing::{DialOnce, ask, connect, connect_with};
+use crate::ca::{IMPERSONATED, IstioCertificateRequest, IstioCertificateResponse};
+use crate::source::testing::{Connection, DialOnce, ask, connect, connect_with};
 use crate::testing::{CLIENT, HOUR, SERVER};
 
 pub(crate) const NAME: &str = "ca.test";
@@ -94,13 +94,13 @@ fn impersonating(csr: String, kind: Kind) -> IstioCertificateRequest {
     IstioCertificateRequest { metadata: Some(Struct { fields }), ..request(csr, 60) }
 }
 
-/// The URI names of a leaf, and how long it is valid in seconds, with the tenth before it was issued.
-fn leaf(pem: &str) -> (Vec<String>, i64) {
+/// The identity of a leaf, and how long it is valid in seconds, with the tenth before it was issued.
+fn leaf(pem: &str) -> (String, i64) {
     let der = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
     let (_, leaf) = x509_parser::parse_x509_certificate(&der).unwrap();
     let validity = leaf.validity();
     let seconds = validity.not_after.timestamp() - validity.not_before.timestamp();
-    (tls::uri_names(&der).unwrap(), seconds)
+    (tls::workload_id(&der).unwrap().to_string(), seconds)
 }
 
 #[tokio::test]
@@ -111,14 +111,14 @@ async fn what_is_listed_is_issued_with_the_root_last_and_a_validity_that_is_capp
         let answer = ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), seconds));
         let chain = answer.await.unwrap().cert_chain;
         assert_eq!(chain.len(), 2);
-        assert_eq!(leaf(&chain[0]), (vec![CLIENT.to_owned()], expected), "{seconds}");
+        assert_eq!(leaf(&chain[0]), (CLIENT.to_owned(), expected), "{seconds}");
         assert_eq!(chain[1], roots);
     }
     // The name may come from either place, or from both.
     let text = |id: &str| Kind::StringValue(id.to_owned());
     for csr in [csr(&[]), csr(&[SERVER])] {
         let asked = ask(&served, Some("bearer node-token"), impersonating(csr, text(SERVER)));
-        assert_eq!(leaf(&asked.await.unwrap().cert_chain[0]).0, [SERVER]);
+        assert_eq!(leaf(&asked.await.unwrap().cert_chain[0]).0, SERVER);
     }
 }
 
@@ -288,7 +288,9 @@ fn in_memory(served: &Served) -> (DialOnce, JoinHandle<()>) {
     let (near, far) = tokio::io::duplex(64 << 10);
     let serving = tokio::spawn(async move {
         let stop = watch::Sender::new(());
-        serve(far, "192.0.2.1:1".parse().unwrap(), tls, service, stop.subscribe()).await;
+        let peer: SocketAddr = "192.0.2.1:1".parse().unwrap();
+        let place = Places::default().take(peer.ip()).unwrap();
+        serve(far, peer, tls, service, place, stop.subscribe()).await;
     });
     (DialOnce(std::sync::Mutex::new(Some(near))), serving)
 }
@@ -302,27 +304,92 @@ async fn a_client_that_does_not_handshake_is_dropped() {
     assert_eq!(start.elapsed().as_secs(), HANDSHAKE.as_secs());
 }
 
+/// Asks on a connection that stands.
+async fn ask_on(
+    connection: &mut Connection,
+    authorization: &'static str,
+) -> Result<IstioCertificateResponse, Status> {
+    let origin = "https://ca.test".parse().unwrap();
+    let mut grpc = tonic::client::Grpc::with_origin(connection, origin);
+    let mut request = tonic::Request::new(request(csr(&[CLIENT]), 60));
+    request.metadata_mut().insert("authorization", authorization.parse().unwrap());
+    grpc.ready().await.unwrap();
+    let path = http::uri::PathAndQuery::from_static(crate::ca::CREATE_CERTIFICATE);
+    Ok(grpc.unary(request, path, tonic_prost::ProstCodec::default()).await?.into_inner())
+}
+
 #[tokio::test(start_paused = true)]
-async fn a_connection_that_is_not_used_ends() {
+async fn connection_without_token_ends_after_first_request_deadline() {
+    let served = Served::new("serve-idle", CLIENTS).await;
+    for asks in [false, true] {
+        let (near, serving) = in_memory(&served);
+        let mut connection = connect_with(&served, NAME, &near).await.unwrap();
+        let start = tokio::time::Instant::now();
+        if asks {
+            let refused = ask_on(&mut connection, "Bearer stranger").await.unwrap_err();
+            assert_eq!(refused.code(), Code::Unauthenticated);
+        }
+        serving.await.unwrap();
+        assert_eq!(start.elapsed().as_secs(), FIRST_REQUEST.as_secs(), "{asks}");
+        drop(connection);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn connection_with_token_ends_at_its_age() {
     let served = Served::new("serve-age", CLIENTS).await;
     let (near, serving) = in_memory(&served);
-    let connection = connect_with(&served, NAME, &near).await.unwrap();
+    let mut connection = connect_with(&served, NAME, &near).await.unwrap();
     let start = tokio::time::Instant::now();
+    ask_on(&mut connection, "Bearer client-token").await.unwrap();
     serving.await.unwrap();
     assert_eq!(start.elapsed().as_secs(), CONNECTION_AGE.as_secs());
     drop(connection);
+}
+
+/// Dials from one of the loopback addresses.
+struct DialFrom(Ipv4Addr, SocketAddr);
+
+impl crate::Dial for DialFrom {
+    type Io = TcpStream;
+
+    async fn dial(&self, _: SocketAddr) -> std::io::Result<TcpStream> {
+        let Self(source, server) = self;
+        let socket = tokio::net::TcpSocket::new_v4()?;
+        socket.bind((*source, 0).into())?;
+        socket.connect(*server).await
+    }
+}
+
+#[tokio::test]
+async fn idle_connections_do_not_keep_a_client_out() {
+    let served = Served::new("serve-flood", CLIENTS).await;
+    let mut flood = Vec::new();
+    // More than there are places, and more of one source than it may have.
+    for (source, connections) in (1..=9).map(|source| (source, 30)).chain([(10, 40)]) {
+        let dial = DialFrom(Ipv4Addr::new(127, 0, 1, source), served.address);
+        for _ in 0..connections {
+            flood.push(connect_with(&served, NAME, &dial).await.unwrap());
+        }
+    }
+    for _ in 0..3 {
+        let asked = ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), 60));
+        timeout(FIRST_REQUEST, asked).await.unwrap().unwrap();
+    }
+    drop(flood);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_request_that_never_ends_is_answered() {
     let served = Served::new("serve-slow", CLIENTS).await;
     let (near, _serving) = in_memory(&served);
-    let connection = connect_with(&served, NAME, &near).await.unwrap();
+    let mut connection = connect_with(&served, NAME, &near).await.unwrap();
+    ask_on(&mut connection, "Bearer client-token").await.unwrap();
     let origin = "https://ca.test".parse().unwrap();
     let mut grpc = tonic::client::Grpc::with_origin(connection, origin);
     let endless = futures_util::stream::pending::<IstioCertificateRequest>();
     let path = http::uri::PathAndQuery::from_static(crate::ca::CREATE_CERTIFICATE);
-    let codec = tonic_prost::ProstCodec::<_, crate::ca::IstioCertificateResponse>::default();
+    let codec = tonic_prost::ProstCodec::<_, IstioCertificateResponse>::default();
     let answer = grpc.client_streaming(tonic::Request::new(endless), path, codec).await;
     assert_eq!(answer.unwrap_err().code(), Code::DeadlineExceeded);
 }

@@ -150,7 +150,7 @@ fn an_answer_a_late_answer_and_a_failed_handshake_are_final() {
         HboneError::Dial { address, source: refused },
         HboneError::BackingOff { address, remaining: SECOND, source: last },
         HboneError::CertificateRefused { alert: "bad_certificate".to_owned() },
-        HboneError::InvalidAuthority { authority: String::new() },
+        HboneError::InvalidAuthority { authority: "".into() },
     ] {
         assert_eq!(safe(&error), NEVER, "{error:?}");
     }

@@ -9,7 +9,7 @@ use std::ops::Range;
 use ipnet::IpNet;
 
 use super::{Condition, Connection, Match, StringMatch, Values};
-use crate::cidr;
+use crate::{SpiffeId, TrustDomain, cidr};
 
 /// Where a match ends; no step has these numbers.
 const MATCH: usize = usize::MAX;
@@ -198,7 +198,8 @@ struct Facts<'a> {
     namespace: &'a str,
     /// `/ns/NAMESPACE/sa/ACCOUNT`, if that is the shape of the identity.
     service_account: Option<&'a str>,
-    principal: Option<&'a str>,
+    identity: Option<&'a SpiffeId>,
+    aliases: &'a [TrustDomain],
 }
 
 impl<'a> Facts<'a> {
@@ -212,7 +213,8 @@ impl<'a> Facts<'a> {
             destination: connection.destination.ip().to_canonical(),
             namespace: istio.map(|(namespace, _)| namespace).unwrap_or_default(),
             service_account: identity.filter(|_| istio.is_some()).map(|identity| identity.path()),
-            principal: identity.map(|identity| identity.principal()),
+            identity,
+            aliases: connection.aliases,
         }
     }
 }
@@ -239,8 +241,33 @@ impl Program {
             Field::ServiceAccount => {
                 facts.service_account.is_some_and(|account| self.any_text(step, account))
             }
-            Field::Principal => facts.principal.is_some_and(|name| self.any_text(step, name)),
+            Field::Principal => facts.identity.is_some_and(|identity| {
+                self.any_text(step, identity.principal())
+                    || facts.aliases.iter().any(|alias| self.any_alias(step, alias, identity))
+            }),
         }
+    }
+
+    /// Whether one of the step's texts is the identity's in the name of another trust domain. Istio
+    /// compiles every principal of a policy for each alias instead (`pilot/pkg/trustdomain`), which
+    /// matches the same.
+    fn any_alias(&self, step: &Step, alias: &TrustDomain, identity: &SpiffeId) -> bool {
+        let (domain, path) = (alias.as_str().as_bytes(), identity.path().as_bytes());
+        values(&self.texts, step).iter().any(|Text { kind, letters }| {
+            let expected = self.letters.as_bytes().get(letters.clone()).unwrap_or_default();
+            match kind {
+                Kind::Exact => expected.strip_prefix(domain) == Some(path),
+                Kind::Prefix => {
+                    domain.starts_with(expected)
+                        || expected.strip_prefix(domain).is_some_and(|rest| path.starts_with(rest))
+                }
+                Kind::Suffix => {
+                    path.ends_with(expected)
+                        || expected.strip_suffix(path).is_some_and(|rest| domain.ends_with(rest))
+                }
+                Kind::Presence => true,
+            }
+        })
     }
 
     fn any_text(&self, step: &Step, actual: &str) -> bool {

@@ -1,0 +1,136 @@
+//! What is logged, and how a line looks.
+
+use std::fmt;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+/// What is logged, and how it looks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Logging {
+    /// Which levels of which targets.
+    pub filter: LogFilter,
+    /// How a line looks.
+    pub format: LogFormat,
+}
+
+/// How a log line looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people: time, level, target, message, fields.
+    Plain,
+    /// For machines: one JSON object a line.
+    Json,
+}
+
+/// Levels by target in tracing's syntax: `info`, `info,access=off`.
+///
+/// A word without `=` must be a level. tracing takes any other word as a target of which everything
+/// is logged, so that `dbug` would log nothing at all.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogFilter(String);
+
+/// Why a text is not a [`LogFilter`].
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum LogFilterError {
+    /// Two commas in a row, or nothing at all.
+    #[error("an empty directive; off logs nothing")]
+    Empty,
+    /// No such level.
+    #[error("{0:?} is not a level: off, error, warn, info, debug or trace")]
+    Level(String),
+    /// No target has such a name.
+    #[error("{0:?} is not a target: letters, digits, '_', '-', '.' and ':'")]
+    Target(String),
+}
+
+const LEVELS: &[&str] = &["off", "error", "warn", "info", "debug", "trace"];
+
+impl LogFilter {
+    /// The filter as it was written.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Default for LogFilter {
+    fn default() -> Self {
+        Self("info".to_owned())
+    }
+}
+
+impl FromStr for LogFilter {
+    type Err = LogFilterError;
+
+    fn from_str(text: &str) -> Result<Self, LogFilterError> {
+        for directive in text.split(',').map(str::trim) {
+            if directive.is_empty() {
+                return Err(LogFilterError::Empty);
+            }
+            let (target, level) = match directive.split_once('=') {
+                Some((target, level)) => (Some(target), level),
+                None => (None, directive),
+            };
+            if !LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)) {
+                return Err(LogFilterError::Level(level.to_owned()));
+            }
+            if let Some(target) = target.filter(|target| !is_target(target)) {
+                return Err(LogFilterError::Target(target.to_owned()));
+            }
+        }
+        let directives: Vec<&str> = text.split(',').map(str::trim).collect();
+        Ok(Self(directives.join(",")))
+    }
+}
+
+/// A module path or the name of a target. That of a level is a mistake: `debug=access`.
+fn is_target(text: &str) -> bool {
+    let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'-' | b'.' | b':');
+    !text.is_empty()
+        && text.bytes().all(allowed)
+        && !LEVELS.iter().any(|level| level.eq_ignore_ascii_case(text))
+}
+
+impl fmt::Display for LogFilter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accepts_levels_and_targets_with_levels() {
+        for (text, kept) in [
+            ("info", "info"),
+            ("OFF", "OFF"),
+            ("info,access=off", "info,access=off"),
+            ("warn, underpass::inbound=trace", "warn,underpass::inbound=trace"),
+            ("access=off", "access=off"),
+        ] {
+            assert_eq!(text.parse::<LogFilter>().unwrap().as_str(), kept);
+        }
+    }
+
+    #[test]
+    fn rejects_unknown_levels_and_malformed_directives() {
+        use LogFilterError::{Empty, Level, Target};
+        for (text, error) in [
+            ("dbug", Level("dbug".into())),
+            ("info,access", Level("access".into())),
+            ("access=of", Level("of".into())),
+            ("access=", Level(String::new())),
+            ("a=b=info", Level("b=info".into())),
+            ("", Empty),
+            ("info,,access=off", Empty),
+            ("=info", Target(String::new())),
+            ("acc ess=info", Target("acc ess".into())),
+            ("[span]=info", Target("[span]".into())),
+            ("debug=info", Target("debug".into())),
+        ] {
+            assert_eq!(text.parse::<LogFilter>(), Err(error), "{text}");
+        }
+    }
+}

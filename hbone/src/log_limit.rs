@@ -1,0 +1,130 @@
+//! A limit on log lines that others can cause: a storm of refusals must not become one of log lines.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::time::{Instant, sleep_until};
+
+/// How many lines of one kind are logged in one [`WINDOW`].
+const LINES: u32 = 10;
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// The log lines of one kind, such as failed handshakes, by the reason of each.
+///
+/// The first ten of a reason in a second are logged. The others are counted, and a line with their
+/// number follows when the second is over.
+#[derive(Debug)]
+pub struct LogLimit {
+    kind: &'static str,
+    windows: Mutex<Vec<Window>>,
+}
+
+#[derive(Debug)]
+struct Window {
+    reason: &'static str,
+    begun: Instant,
+    lines: u32,
+    suppressed: u64,
+}
+
+impl LogLimit {
+    /// A limit on lines about `kind`, which is how the line with their number calls them.
+    pub const fn new(kind: &'static str) -> Self {
+        Self { kind, windows: Mutex::new(Vec::new()) }
+    }
+
+    /// Whether a line with this reason may be logged now; otherwise it is counted.
+    pub fn admit(&'static self, reason: &'static str) -> bool {
+        let now = Instant::now();
+        let (lines, earlier) = self.count(reason, now);
+        self.report(reason, earlier);
+        // Without a runtime the next line reports them.
+        if lines == LINES + 1
+            && let Ok(runtime) = Handle::try_current()
+        {
+            runtime.spawn(async move {
+                sleep_until(now + WINDOW).await;
+                self.report(reason, self.take_suppressed(reason));
+            });
+        }
+        lines <= LINES
+    }
+
+    /// Counts a line; its number in this second, and how many of earlier ones were not reported.
+    fn count(&self, reason: &'static str, now: Instant) -> (u32, u64) {
+        let mut windows = self.windows();
+        let Some(window) = windows.iter_mut().find(|window| window.reason == reason) else {
+            windows.push(Window { reason, begun: now, lines: 1, suppressed: 0 });
+            return (1, 0);
+        };
+        let mut earlier = 0;
+        if now.duration_since(window.begun) >= WINDOW {
+            earlier = window.suppressed;
+            *window = Window { reason, begun: now, lines: 0, suppressed: 0 };
+        }
+        window.lines = window.lines.saturating_add(1);
+        if window.lines > LINES {
+            window.suppressed += 1;
+        }
+        (window.lines, earlier)
+    }
+
+    fn take_suppressed(&self, reason: &str) -> u64 {
+        let mut windows = self.windows();
+        let window = windows.iter_mut().find(|window| window.reason == reason);
+        window.map(|window| std::mem::take(&mut window.suppressed)).unwrap_or_default()
+    }
+
+    fn report(&self, reason: &str, suppressed: u64) {
+        if suppressed > 0 {
+            tracing::warn!(kind = self.kind, reason, suppressed, "similar log lines suppressed");
+        }
+    }
+
+    fn windows(&self) -> MutexGuard<'_, Vec<Window>> {
+        // Nothing panics while it is held.
+        self.windows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::{advance, sleep};
+
+    use super::*;
+
+    fn admitted(limit: &'static LogLimit, reason: &'static str, lines: u32) -> usize {
+        (0..lines).filter(|_| limit.admit(reason)).count()
+    }
+
+    fn suppressed(limit: &LogLimit) -> u64 {
+        limit.windows().iter().map(|window| window.suppressed).sum()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn admits_ten_lines_of_a_reason_in_a_second() {
+        static LIMIT: LogLimit = LogLimit::new("test");
+        assert_eq!(admitted(&LIMIT, "one", 1000), 10);
+        assert_eq!(admitted(&LIMIT, "other", 5), 5);
+        advance(Duration::from_millis(999)).await;
+        assert!(!LIMIT.admit("one"));
+        advance(Duration::from_millis(1)).await;
+        assert_eq!(admitted(&LIMIT, "one", 1000), 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn reports_suppressed_lines_when_the_second_is_over() {
+        static LIMIT: LogLimit = LogLimit::new("test");
+        admitted(&LIMIT, "one", 1000);
+        assert_eq!(suppressed(&LIMIT), 990);
+        sleep(WINDOW + Duration::from_millis(1)).await;
+        assert_eq!(suppressed(&LIMIT), 0, "reported without another line");
+    }
+
+    #[test]
+    fn works_without_runtime() {
+        static LIMIT: LogLimit = LogLimit::new("test");
+        assert_eq!(admitted(&LIMIT, "one", 11), 10);
+    }
+}
