@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn chain_has_every_cause_within_its_bound() {
         let cause = std::io::Error::other("the\ncause");
-        let error = std::io::Error::new(std::io::ErrorKind::Other, Outer(cause));
+        let error = std::io::Error::other(Outer(cause));
         assert_eq!(Quoted::chain(&error).as_str(), "outer: the\\ncause");
         let long = std::io::Error::other("x".repeat(1 << 20));
         assert!(Quoted::chain(&long).as_str().len() <= Quoted::MAX_CHAIN_BYTES + 3);

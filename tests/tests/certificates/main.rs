@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use underpass_tests::{
     APP, CLIENT, Family, Mesh, Pki, Proxy, SERVER, Scene, Server, Settings, Suite, exchange,
-    http_get,
+    http_get, until,
 };
 
 const IN_USE: &str = "certificate in use";
@@ -191,6 +191,18 @@ async fn alias() {
     tokio::join!(proxy.stop(), without.stop());
     let _client = scene.client.proxy(&client).await;
     let server = scene.server_settings().section("trust: {aliases: [old.test]}");
-    let _server = scene.server.proxy(&server).await;
+    let server = scene.server.proxy(&server).await;
     scene.echoed().await;
+    // Policies hold for the peer in the name of either domain.
+    for domain in ["cluster.local", "old.test"] {
+        let rule = format!("[[[{{principals: [{{exact: {domain}/ns/default/sa/client}}]}}]]]");
+        let mesh = Mesh::default().hbone(&scene.client).hbone(&scene.server);
+        scene.set_mesh(&mesh.policy(domain, "Deny", &rule));
+        let denied = format!("denied by: default/{domain}");
+        until("the client is denied", async || {
+            drop(scene.client.dial(scene.app(Family::V4)).await);
+            server.count(&["policy_denied", &denied]) > 0
+        })
+        .await;
+    }
 }
