@@ -57,9 +57,9 @@ pub use nftables::RuleCounter;
 pub use packets::{PacketCapture, TcpSegment};
 pub use plan::{
     Action, Answer, CONNECTION_MARK, Chain, ChainId, Direction, End, Environment, Families, Family,
-    Hook, Interface, KUBELET_PROBE_V4, KUBELET_PROBE_V6, LoopbackAddress, MARK_MASK, Mark, Match,
-    Origin, PROXY_MARK, PROXY_ZONE, Packet, Passage, PolicyRoute, Ports, Protocol, ROUTE_TABLE,
-    RULE_PRIORITY, Rule, RulePlan, State, TABLE, Table, Walk, Way,
+    Hook, Interface, KUBELET_PROBE_IN, KUBELET_PROBE_V4, KUBELET_PROBE_V6, LoopbackAddress,
+    MARK_MASK, Mark, Match, Origin, PROXY_MARK, PROXY_ZONE, Packet, Passage, PolicyRoute, Ports,
+    Protocol, ROUTE_TABLE, RULE_PRIORITY, Rule, RulePlan, State, TABLE, Table, Walk, Way,
 };
 pub use privileges::{Kept, ProxyUser, drop_capabilities};
 pub use resident::unmap_code;

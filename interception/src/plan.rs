@@ -50,6 +50,8 @@ pub const RULE_PRIORITY: u32 = 32764;
 pub const PROXY_ZONE: u16 = 15;
 /// The name of our nftables table; its family is `inet`.
 pub const TABLE: &str = "underpass";
+/// The id of the rule that exempts the kubelet's probes; that of its IPv6 twin ends in `-v6`.
+pub const KUBELET_PROBE_IN: &str = "kubelet-probe-in";
 /// Where the kubelet's probes come from in an Istio mesh, IPv4: the node rewrites their source to
 /// it.
 pub const KUBELET_PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
-    Interception, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, WayBack, check_reverse_path,
-    ipv6_available,
+    Interception, KUBELET_PROBE_IN, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, WayBack,
+    check_reverse_path, ipv6_available,
 };
 
 use crate::cli::CommandError;
@@ -193,6 +193,12 @@ impl Capture {
     ) -> Result<Option<Guard>, CommandError> {
         let kept = self.interception.as_ref().filter(|_| settings.repair);
         Ok(kept.cloned().map(Guard::new).transpose()?)
+    }
+
+    /// The rules, if they are ours and exempt the kubelet's probes.
+    pub(crate) fn exempting_probes(&self) -> Option<&Interception> {
+        let exempts = self.plan.rules().iter().any(|rule| rule.id == KUBELET_PROBE_IN);
+        self.interception.as_ref().filter(|_| exempts)
     }
 
     /// At the end: the rules stay or go, as the settings say.

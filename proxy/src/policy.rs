@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use underpass_config::{
-    Connection, EgressSettings, Mtls, MtlsSettings, SpiffeId, Workload, WorkloadSettings,
+    Connection, EgressSettings, KubeletProbes, Mtls, MtlsSettings, SpiffeId, Workload,
+    WorkloadSettings,
 };
 use underpass_interception::{KUBELET_PROBE_V4, KUBELET_PROBE_V6, Ports};
 
@@ -27,8 +28,8 @@ pub(crate) struct Rules {
     pub(crate) own: WorkloadSettings,
     pub(crate) egress: EgressSettings,
     pub(crate) mtls: MtlsSettings,
-    /// Whether kubelet's probes can be told by their source.
-    pub(crate) probes: bool,
+    /// Which connections from the kubelet's probe address `mtls: strict` lets in.
+    pub(crate) probes: KubeletProbes,
 }
 
 /// A connection, as far as it is decided on.
@@ -155,7 +156,8 @@ fn check_inbound(inbound: &Inbound, snapshot: &Snapshot, rules: &Rules) -> Resul
         return Err(ProxyError::OwnListener(*destination));
     }
     let local = local(destination.ip(), snapshot, rules);
-    if identity.is_none() && !(rules.probes && is_probe_source(source.ip())) {
+    let is_probe = is_probe_source(source.ip()) && rules.probes.exempt(destination.port());
+    if identity.is_none() && !is_probe {
         let mode = rules.mtls.mode(local.namespace, local.name, destination.port());
         if mode == Mtls::Strict {
             return Err(ProxyError::PlaintextRefused(*destination));

@@ -7,7 +7,7 @@
 use std::fmt::Display;
 use std::net::SocketAddr;
 
-use underpass_config::{Dns, InterceptionSettings, Ipv6};
+use underpass_config::{Dns, InterceptionSettings, Ipv6, KubeletProbes};
 
 use super::scene::Scene;
 use super::{Explanation, Hop, Party};
@@ -184,6 +184,16 @@ const DECIDING: &[Deciding] = &[
     ),
     ("dns_servers", |s| list(&s.dns_servers), |s| s.dns_servers.clear()),
     ("ingress", |s| s.ingress.to_string(), |s| s.ingress = false),
+    (
+        "kubelet_probes",
+        |s| s.kubelet_probes.to_string(),
+        |s| {
+            s.kubelet_probes = match s.kubelet_probes {
+                KubeletProbes::Off => KubeletProbes::On,
+                KubeletProbes::On | KubeletProbes::Ports(_) => KubeletProbes::Off,
+            };
+        },
+    ),
     ("virtual_interfaces", |s| list(&s.virtual_interfaces), |s| s.virtual_interfaces.clear()),
     (
         "outbound.exclude_cidrs",

@@ -86,7 +86,11 @@ fn the_ambient_flows_end_where_the_articles_tests_saw_them() {
         &[("capture-inbound", Party::Proxy), ("own-pod", Party::App), ("", Party::Proxy)],
     );
     is(ambient, "A3", &[("hbone-in", Party::Proxy), ("own-pod", Party::App), ("", Party::Proxy)]);
-    is(ambient, "A4", &[("kubelet-probe-in", Party::App)]);
+    is(ambient, "A4", &[("capture-inbound", Party::Proxy)]);
+    for probes in ["kubelet_probes=on", "kubelet_probes=8080"] {
+        let ambient = format!("{ambient} {probes}");
+        is(&ambient, "A4", &[("kubelet-probe-in", Party::App)]);
+    }
     is(ambient, "A5", &[("own-pod", Party::App)]);
     is(ambient, "A5'", &[("", Party::App)]);
     is(ambient, "A5''", &[("own-pod", Party::App)]);
@@ -325,7 +329,15 @@ fn the_proxy_and_probes_are_told_apart() {
         assert_eq!(end, End::Direct, "{profile}");
         assert!(text.contains("proxy's own connections"), "{text}");
     }
-    assert_eq!(asked("profile=ambient", Sender::Probe, "10.0.0.1:8080").0, End::Direct);
+    let probed = |probes: &str, to: &str| {
+        asked(&format!("profile=ambient kubelet_probes={probes}"), Sender::Probe, to)
+    };
+    assert_eq!(probed("on", "10.0.0.1:8080").0, End::Direct);
+    assert_eq!(probed("8080", "10.0.0.1:8080").0, End::Direct);
+    assert_eq!(probed("8080", "10.0.0.1:8081").0, End::Redirected(15006));
+    let (end, text) = probed("off", "10.0.0.1:8080");
+    assert_eq!(end, End::Redirected(15006));
+    assert!(text.contains("`interception.kubelet_probes: off` decides"), "{text}");
     assert_eq!(asked("profile=sidecar", Sender::Probe, "10.0.0.1:8080").0, End::Redirected(15006));
 }
 

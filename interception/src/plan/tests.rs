@@ -45,6 +45,8 @@ const SCENARIOS: &[(&str, &[&str])] = &[
             "inbound.include_ports=8080",
         ],
     ),
+    ("ambient-kubelet-probes", &["profile=ambient", "kubelet_probes=on"]),
+    ("ambient-kubelet-probe-ports", &["profile=ambient", "kubelet_probes=8080,9000-9010"]),
     ("ambient-ipv6-bypass", &["profile=ambient", "ipv6=bypass"]),
     ("ambient-ipv6-reject", &["profile=ambient", "ipv6=reject", "dns=capture"]),
     ("sidecar", &["profile=sidecar"]),

@@ -2,8 +2,8 @@
 
 use libtest_mimic::Failed;
 use underpass_config::{
-    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
-    PortRange, Profile,
+    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
+    OutboundCapture, PortRange, Profile,
 };
 pub(crate) fn base(profile: Profile) -> Result<InterceptionSettings, Failed> {
     let sidecar = profile == Profile::Sidecar;
@@ -25,6 +25,7 @@ pub(crate) fn base(profile: Profile) -> Result<InterceptionSettings, Failed> {
         dns_servers: Vec::new(),
         drop_invalid: sidecar,
         ingress: false,
+        kubelet_probes: KubeletProbes::Off,
         loopback_cidr: "127.0.0.1/32".parse()?,
     })
 }

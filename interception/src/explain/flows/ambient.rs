@@ -2,6 +2,8 @@
 
 use std::net::SocketAddr;
 
+use underpass_config::{InterceptionSettings, KubeletProbes};
+
 use super::{Draft, dns, hbone, inbound, localhost, outbound, udp};
 use crate::explain::scene::Scene;
 use crate::explain::{Explanation, Flow, Party};
@@ -44,6 +46,13 @@ fn from_remote<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'
 }
 
 fn probe<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
+    let InterceptionSettings { kubelet_probes: probes, ingress, .. } = explanation.settings;
+    let mut to = scene.app_at_pod();
+    if let KubeletProbes::Ports(ports) = probes
+        && let Some(range) = ports.first()
+    {
+        to.set_port(range.first);
+    }
     Draft::new("A4", "The kubelet probes the app")
         .article("PREROUTING ▶ ISTIO_PRERT, ACCEPT by source 169.254.7.127")
         .note(
@@ -51,10 +60,15 @@ fn probe<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
              the source of the kubelet's probes to it. Without that agent probes are like any client.",
         )
         .note_if(
-            explanation.settings.ingress,
+            *probes == KubeletProbes::Off,
+            "interception.kubelet_probes is off: the proxy decides on a connection from 169.254.7.127 as on \
+             any other. Any host on the link can use that address where no node agent guards it.",
+        )
+        .note_if(
+            *ingress,
             "interception.ingress: nothing is caught, so that probes need no rule.",
         )
-        .hop(scene.received(Party::Kubelet, scene.kubelet(), scene.app_at_pod(), Party::App))
+        .hop(scene.received(Party::Kubelet, scene.kubelet(), to, Party::App))
         .flow()
 }
 

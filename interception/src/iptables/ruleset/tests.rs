@@ -1,8 +1,8 @@
 //! Rulesets as the programs print them, what of them is ours, and what makes one of another.
 
 use underpass_config::{
-    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
-    Profile,
+    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
+    OutboundCapture, Profile,
 };
 
 use super::*;
@@ -55,6 +55,7 @@ fn settings(profile: Profile) -> InterceptionSettings {
         dns_servers: Vec::new(),
         drop_invalid: true,
         ingress: false,
+        kubelet_probes: KubeletProbes::Off,
         loopback_cidr: "127.0.0.1/32".parse().unwrap(),
     }
 }
