@@ -289,7 +289,7 @@ impl Proxy {
         capture: &Capture,
         handed: Handed,
     ) -> Result<Self, CommandError> {
-        let (ports, ipv6) = (Ports::of(&settings.proxy), ipv6_available());
+        let (ports, ipv6) = (Ports::of(settings), ipv6_available());
         let sockets =
             Sockets::new(&settings.interception, ipv6).with_keepalive(settings.timeouts.keepalive);
         let gates = Gates::default();

@@ -80,7 +80,7 @@ async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), C
 impl Capture {
     /// Checks all that can be checked before anything is changed.
     pub(crate) async fn prepare(settings: &Settings) -> Result<Self, CommandError> {
-        let ports = Ports::of(&settings.proxy);
+        let ports = Ports::of(settings);
         let interception = &settings.interception;
         if interception.dns == Dns::Capture && interception.profile != Profile::None {
             return Err(CommandError::NoDnsProxy { port: ports.dns });

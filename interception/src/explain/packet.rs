@@ -76,7 +76,8 @@ impl Explanation<'_> {
 
     fn listener(&self, to: SocketAddr) -> Party {
         let Self { ports, .. } = self;
-        let own = [ports.outbound, ports.inbound, ports.hbone, ports.dns].contains(&to.port());
+        let own = [ports.outbound, ports.inbound, ports.hbone, ports.dns].contains(&to.port())
+            || ports.services.iter().any(|service| service.port() == to.port());
         match self.environment.is_local(to.ip()) {
             true if own => Party::Proxy,
             true => Party::App,
@@ -95,7 +96,13 @@ impl Explanation<'_> {
         }
         let mut advice = Vec::new();
         if arrives && !self.environment.is_local(to.ip()) {
-            advice.push(format!("{} is no address of this namespace.", to.ip()));
+            let refused = [End::Redirected(self.ports.inbound), End::Tproxied(self.ports.inbound)];
+            let end = if refused.contains(&hop.walk.end) {
+                ": the proxy refuses an inbound connection to it."
+            } else {
+                "."
+            };
+            advice.push(format!("{} is no address of this namespace{end}", to.ip()));
         }
         if sender == Sender::Proxy && hop.walk.end == End::Direct {
             advice.push("The proxy's own connections are not caught again.".to_owned());

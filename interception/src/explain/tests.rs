@@ -7,7 +7,13 @@ use underpass_config::Sources;
 use super::*;
 use crate::plan::Protocol;
 
-const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008, dns: 15053 };
+const PORTS: Ports = Ports {
+    outbound: 15001,
+    inbound: 15006,
+    hbone: 15008,
+    dns: 15053,
+    services: Ports::DEFAULT_SERVICES,
+};
 
 /// The settings of these keys below `interception`: `profile=sidecar ipv6=bypass`.
 fn settings(assignments: &str) -> InterceptionSettings {
@@ -91,6 +97,7 @@ fn the_ambient_flows_end_where_the_articles_tests_saw_them() {
         let ambient = format!("{ambient} {probes}");
         is(&ambient, "A4", &[("kubelet-probe-in", Party::App)]);
     }
+    is(ambient, "metrics", &[("own-ports-in", Party::Proxy)]);
     is(ambient, "A5", &[("own-pod", Party::App)]);
     is(ambient, "A5'", &[("", Party::App)]);
     is(ambient, "A5''", &[("own-pod", Party::App)]);
@@ -346,5 +353,5 @@ fn packets_that_cannot_be_are_said_to_be_impossible() {
     let (_, text) = asked("profile=ambient", Sender::Remote, "127.0.0.1:8080");
     assert!(text.contains("No such packet arrives"), "{text}");
     let (_, text) = asked("profile=ambient", Sender::Remote, "192.0.2.77:8080");
-    assert!(text.contains("no address of this namespace"), "{text}");
+    assert!(text.contains("no address of this namespace: the proxy refuses"), "{text}");
 }

@@ -19,7 +19,7 @@ use super::build::{Builder, Inputs, LOOPBACK, TCP, chain};
 use super::{
     Action, CONNECTION_MARK, ChainId, Direction, KUBELET_PROBE_IN, MARK_MASK, Mark, Match,
     PROXY_MARK, PROXY_ZONE, PolicyRoute, Protocol, ROUTE_TABLE, RULE_PRIORITY, RulePlan, Table,
-    invalid, reject,
+    invalid, own_ports, reject,
 };
 
 const PROXY: Mark = Mark { value: PROXY_MARK, mask: MARK_MASK };
@@ -234,6 +234,10 @@ fn nat_prerouting_excluded(b: &mut Builder, inputs: &Inputs<'_>) {
             .numbered()
             .families(neutral)
             .when([ports], Action::Return);
+    }
+    // An ingress gateway's plain connections are not caught anyway.
+    if !inputs.settings.ingress {
+        own_ports::add(b, inputs, NAT_PREROUTING, "own-ports-in", &[]);
     }
 }
 

@@ -65,6 +65,10 @@ pub(crate) fn full(profile: Profile) -> Result<InterceptionSettings, Failed> {
     }
     Ok(InterceptionSettings {
         virtual_interfaces: interfaces(&["tap0", "tap1"]),
+        kubelet_probes: match profile {
+            Profile::Ambient => KubeletProbes::Ports(vec!["8080".parse()?, "9000-9010".parse()?]),
+            _ => KubeletProbes::Off,
+        },
         dns: Dns::Capture,
         // glibc and musl do not abbreviate the last one alike.
         dns_servers: vec!["10.0.0.10".parse()?, "::127.0.0.53".parse()?],

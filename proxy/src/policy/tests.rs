@@ -13,7 +13,7 @@ fn rules(settings: &[&str]) -> Rules {
     let sources = Sources { file: None, environment: Vec::new(), flags };
     let settings = sources.load().expect("settings");
     Rules {
-        ports: Ports::of(&settings.proxy),
+        ports: Ports::of(&settings),
         own: settings.workload,
         egress: settings.egress,
         mtls: settings.proxy.mtls,

@@ -22,6 +22,7 @@ pub(super) fn flows<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> V
             .answer(scene, scene.app())
             .flow(),
         probe(explanation, scene),
+        metrics(explanation, scene),
         own_address(scene),
         localhost(scene, "A5'").flow(),
         other_loopback(scene),
@@ -69,6 +70,18 @@ fn probe<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
             "interception.ingress: nothing is caught, so that probes need no rule.",
         )
         .hop(scene.received(Party::Kubelet, scene.kubelet(), to, Party::App))
+        .flow()
+}
+
+fn metrics<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
+    let [metrics, _] = explanation.ports.services;
+    let to = SocketAddr::new(scene.pod(), metrics.port());
+    Draft::new("metrics", "Prometheus reads the proxy's metrics")
+        .note_if(
+            explanation.settings.exact,
+            "Istio's ambient rules catch it, and the workload's policies decide on it.",
+        )
+        .hop(scene.received(Party::Prometheus, scene.remote(), to, Party::Proxy))
         .flow()
 }
 

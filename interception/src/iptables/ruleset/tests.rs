@@ -60,7 +60,13 @@ fn settings(profile: Profile) -> InterceptionSettings {
     }
 }
 
-const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008, dns: 15053 };
+const PORTS: Ports = Ports {
+    outbound: 15001,
+    inbound: 15006,
+    hbone: 15008,
+    dns: 15053,
+    services: Ports::DEFAULT_SERVICES,
+};
 
 fn plans() -> Vec<RulePlan> {
     let tproxy = InterceptionSettings {
