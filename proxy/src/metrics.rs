@@ -19,6 +19,7 @@ const INTERCEPTION: &str = "underpass_interception";
 const REPAIRS: &str = "underpass_rules_repairs_total";
 const INTACT: &str = "underpass_rules_intact";
 const PROBES: &str = "underpass_kubelet_probe_connections_total";
+const NOT_LOCAL: &str = "underpass_inbound_not_local_total";
 const CERTIFICATE_EXPIRES: &str = "underpass_certificate_expires_seconds";
 const RENEWALS: &str = "underpass_certificate_renewals_total";
 const RENEWALS_FAILED: &str = "underpass_certificate_failures_total";
@@ -48,6 +49,11 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
         PROBES,
         "Connections from the kubelet's probe address that bypassed the proxy (interception.kubelet_probes)."
     );
+    describe_counter!(
+        NOT_LOCAL,
+        "Inbound connections refused because they are for an address that is not this pod's."
+    );
+    counter!(NOT_LOCAL).increment(0);
     describe_gauge!(CERTIFICATE_EXPIRES, "When our certificate expires, in seconds since 1970.");
     describe_counter!(RENEWALS, "Certificates that came into use, the first one included.");
     describe_counter!(
@@ -108,6 +114,11 @@ pub(crate) fn rules_intact(intact: bool) {
 /// Counts connections that bypassed the proxy as the kubelet's probes.
 pub(crate) fn kubelet_probes(connections: u64) {
     counter!(PROBES).increment(connections);
+}
+
+/// Counts an inbound connection for an address that is not this namespace's own.
+pub(crate) fn not_local() {
+    counter!(NOT_LOCAL).increment(1);
 }
 
 /// Says that a certificate came into use.

@@ -13,7 +13,7 @@ use underpass_config::{SpiffeId, Timeouts, TunnelSettings};
 use underpass_hbone::{
     Acceptor, ClientSettings, Connector, Credentials, Pool, PoolSettings, ServerSettings,
 };
-use underpass_interception::{BoundListener, Sockets, drop_capabilities};
+use underpass_interception::{BoundListener, LocalAddresses, Sockets, drop_capabilities};
 
 use crate::accept::{Accepted, Kind, accept_loop};
 use crate::balance::Balance;
@@ -87,6 +87,8 @@ pub(crate) struct Worker {
     pub(crate) series: KnownSeries,
     pub(crate) balance: Arc<Balance>,
     pub(crate) index: usize,
+    /// What inbound connections may be for.
+    pub(crate) local: LocalAddresses,
 }
 
 impl Worker {
@@ -112,7 +114,8 @@ impl Worker {
         let acceptor = credentials().map(|own| Acceptor::new(own, ServerSettings::default()));
         let pool = Pool::new(dialer, settings);
         let (live, series) = (Arc::default(), KnownSeries::default());
-        Self { pool, connector, acceptor, live, series, balance, index, shared }
+        let local = LocalAddresses::default();
+        Self { pool, connector, acceptor, live, series, balance, index, local, shared }
     }
 
     /// Decides on a connection.
