@@ -341,7 +341,7 @@ fn rules(criterion: &mut Criterion) {
         let flags = vec![format!("interception.profile={profile}")];
         let sources = Sources { file: None, environment: Vec::new(), flags };
         let settings = sources.load().expect("the settings are right");
-        let ports = Ports::of(&settings.proxy);
+        let ports = Ports::of(&settings);
         let plan = || RulePlan::new(black_box(&settings.interception), ports, true);
         group.bench_function(BenchmarkId::new("plan", profile), |bencher| bencher.iter(plan));
         let made = plan();

@@ -84,7 +84,7 @@ async fn one(flags: &[&str], round: usize) -> [Option<f64>; 4] {
     let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
     let sources = Sources { file: None, environment: Vec::new(), flags };
     let settings = sources.load().expect("the settings are right");
-    let ports = Ports::of(&settings.proxy);
+    let ports = Ports::of(&settings);
     let prepared = Interception::prepare(&settings.interception, ports).await.expect("prepared");
     let mut figures = [None; 4];
     if let Some(interception) = prepared {

@@ -39,8 +39,8 @@ pub use read::parse_duration;
 pub use resolve::KEYS;
 pub use settings::{
     Backend, BundleFile, Cipher, Dns, Egress, EgressSettings, IdentityFiles, IdentitySettings,
-    InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, Limits,
-    LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls, MtlsOverride,
+    InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes,
+    Limits, LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls, MtlsOverride,
     MtlsOverrideError, MtlsSettings, OnExit, OutboundCapture, PortRange, PortRangeError, Profile,
     ProxySettings, Settings, SpireSettings, TakeOver, Timeouts, TrustSettings, TunnelSettings,
     WorkloadSettings,

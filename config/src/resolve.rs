@@ -69,6 +69,7 @@ pub const KEYS: &[&str] = &[
     "interception.dns_servers",
     "interception.drop_invalid",
     "interception.ingress",
+    "interception.kubelet_probes",
     "interception.loopback_cidr",
     "proxy.outbound_port",
     "proxy.inbound_port",

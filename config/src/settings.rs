@@ -18,8 +18,8 @@ pub use identity::{
     SpireSettings, TrustSettings, TunnelSettings,
 };
 pub use interception::{
-    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
-    PortRange, PortRangeError, Profile,
+    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
+    OutboundCapture, PortRange, PortRangeError, Profile,
 };
 pub use limits::{Limits, TakeOver, Timeouts};
 pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};

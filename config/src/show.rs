@@ -7,7 +7,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::settings::{
-    Egress, EgressSettings, IdentitySettings, InterceptionSettings, LogFormat, Settings, TakeOver,
+    Egress, EgressSettings, IdentitySettings, InterceptionSettings, KubeletProbes, LogFormat,
+    Settings, TakeOver,
 };
 
 impl fmt::Display for Settings {
@@ -104,6 +105,10 @@ impl Settings {
         writeln!(f, "  dns_servers: {}", texts(&settings.dns_servers))?;
         writeln!(f, "  drop_invalid: {}", settings.drop_invalid)?;
         writeln!(f, "  ingress: {}", settings.ingress)?;
+        match &settings.kubelet_probes {
+            KubeletProbes::Ports(ports) => writeln!(f, "  kubelet_probes: {}", bare(ports))?,
+            word => writeln!(f, "  kubelet_probes: {word}")?,
+        }
         writeln!(f, "  loopback_cidr: {}", settings.loopback_cidr)
     }
 
@@ -301,6 +306,7 @@ identity:
   ttl: 12h
 interception:
   ingress: true
+  kubelet_probes: [8080, 9000-9010]
   outbound: {exclude_gids: [1], include_cidrs: none}
   inbound: {exclude_ports: [15020]}
 ";

@@ -22,6 +22,7 @@ mod ipv6;
 mod leftovers;
 mod limits;
 mod listener;
+mod local;
 mod netlink;
 mod netns;
 mod nftables;
@@ -54,14 +55,15 @@ pub use ipv6::ipv6_available;
 pub use leftovers::{Leftover, LeftoverOwner};
 pub use limits::{is_out_of_files, raise_open_files};
 pub use listener::{BoundListener, Listener};
+pub use local::LocalAddresses;
 pub use netns::{Endpoint, Namespace, veth};
 pub use nftables::RuleCounter;
 pub use packets::{PacketCapture, TcpSegment};
 pub use plan::{
     Action, Answer, CONNECTION_MARK, Chain, ChainId, Direction, End, Environment, Families, Family,
-    Hook, Interface, KUBELET_PROBE_V4, KUBELET_PROBE_V6, LoopbackAddress, MARK_MASK, Mark, Match,
-    Origin, PROXY_MARK, PROXY_ZONE, Packet, Passage, PolicyRoute, Ports, Protocol, ROUTE_TABLE,
-    RULE_PRIORITY, Rule, RulePlan, State, TABLE, Table, Walk, Way,
+    Hook, Interface, KUBELET_PROBE_IN, KUBELET_PROBE_V4, KUBELET_PROBE_V6, LoopbackAddress,
+    MARK_MASK, Mark, Match, Origin, PROXY_MARK, PROXY_ZONE, Packet, Passage, PolicyRoute, Ports,
+    Protocol, ROUTE_TABLE, RULE_PRIORITY, Rule, RulePlan, State, TABLE, Table, Walk, Way,
 };
 pub use privileges::{
     Kept, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process, confine_thread,

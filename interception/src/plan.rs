@@ -16,6 +16,7 @@ mod iptables;
 mod json;
 pub(crate) mod nft;
 mod osm;
+mod own_ports;
 mod reject;
 mod sidecar;
 mod types;
@@ -31,9 +32,9 @@ pub use types::{
 pub(crate) use walk::is_link_local;
 pub use walk::{Answer, End, Environment, Interface, Packet, Passage, State, Walk, Way};
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use underpass_config::{InterceptionSettings, Profile, ProxySettings};
+use underpass_config::{InterceptionSettings, Profile, Settings};
 
 /// The packet mark of every socket that the proxy opens (Istio's `InpodMark`).
 pub const PROXY_MARK: u32 = 0x539;
@@ -50,6 +51,8 @@ pub const RULE_PRIORITY: u32 = 32764;
 pub const PROXY_ZONE: u16 = 15;
 /// The name of our nftables table; its family is `inet`.
 pub const TABLE: &str = "underpass";
+/// The id of the rule that exempts the kubelet's probes; that of its IPv6 twin ends in `-v6`.
+pub const KUBELET_PROBE_IN: &str = "kubelet-probe-in";
 /// Where the kubelet's probes come from in an Istio mesh, IPv4: the node rewrites their source to
 /// it.
 pub const KUBELET_PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
@@ -68,19 +71,30 @@ pub struct Ports {
     pub hbone: u16,
     /// Where caught DNS queries arrive.
     pub dns: u16,
+    /// Where the proxy serves metrics and readiness: never caught.
+    pub services: [SocketAddr; 2],
 }
 
 impl Ports {
+    /// Where metrics and readiness are served by default.
+    pub const DEFAULT_SERVICES: [SocketAddr; 2] = [any_address(15020), any_address(15021)];
+
     /// Those of the settings.
     #[must_use]
-    pub fn of(settings: &ProxySettings) -> Self {
+    pub fn of(settings: &Settings) -> Self {
+        let proxy = &settings.proxy;
         Self {
-            outbound: settings.outbound_port,
-            inbound: settings.inbound_port,
-            hbone: settings.hbone_port,
-            dns: settings.dns_port,
+            outbound: proxy.outbound_port,
+            inbound: proxy.inbound_port,
+            hbone: proxy.hbone_port,
+            dns: proxy.dns_port,
+            services: [settings.metrics, settings.readiness],
         }
     }
+}
+
+const fn any_address(port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)
 }
 
 /// All rules of a profile, in the order in which the kernel tries them, and what they rely on.

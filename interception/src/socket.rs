@@ -95,6 +95,13 @@ impl Sockets {
         self.mark.is_some() || self.imitate_clients()
     }
 
+    /// Whether listeners also take connections to addresses that are not this namespace's own, so
+    /// that the local address of such a connection proves nothing.
+    #[must_use]
+    pub fn are_transparent(&self) -> bool {
+        self.transparent
+    }
+
     /// Listens on `address`. `[::]` takes IPv4 too, and without IPv6 is `0.0.0.0`.
     ///
     /// `purpose` and `setting` are for the message of a failure.

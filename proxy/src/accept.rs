@@ -10,7 +10,7 @@ use tokio::task::coop::unconstrained;
 use tokio::task::yield_now;
 use tokio::time::{sleep, sleep_until};
 use underpass_interception::{
-    BoundListener, Closing, Listener, Ports, original_destination, reset_on_close,
+    BoundListener, Closing, Listener, Ports, is_out_of_files, original_destination, reset_on_close,
 };
 
 use crate::descriptors::{Held, PAIR, Shortage};
@@ -76,6 +76,27 @@ impl Accepted {
             Kind::Outbound | Kind::Plaintext => original_destination(&stream, client.ip()),
         };
         Self { kind, stream, client, destination, descriptors }
+    }
+
+    /// Refuses an inbound connection for an address that is not this namespace's own: the workload does not have it, so neither its
+    /// mTLS mode nor its policies are about it. The rules of `interception.exact`, and those of others, lead such connections here.
+    pub(crate) fn check_local(self, worker: &Worker) -> Result<Self, ProxyError> {
+        let Ok(destination) = self.destination else { return Ok(self) };
+        // What REDIRECT chose is an address of the interface; TPROXY leaves whatever it was sent to.
+        let proven = !worker.shared.sockets.are_transparent()
+            && self.stream.local_addr().is_ok_and(|here| canonical(here).ip() == destination.ip());
+        if proven {
+            return Ok(self);
+        }
+        match worker.local.contain(destination.ip()) {
+            Ok(true) => Ok(self),
+            Ok(false) => {
+                metrics::not_local();
+                Err(ProxyError::NotLocal(destination))
+            }
+            Err(error) if is_out_of_files(&error) => Err(ProxyError::OutOfDescriptors),
+            Err(source) => Err(ProxyError::LocalUnknown { destination, source }),
+        }
     }
 
     /// Registers the connection with the runtime of the calling worker.

@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
-use underpass_config::{MeshSource, Profile, Settings, Sources};
+use underpass_config::{KubeletProbes, MeshSource, Profile, Settings, Sources};
 use underpass_interception::{
     BoundListener, Ports, Sockets, ipv6_available, raise_open_files, unmap_code,
 };
@@ -37,7 +37,7 @@ use crate::self_test::SelfTest;
 use crate::snapshot::Snapshot;
 use crate::take_over::{Claim, Gates, Handed, Offer, Offered};
 use crate::worker::{self, Shared, WorkerThread, Workers};
-use crate::{metrics, processors};
+use crate::{kubelet_probes, metrics, processors};
 
 /// How long after `ready`, or after a look at the rules, all has run that is needed for that alone.
 const SETTLED: Duration = Duration::from_secs(1);
@@ -169,6 +169,7 @@ async fn serve(
     );
     let guard = capture.guard(&settings.interception)?;
     tokio::spawn(settle(guard.as_ref().map(Guard::looked)));
+    let _probes = kubelet_probes::observe(&shared.rules.probes, capture.exempting_probes());
     let keeper = tokio::spawn(keep(guard, reload, readiness.clone(), gates.rules));
 
     let end = until_end(settings, capture, offer, &mut stop).await;
@@ -284,7 +285,7 @@ struct Proxy {
 
 impl Proxy {
     async fn prepare(settings: &Settings, handed: Handed) -> Result<Self, CommandError> {
-        let (ports, ipv6) = (Ports::of(&settings.proxy), ipv6_available());
+        let (ports, ipv6) = (Ports::of(settings), ipv6_available());
         let sockets =
             Sockets::new(&settings.interception, ipv6).with_keepalive(settings.timeouts.keepalive);
         let gates = Gates::default();
@@ -347,6 +348,14 @@ fn workers(settings: &Settings) -> usize {
     settings.proxy.workers.unwrap_or_else(processors)
 }
 
+/// Only the ambient profile knows the kubelet by its source.
+fn probes(settings: &Settings) -> KubeletProbes {
+    match settings.interception.profile {
+        Profile::Ambient => settings.interception.kubelet_probes.clone(),
+        Profile::Sidecar | Profile::Osm | Profile::None => KubeletProbes::Off,
+    }
+}
+
 fn shared(
     settings: &Settings,
     sockets: Sockets,
@@ -360,8 +369,7 @@ fn shared(
         own: settings.workload.clone(),
         egress: settings.egress.clone(),
         mtls: settings.proxy.mtls.clone(),
-        // Only there does kubelet come from an address that nobody else has.
-        probes: settings.interception.profile == Profile::Ambient,
+        probes: probes(settings),
     };
     let limits = Limits::new(&settings.limits, workers(settings));
     Shared {

@@ -4,8 +4,8 @@
 
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
-    Interception, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, WayBack, bypassing_processes,
-    check_reverse_path, confine_thread, ipv6_available,
+    Interception, KUBELET_PROBE_IN, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, WayBack,
+    bypassing_processes, check_reverse_path, confine_thread, ipv6_available,
 };
 
 use crate::cli::CommandError;
@@ -70,7 +70,7 @@ async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), C
 impl Capture {
     /// Checks all that can be checked before anything is changed.
     pub(crate) async fn prepare(settings: &Settings) -> Result<Self, CommandError> {
-        let ports = Ports::of(&settings.proxy);
+        let ports = Ports::of(settings);
         let interception = &settings.interception;
         if interception.dns == Dns::Capture && interception.profile != Profile::None {
             return Err(CommandError::NoDnsProxy { port: ports.dns });
@@ -193,6 +193,12 @@ impl Capture {
     ) -> Result<Option<Guard>, CommandError> {
         let kept = self.interception.as_ref().filter(|_| settings.repair);
         Ok(kept.cloned().map(Guard::new).transpose()?)
+    }
+
+    /// The rules, if they are ours and exempt the kubelet's probes.
+    pub(crate) fn exempting_probes(&self) -> Option<&Interception> {
+        let exempts = self.plan.rules().iter().any(|rule| rule.id == KUBELET_PROBE_IN);
+        self.interception.as_ref().filter(|_| exempts)
     }
 
     /// At the end: the rules stay or go, as the settings say.

@@ -28,6 +28,13 @@ pub(crate) enum ProxyError {
     #[error("the destination {0} is this proxy's own listener")]
     OwnListener(SocketAddr),
     #[error(
+        "{0} is no address of this pod: an inbound connection to it is not for the workload (a virtual machine or \
+         container in the pod sends by an interface to name in interception.virtual_interfaces)"
+    )]
+    NotLocal(SocketAddr),
+    #[error("the kernel does not say whether {destination} is an address of this pod")]
+    LocalUnknown { destination: SocketAddr, source: io::Error },
+    #[error(
         "the mesh says that {0} speaks HBONE, but there is no certificate to reach it with: set identity.*"
     )]
     NoIdentity(SocketAddr),
@@ -142,6 +149,8 @@ impl ProxyError {
             Self::OwnListener(_) => {
                 ("own_listener", "DENY", Client, StatusCode::SERVICE_UNAVAILABLE)
             }
+            Self::NotLocal(_) => ("not_local", "DENY", Client, StatusCode::BAD_REQUEST),
+            Self::LocalUnknown { .. } => ("not_local", "DENY", Us, StatusCode::SERVICE_UNAVAILABLE),
             Self::NoIdentity(_) => {
                 ("no_identity", "IDENTITY_ERROR", Us, StatusCode::SERVICE_UNAVAILABLE)
             }

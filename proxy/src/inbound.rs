@@ -63,7 +63,8 @@ async fn open_plaintext(
 ) -> Option<(ConnectionRecord, Opened<TcpStream>)> {
     let destination = accepted.destination.as_ref().ok().copied();
     let record = open_record(&worker, accepted.client, destination, None);
-    let opened = match accepted.register(worker.shared.rules.ports) {
+    let checked = accepted.check_local(&worker);
+    let opened = match checked.and_then(|accepted| accepted.register(worker.shared.rules.ports)) {
         Ok(connection) => forward_plaintext(&worker, connection, place).await,
         Err(error) => Err(error),
     };
@@ -93,7 +94,8 @@ pub(crate) async fn serve_tunnel(
 ) {
     let client = accepted.client;
     let destination = accepted.destination.as_ref().ok().copied();
-    let outcome = match accepted.register(worker.shared.rules.ports) {
+    let checked = accepted.check_local(&worker);
+    let outcome = match checked.and_then(|accepted| accepted.register(worker.shared.rules.ports)) {
         Err(error) => Err(error),
         Ok(connection) => {
             let serving = pin!(accept_tunnel(&worker, connection));

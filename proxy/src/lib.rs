@@ -34,6 +34,7 @@ mod gate;
 mod guard;
 mod headers;
 mod inbound;
+mod kubelet_probes;
 mod limits;
 mod listeners;
 mod live;

@@ -18,6 +18,8 @@ const BUILD: &str = "istio_build";
 const INTERCEPTION: &str = "underpass_interception";
 const REPAIRS: &str = "underpass_rules_repairs_total";
 const INTACT: &str = "underpass_rules_intact";
+const PROBES: &str = "underpass_kubelet_probe_connections_total";
+const NOT_LOCAL: &str = "underpass_inbound_not_local_total";
 const CERTIFICATE_EXPIRES: &str = "underpass_certificate_expires_seconds";
 const RENEWALS: &str = "underpass_certificate_renewals_total";
 const RENEWALS_FAILED: &str = "underpass_certificate_failures_total";
@@ -45,6 +47,15 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     describe_gauge!(INTERCEPTION, "How traffic is caught; always 1.");
     describe_counter!(REPAIRS, "How often rules that another program had changed were put back.");
     describe_gauge!(INTACT, "Whether the rules are as they should be: 1, or 0.");
+    describe_counter!(
+        PROBES,
+        "Connections from the kubelet's probe address that bypassed the proxy (interception.kubelet_probes)."
+    );
+    describe_counter!(
+        NOT_LOCAL,
+        "Inbound connections refused because they are for an address that is not this pod's."
+    );
+    counter!(NOT_LOCAL).increment(0);
     describe_gauge!(CERTIFICATE_EXPIRES, "When our certificate expires, in seconds since 1970.");
     describe_counter!(RENEWALS, "Certificates that came into use, the first one included.");
     describe_counter!(
@@ -109,6 +120,16 @@ pub(crate) fn rules_repaired() {
 /// Says whether the rules are as they should be.
 pub(crate) fn rules_intact(intact: bool) {
     gauge!(INTACT).set(if intact { 1 } else { 0 });
+}
+
+/// Counts connections that bypassed the proxy as the kubelet's probes.
+pub(crate) fn kubelet_probes(connections: u64) {
+    counter!(PROBES).increment(connections);
+}
+
+/// Counts an inbound connection for an address that is not this namespace's own.
+pub(crate) fn not_local() {
+    counter!(NOT_LOCAL).increment(1);
 }
 
 /// Says that a certificate came into use.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use underpass_config::{
-    Connection, EgressSettings, Mtls, MtlsSettings, SpiffeId, TrustDomain, Workload,
+    Connection, EgressSettings, KubeletProbes, Mtls, MtlsSettings, SpiffeId, TrustDomain, Workload,
     WorkloadSettings,
 };
 use underpass_hbone::PeerIdentity;
@@ -29,8 +29,8 @@ pub(crate) struct Rules {
     pub(crate) own: WorkloadSettings,
     pub(crate) egress: EgressSettings,
     pub(crate) mtls: MtlsSettings,
-    /// Whether kubelet's probes can be told by their source.
-    pub(crate) probes: bool,
+    /// Which connections from the kubelet's probe address `mtls: strict` lets in.
+    pub(crate) probes: KubeletProbes,
 }
 
 /// A connection, as far as it is decided on.
@@ -170,7 +170,8 @@ fn check_inbound(inbound: &Inbound, snapshot: &Snapshot, rules: &Rules) -> Resul
         return Err(ProxyError::OwnListener(*destination));
     }
     let local = local(destination.ip(), snapshot, rules);
-    if principal.is_none() && !(rules.probes && is_probe_source(source.ip())) {
+    let is_probe = is_probe_source(source.ip()) && rules.probes.exempt(destination.port());
+    if principal.is_none() && !is_probe {
         let mode = rules.mtls.mode(local.namespace, local.name, destination.port());
         if mode == Mtls::Strict {
             return Err(ProxyError::PlaintextRefused(*destination));

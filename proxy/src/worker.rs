@@ -14,7 +14,7 @@ use underpass_config::{SpiffeId, Timeouts, TunnelSettings};
 use underpass_hbone::{
     Acceptor, ClientSettings, Connector, Credentials, Pool, PoolSettings, ServerSettings,
 };
-use underpass_interception::{BoundListener, Kept, Sockets, confine_thread};
+use underpass_interception::{BoundListener, Kept, LocalAddresses, Sockets, confine_thread};
 
 use crate::accept::{Accepted, Kind, accept_loop};
 use crate::balance::Balance;
@@ -88,6 +88,8 @@ pub(crate) struct Worker {
     pub(crate) series: KnownSeries,
     pub(crate) balance: Arc<Balance>,
     pub(crate) index: usize,
+    /// What inbound connections may be for.
+    pub(crate) local: LocalAddresses,
 }
 
 impl Worker {
@@ -113,7 +115,8 @@ impl Worker {
         let acceptor = credentials().map(|own| Acceptor::new(own, ServerSettings::default()));
         let pool = Pool::new(dialer, settings);
         let (live, series) = (Arc::default(), KnownSeries::default());
-        Self { pool, connector, acceptor, live, series, balance, index, shared }
+        let local = LocalAddresses::default();
+        Self { pool, connector, acceptor, live, series, balance, index, local, shared }
     }
 
     /// Decides on a connection.

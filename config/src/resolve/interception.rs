@@ -10,8 +10,8 @@ use ipnet::{IpNet, Ipv4Net};
 
 use crate::read::Cursor;
 use crate::settings::{
-    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
-    PortRange, PortRangeError, Profile,
+    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
+    OutboundCapture, PortRange, PortRangeError, Profile,
 };
 
 /// The user and group that Istio's sidecar runs as.
@@ -42,6 +42,7 @@ pub(super) const LISTS: &[&str] = &[
     "interception.proxy_uids",
     "interception.proxy_gids",
     "interception.dns_servers",
+    "interception.kubelet_probes",
 ];
 
 /// Reads the whole section. What is wrong is told at its key; the settings are then of no use.
@@ -53,10 +54,11 @@ pub(super) fn settings(section: Cursor<'_>) -> InterceptionSettings {
         Profile::Osm => (&[OSM_PROXY], &[]),
         Profile::Ambient | Profile::None => (&[], &[]),
     };
+    let exact = switch("exact", false);
     let settings = InterceptionSettings {
         profile,
         backend: section.key("backend").one_of(Backend::WORDS).unwrap_or(Backend::Auto),
-        exact: switch("exact", false),
+        exact,
         install: switch("install", true),
         repair: switch("repair", true),
         ipv6: section.key("ipv6").one_of(Ipv6::WORDS).unwrap_or(Ipv6::Capture),
@@ -71,6 +73,7 @@ pub(super) fn settings(section: Cursor<'_>) -> InterceptionSettings {
         dns_servers: section.key("dns_servers").list(server),
         drop_invalid: switch("drop_invalid", false),
         ingress: switch("ingress", false),
+        kubelet_probes: kubelet_probes(section.key("kubelet_probes"), profile, exact),
         loopback_cidr: loopback(section.key("loopback_cidr")),
     };
     // Without rules of ours, nothing that is said of them can be wrong together.
@@ -86,6 +89,30 @@ fn profile(cursor: Cursor<'_>) -> Profile {
     }
     // Of a profile that does not exist, nothing more can be said.
     cursor.one_of(Profile::WORDS).unwrap_or(Profile::None)
+}
+
+fn kubelet_probes(cursor: Cursor<'_>, profile: Profile, exact: bool) -> KubeletProbes {
+    // Istio's rules, which are all that `exact` installs, always exempt probes.
+    let always = exact && profile == Profile::Ambient;
+    let probes = match () {
+        () if cursor.is_word("off") => KubeletProbes::Off,
+        () if cursor.is_word("on") => KubeletProbes::On,
+        () if cursor.is_given() => KubeletProbes::Ports(cursor.list(probe_port)),
+        () if always => KubeletProbes::On,
+        () => KubeletProbes::Off,
+    };
+    if cursor.is_empty_list() {
+        cursor.problem("must be off, on, or a list of ports");
+    } else if probes != KubeletProbes::On && always {
+        cursor.problem("is always on with exact: Istio's rules exempt probes to every port");
+    } else if probes != KubeletProbes::Off && matches!(profile, Profile::Sidecar | Profile::Osm) {
+        cursor.problem("is possible in the ambient profile only");
+    }
+    probes
+}
+
+fn probe_port(text: &str) -> Result<PortRange, String> {
+    text.parse().map_err(|error: PortRangeError| format!("must be off, on, or ports: {error}"))
 }
 
 fn outbound(section: Cursor<'_>) -> OutboundCapture {

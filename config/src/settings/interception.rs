@@ -47,6 +47,8 @@ pub struct InterceptionSettings {
     pub drop_invalid: bool,
     /// The workload is an ingress gateway: what reaches it in plain is not caught (ambient).
     pub ingress: bool,
+    /// Which connections from the kubelet's probe address bypass the proxy (ambient).
+    pub kubelet_probes: KubeletProbes,
     /// What the workload sends to these loopback addresses is left alone (sidecar); within 127.0.0.0/8.
     pub loopback_cidr: Ipv4Net,
 }
@@ -149,6 +151,22 @@ pub enum Dns {
     Off,
     /// They are led to `proxy.dns_port`.
     Capture,
+}
+
+/// Which connections from the kubelet's probe address (169.254.7.127 and its IPv6 twin) bypass the
+/// proxy, and with it mTLS and every policy.
+///
+/// Only a node agent that rewrites the source of the kubelet's probes makes that address mean the
+/// kubelet. Without such an agent any host on the link can use it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum KubeletProbes {
+    /// None: the address is a client's address like any other.
+    #[default]
+    Off,
+    /// Connections to every port, as Istio's rules have it.
+    On,
+    /// Connections to these ports.
+    Ports(Vec<PortRange>),
 }
 
 /// An inclusive range of ports, often of one.
@@ -290,6 +308,31 @@ impl Dns {
 impl fmt::Display for Dns {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(word(*self, Self::WORDS))
+    }
+}
+
+impl KubeletProbes {
+    /// Whether a connection from the probe address to `port` of the workload is exempt.
+    #[must_use]
+    pub fn exempt(&self, port: u16) -> bool {
+        match self {
+            Self::Off => false,
+            Self::On => true,
+            Self::Ports(ports) => ports.iter().any(|range| range.contains(port)),
+        }
+    }
+}
+
+impl fmt::Display for KubeletProbes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::On => f.write_str("on"),
+            Self::Ports(ports) => {
+                let ports: Vec<_> = ports.iter().map(ToString::to_string).collect();
+                f.write_str(&ports.join(","))
+            }
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 use std::fmt::Display;
 use std::net::SocketAddr;
 
-use underpass_config::{Dns, InterceptionSettings, Ipv6};
+use underpass_config::{Dns, InterceptionSettings, Ipv6, KubeletProbes};
 
 use super::scene::Scene;
 use super::{Explanation, Hop, Party};
@@ -76,7 +76,8 @@ impl Explanation<'_> {
 
     fn listener(&self, to: SocketAddr) -> Party {
         let Self { ports, .. } = self;
-        let own = [ports.outbound, ports.inbound, ports.hbone, ports.dns].contains(&to.port());
+        let own = [ports.outbound, ports.inbound, ports.hbone, ports.dns].contains(&to.port())
+            || ports.services.iter().any(|service| service.port() == to.port());
         match self.environment.is_local(to.ip()) {
             true if own => Party::Proxy,
             true => Party::App,
@@ -95,7 +96,13 @@ impl Explanation<'_> {
         }
         let mut advice = Vec::new();
         if arrives && !self.environment.is_local(to.ip()) {
-            advice.push(format!("{} is no address of this namespace.", to.ip()));
+            let refused = [End::Redirected(self.ports.inbound), End::Tproxied(self.ports.inbound)];
+            let end = if refused.contains(&hop.walk.end) {
+                ": the proxy refuses an inbound connection to it."
+            } else {
+                "."
+            };
+            advice.push(format!("{} is no address of this namespace{end}", to.ip()));
         }
         if sender == Sender::Proxy && hop.walk.end == End::Direct {
             advice.push("The proxy's own connections are not caught again.".to_owned());
@@ -184,6 +191,16 @@ const DECIDING: &[Deciding] = &[
     ),
     ("dns_servers", |s| list(&s.dns_servers), |s| s.dns_servers.clear()),
     ("ingress", |s| s.ingress.to_string(), |s| s.ingress = false),
+    (
+        "kubelet_probes",
+        |s| s.kubelet_probes.to_string(),
+        |s| {
+            s.kubelet_probes = match s.kubelet_probes {
+                KubeletProbes::Off => KubeletProbes::On,
+                KubeletProbes::On | KubeletProbes::Ports(_) => KubeletProbes::Off,
+            };
+        },
+    ),
     ("virtual_interfaces", |s| list(&s.virtual_interfaces), |s| s.virtual_interfaces.clear()),
     (
         "outbound.exclude_cidrs",

@@ -7,7 +7,13 @@ use underpass_config::Sources;
 use super::*;
 use crate::plan::Protocol;
 
-const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008, dns: 15053 };
+const PORTS: Ports = Ports {
+    outbound: 15001,
+    inbound: 15006,
+    hbone: 15008,
+    dns: 15053,
+    services: Ports::DEFAULT_SERVICES,
+};
 
 /// The settings of these keys below `interception`: `profile=sidecar ipv6=bypass`.
 fn settings(assignments: &str) -> InterceptionSettings {
@@ -86,7 +92,12 @@ fn the_ambient_flows_end_where_the_articles_tests_saw_them() {
         &[("capture-inbound", Party::Proxy), ("own-pod", Party::App), ("", Party::Proxy)],
     );
     is(ambient, "A3", &[("hbone-in", Party::Proxy), ("own-pod", Party::App), ("", Party::Proxy)]);
-    is(ambient, "A4", &[("kubelet-probe-in", Party::App)]);
+    is(ambient, "A4", &[("capture-inbound", Party::Proxy)]);
+    for probes in ["kubelet_probes=on", "kubelet_probes=8080"] {
+        let ambient = format!("{ambient} {probes}");
+        is(&ambient, "A4", &[("kubelet-probe-in", Party::App)]);
+    }
+    is(ambient, "metrics", &[("own-ports-in", Party::Proxy)]);
     is(ambient, "A5", &[("own-pod", Party::App)]);
     is(ambient, "A5'", &[("", Party::App)]);
     is(ambient, "A5''", &[("own-pod", Party::App)]);
@@ -325,7 +336,15 @@ fn the_proxy_and_probes_are_told_apart() {
         assert_eq!(end, End::Direct, "{profile}");
         assert!(text.contains("proxy's own connections"), "{text}");
     }
-    assert_eq!(asked("profile=ambient", Sender::Probe, "10.0.0.1:8080").0, End::Direct);
+    let probed = |probes: &str, to: &str| {
+        asked(&format!("profile=ambient kubelet_probes={probes}"), Sender::Probe, to)
+    };
+    assert_eq!(probed("on", "10.0.0.1:8080").0, End::Direct);
+    assert_eq!(probed("8080", "10.0.0.1:8080").0, End::Direct);
+    assert_eq!(probed("8080", "10.0.0.1:8081").0, End::Redirected(15006));
+    let (end, text) = probed("off", "10.0.0.1:8080");
+    assert_eq!(end, End::Redirected(15006));
+    assert!(text.contains("`interception.kubelet_probes: off` decides"), "{text}");
     assert_eq!(asked("profile=sidecar", Sender::Probe, "10.0.0.1:8080").0, End::Redirected(15006));
 }
 
@@ -334,5 +353,5 @@ fn packets_that_cannot_be_are_said_to_be_impossible() {
     let (_, text) = asked("profile=ambient", Sender::Remote, "127.0.0.1:8080");
     assert!(text.contains("No such packet arrives"), "{text}");
     let (_, text) = asked("profile=ambient", Sender::Remote, "192.0.2.77:8080");
-    assert!(text.contains("no address of this namespace"), "{text}");
+    assert!(text.contains("no address of this namespace: the proxy refuses"), "{text}");
 }

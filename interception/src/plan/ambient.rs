@@ -13,12 +13,13 @@
 //! Istio has no exclusions here; ours stand before what would catch.
 
 use ipnet::IpNet;
-use underpass_config::{Dns, PortRange};
+use underpass_config::{Dns, KubeletProbes, PortRange};
 
 use super::build::{Builder, Inputs, LOOPBACK, TCP, chain};
 use super::{
-    Action, CONNECTION_MARK, ChainId, Direction, MARK_MASK, Mark, Match, PROXY_MARK, PROXY_ZONE,
-    PolicyRoute, Protocol, ROUTE_TABLE, RULE_PRIORITY, RulePlan, Table, invalid, reject,
+    Action, CONNECTION_MARK, ChainId, Direction, KUBELET_PROBE_IN, MARK_MASK, Mark, Match,
+    PROXY_MARK, PROXY_ZONE, PolicyRoute, Protocol, ROUTE_TABLE, RULE_PRIORITY, RulePlan, Table,
+    invalid, own_ports, reject,
 };
 
 const PROXY: Mark = Mark { value: PROXY_MARK, mask: MARK_MASK };
@@ -189,15 +190,7 @@ fn nat_prerouting(b: &mut Builder, inputs: &Inputs<'_>) {
         .when([Match::In(interfaces), TCP], Action::Return);
     }
     if !settings.ingress {
-        for &family in &inputs.families {
-            b.rule(
-                NAT_PREROUTING,
-                "kubelet-probe-in",
-                "lets the kubelet's probes reach the workload: they cannot speak HBONE",
-            )
-            .twin(family)
-            .when([Match::Source(vec![family.probe.into()]), Match::TcpModule], Action::Accept);
-        }
+        kubelet_probes(b, inputs);
     }
     nat_prerouting_excluded(b, inputs);
     b.rule(NAT_PREROUTING, "hbone-in", "HBONE arrives at its listener as it is; counts it")
@@ -206,6 +199,25 @@ fn nat_prerouting(b: &mut Builder, inputs: &Inputs<'_>) {
         .when([port(inputs.ports.hbone)], Action::Return);
     if !settings.ingress {
         capture_inbound(b, inputs);
+    }
+}
+
+fn kubelet_probes(b: &mut Builder, inputs: &Inputs<'_>) {
+    let ports = match &inputs.settings.kubelet_probes {
+        KubeletProbes::Off => return,
+        KubeletProbes::On => None,
+        KubeletProbes::Ports(ports) => Some(ports),
+    };
+    for &family in &inputs.families {
+        let mut matches = vec![Match::Source(vec![family.probe.into()]), Match::TcpModule];
+        matches.extend(ports.map(|ports| Match::DestinationPort(Protocol::Tcp, ports.clone())));
+        b.rule(
+            NAT_PREROUTING,
+            KUBELET_PROBE_IN,
+            "interception.kubelet_probes asks for it: the kubelet's probes cannot speak HBONE",
+        )
+        .twin(family)
+        .when_all(matches, Action::Accept);
     }
 }
 
@@ -222,6 +234,10 @@ fn nat_prerouting_excluded(b: &mut Builder, inputs: &Inputs<'_>) {
             .numbered()
             .families(neutral)
             .when([ports], Action::Return);
+    }
+    // An ingress gateway's plain connections are not caught anyway.
+    if !inputs.settings.ingress {
+        own_ports::add(b, inputs, NAT_PREROUTING, "own-ports-in", &[]);
     }
 }
 
@@ -258,7 +274,9 @@ fn nat_output(b: &mut Builder, inputs: &Inputs<'_>) {
     .ours()
     .families(neutral)
     .when([TCP, Match::NotOpening], Action::Return);
-    for &family in &inputs.families {
+    // Istio has it, and no probe needs it: answers are no new connections.
+    let probed = inputs.settings.kubelet_probes == KubeletProbes::On;
+    for &family in inputs.families.iter().filter(|_| probed) {
         b.rule(
             NAT_OUTPUT,
             "kubelet-probe-out",

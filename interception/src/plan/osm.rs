@@ -4,7 +4,7 @@
 //! later versions stand where that version has its own.
 
 use super::build::{Builder, Family, Inputs, TCP, chain};
-use super::{Action, ChainId, Match, Protocol, RulePlan, Table, invalid, reject};
+use super::{Action, ChainId, Match, Protocol, RulePlan, Table, invalid, own_ports, reject};
 
 const PREROUTING: ChainId = chain(Table::Nat, "PREROUTING");
 const OUTPUT: ChainId = chain(Table::Nat, "OUTPUT");
@@ -168,6 +168,7 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
         .ours()
         .families(neutral)
         .when([port(inputs.ports.hbone)], Action::Return);
+    own_ports::add(b, inputs, INBOUND, "own-ports-in", &spared());
     let health = "the proxy's own metrics and the kubelet's rewritten probes";
     for never in NEVER_CAUGHT {
         b.rule(INBOUND, format!("never-{never}"), health)
@@ -179,6 +180,11 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
         .families(neutral)
         .when([port(TCP_PROBE)], Action::Return);
     capture_inbound(b, inputs);
+}
+
+/// The ports that rules of their own spare.
+fn spared() -> Vec<u16> {
+    NEVER_CAUGHT.into_iter().chain([TCP_PROBE]).collect()
 }
 
 fn capture_inbound(b: &mut Builder, inputs: &Inputs<'_>) {

@@ -13,7 +13,8 @@ use underpass_config::Dns;
 
 use super::build::{Builder, Family, Inputs, LOOPBACK, TCP, chain};
 use super::{
-    Action, ChainId, Families, LoopbackAddress, Match, Protocol, RulePlan, Table, invalid, reject,
+    Action, ChainId, Families, LoopbackAddress, Match, Protocol, RulePlan, Table, invalid,
+    own_ports, reject,
 };
 
 const PREROUTING: ChainId = chain(Table::Nat, "PREROUTING");
@@ -156,6 +157,7 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
     b.rule(PREROUTING, "enter-inbound", "all TCP that arrives")
         .families(neutral)
         .when([TCP], Action::Jump(ISTIO_INBOUND));
+    own_ports::add(b, inputs, ISTIO_INBOUND, "own-ports-in", spared(inputs));
     let Some(ports) = include else {
         excluded_ports(b, inputs, ISTIO_INBOUND);
         b.rule(
@@ -173,6 +175,11 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
             .families(neutral)
             .when([ports], Action::Jump(ISTIO_IN_REDIRECT));
     }
+}
+
+/// The ports that [`excluded_ports`] spares, if it is asked to.
+fn spared(inputs: &Inputs<'_>) -> &'static [u16] {
+    if inputs.settings.inbound.include_ports.is_none() { &NEVER_CAUGHT } else { &[] }
 }
 
 /// The ports of inbound connections that are not caught.

@@ -45,6 +45,8 @@ const SCENARIOS: &[(&str, &[&str])] = &[
             "inbound.include_ports=8080",
         ],
     ),
+    ("ambient-kubelet-probes", &["profile=ambient", "kubelet_probes=on"]),
+    ("ambient-kubelet-probe-ports", &["profile=ambient", "kubelet_probes=8080,9000-9010"]),
     ("ambient-ipv6-bypass", &["profile=ambient", "ipv6=bypass"]),
     ("ambient-ipv6-reject", &["profile=ambient", "ipv6=reject", "dns=capture"]),
     ("sidecar", &["profile=sidecar"]),
@@ -143,7 +145,7 @@ fn settings(assignments: &[&str]) -> Settings {
 
 fn plan(assignments: &[&str]) -> RulePlan {
     let settings = settings(assignments);
-    RulePlan::new(&settings.interception, Ports::of(&settings.proxy), true)
+    RulePlan::new(&settings.interception, Ports::of(&settings), true)
 }
 
 fn every_plan() -> impl Iterator<Item = (&'static str, RulePlan)> {
@@ -310,7 +312,7 @@ fn ipv6_is_captured_rejected_or_left_alone() {
             assert_eq!(of_v6(|a| matches!(a, Action::Reject)), refused, "{profile} {ipv6}");
         }
         let absent = settings(&[profile]);
-        let plan = RulePlan::new(&absent.interception, Ports::of(&absent.proxy), false);
+        let plan = RulePlan::new(&absent.interception, Ports::of(&absent), false);
         assert!(plan.rules().iter().all(|rule| rule.families == Families::V4), "{profile}");
     }
 }
@@ -333,12 +335,18 @@ fn every_profile_drops_what_is_invalid_if_it_is_asked_to() {
 
 #[test]
 fn ports_that_are_configured_are_those_of_the_rules() {
-    let flags = ["proxy.outbound_port=25001", "proxy.inbound_port=25006", "proxy.hbone_port=25008"];
+    let flags = [
+        "proxy.outbound_port=25001",
+        "proxy.inbound_port=25006",
+        "proxy.hbone_port=25008",
+        "metrics.address=[::]:25020",
+        "readiness.address=[::]:25021",
+    ];
     let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
     let settings = Sources { file: None, environment: Vec::new(), flags }.load().expect("settings");
-    let plan = RulePlan::new(&settings.interception, Ports::of(&settings.proxy), true);
+    let plan = RulePlan::new(&settings.interception, Ports::of(&settings), true);
     let text = plan.to_string();
-    for port in ["redirect to :25001", "redirect to :25006", "tcp dport 25008"] {
+    for port in ["redirect to :25001", "redirect to :25006", "tcp dport 25008", "25020-25021"] {
         assert!(text.contains(port), "{port}");
     }
     assert!(!text.contains(":150") && !text.contains("dport 150"), "{text}");
@@ -353,4 +361,69 @@ fn what_is_given_twice_counts_once() {
     let expected = ["10.0.0.0/8", "192.0.2.1/32"].map(|cidr| cidr.parse().unwrap());
     assert_eq!(matches("include-cidrs").unwrap(), &[Match::Destination(expected.to_vec())]);
     assert_eq!(matches("exclude-uids").unwrap(), &[Match::Uid(vec![100, 101])]);
+}
+
+/// The rules that spare the proxy's own services at these addresses, in nft's words without their
+/// counter and comment.
+fn own_ports(profile: &str, metrics: &str, readiness: &str) -> Vec<String> {
+    let flags = [
+        format!("interception.{profile}"),
+        format!("metrics.address={metrics}"),
+        format!("readiness.address={readiness}"),
+    ];
+    let sources = Sources { file: None, environment: Vec::new(), flags: flags.into() };
+    let settings = sources.load().expect("settings");
+    let plan = RulePlan::new(&settings.interception, Ports::of(&settings), true);
+    let text = plan.iptables(Family::V4) + &plan.iptables(Family::V6);
+    let dropped = ["-A ISTIO_PRERT ", "-A ISTIO_INBOUND ", "-A PROXY_INBOUND ", " -j RETURN"];
+    let is_ours = |line: &&str| line.ends_with(" -j RETURN") && line.contains("dport");
+    let of_ours =
+        text.lines().filter(is_ours).filter(|line| line.contains(" 25") || line.contains(",25"));
+    of_ours
+        .map(|line| dropped.iter().fold(line.to_owned(), |line, part| line.replace(part, "")))
+        .collect()
+}
+
+#[test]
+fn spares_own_services_at_the_addresses_they_listen_on() {
+    for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
+        let both = "-p tcp -m multiport --dports 25020,25021";
+        assert_eq!(own_ports(profile, "[::]:25020", "[::]:25021"), [both, both], "{profile}");
+        let v4_only = own_ports(profile, "0.0.0.0:25020", "127.0.0.1:25021");
+        assert_eq!(v4_only, ["-p tcp -m tcp --dport 25020"], "{profile}");
+        let outer = own_ports(profile, "10.0.0.1:25020", "[fd00::1]:25021");
+        let expected = [
+            "-d 10.0.0.1/32 -p tcp -m tcp --dport 25020",
+            "-d fd00::1/128 -p tcp -m tcp --dport 25021",
+        ];
+        assert_eq!(outer, expected, "{profile}");
+        assert_eq!(own_ports(profile, "[::1]:25020", "[::]:0"), [""; 0], "{profile}");
+    }
+}
+
+#[test]
+fn spares_own_services_that_included_ports_name() {
+    for profile in
+        ["profile=ambient", "profile=sidecar", "profile=sidecar inbound.mode=tproxy", "profile=osm"]
+    {
+        let assignments: Vec<_> =
+            profile.split(' ').chain(["inbound.include_ports=15000-15100"]).collect();
+        let plan = plan(&assignments);
+        let environment = Environment::example();
+        let end = |port: u16| {
+            let packet = Packet {
+                protocol: Protocol::Tcp,
+                source: "10.0.0.9:40000".parse().unwrap(),
+                destination: format!("10.0.0.1:{port}").parse().unwrap(),
+                way: Way::In { interface: "eth0".to_owned() },
+                state: State::New,
+                mark: 0,
+                connection_mark: 0,
+            };
+            plan.walk(&packet, &environment).end
+        };
+        assert_eq!(end(15020), End::Direct, "{profile}");
+        assert_eq!(end(15021), End::Direct, "{profile}");
+        assert_ne!(end(15022), End::Direct, "{profile}");
+    }
 }

@@ -26,8 +26,12 @@ pub(crate) const CASES: &[Case] = &[
     ("A2: a plaintext connection to the workload is caught (IPv6)", || a2(V6, "a2-v6")),
     ("A3: HBONE reaches its listener as it is (IPv4)", || a3(V4, "a3-v4")),
     ("A3: HBONE reaches its listener as it is (IPv6)", || a3(V6, "a3-v6")),
-    ("A4: a kubelet probe reaches the workload (IPv4)", || a4(V4, "a4-v4")),
-    ("A4: a kubelet probe reaches the workload (IPv6)", || a4(V6, "a4-v6")),
+    ("A4: the probe address is captured like any other (IPv4)", || a4_off(V4, "a4-off-v4")),
+    ("A4: the probe address is captured like any other (IPv6)", || a4_off(V6, "a4-off-v6")),
+    ("A4: an exempt kubelet probe reaches the workload (IPv4)", || a4(V4, "a4-v4")),
+    ("A4: an exempt kubelet probe reaches the workload (IPv6)", || a4(V6, "a4-v6")),
+    ("A4: only declared probe ports are exempt (IPv4)", || a4_ports(V4, "a4-ports-v4")),
+    ("A4: only declared probe ports are exempt (IPv6)", || a4_ports(V6, "a4-ports-v6")),
     ("A5: a workload reaches itself directly (IPv4)", || a5(V4, "a5-v4")),
     ("A5: a workload reaches itself directly (IPv6)", || a5(V6, "a5-v6")),
     ("A6: the proxy's own connections are not caught (IPv4)", || a6(V4, "a6-v4")),
@@ -53,6 +57,11 @@ struct Mesh {
 
 impl Mesh {
     fn new(name: &str) -> Result<Self, Failed> {
+        Self::with(name, "")
+    }
+
+    /// One whose rules follow these settings.
+    fn with(name: &str, assignments: &str) -> Result<Self, Failed> {
         let wired = Wired::new(name)?;
         let sockets = Sockets::new(&settings(""), true);
         let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
@@ -62,7 +71,7 @@ impl Mesh {
         let hbone = listen(PORTS.hbone)??;
         let app = wired.pod.run(|| TcpListener::bind(("::", APP)))??;
         let remote_app = wired.remote.run(|| TcpListener::bind(("::", APP)))??;
-        inside(&wired.pod, async || Ok(prepare("").await?.install().await?))?;
+        inside(&wired.pod, async || Ok(prepare(assignments).await?.install().await?))?;
         Ok(Self { wired, outbound, inbound, hbone, app, remote_app })
     }
 
@@ -194,8 +203,29 @@ fn a3(family: Family, name: &str) -> Result<(), Failed> {
     only(&mesh.wired.pod, "hbone-in".to_owned())
 }
 
-fn a4(family: Family, name: &str) -> Result<(), Failed> {
+fn a4_off(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
+    let to = at(family.pod, APP);
+    let mut client = mesh.connect(&mesh.wired.remote, to, Some(family.probe))?;
+    let (peer, original) = accept(mesh.inbound, &mut client)?;
+    equal("the client", peer.ip(), family.probe)?;
+    equal("the destination", original, to)?;
+    only(&mesh.wired.pod, family.rule("capture-inbound"))
+}
+
+fn a4_ports(family: Family, name: &str) -> Result<(), Failed> {
+    let mesh = Mesh::with(name, "kubelet_probes=8080,9000-9010")?;
+    let mut client = mesh.connect(&mesh.wired.remote, at(family.pod, APP), Some(family.probe))?;
+    equal("the client", serve(&mesh.app, &mut client)?, family.probe)?;
+    let other = at(family.pod, 8081);
+    let mut client = mesh.connect(&mesh.wired.remote, other, Some(family.probe))?;
+    equal("the destination", accept(mesh.inbound, &mut client)?.1, other)?;
+    let rules = ["kubelet-probe-in", "capture-inbound"].map(|rule| (family.rule(rule), 1));
+    equal("rules that matched", counted(&mesh.wired.pod)?, rules.into())
+}
+
+fn a4(family: Family, name: &str) -> Result<(), Failed> {
+    let mesh = Mesh::with(name, "kubelet_probes=on")?;
     // Any program may bind to an address that its namespace has.
     let mut client = mesh.connect(&mesh.wired.remote, at(family.pod, APP), Some(family.probe))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.probe)?;

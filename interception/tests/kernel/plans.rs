@@ -2,8 +2,8 @@
 
 use libtest_mimic::Failed;
 use underpass_config::{
-    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
-    PortRange, Profile,
+    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
+    OutboundCapture, PortRange, Profile,
 };
 pub(crate) fn base(profile: Profile) -> Result<InterceptionSettings, Failed> {
     let sidecar = profile == Profile::Sidecar;
@@ -25,6 +25,7 @@ pub(crate) fn base(profile: Profile) -> Result<InterceptionSettings, Failed> {
         dns_servers: Vec::new(),
         drop_invalid: sidecar,
         ingress: false,
+        kubelet_probes: KubeletProbes::Off,
         loopback_cidr: "127.0.0.1/32".parse()?,
     })
 }
@@ -64,6 +65,10 @@ pub(crate) fn full(profile: Profile) -> Result<InterceptionSettings, Failed> {
     }
     Ok(InterceptionSettings {
         virtual_interfaces: interfaces(&["tap0", "tap1"]),
+        kubelet_probes: match profile {
+            Profile::Ambient => KubeletProbes::Ports(vec!["8080".parse()?, "9000-9010".parse()?]),
+            _ => KubeletProbes::Off,
+        },
         dns: Dns::Capture,
         // glibc and musl do not abbreviate the last one alike.
         dns_servers: vec!["10.0.0.10".parse()?, "::127.0.0.53".parse()?],

@@ -12,7 +12,13 @@ use underpass_interception::{
 
 /// Longer than anything here takes; a test that waits this long has failed.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
-pub(crate) const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008, dns: 15053 };
+pub(crate) const PORTS: Ports = Ports {
+    outbound: 15001,
+    inbound: 15006,
+    hbone: 15008,
+    dns: 15053,
+    services: Ports::DEFAULT_SERVICES,
+};
 
 /// One of the two families, and who has which address in it.
 #[derive(Debug, Clone, Copy)]

@@ -96,7 +96,7 @@ impl Check {
         }
         let interception = &settings.interception;
         if interception.dns == Dns::Capture && interception.profile != Profile::None {
-            let error = CommandError::NoDnsProxy { port: Ports::of(&settings.proxy).dns };
+            let error = CommandError::NoDnsProxy { port: Ports::of(settings).dns };
             self.problem("interception.dns", Some("capture".to_owned()), error.to_string());
         }
     }

@@ -146,7 +146,7 @@ fn block_on(work: impl Future<Output = Result<(), CommandError>>) -> Result<(), 
 
 fn render(settings: &Settings, format: RenderFormat) -> Result<(), CommandError> {
     // What is printed may be for another namespace, so nothing is asked of this one.
-    let plan = RulePlan::new(&settings.interception, Ports::of(&settings.proxy), true);
+    let plan = RulePlan::new(&settings.interception, Ports::of(settings), true);
     match format {
         RenderFormat::Nft => print(&format!("{plan:#}")),
         RenderFormat::Iptables => print(&plan.iptables(Family::V4)),
@@ -221,7 +221,7 @@ async fn explain(
     packet: Option<(Sender, Protocol, SocketAddr)>,
     format: ExplainFormat,
 ) -> Result<(), CommandError> {
-    let (settings, ports) = (&settings.interception, Ports::of(&settings.proxy));
+    let (settings, ports) = (&settings.interception, Ports::of(&settings));
     let environment = Environment::current().map_err(CommandError::Start)?;
     let counters = counters(settings, ports).await;
     let explanation =
@@ -292,8 +292,7 @@ fn tell(event: &Event, output: Output) -> Result<(), CommandError> {
 }
 
 async fn prepare(settings: &Settings) -> Result<Interception, CommandError> {
-    let prepared =
-        Interception::prepare(&settings.interception, Ports::of(&settings.proxy)).await?;
+    let prepared = Interception::prepare(&settings.interception, Ports::of(settings)).await?;
     prepared.ok_or(CommandError::NoRules)
 }
 

@@ -13,11 +13,11 @@ fn rules(settings: &[&str]) -> Rules {
     let sources = Sources { file: None, environment: Vec::new(), flags };
     let settings = sources.load().expect("settings");
     Rules {
-        ports: Ports::of(&settings.proxy),
+        ports: Ports::of(&settings),
         own: settings.workload,
         egress: settings.egress,
         mtls: settings.proxy.mtls,
-        probes: true,
+        probes: settings.interception.kubelet_probes,
     }
 }
 
@@ -133,7 +133,7 @@ fn strict_refuses_plaintext_but_for_probes_and_overrides() {
     let by_port = ["proxy.mtls=strict", "proxy.mtls_overrides=default/server:8080=permissive"];
     assert_eq!(decided(&in_plain("10.0.0.9:1"), &[]), Ok(()));
     assert_eq!(decided(&in_plain("10.0.0.9:1"), &strict), Err("plaintext_refused"));
-    assert_eq!(decided(&in_plain("169.254.7.127:1"), &strict), Ok(()));
+    assert_eq!(decided(&in_plain("169.254.7.127:1"), &strict), Err("plaintext_refused"));
     assert_eq!(decided(&in_plain("10.0.0.9:1"), &by_port), Ok(()));
     assert_eq!(decided(&from_client(), &strict), Ok(()));
 }
@@ -155,6 +155,22 @@ fn deny_by_principal_holds_for_peer_of_alias() {
     let foreign = "other/ns/default/sa/client";
     assert_eq!(decided(&rules, "Deny", foreign), Ok(()));
     assert_eq!(decided(&rules, "Allow", foreign), Err("policy_denied"));
+}
+
+#[test]
+fn strict_admits_probes_to_exempt_ports_only() {
+    let with = |probes| ["proxy.mtls=strict", probes];
+    for source in ["169.254.7.127:1", "[fd16:9254:7127:1337:ffff:ffff:ffff:ffff]:1"] {
+        let probe = in_plain(source);
+        assert_eq!(decided(&probe, &with("interception.kubelet_probes=on")), Ok(()));
+        assert_eq!(decided(&probe, &with("interception.kubelet_probes=8080")), Ok(()));
+        for refused in ["interception.kubelet_probes=off", "interception.kubelet_probes=8081"] {
+            assert_eq!(decided(&probe, &with(refused)), Err("plaintext_refused"), "{refused}");
+        }
+    }
+    let other = in_plain("169.254.7.128:1");
+    let on = with("interception.kubelet_probes=on");
+    assert_eq!(decided(&other, &on), Err("plaintext_refused"));
 }
 
 #[test]

@@ -30,7 +30,7 @@ fn main() -> ExitCode {
         unknown_destination,
     );
     suite.test_both("a member that speaks TCP only is reached in plain", member_without_hbone);
-    suite.test_both("A4: a kubelet's probe reaches the application directly", kubelet_probe);
+    suite.test_both("A4: an exempt kubelet probe reaches the application directly", kubelet_probe);
     suite.test_both(
         "a client may use a port that the proxy has imitated, and is caught all the same",
         imitated_port,
@@ -154,7 +154,9 @@ async fn member_without_hbone(family: Family) {
 
 async fn kubelet_probe(family: Family) {
     let scene = Scene::new().await;
-    let _proxy = scene.server.proxy(&scene.server_settings()).await;
+    let settings = scene.server_settings().set("interception.kubelet_probes=on");
+    let mut proxy = scene.server.proxy(&settings).await;
+    proxy.line(&["exempt from mTLS and policies", "ports=\"all\""]).await;
     let probe = match family {
         Family::V4 => IpAddr::from(KUBELET_PROBE_V4),
         Family::V6 => IpAddr::from(KUBELET_PROBE_V6),

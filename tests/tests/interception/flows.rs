@@ -19,6 +19,12 @@ pub(crate) fn add(suite: &mut Suite) {
         }
     }
     suite.test_both_with_users("sidecar: metrics and readiness are never caught", never_caught);
+    for profile in PROFILES {
+        for family in Family::BOTH {
+            let name = format!("policies do not apply to the proxy's own services ({family})");
+            profile.test(suite, &name, async move || own_services(profile, family).await);
+        }
+    }
     for backend in BACKENDS {
         for profile in PROFILES {
             let name = format!("with {backend}, plaintext is caught on its way out and in");
@@ -53,6 +59,27 @@ async fn through_the_tunnel(profile: Profile, family: Family) {
         .await;
     let source = scene.pki.id("client").to_string();
     server_proxy.line(&["connection complete", "direction=\"inbound\"", &source]).await;
+}
+
+/// With mTLS strict and a policy that allows one identity only, metrics and readiness answer in plain
+/// at the addresses that the settings give them; what else has a port beside them does not.
+async fn own_services(profile: Profile, family: Family) {
+    let scene = Scene::new().await;
+    let allow = "[[[{principals: [{exact: cluster.local/ns/default/sa/nobody}]}]]]";
+    let mesh = Mesh::default().hbone(&scene.client).hbone(&scene.server);
+    scene.set_mesh(&mesh.policy("only-nobody", "Allow", allow));
+    let settings = profile.of(scene.server_settings()).set("proxy.mtls=strict");
+    let moved =
+        settings.clone().set("metrics.address=[::]:9415").set("readiness.address=[::]:9416");
+    for (settings, [metrics, readiness]) in [(settings, [15020, 15021]), (moved, [9415, 9416])] {
+        let mut proxy = scene.server.proxy(&settings).await;
+        for (port, path) in [(metrics, "/metrics"), (readiness, "/healthz/ready")] {
+            let (status, text) = http_get(&scene.client, scene.server.at(family, port), path).await;
+            assert_eq!(status, 200, "{port}: {text}");
+        }
+        scene.client.dial_and_see_reset(scene.app(family)).await;
+        proxy.stop().await;
+    }
 }
 
 /// The proxy connects to its own pod for the application, in plain: were that caught as outbound, it would come back for ever.

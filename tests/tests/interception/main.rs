@@ -6,6 +6,7 @@
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 mod commands;
+mod destinations;
 mod flows;
 mod install;
 mod privileges;
@@ -22,6 +23,7 @@ use underpass_tests::{CLIENT, Family, Proxy, Scene, Settings, Suite};
 fn main() -> ExitCode {
     let mut suite = Suite::new();
     flows::add(&mut suite);
+    destinations::add(&mut suite);
     privileges::add(&mut suite);
     tproxy::add(&mut suite);
     repair::add(&mut suite);

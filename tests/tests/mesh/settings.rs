@@ -1,7 +1,9 @@
 //! The two switches beside the mesh: where connections may go that the mesh does not know, and whether plaintext is let in.
 
-use underpass_interception::KUBELET_PROBE_V4;
-use underpass_tests::{APP, Dial, Family, Mesh, Scene, Server, Suite, tool};
+use std::net::IpAddr;
+
+use underpass_interception::{KUBELET_PROBE_V4, KUBELET_PROBE_V6};
+use underpass_tests::{APP, Dial, End, Family, Mesh, Scene, Server, Suite, read_to_end, tool};
 
 use crate::change;
 
@@ -10,7 +12,11 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test("an exception for a network or a port lets it through", exceptions);
     suite.test("with mtls strict, plaintext is refused and a tunnel is not", strict);
     suite.test("mtls may be another one for a port", strict_but_for_a_port);
-    suite.test("a kubelet's probe gets in, strict or not", probe);
+    suite.test("an exempt kubelet probe gets in, strict or not", probe);
+    suite.test_both(
+        "the probe address is refused by strict where probes are not exempt",
+        unexempted_probe,
+    );
 }
 
 async fn mesh_only(family: Family) {
@@ -62,9 +68,35 @@ async fn strict_but_for_a_port() {
     scene.echoed_at(scene.server.at(Family::V4, 8081)).await;
 }
 
+async fn unexempted_probe(family: Family) {
+    let scene = Scene::new().await;
+    let strict = scene.server_settings().set("proxy.mtls=strict");
+    let probe = match family {
+        Family::V4 => IpAddr::from(KUBELET_PROBE_V4),
+        Family::V6 => IpAddr::from(KUBELET_PROBE_V6),
+    };
+    tool(&scene.client, "ip", &["address", "add", &probe.to_string(), "dev", "lo"]).await.ok();
+    let app = scene.server.listen(APP);
+    let source = Some((probe, 0).into());
+    for settings in [strict.clone(), strict.set("interception.kubelet_probes=8081")] {
+        let mut server = scene.server.proxy(&settings).await;
+        let to = scene.app(family);
+        let mut dialled = scene.client.dial_as(to, Dial { source, ..Dial::default() }).await;
+        let stream = dialled.as_mut().expect("the proxy accepts before it decides");
+        assert_eq!(read_to_end(stream).await, (Vec::new(), End::Reset));
+        server.line(&["connection failed", "reason=\"plaintext_refused\""]).await;
+        server.stop().await;
+    }
+    assert!(!app.is_reached(), "the application was reached");
+}
+
 async fn probe() {
     let scene = Scene::new().await;
-    let _server = scene.server.proxy(&scene.server_settings().set("proxy.mtls=strict")).await;
+    let settings = scene
+        .server_settings()
+        .set("proxy.mtls=strict")
+        .set(&format!("interception.kubelet_probes={APP}"));
+    let _server = scene.server.proxy(&settings).await;
     let address = KUBELET_PROBE_V4.to_string();
     tool(&scene.client, "ip", &["address", "add", &address, "dev", "lo"]).await.ok();
     let app = scene.server.listen(APP);

@@ -228,6 +228,42 @@ fn what_does_not_go_together_is_refused_at_its_key() {
 }
 
 #[test]
+fn reads_kubelet_probes_as_a_word_or_as_ports() {
+    let probes = |section: &str| read(section).unwrap().kubelet_probes;
+    assert_eq!(probes("{}"), KubeletProbes::Off);
+    assert_eq!(probes("{kubelet_probes: off}"), KubeletProbes::Off);
+    assert_eq!(probes("{kubelet_probes: on}"), KubeletProbes::On);
+    let ports = vec![8080.into(), PortRange { first: 9000, last: 9010 }];
+    for list in ["[8080, 9000-9010]", "'8080,9000-9010'"] {
+        let section = format!("{{kubelet_probes: {list}}}");
+        assert_eq!(probes(&section), KubeletProbes::Ports(ports.clone()));
+    }
+    assert_eq!(probes("{profile: sidecar}"), KubeletProbes::Off);
+    // Istio's own rules have no condition.
+    assert_eq!(probes("{exact: true}"), KubeletProbes::On);
+    assert_eq!(probes("{exact: true, profile: sidecar}"), KubeletProbes::Off);
+}
+
+#[test]
+fn exempts_probes_to_declared_ports_only() {
+    let ports = KubeletProbes::Ports(vec![8080.into(), PortRange { first: 9000, last: 9010 }]);
+    assert!(ports.exempt(8080) && ports.exempt(9005));
+    assert!(!ports.exempt(80) && !ports.exempt(9011));
+    assert!(KubeletProbes::On.exempt(80) && !KubeletProbes::Off.exempt(80));
+}
+
+#[test]
+fn refuses_kubelet_probes_that_are_no_word_and_no_port() {
+    is_refused("{kubelet_probes: 'true'}", "kubelet_probes[0]");
+    is_refused("{kubelet_probes: [80, on]}", "kubelet_probes[1]");
+    is_refused("{kubelet_probes: []}", "kubelet_probes");
+    is_refused("{profile: sidecar, kubelet_probes: on}", "kubelet_probes");
+    is_refused("{profile: osm, kubelet_probes: [80]}", "kubelet_probes");
+    is_refused("{exact: true, kubelet_probes: off}", "kubelet_probes");
+    is_refused("{exact: true, kubelet_probes: [80]}", "kubelet_probes");
+}
+
+#[test]
 fn what_goes_together_is_taken() {
     for section in [
         "{profile: sidecar, proxy_uids: [], proxy_gids: [0]}",

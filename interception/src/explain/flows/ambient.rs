@@ -2,6 +2,8 @@
 
 use std::net::SocketAddr;
 
+use underpass_config::{InterceptionSettings, KubeletProbes};
+
 use super::{Draft, dns, hbone, inbound, localhost, outbound, udp};
 use crate::explain::scene::Scene;
 use crate::explain::{Explanation, Flow, Party};
@@ -20,6 +22,7 @@ pub(super) fn flows<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> V
             .answer(scene, scene.app())
             .flow(),
         probe(explanation, scene),
+        metrics(explanation, scene),
         own_address(scene),
         localhost(scene, "A5'").flow(),
         other_loopback(scene),
@@ -44,6 +47,13 @@ fn from_remote<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'
 }
 
 fn probe<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
+    let InterceptionSettings { kubelet_probes: probes, ingress, .. } = explanation.settings;
+    let mut to = scene.app_at_pod();
+    if let KubeletProbes::Ports(ports) = probes
+        && let Some(range) = ports.first()
+    {
+        to.set_port(range.first);
+    }
     Draft::new("A4", "The kubelet probes the app")
         .article("PREROUTING ▶ ISTIO_PRERT, ACCEPT by source 169.254.7.127")
         .note(
@@ -51,10 +61,27 @@ fn probe<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
              the source of the kubelet's probes to it. Without that agent probes are like any client.",
         )
         .note_if(
-            explanation.settings.ingress,
+            *probes == KubeletProbes::Off,
+            "interception.kubelet_probes is off: the proxy decides on a connection from 169.254.7.127 as on \
+             any other. Any host on the link can use that address where no node agent guards it.",
+        )
+        .note_if(
+            *ingress,
             "interception.ingress: nothing is caught, so that probes need no rule.",
         )
-        .hop(scene.received(Party::Kubelet, scene.kubelet(), scene.app_at_pod(), Party::App))
+        .hop(scene.received(Party::Kubelet, scene.kubelet(), to, Party::App))
+        .flow()
+}
+
+fn metrics<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
+    let [metrics, _] = explanation.ports.services;
+    let to = SocketAddr::new(scene.pod(), metrics.port());
+    Draft::new("metrics", "Prometheus reads the proxy's metrics")
+        .note_if(
+            explanation.settings.exact,
+            "Istio's ambient rules catch it, and the workload's policies decide on it.",
+        )
+        .hop(scene.received(Party::Prometheus, scene.remote(), to, Party::Proxy))
         .flow()
 }
 

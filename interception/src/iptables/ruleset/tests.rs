@@ -1,8 +1,8 @@
 //! Rulesets as the programs print them, what of them is ours, and what makes one of another.
 
 use underpass_config::{
-    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
-    Profile,
+    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
+    OutboundCapture, Profile,
 };
 
 use super::*;
@@ -55,11 +55,18 @@ fn settings(profile: Profile) -> InterceptionSettings {
         dns_servers: Vec::new(),
         drop_invalid: true,
         ingress: false,
+        kubelet_probes: KubeletProbes::Off,
         loopback_cidr: "127.0.0.1/32".parse().unwrap(),
     }
 }
 
-const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008, dns: 15053 };
+const PORTS: Ports = Ports {
+    outbound: 15001,
+    inbound: 15006,
+    hbone: 15008,
+    dns: 15053,
+    services: Ports::DEFAULT_SERVICES,
+};
 
 fn plans() -> Vec<RulePlan> {
     let tproxy = InterceptionSettings {

@@ -5,10 +5,10 @@
 //! connection keeps it, so that the workload's replies are routed back to the proxy. The mark 0x53a
 //! says "the proxy calls this pod": such a packet is inbound, though it comes over loopback.
 
-use super::{ISTIO_OUTPUT, excluded_ports, lo, tcp_to};
+use super::{ISTIO_OUTPUT, excluded_ports, lo, spared, tcp_to};
 use crate::plan::build::{Builder, Inputs, TCP, chain};
 use crate::plan::{
-    Action, ChainId, Direction, MARK_MASK, Mark, Match, PROXY_MARK, PolicyRoute, Table,
+    Action, ChainId, Direction, MARK_MASK, Mark, Match, PROXY_MARK, PolicyRoute, Table, own_ports,
 };
 
 const PREROUTING: ChainId = chain(Table::Mangle, "PREROUTING");
@@ -131,6 +131,7 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
         .ours()
         .families(neutral)
         .when([tcp_to(inputs.ports.hbone)], Action::Return);
+    own_ports::add(b, inputs, INBOUND, "own-ports-in-tproxy", spared(inputs));
     let Some(ports) = &inputs.settings.inbound.include_ports else {
         excluded_ports(b, inputs, INBOUND);
         divert_or_tproxy(b, inputs, TCP);

@@ -19,7 +19,13 @@ use underpass_interception::{
 use super::Attempt;
 use crate::pod::{Wired, command, runtime};
 
-pub(crate) const PORTS: Ports = Ports { outbound: 15001, inbound: 15006, hbone: 15008, dns: 15053 };
+pub(crate) const PORTS: Ports = Ports {
+    outbound: 15001,
+    inbound: 15006,
+    hbone: 15008,
+    dns: 15053,
+    services: Ports::DEFAULT_SERVICES,
+};
 /// The ports that packets go to, and the proxy's.
 pub(crate) const TCP_PORTS: [u16; 15] =
     [53, 80, 443, 8000, 8080, 15000, 15001, 15006, 15008, 15010, 15020, 15021, 15053, 15090, 15901];

@@ -9,8 +9,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use underpass_config::{
-    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, OnExit, OutboundCapture,
-    PortRange, Profile,
+    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
+    OutboundCapture, PortRange, Profile,
 };
 use underpass_interception::{
     Environment, IpNet, KUBELET_PROBE_V4, KUBELET_PROBE_V6, PROXY_MARK, Packet, PolicyRoute,
@@ -120,7 +120,17 @@ impl Random {
             dns_servers: if dns == Dns::Capture { self.some(&servers) } else { Vec::new() },
             drop_invalid: self.one_in(3),
             ingress: profile == Profile::Ambient && self.one_in(4),
+            kubelet_probes: self.kubelet_probes(profile, exact),
             loopback_cidr: loopback.parse().expect("a network"),
+        }
+    }
+
+    fn kubelet_probes(&mut self, profile: Profile, exact: bool) -> KubeletProbes {
+        match (profile, self.below(3)) {
+            (Profile::Ambient, _) if exact => KubeletProbes::On,
+            (Profile::Ambient, 1) => KubeletProbes::On,
+            (Profile::Ambient, 2) => KubeletProbes::Ports(vec!["80-443".parse().expect("ports")]),
+            _ => KubeletProbes::Off,
         }
     }
 

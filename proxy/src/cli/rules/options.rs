@@ -106,6 +106,12 @@ const VALUED: &[Valued] = &[
         "I,J",
         "Interfaces through which virtual machines send: what arrives there is outbound",
     ),
+    (
+        "kubelet-probes",
+        &["interception.kubelet_probes"],
+        "off|on|P,Q-R",
+        "Ports at which connections from the kubelet's probe address bypass the proxy (ambient)",
+    ),
     ("proxy-uids", &["interception.proxy_uids"], "U,V", "The users that the proxy runs as"),
     ("proxy-gids", &["interception.proxy_gids"], "G,H", "The groups that the proxy runs as"),
     ("dns", &["interception.dns"], "WHAT", "What happens to DNS queries: off or capture"),
