@@ -9,6 +9,7 @@ use std::fs;
 use underpass_config::{InterceptionSettings, Profile};
 
 use crate::backend::Backend;
+use crate::blackhole::{self, Blackhole};
 use crate::changes::Changes;
 use crate::iptables::{self, Variant};
 use crate::leftovers::{Leftover, leftovers};
@@ -24,6 +25,9 @@ pub struct Interception {
     ports: Ports,
     backend: Backend,
     ipv6: bool,
+    /// Where the proxy listens besides `ports`.
+    serving: Vec<u16>,
+    blackhole: Blackhole,
 }
 
 impl Interception {
@@ -53,13 +57,23 @@ impl Interception {
         let backend = Backend::find(settings.backend).await?;
         let ipv6 = ipv6_available();
         let plan = RulePlan::new(settings, ports, ipv6);
-        Ok(Some(Self { plan, ports, backend, ipv6 }))
+        let blackhole = Blackhole::new(settings, ports, &[], &plan);
+        Ok(Some(Self { plan, ports, backend, ipv6, serving: Vec::new(), blackhole }))
+    }
+
+    /// The same for a proxy that also listens at these ports (readiness, metrics), which the blackhole
+    /// leaves reachable.
+    #[must_use]
+    pub fn serving(self, settings: &InterceptionSettings, serving: Vec<u16>) -> Self {
+        Self { serving, ..self }.with_settings(settings)
     }
 
     /// The same interception of other connections: where it is and what it is installed with stay.
     #[must_use]
     pub fn with_settings(&self, settings: &InterceptionSettings) -> Self {
-        Self { plan: RulePlan::new(settings, self.ports, self.ipv6), ..self.clone() }
+        let plan = RulePlan::new(settings, self.ports, self.ipv6);
+        let blackhole = Blackhole::new(settings, self.ports, &self.serving, &plan);
+        Self { plan, blackhole, ..self.clone() }
     }
 
     /// The rules that [`install`](Self::install) installs.
@@ -91,7 +105,7 @@ impl Interception {
     }
 
     /// Installs the routes, then the rules in one transaction. Whatever an earlier run left is
-    /// replaced.
+    /// replaced, and its blackhole removed.
     ///
     /// Routes first: rules without them would strand the replies to imitated clients.
     ///
@@ -100,6 +114,16 @@ impl Interception {
     /// The kernel refused; what this call had added is removed again, and rules of an earlier run
     /// still stand.
     pub async fn install(&self) -> Result<(), InterceptionError> {
+        self.repair().await?;
+        self.unblock().await.map(drop)
+    }
+
+    /// Installs as [`install`](Self::install) does, and leaves the blackhole in place.
+    ///
+    /// # Errors
+    ///
+    /// As [`install`](Self::install).
+    pub async fn repair(&self) -> Result<(), InterceptionError> {
         let added = routes::install(&self.plan).await?;
         if let Err(error) = self.backend.apply(&self.plan).await {
             routes::undo(&added).await;
@@ -122,6 +146,33 @@ impl Interception {
         Ok(difference.map(|difference| difference.readable(&self.backend.readable(&self.plan))))
     }
 
+    /// Installs the blackhole: what the rules would catch is refused until [`unblock`](Self::unblock).
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub async fn block(&self) -> Result<(), InterceptionError> {
+        self.blackhole.install().await
+    }
+
+    /// Removes the blackhole; `false` if there was none.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub async fn unblock(&self) -> Result<bool, InterceptionError> {
+        blackhole::remove().await
+    }
+
+    /// Whether the blackhole is installed.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused to tell.
+    pub async fn is_blocked(&self) -> Result<bool, InterceptionError> {
+        blackhole::stands().await
+    }
+
     /// Wake-ups after changes in this namespace, from now on.
     ///
     /// # Errors
@@ -141,7 +192,7 @@ impl Interception {
         self.backend.counters(&self.plan).await
     }
 
-    /// Removes the rules, then the routes. What is already gone is no error.
+    /// Removes the rules, the routes and the blackhole. What is already gone is no error.
     ///
     /// # Errors
     ///
@@ -149,7 +200,7 @@ impl Interception {
     pub async fn remove(&self) -> Result<(), InterceptionError> {
         self.backend.remove().await?;
         routes::remove(&self.plan).await?;
-        Ok(())
+        self.unblock().await.map(drop)
     }
 }
 
@@ -175,6 +226,7 @@ pub async fn remove_everything() -> Result<bool, InterceptionError> {
         remove_from_iptables(Variant::Nft).await,
         remove_from_iptables(Variant::Legacy).await,
         routes::remove(&RulePlan::beside_rules()).await,
+        blackhole::remove().await,
     ];
     removed.into_iter().try_fold(false, |any, removed| Ok(any | removed?))
 }

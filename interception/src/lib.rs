@@ -10,6 +10,7 @@
 //! This crate knows neither HTTP/2, TLS nor policies.
 
 mod backend;
+mod blackhole;
 mod changes;
 mod error;
 mod explain;

@@ -26,7 +26,7 @@ use crate::{InterceptionError, ipv6};
 
 /// Says in the kernel who made our rules and routes (`ip rule` shows `proto 117`), so that removal
 /// cannot take another program's. The number is free in /etc/iproute2/rt_protos.
-const PROTOCOL: u8 = 117;
+pub(crate) const PROTOCOL: u8 = 117;
 /// The interface that all of it is about.
 const LOOPBACK: &str = "lo";
 
