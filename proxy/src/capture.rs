@@ -60,9 +60,12 @@ async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), C
         }
     };
     match difference {
-        None => tracing::info!(
-            "the rules stay, so nothing leaves in plain; `underpass rules remove` removes them"
-        ),
+        None => {
+            interception.unblock().await?;
+            tracing::info!(
+                "the rules stay, so nothing leaves in plain; `underpass rules remove` removes them"
+            );
+        }
         Some(_) if repair => {
             interception.install().await?;
             tracing::warn!(
@@ -88,7 +91,9 @@ impl Capture {
         check_reverse_path(interception)?;
         let user = ProxyUser::required(interception)?;
         let prepared = if interception.install {
-            Interception::prepare(interception, ports).await?
+            let prepared = Interception::prepare(interception, ports).await?;
+            let serving = vec![settings.readiness.port(), settings.metrics.port()];
+            prepared.map(|prepared| prepared.serving(interception, serving))
         } else {
             None
         };
@@ -118,6 +123,7 @@ impl Capture {
         let (backend, rules) = (interception.backend(), self.plan.rules().len());
         metrics::interception(self.profile, backend);
         if interception.verify().await?.is_none() {
+            interception.unblock().await?;
             tracing::info!(%backend, rules, "the rules stand as they should");
             return Ok(());
         }
@@ -229,44 +235,56 @@ pub(crate) async fn keep(
             guard.look_again();
             continue;
         };
-        let intact = tell(&event);
+        report(&event);
+        let intact = event.is_intact();
         metrics::rules_intact(intact);
         readiness.rules_intact(intact);
     }
 }
 
-/// Logs and counts; says whether the rules are as they should be.
-fn tell(event: &Event) -> bool {
+/// Logs and counts.
+fn report(event: &Event) {
     match event {
-        Event::Repaired { difference, took } => {
+        Event::Repaired { difference, took, fight } => {
             let (missing, unexpected) = difference.counts();
             metrics::rules_repaired();
-            tracing::warn!(
-                missing,
-                unexpected,
-                ?took,
-                "another program had changed the rules; they are as they should be again"
-            );
+            if *fight {
+                tracing::debug!(
+                    missing,
+                    unexpected,
+                    ?took,
+                    "another program had changed the rules; they are put back"
+                );
+            } else {
+                tracing::warn!(
+                    missing,
+                    unexpected,
+                    ?took,
+                    "another program had changed the rules; they are as they should be again"
+                );
+            }
             tracing::debug!("what had been changed:\n{difference}");
         }
         Event::Followed { rules } => {
             tracing::info!(rules, "the settings changed, and the rules with them, in one step");
         }
-        Event::Intact => tracing::info!("the rules are as they should be again"),
-        Event::GaveUp { difference, rest } => {
+        Event::Intact => {
+            tracing::info!(
+                "the rules are as they should be again; the workload's traffic is no longer blocked"
+            );
+        }
+        Event::Fight { difference } => {
             let (missing, unexpected) = difference.counts();
             tracing::error!(
                 missing,
                 unexpected,
-                ?rest,
-                "another program changes the rules again and again: giving up for a while, traffic may go uncaught. \
-                 Stop it, or set interception.profile: none\n{difference}"
+                hint = "stop that program, or set interception.profile: none",
+                "another program changes the rules again and again: the workload's traffic is blocked until they stay\n{difference}"
             );
         }
-        Event::Failed { error, rest } => {
+        Event::Failed { error, pause } => {
             let error = chain(error);
-            tracing::error!(error, ?rest, "the rules cannot be watched or put back; trying again");
+            tracing::error!(error, ?pause, "the rules cannot be watched or put back; trying again");
         }
     }
-    !matches!(event, Event::GaveUp { .. } | Event::Failed { .. })
 }

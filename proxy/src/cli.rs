@@ -90,10 +90,6 @@ pub(crate) enum CommandError {
     /// Exit code 3: the result, already printed, is that there is a difference.
     #[error("the rules that are installed are not those of these settings")]
     Difference,
-    #[error(
-        "another program changed the rules again and again; they are no longer put back, and traffic may go uncaught"
-    )]
-    GaveUp,
     #[error(transparent)]
     Hbone(#[from] HboneError),
     #[error(transparent)]

@@ -262,19 +262,19 @@ async fn watch(settings: Settings, output: Output) -> Result<(), CommandError> {
             event = guard.next(&mut settings) => event,
             _ = stop.wait() => return Ok(()),
         };
-        tell(&event, output)?;
-        match event {
-            Event::GaveUp { .. } => return Err(CommandError::GaveUp),
-            Event::Failed { error, .. } => return Err(error.into()),
-            Event::Repaired { .. } | Event::Followed { .. } | Event::Intact => {}
+        report(&event, output)?;
+        if let Event::Failed { error, .. } = event {
+            return Err(error.into());
         }
     }
 }
 
-fn tell(event: &Event, output: Output) -> Result<(), CommandError> {
+fn report(event: &Event, output: Output) -> Result<(), CommandError> {
     let (word, difference, took) = match event {
-        Event::Repaired { difference, took } => ("repaired", difference, Some(took)),
-        Event::GaveUp { difference, .. } => ("gave up", difference, None),
+        Event::Repaired { difference, took, .. } => ("repaired", difference, Some(took)),
+        Event::Fight { difference } => {
+            ("fight: traffic is blocked until the rules stay", difference, None)
+        }
         Event::Intact | Event::Followed { .. } | Event::Failed { .. } => return Ok(()),
     };
     if output == Output::Json {

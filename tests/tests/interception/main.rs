@@ -6,6 +6,7 @@
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 mod commands;
+mod fight;
 mod flows;
 mod install;
 mod privileges;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
     privileges::add(&mut suite);
     tproxy::add(&mut suite);
     repair::add(&mut suite);
+    fight::add(&mut suite);
     install::add(&mut suite);
     reload::add(&mut suite);
     start::add(&mut suite);
