@@ -11,8 +11,9 @@ use underpass_config::{InterceptionSettings, Profile};
 use crate::backend::Backend;
 use crate::blackhole::{self, Blackhole};
 use crate::changes::Changes;
+use crate::foreign::{ForeignRule, foreign_rules};
 use crate::iptables::{self, Variant};
-use crate::leftovers::{Leftover, leftovers};
+use crate::leftovers::{Leftover, is_istios, leftovers};
 use crate::nftables::{self, RuleCounter};
 use crate::plan::{Ports, RulePlan};
 use crate::verify::{Difference, Listing};
@@ -102,6 +103,15 @@ impl Interception {
     /// The kernel refused to tell.
     pub async fn leftovers(&self) -> Result<Vec<Leftover>, InterceptionError> {
         leftovers(self.backend).await
+    }
+
+    /// Rules of other programs that act on packets before ours do.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused to tell.
+    pub async fn foreign_rules(&self) -> Result<Vec<ForeignRule>, InterceptionError> {
+        foreign_rules(self.backend, &self.plan).await
     }
 
     /// Installs the routes, then the rules in one transaction. Whatever an earlier run left is
@@ -214,34 +224,61 @@ pub async fn counters() -> Result<Vec<RuleCounter>, InterceptionError> {
     nftables::counters().await
 }
 
+/// What [`remove_everything`] removes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RemovalScope {
+    /// What underpass installed.
+    Own,
+    /// Also what has the names and numbers of Istio and OSM, and that underpass did not install.
+    OtherMeshes,
+}
+
 /// Removes whatever underpass ever installed here, by whichever backend and profile: the table, the
-/// profiles' chains in iptables, the ip rules, routes and addresses. `false` if there was nothing.
+/// profiles' chains in iptables, the ip rules, routes and addresses, the blackhole. `false` if there
+/// was nothing.
 ///
 /// # Errors
 ///
-/// The kernel or a program refused something; all else is removed.
-pub async fn remove_everything() -> Result<bool, InterceptionError> {
-    let removed = [
-        remove_from_nftables().await,
-        remove_from_iptables(Variant::Nft).await,
-        remove_from_iptables(Variant::Legacy).await,
+/// This is the host's own namespace, and not `allow_host`. The kernel or a program refused something;
+/// all else is removed.
+pub async fn remove_everything(
+    scope: RemovalScope,
+    allow_host: bool,
+) -> Result<bool, InterceptionError> {
+    if !allow_host {
+        host::refuse()?;
+    }
+    let mut removed = vec![
+        remove_from_nftables(scope).await,
+        remove_from_iptables(Variant::Nft, scope).await,
+        remove_from_iptables(Variant::Legacy, scope).await,
         routes::remove(&RulePlan::beside_rules()).await,
         blackhole::remove().await,
     ];
+    if scope == RemovalScope::OtherMeshes {
+        removed.push(routes::remove_of_others(&RulePlan::beside_rules()).await);
+    }
     removed.into_iter().try_fold(false, |any, removed| Ok(any | removed?))
 }
 
-async fn remove_from_nftables() -> Result<bool, InterceptionError> {
+async fn remove_from_nftables(scope: RemovalScope) -> Result<bool, InterceptionError> {
     match nftables::reach().await {
-        Ok(()) => nftables::remove().await,
+        Ok(()) => {
+            let others = scope == RemovalScope::OtherMeshes;
+            let istios = if others { nftables::remove_tables(is_istios).await? } else { false };
+            Ok(nftables::remove().await? | istios)
+        }
         Err(InterceptionError::Unsupported { .. }) => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-async fn remove_from_iptables(variant: Variant) -> Result<bool, InterceptionError> {
+async fn remove_from_iptables(
+    variant: Variant,
+    scope: RemovalScope,
+) -> Result<bool, InterceptionError> {
     match iptables::find(variant).await {
-        Ok(variant) => iptables::remove(variant).await,
+        Ok(variant) => iptables::remove(variant, scope).await,
         // What is not there has installed nothing.
         Err(_) => Ok(false),
     }

@@ -14,6 +14,7 @@ mod blackhole;
 mod changes;
 mod error;
 mod explain;
+mod foreign;
 mod handover;
 mod host;
 mod interception;
@@ -45,9 +46,10 @@ pub use backend::Backend;
 pub use changes::Changes;
 pub use error::{InterceptionError, SandboxRemedy};
 pub use explain::{Explanation, Flow, Hop, PacketExplanation, Party, Sender};
+pub use foreign::{Effect, ForeignRule};
 pub use handover::{Handover, Peer};
 pub use host::network_namespace;
-pub use interception::{Interception, counters, remove_everything};
+pub use interception::{Interception, RemovalScope, counters, remove_everything};
 pub use iptables::Variant;
 pub use ipv6::ipv6_available;
 pub use leftovers::{Leftover, LeftoverOwner};
@@ -66,7 +68,7 @@ pub use privileges::{Kept, ProxyUser, drop_capabilities};
 pub use resident::unmap_code;
 pub use reverse_path::check_reverse_path;
 pub use sandbox::{Sandbox, enter_sandbox};
-pub use self_test::Probe;
+pub use self_test::{Probe, ProbeSockets};
 pub use socket::{
     Closing, KEEPALIVE_PROBES, Sockets, end_on_close, end_writing, original_destination,
     probe_every, reset_on_close, write_before_end,
