@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
-    Interception, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, WayBack, check_reverse_path,
-    ipv6_available,
+    ForeignRule, Interception, InterceptionError, Kept, Ports, ProbeSockets, ProxyUser, RulePlan,
+    Sockets, WayBack, check_reverse_path, ipv6_available,
 };
 
 use crate::cli::CommandError;
@@ -28,7 +28,7 @@ pub(crate) fn has_become_proxy() -> bool {
 }
 
 /// What catches the workload's traffic.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Capture {
     /// `None` if the rules are someone else's to install.
     interception: Option<Interception>,
@@ -39,10 +39,10 @@ pub(crate) struct Capture {
     user: Option<ProxyUser>,
 }
 
-/// The connections of the self-test, whose sockets are open.
+/// The sockets of the self-test, opened before the process became the proxy's user.
 #[derive(Debug)]
 pub(crate) struct Probes {
-    caught: Vec<Probe>,
+    caught: ProbeSockets,
     returned: Vec<WayBack>,
 }
 
@@ -136,11 +136,11 @@ impl Capture {
     pub(crate) fn probes(&self, settings: &InterceptionSettings) -> Result<Probes, CommandError> {
         let sockets = Sockets::new(settings, ipv6_available());
         let prepare = || {
-            let caught = Probe::prepare(&self.plan, settings, self.ports)?;
+            let caught = ProbeSockets::open()?;
             let returned = WayBack::prepare(&self.plan, &sockets)?;
             Ok(Probes { caught, returned })
         };
-        prepare().map_err(|error| CommandError::SelfTest(SelfTestError::Prepare(error)))
+        prepare().map_err(|error| CommandError::self_test(SelfTestError::Prepare(error)))
     }
 
     /// Becomes the user by which the rules know the proxy, and gives up what it no longer needs. Whether it is another user now.
@@ -172,13 +172,16 @@ impl Capture {
         Ok(true)
     }
 
-    /// Tests that what should be caught is, and that what should come back does.
+    /// Tests that what should be caught with these settings is, and that what should come back does.
     pub(crate) async fn test(
         &self,
         self_test: &SelfTest,
-        probes: Probes,
-    ) -> Result<(), CommandError> {
-        let tested = self_test.run(probes.caught).await.map_err(CommandError::SelfTest)?;
+        probes: &Probes,
+        settings: &InterceptionSettings,
+    ) -> Result<(), SelfTestError> {
+        let plan = RulePlan::new(settings, self.ports, ipv6_available());
+        let caught = probes.caught.probes(&plan, settings, self.ports);
+        let tested = self_test.run(caught.map_err(SelfTestError::Prepare)?).await?;
         if tested.is_empty() && self.profile != Profile::None {
             tracing::info!(
                 "the rules could not be tested from here: no connection that this process can make would be caught, or has a route"
@@ -186,10 +189,47 @@ impl Capture {
         } else {
             tracing::debug!(?tested, "connections are caught");
         }
-        let returned = self_test::run_way_back(probes.returned).await;
-        let returned = returned.map_err(CommandError::SelfTest)?;
+        let returned = if self.is_by_user() {
+            // Only those that were opened by another user are like the workload's.
+            let current = probes.returned.iter().filter(|connection| connection.is_current());
+            self_test::run_way_back(current).await?
+        } else {
+            let sockets = Sockets::new(settings, ipv6_available());
+            let returned = WayBack::prepare(&plan, &sockets).map_err(SelfTestError::Prepare)?;
+            self_test::run_way_back(&returned).await?
+        };
         tracing::debug!(?returned, "answers to imitated clients come back");
         Ok(())
+    }
+
+    /// The same at the start, where a failure names what may be its cause.
+    pub(crate) async fn test_at_start(
+        &self,
+        self_test: &SelfTest,
+        probes: &Probes,
+        settings: &InterceptionSettings,
+    ) -> Result<(), CommandError> {
+        match self.test(self_test, probes, settings).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(CommandError::SelfTest { error, suspects: self.suspects().await }),
+        }
+    }
+
+    /// Rules of other programs that act before ours; none where the rules are not ours to install.
+    pub(crate) async fn foreign_rules(&self) -> Result<Vec<ForeignRule>, InterceptionError> {
+        match &self.interception {
+            Some(interception) => interception.foreign_rules().await,
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// What may be the cause of a failed self-test: leftovers of other meshes, and foreign rules.
+    pub(crate) async fn suspects(&self) -> Vec<String> {
+        let Some(interception) = &self.interception else { return Vec::new() };
+        let leftovers = interception.leftovers().await.unwrap_or_default();
+        let foreign = interception.foreign_rules().await.unwrap_or_default();
+        let leftovers = leftovers.iter().map(ToString::to_string);
+        leftovers.chain(foreign.iter().map(ToString::to_string)).collect()
     }
 
     /// Who keeps the rules from now on; `None` if nobody is to.

@@ -18,6 +18,8 @@ const BUILD: &str = "istio_build";
 const INTERCEPTION: &str = "underpass_interception";
 const REPAIRS: &str = "underpass_rules_repairs_total";
 const INTACT: &str = "underpass_rules_intact";
+const SELF_TEST: &str = "underpass_self_test_passed";
+const FOREIGN: &str = "underpass_foreign_rules";
 const CERTIFICATE_EXPIRES: &str = "underpass_certificate_expires_seconds";
 const RENEWALS: &str = "underpass_certificate_renewals_total";
 const RENEWALS_FAILED: &str = "underpass_certificate_failures_total";
@@ -43,6 +45,8 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     describe_gauge!(INTERCEPTION, "How traffic is caught; always 1.");
     describe_counter!(REPAIRS, "How often rules that another program had changed were put back.");
     describe_gauge!(INTACT, "Whether the rules are as they should be: 1, or 0.");
+    describe_gauge!(SELF_TEST, "Whether the last self-test of the rules passed: 1, or 0.");
+    describe_gauge!(FOREIGN, "Rules of other programs that act before ours.");
     describe_gauge!(CERTIFICATE_EXPIRES, "When our certificate expires, in seconds since 1970.");
     describe_counter!(RENEWALS, "Certificates that came into use, the first one included.");
     describe_counter!(
@@ -98,6 +102,16 @@ pub(crate) fn rules_repaired() {
 /// Says whether the rules are as they should be.
 pub(crate) fn rules_intact(intact: bool) {
     gauge!(INTACT).set(if intact { 1 } else { 0 });
+}
+
+/// Reports the outcome of the last self-test.
+pub(crate) fn self_test_passed(passed: bool) {
+    gauge!(SELF_TEST).set(if passed { 1 } else { 0 });
+}
+
+/// Reports how many rules of other programs act before ours.
+pub(crate) fn foreign_rules(count: usize) {
+    gauge!(FOREIGN).set(u32::try_from(count).unwrap_or(u32::MAX));
 }
 
 /// Says that a certificate came into use.

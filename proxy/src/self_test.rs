@@ -1,4 +1,4 @@
-//! The test before `ready`: connections of our own go the way of the workload's, and have to arrive at our listeners with
+//! The test before `ready`, and again after changes (`retest.rs`): connections of our own go the way of the workload's, and have to arrive at our listeners with
 //! the destination that they were made for; and what the workload answers to clients that we imitate has to come back.
 
 use std::net::{IpAddr, SocketAddr};
@@ -109,9 +109,7 @@ impl SelfTest {
         self.expect(Some(Expected { destination, arrived }));
         let test = async {
             let connected = probe.connect().await;
-            let stream =
-                connected.map_err(|source| SelfTestError::NotCaught { destination, source })?;
-            if stream.is_none() {
+            if !connected.map_err(|source| SelfTestError::NotCaught { destination, source })? {
                 return Ok(false);
             }
             arrivals.recv().await;
@@ -127,11 +125,11 @@ impl SelfTest {
 
 /// Makes each connection and waits for its answer; says between whom.
 pub(crate) async fn run_way_back(
-    connections: Vec<WayBack>,
+    connections: impl IntoIterator<Item = &WayBack>,
 ) -> Result<Vec<(IpAddr, SocketAddr)>, SelfTestError> {
     let mut tested = Vec::new();
     for connection in connections {
-        let WayBack { client, destination, route, .. } = connection;
+        let &WayBack { client, destination, route, .. } = connection;
         match timeout(DEADLINE, connection.connect()).await {
             Ok(Ok(())) => tested.push((client, destination)),
             Ok(Err(source)) => {
