@@ -20,7 +20,7 @@ const OPERATION: &str = "watch the rules";
 /// How often legacy tables are looked at: a look takes a process for each family.
 const LEGACY_INTERVAL: Duration = Duration::from_secs(2);
 /// How often rules of others in legacy tables are assumed to have changed.
-const OTHERS_INTERVAL: Duration = Duration::from_secs(15);
+const OTHERS_INTERVAL: Duration = Duration::from_secs(5);
 /// How many notifications are one change at most, lest whoever makes them without end is never
 /// answered.
 const BURST: usize = 1000;

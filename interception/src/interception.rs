@@ -29,6 +29,8 @@ pub struct Interception {
     /// Where the proxy listens besides `ports`.
     serving: Vec<u16>,
     blackhole: Blackhole,
+    /// Who installs the rules, for people.
+    owner: Option<String>,
 }
 
 impl Interception {
@@ -59,7 +61,8 @@ impl Interception {
         let ipv6 = ipv6_available();
         let plan = RulePlan::new(settings, ports, ipv6);
         let blackhole = Blackhole::new(settings, ports, &[], &plan);
-        Ok(Some(Self { plan, ports, backend, ipv6, serving: Vec::new(), blackhole }))
+        let serving = Vec::new();
+        Ok(Some(Self { plan, ports, backend, ipv6, serving, blackhole, owner: None }))
     }
 
     /// The same for a proxy that also listens at these ports (readiness, metrics), which the blackhole
@@ -67,6 +70,12 @@ impl Interception {
     #[must_use]
     pub fn serving(self, settings: &InterceptionSettings, serving: Vec<u16>) -> Self {
         Self { serving, ..self }.with_settings(settings)
+    }
+
+    /// The same, which leaves in nftables who installed the rules.
+    #[must_use]
+    pub fn owned_by(self, owner: String) -> Self {
+        Self { owner: Some(owner), ..self }
     }
 
     /// The same interception of other connections: where it is and what it is installed with stay.
@@ -139,7 +148,18 @@ impl Interception {
             routes::undo(&added).await;
             return Err(error);
         }
+        self.mark_owner().await;
         routes::remove_foreign(&self.plan).await
+    }
+
+    /// Writes beside the rules who installed them. Without it they are the same, so that a failure is
+    /// logged only.
+    pub async fn mark_owner(&self) {
+        if let (Backend::Nftables, Some(owner)) = (self.backend, &self.owner)
+            && let Err(error) = nftables::mark_owner(owner).await
+        {
+            tracing::debug!(%error, "the owner of the rules is not marked");
+        }
     }
 
     /// How what is installed differs from the plan, by expression and order; `None` if it does not.
@@ -153,7 +173,8 @@ impl Interception {
         let mut found: Listing = self.backend.installed(&self.plan).await?.unwrap_or_default();
         found.sections.push(routes::installed(&self.plan).await?);
         let difference = expected.difference(&found);
-        Ok(difference.map(|difference| difference.readable(&self.backend.readable(&self.plan))))
+        let words = || self.backend.readable(&self.plan);
+        Ok(difference.map(|difference| difference.readable(&words(), nftables::readable_unknown)))
     }
 
     /// Installs the blackhole: what the rules would catch is refused until [`unblock`](Self::unblock).

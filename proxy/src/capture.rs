@@ -3,6 +3,7 @@
 //! Not here: the rules, and how they get into the kernel (the interception crate).
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
@@ -18,6 +19,10 @@ use crate::guard::{Event, Guard};
 use crate::metrics;
 use crate::reload::Reload;
 use crate::self_test::{self, SelfTest, SelfTestError};
+
+/// For each connection of the self-test at the start: one within a namespace takes well under a millisecond; a machine that is busy
+/// starting takes longer.
+const START_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A process has one user.
 static HAS_BECOME_PROXY: AtomicBool = AtomicBool::new(false);
@@ -93,7 +98,9 @@ impl Capture {
         let prepared = if interception.install {
             let prepared = Interception::prepare(interception, ports).await?;
             let serving = vec![settings.readiness.port(), settings.metrics.port()];
-            prepared.map(|prepared| prepared.serving(interception, serving))
+            let owner = format!("pid {} started {}", std::process::id(), started());
+            let owner = format!("underpass {owner} {}", role(interception.profile, ports));
+            prepared.map(|prepared| prepared.serving(interception, serving).owned_by(owner))
         } else {
             None
         };
@@ -123,6 +130,7 @@ impl Capture {
         let (backend, rules) = (interception.backend(), self.plan.rules().len());
         metrics::interception(self.profile, backend);
         if interception.verify().await?.is_none() {
+            interception.mark_owner().await;
             interception.unblock().await?;
             tracing::info!(%backend, rules, "the rules stand as they should");
             return Ok(());
@@ -178,10 +186,11 @@ impl Capture {
         self_test: &SelfTest,
         probes: &Probes,
         settings: &InterceptionSettings,
+        deadline: Duration,
     ) -> Result<(), SelfTestError> {
         let plan = RulePlan::new(settings, self.ports, ipv6_available());
         let caught = probes.caught.probes(&plan, settings, self.ports);
-        let tested = self_test.run(caught.map_err(SelfTestError::Prepare)?).await?;
+        let tested = self_test.run(caught.map_err(SelfTestError::Prepare)?, deadline).await?;
         if tested.is_empty() && self.profile != Profile::None {
             tracing::info!(
                 "the rules could not be tested from here: no connection that this process can make would be caught, or has a route"
@@ -192,11 +201,11 @@ impl Capture {
         let returned = if self.is_by_user() {
             // Only those that were opened by another user are like the workload's.
             let current = probes.returned.iter().filter(|connection| connection.is_current());
-            self_test::run_way_back(current).await?
+            self_test::run_way_back(current, deadline).await?
         } else {
             let sockets = Sockets::new(settings, ipv6_available());
             let returned = WayBack::prepare(&plan, &sockets).map_err(SelfTestError::Prepare)?;
-            self_test::run_way_back(&returned).await?
+            self_test::run_way_back(&returned, deadline).await?
         };
         tracing::debug!(?returned, "answers to imitated clients come back");
         Ok(())
@@ -209,7 +218,7 @@ impl Capture {
         probes: &Probes,
         settings: &InterceptionSettings,
     ) -> Result<(), CommandError> {
-        match self.test(self_test, probes, settings).await {
+        match self.test(self_test, probes, settings, START_DEADLINE).await {
             Ok(()) => Ok(()),
             Err(error) => Err(CommandError::SelfTest { error, suspects: self.suspects().await }),
         }
@@ -255,6 +264,17 @@ impl Capture {
         }
         Ok(())
     }
+}
+
+/// What two proxies of one network namespace have to have in common: `profile sidecar ports 15001 15006 15008`.
+pub(crate) fn role(profile: Profile, ports: Ports) -> String {
+    let Ports { outbound, inbound, hbone, .. } = ports;
+    format!("profile {profile} ports {outbound} {inbound} {hbone}")
+}
+
+/// In seconds since 1970.
+fn started() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 /// Keeps the rules, and follows the settings, until the end.

@@ -27,6 +27,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3);
 /// The pause before the next test while the rules are not intact, or after a test that failed.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// For each connection of the test. Nothing is served meanwhile that should be caught.
+const DEADLINE: Duration = Duration::from_secs(3);
+
 /// All that the test needs.
 #[derive(Debug)]
 pub(crate) struct Retest {
@@ -85,7 +88,7 @@ impl Retest {
             return false;
         }
         let settings = self.settings.borrow().clone();
-        let outcome = self.capture.test(&self.self_test, &self.probes, &settings).await;
+        let outcome = self.capture.test(&self.self_test, &self.probes, &settings, DEADLINE).await;
         let passed = match outcome {
             // For want of descriptors, for example: this says nothing about the rules.
             Err(SelfTestError::Prepare(error)) => {

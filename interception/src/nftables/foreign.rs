@@ -149,7 +149,7 @@ fn xt_target(expression: &RuleExpr) -> Option<String> {
 }
 
 /// The expressions of a rule that nlink cannot print in nft's language.
-fn names(expressions: &[RuleExpr]) -> String {
+pub(super) fn names(expressions: &[RuleExpr]) -> String {
     let names = expressions.iter().map(|expression| match expression {
         RuleExpr::Unknown { name, .. } => match xt_target(expression) {
             Some(target) => format!("xt target {target}"),

@@ -22,6 +22,7 @@ use underpass_interception::{
 use self::options::RuleOptions;
 use self::subject::Subject;
 use super::{CommandError, print, single_threaded_runtime};
+use crate::capture::role;
 use crate::guard::{Event, Guard};
 use crate::instance;
 
@@ -186,6 +187,8 @@ async fn install(settings: Settings, force: bool, output: Output) -> Result<(), 
     for leftover in &leftovers {
         writeln!(io::stderr(), "underpass: {leftover}").ok();
     }
+    let role = role(settings.interception.profile, Ports::of(&settings.proxy));
+    let interception = interception.owned_by(format!("underpass rules install {role}"));
     interception.install().await?;
     let (backend, rules) = (interception.backend().to_string(), interception.plan().rules().len());
     let profile = settings.interception.profile.to_string();

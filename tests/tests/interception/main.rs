@@ -8,7 +8,9 @@
 mod commands;
 mod fight;
 mod flows;
+mod foreign;
 mod install;
+mod instances;
 mod privileges;
 mod reload;
 mod repair;
@@ -28,6 +30,8 @@ fn main() -> ExitCode {
     repair::add(&mut suite);
     fight::add(&mut suite);
     install::add(&mut suite);
+    foreign::add(&mut suite);
+    instances::add(&mut suite);
     reload::add(&mut suite);
     start::add(&mut suite);
     commands::add(&mut suite);
