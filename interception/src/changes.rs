@@ -21,6 +21,16 @@ const OPERATION: &str = "watch the rules";
 const LEGACY_INTERVAL: Duration = Duration::from_secs(2);
 /// How often rules of others in legacy tables are assumed to have changed.
 const OTHERS_INTERVAL: Duration = Duration::from_secs(5);
+/// What our rules rely on besides nftables.
+const OURS: [RtnetlinkGroup; 5] = [
+    RtnetlinkGroup::Ipv4Rule,
+    RtnetlinkGroup::Ipv6Rule,
+    RtnetlinkGroup::Ipv4Route,
+    RtnetlinkGroup::Ipv6Route,
+    RtnetlinkGroup::Ipv6Addr,
+];
+/// Routes and addresses come and go, and let no traffic past the rules.
+const RULES: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ipv6Rule];
 /// How many notifications are one change at most, lest whoever makes them without end is never
 /// answered.
 const BURST: usize = 1000;
@@ -47,10 +57,10 @@ impl Changes {
         let legacy = backend == Backend::Iptables(Variant::Legacy);
         let nftables = (!legacy).then(watch_nftables).transpose()?;
         let interval = legacy.then(|| every(LEGACY_INTERVAL));
-        Ok(Self { nftables, routes: watch_routes()?, interval, if_legacy: false })
+        Ok(Self { nftables, routes: watch(&OURS)?, interval, if_legacy: false })
     }
 
-    /// Wake-ups after changes of any program's rules in this namespace. Where the kernel does not let
+    /// Wake-ups after changes of any program's rules and ip rules in this namespace. Where the kernel does not let
     /// us listen for those of nftables, as without NET_ADMIN, they are looked at in an interval too.
     ///
     /// # Errors
@@ -63,7 +73,7 @@ impl Changes {
         }
         let if_legacy = nftables.is_ok();
         let interval = Some(every(OTHERS_INTERVAL));
-        Ok(Self { nftables: nftables.ok(), routes: watch_routes()?, interval, if_legacy })
+        Ok(Self { nftables: nftables.ok(), routes: watch(&RULES)?, interval, if_legacy })
     }
 
     /// Returns when something may have changed since the last call, or since the subscription. All
@@ -108,16 +118,9 @@ fn every(period: Duration) -> Interval {
     interval
 }
 
-fn watch_routes() -> Result<Connection<Route>, InterceptionError> {
+fn watch(groups: &[RtnetlinkGroup]) -> Result<Connection<Route>, InterceptionError> {
     let routes = Connection::<Route>::new().map_err(failed(OPERATION))?;
-    let groups = [
-        RtnetlinkGroup::Ipv4Rule,
-        RtnetlinkGroup::Ipv6Rule,
-        RtnetlinkGroup::Ipv4Route,
-        RtnetlinkGroup::Ipv6Route,
-        RtnetlinkGroup::Ipv6Addr,
-    ];
-    routes.subscribe(&groups).map_err(failed(OPERATION))?;
+    routes.subscribe(groups).map_err(failed(OPERATION))?;
     Ok(routes)
 }
 

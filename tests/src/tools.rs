@@ -78,7 +78,7 @@ impl Pod {
     pub async fn traces(&self) -> Vec<String> {
         let rules = tool(self, "nft", &["--stateless", "list", "ruleset"]).await.ok();
         // Whose they are changes with the process.
-        let rules = rules.lines().filter(|line| !line.contains("comment \"underpass pid "));
+        let rules = rules.lines().filter(|line| !line.contains("comment \"underpass "));
         let mut all: Vec<String> = rules.map(str::to_owned).collect();
         for family in ["-4", "-6"] {
             all.push(tool(self, "ip", &[family, "rule"]).await.ok());

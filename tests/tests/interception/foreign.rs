@@ -21,8 +21,8 @@ pub(crate) fn add(suite: &mut Suite) {
             suite,
             "another program's redirect makes the proxy unready until it goes",
             async move || {
-                let chain = "type nat hook output priority -200";
-                bypassed(profile, chain, "meta l4proto tcp redirect to :1").await;
+                let chain = "type nat hook output priority -150";
+                bypassed(profile, chain, "tcp dport 1404 redirect to :1").await;
             },
         );
     }
