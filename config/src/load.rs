@@ -102,10 +102,20 @@ pub(crate) fn read_text(name: &str, text: &str) -> Result<Node, ConfigErrors> {
 /// The settings that a file with this text has.
 #[cfg(test)]
 pub(crate) fn settings_of(text: &str) -> Result<Settings, ConfigErrors> {
-    let root = read_text("underpass.yaml", text)?;
-    let problems = Problems::default();
-    let settings = settings(Cursor::root(&root, &problems), Path::new(""));
-    problems.or_else(settings)
+    Settings::of_text("underpass.yaml", text)
+}
+
+impl Settings {
+    /// Reads what [`Settings`] displays, called `name` in errors.
+    ///
+    /// # Errors
+    /// Every mistake in the text.
+    pub fn of_text(name: &str, text: &str) -> Result<Self, ConfigErrors> {
+        let root = read_text(name, text)?;
+        let problems = Problems::default();
+        let settings = settings(Cursor::root(&root, &problems), Path::new(""));
+        problems.or_else(settings)
+    }
 }
 
 fn overlay(root: &mut Node, key: &str, value: &str, origin: Origin, problems: &Problems) {

@@ -8,6 +8,7 @@ use std::fmt;
 use underpass_config::Backend as Choice;
 
 use crate::InterceptionError;
+use crate::interception::RemovalScope;
 use crate::iptables::{self, Variant};
 use crate::nftables::{self, RuleCounter};
 use crate::plan::RulePlan;
@@ -73,7 +74,7 @@ impl Backend {
     pub(crate) async fn remove(self) -> Result<bool, InterceptionError> {
         match self {
             Self::Nftables => nftables::remove().await,
-            Self::Iptables(variant) => iptables::remove(variant).await,
+            Self::Iptables(variant) => iptables::remove(variant, RemovalScope::Own).await,
         }
     }
 

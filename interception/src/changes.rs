@@ -12,11 +12,25 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 use crate::InterceptionError;
 use crate::backend::Backend;
 use crate::iptables::Variant;
+use crate::leftovers::legacy_tables;
 use crate::netlink::failed;
+use crate::plan::Family;
 
 const OPERATION: &str = "watch the rules";
 /// How often legacy tables are looked at: a look takes a process for each family.
 const LEGACY_INTERVAL: Duration = Duration::from_secs(2);
+/// How often rules of others in legacy tables are assumed to have changed.
+const OTHERS_INTERVAL: Duration = Duration::from_secs(5);
+/// What our rules rely on besides nftables.
+const OURS: [RtnetlinkGroup; 5] = [
+    RtnetlinkGroup::Ipv4Rule,
+    RtnetlinkGroup::Ipv6Rule,
+    RtnetlinkGroup::Ipv4Route,
+    RtnetlinkGroup::Ipv6Route,
+    RtnetlinkGroup::Ipv6Addr,
+];
+/// Routes and addresses come and go, and let no traffic past the rules.
+const RULES: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ipv6Rule];
 /// How many notifications are one change at most, lest whoever makes them without end is never
 /// answered.
 const BURST: usize = 1000;
@@ -28,6 +42,8 @@ pub struct Changes {
     nftables: Option<Connection<Nftables>>,
     routes: Connection<Route>,
     interval: Option<Interval>,
+    /// Whether the interval counts only while there are legacy tables.
+    if_legacy: bool,
 }
 
 impl fmt::Debug for Changes {
@@ -39,22 +55,25 @@ impl fmt::Debug for Changes {
 impl Changes {
     pub(crate) fn subscribe(backend: Backend) -> Result<Self, InterceptionError> {
         let legacy = backend == Backend::Iptables(Variant::Legacy);
-        let routes = Connection::<Route>::new().map_err(failed(OPERATION))?;
-        let groups = [
-            RtnetlinkGroup::Ipv4Rule,
-            RtnetlinkGroup::Ipv6Rule,
-            RtnetlinkGroup::Ipv4Route,
-            RtnetlinkGroup::Ipv6Route,
-            RtnetlinkGroup::Ipv6Addr,
-        ];
-        routes.subscribe(&groups).map_err(failed(OPERATION))?;
         let nftables = (!legacy).then(watch_nftables).transpose()?;
-        let interval = legacy.then(|| {
-            let mut interval = interval(LEGACY_INTERVAL);
-            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            interval
-        });
-        Ok(Self { nftables, routes, interval })
+        let interval = legacy.then(|| every(LEGACY_INTERVAL));
+        Ok(Self { nftables, routes: watch(&OURS)?, interval, if_legacy: false })
+    }
+
+    /// Wake-ups after changes of any program's rules and ip rules in this namespace. Where the kernel does not let
+    /// us listen for those of nftables, as without NET_ADMIN, they are looked at in an interval too.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not let us listen.
+    pub fn of_all_programs() -> Result<Self, InterceptionError> {
+        let nftables = watch_nftables();
+        if let Err(error) = &nftables {
+            tracing::debug!(%error, "nftables does not notify");
+        }
+        let if_legacy = nftables.is_ok();
+        let interval = Some(every(OTHERS_INTERVAL));
+        Ok(Self { nftables: nftables.ok(), routes: watch(&RULES)?, interval, if_legacy })
     }
 
     /// Returns when something may have changed since the last call, or since the subscription. All
@@ -65,7 +84,7 @@ impl Changes {
     ///
     /// The kernel tells no more, as when the namespace is gone.
     pub async fn next(&mut self) -> Result<(), InterceptionError> {
-        let Self { nftables, routes, interval } = self;
+        let Self { nftables, routes, interval, if_legacy } = self;
         let nftables = async {
             match nftables {
                 Some(connection) => notified(connection).await,
@@ -73,17 +92,36 @@ impl Changes {
             }
         };
         let interval = async {
-            match interval {
-                Some(interval) => interval.tick().await,
-                None => std::future::pending().await,
+            let Some(interval) = interval else { return std::future::pending().await };
+            loop {
+                interval.tick().await;
+                if !*if_legacy || has_legacy_tables() {
+                    return;
+                }
             }
         };
         tokio::select! {
             told = nftables => told,
             told = notified(routes) => told,
-            _ = interval => Ok(()),
+            () = interval => Ok(()),
         }
     }
+}
+
+fn has_legacy_tables() -> bool {
+    [Family::V4, Family::V6].into_iter().any(|family| !legacy_tables(family).is_empty())
+}
+
+fn every(period: Duration) -> Interval {
+    let mut interval = interval(period);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
+fn watch(groups: &[RtnetlinkGroup]) -> Result<Connection<Route>, InterceptionError> {
+    let routes = Connection::<Route>::new().map_err(failed(OPERATION))?;
+    routes.subscribe(groups).map_err(failed(OPERATION))?;
+    Ok(routes)
 }
 
 fn watch_nftables() -> Result<Connection<Nftables>, InterceptionError> {

@@ -9,9 +9,11 @@ use std::fs;
 use underpass_config::{InterceptionSettings, Profile};
 
 use crate::backend::Backend;
+use crate::blackhole::{self, Blackhole};
 use crate::changes::Changes;
+use crate::foreign::{ForeignRule, foreign_rules};
 use crate::iptables::{self, Variant};
-use crate::leftovers::{Leftover, leftovers};
+use crate::leftovers::{Leftover, is_istios, leftovers};
 use crate::nftables::{self, RuleCounter};
 use crate::plan::{Ports, RulePlan};
 use crate::verify::{Difference, Listing};
@@ -24,6 +26,11 @@ pub struct Interception {
     ports: Ports,
     backend: Backend,
     ipv6: bool,
+    /// Where the proxy listens besides `ports`.
+    serving: Vec<u16>,
+    blackhole: Blackhole,
+    /// Who installs the rules, for people.
+    owner: Option<String>,
 }
 
 impl Interception {
@@ -53,13 +60,30 @@ impl Interception {
         let backend = Backend::find(settings.backend).await?;
         let ipv6 = ipv6_available();
         let plan = RulePlan::new(settings, ports, ipv6);
-        Ok(Some(Self { plan, ports, backend, ipv6 }))
+        let blackhole = Blackhole::new(settings, ports, &[], &plan);
+        let serving = Vec::new();
+        Ok(Some(Self { plan, ports, backend, ipv6, serving, blackhole, owner: None }))
+    }
+
+    /// The same for a proxy that also listens at these ports (readiness, metrics), which the blackhole
+    /// leaves reachable.
+    #[must_use]
+    pub fn serving(self, settings: &InterceptionSettings, serving: Vec<u16>) -> Self {
+        Self { serving, ..self }.with_settings(settings)
+    }
+
+    /// The same, which leaves in nftables who installed the rules.
+    #[must_use]
+    pub fn owned_by(self, owner: String) -> Self {
+        Self { owner: Some(owner), ..self }
     }
 
     /// The same interception of other connections: where it is and what it is installed with stay.
     #[must_use]
     pub fn with_settings(&self, settings: &InterceptionSettings) -> Self {
-        Self { plan: RulePlan::new(settings, self.ports, self.ipv6), ..self.clone() }
+        let plan = RulePlan::new(settings, self.ports, self.ipv6);
+        let blackhole = Blackhole::new(settings, self.ports, &self.serving, &plan);
+        Self { plan, blackhole, ..self.clone() }
     }
 
     /// The rules that [`install`](Self::install) installs.
@@ -90,8 +114,17 @@ impl Interception {
         leftovers(self.backend).await
     }
 
+    /// Rules of other programs that act on packets before ours do.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused to tell.
+    pub async fn foreign_rules(&self) -> Result<Vec<ForeignRule>, InterceptionError> {
+        foreign_rules(self.backend, &self.plan).await
+    }
+
     /// Installs the routes, then the rules in one transaction. Whatever an earlier run left is
-    /// replaced.
+    /// replaced, and its blackhole removed.
     ///
     /// Routes first: rules without them would strand the replies to imitated clients.
     ///
@@ -100,12 +133,33 @@ impl Interception {
     /// The kernel refused; what this call had added is removed again, and rules of an earlier run
     /// still stand.
     pub async fn install(&self) -> Result<(), InterceptionError> {
+        self.repair().await?;
+        self.unblock().await.map(drop)
+    }
+
+    /// Installs as [`install`](Self::install) does, and leaves the blackhole in place.
+    ///
+    /// # Errors
+    ///
+    /// As [`install`](Self::install).
+    pub async fn repair(&self) -> Result<(), InterceptionError> {
         let added = routes::install(&self.plan).await?;
         if let Err(error) = self.backend.apply(&self.plan).await {
             routes::undo(&added).await;
             return Err(error);
         }
+        self.mark_owner().await;
         routes::remove_foreign(&self.plan).await
+    }
+
+    /// Writes beside the rules who installed them. Without it they are the same, so that a failure is
+    /// logged only.
+    pub async fn mark_owner(&self) {
+        if let (Backend::Nftables, Some(owner)) = (self.backend, &self.owner)
+            && let Err(error) = nftables::mark_owner(owner).await
+        {
+            tracing::debug!(%error, "the owner of the rules is not marked");
+        }
     }
 
     /// How what is installed differs from the plan, by expression and order; `None` if it does not.
@@ -119,7 +173,35 @@ impl Interception {
         let mut found: Listing = self.backend.installed(&self.plan).await?.unwrap_or_default();
         found.sections.push(routes::installed(&self.plan).await?);
         let difference = expected.difference(&found);
-        Ok(difference.map(|difference| difference.readable(&self.backend.readable(&self.plan))))
+        let words = || self.backend.readable(&self.plan);
+        Ok(difference.map(|difference| difference.readable(&words(), nftables::readable_unknown)))
+    }
+
+    /// Installs the blackhole: what the rules would catch is refused until [`unblock`](Self::unblock).
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub async fn block(&self) -> Result<(), InterceptionError> {
+        self.blackhole.install().await
+    }
+
+    /// Removes the blackhole; `false` if there was none.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub async fn unblock(&self) -> Result<bool, InterceptionError> {
+        blackhole::remove().await
+    }
+
+    /// Whether the blackhole is installed.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused to tell.
+    pub async fn is_blocked(&self) -> Result<bool, InterceptionError> {
+        blackhole::stands().await
     }
 
     /// Wake-ups after changes in this namespace, from now on.
@@ -141,7 +223,7 @@ impl Interception {
         self.backend.counters(&self.plan).await
     }
 
-    /// Removes the rules, then the routes. What is already gone is no error.
+    /// Removes the rules, the routes and the blackhole. What is already gone is no error.
     ///
     /// # Errors
     ///
@@ -149,7 +231,7 @@ impl Interception {
     pub async fn remove(&self) -> Result<(), InterceptionError> {
         self.backend.remove().await?;
         routes::remove(&self.plan).await?;
-        Ok(())
+        self.unblock().await.map(drop)
     }
 }
 
@@ -163,33 +245,61 @@ pub async fn counters() -> Result<Vec<RuleCounter>, InterceptionError> {
     nftables::counters().await
 }
 
+/// What [`remove_everything`] removes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RemovalScope {
+    /// What underpass installed.
+    Own,
+    /// Also what has the names and numbers of Istio and OSM, and that underpass did not install.
+    OtherMeshes,
+}
+
 /// Removes whatever underpass ever installed here, by whichever backend and profile: the table, the
-/// profiles' chains in iptables, the ip rules, routes and addresses. `false` if there was nothing.
+/// profiles' chains in iptables, the ip rules, routes and addresses, the blackhole. `false` if there
+/// was nothing.
 ///
 /// # Errors
 ///
-/// The kernel or a program refused something; all else is removed.
-pub async fn remove_everything() -> Result<bool, InterceptionError> {
-    let removed = [
-        remove_from_nftables().await,
-        remove_from_iptables(Variant::Nft).await,
-        remove_from_iptables(Variant::Legacy).await,
+/// This is the host's own namespace, and not `allow_host`. The kernel or a program refused something;
+/// all else is removed.
+pub async fn remove_everything(
+    scope: RemovalScope,
+    allow_host: bool,
+) -> Result<bool, InterceptionError> {
+    if !allow_host {
+        host::refuse()?;
+    }
+    let mut removed = vec![
+        remove_from_nftables(scope).await,
+        remove_from_iptables(Variant::Nft, scope).await,
+        remove_from_iptables(Variant::Legacy, scope).await,
         routes::remove(&RulePlan::beside_rules()).await,
+        blackhole::remove().await,
     ];
+    if scope == RemovalScope::OtherMeshes {
+        removed.push(routes::remove_of_others(&RulePlan::beside_rules()).await);
+    }
     removed.into_iter().try_fold(false, |any, removed| Ok(any | removed?))
 }
 
-async fn remove_from_nftables() -> Result<bool, InterceptionError> {
+async fn remove_from_nftables(scope: RemovalScope) -> Result<bool, InterceptionError> {
     match nftables::reach().await {
-        Ok(()) => nftables::remove().await,
+        Ok(()) => {
+            let others = scope == RemovalScope::OtherMeshes;
+            let istios = if others { nftables::remove_tables(is_istios).await? } else { false };
+            Ok(nftables::remove().await? | istios)
+        }
         Err(InterceptionError::Unsupported { .. }) => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-async fn remove_from_iptables(variant: Variant) -> Result<bool, InterceptionError> {
+async fn remove_from_iptables(
+    variant: Variant,
+    scope: RemovalScope,
+) -> Result<bool, InterceptionError> {
     match iptables::find(variant).await {
-        Ok(variant) => iptables::remove(variant).await,
+        Ok(variant) => iptables::remove(variant, scope).await,
         // What is not there has installed nothing.
         Err(_) => Ok(false),
     }

@@ -12,10 +12,11 @@ mod exec;
 mod owners;
 mod ruleset;
 
-pub(crate) use ruleset::is_ours;
+pub(crate) use ruleset::{Ruleset, SavedChain, SavedTable, is_ours};
 
-use ruleset::{Ours, Ruleset, canonical};
+use ruleset::{Ours, canonical};
 
+use crate::interception::RemovalScope;
 use crate::nftables::{self, RuleCounter};
 use crate::plan::{Family, RulePlan};
 use crate::verify::Listing;
@@ -121,12 +122,15 @@ pub(crate) async fn counters(
 }
 
 /// Takes out all our chains and the rules that are ours in others, whatever plan they were of; `false`
-/// if there were none.
+/// if there were none. Chains that only have the names of ours stay, unless `scope` includes them.
 ///
 /// # Errors
 ///
 /// A program is missing or failed.
-pub(crate) async fn remove(variant: Variant) -> Result<bool, InterceptionError> {
+pub(crate) async fn remove(
+    variant: Variant,
+    scope: RemovalScope,
+) -> Result<bool, InterceptionError> {
     const OPERATION: &str = "remove the iptables rules";
     let nothing = Ours::default();
     let mut any = false;
@@ -135,6 +139,10 @@ pub(crate) async fn remove(variant: Variant) -> Result<bool, InterceptionError> 
             // Where there is no nf_tables, nothing can be in it.
             Err(InterceptionError::Iptables { module: Some("nf_tables"), .. }) => continue,
             ours => ours?,
+        };
+        let ours = match scope {
+            RemovalScope::Own => ours.marked(),
+            RemovalScope::OtherMeshes => ours,
         };
         change(OPERATION, variant, family, &ours, &nothing).await?;
         any |= !ours.is_empty();

@@ -10,8 +10,8 @@ use std::fs;
 
 use crate::backend::Backend;
 use crate::iptables::{Variant, is_ours, saved};
-use crate::plan::{Family, TABLE};
-use crate::{InterceptionError, nftables};
+use crate::plan::{Family, RulePlan, TABLE};
+use crate::{InterceptionError, nftables, routes};
 
 /// Something that was found.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -51,11 +51,13 @@ impl fmt::Display for Leftover {
             LeftoverOwner::Shared => write!(
                 f,
                 "{what}, of an earlier underpass with another `interception.backend`, or of Istio or Open \
-                 Service Mesh: remove with `underpass rules remove`"
+                 Service Mesh: remove with `underpass rules remove`, which leaves chains that underpass did \
+                 not install unless `--other-meshes` is given"
             ),
             LeftoverOwner::Istio => write!(
                 f,
-                "{what}, probably of Istio: take this workload out of Istio's mesh, and start its pod anew"
+                "{what}, probably of Istio: take this workload out of Istio's mesh and start its pod anew, or \
+                 remove with `underpass rules remove --other-meshes`"
             ),
             LeftoverOwner::Osm => write!(
                 f,
@@ -86,8 +88,16 @@ pub(crate) async fn leftovers(backend: Backend) -> Result<Vec<Leftover>, Interce
     for family in [Family::V4, Family::V6] {
         found.extend(in_legacy(backend, family).await);
     }
+    found.extend(in_policy_routing().await?);
     found.sort();
     Ok(found)
+}
+
+/// Istio's ip rules have the marks and tables of ours, without our protocol number.
+async fn in_policy_routing() -> Result<Vec<Leftover>, InterceptionError> {
+    let rules = routes::rules_of_others(&RulePlan::beside_rules()).await?;
+    let leftover = |rule| Leftover { what: format!("the {rule}"), whose: LeftoverOwner::Istio };
+    Ok(rules.into_iter().map(leftover).collect())
 }
 
 async fn in_nftables(own: Backend) -> Result<Vec<Leftover>, InterceptionError> {
@@ -117,7 +127,7 @@ async fn in_nftables(own: Backend) -> Result<Vec<Leftover>, InterceptionError> {
 }
 
 /// Istio's native nftables mode: `istio-ambient-nat`, `istio-proxy-mangle`.
-fn is_istios(table: &str) -> bool {
+pub(crate) fn is_istios(table: &str) -> bool {
     ["istio-ambient-", "istio-proxy-"].iter().any(|prefix| table.starts_with(prefix))
 }
 
@@ -126,14 +136,12 @@ fn is_of_iptables(table: &str) -> bool {
 }
 
 async fn in_legacy(own: Backend, family: Family) -> Vec<Leftover> {
-    // Asking iptables-legacy for a table creates it; this file names those that exist, and is absent
-    // where the kernel has no legacy iptables.
-    let (path, program) = match family {
-        Family::V4 => ("/proc/thread-self/net/ip_tables_names", "iptables-legacy"),
-        Family::V6 => ("/proc/thread-self/net/ip6_tables_names", "ip6tables-legacy"),
+    let program = match family {
+        Family::V4 => "iptables-legacy",
+        Family::V6 => "ip6tables-legacy",
     };
-    let names = fs::read_to_string(path).unwrap_or_default();
-    if names.trim().is_empty() {
+    let names = legacy_tables(family);
+    if names.is_empty() {
         return Vec::new();
     }
     let ruleset = match saved("read the legacy iptables rules", Variant::Legacy, family).await {
@@ -141,8 +149,7 @@ async fn in_legacy(own: Backend, family: Family) -> Vec<Leftover> {
         // Interception by nftables needs neither its programs nor NET_RAW.
         Err(error) => {
             tracing::debug!(%error, "legacy iptables cannot be read");
-            let names = names.split_whitespace().collect::<Vec<_>>().join(", ");
-            let what = format!("the table {names} of {program}");
+            let what = format!("the table {} of {program}", names.join(", "));
             return vec![Leftover { what, whose: LeftoverOwner::Unknown }];
         }
     };
@@ -154,6 +161,17 @@ async fn in_legacy(own: Backend, family: Family) -> Vec<Leftover> {
             in_chains(&chains, own, &format!("table {} of {program}", table.name))
         })
         .collect()
+}
+
+/// The tables of legacy iptables that exist. Asking iptables-legacy for a table creates it; this file
+/// names those that exist, and is absent where the kernel has no legacy iptables.
+pub(crate) fn legacy_tables(family: Family) -> Vec<String> {
+    let path = match family {
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+    };
+    let names = fs::read_to_string(path).unwrap_or_default();
+    names.split_whitespace().map(str::to_owned).collect()
 }
 
 /// What the chains of a table are, together for each owner. `own`: our rules are there too.

@@ -10,10 +10,12 @@
 //! This crate knows neither HTTP/2, TLS nor policies.
 
 mod backend;
+mod blackhole;
 mod bypass;
 mod changes;
 mod error;
 mod explain;
+mod foreign;
 mod handover;
 mod host;
 mod interception;
@@ -47,9 +49,10 @@ pub use bypass::{BypassingProcess, bypassing_processes};
 pub use changes::Changes;
 pub use error::{InterceptionError, SandboxRemedy};
 pub use explain::{Explanation, Flow, Hop, PacketExplanation, Party, Sender};
+pub use foreign::{Effect, ForeignRule};
 pub use handover::{Handover, Peer};
 pub use host::network_namespace;
-pub use interception::{Interception, counters, remove_everything};
+pub use interception::{Interception, RemovalScope, counters, remove_everything};
 pub use iptables::Variant;
 pub use ipv6::ipv6_available;
 pub use leftovers::{Leftover, LeftoverOwner};
@@ -71,7 +74,7 @@ pub use privileges::{
 pub use resident::unmap_code;
 pub use reverse_path::check_reverse_path;
 pub use sandbox::{Sandbox, enter_sandbox, sandbox_folder};
-pub use self_test::Probe;
+pub use self_test::{Probe, ProbeSockets};
 pub use socket::{
     Closing, KEEPALIVE_PROBES, Sockets, end_on_close, end_writing, original_destination,
     probe_every, reset_on_close, write_before_end,

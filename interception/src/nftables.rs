@@ -6,7 +6,9 @@
 
 mod encode;
 mod expressions;
+mod foreign;
 mod listing;
+mod owner;
 mod sets;
 mod tables;
 
@@ -15,8 +17,10 @@ use nix::sys::socket::sockopt::{SndBuf, SndBufForce};
 use nlink::netlink::nftables::{Family, Transaction};
 use nlink::netlink::{Connection, Nftables};
 
-pub(crate) use listing::{expected, installed, readable};
-pub(crate) use tables::{chains, remove_bare_iptables_tables, tables};
+pub(crate) use foreign::{ForeignChain, foreign_chains};
+pub(crate) use listing::{expected, installed, readable, readable_unknown};
+pub(crate) use owner::mark_owner;
+pub(crate) use tables::{chains, remove_bare_iptables_tables, remove_tables, tables};
 
 use crate::InterceptionError;
 use crate::netlink::{failed, into_io};

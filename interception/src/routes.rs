@@ -26,7 +26,7 @@ use crate::{InterceptionError, ipv6};
 
 /// Says in the kernel who made our rules and routes (`ip rule` shows `proto 117`), so that removal
 /// cannot take another program's. The number is free in /etc/iproute2/rt_protos.
-const PROTOCOL: u8 = 117;
+pub(crate) const PROTOCOL: u8 = 117;
 /// The interface that all of it is about.
 const LOOPBACK: &str = "lo";
 
@@ -167,6 +167,94 @@ pub(crate) async fn installed(plan: &RulePlan) -> Result<Section, InterceptionEr
     Ok(Section { head: HEAD.to_owned(), lines })
 }
 
+/// The ip rules of others that choose a route before those of the plan do, as iproute2 would be given
+/// them.
+pub(crate) async fn foreign_rules(plan: &RulePlan) -> Result<Vec<String>, InterceptionError> {
+    const OPERATION: &str = "read the ip rules";
+    let Some(last) = plan.routes().iter().map(|route| route.priority).max() else {
+        return Ok(Vec::new());
+    };
+    let rules = connect(OPERATION)?.get_rules().await.map_err(failed(OPERATION))?;
+    let foreign = rules.iter().filter(|rule| {
+        // The local table has priority 0.
+        (1..=last).contains(&rule.priority()) && rule.protocol() != Some(PROTOCOL)
+    });
+    Ok(foreign.map(foreign_text).collect())
+}
+
+/// The ip rules of others that equal those of the plan in all but who made them.
+pub(crate) async fn rules_of_others(plan: &RulePlan) -> Result<Vec<String>, InterceptionError> {
+    const OPERATION: &str = "read the ip rules";
+    let rules = connect(OPERATION)?.get_rules().await.map_err(failed(OPERATION))?;
+    let of_others = rules.iter().filter(|rule| rule.protocol() != Some(PROTOCOL));
+    let equal = of_others.filter(|rule| {
+        let version = if rule.is_ipv4() { Version::V4 } else { Version::V6 };
+        plan.routes().iter().any(|route| is_like(rule, route, version))
+    });
+    Ok(equal.map(foreign_text).collect())
+}
+
+/// Removes them, and the routes that they lead to; `false` if there was nothing.
+pub(crate) async fn remove_of_others(plan: &RulePlan) -> Result<bool, InterceptionError> {
+    const OPERATION: &str = "remove the ip rules and routes of other meshes";
+    let connection = connect(OPERATION)?;
+    let mut any = false;
+    for entry in removable(plan) {
+        let removed = match entry {
+            // Istio gives its TPROXY rule no priority, and may have added it several times.
+            Entry::Rule(PolicyRoute { mark, table, .. }, version) => {
+                let family = family(version);
+                let rule = RuleBuilder::new(family).fwmark_mask(mark.value, mark.mask).table(table);
+                let mut removed = false;
+                while connection
+                    .del_rule_if_exists(rule.clone())
+                    .await
+                    .map_err(failed(OPERATION))?
+                {
+                    removed = true;
+                }
+                Ok(removed)
+            }
+            Entry::Route(PolicyRoute { table, .. }, Version::V4) => {
+                let route = Ipv4Route::default_route().route_type(RouteType::Local).dev(LOOPBACK);
+                connection.del_route_if_exists(route.table(table)).await
+            }
+            Entry::Route(PolicyRoute { table, .. }, Version::V6) => {
+                let route = Ipv6Route::default_route().route_type(RouteType::Local).dev(LOOPBACK);
+                connection.del_route_if_exists(route.table(table)).await
+            }
+            Entry::Address(_) => Ok(false),
+        };
+        any |= removed.map_err(failed(OPERATION))?;
+    }
+    Ok(any)
+}
+
+fn foreign_text(rule: &RuleMessage) -> String {
+    let mut words = vec![if rule.is_ipv4() { "ip -4 rule" } else { "ip -6 rule" }.to_owned()];
+    if rule.is_invert() {
+        words.push("not".to_owned());
+    }
+    let address = |word, address: Option<std::net::IpAddr>, length| {
+        address.map(|address| format!("{word} {address}/{length}"))
+    };
+    words.extend(address("from", rule.source(), rule.src_len()));
+    words.extend(address("to", rule.destination(), rule.dst_len()));
+    words.extend(rule.iifname().map(|name| format!("iif {name}")));
+    words.extend(rule.oifname().map(|name| format!("oif {name}")));
+    words.extend(rule.fwmark().map(|mark| {
+        let mask = rule.fwmask().unwrap_or(u32::MAX);
+        format!("fwmark {mark:#x}/{mask:#x}")
+    }));
+    words.push(format!("pref {}", rule.priority()));
+    if rule.is_lookup() {
+        words.push(format!("lookup {}", rule.table()));
+    } else {
+        words.push(rule.action().name().to_owned());
+    }
+    words.join(" ")
+}
+
 const HEAD: &str = "ip rules, routes and addresses";
 
 /// As iproute2 would be told.
@@ -185,10 +273,14 @@ fn text(entry: Entry) -> String {
 }
 
 fn is_rule(rule: &RuleMessage, route: &PolicyRoute, version: Version) -> bool {
+    is_like(rule, route, version) && rule.priority() == route.priority
+}
+
+/// The same at any priority.
+fn is_like(rule: &RuleMessage, route: &PolicyRoute, version: Version) -> bool {
     rule.is_ipv4() == (version == Version::V4)
         && rule.is_lookup()
         && rule.table() == route.table
-        && rule.priority() == route.priority
         && rule.fwmark() == Some(route.mark.value)
         && rule.fwmask().unwrap_or(u32::MAX) == route.mark.mask
         && rule.source().is_none()

@@ -1,18 +1,24 @@
 //! The test that the rules work, not only that they are there: connections that must come back to
 //! the proxy with the destination that they were made for.
 //!
-//! The plan says which connection is caught (the walk of its first packet); [`Probe::prepare`]
-//! opens a socket for it while the process may still be another user than the proxy, since the
-//! owner of a socket is who made it. Not here: the proxy's side, which tells what arrived.
+//! The plan says which connection is caught (the walk of its first packet). [`ProbeSockets`] are
+//! opened while the process may still be another user than the proxy: the kernel compares the user that
+//! opened a socket (`sk->sk_socket->file->f_cred`, net/netfilter/nft_meta.c), whoever uses it later. So
+//! the test can run again after the process has become the proxy's user: connecting to AF_UNSPEC makes
+//! a socket ready for another connection (connect(2)).
+//!
+//! Not here: the proxy's side, which reports what arrived.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use nix::unistd::{getegid, geteuid};
+use rustix::net::connect_unspec;
 use socket2::{Domain, Socket, Type};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpSocket;
 use underpass_config::{InterceptionSettings, PortRange};
 
+use crate::ipv6;
 use crate::plan::{End, Environment, Packet, Ports, Protocol, RulePlan, State, Way};
 
 /// Addresses that nobody has (TEST-NET-1, RFC 5737; documentation prefix, RFC 3849).
@@ -21,7 +27,17 @@ pub(crate) const NOBODY_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 
 /// The port that linkerd's validator has made known for this.
 const PORT: u16 = 1404;
 
-/// A connection to be made.
+/// Sockets of the user that starts the proxy, whose connections the rules take for the workload's.
+#[derive(Debug)]
+pub struct ProbeSockets {
+    v4: Socket,
+    /// `None` where the kernel has no IPv6.
+    v6: Option<Socket>,
+    uid: u32,
+    gid: u32,
+}
+
+/// A connection to be made. Dropping it ends the connection.
 #[derive(Debug)]
 pub struct Probe {
     socket: Socket,
@@ -31,50 +47,103 @@ pub struct Probe {
     pub port: u16,
 }
 
-impl Probe {
-    /// One for each family whose outbound connections the plan catches, where this process can make
-    /// one that is caught.
+impl ProbeSockets {
+    /// Opens them, as the user that the process is now.
     ///
     /// # Errors
     ///
-    /// The kernel's: no socket, or no list of interfaces.
-    pub fn prepare(
+    /// The kernel's.
+    pub fn open() -> io::Result<Self> {
+        let open = |domain| Socket::new(domain, Type::STREAM.nonblocking(), None);
+        let v6 = ipv6::known().then(|| open(Domain::IPV6)).transpose()?;
+        let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
+        Ok(Self { v4: open(Domain::IPV4)?, v6, uid, gid })
+    }
+
+    /// One connection for each family whose outbound connections the plan catches, where these sockets
+    /// can make one that is caught. Of all probes of a family, one may be in use.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's: no descriptor, or no list of interfaces.
+    pub fn probes(
+        &self,
         plan: &RulePlan,
         settings: &InterceptionSettings,
         ports: Ports,
-    ) -> io::Result<Vec<Self>> {
+    ) -> io::Result<Vec<Probe>> {
         let environment = Environment::current()?;
         let candidates = candidates(settings);
         let mut probes = Vec::new();
-        for v6 in [false, true] {
+        for (v6, socket) in [(false, Some(&self.v4)), (true, self.v6.as_ref())] {
             let caught = candidates
                 .iter()
                 .filter(|destination| destination.is_ipv6() == v6)
-                .find(|destination| is_caught(plan, &environment, **destination, ports.outbound));
-            if let Some(&destination) = caught {
-                let domain = Domain::for_address(destination);
-                let socket = Socket::new(domain, Type::STREAM.nonblocking(), None)?;
-                probes.push(Self { socket, destination, port: ports.outbound });
+                .find(|to| self.is_caught(plan, &environment, **to, ports.outbound));
+            if let (Some(&destination), Some(socket)) = (caught, socket) {
+                let socket = socket.try_clone()?;
+                probes.push(Probe { socket, destination, port: ports.outbound });
             }
         }
         Ok(probes)
     }
 
-    /// Connects; `None` where the namespace has no route to such a destination, so that no
+    /// Whether a connection of these sockets would be caught on its way to `destination`.
+    fn is_caught(
+        &self,
+        plan: &RulePlan,
+        environment: &Environment,
+        destination: SocketAddr,
+        port: u16,
+    ) -> bool {
+        let Some(source) = environment.address(destination.is_ipv6()) else {
+            return false;
+        };
+        let packet = Packet {
+            protocol: Protocol::Tcp,
+            source: SocketAddr::new(source, PORT),
+            destination,
+            way: Way::Out {
+                interface: environment.interface_to(destination.ip()).to_owned(),
+                uid: self.uid,
+                gid: self.gid,
+            },
+            state: State::New,
+            mark: 0,
+            connection_mark: 0,
+        };
+        plan.walk(&packet, environment).end == End::Redirected(port)
+    }
+}
+
+impl Probe {
+    /// Connects; `false` where the namespace has no route to such a destination, so that no
     /// connection to it can leave either.
     ///
     /// # Errors
     ///
     /// The kernel's: refused means that the connection was caught and nobody listened, or that it
     /// was not caught at all.
-    pub async fn connect(self) -> io::Result<Option<TcpStream>> {
-        let socket = TcpSocket::from_std_stream(self.socket.into());
+    pub async fn connect(&self) -> io::Result<bool> {
+        disconnect(&self.socket);
+        let socket = TcpSocket::from_std_stream(self.socket.try_clone()?.into());
         match socket.connect(self.destination).await {
-            Ok(stream) => Ok(Some(stream)),
-            Err(error) if is_unroutable(&error) => Ok(None),
+            Ok(_) => Ok(true),
+            Err(error) if is_unroutable(&error) => Ok(false),
             Err(error) => Err(error),
         }
     }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        disconnect(&self.socket);
+    }
+}
+
+/// Makes a socket ready for another connection. One that was never connected is.
+pub(crate) fn disconnect(socket: &Socket) {
+    let _not_connected = connect_unspec(socket);
 }
 
 fn is_unroutable(error: &io::Error) -> bool {
@@ -100,30 +169,4 @@ fn candidates(settings: &InterceptionSettings) -> Vec<SocketAddr> {
 
 fn first(range: &PortRange) -> u16 {
     range.first
-}
-
-/// Whether this process, as it is, would be caught on its way to `destination`.
-fn is_caught(
-    plan: &RulePlan,
-    environment: &Environment,
-    destination: SocketAddr,
-    port: u16,
-) -> bool {
-    let Some(source) = environment.address(destination.is_ipv6()) else {
-        return false;
-    };
-    let packet = Packet {
-        protocol: Protocol::Tcp,
-        source: SocketAddr::new(source, PORT),
-        destination,
-        way: Way::Out {
-            interface: environment.interface_to(destination.ip()).to_owned(),
-            uid: geteuid().as_raw(),
-            gid: getegid().as_raw(),
-        },
-        state: State::New,
-        mark: 0,
-        connection_mark: 0,
-    };
-    plan.walk(&packet, environment).end == End::Redirected(port)
 }

@@ -99,12 +99,16 @@ impl Difference {
         &self.sections
     }
 
-    /// The same, with other words for some lines.
-    pub(crate) fn readable(mut self, words: &BTreeMap<String, String>) -> Self {
+    /// The same, with other words for some lines: those in `words`, else what `unknown` makes of them.
+    pub(crate) fn readable(
+        mut self,
+        words: &BTreeMap<String, String>,
+        unknown: impl Fn(&str) -> Option<String>,
+    ) -> Self {
         let lines = self.sections.iter_mut().flat_map(|section| &mut section.lines);
         for line in lines {
-            if let Some(text) = words.get(&line.text) {
-                line.text.clone_from(text);
+            if let Some(text) = words.get(&line.text).cloned().or_else(|| unknown(&line.text)) {
+                line.text = text;
             }
         }
         self

@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, TcpSocket};
 
 use crate::ipv6;
 use crate::plan::{Action, Environment, Families, PolicyRoute, RulePlan, is_link_local};
-use crate::self_test::{NOBODY_V4, NOBODY_V6};
+use crate::self_test::{NOBODY_V4, NOBODY_V6, disconnect};
 use crate::socket::{Sockets, reset_on_close};
 
 /// A connection to be made from an address that nobody has to a listener of our own.
@@ -60,15 +60,22 @@ impl WayBack {
         Ok(connections)
     }
 
+    /// Whether the address of the workload's end is still one of this namespace's.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        UdpSocket::bind(SocketAddr::new(self.destination.ip(), 0)).is_ok()
+    }
+
     /// Connects; ends when the workload's end has it too, from the address that it was made from.
-    /// The wait has no end of its own.
+    /// The wait has no end of its own. May be called again.
     ///
     /// # Errors
     ///
     /// The kernel's.
-    pub async fn connect(self) -> io::Result<()> {
-        let listener = TcpListener::from_std(self.listener.into())?;
-        let socket = TcpSocket::from_std_stream(self.socket.into());
+    pub async fn connect(&self) -> io::Result<()> {
+        disconnect(&self.socket);
+        let listener = TcpListener::from_std(self.listener.try_clone()?.into())?;
+        let socket = TcpSocket::from_std_stream(self.socket.try_clone()?.into());
         let accept = async {
             loop {
                 let (stream, peer) = listener.accept().await?;
@@ -82,6 +89,7 @@ impl WayBack {
         // Neither end is to wait for segments of nobody's.
         reset_on_close(&far);
         reset_on_close(&near);
+        disconnect(&self.socket);
         Ok(())
     }
 }

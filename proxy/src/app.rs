@@ -25,6 +25,7 @@ use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::gate::Gate;
 use crate::guard::Guard;
+use crate::instance::{Instance, Status};
 use crate::limits::Limits;
 use crate::listeners::Listeners;
 use crate::notify;
@@ -33,6 +34,7 @@ use crate::policy::Rules;
 use crate::publish::Publisher;
 use crate::reload::Reload;
 use crate::resolve::Resolver;
+use crate::retest::Retest;
 use crate::self_test::SelfTest;
 use crate::snapshot::Snapshot;
 use crate::take_over::{Claim, Gates, Handed, Offer, Offered};
@@ -81,14 +83,22 @@ pub(crate) async fn run(
     raise_open_files().map_err(CommandError::Start)?;
     let (claim, handed) = claim(&settings, start.take_over).await?.unzip();
     let mut tenure = Tenure { rules: claim.is_none(), claim };
+    let mut handed = handed.unwrap_or_default();
+    let instance = Instance::claim(&settings, handed.instance.take()).await?;
     let capture = Capture::prepare(&settings).await?;
-    let proxy = Proxy::prepare(&settings, handed.unwrap_or_default()).await?;
+    let mut proxy = Proxy::prepare(&settings, handed).await?;
+    proxy.offer = proxy.offer.with_instance(instance.clone());
     let reload = Reload::watch(&settings, sources)?;
+    let answering = instance.map(|instance| {
+        let (settings, interception) = (settings.clone(), reload.subscribe());
+        let readiness = proxy.endpoints.readiness.clone();
+        tokio::spawn(instance.serve(Status { settings, interception, readiness }))
+    });
     if let Some(claim) = &tenure.claim {
         claim.rules().await?;
     }
     capture.install().await?;
-    let outcome = serve(&settings, &capture, proxy, reload, stop, &mut tenure).await;
+    let outcome = serve(&settings, &capture, proxy, reload, stop, &mut tenure, answering).await;
     if !tenure.rules {
         tracing::info!("the rules are another process's");
         return outcome;
@@ -120,6 +130,7 @@ async fn serve(
     reload: Reload,
     mut stop: StopSignal,
     tenure: &mut Tenure,
+    answering: Option<JoinHandle<()>>,
 ) -> Result<(), CommandError> {
     let Proxy { mut shared, publisher, certificate, listeners, mut offer, gates, endpoints } =
         proxy;
@@ -152,7 +163,7 @@ async fn serve(
     let (limits, told) = (shared.limits.clone(), readiness.clone());
     tokio::spawn(async move { limits.tell(told).await });
     let publishing = tokio::spawn(publisher.follow(applied));
-    if let Err(error) = prove(capture, &shared, probes, tenure).await {
+    if let Err(error) = prove(settings, capture, &shared, &probes, tenure).await {
         // Who goes on accepting instead goes first; what came meanwhile is served.
         gates.accept.close().await;
         tenure.claim = None;
@@ -168,11 +179,24 @@ async fn serve(
         hbone = ports.hbone, profile = %settings.interception.profile, "ready"
     );
     let guard = capture.guard(&settings.interception)?;
-    tokio::spawn(settle(guard.as_ref().map(Guard::looked)));
+    let looked = guard.as_ref().map(Guard::looked);
+    tokio::spawn(settle(looked.clone()));
+    let retest = Retest {
+        capture: capture.clone(),
+        self_test: shared.self_test.clone(),
+        probes,
+        settings: reload.subscribe(),
+        readiness: readiness.clone(),
+        gate: gates.rules.clone(),
+        tested: looked,
+    };
     let _probes = kubelet_probes::observe(&shared.rules.probes, capture.exempting_probes());
     let keeper = tokio::spawn(keep(guard, reload, readiness.clone(), gates.rules));
 
-    let end = until_end(settings, capture, offer, &mut stop).await;
+    let end = tokio::select! {
+        end = until_end(settings, capture, offer, &mut stop) => end,
+        end = retest.run() => match end {},
+    };
     keeper.abort();
     readiness.draining();
     let timeouts = &settings.timeouts;
@@ -186,6 +210,9 @@ async fn serve(
         End::HandedOver { pid } => {
             tenure.rules = false;
             endpoints.close();
+            if let Some(answering) = answering {
+                answering.abort();
+            }
             notify::succeeded_by(pid);
             tracing::info!(pid, connections, deadline = ?timeouts.handed_over, "another process has taken over");
             [timeouts.handed_over, timeouts.drain, Duration::ZERO]
@@ -221,12 +248,13 @@ async fn settle(looked: Option<Arc<Notify>>) {
 
 /// Tests the rules with connections that come to us; then whoever served before needs to no longer.
 async fn prove(
+    settings: &Settings,
     capture: &Capture,
     shared: &Shared,
-    probes: Probes,
+    probes: &Probes,
     tenure: &mut Tenure,
 ) -> Result<(), CommandError> {
-    capture.test(&shared.self_test, probes).await?;
+    capture.test_at_start(&shared.self_test, probes, &settings.interception).await?;
     if let Some(claim) = &tenure.claim {
         claim.ready().await?;
     }
@@ -293,7 +321,7 @@ impl Proxy {
             // It is still another process that answers.
             gates.accept.close().await;
         }
-        let Handed { listeners, place } = handed;
+        let Handed { listeners, place, instance: _ } = handed;
         let listeners = Listeners::bind(&sockets, settings, listeners)?;
         let offered = listeners.try_clone().map_err(CommandError::Start)?;
         let offer = Offer::make(settings, offered, gates.clone(), place)?;

@@ -2,10 +2,13 @@
 //!
 //! Not here: the rules, and how they get into the kernel (the interception crate).
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
-    Interception, KUBELET_PROBE_IN, Kept, Ports, Probe, ProxyUser, RulePlan, Sockets, WayBack,
-    bypassing_processes, check_reverse_path, confine_thread, ipv6_available,
+    ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, Kept, Ports, ProbeSockets,
+    ProxyUser, RulePlan, Sockets, WayBack, bypassing_processes, check_reverse_path, confine_thread,
+    ipv6_available,
 };
 
 use crate::cli::CommandError;
@@ -17,8 +20,12 @@ use crate::metrics;
 use crate::reload::Reload;
 use crate::self_test::{self, SelfTest, SelfTestError};
 
+/// For each connection of the self-test at the start: one within a namespace takes well under a millisecond; a machine that is busy
+/// starting takes longer.
+const START_DEADLINE: Duration = Duration::from_secs(5);
+
 /// What catches the workload's traffic.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Capture {
     /// `None` if the rules are someone else's to install.
     interception: Option<Interception>,
@@ -29,10 +36,10 @@ pub(crate) struct Capture {
     user: Option<ProxyUser>,
 }
 
-/// The connections of the self-test, whose sockets are open.
+/// The sockets of the self-test, opened before the process became the proxy's user.
 #[derive(Debug)]
 pub(crate) struct Probes {
-    caught: Vec<Probe>,
+    caught: ProbeSockets,
     returned: Vec<WayBack>,
 }
 
@@ -50,9 +57,12 @@ async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), C
         }
     };
     match difference {
-        None => tracing::info!(
-            "the rules stay, so nothing leaves in plain; `underpass rules remove` removes them"
-        ),
+        None => {
+            interception.unblock().await?;
+            tracing::info!(
+                "the rules stay, so nothing leaves in plain; `underpass rules remove` removes them"
+            );
+        }
         Some(_) if repair => {
             interception.install().await?;
             tracing::warn!(
@@ -78,7 +88,11 @@ impl Capture {
         check_reverse_path(interception)?;
         let user = ProxyUser::required(interception)?;
         let prepared = if interception.install {
-            Interception::prepare(interception, ports).await?
+            let prepared = Interception::prepare(interception, ports).await?;
+            let serving = vec![settings.readiness.port(), settings.metrics.port()];
+            let owner = format!("pid {} started {}", std::process::id(), started());
+            let owner = format!("underpass {owner} {}", role(interception.profile, ports));
+            prepared.map(|prepared| prepared.serving(interception, serving).owned_by(owner))
         } else {
             None
         };
@@ -103,6 +117,8 @@ impl Capture {
         let (backend, rules) = (interception.backend(), self.plan.rules().len());
         metrics::interception(self.profile, backend);
         if interception.verify().await?.is_none() {
+            interception.mark_owner().await;
+            interception.unblock().await?;
             tracing::info!(%backend, rules, "the rules stand as they should");
             return Ok(());
         }
@@ -115,11 +131,16 @@ impl Capture {
     pub(crate) fn probes(&self, settings: &InterceptionSettings) -> Result<Probes, CommandError> {
         let sockets = Sockets::new(settings, ipv6_available());
         let prepare = || {
-            let caught = Probe::prepare(&self.plan, settings, self.ports)?;
+            let caught = ProbeSockets::open()?;
             let returned = WayBack::prepare(&self.plan, &sockets)?;
             Ok(Probes { caught, returned })
         };
-        prepare().map_err(|error| CommandError::SelfTest(SelfTestError::Prepare(error)))
+        prepare().map_err(|error| CommandError::self_test(SelfTestError::Prepare(error)))
+    }
+
+    /// Whether the rules know the proxy by its user.
+    fn is_by_user(&self) -> bool {
+        matches!(self.profile, Profile::Sidecar | Profile::Osm)
     }
 
     /// Becomes the user by which the rules know the proxy, if they do, and gives up every capability that the calling thread
@@ -166,13 +187,17 @@ impl Capture {
         }
     }
 
-    /// Tests that what should be caught is, and that what should come back does.
+    /// Tests that what should be caught with these settings is, and that what should come back does.
     pub(crate) async fn test(
         &self,
         self_test: &SelfTest,
-        probes: Probes,
-    ) -> Result<(), CommandError> {
-        let tested = self_test.run(probes.caught).await.map_err(CommandError::SelfTest)?;
+        probes: &Probes,
+        settings: &InterceptionSettings,
+        deadline: Duration,
+    ) -> Result<(), SelfTestError> {
+        let plan = RulePlan::new(settings, self.ports, ipv6_available());
+        let caught = probes.caught.probes(&plan, settings, self.ports);
+        let tested = self_test.run(caught.map_err(SelfTestError::Prepare)?, deadline).await?;
         if tested.is_empty() && self.profile != Profile::None {
             tracing::info!(
                 "the rules could not be tested from here: no connection that this process can make would be caught, or has a route"
@@ -180,10 +205,47 @@ impl Capture {
         } else {
             tracing::debug!(?tested, "connections are caught");
         }
-        let returned = self_test::run_way_back(probes.returned).await;
-        let returned = returned.map_err(CommandError::SelfTest)?;
+        let returned = if self.is_by_user() {
+            // Only those that were opened by another user are like the workload's.
+            let current = probes.returned.iter().filter(|connection| connection.is_current());
+            self_test::run_way_back(current, deadline).await?
+        } else {
+            let sockets = Sockets::new(settings, ipv6_available());
+            let returned = WayBack::prepare(&plan, &sockets).map_err(SelfTestError::Prepare)?;
+            self_test::run_way_back(&returned, deadline).await?
+        };
         tracing::debug!(?returned, "answers to imitated clients come back");
         Ok(())
+    }
+
+    /// The same at the start, where a failure names what may be its cause.
+    pub(crate) async fn test_at_start(
+        &self,
+        self_test: &SelfTest,
+        probes: &Probes,
+        settings: &InterceptionSettings,
+    ) -> Result<(), CommandError> {
+        match self.test(self_test, probes, settings, START_DEADLINE).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(CommandError::SelfTest { error, suspects: self.suspects().await }),
+        }
+    }
+
+    /// Rules of other programs that act before ours; none where the rules are not ours to install.
+    pub(crate) async fn foreign_rules(&self) -> Result<Vec<ForeignRule>, InterceptionError> {
+        match &self.interception {
+            Some(interception) => interception.foreign_rules().await,
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// What may be the cause of a failed self-test: leftovers of other meshes, and foreign rules.
+    pub(crate) async fn suspects(&self) -> Vec<String> {
+        let Some(interception) = &self.interception else { return Vec::new() };
+        let leftovers = interception.leftovers().await.unwrap_or_default();
+        let foreign = interception.foreign_rules().await.unwrap_or_default();
+        let leftovers = leftovers.iter().map(ToString::to_string);
+        leftovers.chain(foreign.iter().map(ToString::to_string)).collect()
     }
 
     /// Who keeps the rules from now on; `None` if nobody is to.
@@ -217,6 +279,17 @@ impl Capture {
     }
 }
 
+/// What two proxies of one network namespace have to have in common: `profile sidecar ports 15001 15006 15008`.
+pub(crate) fn role(profile: Profile, ports: Ports) -> String {
+    let Ports { outbound, inbound, hbone, .. } = ports;
+    format!("profile {profile} ports {outbound} {inbound} {hbone}")
+}
+
+/// In seconds since 1970.
+fn started() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
 /// Keeps the rules, and follows the settings, until the end.
 pub(crate) async fn keep(
     guard: Option<Guard>,
@@ -235,44 +308,56 @@ pub(crate) async fn keep(
             guard.look_again();
             continue;
         };
-        let intact = tell(&event);
+        report(&event);
+        let intact = event.is_intact();
         metrics::rules_intact(intact);
         readiness.rules_intact(intact);
     }
 }
 
-/// Logs and counts; says whether the rules are as they should be.
-fn tell(event: &Event) -> bool {
+/// Logs and counts.
+fn report(event: &Event) {
     match event {
-        Event::Repaired { difference, took } => {
+        Event::Repaired { difference, took, fight } => {
             let (missing, unexpected) = difference.counts();
             metrics::rules_repaired();
-            tracing::warn!(
-                missing,
-                unexpected,
-                ?took,
-                "another program had changed the rules; they are as they should be again"
-            );
+            if *fight {
+                tracing::debug!(
+                    missing,
+                    unexpected,
+                    ?took,
+                    "another program had changed the rules; they are put back"
+                );
+            } else {
+                tracing::warn!(
+                    missing,
+                    unexpected,
+                    ?took,
+                    "another program had changed the rules; they are as they should be again"
+                );
+            }
             tracing::debug!("what had been changed:\n{difference}");
         }
         Event::Followed { rules } => {
             tracing::info!(rules, "the settings changed, and the rules with them, in one step");
         }
-        Event::Intact => tracing::info!("the rules are as they should be again"),
-        Event::GaveUp { difference, rest } => {
+        Event::Intact => {
+            tracing::info!(
+                "the rules are as they should be again; the workload's traffic is no longer blocked"
+            );
+        }
+        Event::Fight { difference } => {
             let (missing, unexpected) = difference.counts();
             tracing::error!(
                 missing,
                 unexpected,
-                ?rest,
-                "another program changes the rules again and again: giving up for a while, traffic may go uncaught. \
-                 Stop it, or set interception.profile: none\n{difference}"
+                hint = "stop that program, or set interception.profile: none",
+                "another program changes the rules again and again: the workload's traffic is blocked until they stay\n{difference}"
             );
         }
-        Event::Failed { error, rest } => {
+        Event::Failed { error, pause } => {
             let error = chain(error);
-            tracing::error!(error, ?rest, "the rules cannot be watched or put back; trying again");
+            tracing::error!(error, ?pause, "the rules cannot be watched or put back; trying again");
         }
     }
-    !matches!(event, Event::GaveUp { .. } | Event::Failed { .. })
 }

@@ -23,6 +23,7 @@ use underpass_interception::InterceptionError;
 
 use crate::demo::{self, DemoError};
 use crate::error::chain;
+use crate::instance::{InstanceError, Running};
 use crate::self_test::SelfTestError;
 use crate::take_over::TakeOverError;
 
@@ -82,10 +83,21 @@ pub(crate) enum CommandError {
          be refused. Set interception.dns: off; `underpass rules install` can lead them to a DNS proxy of your own"
     )]
     NoDnsProxy { port: u16 },
-    #[error(transparent)]
-    SelfTest(SelfTestError),
+    #[error("{}{}", chain(error), listed(suspects))]
+    SelfTest {
+        error: SelfTestError,
+        /// What may be the cause.
+        suspects: Vec<String>,
+    },
     #[error("cannot take over")]
     TakeOver(#[from] TakeOverError),
+    #[error(transparent)]
+    Instance(#[from] InstanceError),
+    #[error(
+        "the rules are those of a proxy that runs ({0}), which would put them back: stop it, or replace them all the same \
+         with `--force`"
+    )]
+    KeptByProxy(Box<Running>),
     #[error(
         "interception.profile is none: there are no rules to look after; choose ambient, sidecar or osm (`--profile`)"
     )]
@@ -93,10 +105,9 @@ pub(crate) enum CommandError {
     /// Exit code 3: the result, already printed, is that there is a difference.
     #[error("the rules that are installed are not those of these settings")]
     Difference,
-    #[error(
-        "another program changed the rules again and again; they are no longer put back, and traffic may go uncaught"
-    )]
-    GaveUp,
+    /// Exit code 3 as well.
+    #[error("the rules are installed, but traffic passes them by: {0}")]
+    Bypassed(String),
     #[error(transparent)]
     Hbone(#[from] HboneError),
     #[error(transparent)]
@@ -125,13 +136,23 @@ impl CommandError {
         }
     }
 
+    /// A self-test that could not be made.
+    pub(crate) fn self_test(error: SelfTestError) -> Self {
+        Self::SelfTest { error, suspects: Vec::new() }
+    }
+
     fn exit_code(&self) -> ExitCode {
         match self {
             Self::Config(_) | Self::NoDnsProxy { .. } | Self::NoRules => ExitCode::from(2),
-            Self::Difference => ExitCode::from(3),
+            Self::Difference | Self::Bypassed(_) => ExitCode::from(3),
             _ => ExitCode::FAILURE,
         }
     }
+}
+
+fn listed(suspects: &[String]) -> String {
+    let suspects = suspects.iter().map(|suspect| format!("; found here: {suspect}"));
+    suspects.collect()
 }
 
 /// Does what the command line says.

@@ -33,6 +33,7 @@ pub(crate) struct Readiness {
     phase: Arc<AtomicU8>,
     /// Whether the rules are known to be other than they should, and not put back.
     rules_lost: Arc<AtomicBool>,
+    self_test_failed: Arc<AtomicBool>,
     out_of_descriptors: Arc<AtomicBool>,
     /// Whether our certificate has expired: no HBONE connection can be made.
     certificate_expired: Arc<AtomicBool>,
@@ -41,6 +42,7 @@ pub(crate) struct Readiness {
 const STARTING: u8 = 0;
 const READY: u8 = 1;
 const DRAINING: u8 = 2;
+const READY_TEXT: &str = "ready\n";
 
 impl Readiness {
     pub(crate) fn ready(&self) {
@@ -53,6 +55,19 @@ impl Readiness {
 
     pub(crate) fn rules_intact(&self, intact: bool) {
         self.rules_lost.store(!intact, Relaxed);
+    }
+
+    pub(crate) fn are_rules_lost(&self) -> bool {
+        self.rules_lost.load(Relaxed)
+    }
+
+    /// Sets whether the last self-test failed; returns whether the one before had.
+    pub(crate) fn self_test_failed(&self, failed: bool) -> bool {
+        self.self_test_failed.swap(failed, Relaxed)
+    }
+
+    pub(crate) fn has_self_test_failed(&self) -> bool {
+        self.self_test_failed.load(Relaxed)
     }
 
     pub(crate) fn out_of_descriptors(&self, are_out: bool) {
@@ -68,8 +83,9 @@ impl Readiness {
         self.out_of_descriptors.load(Relaxed)
     }
 
-    fn answer(&self) -> Response<Full<Bytes>> {
-        let not_ready = match self.phase.load(Relaxed) {
+    /// `ready`, or why not.
+    pub(crate) fn text(&self) -> &'static str {
+        match self.phase.load(Relaxed) {
             // First: without any, the rules cannot be read either.
             READY if self.out_of_descriptors.load(Relaxed) => {
                 "not ready: out of file descriptors\n"
@@ -77,14 +93,23 @@ impl Readiness {
             READY if self.rules_lost.load(Relaxed) => {
                 "not ready: another program changes the rules\n"
             }
+            READY if self.has_self_test_failed() => {
+                "not ready: the self-test of the rules failed\n"
+            }
             READY if self.certificate_expired.load(Relaxed) => {
                 "not ready: the certificate has expired\n"
             }
-            READY => return text(StatusCode::OK, "ready\n"),
+            READY => READY_TEXT,
             STARTING => "not ready: starting\n",
             _ => "not ready: draining\n",
-        };
-        text(StatusCode::SERVICE_UNAVAILABLE, not_ready)
+        }
+    }
+
+    fn answer(&self) -> Response<Full<Bytes>> {
+        match self.text() {
+            READY_TEXT => text(StatusCode::OK, READY_TEXT),
+            not_ready => text(StatusCode::SERVICE_UNAVAILABLE, not_ready),
+        }
     }
 }
 

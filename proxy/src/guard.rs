@@ -1,7 +1,17 @@
-//! Keeping the rules as they should be: what another program changes is put back, and what the settings change is
-//! followed.
+//! Reconciliation of the rules: puts back what another program changes, and follows the settings.
 //!
-//! Not here: what is compared and installed (the interception crate).
+//! ```text
+//! look ── same ──────────────────────────────▶ wait for a change
+//!   └─ different ─▶ block ─▶ repair ─▶ look ── same, no fight ─▶ unblock
+//!                     ▲                  │
+//!                     │                  └─ a fight ─▶ wait (back-off), look ── same for CALM ─▶ unblock
+//!                     └── different ────────────────────────┘
+//! ```
+//!
+//! The blackhole stands from the moment that a difference is found until the rules are verified, so
+//! that nothing leaves in plain. Repairs never end: in a fight with another program they are slower.
+//!
+//! Not here: what is compared, installed and blocked (the interception crate).
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,153 +22,245 @@ use tokio::time::{Instant, sleep_until};
 use underpass_config::InterceptionSettings;
 use underpass_interception::{Changes, Difference, Interception, InterceptionError};
 
-/// So many repairs within [`WINDOW`] are a fight with another program, which nobody wins.
-const REPAIRS: usize = 100;
+/// This many repairs within [`WINDOW`] are a fight with another program.
+const FIGHT: usize = 3;
 const WINDOW: Duration = Duration::from_secs(10);
-/// How long the guard rests after it gave up, before it looks again: fail closed in the end.
-const REST: Duration = Duration::from_secs(30);
-/// The same after a failure.
+/// The pause after a repair in a fight: from the first, doubled each time, to the last.
+const FIRST_PAUSE: Duration = Duration::from_millis(25);
+const LONGEST_PAUSE: Duration = Duration::from_millis(400);
+/// A fight is over when the rules were intact for this long.
+const CALM: Duration = Duration::from_secs(2);
+/// When to look again after a failure.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What the guard has to tell.
+/// What happened to the rules.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// Another program had changed the rules; they are as they should be again.
-    Repaired { difference: Difference, took: Duration },
+    /// Another program had changed the rules; they are put back. `fight`: the blackhole still stands.
+    Repaired { difference: Difference, took: Duration, fight: bool },
     /// The settings changed, and the rules with them.
     Followed { rules: usize },
-    /// The rules are as they should be again, by nobody's doing of ours: after one of the two below.
+    /// The rules are verified after a fight or a failure, and the blackhole is removed.
     Intact,
-    /// Another program changes them again and again; nothing is put back for a while.
-    GaveUp { difference: Difference, rest: Duration },
-    /// The rules could not be read or put back; tried again after a while.
-    Failed { error: InterceptionError, rest: Duration },
+    /// Another program changes the rules again and again. Once for each fight.
+    Fight { difference: Difference },
+    /// The rules could not be read or put back; tried again after `pause`.
+    Failed { error: InterceptionError, pause: Duration },
 }
 
-/// Who keeps the rules.
+impl Event {
+    /// Whether the rules stand, and the blackhole does not.
+    pub(crate) fn is_intact(&self) -> bool {
+        match self {
+            Self::Repaired { fight, .. } => !fight,
+            Self::Followed { .. } | Self::Intact => true,
+            Self::Fight { .. } | Self::Failed { .. } => false,
+        }
+    }
+}
+
+/// Reconciles the rules of one network namespace.
 #[derive(Debug)]
 pub(crate) struct Guard {
     interception: Interception,
     changes: Changes,
-    limit: RepairLimit,
-    /// When to look without having been told.
+    repairs: Repairs,
+    /// When to look without a notification.
     look_at: Option<Instant>,
-    /// Whether the rules were last told to be other than they should.
+    /// Whether the last event said that the rules are not intact.
     lost: bool,
-    /// Told after each look.
+    /// Whether the blackhole may stand.
+    blocked: bool,
+    /// A fight that has not been reported yet.
+    unreported: Option<Difference>,
+    /// Notified after each look.
     looked: Arc<Notify>,
 }
 
 impl Guard {
-    /// Begins to watch; nothing that happens from now on is missed.
+    /// Begins to watch: no change from now on is missed.
     pub(crate) fn new(interception: Interception) -> Result<Self, InterceptionError> {
         let changes = interception.changes()?;
-        let (limit, looked) = (RepairLimit::default(), Arc::default());
-        let look_at = Some(Instant::now());
-        Ok(Self { interception, changes, limit, look_at, lost: false, looked })
+        Ok(Self {
+            interception,
+            changes,
+            repairs: Repairs::default(),
+            look_at: Some(Instant::now()),
+            lost: false,
+            blocked: false,
+            unreported: None,
+            looked: Arc::default(),
+        })
     }
 
-    /// What is told after each look at the rules.
+    /// Notified after each look at the rules.
     pub(crate) fn looked(&self) -> Arc<Notify> {
         self.looked.clone()
     }
 
-    /// The next event. Cancelling it while it repairs leaves the old or the new rules, as any end does.
+    /// The next event. Cancelling it during a repair leaves the old or the new rules.
     pub(crate) async fn next(
         &mut self,
         settings: &mut watch::Receiver<InterceptionSettings>,
     ) -> Event {
         loop {
-            let rest = async {
-                match self.look_at {
-                    Some(at) => sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
-            let resting = self.look_at.is_some();
-            let looked = tokio::select! {
-                () = rest => self.look().await,
-                told = self.changes.next(), if !resting => match told {
-                    Ok(()) => self.look().await,
-                    Err(error) => Err(error),
-                },
-                Ok(()) = settings.changed() => {
-                    let settings = settings.borrow_and_update().clone();
-                    self.follow(&settings).await.map(Some)
-                }
-            };
-            match looked {
-                Ok(None) if self.lost => {
-                    self.lost = false;
-                    return Event::Intact;
-                }
+            let outcome = self.step(settings).await;
+            self.looked.notify_one();
+            match outcome {
                 Ok(None) => {}
                 Ok(Some(event)) => {
-                    self.lost = matches!(event, Event::GaveUp { .. });
+                    self.lost = !event.is_intact();
                     return event;
                 }
                 Err(error) => {
                     self.lost = true;
                     self.look_at = Some(Instant::now() + RETRY);
-                    return Event::Failed { error, rest: RETRY };
+                    return Event::Failed { error, pause: RETRY };
                 }
             }
         }
     }
 
-    /// Has the next event be what a look at the rules tells.
+    /// Looks at the rules at the next call of [`next`](Self::next).
     pub(crate) fn look_again(&mut self) {
         self.look_at = Some(Instant::now());
     }
 
-    async fn look(&mut self) -> Result<Option<Event>, InterceptionError> {
-        let found = self.find_and_repair().await;
-        self.looked.notify_one();
-        found
+    /// Waits for a change, a change of the settings, or the end of a pause, and acts on it.
+    async fn step(
+        &mut self,
+        settings: &mut watch::Receiver<InterceptionSettings>,
+    ) -> Result<Option<Event>, InterceptionError> {
+        if let Some(difference) = self.unreported.take() {
+            return Ok(Some(Event::Fight { difference }));
+        }
+        let pause = async {
+            match self.look_at {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        let pausing = self.look_at.is_some();
+        tokio::select! {
+            () = pause => self.look().await,
+            changed = self.changes.next(), if !pausing => {
+                changed?;
+                self.look().await
+            }
+            Ok(()) = settings.changed() => {
+                let settings = settings.borrow_and_update().clone();
+                self.follow(&settings).await.map(Some)
+            }
+        }
     }
 
-    async fn find_and_repair(&mut self) -> Result<Option<Event>, InterceptionError> {
+    async fn look(&mut self) -> Result<Option<Event>, InterceptionError> {
         self.look_at = None;
         let began = Instant::now();
         let Some(difference) = self.interception.verify().await? else {
-            return Ok(None);
+            return self.stand().await;
         };
-        if !self.limit.allows(began) {
-            self.look_at = Some(began + REST);
-            return Ok(Some(Event::GaveUp { difference, rest: REST }));
+        // First: until the repair is done, what is sent is not caught.
+        self.block().await;
+        self.interception.repair().await?;
+        let pause = self.repairs.add(Instant::now());
+        if pause.is_zero() && self.interception.verify().await?.is_none() {
+            self.unblock().await?;
+            let took = began.elapsed();
+            return Ok(Some(Event::Repaired { difference, took, fight: false }));
         }
-        self.interception.install().await?;
-        Ok(Some(Event::Repaired { difference, took: began.elapsed() }))
+        self.look_at = Some(Instant::now() + pause);
+        if self.repairs.begin_fight() {
+            self.unreported = Some(difference.clone());
+        }
+        Ok(Some(Event::Repaired { difference, took: began.elapsed(), fight: true }))
+    }
+
+    /// The rules are as they should be: the end of a fight, once they were so for long enough.
+    async fn stand(&mut self) -> Result<Option<Event>, InterceptionError> {
+        let now = Instant::now();
+        if let Some(calm) = self.repairs.calm_at().filter(|calm| *calm > now) {
+            self.look_at = Some(calm.min(now + LONGEST_PAUSE));
+            return Ok(None);
+        }
+        self.repairs.end_fight();
+        if self.blocked {
+            self.unblock().await?;
+        }
+        Ok(self.lost.then_some(Event::Intact))
+    }
+
+    /// Repairs go on without the blackhole if the kernel refuses it.
+    async fn block(&mut self) {
+        self.blocked = true;
+        if let Err(error) = self.interception.block().await {
+            let error = crate::error::chain(&error);
+            tracing::error!(
+                error,
+                "the blackhole cannot be installed: until the rules are repaired traffic may leave in plain"
+            );
+        }
+    }
+
+    async fn unblock(&mut self) -> Result<(), InterceptionError> {
+        self.interception.unblock().await?;
+        self.blocked = false;
+        Ok(())
     }
 
     async fn follow(
         &mut self,
         settings: &InterceptionSettings,
     ) -> Result<Event, InterceptionError> {
-        // What cannot be installed now is installed by a later look.
+        // What cannot be installed now is installed by a later look. In a fight the blackhole keeps the
+        // exemptions of the old settings until it is removed.
         self.interception = self.interception.with_settings(settings);
-        self.interception.install().await?;
+        self.interception.repair().await?;
         Ok(Event::Followed { rules: self.interception.plan().rules().len() })
     }
 }
 
-/// Tells a mishap from a fight.
+/// The repairs of the last [`WINDOW`], by which a fight differs from a single change.
 #[derive(Debug, Default)]
-struct RepairLimit {
-    repairs: VecDeque<Instant>,
+struct Repairs {
+    times: VecDeque<Instant>,
+    pause: Duration,
+    reported: bool,
 }
 
-impl RepairLimit {
-    fn allows(&mut self, now: Instant) -> bool {
-        while self.repairs.front().is_some_and(|first| now.duration_since(*first) > WINDOW) {
-            self.repairs.pop_front();
+impl Repairs {
+    /// Counts a repair; how long to pause after it. Zero outside of a fight.
+    fn add(&mut self, now: Instant) -> Duration {
+        self.times.push_back(now);
+        while self.times.front().is_some_and(|first| now.duration_since(*first) > WINDOW) {
+            self.times.pop_front();
         }
-        if self.repairs.len() >= REPAIRS {
-            self.repairs.clear();
-            return false;
+        // Only as many count as make a fight.
+        if self.times.len() > FIGHT {
+            self.times.pop_front();
         }
-        self.repairs.push_back(now);
-        true
+        if self.pause.is_zero() && self.times.len() < FIGHT {
+            return Duration::ZERO;
+        }
+        self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+        self.pause
+    }
+
+    /// When a fight is over, if the rules stay intact; `None` outside of a fight.
+    fn calm_at(&self) -> Option<Instant> {
+        let last = self.times.back().filter(|_| !self.pause.is_zero());
+        last.map(|last| *last + CALM)
+    }
+
+    /// Whether a fight has begun that was not reported.
+    fn begin_fight(&mut self) -> bool {
+        !self.pause.is_zero() && !std::mem::replace(&mut self.reported, true)
+    }
+
+    fn end_fight(&mut self) {
+        if !self.pause.is_zero() {
+            *self = Self::default();
+        }
     }
 }
 
@@ -167,20 +269,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fight_is_given_up_and_then_taken_up_again() {
-        let mut limit = RepairLimit::default();
-        let start = Instant::now();
-        assert!((0..REPAIRS).all(|_| limit.allows(start)));
-        assert!(!limit.allows(start));
-        assert!(limit.allows(start + REST));
+    fn slows_repairs_in_a_fight_and_never_ends_them() {
+        let mut repairs = Repairs::default();
+        let mut now = Instant::now();
+        let mut pauses = Vec::new();
+        for _ in 0..1000 {
+            let pause = repairs.add(now);
+            now += pause;
+            pauses.push(pause.as_millis());
+        }
+        assert_eq!(pauses[..8], [0, 0, 25, 50, 100, 200, 400, 400]);
+        assert!(pauses[8..].iter().all(|pause| *pause == 400), "{pauses:?}");
     }
 
     #[test]
-    fn mishaps_now_and_then_are_mended_for_ever() {
-        let mut limit = RepairLimit::default();
+    fn repairs_occasional_changes_at_once() {
+        let mut repairs = Repairs::default();
         let start = Instant::now();
-        for mishap in 0..10 * u32::try_from(REPAIRS).unwrap() {
-            assert!(limit.allows(start + WINDOW / 50 * mishap));
+        for change in 0..100 {
+            assert_eq!(repairs.add(start + WINDOW * change), Duration::ZERO);
+            assert_eq!(repairs.calm_at(), None);
         }
+    }
+
+    #[test]
+    fn ends_a_fight_after_calm() {
+        let mut repairs = Repairs::default();
+        let start = Instant::now();
+        for _ in 0..FIGHT {
+            repairs.add(start);
+        }
+        assert!(repairs.begin_fight());
+        assert!(!repairs.begin_fight(), "a fight is reported once");
+        assert_eq!(repairs.calm_at(), Some(start + CALM));
+        repairs.end_fight();
+        assert_eq!(repairs.add(start + CALM), Duration::ZERO);
     }
 }

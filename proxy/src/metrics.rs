@@ -20,6 +20,8 @@ const REPAIRS: &str = "underpass_rules_repairs_total";
 const INTACT: &str = "underpass_rules_intact";
 const PROBES: &str = "underpass_kubelet_probe_connections_total";
 const NOT_LOCAL: &str = "underpass_inbound_not_local_total";
+const SELF_TEST: &str = "underpass_self_test_passed";
+const FOREIGN: &str = "underpass_foreign_rules";
 const CERTIFICATE_EXPIRES: &str = "underpass_certificate_expires_seconds";
 const RENEWALS: &str = "underpass_certificate_renewals_total";
 const RENEWALS_FAILED: &str = "underpass_certificate_failures_total";
@@ -56,6 +58,8 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
         "Inbound connections refused because they are for an address that is not this pod's."
     );
     counter!(NOT_LOCAL).increment(0);
+    describe_gauge!(SELF_TEST, "Whether the last self-test of the rules passed: 1, or 0.");
+    describe_gauge!(FOREIGN, "Rules of other programs that act before ours.");
     describe_gauge!(CERTIFICATE_EXPIRES, "When our certificate expires, in seconds since 1970.");
     describe_counter!(RENEWALS, "Certificates that came into use, the first one included.");
     describe_counter!(
@@ -130,6 +134,16 @@ pub(crate) fn kubelet_probes(connections: u64) {
 /// Counts an inbound connection for an address that is not this namespace's own.
 pub(crate) fn not_local() {
     counter!(NOT_LOCAL).increment(1);
+}
+
+/// Reports the outcome of the last self-test.
+pub(crate) fn self_test_passed(passed: bool) {
+    gauge!(SELF_TEST).set(if passed { 1 } else { 0 });
+}
+
+/// Reports how many rules of other programs act before ours.
+pub(crate) fn foreign_rules(count: usize) {
+    gauge!(FOREIGN).set(u32::try_from(count).unwrap_or(u32::MAX));
 }
 
 /// Says that a certificate came into use.

@@ -1,4 +1,4 @@
-//! The test before `ready`: connections of our own go the way of the workload's, and have to arrive at our listeners with
+//! The test before `ready`, and again after changes (`retest.rs`): connections of our own go the way of the workload's, and have to arrive at our listeners with
 //! the destination that they were made for; and what the workload answers to clients that we imitate has to come back.
 
 use std::net::{IpAddr, SocketAddr};
@@ -13,9 +13,6 @@ use underpass_interception::{PolicyRoute, Probe, WayBack, end_on_close};
 
 use crate::accept::{Accepted, Kind};
 
-/// A connection within a namespace takes well under a millisecond; a machine that is busy starting takes longer.
-const DEADLINE: Duration = Duration::from_secs(5);
-
 /// The test failed: traffic is not caught as it should be.
 #[derive(Debug, Error)]
 pub(crate) enum SelfTestError {
@@ -28,17 +25,17 @@ pub(crate) enum SelfTestError {
     #[error(
         "the rules do not work: a test connection to {destination} did not come back within {} s; does another \
          program's netfilter rule come before ours, or were ours removed? `underpass rules verify` tells",
-        DEADLINE.as_secs()
+        deadline.as_secs()
     )]
-    NotArrived { destination: SocketAddr },
+    NotArrived { destination: SocketAddr, deadline: Duration },
     #[error(
         "inbound connections would hang: what the workload answers to a client leaves for the network instead of coming \
          back to the proxy, as a test connection from {client} to {destination} did for {} s. `ip {} rule` must lead what \
          is marked {:#x} to table {} (local default dev lo) before any other rule does; is that one missing, or another \
          program's first? `underpass rules verify` tells",
-        DEADLINE.as_secs(), if client.is_ipv6() { "-6" } else { "-4" }, route.mark.value, route.table
+        deadline.as_secs(), if client.is_ipv6() { "-6" } else { "-4" }, route.mark.value, route.table
     )]
-    NotReturned { client: IpAddr, destination: SocketAddr, route: PolicyRoute },
+    NotReturned { client: IpAddr, destination: SocketAddr, route: PolicyRoute, deadline: Duration },
     #[error(
         "inbound connections would fail: a test connection to the workload from a client's address, {client}, to \
          {destination} could not be made; does another program's netfilter rule refuse or rewrite it? \
@@ -83,13 +80,17 @@ impl SelfTest {
     }
 
     /// Makes each connection and waits for it; says which destinations were tested.
-    pub(crate) async fn run(&self, probes: Vec<Probe>) -> Result<Vec<SocketAddr>, SelfTestError> {
+    pub(crate) async fn run(
+        &self,
+        probes: Vec<Probe>,
+        deadline: Duration,
+    ) -> Result<Vec<SocketAddr>, SelfTestError> {
         self.running.store(true, Relaxed);
         let mut tested = Vec::new();
         let mut outcome = Ok(());
         for probe in probes {
             let destination = probe.destination;
-            match self.one(probe).await {
+            match self.one(probe, deadline).await {
                 Ok(true) => tested.push(destination),
                 Ok(false) => {
                     tracing::debug!(%destination, "there is no route that a test could take");
@@ -103,21 +104,20 @@ impl SelfTest {
     }
 
     /// `false` if there is no route by which such a connection could leave.
-    async fn one(&self, probe: Probe) -> Result<bool, SelfTestError> {
+    async fn one(&self, probe: Probe, deadline: Duration) -> Result<bool, SelfTestError> {
         let destination = probe.destination;
         let (arrived, mut arrivals) = mpsc::unbounded_channel();
         self.expect(Some(Expected { destination, arrived }));
         let test = async {
             let connected = probe.connect().await;
-            let stream =
-                connected.map_err(|source| SelfTestError::NotCaught { destination, source })?;
-            if stream.is_none() {
+            if !connected.map_err(|source| SelfTestError::NotCaught { destination, source })? {
                 return Ok(false);
             }
             arrivals.recv().await;
             Ok(true)
         };
-        timeout(DEADLINE, test).await.unwrap_or(Err(SelfTestError::NotArrived { destination }))
+        let late = SelfTestError::NotArrived { destination, deadline };
+        timeout(deadline, test).await.unwrap_or(Err(late))
     }
 
     fn expect(&self, expected: Option<Expected>) {
@@ -127,17 +127,20 @@ impl SelfTest {
 
 /// Makes each connection and waits for its answer; says between whom.
 pub(crate) async fn run_way_back(
-    connections: Vec<WayBack>,
+    connections: impl IntoIterator<Item = &WayBack>,
+    deadline: Duration,
 ) -> Result<Vec<(IpAddr, SocketAddr)>, SelfTestError> {
     let mut tested = Vec::new();
     for connection in connections {
-        let WayBack { client, destination, route, .. } = connection;
-        match timeout(DEADLINE, connection.connect()).await {
+        let &WayBack { client, destination, route, .. } = connection;
+        match timeout(deadline, connection.connect()).await {
             Ok(Ok(())) => tested.push((client, destination)),
             Ok(Err(source)) => {
                 return Err(SelfTestError::NotImitated { client, destination, source });
             }
-            Err(_) => return Err(SelfTestError::NotReturned { client, destination, route }),
+            Err(_) => {
+                return Err(SelfTestError::NotReturned { client, destination, route, deadline });
+            }
         }
     }
     Ok(tested)

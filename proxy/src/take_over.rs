@@ -47,6 +47,8 @@ const LISTENERS: &str = "listeners";
 const REFUSED: &str = "refused";
 /// What the socket is called at which a process is asked.
 const PLACE: &str = "take-over";
+/// The same of the socket that makes a process the only one of its network namespace.
+const INSTANCE: &str = "instance";
 
 /// Why a process does not take over.
 #[derive(Debug, Error)]

@@ -76,7 +76,10 @@ impl Pod {
 
     /// All that rules consist of: netfilter's, policy routing's, its tables' and loopback's addresses.
     pub async fn traces(&self) -> Vec<String> {
-        let mut all = vec![tool(self, "nft", &["--stateless", "list", "ruleset"]).await.ok()];
+        let rules = tool(self, "nft", &["--stateless", "list", "ruleset"]).await.ok();
+        // Whose they are changes with the process.
+        let rules = rules.lines().filter(|line| !line.contains("comment \"underpass "));
+        let mut all: Vec<String> = rules.map(str::to_owned).collect();
         for family in ["-4", "-6"] {
             all.push(tool(self, "ip", &[family, "rule"]).await.ok());
             let routes = tool(self, "ip", &[family, "route", "show", "table", "all"]).await.ok();

@@ -30,6 +30,9 @@ const CHAINS: [&str; 13] = [
 ];
 /// What our other chains begin with.
 const PREFIX: &str = "UNDERPASS_";
+/// An empty chain that says that underpass installed the chains of a table: their names are Istio's and
+/// OSM's.
+const OWNER: &str = "UNDERPASS_OWNER";
 
 /// Whether a chain of this name is ours.
 pub(crate) fn is_ours(chain: &str) -> bool {
@@ -179,6 +182,7 @@ impl Ours {
         for table in TABLES {
             for chain in plan.chains_in(table, &lines) {
                 let ours = ours.tables.entry(table.name().to_owned()).or_default();
+                ours.chains.entry(OWNER.to_owned()).or_default();
                 let lines = lines.iter().filter(|line| line.chain == chain);
                 if !plan.is_built_in(chain) {
                     let texts = lines.map(|line| line.text.clone()).collect();
@@ -239,6 +243,12 @@ impl Ours {
         self.tables.contains_key(name)
     }
 
+    /// The tables of which a chain says that underpass installed them.
+    pub(crate) fn marked(mut self) -> Self {
+        self.tables.retain(|_, table| table.chains.keys().any(|chain| chain.starts_with(PREFIX)));
+        self
+    }
+
     /// Keeps the places among the rules of others that ours have already.
     pub(crate) fn keep_places(&mut self, installed: &Self) {
         for (name, table) in &mut self.tables {
@@ -276,7 +286,8 @@ impl Ours {
         let mut sections: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (name, table) in &self.tables {
             let head = |chain: &str| format!("{program} -t {name}: chain {chain}");
-            for (chain, rules) in &table.chains {
+            // Rules that were rendered and installed by hand lack it, and are the same rules.
+            for (chain, rules) in table.chains.iter().filter(|(chain, _)| *chain != OWNER) {
                 let lines = rules.iter().map(|text| format!("-A {chain} {}", canonical(text)));
                 sections.insert(head(chain), lines.collect());
             }

@@ -13,10 +13,11 @@ use nlink::netlink::nftables::{
     RuleInfo, SetFlags, SetKeyType, Table, parse_expressions, write_expressions,
 };
 
-use super::{Kernel, ask, expressions, named_sets, sets};
+use super::foreign::names;
+use super::{Kernel, ask, expressions, named_sets, owner, sets};
 use crate::InterceptionError;
 use crate::plan::nft::Statement;
-use crate::plan::{Chain, Rule, RulePlan, TABLE};
+use crate::plan::{Chain, Families, Rule, RulePlan, TABLE};
 use crate::verify::{Listing, Section};
 
 const OPERATION: &str = "read the nftables rules";
@@ -72,6 +73,9 @@ async fn read(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
     let mut sections = vec![Section { head: installed_table(&table), lines: Vec::new() }];
     let rules = kernel.list_rules(TABLE, Family::Inet).await?;
     for chain in kernel.list_chains_in(TABLE, Family::Inet).await? {
+        if owner::is_owner(&chain, &rules) {
+            continue;
+        }
         let own = rules.iter().filter(|rule| rule.chain == chain.name);
         let lines = own.map(installed_rule).collect();
         sections.push(Section { head: installed_chain(&chain), lines });
@@ -82,7 +86,7 @@ async fn read(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
         // Maps, timeouts and statements of elements: ours have none.
         let rest = match (set.timeout, set.data_type, set.object_type, set.statements.as_slice()) {
             (None, None, None, []) => String::new(),
-            rest => format!(" {rest:?}"),
+            _ => " with a timeout, values or statements".to_owned(),
         };
         let elements = kernel.list_set_elements(TABLE, &set.name, Family::Inet).await?;
         sections.push(Section {
@@ -94,19 +98,36 @@ async fn read(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
         sections.push(Section { head: format!("flowtable {}", flowtable.name), lines: Vec::new() });
     }
     for object in kernel.list_objects_in(TABLE, Family::Inet).await? {
-        let head = format!("object {} of type {:?}", object.name, object.object_type());
+        let kind = format!("{:?}", object.object_type()).to_lowercase();
+        let head = format!("object {} of type {kind}", object.name);
         sections.push(Section { head, lines: Vec::new() });
     }
     Ok(Some(sorted(sections)))
 }
 
-/// How people read the lines of rules that nlink cannot put in nft's words.
+/// How people read the lines of rules that nlink cannot put in nft's words. They may stand in the kernel
+/// for other families than planned, as after IPv6 was enabled.
 pub(crate) fn readable(plan: &RulePlan) -> BTreeMap<String, String> {
-    let rules = plan.rules().iter();
+    let families = [Families::Both, Families::V4, Families::V6];
+    let rules = plan
+        .rules()
+        .iter()
+        .flat_map(|rule| families.into_iter().map(|families| Rule { families, ..rule.clone() }));
     rules
-        .map(|rule| (planned_rule(rule), format!("{} comment \"{}\"", Statement(rule), rule.id)))
-        .filter(|(line, _)| line.contains(NO_SYNTAX))
+        .map(|rule| (planned_rule(&rule), format!("{} comment \"{}\"", Statement(&rule), rule.id)))
+        .filter(|(line, _)| line.starts_with(NO_SYNTAX))
         .collect()
+}
+
+/// The same for any other rule: the kinds of its expressions, and its comment.
+pub(crate) fn readable_unknown(line: &str) -> Option<String> {
+    let (names, rest) = line.strip_prefix(NO_SYNTAX)?.split_once(": ")?;
+    let comment =
+        rest.rsplit_once("comment \"").map(|(_, comment)| format!(" comment \"{comment}"));
+    let comment = comment.unwrap_or_default();
+    Some(format!(
+        "a rule of the expressions {names} (`nft list table inet {TABLE}` prints it){comment}"
+    ))
 }
 
 /// In an order of their own: that of the kernel is the one in which they were made, and means
@@ -146,7 +167,11 @@ fn installed_chain(chain: &ChainInfo) -> String {
         }
         // Ours have no devices, and a hook and a type that are known.
         _ => {
-            format!("chain {} {{ hook {:?} devices {:?}; }}", chain.name, chain.hook, chain.devices)
+            format!(
+                "chain {} of another hook or of devices: {}",
+                chain.name,
+                chain.devices.join(", ")
+            )
         }
     }
 }
@@ -198,15 +223,17 @@ fn decoded(rule: &Rule) -> nlink::Result<Vec<RuleExpr>> {
     Ok(parse_expressions(message.as_bytes().get(HEADERS..).unwrap_or_default()))
 }
 
-/// The counter of a rule in debug form, which no rule in nft's words has.
-const NO_SYNTAX: &str = "Counter";
+/// What no rule in nft's words begins with.
+const NO_SYNTAX: &str = "expressions ";
 
 /// A rule that nlink cannot put in nft's words: one of ours is, `ct original zone set`.
 fn without_syntax(expressions: &[RuleExpr], comment: Option<&str>) -> String {
-    let expressions = expressions.iter().map(|expression| match expression {
-        RuleExpr::Counter { .. } => NO_SYNTAX.to_owned(),
+    let values = expressions.iter().map(|expression| match expression {
+        RuleExpr::Counter { .. } => "counter".to_owned(),
         expression => format!("{expression:?}"),
     });
     let comment = comment.map(|comment| format!("comment \"{comment}\""));
-    expressions.chain(comment).collect::<Vec<_>>().join(" ")
+    let values = values.chain(comment).collect::<Vec<_>>().join(" ");
+    // For people the names are enough; for the comparison the values count.
+    format!("{NO_SYNTAX}{}: {values}", names(expressions).replace(' ', ", "))
 }

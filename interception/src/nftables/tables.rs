@@ -22,6 +22,21 @@ pub(crate) async fn chains(family: &str, table: &str) -> Result<Vec<String>, Int
     Ok(chains.into_iter().map(|chain| chain.name).collect())
 }
 
+/// Removes the `inet` tables of which `is_wanted` holds; `false` if there were none.
+pub(crate) async fn remove_tables(
+    is_wanted: impl Fn(&str) -> bool,
+) -> Result<bool, InterceptionError> {
+    ask("remove nftables tables of other meshes", async |kernel| {
+        let tables = kernel.list_tables_in(Family::Inet).await?;
+        let mut any = false;
+        for table in tables.iter().filter(|table| is_wanted(&table.name)) {
+            any |= kernel.del_table_if_exists(table.name.as_str(), Family::Inet).await?;
+        }
+        Ok(any)
+    })
+    .await
+}
+
 /// Takes out the tables that iptables-nft made and that do nothing: nothing but built-in chains
 /// without a rule, which let everything pass.
 pub(crate) async fn remove_bare_iptables_tables() -> Result<(), InterceptionError> {

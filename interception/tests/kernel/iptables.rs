@@ -13,7 +13,7 @@ use nlink::netlink::nftables::{Family as KernelFamily, NFT_TABLE_F_OWNER};
 use nlink::netlink::{Connection, Nftables};
 use underpass_config::{Backend, InterceptionSettings, Ipv6, Profile};
 use underpass_interception::{
-    Family, Interception, InterceptionError, Namespace, RulePlan, remove_everything,
+    Family, Interception, InterceptionError, Namespace, RemovalScope, RulePlan, remove_everything,
 };
 
 use crate::Case;
@@ -282,8 +282,8 @@ fn removed(variant: Variant) -> Result<(), Failed> {
             let interception = variant.prepare(&settings).await?;
             interception.install().await?;
             // Whoever removes may have other settings.
-            equal("there was something", remove_everything().await?, true)?;
-            equal("there was something", remove_everything().await?, false)
+            equal("there was something", remove_everything(RemovalScope::Own, false).await?, true)?;
+            equal("there was something", remove_everything(RemovalScope::Own, false).await?, false)
         })?;
         equal("what is left", variant.saved(&pod)?, Rules::new())?;
     }
@@ -437,7 +437,7 @@ fn incompatible() -> Result<(), Failed> {
         };
         let says = error.to_string().contains("interception.backend: nftables");
         equal("the error says what to do", says, true)?;
-        equal("there was something", remove_everything().await?, false)
+        equal("there was something", remove_everything(RemovalScope::Own, false).await?, false)
     })?;
     equal("what is there", command(&pod, "nft list ruleset")?, before)
 }

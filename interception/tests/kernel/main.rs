@@ -6,6 +6,7 @@
 //!
 //! `UNDERPASS_SKIP_NAMESPACES=1` passes over all of it where user namespaces are forbidden.
 
+mod blackhole;
 mod flows;
 mod iptables;
 mod namespaces;
@@ -33,6 +34,7 @@ fn main() {
     }
     let mut trials: Vec<_> = rules::CASES
         .iter()
+        .chain(blackhole::CASES)
         .chain(flows::CASES)
         .chain(iptables::CASES)
         .chain(nftables::CASES)

@@ -7,7 +7,7 @@ use libtest_mimic::Failed;
 use nlink::netlink::nftables::{Family, NFT_TABLE_F_OWNER};
 use nlink::netlink::{Connection, Nftables};
 use underpass_interception::{
-    Interception, InterceptionError, Namespace, TABLE, counters, remove_everything,
+    Interception, InterceptionError, Namespace, RemovalScope, TABLE, counters, remove_everything,
 };
 
 use crate::Case;
@@ -77,9 +77,9 @@ fn removal_leaves_nothing() -> Result<(), Failed> {
         interception.install().await?;
         interception.remove().await?;
         interception.remove().await?;
-        equal("there was something", remove_everything().await?, false)?;
+        equal("there was something", remove_everything(RemovalScope::Own, false).await?, false)?;
         interception.install().await?;
-        equal("there was something", remove_everything().await?, true)
+        equal("there was something", remove_everything(RemovalScope::Own, false).await?, true)
     })?;
     equal("what is left", Listing::of(&pod)?, before)
 }

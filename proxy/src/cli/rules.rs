@@ -1,9 +1,11 @@
 //! `underpass rules`: what catches traffic, shown, installed, compared, explained, kept and removed, in the network
 //! namespace that the command stands in.
 //!
-//! Not here: the options that all of them share (`rules/options.rs`).
+//! Not here: the options that all of them share (`rules/options.rs`), and whose settings they are about (`rules/subject.rs`).
 
 mod options;
+mod subject;
+mod verify;
 
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
@@ -13,13 +15,16 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 use underpass_config::{InterceptionSettings, Settings};
 use underpass_interception::{
-    Difference, Environment, Explanation, Family, Interception, Ports, Protocol, RuleCounter,
-    RulePlan, Sender, Sign, ipv6_available, remove_everything,
+    Difference, Environment, Explanation, Family, Interception, Ports, Protocol, RemovalScope,
+    RuleCounter, RulePlan, Sender, Sign, ipv6_available, remove_everything,
 };
 
 use self::options::RuleOptions;
+use self::subject::Subject;
 use super::{CommandError, print, single_threaded_runtime};
+use crate::capture::role;
 use crate::guard::{Event, Guard};
+use crate::instance;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -41,13 +46,17 @@ pub(super) enum Command {
     Install {
         #[command(flatten)]
         options: RuleOptions,
+        /// Replace the rules of a proxy that runs, too
+        #[arg(long)]
+        force: bool,
         /// How the result is told
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
-    /// Compare the rules in the kernel with those of the settings; exit code 3 and the difference if they are not the same
+    /// Compare the rules in the kernel with those of the running proxy, or of the settings given; exit code 3 and the difference if
+    /// they are not the same, or if other rules bypass them
     #[command(
-        after_help = "Example:\n  ip netns exec pod-a underpass rules verify --config underpass.yaml"
+        after_help = "Examples:\n  ip netns exec pod-a underpass rules verify\n  ip netns exec pod-a underpass rules verify --config underpass.yaml"
     )]
     Verify {
         #[command(flatten)]
@@ -56,9 +65,15 @@ pub(super) enum Command {
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
-    /// Remove every rule, ip rule, route and address of underpass, whatever installed it, and the chains of the profiles
+    /// Remove every rule, ip rule, route and address of underpass, whatever backend and profile installed it
     #[command(after_help = "Example:\n  ip netns exec pod-a underpass rules remove")]
     Remove {
+        /// Also remove chains, tables and ip rules of Istio and OSM, which underpass did not install
+        #[arg(long)]
+        other_meshes: bool,
+        /// Allow the host's own network namespace
+        #[arg(long)]
+        allow_host: bool,
         /// How the result is told
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
@@ -90,6 +105,9 @@ pub(super) enum Command {
     Watch {
         #[command(flatten)]
         options: RuleOptions,
+        /// Replace the rules of a proxy that runs, too
+        #[arg(long)]
+        force: bool,
         /// How events are told, one line each
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
@@ -129,14 +147,21 @@ pub(super) enum ExplainFormat {
 pub(super) fn run(command: Command) -> Result<(), CommandError> {
     match command {
         Command::Render { options, format } => render(&options.load()?, format),
-        Command::Install { options, output } => block_on(install(options.load()?, output)),
-        Command::Verify { options, output } => block_on(verify(options.load()?, output)),
-        Command::Remove { output } => block_on(remove(output)),
+        Command::Install { options, force, output } => {
+            block_on(install(options.load()?, force, output))
+        }
+        Command::Verify { options, output } => block_on(verify::run(options, output)),
+        Command::Remove { other_meshes, allow_host, output } => {
+            let scope = if other_meshes { RemovalScope::OtherMeshes } else { RemovalScope::Own };
+            block_on(remove(scope, allow_host, output))
+        }
         Command::Explain { options, from, to, protocol, format } => {
             let packet = from.zip(to).map(|(from, to)| (from, protocol, to));
-            block_on(explain(options.load()?, packet, format))
+            block_on(explain(options, packet, format))
         }
-        Command::Watch { options, output } => block_on(watch(options.load()?, output)),
+        Command::Watch { options, force, output } => {
+            block_on(watch(options.load()?, force, output))
+        }
     }
 }
 
@@ -155,12 +180,15 @@ fn render(settings: &Settings, format: RenderFormat) -> Result<(), CommandError>
     }
 }
 
-async fn install(settings: Settings, output: Output) -> Result<(), CommandError> {
+async fn install(settings: Settings, force: bool, output: Output) -> Result<(), CommandError> {
+    refuse_beside_proxy(force).await?;
     let interception = prepare(&settings).await?;
     let leftovers = interception.leftovers().await?;
     for leftover in &leftovers {
         writeln!(io::stderr(), "underpass: {leftover}").ok();
     }
+    let role = role(settings.interception.profile, Ports::of(&settings));
+    let interception = interception.owned_by(format!("underpass rules install {role}"));
     interception.install().await?;
     let (backend, rules) = (interception.backend().to_string(), interception.plan().rules().len());
     let profile = settings.interception.profile.to_string();
@@ -177,18 +205,14 @@ async fn install(settings: Settings, output: Output) -> Result<(), CommandError>
     }
 }
 
-async fn verify(settings: Settings, output: Output) -> Result<(), CommandError> {
-    let interception = prepare(&settings).await?;
-    let difference = interception.verify().await?;
-    match (output, &difference) {
-        (Output::Json, _) => print_json(&json!({
-            "same": difference.is_none(),
-            "differences": difference.as_ref().map(differences).unwrap_or_default(),
-        }))?,
-        (Output::Text, Some(difference)) => print(&difference.to_string())?,
-        (Output::Text, None) => print("the installed rules are those of the settings\n")?,
+/// A proxy that runs would put its rules back.
+async fn refuse_beside_proxy(force: bool) -> Result<(), CommandError> {
+    match instance::running().await? {
+        Some(running) if running.installs && !force => {
+            Err(CommandError::KeptByProxy(Box::new(running)))
+        }
+        _ => Ok(()),
     }
-    difference.map_or(Ok(()), |_| Err(CommandError::Difference))
 }
 
 /// `[{"place": …, "missing": [rule…], "unexpected": [rule…]}]`
@@ -207,8 +231,15 @@ fn differences(difference: &Difference) -> Vec<Value> {
     sections.collect()
 }
 
-async fn remove(output: Output) -> Result<(), CommandError> {
-    let removed = remove_everything().await?;
+async fn remove(scope: RemovalScope, allow_host: bool, output: Output) -> Result<(), CommandError> {
+    let removed = remove_everything(scope, allow_host).await?;
+    if let Ok(Some(running)) = instance::running().await
+        && running.installs
+        && running.settings.interception.repair
+    {
+        writeln!(io::stderr(), "underpass: the proxy that runs ({running}) puts its rules back")
+            .ok();
+    }
     match output {
         Output::Text if removed => print("removed\n"),
         Output::Text => print("there was nothing to remove\n"),
@@ -217,11 +248,12 @@ async fn remove(output: Output) -> Result<(), CommandError> {
 }
 
 async fn explain(
-    settings: Settings,
+    options: RuleOptions,
     packet: Option<(Sender, Protocol, SocketAddr)>,
     format: ExplainFormat,
 ) -> Result<(), CommandError> {
-    let (settings, ports) = (&settings.interception, Ports::of(&settings));
+    let subject = Subject::of(options).await?;
+    let (settings, ports) = (&subject.settings.interception, Ports::of(&subject.settings));
     let environment = Environment::current().map_err(CommandError::Start)?;
     let counters = counters(settings, ports).await;
     let explanation =
@@ -229,14 +261,14 @@ async fn explain(
     let text = match packet {
         None => match format {
             ExplainFormat::Text => explanation.to_string(),
-            ExplainFormat::Json => return print_json(&explanation.json()),
+            ExplainFormat::Json => return print_json(&subject.with(explanation.json())),
             ExplainFormat::Mermaid => explanation.mermaid(),
         },
         Some((sender, protocol, to)) => {
             let packet = explanation.packet(sender, protocol, to);
             match format {
                 ExplainFormat::Text => packet.to_string(),
-                ExplainFormat::Json => return print_json(&packet.json()),
+                ExplainFormat::Json => return print_json(&subject.with(packet.json())),
                 ExplainFormat::Mermaid => packet.mermaid(),
             }
         }
@@ -251,7 +283,8 @@ async fn counters(settings: &InterceptionSettings, ports: Ports) -> Option<Vec<R
     (!counters.is_empty()).then_some(counters)
 }
 
-async fn watch(settings: Settings, output: Output) -> Result<(), CommandError> {
+async fn watch(settings: Settings, force: bool, output: Output) -> Result<(), CommandError> {
+    refuse_beside_proxy(force).await?;
     let interception = prepare(&settings).await?;
     let mut stop = crate::app::StopSignal::new(false)?;
     let mut guard = Guard::new(interception)?;
@@ -262,19 +295,19 @@ async fn watch(settings: Settings, output: Output) -> Result<(), CommandError> {
             event = guard.next(&mut settings) => event,
             _ = stop.wait() => return Ok(()),
         };
-        tell(&event, output)?;
-        match event {
-            Event::GaveUp { .. } => return Err(CommandError::GaveUp),
-            Event::Failed { error, .. } => return Err(error.into()),
-            Event::Repaired { .. } | Event::Followed { .. } | Event::Intact => {}
+        report(&event, output)?;
+        if let Event::Failed { error, .. } = event {
+            return Err(error.into());
         }
     }
 }
 
-fn tell(event: &Event, output: Output) -> Result<(), CommandError> {
+fn report(event: &Event, output: Output) -> Result<(), CommandError> {
     let (word, difference, took) = match event {
-        Event::Repaired { difference, took } => ("repaired", difference, Some(took)),
-        Event::GaveUp { difference, .. } => ("gave up", difference, None),
+        Event::Repaired { difference, took, .. } => ("repaired", difference, Some(took)),
+        Event::Fight { difference } => {
+            ("fight: traffic is blocked until the rules stay", difference, None)
+        }
         Event::Intact | Event::Followed { .. } | Event::Failed { .. } => return Ok(()),
     };
     if output == Output::Json {

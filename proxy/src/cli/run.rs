@@ -32,6 +32,11 @@ impl SettingsArguments {
         Sources::of_process(self.config, self.set)
     }
 
+    /// Whether they name no file and set nothing.
+    pub(super) fn are_empty(&self) -> bool {
+        self.config.is_none() && self.set.is_empty()
+    }
+
     /// The same with more settings, which win.
     pub(super) fn with(mut self, assignments: impl IntoIterator<Item = String>) -> Self {
         self.set.extend(assignments);

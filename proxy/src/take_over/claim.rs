@@ -9,7 +9,9 @@ use underpass_config::Settings;
 use underpass_interception::{BoundListener, Handover};
 
 use super::place::{self, Place};
-use super::{ACCEPT, ANSWER, LISTENERS, OK, PLACE, READY, REFUSED, RULES, Role, TakeOverError};
+use super::{
+    ACCEPT, ANSWER, INSTANCE, LISTENERS, OK, PLACE, READY, REFUSED, RULES, Role, TakeOverError,
+};
 
 /// A conversation with the process that runs. Dropping it before that has let go leaves everything as it was.
 #[derive(Debug)]
@@ -25,6 +27,8 @@ pub(crate) struct Handed {
     pub(crate) listeners: Vec<(String, BoundListener)>,
     /// Where it is asked, and we shall be.
     pub(crate) place: Option<Place>,
+    /// What makes it the only proxy of its network namespace.
+    pub(crate) instance: Option<OwnedFd>,
 }
 
 impl Claim {
@@ -119,6 +123,8 @@ impl Handed {
     fn add(&mut self, name: &str, socket: OwnedFd, path: &Path) -> io::Result<()> {
         if name == PLACE {
             self.place = Some(Place::share(path, socket)?);
+        } else if name == INSTANCE {
+            self.instance = Some(socket);
         } else {
             self.listeners.push((name.to_owned(), BoundListener::try_from(socket)?));
         }

@@ -10,9 +10,11 @@ use underpass_interception::{Handover, Peer, ProxyUser};
 
 use super::place::{self, Place};
 use super::{
-    ACCEPT, ANSWER, LISTENERS, OK, PLACE, PREPARE, READY, REFUSED, RULES, Role, TURN, TakeOverError,
+    ACCEPT, ANSWER, INSTANCE, LISTENERS, OK, PLACE, PREPARE, READY, REFUSED, RULES, Role, TURN,
+    TakeOverError,
 };
 use crate::gate::Gate;
+use crate::instance::Instance;
 use crate::listeners::Listeners;
 
 /// How long to wait when the socket cannot be listened at, as without descriptors.
@@ -40,6 +42,7 @@ pub(crate) struct Offer {
     /// `None` if nobody can ask.
     place: Option<Place>,
     listeners: Listeners,
+    instance: Option<Instance>,
     role: Role,
     gates: Gates,
 }
@@ -84,7 +87,12 @@ impl Offer {
             Some(place) => Some(place),
             None => make_place(settings)?,
         };
-        Ok(Self { place, listeners, role, gates })
+        Ok(Self { place, listeners, instance: None, role, gates })
+    }
+
+    /// Hands over what makes this the only proxy of its network namespace, too.
+    pub(crate) fn with_instance(self, instance: Option<Instance>) -> Self {
+        Self { instance, ..self }
     }
 
     /// From now on it is ours to be asked.
@@ -153,7 +161,10 @@ impl Offer {
         tracing::info!(pid = peer.pid, "another process is about to take over");
         let place = self.place.as_ref().map(|place| (PLACE, place.listener.as_fd()));
         let listeners = self.listeners.named().into_iter();
-        let sockets = listeners.map(|(name, listener)| (name, listener.as_fd())).chain(place);
+        let instance =
+            self.instance.as_ref().map(|instance| (INSTANCE, instance.listener().as_fd()));
+        let sockets = listeners.map(|(name, listener)| (name, listener.as_fd()));
+        let sockets = sockets.chain(place).chain(instance);
         let (names, sockets): (Vec<_>, Vec<_>) = sockets.unzip();
         conversation.say(&format!("{LISTENERS} {}", names.join(" ")), &sockets).await?;
         expect(conversation, RULES, "hello", PREPARE).await?;

@@ -67,7 +67,11 @@ async fn verify(profile: Profile) {
         "the installed rules are those of the settings\n"
     );
     let same = json(&pod.rules("verify -o json", &settings).await.ok());
-    assert_eq!(same, serde_json::json!({"same": true, "differences": []}));
+    let expected = serde_json::json!({
+        "same": true, "differences": [], "foreign": [], "blocked": false,
+        "settings": "given", "proxy": null,
+    });
+    assert_eq!(same, expected);
 
     let rule = if profile.name == SIDECAR.name { "4-proxy" } else { "hbone-in" };
     delete(pod, rule).await;

@@ -7,8 +7,11 @@
 
 mod commands;
 mod destinations;
+mod fight;
 mod flows;
+mod foreign;
 mod install;
+mod instances;
 mod privileges;
 mod reload;
 mod repair;
@@ -27,7 +30,10 @@ fn main() -> ExitCode {
     privileges::add(&mut suite);
     tproxy::add(&mut suite);
     repair::add(&mut suite);
+    fight::add(&mut suite);
     install::add(&mut suite);
+    foreign::add(&mut suite);
+    instances::add(&mut suite);
     reload::add(&mut suite);
     start::add(&mut suite);
     commands::add(&mut suite);

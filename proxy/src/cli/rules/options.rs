@@ -149,6 +149,11 @@ pub(in crate::cli) struct RuleOptions {
 }
 
 impl RuleOptions {
+    /// Whether the command line names no file and sets nothing.
+    pub(super) fn are_empty(&self) -> bool {
+        self.assignments.is_empty() && self.settings.are_empty()
+    }
+
     pub(super) fn load(self) -> Result<Settings, CommandError> {
         self.settings.with(self.assignments).load()
     }

@@ -1,0 +1,493 @@
+//! The blackhole: ip rules that refuse the workload's TCP while the rules do not stand.
+//!
+//! ```text
+//! 1: fwmark 0x539/0xfff goto 3              the proxy's own packets, and what is excluded
+//! 1: ipproto tcp dport 5432 goto 3
+//! 2: iif lo ipproto tcp blackhole           what the rules would catch
+//! 3: nop
+//! ```
+//!
+//! It is reactive. A blackhole that always stands would break every connection: the kernel routes the
+//! first packet before nat OUTPUT redirects it. The local table (priority 0) comes first, so loopback
+//! and the namespace's own addresses work.
+//!
+//! An ip rule cannot express everything that netfilter can. What it cannot express stays refused:
+//! excluded and included groups, included inbound ports, and excluded interfaces except for sockets
+//! that are bound to one (SO_BINDTODEVICE).
+//!
+//! Not here: when it stands (the proxy decides), and the ip rules of a plan (`routes.rs`).
+
+use ipnet::IpNet;
+use nix::errno::Errno;
+use nlink::netlink::message::NlMsgError;
+use nlink::netlink::types::rule::{FibRuleAction, FibRuleHdr, FraAttr};
+use nlink::netlink::{
+    Connection, MessageBuilder, MessageIter, NetlinkSocket, NlMsgType, Route as Rtnetlink,
+};
+use underpass_config::{Dns, InboundMode, InterceptionSettings, Ipv6, PortRange, Profile};
+
+use crate::InterceptionError;
+use crate::netlink::failed;
+use crate::plan::{
+    KUBELET_PROBE_V4, KUBELET_PROBE_V6, MARK_MASK, Mark, PROXY_MARK, Ports, RulePlan,
+};
+use crate::routes::{PROTOCOL, Version};
+
+/// Where the exemptions, the blackhole and the target of the exemptions stand: right behind the local
+/// table, before every other ip rule.
+const EXEMPTIONS: u32 = 1;
+const REFUSALS: u32 = 2;
+const END: u32 = 3;
+/// IPPROTO_TCP and IPPROTO_UDP (include/uapi/linux/in.h).
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+/// How many requests are sent before their answers are read. The answers have to fit into the
+/// socket's receive buffer (212,992 bytes by default, less than 1 KiB each).
+const BATCH: usize = 32;
+/// So many exemptions are added before the blackhole, so that they never notice it. A longer list is
+/// completed behind it: until then, what is excluded is refused too.
+const EXEMPTIONS_FIRST: usize = 4 * BATCH;
+
+/// The ip rules that stand while the netfilter rules do not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Blackhole {
+    rules: Vec<IpRule>,
+}
+
+/// One ip rule. Absent selectors match everything.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct IpRule {
+    version: Version,
+    verdict: Verdict,
+    selector: Selector,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    /// Go on behind the blackhole.
+    Exempt,
+    /// `connect` fails with EINVAL, packets of open connections are dropped.
+    Blackhole,
+    /// The target of the exemptions.
+    End,
+}
+
+/// What an ip rule looks at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Selector {
+    Everything,
+    Mark(Mark),
+    Uid(u32),
+    To(IpNet),
+    Out(String),
+    SourcePorts(PortRange),
+    DestinationPorts(PortRange),
+    /// Packets of this protocol that arrive by this interface; by `lo`: those of this namespace.
+    From {
+        interface: String,
+        protocol: u8,
+        to: Option<IpNet>,
+        ports: Option<PortRange>,
+    },
+}
+
+impl Blackhole {
+    /// What `settings` would have caught, except for the proxy's own connections. `serving`: ports at
+    /// which the proxy listens besides `ports`.
+    pub(crate) fn new(
+        settings: &InterceptionSettings,
+        ports: Ports,
+        serving: &[u16],
+        plan: &RulePlan,
+    ) -> Self {
+        if settings.profile == Profile::None {
+            return Self::default();
+        }
+        let mut versions = vec![Version::V4];
+        if settings.ipv6 != Ipv6::Bypass {
+            versions.push(Version::V6);
+        }
+        let exemptions = exemptions(settings, ports, serving, plan);
+        let refusals = refusals(settings);
+        let mut rules = Vec::new();
+        for version in versions {
+            let of_version = |verdict, selectors: &[Selector]| -> Vec<IpRule> {
+                let selectors = selectors.iter().filter(|selector| selector.is_of(version));
+                let rule =
+                    |selector: &Selector| IpRule { version, verdict, selector: selector.clone() };
+                selectors.map(rule).collect()
+            };
+            let exempt = of_version(Verdict::Exempt, &exemptions);
+            let (first, rest) = exempt.split_at(exempt.len().min(EXEMPTIONS_FIRST));
+            rules.push(IpRule { version, verdict: Verdict::End, selector: Selector::Everything });
+            rules.extend_from_slice(first);
+            rules.extend(of_version(Verdict::Blackhole, &refusals));
+            rules.extend_from_slice(rest);
+        }
+        Self { rules }
+    }
+
+    /// Adds the ip rules; those that stand already stay.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused one of them.
+    pub(crate) async fn install(&self) -> Result<(), InterceptionError> {
+        const OPERATION: &str = "install the blackhole";
+        let connection = connect(OPERATION)?;
+        let tolerated = [Errno::EEXIST];
+        // Where the kernel has no IPv6 there is none to refuse.
+        let rules =
+            self.rules.iter().filter(|rule| rule.version == Version::V4 || crate::ipv6::known());
+        let requests: Vec<_> = rules.map(IpRule::addition).collect();
+        send(connection.socket(), requests, &tolerated).await.map_err(failed(OPERATION))?;
+        Ok(())
+    }
+}
+
+/// Removes the blackhole of any settings, that of a killed process too; `false` if there is none.
+///
+/// # Errors
+///
+/// The kernel refused.
+pub(crate) async fn remove() -> Result<bool, InterceptionError> {
+    const OPERATION: &str = "remove the blackhole";
+    let connection = connect(OPERATION)?;
+    let mut standing = standing(&connection).await.map_err(failed(OPERATION))?;
+    // The blackhole goes first: without its exemptions it would refuse the proxy.
+    standing.sort_by_key(|(_, priority)| (*priority != REFUSALS, *priority));
+    let requests: Vec<_> =
+        standing.iter().map(|(version, priority)| removal(*version, *priority)).collect();
+    let gone = [Errno::ENOENT, Errno::EAFNOSUPPORT];
+    send(connection.socket(), requests, &gone).await.map_err(failed(OPERATION))?;
+    Ok(!standing.is_empty())
+}
+
+/// Whether traffic is refused now.
+///
+/// # Errors
+///
+/// The kernel refused to tell.
+pub(crate) async fn stands() -> Result<bool, InterceptionError> {
+    const OPERATION: &str = "read the ip rules";
+    let standing = standing(&connect(OPERATION)?).await.map_err(failed(OPERATION))?;
+    Ok(standing.iter().any(|(_, priority)| *priority == REFUSALS))
+}
+
+/// The ip rules of any blackhole of ours: their families and priorities.
+async fn standing(connection: &Connection<Rtnetlink>) -> nlink::Result<Vec<(Version, u32)>> {
+    let rules = connection.get_rules().await?;
+    let ours = rules.iter().filter(|rule| {
+        rule.protocol() == Some(PROTOCOL) && (EXEMPTIONS..=END).contains(&rule.priority())
+    });
+    let version = |v4: bool| if v4 { Version::V4 } else { Version::V6 };
+    Ok(ours.map(|rule| (version(rule.is_ipv4()), rule.priority())).collect())
+}
+
+/// What is never refused: the proxy, and what the rules leave alone too.
+fn exemptions(
+    settings: &InterceptionSettings,
+    ports: Ports,
+    serving: &[u16],
+    plan: &RulePlan,
+) -> Vec<Selector> {
+    let (outbound, inbound) = (&settings.outbound, &settings.inbound);
+    let mut exemptions = Vec::new();
+    // In the sidecar profile what imitates clients carries the mark (TPROXY).
+    if settings.profile == Profile::Ambient || inbound.mode == InboundMode::Tproxy {
+        exemptions.push(Selector::Mark(Mark { value: PROXY_MARK, mask: MARK_MASK }));
+    }
+    if matches!(settings.profile, Profile::Sidecar | Profile::Osm) {
+        exemptions.extend(settings.proxy_uids.iter().map(|uid| Selector::Uid(*uid)));
+    }
+    // A SYN-ACK is its listener's, which a privileged process has opened for the proxy's user.
+    let own =
+        [ports.outbound, ports.inbound, ports.hbone].into_iter().chain(serving.iter().copied());
+    exemptions.extend(own.map(|port| Selector::SourcePorts(port.into())));
+    if plan.rules().iter().any(|rule| rule.id.starts_with("kubelet-probe-in")) {
+        let probes = [KUBELET_PROBE_V4.into(), KUBELET_PROBE_V6.into()];
+        exemptions.extend(probes.map(|probe: std::net::IpAddr| Selector::To(probe.into())));
+    }
+    exemptions.extend(inbound.exclude_ports.iter().map(|ports| Selector::SourcePorts(*ports)));
+    exemptions
+        .extend(outbound.exclude_ports.iter().map(|ports| Selector::DestinationPorts(*ports)));
+    exemptions.extend(outbound.exclude_uids.iter().map(|uid| Selector::Uid(*uid)));
+    exemptions.extend(outbound.exclude_interfaces.iter().cloned().map(Selector::Out));
+    exemptions.extend(outbound.exclude_cidrs.iter().map(|cidr| Selector::To(*cidr)));
+    exemptions
+}
+
+/// What the rules would catch.
+fn refusals(settings: &InterceptionSettings) -> Vec<Selector> {
+    let outbound = &settings.outbound;
+    let mut refusals = Vec::new();
+    let own = std::iter::once("lo");
+    for interface in own.chain(settings.virtual_interfaces.iter().map(String::as_str)) {
+        let refusal = |protocol, to, ports| {
+            let interface = interface.to_owned();
+            Selector::From { interface, protocol, to, ports }
+        };
+        match &outbound.include_cidrs {
+            None => refusals.push(refusal(TCP, None, None)),
+            Some(included) => {
+                refusals.extend(included.iter().map(|cidr| refusal(TCP, Some(*cidr), None)));
+                let ports = outbound.include_ports.iter();
+                refusals.extend(ports.map(|ports| refusal(TCP, None, Some(*ports))));
+            }
+        }
+        if settings.dns == Dns::Capture {
+            refusals.push(refusal(UDP, None, Some(53.into())));
+        }
+    }
+    refusals
+}
+
+impl Selector {
+    /// Whether packets of this IP can match.
+    fn is_of(&self, version: Version) -> bool {
+        let network = match self {
+            Self::To(network) | Self::From { to: Some(network), .. } => network,
+            _ => return true,
+        };
+        matches!(network, IpNet::V4(_)) == (version == Version::V4)
+    }
+
+    fn write(&self, message: &mut MessageBuilder) {
+        match self {
+            Self::Everything => {}
+            Self::Mark(Mark { value, mask }) => {
+                message.append_attr_u32(FraAttr::Fwmark as u16, *value);
+                message.append_attr_u32(FraAttr::Fwmask as u16, *mask);
+            }
+            Self::Uid(uid) => {
+                // struct fib_rule_uid_range (include/uapi/linux/fib_rules.h).
+                let range = [uid.to_ne_bytes(), uid.to_ne_bytes()].concat();
+                message.append_attr(FraAttr::UidRange as u16, &range);
+            }
+            Self::To(network) => write_destination(message, *network),
+            Self::Out(interface) => message.append_attr_str(FraAttr::Oifname as u16, interface),
+            Self::SourcePorts(ports) => write_ports(message, TCP, FraAttr::Sport, *ports),
+            Self::DestinationPorts(ports) => write_ports(message, TCP, FraAttr::Dport, *ports),
+            Self::From { interface, protocol, to, ports } => {
+                message.append_attr_str(FraAttr::Iifname as u16, interface);
+                if let Some(network) = to {
+                    write_destination(message, *network);
+                }
+                match ports {
+                    Some(ports) => write_ports(message, *protocol, FraAttr::Dport, *ports),
+                    None => message.append_attr_u8(FraAttr::IpProto as u16, *protocol),
+                }
+            }
+        }
+    }
+
+    /// How many bits of a destination the header announces.
+    fn destination_bits(&self) -> u8 {
+        match self {
+            Self::To(network) | Self::From { to: Some(network), .. } => network.prefix_len(),
+            _ => 0,
+        }
+    }
+}
+
+fn write_destination(message: &mut MessageBuilder, network: IpNet) {
+    let kind = FraAttr::Dst as u16;
+    // A prefix of no bits has no address (fib4_rule_configure, net/ipv4/fib_rules.c).
+    if network.prefix_len() > 0 {
+        match network {
+            IpNet::V4(network) => message.append_attr(kind, &network.network().octets()),
+            IpNet::V6(network) => message.append_attr(kind, &network.network().octets()),
+        }
+    }
+}
+
+fn write_ports(message: &mut MessageBuilder, protocol: u8, side: FraAttr, ports: PortRange) {
+    message.append_attr_u8(FraAttr::IpProto as u16, protocol);
+    // struct fib_rule_port_range, in native byte order.
+    let range = [ports.first.to_ne_bytes(), ports.last.to_ne_bytes()].concat();
+    message.append_attr(side as u16, &range);
+}
+
+impl IpRule {
+    fn addition(&self) -> MessageBuilder {
+        /// NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL and NLM_F_CREATE (include/uapi/linux/netlink.h).
+        const FLAGS: u16 = 0x001 | 0x004 | 0x200 | 0x400;
+        let mut message = MessageBuilder::new(NlMsgType::RTM_NEWRULE, FLAGS);
+        let mut header = FibRuleHdr::new().with_family(family(self.version));
+        header.dst_len = self.selector.destination_bits();
+        let (action, priority) = match self.verdict {
+            Verdict::Exempt => (FibRuleAction::Goto, EXEMPTIONS),
+            Verdict::Blackhole => (FibRuleAction::Blackhole, REFUSALS),
+            Verdict::End => (FibRuleAction::Nop, END),
+        };
+        header.action = action as u8;
+        message.append(&header);
+        message.append_attr_u32(FraAttr::Priority as u16, priority);
+        message.append_attr_u8(FraAttr::Protocol as u16, PROTOCOL);
+        if self.verdict == Verdict::Exempt {
+            message.append_attr_u32(FraAttr::Goto as u16, END);
+        }
+        self.selector.write(&mut message);
+        message
+    }
+}
+
+/// Removes the first ip rule of ours that has this priority.
+fn removal(version: Version, priority: u32) -> MessageBuilder {
+    /// NLM_F_REQUEST and NLM_F_ACK.
+    const FLAGS: u16 = 0x001 | 0x004;
+    let mut message = MessageBuilder::new(NlMsgType::RTM_DELRULE, FLAGS);
+    message.append(&FibRuleHdr::new().with_family(family(version)));
+    message.append_attr_u32(FraAttr::Priority as u16, priority);
+    message.append_attr_u8(FraAttr::Protocol as u16, PROTOCOL);
+    message
+}
+
+/// AF_INET and AF_INET6 (include/linux/socket.h).
+fn family(version: Version) -> u8 {
+    if version == Version::V4 { 2 } else { 10 }
+}
+
+/// Sends the requests in batches, in order: the kernel has done a batch when the call that sends it
+/// returns. The first answer that is not in `tolerated` is the error.
+async fn send(
+    socket: &NetlinkSocket,
+    requests: Vec<MessageBuilder>,
+    tolerated: &[Errno],
+) -> nlink::Result<()> {
+    let stamp = |mut request: MessageBuilder| {
+        request.set_seq(socket.next_seq());
+        request.set_pid(socket.pid());
+        request.finish()
+    };
+    let requests: Vec<Vec<u8>> = requests.into_iter().map(stamp).collect();
+    for batch in requests.chunks(BATCH) {
+        // Requests are a multiple of four bytes long, as one buffer of several requires.
+        socket.send(&batch.concat()).await?;
+        let mut answers = 0;
+        while answers < batch.len() {
+            let received = socket.recv_msg().await?;
+            for message in MessageIter::new(&received) {
+                let (header, payload) = message?;
+                if !header.is_error() {
+                    continue;
+                }
+                answers += 1;
+                let answer = NlMsgError::from_bytes(payload)?;
+                if !answer.is_ack() && !tolerated.contains(&Errno::from_raw(-answer.error)) {
+                    return Err(answer.into_error(payload));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn connect(operation: &'static str) -> Result<Connection<Rtnetlink>, InterceptionError> {
+    Connection::<Rtnetlink>::new().map_err(failed(operation))
+}
+
+#[cfg(test)]
+mod tests {
+    use underpass_config::Sources;
+
+    use super::*;
+
+    fn blackhole(assignments: &[&str]) -> Blackhole {
+        let flags = assignments.iter().map(|assignment| format!("interception.{assignment}"));
+        let sources = Sources { flags: flags.collect(), ..Sources::default() };
+        let settings = sources.load().expect("settings");
+        let ports = Ports::of(&settings.proxy);
+        let plan = RulePlan::new(&settings.interception, ports, true);
+        Blackhole::new(&settings.interception, ports, &[15020, 15021], &plan)
+    }
+
+    fn selectors(blackhole: &Blackhole, version: Version, verdict: Verdict) -> Vec<Selector> {
+        let rules = blackhole.rules.iter();
+        let wanted = rules.filter(|rule| rule.version == version && rule.verdict == verdict);
+        wanted.map(|rule| rule.selector.clone()).collect()
+    }
+
+    fn refused(to: Option<&str>, ports: Option<PortRange>) -> Selector {
+        let to = to.map(|to| to.parse().expect("a network"));
+        Selector::From { interface: "lo".to_owned(), protocol: TCP, to, ports }
+    }
+
+    #[test]
+    fn refuses_unmarked_tcp_in_ambient() {
+        let blackhole = blackhole(&["profile=ambient"]);
+        for version in [Version::V4, Version::V6] {
+            assert_eq!(selectors(&blackhole, version, Verdict::Blackhole), [refused(None, None)]);
+            let exempt = selectors(&blackhole, version, Verdict::Exempt);
+            assert!(exempt.contains(&Selector::Mark(Mark { value: 0x539, mask: 0xfff })));
+            assert!(exempt.contains(&Selector::SourcePorts(15021.into())), "{exempt:?}");
+        }
+    }
+
+    #[test]
+    fn exempts_proxy_users_in_sidecar_and_osm() {
+        for (profile, uid) in [("sidecar", 1337), ("osm", 1500)] {
+            let blackhole = blackhole(&[&format!("profile={profile}")]);
+            let exempt = selectors(&blackhole, Version::V4, Verdict::Exempt);
+            assert!(exempt.contains(&Selector::Uid(uid)), "{exempt:?}");
+            assert!(!exempt.iter().any(|selector| matches!(selector, Selector::Mark(_))));
+        }
+    }
+
+    #[test]
+    fn exempts_what_the_settings_exclude() {
+        let blackhole = blackhole(&[
+            "profile=ambient",
+            "outbound.exclude_cidrs=10.0.0.0/8,fd00::/8",
+            "outbound.exclude_ports=5432,8000-8100",
+            "outbound.exclude_uids=7",
+            "outbound.exclude_interfaces=eth1",
+            "inbound.exclude_ports=22",
+        ]);
+        let v4 = selectors(&blackhole, Version::V4, Verdict::Exempt);
+        for selector in [
+            Selector::To("10.0.0.0/8".parse().expect("a network")),
+            Selector::DestinationPorts(5432.into()),
+            Selector::DestinationPorts(PortRange { first: 8000, last: 8100 }),
+            Selector::Uid(7),
+            Selector::Out("eth1".to_owned()),
+            Selector::SourcePorts(22.into()),
+        ] {
+            assert!(v4.contains(&selector), "{selector:?} is not in {v4:?}");
+        }
+        let v6 = selectors(&blackhole, Version::V6, Verdict::Exempt);
+        assert!(v6.contains(&Selector::To("fd00::/8".parse().expect("a network"))));
+        assert!(!v6.contains(&Selector::To("10.0.0.0/8".parse().expect("a network"))));
+    }
+
+    #[test]
+    fn refuses_included_networks_and_ports_alone() {
+        let blackhole = blackhole(&[
+            "profile=sidecar",
+            "outbound.include_cidrs=10.0.0.0/8",
+            "outbound.include_ports=80",
+        ]);
+        let expected = [refused(Some("10.0.0.0/8"), None), refused(None, Some(80.into()))];
+        assert_eq!(selectors(&blackhole, Version::V4, Verdict::Blackhole), expected);
+        let expected = [refused(None, Some(80.into()))];
+        assert_eq!(selectors(&blackhole, Version::V6, Verdict::Blackhole), expected);
+    }
+
+    #[test]
+    fn leaves_ipv6_alone_that_the_rules_leave_alone() {
+        let blackhole = blackhole(&["profile=ambient", "ipv6=bypass"]);
+        assert!(blackhole.rules.iter().all(|rule| rule.version == Version::V4));
+    }
+
+    #[test]
+    fn adds_the_proxys_exemptions_before_the_blackhole() {
+        let cidrs: Vec<_> = (0..200).map(|n| format!("10.0.{n}.0/24")).collect();
+        let blackhole =
+            blackhole(&["profile=ambient", &format!("outbound.exclude_cidrs={}", cidrs.join(","))]);
+        let position = |wanted: &dyn Fn(&IpRule) -> bool| blackhole.rules.iter().position(wanted);
+        let refusal = position(&|rule| rule.verdict == Verdict::Blackhole);
+        let own = position(&|rule| matches!(rule.selector, Selector::Mark(_)));
+        assert!(own < refusal && own.is_some(), "{own:?} {refusal:?}");
+        assert!(refusal < Some(EXEMPTIONS_FIRST + 2), "{refusal:?}");
+    }
+}

@@ -1,0 +1,280 @@
+//! Rules of other programs that act on the workload's packets before ours do: a mark that makes a
+//! packet look like the proxy's, a redirect that comes first, a packet that conntrack does not track.
+//!
+//! They are listed, and not judged: a CNI or kube-proxy has such rules for good reasons. Whether
+//! traffic is still caught is for the self-test to say. Counters, and rules that only drop or let
+//! pass, are not listed.
+//!
+//! Not here: rules that would catch the same traffic as ours (`leftovers.rs`).
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use crate::InterceptionError;
+use crate::backend::Backend;
+use crate::iptables::{Ruleset, SavedChain, SavedTable, Variant, is_ours, saved};
+use crate::leftovers::legacy_tables;
+use crate::nftables::{self, ForeignChain};
+use crate::plan::{Family, MARK_MASK, PROXY_MARK, RulePlan, Table};
+use crate::routes;
+
+/// More are counted, and not listed.
+const LISTED: usize = 32;
+
+/// A rule of another program that acts before ours.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ForeignRule {
+    /// Where it is: `table inet other, chain out (hook output, priority -200)`.
+    pub place: String,
+    /// The rule, as its program prints it where that is known.
+    pub rule: String,
+    /// What it does that matters.
+    pub effect: Effect,
+}
+
+/// What a foreign rule does to packets that ours would catch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Effect {
+    /// It sets the proxy's mark: what it matches is not caught.
+    SetsProxyMark,
+    /// It sets or copies a packet or connection mark.
+    Marks,
+    /// It changes the destination, so that ours cannot.
+    Redirects,
+    /// It takes packets out of connection tracking, or puts them into another zone: they are not
+    /// redirected.
+    Untracks,
+    /// It hands packets to another program or socket.
+    Diverts,
+    /// It ends the chain that ours stand in.
+    Accepts,
+    /// An ip rule that comes before ours.
+    Routes,
+}
+
+impl Effect {
+    /// What it does, as a verb phrase.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::SetsProxyMark => "sets the proxy's mark",
+            Self::Marks => "changes marks",
+            Self::Redirects => "changes the destination",
+            Self::Untracks => "changes connection tracking",
+            Self::Diverts => "diverts packets",
+            Self::Accepts => "ends the chain before our rules",
+            Self::Routes => "chooses a route before our ip rule",
+        }
+    }
+}
+
+impl fmt::Display for ForeignRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} ({})", self.place, self.rule, self.effect.name())
+    }
+}
+
+/// Lists foreign rules in nftables, in both variants of iptables and in policy routing.
+///
+/// Legacy tables that cannot be read are left out; `leftovers.rs` reports those.
+///
+/// # Errors
+///
+/// The kernel refused to tell.
+pub(crate) async fn foreign_rules(
+    backend: Backend,
+    plan: &RulePlan,
+) -> Result<Vec<ForeignRule>, InterceptionError> {
+    let mut found = Vec::new();
+    match nftables::foreign_chains(last_priority()).await {
+        Ok(chains) => found.extend(in_nftables(&chains, backend)),
+        // Legacy is for kernels without nf_tables.
+        Err(_) if backend == Backend::Iptables(Variant::Legacy) => {}
+        Err(error) => return Err(error),
+    }
+    for family in [Family::V4, Family::V6] {
+        if legacy_tables(family).is_empty() {
+            continue;
+        }
+        match saved("read the legacy iptables rules", Variant::Legacy, family).await {
+            Ok(ruleset) => {
+                let own = backend == Backend::Iptables(Variant::Legacy);
+                found.extend(in_iptables(&ruleset, family, own));
+            }
+            Err(error) => tracing::debug!(%error, "legacy iptables cannot be read"),
+        }
+    }
+    let rules = routes::foreign_rules(plan).await?;
+    let place = || "policy routing".to_owned();
+    found.extend(rules.into_iter().map(|rule| ForeignRule {
+        place: place(),
+        rule,
+        effect: Effect::Routes,
+    }));
+    found.sort();
+    found.dedup();
+    found.truncate(LISTED);
+    Ok(found)
+}
+
+/// Our rules decide in the nat table, whose priority is the last that matters. At the same priority the
+/// chain that was registered later comes first (`nf_hook_entries_grow`, net/netfilter/core.c).
+fn last_priority() -> i32 {
+    Table::Nat.priority()
+}
+
+fn in_nftables(chains: &[ForeignChain], own: Backend) -> Vec<ForeignRule> {
+    let own = own == Backend::Iptables(Variant::Nft);
+    let mut found = Vec::new();
+    for chain in chains.iter().filter(|chain| !(own && is_ours(&chain.name))) {
+        // Our own jump stands in the built-in chains of iptables; what follows it comes after ours.
+        let before = chain
+            .rules
+            .iter()
+            .take_while(|rule| !(own && rule.jumps_to.as_deref().is_some_and(is_ours)));
+        for rule in before {
+            let accepts = own && rule.accepts;
+            if let Some(effect) = rule.effect.or(accepts.then_some(Effect::Accepts)) {
+                found.push(ForeignRule { place: chain.place(), rule: rule.text.clone(), effect });
+            }
+        }
+    }
+    found
+}
+
+/// The rules of `iptables-save` that packets meet before ours.
+fn in_iptables(ruleset: &Ruleset, family: Family, own: bool) -> Vec<ForeignRule> {
+    let program = match family {
+        Family::V4 => "iptables-legacy",
+        Family::V6 => "ip6tables-legacy",
+    };
+    let tables =
+        ruleset.tables.iter().filter(|table| ["raw", "mangle", "nat"].contains(&&*table.name));
+    let mut found = Vec::new();
+    for table in tables {
+        for chain in reachable(table).into_iter().filter(|chain| !(own && is_ours(&chain.name))) {
+            for rule in &chain.rules {
+                let target = target(&rule.text);
+                if own && target.is_some_and(is_ours) {
+                    break;
+                }
+                let effect = target.and_then(|target| effect_of_target(target, &rule.text, own));
+                if let Some(effect) = effect {
+                    let place = format!("table {} of {program}, chain {}", table.name, chain.name);
+                    let rule = format!("-A {} {}", chain.name, rule.text);
+                    found.push(ForeignRule { place, rule, effect });
+                }
+            }
+        }
+    }
+    found
+}
+
+/// The chains that packets of PREROUTING and OUTPUT pass.
+fn reachable(table: &SavedTable) -> Vec<&SavedChain> {
+    let mut names: Vec<&str> = vec!["PREROUTING", "OUTPUT"];
+    let mut seen = BTreeSet::new();
+    let mut chains = Vec::new();
+    while let Some(name) = names.pop() {
+        let Some(chain) = table.chains.iter().find(|chain| chain.name == name) else { continue };
+        if seen.insert(name) {
+            names.extend(chain.rules.iter().filter_map(|rule| target(&rule.text)));
+            chains.push(chain);
+        }
+    }
+    chains
+}
+
+/// What follows `-j` or `-g`.
+fn target(rule: &str) -> Option<&str> {
+    let mut words = rule.split_whitespace().skip_while(|word| !["-j", "-g"].contains(word));
+    words.nth(1)
+}
+
+/// `text`: the rule, with the options of its target. `own`: our rules are in the same tables.
+pub(crate) fn effect_of_target(target: &str, text: &str, own: bool) -> Option<Effect> {
+    match target {
+        "MARK" | "CONNMARK" if sets_proxy_mark(text) => Some(Effect::SetsProxyMark),
+        "MARK" | "CONNMARK" => Some(Effect::Marks),
+        "REDIRECT" | "DNAT" | "NETMAP" => Some(Effect::Redirects),
+        "NOTRACK" | "CT" => Some(Effect::Untracks),
+        "TPROXY" | "NFQUEUE" => Some(Effect::Diverts),
+        "ACCEPT" if own => Some(Effect::Accepts),
+        _ => None,
+    }
+}
+
+/// Whether a rule's text says that it sets the packet mark to the proxy's: `meta mark set 0x539`,
+/// `--set-xmark 0x539/0xfff`.
+pub(crate) fn sets_proxy_mark(text: &str) -> bool {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    words.windows(2).any(|pair| {
+        let [option, value] = pair else { return false };
+        let sets = ["set", "--set-mark", "--set-xmark"].contains(option);
+        sets && is_proxy_mark(value)
+    })
+}
+
+fn is_proxy_mark(value: &str) -> bool {
+    let value = value.split('/').next().unwrap_or_default();
+    let number = match value.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => value.parse(),
+    };
+    number.is_ok_and(|mark| mark & MARK_MASK == PROXY_MARK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(saved: &str, own: bool) -> Vec<(String, Effect)> {
+        let rules = in_iptables(&Ruleset::parse(saved), Family::V4, own).into_iter();
+        rules.map(|rule| (rule.rule, rule.effect)).collect()
+    }
+
+    #[test]
+    fn lists_rules_that_mark_redirect_and_untrack() {
+        let saved = "*raw\n:OUTPUT ACCEPT [0:0]\n[0:0] -A OUTPUT -p tcp -j CT --notrack\nCOMMIT\n\
+                     *mangle\n:OUTPUT ACCEPT [0:0]\n\
+                     [0:0] -A OUTPUT -p tcp -j MARK --set-xmark 0x539/0xffffffff\n\
+                     [0:0] -A OUTPUT -p udp -j MARK --set-xmark 0x1/0xffffffff\nCOMMIT\n\
+                     *nat\n:OUTPUT ACCEPT [0:0]\n:THEIRS - [0:0]\n:UNUSED - [0:0]\n\
+                     [0:0] -A OUTPUT -j THEIRS\n[0:0] -A THEIRS -p tcp -j REDIRECT --to-ports 1\n\
+                     [0:0] -A UNUSED -p tcp -j REDIRECT --to-ports 2\nCOMMIT\n";
+        let effects: Vec<_> = found(saved, false).into_iter().map(|(_, effect)| effect).collect();
+        let expected = [Effect::Untracks, Effect::SetsProxyMark, Effect::Marks, Effect::Redirects];
+        assert_eq!(effects, expected);
+    }
+
+    #[test]
+    fn ignores_counters_drops_and_accepts_of_others() {
+        let saved = "*nat\n:OUTPUT ACCEPT [0:0]\n[0:0] -A OUTPUT -p tcp\n\
+                     [0:0] -A OUTPUT -p udp -j ACCEPT\n[0:0] -A OUTPUT -p icmp -j DROP\nCOMMIT\n";
+        assert_eq!(found(saved, false), []);
+    }
+
+    #[test]
+    fn lists_what_stands_before_our_own_jump() {
+        let saved = "*nat\n:OUTPUT ACCEPT [0:0]\n:ISTIO_OUTPUT - [0:0]\n\
+                     [0:0] -A OUTPUT -p tcp -j ACCEPT\n[0:0] -A OUTPUT -j ISTIO_OUTPUT\n\
+                     [0:0] -A OUTPUT -p udp -j ACCEPT\n\
+                     [0:0] -A ISTIO_OUTPUT -p tcp -j REDIRECT --to-ports 15001\nCOMMIT\n";
+        let expected = [("-A OUTPUT -p tcp -j ACCEPT".to_owned(), Effect::Accepts)];
+        assert_eq!(found(saved, true), expected);
+    }
+
+    #[test]
+    fn recognises_the_proxys_mark_in_either_notation() {
+        for text in [
+            "meta mark set 0x00000539",
+            "-j MARK --set-xmark 0x4539/0xffffffff",
+            "meta mark set 1337",
+        ] {
+            assert!(sets_proxy_mark(text), "{text}");
+        }
+        for text in ["meta mark set 0x00000111", "meta mark 0x539 accept", "--set-xmark nonsense"] {
+            assert!(!sets_proxy_mark(text), "{text}");
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! Who installed our table, for people that list it: the comment of a chain that nothing jumps to.
+//!
+//! It changes without the rules when another process takes over. Not here: whether that process still
+//! runs, which a table cannot tell.
+
+use nlink::netlink::nftables::{Chain, ChainInfo, Family, RuleInfo};
+
+use super::ask;
+use crate::InterceptionError;
+use crate::plan::TABLE;
+
+/// The chain. Chains of a plan have the name of a table before an underscore.
+const CHAIN: &str = "owner";
+/// The longest comment that the kernel's userdata can hold (NFT_USERDATA_MAXLEN, less its header).
+const LONGEST: usize = 127;
+
+/// Writes the comment into our table, which exists.
+pub(crate) async fn mark_owner(owner: &str) -> Result<(), InterceptionError> {
+    let mut comment = owner.to_owned();
+    comment.truncate(comment.floor_char_boundary(LONGEST));
+    ask("write the owner of the nftables rules", async |kernel| {
+        let chain = Chain::new(TABLE, CHAIN)?.family(Family::Inet);
+        let fresh = chain.clone().comment(&comment);
+        // The first makes the deletion right where there was none. A chain keeps its first comment.
+        let transaction = kernel.transaction().update_chain(chain);
+        transaction.del_chain(TABLE, CHAIN, Family::Inet).add_chain(fresh).commit(kernel).await
+    })
+    .await
+}
+
+/// Whether this is that chain, as we made it: it is no part of the rules.
+pub(super) fn is_owner(chain: &ChainInfo, rules: &[RuleInfo]) -> bool {
+    chain.name == CHAIN && chain.hook.is_none() && rules.iter().all(|rule| rule.chain != CHAIN)
+}

@@ -1,0 +1,132 @@
+//! The blackhole: what it refuses, what it leaves alone, and what is left of it.
+
+use std::net::{IpAddr, TcpListener};
+use std::os::fd::AsFd as _;
+
+use libtest_mimic::Failed;
+use socket2::{Domain, Socket, Type};
+use underpass_interception::PROXY_MARK;
+
+use crate::Case;
+use crate::pod::{DEADLINE, Family, V4, V6, Wired, at, command, equal, inside, lonely, prepare};
+
+pub(crate) const CASES: &[Case] = &[
+    ("a blackhole refuses unmarked TCP and nothing else", refuses_unmarked_tcp),
+    ("a blackhole leaves excluded users, ports and networks alone", exempts_exclusions),
+    ("a blackhole is installed twice and removed without a trace", leaves_no_trace),
+    ("a blackhole has thousands of exemptions", has_many_exemptions),
+];
+
+const PORT: u16 = 8080;
+
+/// A connection from the calling thread's namespace, by a socket of this user with this mark.
+fn connects(to: IpAddr, port: u16, mark: u32, uid: u32) -> Result<bool, Failed> {
+    let address = at(to, port);
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_mark(mark)?;
+    rustix::fs::fchown(socket.as_fd(), Some(rustix::fs::Uid::from_raw(uid)), None)?;
+    match socket.connect_timeout(&address.into(), DEADLINE) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(nix::errno::Errno::EINVAL as i32) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Listens in the other namespace at these ports.
+fn listeners(wired: &Wired, family: Family, ports: &[u16]) -> Result<Vec<TcpListener>, Failed> {
+    let listen = || ports.iter().map(|port| TcpListener::bind(at(family.remote, *port))).collect();
+    let listeners: std::io::Result<Vec<_>> = wired.remote.run(listen)?;
+    Ok(listeners?)
+}
+
+fn refuses_unmarked_tcp() -> Result<(), Failed> {
+    let wired = Wired::new("blackhole")?;
+    for family in [V4, V6] {
+        let _there = listeners(&wired, family, &[PORT])?;
+        inside(&wired.pod, async || {
+            let _here = TcpListener::bind(at(family.loopback, PORT))?;
+            let interception = prepare("").await?;
+            equal("it connects before", connects(family.remote, PORT, 0, 0)?, true)?;
+            interception.block().await?;
+            equal("it is blocked", interception.is_blocked().await?, true)?;
+            equal("unmarked", connects(family.remote, PORT, 0, 0)?, false)?;
+            equal("marked", connects(family.remote, PORT, PROXY_MARK, 0)?, true)?;
+            equal(
+                "with a CNI's bits",
+                connects(family.remote, PORT, PROXY_MARK | 0x4000, 0)?,
+                true,
+            )?;
+            equal("to loopback", connects(family.loopback, PORT, 0, 0)?, true)?;
+            interception.unblock().await?;
+            equal("it is blocked", interception.is_blocked().await?, false)?;
+            equal("it connects after", connects(family.remote, PORT, 0, 0)?, true)
+        })?;
+    }
+    Ok(())
+}
+
+fn exempts_exclusions() -> Result<(), Failed> {
+    let wired = Wired::new("exempt")?;
+    for (family, excluded) in [(V4, "10.0.0.2/32"), (V6, "fd00::2/128")] {
+        let _there = listeners(&wired, family, &[PORT, 5432])?;
+        inside(&wired.pod, async || {
+            let blocked = async |settings: &str| -> Result<[bool; 3], Failed> {
+                let interception = prepare(settings).await?;
+                interception.block().await?;
+                let connected = [
+                    connects(family.remote, PORT, 0, 0)?,
+                    connects(family.remote, 5432, 0, 0)?,
+                    connects(family.remote, PORT, 0, 1337)?,
+                ];
+                interception.unblock().await?;
+                Ok(connected)
+            };
+            equal("ambient", blocked("").await?, [false, false, false])?;
+            equal("sidecar", blocked("profile=sidecar").await?, [false, false, true])?;
+            let port = "outbound.exclude_ports=5000-5500";
+            equal("a port", blocked(port).await?, [false, true, false])?;
+            let cidr = format!("outbound.exclude_cidrs={excluded}");
+            equal("a network", blocked(&cidr).await?, [true, true, true])?;
+            let uid = "outbound.exclude_uids=1337";
+            equal("a user", blocked(uid).await?, [false, false, true])?;
+            let included =
+                format!("outbound.include_cidrs=192.0.2.0/24 outbound.include_ports={PORT}");
+            equal("what is included", blocked(&included).await?, [false, true, false])
+        })?;
+    }
+    Ok(())
+}
+
+fn leaves_no_trace() -> Result<(), Failed> {
+    let pod = lonely("trace")?;
+    command(&pod, "ip rule add fwmark 0x7 pref 2 lookup 7")?;
+    let rules = || -> Result<_, Failed> {
+        Ok([command(&pod, "ip -4 rule")?, command(&pod, "ip -6 rule")?])
+    };
+    let before = rules()?;
+    let block = || inside(&pod, async || Ok(prepare("profile=sidecar").await?.block().await?));
+    block()?;
+    let once = rules()?;
+    block()?;
+    equal("after twice", rules()?, once)?;
+    inside(&pod, async || {
+        let interception = prepare("").await?;
+        equal("there was one", interception.unblock().await?, true)?;
+        equal("there was one", interception.unblock().await?, false)
+    })?;
+    equal("what is left", rules()?, before)
+}
+
+fn has_many_exemptions() -> Result<(), Failed> {
+    let pod = lonely("many-exemptions")?;
+    let before = command(&pod, "ip rule")?;
+    let cidrs: Vec<_> = (0..2000).map(|n| format!("10.{}.{}.0/24", n / 256, n % 256)).collect();
+    inside(&pod, async || {
+        let interception = prepare(&format!("outbound.exclude_cidrs={}", cidrs.join(","))).await?;
+        interception.block().await?;
+        equal("exemptions", command(&pod, "ip rule")?.matches(" to 10.").count(), 2000)?;
+        interception.unblock().await?;
+        Ok(())
+    })?;
+    equal("what is left", command(&pod, "ip rule")?, before)
+}

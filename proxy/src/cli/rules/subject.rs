@@ -1,0 +1,72 @@
+//! Whose rules `rules verify` and `rules explain` are about: those of the settings given, else those of the proxy that runs here.
+
+use std::io::{self, Write as _};
+
+use serde_json::{Value, json};
+use underpass_config::Settings;
+
+use super::options::RuleOptions;
+use crate::cli::CommandError;
+use crate::instance::{self, Running};
+
+/// Settings, and where they are from.
+#[derive(Debug)]
+pub(super) struct Subject {
+    pub(super) settings: Settings,
+    pub(super) source: Source,
+}
+
+#[derive(Debug)]
+pub(super) enum Source {
+    /// The command line names a file or sets something.
+    Given,
+    /// The proxy that runs in this network namespace.
+    Running(Box<Running>),
+    /// There is none, and nothing is given.
+    Defaults,
+}
+
+impl Subject {
+    /// Asks the proxy that runs, if the options say nothing. That defaults are assumed goes to standard error.
+    pub(super) async fn of(options: RuleOptions) -> Result<Self, CommandError> {
+        if !options.are_empty() {
+            return Ok(Self { settings: options.load()?, source: Source::Given });
+        }
+        let why = match instance::running().await {
+            Ok(Some(running)) => {
+                let settings = running.settings.clone();
+                return Ok(Self { settings, source: Source::Running(Box::new(running)) });
+            }
+            Ok(None) => "no running proxy was found in this network namespace".to_owned(),
+            Err(error) => crate::error::chain(&error),
+        };
+        writeln!(io::stderr(), "underpass: {why}: assuming default settings, with those of the environment (see --config)").ok();
+        Ok(Self { settings: options.load()?, source: Source::Defaults })
+    }
+
+    /// Adds `"settings"`, and `"proxy"` if one was asked.
+    pub(super) fn with(&self, mut result: Value) -> Value {
+        let (name, proxy) = match &self.source {
+            Source::Given => ("given", Value::Null),
+            Source::Defaults => ("defaults", Value::Null),
+            Source::Running(running) => ("running proxy", running_json(running)),
+        };
+        if let Value::Object(members) = &mut result {
+            members.insert("settings".to_owned(), name.into());
+            members.insert("proxy".to_owned(), proxy);
+        }
+        result
+    }
+}
+
+fn running_json(running: &Running) -> Value {
+    let Settings { proxy, interception, .. } = &running.settings;
+    json!({
+        "pid": running.pid,
+        "started": running.started,
+        "profile": interception.profile.to_string(),
+        "ports": [proxy.outbound_port, proxy.inbound_port, proxy.hbone_port],
+        "readiness": running.readiness,
+        "self_test_failed": running.self_test_failed,
+    })
+}

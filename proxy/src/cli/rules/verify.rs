@@ -1,0 +1,96 @@
+//! `underpass rules verify`.
+
+use serde_json::{Value, json};
+use underpass_config::Profile;
+use underpass_interception::{Difference, Effect, ForeignRule};
+
+use super::options::RuleOptions;
+use super::subject::{Source, Subject};
+use super::{Output, differences, prepare, print_json};
+use crate::cli::{CommandError, print};
+
+/// What the comparison found.
+struct Outcome {
+    subject: Subject,
+    difference: Option<Difference>,
+    foreign: Vec<ForeignRule>,
+    /// Whether the blackhole stands.
+    blocked: bool,
+}
+
+pub(super) async fn run(options: RuleOptions, output: Output) -> Result<(), CommandError> {
+    let subject = Subject::of(options).await?;
+    let interception = prepare(&subject.settings).await?;
+    let outcome = Outcome {
+        difference: interception.verify().await?,
+        foreign: interception.foreign_rules().await?,
+        blocked: interception.is_blocked().await?,
+        subject,
+    };
+    match output {
+        Output::Json => print_json(&outcome.json())?,
+        Output::Text => print(&outcome.text())?,
+    }
+    if outcome.difference.is_some() {
+        return Err(CommandError::Difference);
+    }
+    outcome.bypass().map_or(Ok(()), |why| Err(CommandError::Bypassed(why)))
+}
+
+impl Outcome {
+    fn json(&self) -> Value {
+        let foreign = self.foreign.iter().map(|ForeignRule { place, rule, effect }| {
+            json!({ "place": place, "rule": rule, "effect": effect.name() })
+        });
+        self.subject.with(json!({
+            "same": self.difference.is_none(),
+            "differences": self.difference.as_ref().map(differences).unwrap_or_default(),
+            "foreign": foreign.collect::<Vec<_>>(),
+            "blocked": self.blocked,
+        }))
+    }
+
+    fn text(&self) -> String {
+        let whose = match &self.subject.source {
+            Source::Given => "the settings".to_owned(),
+            Source::Running(running) => format!("the running proxy ({running})"),
+            Source::Defaults => "the default settings".to_owned(),
+        };
+        let mut text = match &self.difference {
+            None => format!("the installed rules are those of {whose}\n"),
+            Some(difference) => {
+                format!(
+                    "the installed rules are not those of {whose}; - is missing, + should not be there\n{difference}"
+                )
+            }
+        };
+        if self.blocked {
+            text.push_str(
+                "the workload's TCP is blocked by ip rules (priorities 1 to 3) until the rules stand\n",
+            );
+        }
+        if let Source::Running(running) = &self.subject.source
+            && running.readiness != "ready"
+        {
+            text.push_str(&format!("the running proxy is {}\n", running.readiness));
+        }
+        if !self.foreign.is_empty() {
+            text.push_str("rules of other programs that act before these:\n");
+            text.extend(self.foreign.iter().map(|rule| format!("  {rule}\n")));
+        }
+        text
+    }
+
+    /// Why traffic is not caught, though the rules are as they should be.
+    fn bypass(&self) -> Option<String> {
+        if let Source::Running(running) = &self.subject.source
+            && running.self_test_failed
+        {
+            return Some("the last self-test of the running proxy failed".to_owned());
+        }
+        // Elsewhere the mark means nothing.
+        let by_mark = self.subject.settings.interception.profile == Profile::Ambient;
+        let mut foreign = self.foreign.iter().filter(|_| by_mark);
+        foreign.find(|rule| rule.effect == Effect::SetsProxyMark).map(ToString::to_string)
+    }
+}
