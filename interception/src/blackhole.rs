@@ -397,7 +397,7 @@ mod tests {
         let flags = assignments.iter().map(|assignment| format!("interception.{assignment}"));
         let sources = Sources { flags: flags.collect(), ..Sources::default() };
         let settings = sources.load().expect("settings");
-        let ports = Ports::of(&settings.proxy);
+        let ports = Ports::of(&settings);
         let plan = RulePlan::new(&settings.interception, ports, true);
         Blackhole::new(&settings.interception, ports, &[15020, 15021], &plan)
     }
