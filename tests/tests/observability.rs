@@ -274,8 +274,8 @@ async fn silent() {
 
 /// Passes the log on until the proxy is ready, then reads nothing until the pipe `go` is written to.
 const STALLED_READER: &str = r#"
-folder=$(mktemp -d) && mkfifo "$folder/log" "$GO"
-( exec < "$folder/log"
+mkfifo "$GO.log" "$GO"
+( exec < "$GO.log"
   while IFS= read -r line; do
     echo "$line"
     case $line in *" ready "*) break;; esac
@@ -283,7 +283,7 @@ folder=$(mktemp -d) && mkfifo "$folder/log" "$GO"
   # Not for ever: a test that fails writes nothing.
   timeout 60 cat "$GO"
   exec cat ) &
-exec "$UNDERPASS" "$@" > "$folder/log"
+exec "$UNDERPASS" "$@" > "$GO.log"
 "#;
 
 async fn stalled() {
