@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use tokio::io::AsyncWriteExt as _;
 use underpass_tests::{
-    APP, Family, Metrics, Proxy, Scene, Suite, exchange, http_get, read_to_end, tool,
+    APP, Family, Metrics, Proxy, Scene, Server, Suite, exchange, http_get, read_to_end, tool, until,
 };
 
 const OPENED: &str = "istio_tcp_connections_opened_total";
@@ -26,6 +26,7 @@ fn main() -> ExitCode {
     suite.test("a connection is one line in the access log, with ztunnel's names", one_line);
     suite.test("in JSON every line is an object with the same names", json);
     suite.test("the access log can be turned off", silent);
+    suite.test("lines lost to a stalled reader of the log are counted and reported", stalled);
     suite.run()
 }
 
@@ -269,4 +270,51 @@ async fn silent() {
     proxy.stop().await;
     assert!(!proxy.log().contains("access"), "{}", proxy.log());
     assert!(proxy.log().contains("stopped"), "{}", proxy.log());
+}
+
+/// Passes the log on until the proxy is ready, then reads nothing until the pipe `go` is written to.
+const STALLED_READER: &str = r#"
+mkfifo "$GO.log" "$GO"
+( exec < "$GO.log"
+  while IFS= read -r line; do
+    echo "$line"
+    case $line in *" ready "*) break;; esac
+  done
+  # Not for ever: a test that fails writes nothing.
+  timeout 60 cat "$GO"
+  exec cat ) &
+exec "$UNDERPASS" "$@" > "$GO.log"
+"#;
+
+async fn stalled() {
+    let scene = Scene::new().await;
+    let app = Server::echo(&scene.server, APP);
+    // Long names make long lines.
+    let mesh = scene.world.folder().join("long.yaml");
+    let ips: Vec<_> = scene.client.ips().iter().map(|ip| format!("\"{ip}\"")).collect();
+    let name = "n".repeat(20_000);
+    let text = format!("workloads: [{{name: {name}, workloadIps: [{}]}}]\n", ips.join(", "));
+    std::fs::write(&mesh, text).expect("a mesh file");
+    let go = scene.world.folder().join("go");
+    let script = format!("GO={go:?}\n{STALLED_READER}");
+    let settings = scene.client_settings().set(&format!("mesh.file={}", mesh.display()));
+    let proxy = scene.client.try_proxy_through(&script, &settings).await;
+    let mut proxy = proxy.expect("the proxy starts");
+    let lost = async || {
+        let metrics = scene.client.metrics().await;
+        metrics.sum("underpass_log_lines_lost_total", &[]).expect("it is there from the start")
+    };
+    assert!(lost().await == 0.0);
+    until("lines are lost", async || {
+        scene.echoed().await;
+        lost().await >= 10.0
+    })
+    .await;
+    let lost = lost().await;
+    std::fs::write(&go, "").expect("its reader waits");
+    let report = proxy.line(&["WARN", "log lines lost: "]).await;
+    let reported = report.rsplit(' ').next().and_then(|number| number.parse::<f64>().ok());
+    assert!(reported >= Some(lost), "{report}: {lost}");
+    assert!(proxy.log().len() < 2 << 20, "{} bytes waited", proxy.log().len());
+    drop(app);
 }

@@ -72,7 +72,10 @@ pub enum IssuerProblem {
     #[error("it answered with {0} certificates: a leaf and at least one root are needed")]
     EmptyResponse(usize),
     /// An answer that is no certificate for our key.
-    #[error("it answered with a certificate that cannot be used: {0}")]
+    #[error(
+        "it answered with a certificate that cannot be used: {}",
+        Quoted::bounded(.0, Quoted::MAX_CHAIN_BYTES)
+    )]
     Answer(CredentialProblem),
     /// A certificate for somebody else.
     #[error(
