@@ -2,6 +2,8 @@
 //!
 //! `UNDERPASS_COMMIT` names the commit where sources are built without their repository. No program of git is run.
 
+#![expect(clippy::disallowed_methods, reason = "cargo tells a build script by the environment")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

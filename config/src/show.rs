@@ -286,8 +286,8 @@ egress: mesh-only
 egress_exceptions: {cidrs: [10.0.0.0/8, "fd00::1"], ports: [53, 8000-8100]}
 timeouts: {connect: 250ms, handshake: 1s, reply: 2s, idle: 8h, half_close: off, keepalive: 30s, drain: 3s, handed_over: 12h, pool_idle: 2h, set_aside: 4s}
 take_over: {socket: /run/x.sock}
-metrics: {address: "127.0.0.1:1"}
-readiness: {address: "[::1]:2"}
+metrics: {address: "127.0.0.1:91"}
+readiness: {address: "[::1]:92"}
 logging: {filter: 'info,access=off', format: json}
 trust: {aliases: [old.example.org, cluster.local], bundles: ["partner.org=/p, q.pem"], crls: ["/a.crl", "/b\"\\.crl"], ciphers: [aes-256-gcm]}
 tunnels: {max_age: 90s, streams: 7, per_peer: 2}

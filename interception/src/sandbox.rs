@@ -27,7 +27,7 @@ static FOLDER: OnceLock<PathBuf> = OnceLock::new();
 /// The folder that is the sandbox's own, on a file system that ends with it. Outside of a sandbox `/run`.
 #[must_use]
 pub fn sandbox_folder() -> &'static Path {
-    FOLDER.get().map_or(Path::new("/run"), PathBuf::as_path)
+    FOLDER.get().map_or_else(|| Path::new("/run"), PathBuf::as_path)
 }
 
 /// What [`enter_sandbox`] made.

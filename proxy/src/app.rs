@@ -170,6 +170,8 @@ async fn serve(
         shared.drain.drain(settings.timeouts.drain).await;
         return Err(error);
     }
+    // Whatever can fail, and be it for want of a descriptor, comes before `ready`.
+    let guard = capture.guard(&settings.interception)?;
     offer.own();
     readiness.ready();
     notify::ready();
@@ -178,7 +180,6 @@ async fn serve(
         workload = %settings.workload.name, workers, outbound = ports.outbound, inbound = ports.inbound,
         hbone = ports.hbone, profile = %settings.interception.profile, "ready"
     );
-    let guard = capture.guard(&settings.interception)?;
     let looked = guard.as_ref().map(Guard::looked);
     tokio::spawn(settle(looked.clone()));
     let retest = Retest {

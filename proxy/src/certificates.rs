@@ -206,5 +206,6 @@ fn read_again(settings: &Settings) -> Vec<PathBuf> {
     };
     files.extend(settings.trust.bundles.iter().map(|bundle| bundle.file.clone()));
     files.extend(settings.trust.crls.iter().cloned());
+    files.extend(settings.mesh_file.clone());
     files
 }

@@ -74,6 +74,9 @@ pub(crate) enum CommandError {
     /// Exit code 2: the operator can mend it in the configuration.
     #[error(transparent)]
     Config(#[from] ConfigErrors),
+    /// Exit code 2: the mistakes are printed already.
+    #[error("mistakes in the configuration: {0}")]
+    Mistakes(usize),
     #[error(transparent)]
     Interception(#[from] InterceptionError),
     #[error("there is no certificate to begin with (identity, trust)")]
@@ -143,7 +146,9 @@ impl CommandError {
 
     fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Config(_) | Self::NoDnsProxy { .. } | Self::NoRules => ExitCode::from(2),
+            Self::Config(_) | Self::Mistakes(_) | Self::NoDnsProxy { .. } | Self::NoRules => {
+                ExitCode::from(2)
+            }
             Self::Difference | Self::Bypassed(_) => ExitCode::from(3),
             _ => ExitCode::FAILURE,
         }

@@ -11,7 +11,7 @@ use tokio::process::{Child, Command};
 
 use crate::OrFail;
 use crate::binary::binary;
-use crate::peers::within;
+use crate::peers::{until, within};
 use crate::pods::Pod;
 use crate::settings::Settings;
 
@@ -76,6 +76,17 @@ impl Pod {
 
     /// All that rules consist of: netfilter's, policy routing's, its tables' and loopback's addresses.
     pub async fn traces(&self) -> Vec<String> {
+        let mut traces = Vec::new();
+        // The kernel reports a new wire's carrier a moment later, and adds IPv6 routes then (net/core/link_watch.c).
+        until("links are up", async || {
+            traces = self.traces_now().await;
+            !traces.iter().any(|line| line.contains(" linkdown"))
+        })
+        .await;
+        traces
+    }
+
+    async fn traces_now(&self) -> Vec<String> {
         let rules = tool(self, "nft", &["--stateless", "list", "ruleset"]).await.ok();
         // Whose they are changes with the process.
         let rules = rules.lines().filter(|line| !line.contains("comment \"underpass "));

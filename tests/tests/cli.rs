@@ -370,6 +370,18 @@ fn config_check_refuses_certificates_that_a_start_refuses() {
 }
 
 #[test]
+fn config_check_prints_json() {
+    let folder = with_certificate("check-json");
+    let json = |answer: &Answer| -> serde_json::Value { answer.out.parse().expect("JSON") };
+    let good = folder.underpass("config check --config a.yaml -o json");
+    assert_eq!((good.code, &json(&good)["ok"]), (Some(0), &true.into()), "{}", good.err);
+    assert_eq!(json(&good)["certificate"]["spiffe_id"], A);
+    let bad = folder.underpass("config check --config a.yaml -o json --set proxy.workers=none");
+    let problem = &json(&bad)["problems"][0];
+    assert_eq!((bad.code, &problem["key"]), (Some(2), &"proxy.workers".into()), "{problem}");
+}
+
+#[test]
 fn config_check_warns_of_what_does_not_end_a_start() {
     let folder = with_certificate("check-warns");
     folder.underpass(&format!("ca issue --dir ca --spiffe-id {A} --ttl 10s --out short")).ok();

@@ -4,6 +4,7 @@ use std::io::{self, Write as _};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use serde_json::json;
 use underpass_config::{
     ConfigErrors, Dns, IdentitySettings, Mesh, Problem, Profile, Protocol, Settings, Workload,
 };
@@ -12,6 +13,7 @@ use underpass_hbone::{
 };
 use underpass_interception::{Ports, Sockets, ipv6_available};
 
+use super::rules::Output;
 use super::run::SettingsArguments;
 use super::{CommandError, print};
 use crate::dial::PlainDialer;
@@ -23,7 +25,13 @@ pub(super) enum Command {
     /// Check the settings, the mesh file and the certificates as a start would; every mistake is listed, and the exit code is 2
     /// if there is one
     #[command(after_help = "Example:\n  underpass config check --config underpass.yaml")]
-    Check(SettingsArguments),
+    Check {
+        #[command(flatten)]
+        settings: SettingsArguments,
+        /// How the result is printed
+        #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
     /// Print the settings in effect: file, environment, flags and defaults
     #[command(after_help = "Example:\n  underpass config show --config underpass.yaml")]
     Show(SettingsArguments),
@@ -31,40 +39,30 @@ pub(super) enum Command {
 
 pub(super) fn run(command: Command) -> Result<(), CommandError> {
     match command {
-        Command::Check(arguments) => check(arguments),
+        Command::Check { settings, output } => check(settings, output),
         Command::Show(arguments) => print(&arguments.load()?.to_string()),
     }
 }
 
-fn check(arguments: SettingsArguments) -> Result<(), CommandError> {
+fn check(arguments: SettingsArguments, output: Output) -> Result<(), CommandError> {
     let sources = arguments.sources();
-    let warnings = sources.warnings();
-    let settings = sources.load()?;
     let mut check = Check::default();
-    check.warnings.extend(warnings.iter().map(ToString::to_string));
-    check.settings(&settings);
-    let identity = check.credentials(&settings);
-    let mesh = check.mesh(&settings);
-    if let Some(identity) = &identity {
-        check.identity(&settings, identity);
+    check.warnings.extend(sources.warnings().iter().map(ToString::to_string));
+    match sources.load() {
+        Ok(settings) => check.all(&settings),
+        Err(errors) => check.errors(errors),
     }
-    for warning in &check.warnings {
-        // With standard error closed the result still counts.
-        writeln!(io::stderr(), "underpass: warning: {warning}").ok();
+    match output {
+        Output::Text => check.print_text()?,
+        Output::Json => print(&format!("{}\n", check.json()))?,
     }
-    if !check.problems.is_empty() {
-        return Err(ConfigErrors { problems: check.problems, more: check.more }.into());
-    }
-    let (workloads, services) = (mesh.workloads().len(), mesh.services().len());
-    let policies = mesh.policy_count();
-    print(&format!("ok; workloads: {workloads}, services: {services}, policies: {policies}\n"))?;
-    match identity {
-        Some(identity) => print(&format!(
-            "certificate: {}, expires in {}\n",
-            identity.spiffe_id(),
-            in_words(left(&identity))
-        )),
-        None => Ok(()),
+    match (check.problems.is_empty(), output) {
+        (true, _) => Ok(()),
+        (false, Output::Text) => {
+            Err(ConfigErrors { problems: check.problems, more: check.more }.into())
+        }
+        // They are printed already.
+        (false, Output::Json) => Err(CommandError::Mistakes(check.problems.len() + check.more)),
     }
 }
 
@@ -74,9 +72,65 @@ struct Check {
     problems: Vec<Problem>,
     more: usize,
     warnings: Vec<String>,
+    mesh: Mesh,
+    identity: Option<Identity>,
 }
 
 impl Check {
+    fn all(&mut self, settings: &Settings) {
+        self.settings(settings);
+        self.identity = self.credentials(settings);
+        self.mesh = self.mesh(settings);
+        if let Some(identity) = self.identity.clone() {
+            self.identity(settings, &identity);
+        }
+    }
+
+    fn print_text(&self) -> Result<(), CommandError> {
+        for warning in &self.warnings {
+            // With standard error closed the result still counts.
+            writeln!(io::stderr(), "underpass: warning: {warning}").ok();
+        }
+        if !self.problems.is_empty() {
+            return Ok(());
+        }
+        let (workloads, services) = (self.mesh.workloads().len(), self.mesh.services().len());
+        let policies = self.mesh.policy_count();
+        print(&format!(
+            "ok; workloads: {workloads}, services: {services}, policies: {policies}\n"
+        ))?;
+        let Some(identity) = &self.identity else { return Ok(()) };
+        let (id, left) = (identity.spiffe_id(), in_words(left(identity)));
+        print(&format!("certificate: {id}, expires in {left}\n"))
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let problems: Vec<_> = self
+            .problems
+            .iter()
+            .map(|Problem { key, value, reason, origin }| {
+                let origin = origin.as_ref().map(ToString::to_string);
+                json!({"key": key, "value": value, "reason": reason, "origin": origin})
+            })
+            .collect();
+        let certificate = self.identity.as_ref().map(|identity| {
+            json!({
+                "spiffe_id": identity.spiffe_id().to_string(),
+                "expires_in_seconds": left(identity).as_secs(),
+            })
+        });
+        json!({
+            "ok": self.problems.is_empty(),
+            "problems": problems,
+            "more_problems": self.more,
+            "warnings": self.warnings,
+            "workloads": self.mesh.workloads().len(),
+            "services": self.mesh.services().len(),
+            "policies": self.mesh.policy_count(),
+            "certificate": certificate,
+        })
+    }
+
     fn errors(&mut self, errors: ConfigErrors) {
         self.problems.extend(errors.problems);
         self.more += errors.more;

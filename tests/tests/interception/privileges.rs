@@ -163,14 +163,9 @@ async fn hides_memory() {
     let scene = Scene::new().await;
     let proxy = scene.client.proxy(&scene.client_settings()).await;
     // Root without SYS_PTRACE, and with what the proxy has: else the kernel refuses it for that (ptrace(2)).
-    let read = |file: &str| {
-        let file = format!("/proc/{}/{file}", proxy.pid());
-        let arguments = ["--bounding-set=-all,+net_admin", "cat", &file].map(str::to_owned);
-        arguments
-    };
     for (file, code) in [("environ", 1), ("status", 0)] {
-        let arguments = read(file);
-        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        let file = format!("/proc/{}/{file}", proxy.pid());
+        let arguments = ["--bounding-set=-all,+net_admin", "cat", &file];
         tool(&scene.client, "setpriv", &arguments).await.exited(code);
     }
 }
@@ -181,7 +176,7 @@ async fn warns_of_net_raw() {
     without.line(&["ready"]).await;
     assert_eq!(without.count(&["can bypass the rules"]), 0, "{}", without.log());
     assert!(without.stop().await.success());
-    let arguments = ["--bounding-set=-all,+net_raw", "sleep", "60"];
+    let arguments = ["--bounding-set=-all,+net_raw", "tail", "-f", "/dev/null"];
     let _workload = scene.client.background("setpriv".as_ref(), &arguments);
     let mut proxy = scene.client.proxy(&scene.client_settings()).await;
     // It is found before or after setpriv has become the other program.
