@@ -30,9 +30,9 @@ use crate::cli::CommandError;
 pub(crate) fn start(settings: &Logging) -> Result<QueueGuard, CommandError> {
     let filter = filter(settings)?;
     // Not through std's buffer, which would keep what could not be written.
-    let output = io::stdout().as_fd().try_clone_to_owned().map_err(CommandError::Start)?;
+    let output = io::stdout().as_fd().try_clone_to_owned().map_err(CommandError::start)?;
     let lines = Lines::new(settings.format);
-    let (queue, guard) = queue::start(File::from(output), lines).map_err(CommandError::Start)?;
+    let (queue, guard) = queue::start(File::from(output), lines).map_err(CommandError::start)?;
     let layer = tracing_subscriber::fmt::layer()
         .with_timer(SystemTime)
         .with_ansi(false)
