@@ -13,6 +13,7 @@ use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpSocket, TcpStream};
 use underpass_config::{InterceptionSettings, PortRange};
 
+use crate::ipv6;
 use crate::plan::{End, Environment, Packet, Ports, Protocol, RulePlan, State, Way};
 
 /// Addresses that nobody has (TEST-NET-1, RFC 5737; documentation prefix, RFC 3849).
@@ -46,7 +47,9 @@ impl Probe {
         let environment = Environment::current()?;
         let candidates = candidates(settings);
         let mut probes = Vec::new();
-        for v6 in [false, true] {
+        // What is redirected to ::1 does not arrive while IPv6 is disabled on the loopback interface.
+        let families: &[bool] = if ipv6::on_loopback() { &[false, true] } else { &[false] };
+        for &v6 in families {
             let caught = candidates
                 .iter()
                 .filter(|destination| destination.is_ipv6() == v6)

@@ -110,7 +110,13 @@ impl Capture {
             return Ok(());
         };
         if interception.ipv6_absent() {
-            tracing::info!("the kernel has no IPv6 here: there is none to catch");
+            tracing::info!("the kernel has no IPv6: there is none to catch");
+        }
+        if interception.ipv6_disabled() {
+            tracing::info!(
+                "IPv6 is disabled on the loopback interface (disable_ipv6): its rules are installed, and the \
+                 workload's IPv6 goes nowhere until it is enabled there"
+            );
         }
         for leftover in interception.leftovers().await? {
             tracing::warn!("{leftover}");

@@ -120,8 +120,17 @@ impl Guard {
     async fn find_and_repair(&mut self) -> Result<Option<Event>, InterceptionError> {
         self.look_at = None;
         let began = Instant::now();
-        let Some(difference) = self.interception.verify().await? else {
-            return Ok(None);
+        let difference = loop {
+            if self.interception.follow_ipv6().await? {
+                tracing::info!(
+                    "IPv6 is enabled on the loopback interface now: its routes are installed"
+                );
+            }
+            match self.interception.verify().await? {
+                None => return Ok(None),
+                Some(_) if self.interception.ipv6_has_changed() => {}
+                Some(difference) => break difference,
+            }
         };
         if !self.limit.allows(began) {
             self.look_at = Some(began + REST);

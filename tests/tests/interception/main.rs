@@ -9,6 +9,7 @@ mod commands;
 mod destinations;
 mod flows;
 mod install;
+mod ipv6;
 mod privileges;
 mod reload;
 mod repair;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     repair::add(&mut suite);
     install::add(&mut suite);
     reload::add(&mut suite);
+    ipv6::add(&mut suite);
     start::add(&mut suite);
     commands::add(&mut suite);
     suite.run()
