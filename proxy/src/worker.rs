@@ -92,7 +92,7 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    fn new(shared: Shared, balance: Arc<Balance>, index: usize) -> Self {
+    fn new(shared: Shared, balance: Arc<Balance>, index: usize, local: LocalAddresses) -> Self {
         let Timeouts { connect, handshake, reply, pool_idle, .. } = shared.timeouts;
         let dialer = TunnelDialer {
             sockets: shared.sockets.clone(),
@@ -114,7 +114,6 @@ impl Worker {
         let acceptor = credentials().map(|own| Acceptor::new(own, ServerSettings::default()));
         let pool = Pool::new(dialer, settings);
         let (live, series) = (Arc::default(), KnownSeries::default());
-        let local = LocalAddresses::default();
         Self { pool, connector, acceptor, live, series, balance, index, local, shared }
     }
 
@@ -214,7 +213,8 @@ pub(crate) fn start(
     }
     let start_one = |(index, (receiver, hand))| -> Result<_, CommandError> {
         let (applied, followed) = watch::channel(Applied::default());
-        let worker = Arc::new(Worker::new(shared.clone(), balance.clone(), index));
+        let local = LocalAddresses::open().map_err(CommandError::Start)?;
+        let worker = Arc::new(Worker::new(shared.clone(), balance.clone(), index, local));
         let senders = senders.clone();
         let runtime = single_threaded_runtime()?;
         let thread = std::thread::Builder::new().name(format!("worker-{index}"));

@@ -8,6 +8,7 @@
 
 mod flows;
 mod iptables;
+mod local;
 mod namespaces;
 mod nftables;
 mod plans;
@@ -37,6 +38,7 @@ fn main() {
         .chain(iptables::CASES)
         .chain(nftables::CASES)
         .chain(namespaces::CASES)
+        .chain(local::CASES)
         .chain(walk::CASES)
         .map(|&(name, test)| Trial::test(name, test))
         .collect();
