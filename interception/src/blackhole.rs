@@ -92,14 +92,8 @@ enum Selector {
 }
 
 impl Blackhole {
-    /// What `settings` would have caught, except for the proxy's own connections. `serving`: ports at
-    /// which the proxy listens besides `ports`.
-    pub(crate) fn new(
-        settings: &InterceptionSettings,
-        ports: Ports,
-        serving: &[u16],
-        plan: &RulePlan,
-    ) -> Self {
+    /// What `settings` would have caught, except for the proxy's own connections.
+    pub(crate) fn new(settings: &InterceptionSettings, ports: Ports, plan: &RulePlan) -> Self {
         if settings.profile == Profile::None {
             return Self::default();
         }
@@ -107,7 +101,7 @@ impl Blackhole {
         if settings.ipv6 != Ipv6::Bypass {
             versions.push(Version::V6);
         }
-        let exemptions = exemptions(settings, ports, serving, plan);
+        let exemptions = exemptions(settings, ports, plan);
         let refusals = refusals(settings);
         let mut rules = Vec::new();
         for version in versions {
@@ -138,7 +132,7 @@ impl Blackhole {
         let tolerated = [Errno::EEXIST];
         // Where the kernel has no IPv6 there is none to refuse.
         let rules =
-            self.rules.iter().filter(|rule| rule.version == Version::V4 || crate::ipv6::known());
+            self.rules.iter().filter(|rule| rule.version == Version::V4 || crate::ipv6_available());
         let requests: Vec<_> = rules.map(IpRule::addition).collect();
         send(connection.socket(), requests, &tolerated).await.map_err(failed(OPERATION))?;
         Ok(())
@@ -185,12 +179,7 @@ async fn standing(connection: &Connection<Rtnetlink>) -> nlink::Result<Vec<(Vers
 }
 
 /// What is never refused: the proxy, and what the rules leave alone too.
-fn exemptions(
-    settings: &InterceptionSettings,
-    ports: Ports,
-    serving: &[u16],
-    plan: &RulePlan,
-) -> Vec<Selector> {
+fn exemptions(settings: &InterceptionSettings, ports: Ports, plan: &RulePlan) -> Vec<Selector> {
     let (outbound, inbound) = (&settings.outbound, &settings.inbound);
     let mut exemptions = Vec::new();
     // In the sidecar profile what imitates clients carries the mark (TPROXY).
@@ -201,8 +190,8 @@ fn exemptions(
         exemptions.extend(settings.proxy_uids.iter().map(|uid| Selector::Uid(*uid)));
     }
     // A SYN-ACK is its listener's, which a privileged process has opened for the proxy's user.
-    let own =
-        [ports.outbound, ports.inbound, ports.hbone].into_iter().chain(serving.iter().copied());
+    let services = ports.services.map(|service| service.port());
+    let own = [ports.outbound, ports.inbound, ports.hbone].into_iter().chain(services);
     exemptions.extend(own.map(|port| Selector::SourcePorts(port.into())));
     if plan.rules().iter().any(|rule| rule.id.starts_with("kubelet-probe-in")) {
         let probes = [KUBELET_PROBE_V4.into(), KUBELET_PROBE_V6.into()];
@@ -399,7 +388,7 @@ mod tests {
         let settings = sources.load().expect("settings");
         let ports = Ports::of(&settings);
         let plan = RulePlan::new(&settings.interception, ports, true);
-        Blackhole::new(&settings.interception, ports, &[15020, 15021], &plan)
+        Blackhole::new(&settings.interception, ports, &plan)
     }
 
     fn selectors(blackhole: &Blackhole, version: Version, verdict: Verdict) -> Vec<Selector> {

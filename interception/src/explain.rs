@@ -91,7 +91,7 @@ pub enum Party {
 }
 
 impl<'a> Explanation<'a> {
-    /// Explains the rules that `settings` ask for. `ipv6`: whether the namespace has IPv6 at all
+    /// Explains the rules that `settings` ask for. `ipv6`: whether the kernel has IPv6
     /// ([`crate::ipv6_available`]). `counters`: those of the installed rules.
     #[must_use]
     pub fn new(

@@ -17,7 +17,7 @@ use crate::leftovers::{Leftover, is_istios, leftovers};
 use crate::nftables::{self, RuleCounter};
 use crate::plan::{Ports, RulePlan};
 use crate::verify::{Difference, Listing};
-use crate::{InterceptionError, host, ipv6_available, routes};
+use crate::{InterceptionError, host, ipv6, ipv6_available, routes};
 
 /// Interception that has been checked and can be installed.
 #[derive(Debug, Clone)]
@@ -25,9 +25,10 @@ pub struct Interception {
     plan: RulePlan,
     ports: Ports,
     backend: Backend,
+    /// Whether the kernel has IPv6.
     ipv6: bool,
-    /// Where the proxy listens besides `ports`.
-    serving: Vec<u16>,
+    /// Whether IPv6 was enabled on the loopback interface at the last look.
+    ipv6_on_loopback: bool,
     blackhole: Blackhole,
     /// Who installs the rules, for people.
     owner: Option<String>,
@@ -60,16 +61,9 @@ impl Interception {
         let backend = Backend::find(settings.backend).await?;
         let ipv6 = ipv6_available();
         let plan = RulePlan::new(settings, ports, ipv6);
-        let blackhole = Blackhole::new(settings, ports, &[], &plan);
-        let serving = Vec::new();
-        Ok(Some(Self { plan, ports, backend, ipv6, serving, blackhole, owner: None }))
-    }
-
-    /// The same for a proxy that also listens at these ports (readiness, metrics), which the blackhole
-    /// leaves reachable.
-    #[must_use]
-    pub fn serving(self, settings: &InterceptionSettings, serving: Vec<u16>) -> Self {
-        Self { serving, ..self }.with_settings(settings)
+        let blackhole = Blackhole::new(settings, ports, &plan);
+        let ipv6_on_loopback = ipv6::on_loopback();
+        Ok(Some(Self { plan, ports, backend, ipv6, ipv6_on_loopback, blackhole, owner: None }))
     }
 
     /// The same, which leaves in nftables who installed the rules.
@@ -82,7 +76,7 @@ impl Interception {
     #[must_use]
     pub fn with_settings(&self, settings: &InterceptionSettings) -> Self {
         let plan = RulePlan::new(settings, self.ports, self.ipv6);
-        let blackhole = Blackhole::new(settings, self.ports, &self.serving, &plan);
+        let blackhole = Blackhole::new(settings, self.ports, &plan);
         Self { plan, blackhole, ..self.clone() }
     }
 
@@ -98,10 +92,40 @@ impl Interception {
         self.backend
     }
 
-    /// Whether there is no IPv6 here, so that only IPv4 is caught whatever the settings say.
+    /// Whether the kernel has no IPv6, so that only IPv4 is caught whatever the settings say.
     #[must_use]
     pub fn ipv6_absent(&self) -> bool {
         !self.ipv6
+    }
+
+    /// Whether the kernel has IPv6, and the loopback interface has it disabled now: rules exist, and
+    /// what they capture goes nowhere.
+    #[must_use]
+    pub fn ipv6_disabled(&self) -> bool {
+        self.ipv6 && !ipv6::on_loopback()
+    }
+
+    /// Whether IPv6 has been enabled or disabled on the loopback interface since the last call of
+    /// [`follow_ipv6`](Self::follow_ipv6), so that a difference found since may be of that.
+    #[must_use]
+    pub fn ipv6_has_changed(&self) -> bool {
+        ipv6::on_loopback() != self.ipv6_on_loopback
+    }
+
+    /// Installs the routes and addresses that wait for IPv6 on the loopback interface, if it has been
+    /// enabled there since the last call; whether it has.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused; the next call tries again.
+    pub async fn follow_ipv6(&mut self) -> Result<bool, InterceptionError> {
+        let enabled = ipv6::on_loopback();
+        let changed = enabled && !self.ipv6_on_loopback;
+        if changed {
+            routes::install(&self.plan).await?;
+        }
+        self.ipv6_on_loopback = enabled;
+        Ok(changed)
     }
 
     /// Rules that would catch the same traffic: of an older run by another backend, or of Istio or

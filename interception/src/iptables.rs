@@ -20,7 +20,7 @@ use crate::interception::RemovalScope;
 use crate::nftables::{self, RuleCounter};
 use crate::plan::{Family, RulePlan};
 use crate::verify::Listing;
-use crate::{InterceptionError, ipv6};
+use crate::{InterceptionError, ipv6_available};
 
 /// What the programs talk to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,7 +197,7 @@ struct Step {
 
 /// Those that the kernel has.
 fn families() -> Vec<Family> {
-    if ipv6::known() { vec![Family::V4, Family::V6] } else { vec![Family::V4] }
+    if ipv6_available() { vec![Family::V4, Family::V6] } else { vec![Family::V4] }
 }
 
 fn name(family: Family) -> &'static str {

@@ -1,4 +1,9 @@
-//! Whether the calling thread's network namespace has IPv6.
+//! Whether the kernel has IPv6, and where the calling thread's network namespace has it enabled.
+//!
+//! `disable_ipv6` may be written at any time, so nothing that keeps traffic from leaving in plain
+//! may depend on it: rules and listeners of IPv6 exist wherever the kernel has IPv6. Only the routes
+//! and addresses of a loopback interface cannot, while IPv6 is disabled there. Until they exist the
+//! workload's IPv6 goes nowhere: its connections are redirected to ::1, which takes no packet.
 //!
 //! Not here: what is done about IPv6 traffic. That is a setting.
 
@@ -10,31 +15,14 @@ use std::path::Path;
 /// `ipv6.disable=1`.
 const INTERFACES: &str = "/proc/sys/net/ipv6/conf";
 
-/// Whether any IPv6 packet can be sent or received here.
-///
-/// `all` does not count: writing it sets the interfaces, but an interface may be enabled again
-/// after that, and traffic that could flow must be caught.
+/// Whether the kernel has IPv6, be it disabled on every interface.
 #[must_use]
 pub fn ipv6_available() -> bool {
-    let Ok(interfaces) = fs::read_dir(INTERFACES) else {
-        return false;
-    };
-    interfaces
-        .flatten()
-        .filter(|interface| interface.file_name() != "all")
-        .any(|interface| enabled(&interface.path()))
-}
-
-/// Whether the kernel takes IPv6 routes through the loopback interface.
-pub(crate) fn on_loopback() -> bool {
-    enabled(&Path::new(INTERFACES).join("lo"))
-}
-
-/// Whether the kernel knows IPv6 at all, be it disabled everywhere.
-pub(crate) fn known() -> bool {
     Path::new(INTERFACES).exists()
 }
 
-fn enabled(interface: &Path) -> bool {
-    fs::read_to_string(interface.join("disable_ipv6")).is_ok_and(|value| value.trim() == "0")
+/// Whether the kernel takes IPv6 routes through the loopback interface, and addresses of it, now.
+pub(crate) fn on_loopback() -> bool {
+    let switch = Path::new(INTERFACES).join("lo/disable_ipv6");
+    fs::read_to_string(switch).is_ok_and(|value| value.trim() == "0")
 }

@@ -1,17 +1,20 @@
 //! Whether an address is one of this namespace's own, by the kernel's routes: what
 //! `fib daddr type local` of nftables and `-m addrtype --dst-type LOCAL` of iptables decide by.
 //!
-//! An address counts from the moment it is added until it is removed, and so does a range that a
-//! `local` route delivers (AnyIP). Nothing is cached: an answer takes the kernel some 2 µs.
+//! An address counts as soon as it is added, and so does a range that a `local` route delivers
+//! (AnyIP). That an address is local is remembered for a second: a question takes two system calls,
+//! which a connection in TPROXY mode would pay for. That one is not local is never remembered.
 
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with,
 };
+use tokio::time::Instant;
 
 /// include/uapi/linux/rtnetlink.h and include/uapi/linux/netlink.h.
 const RTM_NEWROUTE: u16 = 24;
@@ -27,52 +30,77 @@ const ATTRIBUTE: u16 = 4;
 /// Where `rtm_type`, the eighth octet of struct rtmsg, is in a message.
 const ROUTE_TYPE: usize = 16 + 7;
 
-/// Answers for the namespace of the thread that asks first.
-#[derive(Debug, Default)]
+/// How long an address is taken for local without another question.
+const REMEMBERED: Duration = Duration::from_secs(1);
+/// How many are remembered; a pod has a few.
+const REMEMBERED_AT_MOST: usize = 16;
+/// How many answers to earlier questions may come before the one to this.
+const STALE: usize = 8;
+
+/// Answers for the namespace of the thread that opened it.
+#[derive(Debug)]
 pub struct LocalAddresses {
-    /// The socket to the kernel, once there was a question, and the number of the last question.
-    connection: Mutex<Option<(OwnedFd, u32)>>,
+    socket: OwnedFd,
+    asked: Mutex<Asked>,
+}
+
+#[derive(Debug, Default)]
+struct Asked {
+    /// The number of the last question.
+    sequence: u32,
+    /// What the kernel said is local, and when it did.
+    local: Vec<(IpAddr, Instant)>,
 }
 
 impl LocalAddresses {
+    /// Opens a socket to the kernel.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn open() -> io::Result<Self> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        // No protocol is NETLINK_ROUTE, which is 0.
+        let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
+        Ok(Self { socket, asked: Mutex::default() })
+    }
+
     /// Whether packets to `address` are delivered in this namespace.
     ///
     /// # Errors
     ///
-    /// The kernel's: no socket, or no answer.
+    /// The kernel's: no answer.
     pub fn contain(&self, address: IpAddr) -> io::Result<bool> {
         let address = address.to_canonical();
         if address.is_loopback() {
             return Ok(true);
         }
-        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        let (socket, last) = match connection.take() {
-            Some(connection) => connection,
-            None => (connect()?, 0),
-        };
-        let sequence = last.wrapping_add(1);
-        let answer = ask(&socket, sequence, address);
-        // After an error, the answer to this question may still come.
-        if answer.is_ok() {
-            *connection = Some((socket, sequence));
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        asked.local.retain(|(_, since)| now.duration_since(*since) < REMEMBERED);
+        if asked.local.iter().any(|(local, _)| *local == address) {
+            return Ok(true);
         }
-        answer
+        asked.sequence = asked.sequence.wrapping_add(1);
+        let local = self.ask(asked.sequence, address)?;
+        if local && asked.local.len() < REMEMBERED_AT_MOST {
+            asked.local.push((address, now));
+        }
+        Ok(local)
     }
-}
 
-fn connect() -> io::Result<OwnedFd> {
-    let (family, flags) = (AddressFamily::NETLINK, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
-    // No protocol is NETLINK_ROUTE, which is 0.
-    Ok(socket_with(family, SocketType::RAW, flags, None)?)
-}
-
-/// The kernel answers before `send` returns (`netlink_unicast_kernel`, net/netlink/af_netlink.c).
-fn ask(socket: &OwnedFd, sequence: u32, address: IpAddr) -> io::Result<bool> {
-    send(socket, &request(sequence, address), SendFlags::empty())?;
-    let mut answer = [0; 1024];
-    let (read, _) = recv(socket, &mut answer, RecvFlags::empty())?;
-    let answer = answer.get(..read).unwrap_or_default();
-    is_local(answer, sequence).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    /// The kernel answers before `send` returns (`netlink_unicast_kernel`, net/netlink/af_netlink.c).
+    fn ask(&self, sequence: u32, address: IpAddr) -> io::Result<bool> {
+        send(&self.socket, &request(sequence, address), SendFlags::empty())?;
+        let mut answer = [0; 1024];
+        for _ in 0..STALE {
+            let (read, _) = recv(&self.socket, &mut answer, RecvFlags::empty())?;
+            if let Some(local) = is_local(answer.get(..read).unwrap_or_default(), sequence) {
+                return Ok(local);
+            }
+        }
+        Err(io::ErrorKind::InvalidData.into())
+    }
 }
 
 fn request(sequence: u32, address: IpAddr) -> Vec<u8> {
@@ -118,7 +146,7 @@ mod tests {
 
     #[test]
     fn loopback_is_local_and_documentation_addresses_are_not() {
-        let local = LocalAddresses::default();
+        let local = LocalAddresses::open().unwrap();
         for address in ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"] {
             assert!(local.contain(address.parse().unwrap()).unwrap(), "{address}");
         }

@@ -107,8 +107,8 @@ pub struct RulePlan {
 }
 
 impl RulePlan {
-    /// The rules that `settings` ask for. `ipv6`: whether the namespace has IPv6 at all
-    /// ([`crate::ipv6_available`]). The profile `none` has no rules.
+    /// The rules that `settings` ask for. `ipv6`: whether the kernel has IPv6, enabled here
+    /// or not ([`crate::ipv6_available`]). The profile `none` has no rules.
     #[must_use]
     pub fn new(settings: &InterceptionSettings, ports: Ports, ipv6: bool) -> Self {
         let inputs = build::Inputs::new(settings, ports, ipv6);

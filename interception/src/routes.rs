@@ -22,7 +22,7 @@ use nlink::netlink::{Connection, Route as Rtnetlink};
 use crate::netlink::failed;
 use crate::plan::{LoopbackAddress, PolicyRoute, RulePlan};
 use crate::verify::Section;
-use crate::{InterceptionError, ipv6};
+use crate::{InterceptionError, ipv6, ipv6_available};
 
 /// Says in the kernel who made our rules and routes (`ip rule` shows `proto 117`), so that removal
 /// cannot take another program's. The number is free in /etc/iproute2/rt_protos.
@@ -51,18 +51,27 @@ pub(crate) enum Version {
 /// What the plan needs here, in the order of its installation.
 ///
 /// IPv6 follows the kernel rather than the capture setting: also a pod whose own IPv6 traffic is
-/// not caught gets HBONE from IPv6 clients, whose addresses the proxy imitates. A loopback
-/// interface without IPv6 takes no IPv6 route, and has no IPv6 connection to return.
+/// not caught gets HBONE from IPv6 clients, whose addresses the proxy imitates. While IPv6 is
+/// disabled on the loopback interface, that takes no IPv6 route or address.
 fn needed(plan: &RulePlan) -> Vec<Entry> {
-    let v6 = ipv6::on_loopback();
-    let versions = if v6 { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
+    let (known, v6) = (ipv6_available(), ipv6::on_loopback());
+    let versions = if known { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
     let routes = plan.routes().iter().flat_map(|route| {
         versions
             .iter()
             .flat_map(|version| [Entry::Rule(*route, *version), Entry::Route(*route, *version)])
     });
-    let addresses = plan.addresses().iter().filter(|_| v6);
-    routes.chain(addresses.map(|LoopbackAddress(address)| Entry::Address(*address))).collect()
+    let addresses = plan.addresses().iter();
+    let mut entries: Vec<_> =
+        routes.chain(addresses.map(|LoopbackAddress(address)| Entry::Address(*address))).collect();
+    entries.retain(|entry| v6 || !entry.needs_ipv6_on_loopback());
+    entries
+}
+
+impl Entry {
+    fn needs_ipv6_on_loopback(&self) -> bool {
+        matches!(self, Self::Route(_, Version::V6) | Self::Address(_))
+    }
 }
 
 /// What the rules of other settings rely on, and these do not: with them, a mark that these rules set would lead astray.
@@ -98,6 +107,8 @@ pub(crate) async fn install(plan: &RulePlan) -> Result<Vec<Entry>, InterceptionE
         match add(&connection, entry).await {
             Ok(()) => added.push(entry),
             Err(error) if error.is_already_exists() => {}
+            // Disabled since the list was made.
+            Err(_) if entry.needs_ipv6_on_loopback() && !ipv6::on_loopback() => {}
             Err(error) => {
                 undo(&added).await;
                 return Err(failed(OPERATION)(error));
@@ -123,13 +134,13 @@ pub(crate) async fn remove(plan: &RulePlan) -> Result<bool, InterceptionError> {
 /// All that the plan may have needed here, in both families.
 fn removable(plan: &RulePlan) -> Vec<Entry> {
     // Without IPv6 the kernel answers questions about it with errors, and has nothing of ours.
-    let v6 = if ipv6::known() { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
+    let v6 = if ipv6_available() { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
     let mut entries = Vec::new();
     for route in plan.routes() {
         entries.extend(v6.iter().map(|version| Entry::Rule(*route, *version)));
         entries.extend(v6.iter().map(|version| Entry::Route(*route, *version)));
     }
-    let addresses = plan.addresses().iter().filter(|_| ipv6::known());
+    let addresses = plan.addresses().iter().filter(|_| ipv6_available());
     entries.extend(addresses.map(|LoopbackAddress(address)| Entry::Address(*address)));
     entries
 }

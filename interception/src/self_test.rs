@@ -55,7 +55,7 @@ impl ProbeSockets {
     /// The kernel's.
     pub fn open() -> io::Result<Self> {
         let open = |domain| Socket::new(domain, Type::STREAM.nonblocking(), None);
-        let v6 = ipv6::known().then(|| open(Domain::IPV6)).transpose()?;
+        let v6 = ipv6::ipv6_available().then(|| open(Domain::IPV6)).transpose()?;
         let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
         Ok(Self { v4: open(Domain::IPV4)?, v6, uid, gid })
     }
@@ -75,7 +75,9 @@ impl ProbeSockets {
         let environment = Environment::current()?;
         let candidates = candidates(settings);
         let mut probes = Vec::new();
-        for (v6, socket) in [(false, Some(&self.v4)), (true, self.v6.as_ref())] {
+        // What is redirected to ::1 does not arrive while IPv6 is disabled on the loopback interface.
+        let v6 = self.v6.as_ref().filter(|_| ipv6::on_loopback());
+        for (v6, socket) in [(false, Some(&self.v4)), (true, v6)] {
             let caught = candidates
                 .iter()
                 .filter(|destination| destination.is_ipv6() == v6)

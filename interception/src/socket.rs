@@ -56,7 +56,8 @@ enum LastHop {
 }
 
 impl Sockets {
-    /// Sockets for these settings, in a namespace that has IPv6 or not
+    /// Sockets for these settings. `ipv6`: whether the kernel has IPv6, enabled here or not: a
+    /// listener at `[::]` takes connections of a family from when it is enabled
     /// ([`crate::ipv6_available`]).
     #[must_use]
     pub fn new(settings: &InterceptionSettings, ipv6: bool) -> Self {

@@ -10,7 +10,7 @@ use tokio::task::coop::unconstrained;
 use tokio::task::yield_now;
 use tokio::time::{sleep, sleep_until};
 use underpass_interception::{
-    BoundListener, Closing, Listener, Ports, is_out_of_files, original_destination, reset_on_close,
+    BoundListener, Closing, Listener, Ports, original_destination, reset_on_close,
 };
 
 use crate::descriptors::{Held, PAIR, Shortage};
@@ -94,7 +94,6 @@ impl Accepted {
                 metrics::not_local();
                 Err(ProxyError::NotLocal(destination))
             }
-            Err(error) if is_out_of_files(&error) => Err(ProxyError::OutOfDescriptors),
             Err(source) => Err(ProxyError::LocalUnknown { destination, source }),
         }
     }

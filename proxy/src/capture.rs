@@ -89,10 +89,9 @@ impl Capture {
         let user = ProxyUser::required(interception)?;
         let prepared = if interception.install {
             let prepared = Interception::prepare(interception, ports).await?;
-            let serving = vec![settings.readiness.port(), settings.metrics.port()];
             let owner = format!("pid {} started {}", std::process::id(), started());
             let owner = format!("underpass {owner} {}", role(interception.profile, ports));
-            prepared.map(|prepared| prepared.serving(interception, serving).owned_by(owner))
+            prepared.map(|prepared| prepared.owned_by(owner))
         } else {
             None
         };
@@ -109,7 +108,13 @@ impl Capture {
             return Ok(());
         };
         if interception.ipv6_absent() {
-            tracing::info!("the kernel has no IPv6 here: there is none to catch");
+            tracing::info!("the kernel has no IPv6: there is none to catch");
+        }
+        if interception.ipv6_disabled() {
+            tracing::info!(
+                "IPv6 is disabled on the loopback interface (disable_ipv6): its rules are installed, and the \
+                 workload's IPv6 goes nowhere until it is enabled there"
+            );
         }
         for leftover in interception.leftovers().await? {
             tracing::warn!("{leftover}");

@@ -58,6 +58,11 @@ pub(crate) enum ProxyError {
     #[error("{0}")]
     Denied(Denial),
     #[error(
+        "{0}; it came in plain, so it has no principal (interception.inbound.exclude_ports leaves a port to the workload that \
+         clients outside the mesh need, such as a CA's)"
+    )]
+    DeniedInPlain(Denial),
+    #[error(
         "plaintext to {0} is refused, since proxy.mtls (or one of proxy.mtls_overrides) is strict: is the client part of the mesh?"
     )]
     PlaintextRefused(SocketAddr),
@@ -163,7 +168,9 @@ impl ProxyError {
             Self::OutOfDescriptors => {
                 ("out_of_descriptors", "CONNECT", Us, StatusCode::SERVICE_UNAVAILABLE)
             }
-            Self::Denied(_) => ("policy_denied", "DENY", Client, StatusCode::UNAUTHORIZED),
+            Self::Denied(_) | Self::DeniedInPlain(_) => {
+                ("policy_denied", "DENY", Client, StatusCode::UNAUTHORIZED)
+            }
             Self::PlaintextRefused(_) => {
                 ("plaintext_refused", "DENY", Client, StatusCode::UNAUTHORIZED)
             }

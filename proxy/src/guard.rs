@@ -157,8 +157,17 @@ impl Guard {
     async fn look(&mut self) -> Result<Option<Event>, InterceptionError> {
         self.look_at = None;
         let began = Instant::now();
-        let Some(difference) = self.interception.verify().await? else {
-            return self.stand().await;
+        let difference = loop {
+            if self.interception.follow_ipv6().await? {
+                tracing::info!(
+                    "IPv6 is enabled on the loopback interface now: its routes are installed"
+                );
+            }
+            match self.interception.verify().await? {
+                None => return self.stand().await,
+                Some(_) if self.interception.ipv6_has_changed() => {}
+                Some(difference) => break difference,
+            }
         };
         // First: until the repair is done, what is sent is not caught.
         self.block().await;

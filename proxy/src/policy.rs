@@ -178,7 +178,8 @@ fn check_inbound(inbound: &Inbound, snapshot: &Snapshot, rules: &Rules) -> Resul
         }
     }
     let policies = snapshot.mesh.policies(local.namespace, local.workload);
-    authorization::decide(policies, &inbound.connection()).map_err(ProxyError::Denied)
+    let denied = if principal.is_some() { ProxyError::Denied } else { ProxyError::DeniedInPlain };
+    authorization::decide(policies, &inbound.connection()).map_err(denied)
 }
 
 impl Inbound {

@@ -93,7 +93,7 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    fn new(shared: Shared, balance: Arc<Balance>, index: usize) -> Self {
+    fn new(shared: Shared, balance: Arc<Balance>, index: usize, local: LocalAddresses) -> Self {
         let Timeouts { connect, handshake, reply, pool_idle, .. } = shared.timeouts;
         let dialer = TunnelDialer {
             sockets: shared.sockets.clone(),
@@ -115,7 +115,6 @@ impl Worker {
         let acceptor = credentials().map(|own| Acceptor::new(own, ServerSettings::default()));
         let pool = Pool::new(dialer, settings);
         let (live, series) = (Arc::default(), KnownSeries::default());
-        let local = LocalAddresses::default();
         Self { pool, connector, acceptor, live, series, balance, index, local, shared }
     }
 
@@ -232,7 +231,8 @@ pub(crate) fn start(
     }
     let start_one = |(index, (receiver, hand))| -> Result<_, CommandError> {
         let (applied, followed) = watch::channel(Applied::default());
-        let worker = Arc::new(Worker::new(shared.clone(), balance.clone(), index));
+        let local = LocalAddresses::open().map_err(CommandError::Start)?;
+        let worker = Arc::new(Worker::new(shared.clone(), balance.clone(), index, local));
         let senders = senders.clone();
         let kept = if shared.unprivileged { Kept::Nothing } else { Kept::NetAdmin };
         let thread =

@@ -36,6 +36,12 @@ pub enum IssuerProblem {
         "TLS 1.3 with h2 failed: does identity.istio_ca.roots hold its root, and is identity.istio_ca.server_name in its certificate?"
     )]
     Tls,
+    /// The connection was accepted, and then broke before the TLS handshake was complete.
+    #[error(
+        "the connection was closed during the TLS handshake: does a proxy in the CA's pod refuse plaintext there (mTLS \
+         strict, a policy)? Its interception.inbound.exclude_ports leaves the CA's port to the CA"
+    )]
+    HandshakeReset,
     /// The connection broke before the answer.
     #[error("the connection was lost before it answered")]
     Lost,

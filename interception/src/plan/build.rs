@@ -30,7 +30,7 @@ pub(super) struct Inputs<'a> {
     pub(super) ports: Ports,
     /// The families whose connections are caught: each has its twin of a rule about addresses.
     pub(super) families: Vec<Family>,
-    /// Whether the namespace has IPv6 at all.
+    /// Whether the kernel has IPv6, enabled or not.
     pub(super) ipv6: bool,
     /// Whether inbound connections are caught by TPROXY.
     pub(super) tproxy: bool,

@@ -9,6 +9,7 @@
 mod blackhole;
 mod flows;
 mod iptables;
+mod local;
 mod namespaces;
 mod nftables;
 mod plans;
@@ -39,6 +40,7 @@ fn main() {
         .chain(iptables::CASES)
         .chain(nftables::CASES)
         .chain(namespaces::CASES)
+        .chain(local::CASES)
         .chain(walk::CASES)
         .map(|&(name, test)| Trial::test(name, test))
         .collect();

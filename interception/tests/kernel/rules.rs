@@ -23,11 +23,15 @@ pub(crate) const CASES: &[Case] = &[
     ("a refused ruleset takes its routes back", refusal_leaves_nothing),
     ("ip rules and routes of another mode are a difference, and go", routes_of_another_mode),
     ("a dormant table of ours is replaced by a live one", dormant_is_replaced),
-    ("without IPv6 only IPv4 is caught, and it is said", without_ipv6),
-    (
-        "IPv6 that is disabled everywhere but on a later interface counts as there",
-        ipv6_enabled_again,
-    ),
+    ("rules of IPv6 exist while it is disabled, and its routes follow (nftables)", || {
+        disabled_ipv6("nftables")
+    }),
+    ("rules of IPv6 exist while it is disabled, and its routes follow (iptables)", || {
+        disabled_ipv6("iptables")
+    }),
+    ("rules of IPv6 exist while it is disabled, and its routes follow (legacy)", || {
+        disabled_ipv6("iptables-legacy")
+    }),
     ("bypassing IPv6 catches IPv4 only, and keeps the way back", bypass),
     ("counters name every rule in order", counters_in_order),
 ];
@@ -186,33 +190,51 @@ fn dormant_is_replaced() -> Result<(), Failed> {
     equal("the table is dormant", dormant, false)
 }
 
-fn without_ipv6() -> Result<(), Failed> {
-    let pod = lonely("without-ipv6")?;
-    let (absent, rules) = inside(&pod, async || {
-        fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
-        let interception = prepare("").await?;
-        interception.install().await?;
-        let rules = counters().await?;
-        interception.remove().await?;
-        Ok((interception.ipv6_absent(), rules))
-    })?;
-    equal("IPv6 is absent", absent, true)?;
-    equal("an IPv6 rule", rules.iter().any(|rule| rule.id.ends_with("-v6")), false)?;
-    equal("ip rules of IPv6", command(&pod, "ip -6 rule")?.contains("0x111"), false)
+fn disabled_ipv6(backend: &str) -> Result<(), Failed> {
+    let owners = "proxy_uids=0 profile=";
+    let tproxy = format!("{owners}sidecar inbound.mode=tproxy");
+    let [sidecar, osm] = ["sidecar", "osm"].map(|profile| format!("{owners}{profile}"));
+    for (name, profile) in
+        [("ambient", "profile=ambient"), ("sidecar", &sidecar), ("tproxy", &tproxy), ("osm", &osm)]
+    {
+        let pod = lonely(&format!("disabled-ipv6-{backend}-{name}"))?;
+        disabled_ipv6_of(&pod, backend, profile)?;
+    }
+    Ok(())
 }
 
-fn ipv6_enabled_again() -> Result<(), Failed> {
-    let pod = lonely("ipv6-again")?;
-    command(&pod, "ip link add eth0 type veth peer name eth1")?;
-    inside(&pod, async || {
+/// Rules and ip rules exist while IPv6 is disabled; routes and addresses of lo follow.
+fn disabled_ipv6_of(pod: &Namespace, backend: &str, profile: &str) -> Result<(), Failed> {
+    inside(pod, async || {
         fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
-        fs::write("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "0")?;
-        let interception = prepare("").await?;
+        let mut interception = prepare(&format!("backend={backend} {profile}")).await?;
         interception.install().await?;
-        let rules = counters().await?;
         equal("IPv6 is absent", interception.ipv6_absent(), false)?;
-        equal("an IPv6 rule", rules.iter().any(|rule| rule.id.ends_with("-v6")), true)
-    })
+        equal("IPv6 is disabled", interception.ipv6_disabled(), true)?;
+        equal("a difference while it is disabled", interception.verify().await?, None)?;
+        let v6 = interception.plan().rules().iter().any(|rule| rule.id.ends_with("-v6"));
+        equal("an IPv6 rule", v6, true)?;
+        equal("IPv6 has been enabled", interception.follow_ipv6().await?, false)?;
+
+        fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "0")?;
+        let missing = interception.verify().await?.map(|difference| difference.counts());
+        let waiting = interception.plan().routes().len() + interception.plan().addresses().len();
+        equal("routes that wait", missing.unwrap_or_default(), (waiting, 0))?;
+        equal("IPv6 has been enabled", interception.follow_ipv6().await?, true)?;
+        equal("a difference once it is enabled", interception.verify().await?, None)?;
+        equal("IPv6 has been enabled again", interception.follow_ipv6().await?, false)?;
+
+        fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
+        equal("a difference once it is disabled", interception.verify().await?, None)?;
+        equal("IPv6 has been enabled", interception.follow_ipv6().await?, false)?;
+        interception.install().await?;
+        fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "0")?;
+        equal("IPv6 has been enabled", interception.follow_ipv6().await?, true)?;
+        equal("a difference once it is enabled again", interception.verify().await?, None)?;
+        Ok(interception.remove().await?)
+    })?;
+    let rules = command(pod, "ip -6 rule")?;
+    equal("an ip rule of ours", rules.contains("fwmark"), false)
 }
 
 fn bypass() -> Result<(), Failed> {

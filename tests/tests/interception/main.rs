@@ -12,6 +12,7 @@ mod flows;
 mod foreign;
 mod install;
 mod instances;
+mod ipv6;
 mod privileges;
 mod reload;
 mod repair;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
     foreign::add(&mut suite);
     instances::add(&mut suite);
     reload::add(&mut suite);
+    ipv6::add(&mut suite);
     start::add(&mut suite);
     commands::add(&mut suite);
     suite.run()

@@ -171,7 +171,7 @@ async fn without_ipv6() {
     }
     let mut client_proxy = scene.client.proxy(&scene.client_settings()).await;
     let _server_proxy = scene.server.proxy(&scene.server_settings()).await;
-    client_proxy.line(&["the kernel has no IPv6 here"]).await;
+    client_proxy.line(&["IPv6 is disabled on the loopback interface"]).await;
     let app = scene.server.listen(APP);
     let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(Family::V4)).await;
     exchange(&mut client, &mut server).await;

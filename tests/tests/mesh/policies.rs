@@ -76,7 +76,8 @@ async fn plaintext() {
     let app = scene.server.listen(APP);
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
     assert!(!app.is_reached(), "the application was reached");
-    server.line(&["connection failed", "reason=\"policy_denied\"", "default/no-strangers"]).await;
+    let denied = ["connection failed", "reason=\"policy_denied\"", "default/no-strangers"];
+    server.line(&[&denied[..], &["interception.inbound.exclude_ports"]].concat()).await;
 }
 
 async fn dry_run() {

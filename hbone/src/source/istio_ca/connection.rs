@@ -70,7 +70,7 @@ impl Endpoint {
             self.dial(dial).await.map_err(|error| self.problem(IssuerProblem::Connect, error))?;
         self.handshake(Box::new(io), roots)
             .await
-            .map_err(|error| self.problem(IssuerProblem::Tls, error))
+            .map_err(|error| self.problem(handshake_problem(&error), error))
     }
 
     async fn dial<D: Dial>(&self, dial: &D) -> io::Result<D::Io> {
@@ -127,5 +127,16 @@ impl Service<http::Request<Body>> for Connection {
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         Box::pin(self.0.send_request(request))
+    }
+}
+
+/// A proxy in front of the CA accepts a connection before it decides on it.
+fn handshake_problem(error: &io::Error) -> IssuerProblem {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    match error.kind() {
+        BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof => {
+            IssuerProblem::HandshakeReset
+        }
+        _ => IssuerProblem::Tls,
     }
 }

@@ -110,6 +110,24 @@ async fn a_ca_that_restarts_somewhere_else_is_found_again() {
     ca.issue(&id(CLIENT), Priority::RealTime).await.unwrap();
 }
 
+/// As a proxy does that refuses plaintext by a policy: it accepts first.
+#[tokio::test]
+async fn explains_a_reset_during_the_handshake() {
+    let served = served("istio-reset").await;
+    let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let dial = DialCa::new(&served);
+    *dial.0.lock().unwrap() = proxy.local_addr().unwrap();
+    let ca = IstioCa::new(settings(&served, NAME), dial).unwrap();
+    let refuse = async {
+        let (stream, _) = proxy.accept().await.unwrap();
+        // Unread bytes, so that closing it sends RST.
+        stream.readable().await.unwrap();
+    };
+    let (what, ()) = tokio::join!(refused(&ca, CLIENT), refuse);
+    assert!(matches!(what, IssuerProblem::HandshakeReset), "{what}");
+    assert!(what.to_string().contains("interception.inbound.exclude_ports"), "{what}");
+}
+
 #[tokio::test]
 async fn a_server_that_is_not_the_ca_never_sees_the_token() {
     let served = served("istio-impostor").await;

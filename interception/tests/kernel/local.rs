@@ -1,0 +1,63 @@
+//! Which addresses the kernel delivers in a namespace.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+use tokio::time::{advance, pause};
+use underpass_interception::{LocalAddresses, Namespace};
+
+use crate::Case;
+use crate::pod::{command, equal, inside, lonely};
+
+pub(crate) const CASES: &[Case] = &[
+    ("addresses of interfaces and of local routes are local", of_interfaces_and_routes),
+    ("an address that is removed is not local a second later", removed),
+];
+
+fn expect(local: &LocalAddresses, address: &str, expected: bool) -> Result<(), Failed> {
+    let address: IpAddr = address.parse()?;
+    equal(&address.to_string(), local.contain(address)?, expected)
+}
+
+fn of_interfaces_and_routes() -> Result<(), Failed> {
+    let pod = lonely("local-addresses")?;
+    let all = ["192.0.2.7", "198.51.100.77", "2001:db8::7", "2001:db8:1::77"];
+    inside(&pod, async || {
+        let local = LocalAddresses::open()?;
+        all.iter().try_for_each(|address| expect(&local, address, false))?;
+        for line in [
+            "ip address add 192.0.2.7 dev lo",
+            "ip address add 2001:db8::7 dev lo",
+            "ip route add local 198.51.100.0/24 dev lo",
+            "ip route add local 2001:db8:1::/64 dev lo",
+            // To another host: not local.
+            "ip link add eth0 up type veth peer name eth1",
+            "ip address add 10.0.0.1/24 dev eth0",
+        ] {
+            run(&pod, line)?;
+        }
+        all.iter().try_for_each(|address| expect(&local, address, true))?;
+        expect(&local, "10.0.0.1", true)?;
+        expect(&local, "::ffff:10.0.0.1", true)?;
+        expect(&local, "10.0.0.2", false)?;
+        expect(&local, "10.0.0.255", false)
+    })
+}
+
+fn removed() -> Result<(), Failed> {
+    let pod = lonely("local-removed")?;
+    inside(&pod, async || {
+        pause();
+        let local = LocalAddresses::open()?;
+        run(&pod, "ip address add 192.0.2.7 dev lo")?;
+        expect(&local, "192.0.2.7", true)?;
+        run(&pod, "ip address del 192.0.2.7/32 dev lo")?;
+        advance(Duration::from_secs(1)).await;
+        expect(&local, "192.0.2.7", false)
+    })
+}
+
+fn run(pod: &Namespace, line: &str) -> Result<(), Failed> {
+    command(pod, line).map(drop)
+}
