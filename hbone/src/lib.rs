@@ -12,7 +12,9 @@
 //!
 //! Not here: sockets (the caller dials, through [`Dial`]), who may talk to whom, and copying bytes.
 
+mod activity;
 mod authority;
+mod budget;
 mod bundle;
 mod ca;
 mod client;
@@ -25,10 +27,12 @@ mod guard;
 mod handshakes;
 mod headers;
 mod identity;
+mod inspect;
 mod io;
 mod keepalive;
 mod keeper;
 mod link;
+mod overdue;
 mod pem;
 mod pool;
 mod server;
@@ -54,6 +58,7 @@ pub use error::{CredentialProblem, ExpectedPeer, Fault, HboneError, RequestProbl
 pub use handshakes::{HandshakeGuard, HandshakeLimit};
 pub use headers::{Baggage, Forwarded, HeaderError, RequestHeaders, TraceParent};
 pub use identity::Identity;
+pub use inspect::TunnelLimit;
 pub use keeper::{CredentialsEvent, Keeper};
 pub use pool::{Dial, Pool, PoolSettings, PoolStatistics, TunnelKey};
 pub use server::{Acceptor, Incoming, ServerTunnel};
@@ -62,7 +67,7 @@ pub use source::{
     FileSource, IdentitySource, IssuerProblem, IstioCa, IstioCaSource, LocalCaSource, NextIdentity,
     Priority, SpireSource,
 };
-pub use sources::{SourceGuard, SourceLimit};
+pub use sources::{CountGuard, CountLimit, SourceGuard, SourceLimit};
 pub use stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
 pub use tls::PeerIdentity;
 pub use trust::{Trust, TrustFiles};

@@ -14,9 +14,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::activity::PeerActivity;
 use crate::distrust::{Distrust, Distrusted};
+use crate::inspect::{Inspector, TunnelLimit};
 use crate::windows::Unread;
-use crate::{HboneError, PeerIdentity, tls};
+use crate::{HboneError, PeerIdentity, clock, tls};
 
 /// One connection to a peer.
 #[derive(Debug)]
@@ -29,6 +31,7 @@ pub(crate) struct Link {
     traffic: Traffic,
     load: Mutex<Load>,
     unread: Unread,
+    activity: PeerActivity,
     /// Why the connection failed, when h2 does not know: a TLS alert, or a silent peer.
     failure: OnceLock<HboneError>,
     /// Whether it is to close with its last stream.
@@ -72,6 +75,7 @@ impl Link {
             traffic: Traffic::default(),
             load: Mutex::new(Load { open_streams: 0, idle_since: now }),
             unread: Unread::default(),
+            activity: PeerActivity::default(),
             failure: OnceLock::new(),
             trust: Distrusted::default(),
             released: AtomicBool::new(false),
@@ -85,6 +89,11 @@ impl Link {
 
     pub(crate) fn usable_until(&self) -> SystemTime {
         self.usable_until
+    }
+
+    /// Whether the first of both sides' certificates has expired: no stream may begin.
+    pub(crate) fn is_expired(&self) -> bool {
+        clock::now() >= self.usable_until
     }
 
     pub(crate) fn last_heard(&self) -> Instant {
@@ -114,6 +123,26 @@ impl Link {
     /// What its streams hold that was not read.
     pub(crate) fn unread(&self) -> &Unread {
         &self.unread
+    }
+
+    pub(crate) fn activity(&self) -> &PeerActivity {
+        &self.activity
+    }
+
+    /// Since when the peer owes the rest of a frame or header block that has a deadline.
+    pub(crate) fn unfinished_since(&self, streams_open: bool) -> Option<Instant> {
+        let unfinished = self.activity.unfinished()?;
+        let has_deadline = !(unfinished.data && streams_open);
+        has_deadline.then(|| self.opened + Duration::from_millis(unfinished.since))
+    }
+
+    /// Notes that the peer exceeded a limit: the connection is to be closed.
+    pub(crate) fn exceed(&self, limit: TunnelLimit) {
+        self.activity.exceed(limit);
+    }
+
+    pub(crate) fn exceeded(&self) -> Option<TunnelLimit> {
+        self.activity.exceeded()
     }
 
     pub(crate) fn open_stream(self: &Arc<Self>) -> OpenStream {
@@ -187,10 +216,12 @@ impl Link {
         self.load.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn hear(&self) {
+    /// Notes that bytes came; returns when, in milliseconds since the connection was opened.
+    fn hear(&self) -> u64 {
         let age = self.age();
         self.heard.store(age, Ordering::Relaxed);
         self.traffic.hear(age);
+        age
     }
 
     fn wrote(&self, polled: &Poll<io::Result<usize>>) {
@@ -200,7 +231,7 @@ impl Link {
     }
 
     /// In milliseconds.
-    fn age(&self) -> u64 {
+    pub(crate) fn age(&self) -> u64 {
         u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }
@@ -257,18 +288,31 @@ impl Drop for OpenStream {
 const TURN: usize = 256 << 10;
 
 /// The TLS stream under h2, which tells its [`Link`] what h2 forgets: when bytes came, which alert ended it, or what ended the
-/// stream that carries it.
+/// stream that carries it. Nothing is read any more once the peer has exceeded a limit.
 #[derive(Debug)]
 pub(crate) struct Monitored<T> {
     io: T,
     link: Arc<Link>,
+    inspector: Inspector,
     /// How much was read in this turn.
     read: usize,
 }
 
 impl<T> Monitored<T> {
-    pub(crate) fn new(io: T, link: Arc<Link>) -> Self {
-        Self { io, link, read: 0 }
+    pub(crate) fn new(io: T, link: Arc<Link>, inspector: Inspector) -> Self {
+        Self { io, link, inspector, read: 0 }
+    }
+
+    /// Counts what was read; whether h2 may have it.
+    fn inspect(&mut self, read: &[u8]) -> bool {
+        let (link, activity) = (&self.link, self.link.activity());
+        self.read += read.len();
+        link.traffic.count(read.len());
+        match self.inspector.inspect(read, link.hear(), activity.useful()) {
+            Ok(unfinished) => activity.note_unfinished(unfinished),
+            Err(limit) => link.exceed(limit),
+        }
+        link.exceeded().is_none()
     }
 }
 
@@ -278,6 +322,10 @@ impl<T: AsyncRead + Unpin> AsyncRead for Monitored<T> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.link.exceeded().is_some() {
+            // The task that drives the connection looks for this whenever h2 has nothing to do.
+            return Poll::Pending;
+        }
         if self.read >= TURN {
             self.read = 0;
             cx.waker().wake_by_ref();
@@ -287,10 +335,10 @@ impl<T: AsyncRead + Unpin> AsyncRead for Monitored<T> {
         let polled = Pin::new(&mut self.io).poll_read(cx, buf);
         match &polled {
             Poll::Ready(Ok(())) => {
-                let read = buf.filled().len() - before;
-                self.read += read;
-                self.link.traffic.count(read);
-                self.link.hear();
+                if !self.inspect(buf.filled().get(before..).unwrap_or_default()) {
+                    buf.set_filled(before);
+                    return Poll::Pending;
+                }
             }
             Poll::Ready(Err(error)) => {
                 if let Some(reason) = tls::known_error(error) {
@@ -343,13 +391,18 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     use super::*;
+    use crate::inspect::PeerRole;
     use crate::testing::Mesh;
+
+    fn inspector() -> Inspector {
+        Inspector::new(PeerRole::Server, 1)
+    }
 
     #[tokio::test]
     async fn bytes_are_counted_in_both_directions() {
         let (tunnel, _server) = Mesh::new().tunnel().await;
         let (near, mut far) = duplex(64);
-        let mut near = Monitored::new(near, tunnel.link().clone());
+        let mut near = Monitored::new(near, tunnel.link().clone(), inspector());
         let count = || tunnel.link().traffic.bytes.load(Ordering::Relaxed);
         let before = count();
         near.write_all(b"request").await.unwrap();
@@ -363,8 +416,10 @@ mod tests {
     async fn a_turn_of_reading_ends_though_there_is_more_and_another_follows() {
         let (tunnel, _server) = Mesh::new().tunnel().await;
         let (near, mut far) = duplex(2 * TURN);
-        let mut near = Monitored::new(near, tunnel.link().clone());
-        far.write_all(&vec![0; 2 * TURN]).await.unwrap();
+        let mut near = Monitored::new(near, tunnel.link().clone(), inspector());
+        // The beginning of one DATA frame.
+        let head = [0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1];
+        far.write_all(&[&head[..], &vec![0; 2 * TURN - head.len()]].concat()).await.unwrap();
         let (mut read, mut buffer) = (0, vec![0; TURN / 4]);
         while let Some(length) = poll_immediate(near.read(&mut buffer)).await {
             read += length.unwrap();

@@ -4,21 +4,28 @@
 
 use std::time::Duration;
 
-/// RFC 9113 section 6.5.2: the largest frame we take. Few, large frames make bulk cheap.
-pub(crate) const MAX_FRAME_SIZE: u32 = 1 << 20;
+/// RFC 9113 section 6.5.2: the largest frame we take, in bytes. Few, large frames make bulk cheap; no peer of ours sends larger
+/// ones than its `send_buffer`. h2 holds a frame until it is whole, before it looks at flow control: a tunnel without streams can
+/// hold one. Only DATA may be as large (`inspect.rs`).
+pub(crate) const MAX_FRAME_SIZE: u32 = 256 << 10;
 
 /// What we hold beyond the payload for buffered small DATA frames, in bytes (h2 counts what a frame is
 /// short of 256 bytes). A tunnel that needs more is closed: a stalled stream may have some 260,000 writes of a few bytes
 /// waiting, or all streams together 40 MiB in writes of 100 bytes.
 pub(crate) const SMALL_FRAME_BUDGET: usize = 64 << 20;
 
+/// As long as a handshake.
+const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How a tunnel is used from the client's side.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct ClientSettings {
     /// Windows and buffers.
     pub http2: Http2Settings,
     /// When a silent peer is given up.
     pub keepalive: KeepaliveSettings,
+    /// How long a frame or header block may take that the peer has begun, and its first SETTINGS.
+    pub frame_timeout: Duration,
 }
 
 /// How a tunnel is served.
@@ -28,6 +35,8 @@ pub struct ServerSettings {
     pub http2: Http2Settings,
     /// When a silent peer is given up.
     pub keepalive: KeepaliveSettings,
+    /// How long a frame or header block may take that the peer has begun, and its first SETTINGS.
+    pub frame_timeout: Duration,
     /// How many streams a peer may have open in one tunnel.
     pub max_streams: u32,
 }
@@ -72,12 +81,23 @@ impl Default for Http2Settings {
     }
 }
 
+impl Default for ClientSettings {
+    fn default() -> Self {
+        Self {
+            http2: Http2Settings::default(),
+            keepalive: KeepaliveSettings::default(),
+            frame_timeout: FRAME_TIMEOUT,
+        }
+    }
+}
+
 impl Default for ServerSettings {
     fn default() -> Self {
         Self {
             // As ztunnel: a peer that does not read can hold at most 200 of these.
             http2: Http2Settings { max_header_list: 64 << 10, ..Http2Settings::default() },
             keepalive: KeepaliveSettings::default(),
+            frame_timeout: FRAME_TIMEOUT,
             max_streams: 200,
         }
     }

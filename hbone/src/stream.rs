@@ -101,6 +101,7 @@ impl TunnelReader {
                 Some(Ok(chunk)) if chunk.is_empty() => {}
                 Some(Ok(chunk)) => {
                     self.unreturned = chunk.len();
+                    self.link().activity().count_useful(chunk.len());
                     return Poll::Ready(Ok(Some(chunk)));
                 }
                 Some(Err(error)) => return Poll::Ready(Err(self.link().stream_error(error))),
@@ -207,6 +208,7 @@ impl TunnelWriter {
     }
 
     fn send(&mut self, frame: Bytes, end: bool) -> Result<(), HboneError> {
+        self.link().activity().count_useful(frame.len());
         self.send.send_data(frame, end).map_err(|error| self.refusal(error))?;
         self.ended = end;
         Ok(())
