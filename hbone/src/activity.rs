@@ -4,7 +4,7 @@
 //! Not here: judging frames (`inspect.rs`) and requests (`server.rs`).
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use crate::inspect::{TunnelLimit, Unfinished};
 
@@ -19,6 +19,10 @@ pub(crate) struct PeerActivity {
     /// Nothing, or the time above one bit that tells whether it is a DATA frame.
     unfinished: AtomicU64,
     exceeded: OnceLock<TunnelLimit>,
+    /// What our small DATA frames cost the peer, as h2 counts it, for all that we know.
+    owed: AtomicU64,
+    /// Whether the peer bears as many small frames as we do.
+    bears_small_frames: AtomicBool,
 }
 
 impl PeerActivity {
@@ -49,6 +53,27 @@ impl PeerActivity {
         let encoded = self.unfinished.load(Relaxed);
         let since = (encoded >> 1).checked_sub(1)?;
         Some(Unfinished { since, data: encoded & 1 == 1 })
+    }
+
+    pub(crate) fn owed(&self) -> u64 {
+        self.owed.load(Relaxed)
+    }
+
+    pub(crate) fn owe(&self, cost: u64) {
+        self.owed.fetch_add(cost, Relaxed);
+    }
+
+    pub(crate) fn owe_less(&self, cost: u64) {
+        // All streams of a connection are served by one thread: nothing is lost between the two.
+        self.owed.store(self.owed().saturating_sub(cost), Relaxed);
+    }
+
+    pub(crate) fn bears_small_frames(&self) -> bool {
+        self.bears_small_frames.load(Relaxed)
+    }
+
+    pub(crate) fn note_bears_small_frames(&self) {
+        self.bears_small_frames.store(true, Relaxed);
     }
 
     /// Notes which limit the peer exceeded. The first one stays.

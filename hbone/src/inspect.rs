@@ -19,9 +19,10 @@ const END_HEADERS: u8 = 0x4;
 
 /// The largest frame that is neither DATA nor part of a header block, in bytes: what every peer may send (RFC 9113 section 4.2).
 const CONTROL_FRAME: usize = 16 << 10;
-/// Frames that carry nothing for an application: so many at once, and after that so many in a second.
-const CONTROL_FRAMES: u64 = 2000;
-const CONTROL_FRAMES_PER_SECOND: u64 = 100;
+/// Frames that carry nothing for an application: so many at once, and after that so many in a second. A peer may have hundreds of
+/// tunnels.
+const CONTROL_FRAMES: u64 = 1000;
+const CONTROL_FRAMES_PER_SECOND: u64 = 20;
 /// What one unit of useful traffic earns. A receiver may return credit for the stream and for the connection with each frame,
 /// or each 4 KiB (Go's net/http2), and measure the path with PING (gRPC).
 const CONTROL_FRAMES_PER_USEFUL: u64 = 4;
@@ -48,6 +49,14 @@ pub(crate) struct Unfinished {
     pub(crate) since: u64,
     /// Whether it is a DATA frame, which may take long while a stream is open.
     pub(crate) data: bool,
+}
+
+/// Credit that a peer returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WindowUpdate {
+    /// 0 for the connection.
+    pub(crate) stream: u32,
+    pub(crate) increment: u32,
 }
 
 /// Which end of a connection the peer is.
@@ -82,6 +91,9 @@ struct Frame {
     ends_block: bool,
     /// How much of its payload is still to come.
     left: usize,
+    stream: u32,
+    /// The last four bytes of a WINDOW_UPDATE's payload, which is no longer.
+    increment: u32,
 }
 
 /// A header block that has begun.
@@ -98,6 +110,7 @@ enum Kind {
     Headers,
     Continuation,
     Settings,
+    WindowUpdate,
     Other,
 }
 
@@ -108,6 +121,7 @@ impl Kind {
             0 => Self::Data,
             1 | 5 => Self::Headers,
             4 => Self::Settings,
+            8 => Self::WindowUpdate,
             9 => Self::Continuation,
             _ => Self::Other,
         }
@@ -115,6 +129,18 @@ impl Kind {
 
     fn is_of_block(self) -> bool {
         matches!(self, Self::Headers | Self::Continuation)
+    }
+}
+
+impl Frame {
+    /// Counts a part of the payload.
+    fn add(&mut self, part: &[u8]) {
+        self.left -= part.len();
+        if self.kind == Kind::WindowUpdate {
+            for byte in part {
+                self.increment = self.increment << 8 | u32::from(*byte);
+            }
+        }
     }
 }
 
@@ -136,12 +162,14 @@ impl Inspector {
         }
     }
 
-    /// Follows `bytes`, the next that came; `useful` is how much useful traffic there was so far. What is unfinished after them.
+    /// Follows `bytes`, the next that came; `useful` is how much useful traffic there was so far. Calls `credited` for each
+    /// WINDOW_UPDATE. Returns what is unfinished after them.
     pub(crate) fn inspect(
         &mut self,
         mut bytes: &[u8],
         now: u64,
         useful: u64,
+        mut credited: impl FnMut(WindowUpdate),
     ) -> Result<Option<Unfinished>, TunnelLimit> {
         while !bytes.is_empty() {
             let wanted = match &self.frame {
@@ -154,10 +182,11 @@ impl Inspector {
             if self.preface > 0 {
                 self.preface -= part.len();
             } else if let Some(frame) = &mut self.frame {
-                frame.left -= part.len();
-                self.end_frame();
+                frame.add(part);
+                self.end_frame(&mut credited);
             } else {
                 self.add_to_head(part, now, useful)?;
+                self.end_frame(&mut credited);
             }
         }
         Ok(self.unfinished())
@@ -175,13 +204,14 @@ impl Inspector {
             return Ok(());
         }
         self.have = 0;
-        let [high, middle, low, code, flags, ..] = self.head;
+        let [high, middle, low, code, flags, stream @ ..] = self.head;
         let left = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
         let kind = Kind::of(code);
         self.check(kind, left, flags, now, useful)?;
         let ends_block = kind.is_of_block() && flags & END_HEADERS != 0;
-        self.frame = Some(Frame { kind, ends_block, left });
-        self.end_frame();
+        // The highest bit is reserved.
+        let stream = u32::from_be_bytes(stream) & (u32::MAX >> 1);
+        self.frame = Some(Frame { kind, ends_block, left, stream, increment: 0 });
         Ok(())
     }
 
@@ -207,7 +237,7 @@ impl Inspector {
             Kind::Data => length == 0 && flags & END_STREAM == 0,
             // A client's requests are counted when they are refused. A server owes one answer for each of ours.
             Kind::Headers => self.role == PeerRole::Server,
-            Kind::Continuation | Kind::Settings | Kind::Other => true,
+            Kind::Continuation | Kind::Settings | Kind::WindowUpdate | Kind::Other => true,
         };
         let earned = useful.saturating_mul(CONTROL_FRAMES_PER_USEFUL);
         if is_control && !self.budget.take(1, now, earned) {
@@ -217,15 +247,19 @@ impl Inspector {
     }
 
     /// Notes the end of the current frame, if nothing of it is still to come.
-    fn end_frame(&mut self) {
+    fn end_frame(&mut self, credited: &mut impl FnMut(WindowUpdate)) {
         let Some(frame) = self.frame.take_if(|frame| frame.left == 0) else { return };
         if frame.ends_block {
             self.block = None;
         }
         self.has_settings |= frame.kind == Kind::Settings;
+        if frame.kind == Kind::WindowUpdate {
+            credited(WindowUpdate { stream: frame.stream, increment: frame.increment });
+        }
     }
 
-    fn unfinished(&self) -> Option<Unfinished> {
+    /// What is unfinished: at first the peer's SETTINGS, which are its first frame.
+    pub(crate) fn unfinished(&self) -> Option<Unfinished> {
         if !self.has_settings {
             return Some(Unfinished { since: 0, data: false });
         }

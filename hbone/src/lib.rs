@@ -43,6 +43,7 @@ mod stream;
 #[cfg(test)]
 mod testing;
 mod tls;
+mod transport;
 mod trust;
 mod windows;
 

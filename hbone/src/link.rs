@@ -16,7 +16,9 @@ use tokio::time::Instant;
 
 use crate::activity::PeerActivity;
 use crate::distrust::{Distrust, Distrusted};
-use crate::inspect::{Inspector, TunnelLimit};
+use crate::inspect::{Inspector, TunnelLimit, WindowUpdate};
+use crate::settings::FIRST_WINDOW_UPDATE;
+use crate::transport::Transport;
 use crate::windows::Unread;
 use crate::{HboneError, PeerIdentity, clock, tls};
 
@@ -32,6 +34,7 @@ pub(crate) struct Link {
     load: Mutex<Load>,
     unread: Unread,
     activity: PeerActivity,
+    transport: Transport,
     /// Why the connection failed, when h2 does not know: a TLS alert, or a silent peer.
     failure: OnceLock<HboneError>,
     /// Whether it is to close with its last stream.
@@ -61,7 +64,11 @@ struct Traffic {
 
 /// Counts as one open stream for as long as it lives.
 #[derive(Debug)]
-pub(crate) struct OpenStream(Arc<Link>);
+pub(crate) struct OpenStream {
+    link: Arc<Link>,
+    /// Whether the peer gave a sign that its application reads the stream, since that was last asked.
+    is_read: AtomicBool,
+}
 
 impl Link {
     /// `usable_until`: when the first of both sides' certificates expires.
@@ -76,6 +83,7 @@ impl Link {
             load: Mutex::new(Load { open_streams: 0, idle_since: now }),
             unread: Unread::default(),
             activity: PeerActivity::default(),
+            transport: Transport::default(),
             failure: OnceLock::new(),
             trust: Distrusted::default(),
             released: AtomicBool::new(false),
@@ -125,6 +133,10 @@ impl Link {
         &self.unread
     }
 
+    pub(crate) fn transport(&self) -> &Transport {
+        &self.transport
+    }
+
     pub(crate) fn activity(&self) -> &PeerActivity {
         &self.activity
     }
@@ -147,7 +159,7 @@ impl Link {
 
     pub(crate) fn open_stream(self: &Arc<Self>) -> OpenStream {
         self.load().open_streams += 1;
-        OpenStream(self.clone())
+        OpenStream { link: self.clone(), is_read: AtomicBool::new(false) }
     }
 
     /// Notes why the connection is about to end. The first reason stays.
@@ -225,8 +237,21 @@ impl Link {
     }
 
     fn wrote(&self, polled: &Poll<io::Result<usize>>) {
-        if let Poll::Ready(Ok(bytes)) = polled {
-            self.traffic.count(*bytes);
+        match polled {
+            Poll::Ready(Ok(bytes)) => self.traffic.count(*bytes),
+            Poll::Ready(Err(_)) => {}
+            Poll::Pending => self.transport.set_blocked(true),
+        }
+    }
+
+    /// The peer returned credit: for a stream of which half a window was read, or at the beginning, for the connection.
+    fn credited(&self, WindowUpdate { stream, increment }: WindowUpdate) {
+        match self.unread.stream(stream) {
+            Some(open) => open.note_sign_of_reading(),
+            None if stream == 0 && increment == FIRST_WINDOW_UPDATE => {
+                self.activity.note_bears_small_frames();
+            }
+            None => {}
         }
     }
 
@@ -269,13 +294,21 @@ impl Traffic {
 
 impl OpenStream {
     pub(crate) fn link(&self) -> &Arc<Link> {
-        &self.0
+        &self.link
+    }
+
+    pub(crate) fn note_sign_of_reading(&self) {
+        self.is_read.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn take_sign_of_reading(&self) -> bool {
+        self.is_read.swap(false, Ordering::Relaxed)
     }
 }
 
 impl Drop for OpenStream {
     fn drop(&mut self) {
-        let mut load = self.0.load();
+        let mut load = self.link.load();
         load.open_streams -= 1;
         if load.open_streams == 0 {
             load.idle_since = Instant::now();
@@ -300,6 +333,7 @@ pub(crate) struct Monitored<T> {
 
 impl<T> Monitored<T> {
     pub(crate) fn new(io: T, link: Arc<Link>, inspector: Inspector) -> Self {
+        link.activity().note_unfinished(inspector.unfinished());
         Self { io, link, inspector, read: 0 }
     }
 
@@ -308,7 +342,10 @@ impl<T> Monitored<T> {
         let (link, activity) = (&self.link, self.link.activity());
         self.read += read.len();
         link.traffic.count(read.len());
-        match self.inspector.inspect(read, link.hear(), activity.useful()) {
+        let inspected = self.inspector.inspect(read, link.hear(), activity.useful(), |update| {
+            link.credited(update);
+        });
+        match inspected {
             Ok(unfinished) => activity.note_unfinished(unfinished),
             Err(limit) => link.exceed(limit),
         }
@@ -363,7 +400,10 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Monitored<T> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        // TLS takes more than the connection does: only a flush tells whether it has left.
+        let polled = Pin::new(&mut self.io).poll_flush(cx);
+        self.link.transport.set_blocked(polled.is_pending());
+        polled
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

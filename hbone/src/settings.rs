@@ -14,6 +14,11 @@ pub(crate) const MAX_FRAME_SIZE: u32 = 256 << 10;
 /// waiting, or all streams together 40 MiB in writes of 100 bytes.
 pub(crate) const SMALL_FRAME_BUDGET: usize = 64 << 20;
 
+/// What a connection of this proxy may hold unread, in bytes.
+const CONNECTION_WINDOW: u32 = 64 << 20;
+/// What its first WINDOW_UPDATE adds to the 65,535 of RFC 9113 section 6.9.2, by which one of ours is known.
+pub(crate) const FIRST_WINDOW_UPDATE: u32 = CONNECTION_WINDOW - 65_535;
+
 /// As long as a handshake.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -72,7 +77,7 @@ impl Default for Http2Settings {
             // A hundred of these, or two, beside the quarter that was held before, leave half or a quarter of the
             // connection's window for what comes until the peer knows of them.
             crowded_stream_window: 128 << 10,
-            connection_window: 64 << 20,
+            connection_window: CONNECTION_WINDOW,
             // What is already in flight is not counted here, so this bounds memory and not throughput: it must only outlast one
             // turn of the task that writes to the connection. What is more has left the caches by then.
             send_buffer: 256 << 10,
