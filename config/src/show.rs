@@ -171,21 +171,25 @@ impl Settings {
         writeln!(
             f,
             "limits:\n  connections_per_worker: {}\n  connections_per_source: {}\n  accepts_per_second: {}\n  \
-             handshakes: {}\n  handshakes_per_source: {}\n  buffers: {}KiB",
+             handshakes: {}\n  handshakes_per_source: {}\n  tunnels_per_source: {}\n  \
+             tunnels_per_identity: {}\n  buffers: {}KiB",
             l.connections_per_worker,
             or_off(l.connections_per_source),
             or_off(l.accepts_per_second),
             l.handshakes,
             l.handshakes_per_source,
+            or_off(l.tunnels_per_source),
+            or_off(l.tunnels_per_identity),
             l.buffers >> 10
         )?;
         let t = &self.timeouts;
         writeln!(
             f,
-            "timeouts: {{connect: {}, handshake: {}, reply: {}, idle: {}, half_close: {}, keepalive: {}, drain: {}, \
-             handed_over: {}, pool_idle: {}, set_aside: {}}}",
+            "timeouts: {{connect: {}, handshake: {}, frame: {}, reply: {}, idle: {}, half_close: {}, keepalive: {}, drain: {}, \
+             handed_over: {}, pool_idle: {}, tunnel_idle: {}, set_aside: {}}}",
             Millis(t.connect),
             Millis(t.handshake),
+            Millis(t.frame),
             Millis(t.reply),
             or_off(t.idle.map(Millis)),
             or_off(t.half_close.map(Millis)),
@@ -193,6 +197,7 @@ impl Settings {
             Millis(t.drain),
             Millis(t.handed_over),
             Millis(t.pool_idle),
+            Millis(t.tunnel_idle),
             Millis(t.set_aside)
         )?;
         match &self.take_over {
@@ -284,14 +289,14 @@ interception:
 proxy: {outbound_port: 1, inbound_port: 2, hbone_port: 3, dns_port: 4, workers: 3, mtls: strict, mtls_overrides: ["shop/web:80=permissive", ":9000=permissive", shop/db=strict]}
 egress: mesh-only
 egress_exceptions: {cidrs: [10.0.0.0/8, "fd00::1"], ports: [53, 8000-8100]}
-timeouts: {connect: 250ms, handshake: 1s, reply: 2s, idle: 8h, half_close: off, keepalive: 30s, drain: 3s, handed_over: 12h, pool_idle: 2h, set_aside: 4s}
+timeouts: {connect: 250ms, handshake: 1s, frame: 7s, reply: 2s, idle: 8h, half_close: off, keepalive: 30s, drain: 3s, handed_over: 12h, pool_idle: 2h, tunnel_idle: 3h, set_aside: 4s}
 take_over: {socket: /run/x.sock}
 metrics: {address: "127.0.0.1:91"}
 readiness: {address: "[::1]:92"}
 logging: {filter: 'info,access=off', format: json}
 trust: {aliases: [old.example.org, cluster.local], bundles: ["partner.org=/p, q.pem"], crls: ["/a.crl", "/b\"\\.crl"], ciphers: [aes-256-gcm]}
 tunnels: {max_age: 90s, streams: 7, per_peer: 2}
-limits: {connections_per_worker: 1, connections_per_source: 2, accepts_per_second: 3, handshakes: 4, handshakes_per_source: 9, buffers: 2MiB}
+limits: {connections_per_worker: 1, connections_per_source: 2, accepts_per_second: 3, handshakes: 4, handshakes_per_source: 9, tunnels_per_source: 5, tunnels_per_identity: 6, buffers: 2MiB}
 "#;
     /// What does not go together with the above.
     const AMBIENT: &str = r"

@@ -20,9 +20,11 @@ use tokio_rustls::client::TlsStream;
 use underpass_config::{Cipher, Quoted, SpiffeId};
 
 use crate::guard::Guard;
+use crate::inspect::{Inspector, PeerRole};
 use crate::io::{Io, transport};
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored, OpenStream};
+use crate::overdue::Overdue;
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
 use crate::tls::{ClientTls, Peer, provider};
 use crate::windows::Windows;
@@ -43,6 +45,8 @@ pub struct Tunnel {
     send: SendRequest<Bytes>,
     link: Arc<Link>,
     resumed: bool,
+    /// Whether a certificate had expired before the handshake: the server refuses ours, and its alert says more than we could.
+    was_expired: bool,
 }
 
 /// What a CONNECT request says.
@@ -121,6 +125,7 @@ impl Connector {
         let resumed = peer.resumed;
         let guard = Guard::new(credentials, current.authorities().clone(), peer, carrier);
         let http2 = &self.settings.http2;
+        let inspector = Inspector::new(PeerRole::Server, http2.max_header_list);
         let (send, mut connection) = h2::client::Builder::new()
             .initial_window_size(http2.stream_window)
             .initial_connection_window_size(http2.connection_window)
@@ -129,14 +134,20 @@ impl Connector {
             .max_send_buffer_size(http2.send_buffer)
             .data_frame_budget(SMALL_FRAME_BUDGET)
             .enable_push(false)
-            .handshake(Monitored::new(stream, link.clone()))
+            .handshake(Monitored::new(stream, link.clone(), inspector))
             .await
             .map_err(|error| link.stream_error(error))?;
         let keepalive =
             Keepalive::new(self.settings.keepalive.clone(), link.clone(), connection.ping_pong());
         let windows = Windows::new(http2);
-        tokio::spawn(drive(connection, keepalive, guard, windows, link.clone()));
-        Ok(Tunnel { send, link, resumed })
+        let overdue = Overdue::new(link.clone(), self.settings.frame_timeout);
+        tokio::spawn(drive(
+            connection,
+            Watches { keepalive, guard, windows, overdue },
+            link.clone(),
+        ));
+        let was_expired = link.is_expired();
+        Ok(Tunnel { send, link, resumed, was_expired })
     }
 
     async fn tls(
@@ -224,9 +235,14 @@ impl Tunnel {
     ) -> Result<TunnelStream, HboneError> {
         let failed = |error| self.link.stream_error(error);
         let mut ready = self.send.clone().ready().await.map_err(failed)?;
+        // Asked here, for the wait may have been long.
+        if self.link.is_expired() && !self.was_expired {
+            return Err(HboneError::TunnelExpired { expired: self.link.usable_until() });
+        }
         // Made here, so that nobody who waits holds one, nor what sent it.
         let (response, send) = ready.send_request(head(request())?, false).map_err(failed)?;
         drop(ready);
+        self.link.activity().count_useful(0);
         let response = response.await.map_err(failed)?;
         match response.status() {
             StatusCode::OK => Ok(TunnelStream::new(send, response.into_body(), open)),
@@ -258,11 +274,17 @@ fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
     Ok(request)
 }
 
+/// What is watched while a connection is driven.
+struct Watches {
+    keepalive: Option<Keepalive>,
+    guard: Guard,
+    windows: Windows,
+    overdue: Overdue,
+}
+
 async fn drive(
     mut connection: Connection<Monitored<TlsStream<Io>>>,
-    mut keepalive: Option<Keepalive>,
-    mut guard: Guard,
-    mut windows: Windows,
+    Watches { mut keepalive, mut guard, mut windows, mut overdue }: Watches,
     link: Arc<Link>,
 ) {
     let ended = poll_fn(|cx| {
@@ -281,6 +303,9 @@ async fn drive(
             }
         }
         let needed = link.is_needed();
+        if let Poll::Ready(exceeded) = overdue.poll_exceeded(cx, needed) {
+            return Poll::Ready(Err(exceeded));
+        }
         match keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, needed)) {
             Some(Poll::Ready(dead)) => Poll::Ready(Err(dead)),
             _ => Poll::Pending,

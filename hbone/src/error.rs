@@ -18,6 +18,7 @@ use time::OffsetDateTime;
 use underpass_config::{ConfigErrors, Quoted, SpiffeId, TrustDomain};
 
 use crate::SvidProblem;
+use crate::inspect::TunnelLimit;
 use crate::source::IssuerProblem;
 
 /// Why a tunnel could not be opened or used, or a certificate not be read or issued.
@@ -187,6 +188,18 @@ pub enum HboneError {
     Unresponsive {
         /// How long nothing was received.
         silent: Duration,
+    },
+    /// The peer exceeded a limit of the tunnel, which was closed for it.
+    #[error("the peer exceeded a limit of the tunnel: {limit}")]
+    PeerLimit {
+        /// Which one.
+        limit: TunnelLimit,
+    },
+    /// A stream was wanted in a tunnel whose certificates are no longer valid. Nothing was sent.
+    #[error("the certificates of the tunnel expired at {}", utc(*expired))]
+    TunnelExpired {
+        /// When the first of them expired.
+        expired: SystemTime,
     },
     /// An authority that names no host and port.
     #[error("{authority:?} is not an authority of the form ADDRESS:PORT or NAME:PORT")]
@@ -397,6 +410,8 @@ impl HboneError {
             Self::Reset { .. } => "reset",
             Self::Lost { .. } => "lost",
             Self::Unresponsive { .. } => "unresponsive",
+            Self::PeerLimit { .. } => "peer_limit",
+            Self::TunnelExpired { .. } => "tunnel_expired",
             Self::InvalidAuthority { .. } => "authority",
             Self::Credential { .. } => "credential",
             Self::Watch { .. } => "watch",

@@ -12,7 +12,9 @@
 //!
 //! Not here: sockets (the caller dials, through [`Dial`]), who may talk to whom, and copying bytes.
 
+mod activity;
 mod authority;
+mod budget;
 mod bundle;
 mod ca;
 mod client;
@@ -25,11 +27,13 @@ mod guard;
 mod handshakes;
 mod headers;
 mod identity;
+mod inspect;
 mod io;
 mod keepalive;
 mod keeper;
 mod link;
 mod log_limit;
+mod overdue;
 mod pem;
 mod pool;
 mod server;
@@ -40,6 +44,7 @@ mod stream;
 #[cfg(test)]
 mod testing;
 mod tls;
+mod transport;
 mod trust;
 mod windows;
 
@@ -55,6 +60,7 @@ pub use error::{CredentialProblem, ExpectedPeer, Fault, HboneError, RequestProbl
 pub use handshakes::{HandshakeGuard, HandshakeLimit};
 pub use headers::{Baggage, Forwarded, HeaderError, RequestHeaders, TraceParent};
 pub use identity::Identity;
+pub use inspect::TunnelLimit;
 pub use keeper::{CredentialsEvent, Keeper};
 pub use log_limit::LogLimit;
 pub use pool::{Dial, Pool, PoolSettings, PoolStatistics, TunnelKey};
@@ -64,7 +70,7 @@ pub use source::{
     FileSource, IdentitySource, IssuerProblem, IstioCa, IstioCaSource, LocalCaSource, NextIdentity,
     Priority, SpireSource,
 };
-pub use sources::{SourceGuard, SourceLimit};
+pub use sources::{CountGuard, CountLimit, SourceGuard, SourceLimit};
 pub use stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
 pub use tls::{PeerIdentity, SvidProblem};
 pub use trust::{Trust, TrustFiles};

@@ -14,9 +14,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::activity::PeerActivity;
 use crate::distrust::{Distrust, Distrusted};
+use crate::inspect::{Inspector, TunnelLimit, WindowUpdate};
+use crate::settings::FIRST_WINDOW_UPDATE;
+use crate::transport::Transport;
 use crate::windows::Unread;
-use crate::{HboneError, PeerIdentity, tls};
+use crate::{HboneError, PeerIdentity, clock, tls};
 
 /// One connection to a peer.
 #[derive(Debug)]
@@ -29,6 +33,8 @@ pub(crate) struct Link {
     traffic: Traffic,
     load: Mutex<Load>,
     unread: Unread,
+    activity: PeerActivity,
+    transport: Transport,
     /// Why the connection failed, when h2 does not know: a TLS alert, or a silent peer.
     failure: OnceLock<HboneError>,
     /// Whether it is to close with its last stream.
@@ -58,7 +64,11 @@ struct Traffic {
 
 /// Counts as one open stream for as long as it lives.
 #[derive(Debug)]
-pub(crate) struct OpenStream(Arc<Link>);
+pub(crate) struct OpenStream {
+    link: Arc<Link>,
+    /// Whether the peer gave a sign that its application reads the stream, since that was last asked.
+    is_read: AtomicBool,
+}
 
 impl Link {
     /// `usable_until`: when the first of both sides' certificates expires.
@@ -72,6 +82,8 @@ impl Link {
             traffic: Traffic::default(),
             load: Mutex::new(Load { open_streams: 0, idle_since: now }),
             unread: Unread::default(),
+            activity: PeerActivity::default(),
+            transport: Transport::default(),
             failure: OnceLock::new(),
             trust: Distrusted::default(),
             released: AtomicBool::new(false),
@@ -85,6 +97,11 @@ impl Link {
 
     pub(crate) fn usable_until(&self) -> SystemTime {
         self.usable_until
+    }
+
+    /// Whether the first of both sides' certificates has expired: no stream may begin.
+    pub(crate) fn is_expired(&self) -> bool {
+        clock::now() >= self.usable_until
     }
 
     pub(crate) fn last_heard(&self) -> Instant {
@@ -116,9 +133,33 @@ impl Link {
         &self.unread
     }
 
+    pub(crate) fn transport(&self) -> &Transport {
+        &self.transport
+    }
+
+    pub(crate) fn activity(&self) -> &PeerActivity {
+        &self.activity
+    }
+
+    /// Since when the peer owes the rest of a frame or header block that has a deadline.
+    pub(crate) fn unfinished_since(&self, streams_open: bool) -> Option<Instant> {
+        let unfinished = self.activity.unfinished()?;
+        let has_deadline = !(unfinished.data && streams_open);
+        has_deadline.then(|| self.opened + Duration::from_millis(unfinished.since))
+    }
+
+    /// Notes that the peer exceeded a limit: the connection is to be closed.
+    pub(crate) fn exceed(&self, limit: TunnelLimit) {
+        self.activity.exceed(limit);
+    }
+
+    pub(crate) fn exceeded(&self) -> Option<TunnelLimit> {
+        self.activity.exceeded()
+    }
+
     pub(crate) fn open_stream(self: &Arc<Self>) -> OpenStream {
         self.load().open_streams += 1;
-        OpenStream(self.clone())
+        OpenStream { link: self.clone(), is_read: AtomicBool::new(false) }
     }
 
     /// Notes why the connection is about to end. The first reason stays.
@@ -187,20 +228,35 @@ impl Link {
         self.load.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn hear(&self) {
+    /// Notes that bytes came; returns when, in milliseconds since the connection was opened.
+    fn hear(&self) -> u64 {
         let age = self.age();
         self.heard.store(age, Ordering::Relaxed);
         self.traffic.hear(age);
+        age
     }
 
     fn wrote(&self, polled: &Poll<io::Result<usize>>) {
-        if let Poll::Ready(Ok(bytes)) = polled {
-            self.traffic.count(*bytes);
+        match polled {
+            Poll::Ready(Ok(bytes)) => self.traffic.count(*bytes),
+            Poll::Ready(Err(_)) => {}
+            Poll::Pending => self.transport.set_blocked(true),
+        }
+    }
+
+    /// The peer returned credit: for a stream of which half a window was read, or at the beginning, for the connection.
+    fn credited(&self, WindowUpdate { stream, increment }: WindowUpdate) {
+        match self.unread.stream(stream) {
+            Some(open) => open.note_sign_of_reading(),
+            None if stream == 0 && increment == FIRST_WINDOW_UPDATE => {
+                self.activity.note_bears_small_frames();
+            }
+            None => {}
         }
     }
 
     /// In milliseconds.
-    fn age(&self) -> u64 {
+    pub(crate) fn age(&self) -> u64 {
         u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }
@@ -238,13 +294,21 @@ impl Traffic {
 
 impl OpenStream {
     pub(crate) fn link(&self) -> &Arc<Link> {
-        &self.0
+        &self.link
+    }
+
+    pub(crate) fn note_sign_of_reading(&self) {
+        self.is_read.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn take_sign_of_reading(&self) -> bool {
+        self.is_read.swap(false, Ordering::Relaxed)
     }
 }
 
 impl Drop for OpenStream {
     fn drop(&mut self) {
-        let mut load = self.0.load();
+        let mut load = self.link.load();
         load.open_streams -= 1;
         if load.open_streams == 0 {
             load.idle_since = Instant::now();
@@ -257,18 +321,35 @@ impl Drop for OpenStream {
 const TURN: usize = 256 << 10;
 
 /// The TLS stream under h2, which tells its [`Link`] what h2 forgets: when bytes came, which alert ended it, or what ended the
-/// stream that carries it.
+/// stream that carries it. Nothing is read any more once the peer has exceeded a limit.
 #[derive(Debug)]
 pub(crate) struct Monitored<T> {
     io: T,
     link: Arc<Link>,
+    inspector: Inspector,
     /// How much was read in this turn.
     read: usize,
 }
 
 impl<T> Monitored<T> {
-    pub(crate) fn new(io: T, link: Arc<Link>) -> Self {
-        Self { io, link, read: 0 }
+    pub(crate) fn new(io: T, link: Arc<Link>, inspector: Inspector) -> Self {
+        link.activity().note_unfinished(inspector.unfinished());
+        Self { io, link, inspector, read: 0 }
+    }
+
+    /// Counts what was read; whether h2 may have it.
+    fn inspect(&mut self, read: &[u8]) -> bool {
+        let (link, activity) = (&self.link, self.link.activity());
+        self.read += read.len();
+        link.traffic.count(read.len());
+        let inspected = self.inspector.inspect(read, link.hear(), activity.useful(), |update| {
+            link.credited(update);
+        });
+        match inspected {
+            Ok(unfinished) => activity.note_unfinished(unfinished),
+            Err(limit) => link.exceed(limit),
+        }
+        link.exceeded().is_none()
     }
 }
 
@@ -278,6 +359,10 @@ impl<T: AsyncRead + Unpin> AsyncRead for Monitored<T> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.link.exceeded().is_some() {
+            // The task that drives the connection looks for this whenever h2 has nothing to do.
+            return Poll::Pending;
+        }
         if self.read >= TURN {
             self.read = 0;
             cx.waker().wake_by_ref();
@@ -287,10 +372,10 @@ impl<T: AsyncRead + Unpin> AsyncRead for Monitored<T> {
         let polled = Pin::new(&mut self.io).poll_read(cx, buf);
         match &polled {
             Poll::Ready(Ok(())) => {
-                let read = buf.filled().len() - before;
-                self.read += read;
-                self.link.traffic.count(read);
-                self.link.hear();
+                if !self.inspect(buf.filled().get(before..).unwrap_or_default()) {
+                    buf.set_filled(before);
+                    return Poll::Pending;
+                }
             }
             Poll::Ready(Err(error)) => {
                 if let Some(reason) = tls::known_error(error) {
@@ -315,7 +400,10 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Monitored<T> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        // TLS takes more than the connection does: only a flush tells whether it has left.
+        let polled = Pin::new(&mut self.io).poll_flush(cx);
+        self.link.transport.set_blocked(polled.is_pending());
+        polled
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -343,13 +431,18 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     use super::*;
+    use crate::inspect::PeerRole;
     use crate::testing::Mesh;
+
+    fn inspector() -> Inspector {
+        Inspector::new(PeerRole::Server, 1)
+    }
 
     #[tokio::test]
     async fn bytes_are_counted_in_both_directions() {
         let (tunnel, _server) = Mesh::new().tunnel().await;
         let (near, mut far) = duplex(64);
-        let mut near = Monitored::new(near, tunnel.link().clone());
+        let mut near = Monitored::new(near, tunnel.link().clone(), inspector());
         let count = || tunnel.link().traffic.bytes.load(Ordering::Relaxed);
         let before = count();
         near.write_all(b"request").await.unwrap();
@@ -363,8 +456,10 @@ mod tests {
     async fn a_turn_of_reading_ends_though_there_is_more_and_another_follows() {
         let (tunnel, _server) = Mesh::new().tunnel().await;
         let (near, mut far) = duplex(2 * TURN);
-        let mut near = Monitored::new(near, tunnel.link().clone());
-        far.write_all(&vec![0; 2 * TURN]).await.unwrap();
+        let mut near = Monitored::new(near, tunnel.link().clone(), inspector());
+        // The beginning of one DATA frame.
+        let head = [0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1];
+        far.write_all(&[&head[..], &vec![0; 2 * TURN - head.len()]].concat()).await.unwrap();
         let (mut read, mut buffer) = (0, vec![0; TURN / 4]);
         while let Some(length) = poll_immediate(near.read(&mut buffer)).await {
             read += length.unwrap();

@@ -2,6 +2,8 @@
 //!
 //! Not here: listening, and deciding who may connect where.
 
+mod drain;
+
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
@@ -18,10 +20,13 @@ use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 use underpass_config::Quoted;
 
+use self::drain::{Drain, Refusals};
 use crate::guard::Guard;
+use crate::inspect::{Inspector, PeerRole, TunnelLimit};
 use crate::io::{Io, transport};
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored};
+use crate::overdue::Overdue;
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
 use crate::windows::Windows;
 use crate::{
@@ -43,9 +48,11 @@ pub struct ServerTunnel {
     keepalive: Option<Keepalive>,
     guard: Guard,
     windows: Windows,
+    overdue: Overdue,
+    drain: Option<Drain>,
+    refusals: Refusals,
     link: Arc<Link>,
     resumed: bool,
-    draining: bool,
 }
 
 /// A CONNECT request that waits for its answer. Dropped unanswered, it is reset.
@@ -88,6 +95,7 @@ impl Acceptor {
         let resumed = peer.resumed;
         let guard = Guard::new(credentials, current.authorities().clone(), peer, None);
         let http2 = &self.settings.http2;
+        let inspector = Inspector::new(PeerRole::Client, http2.max_header_list);
         let mut connection = h2::server::Builder::new()
             .initial_window_size(http2.stream_window)
             .initial_connection_window_size(http2.connection_window)
@@ -96,13 +104,22 @@ impl Acceptor {
             .max_send_buffer_size(http2.send_buffer)
             .data_frame_budget(SMALL_FRAME_BUDGET)
             .max_concurrent_streams(self.settings.max_streams)
-            .handshake(Monitored::new(stream, link.clone()))
+            .handshake(Monitored::new(stream, link.clone(), inspector))
             .await
             .map_err(|error| link.stream_error(error))?;
         let keepalive =
             Keepalive::new(self.settings.keepalive.clone(), link.clone(), connection.ping_pong());
-        let (connection, windows) = (Some(connection), Windows::new(http2));
-        Ok(ServerTunnel { connection, keepalive, guard, windows, link, resumed, draining: false })
+        Ok(ServerTunnel {
+            connection: Some(connection),
+            keepalive,
+            guard,
+            windows: Windows::new(http2),
+            overdue: Overdue::new(link.clone(), self.settings.frame_timeout),
+            drain: None,
+            refusals: Refusals::default(),
+            link,
+            resumed,
+        })
     }
 }
 
@@ -127,42 +144,91 @@ impl ServerTunnel {
         self.link.open_streams()
     }
 
+    /// For how long no stream has been open; `None` while one is. A request that was not accepted is no stream.
+    pub fn idle(&self) -> Option<Duration> {
+        self.link.idle_since().map(|since| since.elapsed())
+    }
+
+    /// Which limit the client exceeded, if the tunnel ended for that.
+    pub fn exceeded(&self) -> Option<TunnelLimit> {
+        self.link.exceeded()
+    }
+
     /// The next request; `None` when the connection ended. Cancel-safe.
     ///
     /// This also drives the streams accepted before: keep calling it while any of them is open. A request that is no
-    /// CONNECT, or to no usable authority, is answered with 400 here.
+    /// CONNECT, or to no usable authority, is answered with 400 here; one that comes after a certificate expired, or long after
+    /// [`ServerTunnel::drain`], is reset with REFUSED_STREAM.
     pub async fn next(&mut self) -> Option<Incoming> {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
     /// Tells the client to open no more streams (GOAWAY). Open ones go on; then [`ServerTunnel::next`] ends. A client that does
-    /// not let it end, for it neither answers nor reads, is given up like a silent one.
+    /// not let it end, for it neither answers nor reads, is given up like a silent one; one that does not acknowledge in time opens
+    /// no more streams either, and the tunnel ends with its last stream.
     pub fn drain(&mut self) {
-        self.draining = true;
         if let Some(connection) = &mut self.connection {
+            self.drain.get_or_insert_with(Drain::new);
             connection.graceful_shutdown();
         }
     }
 
+    /// Ends the tunnel before its first request: GOAWAY(ENHANCE_YOUR_CALM), as far as the client takes it at once.
+    pub async fn refuse(mut self) {
+        poll_fn(|cx| {
+            self.shut_down(cx, Reason::ENHANCE_YOUR_CALM);
+            Poll::Ready(())
+        })
+        .await;
+    }
+
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Incoming>> {
-        let Some(connection) = &mut self.connection else {
-            return Poll::Ready(None);
-        };
         // First, so that a peer which never stops asking is cut all the same.
         if let Poll::Ready(reason) = self.guard.poll_distrusted(cx) {
             self.link.distrust(reason.clone());
             return self.end(Some(reason));
         }
+        if let Poll::Ready(next) = self.poll_connection(cx) {
+            return Poll::Ready(next);
+        }
+        let has_streams = self.connection.as_ref().is_some_and(Connection::has_streams);
+        if let Poll::Ready(exceeded) = self.overdue.poll_exceeded(cx, has_streams) {
+            let code = self.link.exceeded().map_or(Reason::ENHANCE_YOUR_CALM, TunnelLimit::reason);
+            // Before GOAWAY, for that is when streams learn of it.
+            self.link.fail(exceeded.clone());
+            self.shut_down(cx, code);
+            return self.end(Some(exceeded));
+        }
+        if self.drain.as_mut().is_some_and(|drain| drain.poll_over(cx, has_streams).is_ready()) {
+            self.shut_down(cx, Reason::NO_ERROR);
+            return self.end(None);
+        }
+        let needed = self.drain.is_some() || has_streams;
+        match self.keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, needed)) {
+            Some(Poll::Ready(dead)) => self.end(Some(dead)),
+            _ => Poll::Pending,
+        }
+    }
+
+    /// Drives the connection: ready with a request, or `None` at its end.
+    fn poll_connection(&mut self, cx: &mut Context<'_>) -> Poll<Option<Incoming>> {
         loop {
+            let Some(connection) = &mut self.connection else {
+                return Poll::Ready(None);
+            };
             let accepted = pin!(connection.accept()).poll(cx);
             let Poll::Ready(accepted) = accepted else {
                 let set = |window| connection.set_initial_window_size(window);
-                if self.windows.adjust(&self.link, set) {
+                if self.windows.adjust(&self.link, set) || self.judge_refusals() {
                     continue;
                 }
-                break;
+                return Poll::Pending;
             };
             match accepted {
+                Some(Ok((_, mut respond))) if self.refuses_streams() => {
+                    respond.send_reset(Reason::REFUSED_STREAM);
+                    self.link.activity().count_refused();
+                }
                 Some(Ok((request, respond))) => {
                     if let Some(incoming) = Incoming::new(request, respond, &self.link) {
                         return Poll::Ready(Some(incoming));
@@ -175,10 +241,34 @@ impl ServerTunnel {
                 None => return self.end(None),
             }
         }
-        let needed = self.draining || connection.has_streams();
-        match self.keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, needed)) {
-            Some(Poll::Ready(dead)) => self.end(Some(dead)),
-            _ => Poll::Pending,
+    }
+
+    fn refuses_streams(&self) -> bool {
+        self.link.is_expired() || self.drain.as_ref().is_some_and(|drain| drain.is_overdue)
+    }
+
+    /// Drains a tunnel with too many refused requests, and closes it if they do not end. Whether the drain began just now: then
+    /// there is GOAWAY to send.
+    fn judge_refusals(&mut self) -> bool {
+        if self.refusals.are_bearable(&self.link) {
+            return false;
+        }
+        if self.drain.is_some() {
+            self.link.exceed(TunnelLimit::RefusedRequests);
+            return false;
+        }
+        let peer = self.link.peer().spiffe_id();
+        tracing::debug!(%peer, "the tunnel is drained: too many of its requests were refused");
+        self.refusals.restart(&self.link);
+        self.drain();
+        true
+    }
+
+    /// Sends GOAWAY, as far as the client takes it at once.
+    fn shut_down(&mut self, cx: &mut Context<'_>, code: Reason) {
+        if let Some(connection) = &mut self.connection {
+            connection.abrupt_shutdown(code);
+            let _flushed = connection.poll_closed(cx);
         }
     }
 
@@ -203,6 +293,7 @@ impl Incoming {
         let authority = match destination(&request) {
             Ok(authority) => authority,
             Err(reason) => {
+                link.activity().count_refused();
                 log_malformed(&request, reason, link);
                 answer_end(&mut respond, StatusCode::BAD_REQUEST);
                 return None;
@@ -244,8 +335,11 @@ impl Incoming {
         Ok(TunnelStream::new(send, self.recv, self.link.open_stream()))
     }
 
-    /// Answers `status`, without a body.
+    /// Answers `status`, without a body. A client with too many 4xx loses the tunnel.
     pub fn refuse(mut self, status: StatusCode) {
+        if status.is_client_error() {
+            self.link.activity().count_refused();
+        }
         answer_end(&mut self.respond, status);
     }
 

@@ -4,21 +4,33 @@
 
 use std::time::Duration;
 
-/// RFC 9113 section 6.5.2: the largest frame we take. Few, large frames make bulk cheap.
-pub(crate) const MAX_FRAME_SIZE: u32 = 1 << 20;
+/// RFC 9113 section 6.5.2: the largest frame we take, in bytes. Few, large frames make bulk cheap; no peer of ours sends larger
+/// ones than its `send_buffer`. h2 holds a frame until it is whole, before it looks at flow control: a tunnel without streams can
+/// hold one. Only DATA may be as large (`inspect.rs`).
+pub(crate) const MAX_FRAME_SIZE: u32 = 256 << 10;
 
 /// What we hold beyond the payload for buffered small DATA frames, in bytes (h2 counts what a frame is
 /// short of 256 bytes). A tunnel that needs more is closed: a stalled stream may have some 260,000 writes of a few bytes
 /// waiting, or all streams together 40 MiB in writes of 100 bytes.
 pub(crate) const SMALL_FRAME_BUDGET: usize = 64 << 20;
 
+/// What a connection of this proxy may hold unread, in bytes.
+const CONNECTION_WINDOW: u32 = 64 << 20;
+/// What its first WINDOW_UPDATE adds to the 65,535 of RFC 9113 section 6.9.2, by which one of ours is known.
+pub(crate) const FIRST_WINDOW_UPDATE: u32 = CONNECTION_WINDOW - 65_535;
+
+/// As long as a handshake.
+const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How a tunnel is used from the client's side.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct ClientSettings {
     /// Windows and buffers.
     pub http2: Http2Settings,
     /// When a silent peer is given up.
     pub keepalive: KeepaliveSettings,
+    /// How long a frame or header block may take that the peer has begun, and its first SETTINGS.
+    pub frame_timeout: Duration,
 }
 
 /// How a tunnel is served.
@@ -28,6 +40,8 @@ pub struct ServerSettings {
     pub http2: Http2Settings,
     /// When a silent peer is given up.
     pub keepalive: KeepaliveSettings,
+    /// How long a frame or header block may take that the peer has begun, and its first SETTINGS.
+    pub frame_timeout: Duration,
     /// How many streams a peer may have open in one tunnel.
     pub max_streams: u32,
 }
@@ -63,11 +77,21 @@ impl Default for Http2Settings {
             // A hundred of these, or two, beside the quarter that was held before, leave half or a quarter of the
             // connection's window for what comes until the peer knows of them.
             crowded_stream_window: 128 << 10,
-            connection_window: 64 << 20,
+            connection_window: CONNECTION_WINDOW,
             // What is already in flight is not counted here, so this bounds memory and not throughput: it must only outlast one
             // turn of the task that writes to the connection. What is more has left the caches by then.
             send_buffer: 256 << 10,
             max_header_list: 16 << 10,
+        }
+    }
+}
+
+impl Default for ClientSettings {
+    fn default() -> Self {
+        Self {
+            http2: Http2Settings::default(),
+            keepalive: KeepaliveSettings::default(),
+            frame_timeout: FRAME_TIMEOUT,
         }
     }
 }
@@ -78,6 +102,7 @@ impl Default for ServerSettings {
             // As ztunnel: a peer that does not read can hold at most 200 of these.
             http2: Http2Settings { max_header_list: 64 << 10, ..Http2Settings::default() },
             keepalive: KeepaliveSettings::default(),
+            frame_timeout: FRAME_TIMEOUT,
             max_streams: 200,
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! Not here: copying between a tunnel and a socket.
 
+mod gather;
 mod io;
 
 use std::future::poll_fn;
@@ -12,6 +13,7 @@ use std::task::{Context, Poll, Waker, ready};
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
 
+use self::gather::{Gather, SMALL};
 pub use self::io::TunnelIo;
 pub(crate) use self::io::carried_error;
 use crate::distrust::Distrust;
@@ -44,6 +46,8 @@ pub struct TunnelWriter {
     ended: bool,
     /// RST_STREAM was.
     aborted: bool,
+    /// Small writes that have not been sent.
+    gather: Gather,
     open: Arc<OpenStream>,
 }
 
@@ -51,7 +55,8 @@ impl TunnelStream {
     pub(crate) fn new(send: SendStream<Bytes>, recv: RecvStream, open: OpenStream) -> Self {
         let open = Arc::new(open);
         let reader = TunnelReader::new(recv, open.clone());
-        Self { reader, writer: TunnelWriter { send, ended: false, aborted: false, open } }
+        let gather = Gather::default();
+        Self { reader, writer: TunnelWriter { send, ended: false, aborted: false, gather, open } }
     }
 
     /// Who is at the other end of the tunnel.
@@ -73,7 +78,7 @@ impl TunnelStream {
 
 impl TunnelReader {
     fn new(mut recv: RecvStream, open: Arc<OpenStream>) -> Self {
-        open.link().unread().add(recv.flow_control());
+        open.link().unread().add(recv.flow_control(), &open);
         Self { recv, unreturned: 0, open }
     }
 
@@ -101,6 +106,9 @@ impl TunnelReader {
                 Some(Ok(chunk)) if chunk.is_empty() => {}
                 Some(Ok(chunk)) => {
                     self.unreturned = chunk.len();
+                    self.link().activity().count_useful(chunk.len());
+                    // Most answers follow a request that was read.
+                    self.open.note_sign_of_reading();
                     return Poll::Ready(Ok(Some(chunk)));
                 }
                 Some(Err(error)) => return Poll::Ready(Err(self.link().stream_error(error))),
@@ -142,7 +150,7 @@ impl TunnelWriter {
     /// As [`TunnelReader::read`]; also when the stream was finished or aborted before.
     pub async fn write(&mut self, mut data: Bytes) -> Result<(), HboneError> {
         while !data.is_empty() {
-            poll_fn(|cx| self.poll_write(cx, &mut data, false)).await?;
+            poll_fn(|cx| self.poll_send(cx, &mut data, false)).await?;
         }
         Ok(())
     }
@@ -150,9 +158,60 @@ impl TunnelWriter {
     /// Queues as much from the front of `data`, which must not be empty, as there is room for, and says how much that was.
     /// If it is the `last`, the frame with the end of it carries END_STREAM too: nothing may be written after that.
     ///
+    /// Small writes may be gathered (`gather.rs`): call [`TunnelWriter::poll_flush`] when there is nothing more to write for now.
+    ///
     /// # Errors
     /// As [`TunnelWriter::write`].
     pub fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        data: &mut Bytes,
+        last: bool,
+    ) -> Poll<Result<usize, HboneError>> {
+        if !last && data.len() < SMALL && self.poll_due(cx, data.len()).is_pending() {
+            return Poll::Ready(Ok(self.gather.add(data)));
+        }
+        if !last && !self.gather.is_empty() && data.len() < SMALL {
+            // One frame for both. What finds no room stays gathered.
+            let added = self.gather.add(data);
+            if added > 0 {
+                return match self.poll_gathered(cx) {
+                    Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+                    Poll::Ready(Ok(())) | Poll::Pending => Poll::Ready(Ok(added)),
+                };
+            }
+        }
+        ready!(self.poll_gathered(cx))?;
+        self.poll_send(cx, data, last)
+    }
+
+    /// Sends what was gathered, when it is time. Ready when nothing is left.
+    ///
+    /// # Errors
+    /// As [`TunnelWriter::write`].
+    pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HboneError>> {
+        if self.gather.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        ready!(self.poll_due(cx, 0));
+        self.poll_gathered(cx)
+    }
+
+    /// Ready when a frame of `length` bytes may be sent beside what is gathered, though it is small.
+    fn poll_due(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<()> {
+        self.gather.poll_due(cx, &self.open, length)
+    }
+
+    fn poll_gathered(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HboneError>> {
+        while !self.gather.is_empty() {
+            let capacity = ready!(self.poll_capacity(cx, self.gather.len()))?;
+            let frame = self.gather.take(capacity);
+            self.send(frame, false)?;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
         data: &mut Bytes,
@@ -170,7 +229,12 @@ impl TunnelWriter {
     /// # Errors
     /// As [`TunnelWriter::write`].
     pub fn finish(&mut self) -> Result<(), HboneError> {
-        if self.ended { Ok(()) } else { self.send(Bytes::new(), true) }
+        if self.ended {
+            return Ok(());
+        }
+        // Without waiting for room: it is little.
+        let rest = self.gather.take(usize::MAX);
+        self.send(rest, true)
     }
 
     /// Sends RST_STREAM(CONNECT_ERROR) for both directions, dropping what is queued; also after
@@ -207,6 +271,9 @@ impl TunnelWriter {
     }
 
     fn send(&mut self, frame: Bytes, end: bool) -> Result<(), HboneError> {
+        let length = frame.len();
+        self.link().activity().count_useful(length);
+        self.gather.sent(&self.open, length);
         self.send.send_data(frame, end).map_err(|error| self.refusal(error))?;
         self.ended = end;
         Ok(())
@@ -235,6 +302,7 @@ impl TunnelWriter {
 
 impl Drop for TunnelWriter {
     fn drop(&mut self) {
+        self.gather.settle(self.open.link());
         if !self.ended && !self.aborted {
             self.abort();
         }

@@ -2,6 +2,7 @@
 //!
 //! Not here: sockets; the workspace's tests crate has those.
 
+pub(crate) mod frames;
 pub(crate) mod pki;
 
 use std::io;

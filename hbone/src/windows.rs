@@ -8,33 +8,38 @@
 //! Not here: what we queue for a peer that does not read (`send_buffer`).
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use foldhash::fast::RandomState;
 use h2::{FlowControl, StreamId};
 
 use crate::Http2Settings;
-use crate::link::Link;
+use crate::link::{Link, OpenStream};
 
 /// What the open streams of one connection hold that was not read.
 #[derive(Debug, Default)]
 pub(crate) struct Unread(Mutex<Streams>);
 
-type Streams = HashMap<StreamId, FlowControl, RandomState>;
+type Streams = HashMap<u32, (FlowControl, Weak<OpenStream>), RandomState>;
 
 impl Unread {
-    pub(crate) fn add(&self, stream: &FlowControl) {
-        self.streams().insert(stream.stream_id(), stream.clone());
+    pub(crate) fn add(&self, stream: &FlowControl, open: &Arc<OpenStream>) {
+        self.streams().insert(stream.stream_id().as_u32(), (stream.clone(), Arc::downgrade(open)));
+    }
+
+    /// The open stream with this identifier.
+    pub(crate) fn stream(&self, stream: u32) -> Option<Arc<OpenStream>> {
+        self.streams().get(&stream)?.1.upgrade()
     }
 
     pub(crate) fn remove(&self, stream: StreamId) {
         // Its last handle may be this one, and then h2 cleans up: not under our lock.
-        let _removed = self.streams().remove(&stream);
+        let _removed = self.streams().remove(&stream.as_u32());
     }
 
     /// In bytes.
     fn held(&self) -> usize {
-        self.streams().values().map(FlowControl::used_capacity).sum()
+        self.streams().values().map(|(flow, _)| flow.used_capacity()).sum()
     }
 
     fn streams(&self) -> MutexGuard<'_, Streams> {

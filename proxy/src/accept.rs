@@ -215,6 +215,14 @@ fn take(
         Ok(source) => source,
         Err(refusal) => return refuse(worker, kind, &stream, refusal),
     };
+    let tunnel = match kind {
+        Kind::Outbound | Kind::Plaintext => Ok(None),
+        Kind::Hbone => worker.shared.limits.admit_tunnel(client.ip()),
+    };
+    let tunnel = match tunnel {
+        Ok(tunnel) => tunnel,
+        Err(refusal) => return refuse(worker, kind, &stream, refusal),
+    };
     let held = descriptors.hold(if kind == Kind::Hbone { 1 } else { PAIR });
     let accepted = Accepted::new(kind, stream, client, held);
     if worker.shared.self_test.claims(&accepted) {
@@ -225,7 +233,7 @@ fn take(
         _ => None,
     };
     match worker.balance.assign(peer) {
-        Some(load) => assign(worker, accepted, Place { load, source }, peers),
+        Some(load) => assign(worker, accepted, Place { load, source, tunnel }, peers),
         None => refuse(worker, kind, &accepted.stream, Refusal::Worker),
     }
 }

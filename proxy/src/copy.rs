@@ -105,6 +105,11 @@ trait Side {
         last: bool,
     ) -> Poll<Result<usize, ProxyError>>;
 
+    /// Sends what it took and did not send yet, when it is time: called when there is nothing to write for now.
+    fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {
+        Poll::Ready(Ok(()))
+    }
+
     /// Ends what is written to it cleanly (FIN, END_STREAM); the other direction goes on.
     fn finish(&mut self) -> Result<(), ProxyError>;
 
@@ -191,7 +196,12 @@ impl Direction {
             match from.poll_read(cx)? {
                 Poll::Ready(Some(data)) => self.pending = data,
                 Poll::Ready(None) => return Poll::Ready(Ok(false)),
-                Poll::Pending => return self.poll_watch(to, cx),
+                Poll::Pending => {
+                    if let Poll::Ready(Err(error)) = to.poll_flush(cx) {
+                        return Poll::Ready(Err(error));
+                    }
+                    return self.poll_watch(to, cx);
+                }
             }
         }
         let last = from.is_at_end();

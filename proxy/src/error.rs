@@ -270,8 +270,12 @@ fn tunnel_reason(error: &HboneError) -> Reason {
         | HboneError::Watch { .. }
         | HboneError::Clients { .. }
         | HboneError::Issuer { .. } => "IDENTITY_ERROR",
+        HboneError::TunnelExpired { .. } => "TLS_FAILURE",
         HboneError::H2 { .. } | HboneError::InvalidAuthority { .. } => "H2_HANDSHAKE_FAILURE",
-        HboneError::Reset { .. } | HboneError::Lost { .. } | HboneError::Unresponsive { .. } => "-",
+        HboneError::Reset { .. }
+        | HboneError::Lost { .. }
+        | HboneError::Unresponsive { .. }
+        | HboneError::PeerLimit { .. } => "-",
     };
     let fault = match error.fault() {
         underpass_hbone::Fault::Peer => Fault::Peer,

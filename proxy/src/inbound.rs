@@ -1,20 +1,22 @@
 //! Inbound connections: through a peer's tunnel, or caught in plain. Everything that can fail does so before the peer is
 //! told 200; the application sees the client's own address where the profile's rules support it.
 
+mod retirement;
+
 use std::net::{IpAddr, SocketAddr};
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
-use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use underpass_config::SpiffeId;
 use underpass_hbone::{
     Acceptor, Authority, HboneError, Incoming, PeerIdentity, ServerTunnel, TunnelStream,
 };
 use underpass_interception::reset_on_close;
 
+use self::retirement::Retirement;
 use crate::accept::{Kind, Registered};
 use crate::copy::{Flow, broken};
 use crate::descriptors::Held;
@@ -120,15 +122,27 @@ async fn accept_tunnel(
     let acceptor = worker.acceptor.as_ref().ok_or(ProxyError::NoIdentity(destination))?;
     // Boxed: what a handshake needs is a multiple of what the tunnel needs after it.
     let mut tunnel = Box::pin(handshake(worker, acceptor, stream, client.ip())).await?;
-    let _open = metrics::tunnel_open("inbound");
     let peer = tunnel.peer().clone();
+    let _counted = match worker.shared.limits.admit_identity(peer.spiffe_id()) {
+        Ok(counted) => counted,
+        Err(refusal) => {
+            worker.shared.limits.refused(refusal, Kind::Hbone.name());
+            tunnel.refuse().await;
+            return Ok(());
+        }
+    };
+    let _open = metrics::tunnel_open("inbound");
     let resumed = tunnel.resumed();
     tracing::debug!(%client, peer = %peer.spiffe_id(), resumed, "tunnel accepted");
     let mut retirement = Retirement::new(worker, &tunnel);
-    while let Some(request) = next_request(worker, &mut tunnel, &mut retirement).await {
+    while let Some(request) = retirement.next_request(worker, &mut tunnel).await {
         let admitted = worker.admit_stream(client.ip(), Kind::Hbone.name());
         let asked = Asked { request, client, here: destination, peer: peer.clone() };
         tokio::spawn(worker.shared.drain.track(serve_request(worker.clone(), asked, admitted)));
+    }
+    if let Some(limit) = tunnel.exceeded() {
+        metrics::tunnel_closed(limit.code());
+        tracing::info!(%client, peer = %peer.spiffe_id(), %limit, "tunnel closed: the peer exceeded a limit");
     }
     Ok(())
 }
@@ -157,66 +171,6 @@ async fn handshake(
     metrics::handshake_refused(limit);
     reset_on_close(&stream);
     Err(error)
-}
-
-/// The next CONNECT request; once the proxy closes or the tunnel is too old, the peer is told to send no more (GOAWAY).
-async fn next_request(
-    worker: &Worker,
-    tunnel: &mut ServerTunnel,
-    retirement: &mut Retirement,
-) -> Option<Incoming> {
-    loop {
-        tokio::select! {
-            request = tunnel.next() => return request,
-            () = worker.shared.drain.closing(), if !retirement.hastened => retirement.hasten(),
-            () = &mut retirement.timer => if retirement.is_due(tunnel.open_streams()) { break },
-        }
-    }
-    tunnel.drain();
-    tunnel.next().await
-}
-
-/// When a tunnel takes no new streams any longer: once the first of both certificates has expired, or at the maximum age, at
-/// which a peer like ours has let it go by itself; at once if the proxy closes.
-///
-/// A stock ztunnel fails a request that it opens while GOAWAY is on its way. So it is sent when no stream is open, when a new one
-/// is least likely; only a tunnel that is never without one gets it in the middle of them, after another tenth of the age.
-struct Retirement {
-    timer: Pin<Box<Sleep>>,
-    at_the_latest: Instant,
-    look: Duration,
-    hastened: bool,
-}
-
-impl Retirement {
-    /// How often a tunnel that is due is looked at.
-    const LOOK: Duration = Duration::from_secs(1);
-    /// The same when the proxy closes, and for how long then.
-    const LOOK_IN_HASTE: Duration = Duration::from_millis(20);
-    const HASTE: Duration = Duration::from_secs(1);
-
-    fn new(worker: &Worker, tunnel: &ServerTunnel) -> Self {
-        let max_age = worker.shared.tunnels.max_age;
-        let valid = tunnel.usable_until().duration_since(SystemTime::now()).unwrap_or_default();
-        let due = Instant::now() + valid.min(max_age);
-        let timer = Box::pin(sleep_until(due));
-        Self { timer, at_the_latest: due + max_age / 10, look: Self::LOOK, hastened: false }
-    }
-
-    fn hasten(&mut self) {
-        let now = Instant::now();
-        self.timer.as_mut().reset(now);
-        self.at_the_latest = self.at_the_latest.min(now + Self::HASTE);
-        self.look = Self::LOOK_IN_HASTE;
-        self.hastened = true;
-    }
-
-    /// Asked when the timer has run out, which is set anew.
-    fn is_due(&mut self, open_streams: usize) -> bool {
-        let now = Instant::now();
-        self.timer.as_mut().reset(now + self.look);
-        open_streams == 0 || now >= self.at_the_latest
-    }
 }
 
 /// A CONNECT request of `client`, who is `peer`, in a tunnel that ends at `here`.

@@ -12,7 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use underpass_hbone::{HandshakeLimit, SourceGuard, SourceLimit};
+use underpass_config::SpiffeId;
+use underpass_hbone::{CountGuard, CountLimit, HandshakeLimit, SourceGuard, SourceLimit};
 use underpass_interception::raise_open_files;
 
 pub(crate) use self::rate::Rate;
@@ -30,6 +31,8 @@ const SURELY_OPEN: usize = 64;
 #[derive(Debug, Clone)]
 pub(crate) struct Limits {
     sources: Option<SourceLimit>,
+    tunnel_sources: Option<SourceLimit>,
+    tunnel_identities: Option<CountLimit<SpiffeId>>,
     pub(crate) accepts_per_second: Option<u32>,
     pub(crate) connections_per_worker: usize,
     pub(crate) handshakes: HandshakeLimit,
@@ -44,6 +47,9 @@ pub(crate) struct Place {
     /// Without a limit there is none.
     #[expect(dead_code, reason = "it counts for as long as it lives")]
     pub(crate) source: Option<SourceGuard>,
+    /// The same for a tunnel; there is none for anything else.
+    #[expect(dead_code, reason = "it counts for as long as it lives")]
+    pub(crate) tunnel: Option<SourceGuard>,
 }
 
 /// Which limit a connection exceeds.
@@ -53,6 +59,10 @@ pub(crate) enum Refusal {
     Worker,
     /// This address, or its /64, has as many as it may.
     Source(IpAddr),
+    /// This address, or its /64, has as many tunnels as it may.
+    TunnelSource(IpAddr),
+    /// An identity has as many tunnels as it may.
+    TunnelIdentity,
 }
 
 impl Limits {
@@ -64,6 +74,8 @@ impl Limits {
         let open = fs::read_dir("/proc/self/fd").map_or(SURELY_OPEN, Iterator::count);
         Self {
             sources: settings.connections_per_source.map(SourceLimit::new),
+            tunnel_sources: settings.tunnels_per_source.map(SourceLimit::new),
+            tunnel_identities: settings.tunnels_per_identity.map(CountLimit::new),
             accepts_per_second: settings.accepts_per_second,
             connections_per_worker: settings.connections_per_worker,
             handshakes: HandshakeLimit::new(settings.handshakes, settings.handshakes_per_source),
@@ -76,6 +88,22 @@ impl Limits {
     pub(crate) fn admit(&self, source: IpAddr) -> Result<Option<SourceGuard>, Refusal> {
         let admit = |limit: &SourceLimit| limit.admit(source).ok_or(Refusal::Source(source));
         self.sources.as_ref().map(admit).transpose()
+    }
+
+    /// One more tunnel of `source`, before its handshake.
+    pub(crate) fn admit_tunnel(&self, source: IpAddr) -> Result<Option<SourceGuard>, Refusal> {
+        let admit = |limit: &SourceLimit| limit.admit(source).ok_or(Refusal::TunnelSource(source));
+        self.tunnel_sources.as_ref().map(admit).transpose()
+    }
+
+    /// One more tunnel of `identity`, after its handshake.
+    pub(crate) fn admit_identity(
+        &self,
+        identity: &SpiffeId,
+    ) -> Result<Option<CountGuard<SpiffeId>>, Refusal> {
+        let admit =
+            |limit: &CountLimit<SpiffeId>| limit.admit(identity).ok_or(Refusal::TunnelIdentity);
+        self.tunnel_identities.as_ref().map(admit).transpose()
     }
 
     /// Notes a connection that was refused without a word.
@@ -95,6 +123,8 @@ impl Refusal {
         match self {
             Self::Worker => "connections_per_worker",
             Self::Source(_) => "connections_per_source",
+            Self::TunnelSource(_) => "tunnels_per_source",
+            Self::TunnelIdentity => "tunnels_per_identity",
         }
     }
 }
@@ -108,6 +138,13 @@ impl fmt::Display for Refusal {
             Self::Source(address) => write!(
                 f,
                 "{address} has as many connections as one address may (limits.connections_per_source): does it never close any?"
+            ),
+            Self::TunnelSource(address) => write!(
+                f,
+                "{address} has as many tunnels as one address may (limits.tunnels_per_source)"
+            ),
+            Self::TunnelIdentity => f.write_str(
+                "the identity has as many tunnels as one may (limits.tunnels_per_identity)",
             ),
         }
     }
@@ -125,6 +162,9 @@ struct Untold {
     of_workers: u64,
     of_sources: u64,
     last_source: Option<IpAddr>,
+    of_tunnel_sources: u64,
+    last_tunnel_source: Option<IpAddr>,
+    of_identities: u64,
 }
 
 impl Refusals {
@@ -137,6 +177,11 @@ impl Refusals {
                     untold.of_sources += 1;
                     untold.last_source = Some(address);
                 }
+                Refusal::TunnelSource(address) => {
+                    untold.of_tunnel_sources += 1;
+                    untold.last_tunnel_source = Some(address);
+                }
+                Refusal::TunnelIdentity => untold.of_identities += 1,
             }
         }
         self.some.notify_one();
@@ -145,20 +190,8 @@ impl Refusals {
     async fn tell(&self) {
         loop {
             self.some.notified().await;
-            let Untold { of_workers, of_sources, last_source } =
-                std::mem::take(&mut *self.untold());
-            if of_workers > 0 {
-                tracing::warn!(
-                    refused = of_workers,
-                    "connections are refused, since all workers serve as many as they may (limits.connections_per_worker)"
-                );
-            }
-            if let Some(last) = last_source {
-                tracing::warn!(
-                    refused = of_sources, %last,
-                    "connections are refused, since their address has as many as one may (limits.connections_per_source)"
-                );
-            }
+            let untold = std::mem::take(&mut *self.untold());
+            untold.tell();
             tokio::time::sleep(TELL_EVERY).await;
         }
     }
@@ -166,6 +199,35 @@ impl Refusals {
     fn untold(&self) -> MutexGuard<'_, Untold> {
         // Nothing panics while it is held.
         self.untold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Untold {
+    fn tell(self) {
+        if self.of_workers > 0 {
+            tracing::warn!(
+                refused = self.of_workers,
+                "connections are refused, since all workers serve as many as they may (limits.connections_per_worker)"
+            );
+        }
+        if let Some(last) = self.last_source {
+            tracing::warn!(
+                refused = self.of_sources, %last,
+                "connections are refused, since their address has as many as one may (limits.connections_per_source)"
+            );
+        }
+        if let Some(last) = self.last_tunnel_source {
+            tracing::warn!(
+                refused = self.of_tunnel_sources, %last,
+                "tunnels are refused, since their address has as many as one may (limits.tunnels_per_source)"
+            );
+        }
+        if self.of_identities > 0 {
+            tracing::warn!(
+                refused = self.of_identities,
+                "tunnels are refused, since their identity has as many as one may (limits.tunnels_per_identity)"
+            );
+        }
     }
 }
 
@@ -180,6 +242,8 @@ mod tests {
             accepts_per_second: None,
             handshakes: 1,
             handshakes_per_source: 1,
+            tunnels_per_source: per_source,
+            tunnels_per_identity: per_source,
             buffers: 1,
         };
         Limits::new(&settings, 1)
@@ -192,7 +256,16 @@ mod tests {
         let held = limited.admit(source);
         assert!(matches!(held, Ok(Some(_))));
         assert_eq!(limited.admit(source).err(), Some(Refusal::Source(source)));
+        let tunnel = limited.admit_tunnel(source);
+        assert!(matches!(tunnel, Ok(Some(_))), "tunnels are counted apart");
+        assert_eq!(limited.admit_tunnel(source).err(), Some(Refusal::TunnelSource(source)));
+        let identity = "spiffe://td/ns/default/sa/client".parse().unwrap();
+        let first = limited.admit_identity(&identity);
+        assert!(matches!(first, Ok(Some(_))));
+        assert_eq!(limited.admit_identity(&identity).err(), Some(Refusal::TunnelIdentity));
         assert!(matches!(limits(None).admit(source), Ok(None)));
+        assert!(matches!(limits(None).admit_tunnel(source), Ok(None)));
+        assert!(matches!(limits(None).admit_identity(&identity), Ok(None)));
     }
 
     #[tokio::test(start_paused = true)]

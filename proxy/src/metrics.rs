@@ -26,6 +26,7 @@ const CERTIFICATE_EXPIRES: &str = "underpass_certificate_expires_seconds";
 const RENEWALS: &str = "underpass_certificate_renewals_total";
 const RENEWALS_FAILED: &str = "underpass_certificate_failures_total";
 const TUNNELS: &str = "underpass_tunnels_open";
+const TUNNELS_CLOSED: &str = "underpass_tunnels_closed_total";
 const REFUSED: &str = "underpass_connections_refused_total";
 const HANDSHAKES: &str = "underpass_handshakes_under_way";
 const HANDSHAKES_WAITED: &str = "underpass_handshakes_waited_total";
@@ -67,6 +68,10 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
         "Certificates, roots or revocation lists that could not be renewed or read."
     );
     describe_gauge!(TUNNELS, "HBONE connections open now.");
+    describe_counter!(
+        TUNNELS_CLOSED,
+        "Peers' tunnels that we closed, by why: age, idle, or the limit that the peer exceeded."
+    );
     describe_counter!(REFUSED, "Connections and streams refused, by the limit that they exceed.");
     describe_gauge!(HANDSHAKES, "TLS handshakes with clients under way now.");
     describe_counter!(HANDSHAKES_WAITED, "TLS handshakes that had to wait for their turn.");
@@ -221,6 +226,11 @@ pub(crate) fn mesh_refused() {
 /// Counts an endpoint that is not chosen for a while.
 pub(crate) fn endpoint_set_aside() {
     counter!(SET_ASIDE).increment(1);
+}
+
+/// Counts a peer's tunnel that we close.
+pub(crate) fn tunnel_closed(reason: &'static str) {
+    counter!(TUNNELS_CLOSED, "reason" => reason).increment(1);
 }
 
 /// Counts a tunnel as open for as long as the value lives.

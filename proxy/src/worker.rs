@@ -94,7 +94,7 @@ pub(crate) struct Worker {
 
 impl Worker {
     fn new(shared: Shared, balance: Arc<Balance>, index: usize, local: LocalAddresses) -> Self {
-        let Timeouts { connect, handshake, reply, pool_idle, .. } = shared.timeouts;
+        let Timeouts { connect, handshake, frame, reply, pool_idle, .. } = shared.timeouts;
         let dialer = TunnelDialer {
             sockets: shared.sockets.clone(),
             balance: balance.clone(),
@@ -111,8 +111,10 @@ impl Worker {
             tunnels_per_peer: shared.tunnels.per_peer,
         };
         let credentials = || shared.credentials.clone();
-        let connector = credentials().map(|own| Connector::new(own, ClientSettings::default()));
-        let acceptor = credentials().map(|own| Acceptor::new(own, ServerSettings::default()));
+        let client = ClientSettings { frame_timeout: frame, ..ClientSettings::default() };
+        let server = ServerSettings { frame_timeout: frame, ..ServerSettings::default() };
+        let connector = credentials().map(|own| Connector::new(own, client));
+        let acceptor = credentials().map(|own| Acceptor::new(own, server));
         let pool = Pool::new(dialer, settings);
         let (live, series) = (Arc::default(), KnownSeries::default());
         Self { pool, connector, acceptor, live, series, balance, index, local, shared }
@@ -140,7 +142,7 @@ impl Worker {
     fn place(&self, client: IpAddr) -> Result<Place, Refusal> {
         let source = self.shared.limits.admit(client)?;
         let load = self.balance.load(self.index).ok_or(Refusal::Worker)?;
-        Ok(Place { load, source })
+        Ok(Place { load, source, tunnel: None })
     }
 
     /// Ends what is left when the time to drain has passed. Connecting asks for that itself, and before all else; so a connection is

@@ -16,6 +16,10 @@ pub struct Limits {
     pub handshakes: usize,
     /// TLS handshakes that one source address may have under way.
     pub handshakes_per_source: usize,
+    /// Tunnels of one source address (IPv6: of one /64) that are served; `None`: as many as come.
+    pub tunnels_per_source: Option<usize>,
+    /// Tunnels of one SPIFFE identity that are served; `None`: as many as come.
+    pub tunnels_per_identity: Option<usize>,
     /// Bytes of memory for the buffers of busy connections, of all workers together.
     pub buffers: usize,
 }
@@ -27,6 +31,8 @@ pub struct Timeouts {
     pub connect: Duration,
     /// For a TLS and HTTP/2 handshake to end, as client and as server.
     pub handshake: Duration,
+    /// For a frame or header block of a tunnel to arrive whole, and for the peer's first SETTINGS.
+    pub frame: Duration,
     /// For the answer to a CONNECT request.
     pub reply: Duration,
     /// For a byte to move in a connection; `None`: for ever.
@@ -41,6 +47,8 @@ pub struct Timeouts {
     pub handed_over: Duration,
     /// For a pooled tunnel without streams before it is closed.
     pub pool_idle: Duration,
+    /// For a peer's tunnel without streams before it is closed.
+    pub tunnel_idle: Duration,
     /// For an endpoint that could not be connected to, before it is chosen again.
     pub set_aside: Duration,
 }

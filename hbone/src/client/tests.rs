@@ -1,11 +1,16 @@
 //! Requests that fail, and peers that say nothing.
 
 use http::header::HeaderValue;
-use tokio::io::duplex;
+use tokio::io::{AsyncWriteExt as _, duplex};
+use tokio::time::{Instant, sleep};
 
 use super::*;
-use crate::Authority;
-use crate::testing::{ADDRESS, Mesh, SECOND, SERVER, Served, id, request};
+use crate::testing::frames::{HEADERS, PING, SETTINGS, frame, head};
+use crate::testing::{
+    ADDRESS, CLIENT, HOUR, Mesh, SECOND, SERVER, Served, authority, credentials, id, identity,
+    request,
+};
+use crate::{Authority, TunnelLimit};
 
 #[tokio::test]
 async fn a_request_arrives_with_its_authority_and_headers() {
@@ -96,4 +101,51 @@ async fn a_tunnel_ends_with_its_last_handle_and_stream() {
     assert!(far_reader.read().await.unwrap().is_none());
     drop((reader, writer, far_reader, far_writer));
     served.ended().await;
+}
+
+/// A tunnel to a server that has a certificate and sends `bytes` instead of HTTP/2, and what keeps it open.
+async fn tunnel_to(bytes: Vec<u8>) -> (Tunnel, impl Sized) {
+    let authority = authority("td");
+    let server = credentials(&identity(&authority, SERVER));
+    let client = credentials(&identity(&authority, CLIENT)).fixed();
+    let connector = Connector::new(client, ClientSettings::default());
+    let (near, far) = duplex(64 << 10);
+    let expected = [id(SERVER)];
+    let serve = async {
+        let (mut io, _) = server.server().accept(Box::new(far)).await.unwrap();
+        io.write_all(&bytes).await.unwrap();
+        io.flush().await.unwrap();
+        io
+    };
+    let (tunnel, io) = tokio::join!(connector.open(near, ADDRESS, &expected, SECOND), serve);
+    (tunnel.unwrap(), io)
+}
+
+#[tokio::test(start_paused = true)]
+async fn gives_up_server_whose_header_block_does_not_end() {
+    let settings = frame(SETTINGS, 0, 0, &[]);
+    let block = frame(HEADERS, 0, 1, &[]);
+    let silent = (Vec::new(), TunnelLimit::UnfinishedFrame, 10 * SECOND);
+    let open = ([&settings[..], &block].concat(), TunnelLimit::UnfinishedFrame, 10 * SECOND);
+    let large = [&settings[..], &head(17 << 10, HEADERS, 0, 1)].concat();
+    let large = (large, TunnelLimit::HeaderBlock, Duration::ZERO);
+    let flood = [&settings[..], &frame(PING, 0, 0, &[0; 8]).repeat(2001)].concat();
+    let flood = (flood, TunnelLimit::FrameRate, Duration::ZERO);
+    for (bytes, expected, after) in [silent, open, large, flood] {
+        let start = Instant::now();
+        let (tunnel, _io) = tunnel_to(bytes).await;
+        let answer = tunnel.connect(request(), 25 * SECOND).await;
+        let Err(HboneError::PeerLimit { limit }) = answer else { panic!("{answer:?}") };
+        assert_eq!(limit, expected);
+        assert!(start.elapsed() >= after && start.elapsed() <= after + SECOND);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn opens_no_stream_once_a_certificate_has_expired() {
+    let (tunnel, server) = Mesh::new().tunnel().await;
+    let _served = Served::new(server);
+    sleep(HOUR).await;
+    let answer = tunnel.connect(request(), SECOND).await;
+    assert!(matches!(answer, Err(HboneError::TunnelExpired { .. })), "{answer:?}");
 }

@@ -21,6 +21,8 @@ pub(super) fn is_safe(error: &HboneError, pooled: bool) -> bool {
         HboneError::Lost { source: Some(source) } if source.is_go_away() && source.is_remote() => {
             true
         }
+        // Nothing was sent.
+        HboneError::TunnelExpired { .. } => true,
         HboneError::Lost { .. } | HboneError::Unresponsive { .. } => pooled,
         _ => false,
     }

@@ -1,5 +1,8 @@
 //! Requests that are none, slow clients, and the way out.
 
+mod drain;
+mod limits;
+
 use std::sync::atomic::Ordering;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};

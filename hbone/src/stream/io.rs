@@ -10,7 +10,7 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{TunnelReader, TunnelStream, TunnelWriter};
+use super::{SMALL, TunnelReader, TunnelStream, TunnelWriter};
 use crate::HboneError;
 use crate::link::OpenStream;
 
@@ -59,6 +59,10 @@ impl TunnelIo {
         let wanted = bufs.iter().map(|buf| buf.len()).sum();
         if wanted == 0 {
             return Poll::Ready(Ok(0));
+        }
+        if wanted < SMALL {
+            // Whoever writes gathers, and writes more at once.
+            ready!(self.writer.poll_due(cx, wanted));
         }
         let capacity = ready!(self.writer.poll_capacity(cx, wanted)).map_err(io_error)?;
         let length = capacity.min(wanted);

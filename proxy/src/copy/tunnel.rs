@@ -42,6 +42,10 @@ impl Side for Tunnelled {
         self.writer.poll_write(cx, data, last).map_err(ProxyError::Tunnel)
     }
 
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {
+        self.writer.poll_flush(cx).map_err(ProxyError::Tunnel)
+    }
+
     fn finish(&mut self) -> Result<(), ProxyError> {
         self.writer.finish().map_err(ProxyError::Tunnel)
     }

@@ -3,6 +3,7 @@
 
 mod descriptors;
 mod sources;
+mod tunnels;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     suite.test("clients that keep the readiness endpoint busy do not keep probes out", probes);
     sources::add(&mut suite);
     descriptors::add(&mut suite);
+    tunnels::add(&mut suite);
     suite.run()
 }
 

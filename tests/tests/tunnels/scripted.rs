@@ -4,6 +4,7 @@
 use h2::Reason;
 use h2::server::SendResponse;
 use http::{Request, Response, StatusCode};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 use underpass_tests::{
@@ -17,6 +18,7 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test("what is refused twice fails", refused_twice);
     suite.test("a stream that is reset otherwise is not tried again", reset);
     suite.test("a request that is answered with an error is not tried again", denied);
+    suite.test("small writes that nobody reads cost a neighbour nothing", small_writes);
 }
 
 type Tunnel = h2::server::Connection<TlsStream<TcpStream>, bytes::Bytes>;
@@ -31,10 +33,15 @@ struct Script {
 
 impl Script {
     async fn new() -> Self {
+        Self::with(&[]).await
+    }
+
+    async fn with(settings: &[&str]) -> Self {
         let scene = Scene::new().await;
         let listener = scene.server.listen(HBONE);
         let server = TlsServer::new(&scene.server_files);
-        let proxy = scene.client.proxy(&scene.client_settings()).await;
+        let settings = settings.iter().fold(scene.client_settings(), |all, one| all.set(one));
+        let proxy = scene.client.proxy(&settings).await;
         Self { scene, listener, server, proxy }
     }
 
@@ -143,4 +150,67 @@ async fn not_tried_again(answer: impl FnOnce(&mut SendResponse<bytes::Bytes>), r
     }
     assert!(!script.listener.is_reached(), "it was tried again");
     script.proxy.line(&["connection failed", &format!("reason=\"{reason}\"")]).await;
+}
+
+/// A server with the defaults of h2 0.4.17, whose first stream is not read until the end.
+async fn small_writes() {
+    const BYTES: usize = 600;
+    // Both connections in one tunnel.
+    let script = Script::with(&["proxy.workers=1"]).await;
+    let (all_written, mut is_all_written) = tokio::sync::mpsc::channel::<()>(1);
+    let first_has_come = tokio::sync::Notify::new();
+    let server = async {
+        let (stream, _) = script.listener.accept().await;
+        let stream = script.server.accept(stream).await.expect("a TLS handshake");
+        let mut builder = h2::server::Builder::new();
+        let handshake = builder.data_frame_budget(25_600).handshake(stream);
+        let mut tunnel: Tunnel = within("a preface", handshake).await.expect("HTTP/2");
+        let (stalled, mut answer) = request(&mut tunnel).await;
+        let _stalled = answer.send_response(Response::new(()), false).expect("an answer");
+        first_has_come.notify_one();
+        let (neighbour, mut answer) = request(&mut tunnel).await;
+        let mut echo = answer.send_response(Response::new(()), false).expect("an answer");
+        let (mut neighbour, mut stalled) = (neighbour.into_body(), stalled.into_body());
+        let echoing = async {
+            while let Some(Ok(chunk)) = neighbour.data().await {
+                echo.send_data(chunk, false).expect("an echo");
+            }
+        };
+        let reading = async {
+            is_all_written.recv().await;
+            let mut read = 0;
+            while read < BYTES {
+                read += stalled.data().await.expect("data").expect("data").len();
+            }
+            read
+        };
+        tokio::select! {
+            read = reading => read,
+            () = echoing => unreachable!("the neighbour was cut"),
+            () = async { while let Some(Ok(_)) = tunnel.accept().await {} } => unreachable!("the tunnel ended"),
+        }
+    };
+    let applications = async {
+        let to = script.scene.app(Family::V4);
+        let mut stalled = script.scene.client.dial(to).await.expect("the proxy accepts");
+        stalled.set_nodelay(true).expect("an option");
+        stalled.write_u8(0).await.expect("it is open");
+        within("its request", first_has_come.notified()).await;
+        let mut neighbour = script.scene.client.dial(to).await.expect("the proxy accepts");
+        for index in 1..BYTES {
+            stalled.write_u8(0).await.expect("it is open");
+            // So that the proxy reads each by itself.
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            if index % 50 == 0 {
+                neighbour.write_u8(7).await.expect("it is open");
+                assert_eq!(within("an echo", neighbour.read_u8()).await.expect("an echo"), 7);
+            }
+        }
+        all_written.send(()).await.expect("the server waits");
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        read = within("all that was written", server) => assert_eq!(read, BYTES),
+        () = applications => {}
+    }
 }

@@ -1,0 +1,63 @@
+//! A token bucket for what a peer can make us do: so much at once, and after that at a rate.
+//!
+//! Not here: what is counted, and what follows when the bucket is empty.
+
+/// Tokens that are spent on a peer's requests. Time comes as milliseconds since the connection was opened.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    size: u64,
+    per_second: u64,
+    left: u64,
+    /// When it was last refilled, in milliseconds, and how much the peer had earned by then.
+    refilled: u64,
+    earned: u64,
+}
+
+impl Budget {
+    /// A full bucket of `size` tokens.
+    pub(crate) fn new(size: u64, per_second: u64) -> Self {
+        Self { size, per_second, left: size, refilled: 0, earned: 0 }
+    }
+
+    /// Takes `count` tokens; false when there are not as many. `earned` is how many the peer earned so far beside those that
+    /// come with time. The bucket is refilled only when it is empty: most peers never empty it.
+    pub(crate) fn take(&mut self, count: u64, now: u64, earned: u64) -> bool {
+        if self.left < count {
+            let with_time =
+                now.saturating_sub(self.refilled).saturating_mul(self.per_second) / 1000;
+            let refill = with_time.saturating_add(earned.saturating_sub(self.earned));
+            self.left = self.left.saturating_add(refill).min(self.size);
+            (self.refilled, self.earned) = (now, earned);
+        }
+        match self.left.checked_sub(count) {
+            Some(left) => {
+                self.left = left;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn budget_bears_burst_and_then_only_its_rate() {
+        let mut budget = Budget::new(100, 10);
+        assert!((0..100).all(|_| budget.take(1, 0, 0)));
+        assert!(!budget.take(1, 99, 0), "a tenth of a second has not passed");
+        assert!((1..=50).all(|tenth| budget.take(1, 99 + tenth * 100, 0)));
+        assert!(!budget.take(1, 99 + 5_000, 0));
+    }
+
+    #[test]
+    fn budget_grows_with_what_peer_earned_and_not_beyond_its_size() {
+        let mut budget = Budget::new(10, 1);
+        assert!(budget.take(10, 0, 0));
+        assert!(budget.take(4, 0, 4) && !budget.take(1, 0, 4), "what was earned counts once");
+        assert!(budget.take(10, 0, 1000) && !budget.take(1, 0, 1000));
+        assert!(!budget.take(11, u64::MAX, u64::MAX));
+    }
+}

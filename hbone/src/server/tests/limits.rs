@@ -1,0 +1,144 @@
+//! What a client can make us hold or do, exceeded.
+
+use h2::Reason;
+use tokio::time::Instant;
+
+use super::*;
+use crate::testing::frames::{
+    DATA, END_HEADERS, GOAWAY, HEADERS, PING, RST_STREAM, RawClient, SETTINGS, connect, frame, head,
+};
+
+const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Sends `bytes` after SETTINGS to a server that has no request, and waits for the tunnel's end: the limit that was exceeded, the
+/// code of GOAWAY, and how long it took.
+async fn exceed(bytes: &[u8]) -> (Option<TunnelLimit>, Option<u32>, Duration) {
+    let (mut client, mut server) = RawClient::settled(ServerSettings::default()).await;
+    let start = Instant::now();
+    client.send(bytes).await;
+    assert!(timeout(HOUR, server.next()).await.unwrap().is_none());
+    let (limit, took) = (server.exceeded(), start.elapsed());
+    drop(server);
+    (limit, client.goaway().await, took)
+}
+
+#[tokio::test(start_paused = true)]
+async fn closes_tunnel_whose_header_block_does_not_end() {
+    let calm = Some(u32::from(Reason::ENHANCE_YOUR_CALM));
+    for bytes in [
+        frame(HEADERS, 0, 1, &[]),
+        frame(HEADERS, 0, 1, &vec![0; 60 << 10]),
+        frame(HEADERS, END_HEADERS, 1, &[0; 9])[..10].to_vec(),
+        frame(SETTINGS, 0, 0, &[0; 6])[..12].to_vec(),
+        frame(PING, 0, 0, &[0; 8])[..5].to_vec(),
+        // Of a stream that does not exist: h2 sees that only when it is whole.
+        [head(256 << 10, DATA, 0, 1), vec![0; 200 << 10]].concat(),
+    ] {
+        let (limit, code, took) = exceed(&bytes).await;
+        assert_eq!((limit, code), (Some(TunnelLimit::UnfinishedFrame), calm));
+        assert!(took >= FRAME_TIMEOUT && took < FRAME_TIMEOUT + SECOND, "{took:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn closes_tunnel_at_once_for_frame_beyond_its_cap() {
+    let calm = Some(u32::from(Reason::ENHANCE_YOUR_CALM));
+    let too_large = Some(u32::from(Reason::FRAME_SIZE_ERROR));
+    let continued = |length| {
+        let (first, second) = (frame(HEADERS, 0, 1, &[0x41; 60 << 10]), head(length, 9, 0, 1));
+        [first, second].concat()
+    };
+    for (bytes, limit, code) in [
+        (head(256 << 10, HEADERS, 0, 1), TunnelLimit::HeaderBlock, calm),
+        (continued(5 << 10), TunnelLimit::HeaderBlock, calm),
+        (head(17 << 10, PING, 0, 0), TunnelLimit::FrameSize, too_large),
+        (head(17 << 10, 0xee, 0, 0), TunnelLimit::FrameSize, too_large),
+    ] {
+        assert_eq!(exceed(&bytes).await, (Some(limit), code, Duration::ZERO));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn closes_tunnel_without_settings() {
+    let (_client, mut server) = RawClient::new(ServerSettings::default()).await;
+    let start = Instant::now();
+    assert!(timeout(HOUR, server.next()).await.unwrap().is_none());
+    assert_eq!(server.exceeded(), Some(TunnelLimit::UnfinishedFrame));
+    assert!(start.elapsed() < FRAME_TIMEOUT + SECOND);
+}
+
+#[tokio::test(start_paused = true)]
+async fn closes_tunnel_for_flood_of_control_frames() {
+    let pings = frame(PING, 0, 0, &[0; 8]).repeat(3000);
+    let resets: Vec<u8> = (0..3000)
+        .flat_map(|index| {
+            let stream = 2 * index + 1;
+            [connect(stream), frame(RST_STREAM, 0, stream, &[0, 0, 0, 8])].concat()
+        })
+        .collect();
+    for flood in [pings, resets] {
+        let (mut client, mut server) = RawClient::settled(ServerSettings::default()).await;
+        let serve = async { while server.next().await.is_some() {} };
+        let send = async {
+            let _cut = client.try_send(&flood).await;
+            client.goaway().await
+        };
+        let (code, ()) = tokio::join!(send, serve);
+        assert!(code.is_some());
+        // h2 may say so first.
+        assert!(matches!(server.exceeded(), None | Some(TunnelLimit::FrameRate)));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn drains_and_then_closes_tunnel_with_too_many_refused_requests() {
+    let (mut client, mut server) = RawClient::settled(ServerSettings::default()).await;
+    let serve = async {
+        let mut refused = 0;
+        while let Some(request) = server.next().await {
+            request.refuse(StatusCode::UNAUTHORIZED);
+            refused += 1;
+        }
+        (refused, server.exceeded())
+    };
+    let flood = async {
+        let mut goaways = 0;
+        for stream in (1..20_000).step_by(2) {
+            let sent = client.try_send(&connect(stream)).await;
+            let frames = client.receive(sent.then_some(HEADERS)).await;
+            goaways += frames.iter().filter(|(kind, ..)| *kind == GOAWAY).count();
+            if frames.last().is_none_or(|(kind, ..)| *kind != HEADERS) {
+                return goaways;
+            }
+        }
+        panic!("nothing ended it");
+    };
+    let (goaways, (refused, limit)) = tokio::join!(flood, serve);
+    assert_eq!(limit, Some(TunnelLimit::RefusedRequests));
+    // A thousand before GOAWAY, and a thousand after it, which an honest client would not send.
+    assert!((2000..2010).contains(&refused), "{refused}");
+    assert_eq!(goaways, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn bears_requests_that_are_refused_now_and_then() {
+    let (mut client, mut server) = RawClient::settled(ServerSettings::default()).await;
+    let serve = async {
+        while let Some(request) = server.next().await {
+            request.refuse(StatusCode::UNAUTHORIZED);
+        }
+        panic!("it ended");
+    };
+    let ask = async {
+        for stream in (1..6_000).step_by(2) {
+            client.send(&connect(stream)).await;
+            let frames = client.receive(Some(HEADERS)).await;
+            assert!(frames.iter().all(|(kind, ..)| *kind != GOAWAY));
+            sleep(SECOND / 19).await;
+        }
+    };
+    tokio::select! {
+        () = ask => {}
+        () = serve => unreachable!(),
+    }
+}

@@ -1,0 +1,145 @@
+//! Gathers an application's small writes into larger DATA frames, where a frame for each would cost the peer more than it bears.
+//!
+//! Each frame costs its receiver some hundred bytes beside its payload, for as long as nobody reads the stream. h2 counts for each
+//! frame what it is short of 256 bytes, and closes a connection with more than 25,600 of that unread (0.4.16 to 0.4.18; later ones
+//! by the connection's window): 100 writes of one byte by one application, and all others lose their streams too. So
+//!
+//! * while the connection is blocked, small writes are gathered: they would wait anyway;
+//! * while the peer gives no sign that its application reads, small frames go at growing intervals. A peer whose first window is
+//!   ours has our own budget (64 MiB) and is not spared.
+//!
+//! Not here: sending.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::link::{Link, OpenStream};
+
+/// A write of fewer bytes is small.
+pub(super) const SMALL: usize = 1024;
+/// How much is gathered, in bytes.
+const MOST: usize = 16 << 10;
+/// A frame of so many bytes costs a peer nothing beside its payload.
+const FULL_PRICE: u64 = 256;
+/// What a connection may owe before its streams are paced: well below the 25,600 that h2 bears.
+const BEARABLE: u64 = 14_000;
+/// So many frames of a stream are not paced: a request and its beginning.
+const FREE_FRAMES: u32 = 2;
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// Hardly what a person notices. At this interval 1 KiB a second fills a frame of 256 bytes, which costs nothing.
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+/// The same for a connection that owes nearly all that h2 bears.
+const HARDLY_BEARABLE: u64 = 20_000;
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+
+/// What one stream has gathered, and what it owes.
+#[derive(Debug, Default)]
+pub(super) struct Gather {
+    bytes: BytesMut,
+    /// What its small frames cost, as h2 counts it, since the peer last gave a sign that they are read.
+    owed: u64,
+    frames: u32,
+    pause: Duration,
+    /// When the next small frame may go. Boxed: most streams never are paced.
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl Gather {
+    pub(super) fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Takes some from the front of `data`: how many.
+    pub(super) fn add(&mut self, data: &mut Bytes) -> usize {
+        let part = data.split_to(data.len().min(MOST.saturating_sub(self.bytes.len())));
+        self.bytes.extend_from_slice(&part);
+        part.len()
+    }
+
+    /// Up to `length` of the gathered bytes.
+    pub(super) fn take(&mut self, length: usize) -> Bytes {
+        let part = self.bytes.split_to(length.min(self.bytes.len())).freeze();
+        if self.bytes.is_empty() {
+            // It would hold on to the memory of what was gathered before.
+            self.bytes = BytesMut::new();
+        }
+        part
+    }
+
+    /// Ready when what is gathered, and `more`, should go as a frame.
+    pub(super) fn poll_due(
+        &mut self,
+        cx: &mut Context<'_>,
+        open: &OpenStream,
+        more: usize,
+    ) -> Poll<()> {
+        let (link, length) = (open.link(), self.bytes.len().saturating_add(more));
+        if length >= MOST {
+            return Poll::Ready(());
+        }
+        if link.transport().poll_free(cx).is_pending() {
+            return Poll::Pending;
+        }
+        if length as u64 >= FULL_PRICE || !self.is_paced(open) {
+            return Poll::Ready(());
+        }
+        match &mut self.timer {
+            Some(timer) => timer.as_mut().poll(cx),
+            None => Poll::Ready(()),
+        }
+    }
+
+    /// Counts a frame of `length` bytes that was sent.
+    pub(super) fn sent(&mut self, open: &OpenStream, length: usize) {
+        let (link, length) = (open.link(), length as u64);
+        if length == 0 || link.activity().bears_small_frames() {
+            return;
+        }
+        let Some(cost) = FULL_PRICE.checked_sub(length).filter(|cost| *cost > 0) else {
+            link.activity().owe_less(length - FULL_PRICE);
+            return;
+        };
+        self.owed += cost;
+        self.frames = self.frames.saturating_add(1);
+        link.activity().owe(cost);
+        if self.is_paced(open) {
+            let hardly = link.activity().owed() >= HARDLY_BEARABLE;
+            let longest = if hardly { LAST_PAUSE } else { LONGEST_PAUSE };
+            self.pause = (self.pause * 2).clamp(FIRST_PAUSE, longest);
+            let due = Instant::now() + self.pause;
+            match &mut self.timer {
+                Some(timer) => timer.as_mut().reset(due),
+                None => self.timer = Some(Box::pin(sleep_until(due))),
+            }
+        }
+    }
+
+    /// Owes nothing any more: the peer's application reads, or the stream has ended.
+    pub(super) fn settle(&mut self, link: &Link) {
+        link.activity().owe_less(std::mem::take(&mut self.owed));
+        (self.frames, self.pause, self.timer) = (0, Duration::ZERO, None);
+    }
+
+    fn is_paced(&mut self, open: &OpenStream) -> bool {
+        let link = open.link();
+        if self.frames < FREE_FRAMES || link.activity().bears_small_frames() {
+            return false;
+        }
+        if open.take_sign_of_reading() {
+            self.settle(link);
+            return false;
+        }
+        link.activity().owed() >= BEARABLE
+    }
+}
+
+#[cfg(test)]
+mod tests;

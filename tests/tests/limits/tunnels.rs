@@ -1,0 +1,169 @@
+//! What a peer can hold with tunnels in which it opens no stream: a peer with a good certificate whom every policy refuses.
+
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+use underpass_tests::{
+    APP, Dial, Family, HBONE, Proxy, Scene, Server, Suite, TlsClient, until, within,
+};
+
+use crate::refused;
+
+/// RFC 9113 section 3.4, and empty SETTINGS.
+const BEGIN: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+const GOAWAY: u8 = 7;
+/// A proxy is cut by a container of 512 MiB; one of its peers may take a tenth of that.
+const MOST_MEMORY: u64 = 50 << 20;
+const TUNNELS: usize = 100;
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite
+        .test("a tunnel beyond limits.tunnels_per_source is reset before its handshake", of_source);
+    suite.test("a tunnel beyond limits.tunnels_per_identity gets GOAWAY", of_identity);
+    suite.test("header blocks that do not end hold little, for timeouts.frame", header_blocks);
+    suite.test("large frames of no stream hold little, for timeouts.frame", data_frames);
+    suite.test("a tunnel without streams is closed after timeouts.tunnel_idle", idle);
+}
+
+/// A tunnel of a client that has a certificate; `None` if it was reset.
+async fn tunnel(scene: &Scene, client: &TlsClient) -> Option<TlsStream<TcpStream>> {
+    let hbone = scene.server.at(Family::V4, HBONE);
+    // As a proxy would: what the pod's application opens is caught.
+    let marked = Dial { mark: Some(0x539), ..Dial::default() };
+    let stream = scene.client.dial_as(hbone, marked).await.ok()?;
+    let mut tunnel = client.connect(stream).await.ok()?;
+    tunnel.write_all(BEGIN).await.ok()?;
+    Some(tunnel)
+}
+
+/// Reads until the proxy ends: whether GOAWAY was among it.
+async fn ended_with_goaway(tunnel: &mut TlsStream<TcpStream>) -> bool {
+    let mut seen = false;
+    loop {
+        let mut head = [0; 9];
+        if within("the tunnel's end", tunnel.read_exact(&mut head)).await.is_err() {
+            return seen;
+        }
+        seen |= head[3] == GOAWAY;
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        let mut payload = vec![0; length as usize];
+        if within("the tunnel's end", tunnel.read_exact(&mut payload)).await.is_err() {
+            return seen;
+        }
+    }
+}
+
+async fn closed(scene: &Scene, reason: &str) -> Option<f64> {
+    let metrics = scene.server.metrics().await;
+    metrics.sum("underpass_tunnels_closed_total", &[("reason", reason)])
+}
+
+async fn of_source() {
+    let scene = Scene::new().await;
+    let settings = scene.server_settings().set("limits.tunnels_per_source=2");
+    let mut server = scene.server.proxy(&settings).await;
+    let client = TlsClient::new(Some(&scene.pki.issue("rogue")));
+    let held = [tunnel(&scene, &client).await, tunnel(&scene, &client).await];
+    assert!(held.iter().all(Option::is_some));
+    assert!(tunnel(&scene, &client).await.is_none());
+    assert_eq!(refused(&scene.server, "tunnels_per_source", "hbone").await, Some(1.0));
+    server.line(&["tunnels are refused", "limits.tunnels_per_source"]).await;
+    drop(held);
+    until("there is room again", async || tunnel(&scene, &client).await.is_some()).await;
+}
+
+async fn of_identity() {
+    let scene = Scene::new().await;
+    let settings = scene.server_settings().set("limits.tunnels_per_identity=1");
+    let _server = scene.server.proxy(&settings).await;
+    let client = TlsClient::new(Some(&scene.pki.issue("rogue")));
+    let _held = tunnel(&scene, &client).await.expect("the first one");
+    until("it is counted", async || {
+        let metrics = scene.server.metrics().await;
+        metrics.sum("underpass_tunnels_open", &[("direction", "inbound")]) == Some(1.0)
+    })
+    .await;
+    let mut second = tunnel(&scene, &client).await.expect("a handshake");
+    assert!(ended_with_goaway(&mut second).await);
+    assert_eq!(refused(&scene.server, "tunnels_per_identity", "hbone").await, Some(1.0));
+    let other = TlsClient::new(Some(&scene.pki.issue("other")));
+    tunnel(&scene, &other).await.expect("another identity has its own");
+}
+
+/// Resident memory of a proxy, in bytes.
+fn resident(proxy: &Proxy) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", proxy.pid()));
+    let status = status.expect("a running process");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
+    let kib = line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number");
+    kib << 10
+}
+
+/// Opens tunnels, sends as much of `bytes` in each as the proxy takes, and sees all of them closed while another peer is served.
+async fn hold(bytes: &[u8], reason: &str) {
+    let scene = Scene::new().await;
+    let settings = scene.server_settings().set("timeouts.frame=3s").set("logging.filter=warn");
+    let server = scene.server.proxy(&settings).await;
+    let _client = scene.client.proxy(&scene.client_settings()).await;
+    let _echo = Server::echo(&scene.server, APP);
+    scene.echoed().await;
+    let before = resident(&server);
+    let rogue = TlsClient::new(Some(&scene.pki.issue("rogue")));
+    let mut tunnels = Vec::new();
+    for _ in 0..TUNNELS {
+        let mut tunnel = tunnel(&scene, &rogue).await.expect("a handshake");
+        // What is not taken, for the tunnel is closed by then, is not held either.
+        let _refused = tokio::time::timeout(Duration::from_secs(1), tunnel.write_all(bytes)).await;
+        tunnels.push(tunnel);
+    }
+    let held = resident(&server).saturating_sub(before);
+    assert!(held < MOST_MEMORY, "{TUNNELS} tunnels hold {} KiB", held >> 10);
+    scene.echoed().await;
+    for tunnel in &mut tunnels {
+        ended_with_goaway(tunnel).await;
+    }
+    until("all of them are counted", async || {
+        closed(&scene, reason).await == Some(f64::from(u32::try_from(TUNNELS).expect("few")))
+    })
+    .await;
+    scene.echoed().await;
+}
+
+/// HEADERS and four CONTINUATION frames of 1 MiB without END_HEADERS, as it was done to a proxy with frames of 1 MiB.
+async fn header_blocks() {
+    let mut bytes = Vec::new();
+    for kind in [1, 9, 9, 9, 9] {
+        bytes.extend([0x10, 0, 0, kind, 0, 0, 0, 0, 1]);
+        bytes.extend(vec![0; 1 << 20]);
+    }
+    hold(&bytes, "header_block").await;
+    // The largest that is taken.
+    let mut bytes = vec![0, 0xf0, 0, 1, 0, 0, 0, 0, 1];
+    bytes.extend(vec![0; 0xf000 - 1]);
+    hold(&bytes, "unfinished_frame").await;
+}
+
+async fn data_frames() {
+    let mut bytes = vec![4, 0, 0, 0, 0, 0, 0, 0, 1];
+    bytes.extend(vec![0; (256 << 10) - 1]);
+    hold(&bytes, "unfinished_frame").await;
+}
+
+async fn idle() {
+    let scene = Scene::new().await;
+    let settings = scene.server_settings().set("timeouts.tunnel_idle=1s");
+    let _server = scene.server.proxy(&settings).await;
+    let client = TlsClient::new(Some(&scene.pki.issue("rogue")));
+    let mut tunnel = tunnel(&scene, &client).await.expect("a handshake");
+    until("it gets GOAWAY", async || closed(&scene, "idle").await == Some(1.0)).await;
+    let mut received = Vec::new();
+    let goaway = async {
+        // SETTINGS and their acknowledgement, WINDOW_UPDATE, GOAWAY.
+        while !received.windows(2).any(|pair| pair == [8, GOAWAY]) {
+            let _more = tunnel.read_buf(&mut received).await.expect("GOAWAY comes first");
+        }
+    };
+    within("GOAWAY", goaway).await;
+}
