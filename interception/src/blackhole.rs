@@ -234,9 +234,8 @@ fn refusals(settings: &InterceptionSettings) -> Vec<Selector> {
 impl Selector {
     /// Whether packets of this IP can match.
     fn is_of(&self, version: Version) -> bool {
-        let network = match self {
-            Self::To(network) | Self::From { to: Some(network), .. } => network,
-            _ => return true,
+        let (Self::To(network) | Self::From { to: Some(network), .. }) = self else {
+            return true;
         };
         matches!(network, IpNet::V4(_)) == (version == Version::V4)
     }

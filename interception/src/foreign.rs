@@ -134,7 +134,7 @@ fn in_nftables(chains: &[ForeignChain], own: Backend) -> Vec<ForeignRule> {
             .take_while(|rule| !(own && rule.jumps_to.as_deref().is_some_and(is_ours)));
         for rule in before {
             let accepts = own && rule.accepts;
-            if let Some(effect) = rule.effect.or(accepts.then_some(Effect::Accepts)) {
+            if let Some(effect) = rule.effect.or_else(|| accepts.then_some(Effect::Accepts)) {
                 found.push(ForeignRule { place: chain.place(), rule: rule.text.clone(), effect });
             }
         }

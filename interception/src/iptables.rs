@@ -12,7 +12,7 @@ mod exec;
 mod owners;
 mod ruleset;
 
-pub(crate) use ruleset::{Ruleset, SavedChain, SavedTable, is_ours};
+pub(crate) use ruleset::{Ruleset, SavedChain, SavedTable, is_ours, is_owner_chain};
 
 use ruleset::{Ours, canonical};
 

@@ -9,7 +9,7 @@ use std::fmt;
 use std::fs;
 
 use crate::backend::Backend;
-use crate::iptables::{Variant, is_ours, saved};
+use crate::iptables::{Variant, is_ours, is_owner_chain, saved};
 use crate::plan::{Family, RulePlan, TABLE};
 use crate::{InterceptionError, nftables, routes};
 
@@ -177,8 +177,14 @@ pub(crate) fn legacy_tables(family: Family) -> Vec<String> {
 /// What the chains of a table are, together for each owner. `own`: our rules are there too.
 fn in_chains(chains: &[String], own: bool, table: &str) -> Vec<Leftover> {
     let mut owners: BTreeMap<LeftoverOwner, Vec<&str>> = BTreeMap::new();
-    for chain in chains {
-        if let Some(owner) = owner(chain).filter(|_| !(own && is_ours(chain))) {
+    // Its chains have the names of Istio's and OSM's; one of its own says whose they are.
+    let marked = chains.iter().any(|chain| owner(chain) == Some(LeftoverOwner::Underpass));
+    for chain in chains.iter().filter(|chain| !is_owner_chain(chain)) {
+        let owner = owner(chain).map(|owner| match owner {
+            LeftoverOwner::Shared if marked => LeftoverOwner::Underpass,
+            owner => owner,
+        });
+        if let Some(owner) = owner.filter(|_| !(own && is_ours(chain))) {
             owners.entry(owner).or_default().push(chain);
         }
     }
@@ -239,7 +245,12 @@ mod tests {
         let chains = ["ISTIO_OUTPUT", "UNDERPASS_REJECT", "ISTIO_OTHER"];
         let of = |chains: &str| format!("the {chains} in the table nat of iptables-legacy");
         assert_eq!(found(&chains, true), [(LeftoverOwner::Istio, of("chain ISTIO_OTHER"))]);
-        assert_eq!(found(&chains, false).len(), 3);
+        let expected = [
+            (LeftoverOwner::Underpass, of("chains ISTIO_OUTPUT, UNDERPASS_REJECT")),
+            (LeftoverOwner::Istio, of("chain ISTIO_OTHER")),
+        ];
+        assert_eq!(found(&chains, false), expected);
+        assert_eq!(found(&["ISTIO_OUTPUT", "UNDERPASS_OWNER"], false).len(), 1);
     }
 
     #[test]

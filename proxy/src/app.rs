@@ -89,16 +89,18 @@ pub(crate) async fn run(
     let mut proxy = Proxy::prepare(&settings, handed).await?;
     proxy.offer = proxy.offer.with_instance(instance.clone());
     let reload = Reload::watch(&settings, sources)?;
-    let answering = instance.map(|instance| {
+    if let Some(instance) = instance {
         let (settings, interception) = (settings.clone(), reload.subscribe());
         let readiness = proxy.endpoints.readiness.clone();
-        tokio::spawn(instance.serve(Status { settings, interception, readiness }))
-    });
+        let answering = instance.serve(Status { settings, interception, readiness });
+        proxy.endpoints.serving.push(tokio::spawn(answering));
+    }
     if let Some(claim) = &tenure.claim {
         claim.rules().await?;
     }
     capture.install().await?;
-    let outcome = serve(&settings, &capture, proxy, reload, stop, &mut tenure, answering).await;
+    let serving = serve(&settings, &capture, proxy, reload, stop, &mut tenure);
+    let outcome = Box::pin(serving).await;
     if !tenure.rules {
         tracing::info!("the rules are another process's");
         return outcome;
@@ -130,7 +132,6 @@ async fn serve(
     reload: Reload,
     mut stop: StopSignal,
     tenure: &mut Tenure,
-    answering: Option<JoinHandle<()>>,
 ) -> Result<(), CommandError> {
     let Proxy { mut shared, publisher, certificate, listeners, mut offer, gates, endpoints } =
         proxy;
@@ -199,7 +200,29 @@ async fn serve(
         end = retest.run() => match end {},
     };
     keeper.abort();
-    readiness.draining();
+    end_orderly(end, settings, &shared, &endpoints, &mut stop, tenure).await;
+    // Until here: what drains may outlive a certificate, or be forbidden.
+    publishing.abort();
+    if let Some(renewal) = renewal {
+        renewal.abort();
+    }
+    // A worker that does not end holds nothing that the end of the process would not free.
+    let ended = futures_util::future::join_all(threads.into_iter().map(WorkerThread::join));
+    tokio::time::timeout(Duration::from_secs(1), ended).await.ok();
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Drains, as the end asks for.
+async fn end_orderly(
+    end: End,
+    settings: &Settings,
+    shared: &Shared,
+    endpoints: &Endpoints,
+    stop: &mut StopSignal,
+    tenure: &mut Tenure,
+) {
+    endpoints.readiness.draining();
     let timeouts = &settings.timeouts;
     let connections = shared.drain.open();
     let deadlines = match end {
@@ -211,26 +234,13 @@ async fn serve(
         End::HandedOver { pid } => {
             tenure.rules = false;
             endpoints.close();
-            if let Some(answering) = answering {
-                answering.abort();
-            }
             notify::succeeded_by(pid);
             tracing::info!(pid, connections, deadline = ?timeouts.handed_over, "another process has taken over");
             [timeouts.handed_over, timeouts.drain, Duration::ZERO]
         }
     };
-    let aborted = drain(&shared.drain, &mut stop, deadlines).await;
+    let aborted = drain(&shared.drain, stop, deadlines).await;
     tracing::info!(aborted, "drained");
-    // Until here: what drains may outlive a certificate, or be forbidden.
-    publishing.abort();
-    if let Some(renewal) = renewal {
-        renewal.abort();
-    }
-    // A worker that does not end holds nothing that the end of the process would not free.
-    let ended = futures_util::future::join_all(threads.into_iter().map(WorkerThread::join));
-    tokio::time::timeout(Duration::from_secs(1), ended).await.ok();
-    tracing::info!("stopped");
-    Ok(())
 }
 
 /// Gives back what only the start needed, and again what only looking at the rules did: the code for that is large.
@@ -338,10 +348,10 @@ impl Proxy {
     }
 }
 
-/// Readiness and metrics, served on the control thread from now on.
+/// Readiness, metrics and the answers to those that ask for this proxy, served on the control thread from now on.
 struct Endpoints {
     readiness: Readiness,
-    serving: [JoinHandle<()>; 2],
+    serving: Vec<JoinHandle<()>>,
 }
 
 impl Endpoints {
@@ -360,7 +370,7 @@ impl Endpoints {
                 }
             })
         };
-        let serving = [
+        let serving = vec![
             serve(Endpoint::Readiness(state.clone()), readiness, "readiness"),
             serve(Endpoint::Metrics(handle), metrics, "metrics"),
         ];

@@ -39,6 +39,11 @@ pub(crate) fn is_ours(chain: &str) -> bool {
     CHAINS.contains(&chain) || chain.starts_with(PREFIX)
 }
 
+/// Whether it is the chain that says whose the others of its table are.
+pub(crate) fn is_owner_chain(chain: &str) -> bool {
+    chain == OWNER
+}
+
 /// A ruleset as it is printed, everybody's.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ruleset {

@@ -133,7 +133,7 @@ fn printed(interception: &Interception) -> Rules {
 }
 
 fn without_memory(rules: Rules) -> Rules {
-    let memory = ["UNDERPASS_PREROUTING", "UNDERPASS_INPUT", "UNDERPASS_OUTPUT"];
+    let memory = ["UNDERPASS_OWNER", "UNDERPASS_PREROUTING", "UNDERPASS_INPUT", "UNDERPASS_OUTPUT"];
     rules.into_iter().filter(|((_, _, chain), _)| !memory.contains(&chain.as_str())).collect()
 }
 

@@ -34,6 +34,8 @@ pub(crate) const CASES: &[Case] = &[
     }),
     ("bypassing IPv6 catches IPv4 only, and keeps the way back", bypass),
     ("counters name every rule in order", counters_in_order),
+    ("a difference is printed in words", difference_in_words),
+    ("foreign rules before ours are listed", foreign_rules),
 ];
 
 /// What says all there is in a namespace.
@@ -260,6 +262,63 @@ fn counters_in_order() -> Result<(), Failed> {
             interception.plan().rules().iter().map(|rule| rule.id.as_str()).collect();
         equal("the ids", ids, planned)
     })
+}
+
+fn difference_in_words() -> Result<(), Failed> {
+    let pod = lonely("words")?;
+    inside(&pod, async || Ok(prepare("ipv6=bypass").await?.install().await?))?;
+    // nlink prints neither this nor our own `ct original zone set` in nft's language.
+    command(
+        &pod,
+        "nft add rule inet underpass raw_istio_output ct reply zone set 7 comment foreign",
+    )?;
+    let text = inside(&pod, async || {
+        let difference = prepare("").await?.verify().await?;
+        Ok(difference.ok_or("there is no difference")?.to_string())
+    })?;
+    for wanted in ["ct original zone set 15", "a rule of the expressions", "comment \"foreign\""] {
+        equal(wanted, text.contains(wanted), true)?;
+    }
+    for debug in ["Register", "Immediate", "Some(", "{ key"] {
+        equal(debug, text.contains(debug), false)?;
+    }
+    Ok(())
+}
+
+fn foreign_rules() -> Result<(), Failed> {
+    let pod = lonely("foreign")?;
+    for rule in [
+        "add table inet other",
+        "add chain inet other early { type filter hook output priority -400; }",
+        "add chain inet other called",
+        "add rule inet other early counter",
+        "add rule inet other early jump called",
+        "add rule inet other called tcp dport 80 notrack",
+        "add chain inet other late { type filter hook output priority 0; }",
+        "add rule inet other late meta mark set 1",
+        "add chain inet other nat { type nat hook prerouting priority -110; }",
+        "add rule inet other nat tcp dport 80 redirect to :81",
+    ] {
+        command(&pod, &format!("nft {rule}"))?;
+    }
+    command(&pod, "ip rule add fwmark 0x111 pref 100 lookup 7")?;
+    let found = inside(&pod, async || {
+        let interception = prepare("").await?;
+        interception.install().await?;
+        // The blackhole is ours, and no foreign rule.
+        interception.block().await?;
+        let found = interception.foreign_rules().await?;
+        interception.unblock().await?;
+        Ok(found.iter().map(ToString::to_string).collect::<Vec<_>>())
+    })?;
+    let expected = [
+        "policy routing: ip -4 rule fwmark 0x111/0xffffffff pref 100 lookup 7 (chooses a route before our ip rule)",
+        "table inet other, chain called (hook output, priority -400): tcp dport 80 notrack (changes connection \
+         tracking)",
+        "table inet other, chain nat (hook prerouting, priority -110): tcp dport 80 redirect to :81 (changes the \
+         destination)",
+    ];
+    equal("foreign rules", found, expected.map(str::to_owned).to_vec())
 }
 
 /// What `prepare` says in the namespace that the test was started in, and whether that is the

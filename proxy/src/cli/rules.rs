@@ -56,7 +56,7 @@ pub(super) enum Command {
     /// Compare the rules in the kernel with those of the running proxy, or of the settings given; exit code 3 and the difference if
     /// they are not the same, or if other rules bypass them
     #[command(
-        after_help = "Examples:\n  ip netns exec pod-a underpass rules verify\n  ip netns exec pod-a underpass rules verify --config underpass.yaml"
+        after_help = "Example:\n  ip netns exec pod-a underpass rules verify\n  ip netns exec pod-a underpass rules verify --config underpass.yaml"
     )]
     Verify {
         #[command(flatten)]

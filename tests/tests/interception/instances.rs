@@ -1,7 +1,5 @@
 //! One proxy in a network namespace: a second one is refused, and `rules verify` and `rules explain` ask the first.
 
-use std::fs;
-
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use underpass::spawn::SpawnError;
@@ -126,7 +124,7 @@ async fn ask_running() {
     // The settings that it follows are those that count.
     exclude("6432").write(pod);
     let intact = async || {
-        let (out, _) = (pod.underpass(&["rules", "explain"]).await.ok(), ());
+        let out = pod.underpass(&["rules", "explain"]).await.ok();
         out.contains("6432") && pod.underpass(&["rules", "verify"]).await.status.success()
     };
     until("the proxy follows its settings, and says so", intact).await;
@@ -154,7 +152,6 @@ async fn assume_defaults() {
     let explained = pod.underpass(&["rules", "explain", "-o", "json"]).await;
     assert!(explained.err.contains(ASSUMED), "{}", explained.err);
     assert_eq!(json(&explained.ok())["settings"], "defaults");
-    assert!(fs::read_dir(pod.folder()).is_ok());
 }
 
 async fn ask_successor() {
