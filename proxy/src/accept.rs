@@ -213,26 +213,26 @@ fn take(
         _ => None,
     };
     match worker.balance.assign(peer) {
-        Some(load) => assign(worker, accepted, Place { load, source, tunnel }, peers),
+        Some(load) => {
+            let place = Place { load, source };
+            assign(worker, Assignment { accepted, place, tunnel }, peers);
+        }
         None => refuse(worker, kind, &accepted.stream, Refusal::Worker),
     }
 }
 
-fn assign(
-    worker: &Arc<Worker>,
-    accepted: Accepted,
-    place: Place,
-    peers: &[mpsc::Sender<Assignment>],
-) {
-    let chosen = place.load.worker();
-    let assignment = Assignment { accepted, place };
+fn assign(worker: &Arc<Worker>, assignment: Assignment, peers: &[mpsc::Sender<Assignment>]) {
+    let chosen = assignment.place.load.worker();
     let Some(other) = peers.get(chosen).filter(|_| chosen != worker.index) else {
         return serve(worker, assignment);
     };
     if let Err(refused) = other.try_send(assignment) {
-        let Assignment { accepted, place } = refused.into_inner();
+        let Assignment { accepted, place, tunnel } = refused.into_inner();
         match worker.balance.load(worker.index) {
-            Some(load) => serve(worker, Assignment { accepted, place: Place { load, ..place } }),
+            Some(load) => {
+                let place = Place { load, ..place };
+                serve(worker, Assignment { accepted, place, tunnel });
+            }
             None => refuse(worker, accepted.kind, &accepted.stream, Refusal::Worker),
         }
     }

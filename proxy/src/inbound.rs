@@ -61,7 +61,7 @@ struct Opened<C> {
 /// Connects to the application, and opens the record of that, which is closed if it fails.
 async fn open_plaintext(
     worker: Arc<Worker>,
-    Assignment { accepted, place }: Assignment,
+    Assignment { accepted, place, .. }: Assignment,
 ) -> Option<(ConnectionRecord, Opened<TcpStream>)> {
     let destination = accepted.destination.as_ref().ok().copied();
     let record = open_record(&worker, accepted.client, destination, None);
@@ -91,7 +91,7 @@ async fn forward_plaintext(
 /// Serves one peer's connection: the handshakes, then every CONNECT request that comes through it.
 pub(crate) async fn serve_tunnel(
     worker: Arc<Worker>,
-    Assignment { accepted, place: _place }: Assignment,
+    Assignment { accepted, place: _place, tunnel: _tunnel }: Assignment,
 ) {
     let client = accepted.client;
     let destination = accepted.destination.as_ref().ok().copied();

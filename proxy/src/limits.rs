@@ -47,9 +47,6 @@ pub(crate) struct Place {
     /// Without a limit there is none.
     #[expect(dead_code, reason = "it counts for as long as it lives")]
     pub(crate) source: Option<SourceGuard>,
-    /// The same for a tunnel; there is none for anything else.
-    #[expect(dead_code, reason = "it counts for as long as it lives")]
-    pub(crate) tunnel: Option<SourceGuard>,
 }
 
 /// Which limit a connection exceeds.

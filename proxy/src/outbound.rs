@@ -58,7 +58,7 @@ pub(crate) fn serve(
 /// Opens the way that a connection takes, and its record, which is closed if that fails.
 async fn open(
     worker: Arc<Worker>,
-    Assignment { accepted, place }: Assignment,
+    Assignment { accepted, place, .. }: Assignment,
 ) -> Option<(ConnectionRecord, Opened)> {
     let source = Party {
         address: Some(accepted.client),

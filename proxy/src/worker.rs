@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use underpass_config::{SpiffeId, Timeouts, TunnelSettings};
 use underpass_hbone::{
     Acceptor, ClientSettings, Connector, Credentials, Pool, PoolSettings, ServerSettings,
+    SourceGuard,
 };
 use underpass_interception::{BoundListener, Sockets, drop_capabilities};
 
@@ -139,7 +140,7 @@ impl Worker {
     fn place(&self, client: IpAddr) -> Result<Place, Refusal> {
         let source = self.shared.limits.admit(client)?;
         let load = self.balance.load(self.index).ok_or(Refusal::Worker)?;
-        Ok(Place { load, source, tunnel: None })
+        Ok(Place { load, source })
     }
 
     /// Ends what is left when the time to drain has passed. Connecting asks for that itself, and before all else; so a connection is
@@ -186,6 +187,8 @@ impl Worker {
 pub(crate) struct Assignment {
     pub(crate) accepted: Accepted,
     pub(crate) place: Place,
+    /// What a tunnel counts as beside its place, for as long as it lives.
+    pub(crate) tunnel: Option<SourceGuard>,
 }
 
 /// The running workers.

@@ -36,40 +36,44 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 const HARDLY_BEARABLE: u64 = 20_000;
 const LAST_PAUSE: Duration = Duration::from_secs(1);
 
-/// What one stream has gathered, and what it owes.
+/// What one stream has gathered, and what it owes. Boxed: most streams never gather, nor owe anything.
 #[derive(Debug, Default)]
-pub(super) struct Gather {
+pub(super) struct Gather(Option<Box<State>>);
+
+#[derive(Debug, Default)]
+struct State {
     bytes: BytesMut,
     /// What its small frames cost, as h2 counts it, since the peer last gave a sign that they are read.
     owed: u64,
     frames: u32,
     pause: Duration,
-    /// When the next small frame may go. Boxed: most streams never are paced.
+    /// When the next small frame may go.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl Gather {
     pub(super) fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
+        self.len() == 0
     }
 
     pub(super) fn len(&self) -> usize {
-        self.bytes.len()
+        self.0.as_ref().map_or(0, |state| state.bytes.len())
     }
 
     /// Takes some from the front of `data`: how many.
     pub(super) fn add(&mut self, data: &mut Bytes) -> usize {
-        let part = data.split_to(data.len().min(MOST.saturating_sub(self.bytes.len())));
-        self.bytes.extend_from_slice(&part);
+        let part = data.split_to(data.len().min(MOST.saturating_sub(self.len())));
+        self.0.get_or_insert_default().bytes.extend_from_slice(&part);
         part.len()
     }
 
     /// Up to `length` of the gathered bytes.
     pub(super) fn take(&mut self, length: usize) -> Bytes {
-        let part = self.bytes.split_to(length.min(self.bytes.len())).freeze();
-        if self.bytes.is_empty() {
+        let Some(state) = &mut self.0 else { return Bytes::new() };
+        let part = state.bytes.split_to(length.min(state.bytes.len())).freeze();
+        if state.bytes.is_empty() {
             // It would hold on to the memory of what was gathered before.
-            self.bytes = BytesMut::new();
+            state.bytes = BytesMut::new();
         }
         part
     }
@@ -81,37 +85,50 @@ impl Gather {
         open: &OpenStream,
         more: usize,
     ) -> Poll<()> {
-        let (link, length) = (open.link(), self.bytes.len().saturating_add(more));
+        let length = self.len().saturating_add(more);
         if length >= MOST {
             return Poll::Ready(());
         }
-        if link.transport().poll_free(cx).is_pending() {
+        if open.link().transport().poll_free(cx).is_pending() {
             return Poll::Pending;
         }
-        if length as u64 >= FULL_PRICE || !self.is_paced(open) {
+        let Some(state) = self.0.as_mut().filter(|_| (length as u64) < FULL_PRICE) else {
+            return Poll::Ready(());
+        };
+        if !state.is_paced(open) {
             return Poll::Ready(());
         }
-        match &mut self.timer {
-            Some(timer) => timer.as_mut().poll(cx),
-            None => Poll::Ready(()),
-        }
+        state.timer.as_mut().map_or(Poll::Ready(()), |timer| timer.as_mut().poll(cx))
     }
 
     /// Counts a frame of `length` bytes that was sent.
     pub(super) fn sent(&mut self, open: &OpenStream, length: usize) {
-        let (link, length) = (open.link(), length as u64);
-        if length == 0 || link.activity().bears_small_frames() {
+        let (activity, length) = (open.link().activity(), length as u64);
+        if length == 0 || activity.bears_small_frames() {
             return;
         }
         let Some(cost) = FULL_PRICE.checked_sub(length).filter(|cost| *cost > 0) else {
-            link.activity().owe_less(length - FULL_PRICE);
+            activity.owe_less(length - FULL_PRICE);
             return;
         };
+        activity.owe(cost);
+        self.0.get_or_insert_default().sent(open, cost);
+    }
+
+    /// Owes nothing any more: the stream has ended.
+    pub(super) fn settle(&mut self, link: &Link) {
+        if let Some(state) = &mut self.0 {
+            state.settle(link);
+        }
+    }
+}
+
+impl State {
+    fn sent(&mut self, open: &OpenStream, cost: u64) {
         self.owed += cost;
         self.frames = self.frames.saturating_add(1);
-        link.activity().owe(cost);
         if self.is_paced(open) {
-            let hardly = link.activity().owed() >= HARDLY_BEARABLE;
+            let hardly = open.link().activity().owed() >= HARDLY_BEARABLE;
             let longest = if hardly { LAST_PAUSE } else { LONGEST_PAUSE };
             self.pause = (self.pause * 2).clamp(FIRST_PAUSE, longest);
             let due = Instant::now() + self.pause;
@@ -120,12 +137,6 @@ impl Gather {
                 None => self.timer = Some(Box::pin(sleep_until(due))),
             }
         }
-    }
-
-    /// Owes nothing any more: the peer's application reads, or the stream has ended.
-    pub(super) fn settle(&mut self, link: &Link) {
-        link.activity().owe_less(std::mem::take(&mut self.owed));
-        (self.frames, self.pause, self.timer) = (0, Duration::ZERO, None);
     }
 
     fn is_paced(&mut self, open: &OpenStream) -> bool {
@@ -138,6 +149,11 @@ impl Gather {
             return false;
         }
         link.activity().owed() >= BEARABLE
+    }
+
+    fn settle(&mut self, link: &Link) {
+        link.activity().owe_less(std::mem::take(&mut self.owed));
+        (self.frames, self.pause, self.timer) = (0, Duration::ZERO, None);
     }
 }
 

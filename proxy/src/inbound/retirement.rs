@@ -117,7 +117,7 @@ impl Plan {
             return Verdict::Retire(self.why);
         }
         if now >= self.due {
-            return Verdict::LookAgain(now + self.look);
+            return Verdict::LookAgain(self.at_the_latest.min(now + self.look));
         }
         let look = match idle.map(|idle| self.idle.saturating_sub(idle)) {
             Some(Duration::ZERO) => return Verdict::Retire("idle"),
