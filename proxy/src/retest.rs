@@ -91,8 +91,9 @@ impl Retest {
         let outcome = self.capture.test(&self.self_test, &self.probes, &settings, DEADLINE).await;
         let passed = match outcome {
             // For want of descriptors, for example: this says nothing about the rules.
-            Err(SelfTestError::Prepare(error)) => {
-                tracing::debug!(%error, "the self-test cannot run again");
+            Err(error) if error.is_ours() => {
+                let error = chain(&error);
+                tracing::debug!(error, "the self-test cannot run again");
                 return false;
             }
             Err(_) if self.readiness.are_rules_lost() => return false,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-use underpass_interception::{PolicyRoute, Probe, WayBack, end_on_close};
+use underpass_interception::{PolicyRoute, Probe, WayBack, end_on_close, is_out_of_files};
 
 use crate::accept::{Accepted, Kind};
 
@@ -44,6 +44,19 @@ pub(crate) enum SelfTestError {
     NotImitated { client: IpAddr, destination: SocketAddr, source: std::io::Error },
     #[error("the sockets of the test could not be made")]
     Prepare(#[source] std::io::Error),
+}
+
+impl SelfTestError {
+    /// Whether it says nothing about the rules: this process cannot make the test.
+    pub(crate) fn is_ours(&self) -> bool {
+        match self {
+            Self::Prepare(_) => true,
+            Self::NotCaught { source, .. } | Self::NotImitated { source, .. } => {
+                is_out_of_files(source)
+            }
+            Self::NotArrived { .. } | Self::NotReturned { .. } => false,
+        }
+    }
 }
 
 /// Shared by the test and the accepting workers, who give it its own connections.
