@@ -2,6 +2,7 @@
 //!
 //! Not here: which status or log reason a failure becomes. That is the caller's, from [`HboneError::kind`].
 
+mod credential;
 mod hints;
 
 use std::fmt;
@@ -20,6 +21,8 @@ use underpass_config::{ConfigErrors, Quoted, SpiffeId, TrustDomain};
 use crate::SvidProblem;
 use crate::inspect::TunnelLimit;
 use crate::source::IssuerProblem;
+
+pub use credential::{CredentialProblem, RequestProblem};
 
 /// Why a tunnel could not be opened or used, or a certificate not be read or issued.
 ///
@@ -260,105 +263,6 @@ pub enum ExpectedPeer {
     OneOf(Arc<[SpiffeId]>),
     /// A client: any identity of our trust domain, or of another one whose roots we have.
     MemberOf(TrustDomain),
-}
-
-/// What is wrong with a credential. Always shown with its file.
-#[derive(Debug, Clone, Error)]
-pub enum CredentialProblem {
-    /// It cannot be read or written.
-    #[error("{0}")]
-    Io(Arc<io::Error>),
-    /// It is not ours to read or write.
-    #[error(
-        "permission denied: the user that this process runs as needs access to it, or the capability DAC_OVERRIDE, which \
-         the proxy gives up once it runs"
-    )]
-    Permission,
-    /// It is there, and is not to be replaced.
-    #[error("it exists already and is not overwritten: choose another directory")]
-    Exists,
-    /// It is not PEM.
-    #[error("it is not well-formed PEM ({0})")]
-    Pem(String),
-    /// There is no section of the needed kind.
-    #[error("it has no PEM section of a {0}")]
-    Empty(&'static str),
-    /// A certificate that does not parse.
-    #[error("it holds a malformed certificate ({0})")]
-    Certificate(String),
-    /// A revocation list that does not parse.
-    #[error("it holds a malformed or unsupported revocation list ({0})")]
-    RevocationList(String),
-    /// The roots of the certificate's own trust domain are missing.
-    #[error("there are no roots of {0}, the certificate's own trust domain")]
-    NoRoots(TrustDomain),
-    /// The key cannot be used.
-    #[error("it holds no usable private key ({0})")]
-    Key(String),
-    /// The key belongs to another certificate.
-    #[error("the key does not belong to the certificate: were they issued together?")]
-    KeyMismatch,
-    /// The roots that came with the certificate do not vouch for it, so peers would refuse it.
-    #[error(
-        "the roots that go with the certificate do not verify it ({0}): were both issued by the same authority, and \
-         does the file hold the certificates between them?"
-    )]
-    UnknownIssuer(String),
-    /// The certificate is not one of a workload.
-    #[error("the certificate is not an X.509-SVID: {0}")]
-    Svid(SvidProblem),
-    /// The certificate of a CA names no trust domain.
-    #[error("the CA's certificate names no trust domain: {0}")]
-    Authority(SvidProblem),
-    /// The certificate is no longer valid.
-    #[error("the certificate expired at {}: issue a new one", utc(*.0))]
-    Expired(SystemTime),
-    /// The certificate is not valid yet.
-    #[error("the certificate is not valid before {}: are the clocks right?", utc(*.0))]
-    NotYetValid(SystemTime),
-    /// No bearer token.
-    #[error("it holds no token: one word of visible ASCII is expected")]
-    Token,
-    /// A certificate signing request that cannot be granted.
-    #[error("{0}")]
-    Request(RequestProblem),
-    /// A server name that is neither a host name nor an address.
-    #[error("it is no host name or IP address")]
-    ServerName,
-    /// The authority was asked for an identity of another trust domain.
-    #[error("this authority issues for trust domain {trust_domain}, not for {id}")]
-    ForeignId {
-        /// What the authority issues for.
-        trust_domain: TrustDomain,
-        /// What was asked.
-        id: SpiffeId,
-    },
-    /// The certificate was issued by somebody else.
-    #[error("this authority has not issued it, and cannot revoke it")]
-    ForeignIssuer,
-    /// A lifetime that no certificate can express.
-    #[error("the lifetime is out of range")]
-    Lifetime,
-    /// Generating or signing failed.
-    #[error("the certificate could not be generated ({0})")]
-    Issue(String),
-}
-
-/// Why a certificate signing request cannot be granted.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum RequestProblem {
-    /// It does not parse.
-    #[error("it is no PEM certificate request ({0})")]
-    Malformed(String),
-    /// Whoever sent it does not hold the key.
-    #[error("its signature is wrong, or of a kind that is not supported ({0})")]
-    Signature(String),
-    /// A key that is too weak or of a kind that we cannot certify.
-    #[error("its key must be P-256, P-384, Ed25519, or RSA of at least 2048 bits")]
-    Key,
-    /// It asks for more than one identity.
-    #[error("it must have at most one URI name, a SPIFFE identity; it has: {0}")]
-    Names(Quoted),
 }
 
 impl HboneError {

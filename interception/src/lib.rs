@@ -31,7 +31,6 @@ mod nftables;
 mod packets;
 mod plan;
 mod privileges;
-mod resident;
 mod reverse_path;
 mod routes;
 mod sandbox;
@@ -71,7 +70,6 @@ pub use plan::{
 pub use privileges::{
     Kept, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process, confine_thread,
 };
-pub use resident::unmap_code;
 pub use reverse_path::check_reverse_path;
 pub use sandbox::{Sandbox, enter_sandbox, sandbox_folder};
 pub use self_test::{Probe, ProbeSockets};

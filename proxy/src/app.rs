@@ -9,12 +9,10 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use underpass_config::{KubeletProbes, MeshSource, Profile, Settings, Sources};
-use underpass_interception::{
-    BoundListener, Ports, Sockets, ipv6_available, raise_open_files, unmap_code,
-};
+use underpass_interception::{BoundListener, Ports, Sockets, ipv6_available, raise_open_files};
 
 use crate::accept::Kind;
 use crate::capture::{Capture, Probes, keep};
@@ -24,7 +22,6 @@ use crate::copy::Buffers;
 use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::gate::Gate;
-use crate::guard::Guard;
 use crate::instance::{Instance, Status};
 use crate::limits::Limits;
 use crate::listeners::Listeners;
@@ -34,15 +31,12 @@ use crate::policy::Rules;
 use crate::publish::Publisher;
 use crate::reload::Reload;
 use crate::resolve::Resolver;
-use crate::retest::Retest;
+use crate::retest::{self, Retest};
 use crate::self_test::SelfTest;
 use crate::snapshot::Snapshot;
 use crate::take_over::{Claim, Gates, Handed, Offer, Offered};
 use crate::worker::{self, Shared, WorkerThread, Workers};
 use crate::{kubelet_probes, metrics, processors};
-
-/// How long after `ready`, or after a look at the rules, all has run that is needed for that alone.
-const SETTLED: Duration = Duration::from_secs(1);
 
 /// How `underpass run` was started.
 #[derive(Debug, Clone, Copy)]
@@ -164,6 +158,8 @@ async fn serve(
     let (limits, told) = (shared.limits.clone(), readiness.clone());
     tokio::spawn(async move { limits.tell(told).await });
     let publishing = tokio::spawn(publisher.follow(applied));
+    // Before the test, so that no change is missed that follows it.
+    let changes = retest::subscribe();
     if let Err(error) = prove(settings, capture, &shared, &probes, tenure).await {
         // Who goes on accepting instead goes first; what came meanwhile is served.
         gates.accept.close().await;
@@ -181,8 +177,6 @@ async fn serve(
         workload = %settings.workload.name, workers, outbound = ports.outbound, inbound = ports.inbound,
         hbone = ports.hbone, profile = %settings.interception.profile, "ready"
     );
-    let looked = guard.as_ref().map(Guard::looked);
-    tokio::spawn(settle(looked.clone()));
     let retest = Retest {
         capture: capture.clone(),
         self_test: shared.self_test.clone(),
@@ -190,7 +184,7 @@ async fn serve(
         settings: reload.subscribe(),
         readiness: readiness.clone(),
         gate: gates.rules.clone(),
-        tested: looked,
+        changes,
     };
     let _probes = kubelet_probes::observe(&shared.rules.probes, capture.exempting_probes());
     let keeper = tokio::spawn(keep(guard, reload, readiness.clone(), gates.rules));
@@ -241,20 +235,6 @@ async fn end_orderly(
     };
     let aborted = drain(&shared.drain, stop, deadlines).await;
     tracing::info!(aborted, "drained");
-}
-
-/// Gives back what only the start needed, and again what only looking at the rules did: the code for that is large.
-async fn settle(looked: Option<Arc<Notify>>) {
-    loop {
-        tokio::time::sleep(SETTLED).await;
-        if let Err(error) = unmap_code() {
-            tracing::debug!(%error, "code that has run stays in memory");
-        }
-        match &looked {
-            Some(looked) => looked.notified().await,
-            None => return,
-        }
-    }
 }
 
 /// Tests the rules with connections that come to us; then whoever served before needs to no longer.

@@ -14,10 +14,9 @@
 //! Not here: what is compared, installed and blocked (the interception crate).
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use underpass_config::InterceptionSettings;
 use underpass_interception::{Changes, Difference, Interception, InterceptionError};
@@ -73,8 +72,6 @@ pub(crate) struct Guard {
     blocked: bool,
     /// A fight that has not been reported yet.
     unreported: Option<Difference>,
-    /// Notified after each look.
-    looked: Arc<Notify>,
 }
 
 impl Guard {
@@ -89,13 +86,7 @@ impl Guard {
             lost: false,
             blocked: false,
             unreported: None,
-            looked: Arc::default(),
         })
-    }
-
-    /// Notified after each look at the rules.
-    pub(crate) fn looked(&self) -> Arc<Notify> {
-        self.looked.clone()
     }
 
     /// The next event. Cancelling it during a repair leaves the old or the new rules.
@@ -105,7 +96,6 @@ impl Guard {
     ) -> Event {
         loop {
             let outcome = self.step(settings).await;
-            self.looked.notify_one();
             match outcome {
                 Ok(None) => {}
                 Ok(Some(event)) => {

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use underpass_config::{Mesh, MeshSource, WorkloadSettings};
 
@@ -25,13 +25,15 @@ pub(crate) struct Publisher {
     source: MeshSource,
     own: WorkloadSettings,
     current: watch::Sender<Arc<Snapshot>>,
+    /// Resolves when the last change that was published has been reported, or its task has ended.
+    reported: Option<oneshot::Receiver<()>>,
 }
 
 impl Publisher {
     pub(crate) fn new(source: MeshSource, first: Arc<Mesh>, own: &WorkloadSettings) -> Self {
         tell("mesh loaded", &first);
         let current = watch::Sender::new(Arc::new(Snapshot::new(first, own, 1)));
-        Self { source, own: own.clone(), current }
+        Self { source, own: own.clone(), current, reported: None }
     }
 
     /// What workers go by.
@@ -57,16 +59,23 @@ impl Publisher {
     }
 
     /// Hands a mesh to the workers. Until it is in force, the next one may come.
-    fn publish(&self, mesh: Arc<Mesh>, workers: Vec<watch::Receiver<Applied>>) {
+    fn publish(&mut self, mesh: Arc<Mesh>, workers: Vec<watch::Receiver<Applied>>) {
         let began = Instant::now();
         let generation = self.current.borrow().generation + 1;
         let new = Arc::new(Snapshot::new(mesh, &self.own, generation));
         let old = self.current.send_replace(new.clone());
+        let (report, reported) = oneshot::channel();
+        let previous = self.reported.replace(reported);
         tokio::spawn(async move {
             let cut = all_go_by(&new, workers).await;
+            // In the order of generations: the metrics describe the newest one in force.
+            if let Some(previous) = previous {
+                previous.await.ok();
+            }
             metrics::mesh_applied(&new.mesh, generation, cut);
             tell("mesh changed", &new.mesh);
             tracing::info!(generation, cut, took = ?began.elapsed(), "the change is in force");
+            report.send(()).ok();
             drop(new);
             let mesh = old.mesh.clone();
             drop(old);

@@ -5,13 +5,12 @@
 //! change; most are harmless, so that they alone change nothing.
 
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use underpass_config::InterceptionSettings;
-use underpass_interception::{Changes, ForeignRule};
+use underpass_interception::{Changes, ForeignRule, InterceptionError};
 
 use crate::capture::{Capture, Probes};
 use crate::endpoints::Readiness;
@@ -40,23 +39,15 @@ pub(crate) struct Retest {
     pub(crate) readiness: Readiness,
     /// Closed while another process takes over.
     pub(crate) gate: Gate,
-    /// Notified after each test.
-    pub(crate) tested: Option<Arc<Notify>>,
+    /// Of all programs, since before the test at the start; `None` if they cannot be watched.
+    pub(crate) changes: Option<Changes>,
 }
 
 impl Retest {
     /// Tests after each change. Cancelling it ends it.
-    pub(crate) async fn run(self) -> Infallible {
-        let mut changes = match Changes::of_all_programs() {
-            Ok(changes) => changes,
-            Err(error) => {
-                let error = chain(&error);
-                tracing::warn!(
-                    error,
-                    "the rules of other programs cannot be watched: the self-test does not run again"
-                );
-                return std::future::pending().await;
-            }
+    pub(crate) async fn run(mut self) -> Infallible {
+        let Some(mut changes) = self.changes.take() else {
+            return std::future::pending().await;
         };
         let mut foreign = Vec::new();
         self.report_foreign(&mut foreign).await;
@@ -74,9 +65,6 @@ impl Retest {
                 Some(passed) => !passed,
                 None => true,
             };
-            if let Some(tested) = &self.tested {
-                tested.notify_one();
-            }
             self.report_foreign(&mut foreign).await;
         }
     }
@@ -141,6 +129,20 @@ impl Retest {
         }
         *known = found;
     }
+}
+
+/// Subscribes to changes of all programs' rules in this namespace. Without them the self-test does not
+/// run again.
+pub(crate) fn subscribe() -> Option<Changes> {
+    let changes = Changes::of_all_programs();
+    let warn = |error: &InterceptionError| {
+        let error = chain(error);
+        tracing::warn!(
+            error,
+            "the rules of other programs cannot be watched: the self-test does not run again"
+        );
+    };
+    changes.inspect_err(warn).ok()
 }
 
 /// Waits until nothing changes any longer.

@@ -134,17 +134,8 @@ fn what_a_capability_is_built_on_is_its_own() {
 }
 
 #[test]
-fn unsafe_code_is_only_where_the_kernel_is() {
-    let exempt = ["allow(unsafe_code", "expect(unsafe_code"];
-    for (path, text) in sources(&FOLDERS) {
-        let is_this = path == "tests/tests/tidy.rs";
-        let exempted = exempt.iter().any(|attribute| text.contains(attribute));
-        assert!(
-            !exempted || is_this || path.starts_with("interception/src/"),
-            "{path} allows unsafe code"
-        );
-    }
-    assert!(read("Cargo.toml").contains("unsafe_code = \"deny\""));
+fn forbids_unsafe_code_in_every_crate() {
+    assert!(read("Cargo.toml").contains("unsafe_code = \"forbid\""));
     for folder in FOLDERS {
         let manifest = read(format!("{folder}/Cargo.toml"));
         assert!(manifest.contains("[lints]\nworkspace = true"), "{folder} has lints of its own");

@@ -3,9 +3,7 @@
 use std::fs;
 
 use underpass::spawn::SpawnError;
-use underpass_tests::{
-    APP, CLIENT, Family, Pod, SERVER, Scene, Settings, Suite, exchange, tool, until,
-};
+use underpass_tests::{APP, CLIENT, Family, Pod, SERVER, Scene, Settings, Suite, exchange, tool};
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test("a port that is taken is named with its setting", taken_ports);
@@ -23,7 +21,6 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test("where IPv6 is disabled it starts and serves IPv4", without_ipv6);
     suite.test("with ipv6: bypass, IPv6 goes its way", ipv6_bypassed);
     suite.test("with profile: none it installs nothing", profile_none);
-    suite.test("what has started holds little of its code", little_code);
 }
 
 /// Starts a proxy that must not start: its exit code and what it said. The pod must be without rules.
@@ -201,39 +198,4 @@ async fn profile_none() {
     let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(Family::V4)).await;
     exchange(&mut client, &mut server).await;
     assert_eq!(peer.ip(), scene.server.ip(Family::V4), "the client is not imitated");
-}
-
-async fn little_code() {
-    let scene = Scene::new().await;
-    let mut proxy = scene.client.proxy(&scene.client_settings()).await;
-    let pid = proxy.pid();
-    let mut left = 0;
-    until("most of it is unmapped", async || {
-        let (mapped, resident) = code(pid);
-        left = resident;
-        resident < mapped / 4
-    })
-    .await;
-    // What putting the rules back needs, it needs for that alone.
-    tool(&scene.client, "nft", &["delete", "table", "inet", "underpass"]).await.ok();
-    proxy.more_than(0, &["another program had changed the rules"]).await;
-    until("what that needed is unmapped too", async || code(pid).1 <= left * 5 / 4).await;
-    // It goes on all the same.
-    assert_eq!(scene.client.metrics().await.sum("underpass_rules_intact", &[]), Some(1.0));
-}
-
-/// How much code of files a process has mapped, and how much of it is in memory, in KiB (proc_pid_smaps(5)).
-fn code(pid: u32) -> (u64, u64) {
-    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("it runs");
-    let (mut is_code, mut mapped, mut resident) = (false, 0, 0);
-    for line in maps.lines() {
-        let fields: Vec<_> = line.split_ascii_whitespace().collect();
-        match fields[..] {
-            ["Size:", size, "kB"] if is_code => mapped += size.parse::<u64>().expect("a number"),
-            ["Rss:", size, "kB"] if is_code => resident += size.parse::<u64>().expect("a number"),
-            [_, permissions, _, _, _, ..] => is_code = permissions == "r-xp",
-            _ => {}
-        }
-    }
-    (mapped, resident)
 }
