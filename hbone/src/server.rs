@@ -15,13 +15,13 @@ use http::{HeaderMap, Method, Request, Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use tokio_rustls::server::TlsStream;
 
 use crate::guard::Guard;
 use crate::io::{Io, transport};
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored};
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
+use crate::tls::TlsStream;
 use crate::windows::Windows;
 use crate::{Authority, Credentials, HboneError, PeerIdentity, ServerSettings, TunnelStream};
 
