@@ -1,5 +1,7 @@
 //! Who gets in and who does not. A side that fails the handshake has no tunnel, so no CONNECT can pass.
 
+mod interop;
+
 use std::path::Path;
 use std::time::SystemTime;
 

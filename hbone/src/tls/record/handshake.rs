@@ -97,6 +97,11 @@ impl<C: Handshake, T> Finished<C, T> {
     pub(in crate::tls) fn into_stream(self) -> Result<TlsStream<T>, Error> {
         let suite = self.connection.negotiated_cipher_suite().and_then(|suite| suite.tls13());
         let limit = suite.ok_or(Error::HandshakeNotComplete)?.common.confidentiality_limit;
+        self.into_limited_stream(limit)
+    }
+
+    /// The same, whose keys may protect so many records.
+    pub(in crate::tls) fn into_limited_stream(self, limit: u64) -> Result<TlsStream<T>, Error> {
         let (secrets, schedule) = self.connection.extract()?;
         let keys = Keys::extracted(secrets, Box::new(schedule), limit)?;
         Ok(TlsStream::new(self.io, keys, &self.early))
