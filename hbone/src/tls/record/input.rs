@@ -136,7 +136,7 @@ fn body_length(unread: &[u8]) -> Result<Option<usize>, Failure> {
     let length = usize::from(u16::from_be_bytes([high, low]));
     match length {
         ..TAG => Err(Failure::new(AlertDescription::BadRecordMac, Error::DecryptError)),
-        ..=MAX_BODY => Ok((rest.len() >= length).then_some(length)),
+        TAG..=MAX_BODY => Ok((rest.len() >= length).then_some(length)),
         _ => Err(Failure::new(AlertDescription::RecordOverflow, Error::PeerSentOversizedRecord)),
     }
 }

@@ -141,7 +141,7 @@ impl Run {
     }
 
     fn key_update(&mut self, size: usize) {
-        let request = u8::from(size % 2 == 0);
+        let request = u8::from(size.is_multiple_of(2));
         self.message(&[24, 0, 0, 1, request], size / 2);
         self.peer.update();
     }

@@ -330,8 +330,9 @@ fn ends_cleanly_at_close_notify() {
         peer.send(DATA, b"ignored");
         peer.send_raw(b"as is this");
         let (read, end) = read_all(&mut stream, 1000);
-        assert!(read == b"last" && end.unwrap().is_ok());
-        assert!(read_all(&mut stream, 1000).1.unwrap().is_ok());
+        assert_eq!(read, b"last");
+        end.unwrap().unwrap();
+        read_all(&mut stream, 1000).1.unwrap().unwrap();
         assert_eq!(stream.held(), 0);
     }
 }

@@ -101,7 +101,7 @@ fn writes_a_large_frame_by_one_call() {
 fn takes_only_full_records_of_what_does_not_fit() {
     let (mut stream, mut peer) = client();
     let written = write_pieces(&mut stream, &[1 << 20]);
-    assert!(written > 0 && written % MAX_CONTENT == 0, "{written}");
+    assert!(written > 0 && written.is_multiple_of(MAX_CONTENT), "{written}");
     ready(flush(&mut stream));
     assert!(lengths(&mut peer).iter().all(|length| *length == MAX_CONTENT));
 }
@@ -153,7 +153,7 @@ fn sends_close_notify_once_and_nothing_after_it() {
     peer.send(DATA, b"still");
     assert_eq!(read_all(&mut stream, 100).0, b"still");
     peer.send_raw(&[1, 2, 3, 4, 5]);
-    assert!(read_all(&mut stream, 100).1.unwrap().is_err());
+    read_all(&mut stream, 100).1.unwrap().unwrap_err();
     assert!(peer.received().is_empty());
 }
 
@@ -161,7 +161,7 @@ fn sends_close_notify_once_and_nothing_after_it() {
 fn goes_on_writing_after_the_peer_has_closed() {
     let (mut stream, mut peer) = client();
     peer.send(ALERT, &[1, 0]);
-    assert!(read_all(&mut stream, 100).1.unwrap().is_ok());
+    read_all(&mut stream, 100).1.unwrap().unwrap();
     write(&mut stream, b"ours");
     ready(shut_down(&mut stream));
     assert_eq!(peer.received(), [(DATA, b"ours".to_vec()), (ALERT, vec![1, 0])]);
