@@ -1,21 +1,22 @@
-//! The TLS 1.3 record layer of a tunnel (RFC 8446 sections 4.6 and 5): what reads and writes records once the handshake is done.
+//! TLS 1.3 record layer of a tunnel (RFC 8446 sections 4.6, 5 and 6): reads and writes every record
+//! after the handshake.
 //!
-//! rustls handshakes, verifies certificates and derives keys. `handshake` drives it over the connection and then takes its
-//! secrets; from there on nothing else sees a record. `keys` is all that the record layer needs of rustls afterwards (the next
-//! traffic secret, a ticket to keep), so that rustls' split mode with the caller's buffers can replace this module once a release
-//! has it (0.24).
+//! rustls performs the handshake, verifies certificates and derives keys. `handshake` drives rustls
+//! over the connection and then extracts its traffic secrets. Afterwards rustls only derives the
+//! next traffic secret and stores session tickets (`keys`). rustls 0.24 will have a split mode with
+//! the caller's buffers, which can replace this module.
 //!
 //! ```text
 //! TlsStream ─┬─ Input    bytes of the peer ──▶ one record at a time, opened into the reader's buffer or in place
 //!            ├─ Records  both keys, key updates, tickets, alerts: no I/O
-//!            └─ Output   plaintext of the writer ──▶ records side by side, written by one call
+//!            └─ Output   plaintext of the writer ──▶ contiguous records, one write call
 //! ```
 //!
-//! Input and output borrow a buffer from their thread for as long as they hold bytes (`buffer`): a tunnel that waits holds none,
-//! and the few that are used stay in the cache.
+//! Input and output borrow a buffer from their thread only while they hold bytes (`buffer`). An
+//! idle tunnel holds no buffer, and the few buffers of a thread stay in its L2 cache.
 //!
-//! Every violation ends the connection with the alert of RFC 8446 section 6.2. A connection that failed neither reads nor
-//! writes again.
+//! A protocol violation ends the connection with the alert of RFC 8446 section 6.2. A failed
+//! connection neither reads nor writes.
 
 mod aead;
 mod buffer;
@@ -38,23 +39,23 @@ pub(super) use self::handshake::{Finished, Unfinished, handshake};
 pub(crate) use self::script::run as run_script;
 pub(crate) use self::stream::TlsStream;
 
-/// Opaque type, legacy version, length.
+/// Length of a record header: opaque type, legacy version, length.
 const HEADER: usize = 5;
-/// Of AES-GCM.
+/// Length of an AES-GCM tag.
 const TAG: usize = 16;
-/// What a record has after its content if it is not padded: the type and the tag.
+/// Bytes after the content of an unpadded record: the content type and the tag.
 const TRAILER: usize = 1 + TAG;
-/// RFC 8446 section 5.1: the most content of a record.
+/// RFC 8446 section 5.1: maximum content of a record.
 const MAX_CONTENT: usize = 1 << 14;
-/// RFC 8446 section 5.2: the most that a record has after its header.
+/// RFC 8446 section 5.2: maximum length field of a record.
 const MAX_BODY: usize = MAX_CONTENT + 256;
-/// The largest record that we write.
+/// Length of the largest record that we write.
 const MAX_SEALED: usize = HEADER + MAX_CONTENT + TRAILER;
 
-/// Why the connection must end, and what the peer is sent about it.
+/// A fatal error, and the alert that reports it to the peer.
 #[derive(Debug)]
 struct Failure {
-    /// `None` after a fatal alert of the peer: nothing may be sent any more.
+    /// `None` after a fatal alert of the peer: RFC 8446 section 6.2 forbids an answer.
     alert: Option<AlertDescription>,
     error: Error,
 }

@@ -1,6 +1,6 @@
-//! One direction's key: seals and opens single records, and counts them.
+//! The AEAD key of one direction: seals and opens single records, and counts them.
 //!
-//! The caller gives slices of the right length; a wrong one fails like a record that cannot be opened.
+//! A slice of a wrong length is an error, never a panic.
 
 use std::fmt;
 
@@ -11,11 +11,11 @@ use rustls::{ContentType, Error};
 
 use super::{HEADER, TAG, TRAILER};
 
-/// The key of one direction until its next update.
+/// The key of one direction between two key updates.
 pub(in crate::tls) struct RecordKey {
     key: LessSafeKey,
     iv: Iv,
-    /// Of the next record: each number is used once.
+    /// Sequence number of the next record. Each number is used once.
     sequence: u64,
 }
 
@@ -31,12 +31,13 @@ impl RecordKey {
         Ok(Self { key: LessSafeKey::new(key), iv, sequence })
     }
 
-    /// How many records it has sealed or opened.
+    /// Number of records that this key has sealed or opened.
     pub(super) fn sequence(&self) -> u64 {
         self.sequence
     }
 
-    /// Writes a record of `content` to the start of `slot`, and gives its length. `content` is read once and not copied.
+    /// Seals `content` as one record at the start of `slot`, and returns the record's length. Reads
+    /// `content` once, without a copy.
     pub(super) fn seal(
         &mut self,
         kind: ContentType,
@@ -58,7 +59,8 @@ impl RecordKey {
         Ok(HEADER + content.len() + TRAILER)
     }
 
-    /// The same for `length` bytes of content that stand in `slot` after the place of the header.
+    /// Like [`seal`](Self::seal), for `length` bytes of content that are already in `slot`, after
+    /// the space for the header.
     pub(super) fn seal_in_place(
         &mut self,
         kind: ContentType,
@@ -73,7 +75,8 @@ impl RecordKey {
         Ok(HEADER + length + TRAILER)
     }
 
-    /// Opens a whole record where it stands, and gives its inner plaintext: content, type and padding.
+    /// Opens a complete record in place, and returns its inner plaintext: content, type and
+    /// padding.
     pub(super) fn open_in_place<'a>(
         &mut self,
         record: &'a mut [u8],
@@ -85,7 +88,7 @@ impl RecordKey {
             .map_err(|Unspecified| Error::DecryptError)
     }
 
-    /// Opens a whole record into `plain`, which must have the length of the inner plaintext.
+    /// Opens a complete record into `plain`, whose length must be that of the inner plaintext.
     pub(super) fn open_into(&mut self, record: &[u8], plain: &mut [u8]) -> Result<(), Error> {
         let nonce = self.next_nonce().ok_or(Error::DecryptError)?;
         let (header, body) = record.split_at_checked(HEADER).ok_or(Error::DecryptError)?;
@@ -95,7 +98,8 @@ impl RecordKey {
             .map_err(|Unspecified| Error::DecryptError)
     }
 
-    /// Counts before the number is used, so that none is used twice whatever comes of it.
+    /// Increments the sequence number before its use, so that a failed operation cannot reuse a
+    /// nonce.
     fn next_nonce(&mut self) -> Option<Nonce> {
         let nonce = cipher::Nonce::new(&self.iv, self.sequence).0;
         self.sequence = self.sequence.checked_add(1)?;
@@ -109,13 +113,14 @@ impl fmt::Debug for RecordKey {
     }
 }
 
-/// A slot as the header of a record with `length` bytes of content, which is written, the content, and the trailer.
+/// Writes the header of a record with `length` bytes of content, and splits `slot` into header,
+/// content and trailer.
 fn parts(slot: &mut [u8], length: usize) -> Option<(&mut [u8; HEADER], &mut [u8], &mut [u8])> {
     let (header, rest) = slot.split_first_chunk_mut::<HEADER>()?;
     let (body, rest) = rest.split_at_mut_checked(length)?;
     let (trailer, _) = rest.split_at_mut_checked(TRAILER)?;
     let [high, low] = u16::try_from(length + TRAILER).ok()?.to_be_bytes();
-    // RFC 8446 section 5.2: every record claims to be application data of TLS 1.2.
+    // RFC 8446 section 5.2: every protected record has this opaque type and version.
     *header = [u8::from(ContentType::ApplicationData), 3, 3, high, low];
     Some((header, body, trailer))
 }

@@ -1,7 +1,8 @@
-//! Large buffers that the tunnels of one thread share: whoever has bytes to hold borrows one.
+//! Large buffers that the tunnels of one thread share.
 //!
-//! A thread drives one tunnel at a time, and a tunnel mostly gives its buffers back before the thread turns to the next: so two
-//! of them serve all tunnels of a thread, stay in its cache, and are cleared once and not for each use.
+//! A thread polls one tunnel at a time, and a tunnel usually returns its buffers before the thread
+//! polls the next one. Two buffers therefore serve all tunnels of a thread, stay in its L2 cache,
+//! and are zeroed once instead of at each use.
 
 use std::cell::RefCell;
 use std::mem;
@@ -9,17 +10,18 @@ use std::ops::{Deref, DerefMut};
 
 use super::MAX_SEALED;
 
-/// What h2 hands over for a DATA frame of 128 KiB, sealed: eight full records, and its header in a small one.
+/// A sealed DATA frame of 128 KiB: eight full records, and a small one with the frame header.
 pub(super) const SIZE: usize = 9 * MAX_SEALED;
 
-/// One to read into, one to write from.
+/// Buffers that a thread keeps: one to read into, one to write from.
 const SPARE: usize = 2;
 
 thread_local! {
     static SPARES: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A buffer of [`SIZE`] bytes, with whatever its last borrower left in it.
+/// A buffer of [`SIZE`] bytes. Its contents are arbitrary: it may hold bytes of an earlier
+/// borrower.
 pub(super) struct Buffer(Box<[u8]>);
 
 impl Buffer {
@@ -46,7 +48,7 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let buffer = mem::take(&mut self.0);
-        // Fails only while the thread ends, and then the buffer is freed with the closure.
+        // Fails only during the destruction of thread-locals; the closure then frees the buffer.
         let _ends = SPARES.try_with(|spares| {
             let mut spares = spares.borrow_mut();
             if spares.len() < SPARE {

@@ -1,6 +1,7 @@
-//! Drives rustls through a handshake, and takes over from it.
+//! Drives a rustls handshake, then converts the connection into a [`TlsStream`].
 //!
-//! rustls gets one record at a time and none after the one that ends the handshake: all that follows is ours to open.
+//! rustls receives one record at a time, and no record after the last one of the handshake. The
+//! record layer opens the rest.
 
 use std::io;
 use std::ops::DerefMut;
@@ -20,27 +21,28 @@ use super::HEADER;
 use super::keys::{KeySchedule, Keys};
 use super::stream::TlsStream;
 
-/// A flight of handshake messages with a chain of certificates and a hybrid key share.
+/// Bytes of one read: a flight with a certificate chain and a hybrid key share.
 const READ: usize = 8 << 10;
-/// The most that is held of a peer that has not authenticated itself: a message of 64 KiB, which rustls allows, and the overhead
-/// of records that are not very small.
+/// Maximum bytes that an unauthenticated peer can make us buffer. rustls allows a message of 64
+/// KiB; the rest is for record headers and tags.
 const MAX_INCOMING: usize = 96 << 10;
 
 /// A finished handshake.
 pub(in crate::tls) struct Finished<C, T> {
     connection: C,
     io: T,
-    /// What was read after the end of the handshake.
+    /// Bytes that were read behind the last handshake record.
     early: Vec<u8>,
 }
 
-/// Why there is no handshake, and the connection if it can still be closed in an orderly way.
+/// A failed handshake, with the connection, so that the caller can close it without losing the
+/// alert.
 pub(in crate::tls) struct Unfinished<T> {
     pub(in crate::tls) error: io::Error,
     pub(in crate::tls) io: T,
 }
 
-/// What both sides' connections have in common.
+/// A client's or a server's rustls connection.
 pub(in crate::tls) trait Handshake:
     DerefMut<Target = UnbufferedConnectionCommon<Self::Data>>
 {
@@ -53,7 +55,8 @@ pub(in crate::tls) trait Handshake:
     fn extract(self) -> Result<(ExtractedSecrets, Self::Schedule), Error>;
 }
 
-/// Handshakes over `io`, and sends all that is to be sent for it, tickets included.
+/// Performs a handshake over `io`. All flights are sent when it returns, the server's session
+/// tickets included.
 pub(in crate::tls) async fn handshake<C: Handshake, T: AsyncRead + AsyncWrite + Unpin>(
     mut connection: C,
     mut io: T,
@@ -78,7 +81,8 @@ pub(in crate::tls) async fn handshake<C: Handshake, T: AsyncRead + AsyncWrite + 
             }
             Err(error) => {
                 flights.encode_alert(&mut connection);
-                // The one attempt to say why.
+                // A single attempt to send the alert, without waiting for a peer that does not
+                // read.
                 let _sent = poll_immediate(send(&mut io, &flights.outgoing)).await;
                 let error = io::Error::new(io::ErrorKind::InvalidData, error);
                 return Err(Unfinished { error, io });
@@ -88,19 +92,19 @@ pub(in crate::tls) async fn handshake<C: Handshake, T: AsyncRead + AsyncWrite + 
 }
 
 impl<C: Handshake, T> Finished<C, T> {
-    /// What was negotiated, and who the peer is.
+    /// The negotiated parameters and the peer's certificates.
     pub(in crate::tls) fn facts(&self) -> &CommonState {
         &self.connection
     }
 
-    /// The connection as a stream of plaintext.
+    /// Extracts the traffic secrets and starts the record layer.
     pub(in crate::tls) fn into_stream(self) -> Result<TlsStream<T>, Error> {
         let suite = self.connection.negotiated_cipher_suite().and_then(|suite| suite.tls13());
         let limit = suite.ok_or(Error::HandshakeNotComplete)?.common.confidentiality_limit;
         self.into_limited_stream(limit)
     }
 
-    /// The same, whose keys may protect so many records.
+    /// Like [`into_stream`](Self::into_stream), with a limit of records per key.
     pub(in crate::tls) fn into_limited_stream(self, limit: u64) -> Result<TlsStream<T>, Error> {
         let (secrets, schedule) = self.connection.extract()?;
         let keys = Keys::extracted(secrets, Box::new(schedule), limit)?;
@@ -108,21 +112,21 @@ impl<C: Handshake, T> Finished<C, T> {
     }
 }
 
-/// What goes to and fro.
+/// Buffered handshake records of both directions.
 #[derive(Default)]
 struct Flights {
     incoming: Vec<u8>,
-    /// How much of `incoming` rustls may see: a record more at each step, or a part of one.
+    /// Length of the prefix of `incoming` that rustls has been shown.
     shown: usize,
-    /// Where the first record starts that rustls has not seen all of.
+    /// Offset in `incoming` of the first record that rustls has not been shown completely.
     next: usize,
     outgoing: Vec<u8>,
 }
 
 enum Step {
-    /// There is more to do.
+    /// Call `step` again.
     Again,
-    /// The peer is to send more.
+    /// rustls needs more records of the peer.
     Blocked,
     Finished,
 }
@@ -137,13 +141,13 @@ impl Flights {
                 Step::Again
             }
             ConnectionState::TransmitTlsData(data) => {
-                // They are sent before anything else is read.
+                // The caller sends `outgoing` before it reads.
                 data.done();
                 Step::Again
             }
             ConnectionState::BlockedHandshake => Step::Blocked,
             ConnectionState::WriteTraffic(_) => Step::Finished,
-            // Application data and alerts after the handshake, which are not shown; early data, which is not offered.
+            // Unreachable: no record after the handshake is shown, and early data is disabled.
             _ => return Err(Error::General("more than the handshake was processed".into())),
         };
         self.discard(discard);
@@ -159,7 +163,8 @@ impl Flights {
         self.next = self.next.saturating_sub(length);
     }
 
-    /// Shows one more record, or what has come of it, which lets rustls judge its header. Whether that is more than before.
+    /// Shows one more record, or the available part of it, so that rustls validates its header
+    /// early. Returns whether the prefix grew.
     fn show(&mut self) -> bool {
         let unseen = self.incoming.get(self.next..).unwrap_or_default();
         let length = match unseen.first_chunk::<HEADER>() {
@@ -190,7 +195,8 @@ impl Flights {
         Ok(())
     }
 
-    /// What rustls says about its error, which it has queued. Nothing is shown to it after that: it would look at it again.
+    /// Encodes the alert that rustls queued with its error. Shows no records: rustls would process
+    /// the invalid one again.
     fn encode_alert<C: Handshake>(&mut self, connection: &mut C) {
         while connection.wants_write() {
             let encoded = match connection.process(&mut []).state {

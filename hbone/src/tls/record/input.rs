@@ -1,4 +1,5 @@
-//! What came from the peer and was not delivered: whole and partial records, and the plaintext of one that did not fit.
+//! Received bytes: complete and partial records, and opened plaintext that the reader has not taken
+//! yet.
 
 use std::mem;
 use std::ops::Range;
@@ -8,23 +9,24 @@ use rustls::{AlertDescription, ContentType, Error};
 use super::buffer::{Buffer, SIZE};
 use super::{Failure, HEADER, MAX_BODY, TAG};
 
-/// While as much is free behind the last bytes, more is read there, and what is unread is not moved to the front.
+/// Minimum free space behind the unread bytes. With less, the unread bytes move to the front before
+/// the next read.
 const ENOUGH_ROOM: usize = SIZE / 2;
 
-/// The bytes of a peer. Holds a buffer only while it holds bytes that may be taken now.
+/// The receive buffer of a connection. Borrows a [`Buffer`] only while data is available.
 #[derive(Default)]
 pub(super) struct Input {
     buffer: Option<Buffer>,
-    /// In `buffer`: what was not taken.
+    /// Range in `buffer` of the records that have not been opened.
     unread: Range<usize>,
-    /// In `buffer`, before `unread`: content of an opened record.
+    /// Range in `buffer`, before `unread`, of opened content.
     plain: Range<usize>,
-    /// The start of a record whose rest the peer has not sent yet, when `buffer` was given back.
+    /// An incomplete record, kept here while `buffer` is returned to the thread.
     partial: Vec<u8>,
 }
 
 impl Input {
-    /// With what was read together with the end of the handshake, which is less than a buffer.
+    /// `early`: bytes that were read behind the handshake, fewer than [`SIZE`].
     pub(super) fn new(early: &[u8]) -> Self {
         let mut input = Self::default();
         if !early.is_empty() {
@@ -38,7 +40,7 @@ impl Input {
         input
     }
 
-    /// Opened content that waits to be delivered.
+    /// Opened content that the reader has not taken.
     pub(super) fn plain(&self) -> &[u8] {
         let buffer = self.buffer.as_deref().unwrap_or_default();
         buffer.get(self.plain.clone()).unwrap_or_default()
@@ -48,7 +50,7 @@ impl Input {
         self.plain.start += length;
     }
 
-    /// The next record, if it is whole. Judges its header as soon as that is there.
+    /// The next record if it is complete. Validates the header as soon as it is available.
     pub(super) fn record(&mut self) -> Result<Option<&mut [u8]>, Failure> {
         let buffer = self.buffer.as_deref_mut().unwrap_or_default();
         let unread = buffer.get_mut(self.unread.clone()).unwrap_or_default();
@@ -58,19 +60,21 @@ impl Input {
         Ok(unread.get_mut(..HEADER + length))
     }
 
-    /// Takes a record of this length.
+    /// Consumes a record of this length.
     pub(super) fn take_record(&mut self, length: usize) {
         self.unread.start += length;
     }
 
-    /// The same, and keeps `content` bytes of content that it has after its header.
+    /// Consumes a record that was opened in place, and keeps its `content` bytes of content for the
+    /// reader.
     pub(super) fn keep_plain(&mut self, length: usize, content: usize) {
         let start = self.unread.start + HEADER;
         self.plain = start..start + content;
         self.take_record(length);
     }
 
-    /// Where to read to. At most a partial record is unread by then, and no plaintext, so that there is always room.
+    /// Free space to read into. Never empty: the caller reads only when no complete record and no
+    /// plaintext is left.
     pub(super) fn room(&mut self) -> &mut [u8] {
         let buffer = self.buffer.get_or_insert_with(Buffer::borrow);
         if !self.partial.is_empty() {
@@ -89,12 +93,12 @@ impl Input {
         buffer.get_mut(self.unread.end..).unwrap_or_default()
     }
 
-    /// Notes that `length` bytes were read to the room.
+    /// Records that `length` bytes were read into [`room`](Self::room).
     pub(super) fn filled(&mut self, length: usize) {
         self.unread.end += length;
     }
 
-    /// Gives the buffer back while nothing comes.
+    /// Returns the buffer to the thread while no data is available.
     pub(super) fn release(&mut self) {
         if let Some(buffer) = self.buffer.take() {
             self.partial = buffer.get(self.unread.clone()).unwrap_or_default().to_vec();
@@ -102,7 +106,7 @@ impl Input {
         }
     }
 
-    /// Drops all that is unread: the peer has said that it is done, or it has failed.
+    /// Drops all unopened records, after close_notify or a failure.
     pub(super) fn discard(&mut self) {
         self.unread.end = self.unread.start;
         self.partial = Vec::new();
@@ -118,12 +122,13 @@ impl Input {
     }
 }
 
-/// How long the record is that starts here, without its header; `None` if that is not known yet, or not all of it has come.
+/// The length field of the record at the start of `unread`; `None` if the record is incomplete.
 fn body_length(unread: &[u8]) -> Result<Option<usize>, Failure> {
     let Some((&[kind, _, _, high, low], rest)) = unread.split_first_chunk::<HEADER>() else {
         return Ok(None);
     };
-    // After the handshake every record is encrypted, which it claims by this type. The AEAD judges the version.
+    // Every record after the handshake is protected. The legacy version is authenticated by the
+    // AEAD.
     if kind != u8::from(ContentType::ApplicationData) {
         return Err(Failure::new(
             AlertDescription::UnexpectedMessage,

@@ -1,4 +1,5 @@
-//! What the record layer needs of rustls once the handshake is done: the next key of each direction, and a place for tickets.
+//! The part of rustls that the record layer uses after the handshake: next traffic keys, and
+//! storage of session tickets.
 
 use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM};
 use rustls::client::ClientConnectionData;
@@ -8,32 +9,32 @@ use rustls::{ConnectionTrafficSecrets, Error, ExtractedSecrets};
 
 use super::aead::RecordKey;
 
-/// The side of the connection that knows its secrets.
+/// The key schedule of one connection.
 pub(in crate::tls) trait KeySchedule: Send + Sync {
-    /// The next key to seal with (RFC 8446 section 7.2).
+    /// Derives the next sending key (RFC 8446 section 7.2).
     fn next_sealing(&mut self) -> Result<RecordKey, Error>;
 
-    /// The next key to open with.
+    /// Derives the next receiving key.
     fn next_opening(&mut self) -> Result<RecordKey, Error>;
 
-    /// Keeps a ticket, for later connections to resume the session with.
+    /// Stores the body of a NewSessionTicket message, for the resumption of the session.
     fn keep_ticket(&mut self, message: &[u8]) -> Result<(), Error>;
 
-    /// Whether the peer may send tickets: only a server does.
+    /// Whether the peer is a server, which may send tickets.
     fn takes_tickets(&self) -> bool;
 }
 
-/// The first keys of both directions, and where the next ones come from.
+/// The application traffic keys after the handshake, and the schedule of the later ones.
 pub(super) struct Keys {
     pub(super) sealing: RecordKey,
     pub(super) opening: RecordKey,
     pub(super) schedule: Box<dyn KeySchedule>,
-    /// How many records one key may protect.
+    /// Maximum number of records per key, for confidentiality.
     pub(super) limit: u64,
 }
 
 impl Keys {
-    /// Those of a finished handshake.
+    /// The keys of a finished handshake.
     pub(super) fn extracted(
         secrets: ExtractedSecrets,
         schedule: Box<dyn KeySchedule>,
@@ -89,7 +90,7 @@ fn record_key((sequence, secrets): (u64, ConnectionTrafficSecrets)) -> Result<Re
         ConnectionTrafficSecrets::Aes256Gcm { key, iv } => {
             RecordKey::new(&AES_256_GCM, key.as_ref(), iv, sequence)
         }
-        // `provider` offers no other.
+        // `provider` offers only AES-GCM.
         _ => Err(Error::General("a cipher other than AES-GCM was negotiated".into())),
     }
 }

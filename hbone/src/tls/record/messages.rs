@@ -1,4 +1,5 @@
-//! Handshake messages after the handshake (RFC 8446 section 4.6), which may be split over records or share one.
+//! Reassembly of post-handshake messages (RFC 8446 section 4.6), which may span records or share
+//! one.
 
 use std::mem;
 
@@ -6,26 +7,27 @@ use rustls::{AlertDescription, ContentType, Error, HandshakeType, InvalidMessage
 
 use super::Failure;
 
-/// Type and length.
+/// Length of a handshake header: type and 24-bit length.
 const HEADER: usize = 4;
-/// The longest message that is put together, as in rustls: a ticket is at most 64 KiB.
+/// Maximum length of a message, as in rustls. A ticket has at most 64 KiB.
 const MAX_LENGTH: usize = 0xffff;
-/// So many messages may come without application data between them. BoringSSL and rustls allow as many key updates.
+/// Maximum number of messages without application data in between. BoringSSL and rustls limit key
+/// updates to the same number.
 const MAX_IN_A_ROW: u8 = 32;
 
-/// A message that may come after the handshake.
+/// A post-handshake message.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Message<'a> {
     NewSessionTicket(&'a [u8]),
     KeyUpdate { requested: bool },
 }
 
-/// Puts messages together.
+/// Reassembles messages.
 #[derive(Debug)]
 pub(super) struct Messages {
     /// Whether the peer is a server, which may send tickets.
     tickets: bool,
-    /// The start of a message that goes on in the next record.
+    /// An incomplete message, which continues in the next record.
     partial: Vec<u8>,
     in_a_row: u8,
 }
@@ -35,24 +37,24 @@ impl Messages {
         Self { tickets, partial: Vec::new(), in_a_row: 0 }
     }
 
-    /// Whether a message has begun, so that the next record must go on with it.
+    /// Whether a message is incomplete, so that the next record must be a handshake record.
     pub(super) fn is_partial(&self) -> bool {
         !self.partial.is_empty()
     }
 
-    /// Notes that application data came.
+    /// Records that application data was received.
     pub(super) fn interrupted(&mut self) {
         self.in_a_row = 0;
     }
 
-    /// Takes the content of a record, and hands each message that it completes to `take`.
+    /// Receives the content of a handshake record, and passes each completed message to `take`.
     pub(super) fn receive(
         &mut self,
         content: &[u8],
         take: impl FnMut(Message<'_>) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         if content.is_empty() {
-            // RFC 8446 section 5.4.
+            // RFC 8446 section 5.4: a handshake record must not be empty.
             let error = InvalidMessage::InvalidEmptyPayload;
             return Err(Failure::new(AlertDescription::UnexpectedMessage, error));
         }
@@ -71,7 +73,7 @@ impl Messages {
         Ok(())
     }
 
-    /// Hands over all messages that are whole, and gives how long they are.
+    /// Passes all complete messages to `take`, and returns their total length.
     fn take_whole(
         &mut self,
         content: &[u8],
@@ -87,7 +89,7 @@ impl Messages {
                 HandshakeType::KeyUpdate => key_update(body)?,
                 _ => Message::NewSessionTicket(body),
             };
-            // RFC 8446 section 5.1: what follows would be protected by the key before.
+            // RFC 8446 section 5.1: a key change must be at a record boundary.
             if kind == HandshakeType::KeyUpdate && !after.is_empty() {
                 return Err(Failure::unexpected(PeerMisbehaved::KeyEpochWithPendingFragment));
             }
@@ -97,8 +99,8 @@ impl Messages {
         Ok(content.len() - rest.len())
     }
 
-    /// The first message, its body, and what follows it; `None` if it is not whole. Judges type and length as soon as they are
-    /// there.
+    /// The type and body of the first message, and the bytes behind it; `None` if it is incomplete.
+    /// Validates type and length as soon as they are available.
     #[expect(clippy::type_complexity, reason = "read in one place only")]
     fn split<'a>(
         &self,
@@ -152,7 +154,7 @@ fn key_update(body: &[u8]) -> Result<Message<'_>, Failure> {
     }
 }
 
-/// What a record that we send with a key update has as its content.
+/// Content type and content of a KeyUpdate record.
 pub(super) fn encode_key_update(request: bool) -> (ContentType, [u8; HEADER + 1]) {
     (ContentType::Handshake, [u8::from(HandshakeType::KeyUpdate), 0, 0, 1, u8::from(request)])
 }

@@ -1,15 +1,16 @@
-//! Sealed records that wait for their system call.
+//! Sealed records that have not been written yet.
 
 use std::ops::Range;
 
 use super::buffer::Buffer;
 use super::records::{ALERT, sealed_length};
 
-/// Records side by side. Holds a buffer only while it holds records.
+/// The send buffer of a connection: contiguous records. Borrows a [`Buffer`] only while it holds
+/// records.
 #[derive(Default)]
 pub(super) struct Output {
     buffer: Option<Buffer>,
-    /// In `buffer`: what was not written.
+    /// Range in `buffer` of the records that have not been written.
     unwritten: Range<usize>,
 }
 
@@ -19,23 +20,23 @@ impl Output {
         buffer.get(self.unwritten.clone()).unwrap_or_default()
     }
 
-    /// Whether there is room for the next record of so much content, or for a full one, and for an alert after it.
+    /// Whether a record with up to `content` bytes fits, and an alert behind it.
     pub(super) fn fits(&mut self, content: usize) -> bool {
         self.room().len() >= sealed_length(content) + ALERT
     }
 
-    /// Where to seal to.
+    /// Free space to seal into.
     pub(super) fn room(&mut self) -> &mut [u8] {
         let buffer = self.buffer.get_or_insert_with(Buffer::borrow);
         buffer.get_mut(self.unwritten.end..).unwrap_or_default()
     }
 
-    /// Notes that a record of this length was sealed to the room.
+    /// Records that a record of this length was sealed into [`room`](Self::room).
     pub(super) fn filled(&mut self, length: usize) {
         self.unwritten.end += length;
     }
 
-    /// Notes that the connection has taken so much.
+    /// Records that `length` bytes were written to the connection.
     pub(super) fn written(&mut self, length: usize) {
         self.unwritten.start += length;
         if self.unwritten.is_empty() {
@@ -44,7 +45,7 @@ impl Output {
         }
     }
 
-    /// Gives back a buffer that nothing was sealed to.
+    /// Returns an empty buffer to the thread.
     pub(super) fn release(&mut self) {
         if self.unwritten.is_empty() {
             self.written(0);

@@ -1,5 +1,5 @@
-//! A peer that a test or the fuzz target plays: it seals whatever it is given, and opens what the record layer writes, with code
-//! that shares only the AEAD with it.
+//! A scripted TLS peer for tests and the fuzz target. It seals arbitrary records and opens the
+//! records of the stream under test. It shares only the AEAD with the record layer.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,11 +17,11 @@ use super::keys::{KeySchedule, Keys};
 use super::stream::TlsStream;
 use super::{HEADER, TAG, TRAILER};
 
-/// The directions, as their keys begin.
+/// First octet of each direction's keys.
 const TO_US: u8 = 0x20;
 const FROM_US: u8 = 0x40;
 
-/// One direction's keys, of all generations.
+/// The keys of one direction, by generation.
 #[derive(Debug)]
 struct Generations {
     direction: u8,
@@ -40,7 +40,7 @@ impl Generations {
     }
 }
 
-/// What the record layer has instead of rustls.
+/// A deterministic key schedule in place of rustls.
 struct Schedule {
     sealing: Generations,
     opening: Generations,
@@ -67,22 +67,22 @@ impl KeySchedule for Schedule {
     }
 }
 
-/// The wire between the record layer and its peer.
+/// The transport between the stream under test and the peer.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Wire(Arc<Mutex<Pipe>>);
 
-/// Both directions, and how little of them goes at a time.
+/// Bytes in flight, and limits per call.
 #[derive(Debug)]
 pub(super) struct Pipe {
     pub(super) to_us: VecDeque<u8>,
     pub(super) from_us: Vec<u8>,
     pub(super) ended: bool,
-    /// The most that one read gives, and one write takes.
+    /// Maximum bytes of one read, and of one write.
     pub(super) read: usize,
     pub(super) write: usize,
-    /// How much is taken before writes are pending.
+    /// Bytes that are accepted before writes are pending.
     pub(super) room: usize,
-    /// How many reads and writes moved something.
+    /// Number of completed reads and writes.
     pub(super) calls: usize,
 }
 
@@ -151,15 +151,16 @@ pub(super) struct Peer {
     from_us: Generations,
     sealing: RecordKey,
     opening: RecordKey,
+    #[cfg(test)]
     tickets: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
-/// A stream of which we are the client or the server, and its peer.
+/// A client's or a server's stream, and its peer.
 pub(super) fn pair(client: bool, limit: u64) -> Result<(TlsStream<Wire>, Peer), Error> {
     pair_with(client, limit, &[])
 }
 
-/// The same, after a handshake with the end of which so much was read.
+/// Like [`pair`], with bytes that were read behind the handshake.
 pub(super) fn pair_with(
     client: bool,
     limit: u64,
@@ -167,13 +168,14 @@ pub(super) fn pair_with(
 ) -> Result<(TlsStream<Wire>, Peer), Error> {
     let to_us = || Generations { direction: TO_US, generation: 0 };
     let from_us = || Generations { direction: FROM_US, generation: 0 };
-    let (wire, tickets) = (Wire::default(), Arc::default());
+    let (wire, tickets) = (Wire::default(), Arc::<Mutex<Vec<_>>>::default());
     let peer = Peer {
         wire: wire.clone(),
         to_us: to_us(),
         from_us: from_us(),
         sealing: to_us().key()?,
         opening: from_us().key()?,
+        #[cfg(test)]
         tickets: Arc::clone(&tickets),
     };
     let keys = Keys {
@@ -196,7 +198,8 @@ impl Peer {
         self.wire.pipe().to_us.extend(record);
     }
 
-    /// A record that is not sent yet. Its content and padding may be longer than the protocol allows.
+    /// Seals a record without sending it. Content and padding may be longer than the protocol
+    /// allows.
     pub(super) fn seal(&mut self, kind: ContentType, content: &[u8], padding: usize) -> Vec<u8> {
         let mut inner = content.to_vec();
         let kind = u8::from(kind);
@@ -205,9 +208,10 @@ impl Peer {
         self.seal_inner(&inner)
     }
 
-    /// A record with this inner plaintext, its type and padding included.
+    /// Seals an inner plaintext, which includes type and padding.
     pub(super) fn seal_inner(&mut self, inner: &[u8]) -> Vec<u8> {
-        // What `seal` takes as the type is the last byte of the inner plaintext, whatever it means there.
+        // `RecordKey::seal` appends its `kind` to the content: pass the last octet of the inner
+        // plaintext.
         let (last, content) = inner.split_last().unwrap_or((&0, &[]));
         let mut record = vec![0; HEADER + content.len() + TRAILER];
         let sealed = self.sealing.seal(ContentType::from(*last), content, &mut record);
@@ -215,7 +219,7 @@ impl Peer {
         record
     }
 
-    /// The first record, with an inner plaintext of nothing at all.
+    /// Seals an empty inner plaintext with sequence number 0.
     #[cfg(test)]
     pub(super) fn seal_empty(&self) -> Vec<u8> {
         use aws_lc_rs::aead::{Aad, LessSafeKey, Nonce, UnboundKey};
@@ -231,14 +235,14 @@ impl Peer {
         self.wire.pipe().to_us.extend(bytes);
     }
 
-    /// The next key for what the peer sends, after a KeyUpdate.
+    /// Switches to the peer's next sending key.
     pub(super) fn update(&mut self) {
         if let Ok(key) = self.to_us.next() {
             self.sealing = key;
         }
     }
 
-    /// All records that came, as type and content; keys are updated with the messages that say so.
+    /// Opens all received records, as type and content. Follows key updates.
     pub(super) fn received(&mut self) -> Vec<(ContentType, Vec<u8>)> {
         let mut rest = std::mem::take(&mut self.wire.pipe().from_us);
         let mut records = Vec::new();
@@ -258,18 +262,19 @@ impl Peer {
             }
             records.push((kind, content.to_vec()));
         }
-        // A write that waits may have ended anywhere.
+        // A pending write may have stopped inside a record.
         self.wire.pipe().from_us.extend(rest);
         records
     }
 
-    /// The tickets that were kept.
+    /// The stored tickets.
+    #[cfg(test)]
     pub(super) fn tickets(&self) -> Vec<Vec<u8>> {
         lock(&self.tickets).clone()
     }
 }
 
-/// Reads until nothing more comes, `size` bytes at a time: what came, and the end if there is one.
+/// Reads until the stream is pending or at its end, `size` bytes at a time.
 pub(super) fn read_all(
     stream: &mut TlsStream<Wire>,
     size: usize,
@@ -287,7 +292,7 @@ pub(super) fn read_all(
     }
 }
 
-/// The most that a stream may hold of its peer while it waits: one partial record and one partial message.
+/// Maximum memory of a stream's receive side while it is pending: one incomplete record.
 pub(super) const MAX_HELD: usize = HEADER + super::MAX_BODY + TAG;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,12 +1,12 @@
-//! Both directions of a connection after the handshake, without I/O: opens and seals records, and acts on what is not
-//! application data.
+//! The protocol state of both directions, without I/O: opens and seals records, and handles
+//! post-handshake messages and alerts.
 //!
 //! ```text
 //! receive   record ─ open ─┬─ application data ─▶ the reader
-//!                          ├─ KeyUpdate ────────▶ next opening key; if requested, one of ours is due
-//!                          ├─ NewSessionTicket ─▶ the key schedule keeps it
-//!                          └─ alert ────────────▶ the end: clean after close_notify
-//! send      a KeyUpdate first if one is due, or if the key would reach its limit; then application data
+//!                          ├─ KeyUpdate ────────▶ next receiving key; if requested, our KeyUpdate becomes due
+//!                          ├─ NewSessionTicket ─▶ the key schedule stores it
+//!                          └─ alert ────────────▶ clean end after close_notify, otherwise an error
+//! send      a KeyUpdate if one is due or the key reaches its limit, then application data
 //! ```
 
 use std::io::IoSlice;
@@ -20,25 +20,28 @@ use super::messages::{self, Message, Messages};
 use super::output::Output;
 use super::{Failure, HEADER, MAX_CONTENT, MAX_SEALED, TRAILER};
 
-/// RFC 8446 section 5.1: empty records of application data are allowed. rustls takes as many in a row.
+/// Maximum number of consecutive empty records, as in rustls. RFC 8446 section 5.1 allows empty
+/// records of application data.
 const MAX_EMPTY: u8 = 32;
-/// `user_canceled` is the one alert that ends nothing. BoringSSL and rustls take as many.
+/// Maximum number of `user_canceled` alerts, which do not end the connection. BoringSSL and rustls
+/// have the same limit.
 const MAX_WARNINGS: u8 = 4;
-/// The levels of alerts, which mean nothing in TLS 1.3 but for `user_canceled`.
+/// Alert levels. TLS 1.3 ignores them, except for `user_canceled`.
 const WARNING: u8 = 1;
 const FATAL: u8 = 2;
-/// A piece this short before a longer one becomes a record of its own, so that what follows it is sealed where it stands. It
-/// would otherwise be copied to stand beside the piece. h2 hands over the header of a large DATA frame as one of 256 bytes.
+/// Maximum length of a slice that becomes a record of its own when a large slice follows. The large
+/// slice is then sealed without a copy. h2 passes the header of a large DATA frame as a slice of
+/// 256 bytes.
 const SHORT: usize = 1 << 10;
 
-/// What a record was.
+/// The meaning of an opened record.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Opened {
-    /// Application data of this length, at the start of what was opened.
+    /// Application data of this length, at the start of the inner plaintext.
     Data(usize),
-    /// It was acted on.
+    /// A message or alert that has been handled.
     Control,
-    /// `close_notify`: the peer sends no more.
+    /// `close_notify`: the peer sends no more data.
     Closed,
 }
 
@@ -47,15 +50,16 @@ pub(super) struct Records {
     sealing: RecordKey,
     opening: RecordKey,
     schedule: Box<dyn KeySchedule>,
-    /// How many records one key may protect.
+    /// Maximum number of records per key.
     limit: u64,
     messages: Messages,
-    /// How many records were empty, since one was not.
+    /// Number of consecutive empty records.
     empty: u8,
     warnings: u8,
-    /// Whether a KeyUpdate goes out before the next application data.
+    /// Whether a KeyUpdate precedes the next application data.
     update_due: bool,
-    /// Whether it asks the peer for one, and whether it was asked with this opening key.
+    /// Whether that KeyUpdate requests one of the peer, and whether a request was made for the
+    /// current receiving key.
     request_due: bool,
     requested: bool,
 }
@@ -78,19 +82,19 @@ impl Records {
         }
     }
 
-    /// Opens a whole record where it stands: what it was is after its header.
+    /// Opens a complete record in place. Its content is then behind its header.
     pub(super) fn open_in_place(&mut self, record: &mut [u8]) -> Result<Opened, Failure> {
         let opened = self.opening.open_in_place(record);
         self.receive(opened.map_err(bad_record)?)
     }
 
-    /// Opens a whole record into `plain`, which has the length of what is sealed in it.
+    /// Opens a complete record into `plain`, whose length is that of the inner plaintext.
     pub(super) fn open_into(&mut self, record: &[u8], plain: &mut [u8]) -> Result<Opened, Failure> {
         self.opening.open_into(record, plain).map_err(bad_record)?;
         self.receive(plain)
     }
 
-    /// Acts on an inner plaintext: content, type, padding.
+    /// Handles an inner plaintext: content, type and padding.
     fn receive(&mut self, plain: &[u8]) -> Result<Opened, Failure> {
         if plain.len() > MAX_CONTENT + 1 {
             let error = Error::PeerSentOversizedRecord;
@@ -144,7 +148,8 @@ impl Records {
                 Message::KeyUpdate { requested: ours } => {
                     *opening = schedule.next_opening().map_err(internal)?;
                     (*requested, *request_due) = (false, false);
-                    // RFC 8446 section 4.6.3: before the next application data, and once for several requests.
+                    // RFC 8446 section 4.6.3: one answer to several requests, before the next
+                    // application data.
                     *update_due |= ours;
                 }
             }
@@ -174,7 +179,7 @@ impl Records {
         }
     }
 
-    /// Asks the peer for a new key, once, if it has used the present one for as many records as it may.
+    /// Requests a key update once the peer has protected `limit` records with its current key.
     fn watch_limit(&mut self) {
         if self.opening.sequence() >= self.limit && !self.requested {
             self.requested = true;
@@ -183,8 +188,8 @@ impl Records {
         }
     }
 
-    /// Seals as much of `pieces` as there is room for, and gives how much that is: at least one byte if there is room for a
-    /// record, and none if there is not.
+    /// Seals as much of `pieces` as fits into `output`, and returns the number of bytes. Zero only
+    /// if no record fits.
     pub(super) fn seal(
         &mut self,
         pieces: &[IoSlice<'_>],
@@ -222,7 +227,7 @@ impl Records {
         Ok(())
     }
 
-    /// Seals an alert; the output keeps room for one.
+    /// Seals an alert. [`Output::fits`] reserves room for one.
     pub(super) fn seal_alert(
         &mut self,
         description: AlertDescription,
@@ -253,20 +258,20 @@ fn internal(error: Error) -> Failure {
     Failure::new(AlertDescription::InternalError, error)
 }
 
-/// How the content of the next record is got.
+/// Source of the next record's content.
 enum Record<'a> {
-    /// It stands in one piece.
+    /// A contiguous slice.
     Piece(&'a [u8]),
-    /// So much of it is to be copied from several.
+    /// This many bytes from several slices, which must be copied together.
     Gather(usize),
 }
 
-/// What is to be sealed, in pieces.
+/// A cursor over the slices to be sealed.
 struct Plain<'a> {
-    /// What is left of the present piece.
+    /// Rest of the current slice.
     piece: &'a [u8],
     pieces: std::slice::Iter<'a, IoSlice<'a>>,
-    /// In all pieces.
+    /// Bytes left in all slices.
     left: usize,
 }
 
@@ -276,7 +281,8 @@ impl<'a> Plain<'a> {
         Self { piece: &[], pieces: pieces.iter(), left }
     }
 
-    /// Takes a record that stands in one piece, or says how much the caller is to copy.
+    /// Takes the content of the next record if it is contiguous, or returns how much the caller
+    /// must copy.
     fn next_record(&mut self) -> Record<'a> {
         self.skip_empty();
         let next = self.pieces.as_slice().first().map_or(0, |next| next.len());
@@ -314,13 +320,13 @@ impl<'a> Plain<'a> {
     }
 }
 
-/// How much room a record with so much content takes, a key update before it included.
+/// Maximum length of a record with up to `content` bytes and of a KeyUpdate before it.
 pub(super) const fn sealed_length(content: usize) -> usize {
     let content = if content < MAX_CONTENT { content } else { MAX_CONTENT };
     HEADER + content + TRAILER + KEY_UPDATE
 }
 
 const KEY_UPDATE: usize = HEADER + 5 + TRAILER;
-/// An alert, sealed.
+/// Length of a sealed alert.
 pub(super) const ALERT: usize = HEADER + 2 + TRAILER;
 const _: () = assert!(sealed_length(usize::MAX) == MAX_SEALED + KEY_UPDATE);

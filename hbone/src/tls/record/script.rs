@@ -1,8 +1,9 @@
-//! What the fuzz target and the property test run: bytes as a script of a peer, and a model of what must come of it.
+//! The body of the fuzz target and of the property test: interprets bytes as actions of a peer, and
+//! checks the stream against a model.
 //!
-//! A script is a list of steps; each has a first byte that says what it is, and two that say how much. The model knows what must
-//! be delivered and how it must end, up to the first step whose meaning it does not know (arbitrary bytes and messages): from
-//! there on nothing more may be delivered than was sealed, and nothing may panic.
+//! A script is a list of steps: one octet for the action, two for its size. The model predicts the
+//! delivered bytes and the end of the stream, until a step with arbitrary bytes or messages. After
+//! that it only checks that earlier data was delivered and memory is bounded.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
@@ -14,16 +15,16 @@ use super::MAX_CONTENT;
 use super::peer::{MAX_HELD, Peer, Wire, pair, read_all};
 use super::stream::TlsStream;
 
-/// Small enough that scripts reach it.
+/// Records per key: few, so that scripts reach the limit.
 const LIMIT: u64 = 8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
-    /// More may come.
+    /// The stream is open.
     None,
     Clean,
     Failed,
-    /// The model does not know.
+    /// The model makes no prediction.
     Any,
 }
 
@@ -40,7 +41,7 @@ struct Run {
     client: bool,
 }
 
-/// Runs a script; panics if the record layer does not do as the model says.
+/// Runs a script. Panics if the record layer differs from the model.
 pub(crate) fn run(script: &[u8]) {
     let Some((setup, mut rest)) = script.split_first() else { return };
     let client = setup & 1 == 0;
@@ -69,7 +70,7 @@ pub(crate) fn run(script: &[u8]) {
     }
 }
 
-/// By the lowest two bits.
+/// Chooses by the two low bits.
 fn choose(bits: u8, [first, second, third, fourth]: [usize; 4]) -> usize {
     match bits & 3 {
         0 => first,
@@ -80,7 +81,7 @@ fn choose(bits: u8, [first, second, third, fourth]: [usize; 4]) -> usize {
 }
 
 impl Run {
-    /// Does one step, and gives the script after it.
+    /// Performs one step, and returns the rest of the script.
     fn step<'a>(&mut self, kind: u8, size: usize, script: &'a [u8]) -> &'a [u8] {
         match kind % 9 {
             0 => self.data(size % (MAX_CONTENT + 300), usize::from(kind)),
@@ -128,7 +129,7 @@ impl Run {
         }
     }
 
-    /// A message in one record or two.
+    /// Sends a message in one record or in two.
     fn message(&mut self, message: &[u8], split: usize) {
         let (first, second) = message.split_at(split % message.len());
         for part in [first, second] {
@@ -192,7 +193,7 @@ impl Run {
         assert!(matches!(flushed, Poll::Ready(Ok(()))));
     }
 
-    /// A record of which one bit is wrong.
+    /// Sends a record with one flipped bit.
     fn damage(&mut self, size: usize) {
         let mut record = self.peer.seal(ContentType::ApplicationData, &[5; 50], 0);
         let bit = size % (record.len() * 8);
@@ -200,7 +201,7 @@ impl Run {
             *byte ^= 1 << (bit % 8);
         }
         self.peer.send_raw(&record);
-        // A longer length waits for more.
+        // With a longer length the stream waits for more bytes.
         if matches!(bit / 8, 3 | 4) { self.unknown() } else { self.fail_if(true) }
     }
 
@@ -223,7 +224,7 @@ impl Run {
             assert!(self.delivered == self.expected, "what was sealed is delivered");
         } else {
             assert!(self.delivered.starts_with(&self.expected));
-            // The meaning of what follows is unknown, and so is what the peer should seal it with.
+            // Arbitrary inner plaintexts may have been application data.
             self.expected.clone_from(&self.delivered);
         }
         match self.end {

@@ -1,4 +1,4 @@
-//! The connection of a tunnel after its handshake, as a stream of plaintext.
+//! A TLS connection after its handshake, as a plaintext stream.
 
 use std::fmt;
 use std::io::{self, IoSlice};
@@ -17,14 +17,14 @@ use super::{HEADER, TAG};
 
 /// TLS 1.3 records over `io`.
 ///
-/// What is written is sealed at once and sent by the next flush, or when a buffer is full.
+/// A write seals its data into the send buffer. A flush, or a full buffer, sends it.
 pub(crate) struct TlsStream<T> {
     io: T,
     input: Input,
     output: Output,
     records: Records,
     reading: Reading,
-    /// Whether close_notify was sealed.
+    /// Whether we have sealed close_notify.
     closed: bool,
 }
 
@@ -33,21 +33,21 @@ enum Reading {
     Open,
     /// The peer sent close_notify.
     Closed,
-    /// The connection ended without one.
+    /// The connection ended without close_notify.
     Cut,
-    /// Neither side can go on.
+    /// A violation, a fatal alert, or an error of the key schedule.
     Failed(Error),
 }
 
 impl<T> TlsStream<T> {
-    /// `early`: what was read of the connection together with the end of the handshake.
+    /// `early`: bytes that were read behind the handshake.
     pub(super) fn new(io: T, keys: Keys, early: &[u8]) -> Self {
         let records = Records::new(keys);
         let (input, output) = (Input::new(early), Output::default());
         Self { io, input, output, records, reading: Reading::Open, closed: false }
     }
 
-    /// What a read gives when there is no more to deliver; `None` while more may come.
+    /// The result of a read at the end of the stream; `None` while the stream is open.
     fn end(&self) -> Option<io::Result<()>> {
         match &self.reading {
             Reading::Open => None,
@@ -60,7 +60,7 @@ impl<T> TlsStream<T> {
         }
     }
 
-    /// How many bytes are held of what came and was not delivered.
+    /// Bytes of memory that the receive side holds.
     #[cfg(any(test, feature = "fuzz"))]
     pub(super) fn held(&self) -> usize {
         self.input.held()
@@ -74,7 +74,8 @@ impl<T> TlsStream<T> {
         }
     }
 
-    /// Opens the next record, and delivers what it holds or keeps it to be delivered. `false` if none is whole.
+    /// Opens the next record into `buf`, or in place if it does not fit. `false` if no record is
+    /// complete.
     fn open(&mut self, buf: &mut ReadBuf<'_>) -> Result<bool, Failure> {
         let Some(record) = self.input.record()? else {
             return Ok(false);
@@ -95,7 +96,7 @@ impl<T> TlsStream<T> {
             opened
         };
         if opened == Opened::Closed {
-            // RFC 8446 section 6.1: what comes after it is ignored.
+            // RFC 8446 section 6.1: later records are ignored.
             self.reading = Reading::Closed;
             self.input.discard();
         }
@@ -109,12 +110,12 @@ impl<T> TlsStream<T> {
         self.input.take_plain(length);
     }
 
-    /// Ends the connection; the alert goes out with the next write, if there is one.
+    /// Ends the connection, and seals the alert.
     fn fail(&mut self, failure: Failure) {
         if let Some(alert) = failure.alert
             && !self.closed
         {
-            // It fails only after 2^64 records.
+            // Fails only after 2^64 records.
             let _sealed = self.records.seal_alert(alert, &mut self.output);
         }
         self.reading = Reading::Failed(failure.error);
@@ -123,7 +124,7 @@ impl<T> TlsStream<T> {
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream<T> {
-    /// Reads what the peer has sent; nothing at the end.
+    /// Reads from the connection.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut room = ReadBuf::new(self.input.room());
         let polled = Pin::new(&mut self.io).poll_read(cx, &mut room);
@@ -139,7 +140,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream<T> {
         polled
     }
 
-    /// Writes all that is sealed.
+    /// Writes all sealed records.
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.output.unwritten().is_empty() {
             let written = ready!(Pin::new(&mut self.io).poll_write(cx, self.output.unwritten()))?;
@@ -168,7 +169,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<T> {
                 return Poll::Ready(Ok(()));
             }
             if let Some(end) = this.end() {
-                // The end comes after what was delivered before it.
+                // Data before the end is delivered first.
                 return Poll::Ready(if delivered { Ok(()) } else { end });
             }
             match this.open(buf) {
@@ -177,7 +178,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<T> {
                 Ok(false) => ready!(this.poll_fill(cx))?,
                 Err(failure) => {
                     this.fail(failure);
-                    // The one attempt to say why.
+                    // A single attempt to send the alert.
                     let _sent = this.poll_drain(cx);
                 }
             }
@@ -210,7 +211,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<T> {
         }
         let sealed = this.records.seal(bufs, &mut this.output);
         Poll::Ready(sealed.map_err(|error| {
-            // What was accepted before is not lost by it, and what follows is not sent.
+            // Records that are already sealed can still be flushed.
             this.fail(Failure { alert: None, error: error.clone() });
             invalid(error)
         }))
@@ -235,7 +236,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<T> {
         }
         ready!(this.poll_drain(cx))?;
         match ready!(Pin::new(&mut this.io).poll_shutdown(cx)) {
-            // The peer was faster.
+            // The peer has already reset the connection.
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
             ended => Poll::Ready(ended),
         }
@@ -248,7 +249,7 @@ impl<T> fmt::Debug for TlsStream<T> {
     }
 }
 
-/// As rustls' own stream reports it, which `known_error` reads.
+/// The same form as in tokio-rustls. `known_error` extracts the inner error.
 fn invalid(error: Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }

@@ -1,4 +1,4 @@
-//! What a peer may send, and what ends the connection.
+//! Received records: accepted, malformed, split, padded, oversized, out of order.
 
 mod keys;
 mod script;
@@ -13,18 +13,18 @@ use super::peer::{MAX_HELD, Peer, Wire, pair, pair_with, read_all};
 use super::stream::TlsStream;
 use super::{HEADER, MAX_BODY, MAX_CONTENT};
 
-/// So that no key reaches its limit.
+/// No key reaches this limit.
 const NO_LIMIT: u64 = u64::MAX;
 const DATA: ContentType = ContentType::ApplicationData;
 const HANDSHAKE: ContentType = ContentType::Handshake;
 const ALERT: ContentType = ContentType::Alert;
 
-/// A client's stream, and a server that the test plays.
+/// A client's stream and a scripted server.
 fn client() -> (TlsStream<Wire>, Peer) {
     pair(true, NO_LIMIT).unwrap()
 }
 
-/// A server's stream, and a client that the test plays.
+/// A server's stream and a scripted client.
 fn server() -> (TlsStream<Wire>, Peer) {
     pair(false, NO_LIMIT).unwrap()
 }
@@ -44,7 +44,8 @@ fn tls_error(end: Option<io::Result<()>>) -> Error {
     error.get_ref().unwrap().downcast_ref::<Error>().unwrap().clone()
 }
 
-/// Checks that the connection failed for this reason, that the peer got this alert, and that it stays failed.
+/// Asserts that the stream fails with `error`, that the peer receives `alert`, and that the stream
+/// stays failed.
 fn assert_failed(
     (mut stream, mut peer): (TlsStream<Wire>, Peer),
     error: impl Into<Error>,
@@ -112,7 +113,7 @@ fn opens_what_came_with_the_handshake_first() {
     let (first, second) = (peer.seal(DATA, b"early", 0), peer.seal(DATA, b"split", 0));
     let (near, far) = second.split_at(9);
     let early = [&first, near].concat();
-    // With the same keys.
+    // Both pairs have the same keys.
     let (mut stream, peer) = pair_with(false, NO_LIMIT, &early).unwrap();
     assert_eq!(read_all(&mut stream, 100).0, b"early");
     peer.wire.pipe().to_us.extend(far);
@@ -133,7 +134,7 @@ fn strips_padding() {
 fn rejects_records_without_a_type() {
     for inner in [0, 1, 500] {
         let (stream, mut peer) = client();
-        // Of nothing but zeroes; without them, a record has a tag alone.
+        // Only padding, or only a tag.
         let mut record = peer.seal_inner(&vec![0; inner]);
         if inner == 0 {
             record = peer.seal_empty();
@@ -146,12 +147,12 @@ fn rejects_records_without_a_type() {
 #[test]
 fn rejects_oversized_records() {
     let overflow = Some(AlertDescription::RecordOverflow);
-    // By the header alone, before the rest is there.
+    // The length field alone is enough.
     let (stream, mut peer) = client();
     let [high, low] = u16::try_from(MAX_BODY + 1).unwrap().to_be_bytes();
     peer.send_raw(&[23, 3, 3, high, low]);
     assert_failed((stream, peer), Error::PeerSentOversizedRecord, overflow);
-    // By the inner plaintext, whether content or padding.
+    // Content or padding beyond the limit.
     for (content, padding) in [(MAX_CONTENT + 1, 0), (1, MAX_CONTENT), (MAX_CONTENT, 1)] {
         let (stream, mut peer) = client();
         peer.send_padded(DATA, &numbered(content), padding);
@@ -287,7 +288,7 @@ fn rejects_messages_of_the_handshake_by_their_first_byte() {
         let error = Error::InappropriateHandshakeMessage { expect_types, got_type: kind };
         assert_failed((stream, peer), error, refused);
     }
-    // A client gives no tickets.
+    // A client must not send tickets.
     let (stream, mut peer) = server();
     peer.send(HANDSHAKE, &ticket(7));
     let (expect_types, got_type) = (vec![Type::KeyUpdate], Type::NewSessionTicket);
@@ -314,7 +315,7 @@ fn takes_some_messages_in_a_row() {
     misbehaved((stream, peer), PeerMisbehaved::TooManyKeyUpdateRequests);
     let (stream, mut peer) = client();
     for _ in 0..17 {
-        // Empty records are no data that interrupts the row.
+        // Empty records do not reset the count.
         peer.send(DATA, b"");
         peer.send(HANDSHAKE, &[ticket(1), ticket(1)].concat());
     }
@@ -359,7 +360,7 @@ fn a_fatal_alert_ends_the_connection_and_is_not_answered() {
         (2, Alert::CertificateUnknown),
         (2, Alert::UserCanceled),
         (2, Alert::from(200)),
-        // A level means nothing.
+        // TLS 1.3 ignores the level.
         (1, Alert::AccessDenied),
     ] {
         let (stream, mut peer) = client();

@@ -1,4 +1,4 @@
-//! Our record layer and a rustls that does all by itself, at either end.
+//! Interoperation of our record layer with rustls' own, as client and as server.
 
 use rustls::client::UnbufferedClientConnection;
 use rustls::server::UnbufferedServerConnection;
@@ -11,7 +11,7 @@ use super::*;
 use crate::io::Io;
 use crate::tls::record::{Finished, TlsStream};
 
-/// What our clients connect to.
+/// The configuration of a plain rustls server.
 fn server_config(authority: &CertificateAuthority) -> Arc<ServerConfig> {
     let identity = identity(authority, SERVER);
     let authorities = credentials(&identity).authorities().clone();
@@ -80,7 +80,7 @@ async fn carry(
     assert!(read == content, "what is read is what was written");
 }
 
-/// Both directions in turns, while the peer changes its keys between them.
+/// Sends data in both directions, with a key update of the peer after each round.
 async fn converse<T: AsyncRead + AsyncWrite + Unpin>(
     ours: &mut TlsStream<Io>,
     theirs: &mut T,
@@ -127,7 +127,7 @@ async fn resumes_a_session_with_a_rustls_server() {
         let (ours, mut theirs, peer) = our_client(&client, &server).await;
         assert_eq!(theirs.get_ref().1.handshake_kind(), Some(expected));
         assert_eq!(peer.resumed, expected == HandshakeKind::Resumed);
-        // The tickets come before the data.
+        // The tickets precede the data.
         carry(&mut theirs, &mut ours.into_stream().unwrap(), b"data").await;
     }
 }
@@ -152,7 +152,7 @@ async fn an_end_is_clean_for_either_side_only_with_close_notify() {
     let mut read = Vec::new();
     theirs.read_to_end(&mut read).await.unwrap();
     assert_eq!(read, b"last");
-    // Only one direction has ended.
+    // The other direction stays open.
     carry(&mut theirs, &mut ours, b"answer").await;
     theirs.shutdown().await.unwrap();
     assert_eq!(ours.read(&mut [0; 10]).await.unwrap(), 0);
@@ -169,11 +169,11 @@ async fn an_end_is_clean_for_either_side_only_with_close_notify() {
     assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
 }
 
-/// What goes through it goes in pieces of a few bytes, and one bit is changed on the way to our side.
+/// A transport that splits data into pieces, and flips one bit of the received data.
 struct Tampered {
     io: DuplexStream,
     piece: usize,
-    /// How many bytes pass before the one that is changed.
+    /// Number of bytes before the flipped one.
     position: usize,
 }
 
@@ -220,7 +220,8 @@ impl AsyncWrite for Tampered {
     }
 }
 
-/// The clock runs when all wait: a changed length makes both sides wait for each other.
+/// A changed length field makes both sides wait for each other, so each handshake has a timeout in
+/// paused time.
 #[tokio::test(start_paused = true)]
 async fn handshakes_in_pieces_and_with_no_changed_byte() {
     let authority = authority("td");

@@ -1,4 +1,4 @@
-//! Key updates of both directions, asked for and not, and before a key is used for too much.
+//! Key updates in both directions: requested, unsolicited, and before the limit of a key.
 
 use rustls::{AlertDescription, InvalidMessage, PeerMisbehaved};
 

@@ -63,7 +63,7 @@ fn check_in_place(mut sealing: RecordKey, mut opening: RecordKey, kind: ContentT
 
 #[test]
 fn seals_and_opens_the_records_of_rfc_8448() {
-    // The server's first record is its ticket.
+    // The server's record 0 is its NewSessionTicket.
     for (key, sequence, kind, record) in [
         (client as fn(u64) -> RecordKey, 0, DATA, CLIENT_DATA),
         (client, 1, ContentType::Alert, CLIENT_CLOSE),
