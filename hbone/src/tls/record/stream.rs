@@ -76,12 +76,18 @@ impl<T> TlsStream<T> {
 
     /// Opens the next record into `buf`, or in place if it does not fit. `false` if no record is
     /// complete.
-    fn open(&mut self, buf: &mut ReadBuf<'_>) -> Result<bool, Failure> {
+    ///
+    /// After data was delivered, a record that does not fit waits for the next read: h2 decodes the
+    /// header of a DATA frame first, and then reads into a buffer for all of the frame.
+    fn open(&mut self, buf: &mut ReadBuf<'_>, delivered: bool) -> Result<bool, Failure> {
         let Some(record) = self.input.record()? else {
             return Ok(false);
         };
         let length = record.len();
         let inner = length - HEADER - TAG;
+        if delivered && buf.remaining() < inner {
+            return Ok(false);
+        }
         let opened = if buf.remaining() >= inner {
             let opened = self.records.open_into(record, buf.initialize_unfilled_to(inner))?;
             if let Opened::Data(content) = opened {
@@ -172,7 +178,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<T> {
                 // Data before the end is delivered first.
                 return Poll::Ready(if delivered { Ok(()) } else { end });
             }
-            match this.open(buf) {
+            match this.open(buf, delivered) {
                 Ok(true) => {}
                 Ok(false) if delivered => return Poll::Ready(Ok(())),
                 Ok(false) => ready!(this.poll_fill(cx))?,

@@ -6,8 +6,11 @@ mod vectors;
 mod writing;
 
 use std::io;
+use std::pin::Pin;
+use std::task::{Context, Waker};
 
 use rustls::{AlertDescription, ContentType, Error, InvalidMessage, PeerMisbehaved};
+use tokio::io::{AsyncRead as _, ReadBuf};
 
 use super::peer::{MAX_HELD, Peer, Wire, pair, pair_with, read_all};
 use super::stream::TlsStream;
@@ -93,6 +96,23 @@ fn reads_many_records_by_one_call() {
     }
     assert_eq!(read_all(&mut stream, 1 << 17).0.len(), 8 * MAX_CONTENT);
     assert_eq!(peer.wire.pipe().calls, 1);
+}
+
+#[test]
+fn leaves_a_record_that_does_not_fit_to_the_next_read() {
+    let (mut stream, mut peer) = client();
+    peer.send(DATA, &numbered(256));
+    peer.send(DATA, &numbered(MAX_CONTENT));
+    let mut context = Context::from_waker(Waker::noop());
+    let mut read = |size| {
+        let mut buffer = vec![0; size];
+        let mut buf = ReadBuf::new(&mut buffer);
+        assert!(Pin::new(&mut stream).poll_read(&mut context, &mut buf).is_ready());
+        buf.filled().len()
+    };
+    assert_eq!(read(8192), 256);
+    assert_eq!(read(1000), 1000, "a reader with a small buffer gets a part");
+    assert_eq!(read(20_000), MAX_CONTENT - 1000);
 }
 
 #[test]
