@@ -16,7 +16,6 @@ use http::{HeaderMap, Method, Request, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use tokio_rustls::client::TlsStream;
 use underpass_config::{Cipher, Quoted, SpiffeId};
 
 use crate::guard::Guard;
@@ -26,7 +25,7 @@ use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored, OpenStream};
 use crate::overdue::Overdue;
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
-use crate::tls::{ClientTls, Peer, provider};
+use crate::tls::{ClientTls, Peer, TlsStream, provider};
 use crate::windows::Windows;
 use crate::{ClientSettings, Credentials, HboneError, PeerIdentity, TunnelStream};
 

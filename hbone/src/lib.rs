@@ -74,3 +74,12 @@ pub use sources::{CountGuard, CountLimit, SourceGuard, SourceLimit};
 pub use stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
 pub use tls::{PeerIdentity, SvidProblem};
 pub use trust::{Trust, TrustFiles};
+
+/// For the fuzz targets in `fuzz/`, and for nothing else.
+#[cfg(feature = "fuzz")]
+pub mod fuzz {
+    /// Plays a script of a peer against the record layer, and panics if that does not do as a model of it says.
+    pub fn record_layer(script: &[u8]) {
+        crate::tls::run_script(script);
+    }
+}

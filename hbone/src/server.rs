@@ -17,7 +17,6 @@ use http::{HeaderMap, Method, Request, Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use tokio_rustls::server::TlsStream;
 use underpass_config::Quoted;
 
 use self::drain::{Drain, Refusals};
@@ -28,6 +27,7 @@ use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored};
 use crate::overdue::Overdue;
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
+use crate::tls::TlsStream;
 use crate::windows::Windows;
 use crate::{
     Authority, Credentials, HboneError, LogLimit, PeerIdentity, ServerSettings, TunnelStream,

@@ -3,6 +3,7 @@
 //! Not here: which identity is right for a destination; the caller says so per connection.
 
 mod client;
+mod record;
 mod server;
 mod sessions;
 mod svid;
@@ -21,6 +22,9 @@ use crate::HboneError;
 use crate::stream::carried_error;
 
 pub(crate) use self::client::ClientTls;
+pub(crate) use self::record::TlsStream;
+#[cfg(feature = "fuzz")]
+pub(crate) use self::record::run_script;
 pub(crate) use self::server::ServerTls;
 pub use self::svid::SvidProblem;
 pub(crate) use self::svid::{spiffe_id, workload_id};
@@ -28,9 +32,6 @@ pub(crate) use self::verify::Peer;
 pub use self::verify::PeerIdentity;
 
 pub(crate) const ALPN: &[u8] = b"h2";
-
-/// How much encrypted data waits for its system call: a DATA frame of 128 KiB goes out by one, where rustls' 64 KiB made it three.
-const SEND_BUFFER: usize = 256 << 10;
 
 /// AES-GCM, and a key exchange that a recording does not help to break later.
 ///

@@ -1,10 +1,11 @@
 //! HTTP/2 as bytes, for peers that send what h2 would not, and a TLS client to send them with.
 
+use crate::tls::TlsStream;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
-use tokio_rustls::client::TlsStream;
 
 use super::{ADDRESS, CLIENT, HOUR, SERVER, authority, credentials, id, identity};
 use crate::io::Io;
+use crate::tls::TlsStream;
 use crate::{Acceptor, ServerSettings, ServerTunnel};
 
 pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";

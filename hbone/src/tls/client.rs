@@ -8,17 +8,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use rustls::ClientConfig;
-use rustls::client::{ClientSessionStore, Resumption};
+use rustls::client::{ClientSessionStore, Resumption, UnbufferedClientConnection};
 use rustls::crypto::CryptoProvider;
 use rustls::sign::SingleCertAndKey;
 use rustls_pki_types::ServerName;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 use underpass_config::SpiffeId;
 
+use super::record::{Finished, TlsStream, handshake};
 use super::sessions::Sessions;
 use super::verify::{Peer, Verifier};
-use super::{ALPN, SEND_BUFFER, handshake_error, require_h2, tls_error};
+use super::{ALPN, handshake_error, require_h2, tls_error};
 use crate::clock::WallClock;
 use crate::io::Io;
 use crate::trust::Authorities;
@@ -78,31 +77,42 @@ impl ClientTls {
         template.alpn_protocols = vec![ALPN.to_vec()];
         template.enable_sni = false;
         template.resumption = Resumption::disabled();
+        // For the record layer.
+        template.enable_secret_extraction = true;
         Ok(Self { authorities, expires: identity.expires(), template, peers: Mutex::default() })
     }
 
-    /// Handshakes with a server that must be one of `expected`; our certificate is not sent to another.
+    /// Connects to a server that must be one of `expected`; our certificate is not sent to another.
     pub(crate) async fn connect(
         &self,
         io: Io,
         address: SocketAddr,
         expected: &[SpiffeId],
     ) -> Result<(TlsStream<Io>, Peer), HboneError> {
+        let (finished, peer) = self.handshake(io, address, expected).await?;
+        Ok((finished.into_stream().map_err(tls_error)?, peer))
+    }
+
+    pub(super) async fn handshake(
+        &self,
+        io: Io,
+        address: SocketAddr,
+        expected: &[SpiffeId],
+    ) -> Result<(Finished<UnbufferedClientConnection, Io>, Peer), HboneError> {
         let tls = self.peer((address, expected.into()));
         // rustls wants a name; an address is never sent as SNI (RFC 6066 section 3), nor looked at by us.
         let no_name = ServerName::IpAddress(Ipv4Addr::UNSPECIFIED.into());
-        let mut stream = TlsConnector::from(tls.config.clone())
-            .connect(no_name, io)
+        let connection = UnbufferedClientConnection::new(tls.config.clone(), no_name);
+        let finished = handshake(connection.map_err(tls_error)?, io)
             .await
-            .map_err(handshake_error)?;
-        let (_, connection) = stream.get_mut();
-        connection.set_buffer_limit(Some(SEND_BUFFER));
-        require_h2(connection)?;
-        let peer = Peer::of(connection, &tls.verifier).inspect_err(|_| tls.sessions.forget())?;
+            .map_err(|unfinished| handshake_error(unfinished.error))?;
+        require_h2(finished.facts())?;
+        let peer =
+            Peer::of(finished.facts(), &tls.verifier).inspect_err(|_| tls.sessions.forget())?;
         if !peer.resumed {
             tls.sessions.begun(peer.expires.min(self.expires));
         }
-        Ok((stream, peer))
+        Ok((finished, peer))
     }
 
     fn peer(&self, key: PeerKey) -> Arc<PeerTls> {

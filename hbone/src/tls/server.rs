@@ -7,15 +7,14 @@ use std::time::Duration;
 
 use rustls::ServerConfig;
 use rustls::crypto::CryptoProvider;
-use rustls::server::NoServerSessionStorage;
+use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection};
 use rustls::sign::SingleCertAndKey;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
+use super::record::{Finished, TlsStream, Unfinished, handshake};
 use super::sessions::Tickets;
 use super::verify::{Peer, Verifier};
-use super::{ALPN, SEND_BUFFER, handshake_error, require_h2, tls_error};
+use super::{ALPN, handshake_error, require_h2, tls_error};
 use crate::clock::WallClock;
 use crate::io::Io;
 use crate::trust::Authorities;
@@ -51,30 +50,39 @@ impl ServerTls {
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(identity.certified_key())));
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.ignore_client_order = true;
+        // For the record layer.
+        config.enable_secret_extraction = true;
         config.send_tls13_tickets = TICKETS;
         config.ticketer = Arc::new(Tickets::new(identity.expires())?);
         config.session_storage = Arc::new(NoServerSessionStorage {});
         Ok(Self { config: Arc::new(config), verifier })
     }
 
-    /// Handshakes with a client that must be of a trust domain whose roots we have.
+    /// Accepts a client that must be of a trust domain whose roots we have.
     pub(crate) async fn accept(&self, io: Io) -> Result<(TlsStream<Io>, Peer), HboneError> {
-        let accept = TlsAcceptor::from(self.config.clone()).accept(io);
-        let mut stream = match accept.into_fallible().await {
-            Ok(stream) => stream,
-            Err((error, io)) => {
-                say_farewell(io).await;
-                return Err(handshake_error(error));
-            }
-        };
-        let (_, connection) = stream.get_mut();
-        connection.set_buffer_limit(Some(SEND_BUFFER));
-        require_h2(connection)?;
-        match Peer::of(connection, &self.verifier) {
+        let finished = self.handshake(io).await?;
+        require_h2(finished.facts())?;
+        let peer = Peer::of(finished.facts(), &self.verifier);
+        let stream = finished.into_stream().map_err(tls_error)?;
+        match peer {
             Ok(peer) => Ok((stream, peer)),
             Err(error) => {
                 say_farewell(stream).await;
                 Err(error)
+            }
+        }
+    }
+
+    pub(super) async fn handshake(
+        &self,
+        io: Io,
+    ) -> Result<Finished<UnbufferedServerConnection, Io>, HboneError> {
+        let connection = UnbufferedServerConnection::new(self.config.clone()).map_err(tls_error)?;
+        match handshake(connection, io).await {
+            Ok(finished) => Ok(finished),
+            Err(Unfinished { error, io }) => {
+                say_farewell(io).await;
+                Err(handshake_error(error))
             }
         }
     }

@@ -1,5 +1,7 @@
 //! Who gets in and who does not. A side that fails the handshake has no tunnel, so no CONNECT can pass.
 
+mod interop;
+
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -189,10 +191,10 @@ async fn tunnels_have_the_cipher_that_both_sides_may_use_and_the_server_prefers(
         let (near, far) = duplex(64 << 10);
         let expecting = [id(SERVER)];
         let (met, accepted) = tokio::join!(
-            client.client().connect(Box::new(near), ADDRESS, &expecting),
+            client.client().handshake(Box::new(near), ADDRESS, &expecting),
             server.server().accept(Box::new(far))
         );
-        let agreed = met.unwrap().0.get_ref().1.negotiated_cipher_suite().unwrap().suite();
+        let agreed = met.unwrap().0.facts().negotiated_cipher_suite().unwrap().suite();
         assert_eq!(agreed, expected, "{of_client:?}, {of_server:?}");
         accepted.unwrap();
     }
@@ -290,19 +292,32 @@ async fn both_sides_agree_on_tls13_aes_gcm_and_a_hybrid_key_exchange() {
     let (near, far) = duplex(64 << 10);
     let expected = [id(SERVER)];
     let (client, server) = tokio::join!(
-        client.client().connect(Box::new(near), ADDRESS, &expected),
+        client.client().handshake(Box::new(near), ADDRESS, &expected),
         server.server().accept(Box::new(far))
     );
-    let ((client, is_server), (server, is_client)) = (client.unwrap(), server.unwrap());
+    let ((client, is_server), (_, is_client)) = (client.unwrap(), server.unwrap());
     assert_eq!(is_server.identity.spiffe_id().to_string(), SERVER);
     assert_eq!(is_client.identity.spiffe_id().to_string(), CLIENT);
-    let connection = server.get_ref().1;
-    assert_eq!(connection.server_name(), None, "no SNI");
+    let connection = client.facts();
     assert_eq!(connection.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
     let suite = connection.negotiated_cipher_suite().unwrap().suite();
     assert_eq!(suite, CipherSuite::TLS13_AES_128_GCM_SHA256);
-    let group = client.get_ref().1.negotiated_key_exchange_group().unwrap().name();
+    let group = connection.negotiated_key_exchange_group().unwrap().name();
     assert_eq!(group, NamedGroup::X25519MLKEM768);
+}
+
+#[tokio::test]
+async fn client_sends_no_server_name() {
+    let client = credentials(&identity(&authority("td"), CLIENT));
+    let (near, far) = duplex(64 << 10);
+    let expected = [id(SERVER)];
+    let connect = client.client().connect(Box::new(near), ADDRESS, &expected);
+    let hello = async {
+        let acceptor = tokio_rustls::LazyConfigAcceptor::new(Default::default(), far);
+        acceptor.await.unwrap().client_hello().server_name().map(str::to_owned)
+    };
+    let (_, name) = tokio::join!(connect, hello);
+    assert_eq!(name, None);
 }
 
 #[tokio::test]
@@ -313,9 +328,10 @@ async fn a_client_without_the_hybrid_key_exchange_is_accepted() {
     for group in groups {
         let (near, far) = duplex(64 << 10);
         let accepted =
-            visit(config(&authority, &[group]), server.server().accept(Box::new(far)), near).await;
-        let (stream, _) = accepted.unwrap();
-        let negotiated = stream.get_ref().1.negotiated_key_exchange_group().unwrap().name();
+            visit(config(&authority, &[group]), server.server().handshake(Box::new(far)), near)
+                .await;
+        let accepted = accepted.unwrap();
+        let negotiated = accepted.facts().negotiated_key_exchange_group().unwrap().name();
         assert_eq!(negotiated, group.name());
     }
 }

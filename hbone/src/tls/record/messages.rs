@@ -1,0 +1,160 @@
+//! Reassembly of post-handshake messages (RFC 8446 section 4.6), which may span records or share
+//! one.
+
+use std::mem;
+
+use rustls::{AlertDescription, ContentType, Error, HandshakeType, InvalidMessage, PeerMisbehaved};
+
+use super::Failure;
+
+/// Length of a handshake header: type and 24-bit length.
+const HEADER: usize = 4;
+/// Maximum length of a message, as in rustls. A ticket has at most 64 KiB.
+const MAX_LENGTH: usize = 0xffff;
+/// Maximum number of messages without application data in between. BoringSSL and rustls limit key
+/// updates to the same number.
+const MAX_IN_A_ROW: u8 = 32;
+
+/// A post-handshake message.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Message<'a> {
+    NewSessionTicket(&'a [u8]),
+    KeyUpdate { requested: bool },
+}
+
+/// Reassembles messages.
+#[derive(Debug)]
+pub(super) struct Messages {
+    /// Whether the peer is a server, which may send tickets.
+    tickets: bool,
+    /// An incomplete message, which continues in the next record.
+    partial: Vec<u8>,
+    in_a_row: u8,
+}
+
+impl Messages {
+    pub(super) fn new(tickets: bool) -> Self {
+        Self { tickets, partial: Vec::new(), in_a_row: 0 }
+    }
+
+    /// Whether a message is incomplete, so that the next record must be a handshake record.
+    pub(super) fn is_partial(&self) -> bool {
+        !self.partial.is_empty()
+    }
+
+    /// Records that application data was received.
+    pub(super) fn interrupted(&mut self) {
+        self.in_a_row = 0;
+    }
+
+    /// Receives the content of a handshake record, and passes each completed message to `take`.
+    pub(super) fn receive(
+        &mut self,
+        content: &[u8],
+        take: impl FnMut(Message<'_>) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        if content.is_empty() {
+            // RFC 8446 section 5.4: a handshake record must not be empty.
+            let error = InvalidMessage::InvalidEmptyPayload;
+            return Err(Failure::new(AlertDescription::UnexpectedMessage, error));
+        }
+        if !self.is_partial() {
+            let taken = self.take_whole(content, take)?;
+            self.partial.extend_from_slice(content.get(taken..).unwrap_or_default());
+            return Ok(());
+        }
+        let mut partial = mem::take(&mut self.partial);
+        partial.extend_from_slice(content);
+        let taken = self.take_whole(&partial, take)?;
+        if taken < partial.len() {
+            partial.drain(..taken);
+            self.partial = partial;
+        }
+        Ok(())
+    }
+
+    /// Passes all complete messages to `take`, and returns their total length.
+    fn take_whole(
+        &mut self,
+        content: &[u8],
+        mut take: impl FnMut(Message<'_>) -> Result<(), Failure>,
+    ) -> Result<usize, Failure> {
+        let mut rest = content;
+        while let Some((kind, body, after)) = self.split(rest)? {
+            self.in_a_row += 1;
+            if self.in_a_row > MAX_IN_A_ROW {
+                return Err(Failure::unexpected(PeerMisbehaved::TooManyKeyUpdateRequests));
+            }
+            let message = match kind {
+                HandshakeType::KeyUpdate => key_update(body)?,
+                _ => Message::NewSessionTicket(body),
+            };
+            // RFC 8446 section 5.1: a key change must be at a record boundary.
+            if kind == HandshakeType::KeyUpdate && !after.is_empty() {
+                return Err(Failure::unexpected(PeerMisbehaved::KeyEpochWithPendingFragment));
+            }
+            take(message)?;
+            rest = after;
+        }
+        Ok(content.len() - rest.len())
+    }
+
+    /// The type and body of the first message, and the bytes behind it; `None` if it is incomplete.
+    /// Validates type and length as soon as they are available.
+    #[expect(clippy::type_complexity, reason = "read in one place only")]
+    fn split<'a>(
+        &self,
+        content: &'a [u8],
+    ) -> Result<Option<(HandshakeType, &'a [u8], &'a [u8])>, Failure> {
+        let Some(kind) = content.first().copied().map(HandshakeType::from) else {
+            return Ok(None);
+        };
+        let expected = match kind {
+            HandshakeType::KeyUpdate => true,
+            HandshakeType::NewSessionTicket => self.tickets,
+            _ => false,
+        };
+        if !expected {
+            return Err(self.inappropriate(kind));
+        }
+        let Some((&[_, high, middle, low], rest)) = content.split_first_chunk::<HEADER>() else {
+            return Ok(None);
+        };
+        let length = u32::from_be_bytes([0, high, middle, low]);
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        let fits = match kind {
+            HandshakeType::KeyUpdate => length == 1,
+            _ => length <= MAX_LENGTH,
+        };
+        if !fits {
+            let error = InvalidMessage::HandshakePayloadTooLarge;
+            return Err(Failure::new(AlertDescription::DecodeError, error));
+        }
+        Ok(rest.split_at_checked(length).map(|(body, after)| (kind, body, after)))
+    }
+
+    fn inappropriate(&self, got_type: HandshakeType) -> Failure {
+        let expect_types = if self.tickets {
+            vec![HandshakeType::NewSessionTicket, HandshakeType::KeyUpdate]
+        } else {
+            vec![HandshakeType::KeyUpdate]
+        };
+        let error = Error::InappropriateHandshakeMessage { expect_types, got_type };
+        Failure::new(AlertDescription::UnexpectedMessage, error)
+    }
+}
+
+fn key_update(body: &[u8]) -> Result<Message<'_>, Failure> {
+    match body {
+        [0] => Ok(Message::KeyUpdate { requested: false }),
+        [1] => Ok(Message::KeyUpdate { requested: true }),
+        _ => {
+            Err(Failure::new(AlertDescription::IllegalParameter, InvalidMessage::InvalidKeyUpdate))
+        }
+    }
+}
+
+/// Content type and content of a KeyUpdate record.
+pub(super) fn encode_key_update(request: bool) -> (ContentType, [u8; HEADER + 1]) {
+    (ContentType::Handshake, [u8::from(HandshakeType::KeyUpdate), 0, 0, 1, u8::from(request)])
+}
