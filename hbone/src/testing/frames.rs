@@ -1,6 +1,5 @@
 //! HTTP/2 as bytes, for peers that send what h2 would not, and a TLS client to send them with.
 
-use crate::tls::TlsStream;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 
 use super::{ADDRESS, CLIENT, HOUR, SERVER, authority, credentials, id, identity};
