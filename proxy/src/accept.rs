@@ -1,7 +1,7 @@
 //! Accepting: one loop per listener, which gives each connection to the worker that shall serve it.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -103,6 +103,18 @@ impl Accepted {
         }
     }
 
+    /// Refuses an outbound connection whose source is none of the pod's own addresses: it is not the
+    /// workload's. By their settings, virtual interfaces and ingress gateways send for others.
+    pub(crate) fn check_source(&self, seat: &Seat) -> Result<Source, ProxyError> {
+        let client = self.client;
+        match seat.is_local(client.ip()) {
+            Ok(true) => Ok(Source::Own(client.ip())),
+            _ if seat.pod.sends_for_others() => Ok(Source::Other),
+            Ok(false) => Err(ProxyError::ForeignSource(client)),
+            Err(source) => Err(ProxyError::SourceUnknown { client, source }),
+        }
+    }
+
     /// Registers the connection with the runtime of the calling worker.
     pub(crate) fn register(self, ports: Ports) -> Result<Registered, ProxyError> {
         let destination = self.destination.map_err(ProxyError::NotCaptured)?;
@@ -117,6 +129,15 @@ impl Accepted {
         let Self { client, descriptors, .. } = self;
         Ok(Registered { stream, client, destination, descriptors })
     }
+}
+
+/// Who opened a connection that was caught on its way out of the pod.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Source {
+    /// The pod's own workload, from this address of the pod.
+    Own(IpAddr),
+    /// A virtual machine, a container or a client behind the pod.
+    Other,
 }
 
 /// A connection on its worker.
@@ -260,4 +281,37 @@ fn assign(worker: &Arc<Worker>, assignment: Assignment) {
 fn refuse(worker: &Worker, kind: Kind, stream: &TcpStream, refusal: Refusal) {
     reset_on_close(stream);
     worker.node.limits.refused(refusal, kind.name());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::testing::{node, pod};
+
+    fn checked(client: &str, settings: &[&str]) -> Result<Source, &'static str> {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let accepted = Accepted::testing(Kind::Outbound, stream, client.parse().unwrap());
+        let seat = Worker::new(node(1), 0, Arc::default()).seat(&pod(settings));
+        accepted.check_source(&seat).map_err(|error| error.reason().code)
+    }
+
+    #[tokio::test]
+    async fn refuses_outbound_connection_from_foreign_address() {
+        for own in ["127.0.0.1:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
+            let source = checked(own, &[]);
+            assert!(matches!(source, Ok(Source::Own(ip)) if ip.to_canonical().is_loopback()));
+        }
+        for foreign in ["192.0.2.1:1", "[2001:db8::1]:1"] {
+            assert_eq!(checked(foreign, &[]).err(), Some("foreign_source"), "{foreign}");
+        }
+    }
+
+    #[tokio::test]
+    async fn serves_foreign_address_by_setting() {
+        for setting in ["interception.virtual_interfaces=vm0", "interception.ingress=true"] {
+            assert!(matches!(checked("192.0.2.1:1", &[setting]), Ok(Source::Other)), "{setting}");
+            assert!(matches!(checked("127.0.0.1:1", &[setting]), Ok(Source::Own(_))), "{setting}");
+        }
+    }
 }

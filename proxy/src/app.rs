@@ -11,7 +11,9 @@ use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
-use underpass_config::{KubeletProbes, MeshSource, Profile, Settings, Sources};
+use underpass_config::{
+    InterceptionSettings, KubeletProbes, MeshSource, Profile, Settings, Sources,
+};
 use underpass_interception::{
     BoundListener, Kept, LocalAddresses, Ports, Sockets, ipv6_available, raise_open_files,
     unmap_code,
@@ -91,9 +93,9 @@ pub(crate) async fn run(
     let mut handed = handed.unwrap_or_default();
     let instance = Instance::claim(&settings, handed.instance.take()).await?;
     let capture = Capture::prepare(&settings).await?;
-    let mut proxy = Proxy::prepare(&settings, handed).await?;
-    proxy.offer = proxy.offer.with_instance(instance.clone());
     let reload = Reload::watch(&settings, sources)?;
+    let mut proxy = Proxy::prepare(&settings, handed, reload.subscribe()).await?;
+    proxy.offer = proxy.offer.with_instance(instance.clone());
     if let Some(instance) = instance {
         let (settings, interception) = (settings.clone(), reload.subscribe());
         let readiness = proxy.endpoints.readiness.clone();
@@ -356,7 +358,11 @@ struct Proxy {
 }
 
 impl Proxy {
-    async fn prepare(settings: &Settings, handed: Handed) -> Result<Self, CommandError> {
+    async fn prepare(
+        settings: &Settings,
+        handed: Handed,
+        interception: watch::Receiver<InterceptionSettings>,
+    ) -> Result<Self, CommandError> {
         let (ports, ipv6) = (Ports::of(settings), ipv6_available());
         let sockets =
             Sockets::new(&settings.interception, ipv6).with_keepalive(settings.timeouts.keepalive);
@@ -376,7 +382,7 @@ impl Proxy {
         let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref())?;
         let publisher = Publisher::new(source, mesh, &settings.workload);
         let node = Arc::new(node(settings, publisher.subscribe(), gates.accept.clone()));
-        let pod = pod(settings, sockets, ports)?;
+        let pod = pod(settings, sockets, ports, interception)?;
         Ok(Self { node, pod, kept, publisher, certificate, listeners, offer, gates, endpoints })
     }
 }
@@ -446,7 +452,12 @@ fn node(settings: &Settings, mesh: watch::Receiver<Arc<Snapshot>>, accept: Gate)
 }
 
 /// The pod of the namespace that the process runs in, still without credentials.
-fn pod(settings: &Settings, sockets: Sockets, ports: Ports) -> Result<Pod, CommandError> {
+fn pod(
+    settings: &Settings,
+    sockets: Sockets,
+    ports: Ports,
+    interception: watch::Receiver<InterceptionSettings>,
+) -> Result<Pod, CommandError> {
     let context = PolicyContext {
         ports,
         own: settings.workload.clone(),
@@ -461,6 +472,7 @@ fn pod(settings: &Settings, sockets: Sockets, ports: Ports) -> Result<Pod, Comma
         credentials: None,
         endpoints: Arc::default(),
         self_test: SelfTest::default(),
+        interception,
         local: LocalAddresses::open().map_err(CommandError::Start)?,
     })
 }

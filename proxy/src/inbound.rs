@@ -64,8 +64,12 @@ async fn open_plaintext(
     Assignment { accepted, place, .. }: Assignment,
 ) -> Option<(ConnectionRecord, Opened<TcpStream>)> {
     let destination = accepted.destination.as_ref().ok().copied();
-    let record = open_record(&seat, accepted.client, destination, None);
+    let mut record = open_record(&seat, accepted.client, destination, None);
     let checked = accepted.check_local(&seat);
+    if checked.is_err() {
+        // The destination is no address of the pod, so that its workload is not there.
+        record.destination.workload = None;
+    }
     let opened = match checked.and_then(|accepted| accepted.register(seat.context().ports)) {
         Ok(connection) => forward_plaintext(&seat, connection, place).await,
         Err(error) => Err(error),
@@ -254,7 +258,7 @@ fn way(seat: &Seat, authority: &Authority, here: SocketAddr) -> Result<InboundTa
     };
     let snapshot = seat.node().mesh.borrow();
     let own = &seat.context().own;
-    let local = snapshot.local(here.ip()).map(|workload| &**workload);
+    let local = snapshot.local(own, here.ip()).map(|workload| &**workload);
     let namespace = local.map_or(&*own.namespace, |workload| &*workload.namespace);
     route::inbound(&asked, here, &snapshot.mesh, local, &own.network, namespace)
         .map_err(ProxyError::Route)
@@ -310,7 +314,8 @@ fn open_record(
         workload: snapshot.workload(client.ip()).cloned(),
         identity: peer.map(|peer| peer.spiffe_id().clone()),
     };
-    let local = destination.and_then(|address| snapshot.local(address.ip()));
+    let own = &seat.context().own;
+    let local = destination.and_then(|address| snapshot.local(own, address.ip()));
     let destination = Party {
         address: destination,
         workload: local.cloned(),

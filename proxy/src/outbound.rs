@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use underpass_config::{NetworkMode, Quoted, SpiffeId};
 use underpass_hbone::{ConnectRequest, Connector, HboneError, TunnelKey, TunnelStream};
 
-use crate::accept::Registered;
+use crate::accept::{Registered, Source};
 use crate::copy::{Flow, broken};
 use crate::descriptors::Held;
 use crate::dial::dial;
@@ -57,16 +57,25 @@ async fn open(
     seat: Arc<Seat>,
     Assignment { accepted, place, .. }: Assignment,
 ) -> Option<(ConnectionRecord, Opened)> {
+    let checked = accepted.check_source(&seat);
     let source = Party {
         address: Some(accepted.client),
-        workload: seat.node().mesh.borrow().local(accepted.client.ip()).cloned(),
+        workload: seat
+            .caller(&seat.node().mesh.borrow(), *checked.as_ref().unwrap_or(&Source::Other))
+            .cloned(),
         identity: None,
     };
     let destination =
         Party { address: accepted.destination.as_ref().ok().copied(), ..Party::default() };
     let mut record = ConnectionRecord::new(Direction::Outbound, source, destination);
     let opened = match accepted.register(seat.context().ports) {
-        Ok(connection) => forward(&seat, connection, place, &mut record).await,
+        Ok(connection) => match checked {
+            Ok(source) => forward(&seat, connection, source, place, &mut record).await,
+            Err(error) => {
+                metrics::foreign_source();
+                Err(error)
+            }
+        },
         Err(error) => Err(error),
     };
     record.or_close(opened)
@@ -75,10 +84,11 @@ async fn open(
 async fn forward(
     seat: &Arc<Seat>,
     Registered { stream, client, destination, mut descriptors }: Registered,
+    source: Source,
     place: Place,
     record: &mut ConnectionRecord,
 ) -> Result<Opened, ProxyError> {
-    let call = Call { seat, client: client.ip(), asked: destination };
+    let call = Call { seat, client: client.ip(), source, asked: destination };
     let connecting = pin!(call.connect(record));
     let connected = tokio::select! {
         connected = seat.node().drain.or_abort(connecting) => connected?,
@@ -120,6 +130,7 @@ struct Connected {
 struct Call<'a> {
     seat: &'a Arc<Seat>,
     client: IpAddr,
+    source: Source,
     asked: SocketAddr,
 }
 
@@ -154,7 +165,7 @@ impl Call<'_> {
         let caller = Caller {
             network: &own.network,
             namespace: &own.namespace,
-            workload: snapshot.local(self.client).map(|workload| &**workload),
+            workload: seat.caller(&snapshot, self.source).map(|workload| &**workload),
             address: self.client,
             identity: identity.as_ref(),
             hbone_port: seat.context().ports.hbone,

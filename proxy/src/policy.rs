@@ -222,7 +222,7 @@ fn log_dry_run(subject: &Subject, snapshot: &Snapshot, context: &PolicyContext) 
     }
 }
 
-/// The workload that a connection comes to.
+/// The workload that a connection comes to, at an address of the pod's own.
 struct Local<'a> {
     namespace: &'a str,
     name: &'a str,
@@ -230,7 +230,7 @@ struct Local<'a> {
 }
 
 fn local<'a>(address: IpAddr, snapshot: &'a Snapshot, context: &'a PolicyContext) -> Local<'a> {
-    let workload = snapshot.local(address).map(|workload| &**workload);
+    let workload = snapshot.local(&context.own, address).map(|workload| &**workload);
     Local {
         namespace: workload.map_or(&context.own.namespace, |workload| &workload.namespace),
         name: workload.map_or(&context.own.name, |workload| &workload.name),

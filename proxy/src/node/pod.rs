@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tokio::sync::watch;
-use underpass_config::SpiffeId;
+use underpass_config::{InterceptionSettings, SpiffeId, Workload};
 use underpass_hbone::Credentials;
 use underpass_interception::{LocalAddresses, Sockets};
 
@@ -37,6 +37,8 @@ pub(crate) struct Pod {
     /// Which endpoints of services this pod could not connect to.
     pub(crate) endpoints: Arc<EndpointHealth>,
     pub(crate) self_test: SelfTest,
+    /// How its traffic is caught; a reload changes it.
+    pub(crate) interception: watch::Receiver<InterceptionSettings>,
     /// Tells which addresses are the pod's own.
     pub(crate) local: LocalAddresses,
 }
@@ -46,5 +48,19 @@ impl Pod {
     pub(crate) fn identity(&self) -> Option<SpiffeId> {
         let credentials = self.credentials.as_ref()?.borrow();
         Some(credentials.identity().spiffe_id().clone())
+    }
+
+    /// Whether the pod can be `workload`: a pod that proves another identity only has its address.
+    pub(crate) fn can_be(&self, workload: &Workload) -> bool {
+        self.credentials.as_ref().is_none_or(|credentials| {
+            *credentials.borrow().identity().spiffe_id() == workload.identity
+        })
+    }
+
+    /// Whether connections go out of the pod that are not the workload's own: those of virtual
+    /// machines and containers, and those that an ingress gateway sends from its clients' addresses.
+    pub(crate) fn sends_for_others(&self) -> bool {
+        let settings = self.interception.borrow();
+        settings.ingress || !settings.virtual_interfaces.is_empty()
     }
 }

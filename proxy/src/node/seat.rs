@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
-use underpass_config::Timeouts;
+use underpass_config::{Timeouts, Workload};
 use underpass_hbone::{Acceptor, ClientSettings, Connector, Pool, PoolSettings, ServerSettings};
 
 use super::{Node, Pod, Worker};
+use crate::accept::Source;
 use crate::descriptors::Held;
 use crate::dial::TunnelDialer;
 use crate::error::ProxyError;
@@ -18,6 +19,7 @@ use crate::limits::{Limits, Place, Refusal};
 use crate::live::Revocation;
 use crate::metrics;
 use crate::policy::{self, Permit, PolicyContext, Subject};
+use crate::snapshot::Snapshot;
 
 /// How often a seat that only remembers failed dials checks whether their back-off is over.
 const BACK_OFF_CHECK: Duration = Duration::from_secs(1);
@@ -106,6 +108,21 @@ impl Seat {
         Ok(Place { load, source })
     }
 
+    /// The workload that opened an outbound connection: the pod's own. Only if the mesh does not have it
+    /// by its name, an address of the pod makes it the workload there, which must have its identity.
+    pub(crate) fn caller<'a>(
+        &self,
+        snapshot: &'a Snapshot,
+        source: Source,
+    ) -> Option<&'a Arc<Workload>> {
+        snapshot.named(&self.context().own).or_else(|| match source {
+            Source::Own(address) => {
+                snapshot.workload(address).filter(|workload| self.pod.can_be(workload))
+            }
+            Source::Other => None,
+        })
+    }
+
     /// Whether `address` is one of the pod's own.
     ///
     /// # Errors
@@ -155,5 +172,35 @@ impl Seat {
 impl Drop for Seat {
     fn drop(&mut self) {
         self.worker.forget_seat(self.pod.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use underpass_config::Mesh;
+
+    use super::*;
+    use crate::node::testing::{node, pod, settings};
+
+    #[tokio::test]
+    async fn neighbours_address_makes_no_neighbour_of_the_pod() {
+        let text = "workloads:
+- {name: server, workloadIps: [10.0.0.1]}
+- {name: neighbour, workloadIps: [10.0.0.2]}
+";
+        let mesh = Arc::new(Mesh::from_text("mesh", text).unwrap());
+        let snapshot = Snapshot::new(mesh, &settings(&[]).workload, 1);
+        let worker = Worker::new(node(1), 0, Arc::default());
+        let neighbour = [10, 0, 0, 2].into();
+        let caller = |name: &str, source| {
+            let seat = worker.seat(&pod(&[&format!("workload.name={name}")]));
+            seat.caller(&snapshot, source).map(|workload| workload.name.to_string())
+        };
+        for source in [Source::Own(neighbour), Source::Other] {
+            assert_eq!(caller("server", source).as_deref(), Some("server"), "{source:?}");
+        }
+        // A pod that the mesh does not name is only known by its address.
+        assert_eq!(caller("unnamed", Source::Own(neighbour)).as_deref(), Some("neighbour"));
+        assert_eq!(caller("unnamed", Source::Other), None);
     }
 }

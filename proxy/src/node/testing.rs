@@ -46,6 +46,7 @@ pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
         credentials: None,
         endpoints: Arc::default(),
         self_test: crate::self_test::SelfTest::default(),
+        interception: watch::Sender::new(settings.interception).subscribe(),
         local: LocalAddresses::open().expect("a netlink socket"),
     })
 }

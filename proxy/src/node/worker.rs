@@ -65,7 +65,7 @@ pub(crate) enum WorkerCommand {
 }
 
 impl Worker {
-    pub(super) fn new(
+    pub(crate) fn new(
         node: Arc<Node>,
         index: usize,
         workers: Arc<[mpsc::Sender<WorkerCommand>]>,
