@@ -25,8 +25,8 @@ mod leftovers;
 mod limits;
 mod listener;
 mod local;
+mod namespace;
 mod netlink;
-mod netns;
 mod nftables;
 mod packets;
 mod plan;
@@ -58,7 +58,7 @@ pub use leftovers::{Leftover, LeftoverOwner};
 pub use limits::{is_out_of_files, raise_open_files};
 pub use listener::{BoundListener, Listener};
 pub use local::LocalAddresses;
-pub use netns::{Endpoint, Namespace, veth};
+pub use namespace::{Endpoint, Entered, Namespace, NamespaceId, NamespaceThread, veth};
 pub use nftables::RuleCounter;
 pub use packets::{PacketCapture, TcpSegment};
 pub use plan::{

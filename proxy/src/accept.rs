@@ -1,11 +1,10 @@
 //! Accepting: one loop per listener, which gives each connection to the worker that shall serve it.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
 use tokio::task::coop::unconstrained;
 use tokio::task::yield_now;
 use tokio::time::{sleep, sleep_until};
@@ -17,7 +16,7 @@ use crate::descriptors::{Held, PAIR, Shortage};
 use crate::error::ProxyError;
 use crate::limits::{Limits, Place, Rate, Refusal};
 use crate::metrics;
-use crate::worker::{Assignment, Shared, Worker, serve};
+use crate::node::{Assignment, Node, Pod, Seat, Worker};
 
 /// How long a listener rests when the system has no descriptor or memory for another connection: long enough not to spin,
 /// short enough that a client which waits does not notice. The kernel's queue holds what arrives meanwhile.
@@ -78,23 +77,41 @@ impl Accepted {
         Self { kind, stream, client, destination, descriptors }
     }
 
+    #[cfg(test)]
+    pub(crate) fn testing(kind: Kind, stream: TcpStream, client: SocketAddr) -> Self {
+        let descriptors = crate::descriptors::Descriptors::new(100, 0, 1);
+        Self::new(kind, stream, client, descriptors.hold(PAIR))
+    }
+
     /// Refuses an inbound connection for an address that is not this namespace's own: the workload does not have it, so neither its
     /// mTLS mode nor its policies are about it. The rules of `interception.exact`, and those of others, lead such connections here.
-    pub(crate) fn check_local(self, worker: &Worker) -> Result<Self, ProxyError> {
+    pub(crate) fn check_local(self, seat: &Seat) -> Result<Self, ProxyError> {
         let Ok(destination) = self.destination else { return Ok(self) };
         // What REDIRECT chose is an address of the interface; TPROXY leaves whatever it was sent to.
-        let proven = !worker.shared.sockets.are_transparent()
+        let proven = !seat.pod.sockets.are_transparent()
             && self.stream.local_addr().is_ok_and(|here| canonical(here).ip() == destination.ip());
         if proven {
             return Ok(self);
         }
-        match worker.local.contain(destination.ip()) {
+        match seat.is_local(destination.ip()) {
             Ok(true) => Ok(self),
             Ok(false) => {
                 metrics::not_local();
                 Err(ProxyError::NotLocal(destination))
             }
             Err(source) => Err(ProxyError::LocalUnknown { destination, source }),
+        }
+    }
+
+    /// Refuses an outbound connection whose source is none of the pod's own addresses: it is not the
+    /// workload's. By their settings, virtual interfaces and ingress gateways send for others.
+    pub(crate) fn check_source(&self, seat: &Seat) -> Result<Source, ProxyError> {
+        let client = self.client;
+        match seat.is_local(client.ip()) {
+            Ok(true) => Ok(Source::Own(client.ip())),
+            _ if seat.pod.sends_for_others() => Ok(Source::Other),
+            Ok(false) => Err(ProxyError::ForeignSource(client)),
+            Err(source) => Err(ProxyError::SourceUnknown { client, source }),
         }
     }
 
@@ -114,6 +131,15 @@ impl Accepted {
     }
 }
 
+/// Who opened a connection that was caught on its way out of the pod.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Source {
+    /// The pod's own workload, from this address of the pod.
+    Own(IpAddr),
+    /// A virtual machine, a container or a client behind the pod.
+    Other,
+}
+
 /// A connection on its worker.
 #[derive(Debug)]
 pub(crate) struct Registered {
@@ -127,12 +153,20 @@ fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// Accepts until the proxy closes, and then closes the listener.
+/// A listener of a pod, as the worker that accepts its connections has it.
+struct Listening {
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    kind: Kind,
+    listener: Listener,
+}
+
+/// Accepts until the proxy closes, and then closes the listener. It may be cancelled at any time.
 pub(crate) async fn accept_loop(
     worker: Arc<Worker>,
+    pod: Arc<Pod>,
     kind: Kind,
     listener: BoundListener,
-    peers: Arc<[mpsc::Sender<Assignment>]>,
 ) {
     let listener = match listener.register() {
         Ok(listener) => listener,
@@ -141,10 +175,12 @@ pub(crate) async fn accept_loop(
             return;
         }
     };
-    let Shared { drain, accept: gate, .. } = &worker.shared;
+    let node = worker.node.clone();
+    let Node { drain, accept: gate, .. } = &*node;
+    let listening = Listening { worker, pod, kind, listener };
     let accepting = async {
         loop {
-            gate.pass(accept_forever(&worker, kind, &listener, &peers)).await;
+            gate.pass(accept_forever(&listening)).await;
         }
     };
     tokio::select! {
@@ -153,17 +189,13 @@ pub(crate) async fn accept_loop(
     }
 }
 
-async fn accept_forever(
-    worker: &Arc<Worker>,
-    kind: Kind,
-    listener: &Listener,
-    peers: &[mpsc::Sender<Assignment>],
-) {
+async fn accept_forever(listening: &Listening) {
+    let Listening { worker, pod, kind, listener } = listening;
     // Anew each time: another process may have the same listener, and have set what it wants, when it tried to take over.
-    if let Err(error) = worker.shared.sockets.prepare(listener, kind.closing()) {
+    if let Err(error) = pod.sockets.prepare(listener, kind.closing()) {
         tracing::error!(listener = kind.name(), %error, "connections lack socket options");
     }
-    let Limits { descriptors, accepts_per_second, .. } = &worker.shared.limits;
+    let Limits { descriptors, accepts_per_second, .. } = &worker.node.limits;
     let mut rate = accepts_per_second.map(Rate::new);
     for accepted in (1..=ACCEPTS_AT_ONCE).cycle() {
         if accepted == ACCEPTS_AT_ONCE {
@@ -175,7 +207,7 @@ async fn accept_forever(
         }
         match unconstrained(listener.accept()).await {
             Ok((stream, client)) => {
-                take(worker, kind, stream, client, peers);
+                take(listening, stream, client);
                 if let Some(next) = rate.as_mut().and_then(Rate::take) {
                     metrics::accept_paused(kind.name(), "rate");
                     sleep_until(next).await;
@@ -203,21 +235,16 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 /// Gives a connection to whoever shall serve it, unless it exceeds a limit: then it costs next to nothing.
-fn take(
-    worker: &Arc<Worker>,
-    kind: Kind,
-    stream: TcpStream,
-    client: SocketAddr,
-    peers: &[mpsc::Sender<Assignment>],
-) {
-    let Limits { descriptors, .. } = &worker.shared.limits;
-    let source = match worker.shared.limits.admit(client.ip()) {
+fn take(Listening { worker, pod, kind, .. }: &Listening, stream: TcpStream, client: SocketAddr) {
+    let kind = *kind;
+    let Limits { descriptors, .. } = &worker.node.limits;
+    let source = match worker.node.limits.admit(client.ip()) {
         Ok(source) => source,
         Err(refusal) => return refuse(worker, kind, &stream, refusal),
     };
     let tunnel = match kind {
         Kind::Outbound | Kind::Plaintext => Ok(None),
-        Kind::Hbone => worker.shared.limits.admit_tunnel(client.ip()),
+        Kind::Hbone => worker.node.limits.admit_tunnel(client.ip()),
     };
     let tunnel = match tunnel {
         Ok(tunnel) => tunnel,
@@ -225,41 +252,66 @@ fn take(
     };
     let held = descriptors.hold(if kind == Kind::Hbone { 1 } else { PAIR });
     let accepted = Accepted::new(kind, stream, client, held);
-    if worker.shared.self_test.claims(&accepted) {
+    if pod.self_test.claims(&accepted) {
         return;
     }
     let peer = match (kind, &accepted.destination) {
         (Kind::Outbound, Ok(destination)) => Some(destination.ip()),
         _ => None,
     };
-    match worker.balance.assign(peer) {
+    match worker.node.balance.assign(peer) {
         Some(load) => {
             let place = Place { load, source };
-            assign(worker, Assignment { accepted, place, tunnel }, peers);
+            assign(worker, Assignment { pod: pod.clone(), accepted, place, tunnel });
         }
         None => refuse(worker, kind, &accepted.stream, Refusal::Worker),
     }
 }
 
-fn assign(worker: &Arc<Worker>, assignment: Assignment, peers: &[mpsc::Sender<Assignment>]) {
-    let chosen = assignment.place.load.worker();
-    let Some(other) = peers.get(chosen).filter(|_| chosen != worker.index) else {
-        return serve(worker, assignment);
-    };
-    if let Err(refused) = other.try_send(assignment) {
-        let Assignment { accepted, place, tunnel } = refused.into_inner();
-        match worker.balance.load(worker.index) {
-            Some(load) => {
-                let place = Place { load, ..place };
-                serve(worker, Assignment { accepted, place, tunnel });
-            }
-            None => refuse(worker, accepted.kind, &accepted.stream, Refusal::Worker),
-        }
+fn assign(worker: &Arc<Worker>, assignment: Assignment) {
+    let Some(refused) = worker.assign(assignment) else { return };
+    let Assignment { place, .. } = refused;
+    match worker.node.balance.load(worker.index) {
+        Some(load) => worker.serve(Assignment { place: Place { load, ..place }, ..refused }),
+        None => refuse(worker, refused.accepted.kind, &refused.accepted.stream, Refusal::Worker),
     }
 }
 
 /// What is refused is reset: a clean end would look like an answer.
 fn refuse(worker: &Worker, kind: Kind, stream: &TcpStream, refusal: Refusal) {
     reset_on_close(stream);
-    worker.shared.limits.refused(refusal, kind.name());
+    worker.node.limits.refused(refusal, kind.name());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::testing::{node, pod};
+
+    fn checked(client: &str, settings: &[&str]) -> Result<Source, &'static str> {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let accepted = Accepted::testing(Kind::Outbound, stream, client.parse().unwrap());
+        let seat = Worker::new(node(1), 0, Arc::default()).seat(&pod(settings));
+        accepted.check_source(&seat).map_err(|error| error.reason().code)
+    }
+
+    #[tokio::test]
+    async fn refuses_outbound_connection_from_foreign_address() {
+        for own in ["127.0.0.1:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
+            let source = checked(own, &[]);
+            assert!(matches!(source, Ok(Source::Own(ip)) if ip.to_canonical().is_loopback()));
+        }
+        for foreign in ["192.0.2.1:1", "[2001:db8::1]:1"] {
+            assert_eq!(checked(foreign, &[]).err(), Some("foreign_source"), "{foreign}");
+        }
+    }
+
+    #[tokio::test]
+    async fn serves_foreign_address_by_setting() {
+        for setting in ["interception.virtual_interfaces=vm0", "interception.ingress=true"] {
+            assert!(matches!(checked("192.0.2.1:1", &[setting]), Ok(Source::Other)), "{setting}");
+            assert!(matches!(checked("127.0.0.1:1", &[setting]), Ok(Source::Own(_))), "{setting}");
+        }
+    }
 }

@@ -11,10 +11,15 @@ use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use underpass_config::{KubeletProbes, MeshSource, Profile, Settings, Sources};
-use underpass_interception::{BoundListener, Ports, Sockets, ipv6_available, raise_open_files};
+use underpass_config::{
+    InterceptionSettings, KubeletProbes, MeshSource, Profile, Settings, Sources,
+};
+use underpass_interception::{
+    BoundListener, Kept, LocalAddresses, Ports, Sockets, ipv6_available, raise_open_files,
+};
 
 use crate::accept::Kind;
+use crate::balance::Balance;
 use crate::capture::{Capture, Probes, keep};
 use crate::certificates::{self, Certificate};
 use crate::cli::CommandError;
@@ -25,9 +30,10 @@ use crate::gate::Gate;
 use crate::instance::{Instance, Status};
 use crate::limits::Limits;
 use crate::listeners::Listeners;
+use crate::node::{Node, Pod, PodId, Workers};
 use crate::notify;
 use crate::parent::ParentGone;
-use crate::policy::Rules;
+use crate::policy::PolicyContext;
 use crate::publish::Publisher;
 use crate::reload::Reload;
 use crate::resolve::Resolver;
@@ -35,8 +41,10 @@ use crate::retest::{self, Retest};
 use crate::self_test::SelfTest;
 use crate::snapshot::Snapshot;
 use crate::take_over::{Claim, Gates, Handed, Offer, Offered};
-use crate::worker::{self, Shared, WorkerThread, Workers};
 use crate::{kubelet_probes, metrics, processors};
+
+/// How long the workers may take to close the listeners of a pod.
+const LISTENERS_CLOSE: Duration = Duration::from_secs(1);
 
 /// How `underpass run` was started.
 #[derive(Debug, Clone, Copy)]
@@ -80,9 +88,9 @@ pub(crate) async fn run(
     let mut handed = handed.unwrap_or_default();
     let instance = Instance::claim(&settings, handed.instance.take()).await?;
     let capture = Capture::prepare(&settings).await?;
-    let mut proxy = Proxy::prepare(&settings, handed).await?;
-    proxy.offer = proxy.offer.with_instance(instance.clone());
     let reload = Reload::watch(&settings, sources)?;
+    let mut proxy = Proxy::prepare(&settings, handed, reload.subscribe()).await?;
+    proxy.offer = proxy.offer.with_instance(instance.clone());
     if let Some(instance) = instance {
         let (settings, interception) = (settings.clone(), reload.subscribe());
         let readiness = proxy.endpoints.readiness.clone();
@@ -127,8 +135,17 @@ async fn serve(
     mut stop: StopSignal,
     tenure: &mut Tenure,
 ) -> Result<(), CommandError> {
-    let Proxy { mut shared, publisher, certificate, listeners, mut offer, gates, endpoints } =
-        proxy;
+    let Proxy {
+        node,
+        mut pod,
+        kept,
+        publisher,
+        certificate,
+        listeners,
+        mut offer,
+        gates,
+        endpoints,
+    } = proxy;
     let readiness = &endpoints.readiness;
     // Made while the process may still be another user than the proxy, whose connections are not caught.
     let probes = capture.probes(&settings.interception)?;
@@ -144,7 +161,7 @@ async fn serve(
     };
     let renewal = match certificate {
         Certificate::Held(keeper, credentials) => {
-            shared.credentials = Some(credentials);
+            pod.credentials = Some(credentials);
             Some(tokio::spawn(keeper.run()))
         }
         Certificate::Off | Certificate::Wanted(_) => None,
@@ -153,40 +170,36 @@ async fn serve(
         claim.accept().await?;
         gates.accept.open();
     }
-    let workers = workers(settings);
-    let Workers { threads, applied } = worker::start(&shared, workers, listeners)?;
-    let (limits, told) = (shared.limits.clone(), readiness.clone());
+    let workers = Workers::start(&node, workers(settings), kept).map_err(CommandError::start)?;
+    let running = Running { node, pod: Arc::new(pod), workers };
+    let Running { node, pod, .. } = &running;
+    running.workers.add_listeners(pod, listeners).await;
+    let (limits, told) = (node.limits.clone(), readiness.clone());
     tokio::spawn(async move { limits.tell(told).await });
-    let publishing = tokio::spawn(publisher.follow(applied));
+    let publishing = tokio::spawn(publisher.follow(running.workers.applied()));
     // Before the test, so that no change is missed that follows it.
     let changes = retest::subscribe();
-    if let Err(error) = prove(settings, capture, &shared, &probes, tenure).await {
+    if let Err(error) = prove(settings, capture, pod, &probes, tenure).await {
         // Who goes on accepting instead goes first; what came meanwhile is served.
         gates.accept.close().await;
         tenure.claim = None;
-        shared.drain.drain(settings.timeouts.drain).await;
+        node.drain.drain(settings.timeouts.drain).await;
         return Err(error);
     }
     // Whatever can fail, and be it for want of a descriptor, comes before `ready`.
     let guard = capture.guard(&settings.interception)?;
     offer.own();
-    readiness.ready();
-    notify::ready();
-    let ports = shared.rules.ports;
-    tracing::info!(
-        workload = %settings.workload.name, workers, outbound = ports.outbound, inbound = ports.inbound,
-        hbone = ports.hbone, profile = %settings.interception.profile, "ready"
-    );
+    announce(settings, pod, readiness);
     let retest = Retest {
         capture: capture.clone(),
-        self_test: shared.self_test.clone(),
+        self_test: pod.self_test.clone(),
         probes,
         settings: reload.subscribe(),
         readiness: readiness.clone(),
         gate: gates.rules.clone(),
         changes,
     };
-    let _probes = kubelet_probes::observe(&shared.rules.probes, capture.exempting_probes());
+    let _probes = kubelet_probes::observe(&pod.context.probes, capture.exempting_probes());
     let keeper = tokio::spawn(keep(guard, reload, readiness.clone(), gates.rules));
 
     let end = tokio::select! {
@@ -194,31 +207,48 @@ async fn serve(
         end = retest.run() => match end {},
     };
     keeper.abort();
-    end_orderly(end, settings, &shared, &endpoints, &mut stop, tenure).await;
+    end_orderly(end, settings, &running, &endpoints, &mut stop, tenure).await;
     // Until here: what drains may outlive a certificate, or be forbidden.
     publishing.abort();
     if let Some(renewal) = renewal {
         renewal.abort();
     }
     // A worker that does not end holds nothing that the end of the process would not free.
-    let ended = futures_util::future::join_all(threads.into_iter().map(WorkerThread::join));
-    tokio::time::timeout(Duration::from_secs(1), ended).await.ok();
+    tokio::time::timeout(Duration::from_secs(1), running.workers.join()).await.ok();
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Reports that the proxy is ready.
+fn announce(settings: &Settings, pod: &Pod, readiness: &Readiness) {
+    readiness.ready();
+    notify::ready();
+    let (ports, workers) = (pod.context.ports, workers(settings));
+    tracing::info!(
+        workload = %settings.workload.name, workers, outbound = ports.outbound, inbound = ports.inbound,
+        hbone = ports.hbone, profile = %settings.interception.profile, "ready"
+    );
+}
+
+/// A node that serves one pod.
+struct Running {
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    workers: Workers,
 }
 
 /// Drains, as the end asks for.
 async fn end_orderly(
     end: End,
     settings: &Settings,
-    shared: &Shared,
+    Running { node, pod, workers }: &Running,
     endpoints: &Endpoints,
     stop: &mut StopSignal,
     tenure: &mut Tenure,
 ) {
     endpoints.readiness.draining();
     let timeouts = &settings.timeouts;
-    let connections = shared.drain.open();
+    let connections = node.drain.open();
     let deadlines = match end {
         End::Stopped(why) => {
             notify::stopping();
@@ -233,7 +263,9 @@ async fn end_orderly(
             [timeouts.handed_over, timeouts.drain, Duration::ZERO]
         }
     };
-    let aborted = drain(&shared.drain, stop, deadlines).await;
+    // A worker that does not answer delays the drain no longer than that.
+    tokio::time::timeout(LISTENERS_CLOSE, workers.remove_listeners(pod.id)).await.ok();
+    let aborted = drain(&node.drain, stop, deadlines).await;
     tracing::info!(aborted, "drained");
 }
 
@@ -241,11 +273,11 @@ async fn end_orderly(
 async fn prove(
     settings: &Settings,
     capture: &Capture,
-    shared: &Shared,
+    pod: &Pod,
     probes: &Probes,
     tenure: &mut Tenure,
 ) -> Result<(), CommandError> {
-    capture.test_at_start(&shared.self_test, probes, &settings.interception).await?;
+    capture.test_at_start(&pod.self_test, probes, &settings.interception).await?;
     if let Some(claim) = &tenure.claim {
         claim.ready().await?;
     }
@@ -293,7 +325,11 @@ async fn drain(drain: &Drain, stop: &mut StopSignal, deadlines: [Duration; 3]) -
 
 /// What serves connections, bound and loaded but not yet running.
 struct Proxy {
-    shared: Shared,
+    node: Arc<Node>,
+    /// The only pod: its credentials come later.
+    pod: Pod,
+    /// The capabilities that workers keep.
+    kept: Kept,
     publisher: Publisher,
     certificate: Certificate,
     listeners: [(Kind, BoundListener); 3],
@@ -303,7 +339,11 @@ struct Proxy {
 }
 
 impl Proxy {
-    async fn prepare(settings: &Settings, handed: Handed) -> Result<Self, CommandError> {
+    async fn prepare(
+        settings: &Settings,
+        handed: Handed,
+        interception: watch::Receiver<InterceptionSettings>,
+    ) -> Result<Self, CommandError> {
         let (ports, ipv6) = (Ports::of(settings), ipv6_available());
         let sockets =
             Sockets::new(&settings.interception, ipv6).with_keepalive(settings.timeouts.keepalive);
@@ -318,13 +358,13 @@ impl Proxy {
         let offer = Offer::make(settings, offered, gates.clone(), place)?;
         let (listeners, readiness, metrics) = listeners.split();
         let endpoints = Endpoints::serve(readiness, metrics, &gates.accept)?;
-        let unprivileged = !sockets.need_net_admin();
+        let kept = if sockets.need_net_admin() { Kept::NetAdmin } else { Kept::Nothing };
         let certificate = Certificate::prepare(settings, &sockets, &endpoints.readiness).await?;
         let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref())?;
         let publisher = Publisher::new(source, mesh, &settings.workload);
-        let accept = gates.accept.clone();
-        let shared = shared(settings, sockets, ports, unprivileged, publisher.subscribe(), accept);
-        Ok(Self { shared, publisher, certificate, listeners, offer, gates, endpoints })
+        let node = Arc::new(node(settings, publisher.subscribe(), gates.accept.clone()));
+        let pod = pod(settings, sockets, ports, interception)?;
+        Ok(Self { node, pod, kept, publisher, certificate, listeners, offer, gates, endpoints })
     }
 }
 
@@ -375,39 +415,47 @@ fn probes(settings: &Settings) -> KubeletProbes {
     }
 }
 
-fn shared(
+fn node(settings: &Settings, mesh: watch::Receiver<Arc<Snapshot>>, accept: Gate) -> Node {
+    let workers = workers(settings);
+    let limits = Limits::new(&settings.limits, workers);
+    Node {
+        timeouts: settings.timeouts.clone(),
+        deadlines: (&settings.timeouts).into(),
+        tunnels: settings.tunnels.clone(),
+        mesh,
+        resolver: Arc::new(Resolver::system(Handle::current())),
+        balance: Balance::new(workers, limits.connections_per_worker),
+        buffers: Buffers::new(settings.limits.buffers, limits.descriptors.clone()),
+        limits,
+        drain: Drain::default(),
+        accept,
+    }
+}
+
+/// The pod of the namespace that the process runs in, still without credentials.
+fn pod(
     settings: &Settings,
     sockets: Sockets,
     ports: Ports,
-    unprivileged: bool,
-    mesh: watch::Receiver<Arc<Snapshot>>,
-    accept: Gate,
-) -> Shared {
-    let rules = Rules {
+    interception: watch::Receiver<InterceptionSettings>,
+) -> Result<Pod, CommandError> {
+    let context = PolicyContext {
         ports,
         own: settings.workload.clone(),
         egress: settings.egress.clone(),
         mtls: settings.proxy.mtls.clone(),
         probes: probes(settings),
     };
-    let limits = Limits::new(&settings.limits, workers(settings));
-    Shared {
+    Ok(Pod {
+        id: PodId::next(),
+        context,
         sockets,
-        rules: Arc::new(rules),
-        timeouts: settings.timeouts.clone(),
-        deadlines: (&settings.timeouts).into(),
-        tunnels: settings.tunnels.clone(),
-        mesh,
-        endpoints: Arc::default(),
-        resolver: Arc::new(Resolver::system(Handle::current())),
         credentials: None,
-        buffers: Buffers::new(settings.limits.buffers, limits.descriptors.clone()),
-        limits,
-        drain: Drain::default(),
-        accept,
+        endpoints: Arc::default(),
         self_test: SelfTest::default(),
-        unprivileged,
-    }
+        interception,
+        local: LocalAddresses::open().map_err(CommandError::Start)?,
+    })
 }
 
 /// Whatever tells the proxy to stop.

@@ -35,8 +35,8 @@ pub(crate) use self::tcp::broken;
 use self::tunnel::Tunnelled;
 use crate::error::ProxyError;
 use crate::live::Revocation;
+use crate::node::Node;
 use crate::record::ConnectionRecord;
-use crate::worker::Shared;
 
 /// One proxied connection while its bytes move: what is counted, what it may hold, and what may cut it short.
 pub(crate) struct Flow<'a> {
@@ -48,7 +48,7 @@ pub(crate) struct Flow<'a> {
 
 impl<'a> Flow<'a> {
     pub(crate) fn new(
-        Shared { buffers, deadlines, .. }: &'a Shared,
+        Node { buffers, deadlines, .. }: &'a Node,
         record: &'a ConnectionRecord,
         revocation: &'a mut Revocation,
     ) -> Self {

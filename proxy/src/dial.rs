@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
@@ -13,35 +13,31 @@ use tokio::time::timeout;
 use underpass_hbone::Dial;
 use underpass_interception::{Sockets, end_on_close, is_out_of_files};
 
-use crate::balance::{Balance, HeldTunnel};
-use crate::descriptors::{Descriptors, Held};
+use crate::balance::HeldTunnel;
+use crate::descriptors::Held;
 use crate::error::ProxyError;
 use crate::metrics::{self, Counted};
+use crate::node::Seat;
 use crate::policy::Permit;
 
 /// Connects to what `permit` allows, within `deadline`.
-pub(crate) async fn dial(
-    sockets: &Sockets,
-    permit: &Permit,
-    deadline: Duration,
-) -> Result<TcpStream, ProxyError> {
-    within(permit, deadline, sockets.connect(permit.destination())).await
+pub(crate) async fn dial(permit: &Permit, deadline: Duration) -> Result<TcpStream, ProxyError> {
+    within(permit, deadline, permit.pod().sockets.connect(permit.destination())).await
 }
 
 /// Connects to the workload, as the profile does it for `client`.
 pub(crate) async fn dial_workload(
-    sockets: &Sockets,
     permit: &Permit,
     client: IpAddr,
     deadline: Duration,
 ) -> Result<TcpStream, ProxyError> {
+    let sockets = &permit.pod().sockets;
     within(permit, deadline, sockets.connect_workload(permit.destination(), client)).await
 }
 
 /// Connects to the permitted port of the loopback interface: what takes connections for others there needs to be open to nobody
 /// else, and is told who connects by a header.
 pub(crate) async fn dial_loopback(
-    sockets: &Sockets,
     permit: &Permit,
     deadline: Duration,
 ) -> Result<TcpStream, ProxyError> {
@@ -51,7 +47,7 @@ pub(crate) async fn dial_loopback(
         SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
     };
     let here = SocketAddr::new(loopback, destination.port());
-    within(permit, deadline, sockets.connect(here)).await
+    within(permit, deadline, permit.pod().sockets.connect(here)).await
 }
 
 async fn within(
@@ -69,28 +65,37 @@ async fn within(
     }
 }
 
-/// Opens the connections below the tunnels of one worker's pool, and lets the balance know of them.
+/// Opens the connections below the tunnels of one seat, from the sockets of its pod.
 #[derive(Debug)]
 pub(crate) struct TunnelDialer {
-    pub(crate) sockets: Sockets,
-    pub(crate) balance: Arc<Balance>,
-    pub(crate) worker: usize,
-    pub(crate) descriptors: Descriptors,
+    /// Weak: the seat owns the pool that owns this.
+    seat: Weak<Seat>,
+}
+
+impl TunnelDialer {
+    pub(crate) fn new(seat: Weak<Seat>) -> Self {
+        Self { seat }
+    }
 }
 
 impl Dial for TunnelDialer {
     type Io = TunnelSocket;
 
     async fn dial(&self, address: SocketAddr) -> io::Result<TunnelSocket> {
-        let descriptor = self.descriptors.hold(1);
-        let stream = self.sockets.connect(address).await?;
-        // TLS has an end of its own.
+        // The dial outlives the connection that asked for it, and keeps the seat from here on.
+        let gone = || io::Error::other("no connection of the pod waits for the tunnel any longer");
+        let seat = self.seat.upgrade().ok_or_else(gone)?;
+        let descriptor = seat.node().limits.descriptors.hold(1);
+        let stream = seat.pod.sockets.connect(address).await?;
+        // A connection ends by TLS close_notify, so that closing the socket needs no reset.
         end_on_close(&stream);
+        let held = seat.node().balance.tunnel(seat.worker.index, address.ip());
         Ok(TunnelSocket {
             stream,
             _descriptor: descriptor,
-            _held: self.balance.tunnel(self.worker, address.ip()),
+            _held: held,
             _open: metrics::tunnel_open("outbound"),
+            _seat: seat,
         })
     }
 }
@@ -111,13 +116,15 @@ impl Dial for PlainDialer {
     }
 }
 
-/// A connection below a tunnel; the balance knows of the tunnel as long as this lives.
+/// A connection below a tunnel. It keeps the seat whose pool has the tunnel, and counts the tunnel in
+/// the balance.
 #[derive(Debug)]
 pub(crate) struct TunnelSocket {
     stream: TcpStream,
     _descriptor: Held,
     _held: HeldTunnel,
     _open: Counted,
+    _seat: Arc<Seat>,
 }
 
 impl AsyncRead for TunnelSocket {

@@ -35,6 +35,13 @@ pub(crate) enum ProxyError {
     #[error("the kernel does not say whether {destination} is an address of this pod")]
     LocalUnknown { destination: SocketAddr, source: io::Error },
     #[error(
+        "{0} is no address of this pod: an outbound connection from it is not the workload's (a virtual machine or \
+         container in the pod sends by an interface to name in interception.virtual_interfaces)"
+    )]
+    ForeignSource(SocketAddr),
+    #[error("the kernel does not say whether {client} is an address of this pod")]
+    SourceUnknown { client: SocketAddr, source: io::Error },
+    #[error(
         "the mesh says that {0} speaks HBONE, but there is no certificate to reach it with: set identity.*"
     )]
     NoIdentity(SocketAddr),
@@ -156,6 +163,10 @@ impl ProxyError {
             }
             Self::NotLocal(_) => ("not_local", "DENY", Client, StatusCode::BAD_REQUEST),
             Self::LocalUnknown { .. } => ("not_local", "DENY", Us, StatusCode::SERVICE_UNAVAILABLE),
+            Self::ForeignSource(_) => ("foreign_source", "DENY", Client, StatusCode::BAD_REQUEST),
+            Self::SourceUnknown { .. } => {
+                ("foreign_source", "DENY", Us, StatusCode::SERVICE_UNAVAILABLE)
+            }
             Self::NoIdentity(_) => {
                 ("no_identity", "IDENTITY_ERROR", Us, StatusCode::SERVICE_UNAVAILABLE)
             }

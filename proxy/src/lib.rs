@@ -2,7 +2,8 @@
 //!
 //! This library is the proxy and its command line; `main.rs` only calls [`main`]. In reading order:
 //!
-//! * `cli` is what a user types, `app` is one proxy from start to stop, `worker` and `accept` are its threads;
+//! * `cli` is what a user types, `app` is one proxy from start to stop; `node` is what there is one of in the process, in a pod
+//!   and on a thread, `accept` brings connections in;
 //! * `outbound` and `inbound` are the paths of a connection, in which `route` and `policy` decide, `dial` connects and
 //!   `copy` moves the bytes;
 //! * `snapshot` is the mesh that they decide by, `publish` changes it, and `live` ends what a change forbids;
@@ -41,6 +42,7 @@ mod listeners;
 mod live;
 mod logging;
 mod metrics;
+mod node;
 mod notify;
 mod outbound;
 mod parent;
@@ -56,7 +58,6 @@ mod self_test;
 mod snapshot;
 pub mod spawn;
 mod take_over;
-mod worker;
 
 pub use cli::main;
 

@@ -16,7 +16,6 @@ use slab::Slab;
 use tokio::sync::Notify;
 
 use crate::error::ProxyError;
-use crate::policy::Subject;
 
 /// How many connections are looked at before others get their turn: some hundreds of microseconds.
 const LOOK_AT_ONCE: usize = 256;
@@ -25,24 +24,24 @@ const END_AT_ONCE: usize = 32;
 /// How long connections that are stopped may take to end before that is said and they are no longer waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The open connections of one worker.
-#[derive(Debug, Default)]
-pub(crate) struct Live {
+/// The open connections of one worker, each with a `T` that is checked.
+#[derive(Debug)]
+pub(crate) struct Live<T> {
     /// Only ever locked by one thread at a time, its worker's, and never across an await.
-    connections: Mutex<Connections>,
+    connections: Mutex<Connections<T>>,
     ended: Notify,
 }
 
-#[derive(Debug, Default)]
-struct Connections {
-    all: Slab<Connection>,
+#[derive(Debug)]
+struct Connections<T> {
+    all: Slab<Connection<T>>,
     /// How many are stopped and have not ended yet.
     stopped: usize,
 }
 
 #[derive(Debug)]
-struct Connection {
-    subject: Subject,
+struct Connection<T> {
+    subject: T,
     /// The generation of the mesh that it was decided by when it began.
     since: u64,
     stop: Arc<Stop>,
@@ -59,8 +58,8 @@ struct Stop {
 
 /// An open connection, for as long as this lives.
 #[derive(Debug)]
-pub(crate) struct Registration {
-    live: Arc<Live>,
+pub(crate) struct Registration<T> {
+    live: Arc<Live<T>>,
     key: usize,
 }
 
@@ -108,13 +107,20 @@ impl Stop {
     }
 }
 
-impl Live {
+impl<T> Default for Live<T> {
+    fn default() -> Self {
+        let connections = Mutex::new(Connections { all: Slab::new(), stopped: 0 });
+        Self { connections, ended: Notify::default() }
+    }
+}
+
+impl<T> Live<T> {
     /// Adds a connection that the mesh of generation `since` allows.
     pub(crate) fn register(
         self: &Arc<Self>,
-        subject: Subject,
+        subject: T,
         since: u64,
-    ) -> (Registration, Revocation) {
+    ) -> (Registration<T>, Revocation) {
         let stop = Arc::new(Stop::default());
         let connection = Connection { subject, since, stop: stop.clone() };
         let key = self.lock().all.insert(connection);
@@ -125,7 +131,7 @@ impl Live {
     /// mesh that allowed the connection when it began.
     pub(crate) async fn stop(
         &self,
-        mut check: impl FnMut(&Subject, u64) -> Result<(), ProxyError>,
+        mut check: impl FnMut(&T, u64) -> Result<(), ProxyError>,
     ) -> Stopped {
         let (mut next, mut stopped) = (0, Vec::new());
         while let Some(reached) = self.stop_some(next, &mut check, &mut stopped) {
@@ -139,7 +145,7 @@ impl Live {
     fn stop_some(
         &self,
         next: usize,
-        check: &mut impl FnMut(&Subject, u64) -> Result<(), ProxyError>,
+        check: &mut impl FnMut(&T, u64) -> Result<(), ProxyError>,
         stopped: &mut Vec<Arc<Stop>>,
     ) -> Option<usize> {
         let mut connections = self.lock();
@@ -175,7 +181,7 @@ impl Live {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Connections> {
+    fn lock(&self) -> MutexGuard<'_, Connections<T>> {
         // What is in there is whole at any time.
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -192,7 +198,7 @@ impl Stopped {
     }
 }
 
-impl Drop for Registration {
+impl<T> Drop for Registration<T> {
     fn drop(&mut self) {
         let mut connections = self.live.lock();
         let gone = connections.all.try_remove(self.key);
@@ -210,6 +216,8 @@ mod tests {
     use super::*;
     use std::net::SocketAddr;
 
+    use crate::policy::Subject;
+
     fn subject(port: u16) -> Subject {
         let at = |port| SocketAddr::from(([10, 0, 0, 1], port));
         Subject::inbound(at(9), at(port), None)
@@ -224,7 +232,7 @@ mod tests {
     }
 
     async fn enforced(
-        live: &Live,
+        live: &Live<Subject>,
         check: impl FnMut(&Subject, u64) -> Result<(), ProxyError>,
     ) -> usize {
         let stopped = live.stop(check).await;

@@ -20,6 +20,7 @@ const REPAIRS: &str = "underpass_rules_repairs_total";
 const INTACT: &str = "underpass_rules_intact";
 const PROBES: &str = "underpass_kubelet_probe_connections_total";
 const NOT_LOCAL: &str = "underpass_inbound_not_local_total";
+const FOREIGN_SOURCE: &str = "underpass_outbound_foreign_source_total";
 const SELF_TEST: &str = "underpass_self_test_passed";
 const FOREIGN: &str = "underpass_foreign_rules";
 const CERTIFICATE_EXPIRES: &str = "underpass_certificate_expires_seconds";
@@ -59,6 +60,11 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
         "Inbound connections refused because they are for an address that is not this pod's."
     );
     counter!(NOT_LOCAL).increment(0);
+    describe_counter!(
+        FOREIGN_SOURCE,
+        "Outbound connections refused because they come from an address that is not this pod's."
+    );
+    counter!(FOREIGN_SOURCE).increment(0);
     describe_gauge!(SELF_TEST, "Whether the last self-test of the rules passed: 1, or 0.");
     describe_gauge!(FOREIGN, "Rules of other programs that act before ours.");
     describe_gauge!(CERTIFICATE_EXPIRES, "When our certificate expires, in seconds since 1970.");
@@ -139,6 +145,11 @@ pub(crate) fn kubelet_probes(connections: u64) {
 /// Counts an inbound connection for an address that is not this namespace's own.
 pub(crate) fn not_local() {
     counter!(NOT_LOCAL).increment(1);
+}
+
+/// Counts an outbound connection from an address that is not known to be the pod's own.
+pub(crate) fn foreign_source() {
+    counter!(FOREIGN_SOURCE).increment(1);
 }
 
 /// Reports the outcome of the last self-test.

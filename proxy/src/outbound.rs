@@ -10,9 +10,9 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use underpass_config::{NetworkMode, Quoted, SpiffeId};
-use underpass_hbone::{ConnectRequest, Connector, TunnelKey, TunnelStream};
+use underpass_hbone::{ConnectRequest, Connector, HboneError, TunnelKey, TunnelStream};
 
-use crate::accept::Registered;
+use crate::accept::{Registered, Source};
 use crate::copy::{Flow, broken};
 use crate::descriptors::Held;
 use crate::dial::dial;
@@ -20,10 +20,10 @@ use crate::endpoint_health::OpenConnection;
 use crate::error::ProxyError;
 use crate::limits::Place;
 use crate::live::Revocation;
+use crate::node::{Assignment, Seat};
 use crate::policy::{Outbound, Permit, Subject};
 use crate::record::{ConnectionRecord, Direction, Party};
 use crate::route::{self, Caller, Chooser, EndpointKey, Route, Target, Via};
-use crate::worker::{Assignment, Worker};
 use crate::{headers, metrics};
 
 /// How many endpoints of a service are tried for one connection.
@@ -33,20 +33,17 @@ const ATTEMPTS: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Serves one caught connection from its first to its last byte.
-pub(crate) fn serve(
-    worker: Arc<Worker>,
-    assignment: Assignment,
-) -> impl Future<Output = ()> + Send {
+pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Output = ()> + Send {
     // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
-    let opening = Box::pin(open(worker.clone(), assignment));
+    let opening = Box::pin(open(seat.clone(), assignment));
     async move {
         // In this order, so that what is held is let go of when the connections are closed.
         let Some((mut record, Opened { _held, mut revocation, client, onward })) = opening.await
         else {
             return;
         };
-        record.established(&worker.series);
-        let flow = Flow::new(&worker.shared, &record, &mut revocation);
+        record.established(&seat.worker.series);
+        let flow = Flow::new(seat.node(), &record, &mut revocation);
         let outcome = match onward {
             Onward::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,
             Onward::Plain(upstream) => flow.through_tcp(&client, &upstream).await,
@@ -57,34 +54,44 @@ pub(crate) fn serve(
 
 /// Opens the way that a connection takes, and its record, which is closed if that fails.
 async fn open(
-    worker: Arc<Worker>,
+    seat: Arc<Seat>,
     Assignment { accepted, place, .. }: Assignment,
 ) -> Option<(ConnectionRecord, Opened)> {
+    let checked = accepted.check_source(&seat);
     let source = Party {
         address: Some(accepted.client),
-        workload: worker.shared.mesh.borrow().local(accepted.client.ip()).cloned(),
+        workload: seat
+            .caller(&seat.node().mesh.borrow(), *checked.as_ref().unwrap_or(&Source::Other))
+            .cloned(),
         identity: None,
     };
     let destination =
         Party { address: accepted.destination.as_ref().ok().copied(), ..Party::default() };
     let mut record = ConnectionRecord::new(Direction::Outbound, source, destination);
-    let opened = match accepted.register(worker.shared.rules.ports) {
-        Ok(connection) => forward(&worker, connection, place, &mut record).await,
+    let opened = match accepted.register(seat.context().ports) {
+        Ok(connection) => match checked {
+            Ok(source) => forward(&seat, connection, source, place, &mut record).await,
+            Err(error) => {
+                metrics::foreign_source();
+                Err(error)
+            }
+        },
         Err(error) => Err(error),
     };
     record.or_close(opened)
 }
 
 async fn forward(
-    worker: &Worker,
+    seat: &Arc<Seat>,
     Registered { stream, client, destination, mut descriptors }: Registered,
+    source: Source,
     place: Place,
     record: &mut ConnectionRecord,
 ) -> Result<Opened, ProxyError> {
-    let call = Call { worker, client: client.ip(), asked: destination };
+    let call = Call { seat, client: client.ip(), source, asked: destination };
     let connecting = pin!(call.connect(record));
     let connected = tokio::select! {
-        connected = worker.shared.drain.or_abort(connecting) => connected?,
+        connected = seat.node().drain.or_abort(connecting) => connected?,
         // A FIN is no reason: what was sent before it is still to be delivered.
         error = broken(&stream) => return Err(ProxyError::Client(error)),
     };
@@ -121,8 +128,9 @@ struct Connected {
 
 /// A connection that wants to get somewhere.
 struct Call<'a> {
-    worker: &'a Worker,
+    seat: &'a Arc<Seat>,
     client: IpAddr,
+    source: Source,
     asked: SocketAddr,
 }
 
@@ -151,30 +159,30 @@ impl Call<'_> {
 
     /// The way there, past the endpoints that were tried.
     fn route(&self, tried: &[EndpointKey]) -> Result<Route, ProxyError> {
-        let shared = &self.worker.shared;
-        let (own, identity) = (&shared.rules.own, shared.identity());
-        let snapshot = shared.mesh.borrow();
+        let seat = self.seat;
+        let (own, identity) = (&seat.context().own, seat.pod.identity());
+        let snapshot = seat.node().mesh.borrow();
         let caller = Caller {
             network: &own.network,
             namespace: &own.namespace,
-            workload: snapshot.local(self.client).map(|workload| &**workload),
+            workload: seat.caller(&snapshot, self.source).map(|workload| &**workload),
             address: self.client,
             identity: identity.as_ref(),
-            hbone_port: shared.rules.ports.hbone,
+            hbone_port: seat.context().ports.hbone,
         };
-        let mut choose = Chooser { health: &shared.endpoints, tried };
+        let mut choose = Chooser { health: &seat.pod.endpoints, tried };
         route::outbound(self.asked, &snapshot.mesh, &caller, &mut choose).map_err(ProxyError::Route)
     }
 
     fn set_aside(&self, endpoint: &EndpointKey, failed: &ProxyError) {
-        let shared = &self.worker.shared;
-        let pause = shared.timeouts.set_aside;
+        let seat = self.seat;
+        let pause = seat.node().timeouts.set_aside;
         metrics::endpoint_set_aside();
         tracing::warn!(
             endpoint = %endpoint.uid, port = endpoint.port, error = %Quoted::chain(failed),
             "an endpoint is set aside for {} s", pause.as_secs_f32()
         );
-        shared.endpoints.set_aside(endpoint.clone(), pause);
+        seat.pod.endpoints.set_aside(endpoint.clone(), pause);
     }
 
     /// Goes one way. As long as there is another one, this one may not take long.
@@ -184,8 +192,8 @@ impl Call<'_> {
         tried: &[EndpointKey],
         record: &mut ConnectionRecord,
     ) -> Result<Connected, ProxyError> {
-        let shared = &self.worker.shared;
-        let open = |endpoint: &EndpointKey| shared.endpoints.open(endpoint.clone());
+        let seat = self.seat;
+        let open = |endpoint: &EndpointKey| seat.pod.endpoints.open(endpoint.clone());
         let load: Vec<_> = route.endpoints().map(open).collect();
         // What an attempt before this one noted is no longer so.
         record.destination =
@@ -204,7 +212,7 @@ impl Call<'_> {
             },
         };
         let (onward, permit, revocation) = went?;
-        route.endpoints().for_each(|endpoint| shared.endpoints.take_back(endpoint));
+        route.endpoints().for_each(|endpoint| seat.pod.endpoints.take_back(endpoint));
         Ok(Connected { onward, revocation, permit, load })
     }
 
@@ -225,15 +233,14 @@ impl Call<'_> {
                 (gateway, Some(gateway_peers.clone()))
             }
         };
-        let (resolver, deadline) =
-            (&self.worker.shared.resolver, self.worker.shared.timeouts.connect);
+        let (resolver, deadline) = (&self.seat.node().resolver, self.seat.node().timeouts.connect);
         let hop = resolver.resolve(to, deadline).await.map_err(ProxyError::Resolve)?;
-        let own_network = &*self.worker.shared.rules.own.network;
+        let own_network = &*self.seat.context().own.network;
         let by_address = route.workload.as_ref().is_none_or(|workload| {
             &*workload.network == own_network && workload.network_mode == NetworkMode::Standard
         });
         let subject = Subject::Outbound(Outbound { asked: self.asked, hop, peers, by_address });
-        let (permit, mut revocation) = self.worker.permit(subject)?;
+        let (permit, mut revocation) = self.seat.permit(subject)?;
         let onward = revocation.or_end(pin!(self.dial(route, &permit, record))).await?;
         Ok((onward, permit, revocation))
     }
@@ -244,12 +251,12 @@ impl Call<'_> {
         permit: &Permit,
         record: &mut ConnectionRecord,
     ) -> Result<Onward, ProxyError> {
-        let shared = &self.worker.shared;
+        let seat = self.seat;
         let hop = permit.destination();
         match &route.via {
             Via::Plain { .. } => {
                 record.destination.address = Some(hop);
-                dial(&shared.sockets, permit, shared.timeouts.connect).await.map(Onward::Plain)
+                dial(permit, seat.node().timeouts.connect).await.map(Onward::Plain)
             }
             Via::Tunnel { peers, authority, .. } => {
                 let target = authority.at(hop.ip());
@@ -269,7 +276,7 @@ impl Call<'_> {
     /// Notes what is known of a tunnel before it is there.
     fn tell_tunnel(&self, hop: SocketAddr, target: &Target, record: &mut ConnectionRecord) {
         record.hbone = Some(hop);
-        record.source.identity = self.worker.shared.identity();
+        record.source.identity = self.seat.pod.identity();
         let demanded = record.destination.workload.as_ref();
         record.destination.identity = demanded.map(|workload| workload.identity.clone());
         if let Target::Address(address) = target {
@@ -286,12 +293,13 @@ impl Call<'_> {
         record: &ConnectionRecord,
     ) -> Result<TunnelStream, ProxyError> {
         let (key, connector) = self.key(permit, peers, record)?;
-        let own = &self.worker.shared.rules.own;
+        let own = &self.seat.context().own;
         let request = || ConnectRequest {
             authority: authority.to_string(),
             headers: headers::request(record, own),
         };
-        self.worker.pool.connect(&key, connector, request).await.map_err(ProxyError::tunnel)
+        let connected = self.seat.pool.connect(&key, connector, request).await;
+        connected.map_err(|error| self.tunnel_failed(error))
     }
 
     /// A tunnel to one of `peers`, through a stream to the gateway that is where `permit` says.
@@ -304,12 +312,17 @@ impl Call<'_> {
         record: &ConnectionRecord,
     ) -> Result<TunnelStream, ProxyError> {
         let (key, connector) = self.key(permit, gateway_peers, record)?;
-        let own = &self.worker.shared.rules.own;
+        let own = &self.seat.context().own;
         let request = |headers| ConnectRequest { authority: authority.to_string(), headers };
         let outer = || request(headers::request(record, own));
         let inner = || request(headers::request_from_network(record, own));
-        let connecting = self.worker.pool.connect_through(&key, connector, outer, peers, inner);
-        connecting.await.map_err(ProxyError::tunnel)
+        let connecting = self.seat.pool.connect_through(&key, connector, outer, peers, inner);
+        connecting.await.map_err(|error| self.tunnel_failed(error))
+    }
+
+    fn tunnel_failed(&self, error: HboneError) -> ProxyError {
+        self.seat.keep_back_off();
+        ProxyError::tunnel(error)
     }
 
     /// Which pooled tunnel, and what opens it if there is none.
@@ -320,7 +333,7 @@ impl Call<'_> {
         record: &ConnectionRecord,
     ) -> Result<(TunnelKey, &Connector), ProxyError> {
         let address = permit.destination();
-        let identity = record.source.identity.clone().zip(self.worker.connector.as_ref());
+        let identity = record.source.identity.clone().zip(self.seat.connector.as_ref());
         let (source, connector) = identity.ok_or(ProxyError::NoIdentity(address))?;
         Ok((TunnelKey { source, address, peers: peers.clone() }, connector))
     }

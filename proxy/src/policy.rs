@@ -4,34 +4,23 @@
 //! so that it is asked about again whenever the mesh changes ([`Change`]). Not here: what authorization policies say
 //! (`authorization.rs`), and how connections are ended (`live.rs`).
 
+mod context;
+
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use tokio::sync::watch;
-use underpass_config::{
-    Connection, EgressSettings, KubeletProbes, Mtls, MtlsSettings, SpiffeId, TrustDomain, Workload,
-    WorkloadSettings,
-};
+use underpass_config::{Connection, Mtls, SpiffeId, TrustDomain, Workload, WorkloadSettings};
 use underpass_hbone::PeerIdentity;
 use underpass_interception::{KUBELET_PROBE_V4, KUBELET_PROBE_V6, Ports};
 
+pub(crate) use self::context::PolicyContext;
 use crate::authorization;
 use crate::error::ProxyError;
 use crate::live::{Live, Registration, Revocation};
+use crate::node::{Pod, PodId};
 use crate::snapshot::Snapshot;
-
-/// What is decided by beside the mesh: the settings.
-#[derive(Debug)]
-pub(crate) struct Rules {
-    pub(crate) ports: Ports,
-    /// Who we are.
-    pub(crate) own: WorkloadSettings,
-    pub(crate) egress: EgressSettings,
-    pub(crate) mtls: MtlsSettings,
-    /// Which connections from the kubelet's probe address `mtls: strict` lets in.
-    pub(crate) probes: KubeletProbes,
-}
 
 /// A connection, as far as it is decided on.
 #[derive(Debug)]
@@ -95,51 +84,69 @@ impl Subject {
     }
 }
 
-/// Leave to dial one destination. Only this module can make one.
+/// A connection that was allowed, and the pod that it is a connection of.
+#[derive(Debug)]
+pub(crate) struct Decided {
+    pod: Arc<Pod>,
+    subject: Subject,
+}
+
+/// Permission for one pod to dial one destination. Only this module can make one.
 #[derive(Debug)]
 pub(crate) struct Permit {
+    pod: Arc<Pod>,
     destination: SocketAddr,
-    /// The connection is asked about again for as long as this lives.
-    _registration: Registration,
+    /// The connection is checked again at each change of the mesh for as long as this lives.
+    _registration: Registration<Decided>,
 }
 
 impl Permit {
+    /// The pod that may dial, and whose sockets are used for it.
+    pub(crate) fn pod(&self) -> &Pod {
+        &self.pod
+    }
+
     /// What may be dialled.
     pub(crate) fn destination(&self) -> SocketAddr {
         self.destination
     }
 }
 
-/// Decides on a connection by the mesh as it is now.
+/// Decides on a connection of `pod` by the mesh as it is now.
 pub(crate) fn permit(
     subject: Subject,
+    pod: &Arc<Pod>,
     mesh: &watch::Receiver<Arc<Snapshot>>,
-    rules: &Rules,
-    live: &Arc<Live>,
+    live: &Arc<Live<Decided>>,
 ) -> Result<(Permit, Revocation), ProxyError> {
     let current = mesh.borrow();
-    check(&subject, &current, rules)?;
-    log_dry_run(&subject, &current, rules);
+    check(&subject, &current, &pod.context)?;
+    log_dry_run(&subject, &current, &pod.context);
     let destination = subject.destination();
-    let (registration, revocation) = live.register(subject, current.generation);
-    Ok((Permit { destination, _registration: registration }, revocation))
+    let decided = Decided { pod: pod.clone(), subject };
+    let (registration, revocation) = live.register(decided, current.generation);
+    Ok((Permit { pod: pod.clone(), destination, _registration: registration }, revocation))
 }
 
 /// Whether a connection is allowed.
-fn check(subject: &Subject, snapshot: &Snapshot, rules: &Rules) -> Result<(), ProxyError> {
+fn check(
+    subject: &Subject,
+    snapshot: &Snapshot,
+    context: &PolicyContext,
+) -> Result<(), ProxyError> {
     match subject {
-        Subject::Outbound(outbound) => check_outbound(outbound, snapshot, rules),
-        Subject::Inbound(inbound) => check_inbound(inbound, snapshot, rules),
+        Subject::Outbound(outbound) => check_outbound(outbound, snapshot, context),
+        Subject::Inbound(inbound) => check_inbound(inbound, snapshot, context),
     }
 }
 
 fn check_outbound(
     Outbound { asked, hop, peers, by_address }: &Outbound,
     snapshot: &Snapshot,
-    rules: &Rules,
+    context: &PolicyContext,
 ) -> Result<(), ProxyError> {
     // Our own listener on loopback would hand the connection straight back to us, for ever.
-    if hop.ip().is_loopback() && is_own_listener(hop.port(), rules.ports) {
+    if hop.ip().is_loopback() && is_own_listener(hop.port(), context.ports) {
         return Err(ProxyError::OwnListener(*hop));
     }
     let workload = snapshot.workload(hop.ip()).filter(|_| *by_address);
@@ -149,11 +156,11 @@ fn check_outbound(
         }
         (Some(_), _) => Ok(()),
         // Also where several share the address, so that the mesh cannot tell who would take the connection.
-        (None, _) if *by_address && snapshot.mesh.speaks_hbone(&rules.own.network, hop.ip()) => {
+        (None, _) if *by_address && snapshot.mesh.speaks_hbone(&context.own.network, hop.ip()) => {
             Err(ProxyError::PlaintextToHbone(*hop))
         }
-        (None, _) if knows(snapshot, *asked, *hop, &rules.own) => Ok(()),
-        (None, _) if rules.egress.permits(*asked) => Ok(()),
+        (None, _) if knows(snapshot, *asked, *hop, &context.own) => Ok(()),
+        (None, _) if context.egress.permits(*asked) => Ok(()),
         (None, _) => Err(ProxyError::Egress(*asked)),
     }
 }
@@ -164,15 +171,19 @@ fn knows(snapshot: &Snapshot, asked: SocketAddr, hop: SocketAddr, own: &Workload
         || snapshot.mesh.has_workload(&own.network, hop.ip())
 }
 
-fn check_inbound(inbound: &Inbound, snapshot: &Snapshot, rules: &Rules) -> Result<(), ProxyError> {
+fn check_inbound(
+    inbound: &Inbound,
+    snapshot: &Snapshot,
+    context: &PolicyContext,
+) -> Result<(), ProxyError> {
     let Inbound { source, destination, principal } = inbound;
-    if is_own_listener(destination.port(), rules.ports) {
+    if is_own_listener(destination.port(), context.ports) {
         return Err(ProxyError::OwnListener(*destination));
     }
-    let local = local(destination.ip(), snapshot, rules);
-    let is_probe = is_probe_source(source.ip()) && rules.probes.exempt(destination.port());
+    let local = local(destination.ip(), snapshot, context);
+    let is_probe = is_probe_source(source.ip()) && context.probes.exempt(destination.port());
     if principal.is_none() && !is_probe {
-        let mode = rules.mtls.mode(local.namespace, local.name, destination.port());
+        let mode = context.mtls.mode(local.namespace, local.name, destination.port());
         if mode == Mtls::Strict {
             return Err(ProxyError::PlaintextRefused(*destination));
         }
@@ -198,9 +209,9 @@ impl Inbound {
 }
 
 /// Says what policies in dry run would have done.
-fn log_dry_run(subject: &Subject, snapshot: &Snapshot, rules: &Rules) {
+fn log_dry_run(subject: &Subject, snapshot: &Snapshot, context: &PolicyContext) {
     let Subject::Inbound(inbound) = subject else { return };
-    let local = local(inbound.destination.ip(), snapshot, rules);
+    let local = local(inbound.destination.ip(), snapshot, context);
     let policies = snapshot.mesh.policies(local.namespace, local.workload);
     for would in authorization::dry_run(policies, &inbound.connection()) {
         let identity =
@@ -211,18 +222,18 @@ fn log_dry_run(subject: &Subject, snapshot: &Snapshot, rules: &Rules) {
     }
 }
 
-/// The workload that a connection comes to.
+/// The workload that a connection comes to, at an address of the pod's own.
 struct Local<'a> {
     namespace: &'a str,
     name: &'a str,
     workload: Option<&'a Workload>,
 }
 
-fn local<'a>(address: IpAddr, snapshot: &'a Snapshot, rules: &'a Rules) -> Local<'a> {
-    let workload = snapshot.local(address).map(|workload| &**workload);
+fn local<'a>(address: IpAddr, snapshot: &'a Snapshot, context: &'a PolicyContext) -> Local<'a> {
+    let workload = snapshot.local(&context.own, address).map(|workload| &**workload);
     Local {
-        namespace: workload.map_or(&rules.own.namespace, |workload| &workload.namespace),
-        name: workload.map_or(&rules.own.name, |workload| &workload.name),
+        namespace: workload.map_or(&context.own.namespace, |workload| &workload.namespace),
+        name: workload.map_or(&context.own.name, |workload| &workload.name),
         workload,
     }
 }
@@ -240,37 +251,51 @@ fn is_own_listener(port: u16, ports: Ports) -> bool {
 pub(crate) struct Change<'a> {
     old: &'a Snapshot,
     new: &'a Snapshot,
-    rules: &'a Rules,
-    /// Whether the change touches what holds for connections to one of our addresses: found out once for each.
-    touched: HashMap<IpAddr, bool>,
+    /// Whether the change concerns connections to an address of a pod: computed once for each.
+    touched: HashMap<(PodId, IpAddr), bool>,
 }
 
 impl<'a> Change<'a> {
-    pub(crate) fn new(old: &'a Snapshot, new: &'a Snapshot, rules: &'a Rules) -> Self {
-        Self { old, new, rules, touched: HashMap::new() }
+    pub(crate) fn new(old: &'a Snapshot, new: &'a Snapshot) -> Self {
+        Self { old, new, touched: HashMap::new() }
     }
 
     /// Whether a connection that was allowed `since` some generation of the mesh still is.
-    pub(crate) fn check(&mut self, subject: &Subject, since: u64) -> Result<(), ProxyError> {
+    pub(crate) fn check(
+        &mut self,
+        Decided { pod, subject }: &Decided,
+        since: u64,
+    ) -> Result<(), ProxyError> {
+        self.check_subject(subject, pod.id, &pod.context, since)
+    }
+
+    fn check_subject(
+        &mut self,
+        subject: &Subject,
+        pod: PodId,
+        context: &PolicyContext,
+        since: u64,
+    ) -> Result<(), ProxyError> {
         // What began by a mesh between the two was never decided on by the old one.
         let by_old = since <= self.old.generation;
         match subject {
-            Subject::Inbound(inbound) if by_old && !self.touches(inbound.destination.ip()) => {
+            Subject::Inbound(inbound)
+                if by_old && !self.touches(inbound.destination.ip(), pod, context) =>
+            {
                 Ok(())
             }
-            subject => check(subject, self.new, self.rules),
+            subject => check(subject, self.new, context),
         }
     }
 
-    fn touches(&mut self, address: IpAddr) -> bool {
-        let Self { old, new, rules, touched } = self;
-        *touched.entry(address).or_insert_with(|| {
-            let (before, after) = (local(address, old, rules), local(address, new, rules));
+    fn touches(&mut self, address: IpAddr, pod: PodId, context: &PolicyContext) -> bool {
+        let Self { old, new, touched } = self;
+        *touched.entry((pod, address)).or_insert_with(|| {
+            let (before, after) = (local(address, old, context), local(address, new, context));
             let same_place = (before.namespace, before.name) == (after.namespace, after.name);
-            let policies = |snapshot: &'a Snapshot, local: &Local<'a>| {
-                snapshot.mesh.policies(local.namespace, local.workload)
-            };
-            !same_place || policies(old, &before) != policies(new, &after)
+            let same_policies = old.mesh.policies(before.namespace, before.workload)
+                == new.mesh.policies(after.namespace, after.workload);
+            !same_place || !same_policies
         })
     }
 }

@@ -1,38 +1,98 @@
-//! The mesh as this proxy stands in it: what every connection is decided by, swapped whole when the mesh changes.
+//! One state of the mesh, and the pods' own workloads in it. It is replaced whole when the mesh changes.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use underpass_config::{Mesh, Workload, WorkloadSettings};
 
-/// One state of the mesh, and who we are in it.
+/// One state of the mesh.
 #[derive(Debug)]
 pub(crate) struct Snapshot {
     pub(crate) mesh: Arc<Mesh>,
     /// Counted from 1.
     pub(crate) generation: u64,
     network: String,
-    /// The workload that has our namespace and name.
-    own: Option<Arc<Workload>>,
+    /// The namespace and the name of the pod that is known from the start, and its workload.
+    own: (String, String, Option<Arc<Workload>>),
 }
 
 impl Snapshot {
     pub(crate) fn new(mesh: Arc<Mesh>, own: &WorkloadSettings, generation: u64) -> Self {
-        let is_own = |workload: &&Arc<Workload>| {
-            *workload.namespace == *own.namespace && *workload.name == *own.name
-        };
-        let own_workload = mesh.workloads().iter().find(is_own).cloned();
-        Self { mesh, generation, network: own.network.clone(), own: own_workload }
+        let workload = find(&mesh, own).cloned();
+        let network = own.network.clone();
+        let own = (own.namespace.clone(), own.name.clone(), workload);
+        Self { mesh, generation, network, own }
     }
 
-    /// The workload at an address of our network.
+    /// The workload at an address of our network: a peer of the pod.
     pub(crate) fn workload(&self, address: IpAddr) -> Option<&Arc<Workload>> {
         self.mesh.workload(&self.network, address)
     }
 
-    /// The workload that we stand for at `address`: as the mesh knows it by this address, or else by our name. A workload that is
-    /// reached at an address which the mesh does not know is still under the policies that select it.
-    pub(crate) fn local(&self, address: IpAddr) -> Option<&Arc<Workload>> {
-        self.workload(address).or(self.own.as_ref())
+    /// The workload with the namespace and the name of a pod.
+    pub(crate) fn named(&self, pod: &WorkloadSettings) -> Option<&Arc<Workload>> {
+        let (namespace, name, workload) = &self.own;
+        if *namespace == pod.namespace && *name == pod.name {
+            return workload.as_ref();
+        }
+        find(&self.mesh, pod)
+    }
+
+    /// The workload of a pod: the one with its namespace and name. A mesh without it may still have
+    /// one at `address`, which must be an address of the pod's own.
+    pub(crate) fn local(&self, pod: &WorkloadSettings, address: IpAddr) -> Option<&Arc<Workload>> {
+        self.named(pod).or_else(|| self.workload(address))
+    }
+}
+
+/// Of several in different networks, the one in the pod's network.
+fn find<'a>(mesh: &'a Mesh, pod: &WorkloadSettings) -> Option<&'a Arc<Workload>> {
+    let named = mesh
+        .workloads()
+        .iter()
+        .filter(|workload| *workload.namespace == *pod.namespace && *workload.name == *pod.name);
+    named.min_by_key(|workload| *workload.network != *pod.network)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::testing::settings;
+
+    const MESH: &str = "workloads:
+- {name: server, uid: far, network: far, workloadIps: [10.0.0.3]}
+- {name: server, workloadIps: [10.0.0.1]}
+- {name: sidecar, workloadIps: [10.0.0.2]}
+";
+
+    fn workload_at(snapshot: &Snapshot, name: &str, address: &str) -> Option<String> {
+        let pod = settings(&[&format!("workload.name={name}")]).workload;
+        let workload = snapshot.local(&pod, address.parse().unwrap())?;
+        Some(format!("{} {}", workload.name, workload.addresses[0]))
+    }
+
+    fn snapshot() -> Snapshot {
+        let mesh = Mesh::from_text("mesh", MESH).unwrap();
+        Snapshot::new(Arc::new(mesh), &settings(&[]).workload, 1)
+    }
+
+    #[test]
+    fn name_of_pod_decides_before_address() {
+        let snapshot = snapshot();
+        for address in ["10.0.0.1", "10.0.0.2", "192.0.2.1"] {
+            let found = workload_at(&snapshot, "server", address);
+            assert_eq!(found.as_deref(), Some("server 10.0.0.1"), "{address}");
+            // Not the pod that the snapshot was made for.
+            let found = workload_at(&snapshot, "sidecar", address);
+            assert_eq!(found.as_deref(), Some("sidecar 10.0.0.2"), "{address}");
+        }
+    }
+
+    #[test]
+    fn address_decides_for_pod_that_mesh_does_not_name() {
+        let snapshot = snapshot();
+        let found = workload_at(&snapshot, "other", "10.0.0.2");
+        assert_eq!(found.as_deref(), Some("sidecar 10.0.0.2"));
+        assert_eq!(workload_at(&snapshot, "other", "192.0.2.1"), None);
     }
 }

@@ -293,7 +293,10 @@ async fn stalled() {
     let mesh = scene.world.folder().join("long.yaml");
     let ips: Vec<_> = scene.client.ips().iter().map(|ip| format!("\"{ip}\"")).collect();
     let name = "n".repeat(20_000);
-    let text = format!("workloads: [{{name: {name}, workloadIps: [{}]}}]\n", ips.join(", "));
+    let text = format!(
+        "workloads: [{{name: {name}, serviceAccount: client, workloadIps: [{}]}}]\n",
+        ips.join(", ")
+    );
     std::fs::write(&mesh, text).expect("a mesh file");
     let go = scene.world.folder().join("go");
     let script = format!("GO={go:?}\n{STALLED_READER}");

@@ -13,7 +13,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use underpass_hbone::{Incoming, ServerTunnel};
 
 use crate::metrics;
-use crate::worker::Worker;
+use crate::node::Node;
 
 /// How often a tunnel that is due is looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -50,10 +50,9 @@ enum Verdict {
 }
 
 impl Retirement {
-    pub(super) fn new(worker: &Worker, tunnel: &ServerTunnel) -> Self {
+    pub(super) fn new(node: &Node, tunnel: &ServerTunnel) -> Self {
         let valid = tunnel.usable_until().duration_since(SystemTime::now()).unwrap_or_default();
-        let shared = &worker.shared;
-        let plan = Plan::new(valid, shared.tunnels.max_age, shared.timeouts.tunnel_idle);
+        let plan = Plan::new(valid, node.tunnels.max_age, node.timeouts.tunnel_idle);
         let first = plan.due.min(Instant::now() + plan.idle);
         let timer = Box::pin(sleep_until(first));
         Self { timer, plan, hastened: false, drained: false }
@@ -62,13 +61,13 @@ impl Retirement {
     /// The next CONNECT request; once it is time, the peer is told to send no more (GOAWAY).
     pub(super) async fn next_request(
         &mut self,
-        worker: &Worker,
+        node: &Node,
         tunnel: &mut ServerTunnel,
     ) -> Option<Incoming> {
         while !self.drained {
             tokio::select! {
                 request = tunnel.next() => return request,
-                () = worker.shared.drain.closing(), if !self.hastened => self.hasten(),
+                () = node.drain.closing(), if !self.hastened => self.hasten(),
                 () = &mut self.timer => match self.plan.judge(Instant::now(), tunnel.idle()) {
                     Verdict::LookAgain(at) => self.timer.as_mut().reset(at),
                     Verdict::Retire(why) => {

@@ -1,24 +1,14 @@
 //! What is allowed, and what a change of the mesh means for what was.
 
-use underpass_config::{Mesh, Sources};
+use underpass_config::Mesh;
 
 use super::*;
+use crate::node::testing::{self, pod};
 
 const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
 
-fn rules(settings: &[&str]) -> Rules {
-    let files =
-        "identity.certificate=c.pem identity.key=c.key identity.roots=r.pem workload.name=server";
-    let flags = files.split(' ').chain(settings.iter().copied()).map(str::to_owned).collect();
-    let sources = Sources { file: None, environment: Vec::new(), flags };
-    let settings = sources.load().expect("settings");
-    Rules {
-        ports: Ports::of(&settings),
-        own: settings.workload,
-        egress: settings.egress,
-        mtls: settings.proxy.mtls,
-        probes: settings.interception.kubelet_probes,
-    }
+fn context(more: &[&str]) -> PolicyContext {
+    testing::context(&testing::settings(more))
 }
 
 fn snapshot(generation: u64, policies: &str) -> Snapshot {
@@ -31,7 +21,7 @@ fn snapshot(generation: u64, policies: &str) -> Snapshot {
          policies: [{policies}]\n"
     );
     let mesh = Mesh::from_text("mesh", &text).expect("a mesh");
-    Snapshot::new(Arc::new(mesh), &rules(&[]).own, generation)
+    Snapshot::new(Arc::new(mesh), &context(&[]).own, generation)
 }
 
 fn policy(action: &str, rules: &str) -> String {
@@ -75,7 +65,7 @@ fn outbound(asked: &str, hop: &str, peers: Option<&[&str]>) -> Subject {
 }
 
 fn decided(subject: &Subject, settings: &[&str]) -> Result<(), &'static str> {
-    check(subject, &snapshot(1, ""), &rules(settings)).map_err(|error| error.reason().code)
+    check(subject, &snapshot(1, ""), &context(settings)).map_err(|error| error.reason().code)
 }
 
 #[test]
@@ -140,21 +130,21 @@ fn strict_refuses_plaintext_but_for_probes_and_overrides() {
 
 #[test]
 fn deny_by_principal_holds_for_peer_of_alias() {
-    let decided = |rules: &Rules, action: &str, principal: &str| {
+    let decided = |context: &PolicyContext, action: &str, principal: &str| {
         let rule = format!("[[[{{principals: [{{exact: {principal}}}]}}]]]");
         let subject = from_peer("spiffe://old/ns/default/sa/client", &["cluster.local", "old"]);
-        check(&subject, &snapshot(1, &policy(action, &rule)), rules)
+        check(&subject, &snapshot(1, &policy(action, &rule)), context)
             .map_err(|error| error.reason().code)
     };
-    let rules = rules(&[]);
+    let context = context(&[]);
     for domain in ["cluster.local", "old"] {
         let principal = format!("{domain}/ns/default/sa/client");
-        assert_eq!(decided(&rules, "Deny", &principal), Err("policy_denied"), "{domain}");
-        assert_eq!(decided(&rules, "Allow", &principal), Ok(()), "{domain}");
+        assert_eq!(decided(&context, "Deny", &principal), Err("policy_denied"), "{domain}");
+        assert_eq!(decided(&context, "Allow", &principal), Ok(()), "{domain}");
     }
     let foreign = "other/ns/default/sa/client";
-    assert_eq!(decided(&rules, "Deny", foreign), Ok(()));
-    assert_eq!(decided(&rules, "Allow", foreign), Err("policy_denied"));
+    assert_eq!(decided(&context, "Deny", foreign), Ok(()));
+    assert_eq!(decided(&context, "Allow", foreign), Err("policy_denied"));
 }
 
 #[test]
@@ -178,18 +168,19 @@ fn an_address_that_the_mesh_does_not_know_is_under_the_policies_of_our_name() {
     let selected = "workloads:\n- {name: server, workloadIps: [10.0.0.1], authorizationPolicies: [default/p]}\n\
                     policies: [{name: p, namespace: default, scope: WorkloadSelector, action: Deny, dryRun: false, rules: [[]]}]\n";
     let mesh = Mesh::from_text("mesh", selected).expect("a mesh");
-    let rules = rules(&[]);
-    let snapshot = Snapshot::new(Arc::new(mesh), &rules.own, 1);
+    let context = context(&[]);
+    let snapshot = Snapshot::new(Arc::new(mesh), &context.own, 1);
     for address in ["10.0.0.1:80", "10.99.0.1:80", "[fd00::1]:80"] {
         let subject = Subject::inbound(at("10.0.0.9:1"), at(address), None);
-        let denied = check(&subject, &snapshot, &rules).map_err(|error| error.reason().code);
+        let denied = check(&subject, &snapshot, &context).map_err(|error| error.reason().code);
         assert_eq!(denied, Err("policy_denied"), "{address}");
     }
 }
 
 fn after(old: &Snapshot, new: &Snapshot, since: u64) -> Result<(), &'static str> {
-    let rules = rules(&[]);
-    let checked = Change::new(old, new, &rules).check(&from_client(), since);
+    let context = context(&[]);
+    let checked =
+        Change::new(old, new).check_subject(&from_client(), PodId::next(), &context, since);
     checked.map_err(|error| error.reason().code)
 }
 
@@ -217,10 +208,10 @@ fn a_change_that_touches_nothing_here_decides_nothing_anew() {
 #[tokio::test]
 async fn a_permit_is_registered_as_long_as_it_lives() {
     let (sender, mesh) = watch::channel(Arc::new(snapshot(1, "")));
-    let (live, rules) = (Arc::new(Live::default()), rules(&[]));
-    let (allowed, _told) = permit(from_client(), &mesh, &rules, &live).expect("a permit");
+    let (live, pod) = (Arc::new(Live::default()), pod(&[]));
+    let (allowed, _told) = permit(from_client(), &pod, &mesh, &live).expect("a permit");
     assert_eq!(allowed.destination(), at("10.0.0.1:8080"));
-    let count = async |live: &Arc<Live>| {
+    let count = async |live: &Arc<Live<Decided>>| {
         let mut seen: Vec<u64> = Vec::new();
         live.stop(|_, since| {
             seen.push(since);
@@ -233,7 +224,7 @@ async fn a_permit_is_registered_as_long_as_it_lives() {
     drop(allowed);
     assert_eq!(count(&live).await, Vec::<u64>::new());
     sender.send_replace(Arc::new(snapshot(2, &deny_client())));
-    let denied = permit(from_client(), &mesh, &rules, &live).map(drop);
+    let denied = permit(from_client(), &pod, &mesh, &live).map(drop);
     assert!(matches!(denied, Err(ProxyError::Denied(_))), "{denied:?}");
     assert_eq!(count(&live).await, Vec::<u64>::new());
 }

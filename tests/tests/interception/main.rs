@@ -16,6 +16,7 @@ mod ipv6;
 mod privileges;
 mod reload;
 mod repair;
+mod sources;
 mod start;
 mod tproxy;
 
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     let mut suite = Suite::new();
     flows::add(&mut suite);
     destinations::add(&mut suite);
+    sources::add(&mut suite);
     privileges::add(&mut suite);
     tproxy::add(&mut suite);
     repair::add(&mut suite);

@@ -1,57 +1,29 @@
-//! Network namespaces: made, opened, entered, and wired to each other.
+//! Namespaces made, named, and connected to each other: for the demonstration, tests and benches.
 //!
-//! Not here: privileges to do so without being root (`sandbox.rs`).
+//! Not here: the handle itself (`namespace.rs`).
 
-use std::fmt::Display;
+use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::path::{Path, PathBuf};
+use std::os::fd::AsFd as _;
 
 use ipnet::IpNet;
 use nlink::netlink::addr::{Ipv4Address, Ipv6Address};
 use nlink::netlink::link::VethLink;
-use nlink::netlink::namespace::{self, Netns};
+use nlink::netlink::namespace;
 use nlink::netlink::route::{Ipv4Route, Ipv6Route};
 use nlink::netlink::{Connection, Route};
 
+use super::thread::enter;
+use super::{Namespace, failed};
 use crate::InterceptionError;
 use crate::netlink::into_io;
 use crate::sandbox::sandbox_folder;
 
-/// Where the namespaces that have names are, below `/run` or what a sandbox has in its place; `ip netns` looks in `/run/netns`.
+/// The folder of namespaces that have names, in `/run` or in what a sandbox has in its place; `ip netns`
+/// looks in `/run/netns`.
 const NAMED: &str = "netns";
 
-/// A network namespace. It lives at least as long as this.
-#[derive(Debug)]
-pub struct Namespace {
-    netns: Netns,
-    path: PathBuf,
-}
-
 impl Namespace {
-    /// The one that the calling thread is in.
-    ///
-    /// # Errors
-    ///
-    /// [`InterceptionError::Namespace`].
-    pub fn current() -> Result<Self, InterceptionError> {
-        let netns = Netns::current().map_err(failed("open", "that this thread is in"))?;
-        let path = format!("/proc/{}/fd/{}", std::process::id(), netns.as_fd().as_raw_fd());
-        Ok(Self { netns, path: path.into() })
-    }
-
-    /// The one whose file is at `path`: `/run/netns/NAME`, `/proc/PID/ns/net`, or a container
-    /// runtime's.
-    ///
-    /// # Errors
-    ///
-    /// [`InterceptionError::Namespace`].
-    pub fn open(path: impl Into<PathBuf>) -> Result<Self, InterceptionError> {
-        let path = path.into();
-        let netns = Netns::from_path(&path).map_err(failed("open", path.display()))?;
-        Ok(Self { netns, path })
-    }
-
     /// Makes one that `ip netns` and `nsenter --net=/run/netns/NAME` know.
     ///
     /// # Errors
@@ -59,33 +31,36 @@ impl Namespace {
     /// [`InterceptionError::Namespace`], also if the name is taken.
     pub fn create_named(name: &str) -> Result<Self, InterceptionError> {
         let path = sandbox_folder().join(NAMED).join(name);
-        namespace::create_path(&path).map_err(failed("create", path.display()))?;
+        namespace::create_path(&path).map_err(|error| failed("create", &path)(into_io(error)))?;
         Self::open(path)
     }
 
-    /// The file by which any process can enter it, while this value lives.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Takes its name away. It ends when nothing is in it and nothing holds it.
+    /// Removes its name. It ends when no process is in it and nothing holds it open.
     ///
     /// # Errors
     ///
     /// [`InterceptionError::Namespace`], also if it has no file of its own.
     pub fn delete(self) -> Result<(), InterceptionError> {
-        namespace::delete_path(&self.path).map_err(failed("delete", self.path.display()))
+        let deleted = namespace::delete_path(self.path());
+        deleted.map_err(|error| failed("delete", self.path())(into_io(error)))
     }
 
-    /// Runs `f` on a thread of its own inside the namespace. The caller never leaves its own;
-    /// sockets, threads and child processes that `f` makes stay inside.
+    /// Runs `f` inside the namespace, on a thread that ends with it. Sockets, threads and child
+    /// processes that `f` makes stay inside. For programs that set up namespaces; the proxy has one
+    /// thread for all ([`NamespaceThread`](super::NamespaceThread)).
     ///
     /// # Errors
     ///
     /// [`InterceptionError::Namespace`]: it cannot be entered, or `f` panicked.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T, InterceptionError> {
-        self.netns.run(f).map_err(failed("run code in", self.path.display()))
+        let inside = || enter(self).map(|()| f());
+        let panicked = |_| Err(failed("run code in", self.path())(io::Error::other("it panicked")));
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("inside".to_owned());
+            let thread = thread.spawn_scoped(scope, inside);
+            let thread = thread.map_err(failed("start a thread in", self.path()))?;
+            thread.join().unwrap_or_else(panicked)
+        })
     }
 
     /// Sets its loopback interface up, which a new one has down.
@@ -115,8 +90,8 @@ impl Namespace {
         &self,
         requests: impl AsyncFnOnce(&Connection<Route>) -> nlink::Result<()>,
     ) -> Result<(), InterceptionError> {
-        let failed = failed("change the interfaces of", self.path.display());
-        match Connection::<Route>::new_in(&self.netns) {
+        let failed = |error| failed("change the interfaces of", self.path())(into_io(error));
+        match Connection::<Route>::new_in(self.as_fd()) {
             Ok(rtnetlink) => requests(&rtnetlink).await.map_err(failed),
             Err(error) => Err(failed(error)),
         }
@@ -143,7 +118,7 @@ pub struct Endpoint<'a> {
 ///
 /// [`InterceptionError::Namespace`].
 pub async fn veth(a: &Endpoint<'_>, b: &Endpoint<'_>) -> Result<(), InterceptionError> {
-    let pair = VethLink::new(a.interface, b.interface).peer_netns_fd(&b.namespace.netns);
+    let pair = VethLink::new(a.interface, b.interface).peer_netns_fd(b.namespace);
     a.namespace.wired(async |rtnetlink| rtnetlink.add_link(pair).await).await?;
     for end in [a, b] {
         end.namespace.wired(async |rtnetlink| set_up(rtnetlink, end).await).await?;
@@ -203,12 +178,4 @@ async fn add_route(
         }
         _ => Err(nlink::Error::invalid_message("the gateway is of the other address family")),
     }
-}
-
-fn failed(
-    operation: &'static str,
-    namespace: impl Display,
-) -> impl FnOnce(nlink::Error) -> InterceptionError {
-    let namespace = namespace.to_string();
-    move |error| InterceptionError::Namespace { operation, namespace, source: into_io(error) }
 }

@@ -1,0 +1,147 @@
+//! Network namespaces: opened, told apart, and entered.
+//!
+//! In reading order: [`Namespace`] is a handle, [`NamespaceThread`] runs operations inside of
+//! namespaces, and [`Entered`] proves to each operation which namespace it is in. Everything in this
+//! crate that acts on a namespace takes an `&Entered`, so a call in the wrong one does not compile.
+//!
+//! Not here: making and connecting namespaces (`wiring.rs`), and privileges to do so without being
+//! root (`sandbox.rs`).
+
+mod thread;
+mod wiring;
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::sys::statfs::{FsType, fstatfs};
+
+use crate::InterceptionError;
+
+pub use thread::{Entered, NamespaceThread};
+pub use wiring::{Endpoint, veth};
+
+/// NSFS_MAGIC, include/uapi/linux/magic.h.
+const NSFS: i64 = 0x6e73_6673;
+/// The calling thread's own namespace: `/proc/self` would be that of the process's first thread.
+const OWN: &str = "/proc/thread-self/ns/net";
+
+/// A network namespace, which lives at least as long as this handle. Cheap to clone; starts no
+/// thread.
+#[derive(Debug, Clone)]
+pub struct Namespace(Arc<Held>);
+
+#[derive(Debug)]
+struct Held {
+    file: File,
+    id: NamespaceId,
+    path: PathBuf,
+}
+
+/// Which namespace it is: unique among those that exist (ioctl_ns(2)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NamespaceId {
+    device: u64,
+    inode: u64,
+}
+
+impl Namespace {
+    /// The one that the calling thread is in.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`].
+    pub fn current() -> Result<Self, InterceptionError> {
+        Self::open(OWN)
+    }
+
+    /// The one whose file is at `path`: `/run/netns/NAME`, `/proc/PID/ns/net`, or a container
+    /// runtime's.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`], also if the file is no namespace's.
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, InterceptionError> {
+        let path = path.into();
+        let opened = File::open(&path).and_then(|file| Held::new(file, path.clone()));
+        opened.map(|held| Self(Arc::new(held))).map_err(failed("open", &path))
+    }
+
+    /// Which one it is.
+    #[must_use]
+    pub fn id(&self) -> NamespaceId {
+        self.0.id
+    }
+
+    /// The file that it was opened by.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+}
+
+impl Held {
+    fn new(file: File, path: PathBuf) -> io::Result<Self> {
+        // setns(2) checks what kind of namespace it is.
+        if fstatfs(&file)?.filesystem_type() != FsType(NSFS) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a namespace"));
+        }
+        let id = NamespaceId::of(&file)?;
+        Ok(Self { file, id, path })
+    }
+}
+
+impl AsFd for Namespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.file.as_fd()
+    }
+}
+
+impl NamespaceId {
+    fn of(file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        Ok(Self { device: metadata.dev(), inode: metadata.ino() })
+    }
+
+    /// The number by which `ip netns` and `/proc/PID/ns/net` show it.
+    #[must_use]
+    pub fn inode(self) -> u64 {
+        self.inode
+    }
+}
+
+impl fmt::Display for NamespaceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "net:[{}]", self.inode)
+    }
+}
+
+fn failed<E: Into<io::Error>>(
+    operation: &'static str,
+    namespace: &Path,
+) -> impl FnOnce(E) -> InterceptionError {
+    let namespace = namespace.display().to_string();
+    move |error| InterceptionError::Namespace { operation, namespace, source: error.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rejects_file_that_is_no_namespace() {
+        let error = Namespace::open("/proc/version").expect_err("not a namespace");
+        assert!(format!("{:?}", error).contains("not a namespace"), "{error:?}");
+    }
+
+    #[test]
+    fn identifies_one_namespace_opened_twice() {
+        let (one, two) = (Namespace::current().unwrap(), Namespace::current().unwrap());
+        assert_eq!(one.id(), two.id());
+        assert!(one.id().to_string().starts_with("net:["));
+    }
+}

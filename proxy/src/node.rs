@@ -1,0 +1,54 @@
+//! What there is one of in the process, in a pod, on a thread, and of a pod on a thread.
+//!
+//! ```text
+//! Node     one         mesh, resolver, limits, timeouts, drain, load of the workers
+//! Pod      Arc         policy context, sockets, credentials, endpoint health, self-test, addresses
+//! Worker   a thread    command channel, connection registry, metric series, seats
+//! Seat     Pod×Worker  pool, connector, acceptor; made by the first connection of the pod there
+//! ```
+//!
+//! A worker serves the connections of every pod. What a connection may use follows from its seat, so
+//! that one pod's connection cannot use the sockets, the identity or the tunnels of another pod.
+
+mod pod;
+mod seat;
+#[cfg(test)]
+pub(crate) mod testing;
+mod worker;
+mod workers;
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use underpass_config::{Timeouts, TunnelSettings};
+
+pub(crate) use self::pod::{Pod, PodId};
+pub(crate) use self::seat::Seat;
+pub(crate) use self::worker::{Assignment, Worker, WorkerCommand};
+pub(crate) use self::workers::Workers;
+use crate::balance::Balance;
+use crate::copy::{Buffers, Deadlines};
+use crate::drain::Drain;
+use crate::gate::Gate;
+use crate::limits::Limits;
+use crate::resolve::Resolver;
+use crate::snapshot::Snapshot;
+
+/// What all pods and all workers of the process share. Nothing here is locked per byte.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) timeouts: Timeouts,
+    /// How long an open connection may be idle or half-closed.
+    pub(crate) deadlines: Deadlines,
+    pub(crate) tunnels: TunnelSettings,
+    pub(crate) mesh: watch::Receiver<Arc<Snapshot>>,
+    pub(crate) resolver: Arc<Resolver>,
+    pub(crate) limits: Limits,
+    /// The memory and pipes that copying may use.
+    pub(crate) buffers: Buffers,
+    pub(crate) drain: Drain,
+    /// Pauses accepting while another process takes over.
+    pub(crate) accept: Gate,
+    /// The load of each worker.
+    pub(crate) balance: Arc<Balance>,
+}

@@ -1,0 +1,66 @@
+//! A pod: everything that belongs to one workload and its network namespace.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use tokio::sync::watch;
+use underpass_config::{InterceptionSettings, SpiffeId, Workload};
+use underpass_hbone::Credentials;
+use underpass_interception::{LocalAddresses, Sockets};
+
+use crate::endpoint_health::EndpointHealth;
+use crate::policy::PolicyContext;
+use crate::self_test::SelfTest;
+
+/// Distinguishes the pods of this process. An id is never used again, unlike an address in memory or
+/// a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct PodId(u64);
+
+impl PodId {
+    pub(crate) fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Relaxed))
+    }
+}
+
+/// One pod. Its connections and tunnels hold it, so that it ends with the last of them.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    pub(crate) id: PodId,
+    /// The pod's own workload, and the settings that permits depend on.
+    pub(crate) context: PolicyContext,
+    /// Makes sockets that the rules of this pod let pass.
+    pub(crate) sockets: Sockets,
+    /// The current certificate and trust bundle; `None` without a certificate.
+    pub(crate) credentials: Option<watch::Receiver<Credentials>>,
+    /// Which endpoints of services this pod could not connect to.
+    pub(crate) endpoints: Arc<EndpointHealth>,
+    pub(crate) self_test: SelfTest,
+    /// How its traffic is caught; a reload changes it.
+    pub(crate) interception: watch::Receiver<InterceptionSettings>,
+    /// Tells which addresses are the pod's own.
+    pub(crate) local: LocalAddresses,
+}
+
+impl Pod {
+    /// The identity of the current certificate.
+    pub(crate) fn identity(&self) -> Option<SpiffeId> {
+        let credentials = self.credentials.as_ref()?.borrow();
+        Some(credentials.identity().spiffe_id().clone())
+    }
+
+    /// Whether the pod can be `workload`: a pod that proves another identity only has its address.
+    pub(crate) fn can_be(&self, workload: &Workload) -> bool {
+        self.credentials.as_ref().is_none_or(|credentials| {
+            *credentials.borrow().identity().spiffe_id() == workload.identity
+        })
+    }
+
+    /// Whether connections go out of the pod that are not the workload's own: those of virtual
+    /// machines and containers, and those that an ingress gateway sends from its clients' addresses.
+    pub(crate) fn sends_for_others(&self) -> bool {
+        let settings = self.interception.borrow();
+        settings.ingress || !settings.virtual_interfaces.is_empty()
+    }
+}

@@ -1,0 +1,206 @@
+//! A pod on one worker: the pool of tunnels, and what opens and accepts them.
+
+use std::io;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use underpass_config::{Timeouts, Workload};
+use underpass_hbone::{Acceptor, ClientSettings, Connector, Pool, PoolSettings, ServerSettings};
+
+use super::{Node, Pod, Worker};
+use crate::accept::Source;
+use crate::descriptors::Held;
+use crate::dial::TunnelDialer;
+use crate::error::ProxyError;
+use crate::limits::{Limits, Place, Refusal};
+use crate::live::Revocation;
+use crate::metrics;
+use crate::policy::{self, Permit, PolicyContext, Subject};
+use crate::snapshot::Snapshot;
+
+/// How often a seat that only remembers failed dials checks whether their back-off is over.
+const BACK_OFF_CHECK: Duration = Duration::from_secs(1);
+/// For how long an address of the pod is taken for its own without another question to the kernel.
+const REMEMBERED: Duration = Duration::from_secs(1);
+/// How many addresses are remembered; a pod has a few.
+const REMEMBERED_AT_MOST: usize = 16;
+
+/// A pod on a worker. The connections and the tunnels of the pod there hold it, the worker does not:
+/// it ends with the last of them.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    pub(crate) worker: Arc<Worker>,
+    pub(crate) pod: Arc<Pod>,
+    /// The tunnels that this seat has opened.
+    pub(crate) pool: Pool<TunnelDialer>,
+    /// Opens tunnels; `None` without a certificate.
+    pub(crate) connector: Option<Connector>,
+    /// Accepts tunnels; `None` without a certificate.
+    pub(crate) acceptor: Option<Acceptor>,
+    /// Whether a task keeps the seat because the pool remembers failed dials.
+    backing_off: AtomicBool,
+    /// Addresses of the pod, and when the kernel said so. Only the worker's thread locks it, so that
+    /// workers do not wait for each other as they would at [`Pod::local`].
+    local: Mutex<Vec<(IpAddr, Instant)>>,
+}
+
+impl Seat {
+    pub(super) fn new(worker: &Arc<Worker>, pod: &Arc<Pod>) -> Arc<Self> {
+        let node = &worker.node;
+        let Timeouts { connect, handshake, frame, reply, pool_idle, .. } = node.timeouts;
+        let settings = PoolSettings {
+            dial: connect,
+            handshake,
+            reply,
+            idle: pool_idle,
+            max_age: node.tunnels.max_age,
+            streams_per_tunnel: node.tunnels.streams,
+            tunnels_per_peer: node.tunnels.per_peer,
+        };
+        let client = ClientSettings { frame_timeout: frame, ..ClientSettings::default() };
+        let server = ServerSettings { frame_timeout: frame, ..ServerSettings::default() };
+        let credentials = || pod.credentials.clone();
+        Arc::new_cyclic(|seat| Self {
+            worker: worker.clone(),
+            pod: pod.clone(),
+            pool: Pool::new(TunnelDialer::new(seat.clone()), settings),
+            connector: credentials().map(|own| Connector::new(own, client)),
+            acceptor: credentials().map(|own| Acceptor::new(own, server)),
+            backing_off: AtomicBool::new(false),
+            local: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn node(&self) -> &Node {
+        &self.worker.node
+    }
+
+    pub(crate) fn context(&self) -> &PolicyContext {
+        &self.pod.context
+    }
+
+    /// Decides on a connection of the pod.
+    pub(crate) fn permit(&self, subject: Subject) -> Result<(Permit, Revocation), ProxyError> {
+        policy::permit(subject, &self.pod, &self.worker.node.mesh, &self.worker.live)
+    }
+
+    /// Admits a stream of a tunnel from `client`, which came by the listener `listener`, with a
+    /// descriptor to connect with.
+    pub(crate) fn admit_stream(
+        &self,
+        client: IpAddr,
+        listener: &'static str,
+    ) -> Result<(Place, Held), ProxyError> {
+        let Limits { descriptors, .. } = &self.node().limits;
+        let place = self.place(client).map_err(|refusal| {
+            metrics::connection_refused(refusal.limit(), listener);
+            ProxyError::TooManyConnections(refusal)
+        });
+        Ok((place?, descriptors.one().ok_or(ProxyError::OutOfDescriptors)?))
+    }
+
+    fn place(&self, client: IpAddr) -> Result<Place, Refusal> {
+        let source = self.node().limits.admit(client)?;
+        let load = self.node().balance.load(self.worker.index).ok_or(Refusal::Worker)?;
+        Ok(Place { load, source })
+    }
+
+    /// The workload that opened an outbound connection: the pod's own. Only if the mesh does not have it
+    /// by its name, an address of the pod makes it the workload there, which must have its identity.
+    pub(crate) fn caller<'a>(
+        &self,
+        snapshot: &'a Snapshot,
+        source: Source,
+    ) -> Option<&'a Arc<Workload>> {
+        snapshot.named(&self.context().own).or_else(|| match source {
+            Source::Own(address) => {
+                snapshot.workload(address).filter(|workload| self.pod.can_be(workload))
+            }
+            Source::Other => None,
+        })
+    }
+
+    /// Whether `address` is one of the pod's own.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's: no answer.
+    pub(crate) fn is_local(&self, address: IpAddr) -> io::Result<bool> {
+        let address = address.to_canonical();
+        let now = Instant::now();
+        {
+            let mut local = self.local();
+            local.retain(|(_, since)| now.duration_since(*since) < REMEMBERED);
+            if local.iter().any(|(own, _)| *own == address) {
+                return Ok(true);
+            }
+        }
+        let is_local = self.pod.local.contain(address)?;
+        if is_local {
+            let mut local = self.local();
+            if local.len() < REMEMBERED_AT_MOST {
+                local.push((address, now));
+            }
+        }
+        Ok(is_local)
+    }
+
+    fn local(&self) -> MutexGuard<'_, Vec<(IpAddr, Instant)>> {
+        // No code panics while it holds the lock.
+        self.local.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps the seat until the back-off of its failed dials is over: without it the next connection
+    /// would dial again at once.
+    pub(crate) fn keep_back_off(self: &Arc<Self>) {
+        if self.backing_off.swap(true, Relaxed) {
+            return;
+        }
+        let seat = self.clone();
+        tokio::spawn(async move {
+            while seat.pool.statistics().backing_off > 0 {
+                tokio::time::sleep(BACK_OFF_CHECK).await;
+            }
+            seat.backing_off.store(false, Relaxed);
+        });
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.worker.forget_seat(self.pod.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use underpass_config::Mesh;
+
+    use super::*;
+    use crate::node::testing::{node, pod, settings};
+
+    #[tokio::test]
+    async fn neighbours_address_makes_no_neighbour_of_the_pod() {
+        let text = "workloads:
+- {name: server, workloadIps: [10.0.0.1]}
+- {name: neighbour, workloadIps: [10.0.0.2]}
+";
+        let mesh = Arc::new(Mesh::from_text("mesh", text).unwrap());
+        let snapshot = Snapshot::new(mesh, &settings(&[]).workload, 1);
+        let worker = Worker::new(node(1), 0, Arc::default());
+        let neighbour = [10, 0, 0, 2].into();
+        let caller = |name: &str, source| {
+            let seat = worker.seat(&pod(&[&format!("workload.name={name}")]));
+            seat.caller(&snapshot, source).map(|workload| workload.name.to_string())
+        };
+        for source in [Source::Own(neighbour), Source::Other] {
+            assert_eq!(caller("server", source).as_deref(), Some("server"), "{source:?}");
+        }
+        // A pod that the mesh does not name is only known by its address.
+        assert_eq!(caller("unnamed", Source::Own(neighbour)).as_deref(), Some("neighbour"));
+        assert_eq!(caller("unnamed", Source::Other), None);
+    }
+}

@@ -1,0 +1,264 @@
+//! A data worker: a thread that serves connections of all pods, with a registry of them.
+//!
+//! The listeners of a pod are dealt to the workers in turn. The worker that accepts a connection
+//! assigns it, not yet registered with any runtime, to the worker that [`crate::balance::Balance`]
+//! chooses. It stays there: no byte wakes another thread.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use underpass_hbone::SourceGuard;
+use underpass_interception::BoundListener;
+
+use super::{Node, Pod, PodId, Seat};
+use crate::accept::{Accepted, Kind, accept_loop};
+use crate::error::ProxyError;
+use crate::limits::Place;
+use crate::live::Live;
+use crate::metrics::KnownSeries;
+use crate::policy::{Change, Decided};
+use crate::publish::Applied;
+use crate::{inbound, outbound};
+
+/// What the connections of one worker share.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) node: Arc<Node>,
+    pub(crate) index: usize,
+    /// The open connections of this worker.
+    pub(crate) live: Arc<Live<Decided>>,
+    /// The metric series that they are counted in.
+    pub(crate) series: KnownSeries,
+    /// The command channel of each worker, this one included.
+    workers: Arc<[mpsc::Sender<WorkerCommand>]>,
+    /// The seats of the pods that have a connection or a tunnel here. Only this worker's thread locks
+    /// it, and never across an await.
+    seats: Mutex<HashMap<PodId, Weak<Seat>>>,
+}
+
+/// A connection on its way to the worker that will serve it.
+#[derive(Debug)]
+pub(crate) struct Assignment {
+    /// The pod in whose namespace the connection was accepted.
+    pub(crate) pod: Arc<Pod>,
+    pub(crate) accepted: Accepted,
+    pub(crate) place: Place,
+    /// Counts a tunnel beside its place, for as long as it lives.
+    pub(crate) tunnel: Option<SourceGuard>,
+}
+
+/// What a worker is asked to do.
+#[derive(Debug)]
+pub(crate) enum WorkerCommand {
+    /// Serve a connection that another worker has accepted.
+    Serve(Assignment),
+    /// Accept the connections of a listener of a pod.
+    AddListener { pod: Arc<Pod>, kind: Kind, listener: BoundListener },
+    /// Close this worker's listeners of a pod. Its open connections go on.
+    RemoveListeners {
+        pod: PodId,
+        /// Sent when they are closed.
+        removed: oneshot::Sender<()>,
+    },
+}
+
+impl Worker {
+    pub(crate) fn new(
+        node: Arc<Node>,
+        index: usize,
+        workers: Arc<[mpsc::Sender<WorkerCommand>]>,
+    ) -> Arc<Self> {
+        let (live, series, seats) = (Arc::default(), KnownSeries::default(), Mutex::default());
+        Arc::new(Self { node, index, live, series, workers, seats })
+    }
+
+    /// The seat of `pod`, made if this is the first connection of the pod here.
+    pub(crate) fn seat(self: &Arc<Self>, pod: &Arc<Pod>) -> Arc<Seat> {
+        let known = self.seats().get(&pod.id).and_then(Weak::upgrade);
+        known.unwrap_or_else(|| {
+            let seat = Seat::new(self, pod);
+            self.seats().insert(pod.id, Arc::downgrade(&seat));
+            seat
+        })
+    }
+
+    /// Called by the seat of `pod` when it ends.
+    pub(super) fn forget_seat(&self, pod: PodId) {
+        let mut seats = self.seats();
+        // Another one may have been made while the last one ended.
+        if seats.get(&pod).is_some_and(|seat| seat.strong_count() == 0) {
+            seats.remove(&pod);
+        }
+    }
+
+    fn seats(&self) -> MutexGuard<'_, HashMap<PodId, Weak<Seat>>> {
+        // No code panics while it holds the lock.
+        self.seats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives a connection to the worker that it is assigned to. Returns it if that worker's queue is
+    /// full.
+    pub(crate) fn assign(self: &Arc<Self>, assignment: Assignment) -> Option<Assignment> {
+        let chosen = assignment.place.load.worker();
+        let Some(other) = self.workers.get(chosen).filter(|_| chosen != self.index) else {
+            self.serve(assignment);
+            return None;
+        };
+        match other.try_send(WorkerCommand::Serve(assignment)).err()?.into_inner() {
+            WorkerCommand::Serve(assignment) => Some(assignment),
+            // Not what was sent.
+            WorkerCommand::AddListener { .. } | WorkerCommand::RemoveListeners { .. } => None,
+        }
+    }
+
+    /// Serves a connection on this worker until it ends or the drain deadline passes.
+    pub(crate) fn serve(self: &Arc<Self>, assignment: Assignment) {
+        let (seat, drain) = (self.seat(&assignment.pod), &self.node.drain);
+        // Each a task of its own size: tunnels are few, and need much more than a connection.
+        match assignment.accepted.kind {
+            Kind::Outbound => tokio::spawn(drain.track(outbound::serve(seat, assignment))),
+            Kind::Plaintext => {
+                tokio::spawn(drain.track(inbound::serve_plaintext(seat, assignment)))
+            }
+            Kind::Hbone => tokio::spawn(drain.track(inbound::serve_tunnel(seat, assignment))),
+        };
+    }
+
+    /// Executes commands until the drain has ended.
+    pub(super) async fn run(
+        self: Arc<Self>,
+        mut commands: mpsc::Receiver<WorkerCommand>,
+        applied: watch::Sender<Applied>,
+    ) {
+        let enforcing = self.clone();
+        tokio::spawn(async move { enforcing.enforce(applied).await });
+        let aborting = self.clone();
+        tokio::spawn(async move { aborting.abort().await });
+        let mut listeners: HashMap<PodId, JoinSet<()>> = HashMap::new();
+        loop {
+            let command = tokio::select! {
+                () = self.node.drain.ended() => return,
+                Some(command) = commands.recv() => command,
+            };
+            match command {
+                WorkerCommand::Serve(assignment) => self.serve(assignment),
+                WorkerCommand::AddListener { pod, kind, listener } => {
+                    let accepting = listeners.entry(pod.id).or_default();
+                    accepting.spawn(accept_loop(self.clone(), pod, kind, listener));
+                }
+                WorkerCommand::RemoveListeners { pod, removed } => {
+                    let mut accepting = listeners.remove(&pod).unwrap_or_default();
+                    tokio::spawn(async move {
+                        accepting.shutdown().await;
+                        // Nobody may wait for it.
+                        removed.send(()).ok();
+                    });
+                }
+            }
+        }
+    }
+
+    /// Aborts the open connections when the drain deadline has passed. Connecting checks the deadline
+    /// itself, before all else; so a connection is found here, or has not begun.
+    async fn abort(&self) {
+        let _drained = self.node.drain.aborting().await;
+        let all = self.live.stop(|_, _| Err(ProxyError::Drained)).await;
+        self.live.end(all).await;
+    }
+
+    /// Ends the connections that each change of the mesh forbids, for ever.
+    async fn enforce(&self, applied: watch::Sender<Applied>) {
+        let mut mesh = self.node.mesh.clone();
+        let mut old = mesh.borrow_and_update().clone();
+        applied.send_replace(Applied { generation: old.generation, cut: 0 });
+        while mesh.changed().await.is_ok() {
+            let new = mesh.borrow_and_update().clone();
+            self.series.forget();
+            let mut change = Change::new(&old, &new);
+            let check = |decided: &Decided, since| {
+                let checked = change.check(decided, since);
+                checked.map_err(|reason| ProxyError::NoLongerAllowed(Box::new(reason)))
+            };
+            let stopped = self.live.stop(check).await;
+            // The next change need not wait until all of them have ended.
+            let (live, applied, generation) = (self.live.clone(), applied.clone(), new.generation);
+            tokio::spawn(async move {
+                let cut = stopped.len();
+                live.end(stopped).await;
+                applied.send_if_modified(|last| {
+                    let newer = generation > last.generation;
+                    if newer {
+                        *last = Applied { generation, cut };
+                    }
+                    newer
+                });
+            });
+            old = new;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::testing::{node, pod};
+
+    fn size<A, B, F: Future>(_: impl Fn(A, B) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// Most of what an idle connection holds. One future that lacks its box doubles it.
+    #[test]
+    fn open_connection_needs_at_most_one_kib() {
+        assert!(size(outbound::serve) <= 1024, "{}", size(outbound::serve));
+        assert!(size(inbound::serve_plaintext) <= 1024, "{}", size(inbound::serve_plaintext));
+    }
+
+    #[tokio::test]
+    async fn seat_is_made_by_first_connection_and_ends_with_last() {
+        let (pods, worker) = ([pod(&[]), pod(&[])], Worker::new(node(1), 0, Arc::default()));
+        let first = worker.seat(&pods[0]);
+        let second = worker.seat(&pods[0]);
+        assert!(Arc::ptr_eq(&first, &second), "one seat for each pod");
+        let other = worker.seat(&pods[1]);
+        assert!(!Arc::ptr_eq(&first, &other), "no seat for two pods");
+        assert_eq!(worker.seats().len(), 2);
+        drop((first, other));
+        assert!(worker.seats().keys().eq([&pods[0].id]), "a connection is left");
+        drop(second);
+        assert!(worker.seats().is_empty());
+        assert_eq!(Arc::strong_count(&pods[0]), 1, "a seat that has ended holds no pod");
+        let again = worker.seat(&pods[0]);
+        assert!(Arc::ptr_eq(&again, &worker.seat(&pods[0])));
+    }
+
+    #[tokio::test]
+    async fn ended_seat_does_not_remove_its_successor() {
+        let (pod, worker) = (pod(&[]), Worker::new(node(1), 0, Arc::default()));
+        let seat = worker.seat(&pod);
+        worker.forget_seat(pod.id);
+        assert!(Arc::ptr_eq(&seat, &worker.seat(&pod)));
+    }
+
+    #[tokio::test]
+    async fn assigns_to_full_queue_gives_connection_back() {
+        let (sender, mut receiver) = mpsc::channel(1);
+        let (pod, node) = (pod(&[]), node(2));
+        let worker = Worker::new(node.clone(), 0, Arc::from([sender.clone(), sender]));
+        let assignment = |load| {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (stream, client) = listener.accept().unwrap();
+            let accepted = Accepted::testing(Kind::Plaintext, stream, client);
+            let place = Place { load, source: None };
+            Assignment { pod: pod.clone(), accepted, place, tunnel: None }
+        };
+        assert!(worker.assign(assignment(node.balance.load(1).unwrap())).is_none());
+        let refused = worker.assign(assignment(node.balance.load(1).unwrap()));
+        assert!(refused.is_some_and(|back| Arc::ptr_eq(&back.pod, &pod)));
+        let command = receiver.recv().await;
+        assert!(matches!(command, Some(WorkerCommand::Serve(served)) if served.pod.id == pod.id));
+    }
+}

@@ -1,0 +1,187 @@
+//! The threads of the workers, and how a pod's listeners come to them and leave them.
+
+use std::convert::Infallible;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread::JoinHandle;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use underpass_interception::{BoundListener, Kept, confine_thread};
+
+use super::{Node, Pod, PodId, Worker, WorkerCommand};
+use crate::accept::Kind;
+use crate::publish::Applied;
+
+/// How many commands may wait for a worker. Beyond it, the worker that accepts a connection serves it.
+const COMMAND_QUEUE: usize = 1024;
+
+/// The running workers.
+pub(crate) struct Workers {
+    threads: Vec<WorkerThread>,
+    /// The generation of the mesh that each of them has applied.
+    applied: Vec<watch::Receiver<Applied>>,
+    commands: Arc<[mpsc::Sender<WorkerCommand>]>,
+    /// The worker that gets the next listener.
+    turn: AtomicUsize,
+}
+
+/// The thread of one worker.
+struct WorkerThread {
+    handle: JoinHandle<()>,
+    /// Ends without a value when the thread does, also by a panic.
+    end: oneshot::Receiver<Infallible>,
+}
+
+impl WorkerThread {
+    /// Waits for its end without a thread for that, which there may not be.
+    async fn join(self) {
+        self.end.await.ok();
+        if self.handle.join().is_err() {
+            tracing::error!("a worker panicked");
+        }
+    }
+}
+
+impl Workers {
+    /// Starts `count` workers, which serve nothing yet. `kept`: the capabilities that each thread keeps.
+    ///
+    /// # Errors
+    ///
+    /// A thread or its runtime cannot be made.
+    pub(crate) fn start(node: &Arc<Node>, count: usize, kept: Kept) -> io::Result<Self> {
+        let (senders, receivers): (Vec<_>, Vec<_>) =
+            (0..count).map(|_| mpsc::channel(COMMAND_QUEUE)).unzip();
+        let commands: Arc<[mpsc::Sender<WorkerCommand>]> = senders.into();
+        let start_one = |(index, receiver)| -> io::Result<_> {
+            let (applied, followed) = watch::channel(Applied::default());
+            let worker = Worker::new(node.clone(), index, commands.clone());
+            let thread = start_thread(index, kept, move || worker.run(receiver, applied))?;
+            Ok((thread, followed))
+        };
+        let started: io::Result<Vec<_>> =
+            receivers.into_iter().enumerate().map(start_one).collect();
+        let (threads, applied) = started?.into_iter().unzip();
+        Ok(Self { threads, applied, commands, turn: AtomicUsize::new(0) })
+    }
+
+    /// The generation of the mesh that each worker has applied.
+    pub(crate) fn applied(&self) -> Vec<watch::Receiver<Applied>> {
+        self.applied.clone()
+    }
+
+    /// Deals the listeners of `pod` to the workers in turn.
+    pub(crate) async fn add_listeners(
+        &self,
+        pod: &Arc<Pod>,
+        listeners: impl IntoIterator<Item = (Kind, BoundListener)>,
+    ) {
+        for (kind, listener) in listeners {
+            let turn = self.turn.fetch_add(1, Relaxed) % self.commands.len().max(1);
+            let Some(worker) = self.commands.get(turn) else { return };
+            let command = WorkerCommand::AddListener { pod: pod.clone(), kind, listener };
+            if worker.send(command).await.is_err() {
+                tracing::error!(listener = kind.name(), "the worker of a listener has ended");
+            }
+        }
+    }
+
+    /// Closes the listeners of `pod` at every worker, and returns when they are closed. Its open
+    /// connections go on.
+    pub(crate) async fn remove_listeners(&self, pod: PodId) {
+        for worker in &*self.commands {
+            let (removed, confirmed) = oneshot::channel();
+            // A worker that has ended has no listener.
+            if worker.send(WorkerCommand::RemoveListeners { pod, removed }).await.is_ok() {
+                confirmed.await.ok();
+            }
+        }
+    }
+
+    /// Waits for the end of all threads.
+    pub(crate) async fn join(self) {
+        futures_util::future::join_all(self.threads.into_iter().map(WorkerThread::join)).await;
+    }
+}
+
+/// Starts a thread with a runtime of its own that ends with the task. A runtime that cannot be made is an error of the start; it is
+/// made on its thread, since it must not be dropped on another one's.
+fn start_thread<F: Future<Output = ()>>(
+    index: usize,
+    kept: Kept,
+    task: impl FnOnce() -> F + Send + 'static,
+) -> io::Result<WorkerThread> {
+    let (alive, end) = oneshot::channel();
+    let (made, made_or_not) = std::sync::mpsc::sync_channel(1);
+    let body = move || {
+        let _alive = alive;
+        if let Err(error) = confine_thread(kept) {
+            tracing::warn!(%error, "a worker keeps capabilities that it does not need");
+        }
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                made.send(Err(error)).ok();
+                return;
+            }
+        };
+        made.send(Ok(())).ok();
+        runtime.block_on(task());
+    };
+    let handle = std::thread::Builder::new().name(format!("worker-{index}")).spawn(body)?;
+    made_or_not.recv().unwrap_or_else(|_| Err(io::Error::other("a worker ended at once")))?;
+    Ok(WorkerThread { handle, end })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use tokio::io::AsyncReadExt as _;
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::node::testing::{node, pod};
+
+    fn listener(pod: &Pod) -> (BoundListener, SocketAddr) {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let kind = Kind::Plaintext;
+        let bound = pod.sockets.listen_on(any, kind.closing(), "a test", "none").unwrap();
+        let address = bound.local_addr().unwrap();
+        (bound, address)
+    }
+
+    /// Whether a connection was accepted. It is no caught one, so that it is reset then.
+    async fn is_served(address: SocketAddr) -> bool {
+        match TcpStream::connect(address).await {
+            Ok(mut client) => client.read_u8().await.is_err(),
+            // The reset may come before the client looks at its connection.
+            Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+        }
+    }
+
+    #[tokio::test]
+    async fn takes_and_gives_up_listeners_while_another_pod_is_served() {
+        let node = node(2);
+        let workers = Workers::start(&node, 2, Kept::Nothing).unwrap();
+        let [first, second] =
+            [pod(&["interception.profile=none"]), pod(&["interception.profile=none"])];
+        let (kept, kept_at) = listener(&first);
+        workers.add_listeners(&first, [(Kind::Plaintext, kept)]).await;
+        assert!(is_served(kept_at).await);
+
+        let (one, one_at) = listener(&second);
+        let (two, two_at) = listener(&second);
+        workers.add_listeners(&second, [(Kind::Plaintext, one), (Kind::Outbound, two)]).await;
+        assert!(is_served(one_at).await && is_served(two_at).await && is_served(kept_at).await);
+
+        workers.remove_listeners(second.id).await;
+        assert!(!is_served(one_at).await && !is_served(two_at).await);
+        assert!(is_served(kept_at).await, "the other pod's listener stays");
+        workers.remove_listeners(second.id).await;
+
+        node.drain.drain(std::time::Duration::ZERO).await;
+        workers.join().await;
+        assert_eq!(Arc::strong_count(&second), 1, "workers keep nothing of a removed pod");
+    }
+}
