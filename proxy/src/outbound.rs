@@ -321,7 +321,7 @@ impl Call<'_> {
     }
 
     fn tunnel_failed(&self, error: HboneError) -> ProxyError {
-        self.seat.keep_back_off();
+        self.seat.keep_after_failure();
         ProxyError::tunnel(error)
     }
 

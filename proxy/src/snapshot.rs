@@ -1,7 +1,7 @@
 //! One state of the mesh, and the pods' own workloads in it. It is replaced whole when the mesh changes.
 
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use underpass_config::{Mesh, Workload, WorkloadSettings};
 
@@ -14,14 +14,17 @@ pub(crate) struct Snapshot {
     network: String,
     /// The namespace and the name of the pod that is known from the start, and its workload.
     own: (String, String, Option<Arc<Workload>>),
+    /// All workloads by namespace and name. Made when another pod is looked up, which is never in a
+    /// process that serves one pod.
+    by_name: OnceLock<Box<[Arc<Workload>]>>,
 }
 
 impl Snapshot {
     pub(crate) fn new(mesh: Arc<Mesh>, own: &WorkloadSettings, generation: u64) -> Self {
-        let workload = find(&mesh, own).cloned();
+        let workload = best(mesh.workloads().iter().filter(|w| named(w) == key(own)), own).cloned();
         let network = own.network.clone();
         let own = (own.namespace.clone(), own.name.clone(), workload);
-        Self { mesh, generation, network, own }
+        Self { mesh, generation, network, own, by_name: OnceLock::new() }
     }
 
     /// The workload at an address of our network: a peer of the pod.
@@ -35,7 +38,14 @@ impl Snapshot {
         if *namespace == pod.namespace && *name == pod.name {
             return workload.as_ref();
         }
-        find(&self.mesh, pod)
+        let all = self.by_name.get_or_init(|| {
+            let mut all = self.mesh.workloads().to_vec();
+            all.sort_by(|a, b| named(a).cmp(&named(b)));
+            all.into()
+        });
+        let first = all.partition_point(|workload| named(workload) < key(pod));
+        let from_first = all.get(first..).unwrap_or_default().iter();
+        best(from_first.take_while(|workload| named(workload) == key(pod)), pod)
     }
 
     /// The workload of a pod: the one with its namespace and name. A mesh without it may still have
@@ -45,13 +55,20 @@ impl Snapshot {
     }
 }
 
-/// Of several in different networks, the one in the pod's network.
-fn find<'a>(mesh: &'a Mesh, pod: &WorkloadSettings) -> Option<&'a Arc<Workload>> {
-    let named = mesh
-        .workloads()
-        .iter()
-        .filter(|workload| *workload.namespace == *pod.namespace && *workload.name == *pod.name);
-    named.min_by_key(|workload| *workload.network != *pod.network)
+fn named(workload: &Workload) -> (&str, &str) {
+    (&workload.namespace, &workload.name)
+}
+
+fn key(pod: &WorkloadSettings) -> (&str, &str) {
+    (&pod.namespace, &pod.name)
+}
+
+/// Of several with the name of `pod` in different networks, the one in the pod's network.
+fn best<'a>(
+    several: impl Iterator<Item = &'a Arc<Workload>>,
+    pod: &WorkloadSettings,
+) -> Option<&'a Arc<Workload>> {
+    several.min_by_key(|workload| *workload.network != *pod.network)
 }
 
 #[cfg(test)]
@@ -63,6 +80,8 @@ mod tests {
 - {name: server, uid: far, network: far, workloadIps: [10.0.0.3]}
 - {name: server, workloadIps: [10.0.0.1]}
 - {name: sidecar, workloadIps: [10.0.0.2]}
+- {name: sidecar, uid: distant, network: far, workloadIps: [10.0.0.4]}
+- {name: sidecar, uid: foreign, namespace: other, workloadIps: [10.0.0.5]}
 ";
 
     fn workload_at(snapshot: &Snapshot, name: &str, address: &str) -> Option<String> {

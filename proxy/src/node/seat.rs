@@ -21,8 +21,9 @@ use crate::metrics;
 use crate::policy::{self, Permit, PolicyContext, Subject};
 use crate::snapshot::Snapshot;
 
-/// How often a seat that only remembers failed dials checks whether their back-off is over.
-const BACK_OFF_CHECK: Duration = Duration::from_secs(1);
+/// For how long a pool remembers a failed dial: its longest back-off, and the time in which another
+/// failure makes the next back-off longer (hbone/src/pool/state.rs).
+const FAILURE_REMEMBERED: Duration = Duration::from_secs(12);
 /// For how long an address of the pod is taken for its own without another question to the kernel.
 const REMEMBERED: Duration = Duration::from_secs(1);
 /// How many addresses are remembered; a pod has a few.
@@ -40,8 +41,10 @@ pub(crate) struct Seat {
     pub(crate) connector: Option<Connector>,
     /// Accepts tunnels; `None` without a certificate.
     pub(crate) acceptor: Option<Acceptor>,
-    /// Whether a task keeps the seat because the pool remembers failed dials.
-    backing_off: AtomicBool,
+    /// Whether a task keeps the seat because its pool remembers failed dials.
+    kept: AtomicBool,
+    /// Whether a dial has failed since that task looked.
+    failed: AtomicBool,
     /// Addresses of the pod, and when the kernel said so. Only the worker's thread locks it, so that
     /// workers do not wait for each other as they would at [`Pod::local`].
     local: Mutex<Vec<(IpAddr, Instant)>>,
@@ -69,7 +72,8 @@ impl Seat {
             pool: Pool::new(TunnelDialer::new(seat.clone()), settings),
             connector: credentials().map(|own| Connector::new(own, client)),
             acceptor: credentials().map(|own| Acceptor::new(own, server)),
-            backing_off: AtomicBool::new(false),
+            kept: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
             local: Mutex::default(),
         })
     }
@@ -153,18 +157,19 @@ impl Seat {
         self.local.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps the seat until the back-off of its failed dials is over: without it the next connection
-    /// would dial again at once.
-    pub(crate) fn keep_back_off(self: &Arc<Self>) {
-        if self.backing_off.swap(true, Relaxed) {
+    /// Keeps the seat for as long as its pool remembers a dial that failed just now: without it the next
+    /// connection would dial again at once.
+    pub(crate) fn keep_after_failure(self: &Arc<Self>) {
+        self.failed.store(true, Relaxed);
+        if self.kept.swap(true, Relaxed) {
             return;
         }
         let seat = self.clone();
         tokio::spawn(async move {
-            while seat.pool.statistics().backing_off > 0 {
-                tokio::time::sleep(BACK_OFF_CHECK).await;
+            while seat.failed.swap(false, Relaxed) {
+                tokio::time::sleep(FAILURE_REMEMBERED).await;
             }
-            seat.backing_off.store(false, Relaxed);
+            seat.kept.store(false, Relaxed);
         });
     }
 }
@@ -177,10 +182,30 @@ impl Drop for Seat {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Weak;
+
     use underpass_config::Mesh;
 
     use super::*;
     use crate::node::testing::{node, pod, settings};
+
+    #[tokio::test(start_paused = true)]
+    async fn seat_outlives_its_connections_while_pool_remembers_failure() {
+        let (pod, worker) = (pod(&[]), Worker::new(node(1), 0, Arc::default()));
+        let seat = worker.seat(&pod);
+        let first = Arc::downgrade(&seat);
+        seat.keep_after_failure();
+        drop(seat);
+        tokio::time::sleep(FAILURE_REMEMBERED / 2).await;
+        let seat = worker.seat(&pod);
+        assert!(Weak::ptr_eq(&first, &Arc::downgrade(&seat)), "the seat with the failure");
+        seat.keep_after_failure();
+        drop(seat);
+        tokio::time::sleep(FAILURE_REMEMBERED).await;
+        assert!(first.upgrade().is_some(), "the second failure is remembered as long");
+        tokio::time::sleep(FAILURE_REMEMBERED * 2).await;
+        assert!(first.upgrade().is_none());
+    }
 
     #[tokio::test]
     async fn neighbours_address_makes_no_neighbour_of_the_pod() {

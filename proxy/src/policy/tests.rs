@@ -228,3 +228,29 @@ async fn a_permit_is_registered_as_long_as_it_lives() {
     assert!(matches!(denied, Err(ProxyError::Denied(_))), "{denied:?}");
     assert_eq!(count(&live).await, Vec::<u64>::new());
 }
+
+/// Both are reached at the same address, as two pods with one address in two namespaces are.
+#[tokio::test]
+async fn change_is_checked_by_the_context_of_each_pod() {
+    let (old, new) = (Arc::new(snapshot(1, "")), snapshot(2, &deny_client()));
+    let (_sender, mesh) = watch::channel(old.clone());
+    let live = Arc::new(Live::default());
+    let pods = [pod(&[]), pod(&["workload.namespace=other", "workload.name=other"])];
+    let permits = pods.each_ref().map(|pod| {
+        let client = Principal { id: CLIENT.parse().expect("an id"), aliases: Arc::default() };
+        let subject = Subject::inbound(at("10.0.0.9:40000"), at("192.0.2.1:80"), Some(client));
+        let (permit, _told) = permit(subject, pod, &mesh, &live).expect("a permit");
+        assert_eq!(permit.pod().id, pod.id);
+        permit
+    });
+    let mut denied = Vec::new();
+    let mut change = Change::new(&old, &new);
+    let stopped = live.stop(|decided, since| {
+        let checked = change.check(decided, since);
+        denied.extend(checked.is_err().then_some(decided.pod.id));
+        checked
+    });
+    assert_eq!(stopped.await.len(), 1);
+    assert_eq!(denied, [pods[0].id], "the policy is of the first pod's namespace");
+    drop(permits);
+}
