@@ -137,9 +137,9 @@ async fn serve(
         proxy;
     let readiness = &endpoints.readiness;
     // Made while the process may still be another user than the proxy, whose connections are not caught.
-    let probes = capture.probes(&settings.interception)?;
-    capture.warn_of_bypassing();
-    capture.confine(&settings.interception)?;
+    let probes = capture.probes(&settings.interception).await?;
+    capture.warn_of_bypassing().await;
+    capture.confine(&settings.interception).await?;
     certificates::warn_if_unreadable(settings);
     let certificate = tokio::select! {
         certificate = certificate.hold() => certificate?,
@@ -172,7 +172,7 @@ async fn serve(
         return Err(error);
     }
     // Whatever can fail, and be it for want of a descriptor, comes before `ready`.
-    let guard = capture.guard(&settings.interception)?;
+    let guard = capture.guard(&settings.interception).await?;
     offer.own();
     readiness.ready();
     notify::ready();

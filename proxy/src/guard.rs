@@ -20,7 +20,9 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
 use underpass_config::InterceptionSettings;
-use underpass_interception::{Changes, Difference, Interception, InterceptionError};
+use underpass_interception::{
+    Changes, Difference, Interception, InterceptionError, NamespaceAccess,
+};
 
 /// This many repairs within [`WINDOW`] are a fight with another program.
 const FIGHT: usize = 3;
@@ -79,8 +81,8 @@ pub(crate) struct Guard {
 
 impl Guard {
     /// Begins to watch: no change from now on is missed.
-    pub(crate) fn new(interception: Interception) -> Result<Self, InterceptionError> {
-        let changes = interception.changes()?;
+    pub(crate) async fn new(interception: Interception) -> Result<Self, InterceptionError> {
+        let changes = interception.changes().await?;
         Ok(Self {
             interception,
             changes,
@@ -98,7 +100,13 @@ impl Guard {
         self.looked.clone()
     }
 
-    /// The next event. Cancelling it during a repair leaves the old or the new rules.
+    /// Where the rules are.
+    pub(crate) fn access(&self) -> NamespaceAccess {
+        self.interception.access().clone()
+    }
+
+    /// The next event. An operation on the rules goes on to its end when this is cancelled
+    /// ([`NamespaceAccess::finish`]).
     pub(crate) async fn next(
         &mut self,
         settings: &mut watch::Receiver<InterceptionSettings>,
@@ -165,7 +173,7 @@ impl Guard {
             }
             match self.interception.verify().await? {
                 None => return self.stand().await,
-                Some(_) if self.interception.ipv6_has_changed() => {}
+                Some(_) if self.interception.ipv6_has_changed().await? => {}
                 Some(difference) => break difference,
             }
         };

@@ -47,7 +47,7 @@ pub(crate) struct Retest {
 impl Retest {
     /// Tests after each change. Cancelling it ends it.
     pub(crate) async fn run(self) -> Infallible {
-        let mut changes = match Changes::of_all_programs() {
+        let mut changes = match Changes::of_all_programs(self.capture.access()).await {
             Ok(changes) => changes,
             Err(error) => {
                 let error = chain(&error);

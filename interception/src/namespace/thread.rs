@@ -38,6 +38,16 @@ pub struct Entered {
 }
 
 impl Entered {
+    /// The namespace in which the calling thread is already, as a worker is in the one it was started
+    /// in.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`].
+    pub fn current() -> Result<Self, InterceptionError> {
+        Ok(Self { namespace: Namespace::current()?, _this_thread: PhantomData })
+    }
+
     /// The namespace that the calling thread is in.
     #[must_use]
     pub fn namespace(&self) -> &Namespace {
@@ -86,7 +96,11 @@ impl NamespaceThread {
     /// # Errors
     ///
     /// [`InterceptionError::Namespace`]: it cannot be entered, or the operation panicked.
-    pub async fn run<T, F>(&self, namespace: &Namespace, operation: F) -> Result<T, InterceptionError>
+    pub async fn run<T, F>(
+        &self,
+        namespace: &Namespace,
+        operation: F,
+    ) -> Result<T, InterceptionError>
     where
         F: AsyncFnOnce(&Entered) -> T + Send + 'static,
         T: Send + 'static,
@@ -100,7 +114,11 @@ impl NamespaceThread {
                 answer.send(inside(&target, &home, operation).await).ok();
             })
         });
-        let gone = || failed("run an operation in", namespace.path())(io::Error::other("its thread has ended"));
+        let gone = || {
+            failed("run an operation in", namespace.path())(io::Error::other(
+                "its thread has ended",
+            ))
+        };
         self.jobs.send(job).map_err(|_| gone())?;
         answered.await.unwrap_or_else(|_| Err(gone()))
     }
@@ -127,7 +145,8 @@ async fn inside<T>(
         // Harmless to the next operation, which enters its own; but it keeps this one alive.
         tracing::error!(%error, namespace = %target.id(), "a namespace cannot be left");
     }
-    let panicked = |_| failed("run an operation in", target.path())(io::Error::other("it panicked"));
+    let panicked =
+        |_| failed("run an operation in", target.path())(io::Error::other("it panicked"));
     outcome.map_err(panicked)
 }
 
