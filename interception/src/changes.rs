@@ -12,9 +12,8 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use crate::backend::Backend;
 use crate::iptables::Variant;
-use crate::leftovers::legacy_tables;
+use crate::leftovers::LegacyTables;
 use crate::netlink::failed;
-use crate::plan::Family;
 use crate::{Entered, InterceptionError, NamespaceAccess};
 
 const OPERATION: &str = "watch the rules";
@@ -44,8 +43,8 @@ pub struct Changes {
     nftables: Option<Connection<Nftables>>,
     routes: Connection<Route>,
     interval: Option<Interval>,
-    /// Whether the interval counts only while there are legacy tables.
-    if_legacy: bool,
+    /// The legacy tables without which the interval does not count; `None` if it always does.
+    if_legacy: Option<LegacyTables>,
     /// Whether the interval has ticked and legacy tables were not looked for since.
     ticked: bool,
 }
@@ -54,6 +53,7 @@ pub struct Changes {
 struct Sockets {
     nftables: Result<Connection<Nftables>, InterceptionError>,
     routes: Connection<Route>,
+    legacy: LegacyTables,
 }
 
 impl fmt::Debug for Changes {
@@ -68,7 +68,7 @@ impl Changes {
         access: &NamespaceAccess,
         backend: Backend,
     ) -> Result<Self, InterceptionError> {
-        let Sockets { nftables, routes } = Sockets::open(access, &OURS).await?;
+        let Sockets { nftables, routes, .. } = Sockets::open(access, &OURS).await?;
         let access = access.clone();
         if backend == Backend::Iptables(Variant::Legacy) {
             let interval = Some(every(LEGACY_INTERVAL));
@@ -77,12 +77,12 @@ impl Changes {
                 nftables: None,
                 routes,
                 interval,
-                if_legacy: false,
+                if_legacy: None,
                 ticked: false,
             });
         }
         let nftables = Some(nftables?);
-        Ok(Self { access, nftables, routes, interval: None, if_legacy: false, ticked: false })
+        Ok(Self { access, nftables, routes, interval: None, if_legacy: None, ticked: false })
     }
 
     /// Wake-ups after changes of any program's rules and ip rules in a namespace. Where the kernel does
@@ -93,11 +93,11 @@ impl Changes {
     ///
     /// The kernel does not let us listen.
     pub async fn of_all_programs(access: &NamespaceAccess) -> Result<Self, InterceptionError> {
-        let Sockets { nftables, routes } = Sockets::open(access, &RULES).await?;
+        let Sockets { nftables, routes, legacy } = Sockets::open(access, &RULES).await?;
         if let Err(error) = &nftables {
             tracing::debug!(%error, "nftables does not notify");
         }
-        let if_legacy = nftables.is_ok();
+        let if_legacy = nftables.is_ok().then_some(legacy);
         let interval = Some(every(OTHERS_INTERVAL));
         let access = access.clone();
         Ok(Self { access, nftables: nftables.ok(), routes, interval, if_legacy, ticked: false })
@@ -125,7 +125,10 @@ impl Changes {
                     interval.tick().await;
                     *ticked = true;
                 }
-                let counts = !*if_legacy || has_legacy_tables(access).await;
+                let counts = match if_legacy {
+                    Some(tables) => has_legacy_tables(access, tables).await,
+                    None => true,
+                };
                 *ticked = false;
                 if counts {
                     return;
@@ -149,20 +152,23 @@ impl Sockets {
         let runtime = Handle::current();
         let open = async move |entered: &Entered| {
             let _callers = runtime.enter();
-            Ok(Self { nftables: watch_nftables(entered), routes: watch(entered, groups)? })
+            let (nftables, routes) = (watch_nftables(entered), watch(entered, groups)?);
+            Ok(Self { nftables, routes, legacy: LegacyTables::open(entered) })
         };
         access.run(open).await?
     }
 }
 
-async fn has_legacy_tables(access: &NamespaceAccess) -> bool {
-    let look = async |entered: &Entered| {
-        [Family::V4, Family::V6]
-            .into_iter()
-            .any(|family| !legacy_tables(entered, family).is_empty())
-    };
+/// Takes no hop to the namespaces thread, except after a kernel module has been loaded.
+async fn has_legacy_tables(access: &NamespaceAccess, tables: &mut LegacyTables) -> bool {
+    if let Some(exist) = tables.exist() {
+        return exist;
+    }
     // The subscription itself fails if the namespace cannot be entered any more.
-    access.run(look).await.unwrap_or_default()
+    if let Ok(opened) = access.run(async |entered| LegacyTables::open(entered)).await {
+        *tables = opened;
+    }
+    tables.exist().unwrap_or_default()
 }
 
 fn every(period: Duration) -> Interval {

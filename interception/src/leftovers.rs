@@ -6,7 +6,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 
 use crate::backend::Backend;
 use crate::iptables::{Variant, is_ours, is_owner_chain, saved};
@@ -170,12 +173,45 @@ async fn in_legacy(entered: &Entered, own: Backend, family: Family) -> Vec<Lefto
 /// The tables of legacy iptables that exist. Asking iptables-legacy for a table creates it; this file
 /// names those that exist, and is absent where the kernel has no legacy iptables.
 pub(crate) fn legacy_tables(_: &Entered, family: Family) -> Vec<String> {
-    let path = match family {
+    let names = fs::read_to_string(legacy_names(family)).unwrap_or_default();
+    names.split_whitespace().map(str::to_owned).collect()
+}
+
+fn legacy_names(family: Family) -> &'static str {
+    match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",
-    };
-    let names = fs::read_to_string(path).unwrap_or_default();
-    names.split_whitespace().map(str::to_owned).collect()
+    }
+}
+
+/// Whether a namespace has tables of legacy iptables, asked again and again by a thread that may be in
+/// another one.
+#[derive(Debug)]
+pub(crate) struct LegacyTables([(Family, Result<File, io::ErrorKind>); 2]);
+
+impl LegacyTables {
+    /// Opens the kernel's lists; they stay those of this namespace.
+    pub(crate) fn open(_: &Entered) -> Self {
+        let open = |family| File::open(legacy_names(family)).map_err(|error| error.kind());
+        Self([Family::V4, Family::V6].map(|family| (family, open(family))))
+    }
+
+    /// Whether there are tables now; `None` if a list exists only since [`open`](Self::open), as when a
+    /// kernel module has been loaded. What may not be read has none.
+    pub(crate) fn exist(&self) -> Option<bool> {
+        let mut any = false;
+        for (family, list) in &self.0 {
+            any |= match list {
+                Ok(list) => list.read_at(&mut [0], 0).is_ok_and(|read| read > 0),
+                // A module has its list in every namespace.
+                Err(io::ErrorKind::NotFound) if Path::new(legacy_names(*family)).exists() => {
+                    return None;
+                }
+                Err(_) => false,
+            };
+        }
+        Some(any)
+    }
 }
 
 /// What the chains of a table are, together for each owner. `own`: our rules are there too.

@@ -89,7 +89,7 @@ impl Capture {
         if interception.dns == Dns::Capture && interception.profile != Profile::None {
             return Err(CommandError::NoDnsProxy { port: ports.dns });
         }
-        let access = NamespaceAccess::current()?;
+        let access = NamespaceAccess::current().map_err(CommandError::start)?;
         let wanted = interception.clone();
         access.run(async move |entered| check_reverse_path(entered, &wanted)).await??;
         let user = ProxyUser::required(interception)?;

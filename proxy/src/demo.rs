@@ -187,12 +187,10 @@ async fn caught(stage: &Stage) -> Result<Point, DemoError> {
 }
 
 async fn read_counters(namespace: &Namespace) -> Result<Vec<RuleCounter>, DemoError> {
-    let read = async || {
-        let thread = NamespaceThread::start(|| Ok(()))?;
-        counters(&NamespaceAccess::new(namespace.clone(), thread)).await
-    };
     let failed = |source| DemoError::Namespace { doing: "read the rules' counters", source };
-    read().await.map_err(failed)
+    let thread = NamespaceThread::start(|| Ok(()))
+        .map_err(|source| DemoError::Io { doing: "start a thread", source })?;
+    counters(&NamespaceAccess::new(namespace.clone(), thread)).await.map_err(failed)
 }
 
 /// What a client without a certificate gets: an end of the handshake, and nothing of the application.

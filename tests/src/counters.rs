@@ -20,12 +20,9 @@ impl Pod {
     /// Its rule counters, now.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        let read = self.run(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            runtime.map(|runtime| {
-                let access = NamespaceAccess::current()?;
-                runtime.block_on(counters(&access))
-            })
+        let read = self.run(|| -> std::io::Result<_> {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            Ok(runtime.block_on(counters(&NamespaceAccess::current()?)))
         });
         let read = read.or_fail("make a runtime").or_fail("read the rules' counters");
         Counters(read.into_iter().map(|counter| (counter.id, counter.packets)).collect())

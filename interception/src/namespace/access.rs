@@ -3,6 +3,8 @@
 //!
 //! Not here: how a namespace is entered (`thread.rs`).
 
+use std::io;
+
 use super::{Entered, Namespace, NamespaceThread};
 use crate::InterceptionError;
 
@@ -24,9 +26,10 @@ impl NamespaceAccess {
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Namespace`].
-    pub fn current() -> Result<Self, InterceptionError> {
-        Ok(Self::new(Namespace::current()?, NamespaceThread::start(|| Ok(()))?))
+    /// As of [`NamespaceThread::start`].
+    pub fn current() -> io::Result<Self> {
+        let namespace = Namespace::current().map_err(io::Error::other)?;
+        Ok(Self::new(namespace, NamespaceThread::start(|| Ok(()))?))
     }
 
     /// Which namespace it is.

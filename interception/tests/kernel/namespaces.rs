@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use libtest_mimic::Failed;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use underpass_interception::{
     Interception, InterceptionError, Namespace, NamespaceAccess, NamespaceThread, SandboxRemedy,
     enter_sandbox,

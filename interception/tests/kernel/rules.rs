@@ -343,8 +343,8 @@ pub(crate) fn prepare_here() -> io::Result<Outside> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(async {
         let access = NamespaceAccess::current()?;
-        Interception::prepare(&access, &settings(""), PORTS).await
-    });
+        Ok::<_, io::Error>(Interception::prepare(&access, &settings(""), PORTS).await)
+    })?;
     // A sandbox is entered by a process of one thread.
     while fs::read_dir("/proc/self/task")?.count() > 1 {
         thread::yield_now();

@@ -232,7 +232,8 @@ fn differences(difference: &Difference) -> Vec<Value> {
 }
 
 async fn remove(scope: RemovalScope, allow_host: bool, output: Output) -> Result<(), CommandError> {
-    let removed = remove_everything(&NamespaceAccess::current()?, scope, allow_host).await?;
+    let access = NamespaceAccess::current().map_err(CommandError::start)?;
+    let removed = remove_everything(&access, scope, allow_host).await?;
     if let Ok(Some(running)) = instance::running().await
         && running.installs
         && running.settings.interception.repair
@@ -254,7 +255,7 @@ async fn explain(
 ) -> Result<(), CommandError> {
     let subject = Subject::of(options).await?;
     let (settings, ports) = (&subject.settings.interception, Ports::of(&subject.settings));
-    let access = NamespaceAccess::current()?;
+    let access = NamespaceAccess::current().map_err(CommandError::start)?;
     let environment = access.run(async |entered| Environment::of(entered)).await?;
     let environment = environment.map_err(CommandError::Start)?;
     let counters = counters(&access, settings, ports).await;
@@ -335,7 +336,7 @@ fn report(event: &Event, output: Output) -> Result<(), CommandError> {
 }
 
 async fn prepare(settings: &Settings) -> Result<Interception, CommandError> {
-    let access = NamespaceAccess::current()?;
+    let access = NamespaceAccess::current().map_err(CommandError::start)?;
     let ports = Ports::of(settings);
     let prepared = Interception::prepare(&access, &settings.interception, ports).await?;
     prepared.ok_or(CommandError::NoRules)
