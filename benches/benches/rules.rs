@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use underpass_config::Sources;
-use underpass_interception::{Interception, Namespace, Ports, enter_sandbox};
+use underpass_interception::{Interception, Namespace, NamespaceAccess, Ports, enter_sandbox};
 
 const ROUNDS: usize = 100;
 /// The kernel takes a namespace apart behind our back, which would be measured with the next one's installation.
@@ -85,7 +85,9 @@ async fn one(flags: &[&str], round: usize) -> [Option<f64>; 4] {
     let sources = Sources { file: None, environment: Vec::new(), flags };
     let settings = sources.load().expect("the settings are right");
     let ports = Ports::of(&settings);
-    let prepared = Interception::prepare(&settings.interception, ports).await.expect("prepared");
+    let access = NamespaceAccess::current().expect("a thread");
+    let prepared = Interception::prepare(&access, &settings.interception, ports).await;
+    let prepared = prepared.expect("prepared");
     let mut figures = [None; 4];
     if let Some(interception) = prepared {
         let began = Instant::now();

@@ -7,12 +7,12 @@ use std::fmt;
 
 use underpass_config::Backend as Choice;
 
-use crate::InterceptionError;
 use crate::interception::RemovalScope;
 use crate::iptables::{self, Variant};
 use crate::nftables::{self, RuleCounter};
 use crate::plan::RulePlan;
 use crate::verify::Listing;
+use crate::{Entered, InterceptionError};
 
 /// A backend that is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,16 +25,18 @@ pub enum Backend {
 
 impl Backend {
     /// Finds what was chosen. Nothing is changed by it, not even in tables that reading would make.
-    pub(crate) async fn find(choice: Choice) -> Result<Self, InterceptionError> {
+    pub(crate) async fn find(entered: &Entered, choice: Choice) -> Result<Self, InterceptionError> {
         match choice {
-            Choice::Nftables => nftables::reach().await.map(|()| Self::Nftables),
-            Choice::Iptables => iptables::find(Variant::Nft).await.map(Self::Iptables),
-            Choice::IptablesLegacy => iptables::find(Variant::Legacy).await.map(Self::Iptables),
-            Choice::Auto => match nftables::reach().await {
+            Choice::Nftables => nftables::reach(entered).await.map(|()| Self::Nftables),
+            Choice::Iptables => iptables::find(entered, Variant::Nft).await.map(Self::Iptables),
+            Choice::IptablesLegacy => {
+                iptables::find(entered, Variant::Legacy).await.map(Self::Iptables)
+            }
+            Choice::Auto => match nftables::reach(entered).await {
                 Ok(()) => Ok(Self::Nftables),
                 Err(missing @ InterceptionError::Unsupported { .. }) => {
                     // What nf_tables lacks is the better message where there is no iptables either.
-                    iptables::detect().await.map(Self::Iptables).map_err(|_| missing)
+                    iptables::detect(entered).await.map(Self::Iptables).map_err(|_| missing)
                 }
                 Err(error) => Err(error),
             },
@@ -47,34 +49,39 @@ impl Backend {
         self != Self::Nftables
     }
 
-    pub(crate) async fn apply(self, plan: &RulePlan) -> Result<(), InterceptionError> {
+    pub(crate) async fn apply(
+        self,
+        entered: &Entered,
+        plan: &RulePlan,
+    ) -> Result<(), InterceptionError> {
         match self {
-            Self::Nftables => nftables::apply(plan).await,
-            Self::Iptables(variant) => iptables::apply(variant, plan).await,
+            Self::Nftables => nftables::apply(entered, plan).await,
+            Self::Iptables(variant) => iptables::apply(entered, variant, plan).await,
         }
     }
 
     pub(crate) async fn counters(
         self,
+        entered: &Entered,
         plan: &RulePlan,
     ) -> Result<Vec<RuleCounter>, InterceptionError> {
         match self {
             Self::Nftables => {
-                let mut found = nftables::counters().await?;
+                let mut found = nftables::counters(entered).await?;
                 let place = |counter: &RuleCounter| {
                     plan.rules().iter().position(|rule| rule.id == counter.id)
                 };
                 found.sort_by_cached_key(|counter| place(counter).unwrap_or(usize::MAX));
                 Ok(found)
             }
-            Self::Iptables(variant) => iptables::counters(variant, plan).await,
+            Self::Iptables(variant) => iptables::counters(entered, variant, plan).await,
         }
     }
 
-    pub(crate) async fn remove(self) -> Result<bool, InterceptionError> {
+    pub(crate) async fn remove(self, entered: &Entered) -> Result<bool, InterceptionError> {
         match self {
-            Self::Nftables => nftables::remove().await,
-            Self::Iptables(variant) => iptables::remove(variant, RemovalScope::Own).await,
+            Self::Nftables => nftables::remove(entered).await,
+            Self::Iptables(variant) => iptables::remove(entered, variant, RemovalScope::Own).await,
         }
     }
 
@@ -95,11 +102,12 @@ impl Backend {
 
     pub(crate) async fn installed(
         self,
+        entered: &Entered,
         plan: &RulePlan,
     ) -> Result<Option<Listing>, InterceptionError> {
         match self {
-            Self::Nftables => nftables::installed().await,
-            Self::Iptables(variant) => iptables::installed(variant, plan).await,
+            Self::Nftables => nftables::installed(entered).await,
+            Self::Iptables(variant) => iptables::installed(entered, variant, plan).await,
         }
     }
 }

@@ -26,12 +26,12 @@ use nlink::netlink::{
 };
 use underpass_config::{Dns, InboundMode, InterceptionSettings, Ipv6, PortRange, Profile};
 
-use crate::InterceptionError;
 use crate::netlink::failed;
 use crate::plan::{
     KUBELET_PROBE_V4, KUBELET_PROBE_V6, MARK_MASK, Mark, PROXY_MARK, Ports, RulePlan,
 };
 use crate::routes::{PROTOCOL, Version};
+use crate::{Entered, InterceptionError};
 
 /// Where the exemptions, the blackhole and the target of the exemptions stand: right behind the local
 /// table, before every other ip rule.
@@ -126,9 +126,9 @@ impl Blackhole {
     /// # Errors
     ///
     /// The kernel refused one of them.
-    pub(crate) async fn install(&self) -> Result<(), InterceptionError> {
+    pub(crate) async fn install(&self, entered: &Entered) -> Result<(), InterceptionError> {
         const OPERATION: &str = "install the blackhole";
-        let connection = connect(OPERATION)?;
+        let connection = connect(entered, OPERATION)?;
         let tolerated = [Errno::EEXIST];
         // Where the kernel has no IPv6 there is none to refuse.
         let rules =
@@ -144,9 +144,9 @@ impl Blackhole {
 /// # Errors
 ///
 /// The kernel refused.
-pub(crate) async fn remove() -> Result<bool, InterceptionError> {
+pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError> {
     const OPERATION: &str = "remove the blackhole";
-    let connection = connect(OPERATION)?;
+    let connection = connect(entered, OPERATION)?;
     let mut standing = standing(&connection).await.map_err(failed(OPERATION))?;
     // The blackhole goes first: without its exemptions it would refuse the proxy.
     standing.sort_by_key(|(_, priority)| (*priority != REFUSALS, *priority));
@@ -162,9 +162,9 @@ pub(crate) async fn remove() -> Result<bool, InterceptionError> {
 /// # Errors
 ///
 /// The kernel refused to tell.
-pub(crate) async fn stands() -> Result<bool, InterceptionError> {
+pub(crate) async fn stands(entered: &Entered) -> Result<bool, InterceptionError> {
     const OPERATION: &str = "read the ip rules";
-    let standing = standing(&connect(OPERATION)?).await.map_err(failed(OPERATION))?;
+    let standing = standing(&connect(entered, OPERATION)?).await.map_err(failed(OPERATION))?;
     Ok(standing.iter().any(|(_, priority)| *priority == REFUSALS))
 }
 
@@ -371,7 +371,10 @@ async fn send(
     Ok(())
 }
 
-fn connect(operation: &'static str) -> Result<Connection<Rtnetlink>, InterceptionError> {
+fn connect(
+    _: &Entered,
+    operation: &'static str,
+) -> Result<Connection<Rtnetlink>, InterceptionError> {
     Connection::<Rtnetlink>::new().map_err(failed(operation))
 }
 

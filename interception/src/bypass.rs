@@ -11,6 +11,8 @@ use std::path::Path;
 
 use underpass_config::Profile;
 
+use crate::Entered;
+
 /// A process that can bypass the rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BypassingProcess {
@@ -29,7 +31,7 @@ impl fmt::Display for BypassingProcess {
     }
 }
 
-/// The other processes in this network and user namespace that can bypass the rules of `profile`.
+/// The other processes in the network and user namespace that can bypass the rules of `profile`.
 ///
 /// What the process id namespace hides, and what this process must not look into, is not found: an
 /// empty answer proves nothing. Processes of this program's name are passed over, as they may be
@@ -38,8 +40,10 @@ impl fmt::Display for BypassingProcess {
 /// # Errors
 ///
 /// /proc cannot be read.
-pub fn bypassing_processes(profile: Profile) -> io::Result<Vec<BypassingProcess>> {
+pub fn bypassing_processes(_: &Entered, profile: Profile) -> io::Result<Vec<BypassingProcess>> {
+    // Threads have names of their own; only the namespaces are the calling thread's.
     let own = Process::read(Path::new("/proc/self"))?;
+    let here = namespaces(Path::new("/proc/thread-self"))?;
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let entry = entry?;
@@ -49,7 +53,7 @@ pub fn bypassing_processes(profile: Profile) -> io::Result<Vec<BypassingProcess>
         // It may have ended, or be another user's.
         let Ok(process) = Process::read(&entry.path()) else { continue };
         let capabilities = telling(profile, process.effective);
-        let is_here = process.namespaces == own.namespaces && process.name != own.name;
+        let is_here = process.namespaces == here && process.name != own.name;
         if pid != std::process::id() && is_here && !capabilities.is_empty() {
             found.push(BypassingProcess { pid, name: process.name, capabilities });
         }
@@ -78,14 +82,18 @@ struct Process {
 
 impl Process {
     fn read(folder: &Path) -> io::Result<Self> {
-        let namespace = |kind: &str| -> io::Result<String> {
-            let link = fs::read_link(folder.join("ns").join(kind))?;
-            Ok(link.to_string_lossy().into_owned())
-        };
         let (name, effective) = status(&fs::read_to_string(folder.join("status"))?)
             .ok_or(io::ErrorKind::InvalidData)?;
-        Ok(Self { name, effective, namespaces: [namespace("net")?, namespace("user")?] })
+        Ok(Self { name, effective, namespaces: namespaces(folder)? })
     }
+}
+
+fn namespaces(folder: &Path) -> io::Result<[String; 2]> {
+    let namespace = |kind: &str| -> io::Result<String> {
+        let link = fs::read_link(folder.join("ns").join(kind))?;
+        Ok(link.to_string_lossy().into_owned())
+    };
+    Ok([namespace("net")?, namespace("user")?])
 }
 
 /// The name and the effective capabilities in a status file (proc_pid_status(5)).

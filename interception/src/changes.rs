@@ -7,14 +7,14 @@ use std::fmt;
 use std::time::Duration;
 
 use nlink::netlink::{Connection, Nftables, ProtocolState, Route, RtnetlinkGroup};
+use tokio::runtime::Handle;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use crate::InterceptionError;
 use crate::backend::Backend;
 use crate::iptables::Variant;
-use crate::leftovers::legacy_tables;
+use crate::leftovers::LegacyTables;
 use crate::netlink::failed;
-use crate::plan::Family;
+use crate::{Entered, InterceptionError, NamespaceAccess};
 
 const OPERATION: &str = "watch the rules";
 /// How often legacy tables are looked at: a look takes a process for each family.
@@ -35,15 +35,25 @@ const RULES: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ip
 /// answered.
 const BURST: usize = 1000;
 
-/// Wake-ups after changes of netfilter's rules, ip rules, routes or addresses in the namespace of
-/// the thread that subscribed, whoever made them.
+/// Wake-ups after changes of netfilter's rules, ip rules, routes or addresses in one namespace,
+/// whoever made them.
 pub struct Changes {
+    access: NamespaceAccess,
     /// `None` where the kernel tells nothing of the rules.
     nftables: Option<Connection<Nftables>>,
     routes: Connection<Route>,
     interval: Option<Interval>,
-    /// Whether the interval counts only while there are legacy tables.
-    if_legacy: bool,
+    /// The legacy tables without which the interval does not count; `None` if it always does.
+    if_legacy: Option<LegacyTables>,
+    /// Whether the interval has ticked and legacy tables were not looked for since.
+    ticked: bool,
+}
+
+/// The sockets of a subscription, opened in its namespace.
+struct Sockets {
+    nftables: Result<Connection<Nftables>, InterceptionError>,
+    routes: Connection<Route>,
+    legacy: LegacyTables,
 }
 
 impl fmt::Debug for Changes {
@@ -53,27 +63,44 @@ impl fmt::Debug for Changes {
 }
 
 impl Changes {
-    pub(crate) fn subscribe(backend: Backend) -> Result<Self, InterceptionError> {
-        let legacy = backend == Backend::Iptables(Variant::Legacy);
-        let nftables = (!legacy).then(watch_nftables).transpose()?;
-        let interval = legacy.then(|| every(LEGACY_INTERVAL));
-        Ok(Self { nftables, routes: watch(&OURS)?, interval, if_legacy: false })
+    /// Of what our own rules consist of and rely on. The caller's runtime waits for them.
+    pub(crate) async fn of_rules(
+        access: &NamespaceAccess,
+        backend: Backend,
+    ) -> Result<Self, InterceptionError> {
+        let Sockets { nftables, routes, .. } = Sockets::open(access, &OURS).await?;
+        let access = access.clone();
+        if backend == Backend::Iptables(Variant::Legacy) {
+            let interval = Some(every(LEGACY_INTERVAL));
+            return Ok(Self {
+                access,
+                nftables: None,
+                routes,
+                interval,
+                if_legacy: None,
+                ticked: false,
+            });
+        }
+        let nftables = Some(nftables?);
+        Ok(Self { access, nftables, routes, interval: None, if_legacy: None, ticked: false })
     }
 
-    /// Wake-ups after changes of any program's rules and ip rules in this namespace. Where the kernel does not let
-    /// us listen for those of nftables, as without NET_ADMIN, they are looked at in an interval too.
+    /// Wake-ups after changes of any program's rules and ip rules in a namespace. Where the kernel does
+    /// not let us listen for those of nftables, as without NET_ADMIN, they are looked at in an interval
+    /// too.
     ///
     /// # Errors
     ///
     /// The kernel does not let us listen.
-    pub fn of_all_programs() -> Result<Self, InterceptionError> {
-        let nftables = watch_nftables();
+    pub async fn of_all_programs(access: &NamespaceAccess) -> Result<Self, InterceptionError> {
+        let Sockets { nftables, routes, legacy } = Sockets::open(access, &RULES).await?;
         if let Err(error) = &nftables {
             tracing::debug!(%error, "nftables does not notify");
         }
-        let if_legacy = nftables.is_ok();
+        let if_legacy = nftables.is_ok().then_some(legacy);
         let interval = Some(every(OTHERS_INTERVAL));
-        Ok(Self { nftables: nftables.ok(), routes: watch(&RULES)?, interval, if_legacy })
+        let access = access.clone();
+        Ok(Self { access, nftables: nftables.ok(), routes, interval, if_legacy, ticked: false })
     }
 
     /// Returns when something may have changed since the last call, or since the subscription. All
@@ -84,7 +111,7 @@ impl Changes {
     ///
     /// The kernel tells no more, as when the namespace is gone.
     pub async fn next(&mut self) -> Result<(), InterceptionError> {
-        let Self { nftables, routes, interval, if_legacy } = self;
+        let Self { access, nftables, routes, interval, if_legacy, ticked } = self;
         let nftables = async {
             match nftables {
                 Some(connection) => notified(connection).await,
@@ -94,8 +121,16 @@ impl Changes {
         let interval = async {
             let Some(interval) = interval else { return std::future::pending().await };
             loop {
-                interval.tick().await;
-                if !*if_legacy || has_legacy_tables() {
+                if !*ticked {
+                    interval.tick().await;
+                    *ticked = true;
+                }
+                let counts = match if_legacy {
+                    Some(tables) => has_legacy_tables(access, tables).await,
+                    None => true,
+                };
+                *ticked = false;
+                if counts {
                     return;
                 }
             }
@@ -108,8 +143,32 @@ impl Changes {
     }
 }
 
-fn has_legacy_tables() -> bool {
-    [Family::V4, Family::V6].into_iter().any(|family| !legacy_tables(family).is_empty())
+impl Sockets {
+    /// Opens them in the namespace, for the runtime of the caller.
+    async fn open(
+        access: &NamespaceAccess,
+        groups: &'static [RtnetlinkGroup],
+    ) -> Result<Self, InterceptionError> {
+        let runtime = Handle::current();
+        let open = async move |entered: &Entered| {
+            let _callers = runtime.enter();
+            let (nftables, routes) = (watch_nftables(entered), watch(entered, groups)?);
+            Ok(Self { nftables, routes, legacy: LegacyTables::open(entered) })
+        };
+        access.run(open).await?
+    }
+}
+
+/// Takes no hop to the namespaces thread, except after a kernel module has been loaded.
+async fn has_legacy_tables(access: &NamespaceAccess, tables: &mut LegacyTables) -> bool {
+    if let Some(exist) = tables.exist() {
+        return exist;
+    }
+    // The subscription itself fails if the namespace cannot be entered any more.
+    if let Ok(opened) = access.run(async |entered| LegacyTables::open(entered)).await {
+        *tables = opened;
+    }
+    tables.exist().unwrap_or_default()
 }
 
 fn every(period: Duration) -> Interval {
@@ -118,13 +177,13 @@ fn every(period: Duration) -> Interval {
     interval
 }
 
-fn watch(groups: &[RtnetlinkGroup]) -> Result<Connection<Route>, InterceptionError> {
+fn watch(_: &Entered, groups: &[RtnetlinkGroup]) -> Result<Connection<Route>, InterceptionError> {
     let routes = Connection::<Route>::new().map_err(failed(OPERATION))?;
     routes.subscribe(groups).map_err(failed(OPERATION))?;
     Ok(routes)
 }
 
-fn watch_nftables() -> Result<Connection<Nftables>, InterceptionError> {
+fn watch_nftables(_: &Entered) -> Result<Connection<Nftables>, InterceptionError> {
     let connection = Connection::<Nftables>::new().map_err(failed(OPERATION))?;
     connection.subscribe_all().map_err(failed(OPERATION))?;
     Ok(connection)

@@ -3,7 +3,7 @@
 //!
 //! Every path is walked through the plan ([`RulePlan::walk`]); none is written down by hand. Not
 //! here: installing or reading anything, except the interfaces of a namespace
-//! ([`Environment::current`]).
+//! ([`Environment::of`]).
 
 mod environment;
 mod flows;

@@ -10,13 +10,13 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::InterceptionError;
 use crate::backend::Backend;
 use crate::iptables::{Ruleset, SavedChain, SavedTable, Variant, is_ours, saved};
 use crate::leftovers::legacy_tables;
 use crate::nftables::{self, ForeignChain};
 use crate::plan::{Family, MARK_MASK, PROXY_MARK, RulePlan, Table};
 use crate::routes;
+use crate::{Entered, InterceptionError};
 
 /// More are counted, and not listed.
 const LISTED: usize = 32;
@@ -82,21 +82,22 @@ impl fmt::Display for ForeignRule {
 ///
 /// The kernel refused to tell.
 pub(crate) async fn foreign_rules(
+    entered: &Entered,
     backend: Backend,
     plan: &RulePlan,
 ) -> Result<Vec<ForeignRule>, InterceptionError> {
     let mut found = Vec::new();
-    match nftables::foreign_chains(last_priority()).await {
+    match nftables::foreign_chains(entered, last_priority()).await {
         Ok(chains) => found.extend(in_nftables(&chains, backend)),
         // Legacy is for kernels without nf_tables.
         Err(_) if backend == Backend::Iptables(Variant::Legacy) => {}
         Err(error) => return Err(error),
     }
     for family in [Family::V4, Family::V6] {
-        if legacy_tables(family).is_empty() {
+        if legacy_tables(entered, family).is_empty() {
             continue;
         }
-        match saved("read the legacy iptables rules", Variant::Legacy, family).await {
+        match saved(entered, "read the legacy iptables rules", Variant::Legacy, family).await {
             Ok(ruleset) => {
                 let own = backend == Backend::Iptables(Variant::Legacy);
                 found.extend(in_iptables(&ruleset, family, own));
@@ -104,7 +105,7 @@ pub(crate) async fn foreign_rules(
             Err(error) => tracing::debug!(%error, "legacy iptables cannot be read"),
         }
     }
-    let rules = routes::foreign_rules(plan).await?;
+    let rules = routes::foreign_rules(entered, plan).await?;
     let place = || "policy routing".to_owned();
     found.extend(rules.into_iter().map(|rule| ForeignRule {
         place: place(),

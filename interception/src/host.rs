@@ -8,7 +8,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 
-use crate::InterceptionError;
+use crate::{Entered, InterceptionError};
 
 /// The inode of the initial network namespace, fixed since [`FIXED_SINCE`] (NET_NS_INIT_INO,
 /// include/uapi/linux/nsfs.h). Other namespaces begin at 0xf0000000, on older kernels too.
@@ -28,25 +28,15 @@ const NODE_PREFIXES: [&str; 2] = ["cali", "br-"];
 const MANY_VETHS: usize = 3;
 
 /// Refuses the host's network namespace, and one of which it cannot be told.
-pub(crate) fn refuse() -> Result<(), InterceptionError> {
-    let why = match Facts::gather() {
+pub(crate) fn refuse(entered: &Entered) -> Result<(), InterceptionError> {
+    let why = match Facts::gather(entered) {
         Ok(facts) => facts.host(),
         Err(error) => Some(format!("/proc does not tell which namespace this is: {error}")),
     };
     why.map_or(Ok(()), |why| Err(InterceptionError::HostNamespace { why }))
 }
 
-/// The number of the network namespace that the calling thread is in, by which it is told from others
-/// of this machine.
-///
-/// # Errors
-///
-/// /proc does not tell.
-pub fn network_namespace() -> io::Result<u64> {
-    fs::metadata("/proc/thread-self/ns/net").map(|file| file.ino())
-}
-
-/// What the kernel shows of the calling thread's namespaces.
+/// What the kernel shows of the namespaces that an operation is in.
 #[derive(Debug, Clone)]
 struct Facts {
     /// The kernel's major and minor version; zeros if it cannot be read.
@@ -60,12 +50,12 @@ struct Facts {
 }
 
 impl Facts {
-    fn gather() -> io::Result<Self> {
+    fn gather(entered: &Entered) -> io::Result<Self> {
         let inode = |path: &str| fs::metadata(path).map(|file| file.ino());
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Ok(Self {
             kernel: version(&release).unwrap_or_default(),
-            net: network_namespace()?,
+            net: entered.namespace().id().inode(),
             user: inode("/proc/thread-self/ns/user")?,
             pid: inode("/proc/thread-self/ns/pid")?,
             net_of_init: inode("/proc/1/ns/net").ok(),

@@ -5,8 +5,7 @@
 //! table of each family changes as a whole, but not all of them at once; where one fails, the others
 //! are put back.
 //!
-//! Not here: which rules there are (`plan.rs`) and how they read (`plan/iptables.rs`). Everything
-//! acts on the calling thread's network namespace.
+//! Not here: which rules there are (`plan.rs`) and how they read (`plan/iptables.rs`).
 
 mod exec;
 mod owners;
@@ -20,7 +19,7 @@ use crate::interception::RemovalScope;
 use crate::nftables::{self, RuleCounter};
 use crate::plan::{Family, RulePlan};
 use crate::verify::Listing;
-use crate::{InterceptionError, ipv6_available};
+use crate::{Entered, InterceptionError, ipv6_available};
 
 /// What the programs talk to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,10 +45,10 @@ impl Variant {
 /// # Errors
 ///
 /// No iptables is installed.
-pub(crate) async fn detect() -> Result<Variant, InterceptionError> {
-    match find(Variant::Legacy).await {
+pub(crate) async fn detect(entered: &Entered) -> Result<Variant, InterceptionError> {
+    match find(entered, Variant::Legacy).await {
         Err(missing) if missing.is_missing_program() => {
-            find(Variant::Nft).await.map_err(|_| missing)
+            find(entered, Variant::Nft).await.map_err(|_| missing)
         }
         result => result,
     }
@@ -60,9 +59,12 @@ pub(crate) async fn detect() -> Result<Variant, InterceptionError> {
 /// # Errors
 ///
 /// One of them is not.
-pub(crate) async fn find(variant: Variant) -> Result<Variant, InterceptionError> {
+pub(crate) async fn find(
+    entered: &Entered,
+    variant: Variant,
+) -> Result<Variant, InterceptionError> {
     for family in families() {
-        exec::find(variant, family).await?;
+        exec::find(entered, variant, family).await?;
     }
     Ok(variant)
 }
@@ -73,22 +75,26 @@ pub(crate) async fn find(variant: Variant) -> Result<Variant, InterceptionError>
 ///
 /// A user or group of the plan does not exist here; a program is missing or failed. What was changed
 /// until then is put back, as far as that is possible.
-pub(crate) async fn apply(variant: Variant, plan: &RulePlan) -> Result<(), InterceptionError> {
+pub(crate) async fn apply(
+    entered: &Entered,
+    variant: Variant,
+    plan: &RulePlan,
+) -> Result<(), InterceptionError> {
     const OPERATION: &str = "install the iptables rules";
     owners::check(plan)?;
     let mut steps = Vec::new();
     for family in families() {
         let mut wanted = Ours::of_plan(plan, family);
-        let before = installed_of(OPERATION, variant, family, &wanted).await?;
+        let before = installed_of(entered, OPERATION, variant, family, &wanted).await?;
         wanted.keep_places(&before);
         steps.push(Step { family, before, wanted });
     }
     for (done, step) in steps.iter().enumerate() {
         let Step { family, before, wanted } = step;
-        let Err(error) = change(OPERATION, variant, *family, before, wanted).await else {
+        let Err(error) = change(entered, OPERATION, variant, *family, before, wanted).await else {
             continue;
         };
-        let undone = undo(variant, steps.get(..=done).unwrap_or_default()).await;
+        let undone = undo(entered, variant, steps.get(..=done).unwrap_or_default()).await;
         return Err(InterceptionError::IptablesNotInstalled {
             family: name(*family),
             undone,
@@ -105,6 +111,7 @@ pub(crate) async fn apply(variant: Variant, plan: &RulePlan) -> Result<(), Inter
 ///
 /// A program is missing or failed.
 pub(crate) async fn counters(
+    entered: &Entered,
     variant: Variant,
     plan: &RulePlan,
 ) -> Result<Vec<RuleCounter>, InterceptionError> {
@@ -114,7 +121,7 @@ pub(crate) async fn counters(
         rules.map(|rule| RuleCounter { id: rule.id.clone(), packets: 0, bytes: 0 }).collect();
     let mut empty = true;
     for family in families() {
-        let ruleset = saved(OPERATION, variant, family).await?;
+        let ruleset = saved(entered, OPERATION, variant, family).await?;
         empty &= Ours::installed(&ruleset, &Ours::of_plan(plan, family)).is_empty();
         count(&mut counters, &ruleset, plan, family);
     }
@@ -128,6 +135,7 @@ pub(crate) async fn counters(
 ///
 /// A program is missing or failed.
 pub(crate) async fn remove(
+    entered: &Entered,
     variant: Variant,
     scope: RemovalScope,
 ) -> Result<bool, InterceptionError> {
@@ -135,7 +143,7 @@ pub(crate) async fn remove(
     let nothing = Ours::default();
     let mut any = false;
     for family in families() {
-        let ours = match installed_of(OPERATION, variant, family, &nothing).await {
+        let ours = match installed_of(entered, OPERATION, variant, family, &nothing).await {
             // Where there is no nf_tables, nothing can be in it.
             Err(InterceptionError::Iptables { module: Some("nf_tables"), .. }) => continue,
             ours => ours?,
@@ -144,11 +152,11 @@ pub(crate) async fn remove(
             RemovalScope::Own => ours.marked(),
             RemovalScope::OtherMeshes => ours,
         };
-        change(OPERATION, variant, family, &ours, &nothing).await?;
+        change(entered, OPERATION, variant, family, &ours, &nothing).await?;
         any |= !ours.is_empty();
     }
     if any && variant == Variant::Nft {
-        nftables::remove_bare_iptables_tables().await?;
+        nftables::remove_bare_iptables_tables(entered).await?;
     }
     Ok(any)
 }
@@ -159,6 +167,7 @@ pub(crate) async fn remove(
 ///
 /// A program is missing or failed.
 pub(crate) async fn installed(
+    entered: &Entered,
     variant: Variant,
     plan: &RulePlan,
 ) -> Result<Option<Listing>, InterceptionError> {
@@ -166,7 +175,7 @@ pub(crate) async fn installed(
     let mut listing = Listing::default();
     for family in families() {
         let planned = Ours::of_plan(plan, family);
-        let ours = installed_of(OPERATION, variant, family, &planned).await?;
+        let ours = installed_of(entered, OPERATION, variant, family, &planned).await?;
         listing.sections.extend(ours.sections(family));
     }
     Ok((!listing.sections.is_empty()).then_some(listing))
@@ -181,11 +190,12 @@ pub(crate) fn expected(plan: &RulePlan) -> Listing {
 
 /// Everybody's rules.
 pub(crate) async fn saved(
+    entered: &Entered,
     operation: &'static str,
     variant: Variant,
     family: Family,
 ) -> Result<Ruleset, InterceptionError> {
-    let ruleset = Ruleset::parse(&exec::save(operation, variant, family).await?);
+    let ruleset = Ruleset::parse(&exec::save(entered, operation, variant, family).await?);
     Ok(ruleset)
 }
 
@@ -209,18 +219,19 @@ fn name(family: Family) -> &'static str {
 
 /// A table that iptables-nft cannot print matters if ours are in it, or shall be.
 async fn installed_of(
+    entered: &Entered,
     operation: &'static str,
     variant: Variant,
     family: Family,
     planned: &Ours,
 ) -> Result<Ours, InterceptionError> {
-    let ruleset = saved(operation, variant, family).await?;
+    let ruleset = saved(entered, operation, variant, family).await?;
     for table in &ruleset.incompatible {
         let kernel_family = match family {
             Family::V4 => "ip",
             Family::V6 => "ip6",
         };
-        let chains = nftables::chains(kernel_family, table).await?;
+        let chains = nftables::chains(entered, kernel_family, table).await?;
         if planned.has_table(table) || chains.iter().any(|chain| is_ours(chain)) {
             let table = table.clone();
             return Err(InterceptionError::IptablesIncompatible { operation, table });
@@ -230,6 +241,7 @@ async fn installed_of(
 }
 
 async fn change(
+    entered: &Entered,
     operation: &'static str,
     variant: Variant,
     family: Family,
@@ -240,16 +252,16 @@ async fn change(
     if body.is_empty() {
         return Ok(());
     }
-    exec::restore(operation, variant, family, &body).await
+    exec::restore(entered, operation, variant, family, &body).await
 }
 
 /// Puts back what there was before; whether that succeeded.
-async fn undo(variant: Variant, steps: &[Step]) -> bool {
+async fn undo(entered: &Entered, variant: Variant, steps: &[Step]) -> bool {
     const OPERATION: &str = "put back the iptables rules";
     let mut undone = true;
     for Step { family, before, wanted } in steps.iter().rev() {
-        let result = match installed_of(OPERATION, variant, *family, wanted).await {
-            Ok(now) => change(OPERATION, variant, *family, &now, before).await,
+        let result = match installed_of(entered, OPERATION, variant, *family, wanted).await {
+            Ok(now) => change(entered, OPERATION, variant, *family, &now, before).await,
             Err(error) => Err(error),
         };
         if let Err(error) = result {

@@ -1,4 +1,4 @@
-//! Whether the kernel has IPv6, and where the calling thread's network namespace has it enabled.
+//! Whether the kernel has IPv6, and where a network namespace has it enabled.
 //!
 //! `disable_ipv6` may be written at any time, so nothing that keeps traffic from leaving in plain
 //! may depend on it: rules and listeners of IPv6 exist wherever the kernel has IPv6. Only the routes
@@ -10,8 +10,10 @@
 use std::fs;
 use std::path::Path;
 
+use crate::Entered;
+
 /// One directory for each interface, and `default` for those to come. `/proc/sys/net` shows the
-/// reader's own namespace. Absent when the kernel has no IPv6, or was started with
+/// namespace of the thread that reads it. Absent when the kernel has no IPv6, or was started with
 /// `ipv6.disable=1`.
 const INTERFACES: &str = "/proc/sys/net/ipv6/conf";
 
@@ -22,7 +24,7 @@ pub fn ipv6_available() -> bool {
 }
 
 /// Whether the kernel takes IPv6 routes through the loopback interface, and addresses of it, now.
-pub(crate) fn on_loopback() -> bool {
+pub(crate) fn on_loopback(_: &Entered) -> bool {
     let switch = Path::new(INTERFACES).join("lo/disable_ipv6");
     fs::read_to_string(switch).is_ok_and(|value| value.trim() == "0")
 }

@@ -6,12 +6,15 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 
 use crate::backend::Backend;
 use crate::iptables::{Variant, is_ours, is_owner_chain, saved};
 use crate::plan::{Family, RulePlan, TABLE};
-use crate::{InterceptionError, nftables, routes};
+use crate::{Entered, InterceptionError, nftables, routes};
 
 /// Something that was found.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -83,25 +86,28 @@ impl fmt::Display for Leftover {
 /// # Errors
 ///
 /// What exists cannot be read.
-pub(crate) async fn leftovers(backend: Backend) -> Result<Vec<Leftover>, InterceptionError> {
-    let mut found = in_nftables(backend).await?;
+pub(crate) async fn leftovers(
+    entered: &Entered,
+    backend: Backend,
+) -> Result<Vec<Leftover>, InterceptionError> {
+    let mut found = in_nftables(entered, backend).await?;
     for family in [Family::V4, Family::V6] {
-        found.extend(in_legacy(backend, family).await);
+        found.extend(in_legacy(entered, backend, family).await);
     }
-    found.extend(in_policy_routing().await?);
+    found.extend(in_policy_routing(entered).await?);
     found.sort();
     Ok(found)
 }
 
 /// Istio's ip rules have the marks and tables of ours, without our protocol number.
-async fn in_policy_routing() -> Result<Vec<Leftover>, InterceptionError> {
-    let rules = routes::rules_of_others(&RulePlan::beside_rules()).await?;
+async fn in_policy_routing(entered: &Entered) -> Result<Vec<Leftover>, InterceptionError> {
+    let rules = routes::rules_of_others(entered, &RulePlan::beside_rules()).await?;
     let leftover = |rule| Leftover { what: format!("the {rule}"), whose: LeftoverOwner::Istio };
     Ok(rules.into_iter().map(leftover).collect())
 }
 
-async fn in_nftables(own: Backend) -> Result<Vec<Leftover>, InterceptionError> {
-    let tables = match nftables::tables().await {
+async fn in_nftables(entered: &Entered, own: Backend) -> Result<Vec<Leftover>, InterceptionError> {
+    let tables = match nftables::tables(entered).await {
         Ok(tables) => tables,
         // Legacy is for kernels without nf_tables, where nobody answers.
         Err(_) if own == Backend::Iptables(Variant::Legacy) => return Ok(Vec::new()),
@@ -117,7 +123,7 @@ async fn in_nftables(own: Backend) -> Result<Vec<Leftover>, InterceptionError> {
             }
             "inet" if is_istios(&table) => found.push(whole(LeftoverOwner::Istio)),
             "ip" | "ip6" if is_of_iptables(&table) => {
-                let chains = nftables::chains(family, &table).await?;
+                let chains = nftables::chains(entered, family, &table).await?;
                 found.extend(in_chains(&chains, own == Backend::Iptables(Variant::Nft), &place));
             }
             _ => {}
@@ -135,24 +141,25 @@ fn is_of_iptables(table: &str) -> bool {
     ["raw", "mangle", "nat", "filter"].contains(&table)
 }
 
-async fn in_legacy(own: Backend, family: Family) -> Vec<Leftover> {
+async fn in_legacy(entered: &Entered, own: Backend, family: Family) -> Vec<Leftover> {
     let program = match family {
         Family::V4 => "iptables-legacy",
         Family::V6 => "ip6tables-legacy",
     };
-    let names = legacy_tables(family);
+    let names = legacy_tables(entered, family);
     if names.is_empty() {
         return Vec::new();
     }
-    let ruleset = match saved("read the legacy iptables rules", Variant::Legacy, family).await {
-        Ok(ruleset) => ruleset,
-        // Interception by nftables needs neither its programs nor NET_RAW.
-        Err(error) => {
-            tracing::debug!(%error, "legacy iptables cannot be read");
-            let what = format!("the table {} of {program}", names.join(", "));
-            return vec![Leftover { what, whose: LeftoverOwner::Unknown }];
-        }
-    };
+    let ruleset =
+        match saved(entered, "read the legacy iptables rules", Variant::Legacy, family).await {
+            Ok(ruleset) => ruleset,
+            // Interception by nftables needs neither its programs nor NET_RAW.
+            Err(error) => {
+                tracing::debug!(%error, "legacy iptables cannot be read");
+                let what = format!("the table {} of {program}", names.join(", "));
+                return vec![Leftover { what, whose: LeftoverOwner::Unknown }];
+            }
+        };
     let tables = ruleset.tables.into_iter();
     tables
         .flat_map(|table| {
@@ -165,13 +172,46 @@ async fn in_legacy(own: Backend, family: Family) -> Vec<Leftover> {
 
 /// The tables of legacy iptables that exist. Asking iptables-legacy for a table creates it; this file
 /// names those that exist, and is absent where the kernel has no legacy iptables.
-pub(crate) fn legacy_tables(family: Family) -> Vec<String> {
-    let path = match family {
+pub(crate) fn legacy_tables(_: &Entered, family: Family) -> Vec<String> {
+    let names = fs::read_to_string(legacy_names(family)).unwrap_or_default();
+    names.split_whitespace().map(str::to_owned).collect()
+}
+
+fn legacy_names(family: Family) -> &'static str {
+    match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",
-    };
-    let names = fs::read_to_string(path).unwrap_or_default();
-    names.split_whitespace().map(str::to_owned).collect()
+    }
+}
+
+/// Whether a namespace has tables of legacy iptables, asked again and again by a thread that may be in
+/// another one.
+#[derive(Debug)]
+pub(crate) struct LegacyTables([(Family, Result<File, io::ErrorKind>); 2]);
+
+impl LegacyTables {
+    /// Opens the kernel's lists; they stay those of this namespace.
+    pub(crate) fn open(_: &Entered) -> Self {
+        let open = |family| File::open(legacy_names(family)).map_err(|error| error.kind());
+        Self([Family::V4, Family::V6].map(|family| (family, open(family))))
+    }
+
+    /// Whether there are tables now; `None` if a list exists only since [`open`](Self::open), as when a
+    /// kernel module has been loaded. What may not be read has none.
+    pub(crate) fn exist(&self) -> Option<bool> {
+        let mut any = false;
+        for (family, list) in &self.0 {
+            any |= match list {
+                Ok(list) => list.read_at(&mut [0], 0).is_ok_and(|read| read > 0),
+                // A module has its list in every namespace.
+                Err(io::ErrorKind::NotFound) if Path::new(legacy_names(*family)).exists() => {
+                    return None;
+                }
+                Err(_) => false,
+            };
+        }
+        Some(any)
+    }
 }
 
 /// What the chains of a table are, together for each owner. `own`: our rules are there too.

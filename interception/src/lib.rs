@@ -50,7 +50,6 @@ pub use error::{InterceptionError, SandboxRemedy};
 pub use explain::{Explanation, Flow, Hop, PacketExplanation, Party, Sender};
 pub use foreign::{Effect, ForeignRule};
 pub use handover::{Handover, Peer};
-pub use host::network_namespace;
 pub use interception::{Interception, RemovalScope, counters, remove_everything};
 pub use iptables::Variant;
 pub use ipv6::ipv6_available;
@@ -58,7 +57,9 @@ pub use leftovers::{Leftover, LeftoverOwner};
 pub use limits::{is_out_of_files, raise_open_files};
 pub use listener::{BoundListener, Listener};
 pub use local::LocalAddresses;
-pub use namespace::{Endpoint, Entered, Namespace, NamespaceId, NamespaceThread, veth};
+pub use namespace::{
+    Endpoint, Entered, Namespace, NamespaceAccess, NamespaceId, NamespaceThread, veth,
+};
 pub use nftables::RuleCounter;
 pub use packets::{PacketCapture, TcpSegment};
 pub use plan::{
@@ -68,7 +69,8 @@ pub use plan::{
     Protocol, ROUTE_TABLE, RULE_PRIORITY, Rule, RulePlan, State, TABLE, Table, Walk, Way,
 };
 pub use privileges::{
-    Kept, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process, confine_thread,
+    Kept, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process,
+    confine_thread, prepare_change_of_user,
 };
 pub use reverse_path::check_reverse_path;
 pub use sandbox::{Sandbox, enter_sandbox, sandbox_folder};

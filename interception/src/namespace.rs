@@ -1,19 +1,21 @@
 //! Network namespaces: opened, told apart, and entered.
 //!
 //! In reading order: [`Namespace`] is a handle, [`NamespaceThread`] runs operations inside of
-//! namespaces, and [`Entered`] proves to each operation which namespace it is in. Everything in this
-//! crate that acts on a namespace takes an `&Entered`, so a call in the wrong one does not compile.
+//! namespaces, [`NamespaceAccess`] is both, and [`Entered`] proves to each operation which namespace it
+//! is in. Everything in this crate that acts on a namespace takes an `&Entered`, so a call in the wrong
+//! one does not compile.
 //!
 //! Not here: making and connecting namespaces (`wiring.rs`), and privileges to do so without being
 //! root (`sandbox.rs`).
 
+mod access;
 mod thread;
 mod wiring;
 
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +24,7 @@ use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::InterceptionError;
 
+pub use access::NamespaceAccess;
 pub use thread::{Entered, NamespaceThread};
 pub use wiring::{Endpoint, veth};
 
@@ -56,7 +59,12 @@ impl Namespace {
     ///
     /// [`InterceptionError::Namespace`].
     pub fn current() -> Result<Self, InterceptionError> {
-        Self::open(OWN)
+        let opened = File::open(OWN).and_then(|file| {
+            // Unlike `OWN`, the same namespace for every thread.
+            let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+            Held::new(file, path.into())
+        });
+        opened.map(|held| Self(Arc::new(held))).map_err(failed("open", OWN.as_ref()))
     }
 
     /// The one whose file is at `path`: `/run/netns/NAME`, `/proc/PID/ns/net`, or a container
@@ -77,7 +85,7 @@ impl Namespace {
         self.0.id
     }
 
-    /// The file that it was opened by.
+    /// A file by which any process can enter it while this handle lives.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0.path

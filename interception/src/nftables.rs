@@ -1,8 +1,7 @@
 //! The netlink backend: puts a plan into nf_tables, reads its counters and what is installed, takes
 //! it out again.
 //!
-//! Not here: which rules there are (`plan.rs`). Everything acts on the calling thread's network
-//! namespace.
+//! Not here: which rules there are (`plan.rs`).
 
 mod encode;
 mod expressions;
@@ -22,11 +21,11 @@ pub(crate) use listing::{expected, installed, readable, readable_unknown};
 pub(crate) use owner::mark_owner;
 pub(crate) use tables::{chains, remove_bare_iptables_tables, remove_tables, tables};
 
-use crate::InterceptionError;
 use crate::netlink::{failed, into_io};
 use crate::plan::nft::{NamedSet, Operand, operands};
 use crate::plan::{RulePlan, TABLE};
 use crate::privileges::confine_auxiliary_thread;
+use crate::{Entered, InterceptionError};
 
 type Kernel = Connection<Nftables>;
 
@@ -42,9 +41,9 @@ pub struct RuleCounter {
 }
 
 /// Asks for the ruleset's generation: changes nothing, and fails where there is no nf_tables.
-pub(crate) async fn reach() -> Result<(), InterceptionError> {
+pub(crate) async fn reach(entered: &Entered) -> Result<(), InterceptionError> {
     const OPERATION: &str = "read the nftables ruleset";
-    let kernel = connect(OPERATION)?;
+    let kernel = connect(entered, OPERATION)?;
     match kernel.generation().await {
         Ok(_) => Ok(()),
         Err(error) if error.is_permission_denied() => Err(failed(OPERATION)(error)),
@@ -59,8 +58,8 @@ pub(crate) async fn reach() -> Result<(), InterceptionError> {
 }
 
 /// Replaces our table by the plan, in one transaction: packets see the old rules or the new ones.
-pub(crate) async fn apply(plan: &RulePlan) -> Result<(), InterceptionError> {
-    ask("install the nftables rules", async |kernel| {
+pub(crate) async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), InterceptionError> {
+    ask(entered, "install the nftables rules", async |kernel| {
         make_room(kernel, plan);
         let tables = kernel.list_tables_in(Family::Inet).await?;
         let replace = tables.iter().any(|table| table.name == TABLE);
@@ -74,9 +73,11 @@ pub(crate) async fn apply(plan: &RulePlan) -> Result<(), InterceptionError> {
 }
 
 /// The counters of the rules that are in the kernel, in their order; none if our table is not.
-pub(crate) async fn counters() -> Result<Vec<RuleCounter>, InterceptionError> {
+pub(crate) async fn counters(entered: &Entered) -> Result<Vec<RuleCounter>, InterceptionError> {
     const OPERATION: &str = "read the nftables rules";
-    let rules = ask(OPERATION, async |kernel| kernel.list_rules(TABLE, Family::Inet).await).await?;
+    let rules =
+        ask(entered, OPERATION, async |kernel| kernel.list_rules(TABLE, Family::Inet).await)
+            .await?;
     let counters = rules.into_iter().filter_map(|rule| {
         let (packets, bytes) = rule.counter()?;
         Some(RuleCounter { id: rule.comment_text?, packets, bytes })
@@ -85,9 +86,10 @@ pub(crate) async fn counters() -> Result<Vec<RuleCounter>, InterceptionError> {
 }
 
 /// Takes our table out; `false` if there was none.
-pub(crate) async fn remove() -> Result<bool, InterceptionError> {
+pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError> {
     const OPERATION: &str = "remove the nftables rules";
-    ask(OPERATION, async |kernel| kernel.del_table_if_exists(TABLE, Family::Inet).await).await
+    ask(entered, OPERATION, async |kernel| kernel.del_table_if_exists(TABLE, Family::Inet).await)
+        .await
 }
 
 /// Does something over a connection of its own, which is closed on a thread that may wait.
@@ -96,10 +98,11 @@ pub(crate) async fn remove() -> Result<bool, InterceptionError> {
 /// it any more, some ten milliseconds later (`nft_rcv_nl_event` flushes
 /// `nf_tables_trans_destroy_work`, which waits for RCU, net/netfilter/nf_tables_api.c).
 async fn ask<T>(
+    entered: &Entered,
     operation: &'static str,
     request: impl AsyncFnOnce(&Kernel) -> nlink::Result<T>,
 ) -> Result<T, InterceptionError> {
-    let kernel = connect(operation)?;
+    let kernel = connect(entered, operation)?;
     let answer = request(&kernel).await;
     close(kernel);
     answer.map_err(failed(operation))
@@ -116,7 +119,7 @@ fn close(kernel: Kernel) {
     std::thread::Builder::new().name("close".to_owned()).spawn(close).ok();
 }
 
-fn connect(operation: &'static str) -> Result<Kernel, InterceptionError> {
+fn connect(_: &Entered, operation: &'static str) -> Result<Kernel, InterceptionError> {
     Kernel::new().map_err(failed(operation))
 }
 

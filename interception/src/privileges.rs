@@ -2,12 +2,14 @@
 //!
 //! Capabilities belong to threads, and a new thread has those of the one that made it. So the
 //! process goes down in steps: [`confine_process`] first of all, then each auxiliary thread by
-//! [`confine_auxiliary_thread`], then the control thread by [`confine_thread`] once the rules
-//! stand, and from it the workers.
+//! [`confine_auxiliary_thread`], then the namespaces thread and the control thread by
+//! [`confine_thread`] once the rules stand, and from it the workers.
 //!
 //! A change of user is made by the C library on all threads, and ends the process unless it
 //! succeeds on all or on none (setxid in nptl(7)). While one is to come, auxiliary threads keep
-//! SETUID and SETGID; the kernel clears both as they stop being root (capabilities(7)).
+//! SETUID and SETGID; the kernel clears both as they stop being root (capabilities(7)). A thread whose
+//! capabilities must survive the change calls [`prepare_change_of_user`] before it and
+//! [`confine_thread`] after it.
 
 use std::fmt;
 use std::io;
@@ -91,15 +93,11 @@ impl ProxyUser {
     pub fn become_it(self, kept: Kept) -> Result<(), InterceptionError> {
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
         let become_it = || -> io::Result<()> {
-            // While SETPCAP is effective.
-            bound(kept)?;
-            // Else the kernel clears them with the user (capabilities(7)).
-            prctl::set_keepcaps(true)?;
+            prepare_change_of_user(kept)?;
             // What the process was allowed as a member of root's groups.
             setgroups(&[])?;
             setresgid(gid, gid, gid)?;
             setresuid(uid, uid, uid)?;
-            prctl::set_keepcaps(false)?;
             USER_WILL_CHANGE.store(false, Relaxed);
             keep(kept)?;
             // The kernel sets it to fs.suid_dumpable with the user (proc(5)).
@@ -144,6 +142,20 @@ impl fmt::Display for MissingCapabilities {
 pub fn confine_process() -> io::Result<()> {
     prctl::set_no_new_privs()?;
     prctl::set_dumpable(false)?;
+    Ok(())
+}
+
+/// Lets the calling thread keep what it is permitted when the process becomes another user, until
+/// [`confine_thread`] leaves it no more than `kept`.
+///
+/// # Errors
+///
+/// The kernel's.
+pub fn prepare_change_of_user(kept: Kept) -> io::Result<()> {
+    // While SETPCAP is effective.
+    bound(kept)?;
+    // Otherwise the kernel clears them with the user (capabilities(7)).
+    prctl::set_keepcaps(true)?;
     Ok(())
 }
 
@@ -206,6 +218,7 @@ impl Kept {
 }
 
 fn keep(kept: Kept) -> io::Result<()> {
+    prctl::set_keepcaps(false)?;
     set(kept.own(), kept.inherited())
 }
 

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use underpass_config::{InboundMode, InterceptionSettings, Profile};
 
-use crate::InterceptionError;
+use crate::{Entered, InterceptionError};
 
 const INTERFACES: &str = "/proc/sys/net/ipv4/conf";
 
@@ -21,7 +21,10 @@ const INTERFACES: &str = "/proc/sys/net/ipv4/conf";
 /// # Errors
 ///
 /// [`InterceptionError::ClientsRefused`].
-pub fn check_reverse_path(settings: &InterceptionSettings) -> Result<(), InterceptionError> {
+pub fn check_reverse_path(
+    _: &Entered,
+    settings: &InterceptionSettings,
+) -> Result<(), InterceptionError> {
     let tproxy =
         settings.profile == Profile::Sidecar && settings.inbound.mode == InboundMode::Tproxy;
     let interfaces = fs::read_dir(INTERFACES).into_iter().flatten().flatten();

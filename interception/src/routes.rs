@@ -7,8 +7,7 @@
 //! ip addr  add ::6/128 dev lo
 //! ```
 //!
-//! Not here: what sets the marks (`plan.rs`). Everything acts on the calling thread's network
-//! namespace.
+//! Not here: what sets the marks (`plan.rs`).
 
 use std::net::Ipv6Addr;
 
@@ -22,7 +21,7 @@ use nlink::netlink::{Connection, Route as Rtnetlink};
 use crate::netlink::failed;
 use crate::plan::{LoopbackAddress, PolicyRoute, RulePlan};
 use crate::verify::Section;
-use crate::{InterceptionError, ipv6, ipv6_available};
+use crate::{Entered, InterceptionError, ipv6, ipv6_available};
 
 /// Says in the kernel who made our rules and routes (`ip rule` shows `proto 117`), so that removal
 /// cannot take another program's. The number is free in /etc/iproute2/rt_protos.
@@ -53,8 +52,8 @@ pub(crate) enum Version {
 /// IPv6 follows the kernel rather than the capture setting: also a pod whose own IPv6 traffic is
 /// not caught gets HBONE from IPv6 clients, whose addresses the proxy imitates. While IPv6 is
 /// disabled on the loopback interface, that takes no IPv6 route or address.
-fn needed(plan: &RulePlan) -> Vec<Entry> {
-    let (known, v6) = (ipv6_available(), ipv6::on_loopback());
+fn needed(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
+    let (known, v6) = (ipv6_available(), ipv6::on_loopback(entered));
     let versions = if known { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
     let routes = plan.routes().iter().flat_map(|route| {
         versions
@@ -75,8 +74,8 @@ impl Entry {
 }
 
 /// What the rules of other settings rely on, and these do not: with them, a mark that these rules set would lead astray.
-fn foreign(plan: &RulePlan) -> Vec<Entry> {
-    let needed = needed(plan);
+fn foreign(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
+    let needed = needed(entered, plan);
     let is_needed = |entry: &Entry| match entry {
         // A route is its table's, whatever the rule that leads to it.
         Entry::Route(PolicyRoute { table, .. }, _) => {
@@ -90,27 +89,33 @@ fn foreign(plan: &RulePlan) -> Vec<Entry> {
 }
 
 /// Takes out what an installation of other settings left.
-pub(crate) async fn remove_foreign(plan: &RulePlan) -> Result<(), InterceptionError> {
-    delete(&foreign(plan)).await.map(drop)
+pub(crate) async fn remove_foreign(
+    entered: &Entered,
+    plan: &RulePlan,
+) -> Result<(), InterceptionError> {
+    delete(entered, &foreign(entered, plan)).await.map(drop)
 }
 
 /// Adds what is missing, and says what that was. On failure nothing stays that this call added.
-pub(crate) async fn install(plan: &RulePlan) -> Result<Vec<Entry>, InterceptionError> {
+pub(crate) async fn install(
+    entered: &Entered,
+    plan: &RulePlan,
+) -> Result<Vec<Entry>, InterceptionError> {
     const OPERATION: &str = "install the ip rules and routes";
-    let needed = needed(plan);
+    let needed = needed(entered, plan);
     if needed.is_empty() {
         return Ok(Vec::new());
     }
-    let connection = connect(OPERATION)?;
+    let connection = connect(entered, OPERATION)?;
     let mut added = Vec::new();
     for entry in needed {
         match add(&connection, entry).await {
             Ok(()) => added.push(entry),
             Err(error) if error.is_already_exists() => {}
             // Disabled since the list was made.
-            Err(_) if entry.needs_ipv6_on_loopback() && !ipv6::on_loopback() => {}
+            Err(_) if entry.needs_ipv6_on_loopback() && !ipv6::on_loopback(entered) => {}
             Err(error) => {
-                undo(&added).await;
+                undo(entered, &added).await;
                 return Err(failed(OPERATION)(error));
             }
         }
@@ -120,15 +125,15 @@ pub(crate) async fn install(plan: &RulePlan) -> Result<Vec<Entry>, InterceptionE
 
 /// Removes what a failed installation added. A failure here is logged: the caller has a better one
 /// to return.
-pub(crate) async fn undo(added: &[Entry]) {
-    if let Err(error) = delete(added).await {
+pub(crate) async fn undo(entered: &Entered, added: &[Entry]) {
+    if let Err(error) = delete(entered, added).await {
         tracing::warn!(%error, ?added, "what a failed installation had added could not be removed");
     }
 }
 
 /// Removes whatever the plan needs, in both families; `false` if there was nothing.
-pub(crate) async fn remove(plan: &RulePlan) -> Result<bool, InterceptionError> {
-    delete(&removable(plan)).await
+pub(crate) async fn remove(entered: &Entered, plan: &RulePlan) -> Result<bool, InterceptionError> {
+    delete(entered, &removable(plan)).await
 }
 
 /// All that the plan may have needed here, in both families.
@@ -146,14 +151,17 @@ fn removable(plan: &RulePlan) -> Vec<Entry> {
 }
 
 /// What the plan needs here, for a comparison.
-pub(crate) fn expected(plan: &RulePlan) -> Section {
-    Section { head: HEAD.to_owned(), lines: needed(plan).into_iter().map(text).collect() }
+pub(crate) fn expected(entered: &Entered, plan: &RulePlan) -> Section {
+    Section { head: HEAD.to_owned(), lines: needed(entered, plan).into_iter().map(text).collect() }
 }
 
 /// What of it there is, and what an installation of other settings left.
-pub(crate) async fn installed(plan: &RulePlan) -> Result<Section, InterceptionError> {
+pub(crate) async fn installed(
+    entered: &Entered,
+    plan: &RulePlan,
+) -> Result<Section, InterceptionError> {
     const OPERATION: &str = "read the ip rules and routes";
-    let connection = connect(OPERATION)?;
+    let connection = connect(entered, OPERATION)?;
     let rules = connection.get_rules().await.map_err(failed(OPERATION))?;
     let routes = connection.get_routes().await.map_err(failed(OPERATION))?;
     let addresses = connection.get_addresses().await.map_err(failed(OPERATION))?;
@@ -172,20 +180,23 @@ pub(crate) async fn installed(plan: &RulePlan) -> Result<Section, InterceptionEr
         }),
         Entry::Address(_) => false,
     };
-    let needed = needed(plan).into_iter().filter(there);
-    let left = foreign(plan).into_iter().filter(ours);
+    let needed = needed(entered, plan).into_iter().filter(there);
+    let left = foreign(entered, plan).into_iter().filter(ours);
     let lines = needed.chain(left).map(text).collect();
     Ok(Section { head: HEAD.to_owned(), lines })
 }
 
 /// The ip rules of others that choose a route before those of the plan do, as iproute2 would be given
 /// them.
-pub(crate) async fn foreign_rules(plan: &RulePlan) -> Result<Vec<String>, InterceptionError> {
+pub(crate) async fn foreign_rules(
+    entered: &Entered,
+    plan: &RulePlan,
+) -> Result<Vec<String>, InterceptionError> {
     const OPERATION: &str = "read the ip rules";
     let Some(last) = plan.routes().iter().map(|route| route.priority).max() else {
         return Ok(Vec::new());
     };
-    let rules = connect(OPERATION)?.get_rules().await.map_err(failed(OPERATION))?;
+    let rules = connect(entered, OPERATION)?.get_rules().await.map_err(failed(OPERATION))?;
     let foreign = rules.iter().filter(|rule| {
         // The local table has priority 0.
         (1..=last).contains(&rule.priority()) && rule.protocol() != Some(PROTOCOL)
@@ -194,9 +205,12 @@ pub(crate) async fn foreign_rules(plan: &RulePlan) -> Result<Vec<String>, Interc
 }
 
 /// The ip rules of others that equal those of the plan in all but who made them.
-pub(crate) async fn rules_of_others(plan: &RulePlan) -> Result<Vec<String>, InterceptionError> {
+pub(crate) async fn rules_of_others(
+    entered: &Entered,
+    plan: &RulePlan,
+) -> Result<Vec<String>, InterceptionError> {
     const OPERATION: &str = "read the ip rules";
-    let rules = connect(OPERATION)?.get_rules().await.map_err(failed(OPERATION))?;
+    let rules = connect(entered, OPERATION)?.get_rules().await.map_err(failed(OPERATION))?;
     let of_others = rules.iter().filter(|rule| rule.protocol() != Some(PROTOCOL));
     let equal = of_others.filter(|rule| {
         let version = if rule.is_ipv4() { Version::V4 } else { Version::V6 };
@@ -206,9 +220,12 @@ pub(crate) async fn rules_of_others(plan: &RulePlan) -> Result<Vec<String>, Inte
 }
 
 /// Removes them, and the routes that they lead to; `false` if there was nothing.
-pub(crate) async fn remove_of_others(plan: &RulePlan) -> Result<bool, InterceptionError> {
+pub(crate) async fn remove_of_others(
+    entered: &Entered,
+    plan: &RulePlan,
+) -> Result<bool, InterceptionError> {
     const OPERATION: &str = "remove the ip rules and routes of other meshes";
-    let connection = connect(OPERATION)?;
+    let connection = connect(entered, OPERATION)?;
     let mut any = false;
     for entry in removable(plan) {
         let removed = match entry {
@@ -320,9 +337,9 @@ fn family(version: Version) -> u8 {
     if version == Version::V4 { 2 } else { 10 }
 }
 
-async fn delete(entries: &[Entry]) -> Result<bool, InterceptionError> {
+async fn delete(entered: &Entered, entries: &[Entry]) -> Result<bool, InterceptionError> {
     const OPERATION: &str = "remove the ip rules and routes";
-    let connection = connect(OPERATION)?;
+    let connection = connect(entered, OPERATION)?;
     let mut any = false;
     for entry in entries {
         any |= delete_one(&connection, *entry).await.map_err(failed(OPERATION))?;
@@ -379,6 +396,9 @@ fn route_v6(route: PolicyRoute) -> Ipv6Route {
         .protocol(RouteProtocol::Other(PROTOCOL))
 }
 
-fn connect(operation: &'static str) -> Result<Connection<Rtnetlink>, InterceptionError> {
+fn connect(
+    _: &Entered,
+    operation: &'static str,
+) -> Result<Connection<Rtnetlink>, InterceptionError> {
     Connection::<Rtnetlink>::new().map_err(failed(operation))
 }

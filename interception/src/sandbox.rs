@@ -1,7 +1,7 @@
 //! Private namespaces for tests and demonstrations: in them anyone is root, and the machine is out
 //! of reach.
 //!
-//! Not here: network namespaces beside each other (`netns.rs`), which are then made inside.
+//! Not here: network namespaces beside each other (`namespace.rs`), which are then made inside.
 
 use std::fs;
 use std::io;

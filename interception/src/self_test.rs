@@ -18,8 +18,8 @@ use socket2::{Domain, Socket, Type};
 use tokio::net::TcpSocket;
 use underpass_config::{InterceptionSettings, PortRange};
 
-use crate::ipv6;
 use crate::plan::{End, Environment, Packet, Ports, Protocol, RulePlan, State, Way};
+use crate::{Entered, ipv6};
 
 /// Addresses that nobody has (TEST-NET-1, RFC 5737; documentation prefix, RFC 3849).
 pub(crate) const NOBODY_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
@@ -48,12 +48,12 @@ pub struct Probe {
 }
 
 impl ProbeSockets {
-    /// Opens them, as the user that the process is now.
+    /// Opens them in the namespace, as the user that the process is now.
     ///
     /// # Errors
     ///
     /// The kernel's.
-    pub fn open() -> io::Result<Self> {
+    pub fn open(_: &Entered) -> io::Result<Self> {
         let open = |domain| Socket::new(domain, Type::STREAM.nonblocking(), None);
         let v6 = ipv6::ipv6_available().then(|| open(Domain::IPV6)).transpose()?;
         let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
@@ -68,15 +68,16 @@ impl ProbeSockets {
     /// The kernel's: no descriptor, or no list of interfaces.
     pub fn probes(
         &self,
+        entered: &Entered,
         plan: &RulePlan,
         settings: &InterceptionSettings,
         ports: Ports,
     ) -> io::Result<Vec<Probe>> {
-        let environment = Environment::current()?;
+        let environment = Environment::of(entered)?;
         let candidates = candidates(settings);
         let mut probes = Vec::new();
         // What is redirected to ::1 does not arrive while IPv6 is disabled on the loopback interface.
-        let v6 = self.v6.as_ref().filter(|_| ipv6::on_loopback());
+        let v6 = self.v6.as_ref().filter(|_| ipv6::on_loopback(entered));
         for (v6, socket) in [(false, Some(&self.v4)), (true, v6)] {
             let caught = candidates
                 .iter()

@@ -3,7 +3,7 @@
 //! Not here: anything that the product uses.
 
 use crate::plan::{Chain, Rule, RulePlan};
-use crate::{InterceptionError, nftables};
+use crate::{Entered, InterceptionError, nftables};
 
 /// A plan of these rules alone.
 #[must_use]
@@ -11,13 +11,13 @@ pub fn plan(chains: Vec<Chain>, rules: Vec<Rule>) -> RulePlan {
     RulePlan { chains, rules, routes: Vec::new(), addresses: Vec::new() }
 }
 
-/// Puts the plan into the calling thread's namespace.
+/// Puts the plan into the namespace.
 ///
 /// # Errors
 ///
 /// The kernel refused.
-pub async fn apply(plan: &RulePlan) -> Result<(), InterceptionError> {
-    nftables::apply(plan).await
+pub async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), InterceptionError> {
+    nftables::apply(entered, plan).await
 }
 
 /// What is installed, section by section, and what the plan wants.
@@ -25,12 +25,15 @@ pub async fn apply(plan: &RulePlan) -> Result<(), InterceptionError> {
 /// # Errors
 ///
 /// The kernel refused.
-pub async fn listings(plan: &RulePlan) -> Result<[Option<Sections>; 2], InterceptionError> {
+pub async fn listings(
+    entered: &Entered,
+    plan: &RulePlan,
+) -> Result<[Option<Sections>; 2], InterceptionError> {
     let sections = |listing: crate::verify::Listing| {
         listing.sections.into_iter().map(|section| (section.head, section.lines)).collect()
     };
     let expected = nftables::expected(plan);
-    Ok([nftables::installed().await?.map(sections), Some(sections(expected))])
+    Ok([nftables::installed(entered).await?.map(sections), Some(sections(expected))])
 }
 
 /// Heads and lines.

@@ -11,10 +11,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpSocket};
 
-use crate::ipv6;
 use crate::plan::{Action, Environment, Families, PolicyRoute, RulePlan, is_link_local};
 use crate::self_test::{NOBODY_V4, NOBODY_V6, disconnect};
 use crate::socket::{Sockets, reset_on_close};
+use crate::{Entered, ipv6};
 
 /// A connection to be made from an address that nobody has to a listener of our own.
 #[derive(Debug)]
@@ -36,23 +36,25 @@ impl WayBack {
     /// # Errors
     ///
     /// The kernel's: no socket, no leave to imitate, or no list of interfaces.
-    pub fn prepare(plan: &RulePlan, sockets: &Sockets) -> io::Result<Vec<Self>> {
+    pub fn prepare(entered: &Entered, plan: &RulePlan, sockets: &Sockets) -> io::Result<Vec<Self>> {
         let Some(&route) = plan.routes().first().filter(|_| sockets.imitate_clients()) else {
             return Ok(Vec::new());
         };
-        let environment = Environment::current()?;
+        let environment = Environment::of(entered)?;
         let mut connections = Vec::new();
         for nobody in [NOBODY_V4, NOBODY_V6] {
             let own = environment.address(nobody.is_ipv6());
-            let Some(own) = own.filter(|own| !is_link_local(*own) && serves(plan, nobody)) else {
-                continue;
-            };
-            // Nobody is where no route leads to.
-            let Some(client) = [nobody, neighbour(own)].into_iter().find(|to| is_route(own, *to))
+            let Some(own) = own.filter(|own| !is_link_local(*own) && serves(entered, plan, nobody))
             else {
                 continue;
             };
-            if let Some((listener, destination)) = listen(own)? {
+            // Nobody is where no route leads to.
+            let Some(client) =
+                [nobody, neighbour(own)].into_iter().find(|to| is_route(entered, own, *to))
+            else {
+                continue;
+            };
+            if let Some((listener, destination)) = listen(entered, own)? {
                 let socket = sockets.open_to_workload(destination, client)?;
                 connections.push(Self { listener, socket, client, destination, route });
             }
@@ -62,7 +64,7 @@ impl WayBack {
 
     /// Whether the address of the workload's end is still one of this namespace's.
     #[must_use]
-    pub fn is_current(&self) -> bool {
+    pub fn is_current(&self, _: &Entered) -> bool {
         UdpSocket::bind(SocketAddr::new(self.destination.ip(), 0)).is_ok()
     }
 
@@ -96,14 +98,14 @@ impl WayBack {
 
 /// Whether the plan returns answers to clients of this family. A loopback interface without IPv6
 /// has no IPv6 connection to return (`routes.rs`).
-fn serves(plan: &RulePlan, client: IpAddr) -> bool {
+fn serves(entered: &Entered, plan: &RulePlan, client: IpAddr) -> bool {
     let family = if client.is_ipv6() { Families::V6 } else { Families::V4 };
     let remembers =
         |action: &Action| matches!(action, Action::MarkConnection(_) | Action::SaveMark);
     let by_rule = plan.rules().iter().any(|rule| {
         remembers(&rule.action) && (rule.families == Families::Both || rule.families == family)
     });
-    by_rule && (client.is_ipv4() || ipv6::on_loopback())
+    by_rule && (client.is_ipv4() || ipv6::on_loopback(entered))
 }
 
 /// The other address of the smallest network that `own` can share with anybody. Whoever has it hears
@@ -117,7 +119,7 @@ fn neighbour(own: IpAddr) -> IpAddr {
 
 /// Whether an answer from `own` to `client` has a route before the rules mark it: the kernel looks for
 /// one first, and sends nothing without.
-fn is_route(own: IpAddr, client: IpAddr) -> bool {
+fn is_route(_: &Entered, own: IpAddr, client: IpAddr) -> bool {
     const DISCARD: u16 = 9;
     let connected = || {
         let socket = UdpSocket::bind(SocketAddr::new(own, 0))?;
@@ -128,7 +130,7 @@ fn is_route(own: IpAddr, client: IpAddr) -> bool {
 
 /// Without a mark, as applications do; `None` if the address cannot be used yet (duplicate address
 /// detection, RFC 4862 5.4).
-fn listen(own: IpAddr) -> io::Result<Option<(Socket, SocketAddr)>> {
+fn listen(_: &Entered, own: IpAddr) -> io::Result<Option<(Socket, SocketAddr)>> {
     let any_port = SocketAddr::new(own, 0);
     let socket = Socket::new(Domain::for_address(any_port), Type::STREAM.nonblocking(), None)?;
     match socket.bind(&any_port.into()) {

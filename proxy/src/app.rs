@@ -148,9 +148,9 @@ async fn serve(
     } = proxy;
     let readiness = &endpoints.readiness;
     // Made while the process may still be another user than the proxy, whose connections are not caught.
-    let probes = capture.probes(&settings.interception)?;
-    capture.warn_of_bypassing();
-    capture.confine(&settings.interception)?;
+    let probes = capture.probes(&settings.interception).await?;
+    capture.warn_of_bypassing().await;
+    capture.confine(&settings.interception).await?;
     certificates::warn_if_unreadable(settings);
     let certificate = tokio::select! {
         certificate = certificate.hold() => certificate?,
@@ -178,7 +178,7 @@ async fn serve(
     tokio::spawn(async move { limits.tell(told).await });
     let publishing = tokio::spawn(publisher.follow(running.workers.applied()));
     // Before the test, so that no change is missed that follows it.
-    let changes = retest::subscribe();
+    let changes = retest::subscribe(capture.access()).await;
     if let Err(error) = prove(settings, capture, pod, &probes, tenure).await {
         // Who goes on accepting instead goes first; what came meanwhile is served.
         gates.accept.close().await;
@@ -187,7 +187,7 @@ async fn serve(
         return Err(error);
     }
     // Whatever can fail, and be it for want of a descriptor, comes before `ready`.
-    let guard = capture.guard(&settings.interception)?;
+    let guard = capture.guard(&settings.interception).await?;
     offer.own();
     announce(settings, pod, readiness);
     let retest = Retest {

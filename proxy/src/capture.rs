@@ -2,13 +2,15 @@
 //!
 //! Not here: the rules, and how they get into the kernel (the interception crate).
 
+use std::io;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
-    ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, Kept, Ports, ProbeSockets,
-    ProxyUser, RulePlan, Sockets, WayBack, bypassing_processes, check_reverse_path, confine_thread,
-    ipv6_available,
+    Entered, ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, Kept, NamespaceAccess,
+    Ports, ProbeSockets, ProxyUser, RulePlan, Sockets, WayBack, bypassing_processes,
+    check_reverse_path, confine_thread, ipv6_available, prepare_change_of_user,
 };
 
 use crate::cli::CommandError;
@@ -27,6 +29,8 @@ const START_DEADLINE: Duration = Duration::from_secs(5);
 /// What catches the workload's traffic.
 #[derive(Debug, Clone)]
 pub(crate) struct Capture {
+    /// Where the workload's traffic is caught.
+    access: NamespaceAccess,
     /// `None` if the rules are someone else's to install.
     interception: Option<Interception>,
     plan: RulePlan,
@@ -39,8 +43,8 @@ pub(crate) struct Capture {
 /// The sockets of the self-test, opened before the process became the proxy's user.
 #[derive(Debug)]
 pub(crate) struct Probes {
-    caught: ProbeSockets,
-    returned: Vec<WayBack>,
+    caught: Arc<ProbeSockets>,
+    returned: Arc<[WayBack]>,
 }
 
 /// Leaves the rules behind, as they should be: another program may have changed them, and repairing been given up or never wanted.
@@ -85,10 +89,12 @@ impl Capture {
         if interception.dns == Dns::Capture && interception.profile != Profile::None {
             return Err(CommandError::NoDnsProxy { port: ports.dns });
         }
-        check_reverse_path(interception)?;
+        let access = NamespaceAccess::current().map_err(CommandError::start)?;
+        let wanted = interception.clone();
+        access.run(async move |entered| check_reverse_path(entered, &wanted)).await??;
         let user = ProxyUser::required(interception)?;
         let prepared = if interception.install {
-            let prepared = Interception::prepare(interception, ports).await?;
+            let prepared = Interception::prepare(&access, interception, ports).await?;
             let owner = format!("pid {} started {}", std::process::id(), started());
             let owner = format!("underpass {owner} {}", role(interception.profile, ports));
             prepared.map(|prepared| prepared.owned_by(owner))
@@ -99,7 +105,19 @@ impl Capture {
             Some(prepared) => prepared.plan().clone(),
             None => RulePlan::new(interception, ports, ipv6_available()),
         };
-        Ok(Self { interception: prepared, plan, ports, profile: interception.profile, user })
+        Ok(Self {
+            access,
+            interception: prepared,
+            plan,
+            ports,
+            profile: interception.profile,
+            user,
+        })
+    }
+
+    /// Where the workload's traffic is caught.
+    pub(crate) fn access(&self) -> &NamespaceAccess {
+        &self.access
     }
 
     pub(crate) async fn install(&self) -> Result<(), CommandError> {
@@ -110,7 +128,7 @@ impl Capture {
         if interception.ipv6_absent() {
             tracing::info!("the kernel has no IPv6: there is none to catch");
         }
-        if interception.ipv6_disabled() {
+        if interception.ipv6_disabled().await? {
             tracing::info!(
                 "IPv6 is disabled on the loopback interface (disable_ipv6): its rules are installed, and the \
                  workload's IPv6 goes nowhere until it is enabled there"
@@ -133,14 +151,26 @@ impl Capture {
     }
 
     /// Opens the sockets of the self-test.
-    pub(crate) fn probes(&self, settings: &InterceptionSettings) -> Result<Probes, CommandError> {
-        let sockets = Sockets::new(settings, ipv6_available());
-        let prepare = || {
-            let caught = ProbeSockets::open()?;
-            let returned = WayBack::prepare(&self.plan, &sockets)?;
+    pub(crate) async fn probes(
+        &self,
+        settings: &InterceptionSettings,
+    ) -> Result<Probes, CommandError> {
+        let (sockets, plan) = (Sockets::new(settings, ipv6_available()), self.plan.clone());
+        let open = async move |entered: &Entered| {
+            let caught = Arc::new(ProbeSockets::open(entered)?);
+            let returned = WayBack::prepare(entered, &plan, &sockets)?.into();
             Ok(Probes { caught, returned })
         };
-        prepare().map_err(|error| CommandError::self_test(SelfTestError::Prepare(error)))
+        self.prepare_test(open).await.map_err(CommandError::self_test)
+    }
+
+    /// Opens sockets of the self-test in the namespace.
+    async fn prepare_test<T: Send + 'static>(
+        &self,
+        open: impl AsyncFnOnce(&Entered) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, SelfTestError> {
+        let opened = self.access.run(open).await;
+        opened.map_err(io::Error::other).flatten().map_err(SelfTestError::Prepare)
     }
 
     /// Whether the rules know the proxy by its user.
@@ -148,27 +178,41 @@ impl Capture {
         matches!(self.profile, Profile::Sidecar | Profile::Osm)
     }
 
-    /// Becomes the user by which the rules know the proxy, if they do, and gives up every capability that the calling thread
-    /// does not need any more. Threads that it makes from now on have no more than it.
-    pub(crate) fn confine(&self, settings: &InterceptionSettings) -> Result<(), CommandError> {
-        let kept = self.kept(settings);
-        match self.user {
-            Some(user) => {
-                user.become_it(kept)?;
-                let ProxyUser { uid, gid } = user;
-                tracing::info!(uid, gid, ?kept, "runs as the user that the rules know");
-            }
-            None => confine_thread(kept).map_err(CommandError::Start)?,
+    /// Becomes the user by which the rules know the proxy, if they do. Gives up every capability that the calling thread and
+    /// the namespaces thread do not need any more. Threads that the calling thread makes from now on have no more than it.
+    pub(crate) async fn confine(
+        &self,
+        settings: &InterceptionSettings,
+    ) -> Result<(), CommandError> {
+        let (kept, own) = (self.kept(settings), kept_by_sockets(settings));
+        if let Some(user) = self.user {
+            self.on_thread(move || prepare_change_of_user(kept)).await?;
+            user.become_it(own)?;
+            let ProxyUser { uid, gid } = user;
+            tracing::info!(uid, gid, ?kept, "runs as the user that the rules know");
+        } else {
+            confine_thread(own).map_err(CommandError::Start)?;
         }
-        Ok(())
+        self.on_thread(move || confine_thread(kept)).await
+    }
+
+    /// Runs a change of privileges on the namespaces thread.
+    async fn on_thread(
+        &self,
+        change: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> Result<(), CommandError> {
+        self.access.run(async move |_| change()).await?.map_err(CommandError::Start)
     }
 
     /// Warns of other processes that can bypass the rules, as far as they can be seen. For while the process still may look.
-    pub(crate) fn warn_of_bypassing(&self) {
-        if self.profile == Profile::None {
+    pub(crate) async fn warn_of_bypassing(&self) {
+        let profile = self.profile;
+        if profile == Profile::None {
             return;
         }
-        let found = bypassing_processes(self.profile).unwrap_or_default();
+        let look = async move |entered: &Entered| bypassing_processes(entered, profile);
+        let found = self.access.run(look).await.map_err(io::Error::other).flatten();
+        let found = found.unwrap_or_default();
         let Some(first) = found.first() else { return };
         tracing::warn!(
             processes = found.len(),
@@ -178,9 +222,9 @@ impl Capture {
         );
     }
 
-    /// What the thread that looks after the rules, and connects to a CA, needs to the end.
+    /// What the namespaces thread needs to the end: to repair or remove the rules, and to test them.
     fn kept(&self, settings: &InterceptionSettings) -> Kept {
-        let marks = Sockets::new(settings, ipv6_available()).need_net_admin();
+        let marks = kept_by_sockets(settings) != Kept::Nothing;
         let changes_rules =
             self.interception.is_some() && (settings.repair || settings.on_exit == OnExit::Remove);
         match &self.interception {
@@ -200,9 +244,12 @@ impl Capture {
         settings: &InterceptionSettings,
         deadline: Duration,
     ) -> Result<(), SelfTestError> {
-        let plan = RulePlan::new(settings, self.ports, ipv6_available());
-        let caught = probes.caught.probes(&plan, settings, self.ports);
-        let tested = self_test.run(caught.map_err(SelfTestError::Prepare)?, deadline).await?;
+        let (caught, wanted, ports) = (probes.caught.clone(), settings.clone(), self.ports);
+        let choose = async move |entered: &Entered| {
+            let plan = RulePlan::new(&wanted, ports, ipv6_available());
+            caught.probes(entered, &plan, &wanted, ports)
+        };
+        let tested = self_test.run(self.prepare_test(choose).await?, deadline).await?;
         if tested.is_empty() && self.profile != Profile::None {
             tracing::info!(
                 "the rules could not be tested from here: no connection that this process can make would be caught, or has a route"
@@ -212,12 +259,20 @@ impl Capture {
         }
         let returned = if self.is_by_user() {
             // Only those that were opened by another user are like the workload's.
-            let current = probes.returned.iter().filter(|connection| connection.is_current());
+            let all = probes.returned.clone();
+            let look = async move |entered: &Entered| {
+                Ok(all.iter().map(|connection| connection.is_current(entered)).collect::<Vec<_>>())
+            };
+            let current = probes.returned.iter().zip(self.prepare_test(look).await?);
+            let current = current.filter_map(|(connection, current)| current.then_some(connection));
             self_test::run_way_back(current, deadline).await?
         } else {
-            let sockets = Sockets::new(settings, ipv6_available());
-            let returned = WayBack::prepare(&plan, &sockets).map_err(SelfTestError::Prepare)?;
-            self_test::run_way_back(&returned, deadline).await?
+            let (wanted, ports) = (settings.clone(), self.ports);
+            let open = async move |entered: &Entered| {
+                let plan = RulePlan::new(&wanted, ports, ipv6_available());
+                WayBack::prepare(entered, &plan, &Sockets::new(&wanted, ipv6_available()))
+            };
+            self_test::run_way_back(&self.prepare_test(open).await?, deadline).await?
         };
         tracing::debug!(?returned, "answers to imitated clients come back");
         Ok(())
@@ -254,12 +309,14 @@ impl Capture {
     }
 
     /// Who keeps the rules from now on; `None` if nobody is to.
-    pub(crate) fn guard(
+    pub(crate) async fn guard(
         &self,
         settings: &InterceptionSettings,
     ) -> Result<Option<Guard>, CommandError> {
-        let kept = self.interception.as_ref().filter(|_| settings.repair);
-        Ok(kept.cloned().map(Guard::new).transpose()?)
+        match self.interception.as_ref().filter(|_| settings.repair) {
+            Some(kept) => Ok(Some(Guard::new(kept.clone()).await?)),
+            None => Ok(None),
+        }
     }
 
     /// The rules, if they are ours and exempt the kubelet's probes.
@@ -281,6 +338,14 @@ impl Capture {
             }
         }
         Ok(())
+    }
+}
+
+/// What a thread needs that makes sockets of the proxy: the control thread connects to a CA, and starts the workers.
+fn kept_by_sockets(settings: &InterceptionSettings) -> Kept {
+    match Sockets::new(settings, ipv6_available()).need_net_admin() {
+        true => Kept::NetAdmin,
+        false => Kept::Nothing,
     }
 }
 
@@ -307,8 +372,11 @@ pub(crate) async fn keep(
     };
     let mut settings = reload.subscribe();
     tokio::spawn(async move { reload.follow().await });
+    let access = guard.access();
     loop {
-        let Some(event) = gate.pass(guard.next(&mut settings)).await else {
+        // A repair goes on to its end: until then no other process may change the rules.
+        let event = gate.pass_until(guard.next(&mut settings), access.finish()).await;
+        let Some(event) = event else {
             // Another process may have changed them.
             guard.look_again();
             continue;

@@ -15,7 +15,8 @@ use thiserror::Error;
 use tokio::time::Instant;
 use underpass_hbone::{ClientSettings, ConnectRequest, Connector, HboneError};
 use underpass_interception::{
-    InterceptionError, Namespace, RuleCounter, TcpSegment, counters, enter_sandbox,
+    InterceptionError, Namespace, NamespaceAccess, NamespaceThread, RuleCounter, TcpSegment,
+    counters, enter_sandbox,
 };
 
 use crate::spawn::SpawnError;
@@ -175,7 +176,7 @@ async fn caught(stage: &Stage) -> Result<Point, DemoError> {
         (&stage.server, "server", &["hbone-in", "own-pod", "return-to-proxy"]),
     ];
     for (namespace, pod, rules) in expected {
-        let counters = read_counters(namespace)?;
+        let counters = read_counters(namespace).await?;
         let moved = |rule: &str| counters.iter().find(|c| c.id == rule).map_or(0, |c| c.packets);
         let moves: Vec<String> =
             rules.iter().map(|rule| format!("{rule} {}", moved(rule))).collect();
@@ -185,15 +186,11 @@ async fn caught(stage: &Stage) -> Result<Point, DemoError> {
     Ok(Point { subject: "rules moved", seen: seen.join("; "), holds })
 }
 
-fn read_counters(namespace: &Namespace) -> Result<Vec<RuleCounter>, DemoError> {
+async fn read_counters(namespace: &Namespace) -> Result<Vec<RuleCounter>, DemoError> {
     let failed = |source| DemoError::Namespace { doing: "read the rules' counters", source };
-    let read = || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        Ok(runtime.block_on(counters()))
-    };
-    let read = namespace.run(read).map_err(failed)?;
-    let read = read.map_err(|source| DemoError::Io { doing: "start a runtime", source })?;
-    read.map_err(failed)
+    let thread = NamespaceThread::start(|| Ok(()))
+        .map_err(|source| DemoError::Io { doing: "start a thread", source })?;
+    counters(&NamespaceAccess::new(namespace.clone(), thread)).await.map_err(failed)
 }
 
 /// What a client without a certificate gets: an end of the handshake, and nothing of the application.

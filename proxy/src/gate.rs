@@ -27,16 +27,30 @@ impl Gate {
     /// Waits until the gate is open, and then does `work`; `None` if the gate closed before that was done. Cancelling it must
     /// lose nothing.
     pub(crate) async fn pass<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        self.pass_until(work, std::future::ready(())).await
+    }
+
+    /// The same for work that goes on for a while after it was cancelled: the gate closes only when
+    /// `end` is over too.
+    pub(crate) async fn pass_until<T>(
+        &self,
+        work: impl Future<Output = T>,
+        end: impl Future<Output = ()>,
+    ) -> Option<T> {
         let mut open = self.0.open.subscribe();
         // The sender is ours, so that waiting cannot fail.
         open.wait_for(|open| *open).await.ok()?;
         let _inside = Inside::new(&self.0);
-        tokio::select! {
+        let done = tokio::select! {
             // First: it may have been closed since.
             biased;
             _ = open.wait_for(|open| !*open) => None,
             done = work => Some(done),
+        };
+        if done.is_none() {
+            end.await;
         }
+        done
     }
 
     /// Closes the gate and waits until nobody is inside any longer.
@@ -111,6 +125,25 @@ mod tests {
         tokio::task::yield_now().await;
         gate.close().await;
         assert_eq!(endless.await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn closes_when_cancelled_work_is_over() {
+        let gate = Gate::default();
+        let (own, over) = (gate.clone(), Arc::new(tokio::sync::Notify::new()));
+        let end = over.clone();
+        tokio::spawn(async move {
+            let end = async move { end.notified().await };
+            own.pass_until(std::future::pending::<()>(), end).await
+        });
+        tokio::task::yield_now().await;
+        let closing = tokio::spawn(async move { gate.close().await });
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!closing.is_finished());
+        over.notify_one();
+        closing.await.unwrap();
     }
 
     #[tokio::test]

@@ -19,7 +19,9 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use underpass_config::InterceptionSettings;
-use underpass_interception::{Changes, Difference, Interception, InterceptionError};
+use underpass_interception::{
+    Changes, Difference, Interception, InterceptionError, NamespaceAccess,
+};
 
 /// This many repairs within [`WINDOW`] are a fight with another program.
 const FIGHT: usize = 3;
@@ -76,8 +78,8 @@ pub(crate) struct Guard {
 
 impl Guard {
     /// Begins to watch: no change from now on is missed.
-    pub(crate) fn new(interception: Interception) -> Result<Self, InterceptionError> {
-        let changes = interception.changes()?;
+    pub(crate) async fn new(interception: Interception) -> Result<Self, InterceptionError> {
+        let changes = interception.changes().await?;
         Ok(Self {
             interception,
             changes,
@@ -89,7 +91,13 @@ impl Guard {
         })
     }
 
-    /// The next event. Cancelling it during a repair leaves the old or the new rules.
+    /// Where the rules are.
+    pub(crate) fn access(&self) -> NamespaceAccess {
+        self.interception.access().clone()
+    }
+
+    /// The next event. An operation on the rules goes on to its end when this is cancelled
+    /// ([`NamespaceAccess::finish`]).
     pub(crate) async fn next(
         &mut self,
         settings: &mut watch::Receiver<InterceptionSettings>,
@@ -155,7 +163,7 @@ impl Guard {
             }
             match self.interception.verify().await? {
                 None => return self.stand().await,
-                Some(_) if self.interception.ipv6_has_changed() => {}
+                Some(_) if self.interception.ipv6_has_changed().await? => {}
                 Some(difference) => break difference,
             }
         };

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use underpass_config::InterceptionSettings;
-use underpass_interception::{Changes, ForeignRule, InterceptionError};
+use underpass_interception::{Changes, ForeignRule, InterceptionError, NamespaceAccess};
 
 use crate::capture::{Capture, Probes};
 use crate::endpoints::Readiness;
@@ -133,8 +133,8 @@ impl Retest {
 
 /// Subscribes to changes of all programs' rules in this namespace. Without them the self-test does not
 /// run again.
-pub(crate) fn subscribe() -> Option<Changes> {
-    let changes = Changes::of_all_programs();
+pub(crate) async fn subscribe(access: &NamespaceAccess) -> Option<Changes> {
+    let changes = Changes::of_all_programs(access).await;
     let warn = |error: &InterceptionError| {
         let error = chain(error);
         tracing::warn!(

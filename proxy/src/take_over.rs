@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 use underpass_config::{InboundMode, Settings};
-use underpass_interception::network_namespace;
+use underpass_interception::{InterceptionError, Namespace};
 
 pub(crate) use claim::{Claim, Handed};
 pub(crate) use offer::{Gates, Offer, Offered};
@@ -97,7 +97,7 @@ impl Role {
         let proxy = &settings.proxy;
         Ok(Self {
             version: VERSION,
-            namespace: network_namespace()?,
+            namespace: namespace().map_err(io::Error::other)?,
             profile: settings.interception.profile.to_string(),
             tproxy: settings.interception.inbound.mode == InboundMode::Tproxy,
             ports: [proxy.outbound_port, proxy.inbound_port, proxy.hbone_port],
@@ -110,6 +110,11 @@ impl Role {
             format!("it is another kind of proxy; it is \"{self}\", and this one \"{said}\"")
         })
     }
+}
+
+/// The number of the network namespace of this process.
+fn namespace() -> Result<u64, InterceptionError> {
+    Ok(Namespace::current()?.id().inode())
 }
 
 impl fmt::Display for Role {

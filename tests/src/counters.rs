@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use underpass_interception::counters;
+use underpass_interception::{NamespaceAccess, counters};
 
 use crate::OrFail;
 use crate::pods::Pod;
@@ -20,9 +20,9 @@ impl Pod {
     /// Its rule counters, now.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        let read = self.run(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            runtime.map(|runtime| runtime.block_on(counters()))
+        let read = self.run(|| -> std::io::Result<_> {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            Ok(runtime.block_on(counters(&NamespaceAccess::current()?)))
         });
         let read = read.or_fail("make a runtime").or_fail("read the rules' counters");
         Counters(read.into_iter().map(|counter| (counter.id, counter.packets)).collect())

@@ -8,15 +8,16 @@ use nix::ifaddrs::{InterfaceAddress, getifaddrs};
 use nix::net::if_::InterfaceFlags;
 use nix::sys::socket::SockaddrStorage;
 
+use crate::Entered;
 use crate::plan::{Environment, Interface};
 
 impl Environment {
-    /// What the calling thread's namespace has now: the interfaces that are up.
+    /// What the namespace has now: the interfaces that are up.
     ///
     /// # Errors
     ///
     /// The kernel's.
-    pub fn current() -> io::Result<Self> {
+    pub fn of(_: &Entered) -> io::Result<Self> {
         let mut interfaces: Vec<Interface> = Vec::new();
         for entry in getifaddrs()? {
             if !entry.flags.contains(InterfaceFlags::IFF_UP) {
@@ -81,7 +82,7 @@ mod tests {
 
     #[test]
     fn the_current_namespace_can_be_read() {
-        let current = Environment::current().expect("interfaces");
+        let current = Environment::of(&Entered::current().unwrap()).expect("interfaces");
         let names: Vec<_> = current.interfaces.iter().map(|interface| &interface.name).collect();
         let mut unique = names.clone();
         unique.dedup();

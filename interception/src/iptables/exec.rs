@@ -1,7 +1,7 @@
 //! Runs the programs of iptables, and says in our words what they say in theirs.
 //!
 //! Not here: what they are told (`ruleset.rs`). A program acts on the network namespace of the thread
-//! that starts it, which is the caller's.
+//! that starts it.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -13,9 +13,9 @@ use tokio::process::Command;
 use tokio::time::timeout;
 
 use super::Variant;
-use crate::InterceptionError;
 use crate::interception::lacks_net_admin;
 use crate::plan::{Family, TABLES};
+use crate::{Entered, InterceptionError};
 
 /// How many seconds a program waits for another one's lock (only legacy has a lock).
 const LOCK_WAIT: &str = "30";
@@ -27,20 +27,22 @@ const LOCK: &str = "/run/xtables.lock";
 /// Prints everybody's ruleset. It reads only those tables that exist, and creates none; except for
 /// legacy tables once the process is no longer root, who alone may list them.
 pub(super) async fn save(
+    entered: &Entered,
     operation: &'static str,
     variant: Variant,
     family: Family,
 ) -> Result<String, InterceptionError> {
     let mut printed = Vec::new();
-    for arguments in save_arguments(variant, family) {
-        let (program, output) = run_variant(variant, family, "save", &arguments, "").await?;
-        printed.extend(check(operation, variant, family, program, output)?);
+    for arguments in save_arguments(entered, variant, family) {
+        let (program, output) =
+            run_variant(entered, variant, family, "save", &arguments, "").await?;
+        printed.extend(check(entered, operation, variant, family, program, output)?);
     }
     Ok(String::from_utf8_lossy(&printed).into_owned())
 }
 
 /// The command lines that print everything together.
-fn save_arguments(variant: Variant, family: Family) -> Vec<Vec<&'static str>> {
+fn save_arguments(_: &Entered, variant: Variant, family: Family) -> Vec<Vec<&'static str>> {
     let names = match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",
@@ -54,6 +56,7 @@ fn save_arguments(variant: Variant, family: Family) -> Vec<Vec<&'static str>> {
 
 /// Does what `body` says.
 pub(super) async fn restore(
+    entered: &Entered,
     operation: &'static str,
     variant: Variant,
     family: Family,
@@ -63,14 +66,19 @@ pub(super) async fn restore(
         Variant::Legacy => &["--noflush", "--wait", LOCK_WAIT],
         Variant::Nft => &["--noflush"],
     };
-    let (program, output) = run_variant(variant, family, "restore", arguments, body).await?;
-    check(operation, variant, family, program, output).map(|_| ())
+    let (program, output) =
+        run_variant(entered, variant, family, "restore", arguments, body).await?;
+    check(entered, operation, variant, family, program, output).map(|_| ())
 }
 
 /// Whether a variant's programs for this family are there.
-pub(super) async fn find(variant: Variant, family: Family) -> Result<(), InterceptionError> {
+pub(super) async fn find(
+    entered: &Entered,
+    variant: Variant,
+    family: Family,
+) -> Result<(), InterceptionError> {
     for tool in ["restore", "save"] {
-        run_variant(variant, family, tool, &["--version"], "").await?;
+        run_variant(entered, variant, family, tool, &["--version"], "").await?;
     }
     Ok(())
 }
@@ -78,6 +86,7 @@ pub(super) async fn find(variant: Variant, family: Family) -> Result<(), Interce
 /// Runs a variant's program: `iptables-legacy-save`, or the plain `iptables-save` if only that is there
 /// and it is of the variant. Its name, and what came of it.
 async fn run_variant(
+    entered: &Entered,
     variant: Variant,
     family: Family,
     tool: &str,
@@ -89,22 +98,25 @@ async fn run_variant(
         Family::V6 => "ip6tables",
     };
     let named = format!("{base}-{}-{tool}", variant.suffix());
-    let absent = match run(&named, arguments, input).await {
+    let absent = match run(entered, &named, arguments, input).await {
         Ok(output) => return Ok((named, output)),
         Err(error) if error.is_missing_program() => error,
         Err(error) => return Err(error),
     };
     let plain = format!("{base}-{tool}");
-    if plain_variant(&plain).await? != Some(variant) {
+    if plain_variant(entered, &plain).await? != Some(variant) {
         return Err(absent);
     }
-    let output = run(&plain, arguments, input).await?;
+    let output = run(entered, &plain, arguments, input).await?;
     Ok((plain, output))
 }
 
 /// Which variant a program without one in its name is; `None` if there is none.
-async fn plain_variant(program: &str) -> Result<Option<Variant>, InterceptionError> {
-    let output = match run(program, &["--version"], "").await {
+async fn plain_variant(
+    entered: &Entered,
+    program: &str,
+) -> Result<Option<Variant>, InterceptionError> {
+    let output = match run(entered, program, &["--version"], "").await {
         Ok(output) => output,
         Err(error) if error.is_missing_program() => return Ok(None),
         Err(error) => return Err(error),
@@ -114,8 +126,13 @@ async fn plain_variant(program: &str) -> Result<Option<Variant>, InterceptionErr
     Ok(Some(if version.contains("nf_tables") { Variant::Nft } else { Variant::Legacy }))
 }
 
-async fn run(program: &str, arguments: &[&str], input: &str) -> Result<Output, InterceptionError> {
-    let done = timeout(DEADLINE, communicate(program, arguments, input)).await;
+async fn run(
+    entered: &Entered,
+    program: &str,
+    arguments: &[&str],
+    input: &str,
+) -> Result<Output, InterceptionError> {
+    let done = timeout(DEADLINE, communicate(entered, program, arguments, input)).await;
     let done = done.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
     done.map_err(|source| InterceptionError::IptablesProgram {
         program: program.to_owned(),
@@ -123,7 +140,12 @@ async fn run(program: &str, arguments: &[&str], input: &str) -> Result<Output, I
     })
 }
 
-async fn communicate(program: &str, arguments: &[&str], input: &str) -> io::Result<Output> {
+async fn communicate(
+    _: &Entered,
+    program: &str,
+    arguments: &[&str],
+    input: &str,
+) -> io::Result<Output> {
     let mut command = Command::new(program);
     command.args(arguments).kill_on_drop(true);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -149,6 +171,7 @@ async fn communicate(program: &str, arguments: &[&str], input: &str) -> io::Resu
 
 /// The standard output of a program that succeeded.
 fn check(
+    entered: &Entered,
     operation: &'static str,
     variant: Variant,
     family: Family,
@@ -161,7 +184,7 @@ fn check(
     let printed = String::from_utf8_lossy(&output.stderr);
     if printed.contains("Permission denied (you must be root)") {
         // Legacy iptables speaks to the kernel through a raw socket.
-        let raw = variant == Variant::Legacy && !lacks_net_admin();
+        let raw = variant == Variant::Legacy && !lacks_net_admin(entered);
         let capability = if raw { "NET_RAW" } else { "NET_ADMIN" };
         return Err(InterceptionError::NotPermitted { operation, capability });
     }

@@ -38,6 +38,16 @@ pub struct Entered {
 }
 
 impl Entered {
+    /// The namespace in which the calling thread is already, as a worker is in the one it was started
+    /// in.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`].
+    pub fn current() -> Result<Self, InterceptionError> {
+        Ok(Self { namespace: Namespace::current()?, _this_thread: PhantomData })
+    }
+
     /// The namespace that the calling thread is in.
     #[must_use]
     pub fn namespace(&self) -> &Namespace {
@@ -51,33 +61,30 @@ impl NamespaceThread {
     ///
     /// # Errors
     ///
-    /// There is no thread or no runtime to be had, or `prepare` failed.
-    pub fn start(
-        prepare: impl FnOnce() -> io::Result<()> + Send + 'static,
-    ) -> Result<Self, InterceptionError> {
-        let started = || {
-            let home = Namespace::current()?;
-            let failed = failed::<io::Error>("start the thread for", home.path());
+    /// The kernel's: no thread, no runtime, or `prepare` failed.
+    pub fn start(prepare: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<Self> {
+        let home = Namespace::current().map_err(io::Error::other)?;
+        let (jobs, queue) = mpsc::unbounded_channel();
+        let (ready, prepared) = std::sync::mpsc::sync_channel(1);
+        let run = move || {
+            // Made here, since a runtime must not be dropped where the caller may be: inside of another
+            // one.
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            let (jobs, queue) = mpsc::unbounded_channel();
-            let (ready, prepared) = std::sync::mpsc::sync_channel(1);
-            let run = move |runtime: tokio::runtime::Runtime, home| {
-                let outcome = prepare();
-                let serves = outcome.is_ok();
-                if ready.send(outcome).is_ok() && serves {
-                    runtime.block_on(serve(queue, home));
-                }
+            let runtime = prepare().and(runtime);
+            let (runtime, outcome) = match runtime {
+                Ok(runtime) => (Some(runtime), Ok(())),
+                Err(error) => (None, Err(error)),
             };
-            let start = |runtime| {
-                let thread = std::thread::Builder::new().name("namespaces".to_owned());
-                let home = home.clone();
-                thread.spawn(move || run(runtime, home))?;
-                prepared.recv().unwrap_or_else(|_| Err(io::Error::other("it panicked")))
-            };
-            runtime.and_then(start).map_err(failed)?;
-            Ok(Self { jobs })
+            if ready.send(outcome).is_ok()
+                && let Some(runtime) = runtime
+            {
+                runtime.block_on(serve(queue, home));
+            }
         };
-        started()
+        let thread = std::thread::Builder::new().name("namespaces".to_owned()).spawn(run);
+        let panicked = |_| Err(io::Error::other("it panicked"));
+        thread.and_then(|_| prepared.recv().unwrap_or_else(panicked))?;
+        Ok(Self { jobs })
     }
 
     /// Runs `operation` inside of `namespace`, after those that were asked for before. If the caller

@@ -10,9 +10,9 @@ use nlink::netlink::nftables::{
 };
 
 use super::{Kernel, ask};
-use crate::InterceptionError;
 use crate::foreign::{Effect, effect_of_target, sets_proxy_mark};
 use crate::plan::TABLE;
+use crate::{Entered, InterceptionError};
 
 /// A chain of another program.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,8 +41,11 @@ impl ForeignChain {
 }
 
 /// The chains of others that packets of PREROUTING and OUTPUT meet at `last` or an earlier priority.
-pub(crate) async fn foreign_chains(last: i32) -> Result<Vec<ForeignChain>, InterceptionError> {
-    ask("read the nftables ruleset", async |kernel| {
+pub(crate) async fn foreign_chains(
+    entered: &Entered,
+    last: i32,
+) -> Result<Vec<ForeignChain>, InterceptionError> {
+    ask(entered, "read the nftables ruleset", async |kernel| {
         let mut found = Vec::new();
         for table in kernel.list_tables().await? {
             let of_ip = matches!(table.family, Family::Inet | Family::Ip | Family::Ip6);

@@ -15,16 +15,16 @@ use nlink::netlink::nftables::{
 
 use super::foreign::names;
 use super::{Kernel, ask, expressions, named_sets, owner, sets};
-use crate::InterceptionError;
 use crate::plan::nft::Statement;
 use crate::plan::{Chain, Families, Rule, RulePlan, TABLE};
 use crate::verify::{Listing, Section};
+use crate::{Entered, InterceptionError};
 
 const OPERATION: &str = "read the nftables rules";
 
 /// All that is in our table; `None` if there is none.
-pub(crate) async fn installed() -> Result<Option<Listing>, InterceptionError> {
-    ask(OPERATION, async |kernel| {
+pub(crate) async fn installed(entered: &Entered) -> Result<Option<Listing>, InterceptionError> {
+    ask(entered, OPERATION, async |kernel| {
         /// Whoever changes the ruleset more often while we read it wakes us up again.
         const ATTEMPTS: usize = 5;
         let mut generation = kernel.generation().await?;

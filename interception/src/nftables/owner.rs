@@ -6,8 +6,8 @@
 use nlink::netlink::nftables::{Chain, ChainInfo, Family, RuleInfo};
 
 use super::ask;
-use crate::InterceptionError;
 use crate::plan::TABLE;
+use crate::{Entered, InterceptionError};
 
 /// The chain. Chains of a plan have the name of a table before an underscore.
 const CHAIN: &str = "owner";
@@ -15,10 +15,10 @@ const CHAIN: &str = "owner";
 const LONGEST: usize = 127;
 
 /// Writes the comment into our table, which exists.
-pub(crate) async fn mark_owner(owner: &str) -> Result<(), InterceptionError> {
+pub(crate) async fn mark_owner(entered: &Entered, owner: &str) -> Result<(), InterceptionError> {
     let mut comment = owner.to_owned();
     comment.truncate(comment.floor_char_boundary(LONGEST));
-    ask("write the owner of the nftables rules", async |kernel| {
+    ask(entered, "write the owner of the nftables rules", async |kernel| {
         let chain = Chain::new(TABLE, CHAIN)?.family(Family::Inet);
         let fresh = chain.clone().comment(&comment);
         // The first makes the deletion right where there was none. A chain keeps its first comment.

@@ -5,28 +5,36 @@
 use nlink::netlink::nftables::{ChainInfo, ChainKind, Family, Policy};
 
 use super::{Kernel, ask};
-use crate::InterceptionError;
+use crate::{Entered, InterceptionError};
 
 const OPERATION: &str = "read the nftables ruleset";
 
 /// Every table of this namespace: its family in nft's words, and its name.
-pub(crate) async fn tables() -> Result<Vec<(&'static str, String)>, InterceptionError> {
-    let tables = ask(OPERATION, async |kernel| kernel.list_tables().await).await?;
+pub(crate) async fn tables(
+    entered: &Entered,
+) -> Result<Vec<(&'static str, String)>, InterceptionError> {
+    let tables = ask(entered, OPERATION, async |kernel| kernel.list_tables().await).await?;
     Ok(tables.into_iter().map(|table| (table.family.name(), table.name)).collect())
 }
 
 /// The names of the chains of a table that [`tables`] told of.
-pub(crate) async fn chains(family: &str, table: &str) -> Result<Vec<String>, InterceptionError> {
+pub(crate) async fn chains(
+    entered: &Entered,
+    family: &str,
+    table: &str,
+) -> Result<Vec<String>, InterceptionError> {
     let Ok(family) = family.parse() else { return Ok(Vec::new()) };
-    let chains = ask(OPERATION, async |kernel| kernel.list_chains_in(table, family).await).await?;
+    let chains =
+        ask(entered, OPERATION, async |kernel| kernel.list_chains_in(table, family).await).await?;
     Ok(chains.into_iter().map(|chain| chain.name).collect())
 }
 
 /// Removes the `inet` tables of which `is_wanted` holds; `false` if there were none.
 pub(crate) async fn remove_tables(
+    entered: &Entered,
     is_wanted: impl Fn(&str) -> bool,
 ) -> Result<bool, InterceptionError> {
-    ask("remove nftables tables of other meshes", async |kernel| {
+    ask(entered, "remove nftables tables of other meshes", async |kernel| {
         let tables = kernel.list_tables_in(Family::Inet).await?;
         let mut any = false;
         for table in tables.iter().filter(|table| is_wanted(&table.name)) {
@@ -39,9 +47,11 @@ pub(crate) async fn remove_tables(
 
 /// Takes out the tables that iptables-nft made and that do nothing: nothing but built-in chains
 /// without a rule, which let everything pass.
-pub(crate) async fn remove_bare_iptables_tables() -> Result<(), InterceptionError> {
+pub(crate) async fn remove_bare_iptables_tables(
+    entered: &Entered,
+) -> Result<(), InterceptionError> {
     const IPTABLES: [&str; 5] = ["raw", "mangle", "nat", "filter", "security"];
-    ask("remove empty tables of iptables", async |kernel| {
+    ask(entered, "remove empty tables of iptables", async |kernel| {
         for family in [Family::Ip, Family::Ip6] {
             let tables = kernel.list_tables_in(family).await?;
             for table in tables.iter().filter(|table| IPTABLES.contains(&table.name.as_str())) {

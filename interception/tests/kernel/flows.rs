@@ -10,8 +10,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpSocket;
 use tokio::time::timeout;
 use underpass_interception::{
-    BoundListener, Closing, Namespace, PacketCapture, Sockets, TcpSegment, counters,
-    original_destination,
+    BoundListener, Closing, Namespace, NamespaceAccess, PacketCapture, Sockets, TcpSegment,
+    counters, original_destination,
 };
 
 use crate::Case;
@@ -120,7 +120,7 @@ fn blocking(stream: TcpStream) -> Result<TcpStream, Failed> {
 /// The rules that decided so far in a pod, in order, with how often. `proxy-zone` decides nothing: it sees every packet of
 /// the proxy; nor do the jumps into our chains.
 fn counted(pod: &Namespace) -> Result<Vec<(String, u64)>, Failed> {
-    let all = inside(pod, async || Ok(counters().await?))?;
+    let all = inside(pod, async || Ok(counters(&NamespaceAccess::current()?).await?))?;
     Ok(all
         .into_iter()
         .filter(|counter| counter.packets > 0)

@@ -13,7 +13,8 @@ use nlink::netlink::nftables::{Family as KernelFamily, NFT_TABLE_F_OWNER};
 use nlink::netlink::{Connection, Nftables};
 use underpass_config::{Backend, InterceptionSettings, Ipv6, Profile};
 use underpass_interception::{
-    Family, Interception, InterceptionError, Namespace, RemovalScope, RulePlan, remove_everything,
+    Family, Interception, InterceptionError, Namespace, NamespaceAccess, RemovalScope, RulePlan,
+    remove_everything,
 };
 
 use crate::Case;
@@ -93,7 +94,8 @@ impl Variant {
 
     async fn prepare(self, settings: &InterceptionSettings) -> Result<Interception, Failed> {
         let settings = InterceptionSettings { backend: self.backend, ..settings.clone() };
-        let prepared = Interception::prepare(&settings, PORTS).await?;
+        let prepared =
+            Interception::prepare(&NamespaceAccess::current()?, &settings, PORTS).await?;
         prepared.ok_or_else(|| "the profile has rules".into())
     }
 
@@ -282,8 +284,16 @@ fn removed(variant: Variant) -> Result<(), Failed> {
             let interception = variant.prepare(&settings).await?;
             interception.install().await?;
             // Whoever removes may have other settings.
-            equal("there was something", remove_everything(RemovalScope::Own, false).await?, true)?;
-            equal("there was something", remove_everything(RemovalScope::Own, false).await?, false)
+            equal(
+                "there was something",
+                remove_everything(&NamespaceAccess::current()?, RemovalScope::Own, false).await?,
+                true,
+            )?;
+            equal(
+                "there was something",
+                remove_everything(&NamespaceAccess::current()?, RemovalScope::Own, false).await?,
+                false,
+            )
         })?;
         equal("what is left", variant.saved(&pod)?, Rules::new())?;
     }
@@ -437,7 +447,11 @@ fn incompatible() -> Result<(), Failed> {
         };
         let says = error.to_string().contains("interception.backend: nftables");
         equal("the error says what to do", says, true)?;
-        equal("there was something", remove_everything(RemovalScope::Own, false).await?, false)
+        equal(
+            "there was something",
+            remove_everything(&NamespaceAccess::current()?, RemovalScope::Own, false).await?,
+            false,
+        )
     })?;
     equal("what is there", command(&pod, "nft list ruleset")?, before)
 }

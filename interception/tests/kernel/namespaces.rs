@@ -1,12 +1,20 @@
 //! Namespaces as other programs see them.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use libtest_mimic::Failed;
-use underpass_interception::{InterceptionError, Namespace, SandboxRemedy, enter_sandbox};
+use tokio::time::{Instant, timeout};
+use underpass_interception::{
+    Interception, InterceptionError, Namespace, NamespaceAccess, NamespaceThread, SandboxRemedy,
+    enter_sandbox,
+};
 
 use crate::Case;
-use crate::pod::{Wired, command, equal, lonely, runtime};
+use crate::pod::{PORTS, Wired, command, equal, lonely, runtime, settings};
 
 pub(crate) const CASES: &[Case] = &[
     ("a named namespace can be entered by its path and its name", entered_by_path_and_name),
@@ -14,6 +22,9 @@ pub(crate) const CASES: &[Case] = &[
     ("deleting a namespace frees its name", deleting_frees_the_name),
     ("a name that is taken is refused", taken_name),
     ("routes go through the gateway they were given", routes),
+    ("one thread installs rules in 250 namespaces, and stays in none", one_thread_for_all),
+    ("rules are installed, watched and removed from outside of a namespace", from_outside),
+    ("a deleted namespace is gone with its last handle", deleted_is_gone),
     ("a sandbox cannot be entered by one of several threads", no_sandbox_for_threads),
 ];
 
@@ -72,6 +83,123 @@ fn routes() -> Result<(), Failed> {
         equal(line, command(&wired.pod, line)?.contains(gateway), true)?;
     }
     Ok(())
+}
+
+/// The namespaces that threads of this process are in.
+fn namespaces_of_threads() -> Result<BTreeSet<String>, Failed> {
+    let mut found = BTreeSet::new();
+    for task in fs::read_dir("/proc/self/task")? {
+        // Some live for a moment.
+        if let Ok(link) = fs::read_link(task?.path().join("ns/net")) {
+            found.insert(link.to_string_lossy().into_owned());
+        }
+    }
+    Ok(found)
+}
+
+async fn interception(access: &NamespaceAccess) -> Result<Interception, Failed> {
+    let prepared = Interception::prepare(access, &settings(""), PORTS).await?;
+    prepared.ok_or_else(|| "the profile has rules".into())
+}
+
+/// As programs see it, without counters.
+fn rules_in(namespace: &Namespace) -> Result<[String; 3], Failed> {
+    let nftables = command(namespace, "nft --stateless list ruleset")?;
+    Ok([nftables, command(namespace, "ip -4 rule")?, command(namespace, "ip -6 rule")?])
+}
+
+fn one_thread_for_all() -> Result<(), Failed> {
+    /// A node's pods.
+    const NAMESPACES: usize = 250;
+    /// Every so many get rules: installation is what takes time.
+    const WITH_RULES: usize = 25;
+    let thread = NamespaceThread::start(|| Ok(()))?;
+    let (mut held, mut threads) = (Vec::new(), BTreeSet::new());
+    for number in 0..NAMESPACES {
+        let namespace = lonely(&format!("many-{number}"))?;
+        let access = NamespaceAccess::new(namespace, thread.clone());
+        let id = access.namespace().id();
+        let operation = access.run(async |entered| {
+            (format!("{:?}", thread::current().id()), entered.namespace().id())
+        });
+        let (on, inside) = runtime()?.block_on(operation)?;
+        equal("the namespace", inside, id)?;
+        threads.insert(on);
+        if number % WITH_RULES == 0 {
+            runtime()?.block_on(async {
+                Ok::<_, Failed>(interception(&access).await?.install().await?)
+            })?;
+        }
+        held.push(access);
+    }
+    equal("threads that ran operations", threads.len(), 1)?;
+    let occupied = namespaces_of_threads()?;
+    let idle = |access: &&NamespaceAccess| !occupied.contains(&access.namespace().id().to_string());
+    equal("namespaces without a thread", held.iter().filter(idle).count(), NAMESPACES)?;
+    for (number, access) in held.iter().enumerate() {
+        // Each of these takes a process.
+        if number % WITH_RULES < 2 {
+            let installed = command(access.namespace(), "nft list tables")?.contains("underpass");
+            equal("the rules are installed", installed, number % WITH_RULES == 0)?;
+        }
+    }
+    held.into_iter().try_for_each(|access| Ok(access.namespace().clone().delete()?))
+}
+
+fn from_outside() -> Result<(), Failed> {
+    const DEADLINE: Duration = Duration::from_secs(10);
+    let (pod, neighbour) = (lonely("outside-pod")?, lonely("outside-neighbour")?);
+    let before = [rules_in(&pod)?, rules_in(&neighbour)?];
+    let thread = NamespaceThread::start(|| Ok(()))?;
+    let [access, other] =
+        [&pod, &neighbour].map(|one| NamespaceAccess::new(one.clone(), thread.clone()));
+    runtime()?.block_on(async {
+        let rules = interception(&access).await?;
+        let of_neighbour = interception(&other).await?;
+        let mut unchanged = of_neighbour.changes().await?;
+        let mut changes = rules.changes().await?;
+        rules.install().await?;
+        timeout(DEADLINE, changes.next()).await??;
+        equal("the difference", rules.verify().await?, None)?;
+        equal("the neighbour's difference", of_neighbour.verify().await?.is_some(), true)?;
+        equal("the neighbour's counters", of_neighbour.counters().await?.len(), 0)?;
+        command(&pod, "nft flush ruleset")?;
+        equal("the difference", rules.verify().await?.is_some(), true)?;
+        rules.repair().await?;
+        equal("the difference", rules.verify().await?, None)?;
+        equal("what the neighbour has", rules_in(&neighbour)?, before[1].clone())?;
+        let told = timeout(Duration::ZERO, unchanged.next()).await;
+        equal("a change at the neighbour", told.is_ok(), false)?;
+        Ok::<_, Failed>(rules.remove().await?)
+    })?;
+    equal("what is left", [rules_in(&pod)?, rules_in(&neighbour)?], before)
+}
+
+fn deleted_is_gone() -> Result<(), Failed> {
+    const DEADLINE: Duration = Duration::from_secs(10);
+    let Wired { pod, remote } = Wired::new("gone")?;
+    let thread = NamespaceThread::start(|| Ok(()))?;
+    let access = NamespaceAccess::new(pod.clone(), thread.clone());
+    let rules = runtime()?.block_on(async {
+        let rules = interception(&access).await?;
+        rules.install().await?;
+        let changes = rules.changes().await?;
+        drop(changes);
+        Ok::<_, Failed>(rules)
+    })?;
+    pod.delete()?;
+    let is_linked = || Ok::<_, Failed>(command(&remote, "ip -o link")?.contains("eth0"));
+    equal("its end of the link, while handles are held", is_linked()?, true)?;
+    drop((rules, access));
+    // The kernel takes a namespace apart in the background, and its interfaces with it.
+    let deadline = Instant::now() + DEADLINE;
+    while is_linked()? {
+        equal("the namespace is there", Instant::now() < deadline, true)?;
+    }
+    // The thread goes on for other namespaces.
+    let here = Namespace::current()?;
+    let inside = thread.run(&here, async |entered| entered.namespace().id());
+    equal("the next operation", runtime()?.block_on(inside)?, here.id())
 }
 
 fn no_sandbox_for_threads() -> Result<(), Failed> {

@@ -17,8 +17,8 @@ use tokio::time::timeout;
 use underpass_config::PortRange;
 use underpass_interception::testing::{self, Sections};
 use underpass_interception::{
-    Action, Chain, ChainId, Direction, Families, Hook, InterceptionError, IpNet, Mark, Match,
-    Namespace, Origin, Protocol, Rule, RulePlan, TABLE, Table,
+    Action, Chain, ChainId, Direction, Entered, Families, Hook, InterceptionError, IpNet, Mark,
+    Match, Namespace, Origin, Protocol, Rule, RulePlan, TABLE, Table,
 };
 
 use crate::Case;
@@ -200,7 +200,7 @@ fn ports(texts: &[&str]) -> Result<Vec<PortRange>, Failed> {
 }
 
 fn install(namespace: &Namespace, plan: &RulePlan) -> Result<(), Failed> {
-    inside(namespace, async || Ok(testing::apply(plan).await?))
+    inside(namespace, async || Ok(testing::apply(&Entered::current()?, plan).await?))
 }
 
 /// As a person would who has printed the plan.
@@ -212,7 +212,7 @@ fn load(namespace: &Namespace, name: &str, text: &str) -> Result<(), Failed> {
 
 /// What is installed, and what is expected.
 fn listings(namespace: &Namespace, plan: &RulePlan) -> Result<[Option<Sections>; 2], Failed> {
-    inside(namespace, async || Ok(testing::listings(plan).await?))
+    inside(namespace, async || Ok(testing::listings(&Entered::current()?, plan).await?))
 }
 
 /// Fails with the first line in which what is there is not what the plan says.
@@ -377,7 +377,7 @@ fn changes_are_told() -> Result<(), Failed> {
     let burst = "add table inet other\ndelete table inet other\n".repeat(500);
     inside(&pod, async || {
         let here = Namespace::current()?;
-        let mut changes = prepare("").await?.changes()?;
+        let mut changes = prepare("").await?.changes().await?;
         // Whoever gives up waiting has lost nothing.
         let early = timeout(Duration::ZERO, changes.next()).await;
         equal("there is a change before there is one", early.is_err(), true)?;
@@ -399,7 +399,7 @@ fn owned_table() -> Result<(), Failed> {
     let refused = inside(&pod, async || {
         let owner = Connection::<Nftables>::new()?;
         owner.add_table_with_flags(TABLE, Family::Inet, NFT_TABLE_F_OWNER).await?;
-        Ok(testing::apply(&plan).await)
+        Ok(testing::apply(&Entered::current()?, &plan).await)
     })?;
     let owned = matches!(refused, Err(InterceptionError::Owned { .. }));
     equal(&format!("the owner is told of: {refused:?}"), owned, true)

@@ -7,7 +7,8 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 use underpass_config::{InterceptionSettings, Sources};
 use underpass_interception::{
-    Endpoint, Interception, KUBELET_PROBE_V4, KUBELET_PROBE_V6, Namespace, Ports, veth,
+    Endpoint, Interception, KUBELET_PROBE_V4, KUBELET_PROBE_V6, Namespace, NamespaceAccess, Ports,
+    veth,
 };
 
 /// Longer than anything here takes; a test that waits this long has failed.
@@ -124,7 +125,8 @@ pub(crate) fn settings(assignments: &str) -> InterceptionSettings {
 
 /// Prepares in the calling thread's namespace.
 pub(crate) async fn prepare(assignments: &str) -> Result<Interception, Failed> {
-    let prepared = Interception::prepare(&settings(assignments), PORTS).await?;
+    let prepared =
+        Interception::prepare(&NamespaceAccess::current()?, &settings(assignments), PORTS).await?;
     prepared.ok_or_else(|| "the profile has rules".into())
 }
 

@@ -1,13 +1,14 @@
 //! Installing, listing and removing: what nft and ip say about it.
 
 use std::os::unix::fs::MetadataExt as _;
-use std::{fs, io};
+use std::{fs, io, thread};
 
 use libtest_mimic::Failed;
 use nlink::netlink::nftables::{Family, NFT_TABLE_F_OWNER};
 use nlink::netlink::{Connection, Nftables};
 use underpass_interception::{
-    Interception, InterceptionError, Namespace, RemovalScope, TABLE, counters, remove_everything,
+    Interception, InterceptionError, Namespace, NamespaceAccess, RemovalScope, TABLE, counters,
+    remove_everything,
 };
 
 use crate::Case;
@@ -83,9 +84,17 @@ fn removal_leaves_nothing() -> Result<(), Failed> {
         interception.install().await?;
         interception.remove().await?;
         interception.remove().await?;
-        equal("there was something", remove_everything(RemovalScope::Own, false).await?, false)?;
+        equal(
+            "there was something",
+            remove_everything(&NamespaceAccess::current()?, RemovalScope::Own, false).await?,
+            false,
+        )?;
         interception.install().await?;
-        equal("there was something", remove_everything(RemovalScope::Own, false).await?, true)
+        equal(
+            "there was something",
+            remove_everything(&NamespaceAccess::current()?, RemovalScope::Own, false).await?,
+            true,
+        )
     })?;
     equal("what is left", Listing::of(&pod)?, before)
 }
@@ -212,7 +221,7 @@ fn disabled_ipv6_of(pod: &Namespace, backend: &str, profile: &str) -> Result<(),
         let mut interception = prepare(&format!("backend={backend} {profile}")).await?;
         interception.install().await?;
         equal("IPv6 is absent", interception.ipv6_absent(), false)?;
-        equal("IPv6 is disabled", interception.ipv6_disabled(), true)?;
+        equal("IPv6 is disabled", interception.ipv6_disabled().await?, true)?;
         equal("a difference while it is disabled", interception.verify().await?, None)?;
         let v6 = interception.plan().rules().iter().any(|rule| rule.id.ends_with("-v6"));
         equal("an IPv6 rule", v6, true)?;
@@ -244,7 +253,7 @@ fn bypass() -> Result<(), Failed> {
     let rules = inside(&pod, async || {
         let interception = prepare("ipv6=bypass").await?;
         interception.install().await?;
-        Ok(counters().await?)
+        Ok(counters(&NamespaceAccess::current()?).await?)
     })?;
     equal("an IPv6 rule", rules.iter().any(|rule| rule.id.ends_with("-v6")), false)?;
     equal("ip rules of IPv6", command(&pod, "ip -6 rule")?.contains("0x111/0xfff"), true)
@@ -332,7 +341,14 @@ pub(crate) struct Outside {
 pub(crate) fn prepare_here() -> io::Result<Outside> {
     const INITIAL: u64 = 0xEFFF_FFF9;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let result = runtime.block_on(Interception::prepare(&settings(""), PORTS));
+    let result = runtime.block_on(async {
+        let access = NamespaceAccess::current()?;
+        Ok::<_, io::Error>(Interception::prepare(&access, &settings(""), PORTS).await)
+    })?;
+    // A sandbox is entered by a process of one thread.
+    while fs::read_dir("/proc/self/task")?.count() > 1 {
+        thread::yield_now();
+    }
     Ok(Outside {
         refused: matches!(result, Err(InterceptionError::HostNamespace { .. })),
         permitted: !matches!(result, Err(InterceptionError::NotPermitted { .. })),

@@ -17,8 +17,8 @@ use libtest_mimic::Failed;
 use tokio::sync::mpsc::UnboundedReceiver;
 use underpass_config::{InterceptionSettings, Profile};
 use underpass_interception::{
-    Answer, End, Environment, Interception, PROXY_MARK, Packet, Protocol, RulePlan, State, Table,
-    Walk, Way,
+    Answer, End, Entered, Environment, Interception, NamespaceAccess, PROXY_MARK, Packet, Protocol,
+    RulePlan, State, Table, Walk, Way,
 };
 
 use crate::Case;
@@ -114,12 +114,15 @@ struct Installed {
 impl Installed {
     fn new(network: &Network, settings: &InterceptionSettings) -> Result<Self, Failed> {
         let interception = inside(&network.pod, async || {
-            let prepared = Interception::prepare(settings, network::PORTS).await?;
+            let prepared =
+                Interception::prepare(&NamespaceAccess::current()?, settings, network::PORTS)
+                    .await?;
             let interception = prepared.ok_or("the profile has rules")?;
             interception.install().await?;
             Ok(interception)
         })?;
-        let environment = network.pod.run(Environment::current)??;
+        let environment =
+            network.pod.run(|| Ok::<_, Failed>(Environment::of(&Entered::current()?)?))??;
         let counted = BTreeMap::new();
         let mut installed = Self { interception, environment, counted };
         installed.counted = installed.count(network)?;

@@ -15,8 +15,8 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 use underpass_config::{InterceptionSettings, Settings};
 use underpass_interception::{
-    Difference, Environment, Explanation, Family, Interception, Ports, Protocol, RemovalScope,
-    RuleCounter, RulePlan, Sender, Sign, ipv6_available, remove_everything,
+    Difference, Environment, Explanation, Family, Interception, NamespaceAccess, Ports, Protocol,
+    RemovalScope, RuleCounter, RulePlan, Sender, Sign, ipv6_available, remove_everything,
 };
 
 use self::options::RuleOptions;
@@ -232,7 +232,8 @@ fn differences(difference: &Difference) -> Vec<Value> {
 }
 
 async fn remove(scope: RemovalScope, allow_host: bool, output: Output) -> Result<(), CommandError> {
-    let removed = remove_everything(scope, allow_host).await?;
+    let access = NamespaceAccess::current().map_err(CommandError::start)?;
+    let removed = remove_everything(&access, scope, allow_host).await?;
     if let Ok(Some(running)) = instance::running().await
         && running.installs
         && running.settings.interception.repair
@@ -254,8 +255,10 @@ async fn explain(
 ) -> Result<(), CommandError> {
     let subject = Subject::of(options).await?;
     let (settings, ports) = (&subject.settings.interception, Ports::of(&subject.settings));
-    let environment = Environment::current().map_err(CommandError::Start)?;
-    let counters = counters(settings, ports).await;
+    let access = NamespaceAccess::current().map_err(CommandError::start)?;
+    let environment = access.run(async |entered| Environment::of(entered)).await?;
+    let environment = environment.map_err(CommandError::Start)?;
+    let counters = counters(&access, settings, ports).await;
     let explanation =
         Explanation::new(settings, ports, ipv6_available(), &environment, counters.as_deref());
     let text = match packet {
@@ -277,8 +280,12 @@ async fn explain(
 }
 
 /// The live counters, where there are rules and we may read them; explaining does without.
-async fn counters(settings: &InterceptionSettings, ports: Ports) -> Option<Vec<RuleCounter>> {
-    let interception = Interception::prepare(settings, ports).await.ok()??;
+async fn counters(
+    access: &NamespaceAccess,
+    settings: &InterceptionSettings,
+    ports: Ports,
+) -> Option<Vec<RuleCounter>> {
+    let interception = Interception::prepare(access, settings, ports).await.ok()??;
     let counters = interception.counters().await.ok()?;
     (!counters.is_empty()).then_some(counters)
 }
@@ -287,13 +294,17 @@ async fn watch(settings: Settings, force: bool, output: Output) -> Result<(), Co
     refuse_beside_proxy(force).await?;
     let interception = prepare(&settings).await?;
     let mut stop = crate::app::StopSignal::new(false)?;
-    let mut guard = Guard::new(interception)?;
+    let mut guard = Guard::new(interception).await?;
+    let access = guard.access();
     let settings = tokio::sync::watch::Sender::new(settings.interception);
     let mut settings = settings.subscribe();
     loop {
         let event = tokio::select! {
             event = guard.next(&mut settings) => event,
-            _ = stop.wait() => return Ok(()),
+            _ = stop.wait() => {
+                access.finish().await;
+                return Ok(());
+            }
         };
         report(&event, output)?;
         if let Event::Failed { error, .. } = event {
@@ -325,7 +336,9 @@ fn report(event: &Event, output: Output) -> Result<(), CommandError> {
 }
 
 async fn prepare(settings: &Settings) -> Result<Interception, CommandError> {
-    let prepared = Interception::prepare(&settings.interception, Ports::of(settings)).await?;
+    let access = NamespaceAccess::current().map_err(CommandError::start)?;
+    let ports = Ports::of(settings);
+    let prepared = Interception::prepare(&access, &settings.interception, ports).await?;
     prepared.ok_or(CommandError::NoRules)
 }
 

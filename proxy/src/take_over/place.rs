@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::{UnixListener, UnixStream};
 use underpass_config::TakeOver;
-use underpass_interception::{ProxyUser, network_namespace};
+use underpass_interception::ProxyUser;
 
 /// Where sockets are that no setting names.
 const FOLDER: &str = "/run/underpass";
@@ -87,7 +87,7 @@ pub(super) fn path(settings: &TakeOver) -> io::Result<Option<PathBuf>> {
         TakeOver::At(path) => Ok(Some(path.clone())),
         // Several namespaces may share a file system, as those of a test do.
         TakeOver::Auto => {
-            let name = format!("take-over-{}.sock", network_namespace()?);
+            let name = format!("take-over-{}.sock", super::namespace().map_err(io::Error::other)?);
             Ok(Some(Path::new(FOLDER).join(name)))
         }
     }

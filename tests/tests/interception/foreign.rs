@@ -66,7 +66,8 @@ async fn bypassed(profile: Profile, chain: &str, rule: &str) {
         proxy.more_than(failures, FAILED).await;
         let line = proxy.line(FAILED).await;
         assert!(line.contains("table inet other, chain theirs"), "{line}");
-        assert_eq!(pod.metrics().await.sum(FOREIGN, &[]), Some(1.0));
+        let counted = async || pod.metrics().await.sum(FOREIGN, &[]) == Some(1.0);
+        until("the foreign rule is counted", counted).await;
         let (out, err) = pod.underpass(&["rules", "verify"]).await.exited(3);
         assert!(out.contains("table inet other, chain theirs"), "{out}");
         assert!(err.contains("self-test of the running proxy failed"), "{err}");

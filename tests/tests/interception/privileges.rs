@@ -100,6 +100,16 @@ impl Thread {
     fn is_worker(&self) -> bool {
         self.name.starts_with("worker-")
     }
+
+    /// The control thread connects to a CA.
+    fn makes_sockets(&self) -> bool {
+        self.is_worker() || self.is_first
+    }
+
+    /// The one that installs and repairs rules.
+    fn enters_namespaces(&self) -> bool {
+        self.name == "namespaces"
+    }
 }
 
 /// Waits until there are two workers, and every thread has what `kept` says and has given up what it began with. A new thread
@@ -122,10 +132,10 @@ async fn confines_every_thread(profile: Profile) {
     let scene = Scene::new().await;
     let mut proxy = scene.client.proxy(&profile.of(scene.client_settings())).await;
     // Connections of the ambient profile are marked.
-    let worker = if profile.user.is_some() { 0 } else { NET_ADMIN };
-    let kept = |thread: &Thread| match thread.is_worker() {
-        true => worker,
-        false if thread.is_first => NET_ADMIN,
+    let marks = if profile.user.is_some() { 0 } else { NET_ADMIN };
+    let kept = |thread: &Thread| match thread.makes_sockets() {
+        true => marks,
+        false if thread.enters_namespaces() => NET_ADMIN,
         false => 0,
     };
     for repairs in 0..2 {
@@ -147,9 +157,9 @@ async fn iptables_in_ambient() {
     let settings = scene.client_settings().set("interception.backend=iptables");
     let mut proxy = scene.client.proxy(&settings).await;
     let both = NET_ADMIN | NET_RAW;
-    let kept = |thread: &Thread| match thread.is_worker() {
+    let kept = |thread: &Thread| match thread.makes_sockets() {
         true => NET_ADMIN,
-        false if thread.is_first => both,
+        false if thread.enters_namespaces() => both,
         false => 0,
     };
     for thread in all_confined(&proxy, kept).await {
@@ -226,7 +236,7 @@ async fn for_iptables() {
     let scene = Scene::new().await;
     let settings = SIDECAR.of(scene.client_settings()).set("interception.backend=iptables");
     let proxy = scene.client.proxy(&settings).await;
-    let kept = |thread: &Thread| if thread.is_first { NET_ADMIN | NET_RAW } else { 0 };
+    let kept = |thread: &Thread| if thread.enters_namespaces() { NET_ADMIN | NET_RAW } else { 0 };
     for thread in threads(&proxy, SIDECAR, kept).await {
         let kept = kept(&thread);
         assert_eq!((thread.inheritable, thread.ambient), (kept, kept), "{thread:?}");
@@ -267,7 +277,7 @@ async fn for_tproxy() {
     let scene = Scene::new().await;
     let settings = SIDECAR.of(scene.server_settings()).set("interception.inbound.mode=tproxy");
     let proxy = scene.server.proxy(&settings).await;
-    let kept = |thread: &Thread| match thread.is_first || thread.is_worker() {
+    let kept = |thread: &Thread| match thread.makes_sockets() || thread.enters_namespaces() {
         true => NET_ADMIN,
         false => 0,
     };
