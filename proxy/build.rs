@@ -1,6 +1,8 @@
-//! The version with the commit that it was built from: `0.1.0 (1a2b3c4d5e6f)`; the version alone where there is no git.
+//! The version with the commit that it was built from: `0.1.0 (1a2b3c4d5e6f)`; the version alone
+//! where there is no git.
 //!
-//! `UNDERPASS_COMMIT` names the commit where sources are built without their repository. No program of git is run.
+//! `UNDERPASS_COMMIT` names the commit where sources are built without their repository. No program
+//! of git is run.
 
 #![expect(clippy::disallowed_methods, reason = "cargo tells a build script by the environment")]
 
@@ -19,7 +21,8 @@ fn main() {
     println!("cargo::rustc-env=UNDERPASS_VERSION={version}");
 }
 
-/// The commit that is checked out in the repository whose `proxy` this is (gitrepository-layout(5)).
+/// The commit that is checked out in the repository whose `proxy` this is
+/// (gitrepository-layout(5)).
 fn commit() -> Option<String> {
     let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").ok()?).parent()?.to_owned();
     let git = git_folder(&root)?;
@@ -48,9 +51,12 @@ fn packed(folder: &Path, name: &str) -> Option<String> {
     Some(line.trim().to_owned())
 }
 
-/// A small file's text. What it says next is built in next, also if it is not there yet.
+/// The trimmed text of a small file. cargo watches the file from now on, or the nearest folder that
+/// exists while the file does not: a branch that is packed has no file until its next commit.
 fn read(file: &Path) -> Option<String> {
+    if let Some(watched) = file.ancestors().find(|path| path.exists()) {
+        println!("cargo::rerun-if-changed={}", watched.display());
+    }
     let text = fs::read_to_string(file).ok()?;
-    println!("cargo::rerun-if-changed={}", file.display());
     Some(text.trim().to_owned())
 }

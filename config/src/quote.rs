@@ -1,8 +1,8 @@
 //! Text from outside, made safe to log: bounded in bytes, and on one line.
 //!
-//! Every text that a peer, a CA or a file of another party chooses passes through [`Quoted`] before it
-//! is part of an error, a log line or a metric label. Without the bound, one certificate of 60 KB costs
-//! a log line of several hundred KB.
+//! Every text that a peer, a CA or a file of another party chooses passes through [`Quoted`] before
+//! it is part of an error, a log line or a metric label. Without the bound, one certificate of 60
+//! KB costs a log line of several hundred KB.
 
 use std::error::Error;
 use std::fmt::{self, Write};
@@ -23,8 +23,8 @@ impl Quoted {
     /// The longest quote of an error with its causes: some of our own words, and a few quotes.
     pub const MAX_CHAIN_BYTES: usize = 1024;
 
-    /// Quotes the text that `value` displays. Formatting stops at the bound, so that a long text costs
-    /// no more than a short one.
+    /// Quotes the text that `value` displays. Formatting stops at the bound, so that a long text
+    /// costs no more than a short one.
     pub fn new(value: impl fmt::Display) -> Self {
         Self::bounded(value, Self::MAX_BYTES)
     }
@@ -38,7 +38,8 @@ impl Quoted {
         Self(text.text.into_boxed_str())
     }
 
-    /// An error and everything that caused it, outermost first: `cannot connect: Connection refused`.
+    /// An error and everything that caused it, outermost first: `cannot connect: Connection
+    /// refused`.
     pub fn chain(error: &(dyn Error + 'static)) -> Self {
         Self::bounded(Chain(error), Self::MAX_CHAIN_BYTES)
     }

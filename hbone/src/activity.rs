@@ -1,5 +1,5 @@
-//! What the parts of one connection know of its peer's conduct: how much useful traffic there was, how many requests were
-//! refused, what is unfinished, and which limit it exceeded.
+//! Counters of a peer's behaviour, shared by the parts of one connection: useful traffic, refused
+//! requests, the unfinished frame, and the exceeded limit.
 //!
 //! Not here: judging frames (`inspect.rs`) and requests (`server.rs`).
 
@@ -16,13 +16,13 @@ const PART: usize = 4 << 10;
 pub(crate) struct PeerActivity {
     useful: AtomicU64,
     refused: AtomicU64,
-    /// Nothing, or the time above one bit that tells whether it is a DATA frame.
+    /// 0 if no frame is unfinished; otherwise (time + 1) << 1, with bit 0 set for a DATA frame.
     unfinished: AtomicU64,
     exceeded: OnceLock<TunnelLimit>,
     /// What our small DATA frames cost the peer, as h2 counts it, for all that we know.
     owed: AtomicU64,
-    /// Whether the peer bears as many small frames as we do.
-    bears_small_frames: AtomicBool,
+    /// Whether the peer accepts as many small frames as we do.
+    accepts_small_frames: AtomicBool,
 }
 
 impl PeerActivity {
@@ -68,12 +68,12 @@ impl PeerActivity {
         self.owed.store(self.owed().saturating_sub(cost), Relaxed);
     }
 
-    pub(crate) fn bears_small_frames(&self) -> bool {
-        self.bears_small_frames.load(Relaxed)
+    pub(crate) fn accepts_small_frames(&self) -> bool {
+        self.accepts_small_frames.load(Relaxed)
     }
 
-    pub(crate) fn note_bears_small_frames(&self) {
-        self.bears_small_frames.store(true, Relaxed);
+    pub(crate) fn set_accepts_small_frames(&self) {
+        self.accepts_small_frames.store(true, Relaxed);
     }
 
     /// Notes which limit the peer exceeded. The first one stays.

@@ -2,7 +2,8 @@
 //!
 //! Not here: what is counted, and what follows when the bucket is empty.
 
-/// Tokens that are spent on a peer's requests. Time comes as milliseconds since the connection was opened.
+/// Tokens that are spent on a peer's requests. Time comes as milliseconds since the connection was
+/// opened.
 #[derive(Debug)]
 pub(crate) struct Budget {
     size: u64,
@@ -19,8 +20,9 @@ impl Budget {
         Self { size, per_second, left: size, refilled: 0, earned: 0 }
     }
 
-    /// Takes `count` tokens; false when there are not as many. `earned` is how many the peer earned so far beside those that
-    /// come with time. The bucket is refilled only when it is empty: most peers never empty it.
+    /// Takes `count` tokens; false when there are not as many. `earned` is how many the peer earned
+    /// so far beside those that come with time. The bucket is refilled only when it is empty: most
+    /// peers never empty it.
     pub(crate) fn take(&mut self, count: u64, now: u64, earned: u64) -> bool {
         if self.left < count {
             let with_time =

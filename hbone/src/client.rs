@@ -44,7 +44,8 @@ pub struct Tunnel {
     send: SendRequest<Bytes>,
     link: Arc<Link>,
     resumed: bool,
-    /// Whether a certificate had expired before the handshake: the server refuses ours, and its alert says more than we could.
+    /// Whether a certificate had expired before the handshake: the server refuses ours, and its
+    /// alert says more than we could.
     was_expired: bool,
 }
 
@@ -302,8 +303,8 @@ async fn drive(
             }
         }
         let needed = link.is_needed();
-        if let Poll::Ready(exceeded) = overdue.poll_exceeded(cx, needed) {
-            return Poll::Ready(Err(exceeded));
+        if let Poll::Ready(exceeded) = overdue.poll_exceeded(cx, link.open_streams() > 0) {
+            return Poll::Ready(Err(HboneError::PeerLimit { limit: exceeded }));
         }
         match keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, needed)) {
             Some(Poll::Ready(dead)) => Poll::Ready(Err(dead)),

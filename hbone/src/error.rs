@@ -78,7 +78,7 @@ pub enum HboneError {
     UnexpectedPeer {
         /// Who it should have been.
         expected: ExpectedPeer,
-        /// Who it has proven to be.
+        /// The identity that the peer proved.
         presented: Quoted,
     },
     /// The peer's certificate is not one of a workload.

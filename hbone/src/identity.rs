@@ -117,8 +117,8 @@ impl Identity {
         self.0.leaf.expires
     }
 
-    /// Checks that the roots which came with the certificate vouch for it at the time `now`, as peers that have the same roots
-    /// will. Revocation is not looked at.
+    /// Checks that the roots which came with the certificate vouch for it at the time `now`, as
+    /// peers that have the same roots will. Revocation is not looked at.
     pub(crate) fn verify(&self, name: &Path, now: SystemTime) -> Result<(), HboneError> {
         let [leaf, intermediates @ ..] = self.0.certified_key.cert.as_slice() else {
             return Err(HboneError::credential(name, CredentialProblem::Empty("certificate")));

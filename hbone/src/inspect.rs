@@ -1,10 +1,12 @@
-//! Reads the frame headers (RFC 9113 section 4.1) of what a peer sends, below h2, and refuses what h2 would hold or answer
-//! without a limit of its own.
+//! Reads the frame headers (RFC 9113 section 4.1) of what a peer sends, below h2, and refuses what
+//! h2 would hold or answer without a limit of its own.
 //!
-//! h2 has one SETTINGS_MAX_FRAME_SIZE for all types of frames. Bulk needs large DATA frames; with the same size for HEADERS and
-//! CONTINUATION, a header block that never ends holds several of them, and h2 has no deadline for it.
+//! h2 has one SETTINGS_MAX_FRAME_SIZE for all types of frames. Bulk needs large DATA frames; with
+//! the same size for HEADERS and CONTINUATION, a header block that never ends holds several of
+//! them, and h2 has no deadline for it.
 //!
-//! Not here: deadlines (`overdue.rs`), payloads, and closing the connection. Its owner asks [`crate::link::Link`].
+//! Not here: deadlines (`overdue.rs`), payloads, and closing the connection. Its owner asks
+//! [`crate::link::Link`].
 
 use std::fmt;
 
@@ -16,15 +18,20 @@ const PREFACE: usize = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len();
 const HEAD: usize = 9;
 const END_STREAM: u8 = 0x1;
 const END_HEADERS: u8 = 0x4;
+const PADDED: u8 = 0x8;
+/// RFC 9113 section 6.1: the length of the padding, and at most that many bytes of it.
+const MAX_PADDING: usize = 1 + u8::MAX as usize;
 
-/// The largest frame that is neither DATA nor part of a header block, in bytes: what every peer may send (RFC 9113 section 4.2).
+/// The largest frame that is neither DATA nor part of a header block, in bytes: what every peer may
+/// send (RFC 9113 section 4.2).
 const CONTROL_FRAME: usize = 16 << 10;
-/// Frames that carry nothing for an application: so many at once, and after that so many in a second. A peer may have hundreds of
-/// tunnels.
+/// Frames that carry nothing for an application: so many at once, and after that so many in a
+/// second. A peer may have hundreds of tunnels.
 const CONTROL_FRAMES: u64 = 1000;
 const CONTROL_FRAMES_PER_SECOND: u64 = 20;
-/// What one unit of useful traffic earns. A receiver may return credit for the stream and for the connection with each frame,
-/// or each 4 KiB (Go's net/http2), and measure the path with PING (gRPC).
+/// What one unit of useful traffic earns. A receiver may return credit for the stream and for the
+/// connection with each frame, or each 4 KiB (Go's net/http2), and measure the path with PING
+/// (gRPC).
 const CONTROL_FRAMES_PER_USEFUL: u64 = 4;
 
 /// Which limit of a tunnel its peer exceeded.
@@ -34,7 +41,8 @@ pub enum TunnelLimit {
     HeaderBlock,
     /// A frame, neither DATA nor headers, that is larger than 16 KiB.
     FrameSize,
-    /// More PING, SETTINGS, RST_STREAM, PRIORITY, WINDOW_UPDATE, empty or unknown frames than the traffic explains.
+    /// More PING, SETTINGS, RST_STREAM, PRIORITY, WINDOW_UPDATE, empty or unknown frames than the
+    /// traffic explains.
     FrameRate,
     /// A frame or header block that was begun and not finished in time.
     UnfinishedFrame,
@@ -145,8 +153,8 @@ impl Frame {
 }
 
 impl Inspector {
-    /// For a peer whose header blocks may have `max_header_block` bytes: compressed, a header list is never larger than h2
-    /// counts it (RFC 9113 section 6.5.2).
+    /// For a peer whose header blocks may have `max_header_block` bytes: compressed, a header list
+    /// is never larger than h2 counts it (RFC 9113 section 6.5.2).
     pub(crate) fn new(role: PeerRole, max_header_block: u32) -> Self {
         Self {
             role,
@@ -162,8 +170,8 @@ impl Inspector {
         }
     }
 
-    /// Follows `bytes`, the next that came; `useful` is how much useful traffic there was so far. Calls `credited` for each
-    /// WINDOW_UPDATE. Returns what is unfinished after them.
+    /// Follows `bytes`, the next that came; `useful` is how much useful traffic there was so far.
+    /// Calls `credited` for each WINDOW_UPDATE. Returns what is unfinished after them.
     pub(crate) fn inspect(
         &mut self,
         mut bytes: &[u8],
@@ -234,8 +242,13 @@ impl Inspector {
             return Err(TunnelLimit::FrameSize);
         }
         let is_control = match kind {
-            Kind::Data => length == 0 && flags & END_STREAM == 0,
-            // A client's requests are counted when they are refused. A server owes one answer for each of ours.
+            // Padding alone carries nothing.
+            Kind::Data => {
+                let empty = length == 0 || (flags & PADDED != 0 && length <= MAX_PADDING);
+                empty && flags & END_STREAM == 0
+            }
+            // A client's requests are counted when they are refused. A server owes one answer for
+            // each of ours.
             Kind::Headers => self.role == PeerRole::Server,
             Kind::Continuation | Kind::Settings | Kind::WindowUpdate | Kind::Other => true,
         };
@@ -266,7 +279,8 @@ impl Inspector {
         if let Some(block) = self.block {
             return Some(Unfinished { since: block.since, data: false });
         }
-        // The head of a frame may be one of DATA: its payload waits for a slow network in the same way.
+        // The head of a frame may be one of DATA: its payload waits for a slow network in the same
+        // way.
         let data = self.frame.is_none_or(|frame| frame.kind == Kind::Data);
         let begun = self.have > 0 || self.frame.is_some();
         begun.then_some(Unfinished { since: self.begun, data })

@@ -1,6 +1,8 @@
-//! The connection under TLS, its type erased, so that TLS and HTTP/2 are compiled once, in this crate, whatever a tunnel runs over.
+//! The connection under TLS, its type erased, so that TLS and HTTP/2 are compiled once, in this
+//! crate, whatever a tunnel runs over.
 //!
-//! Not here: reading and writing many records at once, which the record layer does (`tls/record.rs`).
+//! Not here: reading and writing many records at once, which the record layer does
+//! (`tls/record.rs`).
 
 use std::fmt;
 

@@ -162,7 +162,8 @@ impl Published {
     }
 }
 
-/// When to tell next of the end of a certificate: at two thirds of its life, then daily, and hourly in its last day.
+/// When to tell next of the end of a certificate: at two thirds of its life, then daily, and hourly
+/// in its last day.
 #[derive(Debug, Clone, Copy)]
 enum Reminder {
     Expiring(SystemTime),

@@ -14,6 +14,7 @@
 
 mod activity;
 mod authority;
+mod back_pressure;
 mod budget;
 mod bundle;
 mod ca;
@@ -44,7 +45,6 @@ mod stream;
 #[cfg(test)]
 mod testing;
 mod tls;
-mod transport;
 mod trust;
 mod windows;
 
@@ -78,7 +78,8 @@ pub use trust::{Trust, TrustFiles};
 /// For the fuzz targets in `fuzz/`, and for nothing else.
 #[cfg(feature = "fuzz")]
 pub mod fuzz {
-    /// Plays a script of a peer against the record layer, and panics if that does not do as a model of it says.
+    /// Plays a script of a peer against the record layer, and panics if that does not do as a model
+    /// of it says.
     pub fn record_layer(script: &[u8]) {
         crate::tls::run_script(script);
     }

@@ -15,10 +15,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::activity::PeerActivity;
+use crate::back_pressure::BackPressure;
 use crate::distrust::{Distrust, Distrusted};
 use crate::inspect::{Inspector, TunnelLimit, WindowUpdate};
 use crate::settings::FIRST_WINDOW_UPDATE;
-use crate::transport::Transport;
 use crate::windows::Unread;
 use crate::{HboneError, PeerIdentity, clock, tls};
 
@@ -34,7 +34,7 @@ pub(crate) struct Link {
     load: Mutex<Load>,
     unread: Unread,
     activity: PeerActivity,
-    transport: Transport,
+    back_pressure: BackPressure,
     /// Why the connection failed, when h2 does not know: a TLS alert, or a silent peer.
     failure: OnceLock<HboneError>,
     /// Whether it is to close with its last stream.
@@ -66,7 +66,8 @@ struct Traffic {
 #[derive(Debug)]
 pub(crate) struct OpenStream {
     link: Arc<Link>,
-    /// Whether the peer gave a sign that its application reads the stream, since that was last asked.
+    /// Whether the peer gave a sign that its application reads the stream, since that was last
+    /// asked.
     is_read: AtomicBool,
 }
 
@@ -83,7 +84,7 @@ impl Link {
             load: Mutex::new(Load { open_streams: 0, idle_since: now }),
             unread: Unread::default(),
             activity: PeerActivity::default(),
-            transport: Transport::default(),
+            back_pressure: BackPressure::default(),
             failure: OnceLock::new(),
             trust: Distrusted::default(),
             released: AtomicBool::new(false),
@@ -133,8 +134,8 @@ impl Link {
         &self.unread
     }
 
-    pub(crate) fn transport(&self) -> &Transport {
-        &self.transport
+    pub(crate) fn back_pressure(&self) -> &BackPressure {
+        &self.back_pressure
     }
 
     pub(crate) fn activity(&self) -> &PeerActivity {
@@ -240,18 +241,19 @@ impl Link {
         match polled {
             Poll::Ready(Ok(bytes)) => self.traffic.count(*bytes),
             Poll::Ready(Err(_)) => {}
-            Poll::Pending => self.transport.set_blocked(true),
+            Poll::Pending => self.back_pressure.set_blocked(true),
         }
     }
 
-    /// The peer returned credit: for a stream of which half a window was read, or at the beginning, for the connection.
+    /// The peer returned credit: for a stream of which half a window was read, or at the beginning,
+    /// for the connection.
     fn credited(&self, WindowUpdate { stream, increment }: WindowUpdate) {
-        match self.unread.stream(stream) {
-            Some(open) => open.note_sign_of_reading(),
-            None if stream == 0 && increment == FIRST_WINDOW_UPDATE => {
-                self.activity.note_bears_small_frames();
+        if stream != 0 {
+            if let Some(open) = self.unread.stream(stream) {
+                open.note_sign_of_reading();
             }
-            None => {}
+        } else if increment == FIRST_WINDOW_UPDATE {
+            self.activity.set_accepts_small_frames();
         }
     }
 
@@ -400,9 +402,9 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Monitored<T> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // TLS takes more than the connection does: only a flush tells whether it has left.
+        // TLS buffers records: only a flush shows whether the connection took them.
         let polled = Pin::new(&mut self.io).poll_flush(cx);
-        self.link.transport.set_blocked(polled.is_pending());
+        self.link.back_pressure.set_blocked(polled.is_pending());
         polled
     }
 

@@ -1,4 +1,5 @@
-//! A limit on log lines that others can cause: a storm of refusals must not become one of log lines.
+//! A limit on log lines that others can cause: a storm of refusals must not become one of log
+//! lines.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

@@ -1,6 +1,7 @@
 //! Gives up a peer that begins a frame, a header block or HTTP/2 itself and does not finish it.
 //!
-//! Not here: what is unfinished (`inspect.rs`), and closing the connection. Its owner polls [`Overdue`] after the connection.
+//! Not here: what is unfinished (`inspect.rs`), and closing the connection. Its owner polls
+//! [`Overdue`] after the connection.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -9,7 +10,6 @@ use std::time::Duration;
 
 use tokio::time::{Sleep, sleep_until};
 
-use crate::HboneError;
 use crate::inspect::TunnelLimit;
 use crate::link::Link;
 
@@ -27,15 +27,16 @@ impl Overdue {
         Self { link, after, timer: None }
     }
 
-    /// Ready when the peer has exceeded a limit, this deadline included. While a stream is open a DATA frame may take as long as
-    /// the network needs: flow control bounds it, and keepalive notices a peer that is gone.
+    /// Ready when the peer has exceeded a limit, this deadline included. While a stream is open a
+    /// DATA frame may take as long as the network needs: flow control bounds it, and keepalive
+    /// notices a peer that is gone.
     pub(crate) fn poll_exceeded(
         &mut self,
         cx: &mut Context<'_>,
         streams_open: bool,
-    ) -> Poll<HboneError> {
+    ) -> Poll<TunnelLimit> {
         if let Some(limit) = self.link.exceeded() {
-            return Poll::Ready(HboneError::PeerLimit { limit });
+            return Poll::Ready(limit);
         }
         let Some(since) = self.link.unfinished_since(streams_open) else {
             self.timer = None;
@@ -49,6 +50,6 @@ impl Overdue {
         ready!(timer.as_mut().poll(cx));
         let limit = TunnelLimit::UnfinishedFrame;
         self.link.exceed(limit);
-        Poll::Ready(HboneError::PeerLimit { limit })
+        Poll::Ready(limit)
     }
 }

@@ -144,7 +144,8 @@ impl ServerTunnel {
         self.link.open_streams()
     }
 
-    /// For how long no stream has been open; `None` while one is. A request that was not accepted is no stream.
+    /// For how long no stream has been open; `None` while one is. A request that was not accepted
+    /// is no stream.
     pub fn idle(&self) -> Option<Duration> {
         self.link.idle_since().map(|since| since.elapsed())
     }
@@ -156,16 +157,18 @@ impl ServerTunnel {
 
     /// The next request; `None` when the connection ended. Cancel-safe.
     ///
-    /// This also drives the streams accepted before: keep calling it while any of them is open. A request that is no
-    /// CONNECT, or to no usable authority, is answered with 400 here; one that comes after a certificate expired, or long after
-    /// [`ServerTunnel::drain`], is reset with REFUSED_STREAM.
+    /// This also drives the streams accepted before: keep calling it while any of them is open. A
+    /// request that is no CONNECT, or to no usable authority, is answered with 400 here; one that
+    /// comes after a certificate expired, or long after [`ServerTunnel::drain`], is reset with
+    /// REFUSED_STREAM.
     pub async fn next(&mut self) -> Option<Incoming> {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// Tells the client to open no more streams (GOAWAY). Open ones go on; then [`ServerTunnel::next`] ends. A client that does
-    /// not let it end, for it neither answers nor reads, is given up like a silent one; one that does not acknowledge in time opens
-    /// no more streams either, and the tunnel ends with its last stream.
+    /// Tells the client to open no more streams (GOAWAY). Open ones go on; then
+    /// [`ServerTunnel::next`] ends. A client that does not let it end, for it neither answers nor
+    /// reads, is given up like a silent one; one that does not acknowledge in time opens no more
+    /// streams either, and the tunnel ends with its last stream.
     pub fn drain(&mut self) {
         if let Some(connection) = &mut self.connection {
             self.drain.get_or_insert_with(Drain::new);
@@ -173,7 +176,8 @@ impl ServerTunnel {
         }
     }
 
-    /// Ends the tunnel before its first request: GOAWAY(ENHANCE_YOUR_CALM), as far as the client takes it at once.
+    /// Ends the tunnel before its first request: GOAWAY(ENHANCE_YOUR_CALM), as far as the client
+    /// takes it at once.
     pub async fn refuse(mut self) {
         poll_fn(|cx| {
             self.shut_down(cx, Reason::ENHANCE_YOUR_CALM);
@@ -192,11 +196,11 @@ impl ServerTunnel {
             return Poll::Ready(next);
         }
         let has_streams = self.connection.as_ref().is_some_and(Connection::has_streams);
-        if let Poll::Ready(exceeded) = self.overdue.poll_exceeded(cx, has_streams) {
-            let code = self.link.exceeded().map_or(Reason::ENHANCE_YOUR_CALM, TunnelLimit::reason);
+        if let Poll::Ready(limit) = self.overdue.poll_exceeded(cx, has_streams) {
+            let exceeded = HboneError::PeerLimit { limit };
             // Before GOAWAY, for that is when streams learn of it.
             self.link.fail(exceeded.clone());
-            self.shut_down(cx, code);
+            self.shut_down(cx, limit.reason());
             return self.end(Some(exceeded));
         }
         if self.drain.as_mut().is_some_and(|drain| drain.poll_over(cx, has_streams).is_ready()) {
@@ -247,8 +251,8 @@ impl ServerTunnel {
         self.link.is_expired() || self.drain.as_ref().is_some_and(|drain| drain.is_overdue)
     }
 
-    /// Drains a tunnel with too many refused requests, and closes it if they do not end. Whether the drain began just now: then
-    /// there is GOAWAY to send.
+    /// Drains a tunnel with too many refused requests, and closes it if they do not end. Whether
+    /// the drain began just now: then there is GOAWAY to send.
     fn judge_refusals(&mut self) -> bool {
         if self.refusals.are_bearable(&self.link) {
             return false;

@@ -4,9 +4,10 @@
 
 use std::time::Duration;
 
-/// RFC 9113 section 6.5.2: the largest frame we take, in bytes. Few, large frames make bulk cheap; no peer of ours sends larger
-/// ones than its `send_buffer`. h2 holds a frame until it is whole, before it looks at flow control: a tunnel without streams can
-/// hold one. Only DATA may be as large (`inspect.rs`).
+/// RFC 9113 section 6.5.2: the largest frame we take, in bytes. Few, large frames make bulk cheap;
+/// no peer of ours sends larger ones than its `send_buffer`. h2 holds a frame until it is whole,
+/// before it looks at flow control: a tunnel without streams can hold one. Only DATA may be as
+/// large (`inspect.rs`).
 pub(crate) const MAX_FRAME_SIZE: u32 = 256 << 10;
 
 /// What we hold beyond the payload for buffered small DATA frames, in bytes (h2 counts what a frame is
@@ -16,7 +17,8 @@ pub(crate) const SMALL_FRAME_BUDGET: usize = 64 << 20;
 
 /// What a connection of this proxy may hold unread, in bytes.
 const CONNECTION_WINDOW: u32 = 64 << 20;
-/// What its first WINDOW_UPDATE adds to the 65,535 of RFC 9113 section 6.9.2, by which one of ours is known.
+/// What its first WINDOW_UPDATE adds to the 65,535 of RFC 9113 section 6.9.2, by which one of ours
+/// is known.
 pub(crate) const FIRST_WINDOW_UPDATE: u32 = CONNECTION_WINDOW - 65_535;
 
 /// As long as a handshake.

@@ -1,4 +1,5 @@
-//! A cap on what one source or identity may have at once, whatever it is: handshakes, connections, tunnels.
+//! A cap on what one source or identity may have at once, whatever it is: handshakes, connections,
+//! tunnels.
 //!
 //! Not here: what becomes of those who are not admitted.
 
@@ -87,8 +88,8 @@ impl SourceLimit {
         Self(CountLimit::new(per_source))
     }
 
-    /// One more of `source`; `None` when it has too many. An IPv6 source is its /64, and an IPv4 address that came in
-    /// through an IPv6 socket is an IPv4 address.
+    /// One more of `source`; `None` when it has too many. An IPv6 source is its /64, and an IPv4
+    /// address that came in through an IPv6 socket is an IPv4 address.
     pub fn admit(&self, source: IpAddr) -> Option<SourceGuard> {
         self.0.admit(&network(source))
     }

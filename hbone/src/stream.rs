@@ -158,7 +158,8 @@ impl TunnelWriter {
     /// Queues as much from the front of `data`, which must not be empty, as there is room for, and says how much that was.
     /// If it is the `last`, the frame with the end of it carries END_STREAM too: nothing may be written after that.
     ///
-    /// Small writes may be gathered (`gather.rs`): call [`TunnelWriter::poll_flush`] when there is nothing more to write for now.
+    /// Small writes may be gathered (`gather.rs`): call [`TunnelWriter::poll_flush`] when there is
+    /// nothing more to write for now.
     ///
     /// # Errors
     /// As [`TunnelWriter::write`].
@@ -197,9 +198,10 @@ impl TunnelWriter {
         self.poll_gathered(cx)
     }
 
-    /// Ready when a frame of `length` bytes may be sent beside what is gathered, though it is small.
+    /// Ready when a frame of `length` bytes may be sent beside what is gathered, though it is
+    /// small.
     fn poll_due(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<()> {
-        self.gather.poll_due(cx, &self.open, length)
+        self.gather.poll_due(cx, self.send.stream_id().as_u32(), &self.open, length)
     }
 
     fn poll_gathered(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HboneError>> {
@@ -303,6 +305,7 @@ impl TunnelWriter {
 impl Drop for TunnelWriter {
     fn drop(&mut self) {
         self.gather.settle(self.open.link());
+        self.open.link().back_pressure().forget(self.send.stream_id().as_u32());
         if !self.ended && !self.aborted {
             self.abort();
         }

@@ -7,8 +7,7 @@ use std::fmt;
 
 use underpass_config::Backend as Choice;
 
-use crate::interception::RemovalScope;
-use crate::iptables::{self, Variant};
+use crate::iptables::{self, RemovalScope, Variant};
 use crate::nftables::{self, RuleCounter};
 use crate::plan::RulePlan;
 use crate::verify::Listing;

@@ -7,45 +7,47 @@
 //! 3: nop
 //! ```
 //!
-//! It is reactive. A blackhole that always stands would break every connection: the kernel routes the
-//! first packet before nat OUTPUT redirects it. The local table (priority 0) comes first, so loopback
-//! and the namespace's own addresses work.
+//! It is reactive. A blackhole that always stands would break every connection: the kernel routes
+//! the first packet before nat OUTPUT redirects it. The local table (priority 0) comes first, so
+//! loopback and the namespace's own addresses work.
 //!
 //! An ip rule cannot express everything that netfilter can. What it cannot express stays refused:
-//! excluded and included groups, included inbound ports, and excluded interfaces except for sockets
-//! that are bound to one (SO_BINDTODEVICE).
+//! excluded and included groups, included inbound ports, excluded port 65535, and excluded interfaces
+//! except for sockets that are bound to one (SO_BINDTODEVICE).
 //!
 //! Not here: when it stands (the proxy decides), and the ip rules of a plan (`routes.rs`).
 
+mod messages;
+
+use std::net::IpAddr;
+
 use ipnet::IpNet;
 use nix::errno::Errno;
-use nlink::netlink::message::NlMsgError;
-use nlink::netlink::types::rule::{FibRuleAction, FibRuleHdr, FraAttr};
-use nlink::netlink::{
-    Connection, MessageBuilder, MessageIter, NetlinkSocket, NlMsgType, Route as Rtnetlink,
+use nlink::netlink::{Connection, Route as Rtnetlink};
+use underpass_config::{
+    Dns, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, PortRange, Profile,
 };
-use underpass_config::{Dns, InboundMode, InterceptionSettings, Ipv6, PortRange, Profile};
 
+use self::messages::{BATCH, removal, send};
 use crate::netlink::failed;
 use crate::plan::{
-    KUBELET_PROBE_V4, KUBELET_PROBE_V6, MARK_MASK, Mark, PROXY_MARK, Ports, RulePlan,
+    KUBELET_PROBE_IN, KUBELET_PROBE_V4, KUBELET_PROBE_V6, MARK_MASK, Mark, PROXY_MARK, Ports,
+    RulePlan,
 };
-use crate::routes::{PROTOCOL, Version};
+use crate::routes::{PROTOCOL, Version, connect};
+use crate::user_ids::UserIds;
 use crate::{Entered, InterceptionError};
 
-/// Where the exemptions, the blackhole and the target of the exemptions stand: right behind the local
-/// table, before every other ip rule.
+/// Where the exemptions, the blackhole and the target of the exemptions stand: right behind the
+/// local table, before every other ip rule.
 const EXEMPTIONS: u32 = 1;
 const REFUSALS: u32 = 2;
 const END: u32 = 3;
 /// IPPROTO_TCP and IPPROTO_UDP (include/uapi/linux/in.h).
 const TCP: u8 = 6;
 const UDP: u8 = 17;
-/// How many requests are sent before their answers are read. The answers have to fit into the
-/// socket's receive buffer (212,992 bytes by default, less than 1 KiB each).
-const BATCH: usize = 32;
-/// So many exemptions are added before the blackhole, so that they never notice it. A longer list is
-/// completed behind it: until then, what is excluded is refused too.
+/// So many exemptions are added before the blackhole, so that they never notice it. A longer list
+/// is completed behind it: until then, what is excluded is refused too.
 const EXEMPTIONS_FIRST: usize = 4 * BATCH;
 
 /// The ip rules that stand while the netfilter rules do not.
@@ -78,7 +80,11 @@ enum Selector {
     Everything,
     Mark(Mark),
     Uid(u32),
-    To(IpNet),
+    /// Packets to this network; those of TCP from these ports, if any are given.
+    To {
+        network: IpNet,
+        from: Option<PortRange>,
+    },
     Out(String),
     SourcePorts(PortRange),
     DestinationPorts(PortRange),
@@ -130,9 +136,14 @@ impl Blackhole {
         const OPERATION: &str = "install the blackhole";
         let connection = connect(entered, OPERATION)?;
         let tolerated = [Errno::EEXIST];
-        // Where the kernel has no IPv6 there is none to refuse.
-        let rules =
-            self.rules.iter().filter(|rule| rule.version == Version::V4 || crate::ipv6_available());
+        // Where the kernel has no IPv6 there is none to refuse. A user that the user namespace does
+        // not map has no process, and the kernel refuses a rule with it.
+        let users = UserIds::of_users();
+        let rules = self.rules.iter().filter(|rule| match rule.selector {
+            _ if rule.version == Version::V6 && !crate::ipv6_available() => false,
+            Selector::Uid(uid) => users.contain(uid),
+            _ => true,
+        });
         let requests: Vec<_> = rules.map(IpRule::addition).collect();
         send(connection.socket(), requests, &tolerated).await.map_err(failed(OPERATION))?;
         Ok(())
@@ -161,7 +172,7 @@ pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError>
 ///
 /// # Errors
 ///
-/// The kernel refused to tell.
+/// The kernel refused to list the ip rules.
 pub(crate) async fn stands(entered: &Entered) -> Result<bool, InterceptionError> {
     const OPERATION: &str = "read the ip rules";
     let standing = standing(&connect(entered, OPERATION)?).await.map_err(failed(OPERATION))?;
@@ -192,18 +203,39 @@ fn exemptions(settings: &InterceptionSettings, ports: Ports, plan: &RulePlan) ->
     // A SYN-ACK is its listener's, which a privileged process has opened for the proxy's user.
     let services = ports.services.map(|service| service.port());
     let own = [ports.outbound, ports.inbound, ports.hbone].into_iter().chain(services);
-    exemptions.extend(own.map(|port| Selector::SourcePorts(port.into())));
-    if plan.rules().iter().any(|rule| rule.id.starts_with("kubelet-probe-in")) {
-        let probes = [KUBELET_PROBE_V4.into(), KUBELET_PROBE_V6.into()];
-        exemptions.extend(probes.map(|probe: std::net::IpAddr| Selector::To(probe.into())));
+    let own: Vec<_> = own.map(PortRange::from).collect();
+    exemptions.extend(expressible(&own).map(Selector::SourcePorts));
+    if plan.rules().iter().any(|rule| rule.id == KUBELET_PROBE_IN) {
+        exemptions.extend(probe_answers(&settings.kubelet_probes));
     }
-    exemptions.extend(inbound.exclude_ports.iter().map(|ports| Selector::SourcePorts(*ports)));
-    exemptions
-        .extend(outbound.exclude_ports.iter().map(|ports| Selector::DestinationPorts(*ports)));
+    exemptions.extend(expressible(&inbound.exclude_ports).map(Selector::SourcePorts));
+    exemptions.extend(expressible(&outbound.exclude_ports).map(Selector::DestinationPorts));
     exemptions.extend(outbound.exclude_uids.iter().map(|uid| Selector::Uid(*uid)));
     exemptions.extend(outbound.exclude_interfaces.iter().cloned().map(Selector::Out));
-    exemptions.extend(outbound.exclude_cidrs.iter().map(|cidr| Selector::To(*cidr)));
+    let to = |network: &IpNet| Selector::To { network: *network, from: None };
+    exemptions.extend(outbound.exclude_cidrs.iter().map(to));
     exemptions
+}
+
+/// The workload's answers to the kubelet's probes, from the ports that are exempt.
+fn probe_answers(probes: &KubeletProbes) -> Vec<Selector> {
+    let from: Vec<_> = match probes {
+        KubeletProbes::Ports(ports) => expressible(ports).map(Some).collect(),
+        KubeletProbes::Off | KubeletProbes::On => vec![None],
+    };
+    let addresses: [IpAddr; 2] = [KUBELET_PROBE_V4.into(), KUBELET_PROBE_V6.into()];
+    let to = |address: &IpAddr, from| Selector::To { network: (*address).into(), from };
+    from.iter().flat_map(|from| addresses.iter().map(move |address| to(address, *from))).collect()
+}
+
+/// What an ip rule can express of these ports: neither 0 nor 65535 (`fib_rule_port_range_valid`,
+/// include/net/fib_rules.h).
+fn expressible(ports: &[PortRange]) -> impl Iterator<Item = PortRange> {
+    let bounded = |range: &PortRange| {
+        let (first, last) = (range.first.max(1), range.last.min(u16::MAX - 1));
+        (first <= last).then_some(PortRange { first, last })
+    };
+    ports.iter().filter_map(bounded)
 }
 
 /// What the rules would catch.
@@ -220,8 +252,10 @@ fn refusals(settings: &InterceptionSettings) -> Vec<Selector> {
             None => refusals.push(refusal(TCP, None, None)),
             Some(included) => {
                 refusals.extend(included.iter().map(|cidr| refusal(TCP, Some(*cidr), None)));
-                let ports = outbound.include_ports.iter();
-                refusals.extend(ports.map(|ports| refusal(TCP, None, Some(*ports))));
+                // A range that an ip rule cannot express refuses every port: rather too much.
+                let whole = |range: &PortRange| expressible(&[*range]).find(|part| part == range);
+                let ports = outbound.include_ports.iter().map(whole);
+                refusals.extend(ports.map(|ports| refusal(TCP, None, ports)));
             }
         }
         if settings.dns == Dns::Capture {
@@ -234,148 +268,11 @@ fn refusals(settings: &InterceptionSettings) -> Vec<Selector> {
 impl Selector {
     /// Whether packets of this IP can match.
     fn is_of(&self, version: Version) -> bool {
-        let (Self::To(network) | Self::From { to: Some(network), .. }) = self else {
+        let (Self::To { network, .. } | Self::From { to: Some(network), .. }) = self else {
             return true;
         };
         matches!(network, IpNet::V4(_)) == (version == Version::V4)
     }
-
-    fn write(&self, message: &mut MessageBuilder) {
-        match self {
-            Self::Everything => {}
-            Self::Mark(Mark { value, mask }) => {
-                message.append_attr_u32(FraAttr::Fwmark as u16, *value);
-                message.append_attr_u32(FraAttr::Fwmask as u16, *mask);
-            }
-            Self::Uid(uid) => {
-                // struct fib_rule_uid_range (include/uapi/linux/fib_rules.h).
-                let range = [uid.to_ne_bytes(), uid.to_ne_bytes()].concat();
-                message.append_attr(FraAttr::UidRange as u16, &range);
-            }
-            Self::To(network) => write_destination(message, *network),
-            Self::Out(interface) => message.append_attr_str(FraAttr::Oifname as u16, interface),
-            Self::SourcePorts(ports) => write_ports(message, TCP, FraAttr::Sport, *ports),
-            Self::DestinationPorts(ports) => write_ports(message, TCP, FraAttr::Dport, *ports),
-            Self::From { interface, protocol, to, ports } => {
-                message.append_attr_str(FraAttr::Iifname as u16, interface);
-                if let Some(network) = to {
-                    write_destination(message, *network);
-                }
-                match ports {
-                    Some(ports) => write_ports(message, *protocol, FraAttr::Dport, *ports),
-                    None => message.append_attr_u8(FraAttr::IpProto as u16, *protocol),
-                }
-            }
-        }
-    }
-
-    /// How many bits of a destination the header announces.
-    fn destination_bits(&self) -> u8 {
-        match self {
-            Self::To(network) | Self::From { to: Some(network), .. } => network.prefix_len(),
-            _ => 0,
-        }
-    }
-}
-
-fn write_destination(message: &mut MessageBuilder, network: IpNet) {
-    let kind = FraAttr::Dst as u16;
-    // A prefix of no bits has no address (fib4_rule_configure, net/ipv4/fib_rules.c).
-    if network.prefix_len() > 0 {
-        match network {
-            IpNet::V4(network) => message.append_attr(kind, &network.network().octets()),
-            IpNet::V6(network) => message.append_attr(kind, &network.network().octets()),
-        }
-    }
-}
-
-fn write_ports(message: &mut MessageBuilder, protocol: u8, side: FraAttr, ports: PortRange) {
-    message.append_attr_u8(FraAttr::IpProto as u16, protocol);
-    // struct fib_rule_port_range, in native byte order.
-    let range = [ports.first.to_ne_bytes(), ports.last.to_ne_bytes()].concat();
-    message.append_attr(side as u16, &range);
-}
-
-impl IpRule {
-    fn addition(&self) -> MessageBuilder {
-        /// NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL and NLM_F_CREATE (include/uapi/linux/netlink.h).
-        const FLAGS: u16 = 0x001 | 0x004 | 0x200 | 0x400;
-        let mut message = MessageBuilder::new(NlMsgType::RTM_NEWRULE, FLAGS);
-        let mut header = FibRuleHdr::new().with_family(family(self.version));
-        header.dst_len = self.selector.destination_bits();
-        let (action, priority) = match self.verdict {
-            Verdict::Exempt => (FibRuleAction::Goto, EXEMPTIONS),
-            Verdict::Blackhole => (FibRuleAction::Blackhole, REFUSALS),
-            Verdict::End => (FibRuleAction::Nop, END),
-        };
-        header.action = action as u8;
-        message.append(&header);
-        message.append_attr_u32(FraAttr::Priority as u16, priority);
-        message.append_attr_u8(FraAttr::Protocol as u16, PROTOCOL);
-        if self.verdict == Verdict::Exempt {
-            message.append_attr_u32(FraAttr::Goto as u16, END);
-        }
-        self.selector.write(&mut message);
-        message
-    }
-}
-
-/// Removes the first ip rule of ours that has this priority.
-fn removal(version: Version, priority: u32) -> MessageBuilder {
-    /// NLM_F_REQUEST and NLM_F_ACK.
-    const FLAGS: u16 = 0x001 | 0x004;
-    let mut message = MessageBuilder::new(NlMsgType::RTM_DELRULE, FLAGS);
-    message.append(&FibRuleHdr::new().with_family(family(version)));
-    message.append_attr_u32(FraAttr::Priority as u16, priority);
-    message.append_attr_u8(FraAttr::Protocol as u16, PROTOCOL);
-    message
-}
-
-/// AF_INET and AF_INET6 (include/linux/socket.h).
-fn family(version: Version) -> u8 {
-    if version == Version::V4 { 2 } else { 10 }
-}
-
-/// Sends the requests in batches, in order: the kernel has done a batch when the call that sends it
-/// returns. The first answer that is not in `tolerated` is the error.
-async fn send(
-    socket: &NetlinkSocket,
-    requests: Vec<MessageBuilder>,
-    tolerated: &[Errno],
-) -> nlink::Result<()> {
-    let stamp = |mut request: MessageBuilder| {
-        request.set_seq(socket.next_seq());
-        request.set_pid(socket.pid());
-        request.finish()
-    };
-    let requests: Vec<Vec<u8>> = requests.into_iter().map(stamp).collect();
-    for batch in requests.chunks(BATCH) {
-        // Requests are a multiple of four bytes long, as one buffer of several requires.
-        socket.send(&batch.concat()).await?;
-        let mut answers = 0;
-        while answers < batch.len() {
-            let received = socket.recv_msg().await?;
-            for message in MessageIter::new(&received) {
-                let (header, payload) = message?;
-                if !header.is_error() {
-                    continue;
-                }
-                answers += 1;
-                let answer = NlMsgError::from_bytes(payload)?;
-                if !answer.is_ack() && !tolerated.contains(&Errno::from_raw(-answer.error)) {
-                    return Err(answer.into_error(payload));
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-fn connect(
-    _: &Entered,
-    operation: &'static str,
-) -> Result<Connection<Rtnetlink>, InterceptionError> {
-    Connection::<Rtnetlink>::new().map_err(failed(operation))
 }
 
 #[cfg(test)]
@@ -402,6 +299,39 @@ mod tests {
     fn refused(to: Option<&str>, ports: Option<PortRange>) -> Selector {
         let to = to.map(|to| to.parse().expect("a network"));
         Selector::From { interface: "lo".to_owned(), protocol: TCP, to, ports }
+    }
+
+    fn to(network: &str) -> Selector {
+        Selector::To { network: network.parse().expect("a network"), from: None }
+    }
+
+    #[test]
+    fn bounds_ports_to_what_ip_rules_express() {
+        let exempt =
+            |settings: &[&str]| selectors(&blackhole(settings), Version::V4, Verdict::Exempt);
+        let excluded =
+            exempt(&["outbound.exclude_ports=1024-65535", "inbound.exclude_ports=65535"]);
+        let range = PortRange { first: 1024, last: 65534 };
+        assert!(excluded.contains(&Selector::DestinationPorts(range)), "{excluded:?}");
+        assert!(!excluded.contains(&Selector::SourcePorts(65535.into())), "{excluded:?}");
+        let included =
+            blackhole(&["outbound.include_cidrs=none", "outbound.include_ports=1024-65535"]);
+        let refusals = selectors(&included, Version::V4, Verdict::Blackhole);
+        assert_eq!(refusals, [refused(None, None)], "every port rather than too few");
+    }
+
+    #[test]
+    fn exempts_probe_answers_from_declared_ports_only() {
+        let exempt = |probes: &str| {
+            let blackhole = blackhole(&[&format!("kubelet_probes={probes}")]);
+            let exempt = selectors(&blackhole, Version::V4, Verdict::Exempt).into_iter();
+            exempt.filter(|selector| matches!(selector, Selector::To { .. })).collect::<Vec<_>>()
+        };
+        let probe: IpNet = "169.254.7.127/32".parse().expect("a network");
+        let answers = |from| vec![Selector::To { network: probe, from }];
+        assert_eq!(exempt("off"), []);
+        assert_eq!(exempt("on"), answers(None));
+        assert_eq!(exempt("8080"), answers(Some(8080.into())));
     }
 
     #[test]
@@ -437,7 +367,7 @@ mod tests {
         ]);
         let v4 = selectors(&blackhole, Version::V4, Verdict::Exempt);
         for selector in [
-            Selector::To("10.0.0.0/8".parse().expect("a network")),
+            to("10.0.0.0/8"),
             Selector::DestinationPorts(5432.into()),
             Selector::DestinationPorts(PortRange { first: 8000, last: 8100 }),
             Selector::Uid(7),
@@ -447,8 +377,8 @@ mod tests {
             assert!(v4.contains(&selector), "{selector:?} is not in {v4:?}");
         }
         let v6 = selectors(&blackhole, Version::V6, Verdict::Exempt);
-        assert!(v6.contains(&Selector::To("fd00::/8".parse().expect("a network"))));
-        assert!(!v6.contains(&Selector::To("10.0.0.0/8".parse().expect("a network"))));
+        assert!(v6.contains(&to("fd00::/8")));
+        assert!(!v6.contains(&to("10.0.0.0/8")));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Which other processes of the network namespace can bypass the rules, as far as /proc shows them.
 //!
-//! NET_ADMIN can change the rules, NET_RAW can set the proxy's mark (socket(7), since Linux 5.17) and send
-//! frames past netfilter (packet(7)), SETUID and SETGID can become the proxy's user. Container
-//! runtimes grant the last three by default.
+//! NET_ADMIN can change the rules, NET_RAW can set the proxy's mark (socket(7), since Linux 5.17)
+//! and send frames past netfilter (packet(7)), SETUID and SETGID can become the proxy's user.
+//! Container runtimes grant the last three by default.
 
 use std::fmt;
 use std::fs;
@@ -54,7 +54,7 @@ pub fn bypassing_processes(_: &Entered, profile: Profile) -> io::Result<Vec<Bypa
         let Ok(process) = Process::read(&entry.path()) else { continue };
         let capabilities = telling(profile, process.effective);
         let is_here = process.namespaces == here && process.name != own.name;
-        if pid != std::process::id() && is_here && !capabilities.is_empty() {
+        if is_here && !capabilities.is_empty() {
             found.push(BypassingProcess { pid, name: process.name, capabilities });
         }
     }

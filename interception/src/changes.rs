@@ -36,7 +36,7 @@ const RULES: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ip
 const BURST: usize = 1000;
 
 /// Wake-ups after changes of netfilter's rules, ip rules, routes or addresses in one namespace,
-/// whoever made them.
+/// made by any program.
 pub struct Changes {
     access: NamespaceAccess,
     /// `None` where the kernel tells nothing of the rules.
@@ -70,24 +70,16 @@ impl Changes {
     ) -> Result<Self, InterceptionError> {
         let Sockets { nftables, routes, .. } = Sockets::open(access, &OURS).await?;
         let access = access.clone();
-        if backend == Backend::Iptables(Variant::Legacy) {
-            let interval = Some(every(LEGACY_INTERVAL));
-            return Ok(Self {
-                access,
-                nftables: None,
-                routes,
-                interval,
-                if_legacy: None,
-                ticked: false,
-            });
-        }
-        let nftables = Some(nftables?);
-        Ok(Self { access, nftables, routes, interval: None, if_legacy: None, ticked: false })
+        let (nftables, interval) = match backend {
+            Backend::Iptables(Variant::Legacy) => (None, Some(every(LEGACY_INTERVAL))),
+            _ => (Some(nftables?), None),
+        };
+        Ok(Self { access, nftables, routes, interval, if_legacy: None, ticked: false })
     }
 
-    /// Wake-ups after changes of any program's rules and ip rules in a namespace. Where the kernel does
-    /// not let us listen for those of nftables, as without NET_ADMIN, they are looked at in an interval
-    /// too.
+    /// Wake-ups after changes of any program's rules and ip rules in a namespace. Where the kernel
+    /// does not let us listen for those of nftables, as without NET_ADMIN, they are looked at in an
+    /// interval too.
     ///
     /// # Errors
     ///
@@ -192,7 +184,7 @@ fn watch_nftables(_: &Entered) -> Result<Connection<Nftables>, InterceptionError
 /// Waits for a notification, and takes those that are there beside it.
 async fn notified<P: ProtocolState>(connection: &Connection<P>) -> Result<(), InterceptionError> {
     let socket = connection.socket();
-    // Notifications that were lost were some.
+    // ENOBUFS: a lost notification still means that something changed.
     let lost = |error: &nlink::Error| error.is_no_buffer_space();
     match socket.recv_msg().await {
         Err(error) if !lost(&error) => return Err(failed(OPERATION)(error)),

@@ -1,5 +1,6 @@
 //! Rules of other programs that act on the workload's packets before ours do: a mark that makes a
-//! packet look like the proxy's, a redirect that comes first, a packet that conntrack does not track.
+//! packet look like the proxy's, a redirect that comes first, a packet that conntrack does not
+//! track.
 //!
 //! They are listed, and not judged: a CNI or kube-proxy has such rules for good reasons. Whether
 //! traffic is still caught is for the self-test to say. Counters, and rules that only drop or let
@@ -7,18 +8,23 @@
 //!
 //! Not here: rules that would catch the same traffic as ours (`leftovers.rs`).
 
+pub(crate) mod effect;
+
 use std::collections::BTreeSet;
 use std::fmt;
 
+use self::effect::effect_of_target;
 use crate::backend::Backend;
 use crate::iptables::{Ruleset, SavedChain, SavedTable, Variant, is_ours, saved};
 use crate::leftovers::legacy_tables;
 use crate::nftables::{self, ForeignChain};
-use crate::plan::{Family, MARK_MASK, PROXY_MARK, RulePlan, Table};
+use crate::plan::{Family, RulePlan, Table};
 use crate::routes;
 use crate::{Entered, InterceptionError};
 
-/// More are counted, and not listed.
+pub use self::effect::Effect;
+
+/// The most rules that are listed; those that set the proxy's mark come first.
 const LISTED: usize = 32;
 
 /// A rule of another program that acts before ours.
@@ -30,42 +36,6 @@ pub struct ForeignRule {
     pub rule: String,
     /// What it does that matters.
     pub effect: Effect,
-}
-
-/// What a foreign rule does to packets that ours would catch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Effect {
-    /// It sets the proxy's mark: what it matches is not caught.
-    SetsProxyMark,
-    /// It sets or copies a packet or connection mark.
-    Marks,
-    /// It changes the destination, so that ours cannot.
-    Redirects,
-    /// It takes packets out of connection tracking, or puts them into another zone: they are not
-    /// redirected.
-    Untracks,
-    /// It hands packets to another program or socket.
-    Diverts,
-    /// It ends the chain that ours stand in.
-    Accepts,
-    /// An ip rule that comes before ours.
-    Routes,
-}
-
-impl Effect {
-    /// What it does, as a verb phrase.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::SetsProxyMark => "sets the proxy's mark",
-            Self::Marks => "changes marks",
-            Self::Redirects => "changes the destination",
-            Self::Untracks => "changes connection tracking",
-            Self::Diverts => "diverts packets",
-            Self::Accepts => "ends the chain before our rules",
-            Self::Routes => "chooses a route before our ip rule",
-        }
-    }
 }
 
 impl fmt::Display for ForeignRule {
@@ -80,7 +50,7 @@ impl fmt::Display for ForeignRule {
 ///
 /// # Errors
 ///
-/// The kernel refused to tell.
+/// The kernel refused to list the rules.
 pub(crate) async fn foreign_rules(
     entered: &Entered,
     backend: Backend,
@@ -106,20 +76,20 @@ pub(crate) async fn foreign_rules(
         }
     }
     let rules = routes::foreign_rules(entered, plan).await?;
-    let place = || "policy routing".to_owned();
     found.extend(rules.into_iter().map(|rule| ForeignRule {
-        place: place(),
+        place: "policy routing".to_owned(),
         rule,
         effect: Effect::Routes,
     }));
-    found.sort();
+    let order = |rule: &ForeignRule| (rule.effect != Effect::SetsProxyMark, rule.clone());
+    found.sort_by_cached_key(order);
     found.dedup();
     found.truncate(LISTED);
     Ok(found)
 }
 
-/// Our rules decide in the nat table, whose priority is the last that matters. At the same priority the
-/// chain that was registered later comes first (`nf_hook_entries_grow`, net/netfilter/core.c).
+/// Our rules decide in the nat table, whose priority is the last that matters. At the same priority
+/// the chain that was registered later comes first (`nf_hook_entries_grow`, net/netfilter/core.c).
 fn last_priority() -> i32 {
     Table::Nat.priority()
 }
@@ -192,39 +162,6 @@ fn target(rule: &str) -> Option<&str> {
     words.nth(1)
 }
 
-/// `text`: the rule, with the options of its target. `own`: our rules are in the same tables.
-pub(crate) fn effect_of_target(target: &str, text: &str, own: bool) -> Option<Effect> {
-    match target {
-        "MARK" | "CONNMARK" if sets_proxy_mark(text) => Some(Effect::SetsProxyMark),
-        "MARK" | "CONNMARK" => Some(Effect::Marks),
-        "REDIRECT" | "DNAT" | "NETMAP" => Some(Effect::Redirects),
-        "NOTRACK" | "CT" => Some(Effect::Untracks),
-        "TPROXY" | "NFQUEUE" => Some(Effect::Diverts),
-        "ACCEPT" if own => Some(Effect::Accepts),
-        _ => None,
-    }
-}
-
-/// Whether a rule's text says that it sets the packet mark to the proxy's: `meta mark set 0x539`,
-/// `--set-xmark 0x539/0xfff`.
-pub(crate) fn sets_proxy_mark(text: &str) -> bool {
-    let words: Vec<&str> = text.split_whitespace().collect();
-    words.windows(2).any(|pair| {
-        let [option, value] = pair else { return false };
-        let sets = ["set", "--set-mark", "--set-xmark"].contains(option);
-        sets && is_proxy_mark(value)
-    })
-}
-
-fn is_proxy_mark(value: &str) -> bool {
-    let value = value.split('/').next().unwrap_or_default();
-    let number = match value.strip_prefix("0x") {
-        Some(digits) => u32::from_str_radix(digits, 16),
-        None => value.parse(),
-    };
-    number.is_ok_and(|mark| mark & MARK_MASK == PROXY_MARK)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -263,19 +200,5 @@ mod tests {
                      [0:0] -A ISTIO_OUTPUT -p tcp -j REDIRECT --to-ports 15001\nCOMMIT\n";
         let expected = [("-A OUTPUT -p tcp -j ACCEPT".to_owned(), Effect::Accepts)];
         assert_eq!(found(saved, true), expected);
-    }
-
-    #[test]
-    fn recognises_the_proxys_mark_in_either_notation() {
-        for text in [
-            "meta mark set 0x00000539",
-            "-j MARK --set-xmark 0x4539/0xffffffff",
-            "meta mark set 1337",
-        ] {
-            assert!(sets_proxy_mark(text), "{text}");
-        }
-        for text in ["meta mark set 0x00000111", "meta mark 0x539 accept", "--set-xmark nonsense"] {
-            assert!(!sets_proxy_mark(text), "{text}");
-        }
     }
 }

@@ -4,7 +4,6 @@
 //! Not here: the rules (`plan.rs`), how they get into the kernel (`backend.rs`), and the sockets
 //! that fit them (`socket.rs`).
 
-use std::fs;
 use std::sync::Arc;
 
 use underpass_config::{InterceptionSettings, Profile};
@@ -13,15 +12,16 @@ use crate::backend::Backend;
 use crate::blackhole::{self, Blackhole};
 use crate::changes::Changes;
 use crate::foreign::{ForeignRule, foreign_rules};
-use crate::iptables::{self, Variant};
+use crate::iptables::{self, RemovalScope, Variant};
 use crate::leftovers::{Leftover, is_istios, leftovers};
 use crate::nftables::{self, RuleCounter};
 use crate::plan::{Ports, RulePlan};
+use crate::privileges::lacks_net_admin;
 use crate::verify::{Difference, Listing};
 use crate::{Entered, InterceptionError, NamespaceAccess, host, ipv6, ipv6_available, routes};
 
-/// Interception in one namespace that has been checked and can be installed. Every operation runs in
-/// that namespace, whatever namespace its caller is in.
+/// Interception in one namespace that has been checked and can be installed. Every operation runs
+/// in that namespace, whatever namespace its caller is in.
 #[derive(Debug, Clone)]
 pub struct Interception {
     access: NamespaceAccess,
@@ -39,13 +39,13 @@ struct Rules {
     /// Whether the kernel has IPv6.
     ipv6: bool,
     blackhole: Blackhole,
-    /// Who installs the rules, for people.
+    /// Describes the installing process, for people who list the table.
     owner: Option<String>,
 }
 
 impl Interception {
-    /// Checks whether and how the rules can be installed in a namespace, and changes nothing. `None`
-    /// for the profile without rules.
+    /// Checks whether and how the rules can be installed in a namespace, and changes nothing.
+    /// `None` for the profile without rules.
     ///
     /// # Errors
     ///
@@ -105,8 +105,8 @@ impl Interception {
         !self.rules.ipv6
     }
 
-    /// Whether the kernel has IPv6, and the loopback interface has it disabled now: rules exist, and
-    /// what they capture goes nowhere.
+    /// Whether the kernel has IPv6, and the loopback interface has it disabled now: rules exist,
+    /// and what they capture goes nowhere.
     ///
     /// # Errors
     ///
@@ -127,8 +127,8 @@ impl Interception {
         Ok(enabled != self.ipv6_on_loopback)
     }
 
-    /// Installs the routes and addresses that wait for IPv6 on the loopback interface, if it has been
-    /// enabled there since the last call; whether it has.
+    /// Installs the routes and addresses that wait for IPv6 on the loopback interface, if it has
+    /// been enabled there since the last call; whether it has.
     ///
     /// # Errors
     ///
@@ -152,7 +152,7 @@ impl Interception {
     ///
     /// # Errors
     ///
-    /// The kernel refused to tell.
+    /// The kernel refused to list the rules.
     pub async fn leftovers(&self) -> Result<Vec<Leftover>, InterceptionError> {
         self.run(async |entered, rules| leftovers(entered, rules.backend).await).await
     }
@@ -161,7 +161,7 @@ impl Interception {
     ///
     /// # Errors
     ///
-    /// The kernel refused to tell.
+    /// The kernel refused to list the rules.
     pub async fn foreign_rules(&self) -> Result<Vec<ForeignRule>, InterceptionError> {
         self.run(async |entered, rules| foreign_rules(entered, rules.backend, &rules.plan).await)
             .await
@@ -193,8 +193,8 @@ impl Interception {
         self.run(async |entered, rules| rules.repair(entered).await).await
     }
 
-    /// Writes beside the rules who installed them. Without it they are the same, so that a failure is
-    /// logged only.
+    /// Writes beside the rules who installed them. Without it they are the same, so that a failure
+    /// is logged only.
     pub async fn mark_owner(&self) {
         let mark = async |entered: &Entered, rules: &Rules| {
             rules.mark_owner(entered).await;
@@ -209,12 +209,13 @@ impl Interception {
     ///
     /// # Errors
     ///
-    /// The kernel refused to tell.
+    /// The kernel refused to list the rules.
     pub async fn verify(&self) -> Result<Option<Difference>, InterceptionError> {
         self.run(async |entered, rules| rules.verify(entered).await).await
     }
 
-    /// Installs the blackhole: what the rules would catch is refused until [`unblock`](Self::unblock).
+    /// Installs the blackhole: what the rules would catch is refused until
+    /// [`unblock`](Self::unblock).
     ///
     /// # Errors
     ///
@@ -236,7 +237,7 @@ impl Interception {
     ///
     /// # Errors
     ///
-    /// The kernel refused to tell.
+    /// The kernel refused to list the rules.
     pub async fn is_blocked(&self) -> Result<bool, InterceptionError> {
         self.run(async |entered, _| blackhole::stands(entered).await).await
     }
@@ -337,13 +338,15 @@ impl Rules {
         let mut found: Listing = installed.unwrap_or_default();
         found.sections.push(routes::installed(entered, &self.plan).await?);
         let difference = expected.difference(&found);
-        let words = || self.backend.readable(&self.plan);
-        Ok(difference.map(|difference| difference.readable(&words(), nftables::readable_unknown)))
+        let readable = |difference: Difference| {
+            difference.readable(&self.backend.readable(&self.plan), nftables::readable_unknown)
+        };
+        Ok(difference.map(readable))
     }
 }
 
-/// How often each rule of our nftables table in a namespace matched, in the order of the rules; empty if there is
-/// none.
+/// How often each rule of our nftables table in a namespace matched, in the order of the rules;
+/// empty if there is none.
 ///
 /// # Errors
 ///
@@ -352,23 +355,14 @@ pub async fn counters(access: &NamespaceAccess) -> Result<Vec<RuleCounter>, Inte
     access.run(async |entered| nftables::counters(entered).await).await?
 }
 
-/// What [`remove_everything`] removes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RemovalScope {
-    /// What underpass installed.
-    Own,
-    /// Also what has the names and numbers of Istio and OSM, and that underpass did not install.
-    OtherMeshes,
-}
-
-/// Removes whatever underpass ever installed in a namespace, by whichever backend and profile: the table, the
-/// profiles' chains in iptables, the ip rules, routes and addresses, the blackhole. `false` if there
-/// was nothing.
+/// Removes whatever underpass ever installed in a namespace, by whichever backend and profile: the
+/// table, the profiles' chains in iptables, the ip rules, routes and addresses, the blackhole.
+/// `false` if there was nothing.
 ///
 /// # Errors
 ///
-/// This is the host's own namespace, and not `allow_host`. The kernel or a program refused something;
-/// all else is removed.
+/// This is the host's own namespace, and not `allow_host`. The kernel or a program refused
+/// something; all else is removed.
 pub async fn remove_everything(
     access: &NamespaceAccess,
     scope: RemovalScope,
@@ -423,33 +417,5 @@ async fn remove_from_iptables(
         Ok(variant) => iptables::remove(entered, variant, scope).await,
         // What is not there has installed nothing.
         Err(_) => Ok(false),
-    }
-}
-
-/// Whether the calling thread is known to lack NET_ADMIN. Where /proc does not say, the kernel
-/// will.
-pub(crate) fn lacks_net_admin(_: &Entered) -> bool {
-    /// CAP_NET_ADMIN, include/uapi/linux/capability.h.
-    const NET_ADMIN: u32 = 12;
-    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    effective_capabilities(&status).is_some_and(|effective| effective & (1 << NET_ADMIN) == 0)
-}
-
-/// The `CapEff` line of a status file (proc_pid_status(5)).
-fn effective_capabilities(status: &str) -> Option<u64> {
-    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
-    u64::from_str_radix(mask.trim(), 16).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn effective_capabilities_are_read_from_the_status_file() {
-        let status = "Name:\tcat\nCapPrm:\t000001ffffffffff\nCapEff:\t0000000000001000\n";
-        assert_eq!(effective_capabilities(status), Some(1 << 12));
-        assert_eq!(effective_capabilities("Name:\tcat\n"), None);
-        assert_eq!(effective_capabilities("CapEff:\tnonsense\n"), None);
     }
 }

@@ -15,11 +15,19 @@ pub(crate) use ruleset::{Ruleset, SavedChain, SavedTable, is_ours, is_owner_chai
 
 use ruleset::{Ours, canonical};
 
-use crate::interception::RemovalScope;
 use crate::nftables::{self, RuleCounter};
 use crate::plan::{Family, RulePlan};
 use crate::verify::Listing;
 use crate::{Entered, InterceptionError, ipv6_available};
+
+/// What [`remove_everything`](crate::remove_everything) removes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RemovalScope {
+    /// What underpass installed.
+    Own,
+    /// Also what has the names and numbers of Istio and OSM, and that underpass did not install.
+    OtherMeshes,
+}
 
 /// What the programs talk to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

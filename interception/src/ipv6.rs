@@ -1,9 +1,10 @@
 //! Whether the kernel has IPv6, and where a network namespace has it enabled.
 //!
 //! `disable_ipv6` may be written at any time, so nothing that keeps traffic from leaving in plain
-//! may depend on it: rules and listeners of IPv6 exist wherever the kernel has IPv6. Only the routes
-//! and addresses of a loopback interface cannot, while IPv6 is disabled there. Until they exist the
-//! workload's IPv6 goes nowhere: its connections are redirected to ::1, which takes no packet.
+//! may depend on it: rules and listeners of IPv6 exist wherever the kernel has IPv6. Only the
+//! routes and addresses of a loopback interface cannot, while IPv6 is disabled there. Until they
+//! exist the workload's IPv6 goes nowhere: its connections are redirected to ::1, which takes no
+//! packet.
 //!
 //! Not here: what is done about IPv6 traffic. That is a setting.
 

@@ -59,7 +59,7 @@ impl fmt::Display for Leftover {
             ),
             LeftoverOwner::Istio => write!(
                 f,
-                "{what}, probably of Istio: take this workload out of Istio's mesh and start its pod anew, or \
+                "{what}, probably of Istio: take this workload out of Istio's mesh and recreate its pod, or \
                  remove with `underpass rules remove --other-meshes`"
             ),
             LeftoverOwner::Osm => write!(
@@ -170,8 +170,8 @@ async fn in_legacy(entered: &Entered, own: Backend, family: Family) -> Vec<Lefto
         .collect()
 }
 
-/// The tables of legacy iptables that exist. Asking iptables-legacy for a table creates it; this file
-/// names those that exist, and is absent where the kernel has no legacy iptables.
+/// The tables of legacy iptables that exist. Asking iptables-legacy for a table creates it; this
+/// file names those that exist, and is absent where the kernel has no legacy iptables.
 pub(crate) fn legacy_tables(_: &Entered, family: Family) -> Vec<String> {
     let names = fs::read_to_string(legacy_names(family)).unwrap_or_default();
     names.split_whitespace().map(str::to_owned).collect()
@@ -184,8 +184,8 @@ fn legacy_names(family: Family) -> &'static str {
     }
 }
 
-/// Whether a namespace has tables of legacy iptables, asked again and again by a thread that may be in
-/// another one.
+/// Whether a namespace has tables of legacy iptables, asked again and again by a thread that may be
+/// in another one.
 #[derive(Debug)]
 pub(crate) struct LegacyTables([(Family, Result<File, io::ErrorKind>); 2]);
 
@@ -196,8 +196,8 @@ impl LegacyTables {
         Self([Family::V4, Family::V6].map(|family| (family, open(family))))
     }
 
-    /// Whether there are tables now; `None` if a list exists only since [`open`](Self::open), as when a
-    /// kernel module has been loaded. What may not be read has none.
+    /// Whether there are tables now; `None` if a list exists only since [`open`](Self::open), as
+    /// when a kernel module has been loaded. What may not be read has none.
     pub(crate) fn exist(&self) -> Option<bool> {
         let mut any = false;
         for (family, list) in &self.0 {

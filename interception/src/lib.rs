@@ -38,6 +38,7 @@ mod self_test;
 mod socket;
 #[doc(hidden)]
 pub mod testing;
+mod user_ids;
 mod verify;
 mod way_back;
 
@@ -50,8 +51,8 @@ pub use error::{InterceptionError, SandboxRemedy};
 pub use explain::{Explanation, Flow, Hop, PacketExplanation, Party, Sender};
 pub use foreign::{Effect, ForeignRule};
 pub use handover::{Handover, Peer};
-pub use interception::{Interception, RemovalScope, counters, remove_everything};
-pub use iptables::Variant;
+pub use interception::{Interception, counters, remove_everything};
+pub use iptables::{RemovalScope, Variant};
 pub use ipv6::ipv6_available;
 pub use leftovers::{Leftover, LeftoverOwner};
 pub use limits::{is_out_of_files, raise_open_files};

@@ -2,19 +2,16 @@
 //! `fib daddr type local` of nftables and `-m addrtype --dst-type LOCAL` of iptables decide by.
 //!
 //! An address counts as soon as it is added, and so does a range that a `local` route delivers
-//! (AnyIP). That an address is local is remembered for a second: a question takes two system calls,
-//! which a connection in TPROXY mode would pay for. That one is not local is never remembered.
+//! (AnyIP). A query takes two system calls; callers cache the answer where that matters.
 
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with,
 };
-use tokio::time::Instant;
 
 /// include/uapi/linux/rtnetlink.h and include/uapi/linux/netlink.h.
 const RTM_NEWROUTE: u16 = 24;
@@ -30,10 +27,6 @@ const ATTRIBUTE: u16 = 4;
 /// Where `rtm_type`, the eighth octet of struct rtmsg, is in a message.
 const ROUTE_TYPE: usize = 16 + 7;
 
-/// How long an address is taken for local without another question.
-const REMEMBERED: Duration = Duration::from_secs(1);
-/// How many are remembered; a pod has a few.
-const REMEMBERED_AT_MOST: usize = 16;
 /// How many answers to earlier questions may come before the one to this.
 const STALE: usize = 8;
 
@@ -41,15 +34,8 @@ const STALE: usize = 8;
 #[derive(Debug)]
 pub struct LocalAddresses {
     socket: OwnedFd,
-    asked: Mutex<Asked>,
-}
-
-#[derive(Debug, Default)]
-struct Asked {
-    /// The number of the last question.
-    sequence: u32,
-    /// What the kernel said is local, and when it did.
-    local: Vec<(IpAddr, Instant)>,
+    /// The number of the last query. The lock also keeps each answer with its query.
+    sequence: Mutex<u32>,
 }
 
 impl LocalAddresses {
@@ -62,7 +48,7 @@ impl LocalAddresses {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         // No protocol is NETLINK_ROUTE, which is 0.
         let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
-        Ok(Self { socket, asked: Mutex::default() })
+        Ok(Self { socket, sequence: Mutex::default() })
     }
 
     /// Whether packets to `address` are delivered in this namespace.
@@ -75,21 +61,13 @@ impl LocalAddresses {
         if address.is_loopback() {
             return Ok(true);
         }
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        asked.local.retain(|(_, since)| now.duration_since(*since) < REMEMBERED);
-        if asked.local.iter().any(|(local, _)| *local == address) {
-            return Ok(true);
-        }
-        asked.sequence = asked.sequence.wrapping_add(1);
-        let local = self.ask(asked.sequence, address)?;
-        if local && asked.local.len() < REMEMBERED_AT_MOST {
-            asked.local.push((address, now));
-        }
-        Ok(local)
+        let mut sequence = self.sequence.lock().unwrap_or_else(PoisonError::into_inner);
+        *sequence = sequence.wrapping_add(1);
+        self.ask(*sequence, address)
     }
 
-    /// The kernel answers before `send` returns (`netlink_unicast_kernel`, net/netlink/af_netlink.c).
+    /// The kernel answers before `send` returns (`netlink_unicast_kernel`,
+    /// net/netlink/af_netlink.c).
     fn ask(&self, sequence: u32, address: IpAddr) -> io::Result<bool> {
         send(&self.socket, &request(sequence, address), SendFlags::empty())?;
         let mut answer = [0; 1024];

@@ -1,7 +1,7 @@
 //! nlink's errors in our words: the one place that reads what the kernel answered over netlink.
 //!
-//! Not here: requests. Those are in `nftables.rs`, `routes.rs` and `namespace/wiring.rs`, beyond which no
-//! nlink type goes.
+//! Not here: requests. Those are in `nftables.rs`, `routes.rs` and `namespace/wiring.rs`, beyond
+//! which no nlink type goes.
 
 use std::io;
 

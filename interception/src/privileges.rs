@@ -7,8 +7,8 @@
 //!
 //! A change of user is made by the C library on all threads, and ends the process unless it
 //! succeeds on all or on none (setxid in nptl(7)). While one is to come, auxiliary threads keep
-//! SETUID and SETGID; the kernel clears both as they stop being root (capabilities(7)). A thread whose
-//! capabilities must survive the change calls [`prepare_change_of_user`] before it and
+//! SETUID and SETGID; the kernel clears both as they stop being root (capabilities(7)). A thread
+//! whose capabilities must survive the change calls [`prepare_change_of_user`] before it and
 //! [`confine_thread`] after it.
 
 use std::fmt;
@@ -20,7 +20,7 @@ use nix::sys::prctl;
 use nix::unistd::{Gid, Uid, getegid, geteuid, setgroups, setresgid, setresuid};
 use underpass_config::{InboundMode, InterceptionSettings, Profile};
 
-use crate::InterceptionError;
+use crate::{Entered, InterceptionError};
 
 /// Whether the process is to become another user later on.
 static USER_WILL_CHANGE: AtomicBool = AtomicBool::new(false);
@@ -130,6 +130,11 @@ impl fmt::Display for MissingCapabilities {
         let names: Vec<&str> = names.iter().map(|name| name.trim_start_matches("CAP_")).collect();
         f.write_str(&names.join(", "))
     }
+}
+
+/// Whether this thread lacks NET_ADMIN. If capget(2) fails, the operation itself reports the error.
+pub(crate) fn lacks_net_admin(_: &Entered) -> bool {
+    caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).is_ok_and(|has| !has)
 }
 
 /// Confines the whole process: no program that it runs can have more privileges than it has

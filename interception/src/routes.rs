@@ -186,8 +186,8 @@ pub(crate) async fn installed(
     Ok(Section { head: HEAD.to_owned(), lines })
 }
 
-/// The ip rules of others that choose a route before those of the plan do, as iproute2 would be given
-/// them.
+/// The ip rules of others that choose a route before those of the plan do, as iproute2 would be
+/// given them.
 pub(crate) async fn foreign_rules(
     entered: &Entered,
     plan: &RulePlan,
@@ -332,7 +332,7 @@ fn is_address(found: &AddressMessage, address: Ipv6Addr) -> bool {
     found.address().copied() == Some(address.into())
 }
 
-fn family(version: Version) -> u8 {
+pub(crate) fn family(version: Version) -> u8 {
     // AF_INET and AF_INET6 (include/linux/socket.h).
     if version == Version::V4 { 2 } else { 10 }
 }
@@ -396,7 +396,7 @@ fn route_v6(route: PolicyRoute) -> Ipv6Route {
         .protocol(RouteProtocol::Other(PROTOCOL))
 }
 
-fn connect(
+pub(crate) fn connect(
     _: &Entered,
     operation: &'static str,
 ) -> Result<Connection<Rtnetlink>, InterceptionError> {

@@ -16,15 +16,16 @@ use nix::unistd::{Gid, Uid, getegid, geteuid};
 use crate::InterceptionError;
 use crate::error::SandboxRemedy;
 
-/// Where an empty file system can be mounted, the first that there is: a minimal image may have neither `/run` nor `/tmp`, and be
-/// read-only.
+/// Where an empty file system can be mounted, the first that there is: a minimal image may have
+/// neither `/run` nor `/tmp`, and be read-only.
 const FOLDERS: [&str; 9] =
     ["/run", "/tmp", "/var/tmp", "/mnt", "/srv", "/opt", "/var", "/home", "/dev"];
 
 /// What [`sandbox_folder`] returns, once there is a sandbox.
 static FOLDER: OnceLock<PathBuf> = OnceLock::new();
 
-/// The folder that is the sandbox's own, on a file system that ends with it. Outside of a sandbox `/run`.
+/// The folder that is the sandbox's own, on a file system that ends with it. Outside of a sandbox
+/// `/run`.
 #[must_use]
 pub fn sandbox_folder() -> &'static Path {
     FOLDER.get().map_or_else(|| Path::new("/run"), PathBuf::as_path)
@@ -71,9 +72,9 @@ pub fn enter_sandbox() -> Result<Sandbox, InterceptionError> {
         .map_err(refused("make the mounts private"))?;
     let folder = choose_folder().map_err(failed("find a folder to mount an empty one over"))?;
     mount(Some("tmpfs"), folder, Some("tmpfs"), MsFlags::empty(), Some("mode=0755"))
-        .map_err(refused("mount an empty /run"))?;
+        .map_err(refused("mount an empty folder"))?;
     let folder = FOLDER.get_or_init(|| folder.to_owned());
-    fs::create_dir(folder.join("netns")).map_err(failed("create /run/netns"))?;
+    fs::create_dir(folder.join("netns")).map_err(failed("create the folder of namespaces"))?;
     Ok(sandbox)
 }
 

@@ -2,10 +2,10 @@
 //! the proxy with the destination that they were made for.
 //!
 //! The plan says which connection is caught (the walk of its first packet). [`ProbeSockets`] are
-//! opened while the process may still be another user than the proxy: the kernel compares the user that
-//! opened a socket (`sk->sk_socket->file->f_cred`, net/netfilter/nft_meta.c), whoever uses it later. So
-//! the test can run again after the process has become the proxy's user: connecting to AF_UNSPEC makes
-//! a socket ready for another connection (connect(2)).
+//! opened while the process may still be another user than the proxy: the kernel compares the user
+//! that opened a socket (`sk->sk_socket->file->f_cred`, net/netfilter/nft_meta.c), not the user
+//! of the process that uses it later. So the test can run again after the process has become the proxy's user: connecting to
+//! AF_UNSPEC makes a socket ready for another connection (connect(2)).
 //!
 //! Not here: the proxy's side, which reports what arrived.
 
@@ -60,8 +60,8 @@ impl ProbeSockets {
         Ok(Self { v4: open(Domain::IPV4)?, v6, uid, gid })
     }
 
-    /// One connection for each family whose outbound connections the plan catches, where these sockets
-    /// can make one that is caught. Of all probes of a family, one may be in use.
+    /// One connection for each family whose outbound connections the plan catches, where these
+    /// sockets can make one that is caught. Of all probes of a family, one may be in use.
     ///
     /// # Errors
     ///
@@ -76,7 +76,8 @@ impl ProbeSockets {
         let environment = Environment::of(entered)?;
         let candidates = candidates(settings);
         let mut probes = Vec::new();
-        // What is redirected to ::1 does not arrive while IPv6 is disabled on the loopback interface.
+        // What is redirected to ::1 does not arrive while IPv6 is disabled on the loopback
+        // interface.
         let v6 = self.v6.as_ref().filter(|_| ipv6::on_loopback(entered));
         for (v6, socket) in [(false, Some(&self.v4)), (true, v6)] {
             let caught = candidates

@@ -99,7 +99,8 @@ impl Difference {
         &self.sections
     }
 
-    /// The same, with other words for some lines: those in `words`, else what `unknown` makes of them.
+    /// The same, with other words for some lines: those in `words`, else what `unknown` makes of
+    /// them.
     pub(crate) fn readable(
         mut self,
         words: &BTreeMap<String, String>,

@@ -83,11 +83,13 @@ impl Accepted {
         Self::new(kind, stream, client, descriptors.hold(PAIR))
     }
 
-    /// Refuses an inbound connection for an address that is not this namespace's own: the workload does not have it, so neither its
-    /// mTLS mode nor its policies are about it. The rules of `interception.exact`, and those of others, lead such connections here.
+    /// Refuses an inbound connection for an address that is not this namespace's own: the workload
+    /// does not have it, so neither its mTLS mode nor its policies are about it. The rules of
+    /// `interception.exact`, and those of others, lead such connections here.
     pub(crate) fn check_local(self, seat: &Seat) -> Result<Self, ProxyError> {
         let Ok(destination) = self.destination else { return Ok(self) };
-        // What REDIRECT chose is an address of the interface; TPROXY leaves whatever it was sent to.
+        // What REDIRECT chose is an address of the interface; TPROXY leaves whatever it was sent
+        // to.
         let proven = !seat.pod.sockets.are_transparent()
             && self.stream.local_addr().is_ok_and(|here| canonical(here).ip() == destination.ip());
         if proven {
@@ -103,8 +105,8 @@ impl Accepted {
         }
     }
 
-    /// Refuses an outbound connection whose source is none of the pod's own addresses: it is not the
-    /// workload's. By their settings, virtual interfaces and ingress gateways send for others.
+    /// Refuses an outbound connection whose source is none of the pod's own addresses: it is not
+    /// the workload's. By their settings, virtual interfaces and ingress gateways send for others.
     pub(crate) fn check_source(&self, seat: &Seat) -> Result<Source, ProxyError> {
         let client = self.client;
         match seat.is_local(client.ip()) {
@@ -131,7 +133,7 @@ impl Accepted {
     }
 }
 
-/// Who opened a connection that was caught on its way out of the pod.
+/// The source of a connection that was caught on its way out of the pod.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Source {
     /// The pod's own workload, from this address of the pod.

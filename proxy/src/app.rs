@@ -7,28 +7,22 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use underpass_config::{
-    InterceptionSettings, KubeletProbes, MeshSource, Profile, Settings, Sources,
-};
+use underpass_config::{InterceptionSettings, MeshSource, Settings, Sources};
 use underpass_interception::{
-    BoundListener, Kept, LocalAddresses, Ports, Sockets, ipv6_available, raise_open_files,
+    BoundListener, Kept, LocalAddresses, Sockets, ipv6_available, raise_open_files,
 };
 
 use crate::accept::Kind;
-use crate::balance::Balance;
 use crate::capture::{Capture, Probes, keep};
 use crate::certificates::{self, Certificate};
 use crate::cli::CommandError;
-use crate::copy::Buffers;
 use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::gate::Gate;
 use crate::instance::{Instance, Status};
-use crate::limits::Limits;
 use crate::listeners::Listeners;
 use crate::node::{Node, Pod, PodId, Workers};
 use crate::notify;
@@ -36,10 +30,8 @@ use crate::parent::ParentGone;
 use crate::policy::PolicyContext;
 use crate::publish::Publisher;
 use crate::reload::Reload;
-use crate::resolve::Resolver;
 use crate::retest::{self, Retest};
 use crate::self_test::SelfTest;
-use crate::snapshot::Snapshot;
 use crate::take_over::{Claim, Gates, Handed, Offer, Offered};
 use crate::{kubelet_probes, metrics, processors};
 
@@ -174,8 +166,10 @@ async fn serve(
     let running = Running { node, pod: Arc::new(pod), workers };
     let Running { node, pod, .. } = &running;
     running.workers.add_listeners(pod, listeners).await;
-    let (limits, told) = (node.limits.clone(), readiness.clone());
-    tokio::spawn(async move { limits.tell(told).await });
+    tokio::spawn({
+        let (limits, readiness) = (node.limits.clone(), readiness.clone());
+        async move { limits.tell(readiness).await }
+    });
     let publishing = tokio::spawn(publisher.follow(running.workers.applied()));
     // Before the test, so that no change is missed that follows it.
     let changes = retest::subscribe(capture.access()).await;
@@ -208,7 +202,7 @@ async fn serve(
     };
     keeper.abort();
     end_orderly(end, settings, &running, &endpoints, &mut stop, tenure).await;
-    // Until here: what drains may outlive a certificate, or be forbidden.
+    // Certificate renewal and policy enforcement run until the drain completes.
     publishing.abort();
     if let Some(renewal) = renewal {
         renewal.abort();
@@ -344,7 +338,7 @@ impl Proxy {
         handed: Handed,
         interception: watch::Receiver<InterceptionSettings>,
     ) -> Result<Self, CommandError> {
-        let (ports, ipv6) = (Ports::of(settings), ipv6_available());
+        let ipv6 = ipv6_available();
         let sockets =
             Sockets::new(&settings.interception, ipv6).with_keepalive(settings.timeouts.keepalive);
         let gates = Gates::default();
@@ -362,13 +356,15 @@ impl Proxy {
         let certificate = Certificate::prepare(settings, &sockets, &endpoints.readiness).await?;
         let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref())?;
         let publisher = Publisher::new(source, mesh, &settings.workload);
-        let node = Arc::new(node(settings, publisher.subscribe(), gates.accept.clone()));
-        let pod = pod(settings, sockets, ports, interception)?;
+        let (mesh, accept) = (publisher.subscribe(), gates.accept.clone());
+        let node = Arc::new(Node::new(settings, workers(settings), mesh, accept));
+        let pod = pod(settings, sockets, interception)?;
         Ok(Self { node, pod, kept, publisher, certificate, listeners, offer, gates, endpoints })
     }
 }
 
-/// Readiness, metrics and the answers to those that ask for this proxy, served on the control thread from now on.
+/// Readiness, metrics and the answers to those that ask for this proxy, served on the control
+/// thread from now on.
 struct Endpoints {
     readiness: Readiness,
     serving: Vec<JoinHandle<()>>,
@@ -407,48 +403,15 @@ fn workers(settings: &Settings) -> usize {
     settings.proxy.workers.unwrap_or_else(processors)
 }
 
-/// Only the ambient profile knows the kubelet by its source.
-fn probes(settings: &Settings) -> KubeletProbes {
-    match settings.interception.profile {
-        Profile::Ambient => settings.interception.kubelet_probes.clone(),
-        Profile::Sidecar | Profile::Osm | Profile::None => KubeletProbes::Off,
-    }
-}
-
-fn node(settings: &Settings, mesh: watch::Receiver<Arc<Snapshot>>, accept: Gate) -> Node {
-    let workers = workers(settings);
-    let limits = Limits::new(&settings.limits, workers);
-    Node {
-        timeouts: settings.timeouts.clone(),
-        deadlines: (&settings.timeouts).into(),
-        tunnels: settings.tunnels.clone(),
-        mesh,
-        resolver: Arc::new(Resolver::system(Handle::current())),
-        balance: Balance::new(workers, limits.connections_per_worker),
-        buffers: Buffers::new(settings.limits.buffers, limits.descriptors.clone()),
-        limits,
-        drain: Drain::default(),
-        accept,
-    }
-}
-
 /// The pod of the namespace that the process runs in, still without credentials.
 fn pod(
     settings: &Settings,
     sockets: Sockets,
-    ports: Ports,
     interception: watch::Receiver<InterceptionSettings>,
 ) -> Result<Pod, CommandError> {
-    let context = PolicyContext {
-        ports,
-        own: settings.workload.clone(),
-        egress: settings.egress.clone(),
-        mtls: settings.proxy.mtls.clone(),
-        probes: probes(settings),
-    };
     Ok(Pod {
         id: PodId::next(),
-        context,
+        context: PolicyContext::of(settings),
         sockets,
         credentials: None,
         endpoints: Arc::default(),

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
@@ -22,8 +23,8 @@ use crate::metrics;
 use crate::reload::Reload;
 use crate::self_test::{self, SelfTest, SelfTestError};
 
-/// For each connection of the self-test at the start: one within a namespace takes well under a millisecond; a machine that is busy
-/// starting takes longer.
+/// For each connection of the self-test at the start: one within a namespace takes well under a
+/// millisecond; a machine that is busy starting takes longer.
 const START_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What catches the workload's traffic.
@@ -178,8 +179,9 @@ impl Capture {
         matches!(self.profile, Profile::Sidecar | Profile::Osm)
     }
 
-    /// Becomes the user by which the rules know the proxy, if they do. Gives up every capability that the calling thread and
-    /// the namespaces thread do not need any more. Threads that the calling thread makes from now on have no more than it.
+    /// Becomes the user by which the rules know the proxy, if they do. Gives up every capability
+    /// that the calling thread and the namespaces thread do not need any more. Threads that the
+    /// calling thread makes from now on have no more than it.
     pub(crate) async fn confine(
         &self,
         settings: &InterceptionSettings,
@@ -204,7 +206,8 @@ impl Capture {
         self.access.run(async move |_| change()).await?.map_err(CommandError::Start)
     }
 
-    /// Warns of other processes that can bypass the rules, as far as they can be seen. For while the process still may look.
+    /// Warns of other processes that can bypass the rules, as far as they can be seen. For while
+    /// the process still may look.
     pub(crate) async fn warn_of_bypassing(&self) {
         let profile = self.profile;
         if profile == Profile::None {
@@ -222,7 +225,8 @@ impl Capture {
         );
     }
 
-    /// What the namespaces thread needs to the end: to repair or remove the rules, and to test them.
+    /// What the namespaces thread needs to the end: to repair or remove the rules, and to test
+    /// them.
     fn kept(&self, settings: &InterceptionSettings) -> Kept {
         let marks = kept_by_sockets(settings) != Kept::Nothing;
         let changes_rules =
@@ -236,7 +240,8 @@ impl Capture {
         }
     }
 
-    /// Tests that what should be caught with these settings is, and that what should come back does.
+    /// Tests that what should be caught with these settings is, and that what should come back
+    /// does.
     pub(crate) async fn test(
         &self,
         self_test: &SelfTest,
@@ -341,7 +346,8 @@ impl Capture {
     }
 }
 
-/// What a thread needs that makes sockets of the proxy: the control thread connects to a CA, and starts the workers.
+/// What a thread needs that makes sockets of the proxy: the control thread connects to a CA, and
+/// starts the workers.
 fn kept_by_sockets(settings: &InterceptionSettings) -> Kept {
     match Sockets::new(settings, ipv6_available()).need_net_admin() {
         true => Kept::NetAdmin,
@@ -349,15 +355,19 @@ fn kept_by_sockets(settings: &InterceptionSettings) -> Kept {
     }
 }
 
-/// What two proxies of one network namespace have to have in common: `profile sidecar ports 15001 15006 15008`.
+/// What two proxies of one network namespace have to have in common: `profile sidecar ports 15001
+/// 15006 15008`.
 pub(crate) fn role(profile: Profile, ports: Ports) -> String {
     let Ports { outbound, inbound, hbone, .. } = ports;
     format!("profile {profile} ports {outbound} {inbound} {hbone}")
 }
 
-/// In seconds since 1970.
-fn started() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+/// When this process started to own rules, in seconds since 1970: one value for the mark in the table
+/// and for the answers of `instance.rs`.
+pub(crate) fn started() -> u64 {
+    static STARTED: OnceLock<u64> = OnceLock::new();
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    *STARTED.get_or_init(now)
 }
 
 /// Keeps the rules, and follows the settings, until the end.
@@ -411,7 +421,7 @@ fn report(event: &Event) {
             }
             tracing::debug!("what had been changed:\n{difference}");
         }
-        Event::Followed { rules } => {
+        Event::Followed { rules, .. } => {
             tracing::info!(rules, "the settings changed, and the rules with them, in one step");
         }
         Event::Intact => {

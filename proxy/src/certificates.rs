@@ -38,7 +38,8 @@ pub(crate) struct Wanted {
     reporter: Reporter,
 }
 
-/// Logs and counts what happens to the certificate, and makes the proxy unready while it has none that is valid.
+/// Logs and counts what happens to the certificate, and makes the proxy unready while it has none
+/// that is valid.
 struct Reporter {
     workload: SpiffeId,
     /// Where the certificate comes from, as the log names it.
@@ -83,9 +84,9 @@ impl Certificate {
 impl Wanted {
     async fn hold(self) -> Result<Certificate, CommandError> {
         let Self { source, trust, reporter } = self;
-        let told = move |event: CredentialsEvent<'_>| reporter.report(&event);
+        let report = move |event: CredentialsEvent<'_>| reporter.report(&event);
         let (keeper, credentials) =
-            Keeper::start(source, trust, told).await.map_err(CommandError::Identity)?;
+            Keeper::start(source, trust, report).await.map_err(CommandError::Identity)?;
         Ok(Certificate::Held(keeper, credentials))
     }
 }
@@ -174,7 +175,8 @@ fn whole_seconds(duration: Duration) -> Duration {
     Duration::from_secs(duration.as_secs())
 }
 
-/// Warns of files that are read again later, and that the proxy cannot read any more: for when it has given up its privileges.
+/// Warns of files that are read again later, and that the proxy cannot read any more: for when it
+/// has given up its privileges.
 pub(crate) fn warn_if_unreadable(settings: &Settings) {
     let unreadable = |file: &PathBuf| {
         File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)

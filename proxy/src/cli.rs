@@ -1,7 +1,7 @@
 //! The command line: what can be typed, and what becomes of it.
 //!
 //! Results go to standard output, errors to standard error. Exit codes: 0 done, 1 it failed, 2 the command line or the
-//! configuration is wrong, 3 `rules verify` found a difference.
+//! configuration is wrong, 3 `rules verify` found a difference or a bypass.
 
 mod ca;
 mod config;
@@ -34,7 +34,7 @@ pub(crate) const VERSION: &str = env!("UNDERPASS_VERSION");
 #[derive(Debug, Parser)]
 #[command(name = "underpass", version = VERSION, arg_required_else_help = true)]
 #[command(
-    after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong, 3 `rules verify` found a difference."
+    after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong, 3 `rules verify` found a difference or a bypass."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -126,6 +126,8 @@ pub(crate) enum CommandError {
     Listen { address: SocketAddr, source: io::Error },
     #[error("metrics could not be set up")]
     Metrics(#[source] BuildError),
+    #[error("there is no command {0:?}: `underpass --help` lists them")]
+    NoSuchCommand(String),
     #[error("the result could not be written")]
     Output(#[source] io::Error),
 }
@@ -146,9 +148,11 @@ impl CommandError {
 
     fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Config(_) | Self::Mistakes(_) | Self::NoDnsProxy { .. } | Self::NoRules => {
-                ExitCode::from(2)
-            }
+            Self::Config(_)
+            | Self::Mistakes(_)
+            | Self::NoDnsProxy { .. }
+            | Self::NoRules
+            | Self::NoSuchCommand(_) => ExitCode::from(2),
             Self::Difference | Self::Bypassed(_) => ExitCode::from(3),
             _ => ExitCode::FAILURE,
         }

@@ -105,7 +105,8 @@ trait Side {
         last: bool,
     ) -> Poll<Result<usize, ProxyError>>;
 
-    /// Sends what it took and did not send yet, when it is time: called when there is nothing to write for now.
+    /// Sends what it took and did not send yet, when it is time: called when there is nothing to
+    /// write for now.
     fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {
         Poll::Ready(Ok(()))
     }

@@ -116,8 +116,8 @@ impl Dial for PlainDialer {
     }
 }
 
-/// A connection below a tunnel. It keeps the seat whose pool has the tunnel, and counts the tunnel in
-/// the balance.
+/// A connection below a tunnel. It keeps the seat whose pool has the tunnel, and counts the tunnel
+/// in the balance.
 #[derive(Debug)]
 pub(crate) struct TunnelSocket {
     stream: TcpStream,

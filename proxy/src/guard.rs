@@ -9,7 +9,8 @@
 //! ```
 //!
 //! The blackhole stands from the moment that a difference is found until the rules are verified, so
-//! that nothing leaves in plain. Repairs never end: in a fight with another program they are slower.
+//! that nothing leaves in plain. Repairs never end: in a fight with another program they are
+//! slower.
 //!
 //! Not here: what is compared, installed and blocked (the interception crate).
 
@@ -37,10 +38,11 @@ const RETRY: Duration = Duration::from_secs(1);
 /// What happened to the rules.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// Another program had changed the rules; they are put back. `fight`: the blackhole still stands.
+    /// Another program had changed the rules; they are put back. `fight`: the blackhole still
+    /// stands.
     Repaired { difference: Difference, took: Duration, fight: bool },
-    /// The settings changed, and the rules with them.
-    Followed { rules: usize },
+    /// The settings changed, and the rules with them. `blocked`: the blackhole still stands.
+    Followed { rules: usize, blocked: bool },
     /// The rules are verified after a fight or a failure, and the blackhole is removed.
     Intact,
     /// Another program changes the rules again and again. Once for each fight.
@@ -54,7 +56,8 @@ impl Event {
     pub(crate) fn is_intact(&self) -> bool {
         match self {
             Self::Repaired { fight, .. } => !fight,
-            Self::Followed { .. } | Self::Intact => true,
+            Self::Followed { blocked, .. } => !blocked,
+            Self::Intact => true,
             Self::Fight { .. } | Self::Failed { .. } => false,
         }
     }
@@ -219,11 +222,12 @@ impl Guard {
         &mut self,
         settings: &InterceptionSettings,
     ) -> Result<Event, InterceptionError> {
-        // What cannot be installed now is installed by a later look. In a fight the blackhole keeps the
-        // exemptions of the old settings until it is removed.
+        // What cannot be installed now is installed by a later look. In a fight the blackhole keeps
+        // the exemptions of the old settings until it is removed.
         self.interception = self.interception.with_settings(settings);
         self.interception.repair().await?;
-        Ok(Event::Followed { rules: self.interception.plan().rules().len() })
+        let rules = self.interception.plan().rules().len();
+        Ok(Event::Followed { rules, blocked: self.blocked })
     }
 }
 
@@ -274,6 +278,12 @@ impl Repairs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn changed_settings_do_not_end_a_fight() {
+        assert!(Event::Followed { rules: 1, blocked: false }.is_intact());
+        assert!(!Event::Followed { rules: 1, blocked: true }.is_intact());
+    }
 
     #[test]
     fn slows_repairs_in_a_fight_and_never_ends_them() {

@@ -1,16 +1,17 @@
 //! One proxy for each network namespace, and what it answers those that ask for it.
 //!
-//! The proxy whose rules catch the traffic of a network namespace listens at an abstract Unix socket.
-//! Such a name belongs to the network namespace, and the kernel frees it with the process: a second
-//! proxy finds the first across containers and pid namespaces, and a killed one blocks nobody.
+//! The proxy whose rules catch the traffic of a network namespace listens at an abstract Unix
+//! socket. Such a name belongs to the network namespace, and the kernel frees it with the process:
+//! a second proxy finds the first across containers and pid namespaces, and a killed one
+//! blocks no start.
 //!
-//! Every process of the namespace may connect, so only root and the proxy's own user are answered, and
-//! only their answers are believed (SO_PEERCRED). A workload that takes the name first, and is neither,
-//! is ignored.
+//! Every process of the namespace may connect, so only root and the proxy's own user are answered,
+//! and only their answers are believed (SO_PEERCRED). A workload that takes the name first, and is
+//! neither, is ignored.
 //!
 //! ```text
-//! underpass/1 pid=4242 started=1764464400 installs=true ready=…     the first line
-//! settings as `underpass config show` prints them                   the rest
+//! underpass/1 pid=4242 started=1764464400 installs=true self_test_failed=false readiness=…   the first line
+//! settings as `underpass config show` prints them                                           the rest
 //! ```
 //!
 //! Not here: hot restart, over a socket that hands out listeners (`take_over/place.rs`).
@@ -20,7 +21,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use thiserror::Error;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -30,6 +31,7 @@ use tokio::time::timeout;
 use underpass_config::{InterceptionSettings, Profile, Settings};
 use underpass_interception::Peer;
 
+use crate::capture::started;
 use crate::endpoints::Readiness;
 
 /// The abstract name.
@@ -111,8 +113,8 @@ pub(crate) struct Status {
 
 impl Instance {
     /// Becomes the proxy of this network namespace. `handed`: the socket, from the process that is
-    /// taken over. `None` where there is nothing to be: without rules, or beside a proxy that this one
-    /// does not disturb.
+    /// taken over. `None` without rules, beside a proxy whose rules this one leaves alone, or if
+    /// another process holds the name.
     pub(crate) async fn claim(
         settings: &Settings,
         handed: Option<OwnedFd>,
@@ -126,14 +128,10 @@ impl Instance {
             let listener = UnixListener::from_std(listener).map_err(InstanceError::Socket)?;
             return Ok(Some(Self { listener: Arc::new(listener) }));
         }
-        // Of two that start at once, one finds the other, whose answer takes as long as its start.
-        match UnixListener::bind(NAME) {
-            Ok(listener) => return Ok(Some(Self { listener: Arc::new(listener) })),
-            Err(error) if error.kind() != ErrorKind::AddrInUse => {
-                return Err(InstanceError::Socket(error));
-            }
-            Err(_) => {}
+        if let Some(free) = Self::bind()? {
+            return Ok(Some(free));
         }
+        // Of two that start at once, one finds the other, whose answer takes as long as its start.
         match running().await? {
             Some(running) if settings.interception.install => {
                 Err(InstanceError::Other(Box::new(running)))
@@ -142,13 +140,24 @@ impl Instance {
                 tracing::info!("another underpass runs in this network namespace ({running})");
                 Ok(None)
             }
-            None => {
-                tracing::warn!(
-                    "a process of neither root nor this user has taken the abstract socket @underpass: a second proxy will not \
-                     find this one, nor will `underpass rules`"
-                );
-                Ok(None)
-            }
+            // The other one may have ended meanwhile.
+            None => Self::bind().inspect(|bound| {
+                if bound.is_none() {
+                    tracing::warn!(
+                        "a process of neither root nor this user has taken the abstract socket @underpass: a second proxy will \
+                         not find this one, nor will `underpass rules`"
+                    );
+                }
+            }),
+        }
+    }
+
+    /// `None` if another process has the name.
+    fn bind() -> Result<Option<Self>, InstanceError> {
+        match UnixListener::bind(NAME) {
+            Ok(listener) => Ok(Some(Self { listener: Arc::new(listener) })),
+            Err(error) if error.kind() == ErrorKind::AddrInUse => Ok(None),
+            Err(error) => Err(InstanceError::Socket(error)),
         }
     }
 
@@ -159,11 +168,10 @@ impl Instance {
 
     /// Answers those that ask, one after the other, until the end.
     pub(crate) async fn serve(self, status: Status) {
-        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         loop {
             match self.listener.accept().await {
                 Ok((stream, _)) => {
-                    let answer = answer(stream, &status, started);
+                    let answer = answer(stream, &status, started());
                     if !matches!(timeout(DEADLINE, answer).await, Ok(Ok(()))) {
                         tracing::debug!(
                             "a process that asked for this proxy did not take the answer"

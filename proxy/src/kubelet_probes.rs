@@ -81,8 +81,8 @@ fn exempted(counters: &[RuleCounter]) -> u64 {
     counters.iter().filter(is_exemption).map(|counter| counter.packets).sum()
 }
 
-/// The increase of a kernel counter between readings. What earlier processes counted is no increase;
-/// a replaced rule counts from zero.
+/// The increase of a kernel counter between readings. What earlier processes counted is no
+/// increase; a replaced rule counts from zero.
 #[derive(Debug, Default)]
 struct Increase {
     last: Option<u64>,

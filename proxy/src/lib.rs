@@ -2,8 +2,8 @@
 //!
 //! This library is the proxy and its command line; `main.rs` only calls [`main`]. In reading order:
 //!
-//! * `cli` is what a user types, `app` is one proxy from start to stop; `node` is what there is one of in the process, in a pod
-//!   and on a thread, `accept` brings connections in;
+//! * `cli` is what a user types, `app` is one proxy from start to stop; `node` is what there is one
+//!   of in the process, in a pod and on a thread, `accept` brings connections in;
 //! * `outbound` and `inbound` are the paths of a connection, in which `route` and `policy` decide, `dial` connects and
 //!   `copy` moves the bytes;
 //! * `snapshot` is the mesh that they decide by, `publish` changes it, and `live` ends what a change forbids;

@@ -1,8 +1,8 @@
 //! Log lines: on standard output, one line each, written by a thread of their own so that a slow
 //! reader of them delays no connection.
 //!
-//! Bounded in bytes: a line (`line.rs`), and all lines that wait (`queue.rs`). Lines that do not fit
-//! are lost; they are counted, and the log says how many when it can be written again.
+//! Bounded in bytes: a line (`line.rs`), and all lines that wait (`queue.rs`). Lines that do not
+//! fit are lost; they are counted, and the log says how many when it can be written again.
 
 mod line;
 mod queue;

@@ -76,7 +76,7 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     describe_gauge!(TUNNELS, "HBONE connections open now.");
     describe_counter!(
         TUNNELS_CLOSED,
-        "Peers' tunnels that we closed, by why: age, idle, or the limit that the peer exceeded."
+        "Tunnels of peers that this proxy drained or closed, by reason: age, expiry, idle, drain, or the limit that the peer exceeded."
     );
     describe_counter!(REFUSED, "Connections and streams refused, by the limit that they exceed.");
     describe_gauge!(HANDSHAKES, "TLS handshakes with clients under way now.");

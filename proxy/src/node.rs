@@ -7,8 +7,8 @@
 //! Seat     Pod×Worker  pool, connector, acceptor; made by the first connection of the pod there
 //! ```
 //!
-//! A worker serves the connections of every pod. What a connection may use follows from its seat, so
-//! that one pod's connection cannot use the sockets, the identity or the tunnels of another pod.
+//! A worker serves the connections of every pod. What a connection may use follows from its seat,
+//! so that one pod's connection cannot use the sockets, the identity or the tunnels of another pod.
 
 mod pod;
 mod seat;
@@ -19,8 +19,9 @@ mod workers;
 
 use std::sync::Arc;
 
+use tokio::runtime::Handle;
 use tokio::sync::watch;
-use underpass_config::{Timeouts, TunnelSettings};
+use underpass_config::{Settings, Timeouts, TunnelSettings};
 
 pub(crate) use self::pod::{Pod, PodId};
 pub(crate) use self::seat::Seat;
@@ -51,4 +52,28 @@ pub(crate) struct Node {
     pub(crate) accept: Gate,
     /// The load of each worker.
     pub(crate) balance: Arc<Balance>,
+}
+
+impl Node {
+    /// A node of so many workers. Must run in the control thread's runtime, which resolves hostnames.
+    pub(crate) fn new(
+        settings: &Settings,
+        workers: usize,
+        mesh: watch::Receiver<Arc<Snapshot>>,
+        accept: Gate,
+    ) -> Self {
+        let limits = Limits::new(&settings.limits, workers);
+        Self {
+            timeouts: settings.timeouts.clone(),
+            deadlines: (&settings.timeouts).into(),
+            tunnels: settings.tunnels.clone(),
+            mesh,
+            resolver: Arc::new(Resolver::system(Handle::current())),
+            balance: Balance::new(workers, limits.connections_per_worker),
+            buffers: Buffers::new(settings.limits.buffers, limits.descriptors.clone()),
+            limits,
+            drain: Drain::default(),
+            accept,
+        }
+    }
 }

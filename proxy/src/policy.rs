@@ -65,7 +65,8 @@ impl From<&PeerIdentity> for Principal {
 }
 
 impl Subject {
-    /// A connection from `source` to the application at `destination`; `principal` is proven by the tunnel that it came through.
+    /// A connection from `source` to the application at `destination`; `principal` is proven by the
+    /// tunnel that it came through.
     pub(crate) fn inbound(
         source: SocketAddr,
         destination: SocketAddr,

@@ -141,8 +141,8 @@ impl ConnectionRecord {
         self.sent.load(Relaxed).wrapping_add(self.received.load(Relaxed))
     }
 
-    /// Closes the record of a client that failed to handshake, or was refused by its handshake. Anyone
-    /// can cause one, so that beyond a rate they are only counted.
+    /// Closes the record of a client that failed to handshake, or was refused by its handshake.
+    /// Anyone can cause one, so that beyond a rate they are only counted.
     pub(crate) fn close_unproven(mut self, error: ProxyError) {
         static LIMIT: LogLimit = LogLimit::new("failed handshakes");
         let reason = error.reason().code;

@@ -1,8 +1,8 @@
 //! The self-test again: whenever any program has changed netfilter's rules, ip rules or routes.
 //!
-//! Our own rules can be intact while another program's, in front of them, let traffic past. The proxy
-//! is unready for as long as the test fails. Foreign rules that act before ours are logged when they
-//! change; most are harmless, so that they alone change nothing.
+//! Our own rules can be intact while another program's, in front of them, let traffic past. The
+//! proxy is unready for as long as the test fails. Foreign rules that act before ours are logged
+//! when they change; most are harmless, so that they alone change nothing.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -131,8 +131,8 @@ impl Retest {
     }
 }
 
-/// Subscribes to changes of all programs' rules in this namespace. Without them the self-test does not
-/// run again.
+/// Subscribes to changes of all programs' rules in this namespace. Without them the self-test does
+/// not run again.
 pub(crate) async fn subscribe(access: &NamespaceAccess) -> Option<Changes> {
     let changes = Changes::of_all_programs(access).await;
     let warn = |error: &InterceptionError| {

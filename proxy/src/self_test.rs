@@ -1,5 +1,7 @@
-//! The test before `ready`, and again after changes (`retest.rs`): connections of our own go the way of the workload's, and have to arrive at our listeners with
-//! the destination that they were made for; and what the workload answers to clients that we imitate has to come back.
+//! Self-test of the rules, before `ready` and after changes (`retest.rs`).
+//!
+//! Test connections take the path of the workload's traffic and must arrive at our listeners with
+//! their original destination. The workload's answers to imitated clients must come back.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};

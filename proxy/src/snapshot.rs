@@ -1,4 +1,5 @@
-//! One state of the mesh, and the pods' own workloads in it. It is replaced whole when the mesh changes.
+//! One state of the mesh, and the pods' own workloads in it. It is replaced whole when the mesh
+//! changes.
 
 use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};

@@ -88,7 +88,8 @@ impl Pki {
         self.write(&format!("{account}-expired"), &issued.or_fail("issue a certificate"))
     }
 
-    /// One for `account` in the same files as [`Pki::issue`]'s, most of whose life is over: it expires after `left`.
+    /// One for `account` in the same files as [`Pki::issue`]'s, most of whose life is over: it
+    /// expires after `left`.
     #[must_use]
     pub fn issue_expiring(&self, account: &str, left: Duration) -> IdentityFiles {
         let now = SystemTime::now();

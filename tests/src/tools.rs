@@ -77,7 +77,8 @@ impl Pod {
     /// All that rules consist of: netfilter's, policy routing's, its tables' and loopback's addresses.
     pub async fn traces(&self) -> Vec<String> {
         let mut traces = Vec::new();
-        // The kernel reports a new wire's carrier a moment later, and adds IPv6 routes then (net/core/link_watch.c).
+        // The kernel reports a new wire's carrier a moment later, and adds IPv6 routes then
+        // (net/core/link_watch.c).
         until("links are up", async || {
             traces = self.traces_now().await;
             !traces.iter().any(|line| line.contains(" linkdown"))

@@ -285,7 +285,7 @@ fn config_check_lists_every_mistake_with_its_place() {
 }
 
 #[test]
-fn every_manual_page_that_another_names_exists() {
+fn writes_every_manual_page_that_another_names() {
     let folder = Folder::new("man");
     folder.underpass("man --dir pages").ok();
     let pages: Vec<_> =
@@ -300,11 +300,11 @@ fn every_manual_page_that_another_names_exists() {
         }
     }
     assert!(folder.underpass("man rules verify").ok().contains("underpass-rules-verify"));
-    folder.underpass("man nonsense").fails(1);
+    folder.underpass("man nonsense").fails(2);
 }
 
 #[test]
-fn a_wrong_ttl_is_told_the_units() {
+fn rejects_wrong_ttl_and_names_units() {
     let folder = Folder::new("ttl");
     for command in
         ["ca issue --dir ca --spiffe-id spiffe://a/b --out x --ttl 30d", "ca issue --help"]

@@ -89,7 +89,8 @@ fn add_pairs(suite: &mut Suite) {
     });
 }
 
-/// A certificate for the right name by an authority that its owner trusts, besides everybody's, and nobody else does.
+/// A certificate for the right name by an authority that only its owner trusts, beside the common
+/// one.
 fn of_another_authority(scene: &Scene, account: &str) -> IdentityFiles {
     let folder = scene.world.folder().join("other");
     std::fs::create_dir_all(&folder).expect("a folder");
@@ -162,7 +163,7 @@ async fn between_proxies(
     failed(&mut client, client_reason).await
 }
 
-/// How many clients come with a certificate of 60 KB that nobody vouches for.
+/// How many clients come with a self-signed certificate of 60 KB.
 const STORM: usize = 200;
 
 async fn storm() {

@@ -272,7 +272,8 @@ async fn silent() {
     assert!(proxy.log().contains("stopped"), "{}", proxy.log());
 }
 
-/// Passes the log on until the proxy is ready, then reads nothing until the pipe `go` is written to.
+/// Passes the log on until the proxy is ready, then reads nothing until the pipe `go` is written
+/// to.
 const STALLED_READER: &str = r#"
 mkfifo "$GO.log" "$GO"
 ( exec < "$GO.log"

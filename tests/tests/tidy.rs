@@ -143,7 +143,7 @@ fn forbids_unsafe_code_in_every_crate() {
 }
 
 #[test]
-fn no_test_is_ignored_and_none_waits_for_the_clock() {
+fn rejects_ignored_tests_and_tests_that_sleep() {
     for (path, text) in sources(&FOLDERS).iter().filter(|(path, _)| path != "tests/tests/tidy.rs") {
         for word in ["#[ignore", "thread::sleep"] {
             assert!(!text.contains(word), "{path} has {word}");

@@ -35,14 +35,18 @@ pub(super) enum Meaning {
 
 impl Meaning {
     pub(super) fn of(name: &str, value: &str) -> Self {
-        if !name.starts_with(PREFIX) || name == CONFIG_FILE || is_service_link(name, value) {
+        if !name.starts_with(PREFIX) || name == CONFIG_FILE || is_service_url(name, value) {
             return Self::Nothing;
         }
-        KEYS.iter().find(|key| variable(key) == name).map_or(Self::Unknown, |key| Self::Key(key))
+        match KEYS.iter().find(|key| variable(key) == name) {
+            Some(key) => Self::Key(key),
+            None if is_service_link(name) => Self::Nothing,
+            None => Self::Unknown,
+        }
     }
 }
 
-/// What to tell the operator about an unknown variable.
+/// The warning about an unknown variable.
 pub(super) fn unknown(name: &str, value: &str) -> Problem {
     let variables: Vec<String> = KEYS.iter().map(|key| variable(key)).collect();
     let known: Vec<&str> = variables.iter().map(String::as_str).collect();
@@ -73,15 +77,9 @@ pub(super) fn variable(key: &str) -> String {
 }
 
 /// Kubernetes puts variables of this form into every pod for each Service of its namespace
-/// (`enableServiceLinks`), so a Service called `underpass` or `underpass-ca` must not end a start.
-/// The names of some keys end like them; their values never look like a URL.
-fn is_service_link(name: &str, value: &str) -> bool {
-    if name.ends_with("_PORT") && has_transport_scheme(value) {
-        return true;
-    }
-    if KEYS.iter().any(|key| variable(key) == name) {
-        return false;
-    }
+/// (`enableServiceLinks`), so a Service called `underpass` or `underpass-ca` must not make
+/// the start fail.
+fn is_service_link(name: &str) -> bool {
     name.ends_with("_SERVICE_HOST")
         || name.ends_with("_SERVICE_PORT")
         || name.contains("_SERVICE_PORT_")
@@ -92,8 +90,11 @@ fn is_service_link(name: &str, value: &str) -> bool {
             .is_some_and(|(_, rest)| is_port_and_transport(rest))
 }
 
-fn has_transport_scheme(value: &str) -> bool {
-    ["tcp://", "udp://", "sctp://"].iter().any(|scheme| value.starts_with(scheme))
+/// A service link whose name may be that of a key, such as `UNDERPASS_PROXY_OUTBOUND_PORT`: the value
+/// of a key is never a URL.
+fn is_service_url(name: &str, value: &str) -> bool {
+    let schemes = ["tcp://", "udp://", "sctp://"];
+    name.ends_with("_PORT") && schemes.iter().any(|scheme| value.starts_with(scheme))
 }
 
 /// `80_TCP`, `80_TCP_ADDR`, `80_TCP_PORT`, `80_TCP_PROTO`.

@@ -59,8 +59,8 @@ pub struct Connection<'a> {
     pub destination: SocketAddr,
     /// Who the peer has proven to be; `None`: it came in plain.
     pub identity: Option<&'a SpiffeId>,
-    /// Trust domains that are the same as the identity's: with several, principals of policies speak
-    /// of the peer in any of their names. The identity's own may be among them.
+    /// Trust domains that are the same as the identity's: with several, principals of policies
+    /// speak of the peer in any of their names. The identity's own may be among them.
     pub aliases: &'a [TrustDomain],
 }
 

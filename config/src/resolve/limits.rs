@@ -30,8 +30,9 @@ pub(super) fn limits(section: Cursor<'_>) -> Limits {
         handshakes: count("handshakes", 1024),
         // A peer opens a few tunnels for each of its workers, and several peers may stand behind one address.
         handshakes_per_source: count("handshakes_per_source", 64),
-        // A worker of ours opens at most `tunnels.per_peer` to a peer: this is enough for 128 workers. A tunnel without streams
-        // can hold 256 KiB (the largest frame), these 128 MiB together.
+        // A worker of ours opens at most `tunnels.per_peer` to a peer: this is enough for 128
+        // workers. A tunnel without streams can hold 256 KiB (the largest frame), these 128 MiB
+        // together.
         tunnels_per_source: or_off("tunnels_per_source", Some(512)),
         // One service account may have hundreds of replicas.
         tunnels_per_identity: or_off("tunnels_per_identity", Some(4096)),
@@ -66,7 +67,8 @@ pub(super) fn timeouts(section: Cursor<'_>) -> Timeouts {
         // Nobody waits for the process that was taken over: it costs some memory, and cutting costs connections.
         handed_over: seconds("handed_over", HOUR),
         pool_idle: seconds("pool_idle", 300),
-        // Longer than ztunnel (`POOL_UNUSED_RELEASE_TIMEOUT`) and our own pool keep a tunnel: they close it first.
+        // Longer than ztunnel (`POOL_UNUSED_RELEASE_TIMEOUT`) and our own pool keep a tunnel: they
+        // close it first.
         tunnel_idle: seconds("tunnel_idle", 600),
         // As long as one attempt may take: what does not answer then costs every caller that much, once.
         set_aside: seconds("set_aside", 10),

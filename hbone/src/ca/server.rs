@@ -293,7 +293,7 @@ async fn end_of_service(place: &Place, mut stopped: watch::Receiver<()>) -> Dura
     select! {
         farewell = old => farewell,
         () = place.evicted() => SHORT_FAREWELL,
-        // An error tells the same: nobody is left to stop it later.
+        // An error means the same: the sender is gone, so the server is stopping.
         _ = stopped.changed() => if place.is_proven() { FAREWELL } else { SHORT_FAREWELL },
     }
 }

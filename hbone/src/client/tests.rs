@@ -103,7 +103,8 @@ async fn a_tunnel_ends_with_its_last_handle_and_stream() {
     served.ended().await;
 }
 
-/// A tunnel to a server that has a certificate and sends `bytes` instead of HTTP/2, and what keeps it open.
+/// A tunnel to a server that has a certificate and sends `bytes` instead of HTTP/2, and what keeps
+/// it open.
 async fn tunnel_to(bytes: Vec<u8>) -> (Tunnel, impl Sized) {
     let authority = authority("td");
     let server = credentials(&identity(&authority, SERVER));

@@ -83,7 +83,7 @@ pub enum CredentialProblem {
         /// What was asked.
         id: SpiffeId,
     },
-    /// The certificate was issued by somebody else.
+    /// Another authority issued the certificate.
     #[error("this authority has not issued it, and cannot revoke it")]
     ForeignIssuer,
     /// A lifetime that no certificate can express.
@@ -100,7 +100,7 @@ pub enum RequestProblem {
     /// It does not parse.
     #[error("it is no PEM certificate request ({0})")]
     Malformed(String),
-    /// Whoever sent it does not hold the key.
+    /// The signature does not prove that the sender holds the key.
     #[error("its signature is wrong, or of a kind that is not supported ({0})")]
     Signature(String),
     /// A key that is too weak or of a kind that we cannot certify.

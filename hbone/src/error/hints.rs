@@ -1,4 +1,5 @@
-//! The likely remedy of failures that have several causes, by what the kernel, rustls or the peer's alert says.
+//! The likely remedy of failures that have several causes, by what the kernel, rustls or the peer's
+//! alert says.
 
 use std::io;
 use std::net::SocketAddr;
@@ -36,7 +37,7 @@ pub(super) fn tls(error: &io::Error) -> &'static str {
              trust.bundles for another domain) with the peer's issuer"
         }
         None if error.kind() == io::ErrorKind::UnexpectedEof => {
-            "the peer closed the connection: is it an HBONE proxy, and does its log tell why?"
+            "the peer closed the connection: is it an HBONE proxy, and what does its log say?"
         }
         _ => {
             "do both sides speak TLS 1.3 with h2, and have the same roots for the other's trust domain?"
@@ -44,7 +45,8 @@ pub(super) fn tls(error: &io::Error) -> &'static str {
     }
 }
 
-/// Why the peer refused us. Proxies of ours, and ztunnel, send the alerts that rustls has for each cause.
+/// Why the peer refused us. Proxies of ours, and ztunnel, send the alerts that rustls has for each
+/// cause.
 pub(super) fn refused(alert: &str) -> &'static str {
     match alert {
         "UnknownCA" | "DecryptError" => {
@@ -60,7 +62,7 @@ pub(super) fn refused(alert: &str) -> &'static str {
             "it does not accept our name: has it roots of our trust domain (trust.bundles, trust.aliases), and does its mesh \
              file give our address this identity (serviceAccount, trustDomain)?"
         }
-        _ => "the peer's log tells why",
+        _ => "see the peer's log",
     }
 }
 

@@ -99,6 +99,9 @@ fn refuses_flood_of_control_frames() {
         let flood = frame(kind, flags, 0).repeat(TOO_MANY);
         assert_eq!(inspector.see(&flood, 0, 0), Err(TunnelLimit::FrameRate), "{kind}");
     }
+    let padding = frame(DATA, PADDED, MAX_PADDING).repeat(TOO_MANY);
+    let padded = inspector(PeerRole::Client).see(&padding, 0, 0);
+    assert_eq!(padded, Err(TunnelLimit::FrameRate), "padding alone");
     let answers = frame(HEADERS, END_HEADERS, 1).repeat(TOO_MANY);
     let server = inspector(PeerRole::Server).see(&answers, 0, 0);
     assert_eq!(server, Err(TunnelLimit::FrameRate), "more answers than requests");
@@ -115,7 +118,7 @@ fn takes_control_frames_that_traffic_explains() {
 }
 
 #[test]
-fn tells_of_credit_though_it_comes_in_pieces() {
+fn reports_window_update_that_arrives_in_pieces() {
     let mut inspector = inspector(PeerRole::Client);
     let update = [&[0, 0, 4, 8, 0, 0x80, 0, 0, 5][..], &[0, 1, 2, 3]].concat();
     for cut in 0..update.len() {

@@ -1,5 +1,5 @@
-//! What ends a tunnel whose client does not end it: a drain that it does not acknowledge, and requests that are refused again and
-//! again.
+//! What ends a tunnel whose client does not end it: a drain that it does not acknowledge, and
+//! requests that are refused again and again.
 //!
 //! Not here: sending GOAWAY. The tunnel does.
 
@@ -12,14 +12,16 @@ use tokio::time::{Instant, Sleep, sleep};
 use crate::budget::Budget;
 use crate::link::Link;
 
-/// How long a client may open streams after GOAWAY: h2 sends the one that names the last stream only when the client has
-/// acknowledged a PING (RFC 9113 section 6.8), which may wait behind bulk as long as keepalive's answer.
-const ACKNOWLEDGE: Duration = Duration::from_secs(30);
+/// How long a client may open streams after GOAWAY: h2 sends the one that names the last stream
+/// only when the client has acknowledged a PING (RFC 9113 section 6.8), which may wait behind bulk
+/// as long as keepalive's answer.
+const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often an overdue drain looks for the end of the last stream.
-const LOOK: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Refused requests (4xx, or REFUSED_STREAM after a drain) that a client may have at once, and in a second after that. A client
-/// whom a policy refuses, and that tries again for each of its application's connections, is drained and not cut.
+/// Refused requests (4xx, or REFUSED_STREAM after a drain) that a client may have at once, and in a
+/// second after that. A client that a policy refuses, and that tries again for each of its
+/// application's connections, is drained, not closed.
 const REFUSED: u64 = 1000;
 const REFUSED_PER_SECOND: u64 = 20;
 
@@ -33,7 +35,7 @@ pub(super) struct Drain {
 
 impl Drain {
     pub(super) fn new() -> Self {
-        Self { timer: Box::pin(sleep(ACKNOWLEDGE)), is_overdue: false }
+        Self { timer: Box::pin(sleep(ACKNOWLEDGE_TIMEOUT)), is_overdue: false }
     }
 
     /// Ready when the drain is overdue and no stream is left.
@@ -41,7 +43,7 @@ impl Drain {
         while !self.is_overdue || has_streams {
             ready!(self.timer.as_mut().poll(cx));
             self.is_overdue = true;
-            self.timer.as_mut().reset(Instant::now() + LOOK);
+            self.timer.as_mut().reset(Instant::now() + CHECK_INTERVAL);
         }
         Poll::Ready(())
     }

@@ -9,8 +9,8 @@ use crate::{CertificateAuthority, CredentialProblem, HboneError, Identity};
 
 /// Issues our certificates from a CA's directory, which is read again for each.
 ///
-/// A proxy that starts as root and becomes another user cannot read the CA's key any more: then it goes on with what it read
-/// last, so that its certificate does not run out.
+/// A proxy that starts as root and becomes another user cannot read the CA's key any more: then it
+/// goes on with what it read last, so that its certificate does not run out.
 #[derive(Debug)]
 pub struct LocalCaSource {
     settings: LocalCaSettings,
@@ -29,7 +29,8 @@ impl LocalCaSource {
     /// A new certificate, at once.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] with the file that cannot be read or used, or why the authority issues no such certificate.
+    /// [`HboneError::Credential`] with the file that cannot be read or used, or why the
+    /// authority issues no such certificate.
     pub fn issue(&mut self) -> Result<Identity, HboneError> {
         let Self { settings, spiffe_id, authority: kept, .. } = self;
         let authority = match (CertificateAuthority::open(&settings.dir), kept) {

@@ -1,12 +1,14 @@
-//! Gathers an application's small writes into larger DATA frames, where a frame for each would cost the peer more than it bears.
+//! Gathers an application's small writes into larger DATA frames, where a frame for each would cost
+//! the peer more than it bears.
 //!
-//! Each frame costs its receiver some hundred bytes beside its payload, for as long as nobody reads the stream. h2 counts for each
-//! frame what it is short of 256 bytes, and closes a connection with more than 25,600 of that unread (0.4.16 to 0.4.18; later ones
-//! by the connection's window): 100 writes of one byte by one application, and all others lose their streams too. So
+//! Each frame costs its receiver some hundred bytes beside its payload until its application reads
+//! the stream. h2 counts for each frame what it is short of 256 bytes, and closes a connection with
+//! more than 25,600 of that unread (0.4.16 to 0.4.18; later ones by the connection's window): 100
+//! writes of one byte by one application, and all others lose their streams too. So
 //!
 //! * while the connection is blocked, small writes are gathered: they would wait anyway;
-//! * while the peer gives no sign that its application reads, small frames go at growing intervals. A peer whose first window is
-//!   ours has our own budget (64 MiB) and is not spared.
+//! * while the peer gives no sign that its application reads, small frames go at growing intervals.
+//!   A peer whose first window is ours has our own budget (64 MiB) and is not spared.
 //!
 //! Not here: sending.
 
@@ -21,29 +23,34 @@ use crate::link::{Link, OpenStream};
 
 /// A write of fewer bytes is small.
 pub(super) const SMALL: usize = 1024;
-/// How much is gathered, in bytes.
-const MOST: usize = 16 << 10;
-/// A frame of so many bytes costs a peer nothing beside its payload.
-const FULL_PRICE: u64 = 256;
-/// What a connection may owe before its streams are paced: well below the 25,600 that h2 bears.
-const BEARABLE: u64 = 14_000;
+/// Maximum bytes that a stream gathers.
+const MAX_GATHERED: usize = 16 << 10;
+/// A frame of this many bytes costs a peer nothing beside its payload.
+const FREE_FRAME_LENGTH: u64 = 256;
+/// Debt of a connection above which its streams are paced: well below the 25,600 at which h2 closes
+/// the connection.
+const PACE_ABOVE: u64 = 14_000;
 /// So many frames of a stream are not paced: a request and its beginning.
 const FREE_FRAMES: u32 = 2;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-/// Hardly what a person notices. At this interval 1 KiB a second fills a frame of 256 bytes, which costs nothing.
-const LONGEST_PAUSE: Duration = Duration::from_millis(250);
-/// The same for a connection that owes nearly all that h2 bears.
-const HARDLY_BEARABLE: u64 = 20_000;
-const LAST_PAUSE: Duration = Duration::from_secs(1);
+/// Maximum pause, which a person hardly notices. At this interval 1 KiB a second fills a frame of 256
+/// bytes, which costs nothing.
+const MAX_PAUSE: Duration = Duration::from_millis(250);
+/// Debt above which pauses grow to [`MAX_SLOW_PAUSE`]: close to where h2 closes the connection.
+const SLOW_ABOVE: u64 = 20_000;
+/// Maximum pause above [`SLOW_ABOVE`].
+const MAX_SLOW_PAUSE: Duration = Duration::from_secs(1);
 
-/// What one stream has gathered, and what it owes. Boxed: most streams never gather, nor owe anything.
+/// What one stream has gathered, and what it owes. Boxed: most streams never gather, nor owe
+/// anything.
 #[derive(Debug, Default)]
 pub(super) struct Gather(Option<Box<State>>);
 
 #[derive(Debug, Default)]
 struct State {
     bytes: BytesMut,
-    /// What its small frames cost, as h2 counts it, since the peer last gave a sign that they are read.
+    /// What its small frames cost, as h2 counts it, since the peer last gave a sign that they are
+    /// read.
     owed: u64,
     frames: u32,
     pause: Duration,
@@ -62,7 +69,7 @@ impl Gather {
 
     /// Takes some from the front of `data`: how many.
     pub(super) fn add(&mut self, data: &mut Bytes) -> usize {
-        let part = data.split_to(data.len().min(MOST.saturating_sub(self.len())));
+        let part = data.split_to(data.len().min(MAX_GATHERED.saturating_sub(self.len())));
         self.0.get_or_insert_default().bytes.extend_from_slice(&part);
         part.len()
     }
@@ -82,20 +89,21 @@ impl Gather {
     pub(super) fn poll_due(
         &mut self,
         cx: &mut Context<'_>,
+        stream: u32,
         open: &OpenStream,
         more: usize,
     ) -> Poll<()> {
         let length = self.len().saturating_add(more);
-        if length >= MOST {
+        if length >= MAX_GATHERED {
             return Poll::Ready(());
         }
-        if open.link().transport().poll_free(cx).is_pending() {
+        if open.link().back_pressure().poll_writable(stream, cx).is_pending() {
             return Poll::Pending;
         }
-        let Some(state) = self.0.as_mut().filter(|_| (length as u64) < FULL_PRICE) else {
+        let Some(state) = self.0.as_mut().filter(|_| (length as u64) < FREE_FRAME_LENGTH) else {
             return Poll::Ready(());
         };
-        if !state.is_paced(open) {
+        if !state.update_pacing(open) {
             return Poll::Ready(());
         }
         state.timer.as_mut().map_or(Poll::Ready(()), |timer| timer.as_mut().poll(cx))
@@ -104,11 +112,11 @@ impl Gather {
     /// Counts a frame of `length` bytes that was sent.
     pub(super) fn sent(&mut self, open: &OpenStream, length: usize) {
         let (activity, length) = (open.link().activity(), length as u64);
-        if length == 0 || activity.bears_small_frames() {
+        if length == 0 || activity.accepts_small_frames() {
             return;
         }
-        let Some(cost) = FULL_PRICE.checked_sub(length).filter(|cost| *cost > 0) else {
-            activity.owe_less(length - FULL_PRICE);
+        let Some(cost) = FREE_FRAME_LENGTH.checked_sub(length).filter(|cost| *cost > 0) else {
+            activity.owe_less(length - FREE_FRAME_LENGTH);
             return;
         };
         activity.owe(cost);
@@ -127,9 +135,9 @@ impl State {
     fn sent(&mut self, open: &OpenStream, cost: u64) {
         self.owed += cost;
         self.frames = self.frames.saturating_add(1);
-        if self.is_paced(open) {
-            let hardly = open.link().activity().owed() >= HARDLY_BEARABLE;
-            let longest = if hardly { LAST_PAUSE } else { LONGEST_PAUSE };
+        if self.update_pacing(open) {
+            let slow = open.link().activity().owed() >= SLOW_ABOVE;
+            let longest = if slow { MAX_SLOW_PAUSE } else { MAX_PAUSE };
             self.pause = (self.pause * 2).clamp(FIRST_PAUSE, longest);
             let due = Instant::now() + self.pause;
             match &mut self.timer {
@@ -139,16 +147,16 @@ impl State {
         }
     }
 
-    fn is_paced(&mut self, open: &OpenStream) -> bool {
+    fn update_pacing(&mut self, open: &OpenStream) -> bool {
         let link = open.link();
-        if self.frames < FREE_FRAMES || link.activity().bears_small_frames() {
+        if self.frames < FREE_FRAMES || link.activity().accepts_small_frames() {
             return false;
         }
         if open.take_sign_of_reading() {
             self.settle(link);
             return false;
         }
-        link.activity().owed() >= BEARABLE
+        link.activity().owed() >= PACE_ABOVE
     }
 
     fn settle(&mut self, link: &Link) {

@@ -61,7 +61,7 @@ impl TunnelIo {
             return Poll::Ready(Ok(0));
         }
         if wanted < SMALL {
-            // Whoever writes gathers, and writes more at once.
+            // The writer above gathers meanwhile, and its next write is larger.
             ready!(self.writer.poll_due(cx, wanted));
         }
         let capacity = ready!(self.writer.poll_capacity(cx, wanted)).map_err(io_error)?;

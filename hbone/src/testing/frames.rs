@@ -80,7 +80,8 @@ impl RawClient {
         self.io.write_all(bytes).await.is_ok() && self.io.flush().await.is_ok()
     }
 
-    /// The type, stream and payload of each frame until the server ends, or of the first of this type.
+    /// The type, stream and payload of each frame until the server ends, or of the first of this
+    /// type.
     pub(crate) async fn receive(&mut self, until: Option<u8>) -> Vec<(u8, u32, Vec<u8>)> {
         let mut frames = Vec::new();
         loop {

@@ -57,8 +57,8 @@ impl PeerIdentity {
         &self.0.id
     }
 
-    /// Trust domains that are the same as the peer's: our own and its aliases, if the peer is of one
-    /// of them and there are several. Policies may speak of the peer in the name of each.
+    /// Trust domains that are the same as the peer's: our own and its aliases, if the peer is of
+    /// one of them and there are several. Policies may speak of the peer in the name of each.
     pub fn aliases(&self) -> &Arc<[TrustDomain]> {
         &self.0.aliases
     }

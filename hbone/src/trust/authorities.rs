@@ -60,10 +60,11 @@ impl Authorities {
         (&self.own, &self.trust, &self.bundles) == (&other.own, &other.trust, &other.bundles)
     }
 
-    /// Who a chain proves its owner to be at the time `now`: name, roots, validity, purpose and revocation.
+    /// Verifies a chain at the time `now` (roots, validity, purpose, revocation) and returns the
+    /// identity that it proves.
     ///
-    /// The name selects the roots, so it is read first; nothing of it is compared, or quoted in an error,
-    /// before the chain is verified.
+    /// The name selects the roots, so it is read first; nothing of it is compared, or quoted in an
+    /// error, before the chain is verified.
     pub(crate) fn judge(
         &self,
         leaf: &CertificateDer<'_>,
@@ -84,8 +85,8 @@ impl Authorities {
         }
     }
 
-    /// Whether a proven identity is an expected one. That roots vouch for a member's trust domain is
-    /// what makes it one.
+    /// Whether a proven identity is an expected one. That roots vouch for a member's trust domain
+    /// is what makes it one.
     fn is_expected(&self, id: &SpiffeId, expected: &ExpectedPeer) -> bool {
         match expected {
             ExpectedPeer::OneOf(expected) => expected.iter().any(|one| self.is_same(one, id)),
@@ -182,7 +183,8 @@ fn usage(expected: &ExpectedPeer) -> KeyUsage {
     }
 }
 
-/// What webpki says, bounded: it quotes identifiers of algorithms in the length that the peer chose.
+/// What webpki says, bounded: it quotes identifiers of algorithms in the length that the peer
+/// chose.
 fn unspecific(error: &webpki::Error) -> CertificateError {
     let error = HboneError::InvalidCertificate { reason: Quoted::new(error) };
     CertificateError::Other(OtherError(Arc::new(error)))

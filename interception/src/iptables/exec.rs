@@ -13,8 +13,8 @@ use tokio::process::Command;
 use tokio::time::timeout;
 
 use super::Variant;
-use crate::interception::lacks_net_admin;
 use crate::plan::{Family, TABLES};
+use crate::privileges::lacks_net_admin;
 use crate::{Entered, InterceptionError};
 
 /// How many seconds a program waits for another one's lock (only legacy has a lock).

@@ -30,8 +30,8 @@ const CHAINS: [&str; 13] = [
 ];
 /// What our other chains begin with.
 const PREFIX: &str = "UNDERPASS_";
-/// An empty chain that says that underpass installed the chains of a table: their names are Istio's and
-/// OSM's.
+/// An empty chain that says that underpass installed the chains of a table: their names are Istio's
+/// and OSM's.
 const OWNER: &str = "UNDERPASS_OWNER";
 
 /// Whether a chain of this name is ours.

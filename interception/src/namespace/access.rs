@@ -22,7 +22,8 @@ impl NamespaceAccess {
         Self { namespace, thread }
     }
 
-    /// The calling thread's namespace, with a thread of its own, which has the caller's capabilities.
+    /// The calling thread's namespace, with a thread of its own, which has the caller's
+    /// capabilities.
     ///
     /// # Errors
     ///
@@ -57,8 +58,8 @@ impl NamespaceAccess {
         self.thread.run(&self.namespace, operation).await
     }
 
-    /// Waits for the end of every operation that was started before, also of those whose callers have
-    /// stopped waiting.
+    /// Waits for the end of every operation that was started before, also of those whose callers
+    /// have stopped waiting.
     pub async fn finish(&self) {
         // An error means that the thread has ended, and all operations with it.
         self.thread.run(&self.namespace, async |_| ()).await.ok();

@@ -20,7 +20,8 @@ use crate::InterceptionError;
 
 type Job = Box<dyn FnOnce(&Namespace) -> Pin<Box<dyn Future<Output = ()>>> + Send>;
 
-/// Runs operations inside of network namespaces. Cheap to clone; the thread ends with the last clone.
+/// Runs operations inside of network namespaces. Cheap to clone; the thread ends with the last
+/// clone.
 ///
 /// A namespace other than the one in which the thread was started takes CAP_SYS_ADMIN to enter
 /// (setns(2)); that one takes no privilege.
@@ -38,8 +39,8 @@ pub struct Entered {
 }
 
 impl Entered {
-    /// The namespace in which the calling thread is already, as a worker is in the one it was started
-    /// in.
+    /// The namespace in which the calling thread is already, as a worker is in the one it was
+    /// started in.
     ///
     /// # Errors
     ///
@@ -56,8 +57,8 @@ impl Entered {
 }
 
 impl NamespaceThread {
-    /// Starts the thread in the caller's namespace and with the caller's capabilities. `prepare` runs
-    /// first on it: to give up capabilities that operations do not need.
+    /// Starts the thread in the caller's namespace and with the caller's capabilities. `prepare`
+    /// runs first on it: to give up capabilities that operations do not need.
     ///
     /// # Errors
     ///
@@ -67,8 +68,8 @@ impl NamespaceThread {
         let (jobs, queue) = mpsc::unbounded_channel();
         let (ready, prepared) = std::sync::mpsc::sync_channel(1);
         let run = move || {
-            // Made here, since a runtime must not be dropped where the caller may be: inside of another
-            // one.
+            // Made here, since a runtime must not be dropped where the caller may be: inside of
+            // another one.
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let runtime = prepare().and(runtime);
             let (runtime, outcome) = match runtime {
@@ -87,8 +88,8 @@ impl NamespaceThread {
         Ok(Self { jobs })
     }
 
-    /// Runs `operation` inside of `namespace`, after those that were asked for before. If the caller
-    /// stops waiting, the operation goes on to its end.
+    /// Runs `operation` inside of `namespace`, after those that were asked for before. If the
+    /// caller stops waiting, the operation goes on to its end.
     ///
     /// # Errors
     ///
@@ -107,7 +108,7 @@ impl NamespaceThread {
         let job: Job = Box::new(move |home| {
             let home = home.clone();
             Box::pin(async move {
-                // Fails only if nobody waits for it any more.
+                // Fails only if the caller has stopped waiting.
                 answer.send(inside(&target, &home, operation).await).ok();
             })
         });

@@ -19,8 +19,8 @@ use crate::InterceptionError;
 use crate::netlink::into_io;
 use crate::sandbox::sandbox_folder;
 
-/// The folder of namespaces that have names, in `/run` or in what a sandbox has in its place; `ip netns`
-/// looks in `/run/netns`.
+/// The folder of namespaces that have names, in `/run` or in what a sandbox has in its place; `ip
+/// netns` looks in `/run/netns`.
 const NAMED: &str = "netns";
 
 impl Namespace {

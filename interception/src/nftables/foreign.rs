@@ -10,7 +10,7 @@ use nlink::netlink::nftables::{
 };
 
 use super::{Kernel, ask};
-use crate::foreign::{Effect, effect_of_target, sets_proxy_mark};
+use crate::foreign::effect::{Effect, effect_of_target, sets_proxy_mark};
 use crate::plan::TABLE;
 use crate::{Entered, InterceptionError};
 
@@ -40,7 +40,8 @@ impl ForeignChain {
     }
 }
 
-/// The chains of others that packets of PREROUTING and OUTPUT meet at `last` or an earlier priority.
+/// The chains of others that packets of PREROUTING and OUTPUT meet at `last` or an earlier
+/// priority.
 pub(crate) async fn foreign_chains(
     entered: &Entered,
     last: i32,

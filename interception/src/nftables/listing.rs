@@ -105,8 +105,8 @@ async fn read(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
     Ok(Some(sorted(sections)))
 }
 
-/// How people read the lines of rules that nlink cannot put in nft's words. They may stand in the kernel
-/// for other families than planned, as after IPv6 was enabled.
+/// How people read the lines of rules that nlink cannot put in nft's words. They may stand in the
+/// kernel for other families than planned, as after IPv6 was enabled.
 pub(crate) fn readable(plan: &RulePlan) -> BTreeMap<String, String> {
     let families = [Families::Both, Families::V4, Families::V6];
     let rules = plan

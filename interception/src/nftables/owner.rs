@@ -1,7 +1,8 @@
-//! Who installed our table, for people that list it: the comment of a chain that nothing jumps to.
+//! The process that installed our table, as the comment of a chain that no rule jumps to: for people
+//! who list the table.
 //!
-//! It changes without the rules when another process takes over. Not here: whether that process still
-//! runs, which a table cannot tell.
+//! It changes without the rules when another process takes over. Not here: whether that process
+//! still runs, which the table does not show.
 
 use nlink::netlink::nftables::{Chain, ChainInfo, Family, RuleInfo};
 

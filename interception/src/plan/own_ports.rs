@@ -1,5 +1,5 @@
-//! The ports at which the proxy itself serves metrics and readiness: inbound connections to them are
-//! not the workload's, so mTLS and policies of the workload do not apply.
+//! The ports at which the proxy itself serves metrics and readiness: inbound connections to them
+//! are not the workload's, so mTLS and policies of the workload do not apply.
 //!
 //! Only what the proxy really listens on is spared. A port of the loopback interface cannot be
 //! reached from outside, so the same port of another address may be the workload's.

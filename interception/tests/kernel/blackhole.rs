@@ -15,6 +15,10 @@ pub(crate) const CASES: &[Case] = &[
     ("a blackhole leaves excluded users, ports and networks alone", exempts_exclusions),
     ("a blackhole is installed twice and removed without a trace", leaves_no_trace),
     ("a blackhole has thousands of exemptions", has_many_exemptions),
+    (
+        "a blackhole takes ports and users that ip rules cannot express",
+        takes_inexpressible_settings,
+    ),
 ];
 
 const PORT: u16 = 8080;
@@ -129,4 +133,26 @@ fn has_many_exemptions() -> Result<(), Failed> {
         Ok(())
     })?;
     equal("what is left", command(&pod, "ip rule")?, before)
+}
+
+/// The kernel refuses port 65535 in an ip rule, and users that the user namespace does not map.
+fn takes_inexpressible_settings() -> Result<(), Failed> {
+    let wired = Wired::new("inexpressible")?;
+    let _there = listeners(&wired, V4, &[PORT, 80])?;
+    inside(&wired.pod, async || {
+        for (settings, expected) in [
+            ("outbound.exclude_ports=1024-65535", [true, false]),
+            ("outbound.exclude_ports=65535 outbound.exclude_uids=4294967294", [false, false]),
+            ("outbound.include_cidrs=none outbound.include_ports=1024-65535", [false, false]),
+        ] {
+            let interception = prepare(settings).await?;
+            interception.block().await?;
+            equal("it is blocked", interception.is_blocked().await?, true)?;
+            let found = [connects(V4.remote, PORT, 0, 0)?, connects(V4.remote, 80, 0, 0)?];
+            equal(settings, found, expected)?;
+            equal("marked", connects(V4.remote, 80, PROXY_MARK, 0)?, true)?;
+            interception.unblock().await?;
+        }
+        Ok(())
+    })
 }

@@ -39,7 +39,8 @@ pub(super) enum Command {
         /// What the two files are called, without .pem and .key
         #[arg(long, value_name = "PREFIX")]
         out: PathBuf,
-        /// How long the certificate is valid: a whole number with its unit, ms, s, m or h, such as 90s, 10m, 24h or 720h (30 days)
+        /// How long the certificate is valid: a whole number with its unit, ms, s, m or h, such as
+        /// 90s, 10m, 24h or 720h (30 days)
         #[arg(long, default_value = "24h", value_parser = ttl)]
         ttl: Duration,
     },

@@ -22,8 +22,8 @@ use crate::logging;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
-    /// Check the settings, the mesh file and the certificates as a start would; every mistake is listed, and the exit code is 2
-    /// if there is one
+    /// Check the settings, the mesh file and the certificates as a start would; every mistake is
+    /// listed, and the exit code is 2 if there is one
     #[command(after_help = "Example:\n  underpass config check --config underpass.yaml")]
     Check {
         #[command(flatten)]

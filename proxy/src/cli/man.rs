@@ -1,6 +1,5 @@
 //! `underpass man`: the manual pages of all commands, made from the same definitions as their help.
 
-use std::io;
 use std::path::PathBuf;
 
 use clap::CommandFactory as _;
@@ -12,7 +11,8 @@ use super::{Cli, CommandError, print};
     after_help = "Example:\n  underpass man rules verify | man -l -\n  underpass man --dir /usr/share/man/man1"
 )]
 pub(super) struct Arguments {
-    /// The command whose page is printed, such as `rules verify`; without one, the page of underpass itself
+    /// The command whose page is printed, such as `rules verify`; without one, the page of
+    /// underpass itself
     command: Vec<String>,
     /// Write the pages of all commands to this folder instead
     #[arg(long, value_name = "DIR", conflicts_with = "command")]
@@ -29,10 +29,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), CommandError> {
     root.build();
     let mut command = &root;
     for name in &arguments.command {
-        command = command.find_subcommand(name).ok_or_else(|| {
-            let unknown = format!("there is no command {:?}", arguments.command.join(" "));
-            CommandError::Output(io::Error::new(io::ErrorKind::InvalidInput, unknown))
-        })?;
+        let Some(found) = command.find_subcommand(name) else {
+            return Err(CommandError::NoSuchCommand(arguments.command.join(" ")));
+        };
+        command = found;
     }
     let mut page = Vec::new();
     clap_mangen::Man::new(command.clone()).render(&mut page).map_err(CommandError::Output)?;

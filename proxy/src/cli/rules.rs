@@ -1,7 +1,8 @@
 //! `underpass rules`: what catches traffic, shown, installed, compared, explained, kept and removed, in the network
 //! namespace that the command stands in.
 //!
-//! Not here: the options that all of them share (`rules/options.rs`), and whose settings they are about (`rules/subject.rs`).
+//! Not here: the options that all of them share (`rules/options.rs`), and whose settings they are
+//! about (`rules/subject.rs`).
 
 mod options;
 mod subject;
@@ -46,35 +47,37 @@ pub(super) enum Command {
     Install {
         #[command(flatten)]
         options: RuleOptions,
-        /// Replace the rules of a proxy that runs, too
+        /// Install even if a running proxy owns the rules
         #[arg(long)]
         force: bool,
-        /// How the result is told
+        /// How the result is printed
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
-    /// Compare the rules in the kernel with those of the running proxy, or of the settings given; exit code 3 and the difference if
-    /// they are not the same, or if other rules bypass them
+    /// Compare the rules in the kernel with those of the running proxy, or of the settings given;
+    /// exit code 3 and the difference if they are not the same, or if other rules bypass them
     #[command(
         after_help = "Example:\n  ip netns exec pod-a underpass rules verify\n  ip netns exec pod-a underpass rules verify --config underpass.yaml"
     )]
     Verify {
         #[command(flatten)]
         options: RuleOptions,
-        /// How the result is told
+        /// How the result is printed
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
-    /// Remove every rule, ip rule, route and address of underpass, whatever backend and profile installed it
+    /// Remove every rule, ip rule, route and address of underpass, whatever backend and profile
+    /// installed it
     #[command(after_help = "Example:\n  ip netns exec pod-a underpass rules remove")]
     Remove {
-        /// Also remove chains, tables and ip rules of Istio and OSM, which underpass did not install
+        /// Also remove chains, tables and ip rules of Istio and OSM, which underpass did not
+        /// install
         #[arg(long)]
         other_meshes: bool,
         /// Allow the host's own network namespace
         #[arg(long)]
         allow_host: bool,
-        /// How the result is told
+        /// How the result is printed
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
@@ -105,10 +108,10 @@ pub(super) enum Command {
     Watch {
         #[command(flatten)]
         options: RuleOptions,
-        /// Replace the rules of a proxy that runs, too
+        /// Install even if a running proxy owns the rules
         #[arg(long)]
         force: bool,
-        /// How events are told, one line each
+        /// How events are printed, one line each
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },

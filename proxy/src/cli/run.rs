@@ -84,7 +84,6 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
 fn on_confined_thread<T: Send>(start: impl FnOnce() -> T + Send) -> Result<T, CommandError> {
     let confined = || -> io::Result<T> {
         confine_auxiliary_thread()?;
-        attempt_thread()?;
         Ok(start())
     };
     let lost = || io::Error::other("the thread that starts the log panicked");
@@ -96,19 +95,21 @@ fn on_confined_thread<T: Send>(start: impl FnOnce() -> T + Send) -> Result<T, Co
     .map_err(CommandError::start)
 }
 
-/// Starts a thread that does nothing: an attempt that may fail, before one of a library that panics if it does.
+/// Starts a thread that does nothing: an attempt that may fail, before one of a library that panics
+/// if it does.
 fn attempt_thread() -> io::Result<()> {
     std::thread::Builder::new().spawn(|| {})?.join().ok();
     Ok(())
 }
 
-/// How long a thread that waits for what blocks rests before it ends: for ever, almost. tokio panics where it needs one, has none
-/// and cannot start one; so there is always one.
+/// How long a thread that waits for what blocks rests before it ends: for ever, almost. tokio
+/// panics where it needs one, has none and cannot start one; so there is always one.
 const KEEP_ALIVE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// More of these threads would be idle for ever: they look up the names of CAs and of endpoints.
 const BLOCKING_THREADS: usize = 16;
 
-/// The runtime of this thread, which may keep a capability; threads on which it waits for what blocks need none.
+/// The runtime of this thread, which may keep a capability; threads on which it waits for what
+/// blocks need none.
 fn control_runtime() -> Result<Runtime, CommandError> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime

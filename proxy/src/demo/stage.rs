@@ -121,7 +121,8 @@ impl Stage {
             Sandbox::OfRoot => "",
             Sandbox::InUserNamespace => " -U --preserve-credentials",
         };
-        // Paths of namespaces are those of the sandbox's own mounts: nsenter opens them before it enters anything.
+        // Paths of namespaces are those of the sandbox's own mounts: nsenter opens them before it
+        // enters anything.
         let enter = format!("nsenter -t {}{user} -m nsenter", std::process::id());
         let [client, server] = [&self.client, &self.server]
             .map(|pod| format!("{enter} --net={}", pod.path().display()));

@@ -1,8 +1,10 @@
-//! When a peer's tunnel takes no new streams any longer: shortly before the first of both certificates expires, at the maximum age,
-//! at which a peer like ours has let it go by itself, or when it has had no stream for long; at once if the proxy closes.
+//! When a peer's tunnel takes no new streams any longer: shortly before the first of both
+//! certificates expires, at the maximum age, at which a peer like ours has let it go by itself, or
+//! when it has had no stream for long; at once if the proxy closes.
 //!
-//! A stock ztunnel fails a request that it opens while GOAWAY is on its way. So it is sent when no stream is open, when a new one
-//! is least likely; only a tunnel that is never without one gets it in the middle of them, after another tenth of the age.
+//! A stock ztunnel fails a request that it opens while GOAWAY is on its way. So it is sent when no
+//! stream is open, when a new one is least likely; only a tunnel that is never without one gets it
+//! in the middle of them, after another tenth of the age.
 //!
 //! Not here: streams after expiry, which the tunnel itself refuses.
 
@@ -20,7 +22,8 @@ const LOOK: Duration = Duration::from_secs(1);
 /// The same when the proxy closes, and for how long then.
 const LOOK_IN_HASTE: Duration = Duration::from_millis(20);
 const HASTE: Duration = Duration::from_secs(1);
-/// How often a tunnel that had streams is looked at for having none: an idle one goes at most this part later.
+/// How often a tunnel that had streams is looked at for having none: an idle one goes at most this
+/// part later.
 const IDLE_LOOKS: u32 = 8;
 
 /// The watch over one tunnel.
@@ -58,7 +61,7 @@ impl Retirement {
         Self { timer, plan, hastened: false, drained: false }
     }
 
-    /// The next CONNECT request; once it is time, the peer is told to send no more (GOAWAY).
+    /// The next CONNECT request; once the tunnel is due, a GOAWAY asks the peer to send no more.
     pub(super) async fn next_request(
         &mut self,
         node: &Node,
@@ -90,8 +93,9 @@ impl Retirement {
 }
 
 impl Plan {
-    /// For certificates that are `valid` for so long. Before they expire a tenth of that time, or of the age, is left to find a
-    /// moment without streams, and half of that for the peer to acknowledge.
+    /// For certificates that are `valid` for so long. Before they expire a tenth of that time, or
+    /// of the age, is left to find a moment without streams, and half of that for the peer to
+    /// acknowledge.
     fn new(valid: Duration, max_age: Duration, idle: Duration) -> Self {
         let now = Instant::now();
         let slack = max_age / 10;

@@ -56,7 +56,8 @@ fn plain(line: &[u8]) -> Cow<'_, [u8]> {
         Some(body) => (body, &b"\n"[..]),
         None => (line, &b""[..]),
     };
-    // Beyond ASCII only U+0080 to U+009F and the line separators matter; they begin with these bytes.
+    // Beyond ASCII only U+0080 to U+009F and the line separators matter; they begin with these
+    // bytes.
     let is_suspect = |byte: &u8| byte.is_ascii_control() || matches!(byte, 0xc2 | 0xe2);
     if body.len() <= MAX_LINE && !body.iter().any(is_suspect) {
         return Cow::Borrowed(line);

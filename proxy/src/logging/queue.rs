@@ -100,8 +100,8 @@ impl Queue {
         }
     }
 
-    /// Waits for lines, or for `timeout`, and takes all of them; the number of lines lost after them.
-    /// `None` when the queue is closed and empty.
+    /// Waits for lines, or for `timeout`, and takes all of them; the number of lines lost after
+    /// them. `None` when the queue is closed and empty.
     fn take(&self, lines: &mut Vec<u8>, timeout: Option<Duration>) -> Option<u64> {
         lines.clear();
         let mut state = self.state();

@@ -12,8 +12,8 @@ use crate::endpoint_health::EndpointHealth;
 use crate::policy::PolicyContext;
 use crate::self_test::SelfTest;
 
-/// Distinguishes the pods of this process. An id is never used again, unlike an address in memory or
-/// a name.
+/// Distinguishes the pods of this process. An id is never used again, unlike an address in memory
+/// or a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct PodId(u64);
 
@@ -58,7 +58,8 @@ impl Pod {
     }
 
     /// Whether connections go out of the pod that are not the workload's own: those of virtual
-    /// machines and containers, and those that an ingress gateway sends from its clients' addresses.
+    /// machines and containers, and those that an ingress gateway sends from its clients'
+    /// addresses.
     pub(crate) fn sends_for_others(&self) -> bool {
         let settings = self.interception.borrow();
         settings.ingress || !settings.virtual_interfaces.is_empty()

@@ -29,8 +29,8 @@ const REMEMBERED: Duration = Duration::from_secs(1);
 /// How many addresses are remembered; a pod has a few.
 const REMEMBERED_AT_MOST: usize = 16;
 
-/// A pod on a worker. The connections and the tunnels of the pod there hold it, the worker does not:
-/// it ends with the last of them.
+/// A pod on a worker. The connections and the tunnels of the pod there hold it, the worker does
+/// not: it ends with the last of them.
 #[derive(Debug)]
 pub(crate) struct Seat {
     pub(crate) worker: Arc<Worker>,
@@ -45,8 +45,8 @@ pub(crate) struct Seat {
     kept: AtomicBool,
     /// Whether a dial has failed since that task looked.
     failed: AtomicBool,
-    /// Addresses of the pod, and when the kernel said so. Only the worker's thread locks it, so that
-    /// workers do not wait for each other as they would at [`Pod::local`].
+    /// Addresses of the pod, and when the kernel said so. Only the worker's thread locks it, so
+    /// that workers do not wait for each other as they would at [`Pod::local`].
     local: Mutex<Vec<(IpAddr, Instant)>>,
 }
 
@@ -112,8 +112,9 @@ impl Seat {
         Ok(Place { load, source })
     }
 
-    /// The workload that opened an outbound connection: the pod's own. Only if the mesh does not have it
-    /// by its name, an address of the pod makes it the workload there, which must have its identity.
+    /// The workload that opened an outbound connection: the pod's own. Only if the mesh does not
+    /// have it by its name, an address of the pod makes it the workload there, which must have its
+    /// identity.
     pub(crate) fn caller<'a>(
         &self,
         snapshot: &'a Snapshot,
@@ -157,8 +158,8 @@ impl Seat {
         self.local.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps the seat for as long as its pool remembers a dial that failed just now: without it the next
-    /// connection would dial again at once.
+    /// Keeps the seat for as long as its pool remembers a dial that failed just now: without it the
+    /// next connection would dial again at once.
     pub(crate) fn keep_after_failure(self: &Arc<Self>) {
         self.failed.store(true, Relaxed);
         if self.kept.swap(true, Relaxed) {

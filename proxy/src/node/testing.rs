@@ -4,16 +4,11 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use underpass_config::{Mesh, Settings, Sources};
-use underpass_interception::{LocalAddresses, Ports, Sockets};
+use underpass_interception::{LocalAddresses, Sockets};
 
 use super::{Node, Pod, PodId};
-use crate::balance::Balance;
-use crate::copy::Buffers;
-use crate::drain::Drain;
 use crate::gate::Gate;
-use crate::limits::Limits;
 use crate::policy::PolicyContext;
-use crate::resolve::Resolver;
 use crate::snapshot::Snapshot;
 
 /// The settings of a workload `server`, with others beside.
@@ -25,23 +20,12 @@ pub(crate) fn settings(more: &[&str]) -> Settings {
     sources.load().expect("settings")
 }
 
-/// The policy context of these settings.
-pub(crate) fn context(settings: &Settings) -> PolicyContext {
-    PolicyContext {
-        ports: Ports::of(settings),
-        own: settings.workload.clone(),
-        egress: settings.egress.clone(),
-        mtls: settings.proxy.mtls.clone(),
-        probes: settings.interception.kubelet_probes.clone(),
-    }
-}
-
 /// A pod with these settings, without credentials.
 pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
     let settings = settings(more);
     Arc::new(Pod {
         id: PodId::next(),
-        context: context(&settings),
+        context: PolicyContext::of(&settings),
         sockets: Sockets::new(&settings.interception, false),
         credentials: None,
         endpoints: Arc::default(),
@@ -56,17 +40,6 @@ pub(crate) fn node(workers: usize) -> Arc<Node> {
     let settings = settings(&[]);
     let mesh = Arc::new(Mesh::from_text("mesh", "workloads: []").expect("a mesh"));
     let snapshot = Arc::new(Snapshot::new(mesh, &settings.workload, 1));
-    let limits = Limits::new(&settings.limits, workers);
-    Arc::new(Node {
-        deadlines: (&settings.timeouts).into(),
-        tunnels: settings.tunnels,
-        mesh: watch::Sender::new(snapshot).subscribe(),
-        resolver: Arc::new(Resolver::system(tokio::runtime::Handle::current())),
-        balance: Balance::new(workers, limits.connections_per_worker),
-        buffers: Buffers::new(settings.limits.buffers, limits.descriptors.clone()),
-        limits,
-        drain: Drain::default(),
-        accept: Gate::default(),
-        timeouts: settings.timeouts,
-    })
+    let mesh = watch::Sender::new(snapshot).subscribe();
+    Arc::new(Node::new(&settings, workers, mesh, Gate::default()))
 }

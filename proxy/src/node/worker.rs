@@ -33,8 +33,8 @@ pub(crate) struct Worker {
     pub(crate) series: KnownSeries,
     /// The command channel of each worker, this one included.
     workers: Arc<[mpsc::Sender<WorkerCommand>]>,
-    /// The seats of the pods that have a connection or a tunnel here. Only this worker's thread locks
-    /// it, and never across an await.
+    /// The seats of the pods that have a connection or a tunnel here. Only this worker's thread
+    /// locks it, and never across an await.
     seats: Mutex<HashMap<PodId, Weak<Seat>>>,
 }
 
@@ -98,8 +98,8 @@ impl Worker {
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives a connection to the worker that it is assigned to. Returns it if that worker's queue is
-    /// full.
+    /// Gives a connection to the worker that it is assigned to. Returns it if that worker's queue
+    /// is full.
     pub(crate) fn assign(self: &Arc<Self>, assignment: Assignment) -> Option<Assignment> {
         let chosen = assignment.place.load.worker();
         let Some(other) = self.workers.get(chosen).filter(|_| chosen != self.index) else {
@@ -152,7 +152,7 @@ impl Worker {
                     let mut accepting = listeners.remove(&pod).unwrap_or_default();
                     tokio::spawn(async move {
                         accepting.shutdown().await;
-                        // Nobody may wait for it.
+                        // Fails if the caller has stopped waiting.
                         removed.send(()).ok();
                     });
                 }
@@ -160,8 +160,8 @@ impl Worker {
         }
     }
 
-    /// Aborts the open connections when the drain deadline has passed. Connecting checks the deadline
-    /// itself, before all else; so a connection is found here, or has not begun.
+    /// Aborts the open connections when the drain deadline has passed. Connecting checks the
+    /// deadline itself, before all else; so a connection is found here, or has not begun.
     async fn abort(&self) {
         let _drained = self.node.drain.aborting().await;
         let all = self.live.stop(|_, _| Err(ProxyError::Drained)).await;

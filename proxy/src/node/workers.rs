@@ -13,7 +13,8 @@ use super::{Node, Pod, PodId, Worker, WorkerCommand};
 use crate::accept::Kind;
 use crate::publish::Applied;
 
-/// How many commands may wait for a worker. Beyond it, the worker that accepts a connection serves it.
+/// How many commands may wait for a worker. Beyond it, the worker that accepts a connection serves
+/// it.
 const COMMAND_QUEUE: usize = 1024;
 
 /// The running workers.
@@ -44,7 +45,8 @@ impl WorkerThread {
 }
 
 impl Workers {
-    /// Starts `count` workers, which serve nothing yet. `kept`: the capabilities that each thread keeps.
+    /// Starts `count` workers, which serve nothing yet. `kept`: the capabilities that each thread
+    /// keeps.
     ///
     /// # Errors
     ///
@@ -104,8 +106,9 @@ impl Workers {
     }
 }
 
-/// Starts a thread with a runtime of its own that ends with the task. A runtime that cannot be made is an error of the start; it is
-/// made on its thread, since it must not be dropped on another one's.
+/// Starts a thread with a runtime of its own that ends with the task. A runtime that cannot be made
+/// is an error of the start; it is made on its thread, since it must not be dropped on another
+/// one's.
 fn start_thread<F: Future<Output = ()>>(
     index: usize,
     kept: Kept,

@@ -8,7 +8,7 @@ use crate::node::testing::{self, pod};
 const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
 
 fn context(more: &[&str]) -> PolicyContext {
-    testing::context(&testing::settings(more))
+    PolicyContext::of(&testing::settings(more))
 }
 
 fn snapshot(generation: u64, policies: &str) -> Snapshot {

@@ -27,7 +27,8 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Listens at `path`, in the place of whoever did before. `user` is whom the process becomes later.
+    /// Listens at `path`, replacing an earlier listener. `user` is the user that the process
+    /// becomes later.
     pub(super) fn make(path: &Path, user: Option<ProxyUser>) -> io::Result<Self> {
         if path.parent() == Some(Path::new(FOLDER)) {
             make_folder(user)?;

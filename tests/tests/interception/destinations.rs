@@ -24,7 +24,7 @@ pub(crate) fn add(suite: &mut Suite) {
 }
 
 /// The client routes two addresses by way of the server's pod, which forwards packets. The pod has
-/// the first of them; the second is nobody's.
+/// the first of them; the second belongs to no host.
 async fn serves_own_addresses_only(family: Family, settings: impl Fn(Settings) -> Settings) {
     let scene = Scene::new().await;
     let (own, other): (IpAddr, IpAddr) = match family {

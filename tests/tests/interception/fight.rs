@@ -1,15 +1,15 @@
-//! Another program that takes the rules away again and again: repairs go on, and nothing leaves in plain meanwhile.
+//! Another program that takes the rules away again and again: repairs go on, and nothing leaves in
+//! plain meanwhile.
 
 use std::path::Path;
 
 use nix::sys::signal::Signal;
 use tokio::io::AsyncWriteExt as _;
 use underpass_tests::{
-    APP, Background, CLIENT, Family, Pod, Proxy, Scene, Server, Settings, Suite, http_get, tool,
-    until,
+    APP, Background, CLIENT, Family, Pod, Proxy, Scene, Server, Settings, Suite, tool, until,
 };
 
-use crate::{AMBIENT, OSM, Profile, SIDECAR};
+use crate::{AMBIENT, OSM, Profile, SIDECAR, readiness};
 
 const FIGHT: &[&str] = &["ERROR", "another program changes the rules again and again"];
 const REPAIRS: &str = "underpass_rules_repairs_total";
@@ -35,10 +35,6 @@ pub(crate) fn add(suite: &mut Suite) {
 fn settings(scene: &Scene, profile: Profile) -> Settings {
     let excluded = format!("interception.outbound.exclude_ports={EXCLUDED}");
     profile.of(scene.client_settings()).set(&excluded)
-}
-
-async fn readiness(pod: &Pod) -> (u16, String) {
-    http_get(pod, ([127, 0, 0, 1], 15021).into(), "/healthz/ready").await
 }
 
 /// Whether the blackhole stands, in both families or in none.

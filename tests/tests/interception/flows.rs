@@ -61,8 +61,8 @@ async fn through_the_tunnel(profile: Profile, family: Family) {
     server_proxy.line(&["connection complete", "direction=\"inbound\"", &source]).await;
 }
 
-/// With mTLS strict and a policy that allows one identity only, metrics and readiness answer in plain
-/// at the addresses that the settings give them; what else has a port beside them does not.
+/// With mTLS strict and a policy that allows one identity only, metrics and readiness answer in
+/// plain at the addresses that the settings give them; what else has a port beside them does not.
 async fn own_services(profile: Profile, family: Family) {
     let scene = Scene::new().await;
     let allow = "[[[{principals: [{exact: cluster.local/ns/default/sa/nobody}]}]]]";

@@ -1,9 +1,10 @@
-//! Rules of other programs in front of ours: the self-test finds that traffic is not caught, and what may be the cause is named.
+//! Rules of other programs in front of ours: the self-test finds that traffic is not caught, and
+//! what may be the cause is named.
 
 use underpass::spawn::SpawnError;
-use underpass_tests::{Pod, Proxy, Scene, Settings, Suite, http_get, tool, until};
+use underpass_tests::{Pod, Proxy, Scene, Settings, Suite, tool, until};
 
-use crate::{AMBIENT, OSM, Profile, SIDECAR};
+use crate::{AMBIENT, OSM, Profile, SIDECAR, readiness};
 
 const FAILED: &[&str] = &["ERROR", "the self-test of the rules failed"];
 const PASSED: &str = "underpass_self_test_passed";
@@ -31,10 +32,6 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test("a mark in a table of iptables-legacy makes the proxy unready", legacy);
     suite.test("Istio's chains are named by the start that they make fail", istio_is_named);
     suite.test("`rules remove` removes Istio's chains only when asked to", istio_is_removed);
-}
-
-async fn readiness(pod: &Pod) -> (u16, String) {
-    http_get(pod, ([127, 0, 0, 1], 15021).into(), "/healthz/ready").await
 }
 
 async fn nft(pod: &Pod, command: &str) {

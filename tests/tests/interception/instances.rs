@@ -1,4 +1,5 @@
-//! One proxy in a network namespace: a second one is refused, and `rules verify` and `rules explain` ask the first.
+//! One proxy in a network namespace: a second one is refused, and `rules verify` and `rules
+//! explain` ask the first.
 
 use nix::sys::signal::Signal;
 use serde_json::Value;

@@ -1,4 +1,5 @@
-//! IPv6 that is enabled or disabled while the proxy runs: nothing leaves in plain, and IPv4 goes on.
+//! IPv6 that is enabled or disabled while the proxy runs: nothing leaves in plain, and IPv4 goes
+//! on.
 
 use underpass_interception::{PacketCapture, TcpSegment};
 use underpass_tests::{APP, Family, HBONE, Pod, Scene, Server, Suite, exchange, tool, until};

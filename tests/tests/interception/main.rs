@@ -23,7 +23,7 @@ mod tproxy;
 use std::net::IpAddr;
 use std::process::ExitCode;
 
-use underpass_tests::{CLIENT, Family, Proxy, Scene, Settings, Suite};
+use underpass_tests::{CLIENT, Family, Pod, Proxy, Scene, Settings, Suite, http_get};
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
@@ -42,6 +42,11 @@ fn main() -> ExitCode {
     start::add(&mut suite);
     commands::add(&mut suite);
     suite.run()
+}
+
+/// The status of readiness, and its reason.
+async fn readiness(pod: &Pod) -> (u16, String) {
+    http_get(pod, ([127, 0, 0, 1], 15021).into(), "/healthz/ready").await
 }
 
 /// A profile, and how it shows.

@@ -112,8 +112,8 @@ impl Thread {
     }
 }
 
-/// Waits until there are two workers, and every thread has what `kept` says and has given up what it began with. A new thread
-/// has the capabilities of the one that made it for a moment.
+/// Waits until there are two workers, and every thread has what `kept` says and has given up what
+/// it began with. A new thread has the capabilities of the one that made it for a moment.
 async fn all_confined(proxy: &Proxy, kept: impl Fn(&Thread) -> u64) -> Vec<Thread> {
     let is_confined = |thread: &Thread| {
         let kept = kept(thread);
@@ -172,7 +172,8 @@ async fn iptables_in_ambient() {
 async fn hides_memory() {
     let scene = Scene::new().await;
     let proxy = scene.client.proxy(&scene.client_settings()).await;
-    // Root without SYS_PTRACE, and with what the proxy has: else the kernel refuses it for that (ptrace(2)).
+    // Root without SYS_PTRACE, and with what the proxy has: else the kernel refuses it for that
+    // (ptrace(2)).
     for (file, code) in [("environ", 1), ("status", 0)] {
         let file = format!("/proc/{}/{file}", proxy.pid());
         let arguments = ["--bounding-set=-all,+net_admin", "cat", &file];
@@ -208,7 +209,8 @@ async fn names_missing_capabilities() {
     }
 }
 
-/// The threads of a proxy that is another user now, and of no other group, when each has what `kept` says.
+/// The threads of a proxy that is another user now, and of no other group, when each has what
+/// `kept` says.
 async fn threads(proxy: &Proxy, profile: Profile, kept: impl Fn(&Thread) -> u64) -> Vec<Thread> {
     let threads = all_confined(proxy, kept).await;
     let user = [profile.user.expect("a user"); 4];

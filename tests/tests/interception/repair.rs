@@ -1,4 +1,4 @@
-//! Rules that another program changes: they are put back, and it is told.
+//! Rules that another program changes are repaired, and the repair is logged.
 
 use nix::sys::signal::Signal;
 use underpass_tests::{Pod, Proxy, Scene, Settings, Suite, binary, tool, until};
@@ -28,7 +28,7 @@ pub(crate) fn add(suite: &mut Suite) {
         );
     }
     suite.test("a proxy that may not repair says what it leaves behind", left_changed);
-    suite.test("`rules watch` installs, repairs and ends when it is told to", watch);
+    suite.test("`rules watch` installs, repairs, and ends at a stop signal", watch);
 }
 
 /// Changes what is there by `command`, and waits until it is put back and the proxy has said so.
@@ -40,7 +40,8 @@ async fn put_back(pod: &Pod, proxy: &Proxy, settings: &Settings, command: &str) 
     until("the repair is logged", async || proxy.count(CHANGED) > 0).await;
     let intact = async || pod.rules("verify", settings).await.status.success();
     until(&format!("the rules are put back after {command}"), intact).await;
-    // The third change within seconds is taken for a fight, which ends when nothing changes for 2 s.
+    // The third change within seconds is taken for a fight, which ends when nothing changes for 2
+    // s.
     let counted = async || pod.metrics().await.sum(INTACT, &[]) == Some(1.0);
     until(&format!("the rules are intact after {command}"), counted).await;
 }

@@ -54,7 +54,8 @@ impl Neighbourhood {
         Self { scene, family, neighbour }
     }
 
-    /// What the proxy's listener answers stays in the pod, as it does for a virtual machine behind it.
+    /// What the proxy's listener answers stays in the pod, as it does for a virtual machine behind
+    /// it.
     async fn lead_answers_back(&self) {
         let pod = &self.scene.client;
         self.ip(pod, "rule add ipproto tcp sport 15001 lookup 999").await;

@@ -1,4 +1,5 @@
-//! What a peer can hold with tunnels in which it opens no stream: a peer with a good certificate whom every policy refuses.
+//! What a peer can hold with tunnels in which it opens no stream: a peer with a good certificate
+//! that every policy refuses.
 
 use std::time::Duration;
 
@@ -101,7 +102,8 @@ fn resident(proxy: &Proxy) -> u64 {
     kib << 10
 }
 
-/// Opens tunnels, sends as much of `bytes` in each as the proxy takes, and sees all of them closed while another peer is served.
+/// Opens tunnels, sends as much of `bytes` in each as the proxy takes, and sees all of them closed
+/// while another peer is served.
 async fn hold(bytes: &[u8], reason: &str) {
     let scene = Scene::new().await;
     let settings = scene.server_settings().set("timeouts.frame=3s").set("logging.filter=warn");
@@ -131,7 +133,8 @@ async fn hold(bytes: &[u8], reason: &str) {
     scene.echoed().await;
 }
 
-/// HEADERS and four CONTINUATION frames of 1 MiB without END_HEADERS, as it was done to a proxy with frames of 1 MiB.
+/// HEADERS and four CONTINUATION frames of 1 MiB without END_HEADERS, as it was done to a proxy
+/// with frames of 1 MiB.
 async fn header_blocks() {
     let mut bytes = Vec::new();
     for kind in [1, 9, 9, 9, 9] {

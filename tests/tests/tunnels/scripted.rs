@@ -18,7 +18,8 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test("what is refused twice fails", refused_twice);
     suite.test("a stream that is reset otherwise is not tried again", reset);
     suite.test("a request that is answered with an error is not tried again", denied);
-    suite.test("small writes that nobody reads cost a neighbour nothing", small_writes);
+    suite
+        .test("small writes to a stalled reader do not close the neighbour's stream", small_writes);
 }
 
 type Tunnel = h2::server::Connection<TlsStream<TcpStream>, bytes::Bytes>;

@@ -146,8 +146,8 @@ fn rules_match_what_the_table_says() {
     }
 }
 
-/// Rules, and which of two connections of the service account web in the namespace shop they match: one
-/// whose certificate names `td`, and one whose certificate names `old`, its alias.
+/// Rules, and which of two connections of the service account web in the namespace shop they match:
+/// one whose certificate names `td`, and one whose certificate names `old`, its alias.
 const ALIAS_TABLE: &[(&str, &str)] = &[
     // The name in the policy is the certificate's, or that of the alias: both are the same peer.
     ("{principals: [!Exact td/ns/shop/sa/web]}", "td old"),

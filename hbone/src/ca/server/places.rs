@@ -1,10 +1,10 @@
-//! The places that connections to the CA take: how many there are, how many one source has, and which
-//! connection loses its place to a new one.
+//! The places that connections to the CA take: how many there are, how many one source has, and
+//! which connection loses its place to a new one.
 //!
 //! Anyone can connect, so a connection is worth little before it has presented a listed token. When
-//! there is no place, the connection that loses its own is the oldest one of the source that has the
-//! most, among those without a token; else among idle ones with a token. One that is being answered
-//! never does. So a flood displaces itself, from one source or from several.
+//! there is no place, the connection that loses its own is the oldest one of the source that has
+//! the most, among those without a token; else among idle ones with a token. One that is being
+//! answered never does. So a flood displaces itself, from one source or from several.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -51,8 +51,8 @@ pub(super) struct Place {
 pub(super) struct Busy<'a>(&'a Place);
 
 impl Places {
-    /// A place for a connection of `source`. If need be, another connection loses its own; `None` if
-    /// none can.
+    /// A place for a connection of `source`. If need be, another connection loses its own; `None`
+    /// if none can.
     pub(super) fn take(&self, source: IpAddr) -> Option<Place> {
         let source = network(source);
         let mut table = self.table();

@@ -94,7 +94,8 @@ fn impersonating(csr: String, kind: Kind) -> IstioCertificateRequest {
     IstioCertificateRequest { metadata: Some(Struct { fields }), ..request(csr, 60) }
 }
 
-/// The identity of a leaf, and how long it is valid in seconds, with the tenth before it was issued.
+/// The identity of a leaf, and how long it is valid in seconds, with the tenth before it was
+/// issued.
 fn leaf(pem: &str) -> (String, i64) {
     let der = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
     let (_, leaf) = x509_parser::parse_x509_certificate(&der).unwrap();

@@ -10,8 +10,8 @@ use crate::testing::frames::{
 
 const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Sends `bytes` after SETTINGS to a server that has no request, and waits for the tunnel's end: the limit that was exceeded, the
-/// code of GOAWAY, and how long it took.
+/// Sends `bytes` after SETTINGS to a server that has no request, and waits for the tunnel's end:
+/// the limit that was exceeded, the code of GOAWAY, and how long it took.
 async fn exceed(bytes: &[u8]) -> (Option<TunnelLimit>, Option<u32>, Duration) {
     let (mut client, mut server) = RawClient::settled(ServerSettings::default()).await;
     let start = Instant::now();

@@ -1,4 +1,5 @@
-//! Small writes to a peer that is blocked, to one whose application does not read, and to one that does.
+//! Small writes to a peer that is blocked, to one whose application does not read, and to one that
+//! does.
 
 use std::future::poll_fn;
 use std::sync::atomic::Ordering;
@@ -69,7 +70,7 @@ async fn gathers_small_writes_while_connection_is_blocked() {
     }
     let (mut far_reader, _far_writer) = far.split();
     stopped.store(false, Ordering::Relaxed);
-    // Nothing wakes who waits for the connection; keepalive looks at it.
+    // No event wakes the task that waits for the connection; keepalive polls it.
     let chunks = tokio::select! {
         chunks = chunks(&mut far_reader, BYTES) => chunks,
         broken = flush_for_ever(&mut writer) => panic!("{broken}"),
@@ -91,7 +92,8 @@ async fn sends_small_writes_at_once_to_peer_that_bears_them() {
     assert_eq!(start.elapsed(), Duration::ZERO);
 }
 
-/// A peer with h2's defaults of 0.4.17, which does not read the first stream and answers each chunk of the second one.
+/// A peer with h2's defaults of 0.4.17, which does not read the first stream and answers each chunk
+/// of the second one.
 async fn strict_peer() -> (TunnelStream, TunnelStream) {
     let authority = authority("td");
     let server = credentials(&identity(&authority, SERVER));

@@ -26,6 +26,8 @@ const READ: usize = 8 << 10;
 /// Maximum bytes that an unauthenticated peer can make us buffer. rustls allows a message of 64
 /// KiB; the rest is for record headers and tags.
 const MAX_INCOMING: usize = 96 << 10;
+/// Bytes that were read behind the handshake fit into one buffer (`Input::new`).
+const _: () = assert!(MAX_INCOMING + READ <= super::buffer::SIZE);
 
 /// A finished handshake.
 pub(in crate::tls) struct Finished<C, T> {

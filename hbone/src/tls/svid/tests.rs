@@ -1,4 +1,5 @@
-//! Leaves that are X.509-SVIDs, and leaves with one fault each, as both sides of a handshake and our own loading see them.
+//! Leaves that are X.509-SVIDs, and leaves with one fault each, as both sides of a handshake and
+//! our own loading see them.
 
 use std::collections::BTreeMap;
 use std::path::Path;

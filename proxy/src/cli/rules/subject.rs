@@ -1,4 +1,5 @@
-//! Whose rules `rules verify` and `rules explain` are about: those of the settings given, else those of the proxy that runs here.
+//! Whose rules `rules verify` and `rules explain` are about: those of the settings given, else
+//! those of the proxy that runs here.
 
 use std::io::{self, Write as _};
 
@@ -27,7 +28,8 @@ pub(super) enum Source {
 }
 
 impl Subject {
-    /// Asks the proxy that runs, if the options say nothing. That defaults are assumed goes to standard error.
+    /// Asks the proxy that runs, if the options say nothing. That defaults are assumed goes to
+    /// standard error.
     pub(super) async fn of(options: RuleOptions) -> Result<Self, CommandError> {
         if !options.are_empty() {
             return Ok(Self { settings: options.load()?, source: Source::Given });

@@ -1,4 +1,5 @@
-//! `underpass rules verify`.
+//! `underpass rules verify`: compares the installed rules with the wanted ones, and lists rules of other
+//! programs that act before them.
 
 use serde_json::{Value, json};
 use underpass_config::Profile;

@@ -1,0 +1,105 @@
+//! Tracks whether a connection is blocked on writes. While it is, streams gather small writes instead
+//! of queueing a frame for each.
+//!
+//! Not here: gathering (`stream/gather.rs`).
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+/// The sending direction of one connection.
+#[derive(Debug, Default)]
+pub(crate) struct BackPressure {
+    blocked: AtomicBool,
+    /// By stream, so that a stream that is polled again, or ends, leaves no waker behind.
+    waiting: Mutex<HashMap<u32, Waker>>,
+}
+
+impl BackPressure {
+    /// Notes whether bytes are left that the connection did not take.
+    pub(crate) fn set_blocked(&self, blocked: bool) {
+        if self.blocked.load(Ordering::Relaxed) == blocked {
+            return;
+        }
+        self.blocked.store(blocked, Ordering::SeqCst);
+        if !blocked {
+            let waiting = std::mem::take(&mut *self.waiting());
+            waiting.into_values().for_each(Waker::wake);
+        }
+    }
+
+    /// Ready while the connection takes what is written to it. Wakes the task of `stream` when it
+    /// does again.
+    pub(crate) fn poll_writable(&self, stream: u32, cx: &Context<'_>) -> Poll<()> {
+        if !self.blocked.load(Ordering::Relaxed) {
+            return Poll::Ready(());
+        }
+        let mut waiting = self.waiting();
+        // Check again under the lock: set_blocked stores the flag before it takes the lock.
+        if !self.blocked.load(Ordering::SeqCst) {
+            return Poll::Ready(());
+        }
+        waiting.insert(stream, cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// Drops the waker of a stream that has ended.
+    pub(crate) fn forget(&self, stream: u32) {
+        // Its task may end with it: not under the lock.
+        let _waker = self.waiting().remove(&stream);
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u32, Waker>> {
+        // Nothing panics while it is held.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use futures_util::task::{ArcWake, waker};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Woken(AtomicBool);
+
+    impl ArcWake for Woken {
+        fn wake_by_ref(this: &Arc<Self>) {
+            this.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn wakes_each_waiting_stream_once_when_it_is_writable() {
+        let (pressure, woken) = (BackPressure::default(), Arc::<Woken>::default());
+        let waker = waker(woken.clone());
+        let cx = Context::from_waker(&waker);
+        let poll = |stream: u32| pressure.poll_writable(stream, &cx);
+        assert!(poll(1).is_ready());
+        pressure.set_blocked(true);
+        assert!(poll(1).is_pending() && poll(1).is_pending());
+        assert_eq!(pressure.waiting().len(), 1);
+        assert!(!woken.0.load(Ordering::Relaxed));
+        pressure.set_blocked(false);
+        assert!(woken.0.load(Ordering::Relaxed) && pressure.waiting().is_empty());
+        assert!(poll(1).is_ready());
+    }
+
+    #[test]
+    fn holds_no_waker_of_streams_that_ended_while_blocked() {
+        let (pressure, woken) = (BackPressure::default(), Arc::<Woken>::default());
+        pressure.set_blocked(true);
+        for stream in (1..2000_u32).step_by(2) {
+            let waker = waker(woken.clone());
+            let cx = Context::from_waker(&waker);
+            assert!(pressure.poll_writable(stream, &cx).is_pending());
+            pressure.forget(stream);
+        }
+        assert!(pressure.waiting().is_empty());
+        assert_eq!(Arc::strong_count(&woken), 1, "no task is kept");
+    }
+}

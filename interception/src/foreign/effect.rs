@@ -1,0 +1,94 @@
+//! What a rule of another program does to packets that ours would catch, read from its target or its
+//! text.
+//!
+//! Not here: where such rules are found (`foreign.rs`).
+
+use crate::plan::{MARK_MASK, PROXY_MARK};
+
+/// What a foreign rule does to packets that ours would catch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Effect {
+    /// It sets the proxy's mark: what it matches is not caught.
+    SetsProxyMark,
+    /// It sets or copies a packet or connection mark.
+    Marks,
+    /// It changes the destination, so that ours cannot.
+    Redirects,
+    /// It takes packets out of connection tracking, or puts them into another zone: they are not
+    /// redirected.
+    Untracks,
+    /// It hands packets to another program or socket.
+    Diverts,
+    /// It ends the chain that ours stand in.
+    Accepts,
+    /// An ip rule that comes before ours.
+    Routes,
+}
+
+impl Effect {
+    /// What it does, as a verb phrase.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::SetsProxyMark => "sets the proxy's mark",
+            Self::Marks => "changes marks",
+            Self::Redirects => "changes the destination",
+            Self::Untracks => "changes connection tracking",
+            Self::Diverts => "diverts packets",
+            Self::Accepts => "ends the chain before our rules",
+            Self::Routes => "chooses a route before our ip rule",
+        }
+    }
+}
+
+/// `text`: the rule, with the options of its target. `own`: our rules are in the same tables.
+pub(crate) fn effect_of_target(target: &str, text: &str, own: bool) -> Option<Effect> {
+    match target {
+        "MARK" | "CONNMARK" if sets_proxy_mark(text) => Some(Effect::SetsProxyMark),
+        "MARK" | "CONNMARK" => Some(Effect::Marks),
+        "REDIRECT" | "DNAT" | "NETMAP" => Some(Effect::Redirects),
+        "NOTRACK" | "CT" => Some(Effect::Untracks),
+        "TPROXY" | "NFQUEUE" => Some(Effect::Diverts),
+        "ACCEPT" if own => Some(Effect::Accepts),
+        _ => None,
+    }
+}
+
+/// Whether a rule's text says that it sets the packet mark to the proxy's: `meta mark set 0x539`,
+/// `--set-xmark 0x539/0xfff`.
+pub(crate) fn sets_proxy_mark(text: &str) -> bool {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    words.windows(2).any(|pair| {
+        let [option, value] = pair else { return false };
+        let sets = ["set", "--set-mark", "--set-xmark"].contains(option);
+        sets && is_proxy_mark(value)
+    })
+}
+
+fn is_proxy_mark(value: &str) -> bool {
+    let value = value.split('/').next().unwrap_or_default();
+    let number = match value.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => value.parse(),
+    };
+    number.is_ok_and(|mark| mark & MARK_MASK == PROXY_MARK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn recognises_the_proxys_mark_in_either_notation() {
+        for text in [
+            "meta mark set 0x00000539",
+            "-j MARK --set-xmark 0x4539/0xffffffff",
+            "meta mark set 1337",
+        ] {
+            assert!(sets_proxy_mark(text), "{text}");
+        }
+        for text in ["meta mark set 0x00000111", "meta mark 0x539 accept", "--set-xmark nonsense"] {
+            assert!(!sets_proxy_mark(text), "{text}");
+        }
+    }
+}

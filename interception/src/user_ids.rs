@@ -1,0 +1,62 @@
+//! Which numbers of users and groups exist in the user namespace of the process (user_namespaces(7)).
+//!
+//! The kernel refuses others in ip rules and in xt_owner with a mere "invalid argument".
+
+use std::fs;
+
+/// The users or the groups of the user namespace. If /proc does not show them, all count as existing.
+#[derive(Debug)]
+pub(crate) struct UserIds {
+    /// The first number inside of the namespace, and how many follow it.
+    ranges: Vec<(u32, u32)>,
+}
+
+impl UserIds {
+    pub(crate) fn of_users() -> Self {
+        Self::read("uid_map")
+    }
+
+    pub(crate) fn of_groups() -> Self {
+        Self::read("gid_map")
+    }
+
+    fn read(map: &str) -> Self {
+        let map = fs::read_to_string(format!("/proc/thread-self/{map}")).unwrap_or_default();
+        Self::parse(&map)
+    }
+
+    /// Each line: the first number inside, the first number outside, the count.
+    fn parse(map: &str) -> Self {
+        let range = |line: &str| {
+            let mut numbers = line.split_whitespace();
+            Some((numbers.next()?.parse().ok()?, numbers.nth(1)?.parse().ok()?))
+        };
+        Self { ranges: map.lines().filter_map(range).collect() }
+    }
+
+    pub(crate) fn contain(&self, id: u32) -> bool {
+        let has = |(first, count): &(u32, u32)| {
+            id.checked_sub(*first).is_some_and(|offset| offset < *count)
+        };
+        self.ranges.is_empty() || self.ranges.iter().any(has)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contains_ids_within_ranges_of_map() {
+        let ids =
+            UserIds::parse("         0       1000          1\n      1000     100000      65536\n");
+        for (id, exists) in [(0, true), (1, false), (1000, true), (66_535, true), (66_536, false)] {
+            assert_eq!(ids.contain(id), exists, "{id}");
+        }
+    }
+
+    #[test]
+    fn contains_every_id_in_initial_namespace() {
+        assert!(UserIds::parse("         0          0 4294967295\n").contain(4_294_967_294));
+    }
+}
