@@ -100,7 +100,7 @@ pub const KEYS: &[&str] = &[
     "timeouts.half_close",
     "timeouts.keepalive",
     "timeouts.drain",
-    "timeouts.handed_over",
+    "timeouts.handover_drain",
     "timeouts.pool_idle",
     "timeouts.tunnel_idle",
     "timeouts.set_aside",

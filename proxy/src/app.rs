@@ -21,12 +21,12 @@ use crate::certificates::{self, Certificate};
 use crate::cli::CommandError;
 use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
-use crate::gate::Gate;
 use crate::instance::{Instance, Status};
 use crate::listeners::Listeners;
 use crate::node::{Node, Pod, PodId, Workers};
 use crate::notify;
 use crate::parent::ParentGone;
+use crate::pause_gate::PauseGate;
 use crate::policy::PolicyContext;
 use crate::publish::Publisher;
 use crate::reload::Reload;
@@ -253,8 +253,8 @@ async fn end_orderly(
             tenure.rules = false;
             endpoints.close();
             notify::succeeded_by(pid);
-            tracing::info!(pid, connections, deadline = ?timeouts.handed_over, "another process has taken over");
-            [timeouts.handed_over, timeouts.drain, Duration::ZERO]
+            tracing::info!(pid, connections, deadline = ?timeouts.handover_drain, "another process has taken over");
+            [timeouts.handover_drain, timeouts.drain, Duration::ZERO]
         }
     };
     // A worker that does not answer delays the drain no longer than that.
@@ -374,7 +374,7 @@ impl Endpoints {
     fn serve(
         readiness: BoundListener,
         metrics: BoundListener,
-        gate: &Gate,
+        gate: &PauseGate,
     ) -> Result<Self, CommandError> {
         let handle = metrics::install().map_err(CommandError::Metrics)?;
         let state = Readiness::default();

@@ -17,9 +17,9 @@ use underpass_interception::{
 use crate::cli::CommandError;
 use crate::endpoints::Readiness;
 use crate::error::chain;
-use crate::gate::Gate;
 use crate::guard::{Event, Guard};
 use crate::metrics;
+use crate::pause_gate::PauseGate;
 use crate::reload::Reload;
 use crate::self_test::{self, SelfTest, SelfTestError};
 
@@ -375,7 +375,7 @@ pub(crate) async fn keep(
     guard: Option<Guard>,
     mut reload: Reload,
     readiness: Readiness,
-    gate: Gate,
+    gate: PauseGate,
 ) {
     let Some(mut guard) = guard else {
         return reload.refuse_changes().await;

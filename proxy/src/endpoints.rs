@@ -16,7 +16,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 use underpass_interception::{BoundListener, Listener};
 
-use crate::gate::Gate;
+use crate::pause_gate::PauseGate;
 
 /// Probes and scrapers are few; more connections than this wait in the kernel's queue.
 const CONNECTIONS: usize = 64;
@@ -138,7 +138,11 @@ impl Endpoint {
     }
 
     /// Serves until the runtime ends, while the gate is open.
-    pub(crate) async fn serve(self, listener: BoundListener, gate: Gate) -> std::io::Result<()> {
+    pub(crate) async fn serve(
+        self,
+        listener: BoundListener,
+        gate: PauseGate,
+    ) -> std::io::Result<()> {
         let listener = listener.register()?;
         let places = Arc::new(Semaphore::new(CONNECTIONS));
         loop {

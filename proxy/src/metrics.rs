@@ -23,7 +23,7 @@ const NOT_LOCAL: &str = "underpass_inbound_not_local_total";
 const FOREIGN_SOURCE: &str = "underpass_outbound_foreign_source_total";
 const SELF_TEST: &str = "underpass_self_test_passed";
 const FOREIGN: &str = "underpass_foreign_rules";
-const CERTIFICATE_EXPIRES: &str = "underpass_certificate_expires_seconds";
+const CERTIFICATE_EXPIRY: &str = "underpass_certificate_expiry_timestamp_seconds";
 const RENEWALS: &str = "underpass_certificate_renewals_total";
 const RENEWALS_FAILED: &str = "underpass_certificate_failures_total";
 const TUNNELS: &str = "underpass_tunnels_open";
@@ -39,7 +39,7 @@ const MESH_GENERATION: &str = "underpass_mesh_generation";
 const MESH_SIZE: &str = "underpass_mesh_size";
 const BUFFERS_REFUSED: &str = "underpass_buffers_refused_total";
 const BUFFER_BYTES: &str = "underpass_buffer_bytes";
-const CUT: &str = "underpass_connections_cut_total";
+const TERMINATED: &str = "underpass_connections_terminated_total";
 const SET_ASIDE: &str = "underpass_endpoints_set_aside_total";
 
 /// Installs the recorder of this process; what it returns renders `/metrics`.
@@ -67,7 +67,7 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     counter!(FOREIGN_SOURCE).increment(0);
     describe_gauge!(SELF_TEST, "Whether the last self-test of the rules passed: 1, or 0.");
     describe_gauge!(FOREIGN, "Rules of other programs that act before ours.");
-    describe_gauge!(CERTIFICATE_EXPIRES, "When our certificate expires, in seconds since 1970.");
+    describe_gauge!(CERTIFICATE_EXPIRY, "When our certificate expires, in seconds since 1970.");
     describe_counter!(RENEWALS, "Certificates that came into use, the first one included.");
     describe_counter!(
         RENEWALS_FAILED,
@@ -102,7 +102,10 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
         "Buffers or pipes that busy connections did not get, by what was short."
     );
     describe_gauge!(BUFFER_BYTES, "Bytes of memory that busy connections may use for buffers now.");
-    describe_counter!(CUT, "Open connections cut because a change of the mesh forbids them.");
+    describe_counter!(
+        TERMINATED,
+        "Open connections terminated because a change of the mesh forbids them."
+    );
     describe_counter!(SET_ASIDE, "Endpoints set aside because they could not be connected to.");
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
     Ok(handle)
@@ -165,7 +168,7 @@ pub(crate) fn foreign_rules(count: usize) {
 /// Says that a certificate came into use.
 pub(crate) fn certificate_renewed(expires: SystemTime) {
     let since_1970 = expires.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    gauge!(CERTIFICATE_EXPIRES).set(since_1970.as_secs_f64());
+    gauge!(CERTIFICATE_EXPIRY).set(since_1970.as_secs_f64());
     counter!(RENEWALS).increment(1);
     counter!(RENEWALS_FAILED).increment(0);
 }
@@ -226,7 +229,7 @@ pub(crate) fn mesh_applied(mesh: &Mesh, generation: u64, cut: usize) {
     }
     counter!(MESH_UPDATES, "result" => "applied").increment(1);
     counter!(MESH_UPDATES, "result" => "refused").increment(0);
-    counter!(CUT).increment(cut as u64);
+    counter!(TERMINATED).increment(cut as u64);
 }
 
 /// Counts a change of the mesh that could not be read.

@@ -30,8 +30,8 @@ pub(crate) use self::workers::Workers;
 use crate::balance::Balance;
 use crate::copy::{Buffers, Deadlines};
 use crate::drain::Drain;
-use crate::gate::Gate;
 use crate::limits::Limits;
+use crate::pause_gate::PauseGate;
 use crate::resolve::Resolver;
 use crate::snapshot::Snapshot;
 
@@ -49,7 +49,7 @@ pub(crate) struct Node {
     pub(crate) buffers: Buffers,
     pub(crate) drain: Drain,
     /// Pauses accepting while another process takes over.
-    pub(crate) accept: Gate,
+    pub(crate) accept: PauseGate,
     /// The load of each worker.
     pub(crate) balance: Arc<Balance>,
 }
@@ -60,7 +60,7 @@ impl Node {
         settings: &Settings,
         workers: usize,
         mesh: watch::Receiver<Arc<Snapshot>>,
-        accept: Gate,
+        accept: PauseGate,
     ) -> Self {
         let limits = Limits::new(&settings.limits, workers);
         Self {

@@ -15,8 +15,8 @@ use underpass_interception::{Changes, ForeignRule, InterceptionError, NamespaceA
 use crate::capture::{Capture, Probes};
 use crate::endpoints::Readiness;
 use crate::error::chain;
-use crate::gate::Gate;
 use crate::metrics;
+use crate::pause_gate::PauseGate;
 use crate::self_test::{SelfTest, SelfTestError};
 
 /// Changes are over when nothing changed for this long.
@@ -38,7 +38,7 @@ pub(crate) struct Retest {
     pub(crate) settings: watch::Receiver<InterceptionSettings>,
     pub(crate) readiness: Readiness,
     /// Closed while another process takes over.
-    pub(crate) gate: Gate,
+    pub(crate) gate: PauseGate,
     /// Of all programs, since before the test at the start; `None` if they cannot be watched.
     pub(crate) changes: Option<Changes>,
 }

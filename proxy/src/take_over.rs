@@ -7,7 +7,7 @@
 //! rules                   ──>  looks after the rules no longer
 //! accept                  ──>  accepts no longer: what arrives waits in the queue that both have
 //! (workers, self-test)
-//! ready                   ──>  unready, GOAWAY, serves what is open, until `timeouts.handed_over`
+//! ready                   ──>  unready, GOAWAY, serves what is open, until `timeouts.handover_drain`
 //! ```
 //!
 //! Whatever goes wrong before `ready`: the new one ends, the conversation with it, and the running one goes on as before.

@@ -65,7 +65,7 @@ pub(super) fn timeouts(section: Cursor<'_>) -> Timeouts {
         // Kubernetes gives a pod 30 s by default; this leaves most of it to the application.
         drain: seconds("drain", 5),
         // Nobody waits for the process that was taken over: it costs some memory, and cutting costs connections.
-        handed_over: seconds("handed_over", HOUR),
+        handover_drain: seconds("handover_drain", HOUR),
         pool_idle: seconds("pool_idle", 300),
         // Longer than ztunnel (`POOL_UNUSED_RELEASE_TIMEOUT`) and our own pool keep a tunnel: they
         // close it first.

@@ -44,7 +44,7 @@ pub struct Timeouts {
     /// For connections to end by themselves once the proxy was told to stop.
     pub drain: Duration,
     /// The same once another process has taken over.
-    pub handed_over: Duration,
+    pub handover_drain: Duration,
     /// For a pooled tunnel without streams before it is closed.
     pub pool_idle: Duration,
     /// For a peer's tunnel without streams before it is closed.

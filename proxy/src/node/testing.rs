@@ -7,7 +7,7 @@ use underpass_config::{Mesh, Settings, Sources};
 use underpass_interception::{LocalAddresses, Sockets};
 
 use super::{Node, Pod, PodId};
-use crate::gate::Gate;
+use crate::pause_gate::PauseGate;
 use crate::policy::PolicyContext;
 use crate::snapshot::Snapshot;
 
@@ -41,5 +41,5 @@ pub(crate) fn node(workers: usize) -> Arc<Node> {
     let mesh = Arc::new(Mesh::from_text("mesh", "workloads: []").expect("a mesh"));
     let snapshot = Arc::new(Snapshot::new(mesh, &settings.workload, 1));
     let mesh = watch::Sender::new(snapshot).subscribe();
-    Arc::new(Node::new(&settings, workers, mesh, Gate::default()))
+    Arc::new(Node::new(&settings, workers, mesh, PauseGate::default()))
 }

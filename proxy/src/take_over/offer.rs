@@ -13,9 +13,9 @@ use super::{
     ACCEPT, ANSWER, INSTANCE, LISTENERS, OK, PLACE, PREPARE, READY, REFUSED, RULES, Role, TURN,
     TakeOverError,
 };
-use crate::gate::Gate;
 use crate::instance::Instance;
 use crate::listeners::Listeners;
+use crate::pause_gate::PauseGate;
 
 /// How long to wait when the socket cannot be listened at, as without descriptors.
 const REST: Duration = Duration::from_secs(1);
@@ -24,9 +24,9 @@ const REST: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Gates {
     /// To accept, for connections, readiness and metrics.
-    pub(crate) accept: Gate,
+    pub(crate) accept: PauseGate,
     /// To look after the rules.
-    pub(crate) rules: Gate,
+    pub(crate) rules: PauseGate,
 }
 
 impl Gates {

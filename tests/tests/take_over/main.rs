@@ -27,8 +27,8 @@ fn main() -> ExitCode {
         .test("the server's proxy hands over in the middle of its clients' tunnels", tunnels_go_on);
     suite.test("readiness and metrics are the new process's", seen_from_outside);
     suite.test(
-        "at timeouts.handed_over what is left in the old process is reset",
-        handed_over_deadline,
+        "at timeouts.handover_drain what is left in the old process is reset",
+        handover_drain_deadline,
     );
     suite.test("the old process can be told to stop", old_one_stopped);
     suite.test("with on_exit: remove the rules go with the last process only", removed_by_the_last);
@@ -175,9 +175,9 @@ async fn seen_from_outside() {
     exchange(&mut client, &mut peer).await;
 }
 
-async fn handed_over_deadline() {
+async fn handover_drain_deadline() {
     let scene = Scene::new().await;
-    let settings = scene.client_settings().set("timeouts.handed_over=300ms");
+    let settings = scene.client_settings().set("timeouts.handover_drain=300ms");
     let mut old = scene.client.proxy(&settings).await;
     let _server = scene.server.proxy(&scene.server_settings()).await;
     let (mut client, mut peer) = scene.connected(Family::V4).await;

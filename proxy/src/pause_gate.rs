@@ -1,48 +1,50 @@
-//! Whether something goes on that only one process may do: accepting connections, looking after the rules. While another
-//! process tries to take over it does not, and nothing is lost by it: connections wait in the kernel's queue, for either of both.
+//! Pauses accepting and rule repair while another process takes over.
+//!
+//! A pause loses nothing: connections wait in the kernel's queue, for either process. It ends no
+//! connection; that is what the connection registry is for.
 
 use std::sync::Arc;
 
 use tokio::sync::watch;
 
-/// Shared by all that stand at the gate, and by whoever may close it.
+/// A gate that is open unless a take-over pauses what passes it. Clones share it.
 #[derive(Debug, Clone)]
-pub(crate) struct Gate(Arc<State>);
+pub(crate) struct PauseGate(Arc<State>);
 
 #[derive(Debug)]
 struct State {
     open: watch::Sender<bool>,
-    /// How many have passed and are not back yet.
-    inside: watch::Sender<usize>,
+    /// How many futures have passed the gate and have not ended.
+    running: watch::Sender<usize>,
 }
 
-impl Default for Gate {
+impl Default for PauseGate {
     fn default() -> Self {
-        let (open, inside) = (watch::Sender::new(true), watch::Sender::new(0));
-        Self(Arc::new(State { open, inside }))
+        let (open, running) = (watch::Sender::new(true), watch::Sender::new(0));
+        Self(Arc::new(State { open, running }))
     }
 }
 
-impl Gate {
-    /// Waits until the gate is open, and then does `work`; `None` if the gate closed before that was done. Cancelling it must
-    /// lose nothing.
+impl PauseGate {
+    /// Runs `work` when the gate is open; `None` if the gate closed before `work` was done. `work`
+    /// must be cancel-safe.
     pub(crate) async fn pass<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         self.pass_until(work, std::future::ready(())).await
     }
 
-    /// The same for work that goes on for a while after it was cancelled: the gate closes only when
-    /// `end` is over too.
+    /// Like [`PauseGate::pass`] for work that has effects after it was cancelled: the gate is not
+    /// closed before `end` has finished too.
     pub(crate) async fn pass_until<T>(
         &self,
         work: impl Future<Output = T>,
         end: impl Future<Output = ()>,
     ) -> Option<T> {
         let mut open = self.0.open.subscribe();
-        // The sender is ours, so that waiting cannot fail.
+        // `self` owns the sender, so that waiting cannot fail.
         open.wait_for(|open| *open).await.ok()?;
-        let _inside = Inside::new(&self.0);
+        let _running = Running::new(&self.0);
         let done = tokio::select! {
-            // First: it may have been closed since.
+            // First: the gate may have closed since.
             biased;
             _ = open.wait_for(|open| !*open) => None,
             done = work => Some(done),
@@ -53,12 +55,12 @@ impl Gate {
         done
     }
 
-    /// Closes the gate and waits until nobody is inside any longer.
+    /// Closes the gate and waits until nothing that has passed it runs any longer.
     pub(crate) async fn close(&self) {
         self.0.open.send_replace(false);
-        let mut inside = self.0.inside.subscribe();
-        // As above.
-        let _nobody = inside.wait_for(|inside| *inside == 0).await;
+        let mut running = self.0.running.subscribe();
+        // `self` owns the sender, so that waiting cannot fail.
+        running.wait_for(|running| *running == 0).await.ok();
     }
 
     pub(crate) fn open(&self) {
@@ -66,19 +68,19 @@ impl Gate {
     }
 }
 
-/// Somebody who has passed, for as long as this lives.
-struct Inside<'a>(&'a State);
+/// Counts a future that has passed the gate.
+struct Running<'a>(&'a State);
 
-impl<'a> Inside<'a> {
+impl<'a> Running<'a> {
     fn new(state: &'a State) -> Self {
-        state.inside.send_modify(|inside| *inside += 1);
+        state.running.send_modify(|running| *running += 1);
         Self(state)
     }
 }
 
-impl Drop for Inside<'_> {
+impl Drop for Running<'_> {
     fn drop(&mut self) {
-        self.0.inside.send_modify(|inside| *inside -= 1);
+        self.0.running.send_modify(|running| *running -= 1);
     }
 }
 
@@ -89,8 +91,8 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn behind_a_closed_gate_nothing_is_done_until_it_opens_again() {
-        let (gate, accepted) = (Gate::default(), Arc::new(AtomicUsize::new(0)));
+    async fn closed_gate_pauses_work_until_it_opens() {
+        let (gate, accepted) = (PauseGate::default(), Arc::new(AtomicUsize::new(0)));
         let (own, count) = (gate.clone(), accepted.clone());
         let accepting = tokio::spawn(async move {
             loop {
@@ -118,8 +120,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_under_way_when_the_gate_closes_is_cancelled() {
-        let gate = Gate::default();
+    async fn closing_gate_cancels_running_work() {
+        let gate = PauseGate::default();
         let own = gate.clone();
         let endless = tokio::spawn(async move { own.pass(std::future::pending::<()>()).await });
         tokio::task::yield_now().await;
@@ -128,8 +130,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn closes_when_cancelled_work_is_over() {
-        let gate = Gate::default();
+    async fn gate_closes_when_cancelled_work_has_ended() {
+        let gate = PauseGate::default();
         let (own, over) = (gate.clone(), Arc::new(tokio::sync::Notify::new()));
         let end = over.clone();
         tokio::spawn(async move {
@@ -147,7 +149,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_gate_that_nobody_stands_at_closes_at_once() {
-        Gate::default().close().await;
+    async fn unused_gate_closes_at_once() {
+        PauseGate::default().close().await;
     }
 }
