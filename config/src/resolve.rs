@@ -103,7 +103,7 @@ pub const KEYS: &[&str] = &[
     "timeouts.handover_drain",
     "timeouts.pool_idle",
     "timeouts.tunnel_idle",
-    "timeouts.set_aside",
+    "timeouts.ejection",
     "take_over.socket",
     "metrics.address",
     "readiness.address",

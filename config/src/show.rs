@@ -186,7 +186,7 @@ impl Settings {
         writeln!(
             f,
             "timeouts: {{connect: {}, handshake: {}, frame: {}, reply: {}, idle: {}, half_close: {}, keepalive: {}, drain: {}, \
-             handover_drain: {}, pool_idle: {}, tunnel_idle: {}, set_aside: {}}}",
+             handover_drain: {}, pool_idle: {}, tunnel_idle: {}, ejection: {}}}",
             Millis(t.connect),
             Millis(t.handshake),
             Millis(t.frame),
@@ -198,7 +198,7 @@ impl Settings {
             Millis(t.handover_drain),
             Millis(t.pool_idle),
             Millis(t.tunnel_idle),
-            Millis(t.set_aside)
+            Millis(t.ejection)
         )?;
         match &self.take_over {
             TakeOver::Auto => writeln!(f, "take_over: {{socket: auto}}"),
@@ -289,7 +289,7 @@ interception:
 proxy: {outbound_port: 1, inbound_port: 2, hbone_port: 3, dns_port: 4, workers: 3, mtls: strict, mtls_overrides: ["shop/web:80=permissive", ":9000=permissive", shop/db=strict]}
 egress: mesh-only
 egress_exceptions: {cidrs: [10.0.0.0/8, "fd00::1"], ports: [53, 8000-8100]}
-timeouts: {connect: 250ms, handshake: 1s, frame: 7s, reply: 2s, idle: 8h, half_close: off, keepalive: 30s, drain: 3s, handover_drain: 12h, pool_idle: 2h, tunnel_idle: 3h, set_aside: 4s}
+timeouts: {connect: 250ms, handshake: 1s, frame: 7s, reply: 2s, idle: 8h, half_close: off, keepalive: 30s, drain: 3s, handover_drain: 12h, pool_idle: 2h, tunnel_idle: 3h, ejection: 4s}
 take_over: {socket: /run/x.sock}
 metrics: {address: "127.0.0.1:91"}
 readiness: {address: "[::1]:92"}

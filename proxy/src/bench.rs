@@ -14,7 +14,7 @@ use crate::error::ProxyError;
 use crate::live::Live;
 use crate::policy::Subject;
 use crate::record::{ConnectionRecord, Direction, Party};
-use crate::route::{Caller, Chooser, outbound};
+use crate::route::{Caller, EndpointSelector, outbound};
 
 /// What copying may hold: the defaults of a process with enough files.
 const BUFFERS: usize = 256 << 20;
@@ -74,7 +74,7 @@ impl Router {
             identity: None,
             hbone_port: 15008,
         };
-        let mut chooser = Chooser { health: &self.health, tried: &[] };
-        outbound(destination, &self.mesh, &caller, &mut chooser).is_ok()
+        let mut selector = EndpointSelector { health: &self.health, tried: &[] };
+        outbound(destination, &self.mesh, &caller, &mut selector).is_ok()
     }
 }

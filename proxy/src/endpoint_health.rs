@@ -1,6 +1,6 @@
-//! What connections tell of endpoints: how many are open, and who could not be connected to and is set aside for a while.
+//! What connections report of endpoints: how many are open, and which endpoints are ejected after a failure to connect.
 //!
-//! Shared by all workers. Not here: who is chosen in the light of it (`route/load_balancing.rs`).
+//! Shared by all workers. Not here: which endpoint is selected (`route/load_balancing.rs`).
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,20 +11,20 @@ use tokio::time::Instant;
 
 use crate::route::EndpointKey;
 
-/// What is known of endpoints. Who has no connection and is not set aside is not remembered.
+/// What is known of endpoints. An endpoint without a connection that is not ejected is not remembered.
 #[derive(Debug, Default)]
 pub(crate) struct EndpointHealth {
     known: Mutex<Known>,
-    /// How many are set aside, to be read without the lock: mostly none.
-    aside: AtomicUsize,
+    /// How many are ejected, to be read without the lock: mostly none.
+    ejected_count: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
 struct Known {
     open: HashMap<EndpointKey, u32>,
-    set_aside: HashMap<EndpointKey, Instant>,
-    /// When the first of those set aside comes back.
-    next_back: Option<Instant>,
+    ejected: HashMap<EndpointKey, Instant>,
+    /// When the first ejection ends.
+    next_return: Option<Instant>,
 }
 
 /// An open connection; dropping it closes it.
@@ -44,33 +44,33 @@ impl EndpointHealth {
         OpenConnection { health: self.clone(), endpoint }
     }
 
-    /// Has `endpoint`, which could not be connected to, be chosen last for `pause`.
-    pub(crate) fn set_aside(&self, endpoint: EndpointKey, pause: Duration) {
+    /// Ejects `endpoint`, which could not be connected to: it is selected last for `pause`.
+    pub(crate) fn eject(&self, endpoint: EndpointKey, pause: Duration) {
         let mut known = self.lock();
         let back = Instant::now() + pause;
-        known.set_aside.insert(endpoint, back);
-        known.next_back = Some(known.next_back.map_or(back, |next| next.min(back)));
-        self.aside.store(known.set_aside.len(), Ordering::Relaxed);
+        known.ejected.insert(endpoint, back);
+        known.next_return = Some(known.next_return.map_or(back, |next| next.min(back)));
+        self.ejected_count.store(known.ejected.len(), Ordering::Relaxed);
     }
 
-    /// Takes `endpoint` back, which was connected to.
-    pub(crate) fn take_back(&self, endpoint: &EndpointKey) {
-        if self.aside.load(Ordering::Relaxed) == 0 {
+    /// Ends the ejection of `endpoint`, which was connected to.
+    pub(crate) fn restore(&self, endpoint: &EndpointKey) {
+        if self.ejected_count.load(Ordering::Relaxed) == 0 {
             return;
         }
         let mut known = self.lock();
-        known.set_aside.remove(endpoint);
-        self.aside.store(known.set_aside.len(), Ordering::Relaxed);
+        known.ejected.remove(endpoint);
+        self.ejected_count.store(known.ejected.len(), Ordering::Relaxed);
     }
 
-    /// Whether `endpoint` is set aside.
-    pub(crate) fn is_set_aside(&self, endpoint: &EndpointKey) -> bool {
-        self.lock().set_aside.contains_key(endpoint)
+    /// Whether `endpoint` is ejected.
+    pub(crate) fn is_ejected(&self, endpoint: &EndpointKey) -> bool {
+        self.lock().ejected.contains_key(endpoint)
     }
 
-    /// Whether anybody is set aside; cheaper than asking for each.
-    pub(crate) fn any_set_aside(&self) -> bool {
-        self.aside.load(Ordering::Relaxed) > 0
+    /// Whether any endpoint is ejected; cheaper than a look at each.
+    pub(crate) fn any_ejected(&self) -> bool {
+        self.ejected_count.load(Ordering::Relaxed) > 0
     }
 
     /// How many connections to `endpoint` are open.
@@ -78,16 +78,16 @@ impl EndpointHealth {
         self.lock().open.get(endpoint).copied().unwrap_or_default()
     }
 
-    /// The state without those who are back.
+    /// The state without ejections that have ended.
     fn lock(&self) -> MutexGuard<'_, Known> {
         // No code panics while it holds the lock, and counts would be right even then.
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(next) = known.next_back {
+        if let Some(next) = known.next_return {
             let now = Instant::now();
             if next <= now {
-                known.set_aside.retain(|_, back| *back > now);
-                known.next_back = known.set_aside.values().min().copied();
-                self.aside.store(known.set_aside.len(), Ordering::Relaxed);
+                known.ejected.retain(|_, back| *back > now);
+                known.next_return = known.ejected.values().min().copied();
+                self.ejected_count.store(known.ejected.len(), Ordering::Relaxed);
             }
         }
         known
@@ -121,32 +121,32 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_is_set_aside_comes_back_after_the_pause_or_once_connected_to() {
+    async fn ejected_endpoint_returns_after_pause_or_connection() {
         let health = EndpointHealth::default();
         for index in 0..3 {
-            health.set_aside(endpoint(index), PAUSE * u32::from(index + 1));
+            health.eject(endpoint(index), PAUSE * u32::from(index + 1));
         }
-        health.take_back(&endpoint(2));
-        let aside = || [0, 1, 2].map(|index| health.is_set_aside(&endpoint(index)));
-        assert_eq!(aside(), [true, true, false]);
+        health.restore(&endpoint(2));
+        let ejected = || [0, 1, 2].map(|index| health.is_ejected(&endpoint(index)));
+        assert_eq!(ejected(), [true, true, false]);
         advance(PAUSE - Duration::from_millis(1)).await;
-        assert_eq!(aside(), [true, true, false]);
+        assert_eq!(ejected(), [true, true, false]);
         advance(Duration::from_millis(1)).await;
-        assert_eq!(aside(), [false, true, false]);
-        health.set_aside(endpoint(1), PAUSE * 2);
+        assert_eq!(ejected(), [false, true, false]);
+        health.eject(endpoint(1), PAUSE * 2);
         advance(PAUSE).await;
-        assert_eq!(aside(), [false, true, false]);
+        assert_eq!(ejected(), [false, true, false]);
         advance(PAUSE).await;
-        assert_eq!(aside(), [false, false, false]);
-        assert!(!health.any_set_aside());
+        assert_eq!(ejected(), [false, false, false]);
+        assert!(!health.any_ejected());
     }
 
     #[derive(Debug, Clone)]
     enum Step {
         Open(u16),
         Close(usize),
-        SetAside(u16, u64),
-        TakeBack(u16),
+        Eject(u16, u64),
+        Restore(u16),
         Wait(u64),
     }
 
@@ -154,15 +154,15 @@ mod tests {
         prop_oneof![
             3 => (0..5_u16).prop_map(Step::Open),
             3 => any::<usize>().prop_map(Step::Close),
-            2 => (0..5_u16, 0..20_u64).prop_map(|(endpoint, pause)| Step::SetAside(endpoint, pause)),
-            1 => (0..5_u16).prop_map(Step::TakeBack),
+            2 => (0..5_u16, 0..20_u64).prop_map(|(endpoint, pause)| Step::Eject(endpoint, pause)),
+            1 => (0..5_u16).prop_map(Step::Restore),
             1 => (0..15_u64).prop_map(Step::Wait),
         ]
     }
 
     proptest! {
         #[test]
-        fn nothing_is_remembered_of_who_has_no_connection_and_is_not_set_aside(
+        fn endpoint_without_connection_and_ejection_is_forgotten(
             steps in proptest::collection::vec(step(), 0..100),
         ) {
             let builder = &mut tokio::runtime::Builder::new_current_thread();
@@ -180,13 +180,13 @@ mod tests {
                 Step::Open(index) => open.push(health.open(endpoint(index))),
                 Step::Close(_) if open.is_empty() => {}
                 Step::Close(at) => drop(open.swap_remove(at % open.len())),
-                Step::SetAside(index, pause) => {
+                Step::Eject(index, pause) => {
                     let pause = Duration::from_secs(pause);
-                    health.set_aside(endpoint(index), pause);
+                    health.eject(endpoint(index), pause);
                     back.insert(index, Instant::now() + pause);
                 }
-                Step::TakeBack(index) => {
-                    health.take_back(&endpoint(index));
+                Step::Restore(index) => {
+                    health.restore(&endpoint(index));
                     back.remove(&index);
                 }
                 Step::Wait(seconds) => advance(Duration::from_secs(seconds)).await,
@@ -196,13 +196,13 @@ mod tests {
             for index in 0..5 {
                 let held = open.iter().filter(|held| held.endpoint == endpoint(index)).count();
                 assert_eq!(health.open_connections(&endpoint(index)) as usize, held);
-                assert_eq!(health.is_set_aside(&endpoint(index)), back.contains_key(&index));
+                assert_eq!(health.is_ejected(&endpoint(index)), back.contains_key(&index));
             }
-            assert_eq!(health.any_set_aside(), !back.is_empty());
+            assert_eq!(health.any_ejected(), !back.is_empty());
         }
         open.clear();
         advance(Duration::from_secs(20)).await;
         let known = health.lock();
-        assert!(known.open.is_empty() && known.set_aside.is_empty() && known.next_back.is_none());
+        assert!(known.open.is_empty() && known.ejected.is_empty() && known.next_return.is_none());
     }
 }

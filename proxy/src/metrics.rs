@@ -40,7 +40,7 @@ const MESH_SIZE: &str = "underpass_mesh_size";
 const BUFFERS_REFUSED: &str = "underpass_buffers_refused_total";
 const BUFFER_BYTES: &str = "underpass_buffer_bytes";
 const TERMINATED: &str = "underpass_connections_terminated_total";
-const SET_ASIDE: &str = "underpass_endpoints_set_aside_total";
+const EJECTED: &str = "underpass_endpoints_ejected_total";
 
 /// Installs the recorder of this process; what it returns renders `/metrics`.
 pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
@@ -106,7 +106,7 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
         TERMINATED,
         "Open connections terminated because a change of the mesh forbids them."
     );
-    describe_counter!(SET_ASIDE, "Endpoints set aside because they could not be connected to.");
+    describe_counter!(EJECTED, "Endpoints ejected because they could not be connected to.");
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
     Ok(handle)
 }
@@ -238,8 +238,8 @@ pub(crate) fn mesh_refused() {
 }
 
 /// Counts an endpoint that is not chosen for a while.
-pub(crate) fn endpoint_set_aside() {
-    counter!(SET_ASIDE).increment(1);
+pub(crate) fn endpoint_ejected() {
+    counter!(EJECTED).increment(1);
 }
 
 /// Counts a peer's tunnel that we close.

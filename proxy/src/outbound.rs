@@ -23,14 +23,14 @@ use crate::live::Revocation;
 use crate::node::{Assignment, Seat};
 use crate::policy::{Outbound, Permit, Subject};
 use crate::record::{ConnectionRecord, Direction, Party};
-use crate::route::{self, Caller, Chooser, EndpointKey, Route, Target, Via};
+use crate::route::{self, Caller, EndpointKey, EndpointSelector, ForwardVia, Route, Target};
 use crate::{headers, metrics};
 
 /// How many endpoints of a service are tried for one connection.
 const ATTEMPTS: usize = 3;
 /// How long an endpoint may take while there is another to try. In it the kernel sends a SYN twice (after 1 s), so that one lost
-/// packet sets nobody aside.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// packet ejects no endpoint.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Serves one caught connection from its first to its last byte.
 pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Output = ()> + Send {
@@ -147,7 +147,7 @@ impl Call<'_> {
             let Some(endpoint) = route.dialled().filter(|_| failed.is_of_endpoint()) else {
                 return Err(failed);
             };
-            self.set_aside(endpoint, &failed);
+            self.eject(endpoint, &failed);
             tried.push(endpoint.clone());
             match self.route(&tried) {
                 Ok(another) if tried.len() < ATTEMPTS => route = another,
@@ -170,19 +170,19 @@ impl Call<'_> {
             identity: identity.as_ref(),
             hbone_port: seat.context().ports.hbone,
         };
-        let mut choose = Chooser { health: &seat.pod.endpoints, tried };
+        let mut choose = EndpointSelector { health: &seat.pod.endpoints, tried };
         route::outbound(self.asked, &snapshot.mesh, &caller, &mut choose).map_err(ProxyError::Route)
     }
 
-    fn set_aside(&self, endpoint: &EndpointKey, failed: &ProxyError) {
+    fn eject(&self, endpoint: &EndpointKey, failed: &ProxyError) {
         let seat = self.seat;
-        let pause = seat.node().timeouts.set_aside;
-        metrics::endpoint_set_aside();
+        let pause = seat.node().timeouts.ejection;
+        metrics::endpoint_ejected();
         tracing::warn!(
             endpoint = %endpoint.uid, port = endpoint.port, error = %Quoted::chain(failed),
-            "an endpoint is set aside for {} s", pause.as_secs_f32()
+            "an endpoint is ejected for {} s", pause.as_secs_f32()
         );
-        seat.pod.endpoints.set_aside(endpoint.clone(), pause);
+        seat.pod.endpoints.eject(endpoint.clone(), pause);
     }
 
     /// Goes one way. As long as there is another one, this one may not take long.
@@ -203,16 +203,17 @@ impl Call<'_> {
         let mut going = pin!(self.go(route, record));
         let went = match route.dialled() {
             None => going.await,
-            Some(endpoint) => match timeout(PATIENCE, &mut going).await {
+            Some(endpoint) => match timeout(ATTEMPT_TIMEOUT, &mut going).await {
                 Ok(went) => went,
-                Err(_) if self.is_another(endpoint, tried) => {
-                    Err(ProxyError::ConnectTimeout { destination: self.asked, after: PATIENCE })
-                }
+                Err(_) if self.is_another(endpoint, tried) => Err(ProxyError::ConnectTimeout {
+                    destination: self.asked,
+                    after: ATTEMPT_TIMEOUT,
+                }),
                 Err(_) => going.await,
             },
         };
         let (onward, permit, revocation) = went?;
-        route.endpoints().for_each(|endpoint| seat.pod.endpoints.take_back(endpoint));
+        route.endpoints().for_each(|endpoint| seat.pod.endpoints.restore(endpoint));
         Ok(Connected { onward, revocation, permit, load })
     }
 
@@ -227,9 +228,9 @@ impl Call<'_> {
         record: &mut ConnectionRecord,
     ) -> Result<(Onward, Permit, Revocation), ProxyError> {
         let (to, peers) = match &route.via {
-            Via::Plain { to } => (to, None),
-            Via::Tunnel { to, peers, .. } => (to, Some(peers.clone())),
-            Via::DoubleTunnel { gateway, gateway_peers, .. } => {
+            ForwardVia::Plain { to } => (to, None),
+            ForwardVia::Tunnel { to, peers, .. } => (to, Some(peers.clone())),
+            ForwardVia::DoubleTunnel { gateway, gateway_peers, .. } => {
                 (gateway, Some(gateway_peers.clone()))
             }
         };
@@ -254,17 +255,17 @@ impl Call<'_> {
         let seat = self.seat;
         let hop = permit.destination();
         match &route.via {
-            Via::Plain { .. } => {
+            ForwardVia::Plain { .. } => {
                 record.destination.address = Some(hop);
                 dial(permit, seat.node().timeouts.connect).await.map(Onward::Plain)
             }
-            Via::Tunnel { peers, authority, .. } => {
+            ForwardVia::Tunnel { peers, authority, .. } => {
                 let target = authority.at(hop.ip());
                 self.tell_tunnel(hop, &target, record);
                 let tunnel = self.tunnel(permit, peers, &target, record).await?;
                 Ok(Onward::Tunnel(told(tunnel, record)))
             }
-            Via::DoubleTunnel { gateway_peers, peers, authority, .. } => {
+            ForwardVia::DoubleTunnel { gateway_peers, peers, authority, .. } => {
                 self.tell_tunnel(hop, authority, record);
                 // Boxed: it has a handshake of its own, and every other connection would have to bear what that needs.
                 let through = self.through(permit, gateway_peers, peers, authority, record);

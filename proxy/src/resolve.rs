@@ -19,7 +19,7 @@ use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
 use underpass_config::{IpFamilies, Name};
 
-use crate::route::Hop;
+use crate::route::NextHop;
 
 /// How long addresses are used. The system's resolver does not tell their TTL; Kubernetes' and AWS's names have 30 s or more.
 const FRESH: Duration = Duration::from_secs(30);
@@ -30,7 +30,7 @@ const FAILED: Duration = Duration::from_secs(2);
 /// section 5 allows days, but addresses of workloads change hands sooner.
 const STALE: Duration = Duration::from_mins(15);
 /// How long a connection waits for fresh addresses while there are stale ones (RFC 8767 section 5: client response timer).
-const PATIENCE: Duration = Duration::from_millis(1800);
+const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(1800);
 /// How many names are remembered.
 const MAX_NAMES: usize = 4096;
 
@@ -96,12 +96,12 @@ impl Resolver {
     /// Why it has none, after `deadline` at the latest.
     pub(crate) async fn resolve(
         &self,
-        hop: &Hop,
+        hop: &NextHop,
         deadline: Duration,
     ) -> Result<SocketAddr, ResolveError> {
         let (hostname, port, families, prefer_v6) = match hop {
-            Hop::Address(address) => return Ok(*address),
-            Hop::Hostname { hostname, port, families, prefer_v6 } => {
+            NextHop::Address(address) => return Ok(*address),
+            NextHop::Hostname { hostname, port, families, prefer_v6 } => {
                 (hostname, *port, *families, *prefer_v6)
             }
         };
@@ -123,7 +123,7 @@ impl Resolver {
             }
             Look::Pending { turn, lookup, stale } => (turn, lookup, stale),
         };
-        let patience = if stale.is_some() { deadline.min(PATIENCE) } else { deadline };
+        let patience = if stale.is_some() { deadline.min(ATTEMPT_TIMEOUT) } else { deadline };
         let error = match timeout(patience, pending.clone()).await {
             Ok(found) => {
                 self.keep(hostname, &pending, &found);

@@ -24,7 +24,7 @@ pub(crate) use error::{RouteError, Unfit};
 pub(crate) use inbound::{InboundTarget, inbound};
 #[cfg(test)]
 pub(crate) use load_balancing::Choose;
-pub(crate) use load_balancing::{Chooser, EndpointKey};
+pub(crate) use load_balancing::{EndpointKey, EndpointSelector};
 pub(crate) use outbound::outbound;
 
 /// Who opened a connection that goes out.
@@ -48,7 +48,7 @@ pub(crate) struct Caller<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Route {
     /// What is dialled, and what goes through the connection.
-    pub(crate) via: Via,
+    pub(crate) via: ForwardVia,
     /// Who is dialled, if the mesh knows: the destination, a waypoint or the gateway of another network.
     pub(crate) workload: Option<Arc<Workload>>,
     /// The service that was addressed.
@@ -73,13 +73,13 @@ impl Route {
 
 /// How a destination is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Via {
+pub(crate) enum ForwardVia {
     /// By plain TCP.
-    Plain { to: Hop },
+    Plain { to: NextHop },
     /// Through a tunnel; never otherwise, whatever fails.
     Tunnel {
         /// Where the tunnel ends.
-        to: Hop,
+        to: NextHop,
         /// Any of these is who must be there.
         peers: Arc<[SpiffeId]>,
         /// What the CONNECT request asks for.
@@ -88,7 +88,7 @@ pub(crate) enum Via {
     /// Through a tunnel that goes to the gateway of another network through a tunnel.
     DoubleTunnel {
         /// Where the outer tunnel ends.
-        gateway: Hop,
+        gateway: NextHop,
         /// Any of these is who must be there.
         gateway_peers: Arc<[SpiffeId]>,
         /// Any of these is who must be at the end of the inner tunnel.
@@ -100,7 +100,7 @@ pub(crate) enum Via {
 
 /// What is dialled.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Hop {
+pub(crate) enum NextHop {
     /// An address.
     Address(SocketAddr),
     /// Whatever address of `families` DNS has for `hostname`.
@@ -122,7 +122,7 @@ pub(crate) enum Authority {
     /// This.
     Known(Target),
     /// This port at the address that was dialled: a peer whose address DNS tells takes no other name.
-    AtHop(u16),
+    AtNextHop(u16),
 }
 
 impl Authority {
@@ -130,7 +130,7 @@ impl Authority {
     pub(crate) fn at(&self, dialled: IpAddr) -> Target {
         match self {
             Self::Known(target) => target.clone(),
-            Self::AtHop(port) => Target::Address(SocketAddr::new(dialled, *port)),
+            Self::AtNextHop(port) => Target::Address(SocketAddr::new(dialled, *port)),
         }
     }
 }

@@ -71,7 +71,7 @@ pub(super) fn timeouts(section: Cursor<'_>) -> Timeouts {
         // close it first.
         tunnel_idle: seconds("tunnel_idle", 600),
         // As long as one attempt may take: what does not answer then costs every caller that much, once.
-        set_aside: seconds("set_aside", 10),
+        ejection: seconds("ejection", 10),
     }
 }
 

@@ -49,8 +49,8 @@ pub struct Timeouts {
     pub pool_idle: Duration,
     /// For a peer's tunnel without streams before it is closed.
     pub tunnel_idle: Duration,
-    /// For an endpoint that could not be connected to, before it is chosen again.
-    pub set_aside: Duration,
+    /// How long an endpoint that could not be connected to is ejected: selected last.
+    pub ejection: Duration,
 }
 
 /// Where another process may ask for our listeners.

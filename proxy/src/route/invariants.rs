@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use underpass_config::{Mesh, NetworkMode, Protocol, Workload};
 
 use super::testing::{Fixed, caller, mesh, named};
-use super::{Hop, Route, Target, Via, inbound, outbound};
+use super::{ForwardVia, NextHop, Route, Target, inbound, outbound};
 
 const WORKLOADS: u8 = 6;
 const SERVICES: u8 = 4;
@@ -88,11 +88,11 @@ proptest! {
     #[test]
     fn what_speaks_hbone_is_never_dialled_in_plain(
         (text, destination) in (any_mesh(), destination()),
-        (set_aside, tried, seed) in (some(), some(), any::<u64>()),
+        (ejected, tried, seed) in (some(), some(), any::<u64>()),
     ) {
         let mesh = mesh(&text);
         let mut choose = Fixed::new(seed);
-        choose.set_aside = set_aside.iter().map(|index| format!("w{index}").into()).collect();
+        choose.ejected = ejected.iter().map(|index| format!("w{index}").into()).collect();
         choose.tried = tried.iter().map(|index| format!("w{index}").into()).collect();
         let caller = caller(named(&mesh, "client"));
         if let Ok(route) = outbound(destination, &mesh, &caller, &mut choose) {
@@ -123,7 +123,7 @@ proptest! {
     }
 }
 
-/// An endpoint: its network, region, zone and capacity, and whether it is set aside or was tried.
+/// An endpoint: its network, region, zone and capacity, and whether it is ejected or was tried.
 type Place = (bool, u8, u8, u32, bool, bool);
 
 fn place() -> impl Strategy<Value = Place> {
@@ -159,12 +159,12 @@ proptest! {
              service default/s vip=/10.1.0.1 sans=team mode={mode} {prefer}\n"
         );
         let mut choose = Fixed::new(seed);
-        for (index, (far, region, zone, capacity, set_aside, tried)) in places.iter().enumerate() {
+        for (index, (far, region, zone, capacity, ejected, tried)) in places.iter().enumerate() {
             let far = if *far { "net=far gateway=/10.0.7.1@15009" } else { "" };
             text.push_str(&format!(
                 "workload w{index} ip=10.0.0.{index} {far} region={region} zone={zone} capacity={capacity} of=default/s\n"
             ));
-            let lists = [(set_aside, &mut choose.set_aside), (tried, &mut choose.tried)];
+            let lists = [(ejected, &mut choose.ejected), (tried, &mut choose.tried)];
             for (_, list) in lists.into_iter().filter(|(is, _)| **is) {
                 list.push(format!("w{index}").into());
             }
@@ -192,23 +192,23 @@ proptest! {
 fn check(route: &Route, mesh: &Mesh, destination: SocketAddr) {
     let workload = route.workload.as_deref();
     match &route.via {
-        Via::Plain { to } => {
+        ForwardVia::Plain { to } => {
             assert!(workload.is_none_or(|workload| workload.protocol == Protocol::Tcp));
             // A service may say which of those it means who share the address of a node.
             let told_apart =
                 workload.is_some_and(|known| known.network_mode == NetworkMode::HostNetwork);
-            if let Hop::Address(address) = to {
+            if let NextHop::Address(address) = to {
                 assert!(told_apart || !mesh.speaks_hbone("", address.ip()));
             }
-            assert!(workload.is_some() || *to == Hop::Address(destination));
+            assert!(workload.is_some() || *to == NextHop::Address(destination));
             assert!(workload.is_none_or(|known| is_at(known, to) && known.network.is_empty()));
         }
-        Via::Tunnel { to, peers, .. } => {
+        ForwardVia::Tunnel { to, peers, .. } => {
             let workload = workload.unwrap();
             assert!(peers.contains(&workload.identity));
             assert!(is_at(workload, to) && workload.network.is_empty());
         }
-        Via::DoubleTunnel { gateway, gateway_peers, peers, .. } => {
+        ForwardVia::DoubleTunnel { gateway, gateway_peers, peers, .. } => {
             let workload = workload.unwrap();
             assert!(gateway_peers.contains(&workload.identity) && is_at(workload, gateway));
             assert!(!peers.is_empty() && route.service.is_some());
@@ -216,9 +216,9 @@ fn check(route: &Route, mesh: &Mesh, destination: SocketAddr) {
     }
 }
 
-fn is_at(workload: &Workload, hop: &Hop) -> bool {
+fn is_at(workload: &Workload, hop: &NextHop) -> bool {
     match hop {
-        Hop::Address(address) => workload.addresses.contains(&address.ip()),
-        Hop::Hostname { hostname, .. } => *hostname == workload.hostname,
+        NextHop::Address(address) => workload.addresses.contains(&address.ip()),
+        NextHop::Hostname { hostname, .. } => *hostname == workload.hostname,
     }
 }

@@ -29,21 +29,21 @@ pub(crate) trait Choose {
     /// How many connections to the endpoint are open.
     fn open_connections(&self, uid: &Name, port: u16) -> u32;
     /// Whether it could not be connected to lately: it is taken only if there is no other.
-    fn is_set_aside(&self, uid: &Name, port: u16) -> bool;
+    fn is_ejected(&self, uid: &Name, port: u16) -> bool;
     /// Whether it was tried for this very connection: it is not taken again.
     fn was_tried(&self, uid: &Name, port: u16) -> bool;
 }
 
 /// Chooses by the state of the endpoints and the thread's random numbers.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Chooser<'a> {
+pub(crate) struct EndpointSelector<'a> {
     /// What is known of all endpoints.
     pub(crate) health: &'a EndpointHealth,
     /// Those that were tried for this connection.
     pub(crate) tried: &'a [EndpointKey],
 }
 
-impl Choose for Chooser<'_> {
+impl Choose for EndpointSelector<'_> {
     fn below(&mut self, n: u64) -> u64 {
         fastrand::u64(..n)
     }
@@ -52,9 +52,8 @@ impl Choose for Chooser<'_> {
         self.health.open_connections(&EndpointKey { uid: uid.clone(), port })
     }
 
-    fn is_set_aside(&self, uid: &Name, port: u16) -> bool {
-        self.health.any_set_aside()
-            && self.health.is_set_aside(&EndpointKey { uid: uid.clone(), port })
+    fn is_ejected(&self, uid: &Name, port: u16) -> bool {
+        self.health.any_ejected() && self.health.is_ejected(&EndpointKey { uid: uid.clone(), port })
     }
 
     fn was_tried(&self, uid: &Name, port: u16) -> bool {
@@ -85,10 +84,10 @@ pub(super) struct Candidate<'m> {
     tier: Tier,
 }
 
-/// Better ones compare greater: whoever is not set aside, then whoever is nearer.
+/// Better ones compare greater: one that is not ejected, then the nearer one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Tier {
-    not_set_aside: bool,
+    not_ejected: bool,
     rank: usize,
 }
 
@@ -111,8 +110,8 @@ pub(super) fn select<'m>(
         }
         looked_at = near.len();
         found = selection.draw(near, matched, choose).or_else(|| selection.search(near, choose));
-        // Whoever is farther off is better than one that was set aside.
-        if found.is_some_and(|found| found.tier.not_set_aside) {
+        // A farther endpoint is better than an ejected one.
+        if found.is_some_and(|found| found.tier.not_ejected) {
             break;
         }
     }
@@ -156,7 +155,7 @@ impl<'m> Selection<'m, '_> {
         if all == 0 {
             return None;
         }
-        let best = Tier { not_set_aside: true, rank: self.rank_of(matched) };
+        let best = Tier { not_ejected: true, rank: self.rank_of(matched) };
         let mut first: Option<Candidate<'m>> = None;
         for _ in 0..DRAWS {
             let at = before.saturating_add(choose.below(all));
@@ -224,8 +223,8 @@ impl<'m> Selection<'m, '_> {
         if choose.was_tried(&workload.uid, port) {
             return Err(Unfit::Tried);
         }
-        let not_set_aside = !choose.is_set_aside(&workload.uid, port);
-        Ok(Candidate { workload, port, tier: Tier { not_set_aside, rank } })
+        let not_ejected = !choose.is_ejected(&workload.uid, port);
+        Ok(Candidate { workload, port, tier: Tier { not_ejected, rank } })
     }
 
     /// The endpoint's own word goes before the service's. A waypoint that takes tunnels by itself takes them at any port.

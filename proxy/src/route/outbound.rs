@@ -10,7 +10,7 @@ use underpass_config::{
 };
 
 use super::load_balancing::{self, Choose, EndpointKey, Purpose};
-use super::{Authority, Caller, Hop, Route, RouteError, Target, Unfit, Via};
+use super::{Authority, Caller, ForwardVia, NextHop, Route, RouteError, Target, Unfit};
 
 /// The way to `destination`.
 ///
@@ -88,10 +88,10 @@ impl<'m> Upstream<'m> {
     }
 
     /// How `port` of it is dialled.
-    fn hop(&self, port: u16) -> Result<Hop, RouteError> {
+    fn hop(&self, port: u16) -> Result<NextHop, RouteError> {
         let families = self.service.map(|service| service.ip_families).unwrap_or_default();
         if let Some(address) = self.address(families) {
-            return Ok(Hop::Address(SocketAddr::new(address, port)));
+            return Ok(NextHop::Address(SocketAddr::new(address, port)));
         }
         if self.workload.hostname.is_empty() {
             let workload = self.workload.clone();
@@ -100,7 +100,7 @@ impl<'m> Upstream<'m> {
             return Err(RouteError::Unfit { workload, reason });
         }
         let hostname = self.workload.hostname.clone();
-        Ok(Hop::Hostname { hostname, port, families, prefer_v6: self.asked.is_ipv6() })
+        Ok(NextHop::Hostname { hostname, port, families, prefer_v6: self.asked.is_ipv6() })
     }
 
     fn address(&self, families: IpFamilies) -> Option<IpAddr> {
@@ -130,7 +130,7 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         if self.mesh.speaks_hbone(self.caller.network, address) {
             return Err(RouteError::SharedAddress { address });
         }
-        let via = Via::Plain { to: Hop::Address(self.destination) };
+        let via = ForwardVia::Plain { to: NextHop::Address(self.destination) };
         Ok(Route { via, workload: None, service: service.cloned(), endpoint: None, gateway: None })
     }
 
@@ -168,17 +168,17 @@ impl<'m, C: Choose> Router<'m, '_, C> {
             return self.through_waypoint(waypoint, Purpose::WorkloadWaypoint, service);
         }
         let via = match upstream.workload.protocol {
-            Protocol::Tcp => Via::Plain { to: upstream.hop(upstream.port)? },
+            Protocol::Tcp => ForwardVia::Plain { to: upstream.hop(upstream.port)? },
             Protocol::Hbone => {
                 let to = upstream.hop(self.caller.hbone_port)?;
                 let authority = match &to {
-                    Hop::Address(peer) => {
+                    NextHop::Address(peer) => {
                         let target = SocketAddr::new(peer.ip(), upstream.port);
                         Authority::Known(Target::Address(target))
                     }
-                    Hop::Hostname { .. } => Authority::AtHop(upstream.port),
+                    NextHop::Hostname { .. } => Authority::AtNextHop(upstream.port),
                 };
-                Via::Tunnel { to, peers: upstream.peers(), authority }
+                ForwardVia::Tunnel { to, peers: upstream.peers(), authority }
             }
         };
         Ok(Route {
@@ -208,7 +208,7 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         let authority = Authority::Known(Target::Address(self.destination));
         let to = upstream.hop(upstream.port)?;
         Ok(Route {
-            via: Via::Tunnel { to, peers: upstream.peers(), authority },
+            via: ForwardVia::Tunnel { to, peers: upstream.peers(), authority },
             workload: Some(upstream.workload.clone()),
             service: service.cloned(),
             endpoint: upstream.endpoint,
@@ -229,7 +229,7 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         let gateway = gateway.ok_or_else(|| unfit(&upstream, Unfit::NoGateway))?;
         let unknown = || RouteError::UnknownGateway { gateway: gateway.destination.clone() };
         let next = self.proxy(gateway, Purpose::NetworkGateway)?.ok_or_else(unknown)?;
-        let via = Via::DoubleTunnel {
+        let via = ForwardVia::DoubleTunnel {
             gateway: next.hop(next.port)?,
             gateway_peers: next.peers(),
             // Who is behind the gateway is chosen there: only the names of the service say who it may be.

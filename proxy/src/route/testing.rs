@@ -16,7 +16,7 @@ use underpass_config::{
     WorkloadType,
 };
 
-use super::{Authority, Caller, Choose, Hop, Route, RouteError, Via};
+use super::{Authority, Caller, Choose, ForwardVia, NextHop, Route, RouteError};
 
 /// The mesh that `text` describes.
 pub(super) fn mesh(text: &str) -> Mesh {
@@ -211,14 +211,14 @@ pub(super) fn caller(workload: &Workload) -> Caller<'_> {
 pub(super) struct Fixed {
     pub(super) random: fastrand::Rng,
     pub(super) open: HashMap<Name, u32>,
-    pub(super) set_aside: Vec<Name>,
+    pub(super) ejected: Vec<Name>,
     pub(super) tried: Vec<Name>,
 }
 
 impl Fixed {
     pub(super) fn new(seed: u64) -> Self {
         let random = fastrand::Rng::with_seed(seed);
-        Self { random, open: HashMap::new(), set_aside: vec![], tried: vec![] }
+        Self { random, open: HashMap::new(), ejected: vec![], tried: vec![] }
     }
 }
 
@@ -231,8 +231,8 @@ impl Choose for Fixed {
         self.open.get(uid).copied().unwrap_or_default()
     }
 
-    fn is_set_aside(&self, uid: &Name, _: u16) -> bool {
-        self.set_aside.contains(uid)
+    fn is_ejected(&self, uid: &Name, _: u16) -> bool {
+        self.ejected.contains(uid)
     }
 
     fn was_tried(&self, uid: &Name, _: u16) -> bool {
@@ -251,15 +251,15 @@ pub(super) fn show(route: &Result<Route, RouteError>) -> String {
         Err(error) => return error.code().to_owned(),
     };
     let via = match &route.via {
-        Via::Plain { to } => format!("plain {}", hop(to)),
-        Via::Tunnel { to, peers, authority } => {
+        ForwardVia::Plain { to } => format!("plain {}", hop(to)),
+        ForwardVia::Tunnel { to, peers, authority } => {
             let authority = match authority {
                 Authority::Known(target) => target.to_string(),
-                Authority::AtHop(port) => format!("*:{port}"),
+                Authority::AtNextHop(port) => format!("*:{port}"),
             };
             format!("tunnel {} > {authority} by {}", hop(to), names(peers))
         }
-        Via::DoubleTunnel { gateway, gateway_peers, peers, authority } => {
+        ForwardVia::DoubleTunnel { gateway, gateway_peers, peers, authority } => {
             let (outer, inner) = (names(gateway_peers), names(peers));
             format!("double {} by {outer} > {authority} by {inner}", hop(gateway))
         }
@@ -279,10 +279,10 @@ pub(super) fn show(route: &Result<Route, RouteError>) -> String {
     text
 }
 
-fn hop(hop: &Hop) -> String {
+fn hop(hop: &NextHop) -> String {
     match hop {
-        Hop::Address(address) => address.to_string(),
-        Hop::Hostname { hostname, port, families, prefer_v6 } => {
+        NextHop::Address(address) => address.to_string(),
+        NextHop::Hostname { hostname, port, families, prefer_v6 } => {
             format!("{hostname}:{port}/{families:?}{}", if *prefer_v6 { "/v6" } else { "" })
         }
     }

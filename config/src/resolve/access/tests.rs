@@ -24,7 +24,7 @@ fn by_default_everything_may_go_out_and_plaintext_may_come_in() {
     assert!(settings.egress.permits("192.0.2.1:443".parse().unwrap()));
     assert_eq!(settings.proxy.mtls.mode("shop", "web", 80), Mtls::Permissive);
     assert_eq!(settings.workload.network, "");
-    assert_eq!(settings.timeouts.set_aside.as_secs(), 10);
+    assert_eq!(settings.timeouts.ejection.as_secs(), 10);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use underpass_config::Mesh;
 
 use crate::endpoint_health::EndpointHealth;
 use crate::route::testing::{Fixed, caller, mesh, named, show};
-use crate::route::{Chooser, Route, RouteError, outbound};
+use crate::route::{EndpointSelector, Route, RouteError, outbound};
 
 fn route(mesh: &Mesh, choose: &mut Fixed) -> Result<Route, RouteError> {
     let caller = caller(named(mesh, "client"));
@@ -124,7 +124,7 @@ fn nobody_is_near_in_standard_mode() {
     let all = [("a", 3333), ("b", 3333), ("c", 3333)];
     assert_shares(&mesh, &mut choose, &all);
     // All of them are looked at then.
-    choose.set_aside = vec!["a".into(), "b".into(), "c".into()];
+    choose.ejected = vec!["a".into(), "b".into(), "c".into()];
     assert_shares(&mesh, &mut choose, &all);
 }
 
@@ -147,11 +147,11 @@ fn this_network_goes_first_if_it_is_preferred_first_and_others_are_compared_by_t
 }
 
 #[test]
-fn who_is_set_aside_is_taken_only_if_nobody_else_is_left() {
+fn ejected_endpoint_is_selected_only_without_alternative() {
     for mode in ["", "mode=failover prefer=region"] {
         let three = service(mode, &["ip=10.0.1.1 region=r", "ip=10.0.1.2", "ip=10.0.1.3"]);
         let mut choose = Fixed::new(12);
-        choose.set_aside = vec!["a".into()];
+        choose.ejected = vec!["a".into()];
         assert_shares(&three, &mut choose, &[("b", 5000), ("c", 5000)]);
         choose.tried = vec!["b".into(), "c".into()];
         assert_shares(&three, &mut choose, &[("a", 10_000)]);
@@ -175,17 +175,17 @@ fn a_connection_goes_on_to_others_by_what_is_known_of_all() {
     let caller = caller(named(&mesh, "client"));
     let health = Arc::new(EndpointHealth::default());
     let choose = |tried: &[_]| {
-        let mut chooser = Chooser { health: &health, tried };
-        outbound(([10, 1, 0, 1], 80).into(), &mesh, &caller, &mut chooser)
+        let mut selector = EndpointSelector { health: &health, tried };
+        outbound(([10, 1, 0, 1], 80).into(), &mesh, &caller, &mut selector)
     };
     let mut tried = Vec::new();
     while let Ok(route) = choose(&tried) {
         let dialled = route.dialled().unwrap().clone();
-        health.set_aside(dialled.clone(), Duration::from_secs(10));
+        health.eject(dialled.clone(), Duration::from_secs(10));
         tried.push(dialled);
     }
     assert_eq!(tried.iter().collect::<HashSet<_>>().len(), 3);
-    health.take_back(&tried[1]);
+    health.restore(&tried[1]);
     let back = choose(&[]).unwrap();
     assert_eq!(back.dialled(), Some(&tried[1]));
     let open: Vec<_> = back.endpoints().map(|endpoint| health.open(endpoint.clone())).collect();

@@ -247,7 +247,7 @@ fn every_destination_has_the_way_that_the_mesh_tells() {
 #[test]
 fn what_is_asked_for_at_a_hostname_is_the_address_that_is_dialled() {
     let dialled = "fd00::1".parse().unwrap();
-    assert_eq!(Authority::AtHop(80).at(dialled).to_string(), "[fd00::1]:80");
+    assert_eq!(Authority::AtNextHop(80).at(dialled).to_string(), "[fd00::1]:80");
     let known = Authority::Known(Target::Hostname("web.example".into(), 80));
     assert_eq!(known.at(dialled).to_string(), "web.example:80");
 }
