@@ -42,7 +42,7 @@ pub use settings::{
     InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes,
     Limits, LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls, MtlsOverride,
     MtlsOverrideError, MtlsSettings, OnExit, OutboundCapture, PortRange, PortRangeError, Profile,
-    ProxySettings, Settings, SpireSettings, TakeOver, Timeouts, TrustSettings, TunnelSettings,
-    WorkloadSettings,
+    ProxySettings, SeriesSettings, Settings, SpireSettings, TakeOver, Timeouts, TrustSettings,
+    TunnelSettings, WorkloadSettings,
 };
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};

@@ -21,7 +21,7 @@ pub use interception::{
     Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
     OutboundCapture, PortRange, PortRangeError, Profile,
 };
-pub use limits::{Limits, TakeOver, Timeouts};
+pub use limits::{Limits, SeriesSettings, TakeOver, Timeouts};
 pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 
@@ -54,6 +54,8 @@ pub struct Settings {
     pub take_over: TakeOver,
     /// Where Prometheus reads `/metrics`.
     pub metrics: SocketAddr,
+    /// How many metric series of connections there are.
+    pub series: SeriesSettings,
     /// Where `/healthz/ready` answers.
     pub readiness: SocketAddr,
     /// What is logged, and how it looks.

@@ -33,7 +33,12 @@ impl fmt::Display for Settings {
         self.fmt_egress(f)?;
         self.fmt_tunnels(f)?;
         self.fmt_limits(f)?;
-        writeln!(f, "metrics: {{address: \"{}\"}}", self.metrics)?;
+        let (limit, idle) = (self.series.limit, Millis(self.series.idle));
+        writeln!(
+            f,
+            "metrics: {{address: \"{}\", label_sets: {limit}, idle: {idle}}}",
+            self.metrics
+        )?;
         writeln!(f, "readiness: {{address: \"{}\"}}", self.readiness)?;
         let format = match self.logging.format {
             LogFormat::Plain => "plain",
@@ -291,7 +296,7 @@ egress: mesh-only
 egress_exceptions: {cidrs: [10.0.0.0/8, "fd00::1"], ports: [53, 8000-8100]}
 timeouts: {connect: 250ms, handshake: 1s, frame: 7s, reply: 2s, idle: 8h, half_close: off, keepalive: 30s, drain: 3s, handover_drain: 12h, pool_idle: 2h, tunnel_idle: 3h, ejection: 4s}
 take_over: {socket: /run/x.sock}
-metrics: {address: "127.0.0.1:91"}
+metrics: {address: "127.0.0.1:91", label_sets: 7, idle: 90s}
 readiness: {address: "[::1]:92"}
 logging: {filter: 'info,access=off', format: json}
 trust: {aliases: [old.example.org, cluster.local], bundles: ["partner.org=/p, q.pem"], crls: ["/a.crl", "/b\"\\.crl"], ciphers: [aes-256-gcm]}

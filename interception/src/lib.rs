@@ -3,7 +3,7 @@
 //!
 //! In reading order: [`RulePlan`] says which packets are caught and why; [`Interception`] checks,
 //! installs and removes; [`Sockets`] makes what the proxy listens and connects with, and
-//! [`original_destination`] tells where a caught connection was going. [`Namespace`],
+//! [`OriginalDestination`] is the address that a caught connection was made to. [`Namespace`],
 //! [`enter_sandbox`] and [`PacketCapture`] are for whoever sets up namespaces: tests, the
 //! demonstration, a node.
 //!
@@ -77,7 +77,7 @@ pub use reverse_path::check_reverse_path;
 pub use sandbox::{Sandbox, enter_sandbox, sandbox_folder};
 pub use self_test::{Probe, ProbeSockets};
 pub use socket::{
-    Closing, KEEPALIVE_PROBES, Sockets, end_on_close, end_writing, original_destination,
+    Closing, KEEPALIVE_PROBES, OriginalDestination, Sockets, end_on_close, end_writing,
     probe_every, reset_on_close, write_before_end,
 };
 pub use verify::{Difference, Line, SectionDifference, Sign};

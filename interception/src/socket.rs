@@ -250,22 +250,49 @@ async fn finish_connecting(socket: Socket, destination: SocketAddr) -> io::Resul
     Ok(stream)
 }
 
-/// Where a caught connection of `client` was going before the rules redirected it. Of a connection
-/// that was not, the address that it was made to.
-///
-/// # Errors
-///
-/// The kernel's: ENOENT if conntrack does not know the connection.
-pub fn original_destination(stream: &impl AsFd, client: IpAddr) -> io::Result<SocketAddr> {
-    let socket = SockRef::from(stream);
-    // The family is that of the packets, which on a dual-stack listener is not the socket's. Asked
-    // for the other one, conntrack would look up addresses that are not the connection's.
-    let original = if client.to_canonical().is_ipv4() {
-        socket.original_dst_v4()?
-    } else {
-        socket.original_dst_v6()?
-    };
-    inet(original).map(canonical)
+/// The address that the client of an accepted connection connected to, before any rule redirected
+/// the connection. An IPv4 address is never in its IPv6 form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct OriginalDestination(SocketAddr);
+
+impl OriginalDestination {
+    /// The destination `address`.
+    #[must_use]
+    pub fn new(address: SocketAddr) -> Self {
+        Self(canonical(address))
+    }
+
+    /// The destination of a connection of `client` that a rule may have redirected.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's: ENOENT if conntrack does not know the connection.
+    pub fn redirected(stream: &impl AsFd, client: IpAddr) -> io::Result<Self> {
+        let socket = SockRef::from(stream);
+        // The family is that of the packets, which on a dual-stack listener is not the socket's.
+        // Asked for the other one, conntrack would look up addresses that are not the connection's.
+        let original = if client.to_canonical().is_ipv4() {
+            socket.original_dst_v4()?
+        } else {
+            socket.original_dst_v6()?
+        };
+        inet(original).map(Self::new)
+    }
+
+    /// The destination of a connection that no rule redirects: the address of `stream` itself.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn local(stream: &impl AsFd) -> io::Result<Self> {
+        inet(SockRef::from(stream).local_addr()?).map(Self::new)
+    }
+
+    /// The address.
+    #[must_use]
+    pub fn address(self) -> SocketAddr {
+        self.0
+    }
 }
 
 /// From now on, closing `stream` sends RST instead of FIN, whoever closes it: the kernel too, when

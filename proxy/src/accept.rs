@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use tokio::task::coop::unconstrained;
 use tokio::task::yield_now;
-use tokio::time::{sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 use underpass_interception::{
-    BoundListener, Closing, Listener, Ports, original_destination, reset_on_close,
+    BoundListener, Closing, Listener, OriginalDestination, Ports, reset_on_close,
 };
 
 use crate::descriptors::{Held, PAIR, Shortage};
@@ -17,6 +17,8 @@ use crate::error::ProxyError;
 use crate::limits::{Limits, Place, Rate, Refusal};
 use crate::metrics;
 use crate::node::{Assignment, Node, Pod, Seat, Worker};
+use crate::party::{Direction, Party};
+use crate::record::{ConnectionRecord, Facts};
 
 /// How long a listener rests when the system has no descriptor or memory for another connection: long enough not to spin,
 /// short enough that a client which waits does not notice. The kernel's queue holds what arrives meanwhile.
@@ -62,36 +64,55 @@ pub(crate) struct Accepted {
     pub(crate) kind: Kind,
     pub(crate) stream: TcpStream,
     pub(crate) client: SocketAddr,
-    /// Where the client meant to go; for [`Kind::Hbone`], where it did go.
-    pub(crate) destination: io::Result<SocketAddr>,
+    /// The address that the client connected to.
+    pub(crate) destination: OriginalDestination,
     /// For both sockets of a caught connection, for the one of a tunnel.
     descriptors: Held,
 }
 
 impl Accepted {
-    fn new(kind: Kind, stream: TcpStream, client: SocketAddr, descriptors: Held) -> Self {
+    /// Refuses a connection without an original destination, and one whose original destination is
+    /// the outbound listener: connecting to that would come back to it, for ever.
+    fn new(
+        kind: Kind,
+        stream: TcpStream,
+        client: SocketAddr,
+        descriptors: Held,
+        ports: Ports,
+    ) -> Result<Self, ProxyError> {
         let destination = match kind {
-            Kind::Hbone => stream.local_addr().map(canonical),
-            Kind::Outbound | Kind::Plaintext => original_destination(&stream, client.ip()),
+            Kind::Hbone => OriginalDestination::local(&stream),
+            Kind::Outbound | Kind::Plaintext => {
+                OriginalDestination::redirected(&stream, client.ip())
+            }
         };
-        Self { kind, stream, client, destination, descriptors }
+        let destination = destination.map_err(ProxyError::NotCaptured)?;
+        if kind == Kind::Outbound && destination.address().port() == ports.outbound {
+            let here = OriginalDestination::local(&stream).map_err(ProxyError::Client)?;
+            if destination == here {
+                return Err(ProxyError::OwnListener(destination.address()));
+            }
+        }
+        Ok(Self { kind, stream, client, destination, descriptors })
     }
 
     #[cfg(test)]
     pub(crate) fn testing(kind: Kind, stream: TcpStream, client: SocketAddr) -> Self {
-        let descriptors = crate::descriptors::Descriptors::new(100, 0, 1);
-        Self::new(kind, stream, client, descriptors.hold(PAIR))
+        let descriptors = crate::descriptors::Descriptors::new(100, 0, 1).hold(PAIR);
+        let destination = OriginalDestination::local(&stream).expect("an address");
+        Self { kind, stream, client, destination, descriptors }
     }
 
     /// Refuses an inbound connection for an address that is not this namespace's own: the workload
     /// does not have it, so neither its mTLS mode nor its policies are about it. The rules of
     /// `interception.exact`, and those of others, lead such connections here.
     pub(crate) fn check_local(self, seat: &Seat) -> Result<Self, ProxyError> {
-        let Ok(destination) = self.destination else { return Ok(self) };
+        let destination = self.destination.address();
         // What REDIRECT chose is an address of the interface; TPROXY leaves whatever it was sent
         // to.
         let proven = !seat.pod.sockets.are_transparent()
-            && self.stream.local_addr().is_ok_and(|here| canonical(here).ip() == destination.ip());
+            && OriginalDestination::local(&self.stream)
+                .is_ok_and(|here| here.address().ip() == destination.ip());
         if proven {
             return Ok(self);
         }
@@ -118,17 +139,9 @@ impl Accepted {
     }
 
     /// Registers the connection with the runtime of the calling worker.
-    pub(crate) fn register(self, ports: Ports) -> Result<Registered, ProxyError> {
-        let destination = self.destination.map_err(ProxyError::NotCaptured)?;
-        // Made to the listener itself, not caught: a connection on to there would come back here, for ever.
-        if self.kind == Kind::Outbound && destination.port() == ports.outbound {
-            let here = self.stream.local_addr().map(canonical).map_err(ProxyError::Client)?;
-            if destination == here {
-                return Err(ProxyError::OwnListener(destination));
-            }
-        }
+    pub(crate) fn register(self) -> Result<Registered, ProxyError> {
         let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
-        let Self { client, descriptors, .. } = self;
+        let Self { client, destination, descriptors, .. } = self;
         Ok(Registered { stream, client, destination, descriptors })
     }
 }
@@ -147,12 +160,8 @@ pub(crate) enum Source {
 pub(crate) struct Registered {
     pub(crate) stream: tokio::net::TcpStream,
     pub(crate) client: SocketAddr,
-    pub(crate) destination: SocketAddr,
+    pub(crate) destination: OriginalDestination,
     pub(crate) descriptors: Held,
-}
-
-fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 /// A listener of a pod, as the worker that accepts its connections has it.
@@ -253,14 +262,14 @@ fn take(Listening { worker, pod, kind, .. }: &Listening, stream: TcpStream, clie
         Err(refusal) => return refuse(worker, kind, &stream, refusal),
     };
     let held = descriptors.hold(if kind == Kind::Hbone { 1 } else { PAIR });
-    let accepted = Accepted::new(kind, stream, client, held);
+    let accepted = match Accepted::new(kind, stream, client, held, pod.context.ports) {
+        Ok(accepted) => accepted,
+        Err(error) => return record_uncaught(worker, kind, client, error),
+    };
     if pod.self_test.claims(&accepted) {
         return;
     }
-    let peer = match (kind, &accepted.destination) {
-        (Kind::Outbound, Ok(destination)) => Some(destination.ip()),
-        _ => None,
-    };
+    let peer = (kind == Kind::Outbound).then(|| accepted.destination.address().ip());
     match worker.node.balance.assign(peer) {
         Some(load) => {
             let place = Place { load, source };
@@ -268,6 +277,16 @@ fn take(Listening { worker, pod, kind, .. }: &Listening, stream: TcpStream, clie
         }
         None => refuse(worker, kind, &accepted.stream, Refusal::Worker),
     }
+}
+
+/// Records a connection that no rule has led to the listener.
+fn record_uncaught(worker: &Worker, kind: Kind, client: SocketAddr, error: ProxyError) {
+    let direction = match kind {
+        Kind::Outbound => Direction::Outbound,
+        Kind::Plaintext | Kind::Hbone => Direction::Inbound,
+    };
+    let failure = Facts::new(direction, Party::at(client), Party::default()).failed(error);
+    ConnectionRecord::failed(Instant::now(), &failure, &worker.series);
 }
 
 fn assign(worker: &Arc<Worker>, assignment: Assignment) {

@@ -23,6 +23,7 @@ use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::instance::{Instance, Status};
 use crate::listeners::Listeners;
+use crate::metrics::Exporter;
 use crate::node::{Node, Pod, PodId, Workers};
 use crate::notify;
 use crate::parent::ParentGone;
@@ -350,14 +351,16 @@ impl Proxy {
         let listeners = Listeners::bind(&sockets, settings, listeners)?;
         let offered = listeners.try_clone().map_err(CommandError::Start)?;
         let offer = Offer::make(settings, offered, gates.clone(), place)?;
-        let (listeners, readiness, metrics) = listeners.split();
-        let endpoints = Endpoints::serve(readiness, metrics, &gates.accept)?;
+        let (listeners, readiness, metrics_listener) = listeners.split();
+        let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
+        let series = exporter.series.clone();
+        let endpoints = Endpoints::serve(readiness, metrics_listener, exporter, &gates.accept);
         let kept = if sockets.need_net_admin() { Kept::NetAdmin } else { Kept::Nothing };
         let certificate = Certificate::prepare(settings, &sockets, &endpoints.readiness).await?;
         let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref())?;
         let publisher = Publisher::new(source, mesh, &settings.workload);
         let (mesh, accept) = (publisher.subscribe(), gates.accept.clone());
-        let node = Arc::new(Node::new(settings, workers(settings), mesh, accept));
+        let node = Arc::new(Node::new(settings, workers(settings), mesh, accept, series));
         let pod = pod(settings, sockets, interception)?;
         Ok(Self { node, pod, kept, publisher, certificate, listeners, offer, gates, endpoints })
     }
@@ -374,9 +377,9 @@ impl Endpoints {
     fn serve(
         readiness: BoundListener,
         metrics: BoundListener,
+        exporter: Exporter,
         gate: &PauseGate,
-    ) -> Result<Self, CommandError> {
-        let handle = metrics::install().map_err(CommandError::Metrics)?;
+    ) -> Self {
         let state = Readiness::default();
         let serve = |endpoint: Endpoint, listener, purpose| {
             let gate = gate.clone();
@@ -388,9 +391,9 @@ impl Endpoints {
         };
         let serving = vec![
             serve(Endpoint::Readiness(state.clone()), readiness, "readiness"),
-            serve(Endpoint::Metrics(handle), metrics, "metrics"),
+            serve(Endpoint::Metrics(exporter), metrics, "metrics"),
         ];
-        Ok(Self { readiness: state, serving })
+        Self { readiness: state, serving }
     }
 
     /// Closes their listeners: another process has them too.

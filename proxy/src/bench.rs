@@ -4,16 +4,20 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 use underpass_config::Mesh;
 use underpass_hbone::TunnelStream;
+use underpass_interception::OriginalDestination;
 
 use crate::copy::{Buffers, Deadlines, Flow, Probes};
 use crate::descriptors::Descriptors;
 use crate::endpoint_health::EndpointHealth;
 use crate::error::ProxyError;
 use crate::live::Live;
+use crate::metrics::KnownSeries;
+use crate::party::{Direction, Party};
 use crate::policy::Subject;
-use crate::record::{ConnectionRecord, Direction, Party};
+use crate::record::{ConnectionRecord, Facts};
 use crate::route::{Caller, EndpointSelector, outbound};
 
 /// What copying may hold: the defaults of a process with enough files.
@@ -36,7 +40,8 @@ pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
     let live = Arc::new(Live::default());
     let (_registration, mut revocation) =
         live.register(Subject::inbound(nowhere, nowhere, None), 0);
-    let record = ConnectionRecord::new(Direction::Outbound, Party::default(), Party::default());
+    let facts = Facts::new(Direction::Outbound, Party::default(), Party::default());
+    let record = ConnectionRecord::opened(Instant::now(), facts, &KnownSeries::default());
     let deadlines = &Deadlines { idle: None, half_close: None, probes: Probes::CONNTRACK };
     let revocation = &mut revocation;
     let flow = Flow { record: &record, buffers: &buffers, deadlines, revocation };
@@ -74,7 +79,8 @@ impl Router {
             identity: None,
             hbone_port: 15008,
         };
-        let mut selector = EndpointSelector { health: &self.health, tried: &[] };
-        outbound(destination, &self.mesh, &caller, &mut selector).is_ok()
+        let destination = OriginalDestination::new(destination);
+        let selector = EndpointSelector::new(&self.health);
+        outbound(destination, &self.mesh, &caller, selector).is_ok()
     }
 }

@@ -12,10 +12,10 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 use underpass_interception::{BoundListener, Listener};
 
+use crate::metrics::Exporter;
 use crate::pause_gate::PauseGate;
 
 /// Probes and scrapers are few; more connections than this wait in the kernel's queue.
@@ -117,7 +117,7 @@ impl Readiness {
 #[derive(Clone)]
 pub(crate) enum Endpoint {
     Readiness(Readiness),
-    Metrics(PrometheusHandle),
+    Metrics(Exporter),
 }
 
 impl Endpoint {

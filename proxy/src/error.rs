@@ -126,13 +126,46 @@ pub(crate) enum Fault {
     Us,
 }
 
+/// The metric label `response_flags`, in ztunnel's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ResponseFlags {
+    None,
+    Deny,
+    Connect,
+    TlsFailure,
+    H2HandshakeFailure,
+    IdentityError,
+}
+
+impl ResponseFlags {
+    pub(crate) const ALL: [Self; 6] = [
+        Self::None,
+        Self::Deny,
+        Self::Connect,
+        Self::TlsFailure,
+        Self::H2HandshakeFailure,
+        Self::IdentityError,
+    ];
+
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "-",
+            Self::Deny => "DENY",
+            Self::Connect => "CONNECT",
+            Self::TlsFailure => "TLS_FAILURE",
+            Self::H2HandshakeFailure => "H2_HANDSHAKE_FAILURE",
+            Self::IdentityError => "IDENTITY_ERROR",
+        }
+    }
+}
+
 /// What an error is called where it is counted, logged and answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Reason {
     /// A stable code for the access log (`reason=`).
     pub(crate) code: &'static str,
     /// ztunnel's `response_flags` label.
-    pub(crate) flags: &'static str,
+    pub(crate) flags: ResponseFlags,
     pub(crate) fault: Fault,
     /// What a CONNECT request is answered.
     pub(crate) status: StatusCode,
@@ -157,63 +190,91 @@ impl ProxyError {
     pub(crate) fn reason(&self) -> Reason {
         use Fault::{Client, Peer, Us};
         let (code, flags, fault, status) = match self {
-            Self::NotCaptured(_) => ("not_captured", "DENY", Client, StatusCode::BAD_REQUEST),
-            Self::OwnListener(_) => {
-                ("own_listener", "DENY", Client, StatusCode::SERVICE_UNAVAILABLE)
+            Self::NotCaptured(_) => {
+                ("not_captured", ResponseFlags::Deny, Client, StatusCode::BAD_REQUEST)
             }
-            Self::NotLocal(_) => ("not_local", "DENY", Client, StatusCode::BAD_REQUEST),
-            Self::LocalUnknown { .. } => ("not_local", "DENY", Us, StatusCode::SERVICE_UNAVAILABLE),
-            Self::ForeignSource(_) => ("foreign_source", "DENY", Client, StatusCode::BAD_REQUEST),
+            Self::OwnListener(_) => {
+                ("own_listener", ResponseFlags::Deny, Client, StatusCode::SERVICE_UNAVAILABLE)
+            }
+            Self::NotLocal(_) => {
+                ("not_local", ResponseFlags::Deny, Client, StatusCode::BAD_REQUEST)
+            }
+            Self::LocalUnknown { .. } => {
+                ("not_local", ResponseFlags::Deny, Us, StatusCode::SERVICE_UNAVAILABLE)
+            }
+            Self::ForeignSource(_) => {
+                ("foreign_source", ResponseFlags::Deny, Client, StatusCode::BAD_REQUEST)
+            }
             Self::SourceUnknown { .. } => {
-                ("foreign_source", "DENY", Us, StatusCode::SERVICE_UNAVAILABLE)
+                ("foreign_source", ResponseFlags::Deny, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::NoIdentity(_) => {
-                ("no_identity", "IDENTITY_ERROR", Us, StatusCode::SERVICE_UNAVAILABLE)
+                ("no_identity", ResponseFlags::IdentityError, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::TooManyHandshakes(_) | Self::HandshakeNotBegun { .. } => {
-                ("too_many_handshakes", "DENY", Peer, StatusCode::SERVICE_UNAVAILABLE)
+                ("too_many_handshakes", ResponseFlags::Deny, Peer, StatusCode::SERVICE_UNAVAILABLE)
             }
-            Self::TooManyConnections(_) => {
-                ("too_many_connections", "DENY", Client, StatusCode::SERVICE_UNAVAILABLE)
-            }
+            Self::TooManyConnections(_) => (
+                "too_many_connections",
+                ResponseFlags::Deny,
+                Client,
+                StatusCode::SERVICE_UNAVAILABLE,
+            ),
             Self::OutOfDescriptors => {
-                ("out_of_descriptors", "CONNECT", Us, StatusCode::SERVICE_UNAVAILABLE)
+                ("out_of_descriptors", ResponseFlags::Connect, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::Denied(_) | Self::DeniedInPlain(_) => {
-                ("policy_denied", "DENY", Client, StatusCode::UNAUTHORIZED)
+                ("policy_denied", ResponseFlags::Deny, Client, StatusCode::UNAUTHORIZED)
             }
             Self::PlaintextRefused(_) => {
-                ("plaintext_refused", "DENY", Client, StatusCode::UNAUTHORIZED)
+                ("plaintext_refused", ResponseFlags::Deny, Client, StatusCode::UNAUTHORIZED)
             }
-            Self::Egress(_) => ("egress_denied", "DENY", Client, StatusCode::FORBIDDEN),
+            Self::Egress(_) => {
+                ("egress_denied", ResponseFlags::Deny, Client, StatusCode::FORBIDDEN)
+            }
             Self::PlaintextToHbone(_) => {
-                ("plaintext_to_hbone", "DENY", Client, StatusCode::FORBIDDEN)
+                ("plaintext_to_hbone", ResponseFlags::Deny, Client, StatusCode::FORBIDDEN)
             }
-            Self::OtherIdentity { .. } => {
-                ("other_identity", "IDENTITY_ERROR", Peer, StatusCode::SERVICE_UNAVAILABLE)
-            }
+            Self::OtherIdentity { .. } => (
+                "other_identity",
+                ResponseFlags::IdentityError,
+                Peer,
+                StatusCode::SERVICE_UNAVAILABLE,
+            ),
             Self::NoLongerAllowed(_) => {
-                ("no_longer_allowed", "DENY", Client, StatusCode::UNAUTHORIZED)
+                ("no_longer_allowed", ResponseFlags::Deny, Client, StatusCode::UNAUTHORIZED)
             }
             // What a peer asks for and does not get is its mistake; where a caught connection cannot go is the mesh's.
             Self::Route(RouteError::NotHere { .. }) => {
-                ("not_here", "DENY", Client, StatusCode::BAD_REQUEST)
+                ("not_here", ResponseFlags::Deny, Client, StatusCode::BAD_REQUEST)
             }
-            Self::Route(error) => (error.code(), "CONNECT", Us, StatusCode::SERVICE_UNAVAILABLE),
-            Self::Resolve(..) => ("resolve", "CONNECT", Us, StatusCode::SERVICE_UNAVAILABLE),
-            Self::Connect { .. } => ("connect", "CONNECT", Peer, StatusCode::SERVICE_UNAVAILABLE),
+            Self::Route(error) => {
+                (error.code(), ResponseFlags::Connect, Us, StatusCode::SERVICE_UNAVAILABLE)
+            }
+            Self::Resolve(..) => {
+                ("resolve", ResponseFlags::Connect, Us, StatusCode::SERVICE_UNAVAILABLE)
+            }
+            Self::Connect { .. } => {
+                ("connect", ResponseFlags::Connect, Peer, StatusCode::SERVICE_UNAVAILABLE)
+            }
             Self::ConnectTimeout { .. } => {
-                ("connect_timeout", "CONNECT", Peer, StatusCode::SERVICE_UNAVAILABLE)
+                ("connect_timeout", ResponseFlags::Connect, Peer, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::Tunnel(error) => return tunnel_reason(error),
-            Self::Client(_) => ("client_reset", "-", Client, StatusCode::BAD_GATEWAY),
-            Self::Upstream(_) => ("upstream_reset", "-", Peer, StatusCode::BAD_GATEWAY),
-            Self::IdleTimeout { .. } => ("idle_timeout", "-", Client, StatusCode::GATEWAY_TIMEOUT),
-            Self::HalfCloseTimeout { .. } => {
-                ("half_close_timeout", "-", Client, StatusCode::GATEWAY_TIMEOUT)
+            Self::Client(_) => {
+                ("client_reset", ResponseFlags::None, Client, StatusCode::BAD_GATEWAY)
             }
-            Self::Drained => ("drained", "-", Us, StatusCode::SERVICE_UNAVAILABLE),
-            Self::Dropped => ("dropped", "-", Us, StatusCode::SERVICE_UNAVAILABLE),
+            Self::Upstream(_) => {
+                ("upstream_reset", ResponseFlags::None, Peer, StatusCode::BAD_GATEWAY)
+            }
+            Self::IdleTimeout { .. } => {
+                ("idle_timeout", ResponseFlags::None, Client, StatusCode::GATEWAY_TIMEOUT)
+            }
+            Self::HalfCloseTimeout { .. } => {
+                ("half_close_timeout", ResponseFlags::None, Client, StatusCode::GATEWAY_TIMEOUT)
+            }
+            Self::Drained => ("drained", ResponseFlags::None, Us, StatusCode::SERVICE_UNAVAILABLE),
+            Self::Dropped => ("dropped", ResponseFlags::None, Us, StatusCode::SERVICE_UNAVAILABLE),
         };
         Reason { code, flags, fault, status }
     }
@@ -257,13 +318,13 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 
 fn tunnel_reason(error: &HboneError) -> Reason {
     let flags = match error {
-        HboneError::Dial { .. } | HboneError::ReplyTimeout { .. } => "CONNECT",
+        HboneError::Dial { .. } | HboneError::ReplyTimeout { .. } => ResponseFlags::Connect,
         // It is refused for what the last attempt failed of.
         HboneError::BackingOff { source, .. } | HboneError::BehindGateway { source, .. } => {
             tunnel_reason(source).flags
         }
-        HboneError::Refused { status: StatusCode::UNAUTHORIZED } => "DENY",
-        HboneError::Refused { .. } => "CONNECT",
+        HboneError::Refused { status: StatusCode::UNAUTHORIZED } => ResponseFlags::Deny,
+        HboneError::Refused { .. } => ResponseFlags::Connect,
         HboneError::HandshakeTimeout { .. }
         | HboneError::Tls { .. }
         | HboneError::NoPeerCertificate
@@ -273,20 +334,22 @@ fn tunnel_reason(error: &HboneError) -> Reason {
         | HboneError::RevocationUnknown { .. }
         | HboneError::RevocationListExpired { .. }
         | HboneError::RevocationListUntrusted { .. }
-        | HboneError::CertificateRefused { .. } => "TLS_FAILURE",
+        | HboneError::CertificateRefused { .. } => ResponseFlags::TlsFailure,
         HboneError::UnexpectedPeer { .. }
         | HboneError::NotSvid { .. }
         | HboneError::UntrustedDomain { .. }
         | HboneError::Credential { .. }
         | HboneError::Watch { .. }
         | HboneError::Clients { .. }
-        | HboneError::Issuer { .. } => "IDENTITY_ERROR",
-        HboneError::TunnelExpired { .. } => "TLS_FAILURE",
-        HboneError::H2 { .. } | HboneError::InvalidAuthority { .. } => "H2_HANDSHAKE_FAILURE",
+        | HboneError::Issuer { .. } => ResponseFlags::IdentityError,
+        HboneError::TunnelExpired { .. } => ResponseFlags::TlsFailure,
+        HboneError::H2 { .. } | HboneError::InvalidAuthority { .. } => {
+            ResponseFlags::H2HandshakeFailure
+        }
         HboneError::Reset { .. }
         | HboneError::Lost { .. }
         | HboneError::Unresponsive { .. }
-        | HboneError::PeerLimit { .. } => "-",
+        | HboneError::PeerLimit { .. } => ResponseFlags::None,
     };
     let fault = match error.fault() {
         underpass_hbone::Fault::Peer => Fault::Peer,

@@ -1,5 +1,5 @@
-//! Inbound connections: through a peer's tunnel, or caught in plain. Everything that can fail does so before the peer is
-//! told 200; the application sees the client's own address where the profile's rules support it.
+//! Inbound connections: through a peer's tunnel, or caught in plain. Everything that can fail does so before the peer gets
+//! its 200; the application sees the client's own address where the profile's rules support it.
 
 mod retirement;
 
@@ -12,12 +12,13 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use underpass_config::SpiffeId;
 use underpass_hbone::{
-    Acceptor, Authority, HboneError, Incoming, PeerIdentity, ServerTunnel, TunnelStream,
+    Acceptor, Authority, HboneError, Incoming, PeerIdentity, ServerTunnel, TraceParent,
+    TunnelStream,
 };
 use underpass_interception::reset_on_close;
 
 use self::retirement::Retirement;
-use crate::accept::{Kind, Registered};
+use crate::accept::{Accepted, Kind, Registered};
 use crate::copy::{Flow, broken};
 use crate::descriptors::Held;
 use crate::dial::{dial_loopback, dial_workload};
@@ -25,8 +26,9 @@ use crate::error::ProxyError;
 use crate::limits::Place;
 use crate::live::Revocation;
 use crate::node::{Assignment, Seat};
+use crate::party::{Direction, Party};
 use crate::policy::{Permit, Principal, Subject};
-use crate::record::{ConnectionRecord, Direction, Party};
+use crate::record::{ConnectionRecord, Facts};
 use crate::route::{self, InboundTarget, Target};
 use crate::{headers, metrics, proxy_protocol};
 
@@ -38,59 +40,82 @@ pub(crate) fn serve_plaintext(
     // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
     let opening = Box::pin(open_plaintext(seat.clone(), assignment));
     async move {
-        // In this order, so that what is held is let go of when the connections are closed.
-        let Some((mut record, Opened { _held, mut revocation, client, app })) = opening.await
+        // In this order, so that the sockets are closed before what is held for them is released.
+        let Some(Opened { record, held: _held, mut revocation, client, app }) = opening.await
         else {
             return;
         };
-        record.established(&seat.worker.series);
         let flow = Flow::new(seat.node(), &record, &mut revocation);
         let outcome = flow.through_tcp(&client, &app).await;
         record.close(outcome);
     }
 }
 
-/// Both sides of a connection, the client's and the application's, and what must be held as long as it is open.
+/// An open connection: its record, the client's side and the application's, and what is held for
+/// them.
 struct Opened<C> {
+    record: ConnectionRecord,
+    held: HeldWhileOpen,
+    revocation: Revocation,
     client: C,
     app: TcpStream,
-    revocation: Revocation,
-    _held: (Permit, Place, Held),
 }
 
-/// Connects to the application, and opens the record of that, which is closed if it fails.
+/// What a connection holds until it is closed.
+struct HeldWhileOpen {
+    _permit: Permit,
+    _place: Place,
+    _descriptors: Held,
+}
+
+/// Connects a plaintext connection to the application, and makes its record.
 async fn open_plaintext(
     seat: Arc<Seat>,
     Assignment { accepted, place, .. }: Assignment,
-) -> Option<(ConnectionRecord, Opened<TcpStream>)> {
-    let destination = accepted.destination.as_ref().ok().copied();
-    let mut record = open_record(&seat, accepted.client, destination, None);
+) -> Option<Opened<TcpStream>> {
+    let accepted_at = Instant::now();
+    let (client, destination) = (accepted.client, accepted.destination.address());
+    let snapshot = seat.node().mesh.borrow().clone();
+    let source = Party::plaintext_client(client, &snapshot);
     let checked = accepted.check_local(&seat);
-    if checked.is_err() {
-        // The destination is no address of the pod, so that its workload is not there.
-        record.destination.workload = None;
-    }
-    let opened = match checked.and_then(|accepted| accepted.register(seat.context().ports)) {
-        Ok(connection) => forward_plaintext(&seat, connection, place).await,
+    let destination = match checked {
+        Ok(_) => seat.own_party(&snapshot, destination),
+        // No address of the pod, so that its workload is not there.
+        Err(_) => Party::at(destination),
+    };
+    drop(snapshot);
+    let facts = Facts::new(Direction::Inbound, source, destination);
+    let connected = match checked.and_then(Accepted::register) {
+        Ok(connection) => connect_plaintext(&seat, connection).await,
         Err(error) => Err(error),
     };
-    record.or_close(opened)
+    match connected {
+        Ok((Registered { stream: client, descriptors, .. }, connected)) => {
+            let Connected { app, permit, revocation } = connected;
+            let held = HeldWhileOpen { _permit: permit, _place: place, _descriptors: descriptors };
+            let record = ConnectionRecord::opened(accepted_at, facts, &seat.worker.series);
+            Some(Opened { record, held, revocation, client, app })
+        }
+        Err(error) => {
+            ConnectionRecord::failed(accepted_at, &facts.failed(error), &seat.worker.series);
+            None
+        }
+    }
 }
 
-async fn forward_plaintext(
+async fn connect_plaintext(
     seat: &Seat,
-    Registered { stream, client, destination, descriptors }: Registered,
-    place: Place,
-) -> Result<Opened<TcpStream>, ProxyError> {
-    let way = InboundTarget { address: destination, header: None, service: None };
-    let connecting = pin!(connect(seat, client, &way, None));
+    connection: Registered,
+) -> Result<(Registered, Connected), ProxyError> {
+    let address = connection.destination.address();
+    let target = InboundTarget { address, header: None, service: None };
+    let connecting = pin!(connect(seat, connection.client, &target, None));
     let connected = tokio::select! {
         connected = seat.node().drain.or_abort(connecting) => connected?,
         // A FIN is no reason: what was sent before it is still to be delivered.
-        error = broken(&stream) => return Err(ProxyError::Client(error)),
+        error = broken(&connection.stream) => return Err(ProxyError::Client(error)),
     };
-    let Connected { app, permit, revocation } = connected;
-    Ok(Opened { client: stream, app, revocation, _held: (permit, place, descriptors) })
+    Ok((connection, connected))
 }
 
 /// Serves one peer's connection: the handshakes, then every CONNECT request that comes through it.
@@ -98,10 +123,10 @@ pub(crate) async fn serve_tunnel(
     seat: Arc<Seat>,
     Assignment { accepted, place: _place, tunnel: _tunnel, .. }: Assignment,
 ) {
-    let client = accepted.client;
-    let destination = accepted.destination.as_ref().ok().copied();
+    let accepted_at = Instant::now();
+    let (client, destination) = (accepted.client, accepted.destination.address());
     let checked = accepted.check_local(&seat);
-    let outcome = match checked.and_then(|accepted| accepted.register(seat.context().ports)) {
+    let outcome = match checked.and_then(Accepted::register) {
         Err(error) => Err(error),
         Ok(connection) => {
             let serving = pin!(accept_tunnel(&seat, connection));
@@ -109,12 +134,16 @@ pub(crate) async fn serve_tunnel(
         }
     };
     if let Err(error) = outcome {
-        let mut record = open_record(&seat, client, None, None);
-        record.hbone = destination;
+        let source = Party::plaintext_client(client, &seat.node().mesh.borrow());
+        let facts = Facts::new(Direction::Inbound, source, Party::default());
+        let facts = Facts { hbone: Some(destination), ..facts };
+        let series = &seat.worker.series;
         match error {
             // The tunnel may have stood.
-            ProxyError::Drained => record.close(Err(error)),
-            error => record.close_unproven(error),
+            ProxyError::Drained => {
+                ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
+            }
+            error => ConnectionRecord::handshake_failed(accepted_at, &facts.failed(error), series),
         }
     }
 }
@@ -123,7 +152,7 @@ async fn accept_tunnel(
     seat: &Arc<Seat>,
     Registered { stream, client, destination, descriptors: _descriptors }: Registered,
 ) -> Result<(), ProxyError> {
-    let acceptor = seat.acceptor.as_ref().ok_or(ProxyError::NoIdentity(destination))?;
+    let acceptor = seat.acceptor.as_ref().ok_or(ProxyError::NoIdentity(destination.address()))?;
     // Boxed: what a handshake needs is a multiple of what the tunnel needs after it.
     let mut tunnel = Box::pin(handshake(seat, acceptor, stream, client.ip())).await?;
     let peer = tunnel.peer().clone();
@@ -141,7 +170,8 @@ async fn accept_tunnel(
     let mut retirement = Retirement::new(seat.node(), &tunnel);
     while let Some(request) = retirement.next_request(seat.node(), &mut tunnel).await {
         let admitted = seat.admit_stream(client.ip(), Kind::Hbone.name());
-        let asked = Asked { request, client, here: destination, peer: peer.clone() };
+        let admitted = admitted.map(|(place, descriptor)| Admitted { place, descriptor });
+        let asked = Asked { request, client, here: destination.address(), peer: peer.clone() };
         tokio::spawn(seat.node().drain.track(serve_request(seat.clone(), asked, admitted)));
     }
     if let Some(limit) = tunnel.exceeded() {
@@ -185,16 +215,23 @@ struct Asked {
     peer: PeerIdentity,
 }
 
+/// What a stream of a tunnel was admitted with.
+struct Admitted {
+    place: Place,
+    descriptor: Held,
+}
+
 /// Serves one CONNECT request.
 fn serve_request(
     seat: Arc<Seat>,
     asked: Asked,
-    admitted: Result<(Place, Held), ProxyError>,
+    admitted: Result<Admitted, ProxyError>,
 ) -> impl Future<Output = ()> + Send {
     // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
     let opening = Box::pin(open_request(seat.clone(), asked, admitted));
     async move {
-        let Some((record, Opened { _held, mut revocation, client, app })) = opening.await else {
+        let Some(Opened { record, held: _held, mut revocation, client, app }) = opening.await
+        else {
             return;
         };
         let flow = Flow::new(seat.node(), &record, &mut revocation);
@@ -203,55 +240,83 @@ fn serve_request(
     }
 }
 
-/// Connects to the application, answers, and opens the record of that, which is closed if it fails.
+/// Connects a CONNECT request to the application, makes its record, and answers it.
 async fn open_request(
     seat: Arc<Seat>,
-    asked: Asked,
-    admitted: Result<(Place, Held), ProxyError>,
-) -> Option<(ConnectionRecord, Opened<TunnelStream>)> {
-    let Asked { request, client, here, peer } = &asked;
-    let way = way(&seat, request.authority(), *here);
-    let destination = way.as_ref().ok().map(|way| way.address);
-    let mut record = open_record(&seat, *client, destination, Some(peer));
-    record.service = way.as_ref().ok().and_then(|way| way.service.clone());
-    record.hbone = Some(*here);
-    record.claimed(request.headers());
-    let admitted = admitted.and_then(|admitted| Ok((admitted, way?)));
-    let opened = forward_request(&seat, asked, admitted, &mut record).await;
-    record.or_close(opened)
-}
-
-async fn forward_request(
-    seat: &Seat,
-    Asked { mut request, client, peer, .. }: Asked,
-    admitted: Result<((Place, Held), InboundTarget), ProxyError>,
-    record: &mut ConnectionRecord,
-) -> Result<Opened<TunnelStream>, ProxyError> {
+    mut asked: Asked,
+    admitted: Result<Admitted, ProxyError>,
+) -> Option<Opened<TunnelStream>> {
+    let accepted_at = Instant::now();
+    let series = &seat.worker.series;
+    let target = inbound_target(&seat, asked.request.authority(), asked.here);
+    let facts = request_facts(&seat, &asked, target.as_ref().ok());
     let connected = async {
-        let ((place, descriptor), way) = admitted?;
-        let connecting = pin!(connect(seat, client, &way, Some(&peer)));
-        let connected = tokio::select! {
-            connected = seat.node().drain.or_abort(connecting) => connected?,
-            error = request.closed() => return Err(ProxyError::Tunnel(error)),
-        };
-        Ok((connected, place, descriptor))
+        let admitted = admitted?;
+        let connected = connect_request(&seat, &mut asked, &target?).await?;
+        Ok::<_, ProxyError>((connected, admitted))
     };
-    let (Connected { app, permit, revocation }, place, descriptor) = match connected.await {
+    let (Connected { app, permit, revocation }, admitted) = match connected.await {
         Ok(connected) => connected,
         Err(error) => {
             // Nothing is said to a client that has gone.
-            request.refuse(error.reason().status);
-            return Err(error);
+            asked.request.refuse(error.reason().status);
+            ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
+            return None;
         }
     };
-    record.established(&seat.worker.series);
-    let accepted = request.accept(headers::response(record, &seat.context().own));
-    let client = accepted.map_err(ProxyError::Tunnel)?;
-    Ok(Opened { client, app, revocation, _held: (permit, place, descriptor) })
+    let record = ConnectionRecord::opened(accepted_at, facts, series);
+    let answer = headers::response(record.facts(), &seat.context().own);
+    match asked.request.accept(answer) {
+        Ok(client) => {
+            let Admitted { place, descriptor } = admitted;
+            let held = HeldWhileOpen { _permit: permit, _place: place, _descriptors: descriptor };
+            Some(Opened { record, held, revocation, client, app })
+        }
+        Err(error) => {
+            record.close(Err(ProxyError::Tunnel(error)));
+            None
+        }
+    }
 }
 
-/// Where a request goes that came through a tunnel which ends at `here`.
-fn way(seat: &Seat, authority: &Authority, here: SocketAddr) -> Result<InboundTarget, ProxyError> {
+async fn connect_request(
+    seat: &Seat,
+    asked: &mut Asked,
+    target: &InboundTarget,
+) -> Result<Connected, ProxyError> {
+    let Asked { request, client, peer, .. } = asked;
+    let connecting = pin!(connect(seat, *client, target, Some(&*peer)));
+    tokio::select! {
+        connected = seat.node().drain.or_abort(connecting) => connected,
+        error = request.closed() => Err(ProxyError::Tunnel(error)),
+    }
+}
+
+/// What is known of a CONNECT request before it is connected.
+fn request_facts(
+    seat: &Seat,
+    Asked { request, client, here, peer }: &Asked,
+    target: Option<&InboundTarget>,
+) -> Facts {
+    let snapshot = seat.node().mesh.borrow();
+    let headers = request.headers();
+    let source = Party::tunnel_client(*client, peer.spiffe_id(), headers, &snapshot);
+    let own = target.map(|target| seat.own_party(&snapshot, target.address));
+    let destination = Party { identity: seat.pod.identity(), ..own.unwrap_or_default() };
+    Facts {
+        service: target.and_then(|target| target.service.clone()),
+        hbone: Some(*here),
+        trace: TraceParent::read(headers),
+        ..Facts::new(Direction::Inbound, source, destination)
+    }
+}
+
+/// Where a request leads that came through a tunnel which ends at `here`.
+fn inbound_target(
+    seat: &Seat,
+    authority: &Authority,
+    here: SocketAddr,
+) -> Result<InboundTarget, ProxyError> {
     let asked = match authority {
         Authority::Address(address) => Target::Address(*address),
         Authority::Name { host, port } => Target::Hostname(host.as_str().into(), *port),
@@ -264,7 +329,7 @@ fn way(seat: &Seat, authority: &Authority, here: SocketAddr) -> Result<InboundTa
         .map_err(ProxyError::Route)
 }
 
-/// A connection to the application, and what must be held as long as it is open.
+/// A permitted connection to the application.
 struct Connected {
     app: TcpStream,
     permit: Permit,
@@ -275,51 +340,30 @@ struct Connected {
 async fn connect(
     seat: &Seat,
     client: SocketAddr,
-    way: &InboundTarget,
+    target: &InboundTarget,
     peer: Option<&PeerIdentity>,
 ) -> Result<Connected, ProxyError> {
     let identity = peer.map(|peer| peer.spiffe_id());
-    let subject = Subject::inbound(client, way.address, peer.map(Principal::from));
+    let subject = Subject::inbound(client, target.address, peer.map(Principal::from));
     let (permit, mut revocation) = seat.permit(subject)?;
-    let app = revocation.or_end(pin!(reach(seat, client, way, &permit, identity))).await?;
+    let app = revocation.or_end(pin!(dial_app(seat, client, target, &permit, identity))).await?;
     Ok(Connected { app, permit, revocation })
 }
 
-async fn reach(
+/// Dials the application, with a PROXY header if the route has one.
+async fn dial_app(
     seat: &Seat,
     client: SocketAddr,
-    way: &InboundTarget,
+    target: &InboundTarget,
     permit: &Permit,
     identity: Option<&SpiffeId>,
 ) -> Result<TcpStream, ProxyError> {
     let deadline = seat.node().timeouts.connect;
-    let Some(destination) = way.header else {
+    let Some(destination) = target.header else {
         return dial_workload(permit, client.ip(), deadline).await;
     };
     let mut app = dial_loopback(permit, deadline).await?;
     let header = proxy_protocol::header(client, destination, identity);
     app.write_all(&header).await.map_err(ProxyError::Upstream)?;
     Ok(app)
-}
-
-fn open_record(
-    seat: &Seat,
-    client: SocketAddr,
-    destination: Option<SocketAddr>,
-    peer: Option<&PeerIdentity>,
-) -> ConnectionRecord {
-    let snapshot = seat.node().mesh.borrow();
-    let source = Party {
-        address: Some(client),
-        workload: snapshot.workload(client.ip()).cloned(),
-        identity: peer.map(|peer| peer.spiffe_id().clone()),
-    };
-    let own = &seat.context().own;
-    let local = destination.and_then(|address| snapshot.local(own, address.ip()));
-    let destination = Party {
-        address: destination,
-        workload: local.cloned(),
-        identity: peer.and_then(|_| seat.pod.identity()),
-    };
-    ConnectionRecord::new(Direction::Inbound, source, destination)
 }

@@ -9,7 +9,7 @@
 //! * `snapshot` is the mesh that they decide by, `publish` changes it, and `live` ends what a change forbids;
 //!   `authorization` is what policies say, `endpoint_health` and `resolve` are what is known of endpoints beside the mesh;
 //! * `limits` and `descriptors` are what one worker, one client and the process may have, and what happens beyond;
-//! * `record` and `metrics` tell of every connection, `endpoints` answers probes and scrapers, `drain` ends it all;
+//! * `party` is what is known of each end of a connection, `record` and `metrics` report every connection, `endpoints` answers probes and scrapers, `drain` ends it all;
 //! * `certificates` is who the workload is, and keeps it so; `headers` is what a tunnel tells of its ends;
 //! * `capture` has the rules installed and tested, `guard` keeps them, `reload` changes what is caught while it runs;
 //! * `demo` shows it.
@@ -45,6 +45,7 @@ mod node;
 mod notify;
 mod outbound;
 mod parent;
+mod party;
 mod pause_gate;
 mod policy;
 mod proxy_protocol;

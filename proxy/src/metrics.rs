@@ -1,17 +1,21 @@
-//! What Prometheus sees, and how it is rendered: what counts connections in `series`, all the rest here.
+//! What Prometheus reads, and how it is rendered: the counters of connections in `series.rs` and
+//! `registry.rs`, all others here.
 //!
 //! Not here: the HTTP server that answers `/metrics` (`endpoints.rs`).
 
+mod registry;
 mod series;
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use metrics::{Gauge, counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
-use underpass_config::{Mesh, Profile};
+use underpass_config::{Mesh, Profile, SeriesSettings};
 use underpass_interception::Backend;
 
-pub(crate) use self::series::{KnownSeries, Labels, Series, failed};
+pub(crate) use self::registry::SeriesRegistry;
+pub(crate) use self::series::{KnownSeries, Labels, Series};
 
 const PAUSES: &str = "underpass_accept_paused_total";
 const BUILD: &str = "istio_build";
@@ -42,10 +46,25 @@ const BUFFER_BYTES: &str = "underpass_buffer_bytes";
 const TERMINATED: &str = "underpass_connections_terminated_total";
 const EJECTED: &str = "underpass_endpoints_ejected_total";
 
-/// Installs the recorder of this process; what it returns renders `/metrics`.
-pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
-    let handle = PrometheusBuilder::new().install_recorder()?;
-    series::describe();
+/// Renders `/metrics`.
+#[derive(Clone)]
+pub(crate) struct Exporter {
+    recorder: PrometheusHandle,
+    /// The counters of connections.
+    pub(crate) series: Arc<SeriesRegistry>,
+}
+
+impl Exporter {
+    pub(crate) fn render(&self) -> String {
+        let mut text = self.recorder.render();
+        text.push_str(&self.series.render());
+        text
+    }
+}
+
+/// Installs the recorder of this process.
+pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> {
+    let recorder = PrometheusBuilder::new().install_recorder()?;
     describe_counter!(PAUSES, "Pauses of accepting, by what ran out.");
     describe_gauge!(BUILD, "The version that runs; always 1.");
     describe_gauge!(INTERCEPTION, "How traffic is caught; always 1.");
@@ -108,7 +127,7 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     );
     describe_counter!(EJECTED, "Endpoints ejected because they could not be connected to.");
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
-    Ok(handle)
+    Ok(Exporter { recorder, series: Arc::new(SeriesRegistry::new(settings)) })
 }
 
 /// Counts a pause of a listener, for want of what `reason` says.

@@ -1,9 +1,9 @@
 //! What there is one of in the process, in a pod, on a thread, and of a pod on a thread.
 //!
 //! ```text
-//! Node     one         mesh, resolver, limits, timeouts, drain, load of the workers
+//! Node     one         mesh, resolver, limits, timeouts, drain, load of the workers, metric series
 //! Pod      Arc         policy context, sockets, credentials, endpoint health, self-test, addresses
-//! Worker   a thread    command channel, connection registry, metric series, seats
+//! Worker   a thread    command channel, connection registry, cache of metric series, seats
 //! Seat     Pod×Worker  pool, connector, acceptor; made by the first connection of the pod there
 //! ```
 //!
@@ -31,6 +31,7 @@ use crate::balance::Balance;
 use crate::copy::{Buffers, Deadlines};
 use crate::drain::Drain;
 use crate::limits::Limits;
+use crate::metrics::SeriesRegistry;
 use crate::pause_gate::PauseGate;
 use crate::resolve::Resolver;
 use crate::snapshot::Snapshot;
@@ -50,6 +51,8 @@ pub(crate) struct Node {
     pub(crate) drain: Drain,
     /// Pauses accepting while another process takes over.
     pub(crate) accept: PauseGate,
+    /// The metric series of all connections.
+    pub(crate) series: Arc<SeriesRegistry>,
     /// The load of each worker.
     pub(crate) balance: Arc<Balance>,
 }
@@ -61,6 +64,7 @@ impl Node {
         workers: usize,
         mesh: watch::Receiver<Arc<Snapshot>>,
         accept: PauseGate,
+        series: Arc<SeriesRegistry>,
     ) -> Self {
         let limits = Limits::new(&settings.limits, workers);
         Self {
@@ -74,6 +78,7 @@ impl Node {
             limits,
             drain: Drain::default(),
             accept,
+            series,
         }
     }
 }

@@ -1,18 +1,31 @@
 //! Caught outbound connections: route, permit, then a tunnel to the peer or a plain connection, then copy.
 //!
-//! Of a service's endpoints another is tried if one cannot be connected to: the application has sent nothing by then.
+//! ```text
+//! serve ─ open ─ OutboundConnect::connect          the ranked alternatives, one after the other
+//!                └ connect_in_time                 one of them, in limited time while there is another
+//!                  └ connect_via                   its next hop: resolve, permit, dial
+//!                    ├ dial                        a plain connection
+//!                    ├ open_stream                 a stream of a pooled tunnel
+//!                    └ open_stream_behind_gateway  a tunnel through such a stream
+//! ```
+//!
+//! Another endpoint of a service is tried if one cannot be connected to: the application has sent
+//! nothing by then. Whatever becomes of connecting, it returns the [`Facts`] for the record.
 
-use std::net::{IpAddr, SocketAddr};
+use std::iter::Peekable;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use underpass_config::{NetworkMode, Quoted, SpiffeId};
-use underpass_hbone::{ConnectRequest, Connector, HboneError, TunnelKey, TunnelStream};
+use underpass_hbone::{
+    ConnectRequest, Connector, HboneError, TraceParent, TunnelKey, TunnelStream,
+};
 
-use crate::accept::{Registered, Source};
+use crate::accept::{Accepted, Registered, Source};
 use crate::copy::{Flow, broken};
 use crate::descriptors::Held;
 use crate::dial::dial;
@@ -21,9 +34,13 @@ use crate::error::ProxyError;
 use crate::limits::Place;
 use crate::live::Revocation;
 use crate::node::{Assignment, Seat};
+use crate::party::{Direction, Party};
 use crate::policy::{Outbound, Permit, Subject};
-use crate::record::{ConnectionRecord, Direction, Party};
-use crate::route::{self, Caller, EndpointKey, EndpointSelector, ForwardVia, Route, Target};
+use crate::record::{ConnectFailure, ConnectionRecord, Facts};
+use crate::route::{
+    self, Alternatives, Caller, EndpointKey, EndpointSelector, ForwardVia, Route, Target,
+};
+use crate::snapshot::Snapshot;
 use crate::{headers, metrics};
 
 /// How many endpoints of a service are tried for one connection.
@@ -37,12 +54,11 @@ pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Outp
     // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
     let opening = Box::pin(open(seat.clone(), assignment));
     async move {
-        // In this order, so that what is held is let go of when the connections are closed.
-        let Some((mut record, Opened { _held, mut revocation, client, onward })) = opening.await
+        // In this order, so that the sockets are closed before what is held for them is released.
+        let Some(Opened { record, held: _held, mut revocation, client, onward }) = opening.await
         else {
             return;
         };
-        record.established(&seat.worker.series);
         let flow = Flow::new(seat.node(), &record, &mut revocation);
         let outcome = match onward {
             Onward::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,
@@ -52,273 +68,322 @@ pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Outp
     }
 }
 
-/// Opens the way that a connection takes, and its record, which is closed if that fails.
-async fn open(
-    seat: Arc<Seat>,
-    Assignment { accepted, place, .. }: Assignment,
-) -> Option<(ConnectionRecord, Opened)> {
-    let checked = accepted.check_source(&seat);
-    let source = Party {
-        address: Some(accepted.client),
-        workload: seat
-            .caller(&seat.node().mesh.borrow(), *checked.as_ref().unwrap_or(&Source::Other))
-            .cloned(),
-        identity: None,
-    };
-    let destination =
-        Party { address: accepted.destination.as_ref().ok().copied(), ..Party::default() };
-    let mut record = ConnectionRecord::new(Direction::Outbound, source, destination);
-    let opened = match accepted.register(seat.context().ports) {
-        Ok(connection) => match checked {
-            Ok(source) => forward(&seat, connection, source, place, &mut record).await,
-            Err(error) => {
-                metrics::foreign_source();
-                Err(error)
-            }
-        },
-        Err(error) => Err(error),
-    };
-    record.or_close(opened)
-}
-
-async fn forward(
-    seat: &Arc<Seat>,
-    Registered { stream, client, destination, mut descriptors }: Registered,
-    source: Source,
-    place: Place,
-    record: &mut ConnectionRecord,
-) -> Result<Opened, ProxyError> {
-    let call = Call { seat, client: client.ip(), source, asked: destination };
-    let connecting = pin!(call.connect(record));
-    let connected = tokio::select! {
-        connected = seat.node().drain.or_abort(connecting) => connected?,
-        // A FIN is no reason: what was sent before it is still to be delivered.
-        error = broken(&stream) => return Err(ProxyError::Client(error)),
-    };
-    let Connected { onward, revocation, permit, load } = connected;
-    if let Onward::Tunnel(_) = &onward {
-        // The tunnel has its own.
-        descriptors.release_one();
-    }
-    let held = (permit, load, place, descriptors);
-    Ok(Opened { client: stream, onward, revocation, _held: held })
-}
-
-/// Both sides of a connection that was caught, and what must be held as long as it is open.
+/// An open connection: its record, both sides of it, and what is held for them.
 struct Opened {
+    record: ConnectionRecord,
+    held: HeldWhileOpen,
+    revocation: Revocation,
     client: TcpStream,
     onward: Onward,
-    revocation: Revocation,
-    _held: (Permit, Vec<OpenConnection>, Place, Held),
 }
 
-/// What carries the bytes on.
+/// What a connection holds until it is closed.
+struct HeldWhileOpen {
+    _permit: Permit,
+    _load: Vec<OpenConnection>,
+    _place: Place,
+    _descriptors: Held,
+}
+
+/// The connection to the upstream.
 enum Onward {
     Tunnel(TunnelStream),
     Plain(TcpStream),
 }
 
-/// A connection that is ready to carry bytes, and what must be held as long as it does.
+/// Connects an accepted connection, and makes its record.
+async fn open(seat: Arc<Seat>, Assignment { accepted, place, .. }: Assignment) -> Option<Opened> {
+    let accepted_at = Instant::now();
+    let series = &seat.worker.series;
+    match connect(&seat, accepted).await {
+        Ok((Registered { stream: client, mut descriptors, .. }, connected)) => {
+            let Connected { facts, onward, permit, revocation, load } = connected;
+            if let Onward::Tunnel(_) = &onward {
+                // The tunnel holds the descriptor of its own connection.
+                descriptors.release_one();
+            }
+            let held = HeldWhileOpen {
+                _permit: permit,
+                _load: load,
+                _place: place,
+                _descriptors: descriptors,
+            };
+            let record = ConnectionRecord::opened(accepted_at, facts, series);
+            Some(Opened { record, held, revocation, client, onward })
+        }
+        Err(failure) => {
+            ConnectionRecord::failed(accepted_at, &failure, series);
+            None
+        }
+    }
+}
+
+/// Connects an accepted connection to its upstream.
+async fn connect(
+    seat: &Arc<Seat>,
+    accepted: Accepted,
+) -> Result<(Registered, Connected), Box<ConnectFailure>> {
+    let snapshot = seat.node().mesh.borrow().clone();
+    let checked = accepted.check_source(seat);
+    let source = match checked {
+        Ok(Source::Own(_)) => seat.own_party(&snapshot, accepted.client),
+        Ok(Source::Other) | Err(_) => seat.party_behind(&snapshot, accepted.client),
+    };
+    let destination = accepted.destination.address();
+    let known = Facts {
+        trace: Some(TraceParent::new()),
+        ..Facts::new(Direction::Outbound, source, Party::at(destination))
+    };
+    let source = match checked {
+        Ok(source) => source,
+        Err(error) => {
+            metrics::foreign_source();
+            return Err(known.failed(error));
+        }
+    };
+    let connection = match accepted.register() {
+        Ok(connection) => connection,
+        Err(error) => return Err(known.failed(error)),
+    };
+    let identity = seat.pod.identity();
+    let snapshot = &*snapshot;
+    let connect =
+        OutboundConnect { seat, snapshot, connection: &connection, source, identity, known };
+    let connected = connect.connect().await?;
+    Ok((connection, connected))
+}
+
+/// A connection to the upstream that is ready to carry bytes, and what is known of it.
 struct Connected {
+    facts: Facts,
     onward: Onward,
-    revocation: Revocation,
     permit: Permit,
+    revocation: Revocation,
     load: Vec<OpenConnection>,
 }
 
-/// A connection that wants to get somewhere.
-struct Call<'a> {
+/// Connects one caught connection.
+struct OutboundConnect<'a> {
     seat: &'a Arc<Seat>,
-    client: IpAddr,
+    /// The state of the mesh by which the connection is routed.
+    snapshot: &'a Snapshot,
+    connection: &'a Registered,
     source: Source,
-    asked: SocketAddr,
+    /// The identity of the pod's certificate.
+    identity: Option<SpiffeId>,
+    /// What is known before there is a route.
+    known: Facts,
 }
 
-impl Call<'_> {
-    /// Connects, to another endpoint if one cannot be connected to and there is another.
-    async fn connect(&self, record: &mut ConnectionRecord) -> Result<Connected, ProxyError> {
-        let mut tried = Vec::new();
-        let mut route = self.route(&tried)?;
+impl OutboundConnect<'_> {
+    /// Connects by the best route, and by the next best if its endpoint cannot be connected to.
+    async fn connect(&self) -> Result<Connected, Box<ConnectFailure>> {
+        let seat = self.seat;
+        let own = &seat.context().own;
+        let caller = Caller {
+            network: &own.network,
+            namespace: &own.namespace,
+            workload: seat.caller(self.snapshot, self.source).map(|workload| &**workload),
+            address: self.connection.client.ip(),
+            identity: self.identity.as_ref(),
+            hbone_port: seat.context().ports.hbone,
+        };
+        let selector = EndpointSelector::new(&seat.pod.endpoints);
+        let mesh = &self.snapshot.mesh;
+        let routed = route::outbound(self.connection.destination, mesh, &caller, selector);
+        let Alternatives { best: mut route, others } =
+            routed.map_err(|error| self.known.clone().failed(ProxyError::Route(error)))?;
+        let mut others = others.take(ATTEMPTS - 1).peekable();
         loop {
-            let failed = match self.attempt(&route, &tried, record).await {
+            let failure = match self.connect_in_time(&route, &mut others).await {
                 Ok(connected) => return Ok(connected),
-                Err(error) => error,
+                Err(failure) => failure,
             };
-            let Some(endpoint) = route.dialled().filter(|_| failed.is_of_endpoint()) else {
-                return Err(failed);
+            let Some(endpoint) = route.dialled().filter(|_| failure.error.is_of_endpoint()) else {
+                return Err(failure);
             };
-            self.eject(endpoint, &failed);
-            tried.push(endpoint.clone());
-            match self.route(&tried) {
-                Ok(another) if tried.len() < ATTEMPTS => route = another,
-                // Why there is nobody left is what went wrong with the last one.
-                _ => return Err(failed),
+            self.eject(endpoint, &failure.error);
+            match others.next() {
+                Some(next) => route = next,
+                // That there is no other endpoint is not what went wrong.
+                None => return Err(failure),
             }
         }
     }
 
-    /// The way there, past the endpoints that were tried.
-    fn route(&self, tried: &[EndpointKey]) -> Result<Route, ProxyError> {
+    fn eject(&self, endpoint: &EndpointKey, error: &ProxyError) {
         let seat = self.seat;
-        let (own, identity) = (&seat.context().own, seat.pod.identity());
-        let snapshot = seat.node().mesh.borrow();
-        let caller = Caller {
-            network: &own.network,
-            namespace: &own.namespace,
-            workload: seat.caller(&snapshot, self.source).map(|workload| &**workload),
-            address: self.client,
-            identity: identity.as_ref(),
-            hbone_port: seat.context().ports.hbone,
-        };
-        let mut choose = EndpointSelector { health: &seat.pod.endpoints, tried };
-        route::outbound(self.asked, &snapshot.mesh, &caller, &mut choose).map_err(ProxyError::Route)
-    }
-
-    fn eject(&self, endpoint: &EndpointKey, failed: &ProxyError) {
-        let seat = self.seat;
-        let pause = seat.node().timeouts.ejection;
+        let ejection = seat.node().timeouts.ejection;
         metrics::endpoint_ejected();
         tracing::warn!(
-            endpoint = %endpoint.uid, port = endpoint.port, error = %Quoted::chain(failed),
-            "an endpoint is ejected for {} s", pause.as_secs_f32()
+            endpoint = %endpoint.uid, port = endpoint.port, error = %Quoted::chain(error),
+            "an endpoint is ejected for {} s", ejection.as_secs_f32()
         );
-        seat.pod.endpoints.eject(endpoint.clone(), pause);
+        seat.pod.endpoints.eject(endpoint.clone(), ejection);
     }
 
-    /// Goes one way. As long as there is another one, this one may not take long.
-    async fn attempt(
+    /// Connects by `route`, which may take [`ATTEMPT_TIMEOUT`] while there is another one.
+    async fn connect_in_time(
         &self,
         route: &Route,
-        tried: &[EndpointKey],
-        record: &mut ConnectionRecord,
-    ) -> Result<Connected, ProxyError> {
-        let seat = self.seat;
-        let open = |endpoint: &EndpointKey| seat.pod.endpoints.open(endpoint.clone());
-        let load: Vec<_> = route.endpoints().map(open).collect();
-        // What an attempt before this one noted is no longer so.
-        record.destination =
-            Party { address: Some(self.asked), workload: route.workload.clone(), identity: None };
-        record.service = route.service.clone();
-        record.hbone = None;
-        let mut going = pin!(self.go(route, record));
-        let went = match route.dialled() {
-            None => going.await,
-            Some(endpoint) => match timeout(ATTEMPT_TIMEOUT, &mut going).await {
-                Ok(went) => went,
-                Err(_) if self.is_another(endpoint, tried) => Err(ProxyError::ConnectTimeout {
-                    destination: self.asked,
-                    after: ATTEMPT_TIMEOUT,
-                }),
-                Err(_) => going.await,
+        others: &mut Peekable<impl Iterator<Item = Route>>,
+    ) -> Result<Connected, Box<ConnectFailure>> {
+        let endpoints = &self.seat.pod.endpoints;
+        let load = route.endpoints().map(|endpoint| endpoints.open(endpoint.clone())).collect();
+        let mut connecting = pin!(self.connect_via(route, load));
+        let connected = match route.dialled() {
+            None => connecting.await,
+            Some(_) => match timeout(ATTEMPT_TIMEOUT, &mut connecting).await {
+                Ok(connected) => connected,
+                Err(_) if others.peek().is_some() => {
+                    let destination = self.connection.destination.address();
+                    let after = ATTEMPT_TIMEOUT;
+                    let error = ProxyError::ConnectTimeout { destination, after };
+                    Err(self.facts(route, None).failed(error))
+                }
+                Err(_) => connecting.await,
             },
-        };
-        let (onward, permit, revocation) = went?;
-        route.endpoints().for_each(|endpoint| seat.pod.endpoints.restore(endpoint));
-        Ok(Connected { onward, revocation, permit, load })
+        }?;
+        route.endpoints().for_each(|endpoint| endpoints.restore(endpoint));
+        Ok(connected)
     }
 
-    fn is_another(&self, endpoint: &EndpointKey, tried: &[EndpointKey]) -> bool {
-        let tried = [tried, std::slice::from_ref(endpoint)].concat();
-        tried.len() < ATTEMPTS && self.route(&tried).is_ok()
-    }
-
-    async fn go(
+    /// Connects by `route` to its next hop.
+    async fn connect_via(
         &self,
         route: &Route,
-        record: &mut ConnectionRecord,
-    ) -> Result<(Onward, Permit, Revocation), ProxyError> {
-        let (to, peers) = match &route.via {
-            ForwardVia::Plain { to } => (to, None),
-            ForwardVia::Tunnel { to, peers, .. } => (to, Some(peers.clone())),
-            ForwardVia::DoubleTunnel { gateway, gateway_peers, .. } => {
-                (gateway, Some(gateway_peers.clone()))
-            }
+        load: Vec<OpenConnection>,
+    ) -> Result<Connected, Box<ConnectFailure>> {
+        let hop = match self.unless_interrupted(self.resolve(route)).await {
+            Ok(hop) => hop,
+            Err(error) => return Err(self.facts(route, None).failed(error)),
         };
+        let mut facts = self.facts(route, Some(hop));
+        match self.unless_interrupted(self.permit_and_dial(route, hop, &facts)).await {
+            Ok(Dialled { onward, permit, revocation }) => {
+                if let Onward::Tunnel(tunnel) = &onward {
+                    facts.destination.identity = Some(tunnel.peer().spiffe_id().clone());
+                }
+                Ok(Connected { facts, onward, permit, revocation, load })
+            }
+            Err(error) => Err(facts.failed(error)),
+        }
+    }
+
+    /// `work`, unless the client resets its connection or the drain deadline passes first.
+    async fn unless_interrupted<T>(
+        &self,
+        work: impl Future<Output = Result<T, ProxyError>>,
+    ) -> Result<T, ProxyError> {
+        let work = pin!(work);
+        tokio::select! {
+            outcome = self.seat.node().drain.or_abort(work) => outcome,
+            // A FIN is no reason: what was sent before it is still to be delivered.
+            error = broken(&self.connection.stream) => Err(ProxyError::Client(error)),
+        }
+    }
+
+    /// The address of the next hop.
+    async fn resolve(&self, route: &Route) -> Result<SocketAddr, ProxyError> {
         let (resolver, deadline) = (&self.seat.node().resolver, self.seat.node().timeouts.connect);
-        let hop = resolver.resolve(to, deadline).await.map_err(ProxyError::Resolve)?;
+        resolver.resolve(route.via.next_hop(), deadline).await.map_err(ProxyError::Resolve)
+    }
+
+    /// What is known of the connection by `route`, once its next hop has an address.
+    fn facts(&self, route: &Route, hop: Option<SocketAddr>) -> Facts {
+        let asked = self.connection.destination.address();
+        let (address, hbone) = match (&route.via, hop) {
+            (_, None) => (asked, None),
+            (ForwardVia::Plain { .. }, Some(hop)) => (hop, None),
+            (via, Some(hop)) => (via.target(hop).unwrap_or(asked), Some(hop)),
+        };
+        let identity = hbone.and_then(|_| self.identity.clone());
+        let destination = Party { workload: route.workload.clone(), ..Party::at(address) };
+        Facts {
+            source: Party { identity, ..self.known.source.clone() },
+            destination,
+            service: route.service.clone(),
+            hbone,
+            ..self.known
+        }
+    }
+
+    /// Gets a permit for the next hop at `hop` and connects to it.
+    async fn permit_and_dial(
+        &self,
+        route: &Route,
+        hop: SocketAddr,
+        facts: &Facts,
+    ) -> Result<Dialled, ProxyError> {
         let own_network = &*self.seat.context().own.network;
         let by_address = route.workload.as_ref().is_none_or(|workload| {
             &*workload.network == own_network && workload.network_mode == NetworkMode::Standard
         });
-        let subject = Subject::Outbound(Outbound { asked: self.asked, hop, peers, by_address });
+        let asked = self.connection.destination.address();
+        let peers = route.via.peers().cloned();
+        let subject = Subject::Outbound(Outbound { asked, hop, peers, by_address });
         let (permit, mut revocation) = self.seat.permit(subject)?;
-        let onward = revocation.or_end(pin!(self.dial(route, &permit, record))).await?;
-        Ok((onward, permit, revocation))
+        let onward = revocation.or_end(pin!(self.dial(&route.via, &permit, facts))).await?;
+        Ok(Dialled { onward, permit, revocation })
     }
 
+    /// Connects to the next hop, in plain or by a tunnel.
     async fn dial(
         &self,
-        route: &Route,
+        via: &ForwardVia,
         permit: &Permit,
-        record: &mut ConnectionRecord,
+        facts: &Facts,
     ) -> Result<Onward, ProxyError> {
-        let seat = self.seat;
-        let hop = permit.destination();
-        match &route.via {
+        match via {
             ForwardVia::Plain { .. } => {
-                record.destination.address = Some(hop);
-                dial(permit, seat.node().timeouts.connect).await.map(Onward::Plain)
+                dial(permit, self.seat.node().timeouts.connect).await.map(Onward::Plain)
             }
             ForwardVia::Tunnel { peers, authority, .. } => {
-                let target = authority.at(hop.ip());
-                self.tell_tunnel(hop, &target, record);
-                let tunnel = self.tunnel(permit, peers, &target, record).await?;
-                Ok(Onward::Tunnel(told(tunnel, record)))
+                let target = authority.at(permit.destination().ip());
+                self.open_stream(permit, peers, &target, facts).await.map(Onward::Tunnel)
             }
             ForwardVia::DoubleTunnel { gateway_peers, peers, authority, .. } => {
-                self.tell_tunnel(hop, authority, record);
+                let gateway = (permit, gateway_peers);
                 // Boxed: it has a handshake of its own, and every other connection would have to bear what that needs.
-                let through = self.through(permit, gateway_peers, peers, authority, record);
-                Ok(Onward::Tunnel(told(Box::pin(through).await?, record)))
+                let opening = self.open_stream_behind_gateway(gateway, peers, authority, facts);
+                Box::pin(opening).await.map(Onward::Tunnel)
             }
         }
     }
 
-    /// Notes what is known of a tunnel before it is there.
-    fn tell_tunnel(&self, hop: SocketAddr, target: &Target, record: &mut ConnectionRecord) {
-        record.hbone = Some(hop);
-        record.source.identity = self.seat.pod.identity();
-        let demanded = record.destination.workload.as_ref();
-        record.destination.identity = demanded.map(|workload| workload.identity.clone());
-        if let Target::Address(address) = target {
-            record.destination.address = Some(*address);
-        }
-    }
-
-    /// A stream of a pooled tunnel to where `permit` says.
-    async fn tunnel(
+    /// Opens a stream of a pooled tunnel to the permitted hop.
+    async fn open_stream(
         &self,
         permit: &Permit,
         peers: &Arc<[SpiffeId]>,
-        authority: &Target,
-        record: &ConnectionRecord,
+        target: &Target,
+        facts: &Facts,
     ) -> Result<TunnelStream, ProxyError> {
-        let (key, connector) = self.key(permit, peers, record)?;
+        let (key, connector) = self.tunnel_key(permit, peers)?;
         let own = &self.seat.context().own;
         let request = || ConnectRequest {
-            authority: authority.to_string(),
-            headers: headers::request(record, own),
+            authority: target.to_string(),
+            headers: headers::request(facts, own),
         };
-        let connected = self.seat.pool.connect(&key, connector, request).await;
-        connected.map_err(|error| self.tunnel_failed(error))
+        let opened = self.seat.pool.connect(&key, connector, request).await;
+        opened.map_err(|error| self.tunnel_failed(error))
     }
 
-    /// A tunnel to one of `peers`, through a stream to the gateway that is where `permit` says.
-    async fn through(
+    /// Opens a tunnel to one of `peers` through a stream to the gateway, which is the permitted hop.
+    async fn open_stream_behind_gateway(
         &self,
-        permit: &Permit,
-        gateway_peers: &Arc<[SpiffeId]>,
+        (permit, gateway_peers): (&Permit, &Arc<[SpiffeId]>),
         peers: &[SpiffeId],
-        authority: &Target,
-        record: &ConnectionRecord,
+        target: &Target,
+        facts: &Facts,
     ) -> Result<TunnelStream, ProxyError> {
-        let (key, connector) = self.key(permit, gateway_peers, record)?;
+        let (key, connector) = self.tunnel_key(permit, gateway_peers)?;
         let own = &self.seat.context().own;
-        let request = |headers| ConnectRequest { authority: authority.to_string(), headers };
-        let outer = || request(headers::request(record, own));
-        let inner = || request(headers::request_from_network(record, own));
-        let connecting = self.seat.pool.connect_through(&key, connector, outer, peers, inner);
-        connecting.await.map_err(|error| self.tunnel_failed(error))
+        let request = |headers| ConnectRequest { authority: target.to_string(), headers };
+        let outer = || request(headers::request(facts, own));
+        let inner = || request(headers::request_from_network(facts, own));
+        let opening = self.seat.pool.connect_through(&key, connector, outer, peers, inner);
+        opening.await.map_err(|error| self.tunnel_failed(error))
     }
 
     fn tunnel_failed(&self, error: HboneError) -> ProxyError {
@@ -326,22 +391,22 @@ impl Call<'_> {
         ProxyError::tunnel(error)
     }
 
-    /// Which pooled tunnel, and what opens it if there is none.
-    fn key(
+    /// The key of the tunnel in the pool, and the connector that opens it if there is none.
+    fn tunnel_key(
         &self,
         permit: &Permit,
         peers: &Arc<[SpiffeId]>,
-        record: &ConnectionRecord,
     ) -> Result<(TunnelKey, &Connector), ProxyError> {
         let address = permit.destination();
-        let identity = record.source.identity.clone().zip(self.seat.connector.as_ref());
+        let identity = self.identity.clone().zip(self.seat.connector.as_ref());
         let (source, connector) = identity.ok_or(ProxyError::NoIdentity(address))?;
         Ok((TunnelKey { source, address, peers: peers.clone() }, connector))
     }
 }
 
-/// Notes who is at the end of the tunnel, which may be one of several.
-fn told(tunnel: TunnelStream, record: &mut ConnectionRecord) -> TunnelStream {
-    record.destination.identity = Some(tunnel.peer().spiffe_id().clone());
-    tunnel
+/// A permitted connection to the next hop.
+struct Dialled {
+    onward: Onward,
+    permit: Permit,
+    revocation: Revocation,
 }

@@ -25,7 +25,7 @@ pub(crate) use inbound::{InboundTarget, inbound};
 #[cfg(test)]
 pub(crate) use load_balancing::Choose;
 pub(crate) use load_balancing::{EndpointKey, EndpointSelector};
-pub(crate) use outbound::outbound;
+pub(crate) use outbound::{Alternatives, outbound};
 
 /// Who opened a connection that goes out.
 #[derive(Debug, Clone, Copy)]
@@ -96,6 +96,40 @@ pub(crate) enum ForwardVia {
         /// What the CONNECT requests of both tunnels ask for.
         authority: Target,
     },
+}
+
+impl ForwardVia {
+    /// What is dialled.
+    pub(crate) fn next_hop(&self) -> &NextHop {
+        match self {
+            Self::Plain { to }
+            | Self::Tunnel { to, .. }
+            | Self::DoubleTunnel { gateway: to, .. } => to,
+        }
+    }
+
+    /// The identities of which the next hop must prove one; `None` in plain.
+    pub(crate) fn peers(&self) -> Option<&Arc<[SpiffeId]>> {
+        match self {
+            Self::Plain { .. } => None,
+            Self::Tunnel { peers, .. } | Self::DoubleTunnel { gateway_peers: peers, .. } => {
+                Some(peers)
+            }
+        }
+    }
+
+    /// The address that the tunnel by the next hop at `hop` leads to, if it is known here.
+    pub(crate) fn target(&self, hop: SocketAddr) -> Option<SocketAddr> {
+        let target = match self {
+            Self::Plain { .. } => return None,
+            Self::Tunnel { authority, .. } => authority.at(hop.ip()),
+            Self::DoubleTunnel { authority, .. } => authority.clone(),
+        };
+        match target {
+            Target::Address(address) => Some(address),
+            Target::Hostname(..) => None,
+        }
+    }
 }
 
 /// What is dialled.

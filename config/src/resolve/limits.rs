@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::Files;
 use crate::read::Cursor;
-use crate::settings::{Limits, TakeOver, Timeouts};
+use crate::settings::{Limits, SeriesSettings, TakeOver, Timeouts};
 
 const HOUR: u64 = 3600;
 const MIB: usize = 1 << 20;
@@ -73,6 +73,13 @@ pub(super) fn timeouts(section: Cursor<'_>) -> Timeouts {
         // As long as one attempt may take: what does not answer then costs every caller that much, once.
         ejection: seconds("ejection", 10),
     }
+}
+
+pub(super) fn series(section: Cursor<'_>) -> SeriesSettings {
+    let default = SeriesSettings::default();
+    let limit = section.key("label_sets").number(1..=usize::MAX, "a number, 1 or more");
+    let idle = section.key("idle").duration();
+    SeriesSettings { limit: limit.unwrap_or(default.limit), idle: idle.unwrap_or(default.idle) }
 }
 
 pub(super) fn take_over(section: Cursor<'_>, files: Files<'_>) -> TakeOver {

@@ -53,6 +53,22 @@ pub struct Timeouts {
     pub ejection: Duration,
 }
 
+/// How many metric series of connections there are, and for how long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SeriesSettings {
+    /// How many sets of labels there are at most; connections beyond are counted as `overflow`.
+    pub limit: usize,
+    /// For how long a set of labels is kept when nothing is counted.
+    pub idle: Duration,
+}
+
+impl Default for SeriesSettings {
+    fn default() -> Self {
+        // A set of labels takes some 4 KiB of `/metrics`. A peer that connects every half hour keeps its counters.
+        Self { limit: 1000, idle: Duration::from_secs(3600) }
+    }
+}
+
 /// Where another process may ask for our listeners.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TakeOver {

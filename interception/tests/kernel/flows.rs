@@ -10,8 +10,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpSocket;
 use tokio::time::timeout;
 use underpass_interception::{
-    BoundListener, Closing, Namespace, NamespaceAccess, PacketCapture, Sockets, TcpSegment,
-    counters, original_destination,
+    BoundListener, Closing, Namespace, NamespaceAccess, OriginalDestination, PacketCapture,
+    Sockets, TcpSegment, counters,
 };
 
 use crate::Case;
@@ -137,7 +137,7 @@ fn accept(
     runtime()?.block_on(async {
         let listener = listener.register()?;
         let (stream, peer) = timeout(DEADLINE, listener.accept()).await??;
-        let original = original_destination(&stream, peer.ip())?;
+        let original = OriginalDestination::redirected(&stream, peer.ip())?.address();
         let mut stream = tokio::net::TcpStream::from_std(stream)?;
         client.write_all(b"?")?;
         equal("the request", timeout(DEADLINE, stream.read_u8()).await??, b'?')?;

@@ -1,53 +1,37 @@
-//! What counts connections: ztunnel's `istio_tcp_*` with their labels.
+//! The counters of connections: ztunnel's `istio_tcp_*` with their labels.
 //!
-//! To find a counter by its labels took a fifth of what a new connection costs, for there are 23 of them to be made, hashed and
-//! compared. So each worker keeps what it has found ([`KnownSeries`]), under what the labels are made from.
+//! A [`Series`] is all counters of one set of labels. To find one takes longer than all else that
+//! is counted for a connection, so each worker caches what it has found ([`KnownSeries`]). The
+//! cache holds a series weakly: one that `registry.rs` has expired is found there no more, and the
+//! next connection registers it again.
 
 use std::collections::HashMap;
+use std::fmt::Write as _;
 use std::hash::{Hash, Hasher};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use foldhash::fast::RandomState;
-use metrics::{
-    Counter, Gauge, Label, SharedString, counter, describe_counter, describe_gauge, gauge,
-};
 use underpass_config::{Name, Service, SpiffeId, Workload};
 
-use crate::record::{Direction, Party};
+use super::registry::SeriesRegistry;
+use crate::error::ResponseFlags;
+use crate::party::{Direction, Party};
 
-const OPENED: &str = "istio_tcp_connections_opened_total";
-const CLOSED: &str = "istio_tcp_connections_closed_total";
-const FAILED: &str = "istio_tcp_connections_failed_total";
-const SENT: &str = "istio_tcp_sent_bytes_total";
-const RECEIVED: &str = "istio_tcp_received_bytes_total";
-const OPEN: &str = "istio_tcp_sockets_open";
-
-/// What a label says of what is not known; ztunnel's word.
+/// The value of a label whose value is not known; ztunnel's word.
 const UNKNOWN: &str = "unknown";
-/// The flags of a connection that nothing was wrong with.
-const NO_FLAGS: &str = "-";
-/// How many series a worker keeps, some 500 bytes each. More pairs of workloads than that, and all are looked up again now and
-/// then.
-const KNOWN_AT_MOST: usize = 1024;
+/// How many series a worker caches, some 200 bytes each. With more, the cache starts again.
+const CACHED_AT_MOST: usize = 1024;
 
-pub(super) fn describe() {
-    describe_counter!(OPENED, "TCP connections opened.");
-    describe_counter!(CLOSED, "TCP connections closed, having been opened.");
-    describe_counter!(FAILED, "TCP connections that could not be opened.");
-    describe_counter!(SENT, "Bytes sent to clients: responses.");
-    describe_counter!(RECEIVED, "Bytes received from clients: requests.");
-    describe_gauge!(OPEN, "TCP connections open now.");
-}
-
-/// What all labels of a connection but the flags are made from. Workloads and services are the same if they are the same value of
-/// the same mesh: they are held, so that their addresses are nobody else's.
+/// What the labels of a connection are made from. Workloads and services are compared by address:
+/// they are held, so that no other value has it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Labels {
-    direction: Direction,
+    pub(super) direction: Direction,
     source: Side,
     destination: Side,
     service: Value<Service>,
-    mutual_tls: bool,
+    pub(super) mutual_tls: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -101,140 +85,311 @@ impl Labels {
         }
     }
 
-    fn with_flags(&self, flags: &'static str) -> Vec<Label> {
-        let Self { source, destination, mutual_tls, .. } = self;
-        let service = |field: fn(&Service) -> &Name| {
-            shared(self.service.0.as_deref().map(|service| field(service).clone()))
-        };
-        let mut labels = vec![
-            self.reporter(),
-            Label::from_static_parts("request_protocol", "tcp"),
-            Label::from_static_parts(
-                "connection_security_policy",
-                if *mutual_tls { "mutual_tls" } else { UNKNOWN },
-            ),
-            Label::new("destination_service", service(|s| &s.hostname)),
-            Label::new("destination_service_name", service(|s| &s.name)),
-            Label::new("destination_service_namespace", service(|s| &s.namespace)),
-            Label::from_static_parts("response_flags", flags),
-        ];
-        for (name, side) in [("source", source), ("destination", destination)] {
-            let workload = side.workload.0.as_deref();
-            let mut label = |field: &str, value: Option<Name>| {
-                let value = value.filter(|value| !value.is_empty());
-                labels.push(Label::new(format!("{name}_{field}"), shared(value)));
-            };
-            let of = |field: fn(&Workload) -> &Name| workload.map(|w| field(w).clone());
-            label("workload", of(|w| &w.workload_name));
-            label("workload_namespace", of(|w| &w.namespace));
-            label("canonical_service", of(|w| &w.canonical_name));
-            label("canonical_revision", of(|w| &w.canonical_revision));
-            label("app", of(|w| &w.canonical_name));
-            label("version", of(|w| &w.canonical_revision));
-            label("cluster", of(|w| &w.cluster_id));
-            label("principal", side.identity.as_ref().map(|id| id.to_string().into()));
-        }
-        labels
+    /// The labels as Prometheus' text format has them, without `response_flags`.
+    pub(super) fn text(&self) -> String {
+        let mut text = self.fixed_text();
+        let service = self.service.0.as_deref();
+        put(&mut text, "destination_service", service.map(|service| &*service.hostname));
+        put(&mut text, "destination_service_name", service.map(|service| &*service.name));
+        put(&mut text, "destination_service_namespace", service.map(|service| &*service.namespace));
+        self.source.put(&mut text, &SOURCE);
+        self.destination.put(&mut text, &DESTINATION);
+        text
     }
 
-    fn reporter(&self) -> Label {
+    /// The labels of the series that takes the place of all that exceed the limit.
+    pub(super) fn overflow_text(&self) -> String {
+        let mut text = self.fixed_text();
+        let names = SERVICE.iter().chain(&SOURCE).chain(&DESTINATION);
+        names.for_each(|name| put(&mut text, name, Some("overflow")));
+        text
+    }
+
+    fn fixed_text(&self) -> String {
         let reporter = match self.direction {
             Direction::Inbound => "destination",
             Direction::Outbound => "source",
         };
-        Label::from_static_parts("reporter", reporter)
+        let mut text = String::with_capacity(1024);
+        put(&mut text, "reporter", Some(reporter));
+        put(&mut text, "request_protocol", Some("tcp"));
+        let policy = self.mutual_tls.then_some("mutual_tls");
+        put(&mut text, "connection_security_policy", policy);
+        text
     }
 }
 
-/// A name as a label's value, without a copy of it.
-fn shared(name: Option<Name>) -> SharedString {
-    name.map_or_else(|| SharedString::const_str(UNKNOWN), SharedString::from_shared)
+const SERVICE: [&str; 3] =
+    ["destination_service", "destination_service_name", "destination_service_namespace"];
+const SOURCE: [&str; 8] = [
+    "source_workload",
+    "source_workload_namespace",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_app",
+    "source_version",
+    "source_cluster",
+    "source_principal",
+];
+const DESTINATION: [&str; 8] = [
+    "destination_workload",
+    "destination_workload_namespace",
+    "destination_canonical_service",
+    "destination_canonical_revision",
+    "destination_app",
+    "destination_version",
+    "destination_cluster",
+    "destination_principal",
+];
+
+impl Side {
+    fn put(&self, text: &mut String, names: &[&str; 8]) {
+        let workload = self.workload.0.as_deref();
+        let of = |field: fn(&Workload) -> &Name| workload.map(|workload| &**field(workload));
+        let principal = self.identity.as_ref().map(ToString::to_string);
+        let values = [
+            of(|workload| &workload.workload_name),
+            of(|workload| &workload.namespace),
+            of(|workload| &workload.canonical_name),
+            of(|workload| &workload.canonical_revision),
+            of(|workload| &workload.canonical_name),
+            of(|workload| &workload.canonical_revision),
+            of(|workload| &workload.cluster_id),
+            principal.as_deref(),
+        ];
+        for (name, value) in names.iter().zip(values) {
+            put(text, name, value);
+        }
+    }
 }
 
-/// The series that one worker has counted in.
-#[derive(Debug, Default)]
-pub(crate) struct KnownSeries(Mutex<Known>);
+/// Appends a label.
+fn put(text: &mut String, name: &str, value: Option<&str>) {
+    let value = value.filter(|value| !value.is_empty()).unwrap_or(UNKNOWN);
+    if !text.is_empty() {
+        text.push(',');
+    }
+    text.push_str(name);
+    text.push_str("=\"");
+    for character in value.chars() {
+        match character {
+            '\\' => text.push_str("\\\\"),
+            '"' => text.push_str("\\\""),
+            '\n' => text.push_str("\\n"),
+            other => text.push(other),
+        }
+    }
+    text.push('"');
+}
 
-/// With a fast hash: the keys come from the mesh and from proven identities.
-type Known = HashMap<Labels, Arc<Series>, RandomState>;
+/// The series that one worker has counted in, which it finds without the registry's lock.
+#[derive(Debug, Default)]
+pub(crate) struct KnownSeries {
+    registry: Arc<SeriesRegistry>,
+    /// Only its worker's thread ever locks it.
+    cached: Mutex<HashMap<Labels, Weak<Series>, RandomState>>,
+}
 
 impl KnownSeries {
-    fn get(&self, labels: Labels) -> Arc<Series> {
-        let mut known = self.lock();
-        if known.len() >= KNOWN_AT_MOST && !known.contains_key(&labels) {
-            known.clear();
-        }
-        known.entry(labels).or_insert_with_key(|labels| Arc::new(Series::find(labels))).clone()
+    pub(crate) fn new(registry: Arc<SeriesRegistry>) -> Self {
+        Self { registry, cached: Mutex::default() }
     }
 
-    /// Lets go of all, and of the mesh that they are of.
+    /// The series of these labels. Whoever counts in it holds it, so that it does not expire.
+    pub(crate) fn get(&self, labels: Labels) -> Arc<Series> {
+        let mut cached = self.lock();
+        if let Some(series) = cached.get(&labels).and_then(Weak::upgrade) {
+            return series;
+        }
+        let series = self.registry.get(&labels);
+        // An overflow series is looked up again: there may be room for its own by then.
+        if !series.is_overflow() {
+            if cached.len() >= CACHED_AT_MOST {
+                cached.clear();
+            }
+            cached.insert(labels, Arc::downgrade(&series));
+        }
+        series
+    }
+
+    /// Clears the cache, and releases the mesh that its keys are of.
     pub(crate) fn forget(&self) {
         self.lock().clear();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Known> {
-        // What is in there is whole at any time; only its worker's thread ever locks it.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, HashMap<Labels, Weak<Series>, RandomState>> {
+        // The cache is whole at any time.
+        self.cached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What connections with the same labels count in.
+/// The counters of the connections with the same labels.
+#[derive(Debug)]
 pub(crate) struct Series {
-    opened: Counter,
-    closed: Counter,
-    sent: Counter,
-    received: Counter,
-    open: Gauge,
-}
-
-impl std::fmt::Debug for Series {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Series")
-    }
+    pub(super) direction: Direction,
+    /// See [`Labels::text`].
+    labels: Arc<str>,
+    is_overflow: bool,
+    opened: AtomicU64,
+    sent: AtomicU64,
+    received: AtomicU64,
+    closed: ByFlags,
+    failed: ByFlags,
 }
 
 impl Series {
-    /// Counts a connection as opened.
-    pub(crate) fn opened(labels: Labels, known: &KnownSeries) -> Arc<Self> {
-        let series = known.get(labels);
-        series.opened.increment(1);
-        series.open.increment(1);
-        series
-    }
-
-    pub(crate) fn sent(&self, bytes: u64) {
-        self.sent.increment(bytes);
-    }
-
-    pub(crate) fn received(&self, bytes: u64) {
-        self.received.increment(bytes);
-    }
-
-    /// Counts the connection as closed; its labels are wanted only if something was wrong with it.
-    pub(crate) fn closed(&self, flags: &'static str, labels: impl FnOnce() -> Labels) {
-        self.open.decrement(1);
-        if flags == NO_FLAGS {
-            self.closed.increment(1);
-        } else {
-            counter!(CLOSED, labels().with_flags(flags)).increment(1);
+    pub(super) fn new(direction: Direction, labels: Arc<str>, is_overflow: bool) -> Self {
+        Self {
+            direction,
+            labels,
+            is_overflow,
+            opened: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            closed: ByFlags::default(),
+            failed: ByFlags::default(),
         }
     }
 
-    fn find(labels: &Labels) -> Self {
-        let flagged = labels.with_flags(NO_FLAGS);
-        Self {
-            opened: counter!(OPENED, flagged.clone()),
-            closed: counter!(CLOSED, flagged.clone()),
-            sent: counter!(SENT, flagged.clone()),
-            received: counter!(RECEIVED, flagged),
-            open: gauge!(OPEN, vec![labels.reporter()]),
+    pub(super) fn is_overflow(&self) -> bool {
+        self.is_overflow
+    }
+
+    pub(crate) fn opened(&self) {
+        self.opened.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn sent(&self, bytes: u64) {
+        self.sent.fetch_add(bytes, Relaxed);
+    }
+
+    pub(crate) fn received(&self, bytes: u64) {
+        self.received.fetch_add(bytes, Relaxed);
+    }
+
+    /// Counts an opened connection as closed.
+    pub(crate) fn closed(&self, flags: ResponseFlags) {
+        self.closed.of(flags).fetch_add(1, Relaxed);
+    }
+
+    /// Counts a connection that could not be opened.
+    pub(crate) fn failed(&self, flags: ResponseFlags) {
+        self.failed.of(flags).fetch_add(1, Relaxed);
+    }
+
+    /// How many connections are open.
+    pub(super) fn open(&self) -> u64 {
+        // Read first: what is closed was counted as opened before.
+        let closed = self.closed.sum();
+        self.opened.load(Relaxed).saturating_sub(closed)
+    }
+
+    /// How often anything was counted: a number that has not changed means that nothing was. Bytes
+    /// move only while a connection is open, which holds the series.
+    pub(super) fn events(&self) -> u64 {
+        self.opened.load(Relaxed) + self.closed.sum() + self.failed.sum()
+    }
+
+    /// Appends the lines of one metric.
+    pub(super) fn render(&self, metric: Metric, text: &mut String) {
+        let opened = self.opened.load(Relaxed);
+        let by_flags = match metric {
+            Metric::Closed => &self.closed,
+            Metric::Failed => &self.failed,
+            Metric::Opened | Metric::Sent | Metric::Received => {
+                let value = match metric {
+                    Metric::Sent => self.sent.load(Relaxed),
+                    Metric::Received => self.received.load(Relaxed),
+                    _ => opened,
+                };
+                if opened > 0 {
+                    self.line(metric, ResponseFlags::None, value, text);
+                }
+                return;
+            }
+        };
+        for (flags, count) in by_flags.all() {
+            // Connections that were opened and of which none has closed are a zero, not an absence.
+            let is_expected =
+                metric == Metric::Closed && flags == ResponseFlags::None && opened > 0;
+            if count > 0 || is_expected {
+                self.line(metric, flags, count, text);
+            }
+        }
+    }
+
+    fn line(&self, metric: Metric, flags: ResponseFlags, value: u64, text: &mut String) {
+        let (name, labels, flags) = (metric.name(), &self.labels, flags.as_str());
+        // A String takes whatever is written to it.
+        writeln!(text, "{name}{{{labels},response_flags=\"{flags}\"}} {value}").ok();
+    }
+}
+
+/// The metrics that have a line for each series.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Metric {
+    Opened,
+    Closed,
+    Failed,
+    Sent,
+    Received,
+}
+
+impl Metric {
+    pub(super) const ALL: [Self; 5] =
+        [Self::Opened, Self::Closed, Self::Failed, Self::Sent, Self::Received];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Opened => "istio_tcp_connections_opened_total",
+            Self::Closed => "istio_tcp_connections_closed_total",
+            Self::Failed => "istio_tcp_connections_failed_total",
+            Self::Sent => "istio_tcp_sent_bytes_total",
+            Self::Received => "istio_tcp_received_bytes_total",
+        }
+    }
+
+    pub(super) fn help(self) -> &'static str {
+        match self {
+            Self::Opened => "TCP connections opened.",
+            Self::Closed => "TCP connections closed, having been opened.",
+            Self::Failed => "TCP connections that could not be opened.",
+            Self::Sent => "Bytes sent to clients: responses.",
+            Self::Received => "Bytes received from clients: requests.",
         }
     }
 }
 
-/// Counts a connection that was never opened.
-pub(crate) fn failed(labels: &Labels, flags: &'static str) {
-    counter!(FAILED, labels.with_flags(flags)).increment(1);
+/// A counter for each value of `response_flags`.
+#[derive(Debug, Default)]
+struct ByFlags {
+    none: AtomicU64,
+    deny: AtomicU64,
+    connect: AtomicU64,
+    tls_failure: AtomicU64,
+    h2_handshake_failure: AtomicU64,
+    identity_error: AtomicU64,
+}
+
+impl ByFlags {
+    fn of(&self, flags: ResponseFlags) -> &AtomicU64 {
+        match flags {
+            ResponseFlags::None => &self.none,
+            ResponseFlags::Deny => &self.deny,
+            ResponseFlags::Connect => &self.connect,
+            ResponseFlags::TlsFailure => &self.tls_failure,
+            ResponseFlags::H2HandshakeFailure => &self.h2_handshake_failure,
+            ResponseFlags::IdentityError => &self.identity_error,
+        }
+    }
+
+    fn all(&self) -> impl Iterator<Item = (ResponseFlags, u64)> {
+        ResponseFlags::ALL.into_iter().map(|flags| (flags, self.of(flags).load(Relaxed)))
+    }
+
+    fn sum(&self) -> u64 {
+        self.all().map(|(_, count)| count).sum()
+    }
 }
 
 #[cfg(test)]
@@ -255,26 +410,34 @@ mod tests {
     }
 
     #[test]
-    fn a_series_is_found_once_and_no_other_mesh_or_end_has_it() {
+    fn series_is_shared_by_connections_with_equal_labels() {
         let known = KnownSeries::default();
         let (here, again) = (workload(), workload());
-        let first = Series::opened(to(&here), &known);
-        assert!(Arc::ptr_eq(&first, &Series::opened(to(&here), &known)));
-        assert!(!Arc::ptr_eq(&first, &Series::opened(to(&again), &known)));
+        let first = known.get(to(&here));
+        assert!(Arc::ptr_eq(&first, &known.get(to(&here))));
+        assert!(Arc::ptr_eq(&first, &known.get(to(&again))), "the same labels of another mesh");
         let plain = Labels { mutual_tls: false, ..to(&here) };
-        assert!(!Arc::ptr_eq(&first, &Series::opened(plain, &known)));
+        assert!(!Arc::ptr_eq(&first, &known.get(plain)));
         let Labels { source, destination, .. } = to(&here);
         let back = Labels { source: destination, destination: source, ..to(&here) };
-        assert!(!Arc::ptr_eq(&first, &Series::opened(back, &known)));
+        assert!(!Arc::ptr_eq(&first, &known.get(back)));
     }
 
     #[test]
-    fn what_is_known_is_bounded_and_holds_no_mesh_that_is_gone() {
+    fn cache_is_bounded_and_releases_old_mesh() {
         let known = KnownSeries::default();
-        let workloads: Vec<_> = (0..=KNOWN_AT_MOST).map(|_| workload()).collect();
+        let workloads: Vec<_> = (0..=CACHED_AT_MOST).map(|_| workload()).collect();
         workloads.iter().for_each(|one| drop(known.get(to(one))));
         assert_eq!(known.lock().len(), 1);
         known.forget();
         assert!(workloads.iter().all(|one| Arc::strong_count(one) == 1));
+    }
+
+    #[test]
+    fn label_values_are_escaped() {
+        let mut text = String::new();
+        put(&mut text, "one", Some("a\"b\\c\nd"));
+        put(&mut text, "two", None);
+        assert_eq!(text, r#"one="a\"b\\c\nd",two="unknown""#);
     }
 }

@@ -57,6 +57,11 @@ impl Pod {
         })
     }
 
+    /// Whether the identity of the pod's certificate is that of `workload`.
+    pub(crate) fn proves(&self, workload: &Workload) -> bool {
+        self.credentials.is_some() && self.can_be(workload)
+    }
+
     /// Whether connections go out of the pod that are not the workload's own: those of virtual
     /// machines and containers, and those that an ingress gateway sends from its clients'
     /// addresses.

@@ -1,7 +1,7 @@
 //! A pod on one worker: the pool of tunnels, and what opens and accepts them.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -18,6 +18,7 @@ use crate::error::ProxyError;
 use crate::limits::{Limits, Place, Refusal};
 use crate::live::Revocation;
 use crate::metrics;
+use crate::party::{Claim, Party};
 use crate::policy::{self, Permit, PolicyContext, Subject};
 use crate::snapshot::Snapshot;
 
@@ -126,6 +127,26 @@ impl Seat {
             }
             Source::Other => None,
         })
+    }
+
+    /// The pod as one end of a connection, at one of its own addresses: the workload that the mesh
+    /// has by the pod's name, or the one at that address with the pod's identity.
+    pub(crate) fn own_party(&self, snapshot: &Snapshot, address: SocketAddr) -> Party {
+        let named = snapshot.named(&self.context().own);
+        let at_address = || snapshot.workload(address.ip());
+        let proven = named.or_else(|| at_address().filter(|workload| self.pod.proves(workload)));
+        let claim = match proven {
+            Some(_) => None,
+            None => at_address().filter(|workload| self.pod.can_be(workload)).cloned(),
+        };
+        let (workload, claim) = (proven.cloned(), claim.map(Claim::Address));
+        Party { workload, claim, ..Party::at(address) }
+    }
+
+    /// The pod as the source of a connection that comes from another address: of a virtual machine
+    /// in it, or of a client that it is the gateway of.
+    pub(crate) fn party_behind(&self, snapshot: &Snapshot, address: SocketAddr) -> Party {
+        Party { workload: snapshot.named(&self.context().own).cloned(), ..Party::at(address) }
     }
 
     /// Whether `address` is one of the pod's own.

@@ -41,5 +41,5 @@ pub(crate) fn node(workers: usize) -> Arc<Node> {
     let mesh = Arc::new(Mesh::from_text("mesh", "workloads: []").expect("a mesh"));
     let snapshot = Arc::new(Snapshot::new(mesh, &settings.workload, 1));
     let mesh = watch::Sender::new(snapshot).subscribe();
-    Arc::new(Node::new(&settings, workers, mesh, PauseGate::default()))
+    Arc::new(Node::new(&settings, workers, mesh, PauseGate::default(), Arc::default()))
 }

@@ -70,7 +70,8 @@ impl Worker {
         index: usize,
         workers: Arc<[mpsc::Sender<WorkerCommand>]>,
     ) -> Arc<Self> {
-        let (live, series, seats) = (Arc::default(), KnownSeries::default(), Mutex::default());
+        let (live, seats) = (Arc::default(), Mutex::default());
+        let series = KnownSeries::new(node.series.clone());
         Arc::new(Self { node, index, live, series, workers, seats })
     }
 

@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use proptest::prelude::*;
 use underpass_config::{Mesh, NetworkMode, Protocol, Workload};
 
-use super::testing::{Fixed, caller, mesh, named};
-use super::{ForwardVia, NextHop, Route, Target, inbound, outbound};
+use super::testing::{Fixed, best_route, caller, mesh, named};
+use super::{ForwardVia, NextHop, Route, Target, inbound};
 
 const WORKLOADS: u8 = 6;
 const SERVICES: u8 = 4;
@@ -95,7 +95,7 @@ proptest! {
         choose.ejected = ejected.iter().map(|index| format!("w{index}").into()).collect();
         choose.tried = tried.iter().map(|index| format!("w{index}").into()).collect();
         let caller = caller(named(&mesh, "client"));
-        if let Ok(route) = outbound(destination, &mesh, &caller, &mut choose) {
+        if let Ok(route) = best_route(destination, &mesh, &caller, &mut choose) {
             check(&route, &mesh, destination);
             for endpoint in route.endpoints() {
                 assert!(!choose.tried.contains(&endpoint.uid));
@@ -177,7 +177,7 @@ proptest! {
         let quality = |place: &Place| (!place.4, nearness(*place, &preferences));
         let best = places.iter().filter(fit).map(quality).max();
         let mesh = mesh(&text);
-        let route = outbound(([10, 1, 0, 1], 80).into(), &mesh, &caller(named(&mesh, "client")), &mut choose);
+        let route = best_route(([10, 1, 0, 1], 80).into(), &mesh, &caller(named(&mesh, "client")), &mut choose);
         let chosen = match &route {
             Ok(Route { endpoint: Some(endpoint), .. }) => endpoint.uid.strip_prefix('w').unwrap().parse().ok(),
             Ok(_) => Some(0),

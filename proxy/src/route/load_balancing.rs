@@ -30,17 +30,25 @@ pub(crate) trait Choose {
     fn open_connections(&self, uid: &Name, port: u16) -> u32;
     /// Whether it could not be connected to lately: it is taken only if there is no other.
     fn is_ejected(&self, uid: &Name, port: u16) -> bool;
-    /// Whether it was tried for this very connection: it is not taken again.
-    fn was_tried(&self, uid: &Name, port: u16) -> bool;
+    /// Excludes an endpoint that was tried for this very connection.
+    fn exclude(&mut self, endpoint: EndpointKey);
+    /// Whether it is excluded.
+    fn is_excluded(&self, uid: &Name, port: u16) -> bool;
 }
 
-/// Chooses by the state of the endpoints and the thread's random numbers.
-#[derive(Debug, Clone, Copy)]
+/// Selects by the state of the endpoints and the thread's random numbers.
+#[derive(Debug)]
 pub(crate) struct EndpointSelector<'a> {
     /// What is known of all endpoints.
-    pub(crate) health: &'a EndpointHealth,
+    health: &'a EndpointHealth,
     /// Those that were tried for this connection.
-    pub(crate) tried: &'a [EndpointKey],
+    excluded: Vec<EndpointKey>,
+}
+
+impl<'a> EndpointSelector<'a> {
+    pub(crate) fn new(health: &'a EndpointHealth) -> Self {
+        Self { health, excluded: Vec::new() }
+    }
 }
 
 impl Choose for EndpointSelector<'_> {
@@ -56,8 +64,12 @@ impl Choose for EndpointSelector<'_> {
         self.health.any_ejected() && self.health.is_ejected(&EndpointKey { uid: uid.clone(), port })
     }
 
-    fn was_tried(&self, uid: &Name, port: u16) -> bool {
-        self.tried.iter().any(|tried| tried.port == port && tried.uid == *uid)
+    fn exclude(&mut self, endpoint: EndpointKey) {
+        self.excluded.push(endpoint);
+    }
+
+    fn is_excluded(&self, uid: &Name, port: u16) -> bool {
+        self.excluded.iter().any(|excluded| excluded.port == port && excluded.uid == *uid)
     }
 }
 
@@ -220,7 +232,7 @@ impl<'m> Selection<'m, '_> {
         if self.is_strict() && rank < self.rank_of(self.preferences().len()) {
             return Err(Unfit::NotNear);
         }
-        if choose.was_tried(&workload.uid, port) {
+        if choose.is_excluded(&workload.uid, port) {
             return Err(Unfit::Tried);
         }
         let not_ejected = !choose.is_ejected(&workload.uid, port);

@@ -8,22 +8,64 @@ use underpass_config::{
     Destination, Gateway, GatewayDestination, IpFamilies, LoadBalancingMode, Mesh, Protocol,
     Service, SpiffeId, Workload,
 };
+use underpass_interception::OriginalDestination;
 
 use super::load_balancing::{self, Choose, EndpointKey, Purpose};
 use super::{Authority, Caller, ForwardVia, NextHop, Route, RouteError, Target, Unfit};
 
-/// The way to `destination`.
+/// The routes to a destination, best first.
+#[derive(Debug)]
+pub(crate) struct Alternatives<'a, C> {
+    pub(crate) best: Route,
+    pub(crate) others: Others<'a, C>,
+}
+
+/// The routes after the best one: each past the endpoints of those before it, and computed when it is asked for.
+#[derive(Debug)]
+pub(crate) struct Others<'a, C> {
+    destination: OriginalDestination,
+    mesh: &'a Mesh,
+    caller: &'a Caller<'a>,
+    choose: C,
+    /// The endpoint of the route before; `None`: there is no other.
+    last: Option<EndpointKey>,
+}
+
+impl<C: Choose> Iterator for Others<'_, C> {
+    type Item = Route;
+
+    fn next(&mut self) -> Option<Route> {
+        self.choose.exclude(self.last.take()?);
+        let next = route(self.destination, self.mesh, self.caller, &mut self.choose).ok()?;
+        self.last = next.dialled().cloned();
+        Some(next)
+    }
+}
+
+/// The routes to `destination`, an address of the caller's network, ranked.
 ///
 /// # Errors
 /// Why there is none; the connection must be closed then. What the mesh knows as HBONE never goes in plain instead.
-pub(crate) fn outbound(
-    destination: SocketAddr,
+pub(crate) fn outbound<'a, C: Choose>(
+    destination: OriginalDestination,
+    mesh: &'a Mesh,
+    caller: &'a Caller<'a>,
+    mut choose: C,
+) -> Result<Alternatives<'a, C>, RouteError> {
+    let best = route(destination, mesh, caller, &mut choose)?;
+    let last = best.dialled().cloned();
+    Ok(Alternatives { best, others: Others { destination, mesh, caller, choose, last } })
+}
+
+/// The best route to `destination`.
+pub(super) fn route(
+    destination: OriginalDestination,
     mesh: &Mesh,
     caller: &Caller<'_>,
     choose: &mut impl Choose,
 ) -> Result<Route, RouteError> {
-    let address = destination.ip().to_canonical();
-    let destination = SocketAddr::new(address, destination.port());
+    let destination = destination.address();
+    let address = destination.ip();
     let workload = mesh.workload(caller.network, address);
     let service = mesh.service(caller.network, address, caller.namespace);
     let mut router = Router { destination, mesh, caller, choose };

@@ -6,7 +6,7 @@
 //! prefer=network,.. families=v4 unhealthy canonical private`; a gateway is `NET/A@PORT` or `NS/HOST@PORT`.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use underpass_config::{
@@ -15,8 +15,10 @@ use underpass_config::{
     Service, SpiffeId, TunnelHeader, Visibility, WeightedWaypoint, Workload, WorkloadDraft,
     WorkloadType,
 };
+use underpass_interception::OriginalDestination;
 
-use super::{Authority, Caller, Choose, ForwardVia, NextHop, Route, RouteError};
+use super::outbound::route;
+use super::{Authority, Caller, Choose, EndpointKey, ForwardVia, NextHop, Route, RouteError};
 
 /// The mesh that `text` describes.
 pub(super) fn mesh(text: &str) -> Mesh {
@@ -206,6 +208,16 @@ pub(super) fn caller(workload: &Workload) -> Caller<'_> {
     }
 }
 
+/// The best route to `destination`.
+pub(super) fn best_route(
+    destination: SocketAddr,
+    mesh: &Mesh,
+    caller: &Caller<'_>,
+    choose: &mut impl Choose,
+) -> Result<Route, RouteError> {
+    route(OriginalDestination::new(destination), mesh, caller, choose)
+}
+
 /// Random numbers that are the same in every run, and what endpoints are like.
 #[derive(Debug)]
 pub(super) struct Fixed {
@@ -235,7 +247,11 @@ impl Choose for Fixed {
         self.ejected.contains(uid)
     }
 
-    fn was_tried(&self, uid: &Name, _: u16) -> bool {
+    fn exclude(&mut self, endpoint: EndpointKey) {
+        self.tried.push(endpoint.uid);
+    }
+
+    fn is_excluded(&self, uid: &Name, _: u16) -> bool {
         self.tried.contains(uid)
     }
 }

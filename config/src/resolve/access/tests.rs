@@ -25,6 +25,7 @@ fn by_default_everything_may_go_out_and_plaintext_may_come_in() {
     assert_eq!(settings.proxy.mtls.mode("shop", "web", 80), Mtls::Permissive);
     assert_eq!(settings.workload.network, "");
     assert_eq!(settings.timeouts.ejection.as_secs(), 10);
+    assert_eq!((settings.series.limit, settings.series.idle.as_secs()), (1000, 3600));
 }
 
 #[test]

@@ -13,7 +13,7 @@ use tokio::net::TcpSocket;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::timeout;
 use underpass_interception::{
-    Endpoint, Namespace, Ports, Protocol, Way, original_destination, veth,
+    Endpoint, Namespace, OriginalDestination, Ports, Protocol, Way, veth,
 };
 
 use super::Attempt;
@@ -263,7 +263,9 @@ async fn accept(
 ) {
     while let Ok((stream, client)) = listener.accept().await {
         let original = match place {
-            Place::Pod => original_destination(&stream, client.ip()).ok(),
+            Place::Pod => OriginalDestination::redirected(&stream, client.ip())
+                .ok()
+                .map(OriginalDestination::address),
             Place::Remote | Place::Vm => None,
         };
         if arrivals.send(Arrival { place, port, original }).is_err() {

@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use underpass_hbone::{
     Acceptor, CertificateAuthority, ClientSettings, ConnectRequest, Connector, Credentials,
     HboneError, Identity, ServerSettings, Trust, Tunnel, TunnelReader, TunnelStream, TunnelWriter,
@@ -20,8 +21,10 @@ use super::super::deadlines::{Deadlines, Probes};
 use super::super::{Buffers, Flow};
 use crate::error::ProxyError;
 use crate::live::Live;
+use crate::metrics::KnownSeries;
+use crate::party::{Direction, Party};
 use crate::policy::Subject;
-use crate::record::{ConnectionRecord, Direction, Party};
+use crate::record::{ConnectionRecord, Facts};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -338,7 +341,8 @@ async fn run(ends: Ends, deadlines: Deadlines, buffers: Buffers) -> (Result<(), 
     let live = Arc::new(Live::default());
     let (_registration, mut revocation) =
         live.register(Subject::inbound(address, address, None), 0);
-    let record = ConnectionRecord::new(Direction::Outbound, Party::default(), Party::default());
+    let facts = Facts::new(Direction::Outbound, Party::default(), Party::default());
+    let record = ConnectionRecord::opened(Instant::now(), facts, &KnownSeries::default());
     let revocation = &mut revocation;
     let flow = Flow { record: &record, buffers: &buffers, deadlines: &deadlines, revocation };
     let outcome = match ends {

@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use underpass_config::Mesh;
+use underpass_interception::OriginalDestination;
 
 use crate::endpoint_health::EndpointHealth;
-use crate::route::testing::{Fixed, caller, mesh, named, show};
+use crate::route::testing::{Fixed, best_route, caller, mesh, named, show};
 use crate::route::{EndpointSelector, Route, RouteError, outbound};
 
 fn route(mesh: &Mesh, choose: &mut Fixed) -> Result<Route, RouteError> {
     let caller = caller(named(mesh, "client"));
-    outbound(([10, 1, 0, 1], 80).into(), mesh, &caller, choose)
+    best_route(([10, 1, 0, 1], 80).into(), mesh, &caller, choose)
 }
 
 /// How many of 10,000 connections every workload got, each of which is closed at once.
@@ -170,26 +171,37 @@ fn waypoints_share_connections_by_weight() {
 }
 
 #[test]
-fn a_connection_goes_on_to_others_by_what_is_known_of_all() {
+fn alternatives_are_all_endpoints_and_restored_one_is_first() {
     let mesh = service("", &["ip=10.0.1.1", "ip=10.0.1.2", "ip=10.0.1.3"]);
     let caller = caller(named(&mesh, "client"));
     let health = Arc::new(EndpointHealth::default());
-    let choose = |tried: &[_]| {
-        let mut selector = EndpointSelector { health: &health, tried };
-        outbound(([10, 1, 0, 1], 80).into(), &mesh, &caller, &mut selector)
+    let ranked = || {
+        let destination = OriginalDestination::new(([10, 1, 0, 1], 80).into());
+        let selector = EndpointSelector::new(&health);
+        let alternatives = outbound(destination, &mesh, &caller, selector).unwrap();
+        let dialled = |route: &Route| route.dialled().unwrap().clone();
+        let others = alternatives.others.map(|route| dialled(&route));
+        [dialled(&alternatives.best)].into_iter().chain(others).collect::<Vec<_>>()
     };
-    let mut tried = Vec::new();
-    while let Ok(route) = choose(&tried) {
-        let dialled = route.dialled().unwrap().clone();
-        health.eject(dialled.clone(), Duration::from_secs(10));
-        tried.push(dialled);
-    }
+    let tried = ranked();
     assert_eq!(tried.iter().collect::<HashSet<_>>().len(), 3);
+    tried.iter().for_each(|endpoint| health.eject(endpoint.clone(), Duration::from_secs(10)));
     health.restore(&tried[1]);
-    let back = choose(&[]).unwrap();
-    assert_eq!(back.dialled(), Some(&tried[1]));
-    let open: Vec<_> = back.endpoints().map(|endpoint| health.open(endpoint.clone())).collect();
+    assert_eq!(ranked()[0], tried[1]);
+    let open = health.open(tried[1].clone());
     assert_eq!(health.open_connections(&tried[1]), 1);
     drop(open);
     assert_eq!(health.open_connections(&tried[1]), 0);
+}
+
+#[test]
+fn single_endpoint_has_no_alternative() {
+    let mesh = service("", &["ip=10.0.1.1"]);
+    let caller = caller(named(&mesh, "client"));
+    let health = EndpointHealth::default();
+    let destination = OriginalDestination::new(([10, 1, 0, 1], 80).into());
+    let selector = EndpointSelector::new(&health);
+    let mut alternatives = outbound(destination, &mesh, &caller, selector).unwrap();
+    assert_eq!(alternatives.best.dialled(), None);
+    assert!(alternatives.others.next().is_none());
 }

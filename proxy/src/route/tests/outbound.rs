@@ -1,7 +1,7 @@
 //! One table: caller, destination and the route, for each step of ztunnel's decisions and where this proxy differs.
 
-use crate::route::testing::{Fixed, caller, mesh, named, show};
-use crate::route::{Authority, Caller, Target, outbound};
+use crate::route::testing::{Fixed, best_route, caller, mesh, named, show};
+use crate::route::{Authority, Caller, Target};
 
 const PLAIN: &str = "
     workload client ip=10.0.0.1,fd00::1
@@ -233,7 +233,7 @@ fn every_destination_has_the_way_that_the_mesh_tells() {
         let caller = caller(named(&mesh, from));
         for seed in 0..8 {
             let route =
-                outbound(destination.parse().unwrap(), &mesh, &caller, &mut Fixed::new(seed));
+                best_route(destination.parse().unwrap(), &mesh, &caller, &mut Fixed::new(seed));
             let shown = show(&route);
             if shown != *expected {
                 wrong.push(format!("{from} to {destination}: {shown}, not {expected}"));
@@ -265,7 +265,7 @@ fn only_who_has_the_waypoints_identity_and_address_has_been_through_it() {
     ] {
         let caller = Caller { identity, address, ..client };
         let destination = ([10, 0, 0, 11], 80).into();
-        let route = outbound(destination, &mesh, &caller, &mut Fixed::new(0));
+        let route = best_route(destination, &mesh, &caller, &mut Fixed::new(0));
         assert_eq!(show(&route), expected);
     }
 }
@@ -276,6 +276,6 @@ fn an_address_of_a_service_does_not_become_the_workloads_when_its_endpoints_fail
     let caller = caller(named(&mesh, "client"));
     let mut choose = Fixed::new(0);
     choose.tried = vec!["elsewhere".into()];
-    let route = outbound(([10, 0, 0, 21], 80).into(), &mesh, &caller, &mut choose);
+    let route = best_route(([10, 0, 0, 21], 80).into(), &mesh, &caller, &mut choose);
     assert_eq!(show(&route), "no endpoint: Tried");
 }
