@@ -6,7 +6,8 @@ use std::process::ExitCode;
 
 use tokio::io::AsyncWriteExt as _;
 use underpass_tests::{
-    APP, Family, Metrics, Proxy, Scene, Server, Suite, exchange, http_get, read_to_end, tool, until,
+    APP, Family, Mesh, Metrics, Proxy, Scene, Server, Suite, exchange, http_get, read_to_end, tool,
+    until,
 };
 
 const OPENED: &str = "istio_tcp_connections_opened_total";
@@ -22,6 +23,11 @@ fn main() -> ExitCode {
     suite.test_both("both proxies count a tunnelled connection with both identities", tunnelled);
     suite.test("a plain connection is counted without identities", plain);
     suite.test("a connection that fails is counted as failed and with why", failed);
+    suite
+        .test_both("a peer at a neighbour's address is not taken for the neighbour", other_address);
+    suite.test_both("the address of a plaintext client is a claim", plaintext_client);
+    suite.test("connections beyond the limit of label sets are counted as overflow", overflow);
+    suite.test("idle label sets are removed, and count again from zero", idle_label_sets);
     suite.test("bytes are counted while a connection is open", counted_while_open);
     suite.test("a connection is one line in the access log, with ztunnel's names", one_line);
     suite.test("in JSON every line is an object with the same names", json);
@@ -156,6 +162,92 @@ async fn failed() {
         assert_eq!(metrics.sum(FAILED, &labels), Some(1.0), "{}", metrics.text());
         assert_eq!(metrics.sum(OPENED, &[]), None, "{}", metrics.text());
     }
+}
+
+/// What the server's proxy says of a connection whose source has no proven workload, and a claimed
+/// one that is called `client`.
+async fn assert_claimed(scene: &Scene, proxy: &mut Proxy, identity: Option<String>) {
+    let line = proxy.line(&["direction=\"inbound\"", "connection complete"]).await;
+    assert!(line.contains(" src.claimed.workload=\"client\" "), "{line}");
+    assert!(line.contains(" src.claimed.namespace=\"default\" "), "{line}");
+    for proven in [" src.workload=", " src.namespace=", " src.cluster=", "neighbour"] {
+        assert!(!line.contains(proven), "{proven}: {line}");
+    }
+    let quoted = identity.as_ref().map(|identity| format!(" src.identity=\"{identity}\" "));
+    match &quoted {
+        Some(quoted) => assert!(line.contains(quoted), "{line}"),
+        None => assert!(!line.contains(" src.identity="), "{line}"),
+    }
+    let principal = identity.as_deref().unwrap_or("unknown");
+    let labels = [
+        ("reporter", "destination"),
+        ("source_principal", principal),
+        ("source_workload", "unknown"),
+        ("source_workload_namespace", "unknown"),
+        ("source_app", "unknown"),
+        ("destination_workload", "server"),
+    ];
+    assert_counted(&scene.server.metrics().await, &labels);
+}
+
+async fn other_address(family: Family) {
+    let scene = Scene::new().await;
+    let mesh = Mesh::default().workload("neighbour", &scene.client.ips(), "HBONE");
+    let at_server = mesh.hbone(&scene.server).write(&scene.client, "at-server");
+    let server = scene.server_settings().set(&format!("mesh.file={}", at_server.display()));
+    let _client_proxy = scene.client.proxy(&scene.client_settings()).await;
+    let mut server_proxy = scene.server.proxy(&server).await;
+    connection(&scene, family).await;
+    let identity = scene.pki.id("client").to_string();
+    assert_claimed(&scene, &mut server_proxy, Some(identity)).await;
+}
+
+async fn plaintext_client(family: Family) {
+    let scene = Scene::new().await;
+    let mut server_proxy = scene.server.proxy(&scene.server_settings()).await;
+    connection(&scene, family).await;
+    assert_claimed(&scene, &mut server_proxy, None).await;
+}
+
+async fn overflow() {
+    let scene = Scene::new().await;
+    let settings = scene.client_settings().set("metrics.label_sets=1");
+    let mut proxy = scene.client.proxy(&settings).await;
+    let _server = scene.server.proxy(&scene.server_settings()).await;
+    connection(&scene, Family::V4).await;
+    // Nothing listens there, so that the connection has no proven destination.
+    scene.client.dial_and_see_reset(scene.server.at(Family::V4, APP + 1)).await;
+    proxy.access_lines(2).await;
+    let metrics = scene.client.metrics().await;
+    let own = [("source_workload", "client"), ("destination_workload", "server")];
+    assert_eq!(metrics.sum(OPENED, &own), Some(1.0), "{}", metrics.text());
+    let overflow = [
+        ("reporter", "source"),
+        ("connection_security_policy", "mutual_tls"),
+        ("response_flags", "CONNECT"),
+        ("source_workload", "overflow"),
+        ("destination_principal", "overflow"),
+    ];
+    assert_eq!(metrics.sum(FAILED, &overflow), Some(1.0), "{}", metrics.text());
+    proxy.line(&["WARN", "too many metric series"]).await;
+}
+
+async fn idle_label_sets() {
+    let scene = Scene::new().await;
+    let settings = scene.client_settings().set("metrics.idle=1s");
+    let mut proxy = scene.client.proxy(&settings).await;
+    let _server = scene.server.proxy(&scene.server_settings()).await;
+    let opened = async || scene.client.metrics().await.sum(OPENED, &[]);
+    for lines in 1..=2 {
+        connection(&scene, Family::V4).await;
+        proxy.access_lines(lines).await;
+        assert_eq!(opened().await, Some(1.0));
+        until("the idle label set is removed", async || opened().await.is_none()).await;
+    }
+    let (client, _server_end) = scene.connected(Family::V4).await;
+    assert_eq!(opened().await, Some(1.0));
+    assert_eq!(scene.client.metrics().await.sum(OPEN, &[]), Some(1.0));
+    drop(client);
 }
 
 async fn counted_while_open() {

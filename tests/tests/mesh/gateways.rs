@@ -1,6 +1,6 @@
 //! Proxies in between: waypoints, and the gateway of another network.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use tokio::io::{AsyncReadExt as _, copy_bidirectional};
@@ -142,8 +142,12 @@ async fn other_network() {
     let there = Mesh::default()
         .workload_with("gateway", &gateway.ips(), "HBONE", &format!("{endpoint}{WAYPOINT}"))
         .service(service);
-    let at_server =
-        Mesh::default().workload_with(SERVER, &[behind.ip()], "HBONE", endpoint).service(service);
+    // The connection comes from the gateway's address, with the client's identity.
+    let gateway_there: IpAddr = "10.3.0.1".parse().expect("an address");
+    let at_server = Mesh::default()
+        .workload_with(SERVER, &[behind.ip()], "HBONE", endpoint)
+        .workload("gateway", &[gateway_there], "HBONE")
+        .service(service);
     scene.set_mesh(&near);
     let gateway_settings = underpass_tests::Settings::new("gateway")
         .identity(&scene.pki.issue("gateway"))
@@ -173,11 +177,14 @@ async fn other_network() {
     proxy
         .line(&["direction=\"outbound\"", "dst.service=\"far.example\"", "connection complete"])
         .await;
-    at_server
+    let line = at_server
         .line(&[
             "direction=\"inbound\"",
+            &format!("src.addr={gateway_there}:"),
             "src.identity=\"spiffe://cluster.local/ns/default/sa/client\"",
+            "src.claimed.workload=\"client\"",
             "connection complete",
         ])
         .await;
+    assert!(!line.contains(" src.workload="), "{line}");
 }
