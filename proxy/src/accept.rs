@@ -273,7 +273,9 @@ fn take(Listening { worker, pod, kind, .. }: &Listening, stream: TcpStream, clie
     match worker.node.balance.assign(peer) {
         Some(load) => {
             let place = Place { load, source };
-            assign(worker, Assignment { pod: pod.clone(), accepted, place, tunnel });
+            let registration = worker.register_with(place.load.worker(), pod);
+            let pod = pod.clone();
+            assign(worker, Assignment { pod, accepted, registration, place, tunnel });
         }
         None => refuse(worker, kind, &accepted.stream, Refusal::Worker),
     }
@@ -291,11 +293,13 @@ fn record_uncaught(worker: &Worker, kind: Kind, client: SocketAddr, error: Proxy
 
 fn assign(worker: &Arc<Worker>, assignment: Assignment) {
     let Some(refused) = worker.assign(assignment) else { return };
-    let Assignment { place, .. } = refused;
-    match worker.node.balance.load(worker.index) {
-        Some(load) => worker.serve(Assignment { place: Place { load, ..place }, ..refused }),
-        None => refuse(worker, refused.accepted.kind, &refused.accepted.stream, Refusal::Worker),
-    }
+    let Some(load) = worker.node.balance.load(worker.index) else {
+        let Accepted { kind, stream, .. } = &refused.accepted;
+        return refuse(worker, *kind, stream, Refusal::Worker);
+    };
+    let registration = worker.register_with(worker.index, &refused.pod);
+    let place = Place { load, ..refused.place };
+    worker.serve(Assignment { registration, place, ..refused });
 }
 
 /// What is refused is reset: a clean end would look like an answer.

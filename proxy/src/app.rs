@@ -19,7 +19,6 @@ use crate::accept::Kind;
 use crate::capture::{Capture, Probes, keep};
 use crate::certificates::{self, Certificate};
 use crate::cli::CommandError;
-use crate::drain::Drain;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::instance::{Instance, Status};
 use crate::listeners::Listeners;
@@ -178,7 +177,7 @@ async fn serve(
         // Who goes on accepting instead goes first; what came meanwhile is served.
         gates.accept.close().await;
         tenure.claim = None;
-        node.drain.drain(settings.timeouts.drain).await;
+        node.drain.drain(&node.connections, settings.timeouts.drain).await;
         return Err(error);
     }
     // Whatever can fail, and be it for want of a descriptor, comes before `ready`.
@@ -243,7 +242,7 @@ async fn end_orderly(
 ) {
     endpoints.readiness.draining();
     let timeouts = &settings.timeouts;
-    let connections = node.drain.open();
+    let connections = node.connections.open();
     let deadlines = match end {
         End::Stopped(why) => {
             notify::stopping();
@@ -260,7 +259,7 @@ async fn end_orderly(
     };
     // A worker that does not answer delays the drain no longer than that.
     tokio::time::timeout(LISTENERS_CLOSE, workers.remove_listeners(pod.id)).await.ok();
-    let aborted = drain(&node.drain, stop, deadlines).await;
+    let aborted = drain(node, stop, deadlines).await;
     tracing::info!(aborted, "drained");
 }
 
@@ -306,16 +305,16 @@ async fn until_end(
     }
 }
 
-/// Drains to the first deadline; each time that it is told to stop, to the next one.
-async fn drain(drain: &Drain, stop: &mut StopSignal, deadlines: [Duration; 3]) -> usize {
+/// Drains until the first deadline; each further stop signal shortens that to the next one.
+async fn drain(node: &Node, stop: &mut StopSignal, deadlines: [Duration; 3]) -> usize {
     let [first, second, last] = deadlines;
     for deadline in [first, second] {
         tokio::select! {
-            aborted = drain.drain(deadline) => return aborted,
-            why = stop.wait() => tracing::warn!(why, "told to stop again: not draining as long as that"),
+            aborted = node.drain.drain(&node.connections, deadline) => return aborted,
+            why = stop.wait() => tracing::warn!(why, "second stop signal: shortening the drain"),
         }
     }
-    drain.drain(last).await
+    node.drain.drain(&node.connections, last).await
 }
 
 /// What serves connections, bound and loaded but not yet running.

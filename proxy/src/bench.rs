@@ -9,14 +9,13 @@ use underpass_config::Mesh;
 use underpass_hbone::TunnelStream;
 use underpass_interception::OriginalDestination;
 
+use crate::connection_registry::ConnectionRegistry;
 use crate::copy::{Buffers, Deadlines, Flow, Probes};
 use crate::descriptors::Descriptors;
 use crate::endpoint_health::EndpointHealth;
 use crate::error::ProxyError;
-use crate::live::Live;
 use crate::metrics::KnownSeries;
 use crate::party::{Direction, Party};
-use crate::policy::Subject;
 use crate::record::{ConnectionRecord, Facts};
 use crate::route::{Caller, EndpointSelector, outbound};
 
@@ -36,15 +35,12 @@ pub enum Upstream {
 /// Copies both ways until both have ended: whether they ended well. Needs a runtime.
 pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
     let buffers = Buffers::new(BUFFERS, Descriptors::new(FILES, 0, 1));
-    let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let live = Arc::new(Live::default());
-    let (_registration, mut revocation) =
-        live.register(Subject::inbound(nowhere, nowhere, None), 0);
+    let registration = Arc::new(ConnectionRegistry::default()).register(());
     let facts = Facts::new(Direction::Outbound, Party::default(), Party::default());
     let record = ConnectionRecord::opened(Instant::now(), facts, &KnownSeries::default());
     let deadlines = &Deadlines { idle: None, half_close: None, probes: Probes::CONNTRACK };
-    let revocation = &mut revocation;
-    let flow = Flow { record: &record, buffers: &buffers, deadlines, revocation };
+    let termination = registration.termination();
+    let flow = Flow { record: &record, buffers: &buffers, deadlines, termination };
     let ended: Result<(), ProxyError> = match upstream {
         Upstream::Tcp(upstream) => flow.through_tcp(&client, &upstream).await,
         Upstream::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,

@@ -33,8 +33,8 @@ use self::splice::Splice;
 use self::tcp::Tcp;
 pub(crate) use self::tcp::broken;
 use self::tunnel::Tunnelled;
+use crate::connection_registry::Termination;
 use crate::error::ProxyError;
-use crate::live::Revocation;
 use crate::node::Node;
 use crate::record::ConnectionRecord;
 
@@ -43,16 +43,16 @@ pub(crate) struct Flow<'a> {
     pub(crate) record: &'a ConnectionRecord,
     pub(crate) buffers: &'a Buffers,
     pub(crate) deadlines: &'a Deadlines,
-    pub(crate) revocation: &'a mut Revocation,
+    pub(crate) termination: &'a Termination,
 }
 
 impl<'a> Flow<'a> {
     pub(crate) fn new(
         Node { buffers, deadlines, .. }: &'a Node,
         record: &'a ConnectionRecord,
-        revocation: &'a mut Revocation,
+        termination: &'a Termination,
     ) -> Self {
-        Self { record, buffers, deadlines, revocation }
+        Self { record, buffers, deadlines, termination }
     }
 
     /// Copies between a client's connection and the tunnel that leads to its destination.
@@ -277,8 +277,8 @@ impl<'a, C: Onto<U>, U: Onto<C>> Relay<'a, C, U> {
     }
 
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {
-        // First: once a connection is stopped or cut, nothing more is moved.
-        if let Poll::Ready(reason) = self.flow.revocation.poll_stopped(cx) {
+        // First: a connection that is terminated or cut moves nothing more.
+        if let Poll::Ready(reason) = self.flow.termination.poll_terminated(cx) {
             return Poll::Ready(Err(reason));
         }
         if let Poll::Ready(reason) = self.client.poll_cut(cx) {

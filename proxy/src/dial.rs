@@ -21,13 +21,13 @@ use crate::node::Seat;
 use crate::policy::Permit;
 
 /// Connects to what `permit` allows, within `deadline`.
-pub(crate) async fn dial(permit: &Permit, deadline: Duration) -> Result<TcpStream, ProxyError> {
+pub(crate) async fn dial(permit: &Permit<'_>, deadline: Duration) -> Result<TcpStream, ProxyError> {
     within(permit, deadline, permit.pod().sockets.connect(permit.destination())).await
 }
 
 /// Connects to the workload, as the profile does it for `client`.
 pub(crate) async fn dial_workload(
-    permit: &Permit,
+    permit: &Permit<'_>,
     client: IpAddr,
     deadline: Duration,
 ) -> Result<TcpStream, ProxyError> {
@@ -38,7 +38,7 @@ pub(crate) async fn dial_workload(
 /// Connects to the permitted port of the loopback interface: what takes connections for others there needs to be open to nobody
 /// else, and is told who connects by a header.
 pub(crate) async fn dial_loopback(
-    permit: &Permit,
+    permit: &Permit<'_>,
     deadline: Duration,
 ) -> Result<TcpStream, ProxyError> {
     let destination = permit.destination();
@@ -51,7 +51,7 @@ pub(crate) async fn dial_loopback(
 }
 
 async fn within(
-    permit: &Permit,
+    permit: &Permit<'_>,
     deadline: Duration,
     connect: impl Future<Output = io::Result<TcpStream>>,
 ) -> Result<TcpStream, ProxyError> {

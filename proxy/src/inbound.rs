@@ -19,15 +19,15 @@ use underpass_interception::reset_on_close;
 
 use self::retirement::Retirement;
 use crate::accept::{Accepted, Kind, Registered};
+use crate::connection_registry::Registration;
 use crate::copy::{Flow, broken};
 use crate::descriptors::Held;
 use crate::dial::{dial_loopback, dial_workload};
 use crate::error::ProxyError;
 use crate::limits::Place;
-use crate::live::Revocation;
 use crate::node::{Assignment, Seat};
 use crate::party::{Direction, Party};
-use crate::policy::{Permit, Principal, Subject};
+use crate::policy::{Decision, Permit, Principal, Subject};
 use crate::record::{ConnectionRecord, Facts};
 use crate::route::{self, InboundTarget, Target};
 use crate::{headers, metrics, proxy_protocol};
@@ -41,11 +41,10 @@ pub(crate) fn serve_plaintext(
     let opening = Box::pin(open_plaintext(seat.clone(), assignment));
     async move {
         // In this order, so that the sockets are closed before what is held for them is released.
-        let Some(Opened { record, held: _held, mut revocation, client, app }) = opening.await
-        else {
+        let Some(Opened { record, held, client, app }) = opening.await else {
             return;
         };
-        let flow = Flow::new(seat.node(), &record, &mut revocation);
+        let flow = Flow::new(seat.node(), &record, held.registration.termination());
         let outcome = flow.through_tcp(&client, &app).await;
         record.close(outcome);
     }
@@ -56,14 +55,13 @@ pub(crate) fn serve_plaintext(
 struct Opened<C> {
     record: ConnectionRecord,
     held: HeldWhileOpen,
-    revocation: Revocation,
     client: C,
     app: TcpStream,
 }
 
 /// What a connection holds until it is closed.
 struct HeldWhileOpen {
-    _permit: Permit,
+    registration: Registration<Decision>,
     _place: Place,
     _descriptors: Held,
 }
@@ -71,7 +69,7 @@ struct HeldWhileOpen {
 /// Connects a plaintext connection to the application, and makes its record.
 async fn open_plaintext(
     seat: Arc<Seat>,
-    Assignment { accepted, place, .. }: Assignment,
+    Assignment { accepted, registration, place, .. }: Assignment,
 ) -> Option<Opened<TcpStream>> {
     let accepted_at = Instant::now();
     let (client, destination) = (accepted.client, accepted.destination.address());
@@ -86,15 +84,14 @@ async fn open_plaintext(
     drop(snapshot);
     let facts = Facts::new(Direction::Inbound, source, destination);
     let connected = match checked.and_then(Accepted::register) {
-        Ok(connection) => connect_plaintext(&seat, connection).await,
+        Ok(connection) => connect_plaintext(&seat, connection, &registration).await,
         Err(error) => Err(error),
     };
     match connected {
-        Ok((Registered { stream: client, descriptors, .. }, connected)) => {
-            let Connected { app, permit, revocation } = connected;
-            let held = HeldWhileOpen { _permit: permit, _place: place, _descriptors: descriptors };
+        Ok((Registered { stream: client, descriptors, .. }, app)) => {
+            let held = HeldWhileOpen { registration, _place: place, _descriptors: descriptors };
             let record = ConnectionRecord::opened(accepted_at, facts, &seat.worker.series);
-            Some(Opened { record, held, revocation, client, app })
+            Some(Opened { record, held, client, app })
         }
         Err(error) => {
             ConnectionRecord::failed(accepted_at, &facts.failed(error), &seat.worker.series);
@@ -106,22 +103,23 @@ async fn open_plaintext(
 async fn connect_plaintext(
     seat: &Seat,
     connection: Registered,
-) -> Result<(Registered, Connected), ProxyError> {
+    registration: &Registration<Decision>,
+) -> Result<(Registered, TcpStream), ProxyError> {
     let address = connection.destination.address();
     let target = InboundTarget { address, header: None, service: None };
-    let connecting = pin!(connect(seat, connection.client, &target, None));
-    let connected = tokio::select! {
-        connected = seat.node().drain.or_abort(connecting) => connected?,
+    let connecting = pin!(connect(seat, registration, connection.client, &target, None));
+    let app = tokio::select! {
+        connected = registration.termination().or_terminate(connecting) => connected?,
         // A FIN is no reason: what was sent before it is still to be delivered.
         error = broken(&connection.stream) => return Err(ProxyError::Client(error)),
     };
-    Ok((connection, connected))
+    Ok((connection, app))
 }
 
 /// Serves one peer's connection: the handshakes, then every CONNECT request that comes through it.
 pub(crate) async fn serve_tunnel(
     seat: Arc<Seat>,
-    Assignment { accepted, place: _place, tunnel: _tunnel, .. }: Assignment,
+    Assignment { accepted, registration, place: _place, tunnel: _tunnel, .. }: Assignment,
 ) {
     let accepted_at = Instant::now();
     let (client, destination) = (accepted.client, accepted.destination.address());
@@ -130,7 +128,7 @@ pub(crate) async fn serve_tunnel(
         Err(error) => Err(error),
         Ok(connection) => {
             let serving = pin!(accept_tunnel(&seat, connection));
-            seat.node().drain.or_abort(serving).await
+            registration.termination().or_terminate(serving).await
         }
     };
     if let Err(error) = outcome {
@@ -171,8 +169,9 @@ async fn accept_tunnel(
     while let Some(request) = retirement.next_request(seat.node(), &mut tunnel).await {
         let admitted = seat.admit_stream(client.ip(), Kind::Hbone.name());
         let admitted = admitted.map(|(place, descriptor)| Admitted { place, descriptor });
-        let asked = Asked { request, client, here: destination.address(), peer: peer.clone() };
-        tokio::spawn(seat.node().drain.track(serve_request(seat.clone(), asked, admitted)));
+        let (registration, peer) = (seat.register_stream(), peer.clone());
+        let asked = Asked { request, client, here: destination.address(), peer };
+        tokio::spawn(serve_request(seat.clone(), asked, registration, admitted));
     }
     if let Some(limit) = tunnel.exceeded() {
         metrics::tunnel_closed(limit.code());
@@ -225,16 +224,16 @@ struct Admitted {
 fn serve_request(
     seat: Arc<Seat>,
     asked: Asked,
+    registration: Registration<Decision>,
     admitted: Result<Admitted, ProxyError>,
 ) -> impl Future<Output = ()> + Send {
     // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
-    let opening = Box::pin(open_request(seat.clone(), asked, admitted));
+    let opening = Box::pin(open_request(seat.clone(), asked, registration, admitted));
     async move {
-        let Some(Opened { record, held: _held, mut revocation, client, app }) = opening.await
-        else {
+        let Some(Opened { record, held, client, app }) = opening.await else {
             return;
         };
-        let flow = Flow::new(seat.node(), &record, &mut revocation);
+        let flow = Flow::new(seat.node(), &record, held.registration.termination());
         let outcome = flow.out_of_tunnel(client, &app).await;
         record.close(outcome);
     }
@@ -244,6 +243,7 @@ fn serve_request(
 async fn open_request(
     seat: Arc<Seat>,
     mut asked: Asked,
+    registration: Registration<Decision>,
     admitted: Result<Admitted, ProxyError>,
 ) -> Option<Opened<TunnelStream>> {
     let accepted_at = Instant::now();
@@ -252,10 +252,10 @@ async fn open_request(
     let facts = request_facts(&seat, &asked, target.as_ref().ok());
     let connected = async {
         let admitted = admitted?;
-        let connected = connect_request(&seat, &mut asked, &target?).await?;
-        Ok::<_, ProxyError>((connected, admitted))
+        let app = connect_request(&seat, &mut asked, &registration, &target?).await?;
+        Ok::<_, ProxyError>((app, admitted))
     };
-    let (Connected { app, permit, revocation }, admitted) = match connected.await {
+    let (app, admitted) = match connected.await {
         Ok(connected) => connected,
         Err(error) => {
             // Nothing is said to a client that has gone.
@@ -269,8 +269,8 @@ async fn open_request(
     match asked.request.accept(answer) {
         Ok(client) => {
             let Admitted { place, descriptor } = admitted;
-            let held = HeldWhileOpen { _permit: permit, _place: place, _descriptors: descriptor };
-            Some(Opened { record, held, revocation, client, app })
+            let held = HeldWhileOpen { registration, _place: place, _descriptors: descriptor };
+            Some(Opened { record, held, client, app })
         }
         Err(error) => {
             record.close(Err(ProxyError::Tunnel(error)));
@@ -282,12 +282,13 @@ async fn open_request(
 async fn connect_request(
     seat: &Seat,
     asked: &mut Asked,
+    registration: &Registration<Decision>,
     target: &InboundTarget,
-) -> Result<Connected, ProxyError> {
+) -> Result<TcpStream, ProxyError> {
     let Asked { request, client, peer, .. } = asked;
-    let connecting = pin!(connect(seat, *client, target, Some(&*peer)));
+    let connecting = pin!(connect(seat, registration, *client, target, Some(&*peer)));
     tokio::select! {
-        connected = seat.node().drain.or_abort(connecting) => connected,
+        connected = registration.termination().or_terminate(connecting) => connected,
         error = request.closed() => Err(ProxyError::Tunnel(error)),
     }
 }
@@ -329,25 +330,18 @@ fn inbound_target(
         .map_err(ProxyError::Route)
 }
 
-/// A permitted connection to the application.
-struct Connected {
-    app: TcpStream,
-    permit: Permit,
-    revocation: Revocation,
-}
-
 /// Connects to the application, as `client` where that can be kept.
 async fn connect(
     seat: &Seat,
+    registration: &Registration<Decision>,
     client: SocketAddr,
     target: &InboundTarget,
     peer: Option<&PeerIdentity>,
-) -> Result<Connected, ProxyError> {
+) -> Result<TcpStream, ProxyError> {
     let identity = peer.map(|peer| peer.spiffe_id());
     let subject = Subject::inbound(client, target.address, peer.map(Principal::from));
-    let (permit, mut revocation) = seat.permit(subject)?;
-    let app = revocation.or_end(pin!(dial_app(seat, client, target, &permit, identity))).await?;
-    Ok(Connected { app, permit, revocation })
+    let permit = seat.permit(subject, registration)?;
+    dial_app(seat, client, target, &permit, identity).await
 }
 
 /// Dials the application, with a PROXY header if the route has one.
@@ -355,7 +349,7 @@ async fn dial_app(
     seat: &Seat,
     client: SocketAddr,
     target: &InboundTarget,
-    permit: &Permit,
+    permit: &Permit<'_>,
     identity: Option<&SpiffeId>,
 ) -> Result<TcpStream, ProxyError> {
     let deadline = seat.node().timeouts.connect;

@@ -26,16 +26,16 @@ use underpass_hbone::{
 };
 
 use crate::accept::{Accepted, Registered, Source};
+use crate::connection_registry::Registration;
 use crate::copy::{Flow, broken};
 use crate::descriptors::Held;
 use crate::dial::dial;
 use crate::endpoint_health::OpenConnection;
 use crate::error::ProxyError;
 use crate::limits::Place;
-use crate::live::Revocation;
 use crate::node::{Assignment, Seat};
 use crate::party::{Direction, Party};
-use crate::policy::{Outbound, Permit, Subject};
+use crate::policy::{Decision, Outbound, Permit, Subject};
 use crate::record::{ConnectFailure, ConnectionRecord, Facts};
 use crate::route::{
     self, Alternatives, Caller, EndpointKey, EndpointSelector, ForwardVia, Route, Target,
@@ -55,11 +55,10 @@ pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Outp
     let opening = Box::pin(open(seat.clone(), assignment));
     async move {
         // In this order, so that the sockets are closed before what is held for them is released.
-        let Some(Opened { record, held: _held, mut revocation, client, onward }) = opening.await
-        else {
+        let Some(Opened { record, held, client, onward }) = opening.await else {
             return;
         };
-        let flow = Flow::new(seat.node(), &record, &mut revocation);
+        let flow = Flow::new(seat.node(), &record, held.registration.termination());
         let outcome = match onward {
             Onward::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,
             Onward::Plain(upstream) => flow.through_tcp(&client, &upstream).await,
@@ -72,14 +71,13 @@ pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Outp
 struct Opened {
     record: ConnectionRecord,
     held: HeldWhileOpen,
-    revocation: Revocation,
     client: TcpStream,
     onward: Onward,
 }
 
 /// What a connection holds until it is closed.
 struct HeldWhileOpen {
-    _permit: Permit,
+    registration: Registration<Decision>,
     _load: Vec<OpenConnection>,
     _place: Place,
     _descriptors: Held,
@@ -92,24 +90,27 @@ enum Onward {
 }
 
 /// Connects an accepted connection, and makes its record.
-async fn open(seat: Arc<Seat>, Assignment { accepted, place, .. }: Assignment) -> Option<Opened> {
+async fn open(
+    seat: Arc<Seat>,
+    Assignment { accepted, registration, place, .. }: Assignment,
+) -> Option<Opened> {
     let accepted_at = Instant::now();
     let series = &seat.worker.series;
-    match connect(&seat, accepted).await {
+    match connect(&seat, accepted, &registration).await {
         Ok((Registered { stream: client, mut descriptors, .. }, connected)) => {
-            let Connected { facts, onward, permit, revocation, load } = connected;
+            let Connected { facts, onward, load } = connected;
             if let Onward::Tunnel(_) = &onward {
                 // The tunnel holds the descriptor of its own connection.
                 descriptors.release_one();
             }
             let held = HeldWhileOpen {
-                _permit: permit,
+                registration,
                 _load: load,
                 _place: place,
                 _descriptors: descriptors,
             };
             let record = ConnectionRecord::opened(accepted_at, facts, series);
-            Some(Opened { record, held, revocation, client, onward })
+            Some(Opened { record, held, client, onward })
         }
         Err(failure) => {
             ConnectionRecord::failed(accepted_at, &failure, series);
@@ -122,6 +123,7 @@ async fn open(seat: Arc<Seat>, Assignment { accepted, place, .. }: Assignment) -
 async fn connect(
     seat: &Arc<Seat>,
     accepted: Accepted,
+    registration: &Registration<Decision>,
 ) -> Result<(Registered, Connected), Box<ConnectFailure>> {
     let snapshot = seat.node().mesh.borrow().clone();
     let checked = accepted.check_source(seat);
@@ -147,8 +149,15 @@ async fn connect(
     };
     let identity = seat.pod.identity();
     let snapshot = &*snapshot;
-    let connect =
-        OutboundConnect { seat, snapshot, connection: &connection, source, identity, known };
+    let connect = OutboundConnect {
+        seat,
+        registration,
+        snapshot,
+        connection: &connection,
+        source,
+        identity,
+        known,
+    };
     let connected = connect.connect().await?;
     Ok((connection, connected))
 }
@@ -157,14 +166,13 @@ async fn connect(
 struct Connected {
     facts: Facts,
     onward: Onward,
-    permit: Permit,
-    revocation: Revocation,
     load: Vec<OpenConnection>,
 }
 
 /// Connects one caught connection.
 struct OutboundConnect<'a> {
     seat: &'a Arc<Seat>,
+    registration: &'a Registration<Decision>,
     /// The state of the mesh by which the connection is routed.
     snapshot: &'a Snapshot,
     connection: &'a Registered,
@@ -260,24 +268,24 @@ impl OutboundConnect<'_> {
         };
         let mut facts = self.facts(route, Some(hop));
         match self.unless_interrupted(self.permit_and_dial(route, hop, &facts)).await {
-            Ok(Dialled { onward, permit, revocation }) => {
+            Ok(onward) => {
                 if let Onward::Tunnel(tunnel) = &onward {
                     facts.destination.identity = Some(tunnel.peer().spiffe_id().clone());
                 }
-                Ok(Connected { facts, onward, permit, revocation, load })
+                Ok(Connected { facts, onward, load })
             }
             Err(error) => Err(facts.failed(error)),
         }
     }
 
-    /// `work`, unless the client resets its connection or the drain deadline passes first.
+    /// `work`, unless the connection is terminated or the client resets it first.
     async fn unless_interrupted<T>(
         &self,
         work: impl Future<Output = Result<T, ProxyError>>,
     ) -> Result<T, ProxyError> {
         let work = pin!(work);
         tokio::select! {
-            outcome = self.seat.node().drain.or_abort(work) => outcome,
+            outcome = self.registration.termination().or_terminate(work) => outcome,
             // A FIN is no reason: what was sent before it is still to be delivered.
             error = broken(&self.connection.stream) => Err(ProxyError::Client(error)),
         }
@@ -314,7 +322,7 @@ impl OutboundConnect<'_> {
         route: &Route,
         hop: SocketAddr,
         facts: &Facts,
-    ) -> Result<Dialled, ProxyError> {
+    ) -> Result<Onward, ProxyError> {
         let own_network = &*self.seat.context().own.network;
         let by_address = route.workload.as_ref().is_none_or(|workload| {
             &*workload.network == own_network && workload.network_mode == NetworkMode::Standard
@@ -322,16 +330,15 @@ impl OutboundConnect<'_> {
         let asked = self.connection.destination.address();
         let peers = route.via.peers().cloned();
         let subject = Subject::Outbound(Outbound { asked, hop, peers, by_address });
-        let (permit, mut revocation) = self.seat.permit(subject)?;
-        let onward = revocation.or_end(pin!(self.dial(&route.via, &permit, facts))).await?;
-        Ok(Dialled { onward, permit, revocation })
+        let permit = self.seat.permit(subject, self.registration)?;
+        self.dial(&route.via, &permit, facts).await
     }
 
     /// Connects to the next hop, in plain or by a tunnel.
     async fn dial(
         &self,
         via: &ForwardVia,
-        permit: &Permit,
+        permit: &Permit<'_>,
         facts: &Facts,
     ) -> Result<Onward, ProxyError> {
         match via {
@@ -354,7 +361,7 @@ impl OutboundConnect<'_> {
     /// Opens a stream of a pooled tunnel to the permitted hop.
     async fn open_stream(
         &self,
-        permit: &Permit,
+        permit: &Permit<'_>,
         peers: &Arc<[SpiffeId]>,
         target: &Target,
         facts: &Facts,
@@ -372,7 +379,7 @@ impl OutboundConnect<'_> {
     /// Opens a tunnel to one of `peers` through a stream to the gateway, which is the permitted hop.
     async fn open_stream_behind_gateway(
         &self,
-        (permit, gateway_peers): (&Permit, &Arc<[SpiffeId]>),
+        (permit, gateway_peers): (&Permit<'_>, &Arc<[SpiffeId]>),
         peers: &[SpiffeId],
         target: &Target,
         facts: &Facts,
@@ -394,7 +401,7 @@ impl OutboundConnect<'_> {
     /// The key of the tunnel in the pool, and the connector that opens it if there is none.
     fn tunnel_key(
         &self,
-        permit: &Permit,
+        permit: &Permit<'_>,
         peers: &Arc<[SpiffeId]>,
     ) -> Result<(TunnelKey, &Connector), ProxyError> {
         let address = permit.destination();
@@ -402,11 +409,4 @@ impl OutboundConnect<'_> {
         let (source, connector) = identity.ok_or(ProxyError::NoIdentity(address))?;
         Ok((TunnelKey { source, address, peers: peers.clone() }, connector))
     }
-}
-
-/// A permitted connection to the next hop.
-struct Dialled {
-    onward: Onward,
-    permit: Permit,
-    revocation: Revocation,
 }

@@ -1,8 +1,9 @@
-//! Who may talk to whom: pure functions of a connection, the mesh and the settings that make the only [`Permit`]s there are.
+//! Decides which connections are allowed, and makes the only [`Permit`]s.
 //!
-//! Dialling takes a permit by reference, so that a path which forgot to ask does not compile. A permit registers its connection,
-//! so that it is asked about again whenever the mesh changes ([`Change`]). Not here: what authorization policies say
-//! (`authorization.rs`), and how connections are ended (`live.rs`).
+//! Dialling takes a permit by reference: a path without a decision does not compile. A permit is
+//! noted in the registration of its connection, so that the connection is decided on again whenever
+//! the mesh changes ([`Change`]). Not here: what authorization policies say (`authorization.rs`),
+//! and how connections are terminated (`connection_registry.rs`).
 
 mod context;
 
@@ -17,8 +18,8 @@ use underpass_interception::{KUBELET_PROBE_V4, KUBELET_PROBE_V6, Ports};
 
 pub(crate) use self::context::PolicyContext;
 use crate::authorization;
+use crate::connection_registry::Registration;
 use crate::error::ProxyError;
-use crate::live::{Live, Registration, Revocation};
 use crate::node::{Pod, PodId};
 use crate::snapshot::Snapshot;
 
@@ -85,26 +86,42 @@ impl Subject {
     }
 }
 
-/// A connection that was allowed, and the pod that it is a connection of.
+/// What a registered connection, tunnel or stream was permitted, and the pod that it belongs to.
 #[derive(Debug)]
-pub(crate) struct Decided {
+pub(crate) struct Decision {
     pod: Arc<Pod>,
+    /// `None` for a tunnel, and for a connection before its first permit. A later permit replaces
+    /// an earlier one: the connection is then on its way to another endpoint.
+    permitted: Option<Permitted>,
+}
+
+#[derive(Debug)]
+struct Permitted {
     subject: Subject,
+    /// The generation of the mesh that permitted it.
+    generation: u64,
+}
+
+impl Decision {
+    /// That of a connection which has no permit yet.
+    pub(crate) fn pending(pod: Arc<Pod>) -> Self {
+        Self { pod, permitted: None }
+    }
 }
 
 /// Permission for one pod to dial one destination. Only this module can make one.
 #[derive(Debug)]
-pub(crate) struct Permit {
-    pod: Arc<Pod>,
+pub(crate) struct Permit<'a> {
+    pod: &'a Pod,
     destination: SocketAddr,
-    /// The connection is checked again at each change of the mesh for as long as this lives.
-    _registration: Registration<Decided>,
+    /// Holds the permit's subject, which the next change of the mesh checks.
+    _registration: &'a Registration<Decision>,
 }
 
-impl Permit {
+impl Permit<'_> {
     /// The pod that may dial, and whose sockets are used for it.
     pub(crate) fn pod(&self) -> &Pod {
-        &self.pod
+        self.pod
     }
 
     /// What may be dialled.
@@ -113,20 +130,21 @@ impl Permit {
     }
 }
 
-/// Decides on a connection of `pod` by the mesh as it is now.
-pub(crate) fn permit(
+/// Decides on a registered connection of `pod` by the current mesh.
+pub(crate) fn permit<'a>(
     subject: Subject,
-    pod: &Arc<Pod>,
+    pod: &'a Pod,
     mesh: &watch::Receiver<Arc<Snapshot>>,
-    live: &Arc<Live<Decided>>,
-) -> Result<(Permit, Revocation), ProxyError> {
+    registration: &'a Registration<Decision>,
+) -> Result<Permit<'a>, ProxyError> {
+    // Borrowed until the permit is noted: a mesh that is published later finds it there.
     let current = mesh.borrow();
     check(&subject, &current, &pod.context)?;
     log_dry_run(&subject, &current, &pod.context);
     let destination = subject.destination();
-    let decided = Decided { pod: pod.clone(), subject };
-    let (registration, revocation) = live.register(decided, current.generation);
-    Ok((Permit { pod: pod.clone(), destination, _registration: registration }, revocation))
+    let permitted = Permitted { subject, generation: current.generation };
+    registration.update(|decision| decision.permitted = Some(permitted));
+    Ok(Permit { pod, destination, _registration: registration })
 }
 
 /// Whether a connection is allowed.
@@ -261,24 +279,26 @@ impl<'a> Change<'a> {
         Self { old, new, touched: HashMap::new() }
     }
 
-    /// Whether a connection that was allowed `since` some generation of the mesh still is.
-    pub(crate) fn check(
-        &mut self,
-        Decided { pod, subject }: &Decided,
-        since: u64,
-    ) -> Result<(), ProxyError> {
-        self.check_subject(subject, pod.id, &pod.context, since)
+    /// Checks whether the new mesh still allows a connection. One without a permit gets it by a
+    /// mesh that is at least as new.
+    pub(crate) fn check(&mut self, decision: &Decision) -> Result<(), ProxyError> {
+        let Decision { pod, permitted: Some(permitted) } = decision else { return Ok(()) };
+        let Permitted { subject, generation } = permitted;
+        self.check_permitted(subject, *generation, pod.id, &pod.context)
     }
 
-    fn check_subject(
+    fn check_permitted(
         &mut self,
         subject: &Subject,
+        generation: u64,
         pod: PodId,
         context: &PolicyContext,
-        since: u64,
     ) -> Result<(), ProxyError> {
-        // What began by a mesh between the two was never decided on by the old one.
-        let by_old = since <= self.old.generation;
+        if generation >= self.new.generation {
+            return Ok(());
+        }
+        // A mesh between the two permitted it: the old one never decided on it.
+        let by_old = generation <= self.old.generation;
         match subject {
             Subject::Inbound(inbound)
                 if by_old && !self.touches(inbound.destination.ip(), pod, context) =>

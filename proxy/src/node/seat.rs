@@ -12,14 +12,14 @@ use underpass_hbone::{Acceptor, ClientSettings, Connector, Pool, PoolSettings, S
 
 use super::{Node, Pod, Worker};
 use crate::accept::Source;
+use crate::connection_registry::Registration;
 use crate::descriptors::Held;
 use crate::dial::TunnelDialer;
 use crate::error::ProxyError;
 use crate::limits::{Limits, Place, Refusal};
-use crate::live::Revocation;
 use crate::metrics;
 use crate::party::{Claim, Party};
-use crate::policy::{self, Permit, PolicyContext, Subject};
+use crate::policy::{self, Decision, Permit, PolicyContext, Subject};
 use crate::snapshot::Snapshot;
 
 /// For how long a pool remembers a failed dial: its longest back-off, and the time in which another
@@ -87,9 +87,18 @@ impl Seat {
         &self.pod.context
     }
 
-    /// Decides on a connection of the pod.
-    pub(crate) fn permit(&self, subject: Subject) -> Result<(Permit, Revocation), ProxyError> {
-        policy::permit(subject, &self.pod, &self.worker.node.mesh, &self.worker.live)
+    /// Registers a stream of a tunnel of the pod.
+    pub(crate) fn register_stream(&self) -> Registration<Decision> {
+        self.worker.registry.register(Decision::pending(self.pod.clone()))
+    }
+
+    /// Decides on a registered connection of the pod.
+    pub(crate) fn permit<'a>(
+        &'a self,
+        subject: Subject,
+        registration: &'a Registration<Decision>,
+    ) -> Result<Permit<'a>, ProxyError> {
+        policy::permit(subject, &self.pod, &self.worker.node.mesh, registration)
     }
 
     /// Admits a stream of a tunnel from `client`, which came by the listener `listener`, with a

@@ -14,11 +14,11 @@ use underpass_interception::BoundListener;
 
 use super::{Node, Pod, PodId, Seat};
 use crate::accept::{Accepted, Kind, accept_loop};
+use crate::connection_registry::{ConnectionRegistry, Registration};
 use crate::error::ProxyError;
 use crate::limits::Place;
-use crate::live::Live;
 use crate::metrics::KnownSeries;
-use crate::policy::{Change, Decided};
+use crate::policy::{Change, Decision};
 use crate::publish::Applied;
 use crate::{inbound, outbound};
 
@@ -27,8 +27,8 @@ use crate::{inbound, outbound};
 pub(crate) struct Worker {
     pub(crate) node: Arc<Node>,
     pub(crate) index: usize,
-    /// The open connections of this worker.
-    pub(crate) live: Arc<Live<Decided>>,
+    /// The open connections, tunnels and streams of this worker.
+    pub(crate) registry: Arc<ConnectionRegistry<Decision>>,
     /// The metric series that they are counted in.
     pub(crate) series: KnownSeries,
     /// The command channel of each worker, this one included.
@@ -44,6 +44,8 @@ pub(crate) struct Assignment {
     /// The pod in whose namespace the connection was accepted.
     pub(crate) pod: Arc<Pod>,
     pub(crate) accepted: Accepted,
+    /// With the registry of the worker that serves it.
+    pub(crate) registration: Registration<Decision>,
     pub(crate) place: Place,
     /// Counts a tunnel beside its place, for as long as it lives.
     pub(crate) tunnel: Option<SourceGuard>,
@@ -70,9 +72,15 @@ impl Worker {
         index: usize,
         workers: Arc<[mpsc::Sender<WorkerCommand>]>,
     ) -> Arc<Self> {
-        let (live, seats) = (Arc::default(), Mutex::default());
+        let registry = node.connections.of(index).cloned().unwrap_or_default();
         let series = KnownSeries::new(node.series.clone());
-        Arc::new(Self { node, index, live, series, workers, seats })
+        Arc::new(Self { node, index, registry, series, workers, seats: Mutex::default() })
+    }
+
+    /// Registers an accepted connection with the worker that is going to serve it.
+    pub(crate) fn register_with(&self, index: usize, pod: &Arc<Pod>) -> Registration<Decision> {
+        let registry = self.node.connections.of(index).unwrap_or(&self.registry);
+        registry.register(Decision::pending(pod.clone()))
     }
 
     /// The seat of `pod`, made if this is the first connection of the pod here.
@@ -114,16 +122,14 @@ impl Worker {
         }
     }
 
-    /// Serves a connection on this worker until it ends or the drain deadline passes.
+    /// Serves a connection on this worker until it ends or is terminated.
     pub(crate) fn serve(self: &Arc<Self>, assignment: Assignment) {
-        let (seat, drain) = (self.seat(&assignment.pod), &self.node.drain);
+        let seat = self.seat(&assignment.pod);
         // Each a task of its own size: tunnels are few, and need much more than a connection.
         match assignment.accepted.kind {
-            Kind::Outbound => tokio::spawn(drain.track(outbound::serve(seat, assignment))),
-            Kind::Plaintext => {
-                tokio::spawn(drain.track(inbound::serve_plaintext(seat, assignment)))
-            }
-            Kind::Hbone => tokio::spawn(drain.track(inbound::serve_tunnel(seat, assignment))),
+            Kind::Outbound => tokio::spawn(outbound::serve(seat, assignment)),
+            Kind::Plaintext => tokio::spawn(inbound::serve_plaintext(seat, assignment)),
+            Kind::Hbone => tokio::spawn(inbound::serve_tunnel(seat, assignment)),
         };
     }
 
@@ -161,12 +167,10 @@ impl Worker {
         }
     }
 
-    /// Aborts the open connections when the drain deadline has passed. Connecting checks the
-    /// deadline itself, before all else; so a connection is found here, or has not begun.
+    /// Terminates all connections when the drain deadline has passed.
     async fn abort(&self) {
-        let _drained = self.node.drain.aborting().await;
-        let all = self.live.stop(|_, _| Err(ProxyError::Drained)).await;
-        self.live.end(all).await;
+        self.node.drain.aborting().await;
+        self.registry.close(|| ProxyError::Drained).await.end().await;
     }
 
     /// Ends the connections that each change of the mesh forbids, for ever.
@@ -178,16 +182,16 @@ impl Worker {
             let new = mesh.borrow_and_update().clone();
             self.series.forget();
             let mut change = Change::new(&old, &new);
-            let check = |decided: &Decided, since| {
-                let checked = change.check(decided, since);
+            let check = |decision: &Decision| {
+                let checked = change.check(decision);
                 checked.map_err(|reason| ProxyError::NoLongerAllowed(Box::new(reason)))
             };
-            let stopped = self.live.stop(check).await;
+            let terminated = self.registry.terminate(check).await;
             // The next change need not wait until all of them have ended.
-            let (live, applied, generation) = (self.live.clone(), applied.clone(), new.generation);
+            let (applied, generation) = (applied.clone(), new.generation);
             tokio::spawn(async move {
-                let cut = stopped.len();
-                live.end(stopped).await;
+                let cut = terminated.count();
+                terminated.end().await;
                 applied.send_if_modified(|last| {
                     let newer = generation > last.generation;
                     if newer {
@@ -248,13 +252,14 @@ mod tests {
         let (sender, mut receiver) = mpsc::channel(1);
         let (pod, node) = (pod(&[]), node(2));
         let worker = Worker::new(node.clone(), 0, Arc::from([sender.clone(), sender]));
-        let assignment = |load| {
+        let assignment = |load: crate::balance::Load| {
             let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
             let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (stream, client) = listener.accept().unwrap();
             let accepted = Accepted::testing(Kind::Plaintext, stream, client);
+            let registration = worker.register_with(load.worker(), &pod);
             let place = Place { load, source: None };
-            Assignment { pod: pod.clone(), accepted, place, tunnel: None }
+            Assignment { pod: pod.clone(), accepted, registration, place, tunnel: None }
         };
         assert!(worker.assign(assignment(node.balance.load(1).unwrap())).is_none());
         let refused = worker.assign(assignment(node.balance.load(1).unwrap()));

@@ -3,6 +3,7 @@
 use underpass_config::Mesh;
 
 use super::*;
+use crate::connection_registry::ConnectionRegistry;
 use crate::node::testing::{self, pod};
 
 const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
@@ -180,7 +181,7 @@ fn an_address_that_the_mesh_does_not_know_is_under_the_policies_of_our_name() {
 fn after(old: &Snapshot, new: &Snapshot, since: u64) -> Result<(), &'static str> {
     let context = context(&[]);
     let checked =
-        Change::new(old, new).check_subject(&from_client(), PodId::next(), &context, since);
+        Change::new(old, new).check_permitted(&from_client(), since, PodId::next(), &context);
     checked.map_err(|error| error.reason().code)
 }
 
@@ -205,28 +206,36 @@ fn a_change_that_touches_nothing_here_decides_nothing_anew() {
     assert_eq!(after(&old, &new, 1), Ok(()));
 }
 
+#[test]
+fn change_does_not_judge_what_a_newer_generation_permitted() {
+    // The third state permits what the second one forbids, and the change to the second one is
+    // still being enforced.
+    let (first, second) = (snapshot(1, ""), snapshot(2, &deny_client()));
+    assert_eq!(after(&first, &second, 3), Ok(()));
+    assert_eq!(after(&first, &second, 2), Ok(()));
+}
+
+fn register(pod: &Arc<Pod>) -> Registration<Decision> {
+    Arc::new(ConnectionRegistry::default()).register(Decision::pending(pod.clone()))
+}
+
 #[tokio::test]
-async fn a_permit_is_registered_as_long_as_it_lives() {
-    let (sender, mesh) = watch::channel(Arc::new(snapshot(1, "")));
-    let (live, pod) = (Arc::new(Live::default()), pod(&[]));
-    let (allowed, _told) = permit(from_client(), &pod, &mesh, &live).expect("a permit");
-    assert_eq!(allowed.destination(), at("10.0.0.1:8080"));
-    let count = async |live: &Arc<Live<Decided>>| {
-        let mut seen: Vec<u64> = Vec::new();
-        live.stop(|_, since| {
-            seen.push(since);
-            Ok(())
-        })
-        .await;
-        seen
+async fn permit_is_noted_in_registration_of_its_connection() {
+    let (old, new) = (Arc::new(snapshot(1, "")), Arc::new(snapshot(2, &deny_client())));
+    let (sender, mesh) = watch::channel(old.clone());
+    let (registry, pod) = (Arc::new(ConnectionRegistry::default()), pod(&[]));
+    let registration = registry.register(Decision::pending(pod.clone()));
+    let forbidden = async || {
+        let mut change = Change::new(&old, &new);
+        registry.terminate(|decision| change.check(decision)).await.count()
     };
-    assert_eq!(count(&live).await, [1]);
-    drop(allowed);
-    assert_eq!(count(&live).await, Vec::<u64>::new());
-    sender.send_replace(Arc::new(snapshot(2, &deny_client())));
-    let denied = permit(from_client(), &pod, &mesh, &live).map(drop);
+    assert_eq!(forbidden().await, 0, "it has no permit yet");
+    let allowed = permit(from_client(), &pod, &mesh, &registration).expect("a permit");
+    assert_eq!(allowed.destination(), at("10.0.0.1:8080"));
+    assert_eq!(forbidden().await, 1);
+    sender.send_replace(new.clone());
+    let denied = permit(from_client(), &pod, &mesh, &register(&pod)).map(drop);
     assert!(matches!(denied, Err(ProxyError::Denied(_))), "{denied:?}");
-    assert_eq!(count(&live).await, Vec::<u64>::new());
 }
 
 /// Both are reached at the same address, as two pods with one address in two namespaces are.
@@ -234,23 +243,24 @@ async fn a_permit_is_registered_as_long_as_it_lives() {
 async fn change_is_checked_by_the_context_of_each_pod() {
     let (old, new) = (Arc::new(snapshot(1, "")), snapshot(2, &deny_client()));
     let (_sender, mesh) = watch::channel(old.clone());
-    let live = Arc::new(Live::default());
+    let registry = Arc::new(ConnectionRegistry::default());
     let pods = [pod(&[]), pod(&["workload.namespace=other", "workload.name=other"])];
-    let permits = pods.each_ref().map(|pod| {
+    let registrations = pods.each_ref().map(|pod| {
         let client = Principal { id: CLIENT.parse().expect("an id"), aliases: Arc::default() };
         let subject = Subject::inbound(at("10.0.0.9:40000"), at("192.0.2.1:80"), Some(client));
-        let (permit, _told) = permit(subject, pod, &mesh, &live).expect("a permit");
+        let registration = registry.register(Decision::pending(pod.clone()));
+        let permit = permit(subject, pod, &mesh, &registration).expect("a permit");
         assert_eq!(permit.pod().id, pod.id);
-        permit
+        registration
     });
     let mut denied = Vec::new();
     let mut change = Change::new(&old, &new);
-    let stopped = live.stop(|decided, since| {
-        let checked = change.check(decided, since);
-        denied.extend(checked.is_err().then_some(decided.pod.id));
+    let terminated = registry.terminate(|decision| {
+        let checked = change.check(decision);
+        denied.extend(checked.is_err().then_some(decision.pod.id));
         checked
     });
-    assert_eq!(stopped.await.len(), 1);
+    assert_eq!(terminated.await.count(), 1);
     assert_eq!(denied, [pods[0].id], "the policy is of the first pod's namespace");
-    drop(permits);
+    drop(registrations);
 }

@@ -19,11 +19,10 @@ use underpass_interception::reset_on_close;
 
 use super::super::deadlines::{Deadlines, Probes};
 use super::super::{Buffers, Flow};
+use crate::connection_registry::ConnectionRegistry;
 use crate::error::ProxyError;
-use crate::live::Live;
 use crate::metrics::KnownSeries;
 use crate::party::{Direction, Party};
-use crate::policy::Subject;
 use crate::record::{ConnectionRecord, Facts};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -337,14 +336,11 @@ const NO_DEADLINES: Deadlines =
     Deadlines { idle: None, half_close: None, probes: Probes::CONNTRACK };
 
 async fn run(ends: Ends, deadlines: Deadlines, buffers: Buffers) -> (Result<(), ProxyError>, u64) {
-    let address = SocketAddr::from(([127, 0, 0, 1], 80));
-    let live = Arc::new(Live::default());
-    let (_registration, mut revocation) =
-        live.register(Subject::inbound(address, address, None), 0);
+    let registration = Arc::new(ConnectionRegistry::default()).register(());
     let facts = Facts::new(Direction::Outbound, Party::default(), Party::default());
     let record = ConnectionRecord::opened(Instant::now(), facts, &KnownSeries::default());
-    let revocation = &mut revocation;
-    let flow = Flow { record: &record, buffers: &buffers, deadlines: &deadlines, revocation };
+    let termination = registration.termination();
+    let flow = Flow { record: &record, buffers: &buffers, deadlines: &deadlines, termination };
     let outcome = match ends {
         Ends::Plain(client, server) => flow.through_tcp(&client, &server).await,
         Ends::IntoTunnel(client, tunnel) => flow.into_tunnel(&client, tunnel).await,

@@ -1,0 +1,301 @@
+//! The registry of the open connections of one worker: it counts them and terminates them.
+//!
+//! A connection is registered once, when it is accepted; so is every tunnel and every stream of a
+//! tunnel. Policy, the drain deadline and the removal of a pod terminate connections here and
+//! nowhere else, also those that are still connecting.
+//!
+//! ```text
+//! open ── terminate() ──> terminated ── Terminated::end() ──> woken ──> ended
+//!                         moves no byte any longer            closes its sockets, is logged
+//! ```
+//!
+//! `terminate` only marks connections, which is fast; `end` wakes them a few at a time, because
+//! closing their sockets is not. Not here: what is allowed (`policy.rs`).
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::task::AtomicWaker;
+use slab::Slab;
+use tokio::sync::Notify;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use crate::error::ProxyError;
+
+/// How many connections are checked before the worker's other tasks run: some hundreds of
+/// microseconds.
+const CHECK_AT_ONCE: usize = 256;
+/// How many terminated connections are woken before the worker's other tasks run. Each closes two
+/// sockets and writes a log line, some tens of microseconds.
+const WAKE_AT_ONCE: usize = 32;
+/// How long terminated connections may take to end before that is reported as an error.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The registries of all workers.
+#[derive(Debug)]
+pub(crate) struct Registries<T>(Box<[Arc<ConnectionRegistry<T>>]>);
+
+impl<T> Registries<T> {
+    pub(crate) fn new(workers: usize) -> Self {
+        Self((0..workers.max(1)).map(|_| Arc::default()).collect())
+    }
+
+    /// The registry of one worker.
+    pub(crate) fn of(&self, worker: usize) -> Option<&Arc<ConnectionRegistry<T>>> {
+        self.0.get(worker)
+    }
+
+    /// How many connections, tunnels and streams are open.
+    pub(crate) fn open(&self) -> usize {
+        self.0.iter().map(|registry| registry.open()).sum()
+    }
+
+    /// Resolves when none is open.
+    pub(crate) async fn all_ended(&self) {
+        // A worker may register a connection with another one's registry after that one was empty.
+        while self.open() > 0 {
+            for registry in &self.0 {
+                registry.all_ended().await;
+            }
+        }
+    }
+}
+
+/// The open connections of one worker, each with a `T` that decides whether it is terminated.
+#[derive(Debug)]
+pub(crate) struct ConnectionRegistry<T> {
+    /// Locked by the worker's own thread, and by a worker that accepts a connection for this one.
+    connections: Mutex<Connections<T>>,
+    ended: Notify,
+}
+
+#[derive(Debug)]
+struct Connections<T> {
+    open: Slab<Connection<T>>,
+    /// Why later connections are terminated from their start, if they are.
+    closed: Option<fn() -> ProxyError>,
+    /// Whether a task waits for the end of the last connection.
+    awaited: bool,
+}
+
+#[derive(Debug)]
+struct Connection<T> {
+    subject: T,
+    termination: Arc<TerminationState>,
+    /// Counts a terminated connection until it has ended.
+    ending: Option<TaskTrackerToken>,
+}
+
+impl<T> Default for ConnectionRegistry<T> {
+    fn default() -> Self {
+        let connections = Connections { open: Slab::new(), closed: None, awaited: false };
+        Self { connections: Mutex::new(connections), ended: Notify::new() }
+    }
+}
+
+impl<T> ConnectionRegistry<T> {
+    /// Registers a connection, which is open until the registration is dropped.
+    pub(crate) fn register(self: &Arc<Self>, subject: T) -> Registration<T> {
+        let state = Arc::new(TerminationState::default());
+        let connection = Connection { subject, termination: state.clone(), ending: None };
+        let mut connections = self.lock();
+        if let Some(reason) = connections.closed {
+            state.terminate(reason());
+        }
+        let key = connections.open.insert(connection);
+        drop(connections);
+        Registration { registry: self.clone(), key, termination: Termination(state) }
+    }
+
+    /// How many connections are open.
+    pub(crate) fn open(&self) -> usize {
+        self.lock().open.len()
+    }
+
+    /// Resolves when no connection is open.
+    pub(crate) async fn all_ended(&self) {
+        loop {
+            let ended = self.ended.notified();
+            {
+                let mut connections = self.lock();
+                if connections.open.is_empty() {
+                    return;
+                }
+                connections.awaited = true;
+            }
+            ended.await;
+        }
+    }
+
+    /// Terminates every connection that `check` does not allow: it moves no byte from then on.
+    pub(crate) async fn terminate(
+        &self,
+        mut check: impl FnMut(&T) -> Result<(), ProxyError>,
+    ) -> Terminated {
+        let (mut next, mut terminated) = (0, Terminated::default());
+        while let Some(reached) = self.terminate_some(next, &mut check, &mut terminated) {
+            next = reached;
+            tokio::task::yield_now().await;
+        }
+        terminated
+    }
+
+    /// Terminates every connection, and every later one from its start.
+    pub(crate) async fn close(&self, reason: fn() -> ProxyError) -> Terminated {
+        self.lock().closed = Some(reason);
+        self.terminate(|_| Err(reason())).await
+    }
+
+    /// Checks some connections from the key `next` on. Returns the key to go on with, `None` at the
+    /// end.
+    fn terminate_some(
+        &self,
+        next: usize,
+        check: &mut impl FnMut(&T) -> Result<(), ProxyError>,
+        terminated: &mut Terminated,
+    ) -> Option<usize> {
+        let mut connections = self.lock();
+        let end = connections.open.capacity().min(next + CHECK_AT_ONCE);
+        for key in next..end {
+            let open = connections.open.get_mut(key);
+            let Some(connection) = open.filter(|one| !one.termination.is_terminated()) else {
+                continue;
+            };
+            if let Err(reason) = check(&connection.subject) {
+                connection.termination.terminate(reason);
+                connection.ending = Some(terminated.ending.token());
+                terminated.marked.push(connection.termination.clone());
+            }
+        }
+        (next < end).then_some(end)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connections<T>> {
+        // Every change is complete before anything can panic.
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The connections that one call has terminated.
+#[derive(Debug, Default)]
+#[must_use = "terminated connections wait to be woken"]
+pub(crate) struct Terminated {
+    marked: Vec<Arc<TerminationState>>,
+    /// Counts those that have not ended.
+    ending: TaskTracker,
+}
+
+impl Terminated {
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.marked.len()
+    }
+
+    /// Wakes them, a few at a time, and waits until all have ended.
+    pub(crate) async fn end(self) {
+        let Self { marked, ending } = self;
+        ending.close();
+        for some in marked.chunks(WAKE_AT_ONCE) {
+            some.iter().for_each(|state| state.waker.wake());
+            tokio::task::yield_now().await;
+        }
+        if tokio::time::timeout(END_TIMEOUT, ending.wait()).await.is_err() {
+            tracing::error!(connections = ending.len(), "terminated connections have not ended");
+        }
+    }
+}
+
+/// An open connection in its registry.
+#[derive(Debug)]
+pub(crate) struct Registration<T> {
+    registry: Arc<ConnectionRegistry<T>>,
+    key: usize,
+    termination: Termination,
+}
+
+impl<T> Registration<T> {
+    /// Changes what decides whether the connection is terminated.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut T)) {
+        if let Some(connection) = self.registry.lock().open.get_mut(self.key) {
+            change(&mut connection.subject);
+        }
+    }
+
+    /// What tells the connection that it is terminated.
+    pub(crate) fn termination(&self) -> &Termination {
+        &self.termination
+    }
+}
+
+impl<T> Drop for Registration<T> {
+    fn drop(&mut self) {
+        let mut connections = self.registry.lock();
+        let ended = connections.open.try_remove(self.key);
+        let report = connections.awaited && connections.open.is_empty();
+        drop(connections);
+        // Not under the lock: it may be the last owner of its pod.
+        drop(ended);
+        if report {
+            self.registry.ended.notify_waiters();
+        }
+    }
+}
+
+/// Tells a connection that it is terminated, and why.
+#[derive(Debug)]
+pub(crate) struct Termination(Arc<TerminationState>);
+
+impl Termination {
+    /// Runs `work` unless the connection is terminated, which is checked first at every poll. The
+    /// caller pins `work`: a future that is moved into another one takes its size twice.
+    pub(crate) async fn or_terminate<T>(
+        &self,
+        mut work: impl Future<Output = Result<T, ProxyError>> + Unpin,
+    ) -> Result<T, ProxyError> {
+        poll_fn(|cx| match self.poll_terminated(cx) {
+            Poll::Ready(reason) => Poll::Ready(Err(reason)),
+            Poll::Pending => Pin::new(&mut work).poll(cx),
+        })
+        .await
+    }
+
+    /// Ready with the reason, once, when the connection is terminated.
+    pub(crate) fn poll_terminated(&self, cx: &mut Context<'_>) -> Poll<ProxyError> {
+        self.0.waker.register(cx.waker());
+        self.0.take_reason().map_or(Poll::Pending, Poll::Ready)
+    }
+}
+
+#[derive(Debug, Default)]
+struct TerminationState {
+    /// Read at every poll of the connection, so apart from the reason.
+    terminated: AtomicBool,
+    reason: Mutex<Option<ProxyError>>,
+    waker: AtomicWaker,
+}
+
+impl TerminationState {
+    fn terminate(&self, reason: ProxyError) {
+        *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+        self.terminated.store(true, Ordering::Release);
+    }
+
+    fn is_terminated(&self) -> bool {
+        self.terminated.load(Ordering::Acquire)
+    }
+
+    fn take_reason(&self) -> Option<ProxyError> {
+        if !self.is_terminated() {
+            return None;
+        }
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+#[cfg(test)]
+mod tests;

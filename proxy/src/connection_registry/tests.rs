@@ -1,0 +1,142 @@
+//! The registry with numbers for connections.
+
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+
+use super::*;
+
+type Registry = Arc<ConnectionRegistry<usize>>;
+
+/// A connection that ends only when it is terminated.
+fn idle(registry: &Registry, number: usize) -> JoinHandle<Result<(), ProxyError>> {
+    let registration = registry.register(number);
+    tokio::spawn(
+        async move { registration.termination().or_terminate(std::future::pending()).await },
+    )
+}
+
+fn forbid(_: &usize) -> Result<(), ProxyError> {
+    Err(ProxyError::Drained)
+}
+
+async fn terminate(
+    registry: &Registry,
+    check: impl FnMut(&usize) -> Result<(), ProxyError>,
+) -> usize {
+    let terminated = registry.terminate(check).await;
+    let count = terminated.count();
+    terminated.end().await;
+    count
+}
+
+#[tokio::test]
+async fn forbidden_connections_end_and_others_continue() {
+    let registry = Registry::default();
+    let running: Vec<_> = (0..1000).map(|number| idle(&registry, number)).collect();
+    tokio::task::yield_now().await;
+    let even = |number: &usize| if number.is_multiple_of(2) { forbid(number) } else { Ok(()) };
+    assert_eq!(terminate(&registry, even).await, 500);
+    assert_eq!(registry.open(), 500);
+    for (number, task) in running.into_iter().enumerate() {
+        if number.is_multiple_of(2) {
+            assert!(matches!(task.await.unwrap(), Err(ProxyError::Drained)));
+        } else {
+            assert!(!task.is_finished());
+            task.abort();
+        }
+    }
+}
+
+#[tokio::test]
+async fn terminated_connection_moves_nothing_before_it_is_woken() {
+    let registry = Registry::default();
+    let registration = registry.register(1);
+    let terminated = registry.terminate(forbid).await;
+    let ready = std::future::ready(Ok("moved"));
+    let outcome = registration.termination().or_terminate(ready).await;
+    assert!(matches!(outcome, Err(ProxyError::Drained)), "{outcome:?}");
+    assert_eq!(terminated.count(), 1);
+}
+
+#[tokio::test]
+async fn updated_subject_decides() {
+    let registry = Registry::default();
+    let registration = registry.register(1);
+    let ones = |number: &usize| if *number == 1 { forbid(number) } else { Ok(()) };
+    registration.update(|number| *number = 2);
+    assert_eq!(registry.terminate(ones).await.count(), 0);
+    registration.update(|number| *number = 1);
+    assert_eq!(registry.terminate(ones).await.count(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn end_times_out_for_connection_that_does_not_end() {
+    let registry = Registry::default();
+    let _registration = registry.register(1);
+    let began = Instant::now();
+    assert_eq!(terminate(&registry, forbid).await, 1);
+    assert_eq!(began.elapsed(), END_TIMEOUT);
+    assert_eq!(terminate(&registry, forbid).await, 0, "it is terminated once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn end_waits_only_for_the_connections_of_its_call() {
+    let registry = Registry::default();
+    let first = registry.register(1);
+    let ones =
+        registry.terminate(|number| if *number == 1 { forbid(number) } else { Ok(()) }).await;
+    let _second = registry.register(2);
+    let twos = registry.terminate(forbid).await;
+    assert_eq!((ones.count(), twos.count()), (1, 1));
+    drop(first);
+    let began = Instant::now();
+    ones.end().await;
+    assert_eq!(began.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test]
+async fn closed_registry_terminates_later_connections_from_their_start() {
+    let registry = Registry::default();
+    let early = idle(&registry, 1);
+    registry.close(|| ProxyError::Drained).await.end().await;
+    assert!(matches!(early.await.unwrap(), Err(ProxyError::Drained)));
+    let late = registry.register(2);
+    let outcome = late.termination().or_terminate(std::future::ready(Ok(()))).await;
+    assert!(matches!(outcome, Err(ProxyError::Drained)), "{outcome:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn registries_wait_for_the_last_connection_of_any_worker() {
+    let registries = Registries::new(2);
+    let register = |worker, number| registries.of(worker).unwrap().register(number);
+    let (first, second) = (register(0, 1), register(1, 2));
+    assert_eq!(registries.open(), 2);
+    let mut ended = std::pin::pin!(registries.all_ended());
+    assert!(timeout(Duration::from_millis(1), &mut ended).await.is_err());
+    drop(first);
+    let third = register(0, 3);
+    drop(second);
+    assert!(timeout(Duration::from_millis(1), &mut ended).await.is_err());
+    drop(third);
+    ended.await;
+    assert_eq!(registries.open(), 0);
+}
+
+#[tokio::test]
+async fn other_tasks_run_while_many_connections_are_terminated() {
+    let registry = Registry::default();
+    let running: Vec<_> = (0..10_000).map(|number| idle(&registry, number)).collect();
+    tokio::task::yield_now().await;
+    let turns = async {
+        let mut turns = 0;
+        while !running.iter().all(JoinHandle::is_finished) {
+            turns += 1;
+            tokio::task::yield_now().await;
+        }
+        turns
+    };
+    let (terminated, turns) = tokio::join!(terminate(&registry, forbid), turns);
+    assert_eq!(terminated, 10_000);
+    // The task of both futures is polled once for several of their wake-ups.
+    assert!(turns >= (10_000 / CHECK_AT_ONCE + 10_000 / WAKE_AT_ONCE) / 4, "{turns}");
+}
