@@ -162,7 +162,8 @@ async fn serve(
         claim.accept().await?;
         gates.accept.open();
     }
-    let workers = Workers::start(&node, workers(settings), kept).map_err(CommandError::start)?;
+    let started = Workers::start(&node, workers(settings), kept).map_err(CommandError::start)?;
+    let (workers, reports) = started;
     let running = Running { node, pod: Arc::new(pod), workers };
     let Running { node, pod, .. } = &running;
     running.workers.add_listeners(pod, listeners).await;
@@ -170,7 +171,7 @@ async fn serve(
         let (limits, readiness) = (node.limits.clone(), readiness.clone());
         async move { limits.tell(readiness).await }
     });
-    let publishing = tokio::spawn(publisher.follow(running.workers.applied()));
+    let publishing = tokio::spawn(publisher.follow(reports));
     // Before the test, so that no change is missed that follows it.
     let changes = retest::subscribe(capture.access()).await;
     if let Err(error) = prove(settings, capture, pod, &probes, tenure).await {

@@ -6,7 +6,8 @@
 //!   of in the process, in a pod and on a thread, `accept` brings connections in;
 //! * `outbound` and `inbound` are the paths of a connection, in which `route` and `policy` decide, `dial` connects and
 //!   `copy` moves the bytes;
-//! * `snapshot` is the mesh that they decide by, `publish` changes it, and `live` ends what a change forbids;
+//! * `snapshot` is the mesh that they decide by, `publish` changes it, and `connection_registry` terminates
+//!   what a change forbids;
 //!   `authorization` is what policies say, `endpoint_health` and `resolve` are what is known of endpoints beside the mesh;
 //! * `limits` and `descriptors` are what one worker, one client and the process may have, and what happens beyond;
 //! * `party` is what is known of each end of a connection, `record` and `metrics` report every connection, `endpoints` answers probes and scrapers, `drain` ends it all;

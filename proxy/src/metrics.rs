@@ -11,11 +11,12 @@ use std::time::SystemTime;
 
 use metrics::{Gauge, counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
-use underpass_config::{Mesh, Profile, SeriesSettings};
+use underpass_config::{Profile, SeriesSettings};
 use underpass_interception::Backend;
 
 pub(crate) use self::registry::SeriesRegistry;
 pub(crate) use self::series::{KnownSeries, Labels, Series};
+use crate::snapshot::MeshSize;
 
 const PAUSES: &str = "underpass_accept_paused_total";
 const BUILD: &str = "istio_build";
@@ -110,11 +111,8 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
         "Log lines lost because standard output was stalled or full."
     );
     counter!(LOG_LINES_LOST).increment(0);
-    describe_counter!(MESH_UPDATES, "Changes of the mesh, by what came of them.");
-    describe_gauge!(
-        MESH_GENERATION,
-        "How many states of the mesh have been in force, all workers included."
-    );
+    describe_counter!(MESH_UPDATES, "Changes of the mesh, by result.");
+    describe_gauge!(MESH_GENERATION, "Generation of the mesh that every worker has applied.");
     describe_gauge!(MESH_SIZE, "How many workloads, services and policies the mesh has.");
     describe_counter!(
         BUFFERS_REFUSED,
@@ -235,20 +233,27 @@ pub(crate) fn buffer_bytes() -> Gauge {
     gauge!(BUFFER_BYTES)
 }
 
-/// Says that all workers go by this mesh, the `generation`th.
-pub(crate) fn mesh_applied(mesh: &Mesh, generation: u64, cut: usize) {
+/// Reports that all workers have applied this generation of the mesh.
+pub(crate) fn mesh_applied(mesh: MeshSize, generation: u64) {
     gauge!(MESH_GENERATION).set(generation as f64);
-    let size = [
-        ("workload", mesh.workloads().len()),
-        ("service", mesh.services().len()),
-        ("policy", mesh.policy_count()),
-    ];
+    let size =
+        [("workload", mesh.workloads), ("service", mesh.services), ("policy", mesh.policies)];
     for (kind, count) in size {
         gauge!(MESH_SIZE, "kind" => kind).set(count as f64);
     }
     counter!(MESH_UPDATES, "result" => "applied").increment(1);
+    counter!(MESH_UPDATES, "result" => "superseded").increment(0);
     counter!(MESH_UPDATES, "result" => "refused").increment(0);
-    counter!(TERMINATED).increment(cut as u64);
+}
+
+/// Counts a generation of the mesh that a newer one replaced before every worker had applied it.
+pub(crate) fn mesh_superseded() {
+    counter!(MESH_UPDATES, "result" => "superseded").increment(1);
+}
+
+/// Counts connections that a change of the mesh has terminated.
+pub(crate) fn connections_terminated(connections: usize) {
+    counter!(TERMINATED).increment(connections as u64);
 }
 
 /// Counts a change of the mesh that could not be read.

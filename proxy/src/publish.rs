@@ -1,101 +1,125 @@
-//! The mesh as it changes: read, handed to the workers, and said once all of them go by it.
+//! Publishes every generation of the mesh to the workers and reports when all have applied it.
 //!
-//! Not here: where a mesh comes from (the config crate), and what a change means for open connections (`policy.rs`, `live.rs`).
+//! Generations overlap: the next one is published while connections that the last one forbids are
+//! still ending, and a busy worker skips those that come and go meanwhile. Each worker reports what
+//! it has applied in order, and the [`Ledger`] accounts for every generation exactly once.
+//!
+//! Not here: where a mesh comes from (the config crate), and what a change means for open
+//! connections (`policy.rs`, `connection_registry.rs`).
+
+mod ledger;
 
 use std::sync::Arc;
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use underpass_config::{Mesh, MeshSource, WorkloadSettings};
 
+use self::ledger::{Ledger, Published};
 use crate::metrics;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{MeshSize, Snapshot};
 
-/// What a worker tells when it goes by a mesh, and no connection that it forbids is open any longer.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Applied {
-    pub(crate) generation: u64,
-    /// How many connections were ended.
-    pub(crate) cut: usize,
+/// The reports of all workers.
+#[derive(Debug)]
+pub(crate) struct Reports {
+    workers: usize,
+    reports: mpsc::UnboundedReceiver<Report>,
 }
 
-/// Publishes every state of the mesh.
+/// What a worker reports.
+#[derive(Debug)]
+enum Report {
+    /// No connection is open any longer that this generation or an older one forbids.
+    Applied { worker: usize, generation: u64, terminated: usize },
+    /// The worker has ended, and has no connection.
+    Ended { worker: usize },
+}
+
+/// Reports for one worker.
+#[derive(Debug)]
+pub(crate) struct Reporter {
+    worker: usize,
+    reports: mpsc::UnboundedSender<Report>,
+}
+
+impl Reporter {
+    /// Reports that the worker has applied `generation`, for which it has `terminated` so many
+    /// connections. The generations since its last report that it did not apply were superseded.
+    pub(crate) fn applied(&self, generation: u64, terminated: usize) {
+        let report = Report::Applied { worker: self.worker, generation, terminated };
+        // Fails when the process stops and follows the mesh no longer.
+        self.reports.send(report).ok();
+    }
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        self.reports.send(Report::Ended { worker: self.worker }).ok();
+    }
+}
+
+/// A reporter for each worker, and what receives their reports.
+pub(crate) fn reports(workers: usize) -> (Vec<Reporter>, Reports) {
+    let (sender, reports) = mpsc::unbounded_channel();
+    let reporter = |worker| Reporter { worker, reports: sender.clone() };
+    ((0..workers).map(reporter).collect(), Reports { workers, reports })
+}
+
+/// Publishes every generation of the mesh.
 #[derive(Debug)]
 pub(crate) struct Publisher {
     source: MeshSource,
     own: WorkloadSettings,
     current: watch::Sender<Arc<Snapshot>>,
-    /// Resolves when the last change that was published has been reported, or its task has ended.
-    reported: Option<oneshot::Receiver<()>>,
 }
 
 impl Publisher {
     pub(crate) fn new(source: MeshSource, first: Arc<Mesh>, own: &WorkloadSettings) -> Self {
-        tell("mesh loaded", &first);
+        MeshSize::of(&first).log("mesh loaded");
         let current = watch::Sender::new(Arc::new(Snapshot::new(first, own, 1)));
-        Self { source, own: own.clone(), current, reported: None }
+        Self { source, own: own.clone(), current }
     }
 
-    /// What workers go by.
+    /// The current snapshot of the mesh, which workers apply.
     pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
         self.current.subscribe()
     }
 
-    /// Publishes every change until the end; `workers` tell when they go by it.
-    pub(crate) async fn follow(mut self, workers: Vec<watch::Receiver<Applied>>) {
-        let first = self.current.borrow().clone();
-        let cut = all_go_by(&first, workers.clone()).await;
-        metrics::mesh_applied(&first.mesh, first.generation, cut);
-        drop(first);
+    /// Publishes every change and accounts for what the workers report, until it is cancelled.
+    pub(crate) async fn follow(mut self, Reports { workers, mut reports }: Reports) {
+        let mut ledger = Ledger::new(workers);
+        {
+            let first = self.current.borrow();
+            ledger.publish(Published::first(first.generation, MeshSize::of(&first.mesh)));
+        }
         loop {
-            match self.source.changed().await {
-                Ok(mesh) => self.publish(mesh, workers.clone()),
-                Err(errors) => {
-                    metrics::mesh_refused();
-                    tracing::error!("the mesh cannot be read, the last good one stays: {errors}");
+            let complete = tokio::select! {
+                changed = self.source.changed() => {
+                    match changed {
+                        Ok(mesh) => self.publish(mesh, &mut ledger),
+                        Err(errors) => {
+                            metrics::mesh_refused();
+                            tracing::error!("the mesh cannot be read, the last good one stays: {errors}");
+                        }
+                    }
+                    continue;
                 }
-            }
+                Some(report) = reports.recv() => ledger.take(report),
+            };
+            complete.into_iter().for_each(Published::account);
         }
     }
 
-    /// Hands a mesh to the workers. Until it is in force, the next one may come.
-    fn publish(&mut self, mesh: Arc<Mesh>, workers: Vec<watch::Receiver<Applied>>) {
-        let began = Instant::now();
+    /// Publishes a mesh. The next one may follow before it is in force.
+    fn publish(&self, mesh: Arc<Mesh>, ledger: &mut Ledger) {
         let generation = self.current.borrow().generation + 1;
+        let size = MeshSize::of(&mesh);
+        ledger.publish(Published::change(generation, size, Instant::now()));
         let new = Arc::new(Snapshot::new(mesh, &self.own, generation));
-        let old = self.current.send_replace(new.clone());
-        let (report, reported) = oneshot::channel();
-        let previous = self.reported.replace(reported);
-        tokio::spawn(async move {
-            let cut = all_go_by(&new, workers).await;
-            // In the order of generations: the metrics describe the newest one in force.
-            if let Some(previous) = previous {
-                previous.await.ok();
-            }
-            metrics::mesh_applied(&new.mesh, generation, cut);
-            tell("mesh changed", &new.mesh);
-            tracing::info!(generation, cut, took = ?began.elapsed(), "the change is in force");
-            report.send(()).ok();
-            drop(new);
-            let mesh = old.mesh.clone();
-            drop(old);
-            mesh.retire().await;
-        });
+        let old = self.current.send_replace(new).mesh.clone();
+        tokio::spawn(old.retire());
     }
 }
 
-/// Waits until every worker goes by `snapshot`; returns how many connections they ended.
-async fn all_go_by(snapshot: &Snapshot, workers: Vec<watch::Receiver<Applied>>) -> usize {
-    let mut cut = 0;
-    for mut worker in workers {
-        let reached = |applied: &Applied| applied.generation >= snapshot.generation;
-        // A worker that is gone has no connections.
-        cut += worker.wait_for(reached).await.map_or(0, |applied| applied.cut);
-    }
-    cut
-}
-
-fn tell(what: &str, mesh: &Mesh) {
-    let (workloads, services) = (mesh.workloads().len(), mesh.services().len());
-    tracing::info!(workloads, services, policies = mesh.policy_count(), "{what}");
-}
+#[cfg(test)]
+mod tests;

@@ -56,6 +56,29 @@ impl Snapshot {
     }
 }
 
+/// How many workloads, services and policies a mesh has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct MeshSize {
+    pub(crate) workloads: usize,
+    pub(crate) services: usize,
+    pub(crate) policies: usize,
+}
+
+impl MeshSize {
+    pub(crate) fn of(mesh: &Mesh) -> Self {
+        Self {
+            workloads: mesh.workloads().len(),
+            services: mesh.services().len(),
+            policies: mesh.policy_count(),
+        }
+    }
+
+    pub(crate) fn log(self, event: &str) {
+        let Self { workloads, services, policies } = self;
+        tracing::info!(workloads, services, policies, "{event}");
+    }
+}
+
 fn named(workload: &Workload) -> (&str, &str) {
     (&workload.namespace, &workload.name)
 }

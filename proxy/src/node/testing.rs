@@ -37,9 +37,17 @@ pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
 
 /// A node of so many workers with an empty mesh. Needs a runtime.
 pub(crate) fn node(workers: usize) -> Arc<Node> {
-    let settings = settings(&[]);
-    let mesh = Arc::new(Mesh::from_text("mesh", "workloads: []").expect("a mesh"));
-    let snapshot = Arc::new(Snapshot::new(mesh, &settings.workload, 1));
-    let mesh = watch::Sender::new(snapshot).subscribe();
-    Arc::new(Node::new(&settings, workers, mesh, PauseGate::default(), Arc::default()))
+    let mesh = watch::Sender::new(snapshot(1, "workloads: []")).subscribe();
+    node_in(workers, mesh)
+}
+
+/// A node of so many workers that follows a mesh. Needs a runtime.
+pub(crate) fn node_in(workers: usize, mesh: watch::Receiver<Arc<Snapshot>>) -> Arc<Node> {
+    Arc::new(Node::new(&settings(&[]), workers, mesh, PauseGate::default(), Arc::default()))
+}
+
+/// A generation of a mesh file with this content.
+pub(crate) fn snapshot(generation: u64, mesh: &str) -> Arc<Snapshot> {
+    let mesh = Arc::new(Mesh::from_text("mesh", mesh).expect("a mesh"));
+    Arc::new(Snapshot::new(mesh, &settings(&[]).workload, generation))
 }

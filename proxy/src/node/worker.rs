@@ -7,19 +7,22 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use tokio::sync::{mpsc, oneshot, watch};
+use futures_util::future::FutureExt as _;
+use futures_util::stream::{FuturesOrdered, StreamExt as _};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use underpass_hbone::SourceGuard;
 use underpass_interception::BoundListener;
 
 use super::{Node, Pod, PodId, Seat};
 use crate::accept::{Accepted, Kind, accept_loop};
-use crate::connection_registry::{ConnectionRegistry, Registration};
+use crate::connection_registry::{ConnectionRegistry, Registration, Terminated};
 use crate::error::ProxyError;
 use crate::limits::Place;
 use crate::metrics::KnownSeries;
 use crate::policy::{Change, Decision};
-use crate::publish::Applied;
+use crate::publish::Reporter;
+use crate::snapshot::Snapshot;
 use crate::{inbound, outbound};
 
 /// What the connections of one worker share.
@@ -137,10 +140,10 @@ impl Worker {
     pub(super) async fn run(
         self: Arc<Self>,
         mut commands: mpsc::Receiver<WorkerCommand>,
-        applied: watch::Sender<Applied>,
+        reporter: Reporter,
     ) {
         let enforcing = self.clone();
-        tokio::spawn(async move { enforcing.enforce(applied).await });
+        tokio::spawn(async move { enforcing.enforce(&reporter).await });
         let aborting = self.clone();
         tokio::spawn(async move { aborting.abort().await });
         let mut listeners: HashMap<PodId, JoinSet<()>> = HashMap::new();
@@ -173,35 +176,40 @@ impl Worker {
         self.registry.close(|| ProxyError::Drained).await.end().await;
     }
 
-    /// Ends the connections that each change of the mesh forbids, for ever.
-    async fn enforce(&self, applied: watch::Sender<Applied>) {
+    /// Terminates the connections that each change of the mesh forbids, for ever. Reports each
+    /// change in order, when those connections have ended.
+    pub(crate) async fn enforce(&self, reporter: &Reporter) {
         let mut mesh = self.node.mesh.clone();
         let mut old = mesh.borrow_and_update().clone();
-        applied.send_replace(Applied { generation: old.generation, cut: 0 });
-        while mesh.changed().await.is_ok() {
+        reporter.applied(old.generation, 0);
+        let mut ending = FuturesOrdered::new();
+        loop {
+            tokio::select! {
+                changed = mesh.changed() => if changed.is_err() { return },
+                Some((generation, terminated)) = ending.next() => {
+                    reporter.applied(generation, terminated);
+                    continue;
+                }
+            }
             let new = mesh.borrow_and_update().clone();
-            self.series.forget();
-            let mut change = Change::new(&old, &new);
-            let check = |decision: &Decision| {
-                let checked = change.check(decision);
-                checked.map_err(|reason| ProxyError::NoLongerAllowed(Box::new(reason)))
-            };
-            let terminated = self.registry.terminate(check).await;
-            // The next change need not wait until all of them have ended.
-            let (applied, generation) = (applied.clone(), new.generation);
-            tokio::spawn(async move {
-                let cut = terminated.count();
-                terminated.end().await;
-                applied.send_if_modified(|last| {
-                    let newer = generation > last.generation;
-                    if newer {
-                        *last = Applied { generation, cut };
-                    }
-                    newer
-                });
-            });
+            let terminated = self.apply(&old, &new).await;
+            // The next change does not wait until they have ended.
+            let (generation, count) = (new.generation, terminated.count());
+            let ended = tokio::spawn(terminated.end());
+            ending.push_back(ended.map(move |_| (generation, count)));
             old = new;
         }
+    }
+
+    /// Terminates the connections that a change of the mesh forbids.
+    async fn apply(&self, old: &Snapshot, new: &Snapshot) -> Terminated {
+        self.series.forget();
+        let mut change = Change::new(old, new);
+        let check = |decision: &Decision| {
+            let checked = change.check(decision);
+            checked.map_err(|reason| ProxyError::NoLongerAllowed(Box::new(reason)))
+        };
+        self.registry.terminate(check).await
     }
 }
 

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread::JoinHandle;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 use underpass_interception::{BoundListener, Kept, confine_thread};
 
 use super::{Node, Pod, PodId, Worker, WorkerCommand};
 use crate::accept::Kind;
-use crate::publish::Applied;
+use crate::publish::{self, Reports};
 
 /// How many commands may wait for a worker. Beyond it, the worker that accepts a connection serves
 /// it.
@@ -20,8 +20,6 @@ const COMMAND_QUEUE: usize = 1024;
 /// The running workers.
 pub(crate) struct Workers {
     threads: Vec<WorkerThread>,
-    /// The generation of the mesh that each of them has applied.
-    applied: Vec<watch::Receiver<Applied>>,
     commands: Arc<[mpsc::Sender<WorkerCommand>]>,
     /// The worker that gets the next listener.
     turn: AtomicUsize,
@@ -45,31 +43,24 @@ impl WorkerThread {
 }
 
 impl Workers {
-    /// Starts `count` workers, which serve nothing yet. `kept`: the capabilities that each thread
-    /// keeps.
+    /// Starts `count` workers, which serve nothing yet, and which report the generations of the
+    /// mesh that they apply. `kept`: the capabilities that each thread keeps.
     ///
     /// # Errors
     ///
     /// A thread or its runtime cannot be made.
-    pub(crate) fn start(node: &Arc<Node>, count: usize, kept: Kept) -> io::Result<Self> {
+    pub(crate) fn start(node: &Arc<Node>, count: usize, kept: Kept) -> io::Result<(Self, Reports)> {
         let (senders, receivers): (Vec<_>, Vec<_>) =
             (0..count).map(|_| mpsc::channel(COMMAND_QUEUE)).unzip();
         let commands: Arc<[mpsc::Sender<WorkerCommand>]> = senders.into();
-        let start_one = |(index, receiver)| -> io::Result<_> {
-            let (applied, followed) = watch::channel(Applied::default());
+        let (reporters, reports) = publish::reports(count);
+        let start_one = |(index, (receiver, reporter))| {
             let worker = Worker::new(node.clone(), index, commands.clone());
-            let thread = start_thread(index, kept, move || worker.run(receiver, applied))?;
-            Ok((thread, followed))
+            start_thread(index, kept, move || worker.run(receiver, reporter))
         };
-        let started: io::Result<Vec<_>> =
-            receivers.into_iter().enumerate().map(start_one).collect();
-        let (threads, applied) = started?.into_iter().unzip();
-        Ok(Self { threads, applied, commands, turn: AtomicUsize::new(0) })
-    }
-
-    /// The generation of the mesh that each worker has applied.
-    pub(crate) fn applied(&self) -> Vec<watch::Receiver<Applied>> {
-        self.applied.clone()
+        let started = receivers.into_iter().zip(reporters).enumerate().map(start_one);
+        let threads = started.collect::<io::Result<_>>()?;
+        Ok((Self { threads, commands, turn: AtomicUsize::new(0) }, reports))
     }
 
     /// Deals the listeners of `pod` to the workers in turn.
@@ -166,7 +157,7 @@ mod tests {
     #[tokio::test]
     async fn takes_and_gives_up_listeners_while_another_pod_is_served() {
         let node = node(2);
-        let workers = Workers::start(&node, 2, Kept::Nothing).unwrap();
+        let (workers, _reports) = Workers::start(&node, 2, Kept::Nothing).unwrap();
         let [first, second] =
             [pod(&["interception.profile=none"]), pod(&["interception.profile=none"])];
         let (kept, kept_at) = listener(&first);
