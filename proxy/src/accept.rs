@@ -8,13 +8,12 @@ use std::time::Duration;
 use tokio::task::coop::unconstrained;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, sleep_until};
-use underpass_interception::{
-    BoundListener, Closing, Listener, OriginalDestination, Ports, reset_on_close,
-};
+use underpass_interception::{BoundListener, Listener, OriginalDestination, Ports, reset_on_close};
 
 use crate::descriptors::{Held, PAIR, Shortage};
 use crate::error::ProxyError;
 use crate::limits::{Limits, Place, Rate, Refusal};
+use crate::listeners::Kind;
 use crate::metrics;
 use crate::node::{Assignment, Node, Pod, Seat, Worker};
 use crate::party::{Direction, Party};
@@ -27,36 +26,6 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How many connections are accepted before others get their turn: some milliseconds. A turn of thousands of busy connections takes
 /// far longer, and were it tokio's 128, the kernel's queue (4096) would run over in a storm; whom it drops then waits for seconds.
 const ACCEPTS_AT_ONCE: usize = 512;
-
-/// Which listener a connection came in by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// Caught on its way out.
-    Outbound,
-    /// Caught on its way in, in plain.
-    Plaintext,
-    /// From a peer, with TLS.
-    Hbone,
-}
-
-impl Kind {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Outbound => "outbound",
-            Self::Plaintext => "inbound",
-            Self::Hbone => "hbone",
-        }
-    }
-
-    /// What closing its connections does. Of a caught one the client saw that it opened: only a reset tells it that nothing is on
-    /// the other side, or no longer.
-    pub(crate) fn closing(self) -> Closing {
-        match self {
-            Self::Outbound | Self::Plaintext => Closing::Reset,
-            Self::Hbone => Closing::End,
-        }
-    }
-}
 
 /// A connection that no runtime knows yet.
 #[derive(Debug)]

@@ -15,13 +15,12 @@ use underpass_interception::{
     BoundListener, Kept, LocalAddresses, Sockets, ipv6_available, raise_open_files,
 };
 
-use crate::accept::Kind;
 use crate::capture::{Capture, Probes, keep};
 use crate::certificates::{self, Certificate};
 use crate::cli::CommandError;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::instance::{Instance, Status};
-use crate::listeners::Listeners;
+use crate::listeners::{EndpointKind, Kind, Listeners, SplitListeners};
 use crate::metrics::Exporter;
 use crate::node::{Node, Pod, PodId, Workers};
 use crate::notify;
@@ -327,7 +326,7 @@ struct Proxy {
     kept: Kept,
     publisher: Publisher,
     certificate: Certificate,
-    listeners: [(Kind, BoundListener); 3],
+    listeners: Vec<(Kind, BoundListener)>,
     offer: Offer,
     gates: Gates,
     endpoints: Endpoints,
@@ -351,10 +350,10 @@ impl Proxy {
         let listeners = Listeners::bind(&sockets, settings, listeners)?;
         let offered = listeners.try_clone().map_err(CommandError::Start)?;
         let offer = Offer::make(settings, offered, gates.clone(), place)?;
-        let (listeners, readiness, metrics_listener) = listeners.split();
+        let SplitListeners { traffic: listeners, endpoints } = listeners.split();
         let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
         let series = exporter.series.clone();
-        let endpoints = Endpoints::serve(readiness, metrics_listener, exporter, &gates.accept);
+        let endpoints = Endpoints::serve(endpoints, exporter, &gates.accept);
         let kept = if sockets.need_net_admin() { Kept::NetAdmin } else { Kept::Nothing };
         let certificate = Certificate::prepare(settings, &sockets, &endpoints.readiness).await?;
         let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref())?;
@@ -375,25 +374,25 @@ struct Endpoints {
 
 impl Endpoints {
     fn serve(
-        readiness: BoundListener,
-        metrics: BoundListener,
+        listeners: Vec<(EndpointKind, BoundListener)>,
         exporter: Exporter,
         gate: &PauseGate,
     ) -> Self {
-        let state = Readiness::default();
-        let serve = |endpoint: Endpoint, listener, purpose| {
+        let readiness = Readiness::default();
+        let serve = |(kind, listener)| {
+            let endpoint = match kind {
+                EndpointKind::Readiness => Endpoint::Readiness(readiness.clone()),
+                EndpointKind::Metrics => Endpoint::Metrics(exporter.clone()),
+            };
             let gate = gate.clone();
             tokio::spawn(async move {
                 if let Err(error) = endpoint.serve(listener, gate).await {
-                    tracing::error!(purpose, %error, "an endpoint ended");
+                    tracing::error!(endpoint = ?kind, %error, "an endpoint ended");
                 }
             })
         };
-        let serving = vec![
-            serve(Endpoint::Readiness(state.clone()), readiness, "readiness"),
-            serve(Endpoint::Metrics(exporter), metrics, "metrics"),
-        ];
-        Self { readiness: state, serving }
+        let serving = listeners.into_iter().map(serve).collect();
+        Self { readiness, serving }
     }
 
     /// Closes their listeners: another process has them too.

@@ -18,13 +18,14 @@ use underpass_hbone::{
 use underpass_interception::reset_on_close;
 
 use self::retirement::Retirement;
-use crate::accept::{Accepted, Kind, Registered};
+use crate::accept::{Accepted, Registered};
 use crate::connection_registry::Registration;
 use crate::copy::{Flow, broken};
 use crate::descriptors::Held;
 use crate::dial::{dial_loopback, dial_workload};
 use crate::error::ProxyError;
 use crate::limits::Place;
+use crate::listeners::Kind;
 use crate::node::{Assignment, Seat};
 use crate::party::{Direction, Party};
 use crate::policy::{Decision, Permit, Principal, Subject};

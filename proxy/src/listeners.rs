@@ -1,5 +1,7 @@
-//! The five listeners of a proxy: three for connections, two for who looks at it. Bound before anything runs, or taken over
-//! from the process that runs.
+//! The table of the proxy's listeners, and the listeners once bound.
+//!
+//! They are bound before anything runs, or taken over from the running process. A new listener is
+//! one row of [`LISTENERS`].
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -7,129 +9,192 @@ use std::net::{Ipv6Addr, SocketAddr};
 use underpass_config::Settings;
 use underpass_interception::{BoundListener, Closing, InterceptionError, Sockets};
 
-use crate::accept::Kind;
-
-/// What a listener is for, and where the settings say that it listens.
-#[derive(Debug, Clone, Copy)]
-struct Wanted {
-    /// What the listener is called when it is handed over.
-    name: &'static str,
-    address: SocketAddr,
-    closing: Closing,
-    purpose: &'static str,
-    setting: &'static str,
+/// What a listener of the data path accepts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Connections that the workload opens, caught by the rules.
+    Outbound,
+    /// Plaintext connections to the workload, caught by the rules.
+    Plaintext,
+    /// Tunnels of peers.
+    Hbone,
 }
 
-/// All of them, bound.
+/// What a listener of the control thread answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EndpointKind {
+    Readiness,
+    Metrics,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Traffic(Kind),
+    Endpoint(EndpointKind),
+}
+
+/// One row of the table.
 #[derive(Debug)]
-pub(crate) struct Listeners {
-    pub(crate) outbound: BoundListener,
-    pub(crate) hbone: BoundListener,
-    pub(crate) inbound: BoundListener,
-    pub(crate) readiness: BoundListener,
-    pub(crate) metrics: BoundListener,
+struct ListenerSpec {
+    role: Role,
+    /// Names the listener in logs, metrics and a hand-over.
+    name: &'static str,
+    purpose: &'static str,
+    /// The setting that its address follows from.
+    setting: &'static str,
+    address: fn(&Settings) -> SocketAddr,
+}
+
+const LISTENERS: [ListenerSpec; 5] = [
+    ListenerSpec {
+        role: Role::Traffic(Kind::Outbound),
+        name: Kind::Outbound.name(),
+        purpose: "caught outbound connections",
+        setting: "proxy.outbound_port",
+        address: |settings| any(settings.proxy.outbound_port),
+    },
+    ListenerSpec {
+        role: Role::Traffic(Kind::Hbone),
+        name: Kind::Hbone.name(),
+        purpose: "tunnels",
+        setting: "proxy.hbone_port",
+        address: |settings| any(settings.proxy.hbone_port),
+    },
+    ListenerSpec {
+        role: Role::Traffic(Kind::Plaintext),
+        name: Kind::Plaintext.name(),
+        purpose: "caught inbound connections",
+        setting: "proxy.inbound_port",
+        address: |settings| any(settings.proxy.inbound_port),
+    },
+    ListenerSpec {
+        role: Role::Endpoint(EndpointKind::Readiness),
+        name: "readiness",
+        purpose: "readiness",
+        setting: "readiness.address",
+        address: |settings| settings.readiness,
+    },
+    ListenerSpec {
+        role: Role::Endpoint(EndpointKind::Metrics),
+        name: "metrics",
+        purpose: "metrics",
+        setting: "metrics.address",
+        address: |settings| settings.metrics,
+    },
+];
+
+const fn any(port: u16) -> SocketAddr {
+    SocketAddr::new(std::net::IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)
+}
+
+impl Kind {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Plaintext => "inbound",
+            Self::Hbone => "hbone",
+        }
+    }
+
+    /// How its connections close. The client of a caught connection saw it open: only a reset
+    /// reports that nothing is on the other side, or no longer.
+    pub(crate) const fn closing(self) -> Closing {
+        match self {
+            Self::Outbound | Self::Plaintext => Closing::Reset,
+            Self::Hbone => Closing::End,
+        }
+    }
+}
+
+impl Role {
+    const fn closing(self) -> Closing {
+        match self {
+            Self::Traffic(kind) => kind.closing(),
+            Self::Endpoint(_) => Closing::End,
+        }
+    }
+}
+
+/// All listeners of the table, bound.
+#[derive(Debug)]
+pub(crate) struct Listeners(Vec<(&'static ListenerSpec, BoundListener)>);
+
+/// The listeners by where they are served.
+#[derive(Debug)]
+pub(crate) struct SplitListeners {
+    /// Dealt to the workers.
+    pub(crate) traffic: Vec<(Kind, BoundListener)>,
+    /// Served by the control thread.
+    pub(crate) endpoints: Vec<(EndpointKind, BoundListener)>,
 }
 
 impl Listeners {
-    /// Takes what was `handed` over and is where it should be, and binds the rest.
+    /// Takes each listener that was `handed` over with the address that it should have, and binds
+    /// the others.
     pub(crate) fn bind(
         sockets: &Sockets,
         settings: &Settings,
         mut handed: Vec<(String, BoundListener)>,
     ) -> Result<Self, InterceptionError> {
-        let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-        let proxy = &settings.proxy;
-        let mut listen = |name, address, closing, purpose, setting| {
-            let wanted = Wanted { name, address, closing, purpose, setting };
-            take(&mut handed, wanted).map_or_else(|| bind(sockets, wanted), Ok)
+        let bind = |spec: &'static ListenerSpec| {
+            let address = (spec.address)(settings);
+            let listener = match take(&mut handed, spec.name, address) {
+                Some(listener) => listener,
+                None => {
+                    let ListenerSpec { role, purpose, setting, .. } = spec;
+                    sockets.listen_on(address, role.closing(), purpose, setting)?
+                }
+            };
+            Ok((spec, listener))
         };
-        Ok(Self {
-            outbound: listen(
-                "outbound",
-                any(proxy.outbound_port),
-                Kind::Outbound.closing(),
-                "caught outbound connections",
-                "proxy.outbound_port",
-            )?,
-            hbone: listen(
-                "hbone",
-                any(proxy.hbone_port),
-                Kind::Hbone.closing(),
-                "tunnels",
-                "proxy.hbone_port",
-            )?,
-            inbound: listen(
-                "inbound",
-                any(proxy.inbound_port),
-                Kind::Plaintext.closing(),
-                "caught inbound connections",
-                "proxy.inbound_port",
-            )?,
-            readiness: listen(
-                "readiness",
-                settings.readiness,
-                Closing::End,
-                "readiness",
-                "readiness.address",
-            )?,
-            metrics: listen(
-                "metrics",
-                settings.metrics,
-                Closing::End,
-                "metrics",
-                "metrics.address",
-            )?,
-        })
+        LISTENERS.iter().map(bind).collect::<Result<_, _>>().map(Self)
     }
 
-    /// The same listeners once more.
+    /// Listeners on any ports of the loopback interface.
+    #[cfg(test)]
+    pub(crate) fn testing() -> Self {
+        let listen = || std::net::TcpListener::bind("127.0.0.1:0").expect("a listener").into();
+        Self(LISTENERS.iter().map(|spec| (spec, listen())).collect())
+    }
+
+    /// The same listeners with descriptors of their own.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self {
-            outbound: self.outbound.try_clone()?,
-            hbone: self.hbone.try_clone()?,
-            inbound: self.inbound.try_clone()?,
-            readiness: self.readiness.try_clone()?,
-            metrics: self.metrics.try_clone()?,
-        })
+        let clone = |(spec, listener): &(_, BoundListener)| Ok((*spec, listener.try_clone()?));
+        self.0.iter().map(clone).collect::<io::Result<_>>().map(Self)
     }
 
-    /// Each with the name by which it is handed over.
-    pub(crate) fn named(&self) -> [(&'static str, &BoundListener); 5] {
-        [
-            ("outbound", &self.outbound),
-            ("hbone", &self.hbone),
-            ("inbound", &self.inbound),
-            ("readiness", &self.readiness),
-            ("metrics", &self.metrics),
-        ]
+    /// Each listener with the name that it is handed over by.
+    pub(crate) fn named(&self) -> impl Iterator<Item = (&'static str, &BoundListener)> {
+        self.0.iter().map(|(spec, listener)| (spec.name, listener))
     }
 
-    /// Those of the data path, to be dealt to workers, and those for readiness and metrics.
-    pub(crate) fn split(self) -> ([(Kind, BoundListener); 3], BoundListener, BoundListener) {
-        let data = [
-            (Kind::Outbound, self.outbound),
-            (Kind::Hbone, self.hbone),
-            (Kind::Plaintext, self.inbound),
-        ];
-        (data, self.readiness, self.metrics)
+    pub(crate) fn split(self) -> SplitListeners {
+        let mut split = SplitListeners { traffic: Vec::new(), endpoints: Vec::new() };
+        for (spec, listener) in self.0 {
+            match spec.role {
+                Role::Traffic(kind) => split.traffic.push((kind, listener)),
+                Role::Endpoint(kind) => split.endpoints.push((kind, listener)),
+            }
+        }
+        split
     }
 }
 
-fn bind(sockets: &Sockets, wanted: Wanted) -> Result<BoundListener, InterceptionError> {
-    let Wanted { address, closing, purpose, setting, .. } = wanted;
-    sockets.listen_on(address, closing, purpose, setting)
-}
-
-/// The listener that was handed over for this; `None` if it listens elsewhere, or there is none.
-fn take(handed: &mut Vec<(String, BoundListener)>, wanted: Wanted) -> Option<BoundListener> {
-    let index = handed.iter().position(|(name, listener)| {
-        name == wanted.name && listener.local_addr().is_ok_and(|at| is_there(at, wanted.address))
+/// Removes the listener that was handed over with this name, if it has this address.
+fn take(
+    handed: &mut Vec<(String, BoundListener)>,
+    name: &str,
+    address: SocketAddr,
+) -> Option<BoundListener> {
+    let index = handed.iter().position(|(handed_name, listener)| {
+        handed_name == name && listener.local_addr().is_ok_and(|bound| listens_at(bound, address))
     })?;
     Some(handed.swap_remove(index).1)
 }
 
-/// Without IPv6, any address is IPv4's.
-fn is_there(at: SocketAddr, wanted: SocketAddr) -> bool {
-    let both_any = at.ip().is_unspecified() && wanted.ip().is_unspecified();
-    at == wanted || both_any && at.port() == wanted.port() && wanted.is_ipv6()
+/// Whether a listener that is bound to `bound` is one for `address`. Without IPv6, the unspecified
+/// address is IPv4's.
+fn listens_at(bound: SocketAddr, address: SocketAddr) -> bool {
+    let both_any = bound.ip().is_unspecified() && address.ip().is_unspecified();
+    bound == address || both_any && bound.port() == address.port() && address.is_ipv6()
 }

@@ -13,7 +13,8 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use underpass_interception::{PolicyRoute, Probe, WayBack, end_on_close, is_out_of_files};
 
-use crate::accept::{Accepted, Kind};
+use crate::accept::Accepted;
+use crate::listeners::Kind;
 
 /// The test failed: traffic is not caught as it should be.
 #[derive(Debug, Error)]

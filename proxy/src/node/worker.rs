@@ -15,10 +15,11 @@ use underpass_hbone::SourceGuard;
 use underpass_interception::BoundListener;
 
 use super::{Node, Pod, PodId, Seat};
-use crate::accept::{Accepted, Kind, accept_loop};
+use crate::accept::{Accepted, accept_loop};
 use crate::connection_registry::{ConnectionRegistry, Registration, Terminated};
 use crate::error::ProxyError;
 use crate::limits::Place;
+use crate::listeners::Kind;
 use crate::metrics::KnownSeries;
 use crate::policy::{Change, Decision};
 use crate::publish::Reporter;

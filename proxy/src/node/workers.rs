@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use underpass_interception::{BoundListener, Kept, confine_thread};
 
 use super::{Node, Pod, PodId, Worker, WorkerCommand};
-use crate::accept::Kind;
+use crate::listeners::Kind;
 use crate::publish::{self, Reports};
 
 /// How many commands may wait for a worker. Beyond it, the worker that accepts a connection serves

@@ -160,7 +160,7 @@ impl Offer {
         }
         tracing::info!(pid = peer.pid, "another process is about to take over");
         let place = self.place.as_ref().map(|place| (PLACE, place.listener.as_fd()));
-        let listeners = self.listeners.named().into_iter();
+        let listeners = self.listeners.named();
         let instance =
             self.instance.as_ref().map(|instance| (INSTANCE, instance.listener().as_fd()));
         let sockets = listeners.map(|(name, listener)| (name, listener.as_fd()));

@@ -1,12 +1,11 @@
 //! The conversation of two processes, and what becomes of it when one of them falls silent.
 
-use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
 
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 use underpass_config::Sources;
-use underpass_interception::{BoundListener, Handover};
+use underpass_interception::Handover;
 
 use super::*;
 use crate::listeners::Listeners;
@@ -16,24 +15,10 @@ fn settings(flags: &[&str]) -> Settings {
     Sources { file: None, environment: Vec::new(), flags: flags.collect() }.load().unwrap()
 }
 
-fn listener() -> BoundListener {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().into()
-}
-
-fn listeners() -> Listeners {
-    Listeners {
-        outbound: listener(),
-        hbone: listener(),
-        inbound: listener(),
-        readiness: listener(),
-        metrics: listener(),
-    }
-}
-
 /// An offer, its gates, and both ends of a conversation.
 fn offer() -> (Offer, Gates, Handover, Handover) {
     let gates = Gates::default();
-    let offer = Offer::make(&settings(&[]), listeners(), gates.clone(), None).unwrap();
+    let offer = Offer::make(&settings(&[]), Listeners::testing(), gates.clone(), None).unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     (offer, gates, Handover::new(ours), Handover::new(theirs))
 }
