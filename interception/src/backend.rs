@@ -1,6 +1,6 @@
-//! What the rules are installed with: nftables over netlink, or the programs of iptables.
+//! Selects the backend that installs rules: nftables over netlink, or the programs of iptables.
 //!
-//! Not here: either of them. This is where they are chosen, and the one place that knows both.
+//! No other module knows both.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,28 +13,28 @@ use crate::plan::RulePlan;
 use crate::verify::Listing;
 use crate::{Entered, InterceptionError};
 
-/// A backend that is there.
+/// An available backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
-    /// nf_tables over netlink, in a table of ours.
+    /// nf_tables over netlink, in a table of its own.
     Nftables,
     /// `iptables-restore`, in the tables that all programs share.
     Iptables(Variant),
 }
 
 impl Backend {
-    /// Finds what was chosen. Nothing is changed by it, not even in tables that reading would make.
+    /// Selects the backend for the setting. It changes nothing and creates no tables.
     pub(crate) async fn find(entered: &Entered, choice: Choice) -> Result<Self, InterceptionError> {
         match choice {
-            Choice::Nftables => nftables::reach(entered).await.map(|()| Self::Nftables),
+            Choice::Nftables => nftables::check_available(entered).await.map(|()| Self::Nftables),
             Choice::Iptables => iptables::find(entered, Variant::Nft).await.map(Self::Iptables),
             Choice::IptablesLegacy => {
                 iptables::find(entered, Variant::Legacy).await.map(Self::Iptables)
             }
-            Choice::Auto => match nftables::reach(entered).await {
+            Choice::Auto => match nftables::check_available(entered).await {
                 Ok(()) => Ok(Self::Nftables),
                 Err(missing @ InterceptionError::Unsupported { .. }) => {
-                    // What nf_tables lacks is the better message where there is no iptables either.
+                    // Without iptables, the error of nf_tables is the more helpful one.
                     iptables::detect(entered).await.map(Self::Iptables).map_err(|_| missing)
                 }
                 Err(error) => Err(error),
@@ -42,7 +42,7 @@ impl Backend {
         }
     }
 
-    /// Whether it runs programs, which need the capabilities that we have.
+    /// Returns true if the backend runs programs, which need this process' capabilities.
     #[must_use]
     pub fn runs_programs(self) -> bool {
         self != Self::Nftables
@@ -91,7 +91,7 @@ impl Backend {
         }
     }
 
-    /// What people read instead of some lines of a listing.
+    /// Readable replacements for lines of a listing.
     pub(crate) fn readable(self, plan: &RulePlan) -> BTreeMap<String, String> {
         match self {
             Self::Nftables => nftables::readable(plan),

@@ -1,21 +1,21 @@
-//! The blackhole: ip rules that refuse the workload's TCP while the rules do not stand.
+//! The blackhole: ip rules that drop the workload's TCP while the netfilter rules are missing.
 //!
 //! ```text
-//! 1: fwmark 0x539/0xfff goto 3              the proxy's own packets, and what is excluded
+//! 1: fwmark 0x539/0xfff goto 3              the proxy's own packets, and excluded traffic
 //! 1: ipproto tcp dport 5432 goto 3
-//! 2: iif lo ipproto tcp blackhole           what the rules would catch
+//! 2: iif lo ipproto tcp blackhole           traffic that the rules would capture
 //! 3: nop
 //! ```
 //!
-//! It is reactive. A blackhole that always stands would break every connection: the kernel routes
-//! the first packet before nat OUTPUT redirects it. The local table (priority 0) comes first, so
-//! loopback and the namespace's own addresses work.
+//! It is reactive: a permanent blackhole would break every connection, since the kernel routes the
+//! first packet before nat OUTPUT redirects it. The local table (priority 0) comes first, so
+//! loopback and local addresses work.
 //!
-//! An ip rule cannot express everything that netfilter can. What it cannot express stays refused:
-//! excluded and included groups, included inbound ports, excluded port 65535, and excluded interfaces
-//! except for sockets that are bound to one (SO_BINDTODEVICE).
+//! An ip rule cannot express everything that netfilter can. Inexpressible exemptions stay blocked:
+//! excluded and included groups, included inbound ports, excluded port 65535, and excluded
+//! interfaces except for sockets that are bound to one (SO_BINDTODEVICE).
 //!
-//! Not here: when it stands (the proxy decides), and the ip rules of a plan (`routes.rs`).
+//! The proxy decides when to install it.
 
 mod messages;
 
@@ -38,25 +38,25 @@ use crate::routes::{PROTOCOL, Version, connect};
 use crate::user_ids::UserIds;
 use crate::{Entered, InterceptionError};
 
-/// Where the exemptions, the blackhole and the target of the exemptions stand: right behind the
-/// local table, before every other ip rule.
+/// The priorities of the exemptions, the blackhole and the exemptions' target: directly after the
+/// local table, before all other ip rules.
 const EXEMPTIONS: u32 = 1;
-const REFUSALS: u32 = 2;
+const BLACKHOLE: u32 = 2;
 const END: u32 = 3;
 /// IPPROTO_TCP and IPPROTO_UDP (include/uapi/linux/in.h).
 const TCP: u8 = 6;
 const UDP: u8 = 17;
-/// So many exemptions are added before the blackhole, so that they never notice it. A longer list
-/// is completed behind it: until then, what is excluded is refused too.
+/// The number of exemptions that are added before the blackhole, and so are never blocked. The rest
+/// of a longer list is added after it; until then, that excluded traffic is blocked too.
 const EXEMPTIONS_FIRST: usize = 4 * BATCH;
 
-/// The ip rules that stand while the netfilter rules do not.
+/// The ip rules that are installed while the netfilter rules are missing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Blackhole {
     rules: Vec<IpRule>,
 }
 
-/// One ip rule. Absent selectors match everything.
+/// An ip rule. Absent selectors match everything.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct IpRule {
     version: Version,
@@ -66,21 +66,21 @@ struct IpRule {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
-    /// Go on behind the blackhole.
+    /// Continue after the blackhole.
     Exempt,
-    /// `connect` fails with EINVAL, packets of open connections are dropped.
+    /// Drop: `connect` fails with EINVAL, and packets of open connections are dropped.
     Blackhole,
     /// The target of the exemptions.
     End,
 }
 
-/// What an ip rule looks at.
+/// The selector of an ip rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Selector {
     Everything,
     Mark(Mark),
     Uid(u32),
-    /// Packets to this network; those of TCP from these ports, if any are given.
+    /// Packets to this network; of TCP only those from these ports, if given.
     To {
         network: IpNet,
         from: Option<PortRange>,
@@ -88,7 +88,7 @@ enum Selector {
     Out(String),
     SourcePorts(PortRange),
     DestinationPorts(PortRange),
-    /// Packets of this protocol that arrive by this interface; by `lo`: those of this namespace.
+    /// Packets of this protocol from this interface; with `lo`, those that the namespace sends.
     From {
         interface: String,
         protocol: u8,
@@ -98,7 +98,7 @@ enum Selector {
 }
 
 impl Blackhole {
-    /// What `settings` would have caught, except for the proxy's own connections.
+    /// Blocks what `settings` capture, except for the proxy's own connections.
     pub(crate) fn new(settings: &InterceptionSettings, ports: Ports, plan: &RulePlan) -> Self {
         if settings.profile == Profile::None {
             return Self::default();
@@ -108,7 +108,7 @@ impl Blackhole {
             versions.push(Version::V6);
         }
         let exemptions = exemptions(settings, ports, plan);
-        let refusals = refusals(settings);
+        let blocked = blocked(settings);
         let mut rules = Vec::new();
         for version in versions {
             let of_version = |verdict, selectors: &[Selector]| -> Vec<IpRule> {
@@ -121,23 +121,23 @@ impl Blackhole {
             let (first, rest) = exempt.split_at(exempt.len().min(EXEMPTIONS_FIRST));
             rules.push(IpRule { version, verdict: Verdict::End, selector: Selector::Everything });
             rules.extend_from_slice(first);
-            rules.extend(of_version(Verdict::Blackhole, &refusals));
+            rules.extend(of_version(Verdict::Blackhole, &blocked));
             rules.extend_from_slice(rest);
         }
         Self { rules }
     }
 
-    /// Adds the ip rules; those that stand already stay.
+    /// Adds the missing ip rules.
     ///
     /// # Errors
     ///
-    /// The kernel refused one of them.
+    /// The kernel rejected one of them.
     pub(crate) async fn install(&self, entered: &Entered) -> Result<(), InterceptionError> {
         const OPERATION: &str = "install the blackhole";
         let connection = connect(entered, OPERATION)?;
         let tolerated = [Errno::EEXIST];
-        // Where the kernel has no IPv6 there is none to refuse. A user that the user namespace does
-        // not map has no process, and the kernel refuses a rule with it.
+        // Without IPv6 in the kernel, there is nothing to block. The kernel rejects an ip rule for
+        // a user outside of the user namespace, which has no processes anyway.
         let users = UserIds::of_users();
         let rules = self.rules.iter().filter(|rule| match rule.selector {
             _ if rule.version == Version::V6 && !crate::ipv6_available() => false,
@@ -150,37 +150,38 @@ impl Blackhole {
     }
 }
 
-/// Removes the blackhole of any settings, that of a killed process too; `false` if there is none.
+/// Removes the blackhole of any settings or process. Returns `false` if there is none.
 ///
 /// # Errors
 ///
-/// The kernel refused.
+/// The kernel rejected the removal.
 pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError> {
     const OPERATION: &str = "remove the blackhole";
     let connection = connect(entered, OPERATION)?;
-    let mut standing = standing(&connection).await.map_err(failed(OPERATION))?;
-    // The blackhole goes first: without its exemptions it would refuse the proxy.
-    standing.sort_by_key(|(_, priority)| (*priority != REFUSALS, *priority));
+    let mut installed_rules = installed_rules(&connection).await.map_err(failed(OPERATION))?;
+    // The blackhole before its exemptions: without them it would block the proxy.
+    installed_rules.sort_by_key(|(_, priority)| (*priority != BLACKHOLE, *priority));
     let requests: Vec<_> =
-        standing.iter().map(|(version, priority)| removal(*version, *priority)).collect();
+        installed_rules.iter().map(|(version, priority)| removal(*version, *priority)).collect();
     let gone = [Errno::ENOENT, Errno::EAFNOSUPPORT];
     send(connection.socket(), requests, &gone).await.map_err(failed(OPERATION))?;
-    Ok(!standing.is_empty())
+    Ok(!installed_rules.is_empty())
 }
 
-/// Whether traffic is refused now.
+/// Returns true while the blackhole is installed.
 ///
 /// # Errors
 ///
-/// The kernel refused to list the ip rules.
-pub(crate) async fn stands(entered: &Entered) -> Result<bool, InterceptionError> {
+/// The ip rules cannot be listed.
+pub(crate) async fn is_installed(entered: &Entered) -> Result<bool, InterceptionError> {
     const OPERATION: &str = "read the ip rules";
-    let standing = standing(&connect(entered, OPERATION)?).await.map_err(failed(OPERATION))?;
-    Ok(standing.iter().any(|(_, priority)| *priority == REFUSALS))
+    let installed_rules =
+        installed_rules(&connect(entered, OPERATION)?).await.map_err(failed(OPERATION))?;
+    Ok(installed_rules.iter().any(|(_, priority)| *priority == BLACKHOLE))
 }
 
-/// The ip rules of any blackhole of ours: their families and priorities.
-async fn standing(connection: &Connection<Rtnetlink>) -> nlink::Result<Vec<(Version, u32)>> {
+/// The ip rules of a blackhole of any settings: families and priorities.
+async fn installed_rules(connection: &Connection<Rtnetlink>) -> nlink::Result<Vec<(Version, u32)>> {
     let rules = connection.get_rules().await?;
     let ours = rules.iter().filter(|rule| {
         rule.protocol() == Some(PROTOCOL) && (EXEMPTIONS..=END).contains(&rule.priority())
@@ -189,24 +190,25 @@ async fn standing(connection: &Connection<Rtnetlink>) -> nlink::Result<Vec<(Vers
     Ok(ours.map(|rule| (version(rule.is_ipv4()), rule.priority())).collect())
 }
 
-/// What is never refused: the proxy, and what the rules leave alone too.
+/// Traffic that is never blocked: the proxy's own, and traffic that the rules do not capture.
 fn exemptions(settings: &InterceptionSettings, ports: Ports, plan: &RulePlan) -> Vec<Selector> {
     let (outbound, inbound) = (&settings.outbound, &settings.inbound);
     let mut exemptions = Vec::new();
-    // In the sidecar profile what imitates clients carries the mark (TPROXY).
+    // With TPROXY in the sidecar profile, connections from a client's address carry the mark.
     if settings.profile == Profile::Ambient || inbound.mode == InboundMode::Tproxy {
         exemptions.push(Selector::Mark(Mark { value: PROXY_MARK, mask: MARK_MASK }));
     }
     if matches!(settings.profile, Profile::Sidecar | Profile::Osm) {
         exemptions.extend(settings.proxy_uids.iter().map(|uid| Selector::Uid(*uid)));
     }
-    // A SYN-ACK is its listener's, which a privileged process has opened for the proxy's user.
+    // The kernel sends a SYN-ACK as the owner of the listener, which is the privileged user that
+    // opened it.
     let services = ports.services.map(|service| service.port());
     let own = [ports.outbound, ports.inbound, ports.hbone].into_iter().chain(services);
     let own: Vec<_> = own.map(PortRange::from).collect();
     exemptions.extend(expressible(&own).map(Selector::SourcePorts));
     if plan.rules().iter().any(|rule| rule.id == KUBELET_PROBE_IN) {
-        exemptions.extend(probe_answers(&settings.kubelet_probes));
+        exemptions.extend(probe_replies(&settings.kubelet_probes));
     }
     exemptions.extend(expressible(&inbound.exclude_ports).map(Selector::SourcePorts));
     exemptions.extend(expressible(&outbound.exclude_ports).map(Selector::DestinationPorts));
@@ -217,8 +219,8 @@ fn exemptions(settings: &InterceptionSettings, ports: Ports, plan: &RulePlan) ->
     exemptions
 }
 
-/// The workload's answers to the kubelet's probes, from the ports that are exempt.
-fn probe_answers(probes: &KubeletProbes) -> Vec<Selector> {
+/// The workload's replies to kubelet probes, from the exempted ports.
+fn probe_replies(probes: &KubeletProbes) -> Vec<Selector> {
     let from: Vec<_> = match probes {
         KubeletProbes::Ports(ports) => expressible(ports).map(Some).collect(),
         KubeletProbes::Off | KubeletProbes::On => vec![None],
@@ -228,8 +230,8 @@ fn probe_answers(probes: &KubeletProbes) -> Vec<Selector> {
     from.iter().flat_map(|from| addresses.iter().map(move |address| to(address, *from))).collect()
 }
 
-/// What an ip rule can express of these ports: neither 0 nor 65535 (`fib_rule_port_range_valid`,
-/// include/net/fib_rules.h).
+/// The part of these port ranges that an ip rule can express: neither 0 nor 65535
+/// (`fib_rule_port_range_valid`, include/net/fib_rules.h).
 fn expressible(ports: &[PortRange]) -> impl Iterator<Item = PortRange> {
     let bounded = |range: &PortRange| {
         let (first, last) = (range.first.max(1), range.last.min(u16::MAX - 1));
@@ -238,10 +240,10 @@ fn expressible(ports: &[PortRange]) -> impl Iterator<Item = PortRange> {
     ports.iter().filter_map(bounded)
 }
 
-/// What the rules would catch.
-fn refusals(settings: &InterceptionSettings) -> Vec<Selector> {
+/// Traffic that the rules would capture.
+fn blocked(settings: &InterceptionSettings) -> Vec<Selector> {
     let outbound = &settings.outbound;
-    let mut refusals = Vec::new();
+    let mut blocked = Vec::new();
     let own = std::iter::once("lo");
     for interface in own.chain(settings.virtual_interfaces.iter().map(String::as_str)) {
         let refusal = |protocol, to, ports| {
@@ -249,24 +251,24 @@ fn refusals(settings: &InterceptionSettings) -> Vec<Selector> {
             Selector::From { interface, protocol, to, ports }
         };
         match &outbound.include_cidrs {
-            None => refusals.push(refusal(TCP, None, None)),
+            None => blocked.push(refusal(TCP, None, None)),
             Some(included) => {
-                refusals.extend(included.iter().map(|cidr| refusal(TCP, Some(*cidr), None)));
-                // A range that an ip rule cannot express refuses every port: rather too much.
+                blocked.extend(included.iter().map(|cidr| refusal(TCP, Some(*cidr), None)));
+                // If an ip rule cannot express a range, all ports are blocked: it fails closed.
                 let whole = |range: &PortRange| expressible(&[*range]).find(|part| part == range);
                 let ports = outbound.include_ports.iter().map(whole);
-                refusals.extend(ports.map(|ports| refusal(TCP, None, ports)));
+                blocked.extend(ports.map(|ports| refusal(TCP, None, ports)));
             }
         }
         if settings.dns == Dns::Capture {
-            refusals.push(refusal(UDP, None, Some(53.into())));
+            blocked.push(refusal(UDP, None, Some(53.into())));
         }
     }
-    refusals
+    blocked
 }
 
 impl Selector {
-    /// Whether packets of this IP can match.
+    /// Returns true if packets of this IP version can match.
     fn is_of(&self, version: Version) -> bool {
         let (Self::To { network, .. } | Self::From { to: Some(network), .. }) = self else {
             return true;
@@ -306,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn bounds_ports_to_what_ip_rules_express() {
+    fn limits_ports_to_range_of_ip_rules() {
         let exempt =
             |settings: &[&str]| selectors(&blackhole(settings), Version::V4, Verdict::Exempt);
         let excluded =
@@ -316,12 +318,12 @@ mod tests {
         assert!(!excluded.contains(&Selector::SourcePorts(65535.into())), "{excluded:?}");
         let included =
             blackhole(&["outbound.include_cidrs=none", "outbound.include_ports=1024-65535"]);
-        let refusals = selectors(&included, Version::V4, Verdict::Blackhole);
-        assert_eq!(refusals, [refused(None, None)], "every port rather than too few");
+        let blocked = selectors(&included, Version::V4, Verdict::Blackhole);
+        assert_eq!(blocked, [refused(None, None)], "all ports are blocked");
     }
 
     #[test]
-    fn exempts_probe_answers_from_declared_ports_only() {
+    fn exempts_probe_replies_from_declared_ports_only() {
         let exempt = |probes: &str| {
             let blackhole = blackhole(&[&format!("kubelet_probes={probes}")]);
             let exempt = selectors(&blackhole, Version::V4, Verdict::Exempt).into_iter();
@@ -335,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_unmarked_tcp_in_ambient() {
+    fn blocks_unmarked_tcp_in_ambient() {
         let blackhole = blackhole(&["profile=ambient"]);
         for version in [Version::V4, Version::V6] {
             assert_eq!(selectors(&blackhole, version, Verdict::Blackhole), [refused(None, None)]);
@@ -356,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn exempts_what_the_settings_exclude() {
+    fn exempts_excluded_traffic() {
         let blackhole = blackhole(&[
             "profile=ambient",
             "outbound.exclude_cidrs=10.0.0.0/8,fd00::/8",
@@ -382,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_included_networks_and_ports_alone() {
+    fn blocks_only_included_networks_and_ports() {
         let blackhole = blackhole(&[
             "profile=sidecar",
             "outbound.include_cidrs=10.0.0.0/8",
@@ -395,13 +397,13 @@ mod tests {
     }
 
     #[test]
-    fn leaves_ipv6_alone_that_the_rules_leave_alone() {
+    fn ignores_ipv6_that_rules_do_not_capture() {
         let blackhole = blackhole(&["profile=ambient", "ipv6=bypass"]);
         assert!(blackhole.rules.iter().all(|rule| rule.version == Version::V4));
     }
 
     #[test]
-    fn adds_the_proxys_exemptions_before_the_blackhole() {
+    fn adds_proxy_exemptions_before_blackhole() {
         let cidrs: Vec<_> = (0..200).map(|n| format!("10.0.{n}.0/24")).collect();
         let blackhole =
             blackhole(&["profile=ambient", &format!("outbound.exclude_cidrs={}", cidrs.join(","))]);

@@ -1,8 +1,8 @@
-//! Which other processes of the network namespace can bypass the rules, as far as /proc shows them.
+//! Finds processes of the network namespace that can bypass the rules, as far as /proc shows them.
 //!
-//! NET_ADMIN can change the rules, NET_RAW can set the proxy's mark (socket(7), since Linux 5.17)
-//! and send frames past netfilter (packet(7)), SETUID and SETGID can become the proxy's user.
-//! Container runtimes grant the last three by default.
+//! NET_ADMIN can change the rules. NET_RAW can set the proxy's mark (socket(7), since Linux 5.17)
+//! and send frames that bypass netfilter (packet(7)). SETUID and SETGID can switch to the proxy's
+//! user. Container runtimes grant the last three by default.
 
 use std::fmt;
 use std::fs;
@@ -16,11 +16,11 @@ use crate::Entered;
 /// A process that can bypass the rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BypassingProcess {
-    /// Its id.
+    /// The process id.
     pub pid: u32,
-    /// Its name, as it calls itself.
+    /// The command name.
     pub name: String,
-    /// The capabilities that let it, without `CAP_`.
+    /// The capabilities that allow it, without `CAP_`.
     pub capabilities: Vec<&'static str>,
 }
 
@@ -31,17 +31,18 @@ impl fmt::Display for BypassingProcess {
     }
 }
 
-/// The other processes in the network and user namespace that can bypass the rules of `profile`.
+/// Finds other processes in the network and user namespace that can bypass the rules of `profile`.
 ///
-/// What the process id namespace hides, and what this process must not look into, is not found: an
-/// empty answer proves nothing. Processes of this program's name are passed over, as they may be
-/// another proxy about to hand over.
+/// Processes that the PID namespace hides or that are unreadable are not found: an empty result
+/// proves nothing. Processes with this program's name are skipped, as they may be another proxy
+/// during a hot restart.
 ///
 /// # Errors
 ///
 /// /proc cannot be read.
 pub fn bypassing_processes(_: &Entered, profile: Profile) -> io::Result<Vec<BypassingProcess>> {
-    // Threads have names of their own; only the namespaces are the calling thread's.
+    // A thread has its own name, so the process' name is read; only the namespaces are the
+    // thread's.
     let own = Process::read(Path::new("/proc/self"))?;
     let here = namespaces(Path::new("/proc/thread-self"))?;
     let mut found = Vec::new();
@@ -50,9 +51,9 @@ pub fn bypassing_processes(_: &Entered, profile: Profile) -> io::Result<Vec<Bypa
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
-        // It may have ended, or be another user's.
+        // The process may have ended, or may be unreadable.
         let Ok(process) = Process::read(&entry.path()) else { continue };
-        let capabilities = telling(profile, process.effective);
+        let capabilities = bypassing_capabilities(profile, process.effective);
         let is_here = process.namespaces == here && process.name != own.name;
         if is_here && !capabilities.is_empty() {
             found.push(BypassingProcess { pid, name: process.name, capabilities });
@@ -61,8 +62,8 @@ pub fn bypassing_processes(_: &Entered, profile: Profile) -> io::Result<Vec<Bypa
     Ok(found)
 }
 
-/// Those of the capabilities in `effective` that let a process bypass the rules.
-fn telling(profile: Profile, effective: u64) -> Vec<&'static str> {
+/// The capabilities in `effective` that allow bypassing the rules.
+fn bypassing_capabilities(profile: Profile, effective: u64) -> Vec<&'static str> {
     /// include/uapi/linux/capability.h.
     const ALL: [(u32, &str); 4] =
         [(12, "NET_ADMIN"), (13, "NET_RAW"), (7, "SETUID"), (6, "SETGID")];
@@ -71,12 +72,12 @@ fn telling(profile: Profile, effective: u64) -> Vec<&'static str> {
     counted.filter(|(bit, _)| effective & (1 << bit) != 0).map(|(_, name)| name).collect()
 }
 
-/// What /proc shows of a process.
+/// The relevant facts about a process in /proc.
 #[derive(Debug)]
 struct Process {
     name: String,
     effective: u64,
-    /// Network and user: capabilities count in the user namespace that they are held in.
+    /// Network and user namespace. A capability applies to the user namespace that holds it.
     namespaces: [String; 2],
 }
 
@@ -96,7 +97,7 @@ fn namespaces(folder: &Path) -> io::Result<[String; 2]> {
     Ok([namespace("net")?, namespace("user")?])
 }
 
-/// The name and the effective capabilities in a status file (proc_pid_status(5)).
+/// Parses the name and effective capabilities in a status file (proc_pid_status(5)).
 fn status(text: &str) -> Option<(String, u64)> {
     let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
     let effective = u64::from_str_radix(field("CapEff:")?, 16).ok()?;
@@ -115,11 +116,15 @@ mod tests {
     }
 
     #[test]
-    fn counts_changes_of_user_only_where_the_rules_know_users() {
-        // Docker's default (moby/oci/caps/defaults.go), in which NET_RAW, SETUID and SETGID are.
+    fn counts_user_changes_only_if_rules_match_users() {
+        // Docker's default capabilities (moby/oci/caps/defaults.go) include NET_RAW, SETUID and
+        // SETGID.
         let docker = 0xa804_25fb;
-        assert_eq!(telling(Profile::Ambient, docker), ["NET_RAW"]);
-        assert_eq!(telling(Profile::Sidecar, docker), ["NET_RAW", "SETUID", "SETGID"]);
-        assert_eq!(telling(Profile::Osm, 0), [""; 0]);
+        assert_eq!(bypassing_capabilities(Profile::Ambient, docker), ["NET_RAW"]);
+        assert_eq!(
+            bypassing_capabilities(Profile::Sidecar, docker),
+            ["NET_RAW", "SETUID", "SETGID"]
+        );
+        assert_eq!(bypassing_capabilities(Profile::Osm, 0), [""; 0]);
     }
 }

@@ -1,7 +1,7 @@
-//! When the rules may no longer be what they were: a wake-up for whoever verifies and repairs them.
+//! Wake-ups when rules may have changed, for the tasks that verify and repair them.
 //!
-//! The kernel tells of every change of nftables (iptables' nft variant included) and of ip rules and
-//! routes. Of iptables' legacy tables it tells nothing, so these are looked at in an interval.
+//! The kernel notifies of every change to nftables (including iptables-nft), ip rules and routes.
+//! It does not notify of changes to legacy iptables tables, so these are polled.
 
 use std::fmt;
 use std::time::Duration;
@@ -17,11 +17,11 @@ use crate::netlink::failed;
 use crate::{Entered, InterceptionError, NamespaceAccess};
 
 const OPERATION: &str = "watch the rules";
-/// How often legacy tables are looked at: a look takes a process for each family.
+/// The polling interval of legacy tables. A check runs one process per family.
 const LEGACY_INTERVAL: Duration = Duration::from_secs(2);
-/// How often rules of others in legacy tables are assumed to have changed.
+/// The polling interval of foreign rules in legacy tables.
 const OTHERS_INTERVAL: Duration = Duration::from_secs(5);
-/// What our rules rely on besides nftables.
+/// The notifications about everything that own rules depend on besides nftables.
 const OURS: [RtnetlinkGroup; 5] = [
     RtnetlinkGroup::Ipv4Rule,
     RtnetlinkGroup::Ipv6Rule,
@@ -29,27 +29,27 @@ const OURS: [RtnetlinkGroup; 5] = [
     RtnetlinkGroup::Ipv6Route,
     RtnetlinkGroup::Ipv6Addr,
 ];
-/// Routes and addresses come and go, and let no traffic past the rules.
+/// Only ip rules: changes of routes and addresses let no traffic bypass the rules.
 const RULES: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ipv6Rule];
-/// How many notifications are one change at most, lest whoever makes them without end is never
-/// answered.
+/// The maximum number of notifications that are merged into one change, so that a constant stream
+/// of changes does not block [`Changes::next`].
 const BURST: usize = 1000;
 
-/// Wake-ups after changes of netfilter's rules, ip rules, routes or addresses in one namespace,
-/// made by any program.
+/// Wake-ups after changes of netfilter rules, ip rules, routes or addresses in one namespace, by
+/// any program.
 pub struct Changes {
     access: NamespaceAccess,
-    /// `None` where the kernel tells nothing of the rules.
+    /// `None` if the kernel does not notify of nftables changes.
     nftables: Option<Connection<Nftables>>,
     routes: Connection<Route>,
     interval: Option<Interval>,
-    /// The legacy tables without which the interval does not count; `None` if it always does.
+    /// Polling applies only while these legacy tables exist; `None` for always.
     if_legacy: Option<LegacyTables>,
-    /// Whether the interval has ticked and legacy tables were not looked for since.
+    /// True if the interval elapsed and legacy tables were not checked since.
     ticked: bool,
 }
 
-/// The sockets of a subscription, opened in its namespace.
+/// The sockets of a subscription, opened within its namespace.
 struct Sockets {
     nftables: Result<Connection<Nftables>, InterceptionError>,
     routes: Connection<Route>,
@@ -63,7 +63,7 @@ impl fmt::Debug for Changes {
 }
 
 impl Changes {
-    /// Of what our own rules consist of and rely on. The caller's runtime waits for them.
+    /// Changes of the own rules and their dependencies. The caller's runtime polls the sockets.
     pub(crate) async fn of_rules(
         access: &NamespaceAccess,
         backend: Backend,
@@ -77,13 +77,12 @@ impl Changes {
         Ok(Self { access, nftables, routes, interval, if_legacy: None, ticked: false })
     }
 
-    /// Wake-ups after changes of any program's rules and ip rules in a namespace. Where the kernel
-    /// does not let us listen for those of nftables, as without NET_ADMIN, they are looked at in an
-    /// interval too.
+    /// Changes of any program's rules and ip rules in a namespace. Without permission for nftables
+    /// notifications (NET_ADMIN), nftables is polled too.
     ///
     /// # Errors
     ///
-    /// The kernel does not let us listen.
+    /// The kernel rejected the subscription.
     pub async fn of_all_programs(access: &NamespaceAccess) -> Result<Self, InterceptionError> {
         let Sockets { nftables, routes, legacy } = Sockets::open(access, &RULES).await?;
         if let Err(error) = &nftables {
@@ -95,18 +94,17 @@ impl Changes {
         Ok(Self { access, nftables: nftables.ok(), routes, interval, if_legacy, ticked: false })
     }
 
-    /// Returns when something may have changed since the last call, or since the subscription. All
-    /// that happened until it returns is one change. Cancel safe: nothing is lost when it is
-    /// dropped.
+    /// Returns when rules may have changed since the last call or since the subscription. All
+    /// changes until it returns count as one. Cancel safe.
     ///
     /// # Errors
     ///
-    /// The kernel tells no more, as when the namespace is gone.
+    /// The subscription ended, for example because the namespace is gone.
     pub async fn next(&mut self) -> Result<(), InterceptionError> {
         let Self { access, nftables, routes, interval, if_legacy, ticked } = self;
         let nftables = async {
             match nftables {
-                Some(connection) => notified(connection).await,
+                Some(connection) => wait_for_notification(connection).await,
                 None => std::future::pending().await,
             }
         };
@@ -129,14 +127,14 @@ impl Changes {
         };
         tokio::select! {
             told = nftables => told,
-            told = notified(routes) => told,
+            told = wait_for_notification(routes) => told,
             () = interval => Ok(()),
         }
     }
 }
 
 impl Sockets {
-    /// Opens them in the namespace, for the runtime of the caller.
+    /// Opens the sockets in the namespace, for the caller's runtime.
     async fn open(
         access: &NamespaceAccess,
         groups: &'static [RtnetlinkGroup],
@@ -144,19 +142,19 @@ impl Sockets {
         let runtime = Handle::current();
         let open = async move |entered: &Entered| {
             let _callers = runtime.enter();
-            let (nftables, routes) = (watch_nftables(entered), watch(entered, groups)?);
+            let (nftables, routes) = (subscribe_nftables(entered), subscribe(entered, groups)?);
             Ok(Self { nftables, routes, legacy: LegacyTables::open(entered) })
         };
         access.run(open).await?
     }
 }
 
-/// Takes no hop to the namespaces thread, except after a kernel module has been loaded.
+/// Returns true if legacy tables exist. Enters the namespace only after a kernel module was loaded.
 async fn has_legacy_tables(access: &NamespaceAccess, tables: &mut LegacyTables) -> bool {
     if let Some(exist) = tables.exist() {
         return exist;
     }
-    // The subscription itself fails if the namespace cannot be entered any more.
+    // If the namespace cannot be entered any more, the subscription itself fails.
     if let Ok(opened) = access.run(async |entered| LegacyTables::open(entered)).await {
         *tables = opened;
     }
@@ -169,20 +167,25 @@ fn every(period: Duration) -> Interval {
     interval
 }
 
-fn watch(_: &Entered, groups: &[RtnetlinkGroup]) -> Result<Connection<Route>, InterceptionError> {
+fn subscribe(
+    _: &Entered,
+    groups: &[RtnetlinkGroup],
+) -> Result<Connection<Route>, InterceptionError> {
     let routes = Connection::<Route>::new().map_err(failed(OPERATION))?;
     routes.subscribe(groups).map_err(failed(OPERATION))?;
     Ok(routes)
 }
 
-fn watch_nftables(_: &Entered) -> Result<Connection<Nftables>, InterceptionError> {
+fn subscribe_nftables(_: &Entered) -> Result<Connection<Nftables>, InterceptionError> {
     let connection = Connection::<Nftables>::new().map_err(failed(OPERATION))?;
     connection.subscribe_all().map_err(failed(OPERATION))?;
     Ok(connection)
 }
 
-/// Waits for a notification, and takes those that are there beside it.
-async fn notified<P: ProtocolState>(connection: &Connection<P>) -> Result<(), InterceptionError> {
+/// Waits for a notification and drains all that are queued.
+async fn wait_for_notification<P: ProtocolState>(
+    connection: &Connection<P>,
+) -> Result<(), InterceptionError> {
     let socket = connection.socket();
     // ENOBUFS: a lost notification still means that something changed.
     let lost = |error: &nlink::Error| error.is_no_buffer_space();

@@ -1,7 +1,6 @@
-//! What can go wrong while traffic is caught, said for the operator who has to put it right.
+//! The errors of installing, verifying and removing interception, with remedies for the operator.
 //!
-//! Not here: errors of single connections. Those are `std::io::Error`, as the system call gave
-//! them.
+//! Errors of single connections are plain `std::io::Error`s.
 
 use std::fmt;
 use std::io;
@@ -9,214 +8,216 @@ use std::net::SocketAddr;
 
 use crate::privileges::{MissingCapabilities, ProxyUser};
 
-/// Why interception cannot be set up, read or removed.
+/// The reason why interception cannot be installed, read or removed.
 ///
-/// `Display` says only this level; the inner error is the `source()`.
+/// `Display` prints only this level; the cause is the `source()`.
 #[derive(Debug, thiserror::Error)]
 pub enum InterceptionError {
-    /// The kernel wants a capability that the process does not have.
+    /// The process lacks a capability.
     #[error(
         "cannot {operation}: the capability {capability} is missing; grant it with \
          `securityContext.capabilities.add: [{capability}]` in a pod, `--cap-add {capability}` in a container, \
          or run as root"
     )]
     NotPermitted {
-        /// What was tried, as a verb phrase.
+        /// The failed operation as a verb phrase.
         operation: &'static str,
         /// The capability, without `CAP_`.
         capability: &'static str,
     },
-    /// The rules would catch the traffic of a whole host.
+    /// The rules would capture the traffic of an entire host.
     #[error(
-        "the rules would be installed in the host's own network namespace ({why}); run in the pod's or \
-         container's namespace, or set `interception.allow_host: true` if the whole host is meant"
+        "cannot install the rules: this is the host's own network namespace ({why}); run in the namespace of a \
+         pod or container, or set `interception.allow_host: true` to capture the entire host"
     )]
     HostNamespace {
-        /// What gave the host away.
+        /// The evidence that this is the host's namespace.
         why: String,
     },
-    /// The kernel lacks a part of netfilter.
+    /// The kernel lacks a module of netfilter.
     #[error(
         "cannot {operation}: the kernel has no {module}; load it on the host with `modprobe {module}`, \
          or build it into the kernel"
     )]
     Unsupported {
-        /// What was tried, as a verb phrase.
+        /// The failed operation as a verb phrase.
         operation: &'static str,
-        /// The kernel module that provides what is missing.
+        /// The missing kernel module.
         module: &'static str,
-        /// What the kernel answered.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
-    /// The kernel refused a netlink request.
-    #[error("cannot {operation}: the kernel refused it")]
+    /// The kernel rejected a netlink request.
+    #[error("cannot {operation}: the kernel rejected the request")]
     Netlink {
-        /// What was tried, as a verb phrase.
+        /// The failed operation as a verb phrase.
         operation: &'static str,
-        /// What the kernel answered.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
-    /// The routes that lead to the loopback interface cannot be made while it is down.
-    #[error("cannot {operation}: the loopback interface is down; `ip link set lo up` sets it up")]
-    LoopbackDown {
-        /// What was tried, as a verb phrase.
-        operation: &'static str,
-        /// What the kernel answered.
-        #[source]
-        source: io::Error,
-    },
-    /// The kernel drops what TPROXY marks before the proxy gets it.
+    /// Routes through the loopback interface cannot be added while it is down.
     #[error(
-        "inbound connections would hang: interception.inbound.mode is tproxy, and the kernel drops what so arrives by \
-         {interface}, since it looks for clients' addresses with the mark too and finds them here; set the sysctl \
+        "cannot {operation}: the loopback interface is down; enable it with `ip link set lo up`"
+    )]
+    LoopbackDown {
+        /// The failed operation as a verb phrase.
+        operation: &'static str,
+        /// The error of the kernel.
+        #[source]
+        source: io::Error,
+    },
+    /// Source validation of the kernel would drop the packets that TPROXY marks.
+    #[error(
+        "cannot use interception.inbound.mode: tproxy: the kernel would drop all inbound connections on {interface}, \
+         because src_valid_mark makes it treat clients' addresses as local; set the sysctls \
          net.ipv4.conf.all.src_valid_mark and net.ipv4.conf.{interface}.src_valid_mark to 0 (or \
          net.ipv4.conf.{interface}.accept_local to 1), or interception.inbound.mode: redirect"
     )]
-    ClientsRefused {
-        /// By which interface they come.
+    InboundDropped {
+        /// The interface at which connections arrive.
         interface: String,
     },
-    /// The profile tells the proxy by its user, and this process is another's.
+    /// The rules identify the proxy by its user, and this process runs as a different one.
     #[error(
-        "the rules know the proxy by its user ({} or group {}), but this process is user {is} and cannot become that \
-         one without these capabilities: {missing}; its connections would be caught again. Grant them \
-         (`securityContext.capabilities.add: [{missing}]`, `--cap-add`), start it as that user \
+        "cannot run as user {is}: the rules identify the proxy by user {} or group {} and would capture its \
+         connections, and switching to that user requires the capabilities {missing}; grant them \
+         (`securityContext.capabilities.add: [{missing}]`, `--cap-add`), start the process as that user \
          (`securityContext.runAsUser: {}`), or set `interception.proxy_uids`",
         user.uid, user.gid, user.uid
     )]
     WrongUser {
         /// The user of this process.
         is: u32,
-        /// Whom the rules know.
+        /// The user that the rules identify as the proxy.
         user: ProxyUser,
-        /// What would let it become that user.
+        /// The capabilities for switching to that user.
         missing: MissingCapabilities,
     },
-    /// The process cannot become the proxy's user.
+    /// The process cannot switch to the proxy's user.
     #[error(
-        "cannot become user {} and group {}, by which the rules know the proxy: does the user namespace have them? \
-         See `interception.proxy_uids` and `interception.proxy_gids`",
+        "cannot switch to user {} and group {}, which the rules identify as the proxy; check that the user namespace \
+         contains them (`interception.proxy_uids`, `interception.proxy_gids`)",
         user.uid, user.gid
     )]
     BecomeUser {
-        /// Whom the rules know.
+        /// The user that the rules identify as the proxy.
         user: ProxyUser,
-        /// What the kernel answered.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
     /// A listener cannot be opened.
     #[error("cannot listen on {address} for {purpose}: {}", listen_advice(source, setting))]
     Listen {
-        /// What the listener is for.
+        /// The purpose of the listener.
         purpose: &'static str,
-        /// Where it was to listen.
+        /// The address of the listener.
         address: SocketAddr,
-        /// The setting that chooses the address.
+        /// The setting that contains the address.
         setting: &'static str,
-        /// What the kernel answered.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
-    /// A network namespace cannot be made, opened, entered, wired or deleted.
+    /// A network namespace cannot be created, opened, entered, connected or deleted.
     #[error("cannot {operation} the network namespace {namespace}")]
     Namespace {
-        /// What was tried, as a verb phrase that the namespace follows: `open`, `run code in`.
+        /// The failed operation as a verb phrase before the namespace: `open`, `run code in`.
         operation: &'static str,
         /// The path of the namespace.
         namespace: String,
-        /// What the kernel answered.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
-    /// Our table belongs to another netlink socket, which alone may change it.
+    /// Another netlink socket owns the table exclusively.
     #[error(
-        "cannot {operation}: the nftables table `inet underpass` belongs to another program, which alone may change it \
-         and takes it along when it ends; stop that program (`nft list ruleset` names it)"
+        "cannot {operation}: another program owns the nftables table `inet underpass` exclusively; stop that program, \
+         which also removes the table (`nft list ruleset` prints its name)"
     )]
     Owned {
-        /// What was tried, as a verb phrase.
+        /// The failed operation as a verb phrase.
         operation: &'static str,
-        /// What the kernel answered.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
     /// A program of iptables cannot be run.
     #[error(
-        "cannot run `{program}`: {}choose another backend with `interception.backend`",
+        "cannot run `{program}`{}choose another backend with `interception.backend`",
         install_advice(source)
     )]
     IptablesProgram {
         /// The program.
         program: String,
-        /// Why not; `TimedOut`: it ran, and did not end.
+        /// The error; `TimedOut` if the program did not finish.
         #[source]
         source: io::Error,
     },
     /// A program of iptables failed.
-    #[error("cannot {operation}: `{program}` says: {message}{}", module_advice(*module))]
+    #[error("cannot {operation}: `{program}` failed: {message}{}", module_advice(*module))]
     Iptables {
-        /// What was tried, as a verb phrase.
+        /// The failed operation as a verb phrase.
         operation: &'static str,
         /// The program.
         program: String,
-        /// What it printed, in one line.
+        /// Its output in one line.
         message: String,
-        /// The kernel module whose absence would explain it.
+        /// The kernel module whose absence would explain the failure.
         module: Option<&'static str>,
     },
-    /// iptables refuses a user or group that the user namespace does not have.
+    /// iptables rejects a user or group outside of the user namespace.
     #[error(
-        "iptables cannot tell the {kind} {id}: this user namespace has none of that number; set \
-         `interception.backend: nftables`, which can, or choose another with `interception.proxy_{}ids` or in \
-         `interception.outbound`",
+        "cannot match {kind} {id} with iptables: it does not exist in this user namespace; set \
+         `interception.backend: nftables`, which accepts any id, or choose another with \
+         `interception.proxy_{}ids` or in `interception.outbound`",
         kind.get(..1).unwrap_or_default()
     )]
     IptablesOwner {
         /// `user` or `group`.
         kind: &'static str,
-        /// Its number.
+        /// Its id.
         id: u32,
     },
     /// iptables-nft cannot read a table.
     #[error(
-        "cannot {operation}: iptables cannot read the table {table}, because another program put rules into it \
-         that only nft understands; set `interception.backend: nftables`"
+        "cannot {operation}: iptables cannot read the table {table}, because another program added rules that only \
+         nft supports; set `interception.backend: nftables`"
     )]
     IptablesIncompatible {
-        /// What was tried, as a verb phrase.
+        /// The failed operation as a verb phrase.
         operation: &'static str,
         /// The table.
         table: String,
     },
-    /// The rules of a family could not be installed with iptables.
+    /// The rules of a family cannot be installed with iptables.
     #[error("cannot install the {family} rules with iptables; {}", undone_advice(*undone))]
     IptablesNotInstalled {
         /// `IPv4` or `IPv6`.
         family: &'static str,
-        /// Whether all rules, of both families, are again as they were before.
+        /// True if the previous rules of both families were restored.
         undone: bool,
-        /// What failed.
+        /// The cause.
         #[source]
         source: Box<Self>,
     },
-    /// Private namespaces for tests and demonstrations cannot be made.
+    /// A sandbox for tests and demonstrations cannot be created.
     #[error("cannot {step} for a sandbox: {remedy}")]
     Sandbox {
-        /// What was tried, as a verb phrase.
+        /// The failed operation as a verb phrase.
         step: &'static str,
-        /// What the operator can do about it.
+        /// The remedy for the operator.
         remedy: SandboxRemedy,
-        /// What the kernel answered.
+        /// The error of the kernel.
         #[source]
         source: io::Error,
     },
 }
 
 impl InterceptionError {
-    /// Whether a setting of ours, rather than the machine, has to change.
+    /// Returns true if a setting is wrong, rather than the machine.
     #[must_use]
     pub fn is_configuration(&self) -> bool {
         matches!(
@@ -230,71 +231,71 @@ impl InterceptionError {
         )
     }
 
-    /// Whether a program that would be needed is not installed.
+    /// Returns true if a required program is not installed.
     pub(crate) fn is_missing_program(&self) -> bool {
         matches!(self, Self::IptablesProgram { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 }
 
-/// What lets a sandbox be made where it could not.
+/// The condition under which a sandbox can be created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SandboxRemedy {
-    /// The process already has several threads: the kernel moves only single-threaded ones.
+    /// The process must have a single thread.
     SingleThread,
-    /// User namespaces are forbidden to this user.
+    /// User namespaces must be permitted.
     UserNamespaces,
-    /// Nothing that we know of.
+    /// Unknown.
     Unknown,
 }
 
 impl fmt::Display for SandboxRemedy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::SingleThread => "it must be entered before the process starts a second thread",
+            Self::SingleThread => "the process has several threads; enter the sandbox before the second one starts",
             Self::UserNamespaces => {
-                "user namespaces are forbidden here; allow them with `sysctl kernel.unprivileged_userns_clone=1`, \
+                "user namespaces are not permitted; allow them with `sysctl kernel.unprivileged_userns_clone=1`, \
                  `sysctl kernel.apparmor_restrict_unprivileged_userns=0` or `sysctl user.max_user_namespaces=10000` \
-                 (whichever this kernel has), or run as root"
+                 (depending on the kernel), or run as root"
             }
-            Self::Unknown => "the kernel refused it",
+            Self::Unknown => "the kernel rejected the request",
         })
     }
 }
 
-/// The likely cause in words, and the setting to change.
+/// The likely cause, and the setting to change.
 fn listen_advice(source: &io::Error, setting: &str) -> String {
     match source.kind() {
         io::ErrorKind::AddrInUse => format!(
-            "another process already listens there; stop it, take over from it if it is underpass (`run --take-over`), or \
-             choose another port with `{setting}`"
+            "another process already listens there; stop it, take over from it if it is underpass (`run --take-over`), \
+             or choose another port with `{setting}`"
         ),
         io::ErrorKind::PermissionDenied => format!(
-            "the kernel does not permit it; a port below 1024 needs NET_BIND_SERVICE and a marked socket \
-             NET_ADMIN, otherwise choose another port with `{setting}`"
+            "the kernel does not permit it; grant NET_BIND_SERVICE for a port below 1024 and NET_ADMIN for a marked \
+             socket, or choose another port with `{setting}`"
         ),
         io::ErrorKind::AddrNotAvailable => {
-            format!("no interface here has this address; correct `{setting}`")
+            format!("no interface has this address; correct `{setting}`")
         }
-        _ => format!("the address comes from `{setting}`"),
+        _ => format!("the kernel rejected it; the address is set by `{setting}`"),
     }
 }
 
-/// Whether a package is missing.
+/// The likely cause and remedy, up to the choice of another backend.
 fn install_advice(source: &io::Error) -> &'static str {
     match source.kind() {
-        io::ErrorKind::NotFound => "install the package `iptables`, or ",
+        io::ErrorKind::NotFound => ": it is not installed; install the package `iptables`, or ",
         io::ErrorKind::TimedOut => {
-            "it does not end; another program may hold the lock /run/xtables.lock; end that, or "
+            ": it did not finish; another program may hold the lock /run/xtables.lock; stop that program, or "
         }
-        _ => "",
+        _ => "; ",
     }
 }
 
 fn module_advice(module: Option<&'static str>) -> String {
     let Some(module) = module else { return String::new() };
-    // Of a table, legacy iptables says the same whichever is missing.
+    // For tables, legacy iptables reports a missing module and a missing NET_RAW alike.
     let capability = if module.contains("table_") {
-        ", or the capability NET_RAW is missing, which legacy iptables needs besides NET_ADMIN"
+        ", or the capability NET_RAW is missing, which legacy iptables needs in addition to NET_ADMIN"
     } else {
         ""
     };
@@ -306,9 +307,9 @@ fn module_advice(module: Option<&'static str>) -> String {
 
 fn undone_advice(undone: bool) -> &'static str {
     if undone {
-        "the rules are as they were before"
+        "the previous rules are restored"
     } else {
-        "nor could all be put back that was there before: remove the rest with `underpass rules remove`"
+        "the previous rules could not be restored; remove the rest with `underpass rules remove`"
     }
 }
 
@@ -328,20 +329,20 @@ mod tests {
     }
 
     #[test]
-    fn a_taken_port_is_explained_and_names_the_setting() {
+    fn listen_error_names_setting_of_port_in_use() {
         let message = listen(io::ErrorKind::AddrInUse).to_string();
         assert!(message.contains("another process already listens"), "{message}");
         assert!(message.contains("proxy.outbound_port"), "{message}");
     }
 
     #[test]
-    fn a_forbidden_port_is_explained() {
+    fn listen_error_names_capability_for_privileged_port() {
         let message = listen(io::ErrorKind::PermissionDenied).to_string();
         assert!(message.contains("NET_BIND_SERVICE"), "{message}");
     }
 
     #[test]
-    fn a_message_leaves_its_source_to_the_chain() {
+    fn message_omits_its_source() {
         for kind in [io::ErrorKind::AddrInUse, io::ErrorKind::OutOfMemory] {
             let error = listen(kind);
             let source = error.source().expect("a source").to_string();
@@ -350,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn the_host_refusal_names_the_setting_that_allows_it() {
+    fn host_namespace_error_names_setting_that_allows_it() {
         let error = InterceptionError::HostNamespace { why: "test".to_owned() };
         assert!(error.to_string().contains("interception.allow_host"));
         assert!(error.is_configuration());

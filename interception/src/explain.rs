@@ -1,9 +1,7 @@
-//! What the rules do to each kind of traffic: the question of everybody who meets such rules, and
-//! the answer of `underpass rules explain`.
+//! Explains the rules of a profile: the path of each kind of traffic through them.
 //!
-//! Every path is walked through the plan ([`RulePlan::walk`]); none is written down by hand. Not
-//! here: installing or reading anything, except the interfaces of a namespace
-//! ([`Environment::of`]).
+//! `underpass rules explain` prints it. Every path is computed by evaluating the plan
+//! ([`RulePlan::walk`]). The module reads only the interfaces of a namespace ([`Environment::of`]).
 
 mod environment;
 mod flows;
@@ -19,13 +17,13 @@ use underpass_config::InterceptionSettings;
 
 use crate::RuleCounter;
 use crate::plan::{
-    Action, Answer, End, Environment, Match, Packet, Passage, Ports, Protocol, Rule, RulePlan,
-    State, Table, Walk,
+    Action, ConntrackState, Environment, Match, Packet, Ports, Protocol, ReplyOutcome, Rule,
+    RulePlan, Table, TraversedChain, Verdict, Walk,
 };
 
 pub use packet::{PacketExplanation, Sender};
 
-/// The rules of a profile, explained. `Display` is for a terminal of 100 columns.
+/// The explanation of a profile's rules. `Display` is for a terminal of 100 columns.
 #[derive(Debug, Clone)]
 pub struct Explanation<'a> {
     settings: &'a InterceptionSettings,
@@ -36,51 +34,51 @@ pub struct Explanation<'a> {
     counters: Option<&'a [RuleCounter]>,
 }
 
-/// One kind of traffic: the packets that open its connections, one after the other.
+/// One kind of traffic: the sequence of packets that open its connections.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Flow<'p> {
-    /// Its name: a number of the seed articles and their tests (`2`, `A7`), or the key of the
-    /// setting that it is about.
+    /// The id: a number of the reference article and its tests (`2`, `A7`), or the key of the
+    /// setting that the flow is about.
     pub id: String,
-    /// What it is.
+    /// The kind of traffic, as a sentence.
     pub title: String,
-    /// The path that the article about this profile gives, if it speaks of it.
+    /// The path that the reference article of the profile gives, if it has this flow.
     pub article: Option<&'static str>,
-    /// What else there is to know, above all where the article is wrong or old.
+    /// Additional facts, above all where the article is wrong or outdated.
     pub note: Option<&'static str>,
-    /// Its packets.
+    /// The packets in order.
     pub hops: Vec<Hop<'p>>,
 }
 
 /// One packet of a flow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hop<'p> {
-    /// Who sends it.
+    /// The sender.
     pub from: Party,
-    /// What is sent.
+    /// The packet as sent.
     pub packet: Packet,
-    /// What becomes of it.
+    /// Its evaluation.
     pub walk: Walk<'p>,
-    /// Who gets it; `None`: nobody.
+    /// The receiver; `None` if the packet is not delivered.
     pub to: Option<Party>,
-    /// What becomes of its answer, if it opens a connection and somebody gets it.
-    pub answer: Option<Answer>,
+    /// The outcome of the reply, if the packet opens a connection and is delivered.
+    pub reply: Option<ReplyOutcome>,
 }
 
-/// Who takes part in a flow.
+/// A participant of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Party {
     /// The workload.
     App,
     /// underpass.
     Proxy,
-    /// A process beside the proxy, of the same user or group.
+    /// A process beside the proxy that runs as the same user or group.
     Agent,
-    /// Another pod, or anything outside.
+    /// Another pod, or any host outside of the pod.
     Remote,
-    /// The kubelet, which probes.
+    /// The kubelet, which probes the workload.
     Kubelet,
-    /// What reads metrics.
+    /// Prometheus, which reads metrics.
     Prometheus,
     /// The mesh's control plane.
     Istiod,
@@ -91,8 +89,8 @@ pub enum Party {
 }
 
 impl<'a> Explanation<'a> {
-    /// Explains the rules that `settings` ask for. `ipv6`: whether the kernel has IPv6
-    /// ([`crate::ipv6_available`]). `counters`: those of the installed rules.
+    /// Explains the rules for `settings`. `ipv6` is true if the kernel supports IPv6
+    /// ([`crate::ipv6_available`]). `counters` are those of the installed rules.
     #[must_use]
     pub fn new(
         settings: &'a InterceptionSettings,
@@ -105,13 +103,13 @@ impl<'a> Explanation<'a> {
         Self { settings, ports, ipv6, plan, environment, counters }
     }
 
-    /// Each kind of traffic of the profile, and of the settings.
+    /// The flows of the profile, and those of the exceptions in the settings.
     #[must_use]
     pub fn flows(&self) -> Vec<Flow<'_>> {
         flows::all(self)
     }
 
-    /// How often a rule matched, if it is installed.
+    /// The counter of a rule, if it is installed.
     fn counter(&self, rule: &Rule) -> Option<&RuleCounter> {
         self.counters?.iter().find(|counter| counter.id == rule.id)
     }
@@ -122,7 +120,7 @@ impl<'a> Explanation<'a> {
 }
 
 impl<'p> Hop<'p> {
-    /// `to`: who listens where the packet is going.
+    /// Evaluates a packet. `to` listens at the packet's destination.
     fn new(
         plan: &'p RulePlan,
         environment: &Environment,
@@ -132,30 +130,30 @@ impl<'p> Hop<'p> {
     ) -> Self {
         let walk = plan.walk(&packet, environment);
         let to = match walk.end {
-            End::Direct => Some(to),
-            End::Redirected(_) | End::Tproxied(_) => Some(Party::Proxy),
-            End::Rejected | End::Dropped => None,
+            Verdict::Direct => Some(to),
+            Verdict::Redirected(_) | Verdict::Tproxied(_) => Some(Party::Proxy),
+            Verdict::Rejected | Verdict::Dropped => None,
         };
-        let opens = packet.protocol == Protocol::Tcp && packet.state == State::New;
-        let answer = plan.answer(&packet, &walk, environment).filter(|_| opens);
-        Self { from, packet, walk, to, answer }
+        let opens = packet.protocol == Protocol::Tcp && packet.state == ConntrackState::New;
+        let reply = plan.reply(&packet, &walk, environment).filter(|_| opens);
+        Self { from, packet, walk, to, reply }
     }
 
-    /// The rule that decided, if one did: where it only catches, the one that jumped to it.
+    /// The rule that decided, if any. For a redirect, this is the rule that jumped to it.
     #[must_use]
     pub fn decided_by(&self) -> Option<&'p Rule> {
         let ended = |action: Action| match self.walk.end {
-            End::Redirected(_) => matches!(action, Action::Redirect(_)),
-            End::Tproxied(_) => matches!(action, Action::Tproxy(..)),
-            End::Rejected => action == Action::Reject,
-            End::Dropped => action == Action::Drop,
-            End::Direct => matches!(action, Action::Accept | Action::Return),
+            Verdict::Redirected(_) => matches!(action, Action::Redirect(_)),
+            Verdict::Tproxied(_) => matches!(action, Action::Tproxy(..)),
+            Verdict::Rejected => action == Action::Reject,
+            Verdict::Dropped => action == Action::Drop,
+            Verdict::Direct => matches!(action, Action::Accept | Action::Return),
         };
-        // Nat decides where both do; what is left alone by name may be so elsewhere.
-        let in_nat = |passage: &&&Passage<'p>| passage.chain.table == Table::Nat;
-        let passages = &self.walk.passages;
-        let nat_first = passages.iter().filter(|passage| in_nat(&passage));
-        let others = passages.iter().rev().filter(|passage| !in_nat(&passage));
+        // If rules in nat and elsewhere exempt the packet, the one in nat decides.
+        let in_nat = |passage: &&&TraversedChain<'p>| passage.chain.table == Table::Nat;
+        let traversed = &self.walk.traversed;
+        let nat_first = traversed.iter().filter(|passage| in_nat(&passage));
+        let others = traversed.iter().rev().filter(|passage| !in_nat(&passage));
         nat_first.chain(others).find_map(|passage| {
             let (last, before) = passage.rules.split_last()?;
             if !ended(last.action) {
@@ -163,23 +161,24 @@ impl<'p> Hop<'p> {
             }
             let jump = |rule: &&&Rule| rule.action == Action::Jump(last.chain);
             let jumped = before.iter().rev().find(jump);
-            let caught =
-                jumped.filter(|rule| self.walk.end != End::Direct && tells_apart(rule, passage));
+            let caught = jumped.filter(|rule| {
+                self.walk.end != Verdict::Direct && is_conditional_jump(rule, passage)
+            });
             Some(*caught.unwrap_or(last))
         })
     }
 
-    /// The passages that say something: those of nat, and those where more than a jump matched.
-    fn telling(&self) -> impl Iterator<Item = &Passage<'p>> {
-        self.walk.passages.iter().filter(|passage| {
+    /// The chains worth showing: those of nat, and those where more than a jump matched.
+    fn notable_chains(&self) -> impl Iterator<Item = &TraversedChain<'p>> {
+        self.walk.traversed.iter().filter(|passage| {
             let jump = |rule: &&Rule| matches!(rule.action, Action::Jump(_));
             passage.chain.table == Table::Nat || !passage.rules.iter().all(jump)
         })
     }
 }
 
-/// Whether a jump chooses packets, rather than hand all of a base chain to ours.
-fn tells_apart(jump: &Rule, passage: &Passage<'_>) -> bool {
+/// Returns true for a jump with a condition, unlike one that passes every packet on.
+fn is_conditional_jump(jump: &Rule, passage: &TraversedChain<'_>) -> bool {
     let by_protocol =
         |condition: &Match| matches!(condition, Match::Protocol(_) | Match::TcpModule);
     jump.chain != passage.chain || !jump.matches.iter().all(by_protocol)

@@ -1,12 +1,9 @@
-//! Rules of other programs that act on the workload's packets before ours do: a mark that makes a
-//! packet look like the proxy's, a redirect that comes first, a packet that conntrack does not
-//! track.
+//! Lists rules of other programs that affect the workload's packets before the own rules do.
 //!
-//! They are listed, and not judged: a CNI or kube-proxy has such rules for good reasons. Whether
-//! traffic is still caught is for the self-test to say. Counters, and rules that only drop or let
-//! pass, are not listed.
-//!
-//! Not here: rules that would catch the same traffic as ours (`leftovers.rs`).
+//! Examples are a rule that sets the proxy's mark, an earlier redirect, and a rule that disables
+//! connection tracking. A CNI or kube-proxy has such rules for good reasons, so they are only
+//! listed; the self-test checks whether traffic is still captured. Counters and rules that only
+//! drop or accept are not listed. `leftovers.rs` finds rules that capture the same traffic.
 
 pub(crate) mod effect;
 
@@ -15,7 +12,7 @@ use std::fmt;
 
 use self::effect::effect_of_target;
 use crate::backend::Backend;
-use crate::iptables::{Ruleset, SavedChain, SavedTable, Variant, is_ours, saved};
+use crate::iptables::{Ruleset, SavedChain, SavedTable, Variant, is_own_chain, saved};
 use crate::leftovers::legacy_tables;
 use crate::nftables::{self, ForeignChain};
 use crate::plan::{Family, RulePlan, Table};
@@ -24,29 +21,29 @@ use crate::{Entered, InterceptionError};
 
 pub use self::effect::Effect;
 
-/// The most rules that are listed; those that set the proxy's mark come first.
+/// The maximum number of listed rules. Those that set the proxy's mark come first.
 const LISTED: usize = 32;
 
-/// A rule of another program that acts before ours.
+/// A rule of another program that precedes the own rules.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ForeignRule {
-    /// Where it is: `table inet other, chain out (hook output, priority -200)`.
-    pub place: String,
-    /// The rule, as its program prints it where that is known.
+    /// The table and chain: `table inet other, chain out (hook output, priority -200)`.
+    pub location: String,
+    /// The rule, in the syntax of its program if possible.
     pub rule: String,
-    /// What it does that matters.
+    /// The relevant effect.
     pub effect: Effect,
 }
 
 impl fmt::Display for ForeignRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {} ({})", self.place, self.rule, self.effect.name())
+        write!(f, "{}: {} ({})", self.location, self.rule, self.effect.name())
     }
 }
 
 /// Lists foreign rules in nftables, in both variants of iptables and in policy routing.
 ///
-/// Legacy tables that cannot be read are left out; `leftovers.rs` reports those.
+/// Unreadable legacy tables are skipped; `leftovers.rs` reports them.
 ///
 /// # Errors
 ///
@@ -77,7 +74,7 @@ pub(crate) async fn foreign_rules(
     }
     let rules = routes::foreign_rules(entered, plan).await?;
     found.extend(rules.into_iter().map(|rule| ForeignRule {
-        place: "policy routing".to_owned(),
+        location: "policy routing".to_owned(),
         rule,
         effect: Effect::Routes,
     }));
@@ -88,8 +85,9 @@ pub(crate) async fn foreign_rules(
     Ok(found)
 }
 
-/// Our rules decide in the nat table, whose priority is the last that matters. At the same priority
-/// the chain that was registered later comes first (`nf_hook_entries_grow`, net/netfilter/core.c).
+/// The priority of the nat table, the last one at which a foreign rule can precede. At the same
+/// priority, the chain that was registered later runs first (`nf_hook_entries_grow`,
+/// net/netfilter/core.c).
 fn last_priority() -> i32 {
     Table::Nat.priority()
 }
@@ -97,23 +95,27 @@ fn last_priority() -> i32 {
 fn in_nftables(chains: &[ForeignChain], own: Backend) -> Vec<ForeignRule> {
     let own = own == Backend::Iptables(Variant::Nft);
     let mut found = Vec::new();
-    for chain in chains.iter().filter(|chain| !(own && is_ours(&chain.name))) {
-        // Our own jump stands in the built-in chains of iptables; what follows it comes after ours.
+    for chain in chains.iter().filter(|chain| !(own && is_own_chain(&chain.name))) {
+        // In the built-in chains of iptables, rules after the own jump do not precede.
         let before = chain
             .rules
             .iter()
-            .take_while(|rule| !(own && rule.jumps_to.as_deref().is_some_and(is_ours)));
+            .take_while(|rule| !(own && rule.jumps_to.as_deref().is_some_and(is_own_chain)));
         for rule in before {
             let accepts = own && rule.accepts;
             if let Some(effect) = rule.effect.or_else(|| accepts.then_some(Effect::Accepts)) {
-                found.push(ForeignRule { place: chain.place(), rule: rule.text.clone(), effect });
+                found.push(ForeignRule {
+                    location: chain.location(),
+                    rule: rule.text.clone(),
+                    effect,
+                });
             }
         }
     }
     found
 }
 
-/// The rules of `iptables-save` that packets meet before ours.
+/// The rules in an `iptables-save` output that precede the own rules.
 fn in_iptables(ruleset: &Ruleset, family: Family, own: bool) -> Vec<ForeignRule> {
     let program = match family {
         Family::V4 => "iptables-legacy",
@@ -123,17 +125,20 @@ fn in_iptables(ruleset: &Ruleset, family: Family, own: bool) -> Vec<ForeignRule>
         ruleset.tables.iter().filter(|table| ["raw", "mangle", "nat"].contains(&&*table.name));
     let mut found = Vec::new();
     for table in tables {
-        for chain in reachable(table).into_iter().filter(|chain| !(own && is_ours(&chain.name))) {
+        for chain in
+            reachable(table).into_iter().filter(|chain| !(own && is_own_chain(&chain.name)))
+        {
             for rule in &chain.rules {
                 let target = target(&rule.text);
-                if own && target.is_some_and(is_ours) {
+                if own && target.is_some_and(is_own_chain) {
                     break;
                 }
                 let effect = target.and_then(|target| effect_of_target(target, &rule.text, own));
                 if let Some(effect) = effect {
-                    let place = format!("table {} of {program}, chain {}", table.name, chain.name);
+                    let location =
+                        format!("table {} of {program}, chain {}", table.name, chain.name);
                     let rule = format!("-A {} {}", chain.name, rule.text);
-                    found.push(ForeignRule { place, rule, effect });
+                    found.push(ForeignRule { location, rule, effect });
                 }
             }
         }
@@ -141,7 +146,7 @@ fn in_iptables(ruleset: &Ruleset, family: Family, own: bool) -> Vec<ForeignRule>
     found
 }
 
-/// The chains that packets of PREROUTING and OUTPUT pass.
+/// The chains that packets traverse in PREROUTING and OUTPUT.
 fn reachable(table: &SavedTable) -> Vec<&SavedChain> {
     let mut names: Vec<&str> = vec!["PREROUTING", "OUTPUT"];
     let mut seen = BTreeSet::new();
@@ -156,7 +161,7 @@ fn reachable(table: &SavedTable) -> Vec<&SavedChain> {
     chains
 }
 
-/// What follows `-j` or `-g`.
+/// The target after `-j` or `-g`.
 fn target(rule: &str) -> Option<&str> {
     let mut words = rule.split_whitespace().skip_while(|word| !["-j", "-g"].contains(word));
     words.nth(1)
@@ -193,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_what_stands_before_our_own_jump() {
+    fn lists_rules_before_own_jump() {
         let saved = "*nat\n:OUTPUT ACCEPT [0:0]\n:ISTIO_OUTPUT - [0:0]\n\
                      [0:0] -A OUTPUT -p tcp -j ACCEPT\n[0:0] -A OUTPUT -j ISTIO_OUTPUT\n\
                      [0:0] -A OUTPUT -p udp -j ACCEPT\n\

@@ -1,8 +1,7 @@
-//! Handing sockets to another process: lines of text over a Unix socket, with sockets attached to
-//! them (`SCM_RIGHTS`, unix(7)).
+//! Passes lines of text and sockets to another process over a Unix socket (`SCM_RIGHTS`, unix(7)).
 //!
-//! With a listener, both processes accept from one queue, so that no connection is refused whichever
-//! of them goes. Not here: what the lines say, and what the sockets are.
+//! After a listener was passed, both processes accept from the same queue. So no connection is
+//! refused, whichever process ends. The protocol on top is in the proxy.
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -16,40 +15,40 @@ use rustix::net::{
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-/// The longest line: far more than anything that is said.
+/// The maximum length of a line in bytes, far above that of any message.
 const LONGEST_LINE: usize = 4096;
-/// The most sockets that come with a line.
+/// The maximum number of sockets per line.
 const MOST_SOCKETS: usize = 16;
 
-/// One end of the conversation of two processes.
+/// One end of a connection between two processes.
 #[derive(Debug)]
 pub struct Handover {
     stream: UnixStream,
 }
 
 impl Handover {
-    /// A conversation over `stream`.
+    /// Uses `stream`.
     #[must_use]
     pub fn new(stream: UnixStream) -> Self {
         Self { stream }
     }
 
-    /// Who is at the other end, as the kernel knows it: for who connected, as it was when it did; for
-    /// who listens, as it was when it began to (`SO_PEERCRED`, unix(7)).
+    /// The process at the other end, as recorded by the kernel when that process connected or
+    /// started to listen (`SO_PEERCRED`, unix(7)).
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The error of the kernel.
     pub fn peer(&self) -> io::Result<Peer> {
         let credentials = self.stream.peer_cred()?;
         Ok(Peer { uid: credentials.uid(), pid: credentials.pid() })
     }
 
-    /// Says `line`, which has no line break in it, with `sockets` attached.
+    /// Sends `line`, which must not contain a line break, with `sockets` attached.
     ///
     /// # Errors
     ///
-    /// The kernel's, and `InvalidInput` for more than one message can carry.
+    /// The error of the kernel; `InvalidInput` for more than one message can carry.
     pub async fn say(&self, line: &str, sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
         let text = format!("{line}\n");
         if text.len() > LONGEST_LINE || sockets.len() > MOST_SOCKETS {
@@ -64,19 +63,20 @@ impl Handover {
             let text = [IoSlice::new(text.as_bytes())];
             Ok(sendmsg(&self.stream, &text, &mut attached, SendFlags::NOSIGNAL)?)
         };
-        // A line is shorter than any socket's buffer, and the one before it has been answered.
+        // A partial write is impossible: a line fits the socket's buffer, and the previous one was
+        // answered.
         match self.stream.async_io(Interest::WRITABLE, send).await? {
             sent if sent == text.len() => Ok(()),
             _ => Err(ErrorKind::WriteZero.into()),
         }
     }
 
-    /// The next line and what is attached to it; `None` if the other process has closed the
-    /// conversation, or ended.
+    /// Receives the next line and its sockets; `None` after the other process closed the connection
+    /// or ended.
     ///
     /// # Errors
     ///
-    /// The kernel's, and `InvalidData` for what is no line.
+    /// The error of the kernel; `InvalidData` for a malformed message.
     pub async fn hear(&self) -> io::Result<Option<(String, Vec<OwnedFd>)>> {
         let (mut line, mut sockets) = (Vec::new(), Vec::new());
         while !line.ends_with(b"\n") {
@@ -116,17 +116,17 @@ impl Handover {
     }
 }
 
-/// A process at the other end of a Unix socket.
+/// The process at the other end of a Unix socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peer {
-    /// Its effective user.
+    /// The effective user.
     pub uid: u32,
-    /// Its process id, where we can see it.
+    /// The process id, unless the PID namespace hides it.
     pub pid: Option<i32>,
 }
 
 impl Peer {
-    /// Whether it is root's or our own user's, who can do with us what they want anyway.
+    /// Returns true for root and the own user, which control this process anyway.
     #[must_use]
     pub fn is_trusted(self) -> bool {
         self.uid == 0 || self.uid == geteuid().as_raw()
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_listener_goes_to_the_other_side_and_takes_its_queue_along() {
+    async fn passes_listener_with_its_accept_queue() {
         let (one, other) = conversation();
         let (first, second) = (bound(), bound());
         let address = first.local_addr().expect("bound");
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lines_come_one_by_one_and_the_end_is_told() {
+    async fn receives_lines_separately_and_detects_end() {
         let (one, other) = conversation();
         one.say("rules", &[]).await.expect("said");
         assert_eq!(other.hear().await.expect("heard").expect("a line").0, "rules");
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_no_line_and_no_listener_is_refused() {
+    async fn rejects_malformed_message_and_non_listener_fd() {
         let (one, other) = conversation();
         let mut raw = one.stream;
         raw.write_all(&[b'x'; 5000]).await.expect("written");
@@ -195,11 +195,11 @@ mod tests {
         assert_eq!(other.hear().await.expect_err("no text").kind(), ErrorKind::InvalidData);
         let (unix, _) = UnixStream::pair().expect("a pair");
         let imposter = OwnedFd::from(unix.into_std().expect("its socket"));
-        BoundListener::try_from(imposter).expect_err("it does not listen");
+        BoundListener::try_from(imposter).expect_err("the socket does not listen");
     }
 
     #[tokio::test]
-    async fn the_kernel_tells_who_the_other_is() {
+    async fn kernel_identifies_peer_process() {
         let (one, _other) = conversation();
         let peer = one.peer().expect("credentials");
         assert_eq!(peer.uid, geteuid().as_raw());

@@ -1,8 +1,7 @@
-//! Tells the host's own network namespace from a pod's, so that the rules never catch a whole node
-//! unasked.
+//! Detects the host's own network namespace, so that rules never capture a node by accident.
 //!
-//! The kernel has no call that answers this. What it shows is gathered in [`Facts`] and judged
-//! purely.
+//! The kernel has no system call for this question. [`Facts`] collects what /proc and the
+//! interfaces show; a pure function decides.
 
 use std::fs;
 use std::io;
@@ -11,40 +10,41 @@ use std::os::unix::fs::MetadataExt as _;
 use crate::{Entered, InterceptionError};
 
 /// The inode of the initial network namespace, fixed since [`FIXED_SINCE`] (NET_NS_INIT_INO,
-/// include/uapi/linux/nsfs.h). Other namespaces begin at 0xf0000000, on older kernels too.
+/// include/uapi/linux/nsfs.h). Other namespaces start at 0xf0000000, on older kernels too.
 const INITIAL_NET: u64 = 0xEFFF_FFF9;
-/// The first kernel, as major and minor, on which a namespace with another inode is not the host's.
+/// The first kernel version that fixes [`INITIAL_NET`]: with another inode, a namespace is not the
+/// host's.
 const FIXED_SINCE: (u32, u32) = (6, 18);
 /// The inode of the initial user namespace (PROC_USER_INIT_INO, include/linux/proc_ns.h).
 const INITIAL_USER: u64 = 0xEFFF_FFFD;
 /// The inode of the initial PID namespace (PROC_PID_INIT_INO).
 const INITIAL_PID: u64 = 0xEFFF_FFFC;
 
-/// What container runtimes and CNIs create on a node, and pods do not have.
+/// Interfaces that container runtimes and CNIs create on a node but not in a pod.
 const NODE_INTERFACES: [&str; 4] = ["docker0", "cni0", "cbr0", "flannel.1"];
-/// The same, as prefixes: Calico's links and Docker's bridges.
+/// Prefixes of such interfaces: Calico's links and Docker's bridges.
 const NODE_PREFIXES: [&str; 2] = ["cali", "br-"];
-/// Host ends of pods: one or two may be a pod's own, more are a node's.
-const MANY_VETHS: usize = 3;
+/// The number of veth interfaces that indicates a node. A pod may have one or two.
+const NODE_VETHS: usize = 3;
 
-/// Refuses the host's network namespace, and one of which it cannot be told.
-pub(crate) fn refuse(entered: &Entered) -> Result<(), InterceptionError> {
+/// Rejects the host's network namespace, and one that cannot be classified.
+pub(crate) fn reject_host(entered: &Entered) -> Result<(), InterceptionError> {
     let why = match Facts::gather(entered) {
-        Ok(facts) => facts.host(),
+        Ok(facts) => facts.host_evidence(),
         Err(error) => Some(format!("/proc does not tell which namespace this is: {error}")),
     };
     why.map_or(Ok(()), |why| Err(InterceptionError::HostNamespace { why }))
 }
 
-/// What the kernel shows of the namespaces that an operation is in.
+/// Facts about the current namespaces.
 #[derive(Debug, Clone)]
 struct Facts {
-    /// The kernel's major and minor version; zeros if it cannot be read.
+    /// The kernel's major and minor version; zeros if unknown.
     kernel: (u32, u32),
     net: u64,
     user: u64,
     pid: u64,
-    /// The network namespace of process 1; `None` where it may not be read.
+    /// The network namespace of process 1; `None` if unreadable.
     net_of_init: Option<u64>,
     interfaces: Vec<String>,
 }
@@ -63,8 +63,8 @@ impl Facts {
         })
     }
 
-    /// Why this is the host's namespace, or may be; `None` if it is not.
-    fn host(&self) -> Option<String> {
+    /// The reason why this is, or may be, the host's namespace; `None` if it is not.
+    fn host_evidence(&self) -> Option<String> {
         if self.net == INITIAL_NET {
             return Some("it is the kernel's initial one".to_owned());
         }
@@ -72,20 +72,21 @@ impl Facts {
             return None;
         }
         if self.user != INITIAL_USER {
-            // Whose network namespace is another user namespace's, has no power over the host's.
+            // In a network namespace of another user namespace, the process has no power over the
+            // host.
             return None;
         }
         if self.pid == INITIAL_PID {
             return match self.net_of_init {
                 Some(init) if init != self.net => None,
-                Some(_) => Some("process 1 of the host has the same".to_owned()),
+                Some(_) => Some("process 1 of the host is in the same one".to_owned()),
                 None => Some(
-                    "cannot tell: the process sees the host's processes, but may not read /proc/1/ns/net"
+                    "unknown: the process sees the host's processes, but cannot read /proc/1/ns/net"
                         .to_owned(),
                 ),
             };
         }
-        self.node_interface().map(|name| format!("the interface {name} is one of a node"))
+        self.node_interface().map(|name| format!("the interface {name} exists only on nodes"))
     }
 
     fn node_interface(&self) -> Option<&str> {
@@ -94,11 +95,11 @@ impl Facts {
                 || NODE_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
         });
         let mut veths = self.interfaces.iter().filter(|name| name.starts_with("veth"));
-        named.or_else(|| veths.nth(MANY_VETHS - 1)).map(String::as_str)
+        named.or_else(|| veths.nth(NODE_VETHS - 1)).map(String::as_str)
     }
 }
 
-/// The numbers that a release such as `6.18.44-generic` begins with.
+/// Parses the version at the start of a release such as `6.18.44-generic`.
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
@@ -130,18 +131,18 @@ mod tests {
     }
 
     #[test]
-    fn the_initial_namespace_is_the_host_even_from_a_container() {
-        let why = Facts { net: INITIAL_NET, ..container() }.host();
+    fn detects_initial_namespace_from_container() {
+        let why = Facts { net: INITIAL_NET, ..container() }.host_evidence();
         assert!(why.is_some_and(|why| why.contains("initial")));
     }
 
     #[test]
-    fn a_container_is_not_the_host_though_its_process_1_is_in_the_same_namespace() {
-        assert_eq!(container().host(), None);
+    fn accepts_container_sharing_namespace_with_its_process_1() {
+        assert_eq!(container().host_evidence(), None);
     }
 
     #[test]
-    fn a_kernel_with_a_fixed_inode_needs_no_other_sign() {
+    fn trusts_inode_on_kernels_that_fix_it() {
         for (release, told) in
             [("6.18.44-generic", true), ("7.0.1", true), ("6.17.9", false), ("?", false)]
         {
@@ -149,37 +150,37 @@ mod tests {
                 kernel: version(release).unwrap_or_default(),
                 ..with_interfaces(&["docker0"])
             };
-            assert_eq!(facts.host().is_none(), told, "{release}");
+            assert_eq!(facts.host_evidence().is_none(), told, "{release}");
         }
     }
 
     #[test]
-    fn a_rootless_namespace_is_not_the_host_whatever_its_interfaces_are() {
+    fn accepts_rootless_namespace_with_any_interfaces() {
         let facts = Facts { user: 0xF000_0102, ..with_interfaces(&["docker0"]) };
-        assert_eq!(facts.host(), None);
+        assert_eq!(facts.host_evidence(), None);
     }
 
     #[test]
-    fn a_process_beside_the_hosts_is_told_by_process_1() {
+    fn detects_host_by_namespace_of_process_1() {
         let beside = Facts { pid: INITIAL_PID, ..container() };
-        assert!(beside.host().is_some_and(|why| why.contains("process 1")));
+        assert!(beside.host_evidence().is_some_and(|why| why.contains("process 1")));
         let own = Facts { net_of_init: Some(0xF000_0999), ..beside.clone() };
-        assert_eq!(own.host(), None);
+        assert_eq!(own.host_evidence(), None);
         let unreadable = Facts { net_of_init: None, ..beside };
-        assert!(unreadable.host().is_some_and(|why| why.contains("cannot tell")));
+        assert!(unreadable.host_evidence().is_some_and(|why| why.contains("unknown")));
     }
 
     #[test]
-    fn interfaces_of_a_node_give_the_host_away() {
+    fn detects_host_by_node_interfaces() {
         for name in ["docker0", "cni0", "cbr0", "flannel.1", "cali1a2b", "br-0123"] {
-            let why = with_interfaces(&["lo", "eth0", name]).host();
+            let why = with_interfaces(&["lo", "eth0", name]).host_evidence();
             assert!(why.is_some_and(|why| why.contains(name)), "{name}");
         }
     }
 
     #[test]
-    fn veths_are_a_nodes_only_in_bulk() {
-        assert_eq!(with_interfaces(&["lo", "veth0", "veth1"]).host(), None);
-        assert!(with_interfaces(&["lo", "veth0", "veth1", "veth2"]).host().is_some());
+    fn detects_host_by_many_veths_only() {
+        assert_eq!(with_interfaces(&["lo", "veth0", "veth1"]).host_evidence(), None);
+        assert!(with_interfaces(&["lo", "veth0", "veth1", "veth2"]).host_evidence().is_some());
     }
 }

@@ -239,7 +239,7 @@ impl Interception {
     ///
     /// The kernel refused to list the rules.
     pub async fn is_blocked(&self) -> Result<bool, InterceptionError> {
-        self.run(async |entered, _| blackhole::stands(entered).await).await
+        self.run(async |entered, _| blackhole::is_installed(entered).await).await
     }
 
     /// Wake-ups after changes in the namespace, from now on.
@@ -298,7 +298,7 @@ impl Rules {
             });
         }
         if !settings.allow_host {
-            host::refuse(entered)?;
+            host::reject_host(entered)?;
         }
         let backend = Backend::find(entered, settings.backend).await?;
         let ipv6 = ipv6_available();
@@ -377,17 +377,18 @@ async fn remove_all(
     allow_host: bool,
 ) -> Result<bool, InterceptionError> {
     if !allow_host {
-        host::refuse(entered)?;
+        host::reject_host(entered)?;
     }
     let mut removed = vec![
         remove_from_nftables(entered, scope).await,
         remove_from_iptables(entered, Variant::Nft, scope).await,
         remove_from_iptables(entered, Variant::Legacy, scope).await,
-        routes::remove(entered, &RulePlan::beside_rules()).await,
+        routes::remove(entered, &RulePlan::routes_and_addresses()).await,
         blackhole::remove(entered).await,
     ];
     if scope == RemovalScope::OtherMeshes {
-        removed.push(routes::remove_of_others(entered, &RulePlan::beside_rules()).await);
+        removed
+            .push(routes::remove_foreign_rules(entered, &RulePlan::routes_and_addresses()).await);
     }
     removed.into_iter().try_fold(false, |any, removed| Ok(any | removed?))
 }
@@ -396,7 +397,7 @@ async fn remove_from_nftables(
     entered: &Entered,
     scope: RemovalScope,
 ) -> Result<bool, InterceptionError> {
-    match nftables::reach(entered).await {
+    match nftables::check_available(entered).await {
         Ok(()) => {
             let others = scope == RemovalScope::OtherMeshes;
             let istios =

@@ -1,40 +1,37 @@
-//! The iptables backend: puts a plan into the kernel with the programs of iptables, and reads and
-//! removes it.
+//! The iptables backend: installs, reads and removes a plan by the programs of iptables.
 //!
-//! It is for kernels without nf_tables, and for those who want to see their rules in iptables. Each
-//! table of each family changes as a whole, but not all of them at once; where one fails, the others
-//! are put back.
-//!
-//! Not here: which rules there are (`plan.rs`) and how they read (`plan/iptables.rs`).
+//! It serves kernels without nf_tables, and users who want to see the rules in iptables. Each table
+//! of a family changes atomically, but not all tables together. If one fails, the others are
+//! restored. `plan/iptables.rs` prints the rules.
 
 mod exec;
 mod owners;
 mod ruleset;
 
-pub(crate) use ruleset::{Ruleset, SavedChain, SavedTable, is_ours, is_owner_chain};
+pub(crate) use ruleset::{Ruleset, SavedChain, SavedTable, is_own_chain, is_owner_chain};
 
-use ruleset::{Ours, canonical};
+use ruleset::{OwnRules, canonical};
 
 use crate::nftables::{self, RuleCounter};
 use crate::plan::{Family, RulePlan};
 use crate::verify::Listing;
 use crate::{Entered, InterceptionError, ipv6_available};
 
-/// What [`remove_everything`](crate::remove_everything) removes.
+/// The extent of [`remove_everything`](crate::remove_everything).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RemovalScope {
-    /// What underpass installed.
+    /// Rules that underpass installed.
     Own,
-    /// Also what has the names and numbers of Istio and OSM, and that underpass did not install.
+    /// Also rules with the names and numbers of Istio and OSM that underpass did not install.
     OtherMeshes,
 }
 
-/// What the programs talk to.
+/// The kernel interface that the programs use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Variant {
-    /// The kernel's ip_tables (`iptables-legacy`).
+    /// ip_tables (`iptables-legacy`).
     Legacy,
-    /// nf_tables, in its tables `ip` and `ip6` (`iptables-nft`).
+    /// The tables `ip` and `ip6` of nf_tables (`iptables-nft`).
     Nft,
 }
 
@@ -47,8 +44,9 @@ impl Variant {
     }
 }
 
-/// The variant for a kernel without nf_tables: legacy, else what there is. Programs are asked for their
-/// version only, so that nothing is created; whether the kernel has the tables is told by [`apply`].
+/// The variant for a kernel without nf_tables: legacy if installed, otherwise the installed one. It
+/// only queries the programs' versions, which creates no tables. [`apply`] detects missing kernel
+/// tables.
 ///
 /// # Errors
 ///
@@ -62,11 +60,11 @@ pub(crate) async fn detect(entered: &Entered) -> Result<Variant, InterceptionErr
     }
 }
 
-/// A variant, if its programs are there.
+/// Checks that the programs of a variant are installed.
 ///
 /// # Errors
 ///
-/// One of them is not.
+/// A program is missing.
 pub(crate) async fn find(
     entered: &Entered,
     variant: Variant,
@@ -77,12 +75,12 @@ pub(crate) async fn find(
     Ok(variant)
 }
 
-/// Replaces what an earlier run left by the plan, IPv4 first. Applied twice, it is the same ruleset.
+/// Replaces the rules of an earlier run by the plan, IPv4 first. Idempotent.
 ///
 /// # Errors
 ///
-/// A user or group of the plan does not exist here; a program is missing or failed. What was changed
-/// until then is put back, as far as that is possible.
+/// A user or group of the plan does not exist, or a program is missing or failed. Changes are
+/// undone as far as possible.
 pub(crate) async fn apply(
     entered: &Entered,
     variant: Variant,
@@ -92,9 +90,9 @@ pub(crate) async fn apply(
     owners::check(plan)?;
     let mut steps = Vec::new();
     for family in families() {
-        let mut wanted = Ours::of_plan(plan, family);
+        let mut wanted = OwnRules::of_plan(plan, family);
         let before = installed_of(entered, OPERATION, variant, family, &wanted).await?;
-        wanted.keep_places(&before);
+        wanted.keep_positions(&before);
         steps.push(Step { family, before, wanted });
     }
     for (done, step) in steps.iter().enumerate() {
@@ -112,8 +110,7 @@ pub(crate) async fn apply(
     Ok(())
 }
 
-/// How often each rule of the plan matched, both families together, in the order of the plan; empty if
-/// nothing of ours is installed.
+/// The counters of the plan's rules in order, both families added; empty if nothing is installed.
 ///
 /// # Errors
 ///
@@ -130,14 +127,14 @@ pub(crate) async fn counters(
     let mut empty = true;
     for family in families() {
         let ruleset = saved(entered, OPERATION, variant, family).await?;
-        empty &= Ours::installed(&ruleset, &Ours::of_plan(plan, family)).is_empty();
+        empty &= OwnRules::installed(&ruleset, &OwnRules::of_plan(plan, family)).is_empty();
         count(&mut counters, &ruleset, plan, family);
     }
     Ok(if empty { Vec::new() } else { counters })
 }
 
-/// Takes out all our chains and the rules that are ours in others, whatever plan they were of; `false`
-/// if there were none. Chains that only have the names of ours stay, unless `scope` includes them.
+/// Removes all own chains and the own rules in other chains, of any plan. Returns `false` if there
+/// were none. Chains that only have the same names stay, unless `scope` includes them.
 ///
 /// # Errors
 ///
@@ -148,11 +145,11 @@ pub(crate) async fn remove(
     scope: RemovalScope,
 ) -> Result<bool, InterceptionError> {
     const OPERATION: &str = "remove the iptables rules";
-    let nothing = Ours::default();
+    let nothing = OwnRules::default();
     let mut any = false;
     for family in families() {
         let ours = match installed_of(entered, OPERATION, variant, family, &nothing).await {
-            // Where there is no nf_tables, nothing can be in it.
+            // Without nf_tables there is nothing to remove in it.
             Err(InterceptionError::Iptables { module: Some("nf_tables"), .. }) => continue,
             ours => ours?,
         };
@@ -169,7 +166,8 @@ pub(crate) async fn remove(
     Ok(any)
 }
 
-/// What is installed of ours, `None` if nothing is: our chains wholly, and of the others what is ours.
+/// The installed rules, `None` if there are none: own chains entirely, of other chains the own
+/// rules.
 ///
 /// # Errors
 ///
@@ -182,21 +180,21 @@ pub(crate) async fn installed(
     const OPERATION: &str = "read the iptables rules";
     let mut listing = Listing::default();
     for family in families() {
-        let planned = Ours::of_plan(plan, family);
+        let planned = OwnRules::of_plan(plan, family);
         let ours = installed_of(entered, OPERATION, variant, family, &planned).await?;
         listing.sections.extend(ours.sections(family));
     }
     Ok((!listing.sections.is_empty()).then_some(listing))
 }
 
-/// What [`installed`] gives when all is well: the same for both variants.
+/// The listing that [`installed`] returns for a correctly installed plan, for both variants.
 pub(crate) fn expected(plan: &RulePlan) -> Listing {
     let sections =
-        families().into_iter().flat_map(|family| Ours::of_plan(plan, family).sections(family));
+        families().into_iter().flat_map(|family| OwnRules::of_plan(plan, family).sections(family));
     Listing { sections: sections.collect() }
 }
 
-/// Everybody's rules.
+/// The rules of all programs.
 pub(crate) async fn saved(
     entered: &Entered,
     operation: &'static str,
@@ -209,11 +207,11 @@ pub(crate) async fn saved(
 
 struct Step {
     family: Family,
-    before: Ours,
-    wanted: Ours,
+    before: OwnRules,
+    wanted: OwnRules,
 }
 
-/// Those that the kernel has.
+/// The address families that the kernel supports.
 fn families() -> Vec<Family> {
     if ipv6_available() { vec![Family::V4, Family::V6] } else { vec![Family::V4] }
 }
@@ -225,14 +223,14 @@ fn name(family: Family) -> &'static str {
     }
 }
 
-/// A table that iptables-nft cannot print matters if ours are in it, or shall be.
+/// A table that iptables-nft cannot print is an error only if own rules are or will be in it.
 async fn installed_of(
     entered: &Entered,
     operation: &'static str,
     variant: Variant,
     family: Family,
-    planned: &Ours,
-) -> Result<Ours, InterceptionError> {
+    planned: &OwnRules,
+) -> Result<OwnRules, InterceptionError> {
     let ruleset = saved(entered, operation, variant, family).await?;
     for table in &ruleset.incompatible {
         let kernel_family = match family {
@@ -240,12 +238,12 @@ async fn installed_of(
             Family::V6 => "ip6",
         };
         let chains = nftables::chains(entered, kernel_family, table).await?;
-        if planned.has_table(table) || chains.iter().any(|chain| is_ours(chain)) {
+        if planned.has_table(table) || chains.iter().any(|chain| is_own_chain(chain)) {
             let table = table.clone();
             return Err(InterceptionError::IptablesIncompatible { operation, table });
         }
     }
-    Ok(Ours::installed(&ruleset, planned))
+    Ok(OwnRules::installed(&ruleset, planned))
 }
 
 async fn change(
@@ -253,8 +251,8 @@ async fn change(
     operation: &'static str,
     variant: Variant,
     family: Family,
-    from: &Ours,
-    to: &Ours,
+    from: &OwnRules,
+    to: &OwnRules,
 ) -> Result<(), InterceptionError> {
     let body = from.change_to(to);
     if body.is_empty() {
@@ -263,9 +261,9 @@ async fn change(
     exec::restore(entered, operation, variant, family, &body).await
 }
 
-/// Puts back what there was before; whether that succeeded.
+/// Restores the previous rules. Returns true on success.
 async fn undo(entered: &Entered, variant: Variant, steps: &[Step]) -> bool {
-    const OPERATION: &str = "put back the iptables rules";
+    const OPERATION: &str = "restore the iptables rules";
     let mut undone = true;
     for Step { family, before, wanted } in steps.iter().rev() {
         let result = match installed_of(entered, OPERATION, variant, *family, wanted).await {
@@ -273,14 +271,14 @@ async fn undo(entered: &Entered, variant: Variant, steps: &[Step]) -> bool {
             Err(error) => Err(error),
         };
         if let Err(error) = result {
-            tracing::warn!(%error, family = name(*family), "the iptables rules could not be put back");
+            tracing::warn!(%error, family = name(*family), "cannot restore the previous iptables rules");
             undone = false;
         }
     }
     undone
 }
 
-/// Adds what the lines of each rule counted. Of two equal lines the first in the plan is the first in
+/// Adds the counters of each rule's lines. Of equal lines, the first in the plan is the first in
 /// the kernel.
 fn count(counters: &mut [RuleCounter], ruleset: &Ruleset, plan: &RulePlan, family: Family) {
     let mut used = std::collections::HashMap::new();

@@ -1,8 +1,7 @@
-//! What there is in this namespace besides our rules that would also catch traffic, or that an older
-//! run, another backend or another mesh left.
+//! Finds rules of an earlier run, another backend or another mesh that would also capture traffic.
 //!
-//! It is looked for, and said; nothing is removed here. Looking creates nothing either: nf_tables is
-//! read over netlink, and of legacy iptables only the tables that exist.
+//! It only reports them. The search creates no tables: nf_tables is read over netlink, and of
+//! legacy iptables only existing tables are read.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,25 +11,25 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use crate::backend::Backend;
-use crate::iptables::{Variant, is_ours, is_owner_chain, saved};
+use crate::iptables::{Variant, is_own_chain, is_owner_chain, saved};
 use crate::plan::{Family, RulePlan, TABLE};
 use crate::{Entered, InterceptionError, nftables, routes};
 
-/// Something that was found.
+/// A set of leftover rules.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Leftover {
-    /// What it is: `the chains ISTIO_OUTPUT, ISTIO_PRERT in the table nat of iptables-legacy`.
+    /// The object: `the chains ISTIO_OUTPUT, ISTIO_PRERT in the table nat of iptables-legacy`.
     pub what: String,
-    /// Whose it probably is.
+    /// The probable owner.
     pub whose: LeftoverOwner,
 }
 
-/// Who installed something, as far as names tell.
+/// The owner of rules, guessed from names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum LeftoverOwner {
-    /// An earlier run of underpass, with another backend.
+    /// An earlier run of underpass with another backend.
     Underpass,
-    /// Such a run, or the mesh that has chains of these names.
+    /// An earlier run of underpass, or the mesh that uses chains with these names.
     Shared,
     /// Istio.
     Istio,
@@ -38,7 +37,7 @@ pub enum LeftoverOwner {
     Osm,
     /// Linkerd.
     Linkerd,
-    /// Nobody can tell: legacy tables that cannot be read.
+    /// Unknown: legacy tables that cannot be read.
     Unknown,
 }
 
@@ -48,44 +47,44 @@ impl fmt::Display for Leftover {
         match whose {
             LeftoverOwner::Underpass => write!(
                 f,
-                "{what}, of an earlier underpass with another `interception.backend`: \
+                "{what}, from an earlier run of underpass with another `interception.backend`: \
                  remove with `underpass rules remove`"
             ),
             LeftoverOwner::Shared => write!(
                 f,
-                "{what}, of an earlier underpass with another `interception.backend`, or of Istio or Open \
+                "{what}, from an earlier run of underpass with another `interception.backend`, or from Istio or Open \
                  Service Mesh: remove with `underpass rules remove`, which leaves chains that underpass did \
                  not install unless `--other-meshes` is given"
             ),
             LeftoverOwner::Istio => write!(
                 f,
-                "{what}, probably of Istio: take this workload out of Istio's mesh and recreate its pod, or \
+                "{what}, probably from Istio: remove this workload from Istio's mesh and recreate its pod, or \
                  remove with `underpass rules remove --other-meshes`"
             ),
             LeftoverOwner::Osm => write!(
                 f,
-                "{what}, probably of Open Service Mesh: take this workload out of its mesh, and start its \
-                 pod anew"
+                "{what}, probably from Open Service Mesh: remove this workload from its mesh and recreate its \
+                 pod"
             ),
             LeftoverOwner::Linkerd => write!(
                 f,
-                "{what}, probably of Linkerd: take this workload out of Linkerd's mesh, and start its pod \
-                 anew"
+                "{what}, probably from Linkerd: remove this workload from Linkerd's mesh and recreate its \
+                 pod"
             ),
             LeftoverOwner::Unknown => write!(
                 f,
-                "{what}, which cannot be read, so that nobody can tell whether its rules catch anything: to \
-                 have it looked into, install the package `iptables` and grant the capability NET_RAW"
+                "{what}, which cannot be read, so it is unknown whether its rules capture traffic: to \
+                 check it, install the package `iptables` and grant the capability NET_RAW"
             ),
         }
     }
 }
 
-/// Looks for what our own rules, which are in `backend`, are not.
+/// Finds leftovers; the own rules are in `backend`.
 ///
 /// # Errors
 ///
-/// What exists cannot be read.
+/// An existing table cannot be read.
 pub(crate) async fn leftovers(
     entered: &Entered,
     backend: Backend,
@@ -99,9 +98,9 @@ pub(crate) async fn leftovers(
     Ok(found)
 }
 
-/// Istio's ip rules have the marks and tables of ours, without our protocol number.
+/// Finds ip rules with the marks and tables of a plan but another protocol number, such as Istio's.
 async fn in_policy_routing(entered: &Entered) -> Result<Vec<Leftover>, InterceptionError> {
-    let rules = routes::rules_of_others(entered, &RulePlan::beside_rules()).await?;
+    let rules = routes::duplicate_foreign_rules(entered, &RulePlan::routes_and_addresses()).await?;
     let leftover = |rule| Leftover { what: format!("the {rule}"), whose: LeftoverOwner::Istio };
     Ok(rules.into_iter().map(leftover).collect())
 }
@@ -109,7 +108,7 @@ async fn in_policy_routing(entered: &Entered) -> Result<Vec<Leftover>, Intercept
 async fn in_nftables(entered: &Entered, own: Backend) -> Result<Vec<Leftover>, InterceptionError> {
     let tables = match nftables::tables(entered).await {
         Ok(tables) => tables,
-        // Legacy is for kernels without nf_tables, where nobody answers.
+        // Legacy is for kernels without nf_tables, where this request fails.
         Err(_) if own == Backend::Iptables(Variant::Legacy) => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
@@ -132,7 +131,7 @@ async fn in_nftables(entered: &Entered, own: Backend) -> Result<Vec<Leftover>, I
     Ok(found)
 }
 
-/// Istio's native nftables mode: `istio-ambient-nat`, `istio-proxy-mangle`.
+/// Returns true for a table of Istio's native nftables mode, such as `istio-ambient-nat`.
 pub(crate) fn is_istios(table: &str) -> bool {
     ["istio-ambient-", "istio-proxy-"].iter().any(|prefix| table.starts_with(prefix))
 }
@@ -153,7 +152,7 @@ async fn in_legacy(entered: &Entered, own: Backend, family: Family) -> Vec<Lefto
     let ruleset =
         match saved(entered, "read the legacy iptables rules", Variant::Legacy, family).await {
             Ok(ruleset) => ruleset,
-            // Interception by nftables needs neither its programs nor NET_RAW.
+            // Interception by nftables works without these programs and without NET_RAW.
             Err(error) => {
                 tracing::debug!(%error, "legacy iptables cannot be read");
                 let what = format!("the table {} of {program}", names.join(", "));
@@ -170,8 +169,8 @@ async fn in_legacy(entered: &Entered, own: Backend, family: Family) -> Vec<Lefto
         .collect()
 }
 
-/// The tables of legacy iptables that exist. Asking iptables-legacy for a table creates it; this
-/// file names those that exist, and is absent where the kernel has no legacy iptables.
+/// The existing tables of legacy iptables. Asking iptables-legacy for a table would create it. This
+/// file lists existing ones, and is absent if the kernel has no legacy iptables.
 pub(crate) fn legacy_tables(_: &Entered, family: Family) -> Vec<String> {
     let names = fs::read_to_string(legacy_names(family)).unwrap_or_default();
     names.split_whitespace().map(str::to_owned).collect()
@@ -184,26 +183,25 @@ fn legacy_names(family: Family) -> &'static str {
     }
 }
 
-/// Whether a namespace has tables of legacy iptables, asked again and again by a thread that may be
-/// in another one.
+/// Checks repeatedly whether a namespace has tables of legacy iptables, from any namespace.
 #[derive(Debug)]
 pub(crate) struct LegacyTables([(Family, Result<File, io::ErrorKind>); 2]);
 
 impl LegacyTables {
-    /// Opens the kernel's lists; they stay those of this namespace.
+    /// Opens the kernel's lists of tables in this namespace.
     pub(crate) fn open(_: &Entered) -> Self {
         let open = |family| File::open(legacy_names(family)).map_err(|error| error.kind());
         Self([Family::V4, Family::V6].map(|family| (family, open(family))))
     }
 
-    /// Whether there are tables now; `None` if a list exists only since [`open`](Self::open), as
-    /// when a kernel module has been loaded. What may not be read has none.
+    /// Returns true if tables exist; `None` if a list was created since [`open`](Self::open), for
+    /// example by loading a kernel module. An unreadable list counts as empty.
     pub(crate) fn exist(&self) -> Option<bool> {
         let mut any = false;
         for (family, list) in &self.0 {
             any |= match list {
                 Ok(list) => list.read_at(&mut [0], 0).is_ok_and(|read| read > 0),
-                // A module has its list in every namespace.
+                // A loaded module adds its list to every namespace.
                 Err(io::ErrorKind::NotFound) if Path::new(legacy_names(*family)).exists() => {
                     return None;
                 }
@@ -214,17 +212,17 @@ impl LegacyTables {
     }
 }
 
-/// What the chains of a table are, together for each owner. `own`: our rules are there too.
+/// Groups the chains of a table by owner. `own` is true if the own rules are in the same table.
 fn in_chains(chains: &[String], own: bool, table: &str) -> Vec<Leftover> {
     let mut owners: BTreeMap<LeftoverOwner, Vec<&str>> = BTreeMap::new();
-    // Its chains have the names of Istio's and OSM's; one of its own says whose they are.
+    // Istio and OSM use the same names; the owner chain marks a table of underpass.
     let marked = chains.iter().any(|chain| owner(chain) == Some(LeftoverOwner::Underpass));
     for chain in chains.iter().filter(|chain| !is_owner_chain(chain)) {
         let owner = owner(chain).map(|owner| match owner {
             LeftoverOwner::Shared if marked => LeftoverOwner::Underpass,
             owner => owner,
         });
-        if let Some(owner) = owner.filter(|_| !(own && is_ours(chain))) {
+        if let Some(owner) = owner.filter(|_| !(own && is_own_chain(chain))) {
             owners.entry(owner).or_default().push(chain);
         }
     }
@@ -246,7 +244,7 @@ fn owner(chain: &str) -> Option<LeftoverOwner> {
     ]
     .into_iter()
     .find_map(|(prefix, owner)| chain.starts_with(prefix).then_some(owner))
-    .or_else(|| is_ours(chain).then_some(LeftoverOwner::Shared))
+    .or_else(|| is_own_chain(chain).then_some(LeftoverOwner::Shared))
     .or_else(|| chain.starts_with("ISTIO_").then_some(LeftoverOwner::Istio))
     .or_else(|| chain.starts_with("PROXY_").then_some(LeftoverOwner::Osm))
 }
@@ -262,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn chains_are_told_by_their_names() {
+    fn attributes_chains_by_name() {
         let chains = [
             "OUTPUT",
             "ISTIO_OUTPUT",
@@ -281,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn our_own_chains_are_no_leftover_where_our_rules_are() {
+    fn ignores_own_chains_of_installed_rules() {
         let chains = ["ISTIO_OUTPUT", "UNDERPASS_REJECT", "ISTIO_OTHER"];
         let of = |chains: &str| format!("the {chains} in the table nat of iptables-legacy");
         assert_eq!(found(&chains, true), [(LeftoverOwner::Istio, of("chain ISTIO_OTHER"))]);
@@ -294,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leftover_says_how_it_is_removed() {
+    fn leftover_names_removal_command() {
         let what = "the nftables table inet underpass".to_owned();
         let text = Leftover { what, whose: LeftoverOwner::Underpass }.to_string();
         assert!(text.contains("`underpass rules remove`"), "{text}");

@@ -1,13 +1,12 @@
-//! Catches traffic: the netfilter rules of a profile, the sockets that fit them, and network
-//! namespaces.
+//! Intercepts traffic: netfilter rules, the sockets that match them, and network namespaces.
 //!
-//! In reading order: [`RulePlan`] says which packets are caught and why; [`Interception`] checks,
-//! installs and removes; [`Sockets`] makes what the proxy listens and connects with, and
-//! [`OriginalDestination`] is the address that a caught connection was made to. [`Namespace`],
-//! [`enter_sandbox`] and [`PacketCapture`] are for whoever sets up namespaces: tests, the
-//! demonstration, a node.
+//! In reading order: [`RulePlan`] contains the rules of a profile with their reasons.
+//! [`Interception`] checks, installs, verifies and removes them. [`Sockets`] opens the proxy's
+//! listeners and connections, and [`OriginalDestination`] is the address to which a redirected
+//! connection was made. [`Namespace`], [`enter_sandbox`] and [`PacketCapture`] serve tests, the
+//! demonstration and nodes, which set up namespaces.
 //!
-//! This crate knows neither HTTP/2, TLS nor policies.
+//! The crate has no knowledge of HTTP/2, TLS or policies.
 
 mod backend;
 mod blackhole;
@@ -31,6 +30,7 @@ mod nftables;
 mod packets;
 mod plan;
 mod privileges;
+mod return_path;
 mod reverse_path;
 mod routes;
 mod sandbox;
@@ -40,7 +40,6 @@ mod socket;
 pub mod testing;
 mod user_ids;
 mod verify;
-mod way_back;
 
 pub use ipnet::IpNet;
 
@@ -64,15 +63,17 @@ pub use namespace::{
 pub use nftables::RuleCounter;
 pub use packets::{PacketCapture, TcpSegment};
 pub use plan::{
-    Action, Answer, CONNECTION_MARK, Chain, ChainId, Direction, End, Environment, Families, Family,
-    Hook, Interface, KUBELET_PROBE_IN, KUBELET_PROBE_V4, KUBELET_PROBE_V6, LoopbackAddress,
-    MARK_MASK, Mark, Match, Origin, PROXY_MARK, PROXY_ZONE, Packet, Passage, PolicyRoute, Ports,
-    Protocol, ROUTE_TABLE, RULE_PRIORITY, Rule, RulePlan, State, TABLE, Table, Walk, Way,
+    Action, CONNECTION_MARK, Chain, ChainId, ConntrackState, Direction, Entry, Environment,
+    Families, Family, Hook, Interface, KUBELET_PROBE_IN, KUBELET_PROBE_V4, KUBELET_PROBE_V6,
+    LoopbackAddress, MARK_MASK, Mark, Match, Origin, PROXY_MARK, PROXY_ZONE, Packet, PolicyRoute,
+    Ports, Protocol, ROUTE_TABLE, RULE_PRIORITY, ReplyOutcome, Rule, RulePlan, TABLE, Table,
+    TraversedChain, Verdict, Walk,
 };
 pub use privileges::{
     Kept, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process,
     confine_thread, prepare_change_of_user,
 };
+pub use return_path::ReturnPathProbe;
 pub use reverse_path::check_reverse_path;
 pub use sandbox::{Sandbox, enter_sandbox, sandbox_folder};
 pub use self_test::{Probe, ProbeSockets};
@@ -81,4 +82,3 @@ pub use socket::{
     probe_every, reset_on_close, write_before_end,
 };
 pub use verify::{Difference, Line, SectionDifference, Sign};
-pub use way_back::WayBack;

@@ -1,7 +1,6 @@
-//! nlink's errors in our words: the one place that reads what the kernel answered over netlink.
+//! Translates nlink's errors into [`InterceptionError`].
 //!
-//! Not here: requests. Those are in `nftables.rs`, `routes.rs` and `namespace/wiring.rs`, beyond
-//! which no nlink type goes.
+//! nlink's types are used only in `nftables.rs`, `routes.rs` and `namespace/wiring.rs`.
 
 use std::io;
 
@@ -11,9 +10,9 @@ use nlink::netlink::nftables::NftBatchFailure;
 
 use crate::InterceptionError;
 
-/// Turns a netlink failure of `operation` (a verb phrase) into ours: a missing capability, a table
-/// that belongs to another program, a missing kernel module and a loopback interface that is down are told apart from the
-/// rest.
+/// Translates a netlink failure of `operation` (a verb phrase). It distinguishes a missing
+/// capability, a table that another program owns, a missing kernel module, and a loopback interface
+/// that is down.
 pub(crate) fn failed(operation: &'static str) -> impl FnOnce(nlink::Error) -> InterceptionError {
     move |error| {
         if refusals(&error).iter().any(is_owned) {
@@ -23,7 +22,7 @@ pub(crate) fn failed(operation: &'static str) -> impl FnOnce(nlink::Error) -> In
             return InterceptionError::NotPermitted { operation, capability: "NET_ADMIN" };
         }
         let module = refusals(&error).iter().find_map(missing_module);
-        // All routes and addresses that we make are the loopback interface's.
+        // All own routes and addresses use the loopback interface.
         let down = error.errno().map(Errno::from_raw) == Some(Errno::ENETDOWN);
         let source = into_io(error);
         if down {
@@ -36,12 +35,12 @@ pub(crate) fn failed(operation: &'static str) -> impl FnOnce(nlink::Error) -> In
     }
 }
 
-/// The error without nlink's type, its text kept.
+/// Converts the error to an `io::Error` with the same text.
 pub(crate) fn into_io(error: nlink::Error) -> io::Error {
     io::Error::other(error)
 }
 
-/// What was refused of an nftables batch.
+/// The failed operations of an nftables batch.
 fn refusals(error: &nlink::Error) -> &[NftBatchFailure] {
     match error.detail() {
         ErrorDetail::NftBatch { failures, .. } => failures,
@@ -49,9 +48,9 @@ fn refusals(error: &nlink::Error) -> &[NftBatchFailure] {
     }
 }
 
-/// Whether a table was refused because another netlink socket owns it (`nft_table_lookup`,
-/// net/netfilter/nf_tables_api.c). Without NET_ADMIN it is the batch that is refused, before any of
-/// its operations (`nfnetlink_rcv`, net/netfilter/nfnetlink.c).
+/// Returns true if another netlink socket owns the table (`nft_table_lookup`,
+/// net/netfilter/nf_tables_api.c). Without NET_ADMIN, the kernel rejects the batch before any
+/// operation (`nfnetlink_rcv`, net/netfilter/nfnetlink.c).
 fn is_owned(failure: &NftBatchFailure) -> bool {
     failure.index.is_some() && Errno::from_raw(failure.errno) == Errno::EPERM
 }
@@ -61,15 +60,15 @@ fn missing_module(failure: &NftBatchFailure) -> Option<&'static str> {
     module(refused, failure.attribute.as_deref(), Errno::from_raw(failure.errno))
 }
 
-/// The kernel module whose absence explains a refusal. `refused`: which operation of the batch was, if not all of it; `blamed`: its
-/// attribute.
+/// The kernel module whose absence explains an error. `refused` is the failed operation of the
+/// batch, or `None` for the entire batch; `blamed` is its attribute.
 ///
-/// A missing chain or expression type is ENOENT, by `nf_tables_chain_type_lookup` and
-/// `nft_expr_type_get`, a missing set type EOPNOTSUPP, by `nft_select_set_ops`
-/// (net/netfilter/nf_tables_api.c); a kernel without nf_tables refuses the whole batch with
-/// EOPNOTSUPP (`nfnetlink_rcv_batch`, net/netfilter/nfnetlink.c).
+/// A missing chain or expression type gives ENOENT (`nf_tables_chain_type_lookup` and
+/// `nft_expr_type_get`), a missing set type EOPNOTSUPP (`nft_select_set_ops`, all in
+/// net/netfilter/nf_tables_api.c). A kernel without nf_tables rejects the batch with EOPNOTSUPP
+/// (`nfnetlink_rcv_batch`, net/netfilter/nfnetlink.c).
 fn module(refused: Option<&str>, blamed: Option<&str>, errno: Errno) -> Option<&'static str> {
-    /// Expressions that are, or were until lately, modules of their own.
+    /// Expressions that are separate modules, at least in older kernels.
     const EXPRESSIONS: [(&str, &str); 7] = [
         ("(counter)", "nft_counter"),
         ("(ct)", "nft_ct"),
@@ -102,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_kernel_refuses_names_the_module() {
+    fn kernel_error_names_missing_module() {
         const NOWHERE: Option<&str> = None;
         for (refused, blamed, errno, expected) in [
             (None, NOWHERE, Errno::EOPNOTSUPP, Some("nf_tables")),

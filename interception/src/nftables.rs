@@ -1,7 +1,4 @@
-//! The netlink backend: puts a plan into nf_tables, reads its counters and what is installed, takes
-//! it out again.
-//!
-//! Not here: which rules there are (`plan.rs`).
+//! The nftables backend: installs, reads and removes a plan over netlink.
 
 mod encode;
 mod expressions;
@@ -29,26 +26,25 @@ use crate::{Entered, InterceptionError};
 
 type Kernel = Connection<Nftables>;
 
-/// How often a rule matched.
+/// The counter of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RuleCounter {
     /// The id of the rule.
     pub id: String,
-    /// Packets that matched; in a nat chain, connections.
+    /// Matching packets; in a nat chain, connections.
     pub packets: u64,
-    /// The bytes of those packets.
+    /// Bytes of those packets.
     pub bytes: u64,
 }
 
-/// Asks for the ruleset's generation: changes nothing, and fails where there is no nf_tables.
-pub(crate) async fn reach(entered: &Entered) -> Result<(), InterceptionError> {
+/// Checks that nf_tables is available by reading the generation of the ruleset.
+pub(crate) async fn check_available(entered: &Entered) -> Result<(), InterceptionError> {
     const OPERATION: &str = "read the nftables ruleset";
     let kernel = connect(entered, OPERATION)?;
     match kernel.generation().await {
         Ok(_) => Ok(()),
         Err(error) if error.is_permission_denied() => Err(failed(OPERATION)(error)),
-        // Whatever else the answer is, nobody answered for nf_tables: EINVAL from nfnetlink without
-        // it.
+        // Any other error means that the kernel lacks nf_tables: nfnetlink answers EINVAL then.
         Err(error) => Err(InterceptionError::Unsupported {
             operation: OPERATION,
             module: "nf_tables",
@@ -57,14 +53,14 @@ pub(crate) async fn reach(entered: &Entered) -> Result<(), InterceptionError> {
     }
 }
 
-/// Replaces our table by the plan, in one transaction: packets see the old rules or the new ones.
+/// Replaces the table by the plan in one transaction. Packets see either the old or the new rules.
 pub(crate) async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), InterceptionError> {
-    ask(entered, "install the nftables rules", async |kernel| {
+    with_connection(entered, "install the nftables rules", async |kernel| {
         make_room(kernel, plan);
         let tables = kernel.list_tables_in(Family::Inet).await?;
         let replace = tables.iter().any(|table| table.name == TABLE);
         match commit(kernel, plan, replace).await {
-            // Someone was faster.
+            // Another process created the table meanwhile.
             Err(error) if !replace && error.is_already_exists() => commit(kernel, plan, true).await,
             committed => committed,
         }
@@ -72,12 +68,13 @@ pub(crate) async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), Inte
     .await
 }
 
-/// The counters of the rules that are in the kernel, in their order; none if our table is not.
+/// The counters of the installed rules in order; empty without an installed table.
 pub(crate) async fn counters(entered: &Entered) -> Result<Vec<RuleCounter>, InterceptionError> {
     const OPERATION: &str = "read the nftables rules";
-    let rules =
-        ask(entered, OPERATION, async |kernel| kernel.list_rules(TABLE, Family::Inet).await)
-            .await?;
+    let rules = with_connection(entered, OPERATION, async |kernel| {
+        kernel.list_rules(TABLE, Family::Inet).await
+    })
+    .await?;
     let counters = rules.into_iter().filter_map(|rule| {
         let (packets, bytes) = rule.counter()?;
         Some(RuleCounter { id: rule.comment_text?, packets, bytes })
@@ -85,19 +82,21 @@ pub(crate) async fn counters(entered: &Entered) -> Result<Vec<RuleCounter>, Inte
     Ok(counters.collect())
 }
 
-/// Takes our table out; `false` if there was none.
+/// Removes the table. Returns `false` if there was none.
 pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError> {
     const OPERATION: &str = "remove the nftables rules";
-    ask(entered, OPERATION, async |kernel| kernel.del_table_if_exists(TABLE, Family::Inet).await)
-        .await
+    with_connection(entered, OPERATION, async |kernel| {
+        kernel.del_table_if_exists(TABLE, Family::Inet).await
+    })
+    .await
 }
 
-/// Does something over a connection of its own, which is closed on a thread that may wait.
+/// Runs `operation` on a new netlink connection, and closes the connection on a blocking thread.
 ///
-/// After a table has been deleted, by whomever, close(2) returns only when no CPU can be looking at
-/// it any more, some ten milliseconds later (`nft_rcv_nl_event` flushes
-/// `nf_tables_trans_destroy_work`, which waits for RCU, net/netfilter/nf_tables_api.c).
-async fn ask<T>(
+/// After any process deleted a table, close(2) blocks for about ten milliseconds, until no CPU can
+/// access the table (`nft_rcv_nl_event` flushes `nf_tables_trans_destroy_work`, which waits for
+/// RCU, net/netfilter/nf_tables_api.c).
+async fn with_connection<T>(
     entered: &Entered,
     operation: &'static str,
     request: impl AsyncFnOnce(&Kernel) -> nlink::Result<T>,
@@ -108,11 +107,10 @@ async fn ask<T>(
     answer.map_err(failed(operation))
 }
 
-/// Closes on another thread. If there is none to be had, the closure is dropped here, and the
-/// connection with it.
+/// Closes the connection on another thread, or here if no thread can be started.
 fn close(kernel: Kernel) {
     let close = move || {
-        // It lives for a moment.
+        // The thread is short-lived, so a failure is harmless.
         confine_auxiliary_thread().ok();
         drop(kernel);
     };
@@ -123,9 +121,9 @@ fn connect(_: &Entered, operation: &'static str) -> Result<Kernel, InterceptionE
     Kernel::new().map_err(failed(operation))
 }
 
-/// Add, delete, add: the first makes the delete right if the table has gone meanwhile. (The
-/// kernel's own word for it, NFT_MSG_DESTROYTABLE, exists since Linux 6.3 only.) Where there is no
-/// table nothing is deleted, as that costs more than all the rest: see [`ask`].
+/// Adds, deletes and adds the table: the first addition makes the deletion succeed if the table is
+/// gone. (The kernel has a message for it, NFT_MSG_DESTROYTABLE, only since Linux 6.3.) Without a
+/// table, nothing is deleted, because a deletion delays the close: see [`with_connection`].
 async fn commit(kernel: &Kernel, plan: &RulePlan, replace: bool) -> nlink::Result<()> {
     let mut transaction = kernel.transaction();
     if replace {
@@ -149,16 +147,16 @@ fn add_all(mut transaction: Transaction, plan: &RulePlan) -> nlink::Result<Trans
     Ok(transaction)
 }
 
-/// All sets that the rules look up.
+/// All sets that the rules reference.
 fn named_sets(plan: &RulePlan) -> impl Iterator<Item = NamedSet> {
     plan.rules().iter().flat_map(operands).filter_map(Operand::into_set)
 }
 
-/// The kernel takes a transaction in one piece only, and refuses one that is longer than the send
-/// buffer (EMSGSIZE). Without CAP_NET_ADMIN in the first user namespace, `net.core.wmem_max` is as
-/// far as that grows.
+/// Enlarges the send buffer, because the kernel accepts a transaction only as one message (EMSGSIZE
+/// otherwise). Without CAP_NET_ADMIN in the initial user namespace, `net.core.wmem_max` is the
+/// limit.
 fn make_room(kernel: &Kernel, plan: &RulePlan) {
-    /// More than any chain, set or rule takes.
+    /// An upper bound for the size of one chain, set or rule in bytes.
     const EACH: usize = 2048;
     let elements: usize = named_sets(plan).map(|set| set.values.len()).sum();
     let size = (plan.chains().len() + 2 * plan.rules().len() + 8) * EACH + elements * sets::ELEMENT;
@@ -166,6 +164,6 @@ fn make_room(kernel: &Kernel, plan: &RulePlan) {
     let grown =
         setsockopt(socket, SndBufForce, &size).or_else(|_| setsockopt(socket, SndBuf, &size));
     if let Err(error) = grown {
-        tracing::debug!(%error, size, "the send buffer stays as it is");
+        tracing::debug!(%error, size, "cannot enlarge the netlink send buffer");
     }
 }

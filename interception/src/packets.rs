@@ -1,7 +1,7 @@
-//! What really goes over a wire: frames of one interface, and the TCP segments in them. For tests
-//! and demonstrations that have to show that no plaintext leaves.
+//! Captures frames of an interface and parses TCP segments.
 //!
-//! Not here: a general packet parser. IPv6 extension headers, fragments and VLANs are passed over.
+//! Tests and the demonstration use it to show that no plaintext leaves. It is no general parser:
+//! IPv6 extension headers, fragments and VLANs are skipped.
 
 use std::fmt;
 use std::io;
@@ -15,13 +15,13 @@ use nix::sys::socket::{
     sockopt,
 };
 
-/// Room for the frames that arrive between two calls of [`PacketCapture::drain`].
+/// The receive buffer in bytes, for frames that arrive between two calls of
+/// [`PacketCapture::drain`].
 const RECEIVE_BUFFER: usize = 64 << 20;
-/// The longest frame: with segmentation left to the interface, 64 KiB of IP and the Ethernet
-/// header.
+/// The maximum length of a frame: with segmentation offload, 64 KiB of IP plus the Ethernet header.
 const LONGEST_FRAME: usize = (64 << 10) + 64;
 
-/// An open capture. It sees what the interface sends and receives.
+/// An open capture of the frames that an interface sends and receives.
 pub struct PacketCapture {
     socket: OwnedFd,
     interface: usize,
@@ -29,28 +29,27 @@ pub struct PacketCapture {
 }
 
 impl PacketCapture {
-    /// Starts to capture on `interface` of the calling thread's network namespace; needs NET_RAW
-    /// there.
+    /// Starts a capture on `interface` of the current network namespace; needs NET_RAW there.
     ///
     /// # Errors
     ///
-    /// The kernel's; ENODEV if there is no such interface.
+    /// The error of the kernel; ENODEV if the interface does not exist.
     pub fn open(interface: &str) -> io::Result<Self> {
         let interface = usize::try_from(if_nametoindex(interface)?).map_err(io::Error::other)?;
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll)?;
-        // Beyond net.core.rmem_max if we may, else up to it.
+        // Ignores net.core.rmem_max if permitted, otherwise the maximum applies.
         if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
             setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
         }
         Ok(Self { socket, interface, frame: vec![0; LONGEST_FRAME] })
     }
 
-    /// The frames since the last call, in order; does not wait for more.
+    /// The frames since the last call, in order. Does not wait.
     ///
     /// # Errors
     ///
-    /// The kernel's; ENOBUFS is among them when frames were lost.
+    /// The error of the kernel; ENOBUFS if frames were lost.
     pub fn drain(&mut self) -> io::Result<Vec<Vec<u8>>> {
         let mut frames = Vec::new();
         loop {
@@ -81,16 +80,16 @@ impl fmt::Debug for PacketCapture {
 /// A TCP segment in an Ethernet frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TcpSegment<'a> {
-    /// Who sent it.
+    /// The source address and port.
     pub source: SocketAddr,
-    /// Whom it is for.
+    /// The destination address and port.
     pub destination: SocketAddr,
-    /// Its data, without padding of the frame.
+    /// The payload without the frame's padding.
     pub payload: &'a [u8],
 }
 
 impl<'a> TcpSegment<'a> {
-    /// Reads a frame; `None` if it is not TCP over IPv4 or IPv6, or is cut off.
+    /// Parses a frame; `None` if it is truncated or is not TCP over IPv4 or IPv6.
     #[must_use]
     pub fn parse(frame: &'a [u8]) -> Option<Self> {
         const ETHERNET: usize = 14;
@@ -100,7 +99,7 @@ impl<'a> TcpSegment<'a> {
             [0x86, 0xdd] => ipv6(packet)?,
             _ => return None,
         };
-        // RFC 9293 3.1: ports, and the length of the header in words of four octets.
+        // RFC 9293 3.1: ports, and the header length in 32-bit words.
         let header = usize::from(segment.get(12)? >> 4) * 4;
         Some(Self {
             source: SocketAddr::new(source, be16(segment, 0)?),
@@ -113,7 +112,7 @@ impl<'a> TcpSegment<'a> {
 /// The protocol number of TCP.
 const TCP: u8 = 6;
 
-/// RFC 791 3.1.
+/// Parses an IPv4 packet (RFC 791 3.1).
 fn ipv4(packet: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
     let address = |at: usize| -> Option<IpAddr> {
         let octets: [u8; 4] = packet.get(at..at + 4)?.try_into().ok()?;
@@ -125,7 +124,7 @@ fn ipv4(packet: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
     Some((address(12)?, address(16)?, packet.get(header..total)?))
 }
 
-/// RFC 8200 3.
+/// Parses an IPv6 packet (RFC 8200 3).
 fn ipv6(packet: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
     const HEADER: usize = 40;
     let address = |at: usize| -> Option<IpAddr> {
@@ -146,7 +145,7 @@ fn be16(bytes: &[u8], at: usize) -> Option<u16> {
 mod tests {
     use super::*;
 
-    /// A segment from port 1000 to port 2000 whose header has one word of options.
+    /// A segment from port 1000 to port 2000 with one word of options in its header.
     fn segment(payload: &[u8]) -> Vec<u8> {
         let mut segment = vec![0x03, 0xe8, 0x07, 0xd0];
         segment.extend([0; 8]);
@@ -178,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ipv4_segment_is_read_without_the_padding_of_its_frame() {
+    fn parses_ipv4_segment_without_frame_padding() {
         let mut frame = v4_frame(b"hi");
         frame.extend([0; 4]);
         let segment = TcpSegment::parse(&frame).expect("a segment");
@@ -188,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ipv6_segment_is_read() {
+    fn parses_ipv6_segment() {
         let frame = v6_frame(b"hello");
         let segment = TcpSegment::parse(&frame).expect("a segment");
         assert_eq!(segment.source, "[::1]:1000".parse().expect("an address"));
@@ -197,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn other_protocols_are_no_segments() {
+    fn ignores_other_protocols() {
         let mut udp = v4_frame(b"");
         udp[23] = 17;
         assert_eq!(TcpSegment::parse(&udp), None);
@@ -207,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_cut_off_anywhere_is_no_segment_and_no_panic() {
+    fn rejects_frame_truncated_anywhere() {
         for frame in [v4_frame(b"hi"), v6_frame(b"hi")] {
             for len in 0..frame.len() {
                 assert_eq!(TcpSegment::parse(&frame[..len]), None, "{len}");

@@ -1,13 +1,13 @@
-//! The rule plan: which packets are caught, in which order, and why. Pure: it reads and changes
-//! nothing.
+//! The rule plan: the netfilter rules of a profile, with the reason for each.
 //!
-//! A plan is a list of rules in chains, as netfilter has them: [`ambient`], [`sidecar`] and [`osm`]
-//! make it of the settings. Everything else is made of the plan: nft's text (`nft.rs`), that of
-//! iptables-restore (`iptables.rs`), what goes to the kernel over netlink
-//! (`backend/nftables.rs`), and the walk of a packet through it (`walk.rs`).
+//! A plan is a list of rules in chains. [`ambient`], [`sidecar`] and [`osm`] build it from the
+//! settings. The module is pure: it neither reads nor changes the system.
 //!
-//! The nat chains see the first packet of a connection only, so their counters count connections;
-//! the other chains see, and count, packets.
+//! Consumers of a plan: `nft.rs` prints it for `nft`, `iptables.rs` for `iptables-restore`,
+//! `nftables.rs` encodes it as netlink messages, and `walk.rs` evaluates it for one packet.
+//!
+//! Nat chains see only the first packet of a connection, so their counters count connections. All
+//! other chains see and count every packet.
 
 mod ambient;
 mod build;
@@ -22,7 +22,7 @@ mod sidecar;
 mod types;
 mod walk;
 
-pub(crate) use build::MANY;
+pub(crate) use build::HASHED_NETWORKS_MIN;
 pub use iptables::Family;
 pub(crate) use iptables::TABLES;
 pub use types::{
@@ -30,7 +30,10 @@ pub use types::{
     PolicyRoute, Protocol, Rule, Table,
 };
 pub(crate) use walk::is_link_local;
-pub use walk::{Answer, End, Environment, Interface, Packet, Passage, State, Walk, Way};
+pub use walk::{
+    ConntrackState, Entry, Environment, Interface, Packet, ReplyOutcome, TraversedChain, Verdict,
+    Walk,
+};
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -40,46 +43,48 @@ use underpass_config::{InterceptionSettings, Profile, Settings};
 pub const PROXY_MARK: u32 = 0x539;
 /// The connection mark of a connection from the proxy to the workload (Istio's `InpodTProxyMark`).
 pub const CONNECTION_MARK: u32 = 0x111;
-/// The bits of a mark that are ours; the others belong to the CNI and are neither read nor changed.
+/// The bits of a mark that underpass owns. The CNI owns the other bits; they are never compared or
+/// changed.
 pub const MARK_MASK: u32 = 0xfff;
-/// The routing table that delivers replies to imitated clients back to the proxy.
+/// The routing table that delivers replies to a preserved client address back to the proxy.
 pub const ROUTE_TABLE: u32 = 100;
-/// The priority of the ip rule that chooses [`ROUTE_TABLE`]: just before `main` (32766), as Istio
-/// has it.
+/// The priority of the ip rule that selects [`ROUTE_TABLE`]. It precedes `main` (32766) and equals
+/// Istio's.
 pub const RULE_PRIORITY: u32 = 32764;
-/// The conntrack zone of the original direction of what the proxy opens. Istio uses 1 and 2 for DNS.
+/// The conntrack zone for the original direction of the proxy's own connections. Istio uses zones 1
+/// and 2 for DNS.
 pub const PROXY_ZONE: u16 = 15;
-/// The name of our nftables table; its family is `inet`.
+/// The name of the nftables table. Its family is `inet`.
 pub const TABLE: &str = "underpass";
-/// The id of the rule that exempts the kubelet's probes; that of its IPv6 twin ends in `-v6`.
+/// The id of the rule that exempts the kubelet's probes; its IPv6 variant ends in `-v6`.
 pub const KUBELET_PROBE_IN: &str = "kubelet-probe-in";
-/// Where the kubelet's probes come from in an Istio mesh, IPv4: the node rewrites their source to
+/// The IPv4 source address of kubelet probes in an Istio mesh: the node rewrites their source to
 /// it.
 pub const KUBELET_PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
-/// Where the kubelet's probes come from in an Istio mesh, IPv6.
+/// The IPv6 source address of kubelet probes in an Istio mesh.
 pub const KUBELET_PROBE_V6: Ipv6Addr =
     Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);
 
-/// The ports that the rules lead to.
+/// The listening ports of the proxy that rules refer to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ports {
-    /// Where caught outbound connections arrive.
+    /// The target port of redirected outbound connections.
     pub outbound: u16,
-    /// Where caught plaintext inbound connections arrive.
+    /// The target port of redirected plaintext inbound connections.
     pub inbound: u16,
-    /// Where peers connect with HBONE.
+    /// The port on which peers connect with HBONE.
     pub hbone: u16,
-    /// Where caught DNS queries arrive.
+    /// The target port of redirected DNS queries.
     pub dns: u16,
-    /// Where the proxy serves metrics and readiness: never caught.
+    /// The addresses that serve metrics and readiness. They are never captured.
     pub services: [SocketAddr; 2],
 }
 
 impl Ports {
-    /// Where metrics and readiness are served by default.
+    /// The default addresses for metrics and readiness.
     pub const DEFAULT_SERVICES: [SocketAddr; 2] = [any_address(15020), any_address(15021)];
 
-    /// Those of the settings.
+    /// The ports that `settings` configure.
     #[must_use]
     pub fn of(settings: &Settings) -> Self {
         let proxy = &settings.proxy;
@@ -97,7 +102,7 @@ const fn any_address(port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)
 }
 
-/// All rules of a profile, in the order in which the kernel tries them, and what they rely on.
+/// All rules of a profile in evaluation order, and the routes and addresses that they depend on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RulePlan {
     pub(crate) chains: Vec<Chain>,
@@ -107,8 +112,8 @@ pub struct RulePlan {
 }
 
 impl RulePlan {
-    /// The rules that `settings` ask for. `ipv6`: whether the kernel has IPv6, enabled here
-    /// or not ([`crate::ipv6_available`]). The profile `none` has no rules.
+    /// Builds the rules for `settings`. `ipv6` is true if the kernel supports IPv6, even where it
+    /// is disabled ([`crate::ipv6_available`]). The profile `none` has no rules.
     #[must_use]
     pub fn new(settings: &InterceptionSettings, ports: Ports, ipv6: bool) -> Self {
         let inputs = build::Inputs::new(settings, ports, ipv6);
@@ -120,39 +125,38 @@ impl RulePlan {
         }
     }
 
-    /// No rules, but all that the rules of any settings rely on: for its removal.
-    pub(crate) fn beside_rules() -> Self {
+    /// A plan without rules but with the routes and addresses of every profile, for their removal.
+    pub(crate) fn routes_and_addresses() -> Self {
         let routes =
             vec![ambient::ROUTE, sidecar::tproxy::route(false), sidecar::tproxy::route(true)];
         let addresses = vec![sidecar::LAST_HOP_V6];
         Self { chains: Vec::new(), rules: Vec::new(), routes, addresses }
     }
 
-    /// The chains, in the order in which they are created: a chain stands before what jumps to it
-    /// needs it.
+    /// The chains in creation order: each chain precedes the rules that jump to it.
     #[must_use]
     pub fn chains(&self) -> &[Chain] {
         &self.chains
     }
 
-    /// The rules, in order; those of one chain need not stand together.
+    /// The rules in order. Rules of one chain are not necessarily adjacent.
     #[must_use]
     pub fn rules(&self) -> &[Rule] {
         &self.rules
     }
 
     /// The rules of one chain, in order.
-    pub fn rules_of(&self, chain: ChainId) -> impl Iterator<Item = &Rule> {
+    pub fn rules_in(&self, chain: ChainId) -> impl Iterator<Item = &Rule> {
         self.rules.iter().filter(move |rule| rule.chain == chain)
     }
 
-    /// The ip rules and routes that the rules rely on.
+    /// The ip rules and routes that the rules depend on.
     #[must_use]
     pub fn routes(&self) -> &[PolicyRoute] {
         &self.routes
     }
 
-    /// The addresses of the loopback interface that the sockets of the profile rely on.
+    /// The loopback addresses that the sockets of the profile depend on.
     #[must_use]
     pub fn addresses(&self) -> &[LoopbackAddress] {
         &self.addresses

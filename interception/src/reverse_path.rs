@@ -1,11 +1,11 @@
-//! Kernel settings by which clients cannot reach a proxy that TPROXY leads them to.
+//! Rejects TPROXY where kernel settings would drop all inbound connections.
 //!
-//! A packet whose mark leads to the table with `local default` is looked up again, from its source
-//! (`__fib_validate_source`, net/ipv4/fib_frontend.c). Without the mark, which is the kernel's
-//! default, that goes as ever. With it (`src_valid_mark`, as WireGuard's wg-quick sets it) every
-//! client is found to be local, and its packets are dropped whatever `rp_filter` says, unless
-//! `accept_local` is set. IPv6 has no such look. Not here: what this process sends over loopback,
-//! which brings its route along and is not looked up again.
+//! The kernel validates the source of a packet whose mark selects the table with `local default`
+//! (`__fib_validate_source`, net/ipv4/fib_frontend.c). By default it does so without the mark. With
+//! `src_valid_mark`, which wg-quick of WireGuard sets, it uses the mark and considers every client
+//! local. It then drops the packet regardless of `rp_filter`, unless `accept_local` is set. IPv6
+//! has no such validation. Packets that this process sends over loopback carry their route and are
+//! not validated.
 
 use std::fs;
 use std::path::Path;
@@ -16,11 +16,11 @@ use crate::{Entered, InterceptionError};
 
 const INTERFACES: &str = "/proc/sys/net/ipv4/conf";
 
-/// Refuses TPROXY where some interface would let nobody in.
+/// Rejects TPROXY if an interface would drop inbound connections.
 ///
 /// # Errors
 ///
-/// [`InterceptionError::ClientsRefused`].
+/// [`InterceptionError::InboundDropped`].
 pub fn check_reverse_path(
     _: &Entered,
     settings: &InterceptionSettings,
@@ -31,13 +31,13 @@ pub fn check_reverse_path(
     let names = interfaces.filter_map(|interface| interface.file_name().into_string().ok());
     let mut outer = names.filter(|name| !matches!(&**name, "all" | "default" | "lo"));
     match outer.find(|interface| tproxy && refuses(interface)) {
-        Some(interface) => Err(InterceptionError::ClientsRefused { interface }),
+        Some(interface) => Err(InterceptionError::InboundDropped { interface }),
         None => Ok(()),
     }
 }
 
 fn refuses(interface: &str) -> bool {
-    // Of both settings, either one's own or that of all counts (IN_DEV_ORCONF).
+    // The setting of the interface or of `all` suffices (IN_DEV_ORCONF).
     let is_set = |setting: &str| [interface, "all"].iter().any(|of| is_one(of, setting));
     is_set("src_valid_mark") && !is_set("accept_local")
 }

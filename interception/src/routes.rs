@@ -1,13 +1,12 @@
-//! What the rules rely on beside netfilter: ip rules and routes that deliver marked packets to this
-//! namespace, and addresses of the loopback interface.
+//! The ip rules, routes and loopback addresses that a plan depends on.
+//!
+//! They deliver marked packets to this namespace. `plan.rs` sets the marks.
 //!
 //! ```text
 //! ip rule  add fwmark 0x111/0xfff pref 32764 lookup 100
 //! ip route add local default dev lo table 100
 //! ip addr  add ::6/128 dev lo
 //! ```
-//!
-//! Not here: what sets the marks (`plan.rs`).
 
 use std::net::Ipv6Addr;
 
@@ -23,35 +22,35 @@ use crate::plan::{LoopbackAddress, PolicyRoute, RulePlan};
 use crate::verify::Section;
 use crate::{Entered, InterceptionError, ipv6, ipv6_available};
 
-/// Says in the kernel who made our rules and routes (`ip rule` shows `proto 117`), so that removal
-/// cannot take another program's. The number is free in /etc/iproute2/rt_protos.
+/// The routing protocol number that marks own ip rules and routes (`ip rule` shows `proto 117`), so
+/// that removal does not affect others. The number is unused in /etc/iproute2/rt_protos.
 pub(crate) const PROTOCOL: u8 = 117;
-/// The interface that all of it is about.
+/// The interface of all routes and addresses.
 const LOOPBACK: &str = "lo";
 
-/// One thing that we add.
+/// An object that is added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
-    /// An ip rule, of IPv6 or IPv4.
+    /// An ip rule for one IP version.
     Rule(PolicyRoute, Version),
-    /// The route that it leads to.
+    /// The route that the ip rule selects.
     Route(PolicyRoute, Version),
-    /// An address.
+    /// A loopback address.
     Address(Ipv6Addr),
 }
 
-/// Of which IP.
+/// An IP version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Version {
     V4,
     V6,
 }
 
-/// What the plan needs here, in the order of its installation.
+/// The objects that the plan needs, in installation order.
 ///
-/// IPv6 follows the kernel rather than the capture setting: also a pod whose own IPv6 traffic is
-/// not caught gets HBONE from IPv6 clients, whose addresses the proxy imitates. While IPv6 is
-/// disabled on the loopback interface, that takes no IPv6 route or address.
+/// IPv6 objects depend on the kernel and not on the capture setting: a pod whose own IPv6 is not
+/// captured still receives HBONE from IPv6 clients, whose addresses the proxy uses. While IPv6 is
+/// disabled on the loopback interface, the kernel accepts no IPv6 route or address there.
 fn needed(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
     let (known, v6) = (ipv6_available(), ipv6::on_loopback(entered));
     let versions = if known { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
@@ -73,22 +72,23 @@ impl Entry {
     }
 }
 
-/// What the rules of other settings rely on, and these do not: with them, a mark that these rules set would lead astray.
+/// The objects that other settings need and these do not. A mark of these rules must not match
+/// their ip rules.
 fn foreign(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
     let needed = needed(entered, plan);
     let is_needed = |entry: &Entry| match entry {
-        // A route is its table's, whatever the rule that leads to it.
+        // A route belongs to its table, whichever ip rule selects it.
         Entry::Route(PolicyRoute { table, .. }, _) => {
             plan.routes().iter().any(|route| route.table == *table)
         }
         entry => needed.contains(entry),
     };
-    let mut entries = removable(&RulePlan::beside_rules());
+    let mut entries = removable(&RulePlan::routes_and_addresses());
     entries.retain(|entry| !is_needed(entry));
     entries
 }
 
-/// Takes out what an installation of other settings left.
+/// Removes the objects that an installation with other settings left.
 pub(crate) async fn remove_foreign(
     entered: &Entered,
     plan: &RulePlan,
@@ -96,7 +96,7 @@ pub(crate) async fn remove_foreign(
     delete(entered, &foreign(entered, plan)).await.map(drop)
 }
 
-/// Adds what is missing, and says what that was. On failure nothing stays that this call added.
+/// Adds missing objects and returns them. On failure, all objects added by this call are removed.
 pub(crate) async fn install(
     entered: &Entered,
     plan: &RulePlan,
@@ -112,7 +112,7 @@ pub(crate) async fn install(
         match add(&connection, entry).await {
             Ok(()) => added.push(entry),
             Err(error) if error.is_already_exists() => {}
-            // Disabled since the list was made.
+            // IPv6 was disabled after the list was built.
             Err(_) if entry.needs_ipv6_on_loopback() && !ipv6::on_loopback(entered) => {}
             Err(error) => {
                 undo(entered, &added).await;
@@ -123,22 +123,22 @@ pub(crate) async fn install(
     Ok(added)
 }
 
-/// Removes what a failed installation added. A failure here is logged: the caller has a better one
-/// to return.
+/// Removes objects after a failed installation. A failure is only logged, since the caller returns
+/// the original error.
 pub(crate) async fn undo(entered: &Entered, added: &[Entry]) {
     if let Err(error) = delete(entered, added).await {
-        tracing::warn!(%error, ?added, "what a failed installation had added could not be removed");
+        tracing::warn!(%error, ?added, "cannot remove the ip rules and routes of a failed installation");
     }
 }
 
-/// Removes whatever the plan needs, in both families; `false` if there was nothing.
+/// Removes all objects of the plan in both families. Returns `false` if there were none.
 pub(crate) async fn remove(entered: &Entered, plan: &RulePlan) -> Result<bool, InterceptionError> {
     delete(entered, &removable(plan)).await
 }
 
-/// All that the plan may have needed here, in both families.
+/// All objects that the plan may have added, in both families.
 fn removable(plan: &RulePlan) -> Vec<Entry> {
-    // Without IPv6 the kernel answers questions about it with errors, and has nothing of ours.
+    // Without IPv6, requests about it fail, and there are no objects of it.
     let v6 = if ipv6_available() { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
     let mut entries = Vec::new();
     for route in plan.routes() {
@@ -150,12 +150,12 @@ fn removable(plan: &RulePlan) -> Vec<Entry> {
     entries
 }
 
-/// What the plan needs here, for a comparison.
+/// The planned objects as a section of a listing.
 pub(crate) fn expected(entered: &Entered, plan: &RulePlan) -> Section {
     Section { head: HEAD.to_owned(), lines: needed(entered, plan).into_iter().map(text).collect() }
 }
 
-/// What of it there is, and what an installation of other settings left.
+/// The installed objects, including those of an installation with other settings.
 pub(crate) async fn installed(
     entered: &Entered,
     plan: &RulePlan,
@@ -170,7 +170,7 @@ pub(crate) async fn installed(
         Entry::Route(route, version) => routes.iter().any(|found| is_route(found, route, *version)),
         Entry::Address(address) => addresses.iter().any(|found| is_address(found, *address)),
     };
-    // Only what has our number can be what another installation of ours left.
+    // Only objects with the own protocol number can be from another installation of underpass.
     let ours = |entry: &Entry| match entry {
         Entry::Rule(route, version) => rules
             .iter()
@@ -186,8 +186,7 @@ pub(crate) async fn installed(
     Ok(Section { head: HEAD.to_owned(), lines })
 }
 
-/// The ip rules of others that choose a route before those of the plan do, as iproute2 would be
-/// given them.
+/// Foreign ip rules that precede those of the plan, in iproute2 syntax.
 pub(crate) async fn foreign_rules(
     entered: &Entered,
     plan: &RulePlan,
@@ -198,14 +197,14 @@ pub(crate) async fn foreign_rules(
     };
     let rules = connect(entered, OPERATION)?.get_rules().await.map_err(failed(OPERATION))?;
     let foreign = rules.iter().filter(|rule| {
-        // The local table has priority 0.
+        // Priority 0 is the local table.
         (1..=last).contains(&rule.priority()) && rule.protocol() != Some(PROTOCOL)
     });
     Ok(foreign.map(foreign_text).collect())
 }
 
-/// The ip rules of others that equal those of the plan in all but who made them.
-pub(crate) async fn rules_of_others(
+/// Foreign ip rules that equal those of the plan except for the protocol number.
+pub(crate) async fn duplicate_foreign_rules(
     entered: &Entered,
     plan: &RulePlan,
 ) -> Result<Vec<String>, InterceptionError> {
@@ -219,8 +218,8 @@ pub(crate) async fn rules_of_others(
     Ok(equal.map(foreign_text).collect())
 }
 
-/// Removes them, and the routes that they lead to; `false` if there was nothing.
-pub(crate) async fn remove_of_others(
+/// Removes such ip rules and the routes that they select. Returns `false` if there were none.
+pub(crate) async fn remove_foreign_rules(
     entered: &Entered,
     plan: &RulePlan,
 ) -> Result<bool, InterceptionError> {
@@ -229,7 +228,7 @@ pub(crate) async fn remove_of_others(
     let mut any = false;
     for entry in removable(plan) {
         let removed = match entry {
-            // Istio gives its TPROXY rule no priority, and may have added it several times.
+            // Istio's TPROXY rule has no fixed priority and may exist several times.
             Entry::Rule(PolicyRoute { mark, table, .. }, version) => {
                 let family = family(version);
                 let rule = RuleBuilder::new(family).fwmark_mask(mark.value, mark.mask).table(table);
@@ -285,7 +284,7 @@ fn foreign_text(rule: &RuleMessage) -> String {
 
 const HEAD: &str = "ip rules, routes and addresses";
 
-/// As iproute2 would be told.
+/// The object in iproute2 syntax.
 fn text(entry: Entry) -> String {
     let ip = |version| if version == Version::V4 { "ip -4" } else { "ip -6" };
     match entry {
@@ -304,7 +303,7 @@ fn is_rule(rule: &RuleMessage, route: &PolicyRoute, version: Version) -> bool {
     is_like(rule, route, version) && rule.priority() == route.priority
 }
 
-/// The same at any priority.
+/// Like [`is_rule`], but with any priority.
 fn is_like(rule: &RuleMessage, route: &PolicyRoute, version: Version) -> bool {
     rule.is_ipv4() == (version == Version::V4)
         && rule.is_lookup()
@@ -318,7 +317,7 @@ fn is_like(rule: &RuleMessage, route: &PolicyRoute, version: Version) -> bool {
 }
 
 fn is_route(found: &RouteMessage, route: &PolicyRoute, version: Version) -> bool {
-    /// The loopback interface is number 1 in every namespace (LOOPBACK_IFINDEX,
+    /// The index of the loopback interface in every namespace (LOOPBACK_IFINDEX,
     /// include/net/flow.h).
     const LOOPBACK_INDEX: u32 = 1;
     found.family() == family(version)
@@ -352,8 +351,8 @@ async fn add(connection: &Connection<Rtnetlink>, entry: Entry) -> nlink::Result<
         Entry::Rule(route, version) => connection.add_rule(rule(route, version)).await,
         Entry::Route(route, Version::V4) => connection.add_route(route_v4(route)).await,
         Entry::Route(route, Version::V6) => connection.add_route(route_v6(route)).await,
-        // Nobody else is on the loopback interface: without the wait for an objection it is usable
-        // at once.
+        // No duplicate address detection: nothing else can have an address of the loopback
+        // interface, and the address is usable at once.
         Entry::Address(address) => {
             connection.add_address(Ipv6Address::new(LOOPBACK, address, 128).nodad()).await
         }

@@ -1,7 +1,7 @@
-//! Private namespaces for tests and demonstrations: in them anyone is root, and the machine is out
-//! of reach.
+//! Private namespaces for tests and demonstrations, in which the process is root.
 //!
-//! Not here: network namespaces beside each other (`namespace.rs`), which are then made inside.
+//! Everything inside is isolated from the machine. `namespace.rs` creates further network
+//! namespaces within them.
 
 use std::fs;
 use std::io;
@@ -16,34 +16,35 @@ use nix::unistd::{Gid, Uid, getegid, geteuid};
 use crate::InterceptionError;
 use crate::error::SandboxRemedy;
 
-/// Where an empty file system can be mounted, the first that there is: a minimal image may have
-/// neither `/run` nor `/tmp`, and be read-only.
+/// Candidates for the mount point of an empty file system, in order of preference. A minimal image
+/// may be read-only and have neither `/run` nor `/tmp`.
 const FOLDERS: [&str; 9] =
     ["/run", "/tmp", "/var/tmp", "/mnt", "/srv", "/opt", "/var", "/home", "/dev"];
 
-/// What [`sandbox_folder`] returns, once there is a sandbox.
+/// The result of [`sandbox_folder`] within a sandbox.
 static FOLDER: OnceLock<PathBuf> = OnceLock::new();
 
-/// The folder that is the sandbox's own, on a file system that ends with it. Outside of a sandbox
-/// `/run`.
+/// The folder for temporary files of a sandbox, on a file system that is removed with it. Outside
+/// of a sandbox, `/run`.
 #[must_use]
 pub fn sandbox_folder() -> &'static Path {
     FOLDER.get().map_or_else(|| Path::new("/run"), PathBuf::as_path)
 }
 
-/// What [`enter_sandbox`] made.
+/// The kind of namespaces that [`enter_sandbox`] created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sandbox {
-    /// Namespaces of mounts and network, where every user exists.
+    /// Mount and network namespaces; every user exists.
     OfRoot,
-    /// The same in a user namespace, where only root does.
+    /// The same within a user namespace; only root exists.
     InUserNamespace,
 }
 
-/// Moves the process into new mount and network namespaces, as their root and with an empty
-/// [`sandbox_folder`], which is `/run` if there is one. There is no way back.
+/// Moves the process into new mount and network namespaces, as root and with an empty
+/// [`sandbox_folder`], which is `/run` if it exists. It cannot be undone.
 ///
-/// Who is not root becomes it in a user namespace too, where there is no other user; root needs none,
+/// An unprivileged process also enters a user namespace, in which root is the only user. A root
+/// process does not, and can use any user inside.
 /// and so can be any user inside.
 ///
 /// # Errors
@@ -51,12 +52,13 @@ pub enum Sandbox {
 /// [`InterceptionError::Sandbox`]: the process has more than one thread, or the kernel forbids it.
 pub fn enter_sandbox() -> Result<Sandbox, InterceptionError> {
     let (uid, gid) = (geteuid(), getegid());
-    // Of several threads only this one would enter; for a user namespace the kernel itself refuses it.
+    // unshare affects only the calling thread; with a user namespace, the kernel rejects several
+    // threads.
     if fs::read_dir("/proc/self/task").map_err(failed("count threads"))?.count() > 1 {
         return Err(refused("make namespaces")(Errno::EINVAL));
     }
     let private = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET;
-    // Root without SYS_ADMIN, as in most containers, is like any other user.
+    // Root without SYS_ADMIN, as in most containers, counts as unprivileged.
     let made = if uid.is_root() { unshare(private) } else { Err(Errno::EPERM) };
     let sandbox = if made == Err(Errno::EPERM) {
         unshare(private | CloneFlags::CLONE_NEWUSER).map_err(refused("make namespaces"))?;
@@ -66,7 +68,7 @@ pub fn enter_sandbox() -> Result<Sandbox, InterceptionError> {
         made.map_err(refused("make namespaces"))?;
         Sandbox::OfRoot
     };
-    // Else what is mounted here would appear outside too.
+    // Otherwise the mounts would propagate to the outside.
     let nothing = None::<&Path>;
     mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)
         .map_err(refused("make the mounts private"))?;
@@ -78,19 +80,19 @@ pub fn enter_sandbox() -> Result<Sandbox, InterceptionError> {
     Ok(sandbox)
 }
 
-/// `/run`, which is made if it can be, or else another folder that is there.
+/// Selects `/run`, which is created if possible, otherwise another existing folder.
 fn choose_folder() -> io::Result<&'static Path> {
     let program = std::env::current_exe().unwrap_or_default();
-    // In a container's image that has none. Where it cannot be made, the next is taken.
+    // A container image may have no `/run`. If it cannot be created, the next candidate is used.
     fs::create_dir("/run").ok();
     let mut folders = FOLDERS.iter().map(Path::new);
     let none =
         || io::Error::new(io::ErrorKind::NotFound, format!("none of {}", FOLDERS.join(", ")));
-    // What is started again must not be covered.
+    // Do not hide the running program: it may be executed again.
     folders.find(|folder| folder.is_dir() && !program.starts_with(folder)).ok_or_else(none)
 }
 
-/// Maps our user and group to root's (user_namespaces(7): `setgroups` has to be denied first).
+/// Maps the current user and group to root (user_namespaces(7): `setgroups` must be denied first).
 fn become_root(uid: Uid, gid: Gid) -> io::Result<()> {
     fs::write("/proc/self/setgroups", "deny")?;
     fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;

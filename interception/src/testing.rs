@@ -1,30 +1,28 @@
-//! What the kernel tests reach into: plans made by hand, and the netlink backend itself.
-//!
-//! Not here: anything that the product uses.
+//! Access for kernel tests: custom plans, and the netlink backend. The product does not use it.
 
 use crate::plan::{Chain, Rule, RulePlan};
 use crate::{Entered, InterceptionError, nftables};
 
-/// A plan of these rules alone.
+/// A plan with these chains and rules.
 #[must_use]
 pub fn plan(chains: Vec<Chain>, rules: Vec<Rule>) -> RulePlan {
     RulePlan { chains, rules, routes: Vec::new(), addresses: Vec::new() }
 }
 
-/// Puts the plan into the namespace.
+/// Installs the plan in the namespace.
 ///
 /// # Errors
 ///
-/// The kernel refused.
+/// The kernel rejected it.
 pub async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), InterceptionError> {
     nftables::apply(entered, plan).await
 }
 
-/// What is installed, section by section, and what the plan wants.
+/// The installed and the planned sections.
 ///
 /// # Errors
 ///
-/// The kernel refused.
+/// The kernel rejected the request.
 pub async fn listings(
     entered: &Entered,
     plan: &RulePlan,
@@ -36,5 +34,5 @@ pub async fn listings(
     Ok([nftables::installed(entered).await?.map(sections), Some(sections(expected))])
 }
 
-/// Heads and lines.
+/// Heads with their lines.
 pub type Sections = Vec<(String, Vec<String>)>;

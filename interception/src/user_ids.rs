@@ -1,13 +1,13 @@
-//! Which numbers of users and groups exist in the user namespace of the process (user_namespaces(7)).
+//! The user and group ids that exist in the user namespace of the process (user_namespaces(7)).
 //!
-//! The kernel refuses others in ip rules and in xt_owner with a mere "invalid argument".
+//! The kernel rejects others in ip rules and in xt_owner with a plain "invalid argument".
 
 use std::fs;
 
-/// The users or the groups of the user namespace. If /proc does not show them, all count as existing.
+/// The users or the groups of the user namespace. Without /proc, all ids count as existing.
 #[derive(Debug)]
 pub(crate) struct UserIds {
-    /// The first number inside of the namespace, and how many follow it.
+    /// The first id within the namespace, and the number of ids.
     ranges: Vec<(u32, u32)>,
 }
 
@@ -25,7 +25,7 @@ impl UserIds {
         Self::parse(&map)
     }
 
-    /// Each line: the first number inside, the first number outside, the count.
+    /// Parses lines of: first id inside, first id outside, count.
     fn parse(map: &str) -> Self {
         let range = |line: &str| {
             let mut numbers = line.split_whitespace();

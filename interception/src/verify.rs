@@ -1,6 +1,6 @@
-//! What is installed against what the plan says: the difference, for people and programs.
+//! Compares the installed rules with the plan.
 //!
-//! Not here: how either is read. Each backend makes a [`Listing`] of both, in one form.
+//! Each backend provides both as a [`Listing`] in the same format.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,68 +8,68 @@ use std::ops::Range;
 
 use imara_diff::{Algorithm, Diff, Hunk, InternedInput};
 
-/// Rules as text, chain by chain, in which equal lines mean equal rules.
+/// Rules as text, chain by chain. Equal lines mean equal rules.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Listing {
-    /// The chains (their head says all that a chain is besides its rules), and the sets.
+    /// Chains and sets. The head of a chain contains all its properties except the rules.
     pub(crate) sections: Vec<Section>,
 }
 
-/// One chain or set.
+/// A chain or set.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Section {
-    /// Its kind and name, with what else defines it: `chain nat_output { type nat hook output priority -100; }`.
+    /// Kind, name and properties: `chain nat_output { type nat hook output priority -100; }`.
     pub(crate) head: String,
-    /// Its rules or elements, in order.
+    /// The rules or elements in order.
     pub(crate) lines: Vec<String>,
 }
 
-/// How what is installed differs from the plan.
+/// The difference between the installed rules and the plan.
 ///
-/// `Display` prints a section for each chain that differs: `-` is missing, `+` should not be there. Of what is as it should be, only
-/// the neighbours are printed.
+/// `Display` prints a section for each chain that differs: `-` marks a missing line, `+` an
+/// unexpected one. Of equal lines, only neighbours of a difference are printed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
     sections: Vec<SectionDifference>,
 }
 
-/// How one chain differs.
+/// The difference of one chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SectionDifference {
-    /// What differs: a chain, a set, the ip rules and routes.
-    pub place: String,
-    /// Its lines, all of them, in the order of both.
+    /// The chain, the set, or "ip rules, routes and addresses".
+    pub location: String,
+    /// All lines, in the order of both sides.
     pub lines: Vec<Line>,
 }
 
 /// A line of a chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Line {
-    /// Whether both have it.
+    /// The side that has the line.
     pub sign: Sign,
     /// The rule.
     pub text: String,
 }
 
-/// Who has a line.
+/// The side that has a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sign {
-    /// Both.
+    /// Both sides.
     Same,
-    /// The plan alone.
+    /// Only the plan.
     Missing,
-    /// The kernel alone.
+    /// Only the kernel.
     Unexpected,
 }
 
 impl Listing {
-    /// How `found` differs from this, `None` if it does not.
+    /// The difference of `found` from this plan; `None` if they are equal.
     pub(crate) fn difference(&self, found: &Self) -> Option<Difference> {
         let mut sections = Vec::new();
         for section in &self.sections {
             let nothing = Section { head: section.head.clone(), lines: Vec::new() };
             let there = found.section(&section.head);
-            // Most sections, of which a set may have ten thousand lines.
+            // The fast path: a set may have ten thousand lines.
             if there.is_some_and(|there| there.lines == section.lines) {
                 continue;
             }
@@ -77,12 +77,12 @@ impl Listing {
             if there.is_none() {
                 lines.insert(0, Line { sign: Sign::Missing, text: section.head.clone() });
             }
-            sections.push(SectionDifference { place: section.head.clone(), lines });
+            sections.push(SectionDifference { location: section.head.clone(), lines });
         }
         for section in found.sections.iter().filter(|found| self.section(&found.head).is_none()) {
             let unexpected = |text: &String| Line { sign: Sign::Unexpected, text: text.clone() };
             let lines = [&section.head].into_iter().chain(&section.lines).map(unexpected).collect();
-            sections.push(SectionDifference { place: section.head.clone(), lines });
+            sections.push(SectionDifference { location: section.head.clone(), lines });
         }
         (!sections.is_empty()).then_some(Difference { sections })
     }
@@ -93,29 +93,28 @@ impl Listing {
 }
 
 impl Difference {
-    /// What differs, place by place.
+    /// The sections that differ.
     #[must_use]
     pub fn sections(&self) -> &[SectionDifference] {
         &self.sections
     }
 
-    /// The same, with other words for some lines: those in `words`, else what `unknown` makes of
-    /// them.
+    /// Replaces lines by readable ones: those in `readable`, otherwise by the result of `unknown`.
     pub(crate) fn readable(
         mut self,
-        words: &BTreeMap<String, String>,
+        readable: &BTreeMap<String, String>,
         unknown: impl Fn(&str) -> Option<String>,
     ) -> Self {
         let lines = self.sections.iter_mut().flat_map(|section| &mut section.lines);
         for line in lines {
-            if let Some(text) = words.get(&line.text).cloned().or_else(|| unknown(&line.text)) {
+            if let Some(text) = readable.get(&line.text).cloned().or_else(|| unknown(&line.text)) {
                 line.text = text;
             }
         }
         self
     }
 
-    /// How many lines are missing, and how many should not be there.
+    /// The number of missing and of unexpected lines.
     #[must_use]
     pub fn counts(&self) -> (usize, usize) {
         let count = |sign| {
@@ -129,7 +128,7 @@ impl Difference {
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for section in &self.sections {
-            writeln!(f, "@ {}", section.place)?;
+            writeln!(f, "@ {}", section.location)?;
             let mut left_out = false;
             for (line, near) in section.lines.iter().zip(section.near_changes()) {
                 match (near, left_out) {
@@ -145,9 +144,9 @@ impl fmt::Display for Difference {
 }
 
 impl SectionDifference {
-    /// Of each line, whether it differs or is a neighbour of one that does.
+    /// For each line, whether it differs or is a neighbour of one that does.
     fn near_changes(&self) -> Vec<bool> {
-        /// How many neighbours there are on each side.
+        /// The number of neighbours on each side.
         const CONTEXT: usize = 3;
         let mut near = vec![false; self.lines.len()];
         let changed = |line: &Line| line.sign != Sign::Same;
@@ -208,13 +207,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_equal_has_no_difference() {
+    fn equal_listings_have_no_difference() {
         let plan = listing(&[("chain a", &["1", "2"]), ("chain b", &[])]);
         assert_eq!(plan.difference(&plan), None);
     }
 
     #[test]
-    fn the_order_of_rules_counts_and_that_of_chains_does_not() {
+    fn difference_respects_order_of_rules_but_not_of_chains() {
         let plan = listing(&[("chain a", &["1", "2"]), ("chain b", &["3"])]);
         assert_eq!(shown(&plan, &listing(&[("chain b", &["3"]), ("chain a", &["1", "2"])])), "");
         let swapped = listing(&[("chain a", &["2", "1"]), ("chain b", &["3"])]);
@@ -224,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_that_is_not_there_is_missing_with_all_its_rules() {
+    fn absent_chain_is_missing_with_all_its_rules() {
         let plan = listing(&[("chain a", &["1"])]);
         let difference = plan.difference(&Listing::default()).unwrap();
         assert_eq!(difference.to_string(), "@ chain a\n- chain a\n- 1\n");
@@ -232,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_long_section_only_what_is_near_a_difference_is_printed() {
+    fn long_section_prints_only_neighbours_of_differences() {
         let lines: Vec<_> = (0..10_000).map(|n| n.to_string()).collect();
         let plan = Listing { sections: vec![Section { head: "set s".to_owned(), lines }] };
         let mut found = plan.clone();
@@ -246,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_that_should_not_be_there_is_unexpected() {
+    fn additional_chain_is_unexpected() {
         let found = listing(&[("chain z", &["9"])]);
         assert_eq!(shown(&Listing::default(), &found), "@ chain z\n+ chain z\n+ 9\n");
     }

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
     Entered, ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, Kept, NamespaceAccess,
-    Ports, ProbeSockets, ProxyUser, RulePlan, Sockets, WayBack, bypassing_processes,
+    Ports, ProbeSockets, ProxyUser, ReturnPathProbe, RulePlan, Sockets, bypassing_processes,
     check_reverse_path, confine_thread, ipv6_available, prepare_change_of_user,
 };
 
@@ -45,7 +45,7 @@ pub(crate) struct Capture {
 #[derive(Debug)]
 pub(crate) struct Probes {
     caught: Arc<ProbeSockets>,
-    returned: Arc<[WayBack]>,
+    returned: Arc<[ReturnPathProbe]>,
 }
 
 /// Leaves the rules behind, as they should be: another program may have changed them, and repairing been given up or never wanted.
@@ -159,7 +159,7 @@ impl Capture {
         let (sockets, plan) = (Sockets::new(settings, ipv6_available()), self.plan.clone());
         let open = async move |entered: &Entered| {
             let caught = Arc::new(ProbeSockets::open(entered)?);
-            let returned = WayBack::prepare(entered, &plan, &sockets)?.into();
+            let returned = ReturnPathProbe::prepare(entered, &plan, &sockets)?.into();
             Ok(Probes { caught, returned })
         };
         self.prepare_test(open).await.map_err(CommandError::self_test)
@@ -275,7 +275,7 @@ impl Capture {
             let (wanted, ports) = (settings.clone(), self.ports);
             let open = async move |entered: &Entered| {
                 let plan = RulePlan::new(&wanted, ports, ipv6_available());
-                WayBack::prepare(entered, &plan, &Sockets::new(&wanted, ipv6_available()))
+                ReturnPathProbe::prepare(entered, &plan, &Sockets::new(&wanted, ipv6_available()))
             };
             self_test::run_way_back(&self.prepare_test(open).await?, deadline).await?
         };

@@ -121,7 +121,7 @@ impl Retest {
         metrics::foreign_rules(found.len());
         for rule in found.iter().filter(|rule| !known.contains(rule)) {
             tracing::warn!(
-                place = rule.place,
+                location = rule.location,
                 rule = rule.rule,
                 effect = rule.effect.name(),
                 "a rule of another program acts before the rules of underpass"

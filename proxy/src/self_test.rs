@@ -11,7 +11,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-use underpass_interception::{PolicyRoute, Probe, WayBack, end_on_close, is_out_of_files};
+use underpass_interception::{PolicyRoute, Probe, ReturnPathProbe, end_on_close, is_out_of_files};
 
 use crate::accept::Accepted;
 use crate::listeners::Kind;
@@ -143,12 +143,12 @@ impl SelfTest {
 
 /// Makes each connection and waits for its answer; says between whom.
 pub(crate) async fn run_way_back(
-    connections: impl IntoIterator<Item = &WayBack>,
+    connections: impl IntoIterator<Item = &ReturnPathProbe>,
     deadline: Duration,
 ) -> Result<Vec<(IpAddr, SocketAddr)>, SelfTestError> {
     let mut tested = Vec::new();
     for connection in connections {
-        let &WayBack { client, destination, route, .. } = connection;
+        let &ReturnPathProbe { client, destination, route, .. } = connection;
         match timeout(deadline, connection.connect()).await {
             Ok(Ok(())) => tested.push((client, destination)),
             Ok(Err(source)) => {

@@ -1,6 +1,4 @@
-//! The blackhole's ip rules as netlink messages, sent in batches.
-//!
-//! Not here: which ip rules there are (`blackhole.rs`).
+//! Encodes the blackhole's ip rules as netlink messages and sends them in batches.
 
 use ipnet::IpNet;
 use nix::errno::Errno;
@@ -9,12 +7,12 @@ use nlink::netlink::types::rule::{FibRuleAction, FibRuleHdr, FraAttr};
 use nlink::netlink::{MessageBuilder, MessageIter, NetlinkSocket, NlMsgType};
 use underpass_config::PortRange;
 
-use super::{END, EXEMPTIONS, IpRule, REFUSALS, Selector, TCP, Verdict};
+use super::{BLACKHOLE, END, EXEMPTIONS, IpRule, Selector, TCP, Verdict};
 use crate::plan::Mark;
 use crate::routes::{PROTOCOL, Version, family};
 
-/// How many requests are sent before their answers are read. The answers have to fit into the
-/// socket's receive buffer (212,992 bytes by default, less than 1 KiB each).
+/// The number of requests that are sent before their answers are read. The answers must fit the
+/// receive buffer of the socket (212,992 bytes by default, less than 1 KiB each).
 pub(super) const BATCH: usize = 32;
 
 impl Selector {
@@ -52,7 +50,7 @@ impl Selector {
         }
     }
 
-    /// How many bits of a destination the header announces.
+    /// The prefix length of the destination in the message header.
     fn destination_bits(&self) -> u8 {
         match self {
             Self::To { network, .. } | Self::From { to: Some(network), .. } => network.prefix_len(),
@@ -63,7 +61,7 @@ impl Selector {
 
 fn write_destination(message: &mut MessageBuilder, network: IpNet) {
     let kind = FraAttr::Dst as u16;
-    // A prefix of no bits has no address (fib4_rule_configure, net/ipv4/fib_rules.c).
+    // A prefix of length 0 has no address attribute (fib4_rule_configure, net/ipv4/fib_rules.c).
     if network.prefix_len() > 0 {
         match network {
             IpNet::V4(network) => message.append_attr(kind, &network.network().octets()),
@@ -88,7 +86,7 @@ impl IpRule {
         header.dst_len = self.selector.destination_bits();
         let (action, priority) = match self.verdict {
             Verdict::Exempt => (FibRuleAction::Goto, EXEMPTIONS),
-            Verdict::Blackhole => (FibRuleAction::Blackhole, REFUSALS),
+            Verdict::Blackhole => (FibRuleAction::Blackhole, BLACKHOLE),
             Verdict::End => (FibRuleAction::Nop, END),
         };
         header.action = action as u8;
@@ -103,7 +101,7 @@ impl IpRule {
     }
 }
 
-/// Removes the first ip rule of ours that has this priority.
+/// A request that removes the first own ip rule with this priority.
 pub(super) fn removal(version: Version, priority: u32) -> MessageBuilder {
     /// NLM_F_REQUEST and NLM_F_ACK.
     const FLAGS: u16 = 0x001 | 0x004;
@@ -114,9 +112,9 @@ pub(super) fn removal(version: Version, priority: u32) -> MessageBuilder {
     message
 }
 
-/// Sends the requests in batches, in order: the kernel has done a batch when the call that sends it
-/// returns. All are sent whatever the answers are: a blackhole without its exemptions would refuse the
-/// proxy. The first answer that is not in `tolerated` is the error.
+/// Sends requests in batches, in order. The kernel has processed a batch when the call that sends
+/// it returns. All requests are sent even after an error, since a blackhole without its exemptions
+/// would block the proxy. Returns the first error that is not in `tolerated`.
 pub(super) async fn send(
     socket: &NetlinkSocket,
     requests: Vec<MessageBuilder>,
@@ -130,7 +128,7 @@ pub(super) async fn send(
     let requests: Vec<Vec<u8>> = requests.into_iter().map(stamp).collect();
     let mut failed = None;
     for batch in requests.chunks(BATCH) {
-        // Requests are a multiple of four bytes long, as one buffer of several requires.
+        // Requests are padded to four bytes, which a buffer with several requires.
         socket.send(&batch.concat()).await?;
         let mut answers = 0;
         while answers < batch.len() {

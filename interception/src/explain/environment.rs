@@ -1,4 +1,4 @@
-//! The interfaces of this namespace, as the kernel lists them.
+//! Reads the interfaces of a namespace from the kernel.
 
 use std::io;
 use std::net::IpAddr;
@@ -12,11 +12,11 @@ use crate::Entered;
 use crate::plan::{Environment, Interface};
 
 impl Environment {
-    /// What the namespace has now: the interfaces that are up.
+    /// The interfaces that are up.
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The error of the kernel.
     pub fn of(_: &Entered) -> io::Result<Self> {
         let mut interfaces: Vec<Interface> = Vec::new();
         for entry in getifaddrs()? {
@@ -35,7 +35,7 @@ impl Environment {
         Ok(Self { interfaces })
     }
 
-    /// A pod, where there is none to look at.
+    /// A typical pod, for explanations outside of one.
     #[must_use]
     pub fn example() -> Self {
         let v4 = |octets: [u8; 4], length| IpNet::new(octets.into(), length).ok();
@@ -58,8 +58,8 @@ fn network(entry: &InterfaceAddress) -> Option<IpNet> {
     let address = ip(entry.address.as_ref()?)?;
     let length =
         entry.netmask.as_ref().and_then(ip).and_then(|mask| ipnet::ip_mask_to_prefix(mask).ok());
-    let whole = if address.is_ipv4() { 32 } else { 128 };
-    IpNet::new(address, length.unwrap_or(whole)).ok()
+    let full = if address.is_ipv4() { 32 } else { 128 };
+    IpNet::new(address, length.unwrap_or(full)).ok()
 }
 
 fn ip(address: &SockaddrStorage) -> Option<IpAddr> {
@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_example_has_an_address_of_its_own_in_both_families() {
+    fn example_has_own_address_in_both_families() {
         let example = Environment::example();
         for v6 in [false, true] {
             let own = example.address(v6).expect("an address");
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn the_current_namespace_can_be_read() {
+    fn reads_interfaces_of_current_namespace() {
         let current = Environment::of(&Entered::current().unwrap()).expect("interfaces");
         let names: Vec<_> = current.interfaces.iter().map(|interface| &interface.name).collect();
         let mut unique = names.clone();

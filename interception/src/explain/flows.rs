@@ -1,5 +1,7 @@
-//! The kinds of traffic: those of a profile, those that its settings except, and those that every
-//! profile has. They are data; what becomes of them is walked.
+//! The kinds of traffic that an explanation covers.
+//!
+//! There are flows of a profile, flows for exceptions in its settings, and flows of every profile.
+//! A flow defines packets; their paths are computed.
 
 mod ambient;
 mod osm;
@@ -12,14 +14,14 @@ use underpass_config::{Dns, Profile};
 
 use super::scene::{Process, Scene, unnamed_port};
 use super::{Explanation, Flow, Hop, Party};
-use crate::plan::{Protocol, State, Way};
+use crate::plan::{ConntrackState, Entry, Protocol};
 
-/// A port that nothing is known about.
+/// A UDP port without a special meaning.
 const ANY_UDP_PORT: u16 = 9999;
 /// The port of DNS.
 const DNS_PORT: u16 = 53;
 
-/// Every flow of the profile, in the order of its article, then those of the settings.
+/// All flows: those of the profile in the order of its article, then those of the settings.
 pub(super) fn all<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
     let scene = Scene::new(explanation, false);
     let mut flows = match explanation.settings.profile {
@@ -37,14 +39,14 @@ pub(super) fn all<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
     if explanation.settings.drop_invalid {
         flows.push(invalid(explanation, scene));
     }
-    flows.extend(older(explanation, scene));
+    flows.extend(established_before(explanation, scene));
     flows
 }
 
-/// A flow in the making.
+/// Builds a flow.
 struct Draft<'e> {
     flow: Flow<'e>,
-    /// Whether a packet did not get to who would have sent the next.
+    /// True after a packet that was not delivered to the sender of the next one.
     ended: bool,
 }
 
@@ -54,7 +56,7 @@ impl<'e> Draft<'e> {
         Self { flow: Flow { id, title, article: None, note: None, hops: Vec::new() }, ended: false }
     }
 
-    /// The path that the article gives.
+    /// Sets the path that the article gives.
     fn article(mut self, article: &'static str) -> Self {
         self.flow.article = Some(article);
         self
@@ -69,7 +71,7 @@ impl<'e> Draft<'e> {
         if condition { self.note(note) } else { self }
     }
 
-    /// The next packet; left out, with all after it, if the one before did not reach its sender.
+    /// Adds a packet, unless a previous one was not delivered to its sender.
     fn hop(mut self, hop: Hop<'e>) -> Self {
         self.ended |= self.flow.hops.last().is_some_and(|last| last.to != Some(hop.from));
         if !self.ended {
@@ -78,8 +80,8 @@ impl<'e> Draft<'e> {
         self
     }
 
-    /// The answer to the last packet.
-    fn answer(self, scene: Scene<'e>, process: Process) -> Self {
+    /// Adds the reply to the last packet.
+    fn reply(self, scene: Scene<'e>, process: Process) -> Self {
         match self.flow.hops.last() {
             Some(last) if !self.ended => {
                 let reply = scene.reply(process, last);
@@ -94,12 +96,12 @@ impl<'e> Draft<'e> {
     }
 }
 
-/// The proxy's own connection onwards.
-fn onwards<'e>(scene: Scene<'e>, to: SocketAddr) -> Hop<'e> {
+/// The proxy's connection to the destination.
+fn proxy_connection<'e>(scene: Scene<'e>, to: SocketAddr) -> Hop<'e> {
     scene.sent(scene.proxy(), to, Party::Remote)
 }
 
-/// A connection from outside, as far as the workload.
+/// A connection from outside to the workload.
 fn inbound<'e>(scene: Scene<'e>, id: &str, title: &str) -> Draft<'e> {
     let client = scene.remote();
     Draft::new(id, title)
@@ -107,16 +109,18 @@ fn inbound<'e>(scene: Scene<'e>, id: &str, title: &str) -> Draft<'e> {
         .hop(scene.last_hop(client))
 }
 
-/// A connection to the outside, as far as it is in the pod.
+/// A connection to another host, up to the point where it leaves the pod.
 fn outbound<'e>(scene: Scene<'e>, id: &str, title: &str, process: Process) -> Draft<'e> {
     let to = scene.app_at_remote();
-    Draft::new(id, title).hop(scene.sent(process, to, Party::Remote)).hop(onwards(scene, to))
+    Draft::new(id, title)
+        .hop(scene.sent(process, to, Party::Remote))
+        .hop(proxy_connection(scene, to))
 }
 
-/// HBONE, which arrives at its listener as it is.
+/// An HBONE connection, which reaches its listener without a redirect.
 fn hbone<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>, id: &str) -> Draft<'e> {
     let (client, port) = (scene.remote(), explanation.ports.hbone);
-    Draft::new(id, "Another pod's proxy brings a connection by HBONE")
+    Draft::new(id, "Another pod's proxy connects by HBONE")
         .hop(scene.received(
             Party::Remote,
             client,
@@ -126,7 +130,7 @@ fn hbone<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>, id: &str) -> Dr
         .hop(scene.last_hop(client))
 }
 
-/// A query over UDP or TCP, and what the DNS proxy then asks.
+/// A DNS query over UDP or TCP, and the DNS proxy's own query.
 fn dns<'e>(
     explanation: &'e Explanation<'e>,
     scene: Scene<'e>,
@@ -145,18 +149,18 @@ fn dns<'e>(
     Draft::new(id, format!("The app asks a DNS server by {by}"))
         .note_if(
             off && protocol == Protocol::Udp,
-            "interception.dns is off: queries go their way. With `capture` they pass the DNS proxy.",
+            "interception.dns is off: queries are not captured. With `capture` they are redirected to the DNS proxy.",
         )
         .note_if(
             off && protocol == Protocol::Tcp,
-            "interception.dns is off: over TCP a query is a connection like any other.",
+            "interception.dns is off: a query over TCP is captured like any other connection.",
         )
         .hop(query(scene.app()))
         .hop(query(scene.proxy()))
         .flow()
 }
 
-/// What is neither TCP nor DNS.
+/// Traffic that is neither TCP nor DNS.
 fn udp<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>, id: &str) -> Draft<'e> {
     let to = SocketAddr::new(scene.remote(), ANY_UDP_PORT);
     let mut packet = scene.opened(scene.app(), to);
@@ -177,15 +181,19 @@ fn ipv6(scene: Scene<'_>) -> Vec<Flow<'_>> {
     ]
 }
 
-/// One flow for each kind of outbound exception that the settings make.
+/// One flow for each kind of outbound exception in the settings.
 fn outbound_exceptions<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
     let outbound = &explanation.settings.outbound;
     let scene = Scene::new(explanation, false);
     let mut flows = Vec::new();
     let mut flow = |key: &str, what: String, scene: Scene<'e>, process: Process, to: SocketAddr| {
         let draft = Draft::new(format!("outbound.{key}"), what);
-        flows
-            .push(draft.hop(scene.sent(process, to, Party::Remote)).hop(onwards(scene, to)).flow());
+        flows.push(
+            draft
+                .hop(scene.sent(process, to, Party::Remote))
+                .hop(proxy_connection(scene, to))
+                .flow(),
+        );
     };
     for v6 in [false, true] {
         let cidr = outbound.exclude_cidrs.iter().find(|cidr| cidr.addr().is_ipv6() == v6);
@@ -205,7 +213,7 @@ fn outbound_exceptions<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
     if outbound.include_cidrs.is_some() {
         let elsewhere =
             SocketAddr::new(scene.not_included(), unnamed_port(&outbound.include_ports));
-        let what = "The app connects to what nothing includes".to_owned();
+        let what = "The app connects to an address that is not included".to_owned();
         flow("include_cidrs", what, scene, scene.app(), elsewhere);
     }
     if let Some(&uid) = outbound.exclude_uids.first() {
@@ -229,7 +237,7 @@ fn outbound_exceptions<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
 fn excluded_interface<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Option<Flow<'e>> {
     let name = explanation.settings.outbound.exclude_interfaces.first()?;
     let mut packet = scene.opened(scene.app(), scene.app_at_remote());
-    if let Way::Out { interface, .. } = &mut packet.way {
+    if let Entry::Out { interface, .. } = &mut packet.entry {
         interface.clone_from(name);
     }
     let title = format!("The app connects through {name}, which is excluded");
@@ -237,14 +245,14 @@ fn excluded_interface<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) ->
     Some(draft.hop(explanation.takes(Party::App, packet, Party::Remote)).flow())
 }
 
-/// One flow for each kind of inbound exception that the settings make.
+/// One flow for each kind of inbound exception in the settings.
 fn inbound_exceptions<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
     let inbound = &explanation.settings.inbound;
     let mut flows = Vec::new();
     let mut flow = |key: &str, what: String, port: u16, interface: Option<&String>| {
         let mut packet = scene.arriving(scene.remote(), SocketAddr::new(scene.pod(), port));
         if let Some(name) = interface {
-            packet.way = Way::In { interface: name.clone() };
+            packet.entry = Entry::In { interface: name.clone() };
         }
         let hop = explanation.takes(Party::Remote, packet, Party::App);
         flows.push(Draft::new(format!("inbound.{key}"), what).hop(hop).flow());
@@ -268,43 +276,43 @@ fn virtual_interfaces<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) ->
     let name = explanation.settings.virtual_interfaces.first()?;
     let to = scene.app_at_remote();
     let mut packet = scene.arriving(IpAddr::from([192, 0, 2, 99]), to);
-    packet.way = Way::In { interface: name.clone() };
+    packet.entry = Entry::In { interface: name.clone() };
     let title = format!("A virtual machine behind {name} connects to another pod");
     let draft = Draft::new("virtual_interfaces", title)
         .hop(explanation.takes(Party::VirtualMachine, packet, Party::Remote))
-        .hop(onwards(scene, to));
+        .hop(proxy_connection(scene, to));
     Some(draft.flow())
 }
 
 fn invalid<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
     let mut packet = scene.arriving(scene.remote(), scene.app_at_pod());
-    packet.state = State::Invalid;
-    Draft::new("drop_invalid", "A packet arrives that fits no connection")
-        .note("Delivered, it would be answered with a reset, which ends the connection it was meant for.")
+    packet.state = ConntrackState::Invalid;
+    Draft::new("drop_invalid", "A packet arrives that belongs to no connection")
+        .note("If it were delivered, the kernel would answer with a RST and end the connection.")
         .hop(explanation.takes(Party::Remote, packet, Party::App))
         .flow()
 }
 
-/// Connections that were there before the rules.
-fn older<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
-    const NOTE: &str = "Conntrack never saw it open, and takes its next packet for a new connection. \
-                        Redirected, it would be reset.";
+/// Connections that existed before the rules.
+fn established_before<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
+    const NOTE: &str = "Conntrack did not see it open and treats its next packet as a new connection. \
+                        A redirect would reset it.";
     let mut sent = scene.opened(scene.app(), scene.app_at_remote());
-    sent.state = State::PickedUp;
+    sent.state = ConntrackState::PickedUp;
     let mut received = scene.arriving(scene.remote(), scene.app_at_pod());
-    received.state = State::PickedUp;
-    let older = |id: &str, title: &str, from, packet, to| {
+    received.state = ConntrackState::PickedUp;
+    let established_before = |id: &str, title: &str, from, packet, to| {
         Draft::new(id, title).note(NOTE).hop(explanation.takes(from, packet, to)).flow()
     };
     vec![
-        older(
+        established_before(
             "older out",
             "The app sends on a connection that is older than the rules",
             Party::App,
             sent,
             Party::Remote,
         ),
-        older(
+        established_before(
             "older in",
             "Another pod sends on a connection that is older than the rules",
             Party::Remote,
@@ -314,7 +322,7 @@ fn older<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>
     ]
 }
 
-/// An address of the network that is not ours.
+/// An address within the network that is not the pod's own.
 fn host_of(explanation: &Explanation<'_>, cidr: IpNet) -> Option<IpAddr> {
     cidr.hosts()
         .take(8)

@@ -1,28 +1,30 @@
-//! The explanation for programs.
+//! The explanation as JSON, for programs.
 //!
-//! Field names are stable; fields may be added.
+//! Names of fields are stable; new fields may be added.
 //!
 //! ```text
 //! profile     ambient | sidecar | osm | none
 //! flows[]     id, title, article?, note?, hops[]
-//!   hops[]    from, to (null: nobody), protocol, source, destination, direction (out | in), interface,
-//!             uid?, gid?, mark, connection_mark, state (new | picked-up | established | reply | invalid),
-//!             passages[]: table, chain, rules[] (ids)
+//!   hops[]    from, to (null: not delivered), protocol, source, destination,
+//!             direction (out | in), interface, uid?, gid?, mark, connection_mark,
+//!             state (new | picked-up | established | reply | invalid),
+//!             traversed[]: table, chain, rules[] (ids)
 //!             end: kind (direct | redirected | tproxied | rejected | dropped), port?
-//!             answer (returns | astray | unroutable; null: it opens no connection, or nobody gets it)
+//!             reply (delivered | misrouted | unroutable; null: the packet opens no connection,
+//!             or is not delivered)
 //!             decided_by (id, null: no rule)
-//! rules[], routes[], addresses[] as `plan/json.rs` has them; rules with packets?, bytes? (if they are installed)
+//! rules[], routes[], addresses[] as in `plan/json.rs`; an installed rule has packets and bytes
 //! ```
 //!
-//! One packet is `{"hop": …, "advice": […], "rules": […]}`, the rules being those that it met.
+//! A single packet is `{"hop": …, "advice": […], "rules": […]}`, with the rules that matched.
 
 use serde_json::{Value, json};
 
 use super::{Explanation, Flow, Hop, PacketExplanation};
-use crate::plan::{Answer, Direction, End, Protocol, Rule, State, Way};
+use crate::plan::{ConntrackState, Direction, Entry, Protocol, ReplyOutcome, Rule, Verdict};
 
 impl Explanation<'_> {
-    /// The flows, the rules, and what they rely on.
+    /// The flows, the rules, and the routes and addresses that they depend on.
     #[must_use]
     pub fn json(&self) -> Value {
         let plan = &self.plan;
@@ -47,7 +49,7 @@ impl Explanation<'_> {
 }
 
 impl PacketExplanation<'_> {
-    /// The packet's way, the rules on it, and the advice.
+    /// The packet's path, the rules that matched, and the advice.
     #[must_use]
     pub fn json(&self) -> Value {
         let rules = self.hop.walk.rules().map(|rule| self.explanation.rule(rule));
@@ -76,11 +78,11 @@ fn flow(flow: &Flow<'_>) -> Value {
 
 fn hop(hop: &Hop<'_>) -> Value {
     let packet = &hop.packet;
-    let (direction, interface, owner) = match &packet.way {
-        Way::Out { interface, uid, gid } => ("out", interface, Some((uid, gid))),
-        Way::In { interface } => ("in", interface, None),
+    let (direction, interface, owner) = match &packet.entry {
+        Entry::Out { interface, uid, gid } => ("out", interface, Some((uid, gid))),
+        Entry::In { interface } => ("in", interface, None),
     };
-    let passages = hop.walk.passages.iter().map(|passage| {
+    let traversed = hop.walk.traversed.iter().map(|passage| {
         json!({
             "table": passage.chain.table.name(),
             "chain": passage.chain.name,
@@ -101,9 +103,9 @@ fn hop(hop: &Hop<'_>) -> Value {
         "mark": packet.mark,
         "connection_mark": packet.connection_mark,
         "state": state(packet.state),
-        "passages": passages.collect::<Vec<_>>(),
+        "traversed": traversed.collect::<Vec<_>>(),
         "end": end(hop.walk.end),
-        "answer": hop.answer.map(answer),
+        "reply": hop.reply.map(reply),
         "decided_by": hop.decided_by().map(|rule| rule.id.as_str()),
     });
     if let (Some((uid, gid)), Some(fields)) = (owner, value.as_object_mut()) {
@@ -113,30 +115,30 @@ fn hop(hop: &Hop<'_>) -> Value {
     value
 }
 
-fn state(state: State) -> &'static str {
+fn state(state: ConntrackState) -> &'static str {
     match state {
-        State::New => "new",
-        State::PickedUp => "picked-up",
-        State::Established(Direction::Original) => "established",
-        State::Established(Direction::Reply) => "reply",
-        State::Invalid => "invalid",
+        ConntrackState::New => "new",
+        ConntrackState::PickedUp => "picked-up",
+        ConntrackState::Established(Direction::Original) => "established",
+        ConntrackState::Established(Direction::Reply) => "reply",
+        ConntrackState::Invalid => "invalid",
     }
 }
 
-fn answer(answer: Answer) -> &'static str {
-    match answer {
-        Answer::Returns => "returns",
-        Answer::Astray => "astray",
-        Answer::Unroutable => "unroutable",
+fn reply(reply: ReplyOutcome) -> &'static str {
+    match reply {
+        ReplyOutcome::Delivered => "delivered",
+        ReplyOutcome::Misrouted => "misrouted",
+        ReplyOutcome::Unroutable => "unroutable",
     }
 }
 
-fn end(end: End) -> Value {
+fn end(end: Verdict) -> Value {
     match end {
-        End::Direct => json!({"kind": "direct"}),
-        End::Redirected(port) => json!({"kind": "redirected", "port": port}),
-        End::Tproxied(port) => json!({"kind": "tproxied", "port": port}),
-        End::Rejected => json!({"kind": "rejected"}),
-        End::Dropped => json!({"kind": "dropped"}),
+        Verdict::Direct => json!({"kind": "direct"}),
+        Verdict::Redirected(port) => json!({"kind": "redirected", "port": port}),
+        Verdict::Tproxied(port) => json!({"kind": "tproxied", "port": port}),
+        Verdict::Rejected => json!({"kind": "rejected"}),
+        Verdict::Dropped => json!({"kind": "dropped"}),
     }
 }

@@ -1,11 +1,10 @@
-//! The explanation as a Mermaid flowchart: one subgraph for each flow, chains as boxes, rules on
-//! the arrows between them.
+//! The explanation as a Mermaid flowchart: a subgraph per flow, chains as nodes, rules as edges.
 
 use std::fmt::{self, Write as _};
 
 use super::text::{chains, end};
 use super::{Explanation, Flow, Hop, PacketExplanation};
-use crate::plan::{ChainId, Passage, Rule};
+use crate::plan::{ChainId, Rule, TraversedChain};
 
 impl Explanation<'_> {
     /// A `flowchart LR` with a subgraph for each flow.
@@ -16,7 +15,7 @@ impl Explanation<'_> {
 }
 
 impl PacketExplanation<'_> {
-    /// A `flowchart LR` of the packet's way.
+    /// A `flowchart LR` of the packet's path.
     #[must_use]
     pub fn mermaid(&self) -> String {
         let hop = self.hop.clone();
@@ -56,15 +55,15 @@ impl Chart {
         writeln!(self.text, "  end")
     }
 
-    /// Draws a packet's way from its sender, and returns where it ends.
+    /// Draws the path of a packet from its sender, and returns its last node.
     fn hop(&mut self, start: usize, hop: &Hop<'_>) -> Result<usize, fmt::Error> {
         let mut from = start;
         let mut label = hop.packet.destination.to_string();
-        for passage in hop.telling() {
+        for passage in hop.notable_chains() {
             for chain in chains(passage) {
                 let to = self.node(&format!("{} {}", chain.table.name(), chain.name))?;
                 self.arrow(from, to, &label)?;
-                (from, label) = (to, taken(passage, chain));
+                (from, label) = (to, exit_rule(passage, chain));
             }
         }
         let to = self.party(&end(hop))?;
@@ -92,13 +91,13 @@ impl Chart {
     }
 }
 
-/// The rule by which a packet leaves a chain: the last of the chain's that matched.
-fn taken(passage: &Passage<'_>, chain: ChainId) -> String {
+/// The rule by which a packet leaves a chain: the last rule of the chain that matched.
+fn exit_rule(passage: &TraversedChain<'_>, chain: ChainId) -> String {
     let of_chain = |rule: &&&Rule| rule.chain == chain;
     passage.rules.iter().rev().find(of_chain).map(|rule| rule.id.clone()).unwrap_or_default()
 }
 
-/// Mermaid reads `#name;` and `#number;` in quoted labels as characters.
+/// Escapes `#`: Mermaid decodes `#name;` and `#number;` in quoted labels.
 fn escaped(label: &str) -> String {
     let mut escaped = String::with_capacity(label.len());
     for character in label.chars() {

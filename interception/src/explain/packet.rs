@@ -1,8 +1,6 @@
-//! One packet that the user asks about: where it ends, by which rule, and which setting would
-//! change that.
+//! Explains a single packet: its verdict, the rule behind it, and the setting that would change it.
 //!
-//! No advice is guessed: a setting is named only if the plan without it, or with it, leads the
-//! packet elsewhere.
+//! A setting is named only if the plan with a different value gives the packet another verdict.
 
 use std::fmt::Display;
 use std::net::SocketAddr;
@@ -11,36 +9,36 @@ use underpass_config::{Dns, InterceptionSettings, Ipv6, KubeletProbes};
 
 use super::scene::Scene;
 use super::{Explanation, Hop, Party};
-use crate::plan::{End, Packet, Protocol, RulePlan};
+use crate::plan::{Packet, Protocol, RulePlan, Verdict};
 
-/// Who sends the packet that is asked about.
+/// The sender of the packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sender {
     /// The workload.
     App,
     /// The proxy.
     Proxy,
-    /// Anything outside.
+    /// A host outside of the pod.
     Remote,
-    /// The kubelet, with a probe.
+    /// The kubelet with a probe.
     Probe,
 }
 
-/// What becomes of one packet, and why.
+/// The explanation of one packet.
 #[derive(Debug, Clone)]
 pub struct PacketExplanation<'e> {
     pub(super) explanation: &'e Explanation<'e>,
-    /// The packet and its way.
+    /// The packet and its path.
     pub hop: Hop<'e>,
-    /// What decides, and what to change if it is not what was wanted: sentences.
+    /// Sentences about the deciding setting or address, and about settings that would change it.
     pub advice: Vec<String>,
 }
 
 impl Sender {
-    /// All of them.
+    /// All senders.
     pub const ALL: [Self; 4] = [Self::App, Self::Proxy, Self::Remote, Self::Probe];
 
-    /// Its name on the command line.
+    /// The name on the command line.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -53,7 +51,7 @@ impl Sender {
 }
 
 impl Explanation<'_> {
-    /// What becomes of the packet by which `sender` opens a connection to `to`.
+    /// Explains the packet with which `sender` opens a connection to `to`.
     #[must_use]
     pub fn packet(
         &self,
@@ -90,25 +88,27 @@ impl Explanation<'_> {
         let arrives = matches!(sender, Sender::Remote | Sender::Probe);
         if arrives && to.ip().is_loopback() {
             return vec![format!(
-                "No such packet arrives: the kernel discards what comes from outside to {}.",
+                "No such packet arrives: the kernel drops packets from outside to {}.",
                 to.ip()
             )];
         }
         let mut advice = Vec::new();
         if arrives && !self.environment.is_local(to.ip()) {
-            let refused = [End::Redirected(self.ports.inbound), End::Tproxied(self.ports.inbound)];
+            let refused =
+                [Verdict::Redirected(self.ports.inbound), Verdict::Tproxied(self.ports.inbound)];
             let end = if refused.contains(&hop.walk.end) {
                 ": the proxy refuses an inbound connection to it."
             } else {
                 "."
             };
-            advice.push(format!("{} is no address of this namespace{end}", to.ip()));
+            advice.push(format!("{} is not an address of this namespace{end}", to.ip()));
         }
-        if sender == Sender::Proxy && hop.walk.end == End::Direct {
-            advice.push("The proxy's own connections are not caught again.".to_owned());
+        if sender == Sender::Proxy && hop.walk.end == Verdict::Direct {
+            advice.push("The proxy's own connections are not captured.".to_owned());
         }
         advice.extend(self.reasons(&hop.packet, hop.walk.end));
-        if matches!(hop.walk.end, End::Redirected(_) | End::Tproxied(_) | End::Rejected) {
+        if matches!(hop.walk.end, Verdict::Redirected(_) | Verdict::Tproxied(_) | Verdict::Rejected)
+        {
             advice.extend(self.exemptions(&hop.packet, arrives));
         }
         if advice.is_empty() {
@@ -117,8 +117,8 @@ impl Explanation<'_> {
         advice
     }
 
-    /// The settings without which the packet would end elsewhere.
-    fn reasons(&self, packet: &Packet, end: End) -> impl Iterator<Item = String> {
+    /// The settings without which the packet would get another verdict.
+    fn reasons(&self, packet: &Packet, end: Verdict) -> impl Iterator<Item = String> {
         DECIDING.iter().filter_map(move |(key, value, reset)| {
             let mut settings = self.settings.clone();
             reset(&mut settings);
@@ -126,20 +126,20 @@ impl Explanation<'_> {
             (otherwise != end).then(|| {
                 let value = value(self.settings);
                 format!(
-                    "`interception.{key}: {value}` decides: else it would {}.",
-                    would(otherwise)
+                    "`interception.{key}: {value}` decides: without it, the packet would {}.",
+                    hypothesis(otherwise)
                 )
             })
         })
     }
 
-    /// How to leave alone what is not.
+    /// The settings that would exempt a captured packet.
     fn exemptions(&self, packet: &Packet, arrives: bool) -> Option<String> {
         let to = packet.destination;
         let direct = |change: &dyn Fn(&mut InterceptionSettings)| {
             let mut settings = self.settings.clone();
             change(&mut settings);
-            self.end_with(&settings, packet) == End::Direct
+            self.end_with(&settings, packet) == Verdict::Direct
         };
         let mut ways = Vec::new();
         if arrives {
@@ -154,27 +154,27 @@ impl Explanation<'_> {
                 ways.push(format!("`interception.outbound.exclude_ports: {}`", to.port()));
             }
         }
-        (!ways.is_empty()).then(|| format!("{} would leave it alone.", ways.join(" or ")))
+        (!ways.is_empty()).then(|| format!("{} would exempt it.", ways.join(" or ")))
     }
 
-    fn end_with(&self, settings: &InterceptionSettings, packet: &Packet) -> End {
+    fn end_with(&self, settings: &InterceptionSettings, packet: &Packet) -> Verdict {
         let plan = RulePlan::new(settings, self.ports, self.ipv6);
         plan.walk(packet, self.environment).end
     }
 }
 
-/// What a packet would do.
-fn would(end: End) -> String {
+/// Describes a verdict as a hypothesis.
+fn hypothesis(end: Verdict) -> String {
     match end {
-        End::Direct => "reach its destination as it is".to_owned(),
-        End::Redirected(port) => format!("be redirected to the proxy's port {port}"),
-        End::Tproxied(port) => format!("be handed to the proxy's port {port}"),
-        End::Rejected => "be refused".to_owned(),
-        End::Dropped => "be dropped".to_owned(),
+        Verdict::Direct => "reach its destination unmodified".to_owned(),
+        Verdict::Redirected(port) => format!("be redirected to the proxy's port {port}"),
+        Verdict::Tproxied(port) => format!("be delivered unmodified to the proxy's port {port}"),
+        Verdict::Rejected => "be refused".to_owned(),
+        Verdict::Dropped => "be dropped".to_owned(),
     }
 }
 
-/// A setting, its value as text, and how it is taken back.
+/// A setting, its value as text, and a function that resets it to the default.
 type Deciding = (&'static str, fn(&InterceptionSettings) -> String, fn(&mut InterceptionSettings));
 
 const DECIDING: &[Deciding] = &[

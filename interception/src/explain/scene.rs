@@ -1,5 +1,6 @@
-//! The addresses, ports and processes that stand for each kind of traffic: chosen so that the
-//! settings treat them as the kind they stand for.
+//! Chooses typical addresses, ports and processes for the flows of an explanation.
+//!
+//! The choice respects the settings: for example, a typical remote port is not an excluded one.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -8,25 +9,25 @@ use underpass_config::{InboundMode, InterceptionSettings, PortRange, Profile};
 
 use super::{Explanation, Hop, Party};
 use crate::plan::{
-    Direction, Environment, KUBELET_PROBE_V4, KUBELET_PROBE_V6, PROXY_MARK, Packet, Protocol,
-    State, Way,
+    ConntrackState, Direction, Entry, Environment, KUBELET_PROBE_V4, KUBELET_PROBE_V6, PROXY_MARK,
+    Packet, Protocol,
 };
 
-/// The port that a client's kernel chose.
+/// An ephemeral port of a client.
 const EPHEMERAL: u16 = 40000;
-/// The user and group of a workload that the settings do not name.
+/// A user and group that the settings do not mention.
 const WORKLOAD: u32 = 1000;
-/// The usual ports of workloads.
+/// Typical ports of workloads.
 const USUAL_PORTS: [u16; 6] = [8080, 80, 443, 9000, 3000, 5000];
 
-/// Who is who, in one family.
+/// The addresses and processes of one address family.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Scene<'e> {
     explanation: &'e Explanation<'e>,
     v6: bool,
 }
 
-/// Who a process is to the rules.
+/// The attributes of a process that rules match.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Process {
     pub(super) party: Party,
@@ -48,7 +49,7 @@ impl<'e> Scene<'e> {
         self.explanation.environment
     }
 
-    /// The namespace's own address.
+    /// The pod's own address.
     pub(super) fn pod(&self) -> IpAddr {
         let example = if self.v6 {
             IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))
@@ -62,14 +63,17 @@ impl<'e> Scene<'e> {
         if self.v6 { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() }
     }
 
-    /// Somewhere else, whose connections the settings neither exclude nor fail to include.
+    /// A remote address whose connections the settings capture.
     pub(super) fn remote(&self) -> IpAddr {
         let outbound = &self.settings().outbound;
         let included = outbound.include_cidrs.iter().flatten();
         let included: Vec<IpNet> =
             included.copied().filter(|net| !net.addr().is_loopback()).collect();
-        let candidates: Vec<IpAddr> =
-            included.iter().filter_map(|net| net.hosts().next()).chain(self.elsewhere()).collect();
+        let candidates: Vec<IpAddr> = included
+            .iter()
+            .filter_map(|net| net.hosts().next())
+            .chain(self.documentation_addresses())
+            .collect();
         let fits = |address: &IpAddr| {
             let named = |nets: &[IpNet]| nets.iter().any(|net| net.contains(address));
             !named(&outbound.exclude_cidrs) && (included.is_empty() || named(&included))
@@ -77,14 +81,14 @@ impl<'e> Scene<'e> {
         self.first(&candidates, fits)
     }
 
-    /// Somewhere else that `include_cidrs` does not name.
+    /// A remote address that is not in `include_cidrs`.
     pub(super) fn not_included(&self) -> IpAddr {
         let included = self.settings().outbound.include_cidrs.as_deref().unwrap_or_default();
-        let candidates: Vec<IpAddr> = self.elsewhere().collect();
+        let candidates: Vec<IpAddr> = self.documentation_addresses().collect();
         self.first(&candidates, |address| !included.iter().any(|net| net.contains(address)))
     }
 
-    /// The first of the family that is not ours and fits, or else the first of the family.
+    /// The first fitting candidate of the family that is not local, otherwise its first candidate.
     fn first(&self, candidates: &[IpAddr], fits: impl Fn(&IpAddr) -> bool) -> IpAddr {
         let family = || candidates.iter().copied().filter(|address| address.is_ipv6() == self.v6);
         let other = |address: &IpAddr| !self.environment().is_local(*address);
@@ -93,13 +97,13 @@ impl<'e> Scene<'e> {
     }
 
     /// Addresses for documentation (RFC 5737, RFC 3849).
-    fn elsewhere(&self) -> impl Iterator<Item = IpAddr> + use<> {
+    fn documentation_addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
         let v4 = [[198, 51, 100, 10], [203, 0, 113, 10], [192, 0, 2, 10]].map(IpAddr::from);
         let v6 = [0x10, 0x20, 0x30].map(|net| IpAddr::from([0x2001, 0xdb8, net, 0, 0, 0, 0, 0x10]));
         v4.into_iter().chain(v6)
     }
 
-    /// A remote port whose connections the settings neither exclude nor fail to include.
+    /// A remote port whose connections the settings capture.
     pub(super) fn remote_port(&self) -> u16 {
         let outbound = &self.settings().outbound;
         let by_port = outbound.include_cidrs.as_ref().is_some_and(Vec::is_empty);
@@ -109,7 +113,7 @@ impl<'e> Scene<'e> {
         }
     }
 
-    /// A port of the workload whose connections the settings neither exclude nor fail to include.
+    /// A port of the workload whose connections the settings capture.
     pub(super) fn app_port(&self) -> u16 {
         let inbound = &self.settings().inbound;
         match inbound.include_ports.as_ref().and_then(|ports| ports.first()) {
@@ -126,7 +130,7 @@ impl<'e> Scene<'e> {
         SocketAddr::new(self.remote(), self.remote_port())
     }
 
-    /// The workload, of a user and group that the settings do not name, except to include them.
+    /// The workload. The settings do not mention its user and group, except to include them.
     pub(super) fn app(&self) -> Process {
         let settings = self.settings();
         let (outbound, free) = (&settings.outbound, |taken: &[u32], also: &[u32]| {
@@ -152,7 +156,7 @@ impl<'e> Scene<'e> {
         }
     }
 
-    /// Where the kubelet probes from.
+    /// The source address of kubelet probes.
     pub(super) fn kubelet(&self) -> IpAddr {
         match self.settings().profile {
             Profile::Ambient if self.v6 => KUBELET_PROBE_V6.into(),
@@ -161,19 +165,19 @@ impl<'e> Scene<'e> {
         }
     }
 
-    /// A connection that a local process opens.
+    /// The first packet of a connection that a local process opens.
     pub(super) fn opened(&self, process: Process, to: SocketAddr) -> Packet {
         let source = if to.ip().is_loopback() { self.localhost() } else { self.pod() };
         Packet {
             protocol: Protocol::Tcp,
             source: SocketAddr::new(source, EPHEMERAL),
             destination: to,
-            way: Way::Out {
+            entry: Entry::Out {
                 interface: self.environment().interface_to(to.ip()).to_owned(),
                 uid: process.uid,
                 gid: process.gid,
             },
-            state: State::New,
+            state: ConntrackState::New,
             mark: process.mark,
             connection_mark: 0,
         }
@@ -183,19 +187,19 @@ impl<'e> Scene<'e> {
         self.explanation.takes(process.party, self.opened(process, to), listener)
     }
 
-    /// The interface by which the world reaches the namespace.
+    /// The interface that connects the namespace to other hosts.
     pub(super) fn outer_interface(&self) -> &'e str {
         self.environment().interface_to(self.remote())
     }
 
-    /// A connection that arrives.
+    /// The first packet of a connection that arrives.
     pub(super) fn arriving(&self, from: IpAddr, to: SocketAddr) -> Packet {
         Packet {
             protocol: Protocol::Tcp,
             source: SocketAddr::new(from, EPHEMERAL),
             destination: to,
-            way: Way::In { interface: self.outer_interface().to_owned() },
-            state: State::New,
+            entry: Entry::In { interface: self.outer_interface().to_owned() },
+            state: ConntrackState::New,
             mark: 0,
             connection_mark: 0,
         }
@@ -211,7 +215,7 @@ impl<'e> Scene<'e> {
         self.explanation.takes(from, self.arriving(source, to), listener)
     }
 
-    /// The proxy's connection to the workload for a client, as `Sockets` opens it.
+    /// The proxy's connection to the workload on behalf of a client, as `Sockets` opens it.
     pub(super) fn last_hop(&self, client: IpAddr) -> Hop<'e> {
         let (settings, mut proxy) = (self.settings(), self.proxy());
         let tproxy = settings.inbound.mode == InboundMode::Tproxy;
@@ -231,16 +235,16 @@ impl<'e> Scene<'e> {
         self.explanation.takes(Party::Proxy, packet, Party::App)
     }
 
-    /// The answer to the packet of a hop that reached a local process.
+    /// The reply to a packet that a local process received.
     pub(super) fn reply(&self, process: Process, hop: &Hop<'_>) -> Hop<'e> {
         let mut packet = self.opened(process, hop.packet.source);
         packet.source = hop.packet.destination;
-        packet.state = State::Established(Direction::Reply);
+        packet.state = ConntrackState::Established(Direction::Reply);
         packet.connection_mark = hop.walk.connection_mark;
-        // Only who opened the connection is marked; a listener's answers are the workload's.
+        // Only sockets that open connections carry the mark; accepted ones belong to listeners.
         packet.mark = if process.party == Party::Proxy { process.mark } else { 0 };
         let mut reply = self.explanation.takes(process.party, packet, hop.from);
-        // What answers an imitated client, and is not brought back, goes to the client itself.
+        // A reply to a preserved client address that is not routed back leaves for the client.
         if reply.to == Some(Party::Proxy) && !reply.walk.local {
             reply.to = Some(Party::Remote);
         }
@@ -248,7 +252,7 @@ impl<'e> Scene<'e> {
     }
 }
 
-/// The first usual port that is not in one of the ranges.
+/// The first typical port outside of the ranges.
 pub(super) fn unnamed_port(ranges: &[PortRange]) -> u16 {
     let free = |port: &u16| !ranges.iter().any(|range| range.contains(*port));
     let [usual, ..] = USUAL_PORTS;

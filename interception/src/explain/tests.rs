@@ -1,4 +1,4 @@
-//! What the flows of each profile say, with the settings' defaults and without.
+//! Tests of the flows of each profile, with default and other settings.
 
 use std::net::SocketAddr;
 
@@ -15,20 +15,20 @@ const PORTS: Ports = Ports {
     services: Ports::DEFAULT_SERVICES,
 };
 
-/// The settings of these keys below `interception`: `profile=sidecar ipv6=bypass`.
+/// Parses settings below `interception`: `profile=sidecar ipv6=bypass`.
 fn settings(assignments: &str) -> InterceptionSettings {
     let flags = assignments.split_whitespace().map(|text| format!("interception.{text}")).collect();
     let sources = Sources { file: None, environment: Vec::new(), flags };
     sources.load().expect("the settings are right").interception
 }
 
-/// Asks about these settings, in the example's pod.
+/// Applies `question` to the explanation of these settings in a typical pod.
 fn explained<T>(assignments: &str, question: impl FnOnce(&Explanation<'_>) -> T) -> T {
     let (settings, environment) = (settings(assignments), Environment::example());
     question(&Explanation::new(&settings, PORTS, true, &environment, None))
 }
 
-/// The ids of the rules that decided a flow's packets, with who got each.
+/// The ids of the rules that decided a flow's packets, each with the receiver.
 fn path(assignments: &str, id: &str) -> Vec<(String, Option<Party>)> {
     explained(assignments, |explanation| {
         let flows = explanation.flows();
@@ -45,7 +45,7 @@ fn is(assignments: &str, id: &str, expected: &[(&str, Party)]) {
 }
 
 #[test]
-fn the_sidecar_article_is_right_about_types_1_2_and_4() {
+fn sidecar_flows_1_2_and_4_follow_article() {
     for exact in ["profile=sidecar", "profile=sidecar exact=true"] {
         is(exact, "1", &[("capture-inbound", Party::Proxy), ("1-last-hop", Party::App)]);
         is(exact, "2", &[("9-capture-outbound", Party::Proxy), ("4-proxy", Party::Remote)]);
@@ -62,7 +62,7 @@ fn the_sidecar_article_is_right_about_types_1_2_and_4() {
 }
 
 #[test]
-fn the_sidecar_article_is_wrong_about_types_3_5_and_6() {
+fn sidecar_flows_3_5_and_6_deviate_from_article() {
     for exact in ["profile=sidecar", "profile=sidecar exact=true"] {
         is(exact, "3", &[("never-15020", Party::Proxy), ("", Party::Prometheus)]);
         is(exact, "4'", &[("3-app-to-itself", Party::App)]);
@@ -73,7 +73,7 @@ fn the_sidecar_article_is_wrong_about_types_3_5_and_6() {
 }
 
 #[test]
-fn no_packet_meets_rules_5_6_and_8_of_the_sidecar_article() {
+fn sidecar_rules_5_6_and_8_match_no_packet() {
     explained("profile=sidecar", |explanation| {
         let flows = explanation.flows();
         let mut met = flows.iter().flat_map(|flow| &flow.hops).flat_map(|hop| hop.walk.rules());
@@ -83,7 +83,7 @@ fn no_packet_meets_rules_5_6_and_8_of_the_sidecar_article() {
 }
 
 #[test]
-fn the_ambient_flows_end_where_the_articles_tests_saw_them() {
+fn ambient_flows_end_as_in_tests_of_article() {
     let ambient = "profile=ambient";
     is(ambient, "A1", &[("capture-outbound", Party::Proxy), ("", Party::Remote)]);
     is(
@@ -110,7 +110,7 @@ fn the_ambient_flows_end_where_the_articles_tests_saw_them() {
 }
 
 #[test]
-fn the_answer_to_an_imitated_client_returns_by_a_mark() {
+fn reply_to_preserved_address_returns_by_mark() {
     explained("profile=ambient", |explanation| {
         let flows = explanation.flows();
         let hops = &flows.iter().find(|flow| flow.id == "A2").expect("A2").hops;
@@ -122,7 +122,7 @@ fn the_answer_to_an_imitated_client_returns_by_a_mark() {
 }
 
 #[test]
-fn the_osm_flows_end_where_the_articles_tests_saw_them() {
+fn osm_flows_end_as_in_tests_of_article() {
     let osm = "profile=osm";
     is(osm, "O1", &[("capture-outbound", Party::Proxy), ("proxy", Party::Remote)]);
     is(osm, "O2", &[("capture-inbound", Party::Proxy), ("proxy", Party::App)]);
@@ -139,13 +139,16 @@ fn hbone_is_never_redirected() {
         explained(&format!("profile={profile}"), |explanation| {
             let flows = explanation.flows();
             let flow = flows.iter().find(|flow| flow.id == id).expect("HBONE");
-            assert_eq!((flow.hops[0].walk.end, flow.hops[0].to), (End::Direct, Some(Party::Proxy)));
+            assert_eq!(
+                (flow.hops[0].walk.end, flow.hops[0].to),
+                (Verdict::Direct, Some(Party::Proxy))
+            );
         });
     }
 }
 
 #[test]
-fn each_exception_of_the_settings_has_a_flow_and_is_direct() {
+fn exceptions_have_direct_flows() {
     for profile in ["ambient", "sidecar", "osm"] {
         for (key, value) in [
             ("outbound.exclude_cidrs", "203.0.113.0/24"),
@@ -167,14 +170,14 @@ fn each_exception_of_the_settings_has_a_flow_and_is_direct() {
                     let end = |flow: &Flow<'_>| flow.hops[0].walk.end;
                     (end(&flow), end(&normal))
                 });
-            assert_eq!(ends, End::Direct, "{profile}: {key}");
-            assert_eq!(normal, End::Redirected(15006), "{profile}: {key}");
+            assert_eq!(ends, Verdict::Direct, "{profile}: {key}");
+            assert_eq!(normal, Verdict::Redirected(15006), "{profile}: {key}");
         }
     }
 }
 
 #[test]
-fn what_a_virtual_machine_sends_is_outbound() {
+fn virtual_machine_traffic_is_outbound() {
     for profile in ["ambient", "sidecar", "sidecar inbound.mode=tproxy"] {
         let path = path(&format!("profile={profile} virtual_interfaces=vm0"), "virtual_interfaces");
         assert_eq!(path[0], ("virtual-outbound".to_owned(), Some(Party::Proxy)), "{profile}");
@@ -183,7 +186,7 @@ fn what_a_virtual_machine_sends_is_outbound() {
 }
 
 #[test]
-fn ipv6_is_caught_refused_or_passed_as_the_settings_say() {
+fn ipv6_flows_follow_setting() {
     for profile in ["ambient", "sidecar", "osm"] {
         let end = |ipv6: &str, id: &str| {
             explained(&format!("profile={profile} ipv6={ipv6}"), |explanation| {
@@ -191,19 +194,19 @@ fn ipv6_is_caught_refused_or_passed_as_the_settings_say() {
                 flows.iter().find(|flow| flow.id == id).expect("IPv6").hops[0].walk.end
             })
         };
-        assert_eq!(end("capture", "IPv6 out"), End::Redirected(15001), "{profile}");
-        assert_eq!(end("capture", "IPv6 in"), End::Redirected(15006), "{profile}");
+        assert_eq!(end("capture", "IPv6 out"), Verdict::Redirected(15001), "{profile}");
+        assert_eq!(end("capture", "IPv6 in"), Verdict::Redirected(15006), "{profile}");
         for id in ["IPv6 out", "IPv6 in"] {
-            assert_eq!(end("reject", id), End::Rejected, "{profile}");
-            assert_eq!(end("bypass", id), End::Direct, "{profile}");
+            assert_eq!(end("reject", id), Verdict::Rejected, "{profile}");
+            assert_eq!(end("bypass", id), Verdict::Direct, "{profile}");
         }
     }
 }
 
 #[test]
-fn older_connections_survive_unless_the_rules_are_exact() {
+fn older_connections_survive_without_exact() {
     for profile in ["ambient", "sidecar", "osm"] {
-        for (exact, end) in [(false, End::Direct), (true, End::Redirected(15001))] {
+        for (exact, end) in [(false, Verdict::Direct), (true, Verdict::Redirected(15001))] {
             let found = explained(&format!("profile={profile} exact={exact}"), |explanation| {
                 let flows = explanation.flows();
                 flows.iter().find(|flow| flow.id == "older out").expect("older").hops[0].walk.end
@@ -214,14 +217,14 @@ fn older_connections_survive_unless_the_rules_are_exact() {
 }
 
 #[test]
-fn every_connection_is_answered_unless_exact_tproxy_rules_catch_what_imitates() {
+fn replies_arrive_except_with_exact_tproxy() {
     for settings in
         ["ambient", "ambient dns=capture", "sidecar", "sidecar inbound.mode=tproxy", "osm"]
     {
         explained(&format!("profile={settings}"), |explanation| {
             for hop in explanation.flows().iter().flat_map(|flow| &flow.hops) {
-                let answered = matches!(hop.answer, None | Some(Answer::Returns));
-                assert!(answered, "{settings}: {:?} of {:?}", hop.answer, hop.packet);
+                let answered = matches!(hop.reply, None | Some(ReplyOutcome::Delivered));
+                assert!(answered, "{settings}: {:?} of {:?}", hop.reply, hop.packet);
             }
         });
     }
@@ -229,11 +232,11 @@ fn every_connection_is_answered_unless_exact_tproxy_rules_catch_what_imitates() 
     let (text, json) =
         explained(exact, |explanation| (explanation.to_string(), explanation.json()));
     assert!(text.contains("from 127.0.0.1 to another host"), "{text}");
-    assert_eq!(json["flows"][0]["hops"][1]["answer"], "unroutable");
+    assert_eq!(json["flows"][0]["hops"][1]["reply"], "unroutable");
 }
 
 #[test]
-fn no_line_of_the_text_is_wider_than_a_terminal_except_for_words_that_are() {
+fn text_wraps_at_terminal_width() {
     for assignments in ["profile=ambient dns=capture", "profile=sidecar", "profile=osm"] {
         let text = explained(assignments, |explanation| explanation.to_string());
         let wide =
@@ -243,7 +246,7 @@ fn no_line_of_the_text_is_wider_than_a_terminal_except_for_words_that_are() {
 }
 
 #[test]
-fn the_text_shows_the_counter_of_a_rule_that_is_installed() {
+fn text_shows_counters_of_installed_rules() {
     let (settings, environment) = (settings("profile=sidecar"), Environment::example());
     let counters =
         [RuleCounter { id: "9-capture-outbound".to_owned(), packets: 4711, bytes: 60 * 4711 }];
@@ -258,7 +261,7 @@ fn the_text_shows_the_counter_of_a_rule_that_is_installed() {
 }
 
 #[test]
-fn every_rule_that_a_packet_of_the_json_names_is_in_its_list() {
+fn json_lists_every_rule_that_packets_name() {
     for profile in ["ambient", "sidecar", "osm"] {
         let json = explained(&format!("profile={profile}"), |explanation| explanation.json());
         let ids: Vec<_> =
@@ -272,7 +275,7 @@ fn every_rule_that_a_packet_of_the_json_names_is_in_its_list() {
 }
 
 #[test]
-fn each_subgraph_of_the_mermaid_chart_ends_and_each_arrow_has_nodes() {
+fn mermaid_chart_closes_subgraphs_and_declares_nodes() {
     for profile in ["ambient", "sidecar", "osm"] {
         let chart = explained(&format!("profile={profile}"), |explanation| explanation.mermaid());
         assert!(chart.starts_with("flowchart LR\n"));
@@ -290,12 +293,12 @@ fn each_subgraph_of_the_mermaid_chart_ends_and_each_arrow_has_nodes() {
 }
 
 #[test]
-fn the_profile_without_rules_says_so() {
+fn profile_none_explains_that_it_captures_nothing() {
     let text = explained("profile=none", |explanation| explanation.to_string());
-    assert!(text.contains("nothing is caught"), "{text}");
+    assert!(text.contains("captures nothing"), "{text}");
 }
 
-fn asked(assignments: &str, sender: Sender, to: &str) -> (End, String) {
+fn asked(assignments: &str, sender: Sender, to: &str) -> (Verdict, String) {
     let to: SocketAddr = to.parse().expect("an address and port");
     explained(assignments, |explanation| {
         let packet = explanation.packet(sender, Protocol::Tcp, to);
@@ -304,54 +307,57 @@ fn asked(assignments: &str, sender: Sender, to: &str) -> (End, String) {
 }
 
 #[test]
-fn an_excluded_packet_names_the_setting_that_excludes_it() {
+fn excluded_packet_names_excluding_setting() {
     let sidecar = "profile=sidecar outbound.exclude_ports=443";
     let (end, text) = asked(sidecar, Sender::App, "10.0.0.5:443");
-    assert_eq!(end, End::Direct);
+    assert_eq!(end, Verdict::Direct);
     assert!(text.contains("`interception.outbound.exclude_ports: 443` decides"), "{text}");
     let included = "profile=ambient outbound.include_cidrs=10.1.0.0/16";
     let (end, text) = asked(included, Sender::App, "10.0.0.5:443");
-    assert_eq!(end, End::Direct);
+    assert_eq!(end, Verdict::Direct);
     assert!(text.contains("`interception.outbound.include_cidrs: 10.1.0.0/16` decides"), "{text}");
     let (end, text) = asked("profile=ambient ipv6=bypass", Sender::App, "[2001:db8::5]:443");
-    assert_eq!(end, End::Direct);
+    assert_eq!(end, Verdict::Direct);
     assert!(text.contains("`interception.ipv6: bypass` decides"), "{text}");
 }
 
 #[test]
-fn a_caught_packet_names_what_would_leave_it_alone() {
+fn captured_packet_names_exempting_settings() {
     let (end, text) = asked("profile=ambient", Sender::App, "10.0.0.5:443");
-    assert_eq!(end, End::Redirected(15001));
+    assert_eq!(end, Verdict::Redirected(15001));
     assert!(text.contains("`interception.outbound.exclude_cidrs: 10.0.0.5`"), "{text}");
     let (end, text) = asked("profile=osm", Sender::Remote, "10.0.0.1:8080");
-    assert_eq!(end, End::Redirected(15006));
+    assert_eq!(end, Verdict::Redirected(15006));
     assert!(text.contains("`interception.inbound.exclude_ports: 8080`"), "{text}");
 }
 
 #[test]
-fn the_proxy_and_probes_are_told_apart() {
+fn advice_distinguishes_proxy_and_probes() {
     for profile in ["ambient", "sidecar", "osm"] {
         let settings = format!("profile={profile}");
         let (end, text) = asked(&settings, Sender::Proxy, "10.0.0.5:443");
-        assert_eq!(end, End::Direct, "{profile}");
+        assert_eq!(end, Verdict::Direct, "{profile}");
         assert!(text.contains("proxy's own connections"), "{text}");
     }
     let probed = |probes: &str, to: &str| {
         asked(&format!("profile=ambient kubelet_probes={probes}"), Sender::Probe, to)
     };
-    assert_eq!(probed("on", "10.0.0.1:8080").0, End::Direct);
-    assert_eq!(probed("8080", "10.0.0.1:8080").0, End::Direct);
-    assert_eq!(probed("8080", "10.0.0.1:8081").0, End::Redirected(15006));
+    assert_eq!(probed("on", "10.0.0.1:8080").0, Verdict::Direct);
+    assert_eq!(probed("8080", "10.0.0.1:8080").0, Verdict::Direct);
+    assert_eq!(probed("8080", "10.0.0.1:8081").0, Verdict::Redirected(15006));
     let (end, text) = probed("off", "10.0.0.1:8080");
-    assert_eq!(end, End::Redirected(15006));
+    assert_eq!(end, Verdict::Redirected(15006));
     assert!(text.contains("`interception.kubelet_probes: off` decides"), "{text}");
-    assert_eq!(asked("profile=sidecar", Sender::Probe, "10.0.0.1:8080").0, End::Redirected(15006));
+    assert_eq!(
+        asked("profile=sidecar", Sender::Probe, "10.0.0.1:8080").0,
+        Verdict::Redirected(15006)
+    );
 }
 
 #[test]
-fn packets_that_cannot_be_are_said_to_be_impossible() {
+fn impossible_packets_are_reported() {
     let (_, text) = asked("profile=ambient", Sender::Remote, "127.0.0.1:8080");
     assert!(text.contains("No such packet arrives"), "{text}");
     let (_, text) = asked("profile=ambient", Sender::Remote, "192.0.2.77:8080");
-    assert!(text.contains("no address of this namespace: the proxy refuses"), "{text}");
+    assert!(text.contains("not an address of this namespace: the proxy refuses"), "{text}");
 }

@@ -1,26 +1,26 @@
-//! The explanation for people, on a terminal of 100 columns.
+//! The explanation as text for a terminal of 100 columns.
 
 use std::fmt;
 
 use super::{Explanation, Flow, Hop, PacketExplanation};
 use crate::plan::nft::Statement;
 use crate::plan::{
-    Action, Answer, ChainId, Direction, End, LoopbackAddress, Origin, Passage, Protocol, Rule,
-    State,
+    Action, ChainId, ConntrackState, Direction, LoopbackAddress, Origin, Protocol, ReplyOutcome,
+    Rule, TraversedChain, Verdict,
 };
 
-/// How wide a terminal is taken to be.
+/// The assumed width of the terminal in columns.
 const WIDTH: usize = 100;
 const ARROW: &str = "─▶";
-/// What stands before a rule that decides, and before one that is ours.
-const LEGEND: &str = "Each line is a rule that the packet meets. * it decides; + it is ours, the others are those of";
+/// Explains the prefixes of a rule that decides and of one that underpass adds.
+const LEGEND: &str = "Each line is a rule that matches the packet. * it decides; + underpass adds it, the others are those of";
 
-/// The flows, the rules, and what they rely on.
+/// The flows, the rules, and the routes and addresses that they depend on.
 impl fmt::Display for Explanation<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let flows = self.flows();
         if flows.is_empty() {
-            return writeln!(f, "The profile none has no rules: nothing is caught.");
+            return writeln!(f, "The profile none has no rules and captures nothing.");
         }
         head(f, self)?;
         for flow in &flows {
@@ -32,21 +32,23 @@ impl fmt::Display for Explanation<'_> {
     }
 }
 
-/// The packet's way, its end, and the advice.
+/// The packet's path, its verdict, and the advice.
 impl fmt::Display for PacketExplanation<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         hop(f, self.explanation, &self.hop)?;
         writeln!(f)?;
         let end = match self.hop.walk.end {
-            End::Direct => "It reaches its destination as it is".to_owned(),
-            End::Redirected(port) => format!("It is redirected to the proxy's port {port}"),
-            End::Tproxied(port) => format!("It is handed to the proxy's port {port} as it is"),
-            End::Rejected => "It is refused".to_owned(),
-            End::Dropped => "It is dropped".to_owned(),
+            Verdict::Direct => "It reaches its destination unmodified".to_owned(),
+            Verdict::Redirected(port) => format!("It is redirected to the proxy's port {port}"),
+            Verdict::Tproxied(port) => {
+                format!("It is delivered unmodified to the proxy's port {port}")
+            }
+            Verdict::Rejected => "It is rejected".to_owned(),
+            Verdict::Dropped => "It is dropped".to_owned(),
         };
         let why = match self.hop.decided_by() {
             Some(rule) => format!("{end}, by the rule {}: {}.", rule.id, rule.reason),
-            None => format!("{end}: no rule takes it."),
+            None => format!("{end}: no rule decides."),
         };
         wrap(f, 0, &why)?;
         self.advice.iter().try_for_each(|advice| wrap(f, 0, advice))
@@ -59,9 +61,9 @@ fn head(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>) -> fmt::Resul
         _ => "Istio",
     };
     let count = if explanation.counters.is_some() {
-        " The number is how often it matched: connections in nat, packets elsewhere."
+        " The number counts its matches: connections in nat, packets elsewhere."
     } else {
-        " The rules are not installed here, so that nothing is counted."
+        " The rules are not installed here, so there are no counters."
     };
     wrap(f, 0, &format!("{LEGEND} {whose}.{count}"))
 }
@@ -77,7 +79,7 @@ fn flow(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>, flow: &Flow<'
     flow.hops.iter().try_for_each(|hop| self::hop(f, explanation, hop))
 }
 
-/// Who sends what to whom; the path; and the rules on it.
+/// Prints sender, receiver and path of a packet, and the rules that matched.
 fn hop(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>, hop: &Hop<'_>) -> fmt::Result {
     let packet = &hop.packet;
     let mut about = String::new();
@@ -88,29 +90,29 @@ fn hop(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>, hop: &Hop<'_>)
         about.push_str(&format!(", mark {:#x}", packet.mark));
     }
     about.push_str(match packet.state {
-        State::New => "",
-        State::PickedUp => ", unknown to conntrack",
-        State::Established(Direction::Reply) => ", the answer",
-        State::Established(Direction::Original) => ", of a known connection",
-        State::Invalid => ", invalid",
+        ConntrackState::New => "",
+        ConntrackState::PickedUp => ", not tracked before",
+        ConntrackState::Established(Direction::Reply) => ", the reply",
+        ConntrackState::Established(Direction::Original) => ", of a tracked connection",
+        ConntrackState::Invalid => ", invalid",
     });
     let (from, source, to) = (hop.from, packet.source.ip(), packet.destination);
     writeln!(f, "   {from} {source} {ARROW} {to}{about}")?;
     wrap(f, 6, &path(hop))?;
-    if let Some(sentence) = hop.answer.and_then(unanswered) {
+    if let Some(sentence) = hop.reply.and_then(unanswered_reason) {
         wrap(f, 6, sentence)?;
     }
     let rules: Vec<&Rule> =
-        hop.telling().flat_map(|passage| passage.rules.iter().copied()).collect();
+        hop.notable_chains().flat_map(|passage| passage.rules.iter().copied()).collect();
     let widest = |width: fn(&Rule) -> usize| rules.iter().map(|rule| width(rule)).max();
-    let chain = widest(|rule| place(rule).chars().count()).unwrap_or_default();
+    let chain = widest(|rule| location(rule).chars().count()).unwrap_or_default();
     let id = widest(|rule| rule.id.chars().count()).unwrap_or_default();
     for rule in rules {
         let decides = if hop.decided_by() == Some(rule) { '*' } else { ' ' };
-        let (ours, count) = (ours(rule), count(explanation, rule));
+        let (origin_sign, count) = (origin_sign(rule), count(explanation, rule));
         let line = format!(
-            "{decides}{ours} {:<chain$}  {:<id$}{count}  {}",
-            place(rule),
+            "{decides}{origin_sign} {:<chain$}  {:<id$}{count}  {}",
+            location(rule),
             rule.id,
             rule.reason
         );
@@ -120,27 +122,27 @@ fn hop(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>, hop: &Hop<'_>)
     Ok(())
 }
 
-/// Why the connection does not come about, though somebody gets its first packet.
-fn unanswered(answer: Answer) -> Option<&'static str> {
-    match answer {
-        Answer::Returns => None,
-        Answer::Astray => Some("The answer goes elsewhere, so that no connection comes about."),
-        Answer::Unroutable => Some(
-            "The answer would go from 127.0.0.1 to another host, for which the kernel has no route, so \
-             that no connection comes about.",
+/// The reason why the reply does not arrive although the first packet does.
+fn unanswered_reason(reply: ReplyOutcome) -> Option<&'static str> {
+    match reply {
+        ReplyOutcome::Delivered => None,
+        ReplyOutcome::Misrouted => Some("The reply goes to another host, so the connection fails."),
+        ReplyOutcome::Unroutable => Some(
+            "The kernel has no route for the reply, from 127.0.0.1 to another host, so the \
+             connection fails.",
         ),
     }
 }
 
-/// Where a rule stands: `nat ISTIO_OUTPUT`.
-fn place(rule: &Rule) -> String {
+/// The table and chain of a rule: `nat ISTIO_OUTPUT`.
+fn location(rule: &Rule) -> String {
     format!("{} {}", rule.chain.table.name(), rule.chain.name)
 }
 
-fn ours(rule: &Rule) -> char {
+fn origin_sign(rule: &Rule) -> char {
     match rule.origin {
-        Origin::Seed => ' ',
-        Origin::Ours => '+',
+        Origin::Mesh => ' ',
+        Origin::Underpass => '+',
     }
 }
 
@@ -152,24 +154,28 @@ fn count(explanation: &Explanation<'_>, rule: &Rule) -> String {
     }
 }
 
-/// `─▶ nat OUTPUT ─▶ ISTIO_OUTPUT ─▶ proxy :15001`.
+/// The path of a packet: `─▶ nat OUTPUT ─▶ ISTIO_OUTPUT ─▶ proxy :15001`.
 fn path(hop: &Hop<'_>) -> String {
     let mut stops: Vec<String> = Vec::new();
-    for passage in hop.telling() {
+    for passage in hop.notable_chains() {
         stops.extend(chains(passage).into_iter().map(|chain| name(passage, chain)));
     }
     if stops.is_empty() {
         stops.push(match hop.packet.state {
-            State::Established(_) => "no rule: nat decided when the connection opened".to_owned(),
-            State::New | State::PickedUp | State::Invalid => "no rule".to_owned(),
+            ConntrackState::Established(_) => {
+                "no rule: nat decided when the connection opened".to_owned()
+            }
+            ConntrackState::New | ConntrackState::PickedUp | ConntrackState::Invalid => {
+                "no rule".to_owned()
+            }
         });
     }
     stops.push(end(hop));
     stops.iter().map(|stop| format!("{ARROW} {stop}")).collect::<Vec<_>>().join(" ")
 }
 
-/// The chains that a packet passes after it enters this one, itself first.
-pub(super) fn chains(passage: &Passage<'_>) -> Vec<ChainId> {
+/// The chains that a packet enters from this base chain, including the base chain.
+pub(super) fn chains(passage: &TraversedChain<'_>) -> Vec<ChainId> {
     let mut chains = vec![passage.chain];
     for rule in &passage.rules {
         chains.push(rule.chain);
@@ -181,7 +187,7 @@ pub(super) fn chains(passage: &Passage<'_>) -> Vec<ChainId> {
     chains
 }
 
-fn name(passage: &Passage<'_>, chain: ChainId) -> String {
+fn name(passage: &TraversedChain<'_>, chain: ChainId) -> String {
     if chain == passage.chain {
         format!("{} {}", chain.table.name(), chain.name)
     } else {
@@ -189,15 +195,15 @@ fn name(passage: &Passage<'_>, chain: ChainId) -> String {
     }
 }
 
-/// Who gets it, and where.
+/// The receiver and the address.
 pub(super) fn end(hop: &Hop<'_>) -> String {
     let who = hop.to.map(|party| party.to_string()).unwrap_or_default();
     match hop.walk.end {
-        End::Direct => format!("{who} {}", hop.packet.destination),
-        End::Redirected(port) => format!("{who} :{port}"),
-        End::Tproxied(port) => format!("{who} :{port} (TPROXY)"),
-        End::Rejected => "refused".to_owned(),
-        End::Dropped => "dropped".to_owned(),
+        Verdict::Direct => format!("{who} {}", hop.packet.destination),
+        Verdict::Redirected(port) => format!("{who} :{port}"),
+        Verdict::Tproxied(port) => format!("{who} :{port} (TPROXY)"),
+        Verdict::Rejected => "refused".to_owned(),
+        Verdict::Dropped => "dropped".to_owned(),
     }
 }
 
@@ -206,14 +212,14 @@ fn rules(
     explanation: &Explanation<'_>,
     flows: &[Flow<'_>],
 ) -> fmt::Result {
-    writeln!(f, "\nAll rules (- : no packet above meets it)")?;
+    writeln!(f, "\nAll rules (- : it matches no packet above)")?;
     let hops = || flows.iter().flat_map(|flow| &flow.hops);
     for chain in explanation.plan.chains() {
         writeln!(f, "\n  {} {}", chain.id.table.name(), chain.id.name)?;
-        for rule in explanation.plan.rules_of(chain.id) {
+        for rule in explanation.plan.rules_in(chain.id) {
             let met = hops().any(|hop| hop.walk.rules().any(|passed| passed.id == rule.id));
             let met = if met { ' ' } else { '-' };
-            writeln!(f, "   {met}{} {}{}", ours(rule), rule.id, count(explanation, rule))?;
+            writeln!(f, "   {met}{} {}{}", origin_sign(rule), rule.id, count(explanation, rule))?;
             wrap(f, 8, rule.reason)?;
             hang(f, 8, 10, &Statement(rule).to_string())?;
         }
@@ -224,7 +230,7 @@ fn rules(
 fn routes(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>) -> fmt::Result {
     let (routes, addresses) = (explanation.plan.routes(), explanation.plan.addresses());
     if !routes.is_empty() || !addresses.is_empty() {
-        writeln!(f, "\nBeside the rules")?;
+        writeln!(f, "\nIn addition to the rules")?;
     }
     for route in routes {
         let (mark, table) = (route.mark, route.table);
@@ -240,12 +246,12 @@ fn routes(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>) -> fmt::Res
         .try_for_each(|LoopbackAddress(address)| writeln!(f, "  ip addr  {address}/128 dev lo"))
 }
 
-/// Writes lines of at most [`WIDTH`] columns, all indented alike.
+/// Writes lines of at most [`WIDTH`] columns with the same indentation.
 fn wrap(f: &mut fmt::Formatter<'_>, indent: usize, text: &str) -> fmt::Result {
     hang(f, indent, indent, text)
 }
 
-/// The same, but from the second line on indented by `hanging`. Spaces within the text stay.
+/// Writes lines that are indented by `hanging` from the second on. Spaces within the text stay.
 fn hang(f: &mut fmt::Formatter<'_>, indent: usize, hanging: usize, text: &str) -> fmt::Result {
     let mut line = " ".repeat(indent);
     let mut empty = true;

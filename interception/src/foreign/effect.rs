@@ -1,32 +1,31 @@
-//! What a rule of another program does to packets that ours would catch, read from its target or its
-//! text.
+//! Classifies what a rule of another program does to packets that the own rules would capture.
 //!
-//! Not here: where such rules are found (`foreign.rs`).
+//! The classification uses the rule's target or its text.
 
 use crate::plan::{MARK_MASK, PROXY_MARK};
 
-/// What a foreign rule does to packets that ours would catch.
+/// The effect of a foreign rule on packets that the own rules would capture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Effect {
-    /// It sets the proxy's mark: what it matches is not caught.
+    /// Sets the proxy's mark, so that matching packets are not captured.
     SetsProxyMark,
-    /// It sets or copies a packet or connection mark.
+    /// Sets or copies a packet or connection mark.
     Marks,
-    /// It changes the destination, so that ours cannot.
+    /// Changes the destination before the own rules can.
     Redirects,
-    /// It takes packets out of connection tracking, or puts them into another zone: they are not
+    /// Disables connection tracking or changes the conntrack zone, so that packets are not
     /// redirected.
     Untracks,
-    /// It hands packets to another program or socket.
+    /// Passes packets to another program or socket.
     Diverts,
-    /// It ends the chain that ours stand in.
+    /// Ends the chain that contains the own jump.
     Accepts,
-    /// An ip rule that comes before ours.
+    /// An ip rule that precedes the own one.
     Routes,
 }
 
 impl Effect {
-    /// What it does, as a verb phrase.
+    /// The effect as a verb phrase.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -35,13 +34,14 @@ impl Effect {
             Self::Redirects => "changes the destination",
             Self::Untracks => "changes connection tracking",
             Self::Diverts => "diverts packets",
-            Self::Accepts => "ends the chain before our rules",
-            Self::Routes => "chooses a route before our ip rule",
+            Self::Accepts => "ends the chain before underpass' rules",
+            Self::Routes => "selects a route before underpass' ip rule",
         }
     }
 }
 
-/// `text`: the rule, with the options of its target. `own`: our rules are in the same tables.
+/// Classifies a rule by its target and `text`. `own` is true if the own rules are in the same
+/// tables.
 pub(crate) fn effect_of_target(target: &str, text: &str, own: bool) -> Option<Effect> {
     match target {
         "MARK" | "CONNMARK" if sets_proxy_mark(text) => Some(Effect::SetsProxyMark),
@@ -54,8 +54,8 @@ pub(crate) fn effect_of_target(target: &str, text: &str, own: bool) -> Option<Ef
     }
 }
 
-/// Whether a rule's text says that it sets the packet mark to the proxy's: `meta mark set 0x539`,
-/// `--set-xmark 0x539/0xfff`.
+/// Returns true if a rule sets the packet mark to the proxy's: `meta mark set 0x539`, `--set-xmark
+/// 0x539/0xfff`.
 pub(crate) fn sets_proxy_mark(text: &str) -> bool {
     let words: Vec<&str> = text.split_whitespace().collect();
     words.windows(2).any(|pair| {

@@ -1,7 +1,7 @@
-//! Runs the programs of iptables, and says in our words what they say in theirs.
+//! Runs the programs of iptables and translates their output into errors.
 //!
-//! Not here: what they are told (`ruleset.rs`). A program acts on the network namespace of the thread
-//! that starts it.
+//! A program acts on the network namespace of the thread that starts it. `ruleset.rs` builds the
+//! input.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,15 +17,15 @@ use crate::plan::{Family, TABLES};
 use crate::privileges::lacks_net_admin;
 use crate::{Entered, InterceptionError};
 
-/// How many seconds a program waits for another one's lock (only legacy has a lock).
+/// How long a program waits for the lock, in seconds. Only the legacy variant has a lock.
 const LOCK_WAIT: &str = "30";
-/// How long a program may take, that wait included.
+/// The timeout of a program, including the wait for the lock.
 const DEADLINE: Duration = Duration::from_secs(60);
-/// The lock of legacy iptables.
+/// The lock file of legacy iptables.
 const LOCK: &str = "/run/xtables.lock";
 
-/// Prints everybody's ruleset. It reads only those tables that exist, and creates none; except for
-/// legacy tables once the process is no longer root, who alone may list them.
+/// Prints the ruleset of all programs. It reads only existing tables and creates none, except for
+/// legacy tables in a process without root, which cannot list them.
 pub(super) async fn save(
     entered: &Entered,
     operation: &'static str,
@@ -41,7 +41,7 @@ pub(super) async fn save(
     Ok(String::from_utf8_lossy(&printed).into_owned())
 }
 
-/// The command lines that print everything together.
+/// The command lines that together print all tables.
 fn save_arguments(_: &Entered, variant: Variant, family: Family) -> Vec<Vec<&'static str>> {
     let names = match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
@@ -54,7 +54,7 @@ fn save_arguments(_: &Entered, variant: Variant, family: Family) -> Vec<Vec<&'st
     vec![vec!["--counters"]]
 }
 
-/// Does what `body` says.
+/// Applies `body`.
 pub(super) async fn restore(
     entered: &Entered,
     operation: &'static str,
@@ -71,7 +71,7 @@ pub(super) async fn restore(
     check(entered, operation, variant, family, program, output).map(|_| ())
 }
 
-/// Whether a variant's programs for this family are there.
+/// Checks that a variant's programs for this family are installed.
 pub(super) async fn find(
     entered: &Entered,
     variant: Variant,
@@ -83,8 +83,8 @@ pub(super) async fn find(
     Ok(())
 }
 
-/// Runs a variant's program: `iptables-legacy-save`, or the plain `iptables-save` if only that is there
-/// and it is of the variant. Its name, and what came of it.
+/// Runs a program of a variant: `iptables-legacy-save`, or the plain `iptables-save` if only that
+/// exists and is of the variant. Returns its name and its output.
 async fn run_variant(
     entered: &Entered,
     variant: Variant,
@@ -111,7 +111,7 @@ async fn run_variant(
     Ok((plain, output))
 }
 
-/// Which variant a program without one in its name is; `None` if there is none.
+/// The variant of a program without a variant in its name; `None` if it is not installed.
 async fn plain_variant(
     entered: &Entered,
     program: &str,
@@ -121,7 +121,7 @@ async fn plain_variant(
         Err(error) if error.is_missing_program() => return Ok(None),
         Err(error) => return Err(error),
     };
-    // `iptables-restore v1.8.9 (nf_tables)`; what is older than 1.8 says nothing, and is legacy.
+    // `iptables-restore v1.8.9 (nf_tables)`; versions before 1.8 print no variant and are legacy.
     let version = String::from_utf8_lossy(&output.stdout);
     Ok(Some(if version.contains("nf_tables") { Variant::Nft } else { Variant::Legacy }))
 }
@@ -150,8 +150,8 @@ async fn communicate(
     command.args(arguments).kill_on_drop(true);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     if OpenOptions::new().create(true).append(true).open(LOCK).is_err() {
-        // Nobody here can have that lock (a read-only root file system). The namespace itself is what
-        // has to be locked, and its file can be.
+        // The lock file cannot be created on a read-only root file system. The file of the network
+        // namespace serves as the lock instead.
         command.env("XTABLES_LOCKFILE", "/proc/self/ns/net");
     }
     let mut child = command.spawn()?;
@@ -159,7 +159,7 @@ async fn communicate(
     let write = async {
         let Some(mut stdin) = stdin else { return Ok(()) };
         match stdin.write_all(input.as_bytes()).await {
-            // It has seen enough, and its status says why.
+            // The program stopped reading; its exit status tells why.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             result => result,
         }
@@ -169,7 +169,7 @@ async fn communicate(
     output
 }
 
-/// The standard output of a program that succeeded.
+/// The standard output of a successful program.
 fn check(
     entered: &Entered,
     operation: &'static str,
@@ -183,7 +183,7 @@ fn check(
     }
     let printed = String::from_utf8_lossy(&output.stderr);
     if printed.contains("Permission denied (you must be root)") {
-        // Legacy iptables speaks to the kernel through a raw socket.
+        // Legacy iptables uses a raw socket, which needs NET_RAW.
         let raw = variant == Variant::Legacy && !lacks_net_admin(entered);
         let capability = if raw { "NET_RAW" } else { "NET_ADMIN" };
         return Err(InterceptionError::NotPermitted { operation, capability });
@@ -196,7 +196,7 @@ fn check(
     Err(InterceptionError::Iptables { operation, program, message, module })
 }
 
-/// What was printed, without what helps nobody, in one line.
+/// The output in one line, without advice that does not apply here.
 fn summary(printed: &str) -> String {
     let lines = printed.lines().map(str::trim);
     let useful = lines.filter(|line| {
@@ -205,14 +205,14 @@ fn summary(printed: &str) -> String {
     useful.collect::<Vec<_>>().join("; ").replace(":; ", ": ")
 }
 
-/// The kernel module whose absence explains what was printed. Legacy says of a rule only its number,
-/// so that often nothing does.
+/// The kernel module whose absence explains the output. Legacy iptables reports only the number of
+/// the line, so often there is no explanation.
 fn missing_module(printed: &str, family: Family) -> Option<&'static str> {
     if let Some((_, rest)) = printed.split_once("unable to initialize table '") {
         let (table, _) = rest.split_once('\'')?;
         return table_module(table, family);
     }
-    // libxtables: "Extension owner revision 0 not supported, missing kernel module?"
+    // Message of libxtables: "Extension owner revision 0 not supported, missing kernel module?"
     let extension = printed.lines().find_map(|line| {
         let (_, rest) = line.split_once("Extension ")?;
         rest.contains("missing kernel module").then(|| rest.split(' ').next())?
@@ -269,7 +269,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_module_is_named() {
+    fn failure_names_missing_module() {
         for (printed, family, module) in [
             (
                 "Warning: Extension owner revision 0 not supported, missing kernel module?\n\
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_is_one_line_without_the_advice_to_read_the_help() {
+    fn message_is_one_line_without_help_advice() {
         let printed = "iptables-restore v1.8.9 (legacy): Couldn't load target `FOO':No such file or \
                        directory\n\nError occurred at line: 3\nTry `iptables-restore -h' or \
                        'iptables-restore --help' for more information.\n";

@@ -1,12 +1,13 @@
-//! Whether the kernel will take the users and groups of a plan: xt_owner refuses, with a mere "invalid
-//! argument", what the user namespace does not have. (nf_tables compares any number.)
+//! Checks the users and groups of a plan before xt_owner does.
+//!
+//! xt_owner rejects ids outside of the user namespace with a plain "invalid argument". nf_tables
+//! accepts any id.
 
 use crate::InterceptionError;
 use crate::plan::{Match, RulePlan};
 use crate::user_ids::UserIds;
 
-/// Refuses a plan with a user or group that does not exist here. Where /proc does not say, the kernel
-/// will.
+/// Rejects a plan with an unknown user or group. Without /proc, the check is left to the kernel.
 pub(super) fn check(plan: &RulePlan) -> Result<(), InterceptionError> {
     let (users, groups) = (UserIds::of_users(), UserIds::of_groups());
     for condition in plan.rules().iter().flat_map(|rule| &rule.matches) {

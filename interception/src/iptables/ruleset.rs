@@ -1,7 +1,6 @@
-//! One family's ruleset: what `iptables-save` prints, which of it is ours, and what
-//! `iptables-restore` has to do to turn ours into another.
+//! The ruleset of one family: parses `iptables-save`, selects the own part, and prints changes.
 //!
-//! Not here: running either (`exec.rs`), and what a plan's rules look like (`plan/iptables.rs`).
+//! `exec.rs` runs the programs, and `plan/iptables.rs` prints the rules of a plan.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -11,8 +10,8 @@ use ipnet::IpNet;
 use crate::plan::{Action, Family, RulePlan, TABLES, Table};
 use crate::verify::Section;
 
-/// The chains of the profiles. Any of these names is taken for ours, for we replace what Istio or
-/// OSM left; linkerd's `PROXY_INIT_…` is none of them.
+/// The chains of all profiles. Chains with these names count as own, since underpass replaces those
+/// of Istio and OSM. Linkerd's `PROXY_INIT_…` is not among them.
 const CHAINS: [&str; 13] = [
     "ISTIO_PRERT",
     "ISTIO_OUTPUT",
@@ -28,28 +27,28 @@ const CHAINS: [&str; 13] = [
     "PROXY_IN_REDIRECT",
     "PROXY_REDIRECT",
 ];
-/// What our other chains begin with.
+/// The prefix of additional own chains.
 const PREFIX: &str = "UNDERPASS_";
-/// An empty chain that says that underpass installed the chains of a table: their names are Istio's
-/// and OSM's.
+/// An empty chain that marks a table as installed by underpass. The other names are also Istio's or
+/// OSM's.
 const OWNER: &str = "UNDERPASS_OWNER";
 
-/// Whether a chain of this name is ours.
-pub(crate) fn is_ours(chain: &str) -> bool {
+/// Returns true if a chain of this name counts as own.
+pub(crate) fn is_own_chain(chain: &str) -> bool {
     CHAINS.contains(&chain) || chain.starts_with(PREFIX)
 }
 
-/// Whether it is the chain that says whose the others of its table are.
+/// Returns true for the chain that marks the owner of a table.
 pub(crate) fn is_owner_chain(chain: &str) -> bool {
     chain == OWNER
 }
 
-/// A ruleset as it is printed, everybody's.
+/// A parsed ruleset of all programs.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ruleset {
     pub(crate) tables: Vec<SavedTable>,
-    /// The tables that iptables-nft cannot print, because another program put rules into them that
-    /// only nft understands.
+    /// The tables that iptables-nft cannot print, because another program added rules that only nft
+    /// supports.
     pub(crate) incompatible: Vec<String>,
 }
 
@@ -70,15 +69,15 @@ pub(crate) struct SavedChain {
 /// A rule.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct SavedRule {
-    /// What follows the name of the chain.
+    /// The text after the name of the chain.
     pub(crate) text: String,
     pub(crate) packets: u64,
     pub(crate) bytes: u64,
 }
 
 impl Ruleset {
-    /// Reads what `iptables-save --counters` prints. What it does not know it passes over: comments,
-    /// policies, `COMMIT`.
+    /// Parses the output of `iptables-save --counters`. It skips unknown lines: comments, policies,
+    /// `COMMIT`.
     pub(crate) fn parse(text: &str) -> Self {
         let mut ruleset = Self::default();
         for line in text.lines() {
@@ -94,7 +93,7 @@ impl Ruleset {
         ruleset
     }
 
-    /// The rules of a chain; none if there is no such chain.
+    /// The rules of a chain; empty if the chain does not exist.
     pub(crate) fn rules(&self, table: &str, chain: &str) -> &[SavedRule] {
         let table = self.tables.iter().find(|saved| saved.name == table);
         let chain = table.and_then(|table| table.chains.iter().find(|saved| saved.name == chain));
@@ -102,13 +101,13 @@ impl Ruleset {
     }
 }
 
-/// `` # Table `nat' is incompatible, use 'nft' tool. ``
+/// Parses `` # Table `nat' is incompatible, use 'nft' tool. ``
 fn incompatible(line: &str) -> Option<&str> {
     line.strip_prefix("# Table `")?.split_once("' is incompatible").map(|(table, _)| table)
 }
 
 impl SavedTable {
-    /// `:CHAIN POLICY [packets:bytes]` or `[packets:bytes] -A CHAIN rule`.
+    /// Parses `:CHAIN POLICY [packets:bytes]` or `[packets:bytes] -A CHAIN rule`.
     fn read(&mut self, line: &str) {
         if let Some(chain) = line.strip_prefix(':') {
             let name = chain.split(' ').next().unwrap_or_default().to_owned();
@@ -133,8 +132,8 @@ impl SavedTable {
     }
 }
 
-/// A rule's text in which equal rules are equal: how an address is abbreviated depends on the C
-/// library that the tool was built with.
+/// Normalizes the text of a rule. The abbreviation of addresses depends on the C library that the
+/// tool was built with.
 pub(crate) fn canonical(text: &str) -> String {
     let mut option = "";
     let words = text.split(' ').map(|word| {
@@ -150,37 +149,37 @@ fn network(word: &str) -> Option<IpNet> {
     word.parse().ok().or_else(host)
 }
 
-/// What is ours of one family's ruleset: that of a plan, or what is installed of it.
+/// The own part of a family's ruleset, planned or installed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Ours {
-    tables: BTreeMap<String, OurTable>,
+pub(crate) struct OwnRules {
+    tables: BTreeMap<String, OwnTable>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct OurTable {
-    /// Our own chains, and their rules.
+struct OwnTable {
+    /// Own chains with their rules.
     chains: BTreeMap<String, Vec<String>>,
-    /// Our rules in chains of others, in their order.
-    guests: Vec<Guest>,
+    /// Own rules in chains of other programs, in order.
+    own_in_foreign_chains: Vec<OwnRuleInForeignChain>,
 }
 
-/// A rule of ours in a chain that is not.
+/// An own rule in a chain of another program.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Guest {
+struct OwnRuleInForeignChain {
     chain: String,
     text: String,
-    /// How many rules of others stand before it; `None`: all.
+    /// The number of foreign rules before it; `None` for all.
     after: Option<usize>,
 }
 
-impl Ours {
-    /// What a plan asks for.
+impl OwnRules {
+    /// The part that a plan requires.
     ///
-    /// Our rules in the built-in chains follow those of others, as with Istio and OSM; except in the
-    /// filter table, where a rule of others that accepts would undo our refusals.
+    /// In built-in chains, own rules follow foreign ones, as with Istio and OSM. The filter table
+    /// is the exception: a foreign rule that accepts would bypass the rejections.
     ///
-    /// Those of them that do not jump to a chain of ours would not be known again by a later run. They
-    /// are also put into a chain that nothing jumps to: the kernel remembers for us what we added.
+    /// A later run recognizes a rule in a built-in chain by its jump to an own chain. Rules without
+    /// such a jump are also copied to an own chain without references, which serves as a record.
     pub(crate) fn of_plan(plan: &RulePlan, family: Family) -> Self {
         let mut ours = Self::default();
         let lines = plan.lines(family);
@@ -196,10 +195,10 @@ impl Ours {
                 }
                 for line in lines {
                     if !matches!(line.rule.action, Action::Jump(_)) {
-                        let memory = ours.chains.entry(memory(chain.name)).or_default();
-                        memory.push(line.text.clone());
+                        let record_chain = ours.chains.entry(record_chain(chain.name)).or_default();
+                        record_chain.push(line.text.clone());
                     }
-                    ours.guests.push(Guest {
+                    ours.own_in_foreign_chains.push(OwnRuleInForeignChain {
                         chain: chain.name.to_owned(),
                         text: line.text.clone(),
                         after: (table == Table::Filter).then_some(0),
@@ -210,30 +209,30 @@ impl Ours {
         ours
     }
 
-    /// What there is of ours in a ruleset. A rule in a chain of others is ours if it jumps to a chain
-    /// of ours, if we remembered it, or if it is one of `planned`.
+    /// The own part of a ruleset. A rule in a foreign chain is own if it jumps to an own chain, is
+    /// recorded as own, or is one of `planned`.
     pub(crate) fn installed(ruleset: &Ruleset, planned: &Self) -> Self {
         let mut tables = BTreeMap::new();
         for table in &ruleset.tables {
-            let mut ours = OurTable::default();
+            let mut ours = OwnTable::default();
             let (own, others): (Vec<_>, Vec<_>) =
-                table.chains.iter().partition(|chain| is_ours(&chain.name));
+                table.chains.iter().partition(|chain| is_own_chain(&chain.name));
             for chain in own {
                 let texts = chain.rules.iter().map(|rule| rule.text.clone()).collect();
                 ours.chains.insert(chain.name.clone(), texts);
             }
             for chain in others {
-                let guests = guests(chain, |rule| {
-                    jumps_to_ours(rule)
-                        || ours.remembers(&chain.name, rule)
+                let own_in_foreign_chains = own_in_foreign_chains(chain, |rule| {
+                    jumps_to_own_chain(rule)
+                        || ours.records(&chain.name, rule)
                         || planned
                             .tables
                             .get(&table.name)
                             .is_some_and(|planned| planned.has_guest(&chain.name, rule))
                 });
-                ours.guests.extend(guests);
+                ours.own_in_foreign_chains.extend(own_in_foreign_chains);
             }
-            if ours != OurTable::default() {
+            if ours != OwnTable::default() {
                 tables.insert(table.name.clone(), ours);
             }
         }
@@ -248,28 +247,30 @@ impl Ours {
         self.tables.contains_key(name)
     }
 
-    /// The tables of which a chain says that underpass installed them.
+    /// Selects the tables that underpass marked as its own.
     pub(crate) fn marked(mut self) -> Self {
         self.tables.retain(|_, table| table.chains.keys().any(|chain| chain.starts_with(PREFIX)));
         self
     }
 
-    /// Keeps the places among the rules of others that ours have already.
-    pub(crate) fn keep_places(&mut self, installed: &Self) {
+    /// Keeps the positions that installed own rules have among foreign rules.
+    pub(crate) fn keep_positions(&mut self, installed: &Self) {
         for (name, table) in &mut self.tables {
             let Some(installed) = installed.tables.get(name) else { continue };
-            for guest in &mut table.guests {
-                if let Some(first) = installed.guests.iter().find(|old| old.chain == guest.chain) {
+            for guest in &mut table.own_in_foreign_chains {
+                if let Some(first) =
+                    installed.own_in_foreign_chains.iter().find(|old| old.chain == guest.chain)
+                {
                     guest.after = first.after;
                 }
             }
         }
     }
 
-    /// What makes `wanted` of this: for each table one body, that takes effect as a whole. Empty if
-    /// there is nothing of either.
+    /// The input for `iptables-restore` that changes this part to `wanted`, atomically for each
+    /// table. Empty if both are empty.
     pub(crate) fn change_to(&self, wanted: &Self) -> String {
-        let nothing = OurTable::default();
+        let nothing = OwnTable::default();
         let mut text = String::new();
         let mut names: Vec<_> = self.tables.keys().chain(wanted.tables.keys()).collect();
         names.sort_unstable();
@@ -282,7 +283,7 @@ impl Ours {
         text
     }
 
-    /// The same as sections of a listing.
+    /// This part as sections of a listing.
     pub(crate) fn sections(&self, family: Family) -> Vec<Section> {
         let program = match family {
             Family::V4 => "iptables",
@@ -291,12 +292,12 @@ impl Ours {
         let mut sections: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (name, table) in &self.tables {
             let head = |chain: &str| format!("{program} -t {name}: chain {chain}");
-            // Rules that were rendered and installed by hand lack it, and are the same rules.
+            // Missing if the printed rules were installed by hand; they are still correct.
             for (chain, rules) in table.chains.iter().filter(|(chain, _)| *chain != OWNER) {
                 let lines = rules.iter().map(|text| format!("-A {chain} {}", canonical(text)));
                 sections.insert(head(chain), lines.collect());
             }
-            for Guest { chain, text, .. } in &table.guests {
+            for OwnRuleInForeignChain { chain, text, .. } in &table.own_in_foreign_chains {
                 let lines = sections.entry(head(chain)).or_default();
                 lines.push(format!("-A {chain} {}", canonical(text)));
             }
@@ -305,32 +306,32 @@ impl Ours {
     }
 }
 
-impl OurTable {
-    fn remembers(&self, chain: &str, rule: &SavedRule) -> bool {
-        let memory = self.chains.get(&memory(chain));
-        memory.is_some_and(|memory| memory.contains(&rule.text))
+impl OwnTable {
+    fn records(&self, chain: &str, rule: &SavedRule) -> bool {
+        let record_chain = self.chains.get(&record_chain(chain));
+        record_chain.is_some_and(|record_chain| record_chain.contains(&rule.text))
     }
 
     fn has_guest(&self, chain: &str, rule: &SavedRule) -> bool {
         let text = canonical(&rule.text);
-        self.guests.iter().any(|guest| guest.chain == chain && guest.text == text)
+        self.own_in_foreign_chains.iter().any(|guest| guest.chain == chain && guest.text == text)
     }
 
-    /// A chain is flushed by naming it, and has to be empty, and without a jump to it, to be deleted.
+    /// Naming a chain flushes it. A chain can be deleted only if it is empty and unreferenced.
     fn change_to(&self, wanted: &Self) -> String {
         let mut lines = Vec::new();
         let mut chains: Vec<_> = self.chains.keys().chain(wanted.chains.keys()).collect();
         chains.sort_unstable();
         chains.dedup();
         lines.extend(chains.iter().map(|chain| format!(":{chain} - [0:0]")));
-        for Guest { chain, text, .. } in &self.guests {
+        for OwnRuleInForeignChain { chain, text, .. } in &self.own_in_foreign_chains {
             lines.push(format!("-D {chain} {text}"));
         }
         for (chain, rules) in &wanted.chains {
             lines.extend(rules.iter().map(|text| format!("-A {chain} {text}")));
         }
         let mut inserted: BTreeMap<&str, usize> = BTreeMap::new();
-        for Guest { chain, text, after } in &wanted.guests {
+        for OwnRuleInForeignChain { chain, text, after } in &wanted.own_in_foreign_chains {
             let before = inserted.entry(chain).or_default();
             lines.push(match after {
                 None => format!("-A {chain} {text}"),
@@ -344,31 +345,38 @@ impl OurTable {
     }
 }
 
-/// The rules of a chain that are ours, and their places among the others.
-fn guests(chain: &SavedChain, ours: impl Fn(&SavedRule) -> bool) -> Vec<Guest> {
+/// The own rules of a chain with their positions among the others.
+fn own_in_foreign_chains(
+    chain: &SavedChain,
+    ours: impl Fn(&SavedRule) -> bool,
+) -> Vec<OwnRuleInForeignChain> {
     let others = chain.rules.iter().filter(|rule| !ours(rule)).count();
     let mut before = 0;
-    let mut guests = Vec::new();
+    let mut own_in_foreign_chains = Vec::new();
     for rule in &chain.rules {
         if ours(rule) {
             let after = (before < others).then_some(before);
-            guests.push(Guest { chain: chain.name.clone(), text: rule.text.clone(), after });
+            own_in_foreign_chains.push(OwnRuleInForeignChain {
+                chain: chain.name.clone(),
+                text: rule.text.clone(),
+                after,
+            });
         } else {
             before += 1;
         }
     }
-    guests
+    own_in_foreign_chains
 }
 
-fn jumps_to_ours(rule: &SavedRule) -> bool {
-    // A comment in quotes says nothing.
+fn jumps_to_own_chain(rule: &SavedRule) -> bool {
+    // Comments in quotes are ignored.
     let unquoted: String = rule.text.split('"').step_by(2).collect();
     let mut words = unquoted.split_whitespace().skip_while(|word| !["-j", "-g"].contains(word));
-    words.nth(1).is_some_and(is_ours)
+    words.nth(1).is_some_and(is_own_chain)
 }
 
-/// The chain that remembers which rules of a built-in chain are ours.
-fn memory(chain: &str) -> String {
+/// The chain that records which rules of a built-in chain are own.
+fn record_chain(chain: &str) -> String {
     format!("{PREFIX}{chain}")
 }
 

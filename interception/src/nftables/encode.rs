@@ -1,6 +1,4 @@
-//! The chains of a plan as netlink messages, and what all messages are made of.
-//!
-//! Not here: sets (`sets.rs`), rules (`expressions.rs`), and sending them (`nftables.rs`).
+//! Encodes chains and netlink attributes. Sets are in `sets.rs`, rules in `expressions.rs`.
 
 use std::net::IpAddr;
 
@@ -14,7 +12,7 @@ use crate::plan::{Chain, Hook, TABLE};
 /// NLA_F_NESTED, include/uapi/linux/netlink.h.
 const NESTED: u16 = 1 << 15;
 
-/// The chain, with the policy `accept`.
+/// Encodes a chain with the policy `accept`.
 pub(super) fn chain(chain: &Chain) -> nlink::Result<KernelChain> {
     let kernel_chain = KernelChain::new(TABLE, chain.id.nftables_name())?.family(Family::Inet);
     let Some(hook) = chain.hook else { return Ok(kernel_chain) };
@@ -33,7 +31,7 @@ pub(super) fn chain(chain: &Chain) -> nlink::Result<KernelChain> {
     Ok(kernel_chain.base(base.policy(Policy::Accept)))
 }
 
-/// An interface's name as the kernel compares it: padded to IFNAMSIZ.
+/// An interface name as a set key: padded to IFNAMSIZ.
 pub(super) fn interface_key(name: &str) -> Vec<u8> {
     const IFNAMSIZ: usize = 16;
     let mut key = name.as_bytes().to_vec();
@@ -57,12 +55,12 @@ pub(super) fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// An attribute that is made of attributes.
+/// An attribute that contains attributes.
 pub(super) fn nested(kind: u16, attributes: &[u8]) -> Vec<u8> {
     attribute(kind | NESTED, attributes)
 }
 
-/// Appends an attribute, whose value `write` appends.
+/// Appends an attribute; `write` appends its value.
 pub(super) fn write_attribute(bytes: &mut Vec<u8>, kind: u16, write: impl FnOnce(&mut Vec<u8>)) {
     const HEADER: usize = 4;
     let start = bytes.len();
@@ -74,12 +72,12 @@ pub(super) fn write_attribute(bytes: &mut Vec<u8>, kind: u16, write: impl FnOnce
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 
-/// Appends an attribute that is made of those that `write` appends.
+/// Appends an attribute that contains those that `write` appends.
 pub(super) fn write_nested(bytes: &mut Vec<u8>, kind: u16, write: impl FnOnce(&mut Vec<u8>)) {
     write_attribute(bytes, kind | NESTED, write);
 }
 
-/// A name, which ends with a zero.
+/// A string attribute, terminated by a zero byte.
 pub(super) fn text(kind: u16, name: &str) -> Vec<u8> {
     attribute(kind, &[name.as_bytes(), &[0]].concat())
 }
@@ -89,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attributes_are_padded_and_say_their_length_without_it() {
+    fn attribute_length_excludes_padding() {
         let expected = [&6u16.to_ne_bytes()[..], &3u16.to_ne_bytes(), b"a\0", &[0, 0]].concat();
         assert_eq!(text(3, "a"), expected);
         assert_eq!(nested(1, &expected).len(), 12);

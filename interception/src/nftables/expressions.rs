@@ -1,7 +1,7 @@
-//! The rules of a plan as the kernel's expressions: the ones that `nft` makes of the same text, so
-//! that both ways give one listing.
+//! Encodes rules as nf_tables expressions.
 //!
-//! Not here: the text (`plan/nft.rs`), and sending them (`nftables.rs`).
+//! They equal the expressions that `nft` generates from the text in `plan/nft.rs`, so both ways of
+//! installation give the same listing.
 
 use ipnet::IpNet;
 use nlink::netlink::nftables::{
@@ -15,17 +15,17 @@ use super::encode::{attribute, interface_key, octets};
 use crate::plan::nft::{IpVersion, Operand, Values, operands};
 use crate::plan::{Action, Direction, Mark, Match, Protocol, Rule, TABLE};
 
-/// The register that every value passes through; each expression is done with it before the next.
+/// The register for all values. No expression keeps a value in it for a later one.
 const REGISTER: Register = Register::R0;
 
-/// The rule; its comment is its id.
+/// Encodes a rule; its comment is its id.
 pub(super) fn rule(rule: &Rule) -> nlink::Result<KernelRule> {
     let kernel_rule = KernelRule::new(TABLE, &rule.chain.nftables_name()).family(Family::Inet);
     let expressions = expressions(rule)?;
     Ok(expressions.into_iter().fold(kernel_rule, KernelRule::then).comment(&rule.id))
 }
 
-/// What the rule is made of, in order.
+/// The expressions of a rule in order.
 pub(super) fn expressions(rule: &Rule) -> nlink::Result<Vec<Expr>> {
     let mut body = Body::default();
     if let Some(version) = rule.explicit_family() {
@@ -39,11 +39,11 @@ pub(super) fn expressions(rule: &Rule) -> nlink::Result<Vec<Expr>> {
     Ok(body.expressions)
 }
 
-/// A rule's expressions in the making.
+/// Builds the expressions of a rule.
 #[derive(Debug, Default)]
 struct Body {
     expressions: Vec<Expr>,
-    /// The protocols that have been asked for: nft asks once.
+    /// The protocol checks that exist already: nft generates each once.
     guards: Vec<(MetaKey, u8)>,
 }
 
@@ -57,8 +57,8 @@ impl Body {
             Match::Protocol(protocol) => self.protocol(*protocol),
             Match::TcpModule => self.protocol(Protocol::Tcp),
             Match::NotOpening => self.not_opening(),
-            // NF_CT_STATE_BIT, include/uapi/linux/netfilter/nf_conntrack_common.h: invalid is bit
-            // 0, established bit 1, related bit 2.
+            // Bits of NF_CT_STATE_BIT (include/uapi/linux/netfilter/nf_conntrack_common.h): invalid
+            // is bit 0, established bit 1, related bit 2.
             Match::Invalid => self.state(0b001),
             Match::Established => self.state(0b110),
             Match::Direction(direction) => {
@@ -68,7 +68,7 @@ impl Body {
             Match::Source(_) => self.address(Address::Source, CmpOp::Eq, operand),
             Match::Destination(_) => self.address(Address::Destination, CmpOp::Eq, operand),
             Match::NotDestination(_) => self.address(Address::Destination, CmpOp::Neq, operand),
-            // RFC 9293 3.1 and RFC 768: first the source port, then the destination port.
+            // The source port precedes the destination port (RFC 9293 3.1 and RFC 768).
             Match::SourcePort(protocol, _) => self.port(*protocol, 0, CmpOp::Eq, operand),
             Match::DestinationPort(protocol, _) => self.port(*protocol, 2, CmpOp::Eq, operand),
             Match::NotDestinationPort(protocol, _) => self.port(*protocol, 2, CmpOp::Neq, operand),
@@ -165,7 +165,7 @@ impl Body {
         self.add(Expr::Bitwise { sreg: REGISTER, dreg: REGISTER, len, mask, xor });
     }
 
-    /// The register is one of the values, or with [`CmpOp::Neq`] none of them.
+    /// Compares the register with the values: equal to one of them, or to none with [`CmpOp::Neq`].
     fn one_of(&mut self, op: CmpOp, operand: &Operand) {
         match operand {
             Operand::Fixed => {}
@@ -210,8 +210,8 @@ impl Body {
         self.one_of(op, operand);
     }
 
-    /// `tcp flags & (fin | syn | rst | ack) != syn`; the flags are octet 13 of the header (RFC 9293
-    /// 3.1). The bits of ECN are left out: a SYN may carry them.
+    /// `tcp flags & (fin | syn | rst | ack) != syn`. The flags are octet 13 of the header (RFC 9293
+    /// 3.1). ECN bits are masked out, as a SYN may carry them.
     fn not_opening(&mut self) {
         const FIN_SYN_RST_ACK: u8 = 0x17;
         const SYN: u8 = 0x02;
@@ -221,7 +221,7 @@ impl Body {
         self.compare(CmpOp::Neq, [SYN]);
     }
 
-    /// One of these states (bits, which are numbers of the host).
+    /// Matches any of these conntrack states, a bit set in native byte order.
     fn state(&mut self, states: u32) {
         self.load_ct(CtKey::State);
         self.bitwise(4, states.to_ne_bytes(), [0; 4]);
@@ -230,7 +230,7 @@ impl Body {
 
     fn address(&mut self, address: Address, op: CmpOp, operand: &Operand) {
         let version = if operand.is_v6() { IpVersion::V6 } else { IpVersion::V4 };
-        // RFC 791 3.1, RFC 8200 3.
+        // Offsets of addresses: RFC 791 3.1 and RFC 8200 3.
         let (offset, len) = match (version, address) {
             (IpVersion::V4, Address::Source) => (12, 4),
             (IpVersion::V4, Address::Destination) => (16, 4),
@@ -256,7 +256,7 @@ impl Body {
         }
     }
 
-    /// An address in one network. Of whole octets, nft loads only those of the network.
+    /// Compares an address with a network. For a prefix of full octets, nft loads only those.
     fn network(&mut self, cidr: IpNet, offset: u32, op: CmpOp) {
         let prefix = u32::from(cidr.prefix_len());
         let len = u32::from(cidr.max_prefix_len()) / 8;
@@ -271,17 +271,17 @@ impl Body {
         self.compare(op, network);
     }
 
-    /// Marks are numbers of the host, not of the network: native byte order.
+    /// Compares a mark. Marks are in native byte order.
     fn mark(&mut self, op: CmpOp, mark: Mark) {
-        if !mark.is_whole() {
+        if !mark.is_full() {
             self.bitwise(4, mark.mask.to_ne_bytes(), [0; 4]);
         }
         self.compare(op, mark.value.to_ne_bytes());
     }
 
-    /// The mark that is to be set: `load` gives the bits that stay.
+    /// Computes a new mark; `load` provides the bits that stay.
     fn new_mark(&mut self, load: Expr, mark: Mark) {
-        if mark.is_whole() {
+        if mark.is_full() {
             self.immediate(mark.value.to_ne_bytes());
         } else {
             self.add(load);
@@ -301,7 +301,7 @@ enum Address {
     Destination,
 }
 
-/// A single value as the kernel compares it: ports in network byte order, ids in the host's.
+/// A single value as the kernel compares it: ports in network byte order, ids in native byte order.
 fn key(value: &Values) -> Vec<u8> {
     match value {
         Values::Cidrs(cidrs) | Values::Prefixes(cidrs) => {
@@ -316,7 +316,7 @@ fn key(value: &Values) -> Vec<u8> {
 }
 
 fn reject(rule: &Rule) -> Expr {
-    // "Port unreachable" in each family: RFC 792, RFC 4443 3.1.
+    // "Port unreachable" in both families: RFC 792, RFC 4443 3.1.
     let (reject_type, icmp_code) = match rule.family() {
         _ if rule.is_tcp() => (NFT_REJECT_TCP_RST, 0),
         None => (NFT_REJECT_ICMPX_UNREACH, NFT_REJECT_ICMPX_PORT_UNREACH),
@@ -326,7 +326,7 @@ fn reject(rule: &Rule) -> Expr {
     Expr::Reject { reject_type, icmp_code }
 }
 
-/// NFPROTO_IPV4 and NFPROTO_IPV6, include/uapi/linux/netfilter.h.
+/// NFPROTO_IPV4 or NFPROTO_IPV6, include/uapi/linux/netfilter.h.
 fn nfproto(version: IpVersion) -> u8 {
     match version {
         IpVersion::V4 => 2,
@@ -334,7 +334,7 @@ fn nfproto(version: IpVersion) -> u8 {
     }
 }
 
-/// enum ip_conntrack_dir, include/uapi/linux/netfilter/nf_conntrack_tuple_common.h.
+/// Values of enum ip_conntrack_dir, include/uapi/linux/netfilter/nf_conntrack_tuple_common.h.
 fn number(direction: Direction) -> u8 {
     match direction {
         Direction::Original => 0,
@@ -342,9 +342,9 @@ fn number(direction: Direction) -> u8 {
     }
 }
 
-/// `ct original zone set`: nlink's expression for conntrack has no direction, so its attributes are
-/// written here (enum nft_ct_attributes, include/uapi/linux/netfilter/nf_tables.h), in the order in
-/// which the kernel lists them.
+/// Encodes `ct original zone set`. nlink's conntrack expression has no direction, so the attributes
+/// (enum nft_ct_attributes, include/uapi/linux/netfilter/nf_tables.h) are written here, in the
+/// order in which the kernel lists them.
 fn set_zone(direction: Direction) -> RawExpr {
     let attributes = [
         attribute(NFTA_CT_SREG, &REGISTER.wire().to_be_bytes()),

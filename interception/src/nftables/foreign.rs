@@ -1,6 +1,6 @@
-//! The chains of other programs that packets pass before ours.
+//! Reads the chains of other programs that packets traverse before those of underpass.
 //!
-//! Not here: which of their rules matter is decided by `foreign.rs` of the crate.
+//! `crate::foreign` selects the rules that matter.
 
 use std::collections::BTreeSet;
 
@@ -9,7 +9,7 @@ use nlink::netlink::nftables::{
     ChainInfo, ChainKind, CtKey, Family, MetaKey, NatType, RuleExpr, RuleInfo, Verdict,
 };
 
-use super::{Kernel, ask};
+use super::{Kernel, with_connection};
 use crate::foreign::effect::{Effect, effect_of_target, sets_proxy_mark};
 use crate::plan::TABLE;
 use crate::{Entered, InterceptionError};
@@ -20,8 +20,8 @@ pub(crate) struct ForeignChain {
     family: &'static str,
     table: String,
     pub(crate) name: String,
-    /// The hooks and priorities at which packets come to it: `hook output, priority -200`.
-    entered: String,
+    /// The hooks and priorities at which packets enter it: `hook output, priority -200`.
+    hooks: String,
     pub(crate) rules: Vec<ForeignChainRule>,
 }
 
@@ -34,19 +34,18 @@ pub(crate) struct ForeignChainRule {
 }
 
 impl ForeignChain {
-    pub(crate) fn place(&self) -> String {
-        let Self { family, table, name, entered, .. } = self;
-        format!("table {family} {table}, chain {name} ({entered})")
+    pub(crate) fn location(&self) -> String {
+        let Self { family, table, name, hooks, .. } = self;
+        format!("table {family} {table}, chain {name} ({hooks})")
     }
 }
 
-/// The chains of others that packets of PREROUTING and OUTPUT meet at `last` or an earlier
-/// priority.
+/// The foreign chains that packets traverse in PREROUTING and OUTPUT up to priority `last`.
 pub(crate) async fn foreign_chains(
     entered: &Entered,
     last: i32,
 ) -> Result<Vec<ForeignChain>, InterceptionError> {
-    ask(entered, "read the nftables ruleset", async |kernel| {
+    with_connection(entered, "read the nftables ruleset", async |kernel| {
         let mut found = Vec::new();
         for table in kernel.list_tables().await? {
             let of_ip = matches!(table.family, Family::Inet | Family::Ip | Family::Ip6);
@@ -65,14 +64,14 @@ async fn in_table(
     table: &str,
     last: i32,
 ) -> nlink::Result<Vec<ForeignChain>> {
-    // A table that is removed meanwhile acts on nothing.
+    // A table that is removed meanwhile has no effect.
     let chains = match kernel.list_chains_in(table, family).await {
         Err(error) if error.is_not_found() => return Ok(Vec::new()),
         chains => chains?,
     };
     let mut waiting: Vec<(String, String)> = chains
         .iter()
-        .filter_map(|chain| Some((chain.name.clone(), entrance(chain, last)?)))
+        .filter_map(|chain| Some((chain.name.clone(), hook_before(chain, last)?)))
         .collect();
     if waiting.is_empty() {
         return Ok(Vec::new());
@@ -82,26 +81,26 @@ async fn in_table(
         rules => rules?,
     };
     let (mut seen, mut found) = (BTreeSet::new(), Vec::new());
-    while let Some((name, entered)) = waiting.pop() {
+    while let Some((name, hooks)) = waiting.pop() {
         if !seen.insert(name.clone()) {
             continue;
         }
         let rules: Vec<_> = rules.iter().filter(|rule| rule.chain == name).map(described).collect();
         let jumps = rules.iter().filter_map(|rule| rule.jumps_to.clone());
-        waiting.extend(jumps.map(|to| (to, entered.clone())));
+        waiting.extend(jumps.map(|to| (to, hooks.clone())));
         found.push(ForeignChain {
             family: family.name(),
             table: table.to_owned(),
             name,
-            entered,
+            hooks,
             rules,
         });
     }
     Ok(found)
 }
 
-/// Where packets enter a base chain that comes before ours; `None` for any other.
-fn entrance(chain: &ChainInfo, last: i32) -> Option<String> {
+/// The hook and priority of a base chain that precedes ours; `None` for any other chain.
+fn hook_before(chain: &ChainInfo, last: i32) -> Option<String> {
     let Some(ChainKind::Base(base)) = chain.kind() else { return None };
     let priority = base.priority().to_i32();
     let hook = base.hook().to_string();
@@ -141,7 +140,7 @@ fn effect(expression: &RuleExpr, text: &str) -> Option<Effect> {
     }
 }
 
-/// The target of iptables' compatibility layer.
+/// The name of a target of iptables' compatibility layer.
 fn xt_target(expression: &RuleExpr) -> Option<String> {
     /// NFTA_TARGET_NAME (include/uapi/linux/netfilter/nf_tables_compat.h).
     const NAME: u16 = 1;
@@ -152,7 +151,7 @@ fn xt_target(expression: &RuleExpr) -> Option<String> {
     Some(String::from_utf8_lossy(value).into_owned())
 }
 
-/// The expressions of a rule that nlink cannot print in nft's language.
+/// The names of expressions, for rules that nlink cannot print in nft syntax.
 pub(super) fn names(expressions: &[RuleExpr]) -> String {
     let names = expressions.iter().map(|expression| match expression {
         RuleExpr::Unknown { name, .. } => match xt_target(expression) {

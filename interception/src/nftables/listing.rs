@@ -1,9 +1,7 @@
-//! What is installed and what should be, in one form.
+//! Lists installed and planned rules in the same format, so that they can be compared.
 //!
-//! A rule's line is made of its expressions as the kernel has them, in nft's language; its comment
-//! is a part of it, as our counters go by it.
-//!
-//! Not here: the difference of the two (`verify.rs`).
+//! The line of a rule is built from its expressions in nft syntax. It includes the comment, which
+//! identifies the counter of the rule. `verify.rs` computes the difference.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +12,7 @@ use nlink::netlink::nftables::{
 };
 
 use super::foreign::names;
-use super::{Kernel, ask, expressions, named_sets, owner, sets};
+use super::{Kernel, expressions, named_sets, owner, sets, with_connection};
 use crate::plan::nft::Statement;
 use crate::plan::{Chain, Families, Rule, RulePlan, TABLE};
 use crate::verify::{Listing, Section};
@@ -22,10 +20,10 @@ use crate::{Entered, InterceptionError};
 
 const OPERATION: &str = "read the nftables rules";
 
-/// All that is in our table; `None` if there is none.
+/// The content of the table; `None` if it does not exist.
 pub(crate) async fn installed(entered: &Entered) -> Result<Option<Listing>, InterceptionError> {
-    ask(entered, OPERATION, async |kernel| {
-        /// Whoever changes the ruleset more often while we read it wakes us up again.
+    with_connection(entered, OPERATION, async |kernel| {
+        /// The number of attempts while another program changes the ruleset during the read.
         const ATTEMPTS: usize = 5;
         let mut generation = kernel.generation().await?;
         let mut listing = read_if_there(kernel).await?;
@@ -42,7 +40,7 @@ pub(crate) async fn installed(entered: &Entered) -> Result<Option<Listing>, Inte
     .await
 }
 
-/// What goes while it is read is as good as not there.
+/// Reads the table. A table that is removed during the read counts as absent.
 async fn read_if_there(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
     match read(kernel).await {
         Err(error) if error.is_not_found() => Ok(None),
@@ -50,11 +48,11 @@ async fn read_if_there(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
     }
 }
 
-/// What [`installed`] says after the plan has been applied.
+/// The listing that [`installed`] returns after the plan was applied.
 pub(crate) fn expected(plan: &RulePlan) -> Listing {
     let mut sections = vec![Section { head: table_head(0), lines: Vec::new() }];
     for chain in plan.chains() {
-        let lines = plan.rules_of(chain.id).map(planned_rule).collect();
+        let lines = plan.rules_in(chain.id).map(planned_rule).collect();
         sections.push(Section { head: planned_chain(chain), lines });
     }
     for set in named_sets(plan) {
@@ -83,7 +81,7 @@ async fn read(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
     for set in kernel.list_sets_in(TABLE, Family::Inet).await? {
         let key = SetKeyType::from_kernel(set.key_type, set.key_len);
         let interval = set.flags.contains(SetFlags::INTERVAL);
-        // Maps, timeouts and statements of elements: ours have none.
+        // The sets of a plan have no maps, timeouts or statements.
         let rest = match (set.timeout, set.data_type, set.object_type, set.statements.as_slice()) {
             (None, None, None, []) => String::new(),
             _ => " with a timeout, values or statements".to_owned(),
@@ -105,8 +103,8 @@ async fn read(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
     Ok(Some(sorted(sections)))
 }
 
-/// How people read the lines of rules that nlink cannot put in nft's words. They may stand in the
-/// kernel for other families than planned, as after IPv6 was enabled.
+/// Readable lines for rules that nlink cannot print in nft syntax. Both families are included: the
+/// kernel may still have rules for other families than planned, for example after IPv6 was enabled.
 pub(crate) fn readable(plan: &RulePlan) -> BTreeMap<String, String> {
     let families = [Families::Both, Families::V4, Families::V6];
     let rules = plan
@@ -119,7 +117,7 @@ pub(crate) fn readable(plan: &RulePlan) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// The same for any other rule: the kinds of its expressions, and its comment.
+/// A readable line for any other such rule: its kinds of expressions and its comment.
 pub(crate) fn readable_unknown(line: &str) -> Option<String> {
     let (names, rest) = line.strip_prefix(NO_SYNTAX)?.split_once(": ")?;
     let comment =
@@ -130,8 +128,7 @@ pub(crate) fn readable_unknown(line: &str) -> Option<String> {
     ))
 }
 
-/// In an order of their own: that of the kernel is the one in which they were made, and means
-/// nothing.
+/// Sorts sections. The kernel's order is that of creation, which has no meaning.
 fn sorted(mut sections: Vec<Section>) -> Listing {
     sections.sort_by(|a, b| a.head.cmp(&b.head));
     Listing { sections }
@@ -165,7 +162,7 @@ fn installed_chain(chain: &ChainInfo) -> String {
             let (kind, priority) = (base.chain_type().as_str(), base.priority().to_i32());
             base_chain_head(&chain.name, kind, base.hook(), priority, policy)
         }
-        // Ours have no devices, and a hook and a type that are known.
+        // A planned chain has no devices, and has a known hook and type.
         _ => {
             format!(
                 "chain {} of another hook or of devices: {}",
@@ -190,7 +187,7 @@ fn base_chain_head(
     format!("chain {name} {{ type {kind} hook {hook} priority {priority}; policy {policy}; }}")
 }
 
-/// `rest`: what else there is to say about it.
+/// The first line of a set; `rest` contains additional properties.
 fn set_head(name: &str, key: &SetKeyType, flags: SetFlags, rest: &str) -> String {
     let flags = match flags {
         SetFlags(0) => String::new(),
@@ -205,7 +202,7 @@ fn planned_rule(rule: &Rule) -> String {
         let syntax = kernel_rule.nft_syntax_stateless();
         syntax.map_or_else(|| Ok(without_syntax(&decoded(rule)?, Some(&rule.id))), Ok)
     });
-    // What cannot be said in netlink cannot be installed either: it equals nothing.
+    // A rule that cannot be encoded cannot be installed: this line equals no installed one.
     line.unwrap_or_else(|error| format!("{}: {error}", rule.id))
 }
 
@@ -214,19 +211,19 @@ fn installed_rule(rule: &RuleInfo) -> String {
     syntax.unwrap_or_else(|| without_syntax(&rule.expressions(), rule.comment_text.as_deref()))
 }
 
-/// The rule's expressions as the kernel would tell them.
+/// The expressions of a rule as the kernel would list them.
 fn decoded(rule: &Rule) -> nlink::Result<Vec<RuleExpr>> {
-    /// The headers of the message (struct nlmsghdr) and of the list of expressions (struct nlattr).
+    /// The size of the message header (struct nlmsghdr) and of the list's header (struct nlattr).
     const HEADERS: usize = 16 + 4;
     let mut message = MessageBuilder::new(0, 0);
     write_expressions(&mut message, &expressions::expressions(rule)?);
     Ok(parse_expressions(message.as_bytes().get(HEADERS..).unwrap_or_default()))
 }
 
-/// What no rule in nft's words begins with.
+/// A prefix that no rule in nft syntax has.
 const NO_SYNTAX: &str = "expressions ";
 
-/// A rule that nlink cannot put in nft's words: one of ours is, `ct original zone set`.
+/// The line of a rule that nlink cannot print in nft syntax, such as `ct original zone set`.
 fn without_syntax(expressions: &[RuleExpr], comment: Option<&str>) -> String {
     let values = expressions.iter().map(|expression| match expression {
         RuleExpr::Counter { .. } => "counter".to_owned(),
@@ -234,6 +231,6 @@ fn without_syntax(expressions: &[RuleExpr], comment: Option<&str>) -> String {
     });
     let comment = comment.map(|comment| format!("comment \"{comment}\""));
     let values = values.chain(comment).collect::<Vec<_>>().join(" ");
-    // For people the names are enough; for the comparison the values count.
+    // The names are for people, the values for the comparison.
     format!("{NO_SYNTAX}{}: {values}", names(expressions).replace(' ', ", "))
 }

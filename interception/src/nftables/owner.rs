@@ -1,35 +1,36 @@
-//! The process that installed our table, as the comment of a chain that no rule jumps to: for people
-//! who list the table.
+//! Records the process that installed the table, as the comment of an empty chain.
 //!
-//! It changes without the rules when another process takes over. Not here: whether that process
+//! The comment is for people who list the table. It changes without the rules when another process
+//! takes over. It does not show whether the process still runs.
 //! still runs, which the table does not show.
 
 use nlink::netlink::nftables::{Chain, ChainInfo, Family, RuleInfo};
 
-use super::ask;
+use super::with_connection;
 use crate::plan::TABLE;
 use crate::{Entered, InterceptionError};
 
-/// The chain. Chains of a plan have the name of a table before an underscore.
+/// The name of the chain. It cannot clash: names of planned chains start with a table and `_`.
 const CHAIN: &str = "owner";
-/// The longest comment that the kernel's userdata can hold (NFT_USERDATA_MAXLEN, less its header).
+/// The maximum length of a comment (NFT_USERDATA_MAXLEN without the header).
 const LONGEST: usize = 127;
 
-/// Writes the comment into our table, which exists.
+/// Writes the comment. The table must exist.
 pub(crate) async fn mark_owner(entered: &Entered, owner: &str) -> Result<(), InterceptionError> {
     let mut comment = owner.to_owned();
     comment.truncate(comment.floor_char_boundary(LONGEST));
-    ask(entered, "write the owner of the nftables rules", async |kernel| {
+    with_connection(entered, "write the owner of the nftables rules", async |kernel| {
         let chain = Chain::new(TABLE, CHAIN)?.family(Family::Inet);
         let fresh = chain.clone().comment(&comment);
-        // The first makes the deletion right where there was none. A chain keeps its first comment.
+        // Update before delete, so that the deletion succeeds without the chain. A chain keeps its
+        // first comment.
         let transaction = kernel.transaction().update_chain(chain);
         transaction.del_chain(TABLE, CHAIN, Family::Inet).add_chain(fresh).commit(kernel).await
     })
     .await
 }
 
-/// Whether this is that chain, as we made it: it is no part of the rules.
+/// Returns true for this chain. It is not part of the plan.
 pub(super) fn is_owner(chain: &ChainInfo, rules: &[RuleInfo]) -> bool {
     chain.name == CHAIN && chain.hook.is_none() && rules.iter().all(|rule| rule.chain != CHAIN)
 }

@@ -1,9 +1,7 @@
-//! The sets of a plan: as netlink messages, and as lines of a listing.
+//! Encodes the sets of a plan as netlink messages, and prints their elements for a listing.
 //!
-//! The messages are written here rather than by nlink, which leaves out what nft needs to list ids
-//! and names, and takes many times as long for ten thousand networks.
-//!
-//! Not here: which sets there are (`plan/nft/set.rs`).
+//! nlink does not encode them: it omits metadata that nft needs to list ids and names, and is many
+//! times slower for ten thousand networks. `plan/nft/set.rs` decides which sets exist.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -22,29 +20,28 @@ use super::encode::{
 use crate::plan::TABLE;
 use crate::plan::nft::{NamedSet, Values};
 
-/// What an element takes of a message at most: the two ends of a range of IPv6 addresses.
+/// The maximum size of an element in bytes: the two ends of a range of IPv6 addresses.
 pub(super) const ELEMENT: usize = 64;
-/// The elements of a message are one attribute, which ends at 64 KiB.
+/// Elements per message. They form one attribute, which is limited to 64 KiB.
 const PER_MESSAGE: usize = 1000;
 
-/// nft's own numbers of types that nlink does not name (enum datatypes, include/datatype.h of
-/// nftables): the kernel stores them for nft to list the elements by.
+/// Type numbers of nft that nlink does not define (enum datatypes, include/datatype.h of nftables).
+/// The kernel stores them so that nft can list the elements.
 const UID: SetKeyType = SetKeyType::Other { type_id: 24, len: 4 };
 const GID: SetKeyType = SetKeyType::Other { type_id: 25, len: 4 };
 const IFNAME: SetKeyType = SetKeyType::Other { type_id: 41, len: 16 };
 
-/// An element: the first and the last key of a range, as big-endian numbers, which is the order
-/// that ranges have.
+/// An element: the first and last key of a range as numbers. Big-endian numbers sort like ranges.
 type Range = (u128, u128);
 
-/// The messages that make the set and fill it; `id` is its number in the transaction.
+/// The messages that create and fill the set; `id` is its number within the transaction.
 pub(super) fn messages(set: &NamedSet, id: u32) -> Vec<RawMessage> {
     let ranges = ranges(&set.values);
     let filled = ranges.chunks(PER_MESSAGE).map(|chunk| fill(set, chunk));
     [create(set, id)].into_iter().chain(filled).collect()
 }
 
-/// What the set's keys are.
+/// The type of the keys.
 pub(super) fn key_type(values: &Values) -> SetKeyType {
     match values {
         Values::Cidrs(_) | Values::Prefixes(_) if values.is_v6() => SetKeyType::Ipv6Addr,
@@ -56,17 +53,17 @@ pub(super) fn key_type(values: &Values) -> SetKeyType {
     }
 }
 
-/// An interval set where there are ranges.
+/// The flags of the set: an interval set if there are ranges.
 pub(super) fn flags(values: &Values) -> SetFlags {
     if values.has_ranges() { SetFlags::INTERVAL } else { SetFlags::empty() }
 }
 
-/// The elements that the set has to have, a line each.
+/// The planned elements, one per line.
 pub(super) fn planned_lines(values: &Values) -> Vec<String> {
     lines(&key_type(values), values.has_ranges(), ranges(values))
 }
 
-/// The elements that a set has, a line each; `interval`: whether it is one of ranges.
+/// The installed elements, one per line; `interval` is true for a set of ranges.
 pub(super) fn installed_lines(
     key: &SetKeyType,
     interval: bool,
@@ -76,7 +73,7 @@ pub(super) fn installed_lines(
     let mut others = Vec::new();
     for element in elements {
         let last = element.key_end().unwrap_or_else(|| element.key());
-        // Of ours none has data, or ends by itself.
+        // Planned elements have no data and no timeout.
         let plain = element.data().is_none() && element.timeout().is_none();
         if plain && !element.is_catchall() && last.len() <= size_of::<u128>() {
             ranges.push((number(element.key()), number(last)));
@@ -88,7 +85,7 @@ pub(super) fn installed_lines(
     lines(key, interval, ranges).into_iter().chain(others).collect()
 }
 
-/// nft's name of a type, as far as our sets have them.
+/// The name of a type in nft, for the types that plans use.
 pub(super) fn type_name(key: &SetKeyType) -> String {
     match key {
         SetKeyType::Ipv4Addr => "ipv4_addr".to_owned(),
@@ -102,9 +99,9 @@ pub(super) fn type_name(key: &SetKeyType) -> String {
 }
 
 fn create(set: &NamedSet, id: u32) -> RawMessage {
-    /// NFTNL_UDATA_SET_KEYBYTEORDER, include/libnftnl/udata.h: how nft reads the keys.
+    /// How nft reads the keys (NFTNL_UDATA_SET_KEYBYTEORDER, include/libnftnl/udata.h).
     const KEY_BYTE_ORDER: u8 = 0;
-    // enum byteorder, include/datatype.h of nftables: the host's is 1, the network's 2.
+    // enum byteorder (include/datatype.h of nftables): 1 is native order, 2 is network order.
     let order: u32 = match set.values {
         Values::Uids(_) | Values::Gids(_) | Values::Interfaces(_) => 1,
         Values::Cidrs(_) | Values::Prefixes(_) | Values::Ports(_) => 2,
@@ -124,15 +121,15 @@ fn create(set: &NamedSet, id: u32) -> RawMessage {
     message.flags(NLM_F_CREATE | NLM_F_EXCL).attrs(attributes.concat())
 }
 
-/// How many elements there will be, where the kernel is to know before.
+/// The number of elements, for sets that the kernel allocates in advance.
 fn values_size(values: &Values) -> Vec<u8> {
     let size = values.size().and_then(|size| u32::try_from(size).ok());
     let attributes = size.map(|size| attribute(NFTA_SET_DESC_SIZE, &size.to_be_bytes()));
     attributes.map(|size| nested(NFTA_SET_DESC, &size)).unwrap_or_default()
 }
 
-/// Ranges are two elements each: the first key, and the key after the last one. One that goes to
-/// the end has no second one.
+/// Encodes ranges. Each is two elements: the first key, and the key after the last one. A range up
+/// to the highest key has no second element.
 fn fill(set: &NamedSet, ranges: &[Range]) -> RawMessage {
     let length = key_length(&key_type(&set.values));
     let mut elements = Vec::with_capacity(ranges.len() * ELEMENT);
@@ -153,7 +150,7 @@ fn fill(set: &NamedSet, ranges: &[Range]) -> RawMessage {
     message.flags(NLM_F_CREATE).attrs(attributes.concat())
 }
 
-/// `ends`: whether a range ends before this key.
+/// Writes one element; `ends` marks the end of a range before this key.
 fn write_element(bytes: &mut Vec<u8>, key: u128, length: usize, ends: bool) {
     write_nested(bytes, NFTA_LIST_ELEM, |bytes| {
         write_nested(bytes, NFTA_SET_ELEM_KEY, |bytes| {
@@ -191,7 +188,7 @@ fn number(key: &[u8]) -> u128 {
     key.iter().fold(0, |number, byte| number << 8 | u128::from(*byte))
 }
 
-/// The number as a key again.
+/// The key for a number.
 fn bytes(number: u128, length: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(length);
     write_key(&mut bytes, number, length);
@@ -204,7 +201,7 @@ fn write_key(bytes: &mut Vec<u8>, number: u128, length: usize) {
     bytes.extend_from_slice(key.unwrap_or_default());
 }
 
-/// The key after this one; `None`: it is the last one of this length.
+/// The next key; `None` after the highest one of this length.
 fn next(key: u128, length: usize) -> Option<u128> {
     let next = key.checked_add(1)?;
     let fits = length >= size_of::<u128>() || next >> (8 * length) == 0;
@@ -215,7 +212,7 @@ fn key_length(key: &SetKeyType) -> usize {
     usize::try_from(key.len()).unwrap_or(usize::MAX)
 }
 
-/// Ranges are merged where they touch: another tool may have split what we give in one.
+/// Prints ranges. Adjacent ones are merged, as another tool may have split a planned range.
 fn lines(key: &SetKeyType, interval: bool, mut ranges: Vec<Range>) -> Vec<String> {
     ranges.sort_unstable();
     if interval {
@@ -275,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_that_touch_are_one_however_they_were_split() {
+    fn adjacent_ranges_merge() {
         let split = ["10.0.1.0/24", "10.0.0.0/24"];
         assert_eq!(planned_lines(&cidrs(&split)), ["10.0.0.0-10.0.1.255"]);
         let hosts = ["10.0.0.1/32", "10.0.0.2/32"];
@@ -283,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn elements_are_said_in_the_words_of_their_type() {
+    fn elements_print_by_type() {
         assert_eq!(planned_lines(&Values::Interfaces(vec!["eth0".to_owned()])), ["eth0"]);
         assert_eq!(planned_lines(&Values::Uids(vec![1337])), ["1337"]);
         assert_eq!(planned_lines(&Values::Ports(vec![80.into()])), ["80"]);
@@ -292,21 +289,21 @@ mod tests {
     }
 
     #[test]
-    fn an_element_that_ends_by_itself_is_another() {
+    fn element_with_timeout_differs() {
         let lines = |element| installed_lines(&SetKeyType::InetService, false, &[element]);
         assert_eq!(lines(SetElement::port(80)), ["80"]);
         assert_ne!(lines(SetElement::port(80).with_timeout(Duration::from_secs(1))), ["80"]);
     }
 
     #[test]
-    fn a_range_that_goes_to_the_end_has_no_element_after_it() {
+    fn range_to_highest_key_has_no_end_element() {
         assert_eq!(next(0xffff, 2), None);
         assert_eq!(next(0xfffe, 2), Some(0xffff));
         assert_eq!(next(u128::MAX, 16), None);
     }
 
     #[test]
-    fn no_message_outgrows_its_attribute() {
+    fn message_size_stays_below_attribute_limit() {
         let range = "2001:db8::/32".parse().unwrap();
         let values = Values::Cidrs(vec![range; PER_MESSAGE + 1]);
         let set = NamedSet { name: "n".repeat(200), values };

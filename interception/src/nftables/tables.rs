@@ -1,40 +1,43 @@
-//! The tables of others, of which iptables-nft's are some.
+//! Lists and removes tables of other programs, including those of iptables-nft.
 //!
-//! Not here: what their rules mean (`leftovers.rs`).
+//! `leftovers.rs` decides what they mean.
 
 use nlink::netlink::nftables::{ChainInfo, ChainKind, Family, Policy};
 
-use super::{Kernel, ask};
+use super::{Kernel, with_connection};
 use crate::{Entered, InterceptionError};
 
 const OPERATION: &str = "read the nftables ruleset";
 
-/// Every table of this namespace: its family in nft's words, and its name.
+/// The tables of this namespace: family in nft syntax, and name.
 pub(crate) async fn tables(
     entered: &Entered,
 ) -> Result<Vec<(&'static str, String)>, InterceptionError> {
-    let tables = ask(entered, OPERATION, async |kernel| kernel.list_tables().await).await?;
+    let tables =
+        with_connection(entered, OPERATION, async |kernel| kernel.list_tables().await).await?;
     Ok(tables.into_iter().map(|table| (table.family.name(), table.name)).collect())
 }
 
-/// The names of the chains of a table that [`tables`] told of.
+/// The names of the chains of a table that [`tables`] returned.
 pub(crate) async fn chains(
     entered: &Entered,
     family: &str,
     table: &str,
 ) -> Result<Vec<String>, InterceptionError> {
     let Ok(family) = family.parse() else { return Ok(Vec::new()) };
-    let chains =
-        ask(entered, OPERATION, async |kernel| kernel.list_chains_in(table, family).await).await?;
+    let chains = with_connection(entered, OPERATION, async |kernel| {
+        kernel.list_chains_in(table, family).await
+    })
+    .await?;
     Ok(chains.into_iter().map(|chain| chain.name).collect())
 }
 
-/// Removes the `inet` tables of which `is_wanted` holds; `false` if there were none.
+/// Removes the `inet` tables that satisfy `is_wanted`. Returns `false` if there were none.
 pub(crate) async fn remove_tables(
     entered: &Entered,
     is_wanted: impl Fn(&str) -> bool,
 ) -> Result<bool, InterceptionError> {
-    ask(entered, "remove nftables tables of other meshes", async |kernel| {
+    with_connection(entered, "remove nftables tables of other meshes", async |kernel| {
         let tables = kernel.list_tables_in(Family::Inet).await?;
         let mut any = false;
         for table in tables.iter().filter(|table| is_wanted(&table.name)) {
@@ -45,13 +48,13 @@ pub(crate) async fn remove_tables(
     .await
 }
 
-/// Takes out the tables that iptables-nft made and that do nothing: nothing but built-in chains
-/// without a rule, which let everything pass.
+/// Removes tables of iptables-nft without effect: those with only empty built-in chains whose
+/// policy is accept.
 pub(crate) async fn remove_bare_iptables_tables(
     entered: &Entered,
 ) -> Result<(), InterceptionError> {
     const IPTABLES: [&str; 5] = ["raw", "mangle", "nat", "filter", "security"];
-    ask(entered, "remove empty tables of iptables", async |kernel| {
+    with_connection(entered, "remove empty tables of iptables", async |kernel| {
         for family in [Family::Ip, Family::Ip6] {
             let tables = kernel.list_tables_in(family).await?;
             for table in tables.iter().filter(|table| IPTABLES.contains(&table.name.as_str())) {
@@ -63,8 +66,8 @@ pub(crate) async fn remove_bare_iptables_tables(
     .await
 }
 
-/// Whoever changes the ruleset between the look and the removal may have begun to use the table: it
-/// then stays.
+/// Removes the table, unless the ruleset changed since the check: another program may use the
+/// table.
 async fn remove_if_bare(kernel: &Kernel, family: Family, table: &str) -> nlink::Result<()> {
     let generation = kernel.generation().await?;
     if !is_bare(kernel, family, table).await? {

@@ -1,7 +1,6 @@
-//! The Istio ambient profile: the proxy's packets are told by their mark.
+//! The Istio ambient profile: the packet mark 0x539 distinguishes the proxy's packets.
 //!
-//! Every socket of the proxy carries the packet mark 0x539. What does not carry it is the
-//! workload's:
+//! Every socket of the proxy carries the mark. Unmarked packets belong to the workload:
 //!
 //! ```text
 //! app ── nat OUTPUT ── capture-outbound ─────────────▶ proxy :outbound ── marked ──▶ peer
@@ -10,7 +9,7 @@
 //! app's reply to the peer's address ── return-to-proxy ── ip rule, table 100 ── lo ──▶ proxy
 //! ```
 //!
-//! Istio has no exclusions here; ours stand before what would catch.
+//! Istio has no exclusions in this profile. The exclusions here precede the rules that capture.
 
 use ipnet::IpNet;
 use underpass_config::{Dns, KubeletProbes, PortRange};
@@ -32,7 +31,7 @@ const MANGLE_OUTPUT: ChainId = chain(Table::Mangle, "ISTIO_OUTPUT");
 const NAT_PREROUTING: ChainId = chain(Table::Nat, "ISTIO_PRERT");
 const NAT_OUTPUT: ChainId = chain(Table::Nat, "ISTIO_OUTPUT");
 
-/// The way back of what the workload answers to imitated clients.
+/// Routes the workload's replies to a preserved client address back to the proxy.
 pub(super) const ROUTE: PolicyRoute =
     PolicyRoute { mark: RETURNING, priority: RULE_PRIORITY, table: ROUTE_TABLE };
 
@@ -47,33 +46,37 @@ pub(super) fn plan(inputs: &Inputs<'_>) -> RulePlan {
     builder.finish(inputs)
 }
 
-/// Conntrack zones.
+/// Adds the rules that assign conntrack zones.
 fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
     let dns = inputs.settings.dns == Dns::Capture;
-    let families = inputs.served();
+    let families = inputs.supported();
     if dns {
-        b.rule(chain(Table::Raw, "PREROUTING"), "enter-raw-prerouting", "all packets that arrive")
-            .families(families)
-            .when([], Action::Jump(RAW_PREROUTING));
+        b.rule(
+            chain(Table::Raw, "PREROUTING"),
+            "enter-raw-prerouting",
+            "every packet that arrives",
+        )
+        .families(families)
+        .when([], Action::Jump(RAW_PREROUTING));
     }
     let enter = b.rule(
         chain(Table::Raw, "OUTPUT"),
         "enter-raw-output",
-        "all packets that local processes send",
+        "every packet that a local process sends",
     );
-    let enter = if dns { enter } else { enter.ours() };
+    let enter = if dns { enter } else { enter.not_in_exact() };
     enter.families(families).when([], Action::Jump(RAW_OUTPUT));
-    // A client's kernel may choose, for a connection to the workload, the very port from which the
-    // proxy imitates that client. Conntrack would take its SYN for a packet of the proxy's
-    // connection: it would not be caught, and its answer would go astray. In a zone of its own, the
-    // proxy's original direction is never found from outside; replies carry no mark, and stay in the
-    // zone that everything is in.
+    // The proxy connects to the workload from the client's address and a port of its choice. The
+    // client's kernel may choose the same port for a direct connection. Conntrack would then match
+    // the client's SYN with the proxy's connection: the SYN would not be captured and its reply
+    // would be misrouted. A separate zone hides the proxy's original direction from packets that
+    // arrive. Replies carry no mark and stay in the default zone.
     b.rule(
         RAW_OUTPUT,
         "proxy-zone",
-        "tracks what the proxy opens apart from what is opened by the clients that it imitates",
+        "tracks the proxy's connections apart from those of the clients whose addresses it uses",
     )
-    .ours()
+    .not_in_exact()
     .families(families)
     .when([TCP, Match::PacketMark(PROXY)], Action::Zone(PROXY_ZONE, Some(Direction::Original)));
     if !dns {
@@ -82,7 +85,7 @@ fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
     b.rule(
         RAW_OUTPUT,
         "proxy-dns-zone",
-        "tracks the proxy's DNS queries apart from the workload's, which may have the same source port",
+        "tracks the proxy's DNS queries apart from the workload's, as both may use the same source port",
     )
     .families(families)
     .when(
@@ -92,7 +95,7 @@ fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
     b.rule(
         RAW_PREROUTING,
         "proxy-dns-zone-reply",
-        "finds the answers to the proxy's DNS queries in their zone",
+        "looks up the answers to the proxy's DNS queries in their zone",
     )
     .families(families)
     .when(
@@ -101,21 +104,21 @@ fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
     );
 }
 
-/// The way back.
+/// Adds the rules that return the workload's replies to the proxy.
 fn mangle(b: &mut Builder, inputs: &Inputs<'_>) {
     let exact = inputs.settings.exact;
-    let families = inputs.served();
+    let families = inputs.supported();
     b.rule(
         chain(Table::Mangle, "PREROUTING"),
         "enter-mangle-prerouting",
-        "all packets that arrive",
+        "every packet that arrives",
     )
     .families(families)
     .when([], Action::Jump(MANGLE_PREROUTING));
     b.rule(
         chain(Table::Mangle, "OUTPUT"),
         "enter-mangle-output",
-        "all packets that local processes send",
+        "every packet that a local process sends",
     )
     .families(families)
     .when([], Action::Jump(MANGLE_OUTPUT));
@@ -128,75 +131,83 @@ fn mangle(b: &mut Builder, inputs: &Inputs<'_>) {
     b.rule(
         MANGLE_PREROUTING,
         "mark-proxy-connection",
-        "remembers a connection that the proxy opens to the workload; only in its original direction, \
-         or the proxy's replies would mark the workload's own captured connections",
+        "marks a connection from the proxy to the workload; only in its original direction, \
+         as the proxy's replies would mark the workload's own captured connections",
     )
     .families(families)
     .when_all(proxys, Action::MarkConnection(RETURNING));
     b.rule(
         MANGLE_OUTPUT,
         "return-to-proxy",
-        "routes the workload's replies to the client address that the proxy imitates back to the proxy; \
-         only replies, so the proxy's own packets are not routed twice, and only our bits of the mark",
+        "routes the workload's replies to a preserved client address back to the proxy; \
+         only replies, so the proxy's own packets are not rerouted, and only underpass' bits of the mark",
     )
     .families(families)
     .when_all(returning, if exact { Action::RestoreMark } else { Action::MarkPacket(RETURNING) });
 }
 
 fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
-    let neutral = inputs.neutral();
+    let captured = inputs.captured();
     b.rule(
         chain(Table::Nat, "OUTPUT"),
         "enter-nat-output",
-        "all connections that local processes open",
+        "every connection that a local process opens",
     )
-    .families(neutral)
+    .families(captured)
     .when([], Action::Jump(NAT_OUTPUT));
-    b.rule(chain(Table::Nat, "PREROUTING"), "enter-nat-prerouting", "all connections that arrive")
-        .families(neutral)
-        .when([], Action::Jump(NAT_PREROUTING));
+    b.rule(
+        chain(Table::Nat, "PREROUTING"),
+        "enter-nat-prerouting",
+        "every connection that arrives",
+    )
+    .families(captured)
+    .when([], Action::Jump(NAT_PREROUTING));
     nat_prerouting(b, inputs);
     nat_output(b, inputs);
 }
 
-/// Connections that arrive.
+/// Adds the rules for connections that arrive.
 fn nat_prerouting(b: &mut Builder, inputs: &Inputs<'_>) {
-    let (settings, neutral) = (inputs.settings, inputs.neutral());
+    let (settings, captured) = (inputs.settings, inputs.captured());
     b.rule(
         NAT_PREROUTING,
         "established-in",
-        "leaves connections alone that are older than the rules: conntrack takes their next packet for a \
+        "skips connections that are older than the rules: conntrack treats their next packet as a \
          new connection, and a redirect would reset it",
     )
-    .ours()
-    .families(neutral)
+    .not_in_exact()
+    .families(captured)
     .when([TCP, Match::NotOpening], Action::Return);
     for interfaces in inputs.split(&settings.virtual_interfaces) {
         b.rule(
             NAT_PREROUTING,
             "virtual-outbound",
-            "what a virtual machine sends is outbound, though it arrives",
+            "traffic from a virtual machine is outbound although it arrives at an interface",
         )
         .numbered()
-        .families(neutral)
+        .families(captured)
         .when([Match::In(interfaces.clone()), TCP], Action::Redirect(inputs.ports.outbound));
         b.rule(
             NAT_PREROUTING,
             "virtual-rest",
-            "nothing else from a virtual machine is inbound; the redirect before leaves nothing for it",
+            "other traffic from a virtual machine is not inbound; the redirect before it already takes all TCP",
         )
         .numbered()
-        .families(neutral)
+        .families(captured)
         .when([Match::In(interfaces), TCP], Action::Return);
     }
     if !settings.ingress {
         kubelet_probes(b, inputs);
     }
     nat_prerouting_excluded(b, inputs);
-    b.rule(NAT_PREROUTING, "hbone-in", "HBONE arrives at its listener as it is; counts it")
-        .ours()
-        .families(neutral)
-        .when([port(inputs.ports.hbone)], Action::Return);
+    b.rule(
+        NAT_PREROUTING,
+        "hbone-in",
+        "HBONE reaches its listener without a redirect; counts its connections",
+    )
+    .not_in_exact()
+    .families(captured)
+    .when([port(inputs.ports.hbone)], Action::Return);
     if !settings.ingress {
         capture_inbound(b, inputs);
     }
@@ -214,28 +225,28 @@ fn kubelet_probes(b: &mut Builder, inputs: &Inputs<'_>) {
         b.rule(
             NAT_PREROUTING,
             KUBELET_PROBE_IN,
-            "interception.kubelet_probes asks for it: the kubelet's probes cannot speak HBONE",
+            "exempted by interception.kubelet_probes: the kubelet cannot speak HBONE",
         )
-        .twin(family)
+        .for_family(family)
         .when_all(matches, Action::Accept);
     }
 }
 
 fn nat_prerouting_excluded(b: &mut Builder, inputs: &Inputs<'_>) {
-    let (inbound, neutral) = (&inputs.settings.inbound, inputs.neutral());
+    let (inbound, captured) = (&inputs.settings.inbound, inputs.captured());
     for interfaces in inputs.split(&inbound.exclude_interfaces) {
-        b.rule(NAT_PREROUTING, "exclude-interfaces-in", "inbound.exclude_interfaces asks for it")
+        b.rule(NAT_PREROUTING, "exclude-interfaces-in", "excluded by inbound.exclude_interfaces")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([Match::In(interfaces)], Action::Return);
     }
     for ports in inputs.destination_ports(&inbound.exclude_ports) {
-        b.rule(NAT_PREROUTING, "exclude-ports-in", "inbound.exclude_ports asks for it")
+        b.rule(NAT_PREROUTING, "exclude-ports-in", "excluded by inbound.exclude_ports")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([ports], Action::Return);
     }
-    // An ingress gateway's plain connections are not caught anyway.
+    // Not needed for an ingress gateway: its plaintext connections are not captured.
     if !inputs.settings.ingress {
         own_ports::add(b, inputs, NAT_PREROUTING, "own-ports-in", &[]);
     }
@@ -256,34 +267,33 @@ fn capture_inbound(b: &mut Builder, inputs: &Inputs<'_>) {
         b.rule(
             NAT_PREROUTING,
             "capture-inbound",
-            "every other connection to the workload passes the proxy, except the proxy's own",
+            "redirects every other connection to the workload, except the proxy's own",
         )
-        .twin(family)
+        .for_family(family)
         .when_all(matches, Action::Redirect(inputs.ports.inbound));
     }
 }
 
-/// Connections that local processes open.
+/// Adds the rules for connections that local processes open.
 fn nat_output(b: &mut Builder, inputs: &Inputs<'_>) {
-    let neutral = inputs.neutral();
+    let captured = inputs.captured();
     b.rule(
         NAT_OUTPUT,
         "established-out",
-        "leaves connections alone that are older than the rules, as established-in does",
+        "skips connections that are older than the rules, for the reason of established-in",
     )
-    .ours()
-    .families(neutral)
+    .not_in_exact()
+    .families(captured)
     .when([TCP, Match::NotOpening], Action::Return);
-    // Istio has it, and no probe needs it: answers are no new connections.
+    // For parity with Istio. Replies to probes do not need it: nat sees only new connections.
     let probed = inputs.settings.kubelet_probes == KubeletProbes::On;
     for &family in inputs.families.iter().filter(|_| probed) {
-        b.rule(
-            NAT_OUTPUT,
-            "kubelet-probe-out",
-            "leaves alone what goes to the kubelet's probe address",
-        )
-        .twin(family)
-        .when([Match::Destination(vec![family.probe.into()]), Match::TcpModule], Action::Accept);
+        b.rule(NAT_OUTPUT, "kubelet-probe-out", "skips connections to the kubelet's probe address")
+            .for_family(family)
+            .when(
+                [Match::Destination(vec![family.probe.into()]), Match::TcpModule],
+                Action::Accept,
+            );
     }
     nat_output_excluded(b, inputs);
     if inputs.settings.dns == Dns::Capture {
@@ -292,17 +302,17 @@ fn nat_output(b: &mut Builder, inputs: &Inputs<'_>) {
     b.rule(
         NAT_OUTPUT,
         "returning",
-        "what already returns to the proxy is not caught again; kept for parity with Istio, never matches",
+        "skips replies that already return to the proxy; for parity with Istio, never matches",
     )
-    .families(neutral)
+    .families(captured)
     .when([TCP, Match::PacketMark(RETURNING)], Action::Accept);
     for &family in &inputs.families {
         b.rule(
             NAT_OUTPUT,
             "own-pod",
-            "a workload that calls its own address stays direct, and the proxy reaches the workload",
+            "skips a workload's calls to its own address, and the proxy's connections to the workload",
         )
-        .twin(family)
+        .for_family(family)
         .when(
             [Match::NotDestination(family.loopback), Match::Out(vec![LOOPBACK.to_owned()])],
             Action::Accept,
@@ -312,36 +322,36 @@ fn nat_output(b: &mut Builder, inputs: &Inputs<'_>) {
 }
 
 fn nat_output_excluded(b: &mut Builder, inputs: &Inputs<'_>) {
-    let (outbound, neutral) = (&inputs.settings.outbound, inputs.neutral());
+    let (outbound, captured) = (&inputs.settings.outbound, inputs.captured());
     for interfaces in inputs.split(&outbound.exclude_interfaces) {
-        b.rule(NAT_OUTPUT, "exclude-interfaces", "outbound.exclude_interfaces asks for it")
+        b.rule(NAT_OUTPUT, "exclude-interfaces", "excluded by outbound.exclude_interfaces")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([Match::Out(interfaces)], Action::Return);
     }
     for uids in inputs.split(&outbound.exclude_uids) {
-        b.rule(NAT_OUTPUT, "exclude-uids", "outbound.exclude_uids asks for it")
+        b.rule(NAT_OUTPUT, "exclude-uids", "excluded by outbound.exclude_uids")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([Match::Uid(uids)], Action::Return);
     }
     for gids in inputs.split(&outbound.exclude_gids) {
-        b.rule(NAT_OUTPUT, "exclude-gids", "outbound.exclude_gids asks for it")
+        b.rule(NAT_OUTPUT, "exclude-gids", "excluded by outbound.exclude_gids")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([Match::Gid(gids)], Action::Return);
     }
     for ports in inputs.destination_ports(&outbound.exclude_ports) {
-        b.rule(NAT_OUTPUT, "exclude-ports", "outbound.exclude_ports asks for it")
+        b.rule(NAT_OUTPUT, "exclude-ports", "excluded by outbound.exclude_ports")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([ports], Action::Return);
     }
     for &family in &inputs.families {
         for cidrs in inputs.networks(family, &outbound.exclude_cidrs) {
-            b.rule(NAT_OUTPUT, "exclude-cidrs", "outbound.exclude_cidrs asks for it")
+            b.rule(NAT_OUTPUT, "exclude-cidrs", "excluded by outbound.exclude_cidrs")
                 .numbered()
-                .twin(family)
+                .for_family(family)
                 .when([Match::Destination(cidrs)], Action::Return);
         }
     }
@@ -369,12 +379,12 @@ fn capture_dns(b: &mut Builder, inputs: &Inputs<'_>) {
         b.rule(
             NAT_OUTPUT,
             "capture-dns-udp",
-            "DNS queries pass the DNS proxy, except to a local resolver, and the proxy's own",
+            "redirects DNS queries, except to a local resolver and except the proxy's own",
         )
-        .twin(family)
+        .for_family(family)
         .when_all(udp, dns);
-        b.rule(NAT_OUTPUT, "capture-dns-tcp", "DNS queries over TCP do too")
-            .twin(family)
+        b.rule(NAT_OUTPUT, "capture-dns-tcp", "redirects DNS queries over TCP")
+            .for_family(family)
             .when_all(tcp, dns);
     }
 }
@@ -386,22 +396,22 @@ fn capture_outbound(b: &mut Builder, inputs: &Inputs<'_>) {
             let mut matches =
                 vec![TCP, Match::NotDestination(family.loopback), Match::NotPacketMark(PROXY)];
             matches.extend(included);
-            let rule = b.rule(NAT_OUTPUT, id, reason).numbered().twin(family);
+            let rule = b.rule(NAT_OUTPUT, id, reason).numbered().for_family(family);
             rule.when_all(matches, Action::Redirect(inputs.ports.outbound));
         };
         for ports in inputs.destination_ports(&outbound.include_ports) {
-            capture("include-ports", "outbound.include_ports asks for it", Some(ports));
+            capture("include-ports", "included by outbound.include_ports", Some(ports));
         }
         match &outbound.include_cidrs {
             None => capture(
                 "capture-outbound",
-                "every other connection that the workload opens passes the proxy, except the proxy's own",
+                "redirects every other connection that the workload opens, except the proxy's own",
                 None,
             ),
             Some(cidrs) => {
                 for cidrs in inputs.networks(family, cidrs) {
                     let to = Some(Match::Destination(cidrs));
-                    capture("include-cidrs", "outbound.include_cidrs asks for it", to);
+                    capture("include-cidrs", "included by outbound.include_cidrs", to);
                 }
             }
         }

@@ -1,7 +1,7 @@
-//! What the profiles share in making their plans: the settings as rules need them, and a builder
-//! that keeps ids, twins and origins consistent.
+//! Shared by all profiles: the settings in the form that rules need, and the builder of a plan.
 //!
-//! Not here: which rules a profile has.
+//! The builder keeps rule ids unique and builds the IPv4 and IPv6 variants of a rule consistently.
+//! It contains no rule of a profile.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -16,9 +16,12 @@ use super::{
 
 pub(super) const TCP: Match = Match::Protocol(Protocol::Tcp);
 
-/// So many networks of one length have a rule of their own, which looks up the masked address in a hash: the kernel fills that in a quarter of the
-/// time that the ends of as many ranges take in a tree. A connection passes a rule for each such length, of which there are 33 or 129 at most.
-pub(crate) const MANY: usize = 256;
+/// From this number on, networks of one prefix length get a rule with a hash set of their own.
+///
+/// The rule looks up the masked address. The kernel fills a hash in a quarter of the time that it
+/// needs for the interval tree of as many ranges. A connection is checked against at most 33 (IPv4)
+/// or 129 (IPv6) such rules, one for each prefix length.
+pub(crate) const HASHED_NETWORKS_MIN: usize = 256;
 
 /// The loopback interface's name.
 pub(super) const LOOPBACK: &str = "lo";
@@ -28,21 +31,22 @@ pub(super) const LOOPBACK: &str = "lo";
 pub(super) struct Inputs<'a> {
     pub(super) settings: &'a InterceptionSettings,
     pub(super) ports: Ports,
-    /// The families whose connections are caught: each has its twin of a rule about addresses.
+    /// The address families whose connections are captured. A rule about addresses has a variant
+    /// for each.
     pub(super) families: Vec<Family>,
-    /// Whether the kernel has IPv6, enabled or not.
+    /// True if the kernel supports IPv6, enabled or not.
     pub(super) ipv6: bool,
-    /// Whether inbound connections are caught by TPROXY.
+    /// True if inbound connections are captured by TPROXY.
     pub(super) tproxy: bool,
 }
 
-/// What differs between the twins of a rule.
+/// The addresses that differ between the IPv4 and the IPv6 variant of a rule.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Family {
     pub(super) v6: bool,
     pub(super) loopback: IpNet,
     pub(super) probe: IpAddr,
-    /// Where the sidecar's last hop comes from.
+    /// The source address of the sidecar's connections to the workload.
     pub(super) last_hop: IpAddr,
 }
 
@@ -62,7 +66,7 @@ impl<'a> Inputs<'a> {
         Self { settings, ports, families, ipv6, tproxy }
     }
 
-    /// The same for IPv6 alone, as if it were caught.
+    /// The same inputs for IPv6 alone, as if IPv6 were captured.
     pub(super) fn only_v6(&self) -> Self {
         Self { families: vec![V6], tproxy: false, ..self.clone() }
     }
@@ -71,8 +75,8 @@ impl<'a> Inputs<'a> {
         self.ipv6 && self.settings.ipv6 == Ipv6::Reject
     }
 
-    /// The families of a rule that needs no twin.
-    pub(super) fn neutral(&self) -> Families {
+    /// The families of a rule without addresses: those that are captured.
+    pub(super) fn captured(&self) -> Families {
         match self.families.as_slice() {
             [family] if family.v6 => Families::V6,
             [_] => Families::V4,
@@ -80,17 +84,17 @@ impl<'a> Inputs<'a> {
         }
     }
 
-    /// The families of rules that serve the proxy's own connections: all that the kernel has.
-    pub(super) fn served(&self) -> Families {
+    /// The families of rules for the proxy's own connections: all that the kernel supports.
+    pub(super) fn supported(&self) -> Families {
         let v6 = self.ipv6 && (self.families.len() > 1 || !self.settings.exact);
         if v6 { Families::Both } else { Families::V4 }
     }
 
-    /// The values of one rule each: Istio's and OSM's own way is a rule for every value, ours is
-    /// one for all of them. No rule without values.
+    /// Groups values by rule: one rule for each value with `exact`, as Istio and OSM do, otherwise
+    /// one rule for all of them. No values give no rule.
     ///
-    /// A value that is given twice counts once: iptables makes a rule of each, and what returns from
-    /// the first one's chain would meet the second.
+    /// Duplicates are removed. With iptables, each would become a rule, and a packet that returns
+    /// from the chain of the first would match the second.
     pub(super) fn split<T: Clone + PartialEq>(&self, values: &[T]) -> Vec<Vec<T>> {
         if self.settings.exact {
             return values.iter().map(|value| vec![value.clone()]).collect();
@@ -104,14 +108,14 @@ impl<'a> Inputs<'a> {
         if once.is_empty() { Vec::new() } else { vec![once] }
     }
 
-    /// The same for those of `cidrs` that are of `family`; a network inside another one of them
-    /// goes without saying, and [`MANY`] of one length have a rule of their own.
+    /// Groups the networks of `family` by rule. A network within another one is dropped, and
+    /// [`HASHED_NETWORKS_MIN`] networks of one prefix length get a rule of their own.
     pub(super) fn networks(&self, family: Family, cidrs: &[IpNet]) -> Vec<Vec<IpNet>> {
         let cidrs = family.of(cidrs);
         if self.settings.exact {
             return self.split(&cidrs);
         }
-        let mut lists = by_length(outermost(cidrs));
+        let mut lists = by_prefix_length(outermost(cidrs));
         lists.retain(|list| !list.is_empty());
         lists
     }
@@ -122,7 +126,7 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// The networks that are in no other one, in order: each sorts before all that it contains.
+/// Removes each network that another one contains. A network sorts before those that it contains.
 fn outermost(mut cidrs: Vec<IpNet>) -> Vec<IpNet> {
     cidrs.sort_unstable();
     let mut kept: Vec<IpNet> = Vec::with_capacity(cidrs.len());
@@ -134,13 +138,14 @@ fn outermost(mut cidrs: Vec<IpNet>) -> Vec<IpNet> {
     kept
 }
 
-/// Those of a length that few have together, then those of each other length.
-fn by_length(cidrs: Vec<IpNet>) -> Vec<Vec<IpNet>> {
+/// Groups networks by prefix length. All lengths with few networks share the first group.
+fn by_prefix_length(cidrs: Vec<IpNet>) -> Vec<Vec<IpNet>> {
     let mut lengths: BTreeMap<u8, Vec<IpNet>> = BTreeMap::new();
     for cidr in cidrs {
         lengths.entry(cidr.prefix_len()).or_default().push(cidr);
     }
-    let (many, few): (Vec<_>, Vec<_>) = lengths.into_values().partition(|list| list.len() >= MANY);
+    let (many, few): (Vec<_>, Vec<_>) =
+        lengths.into_values().partition(|list| list.len() >= HASHED_NETWORKS_MIN);
     let mut few = few.concat();
     few.sort_unstable();
     [vec![few], many].concat()
@@ -154,7 +159,7 @@ const V6: Family = Family {
 };
 
 impl Family {
-    /// Those of `cidrs` that are of this family.
+    /// The networks in `cidrs` that belong to this family.
     pub(super) fn of(self, cidrs: &[IpNet]) -> Vec<IpNet> {
         cidrs.iter().filter(|cidr| cidr.addr().is_ipv6() == self.v6).copied().collect()
     }
@@ -164,20 +169,20 @@ impl Family {
     }
 }
 
-/// A plan in the making.
+/// Builds a plan rule by rule.
 #[derive(Debug, Default)]
 pub(super) struct Builder {
     chains: Vec<Chain>,
     rules: Vec<Rule>,
     routes: Vec<PolicyRoute>,
     addresses: Vec<LoopbackAddress>,
-    /// How many rules of a name and families there are.
+    /// The number of rules by name and families.
     numbers: HashMap<String, usize>,
 }
 
 impl Builder {
-    /// Begins a rule; its chain is made with the first of them. Both families, of the seed, until
-    /// told otherwise.
+    /// Starts a rule and adds its chain if it is new. The defaults are both families and
+    /// [`Origin::Mesh`].
     pub(super) fn rule(
         &mut self,
         chain: ChainId,
@@ -187,7 +192,7 @@ impl Builder {
         let rule = Rule {
             id: id.into(),
             reason,
-            origin: Origin::Seed,
+            origin: Origin::Mesh,
             chain,
             families: Families::Both,
             matches: Vec::new(),
@@ -205,12 +210,12 @@ impl Builder {
         self.addresses.push(address);
     }
 
-    /// Whether there is a rule of this name for these families.
+    /// Returns true if a rule with this name exists for these families.
     pub(super) fn has_rule(&self, name: &str, families: Families) -> bool {
         self.numbers.contains_key(&full_id(name, families))
     }
 
-    /// Takes over finished rules.
+    /// Adds finished rules.
     pub(super) fn extend(&mut self, rules: impl IntoIterator<Item = Rule>) {
         for rule in rules {
             self.add(rule);
@@ -221,12 +226,12 @@ impl Builder {
         self.rules
     }
 
-    /// The plan; with `exact`, without what is ours.
+    /// Returns the plan. With `exact`, rules of [`Origin::Underpass`] are removed.
     pub(super) fn finish(mut self, inputs: &Inputs<'_>) -> RulePlan {
         if inputs.settings.exact {
-            self.rules.retain(|rule| rule.origin == Origin::Seed);
+            self.rules.retain(|rule| rule.origin == Origin::Mesh);
         }
-        // Base chains first, by their tables: the order in which the kernel enters them.
+        // Base chains first, sorted by table: the order in which the kernel enters them.
         self.chains.sort_by_key(|chain| (chain.hook.is_none(), chain.id.table, chain.hook));
         RulePlan {
             chains: self.chains,
@@ -251,7 +256,7 @@ impl Builder {
     }
 }
 
-/// A rule in the making.
+/// Builds one rule.
 #[derive(Debug)]
 pub(super) struct RuleBuilder<'b> {
     builder: &'b mut Builder,
@@ -260,8 +265,8 @@ pub(super) struct RuleBuilder<'b> {
 }
 
 impl RuleBuilder<'_> {
-    /// The twin for this family.
-    pub(super) fn twin(mut self, family: Family) -> Self {
+    /// Restricts the rule to this address family.
+    pub(super) fn for_family(mut self, family: Family) -> Self {
         self.rule.families = family.families();
         self
     }
@@ -271,9 +276,9 @@ impl RuleBuilder<'_> {
         self
     }
 
-    /// Not Istio's or OSM's: `exact` leaves it out.
-    pub(super) fn ours(mut self) -> Self {
-        self.rule.origin = Origin::Ours;
+    /// Marks a rule that neither Istio nor OSM has. `exact` removes it.
+    pub(super) fn not_in_exact(mut self) -> Self {
+        self.rule.origin = Origin::Underpass;
         self
     }
 
@@ -282,13 +287,13 @@ impl RuleBuilder<'_> {
         self
     }
 
-    /// One of several rules of this name, if `exact` splits them.
+    /// Allows several rules of this name, for the values that `exact` splits.
     pub(super) fn numbered(mut self) -> Self {
         self.numbered = true;
         self
     }
 
-    /// Ends the rule: what a packet must be, and what then happens.
+    /// Finishes the rule with its conditions and its action.
     pub(super) fn when<const N: usize>(self, matches: [Match; N], action: Action) {
         self.when_all(matches.into(), action);
     }
@@ -314,7 +319,7 @@ fn full_id(name: &str, families: Families) -> String {
     if families == Families::V6 { format!("{name}-v6") } else { name.to_owned() }
 }
 
-/// Built-in chains of iptables are base chains; the names of ours are others.
+/// The hook of a chain: built-in chains of iptables are base chains, all others are not.
 fn hook(id: ChainId) -> Option<Hook> {
     match id.name {
         "PREROUTING" => Some(Hook::Prerouting),
@@ -324,7 +329,7 @@ fn hook(id: ChainId) -> Option<Hook> {
     }
 }
 
-/// A chain by its table and name.
+/// Identifies a chain by table and name.
 pub(super) const fn chain(table: Table, name: &'static str) -> ChainId {
     ChainId { table, name }
 }

@@ -1,7 +1,10 @@
-//! `drop_invalid`: what conntrack cannot place is dropped. A packet outside of its connection's window would be
-//! delivered as it is, past every redirect, and answered with a reset that ends the connection.
+//! The rules of `drop_invalid`: drop packets that conntrack classifies as invalid.
 //!
-//! Istio has it in sidecars, with a chain of that name; it is the same everywhere.
+//! Otherwise a packet outside of its connection's TCP window would bypass every redirect. The local
+//! kernel would reply it with a RST and end the connection.
+//!
+//! Istio has these rules in its sidecar, in a chain named ISTIO_DROP. They are the same in every
+//! profile.
 
 use underpass_config::Profile;
 
@@ -12,7 +15,7 @@ const PREROUTING: ChainId = chain(Table::Mangle, "PREROUTING");
 const ISTIO_DROP: ChainId = chain(Table::Mangle, "ISTIO_DROP");
 const DROP: ChainId = chain(Table::Mangle, "UNDERPASS_DROP");
 
-/// Adds the rules, if the settings ask for them.
+/// Adds the rules if `drop_invalid` is set.
 pub(super) fn add(b: &mut Builder, inputs: &Inputs<'_>) {
     if !inputs.settings.drop_invalid {
         return;
@@ -21,11 +24,11 @@ pub(super) fn add(b: &mut Builder, inputs: &Inputs<'_>) {
     b.rule(
         PREROUTING,
         "invalid",
-        "drop_invalid asks for it: a packet outside of its window is dropped, not answered with a reset",
+        "for drop_invalid: a packet outside of its TCP window is dropped instead of answered with a RST",
     )
-    .families(inputs.neutral())
+    .families(inputs.captured())
     .when([Match::Invalid], Action::Jump(drop));
-    b.rule(drop, "drop-invalid", "here the packet ends")
-        .families(inputs.neutral())
+    b.rule(drop, "drop-invalid", "drops the packet")
+        .families(inputs.captured())
         .when([], Action::Drop);
 }

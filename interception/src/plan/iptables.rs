@@ -1,8 +1,8 @@
-//! A plan as `iptables-restore` reads it, in the very words in which `iptables-save` prints it, so that
-//! the two can be compared line by line.
+//! Prints a plan as input of `iptables-restore`, in the format that `iptables-save` prints.
 //!
-//! Not here: how it gets into the kernel (`iptables.rs`). No rule has a comment: gVisor has no
-//! comment match, and the listings of Istio and OSM have none.
+//! The equal format allows comparing the plan with the kernel's rules line by line. Rules carry no
+//! comments: gVisor has no comment match, and Istio and OSM use none. `crate::iptables` runs the
+//! programs.
 
 mod conditions;
 
@@ -13,10 +13,10 @@ use ipnet::IpNet;
 use super::{Action, ChainId, Direction, Mark, Protocol, Rule, RulePlan, Table};
 use conditions::Conditions;
 
-/// The tables, in the order in which a packet passes them.
+/// The tables in the order in which a packet traverses them.
 pub(crate) const TABLES: [Table; 4] = [Table::Raw, Table::Mangle, Table::Nat, Table::Filter];
 
-/// An address family, each of which has a ruleset of its own: that of iptables, or of ip6tables.
+/// An address family. Each has its own ruleset, managed by `iptables` or `ip6tables`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
     /// IPv4.
@@ -28,18 +28,18 @@ pub enum Family {
 /// One line of a family's ruleset.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Line<'p> {
-    /// The chain that it stands in.
+    /// The chain that contains it.
     pub(crate) chain: ChainId,
-    /// The rule that it is of. Where iptables knows no lists, a rule has a line for each value.
+    /// The rule that it belongs to. Where iptables has no lists, a rule has one line per value.
     pub(crate) rule: &'p Rule,
-    /// What follows the name of the chain: `-p tcp -m tcp --dport 80 -j RETURN`.
+    /// The text after the name of the chain: `-p tcp -m tcp --dport 80 -j RETURN`.
     pub(crate) text: String,
 }
 
 impl RulePlan {
-    /// What `iptables-restore --noflush` (for IPv6, `ip6tables-restore --noflush`) makes the rules of;
-    /// empty if the plan has none of this family. It flushes the chains that it names, and adds to the
-    /// built-in ones.
+    /// The input for `iptables-restore --noflush`, or for IPv6 `ip6tables-restore --noflush`. It
+    /// flushes the chains that it names and appends to the built-in ones. Empty if the plan has no
+    /// rules of this family.
     #[must_use]
     pub fn iptables(&self, family: Family) -> String {
         let lines = self.lines(family);
@@ -63,7 +63,7 @@ impl RulePlan {
         text
     }
 
-    /// The lines of a family, in the order of the rules.
+    /// The lines of a family in rule order.
     pub(crate) fn lines(&self, family: Family) -> Vec<Line<'_>> {
         let of_family =
             |rule: &&Rule| !rule.nftables_only && rule.families.contains(family == Family::V6);
@@ -76,7 +76,7 @@ impl RulePlan {
             .collect()
     }
 
-    /// The chains of a table that `lines` stand in or jump to, in the order of the plan.
+    /// The chains of a table that contain `lines` or are their jump targets, in plan order.
     pub(crate) fn chains_in(&self, table: Table, lines: &[Line<'_>]) -> Vec<ChainId> {
         let needed = |id: ChainId| {
             lines.iter().any(|line| line.chain == id || line.rule.action == Action::Jump(id))
@@ -85,7 +85,7 @@ impl RulePlan {
         chains.filter(|id| id.table == table && needed(*id)).collect()
     }
 
-    /// Whether the chain is one that iptables has without us.
+    /// Returns true for a chain that iptables has by itself.
     pub(crate) fn is_built_in(&self, id: ChainId) -> bool {
         self.chains.iter().any(|chain| chain.id == id && chain.hook.is_some())
     }
@@ -103,7 +103,7 @@ impl Family {
         net.addr().is_ipv6() == (self == Self::V6)
     }
 
-    /// All its addresses.
+    /// The network that contains all addresses of the family.
     fn everything(self) -> IpNet {
         match self {
             Self::V4 => IpNet::V4(ipnet::Ipv4Net::default()),
@@ -112,7 +112,7 @@ impl Family {
     }
 }
 
-/// A rule in the words of iptables: one text for each combination of the values that its lists have.
+/// Prints a rule for iptables: one text for each combination of its lists' values.
 fn texts(rule: &Rule, family: Family) -> Vec<String> {
     let mut conditions = Conditions::default();
     for condition in &rule.matches {
@@ -169,7 +169,7 @@ fn whole_mark(option: &str) -> String {
     format!("-j CONNMARK {option} --nfmask 0xffffffff --ctmask 0xffffffff")
 }
 
-/// A match of all bits is printed without its mask, a target with it.
+/// Formats a mark of a match: iptables-save omits a full mask there, but prints it in targets.
 fn compared(mark: Mark) -> String {
     if mark.mask == u32::MAX { format!("{:#x}", mark.value) } else { written(mark) }
 }

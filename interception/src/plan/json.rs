@@ -1,12 +1,12 @@
-//! The plan for programs.
+//! The plan as JSON, for programs.
 //!
-//! Field names are stable; fields may be added.
+//! Names of fields are stable; new fields may be added.
 //!
 //! ```text
-//! rules[]     id, table, chain, families (both | v4 | v6), origin (seed: Istio's or OSM's own | ours), reason,
-//!             text (nft's)
+//! rules[]     id, table, chain, families (both | v4 | v6),
+//!             origin (mesh: Istio or OSM has the rule | underpass), reason, text (nft syntax)
 //! routes[]    mark, mask, priority, table
-//! addresses[] of the loopback interface
+//! addresses[] added to the loopback interface
 //! ```
 
 use serde_json::{Value, json};
@@ -15,7 +15,7 @@ use super::nft::Statement;
 use super::{Families, LoopbackAddress, Origin, Rule, RulePlan};
 
 impl RulePlan {
-    /// The rules in order, and what they rely on.
+    /// The rules in order, and the routes and addresses that they depend on.
     #[must_use]
     pub fn json(&self) -> Value {
         let routes = self.routes.iter().map(|route| {
@@ -36,7 +36,7 @@ impl RulePlan {
 }
 
 impl Rule {
-    /// What and why it is.
+    /// The rule with its reason.
     pub(crate) fn json(&self) -> Value {
         json!({
             "id": self.id,
@@ -48,8 +48,8 @@ impl Rule {
                 Families::V6 => "v6",
             },
             "origin": match self.origin {
-                Origin::Seed => "seed",
-                Origin::Ours => "ours",
+                Origin::Mesh => "mesh",
+                Origin::Underpass => "underpass",
             },
             "reason": self.reason,
             "text": Statement(self).to_string(),

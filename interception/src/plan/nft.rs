@@ -1,7 +1,7 @@
-//! The plan in nft's language: for people, for golden files, and for `nft -f`.
+//! Prints a plan in nft syntax: for people, for golden files, and for `nft -f`.
 //!
-//! Not here: what the product itself installs. That goes over netlink (`nftables.rs`), without an
-//! nft binary; both make the same rules, expression by expression.
+//! The product does not install this text. It installs rules by netlink (`crate::nftables`),
+//! without an nft binary. Both produce the same expressions; a kernel test compares them.
 
 mod set;
 
@@ -13,8 +13,8 @@ use super::{
     Action, Chain, Direction, Families, Hook, Mark, Match, Protocol, Rule, RulePlan, TABLE, Table,
 };
 
-/// The plan in nft's language, one statement a line: what `nft -f -` takes, and replaces our table
-/// with in one transaction. The alternate form (`{:#}`) says before each rule why it exists.
+/// The plan as input for `nft -f -`, one statement per line. It replaces the table in one
+/// transaction. The alternate form (`{:#}`) prints the reason before each rule.
 impl Display for RulePlan {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         writeln!(f, "add table inet {TABLE}")?;
@@ -36,7 +36,7 @@ impl Display for RulePlan {
     }
 }
 
-/// The chain as nft adds it.
+/// The chain as an operand of `nft add`.
 impl Display for Chain {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         write!(f, "chain inet {TABLE} {}", self.id.nftables_name())?;
@@ -46,7 +46,7 @@ impl Display for Chain {
     }
 }
 
-/// The rule as nft adds it; the sets that it looks up must be there.
+/// The rule as an `nft add` statement. The sets that it references must exist.
 impl Display for Rule {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let (chain, statement) = (self.chain.nftables_name(), Statement(self));
@@ -54,7 +54,7 @@ impl Display for Rule {
     }
 }
 
-/// What a rule says, without where it stands and what it is called.
+/// The matches and the action of a rule, without its chain and its comment.
 #[derive(Debug)]
 pub(crate) struct Statement<'r>(pub(crate) &'r Rule);
 
@@ -74,8 +74,8 @@ impl Display for Statement<'_> {
 }
 
 impl Chain {
-    /// Its type. `route` for the mangle output chain: only that type routes a packet again after
-    /// its mark has changed.
+    /// The type of the chain. The mangle OUTPUT chain is of type `route`, because only that type
+    /// reroutes a packet after its mark changed.
     pub(crate) fn kind(&self) -> ChainKind {
         match (self.id.table, self.hook) {
             (Table::Nat, _) => ChainKind::Nat,
@@ -86,7 +86,8 @@ impl Chain {
 }
 
 impl Rule {
-    /// The family that must be matched, if no address does so already: our table sees both.
+    /// The family to match explicitly: needed if no address match implies it, as the table is
+    /// `inet`.
     pub(crate) fn explicit_family(&self) -> Option<IpVersion> {
         let about_addresses = |condition: &Match| {
             matches!(condition, Match::Source(_) | Match::Destination(_) | Match::NotDestination(_))
@@ -94,7 +95,7 @@ impl Rule {
         self.family().filter(|_| !self.matches.iter().any(about_addresses))
     }
 
-    /// The only family that it is about, if it is about one.
+    /// The family of a rule that applies to one family only.
     pub(crate) fn family(&self) -> Option<IpVersion> {
         match self.families {
             Families::Both => None,
@@ -103,7 +104,7 @@ impl Rule {
         }
     }
 
-    /// Whether it is about TCP alone, which can be refused by a reset.
+    /// Returns true if the rule matches TCP only, which can be rejected with a RST.
     pub(crate) fn is_tcp(&self) -> bool {
         self.matches.iter().any(|condition| {
             matches!(
@@ -127,7 +128,7 @@ pub(crate) enum ChainKind {
     Route,
 }
 
-/// An IP version, where there must be one.
+/// An IP version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum IpVersion {
     V4,
@@ -165,7 +166,7 @@ fn write_match(f: &mut Formatter<'_>, condition: &Match, operand: &Operand) -> f
 
 fn write_mark(f: &mut Formatter<'_>, what: &str, mark: Mark, op: &str) -> fmt::Result {
     let Mark { value, mask } = mark;
-    if mark.is_whole() {
+    if mark.is_full() {
         return write!(f, "{what} {op} {value:#x}");
     }
     write!(f, "{what} & {mask:#x} {op} {value:#x}")
@@ -185,7 +186,7 @@ fn write_action(f: &mut Formatter<'_>, rule: &Rule) -> fmt::Result {
         Action::Jump(chain) => write!(f, "jump {}", chain.nftables_name()),
         Action::Redirect(port) => write!(f, "redirect to :{port}"),
         Action::Tproxy(port, mark) => {
-            // nft wants the family said again where the rule is about one.
+            // nft requires the family in the statement of a rule for one family.
             let family = match rule.family() {
                 None => "",
                 Some(IpVersion::V4) => " ip",
@@ -206,15 +207,15 @@ fn write_action(f: &mut Formatter<'_>, rule: &Rule) -> fmt::Result {
 
 fn write_new_mark(f: &mut Formatter<'_>, what: &str, mark: Mark) -> fmt::Result {
     let Mark { value, mask } = mark;
-    if mark.is_whole() {
+    if mark.is_full() {
         return write!(f, "{what} set {value:#x}");
     }
     write!(f, "{what} set {what} & {:#x} | {value:#x}", !mask)
 }
 
 impl Mark {
-    /// Whether all bits count, so that none has to be masked.
-    pub(crate) fn is_whole(self) -> bool {
+    /// Returns true if the mask covers all bits and can be omitted.
+    pub(crate) fn is_full(self) -> bool {
         self.mask == u32::MAX
     }
 }

@@ -1,8 +1,8 @@
-//! The ports at which the proxy itself serves metrics and readiness: inbound connections to them
-//! are not the workload's, so mTLS and policies of the workload do not apply.
+//! Exempts the ports on which the proxy serves metrics and readiness from inbound capture.
 //!
-//! Only what the proxy really listens on is spared. A port of the loopback interface cannot be
-//! reached from outside, so the same port of another address may be the workload's.
+//! These connections are for the proxy, so the workload's mTLS setting and policies do not apply.
+//! Only addresses on which the proxy listens are exempt. A loopback port is unreachable from
+//! outside, so the same port of another address may belong to the workload.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -12,26 +12,33 @@ use underpass_config::PortRange;
 use super::build::{Builder, Inputs};
 use super::{Action, ChainId, Families, Match, Protocol};
 
-const REASON: &str = "the proxy's own metrics and readiness are not the workload's";
+const REASON: &str = "the proxy serves its own metrics and readiness there";
 
-/// Adds rules `id` to `chain`, a chain of inbound connections. `spared`: ports that other rules of
-/// the chain spare.
-pub(super) fn add(b: &mut Builder, inputs: &Inputs<'_>, chain: ChainId, id: &str, spared: &[u16]) {
+/// Adds rules with the id `id` to `chain`, a chain for inbound connections. `exempt_already` lists
+/// the ports that other rules of the chain exempt.
+pub(super) fn add(
+    b: &mut Builder,
+    inputs: &Inputs<'_>,
+    chain: ChainId,
+    id: &str,
+    exempt_ports: &[u16],
+) {
     let services = inputs.ports.services;
-    let services = || services.into_iter().filter(|service| !spared.contains(&service.port()));
+    let services =
+        || services.into_iter().filter(|service| !exempt_ports.contains(&service.port()));
     let everywhere = ports(services().filter(|service| is_any(*service, true)));
     if !everywhere.is_empty() {
         b.rule(chain, id, REASON)
-            .ours()
+            .not_in_exact()
             .numbered()
-            .families(inputs.neutral())
+            .families(inputs.captured())
             .when([Match::DestinationPort(Protocol::Tcp, everywhere)], Action::Return);
     }
     for &family in &inputs.families {
         let any_v4 = ports(services().filter(|service| !family.v6 && is_any(*service, false)));
         if !any_v4.is_empty() {
             b.rule(chain, id, REASON)
-                .ours()
+                .not_in_exact()
                 .numbered()
                 .families(Families::V4)
                 .when([Match::DestinationPort(Protocol::Tcp, any_v4)], Action::Return);
@@ -40,15 +47,16 @@ pub(super) fn add(b: &mut Builder, inputs: &Inputs<'_>, chain: ChainId, id: &str
             let port = Match::DestinationPort(Protocol::Tcp, vec![service.port().into()]);
             let address = Match::Destination(vec![IpNet::from(service.ip())]);
             b.rule(chain, id, REASON)
-                .ours()
+                .not_in_exact()
                 .numbered()
-                .twin(family)
+                .for_family(family)
                 .when([address, port], Action::Return);
         }
     }
 }
 
-/// Port 0 is chosen by the kernel when the proxy binds, so no rule can name it.
+/// The ports of `services` without port 0: the kernel chooses that port at bind, so no rule can
+/// name it.
 fn ports(services: impl Iterator<Item = SocketAddr>) -> Vec<PortRange> {
     let mut ports: Vec<PortRange> =
         services.map(|service| service.port()).filter(|port| *port != 0).map(Into::into).collect();
@@ -57,7 +65,7 @@ fn ports(services: impl Iterator<Item = SocketAddr>) -> Vec<PortRange> {
     ports
 }
 
-/// Whether it listens on every address: `[::]`, which takes IPv4 too, or `0.0.0.0`.
+/// Returns true for a wildcard address: `[::]`, which accepts IPv4 too, or `0.0.0.0`.
 fn is_any(service: SocketAddr, v6: bool) -> bool {
     service.ip().is_unspecified() && service.is_ipv6() == v6
 }

@@ -1,16 +1,16 @@
-//! `ipv6: reject`: what would have been caught, had IPv6 been captured, is refused.
+//! The rules of `ipv6: reject`: reject the IPv6 connections that `ipv6: capture` would redirect.
 //!
-//! A nat chain of iptables cannot refuse, so that the rules of the profile for IPv6 stand in filter
-//! chains instead, with a refusal for each redirect. Whatever a profile leaves alone stays allowed:
-//! loopback, HBONE, the proxy's own, what is excluded.
+//! A nat chain of iptables cannot reject. So the IPv6 rules of the profile are copied into filter
+//! chains, with a rejection in place of each redirect. Connections that a profile exempts stay
+//! allowed: loopback, HBONE, the proxy's own and excluded ones.
 
 use super::build::{Builder, Inputs, LOOPBACK, TCP, chain};
 use super::{Action, ChainId, Families, Match, Origin, Rule, Table};
 
-/// What is left to decide about a packet that would have been caught.
-const REFUSED: ChainId = chain(Table::Filter, "UNDERPASS_REJECT");
+/// The chain for packets that would have been redirected.
+const REJECT_CHAIN: ChainId = chain(Table::Filter, "UNDERPASS_REJECT");
 
-/// Adds the rules that refuse IPv6, if the settings say so; `nat` makes those that would catch it.
+/// Adds the rules if `ipv6: reject` is set. `nat` builds the rules that would capture IPv6.
 pub(super) fn add(b: &mut Builder, inputs: &Inputs<'_>, nat: fn(&mut Builder, &Inputs<'_>)) {
     if !inputs.rejects_v6() {
         return;
@@ -18,31 +18,31 @@ pub(super) fn add(b: &mut Builder, inputs: &Inputs<'_>, nat: fn(&mut Builder, &I
     let mut caught = Builder::default();
     nat(&mut caught, &inputs.only_v6());
     let refused = |b: &mut Builder, id: &str, reason, matches, action| {
-        b.rule(REFUSED, id, reason).families(Families::V6).when_all(matches, action);
+        b.rule(REJECT_CHAIN, id, reason).families(Families::V6).when_all(matches, action);
     };
     let lo = || vec![LOOPBACK.to_owned()];
-    let internal = "what stays on loopback is nobody else's business";
+    let internal = "traffic within the loopback interface is allowed";
     refused(b, "reject-not-from-loopback", internal, vec![Match::In(lo())], Action::Return);
     refused(b, "reject-not-to-loopback", internal, vec![Match::Out(lo())], Action::Return);
-    let older = "only what opens a connection is refused";
+    let older = "only a packet that opens a connection is rejected";
     refused(b, "reject-not-established", older, vec![TCP, Match::NotOpening], Action::Return);
-    refused(b, "reject-tcp", "ipv6: reject asks for it", vec![TCP], Action::Reject);
-    refused(b, "reject-rest", "ipv6: reject asks for it", vec![], Action::Reject);
+    refused(b, "reject-tcp", "for ipv6: reject", vec![TCP], Action::Reject);
+    refused(b, "reject-rest", "for ipv6: reject", vec![], Action::Reject);
     b.extend(caught.take_rules().into_iter().map(refuse));
 }
 
-/// The rule of a nat chain as one of a filter chain.
+/// Converts a rule of a nat chain to a rule of a filter chain.
 fn refuse(rule: Rule) -> Rule {
     let action = match rule.action {
-        Action::Redirect(_) => Action::Jump(REFUSED),
+        Action::Redirect(_) => Action::Jump(REJECT_CHAIN),
         Action::Jump(target) => Action::Jump(filter(target)),
-        // In a filter chain it would end the rules of others too.
+        // Accept in a filter chain would also skip the rules of other programs.
         Action::Accept => Action::Return,
         action => action,
     };
     let id = format!("reject-{}", rule.id);
-    // `exact` knows no rejection, so what makes it up is not left out.
-    Rule { id, action, chain: filter(rule.chain), origin: Origin::Seed, ..rule }
+    // Neither Istio nor OSM rejects IPv6. The mesh origin keeps these rules also with `exact`.
+    Rule { id, action, chain: filter(rule.chain), origin: Origin::Mesh, ..rule }
 }
 
 fn filter(chain_id: ChainId) -> ChainId {

@@ -1,8 +1,8 @@
-//! The Istio sidecar profile: the proxy's connections are told by its user and group.
+//! The Istio sidecar profile: the proxy's user and group distinguish its connections.
 //!
-//! The chains, their rules and their order are Istio's; the numbers in the ids of `ISTIO_OUTPUT`'s
-//! rules are those of the article that explains them. TPROXY is in `sidecar/tproxy.rs`, DNS in
-//! `sidecar/dns.rs`.
+//! Chains, rules and their order are Istio's. The numbers in the ids of the `ISTIO_OUTPUT` rules
+//! are those of Jimmy Song's article on Istio's iptables rules. TPROXY is in `sidecar/tproxy.rs`,
+//! DNS in `sidecar/dns.rs`.
 
 mod dns;
 pub(super) mod tproxy;
@@ -24,13 +24,13 @@ const ISTIO_OUTPUT: ChainId = chain(Table::Nat, "ISTIO_OUTPUT");
 const ISTIO_REDIRECT: ChainId = chain(Table::Nat, "ISTIO_REDIRECT");
 const ISTIO_IN_REDIRECT: ChainId = chain(Table::Nat, "ISTIO_IN_REDIRECT");
 
-/// Where the last hop comes from: all of 127.0.0.0/8 is on the loopback interface, but of IPv6 only
-/// ::1.
+/// The IPv6 source address of connections to the workload. It must be added to the loopback
+/// interface, which has only ::1; the IPv4 one is within 127.0.0.0/8.
 pub(super) const LAST_HOP_V6: LoopbackAddress =
     LoopbackAddress(Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6));
 
-/// Envoy's metrics, readiness, and the agent's merged metrics: never caught.
-const NEVER_CAUGHT: [u16; 3] = [15090, 15021, 15020];
+/// Envoy's metrics, readiness, and the agent's merged metrics: never captured.
+const EXEMPT_PORTS: [u16; 3] = [15090, 15021, 15020];
 
 pub(super) fn plan(inputs: &Inputs<'_>) -> RulePlan {
     let mut builder = Builder::default();
@@ -61,20 +61,20 @@ fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
     outbound(b, inputs);
 }
 
-/// What arrives from a virtual machine or a nested container is outbound. Istio inserts each rule
-/// at the head of the chain, so that the last one stands first.
+/// Adds the rules for traffic from virtual machines or nested containers: it is outbound although
+/// it arrives. Istio inserts each rule at the head of the chain, so the last one comes first.
 fn virtual_interfaces(b: &mut Builder, inputs: &Inputs<'_>) {
-    let (settings, neutral) = (inputs.settings, inputs.neutral());
+    let (settings, captured) = (inputs.settings, inputs.captured());
     let interfaces: Vec<_> = settings.virtual_interfaces.iter().rev().cloned().collect();
     let interfaces = inputs.split(&interfaces);
-    let reason = "what a virtual machine sends is outbound, though it arrives";
+    let reason = "traffic from a virtual machine is outbound although it arrives at an interface";
     let redirect = Action::Jump(ISTIO_REDIRECT);
     match &settings.outbound.include_cidrs {
         None => {
             for interfaces in interfaces.clone() {
                 b.rule(PREROUTING, "virtual-outbound", reason)
                     .numbered()
-                    .families(neutral)
+                    .families(captured)
                     .when([Match::In(interfaces)], redirect);
             }
         }
@@ -87,7 +87,7 @@ fn virtual_interfaces(b: &mut Builder, inputs: &Inputs<'_>) {
                         let to = Match::Destination(cidrs.clone());
                         b.rule(PREROUTING, "virtual-outbound", reason)
                             .numbered()
-                            .twin(family)
+                            .for_family(family)
                             .when([to, Match::In(interfaces)], redirect);
                     }
                 }
@@ -95,9 +95,9 @@ fn virtual_interfaces(b: &mut Builder, inputs: &Inputs<'_>) {
         }
     }
     for interfaces in interfaces {
-        b.rule(PREROUTING, "virtual-rest", "nothing else from a virtual machine is inbound")
+        b.rule(PREROUTING, "virtual-rest", "other traffic from a virtual machine is not inbound")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([Match::In(interfaces)], Action::Return);
     }
 }
@@ -105,111 +105,119 @@ fn virtual_interfaces(b: &mut Builder, inputs: &Inputs<'_>) {
 fn excluded_interfaces(b: &mut Builder, inputs: &Inputs<'_>) {
     let settings = inputs.settings;
     for interfaces in inputs.split(&settings.inbound.exclude_interfaces) {
-        b.rule(PREROUTING, "exclude-interfaces-in", "inbound.exclude_interfaces asks for it")
+        b.rule(PREROUTING, "exclude-interfaces-in", "excluded by inbound.exclude_interfaces")
             .numbered()
-            .families(inputs.neutral())
+            .families(inputs.captured())
             .when([Match::In(interfaces)], Action::Return);
     }
     for interfaces in inputs.split(&settings.outbound.exclude_interfaces) {
-        b.rule(OUTPUT, "exclude-interfaces", "outbound.exclude_interfaces asks for it")
+        b.rule(OUTPUT, "exclude-interfaces", "excluded by outbound.exclude_interfaces")
             .numbered()
-            .families(inputs.neutral())
+            .families(inputs.captured())
             .when([Match::Out(interfaces)], Action::Return);
     }
 }
 
-/// The chains that end in the proxy.
+/// Adds the chains that redirect to the proxy.
 fn redirects(b: &mut Builder, inputs: &Inputs<'_>) {
     for (chain, direction, port) in [
         (ISTIO_REDIRECT, "out", inputs.ports.outbound),
         (ISTIO_IN_REDIRECT, "in", inputs.ports.inbound),
     ] {
         let id = format!("established-{direction}");
-        established(b, chain, &id, inputs.neutral());
-        b.rule(chain, format!("redirect-{direction}bound"), "here the connection is caught")
-            .families(inputs.neutral())
-            .when([TCP], Action::Redirect(port));
+        established(b, chain, &id, inputs.captured());
+        b.rule(
+            chain,
+            format!("redirect-{direction}bound"),
+            "redirects the connection to the proxy",
+        )
+        .families(inputs.captured())
+        .when([TCP], Action::Redirect(port));
     }
 }
 
-/// Begins a chain that redirects, so that whatever jumps to it is safe.
+/// Skips established connections at the start of a redirecting chain, for every jump to it.
 fn established(b: &mut Builder, chain: ChainId, id: &str, families: Families) {
     b.rule(
         chain,
         id,
-        "leaves connections alone that are older than the rules: conntrack takes their next packet for a \
+        "skips connections that are older than the rules: conntrack treats their next packet as a \
          new connection, and a redirect would reset it",
     )
-    .ours()
+    .not_in_exact()
     .families(families)
     .when([TCP, Match::NotOpening], Action::Return);
 }
 
 fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
-    let neutral = inputs.neutral();
-    b.rule(ISTIO_INBOUND, "hbone-in", "HBONE arrives at its listener as it is")
-        .families(neutral)
+    let captured = inputs.captured();
+    b.rule(ISTIO_INBOUND, "hbone-in", "HBONE reaches its listener without a redirect")
+        .families(captured)
         .when([tcp_to(inputs.ports.hbone)], Action::Return);
     let include = &inputs.settings.inbound.include_ports;
     if inputs.tproxy || include.as_ref().is_some_and(Vec::is_empty) {
         return;
     }
-    b.rule(PREROUTING, "enter-inbound", "all TCP that arrives")
-        .families(neutral)
+    b.rule(PREROUTING, "enter-inbound", "every TCP connection that arrives")
+        .families(captured)
         .when([TCP], Action::Jump(ISTIO_INBOUND));
-    own_ports::add(b, inputs, ISTIO_INBOUND, "own-ports-in", spared(inputs));
+    own_ports::add(b, inputs, ISTIO_INBOUND, "own-ports-in", exempt_ports(inputs));
     let Some(ports) = include else {
         excluded_ports(b, inputs, ISTIO_INBOUND);
         b.rule(
             ISTIO_INBOUND,
             "capture-inbound",
-            "every other connection to the workload passes the proxy",
+            "redirects every other connection to the workload",
         )
-        .families(neutral)
+        .families(captured)
         .when([TCP], Action::Jump(ISTIO_IN_REDIRECT));
         return;
     };
     for ports in inputs.destination_ports(ports) {
-        b.rule(ISTIO_INBOUND, "include-ports-in", "inbound.include_ports asks for it")
+        b.rule(ISTIO_INBOUND, "include-ports-in", "included by inbound.include_ports")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([ports], Action::Jump(ISTIO_IN_REDIRECT));
     }
 }
 
-/// The ports that [`excluded_ports`] spares, if it is asked to.
-fn spared(inputs: &Inputs<'_>) -> &'static [u16] {
-    if inputs.settings.inbound.include_ports.is_none() { &NEVER_CAUGHT } else { &[] }
+/// The ports that [`excluded_ports`] exempts, if it is used.
+fn exempt_ports(inputs: &Inputs<'_>) -> &'static [u16] {
+    if inputs.settings.inbound.include_ports.is_none() { &EXEMPT_PORTS } else { &[] }
 }
 
-/// The ports of inbound connections that are not caught.
+/// Exempts ports from inbound capture.
 fn excluded_ports(b: &mut Builder, inputs: &Inputs<'_>, chain: ChainId) {
-    for never in NEVER_CAUGHT {
-        b.rule(chain, format!("never-{never}"), "the proxy's own metrics and readiness")
-            .families(inputs.neutral())
-            .when([tcp_to(never)], Action::Return);
+    for never in EXEMPT_PORTS {
+        b.rule(
+            chain,
+            format!("never-{never}"),
+            "the proxy serves its own metrics and readiness there",
+        )
+        .families(inputs.captured())
+        .when([tcp_to(never)], Action::Return);
     }
     for ports in inputs.destination_ports(&inputs.settings.inbound.exclude_ports) {
-        b.rule(chain, "exclude-ports-in", "inbound.exclude_ports asks for it")
+        b.rule(chain, "exclude-ports-in", "excluded by inbound.exclude_ports")
             .numbered()
-            .families(inputs.neutral())
+            .families(inputs.captured())
             .when([ports], Action::Return);
     }
 }
 
-/// `ISTIO_OUTPUT`.
+/// Adds the rules of `ISTIO_OUTPUT`.
 fn outbound(b: &mut Builder, inputs: &Inputs<'_>) {
-    let (settings, neutral) = (inputs.settings, inputs.neutral());
-    b.rule(OUTPUT, "enter-outbound", "all that local processes open")
-        .families(neutral)
+    let (settings, captured) = (inputs.settings, inputs.captured());
+    b.rule(OUTPUT, "enter-outbound", "every connection that a local process opens")
+        .families(captured)
         .when([], Action::Jump(ISTIO_OUTPUT));
     for ports in inputs.split(&settings.outbound.exclude_ports) {
         for (protocol, id) in
             [(Protocol::Tcp, "exclude-ports"), (Protocol::Udp, "exclude-udp-ports")]
         {
-            b.rule(ISTIO_OUTPUT, id, "outbound.exclude_ports asks for it")
+            b.rule(ISTIO_OUTPUT, id, "excluded by outbound.exclude_ports")
                 .numbered()
-                .families(neutral)
+                .families(captured)
                 .when([Match::DestinationPort(protocol, ports.clone())], Action::Return);
         }
     }
@@ -217,33 +225,33 @@ fn outbound(b: &mut Builder, inputs: &Inputs<'_>) {
         b.rule(
             ISTIO_OUTPUT,
             "1-last-hop",
-            "the proxy's connection to the workload, which it opens from 127.0.0.6 or ::6",
+            "skips the proxy's connections to the workload, whose source is 127.0.0.6 or ::6",
         )
-        .twin(family)
+        .for_family(family)
         .when([Match::Source(vec![family.last_hop.into()]), Match::Out(lo())], Action::Return);
     }
     if inputs.tproxy {
-        tproxy::spare_imitated(b, inputs);
+        tproxy::exempt_preserved_sources(b, inputs);
     }
     for uids in inputs.split(&settings.proxy_uids) {
-        proxys_own(b, inputs, &Owner::User(uids));
+        rules_for_owner(b, inputs, &Owner::User(uids));
     }
     for gids in inputs.split(&settings.proxy_gids) {
-        proxys_own(b, inputs, &Owner::Group(gids));
+        rules_for_owner(b, inputs, &Owner::Group(gids));
     }
     owners(b, inputs);
     if settings.dns == Dns::Capture {
         dns::nat(b, inputs);
     }
     for &family in &inputs.families {
-        b.rule(ISTIO_OUTPUT, "8-localhost", "what goes to localhost stays direct")
-            .twin(family)
+        b.rule(ISTIO_OUTPUT, "8-localhost", "skips connections to localhost")
+            .for_family(family)
             .when([Match::Destination(vec![family.loopback])], Action::Return);
     }
     capture_outbound(b, inputs);
 }
 
-/// Who the proxy is.
+/// The user or group that identifies the proxy's sockets.
 #[derive(Debug)]
 enum Owner {
     User(Vec<u32>),
@@ -265,7 +273,7 @@ impl Owner {
         }
     }
 
-    /// The ids of its three rules.
+    /// The ids of the three rules for this owner.
     fn ids(&self) -> [&'static str; 3] {
         match self {
             Self::User(_) => ["2-self-call", "3-app-to-itself", "4-proxy"],
@@ -274,28 +282,28 @@ impl Owner {
     }
 }
 
-/// Rules 2 to 4, or for groups 5 to 7.
-fn proxys_own(b: &mut Builder, inputs: &Inputs<'_>, owner: &Owner) {
-    let (neutral, [self_call, itself, proxy]) = (inputs.neutral(), owner.ids());
+/// Adds rules 2 to 4 for a user, or 5 to 7 for a group.
+fn rules_for_owner(b: &mut Builder, inputs: &Inputs<'_>, owner: &Owner) {
+    let (captured, [own_pod_mark, itself, proxy]) = (inputs.captured(), owner.ids());
     let dns = inputs.settings.dns == Dns::Capture;
-    // Istio spares DNS for the user only.
-    let spared = match owner {
+    // Istio exempts DNS for the user only.
+    let exempt_ports = match owner {
         Owner::User(_) if dns => vec![53.into(), inputs.ports.hbone.into()],
         _ => vec![inputs.ports.hbone.into()],
     };
     for &family in &inputs.families {
         b.rule(
             ISTIO_OUTPUT,
-            self_call,
-            "the workload called its own service, and the proxy chose this pod: it enters as inbound",
+            own_pod_mark,
+            "the proxy balances the workload's call of its own service to this pod: redirects it as inbound",
         )
         .numbered()
-        .twin(family)
+        .for_family(family)
         .when(
             [
                 Match::NotDestination(family.loopback),
                 Match::Out(lo()),
-                Match::NotDestinationPort(Protocol::Tcp, spared.clone()),
+                Match::NotDestinationPort(Protocol::Tcp, exempt_ports.clone()),
                 owner.is(),
             ],
             Action::Jump(ISTIO_IN_REDIRECT),
@@ -307,65 +315,66 @@ fn proxys_own(b: &mut Builder, inputs: &Inputs<'_>, owner: &Owner) {
             let no_dns = Match::NotDestinationPort(Protocol::Tcp, vec![53.into()]);
             matches.insert(1, no_dns);
         }
-        b.rule(ISTIO_OUTPUT, itself, "a workload that calls its own address stays direct")
+        b.rule(ISTIO_OUTPUT, itself, "skips a workload's calls to its own address")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when_all(matches, Action::Return);
     }
-    b.rule(ISTIO_OUTPUT, proxy, "what the proxy opens is not caught again")
+    b.rule(ISTIO_OUTPUT, proxy, "skips the proxy's own connections")
         .numbered()
-        .families(neutral)
+        .families(captured)
         .when([owner.is()], Action::Return);
 }
 
-/// Whether what goes to loopback shall be caught, so that a workload's calls to itself are too.
+/// Returns true if outbound capture includes loopback addresses, and so a workload's calls to
+/// itself.
 fn includes_loopback(inputs: &Inputs<'_>) -> bool {
     let include = &inputs.settings.outbound.include_cidrs;
     include.iter().flatten().any(|cidr| cidr.addr().is_loopback())
 }
 
-/// Whose connections are caught at all.
+/// Restricts capture by the user and group of the sending process.
 fn owners(b: &mut Builder, inputs: &Inputs<'_>) {
-    let (outbound, neutral) = (&inputs.settings.outbound, inputs.neutral());
+    let (outbound, captured) = (&inputs.settings.outbound, inputs.captured());
     for uids in inputs.split(&outbound.exclude_uids) {
-        b.rule(ISTIO_OUTPUT, "exclude-uids", "outbound.exclude_uids asks for it")
+        b.rule(ISTIO_OUTPUT, "exclude-uids", "excluded by outbound.exclude_uids")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([Match::Uid(uids)], Action::Return);
     }
     for gids in inputs.split(&outbound.exclude_gids) {
-        b.rule(ISTIO_OUTPUT, "exclude-gids", "outbound.exclude_gids asks for it")
+        b.rule(ISTIO_OUTPUT, "exclude-gids", "excluded by outbound.exclude_gids")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([Match::Gid(gids)], Action::Return);
     }
     if !outbound.include_gids.is_empty() {
-        b.rule(ISTIO_OUTPUT, "include-gids", "outbound.include_gids asks for no other group")
-            .families(neutral)
+        b.rule(ISTIO_OUTPUT, "include-gids", "not included by outbound.include_gids")
+            .families(captured)
             .when([Match::NotGid(outbound.include_gids.clone())], Action::Return);
     }
 }
 
 fn capture_outbound(b: &mut Builder, inputs: &Inputs<'_>) {
-    let (outbound, neutral) = (&inputs.settings.outbound, inputs.neutral());
+    let (outbound, captured) = (&inputs.settings.outbound, inputs.captured());
     let redirect = Action::Jump(ISTIO_REDIRECT);
     for &family in &inputs.families {
         for cidrs in inputs.networks(family, &outbound.exclude_cidrs) {
-            b.rule(ISTIO_OUTPUT, "exclude-cidrs", "outbound.exclude_cidrs asks for it")
+            b.rule(ISTIO_OUTPUT, "exclude-cidrs", "excluded by outbound.exclude_cidrs")
                 .numbered()
-                .twin(family)
+                .for_family(family)
                 .when([Match::Destination(cidrs)], Action::Return);
         }
     }
     for ports in inputs.destination_ports(&outbound.include_ports) {
-        b.rule(ISTIO_OUTPUT, "include-ports", "outbound.include_ports asks for it")
+        b.rule(ISTIO_OUTPUT, "include-ports", "included by outbound.include_ports")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([ports], redirect);
     }
     let Some(cidrs) = &outbound.include_cidrs else {
-        b.rule(ISTIO_OUTPUT, "9-capture-outbound", "every other connection passes the proxy")
-            .families(neutral)
+        b.rule(ISTIO_OUTPUT, "9-capture-outbound", "redirects every other connection")
+            .families(captured)
             .when([], redirect);
         return;
     };
@@ -376,9 +385,9 @@ fn capture_outbound(b: &mut Builder, inputs: &Inputs<'_>) {
 
 fn include_cidrs(b: &mut Builder, inputs: &Inputs<'_>, family: Family, cidrs: &[ipnet::IpNet]) {
     for cidrs in inputs.networks(family, cidrs) {
-        b.rule(ISTIO_OUTPUT, "include-cidrs", "outbound.include_cidrs asks for it")
+        b.rule(ISTIO_OUTPUT, "include-cidrs", "included by outbound.include_cidrs")
             .numbered()
-            .twin(family)
+            .for_family(family)
             .when([Match::Destination(cidrs)], Action::Jump(ISTIO_REDIRECT));
     }
 }

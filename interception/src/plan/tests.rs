@@ -1,7 +1,7 @@
-//! The plans of many settings against their golden files, and against what must hold for any plan.
+//! Compares the plans of many settings with golden files, and checks invariants of every plan.
 //!
-//! A golden file has the plan in the three languages. `BLESS=1 cargo test -p underpass-interception`
-//! writes them anew; the difference is then git's to show, and the reviewer's to judge.
+//! A golden file contains the plan in its three formats. `BLESS=1 cargo test -p
+//! underpass-interception` rewrites them; review the difference in git.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,7 +13,7 @@ use super::iptables::Family;
 use super::*;
 use crate::verify::{Listing, Section};
 
-/// A golden file, and the settings of it.
+/// The name of a golden file and its settings.
 const SCENARIOS: &[(&str, &[&str])] = &[
     ("ambient", &["profile=ambient"]),
     ("ambient-exact", &["profile=ambient", "exact=true"]),
@@ -152,7 +152,7 @@ fn every_plan() -> impl Iterator<Item = (&'static str, RulePlan)> {
     SCENARIOS.iter().map(|(name, assignments)| (*name, plan(assignments)))
 }
 
-/// A text as what can be compared line by line.
+/// Splits a text into lines for a comparison.
 fn listing(head: &str, text: &str) -> Listing {
     let lines = text.lines().map(str::to_owned).collect();
     Listing { sections: vec![Section { head: head.to_owned(), lines }] }
@@ -163,7 +163,7 @@ fn file(name: &str) -> PathBuf {
 }
 
 #[test]
-fn every_plan_is_its_golden_file_in_all_three_languages() {
+fn plans_equal_golden_files_in_all_formats() {
     #[expect(clippy::disallowed_methods, reason = "a switch of this test alone, not a setting")]
     let bless = std::env::var_os("BLESS").is_some();
     for (name, plan) in every_plan() {
@@ -176,14 +176,14 @@ fn every_plan_is_its_golden_file_in_all_three_languages() {
         let difference = listing(name, &golden).difference(&listing(name, &text));
         assert!(
             text == golden,
-            "interception/testdata/{name}.txt differs; BLESS=1 writes it anew\n{}",
+            "interception/testdata/{name}.txt differs; BLESS=1 rewrites it\n{}",
             difference.map(|difference| difference.to_string()).unwrap_or_default()
         );
     }
 }
 
 #[test]
-fn there_is_no_golden_file_without_its_plan() {
+fn every_golden_file_has_plan() {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("testdata");
     let files: BTreeSet<_> = fs::read_dir(folder)
         .expect("the folder")
@@ -195,7 +195,7 @@ fn there_is_no_golden_file_without_its_plan() {
 }
 
 #[test]
-fn the_alternate_form_gives_every_reason_on_one_line() {
+fn alternate_form_prints_every_reason_on_one_line() {
     for (name, plan) in every_plan() {
         let text = format!("{plan:#}");
         let reasons = text.lines().filter(|line| line.starts_with("# ")).count();
@@ -205,7 +205,7 @@ fn the_alternate_form_gives_every_reason_on_one_line() {
 }
 
 #[test]
-fn every_id_is_unique() {
+fn rule_ids_are_unique() {
     for (name, plan) in every_plan() {
         let ids: BTreeSet<_> = plan.rules().iter().map(|rule| &rule.id).collect();
         assert_eq!(ids.len(), plan.rules().len(), "{name}");
@@ -213,7 +213,7 @@ fn every_id_is_unique() {
 }
 
 #[test]
-fn every_rule_stands_in_a_chain_of_the_plan_and_jumps_to_one_of_its_table() {
+fn rules_refer_to_chains_of_plan_and_table() {
     for (name, plan) in every_plan() {
         let there = |id| plan.chains().iter().any(|chain| chain.id == id);
         for rule in plan.rules() {
@@ -226,22 +226,22 @@ fn every_rule_stands_in_a_chain_of_the_plan_and_jumps_to_one_of_its_table() {
 }
 
 #[test]
-fn exact_has_nothing_of_ours_and_the_default_has_all_of_theirs() {
+fn exact_omits_own_rules_and_default_keeps_mesh_rules() {
     for (name, plan) in every_plan().filter(|(name, _)| name.contains("exact")) {
-        let ours = plan.rules().iter().find(|rule| rule.origin == Origin::Ours);
+        let ours = plan.rules().iter().find(|rule| rule.origin == Origin::Underpass);
         assert_eq!(ours, None, "{name}");
     }
     for profile in ["sidecar", "osm"] {
         let exact = plan(&[&format!("profile={profile}"), "exact=true"]);
         let default = plan(&[&format!("profile={profile}")]);
         let theirs: Vec<_> =
-            default.rules().iter().filter(|rule| rule.origin == Origin::Seed).collect();
+            default.rules().iter().filter(|rule| rule.origin == Origin::Mesh).collect();
         assert_eq!(theirs, exact.rules().iter().collect::<Vec<_>>(), "{profile}");
     }
 }
 
 #[test]
-fn lists_are_never_empty_and_their_addresses_are_of_the_rules_family() {
+fn lists_are_non_empty_and_of_rule_family() {
     for (name, plan) in every_plan() {
         for rule in plan.rules() {
             for condition in &rule.matches {
@@ -257,7 +257,7 @@ fn lists_are_never_empty_and_their_addresses_are_of_the_rules_family() {
 }
 
 #[test]
-fn ten_thousand_excluded_networks_are_one_rule() {
+fn ten_thousand_excluded_networks_form_one_rule() {
     let networks: Vec<_> =
         (0..10_000).map(|n| format!("10.{}.{}.0/25", n / 250, n % 250)).collect();
     let exclusion = format!("outbound.exclude_cidrs={}", networks.join(","));
@@ -268,7 +268,7 @@ fn ten_thousand_excluded_networks_are_one_rule() {
 }
 
 #[test]
-fn many_networks_are_a_rule_for_each_length_that_many_of_them_have() {
+fn networks_form_rule_per_common_prefix_length() {
     let of_length = |length, first: usize, count: usize| {
         (0..count).map(move |n| format!("{first}.{}.{}.0/{length}", n / 200, n % 200))
     };
@@ -296,7 +296,7 @@ fn excluded(rule: &Rule) -> usize {
 }
 
 #[test]
-fn ipv6_is_captured_rejected_or_left_alone() {
+fn ipv6_setting_captures_rejects_or_bypasses() {
     for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
         for (ipv6, caught, refused) in [
             ("ipv6=capture", true, false),
@@ -318,7 +318,7 @@ fn ipv6_is_captured_rejected_or_left_alone() {
 }
 
 #[test]
-fn every_profile_drops_what_is_invalid_if_it_is_asked_to() {
+fn drop_invalid_applies_to_every_profile() {
     for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
         for exact in ["exact=false", "exact=true"] {
             let drops = |drop_invalid| {
@@ -334,7 +334,7 @@ fn every_profile_drops_what_is_invalid_if_it_is_asked_to() {
 }
 
 #[test]
-fn ports_that_are_configured_are_those_of_the_rules() {
+fn rules_use_configured_ports() {
     let flags = [
         "proxy.outbound_port=25001",
         "proxy.inbound_port=25006",
@@ -353,7 +353,7 @@ fn ports_that_are_configured_are_those_of_the_rules() {
 }
 
 #[test]
-fn what_is_given_twice_counts_once() {
+fn duplicate_values_count_once() {
     let networks = "outbound.include_cidrs=10.1.0.0/16,10.0.0.0/8,10.0.0.0/8,192.0.2.1,fd00::/8";
     let plan = plan(&["profile=sidecar", networks, "outbound.exclude_uids=100,101,100"]);
     let matches =
@@ -363,8 +363,8 @@ fn what_is_given_twice_counts_once() {
     assert_eq!(matches("exclude-uids").unwrap(), &[Match::Uid(vec![100, 101])]);
 }
 
-/// The rules that spare the proxy's own services at these addresses, in nft's words without their
-/// counter and comment.
+/// The rules that exempt the proxy's services at these addresses, as nft text without counter and
+/// comment.
 fn own_ports(profile: &str, metrics: &str, readiness: &str) -> Vec<String> {
     let flags = [
         format!("interception.{profile}"),
@@ -376,16 +376,18 @@ fn own_ports(profile: &str, metrics: &str, readiness: &str) -> Vec<String> {
     let plan = RulePlan::new(&settings.interception, Ports::of(&settings), true);
     let text = plan.iptables(Family::V4) + &plan.iptables(Family::V6);
     let dropped = ["-A ISTIO_PRERT ", "-A ISTIO_INBOUND ", "-A PROXY_INBOUND ", " -j RETURN"];
-    let is_ours = |line: &&str| line.ends_with(" -j RETURN") && line.contains("dport");
-    let of_ours =
-        text.lines().filter(is_ours).filter(|line| line.contains(" 25") || line.contains(",25"));
+    let is_own_chain = |line: &&str| line.ends_with(" -j RETURN") && line.contains("dport");
+    let of_ours = text
+        .lines()
+        .filter(is_own_chain)
+        .filter(|line| line.contains(" 25") || line.contains(",25"));
     of_ours
         .map(|line| dropped.iter().fold(line.to_owned(), |line, part| line.replace(part, "")))
         .collect()
 }
 
 #[test]
-fn spares_own_services_at_the_addresses_they_listen_on() {
+fn exempts_own_services_at_their_addresses() {
     for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
         let both = "-p tcp -m multiport --dports 25020,25021";
         assert_eq!(own_ports(profile, "[::]:25020", "[::]:25021"), [both, both], "{profile}");
@@ -402,7 +404,7 @@ fn spares_own_services_at_the_addresses_they_listen_on() {
 }
 
 #[test]
-fn spares_own_services_that_included_ports_name() {
+fn exempts_own_services_in_included_ports() {
     for profile in
         ["profile=ambient", "profile=sidecar", "profile=sidecar inbound.mode=tproxy", "profile=osm"]
     {
@@ -415,15 +417,15 @@ fn spares_own_services_that_included_ports_name() {
                 protocol: Protocol::Tcp,
                 source: "10.0.0.9:40000".parse().unwrap(),
                 destination: format!("10.0.0.1:{port}").parse().unwrap(),
-                way: Way::In { interface: "eth0".to_owned() },
-                state: State::New,
+                entry: Entry::In { interface: "eth0".to_owned() },
+                state: ConntrackState::New,
                 mark: 0,
                 connection_mark: 0,
             };
             plan.walk(&packet, &environment).end
         };
-        assert_eq!(end(15020), End::Direct, "{profile}");
-        assert_eq!(end(15021), End::Direct, "{profile}");
-        assert_ne!(end(15022), End::Direct, "{profile}");
+        assert_eq!(end(15020), Verdict::Direct, "{profile}");
+        assert_eq!(end(15021), Verdict::Direct, "{profile}");
+        assert_ne!(end(15022), Verdict::Direct, "{profile}");
     }
 }

@@ -1,87 +1,84 @@
-//! What a plan is made of: chains, rules, matches and actions, in netfilter's words.
-//!
-//! Not here: which of them a profile has.
+//! The model of a plan: chains, rules, matches and actions, in netfilter's terms.
 
 use std::net::Ipv6Addr;
 
 use ipnet::IpNet;
 use underpass_config::PortRange;
 
-/// A table of iptables. In nftables all chains are in our one table, and this is part of their
-/// name.
+/// A table of iptables. nftables has a single table; there, this is the prefix of a chain's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Table {
     /// Before connection tracking: conntrack zones.
     Raw,
     /// Marks, and TPROXY.
     Mangle,
-    /// Redirects; sees the first packet of a connection.
+    /// Redirects. It sees only the first packet of a connection.
     Nat,
-    /// Refusals.
+    /// Rejections and drops.
     Filter,
 }
 
-/// Where the kernel enters a base chain.
+/// The hook of a base chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Hook {
-    /// Every packet that arrives, through loopback too.
+    /// Packets that arrive, including those by loopback.
     Prerouting,
-    /// Every packet that arrives and is for this namespace.
+    /// Packets that arrive and are addressed to this namespace.
     Input,
-    /// Every packet that a local process sends.
+    /// Packets that a local process sends.
     Output,
 }
 
-/// A chain's table and its name in iptables: `nat`, `ISTIO_OUTPUT`.
+/// The table and name of a chain as in iptables: `nat`, `ISTIO_OUTPUT`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ChainId {
     /// The table.
     pub table: Table,
-    /// The name, in upper case.
+    /// The name in upper case.
     pub name: &'static str,
 }
 
 /// A chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chain {
-    /// Which one.
+    /// Its table and name.
     pub id: ChainId,
-    /// Where the kernel enters it; `None`: rules jump to it.
+    /// The hook of a base chain; `None` for a chain that is only a jump target.
     pub hook: Option<Hook>,
 }
 
-/// One rule. Each also counts what it matches; in nftables its comment is its id.
+/// One rule. It has a counter; in nftables, its comment is its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
-    /// Its name, unique in the plan; that of an IPv6 twin ends in `-v6`.
+    /// The unique id. The IPv6 variant of a rule ends in `-v6`.
     pub id: String,
-    /// Why it exists, in a sentence.
+    /// Why the rule exists, in one clause.
     pub reason: &'static str,
-    /// Whose idea it is.
+    /// The project that the rule comes from.
     pub origin: Origin,
-    /// Where it stands.
+    /// The chain that contains it.
     pub chain: ChainId,
-    /// The packets that it is about. One of [`Families::V4`] has an address among its matches, or
-    /// must be told from IPv6 otherwise.
+    /// The address families that it applies to. A rule for one family needs an address match, or an
+    /// explicit match of the family.
     pub families: Families,
-    /// What a packet must be, all of it, in this order.
+    /// The conditions, all of which must match, in this order.
     pub matches: Vec<Match>,
-    /// What then happens.
+    /// The action for a packet that matches.
     pub action: Action,
-    /// Whether only nftables needs it: there, TPROXY lets a packet through when nobody listens.
+    /// True if only nftables needs it: TPROXY in nftables passes a packet when no socket listens.
     pub nftables_only: bool,
 }
 
-/// Whose idea a rule is.
+/// The project that a rule comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// Istio or OSM has it, and needs it.
-    Seed,
-    /// It makes theirs safer; `exact` leaves it out.
-    Ours,
+    /// Istio or OSM has the rule.
+    Mesh,
+    /// underpass adds it for robustness; `exact` leaves it out.
+    Underpass,
 }
 
-/// The address families that a rule is about.
+/// The address families that a rule applies to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Families {
     /// Both.
@@ -101,120 +98,120 @@ pub enum Protocol {
     Udp,
 }
 
-/// The direction of a packet in its connection.
+/// The direction of a packet within its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
-    /// That of the packet that opened it.
+    /// The direction of the packet that opened the connection.
     Original,
-    /// The other.
+    /// The opposite direction.
     Reply,
 }
 
-/// A mark, and which of its bits count.
+/// A mark with a mask.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mark {
     /// The bits.
     pub value: u32,
-    /// Which of them are compared or written.
+    /// The bits that are compared or written.
     pub mask: u32,
 }
 
-/// What a packet must be. Lists are never empty, and one of their values is enough (in the
-/// negative forms: must not be any of them).
+/// A condition on a packet. A list is never empty; one matching value suffices. In a negated
+/// condition, no value may match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Match {
-    /// Of this protocol.
+    /// The transport protocol is this one.
     Protocol(Protocol),
-    /// TCP, said as iptables' `-p tcp -m tcp` with nothing to compare: so Istio has it in places.
+    /// TCP, written as `-p tcp -m tcp` without options in iptables, as in some of Istio's rules.
     TcpModule,
-    /// TCP, and not the SYN that opens a connection.
+    /// TCP, but not a SYN that opens a connection.
     NotOpening,
-    /// Conntrack cannot place it.
+    /// Conntrack classifies the packet as invalid.
     Invalid,
-    /// Of a connection that exists, or about one.
+    /// The packet belongs or relates to a tracked connection.
     Established,
-    /// In this direction of its connection.
+    /// The packet has this direction within its connection.
     Direction(Direction),
-    /// From one of these, all of the rule's family.
+    /// The source is in one of these networks, all of the rule's family.
     Source(Vec<IpNet>),
-    /// To one of these, all of the rule's family.
+    /// The destination is in one of these networks, all of the rule's family.
     Destination(Vec<IpNet>),
-    /// Of the rule's family, and to any other address.
+    /// The destination is of the rule's family and outside of this network.
     NotDestination(IpNet),
-    /// Of this protocol, from this port.
+    /// The protocol and source port are these.
     SourcePort(Protocol, u16),
-    /// Of this protocol, to one of these ports.
+    /// The protocol is this one and the destination port is in one of these ranges.
     DestinationPort(Protocol, Vec<PortRange>),
-    /// Of this protocol, to another port.
+    /// The protocol is this one and the destination port is outside of these ranges.
     NotDestinationPort(Protocol, Vec<PortRange>),
-    /// Arrived by one of these interfaces.
+    /// The packet arrived at one of these interfaces.
     In(Vec<String>),
-    /// Leaves by one of these interfaces.
+    /// The packet leaves through one of these interfaces.
     Out(Vec<String>),
-    /// Leaves by another interface.
+    /// The packet leaves through a different interface.
     NotOut(String),
-    /// Sent by a process of one of these users.
+    /// The sending socket belongs to one of these users.
     Uid(Vec<u32>),
-    /// Sent by a process of another user, or by the kernel.
+    /// The sending socket belongs to a different user, or the kernel sent the packet.
     NotUid(Vec<u32>),
-    /// Sent by a process of one of these groups.
+    /// The sending socket belongs to one of these groups.
     Gid(Vec<u32>),
-    /// Sent by a process of another group, or by the kernel.
+    /// The sending socket belongs to a different group, or the kernel sent the packet.
     NotGid(Vec<u32>),
-    /// Its mark is this.
+    /// The packet mark equals this one.
     PacketMark(Mark),
-    /// Its mark is another.
+    /// The packet mark differs from this one.
     NotPacketMark(Mark),
-    /// Its connection's mark is this.
+    /// The connection mark equals this one.
     ConnectionMark(Mark),
 }
 
-/// What happens to a packet that matches.
+/// The action of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// No later rule of this table sees it.
+    /// Accept: no later rule of this table is evaluated.
     Accept,
-    /// The chain that jumped here goes on; from a base chain: as [`Action::Accept`].
+    /// Continue after the jump; in a base chain, the same as [`Action::Accept`].
     Return,
-    /// It is dropped.
+    /// Drop the packet.
     Drop,
-    /// It is refused: TCP by a reset, else by "port unreachable".
+    /// Reject the packet: TCP with a RST, other protocols with "port unreachable".
     Reject,
-    /// The rules of that chain, then the next one here.
+    /// Evaluate that chain, then continue with the next rule.
     Jump(ChainId),
-    /// It goes to this local port.
+    /// Redirect to this local port.
     Redirect(u16),
-    /// It goes to the transparent socket at this local port, as it is, and with this mark.
+    /// Deliver unmodified to the transparent socket on this local port, and set this mark.
     Tproxy(u16, Mark),
-    /// Its mark becomes this, in the masked bits.
+    /// Set the masked bits of the packet mark.
     MarkPacket(Mark),
-    /// Its connection's mark becomes this, in the masked bits.
+    /// Set the masked bits of the connection mark.
     MarkConnection(Mark),
-    /// Its connection's mark becomes its own.
+    /// Copy the packet mark to the connection mark.
     SaveMark,
-    /// Its mark becomes that of its connection.
+    /// Copy the connection mark to the packet mark.
     RestoreMark,
-    /// Its connection is looked up in this conntrack zone; `None`: of whichever direction the packet is.
+    /// Look up the connection in this conntrack zone, for one direction or for both (`None`).
     Zone(u16, Option<Direction>),
 }
 
-/// An ip rule by a mark, and a route that delivers what follows it to this namespace.
+/// An ip rule that matches a mark, and a route that delivers matching packets locally.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PolicyRoute {
-    /// The packet mark that the ip rule looks for.
+    /// The packet mark that the ip rule matches.
     pub mark: Mark,
-    /// Its priority.
+    /// The priority of the ip rule.
     pub priority: u32,
-    /// The routing table, with `local default dev lo` in it.
+    /// The routing table that contains `local default dev lo`.
     pub table: u32,
 }
 
-/// An address that the loopback interface has to have.
+/// An address that must be present on the loopback interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoopbackAddress(pub Ipv6Addr);
 
 impl Table {
-    /// Its name.
+    /// The name in iptables.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -225,7 +222,7 @@ impl Table {
         }
     }
 
-    /// The priority of its chains at their hook, as iptables has it: the lowest comes first.
+    /// The hook priority of its chains, as in iptables. Lower priorities run first.
     #[must_use]
     pub fn priority(self) -> i32 {
         match self {
@@ -238,7 +235,7 @@ impl Table {
 }
 
 impl ChainId {
-    /// Its name in our nftables table: `nat_istio_output`.
+    /// The name in the nftables table, for example `nat_istio_output`.
     #[must_use]
     pub fn nftables_name(self) -> String {
         format!("{}_{}", self.table.name(), self.name.to_lowercase())
@@ -246,7 +243,7 @@ impl ChainId {
 }
 
 impl Families {
-    /// Whether a packet of this family is one of them.
+    /// Returns true if a packet of this family is included.
     #[must_use]
     pub fn contains(self, v6: bool) -> bool {
         match self {
@@ -258,19 +255,19 @@ impl Families {
 }
 
 impl Mark {
-    /// The mark of these bits, all of which count.
+    /// A mark with a full mask.
     #[must_use]
-    pub fn whole(value: u32) -> Self {
+    pub fn full(value: u32) -> Self {
         Self { value, mask: u32::MAX }
     }
 
-    /// Whether `mark` is this one.
+    /// Returns true if the masked bits of `mark` equal this value.
     #[must_use]
     pub fn matches(self, mark: u32) -> bool {
         mark & self.mask == self.value
     }
 
-    /// `mark` with this one's bits written into it.
+    /// Returns `mark` with the masked bits replaced.
     #[must_use]
     pub fn write(self, mark: u32) -> u32 {
         mark & !self.mask | self.value

@@ -1,145 +1,144 @@
-//! One packet on its way through the plan, hook by hook, as the kernel would take it.
+//! Evaluates the plan for one packet, hook by hook, as the kernel would.
 //!
-//! Pure, like the plan. Not here: what the packets of a profile are, how a walk is told to people
-//! (`explain.rs`), and what becomes of the answer (`walk/answer.rs`).
+//! Pure, like the plan. `explain.rs` presents a walk to people, and `walk/reply.rs` evaluates the
+//! reply.
 //!
 //! ```text
-//! sent      raw, mangle, nat, filter OUTPUT ──▶ out, or if it stays here:
+//! sent      raw, mangle, nat, filter OUTPUT ──▶ out, or if the destination is local:
 //!           raw, mangle PREROUTING ──▶ filter INPUT ──▶ a socket
-//! arriving  raw, mangle, nat PREROUTING ──▶ filter INPUT ──▶ a socket, or on to where it is going
+//! arriving  raw, mangle, nat PREROUTING ──▶ filter INPUT ──▶ a socket, or forwarded
 //! ```
 
-mod answer;
+mod reply;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-pub use answer::Answer;
 use ipnet::IpNet;
+pub use reply::ReplyOutcome;
 
 use super::{Action, ChainId, Direction, Hook, Match, Protocol, Rule, RulePlan, Table};
 
-/// The interface of packets that never leave.
+/// The name of the loopback interface.
 const LOOPBACK: &str = "lo";
-/// How many jumps deep the kernel goes (NFT_JUMP_STACK_SIZE, include/net/netfilter/nf_tables.h).
+/// The maximum depth of jumps (NFT_JUMP_STACK_SIZE, include/net/netfilter/nf_tables.h).
 const DEEPEST_JUMP: usize = 16;
 
-/// A packet, before any rule has seen it.
+/// A packet before the first rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packet {
-    /// What it carries.
+    /// The transport protocol.
     pub protocol: Protocol,
-    /// Where it comes from.
+    /// The source address and port.
     pub source: SocketAddr,
-    /// Where it is going, of the same family.
+    /// The destination address and port, of the same family.
     pub destination: SocketAddr,
-    /// How it gets here.
-    pub way: Way,
-    /// What conntrack says of it.
-    pub state: State,
-    /// Its mark: that of the socket that sends it. Marks do not cross namespaces.
+    /// How the packet reaches the rules.
+    pub entry: Entry,
+    /// The conntrack state.
+    pub state: ConntrackState,
+    /// The packet mark, which is that of the sending socket. Marks do not cross namespaces.
     pub mark: u32,
-    /// Its connection's mark.
+    /// The connection mark.
     pub connection_mark: u32,
 }
 
-/// How a packet gets to the rules.
+/// How a packet reaches the rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Way {
+pub enum Entry {
     /// A local process sends it.
     Out {
-        /// Where the routes send it: `lo` if it is for this namespace.
+        /// The interface that the routing table selects: `lo` if the destination is local.
         interface: String,
-        /// The user of the process.
+        /// The user of the socket.
         uid: u32,
-        /// The group of the process.
+        /// The group of the socket.
         gid: u32,
     },
-    /// It arrives.
+    /// The packet arrives at an interface.
     In {
-        /// At this interface.
+        /// The name of the interface.
         interface: String,
     },
 }
 
-/// What conntrack says of a packet.
+/// The conntrack state of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
-    /// It opens a connection: a TCP SYN, or a first datagram.
+pub enum ConntrackState {
+    /// The packet opens a connection: a TCP SYN, or a first datagram.
     New,
-    /// TCP of a connection that is older than the rules: conntrack takes it for a new one.
+    /// A TCP packet of a connection older than the rules. Conntrack treats it as new.
     PickedUp,
-    /// It goes this way in a connection that conntrack knows.
+    /// The packet belongs to a tracked connection and has this direction.
     Established(Direction),
-    /// It fits no connection, and cannot open one.
+    /// The packet belongs to no connection and cannot open one.
     Invalid,
 }
 
-/// The interfaces of a namespace and their addresses: what of the world outside the plan decides
-/// about a packet.
+/// The interfaces and addresses of a namespace. They decide where packets are routed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Environment {
-    /// The interfaces that are up, loopback among them or not.
+    /// The interfaces that are up. Loopback may be missing.
     pub interfaces: Vec<Interface>,
 }
 
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
-    /// What it is called.
+    /// The name.
     pub name: String,
-    /// Its addresses, with the length of their networks.
+    /// The addresses with their prefix lengths.
     pub addresses: Vec<IpNet>,
 }
 
-/// What became of a packet.
+/// The evaluation of the plan for one packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Walk<'p> {
-    /// The base chains that it passed, in order.
-    pub passages: Vec<Passage<'p>>,
-    /// Where it ended.
-    pub end: End,
-    /// Whether it stayed in this namespace.
+    /// The base chains that it traversed, in order.
+    pub traversed: Vec<TraversedChain<'p>>,
+    /// The final verdict.
+    pub end: Verdict,
+    /// True if the packet stayed in this namespace.
     pub local: bool,
-    /// Its destination at the end.
+    /// The final destination.
     pub destination: SocketAddr,
-    /// Its mark at the end.
+    /// The final packet mark.
     pub mark: u32,
-    /// Its connection's mark at the end.
+    /// The final connection mark.
     pub connection_mark: u32,
 }
 
-/// A base chain that a packet passed.
+/// A base chain that a packet traversed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Passage<'p> {
-    /// Which one.
+pub struct TraversedChain<'p> {
+    /// Its table and name.
     pub chain: ChainId,
-    /// The rules that matched there and in the chains that they jump to, in order.
+    /// The rules that matched there and in the chains that it jumps to, in order.
     pub rules: Vec<&'p Rule>,
 }
 
-/// Where a packet ends.
+/// The final verdict on a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    /// Where it was going.
+pub enum Verdict {
+    /// Delivered to its original destination.
     Direct,
-    /// At this local port, its destination rewritten.
+    /// Redirected to this local port; the destination is rewritten.
     Redirected(u16),
-    /// At the transparent socket of this local port, as it is.
+    /// Delivered unmodified to the transparent socket on this local port.
     Tproxied(u16),
-    /// Its sender is told no.
+    /// Rejected with an reply to the sender.
     Rejected,
-    /// Nowhere, and nobody is told.
+    /// Dropped without an reply.
     Dropped,
 }
 
 impl RulePlan {
-    /// Takes `packet` through the rules. Whatever they lead to is taken to have a listener; whether its
-    /// answer comes back is another question ([`RulePlan::answer`]).
+    /// Evaluates the rules for `packet`. It assumes a listener on every port. [`RulePlan::reply`]
+    /// evaluates whether the reply arrives.
     #[must_use]
     pub fn walk(&self, packet: &Packet, environment: &Environment) -> Walk<'_> {
-        let (sender, hook) = match &packet.way {
-            Way::Out { uid, gid, .. } => (Some((*uid, *gid)), Hook::Output),
-            Way::In { .. } => (None, Hook::Prerouting),
+        let (sender, hook) = match &packet.entry {
+            Entry::Out { uid, gid, .. } => (Some((*uid, *gid)), Hook::Output),
+            Entry::In { .. } => (None, Hook::Prerouting),
         };
         let walker = Walker {
             plan: self,
@@ -152,7 +151,7 @@ impl RulePlan {
             hook,
             looped: false,
             caught: None,
-            passages: Vec::new(),
+            traversed: Vec::new(),
         };
         walker.walk()
     }
@@ -161,19 +160,19 @@ impl RulePlan {
 impl<'p> Walk<'p> {
     /// The rules that matched, in order.
     pub fn rules(&self) -> impl Iterator<Item = &'p Rule> {
-        self.passages.iter().flat_map(|passage| passage.rules.iter().copied())
+        self.traversed.iter().flat_map(|passage| passage.rules.iter().copied())
     }
 }
 
 impl Environment {
-    /// Whether a packet to `address` is for this namespace.
+    /// Delivered true if a packet to `address` is delivered in this namespace.
     #[must_use]
     pub fn is_local(&self, address: IpAddr) -> bool {
         address.is_loopback() || self.addresses().any(|own| own.addr() == address)
     }
 
-    /// The interface by which packets to `address` leave: `lo` for local ones, else the one with
-    /// their network, else the first that is not `lo` and has that family.
+    /// The interface through which packets to `address` leave: `lo` for local ones, else the one
+    /// with a matching network, else the first other one that has the family.
     #[must_use]
     pub fn interface_to(&self, address: IpAddr) -> &str {
         if self.is_local(address) {
@@ -186,14 +185,14 @@ impl Environment {
         on_link.or_else(routed).or_else(|| outer().next()).map_or(LOOPBACK, |found| &found.name)
     }
 
-    /// The first address of a family that is not loopback's: the namespace's own.
+    /// The first address of a family that is not on the loopback interface.
     #[must_use]
     pub fn address(&self, v6: bool) -> Option<IpAddr> {
         let outer = self.interfaces.iter().filter(|interface| interface.name != LOOPBACK);
         outer.filter_map(|interface| interface.address(v6)).next()
     }
 
-    /// The first address of an interface, of a family.
+    /// The first address of a family on an interface.
     #[must_use]
     pub fn address_of(&self, interface: &str, v6: bool) -> Option<IpAddr> {
         let mut named = self.interfaces.iter().filter(|candidate| candidate.name == interface);
@@ -206,14 +205,14 @@ impl Environment {
 }
 
 impl Interface {
-    /// Link-local addresses count only where there are no others: nobody connects to them.
+    /// A link-local address is used only where no other exists, as clients do not connect to it.
     fn address(&self, v6: bool) -> Option<IpAddr> {
         let family = || self.addresses.iter().map(IpNet::addr).filter(|own| own.is_ipv6() == v6);
         family().find(|address| !is_link_local(*address)).or_else(|| family().next())
     }
 }
 
-/// Nobody connects to such an address from outside.
+/// Delivered true for link-local addresses. No client connects to one from outside.
 pub(crate) fn is_link_local(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => v4.is_link_local(),
@@ -221,7 +220,7 @@ pub(crate) fn is_link_local(address: IpAddr) -> bool {
     }
 }
 
-/// A packet on its way.
+/// The state of an evaluation.
 struct Walker<'p, 'w> {
     plan: &'p RulePlan,
     environment: &'w Environment,
@@ -229,30 +228,30 @@ struct Walker<'p, 'w> {
     destination: SocketAddr,
     mark: u32,
     connection_mark: u32,
-    /// User and group, while the packet still belongs to the socket that sent it.
+    /// The user and group, until the packet leaves the socket that sent it.
     sender: Option<(u32, u32)>,
     hook: Hook,
-    /// Whether it was sent here, and now arrives by loopback.
+    /// True if a local process sent the packet and it now arrives by loopback.
     looped: bool,
-    caught: Option<End>,
-    passages: Vec<Passage<'p>>,
+    caught: Option<Verdict>,
+    traversed: Vec<TraversedChain<'p>>,
 }
 
-/// What a chain decides.
-enum Verdict {
-    /// Nothing: its end, or a return.
+/// The verdict of a chain.
+enum ChainVerdict {
+    /// No verdict: the end of the chain, or a return.
     Continue,
-    /// The table is done with the packet.
+    /// The packet leaves this table.
     Accept,
-    End(End),
+    Verdict(Verdict),
 }
 
 impl<'p> Walker<'p, '_> {
     fn walk(mut self) -> Walk<'p> {
-        let end = self.hooks().map_or_else(|end| end, |()| self.caught.unwrap_or(End::Direct));
+        let end = self.hooks().map_or_else(|end| end, |()| self.caught.unwrap_or(Verdict::Direct));
         Walk {
-            local: self.stays(),
-            passages: self.passages,
+            local: self.is_delivered_locally(),
+            traversed: self.traversed,
             end,
             destination: self.destination,
             mark: self.mark,
@@ -260,131 +259,131 @@ impl<'p> Walker<'p, '_> {
         }
     }
 
-    fn hooks(&mut self) -> Result<(), End> {
+    fn hooks(&mut self) -> Result<(), Verdict> {
         if self.hook == Hook::Output {
             self.tables()?;
-            if !self.stays() {
+            if !self.is_delivered_locally() {
                 return Ok(());
             }
-            // The loopback interface takes the packet from its socket (`skb_orphan` in
-            // drivers/net/loopback.c); mark and connection stay with it.
+            // The loopback interface detaches the packet from its socket (`skb_orphan` in
+            // drivers/net/loopback.c). Mark and connection stay.
             (self.looped, self.sender, self.hook) = (true, None, Hook::Prerouting);
         }
         self.tables()?;
-        if self.stays() {
+        if self.is_delivered_locally() {
             self.hook = Hook::Input;
             self.tables()?;
         }
         Ok(())
     }
 
-    /// Whether the packet is delivered in this namespace: by an ip rule, or by its destination.
-    fn stays(&self) -> bool {
-        let by_destination = match &self.packet.way {
-            Way::Out { interface, .. } => self.caught.is_some() || interface == LOOPBACK,
-            Way::In { .. } => self.environment.is_local(self.destination.ip()),
+    /// Delivered true if the packet is delivered locally: because of an ip rule or its destination.
+    fn is_delivered_locally(&self) -> bool {
+        let by_destination = match &self.packet.entry {
+            Entry::Out { interface, .. } => self.caught.is_some() || interface == LOOPBACK,
+            Entry::In { .. } => self.environment.is_local(self.destination.ip()),
         };
         by_destination || self.plan.routes.iter().any(|route| route.mark.matches(self.mark))
     }
 
-    /// The base chains of the hook, in order of their priority.
-    fn tables(&mut self) -> Result<(), End> {
+    /// Evaluates the base chains of the hook in priority order.
+    fn tables(&mut self) -> Result<(), Verdict> {
         let plan = self.plan;
         let at_hook = plan.chains.iter().filter(|chain| chain.hook == Some(self.hook));
         let mut chains: Vec<ChainId> = at_hook.map(|chain| chain.id).collect();
         chains.sort_by_key(|chain| chain.table.priority());
         for chain in chains {
-            if chain.table == Table::Nat && !self.asks_nat() {
+            if chain.table == Table::Nat && !self.applies_nat() {
                 continue;
             }
-            self.passages.push(Passage { chain, rules: Vec::new() });
-            if let Verdict::End(end) = self.chain(chain, 0) {
+            self.traversed.push(TraversedChain { chain, rules: Vec::new() });
+            if let ChainVerdict::Verdict(end) = self.chain(chain, 0) {
                 return Err(end);
             }
         }
         Ok(())
     }
 
-    /// Nat decides once about a connection: by what conntrack takes for its first packet, and
-    /// where that is sent, no second time where it arrives (`nf_nat_inet_fn`,
-    /// net/netfilter/nf_nat_core.c).
-    fn asks_nat(&self) -> bool {
-        matches!(self.packet.state, State::New | State::PickedUp) && !self.looped
+    /// Delivered true if nat applies. It applies once per connection: to the first packet that
+    /// conntrack sees, and not a second time when a sent packet arrives by loopback
+    /// (`nf_nat_inet_fn`, net/netfilter/nf_nat_core.c).
+    fn applies_nat(&self) -> bool {
+        matches!(self.packet.state, ConntrackState::New | ConntrackState::PickedUp) && !self.looped
     }
 
-    fn chain(&mut self, chain: ChainId, depth: usize) -> Verdict {
+    fn chain(&mut self, chain: ChainId, depth: usize) -> ChainVerdict {
         let plan = self.plan;
-        for rule in plan.rules_of(chain) {
-            if !self.is_met(rule) {
+        for rule in plan.rules_in(chain) {
+            if !self.matches_rule(rule) {
                 continue;
             }
-            if let Some(passage) = self.passages.last_mut() {
+            if let Some(passage) = self.traversed.last_mut() {
                 passage.rules.push(rule);
             }
             match rule.action {
-                Action::Return => return Verdict::Continue,
+                Action::Return => return ChainVerdict::Continue,
                 Action::Jump(target) if depth < DEEPEST_JUMP => {
                     match self.chain(target, depth + 1) {
-                        Verdict::Continue => {}
+                        ChainVerdict::Continue => {}
                         verdict => return verdict,
                     }
                 }
                 action => match self.act(action) {
-                    Verdict::Continue => {}
+                    ChainVerdict::Continue => {}
                     verdict => return verdict,
                 },
             }
         }
-        Verdict::Continue
+        ChainVerdict::Continue
     }
 
-    fn act(&mut self, action: Action) -> Verdict {
+    fn act(&mut self, action: Action) -> ChainVerdict {
         match action {
-            Action::Accept => Verdict::Accept,
-            Action::Drop => Verdict::End(End::Dropped),
-            Action::Reject => Verdict::End(End::Rejected),
+            Action::Accept => ChainVerdict::Accept,
+            Action::Drop => ChainVerdict::Verdict(Verdict::Dropped),
+            Action::Reject => ChainVerdict::Verdict(Verdict::Rejected),
             Action::Redirect(port) => {
-                self.destination = SocketAddr::new(self.redirected_to(), port);
-                // A transparent socket that has the packet already keeps it.
-                self.caught.get_or_insert(End::Redirected(port));
-                Verdict::Accept
+                self.destination = SocketAddr::new(self.redirect_address(), port);
+                // A transparent socket that already received the packet keeps it.
+                self.caught.get_or_insert(Verdict::Redirected(port));
+                ChainVerdict::Accept
             }
             Action::Tproxy(port, mark) => {
                 self.mark = mark.write(self.mark);
-                self.caught = Some(End::Tproxied(port));
-                Verdict::Accept
+                self.caught = Some(Verdict::Tproxied(port));
+                ChainVerdict::Accept
             }
             Action::MarkPacket(mark) => {
                 self.mark = mark.write(self.mark);
-                Verdict::Continue
+                ChainVerdict::Continue
             }
             Action::MarkConnection(mark) if self.is_tracked() => {
                 self.connection_mark = mark.write(self.connection_mark);
-                Verdict::Continue
+                ChainVerdict::Continue
             }
             Action::SaveMark if self.is_tracked() => {
                 self.connection_mark = self.mark;
-                Verdict::Continue
+                ChainVerdict::Continue
             }
             Action::RestoreMark if self.is_tracked() => {
                 self.mark = self.connection_mark;
-                Verdict::Continue
+                ChainVerdict::Continue
             }
-            // Zones change which connections are found, not where this one goes.
+            // Zones affect the lookup of connections, not the path of this packet.
             Action::MarkConnection(_)
             | Action::SaveMark
             | Action::RestoreMark
             | Action::Zone(..)
             | Action::Return
-            | Action::Jump(_) => Verdict::Continue,
+            | Action::Jump(_) => ChainVerdict::Continue,
         }
     }
 
-    /// Where `redirect` sends: to loopback what is sent here, to the interface's own address what
-    /// arrives (net/netfilter/nf_nat_redirect.c).
-    fn redirected_to(&self) -> IpAddr {
+    /// The address that `redirect` rewrites to: loopback for sent packets, the address of the
+    /// interface for arriving ones (net/netfilter/nf_nat_redirect.c).
+    fn redirect_address(&self) -> IpAddr {
         let v6 = self.destination.is_ipv6();
-        match self.arrives_by() {
+        match self.input_interface() {
             None if v6 => Ipv6Addr::LOCALHOST.into(),
             None => Ipv4Addr::LOCALHOST.into(),
             Some(interface) => {
@@ -393,42 +392,44 @@ impl<'p> Walker<'p, '_> {
         }
     }
 
-    /// Whether conntrack has seen the packet, which it does after the raw table.
+    /// Delivered true after the raw table, when conntrack has seen the packet.
     fn is_past_conntrack(&self) -> bool {
-        let table = self.passages.last().map(|passage| passage.chain.table);
+        let table = self.traversed.last().map(|passage| passage.chain.table);
         self.looped || table != Some(Table::Raw)
     }
 
     fn is_tracked(&self) -> bool {
-        self.is_past_conntrack() && self.packet.state != State::Invalid
+        self.is_past_conntrack() && self.packet.state != ConntrackState::Invalid
     }
 
     fn direction(&self) -> Direction {
         match self.packet.state {
-            State::Established(direction) => direction,
-            State::New | State::PickedUp | State::Invalid => Direction::Original,
+            ConntrackState::Established(direction) => direction,
+            ConntrackState::New | ConntrackState::PickedUp | ConntrackState::Invalid => {
+                Direction::Original
+            }
         }
     }
 
-    /// The interface that it arrives by, where it does.
-    fn arrives_by(&self) -> Option<&str> {
-        match &self.packet.way {
+    /// The interface at which the packet arrives, if it arrives.
+    fn input_interface(&self) -> Option<&str> {
+        match &self.packet.entry {
             _ if self.hook == Hook::Output => None,
-            Way::In { interface } => Some(interface),
-            Way::Out { .. } => Some(LOOPBACK),
+            Entry::In { interface } => Some(interface),
+            Entry::Out { .. } => Some(LOOPBACK),
         }
     }
 
-    /// The interface that rules see it leave by: all of a hook see the one that was chosen before
-    /// it, also after a redirect (`struct nf_hook_state`, include/linux/netfilter.h).
-    fn sent_by(&self) -> Option<&str> {
-        match &self.packet.way {
-            Way::Out { interface, .. } if self.hook == Hook::Output => Some(interface),
-            Way::Out { .. } | Way::In { .. } => None,
+    /// The interface that output rules match. All rules of a hook see the one that was selected
+    /// before the hook, even after a redirect (`struct nf_hook_state`, include/linux/netfilter.h).
+    fn output_interface(&self) -> Option<&str> {
+        match &self.packet.entry {
+            Entry::Out { interface, .. } if self.hook == Hook::Output => Some(interface),
+            Entry::Out { .. } | Entry::In { .. } => None,
         }
     }
 
-    fn is_met(&self, rule: &Rule) -> bool {
+    fn matches_rule(&self, rule: &Rule) -> bool {
         rule.families.contains(self.destination.is_ipv6())
             && rule.matches.iter().all(|condition| self.is(condition))
     }
@@ -443,10 +444,14 @@ impl<'p> Walker<'p, '_> {
         match condition {
             Match::Protocol(protocol) => carries(protocol),
             Match::TcpModule => carries(&Protocol::Tcp),
-            Match::NotOpening => carries(&Protocol::Tcp) && self.packet.state != State::New,
-            Match::Invalid => self.packet.state == State::Invalid && self.is_past_conntrack(),
+            Match::NotOpening => {
+                carries(&Protocol::Tcp) && self.packet.state != ConntrackState::New
+            }
+            Match::Invalid => {
+                self.packet.state == ConntrackState::Invalid && self.is_past_conntrack()
+            }
             Match::Established => {
-                matches!(self.packet.state, State::Established(_)) && self.is_tracked()
+                matches!(self.packet.state, ConntrackState::Established(_)) && self.is_tracked()
             }
             Match::Direction(direction) => self.is_tracked() && self.direction() == *direction,
             Match::Source(networks) => networks.iter().any(|net| net.contains(&source.ip())),
@@ -461,9 +466,11 @@ impl<'p> Walker<'p, '_> {
             Match::NotDestinationPort(protocol, ports) => {
                 carries(protocol) && !ports.iter().any(|range| range.contains(destination.port()))
             }
-            Match::In(interfaces) => among(interfaces, self.arrives_by()),
-            Match::Out(interfaces) => among(interfaces, self.sent_by()),
-            Match::NotOut(interface) => self.sent_by().is_some_and(|name| name != interface),
+            Match::In(interfaces) => among(interfaces, self.input_interface()),
+            Match::Out(interfaces) => among(interfaces, self.output_interface()),
+            Match::NotOut(interface) => {
+                self.output_interface().is_some_and(|name| name != interface)
+            }
             Match::Uid(uids) => uid.is_some_and(|uid| uids.contains(&uid)),
             Match::NotUid(uids) => uid.is_none_or(|uid| !uids.contains(&uid)),
             Match::Gid(gids) => gid.is_some_and(|gid| gids.contains(&gid)),

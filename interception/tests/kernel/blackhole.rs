@@ -1,4 +1,4 @@
-//! The blackhole: what it refuses, what it leaves alone, and what is left of it.
+//! Kernel tests of the blackhole: blocked and exempted connections, and its removal.
 
 use std::net::{IpAddr, TcpListener};
 use std::os::fd::AsFd as _;
@@ -8,22 +8,22 @@ use socket2::{Domain, Socket, Type};
 use underpass_interception::PROXY_MARK;
 
 use crate::Case;
-use crate::pod::{DEADLINE, Family, V4, V6, Wired, at, command, equal, inside, lonely, prepare};
+use crate::pod::{DEADLINE, Family, V4, V6, Wired, at, command, equal, inside, isolated, prepare};
 
 pub(crate) const CASES: &[Case] = &[
-    ("a blackhole refuses unmarked TCP and nothing else", refuses_unmarked_tcp),
-    ("a blackhole leaves excluded users, ports and networks alone", exempts_exclusions),
-    ("a blackhole is installed twice and removed without a trace", leaves_no_trace),
-    ("a blackhole has thousands of exemptions", has_many_exemptions),
+    ("the blackhole blocks only unmarked TCP", refuses_unmarked_tcp),
+    ("the blackhole exempts excluded users, ports and networks", exempts_exclusions),
+    ("the blackhole is removed completely after two installations", leaves_no_trace),
+    ("the blackhole supports thousands of exemptions", has_many_exemptions),
     (
-        "a blackhole takes ports and users that ip rules cannot express",
+        "the blackhole accepts ports and users that ip rules cannot express",
         takes_inexpressible_settings,
     ),
 ];
 
 const PORT: u16 = 8080;
 
-/// A connection from the calling thread's namespace, by a socket of this user with this mark.
+/// Connects from the current namespace with a socket of this user and mark; `false` if blocked.
 fn connects(to: IpAddr, port: u16, mark: u32, uid: u32) -> Result<bool, Failed> {
     let address = at(to, port);
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
@@ -36,7 +36,7 @@ fn connects(to: IpAddr, port: u16, mark: u32, uid: u32) -> Result<bool, Failed> 
     }
 }
 
-/// Listens in the other namespace at these ports.
+/// Listens on these ports of the remote namespace.
 fn listeners(wired: &Wired, family: Family, ports: &[u16]) -> Result<Vec<TcpListener>, Failed> {
     let listen = || ports.iter().map(|port| TcpListener::bind(at(family.remote, *port))).collect();
     let listeners: std::io::Result<Vec<_>> = wired.remote.run(listen)?;
@@ -95,14 +95,14 @@ fn exempts_exclusions() -> Result<(), Failed> {
             equal("a user", blocked(uid).await?, [false, false, true])?;
             let included =
                 format!("outbound.include_cidrs=192.0.2.0/24 outbound.include_ports={PORT}");
-            equal("what is included", blocked(&included).await?, [false, true, false])
+            equal("included networks", blocked(&included).await?, [false, true, false])
         })?;
     }
     Ok(())
 }
 
 fn leaves_no_trace() -> Result<(), Failed> {
-    let pod = lonely("trace")?;
+    let pod = isolated("trace")?;
     command(&pod, "ip rule add fwmark 0x7 pref 2 lookup 7")?;
     let rules = || -> Result<_, Failed> {
         Ok([command(&pod, "ip -4 rule")?, command(&pod, "ip -6 rule")?])
@@ -115,14 +115,14 @@ fn leaves_no_trace() -> Result<(), Failed> {
     equal("after twice", rules()?, once)?;
     inside(&pod, async || {
         let interception = prepare("").await?;
-        equal("there was one", interception.unblock().await?, true)?;
-        equal("there was one", interception.unblock().await?, false)
+        equal("the blackhole was installed", interception.unblock().await?, true)?;
+        equal("the blackhole is still installed", interception.unblock().await?, false)
     })?;
-    equal("what is left", rules()?, before)
+    equal("the ip rules after removal", rules()?, before)
 }
 
 fn has_many_exemptions() -> Result<(), Failed> {
-    let pod = lonely("many-exemptions")?;
+    let pod = isolated("many-exemptions")?;
     let before = command(&pod, "ip rule")?;
     let cidrs: Vec<_> = (0..2000).map(|n| format!("10.{}.{}.0/24", n / 256, n % 256)).collect();
     inside(&pod, async || {
@@ -132,10 +132,10 @@ fn has_many_exemptions() -> Result<(), Failed> {
         interception.unblock().await?;
         Ok(())
     })?;
-    equal("what is left", command(&pod, "ip rule")?, before)
+    equal("the ip rules after removal", command(&pod, "ip rule")?, before)
 }
 
-/// The kernel refuses port 65535 in an ip rule, and users that the user namespace does not map.
+/// The kernel rejects port 65535 in an ip rule, and users outside of the user namespace.
 fn takes_inexpressible_settings() -> Result<(), Failed> {
     let wired = Wired::new("inexpressible")?;
     let _there = listeners(&wired, V4, &[PORT, 80])?;

@@ -1,5 +1,4 @@
-//! Connections through the rules: who accepts them, what they were meant for, and which rule
-//! decided.
+//! Kernel tests of connections through the rules: receiver, original destination, deciding rule.
 
 use std::io::ErrorKind::ConnectionRefused;
 use std::io::{Read as _, Write as _};
@@ -20,12 +19,12 @@ use crate::pod::{
 };
 
 pub(crate) const CASES: &[Case] = &[
-    ("A1: a connection of the workload is caught (IPv4)", || a1(V4, "a1-v4")),
-    ("A1: a connection of the workload is caught (IPv6)", || a1(V6, "a1-v6")),
-    ("A2: a plaintext connection to the workload is caught (IPv4)", || a2(V4, "a2-v4")),
-    ("A2: a plaintext connection to the workload is caught (IPv6)", || a2(V6, "a2-v6")),
-    ("A3: HBONE reaches its listener as it is (IPv4)", || a3(V4, "a3-v4")),
-    ("A3: HBONE reaches its listener as it is (IPv6)", || a3(V6, "a3-v6")),
+    ("A1: a connection of the workload is captured (IPv4)", || a1(V4, "a1-v4")),
+    ("A1: a connection of the workload is captured (IPv6)", || a1(V6, "a1-v6")),
+    ("A2: a plaintext connection to the workload is captured (IPv4)", || a2(V4, "a2-v4")),
+    ("A2: a plaintext connection to the workload is captured (IPv6)", || a2(V6, "a2-v6")),
+    ("A3: HBONE reaches its listener without a redirect (IPv4)", || a3(V4, "a3-v4")),
+    ("A3: HBONE reaches its listener without a redirect (IPv6)", || a3(V6, "a3-v6")),
     ("A4: the probe address is captured like any other (IPv4)", || a4_off(V4, "a4-off-v4")),
     ("A4: the probe address is captured like any other (IPv6)", || a4_off(V6, "a4-off-v6")),
     ("A4: an exempt kubelet probe reaches the workload (IPv4)", || a4(V4, "a4-v4")),
@@ -34,18 +33,22 @@ pub(crate) const CASES: &[Case] = &[
     ("A4: only declared probe ports are exempt (IPv6)", || a4_ports(V6, "a4-ports-v6")),
     ("A5: a workload reaches itself directly (IPv4)", || a5(V4, "a5-v4")),
     ("A5: a workload reaches itself directly (IPv6)", || a5(V6, "a5-v6")),
-    ("A6: the proxy's own connections are not caught (IPv4)", || a6(V4, "a6-v4")),
-    ("A6: the proxy's own connections are not caught (IPv6)", || a6(V6, "a6-v6")),
-    ("A7: the workload sees the client that the proxy imitates (IPv4)", || a7(V4, "a7-v4")),
-    ("A7: the workload sees the client that the proxy imitates (IPv6)", || a7(V6, "a7-v6")),
-    ("connections that are older than the rules survive them (IPv4)", || older(V4, "older-v4")),
-    ("connections that are older than the rules survive them (IPv6)", || older(V6, "older-v6")),
-    ("a capture shows what goes over the wire", capture),
+    ("A6: the proxy's own connections are not captured (IPv4)", || a6(V4, "a6-v4")),
+    ("A6: the proxy's own connections are not captured (IPv6)", || a6(V6, "a6-v6")),
+    ("A7: the workload sees the client's own address (IPv4)", || a7(V4, "a7-v4")),
+    ("A7: the workload sees the client's own address (IPv6)", || a7(V6, "a7-v6")),
+    ("connections survive the installation of the rules (IPv4)", || {
+        survives_installation(V4, "older-v4")
+    }),
+    ("connections survive the installation of the rules (IPv6)", || {
+        survives_installation(V6, "older-v6")
+    }),
+    ("a packet capture sees the segments of a connection", capture),
 ];
 
 const APP: u16 = 8080;
 
-/// A pod with the rules in it, the proxy's listeners, and an application on both sides.
+/// A pod with rules, the proxy's listeners, and an application on each side.
 struct Mesh {
     wired: Wired,
     outbound: BoundListener,
@@ -60,7 +63,7 @@ impl Mesh {
         Self::with(name, "")
     }
 
-    /// One whose rules follow these settings.
+    /// The same with rules for these settings.
     fn with(name: &str, assignments: &str) -> Result<Self, Failed> {
         let wired = Wired::new(name)?;
         let sockets = Sockets::new(&settings(""), true);
@@ -75,12 +78,12 @@ impl Mesh {
         Ok(Self { wired, outbound, inbound, hbone, app, remote_app })
     }
 
-    /// Connects from within a namespace as any program would.
+    /// Connects from a namespace like any program.
     fn plain(&self, from: &Namespace, to: SocketAddr) -> Result<TcpStream, Failed> {
         self.connect(from, to, None)
     }
 
-    /// The same, from one of the namespace's own addresses.
+    /// The same, from a given address of the namespace.
     fn connect(
         &self,
         from: &Namespace,
@@ -97,7 +100,7 @@ impl Mesh {
         blocking(stream)
     }
 
-    /// Connects from within the pod as the proxy does.
+    /// Connects from the pod like the proxy.
     fn proxied(&self, to: SocketAddr, source: Option<IpAddr>) -> Result<TcpStream, Failed> {
         let sockets = Sockets::new(&settings(""), true);
         let stream = inside(&self.wired.pod, async || {
@@ -117,8 +120,8 @@ fn blocking(stream: TcpStream) -> Result<TcpStream, Failed> {
     Ok(stream)
 }
 
-/// The rules that decided so far in a pod, in order, with how often. `proxy-zone` decides nothing: it sees every packet of
-/// the proxy; nor do the jumps into our chains.
+/// The rules that decided in a pod so far, with their counters. Excluded are `proxy-zone`, which
+/// sees every packet of the proxy, and jumps into own chains.
 fn counted(pod: &Namespace) -> Result<Vec<(String, u64)>, Failed> {
     let all = inside(pod, async || Ok(counters(&NamespaceAccess::current()?).await?))?;
     Ok(all
@@ -129,7 +132,7 @@ fn counted(pod: &Namespace) -> Result<Vec<(String, u64)>, Failed> {
         .collect())
 }
 
-/// Accepts on a listener of the proxy: who came, where it was going, and that bytes flow both ways.
+/// Accepts on a listener of the proxy and exchanges bytes. Returns client and original destination.
 fn accept(
     listener: BoundListener,
     client: &mut TcpStream,
@@ -149,7 +152,7 @@ fn accept(
     })
 }
 
-/// Accepts as an application: who came, and that bytes flow both ways.
+/// Accepts like an application and exchanges bytes. Returns the client.
 fn serve(app: &TcpListener, client: &mut TcpStream) -> Result<IpAddr, Failed> {
     let (mut stream, peer) = app.accept()?;
     stream.set_read_timeout(Some(DEADLINE))?;
@@ -167,8 +170,8 @@ fn exchange(client: &mut TcpStream, server: &mut TcpStream) -> Result<(), Failed
     equal("the reply", &byte, b"!")
 }
 
-/// Only this rule matched, and only the first packet of one connection. It is asked after bytes
-/// have flowed both ways, so it also says that the mangle rules leave caught connections alone.
+/// Asserts that only this rule matched, once. Called after bytes were exchanged, it also shows that
+/// mangle rules do not match captured connections.
 fn only(pod: &Namespace, rule: String) -> Result<(), Failed> {
     equal("rules that matched", counted(pod)?, vec![(rule, 1)])
 }
@@ -226,7 +229,7 @@ fn a4_ports(family: Family, name: &str) -> Result<(), Failed> {
 
 fn a4(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::with(name, "kubelet_probes=on")?;
-    // Any program may bind to an address that its namespace has.
+    // Any program may bind to a local address.
     let mut client = mesh.connect(&mesh.wired.remote, at(family.pod, APP), Some(family.probe))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.probe)?;
     only(&mesh.wired.pod, family.rule("kubelet-probe-in"))
@@ -259,7 +262,7 @@ fn a7(family: Family, name: &str) -> Result<(), Failed> {
     equal("rules that matched", rules, expected.to_vec())
 }
 
-fn older(family: Family, name: &str) -> Result<(), Failed> {
+fn survives_installation(family: Family, name: &str) -> Result<(), Failed> {
     let wired = Wired::new(name)?;
     let pairs =
         [(&wired.pod, &wired.remote, family.remote), (&wired.remote, &wired.pod, family.pod)];
@@ -287,16 +290,16 @@ fn older(family: Family, name: &str) -> Result<(), Failed> {
         rules,
         ["established-in", "established-out"].map(String::from).to_vec(),
     )?;
-    // A new one is caught, and without a proxy refused.
+    // A new connection is captured, and refused without a proxy.
     let new = wired.pod.run(|| TcpStream::connect_timeout(&at(family.remote, APP), DEADLINE))?;
     equal(
         "a new connection",
         new.map(|_| ()).map_err(|error| error.kind()),
         Err(ConnectionRefused),
     )?;
-    let caught =
+    let captured =
         counted(&wired.pod)?.iter().any(|(rule, _)| *rule == family.rule("capture-outbound"));
-    equal("a new connection is caught", caught, true)
+    equal("a new connection is captured", captured, true)
 }
 
 fn capture() -> Result<(), Failed> {

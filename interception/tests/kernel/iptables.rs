@@ -1,8 +1,7 @@
-//! The iptables backend, in both variants and both families: what the programs of iptables say about
-//! it.
+//! Kernel tests of the iptables backend, in both variants and both families.
 //!
-//! A rule about a user or group is refused by xt_owner if the user namespace has none of that number,
-//! and the sandbox has but 0: here, the proxy is root.
+//! xt_owner rejects users and groups outside of the user namespace, and the sandbox has only id 0.
+//! So the proxy runs as root here.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -19,37 +18,41 @@ use underpass_interception::{
 
 use crate::Case;
 use crate::plans::{all, base, full, tproxy};
-use crate::pod::{DEADLINE, PORTS, command, equal, inside, lonely};
+use crate::pod::{DEADLINE, PORTS, command, equal, inside, isolated};
 
 pub(crate) const CASES: &[Case] = &[
-    ("the plans of these tests have every match and every action", every_word),
-    ("iptables-nft lists the text of a plan as it is", || listed_as_printed(NFT)),
-    ("iptables-legacy lists the text of a plan as it is", || listed_as_printed(LEGACY)),
+    ("the plans of these tests cover every match and every action", every_word),
+    ("iptables-nft lists a plan exactly as it was printed", || listed_as_printed(NFT)),
+    ("iptables-legacy lists a plan exactly as it was printed", || listed_as_printed(LEGACY)),
     ("iptables-nft: installing gives the same as loading the text", || installed_is_printed(NFT)),
     ("iptables-legacy: installing gives the same as loading the text", || {
         installed_is_printed(LEGACY)
     }),
     ("iptables-nft: installing twice gives the same ruleset", || twice(NFT)),
     ("iptables-legacy: installing twice gives the same ruleset", || twice(LEGACY)),
-    ("iptables-nft: nothing is left of another profile or other options", || others_go(NFT)),
-    ("iptables-legacy: nothing is left of another profile or other options", || others_go(LEGACY)),
-    ("iptables-nft: the rules of others stay where they are", || foreign(NFT)),
-    ("iptables-legacy: the rules of others stay where they are", || foreign(LEGACY)),
-    ("iptables-nft: refusals come before the rules of others", || refusals_first(NFT)),
-    ("iptables-legacy: refusals come before the rules of others", || refusals_first(LEGACY)),
+    ("iptables-nft: installation removes other profiles and options", || replaces_others(NFT)),
+    ("iptables-legacy: installation removes other profiles and options", || {
+        replaces_others(LEGACY)
+    }),
+    ("iptables-nft: foreign rules keep their positions", || foreign(NFT)),
+    ("iptables-legacy: foreign rules keep their positions", || foreign(LEGACY)),
+    ("iptables-nft: rejections precede foreign rules", || rejections_first(NFT)),
+    ("iptables-legacy: rejections precede foreign rules", || rejections_first(LEGACY)),
     ("iptables-nft: removal leaves no rule and no chain", || removed(NFT)),
     ("iptables-legacy: removal leaves no rule and no chain", || removed(LEGACY)),
-    ("iptables-nft: both families count together", || counted(NFT)),
-    ("iptables-legacy: both families count together", || counted(LEGACY)),
-    ("iptables-nft: what was changed is seen and repaired", || repaired(NFT)),
-    ("iptables-legacy: what was changed is seen and repaired", || repaired(LEGACY)),
-    ("iptables-nft: what other backends and meshes left is found", || leftovers_found(NFT, LEGACY)),
-    ("iptables-legacy: what other backends and meshes left is found", || {
+    ("iptables-nft: counters add both families", || counted(NFT)),
+    ("iptables-legacy: counters add both families", || counted(LEGACY)),
+    ("iptables-nft: changes are detected and repaired", || repaired(NFT)),
+    ("iptables-legacy: changes are detected and repaired", || repaired(LEGACY)),
+    ("iptables-nft: leftovers of other backends and meshes are found", || {
+        leftovers_found(NFT, LEGACY)
+    }),
+    ("iptables-legacy: leftovers of other backends and meshes are found", || {
         leftovers_found(LEGACY, NFT)
     }),
-    ("looking for iptables creates no table", looking_creates_nothing),
-    ("a second family that fails takes the first one back", failure_is_undone),
-    ("a table that iptables cannot read is told", incompatible),
+    ("detecting iptables creates no table", detection_creates_nothing),
+    ("a failure of the second family undoes the first", failure_is_undone),
+    ("a table that iptables cannot read is reported", incompatible),
 ];
 
 const NFT: Variant = Variant { suffix: "nft", backend: Backend::Iptables };
@@ -65,10 +68,10 @@ struct Variant {
 impl Variant {
     /// A namespace for a test of this variant.
     fn pod(self, name: &str) -> Result<Namespace, Failed> {
-        lonely(&format!("{name}-{}", self.suffix))
+        isolated(&format!("{name}-{}", self.suffix))
     }
 
-    /// Feeds text to a restore.
+    /// Feeds text to an `iptables-restore`.
     fn load(self, pod: &Namespace, program: &str, text: &str) -> Result<(), Failed> {
         let path = format!("/run/{}.rules", pod.path().file_name().unwrap_or_default().display());
         fs::write(&path, text)?;
@@ -82,7 +85,7 @@ impl Variant {
         Ok(())
     }
 
-    /// Everybody's rules.
+    /// The rules of all programs.
     fn saved(self, pod: &Namespace) -> Result<Rules, Failed> {
         let mut rules = Rules::new();
         for (_, program) in FAMILIES {
@@ -124,8 +127,8 @@ fn collect(rules: &mut Rules, program: &'static str, text: &str) {
     }
 }
 
-/// The text of a plan, as it would be saved. Its memory of what it added to built-in chains is not in
-/// it.
+/// The text of a plan as `iptables-save` would print it, without the records of rules in built-in
+/// chains.
 fn printed(interception: &Interception) -> Rules {
     let mut rules = Rules::new();
     for (family, program) in FAMILIES {
@@ -134,12 +137,12 @@ fn printed(interception: &Interception) -> Rules {
     rules
 }
 
-fn without_memory(rules: Rules) -> Rules {
+fn without_records(rules: Rules) -> Rules {
     let memory = ["UNDERPASS_OWNER", "UNDERPASS_PREROUTING", "UNDERPASS_INPUT", "UNDERPASS_OUTPUT"];
     rules.into_iter().filter(|((_, _, chain), _)| !memory.contains(&chain.as_str())).collect()
 }
 
-/// An address on the wrong side of equal texts: the C library's abbreviation.
+/// Normalizes addresses: their abbreviation depends on the C library.
 fn canonical(rules: Rules) -> Rules {
     let canonical = |line: String| line.replace("::127.0.0.53", "::7f00:35");
     rules
@@ -170,7 +173,7 @@ fn listed_as_printed(variant: Variant) -> Result<(), Failed> {
         equal("what is listed", saved, canonical(printed(&interception)))?;
         let difference = inside(&pod, async || Ok(interception.verify().await?))?;
         let text = difference.map(|difference| difference.to_string()).unwrap_or_default();
-        // What the text lacks are the routes, and the memory of what was added to built-in chains.
+        // The text lacks the routes and the records of rules in built-in chains.
         let lines: Vec<_> = text.lines().filter(|line| line.starts_with('+')).collect();
         equal("unexpected lines", lines, vec![])?;
     }
@@ -187,7 +190,7 @@ fn installed_is_printed(variant: Variant) -> Result<(), Failed> {
             equal("the difference", difference.map(|d| d.to_string()), None)?;
             Ok(interception)
         })?;
-        let saved = canonical(without_memory(variant.saved(&pod)?));
+        let saved = canonical(without_records(variant.saved(&pod)?));
         equal("what is installed", saved, canonical(printed(&interception)))?;
     }
     Ok(())
@@ -204,7 +207,7 @@ fn twice(variant: Variant) -> Result<(), Failed> {
     Ok(())
 }
 
-fn others_go(variant: Variant) -> Result<(), Failed> {
+fn replaces_others(variant: Variant) -> Result<(), Failed> {
     let all = all()?;
     let one = variant.pod("others-go")?;
     for (number, settings) in all.iter().enumerate() {
@@ -216,7 +219,7 @@ fn others_go(variant: Variant) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Rules of others: before ours, and a chain with a jump to it.
+/// Foreign rules that precede own ones, and a chain with a jump to it.
 const FOREIGN: &str = "*nat\n:DOCKER_OUTPUT - [0:0]\n:PROXY_INIT_OUTPUT - [0:0]\n\
     -A DOCKER_OUTPUT -p tcp -j RETURN\n-A OUTPUT -o docker0 -j DOCKER_OUTPUT\n\
     -A OUTPUT -j PROXY_INIT_OUTPUT\nCOMMIT\n*mangle\n-A PREROUTING -i eth9 -j RETURN\nCOMMIT\n\
@@ -228,7 +231,7 @@ fn foreign(variant: Variant) -> Result<(), Failed> {
         variant.load(&pod, program, FOREIGN)?;
     }
     variant.install(&pod, &tproxy(full(Profile::Sidecar)?))?;
-    // Others come after us too.
+    // Some foreign rules are added after the own ones.
     variant.run(&pod, "-t nat -A OUTPUT -o later0 -j RETURN")?;
     variant.run(&pod, "-t mangle -A OUTPUT -o later0 -j RETURN")?;
     variant.install(&pod, &tproxy(full(Profile::Sidecar)?))?;
@@ -266,7 +269,7 @@ fn foreign(variant: Variant) -> Result<(), Failed> {
     equal("what others have", variant.saved(&pod)?, theirs)
 }
 
-fn refusals_first(variant: Variant) -> Result<(), Failed> {
+fn rejections_first(variant: Variant) -> Result<(), Failed> {
     let pod = variant.pod("refusals")?;
     variant.run(&pod, "-A OUTPUT -j ACCEPT")?;
     let settings = InterceptionSettings { ipv6: Ipv6::Reject, ..base(Profile::Ambient)? };
@@ -283,19 +286,19 @@ fn removed(variant: Variant) -> Result<(), Failed> {
         inside(&pod, async || {
             let interception = variant.prepare(&settings).await?;
             interception.install().await?;
-            // Whoever removes may have other settings.
+            // The removing process may have other settings.
             equal(
-                "there was something",
+                "something was removed",
                 remove_everything(&NamespaceAccess::current()?, RemovalScope::Own, false).await?,
                 true,
             )?;
             equal(
-                "there was something",
+                "something was removed",
                 remove_everything(&NamespaceAccess::current()?, RemovalScope::Own, false).await?,
                 false,
             )
         })?;
-        equal("what is left", variant.saved(&pod)?, Rules::new())?;
+        equal("the rules after removal", variant.saved(&pod)?, Rules::new())?;
     }
     Ok(())
 }
@@ -312,7 +315,7 @@ fn counted(variant: Variant) -> Result<(), Failed> {
         let planned: Vec<_> = rules.map(|rule| rule.id.as_str()).collect();
         equal("the ids", ids, planned)?;
         for address in [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)] {
-            // Nobody listens, but the rules see that somebody tries.
+            // No socket listens, but the rules count the attempt.
             let refused = TcpStream::connect_timeout(&SocketAddr::new(address, 9), DEADLINE);
             equal("the connection is refused", refused.is_err(), true)?;
         }
@@ -342,14 +345,14 @@ fn repaired(variant: Variant) -> Result<(), Failed> {
         variant.run(&pod, "-t nat -A PREROUTING -i foreign0 -j ACCEPT")?;
         inside(&pod, async || {
             let difference = variant.prepare(&settings).await?.verify().await?;
-            equal("a rule of others is a difference", difference.is_some(), false)
+            equal("a foreign rule is a difference", difference.is_some(), false)
         })?;
         variant.run(&pod, tampering)?;
         inside(&pod, async || {
             let interception = variant.prepare(&settings).await?;
-            equal("a difference is seen", interception.verify().await?.is_some(), true)?;
+            equal("a difference is detected", interception.verify().await?.is_some(), true)?;
             interception.install().await?;
-            equal("a difference is left", interception.verify().await?.map(|d| d.to_string()), None)
+            equal("a difference remains", interception.verify().await?.map(|d| d.to_string()), None)
         })?;
         variant.run(&pod, "-t nat -D PREROUTING -i foreign0 -j ACCEPT")?;
         equal("what is repaired", variant.saved(&pod)?, installed)?;
@@ -395,8 +398,8 @@ fn leftovers_found(own: Variant, other: Variant) -> Result<(), Failed> {
     equal("leftovers", found()?, expected)
 }
 
-fn looking_creates_nothing() -> Result<(), Failed> {
-    let pod = lonely("looking")?;
+fn detection_creates_nothing() -> Result<(), Failed> {
+    let pod = isolated("looking")?;
     for variant in [NFT, LEGACY] {
         inside(&pod, async || {
             let interception = variant.prepare(&full(Profile::Sidecar)?).await?;
@@ -415,13 +418,13 @@ fn looking_creates_nothing() -> Result<(), Failed> {
 }
 
 fn failure_is_undone() -> Result<(), Failed> {
-    let pod = lonely("ipt-undone")?;
+    let pod = isolated("ipt-undone")?;
     let old = full(Profile::Sidecar)?;
     let ipv4 = InterceptionSettings { ipv6: Ipv6::Bypass, ..old };
     NFT.install(&pod, &ipv4)?;
     let before = NFT.saved(&pod)?;
     inside(&pod, async || {
-        // A table with an owner is changed by nobody else, and goes with its owner.
+        // Only its owner can change a table with an owner; the table is removed with the owner.
         let owner = Connection::<Nftables>::new()?;
         owner.add_table_with_flags("nat", KernelFamily::Ip6, NFT_TABLE_F_OWNER).await?;
         let result = NFT.prepare(&base(Profile::Ambient)?).await?.install().await;
@@ -431,11 +434,11 @@ fn failure_is_undone() -> Result<(), Failed> {
         );
         equal("the installation failed and was undone", undone, true)
     })?;
-    equal("what is there again", NFT.saved(&pod)?, before)
+    equal("the restored rules", NFT.saved(&pod)?, before)
 }
 
 fn incompatible() -> Result<(), Failed> {
-    let pod = lonely("incompatible")?;
+    let pod = isolated("incompatible")?;
     command(&pod, "nft add table ip nat")?;
     command(&pod, "nft add chain ip nat OUTPUT { type nat hook output priority -100; }")?;
     command(&pod, "nft add rule ip nat OUTPUT fib daddr type local accept")?;
@@ -446,12 +449,12 @@ fn incompatible() -> Result<(), Failed> {
             return Err("it was installed".into());
         };
         let says = error.to_string().contains("interception.backend: nftables");
-        equal("the error says what to do", says, true)?;
+        equal("the error contains a remedy", says, true)?;
         equal(
-            "there was something",
+            "something was removed",
             remove_everything(&NamespaceAccess::current()?, RemovalScope::Own, false).await?,
             false,
         )
     })?;
-    equal("what is there", command(&pod, "nft list ruleset")?, before)
+    equal("the rules after the failure", command(&pod, "nft list ruleset")?, before)
 }

@@ -6,7 +6,7 @@ use libtest_mimic::Failed;
 use underpass_interception::{LocalAddresses, Namespace};
 
 use crate::Case;
-use crate::pod::{command, equal, inside, lonely};
+use crate::pod::{command, equal, inside, isolated};
 
 pub(crate) const CASES: &[Case] = &[
     ("addresses of interfaces and of local routes are local", of_interfaces_and_routes),
@@ -19,7 +19,7 @@ fn expect(local: &LocalAddresses, address: &str, expected: bool) -> Result<(), F
 }
 
 fn of_interfaces_and_routes() -> Result<(), Failed> {
-    let pod = lonely("local-addresses")?;
+    let pod = isolated("local-addresses")?;
     let all = ["192.0.2.7", "198.51.100.77", "2001:db8::7", "2001:db8:1::77"];
     inside(&pod, async || {
         let local = LocalAddresses::open()?;
@@ -44,7 +44,7 @@ fn of_interfaces_and_routes() -> Result<(), Failed> {
 }
 
 fn removed() -> Result<(), Failed> {
-    let pod = lonely("local-removed")?;
+    let pod = isolated("local-removed")?;
     inside(&pod, async || {
         let local = LocalAddresses::open()?;
         run(&pod, "ip address add 192.0.2.7 dev lo")?;

@@ -1,10 +1,7 @@
-//! The rules, routes and sockets against a real kernel, in namespaces of their own and without
-//! root.
+//! Kernel tests of rules, routes and sockets, in namespaces of their own and without root.
 //!
-//! Not here: what needs no kernel (unit tests beside the code) and what needs the proxy (the tests
-//! crate).
-//!
-//! `UNDERPASS_SKIP_NAMESPACES=1` passes over all of it where user namespaces are forbidden.
+//! Unit tests need no kernel, and the tests crate needs the proxy. `UNDERPASS_SKIP_NAMESPACES=1`
+//! skips these tests where user namespaces are not permitted.
 
 mod blackhole;
 mod flows;
@@ -20,7 +17,7 @@ mod walk;
 use libtest_mimic::{Arguments, Failed, Trial};
 use underpass_interception::{InterceptionError, enter_sandbox};
 
-/// A test, and what it is called.
+/// The name of a test, and its function.
 type Case = (&'static str, fn() -> Result<(), Failed>);
 
 fn main() {
@@ -28,7 +25,7 @@ fn main() {
     if skipped() {
         libtest_mimic::run(&arguments, Vec::new()).exit();
     }
-    // Before the sandbox: in it, no namespace is the host's.
+    // Before entering the sandbox, where no namespace is the host's.
     let outside = rules::prepare_here();
     if let Err(error) = enter_sandbox() {
         fail_loudly(&error);
@@ -44,7 +41,7 @@ fn main() {
         .chain(walk::CASES)
         .map(|&(name, test)| Trial::test(name, test))
         .collect();
-    trials.push(Trial::test("the host's own namespace, and no other, is refused", move || {
+    trials.push(Trial::test("only the host's own namespace is rejected", move || {
         rules::host_is_refused(&outside)
     }));
     libtest_mimic::run(&arguments, trials).exit();
@@ -59,6 +56,6 @@ fn skipped() -> bool {
 fn fail_loudly(error: &InterceptionError) -> ! {
     let source = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
     eprintln!("the kernel tests need namespaces: {error}: {source}");
-    eprintln!("UNDERPASS_SKIP_NAMESPACES=1 passes over them");
+    eprintln!("UNDERPASS_SKIP_NAMESPACES=1 skips them");
     std::process::exit(1);
 }

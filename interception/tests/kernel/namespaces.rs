@@ -14,7 +14,7 @@ use underpass_interception::{
 };
 
 use crate::Case;
-use crate::pod::{PORTS, Wired, command, equal, lonely, runtime, settings};
+use crate::pod::{PORTS, Wired, command, equal, isolated, runtime, settings};
 
 pub(crate) const CASES: &[Case] = &[
     ("a named namespace can be entered by its path and its name", entered_by_path_and_name),
@@ -61,7 +61,7 @@ fn deleting_frees_the_name() -> Result<(), Failed> {
 }
 
 fn taken_name() -> Result<(), Failed> {
-    let _holder = lonely("taken")?;
+    let _holder = isolated("taken")?;
     let again = Namespace::create_named("taken");
     equal("refused", matches!(again, Err(InterceptionError::Namespace { .. })), true)
 }
@@ -116,7 +116,7 @@ fn one_thread_for_all() -> Result<(), Failed> {
     let thread = NamespaceThread::start(|| Ok(()))?;
     let (mut held, mut threads) = (Vec::new(), BTreeSet::new());
     for number in 0..NAMESPACES {
-        let namespace = lonely(&format!("many-{number}"))?;
+        let namespace = isolated(&format!("many-{number}"))?;
         let access = NamespaceAccess::new(namespace, thread.clone());
         let id = access.namespace().id();
         let operation = access.run(async |entered| {
@@ -148,7 +148,7 @@ fn one_thread_for_all() -> Result<(), Failed> {
 
 fn from_outside() -> Result<(), Failed> {
     const DEADLINE: Duration = Duration::from_secs(10);
-    let (pod, neighbour) = (lonely("outside-pod")?, lonely("outside-neighbour")?);
+    let (pod, neighbour) = (isolated("outside-pod")?, isolated("outside-neighbour")?);
     let before = [rules_in(&pod)?, rules_in(&neighbour)?];
     let thread = NamespaceThread::start(|| Ok(()))?;
     let [access, other] =
@@ -204,7 +204,7 @@ fn deleted_is_gone() -> Result<(), Failed> {
 
 fn no_sandbox_for_threads() -> Result<(), Failed> {
     // The thread that `run` makes is at least the second.
-    let entered = lonely("threads")?.run(enter_sandbox)?;
+    let entered = isolated("threads")?.run(enter_sandbox)?;
     let remedy = match entered {
         Err(InterceptionError::Sandbox { remedy, .. }) => Some(remedy),
         _ => None,

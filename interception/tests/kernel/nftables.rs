@@ -1,7 +1,4 @@
-//! The netlink backend against nft itself: both make the same rules of a plan, and whatever is
-//! changed afterwards is seen.
-//!
-//! Not here: what the rules do to connections (`flows.rs`).
+//! Kernel tests of the nftables backend: it equals nft, and detects changes.
 
 use std::fs;
 use std::net::IpAddr;
@@ -23,18 +20,21 @@ use underpass_interception::{
 
 use crate::Case;
 use crate::plans;
-use crate::pod::{DEADLINE, PORTS, command, equal, inside, lonely, prepare};
+use crate::pod::{DEADLINE, PORTS, command, equal, inside, isolated, prepare};
 
 pub(crate) const CASES: &[Case] = &[
-    ("nftables: every match and action is printed as it is installed", printed_is_installed),
-    ("nftables: nft takes the text of every plan, and makes what is installed", every_plan),
-    ("nftables: what is installed is expected, by netlink or by nft", installed_is_expected),
-    ("nftables: whatever is changed in our table is a difference", tampering_is_seen),
-    ("nftables: what is changed in other tables is none", others_are_not_seen),
-    ("nftables: ten thousand networks are one set with all of them", many_networks),
-    ("nftables: changes are told, also when there are too many to tell", changes_are_told),
-    ("nftables: a table that is owned is told from a missing capability", owned_table),
-    ("nftables: the kernel blames an expression that it does not have", unknown_expression),
+    ("nftables: every match and action is printed as installed", printed_is_installed),
+    ("nftables: nft installs the same rules from the text of every plan", every_plan),
+    (
+        "nftables: installed rules equal the expected ones, by netlink and by nft",
+        installed_is_expected,
+    ),
+    ("nftables: any change to the own table is a difference", tampering_is_detected),
+    ("nftables: changes to other tables are no difference", ignores_other_tables),
+    ("nftables: ten thousand networks form one set", many_networks),
+    ("nftables: changes are reported even if notifications are lost", changes_are_reported),
+    ("nftables: an owned table is distinguished from a missing capability", owned_table),
+    ("nftables: the kernel names an unknown expression", unknown_expression),
 ];
 
 const NAT: ChainId = ChainId { table: Table::Nat, name: "OUTPUT" };
@@ -49,8 +49,8 @@ const WHOLE: Mark = Mark { value: 0x539, mask: u32::MAX };
 const MASKED: Mark = Mark { value: 0x111, mask: 0xfff };
 const TCP: Match = Match::Protocol(Protocol::Tcp);
 
-/// Networks of whole octets and of parts of one, everything, and sets with and without ranges, with
-/// networks that touch.
+/// Networks with full and partial octets, the network of all addresses, and adjacent networks, for
+/// sets with and without ranges.
 const V4_CIDRS: &[&[&str]] = &[
     &["10.0.0.1/32"],
     &["10.0.0.0/8"],
@@ -59,7 +59,7 @@ const V4_CIDRS: &[&[&str]] = &[
     &["10.0.0.1/32", "10.0.0.9/32"],
     &["10.0.0.0/8", "192.168.1.0/24", "192.168.2.0/23", "255.255.255.0/24"],
 ];
-/// As [`V4_CIDRS`].
+/// The same for IPv6.
 const V6_CIDRS: &[&[&str]] = &[
     &["fd00::1/128"],
     &["fd00::/16"],
@@ -82,8 +82,8 @@ fn chains() -> Vec<Chain> {
     base.into_iter().chain([Chain { id: NAT_REGULAR, hook: None }]).collect()
 }
 
-/// Every match and every action in each of its forms: one value and several, with and without a
-/// mask, of one family and of both. The first rule is for TCP.
+/// Every match and action in all forms: one or several values, with and without mask, for one or
+/// both families. The first rule matches TCP.
 fn every_rule() -> Result<RulePlan, Failed> {
     let mut rules: Vec<Rule> = Vec::new();
     let mut add = |chain, families, matches: Vec<Match>, action| {
@@ -177,12 +177,12 @@ fn every_match() -> Result<Vec<(Families, Match)>, Failed> {
     Ok(all)
 }
 
-/// What the rules have in common.
+/// A rule with defaults.
 fn rule() -> Rule {
     Rule {
         id: String::new(),
         reason: "a test",
-        origin: Origin::Ours,
+        origin: Origin::Underpass,
         chain: NAT_REGULAR,
         families: Families::Both,
         matches: Vec::new(),
@@ -203,19 +203,19 @@ fn install(namespace: &Namespace, plan: &RulePlan) -> Result<(), Failed> {
     inside(namespace, async || Ok(testing::apply(&Entered::current()?, plan).await?))
 }
 
-/// As a person would who has printed the plan.
+/// Loads the printed plan as a user would.
 fn load(namespace: &Namespace, name: &str, text: &str) -> Result<(), Failed> {
     let path = format!("/run/{name}.nft");
     fs::write(&path, text)?;
     command(namespace, &format!("nft -f {path}")).map(|_| ())
 }
 
-/// What is installed, and what is expected.
+/// The installed and the expected sections.
 fn listings(namespace: &Namespace, plan: &RulePlan) -> Result<[Option<Sections>; 2], Failed> {
     inside(namespace, async || Ok(testing::listings(&Entered::current()?, plan).await?))
 }
 
-/// Fails with the first line in which what is there is not what the plan says.
+/// Fails with the first line that differs from the plan.
 fn same(namespace: &Namespace, plan: &RulePlan) -> Result<(), Failed> {
     let lines = |sections: Option<Sections>| -> Vec<String> {
         let sections = sections.unwrap_or_default().into_iter();
@@ -229,7 +229,7 @@ fn same(namespace: &Namespace, plan: &RulePlan) -> Result<(), Failed> {
 }
 
 fn printed_is_installed() -> Result<(), Failed> {
-    let pod = lonely("nft-printed")?;
+    let pod = isolated("nft-printed")?;
     let plan = every_rule()?;
     install(&pod, &plan)?;
     let installed = command(&pod, "nft --stateless list ruleset")?;
@@ -244,12 +244,12 @@ fn printed_is_installed() -> Result<(), Failed> {
 fn every_plan() -> Result<(), Failed> {
     for (number, settings) in plans::all()?.iter().enumerate() {
         let name = format!("nft-plan-{number}");
-        let (pod, plan) = (lonely(&name)?, RulePlan::new(settings, PORTS, true));
+        let (pod, plan) = (isolated(&name)?, RulePlan::new(settings, PORTS, true));
         install(&pod, &plan)?;
         let installed = command(&pod, "nft --stateless list ruleset")?;
         load(&pod, &name, &plan.to_string())?;
         equal("what is loaded", command(&pod, "nft --stateless list ruleset")?, installed.clone())?;
-        // What nft lists, nft takes: so people keep rulesets.
+        // nft loads its own listing, which is how users save rulesets.
         load(&pod, &name, &format!("flush ruleset\n{installed}"))?;
         equal("what is kept", command(&pod, "nft --stateless list ruleset")?, installed)?;
     }
@@ -257,15 +257,15 @@ fn every_plan() -> Result<(), Failed> {
 }
 
 fn installed_is_expected() -> Result<(), Failed> {
-    let pod = lonely("nft-expected")?;
+    let pod = isolated("nft-expected")?;
     let plan = every_rule()?;
     let [installed, _] = listings(&pod, &plan)?;
-    equal("a listing before there is a table", installed, None)?;
+    equal("a listing without a table", installed, None)?;
     install(&pod, &plan)?;
     same(&pod, &plan)?;
     load(&pod, "nft-expected", &plan.to_string())?;
     same(&pod, &plan)?;
-    // Nor is a backup of it that another tool puts back a difference.
+    // A backup that another tool restores is no difference either.
     let backup = command(&pod, "nft list ruleset")?;
     load(&pod, "nft-backup", &format!("flush ruleset\n{backup}"))?;
     same(&pod, &plan)?;
@@ -274,7 +274,7 @@ fn installed_is_expected() -> Result<(), Failed> {
 }
 
 /// HANDLE is that of the first rule, `meta l4proto tcp counter return comment "rule-0"`; SET is a
-/// set with 10.0.0.0/8 in it.
+/// set that contains 10.0.0.0/8.
 const TAMPERING: &[&str] = &[
     "delete rule inet underpass nat_istio_output handle HANDLE",
     "add rule inet underpass nat_istio_output tcp dport 1 accept",
@@ -303,8 +303,8 @@ const TAMPERING: &[&str] = &[
     "flush ruleset",
 ];
 
-fn tampering_is_seen() -> Result<(), Failed> {
-    let pod = lonely("nft-tampering")?;
+fn tampering_is_detected() -> Result<(), Failed> {
+    let pod = isolated("nft-tampering")?;
     let plan = every_rule()?;
     for tampering in TAMPERING {
         install(&pod, &plan)?;
@@ -323,8 +323,8 @@ fn tampering_is_seen() -> Result<(), Failed> {
     Ok(())
 }
 
-fn others_are_not_seen() -> Result<(), Failed> {
-    let pod = lonely("nft-others")?;
+fn ignores_other_tables() -> Result<(), Failed> {
+    let pod = isolated("nft-others")?;
     let plan = every_rule()?;
     install(&pod, &plan)?;
     for text in [
@@ -343,7 +343,7 @@ fn others_are_not_seen() -> Result<(), Failed> {
 }
 
 fn many_networks() -> Result<(), Failed> {
-    let pod = lonely("nft-many")?;
+    let pod = isolated("nft-many")?;
     let v4 =
         |n: u32, length| IpNet::new(IpAddr::from((0x0a00_0000 + n * 512).to_be_bytes()), length);
     let v6 = |n: u16| IpNet::new(IpAddr::from([0xfd00, n, 0, 0, 0, 0, 0, 0]), 32);
@@ -371,16 +371,16 @@ fn many_networks() -> Result<(), Failed> {
     same(&pod, &plan)
 }
 
-fn changes_are_told() -> Result<(), Failed> {
-    let pod = lonely("nft-changes")?;
-    // More notifications than a socket holds, in transactions as large as anyone may send.
+fn changes_are_reported() -> Result<(), Failed> {
+    let pod = isolated("nft-changes")?;
+    // More notifications than a socket buffers, in transactions of the maximum size.
     let burst = "add table inet other\ndelete table inet other\n".repeat(500);
     inside(&pod, async || {
         let here = Namespace::current()?;
         let mut changes = prepare("").await?.changes().await?;
-        // Whoever gives up waiting has lost nothing.
+        // A cancelled wait loses no change.
         let early = timeout(Duration::ZERO, changes.next()).await;
-        equal("there is a change before there is one", early.is_err(), true)?;
+        equal("a change is reported without a change", early.is_err(), true)?;
         for (text, times) in
             [("add table inet other", 1), (burst.as_str(), 20), ("add table inet another", 1)]
         {
@@ -394,7 +394,7 @@ fn changes_are_told() -> Result<(), Failed> {
 }
 
 fn owned_table() -> Result<(), Failed> {
-    let pod = lonely("nft-owned")?;
+    let pod = isolated("nft-owned")?;
     let plan = every_rule()?;
     let refused = inside(&pod, async || {
         let owner = Connection::<Nftables>::new()?;
@@ -402,12 +402,12 @@ fn owned_table() -> Result<(), Failed> {
         Ok(testing::apply(&Entered::current()?, &plan).await)
     })?;
     let owned = matches!(refused, Err(InterceptionError::Owned { .. }));
-    equal(&format!("the owner is told of: {refused:?}"), owned, true)
+    equal(&format!("the error names the owner: {refused:?}"), owned, true)
 }
 
-/// The module that a refusal names is found by the name of the expression.
+/// The missing module is derived from the name of the expression.
 fn unknown_expression() -> Result<(), Failed> {
-    let refused = inside(&lonely("nft-unknown")?, async || {
+    let refused = inside(&isolated("nft-unknown")?, async || {
         let kernel = Connection::<Nftables>::new()?;
         let unknown = KernelRule::new("t", "c")
             .family(Family::Inet)
@@ -422,5 +422,5 @@ fn unknown_expression() -> Result<(), Failed> {
     };
     let blamed: Vec<_> =
         failures.iter().filter_map(|failure| failure.attribute.as_deref()).collect();
-    equal("what is blamed", blamed, vec!["expression #1 (nosuch)"])
+    equal("the blamed expression", blamed, vec!["expression #1 (nosuch)"])
 }

@@ -1,4 +1,4 @@
-//! The settings whose rules are tested: of each profile the least and the most that it takes.
+//! The settings that kernel tests use: for each profile the minimum and the maximum.
 
 use libtest_mimic::Failed;
 use underpass_config::{
@@ -30,7 +30,7 @@ pub(crate) fn base(profile: Profile) -> Result<InterceptionSettings, Failed> {
     })
 }
 
-/// A profile with whatever it takes.
+/// A profile with all settings that it supports.
 pub(crate) fn full(profile: Profile) -> Result<InterceptionSettings, Failed> {
     let interfaces = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
     let many_ports = (1..=20).map(PortRange::from);
@@ -70,7 +70,7 @@ pub(crate) fn full(profile: Profile) -> Result<InterceptionSettings, Failed> {
             _ => KubeletProbes::Off,
         },
         dns: Dns::Capture,
-        // glibc and musl do not abbreviate the last one alike.
+        // glibc and musl abbreviate the last address differently.
         dns_servers: vec!["10.0.0.10".parse()?, "::127.0.0.53".parse()?],
         ..settings
     })
@@ -81,7 +81,7 @@ pub(crate) fn tproxy(settings: InterceptionSettings) -> InterceptionSettings {
     InterceptionSettings { inbound, ..settings }
 }
 
-/// Plans that have every match and every action among them.
+/// Settings whose plans together contain every match and every action.
 pub(crate) fn all() -> Result<Vec<InterceptionSettings>, Failed> {
     let mut all = vec![tproxy(base(Profile::Sidecar)?), tproxy(full(Profile::Sidecar)?)];
     for profile in [Profile::Ambient, Profile::Sidecar, Profile::Osm] {

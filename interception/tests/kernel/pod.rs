@@ -1,4 +1,4 @@
-//! Two namespaces with a wire between them: a pod, and what is remote to it.
+//! Two connected namespaces, a pod and a remote host, and helpers for kernel tests.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Command;
@@ -11,7 +11,7 @@ use underpass_interception::{
     veth,
 };
 
-/// Longer than anything here takes; a test that waits this long has failed.
+/// An upper bound for every wait; reaching it is a failure.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
 pub(crate) const PORTS: Ports = Ports {
     outbound: 15001,
@@ -21,7 +21,7 @@ pub(crate) const PORTS: Ports = Ports {
     services: Ports::DEFAULT_SERVICES,
 };
 
-/// One of the two families, and who has which address in it.
+/// One address family with the addresses of each participant.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Family {
     pub(crate) pod: IpAddr,
@@ -47,20 +47,20 @@ pub(crate) const V6: Family = Family {
 };
 
 impl Family {
-    /// The id of the rule's twin in this family.
+    /// The id of the rule's variant for this family.
     pub(crate) fn rule(self, id: &str) -> String {
         format!("{id}{}", self.suffix)
     }
 }
 
-/// The namespaces; their names end with them.
+/// A pod connected with a remote namespace.
 pub(crate) struct Wired {
     pub(crate) pod: Namespace,
     pub(crate) remote: Namespace,
 }
 
 impl Wired {
-    /// `name` tells this test's namespaces from those of tests beside it.
+    /// `name` distinguishes the namespaces of concurrent tests.
     pub(crate) fn new(name: &str) -> Result<Self, Failed> {
         let pod = Namespace::create_named(&format!("{name}-pod"))?;
         let remote = Namespace::create_named(&format!("{name}-remote"))?;
@@ -83,8 +83,8 @@ impl Wired {
     }
 }
 
-/// A namespace with nothing but its loopback interface.
-pub(crate) fn lonely(name: &str) -> Result<Namespace, Failed> {
+/// A namespace with only a loopback interface.
+pub(crate) fn isolated(name: &str) -> Result<Namespace, Failed> {
     let namespace = Namespace::create_named(name)?;
     runtime()?.block_on(namespace.set_loopback_up())?;
     Ok(namespace)
@@ -102,7 +102,7 @@ pub(crate) fn inside<T: Send>(
     namespace.run(|| runtime()?.block_on(code()))?
 }
 
-/// Runs a program inside a namespace, and returns what it printed.
+/// Runs a program inside a namespace, and returns its output.
 pub(crate) fn command(namespace: &Namespace, line: &str) -> Result<String, Failed> {
     let mut words = line.split_whitespace();
     let program = words.next().ok_or("a program")?;
@@ -115,7 +115,7 @@ pub(crate) fn command(namespace: &Namespace, line: &str) -> Result<String, Faile
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// The settings of these keys below `interception`: `profile=sidecar ipv6=bypass`.
+/// Parses settings below `interception`: `profile=sidecar ipv6=bypass`.
 #[expect(clippy::expect_used, reason = "the settings of a test are right")]
 pub(crate) fn settings(assignments: &str) -> InterceptionSettings {
     let flags = assignments.split_whitespace().map(|text| format!("interception.{text}")).collect();
@@ -123,7 +123,7 @@ pub(crate) fn settings(assignments: &str) -> InterceptionSettings {
     sources.load().expect("the settings are right").interception
 }
 
-/// Prepares in the calling thread's namespace.
+/// Prepares interception in the current namespace.
 pub(crate) async fn prepare(assignments: &str) -> Result<Interception, Failed> {
     let prepared =
         Interception::prepare(&NamespaceAccess::current()?, &settings(assignments), PORTS).await?;
@@ -134,7 +134,7 @@ pub(crate) fn at(address: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(address, port)
 }
 
-/// Compares, and fails instead of panicking: what panics inside a namespace loses its message.
+/// Compares, and fails without a panic: the message of a panic inside a namespace is lost.
 pub(crate) fn equal<T: PartialEq + std::fmt::Debug>(
     what: &str,
     found: T,

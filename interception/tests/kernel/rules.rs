@@ -1,4 +1,4 @@
-//! Installing, listing and removing: what nft and ip say about it.
+//! Kernel tests of installing, listing and removing rules, checked with nft and ip.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::{fs, io, thread};
@@ -12,34 +12,37 @@ use underpass_interception::{
 };
 
 use crate::Case;
-use crate::pod::{PORTS, command, equal, inside, lonely, prepare, settings};
+use crate::pod::{PORTS, command, equal, inside, isolated, prepare, settings};
 
 pub(crate) const CASES: &[Case] = &[
     ("installing twice gives the same ruleset and routes", installing_twice_is_the_same),
     ("removal leaves nothing in either family", removal_leaves_nothing),
-    ("removal spares the rules and routes of others", removal_spares_others),
-    ("the printed plan and the installed one are listed alike", printed_is_installed),
-    ("an installation replaces what another version left", leftovers_are_replaced),
+    ("removal keeps foreign rules and routes", removal_spares_others),
+    ("the printed and the installed plan give the same listing", printed_is_installed),
+    ("installation replaces the rules of another version", leftovers_are_replaced),
     ("a failed installation leaves nothing", failure_leaves_nothing),
-    ("a refused ruleset takes its routes back", refusal_leaves_nothing),
-    ("ip rules and routes of another mode are a difference, and go", routes_of_another_mode),
-    ("a dormant table of ours is replaced by a live one", dormant_is_replaced),
-    ("rules of IPv6 exist while it is disabled, and its routes follow (nftables)", || {
+    ("a rejected ruleset undoes its routes", refusal_leaves_nothing),
+    (
+        "ip rules and routes of another mode are a difference and are removed",
+        routes_of_another_mode,
+    ),
+    ("a dormant own table is replaced by an active one", dormant_is_replaced),
+    ("IPv6 rules exist while IPv6 is disabled, and its routes follow (nftables)", || {
         disabled_ipv6("nftables")
     }),
-    ("rules of IPv6 exist while it is disabled, and its routes follow (iptables)", || {
+    ("IPv6 rules exist while IPv6 is disabled, and its routes follow (iptables)", || {
         disabled_ipv6("iptables")
     }),
-    ("rules of IPv6 exist while it is disabled, and its routes follow (legacy)", || {
+    ("IPv6 rules exist while IPv6 is disabled, and its routes follow (legacy)", || {
         disabled_ipv6("iptables-legacy")
     }),
-    ("bypassing IPv6 catches IPv4 only, and keeps the way back", bypass),
+    ("ipv6: bypass captures IPv4 only, and keeps the return routes", bypass),
     ("counters name every rule in order", counters_in_order),
-    ("a difference is printed in words", difference_in_words),
-    ("foreign rules before ours are listed", foreign_rules),
+    ("a difference is printed readably", difference_in_words),
+    ("foreign rules before own ones are listed", foreign_rules),
 ];
 
-/// What says all there is in a namespace.
+/// The rules, ip rules and local routes of a namespace.
 #[derive(Debug, PartialEq)]
 struct Listing {
     rules: String,
@@ -61,7 +64,7 @@ impl Listing {
 }
 
 fn installing_twice_is_the_same() -> Result<(), Failed> {
-    let pod = lonely("twice")?;
+    let pod = isolated("twice")?;
     let install = || inside(&pod, async || Ok(prepare("").await?.install().await?));
     install()?;
     let once = Listing::of(&pod)?;
@@ -77,7 +80,7 @@ fn installing_twice_is_the_same() -> Result<(), Failed> {
 }
 
 fn removal_leaves_nothing() -> Result<(), Failed> {
-    let pod = lonely("removal")?;
+    let pod = isolated("removal")?;
     let before = Listing::of(&pod)?;
     inside(&pod, async || {
         let interception = prepare("").await?;
@@ -85,22 +88,22 @@ fn removal_leaves_nothing() -> Result<(), Failed> {
         interception.remove().await?;
         interception.remove().await?;
         equal(
-            "there was something",
+            "something was removed",
             remove_everything(&NamespaceAccess::current()?, RemovalScope::Own, false).await?,
             false,
         )?;
         interception.install().await?;
         equal(
-            "there was something",
+            "something was removed",
             remove_everything(&NamespaceAccess::current()?, RemovalScope::Own, false).await?,
             true,
         )
     })?;
-    equal("what is left", Listing::of(&pod)?, before)
+    equal("the listing after removal", Listing::of(&pod)?, before)
 }
 
 fn removal_spares_others() -> Result<(), Failed> {
-    let pod = lonely("others")?;
+    let pod = isolated("others")?;
     command(&pod, "nft add table inet theirs")?;
     command(&pod, "ip rule add fwmark 0x111/0xfff pref 32764 lookup 100")?;
     command(&pod, "ip rule add fwmark 0x111/0xfff pref 32765 lookup 101")?;
@@ -111,12 +114,12 @@ fn removal_spares_others() -> Result<(), Failed> {
         interception.install().await?;
         Ok(interception.remove().await?)
     })?;
-    equal("what others have", Listing::of(&pod)?, before)
+    equal("the listing after removal", Listing::of(&pod)?, before)
 }
 
 fn printed_is_installed() -> Result<(), Failed> {
     for (ipv6, name) in [("ipv6=capture", "printed-both"), ("ipv6=bypass", "printed-v4")] {
-        let pod = lonely(name)?;
+        let pod = isolated(name)?;
         let plan = inside(&pod, async || {
             let interception = prepare(ipv6).await?;
             interception.install().await?;
@@ -137,7 +140,7 @@ fn printed_is_installed() -> Result<(), Failed> {
 }
 
 fn leftovers_are_replaced() -> Result<(), Failed> {
-    let pod = lonely("leftovers")?;
+    let pod = isolated("leftovers")?;
     command(&pod, "nft add table inet underpass")?;
     command(&pod, "nft add chain inet underpass old { type filter hook input priority 0; }")?;
     command(&pod, "nft add rule inet underpass old tcp dport 1 drop")?;
@@ -149,33 +152,33 @@ fn leftovers_are_replaced() -> Result<(), Failed> {
 fn failure_leaves_nothing() -> Result<(), Failed> {
     let pod = Namespace::create_named("failure")?;
     let before = Listing::of(&pod)?;
-    // The loopback interface is down, so the kernel takes the ip rule and refuses the route.
+    // While the loopback interface is down, the kernel accepts the ip rule and rejects the route.
     let failed = inside(&pod, async || Ok(prepare("").await?.install().await))?;
     let told = failed.is_err_and(|error| error.to_string().contains("`ip link set lo up`"));
-    equal("the error says what to do", told, true)?;
-    equal("what is left", Listing::of(&pod)?, before)
+    equal("the error contains a remedy", told, true)?;
+    equal("the listing after the failure", Listing::of(&pod)?, before)
 }
 
 fn refusal_leaves_nothing() -> Result<(), Failed> {
-    let pod = lonely("refusal")?;
+    let pod = isolated("refusal")?;
     let before = Listing::of(&pod)?;
     inside(&pod, async || {
-        // A table with an owner is changed by nobody else, and goes with its owner.
+        // Only its owner can change a table with an owner; the table is removed with the owner.
         let owner = Connection::<Nftables>::new()?;
         owner.add_table_with_flags(TABLE, Family::Inet, NFT_TABLE_F_OWNER).await?;
         let refused = prepare("").await?.install().await.is_err();
         equal("the ruleset was refused", refused, true)
     })?;
-    equal("what is left", Listing::of(&pod)?, before)
+    equal("the listing after the failure", Listing::of(&pod)?, before)
 }
 
 fn routes_of_another_mode() -> Result<(), Failed> {
-    let pod = lonely("other-mode")?;
+    let pod = isolated("other-mode")?;
     inside(&pod, async || {
         prepare("profile=sidecar inbound.mode=tproxy").await?.install().await?;
         Ok(())
     })?;
-    // Someone else's is no difference.
+    // An ip rule of another program is no difference.
     command(&pod, "ip rule add fwmark 0x539/0xff pref 32765 lookup 133")?;
     let (before, after) = inside(&pod, async || {
         let ambient = prepare("").await?;
@@ -190,11 +193,11 @@ fn routes_of_another_mode() -> Result<(), Failed> {
         equal(line, before.contains(line), true)?;
     }
     equal("a difference after installation", after, None)?;
-    equal("rules of others", command(&pod, "ip rule")?.matches("lookup 133").count(), 1)
+    equal("foreign ip rules", command(&pod, "ip rule")?.matches("lookup 133").count(), 1)
 }
 
 fn dormant_is_replaced() -> Result<(), Failed> {
-    let pod = lonely("dormant")?;
+    let pod = isolated("dormant")?;
     command(&pod, "nft add table inet underpass { flags dormant; }")?;
     inside(&pod, async || Ok(prepare("").await?.install().await?))?;
     let dormant = command(&pod, "nft list ruleset")?.contains("dormant");
@@ -208,7 +211,7 @@ fn disabled_ipv6(backend: &str) -> Result<(), Failed> {
     for (name, profile) in
         [("ambient", "profile=ambient"), ("sidecar", &sidecar), ("tproxy", &tproxy), ("osm", &osm)]
     {
-        let pod = lonely(&format!("disabled-ipv6-{backend}-{name}"))?;
+        let pod = isolated(&format!("disabled-ipv6-{backend}-{name}"))?;
         disabled_ipv6_of(&pod, backend, profile)?;
     }
     Ok(())
@@ -245,11 +248,11 @@ fn disabled_ipv6_of(pod: &Namespace, backend: &str, profile: &str) -> Result<(),
         Ok(interception.remove().await?)
     })?;
     let rules = command(pod, "ip -6 rule")?;
-    equal("an ip rule of ours", rules.contains("fwmark"), false)
+    equal("an own ip rule", rules.contains("fwmark"), false)
 }
 
 fn bypass() -> Result<(), Failed> {
-    let pod = lonely("bypass")?;
+    let pod = isolated("bypass")?;
     let rules = inside(&pod, async || {
         let interception = prepare("ipv6=bypass").await?;
         interception.install().await?;
@@ -260,7 +263,7 @@ fn bypass() -> Result<(), Failed> {
 }
 
 fn counters_in_order() -> Result<(), Failed> {
-    let pod = lonely("counters")?;
+    let pod = isolated("counters")?;
     inside(&pod, async || {
         let interception = prepare("").await?;
         equal("counters before", interception.counters().await?.len(), 0)?;
@@ -274,9 +277,9 @@ fn counters_in_order() -> Result<(), Failed> {
 }
 
 fn difference_in_words() -> Result<(), Failed> {
-    let pod = lonely("words")?;
+    let pod = isolated("words")?;
     inside(&pod, async || Ok(prepare("ipv6=bypass").await?.install().await?))?;
-    // nlink prints neither this nor our own `ct original zone set` in nft's language.
+    // nlink cannot print this expression and the planned `ct original zone set` in nft syntax.
     command(
         &pod,
         "nft add rule inet underpass raw_istio_output ct reply zone set 7 comment foreign",
@@ -295,7 +298,7 @@ fn difference_in_words() -> Result<(), Failed> {
 }
 
 fn foreign_rules() -> Result<(), Failed> {
-    let pod = lonely("foreign")?;
+    let pod = isolated("foreign")?;
     for rule in [
         "add table inet other",
         "add chain inet other early { type filter hook output priority -400; }",
@@ -314,14 +317,14 @@ fn foreign_rules() -> Result<(), Failed> {
     let found = inside(&pod, async || {
         let interception = prepare("").await?;
         interception.install().await?;
-        // The blackhole is ours, and no foreign rule.
+        // The blackhole belongs to underpass and is no foreign rule.
         interception.block().await?;
         let found = interception.foreign_rules().await?;
         interception.unblock().await?;
         Ok(found.iter().map(ToString::to_string).collect::<Vec<_>>())
     })?;
     let expected = [
-        "policy routing: ip -4 rule fwmark 0x111/0xffffffff pref 100 lookup 7 (chooses a route before our ip rule)",
+        "policy routing: ip -4 rule fwmark 0x111/0xffffffff pref 100 lookup 7 (selects a route before underpass' ip rule)",
         "table inet other, chain called (hook output, priority -400): tcp dport 80 notrack (changes connection \
          tracking)",
         "table inet other, chain nat (hook prerouting, priority -110): tcp dport 80 redirect to :81 (changes the \
@@ -330,8 +333,7 @@ fn foreign_rules() -> Result<(), Failed> {
     equal("foreign rules", found, expected.map(str::to_owned).to_vec())
 }
 
-/// What `prepare` says in the namespace that the test was started in, and whether that is the
-/// host's.
+/// The result of `prepare` in the test's initial namespace, and whether that is the host's.
 pub(crate) struct Outside {
     refused: bool,
     permitted: bool,
@@ -345,7 +347,7 @@ pub(crate) fn prepare_here() -> io::Result<Outside> {
         let access = NamespaceAccess::current()?;
         Ok::<_, io::Error>(Interception::prepare(&access, &settings(""), PORTS).await)
     })?;
-    // A sandbox is entered by a process of one thread.
+    // Only a process with a single thread can enter a sandbox.
     while fs::read_dir("/proc/self/task")?.count() > 1 {
         thread::yield_now();
     }
@@ -358,10 +360,10 @@ pub(crate) fn prepare_here() -> io::Result<Outside> {
 
 pub(crate) fn host_is_refused(outside: &io::Result<Outside>) -> Result<(), Failed> {
     let outside = outside.as_ref().map_err(|error| error.to_string())?;
-    // Without NET_ADMIN that is what is said first.
+    // Without NET_ADMIN, that is the first error.
     if outside.permitted && outside.initial {
         equal("the host is refused", outside.refused, true)?;
     }
-    let pod = lonely("not-the-host")?;
+    let pod = isolated("not-the-host")?;
     inside(&pod, async || prepare("").await.map(|_| ()))
 }

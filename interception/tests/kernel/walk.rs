@@ -1,8 +1,7 @@
-//! The walk against the kernel: random settings, random packets, and what really became of them.
+//! Compares the evaluation of plans with the kernel, with random settings and packets.
 //!
-//! Each packet opens a connection (or is a datagram) through installed rules. Compared are who got
-//! it, what it says that its destination was, or that it was refused; and the counters of all nat
-//! rules.
+//! Each packet opens a connection, or is a datagram, and passes installed rules. The test compares
+//! receiver, original destination or rejection, and the counters of all nat rules.
 //!
 //! A failure prints its seed; `UNDERPASS_WALK_SEED=N` repeats it.
 
@@ -17,8 +16,8 @@ use libtest_mimic::Failed;
 use tokio::sync::mpsc::UnboundedReceiver;
 use underpass_config::{InterceptionSettings, Profile};
 use underpass_interception::{
-    Answer, End, Entered, Environment, Interception, NamespaceAccess, PROXY_MARK, Packet, Protocol,
-    RulePlan, State, Table, Walk, Way,
+    ConntrackState, Entered, Entry, Environment, Interception, NamespaceAccess, PROXY_MARK, Packet,
+    Protocol, ReplyOutcome, RulePlan, Table, Verdict, Walk,
 };
 
 use crate::Case;
@@ -27,20 +26,25 @@ use network::{Arrival, Network, Outcome, Place};
 use random::Random;
 
 pub(crate) const CASES: &[Case] = &[
-    ("the kernel does what the walk says (ambient)", || compare(Profile::Ambient, "walk-ambient")),
-    ("the kernel does what the walk says (sidecar)", || compare(Profile::Sidecar, "walk-sidecar")),
-    ("the kernel does what the walk says (osm)", || compare(Profile::Osm, "walk-osm")),
-    ("what imitates a client and is redirected has no answer in IPv4", unanswered),
+    ("the kernel agrees with the evaluation (ambient)", || {
+        compare(Profile::Ambient, "walk-ambient")
+    }),
+    ("the kernel agrees with the evaluation (sidecar)", || {
+        compare(Profile::Sidecar, "walk-sidecar")
+    }),
+    ("the kernel agrees with the evaluation (osm)", || compare(Profile::Osm, "walk-osm")),
+    ("a redirected connection from a client's address gets no reply over IPv4", loses_reply),
 ];
 
-/// How many random settings each profile gets, and how many packets each of those.
+/// The number of random settings per profile, and of packets per settings.
 const ROUNDS: usize = 12;
 const PACKETS: usize = 12;
-/// How long nothing must come of what is lost: less than the second after which the kernel sends a SYN
-/// again. Nat would count that one too where a reset has ended the first one's entry.
+/// How long a lost packet must stay without effect: less than a second, after which the kernel
+/// sends the SYN again. Nat would count that one too if a RST removed the first one's conntrack
+/// entry.
 const QUIET: Duration = Duration::from_millis(500);
 
-/// A packet to send, and from where.
+/// A packet and the namespace that sends it.
 #[derive(Debug, Clone)]
 pub(crate) struct Attempt {
     from: Place,
@@ -72,9 +76,9 @@ fn compare(profile: Profile, name: &str) -> Result<(), Failed> {
     })
 }
 
-/// By Istio's TPROXY rules, what the proxy opens in a client's name is caught by DNS capture like any other
-/// connection to port 53; of the two answers, the kernel sends the one from ::1 only.
-fn unanswered() -> Result<(), Failed> {
+/// With Istio's TPROXY rules, DNS capture redirects the proxy's connection from a client's address
+/// to port 53 like any other. Of the two replies, the kernel can send only the one from ::1.
+fn loses_reply() -> Result<(), Failed> {
     let network = Network::new("walk-answers")?;
     let settings = settings("profile=sidecar exact=true inbound.mode=tproxy dns=capture");
     runtime()?.block_on(async {
@@ -82,21 +86,22 @@ fn unanswered() -> Result<(), Failed> {
         let mut installed = Installed::new(&network, &settings)?;
         let ends = network::POD.into_iter().zip(network::REMOTE).take(2);
         for (source_port, (pod, client)) in (20000..).zip(ends) {
-            let way = Way::Out { interface: "lo".to_owned(), uid: 0, gid: 0 };
+            let entry = Entry::Out { interface: "lo".to_owned(), uid: 0, gid: 0 };
             let packet = Packet {
                 protocol: Protocol::Tcp,
                 source: SocketAddr::new(client, source_port),
                 destination: SocketAddr::new(pod, 53),
-                way,
-                state: State::New,
+                entry,
+                state: ConntrackState::New,
                 mark: PROXY_MARK,
                 connection_mark: 0,
             };
             let walk = installed.plan().walk(&packet, &installed.environment);
-            let answer = installed.plan().answer(&packet, &walk, &installed.environment);
-            let expected = if pod.is_ipv4() { Answer::Unroutable } else { Answer::Returns };
-            equal("the end", walk.end, End::Redirected(network::PORTS.dns))?;
-            equal("the answer", answer, Some(expected))?;
+            let reply = installed.plan().reply(&packet, &walk, &installed.environment);
+            let expected =
+                if pod.is_ipv4() { ReplyOutcome::Unroutable } else { ReplyOutcome::Delivered };
+            equal("the end", walk.end, Verdict::Redirected(network::PORTS.dns))?;
+            equal("the reply", reply, Some(expected))?;
             let attempt = Attempt { from: Place::Pod, packet };
             installed.attempt(&network, &attempt, &mut arrivals).await?;
         }
@@ -104,7 +109,7 @@ fn unanswered() -> Result<(), Failed> {
     })
 }
 
-/// Rules that are installed, and their counters so far.
+/// Installed rules, and their counters so far.
 struct Installed {
     interception: Interception,
     environment: Environment,
@@ -137,34 +142,34 @@ impl Installed {
         self.interception.plan()
     }
 
-    /// Sends a packet, and compares what became of it.
+    /// Sends a packet, and compares the outcome.
     async fn attempt(
         &mut self,
         network: &Network,
         attempt: &Attempt,
         arrivals: &mut UnboundedReceiver<Arrival>,
     ) -> Result<(), Failed> {
-        let patience = self.patience(&attempt.packet);
-        let outcome = network.send(attempt, patience, arrivals).await?;
+        let outcome_timeout = self.outcome_timeout(&attempt.packet);
+        let outcome = network.send(attempt, outcome_timeout, arrivals).await?;
         self.check(network, attempt, &outcome).map_err(|error| {
             format!("{}\n{attempt:#?}", error.message().unwrap_or_default()).into()
         })
     }
 
-    /// What the walk and its answer say.
+    /// The expected outcome.
     fn expected(&self, packet: &Packet) -> (Walk<'_>, Outcome) {
         let walk = self.plan().walk(packet, &self.environment);
-        let answer = self.plan().answer(packet, &walk, &self.environment);
-        let outcome = expected(packet, &walk, answer);
+        let reply = self.plan().reply(packet, &walk, &self.environment);
+        let outcome = expected(packet, &walk, reply);
         (walk, outcome)
     }
 
-    /// How long to wait for an outcome.
-    fn patience(&self, packet: &Packet) -> Duration {
+    /// The timeout for an outcome.
+    fn outcome_timeout(&self, packet: &Packet) -> Duration {
         if self.expected(packet).1 == Outcome::Lost { QUIET } else { DEADLINE }
     }
 
-    /// The counters of nat's rules.
+    /// The counters of nat rules.
     fn count(&self, network: &Network) -> Result<BTreeMap<String, u64>, Failed> {
         let counters = inside(&network.pod, async || Ok(self.interception.counters().await?))?;
         let in_nat = |id: &str| {
@@ -184,32 +189,32 @@ impl Installed {
         let after = self.count(network)?;
         let before = std::mem::replace(&mut self.counted, after);
         let (walk, expected) = self.expected(&attempt.packet);
-        let outcome = plain(outcome, &walk, &attempt.packet);
-        equal("what became of it", outcome, expected)?;
+        let outcome = without_original(outcome, &walk, &attempt.packet);
+        equal("the outcome", outcome, expected)?;
         let moved = |(id, packets): (&String, &u64)| {
             let moved = packets - before.get(id).copied().unwrap_or_default();
             (moved > 0).then(|| (id.clone(), moved))
         };
         let moved: BTreeMap<_, _> = self.counted.iter().filter_map(moved).collect();
-        equal("nat rules that matched", moved, met(&walk))
+        equal("nat rules that matched", moved, matched_rules(&walk))
     }
 }
 
-/// How often each nat rule matched.
-fn met(walk: &Walk<'_>) -> BTreeMap<String, u64> {
-    let mut met = BTreeMap::new();
+/// The number of matches of each nat rule.
+fn matched_rules(walk: &Walk<'_>) -> BTreeMap<String, u64> {
+    let mut matched_rules = BTreeMap::new();
     for rule in walk.rules().filter(|rule| rule.chain.table == Table::Nat) {
-        *met.entry(rule.id.clone()).or_default() += 1;
+        *matched_rules.entry(rule.id.clone()).or_default() += 1;
     }
-    met
+    matched_rules
 }
 
-/// An outcome without the original destination of what was not caught: right if it is the packet's,
-/// and no mistake if the kernel knows none, as where no rule of the family needs conntrack.
-fn plain(outcome: &Outcome, walk: &Walk<'_>, packet: &Packet) -> Outcome {
+/// Removes the original destination from the outcome of an uncaptured packet. It may be the
+/// packet's own, or unknown where no rule of the family uses conntrack.
+fn without_original(outcome: &Outcome, walk: &Walk<'_>, packet: &Packet) -> Outcome {
     match outcome {
         Outcome::Arrived(arrival)
-            if walk.end == End::Direct && arrival.original == Some(packet.destination) =>
+            if walk.end == Verdict::Direct && arrival.original == Some(packet.destination) =>
         {
             Outcome::Arrived(Arrival { original: None, ..arrival.clone() })
         }
@@ -217,30 +222,30 @@ fn plain(outcome: &Outcome, walk: &Walk<'_>, packet: &Packet) -> Outcome {
     }
 }
 
-fn expected(packet: &Packet, walk: &Walk<'_>, answer: Option<Answer>) -> Outcome {
+fn expected(packet: &Packet, walk: &Walk<'_>, reply: Option<ReplyOutcome>) -> Outcome {
     let arrived = |place, port, original| Outcome::Arrived(Arrival { place, port, original });
-    // A datagram needs no answer to arrive.
+    // A datagram needs no reply to arrive.
     if packet.protocol == Protocol::Tcp
-        && matches!(answer, Some(Answer::Astray | Answer::Unroutable))
+        && matches!(reply, Some(ReplyOutcome::Misrouted | ReplyOutcome::Unroutable))
     {
         return Outcome::Lost;
     }
     match walk.end {
-        End::Direct => {
+        Verdict::Direct => {
             let place = if walk.local { Place::Pod } else { place_of(packet.destination) };
             arrived(place, packet.destination.port(), None)
         }
-        End::Redirected(port) | End::Tproxied(port) => {
-            // Of datagrams the kernel does not tell.
+        Verdict::Redirected(port) | Verdict::Tproxied(port) => {
+            // For datagrams, the kernel reports no original destination.
             let tcp = packet.protocol == Protocol::Tcp;
             arrived(Place::Pod, port, tcp.then_some(packet.destination))
         }
-        End::Rejected => Outcome::Refused,
-        End::Dropped => Outcome::Lost,
+        Verdict::Rejected => Outcome::Refused,
+        Verdict::Dropped => Outcome::Lost,
     }
 }
 
-/// Who has an address that is not the pod's.
+/// The namespace that has an address outside of the pod.
 fn place_of(address: SocketAddr) -> Place {
     if network::VM.contains(&address.ip()) { Place::Vm } else { Place::Remote }
 }

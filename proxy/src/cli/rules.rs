@@ -218,7 +218,7 @@ async fn refuse_beside_proxy(force: bool) -> Result<(), CommandError> {
     }
 }
 
-/// `[{"place": …, "missing": [rule…], "unexpected": [rule…]}]`
+/// `[{"location": …, "missing": [rule…], "unexpected": [rule…]}]`
 fn differences(difference: &Difference) -> Vec<Value> {
     let sections = difference.sections().iter().map(|section| {
         let with = |sign: Sign| -> Vec<&str> {
@@ -226,7 +226,7 @@ fn differences(difference: &Difference) -> Vec<Value> {
             lines.map(|line| line.text.as_str()).collect()
         };
         json!({
-            "place": section.place,
+            "location": section.location,
             "missing": with(Sign::Missing),
             "unexpected": with(Sign::Unexpected),
         })

@@ -1,4 +1,4 @@
-//! The flows of the ambient article, A1 to A12 of the project's own tests.
+//! The flows of the ambient profile: A1 to A12 of the project's own tests.
 
 use std::net::SocketAddr;
 
@@ -13,13 +13,13 @@ pub(super) fn flows<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> V
     vec![
         outbound(scene, "A1", "The app connects to another pod", scene.app())
             .article("OUTPUT ▶ ISTIO_OUTPUT, the last rule ▶ 15001")
-            .note("The proxy's own connection carries the mark 0x539, by which the last rule knows it.")
+            .note("The proxy's own connection carries the mark 0x539, which the last rule excludes.")
             .flow(),
         from_remote(explanation, scene),
         hbone(explanation, scene, "A3")
             .article("PREROUTING ▶ ISTIO_PRERT ▶ 15008")
-            .note("15008 is no target of a redirect: the rule that catches spares it, and the connection arrives as it is.")
-            .answer(scene, scene.app())
+            .note("Connections to 15008 are not redirected: the rule that captures excludes the port.")
+            .reply(scene, scene.app())
             .flow(),
         probe(explanation, scene),
         metrics(explanation, scene),
@@ -35,14 +35,14 @@ pub(super) fn flows<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> V
 
 fn from_remote<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
     let ingress = explanation.settings.ingress;
-    inbound(scene, "A2", "Another pod connects to the app in plain")
+    inbound(scene, "A2", "Another pod connects to the app in plaintext")
         .article("PREROUTING ▶ ISTIO_PRERT, the last rule ▶ 15006")
         .note(
-            "The proxy takes the client's address for its last hop. The connection mark 0x111 brings the \
-             app's answers back: it selects routing table 100. The article has it speed up matching.",
+            "The proxy connects to the app from the client's address. The connection mark 0x111 routes the \
+             app's replies back: it selects routing table 100. The article says that it speeds up matching.",
         )
-        .note_if(ingress, "interception.ingress: plain connections reach the gateway as they are (A10).")
-        .answer(scene, scene.app())
+        .note_if(ingress, "interception.ingress: plaintext connections reach the gateway without a redirect (A10).")
+        .reply(scene, scene.app())
         .flow()
 }
 
@@ -57,17 +57,17 @@ fn probe<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
     Draft::new("A4", "The kubelet probes the app")
         .article("PREROUTING ▶ ISTIO_PRERT, ACCEPT by source 169.254.7.127")
         .note(
-            "169.254.7.127 is no address of Istio, as the article has it: istio-cni's node agent rewrites \
-             the source of the kubelet's probes to it. Without that agent probes are like any client.",
+            "The article calls 169.254.7.127 an address of Istio. It is not: istio-cni's node agent rewrites \
+             the source of the kubelet's probes to it. Without that agent, probes are treated like other clients.",
         )
         .note_if(
             *probes == KubeletProbes::Off,
-            "interception.kubelet_probes is off: the proxy decides on a connection from 169.254.7.127 as on \
-             any other. Any host on the link can use that address where no node agent guards it.",
+            "interception.kubelet_probes is off: connections from 169.254.7.127 are captured like \
+             all others. Without a node agent, any host on the link can use that address.",
         )
         .note_if(
             *ingress,
-            "interception.ingress: nothing is caught, so that probes need no rule.",
+            "interception.ingress: inbound connections are not captured, so probes need no rule.",
         )
         .hop(scene.received(Party::Kubelet, scene.kubelet(), to, Party::App))
         .flow()
@@ -79,7 +79,7 @@ fn metrics<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
     Draft::new("metrics", "Prometheus reads the proxy's metrics")
         .note_if(
             explanation.settings.exact,
-            "Istio's ambient rules catch it, and the workload's policies decide on it.",
+            "Istio's ambient rules capture it, and the workload's policies apply to it.",
         )
         .hop(scene.received(Party::Prometheus, scene.remote(), to, Party::Proxy))
         .flow()
@@ -101,7 +101,7 @@ fn other_loopback(scene: Scene<'_>) -> Flow<'_> {
 
 fn own_hbone<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
     let to = SocketAddr::new(scene.pod(), explanation.ports.hbone);
-    Draft::new("A8", "The app connects to a service, and the proxy chooses this very pod")
+    Draft::new("A8", "The app connects to a service, and the proxy selects this same pod")
         .hop(scene.sent(scene.app(), scene.app_at_remote(), Party::Remote))
         .hop(scene.sent(scene.proxy(), to, Party::Proxy))
         .hop(scene.last_hop(scene.pod()))

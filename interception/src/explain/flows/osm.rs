@@ -1,4 +1,4 @@
-//! The flows of OSM's article.
+//! The flows of the OSM profile, in the order of OSM's article.
 
 use std::net::SocketAddr;
 
@@ -10,29 +10,29 @@ use crate::explain::{Explanation, Flow, Party};
 const ADMIN: u16 = 15000;
 /// Envoy's metrics.
 const METRICS: u16 = 15010;
-/// The rewritten liveness, readiness and startup probes.
+/// A port for rewritten liveness, readiness and startup probes.
 const LIVENESS: u16 = 15901;
 
 pub(super) fn flows<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
     vec![
         outbound(scene, "O1", "The app connects to another pod", scene.app())
-            .article("OUTPUT ▶ PROXY_OUTPUT ▶ PROXY_REDIRECT ▶ 15001; the proxy's own by --uid-owner 1500")
+            .article("OUTPUT ▶ PROXY_OUTPUT ▶ PROXY_REDIRECT ▶ 15001; the proxy's own connections by --uid-owner 1500")
             .flow(),
         inbound(scene, "O2", "Another pod connects to the app")
             .article("PREROUTING ▶ PROXY_INBOUND ▶ PROXY_IN_REDIRECT ▶ 15003")
-            .note("The last hop goes to localhost, and the app sees 127.0.0.1 as its client.")
+            .note("The proxy connects to localhost, so the app sees the client 127.0.0.1.")
             .flow(),
-        never_caught(scene, "O3", "Prometheus reads the proxy's metrics", Party::Prometheus, METRICS),
-        never_caught(scene, "O4", "The kubelet probes by the proxy", Party::Kubelet, LIVENESS),
+        exempt(scene, "O3", "Prometheus reads the proxy's metrics", Party::Prometheus, METRICS),
+        exempt(scene, "O4", "The kubelet probes the app through the proxy", Party::Kubelet, LIVENESS),
         own_address(scene),
         localhost(scene, "O6").flow(),
         admin(scene),
-        hbone(explanation, scene, "HBONE").note("OSM has no HBONE; underpass has in every profile.").flow(),
+        hbone(explanation, scene, "HBONE").note("OSM has no HBONE; underpass adds it to every profile.").flow(),
         udp(explanation, scene, "UDP").article("only TCP is intercepted").flow(),
     ]
 }
 
-fn never_caught<'e>(scene: Scene<'e>, id: &str, title: &str, from: Party, port: u16) -> Flow<'e> {
+fn exempt<'e>(scene: Scene<'e>, id: &str, title: &str, from: Party, port: u16) -> Flow<'e> {
     let to = SocketAddr::new(scene.pod(), port);
     Draft::new(id, title)
         .article("PREROUTING ▶ PROXY_INBOUND, RETURN by port")
@@ -43,7 +43,7 @@ fn never_caught<'e>(scene: Scene<'e>, id: &str, title: &str, from: Party, port: 
 fn own_address(scene: Scene<'_>) -> Flow<'_> {
     let to = scene.app_at_pod();
     Draft::new("O5", "The app connects to its own pod's address")
-        .note("OSM 0.8, the article's version, catches it; later ones leave it direct.")
+        .note("OSM 0.8, the article's version, captures it; later versions do not.")
         .hop(scene.sent(scene.app(), to, Party::App))
         .hop(scene.sent(scene.proxy(), to, Party::App))
         .flow()
@@ -53,7 +53,7 @@ fn admin(scene: Scene<'_>) -> Flow<'_> {
     let to = SocketAddr::new(scene.pod(), ADMIN);
     Draft::new("O7", "The app connects to Envoy's admin port at the pod's address")
         .article("PROXY_REDIRECT, ACCEPT by port 15000")
-        .note("The article's rule for this port stands after a redirect that takes everything: it never matches.")
+        .note("The article's rule for this port follows a redirect of all TCP: it never matches.")
         .hop(scene.sent(scene.app(), to, Party::Proxy))
         .flow()
 }

@@ -1,8 +1,8 @@
-//! The six types of the sidecar article, and what it leaves out.
+//! The flows of the sidecar profile: the six types of the article, and those that it omits.
 
 use std::net::SocketAddr;
 
-use super::{Draft, dns, hbone, inbound, localhost, onwards, outbound, udp};
+use super::{Draft, dns, hbone, inbound, localhost, outbound, proxy_connection, udp};
 use crate::explain::scene::{Process, Scene};
 use crate::explain::{Explanation, Flow, Party};
 use crate::plan::Protocol;
@@ -11,7 +11,7 @@ use crate::plan::Protocol;
 const METRICS: u16 = 15020;
 /// Envoy's admin port.
 const ADMIN: u16 = 15000;
-/// Where istiod serves.
+/// The port of istiod.
 const ISTIOD: u16 = 15012;
 
 pub(super) fn flows<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
@@ -28,9 +28,7 @@ pub(super) fn flows<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> V
     ];
     flows.extend(agent_by_group(explanation, scene));
     flows.extend([
-        hbone(explanation, scene, "HBONE")
-            .note("The article is older than HBONE in sidecars.")
-            .flow(),
+        hbone(explanation, scene, "HBONE").note("The article predates HBONE in sidecars.").flow(),
         localhost(scene, "localhost").flow(),
         dns(explanation, scene, "DNS", Protocol::Udp),
         dns(explanation, scene, "DNS over TCP", Protocol::Tcp),
@@ -46,16 +44,16 @@ fn from_remote<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'
     if explanation.settings.inbound.mode == underpass_config::InboundMode::Tproxy {
         return draft
             .note(
-                "With TPROXY the app sees the client's own address; a mark brings its answers back to \
-                 the proxy. The article is about REDIRECT.",
+                "With TPROXY the app sees the client's own address; a mark routes its replies back to \
+                 the proxy. The article describes REDIRECT.",
             )
-            .answer(scene, scene.app())
+            .reply(scene, scene.app())
             .flow();
     }
     draft
         .note(
-            "The last hop comes from 127.0.0.6, by which rule 1 knows it. From any other address rule 2 \
-             would lead it to the proxy again, without end.",
+            "The proxy connects from 127.0.0.6, which rule 1 matches. From any other address, rule 2 \
+             would redirect it to the proxy again in an endless loop.",
         )
         .flow()
 }
@@ -65,18 +63,18 @@ fn metrics(scene: Scene<'_>) -> Flow<'_> {
     Draft::new("3", "Prometheus reads the proxy's metrics")
         .article("PREROUTING ▶ ISTIO_INBOUND (not redirected) ▶ INPUT ▶ OUTPUT ▶ ISTIO_OUTPUT rule 3")
         .note(
-            "The article leads the answer through rule 3. It never gets there: nat is asked about the \
-             packet that opens a connection, and that one arrived. Its ports (15002, 15090) are 15020, \
+            "The article leads the reply through rule 3. It does not get there: nat applies only to the \
+             packet that opens a connection, and that one arrived. The article's ports (15002, 15090) are 15020, \
              15021 and 15090 today.",
         )
         .hop(scene.received(Party::Prometheus, scene.remote(), to, Party::Proxy))
-        .answer(scene, scene.proxy())
+        .reply(scene, scene.proxy())
         .flow()
 }
 
 fn through_service(scene: Scene<'_>) -> Flow<'_> {
     let service = scene.app_at_remote();
-    Draft::new("4", "The app connects to a service, and the proxy chooses this very pod")
+    Draft::new("4", "The app connects to a service, and the proxy selects this same pod")
         .article(
             "OUTPUT ▶ ISTIO_OUTPUT rule 9 ▶ ISTIO_REDIRECT ▶ 15001 ▶ OUTPUT ▶ ISTIO_OUTPUT rule 2 ▶ \
              ISTIO_IN_REDIRECT ▶ 15006 ▶ OUTPUT ▶ ISTIO_OUTPUT rule 1",
@@ -89,7 +87,9 @@ fn through_service(scene: Scene<'_>) -> Flow<'_> {
 
 fn to_own_address(scene: Scene<'_>) -> Flow<'_> {
     Draft::new("4'", "The app connects to its own pod's address")
-        .note("The article has only the way through a service. Without one the proxy sees nothing of it.")
+        .note(
+            "The article covers only the path through a service. A direct call bypasses the proxy.",
+        )
         .hop(scene.sent(scene.app(), scene.app_at_pod(), Party::App))
         .flow()
 }
@@ -99,9 +99,9 @@ fn within_proxy(scene: Scene<'_>) -> Flow<'_> {
     Draft::new("5", "The proxy connects to itself on localhost")
         .article("OUTPUT ▶ ISTIO_OUTPUT rule 8")
         .note(
-            "The article names rule 8; rule 4 comes before it and takes all that the proxy's user sends. \
-             With the default settings rules 5, 6 and 8 never match: what passes rules 3 and 4 is \
-             neither on loopback nor the proxy's.",
+            "The article names rule 8; rule 4 precedes it and matches all traffic of the proxy's user. \
+             With the default settings rules 5, 6 and 8 never match: traffic that passes rules 3 and 4 is \
+             neither on loopback nor from the proxy.",
         )
         .hop(scene.sent(scene.proxy(), to, Party::Proxy))
         .flow()
@@ -112,10 +112,10 @@ fn agent(scene: Scene<'_>) -> Flow<'_> {
     Draft::new("6", "The agent connects to istiod")
         .article("OUTPUT ▶ ISTIO_OUTPUT rule 9 ▶ 15001 ▶ OUTPUT ▶ ISTIO_OUTPUT rule 4")
         .note(
-            "The article has it caught. It is not: the agent runs as the proxy's user, and rule 4 lets it go.",
+            "The article says that it is captured. It is not: the agent runs as the proxy's user, which rule 4 excludes.",
         )
         .hop(scene.sent(agent, SocketAddr::new(scene.remote(), ISTIOD), Party::Istiod))
-        .hop(onwards(scene, SocketAddr::new(scene.remote(), ISTIOD)))
+        .hop(proxy_connection(scene, SocketAddr::new(scene.remote(), ISTIOD)))
         .flow()
 }
 
@@ -127,5 +127,5 @@ fn agent_by_group<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Opt
     let to = SocketAddr::new(scene.remote(), ISTIOD);
     let title = format!("An agent of user {uid} and the proxy's group connects to istiod");
     let draft = Draft::new("6'", title).hop(scene.sent(agent, to, Party::Istiod));
-    Some(draft.hop(onwards(scene, to)).flow())
+    Some(draft.hop(proxy_connection(scene, to)).flow())
 }

@@ -1,10 +1,10 @@
-//! Rules as nft lists their expressions, which is what it would make them of.
+//! Tests of expressions: they list as the text that nft would generate.
 
 use super::*;
 use crate::plan::nft::testing::rule as planned;
 use crate::plan::{Families, Rule};
 
-/// The expressions as nft would list them, which is what it would make them of.
+/// The expressions of a rule as nft lists them.
 fn listed(families: Families, matches: Vec<Match>, action: Action) -> String {
     let planned = Rule { families, action, ..planned("id", matches) };
     let listed = rule(&planned).unwrap().nft_syntax_stateless();
@@ -12,7 +12,7 @@ fn listed(families: Families, matches: Vec<Match>, action: Action) -> String {
 }
 
 #[test]
-fn a_protocol_is_asked_for_once() {
+fn protocol_is_checked_once() {
     let port = Match::DestinationPort(Protocol::Tcp, vec![80.into()]);
     let matches = vec![Match::Protocol(Protocol::Tcp), Match::NotOpening, port];
     let both = Rule { matches, ..planned("id", vec![]) };
@@ -22,7 +22,7 @@ fn a_protocol_is_asked_for_once() {
 }
 
 #[test]
-fn networks_are_compared_by_their_prefix() {
+fn networks_compare_prefix() {
     for (cidr, listing) in [
         ("10.0.0.1/32", "ip daddr 10.0.0.1 counter accept"),
         ("10.0.0.0/8", "ip daddr 10.0.0.0/8 counter accept"),
@@ -36,7 +36,7 @@ fn networks_are_compared_by_their_prefix() {
 }
 
 #[test]
-fn sets_are_looked_up_by_name_and_inverted() {
+fn set_lookups_can_be_inverted() {
     let ports = vec![80.into(), 443.into()];
     let matches = vec![Match::NotDestinationPort(Protocol::Udp, ports)];
     assert_eq!(
@@ -46,7 +46,7 @@ fn sets_are_looked_up_by_name_and_inverted() {
 }
 
 #[test]
-fn marks_keep_the_bits_that_are_not_ours() {
+fn mark_changes_keep_foreign_bits() {
     let mark = Mark { value: 0x111, mask: 0xfff };
     assert_eq!(
         listed(Families::Both, vec![Match::NotPacketMark(mark)], Action::MarkConnection(mark)),
@@ -55,7 +55,7 @@ fn marks_keep_the_bits_that_are_not_ours() {
 }
 
 #[test]
-fn a_rule_of_one_family_asks_for_it() {
+fn rule_of_one_family_checks_family() {
     let matches = vec![Match::Protocol(Protocol::Tcp)];
     assert_eq!(
         listed(Families::V6, matches, Action::Redirect(15001)),

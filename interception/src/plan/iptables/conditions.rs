@@ -1,7 +1,7 @@
-//! What a packet must be, in the words of iptables: one line for each combination of the values that
-//! the lists of a rule have.
+//! The conditions of a rule in iptables syntax: one line for each combination of list values.
 //!
-//! Not here: what happens then (`plan/iptables.rs`).
+//! iptables has no lists, so a rule with lists becomes several lines. Targets are in
+//! `plan/iptables.rs`.
 
 use ipnet::IpNet;
 use underpass_config::PortRange;
@@ -9,8 +9,8 @@ use underpass_config::PortRange;
 use super::{Family, compared, name};
 use crate::plan::{Direction, Match, Protocol};
 
-/// What a packet must be, as iptables groups it: addresses, interfaces and the protocol come first and
-/// once each, the extensions then in their order.
+/// The conditions of a rule as iptables orders them: addresses, interfaces and protocol first and
+/// once each, then the extensions in rule order.
 #[derive(Debug, Default)]
 pub(super) struct Conditions {
     sources: Option<Vec<IpNet>>,
@@ -20,13 +20,13 @@ pub(super) struct Conditions {
     outgoing: Option<Vec<String>>,
     not_outgoing: Option<String>,
     pub(super) protocol: Option<Protocol>,
-    /// Where among the extensions that of the protocol stands. There is but one: iptables-nft 1.8.9
-    /// lists of two `-m tcp` in one rule only the last.
+    /// The position of the protocol's extension. There is at most one: of two `-m tcp` in a rule,
+    /// iptables-nft 1.8.9 lists only the last.
     transport: Option<usize>,
     source_port: Option<String>,
     destination_port: Option<String>,
     not_opening: bool,
-    /// Of each extension, the texts of which one is enough.
+    /// For each extension, the alternative texts, one of which must match.
     extensions: Vec<Vec<String>>,
 }
 
@@ -57,7 +57,7 @@ impl Conditions {
             Match::NotDestination(net) if family.has(net) => {
                 self.not_destinations.push(net.trunc())
             }
-            // It also says that the packet is of that address's family.
+            // A network of the other family also excludes every address of this family.
             Match::NotDestination(_) => self.destinations = Some(Vec::new()),
             Match::SourcePort(protocol, port) => {
                 self.transport(*protocol);
@@ -86,7 +86,7 @@ impl Conditions {
         self.extensions.push(vec![format!("-m {text}")]);
     }
 
-    /// The protocol's own extension stands where it is first needed.
+    /// The protocol's extension is placed where it is first needed.
     fn transport(&mut self, protocol: Protocol) {
         self.protocol = Some(protocol);
         if self.transport.is_none() {
@@ -119,7 +119,7 @@ impl Conditions {
         self.extensions.push(vec![texts.join(" ")]);
     }
 
-    /// Part by part, in the order of iptables-save, the texts of which one is enough.
+    /// The alternative texts for each part of the line, in the order of iptables-save.
     pub(super) fn alternatives(mut self, family: Family) -> Vec<Vec<String>> {
         let sources = self
             .sources
@@ -150,7 +150,8 @@ impl Conditions {
         parts
     }
 
-    /// iptables takes one `-d` in a rule, so that what else there is about destinations is computed.
+    /// iptables allows one `-d` per rule, so several conditions on the destination are merged into
+    /// networks.
     fn destination_texts(&mut self, family: Family) -> Vec<String> {
         let everything = family.everything();
         let anywhere = self.destinations.as_ref().is_none_or(|nets| nets.contains(&everything));
@@ -168,12 +169,12 @@ impl Conditions {
     }
 }
 
-/// A part that asks for nothing.
+/// A part without a condition.
 fn nothing() -> Vec<String> {
     vec![String::new()]
 }
 
-/// iptables-save prints no `0.0.0.0/0`.
+/// iptables-save omits `0.0.0.0/0`.
 fn addresses(option: &str, net: IpNet) -> String {
     if net.prefix_len() == 0 { String::new() } else { format!("{option} {net}") }
 }
@@ -192,7 +193,7 @@ fn intersection(nets: &[IpNet], others: &[IpNet]) -> Vec<IpNet> {
         .collect()
 }
 
-/// `net` without `hole`: halves, until one is either wholly in it or not at all.
+/// `net` without `hole`: splits the network in halves until each is either inside or outside.
 fn difference(net: IpNet, hole: IpNet) -> Vec<IpNet> {
     if hole.contains(&net) {
         return Vec::new();
@@ -209,8 +210,8 @@ fn range(ports: PortRange) -> String {
     if first == last { first.to_string() } else { format!("{first}:{last}") }
 }
 
-/// Port lists of 15 at most, a range being two (XT_MULTI_PORTS,
-/// include/uapi/linux/netfilter/xt_multiport.h).
+/// Splits a port list for the multiport match: at most 15 ports, where a range counts as two
+/// (XT_MULTI_PORTS, include/uapi/linux/netfilter/xt_multiport.h).
 fn multiport(ports: &[PortRange]) -> Vec<String> {
     const MOST: usize = 15;
     let mut lists: Vec<(usize, String)> = Vec::new();

@@ -1,4 +1,4 @@
-//! The text of plans in iptables' language.
+//! Tests of the text that is printed for `iptables-restore`.
 
 use underpass_config::PortRange;
 
@@ -14,7 +14,7 @@ fn rule(chain: ChainId, families: Families, matches: Vec<Match>, action: Action)
     Rule {
         id: "rule".to_owned(),
         reason: "a test",
-        origin: Origin::Seed,
+        origin: Origin::Mesh,
         chain,
         families,
         matches,
@@ -29,7 +29,7 @@ fn plan(rules: Vec<Rule>) -> RulePlan {
     RulePlan { chains, rules, routes: Vec::new(), addresses: Vec::new() }
 }
 
-/// The lines of one rule, without the chain.
+/// The lines of one rule without the chain.
 fn texts_of(family: Family, matches: Vec<Match>, action: Action) -> Vec<String> {
     texts(&rule(OURS, Families::Both, matches, action), family)
 }
@@ -48,7 +48,7 @@ fn ports(ports: &[&str]) -> Vec<PortRange> {
 }
 
 #[test]
-fn a_plan_is_the_body_of_a_restore() {
+fn plan_prints_restore_input() {
     let plan = plan(vec![
         rule(OUTPUT, Families::Both, vec![TCP], Action::Jump(OURS)),
         rule(
@@ -75,19 +75,19 @@ fn a_plan_is_the_body_of_a_restore() {
 }
 
 #[test]
-fn a_family_without_rules_has_no_text() {
+fn family_without_rules_prints_nothing() {
     let plan = plan(vec![rule(OUTPUT, Families::V4, vec![], Action::Return)]);
     assert_eq!(plan.iptables(Family::V6), "");
 }
 
 #[test]
-fn what_only_nftables_needs_is_left_out() {
+fn omits_nftables_only_rules() {
     let only = Rule { nftables_only: true, ..rule(OURS, Families::Both, vec![], Action::Drop) };
     assert!(plan(vec![only]).lines(Family::V4).is_empty());
 }
 
 #[test]
-fn the_head_of_a_line_has_the_order_of_iptables_save() {
+fn line_starts_in_order_of_iptables_save() {
     let matches = vec![
         TCP,
         Match::Out(vec!["lo".to_owned()]),
@@ -99,7 +99,7 @@ fn the_head_of_a_line_has_the_order_of_iptables_save() {
 }
 
 #[test]
-fn extensions_keep_the_order_of_the_rule() {
+fn extensions_keep_order_of_rule() {
     let port = Match::DestinationPort(Protocol::Udp, ports(&["53"]));
     let mark = Match::NotPacketMark(MASKED);
     let (words, mark_words) = ("-m udp --dport 53", "-m mark ! --mark 0x539/0xfff");
@@ -108,7 +108,7 @@ fn extensions_keep_the_order_of_the_rule() {
 }
 
 #[test]
-fn lists_become_a_line_for_each_combination() {
+fn lists_expand_to_line_per_combination() {
     let matches =
         vec![Match::In(vec!["eth1".to_owned(), "eth2".to_owned()]), Match::Uid(vec![1, 2])];
     let expected = [
@@ -121,14 +121,14 @@ fn lists_become_a_line_for_each_combination() {
 }
 
 #[test]
-fn whoever_is_none_of_several_is_so_in_one_line() {
+fn negated_owner_list_fits_one_line() {
     let matches = vec![Match::NotUid(vec![1, 2]), Match::NotGid(vec![3])];
     let expected = "-m owner ! --uid-owner 1 -m owner ! --uid-owner 2 -m owner ! --gid-owner 3";
     assert_eq!(v4(matches), [expected]);
 }
 
 #[test]
-fn one_port_or_range_needs_no_multiport() {
+fn single_port_or_range_needs_no_multiport() {
     for (given, words) in [("80", "--dport 80"), ("8000-8100", "--dport 8000:8100")] {
         let one = vec![Match::DestinationPort(Protocol::Tcp, ports(&[given]))];
         assert_eq!(v4(one), [format!("-p tcp -m tcp {words}")]);
@@ -138,7 +138,7 @@ fn one_port_or_range_needs_no_multiport() {
 }
 
 #[test]
-fn a_multiport_has_fifteen_ports_at_most_and_a_range_is_two() {
+fn multiport_splits_after_fifteen_ports() {
     let mut given: Vec<_> = (1..=14).map(PortRange::from).collect();
     given.extend(ports(&["8000-8100", "9000"]));
     let first = "1,2,3,4,5,6,7,8,9,10,11,12,13,14";
@@ -155,7 +155,7 @@ fn a_multiport_has_fifteen_ports_at_most_and_a_range_is_two() {
 }
 
 #[test]
-fn a_rule_has_the_extension_of_its_protocol_once() {
+fn rule_has_protocol_extension_once() {
     let matches = vec![
         Match::SourcePort(Protocol::Tcp, 53),
         Match::PacketMark(MASKED),
@@ -169,13 +169,13 @@ fn a_rule_has_the_extension_of_its_protocol_once() {
 }
 
 #[test]
-fn the_tcp_module_may_have_nothing_to_do() {
+fn tcp_module_prints_without_options() {
     let source = Match::Source(nets(&["169.254.7.127/32"]));
     assert_eq!(v4(vec![source, Match::TcpModule]), ["-s 169.254.7.127/32 -p tcp -m tcp"]);
 }
 
 #[test]
-fn conntrack_is_asked_in_its_own_words() {
+fn conntrack_matches_use_its_options() {
     for (condition, words) in [
         (Match::Invalid, "--ctstate INVALID"),
         (Match::Established, "--ctstate RELATED,ESTABLISHED"),
@@ -187,7 +187,7 @@ fn conntrack_is_asked_in_its_own_words() {
 }
 
 #[test]
-fn everything_is_no_address() {
+fn network_of_all_addresses_prints_nothing() {
     assert_eq!(v4(vec![Match::Destination(nets(&["0.0.0.0/0"]))]), [""]);
     let not = Match::NotDestination("127.0.0.1/32".parse().unwrap());
     let both = vec![not, Match::Destination(nets(&["0.0.0.0/0", "10.0.0.0/8"]))];
@@ -195,7 +195,7 @@ fn everything_is_no_address() {
 }
 
 #[test]
-fn of_two_words_about_the_destination_one_is_computed() {
+fn several_destination_matches_merge_into_networks() {
     let not = Match::NotDestination("127.0.0.1/32".parse().unwrap());
     let with = |cidrs: &[&str]| v4(vec![not.clone(), Match::Destination(nets(cidrs))]);
     assert_eq!(with(&["10.0.0.0/8", "127.0.0.1/32"]), ["-d 10.0.0.0/8"]);
@@ -210,13 +210,13 @@ fn of_two_words_about_the_destination_one_is_computed() {
 }
 
 #[test]
-fn addresses_of_the_other_family_match_nothing() {
+fn addresses_of_other_family_match_nothing() {
     assert_eq!(v4(vec![Match::Source(nets(&["::1/128"]))]), [""; 0]);
     assert_eq!(v4(vec![Match::NotDestination("::1/128".parse().unwrap())]), [""; 0]);
 }
 
 #[test]
-fn not_leaving_by_an_interface_narrows_those_that_are_named() {
+fn negated_output_interface_narrows_list() {
     let lo = || "lo".to_owned();
     assert_eq!(v4(vec![Match::NotOut(lo())]), ["! -o lo"]);
     let both = vec![Match::Out(vec![lo(), "eth0".to_owned()]), Match::NotOut(lo())];
@@ -224,7 +224,7 @@ fn not_leaving_by_an_interface_narrows_those_that_are_named() {
 }
 
 #[test]
-fn a_refusal_fits_the_protocol_and_the_family() {
+fn reject_fits_protocol_and_family() {
     let reject = |family, matches| texts_of(family, matches, Action::Reject);
     assert_eq!(reject(Family::V4, vec![TCP]), ["-p tcp -j REJECT --reject-with tcp-reset"]);
     assert_eq!(reject(Family::V4, vec![]), ["-j REJECT --reject-with icmp-port-unreachable"]);
@@ -232,14 +232,14 @@ fn a_refusal_fits_the_protocol_and_the_family() {
 }
 
 #[test]
-fn marks_say_which_bits_count() {
-    let whole = Mark::whole(0x539);
-    assert_eq!(v4(vec![Match::PacketMark(whole)]), ["-m mark --mark 0x539"]);
+fn marks_print_masks() {
+    let full = Mark::full(0x539);
+    assert_eq!(v4(vec![Match::PacketMark(full)]), ["-m mark --mark 0x539"]);
     assert_eq!(v4(vec![Match::ConnectionMark(MASKED)]), ["-m connmark --mark 0x539/0xfff"]);
     let all = "--nfmask 0xffffffff --ctmask 0xffffffff";
     for (action, words) in [
         (Action::MarkPacket(MASKED), "MARK --set-xmark 0x539/0xfff".to_owned()),
-        (Action::MarkPacket(whole), "MARK --set-xmark 0x539/0xffffffff".to_owned()),
+        (Action::MarkPacket(full), "MARK --set-xmark 0x539/0xffffffff".to_owned()),
         (Action::MarkConnection(MASKED), "CONNMARK --set-xmark 0x539/0xfff".to_owned()),
         (Action::SaveMark, format!("CONNMARK --save-mark {all}")),
         (Action::RestoreMark, format!("CONNMARK --restore-mark {all}")),
@@ -249,7 +249,7 @@ fn marks_say_which_bits_count() {
 }
 
 #[test]
-fn other_actions_have_the_names_of_their_targets() {
+fn actions_print_their_targets() {
     let zone = |direction| Action::Zone(15, direction);
     for (action, words) in [
         (Action::Accept, "ACCEPT"),

@@ -1,8 +1,7 @@
-//! The values of a rule's matches: one of them stands in the rule, several in a named set of our
-//! table.
+//! The values that a rule compares with: a single value is part of the rule, several form a set.
 //!
-//! Sets are looked up in constant (addresses, ids) or logarithmic time (ranges), however many
-//! values they have; a rule for each would be tried one after the other.
+//! The kernel looks up a set in constant time (addresses, ids) or logarithmic time (ranges). A rule
+//! for each value would be evaluated one by one.
 
 use std::fmt::{self, Display, Formatter};
 use std::net::IpAddr;
@@ -10,34 +9,35 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use underpass_config::PortRange;
 
-use crate::plan::{MANY, Match, Rule, TABLE};
+use crate::plan::{HASHED_NETWORKS_MIN, Match, Rule, TABLE};
 
-/// What a match compares with.
+/// The right-hand side of a match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Operand {
-    /// Nothing that could be in a set: its kind says it all.
+    /// The match has no value that could be in a set.
     Fixed,
     /// One value.
     Value(Values),
-    /// One of these.
+    /// A lookup in a set.
     Set(NamedSet),
 }
 
-/// A named set of our table.
+/// A named set in the nftables table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct NamedSet {
-    /// Its name: the id of the rule that looks it up, and what is in it.
+    /// The id of the rule that references it, and the kind of its values.
     pub(crate) name: String,
-    /// What is in it.
+    /// The elements.
     pub(crate) values: Values,
 }
 
-/// Values of one type, sorted, without duplicates and overlaps.
+/// Values of one type, sorted, without duplicates or overlaps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Values {
     /// Networks of one family.
     Cidrs(Vec<IpNet>),
-    /// [`MANY`] networks of one family and one length, looked up by what the mask leaves of an address.
+    /// At least [`HASHED_NETWORKS_MIN`] networks of one family and prefix length, looked up by the
+    /// masked address.
     Prefixes(Vec<IpNet>),
     /// Ports.
     Ports(Vec<PortRange>),
@@ -49,7 +49,7 @@ pub(crate) enum Values {
     Interfaces(Vec<String>),
 }
 
-/// What each match of the rule compares with, in their order.
+/// The operand of each match of the rule, in order.
 pub(crate) fn operands(rule: &Rule) -> Vec<Operand> {
     let mut names = Vec::new();
     rule.matches
@@ -66,7 +66,8 @@ pub(crate) fn operands(rule: &Rule) -> Vec<Operand> {
         .collect()
 }
 
-/// `exclude-ports-ports`, or with a number if a rule has two sets of one kind. To nft, what begins with a digit is no name.
+/// Returns `exclude-ports-ports`, with a number for the second set of one kind in a rule. nft does
+/// not parse a name that begins with a digit, so such a name gets a prefix.
 fn unused_name(names: &[String], id: &str, kind: &str) -> String {
     let prefix = if id.starts_with(|first: char| first.is_ascii_digit()) { "rule-" } else { "" };
     let name = format!("{prefix}{id}-{kind}");
@@ -75,7 +76,7 @@ fn unused_name(names: &[String], id: &str, kind: &str) -> String {
 }
 
 impl Operand {
-    /// The set, if it is one.
+    /// The set, if there is one.
     pub(crate) fn into_set(self) -> Option<NamedSet> {
         match self {
             Self::Set(set) => Some(set),
@@ -83,12 +84,12 @@ impl Operand {
         }
     }
 
-    /// Whether it is made of IPv6 addresses.
+    /// Returns true if the values are IPv6 addresses.
     pub(crate) fn is_v6(&self) -> bool {
         self.values().is_some_and(Values::is_v6)
     }
 
-    /// What is left of an address before it is compared, if not all of it.
+    /// The mask that is applied to an address before the comparison.
     pub(crate) fn mask(&self) -> Option<IpAddr> {
         self.values().and_then(Values::mask)
     }
@@ -129,21 +130,21 @@ impl Values {
     fn of_networks(cidrs: &Vec<IpNet>) -> Self {
         let one_length =
             cidrs.windows(2).all(|pair| matches!(pair, [a, b] if a.prefix_len() == b.prefix_len()));
-        if one_length && cidrs.len() >= MANY {
+        if one_length && cidrs.len() >= HASHED_NETWORKS_MIN {
             Self::Prefixes(unique(cidrs))
         } else {
             Self::Cidrs(IpNet::aggregate(cidrs))
         }
     }
 
-    /// What is left of an address before it is looked up, if not all of it.
+    /// The mask that is applied to an address before the lookup.
     pub(crate) fn mask(&self) -> Option<IpAddr> {
         let Self::Prefixes(networks) = self else { return None };
         let network = networks.first()?;
         (network.prefix_len() < network.max_prefix_len()).then(|| network.netmask())
     }
 
-    /// Whether a rule can hold it: one value, and not a range of ports.
+    /// Returns true if the rule can contain the value: a single one that is not a range of ports.
     fn is_single(&self) -> bool {
         match self {
             Self::Cidrs(cidrs) => cidrs.len() == 1,
@@ -154,7 +155,7 @@ impl Values {
         }
     }
 
-    /// Whether one of them stands for several numbers, which only an interval set can hold.
+    /// Returns true if an element is a range, which needs an interval set.
     pub(crate) fn has_ranges(&self) -> bool {
         match self {
             Self::Cidrs(cidrs) => {
@@ -165,7 +166,7 @@ impl Values {
         }
     }
 
-    /// How many there are.
+    /// The number of elements.
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::Cidrs(cidrs) | Self::Prefixes(cidrs) => cidrs.len(),
@@ -175,12 +176,12 @@ impl Values {
         }
     }
 
-    /// How large a hash has to be that need not grow while it is filled.
+    /// The initial size of a hash, so that it does not grow while it is filled.
     pub(crate) fn size(&self) -> Option<usize> {
         matches!(self, Self::Prefixes(_)).then(|| self.len())
     }
 
-    /// Whether these are IPv6 networks.
+    /// Returns true for IPv6 networks.
     pub(crate) fn is_v6(&self) -> bool {
         let (Self::Cidrs(cidrs) | Self::Prefixes(cidrs)) = self else { return false };
         matches!(cidrs.first(), Some(IpNet::V6(_)))
@@ -196,7 +197,7 @@ impl Values {
         }
     }
 
-    /// nft's name of the type.
+    /// The name of the type in nft.
     fn data_type(&self) -> &'static str {
         match self {
             Self::Cidrs(_) | Self::Prefixes(_) if self.is_v6() => "ipv6_addr",
@@ -209,7 +210,7 @@ impl Values {
     }
 }
 
-/// The same ports, with ranges joined that overlap or touch.
+/// Joins ranges that overlap or are adjacent.
 fn merged(ports: &[PortRange]) -> Vec<PortRange> {
     let mut merged: Vec<PortRange> = Vec::new();
     for port in unique(ports) {
@@ -230,7 +231,7 @@ fn unique<T: Clone + Ord>(values: &[T]) -> Vec<T> {
     values
 }
 
-/// The set as nft adds it.
+/// The set as an operand of `nft add`.
 impl Display for NamedSet {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         write!(f, "set inet {TABLE} {} {{ type {};", self.name, self.values.data_type())?;
@@ -299,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn networks_that_overlap_or_complete_each_other_become_one() {
+    fn overlapping_or_adjacent_networks_merge() {
         let cidrs = ["10.1.0.0/16", "10.0.0.0/8", "192.168.0.0/25", "192.168.0.128/25"];
         let cidrs = cidrs.map(|cidr| cidr.parse().unwrap()).to_vec();
         assert_eq!(
@@ -310,13 +311,13 @@ mod tests {
     }
 
     #[test]
-    fn many_networks_of_one_length_are_looked_up_in_a_hash_by_a_mask() {
+    fn many_networks_of_one_length_form_hash_of_masked_addresses() {
         let networks = |length: u8, many: u32| -> Vec<IpNet> {
             let network =
                 |n: u32| IpNet::new((0x0a00_0000 + (n << 8)).to_be_bytes().into(), length);
             (0..many).map(|n| network(n).unwrap()).collect()
         };
-        let many = u32::try_from(MANY).unwrap();
+        let many = u32::try_from(HASHED_NETWORKS_MIN).unwrap();
         for (length, mask) in [(24, Some("255.255.255.0")), (32, None)] {
             let operand =
                 operands(&rule("id", vec![Match::Destination(networks(length, many))])).remove(0);
@@ -330,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_need_no_interval_set() {
+    fn addresses_form_plain_set() {
         let cidrs = ["fd00::1/128", "fd00::9/128"].map(|cidr| cidr.parse().unwrap()).to_vec();
         assert_eq!(
             set(Match::Source(cidrs)),
@@ -339,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn port_ranges_that_overlap_or_touch_become_one() {
+    fn overlapping_or_adjacent_port_ranges_merge() {
         let list = ports(&["8000-8100", "80", "8050-8200", "81", "65535", "443"]);
         assert_eq!(
             set(Match::DestinationPort(Protocol::Tcp, list)),
@@ -349,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_given_twice_needs_no_set_and_a_range_does() {
+    fn duplicate_value_needs_no_set_but_range_does() {
         let operand = |condition| operands(&rule("id", vec![condition])).remove(0);
         assert_eq!(operand(Match::Uid(vec![7, 7])), Operand::Value(Values::Uids(vec![7])));
         let range = Match::NotDestinationPort(Protocol::Udp, ports(&["1-2"]));
@@ -358,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn two_sets_of_one_kind_have_two_names() {
+    fn sets_of_one_kind_get_distinct_names() {
         let conditions = vec![
             Match::DestinationPort(Protocol::Tcp, ports(&["1-2"])),
             Match::Gid(vec![1, 2]),

@@ -1,4 +1,4 @@
-//! Rules and plans in nft's words.
+//! Tests of the text that is printed for nft.
 
 use super::testing::{NAT_OUTPUT, rule};
 use super::*;
@@ -6,7 +6,7 @@ use crate::plan::{ChainId, Origin};
 
 const REJECT: ChainId = ChainId { table: Table::Filter, name: "UNDERPASS_REJECT" };
 
-/// What stands between the chain and the comment.
+/// The part of a rule's text between the chain and the comment.
 fn text(families: Families, matches: Vec<Match>, action: Action) -> String {
     let text = Rule { families, action, ..rule("id", matches) }.to_string();
     let text = text.strip_prefix("add rule inet underpass nat_output ");
@@ -19,11 +19,11 @@ fn tcp() -> Vec<Match> {
 }
 
 #[test]
-fn a_mark_of_which_all_bits_count_needs_no_mask() {
-    let whole = Mark::whole(0x539);
+fn full_mark_prints_without_mask() {
+    let full = Mark::full(0x539);
     let masked = Mark { value: 0x111, mask: 0xfff };
     assert_eq!(
-        text(Families::Both, vec![Match::PacketMark(whole)], Action::MarkConnection(whole)),
+        text(Families::Both, vec![Match::PacketMark(full)], Action::MarkConnection(full)),
         "meta mark == 0x539 counter ct mark set 0x539"
     );
     assert_eq!(
@@ -33,7 +33,7 @@ fn a_mark_of_which_all_bits_count_needs_no_mask() {
 }
 
 #[test]
-fn a_rule_of_one_family_without_addresses_names_it() {
+fn rule_of_one_family_without_address_matches_family() {
     let address = vec![Match::NotDestination("::1/128".parse().unwrap())];
     let accept = Action::Accept;
     assert_eq!(text(Families::Both, vec![], accept), "counter accept");
@@ -42,7 +42,7 @@ fn a_rule_of_one_family_without_addresses_names_it() {
 }
 
 #[test]
-fn tcp_is_refused_by_a_reset_and_the_rest_in_the_words_of_its_family() {
+fn reject_uses_reset_for_tcp_and_icmp_otherwise() {
     for (families, matches, refusal) in [
         (Families::Both, tcp(), "meta l4proto tcp counter reject with tcp reset"),
         (Families::Both, vec![], "counter reject with icmpx port-unreachable"),
@@ -54,8 +54,8 @@ fn tcp_is_refused_by_a_reset_and_the_rest_in_the_words_of_its_family() {
 }
 
 #[test]
-fn tproxy_names_the_family_that_the_rule_does_and_accepts() {
-    let action = Action::Tproxy(15006, Mark::whole(1337));
+fn tproxy_names_family_of_rule_and_accepts() {
+    let action = Action::Tproxy(15006, Mark::full(1337));
     assert_eq!(
         text(Families::Both, tcp(), action),
         "meta l4proto tcp counter tproxy to :15006 meta mark set 0x539 accept"
@@ -67,7 +67,7 @@ fn tproxy_names_the_family_that_the_rule_does_and_accepts() {
 }
 
 #[test]
-fn zones_are_of_one_direction_or_of_both() {
+fn zone_applies_to_one_or_both_directions() {
     let zone = |direction| text(Families::Both, vec![], Action::Zone(15, direction));
     assert_eq!(zone(None), "counter ct zone set 15");
     assert_eq!(zone(Some(Direction::Original)), "counter ct original zone set 15");
@@ -75,7 +75,7 @@ fn zones_are_of_one_direction_or_of_both() {
 }
 
 #[test]
-fn several_values_are_looked_up_in_a_set_of_the_rules_name() {
+fn several_values_form_set_named_after_rule() {
     let several = vec![Match::NotUid(vec![1337, 1338]), Match::Out(vec!["eth0".to_owned()])];
     assert_eq!(
         text(Families::Both, several, Action::Jump(REJECT)),
@@ -84,10 +84,10 @@ fn several_values_are_looked_up_in_a_set_of_the_rules_name() {
 }
 
 #[test]
-fn a_plan_is_one_transaction_that_replaces_the_table() {
+fn plan_prints_transaction_that_replaces_table() {
     let chains =
         vec![Chain { id: NAT_OUTPUT, hook: Some(Hook::Output) }, Chain { id: REJECT, hook: None }];
-    let rules = vec![Rule { origin: Origin::Seed, ..rule("users", vec![Match::Gid(vec![2, 1])]) }];
+    let rules = vec![Rule { origin: Origin::Mesh, ..rule("users", vec![Match::Gid(vec![2, 1])]) }];
     let plan = RulePlan { chains, rules, routes: Vec::new(), addresses: Vec::new() };
     let expected = "\
 add table inet underpass
@@ -104,7 +104,7 @@ add rule inet underpass nat_output meta skgid @users-gids counter accept comment
 }
 
 #[test]
-fn only_the_mangle_output_chain_routes_again() {
+fn only_mangle_output_chain_has_type_route() {
     let kind = |table, hook| {
         Chain { id: ChainId { table, name: "ANY" }, hook: Some(hook) }.kind().to_string()
     };

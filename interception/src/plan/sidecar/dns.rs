@@ -1,7 +1,8 @@
-//! DNS capture of the sidecar profile: the redirects, and conntrack zones that keep the workload's
-//! queries and the DNS proxy's own apart, which may have the same source port.
+//! DNS capture of the sidecar profile: redirects and conntrack zones.
 //!
-//! Zone 1 is between the DNS proxy and the servers, zone 2 between the workload and the DNS proxy.
+//! The workload's queries and the DNS proxy's own may use the same source port; zones separate
+//! them. Zone 1 is between the DNS proxy and the servers, zone 2 between the workload and the DNS
+//! proxy.
 
 use ipnet::IpNet;
 
@@ -16,25 +17,25 @@ const RAW_INBOUND: ChainId = chain(Table::Raw, "ISTIO_INBOUND");
 const UPSTREAM: Action = Action::Zone(1, None);
 const DOWNSTREAM: Action = Action::Zone(2, None);
 
-/// Where queries that are caught go to: one list for each rule, `None` for anywhere.
+/// The DNS servers whose queries are captured: one list for each rule, `None` for any server.
 #[derive(Debug, Clone)]
 struct Servers {
     families: Families,
     addresses: Option<Vec<IpNet>>,
 }
 
-/// The redirects, in `ISTIO_OUTPUT`.
+/// Adds the redirects to `ISTIO_OUTPUT`.
 pub(super) fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
     let servers = servers(inputs);
     if servers.is_empty() {
         return;
     }
     for families in distinct(&servers) {
-        b.rule(ISTIO_OUTPUT, "enter-dns", "queries to a local resolver are caught too")
+        b.rule(ISTIO_OUTPUT, "enter-dns", "captures queries to a local resolver too")
             .families(families)
             .when([], Action::Jump(NAT));
     }
-    established(b, NAT, "established-dns", inputs.neutral());
+    established(b, NAT, "established-dns", inputs.captured());
     let redirect = Action::Redirect(inputs.ports.dns);
     for (protocol, id) in [(Protocol::Tcp, "capture-dns-tcp"), (Protocol::Udp, "capture-dns-udp")] {
         for servers in &servers {
@@ -42,7 +43,7 @@ pub(super) fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
             if let Some(addresses) = &servers.addresses {
                 matches.insert(0, Match::Destination(addresses.clone()));
             }
-            b.rule(NAT, id, "the workload's DNS queries pass the DNS proxy")
+            b.rule(NAT, id, "redirects the workload's DNS queries to the DNS proxy")
                 .numbered()
                 .families(servers.families)
                 .when_all(matches, redirect);
@@ -50,28 +51,28 @@ pub(super) fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
     }
 }
 
-/// The zones.
+/// Adds the conntrack zones.
 pub(super) fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
-    let (settings, neutral) = (inputs.settings, inputs.neutral());
+    let (settings, captured) = (inputs.settings, inputs.captured());
     b.rule(
         chain(Table::Raw, "OUTPUT"),
         "enter-raw-output",
-        "all packets that local processes send",
+        "every packet that a local process sends",
     )
-    .families(neutral)
+    .families(captured)
     .when([], Action::Jump(RAW));
     let uids = inputs.split(&settings.proxy_uids).into_iter().map(Match::Uid);
     let gids = inputs.split(&settings.proxy_gids).into_iter().map(Match::Gid);
     for owner in uids.chain(gids) {
         let to_server = Match::DestinationPort(Protocol::Udp, vec![53.into()]);
-        b.rule(RAW, "zone-proxy-query", "the DNS proxy's queries to the servers: zone 1")
+        b.rule(RAW, "zone-proxy-query", "puts the DNS proxy's queries to the servers in zone 1")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([to_server, owner.clone()], UPSTREAM);
         let from_proxy = Match::SourcePort(Protocol::Udp, inputs.ports.dns);
-        b.rule(RAW, "zone-proxy-answer", "the DNS proxy's answers to the workload: zone 2")
+        b.rule(RAW, "zone-proxy-answer", "puts the DNS proxy's answers to the workload in zone 2")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([from_proxy, owner], DOWNSTREAM);
     }
     for servers in servers(inputs) {
@@ -82,31 +83,35 @@ pub(super) fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
 fn zones_of(b: &mut Builder, Servers { families, addresses }: &Servers) {
     let entered = b.has_rule("enter-raw-prerouting", *families);
     if !entered {
-        b.rule(chain(Table::Raw, "PREROUTING"), "enter-raw-prerouting", "all packets that arrive")
-            .families(*families)
-            .when([], Action::Jump(RAW_INBOUND));
+        b.rule(
+            chain(Table::Raw, "PREROUTING"),
+            "enter-raw-prerouting",
+            "every packet that arrives",
+        )
+        .families(*families)
+        .when([], Action::Jump(RAW_INBOUND));
     }
     let mut query = vec![Match::DestinationPort(Protocol::Udp, vec![53.into()])];
-    let mut answer = vec![Match::SourcePort(Protocol::Udp, 53)];
+    let mut reply = vec![Match::SourcePort(Protocol::Udp, 53)];
     if let Some(addresses) = addresses {
         query.insert(0, Match::Destination(addresses.clone()));
-        answer.insert(0, Match::Source(addresses.clone()));
+        reply.insert(0, Match::Source(addresses.clone()));
     }
-    b.rule(RAW, "zone-query", "the workload's queries: zone 2")
+    b.rule(RAW, "zone-query", "puts the workload's queries in zone 2")
         .numbered()
         .families(*families)
         .when_all(query, DOWNSTREAM);
-    b.rule(RAW_INBOUND, "zone-answer", "the servers' answers: zone 1")
+    b.rule(RAW_INBOUND, "zone-answer", "puts the servers' answers in zone 1")
         .numbered()
         .families(*families)
-        .when_all(answer, UPSTREAM);
+        .when_all(reply, UPSTREAM);
 }
 
 fn servers(inputs: &Inputs<'_>) -> Vec<Servers> {
     let addresses: Vec<IpNet> =
         inputs.settings.dns_servers.iter().copied().map(IpNet::from).collect();
     if addresses.is_empty() {
-        return vec![Servers { families: inputs.neutral(), addresses: None }];
+        return vec![Servers { families: inputs.captured(), addresses: None }];
     }
     let of = |family: &Family| {
         let families = family.families();
@@ -116,7 +121,7 @@ fn servers(inputs: &Inputs<'_>) -> Vec<Servers> {
     inputs.families.iter().flat_map(of).collect()
 }
 
-/// Each of the families that occur, once.
+/// The families in `servers`, without duplicates.
 fn distinct(servers: &[Servers]) -> Vec<Families> {
     let mut families: Vec<_> = servers.iter().map(|servers| servers.families).collect();
     families.dedup();

@@ -1,11 +1,11 @@
-//! `inbound.mode: tproxy`: inbound connections reach the proxy as they are, with the client's
-//! address and the workload's, and the workload sees the client's.
+//! The rules of `inbound.mode: tproxy`: inbound connections reach the proxy unmodified.
 //!
-//! The mark 0x539 says "the proxy's connection to the workload, in the client's name"; its
-//! connection keeps it, so that the workload's replies are routed back to the proxy. The mark 0x53a
-//! says "the proxy calls this pod": such a packet is inbound, though it comes over loopback.
+//! They keep the addresses of client and workload, and the workload sees the client's address. The
+//! mark 0x539 identifies the proxy's connection to the workload from the client's address. Its
+//! connection mark routes the workload's replies back to the proxy. The mark 0x53a identifies a
+//! connection from the proxy to its own pod: it is inbound although it uses loopback.
 
-use super::{ISTIO_OUTPUT, excluded_ports, lo, spared, tcp_to};
+use super::{ISTIO_OUTPUT, excluded_ports, exempt_ports, lo, tcp_to};
 use crate::plan::build::{Builder, Inputs, TCP, chain};
 use crate::plan::{
     Action, ChainId, Direction, MARK_MASK, Mark, Match, PROXY_MARK, PolicyRoute, Table, own_ports,
@@ -17,14 +17,14 @@ const INBOUND: ChainId = chain(Table::Mangle, "ISTIO_INBOUND");
 const DIVERT: ChainId = chain(Table::Mangle, "ISTIO_DIVERT");
 const TPROXY: ChainId = chain(Table::Mangle, "ISTIO_TPROXY");
 
-/// The mark of what the proxy sends to this pod as a client.
-const SELF_CALL_MARK: u32 = 0x53a;
+/// The mark of connections that the proxy opens to its own pod on behalf of the workload.
+const OWN_POD_MARK: u32 = 0x53a;
 /// Istio's table for the route.
 const ROUTE_TABLE: u32 = 133;
-/// Just before `main`; Istio leaves the choice to the kernel, which adds another rule each time.
+/// Precedes `main`. Istio lets the kernel choose, which adds another rule each time.
 const RULE_PRIORITY: u32 = 32765;
 
-/// What delivers marked packets to this namespace.
+/// The route that delivers marked packets locally.
 pub(in crate::plan) fn route(exact: bool) -> PolicyRoute {
     PolicyRoute { mark: mark(exact, PROXY_MARK), priority: RULE_PRIORITY, table: ROUTE_TABLE }
 }
@@ -33,105 +33,99 @@ pub(super) fn mangle(b: &mut Builder, inputs: &Inputs<'_>) {
     let include = &inputs.settings.inbound.include_ports;
     if !include.as_ref().is_some_and(Vec::is_empty) {
         targets(b, inputs);
-        b.rule(PREROUTING, "enter-mangle-inbound", "all TCP that arrives")
-            .families(inputs.neutral())
+        b.rule(PREROUTING, "enter-mangle-inbound", "every TCP connection that arrives")
+            .families(inputs.captured())
             .when([TCP], Action::Jump(INBOUND));
     }
     inbound(b, inputs);
-    way_back(b, inputs);
+    mark_replies(b, inputs);
 }
 
 pub(super) fn excluded_interfaces(b: &mut Builder, inputs: &Inputs<'_>) {
-    let (settings, neutral) = (inputs.settings, inputs.neutral());
+    let (settings, captured) = (inputs.settings, inputs.captured());
     for interfaces in inputs.split(&settings.inbound.exclude_interfaces) {
         b.rule(
             PREROUTING,
             "exclude-interfaces-tproxy-in",
-            "inbound.exclude_interfaces asks for it",
+            "excluded by inbound.exclude_interfaces",
         )
         .numbered()
-        .families(neutral)
+        .families(captured)
         .when([Match::In(interfaces)], Action::Return);
     }
     if !settings.exact {
-        // Istio's rule would keep the workload's replies from returning to the proxy too.
+        // Istio's rule would also stop the workload's replies from returning to the proxy.
         return;
     }
     for interfaces in inputs.split(&settings.outbound.exclude_interfaces) {
-        b.rule(OUTPUT, "exclude-interfaces-tproxy", "outbound.exclude_interfaces asks for it")
+        b.rule(OUTPUT, "exclude-interfaces-tproxy", "excluded by outbound.exclude_interfaces")
             .numbered()
-            .families(neutral)
+            .families(captured)
             .when([Match::Out(interfaces)], Action::Return);
     }
 }
 
-/// The chains that end in the proxy.
+/// Adds the chains that deliver to the proxy.
 fn targets(b: &mut Builder, inputs: &Inputs<'_>) {
-    let (neutral, proxy) = (inputs.neutral(), proxys(inputs));
-    b.rule(DIVERT, "divert-mark", "a connection that the proxy has stays with it")
-        .families(neutral)
+    let (captured, proxy) = (inputs.captured(), proxy_mark(inputs));
+    b.rule(DIVERT, "divert-mark", "keeps an established connection of the proxy with the proxy")
+        .families(captured)
         .when([], Action::MarkPacket(proxy));
-    b.rule(DIVERT, "divert", "and needs no further look")
-        .families(neutral)
-        .when([], Action::Accept);
+    b.rule(DIVERT, "divert", "accepts it").families(captured).when([], Action::Accept);
     b.rule(
         TPROXY,
         "established-tproxy",
-        "leaves connections alone that are older than the rules: they are the workload's own",
+        "skips connections that are older than the rules: they belong to the workload",
     )
-    .ours()
-    .families(neutral)
+    .not_in_exact()
+    .families(captured)
     .when([TCP, Match::NotOpening], Action::Return);
     for &family in &inputs.families {
-        b.rule(TPROXY, "tproxy", "here the connection is caught").twin(family).when(
+        b.rule(TPROXY, "tproxy", "delivers the connection to the proxy").for_family(family).when(
             [Match::NotDestination(family.loopback), TCP],
             Action::Tproxy(inputs.ports.inbound, proxy),
         );
         b.rule(
             TPROXY,
             "tproxy-closed",
-            "without a proxy the connection is dropped: nftables would let it through",
+            "drops the connection if no proxy listens: TPROXY in nftables would pass it",
         )
         .nftables_only()
-        .twin(family)
+        .for_family(family)
         .when([Match::NotDestination(family.loopback), TCP], Action::Drop);
     }
 }
 
 fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
-    let (neutral, proxy) = (inputs.neutral(), proxys(inputs));
-    b.rule(
-        INBOUND,
-        "proxy-connection",
-        "what the proxy opens in a client's name is not caught again",
-    )
-    .families(neutral)
-    .when([TCP, Match::PacketMark(proxy)], Action::Return);
+    let (captured, proxy) = (inputs.captured(), proxy_mark(inputs));
+    b.rule(INBOUND, "proxy-connection", "skips the proxy's connections from a client's address")
+        .families(captured)
+        .when([TCP, Match::PacketMark(proxy)], Action::Return);
     for &family in &inputs.families {
         let from = Match::Source(vec![family.last_hop.into()]);
-        b.rule(INBOUND, "last-hop", "nor what it opens from 127.0.0.6 or ::6")
-            .twin(family)
+        b.rule(INBOUND, "last-hop", "skips the proxy's connections from 127.0.0.6 or ::6")
+            .for_family(family)
             .when([from, Match::In(lo()), TCP], Action::Return);
     }
-    b.rule(INBOUND, "app-to-itself", "a workload that calls its own address stays direct")
-        .families(neutral)
-        .when([Match::In(lo()), TCP, Match::NotPacketMark(self_call(inputs))], Action::Return);
+    b.rule(INBOUND, "app-to-itself", "skips a workload's calls to its own address")
+        .families(captured)
+        .when([Match::In(lo()), TCP, Match::NotPacketMark(own_pod_mark(inputs))], Action::Return);
     for interfaces in inputs.split(&inputs.settings.virtual_interfaces) {
         b.rule(
             INBOUND,
             "virtual-tproxy",
-            "what a virtual machine sends is outbound, and nat leads it to its port",
+            "traffic from a virtual machine is outbound; nat redirects it",
         )
-        .ours()
+        .not_in_exact()
         .numbered()
-        .families(neutral)
+        .families(captured)
         .when([Match::In(interfaces), TCP], Action::Return);
     }
-    b.rule(INBOUND, "hbone-in-tproxy", "HBONE arrives at its listener as it is")
-        .ours()
-        .families(neutral)
+    b.rule(INBOUND, "hbone-in-tproxy", "HBONE reaches its listener without a redirect")
+        .not_in_exact()
+        .families(captured)
         .when([tcp_to(inputs.ports.hbone)], Action::Return);
-    own_ports::add(b, inputs, INBOUND, "own-ports-in-tproxy", spared(inputs));
+    own_ports::add(b, inputs, INBOUND, "own-ports-in-tproxy", exempt_ports(inputs));
     let Some(ports) = &inputs.settings.inbound.include_ports else {
         excluded_ports(b, inputs, INBOUND);
         divert_or_tproxy(b, inputs, TCP);
@@ -142,53 +136,56 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
     }
 }
 
-/// In `ISTIO_OUTPUT`, before what would take it for a call of this pod. Istio's proxy is root in
-/// this mode, and so another user than the one that the rules know.
-pub(super) fn spare_imitated(b: &mut Builder, inputs: &Inputs<'_>) {
+/// Exempts the proxy's connections from a client's address in `ISTIO_OUTPUT`, before the rules for
+/// calls to the own pod. In this mode Istio's proxy runs as root, which is not the user that the
+/// rules match.
+pub(super) fn exempt_preserved_sources(b: &mut Builder, inputs: &Inputs<'_>) {
     b.rule(
         ISTIO_OUTPUT,
         "proxy-connection-out",
-        "what the proxy opens in a client's name goes to the workload",
+        "skips the proxy's connections to the workload from a client's address",
     )
-    .ours()
-    .families(inputs.neutral())
-    .when([Match::Out(lo()), Match::PacketMark(proxys(inputs))], Action::Return);
+    .not_in_exact()
+    .families(inputs.captured())
+    .when([Match::Out(lo()), Match::PacketMark(proxy_mark(inputs))], Action::Return);
 }
 
 fn divert_or_tproxy(b: &mut Builder, inputs: &Inputs<'_>, these: Match) {
-    let neutral = inputs.neutral();
+    let captured = inputs.captured();
     let mut established = vec![these.clone(), Match::Established];
     if !inputs.settings.exact {
-        // Istio's rule also takes the answers to what is passed on for a virtual machine.
+        // Istio's rule would also take the replies to traffic that is forwarded for a virtual
+        // machine.
         established.push(Match::Direction(Direction::Original));
     }
-    b.rule(INBOUND, "capture-established", "packets of connections that the proxy has")
+    b.rule(INBOUND, "capture-established", "packets of the proxy's established connections")
         .numbered()
-        .families(neutral)
+        .families(captured)
         .when_all(established, Action::Jump(DIVERT));
-    b.rule(INBOUND, "capture-inbound", "connections to the workload pass the proxy")
+    b.rule(INBOUND, "capture-inbound", "captures connections to the workload")
         .numbered()
-        .families(neutral)
+        .families(captured)
         .when([these], Action::Jump(TPROXY));
 }
 
-/// Marks, so that the workload's replies to a client's address return to the proxy.
-fn way_back(b: &mut Builder, inputs: &Inputs<'_>) {
-    // Tunnels come from IPv6 clients also where the workload's own IPv6 is not caught.
-    let (settings, served, proxy) = (inputs.settings, inputs.served(), proxys(inputs));
+/// Adds the marks that return the workload's replies to the proxy.
+fn mark_replies(b: &mut Builder, inputs: &Inputs<'_>) {
+    // Not only captured families: IPv6 clients arrive in tunnels even where the workload's IPv6 is
+    // not captured.
+    let (settings, supported, proxy) = (inputs.settings, inputs.supported(), proxy_mark(inputs));
     let exact = settings.exact;
     b.rule(
         PREROUTING,
         "mark-proxy-connection",
-        "remembers what the proxy opens in a client's name",
+        "marks the proxy's connections from a client's address",
     )
-    .families(served)
+    .families(supported)
     .when(
         [TCP, Match::PacketMark(proxy)],
         if exact { Action::SaveMark } else { Action::MarkConnection(proxy) },
     );
-    b.rule(OUTPUT, "keep-mark", "the proxy's own packets have their mark")
-        .families(served)
+    b.rule(OUTPUT, "keep-mark", "the proxy's own packets already carry their mark")
+        .families(supported)
         .when([Match::Out(lo()), TCP, Match::PacketMark(proxy)], Action::Return);
     let uids = inputs.split(&settings.proxy_uids).into_iter().map(Match::Uid);
     let gids = inputs.split(&settings.proxy_gids).into_iter().map(Match::Gid);
@@ -197,13 +194,13 @@ fn way_back(b: &mut Builder, inputs: &Inputs<'_>) {
             b.rule(
                 OUTPUT,
                 "mark-self-call",
-                "the proxy calls this pod: inbound, though over loopback",
+                "marks the proxy's calls to this pod: they are inbound although they use loopback",
             )
             .numbered()
-            .twin(family)
+            .for_family(family)
             .when(
                 [Match::NotDestination(family.loopback), Match::Out(lo()), TCP, owner.clone()],
-                Action::MarkPacket(self_call(inputs)),
+                Action::MarkPacket(own_pod_mark(inputs)),
             );
         }
     }
@@ -212,22 +209,22 @@ fn way_back(b: &mut Builder, inputs: &Inputs<'_>) {
         "return-to-proxy",
         "routes the workload's replies to a client back to the proxy",
     )
-    .families(served)
+    .families(supported)
     .when(
         [TCP, Match::ConnectionMark(proxy)],
         if exact { Action::RestoreMark } else { Action::MarkPacket(proxy) },
     );
 }
 
-fn proxys(inputs: &Inputs<'_>) -> Mark {
+fn proxy_mark(inputs: &Inputs<'_>) -> Mark {
     mark(inputs.settings.exact, PROXY_MARK)
 }
 
-fn self_call(inputs: &Inputs<'_>) -> Mark {
-    mark(inputs.settings.exact, SELF_CALL_MARK)
+fn own_pod_mark(inputs: &Inputs<'_>) -> Mark {
+    mark(inputs.settings.exact, OWN_POD_MARK)
 }
 
-/// Istio takes the whole mark, ours is in our bits of it.
+/// Istio uses the full mark. underpass uses only its own bits.
 fn mark(exact: bool, value: u32) -> Mark {
-    if exact { Mark::whole(value) } else { Mark { value, mask: MARK_MASK } }
+    if exact { Mark::full(value) } else { Mark { value, mask: MARK_MASK } }
 }

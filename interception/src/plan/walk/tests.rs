@@ -1,5 +1,4 @@
-//! Walks through plans made by hand, one rule of the kernel each, and through those of the
-//! profiles.
+//! Tests of the evaluation: plans with one kernel behaviour each, and the plans of the profiles.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -8,7 +7,7 @@ use super::*;
 
 const PORT: u16 = 15001;
 
-/// Rules as they are written here: chain, matches, action. The id is the number in this list.
+/// One rule: chain, matches, action. Its id is its index in the list.
 type Line = (ChainId, Vec<Match>, Action);
 
 const fn chain(table: Table, name: &'static str) -> ChainId {
@@ -38,8 +37,8 @@ fn plan(lines: Vec<Line>) -> RulePlan {
         }
         rules.push(Rule {
             id: number.to_string(),
-            reason: "a test asks for it",
-            origin: Origin::Seed,
+            reason: "a test",
+            origin: Origin::Mesh,
             chain,
             families: Families::Both,
             matches,
@@ -77,12 +76,12 @@ fn out(to: &str) -> Packet {
         protocol: Protocol::Tcp,
         source: SocketAddr::new(own, 40000),
         destination,
-        way: Way::Out {
+        entry: Entry::Out {
             interface: pod().interface_to(destination.ip()).to_owned(),
             uid: 0,
             gid: 0,
         },
-        state: State::New,
+        state: ConntrackState::New,
         mark: 0,
         connection_mark: 0,
     }
@@ -90,8 +89,8 @@ fn out(to: &str) -> Packet {
 
 /// A SYN that arrives at eth0.
 fn arriving(to: &str) -> Packet {
-    let way = Way::In { interface: "eth0".to_owned() };
-    Packet { source: at("10.0.0.2:40000"), way, ..out(to) }
+    let entry = Entry::In { interface: "eth0".to_owned() };
+    Packet { source: at("10.0.0.2:40000"), entry, ..out(to) }
 }
 
 fn ids(walk: &Walk<'_>) -> Vec<String> {
@@ -99,21 +98,21 @@ fn ids(walk: &Walk<'_>) -> Vec<String> {
 }
 
 fn passed(walk: &Walk<'_>) -> Vec<String> {
-    walk.passages.iter().map(|passage| passage.chain.nftables_name()).collect()
+    walk.traversed.iter().map(|chain| chain.chain.nftables_name()).collect()
 }
 
 #[test]
-fn a_packet_that_nothing_matches_reaches_its_destination() {
+fn unmatched_packet_reaches_its_destination() {
     let plan = plan(vec![(OUTPUT, vec![Match::Protocol(Protocol::Udp)], Action::Redirect(PORT))]);
     let packet = out("10.0.0.2:80");
     let walk = plan.walk(&packet, &pod());
-    assert_eq!((walk.end, walk.destination), (End::Direct, packet.destination));
+    assert_eq!((walk.end, walk.destination), (Verdict::Direct, packet.destination));
     assert_eq!(passed(&walk), ["nat_output"]);
     assert_eq!(ids(&walk), [""; 0]);
 }
 
 #[test]
-fn a_redirect_of_what_is_sent_leads_to_loopback_and_arrives_there_once() {
+fn redirect_of_sent_packet_leads_to_loopback_once() {
     let everywhere = [OUTPUT, PREROUTING, INPUT];
     let plan = plan(
         everywhere
@@ -130,16 +129,16 @@ fn a_redirect_of_what_is_sent_leads_to_loopback_and_arrives_there_once() {
     for (to, end) in [("10.0.0.2:80", "127.0.0.1:15001"), ("[fd00::2]:80", "[::1]:15001")] {
         let packet = out(to);
         let walk = plan.walk(&packet, &pod());
-        assert_eq!((walk.end, walk.destination), (End::Redirected(PORT), at(end)));
+        assert_eq!((walk.end, walk.destination), (Verdict::Redirected(PORT), at(end)));
         assert_eq!(passed(&walk), ["nat_output", "filter_input"]);
     }
 }
 
 #[test]
-fn a_redirect_of_what_arrives_leads_to_the_interfaces_own_address() {
+fn redirect_of_arriving_packet_leads_to_interface_address() {
     let plan = plan(vec![(PREROUTING, vec![], Action::Redirect(PORT))]);
     let mut packet = arriving("192.0.2.1:80");
-    packet.way = Way::In { interface: "vm0".to_owned() };
+    packet.entry = Entry::In { interface: "vm0".to_owned() };
     let environment = pod();
     assert_eq!(plan.walk(&packet, &environment).destination, at("10.9.0.1:15001"));
     let v6 = arriving("[fd00::9]:80");
@@ -147,36 +146,36 @@ fn a_redirect_of_what_arrives_leads_to_the_interfaces_own_address() {
 }
 
 #[test]
-fn what_is_for_others_passes_no_input() {
+fn forwarded_packet_skips_input() {
     let plan = plan(vec![(MARKS, vec![], Action::Return), (INPUT, vec![], Action::Drop)]);
-    assert_eq!(plan.walk(&arriving("192.0.2.1:80"), &pod()).end, End::Direct);
-    assert_eq!(plan.walk(&arriving("10.0.0.1:80"), &pod()).end, End::Dropped);
+    assert_eq!(plan.walk(&arriving("192.0.2.1:80"), &pod()).end, Verdict::Direct);
+    assert_eq!(plan.walk(&arriving("10.0.0.1:80"), &pod()).end, Verdict::Dropped);
 }
 
 #[test]
-fn only_the_first_packet_of_a_connection_passes_nat() {
+fn nat_sees_only_first_packet_of_connection() {
     let plan = plan(vec![
         (OUTPUT, vec![], Action::Redirect(PORT)),
         (PREROUTING, vec![], Action::Redirect(PORT)),
     ]);
     for (state, asked) in [
-        (State::New, true),
-        (State::PickedUp, true),
-        (State::Established(Direction::Original), false),
-        (State::Established(Direction::Reply), false),
-        (State::Invalid, false),
+        (ConntrackState::New, true),
+        (ConntrackState::PickedUp, true),
+        (ConntrackState::Established(Direction::Original), false),
+        (ConntrackState::Established(Direction::Reply), false),
+        (ConntrackState::Invalid, false),
     ] {
         for packet in [out("10.0.0.2:80"), arriving("10.0.0.1:80")] {
             let packet = Packet { state, ..packet };
             let walk = plan.walk(&packet, &pod());
-            assert_eq!(!walk.passages.is_empty(), asked, "{state:?}");
-            assert_eq!(walk.end == End::Redirected(PORT), asked, "{state:?}");
+            assert_eq!(!walk.traversed.is_empty(), asked, "{state:?}");
+            assert_eq!(walk.end == Verdict::Redirected(PORT), asked, "{state:?}");
         }
     }
 }
 
 #[test]
-fn a_chain_returns_to_the_rule_after_the_jump() {
+fn chain_returns_to_rule_after_jump() {
     let plan = plan(vec![
         (OUTPUT, vec![], Action::Jump(ONE)),
         (OUTPUT, vec![], Action::Redirect(1)),
@@ -188,11 +187,11 @@ fn a_chain_returns_to_the_rule_after_the_jump() {
     let packet = out("10.0.0.2:80");
     let walk = plan.walk(&packet, &pod());
     assert_eq!(ids(&walk), ["0", "2", "3", "1"]);
-    assert_eq!(walk.end, End::Redirected(1));
+    assert_eq!(walk.end, Verdict::Redirected(1));
 }
 
 #[test]
-fn accept_in_a_chain_ends_the_table_and_not_the_next_one() {
+fn accept_ends_its_table_only() {
     let plan = plan(vec![
         (OUTPUT, vec![], Action::Jump(ONE)),
         (OUTPUT, vec![], Action::Redirect(1)),
@@ -202,23 +201,23 @@ fn accept_in_a_chain_ends_the_table_and_not_the_next_one() {
     let packet = out("10.0.0.2:80");
     let walk = plan.walk(&packet, &pod());
     assert_eq!(ids(&walk), ["0", "2", "3"]);
-    assert_eq!(walk.end, End::Rejected);
+    assert_eq!(walk.end, Verdict::Rejected);
 }
 
 #[test]
-fn a_return_from_a_base_chain_ends_it() {
+fn return_from_base_chain_ends_it() {
     let plan = plan(vec![(OUTPUT, vec![], Action::Return), (OUTPUT, vec![], Action::Drop)]);
-    assert_eq!(plan.walk(&out("10.0.0.2:80"), &pod()).end, End::Direct);
+    assert_eq!(plan.walk(&out("10.0.0.2:80"), &pod()).end, Verdict::Direct);
 }
 
 #[test]
-fn chains_that_jump_in_a_circle_end() {
+fn circular_jumps_terminate() {
     let plan = plan(vec![(OUTPUT, vec![], Action::Jump(ONE)), (ONE, vec![], Action::Jump(ONE))]);
-    assert_eq!(plan.walk(&out("10.0.0.2:80"), &pod()).end, End::Direct);
+    assert_eq!(plan.walk(&out("10.0.0.2:80"), &pod()).end, Verdict::Direct);
 }
 
 #[test]
-fn tables_come_by_their_priority_whatever_the_order_of_the_plan() {
+fn tables_run_by_priority() {
     let plan = plan(
         [Table::Filter, Table::Nat, Table::Mangle, Table::Raw]
             .map(|table| (chain(table, "OUTPUT"), vec![], Action::Return))
@@ -229,12 +228,12 @@ fn tables_come_by_their_priority_whatever_the_order_of_the_plan() {
 }
 
 #[test]
-fn a_mark_that_is_set_is_seen_by_later_rules_and_keeps_its_other_bits() {
+fn later_rules_see_new_mark_with_other_bits_kept() {
     let ours = Mark { value: 0x111, mask: 0xfff };
     let plan = plan(vec![
         (MARKS_OUT, vec![], Action::MarkPacket(ours)),
         (MARKS_OUT, vec![Match::PacketMark(ours)], Action::SaveMark),
-        (OUTPUT, vec![Match::ConnectionMark(Mark::whole(0x5111))], Action::Redirect(PORT)),
+        (OUTPUT, vec![Match::ConnectionMark(Mark::full(0x5111))], Action::Redirect(PORT)),
     ]);
     let packet = Packet { mark: 0x5222, ..out("10.0.0.2:80") };
     let walk = plan.walk(&packet, &pod());
@@ -243,7 +242,7 @@ fn a_mark_that_is_set_is_seen_by_later_rules_and_keeps_its_other_bits() {
 }
 
 #[test]
-fn an_ip_rule_brings_a_reply_back_though_its_destination_is_remote() {
+fn ip_rule_delivers_reply_to_remote_destination_locally() {
     let ours = Mark { value: 0x111, mask: 0xfff };
     let mut plan = plan(vec![
         (MARKS_OUT, vec![Match::ConnectionMark(ours)], Action::RestoreMark),
@@ -251,7 +250,7 @@ fn an_ip_rule_brings_a_reply_back_though_its_destination_is_remote() {
     ]);
     plan.routes = vec![PolicyRoute { mark: ours, priority: 32764, table: 100 }];
     let reply = Packet {
-        state: State::Established(Direction::Reply),
+        state: ConntrackState::Established(Direction::Reply),
         connection_mark: 0x111,
         ..out("10.0.0.2:80")
     };
@@ -261,8 +260,8 @@ fn an_ip_rule_brings_a_reply_back_though_its_destination_is_remote() {
 }
 
 #[test]
-fn tproxy_ends_its_chain_marks_and_keeps_the_destination() {
-    let mark = Mark::whole(1337);
+fn tproxy_marks_keeps_destination_and_ends_chain() {
+    let mark = Mark::full(1337);
     let tproxy = Action::Tproxy(15006, mark);
     let mut plan = plan(vec![
         (MARKS, vec![Match::Protocol(Protocol::Tcp)], tproxy),
@@ -274,35 +273,35 @@ fn tproxy_ends_its_chain_marks_and_keeps_the_destination() {
     let packet = arriving("10.0.0.1:80");
     let walk = plan.walk(&packet, &pod());
     assert_eq!(ids(&walk), ["0", "2", "3"]);
-    assert_eq!((walk.end, walk.destination), (End::Tproxied(15006), packet.destination));
-    // Also what is for others is delivered here, by its mark.
+    assert_eq!((walk.end, walk.destination), (Verdict::Tproxied(15006), packet.destination));
+    // A packet for another host is also delivered locally, because of its mark.
     assert_eq!(ids(&plan.walk(&arriving("192.0.2.1:80"), &pod())), ["0", "2", "3"]);
 }
 
 #[test]
-fn connections_are_known_after_the_raw_table_only() {
+fn conntrack_state_is_unknown_in_raw_table() {
     for table in [Table::Raw, Table::Mangle] {
         let base = chain(table, "OUTPUT");
         let plan = plan(vec![
             (base, vec![Match::Established], Action::Return),
             (base, vec![Match::Invalid], Action::Return),
             (base, vec![Match::Direction(Direction::Reply)], Action::Return),
-            (base, vec![Match::ConnectionMark(Mark::whole(0))], Action::Return),
+            (base, vec![Match::ConnectionMark(Mark::full(0))], Action::Return),
         ]);
         let met = |state| ids(&plan.walk(&Packet { state, ..out("10.0.0.2:80") }, &pod()));
         if table == Table::Raw {
-            assert_eq!(met(State::Established(Direction::Reply)), [""; 0]);
-            assert_eq!(met(State::Invalid), [""; 0]);
+            assert_eq!(met(ConntrackState::Established(Direction::Reply)), [""; 0]);
+            assert_eq!(met(ConntrackState::Invalid), [""; 0]);
         } else {
-            assert_eq!(met(State::Established(Direction::Reply)), ["0"]);
-            assert_eq!(met(State::Invalid), ["1"]);
-            assert_eq!(met(State::New), ["3"]);
+            assert_eq!(met(ConntrackState::Established(Direction::Reply)), ["0"]);
+            assert_eq!(met(ConntrackState::Invalid), ["1"]);
+            assert_eq!(met(ConntrackState::New), ["3"]);
         }
     }
 }
 
 #[test]
-fn a_packet_belongs_to_its_sender_until_it_has_looped() {
+fn packet_loses_owner_after_loopback() {
     let by_user = vec![Match::Uid(vec![5]), Match::Gid(vec![6])];
     let by_others = vec![Match::NotUid(vec![5]), Match::NotGid(vec![6])];
     let plan = plan(vec![
@@ -312,14 +311,14 @@ fn a_packet_belongs_to_its_sender_until_it_has_looped() {
         (MARKS, by_others, Action::SaveMark),
     ]);
     let mut packet = out("127.0.0.1:80");
-    packet.way = Way::Out { interface: "lo".to_owned(), uid: 5, gid: 6 };
+    packet.entry = Entry::Out { interface: "lo".to_owned(), uid: 5, gid: 6 };
     assert_eq!(ids(&plan.walk(&packet, &pod())), ["0", "3"]);
-    packet.way = Way::Out { interface: "lo".to_owned(), uid: 5, gid: 5 };
+    packet.entry = Entry::Out { interface: "lo".to_owned(), uid: 5, gid: 5 };
     assert_eq!(ids(&plan.walk(&packet, &pod())), ["3"]);
 }
 
 #[test]
-fn interfaces_are_seen_where_a_packet_passes_them() {
+fn rules_match_interfaces_of_their_hook() {
     let eth0 = || vec!["eth0".to_owned()];
     let lo = || vec!["lo".to_owned()];
     let filter_out = chain(Table::Filter, "OUTPUT");
@@ -338,10 +337,10 @@ fn interfaces_are_seen_where_a_packet_passes_them() {
 }
 
 #[test]
-fn addresses_and_ports_are_compared_as_lists() {
+fn rule_matches_any_address_or_port_of_list() {
     let net = |text: &str| text.parse::<IpNet>().expect("a network");
     let to = |matches| plan(vec![(OUTPUT, matches, Action::Drop)]);
-    let dropped = |plan: &RulePlan, to: &str| plan.walk(&out(to), &pod()).end == End::Dropped;
+    let dropped = |plan: &RulePlan, to: &str| plan.walk(&out(to), &pod()).end == Verdict::Dropped;
     let either = to(vec![Match::Destination(vec![net("10.0.0.2/32"), net("10.8.0.0/16")])]);
     assert!(dropped(&either, "10.0.0.2:80") && dropped(&either, "10.8.1.1:80"));
     assert!(!dropped(&either, "10.0.0.3:80"));
@@ -358,15 +357,15 @@ fn addresses_and_ports_are_compared_as_lists() {
 }
 
 #[test]
-fn a_rule_of_one_family_leaves_the_other_alone() {
+fn rule_of_one_family_ignores_other_family() {
     let mut plan = plan(vec![(OUTPUT, vec![], Action::Drop)]);
     plan.rules[0].families = Families::V6;
-    assert_eq!(plan.walk(&out("10.0.0.2:80"), &pod()).end, End::Direct);
-    assert_eq!(plan.walk(&out("[fd00::2]:80"), &pod()).end, End::Dropped);
+    assert_eq!(plan.walk(&out("10.0.0.2:80"), &pod()).end, Verdict::Direct);
+    assert_eq!(plan.walk(&out("[fd00::2]:80"), &pod()).end, Verdict::Dropped);
 }
 
 #[test]
-fn an_address_leads_to_the_interface_with_its_network() {
+fn environment_selects_interface_with_matching_network() {
     let environment = pod();
     for (address, interface) in [
         ("127.0.0.2", "lo"),
@@ -385,7 +384,7 @@ fn an_address_leads_to_the_interface_with_its_network() {
 }
 
 #[test]
-fn an_answer_to_an_imitated_client_needs_a_mark_and_must_not_come_from_127_0_0_1() {
+fn reply_to_preserved_address_needs_mark_and_non_loopback_source() {
     let ours = Mark { value: 0x111, mask: 0xfff };
     let marked = vec![
         (MARKS, vec![], Action::MarkConnection(ours)),
@@ -396,39 +395,44 @@ fn an_answer_to_an_imitated_client_needs_a_mark_and_must_not_come_from_127_0_0_1
     let [redirected, redirected_marked] =
         [vec![redirect.clone()], [marked, vec![redirect]].concat()].map(plan);
     for (mut plan, v4, v6) in [
-        (direct, Answer::Astray, Answer::Astray),
-        (direct_marked, Answer::Returns, Answer::Returns),
-        (redirected, Answer::Unroutable, Answer::Astray),
-        (redirected_marked, Answer::Unroutable, Answer::Returns),
+        (direct, ReplyOutcome::Misrouted, ReplyOutcome::Misrouted),
+        (direct_marked, ReplyOutcome::Delivered, ReplyOutcome::Delivered),
+        (redirected, ReplyOutcome::Unroutable, ReplyOutcome::Misrouted),
+        (redirected_marked, ReplyOutcome::Unroutable, ReplyOutcome::Delivered),
     ] {
         plan.routes = vec![PolicyRoute { mark: ours, priority: 32764, table: 100 }];
-        let answer = |source, to| {
+        let reply = |source, to| {
             let packet = Packet { source: at(source), ..out(to) };
-            plan.answer(&packet, &plan.walk(&packet, &pod()), &pod())
+            plan.reply(&packet, &plan.walk(&packet, &pod()), &pod())
         };
-        assert_eq!(answer("10.0.0.2:40000", "10.0.0.1:80"), Some(v4), "{plan:?}");
-        assert_eq!(answer("[fd00::2]:40000", "[fd00::1]:80"), Some(v6), "{plan:?}");
-        assert_eq!(answer("10.0.0.1:40000", "10.0.0.1:80"), Some(Answer::Returns), "{plan:?}");
+        assert_eq!(reply("10.0.0.2:40000", "10.0.0.1:80"), Some(v4), "{plan:?}");
+        assert_eq!(reply("[fd00::2]:40000", "[fd00::1]:80"), Some(v6), "{plan:?}");
+        assert_eq!(
+            reply("10.0.0.1:40000", "10.0.0.1:80"),
+            Some(ReplyOutcome::Delivered),
+            "{plan:?}"
+        );
     }
 }
 
 #[test]
-fn an_answer_to_what_was_passed_on_must_be_passed_on_too() {
+fn reply_to_forwarded_packet_must_be_forwarded() {
     let ours = Mark { value: 0x539, mask: 0xfff };
     let mut plan = plan(vec![(MARKS, vec![Match::Established], Action::MarkPacket(ours))]);
-    let packet = Packet { way: Way::In { interface: "vm0".to_owned() }, ..arriving("10.0.0.2:80") };
+    let packet =
+        Packet { entry: Entry::In { interface: "vm0".to_owned() }, ..arriving("10.0.0.2:80") };
     let packet = Packet { source: at("10.9.0.2:40000"), ..packet };
-    let answer = |plan: &RulePlan| plan.answer(&packet, &plan.walk(&packet, &pod()), &pod());
-    assert_eq!(answer(&plan), Some(Answer::Returns));
+    let reply = |plan: &RulePlan| plan.reply(&packet, &plan.walk(&packet, &pod()), &pod());
+    assert_eq!(reply(&plan), Some(ReplyOutcome::Delivered));
     plan.routes = vec![PolicyRoute { mark: ours, priority: 32765, table: 133 }];
-    assert_eq!(answer(&plan), Some(Answer::Astray));
+    assert_eq!(reply(&plan), Some(ReplyOutcome::Misrouted));
 }
 
 #[test]
-fn what_nobody_gets_has_no_answer() {
+fn dropped_and_rejected_packets_have_no_reply() {
     for action in [Action::Drop, Action::Reject] {
         let plan = plan(vec![(OUTPUT, vec![], action)]);
         let packet = out("10.0.0.2:80");
-        assert_eq!(plan.answer(&packet, &plan.walk(&packet, &pod()), &pod()), None);
+        assert_eq!(plan.reply(&packet, &plan.walk(&packet, &pod()), &pod()), None);
     }
 }

@@ -1,5 +1,4 @@
-//! Three namespaces (a virtual machine, the pod, what is remote), with a listener on every port
-//! that the packets go to, and a way to send them.
+//! Three namespaces (virtual machine, pod, remote host) that listen on all ports and send packets.
 
 use std::fs;
 use std::io;
@@ -13,7 +12,7 @@ use tokio::net::TcpSocket;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::timeout;
 use underpass_interception::{
-    Endpoint, Namespace, OriginalDestination, Ports, Protocol, Way, veth,
+    Endpoint, Entry, Namespace, OriginalDestination, Ports, Protocol, veth,
 };
 
 use super::Attempt;
@@ -26,7 +25,7 @@ pub(crate) const PORTS: Ports = Ports {
     dns: 15053,
     services: Ports::DEFAULT_SERVICES,
 };
-/// The ports that packets go to, and the proxy's.
+/// The destination ports of packets, including the proxy's.
 pub(crate) const TCP_PORTS: [u16; 15] =
     [53, 80, 443, 8000, 8080, 15000, 15001, 15006, 15008, 15010, 15020, 15021, 15053, 15090, 15901];
 pub(crate) const UDP_PORTS: [u16; 4] = [53, 443, 9999, 15053];
@@ -41,7 +40,7 @@ const fn v4(net: u8, host: u8) -> IpAddr {
 
 /// The pod's addresses at `eth0` and `vm0`.
 pub(crate) const POD: [IpAddr; 4] = [v4(0, 1), v6(0xfd00, 1), v4(9, 1), v6(0xfd09, 1)];
-/// Two of the remote side, each in both families.
+/// Two addresses of the remote host in each family.
 pub(crate) const REMOTE: [IpAddr; 4] = [v4(0, 2), v6(0xfd00, 2), v4(8, 3), v6(0xfd08, 3)];
 pub(crate) const VM: [IpAddr; 2] = [v4(9, 2), v6(0xfd09, 2)];
 
@@ -53,21 +52,21 @@ pub(crate) enum Place {
     Vm,
 }
 
-/// What became of a packet.
+/// The outcome of a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Outcome {
     Arrived(Arrival),
     Refused,
-    /// Neither.
+    /// Neither arrived nor refused.
     Lost,
 }
 
-/// Who got a packet.
+/// The receiver of a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Arrival {
     pub(crate) place: Place,
     pub(crate) port: u16,
-    /// Where its connection was going, as the pod's kernel says.
+    /// The original destination that the pod's kernel reports.
     pub(crate) original: Option<SocketAddr>,
 }
 
@@ -111,7 +110,7 @@ impl Network {
         }
     }
 
-    /// Listens on every port of every place.
+    /// Listens on every port of every namespace.
     pub(crate) fn listen(&self) -> Result<UnboundedReceiver<Arrival>, Failed> {
         let (sender, receiver) = unbounded_channel();
         for place in [Place::Pod, Place::Remote, Place::Vm] {
@@ -130,7 +129,7 @@ impl Network {
         Ok(receiver)
     }
 
-    /// Sends a packet, and waits for what becomes of it.
+    /// Sends a packet, and waits for its outcome.
     pub(crate) async fn send(
         &self,
         attempt: &Attempt,
@@ -147,7 +146,7 @@ impl Network {
             Ok(Some(arrival)) => Ok(Outcome::Arrived(arrival)),
             Ok(None) => Ok(Outcome::Lost),
             Err(error) if is_refusal(&error) => match arrivals.try_recv() {
-                Ok(arrival) => Err(format!("refused, and yet {arrival:?}").into()),
+                Ok(arrival) => Err(format!("refused, but arrived: {arrival:?}").into()),
                 Err(_) => Ok(Outcome::Refused),
             },
             Err(error) => Err(format!("sending: {error}").into()),
@@ -155,7 +154,7 @@ impl Network {
     }
 }
 
-/// Connects, and waits for the listener that it is.
+/// Connects, and keeps the connection open until the listener has accepted it.
 async fn connection(
     socket: Socket,
     to: SocketAddr,
@@ -166,12 +165,12 @@ async fn connection(
     let Ok(connected) = timeout(patience, connecting).await else {
         return Ok(None);
     };
-    // It stays open until the arrival is known: the listener asks conntrack about it.
+    // The listener reads conntrack, which needs the open connection.
     let _stream = connected?;
     Ok(timeout(patience, arrivals.recv()).await.unwrap_or_default())
 }
 
-/// Sends a datagram; it arrives, or is refused.
+/// Sends a datagram. It arrives, or is refused.
 async fn datagram(
     socket: Socket,
     to: SocketAddr,
@@ -185,23 +184,23 @@ async fn datagram(
     let outcome = async {
         tokio::select! {
             arrival = arrivals.recv() => Ok(arrival),
-            // Nobody answers: this ends by an ICMP error only.
+            // No listener replies, so only an ICMP error ends this wait.
             refused = socket.recv(&mut nothing) => refused.map(|_| None),
         }
     };
     timeout(patience, outcome).await.unwrap_or(Ok(None))
 }
 
-/// A datagram that is refused where it is sent is not permitted.
+/// The kernel reports EPERM if a rule rejects a datagram at its sender.
 fn is_refusal(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::PermissionDenied)
 }
 
-/// Makes the socket of a packet, on a thread that ends after it.
+/// Opens the socket of a packet, on a thread of its own.
 fn open(attempt: &Attempt) -> io::Result<Socket> {
     let packet = &attempt.packet;
-    if let Way::Out { uid, gid, .. } = packet.way {
-        // The group first: who is not root any more may not change it.
+    if let Entry::Out { uid, gid, .. } = packet.entry {
+        // The group first: only root may change it.
         setfsgid(Gid::from_raw(gid));
         setfsuid(Uid::from_raw(uid));
     }
@@ -223,13 +222,13 @@ fn open(attempt: &Attempt) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Whether sockets of other users can be made: a user namespace may have one user only.
+/// Returns true if sockets of other users can be opened. A user namespace may have only one user.
 pub(crate) fn can_change_user() -> bool {
     const OTHER: u32 = 1337;
     let changed = std::thread::spawn(|| {
         setfsgid(Gid::from_raw(OTHER));
         setfsuid(Uid::from_raw(OTHER));
-        // The call only tells what was before.
+        // The calls return the previous id, so the second one shows the result of the first.
         (setfsuid(Uid::from_raw(OTHER)).as_raw(), setfsgid(Gid::from_raw(OTHER)).as_raw())
     });
     changed.join().is_ok_and(|ids| ids == (OTHER, OTHER))
@@ -239,7 +238,7 @@ fn dual_stack(kind: Type, port: u16) -> io::Result<Socket> {
     let socket = Socket::new(Domain::IPV6, kind.nonblocking(), None)?;
     socket.set_only_v6(false)?;
     socket.set_reuse_address(true)?;
-    // What TPROXY delivers has someone else's address.
+    // TPROXY delivers packets for foreign addresses.
     socket.set_ip_transparent_v6(true)?;
     socket.bind(&SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port).into())?;
     Ok(socket)

@@ -1,4 +1,4 @@
-//! Settings and packets by chance, of a generator that a seed repeats.
+//! Random settings and packets, reproducible by a seed.
 
 #![expect(
     clippy::expect_used,
@@ -13,19 +13,20 @@ use underpass_config::{
     OutboundCapture, PortRange, Profile,
 };
 use underpass_interception::{
-    Environment, IpNet, KUBELET_PROBE_V4, KUBELET_PROBE_V6, PROXY_MARK, Packet, PolicyRoute,
-    Protocol, State, Way,
+    ConntrackState, Entry, Environment, IpNet, KUBELET_PROBE_V4, KUBELET_PROBE_V6, PROXY_MARK,
+    Packet, PolicyRoute, Protocol,
 };
 
 use super::Attempt;
 use super::network::{POD, Place, REMOTE, TCP_PORTS, UDP_PORTS, VM};
 
-/// Where the source ports begin: above every listener's, and outside of what the kernel chooses.
+/// The first source port: above all listeners, outside of the kernel's ephemeral range.
 const FIRST_SOURCE_PORT: u16 = 20000;
 const NETWORKS: [&str; 6] =
     ["10.8.0.0/16", "fd08::/16", "10.0.0.2/32", "fd00::2/128", "10.0.0.0/24", "127.0.0.2/32"];
 
-/// So many of one length in each family that they are looked up by a mask; a remote address is in the first.
+/// Enough networks of one prefix length in each family to form a hash set. The first one contains a
+/// remote address.
 fn many_networks() -> impl Iterator<Item = IpNet> {
     let network = |address: IpAddr, length| IpNet::new(address, length).expect("a length");
     (0..300).flat_map(move |n| {
@@ -38,7 +39,7 @@ fn many_networks() -> impl Iterator<Item = IpNet> {
 pub(crate) struct Random {
     state: u64,
     source_port: u16,
-    /// Users and groups that processes can have here.
+    /// The user and group ids that processes can have here.
     ids: &'static [u32],
 }
 
@@ -64,7 +65,7 @@ impl Random {
         usize::try_from(self.next() % limit as u64).expect("below a usize")
     }
 
-    /// Once in so many times.
+    /// Returns true once in `times` calls on average.
     fn one_in(&mut self, times: usize) -> bool {
         self.below(times) == 0
     }
@@ -73,7 +74,7 @@ impl Random {
         from[self.below(from.len())].clone()
     }
 
-    /// Mostly none, else one or two.
+    /// Usually none, otherwise one or two.
     fn some<T: Clone>(&mut self, from: &[T]) -> Vec<T> {
         let count = [0, 0, 1, 2][self.below(4)];
         (0..count).map(|_| self.pick(from)).collect()
@@ -92,14 +93,14 @@ impl Random {
         self.some(&["eth0".to_owned(), "vm0".to_owned()])
     }
 
-    /// Settings as config would let them through.
+    /// Valid settings.
     pub(crate) fn settings(&mut self, profile: Profile) -> InterceptionSettings {
         let sidecar = profile == Profile::Sidecar;
         let backend = self.pick(&[Backend::Nftables, Backend::Nftables, Backend::Iptables]);
         let dns = if profile != Profile::Osm && self.one_in(2) { Dns::Capture } else { Dns::Off };
         let servers = [REMOTE[0], REMOTE[1]];
         let some = |given: bool, list: Vec<u32>| if given { list } else { Vec::new() };
-        let proxys = self.proxys(backend);
+        let proxy_owners = self.proxy_owners(backend);
         let exact = self.one_in(3);
         let loopback = if sidecar && self.one_in(4) { "127.0.0.0/8" } else { "127.0.0.1/32" };
         InterceptionSettings {
@@ -114,8 +115,8 @@ impl Random {
             outbound: self.outbound(backend, sidecar, exact),
             inbound: self.inbound(sidecar),
             virtual_interfaces: self.virtual_interfaces(profile),
-            proxy_uids: some(profile != Profile::Ambient, proxys.clone()),
-            proxy_gids: some(sidecar, proxys),
+            proxy_uids: some(profile != Profile::Ambient, proxy_owners.clone()),
+            proxy_gids: some(sidecar, proxy_owners),
             dns,
             dns_servers: if dns == Dns::Capture { self.some(&servers) } else { Vec::new() },
             drop_invalid: self.one_in(3),
@@ -134,15 +135,15 @@ impl Random {
         }
     }
 
-    /// Some of these users or groups, as far as the backend can name them.
+    /// Some of these users or groups, limited to those that the backend supports.
     fn owners(&mut self, backend: Backend, owners: &[u32]) -> Vec<u32> {
         let nameable = |owner: &&u32| backend == Backend::Nftables || self.ids.contains(owner);
         let owners: Vec<u32> = owners.iter().filter(nameable).copied().collect();
         if owners.is_empty() { owners } else { self.some(&owners) }
     }
 
-    fn proxys(&mut self, backend: Backend) -> Vec<u32> {
-        // Where all are one user, that is the proxy's or is not.
+    fn proxy_owners(&mut self, backend: Backend) -> Vec<u32> {
+        // With a single user, either all processes or none are the proxy's.
         let choices: &[&[u32]] = match self.ids.len() {
             1 if backend == Backend::Nftables => &[&[1337], &[0]],
             1 => &[&[0]],
@@ -158,7 +159,7 @@ impl Random {
         let (exclude_gids, include_gids) =
             if include { (Vec::new(), groups) } else { (groups, Vec::new()) };
         let mut exclude_cidrs = self.networks();
-        // Elsewhere each of them is a rule or a line of its own, and a round takes seconds.
+        // Other backends need a rule or line for each network, and a round would take seconds.
         if backend == Backend::Nftables && !exact && self.one_in(3) {
             exclude_cidrs.extend(many_networks());
         }
@@ -189,7 +190,7 @@ impl Random {
         if profile != Profile::Osm && self.one_in(3) { vec!["vm0".to_owned()] } else { Vec::new() }
     }
 
-    /// A packet that can exist here.
+    /// A possible packet.
     pub(crate) fn attempt(
         &mut self,
         settings: &InterceptionSettings,
@@ -207,22 +208,22 @@ impl Random {
         } else {
             (Protocol::Tcp, self.pick(&TCP_PORTS))
         };
-        let (from, source, to, mut way) = match self.below(6) {
+        let (from, source, to, mut entry) = match self.below(6) {
             0 => {
                 let probe = [KUBELET_PROBE_V4.into(), KUBELET_PROBE_V6.into()];
                 let source = if self.one_in(3) { family(&probe) } else { family(&REMOTE[..2]) };
                 let to = self.pick(&family(&POD));
-                (Place::Remote, source[0], to, Way::In { interface: "eth0".to_owned() })
+                (Place::Remote, source[0], to, Entry::In { interface: "eth0".to_owned() })
             }
             1 => {
                 let to = self.pick(&[family(&POD), family(&REMOTE)].concat());
-                (Place::Vm, family(&VM)[0], to, Way::In { interface: "vm0".to_owned() })
+                (Place::Vm, family(&VM)[0], to, Entry::In { interface: "vm0".to_owned() })
             }
             _ => self.local(settings, environment, &family),
         };
-        let mark = self.mark(&way, source);
-        // The socket's route is chosen by its mark too.
-        if let Way::Out { interface, .. } = &mut way
+        let mark = self.mark(&entry, source);
+        // The mark affects the socket's route.
+        if let Entry::Out { interface, .. } = &mut entry
             && routes.iter().any(|route| route.mark.matches(mark))
         {
             "lo".clone_into(interface);
@@ -231,21 +232,21 @@ impl Random {
             protocol,
             source: SocketAddr::new(source, self.source_port),
             destination: SocketAddr::new(to, port),
-            way,
-            state: State::New,
+            entry,
+            state: ConntrackState::New,
             mark,
             connection_mark: 0,
         };
         Attempt { from, packet }
     }
 
-    /// What a process of the pod sends.
+    /// A packet from a process of the pod.
     fn local(
         &mut self,
         settings: &InterceptionSettings,
         environment: &Environment,
         family: &impl Fn(&[IpAddr]) -> Vec<IpAddr>,
-    ) -> (Place, IpAddr, IpAddr, Way) {
+    ) -> (Place, IpAddr, IpAddr, Entry) {
         let loopback: [IpAddr; 3] = [
             Ipv4Addr::LOCALHOST.into(),
             Ipv4Addr::new(127, 0, 0, 2).into(),
@@ -259,7 +260,7 @@ impl Random {
         let (uid, gid) = (self.pick(self.ids), self.pick(self.ids));
         let source = if local && settings.profile == Profile::Sidecar && self.one_in(3) {
             family(&last_hop)[0]
-        } else if imitates(settings, to) && self.one_in(3) {
+        } else if preserves_source(settings, to) && self.one_in(3) {
             family(&REMOTE)[0]
         } else if to.is_loopback() {
             family(&[Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()])[0]
@@ -271,22 +272,23 @@ impl Random {
             family(&POD)[0]
         };
         let interface = environment.interface_to(to).to_owned();
-        let way = Way::Out { interface, uid, gid };
-        (Place::Pod, source, to, way)
+        let entry = Entry::Out { interface, uid, gid };
+        (Place::Pod, source, to, entry)
     }
 
-    /// The mark of the socket: mostly the proxy's where it imitates, or answers would go astray.
-    fn mark(&mut self, way: &Way, source: IpAddr) -> u32 {
-        match way {
-            Way::In { .. } => 0,
-            Way::Out { .. } if REMOTE.contains(&source) && !self.one_in(4) => PROXY_MARK,
-            Way::Out { .. } => self.pick(&[0, 0, 0x1000, PROXY_MARK, 0x1000 | PROXY_MARK]),
+    /// The mark of the socket. Connections from a client's address usually carry the proxy's,
+    /// otherwise replies would be misrouted.
+    fn mark(&mut self, entry: &Entry, source: IpAddr) -> u32 {
+        match entry {
+            Entry::In { .. } => 0,
+            Entry::Out { .. } if REMOTE.contains(&source) && !self.one_in(4) => PROXY_MARK,
+            Entry::Out { .. } => self.pick(&[0, 0, 0x1000, PROXY_MARK, 0x1000 | PROXY_MARK]),
         }
     }
 }
 
-/// Whether the proxy opens connections to this address of the pod in a client's name.
-fn imitates(settings: &InterceptionSettings, to: IpAddr) -> bool {
+/// Returns true if the proxy connects to this address of the pod from a client's address.
+fn preserves_source(settings: &InterceptionSettings, to: IpAddr) -> bool {
     let tproxy = settings.inbound.mode == InboundMode::Tproxy;
     POD.contains(&to) && (tproxy || settings.profile == Profile::Ambient)
 }

@@ -40,8 +40,8 @@ pub(super) async fn run(options: RuleOptions, output: Output) -> Result<(), Comm
 
 impl Outcome {
     fn json(&self) -> Value {
-        let foreign = self.foreign.iter().map(|ForeignRule { place, rule, effect }| {
-            json!({ "place": place, "rule": rule, "effect": effect.name() })
+        let foreign = self.foreign.iter().map(|ForeignRule { location, rule, effect }| {
+            json!({ "location": location, "rule": rule, "effect": effect.name() })
         });
         self.subject.with(json!({
             "same": self.difference.is_none(),

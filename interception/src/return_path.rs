@@ -1,9 +1,9 @@
-//! The test that answers come back: where the proxy connects to the workload from its clients' own
-//! addresses, an answer is for somebody outside, and only a mark and an ip rule return it.
+//! Probes the return path: whether replies to a preserved client address reach the proxy.
 //!
-//! [`WayBack::prepare`] opens a listener as an application does, and a socket as the proxy does for
-//! a client that nobody is, both while the process may still be another user than the proxy. Not
-//! here: deadlines, and what is said of a failure (the proxy's side).
+//! If the proxy connects to the workload from the client's address, only a mark and an ip rule
+//! route the replies back to it. [`ReturnPathProbe::prepare`] opens a listener like an application,
+//! and a socket like the proxy from an unused client address. Both are opened while the process may
+//! still run as a user other than the proxy's. The proxy sets deadlines and reports failures.
 
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -12,43 +12,44 @@ use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpSocket};
 
 use crate::plan::{Action, Environment, Families, PolicyRoute, RulePlan, is_link_local};
-use crate::self_test::{NOBODY_V4, NOBODY_V6, disconnect};
+use crate::self_test::{UNUSED_V4, UNUSED_V6, disconnect};
 use crate::socket::{Sockets, reset_on_close};
 use crate::{Entered, ipv6};
 
-/// A connection to be made from an address that nobody has to a listener of our own.
+/// A connection from an unused address to a listener of this process.
 #[derive(Debug)]
-pub struct WayBack {
+pub struct ReturnPathProbe {
     listener: Socket,
     socket: Socket,
-    /// From where.
+    /// The source address.
     pub client: IpAddr,
-    /// To where: an address of this namespace.
+    /// The destination, a local address.
     pub destination: SocketAddr,
-    /// What has to return the answer.
+    /// The ip rule and route that return the reply.
     pub route: PolicyRoute,
 }
 
-impl WayBack {
-    /// One for each family in which clients are imitated and this namespace has an address; none
-    /// where clients are not imitated.
+impl ReturnPathProbe {
+    /// Prepares a probe for each family with preserved client addresses and a local address. Empty
+    /// if client addresses are not preserved.
     ///
     /// # Errors
     ///
-    /// The kernel's: no socket, no leave to imitate, or no list of interfaces.
+    /// The error of the kernel: no socket, no permission, or no list of interfaces.
     pub fn prepare(entered: &Entered, plan: &RulePlan, sockets: &Sockets) -> io::Result<Vec<Self>> {
         let Some(&route) = plan.routes().first().filter(|_| sockets.imitate_clients()) else {
             return Ok(Vec::new());
         };
         let environment = Environment::of(entered)?;
         let mut connections = Vec::new();
-        for nobody in [NOBODY_V4, NOBODY_V6] {
+        for nobody in [UNUSED_V4, UNUSED_V6] {
             let own = environment.address(nobody.is_ipv6());
-            let Some(own) = own.filter(|own| !is_link_local(*own) && serves(entered, plan, nobody))
+            let Some(own) =
+                own.filter(|own| !is_link_local(*own) && returns_replies_to(entered, plan, nobody))
             else {
                 continue;
             };
-            // Nobody is where no route leads to.
+            // An address without a route is not used by any client.
             let Some(client) =
                 [nobody, neighbour(own)].into_iter().find(|to| is_route(entered, own, *to))
             else {
@@ -62,18 +63,18 @@ impl WayBack {
         Ok(connections)
     }
 
-    /// Whether the address of the workload's end is still one of this namespace's.
+    /// Returns true while the destination is still a local address.
     #[must_use]
     pub fn is_current(&self, _: &Entered) -> bool {
         UdpSocket::bind(SocketAddr::new(self.destination.ip(), 0)).is_ok()
     }
 
-    /// Connects; ends when the workload's end has it too, from the address that it was made from.
-    /// The wait has no end of its own. May be called again.
+    /// Connects, and waits until the listener accepts the connection from the client address. Has
+    /// no timeout. May be called again.
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The error of the kernel.
     pub async fn connect(&self) -> io::Result<()> {
         disconnect(&self.socket);
         let listener = TcpListener::from_std(self.listener.try_clone()?.into())?;
@@ -81,14 +82,14 @@ impl WayBack {
         let accept = async {
             loop {
                 let (stream, peer) = listener.accept().await?;
-                // Whoever else finds the port is no answer.
+                // Another client may connect to the port.
                 if peer.ip() == self.client {
                     return Ok(stream);
                 }
             }
         };
         let (near, far) = tokio::try_join!(socket.connect(self.destination), accept)?;
-        // Neither end is to wait for segments of nobody's.
+        // Neither end should wait for segments of the unused address.
         reset_on_close(&far);
         reset_on_close(&near);
         disconnect(&self.socket);
@@ -96,9 +97,9 @@ impl WayBack {
     }
 }
 
-/// Whether the plan returns answers to clients of this family. A loopback interface without IPv6
-/// has no IPv6 connection to return (`routes.rs`).
-fn serves(entered: &Entered, plan: &RulePlan, client: IpAddr) -> bool {
+/// Returns true if the plan returns replies to clients of this family. Without IPv6 on the loopback
+/// interface, there are no IPv6 connections to return (`routes.rs`).
+fn returns_replies_to(entered: &Entered, plan: &RulePlan, client: IpAddr) -> bool {
     let family = if client.is_ipv6() { Families::V6 } else { Families::V4 };
     let remembers =
         |action: &Action| matches!(action, Action::MarkConnection(_) | Action::SaveMark);
@@ -108,8 +109,8 @@ fn serves(entered: &Entered, plan: &RulePlan, client: IpAddr) -> bool {
     by_rule && (client.is_ipv4() || ipv6::on_loopback(entered))
 }
 
-/// The other address of the smallest network that `own` can share with anybody. Whoever has it hears
-/// of the test only if that fails.
+/// The other address of the smallest network that contains `own`. A host with this address receives
+/// the probe only if the test fails.
 fn neighbour(own: IpAddr) -> IpAddr {
     match own {
         IpAddr::V4(own) => Ipv4Addr::from_bits(own.to_bits() ^ 1).into(),
@@ -117,8 +118,8 @@ fn neighbour(own: IpAddr) -> IpAddr {
     }
 }
 
-/// Whether an answer from `own` to `client` has a route before the rules mark it: the kernel looks for
-/// one first, and sends nothing without.
+/// Returns true if the kernel has a route for a reply from `own` to `client` before rules mark it.
+/// The kernel sends nothing without one.
 fn is_route(_: &Entered, own: IpAddr, client: IpAddr) -> bool {
     const DISCARD: u16 = 9;
     let connected = || {
@@ -128,8 +129,8 @@ fn is_route(_: &Entered, own: IpAddr, client: IpAddr) -> bool {
     connected().is_ok()
 }
 
-/// Without a mark, as applications do; `None` if the address cannot be used yet (duplicate address
-/// detection, RFC 4862 5.4).
+/// Opens a listener without a mark, as applications do. `None` while the address is tentative
+/// (duplicate address detection, RFC 4862 5.4).
 fn listen(_: &Entered, own: IpAddr) -> io::Result<Option<(Socket, SocketAddr)>> {
     let any_port = SocketAddr::new(own, 0);
     let socket = Socket::new(Domain::for_address(any_port), Type::STREAM.nonblocking(), None)?;
