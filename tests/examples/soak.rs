@@ -1,12 +1,13 @@
-//! `cargo run --release -p underpass-tests --example soak -- [--minutes 15] [--seed N] [--connections 200] [--without kill,stop]`: the soak.
+//! Runs the soak test: `cargo run --release -p underpass-tests --example soak -- [OPTIONS]`.
 //!
-//! Prints a table and one line of JSON; exit code 1 if anything was wrong. The same seed makes the same streams and faults, though not
-//! at the same moments.
+//! Options: `--minutes 15`, `--seed N`, `--connections 200`, `--without kill,stop`. It prints a
+//! table and one line of JSON, and exits with 1 after a violation. The same seed gives the same
+//! streams and faults, but not the same timing.
 #![expect(
     clippy::print_stdout,
     clippy::expect_used,
     clippy::panic,
-    reason = "a program for a terminal, which fails by panicking"
+    reason = "a program for a terminal that fails by panicking"
 )]
 
 use std::process::ExitCode;
@@ -18,7 +19,8 @@ use underpass_tests::{Fault, SoakOptions, binary, soak};
 fn main() -> ExitCode {
     let options = options();
     println!("seed {}", options.seed);
-    // Outside of the sandbox, where cargo has its home; with the profile of this program.
+    // Built before entering the sandbox, which hides cargo's home; with the profile of this
+    // program.
     binary();
     enter_sandbox().expect("this user may make namespaces");
     raise_open_files().expect("the limit of open files can be raised");
@@ -36,7 +38,7 @@ fn options() -> SoakOptions {
         seed: now.expect("it is later than 1970").as_secs(),
         connections: 200,
         faults: Fault::ALL.to_vec(),
-        patient: true,
+        wait_for_conntrack: true,
     };
     while let Some(option) = arguments.next() {
         let value = arguments.next().expect("every option has a value");

@@ -1,4 +1,4 @@
-//! The binary under test, built from the current code: cargo builds no binaries of other packages for a test.
+//! Builds the binary under test: cargo does not build binaries of other packages for a test.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -6,14 +6,15 @@ use std::sync::OnceLock;
 
 use crate::OrFail;
 
-/// The path of `underpass`, built once in this process with the profile and target directory of the caller.
+/// The path of `underpass`. It is built once per process, with the profile and target directory of
+/// the caller.
 pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(build)
 }
 
 fn build() -> PathBuf {
-    let place = Place::of(&std::env::current_exe().or_fail("find this program"));
+    let target = TargetDir::of(&std::env::current_exe().or_fail("find this program"));
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args([
@@ -26,30 +27,30 @@ fn build() -> PathBuf {
         "--bin",
         "underpass",
     ]);
-    cargo.arg("--manifest-path").arg(manifest).arg("--target-dir").arg(&place.target);
-    cargo.args(["--profile", &place.profile]);
-    if let Some(triple) = &place.triple {
+    cargo.arg("--manifest-path").arg(manifest).arg("--target-dir").arg(&target.target);
+    cargo.args(["--profile", &target.profile]);
+    if let Some(triple) = &target.triple {
         cargo.args(["--target", triple]);
     }
     let status = cargo.status().or_fail("run cargo");
-    assert!(status.success(), "underpass does not build: cargo ended with {status}");
-    place.folder.join("underpass")
+    assert!(status.success(), "cannot build underpass: cargo exited with {status}");
+    target.folder.join("underpass")
 }
 
-/// Where cargo put this program: `TARGET[/TRIPLE]/PROFILE/deps/PROGRAM`.
-struct Place {
+/// The location of this program in the target directory: `TARGET[/TRIPLE]/PROFILE/deps/PROGRAM`.
+struct TargetDir {
     target: PathBuf,
     triple: Option<String>,
     profile: String,
     folder: PathBuf,
 }
 
-impl Place {
+impl TargetDir {
     fn of(program: &Path) -> Self {
         let name =
             |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut folder = program.parent().expect("a program is in a folder");
-        // Tests are in deps, and examples in a folder of their own; programs are beside them.
+        // Tests are in `deps` and examples in `examples`; binaries are in the folder above.
         if folder.ends_with("deps") || folder.ends_with("examples") {
             folder = folder.parent().expect("these are in a folder");
         }

@@ -1,4 +1,4 @@
-//! How often each rule of a pod matched, and which did since.
+//! Reads the rule counters of a pod, and computes which rules matched since an earlier reading.
 
 use std::collections::BTreeMap;
 
@@ -8,8 +8,8 @@ use crate::OrFail;
 use crate::pods::Pod;
 
 /// The rules that count packets instead of connections.
-const OF_PACKETS: [&str; 3] = ["proxy-zone", "mark-proxy-connection", "return-to-proxy"];
-/// The jumps into the profile's own chains decide nothing.
+const PACKET_COUNTERS: [&str; 3] = ["proxy-zone", "mark-proxy-connection", "return-to-proxy"];
+/// The prefix of jumps into own chains, which decide nothing.
 const JUMP: &str = "enter-";
 
 /// A reading of a pod's rule counters.
@@ -17,7 +17,7 @@ const JUMP: &str = "enter-";
 pub struct Counters(BTreeMap<String, u64>);
 
 impl Pod {
-    /// Its rule counters, now.
+    /// Reads the rule counters.
     #[must_use]
     pub fn counters(&self) -> Counters {
         let read = self.run(|| -> std::io::Result<_> {
@@ -28,29 +28,31 @@ impl Pod {
         Counters(read.into_iter().map(|counter| (counter.id, counter.packets)).collect())
     }
 
-    /// The rules that matched since `before`, by how many connections each, in the order of their names.
+    /// The rules that matched since `before`, sorted by name, with the number of connections.
     #[must_use]
     pub fn connections_since(&self, before: &Counters) -> Vec<(String, u64)> {
         let mut since = self.counters().since(before);
-        since.retain(|(rule, _)| !OF_PACKETS.contains(&rule.as_str()) && !rule.starts_with(JUMP));
+        since.retain(|(rule, _)| {
+            !PACKET_COUNTERS.contains(&rule.as_str()) && !rule.starts_with(JUMP)
+        });
         since
     }
 }
 
 impl Counters {
-    /// How often a rule has matched; 0 if there is none of that id.
+    /// The counter of a rule; 0 if the rule does not exist.
     #[must_use]
     pub fn get(&self, rule: &str) -> u64 {
         self.0.get(rule).copied().unwrap_or(0)
     }
 
-    /// Whether there is any rule at all.
+    /// Returns true if there are no rules.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// What has moved, and by how much.
+    /// The counters that changed, with their increments.
     #[must_use]
     pub fn since(&self, before: &Self) -> Vec<(String, u64)> {
         let moved = self.0.iter().map(|(rule, now)| (rule.clone(), now - before.get(rule)));

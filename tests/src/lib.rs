@@ -1,10 +1,12 @@
-//! The harness of the end-to-end suites and the benchmarks: real pods, the real binary, peers that can misbehave.
+//! The harness of end-to-end tests and benchmarks: real pods, the real binary, scripted peers.
 //!
-//! In reading order: [`Suite`] runs trials in a sandbox; [`Scene`] sets up the usual two pods, of the parts that [`World`],
-//! [`Pod`], [`Pki`], [`Mesh`] and [`Settings`] are; [`Proxy`] is the real binary in a pod; `peers` and `tls` are what it talks to,
-//! [`tool`] runs programs that judge, and [`Metrics`] and [`Counters`] are what it says of itself. [`soak()`] is all of it at once.
+//! In reading order: [`Suite`] runs trials in a sandbox. [`Scene`] sets up two pods from [`World`],
+//! [`Pod`], [`Pki`], [`Mesh`] and [`Settings`]. [`Proxy`] is the real binary in a pod. `peers` and
+//! `tls` are its applications and TLS peers. [`tool`] runs third-party programs such as nft.
+//! [`Metrics`] and [`Counters`] read the proxy's and the rules' counters. [`soak()`] combines all
+//! of them.
 //!
-//! Whatever goes wrong here fails the trial that it happens in: by a panic that says what was waited for or wanted. Not here: tests.
+//! A failure panics with the expected event, and so fails its trial.
 #![expect(clippy::expect_used, clippy::panic, reason = "a harness fails a test by panicking")]
 
 mod binary;
@@ -41,7 +43,7 @@ pub use tools::{Background, Printed, tool};
 
 use std::fmt::Display;
 
-/// The value, or a panic that says what could not be done and why.
+/// Unwraps a result, or panics with the failed operation and the cause.
 trait OrFail<T> {
     fn or_fail(self, what: impl Display) -> T;
 }

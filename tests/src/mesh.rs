@@ -1,4 +1,4 @@
-//! The mesh file: who is where, who speaks HBONE, and who may talk to whom.
+//! Builds the mesh file: workloads, services and policies.
 
 use std::fs;
 use std::net::IpAddr;
@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use crate::OrFail;
 use crate::pods::Pod;
 
-/// A mesh file in the making. Names are also service accounts; everybody is in the namespace `default` of `cluster.local`.
+/// A mesh file. Names are also service accounts; all items are in the namespace `default` of
+/// `cluster.local`.
 #[derive(Debug, Clone, Default)]
 pub struct Mesh {
     workloads: String,
@@ -16,43 +17,49 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// Adds a pod, which speaks HBONE.
+    /// Adds a pod that supports HBONE.
     #[must_use]
     pub fn hbone(self, pod: &Pod) -> Self {
         self.workload(pod.name(), &pod.ips(), "HBONE")
     }
 
-    /// Adds a pod, which speaks TCP only.
+    /// Adds a pod that supports only TCP.
     #[must_use]
     pub fn tcp(self, pod: &Pod) -> Self {
         self.workload(pod.name(), &pod.ips(), "TCP")
     }
 
-    /// Adds any workload.
+    /// Adds a workload.
     #[must_use]
     pub fn workload(self, name: &str, ips: &[IpAddr], protocol: &str) -> Self {
         self.workload_with(name, ips, protocol, "")
     }
 
-    /// Adds any workload of which more is said, such as `, capacity: 2`.
+    /// Adds a workload with additional fields, such as `, capacity: 2`.
     #[must_use]
-    pub fn workload_with(mut self, name: &str, ips: &[IpAddr], protocol: &str, more: &str) -> Self {
+    pub fn workload_with(
+        mut self,
+        name: &str,
+        ips: &[IpAddr],
+        protocol: &str,
+        fields: &str,
+    ) -> Self {
         let ips: Vec<_> = ips.iter().map(|ip| format!("\"{ip}\"")).collect();
         self.workloads.push_str(&format!(
-            "- {{name: {name}, serviceAccount: {name}, protocol: {protocol}, workloadIps: [{}]{more}}}\n",
+            "- {{name: {name}, serviceAccount: {name}, protocol: {protocol}, workloadIps: [{}]{fields}}}\n",
             ips.join(", ")
         ));
         self
     }
 
-    /// Adds a service: what stands between its braces, but for its namespace.
+    /// Adds a service with these fields; its namespace is `default`.
     #[must_use]
-    pub fn service(mut self, said: &str) -> Self {
-        self.services.push_str(&format!("- {{namespace: default, {said}}}\n"));
+    pub fn service(mut self, fields: &str) -> Self {
+        self.services.push_str(&format!("- {{namespace: default, {fields}}}\n"));
         self
     }
 
-    /// Adds a policy that is for the whole namespace unless `said` has a scope of its own; its rules are `rules`.
+    /// Adds a policy for the namespace.
     #[must_use]
     pub fn policy(mut self, name: &str, action: &str, rules: &str) -> Self {
         self.policies.push_str(&format!(
@@ -61,23 +68,23 @@ impl Mesh {
         self
     }
 
-    /// Has every policy so far only say what it would do.
+    /// Sets `dryRun` on all policies so far.
     #[must_use]
     pub fn dry_run(mut self) -> Self {
         self.policies = self.policies.replace("dryRun: false", "dryRun: true");
         self
     }
 
-    /// Adds a policy for the workloads that name it.
+    /// Adds a policy for the workloads that reference it.
     #[must_use]
     pub fn selector_policy(mut self, name: &str, action: &str, rules: &str) -> Self {
         self = self.policy(name, action, rules);
-        let scope = self.policies.rfind("scope: Namespace").expect("it was just written");
+        let scope = self.policies.rfind("scope: Namespace").expect("the policy was just written");
         self.policies.replace_range(scope..scope + 16, "scope: WorkloadSelector");
         self
     }
 
-    /// Adds a pod of another trust domain, which speaks HBONE.
+    /// Adds a pod of another trust domain that supports HBONE.
     #[must_use]
     pub fn foreign(mut self, pod: &Pod, trust_domain: &str) -> Self {
         self = self.hbone(pod);
@@ -86,7 +93,7 @@ impl Mesh {
         self
     }
 
-    /// Writes it as `NAME.yaml` beside the other files of the pod's world, in one step: whoever reads it sees the old or the new one.
+    /// Writes the file `NAME.yaml` to the pod's folder atomically.
     #[must_use]
     pub fn write(&self, pod: &Pod, name: &str) -> PathBuf {
         let file = pod.folder().join(format!("{name}.yaml"));
@@ -96,7 +103,7 @@ impl Mesh {
         file
     }
 
-    /// The document.
+    /// The YAML document.
     #[must_use]
     pub fn text(&self) -> String {
         let Self { workloads, services, policies } = self;

@@ -1,4 +1,4 @@
-//! What a proxy's endpoints say: `/metrics` and anything else over HTTP.
+//! Reads a proxy's HTTP endpoints, such as `/metrics`.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -15,7 +15,7 @@ pub struct Metrics {
 }
 
 impl Pod {
-    /// Reads the metrics of the proxy inside, from its default address.
+    /// Scrapes the proxy's metrics at the default address.
     pub async fn metrics(&self) -> Metrics {
         let (status, text) = http_get(self, (Ipv4Addr::LOCALHOST, 15020).into(), "/metrics").await;
         assert_eq!(status, 200, "/metrics: {text}");
@@ -24,7 +24,7 @@ impl Pod {
 }
 
 impl Metrics {
-    /// The sum of a metric over all label sets that have all of `labels`; `None` if there is no such series.
+    /// The sum of a metric over all series that have all of `labels`; `None` if there are none.
     #[must_use]
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let labels: Vec<_> =
@@ -39,14 +39,14 @@ impl Metrics {
         (!values.is_empty()).then(|| values.iter().sum())
     }
 
-    /// The whole text.
+    /// The text of the response.
     #[must_use]
     pub fn text(&self) -> &str {
         &self.text
     }
 }
 
-/// One GET from inside a pod: the status and the body.
+/// Sends a GET request from inside a pod. Returns status and body.
 pub async fn http_get(pod: &Pod, server: SocketAddr, path: &str) -> (u16, String) {
     let mut stream = pod.dial(server).await.or_fail(format!("connect to {server}"));
     let request = format!("GET {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\n\r\n");

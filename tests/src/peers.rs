@@ -1,6 +1,7 @@
-//! Applications: what connects and what listens in a pod, well behaved or not. Every wait has a deadline.
+//! Applications in pods: clients and servers. Every wait has a deadline.
 //!
-//! A socket belongs to the namespace that it was made in, so it is made inside the pod and used from outside.
+//! A socket belongs to the namespace in which it was opened. So it is opened inside the pod and
+//! used from outside.
 
 use std::future::Future;
 use std::io::{self, ErrorKind};
@@ -17,10 +18,10 @@ use underpass_interception::reset_on_close;
 use crate::OrFail;
 use crate::pods::Pod;
 
-/// How long anything may take: far longer than it does, far shorter than a trial may.
+/// The deadline of every wait: far longer than expected, far shorter than the timeout of a trial.
 pub const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Waits for `event`, which a message calls `what`, at most [`DEADLINE`] long.
+/// Waits for `event`; panics with `what` after [`DEADLINE`].
 pub async fn within<T>(what: &str, event: impl Future<Output = T>) -> T {
     match tokio::time::timeout(DEADLINE, event).await {
         Ok(value) => value,
@@ -28,7 +29,7 @@ pub async fn within<T>(what: &str, event: impl Future<Output = T>) -> T {
     }
 }
 
-/// Waits until `what` holds, asking again and again: for what nobody tells.
+/// Polls until `what` holds. For conditions without a notification.
 pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let asking = async {
         while !holds().await {
@@ -38,28 +39,28 @@ pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     within(what, asking).await;
 }
 
-/// What is special about a connection.
+/// Options of a connection.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Dial {
     /// The packet mark.
     pub mark: Option<u32>,
-    /// The address to come from, which need not be the pod's own; any port, if its port is 0.
+    /// The source address, which may be foreign. With port 0, the kernel chooses the port.
     pub source: Option<SocketAddr>,
 }
 
 impl Pod {
-    /// Connects from inside.
+    /// Connects from inside the pod.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The error of the kernel.
     pub async fn dial(&self, to: SocketAddr) -> io::Result<TcpStream> {
         self.dial_as(to, Dial::default()).await
     }
 
-    /// Connects from inside, with a mark or from another's address.
+    /// Connects from inside the pod with these options.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The error of the kernel.
     pub async fn dial_as(&self, to: SocketAddr, dial: Dial) -> io::Result<TcpStream> {
         let socket = self.run(|| socket(to, dial))?;
         within(
@@ -69,8 +70,8 @@ impl Pod {
         .await
     }
 
-    /// Connects from inside and sees RST and nothing else. A proxy accepts before it knows better, so the RST may come with the
-    /// connection or after it.
+    /// Connects from inside the pod and expects a RST. A proxy accepts before it decides, so the
+    /// RST may follow the handshake.
     pub async fn dial_and_see_reset(&self, to: SocketAddr) {
         match self.dial(to).await {
             Ok(mut stream) => {
@@ -80,7 +81,7 @@ impl Pod {
         }
     }
 
-    /// Connects from inside and is refused.
+    /// Connects from inside the pod and expects a refusal.
     pub async fn dial_and_be_refused(&self, to: SocketAddr) {
         let refused = self.dial(to).await.map(drop).map_err(|error| error.kind());
         assert_eq!(refused, Err(ErrorKind::ConnectionRefused), "{to}");
@@ -103,7 +104,8 @@ impl Pod {
         Listener { listener: TcpListener::from_std(socket.into()).or_fail("listen"), queue }
     }
 
-    /// Connects to `to` from inside while `listener` accepts: the two ends, and whom the listener saw.
+    /// Connects to `to` while `listener` accepts. Returns client, server and the client's address
+    /// that the listener sees.
     pub async fn meet(
         &self,
         listener: &Listener,
@@ -114,7 +116,7 @@ impl Pod {
     }
 }
 
-/// A socket that is about to be connected; made where the thread is.
+/// Opens a socket for a connection in the current namespace.
 pub(crate) fn socket(to: SocketAddr, dial: Dial) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), None)?;
     dial.mark.map_or(Ok(()), |mark| socket.set_mark(mark))?;
@@ -129,23 +131,23 @@ pub(crate) fn socket(to: SocketAddr, dial: Dial) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// An application's listener.
+/// The listener of an application.
 #[derive(Debug)]
 pub struct Listener {
     listener: TcpListener,
-    /// The same socket without a runtime in between, to see at once what the kernel has.
+    /// The same socket outside of the runtime, to check the accept queue at once.
     queue: Socket,
 }
 
 impl Listener {
-    /// The next connection, and who made it.
+    /// The next connection and its peer address.
     pub async fn accept(&self) -> (TcpStream, SocketAddr) {
         let accepted = within("a connection to an application", self.listener.accept()).await;
         let (stream, peer) = accepted.or_fail("accept");
         (stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()))
     }
 
-    /// Whether a connection has arrived that nobody has accepted; it is accepted and closed.
+    /// Returns true if a connection is in the accept queue. That connection is accepted and closed.
     #[must_use]
     pub fn is_reached(&self) -> bool {
         match self.queue.accept() {
@@ -156,7 +158,7 @@ impl Listener {
     }
 }
 
-/// An application that serves every connection, until it is dropped.
+/// An application that serves every connection until it is dropped.
 #[derive(Debug)]
 pub struct Server {
     task: JoinHandle<()>,
@@ -164,7 +166,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves each connection with `serve`, which is also told who made it.
+    /// Serves each connection with `serve`, which gets the stream and its peer address.
     pub fn start<F>(
         pod: &Pod,
         port: u16,
@@ -179,15 +181,15 @@ impl Server {
         let task = tokio::spawn(async move {
             while let Ok((stream, peer)) = listener.accept().await {
                 let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-                seen.lock().expect("nothing panics with it").push(peer);
-                // A client that goes away is a client's right.
+                seen.lock().expect("no holder panics").push(peer);
+                // A client may close its connection at any time.
                 tokio::spawn(serve(stream, peer));
             }
         });
         Self { task, peers }
     }
 
-    /// Sends back whatever it receives, and FIN for FIN.
+    /// Echoes all bytes, and answers FIN with FIN.
     #[must_use]
     pub fn echo(pod: &Pod, port: u16) -> Self {
         Self::start(pod, port, async |mut stream, _| {
@@ -197,7 +199,7 @@ impl Server {
         })
     }
 
-    /// Answers an HTTP/1.1 request with `peer ADDRESS` and `local ADDRESS`, a line each.
+    /// Answers an HTTP/1.1 request with the lines `peer ADDRESS` and `local ADDRESS`.
     #[must_use]
     pub fn http(pod: &Pod, port: u16) -> Self {
         Self::start(pod, port, async |mut stream, peer| {
@@ -216,10 +218,10 @@ impl Server {
         })
     }
 
-    /// Who has connected so far.
+    /// The peer addresses so far.
     #[must_use]
     pub fn peers(&self) -> Vec<SocketAddr> {
-        self.peers.lock().expect("nothing panics with it").clone()
+        self.peers.lock().expect("no holder panics").clone()
     }
 }
 
@@ -229,16 +231,16 @@ impl Drop for Server {
     }
 }
 
-/// How a connection ended for whoever reads it.
+/// How a connection ended for its reader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// FIN: all has been received.
+    /// FIN: everything was received.
     Fin,
-    /// RST: something may be missing.
+    /// RST: data may be missing.
     Reset,
 }
 
-/// Reads until the other side ends the connection: what it sent, and how it ended.
+/// Reads until the peer ends the connection. Returns the data and how it ended.
 pub async fn read_to_end(stream: &mut TcpStream) -> (Vec<u8>, End) {
     let mut received = Vec::new();
     match within("the end of a connection", stream.read_to_end(&mut received)).await {
@@ -248,18 +250,18 @@ pub async fn read_to_end(stream: &mut TcpStream) -> (Vec<u8>, End) {
     }
 }
 
-/// Ends a connection with RST.
+/// Aborts a connection with RST.
 pub fn abort(stream: TcpStream) {
     reset_on_close(&stream);
 }
 
-/// A few bytes there and back, to see that a connection carries them.
+/// Sends a few bytes in each direction.
 pub async fn exchange(client: &mut TcpStream, server: &mut TcpStream) {
     carry(client, server, b"request").await;
     carry(server, client, b"answer").await;
 }
 
-/// A few bytes from one end to the other.
+/// Sends a few bytes in one direction.
 pub async fn carry(from: &mut TcpStream, to: &mut TcpStream, what: &[u8]) {
     within("bytes are sent", from.write_all(what)).await.or_fail("send");
     let mut received = vec![0; what.len()];

@@ -1,4 +1,4 @@
-//! Certificates as files: good ones, and ones with a single fault each.
+//! Creates certificate files: valid ones, and ones with a single defect.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,11 +11,11 @@ use crate::OrFail;
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// A certificate authority and the folder that its certificates are written to.
+/// A certificate authority and the folder for its certificates.
 #[derive(Debug)]
 pub struct Pki {
     ca: CertificateAuthority,
-    /// Where the authority itself is.
+    /// The directory of the authority.
     dir: PathBuf,
     folder: PathBuf,
     roots: PathBuf,
@@ -28,7 +28,7 @@ impl Pki {
         Self::of(folder, "cluster.local", "roots")
     }
 
-    /// Another one, for `trust_domain`; its roots are `NAME.pem`.
+    /// A new authority for `trust_domain`; its roots are in `NAME.pem`.
     #[must_use]
     pub fn of(folder: &Path, trust_domain: &str, name: &str) -> Self {
         let domain: TrustDomain = trust_domain.parse().or_fail("name a trust domain");
@@ -39,26 +39,26 @@ impl Pki {
         Self { ca, dir, folder: folder.to_owned(), roots }
     }
 
-    /// The authority's directory, as `underpass ca` knows it.
+    /// The directory of the authority, for `underpass ca`.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The authority's revocation list, with these certificates added to it.
+    /// Adds certificates to the authority's revocation list.
     pub fn revoke(&self, revoked: &[&IdentityFiles]) -> PathBuf {
         let certificates: Vec<_> = revoked.iter().map(|files| &files.certificate).collect();
         self.ca.revoke(&self.dir, &certificates, &[]).or_fail("revoke a certificate");
         self.dir.join("crl.pem")
     }
 
-    /// Trusts `other` too, everywhere.
+    /// Adds the roots of `other` to the roots.
     pub fn trust(&self, other: &Self) {
         let both = format!("{}{}", self.ca.roots_pem(), other.ca.roots_pem());
         fs::write(&self.roots, both).or_fail("write the roots");
     }
 
-    /// The file of the roots.
+    /// The file of root certificates.
     #[must_use]
     pub fn roots(&self) -> &Path {
         &self.roots
@@ -78,7 +78,7 @@ impl Pki {
         self.write(account, &issued)
     }
 
-    /// One that has expired an hour ago.
+    /// Issues a certificate that expired an hour ago.
     #[must_use]
     pub fn issue_expired(&self, account: &str) -> IdentityFiles {
         let ago = |hours: u32| {
@@ -88,8 +88,8 @@ impl Pki {
         self.write(&format!("{account}-expired"), &issued.or_fail("issue a certificate"))
     }
 
-    /// One for `account` in the same files as [`Pki::issue`]'s, most of whose life is over: it
-    /// expires after `left`.
+    /// Issues a certificate that expires after `left`, when 80 % of its lifetime is over. It
+    /// replaces the files of [`Pki::issue`].
     #[must_use]
     pub fn issue_expiring(&self, account: &str, left: Duration) -> IdentityFiles {
         let now = SystemTime::now();
@@ -98,7 +98,7 @@ impl Pki {
         self.write(account, &issued.or_fail("issue a certificate"))
     }
 
-    /// Reads what one of the others wrote, as a proxy does.
+    /// Loads certificate files as a proxy does.
     #[must_use]
     pub fn credentials(&self, files: &IdentityFiles) -> Credentials {
         let identity = Identity::from_files(files).or_fail("read a certificate");

@@ -1,4 +1,4 @@
-//! Pods: network namespaces with names, wired to each other. They end with the values.
+//! Pods: named network namespaces, connected with each other. They are deleted when dropped.
 
 use std::fmt;
 use std::fs;
@@ -21,7 +21,7 @@ pub enum Family {
 }
 
 impl Family {
-    /// Both.
+    /// Both families.
     pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
 
     /// The loopback address.
@@ -33,7 +33,7 @@ impl Family {
         }
     }
 
-    /// The id of a rule's twin in this family.
+    /// The id of a rule's variant for this family.
     #[must_use]
     pub fn rule(self, id: &str) -> String {
         match self {
@@ -52,7 +52,7 @@ impl fmt::Display for Family {
     }
 }
 
-/// What the pods of one trial share: names, networks and a folder that nobody else has.
+/// The environment of one trial: unique names, networks and a folder.
 #[derive(Debug)]
 pub struct World {
     id: u32,
@@ -67,7 +67,7 @@ impl Default for World {
 }
 
 impl World {
-    /// An empty one. Its folder is below the sandbox's own `/run`.
+    /// An empty world. Its folder is in the sandbox's `/run`.
     #[must_use]
     pub fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -78,13 +78,13 @@ impl World {
         Self { id, wires: 0, folder }
     }
 
-    /// Where the files of the trial are.
+    /// The folder for files of the trial.
     #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// A pod that is connected to nothing.
+    /// Creates a pod without connections.
     pub async fn pod(&self, name: &str) -> Pod {
         let namespace =
             Namespace::create_named(&format!("w{}-{name}", self.id)).or_fail("make a pod");
@@ -97,8 +97,9 @@ impl World {
         }
     }
 
-    /// Connects two pods: `ethN` to `ethN`, 10.S.0.1 and fd00:S::1 to 10.S.0.2 and fd00:S::2, where N counts the wires of a pod
-    /// and S those of the world. The first wire of a pod is also its default route.
+    /// Connects two pods by interfaces `ethN` with the addresses 10.S.0.1 and fd00:S::1, and
+    /// 10.S.0.2 and fd00:S::2. N counts the links of a pod, S those of the world. A pod's first
+    /// link is its default route.
     pub async fn wire(&mut self, a: &mut Pod, b: &mut Pod) {
         self.wires += 1;
         let subnet = self.wires;
@@ -116,7 +117,7 @@ impl World {
     }
 }
 
-/// What a pod is called on one of its wires.
+/// The addresses of a pod on one of its links.
 #[derive(Debug, Clone, Copy)]
 struct Addresses {
     v4: Ipv4Addr,
@@ -129,7 +130,7 @@ impl Addresses {
     }
 }
 
-/// A network namespace with a name. Dropping it takes the name away; it ends with the last that is in it.
+/// A named network namespace. Dropping it removes the name; the namespace ends with its last user.
 #[derive(Debug)]
 pub struct Pod {
     name: String,
@@ -139,13 +140,13 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// What it is called in its world.
+    /// The name within its world.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Where the files of its world are.
+    /// The folder for files of its world.
     #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
@@ -157,7 +158,7 @@ impl Pod {
         self.namespace.as_ref().expect("only drop takes it")
     }
 
-    /// Its address on its first wire.
+    /// The address on its first link.
     #[must_use]
     pub fn ip(&self, family: Family) -> IpAddr {
         let addresses = self.addresses.first().expect("the pod is not wired");
@@ -167,25 +168,25 @@ impl Pod {
         }
     }
 
-    /// All its addresses, of both families.
+    /// All addresses of both families.
     #[must_use]
     pub fn ips(&self) -> Vec<IpAddr> {
         self.addresses.iter().flat_map(|ips| [IpAddr::from(ips.v4), ips.v6.into()]).collect()
     }
 
-    /// A port of [`Pod::ip`].
+    /// A socket address with [`Pod::ip`].
     #[must_use]
     pub fn at(&self, family: Family, port: u16) -> SocketAddr {
         SocketAddr::new(self.ip(family), port)
     }
 
-    /// Runs code inside, on a thread of its own: what it makes (sockets, processes) stays inside. It must not panic, which would
-    /// lose the message.
+    /// Runs code inside on a new thread. Sockets and processes that it creates belong to the pod.
+    /// It must not panic, because the message would be lost.
     pub fn run<T: Send>(&self, code: impl FnOnce() -> T + Send) -> T {
         self.namespace().run(code).or_fail("run code in a pod")
     }
 
-    /// Starts a process inside, of the runtime that the caller is in.
+    /// Starts a process inside, on the caller's runtime.
     pub fn spawn(&self, command: &mut Command) -> std::io::Result<Child> {
         let runtime = tokio::runtime::Handle::current();
         self.run(|| {
@@ -194,13 +195,13 @@ impl Pod {
         })
     }
 
-    /// Writes a kernel setting of the pod's own network: `net/ipv6/conf/all/disable_ipv6`.
+    /// Sets a sysctl of the pod's network: `net/ipv6/conf/all/disable_ipv6`.
     pub fn sysctl(&self, key: &str, value: &str) {
         let file = Path::new("/proc/sys").join(key);
         self.run(|| fs::write(&file, value)).or_fail(format!("write {}", file.display()));
     }
 
-    /// A capture of its first wire, from now on.
+    /// Starts a packet capture on its first link.
     #[must_use]
     pub fn capture(&self) -> PacketCapture {
         self.run(|| PacketCapture::open("eth0")).or_fail("capture packets")
@@ -218,7 +219,7 @@ impl Pod {
 
 impl Drop for Pod {
     fn drop(&mut self) {
-        // One that cannot be deleted ends with the sandbox.
+        // A namespace that cannot be deleted ends with the sandbox.
         self.namespace.take().map(Namespace::delete);
     }
 }

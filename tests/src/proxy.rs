@@ -17,17 +17,17 @@ use crate::peers::within;
 use crate::pods::Pod;
 use crate::settings::Settings;
 
-/// It is ready in well under a second; a machine that builds something else at the same time needs more.
-const READY: Duration = Duration::from_secs(20);
+/// The timeout for readiness. Starting takes well under a second, but more on a busy machine.
+const READY_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A running proxy. Dropping it kills it.
+/// A running proxy. Dropping it kills the process.
 #[derive(Debug)]
 pub struct Proxy {
     child: ChildProxy,
 }
 
 impl Pod {
-    /// Starts a proxy inside and waits until it is ready.
+    /// Starts a proxy inside and waits for its readiness.
     pub async fn proxy(&self, settings: &Settings) -> Proxy {
         match self.try_proxy(settings).await {
             Ok(proxy) => proxy,
@@ -35,15 +35,15 @@ impl Pod {
         }
     }
 
-    /// The same for one that may not get ready.
+    /// The same for a proxy that may fail to start.
     ///
     /// # Errors
-    /// How it ended, and what it said.
+    /// The exit status and the log.
     pub async fn try_proxy(&self, settings: &Settings) -> Result<Proxy, SpawnError> {
         self.try_program(binary(), settings).await
     }
 
-    /// The same through a shell script, which runs it by `exec "$UNDERPASS" "$@"`.
+    /// Starts the proxy by a shell script that ends in `exec "$UNDERPASS" "$@"`.
     ///
     /// # Errors
     /// As [`Pod::try_proxy`].
@@ -54,68 +54,69 @@ impl Pod {
     ) -> Result<Proxy, SpawnError> {
         let file = self.folder().join(format!("start-{}", self.name()));
         let text = format!("#!/bin/sh\nset -e\nUNDERPASS={:?}\n{script}\n", program_for_all());
-        // Not by this process: a sibling that it starts meanwhile would inherit the open file, and the kernel refuses to run it.
+        // Written by another process. A child that this process starts meanwhile would inherit the
+        // open file, and the kernel would refuse to execute it (ETXTBSY).
         write_by_another(&file, &text);
         self.try_program(&file, settings).await
     }
 
     async fn try_program(&self, program: &Path, settings: &Settings) -> Result<Proxy, SpawnError> {
         let arguments = settings.arguments(self);
-        let child = ChildProxy::start(program, self.namespace(), &arguments, READY).await?;
+        let child = ChildProxy::start(program, self.namespace(), &arguments, READY_TIMEOUT).await?;
         Ok(Proxy { child })
     }
 }
 
 impl Proxy {
-    /// Its process id.
+    /// The process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.pid().expect("the proxy has ended")
     }
 
-    /// Sends it a signal.
+    /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.pid()).or_fail("use a process id");
         kill(Pid::from_raw(pid), signal).or_fail("send a signal");
     }
 
-    /// All that it has written so far.
+    /// The log so far.
     #[must_use]
     pub fn log(&self) -> String {
         self.child.log()
     }
 
-    /// Waits for a line that has all of `parts` in it.
+    /// Waits for a log line that contains all of `parts`.
     pub async fn line(&mut self, parts: &[&str]) -> String {
         let is_wanted = |line: &&str| parts.iter().all(|part| line.contains(part));
         let find = |log: &str| log.lines().find(is_wanted).map(str::to_owned);
         let logged = self.child.logged(|log| find(log).is_some());
         let in_time = tokio::time::timeout(crate::DEADLINE, logged).await;
         find(&self.child.log()).unwrap_or_else(|| {
-            panic!("no log line with {parts:?} ({in_time:?}); it said:\n{}", self.child.log())
+            panic!("no log line with {parts:?} ({in_time:?}); the log:\n{}", self.child.log())
         })
     }
 
-    /// How many lines so far have all of `parts` in them.
+    /// The number of log lines so far that contain all of `parts`.
     #[must_use]
     pub fn count(&self, parts: &[&str]) -> usize {
         let is_wanted = |line: &&str| parts.iter().all(|part| line.contains(part));
         self.child.log().lines().filter(is_wanted).count()
     }
 
-    /// Waits until more than `count` lines have all of `parts` in them.
+    /// Waits until more than `count` log lines contain all of `parts`.
     pub async fn more_than(&mut self, count: usize, parts: &[&str]) {
         let is_wanted = |line: &&str| parts.iter().all(|part| line.contains(part));
         let logged = self.child.logged(|log| log.lines().filter(is_wanted).count() > count);
         let in_time = tokio::time::timeout(crate::DEADLINE, logged).await;
         assert!(
             self.count(parts) > count,
-            "no more than {count} lines with {parts:?} ({in_time:?}); it said:\n{}",
+            "no more than {count} lines with {parts:?} ({in_time:?}); the log:\n{}",
             self.child.log()
         );
     }
 
-    /// Waits until it has written at least `count` access-log lines, and returns all that there are.
+    /// Waits for at least `count` access-log lines, and returns all.
     pub async fn access_lines(&mut self, count: usize) -> Vec<String> {
         let lines = |log: &str| -> Vec<String> {
             log.lines().filter(|line| is_access(line)).map(str::to_owned).collect()
@@ -131,17 +132,18 @@ impl Proxy {
         found
     }
 
-    /// Tells it to stop as losing its parent would, and waits for its end.
+    /// Closes standard input, which stops the proxy like the end of its parent, and waits for its
+    /// exit.
     pub async fn stop(&mut self) -> ExitStatus {
         within("the proxy stops", self.child.stop()).await.or_fail("wait for the proxy")
     }
 
-    /// Waits for its end, however long that takes.
+    /// Waits for the exit without a deadline.
     pub async fn ended_by_itself(&mut self) -> ExitStatus {
         self.child.ended().await.or_fail("wait for the proxy")
     }
 
-    /// Waits for its end.
+    /// Waits for the exit.
     pub async fn ended(&mut self) -> ExitStatus {
         within("the proxy ends", self.child.ended()).await.or_fail("wait for the proxy")
     }
@@ -151,10 +153,10 @@ fn is_access(line: &str) -> bool {
     line.contains(" access: ") || line.contains("\"target\":\"access\"")
 }
 
-/// The binary at a place that every user can reach, as a home need not be.
+/// A copy of the binary that every user can execute, unlike one in a home directory.
 fn program_for_all() -> &'static Path {
-    static PLACE: OnceLock<PathBuf> = OnceLock::new();
-    PLACE.get_or_init(|| {
+    static COPY: OnceLock<PathBuf> = OnceLock::new();
+    COPY.get_or_init(|| {
         let place = PathBuf::from("/run/underpass-tests/underpass");
         fs::write(&place, "").or_fail("write to /run");
         let mount =

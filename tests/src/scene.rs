@@ -1,4 +1,4 @@
-//! The usual scene: two pods on one wire, both in the mesh as HBONE, a certificate for each. Proxies start when told.
+//! The usual scene: two connected pods in the mesh, with HBONE and a certificate each.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -15,23 +15,23 @@ use crate::pods::{Family, Pod, World};
 use crate::proxy::Proxy;
 use crate::settings::Settings;
 
-/// Where applications listen.
+/// The port of applications.
 pub const APP: u16 = 8080;
-/// Where proxies listen for tunnels.
+/// The port for tunnels.
 pub const HBONE: u16 = 15008;
-/// The name of the pod that connects.
+/// The name of the client's pod.
 pub const CLIENT: &str = "client";
-/// The name of the pod that is connected to.
+/// The name of the server's pod.
 pub const SERVER: &str = "server";
 
-/// Two pods, their certificates and the mesh file that has both.
+/// Two pods, their certificates and their mesh file.
 #[derive(Debug)]
 pub struct Scene {
-    /// The pod that connects.
+    /// The client's pod.
     pub client: Pod,
-    /// The pod that is connected to.
+    /// The server's pod.
     pub server: Pod,
-    /// Whom both trust.
+    /// The certificate authority of both.
     pub pki: Pki,
     /// The mesh file.
     pub mesh: PathBuf,
@@ -39,12 +39,12 @@ pub struct Scene {
     pub client_files: IdentityFiles,
     /// The server's certificate.
     pub server_files: IdentityFiles,
-    /// Where more pods come from.
+    /// Creates additional pods.
     pub world: World,
 }
 
 impl Scene {
-    /// The scene without proxies.
+    /// Sets up the scene without proxies.
     pub async fn new() -> Self {
         let mut world = World::new();
         let (mut client, mut server) = (world.pod(CLIENT).await, world.pod(SERVER).await);
@@ -55,7 +55,7 @@ impl Scene {
         Self { client, server, pki, mesh, client_files, server_files, world }
     }
 
-    /// The scene with a proxy in each pod: client's, server's.
+    /// Sets up the scene with a proxy in each pod. Returns client's and server's proxy.
     pub async fn with_proxies() -> (Self, Proxy, Proxy) {
         let scene = Self::new().await;
         let (client, server) = (scene.client_settings(), scene.server_settings());
@@ -64,7 +64,8 @@ impl Scene {
         (scene, client, server)
     }
 
-    /// The scene with a proxy in the client's pod alone, which passes everything through in plain, and has these settings besides.
+    /// Sets up the scene with a proxy in the client's pod only, with an empty mesh and additional
+    /// settings.
     pub async fn with_plain_client(settings: &[&str]) -> (Self, Proxy) {
         let scene = Self::new().await;
         let mesh = format!("mesh.file={}", scene.empty_mesh().display());
@@ -73,7 +74,7 @@ impl Scene {
         (scene, proxy)
     }
 
-    /// A connection between the pods' applications over which bytes have gone both ways.
+    /// A connection between the applications on which bytes were exchanged.
     pub async fn connected(&self, family: Family) -> (TcpStream, TcpStream) {
         let app = self.server.listen(APP);
         let (mut client, mut server, _) = self.client.meet(&app, self.app(family)).await;
@@ -81,13 +82,13 @@ impl Scene {
         (client, server)
     }
 
-    /// What the client's proxy is told: certificate and mesh.
+    /// The settings of the client's proxy: certificate and mesh.
     #[must_use]
     pub fn client_settings(&self) -> Settings {
         Settings::new(CLIENT).identity(&self.client_files).mesh(&self.mesh)
     }
 
-    /// What the server's proxy is told: certificate and mesh.
+    /// The settings of the server's proxy: certificate and mesh.
     #[must_use]
     pub fn server_settings(&self) -> Settings {
         Settings::new(SERVER).identity(&self.server_files).mesh(&self.mesh)
@@ -96,17 +97,17 @@ impl Scene {
     /// Replaces the mesh file.
     pub fn set_mesh(&self, mesh: &Mesh) {
         let file = mesh.write(&self.client, "mesh");
-        assert_eq!(file, self.mesh, "it is the scene's");
+        assert_eq!(file, self.mesh, "the file belongs to the scene");
     }
 
-    /// One connection to an echo in the server's pod: bytes there, FIN, all of them back, FIN.
+    /// Exchanges bytes and FIN with an echo in the server's pod.
     pub async fn echoed(&self) {
         self.echoed_at(self.app(Family::V4)).await;
     }
 
-    /// The same with an echo that is reached at `to`.
+    /// The same with an echo at `to`.
     pub async fn echoed_at(&self, to: SocketAddr) {
-        let sent = b"there and back".repeat(100);
+        let sent = b"request and echo".repeat(100);
         let connected = self.client.dial(to).await;
         let mut stream = connected.or_fail("connect to the echo");
         let (mut reader, mut writer) = stream.split();
@@ -120,13 +121,13 @@ impl Scene {
         assert!(received == sent, "{} of {} bytes came back", received.len(), sent.len());
     }
 
-    /// The mesh file of a mesh without members: everything is passed through in plain.
+    /// A mesh file without members: the proxy passes all connections through in plaintext.
     #[must_use]
     pub fn empty_mesh(&self) -> PathBuf {
         Mesh::default().write(&self.client, "empty-mesh")
     }
 
-    /// Where the server's application listens.
+    /// The address of the server's application.
     #[must_use]
     pub fn app(&self, family: Family) -> SocketAddr {
         self.server.at(family, APP)

@@ -1,4 +1,4 @@
-//! The settings file of one proxy.
+//! Builds the settings file of a proxy.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use underpass_config::IdentityFiles;
 use crate::OrFail;
 use crate::pods::Pod;
 
-/// A settings file in the making.
+/// A settings file.
 #[derive(Debug, Clone)]
 pub struct Settings {
     name: String,
@@ -17,14 +17,14 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Those of the workload `name`, with two data workers and everything else as it is by default.
+    /// The settings of the workload `name`, with two workers and defaults otherwise.
     #[must_use]
     pub fn new(name: &str) -> Self {
         let text = format!("workload: {{name: {name}, serviceAccount: {name}}}\n");
         Self { name: name.to_owned(), text, flags: Vec::new() }.set("proxy.workers=2")
     }
 
-    /// With a certificate.
+    /// Adds a certificate.
     #[must_use]
     pub fn identity(mut self, files: &IdentityFiles) -> Self {
         let IdentityFiles { certificate, key, roots } = files;
@@ -34,14 +34,14 @@ impl Settings {
         self
     }
 
-    /// With a mesh file.
+    /// Adds a mesh file.
     #[must_use]
     pub fn mesh(mut self, file: &Path) -> Self {
         self.text.push_str(&format!("mesh: {{file: {file:?}}}\n"));
         self
     }
 
-    /// With one more section of the file, in YAML: `interception: {profile: osm}`. What is [`set`](Self::set) wins.
+    /// Adds a section in YAML: `interception: {profile: osm}`. [`set`](Self::set) overrides it.
     #[must_use]
     pub fn section(mut self, yaml: &str) -> Self {
         self.text.push_str(yaml);
@@ -49,27 +49,27 @@ impl Settings {
         self
     }
 
-    /// With one more `--set KEY=VALUE`.
+    /// Adds a `--set KEY=VALUE`.
     #[must_use]
     pub fn set(mut self, assignment: &str) -> Self {
         self.flags.extend(["--set".to_owned(), assignment.to_owned()]);
         self
     }
 
-    /// To take over from the process that runs.
+    /// Takes over from the running process.
     #[must_use]
     pub fn take_over(mut self) -> Self {
         self.flags.push("--take-over".to_owned());
         self
     }
 
-    /// Where [`write`](Self::write) writes the file: beside the other files of the pod's world.
+    /// The path to which [`write`](Self::write) writes the file, in the pod's folder.
     #[must_use]
     pub fn file(&self, pod: &Pod) -> PathBuf {
         pod.folder().join(format!("settings-{}.yaml", self.name))
     }
 
-    /// Writes the file anew, in one step, as there may be who follows it.
+    /// Replaces the file atomically: a proxy may watch it.
     pub fn write(&self, pod: &Pod) {
         let file = self.file(pod);
         let new = file.with_extension("new");
@@ -77,7 +77,7 @@ impl Settings {
         fs::rename(&new, &file).or_fail("write a settings file");
     }
 
-    /// Writes the file; the arguments for `underpass run` that name it.
+    /// Writes the file, and returns the arguments for `underpass run`.
     #[must_use]
     pub fn arguments(&self, pod: &Pod) -> Vec<String> {
         self.write(pod);

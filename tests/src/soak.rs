@@ -1,14 +1,16 @@
-//! The soak: streams of every shape on every path while everything goes wrong that can, and nothing may be lost, be made up, or stay.
+//! The soak test: many streams on all paths while faults happen; no data may be lost, altered or
+//! leaked.
 //!
-//! In reading order: `plan` is what a stream does, `stream` does it and looks at every byte, `scene` is where, `faults` is what goes
-//! wrong, and `rest` is what is left when all is over. Judged is
+//! In reading order: `plan` defines a stream, `stream` executes it and checks every byte, `scene`
+//! sets up pods and proxies, `faults` injects faults, and `rest` measures what is left in the end.
+//! It checks that
 //!
-//! * always: whatever is received is what was sent, from the first byte on, and who reads a FIN has read all of it;
-//! * of streams that no fault may have broken: that they do what they planned, at both ends;
-//! * of all: that they end;
-//! * in the end: that the proxies and their pods hold what they held before.
+//! * received data equals the sent data, and a FIN means that everything was received;
+//! * streams that no fault can have broken do what they planned, at both ends;
+//! * every stream ends;
+//! * in the end, proxies and pods hold the same resources as before.
 //!
-//! Not here: `examples/soak.rs` runs it for as long as it is told, `tests/soak.rs` for a few seconds.
+//! `examples/soak.rs` runs it for minutes, `tests/soak.rs` for a few seconds.
 
 mod faults;
 mod plan;
@@ -31,40 +33,41 @@ use tokio::time::{Instant, timeout};
 use self::faults::Event;
 pub use self::faults::Fault;
 use self::plan::{Kind, Plan};
-use self::rest::{Held, settled};
-use self::scene::{PORTS, Pods, Stage, Way};
+use self::rest::{Resources, settled};
+use self::scene::{PORTS, Pods, Route, SoakScene};
 use self::stream::Ended;
 use crate::peers::{Dial, Server, socket};
 
-/// No stream takes so long, whatever happens to it.
-const LONGEST: Duration = Duration::from_secs(120);
-/// How long after a fault it may still show: retransmissions and probes are seconds apart by then.
-const AFTERMATH: Duration = Duration::from_secs(15);
-/// How long a proxy may hold against a peer that it was away, and a second.
+/// The timeout of a stream.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(120);
+/// The time after a fault in which streams may still break, because retransmissions are seconds
+/// apart.
+const FAULT_TAIL: Duration = Duration::from_secs(15);
+/// The maximum back-off of a proxy after a failed connection, plus a second.
 const BACK_OFF: Duration = Duration::from_secs(3);
-/// How long an application takes to connect at most.
+/// The timeout for an application's connection.
 const CONNECT: Duration = Duration::from_secs(40);
-/// How long what is over may still be seen.
-const SETTLE: Duration = Duration::from_secs(60);
-/// The same for conntrack, which keeps a connection that ended in an unusual way for two minutes.
-const FORGET: Duration = Duration::from_secs(150);
+/// The time until resources of ended streams must be released.
+const REST_TIMEOUT: Duration = Duration::from_secs(60);
+/// The same for conntrack, which keeps an aborted connection for two minutes.
+const CONNTRACK_TIMEOUT: Duration = Duration::from_secs(150);
 
-/// What is to be done.
+/// Options of a soak test.
 #[derive(Debug, Clone)]
 pub struct SoakOptions {
-    /// For how long streams and faults begin.
+    /// How long streams and faults are started.
     pub length: Duration,
-    /// All that is random follows from it, but for the order in which things happen.
+    /// The seed of all random choices. Only timing is not reproducible.
     pub seed: u64,
-    /// How many streams there are at a time.
+    /// The number of concurrent streams.
     pub connections: usize,
-    /// What goes wrong.
+    /// The kinds of faults.
     pub faults: Vec<Fault>,
-    /// Whether to wait for conntrack to forget.
-    pub patient: bool,
+    /// Whether to wait until conntrack has removed ended connections.
+    pub wait_for_conntrack: bool,
 }
 
-/// What came of it.
+/// The result of a soak test.
 #[derive(Debug, Default)]
 pub struct SoakSummary {
     seed: u64,
@@ -72,83 +75,85 @@ pub struct SoakSummary {
     bytes: u64,
     well: u64,
     planned_resets: u64,
-    /// Streams that a fault has broken, by its kind.
+    /// The number of streams that a fault may have broken, by kind of fault.
     broken: BTreeMap<&'static str, u64>,
     happened: BTreeMap<&'static str, u64>,
-    held_before: [Held; 2],
-    held_after: [Held; 2],
-    /// What must not have been.
+    held_before: [Resources; 2],
+    held_after: [Resources; 2],
+    /// Violations of the invariants.
     pub violations: Vec<String>,
 }
 
-/// What all streams share.
+/// The state that all streams share.
 #[derive(Debug)]
-struct Course {
+struct SoakRun {
     pods: Arc<Pods>,
     summary: Mutex<SoakSummary>,
-    /// What happened, and when it was over.
+    /// The faults, with their start and end.
     faults: Mutex<Vec<(Event, Instant, Option<Instant>)>>,
     served: Mutex<HashMap<u64, Ended>>,
 }
 
-/// Runs it in the sandbox that the process is in.
+/// Runs the soak test in the current sandbox.
 pub async fn soak(options: &SoakOptions) -> SoakSummary {
-    let mut stage = Stage::new().await;
+    let mut scene = SoakScene::new().await;
     let summary = SoakSummary { seed: options.seed, ..SoakSummary::default() };
-    let course = Arc::new(Course {
-        pods: stage.pods.clone(),
+    let run = Arc::new(SoakRun {
+        pods: scene.pods.clone(),
         summary: Mutex::new(summary),
         faults: Mutex::default(),
         served: Mutex::default(),
     });
-    let servers = course.serve();
-    // Warm-up: what a proxy holds once it has done everything before.
+    let servers = run.serve();
+    // Warm-up: resources are compared with those of a proxy that has served everything once.
     let mut rng = Rng::with_seed(options.seed);
     let calm = options.length.min(Duration::from_secs(3)) / 3;
-    course.clone().streams(rng.fork(), options.connections, calm).await;
+    run.clone().streams(rng.fork(), options.connections, calm).await;
     let before = settled(
-        &stage,
+        &scene,
         |held| held.iter().all(|held| held.open < 0.5 && held.tunnels < 0.5),
-        SETTLE,
+        REST_TIMEOUT,
     )
     .await;
-    let streams = course.clone().streams(rng.fork(), options.connections, options.length);
-    tokio::join!(streams, course.disturb(rng.fork(), options, &mut stage));
-    let is_back = |held: [Held; 2]| {
-        held.iter().zip(&before).all(|(now, before)| now.excess(before, options.patient).is_empty())
+    let streams = run.clone().streams(rng.fork(), options.connections, options.length);
+    tokio::join!(streams, run.inject_faults(rng.fork(), options, &mut scene));
+    let is_back = |held: [Resources; 2]| {
+        held.iter()
+            .zip(&before)
+            .all(|(now, before)| now.excess(before, options.wait_for_conntrack).is_empty())
     };
-    if timeout(SETTLE, stage.others_ended()).await.is_err() {
-        course.violation("a proxy that was taken over from has not ended".to_owned());
+    if timeout(REST_TIMEOUT, scene.await_outgoing()).await.is_err() {
+        run.violation("a proxy did not exit after the takeover".to_owned());
     }
-    let patience = if options.patient { FORGET } else { SETTLE };
-    let after = settled(&stage, is_back, patience).await;
+    let patience = if options.wait_for_conntrack { CONNTRACK_TIMEOUT } else { REST_TIMEOUT };
+    let after = settled(&scene, is_back, patience).await;
     drop(servers);
-    for (now, (was, (pod, _))) in after.iter().zip(before.iter().zip(stage.proxies())) {
-        for excess in now.excess(was, options.patient) {
-            course.violation(format!("at rest, {}: {excess}", pod.name()));
+    for (now, (was, (pod, _))) in after.iter().zip(before.iter().zip(scene.proxies())) {
+        for excess in now.excess(was, options.wait_for_conntrack) {
+            run.violation(format!("at rest, {}: {excess}", pod.name()));
         }
     }
-    if !course.summary().violations.is_empty() {
-        stage.keep_logs();
+    if !run.summary().violations.is_empty() {
+        scene.keep_logs();
     }
-    let mut summary = std::mem::take(&mut *course.summary());
+    let mut summary = std::mem::take(&mut *run.summary());
     (summary.held_before, summary.held_after) = (before, after);
     summary
 }
 
-impl Course {
-    /// Applications in every pod.
+impl SoakRun {
+    /// Starts the applications in every pod.
     fn serve(self: &Arc<Self>) -> Vec<Server> {
         let pods = self.pods.all();
         let places = pods.into_iter().flat_map(|pod| PORTS.map(|port| (pod, port)));
         let serve = |(pod, port)| {
-            let course = self.clone();
+            let run = self.clone();
             Server::start(pod, port, move |stream, _| {
-                let course = course.clone();
+                let run = run.clone();
                 async move {
-                    probed(&stream)?;
+                    enable_keepalive(&stream)?;
                     if let Some((seed, ended)) = stream::server(stream).await {
-                        course.served(seed, ended);
+                        run.served(seed, ended);
                     }
                     Ok(())
                 }
@@ -157,19 +162,19 @@ impl Course {
         places.map(serve).collect()
     }
 
-    /// Keeps so many streams going for so long, and waits for the last to end.
+    /// Keeps `connections` streams open for `length`, and waits for the last one.
     async fn streams(self: Arc<Self>, mut rng: Rng, connections: usize, length: Duration) {
         let end = Instant::now() + length;
         let mut streams = JoinSet::new();
         while Instant::now() < end && self.summary().violations.is_empty() {
             while streams.len() < connections {
-                let (course, plan, way) =
-                    (self.clone(), Plan::new(rng.u64(..)), Way::new(&mut rng));
-                // Not all at once.
+                let (run, plan, route) =
+                    (self.clone(), Plan::new(rng.u64(..)), Route::new(&mut rng));
+                // Spread the start of streams.
                 let begin = Duration::from_millis(rng.u64(0..500));
                 streams.spawn(async move {
                     pause(begin).await;
-                    course.stream(plan, way).await;
+                    run.stream(plan, route).await;
                 });
             }
             let next = timeout(Duration::from_millis(100), streams.join_next()).await;
@@ -184,23 +189,23 @@ impl Course {
         }
     }
 
-    async fn stream(&self, plan: Plan, way: Way) {
+    async fn stream(&self, plan: Plan, route: Route) {
         let began = Instant::now();
-        let ended = match timeout(LONGEST, self.attempt(&plan, way)).await {
+        let ended = match timeout(STREAM_TIMEOUT, self.attempt(&plan, route)).await {
             Ok(ended) => ended,
-            Err(_) => Ended::Lie(format!("it has not ended after {LONGEST:?}")),
+            Err(_) => Ended::Violation(format!("timed out after {STREAM_TIMEOUT:?}")),
         };
-        let told = format!("{:?} from {:?}, {plan:?}, {way:?}", ended, began.elapsed());
+        let description = format!("{:?} from {:?}, {plan:?}, {route:?}", ended, began.elapsed());
         let mut server = None;
         if ended == Ended::Well && plan.kind != Kind::Unused {
             server = self.server_of(plan.seed).await;
         }
-        // Only now: what the client has sent may be on its way still when all is over for it.
-        let fault = self.touched(way, began);
+        // Only now: data from the client may still be on its way after the client has ended.
+        let fault = self.affecting_fault(route, began);
         let mut summary = self.summary();
         summary.streams += 1;
         match (&ended, server) {
-            (Ended::Lie(_), _) => summary.violations.push(told),
+            (Ended::Violation(_), _) => summary.violations.push(description),
             (Ended::Well, Some(Ended::Well)) => {
                 summary.well += 1;
                 summary.bytes += plan.up + plan.down;
@@ -211,17 +216,17 @@ impl Course {
                 Some(fault) => *summary.broken.entry(fault.name()).or_default() += 1,
                 None => summary
                     .violations
-                    .push(format!("broken by nothing: {told}; its server: {server:?}")),
+                    .push(format!("broken without a fault: {description}; its server: {server:?}")),
             },
         }
     }
 
-    async fn attempt(&self, plan: &Plan, way: Way) -> Ended {
-        let (pod, to) = self.pods.dial(way);
+    async fn attempt(&self, plan: &Plan, route: Route) -> Ended {
+        let (pod, to) = self.pods.dial(route);
         let connect = async {
             let socket = pod.run(|| socket(to, Dial::default()))?;
             let stream = TcpSocket::from_std_stream(socket.into()).connect(to).await?;
-            probed(&stream)?;
+            enable_keepalive(&stream)?;
             io::Result::Ok(stream)
         };
         match timeout(CONNECT, connect).await {
@@ -231,10 +236,11 @@ impl Course {
         }
     }
 
-    /// How the server's end of a stream ended that ended well for its client; it may have much to read yet.
+    /// How the server's end of a stream ended. It may still have data to read after the client has
+    /// ended.
     async fn server_of(&self, seed: u64) -> Option<Ended> {
         let began = Instant::now();
-        while began.elapsed() < LONGEST {
+        while began.elapsed() < STREAM_TIMEOUT {
             if let Some(ended) = self.lock(&self.served).remove(&seed) {
                 return Some(ended);
             }
@@ -244,14 +250,14 @@ impl Course {
     }
 
     fn served(&self, seed: u64, ended: Ended) {
-        if let Ended::Lie(lie) = &ended {
+        if let Ended::Violation(lie) = &ended {
             self.violation(format!("at the server: {lie}, {:?}", Plan::new(seed)));
         }
         self.lock(&self.served).insert(seed, ended);
     }
 
-    /// One fault after the other.
-    async fn disturb(&self, mut rng: Rng, options: &SoakOptions, stage: &mut Stage) {
+    /// Injects one fault after another.
+    async fn inject_faults(&self, mut rng: Rng, options: &SoakOptions, scene: &mut SoakScene) {
         let end = Instant::now() + options.length;
         while !options.faults.is_empty() && self.summary().violations.is_empty() {
             pause(Duration::from_millis(rng.u64(100..2000))).await;
@@ -264,7 +270,7 @@ impl Course {
                 faults.push((event, Instant::now(), None));
                 faults.len() - 1
             };
-            event.happen(stage).await;
+            event.inject(scene).await;
             if let Some((.., over)) = self.lock(&self.faults).get_mut(mine) {
                 *over = Some(Instant::now());
             }
@@ -272,12 +278,12 @@ impl Course {
         }
     }
 
-    /// What may have broken a stream that goes this way and began then.
-    fn touched(&self, way: Way, began: Instant) -> Option<Fault> {
+    /// The fault that may have broken a stream on this route that started then.
+    fn affecting_fault(&self, route: Route, began: Instant) -> Option<Fault> {
         let faults = self.lock(&self.faults);
         let mut touching = faults.iter().rev().filter(|(event, _, over)| {
-            let late = if event.fault == Fault::Drop { AFTERMATH } else { BACK_OFF };
-            event.touches(way) && over.is_none_or(|over| over + late > began)
+            let late = if event.fault == Fault::Drop { FAULT_TAIL } else { BACK_OFF };
+            event.affects(route) && over.is_none_or(|over| over + late > began)
         });
         touching.next().map(|(event, ..)| event.fault)
     }
@@ -291,12 +297,12 @@ impl Course {
     }
 
     fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
-        mutex.lock().expect("nothing panics with it")
+        mutex.lock().expect("no holder panics")
     }
 }
 
-impl Held {
-    /// What is more than it was `before`.
+impl Resources {
+    /// The resources that exceed those `before`.
     fn excess(&self, before: &Self, tracked: bool) -> Vec<String> {
         let mut excess = Vec::new();
         let mut compare = |what: &str, now: usize, allowed: usize| {
@@ -309,20 +315,20 @@ impl Held {
         if tracked {
             compare("tracked connections", self.tracked, before.tracked);
         }
-        // The allocator keeps some of what was used.
+        // The allocator keeps some freed memory.
         compare("KiB resident", self.resident, before.resident * 3 / 2 + (32 << 10));
         if self.open > 0.5 || self.tunnels > 0.5 {
             excess.push(format!("{} connections and {} tunnels open", self.open, self.tunnels));
         }
         if !self.rules_intact {
-            excess.push("its rules are not intact".to_owned());
+            excess.push("the rules are not intact".to_owned());
         }
         excess
     }
 }
 
 impl SoakSummary {
-    /// One line of JSON.
+    /// The result as one line of JSON.
     #[must_use]
     pub fn json(&self) -> String {
         let map = |map: &BTreeMap<&str, u64>| {
@@ -330,7 +336,7 @@ impl SoakSummary {
                 map.iter().map(|(key, count)| format!("\"{key}\":{count}")).collect();
             format!("{{{}}}", entries.join(","))
         };
-        let held = |held: &Held| {
+        let held = |held: &Resources| {
             format!(
                 "{{\"descriptors\":{},\"sockets\":{},\"tracked\":{},\"resident_kib\":{}}}",
                 held.descriptors, held.sockets, held.tracked, held.resident
@@ -353,13 +359,13 @@ impl SoakSummary {
     }
 }
 
-/// A table for people, and what must not have been.
+/// A table for people, and the violations.
 impl fmt::Display for SoakSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { seed, streams, well, planned_resets, bytes, .. } = self;
         writeln!(f, "seed {seed}: {streams} streams, {} MiB", bytes >> 20)?;
-        writeln!(f, "  {well} ended well, {planned_resets} by a reset as planned")?;
-        writeln!(f, "  | fault | happened | streams that it may have broken |\n  |---|---:|---:|")?;
+        writeln!(f, "  {well} ended well, {planned_resets} with a planned reset")?;
+        writeln!(f, "  | fault | happened | possibly broken streams |\n  |---|---:|---:|")?;
         for (fault, count) in &self.happened {
             let broken = self.broken.get(fault).copied().unwrap_or_default();
             writeln!(f, "  | {fault} | {count} | {broken} |")?;
@@ -371,7 +377,7 @@ impl fmt::Display for SoakSummary {
         let rows = [("before", &self.held_before), ("after", &self.held_after)];
         for (when, held) in rows {
             for (side, held) in ["client", "server"].iter().zip(held) {
-                let Held { descriptors, sockets, tracked, resident, .. } = held;
+                let Resources { descriptors, sockets, tracked, resident, .. } = held;
                 writeln!(
                     f,
                     "  | {when}, {side} | {descriptors} | {sockets} | {tracked} | {resident} |"
@@ -385,15 +391,15 @@ impl fmt::Display for SoakSummary {
     }
 }
 
-/// An application that wants to know whether its peer is still there.
-fn probed(stream: &TcpStream) -> io::Result<()> {
+/// Enables TCP keepalive, by which an application notices that its peer is gone.
+fn enable_keepalive(stream: &TcpStream) -> io::Result<()> {
     let probes = socket2::TcpKeepalive::new().with_time(Duration::from_secs(2));
     let probes = probes.with_interval(Duration::from_secs(2)).with_retries(5);
     socket2::SockRef::from(stream).set_tcp_keepalive(&probes)
 }
 
-/// Nothing happens for so long: a pause is part of what a stream or a fault does, or comes between two looks. Nothing is taken to have
-/// happened in it.
+/// Waits for a fixed time. The pause is part of a stream or a fault, or separates two checks; it
+/// does not wait for an event.
 async fn pause(length: Duration) {
     let _elapsed = timeout(length, pending::<()>()).await;
 }

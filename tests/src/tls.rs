@@ -1,7 +1,7 @@
-//! TLS peers with nothing of our own in them, so that they can present what our own code would not: no certificate, an expired one,
+//! TLS peers without code of underpass, so that they can misbehave: no certificate, an expired one,
 //! no ALPN.
 //!
-//! Not here: HTTP/2. A peer that gets through TLS sends or receives raw bytes.
+//! After the handshake they exchange raw bytes, not HTTP/2.
 
 use std::io;
 use std::net::SocketAddr;
@@ -29,14 +29,15 @@ pub struct TlsClient {
 }
 
 impl TlsClient {
-    /// One that presents a certificate, or none, and speaks `h2`.
+    /// A client that offers `h2`, with or without a certificate.
     #[must_use]
     pub fn new(files: Option<&IdentityFiles>) -> Self {
         let builder = ClientConfig::builder_with_provider(provider());
         let builder =
             builder.with_protocol_versions(&[&rustls::version::TLS13]).or_fail("set up TLS");
-        let builder =
-            builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider())));
+        let builder = builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(AcceptAnyCertificate(provider())));
         let mut config = match files {
             None => builder.with_no_client_auth(),
             Some(files) => builder
@@ -47,15 +48,15 @@ impl TlsClient {
         Self { config }
     }
 
-    /// The same without ALPN.
+    /// Disables ALPN.
     #[must_use]
     pub fn without_alpn(mut self) -> Self {
         self.config.alpn_protocols.clear();
         self
     }
 
-    /// Connects from a pod and reads: the error that the server gave, or how many bytes it sent. In TLS 1.3 a client learns only
-    /// after its handshake that the server refused it.
+    /// Connects from a pod and reads. Returns the number of bytes. In TLS 1.3, a client learns only
+    /// after its handshake that the server rejected it.
     ///
     /// # Errors
     /// The server's alert, or the end of the connection.
@@ -64,7 +65,7 @@ impl TlsClient {
         within("the server's first bytes", stream.read(&mut [0; 1024])).await
     }
 
-    /// Handshakes.
+    /// Performs the handshake.
     ///
     /// # Errors
     /// The end of the connection.
@@ -75,14 +76,14 @@ impl TlsClient {
     }
 }
 
-/// A server that asks for no certificate.
+/// A server that requests no client certificate.
 #[derive(Debug, Clone)]
 pub struct TlsServer {
     config: ServerConfig,
 }
 
 impl TlsServer {
-    /// One that presents this certificate, and speaks `h2`.
+    /// A server with this certificate that supports `h2`.
     #[must_use]
     pub fn new(files: &IdentityFiles) -> Self {
         let builder = ServerConfig::builder_with_provider(provider());
@@ -96,14 +97,14 @@ impl TlsServer {
         Self { config }
     }
 
-    /// The same without ALPN.
+    /// Disables ALPN.
     #[must_use]
     pub fn without_alpn(mut self) -> Self {
         self.config.alpn_protocols.clear();
         self
     }
 
-    /// Handshakes, and receives until the client ends: the bytes, or why there was no handshake.
+    /// Performs the handshake, and receives until the client ends. Returns the bytes.
     ///
     /// # Errors
     /// The client's alert, or the end of the connection.
@@ -113,7 +114,7 @@ impl TlsServer {
         within("the client's end", stream.read_to_end(&mut received)).await.map(|_| received)
     }
 
-    /// Handshakes.
+    /// Performs the handshake.
     ///
     /// # Errors
     /// The client's alert, or the end of the connection.
@@ -136,11 +137,11 @@ fn key(file: &Path) -> PrivateKeyDer<'static> {
     PrivateKeyDer::from_pem_file(file).or_fail("read a key")
 }
 
-/// Takes whoever holds the key of the certificate that it presents.
+/// Accepts any certificate whose key the server holds.
 #[derive(Debug)]
-struct Anyone(Arc<CryptoProvider>);
+struct AcceptAnyCertificate(Arc<CryptoProvider>);
 
-impl ServerCertVerifier for Anyone {
+impl ServerCertVerifier for AcceptAnyCertificate {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,

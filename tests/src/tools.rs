@@ -1,4 +1,4 @@
-//! Programs in pods: those that are not ours, as judges (nft, ip, curl, openssl, tcpdump), and commands of ours.
+//! Runs programs in pods: third-party ones (nft, ip, curl, openssl, tcpdump) and `underpass`.
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::peers::{until, within};
 use crate::pods::Pod;
 use crate::settings::Settings;
 
-/// Programs, and the Debian packages that they come in.
+/// The programs and their Debian packages.
 const PACKAGES: &[(&str, &str)] = &[
     ("nft", "nftables"),
     ("ip", "iproute2"),
@@ -30,10 +30,10 @@ const PACKAGES: &[(&str, &str)] = &[
     ("nsenter", "util-linux"),
 ];
 
-/// What a program printed and how it ended.
+/// The output and exit status of a program.
 #[derive(Debug)]
 pub struct Printed {
-    /// How it ended.
+    /// The exit status.
     pub status: ExitStatus,
     /// Standard output.
     pub out: String,
@@ -41,7 +41,7 @@ pub struct Printed {
     pub err: String,
 }
 
-/// Runs a program in a pod until it ends. One that is not installed fails the trial.
+/// Runs a program in a pod to its end. A missing program fails the trial.
 pub async fn tool(pod: &Pod, program: &str, arguments: &[&str]) -> Printed {
     let mut command = Command::new(program);
     command
@@ -61,12 +61,13 @@ pub async fn tool(pod: &Pod, program: &str, arguments: &[&str]) -> Printed {
 }
 
 impl Pod {
-    /// Runs `underpass ARGUMENTS…` inside until it ends.
+    /// Runs `underpass ARGUMENTS…` inside to its end.
     pub async fn underpass(&self, arguments: &[&str]) -> Printed {
         tool(self, binary().to_str().expect("a path in UTF-8"), arguments).await
     }
 
-    /// Runs `underpass rules COMMAND` inside, with settings: `pod.rules("verify -o json", &settings)`.
+    /// Runs `underpass rules COMMAND` inside, with settings: `pod.rules("verify -o json",
+    /// &settings)`.
     pub async fn rules(&self, command: &str, settings: &Settings) -> Printed {
         let settings = settings.arguments(self);
         let arguments = ["rules"].into_iter().chain(command.split_whitespace());
@@ -74,10 +75,10 @@ impl Pod {
         self.underpass(&arguments).await
     }
 
-    /// All that rules consist of: netfilter's, policy routing's, its tables' and loopback's addresses.
+    /// All traces of rules: netfilter rules, ip rules, routes and loopback addresses.
     pub async fn traces(&self) -> Vec<String> {
         let mut traces = Vec::new();
-        // The kernel reports a new wire's carrier a moment later, and adds IPv6 routes then
+        // The kernel reports the carrier of a new link with a delay, and adds IPv6 routes then
         // (net/core/link_watch.c).
         until("links are up", async || {
             traces = self.traces_now().await;
@@ -89,20 +90,20 @@ impl Pod {
 
     async fn traces_now(&self) -> Vec<String> {
         let rules = tool(self, "nft", &["--stateless", "list", "ruleset"]).await.ok();
-        // Whose they are changes with the process.
+        // The owner changes with the process.
         let rules = rules.lines().filter(|line| !line.contains("comment \"underpass "));
         let mut all: Vec<String> = rules.map(str::to_owned).collect();
         for family in ["-4", "-6"] {
             all.push(tool(self, "ip", &[family, "rule"]).await.ok());
             let routes = tool(self, "ip", &[family, "route", "show", "table", "all"]).await.ok();
-            // Link-local addresses come by themselves, when nobody has objected to them.
+            // Link-local addresses appear by themselves after duplicate address detection.
             all.extend(routes.lines().filter(|route| !route.contains("fe80:")).map(str::to_owned));
             all.push(tool(self, "ip", &[family, "address", "show", "dev", "lo"]).await.ok());
         }
         all
     }
 
-    /// Starts a program inside that is to run beside what follows. Dropping it kills it.
+    /// Starts a program inside in the background. Dropping it kills the program.
     #[must_use]
     pub fn background(&self, program: &Path, arguments: &[&str]) -> Background {
         let mut command = Command::new(program);
@@ -113,29 +114,29 @@ impl Pod {
     }
 }
 
-/// A program that runs in a pod.
+/// A program in the background.
 #[derive(Debug)]
 pub struct Background {
     child: Child,
 }
 
 impl Background {
-    /// Sends it a signal.
+    /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
-        let pid = self.child.id().expect("it has not been waited for");
+        let pid = self.child.id().expect("the process was not waited for");
         let pid = i32::try_from(pid).or_fail("use a process id");
         kill(Pid::from_raw(pid), signal).or_fail("send a signal");
     }
 
-    /// Waits for its end, but not longer than `patience`: whether it ended.
-    pub async fn ends_within(&mut self, patience: Duration) -> bool {
-        match tokio::time::timeout(patience, self.child.wait()).await {
+    /// Waits at most `limit` for the exit. Returns true if the program exited.
+    pub async fn ends_within(&mut self, limit: Duration) -> bool {
+        match tokio::time::timeout(limit, self.child.wait()).await {
             Ok(ended) => ended.map(|_| true).or_fail("wait for a program"),
             Err(_) => false,
         }
     }
 
-    /// Waits for its end: how it ended, and all that it printed.
+    /// Waits for the exit. Returns status and output.
     pub async fn ended(self) -> Printed {
         let output = within("a program ends", self.child.wait_with_output()).await;
         printed(output.or_fail("wait for a program"))
@@ -148,13 +149,13 @@ fn printed(output: Output) -> Printed {
 }
 
 impl Printed {
-    /// Standard output of a program that must have succeeded.
+    /// The standard output of a program that must have succeeded.
     pub fn ok(self) -> String {
         assert!(self.status.success(), "{}: {}{}", self.status, self.out, self.err);
         self.out
     }
 
-    /// Standard output and standard error of a program that must have ended with `code`.
+    /// Standard output and standard error of a program that must have exited with `code`.
     pub fn exited(self, code: i32) -> (String, String) {
         assert_eq!(self.status.code(), Some(code), "{}{}", self.out, self.err);
         (self.out, self.err)

@@ -1,4 +1,4 @@
-//! The command line as a user types it: help, exit codes, and what the commands leave behind. No namespaces.
+//! Tests of the command line without namespaces: help, exit codes, and files that commands create.
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 
 use underpass_tests::binary;
 
-/// A folder of its own for one test, and the commands that are run in it.
+/// A folder for one test, in which commands run.
 struct Folder(PathBuf);
 
 impl Folder {
@@ -28,12 +28,12 @@ impl Folder {
         fs::metadata(self.0.join(name)).unwrap().permissions().mode() & 0o777
     }
 
-    /// Runs `underpass`, its arguments separated by spaces.
+    /// Runs `underpass` with space-separated arguments.
     fn underpass(&self, arguments: &str) -> Answer {
         self.run(binary(), arguments)
     }
 
-    /// Runs the copy of `underpass` that is in the folder as a user without any privilege.
+    /// Runs the folder's copy of `underpass` as an unprivileged user.
     fn nobody(&self, arguments: &str) -> Answer {
         let mut command = Command::new(self.0.join("underpass"));
         if fs::metadata(&self.0).unwrap().uid() == 0 {
@@ -48,9 +48,10 @@ impl Folder {
 
     fn answer(&self, mut command: Command, arguments: &str) -> Answer {
         command.args(arguments.split_whitespace()).current_dir(&self.0);
-        // The one variable of that prefix which is no setting, and so would be refused as one.
+        // The test's own variable has the prefix of settings and would be rejected as an unknown
+        // one.
         let output = command.env_remove("UNDERPASS_SKIP_NAMESPACES").output();
-        let missing = "does it need a package? openssl is in Debian's openssl";
+        let missing = "is the program installed? openssl is in Debian's package openssl";
         Answer::from(output.unwrap_or_else(|error| unreachable!("{command:?}: {error}: {missing}")))
     }
 }
@@ -81,7 +82,7 @@ impl Answer {
         self.out
     }
 
-    /// The error of a command that must have failed with `code`, and said so on standard error only.
+    /// The error of a command that must have failed with `code`, without output.
     #[track_caller]
     fn fails(self, code: i32) -> String {
         assert_eq!((self.code, self.out.as_str()), (Some(code), ""), "{}", self.err);
@@ -89,7 +90,7 @@ impl Answer {
     }
 }
 
-/// The subcommands that a help text lists, without `help` itself.
+/// The subcommands that a help text lists, except `help`.
 fn subcommands(help: &str) -> Vec<String> {
     let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1);
     listed
@@ -102,7 +103,7 @@ fn subcommands(help: &str) -> Vec<String> {
 }
 
 #[test]
-fn the_help_of_every_command_has_an_example_that_begins_with_it() {
+fn help_of_every_command_has_example() {
     let folder = Folder::new("help");
     let mut commands = vec![String::new()];
     let mut seen = 0;
@@ -123,7 +124,7 @@ fn the_help_of_every_command_has_an_example_that_begins_with_it() {
 }
 
 #[test]
-fn the_exit_code_tells_failure_from_a_wrong_command_line() {
+fn exit_code_distinguishes_failure_from_usage_error() {
     let folder = Folder::new("codes");
     let version = folder.underpass("--version").ok();
     let version = version.strip_prefix(concat!("underpass ", env!("CARGO_PKG_VERSION")));
@@ -155,9 +156,9 @@ fn the_exit_code_tells_failure_from_a_wrong_command_line() {
 }
 
 #[test]
-fn rules_are_shown_to_anybody_and_installed_by_nobody() {
+fn unprivileged_user_can_render_but_not_install_rules() {
     let folder = Folder::new("nobody");
-    // Where everybody can reach it, as a home need not be.
+    // In a folder that every user can access, unlike a home directory.
     folder.run("cp", &format!("{} underpass", binary().display())).ok();
     for profile in ["ambient", "sidecar", "osm"] {
         let render = |format: &str| {
@@ -175,14 +176,14 @@ fn rules_are_shown_to_anybody_and_installed_by_nobody() {
     for command in ["install", "verify", "watch"] {
         let error = folder.nobody(&format!("rules {command}")).fails(1);
         assert!(error.contains("NET_ADMIN is missing"), "{command}: {error}");
-        // `verify` says before that it assumes defaults.
+        // `verify` first prints that it assumes defaults.
         let lines = if command == "verify" { 2 } else { 1 };
         assert_eq!(error.lines().count(), lines, "{command}: {error}");
     }
 }
 
 #[test]
-fn a_wrong_option_of_the_rules_is_told_with_its_key() {
+fn wrong_option_of_rules_is_reported_with_its_key() {
     let folder = Folder::new("options");
     for (options, key) in [
         ("--outbound-exclude-ports 0", "interception.outbound.exclude_ports"),
@@ -197,7 +198,7 @@ fn a_wrong_option_of_the_rules_is_told_with_its_key() {
 }
 
 #[test]
-fn openssl_verifies_what_the_authority_issues() {
+fn openssl_verifies_issued_certificates() {
     let folder = Folder::new("ca");
     let id = "spiffe://example.org/ns/shop/sa/web";
     folder.underpass("ca init --dir ca --trust-domain example.org").ok();
@@ -222,7 +223,7 @@ fn openssl_verifies_what_the_authority_issues() {
     ] {
         assert!(text.contains(part), "{part:?} is not in\n{text}");
     }
-    // Valid for an hour, not for two.
+    // Valid for one hour, not for two.
     folder.run("openssl", "x509 -in web.pem -noout -checkend 3500").ok();
     assert_eq!(folder.run("openssl", "x509 -in web.pem -noout -checkend 7200").code, Some(1));
     let key = folder.run("openssl", "pkey -in web.key -pubout").ok();
@@ -230,7 +231,7 @@ fn openssl_verifies_what_the_authority_issues() {
 }
 
 #[test]
-fn keys_are_their_owners_and_nothing_of_an_authority_is_overwritten() {
+fn keys_are_private_and_authority_files_are_not_overwritten() {
     let folder = Folder::new("modes");
     folder.underpass("ca init --dir ca").ok();
     folder.underpass("ca issue --dir ca --spiffe-id spiffe://cluster.local/ns/a/sa/b --out b").ok();
@@ -247,7 +248,7 @@ fn keys_are_their_owners_and_nothing_of_an_authority_is_overwritten() {
 }
 
 #[test]
-fn config_check_lists_every_mistake_with_its_place() {
+fn config_check_lists_every_mistake_with_its_location() {
     let folder = Folder::new("check");
     folder.write(
         "bad.yaml",
@@ -285,7 +286,7 @@ fn config_check_lists_every_mistake_with_its_place() {
 }
 
 #[test]
-fn writes_every_manual_page_that_another_names() {
+fn man_writes_every_referenced_page() {
     let folder = Folder::new("man");
     folder.underpass("man --dir pages").ok();
     let pages: Vec<_> =
@@ -316,7 +317,7 @@ fn rejects_wrong_ttl_and_names_units() {
     }
 }
 
-/// A folder with a CA, a certificate of `a` and settings that name them.
+/// A folder with a CA, a certificate of `a`, and settings that reference them.
 fn with_certificate(name: &str) -> Folder {
     let folder = Folder::new(name);
     folder.underpass("ca init --dir ca").ok();
@@ -331,7 +332,7 @@ fn with_certificate(name: &str) -> Folder {
 const A: &str = "spiffe://cluster.local/ns/default/sa/a";
 
 #[test]
-fn config_check_accepts_a_certificate_and_shows_its_life() {
+fn config_check_accepts_certificate_and_prints_its_lifetime() {
     let folder = with_certificate("check-certificate");
     let shown = folder.underpass("config check --config a.yaml").ok();
     assert!(shown.contains(&format!("certificate: {A}, expires in 23h 59m")), "{shown}");
@@ -341,7 +342,7 @@ fn config_check_accepts_a_certificate_and_shows_its_life() {
 }
 
 #[test]
-fn config_check_refuses_certificates_that_a_start_refuses() {
+fn config_check_rejects_certificates_that_fail_start() {
     let folder = with_certificate("check-refuses");
     folder.underpass("ca init --dir other").ok();
     folder.underpass(&format!("ca issue --dir other --spiffe-id {A} --out b")).ok();
@@ -384,7 +385,7 @@ fn config_check_prints_json() {
 }
 
 #[test]
-fn config_check_warns_of_what_does_not_end_a_start() {
+fn config_check_warns_of_mistakes_that_do_not_fail_start() {
     let folder = with_certificate("check-warns");
     folder.underpass(&format!("ca issue --dir ca --spiffe-id {A} --ttl 10s --out short")).ok();
     folder
@@ -405,7 +406,7 @@ fn config_check_warns_of_what_does_not_end_a_start() {
 }
 
 #[test]
-fn what_config_show_prints_is_a_settings_file_that_says_the_same() {
+fn config_show_prints_equivalent_settings_file() {
     let folder = Folder::new("show");
     let flags = "--set proxy.workers=3 --set timeouts.connect=250ms --set interception.on_exit=remove \
                  --set mesh.file=/m.yaml --set logging.filter=info,access=off --set workload.name=web";
@@ -418,11 +419,11 @@ fn what_config_show_prints_is_a_settings_file_that_says_the_same() {
 }
 
 #[test]
-fn the_readmes_example_works_as_it_is_written() {
+fn readme_example_works_as_written() {
     let folder = Folder::new("readme");
     let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).unwrap();
     let commands = readme.lines().filter_map(|line| line.strip_prefix("underpass ca "));
-    // That one serves until it is stopped.
+    // `serve` runs until it is stopped.
     let commands: Vec<_> = commands.filter(|command| !command.starts_with("serve ")).collect();
     assert!(commands.len() >= 2, "{commands:?}");
     for command in commands {
@@ -433,7 +434,7 @@ fn the_readmes_example_works_as_it_is_written() {
         let text = block.split("```").next().unwrap();
         folder.write(name, &format!("# {text}"));
     }
-    // What it says to copy.
+    // The README tells the reader to copy it.
     fs::copy(folder.0.join("ca/roots.pem"), folder.0.join("roots.pem")).unwrap();
     folder.write("a.token", "token\n");
     let mesh = "ok; workloads: 2, services: 1, policies: 0\n";
@@ -444,5 +445,5 @@ fn the_readmes_example_works_as_it_is_written() {
         assert_eq!(shown, expected, "{file}.yaml");
     }
     let clients = folder.0.join("clients.yaml");
-    assert!(clients.exists(), "the README has no clients.yaml");
+    assert!(clients.exists(), "the README example creates no clients.yaml");
 }

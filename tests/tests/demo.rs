@@ -1,4 +1,4 @@
-//! `underpass demo` as a visitor runs it: as root, as nobody, and left up for a look around.
+//! Tests of `underpass demo`: as root, without privileges, and left running.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::os::unix::fs::PermissionsExt as _;
@@ -26,7 +26,7 @@ fn assert_proven(output: &Output) {
 }
 
 #[tokio::test]
-async fn every_point_is_proven() {
+async fn demo_proves_every_point() {
     if skipped() {
         return;
     }
@@ -34,8 +34,8 @@ async fn every_point_is_proven() {
 }
 
 #[tokio::test]
-async fn every_point_is_proven_without_root_too() {
-    // Without root the test before this one was it.
+async fn demo_proves_every_point_without_root() {
+    // An unprivileged caller has covered this case in the previous test.
     if skipped() || !geteuid().is_root() {
         return;
     }
@@ -43,8 +43,8 @@ async fn every_point_is_proven_without_root_too() {
     let program = folder.join("underpass");
     std::fs::create_dir_all(&folder).expect("a folder");
     std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o755)).expect("readable");
-    // By another process: one that is started meanwhile would inherit the file while it is open for writing, and the kernel
-    // would refuse to run it.
+    // Copied by another process. A child that this process starts meanwhile would inherit the open
+    // file, and the kernel would refuse to execute it (ETXTBSY).
     assert!(run(Command::new("cp").arg(binary()).arg(&program)).await.status.success());
     let nobody = ["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"];
     let output = run(Command::new("setpriv").args(nobody).arg(&program).arg("demo")).await;
@@ -53,7 +53,7 @@ async fn every_point_is_proven_without_root_too() {
 }
 
 #[tokio::test]
-async fn left_up_it_can_be_entered_by_the_commands_that_it_prints_and_ended_by_ctrl_c() {
+async fn demo_stays_up_for_its_printed_commands_until_ctrl_c() {
     if skipped() {
         return;
     }
@@ -64,7 +64,7 @@ async fn left_up_it_can_be_entered_by_the_commands_that_it_prints_and_ended_by_c
     let mut commands = Vec::new();
     while commands.len() < 4 {
         let line = within("four commands", lines.next_line()).await.expect("it can be read");
-        let line = line.expect("it prints four commands before it ends");
+        let line = line.expect("the demo prints four commands");
         if line.trim_start().starts_with("nsenter ") {
             commands.push(line.trim().to_owned());
         }
@@ -74,7 +74,8 @@ async fn left_up_it_can_be_entered_by_the_commands_that_it_prints_and_ended_by_c
         ("nft ", "capture-outbound"),
         ("/metrics", "istio_tcp_"),
     ] {
-        let command = commands.iter().find(|command| command.contains(tool)).expect("it shows how");
+        let command =
+            commands.iter().find(|command| command.contains(tool)).expect("the command is printed");
         let output = run(Command::new("sh").args(["-c", command])).await;
         let said = String::from_utf8_lossy(&output.stdout);
         assert!(
@@ -83,7 +84,7 @@ async fn left_up_it_can_be_entered_by_the_commands_that_it_prints_and_ended_by_c
             String::from_utf8_lossy(&output.stderr)
         );
     }
-    let pid = demo.id().and_then(|pid| i32::try_from(pid).ok()).expect("it still runs");
+    let pid = demo.id().and_then(|pid| i32::try_from(pid).ok()).expect("the demo is running");
     kill(Pid::from_raw(pid), Signal::SIGINT).expect("a signal");
     let status = within("it ends", demo.wait()).await.expect("it ends");
     assert_eq!(status.code(), Some(0));

@@ -1,4 +1,5 @@
-//! What breaks, and how whoever is left learns of it: a reset stays a reset, a silence ends at its deadline, and the proxy lives on.
+//! End-to-end tests of faults: a reset stays a reset, silence ends at a deadline, and the proxy
+//! keeps running.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::process::ExitCode;
@@ -15,34 +16,23 @@ fn main() -> ExitCode {
         "an application's RST arrives as RST through the tunnel",
         rst_through_the_tunnel,
     );
-    suite.test_both("an application's RST arrives as RST in plain", rst_in_plain);
+    suite.test_both("an application's RST arrives as RST in plaintext", rst_in_plain);
     suite.test("when the server's proxy is killed the client gets RST", server_proxy_killed);
     suite.test("when the client's proxy is killed the server gets RST", client_proxy_killed);
     suite.test(
-        "when an application refuses, the tunnel's client gets RST and the logs say why",
+        "when an application refuses, the tunnel's client gets RST and the logs contain the reason",
         refused_in_tunnel,
     );
-    suite.test("when a destination refuses, its plain client gets RST", refused_in_plain);
-    suite
-        .test("a destination that does not answer is given up after timeouts.connect", unreachable);
-    suite.test("a peer that does not answer is given up after timeouts.connect", peer_unreachable);
-    suite
-        .test("a peer without a proxy is reported with what is expected there", peer_without_proxy);
+    suite.test("when a destination refuses, its plaintext client gets RST", refused_in_plain);
+    suite.test("a connection to a silent destination fails after timeouts.connect", unreachable);
+    suite.test("a tunnel to a silent peer fails after timeouts.connect", peer_unreachable);
+    suite.test("a peer without a proxy is reported with the expected protocol", peer_without_proxy);
+    suite.test("a peer without HBONE is reported with the expected protocol", peer_without_hbone);
+    suite.test("a silent HBONE client is disconnected after timeouts.handshake", silent_client);
+    suite.test("a tunnel to a silent HBONE server fails after timeouts.handshake", silent_peer);
+    suite.test("a peer that resets during the handshake gives its client a RST", peer_resets);
     suite.test(
-        "a peer that does not speak HBONE is reported with what is expected",
-        peer_without_hbone,
-    );
-    suite.test(
-        "a client that connects for HBONE and says nothing is cut after timeouts.handshake",
-        silent_client,
-    );
-    suite.test(
-        "a peer that accepts HBONE and says nothing is given up after timeouts.handshake",
-        silent_peer,
-    );
-    suite.test("a peer that resets instead of shaking hands costs its client a RST", peer_resets);
-    suite.test(
-        "an application that does not read blocks no other in the same tunnel",
+        "an application that does not read does not block others in the same tunnel",
         no_head_of_line_blocking,
     );
     suite.run()
@@ -108,7 +98,7 @@ async fn refused_in_plain() {
     proxy.line(&["connection failed", "reason=\"connect\"", "Connection refused"]).await;
 }
 
-/// From now on, the pod does not answer on a port.
+/// Drops all packets to a port of the pod.
 async fn drop_port(pod: &Pod, port: u16) {
     let rules = format!(
         "add table inet wall; add chain inet wall input {{ type filter hook input priority 0; }}; \

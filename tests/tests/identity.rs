@@ -1,5 +1,5 @@
-//! Who is let in, and whom we talk to: everybody who cannot prove to be the right one is refused, the log says why, and no
-//! application is reached.
+//! End-to-end tests of authentication: unauthorized peers are refused, the log contains the reason,
+//! and no application is reached.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::process::ExitCode;
@@ -15,12 +15,12 @@ fn main() -> ExitCode {
     add_clients(&mut suite);
     add_servers(&mut suite);
     add_pairs(&mut suite);
-    suite.test("who trusts two authorities takes either", either_authority);
-    suite.test("a storm of refused certificates leaves few short lines", storm);
+    suite.test("a proxy that trusts two authorities accepts both", either_authority);
+    suite.test("a storm of refused certificates is logged in few short lines", storm);
     suite.run()
 }
 
-/// Clients that our server must refuse.
+/// Adds trials with clients that the proxy's server must refuse.
 fn add_clients(suite: &mut Suite) {
     suite.test("a client without a certificate is refused", async || {
         client_is_refused(|_| TlsClient::new(None), "no_certificate").await;
@@ -46,7 +46,7 @@ fn add_clients(suite: &mut Suite) {
     });
 }
 
-/// Servers that our client must refuse.
+/// Adds trials with servers that the proxy's client must refuse.
 fn add_servers(suite: &mut Suite) {
     suite.test("a server whose certificate has expired is refused", async || {
         let server = |scene: &Scene| TlsServer::new(&scene.pki.issue_expired(SERVER));
@@ -65,9 +65,9 @@ fn add_servers(suite: &mut Suite) {
     );
 }
 
-/// Proxies that must not agree, and must both say why.
+/// Adds trials with two proxies that must refuse each other and log the reason.
 fn add_pairs(suite: &mut Suite) {
-    suite.test("a server that is somebody else is refused, and both sides say so", async || {
+    suite.test("a server with another identity is refused and both sides log it", async || {
         let wrong = |scene: &Scene| (scene.client_files.clone(), scene.pki.issue("somebody"));
         let client = between_proxies(wrong, "identity", "certificate_refused").await;
         for part in [
@@ -77,20 +77,20 @@ fn add_pairs(suite: &mut Suite) {
             assert!(client.contains(part), "{part:?} is not in {client}");
         }
     });
-    suite.test("a server of another authority is refused, and both sides say so", async || {
+    suite.test("a server of another authority is refused and both sides log it", async || {
         let foreign =
             |scene: &Scene| (scene.client_files.clone(), of_another_authority(scene, SERVER));
         between_proxies(foreign, "tls", "certificate_refused").await;
     });
-    suite.test("a client of another authority is refused, and both sides say so", async || {
+    suite.test("a client of another authority is refused and both sides log it", async || {
         let foreign =
             |scene: &Scene| (of_another_authority(scene, CLIENT), scene.server_files.clone());
         between_proxies(foreign, "certificate_refused", "tls").await;
     });
 }
 
-/// A certificate for the right name by an authority that only its owner trusts, beside the common
-/// one.
+/// A certificate with the right name from an authority that only its owner trusts, in addition to
+/// the common one.
 fn of_another_authority(scene: &Scene, account: &str) -> IdentityFiles {
     let folder = scene.world.folder().join("other");
     std::fs::create_dir_all(&folder).expect("a folder");
@@ -99,7 +99,7 @@ fn of_another_authority(scene: &Scene, account: &str) -> IdentityFiles {
     other.issue(account)
 }
 
-/// A certificate for the right name in the wrong trust domain, whose root everybody trusts.
+/// A certificate with the right name in the wrong trust domain, whose root all proxies trust.
 fn of_another_domain(scene: &Scene, account: &str) -> IdentityFiles {
     let folder = scene.world.folder().join("elsewhere");
     std::fs::create_dir_all(&folder).expect("a folder");
@@ -136,7 +136,7 @@ async fn server_is_refused(server: impl FnOnce(&Scene) -> TlsServer, reason: &st
     assert!(!app.is_reached(), "the application was reached");
 }
 
-/// Waits for the access-log line of the one connection that failed.
+/// Waits for the access-log line of the failed connection.
 async fn failed(proxy: &mut Proxy, reason: &str) -> String {
     let reason = format!("reason=\"{reason}\"");
     let line = proxy.line(&["connection failed", &reason]).await;
@@ -144,8 +144,8 @@ async fn failed(proxy: &mut Proxy, reason: &str) -> String {
     line
 }
 
-/// Starts both with the certificates (client's, server's) that are given, and sees that the application gets RST and both sides
-/// log their reason; the client's line.
+/// Starts both proxies with these certificates (client's, server's). Expects RST at the application
+/// and a logged reason on both sides. Returns the client's line.
 async fn between_proxies(
     files: impl FnOnce(&Scene) -> (IdentityFiles, IdentityFiles),
     client_reason: &str,
@@ -163,7 +163,7 @@ async fn between_proxies(
     failed(&mut client, client_reason).await
 }
 
-/// How many clients come with a self-signed certificate of 60 KB.
+/// The number of clients with a self-signed certificate of 60 KB.
 const STORM: usize = 200;
 
 async fn storm() {
@@ -185,7 +185,7 @@ async fn storm() {
     assert_eq!(failed, Some(STORM as f64));
 }
 
-/// A certificate that its own key signs, with a URI name of so many bytes.
+/// A self-signed certificate with a URI name of `bytes` bytes.
 fn self_signed(scene: &Scene, bytes: usize) -> IdentityFiles {
     let file = |name: &str| scene.world.folder().join(name);
     let files = IdentityFiles {

@@ -1,4 +1,4 @@
-//! What a proxy says of itself: readiness, metrics with ztunnel's names and labels, and one access-log line a connection.
+//! End-to-end tests of readiness, metrics with ztunnel's names and labels, and the access log.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -19,24 +19,26 @@ const OPEN: &str = "istio_tcp_sockets_open";
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test("the endpoints answer what they are asked, and nothing else", endpoints);
+    suite.test("the endpoints answer known requests and reject others", endpoints);
     suite.test_both("both proxies count a tunnelled connection with both identities", tunnelled);
-    suite.test("a plain connection is counted without identities", plain);
-    suite.test("a connection that fails is counted as failed and with why", failed);
-    suite
-        .test_both("a peer at a neighbour's address is not taken for the neighbour", other_address);
+    suite.test("a plaintext connection is counted without identities", plain);
+    suite.test("a failed connection is counted with its reason", failed);
+    suite.test_both(
+        "a peer at a neighbour's address is not attributed to the neighbour",
+        other_address,
+    );
     suite.test_both("the address of a plaintext client is a claim", plaintext_client);
     suite.test("connections beyond the limit of label sets are counted as overflow", overflow);
     suite.test("idle label sets are removed, and count again from zero", idle_label_sets);
     suite.test("bytes are counted while a connection is open", counted_while_open);
-    suite.test("a connection is one line in the access log, with ztunnel's names", one_line);
-    suite.test("in JSON every line is an object with the same names", json);
-    suite.test("the access log can be turned off", silent);
+    suite.test("a connection is logged in one line with ztunnel's names", one_line);
+    suite.test("every JSON log line is an object with the same names", json);
+    suite.test("access=off disables the access log", silent);
     suite.test("lines lost to a stalled reader of the log are counted and reported", stalled);
     suite.run()
 }
 
-/// One connection from its first to its last byte: 7 bytes there, 6 back.
+/// A connection from its first to its last byte: 7 bytes to the server, 6 bytes back.
 async fn connection(scene: &Scene, family: Family) -> SocketAddr {
     let app = scene.server.listen(APP);
     let (mut client, mut server, _) = scene.client.meet(&app, scene.app(family)).await;
@@ -164,8 +166,7 @@ async fn failed() {
     }
 }
 
-/// What the server's proxy says of a connection whose source has no proven workload, and a claimed
-/// one that is called `client`.
+/// Asserts that the server's proxy logs the source's workload `client` as claimed, not as proven.
 async fn assert_claimed(scene: &Scene, proxy: &mut Proxy, identity: Option<String>) {
     let line = proxy.line(&["direction=\"inbound\"", "connection complete"]).await;
     assert!(line.contains(" src.claimed.workload=\"client\" "), "{line}");
@@ -255,7 +256,8 @@ async fn counted_while_open() {
     let app = scene.server.listen(APP);
     let (mut client, mut server, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
     exchange(&mut client, &mut server).await;
-    // A byte is counted after it was handed on; one more exchange, and the first ones have been.
+    // Bytes are counted after they were forwarded, so one more exchange makes the earlier ones
+    // visible.
     exchange(&mut client, &mut server).await;
     for pod in [&scene.client, &scene.server] {
         let metrics = pod.metrics().await;
@@ -266,7 +268,7 @@ async fn counted_while_open() {
     }
 }
 
-/// What the line of a tunnelled connection says on each side, in order.
+/// The fields of a tunnelled connection's log line on each side, in order.
 fn expected_fields(
     scene: &Scene,
     from: SocketAddr,
@@ -275,7 +277,7 @@ fn expected_fields(
 ) -> Vec<(String, String)> {
     let app = to.to_string();
     let tunnel = SocketAddr::new(to.ip(), 15008).to_string();
-    // As ztunnel has it: the address that the connection was made to is where its tunnel ends.
+    // As in ztunnel: the connection's destination is the end of the tunnel.
     let (address, hbone) = (tunnel, app);
     let direction = if inbound { "inbound" } else { "outbound" };
     let fields = [
@@ -301,14 +303,14 @@ async fn one_line() {
     let to = scene.app(Family::V4);
     for (proxy, inbound) in [(&mut client_proxy, false), (&mut server_proxy, true)] {
         proxy.access_lines(1).await;
-        // With the proxy gone there is no more to come.
+        // After the exit, the log is complete.
         proxy.stop().await;
         let lines = proxy.access_lines(1).await;
         let [line] = &lines[..] else { unreachable!("not one line: {lines:?}") };
         assert!(line.contains(" INFO access: connection complete "), "{line}");
         for (name, value) in expected_fields(&scene, from, to, inbound) {
             if inbound && name == "src.addr" {
-                continue; // The peer's own port is not the client's.
+                continue; // The peer's port differs from the client's.
             }
             let (bare, quoted) = (format!(" {name}={value} "), format!(" {name}=\"{value}\" "));
             assert!(line.contains(&bare) || line.contains(&quoted), "no {bare}in {line}");
@@ -364,8 +366,7 @@ async fn silent() {
     assert!(proxy.log().contains("stopped"), "{}", proxy.log());
 }
 
-/// Passes the log on until the proxy is ready, then reads nothing until the pipe `go` is written
-/// to.
+/// Forwards the log until readiness, then stops reading until the pipe `go` is written to.
 const STALLED_READER: &str = r#"
 mkfifo "$GO.log" "$GO"
 ( exec < "$GO.log"
@@ -382,7 +383,7 @@ exec "$UNDERPASS" "$@" > "$GO.log"
 async fn stalled() {
     let scene = Scene::new().await;
     let app = Server::echo(&scene.server, APP);
-    // Long names make long lines.
+    // Long names give long lines.
     let mesh = scene.world.folder().join("long.yaml");
     let ips: Vec<_> = scene.client.ips().iter().map(|ip| format!("\"{ip}\"")).collect();
     let name = "n".repeat(20_000);
@@ -398,7 +399,9 @@ async fn stalled() {
     let mut proxy = proxy.expect("the proxy starts");
     let lost = async || {
         let metrics = scene.client.metrics().await;
-        metrics.sum("underpass_log_lines_lost_total", &[]).expect("it is there from the start")
+        metrics
+            .sum("underpass_log_lines_lost_total", &[])
+            .expect("the metric exists from the start")
     };
     assert!(lost().await == 0.0);
     until("lines are lost", async || {
@@ -407,7 +410,7 @@ async fn stalled() {
     })
     .await;
     let lost = lost().await;
-    std::fs::write(&go, "").expect("its reader waits");
+    std::fs::write(&go, "").expect("the reader waits");
     let report = proxy.line(&["WARN", "log lines lost: "]).await;
     let reported = report.rsplit(' ').next().and_then(|number| number.parse::<f64>().ok());
     assert!(reported >= Some(lost), "{report}: {lost}");

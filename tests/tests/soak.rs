@@ -1,4 +1,5 @@
-//! A few seconds of the soak, which `cargo run -p underpass-tests --example soak` runs for as long as one likes.
+//! A few seconds of the soak, which `cargo run -p underpass-tests --example soak` runs for as long
+//! as one likes.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -7,7 +8,7 @@ use underpass_tests::{Fault, SoakOptions, Suite, soak};
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test("whatever goes wrong, no stream lies and nothing stays", a_few_seconds);
+    suite.test("streams keep their invariants under faults and leave no resources", a_few_seconds);
     suite.run()
 }
 
@@ -17,7 +18,7 @@ async fn a_few_seconds() {
         seed: 6,
         connections: 30,
         faults: Fault::ALL.to_vec(),
-        patient: false,
+        wait_for_conntrack: false,
     };
     let summary = soak(&options).await;
     assert!(summary.violations.is_empty(), "{summary}");

@@ -1,4 +1,4 @@
-//! The shape of the repository: what the house rules say and no compiler checks.
+//! Checks of the repository that the compiler cannot do: files, dependencies, documentation.
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The hard cap; files aim below 400.
+/// The maximum number of lines of a file; most should have fewer than 400.
 const LONGEST_FILE: usize = 500;
 const FOLDERS: [&str; 6] = ["proxy", "interception", "hbone", "config", "benches", "tests"];
 
@@ -19,7 +19,7 @@ fn read(path: impl AsRef<Path>) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| unreachable!("{}: {error}", path.display()))
 }
 
-/// Every `.rs` file below these folders: its path from the root, and its text.
+/// All `.rs` files below these folders: relative path and text.
 fn sources(folders: &[&str]) -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut folders: Vec<PathBuf> = folders.iter().map(PathBuf::from).collect();
@@ -37,7 +37,7 @@ fn sources(folders: &[&str]) -> Vec<(String, String)> {
     found
 }
 
-/// What every package of the workspace depends on, for its tests too: (package, dependency).
+/// The dependencies of all packages, including development ones: (package, dependency).
 fn arrows() -> BTreeSet<(String, String)> {
     let cargo = Command::new(env!("CARGO"))
         .args([
@@ -69,7 +69,7 @@ fn arrows() -> BTreeSet<(String, String)> {
 }
 
 #[test]
-fn every_file_says_what_it_is_for_and_is_not_too_long() {
+fn every_file_has_header_and_at_most_500_lines() {
     for (path, text) in sources(&FOLDERS) {
         assert!(text.starts_with("//! "), "{path} does not begin with //!");
         let lines = text.lines().count();
@@ -79,7 +79,7 @@ fn every_file_says_what_it_is_for_and_is_not_too_long() {
 }
 
 #[test]
-fn capabilities_do_not_know_each_other() {
+fn crates_depend_only_on_allowed_crates() {
     let arrows = arrows();
     let ours = |to: &str| to == "underpass" || to.starts_with("underpass-");
     for (from, to) in &arrows {
@@ -98,7 +98,7 @@ fn capabilities_do_not_know_each_other() {
 }
 
 #[test]
-fn what_a_capability_is_built_on_is_its_own() {
+fn third_party_crates_have_one_owner() {
     let owners: [(&[&str], &str); 3] = [
         (&["saphyr-parser"], "underpass-config"),
         (
@@ -149,7 +149,7 @@ fn rejects_ignored_tests_and_tests_that_sleep() {
             assert!(!text.contains(word), "{path} has {word}");
         }
     }
-    // Elsewhere tests run on a clock that is paused; these do not.
+    // Other tests use a paused clock; these run in real time.
     for (path, text) in sources(&["tests", "interception/tests"])
         .iter()
         .filter(|(path, _)| path != "tests/tests/tidy.rs")
@@ -159,7 +159,7 @@ fn rejects_ignored_tests_and_tests_that_sleep() {
 }
 
 #[test]
-fn every_setting_is_documented_and_nothing_else_is() {
+fn settings_and_their_documentation_agree() {
     let document = read("docs/settings.md");
     let keys = document.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
     let documented: Vec<_> = keys.collect();
@@ -167,7 +167,7 @@ fn every_setting_is_documented_and_nothing_else_is() {
 }
 
 #[test]
-fn the_readme_begins_with_two_commands() {
+fn readme_contains_two_commands() {
     let readme = read("README.md");
     for command in ["```\ncargo run --release -- demo\n```", "```\ncargo test --workspace\n```"] {
         assert!(readme.contains(command), "{command}");

@@ -1,6 +1,4 @@
-//! What goes wrong during the soak, one after the other, and which streams it may break.
-//!
-//! Not here: what streams make of it (`soak.rs` judges that).
+//! Injects faults into the soak test, and defines which streams each may break.
 
 use std::time::Duration;
 
@@ -8,32 +6,32 @@ use fastrand::Rng;
 use nix::sys::signal::Signal;
 
 use super::pause;
-use super::scene::{Side, Stage, Way};
+use super::scene::{Route, Side, SoakScene};
 use crate::tools::tool;
 
 /// A kind of fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fault {
-    /// Packets of one wire are dropped for a while, in both directions or in one.
+    /// Drops the packets of a link for a while, in one or both directions.
     Drop,
-    /// The mesh changes in what concerns nobody here.
+    /// Changes the mesh without relevance for the pods.
     Mesh,
-    /// A policy comes to forbid what it allowed, and allows it again.
+    /// Denies a port by a policy, then allows it again.
     Deny,
-    /// A proxy gets a new certificate.
+    /// Renews the certificate of a proxy.
     Certificate,
-    /// A proxy is told to read its settings again.
+    /// Makes a proxy reload its settings.
     Reload,
-    /// A proxy is killed and started again.
+    /// Kills a proxy and starts it again.
     Kill,
-    /// A proxy is told to stop, and is started again.
+    /// Stops a proxy and starts it again.
     Stop,
-    /// Another process takes over from a proxy, which breaks nothing.
+    /// Lets another process take over from a proxy, which breaks no stream.
     TakeOver,
 }
 
 impl Fault {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Self; 8] = [
         Self::Drop,
         Self::Mesh,
@@ -45,7 +43,7 @@ impl Fault {
         Self::TakeOver,
     ];
 
-    /// What it is called on the command line and in the summary.
+    /// The name on the command line and in the summary.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -61,7 +59,7 @@ impl Fault {
     }
 }
 
-/// One fault that is to be.
+/// A planned fault.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Event {
     pub(super) fault: Fault,
@@ -70,7 +68,7 @@ pub(super) struct Event {
     lasts: Duration,
 }
 
-/// Where packets are dropped.
+/// The interface and direction of dropped packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Wire {
     between: [Side; 2],
@@ -96,18 +94,18 @@ impl Event {
         Self { fault, side, wire: Wire { between, incoming, outgoing }, lasts }
     }
 
-    /// Whether it may break a stream that goes this way.
-    pub(super) fn touches(&self, way: Way) -> bool {
+    /// Returns true if the fault may break a stream on this route.
+    pub(super) fn affects(&self, route: Route) -> bool {
         match self.fault {
             Fault::Mesh | Fault::Certificate | Fault::Reload | Fault::TakeOver => false,
-            Fault::Deny => way.can_be_denied(),
-            Fault::Drop => self.wire.between.iter().all(|side| way.ends().contains(side)),
-            Fault::Kill | Fault::Stop => way.ends().contains(&self.side),
+            Fault::Deny => route.can_be_denied(),
+            Fault::Drop => self.wire.between.iter().all(|side| route.ends().contains(side)),
+            Fault::Kill | Fault::Stop => route.ends().contains(&self.side),
         }
     }
 
-    /// Makes it happen, and all well again.
-    pub(super) async fn happen(&self, stage: &mut Stage) {
+    /// Injects the fault, and ends it.
+    pub(super) async fn inject(&self, scene: &mut SoakScene) {
         match self.fault {
             Fault::Drop => {
                 let Wire { between: [_, at], incoming, outgoing } = self.wire;
@@ -116,7 +114,7 @@ impl Event {
                 } else {
                     "eth1"
                 };
-                let pod = stage.pods.pod(at);
+                let pod = scene.pods.pod(at);
                 let rule = |chain: &str, hook: &str, device: &str| {
                     format!(
                         "add chain inet soak {chain} {{ type filter hook {hook} priority -450; }}; \
@@ -134,17 +132,17 @@ impl Event {
                 pause(self.lasts).await;
                 tool(pod, "nft", &["delete table inet soak"]).await.ok();
             }
-            Fault::Mesh => stage.change_mesh(|state| state.others += 1).await,
+            Fault::Mesh => scene.change_mesh(|state| state.others += 1).await,
             Fault::Deny => {
-                stage.change_mesh(|state| state.denies = true).await;
+                scene.change_mesh(|state| state.denies = true).await;
                 pause(self.lasts / 4).await;
-                stage.change_mesh(|state| state.denies = false).await;
+                scene.change_mesh(|state| state.denies = false).await;
             }
-            Fault::Certificate => stage.renew(self.side),
-            Fault::Reload => stage.proxy(self.side).signal(Signal::SIGHUP),
-            Fault::Kill => stage.restart(self.side, Signal::SIGKILL).await,
-            Fault::Stop => stage.restart(self.side, Signal::SIGTERM).await,
-            Fault::TakeOver => stage.take_over(self.side).await,
+            Fault::Certificate => scene.renew(self.side),
+            Fault::Reload => scene.proxy(self.side).signal(Signal::SIGHUP),
+            Fault::Kill => scene.restart(self.side, Signal::SIGKILL).await,
+            Fault::Stop => scene.restart(self.side, Signal::SIGTERM).await,
+            Fault::TakeOver => scene.take_over(self.side).await,
         }
     }
 }

@@ -1,55 +1,53 @@
-//! What one stream of the soak does, all of it from one number, so that both of its ends know it.
-//!
-//! Not here: doing it (`stream.rs`).
+//! The plan of a stream, derived from a seed so that both ends know it. `stream.rs` executes it.
 
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use fastrand::Rng;
 
-/// The most that a direction carries.
+/// The maximum number of bytes in one direction.
 const LARGEST: f64 = 20.0 * 1024.0 * 1024.0;
 
-/// A direction is in no more pieces than so many, if it always takes the largest.
+/// The maximum number of pieces in one direction, if each has the maximum size.
 const PIECES: u64 = 4000;
 
-/// What a stream does.
+/// The plan of a stream.
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
     pub(super) seed: u64,
     pub(super) kind: Kind,
-    /// How much the client sends, and the server.
+    /// The number of bytes that the client sends.
     pub(super) up: u64,
     pub(super) down: u64,
-    pub(super) client: Manner,
-    pub(super) server: Manner,
+    pub(super) client: Pace,
+    pub(super) server: Pace,
 }
 
-/// Who sends when, and how it ends.
+/// The order of sending, and the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Both directions at once.
+    /// Both directions concurrently.
     Both,
-    /// The server begins when it has seen the client's FIN.
+    /// The server starts after the client's FIN.
     RequestResponse,
-    /// The client sends its FIN when it has seen the server's.
+    /// The client sends its FIN after the server's.
     ServerEndsFirst,
-    /// The client resets it when it has received so many bytes, or the server is done.
+    /// The client resets the stream after so many received bytes, or when the server is done.
     ClientResets(u64),
-    /// The server resets it when it has received so many bytes, or the client is done.
+    /// The server resets the stream after so many received bytes, or when the client is done.
     ServerResets(u64),
-    /// The client connects, says nothing, waits and leaves.
+    /// The client connects, sends nothing, waits and closes.
     Unused,
 }
 
-/// How one end goes about it.
+/// The pace of one end.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Manner {
-    /// The largest piece that is written, and read, at once.
+pub(super) struct Pace {
+    /// The maximum size of a read or write.
     pub(super) piece: usize,
-    /// One piece in so many is followed by a pause.
+    /// On average, one of so many pieces is followed by a pause.
     pub(super) pauses: u64,
-    /// Where the end stops reading for a while, and for how long.
+    /// The position at which the end stops reading for a while, and for how long.
     pub(super) stall: Option<(u64, Duration)>,
 }
 
@@ -65,26 +63,26 @@ impl Plan {
             87..94 => Kind::ServerResets(rng.u64(0..=up)),
             _ => Kind::Unused,
         };
-        // One way only, now and then.
+        // Some streams have only one direction.
         let (up, down) = match rng.u32(0..10) {
             0 => (0, down),
             1 => (up, 0),
             _ => (up, down),
         };
-        let client = Manner::new(&mut rng, up, down);
-        let server = Manner::new(&mut rng, down, up);
+        let client = Pace::new(&mut rng, up, down);
+        let server = Pace::new(&mut rng, down, up);
         Self { seed, kind, up, down, client, server }
     }
 
-    /// Whether it ends well if nobody disturbs it.
+    /// Returns true if the stream ends with FIN on both sides in the absence of faults.
     pub(super) fn ends_well(&self) -> bool {
         !matches!(self.kind, Kind::ClientResets(_) | Kind::ServerResets(_))
     }
 }
 
-impl Manner {
+impl Pace {
     fn new(rng: &mut Rng, sent: u64, received: u64) -> Self {
-        // Small ones, but not so small that a stream is millions of them.
+        // Small, but large enough to avoid millions of pieces.
         let least = usize::try_from(sent.max(received) / PIECES).unwrap_or(usize::MAX);
         let piece = least.max(1 << rng.u32(4..16));
         let pauses = rng.u64(20..2000);
@@ -95,7 +93,7 @@ impl Manner {
     }
 }
 
-/// Log-uniform, with nothing at all now and then.
+/// A log-uniform size, or sometimes zero.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -105,9 +103,10 @@ fn size(rng: &mut Rng) -> u64 {
     if rng.u32(0..20) == 0 { 0 } else { LARGEST.powf(rng.f64()) as u64 }
 }
 
-/// What a direction of a stream carries: random bytes that follow from where they are, and begin where its seed says. They come again
-/// after a prime number of bytes, which no buffer or frame is long: nothing that is lost, twice or elsewhere fits. To copy them costs
-/// next to nothing, so that what is tried gets the processor and not who tries it.
+/// The data of a direction: random bytes, starting at an offset that the seed determines. They
+/// repeat with a prime period that no buffer or frame size divides, so lost, duplicated or
+/// misplaced data is detected. Generating them is a copy, which leaves the processor to the
+/// proxies.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pattern(u64);
 
@@ -123,7 +122,7 @@ impl Pattern {
         Self(!plan.seed)
     }
 
-    /// Writes what stands at `offset`.
+    /// Writes the data at `offset`.
     pub(super) fn fill(self, offset: u64, bytes: &mut [u8]) {
         let mut rest = bytes;
         for part in self.from(offset, rest.len()) {
@@ -133,7 +132,7 @@ impl Pattern {
         }
     }
 
-    /// Where `bytes`, received at `offset`, are not what was sent.
+    /// The position of the first byte that differs from the sent data.
     pub(super) fn deviation(self, offset: u64, bytes: &[u8]) -> Option<u64> {
         let mut rest = bytes;
         for part in self.from(offset, bytes.len()) {
@@ -147,7 +146,7 @@ impl Pattern {
         None
     }
 
-    /// So many bytes from `offset` on, in pieces.
+    /// The data from `offset` on, in pieces.
     fn from(self, offset: u64, length: usize) -> impl Iterator<Item = &'static [u8]> {
         let start = (self.0 % PERIOD as u64 + offset) % PERIOD as u64;
         let mut start = usize::try_from(start).unwrap_or_default();
@@ -175,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pattern_is_the_same_in_any_pieces_and_tells_where_it_is_not() {
+    fn pattern_is_independent_of_pieces_and_locates_deviation() {
         let pattern = Pattern(7);
         for offset in [3, PERIOD as u64 - 60] {
             let mut whole = [0; 100];
@@ -193,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_follows_from_its_seed_and_plans_differ() {
+    fn plan_is_determined_by_seed_and_varies() {
         let text = |seed| format!("{:?}", Plan::new(seed));
         assert_eq!(text(1), text(1));
         assert_ne!(text(1), text(2));

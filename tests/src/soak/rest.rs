@@ -1,4 +1,4 @@
-//! What proxies and pods hold when nothing happens.
+//! Measures the resources that proxies and pods hold at rest.
 
 use std::fs;
 use std::time::Duration;
@@ -6,55 +6,55 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use super::pause;
-use super::scene::Stage;
+use super::scene::SoakScene;
 use crate::OrFail;
 use crate::pods::Pod;
 use crate::proxy::Proxy;
 
-/// What one pod and its proxy hold.
+/// The resources of a pod and its proxy.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Held {
-    /// The proxy's descriptors.
+pub(super) struct Resources {
+    /// The proxy's file descriptors.
     pub(super) descriptors: usize,
-    /// TCP sockets of the pod that are neither listening nor gone.
+    /// TCP sockets of the pod that are neither listening nor in TIME_WAIT.
     pub(super) sockets: usize,
-    /// Connections that conntrack takes for open.
+    /// Open connections in conntrack.
     pub(super) tracked: usize,
     /// The proxy's resident memory, in KiB.
     pub(super) resident: usize,
-    /// What the proxy says that is open.
+    /// Open connections according to the proxy's metrics.
     pub(super) open: f64,
     pub(super) tunnels: f64,
     pub(super) rules_intact: bool,
 }
 
-/// What is held by both proxies' pods, client's first, once it is no more than `wanted`, or when `patience` ends.
+/// The resources of client's and server's pod, once they are at most `wanted` or `limit` elapsed.
 pub(super) async fn settled(
-    stage: &Stage,
-    wanted: impl Fn([Held; 2]) -> bool,
-    patience: Duration,
-) -> [Held; 2] {
+    scene: &SoakScene,
+    wanted: impl Fn([Resources; 2]) -> bool,
+    limit: Duration,
+) -> [Resources; 2] {
     let began = Instant::now();
     loop {
-        let held = all(stage).await;
-        if wanted(held) || began.elapsed() > patience {
-            return held;
+        let resources = all(scene).await;
+        if wanted(resources) || began.elapsed() > limit {
+            return resources;
         }
         pause(Duration::from_millis(200)).await;
     }
 }
 
-async fn all(stage: &Stage) -> [Held; 2] {
-    let [(client, client_proxy), (server, server_proxy)] = stage.proxies();
-    [held(client, client_proxy).await, held(server, server_proxy).await]
+async fn all(scene: &SoakScene) -> [Resources; 2] {
+    let [(client, client_proxy), (server, server_proxy)] = scene.proxies();
+    [resources(client, client_proxy).await, resources(server, server_proxy).await]
 }
 
-async fn held(pod: &Pod, proxy: &Proxy) -> Held {
+async fn resources(pod: &Pod, proxy: &Proxy) -> Resources {
     let pid = proxy.pid();
     let metrics = timeout(Duration::from_secs(10), pod.metrics()).await.or_fail("read metrics");
     let sum = |name: &str| metrics.sum(name, &[]).unwrap_or_default();
     let (sockets, tracked) = pod.run(|| (sockets(), tracked()));
-    Held {
+    Resources {
         descriptors: fs::read_dir(format!("/proc/{pid}/fd"))
             .or_fail("count the proxy's descriptors")
             .count(),
@@ -67,7 +67,7 @@ async fn held(pod: &Pod, proxy: &Proxy) -> Held {
     }
 }
 
-/// Those of the namespace that the thread is in, but for LISTEN (0A) and TIME_WAIT (06).
+/// TCP sockets of the current namespace, except LISTEN (0A) and TIME_WAIT (06).
 fn sockets() -> usize {
     let of = |file: &str| {
         let text = fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
@@ -78,7 +78,7 @@ fn sockets() -> usize {
     of("tcp") + of("tcp6")
 }
 
-/// Those whose end the kernel has not seen: one that has ended stays in TIME_WAIT or CLOSE.
+/// Open connections in conntrack. An ended one is in TIME_WAIT or CLOSE.
 fn tracked() -> usize {
     let text = fs::read_to_string("/proc/thread-self/net/nf_conntrack").unwrap_or_default();
     let has_ended = |line: &str| line.contains(" TIME_WAIT ") || line.contains(" CLOSE ");

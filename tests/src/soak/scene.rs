@@ -1,4 +1,4 @@
-//! Where the soak happens: two pods with proxies, one without, wired to each other; and the ways between them.
+//! The scene of the soak test: two pods with proxies, one without, all connected with each other.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -17,9 +17,9 @@ use crate::proxy::Proxy;
 use crate::scene::{APP, CLIENT, SERVER};
 use crate::settings::Settings;
 
-/// The port that a policy forbids at times.
+/// The port that a policy denies temporarily.
 const DENIED: u16 = APP + 1;
-/// All that applications listen on.
+/// All ports of applications.
 pub(super) const PORTS: [u16; 2] = [APP, DENIED];
 
 /// A pod.
@@ -27,7 +27,7 @@ pub(super) const PORTS: [u16; 2] = [APP, DENIED];
 pub(super) enum Side {
     Client,
     Server,
-    /// It has no proxy.
+    /// The pod without a proxy.
     Outside,
 }
 
@@ -39,36 +39,36 @@ pub(super) struct Pods {
     outside: Pod,
 }
 
-/// From where to where a stream goes.
+/// The source and destination of a stream.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Way {
+pub(super) struct Route {
     from: Side,
     to: Side,
     v6: bool,
     port: u16,
 }
 
-/// The pods, their proxies, and what these are told.
+/// The pods, their proxies, and their settings.
 #[derive(Debug)]
-pub(super) struct Stage {
+pub(super) struct SoakScene {
     pub(super) pods: Arc<Pods>,
     pki: Pki,
     mesh: MeshState,
     client: Proxy,
     server: Proxy,
-    /// Those that others took over from.
+    /// Processes that others took over from.
     outgoing: JoinSet<ExitStatus>,
     _world: World,
 }
 
-/// What the mesh file says beside the pods.
+/// The state of the mesh file apart from the pods.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct MeshState {
     pub(super) others: u8,
     pub(super) denies: bool,
 }
 
-impl Way {
+impl Route {
     pub(super) fn new(rng: &mut Rng) -> Self {
         let (from, to) = match rng.u32(0..10) {
             0..4 => (Side::Client, Side::Server),
@@ -98,26 +98,26 @@ impl Pods {
         }
     }
 
-    /// All of them.
+    /// All pods.
     pub(super) fn all(&self) -> [&Pod; 3] {
         [&self.client, &self.server, &self.outside]
     }
 
-    /// From where a stream is dialled, and to where.
-    pub(super) fn dial(&self, way: Way) -> (&Pod, SocketAddr) {
-        // A pod has two wires, each with an address of both families. The first is between client and server, the second between
-        // outside and server, the third between client and outside.
-        let ips = self.pod(way.to).ips();
-        let wire = usize::from(way.ends().contains(&Side::Outside));
-        let ip = ips.into_iter().filter(|ip| ip.is_ipv6() == way.v6).nth(match way.to {
+    /// The pod that dials a stream, and the destination.
+    pub(super) fn dial(&self, route: Route) -> (&Pod, SocketAddr) {
+        // A pod has two links, each with an address of both families. The first one connects client
+        // and server, the second one outside and server, the third one client and outside.
+        let ips = self.pod(route.to).ips();
+        let wire = usize::from(route.ends().contains(&Side::Outside));
+        let ip = ips.into_iter().filter(|ip| ip.is_ipv6() == route.v6).nth(match route.to {
             Side::Client => 0,
             _ => wire,
         });
-        (self.pod(way.from), SocketAddr::new(ip.expect("every pod has two wires"), way.port))
+        (self.pod(route.from), SocketAddr::new(ip.expect("every pod has two wires"), route.port))
     }
 }
 
-impl Stage {
+impl SoakScene {
     pub(super) async fn new() -> Self {
         let mut world = World::new();
         let (mut client, mut server) = (world.pod(CLIENT).await, world.pod(SERVER).await);
@@ -149,7 +149,7 @@ impl Stage {
         if side == Side::Client { &self.client } else { &self.server }
     }
 
-    /// Changes the mesh file, and waits until it is in force in both proxies.
+    /// Changes the mesh file, and waits until both proxies have applied it.
     pub(super) async fn change_mesh(&mut self, change: impl FnOnce(&mut MeshState)) {
         const IN_FORCE: [&str; 1] = ["the change is in force"];
         change(&mut self.mesh);
@@ -162,7 +162,7 @@ impl Stage {
         );
     }
 
-    /// Writes what the proxies said to files in the folder for temporary ones.
+    /// Writes the logs of the proxies to the folder for temporary files.
     pub(super) fn keep_logs(&self) {
         for (pod, proxy) in self.proxies() {
             let file = std::env::temp_dir().join(format!("underpass-soak-{}.log", pod.name()));
@@ -170,12 +170,12 @@ impl Stage {
         }
     }
 
-    /// Gives a proxy another certificate.
+    /// Issues a new certificate for a proxy.
     pub(super) fn renew(&self, side: Side) {
         let _files = self.pki.issue(self.pods.pod(side).name());
     }
 
-    /// Has another process take over from a proxy, which goes on with what it has.
+    /// Lets another process take over from a proxy, which keeps its open streams.
     pub(super) async fn take_over(&mut self, side: Side) {
         let pod = self.pods.pod(side);
         let proxy = if side == Side::Client { &mut self.client } else { &mut self.server };
@@ -184,15 +184,16 @@ impl Stage {
         self.outgoing.spawn(async move { old.ended_by_itself().await });
     }
 
-    /// Waits until all processes have ended that others took over from: with their last streams.
-    pub(super) async fn others_ended(&mut self) {
+    /// Waits for the exit of all processes that others took over from: they exit after their last
+    /// stream.
+    pub(super) async fn await_outgoing(&mut self) {
         while let Some(ended) = self.outgoing.join_next().await {
             let status = ended.or_fail("wait for a proxy");
-            assert!(status.success(), "a proxy that was taken over from ended with {status}");
+            assert!(status.success(), "a proxy exited with {status} after the takeover");
         }
     }
 
-    /// Ends a proxy by a signal, and starts another one.
+    /// Stops a proxy by a signal, and starts another one.
     pub(super) async fn restart(&mut self, side: Side, signal: Signal) {
         let pod = self.pods.pod(side);
         let proxy = if side == Side::Client { &mut self.client } else { &mut self.server };
@@ -213,7 +214,7 @@ fn settings(pod: &Pod, pki: &Pki) -> Settings {
     let settings = Settings::new(pod.name()).identity(&files).mesh(&mesh_file(pod));
     [
         "timeouts.drain=2s",
-        // So that a soak ends soon after its last stream.
+        // Let a soak test end soon after its last stream.
         "timeouts.pool_idle=2s",
         "timeouts.keepalive=2s",
         "logging.filter=info,access=warn",

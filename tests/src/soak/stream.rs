@@ -1,7 +1,7 @@
-//! Both ends of one stream: what is sent, and that what is received is just that.
+//! Executes both ends of a stream, and checks the received data.
 //!
-//! A stream begins with its seed, by which the server knows what it is to do. Whoever reads a FIN must have read all; whoever
-//! reads anything else may have read less, but nothing else.
+//! A stream starts with its seed, from which the server derives the plan. After a FIN, all data
+//! must have been received. After any other end, data may be missing but not altered.
 
 use std::io;
 use std::sync::OnceLock;
@@ -13,27 +13,27 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use super::pause;
-use super::plan::{Kind, Manner, Pattern, Plan};
+use super::plan::{Kind, Pace, Pattern, Plan};
 use crate::peers::abort;
 
-/// The seed, and a word that follows from it.
+/// The seed, and a checksum.
 const HEADER: usize = 16;
 const CHECK: u64 = 0x5eed_5eed_5eed_5eed;
 
 /// How a stream ended for one of its ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// All was sent and received.
+    /// All data was sent and received.
     Well,
-    /// This end reset it, as planned.
+    /// This end reset the stream, as planned.
     Reset,
-    /// The connection broke.
+    /// The connection failed.
     Broken(io::ErrorKind),
-    /// What must never be.
-    Lie(String),
+    /// An invariant was violated.
+    Violation(String),
 }
 
-/// The client's end, of a connection that was just made.
+/// The client's end of a new connection.
 pub(super) async fn client(plan: &Plan, mut stream: TcpStream) -> Ended {
     let mut rng = Rng::with_seed(plan.seed ^ 1);
     if plan.kind == Kind::Unused {
@@ -46,7 +46,7 @@ pub(super) async fn client(plan: &Plan, mut stream: TcpStream) -> Ended {
     let limit = if let Kind::ClientResets(limit) = plan.kind { Some(limit) } else { None };
     let (mut reader, mut writer) = stream.split();
     let mut reading = Reading::new(Pattern::down(plan), plan.down, plan.client, limit);
-    let writing = Writing { pattern: Pattern::up(plan), length: plan.up, manner: plan.client };
+    let writing = Writing { pattern: Pattern::up(plan), length: plan.up, pace: plan.client };
     let outcome = match plan.kind {
         Kind::ServerEndsFirst => match reading.run(&mut reader, &mut rng.fork(), None).await {
             Ended::Well => writing.run(&mut writer, &mut rng).await,
@@ -57,7 +57,7 @@ pub(super) async fn client(plan: &Plan, mut stream: TcpStream) -> Ended {
     end(outcome, stream)
 }
 
-/// The server's end: which stream it is, and how it ended; `None` if it ended without saying.
+/// The server's end. Returns the seed and how the stream ended; `None` if it ended before the seed.
 pub(super) async fn server(mut stream: TcpStream) -> Option<(u64, Ended)> {
     let mut said = [0; HEADER];
     let mut length = 0;
@@ -65,14 +65,17 @@ pub(super) async fn server(mut stream: TcpStream) -> Option<(u64, Ended)> {
         match stream.read(said.get_mut(length..)?).await {
             Ok(0) if length == 0 => return None,
             Ok(0) => {
-                return Some((0, Ended::Lie(format!("a FIN after {length} bytes of the header"))));
+                return Some((
+                    0,
+                    Ended::Violation(format!("a FIN after {length} bytes of the header")),
+                ));
             }
             Ok(more) => length += more,
             Err(_) => return None,
         }
     }
     let Some(seed) = seed(&said) else {
-        return Some((0, Ended::Lie(format!("a header of {said:x?}"))));
+        return Some((0, Ended::Violation(format!("a header of {said:x?}"))));
     };
     Some((seed, serve(&Plan::new(seed), stream).await))
 }
@@ -82,7 +85,7 @@ async fn serve(plan: &Plan, mut stream: TcpStream) -> Ended {
     let limit = if let Kind::ServerResets(limit) = plan.kind { Some(limit) } else { None };
     let (mut reader, mut writer) = stream.split();
     let mut reading = Reading::new(Pattern::up(plan), plan.up, plan.server, limit);
-    let writing = Writing { pattern: Pattern::down(plan), length: plan.down, manner: plan.server };
+    let writing = Writing { pattern: Pattern::down(plan), length: plan.down, pace: plan.server };
     let outcome = match plan.kind {
         Kind::RequestResponse => match reading.run(&mut reader, &mut rng.fork(), None).await {
             Ended::Well => writing.run(&mut writer, &mut rng).await,
@@ -93,7 +96,7 @@ async fn serve(plan: &Plan, mut stream: TcpStream) -> Ended {
     end(outcome, stream)
 }
 
-/// Both directions, until both have ended or one breaks.
+/// Runs both directions until both have ended or one fails.
 async fn both(
     reading: &mut Reading,
     reader: &mut ReadHalf<'_>,
@@ -112,7 +115,8 @@ async fn both(
     let write = async {
         match writing.run(writer, rng).await {
             Ended::Well => {}
-            // The reader still has what came before, and may find a lie in it. Without the reset at its end: the kernel tells that once.
+            // The reader still gets earlier data and may find a violation in it. It does not see
+            // the reset, since the kernel reports that once.
             Ended::Broken(kind) => {
                 broken.get_or_init(|| kind);
             }
@@ -123,7 +127,7 @@ async fn both(
     tokio::try_join!(read, write).map_or_else(|other| other, |_| Ended::Well)
 }
 
-/// Makes the end known as planned.
+/// Ends the connection as planned.
 fn end(outcome: Ended, stream: TcpStream) -> Ended {
     if outcome == Ended::Reset {
         abort(stream);
@@ -131,34 +135,34 @@ fn end(outcome: Ended, stream: TcpStream) -> Ended {
     outcome
 }
 
-/// One direction that is read.
+/// One direction, read.
 struct Reading {
     pattern: Pattern,
     length: u64,
-    manner: Manner,
-    /// After how many bytes the stream is reset, whatever is still to come.
+    pace: Pace,
+    /// The number of bytes after which this end resets the stream.
     limit: Option<u64>,
 }
 
 impl Reading {
-    fn new(pattern: Pattern, length: u64, manner: Manner, limit: Option<u64>) -> Self {
-        Self { pattern, length, manner, limit: limit.map(|limit| limit.min(length)) }
+    fn new(pattern: Pattern, length: u64, pace: Pace, limit: Option<u64>) -> Self {
+        Self { pattern, length, pace, limit: limit.map(|limit| limit.min(length)) }
     }
 
-    /// `broken`: what the writer of the same connection has met.
+    /// `broken` is the error of the writer of the same connection.
     async fn run(
         &mut self,
         reader: &mut ReadHalf<'_>,
         rng: &mut Rng,
         broken: Option<&OnceLock<io::ErrorKind>>,
     ) -> Ended {
-        let mut buffer = vec![0; self.manner.piece];
+        let mut buffer = vec![0; self.pace.piece];
         let mut received = 0;
         loop {
             if self.limit.is_some_and(|limit| received >= limit) {
                 return Ended::Reset;
             }
-            if let Some((_, stall)) = self.manner.stall.take_if(|(at, _)| received >= *at) {
+            if let Some((_, stall)) = self.pace.stall.take_if(|(at, _)| received >= *at) {
                 pause(stall).await;
             }
             let bytes = match reader.read(&mut buffer).await {
@@ -166,45 +170,48 @@ impl Reading {
                     if let Some(kind) = broken.and_then(OnceLock::get) {
                         return Ended::Broken(*kind);
                     }
-                    return Ended::Lie(format!("a FIN after {received} of {} bytes", self.length));
+                    return Ended::Violation(format!(
+                        "a FIN after {received} of {} bytes",
+                        self.length
+                    ));
                 }
                 Ok(0) => return Ended::Well,
                 Ok(length) => buffer.get(..length).unwrap_or_default(),
                 Err(error) => return Ended::Broken(error.kind()),
             };
             if let Some(place) = self.pattern.deviation(received, bytes) {
-                return Ended::Lie(format!("another byte than was sent, at {place}"));
+                return Ended::Violation(format!("an altered byte at {place}"));
             }
             received += bytes.len() as u64;
             if received > self.length {
-                return Ended::Lie(format!("{received} of {} bytes", self.length));
+                return Ended::Violation(format!("{received} of {} bytes", self.length));
             }
-            self.manner.breathe(rng).await;
+            self.pace.pause(rng).await;
         }
     }
 }
 
-/// One direction that is written.
+/// One direction, written.
 struct Writing {
     pattern: Pattern,
     length: u64,
-    manner: Manner,
+    pace: Pace,
 }
 
 impl Writing {
     async fn run(&self, writer: &mut WriteHalf<'_>, rng: &mut Rng) -> Ended {
-        let mut buffer = vec![0; self.manner.piece];
+        let mut buffer = vec![0; self.pace.piece];
         let mut sent = 0;
         while sent < self.length {
             let rest = usize::try_from(self.length - sent).unwrap_or(usize::MAX);
-            let length = rng.usize(1..=self.manner.piece).min(rest);
+            let length = rng.usize(1..=self.pace.piece).min(rest);
             let piece = buffer.get_mut(..length).unwrap_or_default();
             self.pattern.fill(sent, piece);
             if let Err(error) = writer.write_all(piece).await {
                 return Ended::Broken(error.kind());
             }
             sent += length as u64;
-            self.manner.breathe(rng).await;
+            self.pace.pause(rng).await;
         }
         match writer.shutdown().await {
             Ok(()) => Ended::Well,
@@ -213,8 +220,8 @@ impl Writing {
     }
 }
 
-impl Manner {
-    async fn breathe(&self, rng: &mut Rng) {
+impl Pace {
+    async fn pause(&self, rng: &mut Rng) {
         if rng.u64(0..self.pauses) == 0 {
             pause(Duration::from_millis(rng.u64(1..100))).await;
         }
@@ -241,7 +248,7 @@ mod tests {
 
     use super::*;
 
-    /// How a stream with this plan ends for its client when `serve` is its server.
+    /// How a stream with this plan ends for its client if `serve` is its server.
     async fn ended(plan: &Plan, serve: impl AsyncFnOnce(TcpStream)) -> Ended {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let address = listener.local_addr().expect("it is bound");
@@ -256,34 +263,40 @@ mod tests {
         Plan { up: 0, ..fit.next().expect("there is one") }
     }
 
-    /// Sends what is wanted of `plan`, as `change` has it, and FIN.
+    /// Sends the data of `plan` after `change`, then FIN.
     async fn answer(plan: &Plan, mut stream: TcpStream, change: impl FnOnce(&mut Vec<u8>)) {
         let mut bytes = vec![0; usize::try_from(plan.down).expect("it fits")];
         Pattern::down(plan).fill(0, &mut bytes);
         change(&mut bytes);
         stream.write_all(&bytes).await.expect("the client reads");
-        // A client that has seen enough leaves.
+        // A client that detected a violation closes the connection.
         stream.shutdown().await.ok();
         stream.read_to_end(&mut Vec::new()).await.ok();
     }
 
     #[tokio::test]
-    async fn a_fin_too_early_and_another_byte_are_lies_and_a_reset_is_none() {
+    async fn early_fin_and_altered_byte_are_violations_but_reset_is_not() {
         let plan = plan();
         let good = ended(&plan, async |stream| answer(&plan, stream, |_| {}).await).await;
         assert_eq!(good, Ended::Well);
         let cut = |bytes: &mut Vec<u8>| bytes.truncate(bytes.len() - 1);
         let cut = ended(&plan, async |stream| answer(&plan, stream, cut).await).await;
-        assert!(matches!(&cut, Ended::Lie(lie) if lie.contains("a FIN after")), "{cut:?}");
+        assert!(
+            matches!(&cut, Ended::Violation(violation) if violation.contains("a FIN after")),
+            "{cut:?}"
+        );
         let reset = ended(&plan, async |stream| abort(stream)).await;
         assert!(matches!(reset, Ended::Broken(_)), "{reset:?}");
         let flip = |bytes: &mut Vec<u8>| *bytes.last_mut().expect("there are some") ^= 1;
         let flipped = ended(&plan, async |stream| {
-            // The client leaves when it has seen it.
+            // The client closes when it has seen the byte.
             let answer = answer(&plan, stream, flip);
             tokio::time::timeout(Duration::from_secs(5), answer).await.ok();
         });
         let flipped = flipped.await;
-        assert!(matches!(&flipped, Ended::Lie(lie) if lie.contains("another byte")), "{flipped:?}");
+        assert!(
+            matches!(&flipped, Ended::Violation(violation) if violation.contains("another byte")),
+            "{flipped:?}"
+        );
     }
 }

@@ -1,7 +1,7 @@
-//! Where connections come from and where they must not lead: calls of the proxy's own ports, by whom and how ever; calls of one's own
-//! pod; and whom an application sees.
+//! End-to-end tests of addresses: calls of the proxy's own ports, calls of the own pod, and the
+//! client address that an application sees.
 //!
-//! Not here: which rule decided (`flows`), and who may connect by policy (`mesh`).
+//! `flows` tests the deciding rules, `mesh` tests policies.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod own;
@@ -13,12 +13,12 @@ use std::process::ExitCode;
 
 use underpass_tests::{Settings, Suite};
 
-/// A profile, and how inbound connections are caught in it.
+/// A profile with its mode of inbound capture.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Profile {
     name: &'static str,
     settings: &'static [&'static str],
-    /// From where the proxy connects to the application; the client's own address if there is none.
+    /// The source address of the proxy's connections to the application; `None` for the client's.
     last_hop: Option<[&'static str; 2]>,
 }
 
@@ -46,7 +46,7 @@ impl Profile {
         self.settings.iter().fold(settings, |settings, assignment| settings.set(assignment))
     }
 
-    /// Adds a trial of this profile, which may need its user.
+    /// Adds a trial of this profile. It is skipped if the proxy's user does not exist.
     fn test(self, suite: &mut Suite, name: &str, body: impl AsyncFnOnce() + Send + 'static) {
         let name = format!("{}: {name}", self.name);
         match self {

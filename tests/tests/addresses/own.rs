@@ -1,4 +1,5 @@
-//! A pod that calls itself: by its address, by loopback, and by a service whose only endpoint it is (a hairpin).
+//! A pod that calls itself: by its address, by loopback, and by a service with itself as the only
+//! endpoint (hairpin).
 
 use std::net::SocketAddr;
 
@@ -15,9 +16,7 @@ pub(crate) fn add(suite: &mut Suite) {
         for protocol in ["HBONE", "TCP"] {
             profile.test(
                 suite,
-                &format!(
-                    "a pod reaches itself by all its names, as a member that speaks {protocol}"
-                ),
+                &format!("a pod with protocol {protocol} reaches itself by each of its addresses"),
                 async move || reaches_itself(profile, protocol).await,
             );
         }
@@ -37,7 +36,11 @@ async fn reaches_itself(profile: Profile, protocol: &str) {
         for to in [pod.at(family, APP), SocketAddr::new(family.loopback(), APP), service] {
             let (mut client, mut server, peer) = pod.meet(&app, to).await;
             exchange(&mut client, &mut server).await;
-            assert_eq!(client.peer_addr().expect("an address"), to, "whom the client sees");
+            assert_eq!(
+                client.peer_addr().expect("an address"),
+                to,
+                "the server that the client sees"
+            );
             assert!(is_own(pod, family, peer), "the application sees {peer} when {to} is called");
             drop(client);
             read_to_end(&mut server).await;
@@ -45,8 +48,8 @@ async fn reaches_itself(profile: Profile, protocol: &str) {
     }
     proxy.stop().await;
     let lines = proxy.access_lines(2).await;
-    // Once on its way out and once on its way in, at most.
-    assert!(lines.len() <= 2 * 2 * 3, "no call goes round: {lines:#?}");
+    // At most one line outbound and one inbound for each call.
+    assert!(lines.len() <= 2 * 2 * 3, "a call loops: {lines:#?}");
     assert_eq!(refused(&proxy), 0, "{}", proxy.log());
 }
 
@@ -54,7 +57,7 @@ fn refused(proxy: &Proxy) -> usize {
     proxy.count(&["connection failed"])
 }
 
-/// The pod's own address, or one of the last hop.
+/// Returns true for an address of the pod or one that the proxy connects from.
 fn is_own(pod: &Pod, family: Family, peer: SocketAddr) -> bool {
     let last_hops = ["127.0.0.1", "127.0.0.6", "::1", "::6"];
     peer.ip() == pod.ip(family)

@@ -1,4 +1,5 @@
-//! Calls of the proxy's own ports, by everybody who can send to them. Nothing may loop, hang or lead to something internal.
+//! Calls of the proxy's own ports by every possible caller. None may loop, hang or reach something
+//! internal.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -10,17 +11,17 @@ use crate::{PROFILES, Profile};
 
 use Gets::{Http, Nothing};
 
-/// What the caller gets.
+/// The expected result of a call.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Gets {
-    /// Its connection is refused, or ends without a byte that is not TLS's.
+    /// A refusal, or an end without data other than TLS records.
     Nothing,
-    /// The endpoint's answer: metrics and readiness are there to be asked.
+    /// An HTTP response: metrics and readiness are public.
     Http,
 }
 
-/// As in ztunnel's own table (`malicious_calls_inpod`), but that metrics and readiness are in the pod here, and are to be asked by
-/// everybody.
+/// As in ztunnel's test `malicious_calls_inpod`, except that metrics and readiness are in the pod
+/// and public here.
 const TABLE: [(u16, Gets); 7] = [
     // Outbound, inbound, HBONE.
     (15001, Nothing),
@@ -29,7 +30,7 @@ const TABLE: [(u16, Gets); 7] = [
     // Metrics, readiness.
     (15020, Http),
     (15021, Http),
-    // DNS and administration elsewhere: nobody's.
+    // DNS and administration of other proxies, unused here.
     (15053, Nothing),
     (15000, Nothing),
 ];
@@ -37,8 +38,8 @@ const TABLE: [(u16, Gets); 7] = [
 pub(crate) fn add(suite: &mut Suite) {
     for profile in PROFILES {
         for empty in [false, true] {
-            let mesh = if empty { "a mesh that does not know it" } else { "its mesh" };
-            let name = format!("calls of the proxy's own ports lead nowhere, in {mesh}");
+            let mesh = if empty { "a mesh without the pod" } else { "its mesh" };
+            let name = format!("calls of the proxy's own ports reach nothing internal, in {mesh}");
             profile.test(suite, &name, async move || every_call(profile, empty).await);
         }
     }
@@ -54,15 +55,16 @@ async fn every_call(profile: Profile, empty: bool) {
             settings
         }
     };
-    // The kernel (6.18, without any rules too) does not deliver the RST of a closed port of the pod's own IPv6 address to ::1, which
-    // is OSM's last hop.
+    // The kernel (6.18, even without rules) does not deliver the RST of a closed port from the
+    // pod's own IPv6 address to ::1, which OSM's proxy connects from.
     let settings = of(scene.server_settings()).set("timeouts.connect=300ms");
     let mut server = scene.server.proxy(&settings).await;
-    // What is opened by the first calls and stays, such as the guard of the rules, is not told from what leaks: the second ones tell.
+    // Descriptors that the first round opens and keeps, such as the rules' watch, are no leak. The
+    // second round shows leaks.
     let mut open = usize::MAX;
     for _ in 0..2 {
         every_port(&scene.server, &[scene.server.ips(), loopbacks()].concat()).await;
-        // By who has a proxy, and then has none.
+        // First with a proxy in the client's pod, then without.
         let client = scene.client.proxy(&of(scene.client_settings())).await;
         every_port(&scene.client, &scene.server.ips()).await;
         drop(client);
@@ -73,9 +75,9 @@ async fn every_call(profile: Profile, empty: bool) {
         open = descriptors(&server);
     }
     let lines = server.access_lines(0).await;
-    // Twice, four ways in, two lines for what the proxy passes on to itself.
-    assert!(lines.len() <= 2 * 4 * 2 * TABLE.len() * 2, "no call goes round: {}", lines.len());
-    assert!(server.stop().await.success(), "it lived on:\n{}", server.log());
+    // Two rounds, four callers, two lines for a connection that the proxy makes to itself.
+    assert!(lines.len() <= 2 * 4 * 2 * TABLE.len() * 2, "a call loops: {}", lines.len());
+    assert!(server.stop().await.success(), "the proxy did not stop:\n{}", server.log());
 }
 
 async fn has_connections(pod: &Pod) -> bool {
@@ -106,7 +108,7 @@ async fn call(pod: &Pod, to: SocketAddr) -> Gets {
         stream.write_all(request.as_bytes()).await?;
         stream.read_to_end(&mut answer).await
     };
-    // How it ends, the number of bytes tells.
+    // The number of received bytes shows how the call ended.
     within(&format!("an end of a call of {to}"), exchange).await.ok();
     if answer.starts_with(b"HTTP/1.1 200 ") {
         return Http;

@@ -1,4 +1,4 @@
-//! Whom an application sees when a client of another pod has connected: the client's own address where the rules support it.
+//! The client address that an application sees for a client in another pod.
 
 use underpass_tests::{APP, Family, Scene, Suite, exchange};
 
@@ -8,7 +8,7 @@ pub(crate) fn add(suite: &mut Suite) {
     for profile in PROFILES {
         profile.test(
             suite,
-            "in plain and through a tunnel, the application sees whom it should",
+            "the application sees the profile's client address, in plaintext and through a tunnel",
             async move || {
                 seen(profile).await;
             },

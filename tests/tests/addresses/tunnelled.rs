@@ -1,4 +1,4 @@
-//! What a peer may name in a CONNECT request: the address that its tunnel ends at, and nothing else.
+//! The destinations that a CONNECT request may name: only the address at which the tunnel ends.
 
 use std::net::SocketAddr;
 
@@ -7,8 +7,11 @@ use underpass_hbone::{ClientSettings, ConnectRequest, Connector, HboneError, Tun
 use underpass_tests::{APP, DEADLINE, Family, HBONE, SERVER, Scene, Suite};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test_both("a tunnel leads to where it ends, and nowhere else", nowhere_else);
-    suite.test("without rules, the listeners for caught connections serve nobody", not_caught);
+    suite.test_both("a tunnel accepts only its own address as destination", nowhere_else);
+    suite.test(
+        "without rules, the listeners for captured connections serve no connection",
+        not_caught,
+    );
 }
 
 /// `OWN` is the address at which the tunnel ends.
@@ -16,10 +19,10 @@ const TABLE: [(&str, StatusCode); 20] = [
     ("OWN:15001", StatusCode::SERVICE_UNAVAILABLE),
     ("OWN:15006", StatusCode::SERVICE_UNAVAILABLE),
     ("OWN:15008", StatusCode::SERVICE_UNAVAILABLE),
-    // Nobody listens.
+    // No listener.
     ("OWN:15053", StatusCode::SERVICE_UNAVAILABLE),
     ("OWN:0", StatusCode::BAD_REQUEST),
-    // Metrics and readiness are there to be asked.
+    // Metrics and readiness are public.
     ("OWN:15020", StatusCode::OK),
     ("OWN:15021", StatusCode::OK),
     ("OWN:8080", StatusCode::OK),
@@ -58,9 +61,9 @@ async fn nowhere_else(family: Family) {
         }
     }
     assert!(answers.is_empty(), "{answers:#?}\n{}", proxy.log());
-    assert!(!app.is_reached() && !at_client.is_reached(), "somebody was reached");
+    assert!(!app.is_reached() && !at_client.is_reached(), "an application was reached");
     let lines = proxy.access_lines(0).await;
-    assert!(lines.len() <= TABLE.len(), "no request goes round: {lines:#?}");
+    assert!(lines.len() <= TABLE.len(), "a request loops: {lines:#?}");
 }
 
 async fn connect(tunnel: &Tunnel, authority: &str) -> StatusCode {
@@ -81,7 +84,7 @@ async fn open(scene: &Scene, family: Family) -> Tunnel {
     connector.open(stream, hbone, &peers, DEADLINE).await.expect("a tunnel")
 }
 
-/// The destination of what was not caught is the listener itself: a way on from there would lead back.
+/// The original destination of an uncaptured connection is the listener itself, which would loop.
 async fn not_caught() {
     let scene = Scene::new().await;
     let settings = scene.server_settings().set("interception.profile=none");
@@ -101,5 +104,5 @@ async fn not_caught() {
         }
     }
     let lines = proxy.access_lines(calls).await;
-    assert_eq!(lines.len(), calls, "each was refused once and went no further");
+    assert_eq!(lines.len(), calls, "each connection was refused once");
 }

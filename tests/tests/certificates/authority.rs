@@ -1,4 +1,4 @@
-//! `underpass ca serve`: Istio's CA protocol, between the real binaries.
+//! End-to-end tests of `underpass ca serve`, Istio's CA protocol.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -16,14 +16,14 @@ use crate::{IN_USE, KEPT, traffic};
 const PORT: u16 = 15012;
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("proxies get and renew their certificates from ca serve", issued);
-    suite.test("a certificate outlives a CA that is away, and is renewed when it is back", away);
-    suite.test("who has no token gets no certificate, and says why", no_token);
-    suite.test("a token is for the identities of its client only", not_allowed);
-    suite.test("a node's token gets the certificates of its workloads", impersonation);
+    suite.test("proxies obtain and renew certificates from ca serve", issued);
+    suite.test("a proxy keeps its certificate while the CA is down and renews it afterwards", away);
+    suite.test("a proxy without a token gets no certificate and logs the reason", no_token);
+    suite.test("a token is limited to its client's identities", not_allowed);
+    suite.test("a node's token is accepted for the certificates of its workloads", impersonation);
 }
 
-/// A CA that runs in the server's pod, and what proxies need to ask it.
+/// A CA in the server's pod, and the files that its clients need.
 struct Authority {
     scene: Scene,
     clients: PathBuf,
@@ -80,7 +80,7 @@ impl Authority {
         self.scene.world.folder().join(name)
     }
 
-    /// Those of a workload that asks with `token`.
+    /// The settings of a workload that authenticates with `token`.
     fn settings(&self, name: &str, token: &str) -> Settings {
         let roots = self.scene.pki.dir().join("roots.pem");
         let (address, token) = (self.address(), self.file(token));
@@ -138,7 +138,7 @@ async fn not_allowed() {
     refused(&authority, "spiffe://cluster.local/ns/default/sa/client").await;
 }
 
-/// The client's proxy gets no certificate, and says so with `why` in it.
+/// Asserts that the client's proxy gets no certificate, and logs `why`.
 async fn refused(authority: &Authority, why: &str) {
     let pod = &authority.scene.client;
     let arguments = authority.settings(CLIENT, "client-token").arguments(pod);
@@ -146,13 +146,13 @@ async fn refused(authority: &Authority, why: &str) {
         ["run"].into_iter().chain(arguments.iter().map(String::as_str)).collect();
     let proxy = pod.background(binary(), &arguments);
     let endpoint = pod.at(Family::V4, 15020);
-    until("the proxy has an endpoint", async || pod.dial(endpoint).await.is_ok()).await;
-    until("it was refused a certificate", async || {
+    until("the readiness endpoint is up", async || pod.dial(endpoint).await.is_ok()).await;
+    until("the certificate was refused", async || {
         pod.metrics().await.sum("underpass_certificate_failures_total", &[]) > Some(0.0)
     })
     .await;
     let (status, _) = http_get(pod, pod.at(Family::V4, 15021), "/healthz/ready").await;
-    assert_eq!(status, 503, "without a certificate it is not ready");
+    assert_eq!(status, 503, "the proxy is unready without a certificate");
     proxy.signal(Signal::SIGTERM);
     let said = proxy.ended().await;
     let said = format!("{}{}", said.out, said.err);

@@ -1,5 +1,5 @@
-//! Certificates in a proxy's life: renewed under traffic, damaged, revoked, federated, and issued by a CA. Who is let in with
-//! which certificate is in `identity.rs`.
+//! End-to-end tests of certificates: renewal under traffic, defects, revocation, federation, and
+//! CAs. `identity.rs` tests authentication.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod authority;
@@ -19,14 +19,14 @@ const KEPT: &str = "what is there stays";
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test("certificates that are renewed again and again fail no connection", renewal);
-    suite.test("a pair that does not match is told, and the last good one stays", mismatch);
-    suite.test("a proxy issues its own certificates from a local CA, and renews them", local_ca);
+    suite.test("repeated renewals of certificates fail no connection", renewal);
+    suite.test("a mismatched certificate and key are logged, and the previous ones stay", mismatch);
+    suite.test("a proxy issues and renews certificates from a local CA", local_ca);
     suite.test("workloads of federated trust domains reach each other", federation);
-    suite.test("a trust domain's alias is trusted as itself, another one is not", alias);
-    suite.test("a proxy is unready from the end of its certificate until the next one", expiry);
+    suite.test("an alias of a trust domain is trusted, another domain is not", alias);
+    suite.test("a proxy is unready while its certificate is expired", expiry);
     suite.test_with_users(
-        "sidecar: a local CA whose key its user cannot read renews certificates",
+        "sidecar: a local CA renews certificates although the proxy's user cannot read its key",
         local_ca_of_root,
     );
     revocation::add(&mut suite);
@@ -34,10 +34,10 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// How many connections a round of traffic has.
+/// The number of connections in a round of traffic.
 const ROUND: usize = 50;
 
-/// Connections one after the other, each with its own bytes there and back.
+/// Opens connections one after the other and exchanges bytes on each.
 async fn traffic(scene: &Scene) {
     for _ in 0..ROUND {
         scene.echoed().await;
@@ -124,7 +124,7 @@ async fn local_ca_of_root() {
     assert_eq!(proxy.count(&["ERROR"]), 0, "{}", proxy.log());
 }
 
-/// The server is of another trust domain, with roots of its own.
+/// A server of another trust domain with its own roots.
 struct Foreign {
     scene: Scene,
     other: Pki,
@@ -137,7 +137,7 @@ impl Foreign {
         Self { scene, other }
     }
 
-    /// Starts both, each with more settings.
+    /// Starts both proxies with additional settings.
     async fn start(&self, client: &str, server: &str) -> (Proxy, Proxy) {
         let Self { scene, other } = self;
         let mesh = Mesh::default().hbone(&scene.client).foreign(&scene.server, "other.test");
@@ -171,7 +171,7 @@ async fn federation() {
 async fn alias() {
     let scene = Scene::new().await;
     let _app = Server::echo(&scene.server, APP);
-    // The same root vouches for the old name of the trust domain.
+    // A certificate of the domain's old name from the same root.
     let old = Pki::of(scene.world.folder(), "old.test", "old");
     scene.pki.trust(&old);
     let files = underpass_config::IdentityFiles {
@@ -187,13 +187,13 @@ async fn alias() {
     let mut without = scene.server.proxy(&scene.server_settings()).await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
     without.line(&["connection failed", "trust.aliases"]).await;
-    // Both, for the client's would not dial again at once.
+    // Both proxies: the client's would back off before dialling again.
     tokio::join!(proxy.stop(), without.stop());
     let _client = scene.client.proxy(&client).await;
     let server = scene.server_settings().section("trust: {aliases: [old.test]}");
     let server = scene.server.proxy(&server).await;
     scene.echoed().await;
-    // Policies hold for the peer in the name of either domain.
+    // Policies apply to the peer under both names of the domain.
     for domain in ["cluster.local", "old.test"] {
         let rule = format!("[[[{{principals: [{{exact: {domain}/ns/default/sa/client}}]}}]]]");
         let mesh = Mesh::default().hbone(&scene.client).hbone(&scene.server);

@@ -1,5 +1,5 @@
-//! Certificate revocation lists: an open connection of a revoked certificate is cut, a new one is refused, and a list that
-//! cannot be read lets nobody in.
+//! End-to-end tests of revocation lists: open connections are terminated, new ones refused, and an
+//! unreadable list fails closed.
 
 use std::fs;
 
@@ -11,17 +11,20 @@ use underpass_tests::{
 use crate::KEPT;
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("a client whose certificate is revoked is cut and refused", async || {
+    suite.test("a revoked client's connections are terminated and refused", async || {
         let (watched, cut) = (Side::Server, Side::Client);
         revoked_while_connected(watched, cut).await;
     });
-    suite.test("a server whose certificate is revoked is cut and refused", async || {
+    suite.test("a revoked server's connections are terminated and refused", async || {
         let (watched, cut) = (Side::Client, Side::Server);
         revoked_while_connected(watched, cut).await;
     });
-    suite.test("a revoked server is cut also where nobody reads", revoked_unread);
+    suite.test(
+        "a revoked server's connection is terminated even if the client does not read",
+        revoked_unread,
+    );
     suite.test("without its revocation list a proxy does not start", missing_list);
-    suite.test("a list that is damaged is told, and the last good one stays", damaged_list);
+    suite.test("a damaged revocation list is logged, and the previous one stays", damaged_list);
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +37,7 @@ fn with_list(settings: Settings, scene: &Scene) -> Settings {
     settings.section(&format!("trust: {{crls: [{:?}]}}", scene.pki.dir().join("crl.pem")))
 }
 
-/// One side looks at the list on which the other one comes to stand.
+/// One side loads the list, and the other side's certificate is added to it.
 async fn revoked_while_connected(watches: Side, revoked: Side) {
     let scene = Scene::new().await;
     let _list = scene.pki.revoke(&[]);
@@ -67,7 +70,7 @@ async fn revoked_unread() {
     let _server = scene.server.proxy(&scene.server_settings()).await;
     let app = scene.server.listen(APP);
     let (near, mut far, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
-    // More than all buffers on the way hold, so that the proxy waits for a reader.
+    // More than all buffers on the path hold, so that the proxy waits for the reader.
     let fill = async {
         let chunk = vec![0; 1 << 20];
         while far.write_all(&chunk).await.is_ok() {}
@@ -83,11 +86,13 @@ async fn revoked_unread() {
 async fn missing_list() {
     let scene = Scene::new().await;
     let settings = with_list(scene.server_settings(), &scene);
-    let refused = scene.server.try_proxy(&settings).await.map(drop).expect_err("it has no list");
+    let refused =
+        scene.server.try_proxy(&settings).await.map(drop).expect_err("the list is missing");
     let refused = refused.to_string();
     assert!(refused.contains("crl.pem") && refused.contains("No such file"), "{refused}");
     fs::write(scene.pki.dir().join("crl.pem"), "damaged").expect("a file");
-    let refused = scene.server.try_proxy(&settings).await.map(drop).expect_err("it has no list");
+    let refused =
+        scene.server.try_proxy(&settings).await.map(drop).expect_err("the list is missing");
     assert!(refused.to_string().contains("crl.pem"), "{refused}");
 }
 

@@ -1,4 +1,4 @@
-//! A proxy that is killed, in the middle of what it carries: its kernel tells both sides with RST, and never with FIN.
+//! A killed proxy: both sides of its connections see RST and never FIN.
 
 use nix::sys::signal::Signal;
 use tokio::io::AsyncReadExt as _;
@@ -14,7 +14,7 @@ pub(crate) fn add(suite: &mut Suite) {
         (Path::Tunnel, 1, "server"),
     ] {
         let name =
-            format!("{}: when the {who}'s proxy is killed, nothing looks complete", path.name());
+            format!("{}: a killed {who}'s proxy makes no connection look complete", path.name());
         suite.test_both(&name, async move |family| killed(path, which, family).await);
     }
 }
@@ -23,7 +23,7 @@ async fn killed(path: Path, which: usize, family: Family) {
     let (scene, mut proxies) = path.scene().await;
     let app = scene.server.listen(APP);
     let to = scene.app(family);
-    // One without bytes on their way, one with a body of which a part has arrived, and one whose client has sent all that it had.
+    // An idle connection, one with a partially received body, and one whose client has sent FIN.
     let (mut idle, mut idle_app, _) = scene.client.meet(&app, to).await;
     exchange(&mut idle, &mut idle_app).await;
     let (mut upload, mut upload_app, _) = scene.client.meet(&app, to).await;
@@ -36,12 +36,12 @@ async fn killed(path: Path, which: usize, family: Family) {
             read.expect("bytes arrive");
         }
     }
-    let proxy = proxies.get_mut(which).expect("one of the path's");
+    let proxy = proxies.get_mut(which).expect("a proxy of the path");
     proxy.signal(Signal::SIGKILL);
     proxy.ended().await;
     for stream in [&mut idle, &mut idle_app, &mut ended, &mut upload] {
         assert_eq!(read_to_end(stream).await.1, End::Reset);
     }
-    assert_eq!(read_to_end(&mut upload_app).await.1, End::Reset, "half a body is no whole one");
+    assert_eq!(read_to_end(&mut upload_app).await.1, End::Reset, "the partial body ends in RST");
     breaks(&ended_app).await;
 }

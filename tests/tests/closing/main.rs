@@ -1,7 +1,8 @@
-//! How connections end: the table of who does what, in which state, and what the other side sees of it, on every path. FIN stays FIN,
-//! RST stays RST, and what is cut is never taken for complete.
+//! End-to-end tests of how connections end: a table of actions and what the other side must see, on
+//! every path.
 //!
-//! Not here: the copy loop by itself (the proxy's own tests), deadlines, and what policies cut.
+//! FIN stays FIN, RST stays RST, and an aborted connection never looks complete. The proxy's unit
+//! tests cover the copy loop; deadlines and policies are tested elsewhere.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod killed;
@@ -26,7 +27,8 @@ use Does::{Close, Fin, Reset};
 use Sees::{Broken, Gone, Over, Refused, Works};
 use Stage::{Fresh, OtherEnded, SelfEnded, Streaming};
 
-/// What one side does, and what the other one must see. Each row holds for the client and for the server, on each path.
+/// Actions of one side and what the other side must see. Each row applies to client and server, on
+/// each path.
 #[rustfmt::skip]
 const TABLE: [(Stage, Does, Sees); 11] = [
     (Fresh,      Fin,   Works),
@@ -42,52 +44,52 @@ const TABLE: [(Stage, Does, Sees); 11] = [
     (SelfEnded,  Reset, Broken),
 ];
 
-/// How far the connection has come.
+/// The state of the connection at the time of the action.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Stage {
-    /// Open; nothing was sent.
+    /// Open without data.
     Fresh,
-    /// Bytes went both ways, and more are on their way from who acts.
+    /// Data was exchanged, and more from the acting side is in flight.
     Streaming,
-    /// Bytes went both ways, and who does not act has sent FIN.
+    /// Data was exchanged, and the other side has sent FIN.
     OtherEnded,
-    /// Bytes went both ways, and who acts has sent FIN.
+    /// Data was exchanged, and the acting side has sent FIN.
     SelfEnded,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Does {
-    /// Sends FIN, and goes on reading.
+    /// Sends FIN and continues reading.
     Fin,
-    /// Closes the socket: FIN, and RST for whatever comes after it.
+    /// Closes the socket: FIN, and RST for data that arrives later.
     Close,
-    /// Aborts: RST.
+    /// Aborts with RST.
     Reset,
 }
 
-/// What the other side sees.
+/// The result on the other side.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Sees {
-    /// Every byte and FIN; it can still send, much and to the end.
+    /// All data and FIN; it can still send everything.
     Works,
-    /// Every byte and FIN; when it sends more, RST.
+    /// All data and FIN; sending more gives RST.
     Gone,
-    /// Every byte and FIN, and then nothing: both have ended.
+    /// All data and FIN, then nothing: both sides have ended.
     Over,
-    /// When it sends more, RST.
+    /// Sending more gives RST.
     Refused,
-    /// RST, though it sends nothing.
+    /// RST without sending.
     Broken,
 }
 
-/// More than all buffers between two applications hold while one of them does not read.
+/// More bytes than all buffers between the applications hold while one does not read.
 const MUCH: usize = 3 << 20;
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
     for path in Path::ALL {
         suite.test_both(
-            &format!("{}: every cell of the table", path.name()),
+            &format!("{}: connections end as the table states", path.name()),
             async move |family| {
                 table(path, family).await;
             },
@@ -100,14 +102,14 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// Which proxies are between client and server.
+/// The proxies between client and server.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Path {
-    /// The client's, which connects in plain.
+    /// Only the client's, which connects in plaintext.
     Outbound,
-    /// The server's, which caught the connection in plain.
+    /// Only the server's, which captured the connection in plaintext.
     Inbound,
-    /// Both, and a tunnel.
+    /// Both, with a tunnel.
     Tunnel,
 }
 
@@ -116,13 +118,13 @@ impl Path {
 
     fn name(self) -> &'static str {
         match self {
-            Self::Outbound => "outbound in plain",
-            Self::Inbound => "inbound in plain",
+            Self::Outbound => "outbound in plaintext",
+            Self::Inbound => "inbound in plaintext",
             Self::Tunnel => "tunnel",
         }
     }
 
-    /// The scene, with the proxies of this path: first the client's.
+    /// The scene with the proxies of this path, client's first.
     async fn scene(self) -> (Scene, Vec<Proxy>) {
         match self {
             Self::Outbound => {
@@ -144,7 +146,7 @@ impl Path {
     }
 }
 
-/// Every row, with the client and with the server as the one who acts, all at once.
+/// Runs every row concurrently, with the client and with the server as the acting side.
 async fn table(path: Path, family: Family) {
     LocalSet::new().run_until(all_cells(path, family)).await;
 }
@@ -201,8 +203,8 @@ async fn run(scene: &Scene, to: SocketAddr, stage: Stage, does: Does, sees: Sees
     }
 }
 
-/// One side does it, after it has `sent` that many bytes, while the other one reads to the end that it must see, if there is one to
-/// come.
+/// The acting side acts after sending `sent` bytes, while the other side reads to its end, if one
+/// is expected.
 async fn act(
     mut one: TcpStream,
     does: Does,
@@ -215,7 +217,7 @@ async fn act(
         (_, SelfEnded) => drop(one),
         (Reset, _) => {
             if sent > 0 {
-                // Until half of it has arrived, and nothing can be in order any longer.
+                // Until half of the data has arrived, so that the action interrupts the transfer.
                 tokio::select! {
                     sending = send(&mut one, sent, false) => sending.expect("it may send"),
                     read = async { other.read_exact(&mut vec![0; sent / 2]).await } => {
@@ -239,7 +241,7 @@ async fn act(
     None
 }
 
-/// Sends that many bytes, and FIN if `ends`.
+/// Sends `bytes` bytes, and FIN if `ends`.
 async fn send(to: &mut TcpStream, bytes: usize, ends: bool) -> io::Result<()> {
     let sending = async {
         to.write_all(&vec![7; bytes]).await?;
@@ -248,7 +250,7 @@ async fn send(to: &mut TcpStream, bytes: usize, ends: bool) -> io::Result<()> {
     within("bytes are sent", sending).await
 }
 
-/// Reads in small pieces and lets others go first: how many bytes, and which end.
+/// Reads in small pieces and yields in between. Returns the number of bytes and the end.
 async fn received_slowly(from: &mut TcpStream) -> (usize, End) {
     let mut received = 0;
     let mut piece = [0; 1024];
@@ -263,13 +265,13 @@ async fn received_slowly(from: &mut TcpStream) -> (usize, End) {
     }
 }
 
-/// FIN from `from`, seen by `to`.
+/// Sends FIN from `from` and expects it at `to`.
 async fn end(from: &mut TcpStream, to: &mut TcpStream) {
     from.shutdown().await.expect("FIN is sent");
     assert_eq!(read_to_end(to).await, (vec![], End::Fin));
 }
 
-/// Sends until that is refused.
+/// Sends until an error.
 async fn sends_in_vain(from: &mut TcpStream) -> io::Error {
     loop {
         if let Err(error) = from.write_all(&[7; 1024]).await {
@@ -279,7 +281,8 @@ async fn sends_in_vain(from: &mut TcpStream) -> io::Error {
     }
 }
 
-/// Who has read FIN already learns of a RST by the socket's error (EPIPE, `tcp_reset` in net/ipv4/tcp_input.c).
+/// After FIN, a reader learns of a RST only by the socket error (EPIPE, `tcp_reset` in
+/// net/ipv4/tcp_input.c).
 async fn breaks(stream: &TcpStream) {
     until("the connection breaks", async || {
         let error = SockRef::from(stream).take_error().expect("the socket is asked");

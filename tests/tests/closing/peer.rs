@@ -1,4 +1,5 @@
-//! What a peer that is not ours does to a stream in the middle of a body, and to the tunnel below it: only END_STREAM is FIN.
+//! Scripted HBONE peers that end a stream or its tunnel in the middle of a body: only END_STREAM is
+//! FIN.
 
 use std::future::pending;
 use std::net::SocketAddr;
@@ -21,17 +22,17 @@ enum Does {
     EndStream,
     /// RST_STREAM.
     ResetStream(Reason),
-    /// GOAWAY for streams to come, and END_STREAM of this one.
+    /// GOAWAY for new streams, and END_STREAM for this one.
     Retire,
-    /// GOAWAY, and an orderly end of TLS and TCP without a word about the stream.
+    /// GOAWAY, then an orderly end of TLS and TCP without an end of the stream.
     GoAway(Reason),
-    /// FIN of the tunnel's connection, without a word.
+    /// FIN of the tunnel's TCP connection.
     Fin,
-    /// RST of the tunnel's connection.
+    /// RST of the tunnel's TCP connection.
     Reset,
 }
 
-/// What the peer does, and what the application at our side of the tunnel must see.
+/// Actions of the peer, and what the application on the proxy's side must see.
 const TABLE: [(Does, End); 11] = [
     (EndStream, End::Fin),
     (Retire, End::Fin),
@@ -51,7 +52,7 @@ pub(crate) fn add(suite: &mut Suite) {
         suite.test(&format!("HBONE client: the peer's {does:?} -> {sees:?}"), async move || {
             by_server(does, sees, Family::V4).await;
         });
-        // h2's client cannot be made to send GOAWAY with a stream open.
+        // h2's client cannot send GOAWAY with an open stream.
         if !matches!(does, Retire | GoAway(_)) {
             suite.test(
                 &format!("HBONE server: the peer's {does:?} -> {sees:?}"),
@@ -69,7 +70,7 @@ pub(crate) fn add(suite: &mut Suite) {
     });
 }
 
-/// The proxy has opened the tunnel.
+/// The proxy opens the tunnel.
 async fn by_server(does: Does, sees: End, family: Family) {
     let scene = Scene::new().await;
     let listener = scene.server.listen(HBONE);
@@ -112,7 +113,7 @@ async fn by_server(does: Does, sees: End, family: Family) {
     }
 }
 
-/// The proxy has accepted the tunnel.
+/// The proxy accepts the tunnel.
 async fn by_client(does: Does, sees: End, family: Family) {
     let scene = Scene::new().await;
     let _proxy = scene.server.proxy(&scene.server_settings()).await;
@@ -148,7 +149,7 @@ async fn connect(
     requests.send_request(request.body(()).expect("a request"), false).expect("HTTP/2")
 }
 
-/// Does what is done by the stream itself, and sees how the application ends.
+/// Performs an action on the stream, and checks how the application's connection ends.
 async fn seen(
     does: Does,
     sees: End,
@@ -164,7 +165,7 @@ async fn seen(
     let rest = if sees == End::Fin { &b"whole"[..] } else { b"" };
     assert_eq!(read_to_end(app).await, (rest.to_vec(), sees));
     if sees == End::Fin {
-        // The other direction goes on, and ends well too.
+        // The other direction stays open, and ends orderly.
         app.write_all(b"more").await.expect("it may send");
         app.shutdown().await.expect("FIN is sent");
         let mut received = Vec::new();

@@ -1,5 +1,5 @@
-//! A client that ends, or resets, before there is a connection to the application: what it has sent by then arrives whole, and a
-//! client that has gone leaves nobody with a connection that looks alive.
+//! A client that ends or resets before the connection to the application exists. Its data arrives
+//! completely, and a reset leaves no open connection.
 
 use std::time::Duration;
 
@@ -19,17 +19,19 @@ pub(crate) fn add(suite: &mut Suite) {
     ] {
         let name = path.name();
         suite.test_both(
-            &format!("{name}: what is sent, and FIN, while {pending} is pending arrive whole"),
+            &format!(
+                "{name}: data and FIN that are sent while {pending} is pending arrive completely"
+            ),
             async move |family| sent_before(path, port, family).await,
         );
         suite.test_both(
-            &format!("{name}: a RST while {pending} is pending ends all"),
+            &format!("{name}: a RST while {pending} is pending ends every connection"),
             async move |family| reset_before(path, port, family).await,
         );
     }
 }
 
-/// Nothing that comes to a port of a pod is answered, until it is told to fall.
+/// Drops all packets to a port of the pod until the rule is removed.
 async fn wall(pod: &Pod, port: u16) {
     let rules = format!(
         "add table inet wall; add chain inet wall input {{ type filter hook input priority 0; }}; \
@@ -47,7 +49,7 @@ async fn sent_before(path: Path, port: u16, family: Family) {
     let app = scene.server.listen(APP);
     wall(&scene.server, port).await;
     let mut client = scene.client.dial(scene.app(family)).await.expect("the proxy accepts");
-    // As much as the proxy's socket takes while nobody reads it.
+    // As much as the proxy's socket accepts without a reader.
     let sent = vec![7; 32 << 10];
     client.write_all(&sent).await.expect("it may send");
     client.shutdown().await.expect("FIN is sent");
@@ -70,7 +72,8 @@ async fn reset_before(path: Path, port: u16, family: Family) {
     assert!(within("an end", ends_in_reset(&app)).await);
 }
 
-/// Either nobody connects, in the time in which the kernel sends the first SYN again, or who does is reset.
+/// Returns true if the application gets no connection before the kernel's first SYN retransmission,
+/// or one that is reset.
 async fn ends_in_reset(app: &Listener) -> bool {
     match tokio::time::timeout(Duration::from_millis(2500), app.accept()).await {
         Err(_) => true,

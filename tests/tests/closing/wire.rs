@@ -1,4 +1,4 @@
-//! The segments of a connection that ends well: on the wire one FIN each way, and no RST.
+//! The segments of an orderly end: one FIN in each direction and no RST.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -11,8 +11,10 @@ use crate::Path;
 
 pub(crate) fn add(suite: &mut Suite) {
     for path in Path::ALL {
-        let name =
-            format!("{}: on the wire, a good end is one FIN each way and no RST", path.name());
+        let name = format!(
+            "{}: an orderly end puts one FIN in each direction on the wire and no RST",
+            path.name()
+        );
         suite.test_both(&name, async move |family| good_end(path, family).await);
     }
 }
@@ -21,7 +23,8 @@ pub(crate) fn add(suite: &mut Suite) {
 const FIN: u8 = 0b001;
 const RST: u8 = 0b100;
 
-/// Who said it, with which sequence number: loopback shows a segment twice, and what is lost is sent again.
+/// Source, destination and sequence number of segments. Duplicates are expected: loopback shows
+/// each twice, and lost ones are retransmitted.
 type Said = BTreeSet<(SocketAddr, SocketAddr, u32)>;
 
 #[derive(Debug, Default)]
@@ -31,7 +34,7 @@ struct Ends {
 }
 
 impl Ends {
-    /// Adds what the wire has of connections with the application's port.
+    /// Adds the captured segments of connections to the application's port.
     fn add(&mut self, wire: &mut PacketCapture) {
         for frame in wire.drain().expect("the capture is read") {
             let Some((segment, flags, sequence)) = read(&frame) else { continue };
@@ -53,7 +56,7 @@ fn read(frame: &[u8]) -> Option<(TcpSegment<'_>, u8, u32)> {
     let segment = TcpSegment::parse(frame)?;
     let ip = frame.get(14..)?;
     let header = match segment.source {
-        // RFC 791 3.1: the length of the header in words of four octets.
+        // RFC 791 3.1: the header length in 32-bit words.
         SocketAddr::V4(_) => usize::from(ip.first()? & 0xf) * 4,
         SocketAddr::V6(_) => 40,
     };
@@ -65,7 +68,7 @@ fn read(frame: &[u8]) -> Option<(TcpSegment<'_>, u8, u32)> {
 async fn good_end(path: Path, family: Family) {
     let (scene, _proxies) = path.scene().await;
     let app = scene.server.listen(APP);
-    // Where the connection with the application is in the open: between the pods, or on the server's loopback.
+    // The interface with the application's plaintext connection: between the pods, or loopback.
     let wire = || PacketCapture::open(if path == Path::Outbound { "eth0" } else { "lo" });
     let mut wire = scene.server.run(wire).expect("packets are captured");
     let (mut client, mut server, _) = scene.client.meet(&app, scene.app(family)).await;
@@ -81,7 +84,7 @@ async fn good_end(path: Path, family: Family) {
         ends.fins.len() >= 2
     })
     .await;
-    // Whatever comes later, comes with the next connection at the latest.
+    // Later segments of the connection would appear before the next connection.
     let (mut next, mut next_server, _) = scene.client.meet(&app, scene.app(family)).await;
     exchange(&mut next, &mut next_server).await;
     ends.add(&mut wire);

@@ -1,4 +1,5 @@
-//! What a connection carries: every byte, both ways, until each side has ended; and many at once.
+//! Data of connections: complete in both directions until each side has ended, also for many
+//! connections.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -9,7 +10,7 @@ use underpass_tests::{
 pub(crate) fn add(suite: &mut Suite) {
     suite
         .test_both("10 MiB pass the tunnel both ways at once, unchanged", large_through_the_tunnel);
-    suite.test_both("10 MiB pass in plain both ways at once, unchanged", large_in_plain);
+    suite.test_both("10 MiB pass in plaintext both ways at once, unchanged", large_in_plain);
     suite.test("after the client's FIN the server still sends", client_ends_first);
     suite.test("after the server's FIN the client still sends", server_ends_first);
     suite.test("300 connections at once each get their own answer", many_at_once);
@@ -36,7 +37,7 @@ async fn large(scene: &Scene, family: Family) {
     assert!(got_answer == answer, "the client received something else");
 }
 
-/// Sends everything and FIN while receiving until FIN.
+/// Sends all data and FIN while receiving until FIN.
 async fn trade(mut stream: TcpStream, send: &[u8]) -> Vec<u8> {
     let (mut from, mut to) = stream.split();
     let mut received = Vec::new();
@@ -49,7 +50,7 @@ async fn trade(mut stream: TcpStream, send: &[u8]) -> Vec<u8> {
     received
 }
 
-/// Bytes that no two places share by accident (xorshift64).
+/// Pseudorandom data without repetitions (xorshift64).
 fn noise(seed: u64, size: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let words = std::iter::repeat_with(|| {
@@ -98,7 +99,7 @@ async fn many_at_once() {
         client.write_all(&number.to_be_bytes()).await.expect("it sends");
         clients.push((number, client));
     }
-    // All are open: none was ended, and every answer is read only now.
+    // All are open: no client has ended, and answers are read only now.
     for (number, client) in &mut clients {
         let answer = within("an answer", client.read_u32()).await.expect("an answer");
         assert_eq!(answer, *number);

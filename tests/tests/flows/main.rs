@@ -1,7 +1,9 @@
-//! Connections through the real binary: who accepts them, whom the application sees, which rules decided, and what arrives.
+//! End-to-end tests of connections: the accepting side, the client address, the deciding rules and
+//! the data.
 //!
-//! Flows are named as in Istio's ambient scheme: A1 leaves a pod, A2 arrives in plain, A3 arrives as HBONE, A5 stays in the pod,
-//! A6 and A7 are the proxy's own connections to peers and to the application.
+//! Flows are named as in Istio's ambient scheme: A1 leaves a pod, A2 arrives in plaintext, A3
+//! arrives as HBONE, A5 stays in the pod. A6 and A7 are the proxy's own connections to peers and to
+//! the application.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod bytes;
@@ -22,29 +24,29 @@ fn main() -> ExitCode {
         through_the_tunnel,
     );
     suite.test_both(
-        "A2, A7: a plaintext connection to a pod is caught and keeps its source",
+        "A2, A7: a plaintext connection to a pod is captured and keeps its source",
         plaintext_inbound,
     );
     suite.test_both(
-        "A1, A6: what the mesh does not know is passed through in plain",
+        "A1, A6: connections to destinations outside of the mesh pass in plaintext",
         unknown_destination,
     );
-    suite.test_both("a member that speaks TCP only is reached in plain", member_without_hbone);
+    suite.test_both("a member without HBONE is reached in plaintext", member_without_hbone);
     suite.test_both("A4: an exempt kubelet probe reaches the application directly", kubelet_probe);
     suite.test_both(
-        "a client may use a port that the proxy has imitated, and is caught all the same",
+        "a client that uses the port of a proxy's connection from its address is captured",
         imitated_port,
     );
-    suite.test_both("A6: what carries the proxy's mark is not caught", marked);
+    suite.test_both("A6: connections with the proxy's mark are not captured", marked);
     suite.test_both("A5: a pod reaches itself without the proxy", own_pod);
     suite.test_both("curl gets its page through the tunnel", curl_through_the_tunnel);
-    suite.test_both("curl gets its page in plain", curl_in_plain);
+    suite.test_both("curl gets its page in plaintext", curl_in_plain);
     bytes::add(&mut suite);
     refusals::add(&mut suite);
     suite.run()
 }
 
-/// The rules that decided, one connection each.
+/// The rules that decided, for one connection each.
 fn once(rules: &[String]) -> Vec<(String, u64)> {
     let mut rules: Vec<_> = rules.iter().map(|rule| (rule.clone(), 1)).collect();
     rules.sort();
@@ -94,8 +96,8 @@ async fn plaintext_inbound(family: Family) {
     proxy.line(&["connection complete", "direction=\"inbound\"", &format!("dst.addr={to}")]).await;
 }
 
-/// The proxy reaches the application from the client's address and a port that the kernel chooses. The client's kernel knows
-/// nothing of that choice, and may choose the same port later or at the same time.
+/// The proxy connects to the application from the client's address and a port that the kernel
+/// chooses. The client's kernel does not know the port, and may choose it too.
 async fn imitated_port(family: Family) {
     let scene = Scene::new().await;
     let _proxy = scene.server.proxy(&scene.server_settings()).await;
@@ -169,7 +171,7 @@ async fn kubelet_probe(family: Family) {
         tokio::join!(scene.client.dial_as(scene.app(family), dial), app.accept());
     let mut client = client.expect("it connects");
     exchange(&mut client, &mut server).await;
-    assert_eq!(peer, client.local_addr().expect("an address"), "nothing is in between");
+    assert_eq!(peer, client.local_addr().expect("an address"), "the connection is direct");
     let moved = scene.server.connections_since(&before);
     assert_eq!(moved, once(&[family.rule("kubelet-probe-in")]));
 }
@@ -183,7 +185,7 @@ async fn marked(family: Family) {
     let (client, (_server, peer)) =
         tokio::join!(scene.client.dial_as(scene.app(family), dial), app.accept());
     let client = client.expect("it connects");
-    assert_eq!(peer, client.local_addr().expect("an address"), "nothing is in between");
+    assert_eq!(peer, client.local_addr().expect("an address"), "the connection is direct");
     assert_eq!(scene.client.connections_since(&before), vec![]);
 }
 
@@ -192,7 +194,7 @@ async fn own_pod(family: Family) {
     let app = scene.client.listen(APP);
     let own = scene.client.ip(family);
     let cases = [(family.loopback(), vec![]), (own, once(&[family.rule("own-pod")]))];
-    // The rules spare 127.0.0.1; the rest of 127.0.0.0/8 is the pod's own all the same.
+    // The rules exempt 127.0.0.1. The rest of 127.0.0.0/8 is local too.
     let rest = [(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)), once(&["own-pod".to_owned()]))];
     for (ip, rules) in cases.into_iter().chain(rest) {
         let before = scene.client.counters();
@@ -201,7 +203,11 @@ async fn own_pod(family: Family) {
         assert_eq!(scene.client.connections_since(&before), rules, "{ip}");
     }
     client_proxy.stop().await;
-    assert!(!client_proxy.log().contains(" access: "), "the proxy saw it:\n{}", client_proxy.log());
+    assert!(
+        !client_proxy.log().contains(" access: "),
+        "the proxy handled the connection:\n{}",
+        client_proxy.log()
+    );
 }
 
 fn canonical(address: SocketAddr) -> SocketAddr {

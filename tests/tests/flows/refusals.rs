@@ -1,4 +1,5 @@
-//! Connections that must not get anywhere: to the proxy's own listeners, through it to others, and in plain to who speaks HBONE.
+//! Connections that must fail: to the proxy's own listeners, through it to others, and in plaintext
+//! to HBONE members.
 
 use std::net::SocketAddr;
 
@@ -9,27 +10,27 @@ use underpass_tests::{APP, CLIENT, DEADLINE, Family, HBONE, SERVER, Scene, Suite
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test_both(
-        "a member without a proxy is not reached in plain: the client gets RST",
+        "a member whose proxy is down is not reached in plaintext: the client gets RST",
         no_proxy_there,
     );
     suite.test_both(
-        "a member whose proxy is not ours to reach gets nothing without a certificate",
+        "a client without a certificate does not reach an HBONE member",
         no_certificate_here,
     );
     suite.test("an application cannot connect to its own proxy's listeners", own_listener);
-    suite.test_both("nobody outside reaches the listeners for caught connections", from_outside);
-    suite.test_both("a tunnel leads to no listener of the proxy and to nobody else", by_tunnel);
+    suite.test_both("no other pod reaches the listeners for captured connections", from_outside);
+    suite.test_both("a tunnel reaches neither listeners of the proxy nor other hosts", by_tunnel);
 }
 
-/// Asserts that nothing but HBONE went over the wire, and none of it to an application.
+/// Asserts that only HBONE was on the wire, without plaintext data.
 pub(crate) fn assert_nothing_in_plain(frames: &[Vec<u8>]) {
     for segment in frames.iter().filter_map(|frame| TcpSegment::parse(frame)) {
         let ports = [segment.source.port(), segment.destination.port()];
         assert!(ports.contains(&HBONE), "{segment:?}");
-        // What `exchange` says.
+        // The data that `exchange` sends.
         for said in [&b"request"[..], b"answer"] {
             let heard = segment.payload.windows(said.len()).any(|window| window == said);
-            assert!(!heard, "in clear: {segment:?}");
+            assert!(!heard, "plaintext: {segment:?}");
         }
     }
 }
@@ -67,7 +68,7 @@ async fn own_listener() {
             .line(&["connection failed", "reason=\"own_listener\"", &format!("dst.addr={to}")])
             .await;
     }
-    assert_eq!(proxy.access_lines(2).await.len(), 2, "each was refused once and went no further");
+    assert_eq!(proxy.access_lines(2).await.len(), 2, "each connection was refused once");
 }
 
 async fn from_outside(family: Family) {
@@ -80,7 +81,7 @@ async fn from_outside(family: Family) {
             .line(&["connection failed", "reason=\"own_listener\"", &format!("dst.addr={to}")])
             .await;
     }
-    assert_eq!(proxy.access_lines(2).await.len(), 2, "each was refused once and went no further");
+    assert_eq!(proxy.access_lines(2).await.len(), 2, "each connection was refused once");
 }
 
 async fn by_tunnel(family: Family) {

@@ -1,4 +1,4 @@
-//! `underpass rules verify`, `render`, `explain` and the options of all of them, in a pod.
+//! End-to-end tests of `underpass rules verify`, `render`, `explain` and their options.
 
 use std::fs;
 
@@ -10,31 +10,31 @@ use crate::{AMBIENT, OSM, PROFILES, Profile, SIDECAR};
 pub(crate) fn add(suite: &mut Suite) {
     for profile in PROFILES {
         suite.test(
-            &format!("{}: `rules verify` names what differs, with exit code 3", profile.name),
+            &format!("{}: `rules verify` prints the difference and exits with 3", profile.name),
             async move || verify(profile).await,
         );
         suite.test(
             &format!(
-                "{}: what `rules render` prints, nft loads, and it is what is installed",
+                "{}: nft loads the output of `rules render` and installs the same rules",
                 profile.name
             ),
             async move || render_loads(profile).await,
         );
         suite.test(
-            &format!("{}: `rules explain` explains, in every format", profile.name),
+            &format!("{}: `rules explain` prints every format", profile.name),
             async move || explain(profile).await,
         );
     }
-    suite.test("`rules render` has what each program reads", render_formats);
-    suite.test("a wrong option is told with its key, with exit code 2", wrong_options);
-    suite.test("what other rules would catch too is told by `rules install`", leftovers);
+    suite.test("`rules render` prints the format of each program", render_formats);
+    suite.test("a wrong option is reported with its key and exit code 2", wrong_options);
+    suite.test("`rules install` reports foreign rules that capture the same traffic", leftovers);
 }
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|error| unreachable!("{error}: {text}"))
 }
 
-/// Deletes a rule by the id that is its comment.
+/// Deletes a rule by the id in its comment.
 async fn delete(pod: &Pod, id: &str) {
     let text = tool(pod, "nft", &["-s", "-a", "list", "table", "inet", "underpass"]).await.ok();
     let mut chain = "";
@@ -77,7 +77,7 @@ async fn verify(profile: Profile) {
     delete(pod, rule).await;
     let (out, err) = pod.rules("verify", &settings).await.exited(3);
     let missing: Vec<_> = out.lines().filter(|line| line.starts_with("- ")).collect();
-    let [line] = missing[..] else { unreachable!("not one line is missing:\n{out}") };
+    let [line] = missing[..] else { unreachable!("not exactly one line is missing:\n{out}") };
     assert!(line.contains(&format!("\"{rule}\"")), "{line}");
     assert_eq!(out.lines().filter(|line| line.starts_with('+')).count(), 0, "{out}");
     assert_eq!(err, "underpass: the rules that are installed are not those of these settings\n");
@@ -86,8 +86,8 @@ async fn verify(profile: Profile) {
     let found = json(&out);
     assert_eq!(found["same"], false);
     let differences = found["differences"].as_array().expect("a list");
-    let [difference] = &differences[..] else { unreachable!("not one place:\n{out}") };
-    assert!(difference["place"].as_str().is_some_and(|place| place.contains("chain ")), "{out}");
+    let [difference] = &differences[..] else { unreachable!("not exactly one section:\n{out}") };
+    assert!(difference["location"].as_str().is_some_and(|place| place.contains("chain ")), "{out}");
     assert_eq!(difference["missing"].as_array().map(Vec::len), Some(1), "{out}");
     assert_eq!(difference["unexpected"], Value::Array(vec![]), "{out}");
 
@@ -107,7 +107,7 @@ async fn render_loads(profile: Profile) {
     let found = json(&pod.rules("verify -o json", &settings).await.out);
     let beside = "ip rules, routes and addresses";
     let differences = found["differences"].as_array().expect("a list");
-    assert!(differences.iter().all(|difference| difference["place"] == beside), "{found}");
+    assert!(differences.iter().all(|difference| difference["location"] == beside), "{found}");
 }
 
 async fn render_formats() {

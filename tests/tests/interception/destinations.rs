@@ -1,4 +1,4 @@
-//! Inbound connections for addresses that are the pod's, or not.
+//! Inbound connections to addresses that are not the pod's.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -23,8 +23,8 @@ pub(crate) fn add(suite: &mut Suite) {
     }
 }
 
-/// The client routes two addresses by way of the server's pod, which forwards packets. The pod has
-/// the first of them; the second belongs to no host.
+/// The client routes two addresses through the server's pod, which forwards packets. The pod owns
+/// the first; no host owns the second.
 async fn serves_own_addresses_only(family: Family, settings: impl Fn(Settings) -> Settings) {
     let scene = Scene::new().await;
     let (own, other): (IpAddr, IpAddr) = match family {

@@ -1,5 +1,4 @@
-//! Another program that takes the rules away again and again: repairs go on, and nothing leaves in
-//! plain meanwhile.
+//! Another program that removes the rules repeatedly: repairs continue, and no plaintext leaves.
 
 use std::path::Path;
 
@@ -27,7 +26,10 @@ pub(crate) fn add(suite: &mut Suite) {
             },
         );
     }
-    suite.test("a proxy that is stopped in a fight leaves rules and no blackhole", stopped);
+    suite.test(
+        "a proxy that is stopped during a fight leaves the rules without a blackhole",
+        stopped,
+    );
     suite.test("a start removes the blackhole of a killed proxy", killed);
     suite.test("`rules remove` removes the blackhole of a killed proxy", removed);
 }
@@ -37,7 +39,7 @@ fn settings(scene: &Scene, profile: Profile) -> Settings {
     profile.of(scene.client_settings()).set(&excluded)
 }
 
-/// Whether the blackhole stands, in both families or in none.
+/// Returns true if the blackhole is installed in both families, false if in none.
 async fn is_blocked(pod: &Pod) -> bool {
     let mut blocked = Vec::new();
     for family in ["-4", "-6"] {
@@ -46,7 +48,7 @@ async fn is_blocked(pod: &Pod) -> bool {
     blocked == [true, true]
 }
 
-/// Removes the rules until the proxy calls it a fight.
+/// Removes the rules until the proxy reports a fight.
 async fn begin_fight(pod: &Pod, proxy: &mut Proxy) {
     while proxy.count(FIGHT) == 0 {
         let reported = proxy.count(&["another program "]);
@@ -55,7 +57,7 @@ async fn begin_fight(pod: &Pod, proxy: &mut Proxy) {
     }
 }
 
-/// Removes the rules as fast as a program can.
+/// Removes the rules in an endless loop.
 fn keep_fighting(pod: &Pod) -> Background {
     let script = "while nft flush ruleset; do :; done";
     pod.background(Path::new("/bin/sh"), &["-c", script])
@@ -63,7 +65,7 @@ fn keep_fighting(pod: &Pod) -> Background {
 
 async fn no_plaintext_leaves(profile: Profile) {
     let scene = Scene::new().await;
-    // In plain: a connection that is not caught reaches them.
+    // Uncaptured plaintext connections reach it.
     let sink = Server::echo(&scene.server, APP);
     let excluded = Server::echo(&scene.server, EXCLUDED);
     let settings = settings(&scene, profile);
@@ -73,7 +75,7 @@ async fn no_plaintext_leaves(profile: Profile) {
     let foe = keep_fighting(&scene.client);
     let repairs = scene.client.metrics().await.sum(REPAIRS, &[]).expect("a count");
     let mut attempts = 0;
-    // For as long as it takes to be repaired some more times.
+    // Until the rules were repaired several more times.
     until("the rules are repaired again and again", async || {
         for family in Family::BOTH {
             for _ in 0..20 {
@@ -83,7 +85,7 @@ async fn no_plaintext_leaves(profile: Profile) {
                 }
             }
             let exempt = scene.client.dial(scene.server.at(family, EXCLUDED)).await;
-            exempt.expect("what is excluded is not blocked");
+            exempt.expect("the excluded port is not blocked");
         }
         scene.client.metrics().await.sum(REPAIRS, &[]) > Some(repairs + 5.0)
     })
@@ -97,7 +99,7 @@ async fn no_plaintext_leaves(profile: Profile) {
 
     foe.signal(Signal::SIGKILL);
     foe.ended().await;
-    until("it is ready again", async || readiness(&scene.client).await.0 == 200).await;
+    until("the proxy is ready again", async || readiness(&scene.client).await.0 == 200).await;
     assert!(!is_blocked(&scene.client).await);
     assert_eq!(scene.client.metrics().await.sum(INTACT, &[]), Some(1.0));
     scene.client.rules("verify", &settings).await.ok();

@@ -1,4 +1,4 @@
-//! Connections in the profiles that are not ambient, and in every profile with every backend.
+//! Connections with the sidecar and OSM profiles, and with every backend.
 
 use std::net::SocketAddr;
 
@@ -11,14 +11,16 @@ const BACKENDS: [&str; 3] = ["nftables", "iptables", "iptables-legacy"];
 pub(crate) fn add(suite: &mut Suite) {
     for profile in [SIDECAR, OSM] {
         for family in Family::BOTH {
-            let name = format!("through the tunnel, the application sees the last hop ({family})");
+            let name = format!(
+                "through the tunnel, the application sees the profile's source address ({family})"
+            );
             profile.test(suite, &name, async move || through_the_tunnel(profile, family).await);
             let name =
                 format!("a pod that calls itself through its proxy reaches itself once ({family})");
             profile.test(suite, &name, async move || self_call(profile, family).await);
         }
     }
-    suite.test_both_with_users("sidecar: metrics and readiness are never caught", never_caught);
+    suite.test_both_with_users("sidecar: metrics and readiness are never captured", never_caught);
     for profile in PROFILES {
         for family in Family::BOTH {
             let name = format!("policies do not apply to the proxy's own services ({family})");
@@ -27,7 +29,7 @@ pub(crate) fn add(suite: &mut Suite) {
     }
     for backend in BACKENDS {
         for profile in PROFILES {
-            let name = format!("with {backend}, plaintext is caught on its way out and in");
+            let name = format!("with {backend}, plaintext is captured outbound and inbound");
             let body = async move || plaintext(profile, backend).await;
             profile.test(suite, &name, body);
         }
@@ -61,8 +63,8 @@ async fn through_the_tunnel(profile: Profile, family: Family) {
     server_proxy.line(&["connection complete", "direction=\"inbound\"", &source]).await;
 }
 
-/// With mTLS strict and a policy that allows one identity only, metrics and readiness answer in
-/// plain at the addresses that the settings give them; what else has a port beside them does not.
+/// With strict mTLS and a policy that allows a single identity, metrics and readiness answer in
+/// plaintext at their configured addresses only.
 async fn own_services(profile: Profile, family: Family) {
     let scene = Scene::new().await;
     let allow = "[[[{principals: [{exact: cluster.local/ns/default/sa/nobody}]}]]]";
@@ -82,15 +84,16 @@ async fn own_services(profile: Profile, family: Family) {
     }
 }
 
-/// The proxy connects to its own pod for the application, in plain: were that caught as outbound, it would come back for ever.
-/// The sidecar profile lets it in as inbound; OSM leaves alone whatever the proxy opens.
+/// The proxy connects in plaintext to its own pod on behalf of the application. Capturing that as
+/// outbound would loop. The sidecar profile captures it as inbound; OSM exempts all connections of
+/// the proxy.
 async fn self_call(profile: Profile, family: Family) {
     let scene = Scene::new().await;
     let mesh = Mesh::default().tcp(&scene.client).write(&scene.client, "own-mesh");
     let mut settings =
         profile.of(scene.client_settings()).set(&format!("mesh.file={}", mesh.display()));
     if profile.name == SIDECAR.name {
-        // Loopback has to be named, or the application's calls of its own pod stay direct.
+        // Loopback must be included, or the application's calls of its own pod are direct.
         let include = "127.0.0.0/8,10.0.0.0/8,::1/128,fd00::/8";
         settings = settings.set(&format!("interception.outbound.include_cidrs={include}"));
     }
@@ -108,7 +111,7 @@ async fn self_call(profile: Profile, family: Family) {
     };
     let expected = match self_call {
         Some(_) => profile.peer(family, own.ip()),
-        // OSM's proxy connects as it would to anybody.
+        // OSM's proxy connects as it does to other pods.
         None => own.ip(),
     };
     assert_eq!(peer.ip(), expected);
@@ -129,7 +132,11 @@ async fn never_caught(family: Family) {
         assert_eq!(moved, [(format!("never-{port}"), 1)]);
     }
     proxy.stop().await;
-    assert!(!proxy.log().contains(" access: "), "the proxy saw it:\n{}", proxy.log());
+    assert!(
+        !proxy.log().contains(" access: "),
+        "the proxy handled the connection:\n{}",
+        proxy.log()
+    );
 }
 
 async fn plaintext(profile: Profile, backend: &str) {

@@ -1,5 +1,5 @@
-//! Rules of other programs in front of ours: the self-test finds that traffic is not caught, and
-//! what may be the cause is named.
+//! Rules of other programs that precede the own ones: the self-test detects bypassed traffic, and
+//! suspects are named.
 
 use underpass::spawn::SpawnError;
 use underpass_tests::{Pod, Proxy, Scene, Settings, Suite, tool, until};
@@ -12,7 +12,7 @@ const FOREIGN: &str = "underpass_foreign_rules";
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test(
-        "ambient: another program's mark makes the proxy unready until it goes",
+        "ambient: another program's mark makes the proxy unready until it is removed",
         async || {
             bypassed(AMBIENT, "type route hook output priority -200", "meta mark set 0x539").await;
         },
@@ -20,30 +20,33 @@ pub(crate) fn add(suite: &mut Suite) {
     for profile in [SIDECAR, OSM] {
         profile.test(
             suite,
-            "another program's redirect makes the proxy unready until it goes",
+            "another program's redirect makes the proxy unready until it is removed",
             async move || {
                 let chain = "type nat hook output priority -150";
                 bypassed(profile, chain, "tcp dport 1404 redirect to :1").await;
             },
         );
     }
-    suite.test("a rule that the self-test does not meet is listed, and sets exit code 3", listed);
+    suite.test(
+        "a foreign rule that does not affect the self-test is listed and sets exit code 3",
+        listed,
+    );
     suite.test("another program's counters are not reported", counters);
     suite.test("a mark in a table of iptables-legacy makes the proxy unready", legacy);
-    suite.test("Istio's chains are named by the start that they make fail", istio_is_named);
-    suite.test("`rules remove` removes Istio's chains only when asked to", istio_is_removed);
+    suite.test("a start that Istio's chains prevent names them", istio_is_named);
+    suite.test("`rules remove` removes Istio's chains only with --other-meshes", istio_is_removed);
 }
 
 async fn nft(pod: &Pod, command: &str) {
     tool(pod, "nft", &[command]).await.ok();
 }
 
-/// A table of another program with one rule.
+/// Adds a table of another program with one rule.
 async fn add_rule(pod: &Pod, chain: &str, rule: &str) {
     nft(pod, &format!("table inet other {{\nchain theirs {{\n{chain}\n{rule}\n}}\n}}")).await;
 }
 
-/// Waits until a self-test after a change has passed, or has not.
+/// Waits until the self-test after a change has this result.
 async fn self_test(pod: &Pod, passed: bool) {
     let expected = Some(if passed { 1.0 } else { 0.0 });
     let tested = async || pod.metrics().await.sum(PASSED, &[]) == expected;
@@ -74,7 +77,7 @@ async fn bypassed(profile: Profile, chain: &str, rule: &str) {
         assert_eq!(readiness(pod).await.0, 200);
         pod.rules("verify", &settings).await.ok();
     }
-    assert_eq!(proxy.count(&["repaired"]), 0, "our rules were intact");
+    assert_eq!(proxy.count(&["repaired"]), 0, "the own rules were intact");
 }
 
 async fn listed() {
@@ -116,7 +119,7 @@ async fn legacy() {
     assert!(out.contains("table mangle of iptables-legacy, chain OUTPUT"), "{out}");
 }
 
-/// What an Istio sidecar's chains would be, made to take all traffic for the proxy's.
+/// Chains as of an Istio sidecar, changed to treat all traffic as the proxy's.
 const ISTIO: &str = "iptables-nft -t mangle -N ISTIO_OUTPUT
 iptables-nft -t mangle -A OUTPUT -j ISTIO_OUTPUT
 iptables-nft -t mangle -A ISTIO_OUTPUT -p tcp -j MARK --set-mark 0x539
@@ -128,7 +131,7 @@ async fn istio_is_named() {
     tool(&scene.client, "sh", &["-ec", ISTIO]).await.ok();
     let error = match scene.client.try_proxy(&scene.client_settings()).await {
         Err(SpawnError::Ended { log, .. }) => log,
-        other => unreachable!("it did not end by itself: {other:?}"),
+        other => unreachable!("the proxy did not exit: {other:?}"),
     };
     let error = error.lines().find(|line| line.starts_with("underpass: ")).expect("an error");
     for part in ["the rules do not work", "ISTIO_OUTPUT", "fwmark 0x111/0xfff", "Istio"] {
@@ -145,7 +148,7 @@ async fn istio_is_removed() {
     let settings: Settings = AMBIENT.rules();
     pod.rules("install", &settings).await.ok();
     assert_eq!(pod.underpass(&["rules", "remove"]).await.ok(), "removed\n");
-    assert_eq!(pod.traces().await, istios, "what is Istio's stays");
+    assert_eq!(pod.traces().await, istios, "Istio's chains stay");
     pod.underpass(&["rules", "remove", "--other-meshes"]).await.ok();
     assert_eq!(pod.traces().await, before);
 }

@@ -1,4 +1,4 @@
-//! Rules that stand before the proxy does, as an init container installs them, and installations that are cut short.
+//! Rules that are installed before the proxy starts, and interrupted installations.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -13,50 +13,45 @@ use underpass_tests::{
 
 use crate::{AMBIENT, OSM, PROFILES, Profile, SIDECAR, plain};
 
-/// A container that runs as the proxy's user, and may do nothing that any user may not.
+/// Runs as the proxy's user without any capability, as in a container.
 const AS_PROXY: &str = "exec setpriv --reuid 1337 --regid 1337 --clear-groups --inh-caps=-all --bounding-set=-all \
                         \"$UNDERPASS\" \"$@\"";
 
 pub(crate) fn add(suite: &mut Suite) {
     for profile in PROFILES {
-        profile.test(suite, "`rules install` closes a pod until its proxy runs", async move || {
+        profile.test(suite, "`rules install` blocks a pod until its proxy runs", async move || {
             closed_until_run(profile).await;
         });
         suite.test(
-            &format!("{}: `rules remove` leaves nothing of what `rules install` did", profile.name),
+            &format!(
+                "{}: `rules remove` removes everything that `rules install` added",
+                profile.name
+            ),
             async move || removed(profile.rules()).await,
         );
     }
-    suite.test("sidecar: nor of its TPROXY mode", async || {
+    suite.test("sidecar: `rules remove` removes everything of TPROXY mode", async || {
         removed(SIDECAR.rules().set("interception.inbound.mode=tproxy")).await;
     });
-    suite.test("nothing is left of the profile that was installed before", replaced);
-    suite.test("ambient: what TPROXY mode left behind leads no connection astray", astray);
+    suite.test("an installation removes the previous profile", replaced);
+    suite.test("ambient: leftovers of TPROXY mode misroute no connection", astray);
+    suite
+        .test_with_users("an unprivileged proxy works with preinstalled rules", without_privileges);
     suite.test_with_users(
-        "a proxy without any privilege works with rules that were installed before",
-        without_privileges,
-    );
-    suite.test_with_users(
-        "with install: false and no rules, a proxy that can tell does not get ready",
+        "with install: false and without rules, the self-test keeps the proxy unready",
         nobody_installed,
     );
-    suite.test_with_users(
-        "a proxy that is another user, and may not change that, says so",
-        wrong_user,
-    );
-    suite.test("with install: false, rules are neither removed nor put back", someone_elses);
+    suite.test_with_users("a proxy that cannot switch to its user fails with an error", wrong_user);
+    suite.test("with install: false, rules are neither removed nor repaired", someone_elses);
     suite.test(
-        "an installation that is killed leaves the old rules or the new: from nothing",
+        "a killed installation leaves the old or the new rules (without old rules)",
         async || {
             killed(None).await;
         },
     );
-    suite.test(
-        "an installation that is killed leaves the old rules or the new: from osm",
-        async || {
-            killed(Some(OSM)).await;
-        },
-    );
+    suite.test("a killed installation leaves the old or the new rules (from osm)", async || {
+        killed(Some(OSM)).await;
+    });
 }
 
 async fn closed_until_run(profile: Profile) {
@@ -79,11 +74,11 @@ async fn closed_until_run(profile: Profile) {
     );
     let before = scene.client.traces().await;
     let _proxy = scene.client.proxy(&settings).await;
-    assert_eq!(scene.client.traces().await, before, "every rule is there once");
+    assert_eq!(scene.client.traces().await, before, "every rule exists once");
     both_ways(&scene, &app, &own_app, profile).await;
 }
 
-/// The client's pod reaches `app`, and is reached at `own_app`, which sees whom the profile lets it see.
+/// Connects in both directions, and checks the client address that the applications see.
 async fn both_ways(scene: &Scene, app: &Listener, own_app: &Listener, profile: Profile) {
     for family in Family::BOTH {
         let (mut client, mut server, _) = scene.client.meet(app, scene.app(family)).await;
@@ -107,7 +102,7 @@ async fn removed(settings: Settings) {
     assert_eq!(again["removed"], false);
 }
 
-/// Each in the place of each, as when a pod's settings change.
+/// Installs each profile after each other one, as when settings change.
 async fn replaced() {
     let scene = Scene::new().await;
     let pod = &scene.client;
@@ -125,7 +120,8 @@ async fn replaced() {
     }
 }
 
-/// The marks of one are the other's: what ambient's proxy opens has the mark by which TPROXY mode leads to loopback.
+/// The marks of both profiles overlap: ambient's proxy uses the mark that TPROXY mode routes to
+/// loopback.
 async fn astray() {
     let scene = Scene::new().await;
     let tproxy = SIDECAR.rules().set("interception.inbound.mode=tproxy");
@@ -139,7 +135,7 @@ async fn astray() {
     }
 }
 
-/// Lets every user read a key, as a volume for a container of another user does.
+/// Makes a key readable for every user, like a volume for a container with another user.
 fn readable(files: &IdentityFiles) {
     fs::set_permissions(&files.key, fs::Permissions::from_mode(0o644)).expect("the key is there");
 }
@@ -151,9 +147,9 @@ async fn without_privileges() {
     scene.client.rules("install", &settings).await.ok();
     let settings = settings.set("interception.install=false");
     let started = scene.client.try_proxy_through(AS_PROXY, &settings).await;
-    let mut proxy = started.expect("it gets ready");
+    let mut proxy = started.expect("the proxy gets ready");
     proxy.line(&["the rules are someone else's"]).await;
-    // Whatever it connects to is not caught, so that it cannot tell.
+    // Its own connections are not captured, so the self-test is inconclusive.
     proxy.line(&["the rules could not be tested from here"]).await;
     let (app, own_app) = (scene.server.listen(APP), scene.client.listen(APP));
     both_ways(&scene, &app, &own_app, SIDECAR).await;
@@ -163,7 +159,7 @@ async fn without_privileges() {
 
 async fn nobody_installed() {
     let scene = Scene::new().await;
-    // Else nobody answers at the address of the test, and to say so takes it as long as it waits.
+    // Otherwise the test's address does not exist, and the test runs into its timeout.
     tool(&scene.server, "ip", &["address", "add", "192.0.2.2/32", "dev", "lo"]).await.ok();
     tool(&scene.server, "ip", &["address", "add", "2001:db8::2/128", "dev", "lo"]).await.ok();
     let settings = SIDECAR.of(scene.client_settings()).set("interception.install=false");
@@ -174,10 +170,10 @@ async fn nobody_installed() {
     }
 }
 
-/// Starts a proxy that must end by itself: its exit code and its one error.
+/// The exit code and the single error of a proxy that must exit.
 fn fails(started: Result<Proxy, SpawnError>) -> (Option<i32>, String) {
     let Err(SpawnError::Ended { status, log }) = started else {
-        unreachable!("it did not end by itself: {started:?}")
+        unreachable!("the proxy did not exit: {started:?}")
     };
     assert!(!log.contains(" ready"), "{log}");
     let errors: Vec<_> = log.lines().filter(|line| line.starts_with("underpass: ")).collect();
@@ -212,7 +208,7 @@ async fn someone_elses() {
     assert_eq!(scene.client.traces().await, before);
 }
 
-/// The same every time; from Knuth's MMIX.
+/// Reproducible pauses by a linear congruential generator (Knuth's MMIX).
 struct Jitter(u64);
 
 impl Jitter {
@@ -256,14 +252,15 @@ async fn killed(old: Option<Profile>) {
         pod.rules("install", &new).await.ok();
         pod.rules("verify", &new).await.ok();
     }
-    assert!(killed > 0, "none was killed: {kept} kept, {replaced} replaced");
+    assert!(killed > 0, "no installation was killed: {kept} kept, {replaced} replaced");
 }
 
-/// Whether the rules are those of the settings, but for what lies beside them: routes come before rules.
+/// Returns true if the rules equal those of the settings. Routes are ignored, as they are installed
+/// first.
 async fn has_rules(pod: &Pod, settings: &Settings) -> bool {
     let printed = pod.rules("verify -o json", settings).await;
     let found: Value = serde_json::from_str(&printed.out)
         .unwrap_or_else(|error| unreachable!("{error}: {}{}", printed.out, printed.err));
     let differences = found["differences"].as_array().expect("a list");
-    differences.iter().all(|difference| difference["place"] == "ip rules, routes and addresses")
+    differences.iter().all(|difference| difference["location"] == "ip rules, routes and addresses")
 }

@@ -1,5 +1,5 @@
-//! One proxy in a network namespace: a second one is refused, and `rules verify` and `rules
-//! explain` ask the first.
+//! One proxy per network namespace: a second one is refused, and `rules verify` and `rules explain`
+//! query the running one.
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -9,15 +9,23 @@ use underpass_tests::{Pod, Scene, Settings, Suite, tool, until};
 use crate::{AMBIENT, SIDECAR};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("a second proxy with other ports is refused, and the first goes on", second_refused);
-    suite.test("a second proxy is refused though it does not see the first one's process", unseen);
+    suite.test(
+        "a second proxy with other ports is refused and the first one continues",
+        second_refused,
+    );
+    suite.test("a second proxy in another PID namespace is refused", unseen);
     suite.test("a killed proxy does not block the next one", killed);
-    suite
-        .test("`rules install` refuses to replace the rules of a proxy that runs", install_refused);
-    suite.test("`rules verify` and `explain` answer for the proxy that runs", ask_running);
-    suite.test_with_users("sidecar: they do after it has become another user", ask_sidecar);
-    suite.test("without a proxy they say that they assume defaults", assume_defaults);
-    suite.test("`rules verify` asks the process that has taken over", ask_successor);
+    suite.test("`rules install` refuses to replace the rules of a running proxy", install_refused);
+    suite.test("`rules verify` and `explain` use the settings of the running proxy", ask_running);
+    suite.test_with_users(
+        "sidecar: `rules verify` and `explain` reach a proxy that switched its user",
+        ask_sidecar,
+    );
+    suite.test(
+        "without a proxy, `rules verify` and `explain` print that they assume defaults",
+        assume_defaults,
+    );
+    suite.test("`rules verify` queries the process that has taken over", ask_successor);
 }
 
 fn json(text: &str) -> Value {
@@ -36,7 +44,7 @@ fn on_other_ports(settings: &Settings) -> Settings {
     OTHER_PORTS.iter().fold(settings.clone(), |settings, port| settings.set(port))
 }
 
-/// The error of a start that is refused.
+/// The error of a refused start.
 async fn refused(pod: &Pod, script: &str, settings: &Settings) -> String {
     match pod.try_proxy_through(script, settings).await {
         Err(SpawnError::Ended { status, log }) => {
@@ -44,7 +52,7 @@ async fn refused(pod: &Pod, script: &str, settings: &Settings) -> String {
             let mut lines = log.lines();
             lines.find(|line| line.starts_with("underpass: ")).expect("an error").to_owned()
         }
-        other => unreachable!("it did not end by itself: {other:?}"),
+        other => unreachable!("the proxy did not exit: {other:?}"),
     }
 }
 
@@ -59,7 +67,7 @@ async fn second_refused() {
     for part in [&*pid, "profile ambient", "15001, 15006 and 15008", "--take-over"] {
         assert!(error.contains(part), "{part:?} is not in {error}");
     }
-    assert_eq!(pod.traces().await, rules, "the rules stay as they are");
+    assert_eq!(pod.traces().await, rules, "the rules are unchanged");
     pod.underpass(&["rules", "verify"]).await.ok();
 }
 
@@ -122,13 +130,13 @@ async fn ask_running() {
     let explained = json(&pod.underpass(&["rules", "explain", "-o", "json"]).await.ok());
     assert_eq!(explained["settings"], "running proxy");
 
-    // The settings that it follows are those that count.
+    // The settings that the proxy follows apply.
     exclude("6432").write(pod);
     let intact = async || {
         let out = pod.underpass(&["rules", "explain"]).await.ok();
         out.contains("6432") && pod.underpass(&["rules", "verify"]).await.status.success()
     };
-    until("the proxy follows its settings, and says so", intact).await;
+    until("the proxy has applied its settings", intact).await;
 
     let given = json(&pod.rules("verify -o json", &AMBIENT.rules()).await.exited(3).0);
     assert_eq!((&given["settings"], &given["proxy"]), (&"given".into(), &Value::Null));

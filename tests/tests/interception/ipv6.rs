@@ -1,12 +1,11 @@
-//! IPv6 that is enabled or disabled while the proxy runs: nothing leaves in plain, and IPv4 goes
-//! on.
+//! IPv6 that is enabled or disabled while the proxy runs: no plaintext leaves, and IPv4 continues.
 
 use underpass_interception::{PacketCapture, TcpSegment};
 use underpass_tests::{APP, Family, HBONE, Pod, Scene, Server, Suite, exchange, tool, until};
 
 use crate::{AMBIENT, PROFILES, Profile};
 
-/// Where applications listen: one that is connected to as soon as IPv6 is enabled, and one later.
+/// The ports of applications: one for a connection right after IPv6 is enabled, one for later.
 const PORTS: [u16; 2] = [8081, APP];
 const BACKENDS: [&str; 3] = ["nftables", "iptables", "iptables-legacy"];
 
@@ -25,14 +24,14 @@ fn set_disabled(pod: &Pod, interface: &str, disabled: bool) {
     pod.sysctl(&format!("net/ipv6/conf/{interface}/disable_ipv6"), value);
 }
 
-/// Adds the address that the pod had before IPv6 was disabled.
+/// Restores the address that the pod had before IPv6 was disabled.
 async fn add_address(pod: &Pod) {
     let address = format!("{}/64", pod.ip(Family::V6));
     tool(pod, "ip", &["address", "add", &address, "dev", "eth0", "nodad"]).await.ok();
 }
 
-/// Fails if data to or from an application was on the wire. (Its SYN|ACK may be: the server's
-/// application answers an imitated client before the routes exist that return it.)
+/// Asserts that no application data was on the wire. A SYN-ACK may be: the server's application
+/// answers a client's address before the return routes exist.
 fn assert_nothing_in_plain(wire: &mut PacketCapture) {
     let frames = wire.drain().expect("the capture is read");
     let segments: Vec<_> = frames.iter().filter_map(|frame| TcpSegment::parse(frame)).collect();
@@ -41,7 +40,7 @@ fn assert_nothing_in_plain(wire: &mut PacketCapture) {
         !segment.payload.is_empty() && ports.iter().any(|port| PORTS.contains(port))
     };
     let found = segments.iter().find(plain);
-    assert!(found.is_none(), "in plain: {found:?}");
+    assert!(found.is_none(), "plaintext: {found:?}");
 }
 
 async fn enabled_later(profile: Profile, backend: &str) {
@@ -63,10 +62,10 @@ async fn enabled_later(profile: Profile, backend: &str) {
         set_disabled(pod, "all", false);
         add_address(pod).await;
     }
-    // Whether it reaches the proxy already or is refused, it is not in plain.
+    // It may be captured or refused, but must not be plaintext.
     let early = scene.client.dial(scene.server.at(Family::V6, PORTS[0])).await;
     if let Ok(early) = &early {
-        // A connection that is lost has no data to lose.
+        // The connection may already be lost.
         early.try_write(b"early").ok();
     }
     for proxy in [&mut client, &mut server] {
@@ -103,7 +102,7 @@ async fn without_loopback() {
     };
     tokio::select! {
         dialled = scene.client.dial(scene.app(Family::V6)) => {
-            dialled.expect_err("there is no way to the proxy");
+            dialled.expect_err("the proxy is unreachable");
         }
         () = until("the connection is redirected", redirected) => {}
     }

@@ -1,8 +1,8 @@
-//! The rules in the life of a pod, with the real binary: what each profile and backend catches, what the proxy still may do, what
-//! becomes of rules that somebody changes, and what the `rules` commands leave behind.
+//! End-to-end tests of the rules: capture with each profile and backend, privileges, repair of
+//! changes, and the `rules` commands.
 //!
-//! Not here: which rule decided about each flow of the ambient profile (`flows`), and what needs no binary (the interception
-//! crate's own tests).
+//! `flows` tests the deciding rules of the ambient profile. Kernel tests without the binary are in
+//! the interception crate.
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 mod commands;
@@ -44,18 +44,18 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// The status of readiness, and its reason.
+/// The HTTP status and the text of the readiness endpoint.
 async fn readiness(pod: &Pod) -> (u16, String) {
     http_get(pod, ([127, 0, 0, 1], 15021).into(), "/healthz/ready").await
 }
 
-/// A profile, and how it shows.
+/// A profile with its observable properties.
 #[derive(Debug, Clone, Copy)]
 struct Profile {
     name: &'static str,
-    /// Whom the proxy becomes.
+    /// The user that the proxy switches to.
     user: Option<u32>,
-    /// From where the proxy connects to the application; the client's own address if there is none.
+    /// The source address of the proxy's connections to the application; `None` for the client's.
     last_hop: Option<[&'static str; 2]>,
 }
 
@@ -67,24 +67,24 @@ const OSM: Profile =
 const PROFILES: [Profile; 3] = [AMBIENT, SIDECAR, OSM];
 
 impl Profile {
-    /// `settings` in this profile.
+    /// Adds the profile to `settings`.
     fn of(self, settings: Settings) -> Settings {
         settings.set(&format!("interception.profile={}", self.name))
     }
 
-    /// The rules alone, for a command that installs or compares them.
+    /// Settings without a workload, for commands that install or compare rules.
     fn rules(self) -> Settings {
         self.of(Settings::new(CLIENT))
     }
 
-    /// Whom the application sees when `client` has connected.
+    /// The client address that the application sees for `client`.
     fn peer(self, family: Family, client: IpAddr) -> IpAddr {
         let Some([v4, v6]) = self.last_hop else { return client };
         let address = if family == Family::V4 { v4 } else { v6 };
         address.parse().expect("an address")
     }
 
-    /// Adds a trial of this profile, which may need its user.
+    /// Adds a trial of this profile. It is skipped if the proxy's user does not exist.
     fn test(self, suite: &mut Suite, name: &str, body: impl AsyncFnOnce() + Send + 'static) {
         let name = format!("{}: {name}", self.name);
         match self.user {
@@ -103,7 +103,7 @@ async fn with_proxies(profile: Profile) -> (Scene, Proxy, Proxy) {
     (scene, client, server)
 }
 
-/// The client's settings in a mesh without members.
+/// The client's settings with an empty mesh.
 fn plain(scene: &Scene, profile: Profile) -> Settings {
     let mesh = scene.empty_mesh();
     profile.of(scene.client_settings()).set(&format!("mesh.file={}", mesh.display()))

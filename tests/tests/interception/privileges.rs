@@ -1,4 +1,4 @@
-//! What the proxy still may do once it runs: the user that its rules know, and hardly any capability.
+//! The privileges of a running proxy: its user, and its few capabilities.
 
 use std::fs;
 
@@ -18,10 +18,8 @@ pub(crate) fn add(suite: &mut Suite) {
             async move || confines_every_thread(profile).await,
         );
     }
-    suite.test(
-        "ambient: keeps NET_RAW too with the iptables backend, and repairs",
-        iptables_in_ambient,
-    );
+    suite
+        .test("ambient: keeps NET_RAW with the iptables backend, and repairs", iptables_in_ambient);
     suite.test("ambient: hides its memory from processes of the same user", hides_memory);
     suite.test(
         "ambient: warns of a process with NET_RAW in its network namespace",
@@ -37,12 +35,15 @@ pub(crate) fn add(suite: &mut Suite) {
         });
     }
     suite.test_with_users(
-        "sidecar: for iptables it also keeps NET_RAW, for programs too",
+        "sidecar: keeps NET_RAW with the iptables backend, also for child processes",
         for_iptables,
     );
     suite.test_with_users("sidecar: removes its socket when it ends", removes_socket);
-    suite.test_with_users("sidecar: with on_exit: remove it still can, as another user", removes);
-    suite.test_with_users("sidecar: in TPROXY mode its workers keep NET_ADMIN alone", for_tproxy);
+    suite.test_with_users(
+        "sidecar: removes the rules with on_exit: remove after switching its user",
+        removes,
+    );
+    suite.test_with_users("sidecar: workers keep only NET_ADMIN in TPROXY mode", for_tproxy);
 }
 
 /// A thread as the kernel describes it (proc_pid_status(5)).
@@ -66,7 +67,7 @@ impl Thread {
         let folder = format!("/proc/{}/task", proxy.pid());
         let threads = fs::read_dir(&folder).expect("threads").filter_map(|entry| {
             let entry = entry.expect("a thread");
-            // Some live for a moment.
+            // Some threads are short-lived.
             let status = fs::read_to_string(entry.path().join("status")).ok()?;
             Some(Self::of(&status, entry.file_name() == *proxy.pid().to_string()))
         });
@@ -101,19 +102,19 @@ impl Thread {
         self.name.starts_with("worker-")
     }
 
-    /// The control thread connects to a CA.
+    /// Returns true for the control thread, which connects to a CA.
     fn makes_sockets(&self) -> bool {
         self.is_worker() || self.is_first
     }
 
-    /// The one that installs and repairs rules.
+    /// Returns true for the thread that installs and repairs rules.
     fn enters_namespaces(&self) -> bool {
         self.name == "namespaces"
     }
 }
 
-/// Waits until there are two workers, and every thread has what `kept` says and has given up what
-/// it began with. A new thread has the capabilities of the one that made it for a moment.
+/// Waits until there are two workers and every thread has exactly the capabilities of `kept`. A new
+/// thread briefly has those of its creator.
 async fn all_confined(proxy: &Proxy, kept: impl Fn(&Thread) -> u64) -> Vec<Thread> {
     let is_confined = |thread: &Thread| {
         let kept = kept(thread);
@@ -131,7 +132,7 @@ async fn all_confined(proxy: &Proxy, kept: impl Fn(&Thread) -> u64) -> Vec<Threa
 async fn confines_every_thread(profile: Profile) {
     let scene = Scene::new().await;
     let mut proxy = scene.client.proxy(&profile.of(scene.client_settings())).await;
-    // Connections of the ambient profile are marked.
+    // Connections of the ambient profile carry a mark, which needs NET_ADMIN.
     let marks = if profile.user.is_some() { 0 } else { NET_ADMIN };
     let kept = |thread: &Thread| match thread.makes_sockets() {
         true => marks,
@@ -172,8 +173,8 @@ async fn iptables_in_ambient() {
 async fn hides_memory() {
     let scene = Scene::new().await;
     let proxy = scene.client.proxy(&scene.client_settings()).await;
-    // Root without SYS_PTRACE, and with what the proxy has: else the kernel refuses it for that
-    // (ptrace(2)).
+    // Root without SYS_PTRACE and with the proxy's capabilities; with fewer, the kernel would deny
+    // access for that reason (ptrace(2)).
     for (file, code) in [("environ", 1), ("status", 0)] {
         let file = format!("/proc/{}/{file}", proxy.pid());
         let arguments = ["--bounding-set=-all,+net_admin", "cat", &file];
@@ -190,7 +191,7 @@ async fn warns_of_net_raw() {
     let arguments = ["--bounding-set=-all,+net_raw", "tail", "-f", "/dev/null"];
     let _workload = scene.client.background("setpriv".as_ref(), &arguments);
     let mut proxy = scene.client.proxy(&scene.client_settings()).await;
-    // It is found before or after setpriv has become the other program.
+    // The process may be found before or after setpriv has executed the program.
     proxy.line(&["WARN", "can bypass the rules", "processes=1", "NET_RAW"]).await;
 }
 
@@ -203,14 +204,13 @@ async fn names_missing_capabilities() {
     {
         let script = format!("exec setpriv --bounding-set={dropped} $UNDERPASS \"$@\"");
         let error = scene.client.try_proxy_through(&script, &settings).await;
-        let error = error.expect_err("no change of user").to_string();
+        let error = error.expect_err("the start fails").to_string();
         assert!(error.contains(missing), "{dropped}: {error}");
         assert_eq!(scene.client.traces().await, before, "{dropped}");
     }
 }
 
-/// The threads of a proxy that is another user now, and of no other group, when each has what
-/// `kept` says.
+/// The threads of a proxy that switched user and group, once each has the capabilities of `kept`.
 async fn threads(proxy: &Proxy, profile: Profile, kept: impl Fn(&Thread) -> u64) -> Vec<Thread> {
     let threads = all_confined(proxy, kept).await;
     let user = [profile.user.expect("a user"); 4];
@@ -228,7 +228,7 @@ async fn keeps_nothing(profile: Profile) {
     for thread in threads(&proxy, profile, |_| 0).await {
         assert_eq!((thread.inheritable, thread.ambient), (0, 0), "{thread:?}");
     }
-    // What it does not keep, stays changed.
+    // It repairs nothing, so the rules stay removed.
     tool(&scene.client, "nft", &["flush", "ruleset"]).await.ok();
     assert!(proxy.stop().await.success(), "{}", proxy.log());
     scene.client.rules("verify", &settings).await.exited(3);
@@ -247,7 +247,7 @@ async fn for_iptables() {
 
 async fn removes_socket() {
     let scene = Scene::new().await;
-    // As in a container of its own, where /run/underpass is not there.
+    // As in a container, where /run/underpass does not exist.
     let script = "exec unshare -m sh -c '
 mount -t tmpfs none /mnt
 mkdir /mnt/upper /mnt/work

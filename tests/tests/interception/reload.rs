@@ -1,4 +1,5 @@
-//! Settings that change while the proxy runs: what is caught follows, connections go on, and mistakes change nothing.
+//! Settings that change while the proxy runs: capture follows, connections continue, and mistakes
+//! are ignored.
 
 use std::fs;
 
@@ -13,15 +14,18 @@ const SERVER: &str = "interception: {outbound: {exclude_cidrs: [10.1.0.2, 'fd00:
 
 pub(crate) fn add(suite: &mut Suite) {
     for profile in [OSM, SIDECAR] {
-        profile.test(suite, "what is excluded follows the settings file", async move || {
+        profile.test(suite, "exclusions follow the settings file", async move || {
             follows_the_file(profile).await;
         });
     }
-    suite.test_with_users("osm: and SIGHUP, where nobody tells of the file", follows_the_signal);
-    suite.test("a change that needs a restart is told", needs_a_restart);
+    suite.test_with_users(
+        "osm: exclusions follow SIGHUP where the file cannot be watched",
+        follows_the_signal,
+    );
+    suite.test("a change that needs a restart is logged", needs_a_restart);
 }
 
-/// Whether a new connection of the client is caught.
+/// Returns true if a new connection of the client is captured.
 async fn is_caught(scene: &Scene, app: &Listener, proxy: &mut Proxy) -> bool {
     let mut caught = Vec::new();
     for family in Family::BOTH {
@@ -77,7 +81,8 @@ async fn follows_the_file(profile: Profile) {
     assert_eq!(proxy.count(&["another program had changed"]), 0, "{}", proxy.log());
 }
 
-/// The file changes by another name that it has, in another folder: who watches this folder is not told.
+/// The file changes through a hard link in another folder, so a watch of this folder gets no
+/// notification.
 async fn follows_the_signal() {
     let scene = Scene::new().await;
     let settings = settings(&scene, OSM, NONE);

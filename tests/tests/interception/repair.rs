@@ -11,27 +11,31 @@ const INTACT: &str = "underpass_rules_intact";
 
 pub(crate) fn add(suite: &mut Suite) {
     for profile in [AMBIENT, SIDECAR, OSM] {
-        profile.test(suite, "rules that another program changes are put back", async move || {
+        profile.test(suite, "rules that another program changes are repaired", async move || {
             rules_put_back(profile).await;
         });
     }
-    suite.test("ambient: ip rules and routes that are taken away are put back", routes_put_back);
-    suite.test_with_users("sidecar: the address of the last hop is put back", address_put_back);
+    suite.test("ambient: removed ip rules and routes are restored", routes_put_back);
+    suite.test_with_users("sidecar: the removed loopback address is restored", address_put_back);
     for profile in [AMBIENT, SIDECAR] {
-        profile.test(suite, "with iptables they are put back too", async move || {
-            iptables_put_back(profile).await;
-        });
         profile.test(
             suite,
-            "with iptables-legacy they are, though the kernel tells nothing",
+            "with iptables, rules that another program changes are repaired",
+            async move || {
+                iptables_put_back(profile).await;
+            },
+        );
+        profile.test(
+            suite,
+            "with iptables-legacy, changed rules are repaired without kernel notifications",
             async move || legacy_put_back(profile).await,
         );
     }
-    suite.test("a proxy that may not repair says what it leaves behind", left_changed);
+    suite.test("a proxy with repair: false logs that traffic may leave in plaintext", left_changed);
     suite.test("`rules watch` installs, repairs, and ends at a stop signal", watch);
 }
 
-/// Changes what is there by `command`, and waits until it is put back and the proxy has said so.
+/// Changes the rules by `command`, and waits for the repair and its log line.
 async fn put_back(pod: &Pod, proxy: &Proxy, settings: &Settings, command: &str) {
     let repairs = pod.metrics().await.sum(REPAIRS, &[]).expect("a count");
     tool(pod, "sh", &["-ec", command]).await.ok();
@@ -39,14 +43,13 @@ async fn put_back(pod: &Pod, proxy: &Proxy, settings: &Settings, command: &str) 
     until(&format!("a repair is counted after {command}"), counted).await;
     until("the repair is logged", async || proxy.count(CHANGED) > 0).await;
     let intact = async || pod.rules("verify", settings).await.status.success();
-    until(&format!("the rules are put back after {command}"), intact).await;
-    // The third change within seconds is taken for a fight, which ends when nothing changes for 2
-    // s.
+    until(&format!("the rules are repaired after {command}"), intact).await;
+    // A third change within seconds counts as a fight, which ends after 2 s without a change.
     let counted = async || pod.metrics().await.sum(INTACT, &[]) == Some(1.0);
     until(&format!("the rules are intact after {command}"), counted).await;
 }
 
-/// The first rule of the first chain that has two: its chain, handle and text.
+/// The first rule of the first chain with two rules: chain, handle and text.
 async fn first_rule(pod: &Pod) -> (String, String, String) {
     let listing = ["--stateless", "--handle", "list", "table", "inet", "underpass"];
     let text = tool(pod, "nft", &listing).await.ok();
@@ -151,13 +154,13 @@ async fn watch() {
     let intact = async || scene.client.rules("verify", &settings).await.status.success();
     until("the rules are installed", intact).await;
     tool(&scene.client, "ip", &["-6", "address", "del", "::6/128", "dev", "lo"]).await.ok();
-    until("the address is put back", intact).await;
+    until("the address is restored", intact).await;
     tool(&scene.client, "nft", &["delete", "table", "inet", "underpass"]).await.ok();
-    until("the rules are put back", intact).await;
+    until("the rules are repaired", intact).await;
     watch.signal(Signal::SIGTERM);
     let (out, err) = watch.ended().await.exited(0);
     assert_eq!(err, "");
-    // It may be told to end before it has told of the last one.
+    // It may be stopped before it prints the last repair.
     assert!(out.matches("repaired in ").count() >= 2, "{out}");
     assert!(out.contains("- ip -6 addr add ::6/128 dev lo"), "{out}");
     scene.client.rules("verify", &settings).await.ok();

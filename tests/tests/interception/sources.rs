@@ -1,4 +1,4 @@
-//! Outbound connections from addresses that are the pod's, or a neighbour's.
+//! Outbound connections from addresses of the pod or of a neighbour.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -9,7 +9,7 @@ use underpass_tests::{
 
 use crate::PROFILES;
 
-/// The name of the workload whose address the client uses.
+/// The workload whose address the client uses.
 const NEIGHBOUR: &str = "neighbour";
 
 pub(crate) fn add(suite: &mut Suite) {
@@ -29,13 +29,13 @@ pub(crate) fn add(suite: &mut Suite) {
             async move || Neighbourhood::new(family).await.logs_own_workload().await,
         );
         suite.test(
-            &format!("with a virtual interface, others send through the pod ({family})"),
+            &format!("with a virtual interface, other hosts send through the pod ({family})"),
             async move || Neighbourhood::new(family).await.serves_virtual_machine().await,
         );
     }
 }
 
-/// The scene with a third workload in the mesh, whose address the client uses as its source.
+/// The scene with a third workload, whose address the client uses as its source.
 struct Neighbourhood {
     scene: Scene,
     family: Family,
@@ -54,8 +54,7 @@ impl Neighbourhood {
         Self { scene, family, neighbour }
     }
 
-    /// What the proxy's listener answers stays in the pod, as it does for a virtual machine behind
-    /// it.
+    /// Keeps answers of the proxy's listener in the pod, as for a virtual machine.
     async fn lead_answers_back(&self) {
         let pod = &self.scene.client;
         self.ip(pod, "rule add ipproto tcp sport 15001 lookup 999").await;

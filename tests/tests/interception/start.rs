@@ -1,4 +1,5 @@
-//! From the first rule to `ready`: the test of the rules, IPv6 by each of its settings, and connections that are older.
+//! Tests of the start until readiness: the self-test of the rules, IPv6 settings, and older
+//! connections.
 
 use std::io::ErrorKind;
 
@@ -8,60 +9,76 @@ use underpass_tests::{APP, Family, Scene, Settings, Suite, exchange, read_to_end
 use crate::{PROFILES, Profile, SIDECAR, plain};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("rules that come before and drop are found before it is ready", dropped_before);
-    suite.test("rules that come before and refuse are found before it is ready", refused_before);
-    suite.test("ambient: an ip rule that is missing is found before it is ready", async || {
+    suite.test("a preceding rule that drops is detected before readiness", dropped_before);
+    suite.test("a preceding rule that rejects is detected before readiness", refused_before);
+    suite.test("ambient: a missing ip rule is detected before readiness", async || {
         no_way_back(AMBIENT, "rule del pref 32764", 100).await;
     });
-    suite.test("ambient: so is a route", async || {
+    suite.test("ambient: a missing route is detected before readiness", async || {
         no_way_back(AMBIENT, "route del local default table 100", 100).await;
     });
-    suite.test("ambient: so is another program's ip rule that comes first", async || {
-        no_way_back(AMBIENT, "rule add pref 100 lookup main", 100).await;
-    });
-    suite.test_with_users("sidecar: so is an ip rule that TPROXY mode needs", async || {
-        no_way_back(TPROXY, "rule del pref 32765", 133).await;
-    });
     suite.test(
-        "ambient: without a default route the same is tested with a neighbour",
+        "ambient: a preceding ip rule of another program is detected before readiness",
+        async || {
+            no_way_back(AMBIENT, "rule add pref 100 lookup main", 100).await;
+        },
+    );
+    suite.test_with_users(
+        "sidecar: a missing ip rule of TPROXY mode is detected before readiness",
+        async || {
+            no_way_back(TPROXY, "rule del pref 32765", 133).await;
+        },
+    );
+    suite.test(
+        "ambient: without a default route, a neighbour's address tests the return path",
         async || {
             without_default_route().await;
         },
     );
-    suite.test("ambient: answers come back past strict reverse path filters", async || {
+    suite.test("ambient: replies pass strict reverse path filters", async || {
         filtered(AMBIENT, true).await;
     });
-    suite.test_with_users("sidecar: in TPROXY mode too", async || filtered(TPROXY, false).await);
     suite.test_with_users(
-        "sidecar: a kernel that drops what TPROXY marks is found before anything is changed",
+        "sidecar: replies pass strict reverse path filters in TPROXY mode",
+        async || filtered(TPROXY, false).await,
+    );
+    suite.test_with_users(
+        "sidecar: src_valid_mark fails the start before anything is changed",
         dropped_by_mark,
     );
     for profile in PROFILES {
         profile.test(
             suite,
-            "with ipv6: reject, IPv6 is refused and IPv4 caught",
+            "with ipv6: reject, IPv6 is rejected and IPv4 captured",
             async move || {
                 rejected(profile).await;
             },
         );
         profile.test(
             suite,
-            "with ipv6: bypass, IPv6 goes its way and IPv4 is caught",
+            "with ipv6: bypass, IPv6 is direct and IPv4 captured",
             async move || {
                 bypassed(profile).await;
             },
         );
-        profile.test(suite, "a connection that is older than the rules goes on", async move || {
-            let settings = |settings: Settings| profile.of(settings);
-            survives(settings).await;
-        });
+        profile.test(
+            suite,
+            "a connection that is older than the rules continues",
+            async move || {
+                let settings = |settings: Settings| profile.of(settings);
+                survives(settings).await;
+            },
+        );
     }
-    suite.test_with_users("sidecar: in TPROXY mode too it goes on", async || {
-        survives(|settings| SIDECAR.of(settings).set("interception.inbound.mode=tproxy")).await;
-    });
+    suite.test_with_users(
+        "sidecar: a connection that is older than the rules continues in TPROXY mode",
+        async || {
+            survives(|settings| SIDECAR.of(settings).set("interception.inbound.mode=tproxy")).await;
+        },
+    );
 }
 
-/// Starts a proxy where another program has this rule before everybody's: what it says when it gives up.
+/// Starts a proxy with a preceding rule of another program. Returns the error.
 async fn start_behind(rule: &str) -> String {
     let scene = Scene::new().await;
     let table = format!(
@@ -77,7 +94,7 @@ async fn start_behind(rule: &str) -> String {
             let [error] = errors[..] else { unreachable!("not one error:\n{log}") };
             error.to_owned()
         }
-        other => unreachable!("it did not end by itself: {other:?}"),
+        other => unreachable!("the proxy did not exit: {other:?}"),
     }
 }
 
@@ -99,7 +116,7 @@ async fn refused_before() {
     }
 }
 
-/// Nobody's address has no route there: an answer to it would not even be sent.
+/// Without a default route, the kernel cannot send a reply to an unused address.
 async fn without_default_route() {
     let scene = Scene::new().await;
     let settings = scene.server_settings();
@@ -112,7 +129,7 @@ async fn without_default_route() {
     let others = settings.set("interception.install=false");
     match scene.server.try_proxy(&others).await {
         Err(SpawnError::Ended { log, .. }) => assert!(log.contains("would hang"), "{log}"),
-        other => unreachable!("it did not end by itself: {other:?}"),
+        other => unreachable!("the proxy did not exit: {other:?}"),
     }
 }
 
@@ -120,7 +137,8 @@ const TPROXY: fn(Settings) -> Settings =
     |settings| SIDECAR.of(settings).set("interception.inbound.mode=tproxy");
 const AMBIENT: fn(Settings) -> Settings = |settings| crate::AMBIENT.of(settings);
 
-/// The rules are someone else's, and what returns answers was changed by `ip COMMAND`, of one family: the start fails.
+/// The rules are preinstalled, and `ip COMMAND` broke the return path of one family: the start
+/// fails.
 async fn no_way_back(of: fn(Settings) -> Settings, command: &str, table: u32) {
     let scene = Scene::new().await;
     let settings = of(scene.server_settings());
@@ -131,7 +149,7 @@ async fn no_way_back(of: fn(Settings) -> Settings, command: &str, table: u32) {
         let started =
             scene.server.try_proxy(&settings.clone().set("interception.install=false")).await;
         let Err(SpawnError::Ended { status, log }) = started else {
-            unreachable!("it did not end by itself: {started:?}")
+            unreachable!("the proxy did not exit: {started:?}")
         };
         assert_eq!(status.code(), Some(1), "{log}");
         let error = log.lines().find(|line| line.starts_with("underpass: ")).unwrap_or_default();
@@ -147,7 +165,8 @@ async fn no_way_back(of: fn(Settings) -> Settings, command: &str, table: u32) {
     }
 }
 
-/// What a proxy sends for a client over loopback is no stranger there, and answers are routed here.
+/// The proxy's packets from a client's address are accepted on loopback, and replies are routed
+/// back.
 async fn filtered(of: fn(Settings) -> Settings, looked_up_by_mark: bool) {
     let scene = Scene::new().await;
     for interface in ["all", "default", "lo", "eth0"] {
@@ -172,14 +191,18 @@ async fn dropped_by_mark() {
         scene.server.sysctl(&key, "1");
         let started = scene.server.try_proxy(&settings).await;
         let Err(SpawnError::Ended { status, log }) = started else {
-            unreachable!("it did not end by itself: {started:?}")
+            unreachable!("the proxy did not exit: {started:?}")
         };
         assert_eq!(status.code(), Some(1), "{log}");
-        assert!(log.contains("would hang") && log.contains("eth0.src_valid_mark"), "{log}");
+        assert!(
+            log.contains("would drop all inbound connections")
+                && log.contains("eth0.src_valid_mark"),
+            "{log}"
+        );
         assert_eq!(tool(&scene.server, "nft", &["list", "ruleset"]).await.ok(), "");
         scene.server.sysctl(&key, "0");
     }
-    // The way out that it names is one.
+    // The suggested remedy works.
     scene.server.sysctl("net/ipv4/conf/eth0/src_valid_mark", "1");
     scene.server.sysctl("net/ipv4/conf/eth0/accept_local", "1");
     let _server = scene.server.proxy(&settings).await;
@@ -192,7 +215,7 @@ async fn sees_its_client(scene: &Scene, app: &underpass_tests::Listener) {
     assert_eq!(peer.ip(), scene.client.ip(Family::V4));
 }
 
-/// A proxy in each pod, in a mesh without members, with this setting.
+/// A proxy in each pod with an empty mesh and this setting.
 async fn both(scene: &Scene, profile: Profile, assignment: &str) -> [underpass_tests::Proxy; 2] {
     let mesh = format!("mesh.file={}", scene.empty_mesh().display());
     let client = plain(scene, profile).set(assignment);
@@ -212,14 +235,14 @@ async fn rejected(profile: Profile) {
     let proxies = both(&scene, profile, "interception.ipv6=reject").await;
     let app = scene.server.listen(APP);
     caught_v4(&scene, profile, &app).await;
-    // On its way out.
+    // Outbound.
     scene.client.dial_and_be_refused(scene.app(Family::V6)).await;
     drop(proxies);
     tool(&scene.client, "nft", &["flush", "ruleset"]).await.ok();
-    // On its way in.
+    // Inbound.
     scene.client.dial_and_be_refused(scene.app(Family::V6)).await;
     assert!(!app.is_reached(), "the application was reached");
-    // The pod itself is no stranger.
+    // Within the pod, it is not rejected.
     let (mut client, mut server, _) =
         scene.server.meet(&app, (Family::V6.loopback(), APP).into()).await;
     exchange(&mut client, &mut server).await;
@@ -233,7 +256,7 @@ async fn bypassed(profile: Profile) {
     caught_v4(&scene, profile, &app).await;
     let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(Family::V6)).await;
     exchange(&mut client, &mut server).await;
-    assert_eq!(peer, client.local_addr().expect("an address"), "nothing is in between");
+    assert_eq!(peer, client.local_addr().expect("an address"), "the connection is direct");
     for proxy in [&mut client_proxy, &mut server_proxy] {
         let lines = proxy.access_lines(1).await;
         assert!(!lines.iter().any(|line| line.contains("fd00:")), "{lines:?}");

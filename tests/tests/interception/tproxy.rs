@@ -1,4 +1,5 @@
-//! `inbound.mode: tproxy`: the application sees its client, and without the proxy nobody reaches it, whatever installed the rules.
+//! `inbound.mode: tproxy` with each backend: the application sees its client, and is unreachable
+//! without the proxy.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -12,11 +13,11 @@ use crate::SIDECAR;
 pub(crate) fn add(suite: &mut Suite) {
     for backend in ["nftables", "iptables", "iptables-legacy"] {
         suite.test_with_users(
-            &format!("tproxy with {backend}: the application sees its client, in plain and through the tunnel"),
+            &format!("tproxy with {backend}: the application sees its client, in plaintext and through the tunnel"),
             async move || sees_its_client(backend).await,
         );
         suite.test_with_users(
-            &format!("tproxy with {backend}: a proxy that was killed leaves its pod closed"),
+            &format!("tproxy with {backend}: a killed proxy leaves its pod unreachable"),
             async move || closed(backend).await,
         );
     }
@@ -61,17 +62,17 @@ async fn closed(backend: &str) {
     drop((client, server));
     proxy.signal(Signal::SIGKILL);
     proxy.ended().await;
-    // A program that it was about to run has its sockets until it does run.
+    // A child process holds the sockets until it executes its program.
     let listening = async || {
         let listeners = ["--tcp", "--listening", "--no-header", "sport = :15006"];
         !tool(&scene.server, "ss", &listeners).await.ok().is_empty()
     };
-    until("its listeners are closed", async || !listening().await).await;
+    until("the listeners are closed", async || !listening().await).await;
     tokio::join!(dropped(&scene, Family::V4), dropped(&scene, Family::V6));
     assert!(!app.is_reached(), "the application was reached without a proxy");
 }
 
-/// The client's SYN is answered by nobody: its kernel sends another one, for which the first must have been dropped.
+/// The client's SYN gets no answer. A retransmission shows that the first one was dropped.
 async fn dropped(scene: &Scene, family: Family) {
     let to = scene.app(family);
     let mut wire = scene.client.capture();
@@ -86,5 +87,5 @@ async fn dropped(scene: &Scene, family: Family) {
             sent += segments.filter(|segment| segment.destination == to).count();
         }
     };
-    within("the client asks again", asked_again).await;
+    within("the client retransmits", asked_again).await;
 }

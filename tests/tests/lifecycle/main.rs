@@ -1,4 +1,5 @@
-//! A proxy's stop and restart: what becomes of its connections, its rules and its pod. Starts that fail are in `start`.
+//! End-to-end tests of stop and restart: connections, rules and the pod. Failing starts are in
+//! `start`.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod start;
@@ -15,16 +16,16 @@ use underpass_tests::{
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test("told to stop, it is unready at once and lets what is open end by itself", drains);
-    suite.test("what is still open at the drain's deadline is reset", drain_deadline);
-    suite.test("told to stop twice, it does not drain any longer", stopped_twice);
-    suite.test("while it drains it takes no new connection", takes_nothing_new);
-    suite.test("it stops when its parent ends", parent_ends);
-    suite.test("without the proxy its pod is closed, in and out", closed_without_proxy);
-    suite.test_both("with on_exit: remove nothing is left, and traffic is direct", removed_on_exit);
-    suite.test("killed and started again, it has every rule once", killed_and_restarted);
-    suite.test("connections wait for no rule: a restart serves again", restarted_serves);
-    suite.test("`underpass rules remove` leaves nothing and says so", rules_remove);
+    suite.test("a stopping proxy is unready and lets open connections end", drains);
+    suite.test("connections are reset at the drain deadline", drain_deadline);
+    suite.test("a second stop signal ends the drain", stopped_twice);
+    suite.test("a draining proxy accepts no new connection", takes_nothing_new);
+    suite.test("a proxy stops when its parent ends", parent_ends);
+    suite.test("a pod without its proxy is closed, inbound and outbound", closed_without_proxy);
+    suite.test_both("with on_exit: remove, no rules remain and traffic is direct", removed_on_exit);
+    suite.test("a restart after a kill installs every rule once", killed_and_restarted);
+    suite.test("a restarted proxy serves again", restarted_serves);
+    suite.test("`underpass rules remove` removes everything and reports it", rules_remove);
     start::add(&mut suite);
     suite.run()
 }
@@ -71,7 +72,7 @@ async fn drain_deadline() {
 
 async fn stopped_twice() {
     let scene = Scene::new().await;
-    // Longer than a trial may take.
+    // Longer than the timeout of a trial.
     let settings = scene.client_settings().set("timeouts.drain=10m");
     let mut proxy = scene.client.proxy(&settings).await;
     let _server = scene.server.proxy(&scene.server_settings()).await;
@@ -93,7 +94,7 @@ async fn takes_nothing_new() {
     proxy.signal(Signal::SIGTERM);
     proxy.line(&["stopping"]).await;
     let refused = async {
-        // Its listeners close on threads of their own.
+        // The listeners close on several threads.
         while scene.client.dial(scene.app(Family::V4)).await.is_ok() {
             tokio::task::yield_now().await;
         }
@@ -118,7 +119,7 @@ async fn closed_without_proxy() {
         let out = scene.client.dial(scene.app(family)).await;
         assert_eq!(out.map(drop).map_err(|error| error.kind()), Err(ErrorKind::ConnectionRefused));
     }
-    // The client pod no longer is in the way of what comes to the server pod.
+    // Without the client pod's rules, its connections reach the server pod's.
     tool(&scene.client, "nft", &["flush", "ruleset"]).await.ok();
     for family in Family::BOTH {
         for port in [APP, HBONE] {
@@ -144,7 +145,7 @@ async fn removed_on_exit(family: Family) {
     let app = scene.server.listen(APP);
     let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(family)).await;
     exchange(&mut client, &mut server).await;
-    assert_eq!(peer, client.local_addr().expect("an address"), "nothing is in between");
+    assert_eq!(peer, client.local_addr().expect("an address"), "the connection is direct");
 }
 
 async fn killed_and_restarted() {
@@ -152,7 +153,7 @@ async fn killed_and_restarted() {
     let once = scene.client.traces().await;
     proxy.signal(Signal::SIGKILL);
     proxy.ended().await;
-    assert_eq!(scene.client.traces().await, once, "a killed proxy leaves its pod closed");
+    assert_eq!(scene.client.traces().await, once, "a killed proxy leaves its rules");
     let _proxy = scene.client.proxy(&scene.client_settings()).await;
     assert_eq!(scene.client.traces().await, once);
 }
@@ -160,7 +161,7 @@ async fn killed_and_restarted() {
 async fn restarted_serves() {
     let (scene, mut client_proxy, mut server_proxy) = Scene::with_proxies().await;
     let app = scene.server.listen(APP);
-    // The client's proxy still has its tunnel to the server's first proxy when it is needed again.
+    // The client's proxy may still have its tunnel to the server's first proxy.
     for round in 0..3 {
         let (mut client, mut server, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
         exchange(&mut client, &mut server).await;

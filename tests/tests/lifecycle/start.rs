@@ -1,4 +1,4 @@
-//! Starts that cannot succeed: one clear error, the right exit code, and a pod that is as it was.
+//! Starts that fail: one clear error, the right exit code, and an unchanged pod.
 
 use std::fs;
 
@@ -6,24 +6,18 @@ use underpass::spawn::SpawnError;
 use underpass_tests::{APP, CLIENT, Family, Pod, SERVER, Scene, Settings, Suite, exchange, tool};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("a port that is taken is named with its setting", taken_ports);
-    suite.test("every mistake in the settings is told at once, with exit code 2", bad_settings);
-    suite.test("a broken mesh file is told with its place, with exit code 2", bad_mesh);
-    suite.test(
-        "a certificate that is missing or has expired is told with its file",
-        bad_certificate,
-    );
-    suite.test("without NET_ADMIN it says so and how to grant it", without_net_admin);
-    suite.test_with_users(
-        "without enough threads it ends with an error and exit code 1",
-        without_threads,
-    );
-    suite.test("where IPv6 is disabled it starts and serves IPv4", without_ipv6);
-    suite.test("with ipv6: bypass, IPv6 goes its way", ipv6_bypassed);
-    suite.test("with profile: none it installs nothing", profile_none);
+    suite.test("a port in use is reported with its setting", taken_ports);
+    suite.test("all mistakes in the settings are reported at once with exit code 2", bad_settings);
+    suite.test("a broken mesh file is reported with its location and exit code 2", bad_mesh);
+    suite.test("a missing or expired certificate is reported with its file", bad_certificate);
+    suite.test("a missing NET_ADMIN is reported with its remedy", without_net_admin);
+    suite.test_with_users("a start without enough threads fails with exit code 1", without_threads);
+    suite.test("with IPv6 disabled, the proxy serves IPv4", without_ipv6);
+    suite.test("with ipv6: bypass, IPv6 is direct", ipv6_bypassed);
+    suite.test("with profile: none, the proxy installs nothing", profile_none);
 }
 
-/// Starts a proxy that must not start: its exit code and what it said. The pod must be without rules.
+/// The exit code and output of a proxy that must fail to start. The pod must be without rules.
 async fn fails(pod: &Pod, settings: &Settings) -> (Option<i32>, String) {
     let started = pod.try_proxy(settings).await;
     ended(pod, started.err()).await
@@ -32,7 +26,7 @@ async fn fails(pod: &Pod, settings: &Settings) -> (Option<i32>, String) {
 async fn ended(pod: &Pod, error: Option<SpawnError>) -> (Option<i32>, String) {
     let (code, log) = match error {
         Some(SpawnError::Ended { status, log }) => (status.code(), log),
-        other => (None, format!("it did not end by itself: {other:?}")),
+        other => (None, format!("the proxy did not exit: {other:?}")),
     };
     assert_eq!(
         tool(pod, "nft", &["list", "ruleset"]).await.ok(),
@@ -46,7 +40,7 @@ async fn ended(pod: &Pod, error: Option<SpawnError>) -> (Option<i32>, String) {
     (code, log)
 }
 
-/// The lines that it wrote to standard error: all others are log lines, and begin with the time.
+/// The lines on standard error that are no log lines, which start with a timestamp.
 fn errors(log: &str) -> Vec<&str> {
     log.lines().filter(|line| !line.starts_with("20")).collect()
 }
@@ -74,7 +68,7 @@ async fn taken_ports() {
 async fn without_threads() {
     let scene = Scene::new().await;
     let settings = Settings::new(CLIENT);
-    // Root is exempt. Nothing else runs as this user, whose processes are counted.
+    // Root is exempt from the limit. No other process runs as this user.
     let user = "setpriv --reuid=23456 --regid=23456 --clear-groups --inh-caps=+net_admin --ambient-caps=+net_admin";
     for limit in 1.. {
         let script = format!("exec prlimit --nproc={limit} {user} \"$UNDERPASS\" \"$@\"");
@@ -83,7 +77,7 @@ async fn without_threads() {
             break;
         };
         assert!(limit < 20, "{error}");
-        // What it had installed stays (interception.on_exit).
+        // The rules stay (interception.on_exit).
         let SpawnError::Ended { status, log } = error else { unreachable!("{error}") };
         assert_eq!(status.code(), Some(1), "{log}");
         let [error] = errors(&log)[..] else { unreachable!("not one line:\n{log}") };
@@ -146,7 +140,7 @@ async fn bad_certificate() {
 
 async fn without_net_admin() {
     let scene = Scene::new().await;
-    // Present, or `exec` would fail less clearly.
+    // Check that the program exists, since a failure of `exec` would be less clear.
     tool(&scene.client, "setpriv", &["--version"]).await.ok();
     let script =
         "exec setpriv --bounding-set -net_admin --inh-caps -net_admin \"$UNDERPASS\" \"$@\"";
@@ -184,7 +178,7 @@ async fn ipv6_bypassed() {
     let app = scene.server.listen(APP);
     let before = scene.client.counters();
     let (client, _, peer) = scene.client.meet(&app, scene.app(Family::V6)).await;
-    assert_eq!(peer, client.local_addr().expect("an address"), "nothing is in between");
+    assert_eq!(peer, client.local_addr().expect("an address"), "the connection is direct");
     assert_eq!(scene.client.connections_since(&before), vec![]);
 }
 
@@ -197,5 +191,5 @@ async fn profile_none() {
     let app = scene.server.listen(APP);
     let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(Family::V4)).await;
     exchange(&mut client, &mut server).await;
-    assert_eq!(peer.ip(), scene.server.ip(Family::V4), "the client is not imitated");
+    assert_eq!(peer.ip(), scene.server.ip(Family::V4), "the proxy connects from its own address");
 }

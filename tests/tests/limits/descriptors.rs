@@ -1,5 +1,5 @@
-//! File descriptors: before the last ones are gone accepting pauses and the proxy is unready, and it recovers by itself; without
-//! any, what cannot be carried on says so.
+//! Exhaustion of file descriptors: accepting pauses and the proxy is unready before none are left,
+//! and it recovers.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -12,25 +12,26 @@ use crate::{served, served_until_full};
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test(
-        "before it is out of file descriptors the proxy accepts no more, says so, and recovers without a restart",
+        "a proxy short of file descriptors pauses accepting, logs it, and recovers",
         accepting_pauses,
     );
     suite.test(
-        "a stream for which no descriptor is left is answered 503, and the proxy recovers",
+        "a stream without a free descriptor is answered 503, and the proxy recovers",
         streams,
     );
     suite.test(
-        "a connection that cannot be carried on for want of a descriptor says so",
+        "a connection that fails without a free descriptor is logged with the reason",
         cannot_dial,
     );
-    suite.test("a tunnel that cannot be opened for want of a descriptor says so", cannot_tunnel);
     suite.test(
-        "when the system has no descriptor to accept with, accepting pauses and goes on",
-        cannot_accept,
+        "a tunnel that fails without a free descriptor is logged with the reason",
+        cannot_tunnel,
     );
+    suite
+        .test("accepting pauses and resumes when the system has no free descriptor", cannot_accept);
 }
 
-/// A proxy that may have as many files open.
+/// A proxy with this limit of open files.
 async fn limited(pod: &Pod, files: usize, settings: &Settings) -> Proxy {
     let script = format!("ulimit -n {files}\nexec \"$UNDERPASS\" \"$@\"");
     pod.try_proxy_through(&script, settings).await.expect("the proxy starts")
@@ -46,10 +47,10 @@ async fn is_unready(pod: &Pod) {
 }
 
 async fn becomes_ready(pod: &Pod) {
-    until("it is ready again", async || readiness(pod).await.0 == 200).await;
+    until("the proxy is ready again", async || readiness(pod).await.0 == 200).await;
 }
 
-/// How often accepting has paused for want of descriptors, as the metrics say.
+/// The number of pauses of accepting for lack of descriptors, from the metrics.
 async fn pauses(pod: &Pod) -> Option<f64> {
     let labels = [("reason", "descriptors")];
     pod.metrics().await.sum("underpass_accept_paused_total", &labels)
@@ -64,7 +65,7 @@ async fn accepting_pauses() {
     let echo = Server::echo(&scene.server, APP);
     let mut burst = Vec::new();
     for _ in 0..BURST {
-        // What the proxy does not take waits in the kernel's queue.
+        // Unaccepted connections wait in the kernel's queue.
         burst.push(scene.client.dial(scene.app(Family::V4)).await.expect("it listens"));
     }
     let warning = proxy.line(&["WARN", "accepting pauses", "ulimit -n", "LimitNOFILE"]).await;
@@ -76,7 +77,7 @@ async fn accepting_pauses() {
     drop(burst);
     becomes_ready(&scene.client).await;
     proxy.line(&["INFO", "accepting goes on"]).await;
-    // Nobody was refused: who had to wait was served in the end.
+    // No connection was refused: all were served eventually.
     proxy.access_lines(BURST).await;
     assert_eq!(proxy.count(&["connection complete"]), BURST, "{}", proxy.log());
     assert_eq!(proxy.count(&["accepting pauses"]), proxy.count(&["accepting goes on"]));
@@ -85,7 +86,7 @@ async fn accepting_pauses() {
     let (mut client, mut server, _) = scene.client.meet(&app, to).await;
     exchange(&mut client, &mut server).await;
     drop((client, server));
-    assert!(proxy.stop().await.success(), "the proxy lived on:\n{}", proxy.log());
+    assert!(proxy.stop().await.success(), "the proxy did not stop:\n{}", proxy.log());
 }
 
 async fn streams() {
@@ -108,13 +109,13 @@ async fn streams() {
     .await;
 }
 
-/// Leaves a running proxy `free` descriptors.
+/// Limits a running proxy to `free` unused descriptors.
 async fn leave_free(pod: &Pod, proxy: &Proxy, free: usize) {
     let folder = format!("/proc/{}/fd", proxy.pid());
     let names = fs::read_dir(folder).expect("it runs").flatten();
     let numbers: Vec<usize> =
         names.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
-    // The kernel gives the lowest number that is free, and none from the limit on.
+    // The kernel assigns the lowest unused number below the limit.
     let unused: Vec<_> = (0..).filter(|number| !numbers.contains(number)).take(free + 1).collect();
     set_limit(pod, proxy, *unused.last().expect("one at least")).await;
 }
@@ -124,13 +125,13 @@ async fn set_limit(pod: &Pod, proxy: &Proxy, files: usize) {
     tool(pod, "prlimit", &["--pid", &pid, &limit]).await.ok();
 }
 
-/// Connects again and again, with `free` descriptors left, until the proxy says so: what it opens in between for itself, as to
-/// look at its rules, may take or free one.
+/// Connects repeatedly with `free` unused descriptors until the proxy logs `parts`. Several
+/// attempts are needed, as the proxy itself may open or close one, for example to verify its rules.
 async fn until_said(scene: &Scene, proxy: &Proxy, free: usize, parts: &[&str]) {
     let mut held = Vec::new();
-    until("it is said", async || {
+    until("the proxy has logged it", async || {
         leave_free(&scene.client, proxy, free).await;
-        // One that is accepted may be reset at once.
+        // An accepted connection may be reset at once.
         held.extend(scene.client.dial(scene.app(Family::V4)).await);
         proxy.count(parts) > 0
     })
@@ -151,7 +152,7 @@ const OUT: [&str; 4] =
 async fn cannot_dial() {
     let (scene, proxy) = Scene::with_plain_client(&[]).await;
     let _echo = Server::echo(&scene.server, APP);
-    // The one is for the connection that is accepted.
+    // One for the accepted connection.
     until_said(&scene, &proxy, 1, &OUT).await;
     is_served_again(&scene).await;
 }

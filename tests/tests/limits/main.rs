@@ -1,4 +1,4 @@
-//! What each limit does when it is exceeded: who is refused, who waits, what is counted, and that it ends by itself.
+//! End-to-end tests of limits: refused or delayed connections, their metrics, and recovery.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod descriptors;
@@ -20,24 +20,21 @@ use underpass_tests::{
 fn main() -> ExitCode {
     let mut suite = Suite::new();
     suite.test(
-        "beyond limits.connections_per_worker of all workers a connection is reset, until another ends",
+        "a connection beyond limits.connections_per_worker of all workers is reset until another ends",
         per_worker,
     );
-    suite.test(
-        "a storm beyond the limit is told of in a line a second, and all of it is counted",
-        storm,
-    );
+    suite.test("refused connections of a storm are logged once per second and all counted", storm);
     suite.test("a stream beyond limits.connections_per_worker is answered 503", streams_per_worker);
     suite.test("connections beyond limits.accepts_per_second wait and are served", rate);
-    suite.test("a handshake beyond limits.handshakes waits for its turn", handshakes);
-    suite.test("clients that keep the readiness endpoint busy do not keep probes out", probes);
+    suite.test("a handshake beyond limits.handshakes waits", handshakes);
+    suite.test("probes are served while clients keep the readiness endpoint busy", probes);
     sources::add(&mut suite);
     descriptors::add(&mut suite);
     tunnels::add(&mut suite);
     suite.run()
 }
 
-/// A connection to an echo over which a byte has gone there and back; `None` if it was reset instead.
+/// A connection to an echo that returned a byte; `None` if it was reset.
 async fn served(pod: &Pod, to: SocketAddr, dial: Dial) -> Option<TcpStream> {
     let mut stream = pod.dial_as(to, dial).await.ok()?;
     let there_and_back = async {
@@ -48,7 +45,7 @@ async fn served(pod: &Pod, to: SocketAddr, dial: Dial) -> Option<TcpStream> {
     Some(stream)
 }
 
-/// As many as are served, until one is not.
+/// Opens connections until one is not served.
 async fn served_until_full(pod: &Pod, to: SocketAddr) -> Vec<TcpStream> {
     let mut held = Vec::new();
     while let Some(stream) = served(pod, to, Dial::default()).await {
@@ -58,7 +55,7 @@ async fn served_until_full(pod: &Pod, to: SocketAddr) -> Vec<TcpStream> {
     held
 }
 
-/// How many connections were refused by a limit at a listener.
+/// The number of connections that a limit refused at a listener.
 async fn refused(pod: &Pod, limit: &str, listener: &str) -> Option<f64> {
     let labels = [("limit", limit), ("listener", listener)];
     pod.metrics().await.sum("underpass_connections_refused_total", &labels)
@@ -79,7 +76,7 @@ async fn per_worker() {
         served(&scene.client, to, Dial::default()).await.is_some()
     })
     .await;
-    // Those who were there before did not notice.
+    // Earlier connections are unaffected.
     for stream in &mut held {
         stream.write_u8(2).await.expect("it is open");
         assert_eq!(within("an echo", stream.read_u8()).await.expect("it is open"), 2);
@@ -112,7 +109,7 @@ async fn storm() {
         lines.map(count).collect()
     };
     proxy.line(&["connections are refused"]).await;
-    until("all are told of", async || told(&proxy).iter().sum::<usize>() == STORM).await;
+    until("all are logged", async || told(&proxy).iter().sum::<usize>() == STORM).await;
     let lines = told(&proxy).len();
     let seconds = began.elapsed().as_secs_f64();
     assert!(lines as f64 <= seconds + 1.0, "{lines} lines in {seconds} s");
@@ -153,14 +150,14 @@ async fn rate() {
     let began = Instant::now();
     let mut held = Vec::new();
     for _ in 0..14 {
-        // They all wait in the kernel's queue.
+        // All wait in the kernel's queue.
         held.push(scene.client.dial(to).await.expect("it listens"));
     }
     for stream in &mut held {
         stream.write_u8(1).await.expect("it is open");
         within("an echo", stream.read_u8()).await.expect("it is served");
     }
-    // A burst of two, and twelve at 50 ms each.
+    // A burst of two, then twelve at intervals of 50 ms.
     let took = began.elapsed();
     assert!(took >= Duration::from_millis(600), "{took:?}");
     let labels = [("listener", "outbound"), ("reason", "rate")];
@@ -175,12 +172,14 @@ async fn handshakes() {
     let hbone = scene.server.at(Family::V4, HBONE);
     let metric = async |name| scene.server.metrics().await.sum(name, &[]);
     let silent = scene.client.dial(hbone).await.expect("it listens");
-    until("it has its turn", async || metric("underpass_handshakes_under_way").await == Some(1.0))
-        .await;
+    until("the handshake is under way", async || {
+        metric("underpass_handshakes_under_way").await == Some(1.0)
+    })
+    .await;
     let client = TlsClient::new(Some(&scene.client_files));
     let second = async {
         let stream = scene.client.dial(hbone).await.expect("it listens");
-        client.connect(stream).await.expect("its turn comes")
+        client.connect(stream).await.expect("the handshake completes")
     };
     let first = async {
         until("the second one waits", async || {
@@ -194,7 +193,7 @@ async fn handshakes() {
 }
 
 async fn probes() {
-    // As many as it serves at once.
+    // The maximum number of concurrent requests.
     const CLIENTS: usize = 64;
     let (scene, _proxy) = Scene::with_plain_client(&[]).await;
     let readiness = (Ipv4Addr::LOCALHOST, 15021).into();

@@ -1,4 +1,4 @@
-//! `limits.connections_per_source`: at each listener, by address and by /64, for streams and for none.
+//! `limits.connections_per_source`: by listener, by address and /64, for streams and handshakes.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -8,21 +8,24 @@ use crate::{refused, served, served_until_full};
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test_both(
-        "a client beyond limits.connections_per_source is reset, and others are served",
+        "a client beyond limits.connections_per_source is reset while others are served",
         of_clients,
     );
     suite.test("IPv6 addresses of one /64 are one source", of_a_subscriber);
-    suite.test("an application that never closes is reset by its own proxy", of_the_application);
+    suite.test(
+        "an application that never closes connections is reset by its own proxy",
+        of_the_application,
+    );
     suite.test("a stream counts for the client of its tunnel", of_streams);
     suite.test("connections for HBONE count before their handshake", of_handshakes);
-    suite.test("without limits.connections_per_source one address has all it wants", off);
+    suite.test("without limits.connections_per_source, one address is not limited", off);
 }
 
-/// One more address of a pod.
+/// Adds an address to a pod.
 async fn add_address(pod: &Pod, address: &str) -> Dial {
     let (ip, length) = address.split_once('/').expect("a length");
     let ip: IpAddr = ip.parse().expect("an address");
-    // Without the wait for others that might have it.
+    // Without duplicate address detection, the address is usable at once.
     let nodad: &[_] = if ip.is_ipv6() { &["nodad"] } else { &[] };
     assert!(["24", "64"].contains(&length));
     let arguments = [&["address", "add", address, "dev", "eth0"], nodad].concat();
@@ -45,7 +48,7 @@ async fn of_clients(family: Family) {
     assert_eq!(counted, Some(1.0));
     let other = match family {
         Family::V4 => "10.1.0.77/24",
-        // Another /64, which the server reaches by its default route.
+        // An address in another /64, which the server reaches by its default route.
         Family::V6 => "fd00:77::1/64",
     };
     let other = add_address(&scene.client, other).await;

@@ -1,5 +1,4 @@
-//! What a peer can hold with tunnels in which it opens no stream: a peer with a good certificate
-//! that every policy refuses.
+//! Limits of tunnels without streams, for a peer with a valid certificate that every policy denies.
 
 use std::time::Duration;
 
@@ -12,10 +11,10 @@ use underpass_tests::{
 
 use crate::refused;
 
-/// RFC 9113 section 3.4, and empty SETTINGS.
+/// The client preface (RFC 9113 section 3.4) with empty SETTINGS.
 const BEGIN: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 const GOAWAY: u8 = 7;
-/// A proxy is cut by a container of 512 MiB; one of its peers may take a tenth of that.
+/// A tenth of the memory of a container with 512 MiB: one peer may use no more.
 const MOST_MEMORY: u64 = 50 << 20;
 const TUNNELS: usize = 100;
 
@@ -23,15 +22,21 @@ pub(crate) fn add(suite: &mut Suite) {
     suite
         .test("a tunnel beyond limits.tunnels_per_source is reset before its handshake", of_source);
     suite.test("a tunnel beyond limits.tunnels_per_identity gets GOAWAY", of_identity);
-    suite.test("header blocks that do not end hold little, for timeouts.frame", header_blocks);
-    suite.test("large frames of no stream hold little, for timeouts.frame", data_frames);
+    suite.test(
+        "unfinished header blocks hold little memory and end after timeouts.frame",
+        header_blocks,
+    );
+    suite.test(
+        "large frames without a stream hold little memory and end after timeouts.frame",
+        data_frames,
+    );
     suite.test("a tunnel without streams is closed after timeouts.tunnel_idle", idle);
 }
 
-/// A tunnel of a client that has a certificate; `None` if it was reset.
+/// A tunnel of a client with a certificate; `None` if it was reset.
 async fn tunnel(scene: &Scene, client: &TlsClient) -> Option<TlsStream<TcpStream>> {
     let hbone = scene.server.at(Family::V4, HBONE);
-    // As a proxy would: what the pod's application opens is caught.
+    // With the proxy's mark, since the pod's other connections are captured.
     let marked = Dial { mark: Some(0x539), ..Dial::default() };
     let stream = scene.client.dial_as(hbone, marked).await.ok()?;
     let mut tunnel = client.connect(stream).await.ok()?;
@@ -39,7 +44,7 @@ async fn tunnel(scene: &Scene, client: &TlsClient) -> Option<TlsStream<TcpStream
     Some(tunnel)
 }
 
-/// Reads until the proxy ends: whether GOAWAY was among it.
+/// Reads until the proxy ends the tunnel. Returns true if it sent GOAWAY.
 async fn ended_with_goaway(tunnel: &mut TlsStream<TcpStream>) -> bool {
     let mut seen = false;
     loop {
@@ -81,7 +86,7 @@ async fn of_identity() {
     let _server = scene.server.proxy(&settings).await;
     let client = TlsClient::new(Some(&scene.pki.issue("rogue")));
     let _held = tunnel(&scene, &client).await.expect("the first one");
-    until("it is counted", async || {
+    until("the tunnel is counted", async || {
         let metrics = scene.server.metrics().await;
         metrics.sum("underpass_tunnels_open", &[("direction", "inbound")]) == Some(1.0)
     })
@@ -93,7 +98,7 @@ async fn of_identity() {
     tunnel(&scene, &other).await.expect("another identity has its own");
 }
 
-/// Resident memory of a proxy, in bytes.
+/// Resident memory of a proxy in bytes.
 fn resident(proxy: &Proxy) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", proxy.pid()));
     let status = status.expect("a running process");
@@ -102,8 +107,8 @@ fn resident(proxy: &Proxy) -> u64 {
     kib << 10
 }
 
-/// Opens tunnels, sends as much of `bytes` in each as the proxy takes, and sees all of them closed
-/// while another peer is served.
+/// Opens tunnels, sends `bytes` in each as far as the proxy accepts them, and expects all to be
+/// closed while another peer is served.
 async fn hold(bytes: &[u8], reason: &str) {
     let scene = Scene::new().await;
     let settings = scene.server_settings().set("timeouts.frame=3s").set("logging.filter=warn");
@@ -116,7 +121,7 @@ async fn hold(bytes: &[u8], reason: &str) {
     let mut tunnels = Vec::new();
     for _ in 0..TUNNELS {
         let mut tunnel = tunnel(&scene, &rogue).await.expect("a handshake");
-        // What is not taken, for the tunnel is closed by then, is not held either.
+        // Data that is not accepted because the tunnel was closed is not held either.
         let _refused = tokio::time::timeout(Duration::from_secs(1), tunnel.write_all(bytes)).await;
         tunnels.push(tunnel);
     }
@@ -133,8 +138,8 @@ async fn hold(bytes: &[u8], reason: &str) {
     scene.echoed().await;
 }
 
-/// HEADERS and four CONTINUATION frames of 1 MiB without END_HEADERS, as it was done to a proxy
-/// with frames of 1 MiB.
+/// HEADERS and four CONTINUATION frames of 1 MiB without END_HEADERS. They exhausted the memory of
+/// a proxy that allows frames of 1 MiB.
 async fn header_blocks() {
     let mut bytes = Vec::new();
     for kind in [1, 9, 9, 9, 9] {
@@ -142,7 +147,7 @@ async fn header_blocks() {
         bytes.extend(vec![0; 1 << 20]);
     }
     hold(&bytes, "header_block").await;
-    // The largest that is taken.
+    // The maximum accepted frame size.
     let mut bytes = vec![0, 0xf0, 0, 1, 0, 0, 0, 0, 1];
     bytes.extend(vec![0; 0xf000 - 1]);
     hold(&bytes, "unfinished_frame").await;
@@ -160,10 +165,10 @@ async fn idle() {
     let _server = scene.server.proxy(&settings).await;
     let client = TlsClient::new(Some(&scene.pki.issue("rogue")));
     let mut tunnel = tunnel(&scene, &client).await.expect("a handshake");
-    until("it gets GOAWAY", async || closed(&scene, "idle").await == Some(1.0)).await;
+    until("the proxy sends GOAWAY", async || closed(&scene, "idle").await == Some(1.0)).await;
     let mut received = Vec::new();
     let goaway = async {
-        // SETTINGS and their acknowledgement, WINDOW_UPDATE, GOAWAY.
+        // Expected frames: SETTINGS, its acknowledgement, WINDOW_UPDATE, GOAWAY.
         while !received.windows(2).any(|pair| pair == [8, GOAWAY]) {
             let _more = tunnel.read_buf(&mut received).await.expect("GOAWAY comes first");
         }

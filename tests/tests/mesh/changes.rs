@@ -1,4 +1,4 @@
-//! The mesh file as it changes: what is taken over, what is refused, and what happens to connections of peers that change.
+//! Changes of the mesh file: applied, rejected, and their effect on open connections.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,21 +10,16 @@ use underpass_tests::{
 use crate::{change, from_client, proxies, usual};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("a peer that gets another identity is not connected to any longer", other_identity);
+    suite.test("a peer whose identity changes is no longer connected to", other_identity);
+    suite.test("a peer that gets HBONE is no longer connected to in plaintext", other_protocol);
     suite.test(
-        "a peer that begins to speak HBONE is not connected to in plain any longer",
-        other_protocol,
-    );
-    suite.test(
-        "a document that cannot be used is reported with its place, and the last good one stays",
+        "an invalid document is reported with its location, and the previous one stays",
         bad_document,
     );
-    suite.test("`config check` reports the same", config_check);
-    suite.test(
-        "the files of a folder are one mesh, which follows when a ConfigMap is swapped",
-        folder,
-    );
-    suite.test("a mesh that is gone changes nothing", gone);
+    suite.test("`config check` reports an invalid document", config_check);
+    suite
+        .test("the files of a folder form one mesh, which follows the swap of a ConfigMap", folder);
+    suite.test("a deleted mesh file changes nothing", gone);
 }
 
 async fn other_identity() {
@@ -107,7 +102,7 @@ async fn config_check() {
 async fn folder() {
     let scene = Scene::new().await;
     let folder = scene.client.folder().join("meshes");
-    // As kubelet lays out a ConfigMap.
+    // The layout of a ConfigMap that kubelet mounts.
     let version = |name: &str, policies: &str| {
         let versions = folder.join(name);
         fs::create_dir_all(&versions).expect("a folder");
@@ -135,7 +130,7 @@ async fn folder() {
 async fn gone() {
     let (scene, _client, mut server) = proxies(usual).await;
     let _app = Server::echo(&scene.server, APP);
-    fs::remove_file(scene.client.folder().join("mesh.yaml")).expect("it was there");
+    fs::remove_file(scene.client.folder().join("mesh.yaml")).expect("the file existed");
     server.line(&["the last good one stays", "mesh.yaml"]).await;
     scene.echoed().await;
 }

@@ -1,4 +1,4 @@
-//! Proxies in between: waypoints, and the gateway of another network.
+//! Intermediate proxies: waypoints, and the gateway of another network.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -12,24 +12,23 @@ use underpass_tests::{
 
 use crate::{proxies, with_server};
 
-/// Where a waypoint takes what comes out of tunnels.
+/// The waypoint's port for the content of tunnels.
 const TUNNEL_PORT: u16 = 15088;
 const WAYPOINT: &str = ", applicationTunnel: {protocol: PROXY, port: 15088}";
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test_both(
-        "a service's waypoint is told who connects, and to what, in a PROXY header",
+        "a service's waypoint receives client and destination in a PROXY header",
         service_waypoint,
     );
-    suite
-        .test("so is a workload's waypoint, which may be known by its hostname", workload_waypoint);
     suite.test(
-        "another network is reached through its gateway, by a tunnel in a tunnel",
-        other_network,
+        "a workload's waypoint that is named by its hostname receives a PROXY header",
+        workload_waypoint,
     );
+    suite.test("another network is reached through its gateway by a nested tunnel", other_network);
 }
 
-/// What a PROXY protocol header (version 2) says.
+/// The content of a PROXY protocol header, version 2.
 #[derive(Debug, PartialEq, Eq)]
 struct ProxyHeader {
     source: SocketAddr,
@@ -45,7 +44,7 @@ impl ProxyHeader {
         assert_eq!(&signature, b"\r\n\r\n\0\r\nQUIT\n");
         assert_eq!(command, 0x21, "version 2, PROXY");
         let mut rest = vec![0; usize::from(u16::from_be_bytes([high, low]))];
-        within("a PROXY header", stream.read_exact(&mut rest)).await.expect("what it announces");
+        within("a PROXY header", stream.read_exact(&mut rest)).await.expect("the announced length");
         let width = match family {
             0x11 => 4,
             0x21 => 16,
@@ -62,7 +61,7 @@ impl ProxyHeader {
         let (kind, tlv) = tlv.split_first().expect("a TLV");
         assert_eq!(*kind, 0xd0);
         let (length, value) = tlv.split_at(2);
-        assert_eq!(usize::from(port(length)), value.len(), "it is the only TLV");
+        assert_eq!(usize::from(port(length)), value.len(), "there is a single TLV");
         Self {
             source: SocketAddr::new(ip(source), port(from)),
             destination: SocketAddr::new(ip(destination), port(to)),
@@ -87,7 +86,7 @@ async fn service_waypoint(family: Family) {
     };
     let vip = vip.parse().expect("an address");
     let (mut client, mut server, peer) = scene.client.meet(&waypoint, vip).await;
-    assert!(peer.ip().is_loopback(), "a waypoint need not be reachable by anybody else: {peer}");
+    assert!(peer.ip().is_loopback(), "the waypoint receives it from loopback: {peer}");
     let header = ProxyHeader::read(&mut server).await;
     assert_eq!(header.destination.port(), 80);
     assert_eq!(header.destination.ip().to_canonical(), vip.ip());
@@ -117,8 +116,8 @@ async fn workload_waypoint() {
     proxy.line(&["direction=\"outbound\"", "dst.hbone_addr=10.99.0.1:9090"]).await;
 }
 
-/// A gateway made of a proxy with an application tunnel and a program behind it that carries the bytes to the server's proxy:
-/// what is in them is TLS, from one end to the other.
+/// Builds a gateway from a proxy with an application tunnel and a program that forwards the bytes
+/// to the server's proxy. The bytes are TLS records from end to end.
 async fn other_network() {
     let mut scene = Scene::new().await;
     let mut gateway = scene.world.pod("gateway").await;
@@ -166,7 +165,7 @@ async fn other_network() {
         let inner = inner.clone();
         async move {
             ProxyHeader::read(&mut stream).await;
-            // With the proxy's mark it is not caught again.
+            // The proxy's mark exempts it from capture.
             let dial = Dial { mark: Some(PROXY_MARK), ..Dial::default() };
             let mut onward = inner.dial_as(behind, dial).await?;
             copy_bidirectional(&mut stream, &mut onward).await.map(drop)

@@ -1,4 +1,5 @@
-//! The mesh through the real binary: services and what is behind them, policies and what they end, and the file as it changes.
+//! End-to-end tests of the mesh: services and endpoints, policies and their effect on open
+//! connections, and changes of the file.
 #![expect(clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod changes;
@@ -27,13 +28,13 @@ fn usual(scene: &Scene) -> Mesh {
     Mesh::default().hbone(&scene.client).hbone(&scene.server)
 }
 
-/// The same, but more is said of the server.
+/// The same with additional fields of the server.
 fn with_server(scene: &Scene, more: &str) -> Mesh {
     let ips: Vec<IpAddr> = scene.server.ips();
     Mesh::default().hbone(&scene.client).workload_with(SERVER, &ips, "HBONE", more)
 }
 
-/// The scene with a proxy in each pod that goes by `mesh`, which is a function of the scene: client's, server's.
+/// The scene with a proxy in each pod (client's, server's) that use `mesh`.
 async fn proxies(mesh: impl FnOnce(&Scene) -> Mesh) -> (Scene, Proxy, Proxy) {
     let scene = Scene::new().await;
     scene.set_mesh(&mesh(&scene));
@@ -42,7 +43,7 @@ async fn proxies(mesh: impl FnOnce(&Scene) -> Mesh) -> (Scene, Proxy, Proxy) {
     (scene, client, server)
 }
 
-/// Replaces the mesh file of the scene, and waits until `proxies` go by it.
+/// Replaces the mesh file, and waits until `proxies` have applied it.
 async fn change(scene: &Scene, mesh: &Mesh, proxies: &mut [&mut Proxy]) {
     const IN_FORCE: &[&str] = &["the change is in force"];
     let before: Vec<_> = proxies.iter().map(|proxy| proxy.count(IN_FORCE)).collect();
@@ -52,12 +53,12 @@ async fn change(scene: &Scene, mesh: &Mesh, proxies: &mut [&mut Proxy]) {
     }
 }
 
-/// The rule that is for whoever is called `account`.
+/// A rule for the service account `account`.
 fn from(account: &str) -> String {
     format!("[[[{{principals: [{{exact: cluster.local/ns/default/sa/{account}}}]}}]]]")
 }
 
-/// The rule for the scene's client.
+/// A rule for the scene's client.
 fn from_client() -> String {
     from(CLIENT)
 }

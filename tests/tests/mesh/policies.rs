@@ -1,4 +1,4 @@
-//! Policies: who is let in and who is not, and what a change of them does to connections that are open.
+//! Policies: allowed and denied connections, and the effect of changes on open ones.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -13,24 +13,18 @@ use underpass_tests::{
 use crate::{change, from, from_client, proxies, usual, with_server};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test_both("who is allowed gets in, and nobody else: the client gets RST", allowed);
-    suite.test_both("who is denied does not get in, whatever allows it", denied);
+    suite.test_both("only an allowed client is accepted, others get RST", allowed);
+    suite.test_both("a denied client is refused even if another policy allows it", denied);
     suite.test("a plaintext connection has no principal", plaintext);
-    suite.test("a dry run decides nothing and says what it would do", dry_run);
-    suite.test("attaching a policy ends the connections that it forbids, and no others", attach);
+    suite.test("a dry run has no effect and logs its decision", dry_run);
+    suite.test("attaching a policy terminates only the connections that it denies", attach);
     suite.test(
-        "changing an attached policy does so too, and removing it lets new ones in",
+        "changing an attached policy terminates denied connections, removing it allows new ones",
         change_and_remove,
     );
-    suite.test(
-        "a change that does not concern a workload ends none of its connections",
-        unconcerned,
-    );
-    suite.test("a policy that another one follows at once is not missed", flip_flop);
-    suite.test(
-        "no byte arrives that was sent after a policy is in force, however often it flips",
-        flips,
-    );
+    suite.test("an unrelated change terminates no connection", unconcerned);
+    suite.test("the last of several rapid changes is applied", flip_flop);
+    suite.test("no byte that is sent after a policy is in force arrives", flips);
 }
 
 const ANYBODY: &str = "[[[]]]";
@@ -88,7 +82,7 @@ async fn dry_run() {
     server.line(&["policy", "default/no-client", "sa/client"]).await;
 }
 
-/// A connection through both proxies, which carries bytes.
+/// A connection through both proxies on which bytes were exchanged.
 async fn open(scene: &Scene, app: &Listener) -> (tokio::net::TcpStream, tokio::net::TcpStream) {
     let (mut one, mut other, _) = scene.client.meet(app, scene.app(Family::V4)).await;
     exchange(&mut one, &mut other).await;
@@ -137,12 +131,13 @@ async fn unconcerned() {
         .workload("another", &["10.99.0.1".parse().expect("an address")], "HBONE");
     change(&scene, &elsewhere, both).await;
     exchange(&mut one, &mut other).await;
-    // Allowed for another reason than before.
+    // Allowed by another policy than before.
     change(&scene, &usual(&scene).policy("other", "Allow", ANYBODY), both).await;
     exchange(&mut one, &mut other).await;
 }
 
-/// Twice as fast as the file is read: some states are never seen, but the last one always is.
+/// Changes the file twice as fast as it is read: intermediate states may be skipped, the last one
+/// must be applied.
 async fn flip_flop() {
     let (scene, _client, mut server) = proxies(usual).await;
     let app = scene.server.listen(APP);
@@ -155,7 +150,7 @@ async fn flip_flop() {
     }
     let last = usual(&scene).workload("last", &["10.99.0.1".parse().expect("an address")], "TCP");
     scene.set_mesh(&last);
-    // What is told to be in force may be one of the flips; only the last mesh has three workloads.
+    // The logged change may be an intermediate one. Only the last mesh has three workloads.
     for pod in [&scene.client, &scene.server] {
         let size = async || pod.metrics().await.sum("underpass_mesh_size", &[("kind", "workload")]);
         until("the last mesh is in force", async || size().await == Some(3.0)).await;
@@ -165,10 +160,10 @@ async fn flip_flop() {
     assert_eq!(read_to_end(&mut one).await.1, End::Reset);
 }
 
-/// What the application says first.
+/// The first byte from the application.
 const OPEN: u8 = b'o';
 
-/// What every byte carries: the time at which it was sent, counted in states of the policy; odd ones forbid.
+/// The content of every byte: its sending time, counted in states of the policy. Odd states deny.
 #[derive(Debug, Default)]
 struct Clock(AtomicU64);
 
@@ -198,7 +193,7 @@ async fn flips() {
         until("bytes flow while they are allowed", flowing).await;
         change(&scene, &deny_client(&scene), &mut [&mut server]).await;
         clock.0.fetch_add(1, SeqCst);
-        // Long enough for every sender to try again and again.
+        // Long enough for several attempts of every sender.
         let tried = server.count(&["connection failed", "policy_denied"]);
         server.more_than(tried + SENDERS, &["connection failed", "policy_denied"]).await;
         assert_eq!(forbidden.load(SeqCst), 0, "round {round}");
@@ -209,13 +204,13 @@ async fn flips() {
     assert_eq!(forbidden.load(SeqCst), 0);
 }
 
-/// Connects again and again, and sends the time once the connection is open all the way. What is sent before waits for the decision,
-/// and may arrive if that is made when the policy is gone.
+/// Connects repeatedly, and sends the time once the connection is open end to end. Data that is
+/// sent earlier waits for the decision, and may arrive if the policy has changed by then.
 async fn send(scene: Arc<Scene>, clock: Arc<Clock>) {
     let to = scene.app(Family::V4);
     loop {
         let Ok(mut stream) = scene.client.dial(to).await else { continue };
-        if within("it is opened or denied", stream.read_u8()).await.is_err() {
+        if within("the connection is opened or denied", stream.read_u8()).await.is_err() {
             continue;
         }
         let began = Instant::now();

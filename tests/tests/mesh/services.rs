@@ -1,4 +1,4 @@
-//! Services: their addresses, their ports, and which of their endpoints a connection gets.
+//! Services: addresses, ports, and the selection of endpoints.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -7,7 +7,7 @@ use underpass_tests::{APP, Family, Mesh, Scene, Server, Suite, exchange};
 
 use crate::{proxies, with_server};
 
-/// The service's port; its endpoints serve it at [`APP`].
+/// The port of the service. Its endpoints serve it at [`APP`].
 const PORT: u16 = 80;
 const SERVICE: &str = "name: web, hostname: web.example, vips: [\"/10.96.0.1\", \"/fd96::1\"], \
                        cidrVips: [\"/10.97.0.0/16\"], ports: {80: 8080}";
@@ -15,14 +15,10 @@ const ENDPOINT: &str = ", services: {default/web.example: {80: 8080}}";
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test_both("a service's address leads through the tunnel to its endpoint's port", vip);
-    suite.test("so does any address of its range", cidr_vip);
-    suite.test(
-        "a port that the service does not have leads nowhere: the client gets RST",
-        no_such_port,
-    );
+    suite.test("any address in a service's CIDR leads to its endpoint", cidr_vip);
+    suite.test("a connection to an undefined port of a service gets RST", no_such_port);
     suite.test("an unhealthy endpoint gets no connection", unhealthy);
-    suite
-        .test("an endpoint that cannot be connected to is ejected, and no client notices", ejected);
+    suite.test("an unreachable endpoint is ejected without a failed connection", ejected);
     suite.test("a hostname is resolved", hostname);
 }
 
@@ -77,14 +73,14 @@ async fn unhealthy() {
     scene.client.dial_and_see_reset(service(Family::V4, PORT)).await;
     proxy.line(&["connection failed", "web.example"]).await;
     assert!(!app.is_reached(), "the application was reached");
-    // By its own address it is still there.
+    // It stays reachable by its own address.
     let (mut client, mut server, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
     exchange(&mut client, &mut server).await;
 }
 
 async fn ejected() {
     let mut scene = Scene::new().await;
-    // Nobody listens there: the kernel refuses.
+    // Without a listener, the kernel refuses connections.
     let mut gone = scene.world.pod("gone").await;
     scene.world.wire(&mut scene.client, &mut gone).await;
     let mesh = mesh(&scene).workload_with("gone", &gone.ips(), "HBONE", ENDPOINT);
@@ -97,14 +93,14 @@ async fn ejected() {
         let (mut client, mut server, _) = scene.client.meet(&app, to).await;
         exchange(&mut client, &mut server).await;
     }
-    // Which endpoint is tried first is left to chance: 32 connections have missed the one that is gone once in 2^32 runs.
+    // The first endpoint is random: 32 connections miss the missing one once in 2^32 runs.
     proxy.line(&["ejected", "gone"]).await;
-    // Long enough for all of them: it was tried once, by each worker at most.
+    // The timeout exceeds the test: each worker tries it at most once.
     assert!(proxy.count(&["ejected", "gone"]) <= 8, "{}", proxy.log());
 }
 
 async fn hostname() {
-    // What the system's resolver knows without a name server.
+    // A name that the system's resolver knows without a name server.
     let local = |scene: &Scene| {
         Mesh::default()
             .hbone(&scene.client)

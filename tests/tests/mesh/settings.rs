@@ -1,4 +1,4 @@
-//! The two switches beside the mesh: where connections may go that the mesh does not know, and whether plaintext is let in.
+//! The settings `egress` and `mtls`: destinations outside of the mesh, and inbound plaintext.
 
 use std::io::ErrorKind;
 use std::net::IpAddr;
@@ -9,13 +9,16 @@ use underpass_tests::{APP, Dial, End, Family, Mesh, Scene, Server, Suite, read_t
 use crate::change;
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test_both("with egress mesh-only, what the mesh does not know is not reached", mesh_only);
-    suite.test("an exception for a network or a port lets it through", exceptions);
-    suite.test("with mtls strict, plaintext is refused and a tunnel is not", strict);
-    suite.test("mtls may be another one for a port", strict_but_for_a_port);
-    suite.test("an exempt kubelet probe gets in, strict or not", probe);
     suite.test_both(
-        "the probe address is refused by strict where probes are not exempt",
+        "with egress mesh-only, destinations outside of the mesh are not reached",
+        mesh_only,
+    );
+    suite.test("an exception allows a network or a port", exceptions);
+    suite.test("with mtls strict, plaintext is refused and a tunnel is accepted", strict);
+    suite.test("mtls can be overridden for a port", strict_but_for_a_port);
+    suite.test("an exempt kubelet probe is accepted with any mtls mode", probe);
+    suite.test_both(
+        "with mtls strict, the probe address is refused unless probes are exempt",
         unexempted_probe,
     );
 }
@@ -40,7 +43,7 @@ async fn exceptions() {
         scene.echoed().await;
         client.stop().await;
     }
-    // A member that speaks TCP is known.
+    // A member without HBONE belongs to the mesh.
     let mut client = scene.client.proxy(&scene.client_settings().set("egress=mesh-only")).await;
     change(&scene, &Mesh::default().hbone(&scene.client).tcp(&scene.server), &mut [&mut client])
         .await;
@@ -82,7 +85,7 @@ async fn unexempted_probe(family: Family) {
     for settings in [strict.clone(), strict.set("interception.kubelet_probes=8081")] {
         let mut server = scene.server.proxy(&settings).await;
         let to = scene.app(family);
-        // The proxy accepts before it decides, so the RST may come with the connection or after it.
+        // The proxy accepts before it decides, so the RST may follow the handshake.
         match scene.client.dial_as(to, Dial { source, ..Dial::default() }).await {
             Ok(mut stream) => assert_eq!(read_to_end(&mut stream).await, (Vec::new(), End::Reset)),
             Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
@@ -106,10 +109,10 @@ async fn probe() {
     let source = Some((KUBELET_PROBE_V4, 0).into());
     let probe = scene.client.dial_as(scene.app(Family::V4), Dial { source, ..Dial::default() });
     let (probe, _) = tokio::join!(probe, app.accept());
-    probe.expect("the probe gets in");
+    probe.expect("the probe is accepted");
 }
 
-/// The setting for a mesh without members.
+/// The setting for an empty mesh.
 fn no_mesh(scene: &Scene) -> String {
     format!("mesh.file={}", scene.empty_mesh().display())
 }

@@ -1,4 +1,4 @@
-//! Take-overs that fail: whatever becomes of the new process, the old one goes on as if nothing had been.
+//! Failing takeovers: the old process continues unaffected.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -11,16 +11,16 @@ use underpass_interception::{BoundListener, Handover};
 use underpass_tests::{APP, Family, Proxy, Scene, Server, Settings, Suite, tool, until, within};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("a process of another kind is refused, and told what differs", another_kind);
+    suite.test("a process with different settings is refused with the difference", another_kind);
     suite.test("a process that does not start leaves the old one as it was", does_not_start);
-    suite.test("a process that leaves half-way has cost no connection", leaves_half_way);
-    suite.test("rules that a process changed before it left are put back", rules_put_back);
-    suite.test("what is said at the socket by others disturbs nobody", nonsense);
-    suite.test("without --take-over a second process is told about it", second_process);
-    suite.test_with_users("another user's process gets no listener", another_user);
+    suite.test("a process that leaves half-way fails no connection", leaves_half_way);
+    suite.test("rules that a process changed before it left are restored", rules_put_back);
+    suite.test("invalid messages at the socket have no effect", nonsense);
+    suite.test("a second process without --take-over gets the advice to use it", second_process);
+    suite.test_with_users("a process of another user gets no listener", another_user);
 }
 
-/// A client's proxy whose socket is known, and a server that sends back what it gets.
+/// A client's proxy with a known socket, and a server with an echo.
 struct Running {
     scene: Scene,
     proxy: Proxy,
@@ -44,15 +44,15 @@ impl Running {
         with_socket(&self.scene, &self.socket).take_over()
     }
 
-    /// Starts a process that does not take over: its exit code and what it said.
+    /// The exit code and output of a process that must fail to take over.
     async fn fails(&self, settings: &Settings) -> (Option<i32>, String) {
         match self.scene.client.try_proxy(settings).await {
             Err(SpawnError::Ended { status, log }) => (status.code(), log),
-            other => unreachable!("it did not end by itself: {other:?}"),
+            other => unreachable!("the process did not exit: {other:?}"),
         }
     }
 
-    /// The old process serves, and can be succeeded.
+    /// Asserts that the old process serves and can be taken over.
     async fn goes_on(&mut self) {
         self.scene.echoed().await;
         let new = self.scene.client.proxy(&self.settings()).await;
@@ -62,12 +62,12 @@ impl Running {
         self.scene.echoed().await;
     }
 
-    /// A conversation with the running process by somebody who is none.
+    /// Connects to the running process as a stranger.
     async fn talk(&self) -> Handover {
         Handover::new(UnixStream::connect(&self.socket).await.expect("connected"))
     }
 
-    /// One in which the listeners have been handed over.
+    /// The same, up to the point where the listeners were passed.
     async fn claim(&self) -> (Handover, Vec<BoundListener>) {
         let stranger = self.talk().await;
         stranger.say("who are you?", &[]).await.expect("said");
@@ -115,7 +115,7 @@ async fn does_not_start() {
     let mut running = Running::new().await;
     let settings = [
         "identity.certificate=/nowhere.pem",
-        // Found after the rules became the new process's, and nobody issues certificates there.
+        // Detected after the rules were replaced: there is no CA at this address.
         "identity={istio_ca: {address: \"https://127.0.0.1:1\", roots: /nowhere.pem, token: /nowhere}}",
     ];
     for setting in settings {
@@ -138,7 +138,7 @@ async fn leaves_half_way() {
         let left = ["did not take over", "it left"];
         let before = running.proxy.count(&left);
         let echo = tokio::join!(running.scene.echoed(), async {
-            // With the conversation, and not before, somebody accepts again.
+            // The old process accepts again once the connection is closed.
             if asked.contains(&"accept") {
                 let to = running.scene.app(Family::V4);
                 within("a connection waits", running.scene.client.dial(to)).await.expect("queued");
@@ -174,7 +174,7 @@ async fn nonsense() {
     raw.write_all(&[0xff; 10_000]).await.ok();
     drop(UnixStream::connect(&running.socket).await.expect("connected"));
     let (conversation, _listeners) = running.claim().await;
-    // Out of turn.
+    // A message out of order.
     conversation.say("ready", &[]).await.expect("said");
     running.proxy.line(&["did not take over", "instead of"]).await;
     drop(raw);
@@ -192,7 +192,7 @@ async fn second_process() {
 
 async fn another_user() {
     let mut running = Running::new().await;
-    // Who may connect is decided by who it is, not by the file alone.
+    // Authorization depends on the peer's user, not only on the file's mode.
     fs::set_permissions(&running.socket, fs::Permissions::from_mode(0o666)).expect("a file");
     let folder = running.socket.parent().expect("a folder");
     fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).expect("a folder");
@@ -203,7 +203,7 @@ async fn another_user() {
             assert_eq!(status.code(), Some(1), "{log}");
             assert!(log.contains("it gives way to its own user and root"), "{log}");
         }
-        other => unreachable!("it did not end by itself: {other:?}"),
+        other => unreachable!("the process did not exit: {other:?}"),
     }
     running.proxy.line(&["did not take over", "it is user 4711"]).await;
     running.goes_on().await;

@@ -1,4 +1,5 @@
-//! Hot restart: one process takes over from another, and no connection notices. What goes wrong on the way is in `failures`.
+//! End-to-end tests of hot restart: a process takes over from another without failing a connection.
+//! Failures are in `failures`.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod failures;
@@ -18,27 +19,27 @@ use underpass_tests::{
 fn main() -> ExitCode {
     let mut suite = Suite::new();
     suite.test_both(
-        "what is open goes on in the old process, what is new comes to the new one",
+        "open connections stay in the old process, and new ones go to the new process",
         both_serve,
     );
-    suite.test("the old process ends with its last connection, and leaves the rules", old_one_ends);
-    suite.test("one after the other takes over, under load, and nothing fails", nothing_fails);
-    suite
-        .test("the server's proxy hands over in the middle of its clients' tunnels", tunnels_go_on);
-    suite.test("readiness and metrics are the new process's", seen_from_outside);
+    suite.test("the old process exits after its last connection and keeps the rules", old_one_ends);
+    suite.test("repeated takeovers under load fail no connection", nothing_fails);
+    suite.test("the server's proxy hands over while clients have tunnels", tunnels_go_on);
+    suite.test("readiness and metrics are served by the new process", seen_from_outside);
     suite.test(
-        "at timeouts.handover_drain what is left in the old process is reset",
+        "connections in the old process are reset at timeouts.handover_drain",
         handover_drain_deadline,
     );
-    suite.test("the old process can be told to stop", old_one_stopped);
-    suite.test("with on_exit: remove the rules go with the last process only", removed_by_the_last);
-    suite.test_with_users("the profiles by user hand over too", by_user);
-    suite.test("where no process runs it starts as ever", nobody_there);
+    suite.test("the old process stops on a signal", old_one_stopped);
+    suite
+        .test("with on_exit: remove, only the last process removes the rules", removed_by_the_last);
+    suite.test_with_users("proxies of sidecar and osm hand over", by_user);
+    suite.test("--take-over without a running process starts normally", nobody_there);
     failures::add(&mut suite);
     suite.run()
 }
 
-/// Starts a process that takes over, and waits until the old one knows.
+/// Starts a process that takes over, and waits until the old one logs it.
 async fn succeed(pod: &Pod, old: &mut Proxy, settings: &Settings) -> Proxy {
     let new = pod.proxy(&settings.clone().take_over()).await;
     old.line(&["another process has taken over", &format!("pid={}", new.pid())]).await;
@@ -53,7 +54,7 @@ async fn both_serve(family: Family) {
     exchange(&mut client, &mut peer).await;
 
     let mut new = succeed(&scene.client, &mut old, &scene.client_settings()).await;
-    assert_eq!(scene.client.traces().await, rules, "the rules stay as they are");
+    assert_eq!(scene.client.traces().await, rules, "the rules are unchanged");
     exchange(&mut client, &mut peer).await;
     let (mut second, mut second_peer, _) = scene.client.meet(&app, scene.app(family)).await;
     exchange(&mut second, &mut second_peer).await;
@@ -78,7 +79,7 @@ async fn old_one_ends() {
     scene.connected(Family::V4).await;
 }
 
-/// Connects again and again until it is told to stop; every connection has to succeed.
+/// Opens connections in a loop until stopped; every one must succeed.
 struct Load {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicUsize>,
@@ -101,7 +102,7 @@ impl Load {
         Self { stop, done, clients }
     }
 
-    /// Waits until this many more connections were served.
+    /// Waits until `more` further connections were served.
     async fn go_on(&self, more: usize) {
         let goal = self.done.load(Relaxed) + more;
         underpass_tests::until("connections are served", async || {
@@ -148,7 +149,7 @@ async fn tunnels_go_on() {
     exchange(&mut first, &mut first_peer).await;
     let new = succeed(&scene.server, &mut old, &scene.server_settings()).await;
     exchange(&mut first, &mut first_peer).await;
-    // As long as the tunnel has a stream, the old process waits for a moment before it tells the client to use another one.
+    // While the tunnel has a stream, the old process delays its GOAWAY.
     let come = async {
         while new.count(&["access"]) == 0 {
             let (mut next, mut next_peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
@@ -231,7 +232,7 @@ async fn by_user() {
             exchange(&mut client, &mut peer).await;
             drop((second, second_peer));
             new.access_lines(1).await;
-            // The first one still serves; another one is the one to be succeeded.
+            // The first one still serves. The next takeover is from the second one.
             std::mem::swap(&mut old, &mut new);
             std::mem::forget(new);
         }
@@ -242,7 +243,7 @@ async fn nobody_there() {
     let scene = Scene::new().await;
     let mut proxy = scene.client.proxy(&scene.client_settings().take_over()).await;
     proxy.line(&["there is no process to take over from"]).await;
-    // Nor is there one where a killed one has left its socket.
+    // The same with the socket file of a killed process.
     proxy.signal(Signal::SIGKILL);
     proxy.ended().await;
     let mut proxy = scene.client.proxy(&scene.client_settings().take_over()).await;

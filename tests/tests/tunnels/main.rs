@@ -1,4 +1,5 @@
-//! Tunnels between proxies, and with peers that are not ours: turned over, refused, cut, and abused.
+//! End-to-end tests of tunnels between proxies and with scripted peers: retirement, limits and
+//! malformed input.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod malformed;
@@ -12,9 +13,12 @@ use underpass_tests::{APP, Family, HBONE, Scene, Server, Suite, TlsClient, read_
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test("tunnels that retire under load fail no connection and resume", retirement);
-    suite.test("a proxy that is killed and comes back costs no connection after it", come_back);
-    suite.test("handshakes of one source are limited, and slow ones end", handshakes);
+    suite.test(
+        "tunnels that are retired under load fail no connection and are replaced",
+        retirement,
+    );
+    suite.test("a restarted proxy serves connections at once", come_back);
+    suite.test("handshakes per source are limited, and slow ones time out", handshakes);
     suite.test("both sides log one trace", trace);
     malformed::add(&mut suite);
     scripted::add(&mut suite);
@@ -40,7 +44,7 @@ async fn retirement() {
         () = turned_over => {}
         () = traffic => {}
     }
-    // The same when it is the server that lets go.
+    // The same when the server stops.
     client.stop().await;
     client = scene.client.proxy(&scene.client_settings()).await;
     server.stop().await;

@@ -1,4 +1,4 @@
-//! What no peer should send. It costs that peer its connection, and nobody else anything.
+//! Malformed input from a peer: it ends that peer's connection and affects no other.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use underpass_tests::{
@@ -22,8 +22,8 @@ const CONTINUATION: u8 = 9;
 const END_HEADERS: u8 = 4;
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("malformed frames and headers cost others nothing", others_go_on);
-    suite.test("malformed requests of a proven peer leave a line", leave_a_line);
+    suite.test("malformed frames and headers do not affect other connections", others_go_on);
+    suite.test("malformed requests of an authenticated peer are logged", leave_a_line);
 }
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -49,7 +49,7 @@ fn request(fields: &[(&str, &[u8])]) -> Vec<u8> {
     frame(HEADERS, END_HEADERS, 1, &fields)
 }
 
-/// What follows the preface, each on a connection of its own.
+/// Data after the preface, each on a connection of its own.
 fn abuses(app: &str) -> Vec<(&'static str, Vec<u8>)> {
     let connect: &[(&str, &[u8])] = &[(":method", b"CONNECT"), (":authority", app.as_bytes())];
     let with = |name, value| request(&[connect, &[(name, value)]].concat());
@@ -116,12 +116,12 @@ async fn others_go_on() {
     let abuses = abuses(&target).into_iter();
     let abuses = abuses.map(|(what, bytes)| ([PREFACE, SETTINGS, &bytes].concat(), what));
     for (bytes, what) in abuses.chain([no_preface]) {
-        // As a proxy would: what the pod's application opens is caught.
+        // With the proxy's mark, since the pod's other connections are captured.
         let marked = Dial { mark: Some(0x539), ..Dial::default() };
         let stream = scene.client.dial_as(hbone, marked).await.expect("it listens");
         let mut tunnel = rogue.connect(stream).await.expect("a handshake");
-        within(what, tunnel.write_all(&bytes)).await.expect("it is sent");
-        // The server's preface, its answer, or its end: it has looked.
+        within(what, tunnel.write_all(&bytes)).await.expect("the bytes are sent");
+        // The server's preface, its answer, or its end shows that it has read the data.
         let _answer = within(what, tunnel.read(&mut [0; 4096])).await;
         drop(tunnel);
         exchange(&mut near, &mut far).await;
@@ -152,7 +152,7 @@ async fn leave_a_line() {
         let stream = scene.client.dial(scene.server.at(Family::V4, HBONE)).await;
         let mut tunnel = rogue.connect(stream.expect("it listens")).await.expect("a handshake");
         let bytes = [PREFACE, SETTINGS, bytes].concat();
-        within(what, tunnel.write_all(&bytes)).await.expect("it is sent");
+        within(what, tunnel.write_all(&bytes)).await.expect("the bytes are sent");
         server.line(&[&parts[..], &[peer]].concat()).await;
     }
 }

@@ -1,5 +1,4 @@
-//! A server of tunnels that is not ours, and does what the script says: the proxy tries again where nothing was lost, and
-//! nowhere else.
+//! A scripted tunnel server: the proxy retries only where no data can have been lost.
 
 use h2::Reason;
 use h2::server::SendResponse;
@@ -12,19 +11,23 @@ use underpass_tests::{
 };
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("a stream that is refused unseen is tried once more on a new connection", refused);
-    suite
-        .test("a stream that GOAWAY leaves out is tried once more on a new connection", going_away);
-    suite.test("what is refused twice fails", refused_twice);
-    suite.test("a stream that is reset otherwise is not tried again", reset);
-    suite.test("a request that is answered with an error is not tried again", denied);
-    suite
-        .test("small writes to a stalled reader do not close the neighbour's stream", small_writes);
+    suite.test("a stream refused with REFUSED_STREAM is retried once on a new connection", refused);
+    suite.test(
+        "a stream beyond GOAWAY's last stream is retried once on a new connection",
+        going_away,
+    );
+    suite.test("a stream that is refused twice fails", refused_twice);
+    suite.test("a stream that is reset otherwise is not retried", reset);
+    suite.test("a request that is answered with an error is not retried", denied);
+    suite.test(
+        "small writes to a stalled reader do not close another stream of the tunnel",
+        small_writes,
+    );
 }
 
 type Tunnel = h2::server::Connection<TlsStream<TcpStream>, bytes::Bytes>;
 
-/// The client's pod with its proxy, and instead of the server's proxy a listener.
+/// The client's pod with its proxy, and a listener in place of the server's proxy.
 struct Script {
     scene: Scene,
     listener: Listener,
@@ -46,14 +49,14 @@ impl Script {
         Self { scene, listener, server, proxy }
     }
 
-    /// The next connection of the proxy.
+    /// The next tunnel of the proxy.
     async fn tunnel(&self) -> Tunnel {
         let (stream, _) = self.listener.accept().await;
         let stream = self.server.accept(stream).await.expect("a TLS handshake");
         within("a preface", h2::server::handshake(stream)).await.expect("HTTP/2")
     }
 
-    /// An application connects, and reads to the end.
+    /// Connects as an application, and reads to the end.
     async fn application(&self) -> (Vec<u8>, End) {
         let to = self.scene.app(Family::V4);
         assert_eq!(to.port(), APP);
@@ -67,7 +70,7 @@ async fn request(tunnel: &mut Tunnel) -> (Request<h2::RecvStream>, SendResponse<
     accepted.expect("a request before the end").expect("HTTP/2")
 }
 
-/// Answers a request with 200 and `served`, and drives the tunnel until the client ends it.
+/// Answers a request with 200 and `served`, and runs the tunnel until the client ends it.
 async fn serve(mut tunnel: Tunnel) {
     let (request, mut respond) = request(&mut tunnel).await;
     let mut stream = respond.send_response(Response::new(()), false).expect("an answer");
@@ -96,7 +99,7 @@ async fn going_away() {
     let script = Script::new().await;
     let server = async {
         let mut first = script.tunnel().await;
-        // Nothing was accepted: the last stream is 0.
+        // No stream was accepted: the last stream id is 0.
         first.abrupt_shutdown(Reason::NO_ERROR);
         tokio::join!(async { while first.accept().await.is_some() {} }, async {
             serve(script.tunnel().await).await;
@@ -120,7 +123,7 @@ async fn refused_twice() {
         (_, end) = script.application() => assert_eq!(end, End::Reset),
         _ = async { tokio::join!(refuse(), refuse()) } => unreachable!("the proxy ended its tunnels"),
     }
-    assert!(!script.listener.is_reached(), "it was tried a third time");
+    assert!(!script.listener.is_reached(), "a third attempt was made");
     script.proxy.line(&["connection failed", "reason=\"reset\""]).await;
 }
 
@@ -149,14 +152,14 @@ async fn not_tried_again(answer: impl FnOnce(&mut SendResponse<bytes::Bytes>), r
         (_, end) = script.application() => assert_eq!(end, End::Reset),
         () = server => unreachable!("the proxy ended its tunnels"),
     }
-    assert!(!script.listener.is_reached(), "it was tried again");
+    assert!(!script.listener.is_reached(), "a second attempt was made");
     script.proxy.line(&["connection failed", &format!("reason=\"{reason}\"")]).await;
 }
 
-/// A server with the defaults of h2 0.4.17, whose first stream is not read until the end.
+/// A server with the defaults of h2 0.4.17 that does not read its first stream until the end.
 async fn small_writes() {
     const BYTES: usize = 600;
-    // Both connections in one tunnel.
+    // Both connections share one tunnel.
     let script = Script::with(&["proxy.workers=1"]).await;
     let (all_written, mut is_all_written) = tokio::sync::mpsc::channel::<()>(1);
     let first_has_come = tokio::sync::Notify::new();
@@ -200,7 +203,7 @@ async fn small_writes() {
         let mut neighbour = script.scene.client.dial(to).await.expect("the proxy accepts");
         for _ in 1..BYTES {
             stalled.write_u8(0).await.expect("it is open");
-            // Its echo comes after the proxy has read the byte before it.
+            // Its echo arrives after the proxy has read the byte before it.
             neighbour.write_u8(7).await.expect("it is open");
             assert_eq!(within("an echo", neighbour.read_u8()).await.expect("an echo"), 7);
         }
