@@ -1,15 +1,18 @@
-//! `cargo bench -p underpass-benches --bench changes -- [--connections N]`: what a change of the mesh costs connections that are open.
+//! Measures the effect of a mesh change on open connections: `cargo bench -p underpass-benches
+//! --bench changes -- [--connections N]`.
 //!
-//! * **cut**: plaintext connections (9,000, two sockets each in the proxy) that a policy comes to forbid: how long until every one of
-//!   them has ended, and what requests of another connection through the same proxy take meanwhile.
-//! * **update**: 64 connections with requests through both proxies, whose mesh has 100,000 workloads and 10,000 services in 100
-//!   files, of which one changes twice a second: the latencies with and without, in turns.
+//! * **cut**: a policy denies 9,000 plaintext connections. Measured are the time until all have
+//!   ended, and meanwhile the latency of requests on another connection through the same proxy.
+//! * **update**: 64 connections send requests through both proxies. The mesh has 100,000 workloads
+//!   and 10,000 services in 100 files, of which one changes twice a second. Measured are latencies
+//!   with and without changes, alternately.
 //!
-//! Each connection is two open files of the proxy and two of this program: 9,000 is what a limit of 20,000 allows.
+//! Each connection needs two descriptors in the proxy and two in this program: 9,000 fit a limit of
+//! 20,000.
 
 #![expect(
     clippy::expect_used,
-    reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
+    reason = "a bench must stop at an error, as its figures would be wrong"
 )]
 #![expect(clippy::print_stdout, reason = "this is a program for a terminal")]
 
@@ -25,13 +28,14 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep};
-use underpass_benches::{Asking, Traffic, runtime_with_pods};
+use underpass_benches::{RequestMode, Traffic, runtime_with_pods};
 use underpass_interception::Namespace;
 use underpass_tests::{CLIENT, Family, Mesh, Pki, Pod, Proxy, SERVER, Settings, World};
 
-/// Where connections are held open; several, for a port of the client serves only one connection to each.
+/// The ports of held connections. Several are needed, as the client's ephemeral ports limit the
+/// connections to each.
 const HELD: [u16; 4] = [9101, 9102, 9103, 9104];
-/// Where requests are answered.
+/// The port that answers requests.
 const ANSWER: u16 = 9003;
 const MESSAGE: usize = 100;
 const WORKLOADS: usize = 100_000;
@@ -40,7 +44,7 @@ const FILES: usize = 100;
 const ROUNDS: usize = 6;
 
 fn main() {
-    let Some(arguments) = underpass_benches::asked() else { return };
+    let Some(arguments) = underpass_benches::bench_arguments() else { return };
     let asked = arguments.iter().skip_while(|argument| *argument != "--connections").nth(1);
     let connections = asked.and_then(|number| number.parse().ok()).unwrap_or(9_000);
     runtime_with_pods().block_on(async {
@@ -49,7 +53,7 @@ fn main() {
     });
 }
 
-/// Two pods on one wire.
+/// Two connected pods.
 struct Pods {
     world: World,
     pki: Pki,
@@ -79,7 +83,7 @@ impl Pods {
     }
 }
 
-/// An application that holds connections and one that answers, on a thread of their own.
+/// Starts an application that holds connections and one that answers, on a thread of their own.
 fn serve(pod: &Pod) {
     in_pod(pod.namespace(), async || {
         for port in HELD.into_iter().chain([ANSWER]) {
@@ -138,7 +142,7 @@ async fn cut(connections: usize) {
             counts.0.fetch_add(1, SeqCst);
             let ended = counts.1.clone();
             held.spawn(async move {
-                // RST or FIN: it has ended.
+                // RST or FIN ends the connection.
                 stream.read_u8().await.ok();
                 ended.fetch_add(1, SeqCst);
             });
@@ -149,7 +153,7 @@ async fn cut(connections: usize) {
     let calm = latencies(&pods, 1, Duration::from_secs(2)).await;
     let ports: Vec<_> = HELD.iter().map(u16::to_string).collect();
     let rules = format!("[[[{{destinationPorts: [{}]}}]]]", ports.join(", "));
-    let measured = asking(&pods, 1);
+    let measured = requests(&pods, 1);
     let began = Instant::now();
     assert_eq!(write(usual().policy("closed", "Deny", &rules)), file);
     reach(&ended, connections).await;
@@ -158,7 +162,7 @@ async fn cut(connections: usize) {
     let took = line.split_whitespace().find(|word| word.starts_with("took=")).unwrap_or_default();
     let (mut during, mut calm) = (stopped(measured), calm);
     println!(
-        "| connections | from the file to the last RST | of it in the proxy | request beside it: p50, p99, most | before |"
+        "| connections | from the file to the last RST | of it in the proxy | concurrent request: p50, p99, max | before |"
     );
     println!("|---|---|---|---|---|");
     println!(
@@ -175,11 +179,11 @@ async fn reach(counter: &AtomicUsize, all: usize) {
     }
 }
 
-/// Requests that are measured until they are [`stopped`].
-fn asking(pods: &Pods, connections: usize) -> Traffic {
+/// Starts requests that are measured until [`stopped`].
+fn requests(pods: &Pods, connections: usize) -> Traffic {
     let server = pods.server.at(Family::V4, ANSWER);
     let traffic =
-        Traffic::requests(pods.client.namespace(), server, Asking::KeepAlive, connections);
+        Traffic::requests(pods.client.namespace(), server, RequestMode::KeepAlive, connections);
     traffic.measure();
     traffic
 }
@@ -190,12 +194,12 @@ fn stopped(traffic: Traffic) -> Vec<u32> {
 }
 
 async fn latencies(pods: &Pods, connections: usize, window: Duration) -> Vec<u32> {
-    let traffic = asking(pods, connections);
+    let traffic = requests(pods, connections);
     sleep(window).await;
     stopped(traffic)
 }
 
-/// p50, p99 and the most, in µs.
+/// p50, p99 and maximum in µs.
 fn figures(latencies: &mut [u32]) -> String {
     latencies.sort_unstable();
     let at = |share: usize| latencies.get((latencies.len() * share / 100).min(latencies.len() - 1));
@@ -214,12 +218,12 @@ async fn update() {
     let server = pods.proxy(&pods.server, &folder).await;
     let (mut without, mut with) = (Vec::new(), Vec::new());
     println!(
-        "| round | 64 connections: p50, p99, most without changes | with two changes of 1 % a second | p99 ratio |"
+        "| round | 64 connections: p50, p99, max without changes | with two changes of 1 % a second | p99 ratio |"
     );
     println!("|---|---|---|---|");
     for round in 0..ROUNDS {
         let mut calm = latencies(&pods, 64, Duration::from_secs(5)).await;
-        let measuring = asking(&pods, 64);
+        let measuring = requests(&pods, 64);
         let mut ticks = interval(Duration::from_millis(500));
         for change in 0..10 {
             ticks.tick().await;
@@ -243,7 +247,7 @@ async fn update() {
     println!("\nchanges in force: {changes:?} (client's proxy, server's proxy)");
 }
 
-/// Writes one of the files: a hundredth of all.
+/// Writes one of the files, with a hundredth of the mesh.
 fn part(folder: &Path, number: usize, version: usize) {
     let mut text = format!("# version {version}\nworkloads:\n");
     for index in (number * WORKLOADS / FILES)..((number + 1) * WORKLOADS / FILES) {

@@ -1,15 +1,20 @@
-//! `cargo bench -p underpass-benches --bench mesh -- [WORKLOADS [SERVICES [POLICIES]]]`: what a mesh of files takes to load, to follow, to
-//! hold, to ask and to free.
+//! Measures loading, following, holding, querying and freeing a mesh: `cargo bench -p
+//! underpass-benches --bench mesh -- [WORKLOADS [SERVICES [POLICIES]]]`.
 //!
-//! Memory is resident memory (`/proc/self/status`) beyond what the process had before: the most while loading, and what is left once
-//! loaded. Rows: a cold load of one file, then one while the last snapshot is still held, then one of a file with no more keys than
-//! are needed; the same mesh in 100 files that are followed, and each change of one of them until there is a new snapshot. A change is
-//! waited for until it has settled, which is part of its time, though not of its CPU. Memory that was freed before is taken again without
+//! Memory is resident memory (`/proc/self/status`) beyond that of the process before: the peak
+//! while loading, and the rest afterwards. The rows are
+//!
+//! * a cold load of one file, a load while the previous snapshot is held, and a load of a file with
+//!   required keys only;
+//! * the same mesh in 100 watched files, and the time from each change of one file to the new
+//!   snapshot. The wait for further changes is part of that time, but not of the CPU time.
+//!
+//! The allocator reuses freed memory, so only the first row's memory is exact.
 //! being seen: of all but the first row it says little.
 
 #![expect(
     clippy::expect_used,
-    reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
+    reason = "a bench must stop at an error, as its figures would be wrong"
 )]
 #![expect(clippy::print_stdout, reason = "this is a program for a terminal")]
 
@@ -22,15 +27,15 @@ use std::path::Path;
 use tokio::time::Instant;
 use underpass_config::{Mesh, MeshSource};
 
-/// How many files the mesh that is followed has.
+/// The number of files of the watched mesh.
 const FILES: u32 = 100;
-/// How many of them change, one after the other.
+/// The number of files that change, one after the other.
 const CHANGES: u32 = 5;
-/// How many lookups are one figure.
+/// The number of lookups per figure.
 const LOOKUPS: u32 = 1_000_000;
 
 fn main() {
-    let Some(arguments) = underpass_benches::asked() else { return };
+    let Some(arguments) = underpass_benches::bench_arguments() else { return };
     let mut sizes = arguments.iter().filter_map(|argument| argument.parse().ok());
     let workloads = sizes.next().unwrap_or(100_000);
     let services = sizes.next().unwrap_or(10_000);
@@ -62,10 +67,10 @@ fn main() {
     look_up(&second, workloads, services);
     let began = Instant::now();
     drop(second);
-    println!("to free it: {:.1} ms", began.elapsed().as_secs_f64() * 1e3);
+    println!("to free the mesh: {:.1} ms", began.elapsed().as_secs_f64() * 1e3);
 }
 
-/// Writes one of [`FILES`] files, with its share of what there is.
+/// Writes one of [`FILES`] files with its share of the mesh.
 fn part(folder: &Path, n: u32, all: [u32; 3]) {
     let [workloads, services, policies] =
         all.map(|count| count * n / FILES..count * (n + 1) / FILES);
@@ -75,7 +80,7 @@ fn part(folder: &Path, n: u32, all: [u32; 3]) {
 
 fn follow(folder: &Path) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
-    let runtime = runtime.expect("a runtime needs nothing that is not there");
+    let runtime = runtime.expect("the runtime starts");
     let name = format!("{FILES} files");
     let (mut source, mut mesh) = runtime.block_on(async {
         load(&name, || MeshSource::open(Some(folder)).expect("the mesh is right"))
@@ -94,7 +99,7 @@ fn follow(folder: &Path) {
 }
 
 fn load<T>(name: &str, read: impl FnOnce() -> T) -> T {
-    // Makes the kernel forget the peak so far (proc_pid_clear_refs(5)).
+    // Resets the peak (proc_pid_clear_refs(5)).
     fs::write("/proc/self/clear_refs", "5").expect("our own peak can be reset");
     let before = status("VmRSS");
     let (began, used) = (Instant::now(), processor_seconds());
@@ -128,7 +133,7 @@ fn per_second(began: Instant) -> f64 {
     f64::from(LOOKUPS) / began.elapsed().as_secs_f64() / 1e6
 }
 
-/// A number far from the last one, so that the processor's cache does not have it.
+/// A number far from the previous one, to defeat the processor's cache.
 fn scatter(n: u32) -> u32 {
     n.wrapping_mul(2_654_435_761)
 }
@@ -142,7 +147,8 @@ fn hostname(service: u32) -> String {
     format!("svc-{service}.ns-{}.svc.cluster.local", service % 500)
 }
 
-/// A document as a control plane would write it, of a mesh with `all` services: each key that is commonly there, or `lean`.
+/// A document as a control plane would write it, of a mesh with `all` items: with all common keys,
+/// or only required ones if `lean`.
 fn mesh(
     workloads: Range<u32>,
     services: Range<u32>,
@@ -198,18 +204,18 @@ fn mesh(
     text
 }
 
-/// What all threads have used so far, in user mode and in the kernel (proc_pid_stat(5), fields 14 and 15): on a busy machine it says more than
-/// the clock.
+/// The CPU time of all threads so far, in user and kernel mode (proc_pid_stat(5), fields 14 and
+/// 15). On a busy machine it is more meaningful than elapsed time.
 fn processor_seconds() -> f64 {
     const TICKS_PER_SECOND: f64 = 100.0;
     let stat = fs::read_to_string("/proc/self/stat").expect("/proc is there");
-    // The name of the program may have anything in it; the third field follows its last bracket.
-    let (_, fields) = stat.rsplit_once(')').expect("the kernel writes it so");
+    // The name of the program may contain anything; the third field follows its closing bracket.
+    let (_, fields) = stat.rsplit_once(')').expect("the format of proc_pid_stat(5)");
     let ticks = fields.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<f64>());
     ticks.map(|ticks| ticks.expect("it is a number")).sum::<f64>() / TICKS_PER_SECOND
 }
 
-/// A line of `/proc/self/status`, in MiB.
+/// A line of `/proc/self/status` in MiB.
 fn status(key: &str) -> f64 {
     let status = fs::read_to_string("/proc/self/status").expect("/proc is there");
     let line = status.lines().find(|line| line.starts_with(key)).expect("the kernel knows it");

@@ -1,17 +1,21 @@
-//! `cargo bench -p underpass-benches --bench micro [-- FILTER]`: single parts of the proxy, by criterion, without namespaces or rules.
+//! Microbenchmarks of the proxy's parts by criterion: `cargo bench -p underpass-benches --bench
+//! micro [-- FILTER]`.
 //!
-//! * **tunnel**: bulk and ping-pong of 100 bytes over a pair of pipes in memory: TLS and HTTP/2, and no sockets;
-//! * **pool**: one more stream of a tunnel that is open already, CONNECT and its answer included;
-//! * **copy**: bulk between two TCP connections of loopback, and from one into a tunnel in memory; both ends of it are included;
-//! * **route** and **policy**: one decision in a mesh of 10,000 workloads, and of 10,000 policies with five for the workload;
+//! * **tunnel**: bulk and ping-pong of 100 bytes over an in-memory pipe: TLS and HTTP/2 without
+//!   sockets.
+//! * **pool**: another stream of an open tunnel, including CONNECT and its response.
+//! * **copy**: bulk between two TCP connections on loopback, and from one into an in-memory tunnel,
+//!   including both ends.
+//! * **route** and **policy**: a decision in a mesh with 10,000 workloads, and with 10,000 policies
+//!   of which five apply to the workload.
 //! * **rules**: settings to a plan, and a plan to text.
 //!
-//! Copying and routes are private to the proxy: `underpass::bench` is a door to them that is there for this program alone. Everything
-//! runs on one thread.
+//! Copying and routing are private to the proxy: `underpass::bench` exposes them for this program.
+//! Everything runs on one thread.
 
 #![expect(
     clippy::expect_used,
-    reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
+    reason = "a bench must stop at an error, as its figures would be wrong"
 )]
 
 use std::fmt::Write as _;
@@ -42,14 +46,14 @@ const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
 const SERVER: &str = "spiffe://cluster.local/ns/default/sa/server";
 const MINUTE: Duration = Duration::from_secs(60);
 const MIB: usize = 1 << 20;
-/// What bulk is written in, as a proxy reads it.
+/// The size of bulk writes, equal to a proxy's reads.
 const BLOCK: usize = 128 << 10;
 const MESSAGE: usize = 100;
 const MEMBERS: usize = 10_000;
 const SERVICES: usize = MEMBERS / 10;
 
 fn main() {
-    if underpass_benches::asked().is_none() {
+    if underpass_benches::bench_arguments().is_none() {
         return;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -64,15 +68,16 @@ fn main() {
     criterion.final_summary();
 }
 
-/// Two workloads of one authority; what is dialled in memory is answered by a task, which hands on the streams.
-struct Sides {
+/// Two workloads of one authority. A task accepts tunnels that are dialled in memory, and forwards
+/// their streams.
+struct InMemoryPair {
     connector: Connector,
     acceptor: Arc<Acceptor>,
     accepted: mpsc::UnboundedSender<TunnelStream>,
     streams: mpsc::UnboundedReceiver<TunnelStream>,
 }
 
-impl Sides {
+impl InMemoryPair {
     fn new() -> Self {
         let domain = "cluster.local".parse().expect("a trust domain");
         let authority = CertificateAuthority::generate(domain).expect("a certificate authority");
@@ -103,7 +108,7 @@ impl Sides {
         Pool::new(dial, settings)
     }
 
-    /// Both ends of one more stream.
+    /// Opens a stream and returns both ends.
     async fn stream(&mut self, pool: &Pool<Memory>) -> (TunnelStream, TunnelStream) {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 15008));
         let key = TunnelKey { source: id(CLIENT), address, peers: [id(SERVER)].into() };
@@ -114,7 +119,7 @@ impl Sides {
     }
 }
 
-/// A network in memory, where a server accepts every stream.
+/// An in-memory network whose server accepts every stream.
 struct Memory {
     acceptor: Arc<Acceptor>,
     accepted: mpsc::UnboundedSender<TunnelStream>,
@@ -141,7 +146,7 @@ fn id(text: &str) -> SpiffeId {
     text.parse().expect("an identity")
 }
 
-/// Runs `each` as often as criterion says, and says how long all took.
+/// Runs `each` as often as criterion requests. Returns the total time.
 async fn timed(times: u64, mut each: impl AsyncFnMut()) -> Duration {
     let began = Instant::now();
     for _ in 0..times {
@@ -151,7 +156,7 @@ async fn timed(times: u64, mut each: impl AsyncFnMut()) -> Duration {
 }
 
 fn tunnel(criterion: &mut Criterion, runtime: &Runtime) {
-    let mut sides = Sides::new();
+    let mut sides = InMemoryPair::new();
     let pool = sides.pool();
     let (near, far) = runtime.block_on(sides.stream(&pool));
     let ((mut answers, mut asks), (mut reads, mut writes)) = (near.split(), far.split());
@@ -196,9 +201,9 @@ async fn receive(reader: &mut TunnelReader, bytes: usize) {
 }
 
 fn pool(criterion: &mut Criterion, runtime: &Runtime) {
-    let mut sides = Sides::new();
+    let mut sides = InMemoryPair::new();
     let pool = sides.pool();
-    // The first one pays for the handshake.
+    // The first stream pays for the handshake.
     let held = runtime.block_on(sides.stream(&pool));
     criterion.bench_function("pool/stream", |bencher| {
         bencher.iter_custom(|times| {
@@ -228,7 +233,7 @@ fn copying(criterion: &mut Criterion, runtime: &Runtime) {
             }))
         });
     });
-    let mut sides = Sides::new();
+    let mut sides = InMemoryPair::new();
     let pool = sides.pool();
     let (mut client, mut reader, _writer) = runtime.block_on(async {
         let (client, near) = pair().await;
@@ -248,7 +253,7 @@ fn copying(criterion: &mut Criterion, runtime: &Runtime) {
     group.finish();
 }
 
-/// Two ends of one connection.
+/// Both ends of a TCP connection.
 async fn pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("loopback is up");
     let address = listener.local_addr().expect("it is bound");
@@ -267,7 +272,7 @@ fn route(criterion: &mut Criterion) {
         let mut member = 0;
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
-                // Far from the last one, so that the processor's cache does not have it.
+                // Far from the previous one, to defeat the processor's cache.
                 member = (member + 7919) % of;
                 black_box(router.has_route(address(network, member, port)))
             });
@@ -282,7 +287,7 @@ fn address(network: u8, member: usize, port: u16) -> SocketAddr {
     (Ipv4Addr::new(network, 0, b, c), port).into()
 }
 
-/// So many workloads, each one of the ten endpoints of a service.
+/// The document of a mesh: workloads, each one of the ten endpoints of a service.
 fn members() -> String {
     let mut text = String::from("workloads:\n");
     for member in 0..MEMBERS {

@@ -1,8 +1,9 @@
-//! `cargo bench -p underpass-benches --bench path`: every load on every path in turn, round after round, and the ratios.
+//! Measures every load on every path in turn, and prints ratios: `cargo bench -p underpass-benches
+//! --bench path`.
 
 #![expect(
     clippy::expect_used,
-    reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
+    reason = "a bench must stop at an error, as its figures would be wrong"
 )]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
 
@@ -11,13 +12,13 @@ use std::fs;
 use underpass_benches::{Options, Path, Report, Workload, results, runtime_with_pods};
 
 fn main() {
-    let Some(options) = Options::asked() else { return };
+    let Some(options) = Options::from_arguments() else { return };
     let report = runtime_with_pods().block_on(measure(&options));
     println!("\n{}\n\n{}\n{}", report.machine(), report.table(), report.goals());
     save(&report);
 }
 
-/// Paths take turns within a round, so that whatever else the machine does meets all of them.
+/// Paths alternate within a round, so that other load of the machine affects all of them.
 async fn measure(options: &Options) -> Report {
     let mut report = Report::new(options);
     let mut paths = Vec::new();

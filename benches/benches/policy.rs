@@ -1,11 +1,13 @@
-//! `cargo bench -p underpass-benches --bench policy`: what a decision by policies takes in a mesh with 10,000 policies of 10 rules.
+//! Measures policy decisions in a mesh with 10,000 policies of 10 rules: `cargo bench -p
+//! underpass-benches --bench policy`.
 //!
-//! Ten policies hold for each workload: five deny and five allow, one of them the whole mesh's. Rows: the connection, and which rules
-//! it takes to decide. Columns: the median of the rounds, the least, and what nine of ten of them kept within.
+//! Ten policies apply to each workload: five deny and five allow, one of them mesh-wide. A row is a
+//! kind of connection and the rules that decide it. Columns are median, minimum and 90th percentile
+//! of the rounds.
 
 #![expect(
     clippy::expect_used,
-    reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
+    reason = "a bench must stop at an error, as its figures would be wrong"
 )]
 #![expect(clippy::print_stdout, reason = "this is a program for a terminal")]
 
@@ -16,15 +18,15 @@ use tokio::time::Instant;
 use underpass_config::{Connection, Mesh, PolicyAction, PolicySet, SpiffeId};
 
 const NAMESPACES: usize = 1111;
-/// Those of a namespace; there is one more, the mesh's.
+/// The policies per namespace. One more is mesh-wide.
 const POLICIES: usize = 9;
 const RULES: usize = 10;
 const ROUNDS: usize = 1001;
-/// Decisions that are one figure: about a millisecond, so that most rounds are not interrupted by whatever else the machine does.
+/// Decisions per figure: about a millisecond, so that most rounds are not interrupted.
 const DECISIONS: u32 = 200;
 
 fn main() {
-    if underpass_benches::asked().is_none() {
+    if underpass_benches::bench_arguments().is_none() {
         return;
     }
     let text = document();
@@ -42,13 +44,13 @@ fn main() {
     let denied = identity("spiffe://td/ns/foes/sa/first");
     let near = |_: usize| "ns-500".to_owned();
     let far = |round: usize| format!("ns-{}", round * 7 % NAMESPACES);
-    measure("no rule matches: all are asked", &mesh, Some(&nobody), near, decides);
+    measure("no rule matches: all are evaluated", &mesh, Some(&nobody), near, decides);
     measure("the last rule allows", &mesh, Some(&allowed), near, decides);
     measure("the first rule denies", &mesh, Some(&denied), near, decides);
     measure("plaintext; no rule matches", &mesh, None, near, decides);
-    measure("another workload each time", &mesh, Some(&nobody), far, decides);
+    measure("a different workload each time", &mesh, Some(&nobody), far, decides);
     measure(
-        "dry run, of which there is none",
+        "dry run without dry-run policies",
         &mesh,
         Some(&nobody),
         near,
@@ -67,7 +69,7 @@ fn identity(text: &str) -> SpiffeId {
     text.parse().expect("an identity")
 }
 
-/// Asks as `authorization::decide` does, to which the proxy's library has no public door.
+/// Decides like `authorization::decide`, which is private to the proxy.
 fn decides(policies: PolicySet<'_>, connection: &Connection<'_>) {
     let denied = policies.deciding(PolicyAction::Deny).any(|policy| policy.matches(connection));
     let mut allowing = policies.deciding(PolicyAction::Allow).peekable();
@@ -126,7 +128,7 @@ fn policy(text: &mut String, namespace: usize, index: usize, scope: &str) {
     .expect("memory");
     for number in 0..RULES {
         let seed = (namespace * 10 + index) * 10 + number;
-        // All but the last two rules need their texts compared: the port is right.
+        // All but the last two rules need comparisons of text, as the port matches.
         let port = "[{destinationPorts: [80, 443, 8080]}]";
         let from = match number {
             _ if index == 0 && number == 0 => "principals: [!Exact td/ns/foes/sa/first]".to_owned(),

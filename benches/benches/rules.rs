@@ -1,12 +1,14 @@
-//! `cargo bench -p underpass-benches --bench rules`: what installing, comparing and repairing the rules takes, and what they cost a
-//! connection, each in a namespace with nothing else in it.
+//! Measures installing, verifying and repairing rules, and their cost per connection: `cargo bench
+//! -p underpass-benches --bench rules`.
 //!
-//! Rows: the profiles by netlink, then ambient with 10,000 excluded networks of one length, and of sixteen. Columns: the median, the
-//! least and the most of the rounds. A connection is refused (nobody listens), so that it is the rules that are measured and no server.
+//! Each round runs in an empty namespace. The rows are the profiles with nftables, then ambient
+//! with 10,000 excluded networks of one length and of sixteen lengths. Columns are median, minimum
+//! and maximum of the rounds. Connections are refused, so that only the rules are measured and no
+//! server.
 
 #![expect(
     clippy::expect_used,
-    reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
+    reason = "a bench must stop at an error, as its figures would be wrong"
 )]
 #![expect(clippy::print_stdout, reason = "this is a program for a terminal")]
 
@@ -18,16 +20,16 @@ use underpass_config::Sources;
 use underpass_interception::{Interception, Namespace, NamespaceAccess, Ports, enter_sandbox};
 
 const ROUNDS: usize = 100;
-/// The kernel takes a namespace apart behind our back, which would be measured with the next one's installation.
+/// The kernel destroys a namespace asynchronously, which would disturb the next round.
 const DESTRUCTION: Duration = Duration::from_millis(100);
-/// Connections in a row that are one figure.
+/// Connections per figure.
 const CONNECTIONS: u32 = 1000;
 
 fn main() {
-    if underpass_benches::asked().is_none() {
+    if underpass_benches::bench_arguments().is_none() {
         return;
     }
-    // Namespaces can only be entered while there is one thread.
+    // Namespaces can only be entered by a process with a single thread.
     enter_sandbox().expect("this user may make namespaces");
     let networks: Vec<_> =
         (0..10_000).map(|n| format!("10.{}.{}.0/25", n / 250, n % 250)).collect();
@@ -48,7 +50,7 @@ fn main() {
     }
 }
 
-/// A network that no other number has, of a length from 17 to 32.
+/// A unique network with a length from 17 to 32.
 fn network_of_some_length(number: u32) -> String {
     let (kind, index) = (number % 16, number / 16);
     let length = 17 + kind;
@@ -79,7 +81,7 @@ fn measure(name: &str, flags: &[&str]) {
     println!("| {name} | {} |", cells.join(" | "));
 }
 
-/// Installation, comparison, replacement, and connections.
+/// Measures installation, verification, replacement and connections.
 async fn one(flags: &[&str], round: usize) -> [Option<f64>; 4] {
     let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
     let sources = Sources { file: None, environment: Vec::new(), flags };
@@ -101,14 +103,14 @@ async fn one(flags: &[&str], round: usize) -> [Option<f64>; 4] {
         figures[1] = millis(verified - installed);
         figures[2] = millis(verified.elapsed());
     }
-    // A tenth of the rounds is enough of these.
+    // A tenth of the rounds suffices for connections.
     if round.is_multiple_of(10) {
         figures[3] = Some(refused_connections().as_secs_f64() * 1e6 / f64::from(CONNECTIONS));
     }
     figures
 }
 
-/// To an address of the namespace, so that none leaves it: through the rules up to the one that spares such connections.
+/// Connects to a local address, through the rules up to the one that exempts such connections.
 fn refused_connections() -> Duration {
     let nobody = SocketAddr::from(([127, 0, 0, 2], 9));
     let began = Instant::now();
@@ -118,7 +120,7 @@ fn refused_connections() -> Duration {
     began.elapsed()
 }
 
-/// The median, the least and the most.
+/// Median, minimum and maximum.
 fn cell(figures: &mut [f64]) -> String {
     figures.sort_by(f64::total_cmp);
     match (figures.first(), figures.get(figures.len() / 2), figures.last()) {

@@ -1,25 +1,28 @@
-//! `cargo bench -p underpass-benches --bench scaling [-- --paths hbone --rounds 1 --plot $PWD/docs]`: what one more costs when there are many.
+//! Measures the cost of one more connection, stream or workload when there are many: `cargo bench
+//! -p underpass-benches --bench scaling [-- --paths hbone --rounds 1 --plot $PWD/docs]`.
 //!
-//! * **connections**: 10 to 10,000 that are open (5,000 in plain: two files each in a proxy): CPU of both proxies for each request, ten of
-//!   which are under way at a time on any of the connections; for each new connection, and for bulk, beside them; memory for each.
+//! * **connections**: 10 to 10,000 open ones (5,000 in plaintext, which needs two descriptors each
+//!   in a proxy). Measured are the CPU time of both proxies per request with ten requests in
+//!   flight, per new connection and for concurrent bulk, and the memory per connection.
 //! * **streams**: 1 to 64 with bulk.
-//! * **workloads**: 10 to 100,000 more in the mesh: time until a proxy is ready, its memory, CPU for each new connection and request.
+//! * **workloads**: 10 to 100,000 additional ones in the mesh. Measured are the time until
+//!   readiness, memory, and CPU time per new connection and request.
 //!
-//! Each measurement has a path of its own. Figures are medians of the rounds. It writes a plot of each as `scaling-….svg`, to
-//! `target/bench` or where `--plot` says.
+//! Each measurement has a path of its own. Figures are medians of the rounds. Plots are written as
+//! `scaling-….svg` to `target/bench` or to the folder given by `--plot`.
 
 #![expect(
     clippy::expect_used,
-    reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
+    reason = "a bench must stop at an error, as its figures would be wrong"
 )]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for a terminal")]
 
 use std::fs;
 
-use underpass_benches::{Growing, Options, PathName, Scaling, results, runtime_with_pods};
+use underpass_benches::{Dimension, Options, PathName, Scaling, results, runtime_with_pods};
 
 fn main() {
-    let Some(options) = Options::asked() else { return };
+    let Some(options) = Options::from_arguments() else { return };
     let scaling = runtime_with_pods().block_on(measure(&options));
     println!("\n{}", scaling.tables());
     let folder = options.plot.unwrap_or_else(results);
@@ -32,11 +35,11 @@ fn main() {
 
 async fn measure(options: &Options) -> Scaling {
     let mut scaling = Scaling::default();
-    // Those whose cost is asked for; of direct and relays there is nothing to tell.
+    // Only paths with a proxy: the cost of direct connections and relays does not grow.
     let is_meant = |path: &PathName| matches!(path, PathName::Plain | PathName::Hbone);
     let paths: Vec<_> = options.paths.iter().copied().filter(is_meant).collect();
     for round in 1..=options.rounds {
-        for what in Growing::ALL {
+        for what in Dimension::ALL {
             for &path in &paths {
                 for &size in what.sizes(path) {
                     eprintln!(

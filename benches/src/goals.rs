@@ -1,6 +1,7 @@
-//! What the proxy is meant to reach, and how near it is. Goals against ztunnel have a verdict only where there is one to compare with.
+//! The performance goals of the proxy. A goal relative to ztunnel is evaluated only if ztunnel was
+//! measured.
 //!
-//! The goal for installing the rules (3 ms) is not here: `--bench rules` measures it.
+//! The goal for installing rules (3 ms) is in `--bench rules`.
 
 use std::fmt;
 
@@ -11,11 +12,11 @@ use crate::workload::{
     AT_REST, BITS, CONNECTIONS, CPU_EACH, CPU_PER_BYTE, MEDIAN, PER_IDLE, REQUESTS,
 };
 
-/// One goal: a figure of a workload on a path, alone or divided by the same on another path.
+/// A goal: a figure of a workload on a path, absolute or relative to another path.
 #[derive(Debug)]
 pub(crate) struct Goal {
     pub(crate) workload: &'static str,
-    /// The figure, or what the names of several begin with: then the largest counts.
+    /// The name of the figure, or the common prefix of several; then the largest counts.
     pub(crate) figure: &'static str,
     pub(crate) path: PathName,
     pub(crate) against: Option<PathName>,
@@ -29,7 +30,7 @@ enum Bound {
 }
 use Bound::{AtLeast, AtMost};
 
-/// All of them, in the order in which they are told.
+/// All goals in the order of the report.
 #[rustfmt::skip]
 pub(crate) const GOALS: &[Goal] = &[
     goal("bulk x1", BITS, Hbone, Some(ZtunnelHbone), AtLeast(1.45)),
@@ -61,18 +62,18 @@ const fn goal(
     Goal { workload, figure, path, against, bound }
 }
 
-/// How near a goal is.
+/// The evaluation of a goal.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Verdict {
-    /// Something that it needs was not measured.
+    /// A required figure was not measured.
     Unknown,
     Met,
-    /// By which share of the bound it is missed.
+    /// The relative distance from the bound.
     MissedBy(f64),
 }
 
 impl Goal {
-    /// What is to be made of a measured figure, or ratio.
+    /// Evaluates a measured figure or ratio.
     pub(crate) fn verdict(&self, measured: Option<f64>) -> Verdict {
         let missing = measured.map(|measured| match self.bound {
             AtLeast(bound) => 1.0 - measured / bound,
@@ -117,11 +118,11 @@ mod tests {
     use clap::ValueEnum as _;
 
     use super::*;
-    use crate::options::What;
+    use crate::options::WorkloadGroup;
     use crate::workload::Workload;
 
     #[test]
-    fn a_goal_is_met_on_its_own_side_of_the_bound() {
+    fn goal_is_met_on_its_side_of_bound() {
         let least = goal("", "", Hbone, None, AtLeast(2.0));
         assert_eq!(least.verdict(Some(2.0)), Verdict::Met);
         assert_eq!(least.verdict(Some(1.0)), Verdict::MissedBy(0.5));
@@ -132,9 +133,9 @@ mod tests {
     }
 
     #[test]
-    fn every_goal_is_of_a_workload_that_there_is() {
+    fn goals_refer_to_existing_workloads() {
         let known: Vec<_> =
-            What::value_variants().iter().flat_map(|what| Workload::of(*what)).collect();
+            WorkloadGroup::value_variants().iter().flat_map(|what| Workload::of(*what)).collect();
         let known: Vec<_> = known.iter().map(ToString::to_string).collect();
         for goal in GOALS {
             assert!(known.iter().any(|workload| workload == goal.workload), "{goal}");
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_goal_says_what_it_compares() {
+    fn goal_prints_its_comparison() {
         let texts: Vec<_> = GOALS.iter().map(ToString::to_string).collect();
         assert_eq!(texts[0], "bulk x1, Gbit/s: hbone ≥ 1.45 × ztunnel-hbone");
         assert_eq!(texts[6], "requests x1, p50 µs: hbone ≤ 100");

@@ -1,30 +1,34 @@
-//! Measures paths between two pods, in one sitting: what `cargo bench -p underpass-benches` is made of.
+//! Measures paths between two pods in one session: the library behind `cargo bench -p
+//! underpass-benches`.
 //!
 //! In reading order:
 //!
-//! * `options` is what may be asked, `paths` are the ways between two pods that are compared (`relay` and `ztunnel` are on some);
-//! * `workload` puts one load on one path and says what it measured: `load` and `crowd` are the clients, `server` is the other end,
-//!   `process` what the proxies used; `part` is what runs in a process of its own;
-//! * `report` puts the rounds together: the table, the ratios, the `goals`, the JSON;
-//! * `scaling` repeats a few loads at sizes that grow, and `plot` draws them.
+//! * `options` defines the command line; `paths` sets up the compared paths, some of them with
+//!   `relay` or `ztunnel`;
+//! * `workload` runs one load on one path and returns figures: `load` and `clients` are the
+//!   clients, `server` is the server, and `process` reads the resources of proxies. `child_process`
+//!   starts helper processes, whose roles `roles` runs;
+//! * `report` combines the rounds: the table, the ratios, the `goals`, the JSON;
+//! * `scaling` repeats some loads at growing sizes, and `plot` draws the results.
 //!
-//! Not here: what is right or wrong (the tests crate). A bench that meets an error stops: its figures would be worth nothing.
+//! Benches check no behaviour; the tests crate does. A bench stops at an error.
 
 #![expect(
     clippy::expect_used,
-    reason = "a bench that meets an error must stop loudly: its figures would be worth nothing"
+    reason = "a bench must stop at an error, as its figures would be wrong"
 )]
 
-mod crowd;
+mod child_process;
+mod clients;
 mod goals;
 mod load;
 mod options;
-mod part;
 mod paths;
 mod plot;
 mod process;
 mod relay;
 mod report;
+mod roles;
 mod scaling;
 mod server;
 mod workload;
@@ -32,35 +36,36 @@ mod ztunnel;
 
 use underpass_interception::{enter_sandbox, raise_open_files};
 
-pub use load::{Asking, Traffic};
-pub use options::{Options, PathName, What};
+pub use load::{RequestMode, Traffic};
+pub use options::{Options, PathName, WorkloadGroup};
 pub use paths::Path;
 pub use plot::Plot;
 pub use report::Report;
-pub use scaling::{Growing, Scaling};
+pub use scaling::{Dimension, Scaling};
 pub use workload::{Figure, Workload};
 
-/// The arguments after the program's name, if something is to be measured. `cargo bench` asks for that; `cargo test` runs benches too,
-/// and then this says so.
+/// The arguments of the program if it should measure. `cargo bench` passes `--bench`; `cargo test`
+/// runs benches without it, and then this prints a notice.
 #[expect(clippy::print_stdout, reason = "a bench's output is its result")]
 #[must_use]
-pub fn asked() -> Option<Vec<String>> {
+pub fn bench_arguments() -> Option<Vec<String>> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    let asked = arguments.iter().any(|argument| argument == "--bench");
-    if !asked {
-        println!("nothing is measured without --bench, which `cargo bench` adds");
+    let is_bench = arguments.iter().any(|argument| argument == "--bench");
+    if !is_bench {
+        println!("nothing is measured without --bench, which `cargo bench` passes");
     }
-    asked.then_some(arguments)
+    is_bench.then_some(arguments)
 }
 
-/// What a bench with pods runs in, having built what it measures; to be called while there is one thread, which is when namespaces can
-/// be entered.
+/// Builds the binary under test, enters the sandbox, and returns a runtime. The process must have a
+/// single thread.
 ///
 /// # Panics
-/// This user may not make namespaces, or the program cannot be built.
+/// The sandbox cannot be entered, or the binary cannot be built.
 #[must_use]
 pub fn runtime_with_pods() -> tokio::runtime::Runtime {
-    // Outside of the sandbox, where cargo has its home; with the profile of this program.
+    // Built before entering the sandbox, which hides cargo's home; with the profile of this
+    // program.
     underpass_tests::binary();
     enter_sandbox().expect("this user may make namespaces");
     raise_open_files().expect("the limit of open files can be raised");
@@ -68,10 +73,10 @@ pub fn runtime_with_pods() -> tokio::runtime::Runtime {
     runtime.expect("a runtime starts")
 }
 
-/// `target/bench`, where results are written to; this program is `target/PROFILE/deps/NAME-…`.
+/// `target/bench`, the folder for results. This program is `target/PROFILE/deps/NAME-…`.
 ///
 /// # Panics
-/// It is not, or the folder cannot be made.
+/// The program is elsewhere, or the folder cannot be created.
 #[must_use]
 pub fn results() -> std::path::PathBuf {
     let program = std::env::current_exe().expect("this program has a path");

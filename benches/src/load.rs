@@ -1,7 +1,7 @@
 //! The client of every load, in pod-a: traffic that flows until it is stopped.
 //!
-//! Bulk is a blocking thread per stream; requests of any number of connections are one thread with one epoll loop, so that
-//! the load leaves the two or so CPUs to what is measured.
+//! Bulk uses a blocking thread per stream. Requests of all connections share one thread with one
+//! epoll loop, which leaves the CPUs to the proxies.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -17,28 +17,28 @@ use underpass_interception::Namespace;
 
 use crate::server::{BLOCK, MESSAGE};
 
-/// How long anything may take before it hangs rather than waits.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
-/// A connection that takes nothing for so long takes nothing any more.
+/// The timeout of every operation.
+pub(crate) const OPERATION_TIMEOUT: Duration = Duration::from_secs(10);
+/// The time without progress after which a connection counts as full.
 const FULL: Duration = Duration::from_millis(500);
 
 const WARMING_UP: u8 = 0;
 const MEASURING: u8 = 1;
 const STOPPING: u8 = 2;
 
-/// Which way bulk goes, as seen from the client.
+/// The direction of bulk, seen from the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum BulkDirection {
     Up,
     Down,
 }
 
-/// What a client asks, and how often.
+/// How connections are used for requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Asking {
+pub enum RequestMode {
     /// All requests on one connection.
     KeepAlive,
-    /// A connection for every request; the server closes it.
+    /// A connection for every request, closed by the server.
     Once,
 }
 
@@ -46,21 +46,26 @@ pub enum Asking {
 #[derive(Debug)]
 pub struct Traffic {
     phase: Arc<AtomicU8>,
-    /// Bytes that came down.
+    /// The number of received bytes.
     pub(crate) received: Arc<AtomicU64>,
     threads: Vec<JoinHandle<Vec<u32>>>,
 }
 
 impl Traffic {
-    pub(crate) fn bulk(pod: &Namespace, server: SocketAddr, way: Way, streams: usize) -> Self {
+    pub(crate) fn bulk(
+        pod: &Namespace,
+        server: SocketAddr,
+        direction: BulkDirection,
+        streams: usize,
+    ) -> Self {
         let mut traffic = Self::new();
         for _ in 0..streams {
             let (phase, received) = (traffic.phase.clone(), traffic.received.clone());
             traffic.threads.push(spawn(pod, move || {
                 let stream = connect(server);
-                match way {
-                    Way::Up => write_until_stopped(stream, &phase),
-                    Way::Down => read_until_stopped(stream, &phase, &received),
+                match direction {
+                    BulkDirection::Up => write_until_stopped(stream, &phase),
+                    BulkDirection::Down => read_until_stopped(stream, &phase, &received),
                 }
                 Vec::new()
             }));
@@ -68,12 +73,12 @@ impl Traffic {
         traffic
     }
 
-    /// Requests on so many connections at a time.
+    /// Sends requests on this number of concurrent connections.
     #[must_use]
     pub fn requests(
         pod: &Namespace,
         server: SocketAddr,
-        asking: Asking,
+        mode: RequestMode,
         connections: usize,
     ) -> Self {
         let mut traffic = Self::new();
@@ -81,7 +86,7 @@ impl Traffic {
         traffic.threads.push(spawn(pod, move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.expect("a runtime starts").block_on(async {
-                let client = |_| client(server, asking, phase.clone());
+                let client = |_| client(server, mode, phase.clone());
                 let clients: JoinSet<_> = (0..connections).map(client).collect();
                 clients.join_all().await.concat()
             })
@@ -94,20 +99,20 @@ impl Traffic {
         Self { phase, received: Arc::default(), threads: Vec::new() }
     }
 
-    /// From now on, latencies count.
+    /// Starts recording latencies.
     pub fn measure(&self) {
         self.phase.store(MEASURING, Relaxed);
     }
 
-    /// Until now; the traffic is about to end.
+    /// Stops recording latencies and ends the traffic.
     pub fn stop(&self) {
         self.phase.store(STOPPING, Relaxed);
     }
 
-    /// The latencies in between, in microseconds and in no order, once all has ended.
+    /// The recorded latencies in microseconds, unsorted, once all traffic has ended.
     ///
     /// # Panics
-    /// It met an error.
+    /// The traffic had an error.
     #[must_use]
     pub fn latencies(self) -> Vec<u32> {
         let join = |thread: JoinHandle<_>| thread.join().expect("the load met no error");
@@ -115,7 +120,7 @@ impl Traffic {
     }
 }
 
-/// Connections that have carried one request each, and now nothing.
+/// Idle connections that have carried one request each.
 pub(crate) fn idle(pod: &Namespace, server: SocketAddr, connections: usize) -> Vec<TcpStream> {
     let open = |_| {
         let mut stream = connect(server);
@@ -127,7 +132,7 @@ pub(crate) fn idle(pod: &Namespace, server: SocketAddr, connections: usize) -> V
     pod.run(|| (0..connections).map(open).collect()).expect("the pod can be entered")
 }
 
-/// Connections to a server that does not read, each with all in it that it takes.
+/// Connections to a server that does not read, filled until they block.
 pub(crate) fn stalled(pod: &Namespace, server: SocketAddr, connections: usize) -> Vec<TcpStream> {
     let threads: Vec<_> = (0..connections).map(|_| spawn(pod, move || fill(server))).collect();
     threads.into_iter().map(|thread| thread.join().expect("it met no error")).collect()
@@ -141,7 +146,7 @@ fn fill(server: SocketAddr) -> TcpStream {
     stream
 }
 
-/// A thread that is in the pod, as is whatever it opens.
+/// Starts a thread in the pod.
 fn spawn<T: Send + 'static>(
     pod: &Namespace,
     run: impl FnOnce() -> T + Send + 'static,
@@ -150,9 +155,10 @@ fn spawn<T: Send + 'static>(
 }
 
 fn connect(server: SocketAddr) -> TcpStream {
-    let stream = TcpStream::connect_timeout(&server, PATIENCE).expect("the server can be reached");
-    stream.set_read_timeout(Some(PATIENCE)).expect("SO_RCVTIMEO");
-    stream.set_write_timeout(Some(PATIENCE)).expect("SO_SNDTIMEO");
+    let stream =
+        TcpStream::connect_timeout(&server, OPERATION_TIMEOUT).expect("the server can be reached");
+    stream.set_read_timeout(Some(OPERATION_TIMEOUT)).expect("SO_RCVTIMEO");
+    stream.set_write_timeout(Some(OPERATION_TIMEOUT)).expect("SO_SNDTIMEO");
     stream
 }
 
@@ -167,19 +173,19 @@ fn read_until_stopped(mut stream: TcpStream, phase: &AtomicU8, received: &Atomic
     let mut buffer = vec![0; BLOCK];
     while phase.load(Relaxed) != STOPPING {
         let length = stream.read(&mut buffer).expect("the server writes");
-        assert_ne!(length, 0, "the server must not stop before we do");
+        assert_ne!(length, 0, "the server must not stop first");
         received.fetch_add(length as u64, Relaxed);
     }
 }
 
-/// Asks again and again, and returns what each answer took.
-async fn client(server: SocketAddr, asking: Asking, phase: Arc<AtomicU8>) -> Vec<u32> {
+/// Sends requests in a loop. Returns their latencies.
+async fn client(server: SocketAddr, mode: RequestMode, phase: Arc<AtomicU8>) -> Vec<u32> {
     let mut latencies = Vec::new();
     let mut kept = None;
     while phase.load(Relaxed) != STOPPING {
         let began = Instant::now();
         let stream = kept.take();
-        let asked = timeout(PATIENCE, ask(server, asking, stream)).await;
+        let asked = timeout(OPERATION_TIMEOUT, ask(server, mode, stream)).await;
         kept = asked.expect("an answer comes").expect("the server can be reached and answers");
         if phase.load(Relaxed) == MEASURING {
             latencies.push(micros(began));
@@ -188,15 +194,15 @@ async fn client(server: SocketAddr, asking: Asking, phase: Arc<AtomicU8>) -> Vec
     latencies
 }
 
-/// Since then, in microseconds.
+/// The elapsed time in microseconds.
 pub(crate) fn micros(began: Instant) -> u32 {
     u32::try_from(began.elapsed().as_micros()).expect("nothing here takes an hour")
 }
 
-/// One request, on the connection that is given or a new one; returns the connection if it can be asked again.
+/// Sends a request on the given or a new connection. Returns the connection if it is reusable.
 pub(crate) async fn ask(
     server: SocketAddr,
-    asking: Asking,
+    mode: RequestMode,
     stream: Option<tokio::net::TcpStream>,
 ) -> io::Result<Option<tokio::net::TcpStream>> {
     let mut stream = match stream {
@@ -210,7 +216,7 @@ pub(crate) async fn ask(
     let mut message = [0; MESSAGE];
     stream.write_all(&message).await?;
     stream.read_exact(&mut message).await?;
-    if asking == Asking::KeepAlive {
+    if mode == RequestMode::KeepAlive {
         return Ok(Some(stream));
     }
     let rest = stream.read(&mut message).await?;

@@ -1,4 +1,4 @@
-//! What may be asked on the command line, after `cargo bench -p underpass-benches --`.
+//! The command line after `cargo bench -p underpass-benches --`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -6,53 +6,53 @@ use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
-use crate::part::was_part;
+use crate::roles::run_child_role;
 
-/// Measures direct, relayed, plain and HBONE traffic between two pods, in one sitting
+/// Measure direct, relayed, plaintext and HBONE traffic between two pods in one session
 #[derive(Debug, Clone, Parser)]
 #[command(name = "cargo bench -p underpass-benches --")]
 pub struct Options {
-    /// What to measure; stalls only when asked for
-    #[arg(long, value_delimiter = ',', default_values_t = What::USUAL)]
-    pub only: Vec<What>,
-    /// Which ways to compare; by default all, those of ztunnel if there is one
+    /// Groups of workloads to measure [default: all but stalls]
+    #[arg(long, value_delimiter = ',', default_values_t = WorkloadGroup::USUAL)]
+    pub only: Vec<WorkloadGroup>,
+    /// Paths to compare [default: all; ztunnel's only with --ztunnel]
     #[arg(long, value_delimiter = ',')]
     pub paths: Vec<PathName>,
-    /// A stock ztunnel to compare with: the program, by its absolute path
+    /// Absolute path of a ztunnel binary to compare with
     #[arg(long, value_name = "PROGRAM")]
     pub ztunnel: Option<PathBuf>,
-    /// How long each load is measured, each time, after half a second that is not
+    /// Duration of each measurement in seconds, after a warm-up of half a second
     #[arg(long, default_value_t = 3.0)]
     pub seconds: f64,
-    /// How often each load takes its turn on each path
+    /// Number of measurements of each load on each path
     #[arg(long, default_value_t = 3)]
     pub rounds: usize,
-    /// A first impression: one second, one round
+    /// Measure a single round of one second
     #[arg(long)]
     pub quick: bool,
-    /// So many workloads more in the mesh, which have nothing to do with what is measured
+    /// Number of additional workloads in the mesh, without traffic
     #[arg(long, default_value_t = 0)]
     pub workloads: usize,
-    /// Where plots are written to, by those who draw any [default: target/bench]
+    /// Folder for plots [default: target/bench]
     #[arg(long, value_name = "FOLDER")]
     pub plot: Option<PathBuf>,
-    /// Let the proxies write their access log, not only what fails
+    /// Write access logs, instead of errors only
     #[arg(long)]
     pub access_log: bool,
-    /// cargo says that this is `cargo bench`
+    /// Passed by `cargo bench`
     #[arg(long, hide = true)]
     pub bench: bool,
 }
 
 impl Options {
-    /// The options of this process, if something is to be measured: if it is no part of a bench, and `cargo bench` has started it.
-    /// Ends it if they are not understood.
+    /// The options of this process, if it should measure: `cargo bench` started it, and it is no
+    /// child process of a bench. Invalid options end the process.
     #[must_use]
-    pub fn asked() -> Option<Self> {
-        if was_part() {
+    pub fn from_arguments() -> Option<Self> {
+        if run_child_role() {
             return None;
         }
-        crate::asked()?;
+        crate::bench_arguments()?;
         let mut options = Self::parse();
         if options.quick {
             options.seconds = 1.0;
@@ -67,12 +67,12 @@ impl Options {
         Some(options)
     }
 
-    /// What proxies log.
+    /// The log filter of the proxies.
     pub(crate) fn log_filter(&self) -> &'static str {
         if self.access_log { "info" } else { "info,access=warn" }
     }
 
-    /// How long each load is measured, each time.
+    /// The duration of each measurement.
     #[must_use]
     pub fn window(&self) -> Duration {
         Duration::from_secs_f64(self.seconds)
@@ -81,66 +81,66 @@ impl Options {
 
 /// A group of workloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum What {
-    /// Throughput: one and eight streams, and one in reverse
+pub enum WorkloadGroup {
+    /// Throughput of one and eight streams, and of one in reverse
     Bulk,
-    /// Requests of one connection: latency
+    /// Latency of requests on one connection
     Rtt,
-    /// Requests of 64 connections: rate
+    /// Rate of requests on 64 connections
     Rps,
-    /// Connections for one request each, sixteen at a time
+    /// Rate of new connections, sixteen at a time
     Conn,
-    /// Ten thousand connections at once, for one request each
+    /// Ten thousand concurrent new connections with one request each
     Storm,
-    /// Memory at rest, of idle connections and after their end
+    /// Memory at rest, with idle connections and after their end
     Idle,
-    /// What is left to others while readers have stopped, and what those hold
+    /// Throughput and memory while readers are stalled
     Stalls,
 }
 
-impl What {
+impl WorkloadGroup {
     const USUAL: [Self; 6] =
         [Self::Bulk, Self::Rtt, Self::Rps, Self::Conn, Self::Storm, Self::Idle];
 }
 
-/// A way between two pods.
+/// A path between two pods.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PathName {
     /// No proxies and no rules
     Direct,
-    /// A bare relay in each pod that copies: the floor under any proxy that has to see the bytes
+    /// A relay in each pod that copies: the minimal cost of a proxy that processes the bytes
     RelayCopy,
-    /// A bare relay in each pod that splices: the floor under any proxy in user space
+    /// A relay in each pod that splices: the minimal cost of a userspace proxy
     RelaySplice,
-    /// A proxy in each pod, and a mesh that says TCP
+    /// A proxy in each pod, with protocol TCP in the mesh
     Plain,
-    /// A proxy in each pod, and a mesh that says HBONE
+    /// A proxy in each pod, with protocol HBONE in the mesh
     Hbone,
-    /// A ztunnel in each pod, and a mesh that says TCP
+    /// A ztunnel in each pod, with protocol TCP in the mesh
     ZtunnelPlain,
-    /// A ztunnel in each pod, and a mesh that says HBONE
+    /// A ztunnel in each pod, with protocol HBONE in the mesh
     ZtunnelHbone,
 }
 
 impl PathName {
-    /// Whether a ztunnel is between the pods.
+    /// Returns true if ztunnels are between the pods.
     #[must_use]
     pub fn is_ztunnel(self) -> bool {
         matches!(self, Self::ZtunnelPlain | Self::ZtunnelHbone)
     }
 
-    /// Whether it is bare relays that are between the pods.
+    /// Returns true if relays are between the pods.
     pub(crate) fn is_relay(self) -> bool {
         matches!(self, Self::RelayCopy | Self::RelaySplice)
     }
 
-    /// Whether it is proxies of either kind that are between the pods.
+    /// Returns true if proxies of either kind are between the pods.
     pub(crate) fn has_proxies(self) -> bool {
         self != Self::Direct && !self.is_relay()
     }
 }
 
-impl fmt::Display for What {
+impl fmt::Display for WorkloadGroup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&option_name(self))
     }
@@ -152,7 +152,7 @@ impl fmt::Display for PathName {
     }
 }
 
-/// As it is written on the command line.
+/// The value on the command line.
 fn option_name(value: &impl ValueEnum) -> String {
     value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }

@@ -1,36 +1,37 @@
-//! A plain plot in SVG: how a figure grows with a size. The sizes are on a logarithmic scale, the figure on a linear one from 0, so that
-//! what costs the same for all sizes is a flat line. Grey text and a transparent ground can be read on white and on black.
+//! Draws a figure over a growing size as SVG. The size is on a logarithmic scale, the figure on a
+//! linear one from 0, so constant cost is a flat line. Grey text on a transparent background is
+//! readable on white and black.
 
 use std::fmt::Write as _;
 
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 320.0;
-/// Around the field: for the labels.
+/// Margins around the plot area for labels.
 const LEFT: f64 = 70.0;
 const RIGHT: f64 = 20.0;
 const TOP: f64 = 40.0;
 const BOTTOM: f64 = 40.0;
-/// Between those of black and white, all of them.
+/// Readable on black and white.
 const GREY: &str = "#808080";
 const COLOURS: [&str; 4] = ["#1f8fd6", "#e0702a", "#3aa655", "#b05cc6"];
 
 /// A plot.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plot {
-    /// What it shows.
+    /// The title.
     pub title: String,
-    /// Lines, with their names: size (above 0) and figure.
+    /// Named lines of points: size (above 0) and figure.
     pub lines: Vec<(String, Vec<(f64, f64)>)>,
 }
 
 impl Plot {
-    /// The picture.
+    /// The SVG document.
     #[must_use]
     pub fn svg(&self) -> String {
         let sizes = || self.lines.iter().flat_map(|(_, points)| points.iter().map(|point| point.0));
         let figures = self.lines.iter().flat_map(|(_, points)| points.iter().map(|point| point.1));
-        let across = Across::of(sizes());
-        let up = Up::of(figures);
+        let across = SizeAxis::of(sizes());
+        let up = FigureAxis::of(figures);
         let mut svg = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" \
              font-family=\"sans-serif\" font-size=\"12\" fill=\"{GREY}\">\n"
@@ -80,13 +81,13 @@ fn text(x: f64, y: f64, anchor: &str, text: &str) -> String {
     format!("<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{text}</text>")
 }
 
-/// From the least size on the left to the most on the right, by their logarithms.
-struct Across {
+/// The horizontal axis: logarithmic, from the smallest size to the largest.
+struct SizeAxis {
     least: f64,
     most: f64,
 }
 
-impl Across {
+impl SizeAxis {
     fn of(sizes: impl Iterator<Item = f64>) -> Self {
         let (least, most) = sizes.fold((f64::INFINITY, 0.0_f64), |(least, most), size| {
             (least.min(size), most.max(size))
@@ -101,17 +102,17 @@ impl Across {
     }
 }
 
-/// From 0 at the bottom to a round number at the top.
-struct Up {
+/// The vertical axis: linear, from 0 to a round number.
+struct FigureAxis {
     step: f64,
     most: f64,
 }
 
-impl Up {
+impl FigureAxis {
     fn of(figures: impl Iterator<Item = f64>) -> Self {
         let most = figures.fold(f64::MIN_POSITIVE, f64::max);
         let magnitude = 10_f64.powf(most.log10().floor());
-        // Three to ten marks.
+        // Three to ten ticks.
         let step = match most / magnitude {
             ..2.0 => magnitude / 4.0,
             2.0..5.0 => magnitude / 2.0,
@@ -122,7 +123,7 @@ impl Up {
 
     fn marks(&self) -> impl Iterator<Item = f64> {
         let marks = (0..=10).map(|number| f64::from(number) * self.step);
-        // What floating point adds is not shown.
+        // Hides rounding errors of floating point.
         let shown = marks.map(|mark| format!("{mark:.6}").parse().unwrap_or(mark));
         shown.take_while(|mark| *mark <= self.most * 1.001)
     }
@@ -137,32 +138,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_that_grow_by_the_same_factor_are_equally_far_apart() {
-        let across = Across::of([10.0, 1000.0].into_iter());
+    fn sizes_with_constant_factor_are_equidistant() {
+        let across = SizeAxis::of([10.0, 1000.0].into_iter());
         assert_eq!(across.at(10.0), LEFT);
         assert_eq!(across.at(1000.0), WIDTH - RIGHT);
         assert!((across.at(100.0) - f64::midpoint(LEFT, WIDTH - RIGHT)).abs() < 1e-9);
     }
 
     #[test]
-    fn one_size_alone_is_in_the_middle() {
-        assert_eq!(Across::of([7.0].into_iter()).at(7.0), f64::midpoint(LEFT, WIDTH - RIGHT));
+    fn single_size_is_centred() {
+        assert_eq!(SizeAxis::of([7.0].into_iter()).at(7.0), f64::midpoint(LEFT, WIDTH - RIGHT));
     }
 
     #[test]
-    fn figures_begin_at_zero_and_end_below_a_round_number() {
-        let up = Up::of([3.0, 371.0].into_iter());
+    fn axis_starts_at_zero_and_ends_at_round_number() {
+        let up = FigureAxis::of([3.0, 371.0].into_iter());
         assert_eq!(
             up.marks().collect::<Vec<_>>(),
             (0..9).map(|n| f64::from(n) * 50.0).collect::<Vec<_>>()
         );
         assert_eq!(up.at(0.0), HEIGHT - BOTTOM);
         assert_eq!(up.at(400.0), TOP);
-        assert_eq!(Up::of([0.31].into_iter()).marks().last(), Some(0.35));
+        assert_eq!(FigureAxis::of([0.31].into_iter()).marks().last(), Some(0.35));
     }
 
     #[test]
-    fn a_picture_has_a_line_for_each_and_nothing_that_is_no_number() {
+    fn plot_draws_every_line_without_nan() {
         let lines = vec![
             ("plain".to_owned(), vec![(10.0, 1.0), (100.0, 2.0)]),
             ("<hbone>".to_owned(), vec![(10.0, 0.0)]),

@@ -1,7 +1,8 @@
-//! The floor under any proxy in user space: a bare TCP relay, one blocking thread per direction. One kind copies, as whoever has to
-//! see the bytes must; the other splices (splice(2)) through a pipe, and the bytes stay in the kernel.
+//! A minimal TCP relay with one blocking thread per direction: the lower bound for a userspace
+//! proxy.
 //!
-//! An error ends a connection as an end does: it is a floor, not a proxy.
+//! One mode copies, like a proxy that processes the bytes. The other one splices (splice(2))
+//! through a pipe, so that the bytes stay in the kernel. An error ends a connection like FIN.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -13,56 +14,60 @@ use rustix::net::listen;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 use underpass_interception::Namespace;
 
-use crate::part::{Part, ready, told};
+use crate::child_process::{ChildProcess, ready, wait_for_parent};
 use crate::server::BACKLOG;
 
-/// What is moved at once, and what a pipe holds.
+/// The size of a read, and of the pipe.
 const BUFFER: usize = 128 * 1024;
 
-/// How bytes are moved.
+/// How bytes are forwarded.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum How {
+pub(crate) enum RelayMode {
     Copy,
     Splice,
 }
 
 /// Starts a relay in `pod` from each first address to the second, and waits until it listens.
-pub(crate) fn start(pod: &Namespace, how: How, hops: &[(SocketAddr, SocketAddr)]) -> Part {
-    let how = match how {
-        How::Copy => "copy",
-        How::Splice => "splice",
+pub(crate) fn start(
+    pod: &Namespace,
+    mode: RelayMode,
+    hops: &[(SocketAddr, SocketAddr)],
+) -> ChildProcess {
+    let mode = match mode {
+        RelayMode::Copy => "copy",
+        RelayMode::Splice => "splice",
     };
     let hops: Vec<_> = hops.iter().map(|(from, to)| format!("{from}={to}")).collect();
-    Part::start(pod, &["relay".to_owned(), how.to_owned(), hops.join(",")])
+    ChildProcess::start(pod, &["relay".to_owned(), mode.to_owned(), hops.join(",")])
 }
 
-/// Relays each `FROM=TO`, until standard input ends.
-pub(crate) fn run(how: &str, hops: &str) {
-    let how = if how == "splice" { How::Splice } else { How::Copy };
+/// Relays each `FROM=TO` until standard input ends.
+pub(crate) fn run(mode: &str, hops: &str) {
+    let mode = if mode == "splice" { RelayMode::Splice } else { RelayMode::Copy };
     for hop in hops.split(',') {
         let (from, to) = hop.split_once('=').expect("FROM=TO");
         let listener = TcpListener::bind(from).expect("the address is free");
         listen(&listener, BACKLOG).expect("it listens already");
         let to: SocketAddr = to.parse().expect("TO is an address");
-        thread::spawn(move || accept(&listener, how, to));
+        thread::spawn(move || accept(&listener, mode, to));
     }
     ready();
-    while told() {}
+    while wait_for_parent() {}
 }
 
-fn accept(listener: &TcpListener, how: How, to: SocketAddr) {
+fn accept(listener: &TcpListener, mode: RelayMode, to: SocketAddr) {
     loop {
         let served = listener.accept().and_then(|(client, _)| {
-            thread::Builder::new().spawn(move || serve(client, how, to)).map(drop)
+            thread::Builder::new().spawn(move || serve(client, mode, to)).map(drop)
         });
         if served.is_err() {
-            // No more files or threads: others will end.
+            // Out of files or threads: wait for other connections to end.
             thread::park_timeout(Duration::from_millis(1));
         }
     }
 }
 
-fn serve(client: TcpStream, how: How, to: SocketAddr) {
+fn serve(client: TcpStream, mode: RelayMode, to: SocketAddr) {
     let Ok(server) = TcpStream::connect(to) else {
         return;
     };
@@ -71,22 +76,22 @@ fn serve(client: TcpStream, how: How, to: SocketAddr) {
     }
     let (client, server) = (Arc::new(client), Arc::new(server));
     let (from, to) = (client.clone(), server.clone());
-    let up = thread::Builder::new().spawn(move || pump(&from, &to, how));
+    let up = thread::Builder::new().spawn(move || pump(&from, &to, mode));
     if up.is_ok() {
-        pump(&server, &client, how);
+        pump(&server, &client, mode);
     }
 }
 
-fn pump(from: &TcpStream, to: &TcpStream, how: How) {
-    // What went wrong is not told: the connection has ended.
-    match how {
-        How::Copy => copy_bytes(from, to).ok(),
-        How::Splice => splice_bytes(from, to).ok(),
+fn pump(from: &TcpStream, to: &TcpStream, mode: RelayMode) {
+    // The error is irrelevant: the connection has ended.
+    match mode {
+        RelayMode::Copy => copy_bytes(from, to).ok(),
+        RelayMode::Splice => splice_bytes(from, to).ok(),
     };
     to.shutdown(Shutdown::Write).ok();
 }
 
-/// Not `io::copy`, which splices if it can.
+/// Copies in user space. `io::copy` would splice.
 fn copy_bytes(mut from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     loop {
@@ -100,7 +105,7 @@ fn copy_bytes(mut from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
 
 fn splice_bytes(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
     let (out, into) = pipe_with(PipeFlags::CLOEXEC)?;
-    // A user with many pipes gets smaller ones.
+    // The pipe stays smaller if the user exceeds their limit.
     fcntl_setpipe_size(&into, BUFFER).ok();
     loop {
         let mut held = splice(from, None, &into, None, BUFFER, SpliceFlags::MOVE)?;

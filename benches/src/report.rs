@@ -1,6 +1,7 @@
-//! All rounds put together: a table for people, JSON for the rest.
+//! Combines all rounds in a table for people and in JSON.
 //!
-//! Ratios are taken within a round, where both figures were measured one right after the other, and then their median.
+//! A ratio is the median of the ratios within each round, whose figures were measured directly
+//! after each other.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -11,7 +12,7 @@ use crate::goals::{GOALS, Goal};
 use crate::options::{Options, PathName};
 use crate::workload::{Figure, Workload};
 
-/// Everything that was measured so far.
+/// All measured figures.
 #[derive(Debug)]
 pub struct Report {
     paths: Vec<PathName>,
@@ -19,17 +20,17 @@ pub struct Report {
     rows: Vec<Row>,
 }
 
-/// One figure on all paths, of every round.
+/// One figure on all paths, for every round.
 #[derive(Debug)]
 struct Row {
     workload: String,
     figure: &'static str,
-    /// As many as paths, in their order.
+    /// The values of each path, in the order of the paths.
     rounds: Vec<Vec<f64>>,
 }
 
 impl Report {
-    /// An empty one, which knows the machine as it is now: before any load of ours.
+    /// An empty report. It records the state of the machine before any load.
     ///
     /// # Panics
     /// `/proc` cannot be read.
@@ -48,7 +49,7 @@ impl Report {
         Self { paths: options.paths.clone(), environment, rows: Vec::new() }
     }
 
-    /// Takes the figures of one workload on one path in one round.
+    /// Adds the figures of one workload on one path in one round.
     pub fn add(&mut self, workload: Workload, path: PathName, figures: &[Figure]) {
         let Some(column) = self.paths.iter().position(|known| *known == path) else {
             return;
@@ -68,10 +69,10 @@ impl Report {
         if known.is_none() {
             self.rows.push(Row { workload, figure, rounds: vec![Vec::new(); self.paths.len()] });
         }
-        self.rows.get_mut(index).expect("it is there by now")
+        self.rows.get_mut(index).expect("the row exists")
     }
 
-    /// On what it was measured, and how, in a line.
+    /// The machine and the options in one line.
     #[must_use]
     pub fn machine(&self) -> String {
         let of = |key: &str| self.environment.get(key).map(ToString::to_string).unwrap_or_default();
@@ -86,7 +87,7 @@ impl Report {
         .replace('"', "")
     }
 
-    /// The table, in Markdown: medians, with the least and the most of all rounds, and the ratios.
+    /// The table in Markdown: medians with minimum and maximum of all rounds, and the ratios.
     #[must_use]
     pub fn table(&self) -> String {
         let mut head = vec![String::new()];
@@ -106,7 +107,7 @@ impl Report {
         markdown(&lines)
     }
 
-    /// The goals, in Markdown: what was measured, and whether that is enough.
+    /// The goals in Markdown, with measured values and verdicts.
     #[must_use]
     pub fn goals(&self) -> String {
         let mut lines = vec![["goal", "measured", "verdict"].map(str::to_owned).to_vec()];
@@ -128,7 +129,7 @@ impl Report {
         self.rows.iter().filter(is_meant).filter_map(of).reduce(f64::max)
     }
 
-    /// Where, how, and every figure of every round.
+    /// The machine, the options and every figure of every round.
     #[must_use]
     pub fn json(&self) -> Value {
         let rows = self.rows.iter().map(|row| {
@@ -142,7 +143,8 @@ impl Report {
         json!({ "environment": self.environment, "rows": rows.collect::<Vec<_>>(), "goals": goals })
     }
 
-    /// Which paths are compared with which: both with what they add to, their floor and their rival.
+    /// The pairs of compared paths: each proxy with direct connections, with the relay, and with
+    /// ztunnel.
     fn ratios(&self) -> Vec<(PathName, PathName)> {
         use PathName::{Direct, Hbone, Plain, RelayCopy, RelaySplice, ZtunnelHbone, ZtunnelPlain};
         let pairs = [
@@ -163,7 +165,7 @@ impl Report {
 
     fn ratio(&self, row: &Row, of: PathName, to: PathName) -> Option<f64> {
         let pairs = self.rounds(row, of)?.iter().zip(self.rounds(row, to)?);
-        // Of none that failed to none that failed there is no ratio.
+        // 0/0 is no ratio.
         let ratios = pairs.map(|(of, to)| of / to).filter(|ratio| ratio.is_finite());
         median(&ratios.collect::<Vec<_>>())
     }
@@ -181,7 +183,7 @@ fn cell(rounds: &[f64]) -> String {
     }
 }
 
-/// Three digits that matter.
+/// Formats with three significant digits.
 pub(crate) fn number(value: f64) -> String {
     match value.abs() {
         ..10.0 => format!("{value:.2}"),
@@ -198,7 +200,8 @@ pub(crate) fn median(values: &[f64]) -> Option<f64> {
     Some(f64::midpoint(lower, upper))
 }
 
-/// The first line is the head; the first column is text and the others are figures.
+/// A Markdown table: the first line is the header, the first column is text, all others are
+/// figures.
 pub(crate) fn markdown(lines: &[Vec<String>]) -> String {
     let columns = lines.first().map_or(0, Vec::len);
     let width = |column: usize| {
@@ -231,16 +234,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_median_is_the_middle_or_between_the_two() {
+    fn median_is_middle_or_mean_of_two() {
         assert_eq!(median(&[]), None);
         assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
         assert_eq!(median(&[1.0, 2.0]), Some(1.5));
     }
 
     #[test]
-    fn a_ratio_is_taken_within_each_round() {
+    fn ratio_is_taken_within_rounds() {
         let mut report = report(&[PathName::Direct, PathName::Hbone]);
-        // The machine became half as fast between the rounds: the ratio did not change.
+        // The machine slowed down between the rounds, but the ratio is the same.
         let row = Row {
             workload: String::new(),
             figure: "",
@@ -252,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_without_a_figure_has_a_dash_and_no_ratio() {
+    fn missing_figure_prints_dash_without_ratio() {
         let mut report = report(&[PathName::Direct, PathName::Hbone]);
         let rounds = vec![vec![], vec![1.0, 3.0, 2.0]];
         report.rows.push(Row { workload: "bulk x1".to_owned(), figure: "CPU-s/GB", rounds });
@@ -263,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_goal_is_judged_by_the_ratio_within_rounds() {
+    fn goal_uses_ratio_within_rounds() {
         let mut report = report(&[PathName::Hbone, PathName::ZtunnelHbone]);
         let rounds = vec![vec![10.0, 5.0], vec![5.0, 2.5]];
         report.rows.push(Row { workload: "bulk x1".to_owned(), figure: "Gbit/s", rounds });
@@ -273,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn of_both_sides_the_larger_has_to_reach_the_goal() {
+    fn goal_uses_larger_of_both_sides() {
         let mut report = report(&[PathName::Hbone]);
         for (figure, kibibytes) in
             [("KiB each, client's side", 3.0), ("KiB each, server's side", 5.0)]

@@ -1,11 +1,11 @@
-//! What one more costs when there are many already: connections that are open, streams of bulk, workloads in the mesh.
+//! Measures the cost of additional connections, bulk streams and workloads at growing sizes.
 
 use std::collections::BTreeMap;
 
 use tokio::time::sleep;
 
-use crate::crowd::Crowd;
-use crate::load::{Asking, Way};
+use crate::clients::ClientSet;
+use crate::load::{BulkDirection, RequestMode};
 use crate::options::{Options, PathName};
 use crate::paths::Path;
 use crate::plot::Plot;
@@ -14,33 +14,34 @@ use crate::report::{markdown, median, number};
 use crate::server::ANSWER;
 use crate::workload::{Meter, RESTED, WARM_UP, bulk, requests};
 
-/// What there is more and more of.
+/// The quantity that grows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Growing {
-    /// Connections that are open and have carried a request.
+pub enum Dimension {
+    /// Open connections that have carried a request.
     Connections,
-    /// Streams of bulk at the same time.
+    /// Concurrent bulk streams.
     Streams,
     /// Workloads in the mesh.
     Workloads,
 }
 
-/// What was measured at which size, in all rounds.
+/// The figures of all rounds by size.
 #[derive(Debug, Default)]
-pub struct Scaling(BTreeMap<(Growing, &'static str), Figures>);
+pub struct Scaling(BTreeMap<(Dimension, &'static str), Figures>);
 
 /// The values of a figure, by path and size.
 type Figures = BTreeMap<(String, usize), Vec<f64>>;
 
-impl Growing {
-    /// All of them.
+impl Dimension {
+    /// All quantities.
     pub const ALL: [Self; 3] = [Self::Connections, Self::Streams, Self::Workloads];
 
     /// The sizes at which a path is measured.
     #[must_use]
     pub fn sizes(self, path: PathName) -> &'static [usize] {
         match self {
-            // In plain each is two files of either proxy, which may have 20,000 on the machine that this was written on.
+            // A plaintext connection needs two descriptors in each proxy; the limit is often
+            // 20,000.
             Self::Connections if path == PathName::Plain => &[10, 100, 1_000, 5_000],
             Self::Connections => &[10, 100, 1_000, 5_000, 10_000],
             Self::Streams => &[1, 4, 16, 64],
@@ -48,7 +49,7 @@ impl Growing {
         }
     }
 
-    /// In the plural, in a file's name too.
+    /// The name in plural, also in names of files.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -59,7 +60,7 @@ impl Growing {
     }
 
     async fn measure(self, name: PathName, size: usize, options: &Options) -> Vec<Point> {
-        // Boxed: the compiler gives up on futures as deep as these.
+        // Boxed: the futures are too deeply nested for the compiler otherwise.
         match self {
             Self::Connections => Box::pin(connections(name, size, options)).await,
             Self::Streams => Box::pin(streams(name, size, options)).await,
@@ -68,40 +69,40 @@ impl Growing {
     }
 }
 
-/// A figure, with its unit, and its value.
+/// The name of a figure with its unit, and its value.
 type Point = (&'static str, f64);
 
 const REQUEST: &str = "CPU µs per request";
 const CONNECTION: &str = "CPU µs per new connection";
 const BULK: &str = "CPU-s per GB";
 
-/// Costs beside so many open connections, on proxies that have had no other.
+/// Measures costs in the presence of open connections, with fresh proxies.
 async fn connections(name: PathName, size: usize, options: &Options) -> Vec<Point> {
     let path = Path::set_up(name, options).await;
     let resident = || path.processes().into_iter().map(resident_kib).fold(0.0, f64::max);
-    // The tunnel, and what the first connection of all needs.
-    drop(Crowd::open(path.client(), path.target(ANSWER), 1));
+    // Establishes the tunnel, and resources of the first connection.
+    drop(ClientSet::open(path.client(), path.target(ANSWER), 1));
     let before = resident();
-    let mut crowd = Crowd::open(path.client(), path.target(ANSWER), size);
+    let mut clients = ClientSet::open(path.client(), path.target(ANSWER), size);
     let mut points = vec![("KiB per open connection", (resident() - before) / float(size))];
     points.extend(new_connection(&path, options).await);
     points.extend(bulk_cost(&path, 1, options).await);
-    crowd.answered();
+    clients.answered();
     sleep(WARM_UP).await;
-    let (meter, already) = (Meter::start(&path), crowd.answered());
+    let (meter, already) = (Meter::start(&path), clients.answered());
     sleep(options.window()).await;
-    let answered = crowd.answered() - already;
+    let answered = clients.answered() - already;
     let answered = float(usize::try_from(answered).expect("far fewer"));
     points.extend(meter.read().cpu.map(|cpu| (REQUEST, cpu * 1e6 / answered)));
     points
 }
 
-/// What bulk on so many connections costs.
+/// Measures the cost of bulk on `size` connections.
 async fn streams(name: PathName, size: usize, options: &Options) -> Vec<Point> {
     bulk_cost(&Path::set_up(name, options).await, size, options).await
 }
 
-/// Costs in a mesh with so many workloads more.
+/// Measures costs with `size` additional workloads in the mesh.
 async fn workloads(name: PathName, size: usize, options: &Options) -> Vec<Point> {
     let options = Options { workloads: size, ..options.clone() };
     let path = Path::set_up(name, &options).await;
@@ -110,18 +111,18 @@ async fn workloads(name: PathName, size: usize, options: &Options) -> Vec<Point>
     let mut points =
         vec![("s until ready", path.ready_after()), ("MiB at rest", resident / 1024.0)];
     points.extend(new_connection(&path, &options).await);
-    let asked = requests(&path, options.window(), Asking::KeepAlive, 64).await;
+    let asked = requests(&path, options.window(), RequestMode::KeepAlive, 64).await;
     points.extend(asked.cpu_each.map(|cpu| (REQUEST, cpu)));
     points
 }
 
 async fn new_connection(path: &Path, options: &Options) -> Option<Point> {
-    let asked = requests(path, options.window(), Asking::Once, 16).await;
+    let asked = requests(path, options.window(), RequestMode::Once, 16).await;
     Some((CONNECTION, asked.cpu_each?))
 }
 
 async fn bulk_cost(path: &Path, streams: usize, options: &Options) -> Vec<Point> {
-    let figures = bulk(path, options.window(), Way::Up, streams).await;
+    let figures = bulk(path, options.window(), BulkDirection::Up, streams).await;
     figures.last().and_then(|cpu| cpu.value).map(|cpu| (BULK, cpu)).into_iter().collect()
 }
 
@@ -130,18 +131,24 @@ fn float(count: usize) -> f64 {
 }
 
 impl Scaling {
-    /// Measures one size on one path, once more.
-    pub async fn measure(&mut self, what: Growing, path: PathName, size: usize, options: &Options) {
+    /// Measures one size on one path in another round.
+    pub async fn measure(
+        &mut self,
+        what: Dimension,
+        path: PathName,
+        size: usize,
+        options: &Options,
+    ) {
         for (figure, value) in what.measure(path, size, options).await {
             let figures = self.0.entry((what, figure)).or_default();
             figures.entry((path.to_string(), size)).or_default().push(value);
         }
     }
 
-    /// A table of medians for everything that grew.
+    /// A table of medians for every quantity.
     #[must_use]
     pub fn tables(&self) -> String {
-        let table = |what: Growing| {
+        let table = |what: Dimension| {
             let of_it = || self.0.iter().filter(move |((growing, _), _)| *growing == what);
             let mut sizes: Vec<_> =
                 of_it().flat_map(|(_, figures)| figures.keys().map(|(_, size)| *size)).collect();
@@ -163,12 +170,12 @@ impl Scaling {
             }
             markdown(&lines)
         };
-        let measured = |what: &Growing| self.0.keys().any(|(growing, _)| growing == what);
-        let tables: Vec<_> = Growing::ALL.into_iter().filter(measured).map(table).collect();
+        let measured = |what: &Dimension| self.0.keys().any(|(growing, _)| growing == what);
+        let tables: Vec<_> = Dimension::ALL.into_iter().filter(measured).map(table).collect();
         tables.join("\n")
     }
 
-    /// A picture of each figure, with the name of its file.
+    /// A plot of each figure, with the name of its file.
     pub fn plots(&self) -> impl Iterator<Item = (String, Plot)> {
         self.0.iter().map(|((what, figure), values)| {
             let line = |path: String| {
@@ -191,7 +198,7 @@ fn paths(values: &Figures) -> Vec<String> {
 }
 
 /// "scaling-connections-cpu-us-per-request.svg".
-fn file_name(what: Growing, figure: &str) -> String {
+fn file_name(what: Dimension, figure: &str) -> String {
     let figure = figure.to_lowercase().replace('µ', "u").replace([' ', '/'], "-");
     format!("scaling-{}-{figure}.svg", what.name())
 }
@@ -201,9 +208,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_figure_has_a_file_and_a_line_for_each_path() {
+    fn plots_have_file_per_figure_and_line_per_path() {
         let mut scaling = Scaling::default();
-        let figures = scaling.0.entry((Growing::Connections, REQUEST)).or_default();
+        let figures = scaling.0.entry((Dimension::Connections, REQUEST)).or_default();
         figures.insert(("hbone".to_owned(), 10), vec![30.0, 20.0, 10.0]);
         figures.insert(("plain".to_owned(), 100), vec![7.0]);
         let plots: Vec<_> = scaling.plots().collect();

@@ -1,4 +1,4 @@
-//! The other end of every load, in pod-b: what it does depends on the port.
+//! The server of every load, in pod-b. The port selects its behaviour.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -11,9 +11,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
 use underpass_interception::Namespace;
 
-/// Reads and forgets.
+/// Reads and discards.
 pub(crate) const SINK: u16 = 9001;
-/// Writes until nobody reads.
+/// Writes until the client closes.
 pub(crate) const SOURCE: u16 = 9002;
 /// Answers every [`MESSAGE`] with one.
 pub(crate) const ANSWER: u16 = 9003;
@@ -26,18 +26,18 @@ pub(crate) const PORTS: [u16; 5] = [SINK, SOURCE, ANSWER, ANSWER_ONCE, STALL];
 
 /// Bytes of a request, and of a response.
 pub(crate) const MESSAGE: usize = 100;
-/// What bulk is read and written in: as iperf3 does.
+/// The size of bulk reads and writes, as in iperf3.
 pub(crate) const BLOCK: usize = 128 * 1024;
 
-/// How many connections may wait to be accepted: a storm's. The kernel takes no more than `net.core.somaxconn`.
+/// The backlog of listeners, for a storm. The kernel limits it to `net.core.somaxconn`.
 pub(crate) const BACKLOG: i32 = 32_768;
 
-/// The server of one pod; it serves until the process ends.
+/// The server of one pod. It runs until the process ends.
 #[derive(Debug)]
 pub(crate) struct Server {
-    /// Bytes that the sink has read.
+    /// Bytes that the sink has received.
     pub(crate) received: Arc<AtomicU64>,
-    /// Connections to the sink that have not ended.
+    /// Open connections to the sink.
     pub(crate) sinking: watch::Receiver<usize>,
 }
 
@@ -54,7 +54,7 @@ impl Server {
         serve_bulk(pod, SOURCE, |mut stream| while stream.write_all(&[0; BLOCK]).is_ok() {});
         serve_answers(pod);
         serve_bulk(pod, STALL, |stream| {
-            // Its client ends it, by RST, for there is much that was not read.
+            // The client ends it with RST, because of unread data.
             while stream.take_error().is_ok_and(|error| error.is_none()) {
                 thread::park_timeout(Duration::from_millis(100));
             }
@@ -63,7 +63,7 @@ impl Server {
     }
 }
 
-/// Reads to the end, and counts.
+/// Reads to the end, and counts the bytes.
 fn sink(mut stream: TcpStream, counter: &AtomicU64) {
     let mut buffer = vec![0; BLOCK];
     while let Ok(length @ 1..) = stream.read(&mut buffer) {
@@ -78,7 +78,7 @@ fn listen(pod: &Namespace, port: u16) -> TcpListener {
     listener
 }
 
-/// A thread per connection.
+/// Serves each connection on a thread.
 fn serve_bulk(pod: &Namespace, port: u16, serve: impl Fn(TcpStream) + Send + Sync + 'static) {
     let (listener, serve) = (listen(pod, port), Arc::new(serve));
     thread::spawn(move || {
@@ -89,7 +89,7 @@ fn serve_bulk(pod: &Namespace, port: u16, serve: impl Fn(TcpStream) + Send + Syn
     });
 }
 
-/// One thread for all, as nginx with one worker.
+/// Serves all connections on one thread, like nginx with one worker.
 fn serve_answers(pod: &Namespace) {
     let listeners = [(listen(pod, ANSWER), usize::MAX), (listen(pod, ANSWER_ONCE), 1)];
     thread::spawn(move || {
@@ -112,7 +112,8 @@ async fn accept(listener: tokio::net::TcpListener, answers: usize) {
         tokio::spawn(async move {
             let mut message = [0; MESSAGE];
             for _ in 0..answers {
-                // A client that went away has what it wanted; one that did not get it says so itself.
+                // A client that closed its connection is done; a client without an answer reports
+                // it.
                 let Ok(_) = stream.read_exact(&mut message).await else {
                     return;
                 };

@@ -1,4 +1,4 @@
-//! One load on one path, and what it measured.
+//! Runs one load on one path, and returns its figures.
 
 use std::fmt;
 use std::sync::atomic::Ordering::Relaxed;
@@ -6,33 +6,34 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::crowd::{prepare_storm, storm};
-use crate::load::{Asking, Traffic, Way, idle, stalled};
-use crate::options::{Options, PathName, What};
+use crate::clients::{prepare_storm, storm};
+use crate::load::{BulkDirection, RequestMode, Traffic, idle, stalled};
+use crate::options::{Options, PathName, WorkloadGroup};
 use crate::paths::Path;
 use crate::process::{cpu_seconds, open_files, resident_kib};
 use crate::server::{ANSWER, ANSWER_ONCE, SINK, SOURCE, STALL};
 
-/// For TCP to find its windows, and the proxies their tunnels, buffers and caches.
+/// The time for TCP windows, and for tunnels, buffers and caches of the proxies to grow.
 pub(crate) const WARM_UP: Duration = Duration::from_millis(500);
-/// For what the last load left in buffers and proxies.
+/// The timeout for data in buffers of the previous load.
 const SETTLE: Duration = Duration::from_secs(10);
-/// For a proxy to give back what ended connections had.
+/// The time until a proxy releases the memory of ended connections.
 const AFTERWARDS: Duration = Duration::from_secs(2);
 const IDLE_CONNECTIONS: usize = 2000;
 const STORM_CONNECTIONS: usize = 10_000;
 
-// The names of figures that goals are set for.
+// The names of figures with goals.
 pub(crate) const BITS: &str = "Gbit/s";
 pub(crate) const CPU_PER_BYTE: &str = "CPU-s/GB";
 pub(crate) const MEDIAN: &str = "p50 µs";
 pub(crate) const REQUESTS: &str = "requests/s";
 pub(crate) const CONNECTIONS: &str = "connections/s";
 pub(crate) const CPU_EACH: &str = "CPU µs each";
-/// What the names of both sides' figures begin with.
+/// The common prefix of both sides' figures.
 pub(crate) const PER_IDLE: &str = "KiB each";
 pub(crate) const AT_REST: &str = "MiB at rest";
-/// How long after its start a process is at rest: ours gives back what only the start needed.
+/// The time after which a process is at rest: the proxy then releases memory that only its start
+/// needed.
 pub(crate) const RESTED: Duration = Duration::from_secs(4);
 
 /// A load.
@@ -41,7 +42,7 @@ pub struct Workload(Kind);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    Bulk(Way, usize),
+    Bulk(BulkDirection, usize),
     Latency,
     Requests(usize),
     Connections(usize),
@@ -53,53 +54,55 @@ enum Kind {
 /// One figure of a workload.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Figure {
-    /// What it is, with its unit.
+    /// The name with its unit.
     pub name: &'static str,
-    /// The figure; `None` if there is nothing to measure: a direct path has no proxies.
+    /// The value; `None` if it does not exist: a direct path has no proxies.
     pub value: Option<f64>,
 }
 
 impl Workload {
-    /// The loads of a group, in the order in which they are to be run.
+    /// The loads of a group in their order.
     #[must_use]
-    pub fn of(what: What) -> Vec<Self> {
+    pub fn of(what: WorkloadGroup) -> Vec<Self> {
         let kinds: &[Kind] = match what {
-            What::Bulk => {
-                &[Kind::Bulk(Way::Up, 1), Kind::Bulk(Way::Up, 8), Kind::Bulk(Way::Down, 1)]
-            }
-            What::Rtt => &[Kind::Latency],
-            What::Rps => &[Kind::Requests(64)],
-            What::Conn => &[Kind::Connections(16)],
-            What::Storm => &[Kind::Storm(STORM_CONNECTIONS)],
-            What::Idle => &[Kind::Idle(IDLE_CONNECTIONS)],
-            What::Stalls => &[0, 1, 4, 20, 99].map(Kind::Stalls),
+            WorkloadGroup::Bulk => &[
+                Kind::Bulk(BulkDirection::Up, 1),
+                Kind::Bulk(BulkDirection::Up, 8),
+                Kind::Bulk(BulkDirection::Down, 1),
+            ],
+            WorkloadGroup::Rtt => &[Kind::Latency],
+            WorkloadGroup::Rps => &[Kind::Requests(64)],
+            WorkloadGroup::Conn => &[Kind::Connections(16)],
+            WorkloadGroup::Storm => &[Kind::Storm(STORM_CONNECTIONS)],
+            WorkloadGroup::Idle => &[Kind::Idle(IDLE_CONNECTIONS)],
+            WorkloadGroup::Stalls => &[0, 1, 4, 20, 99].map(Kind::Stalls),
         };
         kinds.iter().copied().map(Self).collect()
     }
 
-    /// Whether there is anything to measure on such a path: memory is the proxies'.
+    /// Returns true if the workload has figures on such a path: memory needs proxies.
     #[must_use]
     pub fn measures(self, path: PathName) -> bool {
         !self.needs_fresh_proxies() || path.has_proxies()
     }
 
-    /// Whether it looks at proxies that have not done anything yet, on a path of its own.
+    /// Returns true if the workload needs a path of its own with unused proxies.
     #[must_use]
     pub fn needs_fresh_proxies(self) -> bool {
         matches!(self.0, Kind::Idle(_) | Kind::Stalls(_))
     }
 
-    /// Puts the load on the path, and measures for as long as the options say.
+    /// Runs the load on the path for the duration in the options.
     pub async fn run(self, path: &Path, options: &Options) -> Vec<Figure> {
         let window = options.window();
         match self.0 {
-            Kind::Bulk(way, streams) => bulk(path, window, way, streams).await,
-            Kind::Latency => latency(&requests(path, window, Asking::KeepAlive, 1).await),
+            Kind::Bulk(direction, streams) => bulk(path, window, direction, streams).await,
+            Kind::Latency => latency(&requests(path, window, RequestMode::KeepAlive, 1).await),
             Kind::Requests(connections) => {
-                rate(REQUESTS, &requests(path, window, Asking::KeepAlive, connections).await)
+                rate(REQUESTS, &requests(path, window, RequestMode::KeepAlive, connections).await)
             }
             Kind::Connections(connections) => {
-                rate(CONNECTIONS, &requests(path, window, Asking::Once, connections).await)
+                rate(CONNECTIONS, &requests(path, window, RequestMode::Once, connections).await)
             }
             Kind::Storm(connections) => burst(path, connections).await,
             Kind::Idle(connections) => memory(path, connections).await,
@@ -111,8 +114,8 @@ impl Workload {
 impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
-            Kind::Bulk(Way::Up, streams) => write!(f, "bulk x{streams}"),
-            Kind::Bulk(Way::Down, streams) => write!(f, "bulk reverse x{streams}"),
+            Kind::Bulk(BulkDirection::Up, streams) => write!(f, "bulk x{streams}"),
+            Kind::Bulk(BulkDirection::Down, streams) => write!(f, "bulk reverse x{streams}"),
             Kind::Latency => f.write_str("requests x1"),
             Kind::Requests(connections) => write!(f, "requests x{connections}"),
             Kind::Connections(connections) => write!(f, "new connections x{connections}"),
@@ -123,10 +126,16 @@ impl fmt::Display for Workload {
     }
 }
 
-pub(crate) async fn bulk(path: &Path, window: Duration, way: Way, streams: usize) -> Vec<Figure> {
-    let port = if way == Way::Up { SINK } else { SOURCE };
-    let traffic = Traffic::bulk(path.client(), path.target(port), way, streams);
-    let counter = if way == Way::Up { path.received() } else { traffic.received.clone() };
+pub(crate) async fn bulk(
+    path: &Path,
+    window: Duration,
+    direction: BulkDirection,
+    streams: usize,
+) -> Vec<Figure> {
+    let port = if direction == BulkDirection::Up { SINK } else { SOURCE };
+    let traffic = Traffic::bulk(path.client(), path.target(port), direction, streams);
+    let counter =
+        if direction == BulkDirection::Up { path.received() } else { traffic.received.clone() };
     let bytes = || counter.load(Relaxed);
     sleep(WARM_UP).await;
     let (meter, before) = (Meter::start(path), bytes());
@@ -142,7 +151,7 @@ pub(crate) async fn bulk(path: &Path, window: Duration, way: Way, streams: usize
     ]
 }
 
-/// What a path uses from one moment to another.
+/// Measures the resources of a path between two points in time.
 pub(crate) struct Meter<'a> {
     path: &'a Path,
     began: Instant,
@@ -151,7 +160,7 @@ pub(crate) struct Meter<'a> {
 
 pub(crate) struct Used {
     pub(crate) seconds: f64,
-    /// CPU seconds of what stands between the pods, if anything does.
+    /// CPU seconds of the processes between the pods, if any.
     pub(crate) cpu: Option<f64>,
 }
 
@@ -167,12 +176,12 @@ impl<'a> Meter<'a> {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "nobody moves more than 2^53 bytes here")]
+#[expect(clippy::cast_precision_loss, reason = "fewer than 2^53 bytes")]
 fn gigabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e9
 }
 
-/// What requests took: latencies in microseconds, sorted.
+/// The result of requests: sorted latencies in microseconds.
 pub(crate) struct Requests {
     latencies: Vec<u32>,
     seconds: f64,
@@ -182,10 +191,10 @@ pub(crate) struct Requests {
 pub(crate) async fn requests(
     path: &Path,
     window: Duration,
-    asking: Asking,
+    asking: RequestMode,
     connections: usize,
 ) -> Requests {
-    let port = if asking == Asking::KeepAlive { ANSWER } else { ANSWER_ONCE };
+    let port = if asking == RequestMode::KeepAlive { ANSWER } else { ANSWER_ONCE };
     let traffic = Traffic::requests(path.client(), path.target(port), asking, connections);
     sleep(WARM_UP).await;
     let meter = Meter::start(path);
@@ -199,7 +208,7 @@ pub(crate) async fn requests(
     Requests { latencies, seconds, cpu_each }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "nobody asks more than 2^53 times here")]
+#[expect(clippy::cast_precision_loss, reason = "fewer than 2^53 requests")]
 fn count(latencies: &[u32]) -> f64 {
     latencies.len() as f64
 }
@@ -220,17 +229,17 @@ fn rate(name: &'static str, requests: &Requests) -> Vec<Figure> {
     ]
 }
 
-/// The smallest latency that `percent` of them do not exceed.
+/// The smallest latency that `percent` of the requests do not exceed.
 fn percentile(sorted: &[u32], percent: usize) -> f64 {
     let rank = (sorted.len() * percent).div_ceil(100).saturating_sub(1);
     sorted.get(rank).copied().map(f64::from).expect("there were requests")
 }
 
-/// So many connections at once, each for one request.
+/// Opens connections at once, each for one request.
 async fn burst(path: &Path, connections: usize) -> Vec<Figure> {
-    let part = prepare_storm(path.client(), path.target(ANSWER_ONCE), connections);
+    let child_process = prepare_storm(path.client(), path.target(ANSWER_ONCE), connections);
     let meter = Meter::start(path);
-    let blown = tokio::task::spawn_blocking(|| storm(part)).await;
+    let blown = tokio::task::spawn_blocking(|| storm(child_process)).await;
     let storm = blown.expect("the storm met no error");
     let Used { cpu, .. } = meter.read();
     let mut latencies = storm.latencies;
@@ -239,20 +248,20 @@ async fn burst(path: &Path, connections: usize) -> Vec<Figure> {
         Figure { name: "s until the last", value: Some(storm.seconds) },
         Figure { name: MEDIAN, value: Some(percentile(&latencies, 50)) },
         Figure { name: "p99 µs", value: Some(percentile(&latencies, 99)) },
-        Figure { name: "most µs", value: Some(percentile(&latencies, 100)) },
+        Figure { name: "max µs", value: Some(percentile(&latencies, 100)) },
         Figure { name: CPU_EACH, value: cpu.map(|cpu| cpu * 1e6 / count(&latencies)) },
         Figure { name: "failed", value: Some(f64::from(storm.failed)) },
     ]
 }
 
-/// Resident memory of both proxies: at rest, for each of many idle connections, and after those have ended.
+/// The resident memory of both proxies: at rest, per idle connection, and after their end.
 async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
     let of_all =
         |of: fn(u32) -> f64| -> Vec<f64> { path.processes().into_iter().map(of).collect() };
     let resident = || of_all(resident_kib);
     sleep(RESTED).await;
     let at_rest = resident();
-    // The tunnel, and what the first connection of all needs, is not what an idle one holds.
+    // Excludes the tunnel and resources of the first connection.
     let first = idle(path.client(), path.target(ANSWER), 1);
     let before = resident();
     let files = of_all(open_files);
@@ -260,7 +269,7 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
     let each = f64::from(u32::try_from(connections).expect("a few thousand"));
     let during = resident();
     drop(held);
-    // Tunnels may stay, of which there are fewer by far.
+    // Tunnels may stay open, but are far fewer.
     let is_open = |(now, before): (&f64, &f64)| now > &(before + each / 10.0);
     let ended = async {
         while of_all(open_files).iter().zip(&files).any(is_open) {
@@ -283,7 +292,8 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
     ]
 }
 
-/// What others get while readers have stopped, and what those hold in each proxy.
+/// The throughput of others while readers are stalled, and the memory that those hold in each
+/// proxy.
 async fn stalls(path: &Path, window: Duration, readers: usize) -> Vec<Figure> {
     let resident = || -> Vec<f64> { path.processes().into_iter().map(resident_kib).collect() };
     let first = idle(path.client(), path.target(ANSWER), 1);
@@ -291,12 +301,12 @@ async fn stalls(path: &Path, window: Duration, readers: usize) -> Vec<Figure> {
     let held = stalled(path.client(), path.target(STALL), readers);
     let after = resident();
     let growth = |side: usize| Some((after.get(side)? - before.get(side)?) / 1024.0);
-    let asked = requests(path, window, Asking::KeepAlive, 1).await;
-    let moved = bulk(path, window, Way::Up, 1).await;
+    let asked = requests(path, window, RequestMode::KeepAlive, 1).await;
+    let moved = bulk(path, window, BulkDirection::Up, 1).await;
     drop((first, held));
     let rate = moved.first().and_then(|rate| rate.value);
     vec![
-        Figure { name: "Gbit/s beside them", value: rate },
+        Figure { name: "Gbit/s of others", value: rate },
         Figure { name: MEDIAN, value: Some(percentile(&asked.latencies, 50)) },
         Figure { name: "p99 µs", value: Some(percentile(&asked.latencies, 99)) },
         Figure { name: "MiB, client's side", value: growth(0) },

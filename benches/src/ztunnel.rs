@@ -1,7 +1,8 @@
-//! A stock ztunnel to compare with, if the user has one: we neither fetch nor build it.
+//! Runs a ztunnel for comparison, if the user provides the binary.
 //!
-//! One runs dedicated to each pod, told by a file instead of a control plane, behind the rules of the ambient profile, with a certificate
-//! from our own certificate authority, which has to run in its pod for that. All else is as it is by default.
+//! One instance runs in each pod, in dedicated mode, with a local file instead of a control plane,
+//! and with the rules of the ambient profile. It gets its certificate from `underpass ca serve` in
+//! its pod. All other settings are defaults.
 
 use std::fs::{self, File, Permissions};
 use std::net::Ipv4Addr;
@@ -15,12 +16,12 @@ use underpass_tests::{Mesh, Pki, Pod, Settings, World, http_get};
 
 use crate::options::Options;
 
-/// How long it may take to get ready.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// The timeout for readiness.
+const OPERATION_TIMEOUT: Duration = Duration::from_secs(20);
 const CA: u16 = 15012;
 const READINESS: u16 = 15021;
 
-/// A ztunnel in its pod. Dropping it ends it.
+/// A ztunnel in its pod. Dropping it ends the process.
 #[derive(Debug)]
 pub(crate) struct Ztunnel {
     ca: Child,
@@ -28,7 +29,7 @@ pub(crate) struct Ztunnel {
     log: PathBuf,
 }
 
-/// One in each pod, ready, in a mesh that says `protocol`.
+/// Starts one in each pod, in a mesh with `protocol`.
 pub(crate) async fn pair(
     world: &World,
     pods: [&Pod; 2],
@@ -37,7 +38,7 @@ pub(crate) async fn pair(
 ) -> Vec<Ztunnel> {
     let pki = Pki::new(world.folder());
     let member = |mesh: Mesh, pod: &Pod| {
-        // It takes no key for granted.
+        // ztunnel requires every key.
         let more = format!(
             ", uid: bench//Pod/default/{}, namespace: default, trustDomain: cluster.local, node: local, network: \"\", services: {{}}",
             pod.name()
@@ -64,7 +65,7 @@ impl Ztunnel {
         authority.arg("--dir").arg(pki.dir()).arg("--clients").arg(clients);
         let ca = start(pod, &mut authority, "ca");
         listens(pod, CA).await;
-        let program = options.ztunnel.as_ref().expect("a path of it is only for who has it");
+        let program = options.ztunnel.as_ref().expect("a ztunnel path requires --ztunnel");
         let mut command = Command::new(program);
         command
             .env("PROXY_MODE", "dedicated")
@@ -86,7 +87,11 @@ impl Ztunnel {
         let readiness = (Ipv4Addr::LOCALHOST, READINESS).into();
         let began = Instant::now();
         while http_get(pod, readiness, "/healthz/ready").await.0 != 200 {
-            assert!(began.elapsed() < PATIENCE, "it gets ready, but said:\n{}", ztunnel.log());
+            assert!(
+                began.elapsed() < OPERATION_TIMEOUT,
+                "ztunnel gets ready; the log:\n{}",
+                ztunnel.log()
+            );
             sleep(Duration::from_millis(20)).await;
         }
         ztunnel
@@ -96,7 +101,7 @@ impl Ztunnel {
         self.proxy.id()
     }
 
-    /// All that it has said.
+    /// The log.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
@@ -105,14 +110,14 @@ impl Ztunnel {
 impl Drop for Ztunnel {
     fn drop(&mut self) {
         for child in [&mut self.proxy, &mut self.ca] {
-            // One that has ended already needs no end.
+            // The process may have ended already.
             child.kill().ok();
             child.wait().ok();
         }
     }
 }
 
-/// The token that the pod's ztunnel shows, and the file that says to the authority whose it is.
+/// The token of the pod's ztunnel, and the file with its identity for the authority.
 fn clients(pod: &Pod) -> (PathBuf, PathBuf) {
     let file = |kind: &str, text: &str| {
         let file = pod.folder().join(format!("{}.{kind}", pod.name()));
@@ -126,7 +131,7 @@ fn clients(pod: &Pod) -> (PathBuf, PathBuf) {
     (file("token", &format!("token-{name}")), file("clients", &clients))
 }
 
-/// Starts a program inside; what it says goes to a file.
+/// Starts a program in the pod, with its output in a file.
 fn start(pod: &Pod, command: &mut Command, name: &str) -> Child {
     let output = File::create(log(pod, name)).expect("the world's folder can be written");
     let errors = output.try_clone().expect("a descriptor more");
@@ -138,11 +143,11 @@ fn log(pod: &Pod, name: &str) -> PathBuf {
     pod.folder().join(format!("{name}-{}.log", pod.name()))
 }
 
-/// Waits until a port of the pod's loopback takes connections.
+/// Waits until a port of the pod's loopback accepts connections.
 async fn listens(pod: &Pod, port: u16) {
     let began = Instant::now();
     while pod.dial((Ipv4Addr::LOCALHOST, port).into()).await.is_err() {
-        assert!(began.elapsed() < PATIENCE, "port {port} of pod {} gets open", pod.name());
+        assert!(began.elapsed() < OPERATION_TIMEOUT, "port {port} of pod {} gets open", pod.name());
         sleep(Duration::from_millis(20)).await;
     }
 }

@@ -1,0 +1,170 @@
+//! Thousands of clients in a child process.
+//!
+//! * A storm opens many connections at once, each for one request.
+//! * A [`ClientSet`] holds connections and sends requests on them in rotation, with a constant
+//!   number of requests in flight.
+
+use std::io::{self, Write as _};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+use underpass_interception::Namespace;
+
+use crate::child_process::{ChildProcess, ready, wait_for_parent};
+use crate::load::{OPERATION_TIMEOUT, RequestMode, ask, micros};
+
+/// The timeout of a connection of a storm, which allows for several retransmissions of its SYN.
+const STORM_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The number of requests in flight of a [`ClientSet`]. It is constant, because more of them would
+/// be served in larger batches.
+pub(crate) const IN_FLIGHT: usize = 10;
+
+/// The result of a storm.
+#[derive(Debug)]
+pub(crate) struct Storm {
+    /// The time until the last connection was answered or failed.
+    pub(crate) seconds: f64,
+    pub(crate) failed: u32,
+    /// Latencies of successful requests, from the connect to the end of the answer, in
+    /// microseconds, unsorted.
+    pub(crate) latencies: Vec<u32>,
+}
+
+/// Starts a child process for a storm with this number of connections.
+pub(crate) fn prepare_storm(
+    pod: &Namespace,
+    server: SocketAddr,
+    connections: usize,
+) -> ChildProcess {
+    ChildProcess::start(pod, &["storm".to_owned(), server.to_string(), connections.to_string()])
+}
+
+/// Runs the storm, and waits for all answers.
+pub(crate) fn storm(mut child_process: ChildProcess) -> Storm {
+    child_process.next();
+    let line = child_process.line();
+    let mut figures = line.split_whitespace();
+    let mut next = || figures.next().expect("three parts");
+    let (seconds, failed) = (next().parse().expect("a time"), next().parse().expect("a number"));
+    let latencies = figures.map(|figure| figure.parse().expect("a latency")).collect();
+    Storm { seconds, failed, latencies }
+}
+
+pub(crate) fn run_storm(server: &str, connections: &str) {
+    let server: SocketAddr = server.parse().expect("an address");
+    let connections: usize = connections.parse().expect("a number");
+    ready();
+    assert!(wait_for_parent(), "the parent starts the storm");
+    let (began, ended) = runtime().block_on(async {
+        let began = Instant::now();
+        let clients: JoinSet<_> = (0..connections).map(|_| storm_client(server)).collect();
+        (began, clients.join_all().await)
+    });
+    let seconds = began.elapsed().as_secs_f64();
+    let latencies: Vec<_> = ended.iter().flatten().map(u32::to_string).collect();
+    let failed = ended.len() - latencies.len();
+    print_line(&format!("{seconds} {failed} {}", latencies.join(" ")));
+}
+
+/// The latency of one connection in microseconds; `None` if it failed.
+async fn storm_client(server: SocketAddr) -> Option<u32> {
+    let began = Instant::now();
+    let asked = timeout(STORM_TIMEOUT, ask(server, RequestMode::Once, None)).await;
+    asked.ok()?.ok()?;
+    Some(micros(began))
+}
+
+/// Open connections, each of which has carried a request. Dropping it closes them.
+#[derive(Debug)]
+pub(crate) struct ClientSet(ChildProcess);
+
+impl ClientSet {
+    /// Opens the connections.
+    pub(crate) fn open(pod: &Namespace, server: SocketAddr, connections: usize) -> Self {
+        let arguments = ["clients".to_owned(), server.to_string(), connections.to_string()];
+        Self(ChildProcess::start(pod, &arguments))
+    }
+
+    /// Starts sending requests on the first call. Returns the number of answers so far.
+    pub(crate) fn answered(&mut self) -> u64 {
+        self.0.next();
+        self.0.line().trim().parse().expect("a number")
+    }
+}
+
+pub(crate) fn run_client_set(server: &str, connections: &str) {
+    let server: SocketAddr = server.parse().expect("an address");
+    let connections: usize = connections.parse().expect("a number");
+    let (opened, all_opened) = mpsc::channel();
+    let (go, gone) = watch::channel(false);
+    let answered = Arc::new(AtomicU64::new(0));
+    let counter = answered.clone();
+    thread::spawn(move || {
+        runtime().block_on(client_set(server, connections, opened, gone, counter))
+    });
+    all_opened.recv().expect("the clients had no error");
+    ready();
+    while wait_for_parent() {
+        go.send(true).expect("the clients had no error");
+        print_line(&answered.load(Relaxed).to_string());
+    }
+}
+
+async fn client_set(
+    server: SocketAddr,
+    connections: usize,
+    opened: mpsc::Sender<()>,
+    mut go: watch::Receiver<bool>,
+    answered: Arc<AtomicU64>,
+) {
+    let askers = IN_FLIGHT.min(connections);
+    let share = |asker| (connections + asker) / askers;
+    let opening: JoinSet<_> = (0..askers).map(|asker| open(server, share(asker))).collect();
+    let shares = opening.join_all().await;
+    opened.send(()).expect("the main thread waits");
+    go.wait_for(|go| *go).await.expect("the main thread does not end before this one");
+    let asking: JoinSet<_> =
+        shares.into_iter().map(|share| request_in_rotation(share, answered.clone())).collect();
+    asking.join_all().await;
+}
+
+async fn open(server: SocketAddr, connections: usize) -> Vec<TcpStream> {
+    let mut share = Vec::new();
+    for _ in 0..connections {
+        share.extend(request_on(server, None).await);
+    }
+    share
+}
+
+/// Sends requests on the connections in rotation.
+async fn request_in_rotation(share: Vec<TcpStream>, answered: Arc<AtomicU64>) {
+    let mut share = std::collections::VecDeque::from(share);
+    while let Some(stream) = share.pop_front() {
+        share.extend(request_on(stream.peer_addr().expect("it is connected"), Some(stream)).await);
+        answered.fetch_add(1, Relaxed);
+    }
+}
+
+async fn request_on(server: SocketAddr, stream: Option<TcpStream>) -> Option<TcpStream> {
+    let asked = timeout(OPERATION_TIMEOUT, ask(server, RequestMode::KeepAlive, stream)).await;
+    asked.expect("an answer arrives").expect("the connection holds")
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime starts")
+}
+
+fn print_line(line: &str) {
+    let mut stdout = io::stdout();
+    writeln!(stdout, "{line}").and_then(|()| stdout.flush()).expect("the parent listens");
+}
