@@ -1,4 +1,4 @@
-//! Who may ask `underpass ca serve` for which identity: a file of its own, for it holds tokens.
+//! The clients file of `underpass ca serve`: tokens, and the identities that each may request.
 //!
 //! ```yaml
 //! clients:
@@ -6,7 +6,7 @@
 //!   identities: [spiffe://cluster.local/ns/default/sa/web, "spiffe://cluster.local/ns/shop/*"]
 //! ```
 //!
-//! Not here: comparing tokens. No message of this file has a token in it.
+//! It is a file of its own because it contains tokens. Error messages never contain one.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -17,35 +17,35 @@ use crate::read::{Cursor, Problems};
 use crate::{ConfigErrors, SpiffeError, SpiffeId};
 
 const CLIENT_KEYS: &[&str] = &["token", "token_file", "identities"];
-/// What a pattern ends with to stand for every identity below.
+/// The end of a pattern that matches all identities below its path.
 const ANY: &str = "/*";
 
-/// What a clients file says.
+/// The content of a clients file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CaClients {
-    /// In the order of the file. Whoever is not here gets nothing.
+    /// The clients in file order. All others are refused.
     pub clients: Vec<CaClient>,
 }
 
-/// One who may ask.
+/// A client of the CA.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CaClient {
-    /// How the client proves itself.
+    /// The token that authenticates the client.
     pub token: CaToken,
-    /// What it may be.
+    /// The identities that it may request.
     pub identities: Vec<IdentityPattern>,
 }
 
 /// The bearer token of a client.
 #[derive(Clone, PartialEq, Eq)]
 pub enum CaToken {
-    /// In the clients file itself.
+    /// In the clients file.
     Literal(String),
-    /// In a file of its own.
+    /// In a separate file.
     File(PathBuf),
 }
 
-/// An identity, or all those below a path: `spiffe://TD/ns/shop/*`.
+/// An identity, or all identities below a path: `spiffe://TD/ns/shop/*`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IdentityPattern {
     base: SpiffeId,
@@ -53,10 +53,10 @@ pub struct IdentityPattern {
 }
 
 impl CaClients {
-    /// Reads a clients file. Relative paths in it are relative to its folder.
+    /// Reads a clients file. Relative paths refer to its folder.
     ///
     /// # Errors
-    /// Every mistake in the file, or the one reason why it could not be read.
+    /// All mistakes in the file, or the reason why it cannot be read.
     pub fn from_file(path: &Path) -> Result<Self, ConfigErrors> {
         let folder = path.parent().unwrap_or_else(|| Path::new(""));
         read(&crate::load::read_file(path)?, folder)
@@ -64,7 +64,7 @@ impl CaClients {
 }
 
 impl IdentityPattern {
-    /// Whether `id` is this identity, or one of those below this path.
+    /// Returns true if `id` is this identity, or below this path.
     pub fn matches(&self, id: &SpiffeId) -> bool {
         if !self.below {
             return self.base == *id;
@@ -97,7 +97,7 @@ impl fmt::Display for IdentityPattern {
 }
 
 impl fmt::Debug for CaToken {
-    /// Without the token.
+    /// Omits the token.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Literal(_) => f.write_str("Literal(…)"),
@@ -123,7 +123,7 @@ fn client(item: Cursor<'_>, folder: &Path) -> Option<CaClient> {
             format!("must be a SPIFFE identity, whose last segment may be *: {error}")
         })
     });
-    // `list` counts what is given twice once, for which it needs texts.
+    // `list` removes duplicate texts, so patterns are parsed afterwards.
     let identities: Vec<IdentityPattern> =
         identities.iter().filter_map(|text| text.parse().ok()).collect();
     if !list.is_given() || list.is_empty_list() {
@@ -132,7 +132,7 @@ fn client(item: Cursor<'_>, folder: &Path) -> Option<CaClient> {
     Some(CaClient { token: token?, identities })
 }
 
-/// Told at the client and not at the key, which would show the token.
+/// Reports mistakes at the client instead of the key, since the message would contain the token.
 fn token(item: Cursor<'_>, folder: &Path) -> Option<CaToken> {
     let (literal, file) = (item.key("token"), item.key("token_file"));
     match (literal.text(), file.text()) {
@@ -149,12 +149,13 @@ fn token(item: Cursor<'_>, folder: &Path) -> Option<CaToken> {
     }
 }
 
-/// What can be sent in an `authorization` header (RFC 6750 section 2.1 allows even less).
+/// Returns true if the token can be sent in an `authorization` header (RFC 6750 section 2.1 is
+/// stricter).
 fn is_token(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|c| c.is_ascii_graphic())
 }
 
-/// As [`Cursor::only`], without the value: it may be a token under a misspelt key.
+/// Like [`Cursor::only`], but without the value, which may be a token under a misspelt key.
 fn only(place: Cursor<'_>, known: &[&str]) {
     for (key, _) in place.entries() {
         if !known.contains(&key.as_str()) {
@@ -176,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_says_who_may_be_what() {
+    fn reads_tokens_and_identities() {
         let text = "clients:\n- token: s3cret\n  identities: [spiffe://td/ns/a/sa/b, \"spiffe://td/ns/shop/*\"]\n\
                     - token_file: tokens/web\n  identities: spiffe://td/x\n";
         let found = clients(text).unwrap().clients;
@@ -187,14 +188,14 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_lets_nobody_in() {
+    fn empty_file_has_no_clients() {
         for text in ["", "clients: []\n", "clients:\n"] {
             assert_eq!(clients(text).unwrap(), CaClients::default(), "{text:?}");
         }
     }
 
     #[test]
-    fn a_star_stands_for_one_or_more_last_segments_and_nothing_else() {
+    fn star_matches_one_or_more_last_segments() {
         let shop: IdentityPattern = "spiffe://td/ns/shop/*".parse().unwrap();
         for inside in ["spiffe://td/ns/shop/sa/web", "spiffe://td/ns/shop/x"] {
             assert!(shop.matches(&id(inside)), "{inside}");
@@ -223,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn every_mistake_is_told_and_no_token_with_it() {
+    fn reports_every_mistake_without_tokens() {
         let text = "clients:\n- {tokn: s3cret, identities: [spiffe://td/a]}\n\
                     - {token: s3cret with space, identities: [spiffe://td/a]}\n\
                     - {token: s3cret, token_file: x, identities: [spiffe://td/a]}\n\

@@ -1,14 +1,15 @@
-//! Ranges of addresses as operators write them, in the one form that addresses are compared in.
+//! Parses address ranges (CIDRs) and converts them to the canonical form that comparisons use.
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-/// Reads a CIDR as iptables does: a bare address is itself alone, host bits are cut off; an IPv4-mapped one is IPv4.
+/// Parses a CIDR like iptables: a bare address is a range of one, host bits are cleared, and an
+/// IPv4-mapped range becomes IPv4.
 pub(crate) fn parse(text: &str) -> Option<IpNet> {
     let net = match text.split_once('/') {
         Some((address, bits)) => {
-            // `parse` alone would take "+8".
+            // `parse` would accept "+8".
             let digits = bits.bytes().all(|c| c.is_ascii_digit());
             let bits = bits.parse().ok().filter(|_| digits)?;
             IpNet::new(address.parse::<IpAddr>().ok()?, bits).ok()?
@@ -18,7 +19,7 @@ pub(crate) fn parse(text: &str) -> Option<IpNet> {
     Some(canonical(net))
 }
 
-/// The same range without host bits, and as IPv4 if it is an IPv4-mapped one.
+/// Clears host bits, and converts an IPv4-mapped range to IPv4.
 pub(crate) fn canonical(net: IpNet) -> IpNet {
     let net = net.trunc();
     let mapped = net.addr().to_canonical();

@@ -1,7 +1,7 @@
-//! A YAML document as a tree in which every value knows where it was written.
+//! A YAML document as a tree whose values know their locations.
 //!
-//! Scalars stay text: what a `8080` or a `no` means is the business of whoever reads the key (`read.rs`). Not here: any
-//! knowledge of which keys exist.
+//! Scalars stay text: the reader of a key (`read.rs`) interprets `8080` or `no`. The tree has no
+//! knowledge of keys.
 
 mod loader;
 
@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use loader::Loader;
 
-/// A value and where it came from.
+/// A value with its location.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Node {
     pub(crate) value: Value,
-    /// A local tag without its `!`, such as ztunnel's `!Exact`.
+    /// A local tag without `!`, such as `Exact` of ztunnel's `!Exact`.
     pub(crate) tag: Option<String>,
     pub(crate) origin: Origin,
 }
@@ -27,21 +27,21 @@ pub(crate) enum Value {
     Mapping(Vec<(String, Node)>),
 }
 
-/// Where a value was written.
+/// The location of a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
-    /// In a document, at this line and column (both from 1).
+    /// A line and column in a document.
     Document {
-        /// The file, or what else the document is called.
+        /// The file, or another name of the document.
         name: Arc<str>,
-        /// From 1.
+        /// The line, from 1.
         line: usize,
-        /// From 1.
+        /// The column, from 1.
         column: usize,
     },
-    /// In this environment variable.
+    /// An environment variable.
     Environment(String),
-    /// In a `--set KEY=VALUE` flag.
+    /// A `--set KEY=VALUE` flag.
     Flag,
 }
 
@@ -55,28 +55,29 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Why a text is not a document that we can read.
+/// The reason why a text is not a readable document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SyntaxError {
     pub(crate) reason: String,
     pub(crate) origin: Origin,
 }
 
-/// What [`parts`] tells of a document, in the order of the text.
+/// A part of a document that [`parts`] reports, in document order.
 #[derive(Debug)]
 pub(crate) enum Part<'a> {
-    /// The document is not a mapping, but this; a null if there is nothing in it.
+    /// The entire document if it is not a mapping; null if it is empty.
     Whole(Node),
-    /// A key of the mapping that the document is, and where its value begins.
+    /// A key of the top-level mapping, and the location of its value.
     Key(&'a str, Origin),
-    /// The value of that key, which is not a list.
+    /// The value of that key, if it is not a list.
     Value(&'a str, Node),
-    /// An item of the list that the value of that key is, counted from 0.
+    /// An item of the list at that key, with its index from 0.
     Item(&'a str, usize, Node),
 }
 
-/// Reads the one document in `text` and gives away each item of the lists at its top as soon as it is read, so that a
-/// large document is never a tree as a whole. What was told before an error counts for nothing.
+/// Reads the single document in `text`, and reports each item of its top-level lists as soon as it
+/// is read. So a large document is never entirely in memory as a tree. If an error follows,
+/// reported parts must be discarded.
 pub(crate) fn parts(
     text: &str,
     origin: &dyn Fn(usize, usize) -> Origin,
@@ -86,12 +87,13 @@ pub(crate) fn parts(
 }
 
 impl Node {
-    /// An empty mapping: what an empty document means.
+    /// An empty mapping, which an empty document means.
     pub(crate) fn empty(origin: Origin) -> Self {
         Self { value: Value::Mapping(Vec::new()), tag: None, origin }
     }
 
-    /// Reads the one document in `text`; `origin` turns a line and column (from 1) into a place.
+    /// Reads the single document in `text`; `origin` converts a line and column (from 1) to a
+    /// location.
     pub(crate) fn parse(
         text: &str,
         origin: &dyn Fn(usize, usize) -> Origin,
@@ -99,7 +101,7 @@ impl Node {
         Loader::new(text, origin).document()
     }
 
-    /// Puts `node` at the end of `path`, making the mappings on the way.
+    /// Sets the value at `path`, and creates missing mappings.
     pub(crate) fn set(&mut self, path: &[&str], node: Self) {
         let Some((first, rest)) = path.split_first() else {
             *self = node;
@@ -120,7 +122,7 @@ impl Node {
         }
     }
 
-    /// The node at the end of `path`.
+    /// The value at `path`.
     #[cfg(test)]
     pub(crate) fn at(&self, path: &[&str]) -> Option<&Self> {
         let Some((first, rest)) = path.split_first() else {

@@ -1,22 +1,23 @@
-//! What is wrong with a configuration: every mistake at once, each with its key, its value and what would be right.
+//! Errors of a configuration: all mistakes at once, each with its key, value and remedy.
 
 use std::fmt;
 
 use crate::document::{Origin, SyntaxError};
 
-/// More mistakes than one reads at once: often one mistake, many times.
+/// The number of printed mistakes. More are usually the same mistake many times.
 const MAX_SHOWN: usize = 20;
 
 /// One mistake in a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// The path of the key, such as `proxy.outbound_port` or `workloads[3].protocol`; empty for the whole document.
+    /// The path of the key, such as `proxy.outbound_port` or `workloads[3].protocol`; empty for the
+    /// entire document.
     pub key: String,
-    /// What was written there, if it was a single value.
+    /// The invalid value, if it is a scalar.
     pub value: Option<String>,
-    /// Why it cannot be used, and what would be right.
+    /// The reason, with the expected value.
     pub reason: String,
-    /// Where it was written, if it was written.
+    /// The location of the value, if there is one.
     pub origin: Option<Origin>,
 }
 
@@ -35,12 +36,12 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Every mistake of a configuration; never empty.
+/// All mistakes of a configuration; never empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigErrors {
-    /// The mistakes, in the order of the document; the first 1000 if there are more.
+    /// The mistakes in document order, limited to the first 1000.
     pub problems: Vec<Problem>,
-    /// How many more there are.
+    /// The number of further mistakes.
     pub more: usize,
 }
 

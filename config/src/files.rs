@@ -1,6 +1,6 @@
-//! The files that a path stands for: one file, or the documents in a folder.
+//! Lists and reads the files of a path: a single file, or the documents in a folder.
 //!
-//! Not here: what is in them, and when they change (`file_watch.rs`).
+//! `file_watch.rs` detects changes.
 
 use std::hash::{DefaultHasher, Hasher};
 use std::io;
@@ -9,17 +9,17 @@ use std::path::{Path, PathBuf};
 
 const EXTENSIONS: &[&str] = &["yaml", "yml", "json"];
 
-/// A file as it was read.
+/// A file that was read.
 #[derive(Debug)]
 pub(crate) struct File {
     pub(crate) path: PathBuf,
     pub(crate) content: io::Result<Vec<u8>>,
-    /// A number that another file or content hardly ever has.
+    /// A hash of path and content, unique with high probability.
     pub(crate) fingerprint: u64,
 }
 
-/// The file at `path`, or if that is a folder, the documents in it, in the order of their names: neither hidden ones (so
-/// that of a ConfigMap nothing is read twice) nor those in folders below.
+/// The file at `path`, or for a folder its documents sorted by name. Hidden files are skipped,
+/// because a mounted ConfigMap contains each file twice, and so are subfolders.
 pub(crate) fn at(path: &Path) -> io::Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.to_owned()]);
@@ -35,7 +35,7 @@ pub(crate) fn at(path: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(documents)
 }
 
-/// Reads the files of `path` and gives each to `read`. Gives back the [`fingerprint`] of all.
+/// Reads the files of `path` and passes each to `read`. Returns the [`fingerprint`] of all.
 pub(crate) fn read_each(path: &Path, mut read: impl FnMut(File)) -> u64 {
     let mut all = DefaultHasher::new();
     let mut one = |path: PathBuf, content: io::Result<Vec<u8>>| {
@@ -53,7 +53,7 @@ pub(crate) fn read_each(path: &Path, mut read: impl FnMut(File)) -> u64 {
     all.finish()
 }
 
-/// A number that other files of `path`, or other contents, hardly ever have.
+/// A hash of the files of `path` and their contents, unique with high probability.
 pub(crate) fn fingerprint(path: &Path) -> u64 {
     read_each(path, drop)
 }
@@ -65,13 +65,13 @@ impl File {
             hasher.write_usize(part.len());
             hasher.write(part);
         }
-        // What cannot be read is not what is empty.
+        // An unreadable file differs from an empty one.
         hasher.write_u8(content.is_err().into());
         Self { path, content, fingerprint: hasher.finish() }
     }
 }
 
-/// Whether a file of a folder is one of its documents, by its name.
+/// Returns true if the name of a file marks a document.
 pub(crate) fn is_document(path: &Path) -> bool {
     let hidden = path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"."));
     let extension = path.extension().and_then(|extension| extension.to_str());

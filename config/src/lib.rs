@@ -1,7 +1,8 @@
-//! What the proxy is told: its settings, and the mesh that it stands in.
+//! The configuration of the proxy: its settings, and the mesh.
 //!
-//! This crate reads, checks and publishes; it opens no data socket and knows neither rustls, h2 nor netfilter.
-//! Every mistake of a document is reported at once, with its place, its key, its value and what would be right.
+//! This crate reads, checks and publishes both. It opens no data socket and has no knowledge of
+//! rustls, h2 or netfilter. All mistakes of a document are reported at once, each with location,
+//! key, value and remedy.
 
 mod ca_clients;
 mod cidr;

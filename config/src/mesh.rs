@@ -1,7 +1,8 @@
-//! The mesh: an immutable snapshot of who is where, who speaks HBONE and who may talk to whom, and the source that publishes it.
+//! The mesh: an immutable snapshot of workloads, services and policies, and the source of
+//! snapshots.
 //!
-//! A snapshot is built whole, checked whole and swapped whole; whoever holds one sees one state of the mesh. Not here:
-//! what is done with it. Routing and the decision by policies belong to the proxy.
+//! A snapshot is built, checked and replaced as a whole, so its users see a consistent state. The
+//! proxy decides about routes and policies.
 
 mod builder;
 mod document;
@@ -35,9 +36,9 @@ pub use workload::{
 
 use crate::ConfigErrors;
 use names::Map;
-use network::{Network, best};
+use network::{Network, select_service};
 
-/// What has a name or an address in the mesh.
+/// A destination with a name or address in the mesh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Destination<'a> {
     /// A workload.
@@ -46,7 +47,7 @@ pub enum Destination<'a> {
     Service(&'a Arc<Service>),
 }
 
-/// One state of the mesh.
+/// A snapshot of the mesh.
 #[derive(Debug, Default)]
 pub struct Mesh {
     networks: Map<Name, Network>,
@@ -57,49 +58,51 @@ pub struct Mesh {
     services: Vec<Arc<Service>>,
 }
 
-/// The policies that hold for more than the workloads which name them.
+/// The policies with a scope larger than the workloads that reference them.
 #[derive(Debug, Default)]
 struct Policies {
     global: Box<[Arc<Policy>]>,
     namespaces: Map<Name, Box<[Arc<Policy>]>>,
-    /// How many policies there are in all.
+    /// The number of all policies.
     count: usize,
 }
 
 impl Mesh {
-    /// Reads a mesh file, ztunnel's `LOCAL_XDS_PATH` document, or every one in a folder (`*.yaml`, `*.yml`, `*.json`).
+    /// Reads a mesh file, which is ztunnel's `LOCAL_XDS_PATH` document, or all of them in a folder
+    /// (`*.yaml`, `*.yml`, `*.json`).
     ///
     /// # Errors
-    /// Every mistake in the files, or why they could not be read.
+    /// All mistakes in the files, or the reason why they cannot be read.
     pub fn from_file(path: &Path) -> Result<Self, ConfigErrors> {
         reader::Reader::default().read(path)
     }
 
-    /// Reads the same document from a text that is called `name` in errors.
+    /// Reads the same document from a string; errors use `name` as its name.
     ///
     /// # Errors
-    /// Every mistake in the text.
+    /// All mistakes in the text.
     pub fn from_text(name: &str, text: &str) -> Result<Self, ConfigErrors> {
         reader::from_text(name, text)
     }
 
-    /// The workload that has this address in `network`; none if several share it.
+    /// The workload with this address in `network`; `None` if several share it.
     pub fn workload(&self, network: &str, address: IpAddr) -> Option<&Arc<Workload>> {
         self.networks.get(network)?.workload(address.to_canonical())
     }
 
-    /// Whether any workload has this address in `network`, if only together with others.
+    /// Returns true if at least one workload has this address in `network`.
     pub fn has_workload(&self, network: &str, address: IpAddr) -> bool {
         let known = self.networks.get(network);
         known.is_some_and(|known| known.has_workload(address.to_canonical()))
     }
 
-    /// Whether a workload that has this address in `network` speaks HBONE, even if several share it.
+    /// Returns true if a workload with this address in `network` supports HBONE, even if several
+    /// share the address.
     pub fn speaks_hbone(&self, network: &str, address: IpAddr) -> bool {
         self.networks.get(network).is_some_and(|known| known.speaks_hbone(address.to_canonical()))
     }
 
-    /// The service that a workload of `namespace` means by this address in `network`.
+    /// The service that this address in `network` denotes for a workload of `namespace`.
     pub fn service(
         &self,
         network: &str,
@@ -109,7 +112,8 @@ impl Mesh {
         self.networks.get(network)?.service(address.to_canonical(), namespace)
     }
 
-    /// Every service that has this address in `network` or a range around it, whoever can see it.
+    /// All services with this address in `network` or a range that contains it, regardless of
+    /// visibility.
     pub fn services_at(
         &self,
         network: &str,
@@ -119,17 +123,17 @@ impl Mesh {
         known.flat_map(move |known| known.services_at(address.to_canonical()))
     }
 
-    /// The service that a workload of `namespace` means by this hostname.
+    /// The service that this hostname denotes for a workload of `namespace`.
     pub fn service_by_hostname(&self, hostname: &str, namespace: &str) -> Option<&Arc<Service>> {
-        best(self.services_named(hostname), namespace)
+        select_service(self.services_named(hostname), namespace)
     }
 
-    /// Every service with this hostname, whoever can see it.
+    /// All services with this hostname, regardless of visibility.
     pub fn services_named(&self, hostname: &str) -> &[Arc<Service>] {
         self.hostnames.get(hostname).map(Vec::as_slice).unwrap_or_default()
     }
 
-    /// The service with this name, or else the workload with this hostname.
+    /// The service with this name, otherwise the workload with this hostname.
     pub fn named(&self, name: &NamespacedHostname) -> Option<Destination<'_>> {
         let mut services = self.services_named(&name.hostname).iter();
         let service = services.find(|service| service.namespace == name.namespace);
@@ -140,7 +144,8 @@ impl Mesh {
         })
     }
 
-    /// The policies that hold for a workload of `namespace`, which is `workload` if the mesh knows it.
+    /// The policies that apply to a workload of `namespace`, or to `workload` if the mesh contains
+    /// it.
     pub fn policies<'a>(
         &'a self,
         namespace: &str,
@@ -154,17 +159,17 @@ impl Mesh {
         }
     }
 
-    /// Every workload.
+    /// All workloads.
     pub fn workloads(&self) -> &[Arc<Workload>] {
         &self.workloads
     }
 
-    /// Every service.
+    /// All services.
     pub fn services(&self) -> &[Arc<Service>] {
         &self.services
     }
 
-    /// How many policies there are.
+    /// The number of policies.
     pub fn policy_count(&self) -> usize {
         self.policies.count
     }

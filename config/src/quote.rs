@@ -1,13 +1,13 @@
-//! Text from outside, made safe to log: bounded in bytes, and on one line.
+//! Makes untrusted text safe to log: limited in size, on one line.
 //!
-//! Every text that a peer, a CA or a file of another party chooses passes through [`Quoted`] before
-//! it is part of an error, a log line or a metric label. Without the bound, one certificate of 60
-//! KB costs a log line of several hundred KB.
+//! Each text from a peer, a CA or a third party's file passes through [`Quoted`] before it becomes
+//! part of an error, a log line or a metric label. Otherwise one certificate of 60 KB could produce
+//! a log line of several hundred KB.
 
 use std::error::Error;
 use std::fmt::{self, Write};
 
-/// A text from outside: at most [`Quoted::MAX_BYTES`] bytes of it, with control characters escaped.
+/// Untrusted text: at most [`Quoted::MAX_BYTES`] bytes, with control characters escaped.
 ///
 /// ```
 /// use underpass_config::Quoted;
@@ -18,18 +18,18 @@ use std::fmt::{self, Write};
 pub struct Quoted(Box<str>);
 
 impl Quoted {
-    /// The longest quote, in bytes, without the mark that says that it was cut.
+    /// The maximum size of a quote in bytes, without the truncation mark.
     pub const MAX_BYTES: usize = 200;
-    /// The longest quote of an error with its causes: some of our own words, and a few quotes.
+    /// The maximum size of a quoted error chain: own words and several quotes.
     pub const MAX_CHAIN_BYTES: usize = 1024;
 
-    /// Quotes the text that `value` displays. Formatting stops at the bound, so that a long text
-    /// costs no more than a short one.
+    /// Quotes the text that `value` displays. Formatting stops at the limit, so long texts cost no
+    /// more than short ones.
     pub fn new(value: impl fmt::Display) -> Self {
         Self::bounded(value, Self::MAX_BYTES)
     }
 
-    /// The same with another bound: for the texts of several causes together.
+    /// The same with another limit, for the texts of several causes.
     pub fn bounded(value: impl fmt::Display, max_bytes: usize) -> Self {
         let mut text = Bounded { text: String::new(), max_bytes };
         if write!(text, "{value}").is_err() {
@@ -38,13 +38,12 @@ impl Quoted {
         Self(text.text.into_boxed_str())
     }
 
-    /// An error and everything that caused it, outermost first: `cannot connect: Connection
-    /// refused`.
+    /// Quotes an error with its causes, outermost first: `cannot connect: Connection refused`.
     pub fn chain(error: &(dyn Error + 'static)) -> Self {
         Self::bounded(Chain(error), Self::MAX_CHAIN_BYTES)
     }
 
-    /// The quote.
+    /// The quoted text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -88,7 +87,7 @@ impl fmt::Display for Chain<'_> {
     }
 }
 
-/// Collects text up to a bound; what exceeds it is an error, which ends the formatting.
+/// Collects text up to a limit. Exceeding it is an error, which ends the formatting.
 struct Bounded {
     text: String,
     max_bytes: usize,
@@ -107,7 +106,7 @@ impl Bounded {
 impl Write for Bounded {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for character in text.chars() {
-            // The escapes are ASCII, of ten bytes at most (`\u{10ffff}`).
+            // Escapes are ASCII and at most ten bytes (`\u{10ffff}`).
             if is_unsafe(character) {
                 let escaped: String = character.escape_default().collect();
                 self.push(&escaped)?;
@@ -119,7 +118,8 @@ impl Write for Bounded {
     }
 }
 
-/// Control characters, and those that break a line or reorder its text on a terminal.
+/// Returns true for control characters, line breaks, and characters that reorder text on a
+/// terminal.
 fn is_unsafe(character: char) -> bool {
     character.is_control()
         || matches!(character, '\u{2028}' | '\u{2029}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')

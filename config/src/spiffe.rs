@@ -1,6 +1,5 @@
-//! SPIFFE identities: who a workload is, in the words of the SPIFFE-ID standard.
-//!
-//! Not here: how an identity is proven. That is a certificate, and belongs to the hbone crate.
+//! SPIFFE identities, in the terms of the SPIFFE-ID standard. The hbone crate verifies them by
+//! certificates.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,17 +7,17 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-/// SPIFFE-ID section 2.3: an identity is at most 2048 bytes long.
+/// The maximum length of an identity (SPIFFE-ID section 2.3).
 const MAX_ID_BYTES: usize = 2048;
-/// SPIFFE-ID section 2.1: a trust domain is at most 255 bytes long.
+/// The maximum length of a trust domain (SPIFFE-ID section 2.1).
 const MAX_TRUST_DOMAIN_BYTES: usize = 255;
 const SCHEME: &str = "spiffe://";
 
-/// Why a text is not a SPIFFE identity or trust domain.
+/// The reason why a text is not a SPIFFE identity or trust domain.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SpiffeError {
     /// The text does not begin with `spiffe://`.
-    #[error("it does not begin with spiffe://")]
+    #[error("it does not start with spiffe://")]
     Scheme,
     /// The trust domain is empty, too long, or has a character outside `a-z 0-9 . - _`.
     #[error("the trust domain must be 1 to 255 characters of a-z, 0-9, '.', '-' and '_'")]
@@ -28,10 +27,10 @@ pub enum SpiffeError {
         "each path segment must be one or more of a-z, A-Z, 0-9, '.', '-' and '_', and not '.' or '..'"
     )]
     Path,
-    /// There is no path where the identity of a workload is needed.
+    /// The path is missing, which the identity of a workload requires.
     #[error("it has no path: it names a trust domain, not a workload")]
     NoPath,
-    /// The identity is longer than the 2048 bytes that the standard allows.
+    /// The identity is longer than 2048 bytes.
     #[error("it is longer than 2048 bytes")]
     TooLong,
 }
@@ -41,7 +40,7 @@ pub enum SpiffeError {
 pub struct TrustDomain(String);
 
 impl TrustDomain {
-    /// The trust domain as written in identities.
+    /// The trust domain as in identities.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -67,7 +66,7 @@ impl fmt::Display for TrustDomain {
     }
 }
 
-/// A SPIFFE identity: a trust domain and a path of any shape.
+/// A SPIFFE identity: a trust domain and a path of any form.
 ///
 /// ```
 /// use underpass_config::SpiffeId;
@@ -76,63 +75,64 @@ impl fmt::Display for TrustDomain {
 /// assert_eq!(id.namespace_and_service_account(), Some(("default", "client")));
 /// ```
 ///
-/// Cheap to clone: many connections and workloads have the same one.
+/// Cheap to clone: many connections and workloads share it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SpiffeId(Arc<Parts>);
 
 #[derive(Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Parts {
     trust_domain: TrustDomain,
-    /// All that follows the scheme: the trust domain, and the path if there is one.
+    /// The identity without the scheme: trust domain, and path if present.
     text: String,
 }
 
 impl SpiffeId {
-    /// The identity that Istio gives a workload: `spiffe://TD/ns/NAMESPACE/sa/ACCOUNT`.
+    /// Istio's identity of a workload: `spiffe://TD/ns/NAMESPACE/sa/ACCOUNT`.
     ///
     /// # Errors
-    /// [`SpiffeError::Path`] when a name has a character that an identity cannot carry.
+    /// [`SpiffeError::Path`] if a name contains a character that is not allowed in identities.
     pub fn istio(
         trust_domain: TrustDomain,
         namespace: &str,
         service_account: &str,
     ) -> Result<Self, SpiffeError> {
-        // It would be read as another name: of the namespace `a/sa/b`, or of the account `b` in the namespace `a`.
+        // A '/' would make it ambiguous: `a/sa/b` as namespace, or `b` as account in the namespace
+        // `a`.
         if namespace.contains('/') || service_account.contains('/') {
             return Err(SpiffeError::Path);
         }
         format!("{SCHEME}{trust_domain}/ns/{namespace}/sa/{service_account}").parse()
     }
 
-    /// The authority that vouches for this identity.
+    /// The trust domain, whose authority issues this identity.
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.0.trust_domain
     }
 
-    /// The workload within its trust domain: empty, or `/` and segments.
+    /// The path: empty, or `/` and segments.
     pub fn path(&self) -> &str {
         self.0.text.get(self.0.trust_domain.0.len()..).unwrap_or_default()
     }
 
-    /// Whether it names a workload. An identity without a path names the trust domain itself: only
-    /// the certificate of a CA has one (X509-SVID section 2).
+    /// Returns true if it identifies a workload. An identity without a path identifies the trust
+    /// domain, and only a CA certificate contains one (X509-SVID section 2).
     pub fn is_workload(&self) -> bool {
         !self.path().is_empty()
     }
 
-    /// The identity as Istio's policies write it: without `spiffe://`.
+    /// The identity without `spiffe://`, as in Istio's policies.
     pub fn principal(&self) -> &str {
         &self.0.text
     }
 
-    /// Whether there are other copies of it.
+    /// Returns true if there are other references to it.
     pub(crate) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.0) > 1
     }
 
-    /// The namespace and service account, if the path has Istio's shape.
+    /// The namespace and service account, if the path has Istio's form.
     pub fn namespace_and_service_account(&self) -> Option<(&str, &str)> {
-        // Policies ask for every connection: to look for one byte is faster than to look for "/sa/".
+        // Evaluated for every connection; a search for one byte is faster than for "/sa/".
         let (namespace, rest) = self.path().strip_prefix("/ns/")?.split_once('/')?;
         let account = rest.strip_prefix("sa/")?;
         (!account.contains('/')).then_some((namespace, account))
@@ -175,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_identity_prints_as_it_was_read() {
+    fn identity_prints_as_parsed() {
         for text in [
             "spiffe://cluster.local/ns/default/sa/client",
             "spiffe://td/any/path/at/all",
@@ -188,13 +188,13 @@ mod tests {
     }
 
     #[test]
-    fn identity_without_path_is_no_workload() {
+    fn identity_without_path_is_not_workload() {
         let is_workload = |text: &str| text.parse::<SpiffeId>().unwrap().is_workload();
         assert!(is_workload("spiffe://td/a") && !is_workload("spiffe://td"));
     }
 
     #[test]
-    fn only_istios_shape_has_a_namespace_and_service_account() {
+    fn only_istio_path_has_namespace_and_service_account() {
         let parts = |text: &str| {
             let id: SpiffeId = text.parse().unwrap();
             id.namespace_and_service_account().map(|(n, s)| format!("{n}/{s}"))
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_identity_is_refused_with_the_reason() {
+    fn rejects_invalid_identity_with_reason() {
         for (text, reason) in [
             ("https://td/ns/a", SpiffeError::Scheme),
             ("spiffe://", SpiffeError::TrustDomain),

@@ -1,10 +1,10 @@
-//! A folder in which a test writes, replaces and links files; gone with the test.
+//! A temporary folder for a test, which writes, replaces and links files in it.
 
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
-/// A folder of its own for one test.
+/// A temporary folder, removed on drop.
 #[derive(Debug)]
 pub(crate) struct Folder(PathBuf);
 
@@ -33,7 +33,7 @@ impl Folder {
         fs::rename(self.path(from), self.path(to)).unwrap();
     }
 
-    /// Puts a link to `target` in the place of `name` in one step.
+    /// Atomically replaces `name` by a symbolic link to `target`.
     pub(crate) fn swap(&self, target: &str, name: &str) {
         symlink(target, self.path("tmp")).unwrap();
         self.rename("tmp", name);

@@ -1,6 +1,4 @@
-//! From the events of a YAML parser to nodes: the whole document, or one item of its lists after the other.
-//!
-//! Not here: YAML's grammar, which is the parser's.
+//! Converts events of a YAML parser to nodes: of the entire document, or item by item.
 
 use std::collections::{HashMap, HashSet};
 
@@ -8,25 +6,25 @@ use saphyr_parser::{Event, Parser, ScalarStyle, Span, StrInput, Tag};
 
 use super::{Node, Origin, Part, SyntaxError, Value};
 
-/// Deeper nesting than any setting needs; a bound for the recursion below.
+/// The maximum nesting, which also limits the recursion of the loader.
 const MAX_DEPTH: usize = 32;
-/// How many nodes aliases (`*name`) may add, so that a small file cannot unfold into a huge tree: these, and one for each byte
-/// of the text.
+/// The number of nodes that aliases (`*name`) may add, plus one per byte of the text. It prevents a
+/// small file from expanding to a huge tree.
 const MAX_ALIASED_NODES: usize = 100_000;
-/// A mapping with more keys than these is searched by hash.
+/// Mappings with more keys are checked for duplicates by a hash set.
 const FEW_KEYS: usize = 16;
 
 pub(super) struct Loader<'a> {
     parser: Parser<'a, StrInput<'a>>,
     origin: &'a dyn Fn(usize, usize) -> Origin,
     anchors: HashMap<usize, Node>,
-    /// How many nodes aliases may still add.
+    /// The number of nodes that aliases may still add.
     aliased_left: usize,
 }
 
 impl<'a> Loader<'a> {
     pub(super) fn new(text: &'a str, origin: &'a dyn Fn(usize, usize) -> Origin) -> Self {
-        // A byte order mark may begin a file (YAML 1.2, section 5.2), but is no part of what it says.
+        // A byte order mark may precede the document (YAML 1.2, section 5.2).
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         Self {
             parser: Parser::new_from_str(text),
@@ -66,11 +64,11 @@ impl<'a> Loader<'a> {
         let mut known = HashSet::new();
         while let Some((key, span)) = self.key()? {
             if !known.insert(key.clone()) {
-                return Err(self.error(&span, &format!("the key {key} is given twice")));
+                return Err(self.error(&span, &format!("duplicate key {key}")));
             }
             let (event, span) = self.next()?;
             tell(Part::Key(&key, self.place(&span)));
-            // A list that an alias may repeat is needed as a whole.
+            // An anchored list may be repeated by an alias, so it is read as a whole.
             if !matches!(event, Event::SequenceStart(0, _)) {
                 match self.node(event, &span, 1)? {
                     Node { value: Value::Sequence(items), .. } => items
@@ -91,7 +89,7 @@ impl<'a> Loader<'a> {
         Ok(())
     }
 
-    /// The event that begins the document, if there is one.
+    /// The first event of the document, if it is not empty.
     fn begin(&mut self) -> Result<Option<(Event<'a>, Span)>, SyntaxError> {
         loop {
             match self.next()? {
@@ -102,7 +100,7 @@ impl<'a> Loader<'a> {
         }
     }
 
-    /// Refuses what follows the document.
+    /// Rejects content after the document.
     fn end(&mut self) -> Result<(), SyntaxError> {
         loop {
             match self.next()? {
@@ -137,7 +135,7 @@ impl<'a> Loader<'a> {
         (self.origin)(span.start.line(), span.start.col() + 1)
     }
 
-    /// The node that `event` begins.
+    /// The node that starts with `event`.
     fn node(&mut self, event: Event<'a>, span: &Span, depth: usize) -> Result<Node, SyntaxError> {
         if depth > MAX_DEPTH {
             return Err(self.error(span, "nested too deeply"));
@@ -178,7 +176,7 @@ impl<'a> Loader<'a> {
         let mut many = HashSet::new();
         while let Some((key, span)) = self.key()? {
             if !is_new(&key, &entries, &mut many) {
-                return Err(self.error(&span, &format!("the key {key} is given twice")));
+                return Err(self.error(&span, &format!("duplicate key {key}")));
             }
             let (event, span) = self.next()?;
             entries.push((key, self.node(event, &span, depth + 1)?));
@@ -205,7 +203,7 @@ impl<'a> Loader<'a> {
     }
 }
 
-/// Whether no entry has this key yet; `many` are the keys of all entries once there are many.
+/// Returns true if the key is new. `many` contains the keys of a large mapping.
 fn is_new(key: &str, entries: &[(String, Node)], many: &mut HashSet<String>) -> bool {
     if entries.len() < FEW_KEYS {
         return !entries.iter().any(|(known, _)| known == key);
@@ -216,7 +214,7 @@ fn is_new(key: &str, entries: &[(String, Node)], many: &mut HashSet<String>) -> 
     many.insert(key.to_owned())
 }
 
-/// The name in a local tag (`!Exact`); tags of YAML's own schema (`!!str`) say nothing that we need.
+/// The name of a local tag (`!Exact`). Tags of YAML's schema (`!!str`) are ignored.
 fn local_tag(tag: &Tag) -> Option<String> {
     (tag.handle == "!").then(|| tag.suffix.clone())
 }

@@ -1,4 +1,4 @@
-//! Documents, right and wrong, as trees and in parts.
+//! Tests of valid and invalid documents, as trees and in parts.
 
 use super::*;
 
@@ -11,7 +11,7 @@ fn parse(text: &str) -> Result<Node, SyntaxError> {
 }
 
 #[test]
-fn a_value_knows_its_line_and_column() {
+fn values_have_line_and_column() {
     let root = parse("a: 1\nb:\n  - x\n  - !Exact y\n").unwrap();
     let Value::Mapping(entries) = &root.value else { panic!("{root:?}") };
     assert_eq!(entries[0].1.origin, at(1, 4));
@@ -22,7 +22,7 @@ fn a_value_knows_its_line_and_column() {
 }
 
 #[test]
-fn an_empty_document_is_an_empty_mapping() {
+fn empty_document_is_empty_mapping() {
     for text in ["", "# only a comment\n", "---\n"] {
         let root = parse(text).unwrap();
         assert!(matches!(root.value, Value::Null) || root.value == Value::Mapping(vec![]));
@@ -30,14 +30,14 @@ fn an_empty_document_is_an_empty_mapping() {
 }
 
 #[test]
-fn an_alias_repeats_its_anchor() {
+fn alias_repeats_anchor() {
     let root = parse("a: &x [1, 2]\nb: *x\n").unwrap();
     let Value::Mapping(entries) = &root.value else { panic!("{root:?}") };
     assert_eq!(entries[0].1.value, entries[1].1.value);
 }
 
 #[test]
-fn hostile_documents_are_refused_not_unfolded() {
+fn rejects_hostile_documents_without_expansion() {
     let mut laughs = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
     for level in 1..9 {
         let last = format!("*a{}, ", level - 1).repeat(9);
@@ -47,7 +47,7 @@ fn hostile_documents_are_refused_not_unfolded() {
     for (text, reason) in [
         (laughs.as_str(), "aliases unfold"),
         (deep.as_str(), "nested too deeply"),
-        ("a: 1\na: 2\n", "given twice"),
+        ("a: 1\na: 2\n", "duplicate key"),
         ("a: 1\n---\nb: 2\n", "second document"),
         ("a: [1, 2\n", "not YAML"),
         ("? [a]\n: b\n", "a key must be"),
@@ -58,7 +58,7 @@ fn hostile_documents_are_refused_not_unfolded() {
 }
 
 #[test]
-fn an_overlay_replaces_one_value_and_makes_the_way_to_it() {
+fn set_replaces_value_and_creates_path() {
     let mut root = parse("proxy: {workers: 1, hbone_port: 15008}\n").unwrap();
     let node = |text| Node { origin: Origin::Flag, ..parse(text).unwrap() };
     root.set(&["proxy", "workers"], node("4"));

@@ -1,6 +1,6 @@
-//! Building a snapshot: everything is added, then checked against everything else, then indexed.
+//! Builds a snapshot: collects items, checks their references, and indexes them.
 //!
-//! Not here: where things come from (`document.rs`). Whoever adds them tells where a mistake was written.
+//! `document.rs` reads the items, and translates mistakes into locations.
 
 use std::sync::Arc;
 
@@ -11,18 +11,18 @@ use super::service::{Endpoint, PortMap, Service};
 use super::workload::{Gateway, GatewayDestination, Workload};
 use super::{Mesh, Policies};
 
-/// A workload whose references are still names.
+/// A workload whose references are not resolved.
 #[derive(Debug)]
 pub struct WorkloadDraft {
-    /// The workload, of no service and no policy yet.
+    /// The workload, without services and policies.
     pub workload: Workload,
-    /// The services that it is an endpoint of, and where it serves their ports.
+    /// The services whose endpoint it is, with its own ports for them.
     pub services: Vec<(NamespacedHostname, PortMap)>,
     /// The policies that select it, as `namespace/name`.
     pub policies: Vec<Name>,
 }
 
-/// What was added, counted from 0 within its kind.
+/// An item by its index within its kind, from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Item {
     /// A workload.
@@ -33,28 +33,28 @@ pub enum Item {
     Policy(usize),
 }
 
-/// What is wrong with one item in the light of the others.
+/// A mistake of an item in relation to others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mistake {
-    /// Which item.
+    /// The item.
     pub item: Item,
-    /// The key of the item, in the mesh file's words.
+    /// The key of the item in the mesh file.
     pub key: &'static str,
-    /// Why it cannot be, and what would be right.
+    /// The reason, with the remedy.
     pub reason: String,
 }
 
-/// A draft where its workload is going to stay.
+/// An unresolved workload in its final allocation.
 #[derive(Debug)]
 struct Draft {
     workload: Arc<Workload>,
-    /// Of each of its services.
+    /// The ports for each of its services.
     ports: Box<[PortMap]>,
     policies: Box<[Name]>,
     has_uid: bool,
 }
 
-/// Collects the parts of a mesh.
+/// Collects the items of a mesh.
 #[derive(Debug, Default)]
 pub struct MeshBuilder {
     workloads: Vec<Draft>,
@@ -77,7 +77,7 @@ impl MeshBuilder {
         self.workloads.push(Draft { workload, ports, policies, has_uid });
     }
 
-    /// Adds a service; its endpoints come from the workloads.
+    /// Adds a service. Its endpoints come from the workloads.
     pub fn service(&mut self, service: Service) {
         self.services.push(service);
     }
@@ -87,15 +87,15 @@ impl MeshBuilder {
         self.policies.push(Arc::new(policy));
     }
 
-    /// The mesh of all that was added.
+    /// Builds the mesh.
     ///
     /// # Errors
-    /// Every name that is given twice or leads to nothing.
+    /// All duplicate names and unresolved references.
     pub fn build(self) -> Result<Mesh, Vec<Mistake>> {
         build(&[&self])
     }
 
-    /// Gives back the memory that more items would have taken.
+    /// Releases unused capacity.
     pub(super) fn shrink(&mut self) {
         self.workloads.shrink_to_fit();
         self.services.shrink_to_fit();
@@ -103,7 +103,8 @@ impl MeshBuilder {
     }
 }
 
-/// The mesh of all that was added to these, which share what they have with it. Mistakes count items through all of them.
+/// Builds the mesh of all items in `parts`, which share memory with it. Mistakes index items across
+/// all parts.
 pub(super) fn build(parts: &[&MeshBuilder]) -> Result<Mesh, Vec<Mistake>> {
     let mut build = Build::default();
     build.policies(parts);
@@ -114,12 +115,12 @@ pub(super) fn build(parts: &[&MeshBuilder]) -> Result<Mesh, Vec<Mistake>> {
     if build.mistakes.is_empty() { Ok(build.mesh) } else { Err(build.mistakes) }
 }
 
-/// A mesh that is being built.
+/// A mesh under construction.
 #[derive(Default)]
 struct Build<'a> {
     mesh: Mesh,
     policies: Map<String, Arc<Policy>>,
-    /// By namespace and hostname.
+    /// Indexes of services by namespace and hostname.
     names: Map<(&'a str, &'a str), usize>,
     uids: Set<&'a str>,
     mistakes: Vec<Mistake>,
@@ -144,7 +145,7 @@ impl<'a> Build<'a> {
             }
             let key = policy.to_string();
             if self.policies.insert(key, policy.clone()).is_some() {
-                let reason = format!("there is another policy {policy}");
+                let reason = format!("duplicate policy {policy}");
                 self.mistake(Item::Policy(index), "name", reason);
             }
         }
@@ -157,7 +158,7 @@ impl<'a> Build<'a> {
         let mut services = Vec::new();
         for (index, service) in parts.iter().flat_map(|part| &part.services).enumerate() {
             if self.names.insert((&service.namespace, &service.hostname), index).is_some() {
-                let reason = format!("there is another service {service}");
+                let reason = format!("duplicate service {service}");
                 self.mistake(Item::Service(index), "hostname", reason);
             }
             services.push((service, Vec::new()));
@@ -186,11 +187,11 @@ impl<'a> Build<'a> {
                 true => ("uid", ""),
                 false => ("name", ": give them different names, or each a uid"),
             };
-            self.mistake(item, key, format!("there is another workload {uid}{advice}"));
+            self.mistake(item, key, format!("duplicate workload {uid}{advice}"));
         }
     }
 
-    /// The workload of a draft with the policies that select it: with none it is the one of the draft itself.
+    /// The workload with its policies. Without policies, it is the draft's own allocation.
     fn selected_by(&mut self, item: Item, draft: &Draft) -> Arc<Workload> {
         if draft.policies.is_empty() {
             return draft.workload.clone();
@@ -271,7 +272,8 @@ impl<'a> Build<'a> {
         }
     }
 
-    /// A waypoint or gateway that is not there would be found out only when somebody is in need of it.
+    /// Checks that waypoints and gateways exist. Otherwise the mistake would appear only with the
+    /// first connection.
     fn check_gateways(&mut self) {
         let mut mistakes = Vec::new();
         let mut check = |item, key, gateway: Option<&Gateway>| {

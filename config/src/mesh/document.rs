@@ -1,9 +1,9 @@
-//! The mesh file: ztunnel's `LOCAL_XDS_PATH` document (camelCase YAML), checked whole.
+//! Reads the mesh file: ztunnel's `LOCAL_XDS_PATH` document (YAML with camelCase keys).
 //!
-//! Of a large document there is never more than one item in memory as a tree: each is turned into a part of the mesh as soon
-//! as it is read. What would change routing or policy and cannot be understood is refused: to ignore a policy would open a
-//! door, to ignore a waypoint would go round it. Not here: where the texts come from (`source.rs`), and what must fit together
-//! across items (`builder.rs`).
+//! Only one item of the document is in memory as a tree at a time, which bounds memory for large
+//! documents. A value that affects routing or policies and is not understood is an error: ignoring
+//! a policy would allow traffic, and ignoring a waypoint would bypass it. `source.rs` reads files,
+//! and `builder.rs` checks references between items.
 
 mod gateway;
 mod policy;
@@ -21,26 +21,26 @@ use crate::read::{Cursor, Problems};
 
 const SECTIONS: &[&str] = &["workloads", "services", "policies"];
 
-/// What one document says, and where.
+/// The items of one document with their locations.
 #[derive(Debug)]
 pub(super) struct Document {
     name: Arc<str>,
     items: MeshBuilder,
-    /// Of each kind in the order of `items`, which is that of the section: an item that is left out has a mistake.
-    workloads: Vec<Place>,
-    services: Vec<Place>,
-    policies: Vec<Place>,
+    /// The locations of the items in `items`, by kind. Items with mistakes are left out.
+    workloads: Vec<ItemLocation>,
+    services: Vec<ItemLocation>,
+    policies: Vec<ItemLocation>,
 }
 
-/// Where one item was written; small, for there are many.
+/// The location of an item, in a compact form.
 #[derive(Debug, Clone, Copy)]
-struct Place {
+struct ItemLocation {
     line: u32,
     column: u32,
 }
 
 impl Document {
-    /// Reads one document, which is called `name` in errors; `None` if there is a mistake in it.
+    /// Reads a document; errors use `name` as its name. `None` if it has mistakes.
     pub(super) fn read(
         name: &str,
         text: &str,
@@ -59,7 +59,7 @@ impl Document {
         let origin = |line, column| Origin::Document { name: name.clone(), line, column };
         let root = Cursor::nowhere(problems);
         let mut tell = |part: Part<'_>| match part {
-            Part::Whole(node) => refuse(&node, problems),
+            Part::Whole(node) => reject_non_mapping(&node, problems),
             Part::Key(key, _) if SECTIONS.contains(&key) => {}
             Part::Key(key, origin) => {
                 let node = Node { value: Value::Null, tag: None, origin };
@@ -69,7 +69,12 @@ impl Document {
             Part::Value(key, node) => root.at(key, Some(&node)).problem("must be a list"),
             Part::Item(section, index, node) => {
                 let list = root.at(section, None);
-                document.item(section, list.item(index, &node), Place::of(&node.origin), shared);
+                document.item(
+                    section,
+                    list.item(index, &node),
+                    ItemLocation::of(&node.origin),
+                    shared,
+                );
             }
         };
         if let Err(error) = parts(text, &origin, &mut tell) {
@@ -80,12 +85,12 @@ impl Document {
         (problems.count() == before).then_some(document)
     }
 
-    /// What it says.
+    /// The items.
     pub(super) fn items(&self) -> &MeshBuilder {
         &self.items
     }
 
-    fn item(&mut self, section: &str, item: Cursor<'_>, place: Place, shared: &mut Shared) {
+    fn item(&mut self, section: &str, item: Cursor<'_>, place: ItemLocation, shared: &mut Shared) {
         if !item.is_mapping() {
             return item.problem("must be a mapping (key: value)");
         }
@@ -108,12 +113,12 @@ impl Document {
                     self.policies.push(place);
                 }
             }
-            // Its key was told.
+            // The unknown key was reported.
             _ => {}
         }
     }
 
-    /// Gives back the memory that more items would have taken: documents are kept.
+    /// Releases unused capacity, since documents are kept.
     fn shrink(&mut self) {
         self.items.shrink();
         for places in [&mut self.workloads, &mut self.services, &mut self.policies] {
@@ -121,13 +126,13 @@ impl Document {
         }
     }
 
-    fn origin(&self, Place { line, column }: Place) -> Option<Origin> {
+    fn origin(&self, ItemLocation { line, column }: ItemLocation) -> Option<Origin> {
         let (line, column) = (line.try_into().ok()?, column.try_into().ok()?);
         Some(Origin::Document { name: self.name.clone(), line, column })
     }
 }
 
-/// What to tell of a mistake in what `documents` say together.
+/// Converts a mistake in the combination of `documents` to a problem with a location.
 pub(super) fn problem(documents: &[Arc<Document>], mistake: Mistake) -> Problem {
     let Mistake { item, key, reason } = mistake;
     let (section, mut index) = match item {
@@ -151,15 +156,15 @@ pub(super) fn problem(documents: &[Arc<Document>], mistake: Mistake) -> Problem 
     Problem { key: format!("{section}[{index}].{key}"), value: None, reason, origin }
 }
 
-/// A file without anything in it is more likely to be written just now than to mean a mesh without policies.
-fn refuse(root: &Node, problems: &Problems) {
+/// Rejects an empty file: it is probably being written, and would remove all policies.
+fn reject_non_mapping(root: &Node, problems: &Problems) {
     Cursor::root(root, problems).problem(match root.value {
-        Value::Null => "is empty; a mesh without anything in it is written as workloads: []",
+        Value::Null => "is empty; write an empty mesh as workloads: []",
         _ => "must be a mapping (key: value)",
     });
 }
 
-impl Place {
+impl ItemLocation {
     fn of(origin: &Origin) -> Self {
         match origin {
             Origin::Document { line, column, .. } => {

@@ -1,4 +1,4 @@
-//! What things in a mesh are called: texts that many of them share, and addresses that mean something in one network only.
+//! Shared names, and addresses that are scoped to a network.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -12,21 +12,22 @@ use ipnet::IpNet;
 
 use crate::cidr::canonical;
 
-/// A name that many things in the mesh share: a namespace, a node, a network.
+/// A name with many references: a namespace, a node, a network.
 pub type Name = Arc<str>;
 
-/// A map with a faster hash than the standard one: its keys come from whoever says what the mesh is, not from peers.
+/// A map with a fast hash function. Keys come from the control plane and not from peers, so
+/// collision attacks are no concern.
 pub(crate) type Map<K, V> = HashMap<K, V, RandomState>;
 
 /// A set with the hash of [`Map`].
 pub(crate) type Set<T> = HashSet<T, RandomState>;
 
-/// Gives equal texts one place in memory.
+/// Interns strings.
 #[derive(Debug, Default)]
 pub(crate) struct Names(Set<Name>);
 
 impl Names {
-    /// The one copy of `text`.
+    /// The shared copy of `text`.
     pub(crate) fn shared(&mut self, text: &str) -> Name {
         if let Some(known) = self.0.get(text) {
             return known.clone();
@@ -36,13 +37,13 @@ impl Names {
         name
     }
 
-    /// Lets go of the texts that nobody else has.
-    pub(crate) fn forget_unused(&mut self) {
+    /// Drops strings without other references.
+    pub(crate) fn drop_unused(&mut self) {
         self.0.retain(|name| Arc::strong_count(name) > 1);
     }
 }
 
-/// Gives equal values one place in memory.
+/// Interns values.
 #[derive(Debug)]
 pub(crate) struct Interned<T>(Set<Arc<T>>);
 
@@ -53,7 +54,7 @@ impl<T> Default for Interned<T> {
 }
 
 impl<T: Eq + Hash> Interned<T> {
-    /// The one copy of `value`.
+    /// The shared copy of `value`.
     pub(crate) fn shared(&mut self, value: T) -> Arc<T> {
         if let Some(known) = self.0.get(&value) {
             return known.clone();
@@ -63,38 +64,38 @@ impl<T: Eq + Hash> Interned<T> {
         value
     }
 
-    /// Lets go of the values that nobody else has.
-    pub(crate) fn forget_unused(&mut self) {
+    /// Drops values without other references.
+    pub(crate) fn drop_unused(&mut self) {
         self.0.retain(|value| Arc::strong_count(value) > 1);
     }
 }
 
-/// An address and the network in which it means something; the network without a name is the mesh's own.
+/// An address in a network. The network with the empty name is the mesh's own.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct NetworkAddress {
-    /// The network's name; may be empty.
+    /// The name of the network; may be empty.
     pub network: Name,
-    /// The address in it, never an IPv4-mapped one.
+    /// The address; never IPv4-mapped.
     pub address: IpAddr,
 }
 
 impl NetworkAddress {
-    /// The same, its network's name shared.
+    /// Interns the name of the network.
     pub(crate) fn shared(self, names: &mut Names) -> Self {
         Self { network: names.shared(&self.network), ..self }
     }
 }
 
-/// A range of addresses and the network in which it means something.
+/// A range of addresses in a network.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct NetworkCidr {
-    /// The network's name; may be empty.
+    /// The name of the network; may be empty.
     pub network: Name,
-    /// The range in it.
+    /// The range.
     pub cidr: IpNet,
 }
 
-/// How a service, or a workload with a hostname, is called: ztunnel's `namespace/hostname`.
+/// The name of a service, or of a workload with a hostname: ztunnel's `namespace/hostname`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct NamespacedHostname {
     /// The namespace; may be empty.
@@ -104,7 +105,7 @@ pub struct NamespacedHostname {
 }
 
 impl NamespacedHostname {
-    /// Reads ztunnel's `namespace/hostname`; `name` makes a name of each.
+    /// Parses ztunnel's `namespace/hostname`; `name` interns each part.
     pub(crate) fn read(
         text: &str,
         mut name: impl FnMut(&str) -> Name,
@@ -121,7 +122,7 @@ impl NamespacedHostname {
 impl FromStr for NetworkAddress {
     type Err = &'static str;
 
-    /// Reads ztunnel's `network/address`, such as `/10.0.0.1`.
+    /// Parses ztunnel's `network/address`, such as `/10.0.0.1`.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         const EXPECTED: &str = "must be NETWORK/ADDRESS, such as /10.0.0.1 or remote/10.0.0.1";
         let (network, address) = text.split_once('/').ok_or(EXPECTED)?;
@@ -133,7 +134,7 @@ impl FromStr for NetworkAddress {
 impl FromStr for NetworkCidr {
     type Err = &'static str;
 
-    /// Reads `network/address/length`, such as `/10.0.0.0/8`.
+    /// Parses `network/address/length`, such as `/10.0.0.0/8`.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         const EXPECTED: &str = "must be NETWORK/ADDRESS/LENGTH, such as /10.0.0.0/8";
         let (network, cidr) = text.split_once('/').ok_or(EXPECTED)?;
@@ -145,7 +146,7 @@ impl FromStr for NetworkCidr {
 impl FromStr for NamespacedHostname {
     type Err = &'static str;
 
-    /// Reads ztunnel's `namespace/hostname`, such as `default/example.com`.
+    /// Parses ztunnel's `namespace/hostname`, such as `default/example.com`.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         Self::read(text, |text| text.into())
     }

@@ -1,4 +1,5 @@
-//! Who has which address in one network: workloads, services' virtual addresses and their ranges.
+//! Indexes the addresses of one network: workloads, virtual addresses of services, and their
+//! ranges.
 
 use std::collections::BTreeSet;
 use std::collections::hash_map::Entry;
@@ -17,17 +18,17 @@ pub(super) struct Network {
     workloads: Map<IpAddr, Owner>,
     vips: Map<IpAddr, Vec<Arc<Service>>>,
     cidr_vips: Map<IpNet, Vec<Arc<Service>>>,
-    /// The lengths that the ranges have, so that only these are tried.
+    /// The prefix lengths of the ranges; only these are looked up.
     lengths: BTreeSet<u8>,
 }
 
-/// Whose an address is.
+/// The workload of an address.
 #[derive(Debug)]
 struct Owner {
     workload: Arc<Workload>,
-    /// Whether others have it too, so that it tells of none of them.
+    /// Whether several workloads share the address, which then denotes none of them.
     shared: bool,
-    /// Whether any of them speaks HBONE.
+    /// Whether any of them supports HBONE.
     hbone: bool,
 }
 
@@ -37,36 +38,36 @@ impl Network {
         (!owner.shared).then_some(&owner.workload)
     }
 
-    /// Whether anybody has this address, if only together with others.
+    /// Returns true if at least one workload has this address.
     pub(super) fn has_workload(&self, address: IpAddr) -> bool {
         self.workloads.contains_key(&address)
     }
 
-    /// Whether somebody who has this address speaks HBONE.
+    /// Returns true if a workload with this address supports HBONE.
     pub(super) fn speaks_hbone(&self, address: IpAddr) -> bool {
         self.workloads.get(&address).is_some_and(|owner| owner.hbone)
     }
 
-    /// Whether anybody has this address.
+    /// Returns true if a workload or service has this address.
     pub(super) fn knows(&self, address: IpAddr) -> bool {
         self.workloads.contains_key(&address) || self.services_at(address).next().is_some()
     }
 
-    /// The service that a workload of `namespace` means by `address`: one with just this address, or else one with a range
-    /// around it. What it cannot see is not there.
+    /// The service that `address` denotes for a workload of `namespace`: one with this address,
+    /// otherwise one with a range that contains it. Invisible services are ignored.
     pub(super) fn service(&self, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
         let exact = self.vips.get(&address).map(Vec::as_slice).unwrap_or_default();
-        best(exact, namespace).or_else(|| self.service_around(address, namespace))
+        select_service(exact, namespace).or_else(|| self.service_around(address, namespace))
     }
 
-    /// Every service that has `address` or a range around it, whoever can see it.
+    /// All services with `address` or a range that contains it, regardless of visibility.
     pub(super) fn services_at(&self, address: IpAddr) -> impl Iterator<Item = &Arc<Service>> {
         let exact = self.vips.get(&address);
         let around = self.ranges_around(address).flatten();
         exact.into_iter().flatten().chain(around)
     }
 
-    /// The services of each range around `address`, the narrowest range first.
+    /// The services of each range that contains `address`, longest prefix first.
     fn ranges_around(&self, address: IpAddr) -> impl Iterator<Item = &Vec<Arc<Service>>> {
         let longest_first = self.lengths.iter().rev();
         longest_first.filter_map(move |length| {
@@ -75,9 +76,9 @@ impl Network {
         })
     }
 
-    /// As ztunnel ranks them: a range of the caller's own namespace goes before a narrower one of another. Of several that are
-    /// equally good the first in the file is taken, unlike by [`best`]: only a better one replaces it there
-    /// (`state/service.rs`, `get_best_by_cidr_vip`).
+    /// Ranks like ztunnel: a range of the own namespace precedes a longer prefix of another one. Of
+    /// equal candidates the first in the file is used, unlike in [`select_service`], because only a
+    /// better one replaces it there (`state/service.rs`, `get_best_by_cidr_vip`).
     fn service_around(&self, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
         let around = self.ranges_around(address).enumerate();
         around
@@ -89,7 +90,8 @@ impl Network {
             .map(|(_, service)| service)
     }
 
-    /// Adds a workload's address; gives back whose it is already, unless both share the addresses of a node.
+    /// Adds an address of a workload. Returns the workload that already has it, unless both share
+    /// the address of their node.
     pub(super) fn add_workload(
         &mut self,
         address: IpAddr,
@@ -122,10 +124,14 @@ impl Network {
     }
 }
 
-/// Of services with the same address or hostname, the one that a workload of `namespace` means: one of its own namespace, or
-/// the canonical one, or one of the namespace that comes first. Of several that are equally good it is the last in the file,
-/// as with ztunnel, where it takes the place of those before it (`state/service.rs`, `insert_internal`, `find_best_match`).
-pub(super) fn best<'a>(services: &'a [Arc<Service>], namespace: &str) -> Option<&'a Arc<Service>> {
+/// Of services with the same address or hostname, the one for a workload of `namespace`: one of its
+/// own namespace, otherwise the canonical one, otherwise the one with the first namespace. Of equal
+/// candidates the last in the file is used, as in ztunnel, where it replaces earlier ones
+/// (`state/service.rs`, `insert_internal`, `find_best_match`).
+pub(super) fn select_service<'a>(
+    services: &'a [Arc<Service>],
+    namespace: &str,
+) -> Option<&'a Arc<Service>> {
     let visible = || services.iter().filter(|service| service.visible_to(namespace));
     let of = |namespace: &str| visible().rfind(|service| *service.namespace == *namespace);
     of(namespace)
@@ -139,7 +145,7 @@ mod tests {
 
     const AT: &str = "vips: [/10.1.0.1], cidrVips: [/10.2.0.0/16], ";
 
-    /// Services `a`, `b`, .. of these words; at one address and in one range around another unless they say where.
+    /// Services named `a`, `b`, … with these fields; by default at one address and in one range.
     fn mesh(services: &[&str]) -> Mesh {
         let service = |(words, name): (&&str, char)| {
             let there = if words.contains("cidrVips") { "" } else { AT };
@@ -149,14 +155,14 @@ mod tests {
         Mesh::from_text("mesh.yaml", &format!("services:\n{services}")).unwrap()
     }
 
-    /// Which one a workload of namespace `ns` means by the address, and by one in the range.
-    fn meant(mesh: &Mesh) -> [&str; 2] {
-        let meant = |address: [u8; 4]| mesh.service("", address.into(), "ns");
-        [[10, 1, 0, 1], [10, 2, 0, 1]].map(|address| meant(address).map_or("", |it| &it.name))
+    /// The services for the address and for one in the range, for a workload of namespace `ns`.
+    fn resolved(mesh: &Mesh) -> [&str; 2] {
+        let resolved = |address: [u8; 4]| mesh.service("", address.into(), "ns");
+        [[10, 1, 0, 1], [10, 2, 0, 1]].map(|address| resolved(address).map_or("", |it| &it.name))
     }
 
     #[test]
-    fn of_services_that_are_equally_good_the_last_has_an_address_and_the_first_a_range() {
+    fn equal_services_resolve_to_last_for_address_and_first_for_range() {
         for (services, expected) in [
             (&["namespace: ns", "namespace: ns"][..], ["b", "a"]),
             (&["namespace: x", "namespace: ns", "namespace: ns", "namespace: x"], ["c", "b"]),
@@ -171,23 +177,23 @@ mod tests {
             (&["namespace: x", "namespace: x, visibility: Namespace"], ["a", "a"]),
             (&["namespace: x, visibility: Namespace"], ["", ""]),
         ] {
-            assert_eq!(meant(&mesh(services)), expected, "{services:?}");
+            assert_eq!(resolved(&mesh(services)), expected, "{services:?}");
         }
     }
 
     #[test]
-    fn a_range_of_the_own_namespace_goes_before_a_narrower_one_and_this_before_a_canonical_one() {
+    fn own_namespace_precedes_prefix_length_precedes_canonical() {
         let mesh = mesh(&[
             "namespace: x, canonical: true, cidrVips: [/10.3.0.0/16]",
             "namespace: y, cidrVips: [/10.3.0.0/24]",
             "namespace: z, cidrVips: [/10.0.0.0/8]",
         ]);
-        let meant = |namespace| mesh.service("", [10, 3, 0, 1].into(), namespace).unwrap();
-        assert_eq!(["x", "w", "z"].map(|namespace| &*meant(namespace).name), ["a", "b", "c"]);
+        let resolved = |namespace| mesh.service("", [10, 3, 0, 1].into(), namespace).unwrap();
+        assert_eq!(["x", "w", "z"].map(|namespace| &*resolved(namespace).name), ["a", "b", "c"]);
     }
 
     #[test]
-    fn every_service_at_an_address_is_found_whoever_can_see_it() {
+    fn lists_services_at_address_regardless_of_visibility() {
         let mesh = mesh(&[
             "namespace: x, visibility: Namespace",
             "namespace: y, vips: [/10.2.0.1], cidrVips: [/10.1.0.0/24]",

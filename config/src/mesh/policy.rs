@@ -1,6 +1,5 @@
-//! Authorization policies: which connections a workload takes.
-//!
-//! Not here: the decision, in which order policies of both kinds are asked. That belongs to the proxy.
+//! Authorization policies: the connections that a workload accepts. The proxy evaluates allow and
+//! deny policies in their order.
 
 mod rules;
 
@@ -13,59 +12,59 @@ pub use rules::{Condition, Match, Rules, StringMatch, Values};
 use super::names::Name;
 use crate::{SpiffeId, TrustDomain};
 
-/// Whom a policy is for.
+/// The workloads to which a policy applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PolicyScope {
-    /// Every workload of the mesh, whatever namespace the policy is in.
+    /// All workloads of the mesh, regardless of the policy's namespace.
     Global,
-    /// Every workload of its namespace.
+    /// All workloads of its namespace.
     Namespace,
-    /// The workloads that name it.
+    /// The workloads that reference it.
     WorkloadSelector,
 }
 
-/// What a policy does with a connection that it matches.
+/// The effect of a policy on a matching connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PolicyAction {
-    /// Lets it through.
+    /// Allows it.
     Allow,
-    /// Refuses it.
+    /// Denies it.
     Deny,
 }
 
 /// One authorization policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
-    /// Its name, unique in its namespace.
+    /// The name, unique within the namespace.
     pub name: Name,
     /// Its namespace.
     pub namespace: Name,
-    /// Whom it is for.
+    /// The workloads to which it applies.
     pub scope: PolicyScope,
-    /// What it does.
+    /// The effect.
     pub action: PolicyAction,
-    /// Whether it only says what it would do.
+    /// Whether it only logs its decision.
     pub dry_run: bool,
-    /// What it matches.
+    /// The matching connections.
     pub rules: Rules,
 }
 
-/// What policies judge a connection by.
+/// The properties of a connection that policies evaluate.
 #[derive(Debug, Clone, Copy)]
 pub struct Connection<'a> {
     /// The address of the TCP peer.
     pub source: IpAddr,
-    /// Where the connection shall end: the workload's address and port, not those of the tunnel.
+    /// The destination within the workload, not that of the tunnel.
     pub destination: SocketAddr,
-    /// Who the peer has proven to be; `None`: it came in plain.
+    /// The authenticated identity of the peer; `None` for plaintext.
     pub identity: Option<&'a SpiffeId>,
-    /// Trust domains that are the same as the identity's: with several, principals of policies
-    /// speak of the peer in any of their names. The identity's own may be among them.
+    /// Aliases of the identity's trust domain. Principals of policies match the peer under each of
+    /// these names. The domain itself may be included.
     pub aliases: &'a [TrustDomain],
 }
 
 impl Policy {
-    /// Whether `connection` is one that this policy speaks of.
+    /// Returns true if the policy matches `connection`.
     #[must_use]
     pub fn matches(&self, connection: &Connection<'_>) -> bool {
         self.rules.matches(connection)
@@ -78,7 +77,7 @@ impl fmt::Display for Policy {
     }
 }
 
-/// The policies that hold for one workload.
+/// The policies that apply to a workload.
 #[derive(Debug, Clone, Copy)]
 pub struct PolicySet<'a> {
     pub(super) global: &'a [Arc<Policy>],
@@ -87,26 +86,27 @@ pub struct PolicySet<'a> {
 }
 
 impl<'a> PolicySet<'a> {
-    /// Every policy of the set; one that a workload names and that holds for its namespace too comes twice.
+    /// All policies. One that a workload references and that also applies to its namespace occurs
+    /// twice.
     pub fn iter(self) -> impl Iterator<Item = &'a Arc<Policy>> {
         self.global.iter().chain(self.namespace).chain(self.workload)
     }
 
-    /// Those that decide, and do so by this action.
+    /// The enforced policies with this action.
     pub fn deciding(self, action: PolicyAction) -> impl Iterator<Item = &'a Arc<Policy>> {
         self.iter().filter(move |policy| policy.action == action && !policy.dry_run)
     }
 
-    /// Those that only say what they would do, and would do so by this action.
+    /// The dry-run policies with this action.
     pub fn dry_run(self, action: PolicyAction) -> impl Iterator<Item = &'a Arc<Policy>> {
         self.iter().filter(move |policy| policy.action == action && policy.dry_run)
     }
 }
 
 impl PartialEq for PolicySet<'_> {
-    /// Whether both decide the same, whatever snapshot they are of.
+    /// Returns true if both decide equally, even if they belong to different snapshots.
     fn eq(&self, other: &Self) -> bool {
-        // `Arc` compares by address before it compares by value.
+        // `Arc` compares addresses before values.
         self.iter().eq(other.iter())
     }
 }

@@ -1,7 +1,7 @@
-//! Reads the documents of a mesh, and again only those that have changed since the last time.
+//! Reads the documents of a mesh, and later only those that changed.
 //!
-//! A document is kept as what it says by itself; it shares its items with the snapshots that they are in. Not here: when
-//! documents change (`source.rs`), how one is read (`document.rs`), and how they fit together (`builder.rs`).
+//! A parsed document shares its items with the snapshots that contain it. `source.rs` detects
+//! changes, `document.rs` parses, and `builder.rs` combines documents.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -14,15 +14,15 @@ use crate::files::{self, File};
 use crate::read::Problems;
 use crate::{ConfigErrors, Problem};
 
-/// How often files are taken that are replaced meanwhile, before they are read as they are.
+/// The number of attempts to get a consistent set of files while they are being replaced.
 const MAX_TAKES: usize = 3;
 
-/// Reads documents, and remembers those of the last time.
+/// Reads documents, and caches those of the last read.
 #[derive(Debug, Default)]
 pub(super) struct Reader {
-    /// Which files there were, right or wrong.
+    /// The fingerprint of the last set of files, valid or not.
     seen: Option<u64>,
-    /// What they say, by the fingerprint of the file; without those that had a mistake in them.
+    /// Valid documents by the fingerprint of their file.
     known: HashMap<u64, Arc<Document>>,
     shared: Shared,
 }
@@ -40,13 +40,13 @@ impl Reader {
         self.read_taken(path, taken)
     }
 
-    /// Reads the mesh at `path`, unless its files are those of the last time.
+    /// Reads the mesh at `path`, unless its files are unchanged.
     pub(super) fn read_if_new(&mut self, path: &Path) -> Option<Result<Mesh, ConfigErrors>> {
         let taken = self.take(path);
         (self.seen != Some(taken.0)).then(|| self.read_taken(path, taken))
     }
 
-    /// Gives the files of `path` and their common fingerprint.
+    /// The files of `path` and their common fingerprint.
     fn take(&self, path: &Path) -> (u64, Vec<Content>) {
         let mut files = Vec::new();
         let fingerprint = files::read_each(path, |file| {
@@ -58,8 +58,8 @@ impl Reader {
         (fingerprint, files)
     }
 
-    /// Reads files that were taken once all of them are of one time: one may be replaced before it is taken and another one
-    /// after it. To take them is fast; what changes while they are read is the next change.
+    /// Reads files once a consistent set was taken: one file may be replaced before it is taken and
+    /// another one afterwards. Taking is fast; changes during the parsing count as the next change.
     fn read_taken(
         &mut self,
         path: &Path,
@@ -87,7 +87,7 @@ impl Reader {
             }
         }
         self.known = known;
-        self.shared.forget_unused();
+        self.shared.drop_unused();
         mesh_of(&documents, problems)
     }
 
@@ -98,7 +98,7 @@ impl Reader {
                 let document = Document::read(&name, &text, &mut self.shared, problems);
                 return document.map(Arc::new);
             }
-            Ok(Err(error)) => format!("{name}: is no text: {error}"),
+            Ok(Err(error)) => format!("{name}: not valid UTF-8: {error}"),
             Err(error) => format!("{name}: cannot be read: {error}"),
         };
         problems.add(Problem { key: String::new(), value: None, reason, origin: None });
@@ -106,7 +106,7 @@ impl Reader {
     }
 }
 
-/// The mesh of one document, which is called `name` in errors.
+/// Reads the mesh of one document; errors use `name` as its name.
 pub(super) fn from_text(name: &str, text: &str) -> Result<Mesh, ConfigErrors> {
     let problems = Problems::default();
     let document = Document::read(name, text, &mut Shared::default(), &problems);
@@ -114,7 +114,7 @@ pub(super) fn from_text(name: &str, text: &str) -> Result<Mesh, ConfigErrors> {
 }
 
 fn mesh_of(documents: &[Arc<Document>], problems: Problems) -> Result<Mesh, ConfigErrors> {
-    // What is missing because it could not be read is no second mistake.
+    // Missing references may be in the unreadable file, so they are not reported.
     if !problems.is_empty() {
         return problems.or_else(None);
     }
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_replaced_while_files_are_taken_is_taken_again() {
+    fn retakes_files_that_are_replaced_meanwhile() {
         let folder = Folder::new();
         folder.write("a.yaml", &workload("a", 1));
         folder.write("b.yaml", &workload("b", 2));
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_gone_is_forgotten() {
+    fn drops_cache_of_removed_files() {
         let folder = Folder::new();
         let (path, mut reader) = (folder.path("mesh.yaml"), Reader::default());
         for name in ["a", "b", "c"] {

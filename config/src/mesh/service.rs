@@ -1,4 +1,4 @@
-//! Services: names and virtual addresses behind which workloads stand as endpoints.
+//! Services: names and virtual addresses with workloads as endpoints.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -9,25 +9,25 @@ use super::names::{Name, NamespacedHostname, NetworkAddress, NetworkCidr};
 use super::workload::{Gateway, Workload};
 use crate::SpiffeId;
 
-/// Which port of a service leads to which port of an endpoint, sorted.
+/// A sorted map from ports of a service to ports of an endpoint.
 ///
-/// Of a service itself the second may be 0: it is called by a name, and every endpoint says for itself what that is.
+/// In the map of a service, target 0 denotes a named port, which every endpoint resolves itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct PortMap(Arc<[(u16, u16)]>);
 
 impl PortMap {
-    /// The port that `port` leads to.
+    /// The target of `port`.
     pub fn get(&self, port: u16) -> Option<u16> {
         let at = self.0.binary_search_by_key(&port, |(service, _)| *service).ok()?;
         self.0.get(at).map(|(_, target)| *target)
     }
 
-    /// Every pair.
+    /// All pairs.
     pub fn iter(&self) -> impl Iterator<Item = (u16, u16)> + '_ {
         self.0.iter().copied()
     }
 
-    /// Whether there are other copies of it.
+    /// Returns true if there are other references to it.
     pub(super) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.0) > 1
     }
@@ -41,21 +41,21 @@ impl FromIterator<(u16, u16)> for PortMap {
     }
 }
 
-/// How an endpoint is chosen.
+/// How an endpoint is selected.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum LoadBalancingMode {
-    /// Any, by capacity.
+    /// Any endpoint, weighted by capacity.
     #[default]
     Standard,
-    /// Only such as match every preference.
+    /// Only endpoints that match every preference.
     Strict,
-    /// Those that match the most preferences, counted from the first.
+    /// The endpoints that match the most preferences, in order.
     Failover,
-    /// None: the connection goes where it was meant to go.
+    /// None: the connection goes to its original destination.
     Passthrough,
 }
 
-/// What of an endpoint can be near to the caller.
+/// A property of an endpoint that is compared with that of the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Scope {
     /// [`super::Locality::region`].
@@ -73,7 +73,7 @@ pub enum Scope {
 }
 
 impl Scope {
-    /// Where a workload is in this respect; may be empty.
+    /// The value of a workload; may be empty.
     pub fn of(self, workload: &Workload) -> &Name {
         match self {
             Self::Region => &workload.locality.region,
@@ -86,19 +86,19 @@ impl Scope {
     }
 }
 
-/// How a service spreads connections over its endpoints.
+/// The load balancing of a service.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadBalancing {
-    /// How an endpoint is chosen.
+    /// How an endpoint is selected.
     pub mode: LoadBalancingMode,
-    /// What is preferred, the most important first.
+    /// The preferences, most important first.
     pub preferences: Box<[Scope]>,
-    /// Whether workloads that are not healthy are endpoints too.
+    /// Whether unhealthy workloads are endpoints too.
     pub allow_unhealthy: bool,
 }
 
 impl LoadBalancing {
-    /// What is preferred, as far as the mode asks for it.
+    /// The preferences that the mode uses.
     pub fn scopes(&self) -> &[Scope] {
         let by_distance = self.mode != LoadBalancingMode::Standard;
         if by_distance { &self.preferences } else { &[] }
@@ -108,7 +108,7 @@ impl LoadBalancing {
 /// The address families that a service is served in.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum IpFamilies {
-    /// Whatever its endpoints have.
+    /// The families of its endpoints.
     #[default]
     Any,
     /// IPv4 only.
@@ -118,7 +118,7 @@ pub enum IpFamilies {
 }
 
 impl IpFamilies {
-    /// Whether an endpoint's address is of a family that the service is served in.
+    /// Returns true if the service uses the family of an endpoint's address.
     pub fn accept(self, address: IpAddr) -> bool {
         match self {
             Self::Any => true,
@@ -128,22 +128,22 @@ impl IpFamilies {
     }
 }
 
-/// Who can see a service.
+/// The workloads that can see a service.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum Visibility {
-    /// Everyone.
+    /// All workloads.
     #[default]
     Public,
     /// Workloads of its own namespace.
     Namespace,
 }
 
-/// One of several waypoints of a service, and its share of the connections.
+/// One of several waypoints of a service, with a weight.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WeightedWaypoint {
     /// The waypoint.
     pub gateway: Gateway,
-    /// Its share, compared with the others'.
+    /// The relative weight.
     pub weight: u32,
 }
 
@@ -152,15 +152,15 @@ pub struct WeightedWaypoint {
 pub struct Endpoint {
     /// The workload.
     pub workload: Arc<Workload>,
-    /// Where it serves the ports of the service; goes before the service's own.
+    /// Its own ports, which take precedence over the service's.
     pub ports: PortMap,
-    /// The capacities of the service's endpoints up to and with this one, added: a number between those of two of them draws
-    /// an endpoint by its capacity, in a binary search.
+    /// The cumulative capacity of the endpoints up to this one. A binary search for a random number
+    /// selects an endpoint by capacity.
     pub capacity_through: u64,
 }
 
 impl Endpoint {
-    /// The capacities of those before it, added.
+    /// The cumulative capacity of the endpoints before this one.
     pub fn capacity_before(&self) -> u64 {
         self.capacity_through.saturating_sub(u64::from(self.workload.capacity))
     }
@@ -169,56 +169,57 @@ impl Endpoint {
 /// One service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Service {
-    /// Its name.
+    /// The name.
     pub name: Name,
-    /// Its namespace.
+    /// The namespace.
     pub namespace: Name,
-    /// Its hostname; unique in its namespace.
+    /// The hostname, unique within the namespace.
     pub hostname: Name,
-    /// Its virtual addresses.
+    /// The virtual addresses.
     pub vips: Box<[NetworkAddress]>,
-    /// Its virtual ranges of addresses.
+    /// The virtual address ranges.
     pub cidr_vips: Box<[NetworkCidr]>,
-    /// Its ports, and those of its endpoints behind them.
+    /// The ports, with the endpoints' target ports.
     pub ports: PortMap,
-    /// Who may answer for it, beside the identities of its endpoints.
+    /// Accepted identities of its servers, in addition to those of its endpoints.
     pub subject_alt_names: Box<[SpiffeId]>,
-    /// The waypoint that connections to it go through.
+    /// The waypoint of connections to the service.
     pub waypoint: Option<Gateway>,
-    /// Several, of which each connection goes through one; they go before [`Service::waypoint`].
+    /// Weighted waypoints, one of which is selected per connection. They take precedence over
+    /// [`Service::waypoint`].
     pub weighted_waypoints: Box<[WeightedWaypoint]>,
-    /// How connections are spread over the endpoints.
+    /// The load balancing.
     pub load_balancing: LoadBalancing,
-    /// The address families that it is served in.
+    /// The address families that the service uses.
     pub ip_families: IpFamilies,
-    /// Whether it goes before others with the same hostname or address.
+    /// Whether it takes precedence over others with the same hostname or address.
     pub canonical: bool,
-    /// Who can see it.
+    /// The workloads that can see it.
     pub visibility: Visibility,
-    /// The workloads behind it; only such as are fit to take connections. Those are together that are in the same place, as far
-    /// as a place is preferred, so that [`Service::nearest`] need not look for them.
+    /// The selectable endpoints. Endpoints with equal preferred properties are adjacent, which
+    /// [`Service::nearest`] uses.
     pub endpoints: Box<[Endpoint]>,
 }
 
 impl Service {
-    /// What it is called in the mesh.
+    /// The name in the mesh.
     pub fn key(&self) -> NamespacedHostname {
         NamespacedHostname { namespace: self.namespace.clone(), hostname: self.hostname.clone() }
     }
 
-    /// Whether a workload of `namespace` can see it.
+    /// Returns true if workloads of `namespace` can see it.
     pub fn visible_to(&self, namespace: &str) -> bool {
         self.visibility == Visibility::Public || &*self.namespace == namespace
     }
 
-    /// The endpoint that `workload` is.
+    /// The endpoint of `workload`.
     pub fn endpoint(&self, workload: &Workload) -> Option<&Endpoint> {
         let order = |endpoint: &Endpoint| self.order(&endpoint.workload, workload);
         let at = self.endpoints.binary_search_by(order).ok()?;
         self.endpoints.get(at)
     }
 
-    /// The endpoints that match the first `count` of the preferred scopes for somebody who is at `place`.
+    /// The endpoints that match the first `count` preferences of a client at `place`.
     pub fn nearest<'a>(&self, count: usize, place: impl Fn(Scope) -> &'a str) -> &[Endpoint] {
         let scopes = self.load_balancing.scopes().iter().take(count);
         let order = |endpoint: &Endpoint| {
@@ -231,7 +232,7 @@ impl Service {
         from.get(..end).unwrap_or_default()
     }
 
-    /// The order of the endpoints: by what is preferred, the most important first, and then by uid.
+    /// The order of endpoints: by preferences, most important first, then by uid.
     pub(super) fn order(&self, one: &Workload, other: &Workload) -> Ordering {
         let scopes = self.load_balancing.scopes().iter();
         let parts = scopes.map(|scope| scope.of(one).cmp(scope.of(other)));
@@ -250,7 +251,7 @@ mod tests {
     use super::*;
     use crate::mesh::Mesh;
 
-    /// A service with 81 endpoints, in three regions of three zones each, on three nodes in each of these.
+    /// A service with 81 endpoints: three regions with three zones each, and three nodes per zone.
     fn service(load_balancer: &str) -> Mesh {
         let workload = |n: usize| {
             format!(
@@ -279,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nearest_endpoints_are_all_who_match_the_first_preferences() {
+    fn nearest_returns_endpoints_matching_first_preferences() {
         for preferences in ["Region, Zone, Node", "Node, Region", "Cluster, Zone", "Subzone", ""] {
             let mesh = service(&format!("mode: Failover, routingPreferences: [{preferences}]"));
             let service = &mesh.services()[0];
@@ -297,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_preferred_each_endpoint_is_found_and_drawn_by_its_capacity() {
+    fn endpoints_are_drawn_by_capacity_with_any_preferences() {
         for mode in ["Standard", "Failover", "Strict"] {
             let mesh = service(&format!("mode: {mode}, routingPreferences: [Region, Zone]"));
             let service = &mesh.services()[0];

@@ -1,6 +1,5 @@
-//! Where snapshots come from: a mesh file or a folder of them, read now and whenever it changes.
-//!
-//! Not here: who uses them. The caller publishes what it is given.
+//! The source of snapshots: reads a mesh file or folder, and again after changes. The caller
+//! publishes the snapshots.
 
 use std::mem::take;
 use std::path::{Path, PathBuf};
@@ -16,51 +15,53 @@ use super::reader::Reader;
 use crate::ConfigErrors;
 use crate::file_watch::Watch;
 
-/// How long to wait before seeing again whether a snapshot is still in use.
+/// The polling interval until a replaced snapshot is unused.
 const RETIREMENT: Duration = Duration::from_millis(200);
 
-/// How much those who carry traffic go before us: they get some nine tenths of a CPU that both want (sched(7), weights of nice
-/// values). A large mesh is read a little later then, and no request waits for it.
+/// The nice value of the reading thread. Data threads get nine tenths of a contended CPU (weights
+/// in sched(7)), so a large mesh delays no request.
 const NICE: i32 = 10;
 
-/// Follows a mesh.
+/// Follows the changes of a mesh.
 #[derive(Debug)]
-pub struct MeshSource(Option<Followed>);
+pub struct MeshSource(Option<FollowedMesh>);
 
 #[derive(Debug)]
-struct Followed {
+struct FollowedMesh {
     path: PathBuf,
     watch: Watch,
-    /// What has been read; it is with `reading` meanwhile.
+    /// The reader. While `reading` is set, the reading thread owns it.
     reader: Reader,
-    /// What is being read now; it goes on when the wait for it is cancelled.
+    /// The read in progress. It continues if the wait for it is cancelled.
     reading: Option<oneshot::Receiver<(Reader, Outcome)>>,
 }
 
-/// What new content means, if it is new.
+/// The result of a read; `None` if the content is unchanged.
 type Outcome = Option<Result<Mesh, ConfigErrors>>;
 
 impl MeshSource {
-    /// A source and its first snapshot: of the file or folder at `path`, or for ever the empty mesh when there is none.
+    /// Opens a source and reads the first snapshot from the file or folder at `path`. Without a
+    /// path, the mesh stays empty.
     ///
     /// # Errors
-    /// As [`Mesh::from_file`], or when the files cannot be watched.
+    /// As [`Mesh::from_file`], or the files cannot be watched.
     pub fn open(path: Option<&Path>) -> Result<(Self, Arc<Mesh>), ConfigErrors> {
         let Some(path) = path else {
             return Ok((Self(None), Arc::default()));
         };
-        // Before it is read, so that no change goes unnoticed.
+        // Watch before reading, so that no change is missed.
         let watch = Watch::new(path)?;
         let mut reader = Reader::default();
         let mesh = Arc::new(reader.read(path)?);
-        let followed = Followed { path: path.to_owned(), watch, reader, reading: None };
+        let followed = FollowedMesh { path: path.to_owned(), watch, reader, reading: None };
         Ok((Self(Some(followed)), mesh))
     }
 
-    /// Waits for the next content, and gives the snapshot that it makes. It is read on a thread of its own. Cancel safe.
+    /// Waits for a change, and returns the new snapshot. It is read on a thread of its own. Cancel
+    /// safe.
     ///
     /// # Errors
-    /// Every mistake in the new content, which are told once; the next change counts again.
+    /// All mistakes in the new content. They are returned once; later changes are still followed.
     pub async fn changed(&mut self) -> Result<Arc<Mesh>, ConfigErrors> {
         match &mut self.0 {
             Some(followed) => followed.changed().await.map(Arc::new),
@@ -69,7 +70,7 @@ impl MeshSource {
     }
 }
 
-impl Followed {
+impl FollowedMesh {
     async fn changed(&mut self) -> Result<Mesh, ConfigErrors> {
         loop {
             let reading = match &mut self.reading {
@@ -77,7 +78,7 @@ impl Followed {
                 None => {
                     self.watch.look().await;
                     let (path, mut reader) = (self.path.clone(), take(&mut self.reader));
-                    self.reading.insert(at_leisure(move || {
+                    self.reading.insert(spawn_low_priority(move || {
                         let outcome = reader.read_if_new(&path);
                         (reader, outcome)
                     }))
@@ -102,15 +103,15 @@ impl Followed {
 }
 
 impl Mesh {
-    /// Waits until nobody else holds the snapshot, and frees it on a thread of its own: to free a large one takes longer than a
-    /// connection should have to wait. Whoever replaces a snapshot spawns this with the old one.
+    /// Waits until the snapshot is otherwise unused, and frees it on a thread of its own, because
+    /// freeing a large one would delay connections. Call it for each replaced snapshot.
     pub async fn retire(self: Arc<Self>) {
         let mut snapshot = self;
         loop {
             match Arc::try_unwrap(snapshot) {
                 Ok(mesh) => {
-                    // Nobody waits for it.
-                    drop(at_leisure(move || drop(mesh)));
+                    // The completion is not awaited.
+                    drop(spawn_low_priority(move || drop(mesh)));
                     return;
                 }
                 Err(shared) => snapshot = shared,
@@ -120,18 +121,19 @@ impl Mesh {
     }
 }
 
-/// Does `work` on a thread of its own that gives way to others. Its end is told; it is dropped if there is no thread to be had.
-fn at_leisure<T: Send + 'static>(
+/// Runs `work` on a thread with low priority. The receiver gets the result, or an error if no
+/// thread can be started.
+fn spawn_low_priority<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> oneshot::Receiver<T> {
     let (done, told) = oneshot::channel();
     let run = move || {
-        // Of this thread only (nice(2)). Where it is forbidden, it is as important as the others.
+        // nice(2) affects only this thread. If it is not permitted, the thread keeps its priority.
         rustix::process::nice(NICE).ok();
-        // Whoever waited may be gone.
+        // The receiver may have been dropped.
         done.send(work()).ok();
     };
-    // Without a thread, what would tell is dropped.
+    // Without a thread, the sender is dropped, which the receiver notices.
     thread::Builder::new().name("mesh".to_owned()).spawn(run).ok();
     told
 }

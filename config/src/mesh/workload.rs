@@ -8,33 +8,33 @@ use super::names::{Name, NamespacedHostname, NetworkAddress};
 use super::policy::Policy;
 use crate::SpiffeId;
 
-/// How a workload is reached.
+/// The protocol that reaches a workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Protocol {
-    /// By plain TCP.
+    /// Plaintext TCP.
     Tcp,
-    /// Through a tunnel, and never otherwise.
+    /// Only HBONE tunnels.
     Hbone,
 }
 
-/// What kind of thing a workload is part of: Istio's four.
+/// The kind of a workload's owner: Istio's four kinds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WorkloadType {
-    /// A Deployment, or what is scaled like one.
+    /// A Deployment or a similar resource.
     Deployment,
     /// A CronJob.
     CronJob,
-    /// Nothing larger: a pod, or a process, by itself.
+    /// A pod or process without an owner.
     Pod,
     /// A Job.
     Job,
 }
 
 impl WorkloadType {
-    /// Every type.
+    /// All types.
     pub const ALL: [Self; 4] = [Self::Deployment, Self::CronJob, Self::Pod, Self::Job];
 
-    /// As the mesh file and `baggage` call it.
+    /// The name in the mesh file and in `baggage`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Deployment => "deployment",
@@ -45,27 +45,27 @@ impl WorkloadType {
     }
 }
 
-/// Whether a workload has its addresses to itself.
+/// Whether a workload has its addresses exclusively.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum NetworkMode {
-    /// It has.
+    /// Exclusive addresses.
     Standard,
-    /// It shares those of its node with others, so that an address alone does not tell who is meant.
+    /// The addresses of its node, shared with others: an address does not identify the workload.
     HostNetwork,
 }
 
-/// Where in the world a workload runs. Empty: unknown.
+/// The location of a workload. Empty values are unknown.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Locality {
-    /// A cloud's region.
+    /// The region of the cloud.
     pub region: Name,
-    /// A zone in that region.
+    /// The zone within the region.
     pub zone: Name,
-    /// A part of that zone, such as a rack.
+    /// A part of the zone, such as a rack.
     pub subzone: Name,
 }
 
-/// What a gateway, or a waypoint, is known by.
+/// The reference to a gateway or waypoint.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum GatewayDestination {
     /// The address of a workload or a service.
@@ -74,83 +74,83 @@ pub enum GatewayDestination {
     Hostname(NamespacedHostname),
 }
 
-/// A proxy through which others are reached: a waypoint, or the gateway of another network.
+/// A proxy in front of others: a waypoint, or the gateway of another network.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Gateway {
-    /// Who it is.
+    /// The reference to its workload or service.
     pub destination: GatewayDestination,
-    /// The port that it accepts tunnels at.
+    /// The port for tunnels.
     pub hbone_port: u16,
 }
 
-/// What a workload is told of a connection that comes out of a tunnel.
+/// The header of a connection out of a tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TunnelHeader {
-    /// Nothing.
+    /// No header.
     None,
-    /// Both addresses and the client's identity, in a PROXY protocol header (version 2).
+    /// A PROXY protocol header (version 2) with both addresses and the client's identity.
     Proxy,
 }
 
-/// A workload that does more with a tunnel than its own traffic, such as a waypoint: it takes connections to any destination.
+/// A workload that accepts tunnels to any destination, such as a waypoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ApplicationTunnel {
-    /// What a connection begins with.
+    /// The header of each connection.
     pub header: TunnelHeader,
-    /// The port that takes them; `None`: the one that the tunnel asks for.
+    /// The port that receives the connections; `None` for the requested port.
     pub port: Option<u16>,
 }
 
-/// One workload: a pod, a VM, a process with an address and an identity.
+/// A workload: a pod, a VM, or a process with an address and an identity.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Workload {
-    /// Unique in the mesh; made of its namespace and name if the source gives none.
+    /// The id, unique in the mesh. Derived from namespace and name if the source has none.
     pub uid: Name,
-    /// Its name.
+    /// The name.
     pub name: Name,
-    /// Its namespace.
+    /// The namespace.
     pub namespace: Name,
-    /// The service account that its identity is made of.
+    /// The service account from which the identity is derived.
     pub service_account: Name,
-    /// Who it must prove to be.
+    /// The identity that it must prove.
     pub identity: SpiffeId,
-    /// The network in which its addresses mean something.
+    /// The network of its addresses.
     pub network: Name,
-    /// Where it is. Without an address it has a hostname, or is behind a gateway.
+    /// The addresses. If empty, it has a hostname or a gateway.
     pub addresses: Box<[IpAddr]>,
-    /// Where it is, in DNS; empty unless it has no address.
+    /// The DNS name; empty unless it has no address.
     pub hostname: Name,
-    /// Whether it has its addresses to itself.
+    /// Whether it has its addresses exclusively.
     pub network_mode: NetworkMode,
-    /// How it is reached.
+    /// The protocol that reaches it.
     pub protocol: Protocol,
-    /// The waypoint that connections to its own address go through.
+    /// The waypoint of connections to its own address.
     pub waypoint: Option<Arc<Gateway>>,
-    /// The gateway through which it is reached from another network.
+    /// The gateway through which other networks reach it.
     pub network_gateway: Option<Arc<Gateway>>,
-    /// What it takes out of tunnels beside its own traffic.
+    /// Tunnels that it accepts for other destinations.
     pub application_tunnel: Option<ApplicationTunnel>,
-    /// Whether it is fit to take connections.
+    /// Whether it is selectable as an endpoint.
     pub healthy: bool,
-    /// How much it takes, compared with the other endpoints of a service.
+    /// The relative capacity as an endpoint.
     pub capacity: u32,
     /// The policies that select it.
     pub policies: Box<[Arc<Policy>]>,
-    /// The services that it is an endpoint of.
+    /// The services whose endpoint it is.
     pub services: Box<[NamespacedHostname]>,
-    /// What it is part of, as metrics call it (`source_workload`): a Deployment's name, or its own.
+    /// The name of its owner in metrics (`source_workload`): that of a Deployment, or its own.
     pub workload_name: Name,
-    /// What kind of thing that is.
+    /// The kind of its owner.
     pub workload_type: WorkloadType,
-    /// The service that it mainly is, as metrics call it.
+    /// The main service in metrics.
     pub canonical_name: Name,
-    /// The revision of that service.
+    /// The revision of the main service.
     pub canonical_revision: Name,
-    /// The cluster that it is in.
+    /// The cluster.
     pub cluster_id: Name,
-    /// The node that it runs on; may be empty.
+    /// The node; may be empty.
     pub node: Name,
-    /// Where it runs.
+    /// The location.
     pub locality: Arc<Locality>,
 }
 

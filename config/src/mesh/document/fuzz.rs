@@ -1,10 +1,10 @@
-//! Documents that nobody meant to write: mutations of a right one, and text at random.
+//! Property tests of malformed documents: mutations of a valid one, and random text.
 
 use proptest::prelude::*;
 
 use crate::Mesh;
 
-/// A right document with something of everything.
+/// A valid document that uses every feature.
 const RIGHT: &str = r#"workloads:
 - uid: one
   name: a
@@ -38,7 +38,7 @@ services:
 policies: []
 "#;
 
-/// What a document means, or what is wrong with it: the same each time.
+/// The mesh or the errors of a document. Deterministic.
 fn outcome(text: &str) -> String {
     match Mesh::from_text("mesh.yaml", text) {
         Ok(mesh) => format!("{:?} {:?}", mesh.workloads(), mesh.services()),
@@ -59,13 +59,13 @@ fn lines(keep: impl Fn(usize) -> bool) -> String {
 }
 
 #[test]
-fn the_right_document_is_right() {
+fn accepts_valid_document() {
     let mesh = Mesh::from_text("mesh.yaml", RIGHT).unwrap();
     assert_eq!((mesh.workloads().len(), mesh.services().len()), (3, 2));
 }
 
 #[test]
-fn a_document_that_lacks_a_line_or_its_end_is_read_or_refused() {
+fn reads_or_rejects_truncated_document() {
     for line in 0..RIGHT.lines().count() {
         check(&lines(|at| at != line));
         check(&lines(|at| at < line));
@@ -74,7 +74,7 @@ fn a_document_that_lacks_a_line_or_its_end_is_read_or_refused() {
 
 proptest! {
     #[test]
-    fn flipped_bytes_are_read_or_refused(
+    fn reads_or_rejects_flipped_bytes(
         flips in prop::collection::vec((0..RIGHT.len(), any::<u8>()), 1..8),
     ) {
         let mut bytes = RIGHT.as_bytes().to_vec();
@@ -85,7 +85,7 @@ proptest! {
     }
 
     #[test]
-    fn swapped_words_are_read_or_refused(swaps in prop::collection::vec((0..200_usize, 0..200_usize), 1..6)) {
+    fn reads_or_rejects_swapped_words(swaps in prop::collection::vec((0..200_usize, 0..200_usize), 1..6)) {
         let mut words: Vec<_> = RIGHT.split_inclusive([' ', ',', '\n']).collect();
         for (one, other) in swaps {
             let count = words.len();
@@ -95,7 +95,7 @@ proptest! {
     }
 
     #[test]
-    fn a_value_of_another_kind_is_read_or_refused(
+    fn reads_or_rejects_value_of_other_kind(
         line in 0..RIGHT.lines().count(),
         value in prop::sample::select(vec!["~", "[]", "{}", "[~]", "'x'", "-1", "99999999999", "*here", "!t x", "|\n   x", "&a [*a]"]),
     ) {
@@ -107,12 +107,12 @@ proptest! {
     }
 
     #[test]
-    fn yaml_at_random_is_read_or_refused(text in "(workloads|services|policies|[a-z0-9]{0,3}|[ \n:{}\\[\\],&*!|>'\"?#~-]){0,80}") {
+    fn reads_or_rejects_random_yaml(text in "(workloads|services|policies|[a-z0-9]{0,3}|[ \n:{}\\[\\],&*!|>'\"?#~-]){0,80}") {
         check(&text);
     }
 
     #[test]
-    fn text_at_random_is_read_or_refused(text in ".{0,200}") {
+    fn reads_or_rejects_random_text(text in ".{0,200}") {
         check(&text);
     }
 }

@@ -1,14 +1,14 @@
-//! The values that workloads and services have in common: gateways and port maps.
+//! Reads values that workloads and services share: gateways and port maps.
 
 use super::shared::Shared;
 use crate::mesh::names::Set;
 use crate::mesh::{Gateway, GatewayDestination, NamespacedHostname, NetworkAddress, PortMap};
 use crate::read::{Cursor, parse_port};
 
-/// Where a gateway takes tunnels unless it says otherwise: HBONE's port.
+/// The default port of a gateway for tunnels: HBONE's.
 const HBONE_PORT: u16 = 15008;
 
-/// A gateway or waypoint, if one is given.
+/// Reads a gateway or waypoint, if present.
 pub(super) fn gateway(section: Cursor<'_>, shared: &mut Shared) -> Option<Gateway> {
     if !section.is_given() {
         return None;
@@ -19,7 +19,8 @@ pub(super) fn gateway(section: Cursor<'_>, shared: &mut Shared) -> Option<Gatewa
     Some(Gateway { destination: destination(section.key("destination"), shared)?, hbone_port })
 }
 
-/// As ztunnel tells them apart: what reads as an address is one, all else is a hostname.
+/// Reads an address or a hostname. As in ztunnel, everything that does not parse as an address is a
+/// hostname.
 fn destination(given: Cursor<'_>, shared: &mut Shared) -> Option<GatewayDestination> {
     if !given.is_given() {
         given.problem("must be given: NETWORK/ADDRESS or NAMESPACE/HOSTNAME");
@@ -40,7 +41,8 @@ fn destination(given: Cursor<'_>, shared: &mut Shared) -> Option<GatewayDestinat
     }
 }
 
-/// A mapping from the ports of a service to those behind it; with `named`, 0 stands for a port that has a name.
+/// Reads a map from ports of a service to target ports. With `named`, target 0 denotes a named
+/// port.
 pub(super) fn ports(section: Cursor<'_>, named: bool, shared: &mut Shared) -> PortMap {
     let mut known = Set::default();
     let pairs = section.each(|key, target| {

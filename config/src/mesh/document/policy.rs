@@ -1,7 +1,7 @@
-//! The section `policies` of the mesh file, in ztunnel's form and in plain YAML.
+//! Reads the section `policies` of the mesh file, in ztunnel's form and in plain YAML.
 //!
-//! Not here: what policies mean (`mesh/policy.rs`). A value that is not understood refuses the policy: to leave it out would make
-//! a match wider, or a policy weaker, than it was meant to be.
+//! A value that is not understood rejects the policy: ignoring it would widen a match or weaken the
+//! policy. `mesh/policy.rs` defines the meaning.
 
 use ipnet::IpNet;
 
@@ -24,12 +24,12 @@ const SCOPES: &[(&str, PolicyScope)] = &[
 const ACTIONS: &[(&str, PolicyAction)] =
     &[("Allow", PolicyAction::Allow), ("Deny", PolicyAction::Deny)];
 
-const UNTYPED: &str = "must say in one word how it matches: !Exact TEXT, !Prefix TEXT, !Suffix TEXT or !Presence [], \
+const UNTYPED: &str = "must name one kind of match: !Exact TEXT, !Prefix TEXT, !Suffix TEXT or !Presence [], \
                        or exact: TEXT, prefix: TEXT, suffix: TEXT or presence: true";
 
 type Read = fn(Cursor<'_>) -> Values;
 
-/// What a match can speak of: the key, that of its opposite, and how both are read.
+/// The conditions of a match: key, key of the negation, and reader.
 const FIELDS: &[(&str, &str, Read)] = &[
     ("namespaces", "notNamespaces", |list| Values::Namespaces(list.items(string_match))),
     ("serviceAccounts", "notServiceAccounts", |list| {
@@ -41,12 +41,12 @@ const FIELDS: &[(&str, &str, Read)] = &[
     ("destinationPorts", "notDestinationPorts", |list| Values::DestinationPorts(list.items(port))),
 ];
 
-/// Reads one policy; `None` if there is a mistake in it.
+/// Reads a policy; `None` if it has mistakes.
 pub(super) fn policy(item: Cursor<'_>, names: &mut Names) -> Option<Policy> {
     item.only(KEYS);
     let (name, namespace) = (label(item.key("name")), label(item.key("namespace")));
-    let scope = needed(&item.key("scope")).then(|| item.key("scope").one_of(SCOPES));
-    let action = needed(&item.key("action")).then(|| item.key("action").one_of(ACTIONS));
+    let scope = require(&item.key("scope")).then(|| item.key("scope").one_of(SCOPES));
+    let action = require(&item.key("action")).then(|| item.key("action").one_of(ACTIONS));
     let rules = rules(item.key("rules"));
     let dry_run = match item.key("dryRun") {
         given if given.is_given() => given.flag(),
@@ -67,8 +67,8 @@ pub(super) fn policy(item: Cursor<'_>, names: &mut Names) -> Option<Policy> {
     })
 }
 
-/// A missing key could make a policy hold for others, or for nobody.
-fn needed(cursor: &Cursor<'_>) -> bool {
+/// Checks a required key. Without it, the policy could apply to other workloads, or to none.
+fn require(cursor: &Cursor<'_>) -> bool {
     let reason = match cursor.tag() {
         Some(_) => "must have no tag",
         None if cursor.is_given() => return true,
@@ -78,9 +78,9 @@ fn needed(cursor: &Cursor<'_>) -> bool {
     false
 }
 
-/// A part of `namespace/name`, which workloads call the policy by.
+/// A part of `namespace/name`, by which workloads reference the policy.
 fn label<'a>(cursor: Cursor<'a>) -> Option<&'a str> {
-    let text = needed(&cursor).then(|| cursor.text())??;
+    let text = require(&cursor).then(|| cursor.text())??;
     if text.contains('/') {
         cursor.problem("must not have a '/' in it");
         return None;
@@ -93,9 +93,10 @@ fn rules(list: Cursor<'_>) -> Option<Rules> {
     rules.map(Rules::from)
 }
 
-/// Reads the items of a list that must be there: of an empty rule or clause everything is one, so a forgotten one would be too.
+/// Reads a required list. An empty rule or clause matches everything, so a missing list must be an
+/// error.
 fn nested<T>(list: Cursor<'_>, read: impl FnMut(Cursor<'_>) -> Option<T>) -> Option<Vec<T>> {
-    needed(&list).then(|| list.items(read))
+    require(&list).then(|| list.items(read))
 }
 
 fn one_match(item: Cursor<'_>) -> Option<Match> {
@@ -113,7 +114,7 @@ fn one_match(item: Cursor<'_>) -> Option<Match> {
     Some(conditions.collect())
 }
 
-/// Reads ztunnel's `!Exact text`, or `exact: text`.
+/// Reads `!Exact text` as of ztunnel, or `exact: text`.
 fn string_match(item: Cursor<'_>) -> Option<StringMatch> {
     if let Some(tag) = item.tag() {
         return tagged(item, tag);
@@ -140,7 +141,7 @@ fn string_match(item: Cursor<'_>) -> Option<StringMatch> {
     }
 }
 
-/// The entries of a mapping without a tag; without one, `expected` is the mistake.
+/// The entries of an untagged mapping; anything else is the mistake `expected`.
 fn entries<'a>(item: Cursor<'a>, expected: &str) -> Option<&'a [(String, Node)]> {
     match item.node() {
         Some(Node { value: Value::Mapping(entries), tag: None, .. }) => Some(entries),
@@ -162,7 +163,7 @@ fn tagged(item: Cursor<'_>, tag: &str) -> Option<StringMatch> {
         "Exact" => text().map(StringMatch::Exact),
         "Prefix" => text().map(StringMatch::Prefix),
         "Suffix" => text().map(StringMatch::Suffix),
-        // serde_yaml writes the variant without values as an empty list, and takes nothing at all for one too.
+        // serde_yaml writes the variant without values as an empty list, and also reads a null.
         "Presence" if !item.is_given() || item.is_empty_list() => Some(StringMatch::Presence),
         "Presence" => {
             item.problem("must be !Presence []");
@@ -176,10 +177,11 @@ fn tagged(item: Cursor<'_>, tag: &str) -> Option<StringMatch> {
 }
 
 fn given_text(cursor: Cursor<'_>) -> Option<String> {
-    needed(&cursor).then(|| cursor.text().map(str::to_owned))?
+    require(&cursor).then(|| cursor.text().map(str::to_owned))?
 }
 
-/// An identity as Istio writes it. One with the scheme would match nobody, and a policy that denies it would deny nobody.
+/// An identity as Istio writes it. With the scheme it would match no connection, so a deny policy
+/// would have no effect.
 fn principal(item: Cursor<'_>) -> Option<StringMatch> {
     let found = string_match(item)?;
     let text = match &found {
@@ -204,7 +206,7 @@ fn service_account(item: Cursor<'_>) -> Option<(String, String)> {
 }
 
 fn cidr(item: Cursor<'_>) -> Option<IpNet> {
-    let parsed = cidr::parse(needed(&item).then(|| item.text())??);
+    let parsed = cidr::parse(require(&item).then(|| item.text())??);
     if parsed.is_none() {
         item.problem("must be a CIDR or an address, such as 10.0.0.0/8, 10.1.2.3 or fd00::/8");
     }
@@ -212,7 +214,7 @@ fn cidr(item: Cursor<'_>) -> Option<IpNet> {
 }
 
 fn port(item: Cursor<'_>) -> Option<u16> {
-    needed(&item).then(|| item.port())?
+    require(&item).then(|| item.port())?
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The services of the mesh file.
+//! Reads the services of the mesh file.
 
 use super::gateway::{gateway, ports};
 use super::shared::Shared;
@@ -11,7 +11,7 @@ use crate::mesh::{
 };
 use crate::read::Cursor;
 
-/// Every key that ztunnel knows of a service (`state/service.rs`).
+/// All keys that ztunnel supports for a service (`state/service.rs`).
 const KEYS: &[&str] = &[
     "name",
     "namespace",
@@ -29,7 +29,7 @@ const KEYS: &[&str] = &[
     "visibility",
 ];
 
-/// One service; what is wrong with it is told, and what is told refuses the document.
+/// Reads a service. A mistake is reported and rejects the document.
 pub(super) fn service(item: Cursor<'_>, shared: &mut Shared) -> Option<Service> {
     item.only(KEYS);
     refuse_endpoints(item.key("endpoints"));
@@ -63,8 +63,8 @@ fn hostname(given: Cursor<'_>, shared: &mut Shared) -> Option<Name> {
     }
 }
 
-/// ztunnel writes them in its dumps and takes them from its file, but whoever stands behind a service says so himself:
-/// `services` of a workload. Two places could contradict each other.
+/// Rejects endpoints. ztunnel reads them here, but they are also part of each workload
+/// (`services`), and the two could contradict.
 fn refuse_endpoints(section: Cursor<'_>) {
     if !section.entries().is_empty() {
         section.problem("not supported here: name the service in `services` of each workload");
@@ -80,7 +80,8 @@ fn vips(list: Cursor<'_>, shared: &mut Shared) -> Box<[NetworkAddress]> {
     vips.into()
 }
 
-/// A range is a mapping in ztunnel's document; the text that a virtual address is written as is understood too.
+/// Reads ranges. In ztunnel's document they are mappings; the text form of virtual addresses is
+/// accepted too.
 fn cidr_vips(list: Cursor<'_>, shared: &mut Shared) -> Box<[NetworkCidr]> {
     let ranges = list.items(|item| {
         item.given_or("must be {network: NETWORK, cidr: ADDRESS/LENGTH}")?;

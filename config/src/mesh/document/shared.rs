@@ -1,4 +1,4 @@
-//! What many items of a mesh have in common, kept once: names, identities, localities, gateways, port maps.
+//! Deduplicates values that many items share: names, identities, localities, gateways, port maps.
 
 use std::sync::Arc;
 
@@ -16,14 +16,14 @@ pub(in crate::mesh) struct Shared {
 }
 
 impl Shared {
-    /// Lets go of what only this holds.
-    pub(in crate::mesh) fn forget_unused(&mut self) {
+    /// Drops values without other references.
+    pub(in crate::mesh) fn drop_unused(&mut self) {
         self.identities.retain(|_, identity| identity.is_shared());
         self.ports.retain(PortMap::is_shared);
-        self.gateways.forget_unused();
-        self.localities.forget_unused();
-        // Those above have names in them.
-        self.names.forget_unused();
+        self.gateways.drop_unused();
+        self.localities.drop_unused();
+        // The values above contain names.
+        self.names.drop_unused();
     }
 
     pub(super) fn name(&mut self, text: &str) -> Name {
@@ -42,7 +42,7 @@ impl Shared {
         self.gateways.shared(gateway)
     }
 
-    /// The identity that Istio gives a workload of this trust domain, namespace and service account.
+    /// The identity that Istio derives from trust domain, namespace and service account.
     pub(super) fn identity(&mut self, of: [Name; 3]) -> Result<SpiffeId, SpiffeError> {
         if let Some(known) = self.identities.get(&of) {
             return Ok(known.clone());

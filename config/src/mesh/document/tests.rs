@@ -1,4 +1,4 @@
-//! Meshes as an operator writes them, right and wrong.
+//! Tests of valid and invalid mesh documents.
 
 use super::*;
 use crate::mesh::{
@@ -15,7 +15,7 @@ fn mistakes(text: &str) -> Vec<String> {
     mesh(text).unwrap_err().problems.iter().map(ToString::to_string).collect()
 }
 
-/// The first workload and the first service of a mesh, each of these words.
+/// Reads a mesh with one workload and one service, with these additional fields.
 fn pair(workload: &str, service: &str) -> Result<Mesh, ConfigErrors> {
     mesh(&format!(
         "workloads:\n- {{name: w, workloadIps: [10.0.0.1], services: {{default/s: {{80: 8080}}}}, {workload}}}\n\
@@ -23,7 +23,7 @@ fn pair(workload: &str, service: &str) -> Result<Mesh, ConfigErrors> {
     ))
 }
 
-/// A workload with every key that ztunnel knows but those that refer to others.
+/// A workload with every key of ztunnel except references.
 const WORKLOAD: &str = r#"
 workloads:
 - uid: cluster1//v1/Pod/default/local
@@ -54,7 +54,7 @@ policies: []
 "#;
 
 #[test]
-fn a_workload_is_found_by_each_of_its_addresses() {
+fn finds_workload_by_each_address() {
     let mesh = mesh(WORKLOAD).unwrap();
     assert_eq!(mesh.workloads().len(), 2);
     for address in ["10.0.0.1", "fd00::1", "::ffff:10.0.0.1"] {
@@ -68,7 +68,7 @@ fn a_workload_is_found_by_each_of_its_addresses() {
 }
 
 #[test]
-fn absent_keys_take_their_obvious_default() {
+fn absent_keys_use_defaults() {
     let mesh = mesh(WORKLOAD).unwrap();
     let plain = mesh.workload("", "10.0.0.2".parse().unwrap()).unwrap();
     assert_eq!(plain.protocol, Protocol::Tcp);
@@ -86,7 +86,7 @@ fn absent_keys_take_their_obvious_default() {
 }
 
 #[test]
-fn what_a_workload_is_part_of_and_where_it_runs_are_read() {
+fn reads_workload_type_and_locality() {
     let mesh = mesh(WORKLOAD).unwrap();
     let local = mesh.workload("", "10.0.0.1".parse().unwrap()).unwrap();
     assert_eq!(local.workload_type, WorkloadType::Deployment);
@@ -104,7 +104,7 @@ fn what_a_workload_is_part_of_and_where_it_runs_are_read() {
 }
 
 #[test]
-fn every_mistake_is_told_with_its_place() {
+fn reports_every_mistake_with_location() {
     let text = "workloads:\n- {name: a, workloadIps: [10.0.0.1], protocol: HBON}\n\
                 - {name: b, workloadIps: [10.0.0], serviceAcount: x}\n- {name: c}\n";
     assert_eq!(
@@ -119,16 +119,16 @@ fn every_mistake_is_told_with_its_place() {
 }
 
 #[test]
-fn mistakes_in_the_light_of_other_items_have_their_place_too() {
+fn reports_broken_references_with_location() {
     let text = "workloads:\n- {name: a, workloadIps: [10.0.0.1]}\n- {name: b, workloadIps: [\"::ffff:10.0.0.1\"]}\n\
                 - {name: b, workloadIps: [10.0.0.3], services: {default/none: {80: 80}}, authorizationPolicies: [default/none]}\n\
                 services:\n- {hostname: s, waypoint: {destination: default/none}}\n- {hostname: s}\n";
     assert_eq!(
         mistakes(text),
         [
-            "mesh.yaml:7:3: services[1].hostname: there is another service default/s",
+            "mesh.yaml:7:3: services[1].hostname: duplicate service default/s",
             "mesh.yaml:3:3: workloads[1].workloadIps: 10.0.0.1 already belongs to default/a",
-            "mesh.yaml:4:3: workloads[2].name: there is another workload default/b: give them different names, or each a uid",
+            "mesh.yaml:4:3: workloads[2].name: duplicate workload default/b: give them different names, or each a uid",
             "mesh.yaml:4:3: workloads[2].authorizationPolicies: there is no policy default/none",
             "mesh.yaml:4:3: workloads[2].services: there is no service default/none",
             "mesh.yaml:6:3: services[0].waypoint: there is no service and no workload default/none",
@@ -137,7 +137,7 @@ fn mistakes_in_the_light_of_other_items_have_their_place_too() {
 }
 
 #[test]
-fn workloads_on_one_node_may_share_its_address_which_then_means_none_of_them() {
+fn shared_host_address_matches_no_workload() {
     let text = "workloads:\n- {name: a, workloadIps: [10.0.0.1], networkMode: HostNetwork}\n\
                 - {name: b, workloadIps: [10.0.0.1], networkMode: HostNetwork}\n";
     let mesh = mesh(text).unwrap();
@@ -145,7 +145,7 @@ fn workloads_on_one_node_may_share_its_address_which_then_means_none_of_them() {
 }
 
 #[test]
-fn a_workload_may_be_in_another_network_and_without_an_address() {
+fn accepts_workloads_in_other_networks_or_without_address() {
     let text = "workloads:\n- {name: gw, workloadIps: [10.0.0.1]}\n\
                 - {name: far, network: far, networkGateway: {destination: /10.0.0.1, hboneMtlsPort: 15009}}\n\
                 - {name: named, hostname: db.example.com, namespace: data}\n\
@@ -164,7 +164,7 @@ fn a_workload_may_be_in_another_network_and_without_an_address() {
 }
 
 #[test]
-fn every_key_of_a_service_is_read() {
+fn reads_every_key_of_service() {
     let mesh = mesh(
         "workloads:
 - {name: w, workloadIps: [10.0.0.1], services: {ns/example.com: {80: 8080, 443: 8443}}, status: Unhealthy,
@@ -212,7 +212,7 @@ services:
 }
 
 #[test]
-fn each_wrong_value_of_each_key_refuses_the_document() {
+fn invalid_value_of_any_key_rejects_document() {
     pair("", "").unwrap();
     for workload in [
         "protocol: hbone",
@@ -292,7 +292,7 @@ fn each_wrong_value_of_each_key_refuses_the_document() {
 }
 
 #[test]
-fn numbers_and_booleans_are_those_of_yaml() {
+fn reads_yaml_numbers_and_booleans() {
     let mesh = mesh(
         "
 workloads:
@@ -319,14 +319,14 @@ policies:
 }
 
 #[test]
-fn a_mesh_without_anything_in_it_is_written() {
+fn accepts_explicitly_empty_mesh() {
     for text in ["workloads: []", "{}", "workloads:\nservices: ~\npolicies: []\n"] {
         assert!(mesh(text).unwrap().workloads().is_empty(), "{text}");
     }
 }
 
 #[test]
-fn a_mistake_in_one_item_makes_none_in_others() {
+fn mistake_in_one_item_causes_no_other() {
     let text = "workloads: [{name: a, workloadIps: [10.0.0.1], services: {default/s: {}}}]\n\
                 services: [{hostname: s, canonical: maybe}]\n";
     assert_eq!(
@@ -336,7 +336,7 @@ fn a_mistake_in_one_item_makes_none_in_others() {
 }
 
 #[test]
-fn of_very_many_mistakes_the_first_are_told_and_the_others_counted() {
+fn reports_first_mistakes_and_counts_others() {
     let text = format!("workloads:\n{}", "- {name: a}\n".repeat(100_000));
     let errors = mesh(&text).unwrap_err();
     assert_eq!((errors.problems.len(), errors.more), (1000, 99_000));
@@ -346,7 +346,7 @@ fn of_very_many_mistakes_the_first_are_told_and_the_others_counted() {
 }
 
 #[test]
-fn anchors_and_json_are_understood() {
+fn accepts_anchors_and_json() {
     let anchors = "workloads:\n- {name: a, workloadIps: [10.0.0.1], locality: &here {region: r}}\n\
                    - {name: b, workloadIps: [10.0.0.2], locality: *here}\n";
     assert_eq!(&*mesh(anchors).unwrap().workloads()[1].locality.region, "r");
@@ -356,9 +356,9 @@ fn anchors_and_json_are_understood() {
     assert_eq!(&*mesh(dense).unwrap().workloads()[0].name, "ab");
 }
 
-/// Policies apart: `examples/localhost.yaml` of ztunnel in our own words.
+/// Equivalent to `examples/localhost.yaml` of ztunnel, except for policies.
 #[test]
-fn two_workloads_behind_two_services_are_its_endpoints() {
+fn services_have_selected_workloads_as_endpoints() {
     let workload = |name: &str, address: &str| {
         format!(
             "- {{name: {name}, workloadIps: [{address}], services: {{default/example.com: {{80: 8080}}, \
@@ -379,9 +379,9 @@ fn two_workloads_behind_two_services_are_its_endpoints() {
     }
 }
 
-/// Whatever is quadratic takes minutes here.
+/// Quadratic algorithms would take minutes.
 #[test]
-fn very_large_mappings_and_very_deep_nesting_take_no_long_time() {
+fn reads_large_and_deep_documents_in_linear_time() {
     let ports: String = (1..=65_535).map(|port| format!("{port}: 80,")).collect();
     let services: String = (0..50_000).map(|n| format!("default/s{n}: {{}},")).collect();
     let text = format!(
@@ -396,7 +396,7 @@ fn very_large_mappings_and_very_deep_nesting_take_no_long_time() {
 }
 
 #[test]
-fn one_name_one_identity_and_one_place_are_kept_once() {
+fn deduplicates_names_identities_and_localities() {
     let text = "workloads:\n- {name: a, workloadIps: [10.0.0.1], node: n, locality: {region: r}, services: {default/s: {80: 1}}}\n\
                 - {name: b, workloadIps: [10.0.0.2], node: n, locality: {region: r}, services: {default/s: {80: 1}}}\n\
                 services: [{hostname: s}]\n";

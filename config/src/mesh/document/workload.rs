@@ -1,4 +1,4 @@
-//! The workloads of the mesh file.
+//! Reads the workloads of the mesh file.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::mesh::{
 use crate::read::Cursor;
 use crate::{SpiffeError, SpiffeId};
 
-/// Every key that ztunnel knows of a workload (`state/workload.rs`, `xds.rs`).
+/// All keys that ztunnel supports for a workload (`state/workload.rs`, `xds.rs`).
 const KEYS: &[&str] = &[
     "uid",
     "name",
@@ -43,10 +43,10 @@ const KEYS: &[&str] = &[
     "networkMode",
 ];
 
-/// One workload; what is wrong with it is told, and what is told refuses the document.
+/// Reads a workload. A mistake is reported and rejects the document.
 pub(super) fn workload(item: Cursor<'_>, shared: &mut Shared) -> Option<WorkloadDraft> {
     item.only(KEYS);
-    // It only says that a workload needs no proxy to speak HBONE, which `protocol` says better.
+    // Ignored: it means that the workload itself supports HBONE, which `protocol` expresses.
     item.key("nativeTunnel").flag();
     let name = item.key("name").text().unwrap_or_default();
     let namespace = text(item.key("namespace"), "default", shared);
@@ -105,7 +105,7 @@ fn healthy(given: Cursor<'_>) -> bool {
 fn workload_type(given: Cursor<'_>) -> WorkloadType {
     let words = WorkloadType::ALL.map(|kind| (kind.as_str(), kind));
     match given.text() {
-        // Empty is ztunnel's default, and says nothing.
+        // ztunnel's default is the empty string.
         None | Some("") => WorkloadType::Pod,
         Some(_) => given.one_of(&words).unwrap_or(WorkloadType::Pod),
     }
@@ -153,7 +153,7 @@ fn locality(section: Cursor<'_>, shared: &mut Shared) -> Arc<Locality> {
     shared.localities.shared(Locality { region, zone, subzone })
 }
 
-/// Whoever has no address must be reachable in another way.
+/// Reads the addresses. Without one, a workload must be reachable by hostname or gateway.
 fn addresses(item: Cursor<'_>) -> Box<[IpAddr]> {
     let list = item.key("workloadIps");
     let no_items = list.node().is_none_or(|node| node.value == Value::Sequence(Vec::new()));

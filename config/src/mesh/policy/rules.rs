@@ -1,8 +1,8 @@
-//! What a policy matches, as it is told: rules are alternatives, all clauses of a rule must hold, the matches of a clause are
-//! alternatives, all conditions of a match must hold.
+//! The conditions of a policy: rules are alternatives, all clauses of a rule must match, the
+//! matches of a clause are alternatives, and all conditions of a match must hold.
 //!
-//! This is Istio's `istio.security.Authorization`, as ztunnel understands it (`src/rbac.rs`). Not here: the form in which rules are
-//! asked (`rules/program.rs`).
+//! The semantics are those of Istio's `istio.security.Authorization` in ztunnel (`src/rbac.rs`).
+//! `rules/program.rs` contains the compiled form.
 
 mod program;
 
@@ -11,49 +11,49 @@ use ipnet::IpNet;
 use super::Connection;
 use program::Program;
 
-/// Whatever a policy matches. By default, nothing.
+/// The rules of a policy. The default matches nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rules(Program);
 
-/// Conditions that must all hold. Without any it matches nothing.
+/// Conditions that must all hold. Without conditions, it matches nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Match(Vec<Condition>);
 
-/// Values of one kind, of which one must apply, or none may.
+/// Values of one kind, one of which must match, or none of which may match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Condition {
     values: Values,
     negated: bool,
 }
 
-/// What a condition can speak of.
+/// The values of a condition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Values {
-    /// The port that the connection is meant for.
+    /// The destination port.
     DestinationPorts(Vec<u16>),
-    /// The peer's address.
+    /// The address of the peer.
     SourceIps(Vec<IpNet>),
-    /// The address that the connection is meant for.
+    /// The destination address.
     DestinationIps(Vec<IpNet>),
-    /// The namespace in the peer's identity; empty if it has no identity, or one without a namespace.
+    /// The namespace of the peer's identity; empty without an identity or namespace.
     Namespaces(Vec<StringMatch>),
-    /// The namespace and service account in the peer's identity, in whatever trust domain.
+    /// The namespace and service account of the peer's identity, in any trust domain.
     ServiceAccounts(Vec<(String, String)>),
-    /// The peer's identity without `spiffe://`, also in the name of an alias of its trust domain;
-    /// without an identity, none applies.
+    /// The peer's identity without `spiffe://`, under each alias of its trust domain. Matches
+    /// nothing without an identity.
     Principals(Vec<StringMatch>),
 }
 
-/// What a text must be.
+/// A condition on a string.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StringMatch {
-    /// This.
+    /// Equal to this.
     Exact(String),
-    /// This, or longer at its end.
+    /// Starts with this.
     Prefix(String),
-    /// This, or longer at its beginning.
+    /// Ends with this.
     Suffix(String),
-    /// Anything but empty.
+    /// Not empty.
     Presence,
 }
 
@@ -64,26 +64,26 @@ impl Rules {
 }
 
 impl From<Vec<Vec<Vec<Match>>>> for Rules {
-    /// The rules, their clauses, and the matches of these.
+    /// From rules of clauses of matches.
     fn from(rules: Vec<Vec<Vec<Match>>>) -> Self {
         Self(Program::of(rules))
     }
 }
 
 impl FromIterator<Condition> for Match {
-    /// A condition without values says nothing, and is left out: as if it were not there.
+    /// A condition without values is ignored.
     fn from_iter<T: IntoIterator<Item = Condition>>(conditions: T) -> Self {
         Self(conditions.into_iter().filter(|condition| !condition.values.is_empty()).collect())
     }
 }
 
 impl Condition {
-    /// One of `values` must apply.
+    /// One of `values` must match.
     pub fn any_of(values: Values) -> Self {
         Self { values, negated: false }
     }
 
-    /// None of `values` may apply.
+    /// None of `values` may match.
     pub fn none_of(values: Values) -> Self {
         Self { values, negated: true }
     }

@@ -1,11 +1,12 @@
-//! What rules match: a truth table, and an evaluator that is written from the sentences of Istio's and ztunnel's documentation.
+//! Tests of rules: a truth table, and a second evaluator derived from Istio's and ztunnel's
+//! documentation.
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::Mesh;
 
-/// Whose connections are judged: a name, the identity, the source, the destination.
+/// The tested connections: name, identity, source, destination.
 const CONNECTIONS: &[(&str, Option<&str>, &str, &str)] = &[
     ("web", Some("spiffe://td/ns/shop/sa/web"), "10.0.0.1", "10.0.0.9:80"),
     ("foreign", Some("spiffe://other/ns/shop/sa/web"), "10.0.0.2", "10.0.0.9:80"),
@@ -19,8 +20,8 @@ const CONNECTIONS: &[(&str, Option<&str>, &str, &str)] = &[
 const ALL: &str = "web foreign teller odd plain web6 mapped";
 const PEERS: &str = "web foreign teller odd web6";
 
-/// Rules, and whose connections they match.
-const TABLE: &[(&str, &str)] = &[
+/// Rules, and the connections that they match.
+const TRUTH_TABLE: &[(&str, &str)] = &[
     // Emptiness.
     ("[]", ""),
     ("[[]]", ALL),
@@ -31,7 +32,7 @@ const TABLE: &[(&str, &str)] = &[
     ("[[[{}]], []]", ALL),
     ("[[[{principals: []}]]]", ""),
     ("[[[{notPrincipals: [], destinationPorts: [8080]}]]]", "teller mapped"),
-    // Rules are alternatives, clauses are not, matches are, fields are not, values are.
+    // Rules, matches and values are alternatives; clauses and fields are conjunctions.
     ("[[[{destinationPorts: [8080]}]], [[{sourceIps: [10.0.0.1]}]]]", "web teller mapped"),
     ("[[[{destinationPorts: [8080]}], [{sourceIps: [10.1.0.1]}]]]", "teller"),
     ("[[[{destinationPorts: [8080]}], []]]", "teller mapped"),
@@ -41,7 +42,7 @@ const TABLE: &[(&str, &str)] = &[
     ("[[[{notSourceIps: [10.1.0.1, 10.0.0.1]}]]]", "foreign odd plain web6 mapped"),
     ("[[[{sourceIps: [10.0.0.0/16], notSourceIps: [10.0.0.2, 10.0.0.3]}]]]", "web plain"),
     ("[[[{sourceIps: [10.0.0.1], notSourceIps: [10.0.0.0/8]}]]]", ""),
-    // Namespaces: without an identity, or with one of another shape, the namespace is empty.
+    // Namespaces: empty without an identity or with one of another form.
     ("[[[{namespaces: [!Exact shop]}]]]", "web foreign web6"),
     ("[[[{notNamespaces: [!Exact shop]}]]]", "teller odd plain mapped"),
     ("[[[{namespaces: [!Prefix s]}]]]", "web foreign web6"),
@@ -53,7 +54,7 @@ const TABLE: &[(&str, &str)] = &[
     ("[[[{namespaces: [!Exact bank, !Suffix op]}]]]", "web foreign teller web6"),
     ("[[[{namespaces: [!Exact hop]}]]]", ""),
     ("[[[{namespaces: [!Prefix s], notNamespaces: [!Exact shop]}]]]", ""),
-    // Service accounts, in whatever trust domain.
+    // Service accounts, in any trust domain.
     ("[[[{serviceAccounts: [{namespace: shop, serviceAccount: web}]}]]]", "web foreign web6"),
     (
         "[[[{notServiceAccounts: [{namespace: shop, serviceAccount: web}]}]]]",
@@ -65,7 +66,7 @@ const TABLE: &[(&str, &str)] = &[
         "[[[{serviceAccounts: [{namespace: shop, serviceAccount: web}, {namespace: bank, serviceAccount: teller}]}]]]",
         "web foreign teller web6",
     ),
-    // Principals: all of the identity but the scheme, in one trust domain.
+    // Principals: the identity without the scheme, in one trust domain.
     ("[[[{principals: [!Exact td/ns/shop/sa/web]}]]]", "web web6"),
     ("[[[{notPrincipals: [!Exact td/ns/shop/sa/web]}]]]", "foreign teller odd plain mapped"),
     ("[[[{principals: [!Exact td/some/path]}]]]", "odd"),
@@ -108,14 +109,14 @@ const TABLE: &[(&str, &str)] = &[
         "web",
     ),
     ("[[[{destinationPorts: [80], notPrincipals: [!Presence []]}]]]", "plain"),
-    // Written without tags.
+    // Without tags.
     ("[[[{namespaces: [{exact: shop}]}]]]", "web foreign web6"),
     ("[[[{principals: [{prefix: td/ns}, {suffix: path}]}]]]", "web teller odd web6"),
     ("[[[{principals: [{presence: true}]}]]]", PEERS),
     ("[[[{principals: [!Presence ]}]]]", PEERS),
 ];
 
-/// Reads `rules` as a mesh file has them.
+/// Reads `rules` from a mesh file.
 fn policy(rules: &str) -> Policy {
     let text = format!(
         "policies:\n- {{name: p, namespace: n, scope: Global, action: Allow, rules: {rules}}}\n"
@@ -126,8 +127,8 @@ fn policy(rules: &str) -> Policy {
 }
 
 #[test]
-fn rules_match_what_the_table_says() {
-    for (rules, expected) in TABLE {
+fn rules_match_as_table_states() {
+    for (rules, expected) in TRUTH_TABLE {
         let policy = policy(rules);
         let mut matched = Vec::new();
         for (name, identity, source, destination) in CONNECTIONS {
@@ -146,10 +147,10 @@ fn rules_match_what_the_table_says() {
     }
 }
 
-/// Rules, and which of two connections of the service account web in the namespace shop they match:
-/// one whose certificate names `td`, and one whose certificate names `old`, its alias.
+/// Rules, and the connections that they match: of the service account web in the namespace shop
+/// with a certificate of `td`, or of `old`, an alias.
 const ALIAS_TABLE: &[(&str, &str)] = &[
-    // The name in the policy is the certificate's, or that of the alias: both are the same peer.
+    // The policy may use either name of the peer's trust domain.
     ("{principals: [!Exact td/ns/shop/sa/web]}", "td old"),
     ("{principals: [!Exact old/ns/shop/sa/web]}", "td old"),
     ("{notPrincipals: [!Exact td/ns/shop/sa/web]}", ""),
@@ -159,7 +160,7 @@ const ALIAS_TABLE: &[(&str, &str)] = &[
     ("{principals: [!Exact old/ns/shop/sa/webb]}", ""),
     ("{principals: [!Exact other/ns/shop/sa/web]}", ""),
     ("{notPrincipals: [!Exact other/ns/shop/sa/web]}", "td old"),
-    // Prefixes: of the trust domain, the whole of it, and more.
+    // Prefixes: a part of the trust domain, all of it, and more.
     ("{principals: [!Prefix t]}", "td old"),
     ("{principals: [!Prefix old]}", "td old"),
     ("{principals: [!Prefix old/]}", "td old"),
@@ -169,27 +170,27 @@ const ALIAS_TABLE: &[(&str, &str)] = &[
     ("{notPrincipals: [!Prefix old/]}", ""),
     ("{notPrincipals: [!Prefix other/]}", "td old"),
     ("{principals: [!Prefix '']}", "td old"),
-    // Suffixes: any trust domain, the end of one, and the whole of it.
+    // Suffixes: without the trust domain, with its end, and with all of it.
     ("{principals: [!Suffix /ns/shop/sa/web]}", "td old"),
     ("{principals: [!Suffix ld/ns/shop/sa/web]}", "td old"),
     ("{principals: [!Suffix d/ns/shop/sa/web]}", "td old"),
     ("{principals: [!Suffix old/ns/shop/sa/web]}", "td old"),
     ("{principals: [!Suffix told/ns/shop/sa/web]}", ""),
     ("{notPrincipals: [!Suffix old/ns/shop/sa/web]}", ""),
-    // No trust domain at all.
+    // Without a trust domain.
     ("{principals: [!Presence []]}", "td old"),
     ("{notPrincipals: [!Presence []]}", ""),
     ("{namespaces: [!Exact shop]}", "td old"),
     ("{notNamespaces: [!Exact shop]}", ""),
     ("{serviceAccounts: [{namespace: shop, serviceAccount: web}]}", "td old"),
     ("{notServiceAccounts: [{namespace: shop, serviceAccount: web}]}", ""),
-    // All values count.
+    // With several values.
     ("{principals: [!Exact td/x, !Exact old/ns/shop/sa/web]}", "td old"),
     ("{principals: [!Presence []], notPrincipals: [!Exact old/ns/shop/sa/web]}", ""),
 ];
 
 #[test]
-fn principals_match_peers_in_the_name_of_every_alias() {
+fn principals_match_peers_under_every_alias() {
     let aliases: Vec<TrustDomain> =
         ["td", "old"].iter().map(|domain| domain.parse().unwrap()).collect();
     for (rule, expected) in ALIAS_TABLE {
@@ -209,7 +210,7 @@ fn principals_match_peers_in_the_name_of_every_alias() {
 }
 
 #[test]
-fn an_identity_of_another_shape_has_no_service_account() {
+fn identity_of_other_form_has_no_service_account() {
     let policy = policy("[[[{serviceAccounts: [{namespace: shop, serviceAccount: web/x}]}]]]");
     let identity = "spiffe://td/ns/shop/sa/web/x".parse().unwrap();
     let connection = Connection {
@@ -222,7 +223,7 @@ fn an_identity_of_another_shape_has_no_service_account() {
 }
 
 #[test]
-fn sets_are_equal_if_they_decide_the_same_in_whatever_snapshot() {
+fn sets_of_different_snapshots_are_equal_if_they_decide_equally() {
     let mesh = |rules: &str| {
         let text = format!(
             "policies: [{{name: p, namespace: n, scope: Namespace, action: Deny, rules: {rules}}}]"
@@ -240,22 +241,27 @@ fn sets_are_equal_if_they_decide_the_same_in_whatever_snapshot() {
     assert_ne!(one.policies("n", None), one.policies("m", None));
 }
 
-/// One field of a match, as it was written: positive and negative values.
-type Written = (Vec<Values>, Vec<Values>);
+/// One field of a match: positive and negative values.
+type WrittenField = (Vec<Values>, Vec<Values>);
 
-/// Istio's sentences: rules OR, clauses AND, matches OR, fields AND, values OR, positive AND not negative.
-fn says(rules: &[Vec<Vec<Vec<Written>>>], connection: &Connection<'_>) -> bool {
-    let field = |(positive, negative): &Written| {
+/// Evaluates Istio's definition: rules OR, clauses AND, matches OR, fields AND, values OR, positive
+/// AND not negative.
+fn matches_by_definition(
+    rules: &[Vec<Vec<Vec<WrittenField>>>],
+    connection: &Connection<'_>,
+) -> bool {
+    let field = |(positive, negative): &WrittenField| {
         (positive.is_empty() || positive.iter().any(|value| is(value, connection)))
             && !negative.iter().any(|value| is(value, connection))
     };
-    let is_empty = |fields: &[Written]| fields.iter().all(|(p, n)| p.is_empty() && n.is_empty());
-    let one = |fields: &Vec<Written>| !is_empty(fields) && fields.iter().all(field);
-    let clause = |matches: &Vec<Vec<Written>>| matches.is_empty() || matches.iter().any(one);
+    let is_empty =
+        |fields: &[WrittenField]| fields.iter().all(|(p, n)| p.is_empty() && n.is_empty());
+    let one = |fields: &Vec<WrittenField>| !is_empty(fields) && fields.iter().all(field);
+    let clause = |matches: &Vec<Vec<WrittenField>>| matches.is_empty() || matches.iter().any(one);
     rules.iter().any(|rule| rule.iter().all(clause))
 }
 
-/// Whether the one value in `value` applies.
+/// Returns true if the single value matches.
 fn is(value: &Values, connection: &Connection<'_>) -> bool {
     let text = |expected: &StringMatch, text: &str| match expected {
         StringMatch::Exact(exact) => text == exact,
@@ -278,8 +284,8 @@ fn is(value: &Values, connection: &Connection<'_>) -> bool {
     }
 }
 
-/// The values of one field put together, as a condition has them.
-fn together(values: &[Values]) -> Option<Values> {
+/// Merges the values of one field into one condition.
+fn merged_values(values: &[Values]) -> Option<Values> {
     values.iter().cloned().reduce(|all, value| match (all, value) {
         (Values::Namespaces(all), Values::Namespaces(one)) => {
             Values::Namespaces([all, one].concat())
@@ -301,14 +307,17 @@ fn together(values: &[Values]) -> Option<Values> {
     })
 }
 
-fn compiled(rules: &[Vec<Vec<Vec<Written>>>]) -> Rules {
-    let one = |fields: &Vec<Written>| -> Match {
+fn compiled(rules: &[Vec<Vec<Vec<WrittenField>>>]) -> Rules {
+    let one = |fields: &Vec<WrittenField>| -> Match {
         let conditions = fields.iter().flat_map(|(positive, negative)| {
-            [together(positive).map(Condition::any_of), together(negative).map(Condition::none_of)]
+            [
+                merged_values(positive).map(Condition::any_of),
+                merged_values(negative).map(Condition::none_of),
+            ]
         });
         conditions.flatten().collect()
     };
-    let clause = |matches: &Vec<Vec<Written>>| matches.iter().map(one).collect();
+    let clause = |matches: &Vec<Vec<WrittenField>>| matches.iter().map(one).collect();
     let rules: Vec<Vec<Vec<Match>>> =
         rules.iter().map(|rule| rule.iter().map(clause).collect()).collect();
     Rules::from(rules)
@@ -341,12 +350,12 @@ fn range() -> impl Strategy<Value = ipnet::IpNet> {
     )
 }
 
-/// A field with some values, each by itself.
-fn field() -> impl Strategy<Value = Written> {
+/// A field with separate values.
+fn field() -> impl Strategy<Value = WrittenField> {
     fn both<T: Clone + fmt::Debug>(
         value: impl Strategy<Value = T>,
         wrap: fn(Vec<T>) -> Values,
-    ) -> impl Strategy<Value = Written> {
+    ) -> impl Strategy<Value = WrittenField> {
         let one = value.prop_map(move |value| wrap(vec![value]));
         let list = proptest::collection::vec(one, 0..6);
         (list, 0..3usize).prop_map(|(values, negative)| {
@@ -364,7 +373,7 @@ fn field() -> impl Strategy<Value = Written> {
     ]
 }
 
-fn rules() -> impl Strategy<Value = Vec<Vec<Vec<Vec<Written>>>>> {
+fn rules() -> impl Strategy<Value = Vec<Vec<Vec<Vec<WrittenField>>>>> {
     use proptest::collection::vec;
     vec(vec(vec(vec(field(), 0..3), 0..3), 0..3), 0..4)
 }
@@ -380,7 +389,7 @@ fn identity() -> impl Strategy<Value = Option<SpiffeId>> {
 
 proptest! {
     #[test]
-    fn compiled_rules_agree_with_the_sentences(
+    fn compiled_rules_agree_with_definition(
         rules in rules(),
         connections in proptest::collection::vec((identity(), address(), address(), 1..4u16), 16),
         aliases in proptest::collection::vec("td|t|[ab]", 0..3),
@@ -394,7 +403,7 @@ proptest! {
                 identity: identity.as_ref(),
                 aliases: &aliases,
             };
-            prop_assert_eq!(compiled.matches(&connection), says(&rules, &connection), "{:?}", connection);
+            prop_assert_eq!(compiled.matches(&connection), matches_by_definition(&rules, &connection), "{:?}", connection);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Meshes that change while they are followed, on the real file system.
+//! Tests of following meshes, on the real file system.
 
 use std::fs;
 
@@ -8,9 +8,9 @@ use super::*;
 use crate::PolicyAction;
 use crate::test_folder::Folder;
 
-/// A bound for what takes a moment.
+/// The timeout of a wait for an event.
 const BOUND: Duration = Duration::from_secs(10);
-/// Long enough to be told of a change if there was one.
+/// Long enough for a notification of a change to arrive.
 const SILENCE: Duration = Duration::from_millis(400);
 
 fn workload(name: &str, address: u8) -> String {
@@ -26,7 +26,7 @@ fn open(folder: &Folder, name: &str) -> (MeshSource, Arc<Mesh>) {
 }
 
 async fn next(source: &mut MeshSource) -> Result<Arc<Mesh>, ConfigErrors> {
-    timeout(BOUND, source.changed()).await.expect("a change is told")
+    timeout(BOUND, source.changed()).await.expect("a change is reported")
 }
 
 async fn next_names(source: &mut MeshSource) -> Vec<String> {
@@ -35,11 +35,11 @@ async fn next_names(source: &mut MeshSource) -> Vec<String> {
 }
 
 async fn stays_silent(source: &mut MeshSource) {
-    timeout(SILENCE, source.changed()).await.expect_err("nothing to tell");
+    timeout(SILENCE, source.changed()).await.expect_err("no change is reported");
 }
 
 #[tokio::test]
-async fn a_file_gives_a_snapshot_now_and_one_for_each_change() {
+async fn file_gives_initial_snapshot_and_one_per_change() {
     let folder = Folder::new();
     folder.write("mesh.yaml", &workload("a", 1));
     let (mut source, first) = open(&folder, "mesh.yaml");
@@ -54,7 +54,7 @@ async fn a_file_gives_a_snapshot_now_and_one_for_each_change() {
 }
 
 #[tokio::test]
-async fn documents_of_a_folder_are_one_mesh() {
+async fn documents_of_folder_form_one_mesh() {
     let folder = Folder::new();
     fs::create_dir(folder.path("mesh")).unwrap();
     let (mut source, empty) = open(&folder, "mesh");
@@ -81,7 +81,7 @@ async fn documents_of_a_folder_are_one_mesh() {
 }
 
 #[test]
-fn of_services_with_one_address_the_one_in_the_last_file_counts() {
+fn service_of_last_file_owns_shared_address() {
     let folder = Folder::new();
     for name in ["b", "c", "a"] {
         let service = format!("services: [{{hostname: {name}, vips: [/10.1.0.1]}}]\n");
@@ -95,13 +95,13 @@ fn of_services_with_one_address_the_one_in_the_last_file_counts() {
 }
 
 #[tokio::test]
-async fn mistakes_across_the_documents_of_a_folder_name_the_file() {
+async fn mistakes_across_documents_name_file() {
     let folder = Folder::new();
     folder.write("mesh/a.yaml", &workload("a", 1));
     folder.write("mesh/b.yaml", &format!("# second\n{}", workload("b", 1)));
     fs::write(folder.path("mesh/c.yaml"), b"\xff").unwrap();
     let errors = Mesh::from_file(&folder.path("mesh")).unwrap_err().to_string();
-    assert!(errors.contains("c.yaml: is no text"), "{errors}");
+    assert!(errors.contains("c.yaml: not valid UTF-8"), "{errors}");
     fs::remove_file(folder.path("mesh/c.yaml")).unwrap();
     let errors = Mesh::from_file(&folder.path("mesh")).unwrap_err().to_string();
     let place = "b.yaml:2:13: workloads[0].workloadIps: 10.0.0.1 already belongs to default/a";
@@ -113,7 +113,7 @@ async fn mistakes_across_the_documents_of_a_folder_name_the_file() {
 }
 
 #[tokio::test]
-async fn files_that_did_not_change_are_not_read_again() {
+async fn unchanged_files_are_not_read_again() {
     let folder = Folder::new();
     folder.write("mesh/a.yaml", &workload("a", 1));
     folder.write("mesh/b.yaml", &workload("b", 2));
@@ -138,11 +138,11 @@ async fn files_that_did_not_change_are_not_read_again() {
     folder.rename("mesh/a.yaml", "mesh/c.yaml");
     folder.write("mesh/d.yaml", &workload("a", 2));
     let errors = next(&mut source).await.unwrap_err().to_string();
-    assert!(errors.contains("d.yaml:1:13: workloads[0].name: there is another"), "{errors}");
+    assert!(errors.contains("d.yaml:1:13: workloads[0].name: duplicate"), "{errors}");
 }
 
 #[tokio::test]
-async fn what_a_workload_refers_to_may_change_in_another_file() {
+async fn references_follow_changes_in_other_files() {
     let policy = |action: &str| {
         let scope = "scope: WorkloadSelector, rules: []";
         format!("policies: [{{name: p, namespace: shop, {scope}, action: {action}}}]\n")
@@ -180,7 +180,7 @@ async fn what_a_workload_refers_to_may_change_in_another_file() {
 }
 
 #[tokio::test]
-async fn what_is_not_there_is_an_error_at_first_and_later() {
+async fn missing_file_is_error_at_start_and_later() {
     let folder = Folder::new();
     let path = folder.path("mesh");
     let errors = MeshSource::open(Some(&path)).unwrap_err();
@@ -195,7 +195,7 @@ async fn what_is_not_there_is_an_error_at_first_and_later() {
 }
 
 #[tokio::test]
-async fn without_a_file_the_mesh_is_empty_and_stays_so() {
+async fn mesh_without_file_stays_empty() {
     let (mut source, mesh) = MeshSource::open(None).unwrap();
     assert!(mesh.workloads().is_empty());
     tokio::time::pause();
@@ -203,7 +203,7 @@ async fn without_a_file_the_mesh_is_empty_and_stays_so() {
 }
 
 #[tokio::test]
-async fn garbage_is_told_each_time_and_never_a_snapshot() {
+async fn invalid_content_is_reported_each_time_without_snapshot() {
     let folder = Folder::new();
     folder.write("mesh.yaml", &workload("a", 1));
     let (mut source, _) = open(&folder, "mesh.yaml");
@@ -219,7 +219,7 @@ async fn garbage_is_told_each_time_and_never_a_snapshot() {
 }
 
 #[tokio::test]
-async fn a_change_outlives_a_wait_that_is_cancelled() {
+async fn change_survives_cancelled_wait() {
     let folder = Folder::new();
     folder.write("mesh.yaml", &workload("a", 1));
     let (mut source, _) = open(&folder, "mesh.yaml");
@@ -231,11 +231,11 @@ async fn a_change_outlives_a_wait_that_is_cancelled() {
             }
         }
     };
-    assert_eq!(names(&timeout(BOUND, impatient).await.expect("it is told")), ["b"]);
+    assert_eq!(names(&timeout(BOUND, impatient).await.expect("it is reported")), ["b"]);
 }
 
 #[tokio::test]
-async fn a_file_that_never_stays_the_same_is_read_all_the_same() {
+async fn constantly_changing_file_is_read() {
     let folder = Folder::new();
     folder.write("mesh.yaml", &workload("a", 1));
     let (mut source, _) = open(&folder, "mesh.yaml");
@@ -258,7 +258,7 @@ async fn a_file_that_never_stays_the_same_is_read_all_the_same() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_retired_snapshot_is_freed_once_nobody_holds_it() {
+async fn retired_snapshot_is_freed_when_unused() {
     let mesh = Arc::new(Mesh::from_text("mesh", &workload("a", 1)).unwrap());
     let kept = mesh.workloads()[0].clone();
     let retirement = tokio::spawn(mesh.clone().retire());

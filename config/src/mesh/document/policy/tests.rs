@@ -1,4 +1,4 @@
-//! Policies as they are written, right and wrong. What they match is tried in `mesh/policy/tests.rs`.
+//! Tests of reading policies. `mesh/policy/tests.rs` tests their evaluation.
 
 use crate::Mesh;
 use crate::mesh::{PolicyAction, PolicyScope};
@@ -8,7 +8,7 @@ fn mistakes(text: &str) -> Vec<String> {
     problems.iter().map(ToString::to_string).collect()
 }
 
-/// The one mistake in a policy whose only match is this; without its place.
+/// The single mistake of a policy with this match, without the location.
 fn mistake_in(one_match: &str) -> String {
     let text = format!(
         "policies:\n- {{name: p, namespace: n, scope: Global, action: Deny, rules: [[[{one_match}]]]}}\n"
@@ -19,7 +19,7 @@ fn mistake_in(one_match: &str) -> String {
 }
 
 #[test]
-fn a_policy_holds_for_whom_its_scope_says() {
+fn scope_selects_workloads() {
     let text = "
 policies:
 - {name: everywhere, namespace: root, scope: Global, action: Deny, dryRun: false, rules: []}
@@ -39,7 +39,7 @@ policies:
 }
 
 #[test]
-fn what_could_widen_a_policy_when_it_is_missing_is_needed() {
+fn requires_keys_that_restrict_policy() {
     assert_eq!(
         mistakes("policies: [{}]"),
         [
@@ -72,7 +72,7 @@ fn what_could_widen_a_policy_when_it_is_missing_is_needed() {
 }
 
 #[test]
-fn words_and_keys_that_are_not_known_are_mistakes() {
+fn rejects_unknown_words_and_keys() {
     let text = "policies:\n- {name: a/b, namespace: n, scope: global, action: Log, rules: [], dryRun: maybe, dryrun: x}\n";
     assert_eq!(
         mistakes(text),
@@ -96,7 +96,7 @@ fn words_and_keys_that_are_not_known_are_mistakes() {
 }
 
 #[test]
-fn a_value_that_is_not_understood_refuses_the_policy() {
+fn invalid_value_rejects_policy() {
     let cidr = "must be a CIDR or an address, such as 10.0.0.0/8, 10.1.2.3 or fd00::/8";
     for (text, key) in [
         ("10.0.0.0/33", "sourceIps"),
@@ -126,8 +126,8 @@ fn a_value_that_is_not_understood_refuses_the_policy() {
 }
 
 #[test]
-fn a_text_must_say_how_it_matches() {
-    let typeless = "must say in one word how it matches";
+fn string_match_requires_kind() {
+    let typeless = "must name one kind of match";
     for (written, reason) in [
         ("shop", typeless),
         ("~", typeless),
@@ -154,7 +154,7 @@ fn a_text_must_say_how_it_matches() {
 }
 
 #[test]
-fn a_principal_with_its_scheme_would_match_nobody() {
+fn rejects_principal_with_scheme() {
     for written in ["!Exact spiffe://td/ns/a/sa/b", "{prefix: 'spiffe://td'}", "!Suffix 'spiffe:'"]
     {
         let found = mistake_in(&format!("{{principals: [{written}]}}"));
@@ -163,7 +163,7 @@ fn a_principal_with_its_scheme_would_match_nobody() {
 }
 
 #[test]
-fn a_service_account_has_a_namespace() {
+fn service_account_requires_namespace() {
     assert_eq!(
         mistake_in("{serviceAccounts: [{serviceAccount: a}]}"),
         ".serviceAccounts[0].namespace: is needed"

@@ -1,7 +1,8 @@
-//! Rules in the form in which they are asked: a row of conditions, each of which says which one comes next.
+//! Compiled rules: a sequence of conditions, each with the next step for both outcomes.
 //!
-//! All that a policy compares stands in few places in memory, since it is read for every connection, and most of it has to be fetched
-//! when there are many policies. Nothing is allocated to ask.
+//! All values of a policy are in a few contiguous allocations. The program is read for every
+//! connection and is usually not in the cache if there are many policies. Evaluation allocates
+//! nothing.
 
 use std::net::IpAddr;
 use std::ops::Range;
@@ -11,21 +12,21 @@ use ipnet::IpNet;
 use super::{Condition, Connection, Match, StringMatch, Values};
 use crate::{SpiffeId, TrustDomain, cidr};
 
-/// Where a match ends; no step has these numbers.
+/// The result of a match. No step has these indexes.
 const MATCH: usize = usize::MAX;
 const NO_MATCH: usize = usize::MAX - 1;
 
-/// The conditions of all rules of a policy, and their values.
+/// The conditions of all rules of a policy, with their values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Program {
-    /// The step that is first.
+    /// The index of the first step.
     start: usize,
     steps: Vec<Step>,
     ports: Vec<u16>,
-    /// From the first address to the last. Those of one step are sorted, and none overlap.
+    /// First and last addresses. Ranges of one step are sorted and disjoint.
     ranges: Vec<(IpAddr, IpAddr)>,
     texts: Vec<Text>,
-    /// What the texts are parts of.
+    /// The concatenation of all texts.
     letters: String,
 }
 
@@ -34,11 +35,11 @@ pub(super) struct Program {
 struct Step {
     field: Field,
     negated: bool,
-    /// Its values: which of the ports, ranges or texts.
+    /// The indexes of its values in `ports`, `ranges` or `texts`.
     values: Range<usize>,
-    /// The step after it if it holds.
+    /// The next step if it holds.
     then: usize,
-    /// The step after it if it does not.
+    /// The next step if it does not hold.
     otherwise: usize,
 }
 
@@ -74,7 +75,7 @@ impl Default for Program {
 }
 
 impl Program {
-    /// Compiles rules, their clauses and matches, from the last to the first: so each step knows what follows it.
+    /// Compiles rules from last to first, so that each step knows its successors.
     pub(super) fn of(rules: Vec<Vec<Vec<Match>>>) -> Self {
         let mut program = Self {
             start: NO_MATCH,
@@ -85,7 +86,7 @@ impl Program {
             letters: String::new(),
         };
         for rule in rules.into_iter().rev() {
-            // Where a rule fails, the one after it is asked; where all its clauses hold, it matches.
+            // If a rule fails, the next one is evaluated; if all its clauses match, it matches.
             let otherwise = program.start;
             program.start = MATCH;
             for clause in rule.into_iter().rev().filter(|clause| !clause.is_empty()) {
@@ -96,14 +97,14 @@ impl Program {
         program
     }
 
-    /// Adds a clause; gives back its first step.
+    /// Adds a clause, and returns its first step.
     fn clause(&mut self, matches: Vec<Match>, then: usize, mut otherwise: usize) -> usize {
         for Match(mut conditions) in matches.into_iter().rev() {
-            // Without conditions it fails: the one after it is asked.
+            // A match without conditions fails, so the next one is evaluated.
             if conditions.is_empty() {
                 continue;
             }
-            // They are added from the last to the first, and what is quickly asked is asked first.
+            // Added from last to first: cheap conditions are evaluated first.
             conditions.sort_by_key(|condition| std::cmp::Reverse(cost(&condition.values)));
             let first = conditions
                 .into_iter()
@@ -113,7 +114,7 @@ impl Program {
         otherwise
     }
 
-    /// Adds a condition; gives back its step.
+    /// Adds a condition, and returns its step.
     fn condition(
         &mut self,
         Condition { values, negated }: Condition,
@@ -126,7 +127,7 @@ impl Program {
             Values::DestinationIps(cidrs) => (Field::DestinationIp, self.add_ranges(cidrs)),
             Values::Namespaces(matches) => (Field::Namespace, self.add_texts(matches)),
             Values::ServiceAccounts(accounts) => {
-                // Names have no '/' where an identity has this shape, so no two accounts are the same text.
+                // Names contain no '/', so two accounts never give the same text.
                 let path =
                     |(namespace, name)| StringMatch::Exact(format!("/ns/{namespace}/sa/{name}"));
                 (Field::ServiceAccount, self.add_texts(accounts.into_iter().map(path).collect()))
@@ -181,7 +182,7 @@ fn append<T>(all: &mut Vec<T>, more: Vec<T>) -> Range<usize> {
     first..all.len()
 }
 
-/// How long a condition takes to be asked, compared with others.
+/// The relative cost of evaluating a condition.
 fn cost(values: &Values) -> u8 {
     match values {
         Values::DestinationPorts(_) => 0,
@@ -190,13 +191,13 @@ fn cost(values: &Values) -> u8 {
     }
 }
 
-/// A connection, taken apart.
+/// The parts of a connection that conditions compare.
 struct Facts<'a> {
     port: u16,
     source: IpAddr,
     destination: IpAddr,
     namespace: &'a str,
-    /// `/ns/NAMESPACE/sa/ACCOUNT`, if that is the shape of the identity.
+    /// `/ns/NAMESPACE/sa/ACCOUNT`, if the identity has this form.
     service_account: Option<&'a str>,
     identity: Option<&'a SpiffeId>,
     aliases: &'a [TrustDomain],
@@ -208,7 +209,7 @@ impl<'a> Facts<'a> {
         let istio = identity.and_then(|identity| identity.namespace_and_service_account());
         Self {
             port: connection.destination.port(),
-            // An IPv4-mapped address would be in no range of IPv4 addresses that is denied.
+            // An IPv4-mapped address would bypass denied IPv4 ranges.
             source: connection.source.to_canonical(),
             destination: connection.destination.ip().to_canonical(),
             namespace: istio.map(|(namespace, _)| namespace).unwrap_or_default(),
@@ -223,7 +224,7 @@ impl Program {
     pub(super) fn matches(&self, connection: &Connection<'_>) -> bool {
         let facts = Facts::of(connection);
         let mut at = self.start;
-        // A step leads only to steps that were added before it, so this ends.
+        // Steps lead only to steps that were added before, so this terminates.
         while let Some(step) = self.steps.get(at) {
             let holds = self.applies(step, &facts) != step.negated;
             at = if holds { step.then } else { step.otherwise };
@@ -231,7 +232,7 @@ impl Program {
         at == MATCH
     }
 
-    /// Whether one of the step's values is the connection's.
+    /// Returns true if the connection matches one of the step's values.
     fn applies(&self, step: &Step, facts: &Facts<'_>) -> bool {
         match step.field {
             Field::DestinationPort => values(&self.ports, step).binary_search(&facts.port).is_ok(),
@@ -248,9 +249,9 @@ impl Program {
         }
     }
 
-    /// Whether one of the step's texts is the identity's in the name of another trust domain. Istio
-    /// compiles every principal of a policy for each alias instead (`pilot/pkg/trustdomain`), which
-    /// matches the same.
+    /// Returns true if one of the step's texts matches the identity under another trust domain.
+    /// Istio instead compiles each principal for each alias (`pilot/pkg/trustdomain`), with the
+    /// same result.
     fn any_alias(&self, step: &Step, alias: &TrustDomain, identity: &SpiffeId) -> bool {
         let (domain, path) = (alias.as_str().as_bytes(), identity.path().as_bytes());
         values(&self.texts, step).iter().any(|Text { kind, letters }| {
@@ -273,7 +274,7 @@ impl Program {
     fn any_text(&self, step: &Step, actual: &str) -> bool {
         let actual = actual.as_bytes();
         values(&self.texts, step).iter().any(|Text { kind, letters }| {
-            // Most differ in their length, so that what they are need not be fetched.
+            // Most texts differ in length, which avoids fetching them.
             let (least, is_exact) = (letters.len(), *kind == Kind::Exact);
             if actual.len() < least || is_exact && actual.len() != least {
                 return false;
