@@ -1,17 +1,18 @@
-//! Counters of a peer's behaviour, shared by the parts of one connection: useful traffic, refused
-//! requests, the unfinished frame, and the exceeded limit.
+//! Counts a peer's activity on one connection: useful traffic, refused requests, the unfinished
+//! frame, and the exceeded limit.
 //!
-//! Not here: judging frames (`inspect.rs`) and requests (`server.rs`).
+//! The streams count, and the connection's task reads. `inspect.rs` checks frames, `server.rs`
+//! checks requests.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use crate::inspect::{TunnelLimit, Unfinished};
 
-/// A chunk of data is useful traffic, and so is each further one of these parts of it, in bytes.
-const PART: usize = 4 << 10;
+/// The size in bytes of the parts into which useful data is counted.
+const USEFUL_UNIT: usize = 4 << 10;
 
-/// Counted by the streams and read by the task that drives the connection.
+/// The counters. Streams write them; the task that drives the connection reads them.
 #[derive(Debug, Default)]
 pub(crate) struct PeerActivity {
     useful: AtomicU64,
@@ -19,23 +20,23 @@ pub(crate) struct PeerActivity {
     /// 0 if no frame is unfinished; otherwise (time + 1) << 1, with bit 0 set for a DATA frame.
     unfinished: AtomicU64,
     exceeded: OnceLock<TunnelLimit>,
-    /// What our small DATA frames cost the peer, as h2 counts it, for all that we know.
+    /// The cost of sent small DATA frames in the accounting of the peer's h2, as an upper bound.
     owed: AtomicU64,
-    /// Whether the peer accepts as many small frames as we do.
+    /// True if the peer accepts as many small frames as this side.
     accepts_small_frames: AtomicBool,
 }
 
 impl PeerActivity {
-    /// Counts data that an application sent or received, or a request of ours.
+    /// Counts data that an application sent or received, or a request to the peer.
     pub(crate) fn count_useful(&self, bytes: usize) {
-        self.useful.fetch_add(1 + (bytes / PART) as u64, Relaxed);
+        self.useful.fetch_add(1 + (bytes / USEFUL_UNIT) as u64, Relaxed);
     }
 
     pub(crate) fn useful(&self) -> u64 {
         self.useful.load(Relaxed)
     }
 
-    /// Counts a request of the peer that was not allowed, or was none.
+    /// Counts a request of the peer that was denied or malformed.
     pub(crate) fn count_refused(&self) {
         self.refused.fetch_add(1, Relaxed);
     }
@@ -64,7 +65,8 @@ impl PeerActivity {
     }
 
     pub(crate) fn owe_less(&self, cost: u64) {
-        // All streams of a connection are served by one thread: nothing is lost between the two.
+        // All streams of a connection run on one thread, so load and store need not be atomic
+        // together.
         self.owed.store(self.owed().saturating_sub(cost), Relaxed);
     }
 
@@ -76,7 +78,7 @@ impl PeerActivity {
         self.accepts_small_frames.store(true, Relaxed);
     }
 
-    /// Notes which limit the peer exceeded. The first one stays.
+    /// Records the limit that the peer exceeded. Only the first one is kept.
     pub(crate) fn exceed(&self, limit: TunnelLimit) {
         let _first = self.exceeded.set(limit);
     }

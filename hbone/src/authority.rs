@@ -1,6 +1,4 @@
-//! The `:authority` of a CONNECT request: where the tunnel shall lead (RFC 9113 section 8.5).
-//!
-//! Not here: whether it may lead there.
+//! The `:authority` of a CONNECT request: the destination of the tunnel (RFC 9113 section 8.5).
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -8,18 +6,18 @@ use std::str::FromStr;
 
 use crate::HboneError;
 
-/// RFC 1035 section 2.3.4.
+/// The maximum lengths of a host name and a label (RFC 1035 section 2.3.4).
 const MAX_NAME_BYTES: usize = 253;
 const MAX_LABEL_BYTES: usize = 63;
 
-/// Where a CONNECT request leads.
+/// The destination of a CONNECT request.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Authority {
     /// An IP address and port.
     Address(SocketAddr),
-    /// A host name, in lower case, and a port.
+    /// A host name in lower case, and a port.
     Name {
-        /// The name, not resolved.
+        /// The unresolved name.
         host: String,
         /// The port, not 0.
         port: u16,
@@ -60,7 +58,7 @@ fn parse(text: &str) -> Option<Authority> {
     }
     match host.parse() {
         Ok(IpAddr::V4(ip)) => Some(Authority::Address(SocketAddr::from((ip, port)))),
-        // Without brackets there is no telling where an IPv6 address ends (RFC 3986 section 3.2.2).
+        // An IPv6 address requires brackets (RFC 3986 section 3.2.2).
         Ok(IpAddr::V6(_)) => None,
         Err(_) => is_name(host).then(|| Authority::Name { host: host.to_ascii_lowercase(), port }),
     }
@@ -71,7 +69,7 @@ fn is_name(host: &str) -> bool {
         let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_');
         (1..=MAX_LABEL_BYTES).contains(&label.len()) && label.bytes().all(allowed)
     };
-    // A last label of digits would be an IPv4 address to some resolvers: `010.0.0.1`, `10.1`.
+    // Some resolvers treat a numeric last label as part of an IPv4 address: `010.0.0.1`, `10.1`.
     let numeric =
         host.rsplit('.').next().is_some_and(|last| last.bytes().all(|c| c.is_ascii_digit()));
     host.len() <= MAX_NAME_BYTES && host.split('.').all(label) && !numeric
@@ -82,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_and_names_are_told_apart() {
+    fn distinguishes_addresses_and_names() {
         let address = |text: &str| Authority::Address(text.parse().unwrap());
         for (text, expected) in [
             ("10.0.1.7:8080", address("10.0.1.7:8080")),
@@ -99,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn what_names_no_host_and_port_is_refused() {
+    fn rejects_authority_without_host_or_port() {
         for text in [
             "",
             ":",

@@ -1,6 +1,8 @@
-//! A small certificate authority on files, for meshes without one: `underpass ca init`, `issue` and `serve`.
+//! A small file-based certificate authority, for meshes without one: `underpass ca init`, `issue`
+//! and `serve`.
 //!
-//! Not here: who may be whom. Whoever can read the directory can be anybody; others ask the [`CaServer`].
+//! A process that can read the directory can issue any identity. Others request certificates from
+//! the [`CaServer`].
 
 mod clients;
 mod files;
@@ -40,7 +42,7 @@ const CERTIFICATE_FILE: &str = "ca.pem";
 const KEY_FILE: &str = "ca.key";
 
 const CA_LIFETIME: Duration = Duration::from_secs(3650 * 24 * 60 * 60);
-/// How far a peer's clock may be behind ours, at most.
+/// The maximum lag of a peer's clock.
 const CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
 
 const BOTH_USAGES: [ExtendedKeyUsagePurpose; 2] =
@@ -49,7 +51,7 @@ const BOTH_USAGES: [ExtendedKeyUsagePurpose; 2] =
 const PUBLIC: u32 = 0o644;
 const PRIVATE: u32 = 0o600;
 
-/// Issues certificates for the identities of one trust domain.
+/// An authority that issues certificates for one trust domain.
 #[derive(Debug)]
 pub struct CertificateAuthority {
     trust_domain: TrustDomain,
@@ -58,28 +60,30 @@ pub struct CertificateAuthority {
     issuer: Issuer<'static, KeyPair>,
 }
 
-/// A workload's certificate and key, as PEM.
+/// A workload's certificate and key in PEM.
 #[derive(Clone)]
 pub struct IssuedCertificate {
-    /// The leaf, then the chain below the root (empty: the root issues).
+    /// The leaf, followed by intermediates (none if the root issued it).
     pub chain_pem: String,
-    /// The leaf's private key, PKCS#8.
+    /// The private key of the leaf, PKCS#8.
     pub key_pem: String,
 }
 
 impl CertificateAuthority {
-    /// A new authority in memory.
+    /// Creates an authority in memory.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] when the key or certificate cannot be generated.
+    /// [`HboneError::Credential`] if the key or certificate cannot be generated.
     pub fn generate(trust_domain: TrustDomain) -> Result<Self, HboneError> {
         generate(trust_domain).map_err(|what| HboneError::credential(CERTIFICATE_FILE, what))
     }
 
-    /// A new authority in `dir`, created if need be: `roots.pem` and `ca.pem` for all to read, `ca.key` for the owner.
+    /// Creates an authority in `dir`, which is created if missing: `roots.pem` and `ca.pem`
+    /// readable for all, `ca.key` only for the owner.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] with the file that cannot be written; existing files are never replaced.
+    /// [`HboneError::Credential`] with the file that cannot be written. Existing files are not
+    /// replaced.
     pub fn init(dir: &Path, trust_domain: TrustDomain) -> Result<Self, HboneError> {
         fs::create_dir_all(dir).map_err(|error| HboneError::file(dir, error))?;
         for name in [KEY_FILE, CERTIFICATE_FILE, ROOTS_FILE] {
@@ -89,14 +93,14 @@ impl CertificateAuthority {
             }
         }
         let authority = Self::generate(trust_domain)?;
-        // The key first: whoever wins the race for it owns the directory.
+        // The key first: of several processes, the one that creates it owns the directory.
         create(&dir.join(KEY_FILE), &authority.issuer.key().serialize_pem(), PRIVATE)?;
         create(&dir.join(CERTIFICATE_FILE), &authority.certificate_pem, PUBLIC)?;
         create(&dir.join(ROOTS_FILE), &authority.certificate_pem, PUBLIC)?;
         Ok(authority)
     }
 
-    /// The authority that [`CertificateAuthority::init`] left in `dir`.
+    /// Opens an authority that [`CertificateAuthority::init`] created in `dir`.
     ///
     /// # Errors
     /// [`HboneError::Credential`] with the file that cannot be read or used.
@@ -110,7 +114,7 @@ impl CertificateAuthority {
         let mut authority = from_parts(certificate_pem, key_pair)
             .map_err(|what| HboneError::credential(certificate, what))?;
         let roots = dir.join(ROOTS_FILE);
-        // While roots are replaced, the old and the new one stand in there together.
+        // During a rotation, the file contains the old and the new root.
         if roots.symlink_metadata().is_ok() {
             authority.roots_pem = read(&roots)?;
             Bundle::from_pem(&roots, authority.roots_pem.as_bytes())?;
@@ -118,27 +122,30 @@ impl CertificateAuthority {
         Ok(authority)
     }
 
-    /// The trust domain that it vouches for.
+    /// The trust domain of its identities.
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
     }
 
-    /// The roots to trust, as PEM: `roots.pem`, or the authority's own certificate if there is no such file.
+    /// The trusted roots in PEM: `roots.pem`, or the authority's certificate if that file is
+    /// missing.
     pub fn roots_pem(&self) -> &str {
         &self.roots_pem
     }
 
-    /// A certificate for `id` and a new key, valid from a little ago (clocks differ) until `ttl` from now.
+    /// Issues a certificate for `id` with a new key. It is valid from slightly in the past (clock
+    /// skew) for `ttl` from now.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] for an identity of another trust domain, or a `ttl` beyond the year 9999.
+    /// [`HboneError::Credential`] for an identity of another trust domain, or a `ttl` beyond the
+    /// year 9999.
     pub fn issue(&self, id: &SpiffeId, ttl: Duration) -> Result<IssuedCertificate, HboneError> {
         let (not_before, not_after) = lifetime(id, ttl)?;
         self.issue_between(id, not_before, not_after)
     }
 
-    /// A certificate for the key of `request`, otherwise as [`CertificateAuthority::issue`] makes one: nothing else of the
-    /// request is looked at. PEM, the leaf first.
+    /// Issues a certificate like [`CertificateAuthority::issue`], but for the key of `request`. All
+    /// other parts of the request are ignored. Returns PEM, leaf first.
     ///
     /// # Errors
     /// As [`CertificateAuthority::issue`].
@@ -155,10 +162,11 @@ impl CertificateAuthority {
             .map_err(|error| HboneError::credential(id.to_string(), issue(error)))
     }
 
-    /// A certificate with which a server that is no workload proves its host names and addresses, and a new key.
+    /// Issues a certificate for the host names and addresses of a server that is no workload, with
+    /// a new key.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] with the name that is neither, or a `ttl` beyond the year 9999.
+    /// [`HboneError::Credential`] with the invalid name, or for a `ttl` beyond the year 9999.
     pub fn issue_server(
         &self,
         names: &[String],
@@ -173,7 +181,7 @@ impl CertificateAuthority {
         self.finish(&params).map_err(problem)
     }
 
-    /// The same with an explicit validity, which may have passed.
+    /// Issues a certificate with an explicit validity, which may be in the past.
     ///
     /// # Errors
     /// As [`CertificateAuthority::issue`].
@@ -197,7 +205,7 @@ impl CertificateAuthority {
         self.finish(&params).map_err(|what| HboneError::credential(id.to_string(), what))
     }
 
-    /// The X.509-SVID of the SPIFFE standard.
+    /// The parameters of an X.509-SVID.
     fn svid_params(
         &self,
         id: &SpiffeId,
@@ -228,7 +236,7 @@ impl CertificateAuthority {
 }
 
 impl IssuedCertificate {
-    /// Writes `PREFIX.key`, for the owner only, and `PREFIX.pem`, replacing older ones, each in one step.
+    /// Writes `PREFIX.key` for the owner only, and `PREFIX.pem`. Replaces each file atomically.
     ///
     /// # Errors
     /// [`HboneError::Credential`] with the file that cannot be written.
@@ -239,7 +247,7 @@ impl IssuedCertificate {
 }
 
 impl std::fmt::Debug for IssuedCertificate {
-    /// Without the key.
+    /// Omits the key.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("IssuedCertificate")
             .field("chain_pem", &self.chain_pem)
@@ -286,7 +294,8 @@ fn from_parts(
     Ok(CertificateAuthority { trust_domain, certificate_pem, roots_pem, issuer })
 }
 
-/// An empty subject makes the names critical (RFC 5280 section 4.2.1.6), as the SPIFFE standard likes them.
+/// An empty subject makes the alternative names critical (RFC 5280 section 4.2.1.6), as the SPIFFE
+/// standard recommends.
 fn leaf_params(
     names: Vec<SanType>,
     not_before: SystemTime,
@@ -303,8 +312,9 @@ fn leaf_params(
     Ok(params)
 }
 
-/// From a little ago (clocks differ) until `ttl` from now. How little depends on `ttl`: ztunnel renews at half of the whole
-/// validity, and without a pause if a short certificate was half over when it was issued.
+/// The validity: from slightly in the past (clock skew) for `ttl` from now. The margin depends on
+/// `ttl`, because ztunnel renews at half of the total validity, and would loop if a short
+/// certificate was already past it.
 fn lifetime(what: &impl ToString, ttl: Duration) -> Result<(SystemTime, SystemTime), HboneError> {
     let now = clock::now();
     let skew = CLOCK_SKEW.min(ttl / 10);

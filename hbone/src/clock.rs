@@ -1,19 +1,17 @@
-//! The wall clock, which in tests follows tokio's paused time.
-//!
-//! Not here: waiting, which needs no wall clock.
+//! The wall clock. In tests it follows tokio's paused time.
 
 use std::time::SystemTime;
 
 use rustls::time_provider::TimeProvider;
 use rustls_pki_types::UnixTime;
 
-/// What time it is.
+/// The current time.
 #[cfg(not(test))]
 pub(crate) fn now() -> SystemTime {
     SystemTime::now()
 }
 
-/// What time it is: a fixed start, and what has passed since on tokio's clock.
+/// The current time: a fixed start plus the elapsed time of tokio's clock.
 #[cfg(test)]
 #[expect(clippy::disallowed_types, reason = "a start that no test's paused clock has moved")]
 pub(crate) fn now() -> SystemTime {
@@ -28,12 +26,12 @@ pub(crate) fn now() -> SystemTime {
     wall + instant.saturating_duration_since(start) - start.saturating_duration_since(instant)
 }
 
-/// The same as the certificate libraries count it. Before 1970 counts as 1970: nothing is valid so early.
+/// Converts to the type of the certificate libraries. Times before 1970 become 1970.
 pub(crate) fn unix(time: SystemTime) -> UnixTime {
     UnixTime::since_unix_epoch(time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
 }
 
-/// Lets rustls live by [`now`].
+/// The time source of rustls, backed by [`now`].
 #[derive(Debug)]
 pub(crate) struct WallClock;
 

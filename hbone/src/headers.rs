@@ -1,8 +1,9 @@
-//! What a CONNECT request says beside its destination: where it belongs in a trace, who sends it, whose connection it carries
-//! and from which network. An answer says who serves it.
+//! The headers of a CONNECT request: trace, sender, forwarded connection and network; and of its
+//! response.
 //!
-//! All of it is the peer's claim. It is good for logs and metrics; who the peer is tells its certificate alone
-//! ([`PeerIdentity`](crate::PeerIdentity)), and no decision to let somebody in may depend on anything in here.
+//! All are claims of the peer, for logs and metrics only. The peer's identity comes from its
+//! certificate ([`PeerIdentity`](crate::PeerIdentity)), and no authorization may depend on these
+//! headers.
 
 mod baggage;
 mod forwarded;
@@ -23,56 +24,57 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 const NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
 
-/// The whitespace that HTTP allows between the parts of a value (RFC 9110 section 5.6.3).
-const OWS: [char; 2] = [' ', '\t'];
+/// Optional whitespace between the parts of a value (RFC 9110 section 5.6.3).
+const OPTIONAL_WHITESPACE: [char; 2] = [' ', '\t'];
 
-/// Why a header cannot be read.
+/// The reason why a header cannot be parsed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum HeaderError {
-    /// Something other than visible ASCII, spaces and tabs.
-    #[error("the header is no text")]
+    /// It contains bytes other than visible ASCII, spaces and tabs.
+    #[error("the header contains non-ASCII bytes")]
     NotText,
-    /// Longer than anything that we hold.
+    /// It exceeds the maximum length.
     #[error("the header is longer than {limit} bytes")]
     TooLong {
-        /// The cap.
+        /// The limit in bytes.
         limit: usize,
     },
-    /// More list members than we look at.
+    /// It contains too many list members.
     #[error("the header has more than {limit} members")]
     TooManyMembers {
-        /// The cap.
+        /// The limit.
         limit: usize,
     },
-    /// A `traceparent` of another shape.
+    /// A malformed `traceparent`.
     #[error("a traceparent is VERSION-TRACEID-PARENTID-FLAGS in lower-case hexadecimal")]
     TraceParent,
-    /// A `traceparent` of the version that there will never be.
+    /// A `traceparent` of the reserved version ff.
     #[error("version ff of traceparent is forbidden")]
     TraceVersion,
-    /// A `traceparent` whose trace or parent has no id.
-    #[error("an id of zeros alone identifies no trace")]
+    /// A `traceparent` with a zero trace id or parent id.
+    #[error("a traceparent must not contain an id of zeros")]
     TraceIdZero,
-    /// A `forwarded` of another shape.
+    /// A malformed `forwarded`.
     #[error("a forwarded header is a list of NAME=VALUE;NAME=VALUE, each name once")]
     Forwarded,
 }
 
-/// The headers of a CONNECT request. As read from a peer: its claims, never a reason to let it in.
+/// The headers of a CONNECT request. Those from a peer are unverified claims.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RequestHeaders {
-    /// The trace that the connection belongs to.
+    /// The trace of the connection.
     pub traceparent: Option<TraceParent>,
-    /// The workload that sends it.
+    /// The workload that sends the request.
     pub baggage: Option<Baggage>,
-    /// The connection that is carried.
+    /// The forwarded connection.
     pub forwarded: Option<Forwarded>,
-    /// The network that it comes from, on the inner request of one that crosses a gateway. ztunnel compares it ignoring case.
+    /// The network of the sender, on the inner request through a gateway. ztunnel compares it
+    /// case-insensitively.
     pub network: Option<Name>,
 }
 
 impl RequestHeaders {
-    /// What can be read of them; what is absent, malformed or too long is `None`.
+    /// Parses the headers. Absent, malformed or too long ones are `None`.
     pub fn read(headers: &HeaderMap) -> Self {
         Self {
             traceparent: TraceParent::read(headers),
@@ -82,28 +84,32 @@ impl RequestHeaders {
         }
     }
 
-    /// As a [`ConnectRequest`](crate::ConnectRequest) carries them. What says nothing is left out.
+    /// Formats the headers for a [`ConnectRequest`](crate::ConnectRequest). Empty ones are omitted.
     pub fn into_header_map(self) -> HeaderMap {
         let values = [
-            (TRACEPARENT, self.traceparent.map(|trace| once(trace.to_header()))),
+            (TRACEPARENT, self.traceparent.map(|trace| never_indexed(trace.to_header()))),
             (BAGGAGE, self.baggage.and_then(|baggage| baggage.to_header())),
-            (FORWARDED, self.forwarded.and_then(|forwarded| forwarded.to_header()).map(once)),
+            (
+                FORWARDED,
+                self.forwarded.and_then(|forwarded| forwarded.to_header()).map(never_indexed),
+            ),
             (NETWORK, self.network.and_then(|network| network::to_header(&network))),
         ];
         values.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
 }
 
-/// What is said as a header's value; `None` if it is nothing. It takes about `length` bytes.
+/// Formats a header value of about `length` bytes; `None` if it is empty.
 fn header(said: &impl fmt::Display, length: usize) -> Option<HeaderValue> {
     let mut text = String::with_capacity(length);
     write!(text, "{said}").ok()?;
-    // Only control characters are refused, and none of ours writes any: the tests try.
+    // Only control characters are rejected, and no formatted value contains any, which tests check.
     HeaderValue::try_from(text).ok().filter(|value| !value.is_empty())
 }
 
-/// A value that is never the same twice: the tables of HPACK are for others (RFC 7541 section 7.1.3 has the way to say that).
-fn once(mut value: HeaderValue) -> HeaderValue {
+/// Marks a unique value as never indexed by HPACK, to keep the tables for others (RFC 7541 section
+/// 7.1.3).
+fn never_indexed(mut value: HeaderValue) -> HeaderValue {
     value.set_sensitive(true);
     value
 }

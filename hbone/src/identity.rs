@@ -1,6 +1,6 @@
-//! Who we are: a certificate, its key and the roots that came with it, checked before they are used.
+//! The own identity: certificate, key and the roots that came with them, checked before use.
 //!
-//! Not here: whom we trust beyond that (`trust`), how a peer proves itself (`tls`), and when files are read again.
+//! `trust` contains further trusted domains, and `tls` authenticates peers.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,18 +17,18 @@ use x509_parser::time::ASN1Time;
 use crate::files::warn_if_exposed;
 use crate::{Bundle, CredentialProblem, HboneError, clock, pem, tls};
 
-/// One generation of our certificate. Cheap to clone.
+/// A generation of the own certificate. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Identity(Arc<Generation>);
+pub struct Identity(Arc<IdentityParts>);
 
 #[derive(Debug)]
-struct Generation {
+struct IdentityParts {
     leaf: Leaf,
     certified_key: Arc<CertifiedKey>,
     bundles: BTreeMap<TrustDomain, Bundle>,
 }
 
-/// What a leaf says.
+/// The relevant fields of a leaf.
 #[derive(Debug)]
 struct Leaf {
     spiffe_id: SpiffeId,
@@ -36,8 +36,8 @@ struct Leaf {
     expires: SystemTime,
 }
 
-/// What our certificate is made of, and what to call its parts in an error.
-struct Parts<'a> {
+/// The PEM of an identity, with names for errors.
+struct PemParts<'a> {
     certificate: &'a Path,
     chain: Vec<CertificateDer<'static>>,
     key: &'a Path,
@@ -45,18 +45,18 @@ struct Parts<'a> {
 }
 
 impl Identity {
-    /// An identity from its parts: the leaf and the chain below the root, the leaf's key, and the roots of trust domains,
-    /// of which the leaf's must be one. `name` is what an error calls it.
+    /// Creates an identity from the leaf with intermediates, the leaf's key, and the roots of trust
+    /// domains, which must include the leaf's. Errors use `name`.
     ///
     /// # Errors
-    /// [`HboneError::Credential`], saying what is wrong.
+    /// [`HboneError::Credential`] with the reason.
     pub fn new(
         name: &Path,
         chain: Vec<CertificateDer<'static>>,
         key: PrivateKeyDer<'static>,
         bundles: BTreeMap<TrustDomain, Bundle>,
     ) -> Result<Self, HboneError> {
-        let parts = Parts { certificate: name, chain, key: name, key_der: key };
+        let parts = PemParts { certificate: name, chain, key: name, key_der: key };
         let leaf = parts.leaf(clock::now())?;
         let own = leaf.spiffe_id.trust_domain();
         if !bundles.contains_key(own) {
@@ -66,10 +66,10 @@ impl Identity {
         parts.assemble(leaf, bundles)
     }
 
-    /// Reads and checks the three files. A key that others may read is used, with a warning.
+    /// Reads and checks the files. A key that other users can read is accepted with a warning.
     ///
     /// # Errors
-    /// [`HboneError::Credential`], naming the file and what is wrong with it.
+    /// [`HboneError::Credential`] with the file and the reason.
     pub fn from_files(files: &IdentityFiles) -> Result<Self, HboneError> {
         let certificate = pem::read(&files.certificate)?;
         let key = pem::read(&files.key)?;
@@ -83,10 +83,10 @@ impl Identity {
         )
     }
 
-    /// The same from memory: the leaf and its chain, the leaf's key, the trusted roots.
+    /// Creates an identity from PEM: the leaf with intermediates, the leaf's key, the roots.
     ///
     /// # Errors
-    /// [`HboneError::Credential`], calling them `certificate`, `key` and `roots`.
+    /// [`HboneError::Credential`], with `certificate`, `key` or `roots` as the file.
     pub fn from_pem(certificate: &[u8], key: &[u8], roots: &[u8]) -> Result<Self, HboneError> {
         Self::from_pem_at(certificate, key, roots, clock::now())
     }
@@ -102,23 +102,23 @@ impl Identity {
         Self::check((certificate_name, certificate), (key_name, key), (roots_name, roots), now)
     }
 
-    /// Who we are.
+    /// The SPIFFE identity.
     pub fn spiffe_id(&self) -> &SpiffeId {
         &self.0.leaf.spiffe_id
     }
 
-    /// When the leaf becomes valid.
+    /// The start of the leaf's validity.
     pub fn not_before(&self) -> SystemTime {
         self.0.leaf.not_before
     }
 
-    /// When the leaf stops being valid.
+    /// The end of the leaf's validity.
     pub fn expires(&self) -> SystemTime {
         self.0.leaf.expires
     }
 
-    /// Checks that the roots which came with the certificate vouch for it at the time `now`, as
-    /// peers that have the same roots will. Revocation is not looked at.
+    /// Checks that the identity's roots verify the certificate at the time `now`, as peers with the
+    /// same roots do. Revocation is not checked.
     pub(crate) fn verify(&self, name: &Path, now: SystemTime) -> Result<(), HboneError> {
         let [leaf, intermediates @ ..] = self.0.certified_key.cert.as_slice() else {
             return Err(HboneError::credential(name, CredentialProblem::Empty("certificate")));
@@ -141,25 +141,25 @@ impl Identity {
         self.0.certified_key.clone()
     }
 
-    /// The roots that came with the certificate: always those of its own trust domain.
+    /// The roots that came with the certificate, including those of its trust domain.
     pub(crate) fn bundles(&self) -> &BTreeMap<TrustDomain, Bundle> {
         &self.0.bundles
     }
 
-    /// Those of its own trust domain.
+    /// The roots of its trust domain.
     #[cfg(test)]
     pub(crate) fn roots(&self) -> &[rustls_pki_types::TrustAnchor<'static>] {
         self.bundles()[self.spiffe_id().trust_domain()].anchors()
     }
 
-    /// From PEM, each with its name.
+    /// Parses and checks named PEM texts.
     fn check(
         certificate: (&Path, &[u8]),
         key: (&Path, &[u8]),
         roots: (&Path, &[u8]),
         now: SystemTime,
     ) -> Result<Self, HboneError> {
-        let parts = Parts {
+        let parts = PemParts {
             certificate: certificate.0,
             chain: pem::certificates(certificate.0, certificate.1)?,
             key: key.0,
@@ -172,7 +172,7 @@ impl Identity {
     }
 }
 
-impl Parts<'_> {
+impl PemParts<'_> {
     fn leaf(&self, now: SystemTime) -> Result<Leaf, HboneError> {
         let der = self.chain.first().map(AsRef::as_ref).unwrap_or_default();
         let problem = |what| HboneError::credential(self.certificate, what);
@@ -200,7 +200,7 @@ impl Parts<'_> {
                     HboneError::credential(self.key, what)
                 })?;
         let certified_key = Arc::new(certified_key);
-        Ok(Identity(Arc::new(Generation { leaf, certified_key, bundles })))
+        Ok(Identity(Arc::new(IdentityParts { leaf, certified_key, bundles })))
     }
 }
 
@@ -217,7 +217,7 @@ fn read_leaf(der: &[u8]) -> Result<Leaf, CredentialProblem> {
     })
 }
 
-/// Before 1970 counts as 1970: nothing is valid so early.
+/// Converts a time. Times before 1970 become 1970.
 pub(crate) fn system_time(time: ASN1Time) -> SystemTime {
     let seconds = u64::try_from(time.timestamp()).unwrap_or(0);
     SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)

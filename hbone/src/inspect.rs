@@ -1,65 +1,64 @@
-//! Reads the frame headers (RFC 9113 section 4.1) of what a peer sends, below h2, and refuses what
-//! h2 would hold or answer without a limit of its own.
+//! Inspects a peer's frame headers (RFC 9113 section 4.1) below h2, and enforces limits that h2
+//! lacks.
 //!
-//! h2 has one SETTINGS_MAX_FRAME_SIZE for all types of frames. Bulk needs large DATA frames; with
-//! the same size for HEADERS and CONTINUATION, a header block that never ends holds several of
-//! them, and h2 has no deadline for it.
+//! h2 has one SETTINGS_MAX_FRAME_SIZE for all types of frames. Bulk needs large DATA frames. With
+//! the same size for HEADERS and CONTINUATION, an unfinished header block buffers several of them,
+//! and h2 has no deadline for it.
 //!
-//! Not here: deadlines (`overdue.rs`), payloads, and closing the connection. Its owner asks
-//! [`crate::link::Link`].
+//! `overdue.rs` enforces deadlines. Payloads are not inspected. The owner of the connection closes
+//! it, after it has asked [`crate::link::Link`].
 
 use std::fmt;
 
 use crate::budget::Budget;
 
-/// RFC 9113 section 3.4: what a client sends before its first frame.
+/// The size of the client's preface (RFC 9113 section 3.4).
 const PREFACE: usize = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len();
-/// RFC 9113 section 4.1: length (3), type, flags, stream (4).
-const HEAD: usize = 9;
+/// The size of a frame header: length (3), type, flags, stream (4) (RFC 9113 section 4.1).
+const FRAME_HEADER: usize = 9;
 const END_STREAM: u8 = 0x1;
 const END_HEADERS: u8 = 0x4;
 const PADDED: u8 = 0x8;
-/// RFC 9113 section 6.1: the length of the padding, and at most that many bytes of it.
+/// The maximum padding: its length byte and the padding (RFC 9113 section 6.1).
 const MAX_PADDING: usize = 1 + u8::MAX as usize;
 
-/// The largest frame that is neither DATA nor part of a header block, in bytes: what every peer may
-/// send (RFC 9113 section 4.2).
-const CONTROL_FRAME: usize = 16 << 10;
-/// Frames that carry nothing for an application: so many at once, and after that so many in a
-/// second. A peer may have hundreds of tunnels.
-const CONTROL_FRAMES: u64 = 1000;
+/// The maximum size in bytes of a frame that is neither DATA nor part of a header block: the size
+/// that every peer may send (RFC 9113 section 4.2).
+const MAX_CONTROL_FRAME: usize = 16 << 10;
+/// The allowed frames without data for an application: a burst, and a rate per second. It is low
+/// because a peer may have hundreds of tunnels.
+const CONTROL_FRAME_BURST: u64 = 1000;
 const CONTROL_FRAMES_PER_SECOND: u64 = 20;
-/// What one unit of useful traffic earns. A receiver may return credit for the stream and for the
-/// connection with each frame, or each 4 KiB (Go's net/http2), and measure the path with PING
-/// (gRPC).
+/// The additional frames per unit of useful traffic. A receiver may return stream and connection
+/// credit for each frame or for each 4 KiB (Go's net/http2), and measure the path with PING (gRPC).
 const CONTROL_FRAMES_PER_USEFUL: u64 = 4;
 
-/// Which limit of a tunnel its peer exceeded.
+/// The limit of a tunnel that its peer exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TunnelLimit {
-    /// A header block larger than the header list that we take.
+    /// A header block exceeded the maximum header list.
     HeaderBlock,
-    /// A frame, neither DATA nor headers, that is larger than 16 KiB.
+    /// A frame other than DATA and headers exceeded 16 KiB.
     FrameSize,
-    /// More PING, SETTINGS, RST_STREAM, PRIORITY, WINDOW_UPDATE, empty or unknown frames than the
-    /// traffic explains.
+    /// More PING, SETTINGS, RST_STREAM, PRIORITY, WINDOW_UPDATE, empty or unknown frames than
+    /// useful traffic justifies.
     FrameRate,
-    /// A frame or header block that was begun and not finished in time.
+    /// A frame or header block was not finished in time.
     UnfinishedFrame,
-    /// More requests that were refused than an honest client sends.
+    /// More refused requests than a legitimate client sends.
     RefusedRequests,
 }
 
-/// What of a peer's frames has begun and is not complete.
+/// An unfinished frame or header block of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Unfinished {
-    /// When it began, in milliseconds since the connection was opened.
+    /// Its start, in milliseconds since the connection was opened.
     pub(crate) since: u64,
-    /// Whether it is a DATA frame, which may take long while a stream is open.
+    /// True for a DATA frame, which may take long while a stream is open.
     pub(crate) data: bool,
 }
 
-/// Credit that a peer returned.
+/// Flow-control credit from a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct WindowUpdate {
     /// 0 for the connection.
@@ -67,28 +66,28 @@ pub(crate) struct WindowUpdate {
     pub(crate) increment: u32,
 }
 
-/// Which end of a connection the peer is.
+/// The role of the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PeerRole {
     Client,
     Server,
 }
 
-/// Follows the frames of one connection.
+/// Inspects the frames of one connection.
 #[derive(Debug)]
 pub(crate) struct Inspector {
     role: PeerRole,
     max_header_block: usize,
-    /// How much of the client's preface is still to come.
+    /// The remaining bytes of the client's preface.
     preface: usize,
-    head: [u8; HEAD],
-    /// How much of `head` has come.
+    head: [u8; FRAME_HEADER],
+    /// The number of received bytes in `head`.
     have: usize,
     frame: Option<Frame>,
-    /// When the frame began.
+    /// The start of the current frame.
     begun: u64,
     block: Option<Block>,
-    /// Whether the peer's first SETTINGS has come.
+    /// True after the peer's first SETTINGS.
     has_settings: bool,
     budget: Budget,
 }
@@ -97,14 +96,14 @@ pub(crate) struct Inspector {
 struct Frame {
     kind: Kind,
     ends_block: bool,
-    /// How much of its payload is still to come.
+    /// The remaining bytes of its payload.
     left: usize,
     stream: u32,
-    /// The last four bytes of a WINDOW_UPDATE's payload, which is no longer.
+    /// The last four payload bytes of a WINDOW_UPDATE, which is its entire payload.
     increment: u32,
 }
 
-/// A header block that has begun.
+/// An unfinished header block.
 #[derive(Debug, Clone, Copy)]
 struct Block {
     since: u64,
@@ -114,7 +113,7 @@ struct Block {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Data,
-    /// HEADERS or PUSH_PROMISE, which begin a header block.
+    /// HEADERS or PUSH_PROMISE, which start a header block.
     Headers,
     Continuation,
     Settings,
@@ -123,7 +122,7 @@ enum Kind {
 }
 
 impl Kind {
-    /// RFC 9113 section 6.
+    /// The kind for a frame type (RFC 9113 section 6).
     fn of(code: u8) -> Self {
         match code {
             0 => Self::Data,
@@ -141,7 +140,7 @@ impl Kind {
 }
 
 impl Frame {
-    /// Counts a part of the payload.
+    /// Processes a part of the payload.
     fn add(&mut self, part: &[u8]) {
         self.left -= part.len();
         if self.kind == Kind::WindowUpdate {
@@ -153,25 +152,25 @@ impl Frame {
 }
 
 impl Inspector {
-    /// For a peer whose header blocks may have `max_header_block` bytes: compressed, a header list
-    /// is never larger than h2 counts it (RFC 9113 section 6.5.2).
+    /// Creates an inspector. `max_header_block` is the limit for compressed header blocks, which
+    /// are never larger than the header list in h2's accounting (RFC 9113 section 6.5.2).
     pub(crate) fn new(role: PeerRole, max_header_block: u32) -> Self {
         Self {
             role,
             max_header_block: usize::try_from(max_header_block).unwrap_or(usize::MAX),
             preface: if role == PeerRole::Client { PREFACE } else { 0 },
-            head: [0; HEAD],
+            head: [0; FRAME_HEADER],
             have: 0,
             frame: None,
             begun: 0,
             block: None,
             has_settings: false,
-            budget: Budget::new(CONTROL_FRAMES, CONTROL_FRAMES_PER_SECOND),
+            budget: Budget::new(CONTROL_FRAME_BURST, CONTROL_FRAMES_PER_SECOND),
         }
     }
 
-    /// Follows `bytes`, the next that came; `useful` is how much useful traffic there was so far.
-    /// Calls `credited` for each WINDOW_UPDATE. Returns what is unfinished after them.
+    /// Inspects the next received `bytes`; `useful` is the amount of useful traffic so far. Calls
+    /// `credited` for each WINDOW_UPDATE. Returns the unfinished frame or header block.
     pub(crate) fn inspect(
         &mut self,
         mut bytes: &[u8],
@@ -183,7 +182,7 @@ impl Inspector {
             let wanted = match &self.frame {
                 _ if self.preface > 0 => self.preface,
                 Some(frame) => frame.left,
-                None => HEAD - self.have,
+                None => FRAME_HEADER - self.have,
             };
             let (part, rest) = bytes.split_at(wanted.min(bytes.len()));
             bytes = rest;
@@ -208,7 +207,7 @@ impl Inspector {
             *to = *from;
         }
         self.have += part.len();
-        if self.have < HEAD {
+        if self.have < FRAME_HEADER {
             return Ok(());
         }
         self.have = 0;
@@ -238,17 +237,17 @@ impl Inspector {
             if block.bytes > self.max_header_block {
                 return Err(TunnelLimit::HeaderBlock);
             }
-        } else if kind != Kind::Data && length > CONTROL_FRAME {
+        } else if kind != Kind::Data && length > MAX_CONTROL_FRAME {
             return Err(TunnelLimit::FrameSize);
         }
         let is_control = match kind {
-            // Padding alone carries nothing.
+            // A frame with only padding carries no data.
             Kind::Data => {
                 let empty = length == 0 || (flags & PADDED != 0 && length <= MAX_PADDING);
                 empty && flags & END_STREAM == 0
             }
-            // A client's requests are counted when they are refused. A server owes one answer for
-            // each of ours.
+            // Requests of a client are counted when they are refused. A server sends one response
+            // for each request.
             Kind::Headers => self.role == PeerRole::Server,
             Kind::Continuation | Kind::Settings | Kind::WindowUpdate | Kind::Other => true,
         };
@@ -259,7 +258,7 @@ impl Inspector {
         Ok(())
     }
 
-    /// Notes the end of the current frame, if nothing of it is still to come.
+    /// Ends the current frame when its payload is complete.
     fn end_frame(&mut self, credited: &mut impl FnMut(WindowUpdate)) {
         let Some(frame) = self.frame.take_if(|frame| frame.left == 0) else { return };
         if frame.ends_block {
@@ -271,7 +270,8 @@ impl Inspector {
         }
     }
 
-    /// What is unfinished: at first the peer's SETTINGS, which are its first frame.
+    /// The unfinished frame or header block. Before the first SETTINGS, that is the unfinished
+    /// frame.
     pub(crate) fn unfinished(&self) -> Option<Unfinished> {
         if !self.has_settings {
             return Some(Unfinished { since: 0, data: false });
@@ -279,8 +279,7 @@ impl Inspector {
         if let Some(block) = self.block {
             return Some(Unfinished { since: block.since, data: false });
         }
-        // The head of a frame may be one of DATA: its payload waits for a slow network in the same
-        // way.
+        // An incomplete frame header may be that of DATA, which is allowed to be slow.
         let data = self.frame.is_none_or(|frame| frame.kind == Kind::Data);
         let begun = self.have > 0 || self.frame.is_some();
         begun.then_some(Unfinished { since: self.begun, data })
@@ -288,7 +287,7 @@ impl Inspector {
 }
 
 impl TunnelLimit {
-    /// A short label for metrics and logs. Stable: dashboards depend on it.
+    /// A stable label for metrics and logs.
     pub fn code(self) -> &'static str {
         match self {
             Self::HeaderBlock => "header_block",
@@ -299,7 +298,7 @@ impl TunnelLimit {
         }
     }
 
-    /// The code of the GOAWAY that ends the tunnel (RFC 9113 section 7).
+    /// The error code of the GOAWAY that ends the tunnel (RFC 9113 section 7).
     pub(crate) fn reason(self) -> h2::Reason {
         match self {
             Self::FrameSize => h2::Reason::FRAME_SIZE_ERROR,
@@ -313,7 +312,7 @@ impl fmt::Display for TunnelLimit {
         f.write_str(match self {
             Self::HeaderBlock => "a header block larger than SETTINGS_MAX_HEADER_LIST_SIZE",
             Self::FrameSize => "a control frame larger than 16 KiB",
-            Self::FrameRate => "more control frames than its traffic explains",
+            Self::FrameRate => "more control frames than its traffic justifies",
             Self::UnfinishedFrame => "an unfinished frame or header block (timeouts.frame)",
             Self::RefusedRequests => "too many requests that were refused",
         })

@@ -1,6 +1,4 @@
-//! Credentials as PEM, with errors that name their file.
-//!
-//! Not here: what they are used for.
+//! Reads credentials in PEM; errors contain the file.
 
 use std::fs;
 use std::path::Path;
@@ -18,7 +16,7 @@ pub(crate) fn read(file: &Path) -> Result<Vec<u8>, HboneError> {
     fs::read(file).map_err(|error| HboneError::file(file, error))
 }
 
-/// All certificates in `pem`, of which there must be one at least.
+/// All certificates in `pem`, at least one.
 pub(crate) fn certificates(
     name: &Path,
     pem: &[u8],
@@ -31,12 +29,12 @@ pub(crate) fn private_key(name: &Path, pem: &[u8]) -> Result<PrivateKeyDer<'stat
     PrivateKeyDer::from_pem_slice(pem).map_err(|error| problem(name, &error, KEY))
 }
 
-/// All revocation lists in `bytes`, which are PEM with one at least, or the DER of one.
+/// All revocation lists in `bytes`, which is PEM with at least one, or DER of one.
 pub(crate) fn revocation_lists(
     name: &Path,
     bytes: Vec<u8>,
 ) -> Result<Vec<CertificateRevocationListDer<'static>>, HboneError> {
-    // DER begins with the tag of a SEQUENCE and a length beyond 127, which sets a bit that PEM never has.
+    // DER starts with the tag of a SEQUENCE and a length above 127, whose high bit PEM never has.
     if matches!(bytes.as_slice(), [0x30, 0x80..=0xff, ..]) {
         return Ok(vec![bytes.into()]);
     }

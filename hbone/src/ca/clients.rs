@@ -1,6 +1,6 @@
-//! Who may ask the CA for which identity: the clients file in force, followed as it and its token files change.
+//! The clients of the CA and their identities: watches the clients file and its token files.
 //!
-//! Not here: the file's format (`underpass_config::CaClients`).
+//! `underpass_config::CaClients` defines the format.
 
 use std::fmt;
 use std::fs;
@@ -13,29 +13,29 @@ use underpass_config::{CaClients, CaToken, IdentityPattern, SpiffeId};
 use crate::files::{WatchedFiles, warn_if_exposed};
 use crate::{CredentialProblem, HboneError};
 
-/// Everyone who may ask, and for what.
+/// All clients with their identities.
 #[derive(Debug, Default)]
 pub(super) struct Clients(Vec<Client>);
 
 #[derive(Debug)]
 struct Client {
-    /// SHA-256: two of a kind compare in the same time, whatever the tokens have in common.
+    /// SHA-256 of the token, so that comparisons take constant time.
     token: Vec<u8>,
     identities: Vec<IdentityPattern>,
 }
 
-/// Whoever has a token, which may be listed more than once.
+/// The clients with a presented token, which may be listed several times.
 #[derive(Debug)]
-pub(super) struct Bearer<'a>(Vec<(usize, &'a Client)>);
+pub(super) struct ClientsWithToken<'a>(Vec<(usize, &'a Client)>);
 
 impl Clients {
-    /// Who has `token`. Looks at every client, so that time does not tell which one it is.
-    pub(super) fn bearer(&self, token: &str) -> Option<Bearer<'_>> {
+    /// The clients with `token`. Compares all of them, so that timing reveals nothing.
+    pub(super) fn clients_with_token(&self, token: &str) -> Option<ClientsWithToken<'_>> {
         let token = hash(token);
         let has_it = |client: &Client| verify_slices_are_equal(&client.token, &token).is_ok();
         let found: Vec<_> =
             self.0.iter().enumerate().filter(|(_, client)| has_it(client)).collect();
-        (!found.is_empty()).then_some(Bearer(found))
+        (!found.is_empty()).then_some(ClientsWithToken(found))
     }
 
     pub(super) fn len(&self) -> usize {
@@ -43,21 +43,21 @@ impl Clients {
     }
 }
 
-impl Bearer<'_> {
-    pub(super) fn may_be(&self, id: &SpiffeId) -> bool {
+impl ClientsWithToken<'_> {
+    pub(super) fn is_allowed(&self, id: &SpiffeId) -> bool {
         self.0.iter().any(|(_, client)| client.identities.iter().any(|one| one.matches(id)))
     }
 }
 
-impl fmt::Display for Bearer<'_> {
-    /// As in the clients file: `clients[0]`.
+impl fmt::Display for ClientsWithToken<'_> {
+    /// Prints the position in the clients file: `clients[0]`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let places: Vec<_> = self.0.iter().map(|(index, _)| format!("clients[{index}]")).collect();
-        f.write_str(&places.join(" and "))
+        let slots: Vec<_> = self.0.iter().map(|(index, _)| format!("clients[{index}]")).collect();
+        f.write_str(&slots.join(" and "))
     }
 }
 
-/// A clients file and what it refers to.
+/// The clients file and the files that it references.
 #[derive(Debug)]
 pub(super) struct ClientsFile {
     path: PathBuf,
@@ -66,14 +66,16 @@ pub(super) struct ClientsFile {
 
 impl ClientsFile {
     /// # Errors
-    /// [`HboneError::Clients`] with every mistake in the file, or [`HboneError::Credential`] with a token's file.
+    /// [`HboneError::Clients`] with all mistakes in the file, or [`HboneError::Credential`] with a
+    /// token file.
     pub(super) fn open(path: PathBuf) -> Result<(Self, Clients), HboneError> {
         let mut file = Self { path, watched: WatchedFiles::default() };
         let clients = file.read()?;
         Ok((file, clients))
     }
 
-    /// Waits for a change. After an error the last clients stay, and this is called again. Cancel-safe.
+    /// Waits for a change. After an error, the previous clients stay valid, and this may be called
+    /// again. Cancel-safe.
     pub(super) async fn next(&mut self) -> Result<Clients, HboneError> {
         self.watched.changed().await;
         self.read()
@@ -106,7 +108,7 @@ impl ClientsFile {
     }
 }
 
-/// The one word in a token's file.
+/// Reads the single word in a token file.
 pub(crate) fn read_token(file: &Path) -> Result<String, HboneError> {
     let text = fs::read_to_string(file).map_err(|error| HboneError::file(file, error))?;
     let token = text.trim();
@@ -133,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_may_be_what_any_of_its_clients_may_be() {
+    fn token_grants_identities_of_all_its_clients() {
         let dir = TempDir::new("clients-grant");
         let path = dir.0.join("clients.yaml");
         write(
@@ -142,38 +144,42 @@ mod tests {
              - {token: b, identities: [\"spiffe://td/ns/*\"]}\n- {token: a, identities: [spiffe://td/y]}\n",
         );
         let (_, clients) = ClientsFile::open(path).unwrap();
-        let may = |token, name: &str| clients.bearer(token).unwrap().may_be(&id(name));
+        let may =
+            |token, name: &str| clients.clients_with_token(token).unwrap().is_allowed(&id(name));
         assert!(may("a", "spiffe://td/x") && may("a", "spiffe://td/y") && may("b", WEB));
         assert!(!may("a", WEB) && !may("b", "spiffe://td/x"));
-        assert_eq!(clients.bearer("a").unwrap().to_string(), "clients[0] and clients[2]");
+        assert_eq!(
+            clients.clients_with_token("a").unwrap().to_string(),
+            "clients[0] and clients[2]"
+        );
         for nobody in ["", "A", "aa", "c"] {
-            assert!(clients.bearer(nobody).is_none(), "{nobody}");
+            assert!(clients.clients_with_token(nobody).is_none(), "{nobody}");
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_change_is_used_and_a_bad_one_is_told_while_the_last_good_one_stays() {
+    async fn applies_changes_and_reports_invalid_ones() {
         let dir = TempDir::new("clients-change");
         let (path, token) = (dir.0.join("clients.yaml"), dir.0.join("token"));
         write(&token, "first\n");
         write(&path, &format!("clients:\n- {{token_file: token, identities: [{WEB}]}}\n"));
         let (mut file, clients) = ClientsFile::open(path.clone()).unwrap();
-        assert!(clients.bearer("first").unwrap().may_be(&id(WEB)));
+        assert!(clients.clients_with_token("first").unwrap().is_allowed(&id(WEB)));
         write(&token, "second\n");
         let clients = file.next().await.unwrap();
-        assert!(clients.bearer("first").is_none());
-        assert!(clients.bearer("second").unwrap().may_be(&id(WEB)));
+        assert!(clients.clients_with_token("first").is_none());
+        assert!(clients.clients_with_token("second").unwrap().is_allowed(&id(WEB)));
         write(&path, "clients: [\n");
         assert!(matches!(file.next().await, Err(HboneError::Clients { .. })));
         write(&path, "clients:\n- {token: third, identities: [spiffe://td/x]}\n");
         let clients = file.next().await.unwrap();
-        assert!(clients.bearer("third").unwrap().may_be(&id("spiffe://td/x")));
+        assert!(clients.clients_with_token("third").unwrap().is_allowed(&id("spiffe://td/x")));
         write(&path, "clients:\n- {token_file: absent, identities: [spiffe://td/x]}\n");
         assert!(matches!(file.next().await, Err(HboneError::Credential { .. })));
     }
 
     #[test]
-    fn a_token_file_has_one_word() {
+    fn token_file_contains_one_word() {
         let dir = TempDir::new("token-file");
         let file = dir.0.join("token");
         write(&file, " eyJhbGci.x-y_z=\n\n");

@@ -1,6 +1,4 @@
-//! The authority's files: written whole or not at all, and keys for their owner only.
-//!
-//! Not here: what is in them.
+//! Writes the authority's files atomically, with keys readable only for their owner.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -19,7 +17,7 @@ pub(super) fn with_suffix(prefix: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Writes a new file in one step: a hard link, unlike a rename, does not replace.
+/// Creates a file atomically. A hard link, unlike a rename, does not replace an existing file.
 pub(super) fn create(file: &Path, text: &str, mode: u32) -> Result<(), HboneError> {
     let written = with_temporary(file, text, mode, |temporary| {
         let linked = fs::hard_link(temporary, file);
@@ -36,7 +34,7 @@ pub(super) fn replace(file: &Path, text: &str, mode: u32) -> Result<(), HboneErr
         .map_err(|error| HboneError::file(file, error))
 }
 
-/// The mode is the file's from the start, so that a key is never readable for a moment.
+/// The temporary file has its mode from the start, so that a key is never readable for others.
 fn with_temporary(
     file: &Path,
     text: &str,
@@ -47,7 +45,7 @@ fn with_temporary(
     let options = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary);
     let written = options.and_then(|opened| fill(opened, text)).and_then(|()| publish(&temporary));
     if written.is_err() {
-        // It may not exist, and the first error is the one to report.
+        // The file may not exist, and the first error is reported.
         let _removed = fs::remove_file(&temporary);
     }
     written

@@ -1,34 +1,33 @@
-//! Istio's certificate service on the wire (`istio.v1.auth`), as much of it as is used.
-//!
-//! Not here: what is asked and answered; client and server share the messages only.
+//! The messages of Istio's certificate service (`istio.v1.auth`) that are used, for client and
+//! server.
 
 use prost_types::Struct;
 
-/// The one method.
+/// The path of the only method.
 pub(crate) const CREATE_CERTIFICATE: &str =
     "/istio.v1.auth.IstioCertificateService/CreateCertificate";
 
-/// The key in a request's metadata under which a node names the workload that it asks for.
+/// The metadata key with the workload for which a node requests a certificate.
 pub(crate) const IMPERSONATED: &str = "ImpersonatedIdentity";
 
 /// A request for a certificate.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct IstioCertificateRequest {
-    /// The certificate signing request, PEM.
+    /// The certificate signing request in PEM.
     #[prost(string, tag = "1")]
     pub(crate) csr: String,
-    /// How long the certificate shall be valid, in seconds.
+    /// The requested validity in seconds.
     #[prost(int64, tag = "3")]
     pub(crate) validity_duration: i64,
-    /// What else there is to say, such as [`IMPERSONATED`].
+    /// Additional fields, such as [`IMPERSONATED`].
     #[prost(message, optional, tag = "4")]
     pub(crate) metadata: Option<Struct>,
 }
 
-/// The certificate.
+/// The issued certificate.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct IstioCertificateResponse {
-    /// PEM: the leaf, intermediates, and last the roots, which may be several in one text.
+    /// PEM: leaf, intermediates, and last the roots, which may be several in one string.
     #[prost(string, repeated, tag = "1")]
     pub(crate) cert_chain: Vec<String>,
 }

@@ -1,6 +1,7 @@
-//! A certificate signing request (RFC 2986): whose key it is, proven, and which identity is asked for.
+//! A certificate signing request (RFC 2986): its proven key and the requested identity.
 //!
-//! Not here: whether it is granted. Whatever else a request has in it is not read, so that it cannot end in a certificate.
+//! All other parts are not read, so they cannot become part of a certificate. The server decides
+//! whether the request is granted.
 
 use rcgen::SubjectPublicKeyInfo;
 use rustls_pki_types::CertificateSigningRequestDer;
@@ -15,7 +16,7 @@ use crate::RequestProblem;
 
 const MIN_RSA_BITS: usize = 2048;
 
-/// A request whose sender has proven to hold the key.
+/// A request whose sender has proven possession of the key.
 #[derive(Debug, Clone)]
 pub struct CertificateRequest {
     public_key: SubjectPublicKeyInfo,
@@ -23,10 +24,10 @@ pub struct CertificateRequest {
 }
 
 impl CertificateRequest {
-    /// Reads a request and checks its signature.
+    /// Parses a request and verifies its signature.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The reason why it is invalid.
     pub fn from_pem(pem: &str) -> Result<Self, RequestProblem> {
         let malformed = |error: String| RequestProblem::Malformed(error);
         let der = CertificateSigningRequestDer::from_pem_slice(pem.as_bytes())
@@ -34,13 +35,13 @@ impl CertificateRequest {
         let (rest, request) = X509CertificationRequest::from_der(&der)
             .map_err(|error| malformed(error.to_string()))?;
         if !rest.is_empty() {
-            return Err(malformed("bytes after its end".to_owned()));
+            return Err(malformed("trailing bytes".to_owned()));
         }
         request.verify_signature().map_err(|error| RequestProblem::Signature(error.to_string()))?;
         let key = &request.certification_request_info.subject_pki;
         let strong = match key.parsed() {
             Ok(PublicKey::RSA(rsa)) => rsa.key_size() >= MIN_RSA_BITS,
-            // The rest is what rcgen knows, and it knows no weak ones.
+            // All other algorithms that rcgen supports are strong.
             Ok(_) => true,
             Err(_) => false,
         };
@@ -52,7 +53,7 @@ impl CertificateRequest {
         Ok(Self { public_key, spiffe_id: spiffe_id(&request)? })
     }
 
-    /// The identity that it names, if it names one.
+    /// The requested identity, if any.
     pub fn spiffe_id(&self) -> Option<&SpiffeId> {
         self.spiffe_id.as_ref()
     }
@@ -95,7 +96,7 @@ mod tests {
     use crate::ca::tests::{TempDir, openssl};
     use crate::testing::{CLIENT, HOUR, authority, id};
 
-    /// A request as openssl makes it with such a key, with much that is not asked for.
+    /// A request from openssl with such a key and additional attributes.
     fn csr(dir: &TempDir, key: &[&str], digest: &str) -> String {
         let new = ["req", "-new", "-nodes", "-keyout", "key", "-subj", "/O=evil/CN=evil", digest];
         let san = "subjectAltName=URI:spiffe://td/ns/default/sa/client,DNS:evil.test";
@@ -107,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_has_the_key_of_its_request_and_nothing_else_of_it() {
+    fn certificate_takes_only_key_from_request() {
         let dir = TempDir::new("request-good");
         let ours = authority("td");
         fs::write(dir.0.join("roots"), ours.roots_pem()).unwrap();
@@ -134,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_weak_key_a_stranger_s_key_and_garbage_are_refused() {
+    fn rejects_weak_key_foreign_key_and_malformed_request() {
         let dir = TempDir::new("request-bad");
         let weak = CertificateRequest::from_pem(&csr(&dir, &["rsa:1024"], "-sha256"));
         assert!(matches!(weak, Err(RequestProblem::Signature(_))), "{weak:?}");
@@ -143,7 +144,7 @@ mod tests {
         let p256 = ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"];
         let secp256k1 = ["ec", "-pkeyopt", "ec_paramgen_curve:secp256k1"];
         CertificateRequest::from_pem(&csr(&dir, &secp256k1, "-sha256")).unwrap_err();
-        // One bit of the signature, at the end of the last full line.
+        // Flips one bit of the signature, at the end of the last full line.
         let good = csr(&dir, &p256, "-sha256");
         let der = CertificateSigningRequestDer::from_pem_slice(good.as_bytes()).unwrap();
         let mut bytes = der.to_vec();

@@ -1,6 +1,5 @@
-//! Certificate revocation lists (RFC 5280 section 5): `underpass ca revoke`.
-//!
-//! Not here: who looks at them (`trust`).
+//! Writes certificate revocation lists (RFC 5280 section 5): `underpass ca revoke`. `trust` reads
+//! them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -23,21 +22,22 @@ use super::{
 };
 use crate::{CredentialProblem, HboneError, pem};
 
-/// The revocation list, beside the authority's other files.
+/// The revocation list in the authority's directory.
 const CRL_FILE: &str = "crl.pem";
 
-/// What the list says so far: its number, and when each serial number was revoked.
+/// The content of the list: its number, and the revocation time of each serial number.
 #[derive(Default)]
 struct Revoked {
     number: u64,
     serials: BTreeMap<Serial, OffsetDateTime>,
 }
 
-/// A certificate's serial number (RFC 5280 section 4.1.2.2), as openssl and the log of `ca serve` write it: `0a:1b:2c`.
+/// A serial number (RFC 5280 section 4.1.2.2), in the notation of openssl and of the log of `ca
+/// serve`: `0a:1b:2c`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Serial(Vec<u8>);
 
-/// The longest that the RFC allows.
+/// The maximum length (RFC 5280 section 4.1.2.2).
 const MAX_SERIAL: usize = 20;
 
 impl FromStr for Serial {
@@ -62,7 +62,7 @@ impl fmt::Display for Serial {
 }
 
 impl Serial {
-    /// That of the first certificate in `pem`.
+    /// The serial number of the first certificate in `pem`.
     pub(crate) fn of(pem: &str) -> Result<Self, CredentialProblem> {
         let der = CertificateDer::from_pem_slice(pem.as_bytes())
             .map_err(|error| CredentialProblem::Pem(error.to_string()))?;
@@ -71,12 +71,14 @@ impl Serial {
 }
 
 impl CertificateAuthority {
-    /// Adds certificates of this authority (PEM files; of a chain the leaf) and serial numbers to the list `crl.pem` in `dir`, which is made if
-    /// there is none; returns how many it has. It is valid for as long as the authority is: proxies refuse everybody by an
-    /// outdated list, and this one is only renewed when something is revoked.
+    /// Adds certificates of this authority (PEM files, the leaf of a chain) and serial numbers to
+    /// `crl.pem` in `dir`, which is created if missing. Returns the length of the list. The list
+    /// expires with the authority: proxies reject all peers with an expired list, and it is
+    /// rewritten only with a revocation.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] with the file that cannot be read, is of another authority, or cannot be written.
+    /// [`HboneError::Credential`] with the file that cannot be read, belongs to another authority,
+    /// or cannot be written.
     pub fn revoke<P: AsRef<Path>>(
         &self,
         dir: &Path,
@@ -98,12 +100,12 @@ impl CertificateAuthority {
         Ok(revoked.serials.len())
     }
 
-    /// The serial number of a certificate that this authority has issued.
+    /// The serial number of a certificate of this authority.
     fn serial_of(&self, file: &Path) -> Result<Serial, HboneError> {
         let problem = |what| HboneError::credential(file, what);
         let chain = pem::certificates(file, &pem::read(file)?)?;
         let own = pem::certificates(Path::new(CERTIFICATE_FILE), self.certificate_pem.as_bytes())?;
-        // Neither is empty.
+        // A chain contains at least one certificate.
         let leaf = chain.first().map(AsRef::as_ref).unwrap_or_default();
         let own = own.first().map(AsRef::as_ref).unwrap_or_default();
         let (leaf, own) = (parse(leaf).map_err(problem)?, parse(own).map_err(problem)?);
@@ -143,7 +145,7 @@ fn parse(der: &[u8]) -> Result<X509Certificate<'_>, CredentialProblem> {
         .map_err(|error| CredentialProblem::Certificate(error.to_string()))
 }
 
-/// None has been revoked if there is no list yet.
+/// Reads the list. A missing list is empty.
 fn read_list(file: &Path) -> Result<Revoked, HboneError> {
     if !file.try_exists().map_err(|error| HboneError::file(file, error))? {
         return Ok(Revoked::default());
@@ -184,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_revoked_stays_revoked() {
+    fn revocations_accumulate() {
         let dir = TempDir::new("revoke");
         let authority = authority("td");
         assert_eq!(authority.revoke::<&Path>(&dir.0, &[], &[]).unwrap(), 0);
@@ -201,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn only_certificates_of_the_authority_are_revoked() {
+    fn rejects_certificate_of_other_authority() {
         let dir = TempDir::new("revoke-foreign");
         let foreign = issued(&authority("td"), &dir.0, CLIENT);
         let refused = authority("td").revoke(&dir.0, &[&foreign], &[]).unwrap_err();
@@ -213,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_serial_number_is_revoked_as_its_certificate_is() {
+    fn revokes_serial_number_like_its_certificate() {
         let dir = TempDir::new("revoke-serial");
         let authority = authority("td");
         let pem = authority.issue(&id(CLIENT), HOUR).unwrap().chain_pem;
@@ -227,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_cannot_be_read_is_not_replaced() {
+    fn keeps_unreadable_list() {
         let dir = TempDir::new("revoke-damaged");
         fs::write(dir.0.join(CRL_FILE), "damaged").unwrap();
         authority("td").revoke::<&Path>(&dir.0, &[], &[]).unwrap_err();

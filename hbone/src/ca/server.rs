@@ -1,10 +1,11 @@
-//! `underpass ca serve`: Istio's CA protocol over TLS, backed by the authority in a directory.
+//! The server of `underpass ca serve`: Istio's CA protocol over TLS, backed by the authority in a
+//! directory.
 //!
-//! The server proves its name, clients prove themselves by a token. Not here: who may be what (`clients`), and what is
-//! answered to whom (`service`).
+//! The server authenticates by its certificate, clients by a token. `clients` defines the
+//! identities of a token, and `service` answers requests.
 
-mod places;
 mod service;
+mod slots;
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -29,48 +30,47 @@ use tokio_rustls::TlsAcceptor;
 use tonic::Status;
 use underpass_config::{Cipher, Quoted};
 
-use self::places::{Place, Places};
 use self::service::Service;
+use self::slots::{ConnectionSlot, ConnectionSlots};
 use super::CertificateAuthority;
 use super::clients::{Clients, ClientsFile};
 use crate::source::Schedule;
 use crate::{CredentialProblem, HboneError, LogLimit, clock, tls};
 
-const HANDSHAKE: Duration = Duration::from_secs(5);
-/// After the handshake, for a first request with a listed token to be answered.
-const FIRST_REQUEST: Duration = Duration::from_secs(5);
-/// For a request to come in whole and be answered.
-const REQUEST: Duration = Duration::from_secs(10);
-/// After this a connection takes no more requests: who holds one without asking holds none for long, and clients connect anew.
-const CONNECTION_AGE: Duration = Duration::from_secs(60);
-/// For what is under way when a connection or the server ends.
-const FAREWELL: Duration = Duration::from_secs(10);
-/// The same for a connection whose place another one has taken, and for one without a listed token
-/// when the server ends.
-const SHORT_FAREWELL: Duration = Duration::from_secs(1);
-/// After accepting failed, as it does when there are no more descriptors.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The timeout from the handshake to the response to a first request with a listed token.
+const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// The timeout of a request: receiving and answering it.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// The maximum age of a connection for new requests. It limits idle connections; clients reconnect.
+const MAX_CONNECTION_AGE: Duration = Duration::from_secs(60);
+/// The time for requests in progress when a connection or the server ends.
+const GRACE_PERIOD: Duration = Duration::from_secs(10);
+/// The same for a displaced connection, and for one without a listed token when the server ends.
+const SHORT_GRACE_PERIOD: Duration = Duration::from_secs(1);
+/// The pause after a failed accept, for example without free descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const STREAMS: u32 = 32;
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 256 << 10;
 const MAX_HEADER_LIST: u32 = 16 << 10;
-/// Of the server's own certificate, which is renewed in process.
+/// The validity of the server's own certificate, which is renewed while it runs.
 const OWN_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// What a [`CaServer`] serves.
+/// The settings of a [`CaServer`].
 #[derive(Debug, Clone)]
 pub struct CaServerSettings {
-    /// The authority's directory, as [`CertificateAuthority::init`] makes it; read anew for every certificate.
+    /// The directory that [`CertificateAuthority::init`] created. It is read for every certificate.
     pub dir: PathBuf,
-    /// Who may ask for which identity (`underpass_config::CaClients`). Followed as it changes.
+    /// The clients file (`underpass_config::CaClients`). Changes are followed.
     pub clients: PathBuf,
-    /// The host names and addresses by which clients know the server, beside the address that it listens on.
+    /// Host names and addresses of the server, in addition to the address on which it listens.
     pub names: Vec<String>,
-    /// The longest that a certificate is valid. A client that does not say gets one for a day, if that is not longer.
+    /// The maximum validity of a certificate. The default of a request is a day, limited by this.
     pub max_ttl: Duration,
 }
 
-/// A server of certificates.
+/// A server that issues certificates.
 #[derive(Debug)]
 pub struct CaServer {
     settings: CaServerSettings,
@@ -82,16 +82,17 @@ pub struct CaServer {
 }
 
 impl CaServer {
-    /// Checks everything and issues the server's own certificate. Serves on `listener`, which the caller has bound.
+    /// Checks the settings and issues the server's certificate. Serves on `listener`.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] for the authority or a token's file, [`HboneError::Clients`] for the clients file.
+    /// [`HboneError::Credential`] for the authority or a token file, [`HboneError::Clients`] for
+    /// the clients file.
     pub fn new(mut settings: CaServerSettings, listener: TcpListener) -> Result<Self, HboneError> {
         let address = listener.local_addr();
         let address = address.map_err(|error| HboneError::file("the listener", error))?;
         settings.names.extend(own_addresses(address));
         let (clients, granted) = ClientsFile::open(settings.clients.clone())?;
-        warn_if_nobody(&settings, &granted);
+        warn_if_empty(&settings, &granted);
         let service = Arc::new(Service::new(settings.dir.clone(), settings.max_ttl, granted));
         let tls = own_tls(&settings)?;
         let mut renewal = Schedule::new();
@@ -99,9 +100,9 @@ impl CaServer {
         Ok(Self { settings, clients, service, tls, renewal, listener })
     }
 
-    /// Serves until `shutdown`, and then lets the requests that are under way end.
+    /// Serves until `shutdown`, then waits for requests in progress.
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) {
-        let places = Places::default();
+        let slots = ConnectionSlots::default();
         let mut connections = JoinSet::new();
         let stop = watch::Sender::new(());
         tokio::pin!(shutdown);
@@ -111,20 +112,24 @@ impl CaServer {
                 () = self.renewal.due() => self.renew(),
                 clients = self.clients.next() => self.set_clients(clients),
                 Some(_) = connections.join_next(), if !connections.is_empty() => {}
-                (stream, peer) = accept(&self.listener) => match places.take(peer.ip()) {
-                    Some(place) => {
+                (stream, peer) = accept(&self.listener) => match slots.take(peer.ip()) {
+                    Some(slot) => {
                         let (tls, service) = (self.tls.clone(), self.service.clone());
                         let stopped = stop.subscribe();
-                        connections.spawn(serve(stream, peer, tls, service, place, stopped));
+                        connections.spawn(serve(stream, peer, tls, service, slot, stopped));
                     }
                     None => log_refused(peer),
                 }
             }
         }
         drop((self.listener, stop));
-        let ended = timeout(FAREWELL, async { while connections.join_next().await.is_some() {} });
+        let ended =
+            timeout(GRACE_PERIOD, async { while connections.join_next().await.is_some() {} });
         if ended.await.is_err() {
-            tracing::warn!(connections = connections.len(), "connections to the CA did not end");
+            tracing::warn!(
+                connections = connections.len(),
+                "aborting connections to the CA at the shutdown deadline"
+            );
         }
     }
 
@@ -138,7 +143,7 @@ impl CaServer {
                 self.renewal.failed();
                 tracing::warn!(
                     error = &error as &dyn Error,
-                    "the server's own certificate is not renewed"
+                    "cannot renew the server's own certificate"
                 );
             }
         }
@@ -147,26 +152,27 @@ impl CaServer {
     fn set_clients(&self, clients: Result<Clients, HboneError>) {
         match clients {
             Ok(clients) => {
-                warn_if_nobody(&self.settings, &clients);
-                tracing::info!(clients = clients.len(), "the clients file is read again");
+                warn_if_empty(&self.settings, &clients);
+                tracing::info!(clients = clients.len(), "clients file reloaded");
                 self.service.set_clients(clients);
             }
             Err(error) => tracing::warn!(
                 error = &error as &dyn Error,
-                "the clients file is not used: what it said before stays"
+                "invalid clients file: keeping the previous clients"
             ),
         }
     }
 }
 
-fn warn_if_nobody(settings: &CaServerSettings, clients: &Clients) {
+fn warn_if_empty(settings: &CaServerSettings, clients: &Clients) {
     if clients.len() == 0 {
         let file = settings.clients.display();
-        tracing::warn!(%file, "the clients file lists nobody: every request is refused");
+        tracing::warn!(%file, "the clients file is empty: all requests are refused");
     }
 }
 
-/// What a client can dial to come here. Who listens on all addresses is told its names.
+/// The addresses by which clients reach the listener. A wildcard address has none; names are
+/// configured instead.
 fn own_addresses(listener: SocketAddr) -> Vec<String> {
     match listener.ip() {
         ip if ip.is_unspecified() => {
@@ -176,7 +182,7 @@ fn own_addresses(listener: SocketAddr) -> Vec<String> {
     }
 }
 
-/// TLS with a new certificate for the server's names.
+/// The TLS configuration with a new certificate for the server's names.
 fn own_tls(settings: &CaServerSettings) -> Result<Arc<ServerConfig>, HboneError> {
     let issued =
         CertificateAuthority::open(&settings.dir)?.issue_server(&settings.names, OWN_TTL)?;
@@ -195,13 +201,13 @@ fn own_tls(settings: &CaServerSettings) -> Result<Arc<ServerConfig>, HboneError>
     Ok(Arc::new(config))
 }
 
-/// The next connection. Cancel-safe.
+/// Accepts the next connection. Cancel-safe.
 async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
             Ok(accepted) => return accepted,
             Err(error) => {
-                tracing::warn!(%error, "no connection can be accepted");
+                tracing::warn!(%error, "cannot accept a connection");
                 sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -210,7 +216,7 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
 
 fn log_refused(peer: SocketAddr) {
     static LIMIT: LogLimit = LogLimit::new("refused connections");
-    let reason = "every place is taken by a request that is being answered";
+    let reason = "all connection slots are busy with requests";
     if LIMIT.admit(reason) {
         tracing::warn!(%peer, reason, "connection refused");
     }
@@ -221,21 +227,21 @@ async fn serve<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     peer: SocketAddr,
     tls: Arc<ServerConfig>,
     service: Arc<Service>,
-    place: Place,
+    slot: ConnectionSlot,
     stopped: watch::Receiver<()>,
 ) {
-    let handshake = timeout(HANDSHAKE, TlsAcceptor::from(tls).accept(stream));
+    let handshake = timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(tls).accept(stream));
     let stream = select! {
         stream = handshake => stream,
-        () = place.evicted() => {
-            tracing::debug!(%peer, "another connection takes the place of this one");
+        () = slot.displaced() => {
+            tracing::debug!(%peer, "connection displaced by another one");
             return;
         }
     };
     match stream {
-        Ok(Ok(stream)) => serve_requests(stream, peer, service, place, stopped).await,
-        Ok(Err(error)) => tracing::debug!(%peer, %error, "the TLS handshake failed"),
-        Err(_) => tracing::debug!(%peer, "the TLS handshake took too long"),
+        Ok(Ok(stream)) => serve_requests(stream, peer, service, slot, stopped).await,
+        Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake failed"),
+        Err(_) => tracing::debug!(%peer, "TLS handshake timed out"),
     }
 }
 
@@ -243,17 +249,17 @@ async fn serve_requests<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: T,
     peer: SocketAddr,
     service: Arc<Service>,
-    place: Place,
+    slot: ConnectionSlot,
     stopped: watch::Receiver<()>,
 ) {
-    let place = Arc::new(place);
-    let of_requests = place.clone();
+    let slot = Arc::new(slot);
+    let of_requests = slot.clone();
     let answer = service_fn(move |request| {
-        let (service, place) = (service.clone(), of_requests.clone());
+        let (service, slot) = (service.clone(), of_requests.clone());
         async move {
-            let _busy = place.request();
-            let answer = timeout(REQUEST, service.answer(peer, &place, request)).await;
-            let late = |_| Status::deadline_exceeded("the request took too long").into_http();
+            let _busy = slot.request();
+            let answer = timeout(REQUEST_TIMEOUT, service.answer(peer, &slot, request)).await;
+            let late = |_| Status::deadline_exceeded("request timed out").into_http();
             Ok::<_, Infallible>(answer.unwrap_or_else(late))
         }
     });
@@ -268,33 +274,33 @@ async fn serve_requests<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     let farewell = select! {
         ended = &mut connection => {
             if let Err(error) = ended {
-                tracing::debug!(%peer, error = %Quoted::chain(&error), "the connection broke");
+                tracing::debug!(%peer, error = %Quoted::chain(&error), "connection failed");
             }
             return;
         }
-        farewell = end_of_service(&place, stopped) => farewell,
+        farewell = end_of_service(&slot, stopped) => farewell,
     };
     connection.as_mut().graceful_shutdown();
     if timeout(farewell, connection).await.is_err() {
-        tracing::debug!(%peer, "the connection did not end");
+        tracing::debug!(%peer, "aborting a connection at its deadline");
     }
 }
 
-/// Waits until a connection is to take no more requests; how long those under way may take then.
-async fn end_of_service(place: &Place, mut stopped: watch::Receiver<()>) -> Duration {
+/// Waits until the connection must accept no more requests. Returns the time for those in progress.
+async fn end_of_service(slot: &ConnectionSlot, mut stopped: watch::Receiver<()>) -> Duration {
     let old = async {
-        sleep(FIRST_REQUEST).await;
-        if !place.is_proven() {
+        sleep(FIRST_REQUEST_TIMEOUT).await;
+        if !slot.is_authenticated() {
             return Duration::ZERO;
         }
-        sleep(CONNECTION_AGE.saturating_sub(FIRST_REQUEST)).await;
-        FAREWELL
+        sleep(MAX_CONNECTION_AGE.saturating_sub(FIRST_REQUEST_TIMEOUT)).await;
+        GRACE_PERIOD
     };
     select! {
         farewell = old => farewell,
-        () = place.evicted() => SHORT_FAREWELL,
-        // An error means the same: the sender is gone, so the server is stopping.
-        _ = stopped.changed() => if place.is_proven() { FAREWELL } else { SHORT_FAREWELL },
+        () = slot.displaced() => SHORT_GRACE_PERIOD,
+        // An error means that the sender is gone, so the server is stopping.
+        _ = stopped.changed() => if slot.is_authenticated() { GRACE_PERIOD } else { SHORT_GRACE_PERIOD },
     }
 }
 

@@ -1,4 +1,4 @@
-//! What the authority writes and issues, read back with another parser.
+//! Tests of the authority's files and certificates, verified by another parser.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use x509_parser::extensions::ParsedExtension;
 use super::*;
 use crate::testing::{CLIENT, HOUR, id};
 
-/// A directory of its own, removed with it.
+/// A temporary directory that is removed on drop.
 pub(crate) struct TempDir(pub(crate) PathBuf);
 
 impl TempDir {
@@ -27,7 +27,7 @@ impl Drop for TempDir {
     }
 }
 
-/// A judge who shares no code with us.
+/// Runs openssl, which shares no code with this crate.
 pub(crate) fn openssl(arguments: &[&str], directory: &Path) -> Output {
     let ran = Command::new("openssl").args(arguments).current_dir(directory).output();
     ran.expect("this test needs the openssl command (apt-get install openssl)")
@@ -50,7 +50,7 @@ fn td() -> TrustDomain {
 }
 
 #[test]
-fn an_authority_is_three_files_and_the_key_is_private() {
+fn authority_has_three_files_with_private_key() {
     let dir = TempDir::new("init");
     let dir = dir.0.join("made/on/the/way");
     CertificateAuthority::init(&dir, td()).unwrap();
@@ -62,7 +62,7 @@ fn an_authority_is_three_files_and_the_key_is_private() {
 }
 
 #[test]
-fn no_file_of_an_authority_is_ever_replaced() {
+fn authority_files_are_never_replaced() {
     for existing in ["ca.key", "ca.pem", "roots.pem"] {
         let dir = TempDir::new(existing);
         fs::write(dir.0.join(existing), "precious").unwrap();
@@ -73,7 +73,7 @@ fn no_file_of_an_authority_is_ever_replaced() {
         assert_eq!(file, dir.0.join(existing));
         assert_eq!(names(&dir.0), [existing]);
         assert_eq!(read(&file).unwrap(), "precious");
-        // And the race that the check before cannot see.
+        // Also in a race, after the check for existing files.
         let raced = create(&file, "other", PRIVATE).unwrap_err();
         assert!(matches!(raced, HboneError::Credential { what: CredentialProblem::Exists, .. }));
         assert_eq!((names(&dir.0).len(), read(&file).unwrap().as_str()), (1, "precious"));
@@ -81,7 +81,7 @@ fn no_file_of_an_authority_is_ever_replaced() {
 }
 
 #[test]
-fn a_key_that_is_not_the_authoritys_is_refused() {
+fn rejects_key_of_other_authority() {
     let (dir, other) = (TempDir::new("mine"), TempDir::new("theirs"));
     CertificateAuthority::init(&dir.0, td()).unwrap();
     CertificateAuthority::init(&other.0, td()).unwrap();
@@ -91,7 +91,7 @@ fn a_key_that_is_not_the_authoritys_is_refused() {
 }
 
 #[test]
-fn a_leaf_has_one_critical_spiffe_name_and_both_usages() {
+fn leaf_has_critical_spiffe_name_and_both_usages() {
     let authority = CertificateAuthority::generate(td()).unwrap();
     let issued = authority.issue(&id(CLIENT), HOUR).unwrap();
     let der = CertificateDer::from_pem_slice(issued.chain_pem.as_bytes()).unwrap();
@@ -115,7 +115,7 @@ fn a_leaf_has_one_critical_spiffe_name_and_both_usages() {
 }
 
 #[test]
-fn an_identity_of_another_trust_domain_is_not_issued() {
+fn rejects_identity_of_other_trust_domain() {
     let authority = CertificateAuthority::generate(td()).unwrap();
     let error = authority.issue(&id("spiffe://other/ns/a/sa/b"), HOUR).unwrap_err();
     assert!(matches!(
@@ -125,7 +125,7 @@ fn an_identity_of_another_trust_domain_is_not_issued() {
 }
 
 #[test]
-fn issues_no_certificate_for_a_trust_domain_itself() {
+fn rejects_identity_without_path() {
     let authority = CertificateAuthority::generate(td()).unwrap();
     let error = authority.issue(&id("spiffe://td"), HOUR).unwrap_err();
     let HboneError::Credential { what: CredentialProblem::Svid(problem), .. } = error else {
@@ -135,7 +135,7 @@ fn issues_no_certificate_for_a_trust_domain_itself() {
 }
 
 #[test]
-fn a_lifetime_beyond_all_calendars_is_refused() {
+fn rejects_lifetime_beyond_year_9999() {
     let authority = CertificateAuthority::generate(td()).unwrap();
     for ttl in [Duration::MAX, Duration::from_secs(u64::from(u32::MAX) * 1000)] {
         let error = authority.issue(&id(CLIENT), ttl).unwrap_err();
@@ -144,10 +144,10 @@ fn a_lifetime_beyond_all_calendars_is_refused() {
 }
 
 #[test]
-fn an_issued_certificate_is_written_beside_its_private_key_and_can_be_renewed() {
+fn writes_certificate_and_private_key_and_replaces_them() {
     let dir = TempDir::new("issue");
     let authority = CertificateAuthority::generate(td()).unwrap();
-    // The dot belongs to the name, it is no suffix to cut.
+    // The part after the dot belongs to the name.
     let prefix = dir.0.join("client.v1");
     for _ in 0..2 {
         let issued = authority.issue(&id(CLIENT), HOUR).unwrap();
@@ -160,7 +160,7 @@ fn an_issued_certificate_is_written_beside_its_private_key_and_can_be_renewed() 
 }
 
 #[test]
-fn an_issued_certificate_does_not_print_its_key() {
+fn issued_certificate_hides_key_in_debug_output() {
     let authority = CertificateAuthority::generate(td()).unwrap();
     let issued = authority.issue(&id(CLIENT), HOUR).unwrap();
     assert!(!format!("{issued:?}{authority:?}").contains("PRIVATE KEY"));
@@ -168,7 +168,7 @@ fn an_issued_certificate_does_not_print_its_key() {
 
 /// ztunnel renews when half of the whole validity has passed.
 #[test]
-fn a_short_certificate_is_not_half_over_when_it_is_issued() {
+fn short_certificate_is_issued_before_half_of_its_validity() {
     let authority = CertificateAuthority::generate(td()).unwrap();
     for ttl in [10, 60, 600, 86_400] {
         let issued = authority.issue(&id(CLIENT), Duration::from_secs(ttl)).unwrap();
@@ -182,7 +182,7 @@ fn a_short_certificate_is_not_half_over_when_it_is_issued() {
 }
 
 #[test]
-fn a_server_certificate_has_names_and_addresses_and_proves_no_workload() {
+fn server_certificate_has_names_and_no_workload_identity() {
     let dir = TempDir::new("server-certificate");
     let authority = CertificateAuthority::generate(td()).unwrap();
     let names = ["ca.test", "10.0.0.1", "fd00::1"].map(str::to_owned);

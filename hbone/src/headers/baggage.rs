@@ -1,6 +1,7 @@
-//! `baggage`: what a workload says of itself, as Istio's proxies exchange it (W3C Baggage; the keys are OpenTelemetry's).
+//! `baggage`: the workload that sends a request, as Istio's proxies exchange it (W3C Baggage with
+//! OpenTelemetry keys).
 //!
-//! Not here: baggage of applications. It travels inside the tunnel, and keys that are not of ours are skipped.
+//! Applications' own baggage travels inside the tunnel; unknown keys are skipped here.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,61 +10,63 @@ use http::header::{HeaderMap, HeaderValue};
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
 use underpass_config::{Name, Workload, WorkloadType};
 
-use super::{BAGGAGE, HeaderError, OWS, header};
+use super::{BAGGAGE, HeaderError, OPTIONAL_WHITESPACE, header};
 
-/// What most take.
-const LENGTH: usize = 256;
-/// W3C Baggage, "Limits": so much must be passed on at least; we read and write no more.
+/// The typical length of a value.
+const TYPICAL_LENGTH: usize = 256;
+/// The minimum that W3C Baggage requires to propagate ("Limits"), and the maximum here.
 const MAX_BYTES: usize = 8192;
-/// As many as its grammar has (`baggage-string`); 64 of them must be passed on at least.
+/// The maximum number of members in the grammar (`baggage-string`). At least 64 must be propagated.
 const MAX_MEMBERS: usize = 180;
 
-/// What a value cannot hold as it is (`baggage-octet`), what begins an escape, and `=`, at which ztunnel's reader cuts.
+/// Characters that are percent-encoded: those that the grammar forbids (`baggage-octet`), `%`, and
+/// `=`, at which ztunnel's parser splits.
 const ESCAPED: &AsciiSet =
     &CONTROLS.add(b' ').add(b'"').add(b',').add(b';').add(b'\\').add(b'%').add(b'=');
 
-/// What a workload says of itself, for the metrics of its peers. Empty: unknown. As read from a peer it is a claim.
+/// The properties of a workload for its peers' metrics. Empty values are unknown. From a peer, they
+/// are claims.
 ///
-/// A value with a control character in it is neither written nor read: it would end up in somebody's log. The values are
-/// those of a [`Workload`], shared with it: this is made for every connection.
+/// Values with control characters are neither written nor read, to protect logs. Values are shared
+/// with the [`Workload`], since this is built for every connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Baggage {
-    /// The cluster that it is in (`k8s.cluster.name`).
+    /// The cluster (`k8s.cluster.name`).
     pub cluster: Name,
-    /// Its namespace (`k8s.namespace.name`).
+    /// The namespace (`k8s.namespace.name`).
     pub namespace: Name,
-    /// What it is part of (`k8s.deployment.name` and the like).
+    /// The owner (`k8s.deployment.name` and others).
     pub workload: Option<(WorkloadType, Name)>,
-    /// The service that it mainly is (`service.name`).
+    /// The main service (`service.name`).
     pub service: Name,
-    /// The revision of that service (`service.version`).
+    /// The revision of the main service (`service.version`).
     pub version: Name,
-    /// Where it runs (`cloud.region`).
+    /// The region (`cloud.region`).
     pub region: Name,
-    /// Where in the region (`cloud.availability_zone`).
+    /// The zone (`cloud.availability_zone`).
     pub zone: Name,
 }
 
 impl Baggage {
-    /// Reads the header, in as many lines as it has; `None` if it is absent, too long, or says nothing of a workload.
+    /// Parses all lines of the header; `None` if it is absent, too long, or without known keys.
     pub fn read(headers: &HeaderMap) -> Option<Self> {
         let lines = headers.get_all(BAGGAGE).iter();
-        // ztunnel escapes nothing, so that a line may have bytes beyond ASCII.
+        // ztunnel does not encode values, so a line may contain non-ASCII bytes.
         let lines: Vec<_> = lines.map(|line| String::from_utf8_lossy(line.as_bytes())).collect();
         lines.join(",").parse().ok().filter(|baggage: &Self| !baggage.is_empty())
     }
 
-    /// Whether it says nothing.
+    /// Returns true if no property is known.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 
-    /// The value of the header; `None` if it says nothing.
+    /// The header value; `None` if empty.
     pub fn to_header(&self) -> Option<HeaderValue> {
-        header(self, LENGTH)
+        header(self, TYPICAL_LENGTH)
     }
 
-    /// The keys and values in the order in which ztunnel writes them.
+    /// The members in ztunnel's order.
     fn members(&self) -> [(&'static str, &str); 7] {
         let (kind, workload) =
             self.workload.as_ref().map_or((WorkloadType::Pod, ""), |(kind, name)| (*kind, name));
@@ -78,7 +81,8 @@ impl Baggage {
         ]
     }
 
-    /// Takes a member if its key is of ours; of several with the same key, the first that says something.
+    /// Stores a member with a known key. Of several with the same key, the first non-empty one
+    /// counts.
     fn take(&mut self, key: &str, value: &str) {
         let field = match key {
             "k8s.cluster.name" => &mut self.cluster,
@@ -118,7 +122,7 @@ impl From<&Workload> for Baggage {
 impl FromStr for Baggage {
     type Err = HeaderError;
 
-    /// Members that cannot be read are skipped, and so are properties (`;…`) and keys that are not of ours.
+    /// Skips malformed members, properties (`;…`) and unknown keys.
     fn from_str(text: &str) -> Result<Self, HeaderError> {
         if text.len() > MAX_BYTES {
             return Err(HeaderError::TooLong { limit: MAX_BYTES });
@@ -130,7 +134,10 @@ impl FromStr for Baggage {
         for member in text.split(',') {
             let (pair, _properties) = member.split_once(';').unwrap_or((member, ""));
             if let Some((key, value)) = pair.split_once('=') {
-                baggage.take(key.trim_matches(OWS), value.trim_matches(OWS));
+                baggage.take(
+                    key.trim_matches(OPTIONAL_WHITESPACE),
+                    value.trim_matches(OPTIONAL_WHITESPACE),
+                );
             }
         }
         Ok(baggage)
@@ -148,7 +155,9 @@ impl TryFrom<&HeaderValue> for Baggage {
 impl fmt::Display for Baggage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut length = 0;
-        for (key, value) in self.members().into_iter().filter(|(_, value)| is_sayable(value)) {
+        for (key, value) in
+            self.members().into_iter().filter(|(_, value)| has_no_control_characters(value))
+        {
             let comma = if length == 0 { "" } else { "," };
             let mut value = utf8_percent_encode(value, ESCAPED);
             let member =
@@ -172,13 +181,14 @@ fn workload_key(kind: WorkloadType) -> &'static str {
     }
 }
 
-/// A `%` that begins no escape stays, as ztunnel writes it. What is no UTF-8 becomes U+FFFD, as the standard wants.
+/// Decodes percent-encoding. A `%` without an escape is kept, as ztunnel writes it. Invalid UTF-8
+/// becomes U+FFFD, as the standard requires.
 fn decode(value: &str) -> Option<Name> {
     let value = percent_decode_str(value).decode_utf8_lossy();
-    is_sayable(&value).then(|| value.into())
+    has_no_control_characters(&value).then(|| value.into())
 }
 
-fn is_sayable(value: &str) -> bool {
+fn has_no_control_characters(value: &str) -> bool {
     !value.is_empty() && !value.contains(char::is_control)
 }
 
@@ -203,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_written_as_ztunnel_writes_it() {
+    fn writes_format_of_ztunnel() {
         let text = "k8s.cluster.name=Kubernetes,k8s.namespace.name=default,\
                     k8s.deployment.name=client,service.name=client,service.version=v1,\
                     cloud.region=eu,cloud.availability_zone=eu-1";
@@ -216,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_of_workload_has_its_key() {
+    fn workload_types_have_distinct_keys() {
         for kind in WorkloadType::ALL {
             let text = format!("k8s.{}.name=n", kind.as_str());
             let baggage = read(&text);
@@ -227,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_is_escaped_where_the_grammar_or_ztunnel_needs_it() {
+    fn encodes_characters_that_grammar_or_ztunnel_require() {
         let service: Name = "a,k8s.namespace.name=b;c \"d\\ 100%é".into();
         let baggage = Baggage { service, ..Baggage::default() };
         assert_eq!(
@@ -238,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_escaped_is_read_too() {
+    fn reads_unencoded_values() {
         let service = |text: &str| read(&format!("service.name={text}")).service;
         assert_eq!(&*service("a b"), "a b");
         assert_eq!(&*service("100%"), "100%");
@@ -249,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn spaces_properties_and_what_is_unknown_are_skipped() {
+    fn skips_spaces_properties_and_unknown_keys() {
         let text = "userId=alice, service.name = web ;ttl=1;x , broken,=,;,\tcloud.region=r\t,\
                     SERVICE.VERSION=v1";
         let expected = Baggage { service: "web".into(), region: "r".into(), ..Baggage::default() };
@@ -257,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_of_a_key_counts() {
+    fn first_value_of_key_counts() {
         let text = "service.name=,service.name=%00,service.name=a,service.name=b,\
                     k8s.job.name=j,k8s.pod.name=p";
         let baggage = read(text);
@@ -266,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_control_character_is_neither_read_nor_written() {
+    fn rejects_control_characters_in_both_directions() {
         for escape in ["%0A", "%00", "%7F", "%C2%85", "a\tb", "a\nb"] {
             assert!(read(&format!("service.name={escape}")).is_empty(), "{escape}");
         }
@@ -275,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limits_are_kept_in_both_directions() {
+    fn enforces_limits_in_both_directions() {
         let most = vec!["service.name=a"; MAX_MEMBERS].join(",");
         assert_eq!(read(&most).service, "a".into());
         let error = (most + ",").parse::<Baggage>();
@@ -284,13 +294,13 @@ mod tests {
         assert_eq!(read(&format!("service.name={long}")).service, long.as_str().into());
         let error = format!("service.name={long}a").parse::<Baggage>();
         assert_eq!(error, Err(HeaderError::TooLong { limit: MAX_BYTES }));
-        // What does not fit is left out whole.
+        // A value that does not fit is omitted entirely.
         let baggage = Baggage { service: long.into(), ..full() };
         assert_eq!(read(&baggage.to_string()), Baggage { service: Name::default(), ..full() });
     }
 
     #[test]
-    fn the_lines_of_a_header_are_one_list() {
+    fn joins_lines_of_header() {
         let mut headers = HeaderMap::new();
         assert_eq!(Baggage::read(&headers), None);
         headers.append(BAGGAGE, HeaderValue::from_static("userId=alice"));

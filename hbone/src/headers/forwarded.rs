@@ -1,6 +1,6 @@
-//! `forwarded`: whose connection a tunnel carries, and to which service (RFC 7239).
+//! `forwarded`: the source and the dialled service of a forwarded connection (RFC 7239).
 //!
-//! Not here: who forwarded it before. Of several elements the first is read, which is about the one who began.
+//! Of several elements, only the first is read, which describes the original client.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -8,16 +8,16 @@ use std::str::FromStr;
 
 use http::header::{FORWARDED, HeaderMap, HeaderValue};
 
-use super::{HeaderError, OWS, header};
+use super::{HeaderError, OPTIONAL_WHITESPACE, header};
 
 /// A name (RFC 1035 section 2.3.4), a colon and a port.
 const MAX_HOST_BYTES: usize = 253 + 6;
 
-/// Of one that names an IPv6 address and no host.
-const LENGTH: usize = 56;
+/// The length of a value with an IPv6 address and without a host.
+const TYPICAL_LENGTH: usize = 56;
 
-/// Whose connection a tunnel carries, and to which service. As read from a peer it is a claim: the address of the peer is
-/// that of its TCP connection.
+/// The source and the dialled service of a forwarded connection. From a peer, both are claims. The
+/// peer's own address is that of its TCP connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Forwarded {
     source: Option<SocketAddr>,
@@ -25,28 +25,30 @@ pub struct Forwarded {
 }
 
 impl Forwarded {
-    /// A connection from `source`, to the service `host` if it was dialled by one. What cannot be a host is left out.
+    /// A connection from `source` to the service `host`, if one was dialled. An invalid host is
+    /// omitted.
     pub fn new(source: SocketAddr, host: Option<&str>) -> Self {
         let source = SocketAddr::new(source.ip().to_canonical(), source.port());
         Self { source: Some(source), host: host.and_then(to_host) }
     }
 
-    /// Where the connection came from; port 0: the peer tells the address alone.
+    /// The source. Port 0 means that the peer sent only the address.
     pub fn source(&self) -> Option<SocketAddr> {
         self.source
     }
 
-    /// The service that was dialled, in lower case, with its port if the peer tells it.
+    /// The dialled service in lower case, with its port if known.
     pub fn host(&self) -> Option<&str> {
         self.host.as_deref()
     }
 
-    /// The value of the header; `None` if it says nothing.
+    /// The header value; `None` if empty.
     pub fn to_header(&self) -> Option<HeaderValue> {
-        header(self, LENGTH)
+        header(self, TYPICAL_LENGTH)
     }
 
-    /// Reads the first line of the header; `None` if it is absent, malformed, or says nothing of ours.
+    /// Parses the first line of the header; `None` if it is absent, malformed, or without known
+    /// parameters.
     pub(super) fn read(headers: &HeaderMap) -> Option<Self> {
         let read = Self::try_from(headers.get(FORWARDED)?);
         read.ok().filter(|forwarded| *forwarded != Self::default())
@@ -56,14 +58,14 @@ impl Forwarded {
 impl FromStr for Forwarded {
     type Err = HeaderError;
 
-    /// Other parameters than `for` and `host` are skipped. An address that is `unknown`, hidden (`_name`) or malformed is
-    /// none, and so is a malformed host.
+    /// Parses `for` and `host` and skips other parameters. An address that is `unknown`, obfuscated
+    /// (`_name`) or malformed counts as absent, and so does a malformed host.
     fn from_str(text: &str) -> Result<Self, HeaderError> {
         let (mut source, mut host) = (None, None);
-        // A list may have empty elements (RFC 9110 section 5.6.1.2).
+        // Lists may contain empty elements (RFC 9110 section 5.6.1.2).
         let mut rest = text.trim_start_matches([' ', '\t', ',']);
         loop {
-            rest = rest.trim_start_matches(OWS);
+            rest = rest.trim_start_matches(OPTIONAL_WHITESPACE);
             if rest.is_empty() || rest.starts_with(',') {
                 break;
             }
@@ -108,31 +110,33 @@ impl fmt::Display for Forwarded {
         match &self.host {
             None => Ok(()),
             Some(host) if host.bytes().all(is_token) => write!(f, "{separator}host={host}"),
-            // A host has no quotes or backslashes in it.
+            // A valid host contains no quotes or backslashes.
             Some(host) => write!(f, "{separator}host=\"{host}\""),
         }
     }
 }
 
-/// The name and value at the beginning of `text`, and what follows: nothing, `;` or `,`.
+/// Parses a name and value at the start of `text`. Returns the rest, which starts with `;` or `,`
+/// or is empty.
 fn pair(text: &str) -> Option<(&str, String, &str)> {
     let (name, text) = text.split_once('=')?;
     let (value, rest) = match text.strip_prefix('"') {
         Some(text) => quoted(text)?,
-        // More than a token (RFC 7239 section 4): many forget the quotes around a colon.
+        // Accepts more than a token (RFC 7239 section 4), since quotes around a colon are often
+        // missing.
         None => {
             let end = text.find([';', ',', ' ', '\t', '"']).unwrap_or(text.len());
             let (value, rest) = text.split_at_checked(end)?;
             (value.to_owned(), rest)
         }
     };
-    let rest = rest.trim_start_matches(OWS);
+    let rest = rest.trim_start_matches(OPTIONAL_WHITESPACE);
     let is_name = !name.is_empty() && name.bytes().all(is_token);
     let ends = rest.is_empty() || rest.starts_with([';', ',']);
     (is_name && ends).then_some((name, value, rest))
 }
 
-/// What stands before the closing quote, without its escapes, and what follows (RFC 9110 section 5.6.4).
+/// Unescapes the text up to the closing quote, and returns the rest (RFC 9110 section 5.6.4).
 fn quoted(text: &str) -> Option<(String, &str)> {
     let mut value = String::new();
     let mut chars = text.chars();
@@ -145,7 +149,7 @@ fn quoted(text: &str) -> Option<(String, &str)> {
     }
 }
 
-/// A node (RFC 7239 section 6) that tells its address; port 0 if it does not tell that.
+/// The address of a node (RFC 7239 section 6); port 0 if it is missing.
 fn address(node: &str) -> Option<SocketAddr> {
     let (ip, port): (IpAddr, _) = match node.strip_prefix('[') {
         Some(rest) => {
@@ -166,7 +170,8 @@ fn address(node: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip.to_canonical(), port))
 }
 
-/// A name or an address, with or without a port, in lower case. `*` is the first label of a wildcard service.
+/// A name or address in lower case, with or without a port. `*` is the first label of a wildcard
+/// service.
 fn to_host(text: &str) -> Option<String> {
     let allowed = |c: u8| {
         c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_' | b'*' | b':' | b'[' | b']')
@@ -175,7 +180,7 @@ fn to_host(text: &str) -> Option<String> {
     is_host.then(|| text.to_ascii_lowercase())
 }
 
-/// RFC 9110 section 5.6.2.
+/// The characters of a token (RFC 9110 section 5.6.2).
 fn is_token(c: u8) -> bool {
     c.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&c)
 }
@@ -189,13 +194,13 @@ mod tests {
         (read.source().map(|source| source.to_string()), read.host().map(str::to_owned))
     }
 
-    fn told(source: &str, host: &str) -> (Option<String>, Option<String>) {
+    fn parsed_as(source: &str, host: &str) -> (Option<String>, Option<String>) {
         let some = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
         (some(source), some(host))
     }
 
     #[test]
-    fn it_is_written_as_ztunnel_writes_it() {
+    fn writes_format_of_ztunnel() {
         for (source, host, text) in [
             ("10.0.0.5:41234", None, "for=\"10.0.0.5:41234\""),
             ("10.0.0.5:1", Some("Web.default.svc"), "for=\"10.0.0.5:1\";host=web.default.svc"),
@@ -213,23 +218,23 @@ mod tests {
     }
 
     #[test]
-    fn the_examples_of_the_standard_are_read() {
+    fn reads_examples_of_standard() {
         for (text, expected) in [
-            ("for=\"_gazonk\"", told("", "")),
-            ("For=\"[2001:db8:cafe::17]:4711\"", told("[2001:db8:cafe::17]:4711", "")),
-            ("for=192.0.2.60;proto=http;by=203.0.113.43", told("192.0.2.60:0", "")),
-            ("for=192.0.2.43, for=198.51.100.17", told("192.0.2.43:0", "")),
-            ("for=_hidden, for=_SEVKISEK", told("", "")),
-            ("for=unknown;host=example.com", told("", "example.com")),
-            ("for=\"192.0.2.43:_port\"", told("192.0.2.43:0", "")),
+            ("for=\"_gazonk\"", parsed_as("", "")),
+            ("For=\"[2001:db8:cafe::17]:4711\"", parsed_as("[2001:db8:cafe::17]:4711", "")),
+            ("for=192.0.2.60;proto=http;by=203.0.113.43", parsed_as("192.0.2.60:0", "")),
+            ("for=192.0.2.43, for=198.51.100.17", parsed_as("192.0.2.43:0", "")),
+            ("for=_hidden, for=_SEVKISEK", parsed_as("", "")),
+            ("for=unknown;host=example.com", parsed_as("", "example.com")),
+            ("for=\"192.0.2.43:_port\"", parsed_as("192.0.2.43:0", "")),
         ] {
             assert_eq!(read(text), expected, "{text}");
         }
     }
 
     #[test]
-    fn spaces_case_order_quotes_and_empty_parts_do_not_matter() {
-        let expected = told("1.2.3.4:5", "a.b");
+    fn ignores_spaces_case_order_quotes_and_empty_parts() {
+        let expected = parsed_as("1.2.3.4:5", "a.b");
         for text in [
             "for=1.2.3.4:5;host=a.b",
             " , ,;HOST=\"A.b\" ;\t; fOr=\"1.2.3.4:5\" ;, for=9.9.9.9",
@@ -238,11 +243,11 @@ mod tests {
         ] {
             assert_eq!(read(text), expected, "{text}");
         }
-        assert_eq!(read(""), told("", ""));
+        assert_eq!(read(""), parsed_as("", ""));
     }
 
     #[test]
-    fn what_is_no_address_is_none() {
+    fn invalid_address_is_absent() {
         for node in [
             "",
             "::1",
@@ -260,24 +265,24 @@ mod tests {
             "name:5",
         ] {
             let text = format!("for=\"{node}\";host=a");
-            assert_eq!(read(&text), told("", "a"), "{node}");
+            assert_eq!(read(&text), parsed_as("", "a"), "{node}");
         }
     }
 
     #[test]
-    fn what_is_no_host_is_none() {
+    fn invalid_host_is_absent() {
         let long = "a".repeat(MAX_HOST_BYTES + 1);
         for host in ["", "a b", "a,b", "a;b", "a\\\"b", "a\\\\b", "a/b", "a%0ab", "a@b", &long] {
             assert_eq!(
                 read(&format!("for=1.2.3.4;host=\"{host}\"")),
-                told("1.2.3.4:0", ""),
+                parsed_as("1.2.3.4:0", ""),
                 "{host}"
             );
         }
     }
 
     #[test]
-    fn what_is_malformed_is_refused() {
+    fn rejects_malformed_value() {
         for text in [
             "for",
             "=",

@@ -1,23 +1,26 @@
-//! `x-forwarded-network`: from which network a connection comes that crossed a gateway. Istio's; it goes with the inner request,
-//! which the gateway does not see.
+//! `x-forwarded-network`: the network of the sender, on the inner request through a gateway. It is
+//! Istio's.
 //!
-//! Not here: what a network is. The sender tells the name that it is configured with, which is empty by default.
+//! The gateway does not see the inner request. The sender sends its configured network, which is
+//! empty by default.
 
 use http::header::{HeaderMap, HeaderValue};
 use underpass_config::Name;
 
-use super::{NETWORK, OWS};
+use super::{NETWORK, OPTIONAL_WHITESPACE};
 
-/// A name of a network is a label's value in Kubernetes, of at most 63 bytes; a mesh file may have longer ones.
+/// The maximum length. A network is a label value in Kubernetes (63 bytes), but may be longer in a
+/// mesh file.
 const MAX_BYTES: usize = 253;
 
-/// Reads the first line of the header; `None` if it is absent, too long, or no single word of visible ASCII.
+/// Parses the first line of the header; `None` if it is absent, too long, or not a single word of
+/// visible ASCII.
 pub(super) fn read(headers: &HeaderMap) -> Option<Name> {
-    let text = headers.get(NETWORK)?.to_str().ok()?.trim_matches(OWS);
+    let text = headers.get(NETWORK)?.to_str().ok()?.trim_matches(OPTIONAL_WHITESPACE);
     is_network(text).then(|| text.into())
 }
 
-/// The value of the header: empty for the network without a name; `None` for what would not be read.
+/// The header value, empty for the unnamed network; `None` for a name that cannot be parsed.
 pub(super) fn to_header(network: &str) -> Option<HeaderValue> {
     HeaderValue::from_str(network).ok().filter(|_| is_network(network))
 }
@@ -38,7 +41,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_is_read_and_written_as_it_is_called() {
+    fn reads_and_writes_network_name() {
         for name in ["", "network-1", "Net.2_x"] {
             assert_eq!(read_back(name.as_bytes()).as_deref(), Some(name));
             assert_eq!(to_header(name).unwrap(), name);
@@ -48,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_word_or_too_long_is_neither_read_nor_written() {
+    fn rejects_invalid_or_long_name_in_both_directions() {
         let long = "n".repeat(MAX_BYTES + 1);
         for name in ["two words", "tab\there", "n\u{e9}t", &long] {
             assert_eq!((read_back(name.as_bytes()), to_header(name)), (None, None), "{name}");

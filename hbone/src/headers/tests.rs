@@ -1,4 +1,4 @@
-//! What no peer can do with its headers, tried with arbitrary ones; and that what we write is read as we meant it.
+//! Property tests of headers: arbitrary input is handled safely, and written values are read back.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -9,7 +9,7 @@ use underpass_config::{Name, WorkloadType};
 
 use super::*;
 
-/// Text that comes near to what the headers look like, so that parsers are not left at the first character.
+/// Text that resembles the headers, so that parsers get past the first character.
 fn near() -> impl Strategy<Value = String> {
     let word = prop_oneof![
         Just("00-").boxed(),
@@ -40,7 +40,7 @@ fn near() -> impl Strategy<Value = String> {
     vec(word, 0..24).prop_map(|words| words.concat())
 }
 
-/// A value without control characters: what a workload can be called.
+/// A value without control characters.
 fn value() -> impl Strategy<Value = Name> {
     prop_oneof!["[a-z0-9.-]{0,20}", "[ -~]{0,20}", "\\PC{0,20}"].prop_map(Name::from)
 }
@@ -67,7 +67,7 @@ fn forwarded() -> impl Strategy<Value = Forwarded> {
         .prop_map(|(ip, port, host)| Forwarded::new(SocketAddr::new(ip, port), host.as_deref()))
 }
 
-/// What every value that was read must be, whoever sent it.
+/// Returns true for values that are safe after parsing.
 fn is_clean(value: &str) -> bool {
     !value.contains(char::is_control)
 }
@@ -82,7 +82,8 @@ fn all_are_clean(headers: &RequestHeaders) -> bool {
     values.iter().map(|value| &**value).chain(host.as_deref()).chain(network).all(is_clean)
 }
 
-/// Whether a value on the wire is one that any HTTP/2 peer takes: visible ASCII and no space around it.
+/// Returns true for values that every HTTP/2 peer accepts: visible ASCII without surrounding
+/// spaces.
 fn is_wire(value: &HeaderValue) -> bool {
     value.as_bytes().iter().all(u8::is_ascii_graphic)
 }
@@ -90,7 +91,7 @@ fn is_wire(value: &HeaderValue) -> bool {
 fn headers_of(lines: &[(HeaderName, Vec<u8>)]) -> HeaderMap {
     let mut headers = HeaderMap::new();
     for (name, value) in lines {
-        // What HTTP/2 itself refuses never reaches us.
+        // HTTP/2 rejects other values before they get here.
         if let Ok(value) = HeaderValue::from_bytes(value) {
             headers.append(name, value);
         }
@@ -110,17 +111,17 @@ fn lines() -> impl Strategy<Value = Vec<(HeaderName, Vec<u8>)>> {
 
 proptest! {
     #[test]
-    fn whatever_a_peer_sends_is_read_or_not_and_nothing_else_happens(lines in lines()) {
+    fn arbitrary_headers_are_read_or_rejected(lines in lines()) {
         let read = RequestHeaders::read(&headers_of(&lines));
         prop_assert!(all_are_clean(&read), "{read:?}");
-        // And what was read is passed on as it was meant, and well-formed.
+        // Parsed values are forwarded unchanged and well-formed.
         let written = read.clone().into_header_map();
         prop_assert!(written.values().all(is_wire), "{written:?}");
         prop_assert_eq!(RequestHeaders::read(&written), read);
     }
 
     #[test]
-    fn no_text_makes_a_parser_panic(text in prop_oneof![near(), any::<String>()]) {
+    fn parsers_never_panic(text in prop_oneof![near(), any::<String>()]) {
         let traceparent = text.parse::<TraceParent>();
         if let Ok(traceparent) = traceparent {
             prop_assert_eq!(traceparent.to_string().parse(), Ok(traceparent));
@@ -132,7 +133,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_written_is_read_back_equal(
+    fn written_headers_are_read_back(
         traceparent in option::of(traceparent()),
         baggage in option::of(baggage().prop_filter("says something", |baggage| !baggage.is_empty())),
         forwarded in option::of(forwarded()),
@@ -145,7 +146,7 @@ proptest! {
     }
 
     #[test]
-    fn no_value_becomes_another_member(cluster in any::<String>(), service in any::<String>()) {
+    fn value_cannot_inject_member(cluster in any::<String>(), service in any::<String>()) {
         let (cluster, service) = (Name::from(cluster), Name::from(service));
         let sayable = usize::from(!cluster.is_empty() && is_clean(&cluster))
             + usize::from(!service.is_empty() && is_clean(&service));
@@ -157,7 +158,7 @@ proptest! {
     }
 
     #[test]
-    fn a_traceparent_is_always_one_that_ztunnel_can_read(text in near()) {
+    fn traceparent_is_readable_for_ztunnel(text in near()) {
         let traceparent = text.parse().unwrap_or_else(|_| TraceParent::new());
         let header = traceparent.to_header();
         let fields: Vec<_> = header.to_str().unwrap().split('-').map(str::len).collect();
@@ -166,7 +167,7 @@ proptest! {
 }
 
 #[test]
-fn what_says_nothing_is_not_sent() {
+fn empty_headers_are_omitted() {
     let headers = RequestHeaders {
         baggage: Some(Baggage::default()),
         forwarded: Some(Forwarded::default()),
@@ -178,7 +179,7 @@ fn what_says_nothing_is_not_sent() {
 }
 
 #[test]
-fn one_bad_header_does_not_spoil_the_others() {
+fn invalid_header_does_not_affect_others() {
     let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00";
     let mut headers = headers_of(&[
         (TRACEPARENT, trace.into()),
@@ -189,7 +190,7 @@ fn one_bad_header_does_not_spoil_the_others() {
     assert_eq!(read.traceparent.unwrap().to_string(), trace);
     assert_eq!(read.baggage, None);
     assert_eq!(read.forwarded.unwrap().source(), Some("10.0.0.1:2".parse().unwrap()));
-    // Two places in a trace are none.
+    // Two values are ambiguous and count as none.
     headers.append(TRACEPARENT, trace.parse().unwrap());
     assert_eq!(RequestHeaders::read(&headers).traceparent, None);
 }

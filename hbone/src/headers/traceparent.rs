@@ -1,6 +1,5 @@
-//! `traceparent`: which trace a connection belongs to (W3C Trace Context section 3.2).
-//!
-//! Not here: recording traces. We pass the ids on, and logs show them.
+//! `traceparent`: the trace of a connection (W3C Trace Context section 3.2). The ids are propagated
+//! and logged, not recorded.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -13,24 +12,25 @@ use rustls::crypto::aws_lc_rs;
 
 use super::{HeaderError, TRACEPARENT, header};
 
-/// How long the value is.
+/// The length of the value.
 const LENGTH: usize = 55;
-/// The version that we write; of later ones we read what it has in common with them.
+/// The written version. Of later versions, the common fields are read.
 const VERSION: u128 = 0x00;
-/// There will never be a version of this number.
+/// The reserved version.
 const NO_VERSION: u128 = 0xff;
-/// Trace Context section 3.2.2.5: the one flag of version 00.
+/// The only flag of version 00 (Trace Context section 3.2.2.5).
 const SAMPLED: u128 = 0x01;
 
 thread_local! {
-    /// Ids are no secrets, so that a fast generator is good enough. It begins with aws-lc's random bytes: `fastrand` by itself
-    /// begins with the time since boot and the number of the thread alone, and proxies that start together on like machines
-    /// could repeat each other's ids one by one.
+    /// Ids are not secret, so a fast generator suffices. It is seeded with aws-lc's random bytes.
+    /// `fastrand` alone seeds with the time since boot and the thread number, so identical machines
+    /// that start together could generate the same ids.
     static RANDOM: RefCell<Rng> = RefCell::new(seeded());
 }
 
-/// A place in a trace. Prints as the header's value, always well-formed: stock ztunnel drops a whole tunnel over some that
-/// are not (its parser panics on 55 characters that begin with `00-` and have no other dash).
+/// A position in a trace. It always prints as a well-formed header value: ztunnel drops an entire
+/// tunnel for some malformed ones (its parser panics on 55 characters that start with `00-` and
+/// contain no other dash).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TraceParent {
     trace_id: NonZeroU128,
@@ -39,8 +39,8 @@ pub struct TraceParent {
 }
 
 impl TraceParent {
-    /// The beginning of a new trace, with random ids; not sampled.
-    #[expect(clippy::new_without_default, reason = "two of them are never equal")]
+    /// Starts a new trace with random ids; not sampled.
+    #[expect(clippy::new_without_default, reason = "each has new random ids")]
     pub fn new() -> Self {
         let (trace_id, parent_id) =
             RANDOM.with_borrow_mut(|random| (random.u128(1..), random.u64(1..)));
@@ -49,28 +49,28 @@ impl TraceParent {
         Self { trace_id, parent_id, sampled: false }
     }
 
-    /// Which trace; 32 hexadecimal digits where it is printed (`{:032x}`).
+    /// The trace id: 32 hexadecimal digits when printed (`{:032x}`).
     pub fn trace_id(self) -> NonZeroU128 {
         self.trace_id
     }
 
-    /// Which request in it, also called the span id; 16 digits (`{:016x}`).
+    /// The parent id, also called span id: 16 digits (`{:016x}`).
     pub fn parent_id(self) -> NonZeroU64 {
         self.parent_id
     }
 
-    /// Whether the caller may have recorded it.
+    /// Returns true if the caller may have recorded the trace.
     pub fn is_sampled(self) -> bool {
         self.sampled
     }
 
-    /// The value of the header.
+    /// The header value.
     #[expect(clippy::expect_used, reason = "digits and dashes are a header value")]
     pub fn to_header(self) -> HeaderValue {
         header(&self, LENGTH).expect("visible ASCII")
     }
 
-    /// Reads the header, which must be there once; `None` if it is absent or malformed.
+    /// Parses the header, which must occur once; `None` if it is absent or malformed.
     pub fn read(headers: &HeaderMap) -> Option<Self> {
         let mut values = headers.get_all(TRACEPARENT).iter();
         let value = values.next().filter(|_| values.next().is_none())?;
@@ -91,7 +91,7 @@ impl FromStr for TraceParent {
         if version == NO_VERSION {
             return Err(HeaderError::TraceVersion);
         }
-        // Section 3.2.4: later versions may add fields behind those of version 00.
+        // Later versions may append fields (section 3.2.4).
         if version == VERSION && fields.next().is_some() {
             return Err(HeaderError::TraceParent);
         }
@@ -122,11 +122,11 @@ impl fmt::Display for TraceParent {
 fn seeded() -> Rng {
     let mut seed = [0; 8];
     let filled = aws_lc_rs::default_provider().secure_random.fill(&mut seed);
-    // Without a source of randomness TLS fails and says so; until then ids need not be good.
+    // Without randomness, TLS fails with an error; ids may be weak then.
     filled.map_or_else(|_| Rng::new(), |()| Rng::with_seed(u64::from_ne_bytes(seed)))
 }
 
-/// As many lower-case hexadecimal digits as said, and nothing else.
+/// Parses exactly this number of lower-case hexadecimal digits.
 fn hex(text: &str, digits: usize) -> Option<u128> {
     let digit = |c| match c {
         b'0'..=b'9' => Some(c - b'0'),
@@ -144,7 +144,7 @@ mod tests {
     const EXAMPLE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
     #[test]
-    fn a_traceparent_prints_as_it_was_read() {
+    fn traceparent_prints_as_parsed() {
         let read: TraceParent = EXAMPLE.parse().unwrap();
         assert_eq!(read.trace_id().get(), 0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736);
         assert_eq!(read.parent_id().get(), 0x00f0_67aa_0ba9_02b7);
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_one_is_another() {
+    fn new_traceparents_differ() {
         let (one, other) = (TraceParent::new(), TraceParent::new());
         assert_ne!(one.trace_id(), other.trace_id());
         assert_ne!(one.parent_id(), other.parent_id());
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_later_version_what_is_known_is_read_and_written_as_ours() {
+    fn later_version_is_read_and_written_as_version_00() {
         for later in [
             EXAMPLE.replacen("00", "01", 1),
             EXAMPLE.replacen("00", "fe", 1) + "-what-comes-then",
@@ -173,13 +173,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_traceparent_is_refused_with_the_reason() {
+    fn rejects_malformed_traceparent_with_reason() {
         let zeros = |count| "0".repeat(count);
         let of = |trace: &str, parent: &str| format!("00-{trace}-{parent}-00");
         let (trace, parent) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
         for (text, reason) in [
             (String::new(), HeaderError::TraceParent),
-            // On this stock ztunnel panics.
+            // ztunnel panics on this value.
             (format!("00-{}", zeros(52)), HeaderError::TraceParent),
             (format!("00-{}", "-".repeat(52)), HeaderError::TraceParent),
             (EXAMPLE.to_uppercase(), HeaderError::TraceParent),

@@ -1,4 +1,4 @@
-//! Credentials that are in order, and all the ways in which they are not.
+//! Tests of valid and defective credentials.
 
 use std::fs;
 
@@ -20,7 +20,7 @@ fn problem(certificate: &str, key: &str, roots: &str) -> (String, CredentialProb
 }
 
 #[test]
-fn an_identity_knows_its_name_and_its_time() {
+fn identity_has_name_and_validity() {
     let (issued, roots) = issued();
     let identity = Identity::from_pem(
         issued.chain_pem.as_bytes(),
@@ -34,7 +34,7 @@ fn an_identity_knows_its_name_and_its_time() {
 }
 
 #[test]
-fn an_identity_needs_the_roots_of_its_own_trust_domain() {
+fn identity_requires_roots_of_its_trust_domain() {
     let (issued, roots) = issued();
     let name = Path::new("issued");
     let with = |trust_domain: &str| {
@@ -51,7 +51,7 @@ fn an_identity_needs_the_roots_of_its_own_trust_domain() {
 }
 
 #[test]
-fn each_part_must_be_there_and_well_formed() {
+fn rejects_missing_or_malformed_part() {
     let (IssuedCertificate { chain_pem, key_pem }, roots) = issued();
     let broken = "-----BEGIN CERTIFICATE-----\n!!!\n-----END CERTIFICATE-----\n";
     let garbage = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
@@ -72,7 +72,7 @@ fn each_part_must_be_there_and_well_formed() {
 }
 
 #[test]
-fn a_key_of_another_certificate_is_refused() {
+fn rejects_key_of_other_certificate() {
     let (ours, roots) = issued();
     let (other, _) = issued();
     let (file, what) = problem(&ours.chain_pem, &other.key_pem, &roots);
@@ -81,7 +81,7 @@ fn a_key_of_another_certificate_is_refused() {
 }
 
 #[test]
-fn a_leaf_must_have_exactly_one_spiffe_name() {
+fn leaf_requires_exactly_one_spiffe_name() {
     let issue = |uris: &[&str]| {
         let mut params = rcgen::CertificateParams::default();
         params.subject_alt_names =
@@ -106,7 +106,7 @@ fn a_leaf_must_have_exactly_one_spiffe_name() {
 }
 
 #[test]
-fn an_expired_certificate_is_refused_with_its_file_and_time() {
+fn rejects_expired_certificate_with_file_and_time() {
     let authority = authority("td");
     let end = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
     let issued = authority.issue_between(&id(CLIENT), end - HOUR, end).unwrap();
@@ -118,7 +118,7 @@ fn an_expired_certificate_is_refused_with_its_file_and_time() {
 }
 
 #[test]
-fn files_are_read_and_a_missing_one_is_named() {
+fn reads_files_and_names_missing_one() {
     let (issued, roots) = issued();
     let dir = TempDir::new("identity");
     let files = write(&dir, &issued, &roots);

@@ -1,4 +1,4 @@
-//! Frames cut into pieces anywhere, blocks that never end, and floods.
+//! Tests with frames in arbitrary pieces, unfinished header blocks, and floods.
 
 use proptest::prelude::*;
 
@@ -14,7 +14,7 @@ const CONTINUATION: u8 = 9;
 const UNKNOWN: u8 = 0xee;
 
 const BLOCK: u32 = 64 << 10;
-/// More than [`CONTROL_FRAMES`].
+/// More than [`CONTROL_FRAME_BURST`].
 const TOO_MANY: usize = 1001;
 
 fn head(length: usize, kind: u8, flags: u8) -> Vec<u8> {
@@ -37,7 +37,7 @@ impl Inspector {
     }
 }
 
-/// A peer whose SETTINGS have come.
+/// An inspector that has received the peer's SETTINGS.
 fn inspector(role: PeerRole) -> Inspector {
     let mut inspector = Inspector::new(role, BLOCK);
     let preface = if role == PeerRole::Client { PREFACE } else { 0 };
@@ -47,7 +47,7 @@ fn inspector(role: PeerRole) -> Inspector {
 }
 
 #[test]
-fn first_settings_are_awaited_from_the_beginning() {
+fn missing_first_settings_are_unfinished_frame() {
     let mut inspector = Inspector::new(PeerRole::Client, BLOCK);
     let awaited = Some(Unfinished { since: 0, data: false });
     assert_eq!(inspector.see(&[b'P'; PREFACE], 7, 0), Ok(awaited));
@@ -60,7 +60,7 @@ fn refuses_header_block_beyond_header_list() {
     for kind in [HEADERS, PUSH_PROMISE] {
         let mut whole = inspector(PeerRole::Client);
         assert_eq!(whole.see(&frame(kind, END_HEADERS, BLOCK as usize), 0, 0), Ok(None));
-        // Before a byte of it has come.
+        // Rejected before any byte of the payload.
         let larger = head(BLOCK as usize + 1, kind, END_HEADERS);
         assert_eq!(whole.see(&larger, 0, 0), Err(TunnelLimit::HeaderBlock));
     }
@@ -109,7 +109,7 @@ fn refuses_flood_of_control_frames() {
 }
 
 #[test]
-fn takes_control_frames_that_traffic_explains() {
+fn accepts_control_frames_that_traffic_justifies() {
     let mut inspector = inspector(PeerRole::Client);
     let updates = frame(8, 0, 4).repeat(4);
     for useful in 1..100_000 {
@@ -131,9 +131,9 @@ fn reports_window_update_that_arrives_in_pieces() {
 }
 
 proptest! {
-    /// Whatever is cut where, the same is seen; and nothing that a peer sends makes it panic.
+    /// The result is independent of how the bytes are split, and no input panics.
     #[test]
-    fn pieces_are_seen_as_the_whole(bytes: Vec<u8>, cuts: Vec<u8>) {
+    fn result_is_independent_of_split(bytes: Vec<u8>, cuts: Vec<u8>) {
         let mut whole = inspector(PeerRole::Client);
         let expected = whole.see(&bytes, 1, 0);
         let mut pieces = inspector(PeerRole::Client);

@@ -15,7 +15,7 @@ use underpass_config::IstioCaSettings;
 
 pub(crate) use super::istio_ca::connection::Connection;
 use super::istio_ca::connection::Endpoint;
-use crate::ca::server::tests::{NAME, Served};
+use crate::ca::server::tests::{NAME, TestCa};
 use crate::ca::{CREATE_CERTIFICATE, IstioCertificateRequest, IstioCertificateResponse};
 use crate::{Dial, HboneError};
 
@@ -24,7 +24,7 @@ use crate::{Dial, HboneError};
 pub(crate) struct DialCa(pub(crate) Arc<Mutex<SocketAddr>>);
 
 impl DialCa {
-    pub(crate) fn new(served: &Served) -> Self {
+    pub(crate) fn new(served: &TestCa) -> Self {
         Self(Arc::new(Mutex::new(served.address)))
     }
 }
@@ -39,7 +39,7 @@ impl Dial for DialCa {
 }
 
 /// Settings with the token in the file `token`.
-pub(crate) fn settings(served: &Served, server_name: &str) -> IstioCaSettings {
+pub(crate) fn settings(served: &TestCa, server_name: &str) -> IstioCaSettings {
     IstioCaSettings {
         address: "https://127.0.0.1:15012".to_owned(),
         server_name: Some(server_name.to_owned()),
@@ -63,12 +63,12 @@ impl Dial for DialOnce {
     }
 }
 
-pub(crate) async fn connect(served: &Served, server_name: &str) -> Result<Connection, HboneError> {
+pub(crate) async fn connect(served: &TestCa, server_name: &str) -> Result<Connection, HboneError> {
     connect_with(served, server_name, &DialCa::new(served)).await
 }
 
 pub(crate) async fn connect_with(
-    served: &Served,
+    served: &TestCa,
     server_name: &str,
     dial: &impl Dial,
 ) -> Result<Connection, HboneError> {
@@ -80,7 +80,7 @@ pub(crate) async fn connect_with(
 
 /// Asks with this `authorization` header, on a connection of its own.
 pub(crate) async fn ask(
-    served: &Served,
+    served: &TestCa,
     authorization: Option<&'static str>,
     message: IstioCertificateRequest,
 ) -> Result<IstioCertificateResponse, Status> {

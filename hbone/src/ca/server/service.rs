@@ -1,6 +1,5 @@
-//! One request for a certificate: who asks, for which identity, with which key, and whether that is granted.
-//!
-//! Not here: connections.
+//! Answers a request for a certificate: authenticates the client, verifies the key, and authorizes
+//! the identity.
 
 use std::future::{Ready, ready};
 use std::net::SocketAddr;
@@ -19,7 +18,7 @@ use tonic::{Request, Response, Status};
 use tonic_prost::ProstCodec;
 use underpass_config::{Quoted, SpiffeId};
 
-use super::places::Place;
+use super::slots::ConnectionSlot;
 use crate::ca::clients::Clients;
 use crate::ca::{
     CREATE_CERTIFICATE, CertificateAuthority, CertificateRequest, IMPERSONATED,
@@ -27,9 +26,9 @@ use crate::ca::{
 };
 use crate::{HboneError, LogLimit, Serial};
 
-/// The largest request that is read: a certificate request has a few hundred bytes.
+/// The maximum size of a request in bytes. A certificate request has a few hundred.
 const MAX_REQUEST: usize = 64 << 10;
-/// For who does not say how long.
+/// The validity if a request contains none.
 const DEFAULT_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 #[derive(Debug)]
@@ -39,9 +38,9 @@ pub(super) struct Service {
     clients: watch::Sender<Clients>,
 }
 
-/// What is known of a request, as far as it was understood.
+/// The parsed parts of a request, for the log.
 #[derive(Debug, Default)]
-struct Asked {
+struct ParsedRequest {
     client: Option<String>,
     spiffe_id: Option<SpiffeId>,
 }
@@ -58,37 +57,39 @@ impl Service {
     pub(super) async fn answer(
         self: Arc<Self>,
         peer: SocketAddr,
-        place: &Arc<Place>,
+        slot: &Arc<ConnectionSlot>,
         request: http::Request<Incoming>,
     ) -> http::Response<Body> {
         if request.method() != Method::POST || request.uri().path() != CREATE_CERTIFICATE {
-            return Status::unimplemented(format!("there is only {CREATE_CERTIFICATE}"))
-                .into_http();
+            return Status::unimplemented(format!(
+                "unknown method; only {CREATE_CERTIFICATE} is supported"
+            ))
+            .into_http();
         }
         let mut grpc = Grpc::new(ProstCodec::default()).max_decoding_message_size(MAX_REQUEST);
-        let place = place.clone();
-        grpc.unary(CreateCertificate { service: self, peer, place }, request).await
+        let slot = slot.clone();
+        grpc.unary(CreateCertificate { service: self, peer, slot }, request).await
     }
 
-    /// Answers, and logs what was answered to whom.
+    /// Answers a request and logs the result.
     fn create(
         &self,
         peer: SocketAddr,
-        place: &Place,
+        slot: &ConnectionSlot,
         request: &Request<IstioCertificateRequest>,
     ) -> Result<IstioCertificateResponse, Status> {
-        let mut asked = Asked::default();
+        let mut asked = ParsedRequest::default();
         let answer = self.decide(request, &mut asked);
-        let Asked { client, spiffe_id } = asked;
+        let ParsedRequest { client, spiffe_id } = asked;
         if client.is_some() {
-            place.prove();
+            slot.mark_authenticated();
         }
         let client = client.as_deref().unwrap_or("unknown");
         let spiffe_id = spiffe_id.map(Quoted::new);
         let spiffe_id = spiffe_id.as_ref().map(Quoted::as_str).unwrap_or_default();
         match answer {
             Ok((answer, ttl)) => {
-                // Whoever wants to revoke it has nothing else to tell it by.
+                // The serial number is needed for a revocation.
                 let leaf = answer.cert_chain.first().and_then(|leaf| Serial::of(leaf).ok());
                 let serial = leaf.map(|serial| serial.to_string());
                 tracing::info!(%peer, client, spiffe_id, ?ttl, serial, "certificate issued");
@@ -109,25 +110,26 @@ impl Service {
     fn decide(
         &self,
         request: &Request<IstioCertificateRequest>,
-        asked: &mut Asked,
+        asked: &mut ParsedRequest,
     ) -> Result<(IstioCertificateResponse, Duration), Status> {
         let clients = self.clients.borrow();
-        let bearer = clients.bearer(token(request.metadata())?);
-        let bearer = bearer.ok_or_else(|| {
+        let clients_with_token = clients.clients_with_token(token(request.metadata())?);
+        let clients_with_token = clients_with_token.ok_or_else(|| {
             Status::unauthenticated("the token is not in the clients file of this CA")
         })?;
-        asked.client = Some(bearer.to_string());
+        asked.client = Some(clients_with_token.to_string());
         let message = request.get_ref();
         let csr = CertificateRequest::from_pem(&message.csr)
-            .map_err(|problem| Status::invalid_argument(format!("the CSR: {problem}")))?;
+            .map_err(|problem| Status::invalid_argument(format!("invalid CSR: {problem}")))?;
         let id = requested_id(&csr, message.metadata.as_ref())?;
         asked.spiffe_id = Some(id.clone());
-        if !bearer.may_be(&id) {
+        if !clients_with_token.is_allowed(&id) {
             return Err(Status::permission_denied(format!(
                 "the clients file of this CA does not list {id} for this token"
             )));
         }
-        let authority = CertificateAuthority::open(&self.dir).map_err(|error| own_fault(&error))?;
+        let authority =
+            CertificateAuthority::open(&self.dir).map_err(|error| internal_error(&error))?;
         if id.trust_domain() != authority.trust_domain() {
             let trust_domain = authority.trust_domain();
             return Err(Status::permission_denied(format!(
@@ -135,7 +137,7 @@ impl Service {
             )));
         }
         let ttl = self.ttl(message.validity_duration);
-        let leaf = authority.sign(&csr, &id, ttl).map_err(|error| own_fault(&error))?;
+        let leaf = authority.sign(&csr, &id, ttl).map_err(|error| internal_error(&error))?;
         let cert_chain = vec![leaf, authority.roots_pem().to_owned()];
         Ok((IstioCertificateResponse { cert_chain }, ttl))
     }
@@ -149,24 +151,24 @@ impl Service {
     }
 }
 
-/// The bearer token of RFC 6750 section 2.1.
+/// The bearer token (RFC 6750 section 2.1).
 fn token(metadata: &MetadataMap) -> Result<&str, Status> {
     let header = metadata.get("authorization").and_then(|header| header.to_str().ok());
     let token = header.and_then(|header| {
         let (scheme, token) = header.split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
     });
-    token.ok_or_else(|| Status::unauthenticated("a header is missing: authorization: Bearer TOKEN"))
+    token.ok_or_else(|| Status::unauthenticated("missing header: authorization: Bearer TOKEN"))
 }
 
-/// Who is asked for: named in the metadata by a node for its workloads, else in the request itself.
+/// The requested identity: from the metadata (a node for its workload), otherwise from the request.
 fn requested_id(csr: &CertificateRequest, metadata: Option<&Struct>) -> Result<SpiffeId, Status> {
     let named = metadata.and_then(|metadata| metadata.fields.get(IMPERSONATED));
     let named = named.map(|value| match &value.kind {
         Some(Kind::StringValue(id)) => id.parse::<SpiffeId>().map_err(|error| {
-            Status::invalid_argument(format!("{IMPERSONATED} is no SPIFFE identity: {error}"))
+            Status::invalid_argument(format!("{IMPERSONATED} is not a SPIFFE identity: {error}"))
         }),
-        _ => Err(Status::invalid_argument(format!("{IMPERSONATED} is no text"))),
+        _ => Err(Status::invalid_argument(format!("{IMPERSONATED} is not a string"))),
     });
     match (named.transpose()?, csr.spiffe_id()) {
         (Some(named), Some(own)) if named != *own => Err(Status::invalid_argument(format!(
@@ -175,22 +177,22 @@ fn requested_id(csr: &CertificateRequest, metadata: Option<&Struct>) -> Result<S
         (Some(id), _) => Ok(id),
         (None, Some(id)) => Ok(id.clone()),
         (None, None) => Err(Status::invalid_argument(
-            "the CSR names no SPIFFE identity, and the metadata neither",
+            "neither the CSR nor the metadata contains a SPIFFE identity",
         )),
     }
 }
 
-/// What is wrong with our files is not told to clients.
-fn own_fault(error: &HboneError) -> Status {
-    tracing::error!(error = error as &dyn std::error::Error, "the authority cannot be used");
-    Status::internal("the CA cannot use its own files: its log says why")
+/// Errors of the server's own files are not disclosed to clients.
+fn internal_error(error: &HboneError) -> Status {
+    tracing::error!(error = error as &dyn std::error::Error, "cannot use the authority");
+    Status::internal("the CA cannot use its own files; see its log")
 }
 
-/// One request, in the shape that tonic wants it.
+/// A request as tonic's service trait requires it.
 struct CreateCertificate {
     service: Arc<Service>,
     peer: SocketAddr,
-    place: Arc<Place>,
+    slot: Arc<ConnectionSlot>,
 }
 
 impl UnaryService<IstioCertificateRequest> for CreateCertificate {
@@ -198,6 +200,6 @@ impl UnaryService<IstioCertificateRequest> for CreateCertificate {
     type Future = Ready<Result<Response<IstioCertificateResponse>, Status>>;
 
     fn call(&mut self, request: Request<IstioCertificateRequest>) -> Self::Future {
-        ready(self.service.create(self.peer, &self.place, &request).map(Response::new))
+        ready(self.service.create(self.peer, &self.slot, &request).map(Response::new))
     }
 }

@@ -1,4 +1,4 @@
-//! The CA over loopback: what it grants, what it refuses and how, and what it says of itself.
+//! Tests of the CA server over loopback.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -18,15 +18,15 @@ use crate::testing::{CLIENT, HOUR, SERVER};
 
 pub(crate) const NAME: &str = "ca.test";
 
-/// A CA that is served from a directory of its own.
-pub(crate) struct Served {
+/// A running CA with a directory of its own.
+pub(crate) struct TestCa {
     pub(crate) dir: TempDir,
     pub(crate) address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     running: Option<JoinHandle<()>>,
 }
 
-impl Served {
+impl TestCa {
     pub(crate) async fn new(name: &str, clients: &str) -> Self {
         let dir = TempDir::new(name);
         CertificateAuthority::init(&dir.0, "td".parse().unwrap()).unwrap();
@@ -57,7 +57,7 @@ impl Served {
         }
     }
 
-    /// What a server of the same name would present.
+    /// A TLS acceptor with the same server name.
     pub(crate) fn tls(&self) -> TlsAcceptor {
         own_tls(&self.settings()).unwrap().into()
     }
@@ -94,8 +94,7 @@ fn impersonating(csr: String, kind: Kind) -> IstioCertificateRequest {
     IstioCertificateRequest { metadata: Some(Struct { fields }), ..request(csr, 60) }
 }
 
-/// The identity of a leaf, and how long it is valid in seconds, with the tenth before it was
-/// issued.
+/// The identity of a leaf, and its validity in seconds, including the tenth before it was issued.
 fn leaf(pem: &str) -> (String, i64) {
     let der = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
     let (_, leaf) = x509_parser::parse_x509_certificate(&der).unwrap();
@@ -105,8 +104,8 @@ fn leaf(pem: &str) -> (String, i64) {
 }
 
 #[tokio::test]
-async fn what_is_listed_is_issued_with_the_root_last_and_a_validity_that_is_capped() {
-    let served = Served::new("serve-issue", CLIENTS).await;
+async fn issues_listed_identity_with_root_last_and_capped_validity() {
+    let served = TestCa::new("serve-issue", CLIENTS).await;
     let roots = fs::read_to_string(served.file("roots.pem")).unwrap();
     for (seconds, expected) in [(60, 66), (0, 3900), (-5, 3900), (i64::MAX, 3900)] {
         let answer = ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), seconds));
@@ -115,7 +114,7 @@ async fn what_is_listed_is_issued_with_the_root_last_and_a_validity_that_is_capp
         assert_eq!(leaf(&chain[0]), (CLIENT.to_owned(), expected), "{seconds}");
         assert_eq!(chain[1], roots);
     }
-    // The name may come from either place, or from both.
+    // The identity may be in the CSR, in the metadata, or in both.
     let text = |id: &str| Kind::StringValue(id.to_owned());
     for csr in [csr(&[]), csr(&[SERVER])] {
         let asked = ask(&served, Some("bearer node-token"), impersonating(csr, text(SERVER)));
@@ -124,15 +123,15 @@ async fn what_is_listed_is_issued_with_the_root_last_and_a_validity_that_is_capp
 }
 
 #[tokio::test]
-async fn everything_else_is_refused_with_a_reason() {
-    let served = Served::new("serve-refuse", CLIENTS).await;
+async fn refuses_everything_else_with_reason() {
+    let served = TestCa::new("serve-refuse", CLIENTS).await;
     let text = |id: &str| Kind::StringValue(id.to_owned());
     let plain = || request(csr(&[CLIENT]), 60);
     let node = Some("Bearer node-token");
     let cases = [
-        (None, plain(), Code::Unauthenticated, "a header is missing"),
-        (Some("client-token"), plain(), Code::Unauthenticated, "a header is missing"),
-        (Some("Basic client-token"), plain(), Code::Unauthenticated, "a header is missing"),
+        (None, plain(), Code::Unauthenticated, "missing header"),
+        (Some("client-token"), plain(), Code::Unauthenticated, "missing header"),
+        (Some("Basic client-token"), plain(), Code::Unauthenticated, "missing header"),
         (Some("Bearer client-toke"), plain(), Code::Unauthenticated, "not in the clients file"),
         (
             Some("Bearer client-token"),
@@ -152,7 +151,7 @@ async fn everything_else_is_refused_with_a_reason() {
             Code::PermissionDenied,
             "trust domain td",
         ),
-        (node, request(csr(&[]), 60), Code::InvalidArgument, "names no SPIFFE identity"),
+        (node, request(csr(&[]), 60), Code::InvalidArgument, "contains a SPIFFE identity"),
         (node, request(csr(&[CLIENT, SERVER]), 60), Code::InvalidArgument, "at most one URI"),
         (node, request(csr(&["https://x"]), 60), Code::InvalidArgument, "at most one URI"),
         (node, request("no csr".to_owned(), 60), Code::InvalidArgument, "no PEM"),
@@ -162,8 +161,8 @@ async fn everything_else_is_refused_with_a_reason() {
             Code::InvalidArgument,
             "the CSR is for spiffe://td/ns/default/sa/client, but ImpersonatedIdentity is",
         ),
-        (node, impersonating(csr(&[]), text("td/x")), Code::InvalidArgument, "is no SPIFFE"),
-        (node, impersonating(csr(&[]), Kind::NumberValue(1.0)), Code::InvalidArgument, "no text"),
+        (node, impersonating(csr(&[]), text("td/x")), Code::InvalidArgument, "is not a SPIFFE"),
+        (node, impersonating(csr(&[]), Kind::NumberValue(1.0)), Code::InvalidArgument, "not a string"),
         (node, request("x".repeat(65 << 10), 60), Code::OutOfRange, "decoded message length"),
     ];
     for (header, message, code, reason) in cases {
@@ -174,8 +173,8 @@ async fn everything_else_is_refused_with_a_reason() {
 }
 
 #[tokio::test]
-async fn trouble_with_our_own_files_is_no_news_for_clients() {
-    let served = Served::new("serve-trouble", CLIENTS).await;
+async fn hides_own_file_errors_from_clients() {
+    let served = TestCa::new("serve-trouble", CLIENTS).await;
     fs::rename(served.file("ca.key"), served.file("gone")).unwrap();
     let asked = || ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), 60));
     let status = asked().await.unwrap_err();
@@ -186,8 +185,8 @@ async fn trouble_with_our_own_files_is_no_news_for_clients() {
 }
 
 #[tokio::test]
-async fn another_method_is_told_that_there_is_none() {
-    let served = Served::new("serve-method", CLIENTS).await;
+async fn rejects_unknown_method() {
+    let served = TestCa::new("serve-method", CLIENTS).await;
     let mut grpc = tonic::client::Grpc::with_origin(
         connect(&served, NAME).await.unwrap(),
         "https://ca.test".parse().unwrap(),
@@ -199,8 +198,8 @@ async fn another_method_is_told_that_there_is_none() {
 }
 
 #[tokio::test]
-async fn the_server_proves_its_names_and_its_address_and_no_others() {
-    let served = Served::new("serve-names", CLIENTS).await;
+async fn server_certificate_covers_only_its_names_and_address() {
+    let served = TestCa::new("serve-names", CLIENTS).await;
     for name in [NAME, "127.0.0.1"] {
         connect(&served, name).await.unwrap();
     }
@@ -210,8 +209,8 @@ async fn the_server_proves_its_names_and_its_address_and_no_others() {
 }
 
 #[tokio::test]
-async fn a_client_that_says_nothing_does_not_keep_others_out_nor_the_server_from_ending() {
-    let mut served = Served::new("serve-silent", CLIENTS).await;
+async fn silent_client_blocks_neither_others_nor_shutdown() {
+    let mut served = TestCa::new("serve-silent", CLIENTS).await;
     let silent = TcpStream::connect(served.address).await.unwrap();
     let idle = connect(&served, NAME).await.unwrap();
     ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), 60)).await.unwrap();
@@ -221,7 +220,7 @@ async fn a_client_that_says_nothing_does_not_keep_others_out_nor_the_server_from
 }
 
 #[tokio::test]
-async fn a_server_does_not_start_with_what_it_cannot_use() {
+async fn server_rejects_invalid_settings() {
     let dir = TempDir::new("serve-start");
     CertificateAuthority::init(&dir.0, "td".parse().unwrap()).unwrap();
     let settings = |clients: &str, names: &[&str]| CaServerSettings {
@@ -248,21 +247,21 @@ async fn a_server_does_not_start_with_what_it_cannot_use() {
 }
 
 #[tokio::test]
-async fn a_client_that_is_listed_later_is_let_in_without_a_restart() {
-    let served = Served::new("serve-reload", "clients: []\n").await;
+async fn accepts_client_that_is_added_later() {
+    let served = TestCa::new("serve-reload", "clients: []\n").await;
     let asked = || ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), 60));
     assert_eq!(asked().await.unwrap_err().code(), Code::Unauthenticated);
     fs::write(served.file("clients.yaml"), CLIENTS).unwrap();
     while asked().await.is_err() {}
-    // What is wrong is not used, and what is right is used again.
+    // An invalid file is ignored, and a later valid one is used.
     fs::write(served.file("clients.yaml"), "clients: [\n").unwrap();
     fs::write(served.file("clients.yaml"), "clients: []\n").unwrap();
     while asked().await.is_ok() {}
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_servers_own_certificate_is_renewed_at_half_of_its_life() {
-    let served = Served::new("serve-renew", CLIENTS).await;
+async fn server_certificate_is_renewed_at_half_of_its_lifetime() {
+    let served = TestCa::new("serve-renew", CLIENTS).await;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let mut server = CaServer::new(served.settings(), listener).unwrap();
     let start = tokio::time::Instant::now();
@@ -277,11 +276,11 @@ async fn the_servers_own_certificate_is_renewed_at_half_of_its_life() {
     fs::remove_file(served.file("ca.key")).unwrap();
     let before = server.tls.clone();
     server.renew();
-    assert!(Arc::ptr_eq(&before, &server.tls), "the last one stays");
+    assert!(Arc::ptr_eq(&before, &server.tls), "the previous one stays");
 }
 
-/// A connection in memory that is served, and what it is served by.
-fn in_memory(served: &Served) -> (DialOnce, JoinHandle<()>) {
+/// Serves an in-memory connection, and returns it with the server's task.
+fn in_memory(served: &TestCa) -> (DialOnce, JoinHandle<()>) {
     let (clients_file, clients) = ClientsFile::open(served.file("clients.yaml")).unwrap();
     drop(clients_file);
     let service = Arc::new(Service::new(served.dir.0.clone(), HOUR, clients));
@@ -290,22 +289,22 @@ fn in_memory(served: &Served) -> (DialOnce, JoinHandle<()>) {
     let serving = tokio::spawn(async move {
         let stop = watch::Sender::new(());
         let peer: SocketAddr = "192.0.2.1:1".parse().unwrap();
-        let place = Places::default().take(peer.ip()).unwrap();
-        serve(far, peer, tls, service, place, stop.subscribe()).await;
+        let slot = ConnectionSlots::default().take(peer.ip()).unwrap();
+        serve(far, peer, tls, service, slot, stop.subscribe()).await;
     });
     (DialOnce(std::sync::Mutex::new(Some(near))), serving)
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_that_does_not_handshake_is_dropped() {
-    let served = Served::new("serve-mute", CLIENTS).await;
+async fn client_without_handshake_is_disconnected() {
+    let served = TestCa::new("serve-mute", CLIENTS).await;
     let (_near, serving) = in_memory(&served);
     let start = tokio::time::Instant::now();
     serving.await.unwrap();
-    assert_eq!(start.elapsed().as_secs(), HANDSHAKE.as_secs());
+    assert_eq!(start.elapsed().as_secs(), HANDSHAKE_TIMEOUT.as_secs());
 }
 
-/// Asks on a connection that stands.
+/// Sends a request on an open connection.
 async fn ask_on(
     connection: &mut Connection,
     authorization: &'static str,
@@ -321,7 +320,7 @@ async fn ask_on(
 
 #[tokio::test(start_paused = true)]
 async fn connection_without_token_ends_after_first_request_deadline() {
-    let served = Served::new("serve-idle", CLIENTS).await;
+    let served = TestCa::new("serve-idle", CLIENTS).await;
     for asks in [false, true] {
         let (near, serving) = in_memory(&served);
         let mut connection = connect_with(&served, NAME, &near).await.unwrap();
@@ -331,24 +330,24 @@ async fn connection_without_token_ends_after_first_request_deadline() {
             assert_eq!(refused.code(), Code::Unauthenticated);
         }
         serving.await.unwrap();
-        assert_eq!(start.elapsed().as_secs(), FIRST_REQUEST.as_secs(), "{asks}");
+        assert_eq!(start.elapsed().as_secs(), FIRST_REQUEST_TIMEOUT.as_secs(), "{asks}");
         drop(connection);
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn connection_with_token_ends_at_its_age() {
-    let served = Served::new("serve-age", CLIENTS).await;
+    let served = TestCa::new("serve-age", CLIENTS).await;
     let (near, serving) = in_memory(&served);
     let mut connection = connect_with(&served, NAME, &near).await.unwrap();
     let start = tokio::time::Instant::now();
     ask_on(&mut connection, "Bearer client-token").await.unwrap();
     serving.await.unwrap();
-    assert_eq!(start.elapsed().as_secs(), CONNECTION_AGE.as_secs());
+    assert_eq!(start.elapsed().as_secs(), MAX_CONNECTION_AGE.as_secs());
     drop(connection);
 }
 
-/// Dials from one of the loopback addresses.
+/// Dials from a given loopback address.
 struct DialFrom(Ipv4Addr, SocketAddr);
 
 impl crate::Dial for DialFrom {
@@ -364,9 +363,9 @@ impl crate::Dial for DialFrom {
 
 #[tokio::test]
 async fn idle_connections_do_not_keep_a_client_out() {
-    let served = Served::new("serve-flood", CLIENTS).await;
+    let served = TestCa::new("serve-flood", CLIENTS).await;
     let mut flood = Vec::new();
-    // More than there are places, and more of one source than it may have.
+    // More than the total, and more of one source than its limit.
     for (source, connections) in (1..=9).map(|source| (source, 30)).chain([(10, 40)]) {
         let dial = DialFrom(Ipv4Addr::new(127, 0, 1, source), served.address);
         for _ in 0..connections {
@@ -375,14 +374,14 @@ async fn idle_connections_do_not_keep_a_client_out() {
     }
     for _ in 0..3 {
         let asked = ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), 60));
-        timeout(FIRST_REQUEST, asked).await.unwrap().unwrap();
+        timeout(FIRST_REQUEST_TIMEOUT, asked).await.unwrap().unwrap();
     }
     drop(flood);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_never_ends_is_answered() {
-    let served = Served::new("serve-slow", CLIENTS).await;
+async fn unfinished_request_is_answered_at_timeout() {
+    let served = TestCa::new("serve-slow", CLIENTS).await;
     let (near, _serving) = in_memory(&served);
     let mut connection = connect_with(&served, NAME, &near).await.unwrap();
     ask_on(&mut connection, "Bearer client-token").await.unwrap();

@@ -7,23 +7,23 @@ use tokio::io::{AsyncReadExt as _, DuplexStream, duplex};
 use tokio::net::TcpListener;
 
 use super::*;
-use crate::ca::server::tests::{CLIENTS, NAME, Served};
+use crate::ca::server::tests::{CLIENTS, NAME, TestCa};
 use crate::ca::tests::{TempDir, openssl};
 use crate::source::testing::{DialCa, settings};
 use crate::testing::{CLIENT, SERVER, authority, id};
 use crate::{CertificateAuthority, Fault};
 
-async fn served(name: &str) -> Served {
-    let served = Served::new(name, CLIENTS).await;
+async fn served(name: &str) -> TestCa {
+    let served = TestCa::new(name, CLIENTS).await;
     write_token(&served, "client-token\n");
     served
 }
 
-fn write_token(served: &Served, token: &str) {
+fn write_token(served: &TestCa, token: &str) {
     fs::write(served.file("token"), token).unwrap();
 }
 
-fn ca(served: &Served) -> IstioCa<DialCa> {
+fn ca(served: &TestCa) -> IstioCa<DialCa> {
     IstioCa::new(settings(served, NAME), DialCa::new(served)).unwrap()
 }
 
@@ -164,7 +164,7 @@ impl Dial for Silence {
 
 #[tokio::test(start_paused = true)]
 async fn a_silent_ca_is_given_up() {
-    let served = Served::new("istio-silent", CLIENTS).await;
+    let served = TestCa::new("istio-silent", CLIENTS).await;
     write_token(&served, "client-token");
     let ca = IstioCa::new(settings(&served, NAME), Silence::default()).unwrap();
     let error = ca.issue(&id(CLIENT), Priority::RealTime).await.unwrap_err();
@@ -173,7 +173,7 @@ async fn a_silent_ca_is_given_up() {
 
 #[tokio::test]
 async fn settings_that_cannot_be_right_are_refused_at_once() {
-    let served = Served::new("istio-settings", CLIENTS).await;
+    let served = TestCa::new("istio-settings", CLIENTS).await;
     write_token(&served, "client-token");
     let new = |change: &dyn Fn(&mut IstioCaSettings)| {
         let mut settings = settings(&served, NAME);
