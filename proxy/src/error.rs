@@ -189,76 +189,53 @@ impl ProxyError {
 
     pub(crate) fn reason(&self) -> Reason {
         use Fault::{Client, Peer, Us};
+        use ResponseFlags::{Connect, Deny, IdentityError};
         let (code, flags, fault, status) = match self {
-            Self::NotCaptured(_) => {
-                ("not_captured", ResponseFlags::Deny, Client, StatusCode::BAD_REQUEST)
-            }
-            Self::OwnListener(_) => {
-                ("own_listener", ResponseFlags::Deny, Client, StatusCode::SERVICE_UNAVAILABLE)
-            }
-            Self::NotLocal(_) => {
-                ("not_local", ResponseFlags::Deny, Client, StatusCode::BAD_REQUEST)
-            }
-            Self::LocalUnknown { .. } => {
-                ("not_local", ResponseFlags::Deny, Us, StatusCode::SERVICE_UNAVAILABLE)
-            }
-            Self::ForeignSource(_) => {
-                ("foreign_source", ResponseFlags::Deny, Client, StatusCode::BAD_REQUEST)
-            }
+            Self::NotCaptured(_) => ("not_captured", Deny, Client, StatusCode::BAD_REQUEST),
+            Self::OwnListener(_) => ("own_listener", Deny, Client, StatusCode::SERVICE_UNAVAILABLE),
+            Self::NotLocal(_) => ("not_local", Deny, Client, StatusCode::BAD_REQUEST),
+            Self::LocalUnknown { .. } => ("not_local", Deny, Us, StatusCode::SERVICE_UNAVAILABLE),
+            Self::ForeignSource(_) => ("foreign_source", Deny, Client, StatusCode::BAD_REQUEST),
             Self::SourceUnknown { .. } => {
-                ("foreign_source", ResponseFlags::Deny, Us, StatusCode::SERVICE_UNAVAILABLE)
+                ("foreign_source", Deny, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::NoIdentity(_) => {
-                ("no_identity", ResponseFlags::IdentityError, Us, StatusCode::SERVICE_UNAVAILABLE)
+                ("no_identity", IdentityError, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::TooManyHandshakes(_) | Self::HandshakeNotBegun { .. } => {
-                ("too_many_handshakes", ResponseFlags::Deny, Peer, StatusCode::SERVICE_UNAVAILABLE)
+                ("too_many_handshakes", Deny, Peer, StatusCode::SERVICE_UNAVAILABLE)
             }
-            Self::TooManyConnections(_) => (
-                "too_many_connections",
-                ResponseFlags::Deny,
-                Client,
-                StatusCode::SERVICE_UNAVAILABLE,
-            ),
+            Self::TooManyConnections(_) => {
+                ("too_many_connections", Deny, Client, StatusCode::SERVICE_UNAVAILABLE)
+            }
             Self::OutOfDescriptors => {
-                ("out_of_descriptors", ResponseFlags::Connect, Us, StatusCode::SERVICE_UNAVAILABLE)
+                ("out_of_descriptors", Connect, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::Denied(_) | Self::DeniedInPlain(_) => {
-                ("policy_denied", ResponseFlags::Deny, Client, StatusCode::UNAUTHORIZED)
+                ("policy_denied", Deny, Client, StatusCode::UNAUTHORIZED)
             }
             Self::PlaintextRefused(_) => {
-                ("plaintext_refused", ResponseFlags::Deny, Client, StatusCode::UNAUTHORIZED)
+                ("plaintext_refused", Deny, Client, StatusCode::UNAUTHORIZED)
             }
-            Self::Egress(_) => {
-                ("egress_denied", ResponseFlags::Deny, Client, StatusCode::FORBIDDEN)
-            }
+            Self::Egress(_) => ("egress_denied", Deny, Client, StatusCode::FORBIDDEN),
             Self::PlaintextToHbone(_) => {
-                ("plaintext_to_hbone", ResponseFlags::Deny, Client, StatusCode::FORBIDDEN)
+                ("plaintext_to_hbone", Deny, Client, StatusCode::FORBIDDEN)
             }
-            Self::OtherIdentity { .. } => (
-                "other_identity",
-                ResponseFlags::IdentityError,
-                Peer,
-                StatusCode::SERVICE_UNAVAILABLE,
-            ),
+            Self::OtherIdentity { .. } => {
+                ("other_identity", IdentityError, Peer, StatusCode::SERVICE_UNAVAILABLE)
+            }
             Self::NoLongerAllowed(_) => {
-                ("no_longer_allowed", ResponseFlags::Deny, Client, StatusCode::UNAUTHORIZED)
+                ("no_longer_allowed", Deny, Client, StatusCode::UNAUTHORIZED)
             }
             // What a peer asks for and does not get is its mistake; where a caught connection cannot go is the mesh's.
             Self::Route(RouteError::NotHere { .. }) => {
-                ("not_here", ResponseFlags::Deny, Client, StatusCode::BAD_REQUEST)
+                ("not_here", Deny, Client, StatusCode::BAD_REQUEST)
             }
-            Self::Route(error) => {
-                (error.code(), ResponseFlags::Connect, Us, StatusCode::SERVICE_UNAVAILABLE)
-            }
-            Self::Resolve(..) => {
-                ("resolve", ResponseFlags::Connect, Us, StatusCode::SERVICE_UNAVAILABLE)
-            }
-            Self::Connect { .. } => {
-                ("connect", ResponseFlags::Connect, Peer, StatusCode::SERVICE_UNAVAILABLE)
-            }
+            Self::Route(error) => (error.code(), Connect, Us, StatusCode::SERVICE_UNAVAILABLE),
+            Self::Resolve(..) => ("resolve", Connect, Us, StatusCode::SERVICE_UNAVAILABLE),
+            Self::Connect { .. } => ("connect", Connect, Peer, StatusCode::SERVICE_UNAVAILABLE),
             Self::ConnectTimeout { .. } => {
-                ("connect_timeout", ResponseFlags::Connect, Peer, StatusCode::SERVICE_UNAVAILABLE)
+                ("connect_timeout", Connect, Peer, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::Tunnel(error) => return tunnel_reason(error),
             Self::Client(_) => {
