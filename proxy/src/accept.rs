@@ -17,6 +17,7 @@ use crate::listeners::Kind;
 use crate::metrics;
 use crate::node::{Assignment, Node, Pod, Seat, Worker};
 use crate::party::{Direction, Party};
+use crate::policy::Decision;
 use crate::record::{ConnectionRecord, Facts};
 
 /// How long a listener rests when the system has no descriptor or memory for another connection: long enough not to spin,
@@ -242,7 +243,8 @@ fn take(Listening { worker, pod, kind, .. }: &Listening, stream: TcpStream, clie
     match worker.node.balance.assign(peer) {
         Some(load) => {
             let place = Place { load, source };
-            let registration = worker.register_with(place.load.worker(), pod);
+            let registration =
+                pod.connections.of(place.load.worker()).register(Decision::default());
             let pod = pod.clone();
             assign(worker, Assignment { pod, accepted, registration, place, tunnel });
         }
@@ -266,7 +268,7 @@ fn assign(worker: &Arc<Worker>, assignment: Assignment) {
         let Accepted { kind, stream, .. } = &refused.accepted;
         return refuse(worker, *kind, stream, Refusal::Worker);
     };
-    let registration = worker.register_with(worker.index, &refused.pod);
+    let registration = refused.pod.connections.of(worker.index).register(Decision::default());
     let place = Place { load, ..refused.place };
     worker.serve(Assignment { registration, place, ..refused });
 }

@@ -18,6 +18,7 @@ use underpass_interception::{
 use crate::capture::{Capture, Probes, keep};
 use crate::certificates::{self, Certificate};
 use crate::cli::CommandError;
+use crate::connection_registry::Registries;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::instance::{Instance, Status};
 use crate::listeners::{EndpointKind, Kind, Listeners, SplitListeners};
@@ -177,7 +178,7 @@ async fn serve(
         // Who goes on accepting instead goes first; what came meanwhile is served.
         gates.accept.close().await;
         tenure.claim = None;
-        node.drain.drain(&node.connections, settings.timeouts.drain).await;
+        node.drain.drain(&pod.connections, settings.timeouts.drain).await;
         return Err(error);
     }
     // Whatever can fail, and be it for want of a descriptor, comes before `ready`.
@@ -242,7 +243,7 @@ async fn end_orderly(
 ) {
     endpoints.readiness.draining();
     let timeouts = &settings.timeouts;
-    let connections = node.connections.open();
+    let connections = pod.connections.open();
     let deadlines = match end {
         End::Stopped(why) => {
             notify::stopping();
@@ -259,7 +260,7 @@ async fn end_orderly(
     };
     // A worker that does not answer delays the drain no longer than that.
     tokio::time::timeout(LISTENERS_CLOSE, workers.remove_listeners(pod.id)).await.ok();
-    let aborted = drain(node, stop, deadlines).await;
+    let aborted = drain(node, pod, stop, deadlines).await;
     tracing::info!(aborted, "drained");
 }
 
@@ -306,15 +307,15 @@ async fn until_end(
 }
 
 /// Drains until the first deadline; each further stop signal shortens that to the next one.
-async fn drain(node: &Node, stop: &mut StopSignal, deadlines: [Duration; 3]) -> usize {
+async fn drain(node: &Node, pod: &Pod, stop: &mut StopSignal, deadlines: [Duration; 3]) -> usize {
     let [first, second, last] = deadlines;
     for deadline in [first, second] {
         tokio::select! {
-            aborted = node.drain.drain(&node.connections, deadline) => return aborted,
+            aborted = node.drain.drain(&pod.connections, deadline) => return aborted,
             why = stop.wait() => tracing::warn!(why, "second stop signal: shortening the drain"),
         }
     }
-    node.drain.drain(&node.connections, last).await
+    node.drain.drain(&pod.connections, last).await
 }
 
 /// What serves connections, bound and loaded but not yet running.
@@ -419,6 +420,7 @@ fn pod(
         endpoints: Arc::default(),
         self_test: SelfTest::default(),
         interception,
+        connections: Registries::new(workers(settings)),
         local: LocalAddresses::open().map_err(CommandError::Start)?,
     })
 }

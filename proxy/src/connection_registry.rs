@@ -1,7 +1,7 @@
-//! The registry of the open connections of one worker: it counts them and terminates them.
+//! The registry of the open connections of a pod on a worker: it counts them and terminates them.
 //!
 //! A connection is registered once, when it is accepted; so is every tunnel and every stream of a
-//! tunnel. Policy, the drain deadline and the removal of a pod terminate connections here and
+//! tunnel. Policy, the drain deadline and the removal of the pod terminate connections here and
 //! nowhere else, also those that are still connecting.
 //!
 //! ```text
@@ -36,40 +36,59 @@ const WAKE_AT_ONCE: usize = 32;
 /// How long terminated connections may take to end before that is reported as an error.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The registries of all workers.
+/// The registries of one pod, one for each worker.
 #[derive(Debug)]
-pub(crate) struct Registries<T>(Box<[Arc<ConnectionRegistry<T>>]>);
+pub(crate) struct Registries<T> {
+    first: Arc<ConnectionRegistry<T>>,
+    others: Box<[Arc<ConnectionRegistry<T>>]>,
+}
 
 impl<T> Registries<T> {
     pub(crate) fn new(workers: usize) -> Self {
-        Self((0..workers.max(1)).map(|_| Arc::default()).collect())
+        Self { first: Arc::default(), others: (1..workers).map(|_| Arc::default()).collect() }
     }
 
     /// The registry of one worker.
-    pub(crate) fn of(&self, worker: usize) -> Option<&Arc<ConnectionRegistry<T>>> {
-        self.0.get(worker)
+    pub(crate) fn of(&self, worker: usize) -> &Arc<ConnectionRegistry<T>> {
+        worker.checked_sub(1).and_then(|index| self.others.get(index)).unwrap_or(&self.first)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Arc<ConnectionRegistry<T>>> {
+        std::iter::once(&self.first).chain(&self.others)
     }
 
     /// How many connections, tunnels and streams are open.
     pub(crate) fn open(&self) -> usize {
-        self.0.iter().map(|registry| registry.open()).sum()
+        self.all().map(|registry| registry.open()).sum()
+    }
+
+    /// Terminates every connection, and every later one from its start. Waits until those that are
+    /// open have ended.
+    pub(crate) async fn close(&self, reason: fn() -> ProxyError) {
+        let mut terminated = Terminated::default();
+        for registry in self.all() {
+            registry.lock().closed = Some(reason);
+            registry.terminate(&mut terminated, |_| Err(reason())).await;
+        }
+        terminated.end().await;
     }
 
     /// Resolves when none is open.
     pub(crate) async fn all_ended(&self) {
         // A worker may register a connection with another one's registry after that one was empty.
         while self.open() > 0 {
-            for registry in &self.0 {
+            for registry in self.all() {
                 registry.all_ended().await;
             }
         }
     }
 }
 
-/// The open connections of one worker, each with a `T` that decides whether it is terminated.
+/// The open connections of a pod on a worker, each with a `T` that decides whether it is terminated.
 #[derive(Debug)]
 pub(crate) struct ConnectionRegistry<T> {
-    /// Locked by the worker's own thread, and by a worker that accepts a connection for this one.
+    /// Locked by the worker's thread, by a worker that accepts a connection for that one, and by
+    /// the control thread when the pod drains.
     connections: Mutex<Connections<T>>,
     ended: Notify,
 }
@@ -135,20 +154,14 @@ impl<T> ConnectionRegistry<T> {
     /// Terminates every connection that `check` does not allow: it moves no byte from then on.
     pub(crate) async fn terminate(
         &self,
+        terminated: &mut Terminated,
         mut check: impl FnMut(&T) -> Result<(), ProxyError>,
-    ) -> Terminated {
-        let (mut next, mut terminated) = (0, Terminated::default());
-        while let Some(reached) = self.terminate_some(next, &mut check, &mut terminated) {
+    ) {
+        let mut next = 0;
+        while let Some(reached) = self.terminate_some(next, &mut check, terminated) {
             next = reached;
             tokio::task::yield_now().await;
         }
-        terminated
-    }
-
-    /// Terminates every connection, and every later one from its start.
-    pub(crate) async fn close(&self, reason: fn() -> ProxyError) -> Terminated {
-        self.lock().closed = Some(reason);
-        self.terminate(|_| Err(reason())).await
     }
 
     /// Checks some connections from the key `next` on. Returns the key to go on with, `None` at the
@@ -181,7 +194,7 @@ impl<T> ConnectionRegistry<T> {
     }
 }
 
-/// The connections that one call has terminated.
+/// Connections that were terminated together.
 #[derive(Debug, Default)]
 #[must_use = "terminated connections wait to be woken"]
 pub(crate) struct Terminated {

@@ -1,8 +1,8 @@
 //! The phases of a stop: nothing new is accepted, what is open may end, the rest is terminated.
 //!
 //! ```text
-//! running ── drain() ──> closing ── deadline ──> aborting ── all ended, or grace ──> ended
-//!            listeners closed, GOAWAY sent       workers terminate their registries
+//! running ── drain() ──> closing ── all ended, or deadline and all terminated ──> ended
+//!            listeners closed, GOAWAY sent
 //! ```
 //!
 //! Not here: the connections, which the connection registry counts and terminates.
@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 
 use crate::connection_registry::Registries;
+use crate::error::ProxyError;
 
 /// How long terminated connections may take to end before the process ends without them.
 const ABORT_GRACE: Duration = Duration::from_secs(1);
@@ -20,7 +21,6 @@ const ABORT_GRACE: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Drain {
     closing: CancellationToken,
-    aborting: CancellationToken,
     ended: CancellationToken,
 }
 
@@ -30,25 +30,20 @@ impl Drain {
         self.closing.cancelled()
     }
 
-    /// Resolves when the deadline has passed.
-    pub(crate) fn aborting(&self) -> WaitForCancellationFuture<'_> {
-        self.aborting.cancelled()
-    }
-
     /// Resolves when no connection is open, or those that are do not end.
     pub(crate) fn ended(&self) -> WaitForCancellationFuture<'_> {
         self.ended.cancelled()
     }
 
-    /// Stops accepting, waits up to `deadline` for the end of `connections`, and has the rest
-    /// terminated. Returns how many those were.
+    /// Stops accepting, waits up to `deadline` for the end of `connections`, and terminates the
+    /// rest. Returns how many those were.
     pub(crate) async fn drain<T>(&self, connections: &Registries<T>, deadline: Duration) -> usize {
         self.closing.cancel();
         let mut left = 0;
         if tokio::time::timeout(deadline, connections.all_ended()).await.is_err() {
             left = connections.open();
-            self.aborting.cancel();
-            if tokio::time::timeout(ABORT_GRACE, connections.all_ended()).await.is_err() {
+            let closed = connections.close(|| ProxyError::Drained);
+            if tokio::time::timeout(ABORT_GRACE, closed).await.is_err() {
                 let connections = connections.open();
                 tracing::warn!(connections, "terminated connections have not ended");
             }
@@ -60,17 +55,14 @@ impl Drain {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use tokio::time::Instant;
 
     use super::*;
-    use crate::error::ProxyError;
 
     #[tokio::test(start_paused = true)]
     async fn drain_waits_for_connections_that_end_by_themselves() {
         let (drain, connections) = (Drain::default(), Registries::new(1));
-        let registration = connections.of(0).unwrap().register(());
+        let registration = connections.of(0).register(());
         tokio::spawn(async move {
             tokio::time::sleep(Duration::from_secs(3)).await;
             drop(registration);
@@ -83,15 +75,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn drain_terminates_remaining_connections_at_its_deadline() {
         let (drain, connections) = (Drain::default(), Registries::new(1));
-        let registry = connections.of(0).unwrap();
-        let registration = registry.register(());
+        let registration = connections.of(0).register(());
         let endless = tokio::spawn(async move {
             registration.termination().or_terminate::<()>(std::future::pending()).await
-        });
-        let (worker, registry) = (drain.clone(), Arc::clone(registry));
-        tokio::spawn(async move {
-            worker.aborting().await;
-            registry.close(|| ProxyError::Drained).await.end().await;
         });
         let began = Instant::now();
         assert_eq!(drain.drain(&connections, Duration::from_secs(5)).await, 1);

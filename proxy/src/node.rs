@@ -1,11 +1,11 @@
 //! What there is one of in the process, in a pod, on a thread, and of a pod on a thread.
 //!
 //! ```text
-//! Node     one         mesh, resolver, limits, timeouts, drain, connection registries,
-//!                      metric series
+//! Node     one         mesh, resolver, limits, timeouts, drain, metric series
 //! Pod      Arc         policy context, sockets, credentials, endpoint health, self-test, addresses
-//! Worker   a thread    command channel, connection registry, cache of metric series, seats
-//! Seat     Pod×Worker  pool, connector, acceptor; made by the first connection of the pod there
+//! Worker   a thread    command channel, cache of metric series, seats
+//! Seat     Pod×Worker  connection registry, pool, connector, acceptor; made by the first
+//!                      connection of the pod there
 //! ```
 //!
 //! A worker serves the connections of every pod. What a connection may use follows from its seat,
@@ -29,13 +29,11 @@ pub(crate) use self::seat::Seat;
 pub(crate) use self::worker::{Assignment, Worker, WorkerCommand};
 pub(crate) use self::workers::Workers;
 use crate::balance::Balance;
-use crate::connection_registry::Registries;
 use crate::copy::{Buffers, Deadlines};
 use crate::drain::Drain;
 use crate::limits::Limits;
 use crate::metrics::SeriesRegistry;
 use crate::pause_gate::PauseGate;
-use crate::policy::Decision;
 use crate::resolve::Resolver;
 use crate::snapshot::Snapshot;
 
@@ -51,8 +49,6 @@ pub(crate) struct Node {
     pub(crate) limits: Limits,
     /// The memory and pipes that copying may use.
     pub(crate) buffers: Buffers,
-    /// Counts and terminates the connections, tunnels and streams that are open.
-    pub(crate) connections: Registries<Decision>,
     pub(crate) drain: Drain,
     /// Pauses accepting while another process takes over.
     pub(crate) accept: PauseGate,
@@ -81,7 +77,6 @@ impl Node {
             balance: Balance::new(workers, limits.connections_per_worker),
             buffers: Buffers::new(settings.limits.buffers, limits.descriptors.clone()),
             limits,
-            connections: Registries::new(workers),
             drain: Drain::default(),
             accept,
             series,

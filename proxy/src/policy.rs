@@ -20,7 +20,7 @@ pub(crate) use self::context::PolicyContext;
 use crate::authorization;
 use crate::connection_registry::Registration;
 use crate::error::ProxyError;
-use crate::node::{Pod, PodId};
+use crate::node::Pod;
 use crate::snapshot::Snapshot;
 
 /// A connection, as far as it is decided on.
@@ -86,27 +86,17 @@ impl Subject {
     }
 }
 
-/// What a registered connection, tunnel or stream was permitted, and the pod that it belongs to.
-#[derive(Debug)]
-pub(crate) struct Decision {
-    pod: Arc<Pod>,
-    /// `None` for a tunnel, and for a connection before its first permit. A later permit replaces
-    /// an earlier one: the connection is then on its way to another endpoint.
-    permitted: Option<Permitted>,
-}
+/// What a registered connection, tunnel or stream was permitted: nothing, for a tunnel and for a
+/// connection before its first permit. A later permit replaces an earlier one: the connection is
+/// then on its way to another endpoint.
+#[derive(Debug, Default)]
+pub(crate) struct Decision(Option<Permitted>);
 
 #[derive(Debug)]
 struct Permitted {
     subject: Subject,
     /// The generation of the mesh that permitted it.
     generation: u64,
-}
-
-impl Decision {
-    /// That of a connection which has no permit yet.
-    pub(crate) fn pending(pod: Arc<Pod>) -> Self {
-        Self { pod, permitted: None }
-    }
 }
 
 /// Permission for one pod to dial one destination. Only this module can make one.
@@ -143,7 +133,7 @@ pub(crate) fn permit<'a>(
     log_dry_run(&subject, &current, &pod.context);
     let destination = subject.destination();
     let permitted = Permitted { subject, generation: current.generation };
-    registration.update(|decision| decision.permitted = Some(permitted));
+    registration.update(|decision| *decision = Decision(Some(permitted)));
     Ok(Permit { pod, destination, _registration: registration })
 }
 
@@ -265,53 +255,41 @@ fn is_own_listener(port: u16, ports: Ports) -> bool {
     [ports.outbound, ports.inbound, ports.hbone].contains(&port)
 }
 
-/// A change of the mesh: what it means for the connections that are open.
+/// A change of the mesh: what it means for the open connections of a pod.
 #[derive(Debug)]
 pub(crate) struct Change<'a> {
     old: &'a Snapshot,
     new: &'a Snapshot,
-    /// Whether the change concerns connections to an address of a pod: computed once for each.
-    touched: HashMap<(PodId, IpAddr), bool>,
+    context: &'a PolicyContext,
+    /// Whether the change concerns connections to an address of the pod: computed once for each.
+    touched: HashMap<IpAddr, bool>,
 }
 
 impl<'a> Change<'a> {
-    pub(crate) fn new(old: &'a Snapshot, new: &'a Snapshot) -> Self {
-        Self { old, new, touched: HashMap::new() }
+    pub(crate) fn new(old: &'a Snapshot, new: &'a Snapshot, context: &'a PolicyContext) -> Self {
+        Self { old, new, context, touched: HashMap::new() }
     }
 
     /// Checks whether the new mesh still allows a connection. One without a permit gets it by a
     /// mesh that is at least as new.
-    pub(crate) fn check(&mut self, decision: &Decision) -> Result<(), ProxyError> {
-        let Decision { pod, permitted: Some(permitted) } = decision else { return Ok(()) };
-        let Permitted { subject, generation } = permitted;
-        self.check_permitted(subject, *generation, pod.id, &pod.context)
-    }
-
-    fn check_permitted(
-        &mut self,
-        subject: &Subject,
-        generation: u64,
-        pod: PodId,
-        context: &PolicyContext,
-    ) -> Result<(), ProxyError> {
-        if generation >= self.new.generation {
+    pub(crate) fn check(&mut self, Decision(permitted): &Decision) -> Result<(), ProxyError> {
+        let Some(Permitted { subject, generation }) = permitted else { return Ok(()) };
+        if *generation >= self.new.generation {
             return Ok(());
         }
         // A mesh between the two permitted it: the old one never decided on it.
-        let by_old = generation <= self.old.generation;
+        let by_old = *generation <= self.old.generation;
         match subject {
-            Subject::Inbound(inbound)
-                if by_old && !self.touches(inbound.destination.ip(), pod, context) =>
-            {
+            Subject::Inbound(inbound) if by_old && !self.touches(inbound.destination.ip()) => {
                 Ok(())
             }
-            subject => check(subject, self.new, context),
+            subject => check(subject, self.new, self.context),
         }
     }
 
-    fn touches(&mut self, address: IpAddr, pod: PodId, context: &PolicyContext) -> bool {
-        let Self { old, new, touched } = self;
-        *touched.entry((pod, address)).or_insert_with(|| {
+    fn touches(&mut self, address: IpAddr) -> bool {
+        let Self { old, new, context, touched } = self;
+        *touched.entry(address).or_insert_with(|| {
             let (before, after) = (local(address, old, context), local(address, new, context));
             let same_place = (before.namespace, before.name) == (after.namespace, after.name);
             let same_policies = old.mesh.policies(before.namespace, before.workload)

@@ -19,11 +19,20 @@ fn forbid(_: &usize) -> Result<(), ProxyError> {
     Err(ProxyError::Drained)
 }
 
+async fn mark(
+    registry: &Registry,
+    check: impl FnMut(&usize) -> Result<(), ProxyError>,
+) -> Terminated {
+    let mut terminated = Terminated::default();
+    registry.terminate(&mut terminated, check).await;
+    terminated
+}
+
 async fn terminate(
     registry: &Registry,
     check: impl FnMut(&usize) -> Result<(), ProxyError>,
 ) -> usize {
-    let terminated = registry.terminate(check).await;
+    let terminated = mark(registry, check).await;
     let count = terminated.count();
     terminated.end().await;
     count
@@ -51,7 +60,7 @@ async fn forbidden_connections_end_and_others_continue() {
 async fn terminated_connection_moves_nothing_before_it_is_woken() {
     let registry = Registry::default();
     let registration = registry.register(1);
-    let terminated = registry.terminate(forbid).await;
+    let terminated = mark(&registry, forbid).await;
     let ready = std::future::ready(Ok("moved"));
     let outcome = registration.termination().or_terminate(ready).await;
     assert!(matches!(outcome, Err(ProxyError::Drained)), "{outcome:?}");
@@ -64,9 +73,9 @@ async fn updated_subject_decides() {
     let registration = registry.register(1);
     let ones = |number: &usize| if *number == 1 { forbid(number) } else { Ok(()) };
     registration.update(|number| *number = 2);
-    assert_eq!(registry.terminate(ones).await.count(), 0);
+    assert_eq!(mark(&registry, ones).await.count(), 0);
     registration.update(|number| *number = 1);
-    assert_eq!(registry.terminate(ones).await.count(), 1);
+    assert_eq!(mark(&registry, ones).await.count(), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -83,10 +92,9 @@ async fn end_times_out_for_connection_that_does_not_end() {
 async fn end_waits_only_for_the_connections_of_its_call() {
     let registry = Registry::default();
     let first = registry.register(1);
-    let ones =
-        registry.terminate(|number| if *number == 1 { forbid(number) } else { Ok(()) }).await;
+    let ones = mark(&registry, |number| if *number == 1 { forbid(number) } else { Ok(()) }).await;
     let _second = registry.register(2);
-    let twos = registry.terminate(forbid).await;
+    let twos = mark(&registry, forbid).await;
     assert_eq!((ones.count(), twos.count()), (1, 1));
     drop(first);
     let began = Instant::now();
@@ -95,12 +103,12 @@ async fn end_waits_only_for_the_connections_of_its_call() {
 }
 
 #[tokio::test]
-async fn closed_registry_terminates_later_connections_from_their_start() {
-    let registry = Registry::default();
-    let early = idle(&registry, 1);
-    registry.close(|| ProxyError::Drained).await.end().await;
+async fn closed_registries_terminate_later_connections_from_their_start() {
+    let registries = Registries::new(2);
+    let early = idle(registries.of(1), 1);
+    registries.close(|| ProxyError::Drained).await;
     assert!(matches!(early.await.unwrap(), Err(ProxyError::Drained)));
-    let late = registry.register(2);
+    let late = registries.of(0).register(2);
     let outcome = late.termination().or_terminate(std::future::ready(Ok(()))).await;
     assert!(matches!(outcome, Err(ProxyError::Drained)), "{outcome:?}");
 }
@@ -108,7 +116,7 @@ async fn closed_registry_terminates_later_connections_from_their_start() {
 #[tokio::test(start_paused = true)]
 async fn registries_wait_for_the_last_connection_of_any_worker() {
     let registries = Registries::new(2);
-    let register = |worker, number| registries.of(worker).unwrap().register(number);
+    let register = |worker, number| registries.of(worker).register(number);
     let (first, second) = (register(0, 1), register(1, 2));
     assert_eq!(registries.open(), 2);
     let mut ended = std::pin::pin!(registries.all_ended());

@@ -8,8 +8,9 @@ use underpass_config::{InterceptionSettings, SpiffeId, Workload};
 use underpass_hbone::Credentials;
 use underpass_interception::{LocalAddresses, Sockets};
 
+use crate::connection_registry::Registries;
 use crate::endpoint_health::EndpointHealth;
-use crate::policy::PolicyContext;
+use crate::policy::{Decision, PolicyContext};
 use crate::self_test::SelfTest;
 
 /// Distinguishes the pods of this process. An id is never used again, unlike an address in memory
@@ -39,6 +40,8 @@ pub(crate) struct Pod {
     pub(crate) self_test: SelfTest,
     /// How its traffic is caught; a reload changes it.
     pub(crate) interception: watch::Receiver<InterceptionSettings>,
+    /// Counts and terminates the connections, tunnels and streams of the pod.
+    pub(crate) connections: Registries<Decision>,
     /// Tells which addresses are the pod's own.
     pub(crate) local: LocalAddresses,
 }

@@ -12,7 +12,7 @@ use underpass_hbone::{Acceptor, ClientSettings, Connector, Pool, PoolSettings, S
 
 use super::{Node, Pod, Worker};
 use crate::accept::Source;
-use crate::connection_registry::Registration;
+use crate::connection_registry::{ConnectionRegistry, Registration};
 use crate::descriptors::Held;
 use crate::dial::TunnelDialer;
 use crate::error::ProxyError;
@@ -36,6 +36,8 @@ const REMEMBERED_AT_MOST: usize = 16;
 pub(crate) struct Seat {
     pub(crate) worker: Arc<Worker>,
     pub(crate) pod: Arc<Pod>,
+    /// The connections, tunnels and streams of the pod on the worker.
+    pub(crate) registry: Arc<ConnectionRegistry<Decision>>,
     /// The tunnels that this seat has opened.
     pub(crate) pool: Pool<TunnelDialer>,
     /// Opens tunnels; `None` without a certificate.
@@ -70,6 +72,7 @@ impl Seat {
         Arc::new_cyclic(|seat| Self {
             worker: worker.clone(),
             pod: pod.clone(),
+            registry: pod.connections.of(worker.index).clone(),
             pool: Pool::new(TunnelDialer::new(seat.clone()), settings),
             connector: credentials().map(|own| Connector::new(own, client)),
             acceptor: credentials().map(|own| Acceptor::new(own, server)),
@@ -89,7 +92,7 @@ impl Seat {
 
     /// Registers a stream of a tunnel of the pod.
     pub(crate) fn register_stream(&self) -> Registration<Decision> {
-        self.worker.registry.register(Decision::pending(self.pod.clone()))
+        self.registry.register(Decision::default())
     }
 
     /// Decides on a registered connection of the pod.

@@ -7,6 +7,7 @@ use underpass_config::{Mesh, Settings, Sources};
 use underpass_interception::{LocalAddresses, Sockets};
 
 use super::{Node, Pod, PodId};
+use crate::connection_registry::Registries;
 use crate::pause_gate::PauseGate;
 use crate::policy::PolicyContext;
 use crate::snapshot::Snapshot;
@@ -31,6 +32,7 @@ pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
         endpoints: Arc::default(),
         self_test: crate::self_test::SelfTest::default(),
         interception: watch::Sender::new(settings.interception).subscribe(),
+        connections: Registries::new(2),
         local: LocalAddresses::open().expect("a netlink socket"),
     })
 }

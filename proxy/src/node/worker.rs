@@ -16,7 +16,7 @@ use underpass_interception::BoundListener;
 
 use super::{Node, Pod, PodId, Seat};
 use crate::accept::{Accepted, accept_loop};
-use crate::connection_registry::{ConnectionRegistry, Registration, Terminated};
+use crate::connection_registry::{Registration, Terminated};
 use crate::error::ProxyError;
 use crate::limits::Place;
 use crate::listeners::Kind;
@@ -31,8 +31,6 @@ use crate::{inbound, outbound};
 pub(crate) struct Worker {
     pub(crate) node: Arc<Node>,
     pub(crate) index: usize,
-    /// The open connections, tunnels and streams of this worker.
-    pub(crate) registry: Arc<ConnectionRegistry<Decision>>,
     /// The metric series that they are counted in.
     pub(crate) series: KnownSeries,
     /// The command channel of each worker, this one included.
@@ -76,15 +74,8 @@ impl Worker {
         index: usize,
         workers: Arc<[mpsc::Sender<WorkerCommand>]>,
     ) -> Arc<Self> {
-        let registry = node.connections.of(index).cloned().unwrap_or_default();
         let series = KnownSeries::new(node.series.clone());
-        Arc::new(Self { node, index, registry, series, workers, seats: Mutex::default() })
-    }
-
-    /// Registers an accepted connection with the worker that is going to serve it.
-    pub(crate) fn register_with(&self, index: usize, pod: &Arc<Pod>) -> Registration<Decision> {
-        let registry = self.node.connections.of(index).unwrap_or(&self.registry);
-        registry.register(Decision::pending(pod.clone()))
+        Arc::new(Self { node, index, series, workers, seats: Mutex::default() })
     }
 
     /// The seat of `pod`, made if this is the first connection of the pod here.
@@ -145,8 +136,6 @@ impl Worker {
     ) {
         let enforcing = self.clone();
         tokio::spawn(async move { enforcing.enforce(&reporter).await });
-        let aborting = self.clone();
-        tokio::spawn(async move { aborting.abort().await });
         let mut listeners: HashMap<PodId, JoinSet<()>> = HashMap::new();
         loop {
             let command = tokio::select! {
@@ -169,12 +158,6 @@ impl Worker {
                 }
             }
         }
-    }
-
-    /// Terminates all connections when the drain deadline has passed.
-    async fn abort(&self) {
-        self.node.drain.aborting().await;
-        self.registry.close(|| ProxyError::Drained).await.end().await;
     }
 
     /// Terminates the connections that each change of the mesh forbids, for ever. Reports each
@@ -205,12 +188,19 @@ impl Worker {
     /// Terminates the connections that a change of the mesh forbids.
     async fn apply(&self, old: &Snapshot, new: &Snapshot) -> Terminated {
         self.series.forget();
-        let mut change = Change::new(old, new);
-        let check = |decision: &Decision| {
-            let checked = change.check(decision);
-            checked.map_err(|reason| ProxyError::NoLongerAllowed(Box::new(reason)))
-        };
-        self.registry.terminate(check).await
+        // A connection that is permitted has a seat. One that is permitted from here on is
+        // permitted by `new` or a newer mesh.
+        let seats: Vec<_> = self.seats().values().filter_map(Weak::upgrade).collect();
+        let mut terminated = Terminated::default();
+        for seat in seats {
+            let mut change = Change::new(old, new, seat.context());
+            let check = |decision: &Decision| {
+                let checked = change.check(decision);
+                checked.map_err(|reason| ProxyError::NoLongerAllowed(Box::new(reason)))
+            };
+            seat.registry.terminate(&mut terminated, check).await;
+        }
+        terminated
     }
 }
 
@@ -266,7 +256,7 @@ mod tests {
             let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (stream, client) = listener.accept().unwrap();
             let accepted = Accepted::testing(Kind::Plaintext, stream, client);
-            let registration = worker.register_with(load.worker(), &pod);
+            let registration = pod.connections.of(load.worker()).register(Decision::default());
             let place = Place { load, source: None };
             Assignment { pod: pod.clone(), accepted, registration, place, tunnel: None }
         };

@@ -174,7 +174,7 @@ mod tests {
         assert!(is_served(kept_at).await, "the other pod's listener stays");
         workers.remove_listeners(second.id).await;
 
-        node.drain.drain(&node.connections, std::time::Duration::ZERO).await;
+        node.drain.drain(&second.connections, std::time::Duration::ZERO).await;
         workers.join().await;
         assert_eq!(Arc::strong_count(&second), 1, "workers keep nothing of a removed pod");
     }

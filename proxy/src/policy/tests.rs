@@ -3,7 +3,7 @@
 use underpass_config::Mesh;
 
 use super::*;
-use crate::connection_registry::ConnectionRegistry;
+use crate::connection_registry::Terminated;
 use crate::node::testing::{self, pod};
 
 const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
@@ -180,8 +180,8 @@ fn an_address_that_the_mesh_does_not_know_is_under_the_policies_of_our_name() {
 
 fn after(old: &Snapshot, new: &Snapshot, since: u64) -> Result<(), &'static str> {
     let context = context(&[]);
-    let checked =
-        Change::new(old, new).check_permitted(&from_client(), since, PodId::next(), &context);
+    let decision = Decision(Some(Permitted { subject: from_client(), generation: since }));
+    let checked = Change::new(old, new, &context).check(&decision);
     checked.map_err(|error| error.reason().code)
 }
 
@@ -215,26 +215,26 @@ fn change_does_not_judge_what_a_newer_generation_permitted() {
     assert_eq!(after(&first, &second, 2), Ok(()));
 }
 
-fn register(pod: &Arc<Pod>) -> Registration<Decision> {
-    Arc::new(ConnectionRegistry::default()).register(Decision::pending(pod.clone()))
+/// How many connections of a pod a change terminates.
+async fn terminated(pod: &Pod, old: &Snapshot, new: &Snapshot) -> usize {
+    let (mut change, mut terminated) = (Change::new(old, new, &pod.context), Terminated::default());
+    pod.connections.of(0).terminate(&mut terminated, |decision| change.check(decision)).await;
+    terminated.count()
 }
 
 #[tokio::test]
 async fn permit_is_noted_in_registration_of_its_connection() {
     let (old, new) = (Arc::new(snapshot(1, "")), Arc::new(snapshot(2, &deny_client())));
     let (sender, mesh) = watch::channel(old.clone());
-    let (registry, pod) = (Arc::new(ConnectionRegistry::default()), pod(&[]));
-    let registration = registry.register(Decision::pending(pod.clone()));
-    let forbidden = async || {
-        let mut change = Change::new(&old, &new);
-        registry.terminate(|decision| change.check(decision)).await.count()
-    };
-    assert_eq!(forbidden().await, 0, "it has no permit yet");
+    let pod = pod(&[]);
+    let registration = pod.connections.of(0).register(Decision::default());
+    assert_eq!(terminated(&pod, &old, &new).await, 0, "it has no permit yet");
     let allowed = permit(from_client(), &pod, &mesh, &registration).expect("a permit");
     assert_eq!(allowed.destination(), at("10.0.0.1:8080"));
-    assert_eq!(forbidden().await, 1);
-    sender.send_replace(new.clone());
-    let denied = permit(from_client(), &pod, &mesh, &register(&pod)).map(drop);
+    assert_eq!(terminated(&pod, &old, &new).await, 1);
+    sender.send_replace(new);
+    let later = pod.connections.of(0).register(Decision::default());
+    let denied = permit(from_client(), &pod, &mesh, &later).map(drop);
     assert!(matches!(denied, Err(ProxyError::Denied(_))), "{denied:?}");
 }
 
@@ -243,24 +243,16 @@ async fn permit_is_noted_in_registration_of_its_connection() {
 async fn change_is_checked_by_the_context_of_each_pod() {
     let (old, new) = (Arc::new(snapshot(1, "")), snapshot(2, &deny_client()));
     let (_sender, mesh) = watch::channel(old.clone());
-    let registry = Arc::new(ConnectionRegistry::default());
     let pods = [pod(&[]), pod(&["workload.namespace=other", "workload.name=other"])];
     let registrations = pods.each_ref().map(|pod| {
         let client = Principal { id: CLIENT.parse().expect("an id"), aliases: Arc::default() };
         let subject = Subject::inbound(at("10.0.0.9:40000"), at("192.0.2.1:80"), Some(client));
-        let registration = registry.register(Decision::pending(pod.clone()));
+        let registration = pod.connections.of(0).register(Decision::default());
         let permit = permit(subject, pod, &mesh, &registration).expect("a permit");
         assert_eq!(permit.pod().id, pod.id);
         registration
     });
-    let mut denied = Vec::new();
-    let mut change = Change::new(&old, &new);
-    let terminated = registry.terminate(|decision| {
-        let checked = change.check(decision);
-        denied.extend(checked.is_err().then_some(decision.pod.id));
-        checked
-    });
-    assert_eq!(terminated.await.count(), 1);
-    assert_eq!(denied, [pods[0].id], "the policy is of the first pod's namespace");
+    assert_eq!(terminated(&pods[0], &old, &new).await, 1);
+    assert_eq!(terminated(&pods[1], &old, &new).await, 0, "the policy is of the first namespace");
     drop(registrations);
 }

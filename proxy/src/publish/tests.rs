@@ -6,11 +6,10 @@ use std::pin::pin;
 use std::task::Poll;
 
 use super::*;
-use crate::connection_registry::Registration;
 use crate::error::ProxyError;
 use crate::node::testing::{node_in, pod, snapshot};
-use crate::node::{Node, Pod, Worker};
-use crate::policy::{Decision, Subject, permit};
+use crate::node::{Seat, Worker};
+use crate::policy::{Decision, Subject};
 
 const GENERATIONS: u16 = 40;
 /// For each port that some generation denies, on each worker.
@@ -31,18 +30,16 @@ fn generation(number: u16) -> Arc<Snapshot> {
 }
 
 /// Opens a connection to `port` that ends when it is terminated.
-fn open(node: &Node, pod: &Arc<Pod>, worker: usize, port: u16) {
-    let registry = node.connections.of(worker).unwrap();
-    let registration = registry.register(Decision::pending(pod.clone()));
+fn open(seat: Arc<Seat>, port: u16) {
+    let registration = seat.registry.register(Decision::default());
     let at = |last, port| SocketAddr::from(([10, 0, 0, last], port));
     let subject = Subject::inbound(at(9, 40000), at(1, port), None);
-    permit(subject, pod, &node.mesh, &registration).map(drop).unwrap();
-    tokio::spawn(end_when_terminated(registration));
-}
-
-async fn end_when_terminated(registration: Registration<Decision>) {
-    let ended = registration.termination().or_terminate::<()>(std::future::pending()).await;
-    assert!(matches!(ended, Err(ProxyError::NoLongerAllowed(_))), "{ended:?}");
+    seat.permit(subject, &registration).map(drop).unwrap();
+    tokio::spawn(async move {
+        let ended = registration.termination().or_terminate::<()>(std::future::pending()).await;
+        assert!(matches!(ended, Err(ProxyError::NoLongerAllowed(_))), "{ended:?}");
+        drop(seat);
+    });
 }
 
 /// Runs `work` only while `starved` is not set.
@@ -62,15 +59,15 @@ async fn unless_starved(starved: &Cell<bool>, work: impl Future<Output = ()>) {
 async fn overlapping_generations_are_accounted_once_under_starved_worker() {
     let (current, mesh) = watch::channel(generation(1));
     let (node, pod) = (node_in(2, mesh), pod(&[]));
-    for worker in [0, 1] {
+    let workers = [0, 1].map(|index| Worker::new(node.clone(), index, Arc::default()));
+    for worker in &workers {
         for port in 2..=GENERATIONS {
-            (0..CONNECTIONS).for_each(|_| open(&node, &pod, worker, port));
+            (0..CONNECTIONS).for_each(|_| open(worker.seat(&pod), port));
         }
     }
-    let (reporters, Reports { workers, mut reports }) = reports(2);
-    let mut ledger = Ledger::new(workers);
+    let (reporters, Reports { mut reports, .. }) = reports(workers.len());
+    let mut ledger = Ledger::new(workers.len());
     let starved = Cell::new(false);
-    let [first, second] = [0, 1].map(|index| Worker::new(node.clone(), index, Arc::default()));
     let mut accounts = Vec::new();
     let publishing = async {
         for number in 1..=GENERATIONS {
@@ -88,15 +85,15 @@ async fn overlapping_generations_are_accounted_once_under_starved_worker() {
         starved.set(false);
         accounts.extend(ledger.take(reports.recv().await.unwrap()));
     };
-    let workers = async {
+    let enforcing = async {
         tokio::join!(
-            first.enforce(&reporters[0]),
-            unless_starved(&starved, second.enforce(&reporters[1]))
+            workers[0].enforce(&reporters[0]),
+            unless_starved(&starved, workers[1].enforce(&reporters[1]))
         )
     };
     tokio::select! {
         () = publishing => {}
-        _ = workers => unreachable!("the mesh is open"),
+        _ = enforcing => unreachable!("the mesh is open"),
     }
     let accounts: Vec<_> = accounts.iter().map(Published::facts).collect();
     let generations = (1..=u64::from(GENERATIONS)).map(|number| match number {
@@ -108,5 +105,5 @@ async fn overlapping_generations_are_accounted_once_under_starved_worker() {
         number => (number, CONNECTIONS, true),
     });
     assert_eq!(accounts, generations.collect::<Vec<_>>());
-    assert_eq!(node.connections.open(), 0);
+    assert_eq!(pod.connections.open(), 0);
 }
