@@ -39,8 +39,7 @@ pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
     let facts = Facts::new(Direction::Outbound, Party::default(), Party::default());
     let record = ConnectionRecord::opened(Instant::now(), facts, &KnownSeries::default());
     let deadlines = &Deadlines { idle: None, half_close: None, probes: Probes::CONNTRACK };
-    let termination = registration.termination();
-    let flow = Flow { record: &record, buffers: &buffers, deadlines, termination };
+    let flow = Flow::new(&buffers, deadlines, &record, registration.termination());
     let ended: Result<(), ProxyError> = match upstream {
         Upstream::Tcp(upstream) => flow.through_tcp(&client, &upstream).await,
         Upstream::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,

@@ -1,20 +1,46 @@
-//! Moving bytes between an application's connection and what carries them on: a tunnel or another connection.
+//! Relays bytes between a client's connection and the way to its destination: a tunnel or a second
+//! TCP connection.
 //!
-//! Both directions run until both have ended (half-open is a state like any other) or one breaks. FIN becomes END_STREAM
-//! and END_STREAM becomes FIN; whatever else ends a side aborts the other one: TCP RST and RST_STREAM, never a FIN.
-//! Sockets come here such that closing them is a reset (`accept.rs`, `dial.rs`); only a good end takes that back.
+//! The two directions end independently. FIN or END_STREAM ends one direction and is forwarded as
+//! END_STREAM or FIN after the last byte:
 //!
-//! A side whose sending has ended can still break. Nobody reads it then, so that whoever has nothing to write to it watches it.
-//! As long as it sends, reading tells, behind what it had sent before.
+//! ```text
+//!                 client ends
+//!       +------+               +-------------+
+//!       | Open |-------------->| ClientEnded |
+//!       +------+               +-------------+
+//!           |                         |
+//!           | upstream ends           | upstream ends
+//!           v                         v
+//!   +---------------+             +--------+
+//!   | UpstreamEnded |------------>| Closed |
+//!   +---------------+ client ends +--------+
 //!
-//! A [`Relay`] is polled and not written as an `async fn`: it is most of what an idle connection holds, and most of what a small
-//! request costs beside its system calls.
+//!   any state but Closed --- reset, lost tunnel, deadline, termination ---> aborted
+//! ```
 //!
-//! `tcp` and `tunnel` are what a side can be, `splice` moves bulk between two connections, `buffers` is what that may cost, and
-//! `deadlines` is how long it may rest.
+//! An aborted connection sends RST or RST_STREAM to both sides, never FIN or END_STREAM. Sockets
+//! arrive here with a linger time of zero (`accept.rs`, `dial.rs`), so that closing them sends RST;
+//! only [`State::Closed`] restores an orderly close.
+//!
+//! Each direction detects an abort of its source and of its sink:
+//!
+//! | the direction            | its source is           | its sink is                         |
+//! |--------------------------|-------------------------|-------------------------------------|
+//! | waits for data           | read                    | read by the other direction; when   |
+//! |                          |                         | that has ended, watched for aborts  |
+//! | is blocked in writing    | watched for aborts      | written                             |
+//!
+//! Data that a source sent before its abort is forwarded as long as the sink takes it. A FIN is no
+//! abort: it waits in the socket until the sink has taken all data before it.
+//!
+//! [`Relay`] is a hand-written future instead of an `async fn`: it is most of the memory of an idle
+//! connection, and most of the CPU time of a small request besides its system calls.
 
 mod buffers;
 mod deadlines;
+mod direction;
+mod readiness;
 mod splice;
 mod tcp;
 mod tunnel;
@@ -22,40 +48,39 @@ mod tunnel;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
 use tokio::net::TcpStream;
 use underpass_hbone::TunnelStream;
 
 pub(crate) use self::buffers::Buffers;
-use self::deadlines::Watch;
+use self::deadlines::IdleTimer;
 pub(crate) use self::deadlines::{Deadlines, Probes};
-use self::splice::Splice;
+use self::direction::{Direction, Endpoint};
+pub(crate) use self::readiness::aborted;
 use self::tcp::Tcp;
-pub(crate) use self::tcp::broken;
 use self::tunnel::Tunnelled;
 use crate::connection_registry::Termination;
 use crate::error::ProxyError;
-use crate::node::Node;
 use crate::record::ConnectionRecord;
 
-/// One proxied connection while its bytes move: what is counted, what it may hold, and what may cut it short.
+/// One proxied connection: its counters, its limits, and the signal that terminates it.
 pub(crate) struct Flow<'a> {
-    pub(crate) record: &'a ConnectionRecord,
-    pub(crate) buffers: &'a Buffers,
-    pub(crate) deadlines: &'a Deadlines,
-    pub(crate) termination: &'a Termination,
+    buffers: &'a Buffers,
+    deadlines: &'a Deadlines,
+    record: &'a ConnectionRecord,
+    termination: &'a Termination,
 }
 
 impl<'a> Flow<'a> {
     pub(crate) fn new(
-        Node { buffers, deadlines, .. }: &'a Node,
+        buffers: &'a Buffers,
+        deadlines: &'a Deadlines,
         record: &'a ConnectionRecord,
         termination: &'a Termination,
     ) -> Self {
-        Self { record, buffers, deadlines, termination }
+        Self { buffers, deadlines, record, termination }
     }
 
-    /// Copies between a client's connection and the tunnel that leads to its destination.
+    /// Relays between a client's connection and the tunnel to its destination.
     pub(crate) fn into_tunnel(
         self,
         client: &'a TcpStream,
@@ -65,7 +90,7 @@ impl<'a> Flow<'a> {
         Relay::new(self, client, Tunnelled::new(tunnel))
     }
 
-    /// Copies between the tunnel that a client came through and the application.
+    /// Relays between a client's tunnel and the application.
     pub(crate) fn out_of_tunnel(
         self,
         tunnel: TunnelStream,
@@ -75,7 +100,7 @@ impl<'a> Flow<'a> {
         Relay::new(self, Tunnelled::new(tunnel), app)
     }
 
-    /// Copies between a client's connection and one to its destination.
+    /// Relays between a client's connection and a TCP connection to its destination.
     pub(crate) fn through_tcp(
         self,
         client: &'a TcpStream,
@@ -87,243 +112,150 @@ impl<'a> Flow<'a> {
     }
 }
 
-/// One side of a connection: bytes come from it, and go to it.
-trait Side {
-    /// The next bytes, never empty; `None` after a clean end (FIN, END_STREAM).
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ProxyError>>;
-
-    /// Whether a clean end is known to follow what was read last. One that is known in time goes on with it, and costs neither
-    /// side a packet and a wake-up of its own.
-    fn is_at_end(&self) -> bool;
-
-    /// Takes some from the front of `data`, which is not empty, when there is room: how many. After the `last` data, it is only
-    /// finished.
-    fn poll_write(
-        &mut self,
-        cx: &mut Context<'_>,
-        data: &mut Bytes,
-        last: bool,
-    ) -> Poll<Result<usize, ProxyError>>;
-
-    /// Sends what it took and did not send yet, when it is time: called when there is nothing to
-    /// write for now.
-    fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {
-        Poll::Ready(Ok(()))
-    }
-
-    /// Ends what is written to it cleanly (FIN, END_STREAM); the other direction goes on.
-    fn finish(&mut self) -> Result<(), ProxyError>;
-
-    /// Ready when it breaks, though nothing is read from it or written to it.
-    fn poll_aborted(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError>;
-
-    /// Ready when it may not be used any longer, whatever is still to be read from it.
-    fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError>;
-
-    /// All is over: both directions ended well, or this side has to tell that they did not.
-    fn close(&mut self, well: bool);
-
-    /// The connection that is probed while it is half-closed; a tunnel has its own way to find out.
-    fn socket(&self) -> Option<&TcpStream>;
+/// Which sides have ended their sending; see the diagram above.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Open,
+    ClientEnded,
+    UpstreamEnded,
+    Closed,
 }
 
-/// How bytes get from one side to another.
-trait Onto<To: Side>: Side + Sized {
-    /// Moves what there is: ready when this side has ended well, and that was passed on.
-    fn poll_onto(
-        &mut self,
-        to: &mut To,
-        direction: &mut Direction,
-        cx: &mut Context<'_>,
-        moved: &impl Fn(usize),
-    ) -> Poll<Result<(), ProxyError>> {
-        while ready!(direction.poll_piece(self, to, cx, moved))? {}
-        Poll::Ready(to.finish())
+impl State {
+    fn is_half_closed(self) -> bool {
+        matches!(self, Self::ClientEnded | Self::UpstreamEnded)
+    }
+
+    fn client_sends(self) -> bool {
+        matches!(self, Self::Open | Self::UpstreamEnded)
+    }
+
+    fn upstream_sends(self) -> bool {
+        matches!(self, Self::Open | Self::ClientEnded)
+    }
+
+    fn end_client(&mut self) {
+        *self = if self.upstream_sends() { Self::ClientEnded } else { Self::Closed };
+    }
+
+    fn end_upstream(&mut self) {
+        *self = if self.client_sends() { Self::UpstreamEnded } else { Self::Closed };
     }
 }
 
-impl Onto<Tunnelled> for Tcp<'_> {}
-impl Onto<Tcp<'_>> for Tunnelled {}
-
-impl Onto<Tcp<'_>> for Tcp<'_> {
-    /// Bulk between two connections need not be copied.
-    fn poll_onto(
-        &mut self,
-        to: &mut Tcp<'_>,
-        direction: &mut Direction,
-        cx: &mut Context<'_>,
-        moved: &impl Fn(usize),
-    ) -> Poll<Result<(), ProxyError>> {
-        loop {
-            if let Some(splice) = &mut direction.splice {
-                let ended = ready!(splice.poll(self, to, direction.watches, cx, moved))?;
-                direction.splice = None;
-                if ended {
-                    break;
-                }
-            }
-            if !ready!(direction.poll_piece(self, to, cx, moved))? {
-                break;
-            }
-            // Boxed: most connections never are, and all of them would have to bear its state.
-            direction.splice = self.is_bulk().then(|| Box::new(Splice::new()));
-        }
-        Poll::Ready(to.finish())
-    }
-}
-
-/// One direction of a connection.
-#[derive(Default)]
-struct Direction {
-    /// What was read and is not written yet.
-    pending: Bytes,
-    splice: Option<Box<Splice>>,
-    /// Whether where it goes has ended its own sending, so that nobody reads there.
-    watches: bool,
-    ended: bool,
-}
-
-impl Direction {
-    /// Moves one piece; false at a clean end. Every piece waits for a connection once, which is what gives others their turn:
-    /// tokio lets no task find its connections ready for ever.
-    fn poll_piece(
-        &mut self,
-        from: &mut impl Side,
-        to: &mut impl Side,
-        cx: &mut Context<'_>,
-        moved: &impl Fn(usize),
-    ) -> Poll<Result<bool, ProxyError>> {
-        if self.pending.is_empty() {
-            match from.poll_read(cx)? {
-                Poll::Ready(Some(data)) => self.pending = data,
-                Poll::Ready(None) => return Poll::Ready(Ok(false)),
-                Poll::Pending => {
-                    if let Poll::Ready(Err(error)) = to.poll_flush(cx) {
-                        return Poll::Ready(Err(error));
-                    }
-                    return self.poll_watch(to, cx);
-                }
-            }
-        }
-        let last = from.is_at_end();
-        while !self.pending.is_empty() {
-            moved(ready!(to.poll_write(cx, &mut self.pending, last))?);
-        }
-        // Empty, it would still hold the memory that it was read into.
-        self.pending = Bytes::new();
-        Poll::Ready(Ok(true))
-    }
-
-    /// While there is nothing to write: an error if where it would go has broken, and nobody reads that.
-    fn poll_watch<T>(
-        &self,
-        to: &mut impl Side,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<T, ProxyError>> {
-        if self.watches { to.poll_aborted(cx).map(Err) } else { Poll::Pending }
-    }
-}
-
-/// Both directions of one connection, until both have ended or something cuts them short.
+/// Both directions of one connection, until both have ended or the connection is aborted.
 struct Relay<'a, C, U> {
     flow: Flow<'a>,
     client: C,
     upstream: U,
-    /// From the client, and to it.
-    there: Direction,
-    back: Direction,
-    /// How long it may rest, if that is limited.
-    watch: Option<Box<Watch>>,
-    /// Which direction goes first: a busy one would leave the other no turn.
-    back_first: bool,
+    client_to_upstream: Direction,
+    upstream_to_client: Direction,
+    /// Absent while no deadline applies.
+    idle_timer: Option<Box<IdleTimer>>,
+    state: State,
+    /// The directions take turns in going first, so that a busy one does not starve the other.
+    upstream_first: bool,
 }
 
-impl<'a, C: Onto<U>, U: Onto<C>> Relay<'a, C, U> {
+impl<'a, C: Endpoint<'a>, U: Endpoint<'a>> Relay<'a, C, U> {
     fn new(flow: Flow<'a>, client: C, upstream: U) -> Self {
-        let watch = flow.deadlines.idle(flow.record.moved());
-        let (there, back) = (Direction::default(), Direction::default());
-        Self { flow, client, upstream, there, back, watch, back_first: false }
+        let idle_timer = flow.deadlines.idle(flow.record.moved());
+        Self {
+            flow,
+            client,
+            upstream,
+            client_to_upstream: Direction::default(),
+            upstream_to_client: Direction::default(),
+            idle_timer,
+            state: State::Open,
+            upstream_first: false,
+        }
     }
 
-    fn poll_there(&mut self, cx: &mut Context<'_>) -> Result<(), ProxyError> {
-        let record = self.flow.record;
-        let Self { client, upstream, there, .. } = self;
-        if !there.ended
-            && client.poll_onto(upstream, there, cx, &|bytes| record.received(bytes))?.is_ready()
+    fn poll_client_to_upstream(&mut self, cx: &mut Context<'_>) -> Result<(), ProxyError> {
+        let Self { flow, client, upstream, client_to_upstream, state, .. } = self;
+        let count = |bytes| flow.record.received(bytes);
+        if state.client_sends()
+            && client_to_upstream
+                .poll(client, upstream, state.is_half_closed(), cx, &count)?
+                .is_ready()
         {
-            there.ended = true;
-            self.half_closed();
+            state.end_client();
         }
         Ok(())
     }
 
-    fn poll_back(&mut self, cx: &mut Context<'_>) -> Result<(), ProxyError> {
-        let record = self.flow.record;
-        let Self { client, upstream, back, .. } = self;
-        if !back.ended
-            && upstream.poll_onto(client, back, cx, &|bytes| record.sent(bytes))?.is_ready()
+    fn poll_upstream_to_client(&mut self, cx: &mut Context<'_>) -> Result<(), ProxyError> {
+        let Self { flow, client, upstream, upstream_to_client, state, .. } = self;
+        let count = |bytes| flow.record.sent(bytes);
+        if state.upstream_sends()
+            && upstream_to_client
+                .poll(upstream, client, state.is_half_closed(), cx, &count)?
+                .is_ready()
         {
-            back.ended = true;
-            self.half_closed();
+            state.end_upstream();
         }
         Ok(())
     }
 
-    /// One of two directions has ended: from now on the other one watches the side that nobody reads.
-    fn half_closed(&mut self) {
-        if self.there.ended != self.back.ended {
-            (self.there.watches, self.back.watches) = (true, true);
+    fn poll_directions(&mut self, cx: &mut Context<'_>) -> Result<(), ProxyError> {
+        if self.upstream_first {
+            self.poll_upstream_to_client(cx)?;
         }
+        self.poll_client_to_upstream(cx)?;
+        if !self.upstream_first {
+            self.poll_upstream_to_client(cx)?;
+        }
+        Ok(())
     }
 
-    fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {
-        // First: a connection that is terminated or cut moves nothing more.
+    /// Ready when the connection must end, no matter what remains to be read.
+    fn poll_terminated(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
         if let Poll::Ready(reason) = self.flow.termination.poll_terminated(cx) {
+            return Poll::Ready(reason);
+        }
+        if let Poll::Ready(reason) = self.client.poll_revoked(cx) {
+            return Poll::Ready(reason);
+        }
+        self.upstream.poll_revoked(cx)
+    }
+
+    fn poll_relay(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {
+        // First: no byte moves after a termination.
+        if let Poll::Ready(reason) = self.poll_terminated(cx) {
             return Poll::Ready(Err(reason));
         }
-        if let Poll::Ready(reason) = self.client.poll_cut(cx) {
-            return Poll::Ready(Err(reason));
+        self.upstream_first = !self.upstream_first;
+        let was_half_closed = self.state.is_half_closed();
+        self.poll_directions(cx)?;
+        let half_closed = !was_half_closed && self.state.is_half_closed();
+        if half_closed {
+            // The direction that goes on was polled before it had to watch its sink.
+            self.poll_directions(cx)?;
         }
-        if let Poll::Ready(reason) = self.upstream.poll_cut(cx) {
-            return Poll::Ready(Err(reason));
-        }
-        self.back_first = !self.back_first;
-        let half_closed = self.there.watches;
-        if self.back_first {
-            self.poll_back(cx)?;
-        }
-        self.poll_there(cx)?;
-        if !self.back_first {
-            self.poll_back(cx)?;
-        }
-        if self.there.watches != half_closed {
-            // Whoever goes on may have gone first, and did not know that it has to watch.
-            self.poll_there(cx)?;
-            self.poll_back(cx)?;
-        }
-        if self.there.ended && self.back.ended {
+        if self.state == State::Closed {
             return Poll::Ready(Ok(()));
         }
-        if self.there.watches != half_closed {
-            self.watch = Some(self.flow.deadlines.half_closed(self.flow.record.moved()));
+        if half_closed {
+            self.idle_timer = Some(self.flow.deadlines.half_closed(self.flow.record.moved()));
         }
-        self.poll_late(cx).map(Err)
+        self.poll_idle_timer(cx).map(Err)
     }
 
-    fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
-        let Some(watch) = &mut self.watch else { return Poll::Pending };
-        let sockets = [self.client.socket(), self.upstream.socket()];
-        watch.poll(cx, self.flow.record.moved(), &sockets)
+    fn poll_idle_timer(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
+        let Some(timer) = &mut self.idle_timer else { return Poll::Pending };
+        let sockets = [self.client.as_tcp(), self.upstream.as_tcp()];
+        timer.poll(cx, self.flow.record.moved(), &sockets.map(|tcp| tcp.map(|tcp| tcp.stream)))
     }
 }
 
-impl<C: Onto<U> + Unpin, U: Onto<C> + Unpin> Future for Relay<'_, C, U> {
+impl<'a, C: Endpoint<'a> + Unpin, U: Endpoint<'a> + Unpin> Future for Relay<'a, C, U> {
     type Output = Result<(), ProxyError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let outcome = ready!(self.poll_both(cx));
-        self.client.close(outcome.is_ok());
-        self.upstream.close(outcome.is_ok());
+        let outcome = ready!(self.poll_relay(cx));
+        self.client.close(&outcome);
+        self.upstream.close(&outcome);
         Poll::Ready(outcome)
     }
 }

@@ -20,7 +20,7 @@ use underpass_interception::reset_on_close;
 use self::retirement::Retirement;
 use crate::accept::{Accepted, Registered};
 use crate::connection_registry::Registration;
-use crate::copy::{Flow, broken};
+use crate::copy::{Flow, aborted};
 use crate::descriptors::Held;
 use crate::dial::{dial_loopback, dial_workload};
 use crate::error::ProxyError;
@@ -45,7 +45,9 @@ pub(crate) fn serve_plaintext(
         let Some(Opened { record, held, client, app }) = opening.await else {
             return;
         };
-        let flow = Flow::new(seat.node(), &record, held.registration.termination());
+        let node = seat.node();
+        let termination = held.registration.termination();
+        let flow = Flow::new(&node.buffers, &node.deadlines, &record, termination);
         let outcome = flow.through_tcp(&client, &app).await;
         record.close(outcome);
     }
@@ -112,7 +114,7 @@ async fn connect_plaintext(
     let app = tokio::select! {
         connected = registration.termination().or_terminate(connecting) => connected?,
         // A FIN is no reason: what was sent before it is still to be delivered.
-        error = broken(&connection.stream) => return Err(ProxyError::Client(error)),
+        error = aborted(&connection.stream) => return Err(ProxyError::Client(error)),
     };
     Ok((connection, app))
 }
@@ -234,7 +236,9 @@ fn serve_request(
         let Some(Opened { record, held, client, app }) = opening.await else {
             return;
         };
-        let flow = Flow::new(seat.node(), &record, held.registration.termination());
+        let node = seat.node();
+        let termination = held.registration.termination();
+        let flow = Flow::new(&node.buffers, &node.deadlines, &record, termination);
         let outcome = flow.out_of_tunnel(client, &app).await;
         record.close(outcome);
     }

@@ -27,7 +27,7 @@ use underpass_hbone::{
 
 use crate::accept::{Accepted, Registered, Source};
 use crate::connection_registry::Registration;
-use crate::copy::{Flow, broken};
+use crate::copy::{Flow, aborted};
 use crate::descriptors::Held;
 use crate::dial::dial;
 use crate::endpoint_health::OpenConnection;
@@ -58,7 +58,9 @@ pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Outp
         let Some(Opened { record, held, client, onward }) = opening.await else {
             return;
         };
-        let flow = Flow::new(seat.node(), &record, held.registration.termination());
+        let node = seat.node();
+        let termination = held.registration.termination();
+        let flow = Flow::new(&node.buffers, &node.deadlines, &record, termination);
         let outcome = match onward {
             Onward::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,
             Onward::Plain(upstream) => flow.through_tcp(&client, &upstream).await,
@@ -287,7 +289,7 @@ impl OutboundConnect<'_> {
         tokio::select! {
             outcome = self.registration.termination().or_terminate(work) => outcome,
             // A FIN is no reason: what was sent before it is still to be delivered.
-            error = broken(&self.connection.stream) => Err(ProxyError::Client(error)),
+            error = aborted(&self.connection.stream) => Err(ProxyError::Client(error)),
         }
     }
 

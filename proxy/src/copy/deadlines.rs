@@ -1,6 +1,6 @@
-//! How long a connection may move nothing, and how its sockets outlive conntrack when one side has ended.
+//! Idle deadlines of a connection, and probes that keep a half-closed one in conntrack.
 //!
-//! Nothing here is done for a byte: a timer looks at how many have moved.
+//! Nothing here runs per byte: a timer compares the connection's byte counter with its last value.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -13,10 +13,10 @@ use underpass_interception::probe_every;
 
 use crate::error::ProxyError;
 
-/// How often a deadline looks: this many times while it lasts, and so late by one of them at most.
-const LOOKS: u32 = 4;
+/// Number of checks within an idle deadline, which is late by at most one interval between them.
+const CHECKS: u32 = 4;
 
-/// How long a connection may move nothing.
+/// How long a connection may stay without moving a byte.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Deadlines {
     pub(crate) idle: Option<Duration>,
@@ -24,22 +24,25 @@ pub(crate) struct Deadlines {
     pub(crate) probes: Probes,
 }
 
-/// When and how often a half-closed connection is probed.
+/// When and how often the sockets of a half-closed connection send TCP keepalive probes.
 ///
-/// After a FIN, conntrack forgets a connection that is silent for 60 s (`nf_conntrack_tcp_timeout_close_wait`), and with it where
-/// redirected packets belong: what comes later is lost (ztunnel #1699). Probes and their answers are no silence. They also find
-/// out who did not shut down but close: its kernel forgets the connection after 60 s (`tcp_fin_timeout`), and then resets it.
+/// After a FIN, conntrack removes a connection that is silent for 60 s
+/// (`nf_conntrack_tcp_timeout_close_wait`), and with it the translation of a redirected connection:
+/// later packets are lost (ztunnel #1699). A probe and its answer end the silence. Probes also
+/// detect a peer that closed its socket instead of only shutting it down: its kernel forgets the
+/// connection after 60 s (`tcp_fin_timeout`) and answers the next probe with RST.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Probes {
-    /// How long after the first FIN this begins: most connections have ended by then.
+    /// Delay after the first FIN: most connections have ended by then.
     pub(crate) after: Duration,
-    /// The silence before the first probe; with `after`, half of what conntrack bears.
+    /// Silence before the first probe; together with `after` half of conntrack's timeout.
     pub(crate) first: Duration,
+    /// Interval between probes.
     pub(crate) every: Duration,
 }
 
 impl Probes {
-    /// By Linux's defaults.
+    /// For Linux's default timeouts.
     pub(crate) const CONNTRACK: Self = Self {
         after: Duration::from_secs(10),
         first: Duration::from_secs(20),
@@ -55,22 +58,22 @@ impl From<&Timeouts> for Deadlines {
 }
 
 impl Deadlines {
-    /// Watches over a connection of which both sides may still send, and which has moved so many bytes; nothing, and no timer, if it
-    /// may rest for ever.
-    pub(super) fn idle(&self, moved: u64) -> Option<Box<Watch>> {
-        let rest = Rest::new(self.idle?, moved, idle_timeout);
-        Some(Watch::new(Some(rest), None, self.probes))
+    /// The timer of a connection that is open in both directions and has moved `moved` bytes;
+    /// `None` without an idle deadline.
+    pub(super) fn idle(&self, moved: u64) -> Option<Box<IdleTimer>> {
+        let deadline = IdleDeadline::new(self.idle?, moved, idle_timeout);
+        Some(IdleTimer::new(Some(deadline), None, self.probes))
     }
 
-    /// The same for a connection of which one side has ended, from now on; its sockets are probed in time.
-    pub(super) fn half_closed(&self, moved: u64) -> Box<Watch> {
+    /// The timer of a connection that is half-closed from now on; it also starts the probes.
+    pub(super) fn half_closed(&self, moved: u64) -> Box<IdleTimer> {
         let half_close = self.half_close.filter(|limit| self.idle.is_none_or(|idle| *limit < idle));
-        let rest = match (half_close, self.idle) {
-            (Some(limit), _) => Some(Rest::new(limit, moved, half_close_timeout)),
-            (None, Some(limit)) => Some(Rest::new(limit, moved, idle_timeout)),
+        let deadline = match (half_close, self.idle) {
+            (Some(limit), _) => Some(IdleDeadline::new(limit, moved, half_close_timeout)),
+            (None, Some(limit)) => Some(IdleDeadline::new(limit, moved, idle_timeout)),
             (None, None) => None,
         };
-        Watch::new(rest, Some(Instant::now() + self.probes.after), self.probes)
+        IdleTimer::new(deadline, Some(Instant::now() + self.probes.after), self.probes)
     }
 }
 
@@ -82,38 +85,40 @@ fn half_close_timeout(after: Duration) -> ProxyError {
     ProxyError::HalfCloseTimeout { after }
 }
 
-/// What is to be done for a connection at some later time, by one timer.
-pub(super) struct Watch {
-    /// Set for the first of the times below.
+/// The deadline of a connection and the start of its probes, on one timer.
+pub(super) struct IdleTimer {
+    /// Set for the earlier of the next check and `probe_at`.
     timer: Pin<Box<Sleep>>,
-    rest: Option<Rest>,
+    deadline: Option<IdleDeadline>,
     probe_at: Option<Instant>,
     probes: Probes,
 }
 
-/// How long nothing has moved.
-struct Rest {
+/// Expires after `limit` without a moved byte.
+struct IdleDeadline {
     limit: Duration,
-    late: fn(Duration) -> ProxyError,
-    look_at: Instant,
-    seen: u64,
-    quiet: u32,
+    error: fn(Duration) -> ProxyError,
+    check_at: Instant,
+    /// The byte counter at the last check.
+    moved: u64,
+    /// Number of checks in a row at which the counter was unchanged.
+    idle_checks: u32,
 }
 
-impl Watch {
-    fn new(rest: Option<Rest>, probe_at: Option<Instant>, probes: Probes) -> Box<Self> {
-        let due = first(rest.as_ref(), probe_at).unwrap_or_else(Instant::now);
-        Box::new(Self { timer: Box::pin(sleep_until(due)), rest, probe_at, probes })
+impl IdleTimer {
+    fn new(deadline: Option<IdleDeadline>, probe_at: Option<Instant>, probes: Probes) -> Box<Self> {
+        let due = next_due(deadline.as_ref(), probe_at).unwrap_or_else(Instant::now);
+        Box::new(Self { timer: Box::pin(sleep_until(due)), deadline, probe_at, probes })
     }
 
-    /// Ready when the connection, which has moved so many bytes so far, has rested for too long.
+    /// Ready when the deadline has expired for a connection that has moved `moved` bytes so far.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
         moved: u64,
         sockets: &[Option<&TcpStream>],
     ) -> Poll<ProxyError> {
-        while let Some(due) = first(self.rest.as_ref(), self.probe_at) {
+        while let Some(due) = next_due(self.deadline.as_ref(), self.probe_at) {
             if self.timer.deadline() != due {
                 self.timer.as_mut().reset(due);
             }
@@ -123,30 +128,30 @@ impl Watch {
                 let Probes { first, every, .. } = self.probes;
                 sockets.iter().flatten().for_each(|socket| probe_every(socket, first, every));
             }
-            if let Some(rest) = self.rest.as_mut().filter(|rest| rest.look_at <= now)
-                && rest.is_over(now, moved)
+            if let Some(deadline) = self.deadline.as_mut().filter(|one| one.check_at <= now)
+                && deadline.is_expired(now, moved)
             {
-                return Poll::Ready((rest.late)(rest.limit));
+                return Poll::Ready((deadline.error)(deadline.limit));
             }
         }
         Poll::Pending
     }
 }
 
-impl Rest {
-    fn new(limit: Duration, moved: u64, late: fn(Duration) -> ProxyError) -> Self {
-        Self { limit, late, look_at: Instant::now() + limit / LOOKS, seen: moved, quiet: 0 }
+impl IdleDeadline {
+    fn new(limit: Duration, moved: u64, error: fn(Duration) -> ProxyError) -> Self {
+        Self { limit, error, check_at: Instant::now() + limit / CHECKS, moved, idle_checks: 0 }
     }
 
-    /// Looks whether anything has moved since the last look: whether that has been too long ago, by up to a quarter more.
-    fn is_over(&mut self, now: Instant, moved: u64) -> bool {
-        self.quiet = if moved == self.seen { self.quiet + 1 } else { 0 };
-        (self.seen, self.look_at) = (moved, now + self.limit / LOOKS);
-        self.quiet == LOOKS
+    /// Compares the byte counter with its last value. Expires up to a quarter of the limit late.
+    fn is_expired(&mut self, now: Instant, moved: u64) -> bool {
+        self.idle_checks = if moved == self.moved { self.idle_checks + 1 } else { 0 };
+        (self.moved, self.check_at) = (moved, now + self.limit / CHECKS);
+        self.idle_checks == CHECKS
     }
 }
 
-/// When something is to be done.
-fn first(rest: Option<&Rest>, probe_at: Option<Instant>) -> Option<Instant> {
-    [rest.map(|rest| rest.look_at), probe_at].into_iter().flatten().min()
+/// When the timer has to fire next.
+fn next_due(deadline: Option<&IdleDeadline>, probe_at: Option<Instant>) -> Option<Instant> {
+    [deadline.map(|deadline| deadline.check_at), probe_at].into_iter().flatten().min()
 }

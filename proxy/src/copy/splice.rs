@@ -1,6 +1,6 @@
-//! Moving bulk from one connection to another without having it: splice(2) through a pipe.
+//! Zero-copy forwarding of bulk between two TCP connections: splice(2) through a pipe.
 //!
-//! Not here: when a connection is bulk (`tcp.rs`), and how a direction ends (`copy.rs`).
+//! `tcp.rs` decides whether a connection is bulk, and `direction.rs` ends a direction.
 
 use std::cell::RefCell;
 use std::io;
@@ -11,129 +11,134 @@ use std::task::{Context, Poll, ready};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 use tokio::io::Interest;
 
-use super::Side as _;
 use super::buffers::Buffers;
+use super::direction::Side as _;
 use super::tcp::Tcp;
 use crate::descriptors::Held;
 use crate::error::ProxyError;
 use crate::metrics::buffer_refused;
 
-/// What a pipe may take at once. A quarter of it cost an eighth more CPU in bulk; four times of it gained less than a tenth, and an
-/// unprivileged user may have 64 MiB in pipes (`fs.pipe-user-pages-soft`).
+/// Size of a pipe, in bytes. A quarter of it cost an eighth more CPU in bulk; four times of it
+/// gained less than a tenth. An unprivileged user may have 64 MiB in pipes
+/// (`fs.pipe-user-pages-soft`).
 const PIPE: usize = 256 * 1024;
-/// Moves below this, so many in a row, are better made by copying: the connection is bulk no longer.
-const FEW_BYTES: usize = 16 * 1024;
-const FEW_MOVES: u32 = 8;
-/// How many empty pipes a worker keeps at most.
-const SPARE: usize = 64;
+/// A move of fewer bytes is small.
+const SMALL_MOVE: usize = 16 * 1024;
+/// After so many small moves in a row the connection is no longer bulk, and is copied.
+const MAX_SMALL_MOVES: u32 = 8;
+/// Maximum number of empty pipes that a worker keeps.
+const MAX_SPARE: usize = 64;
 
 thread_local! {
-    /// The empty pipes of this worker. Its connections never leave its thread.
+    /// The empty pipes of this worker. A connection never leaves its worker's thread.
     static POOL: RefCell<Pool> = const { RefCell::new(Pool { spare: Vec::new(), members: 0 }) };
 }
 
-/// A direction that is bulk. It moves bytes by pipes as long as they are many. A pipe is held only while there is something to move,
-/// and is always empty when it is filled: so EAGAIN tells which of the two connections has to be waited for, and what left the
-/// pipe is what was moved.
+/// A direction that moves bulk. It holds a pipe only while there are bytes to move. The pipe is
+/// always empty before it is filled: so EAGAIN identifies the connection to wait for, and the bytes
+/// that leave the pipe are the bytes that were moved.
 pub(super) struct Splice {
     pipe: Option<Pipe>,
-    /// How many moves in a row were of few bytes.
-    few: u32,
+    /// Number of small moves in a row.
+    small_moves: u32,
     _member: Member,
 }
 
 impl Splice {
     pub(super) fn new() -> Self {
-        Self { pipe: None, few: 0, _member: Member::new() }
+        Self { pipe: None, small_moves: 0, _member: Member::new() }
     }
 
-    /// Ready when it has ended with FIN and all is written (true), or when it goes on, but not in bulk, or not by pipes (false).
+    /// True after FIN, once all bytes are written. False when the direction must be copied again:
+    /// it is no longer bulk, or there is no pipe.
     pub(super) fn poll(
         &mut self,
-        from: &mut Tcp<'_>,
-        to: &mut Tcp<'_>,
-        watches: bool,
+        source: &mut Tcp<'_>,
+        sink: &mut Tcp<'_>,
+        watch_sink: bool,
         cx: &mut Context<'_>,
-        moved: &impl Fn(usize),
+        count: &impl Fn(usize),
     ) -> Poll<Result<bool, ProxyError>> {
         loop {
             let Some(pipe) = &mut self.pipe else {
-                let Poll::Ready(ready) = from.stream.poll_read_ready(cx) else {
-                    return if watches { to.poll_aborted(cx).map(Err) } else { Poll::Pending };
+                let Poll::Ready(ready) = source.stream.poll_read_ready(cx) else {
+                    return if watch_sink { sink.poll_aborted(cx).map(Err) } else { Poll::Pending };
                 };
-                ready.map_err(from.broke)?;
-                self.pipe = take_pipe(from);
+                ready.map_err(source.into_error)?;
+                self.pipe = take_pipe(source);
                 if self.pipe.is_none() {
                     return Poll::Ready(Ok(false));
                 }
                 continue;
             };
             if pipe.filled > 0 {
-                ready!(poll_empty(pipe, to, cx, moved))?;
-                if self.few == FEW_MOVES {
-                    self.give_back(from);
+                if poll_empty(pipe, sink, cx, count)?.is_pending() {
+                    return source.poll_aborted(cx).map(Err);
+                }
+                if self.small_moves == MAX_SMALL_MOVES {
+                    self.release(source);
                     return Poll::Ready(Ok(false));
                 }
             }
-            // Asked anew for every piece, which gives others their turn: tokio lets no task find its connections ready for ever.
-            let ready = from.stream.poll_read_ready(cx);
-            let mut fill = || from.stream.try_io(Interest::READABLE, || pipe.fill(from.stream));
+            // Polled for every piece: this consumes the task's budget, so that the task yields.
+            let ready = source.stream.poll_read_ready(cx);
+            let mut fill = || source.stream.try_io(Interest::READABLE, || pipe.fill(source.stream));
             match ready.map(|ready| ready.and_then(|()| fill())) {
                 Poll::Ready(Ok(0)) => {
-                    self.give_back(from);
+                    self.release(source);
                     return Poll::Ready(Ok(true));
                 }
                 Poll::Ready(Ok(bytes)) => {
-                    self.few = if bytes < FEW_BYTES { self.few + 1 } else { 0 };
+                    self.small_moves = if bytes < SMALL_MOVE { self.small_moves + 1 } else { 0 };
                 }
                 Poll::Ready(Err(error)) if error.kind() != io::ErrorKind::WouldBlock => {
-                    return Poll::Ready(Err((from.broke)(error)));
+                    return Poll::Ready(Err((source.into_error)(error)));
                 }
-                Poll::Ready(Err(_)) | Poll::Pending => self.give_back(from),
+                Poll::Ready(Err(_)) | Poll::Pending => self.release(source),
             }
         }
     }
 
-    fn give_back(&mut self, from: &mut Tcp<'_>) {
+    fn release(&mut self, source: &mut Tcp<'_>) {
         self.pipe = None;
-        from.begin_anew();
+        source.restart_detection();
     }
 }
 
-/// A pipe instead of the buffer, if there is memory for it.
-fn take_pipe(from: &mut Tcp<'_>) -> Option<Pipe> {
-    from.begin_anew();
-    if !from.share.resize(PIPE) {
+/// Replaces the buffer by a pipe, if there is memory for one.
+fn take_pipe(source: &mut Tcp<'_>) -> Option<Pipe> {
+    source.restart_detection();
+    if !source.share.resize(PIPE) {
         return None;
     }
-    let pipe = Pipe::take(from.share.buffers());
+    let pipe = Pipe::take(source.share.buffers());
     if pipe.is_none() {
-        from.begin_anew();
+        source.restart_detection();
         buffer_refused("pipe");
     }
     pipe
 }
 
-/// Moves all that is in the pipe.
+/// Writes all bytes in the pipe.
 fn poll_empty(
     pipe: &mut Pipe,
-    to: &Tcp<'_>,
+    sink: &Tcp<'_>,
     cx: &mut Context<'_>,
-    moved: &impl Fn(usize),
+    count: &impl Fn(usize),
 ) -> Poll<Result<(), ProxyError>> {
     while pipe.filled > 0 {
-        ready!(to.stream.poll_write_ready(cx)).map_err(to.broke)?;
-        match to.stream.try_io(Interest::WRITABLE, || pipe.drain(to.stream)) {
-            Ok(0) => return Poll::Ready(Err((to.broke)(io::ErrorKind::WriteZero.into()))),
-            Ok(bytes) => moved(bytes),
+        ready!(sink.stream.poll_write_ready(cx)).map_err(sink.into_error)?;
+        match sink.stream.try_io(Interest::WRITABLE, || pipe.drain(sink.stream)) {
+            Ok(0) => return Poll::Ready(Err((sink.into_error)(io::ErrorKind::WriteZero.into()))),
+            Ok(bytes) => count(bytes),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Poll::Ready(Err((to.broke)(error))),
+            Err(error) => return Poll::Ready(Err((sink.into_error)(error))),
         }
     }
     Poll::Ready(Ok(()))
 }
 
-/// A pipe in use. Dropped empty, it is kept for others; with something in it, it is closed.
+/// A pipe in use. Dropped empty, it is kept for reuse; otherwise it is closed.
 struct Pipe {
     ends: Arc<Ends>,
     filled: usize,
@@ -146,7 +151,7 @@ struct Ends {
 }
 
 impl Pipe {
-    /// A spare one, or a new one if there can be one.
+    /// A spare pipe or a new one; `None` at the limit of descriptors or of memory for pipes.
     fn take(buffers: &Buffers) -> Option<Self> {
         let spare = POOL.with_borrow_mut(|pool| pool.spare.pop());
         let ends = match spare {
@@ -156,7 +161,7 @@ impl Pipe {
         Some(Self { ends, filled: 0 })
     }
 
-    /// Takes what there is from `source`, up to [`PIPE`].
+    /// Moves up to [`PIPE`] bytes from `source` into the pipe.
     fn fill(&mut self, source: &impl AsFd) -> io::Result<usize> {
         let bytes = splice(source, None, &self.ends.write, None, PIPE, flags())?;
         self.filled += bytes;
@@ -173,7 +178,7 @@ impl Pipe {
 impl Drop for Pipe {
     fn drop(&mut self) {
         if self.filled == 0 {
-            // Fails when the thread is ending, and the pipe with it.
+            // Fails only while the thread ends, which closes the pipe.
             let _ending = POOL.try_with(|pool| pool.borrow_mut().keep(self.ends.clone()));
         }
     }
@@ -182,7 +187,8 @@ impl Drop for Pipe {
 impl Ends {
     fn new(held: Held) -> io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        // Refused beyond a user's share of memory for pipes (fs.pipe-user-pages-soft), where a pipe is not worth its calls.
+        // Fails above fs.pipe-user-pages-soft: then a pipe is too small to be worth its system
+        // calls.
         fcntl_setpipe_size(&write, PIPE)?;
         Ok(Self { read, write, _held: held })
     }
@@ -192,7 +198,8 @@ fn flags() -> SpliceFlags {
     SpliceFlags::MOVE | SpliceFlags::NONBLOCK
 }
 
-/// Empty pipes, no more than there are directions that use some: when the last one is through, none is left open.
+/// Empty pipes, at most one for each direction that splices: none stays open after the last of
+/// them.
 struct Pool {
     spare: Vec<Arc<Ends>>,
     members: usize,
@@ -200,13 +207,13 @@ struct Pool {
 
 impl Pool {
     fn keep(&mut self, ends: Arc<Ends>) {
-        if self.spare.len() < self.members.min(SPARE) {
+        if self.spare.len() < self.members.min(MAX_SPARE) {
             self.spare.push(ends);
         }
     }
 }
 
-/// A direction that uses pipes.
+/// Counts one direction that splices.
 struct Member;
 
 impl Member {
@@ -227,13 +234,13 @@ impl Drop for Member {
     }
 }
 
-/// How many directions are spliced by this worker.
+/// Number of directions that this worker splices.
 #[cfg(test)]
 pub(super) fn members() -> usize {
     POOL.with_borrow(|pool| pool.members)
 }
 
-/// How many pipes it keeps.
+/// Number of empty pipes that this worker keeps.
 #[cfg(test)]
 pub(super) fn spare() -> usize {
     POOL.with_borrow(|pool| pool.spare.len())

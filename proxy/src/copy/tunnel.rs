@@ -1,13 +1,12 @@
-//! A stream of a tunnel as a side of a connection.
+//! A stream of a tunnel as one side of a relay.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use tokio::net::TcpStream;
 use underpass_hbone::{Distrust, TunnelReader, TunnelStream, TunnelWriter};
 
-use super::Side;
+use super::direction::{Side, Sink, Source};
 use crate::error::ProxyError;
 
 pub(super) struct Tunnelled {
@@ -24,7 +23,23 @@ impl Tunnelled {
     }
 }
 
-impl Side for Tunnelled {
+impl Side<'_> for Tunnelled {
+    fn poll_aborted(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
+        self.writer.poll_closed(cx).map(ProxyError::Tunnel)
+    }
+
+    fn poll_revoked(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
+        Pin::new(&mut self.distrust).poll(cx).map(ProxyError::Tunnel)
+    }
+
+    fn close(&mut self, outcome: &Result<(), ProxyError>) {
+        if outcome.is_err() {
+            self.writer.abort();
+        }
+    }
+}
+
+impl Source<'_> for Tunnelled {
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ProxyError>> {
         self.reader.poll_read(cx).map_err(ProxyError::Tunnel)
     }
@@ -32,7 +47,9 @@ impl Side for Tunnelled {
     fn is_at_end(&self) -> bool {
         self.reader.is_at_end()
     }
+}
 
+impl Sink<'_> for Tunnelled {
     fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
@@ -48,23 +65,5 @@ impl Side for Tunnelled {
 
     fn finish(&mut self) -> Result<(), ProxyError> {
         self.writer.finish().map_err(ProxyError::Tunnel)
-    }
-
-    fn poll_aborted(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
-        self.writer.poll_closed(cx).map(ProxyError::Tunnel)
-    }
-
-    fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
-        Pin::new(&mut self.distrust).poll(cx).map(ProxyError::Tunnel)
-    }
-
-    fn close(&mut self, well: bool) {
-        if !well {
-            self.writer.abort();
-        }
-    }
-
-    fn socket(&self) -> Option<&TcpStream> {
-        None
     }
 }

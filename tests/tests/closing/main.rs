@@ -5,6 +5,7 @@
 //! tests cover the copy loop; deadlines and policies are tested elsewhere.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
+mod blocked;
 mod killed;
 mod peer;
 mod pending;
@@ -20,7 +21,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::{LocalSet, spawn_local};
 use underpass_tests::{
-    APP, End, Family, Proxy, Scene, Suite, abort, exchange, read_to_end, until, within,
+    APP, End, Family, Pod, Proxy, Scene, Suite, abort, exchange, read_to_end, until, within,
 };
 
 use Does::{Close, Fin, Reset};
@@ -95,6 +96,7 @@ fn main() -> ExitCode {
             },
         );
     }
+    blocked::add(&mut suite);
     pending::add(&mut suite);
     peer::add(&mut suite);
     killed::add(&mut suite);
@@ -121,6 +123,15 @@ impl Path {
             Self::Outbound => "outbound in plaintext",
             Self::Inbound => "inbound in plaintext",
             Self::Tunnel => "tunnel",
+        }
+    }
+
+    /// The pods that these proxies run in.
+    fn pods(self, scene: &Scene) -> Vec<&Pod> {
+        match self {
+            Self::Outbound => vec![&scene.client],
+            Self::Inbound => vec![&scene.server],
+            Self::Tunnel => vec![&scene.client, &scene.server],
         }
     }
 

@@ -1,4 +1,4 @@
-//! Much of it: every byte once and in order, spliced or copied, and nothing held when it is over.
+//! Bulk, spliced or copied: every byte arrives once and in order, and no memory is held afterwards.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -6,12 +6,12 @@ use tokio::net::TcpStream;
 use super::super::splice;
 use super::testing::{End, Scene, Way};
 
-/// A stream whose every byte depends on where it is.
+/// Bytes that each depend on their position in the stream.
 fn pattern(from: usize, len: usize) -> Vec<u8> {
     (from..from + len).map(|at| (at ^ (at >> 8) ^ (at >> 16)).to_le_bytes()[0]).collect()
 }
 
-/// Sends `total` bytes of the pattern in pieces of all sizes, then FIN.
+/// Sends `total` bytes of the pattern in pieces of varying size, then FIN.
 async fn send(stream: &mut TcpStream, total: usize) {
     let mut sent = 0;
     let mut piece = 1;
@@ -24,7 +24,8 @@ async fn send(stream: &mut TcpStream, total: usize) {
     stream.shutdown().await.unwrap();
 }
 
-/// Reads to FIN in pieces of all sizes, now and then giving others their turn: how much that was, and whether any was spliced.
+/// Reads to FIN in pieces of varying size, yielding now and then: the number of bytes, and whether
+/// any were spliced.
 async fn receive(stream: &mut TcpStream) -> (usize, bool) {
     let (mut received, mut piece, mut spliced) = (0, 1, false);
     loop {
@@ -45,16 +46,16 @@ async fn receive(stream: &mut TcpStream) -> (usize, bool) {
 
 const TOTAL: usize = 24 << 20;
 
-/// Whether any was spliced.
+/// Sends bulk in both directions, and returns whether any was spliced.
 async fn both_ways(client: &mut TcpStream, server: &mut TcpStream) -> bool {
-    let ((), there) = tokio::join!(send(client, TOTAL), receive(server));
-    let ((), back) = tokio::join!(send(server, TOTAL + 1), receive(client));
-    assert_eq!((there.0, back.0), (TOTAL, TOTAL + 1));
-    there.1 || back.1
+    let ((), upload) = tokio::join!(send(client, TOTAL), receive(server));
+    let ((), download) = tokio::join!(send(server, TOTAL + 1), receive(client));
+    assert_eq!((upload.0, download.0), (TOTAL, TOTAL + 1));
+    upload.1 || download.1
 }
 
 #[tokio::test]
-async fn spliced_bulk_arrives_whole_with_its_fin_and_is_counted_exactly() {
+async fn spliced_bulk_arrives_whole_and_is_counted_exactly() {
     let mut scene = Scene::new(Way::Plain).await;
     let (mut client, mut server) = scene.take_sockets();
     assert!(both_ways(&mut client, &mut server).await, "it is spliced");
@@ -65,7 +66,7 @@ async fn spliced_bulk_arrives_whole_with_its_fin_and_is_counted_exactly() {
 }
 
 #[tokio::test]
-async fn without_memory_for_more_bulk_is_copied_in_small_pieces() {
+async fn bulk_is_copied_in_small_pieces_at_buffer_limit() {
     let mut scene = Scene::with_buffers(Way::Plain, 4096).await;
     let (mut client, mut server) = scene.take_sockets();
     let buffers = scene.buffers.clone();
@@ -75,19 +76,19 @@ async fn without_memory_for_more_bulk_is_copied_in_small_pieces() {
 }
 
 #[tokio::test]
-async fn bulk_that_is_cut_leaves_nothing_in_a_pipe_of_others() {
-    let mut cut = Scene::new(Way::Plain).await;
+async fn aborted_bulk_leaves_no_data_in_reused_pipe() {
+    let mut aborted = Scene::new(Way::Plain).await;
     let mut healthy = Scene::new(Way::Plain).await;
-    cut.bulk_to_client().await;
+    aborted.bulk_to_client().await;
     healthy.bulk_to_client().await;
     assert_eq!(splice::members(), 2);
-    // One pipe is full, since nobody reads; and then its reader is gone.
-    cut.server.send_until_it_blocks().await;
-    assert!(cut.buffers.used() >= 256 * 1024, "{}", cut.buffers.used());
-    cut.client.abort();
-    assert_eq!(cut.server.end_of_writing().await, End::Reset);
-    let buffers = cut.buffers.clone();
-    Way::Plain.assert_clients(cut.ended().await.0);
+    // The client does not read, so that the pipe is full; then the client aborts.
+    aborted.server.send_until_it_blocks().await;
+    assert!(aborted.buffers.used() >= 256 * 1024, "{}", aborted.buffers.used());
+    aborted.client.abort();
+    assert_eq!(aborted.server.end_of_writing().await, End::Reset);
+    let buffers = aborted.buffers.clone();
+    Way::Plain.assert_client_aborted(aborted.ended().await.0);
     assert_eq!(buffers.used(), 0);
     let next = pattern(0, 4 << 20);
     let ((), received) =
@@ -96,7 +97,7 @@ async fn bulk_that_is_cut_leaves_nothing_in_a_pipe_of_others() {
 }
 
 #[tokio::test]
-async fn what_was_bulk_and_is_a_conversation_again_is_copied_again() {
+async fn spliced_direction_is_copied_again_after_small_messages() {
     let mut scene = Scene::new(Way::Plain).await;
     scene.bulk_to_client().await;
     assert_eq!(splice::members(), 1);
@@ -108,7 +109,7 @@ async fn what_was_bulk_and_is_a_conversation_again_is_copied_again() {
 }
 
 #[tokio::test]
-async fn a_tunnel_carries_bulk_and_holds_no_buffer_when_it_rests() {
+async fn tunnel_carries_bulk_and_holds_no_buffer_when_idle() {
     for way in [Way::IntoTunnel, Way::OutOfTunnel] {
         let mut scene = Scene::new(way).await;
         let data = pattern(0, 8 << 20);

@@ -1,4 +1,4 @@
-//! What rests too long is cut, and what moves is not, on a clock that is paused.
+//! Idle and half-close deadlines, on a paused clock.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::error::ProxyError;
 const MINUTE: Duration = Duration::from_secs(60);
 
 #[tokio::test(start_paused = true)]
-async fn a_connection_that_moves_nothing_is_reset_after_the_idle_deadline() {
+async fn idle_connection_is_reset_after_deadline() {
     for way in Way::ALL {
         let mut scene = Scene::with(way, |deadlines| deadlines.idle = Some(MINUTE)).await;
         scene.exchange().await;
@@ -26,7 +26,7 @@ async fn a_connection_that_moves_nothing_is_reset_after_the_idle_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_byte_now_and_then_in_either_direction_keeps_a_connection() {
+async fn byte_in_either_direction_restarts_deadline() {
     for way in Way::ALL {
         let mut scene = Scene::with(way, |deadlines| deadlines.idle = Some(MINUTE)).await;
         for turn in 0..10 {
@@ -39,7 +39,7 @@ async fn a_byte_now_and_then_in_either_direction_keeps_a_connection() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn half_open_works_without_limit_while_bytes_flow_and_ends_after_the_deadline() {
+async fn half_closed_connection_is_reset_after_deadline_without_data() {
     for way in Way::ALL {
         let mut scene = Scene::with(way, |deadlines| deadlines.half_close = Some(MINUTE)).await;
         sleep(MINUTE * 10).await;
@@ -60,7 +60,7 @@ async fn half_open_works_without_limit_while_bytes_flow_and_ends_after_the_deadl
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_shorter_deadline_holds_for_a_half_closed_connection() {
+async fn shorter_deadline_applies_to_half_closed_connection() {
     let mut scene = Scene::with(Way::Plain, |deadlines| {
         deadlines.idle = Some(MINUTE);
         deadlines.half_close = Some(MINUTE * 60);
@@ -72,7 +72,7 @@ async fn the_shorter_deadline_holds_for_a_half_closed_connection() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_direction_that_is_blocked_in_writing_counts_as_nothing_moved() {
+async fn blocked_connection_is_reset_after_idle_deadline() {
     for way in Way::ALL {
         let mut scene = Scene::with(way, |deadlines| deadlines.idle = Some(MINUTE)).await;
         scene.client.send_until_it_blocks().await;
@@ -82,7 +82,7 @@ async fn a_direction_that_is_blocked_in_writing_counts_as_nothing_moved() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_deadlines_a_connection_rests_for_days() {
+async fn connection_without_deadlines_stays_open_for_days() {
     for way in Way::ALL {
         let mut scene = Scene::new(way).await;
         sleep(MINUTE * 60 * 24 * 3).await;
@@ -95,7 +95,7 @@ async fn without_deadlines_a_connection_rests_for_days() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_half_closed_connection_is_probed_before_conntrack_forgets_it() {
+async fn half_closed_connection_is_probed_before_conntrack_timeout() {
     let (ours, theirs) = super::testing::pair().await;
     let watched = ours.into_std().unwrap();
     let copy = watched.try_clone().unwrap();

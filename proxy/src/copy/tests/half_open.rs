@@ -1,10 +1,11 @@
-//! One side has ended, and then something breaks: nobody reads the side that ended, and it is noticed all the same.
+//! Aborts of a half-closed connection: no direction reads the side that ended, and its abort is
+//! still detected.
 
 use super::testing::{End, Scene, Way};
 use crate::error::ProxyError;
 
 #[tokio::test]
-async fn a_client_that_ended_may_still_abort_while_nothing_is_written_to_it() {
+async fn abort_of_ended_client_is_detected_without_a_write() {
     for way in Way::ALL {
         let mut scene = Scene::new(way).await;
         scene.exchange().await;
@@ -12,12 +13,12 @@ async fn a_client_that_ended_may_still_abort_while_nothing_is_written_to_it() {
         assert_eq!(scene.server.read().await, (vec![], End::Fin), "{way:?}");
         scene.client.abort();
         assert_eq!(scene.server.end_of_writing().await, End::Reset, "{way:?}");
-        way.assert_clients(scene.ended().await.0);
+        way.assert_client_aborted(scene.ended().await.0);
     }
 }
 
 #[tokio::test]
-async fn a_server_that_ended_may_still_abort_while_nothing_is_written_to_it() {
+async fn abort_of_ended_server_is_detected_without_a_write() {
     for way in Way::ALL {
         let mut scene = Scene::new(way).await;
         scene.exchange().await;
@@ -25,12 +26,12 @@ async fn a_server_that_ended_may_still_abort_while_nothing_is_written_to_it() {
         assert_eq!(scene.client.read().await, (vec![], End::Fin), "{way:?}");
         scene.server.abort();
         assert_eq!(scene.client.end_of_writing().await, End::Reset, "{way:?}");
-        way.assert_servers(scene.ended().await.0);
+        way.assert_server_aborted(scene.ended().await.0);
     }
 }
 
 #[tokio::test]
-async fn the_side_that_still_sends_may_abort() {
+async fn abort_of_side_that_still_sends_is_detected() {
     for way in Way::ALL {
         let mut scene = Scene::new(way).await;
         scene.exchange().await;
@@ -38,12 +39,12 @@ async fn the_side_that_still_sends_may_abort() {
         assert_eq!(scene.server.read().await, (vec![], End::Fin), "{way:?}");
         scene.server.abort();
         assert_eq!(scene.client.read().await, (vec![], End::Reset), "{way:?}");
-        way.assert_servers(scene.ended().await.0);
+        way.assert_server_aborted(scene.ended().await.0);
     }
 }
 
 #[tokio::test]
-async fn a_tunnel_may_be_lost_after_its_end_stream_or_after_ours() {
+async fn lost_tunnel_is_detected_after_end_stream_of_either_side() {
     for way in [Way::IntoTunnel, Way::OutOfTunnel] {
         for client_ends in [true, false] {
             let mut scene = Scene::new(way).await;
@@ -60,7 +61,7 @@ async fn a_tunnel_may_be_lost_after_its_end_stream_or_after_ours() {
 }
 
 #[tokio::test]
-async fn an_abort_is_noticed_by_a_spliced_direction_that_rests() {
+async fn abort_is_detected_by_idle_spliced_direction() {
     let mut scene = Scene::new(Way::Plain).await;
     scene.client.finish().await;
     assert_eq!(scene.server.read().await, (vec![], End::Fin));
@@ -68,6 +69,6 @@ async fn an_abort_is_noticed_by_a_spliced_direction_that_rests() {
     assert_eq!(super::super::splice::members(), 1, "it is spliced");
     scene.client.abort();
     assert_eq!(scene.server.end_of_writing().await, End::Reset);
-    Way::Plain.assert_clients(scene.ended().await.0);
+    Way::Plain.assert_client_aborted(scene.ended().await.0);
     assert_eq!(super::super::splice::members(), 0);
 }

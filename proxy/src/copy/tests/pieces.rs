@@ -1,35 +1,44 @@
-//! A direction by itself, between sides that a test plays.
+//! A single direction between scripted sides.
 
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use tokio::net::TcpStream;
 
-use super::super::{Direction, Side};
+use super::super::direction::{Direction, Side, Sink, Source};
 use crate::error::ProxyError;
 
-/// Gives one piece, and takes some bytes at a time.
+/// Returns one piece when read, and takes a few bytes per write.
 #[derive(Default)]
-struct Played {
-    gives: Option<Bytes>,
+struct Scripted {
+    piece: Option<Bytes>,
     at_end: bool,
     takes: usize,
     taken: Vec<u8>,
-    /// Whether that was said to be the last, each time.
+    /// The `last` argument of each write.
     last: Vec<bool>,
 }
 
-impl Side for Played {
+impl Side<'_> for Scripted {
+    fn poll_aborted(&mut self, _: &mut Context<'_>) -> Poll<ProxyError> {
+        Poll::Pending
+    }
+
+    fn close(&mut self, _: &Result<(), ProxyError>) {}
+}
+
+impl Source<'_> for Scripted {
     fn poll_read(&mut self, _: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ProxyError>> {
-        self.gives.take().map_or(Poll::Pending, |piece| Poll::Ready(Ok(Some(piece))))
+        self.piece.take().map_or(Poll::Pending, |piece| Poll::Ready(Ok(Some(piece))))
     }
 
     fn is_at_end(&self) -> bool {
         self.at_end
     }
+}
 
+impl Sink<'_> for Scripted {
     fn poll_write(
         &mut self,
         _: &mut Context<'_>,
@@ -45,24 +54,10 @@ impl Side for Played {
     fn finish(&mut self) -> Result<(), ProxyError> {
         Ok(())
     }
-
-    fn poll_aborted(&mut self, _: &mut Context<'_>) -> Poll<ProxyError> {
-        Poll::Pending
-    }
-
-    fn poll_cut(&mut self, _: &mut Context<'_>) -> Poll<ProxyError> {
-        Poll::Pending
-    }
-
-    fn close(&mut self, _: bool) {}
-
-    fn socket(&self) -> Option<&TcpStream> {
-        None
-    }
 }
 
-/// What a piece is in, as long as anybody holds it.
-struct Memory(#[expect(dead_code, reason = "it counts for as long as it lives")] Arc<()>);
+/// The memory of a piece.
+struct Memory(#[expect(dead_code, reason = "the test counts references")] Arc<()>);
 
 impl AsRef<[u8]> for Memory {
     fn as_ref(&self) -> &[u8] {
@@ -71,16 +66,16 @@ impl AsRef<[u8]> for Memory {
 }
 
 #[tokio::test]
-async fn a_direction_that_waits_holds_nothing_of_what_it_has_written() {
+async fn waiting_direction_holds_no_written_data() {
     let held = Arc::new(());
     let piece = Bytes::from_owner(Memory(held.clone()));
-    let mut from = Played { gives: Some(piece), ..Played::default() };
-    let mut to = Played { takes: 3, ..Played::default() };
+    let mut from = Scripted { piece: Some(piece), ..Scripted::default() };
+    let mut to = Scripted { takes: 3, ..Scripted::default() };
     let mut direction = Direction::default();
     let moved = std::cell::Cell::new(0);
     let mut piece = |cx: &mut Context<'_>| {
         let count = |bytes| moved.set(moved.get() + bytes);
-        Poll::Ready(direction.poll_piece(&mut from, &mut to, cx, &count))
+        Poll::Ready(direction.poll_piece(&mut from, &mut to, false, cx, &count))
     };
     assert!(matches!(poll_fn(&mut piece).await, Poll::Ready(Ok(true))));
     assert_eq!(Arc::strong_count(&held), 1);
@@ -90,12 +85,12 @@ async fn a_direction_that_waits_holds_nothing_of_what_it_has_written() {
 }
 
 #[tokio::test]
-async fn who_writes_the_last_piece_is_told_that_it_is() {
-    let gives = Some(Bytes::from_static(b"a piece"));
-    let mut from = Played { gives, at_end: true, ..Played::default() };
-    let mut to = Played { takes: 4, ..Played::default() };
+async fn last_piece_is_written_as_last() {
+    let piece = Some(Bytes::from_static(b"a piece"));
+    let mut from = Scripted { piece, at_end: true, ..Scripted::default() };
+    let mut to = Scripted { takes: 4, ..Scripted::default() };
     let mut direction = Direction::default();
-    let moved = poll_fn(|cx| direction.poll_piece(&mut from, &mut to, cx, &|_| {}));
+    let moved = poll_fn(|cx| direction.poll_piece(&mut from, &mut to, false, cx, &|_| {}));
     assert!(moved.await.unwrap());
     assert_eq!((&*to.taken, &*to.last), (&b"a piece"[..], &[true; 2][..]));
 }

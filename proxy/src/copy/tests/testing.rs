@@ -1,5 +1,6 @@
-//! A flow and both its ends, each a real connection or a stream of a tunnel in memory.
+//! A running flow and both its ends, each a real connection or a stream of a tunnel in memory.
 
+use std::future::poll_fn;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use underpass_hbone::{
     Acceptor, CertificateAuthority, ClientSettings, ConnectRequest, Connector, Credentials,
     HboneError, Identity, ServerSettings, Trust, Tunnel, TunnelReader, TunnelStream, TunnelWriter,
@@ -27,7 +28,7 @@ use crate::record::{ConnectionRecord, Facts};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// Which way a flow goes.
+/// The kinds of connections on both sides of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
     Plain,
@@ -38,8 +39,8 @@ pub(super) enum Way {
 impl Way {
     pub(super) const ALL: [Self; 3] = [Self::Plain, Self::IntoTunnel, Self::OutOfTunnel];
 
-    /// It ended since the client aborted.
-    pub(super) fn assert_clients(self, outcome: Result<(), ProxyError>) {
+    /// Asserts that the client aborted.
+    pub(super) fn assert_client_aborted(self, outcome: Result<(), ProxyError>) {
         let expected = match self {
             Self::Plain | Self::IntoTunnel => matches!(outcome, Err(ProxyError::Client(_))),
             Self::OutOfTunnel => is_reset(&outcome),
@@ -47,8 +48,8 @@ impl Way {
         assert!(expected, "{self:?}: {outcome:?}");
     }
 
-    /// It ended since the server aborted.
-    pub(super) fn assert_servers(self, outcome: Result<(), ProxyError>) {
+    /// Asserts that the server aborted.
+    pub(super) fn assert_server_aborted(self, outcome: Result<(), ProxyError>) {
         let expected = match self {
             Self::Plain | Self::OutOfTunnel => matches!(outcome, Err(ProxyError::Upstream(_))),
             Self::IntoTunnel => is_reset(&outcome),
@@ -96,11 +97,25 @@ impl Side {
         }
     }
 
-    /// Sends until nothing more is taken for a while.
-    pub(super) async fn send_until_it_blocks(&mut self) {
-        let data = vec![b'x'; 65536];
-        let patience = Duration::from_millis(300);
-        while tokio::time::timeout(patience, self.send(&data)).await.is_ok() {}
+    /// Sends until nothing more is taken for a while: how many bytes were taken.
+    pub(super) async fn send_until_it_blocks(&mut self) -> usize {
+        let mut sent = 0;
+        while let Ok(taken) = timeout(Duration::from_millis(300), self.send_some()).await {
+            sent += taken;
+        }
+        sent
+    }
+
+    /// Sends a piece as far as it is taken; cancelled, nothing was sent.
+    async fn send_some(&mut self) -> usize {
+        let mut data = Bytes::from_static(&[b'x'; 65536]);
+        match self {
+            Self::Socket(stream) => stream.write(&data).await.unwrap(),
+            Self::Stream(_, writer) => {
+                poll_fn(|cx| writer.poll_write(cx, &mut data, false)).await.unwrap()
+            }
+            Self::Gone => panic!("gone"),
+        }
     }
 
     pub(super) async fn finish(&mut self) {
@@ -152,11 +167,11 @@ impl Side {
         received
     }
 
-    /// How the direction ends that this side writes, of which it has read the other one's end.
+    /// How the direction ends that this side writes; it does not read.
     pub(super) async fn end_of_writing(&mut self) -> End {
         match self {
             Self::Socket(stream) => {
-                let error = super::super::broken(stream).await;
+                let error = super::super::aborted(stream).await;
                 assert!(
                     matches!(
                         error.kind(),
@@ -175,7 +190,7 @@ impl Side {
     }
 }
 
-/// Two ends of one connection.
+/// Both ends of a TCP connection.
 pub(super) async fn pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -188,7 +203,7 @@ pub(super) async fn pair() -> (TcpStream, TcpStream) {
     (ours, theirs)
 }
 
-/// Both ends of a stream in a tunnel, and what keeps it running.
+/// Both ends of a stream in a tunnel, and the tunnel's connections.
 struct Carried {
     near: TunnelStream,
     far: TunnelStream,
@@ -198,8 +213,8 @@ struct Carried {
 
 async fn carried() -> Carried {
     let authority = CertificateAuthority::generate("td".parse().unwrap()).unwrap();
-    let credentials = |who: &str| {
-        let id = format!("spiffe://td/ns/default/sa/{who}").parse().unwrap();
+    let credentials = |account: &str| {
+        let id = format!("spiffe://td/ns/default/sa/{account}").parse().unwrap();
         let issued = authority.issue(&id, 60 * MINUTE).unwrap();
         let (chain, key) = (issued.chain_pem.as_bytes(), issued.key_pem.as_bytes());
         let identity = Identity::from_pem(chain, key, authority.roots_pem().as_bytes()).unwrap();
@@ -207,7 +222,7 @@ async fn carried() -> Carried {
     };
     let mut client_settings = ClientSettings::default();
     let mut server_settings = ServerSettings::default();
-    // Nobody answers while the clock jumps.
+    // Keepalive probes would expire when the paused clock advances.
     client_settings.keepalive.quiet = 1_000_000 * MINUTE;
     server_settings.keepalive.quiet = 1_000_000 * MINUTE;
     let connector = Connector::new(credentials("client"), client_settings);
@@ -233,7 +248,7 @@ async fn carried() -> Carried {
     Carried { near: near.unwrap(), far: far.unwrap(), tunnel, driver }
 }
 
-/// What a flow is run between.
+/// The connections on both sides of a flow.
 enum Ends {
     Plain(TcpStream, TcpStream),
     IntoTunnel(TcpStream, TunnelStream),
@@ -250,7 +265,7 @@ pub(super) struct Scene {
 }
 
 impl Scene {
-    /// Without any deadline, and with memory for everything.
+    /// Without deadlines, and with enough memory for all buffers.
     pub(super) async fn new(way: Way) -> Self {
         Self::with(way, |_| {}).await
     }
@@ -292,7 +307,7 @@ impl Scene {
         Self { client, server, buffers, flow, tunnel }
     }
 
-    /// The client and the server, or the other way round.
+    /// The client and the server, or the server and the client.
     pub(super) fn sides(&mut self, client_first: bool) -> (&mut Side, &mut Side) {
         let Self { client, server, .. } = self;
         if client_first { (client, server) } else { (server, client) }
@@ -303,7 +318,7 @@ impl Scene {
         (take(&mut self.client), take(&mut self.server))
     }
 
-    /// A byte each way.
+    /// Sends a byte in each direction.
     pub(super) async fn exchange(&mut self) {
         for client_first in [true, false] {
             let (one, other) = self.sides(client_first);
@@ -312,21 +327,21 @@ impl Scene {
         }
     }
 
-    /// Some megabytes from the server.
+    /// Sends bulk from the server to the client.
     pub(super) async fn bulk_to_client(&mut self) {
         let data = vec![b'b'; 8 << 20];
         let ((), received) = tokio::join!(self.server.send(&data), self.client.receive(data.len()));
         assert!(received == data);
     }
 
-    /// Drops the tunnel's connection, as a process that dies.
+    /// Drops the tunnel's connection, as the end of its process would.
     pub(super) async fn lose_tunnel(&mut self) {
         let (_tunnel, driver) = self.tunnel.take().unwrap();
         driver.abort();
         assert!(driver.await.unwrap_err().is_cancelled());
     }
 
-    /// Waits for the end: how, and how many bytes were counted.
+    /// Waits for the end of the flow: its outcome, and the number of bytes counted.
     pub(super) async fn ended(self) -> (Result<(), ProxyError>, u64) {
         self.flow.await.unwrap()
     }
@@ -339,8 +354,7 @@ async fn run(ends: Ends, deadlines: Deadlines, buffers: Buffers) -> (Result<(), 
     let registration = Arc::new(ConnectionRegistry::default()).register(());
     let facts = Facts::new(Direction::Outbound, Party::default(), Party::default());
     let record = ConnectionRecord::opened(Instant::now(), facts, &KnownSeries::default());
-    let termination = registration.termination();
-    let flow = Flow { record: &record, buffers: &buffers, deadlines: &deadlines, termination };
+    let flow = Flow::new(&buffers, &deadlines, &record, registration.termination());
     let outcome = match ends {
         Ends::Plain(client, server) => flow.through_tcp(&client, &server).await,
         Ends::IntoTunnel(client, tunnel) => flow.into_tunnel(&client, tunnel).await,

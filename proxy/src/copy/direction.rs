@@ -1,0 +1,144 @@
+//! One direction of a relayed connection: from a source to a sink, each a TCP connection or a
+//! stream of a tunnel.
+
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+
+use super::splice::Splice;
+use super::tcp::Tcp;
+use crate::error::ProxyError;
+
+/// The connection or stream on one side of a relay.
+pub(super) trait Side<'a> {
+    /// Ready when this side was aborted: for a side that is neither read nor written at the moment.
+    fn poll_aborted(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError>;
+
+    /// Ready when the peer of this side is no longer trusted.
+    fn poll_revoked(&mut self, _: &mut Context<'_>) -> Poll<ProxyError> {
+        Poll::Pending
+    }
+
+    /// Closes this side cleanly after both directions have ended, and aborts it after an error.
+    fn close(&mut self, outcome: &Result<(), ProxyError>);
+
+    /// The TCP connection, if this is one: only that can be spliced and probed.
+    fn as_tcp(&mut self) -> Option<&mut Tcp<'a>> {
+        None
+    }
+}
+
+/// A side that bytes are read from.
+pub(super) trait Source<'a>: Side<'a> {
+    /// The next bytes, never empty; `None` after a clean end (FIN, END_STREAM).
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ProxyError>>;
+
+    /// Whether a clean end is known to follow the bytes that were read last. Such an end is sent
+    /// with them, and saves a packet and a wake-up on both sides.
+    fn is_at_end(&self) -> bool;
+}
+
+/// A side that bytes are written to.
+pub(super) trait Sink<'a>: Side<'a> {
+    /// Takes bytes from the front of `data`, which is not empty, and returns how many. After the
+    /// `last` data only [`Sink::finish`] follows.
+    fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        data: &mut Bytes,
+        last: bool,
+    ) -> Poll<Result<usize, ProxyError>>;
+
+    /// Sends bytes that were taken and are held back, once they are due. Called when there is
+    /// nothing to write.
+    fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    /// Ends this direction cleanly (FIN, END_STREAM).
+    fn finish(&mut self) -> Result<(), ProxyError>;
+}
+
+/// A side of a connection, which is the source of one direction and the sink of the other.
+pub(super) trait Endpoint<'a>: Source<'a> + Sink<'a> {}
+
+impl<'a, T: Source<'a> + Sink<'a>> Endpoint<'a> for T {}
+
+/// One direction of a connection.
+#[derive(Default)]
+pub(super) struct Direction {
+    /// Bytes that were read and are not written yet.
+    pending: Bytes,
+    /// Present while the direction moves bulk between two TCP connections. Boxed: most connections
+    /// never do.
+    splice: Option<Box<Splice>>,
+}
+
+impl Direction {
+    /// Moves bytes until it must wait; `count` gets the number of bytes of each write. Ready after
+    /// a clean end of `source`, which was then passed on. `watch_sink`: no direction reads `sink`.
+    pub(super) fn poll<'a>(
+        &mut self,
+        source: &mut impl Source<'a>,
+        sink: &mut impl Sink<'a>,
+        watch_sink: bool,
+        cx: &mut Context<'_>,
+        count: &impl Fn(usize),
+    ) -> Poll<Result<(), ProxyError>> {
+        loop {
+            if let (Some(source), Some(sink)) = (source.as_tcp(), sink.as_tcp())
+                && let Some(splice) = &mut self.splice
+            {
+                let ended = ready!(splice.poll(source, sink, watch_sink, cx, count))?;
+                self.splice = None;
+                if ended {
+                    break;
+                }
+            }
+            if !ready!(self.poll_piece(source, sink, watch_sink, cx, count))? {
+                break;
+            }
+            if let (Some(source), Some(_)) = (source.as_tcp(), sink.as_tcp())
+                && source.is_bulk()
+            {
+                self.splice = Some(Box::new(Splice::new()));
+            }
+        }
+        Poll::Ready(sink.finish())
+    }
+
+    /// Moves one piece; false at a clean end. Each piece polls the readiness of a socket at least
+    /// once, which consumes the task's budget in tokio: so a busy connection yields to others.
+    pub(super) fn poll_piece<'a>(
+        &mut self,
+        source: &mut impl Source<'a>,
+        sink: &mut impl Sink<'a>,
+        watch_sink: bool,
+        cx: &mut Context<'_>,
+        count: &impl Fn(usize),
+    ) -> Poll<Result<bool, ProxyError>> {
+        if self.pending.is_empty() {
+            match source.poll_read(cx)? {
+                Poll::Ready(Some(data)) => self.pending = data,
+                Poll::Ready(None) => return Poll::Ready(Ok(false)),
+                Poll::Pending => {
+                    if let Poll::Ready(Err(error)) = sink.poll_flush(cx) {
+                        return Poll::Ready(Err(error));
+                    }
+                    return if watch_sink { sink.poll_aborted(cx).map(Err) } else { Poll::Pending };
+                }
+            }
+        }
+        let last = source.is_at_end();
+        while !self.pending.is_empty() {
+            match sink.poll_write(cx, &mut self.pending, last)? {
+                Poll::Ready(written) => count(written),
+                // Reading would report an abort of the source, but must wait for this write.
+                Poll::Pending => return source.poll_aborted(cx).map(Err),
+            }
+        }
+        // An empty `Bytes` would still hold the memory of its read.
+        self.pending = Bytes::new();
+        Poll::Ready(Ok(true))
+    }
+}
