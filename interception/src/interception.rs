@@ -9,13 +9,14 @@ use std::sync::Arc;
 use underpass_config::{InterceptionSettings, Profile};
 
 use crate::backend::Backend;
-use crate::blackhole::{self, Blackhole};
+use crate::blackhole;
 use crate::changes::Changes;
 use crate::foreign::{ForeignRule, foreign_rules};
 use crate::iptables::{self, RemovalScope, Variant};
 use crate::leftovers::{Leftover, is_istios, leftovers};
 use crate::nftables::{self, RuleCounter};
 use crate::plan::{Ports, RulePlan};
+use crate::planned::{PlanInputs, Planned};
 use crate::privileges::lacks_net_admin;
 use crate::verify::{Difference, Listing};
 use crate::{Entered, InterceptionError, NamespaceAccess, host, ipv6, ipv6_available, routes};
@@ -33,12 +34,7 @@ pub struct Interception {
 /// What is installed, and with what.
 #[derive(Debug, Clone)]
 struct Rules {
-    plan: RulePlan,
-    ports: Ports,
-    backend: Backend,
-    /// Whether the kernel has IPv6.
-    ipv6: bool,
-    blackhole: Blackhole,
+    planned: Arc<Planned>,
     /// Describes the installing process, for people who list the table.
     owner: Option<String>,
 }
@@ -90,19 +86,19 @@ impl Interception {
     /// The rules that [`install`](Self::install) installs.
     #[must_use]
     pub fn plan(&self) -> &RulePlan {
-        &self.rules.plan
+        self.rules.plan()
     }
 
     /// What they are installed with.
     #[must_use]
     pub fn backend(&self) -> Backend {
-        self.rules.backend
+        self.rules.backend()
     }
 
     /// Whether the kernel has no IPv6, so that only IPv4 is caught whatever the settings say.
     #[must_use]
     pub fn ipv6_absent(&self) -> bool {
-        !self.rules.ipv6
+        !self.rules.planned.inputs.ipv6
     }
 
     /// Whether the kernel has IPv6, and the loopback interface has it disabled now: rules exist,
@@ -113,7 +109,7 @@ impl Interception {
     /// [`InterceptionError::Namespace`].
     pub async fn ipv6_disabled(&self) -> Result<bool, InterceptionError> {
         let enabled = self.access.run(async |entered| ipv6::on_loopback(entered)).await?;
-        Ok(self.rules.ipv6 && !enabled)
+        Ok(self.rules.planned.inputs.ipv6 && !enabled)
     }
 
     /// Whether IPv6 has been enabled or disabled on the loopback interface since the last call of
@@ -138,7 +134,7 @@ impl Interception {
         let follow = async move |entered: &Entered, rules: &Rules| {
             let enabled = ipv6::on_loopback(entered);
             if enabled && !was_enabled {
-                routes::install(entered, &rules.plan).await?;
+                routes::install(entered, rules.plan()).await?;
             }
             Ok(enabled)
         };
@@ -154,7 +150,7 @@ impl Interception {
     ///
     /// The kernel refused to list the rules.
     pub async fn leftovers(&self) -> Result<Vec<Leftover>, InterceptionError> {
-        self.run(async |entered, rules| leftovers(entered, rules.backend).await).await
+        self.run(async |entered, rules| leftovers(entered, rules.backend()).await).await
     }
 
     /// Rules of other programs that act on packets before ours do.
@@ -163,7 +159,7 @@ impl Interception {
     ///
     /// The kernel refused to list the rules.
     pub async fn foreign_rules(&self) -> Result<Vec<ForeignRule>, InterceptionError> {
-        self.run(async |entered, rules| foreign_rules(entered, rules.backend, &rules.plan).await)
+        self.run(async |entered, rules| foreign_rules(entered, rules.backend(), rules.plan()).await)
             .await
     }
 
@@ -221,7 +217,7 @@ impl Interception {
     ///
     /// The kernel refused.
     pub async fn block(&self) -> Result<(), InterceptionError> {
-        self.run(async |entered, rules| rules.blackhole.install(entered).await).await
+        self.run(async |entered, rules| rules.planned.blackhole.install(entered).await).await
     }
 
     /// Removes the blackhole; `false` if there was none.
@@ -248,7 +244,7 @@ impl Interception {
     ///
     /// The kernel does not let us listen.
     pub async fn changes(&self) -> Result<Changes, InterceptionError> {
-        Changes::of_rules(&self.access, self.rules.backend).await
+        Changes::of_rules(&self.access, self.rules.backend()).await
     }
 
     /// How often each rule that is installed matched, in the order of the rules; empty if there are
@@ -258,7 +254,7 @@ impl Interception {
     ///
     /// The kernel refused.
     pub async fn counters(&self) -> Result<Vec<RuleCounter>, InterceptionError> {
-        self.run(async |entered, rules| rules.backend.counters(entered, &rules.plan).await).await
+        self.run(async |entered, rules| rules.backend().counters(entered, rules.plan()).await).await
     }
 
     /// Removes the rules, the routes and the blackhole. What is already gone is no error.
@@ -268,8 +264,8 @@ impl Interception {
     /// The kernel refused.
     pub async fn remove(&self) -> Result<(), InterceptionError> {
         self.run(async |entered, rules| {
-            rules.backend.remove(entered).await?;
-            routes::remove(entered, &rules.plan).await?;
+            rules.backend().remove(entered).await?;
+            routes::remove(entered, rules.plan()).await?;
             blackhole::remove(entered).await.map(drop)
         })
         .await
@@ -301,30 +297,36 @@ impl Rules {
             host::reject_host(entered)?;
         }
         let backend = Backend::find(entered, settings.backend).await?;
-        let ipv6 = ipv6_available();
-        let plan = RulePlan::new(settings, ports, ipv6);
-        let blackhole = Blackhole::new(settings, ports, &plan);
-        Ok(Self { plan, ports, backend, ipv6, blackhole, owner: None })
+        let settings = settings.clone();
+        let inputs = PlanInputs { settings, ports, backend, ipv6: ipv6_available() };
+        Ok(Self { planned: Planned::shared(inputs), owner: None })
     }
 
     fn with_settings(&self, settings: &InterceptionSettings) -> Self {
-        let plan = RulePlan::new(settings, self.ports, self.ipv6);
-        let blackhole = Blackhole::new(settings, self.ports, &plan);
-        Self { plan, blackhole, owner: self.owner.clone(), ..*self }
+        let inputs = PlanInputs { settings: settings.clone(), ..self.planned.inputs.clone() };
+        Self { planned: Planned::shared(inputs), owner: self.owner.clone() }
+    }
+
+    fn plan(&self) -> &RulePlan {
+        &self.planned.plan
+    }
+
+    fn backend(&self) -> Backend {
+        self.planned.inputs.backend
     }
 
     async fn repair(&self, entered: &Entered) -> Result<(), InterceptionError> {
-        let added = routes::install(entered, &self.plan).await?;
-        if let Err(error) = self.backend.apply(entered, &self.plan).await {
+        let added = routes::install(entered, self.plan()).await?;
+        if let Err(error) = self.backend().apply(entered, self.plan()).await {
             routes::undo(entered, &added).await;
             return Err(error);
         }
         self.mark_owner(entered).await;
-        routes::remove_foreign(entered, &self.plan).await
+        routes::remove_foreign(entered, self.plan()).await
     }
 
     async fn mark_owner(&self, entered: &Entered) {
-        if let (Backend::Nftables, Some(owner)) = (self.backend, &self.owner)
+        if let (Backend::Nftables, Some(owner)) = (self.backend(), &self.owner)
             && let Err(error) = nftables::mark_owner(entered, owner).await
         {
             tracing::debug!(%error, "the owner of the rules is not marked");
@@ -332,14 +334,14 @@ impl Rules {
     }
 
     async fn verify(&self, entered: &Entered) -> Result<Option<Difference>, InterceptionError> {
-        let mut expected = self.backend.expected(&self.plan);
-        expected.sections.push(routes::expected(entered, &self.plan));
-        let installed = self.backend.installed(entered, &self.plan).await?;
-        let mut found: Listing = installed.unwrap_or_default();
-        found.sections.push(routes::installed(entered, &self.plan).await?);
-        let difference = expected.difference(&found);
+        let (backend, plan) = (self.backend(), self.plan());
+        let rules = backend.installed(entered, plan).await?.unwrap_or_default();
+        let expected = Listing::from(routes::expected(entered, plan));
+        let routes = Listing::from(routes::installed(entered, plan).await?);
+        let rules = self.planned.expected().difference(&rules);
+        let difference = Difference::join(rules, expected.difference(&routes));
         let readable = |difference: Difference| {
-            difference.readable(&self.backend.readable(&self.plan), nftables::readable_unknown)
+            difference.readable(&backend.readable(plan), nftables::readable_unknown)
         };
         Ok(difference.map(readable))
     }

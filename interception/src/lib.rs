@@ -29,6 +29,7 @@ mod netlink;
 mod nftables;
 mod packets;
 mod plan;
+mod planned;
 mod privileges;
 mod return_path;
 mod reverse_path;

@@ -92,7 +92,20 @@ impl Listing {
     }
 }
 
+impl From<Section> for Listing {
+    fn from(section: Section) -> Self {
+        Self { sections: vec![section] }
+    }
+}
+
 impl Difference {
+    /// Both together.
+    pub(crate) fn join(one: Option<Self>, other: Option<Self>) -> Option<Self> {
+        let differences = one.into_iter().chain(other);
+        let sections: Vec<_> = differences.flat_map(|difference| difference.sections).collect();
+        (!sections.is_empty()).then_some(Self { sections })
+    }
+
     /// The sections that differ.
     #[must_use]
     pub fn sections(&self) -> &[SectionDifference] {

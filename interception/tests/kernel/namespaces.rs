@@ -115,6 +115,7 @@ fn one_thread_for_all() -> Result<(), Failed> {
     const WITH_RULES: usize = 25;
     let thread = NamespaceThread::start(|| Ok(()))?;
     let (mut held, mut threads) = (Vec::new(), BTreeSet::new());
+    let mut installed: Vec<Interception> = Vec::new();
     for number in 0..NAMESPACES {
         let namespace = isolated(&format!("many-{number}"))?;
         let access = NamespaceAccess::new(namespace, thread.clone());
@@ -126,13 +127,20 @@ fn one_thread_for_all() -> Result<(), Failed> {
         equal("the namespace", inside, id)?;
         threads.insert(on);
         if number % WITH_RULES == 0 {
-            runtime()?.block_on(async {
-                Ok::<_, Failed>(interception(&access).await?.install().await?)
-            })?;
+            installed.push(runtime()?.block_on(async {
+                let interception = interception(&access).await?;
+                interception.install().await?;
+                Ok::<_, Failed>(interception)
+            })?);
         }
         held.push(access);
     }
     equal("threads that ran operations", threads.len(), 1)?;
+    let plans: BTreeSet<_> = installed.iter().map(|one| std::ptr::from_ref(one.plan())).collect();
+    equal("plans of equal settings", plans.len(), 1)?;
+    for interception in &installed {
+        equal("difference", runtime()?.block_on(interception.verify())?, None)?;
+    }
     let occupied = namespaces_of_threads()?;
     let idle = |access: &&NamespaceAccess| !occupied.contains(&access.namespace().id().to_string());
     equal("namespaces without a thread", held.iter().filter(idle).count(), NAMESPACES)?;
