@@ -25,7 +25,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use tokio::time::Instant;
-use underpass_config::{Mesh, MeshSource};
+use underpass_config::{FileWatcher, Mesh, MeshSource};
 
 /// The number of files of the watched mesh.
 const FILES: u32 = 100;
@@ -83,7 +83,9 @@ fn follow(folder: &Path) {
     let runtime = runtime.expect("the runtime starts");
     let name = format!("{FILES} files");
     let (mut source, mut mesh) = runtime.block_on(async {
-        load(&name, || MeshSource::open(Some(folder)).expect("the mesh is right"))
+        load(&name, || {
+            MeshSource::open(Some(folder), &FileWatcher::default()).expect("the mesh is right")
+        })
     });
     for n in 0..CHANGES {
         let changed = folder.join(format!("{n:03}.yaml"));

@@ -1,6 +1,6 @@
 //! Lists and reads the files of a path: a single file, or the documents in a folder.
 //!
-//! `file_watch.rs` detects changes.
+//! `watch.rs` detects changes.
 
 use std::hash::{DefaultHasher, Hasher};
 use std::io;

@@ -8,7 +8,6 @@ mod ca_clients;
 mod cidr;
 mod document;
 mod error;
-mod file_watch;
 mod files;
 mod load;
 mod mesh;
@@ -20,11 +19,11 @@ mod show;
 mod spiffe;
 #[cfg(test)]
 mod test_folder;
+mod watch;
 
 pub use ca_clients::{CaClient, CaClients, CaToken, IdentityPattern};
 pub use document::Origin;
 pub use error::{ConfigErrors, Problem};
-pub use file_watch::FileWatch;
 pub use ipnet::{IpNet, Ipv4Net};
 pub use load::Sources;
 pub use mesh::{
@@ -47,3 +46,4 @@ pub use settings::{
     TunnelSettings, WorkloadSettings,
 };
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};
+pub use watch::{FileWatch, FileWatcher};

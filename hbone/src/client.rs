@@ -18,12 +18,12 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use underpass_config::{Cipher, Quoted, SpiffeId};
 
-use crate::guard::Guard;
 use crate::inspect::{Inspector, PeerRole};
 use crate::io::{Io, transport};
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored, OpenStream};
 use crate::overdue::Overdue;
+use crate::revocation::RevocationMonitor;
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
 use crate::tls::{ClientTls, Peer, TlsStream, provider};
 use crate::windows::Windows;
@@ -123,7 +123,8 @@ impl Connector {
         let usable_until = peer.expires.min(current.identity().expires());
         let link = Link::new(peer.identity.clone(), usable_until);
         let resumed = peer.resumed;
-        let guard = Guard::new(credentials, current.authorities().clone(), peer, carrier);
+        let guard =
+            RevocationMonitor::new(credentials, current.authorities().clone(), peer, carrier);
         let http2 = &self.settings.http2;
         let inspector = Inspector::new(PeerRole::Server, http2.max_header_list);
         let (send, mut connection) = h2::client::Builder::new()
@@ -277,7 +278,7 @@ fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
 /// What is watched while a connection is driven.
 struct Watches {
     keepalive: Option<Keepalive>,
-    guard: Guard,
+    guard: RevocationMonitor,
     windows: Windows,
     overdue: Overdue,
 }

@@ -1,6 +1,6 @@
 //! How whoever uses a tunnel learns at once that its peer is not to be trusted any longer, without asking at every turn.
 //!
-//! Not here: who is trusted (`guard.rs`).
+//! Not here: who is trusted (`revocation.rs`).
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -8,45 +8,58 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::task::Poll;
 
-use underpass_config::FileWatch;
+use underpass_config::{FileWatch, FileWatcher};
 
 use crate::HboneError;
 
 /// Files that are read together.
-#[derive(Debug, Default)]
-pub(crate) struct WatchedFiles(Vec<FileWatch>);
+#[derive(Debug)]
+pub(crate) struct WatchedFiles {
+    watcher: FileWatcher,
+    files: Vec<FileWatch>,
+}
 
 impl WatchedFiles {
-    /// Watches all of `files` from now on: to be made before they are read, so that no change is missed.
+    /// No file yet.
+    pub(crate) fn none(watcher: &FileWatcher) -> Self {
+        Self { watcher: watcher.clone(), files: Vec::new() }
+    }
+
+    /// Watches these files instead, from now on. Call it before they are read, so that no change is
+    /// missed.
     ///
     /// # Errors
-    /// [`HboneError::Watch`] for one that cannot be watched.
-    pub(crate) fn new(
+    /// [`HboneError::Watch`] for one that cannot be watched; then the former files stay watched.
+    pub(crate) fn replace(
+        &mut self,
         files: impl IntoIterator<Item = impl AsRef<Path>>,
-    ) -> Result<Self, HboneError> {
-        let mut watched = Self::default();
+    ) -> Result<(), HboneError> {
+        let mut watched = Self::none(&self.watcher);
         for file in files {
             watched.add(file.as_ref())?;
         }
-        Ok(watched)
+        *self = watched;
+        Ok(())
     }
 
     /// Watches one more.
     ///
     /// # Errors
-    /// As [`WatchedFiles::new`].
+    /// [`HboneError::Watch`] if it cannot be watched.
     pub(crate) fn add(&mut self, file: &Path) -> Result<(), HboneError> {
-        self.0.push(FileWatch::new(file).map_err(|source| HboneError::Watch { source })?);
+        let watch = self.watcher.watch(file).map_err(|source| HboneError::Watch { source })?;
+        self.files.push(watch);
         Ok(())
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.files.is_empty()
     }
 
     /// Waits until one of them has changed; for ever, if there is none. Cancel-safe.
     pub(crate) async fn changed(&mut self) {
-        let mut changes: Vec<_> = self.0.iter_mut().map(|file| Box::pin(file.changed())).collect();
+        let mut changes: Vec<_> =
+            self.files.iter_mut().map(|file| Box::pin(file.changed())).collect();
         poll_fn(|cx| {
             let changed = changes.iter_mut().any(|change| change.as_mut().poll(cx).is_ready());
             if changed { Poll::Ready(()) } else { Poll::Pending }

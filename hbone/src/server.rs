@@ -20,12 +20,12 @@ use tokio::time::timeout;
 use underpass_config::Quoted;
 
 use self::drain::{Drain, Refusals};
-use crate::guard::Guard;
 use crate::inspect::{Inspector, PeerRole, TunnelLimit};
 use crate::io::{Io, transport};
 use crate::keepalive::Keepalive;
 use crate::link::{Link, Monitored};
 use crate::overdue::Overdue;
+use crate::revocation::RevocationMonitor;
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
 use crate::tls::TlsStream;
 use crate::windows::Windows;
@@ -46,7 +46,7 @@ pub struct ServerTunnel {
     /// `None` once it ended.
     connection: Option<Connection<Monitored<TlsStream<Io>>, Bytes>>,
     keepalive: Option<Keepalive>,
-    guard: Guard,
+    guard: RevocationMonitor,
     windows: Windows,
     overdue: Overdue,
     drain: Option<Drain>,
@@ -93,7 +93,7 @@ impl Acceptor {
         let usable_until = peer.expires.min(current.identity().expires());
         let link = Link::new(peer.identity.clone(), usable_until);
         let resumed = peer.resumed;
-        let guard = Guard::new(credentials, current.authorities().clone(), peer, None);
+        let guard = RevocationMonitor::new(credentials, current.authorities().clone(), peer, None);
         let http2 = &self.settings.http2;
         let inspector = Inspector::new(PeerRole::Client, http2.max_header_list);
         let mut connection = h2::server::Builder::new()

@@ -1,6 +1,6 @@
 //! Where our certificate comes from, and when the next one does: files, our own CA, Istio's CA protocol, or SPIRE.
 //!
-//! Not here: what is done with it (`keeper`), and which source is used, which is a setting.
+//! Not here: what is done with it (`rotation`), and which source is used, which is a setting.
 
 mod error;
 mod files;

@@ -10,7 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use underpass_config::{Cipher, TrustDomain, TrustSettings};
+use tokio::sync::watch;
+use underpass_config::{Cipher, FileWatcher, TrustDomain, TrustSettings};
 
 use self::revocations::Revocations;
 use crate::files::WatchedFiles;
@@ -51,25 +52,47 @@ impl TrustFiles {
     /// # Errors
     /// [`HboneError::Credential`] for a file that is missing or malformed, [`HboneError::Watch`] for one that cannot be
     /// watched.
-    pub fn open(settings: &TrustSettings) -> Result<(Self, Trust), HboneError> {
-        let watched = WatchedFiles::new(files(settings))?;
+    pub fn open(
+        settings: &TrustSettings,
+        watcher: &FileWatcher,
+    ) -> Result<(Self, Trust), HboneError> {
+        let mut watched = WatchedFiles::none(watcher);
+        watched.replace(files(settings))?;
         let trust = Trust::read(settings)?;
         Ok((Self { settings: settings.clone(), watched }, trust))
+    }
+
+    /// Publishes the trust after each change of a file, until nothing subscribes to it. After an
+    /// error, which is given to `report`, the last trust stays.
+    pub async fn follow(mut self, trust: watch::Sender<Trust>, report: impl Fn(&HboneError)) {
+        loop {
+            tokio::select! {
+                next = self.next() => match next {
+                    Ok(new) => drop(trust.send_replace(new)),
+                    Err(error) => report(&error),
+                },
+                () = trust.closed() => return,
+            }
+        }
     }
 
     /// Waits for a file to change, and reads all of them again. Without files it waits for ever. Cancel-safe.
     ///
     /// # Errors
     /// As [`TrustFiles::open`], once for each change: what was read before stays good, so call it again.
-    pub async fn next(&mut self) -> Result<Trust, HboneError> {
+    async fn next(&mut self) -> Result<Trust, HboneError> {
         self.watched.changed().await;
         Trust::read(&self.settings)
     }
 }
 
 impl Trust {
-    /// Fails closed: what is missing or malformed is an error, not less trust or fewer revocations.
-    pub(crate) fn read(settings: &TrustSettings) -> Result<Self, HboneError> {
+    /// Reads the files of the settings. Fails closed: what is missing or malformed is an error, not
+    /// less trust or fewer revocations.
+    ///
+    /// # Errors
+    /// [`HboneError::Credential`] for a file that is missing or malformed.
+    pub fn read(settings: &TrustSettings) -> Result<Self, HboneError> {
         let mut bundles = BTreeMap::new();
         for bundle in &settings.bundles {
             let roots = Bundle::from_pem(&bundle.file, &pem::read(&bundle.file)?)?;
@@ -81,6 +104,11 @@ impl Trust {
             revocations: Revocations::read(&settings.crls)?,
             ciphers: settings.ciphers.clone(),
         })))
+    }
+
+    /// A receiver of this trust, which never changes: for tests and demos.
+    pub fn fixed(self) -> watch::Receiver<Self> {
+        watch::channel(self).1
     }
 
     pub(crate) fn is_alias(&self, trust_domain: &TrustDomain) -> bool {

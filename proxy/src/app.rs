@@ -10,20 +10,22 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use underpass_config::{InterceptionSettings, MeshSource, Settings, Sources};
+use underpass_config::{
+    FileWatcher, InterceptionSettings, MeshSource, Settings, Sources, SpiffeId,
+};
 use underpass_interception::{
     BoundListener, Kept, LocalAddresses, Sockets, ipv6_available, raise_open_files,
 };
 
 use crate::capture::{Capture, Probes, keep};
-use crate::certificates::{self, Certificate};
+use crate::certificates::{self, Certificates};
 use crate::cli::CommandError;
 use crate::connection_registry::Registries;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::instance::{Instance, Status};
 use crate::listeners::{EndpointKind, Kind, Listeners, SplitListeners};
 use crate::metrics::Exporter;
-use crate::node::{Node, Pod, PodId, Workers};
+use crate::node::{CredentialLease, Node, Pod, PodId, Workers};
 use crate::notify;
 use crate::parent::ParentGone;
 use crate::pause_gate::PauseGate;
@@ -80,8 +82,9 @@ pub(crate) async fn run(
     let mut handed = handed.unwrap_or_default();
     let instance = Instance::claim(&settings, handed.instance.take()).await?;
     let capture = Capture::prepare(&settings).await?;
-    let reload = Reload::watch(&settings, sources)?;
-    let mut proxy = Proxy::prepare(&settings, handed, reload.subscribe()).await?;
+    let watcher = FileWatcher::default();
+    let reload = Reload::watch(&settings, sources, &watcher)?;
+    let mut proxy = Proxy::prepare(&settings, handed, reload.subscribe(), &watcher).await?;
     proxy.offer = proxy.offer.with_instance(instance.clone());
     if let Some(instance) = instance {
         let (settings, interception) = (settings.clone(), reload.subscribe());
@@ -127,37 +130,22 @@ async fn serve(
     mut stop: StopSignal,
     tenure: &mut Tenure,
 ) -> Result<(), CommandError> {
-    let Proxy {
-        node,
-        mut pod,
-        kept,
-        publisher,
-        certificate,
-        listeners,
-        mut offer,
-        gates,
-        endpoints,
-    } = proxy;
+    let Proxy { node, mut pod, kept, publisher, listeners, mut offer, gates, endpoints } = proxy;
     let readiness = &endpoints.readiness;
     // Made while the process may still be another user than the proxy, whose connections are not caught.
     let probes = capture.probes(&settings.interception).await?;
     capture.warn_of_bypassing().await;
     capture.confine(&settings.interception).await?;
     certificates::warn_if_unreadable(settings);
-    let certificate = tokio::select! {
-        certificate = certificate.hold() => certificate?,
-        why = stop.wait() => {
-            tracing::info!(why, "stopped before there was a certificate");
-            return Ok(());
-        }
-    };
-    let renewal = match certificate {
-        Certificate::Held(keeper, credentials) => {
-            pod.credentials = Some(credentials);
-            Some(tokio::spawn(keeper.run()))
-        }
-        Certificate::Off | Certificate::Wanted(_) => None,
-    };
+    if pod.credentials.is_none() {
+        pod.credentials = tokio::select! {
+            lease = lease(&node, &settings.workload.spiffe_id) => lease?,
+            why = stop.wait() => {
+                tracing::info!(why, "stopped before there was a certificate");
+                return Ok(());
+            }
+        };
+    }
     if let Some(claim) = &tenure.claim {
         claim.accept().await?;
         gates.accept.open();
@@ -203,11 +191,9 @@ async fn serve(
     };
     keeper.abort();
     end_orderly(end, settings, &running, &endpoints, &mut stop, tenure).await;
-    // Certificate renewal and policy enforcement run until the drain completes.
+    // Policy enforcement runs until the drain completes, and so does certificate renewal: the pod
+    // holds it.
     publishing.abort();
-    if let Some(renewal) = renewal {
-        renewal.abort();
-    }
     // A worker that does not end holds nothing that the end of the process would not free.
     tokio::time::timeout(Duration::from_secs(1), running.workers.join()).await.ok();
     tracing::info!("stopped");
@@ -326,7 +312,6 @@ struct Proxy {
     /// The capabilities that workers keep.
     kept: Kept,
     publisher: Publisher,
-    certificate: Certificate,
     listeners: Vec<(Kind, BoundListener)>,
     offer: Offer,
     gates: Gates,
@@ -338,6 +323,7 @@ impl Proxy {
         settings: &Settings,
         handed: Handed,
         interception: watch::Receiver<InterceptionSettings>,
+        watcher: &FileWatcher,
     ) -> Result<Self, CommandError> {
         let ipv6 = ipv6_available();
         let sockets =
@@ -356,13 +342,18 @@ impl Proxy {
         let series = exporter.series.clone();
         let endpoints = Endpoints::serve(endpoints, exporter, &gates.accept);
         let kept = if sockets.need_net_admin() { Kept::NetAdmin } else { Kept::Nothing };
-        let certificate = Certificate::prepare(settings, &sockets, &endpoints.readiness).await?;
-        let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref())?;
+        let identities =
+            Certificates::identities(settings, &sockets, &endpoints.readiness, watcher)?;
+        let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref(), watcher)?;
         let publisher = Publisher::new(source, mesh, &settings.workload);
         let (mesh, accept) = (publisher.subscribe(), gates.accept.clone());
-        let node = Arc::new(Node::new(settings, workers(settings), mesh, accept, series));
-        let pod = pod(settings, sockets, interception)?;
-        Ok(Self { node, pod, kept, publisher, certificate, listeners, offer, gates, endpoints })
+        let node = Node::new(settings, workers(settings), mesh, accept, series);
+        let node = Arc::new(Node { identities, ..node });
+        let mut pod = pod(settings, sockets, interception)?;
+        if certificates::is_local(settings) {
+            pod.credentials = lease(&node, &settings.workload.spiffe_id).await?;
+        }
+        Ok(Self { node, pod, kept, publisher, listeners, offer, gates, endpoints })
     }
 }
 
@@ -399,6 +390,14 @@ impl Endpoints {
     /// Closes their listeners: another process has them too.
     fn close(&self) {
         self.serving.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// The credentials of `id`; `None` without certificates. Waits until one is issued.
+async fn lease(node: &Node, id: &SpiffeId) -> Result<Option<CredentialLease>, CommandError> {
+    match &node.identities {
+        Some(identities) => identities.lease(id).await.map(Some).map_err(CommandError::Identity),
+        None => Ok(None),
     }
 }
 

@@ -1,6 +1,5 @@
-//! The workload's certificate in a proxy's life: where it comes from, and what is told as it is renewed.
-//!
-//! Not here: how each source works, and how often it renews (the hbone crate).
+//! The source of certificates that the settings configure, and what is logged and counted of them.
+//! How each source works, and how often it renews, is in the hbone crate.
 
 use std::fs::File;
 use std::io;
@@ -8,11 +7,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::watch;
-use underpass_config::{IdentitySettings, Quoted, Settings, SpiffeId, TrustSettings};
+use underpass_config::{
+    FileWatcher, IdentityFiles, IdentitySettings, LocalCaSettings, Quoted, Settings, SpiffeId,
+    SpireSettings,
+};
 use underpass_hbone::{
-    Credentials, CredentialsEvent, FileSource, Identity, IdentitySource, IstioCa, IstioCaSource,
-    Keeper, LocalCaSource, Priority, SpireSource,
+    CredentialsEvent, FileSource, HboneError, Identity, IdentitySource, IstioCa, IstioCaSource,
+    LocalCaSource, Priority, SpireSource,
 };
 use underpass_interception::Sockets;
 
@@ -20,94 +21,65 @@ use crate::cli::CommandError;
 use crate::dial::PlainDialer;
 use crate::endpoints::Readiness;
 use crate::metrics;
+use crate::node::{Identities, Issuer};
 
-/// The certificate of this proxy, from its settings to the last renewal.
-pub(crate) enum Certificate {
-    /// None is configured: HBONE is off.
-    Off,
-    /// To be asked for.
-    Wanted(Wanted),
-    /// There, and kept up to date for as long as the keeper runs.
-    Held(Keeper, watch::Receiver<Credentials>),
-}
-
-/// A certificate to be asked for.
-pub(crate) struct Wanted {
-    source: Box<dyn IdentitySource>,
-    trust: TrustSettings,
-    reporter: Reporter,
-}
-
-/// Logs and counts what happens to the certificate, and makes the proxy unready while it has none
-/// that is valid.
-struct Reporter {
-    workload: SpiffeId,
-    /// Where the certificate comes from, as the log names it.
+/// The certificates of this proxy by its settings: logs and counts what happens to them, and makes
+/// the proxy unready while it has none that is valid.
+#[derive(Debug)]
+pub(crate) struct Certificates {
+    issuer: Origin,
+    /// The issuer, as the log names it.
     origin: String,
+    watcher: FileWatcher,
     readiness: Readiness,
 }
 
-impl Certificate {
-    /// Takes what lies in files at once, so that a mistake in them ends the start before rules are installed. Who must be
-    /// asked for one over the network is asked later, by [`Certificate::hold`]: when the proxy's connections are told from
-    /// the workload's.
-    pub(crate) async fn prepare(
+#[derive(Debug)]
+enum Origin {
+    Files(IdentityFiles),
+    LocalCa(LocalCaSettings),
+    IstioCa(Arc<IstioCa<PlainDialer>>),
+    Spire(SpireSettings),
+}
+
+impl Certificates {
+    /// The identities that the settings configure; `None` turns HBONE off.
+    pub(crate) fn identities(
         settings: &Settings,
         sockets: &Sockets,
         readiness: &Readiness,
-    ) -> Result<Self, CommandError> {
+        watcher: &FileWatcher,
+    ) -> Result<Option<Identities>, CommandError> {
         let Some(identity) = &settings.identity else {
             tracing::warn!("no certificate (identity.*): HBONE is off, inbound and outbound");
-            return Ok(Self::Off);
+            return Ok(None);
         };
-        let workload = settings.workload.spiffe_id.clone();
-        let wanted = Wanted {
-            source: source(identity, &workload, sockets)?,
-            trust: settings.trust.clone(),
-            reporter: Reporter { workload, origin: origin(identity), readiness: readiness.clone() },
+        let certificates = Self {
+            issuer: issuer(identity, sockets).map_err(CommandError::Identity)?,
+            origin: origin(identity),
+            watcher: watcher.clone(),
+            readiness: readiness.clone(),
         };
-        match identity {
-            IdentitySettings::Files(_) | IdentitySettings::LocalCa(_) => wanted.hold().await,
-            IdentitySettings::IstioCa(_) | IdentitySettings::Spire(_) => Ok(Self::Wanted(wanted)),
-        }
-    }
-
-    /// Waits until it is there; for ever, if who issues it is away.
-    pub(crate) async fn hold(self) -> Result<Self, CommandError> {
-        match self {
-            Self::Wanted(wanted) => wanted.hold().await,
-            held => Ok(held),
-        }
+        let identities = Identities::new(Arc::new(certificates), &settings.trust, watcher);
+        identities.map(Some).map_err(CommandError::Identity)
     }
 }
 
-impl Wanted {
-    async fn hold(self) -> Result<Certificate, CommandError> {
-        let Self { source, trust, reporter } = self;
-        let report = move |event: CredentialsEvent<'_>| reporter.report(&event);
-        let (keeper, credentials) =
-            Keeper::start(source, trust, report).await.map_err(CommandError::Identity)?;
-        Ok(Certificate::Held(keeper, credentials))
-    }
+/// Whether the certificate is issued without a connection, so that a mistake can end the start
+/// before rules are installed.
+pub(crate) fn is_local(settings: &Settings) -> bool {
+    matches!(&settings.identity, Some(IdentitySettings::Files(_) | IdentitySettings::LocalCa(_)))
 }
 
-fn source(
-    identity: &IdentitySettings,
-    workload: &SpiffeId,
-    sockets: &Sockets,
-) -> Result<Box<dyn IdentitySource>, CommandError> {
-    let failed = CommandError::Identity;
+fn issuer(identity: &IdentitySettings, sockets: &Sockets) -> Result<Origin, HboneError> {
     Ok(match identity {
-        IdentitySettings::Files(files) => Box::new(FileSource::new(files.clone())),
-        IdentitySettings::LocalCa(ca) => Box::new(LocalCaSource::new(ca.clone(), workload.clone())),
+        IdentitySettings::Files(files) => Origin::Files(files.clone()),
+        IdentitySettings::LocalCa(ca) => Origin::LocalCa(ca.clone()),
         IdentitySettings::IstioCa(ca) => {
             let dialer = PlainDialer { sockets: sockets.clone() };
-            let client = IstioCa::new(ca.clone(), dialer).map_err(failed)?;
-            Box::new(IstioCaSource::new(Arc::new(client), workload.clone(), Priority::RealTime))
+            Origin::IstioCa(Arc::new(IstioCa::new(ca.clone(), dialer)?))
         }
-        IdentitySettings::Spire(spire) => {
-            Box::new(SpireSource::new(spire.clone(), workload.clone()))
-        }
+        IdentitySettings::Spire(spire) => Origin::Spire(spire.clone()),
     })
 }
 
@@ -121,20 +93,27 @@ fn origin(identity: &IdentitySettings) -> String {
     }
 }
 
-impl Reporter {
-    fn report(&self, event: &CredentialsEvent<'_>) {
+impl Issuer for Certificates {
+    fn source(&self, id: &SpiffeId) -> Box<dyn IdentitySource> {
+        match &self.issuer {
+            Origin::Files(files) => Box::new(FileSource::new(files.clone(), &self.watcher)),
+            Origin::LocalCa(ca) => Box::new(LocalCaSource::new(ca.clone(), id.clone())),
+            Origin::IstioCa(ca) => {
+                Box::new(IstioCaSource::new(ca.clone(), id.clone(), Priority::RealTime))
+            }
+            Origin::Spire(spire) => Box::new(SpireSource::new(spire.clone(), id.clone())),
+        }
+    }
+
+    fn report(&self, id: &SpiffeId, event: &CredentialsEvent<'_>) {
         match event {
-            CredentialsEvent::Identity(credentials) => self.in_use(credentials.identity()),
+            CredentialsEvent::Identity(credentials) => {
+                self.report_in_use(id, credentials.identity());
+            }
             CredentialsEvent::Trust(_) => {
                 tracing::info!("trust bundles and revocation lists read again");
             }
-            CredentialsEvent::Failed(error) => {
-                metrics::certificate_failed();
-                tracing::error!(
-                    error = %Quoted::chain(*error),
-                    "no new certificate or trust; what is there stays"
-                );
-            }
+            CredentialsEvent::Failed(error) => report_failure(error),
             CredentialsEvent::Expiring { credentials, left } => {
                 tracing::warn!(
                     from = self.origin,
@@ -155,12 +134,18 @@ impl Reporter {
         }
     }
 
-    fn in_use(&self, identity: &Identity) {
+    fn report_trust_failure(&self, error: &HboneError) {
+        report_failure(error);
+    }
+}
+
+impl Certificates {
+    fn report_in_use(&self, workload: &SpiffeId, identity: &Identity) {
         self.readiness.certificate_expired(false);
         metrics::certificate_renewed(identity.expires());
-        if identity.spiffe_id() != &self.workload {
+        if identity.spiffe_id() != workload {
             tracing::warn!(
-                certificate = %identity.spiffe_id(), workload = %self.workload,
+                certificate = %identity.spiffe_id(), %workload,
                 "the certificate is for another workload than the settings name; peers see the certificate"
             );
             return;
@@ -169,6 +154,14 @@ impl Reporter {
         let expires_in = whole_seconds(left);
         tracing::info!(identity = %identity.spiffe_id(), ?expires_in, "certificate in use");
     }
+}
+
+fn report_failure(error: &HboneError) {
+    metrics::certificate_failed();
+    tracing::error!(
+        error = %Quoted::chain(error),
+        "no new certificate or trust; what is there stays"
+    );
 }
 
 fn whole_seconds(duration: Duration) -> Duration {

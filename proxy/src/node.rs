@@ -1,7 +1,7 @@
 //! What there is one of in the process, in a pod, on a thread, and of a pod on a thread.
 //!
 //! ```text
-//! Node     one         mesh, resolver, limits, timeouts, drain, metric series
+//! Node     one         mesh, identities, resolver, limits, timeouts, drain, metric series
 //! Pod      Arc         policy context, sockets, credentials, endpoint health, self-test, addresses
 //! Worker   a thread    command channel, cache of metric series, seats
 //! Seat     Pod×Worker  connection registry, pool, connector, acceptor; made by the first
@@ -11,6 +11,7 @@
 //! A worker serves the connections of every pod. What a connection may use follows from its seat,
 //! so that one pod's connection cannot use the sockets, the identity or the tunnels of another pod.
 
+mod identities;
 mod pod;
 mod seat;
 #[cfg(test)]
@@ -24,6 +25,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use underpass_config::{Settings, Timeouts, TunnelSettings};
 
+pub(crate) use self::identities::{CredentialLease, Identities, Issuer};
 pub(crate) use self::pod::{Pod, PodId};
 pub(crate) use self::seat::Seat;
 pub(crate) use self::worker::{Assignment, Worker, WorkerCommand};
@@ -45,6 +47,8 @@ pub(crate) struct Node {
     pub(crate) deadlines: Deadlines,
     pub(crate) tunnels: TunnelSettings,
     pub(crate) mesh: watch::Receiver<Arc<Snapshot>>,
+    /// `None` without certificates: HBONE is off.
+    pub(crate) identities: Option<Identities>,
     pub(crate) resolver: Arc<Resolver>,
     pub(crate) limits: Limits,
     /// The memory and pipes that copying may use.
@@ -73,6 +77,7 @@ impl Node {
             deadlines: (&settings.timeouts).into(),
             tunnels: settings.tunnels.clone(),
             mesh,
+            identities: None,
             resolver: Arc::new(Resolver::system(Handle::current())),
             balance: Balance::new(workers, limits.connections_per_worker),
             buffers: Buffers::new(settings.limits.buffers, limits.descriptors.clone()),

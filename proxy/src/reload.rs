@@ -5,7 +5,7 @@
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
-use underpass_config::{FileWatch, InterceptionSettings, Settings, Sources};
+use underpass_config::{FileWatch, FileWatcher, InterceptionSettings, Settings, Sources};
 
 use crate::cli::CommandError;
 
@@ -20,9 +20,14 @@ pub(crate) struct Reload {
 }
 
 impl Reload {
-    pub(crate) fn watch(settings: &Settings, sources: Sources) -> Result<Self, CommandError> {
+    pub(crate) fn watch(
+        settings: &Settings,
+        sources: Sources,
+        watcher: &FileWatcher,
+    ) -> Result<Self, CommandError> {
+        let file = sources.file.as_deref().map(|file| watcher.watch(file)).transpose()?;
         Ok(Self {
-            file: sources.file.as_deref().map(FileWatch::new).transpose()?,
+            file,
             hangup: signal(SignalKind::hangup()).map_err(CommandError::Start)?,
             interception: watch::Sender::new(settings.interception.clone()),
             current: settings.clone(),

@@ -12,8 +12,8 @@ use tokio::time::sleep;
 
 use super::Mesh;
 use super::reader::Reader;
-use crate::ConfigErrors;
-use crate::file_watch::Watch;
+use crate::watch::PathWatch;
+use crate::{ConfigErrors, FileWatcher};
 
 /// The polling interval until a replaced snapshot is unused.
 const RETIREMENT: Duration = Duration::from_millis(200);
@@ -29,7 +29,7 @@ pub struct MeshSource(Option<FollowedMesh>);
 #[derive(Debug)]
 struct FollowedMesh {
     path: PathBuf,
-    watch: Watch,
+    watch: PathWatch,
     /// The reader. While `reading` is set, the reading thread owns it.
     reader: Reader,
     /// The read in progress. It continues if the wait for it is cancelled.
@@ -45,12 +45,15 @@ impl MeshSource {
     ///
     /// # Errors
     /// As [`Mesh::from_file`], or the files cannot be watched.
-    pub fn open(path: Option<&Path>) -> Result<(Self, Arc<Mesh>), ConfigErrors> {
+    pub fn open(
+        path: Option<&Path>,
+        watcher: &FileWatcher,
+    ) -> Result<(Self, Arc<Mesh>), ConfigErrors> {
         let Some(path) = path else {
             return Ok((Self(None), Arc::default()));
         };
         // Watch before reading, so that no change is missed.
-        let watch = Watch::new(path)?;
+        let watch = watcher.watch_path(path)?;
         let mut reader = Reader::default();
         let mesh = Arc::new(reader.read(path)?);
         let followed = FollowedMesh { path: path.to_owned(), watch, reader, reading: None };
@@ -76,7 +79,7 @@ impl FollowedMesh {
             let reading = match &mut self.reading {
                 Some(reading) => reading,
                 None => {
-                    self.watch.look().await;
+                    self.watch.settled().await;
                     let (path, mut reader) = (self.path.clone(), take(&mut self.reader));
                     self.reading.insert(spawn_low_priority(move || {
                         let outcome = reader.read_if_new(&path);

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use aws_lc_rs::digest::{SHA256, digest};
-use underpass_config::{CaClients, CaToken, IdentityPattern, SpiffeId};
+use underpass_config::{CaClients, CaToken, FileWatcher, IdentityPattern, SpiffeId};
 
 use crate::files::{WatchedFiles, warn_if_exposed};
 use crate::{CredentialProblem, HboneError};
@@ -68,8 +68,11 @@ impl ClientsFile {
     /// # Errors
     /// [`HboneError::Clients`] with all mistakes in the file, or [`HboneError::Credential`] with a
     /// token file.
-    pub(super) fn open(path: PathBuf) -> Result<(Self, Clients), HboneError> {
-        let mut file = Self { path, watched: WatchedFiles::default() };
+    pub(super) fn open(
+        path: PathBuf,
+        watcher: &FileWatcher,
+    ) -> Result<(Self, Clients), HboneError> {
+        let mut file = Self { path, watched: WatchedFiles::none(watcher) };
         let clients = file.read()?;
         Ok((file, clients))
     }
@@ -82,13 +85,7 @@ impl ClientsFile {
     }
 
     fn read(&mut self) -> Result<Clients, HboneError> {
-        let mut watched = WatchedFiles::new([&self.path])?;
-        let read = self.read_all(&mut watched);
-        self.watched = watched;
-        read
-    }
-
-    fn read_all(&self, watched: &mut WatchedFiles) -> Result<Clients, HboneError> {
+        self.watched.replace([&self.path])?;
         let document =
             CaClients::from_file(&self.path).map_err(|source| HboneError::Clients { source })?;
         warn_if_exposed(&self.path, "the tokens")?;
@@ -97,7 +94,7 @@ impl ClientsFile {
             let token = match client.token {
                 CaToken::Literal(token) => hash(&token),
                 CaToken::File(file) => {
-                    watched.add(&file)?;
+                    self.watched.add(&file)?;
                     warn_if_exposed(&file, "the token")?;
                     hash(&read_token(&file)?)
                 }
@@ -143,7 +140,7 @@ mod tests {
             "clients:\n- {token: a, identities: [spiffe://td/x]}\n\
              - {token: b, identities: [\"spiffe://td/ns/*\"]}\n- {token: a, identities: [spiffe://td/y]}\n",
         );
-        let (_, clients) = ClientsFile::open(path).unwrap();
+        let (_, clients) = ClientsFile::open(path, &FileWatcher::default()).unwrap();
         let may =
             |token, name: &str| clients.clients_with_token(token).unwrap().is_allowed(&id(name));
         assert!(may("a", "spiffe://td/x") && may("a", "spiffe://td/y") && may("b", WEB));
@@ -163,7 +160,7 @@ mod tests {
         let (path, token) = (dir.0.join("clients.yaml"), dir.0.join("token"));
         write(&token, "first\n");
         write(&path, &format!("clients:\n- {{token_file: token, identities: [{WEB}]}}\n"));
-        let (mut file, clients) = ClientsFile::open(path.clone()).unwrap();
+        let (mut file, clients) = ClientsFile::open(path.clone(), &FileWatcher::default()).unwrap();
         assert!(clients.clients_with_token("first").unwrap().is_allowed(&id(WEB)));
         write(&token, "second\n");
         let clients = file.next().await.unwrap();

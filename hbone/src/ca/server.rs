@@ -28,7 +28,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tonic::Status;
-use underpass_config::{Cipher, Quoted};
+use underpass_config::{Cipher, FileWatcher, Quoted};
 
 use self::service::Service;
 use self::slots::{ConnectionSlot, ConnectionSlots};
@@ -91,7 +91,8 @@ impl CaServer {
         let address = listener.local_addr();
         let address = address.map_err(|error| HboneError::file("the listener", error))?;
         settings.names.extend(own_addresses(address));
-        let (clients, granted) = ClientsFile::open(settings.clients.clone())?;
+        let (clients, granted) =
+            ClientsFile::open(settings.clients.clone(), &FileWatcher::default())?;
         warn_if_empty(&settings, &granted);
         let service = Arc::new(Service::new(settings.dir.clone(), settings.max_ttl, granted));
         let tls = own_tls(&settings)?;

@@ -7,7 +7,7 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use tokio::select;
-use underpass_config::IdentityFiles;
+use underpass_config::{FileWatcher, IdentityFiles};
 
 use super::{IdentitySource, NextIdentity, Schedule, valid_now};
 use crate::files::WatchedFiles;
@@ -29,10 +29,10 @@ pub struct FileSource {
 
 impl FileSource {
     /// A source of the certificates in these files.
-    pub fn new(files: IdentityFiles) -> Self {
+    pub fn new(files: IdentityFiles, watcher: &FileWatcher) -> Self {
         Self {
             files,
-            watched: WatchedFiles::default(),
+            watched: WatchedFiles::none(watcher),
             retry: Some(Schedule::new()),
             used: None,
             told: None,
@@ -72,7 +72,7 @@ impl FileSource {
     fn read(&mut self) -> Result<Option<Identity>, HboneError> {
         if self.watched.is_empty() {
             let IdentityFiles { certificate, key, roots } = &self.files;
-            self.watched = WatchedFiles::new([certificate, key, roots])?;
+            self.watched.replace([certificate, key, roots])?;
         }
         let before = self.content();
         let is_used = before.is_some() && before == self.used;

@@ -202,7 +202,7 @@ fn of_two_lists_the_newer_counts_and_each_key_of_an_issuer_has_its_own() {
 }
 
 fn problem(settings: &TrustSettings) -> (std::path::PathBuf, CredentialProblem) {
-    match TrustFiles::open(settings).unwrap_err() {
+    match TrustFiles::open(settings, &FileWatcher::default()).unwrap_err() {
         HboneError::Credential { file, what } => (file, what),
         other => panic!("{other:?}"),
     }
@@ -214,7 +214,7 @@ fn what_is_missing_or_malformed_at_the_start_is_an_error_with_its_file() {
     let list = ca.revoke(&[]);
     let files = Files::new().bundle("other", &ca).crl("list", &list);
     let (bundle, crl) = (files.settings.bundles[0].file.clone(), files.settings.crls[0].clone());
-    TrustFiles::open(&files.settings).unwrap();
+    TrustFiles::open(&files.settings, &FileWatcher::default()).unwrap();
     use CredentialProblem as P;
     let broken = "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n";
     let half = [list.pem().unwrap().as_str(), broken].concat();
@@ -237,7 +237,7 @@ fn what_is_missing_or_malformed_at_the_start_is_an_error_with_its_file() {
 async fn a_changed_file_is_read_again_and_a_bad_one_is_told_once() {
     let ca = Ca::root("ours");
     let files = Files::new().crl("list", &ca.revoke(&[]));
-    let (mut watched, first) = TrustFiles::open(&files.settings).unwrap();
+    let (mut watched, first) = TrustFiles::open(&files.settings, &FileWatcher::default()).unwrap();
     files.write("list", b"garbage");
     watched.next().await.unwrap_err();
     let silence = timeout(HOUR, watched.next()).await;
@@ -251,7 +251,8 @@ async fn a_changed_file_is_read_again_and_a_bad_one_is_told_once() {
 
 #[tokio::test(start_paused = true)]
 async fn without_files_nothing_ever_changes() {
-    let (mut files, trust) = TrustFiles::open(&TrustSettings::default()).unwrap();
+    let (mut files, trust) =
+        TrustFiles::open(&TrustSettings::default(), &FileWatcher::default()).unwrap();
     timeout(100 * SECOND, files.next()).await.unwrap_err();
     assert_eq!(Arc::strong_count(&trust.0), 1);
 }

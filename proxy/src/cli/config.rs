@@ -9,7 +9,7 @@ use underpass_config::{
     ConfigErrors, Dns, IdentitySettings, Mesh, Problem, Profile, Protocol, Settings, Workload,
 };
 use underpass_hbone::{
-    Credentials, FileSource, HboneError, Identity, IstioCa, LocalCaSource, TrustFiles,
+    Credentials, FileSource, HboneError, Identity, IstioCa, LocalCaSource, Trust,
 };
 use underpass_interception::{Ports, Sockets, ipv6_available};
 
@@ -157,7 +157,7 @@ impl Check {
 
     /// Reads whatever is in files; a CA or an agent is not asked.
     fn credentials(&mut self, settings: &Settings) -> Option<Identity> {
-        let trust = TrustFiles::open(&settings.trust);
+        let trust = Trust::read(&settings.trust);
         let trust = trust.map_err(|error| self.hbone("trust", &error)).ok();
         let identity = match self.own_identity(settings) {
             Ok(identity) => identity?,
@@ -166,8 +166,7 @@ impl Check {
                 return None;
             }
         };
-        let (_, trust) = trust?;
-        let credentials = Credentials::new(identity.clone(), trust);
+        let credentials = Credentials::new(identity.clone(), trust?);
         credentials.map_err(|error| self.hbone("identity", &error)).ok()?;
         Some(identity)
     }

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tokio::sync::watch;
 use underpass_config::{InterceptionSettings, SpiffeId, Workload};
-use underpass_hbone::Credentials;
 use underpass_interception::{LocalAddresses, Sockets};
 
+use super::CredentialLease;
 use crate::connection_registry::Registries;
 use crate::endpoint_health::EndpointHealth;
 use crate::policy::{Decision, PolicyContext};
@@ -34,7 +34,7 @@ pub(crate) struct Pod {
     /// Makes sockets that the rules of this pod let pass.
     pub(crate) sockets: Sockets,
     /// The current certificate and trust bundle; `None` without a certificate.
-    pub(crate) credentials: Option<watch::Receiver<Credentials>>,
+    pub(crate) credentials: Option<CredentialLease>,
     /// Which endpoints of services this pod could not connect to.
     pub(crate) endpoints: Arc<EndpointHealth>,
     pub(crate) self_test: SelfTest,
@@ -49,15 +49,12 @@ pub(crate) struct Pod {
 impl Pod {
     /// The identity of the current certificate.
     pub(crate) fn identity(&self) -> Option<SpiffeId> {
-        let credentials = self.credentials.as_ref()?.borrow();
-        Some(credentials.identity().spiffe_id().clone())
+        self.credentials.as_ref().map(CredentialLease::identity)
     }
 
     /// Whether the pod can be `workload`: a pod that proves another identity only has its address.
     pub(crate) fn can_be(&self, workload: &Workload) -> bool {
-        self.credentials.as_ref().is_none_or(|credentials| {
-            *credentials.borrow().identity().spiffe_id() == workload.identity
-        })
+        self.credentials.as_ref().is_none_or(|credentials| credentials.prove(&workload.identity))
     }
 
     /// Whether the identity of the pod's certificate is that of `workload`.

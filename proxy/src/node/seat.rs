@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use underpass_config::{Timeouts, Workload};
 use underpass_hbone::{Acceptor, ClientSettings, Connector, Pool, PoolSettings, ServerSettings};
 
-use super::{Node, Pod, Worker};
+use super::{CredentialLease, Node, Pod, Worker};
 use crate::accept::Source;
 use crate::connection_registry::{ConnectionRegistry, Registration};
 use crate::descriptors::Held;
@@ -68,7 +68,7 @@ impl Seat {
         };
         let client = ClientSettings { frame_timeout: frame, ..ClientSettings::default() };
         let server = ServerSettings { frame_timeout: frame, ..ServerSettings::default() };
-        let credentials = || pod.credentials.clone();
+        let credentials = || pod.credentials.as_ref().map(CredentialLease::subscribe);
         Arc::new_cyclic(|seat| Self {
             worker: worker.clone(),
             pod: pod.clone(),

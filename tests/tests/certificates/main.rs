@@ -20,6 +20,7 @@ const KEPT: &str = "what is there stays";
 fn main() -> ExitCode {
     let mut suite = Suite::new();
     suite.test("repeated renewals of certificates fail no connection", renewal);
+    suite.test("a proxy watches all files with one inotify instance", one_watcher);
     suite.test("a mismatched certificate and key are logged, and the previous ones stay", mismatch);
     suite.test("a proxy issues and renews certificates from a local CA", local_ca);
     suite.test("workloads of federated trust domains reach each other", federation);
@@ -58,6 +59,42 @@ async fn renewal() {
     for proxy in [&client, &server] {
         assert_eq!(proxy.count(&["connection failed"]), 0, "{}", proxy.log());
     }
+}
+
+/// A mesh folder, a certificate, its key and roots, a bundle, a revocation list and the settings.
+async fn one_watcher() {
+    let scene = Scene::new().await;
+    let list = scene.pki.revoke(&[]);
+    let other = Pki::of(scene.world.folder(), "other.test", "other");
+    let bundle = format!("other.test={}", other.roots().display());
+    let mesh = scene.world.folder().join("mesh");
+    fs::create_dir(&mesh).expect("a folder");
+    let documents = ["first", "second"].map(|name| mesh.join(name).with_extension("yaml"));
+    fs::copy(&scene.mesh, &documents[0]).expect("a mesh");
+    let trust = format!("trust: {{crls: [{list:?}], bundles: [{bundle:?}]}}");
+    let settings = Settings::new(CLIENT).identity(&scene.client_files).mesh(&mesh).section(&trust);
+    let mut proxy = scene.client.proxy(&settings).await;
+    assert_eq!(inotify_instances(proxy.pid()), 1);
+
+    let _renewed = scene.pki.issue(CLIENT);
+    proxy.more_than(1, &[IN_USE]).await;
+    for (round, file) in [&list, other.roots()].into_iter().enumerate() {
+        let content = fs::read(file).expect("a file");
+        fs::write(file, [content, b"\n".into()].concat()).expect("a file");
+        proxy.more_than(round, &["revocation lists read again"]).await;
+    }
+    fs::write(&documents[1], "no mesh").expect("a file");
+    proxy.line(&["ERROR", "second.yaml"]).await;
+    settings.section("wrong: true").write(&scene.client);
+    proxy.line(&["ERROR", "the settings cannot be read again"]).await;
+    assert_eq!(inotify_instances(proxy.pid()), 1);
+}
+
+fn inotify_instances(pid: u32) -> usize {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).expect("a process");
+    // A descriptor may close at any time.
+    let target = |entry: std::io::Result<fs::DirEntry>| fs::read_link(entry.ok()?.path()).ok();
+    descriptors.filter_map(target).filter(|target| target.ends_with("anon_inode:inotify")).count()
 }
 
 async fn mismatch() {

@@ -22,7 +22,7 @@ fn names(mesh: &Mesh) -> Vec<&str> {
 }
 
 fn open(folder: &Folder, name: &str) -> (MeshSource, Arc<Mesh>) {
-    MeshSource::open(Some(&folder.path(name))).unwrap()
+    MeshSource::open(Some(&folder.path(name)), &FileWatcher::default()).unwrap()
 }
 
 async fn next(source: &mut MeshSource) -> Result<Arc<Mesh>, ConfigErrors> {
@@ -183,7 +183,7 @@ async fn references_follow_changes_in_other_files() {
 async fn missing_file_is_error_at_start_and_later() {
     let folder = Folder::new();
     let path = folder.path("mesh");
-    let errors = MeshSource::open(Some(&path)).unwrap_err();
+    let errors = MeshSource::open(Some(&path), &FileWatcher::default()).unwrap_err();
     assert!(errors.to_string().contains("cannot be read"), "{errors}");
     folder.write("mesh/a.yaml", &workload("a", 1));
     let (mut source, _) = open(&folder, "mesh");
@@ -196,7 +196,7 @@ async fn missing_file_is_error_at_start_and_later() {
 
 #[tokio::test]
 async fn mesh_without_file_stays_empty() {
-    let (mut source, mesh) = MeshSource::open(None).unwrap();
+    let (mut source, mesh) = MeshSource::open(None, &FileWatcher::default()).unwrap();
     assert!(mesh.workloads().is_empty());
     tokio::time::pause();
     timeout(BOUND * 1000, source.changed()).await.expect_err("nothing to tell");

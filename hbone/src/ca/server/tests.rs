@@ -162,7 +162,12 @@ async fn refuses_everything_else_with_reason() {
             "the CSR is for spiffe://td/ns/default/sa/client, but ImpersonatedIdentity is",
         ),
         (node, impersonating(csr(&[]), text("td/x")), Code::InvalidArgument, "is not a SPIFFE"),
-        (node, impersonating(csr(&[]), Kind::NumberValue(1.0)), Code::InvalidArgument, "not a string"),
+        (
+            node,
+            impersonating(csr(&[]), Kind::NumberValue(1.0)),
+            Code::InvalidArgument,
+            "not a string",
+        ),
         (node, request("x".repeat(65 << 10), 60), Code::OutOfRange, "decoded message length"),
     ];
     for (header, message, code, reason) in cases {
@@ -281,7 +286,8 @@ async fn server_certificate_is_renewed_at_half_of_its_lifetime() {
 
 /// Serves an in-memory connection, and returns it with the server's task.
 fn in_memory(served: &TestCa) -> (DialOnce, JoinHandle<()>) {
-    let (clients_file, clients) = ClientsFile::open(served.file("clients.yaml")).unwrap();
+    let (clients_file, clients) =
+        ClientsFile::open(served.file("clients.yaml"), &FileWatcher::default()).unwrap();
     drop(clients_file);
     let service = Arc::new(Service::new(served.dir.0.clone(), HOUR, clients));
     let tls = own_tls(&served.settings()).unwrap();

@@ -41,11 +41,12 @@ impl Place {
 
     fn source(&self) -> FileSource {
         let file = |name: &str| self.dir.0.join(name);
-        FileSource::new(IdentityFiles {
+        let files = IdentityFiles {
             certificate: file("certificate"),
             key: file("key"),
             roots: file("roots.pem"),
-        })
+        };
+        FileSource::new(files, &FileWatcher::default())
     }
 }
 

@@ -5,18 +5,20 @@ use std::io::Write as _;
 
 use tokio::time::timeout;
 
+use super::hub::WRITTEN;
+use super::relevant::Relevant;
 use super::*;
 use crate::test_folder::Folder;
 
-/// A bound for what takes [`WRITING`], less than [`LOOK`]: to be told, not to have looked after all.
+/// A bound for what takes `WRITING`, less than [`LOOK`]: to be told, not to have looked after all.
 const BOUND: Duration = Duration::from_secs(10);
 
 fn watch(folder: &Folder, name: &str) -> FileWatch {
-    FileWatch::new(&folder.path(name)).unwrap()
+    FileWatcher::default().watch(&folder.path(name)).unwrap()
 }
 
 fn folders(watch: &FileWatch) -> Vec<PathBuf> {
-    watch.watch.folders.keys().cloned().collect()
+    watch.path.subscription.folders()
 }
 
 async fn wakes(watch: &mut FileWatch) {
@@ -109,7 +111,7 @@ async fn other_files_and_the_same_content_are_not_told() {
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
     folder.write("a.yaml", "1");
-    timeout(BOUND, watch.watch.told()).await.expect("the folder is watched");
+    timeout(BOUND, watch.path.subscription.event()).await.expect("the folder is watched");
     folder.write("a.yaml", "1");
     stays_silent(&mut watch).await;
     folder.write("b.yaml", "1");
@@ -144,7 +146,7 @@ async fn stays_silent(watch: &mut FileWatch) {
     tokio::time::pause();
     timeout(LOOK * 5, watch.changed()).await.expect_err("nothing to tell");
     tokio::time::resume();
-    watch.watch.look_at = Instant::now() + LOOK;
+    watch.path.look_at = Instant::now() + LOOK;
 }
 
 #[tokio::test]
@@ -162,7 +164,7 @@ async fn a_file_system_that_tells_nothing_is_looked_at() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
-    inotify::remove_watch(&watch.watch.inotify, watch.watch.folders[&folder.root()]).unwrap();
+    watch.path.subscription.lose_watches();
     folder.write("a.yaml", "2");
     tokio::time::pause();
     timeout(LOOK * 2, watch.changed()).await.expect("it is seen");
@@ -256,15 +258,12 @@ async fn to_append_to_a_log_beside_the_file_or_to_read_wakes_nobody() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     let mut log = fs::File::create(folder.root().join("proxy.log")).unwrap();
-    let watch = Watch::new(&folder.path("a.yaml")).unwrap();
+    let watch = watch(&folder, "a.yaml");
     for _ in 0..100 {
         log.write_all(b"a line\n").unwrap();
         fs::read(folder.root().join("a.yaml")).unwrap();
     }
-    let told = inotify::Reader::new(&watch.inotify, &mut [MaybeUninit::uninit(); 4096])
-        .next()
-        .map(|event| event.events());
-    assert_eq!(told, Err(rustix::io::Errno::WOULDBLOCK));
+    assert_eq!(watch.path.subscription.pending_events(), 0);
 }
 
 #[tokio::test]
@@ -291,16 +290,32 @@ async fn a_file_that_is_written_and_never_closed_is_looked_at_all_the_same() {
     timeout(LOOK * 2, watch.changed()).await.expect("it is seen");
 }
 
-#[test]
-fn what_is_being_written_is_waited_for_and_what_is_done_in_one_step_is_not() {
-    for (event, writing) in [
-        (ReadFlags::CREATE, true),
-        (ReadFlags::CREATE | ReadFlags::ISDIR, false),
-        (ReadFlags::ATTRIB, true),
-        (ReadFlags::CLOSE_WRITE, false),
-        (ReadFlags::MOVED_TO, false),
-        (ReadFlags::DELETE, false),
-    ] {
-        assert_eq!(is_writing(event), writing, "{event:?}");
-    }
+#[tokio::test]
+async fn watches_of_one_watcher_share_an_instance_and_end_one_by_one() {
+    let folder = Folder::new();
+    folder.write("a.yaml", "1");
+    folder.write("b.yaml", "1");
+    let watcher = FileWatcher::default();
+    let open = |name: &str| watcher.watch(&folder.path(name)).unwrap();
+    let (mut a, mut same, b) = (open("a.yaml"), open("a.yaml"), open("b.yaml"));
+    assert_eq!(inotify_instances(&folder.root()), 1);
+    folder.write("a.yaml", "2");
+    wakes(&mut a).await;
+    wakes(&mut same).await;
+    drop((a, b));
+    folder.write("a.yaml", "3");
+    wakes(&mut same).await;
+    drop((same, watcher));
+    tokio::task::yield_now().await;
+    assert_eq!(inotify_instances(&folder.root()), 0);
+}
+
+/// How many inotify instances of this process watch `folder`.
+fn inotify_instances(folder: &Path) -> usize {
+    use std::os::unix::fs::MetadataExt as _;
+    let inode = format!(" ino:{:x} ", fs::metadata(folder).unwrap().ino());
+    let infos = fs::read_dir("/proc/self/fdinfo").unwrap();
+    // Another test may close a descriptor at any time.
+    let read = |entry: io::Result<fs::DirEntry>| fs::read_to_string(entry.ok()?.path()).ok();
+    infos.filter_map(read).filter(|info| info.contains(&inode)).count()
 }

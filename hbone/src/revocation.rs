@@ -1,6 +1,5 @@
-//! What makes a revocation reach tunnels that are open: each judges its peer again when the trust changes.
-//!
-//! Not here: judging (`trust/authorities.rs`), and ending the tunnel.
+//! Verifies the peer of an open tunnel again when the trust changes, so that a revocation ends the
+//! tunnel. The verification itself is in `trust/authorities.rs`.
 
 use std::fmt;
 use std::future::pending;
@@ -15,12 +14,13 @@ use crate::tls::Peer;
 use crate::trust::Authorities;
 use crate::{Credentials, HboneError};
 
-/// Watches over one tunnel.
-pub(crate) struct Guard(Pin<Box<dyn Future<Output = HboneError> + Send + Sync>>);
+/// Monitors one tunnel.
+pub(crate) struct RevocationMonitor(Pin<Box<dyn Future<Output = HboneError> + Send + Sync>>);
 
-impl Guard {
-    /// `credentials` were last read for the handshake with `peer`, which `authorities` judged. The tunnel may run inside of
-    /// `carrier`, a stream of another one: it is worth no more than that.
+impl RevocationMonitor {
+    /// `credentials` were last read for the handshake with `peer`, which `authorities` verified. The
+    /// tunnel may run inside `carrier`, a stream of another tunnel: then it is trusted only for as
+    /// long as that one.
     pub(crate) fn new(
         credentials: watch::Receiver<Credentials>,
         authorities: Arc<Authorities>,
@@ -39,15 +39,15 @@ impl Guard {
         }
     }
 
-    /// Ready, once, when the peer is not to be trusted any longer.
+    /// Ready, once, when the peer is no longer trusted.
     pub(crate) fn poll_distrusted(&mut self, cx: &mut Context<'_>) -> Poll<HboneError> {
         self.0.as_mut().poll(cx)
     }
 }
 
-impl fmt::Debug for Guard {
+impl fmt::Debug for RevocationMonitor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Guard")
+        f.write_str("RevocationMonitor")
     }
 }
 
@@ -58,11 +58,11 @@ async fn until_distrusted(
 ) -> HboneError {
     loop {
         if credentials.changed().await.is_err() {
-            // Nobody is left to say otherwise.
+            // Without a publisher the trust does not change.
             return pending().await;
         }
         let current = credentials.borrow_and_update().authorities().clone();
-        // A new certificate of ours is no reason to verify the signatures of every peer.
+        // Our own new certificate changes no peer's trust: skip the signatures.
         if !current.trust_as(&authorities)
             && let Some(reason) = peer.distrusted(&current)
         {

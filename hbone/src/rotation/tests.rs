@@ -1,4 +1,4 @@
-//! Identities that come, fail and expire, from a source that does as it is told.
+//! Identities that come, fail and expire, from a scripted source.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -44,7 +44,9 @@ impl Scene {
         self.answers.send(answer).unwrap();
     }
 
-    async fn start(&mut self) -> Result<(Keeper, watch::Receiver<Credentials>), HboneError> {
+    async fn start(
+        &mut self,
+    ) -> Result<(CredentialRotator, watch::Receiver<Credentials>), HboneError> {
         let told = self.told.clone();
         let tell = move |event: CredentialsEvent<'_>| {
             told.lock().unwrap().push(match event {
@@ -58,7 +60,7 @@ impl Scene {
             });
         };
         let source = Box::new(self.source.take().unwrap());
-        Keeper::start(source, TrustSettings::default(), tell).await
+        CredentialRotator::start(source, Trust::default().fixed(), tell).await
     }
 
     fn told(&self) -> Vec<String> {
@@ -97,8 +99,8 @@ async fn the_start_ends_with_what_only_the_operator_can_change() {
 async fn a_new_identity_is_published_and_after_a_failure_the_last_one_stays() {
     let mut scene = Scene::new();
     scene.answer(Ok(identity(&scene.authority, CLIENT)));
-    let (keeper, mut credentials) = scene.start().await.unwrap();
-    let running = tokio::spawn(keeper.run());
+    let (rotator, mut credentials) = scene.start().await.unwrap();
+    let running = tokio::spawn(rotator.run());
     scene.answer(Err(bad_file()));
     scene.answer(Ok(identity(&scene.authority, SERVER)));
     credentials.changed().await.unwrap();
@@ -114,8 +116,8 @@ async fn a_new_identity_is_published_and_after_a_failure_the_last_one_stays() {
 async fn reports_an_identity_that_expires_without_a_successor() {
     let mut scene = Scene::new();
     scene.answer(Ok(identity(&scene.authority, CLIENT)));
-    let (keeper, credentials) = scene.start().await.unwrap();
-    let _running = tokio::spawn(keeper.run());
+    let (rotator, credentials) = scene.start().await.unwrap();
+    let _running = tokio::spawn(rotator.run());
     sleep(HOUR / 2).await;
     assert_eq!(scene.told(), [CLIENT]);
     sleep(HOUR / 2 - Duration::from_secs(10)).await;
@@ -145,8 +147,8 @@ fn identity_of_days(authority: &CertificateAuthority, life: u32, passed: u32) ->
 async fn warns_at_two_thirds_then_daily_then_hourly() {
     let mut scene = Scene::new();
     scene.answer(Ok(identity_of_days(&scene.authority, 9, 0)));
-    let (keeper, _credentials) = scene.start().await.unwrap();
-    let _running = tokio::spawn(keeper.run());
+    let (rotator, _credentials) = scene.start().await.unwrap();
+    let _running = tokio::spawn(rotator.run());
     sleep(6 * 24 * HOUR - HOUR).await;
     assert_eq!(scene.told(), [CLIENT]);
     sleep(4 * 24 * HOUR).await;
@@ -161,8 +163,8 @@ async fn warns_at_two_thirds_then_daily_then_hourly() {
 async fn warns_at_once_past_two_thirds() {
     let mut scene = Scene::new();
     scene.answer(Ok(identity_of_days(&scene.authority, 30, 28)));
-    let (keeper, _credentials) = scene.start().await.unwrap();
-    let _running = tokio::spawn(keeper.run());
+    let (rotator, _credentials) = scene.start().await.unwrap();
+    let _running = tokio::spawn(rotator.run());
     sleep(Duration::from_secs(1)).await;
     assert_eq!(scene.told(), [CLIENT, "expiring: 2880 min"]);
 }

@@ -1,29 +1,25 @@
-//! What we are and whom we trust, kept up to date: drives a source of identities and the files of the trust settings, and
-//! publishes what they give as one.
-//!
-//! Not here: where an identity comes from (`source`), and logs and metrics, which whoever is told makes of it.
+//! Rotates the credentials of one workload: publishes each new identity of its source, and each new
+//! trust, as one generation of credentials. Logs and metrics are made of its events by the caller.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use tokio::select;
 use tokio::sync::watch;
-use underpass_config::TrustSettings;
 
 use crate::source::reached;
 use crate::{
-    CredentialProblem, Credentials, Fault, HboneError, Identity, IdentitySource, Trust, TrustFiles,
-    clock,
+    CredentialProblem, Credentials, Fault, HboneError, Identity, IdentitySource, Trust, clock,
 };
 
-/// What happened to our credentials.
+/// What happened to the credentials.
 #[derive(Debug)]
 pub enum CredentialsEvent<'a> {
     /// There is a new certificate.
     Identity(&'a Credentials),
-    /// Whom we trust has changed.
+    /// The trust has changed.
     Trust(&'a Credentials),
-    /// Something new could not be had or used; what was there before stays.
+    /// A new identity or trust could not be fetched or used; the last one stays in use.
     Failed(&'a HboneError),
     /// The certificate has little left of its life, and there is no new one yet.
     Expiring {
@@ -36,43 +32,43 @@ pub enum CredentialsEvent<'a> {
     Expired(&'a HboneError),
 }
 
-/// Keeps the credentials up to date.
-pub struct Keeper {
+/// Publishes the credentials of one workload, and renews them.
+pub struct CredentialRotator {
     source: Box<dyn IdentitySource>,
-    files: TrustFiles,
-    trust: Trust,
+    trust: watch::Receiver<Trust>,
     credentials: watch::Sender<Credentials>,
-    told: Box<dyn Fn(CredentialsEvent<'_>) + Send>,
+    report: Box<dyn Fn(CredentialsEvent<'_>) + Send>,
 }
 
-impl Keeper {
-    /// Waits for the first identity. Whatever is not there yet is told and tried again.
+impl CredentialRotator {
+    /// Waits for the first identity. Failures that may pass are reported, and the source is asked
+    /// again.
     ///
     /// # Errors
-    /// What only the operator can change ([`Fault::Configuration`]).
+    /// Those that only the operator can remedy ([`Fault::Configuration`]).
     pub async fn start(
         mut source: Box<dyn IdentitySource>,
-        trust: TrustSettings,
-        told: impl Fn(CredentialsEvent<'_>) + Send + 'static,
+        mut trust: watch::Receiver<Trust>,
+        report: impl Fn(CredentialsEvent<'_>) + Send + 'static,
     ) -> Result<(Self, watch::Receiver<Credentials>), HboneError> {
-        let (files, trust) = TrustFiles::open(&trust)?;
         let identity = loop {
             match source.next().await {
                 Ok(identity) => break identity,
                 Err(error) if error.fault() == Fault::Configuration => return Err(error),
-                Err(error) => told(CredentialsEvent::Failed(&error)),
+                Err(error) => report(CredentialsEvent::Failed(&error)),
             }
         };
-        let first = Credentials::new(identity, trust.clone())?;
-        told(CredentialsEvent::Identity(&first));
+        let first = Credentials::new(identity, trust.borrow_and_update().clone())?;
+        report(CredentialsEvent::Identity(&first));
         let (credentials, current) = watch::channel(first);
-        Ok((Self { source, files, trust, credentials, told: Box::new(told) }, current))
+        Ok((Self { source, trust, credentials, report: Box::new(report) }, current))
     }
 
-    /// Publishes what is new, for ever. After a failure the last credentials stay.
+    /// Publishes new credentials for ever. After a failure the last ones stay in use.
     pub async fn run(self) {
-        let Self { mut source, mut files, trust, credentials, told } = self;
-        let mut published = Published { trust, credentials, told };
+        let Self { mut source, mut trust, credentials, report } = self;
+        let current = trust.borrow().clone();
+        let mut published = Published { trust: current, credentials, report };
         let mut next = source.next();
         let mut reminder = Reminder::of(&published.identity());
         loop {
@@ -84,24 +80,34 @@ impl Keeper {
                         reminder = Reminder::of(&published.identity());
                     }
                 }
-                trust = files.next() => published.set_trust(trust),
+                new = changed(&mut trust) => published.set_trust(new),
                 () = reminder.due() => reminder = published.remind(reminder),
             }
         }
     }
 }
 
-impl fmt::Debug for Keeper {
+impl fmt::Debug for CredentialRotator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Keeper").field("credentials", &self.credentials).finish_non_exhaustive()
+        f.debug_struct("CredentialRotator")
+            .field("credentials", &self.credentials)
+            .finish_non_exhaustive()
     }
 }
 
-/// What is in force, and who is told of it.
+/// Waits for another trust; for ever, once it cannot change any more.
+async fn changed(trust: &mut watch::Receiver<Trust>) -> Trust {
+    if trust.changed().await.is_err() {
+        return std::future::pending().await;
+    }
+    trust.borrow_and_update().clone()
+}
+
+/// What is in use, and where it is published.
 struct Published {
     trust: Trust,
     credentials: watch::Sender<Credentials>,
-    told: Box<dyn Fn(CredentialsEvent<'_>) + Send>,
+    report: Box<dyn Fn(CredentialsEvent<'_>) + Send>,
 }
 
 impl Published {
@@ -109,13 +115,13 @@ impl Published {
         self.credentials.borrow().identity().clone()
     }
 
-    /// Whether it is in force now.
+    /// Whether it is in use now.
     fn set_identity(&self, identity: Result<Identity, HboneError>) -> bool {
         let new = identity.and_then(|identity| Credentials::new(identity, self.trust.clone()));
         match new {
             Ok(new) => {
                 self.credentials.send_replace(new.clone());
-                (self.told)(CredentialsEvent::Identity(&new));
+                (self.report)(CredentialsEvent::Identity(&new));
                 true
             }
             Err(error) => {
@@ -125,44 +131,42 @@ impl Published {
         }
     }
 
-    fn set_trust(&mut self, trust: Result<Trust, HboneError>) {
-        let new =
-            trust.and_then(|trust| Ok((Credentials::new(self.identity(), trust.clone())?, trust)));
-        match new {
-            Ok((new, trust)) => {
+    fn set_trust(&mut self, trust: Trust) {
+        match Credentials::new(self.identity(), trust.clone()) {
+            Ok(new) => {
                 self.trust = trust;
                 self.credentials.send_replace(new.clone());
-                (self.told)(CredentialsEvent::Trust(&new));
+                (self.report)(CredentialsEvent::Trust(&new));
             }
             Err(error) => self.failed(&error),
         }
     }
 
-    /// Tells of the end of the certificate that comes or has come; the next reminder.
+    /// Reports that the certificate expires soon or has expired. Returns the next reminder.
     fn remind(&self, reminder: Reminder) -> Reminder {
         let credentials = self.credentials.borrow().clone();
         let expires = credentials.identity().expires();
         match reminder {
             Reminder::Expiring(_) => {
                 let left = expires.duration_since(clock::now()).unwrap_or_default();
-                (self.told)(CredentialsEvent::Expiring { credentials: &credentials, left });
+                (self.report)(CredentialsEvent::Expiring { credentials: &credentials, left });
                 Reminder::after(expires)
             }
             Reminder::Expired(_) | Reminder::None => {
                 let name = credentials.identity().spiffe_id().to_string();
                 let what = CredentialProblem::Expired(expires);
-                (self.told)(CredentialsEvent::Expired(&HboneError::credential(name, what)));
+                (self.report)(CredentialsEvent::Expired(&HboneError::credential(name, what)));
                 Reminder::None
             }
         }
     }
 
     fn failed(&self, error: &HboneError) {
-        (self.told)(CredentialsEvent::Failed(error));
+        (self.report)(CredentialsEvent::Failed(error));
     }
 }
 
-/// When to tell next of the end of a certificate: at two thirds of its life, then daily, and hourly
+/// When to report next that a certificate expires: at two thirds of its life, then daily, and hourly
 /// in its last day.
 #[derive(Debug, Clone, Copy)]
 enum Reminder {

@@ -1,0 +1,261 @@
+//! Credentials by SPIFFE id: the pods of one workload share one rotation, and with it one
+//! certificate and one set of TLS configurations. All rotations share one trust.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use underpass_config::{FileWatcher, SpiffeId, TrustSettings};
+use underpass_hbone::{
+    CredentialRotator, Credentials, CredentialsEvent, HboneError, IdentitySource, Trust, TrustFiles,
+};
+
+/// Makes the sources of identities, and reports what happens to them.
+pub(crate) trait Issuer: fmt::Debug + Send + Sync {
+    /// A source of identities for `id`.
+    fn source(&self, id: &SpiffeId) -> Box<dyn IdentitySource>;
+
+    /// Reports an event of the credentials of `id`.
+    fn report(&self, id: &SpiffeId, event: &CredentialsEvent<'_>);
+
+    /// Reports that trust bundles or revocation lists could not be read again.
+    fn report_trust_failure(&self, error: &HboneError);
+}
+
+/// Hands out credentials. Its tasks run on the runtime that it is used on.
+#[derive(Debug)]
+pub(crate) struct Identities {
+    issuer: Arc<dyn Issuer>,
+    trust: watch::Receiver<Trust>,
+    /// Those that have a lease; others may stay until the next one starts.
+    rotations: Mutex<HashMap<SpiffeId, Weak<Rotation>>>,
+}
+
+/// The credentials of one workload. Their rotation ends with the last lease.
+#[derive(Debug, Clone)]
+pub(crate) struct CredentialLease {
+    credentials: watch::Receiver<Credentials>,
+    _rotation: Arc<Rotation>,
+}
+
+/// The task that rotates the credentials of one workload.
+#[derive(Debug)]
+struct Rotation {
+    task: JoinHandle<()>,
+    /// `None` until the first certificate.
+    started: watch::Receiver<Option<Started>>,
+}
+
+type Started = Result<watch::Receiver<Credentials>, HboneError>;
+
+impl Identities {
+    /// Reads the files of `trust`, and watches them from now on.
+    ///
+    /// # Errors
+    /// A file of `trust` that is missing or malformed, or that cannot be watched.
+    pub(crate) fn new(
+        issuer: Arc<dyn Issuer>,
+        trust: &TrustSettings,
+        watcher: &FileWatcher,
+    ) -> Result<Self, HboneError> {
+        let (files, trust) = TrustFiles::open(trust, watcher)?;
+        let (sender, trust) = watch::channel(trust);
+        let reporter = issuer.clone();
+        // Ends when the last subscriber has gone: this and every rotation.
+        tokio::spawn(files.follow(sender, move |error| reporter.report_trust_failure(error)));
+        Ok(Self { issuer, trust, rotations: Mutex::default() })
+    }
+
+    /// The credentials of `id`, from the rotation that runs or from a new one. Waits for the first
+    /// certificate.
+    ///
+    /// # Errors
+    /// Those that only the operator can remedy.
+    pub(crate) async fn lease(&self, id: &SpiffeId) -> Result<CredentialLease, HboneError> {
+        let rotation = self.rotation(id);
+        let credentials = rotation.started().await?;
+        Ok(CredentialLease { credentials, _rotation: rotation })
+    }
+
+    fn rotation(&self, id: &SpiffeId) -> Arc<Rotation> {
+        // No code panics while it holds the lock.
+        let mut rotations = self.rotations.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(running) = rotations.get(id).and_then(Weak::upgrade) {
+            return running;
+        }
+        rotations.retain(|_, rotation| rotation.strong_count() > 0);
+        let rotation = Arc::new(Rotation::start(&self.issuer, id, self.trust.clone()));
+        rotations.insert(id.clone(), Arc::downgrade(&rotation));
+        rotation
+    }
+}
+
+impl Rotation {
+    fn start(issuer: &Arc<dyn Issuer>, id: &SpiffeId, trust: watch::Receiver<Trust>) -> Self {
+        let source = issuer.source(id);
+        let (issuer, id) = (issuer.clone(), id.clone());
+        let report = move |event: CredentialsEvent<'_>| issuer.report(&id, &event);
+        let (sender, started) = watch::channel(None);
+        let task = tokio::spawn(async move {
+            match CredentialRotator::start(source, trust, report).await {
+                Ok((rotator, credentials)) => {
+                    sender.send_replace(Some(Ok(credentials)));
+                    rotator.run().await;
+                }
+                Err(error) => drop(sender.send_replace(Some(Err(error)))),
+            }
+        });
+        Self { task, started }
+    }
+
+    async fn started(&self) -> Started {
+        let mut started = self.started.clone();
+        // The task ends only with an outcome, or with the runtime.
+        let outcome = started.wait_for(Option::is_some).await.ok().and_then(|one| one.clone());
+        match outcome {
+            Some(outcome) => outcome,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Rotation {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl CredentialLease {
+    /// Follows the credentials. It does not keep the rotation running.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Credentials> {
+        self.credentials.clone()
+    }
+
+    /// The identity of the current certificate.
+    pub(crate) fn identity(&self) -> SpiffeId {
+        self.credentials.borrow().identity().spiffe_id().clone()
+    }
+
+    /// Whether the current certificate is for `id`.
+    pub(crate) fn prove(&self, id: &SpiffeId) -> bool {
+        self.credentials.borrow().identity().spiffe_id() == id
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+    use std::time::Duration;
+
+    use tokio::sync::oneshot;
+    use underpass_config::LocalCaSettings;
+    use underpass_hbone::{CertificateAuthority, LocalCaSource, NextIdentity};
+
+    use super::*;
+
+    /// Issues from a local CA, and counts.
+    #[derive(Debug)]
+    struct LocalCa {
+        settings: LocalCaSettings,
+        issued: AtomicUsize,
+        /// Dropped with the sources.
+        sources: Mutex<Vec<oneshot::Receiver<()>>>,
+    }
+
+    struct Source {
+        source: LocalCaSource,
+        _alive: oneshot::Sender<()>,
+    }
+
+    impl IdentitySource for Source {
+        fn next(&mut self) -> NextIdentity<'_> {
+            self.source.next()
+        }
+    }
+
+    impl Issuer for LocalCa {
+        fn source(&self, id: &SpiffeId) -> Box<dyn IdentitySource> {
+            let (alive, source) = oneshot::channel();
+            self.sources.lock().unwrap().push(source);
+            let source = LocalCaSource::new(self.settings.clone(), id.clone());
+            Box::new(Source { source, _alive: alive })
+        }
+
+        fn report(&self, _: &SpiffeId, event: &CredentialsEvent<'_>) {
+            if let CredentialsEvent::Identity(_) = event {
+                self.issued.fetch_add(1, Relaxed);
+            }
+        }
+
+        fn report_trust_failure(&self, error: &HboneError) {
+            panic!("{error}");
+        }
+    }
+
+    struct Folder(PathBuf);
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            std::fs::remove_dir_all(&self.0).unwrap();
+        }
+    }
+
+    /// A CA whose certificates are valid for an hour.
+    fn local_ca(name: &str) -> (Folder, Arc<LocalCa>, Identities) {
+        let dir = std::env::temp_dir().join(format!("identities-{name}-{}", std::process::id()));
+        CertificateAuthority::init(&dir, "td".parse().unwrap()).unwrap();
+        let settings = LocalCaSettings { dir: dir.clone(), ttl: Duration::from_secs(3600) };
+        let (issued, sources) = (AtomicUsize::new(0), Mutex::default());
+        let issuer = Arc::new(LocalCa { settings, issued, sources });
+        let trust = TrustSettings::default();
+        let identities = Identities::new(issuer.clone(), &trust, &FileWatcher::default()).unwrap();
+        (Folder(dir), issuer, identities)
+    }
+
+    fn id(account: &str) -> SpiffeId {
+        format!("spiffe://td/ns/default/sa/{account}").parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn pods_of_one_identity_share_one_source_and_its_credentials() {
+        let (_folder, ca, identities) = local_ca("share");
+        let web = id("web");
+        let (one, other) = tokio::join!(identities.lease(&web), identities.lease(&web));
+        let (one, other) = (one.unwrap(), other.unwrap());
+        assert!(one.subscribe().same_channel(&other.subscribe()));
+        assert_eq!((one.identity(), ca.issued.load(Relaxed)), (web, 1));
+        identities.lease(&id("other")).await.unwrap();
+        assert_eq!((ca.sources.lock().unwrap().len(), ca.issued.load(Relaxed)), (2, 2));
+    }
+
+    #[tokio::test]
+    async fn rotation_ends_with_its_last_lease_and_starts_again_with_the_next() {
+        let (_folder, ca, identities) = local_ca("last");
+        let web = id("web");
+        let one = identities.lease(&web).await.unwrap();
+        let other = one.clone();
+        let mut source = ca.sources.lock().unwrap().remove(0);
+        drop(one);
+        tokio::task::yield_now().await;
+        assert!(matches!(source.try_recv(), Err(oneshot::error::TryRecvError::Empty)));
+        drop(other);
+        source.await.unwrap_err();
+        identities.lease(&web).await.unwrap();
+        assert_eq!(ca.issued.load(Relaxed), 2);
+    }
+
+    #[tokio::test]
+    async fn failed_start_is_reported_to_every_lease_and_tried_again_by_the_next() {
+        let (folder, ca, identities) = local_ca("failed");
+        let (web, key, kept) = (id("web"), folder.0.join("ca.key"), folder.0.join("kept"));
+        std::fs::rename(&key, &kept).unwrap();
+        let (one, other) = tokio::join!(identities.lease(&web), identities.lease(&web));
+        assert_eq!(one.unwrap_err().to_string(), other.unwrap_err().to_string());
+        assert_eq!(ca.sources.lock().unwrap().len(), 1);
+        std::fs::rename(&kept, &key).unwrap();
+        identities.lease(&web).await.unwrap();
+    }
+}
