@@ -6,6 +6,7 @@
 //! * **pool**: another stream of an open tunnel, including CONNECT and its response.
 //! * **copy**: bulk between two TCP connections on loopback, and from one into an in-memory tunnel,
 //!   including both ends.
+//! * **registry**: idle connections terminated all at once, without their sockets.
 //! * **route** and **policy**: a decision in a mesh with 10,000 workloads, and with 10,000 policies
 //!   of which five apply to the workload.
 //! * **rules**: settings to a plan, and a plan to text.
@@ -33,7 +34,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use underpass::bench::{Router, Upstream, copy};
+use underpass::bench::{Router, Upstream, copy, terminate};
 use underpass_config::{Connection, Mesh, PolicyAction, Sources, SpiffeId};
 use underpass_hbone::{
     Acceptor, CertificateAuthority, ClientSettings, ConnectRequest, Connector, Credentials, Dial,
@@ -62,6 +63,7 @@ fn main() {
     tunnel(&mut criterion, &runtime);
     pool(&mut criterion, &runtime);
     copying(&mut criterion, &runtime);
+    registry(&mut criterion, &runtime);
     route(&mut criterion);
     policy(&mut criterion);
     rules(&mut criterion);
@@ -259,6 +261,27 @@ async fn pair() -> (TcpStream, TcpStream) {
     let address = listener.local_addr().expect("it is bound");
     let (near, far) = tokio::join!(TcpStream::connect(address), listener.accept());
     (near.expect("it listens"), far.expect("one was connected").0)
+}
+
+fn registry(criterion: &mut Criterion, runtime: &Runtime) {
+    let mut group = criterion.benchmark_group("registry");
+    group.sample_size(10);
+    for connections in [5_000, 50_000] {
+        let id = BenchmarkId::new("terminate", connections);
+        group.throughput(Throughput::Elements(connections as u64));
+        group.bench_with_input(id, &connections, |bencher, &connections| {
+            bencher.iter_custom(|rounds| {
+                runtime.block_on(async {
+                    let mut took = Duration::ZERO;
+                    for _ in 0..rounds {
+                        took += terminate(connections).await;
+                    }
+                    took
+                })
+            });
+        });
+    }
+    group.finish();
 }
 
 fn route(criterion: &mut Criterion) {

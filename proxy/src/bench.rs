@@ -1,15 +1,18 @@
 //! Doors to what is private, for the micro benches alone: copying, and routes. Nothing here is for anybody else, or stable.
 
+use std::future::pending;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use underpass_config::Mesh;
 use underpass_hbone::TunnelStream;
 use underpass_interception::OriginalDestination;
 
-use crate::connection_registry::ConnectionRegistry;
+use crate::connection_registry::{ConnectionRegistry, Terminated};
 use crate::copy::{Buffers, Deadlines, Flow, Probes};
 use crate::descriptors::Descriptors;
 use crate::endpoint_health::EndpointHealth;
@@ -47,6 +50,27 @@ pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
     let well = ended.is_ok();
     record.close(ended);
     well
+}
+
+/// Opens so many idle connections in a registry and terminates them all: how long that takes,
+/// without the sockets. Needs a runtime.
+pub async fn terminate(connections: usize) -> Duration {
+    let registry = Arc::new(ConnectionRegistry::default());
+    let mut running = JoinSet::new();
+    for _ in 0..connections {
+        let registration = registry.register(());
+        running.spawn(async move {
+            registration.termination().or_terminate::<()>(pending()).await.is_err()
+        });
+    }
+    tokio::task::yield_now().await;
+    let began = Instant::now();
+    let mut terminated = Terminated::default();
+    registry.terminate(&mut terminated, |()| Err(ProxyError::Drained)).await;
+    terminated.end().await;
+    let took = began.elapsed();
+    running.join_all().await;
+    took
 }
 
 /// Routes connections of a client that the mesh does not know, in the network "".

@@ -105,9 +105,11 @@ impl Published {
     /// Counts and logs a generation that is complete.
     pub(super) fn account(self) {
         let Self { generation, size, since, terminated, superseded } = self;
+        // The first one is no change.
         let took = since.map(|since| since.elapsed());
         metrics::connections_terminated(terminated);
         if superseded {
+            let took = took.unwrap_or_default();
             metrics::mesh_superseded();
             tracing::info!(
                 generation,
