@@ -10,7 +10,7 @@
 
 use std::fmt;
 
-use crate::budget::Budget;
+use crate::token_bucket::TokenBucket;
 
 /// The size of the client's preface (RFC 9113 section 3.4).
 const PREFACE: usize = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len();
@@ -89,7 +89,7 @@ pub(crate) struct Inspector {
     block: Option<Block>,
     /// True after the peer's first SETTINGS.
     has_settings: bool,
-    budget: Budget,
+    budget: TokenBucket,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -165,7 +165,7 @@ impl Inspector {
             begun: 0,
             block: None,
             has_settings: false,
-            budget: Budget::new(CONTROL_FRAME_BURST, CONTROL_FRAMES_PER_SECOND),
+            budget: TokenBucket::new(CONTROL_FRAME_BURST, CONTROL_FRAMES_PER_SECOND),
         }
     }
 

@@ -15,7 +15,6 @@
 mod activity;
 mod authority;
 mod back_pressure;
-mod budget;
 mod bundle;
 mod ca;
 mod client;
@@ -24,12 +23,12 @@ mod credentials;
 mod distrust;
 mod error;
 mod files;
-mod handshakes;
 mod headers;
 mod identity;
 mod inspect;
 mod io;
 mod keepalive;
+mod limits;
 mod link;
 mod log_limit;
 mod overdue;
@@ -40,11 +39,11 @@ mod rotation;
 mod server;
 mod settings;
 mod source;
-mod sources;
 mod stream;
 #[cfg(test)]
 mod testing;
 mod tls;
+mod token_bucket;
 mod trust;
 mod windows;
 
@@ -57,10 +56,13 @@ pub use client::{ConnectRequest, Connector, Tunnel};
 pub use credentials::Credentials;
 pub use distrust::Distrust;
 pub use error::{CredentialProblem, ExpectedPeer, Fault, HboneError, RequestProblem};
-pub use handshakes::{HandshakeGuard, HandshakeLimit};
 pub use headers::{Baggage, Forwarded, HeaderError, RequestHeaders, TraceParent};
 pub use identity::Identity;
 pub use inspect::TunnelLimit;
+pub use limits::{
+    Budget, ByKey, ConnectionSlot, ConnectionSlots, Exhausted, KeyedBudget, Queue,
+    RequestInProgress, Share, Sharing, SourceNetwork, Turn,
+};
 pub use log_limit::LogLimit;
 pub use pool::{Dial, Pool, PoolSettings, PoolStatistics, TunnelKey};
 pub use rotation::{CredentialRotator, CredentialsEvent};
@@ -70,7 +72,6 @@ pub use source::{
     FileSource, IdentitySource, IssuerProblem, IstioCa, IstioCaSource, LocalCaSource, NextIdentity,
     Priority, SpireSource,
 };
-pub use sources::{CountGuard, CountLimit, SourceGuard, SourceLimit};
 pub use stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
 pub use tls::{PeerIdentity, SvidProblem};
 pub use trust::{Trust, TrustFiles};

@@ -5,7 +5,6 @@
 mod error;
 mod files;
 mod istio_ca;
-mod limit;
 mod local_ca;
 mod renewal;
 mod spire;
@@ -21,7 +20,6 @@ use crate::{CredentialProblem, HboneError, Identity, clock};
 pub use self::error::IssuerProblem;
 pub use self::files::FileSource;
 pub use self::istio_ca::{IstioCa, IstioCaSource};
-pub use self::limit::Priority;
 pub use self::local_ca::LocalCaSource;
 pub(crate) use self::renewal::{Schedule, reached};
 pub use self::spire::SpireSource;
@@ -34,6 +32,17 @@ pub trait IdentitySource: Send {
     /// The first identity, then each new one when it is there. After an error, which is told once, the last identity stays and
     /// this is called again: the source paces itself. Cancel-safe.
     fn next(&mut self) -> NextIdentity<'_>;
+}
+
+/// How urgent a certificate is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Priority {
+    /// A connection waits for it.
+    RealTime,
+    /// It will be needed.
+    Warmup,
+    /// The previous one is still valid.
+    Background,
 }
 
 /// An identity that can be used from now on, and that peers with the same roots accept.

@@ -10,9 +10,8 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, sleep_until};
 use underpass_interception::{BoundListener, Listener, OriginalDestination, Ports, reset_on_close};
 
-use crate::descriptors::{Held, PAIR, Shortage};
 use crate::error::ProxyError;
-use crate::limits::{Limits, Place, Rate, Refusal};
+use crate::limits::{Demand, Limits, Rate, Refusal, Shortage};
 use crate::listeners::Kind;
 use crate::metrics;
 use crate::node::{Assignment, Node, Pod, Seat, Worker};
@@ -36,8 +35,6 @@ pub(crate) struct Accepted {
     pub(crate) client: SocketAddr,
     /// The address that the client connected to.
     pub(crate) destination: OriginalDestination,
-    /// For both sockets of a caught connection, for the one of a tunnel.
-    descriptors: Held,
 }
 
 impl Accepted {
@@ -47,7 +44,6 @@ impl Accepted {
         kind: Kind,
         stream: TcpStream,
         client: SocketAddr,
-        descriptors: Held,
         ports: Ports,
     ) -> Result<Self, ProxyError> {
         let destination = match kind {
@@ -63,14 +59,13 @@ impl Accepted {
                 return Err(ProxyError::OwnListener(destination.address()));
             }
         }
-        Ok(Self { kind, stream, client, destination, descriptors })
+        Ok(Self { kind, stream, client, destination })
     }
 
     #[cfg(test)]
     pub(crate) fn testing(kind: Kind, stream: TcpStream, client: SocketAddr) -> Self {
-        let descriptors = crate::descriptors::Descriptors::new(100, 0, 1).hold(PAIR);
         let destination = OriginalDestination::local(&stream).expect("an address");
-        Self { kind, stream, client, destination, descriptors }
+        Self { kind, stream, client, destination }
     }
 
     /// Refuses an inbound connection for an address that is not this namespace's own: the workload
@@ -111,8 +106,8 @@ impl Accepted {
     /// Registers the connection with the runtime of the calling worker.
     pub(crate) fn register(self) -> Result<Registered, ProxyError> {
         let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
-        let Self { client, destination, descriptors, .. } = self;
-        Ok(Registered { stream, client, destination, descriptors })
+        let Self { client, destination, .. } = self;
+        Ok(Registered { stream, client, destination })
     }
 }
 
@@ -131,7 +126,6 @@ pub(crate) struct Registered {
     pub(crate) stream: tokio::net::TcpStream,
     pub(crate) client: SocketAddr,
     pub(crate) destination: OriginalDestination,
-    pub(crate) descriptors: Held,
 }
 
 /// A listener of a pod, as the worker that accepts its connections has it.
@@ -182,9 +176,9 @@ async fn accept_forever(listening: &Listening) {
         if accepted == ACCEPTS_AT_ONCE {
             yield_now().await;
         }
-        if !descriptors.have_room() {
+        if !pod.limits.has_room(demand(*kind)) {
             let _paused = descriptors.pause(kind.name(), Shortage::Descriptors);
-            descriptors.room().await;
+            pod.limits.room(demand(*kind)).await;
         }
         match unconstrained(listener.accept()).await {
             Ok((stream, client)) => {
@@ -215,24 +209,18 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
-/// Gives a connection to whoever shall serve it, unless it exceeds a limit: then it costs next to nothing.
+fn demand(kind: Kind) -> Demand {
+    match kind {
+        Kind::Outbound => Demand::Outbound,
+        Kind::Plaintext => Demand::Plaintext,
+        Kind::Hbone => Demand::Tunnel,
+    }
+}
+
+/// Gives a connection to the worker that is to serve it, unless it exceeds a limit: then it costs next to nothing.
 fn take(Listening { worker, pod, kind, .. }: &Listening, stream: TcpStream, client: SocketAddr) {
     let kind = *kind;
-    let Limits { descriptors, .. } = &worker.node.limits;
-    let source = match worker.node.limits.admit(client.ip()) {
-        Ok(source) => source,
-        Err(refusal) => return refuse(worker, kind, &stream, refusal),
-    };
-    let tunnel = match kind {
-        Kind::Outbound | Kind::Plaintext => Ok(None),
-        Kind::Hbone => worker.node.limits.admit_tunnel(client.ip()),
-    };
-    let tunnel = match tunnel {
-        Ok(tunnel) => tunnel,
-        Err(refusal) => return refuse(worker, kind, &stream, refusal),
-    };
-    let held = descriptors.hold(if kind == Kind::Hbone { 1 } else { PAIR });
-    let accepted = match Accepted::new(kind, stream, client, held, pod.context.ports) {
+    let accepted = match Accepted::new(kind, stream, client, pod.context.ports) {
         Ok(accepted) => accepted,
         Err(error) => return record_uncaught(worker, kind, client, error),
     };
@@ -240,15 +228,12 @@ fn take(Listening { worker, pod, kind, .. }: &Listening, stream: TcpStream, clie
         return;
     }
     let peer = (kind == Kind::Outbound).then(|| accepted.destination.address().ip());
-    match worker.node.balance.assign(peer) {
-        Some(load) => {
-            let place = Place { load, source };
-            let registration =
-                pod.connections.of(place.load.worker()).register(Decision::default());
-            let pod = pod.clone();
-            assign(worker, Assignment { pod, accepted, registration, place, tunnel });
+    match pod.limits.admit(demand(kind), client.ip(), peer) {
+        Ok(ticket) => {
+            let registration = pod.connections.of(ticket.worker()).register(Decision::default());
+            assign(worker, Assignment { pod: pod.clone(), accepted, registration, ticket });
         }
-        None => refuse(worker, kind, &accepted.stream, Refusal::Worker),
+        Err(refusal) => refuse(worker, kind, &accepted.stream, refusal),
     }
 }
 
@@ -263,14 +248,13 @@ fn record_uncaught(worker: &Worker, kind: Kind, client: SocketAddr, error: Proxy
 }
 
 fn assign(worker: &Arc<Worker>, assignment: Assignment) {
-    let Some(refused) = worker.assign(assignment) else { return };
-    let Some(load) = worker.node.balance.load(worker.index) else {
-        let Accepted { kind, stream, .. } = &refused.accepted;
-        return refuse(worker, *kind, stream, Refusal::Worker);
-    };
-    let registration = refused.pod.connections.of(worker.index).register(Decision::default());
-    let place = Place { load, ..refused.place };
-    worker.serve(Assignment { registration, place, ..refused });
+    let Some(mut returned) = worker.assign(assignment) else { return };
+    if let Err(refusal) = returned.ticket.move_to(worker.index) {
+        let Accepted { kind, stream, .. } = &returned.accepted;
+        return refuse(worker, *kind, stream, refusal);
+    }
+    let registration = returned.pod.connections.of(worker.index).register(Decision::default());
+    worker.serve(Assignment { registration, ..returned });
 }
 
 /// What is refused is reset: a clean end would look like an answer.

@@ -157,7 +157,7 @@ async fn serve(
     running.workers.add_listeners(pod, listeners).await;
     tokio::spawn({
         let (limits, readiness) = (node.limits.clone(), readiness.clone());
-        async move { limits.tell(readiness).await }
+        async move { limits.report(readiness).await }
     });
     let publishing = tokio::spawn(publisher.follow(reports));
     // Before the test, so that no change is missed that follows it.
@@ -349,7 +349,7 @@ impl Proxy {
         let (mesh, accept) = (publisher.subscribe(), gates.accept.clone());
         let node = Node::new(settings, workers(settings), mesh, accept, series);
         let node = Arc::new(Node { identities, ..node });
-        let mut pod = pod(settings, sockets, interception)?;
+        let mut pod = pod(settings, &node, sockets, interception)?;
         if certificates::is_local(settings) {
             pod.credentials = lease(&node, &settings.workload.spiffe_id).await?;
         }
@@ -408,12 +408,14 @@ fn workers(settings: &Settings) -> usize {
 /// The pod of the namespace that the process runs in, still without credentials.
 fn pod(
     settings: &Settings,
+    node: &Node,
     sockets: Sockets,
     interception: watch::Receiver<InterceptionSettings>,
 ) -> Result<Pod, CommandError> {
     Ok(Pod {
         id: PodId::next(),
         context: PolicyContext::of(settings),
+        limits: node.limits.pod(),
         sockets,
         credentials: None,
         endpoints: Arc::default(),

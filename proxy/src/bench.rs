@@ -13,10 +13,10 @@ use underpass_hbone::TunnelStream;
 use underpass_interception::OriginalDestination;
 
 use crate::connection_registry::{ConnectionRegistry, Terminated};
-use crate::copy::{Buffers, Deadlines, Flow, Probes};
-use crate::descriptors::Descriptors;
+use crate::copy::{Deadlines, Flow, Probes};
 use crate::endpoint_health::EndpointHealth;
 use crate::error::ProxyError;
+use crate::limits::{Buffers, Descriptors};
 use crate::metrics::KnownSeries;
 use crate::party::{Direction, Party};
 use crate::record::{ConnectionRecord, Facts};

@@ -37,7 +37,6 @@
 //! [`Relay`] is a hand-written future instead of an `async fn`: it is most of the memory of an idle
 //! connection, and most of the CPU time of a small request besides its system calls.
 
-mod buffers;
 mod deadlines;
 mod direction;
 mod readiness;
@@ -51,7 +50,6 @@ use std::task::{Context, Poll, ready};
 use tokio::net::TcpStream;
 use underpass_hbone::TunnelStream;
 
-pub(crate) use self::buffers::Buffers;
 use self::deadlines::IdleTimer;
 pub(crate) use self::deadlines::{Deadlines, Probes};
 use self::direction::{Direction, Endpoint};
@@ -60,6 +58,7 @@ use self::tcp::Tcp;
 use self::tunnel::Tunnelled;
 use crate::connection_registry::Termination;
 use crate::error::ProxyError;
+use crate::limits::Buffers;
 use crate::record::ConnectionRecord;
 
 /// One proxied connection: its counters, its limits, and the signal that terminates it.

@@ -13,9 +13,8 @@ use tokio::time::timeout;
 use underpass_hbone::Dial;
 use underpass_interception::{Sockets, end_on_close, is_out_of_files};
 
-use crate::balance::HeldTunnel;
-use crate::descriptors::Held;
 use crate::error::ProxyError;
+use crate::limits::{FdPermit, HeldTunnel};
 use crate::metrics::{self, Counted};
 use crate::node::Seat;
 use crate::policy::Permit;
@@ -85,11 +84,11 @@ impl Dial for TunnelDialer {
         // The dial outlives the connection that asked for it, and keeps the seat from here on.
         let gone = || io::Error::other("no connection of the pod waits for the tunnel any longer");
         let seat = self.seat.upgrade().ok_or_else(gone)?;
-        let descriptor = seat.node().limits.descriptors.hold(1);
+        let descriptor = seat.pod.limits.hold_outbound();
         let stream = seat.pod.sockets.connect(address).await?;
         // A connection ends by TLS close_notify, so that closing the socket needs no reset.
         end_on_close(&stream);
-        let held = seat.node().balance.tunnel(seat.worker.index, address.ip());
+        let held = seat.node().limits.balance.tunnel(seat.worker.index, address.ip());
         Ok(TunnelSocket {
             stream,
             _descriptor: descriptor,
@@ -121,7 +120,7 @@ impl Dial for PlainDialer {
 #[derive(Debug)]
 pub(crate) struct TunnelSocket {
     stream: TcpStream,
-    _descriptor: Held,
+    _descriptor: FdPermit,
     _held: HeldTunnel,
     _open: Counted,
     _seat: Arc<Seat>,

@@ -1,6 +1,7 @@
 //! What is seen from outside: readiness (`/healthz/ready`) and metrics (`/metrics`), over HTTP/1.
 
 use std::convert::Infallible;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 use std::time::Duration;
@@ -12,17 +13,22 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::Semaphore;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use underpass_hbone::{ConnectionSlot, ConnectionSlots};
 use underpass_interception::{BoundListener, Listener};
 
 use crate::metrics::Exporter;
 use crate::pause_gate::PauseGate;
 
-/// Probes and scrapers are few; more connections than this wait in the kernel's queue.
+/// Connections served at once. Probes and scrapers are few; a new one takes the slot of the oldest
+/// idle one, so that a flood does not keep them out.
 const CONNECTIONS: usize = 64;
+/// How many of them one source has at most.
+const CONNECTIONS_PER_SOURCE: usize = 16;
 /// A client that has not sent its request by then is not a probe.
 const HEADER_DEADLINE: Duration = Duration::from_secs(2);
-/// A connection has had its answers by then, or takes places from others that ask: from probes too.
+/// A connection has had its answers by then.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// Prometheus' text format, version 0.0.4.
 const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
@@ -144,38 +150,42 @@ impl Endpoint {
         gate: PauseGate,
     ) -> std::io::Result<()> {
         let listener = listener.register()?;
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        let slots = ConnectionSlots::new(CONNECTIONS, CONNECTIONS_PER_SOURCE);
         loop {
-            // The semaphore is never closed, so a place always comes.
-            let Ok(place) = places.clone().acquire_owned().await else {
-                return Ok(());
-            };
-            let Some(Some(stream)) = gate.pass(accept(&listener)).await else {
+            let Some(Some((stream, client))) = gate.pass(accept(&listener)).await else {
                 continue;
             };
-            let endpoint = self.clone();
-            tokio::spawn(async move {
-                let answer = service_fn(|request| {
-                    std::future::ready(Ok::<_, Infallible>(endpoint.answer(&request)))
-                });
-                let connection = http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(HEADER_DEADLINE)
-                    .serve_connection(TokioIo::new(stream), answer);
-                match tokio::time::timeout(DEADLINE, connection).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => tracing::debug!(%error, "a probe's connection failed"),
-                    Err(_) => tracing::debug!("a probe's connection took too long"),
-                }
-                drop(place);
-            });
+            // An idle connection can always be evicted: requests are answered as they are read.
+            if let Some(slot) = slots.take(client) {
+                tokio::spawn(self.clone().serve_connection(stream, slot));
+            }
+        }
+    }
+
+    /// Serves one connection until it ends, its deadline passes, or another one takes its slot.
+    async fn serve_connection(self, stream: TcpStream, slot: ConnectionSlot) {
+        let answer =
+            service_fn(|request| std::future::ready(Ok::<_, Infallible>(self.answer(&request))));
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_DEADLINE)
+            .serve_connection(TokioIo::new(stream), answer);
+        tokio::select! {
+            ended = timeout(DEADLINE, connection) => match ended {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "a probe's connection failed"),
+                Err(_) => tracing::debug!("a probe's connection took too long"),
+            },
+            () = slot.displaced() => {
+                tracing::debug!("a new connection takes the slot of a probe's");
+            }
         }
     }
 }
 
-async fn accept(listener: &Listener) -> Option<tokio::net::TcpStream> {
+async fn accept(listener: &Listener) -> Option<(TcpStream, IpAddr)> {
     match listener.accept().await {
-        Ok((stream, _)) => tokio::net::TcpStream::from_std(stream).ok(),
+        Ok((stream, client)) => Some((TcpStream::from_std(stream).ok()?, client.ip())),
         Err(error) => {
             tracing::debug!(%error, "accepting a probe failed");
             tokio::time::sleep(Duration::from_millis(100)).await;

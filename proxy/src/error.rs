@@ -205,11 +205,12 @@ impl ProxyError {
             Self::TooManyHandshakes(_) | Self::HandshakeNotBegun { .. } => {
                 ("too_many_handshakes", Deny, Peer, StatusCode::SERVICE_UNAVAILABLE)
             }
+            Self::OutOfDescriptors
+            | Self::TooManyConnections(Refusal::Descriptors | Refusal::DescriptorShare(_)) => {
+                ("out_of_descriptors", Connect, Us, StatusCode::SERVICE_UNAVAILABLE)
+            }
             Self::TooManyConnections(_) => {
                 ("too_many_connections", Deny, Client, StatusCode::SERVICE_UNAVAILABLE)
-            }
-            Self::OutOfDescriptors => {
-                ("out_of_descriptors", Connect, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::Denied(_) | Self::DeniedInPlain(_) => {
                 ("policy_denied", Deny, Client, StatusCode::UNAUTHORIZED)

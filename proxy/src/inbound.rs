@@ -1,9 +1,10 @@
 //! Inbound connections: through a peer's tunnel, or caught in plain. Everything that can fail does so before the peer gets
 //! its 200; the application sees the client's own address where the profile's rules support it.
 
+mod client_hello;
 mod retirement;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 
@@ -17,14 +18,14 @@ use underpass_hbone::{
 };
 use underpass_interception::reset_on_close;
 
+use self::client_hello::client_hello;
 use self::retirement::Retirement;
 use crate::accept::{Accepted, Registered};
 use crate::connection_registry::Registration;
 use crate::copy::{Flow, aborted};
-use crate::descriptors::Held;
 use crate::dial::{dial_loopback, dial_workload};
 use crate::error::ProxyError;
-use crate::limits::Place;
+use crate::limits::Ticket;
 use crate::listeners::Kind;
 use crate::node::{Assignment, Seat};
 use crate::party::{Direction, Party};
@@ -45,9 +46,9 @@ pub(crate) fn serve_plaintext(
         let Some(Opened { record, held, client, app }) = opening.await else {
             return;
         };
-        let node = seat.node();
+        let buffers = seat.pod.limits.buffers();
         let termination = held.registration.termination();
-        let flow = Flow::new(&node.buffers, &node.deadlines, &record, termination);
+        let flow = Flow::new(buffers, &seat.node().deadlines, &record, termination);
         let outcome = flow.through_tcp(&client, &app).await;
         record.close(outcome);
     }
@@ -65,14 +66,13 @@ struct Opened<C> {
 /// What a connection holds until it is closed.
 struct HeldWhileOpen {
     registration: Registration<Decision>,
-    _place: Place,
-    _descriptors: Held,
+    _ticket: Ticket,
 }
 
 /// Connects a plaintext connection to the application, and makes its record.
 async fn open_plaintext(
     seat: Arc<Seat>,
-    Assignment { accepted, registration, place, .. }: Assignment,
+    Assignment { accepted, registration, ticket, .. }: Assignment,
 ) -> Option<Opened<TcpStream>> {
     let accepted_at = Instant::now();
     let (client, destination) = (accepted.client, accepted.destination.address());
@@ -91,8 +91,8 @@ async fn open_plaintext(
         Err(error) => Err(error),
     };
     match connected {
-        Ok((Registered { stream: client, descriptors, .. }, app)) => {
-            let held = HeldWhileOpen { registration, _place: place, _descriptors: descriptors };
+        Ok((Registered { stream: client, .. }, app)) => {
+            let held = HeldWhileOpen { registration, _ticket: ticket };
             let record = ConnectionRecord::opened(accepted_at, facts, &seat.worker.series);
             Some(Opened { record, held, client, app })
         }
@@ -122,7 +122,7 @@ async fn connect_plaintext(
 /// Serves one peer's connection: the handshakes, then every CONNECT request that comes through it.
 pub(crate) async fn serve_tunnel(
     seat: Arc<Seat>,
-    Assignment { accepted, registration, place: _place, tunnel: _tunnel, .. }: Assignment,
+    Assignment { accepted, registration, ticket, .. }: Assignment,
 ) {
     let accepted_at = Instant::now();
     let (client, destination) = (accepted.client, accepted.destination.address());
@@ -130,7 +130,7 @@ pub(crate) async fn serve_tunnel(
     let outcome = match checked.and_then(Accepted::register) {
         Err(error) => Err(error),
         Ok(connection) => {
-            let serving = pin!(accept_tunnel(&seat, connection));
+            let serving = pin!(accept_tunnel(&seat, connection, &ticket));
             registration.termination().or_terminate(serving).await
         }
     };
@@ -151,11 +151,11 @@ pub(crate) async fn serve_tunnel(
 
 async fn accept_tunnel(
     seat: &Arc<Seat>,
-    Registered { stream, client, destination, descriptors: _descriptors }: Registered,
+    Registered { stream, client, destination }: Registered,
+    ticket: &Ticket,
 ) -> Result<(), ProxyError> {
     let acceptor = seat.acceptor.as_ref().ok_or(ProxyError::NoIdentity(destination.address()))?;
-    // Boxed: what a handshake needs is a multiple of what the tunnel needs after it.
-    let mut tunnel = Box::pin(handshake(seat, acceptor, stream, client.ip())).await?;
+    let mut tunnel = handshake(seat, acceptor, stream, ticket).await?;
     let peer = tunnel.peer().clone();
     let _counted = match seat.node().limits.admit_identity(peer.spiffe_id()) {
         Ok(counted) => counted,
@@ -170,43 +170,55 @@ async fn accept_tunnel(
     tracing::debug!(%client, peer = %peer.spiffe_id(), resumed, "tunnel accepted");
     let mut retirement = Retirement::new(seat.node(), &tunnel);
     while let Some(request) = retirement.next_request(seat.node(), &mut tunnel).await {
-        let admitted = seat.admit_stream(client.ip(), Kind::Hbone.name());
-        let admitted = admitted.map(|(place, descriptor)| Admitted { place, descriptor });
+        let admitted = admit_stream(ticket);
         let (registration, peer) = (seat.register_stream(), peer.clone());
         let asked = Asked { request, client, here: destination.address(), peer };
         tokio::spawn(serve_request(seat.clone(), asked, registration, admitted));
     }
     if let Some(limit) = tunnel.exceeded() {
         metrics::tunnel_closed(limit.code());
+        ticket.penalize();
         tracing::info!(%client, peer = %peer.spiffe_id(), %limit, "tunnel closed: the peer exceeded a limit");
     }
     Ok(())
 }
 
-/// Handshakes with a client when it is its turn; the wait for that is part of the deadline.
+/// Handshakes with a client. Nothing but its connection is counted until it has sent a ClientHello;
+/// then it waits for its turn. Both are part of the deadline.
 async fn handshake(
     seat: &Seat,
     acceptor: &Acceptor,
     stream: TcpStream,
-    client: IpAddr,
+    ticket: &Ticket,
 ) -> Result<ServerTunnel, ProxyError> {
     let after = seat.node().timeouts.handshake;
     let deadline = Instant::now() + after;
-    let turn = seat.node().limits.handshakes.admit(client, metrics::handshake_waits);
-    let (limit, error) = match timeout_at(deadline, turn).await {
+    let late = || ProxyError::Tunnel(HboneError::HandshakeTimeout { after });
+    let hello = timeout_at(deadline, client_hello(&stream)).await;
+    hello.map_err(|_| late())?.map_err(ProxyError::Client)?;
+    let turn = timeout_at(deadline, ticket.handshake(metrics::handshake_waits)).await;
+    let (limit, error) = match turn {
         Ok(Some(_under_way)) => {
             let _counted = metrics::handshake_under_way();
-            let handshake = timeout_at(deadline, acceptor.accept(stream, after)).await;
-            return handshake
-                .unwrap_or(Err(HboneError::HandshakeTimeout { after }))
-                .map_err(ProxyError::Tunnel);
+            // Boxed: what a handshake needs is a multiple of what the tunnel needs after it.
+            let handshake = Box::pin(acceptor.accept(stream, after));
+            let handshake = timeout_at(deadline, handshake).await;
+            return handshake.map_err(|_| late())?.map_err(ProxyError::Tunnel);
         }
-        Ok(None) => ("handshakes_per_source", ProxyError::TooManyHandshakes(client)),
+        Ok(None) => ("handshakes_per_source", ProxyError::TooManyHandshakes(ticket.source())),
         Err(_) => ("handshakes", ProxyError::HandshakeNotBegun { after }),
     };
     metrics::handshake_refused(limit);
     reset_on_close(&stream);
     Err(error)
+}
+
+/// Admits a stream of the tunnel that `ticket` is for.
+fn admit_stream(ticket: &Ticket) -> Result<Ticket, ProxyError> {
+    ticket.stream().map_err(|refusal| {
+        metrics::connection_refused(refusal.limit(), Kind::Hbone.name());
+        ProxyError::TooManyConnections(refusal)
+    })
 }
 
 /// A CONNECT request of `client`, who is `peer`, in a tunnel that ends at `here`.
@@ -217,18 +229,12 @@ struct Asked {
     peer: PeerIdentity,
 }
 
-/// What a stream of a tunnel was admitted with.
-struct Admitted {
-    place: Place,
-    descriptor: Held,
-}
-
 /// Serves one CONNECT request.
 fn serve_request(
     seat: Arc<Seat>,
     asked: Asked,
     registration: Registration<Decision>,
-    admitted: Result<Admitted, ProxyError>,
+    admitted: Result<Ticket, ProxyError>,
 ) -> impl Future<Output = ()> + Send {
     // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
     let opening = Box::pin(open_request(seat.clone(), asked, registration, admitted));
@@ -236,9 +242,9 @@ fn serve_request(
         let Some(Opened { record, held, client, app }) = opening.await else {
             return;
         };
-        let node = seat.node();
+        let buffers = seat.pod.limits.buffers();
         let termination = held.registration.termination();
-        let flow = Flow::new(&node.buffers, &node.deadlines, &record, termination);
+        let flow = Flow::new(buffers, &seat.node().deadlines, &record, termination);
         let outcome = flow.out_of_tunnel(client, &app).await;
         record.close(outcome);
     }
@@ -249,18 +255,18 @@ async fn open_request(
     seat: Arc<Seat>,
     mut asked: Asked,
     registration: Registration<Decision>,
-    admitted: Result<Admitted, ProxyError>,
+    admitted: Result<Ticket, ProxyError>,
 ) -> Option<Opened<TunnelStream>> {
     let accepted_at = Instant::now();
     let series = &seat.worker.series;
     let target = inbound_target(&seat, asked.request.authority(), asked.here);
     let facts = request_facts(&seat, &asked, target.as_ref().ok());
     let connected = async {
-        let admitted = admitted?;
+        let ticket = admitted?;
         let app = connect_request(&seat, &mut asked, &registration, &target?).await?;
-        Ok::<_, ProxyError>((app, admitted))
+        Ok::<_, ProxyError>((app, ticket))
     };
-    let (app, admitted) = match connected.await {
+    let (app, ticket) = match connected.await {
         Ok(connected) => connected,
         Err(error) => {
             // Nothing is said to a client that has gone.
@@ -273,8 +279,7 @@ async fn open_request(
     let answer = headers::response(record.facts(), &seat.context().own);
     match asked.request.accept(answer) {
         Ok(client) => {
-            let Admitted { place, descriptor } = admitted;
-            let held = HeldWhileOpen { registration, _place: place, _descriptors: descriptor };
+            let held = HeldWhileOpen { registration, _ticket: ticket };
             Some(Opened { record, held, client, app })
         }
         Err(error) => {

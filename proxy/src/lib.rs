@@ -9,7 +9,7 @@
 //! * `snapshot` is the mesh that they decide by, `publish` changes it, and `connection_registry` terminates
 //!   what a change forbids;
 //!   `authorization` is what policies say, `endpoint_health` and `resolve` are what is known of endpoints beside the mesh;
-//! * `limits` and `descriptors` are what one worker, one client and the process may have, and what happens beyond;
+//! * `limits` is what one worker, one client, one pod and the process may hold, and what happens beyond;
 //! * `party` is what is known of each end of a connection, `record` and `metrics` report every connection, `endpoints` answers probes and scrapers, `drain` ends it all;
 //! * `certificates` is who the workload is, and keeps it so; `headers` is what a tunnel tells of its ends;
 //! * `capture` has the rules installed and tested, `guard` keeps them, `reload` changes what is caught while it runs;
@@ -18,7 +18,6 @@
 mod accept;
 mod app;
 mod authorization;
-mod balance;
 #[doc(hidden)]
 pub mod bench;
 mod capture;
@@ -27,7 +26,6 @@ mod cli;
 mod connection_registry;
 mod copy;
 mod demo;
-mod descriptors;
 mod dial;
 mod drain;
 mod endpoint_health;

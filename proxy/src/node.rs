@@ -30,8 +30,7 @@ pub(crate) use self::pod::{Pod, PodId};
 pub(crate) use self::seat::Seat;
 pub(crate) use self::worker::{Assignment, Worker, WorkerCommand};
 pub(crate) use self::workers::Workers;
-use crate::balance::Balance;
-use crate::copy::{Buffers, Deadlines};
+use crate::copy::Deadlines;
 use crate::drain::Drain;
 use crate::limits::Limits;
 use crate::metrics::SeriesRegistry;
@@ -51,15 +50,11 @@ pub(crate) struct Node {
     pub(crate) identities: Option<Identities>,
     pub(crate) resolver: Arc<Resolver>,
     pub(crate) limits: Limits,
-    /// The memory and pipes that copying may use.
-    pub(crate) buffers: Buffers,
     pub(crate) drain: Drain,
     /// Pauses accepting while another process takes over.
     pub(crate) accept: PauseGate,
     /// The metric series of all connections.
     pub(crate) series: Arc<SeriesRegistry>,
-    /// The load of each worker.
-    pub(crate) balance: Arc<Balance>,
 }
 
 impl Node {
@@ -71,7 +66,6 @@ impl Node {
         accept: PauseGate,
         series: Arc<SeriesRegistry>,
     ) -> Self {
-        let limits = Limits::new(&settings.limits, workers);
         Self {
             timeouts: settings.timeouts.clone(),
             deadlines: (&settings.timeouts).into(),
@@ -79,9 +73,7 @@ impl Node {
             mesh,
             identities: None,
             resolver: Arc::new(Resolver::system(Handle::current())),
-            balance: Balance::new(workers, limits.connections_per_worker),
-            buffers: Buffers::new(settings.limits.buffers, limits.descriptors.clone()),
-            limits,
+            limits: Limits::new(&settings.limits, workers),
             drain: Drain::default(),
             accept,
             series,

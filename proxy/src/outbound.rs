@@ -28,11 +28,10 @@ use underpass_hbone::{
 use crate::accept::{Accepted, Registered, Source};
 use crate::connection_registry::Registration;
 use crate::copy::{Flow, aborted};
-use crate::descriptors::Held;
 use crate::dial::dial;
 use crate::endpoint_health::OpenConnection;
 use crate::error::ProxyError;
-use crate::limits::Place;
+use crate::limits::Ticket;
 use crate::node::{Assignment, Seat};
 use crate::party::{Direction, Party};
 use crate::policy::{Decision, Outbound, Permit, Subject};
@@ -58,9 +57,9 @@ pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Outp
         let Some(Opened { record, held, client, onward }) = opening.await else {
             return;
         };
-        let node = seat.node();
+        let buffers = seat.pod.limits.buffers();
         let termination = held.registration.termination();
-        let flow = Flow::new(&node.buffers, &node.deadlines, &record, termination);
+        let flow = Flow::new(buffers, &seat.node().deadlines, &record, termination);
         let outcome = match onward {
             Onward::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,
             Onward::Plain(upstream) => flow.through_tcp(&client, &upstream).await,
@@ -81,8 +80,7 @@ struct Opened {
 struct HeldWhileOpen {
     registration: Registration<Decision>,
     _load: Vec<OpenConnection>,
-    _place: Place,
-    _descriptors: Held,
+    _ticket: Ticket,
 }
 
 /// The connection to the upstream.
@@ -94,23 +92,18 @@ enum Onward {
 /// Connects an accepted connection, and makes its record.
 async fn open(
     seat: Arc<Seat>,
-    Assignment { accepted, registration, place, .. }: Assignment,
+    Assignment { accepted, registration, mut ticket, .. }: Assignment,
 ) -> Option<Opened> {
     let accepted_at = Instant::now();
     let series = &seat.worker.series;
     match connect(&seat, accepted, &registration).await {
-        Ok((Registered { stream: client, mut descriptors, .. }, connected)) => {
+        Ok((Registered { stream: client, .. }, connected)) => {
             let Connected { facts, onward, load } = connected;
             if let Onward::Tunnel(_) = &onward {
                 // The tunnel holds the descriptor of its own connection.
-                descriptors.release_one();
+                ticket.release_descriptor();
             }
-            let held = HeldWhileOpen {
-                registration,
-                _load: load,
-                _place: place,
-                _descriptors: descriptors,
-            };
+            let held = HeldWhileOpen { registration, _load: load, _ticket: ticket };
             let record = ConnectionRecord::opened(accepted_at, facts, series);
             Some(Opened { record, held, client, onward })
         }

@@ -10,10 +10,12 @@ use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
-use rustls::{ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme};
+use rustls::{
+    ClientConfig, ClientConnection, DigitallySignedStruct, ServerConfig, SignatureScheme,
+};
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use underpass_config::IdentityFiles;
@@ -63,6 +65,19 @@ impl TlsClient {
     pub async fn read(&self, pod: &Pod, to: SocketAddr) -> io::Result<usize> {
         let mut stream = self.connect(pod.dial(to).await?).await?;
         within("the server's first bytes", stream.read(&mut [0; 1024])).await
+    }
+
+    /// Sends a ClientHello and nothing else.
+    ///
+    /// # Errors
+    /// The end of the connection.
+    pub async fn begin(&self, mut stream: TcpStream) -> io::Result<TcpStream> {
+        let name = ServerName::from(stream.peer_addr()?.ip());
+        let connection = ClientConnection::new(Arc::new(self.config.clone()), name);
+        let mut hello = Vec::new();
+        connection.or_fail("set up TLS").write_tls(&mut hello)?;
+        stream.write_all(&hello).await?;
+        Ok(stream)
     }
 
     /// Performs the handshake.

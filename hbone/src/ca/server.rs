@@ -5,7 +5,6 @@
 //! identities of a token, and `service` answers requests.
 
 mod service;
-mod slots;
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -31,9 +30,9 @@ use tonic::Status;
 use underpass_config::{Cipher, FileWatcher, Quoted};
 
 use self::service::Service;
-use self::slots::{ConnectionSlot, ConnectionSlots};
 use super::CertificateAuthority;
 use super::clients::{Clients, ClientsFile};
+use crate::limits::{ConnectionSlot, ConnectionSlots};
 use crate::source::Schedule;
 use crate::{CredentialProblem, HboneError, LogLimit, clock, tls};
 
@@ -50,6 +49,10 @@ const GRACE_PERIOD: Duration = Duration::from_secs(10);
 const SHORT_GRACE_PERIOD: Duration = Duration::from_secs(1);
 /// The pause after a failed accept, for example without free descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// The maximum number of connections.
+const MAX_CONNECTIONS: usize = 256;
+/// The maximum number of connections per source.
+const MAX_PER_SOURCE: usize = 32;
 const STREAMS: u32 = 32;
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 256 << 10;
@@ -103,7 +106,7 @@ impl CaServer {
 
     /// Serves until `shutdown`, then waits for requests in progress.
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) {
-        let slots = ConnectionSlots::default();
+        let slots = ConnectionSlots::new(MAX_CONNECTIONS, MAX_PER_SOURCE);
         let mut connections = JoinSet::new();
         let stop = watch::Sender::new(());
         tokio::pin!(shutdown);

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep};
 
-use crate::budget::Budget;
 use crate::link::Link;
+use crate::token_bucket::TokenBucket;
 
 /// How long a client may open streams after GOAWAY: h2 sends the one that names the last stream
 /// only when the client has acknowledged a PING (RFC 9113 section 6.8), which may wait behind bulk
@@ -53,12 +53,12 @@ impl Drain {
 #[derive(Debug)]
 pub(super) struct Refusals {
     seen: u64,
-    budget: Budget,
+    budget: TokenBucket,
 }
 
 impl Default for Refusals {
     fn default() -> Self {
-        Self { seen: 0, budget: Budget::new(REFUSED, REFUSED_PER_SECOND) }
+        Self { seen: 0, budget: TokenBucket::new(REFUSED, REFUSED_PER_SECOND) }
     }
 }
 

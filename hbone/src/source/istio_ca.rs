@@ -27,11 +27,11 @@ use tonic_prost::ProstCodec;
 use underpass_config::{IstioCaSettings, Quoted, SpiffeId};
 
 use self::connection::{Connection, Endpoint};
-use super::limit::{Priority, PriorityLimit};
-use super::{IdentitySource, IssuerProblem, NextIdentity, Schedule, valid_now};
+use super::{IdentitySource, IssuerProblem, NextIdentity, Priority, Schedule, valid_now};
 use crate::ca::{
     CREATE_CERTIFICATE, IMPERSONATED, IstioCertificateRequest, IstioCertificateResponse, read_token,
 };
+use crate::limits::{Budget, Queue};
 use crate::{Bundle, CredentialProblem, Dial, HboneError, Identity, clock, tls};
 
 /// How many requests are under way at once: a node that starts has many workloads, and its CA many nodes.
@@ -49,7 +49,8 @@ pub struct IstioCa<D> {
     endpoint: Endpoint,
     cluster_id: MetadataValue<Ascii>,
     dial: D,
-    limit: Arc<PriorityLimit>,
+    requests: Arc<Budget>,
+    queue: Queue<Priority>,
 }
 
 impl<D: Dial> IstioCa<D> {
@@ -64,8 +65,8 @@ impl<D: Dial> IstioCa<D> {
         let endpoint = Endpoint::new(&settings).map_err(problem)?;
         let cluster_id = settings.cluster_id.parse();
         let cluster_id = cluster_id.map_err(|_| problem(IssuerProblem::ClusterId))?;
-        let limit = PriorityLimit::new(REQUESTS);
-        let ca = Self { settings, endpoint, cluster_id, dial, limit };
+        let (requests, queue) = (Arc::new(Budget::new(REQUESTS)), Queue::default());
+        let ca = Self { settings, endpoint, cluster_id, dial, requests, queue };
         // What can be wrong with them is told at once, and not when the CA answers.
         ca.token()?;
         ca.endpoint.roots(&ca.settings.roots)?;
@@ -74,7 +75,7 @@ impl<D: Dial> IstioCa<D> {
 
     /// A certificate for `id` and a new key.
     async fn issue(&self, id: &SpiffeId, priority: Priority) -> Result<Identity, HboneError> {
-        let _admission = self.limit.admit(priority).await;
+        let _turn = self.queue.turn(&self.requests, priority, || ()).await;
         let token = self.token()?;
         let (key, csr) = signing_request(id)
             .map_err(|error| HboneError::credential(id.to_string(), issue(&error)))?;

@@ -11,11 +11,10 @@ use std::task::{Context, Poll, ready};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 use tokio::io::Interest;
 
-use super::buffers::Buffers;
 use super::direction::Side as _;
 use super::tcp::Tcp;
-use crate::descriptors::Held;
 use crate::error::ProxyError;
+use crate::limits::{Buffers, FdPermit};
 use crate::metrics::buffer_refused;
 
 /// Size of a pipe, in bytes. A quarter of it cost an eighth more CPU in bulk; four times of it
@@ -147,7 +146,7 @@ struct Pipe {
 struct Ends {
     read: OwnedFd,
     write: OwnedFd,
-    _held: Held,
+    _held: FdPermit,
 }
 
 impl Pipe {
@@ -185,7 +184,7 @@ impl Drop for Pipe {
 }
 
 impl Ends {
-    fn new(held: Held) -> io::Result<Self> {
+    fn new(held: FdPermit) -> io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // Fails above fs.pipe-user-pages-soft: then a pipe is too small to be worth its system
         // calls.

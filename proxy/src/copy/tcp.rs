@@ -9,10 +9,10 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use underpass_interception::{end_on_close, end_writing, write_before_end};
 
-use super::buffers::{Buffers, Share};
 use super::direction::{Side, Sink, Source};
 use super::readiness::{aborted, mark_drained, read_pending_end};
 use crate::error::ProxyError;
+use crate::limits::{BufferShare, Buffers};
 
 /// Size of a connection's first read, in bytes: most requests fit, and thousands of idle
 /// connections stay small.
@@ -38,7 +38,7 @@ pub(super) struct Tcp<'a> {
     /// Size of the next buffer.
     size: usize,
     /// The buffer's memory beyond a first read.
-    pub(super) share: Share<'a>,
+    pub(super) share: BufferShare<'a>,
     /// Full reads that remain until a larger buffer is asked for.
     full_reads_left: u32,
     /// Bytes that were read since the connection began, or was last found not to be bulk.
@@ -60,7 +60,7 @@ impl<'a> Tcp<'a> {
             into_error,
             buffer: BytesMut::new(),
             size: FIRST_READ,
-            share: Share::none_of(buffers),
+            share: BufferShare::none_of(buffers),
             full_reads_left: 0,
             read: 0,
             full: false,

@@ -10,6 +10,7 @@ use underpass_interception::{LocalAddresses, Sockets};
 use super::CredentialLease;
 use crate::connection_registry::Registries;
 use crate::endpoint_health::EndpointHealth;
+use crate::limits::PodLimits;
 use crate::policy::{Decision, PolicyContext};
 use crate::self_test::SelfTest;
 
@@ -31,6 +32,8 @@ pub(crate) struct Pod {
     pub(crate) id: PodId,
     /// The pod's own workload, and the settings that permits depend on.
     pub(crate) context: PolicyContext,
+    /// What its connections may hold.
+    pub(crate) limits: PodLimits,
     /// Makes sockets that the rules of this pod let pass.
     pub(crate) sockets: Sockets,
     /// The current certificate and trust bundle; `None` without a certificate.

@@ -13,11 +13,8 @@ use underpass_hbone::{Acceptor, ClientSettings, Connector, Pool, PoolSettings, S
 use super::{CredentialLease, Node, Pod, Worker};
 use crate::accept::Source;
 use crate::connection_registry::{ConnectionRegistry, Registration};
-use crate::descriptors::Held;
 use crate::dial::TunnelDialer;
 use crate::error::ProxyError;
-use crate::limits::{Limits, Place, Refusal};
-use crate::metrics;
 use crate::party::{Claim, Party};
 use crate::policy::{self, Decision, Permit, PolicyContext, Subject};
 use crate::snapshot::Snapshot;
@@ -102,27 +99,6 @@ impl Seat {
         registration: &'a Registration<Decision>,
     ) -> Result<Permit<'a>, ProxyError> {
         policy::permit(subject, &self.pod, &self.worker.node.mesh, registration)
-    }
-
-    /// Admits a stream of a tunnel from `client`, which came by the listener `listener`, with a
-    /// descriptor to connect with.
-    pub(crate) fn admit_stream(
-        &self,
-        client: IpAddr,
-        listener: &'static str,
-    ) -> Result<(Place, Held), ProxyError> {
-        let Limits { descriptors, .. } = &self.node().limits;
-        let place = self.place(client).map_err(|refusal| {
-            metrics::connection_refused(refusal.limit(), listener);
-            ProxyError::TooManyConnections(refusal)
-        });
-        Ok((place?, descriptors.one().ok_or(ProxyError::OutOfDescriptors)?))
-    }
-
-    fn place(&self, client: IpAddr) -> Result<Place, Refusal> {
-        let source = self.node().limits.admit(client)?;
-        let load = self.node().balance.load(self.worker.index).ok_or(Refusal::Worker)?;
-        Ok(Place { load, source })
     }
 
     /// The workload that opened an outbound connection: the pod's own. Only if the mesh does not

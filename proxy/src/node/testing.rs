@@ -8,6 +8,7 @@ use underpass_interception::{LocalAddresses, Sockets};
 
 use super::{Node, Pod, PodId};
 use crate::connection_registry::Registries;
+use crate::limits::Limits;
 use crate::pause_gate::PauseGate;
 use crate::policy::PolicyContext;
 use crate::snapshot::Snapshot;
@@ -27,6 +28,7 @@ pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
     Arc::new(Pod {
         id: PodId::next(),
         context: PolicyContext::of(&settings),
+        limits: Limits::new(&settings.limits, 2).pod(),
         sockets: Sockets::new(&settings.interception, false),
         credentials: None,
         endpoints: Arc::default(),

@@ -1,7 +1,7 @@
 //! A data worker: a thread that serves connections of all pods, with a registry of them.
 //!
 //! The listeners of a pod are dealt to the workers in turn. The worker that accepts a connection
-//! assigns it, not yet registered with any runtime, to the worker that [`crate::balance::Balance`]
+//! assigns it, not yet registered with any runtime, to the worker that [`crate::limits::Balance`]
 //! chooses. It stays there: no byte wakes another thread.
 
 use std::collections::HashMap;
@@ -11,14 +11,13 @@ use futures_util::future::FutureExt as _;
 use futures_util::stream::{FuturesOrdered, StreamExt as _};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use underpass_hbone::SourceGuard;
 use underpass_interception::BoundListener;
 
 use super::{Node, Pod, PodId, Seat};
 use crate::accept::{Accepted, accept_loop};
 use crate::connection_registry::{Registration, Terminated};
 use crate::error::ProxyError;
-use crate::limits::Place;
+use crate::limits::Ticket;
 use crate::listeners::Kind;
 use crate::metrics::KnownSeries;
 use crate::policy::{Change, Decision};
@@ -48,9 +47,7 @@ pub(crate) struct Assignment {
     pub(crate) accepted: Accepted,
     /// With the registry of the worker that serves it.
     pub(crate) registration: Registration<Decision>,
-    pub(crate) place: Place,
-    /// Counts a tunnel beside its place, for as long as it lives.
-    pub(crate) tunnel: Option<SourceGuard>,
+    pub(crate) ticket: Ticket,
 }
 
 /// What a worker is asked to do.
@@ -105,7 +102,7 @@ impl Worker {
     /// Gives a connection to the worker that it is assigned to. Returns it if that worker's queue
     /// is full.
     pub(crate) fn assign(self: &Arc<Self>, assignment: Assignment) -> Option<Assignment> {
-        let chosen = assignment.place.load.worker();
+        let chosen = assignment.ticket.worker();
         let Some(other) = self.workers.get(chosen).filter(|_| chosen != self.index) else {
             self.serve(assignment);
             return None;
@@ -207,6 +204,7 @@ impl Worker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::Demand;
     use crate::node::testing::{node, pod};
 
     fn size<A, B, F: Future>(_: impl Fn(A, B) -> F) -> usize {
@@ -249,19 +247,20 @@ mod tests {
     #[tokio::test]
     async fn assigns_to_full_queue_gives_connection_back() {
         let (sender, mut receiver) = mpsc::channel(1);
-        let (pod, node) = (pod(&[]), node(2));
-        let worker = Worker::new(node.clone(), 0, Arc::from([sender.clone(), sender]));
-        let assignment = |load: crate::balance::Load| {
+        let pod = pod(&[]);
+        let worker = Worker::new(node(2), 0, Arc::from([sender.clone(), sender]));
+        let assignment = || {
             let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
             let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (stream, client) = listener.accept().unwrap();
             let accepted = Accepted::testing(Kind::Plaintext, stream, client);
-            let registration = pod.connections.of(load.worker()).register(Decision::default());
-            let place = Place { load, source: None };
-            Assignment { pod: pod.clone(), accepted, registration, place, tunnel: None }
+            let mut ticket = pod.limits.admit(Demand::Plaintext, client.ip(), None).unwrap();
+            ticket.move_to(1).unwrap();
+            let registration = pod.connections.of(1).register(Decision::default());
+            Assignment { pod: pod.clone(), accepted, registration, ticket }
         };
-        assert!(worker.assign(assignment(node.balance.load(1).unwrap())).is_none());
-        let refused = worker.assign(assignment(node.balance.load(1).unwrap()));
+        assert!(worker.assign(assignment()).is_none());
+        let refused = worker.assign(assignment());
         assert!(refused.is_some_and(|back| Arc::ptr_eq(&back.pod, &pod)));
         let command = receiver.recv().await;
         assert!(matches!(command, Some(WorkerCommand::Serve(served)) if served.pod.id == pod.id));

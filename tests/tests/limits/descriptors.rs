@@ -8,7 +8,8 @@ use underpass_tests::{
     APP, Dial, Family, Pod, Proxy, Scene, Server, Settings, Suite, exchange, http_get, tool, until,
 };
 
-use crate::{served, served_until_full};
+use crate::sources::add_address;
+use crate::{refused, served, served_until_full};
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test(
@@ -16,8 +17,12 @@ pub(crate) fn add(suite: &mut Suite) {
         accepting_pauses,
     );
     suite.test(
-        "a stream without a free descriptor is answered 503, and the proxy recovers",
+        "a stream beyond its source's share of descriptors is answered 503, and the proxy stays ready",
         streams,
+    );
+    suite.test(
+        "one source leaves descriptors to other sources and to outbound connections",
+        of_one_source,
     );
     suite.test(
         "a connection that fails without a free descriptor is logged with the reason",
@@ -99,14 +104,43 @@ async fn streams() {
     assert!(held.len() > 10, "{} streams", held.len());
     proxy.line(&["connection failed", "reason=\"out_of_descriptors\"", "ulimit -n"]).await;
     client.line(&["connection failed", "reason=\"refused\"", "503"]).await;
-    proxy.line(&["accepting pauses, and streams of tunnels are refused"]).await;
-    is_unready(&scene.server).await;
+    let counted = refused(&scene.server, "descriptors_share", "hbone").await;
+    assert_eq!(counted, Some(1.0));
+    assert_eq!(readiness(&scene.server).await.0, 200, "others are served");
     drop(held);
-    becomes_ready(&scene.server).await;
     until("streams are served again", async || {
         served(&scene.client, to, Dial::default()).await.is_some()
     })
     .await;
+}
+
+async fn of_one_source() {
+    let scene = Scene::new().await;
+    let mut proxy = limited(&scene.server, 200, &scene.server_settings()).await;
+    let _echo = Server::echo(&scene.server, APP);
+    let to = scene.app(Family::V4);
+    let attacker = add_address(&scene.client, "10.1.0.77/24").await;
+    let mut held = Vec::new();
+    while let Some(stream) = served(&scene.client, to, attacker).await {
+        held.push(stream);
+        assert!(held.len() < 100, "there is no limit");
+    }
+    assert!(held.len() > 10, "{} connections", held.len());
+    proxy.line(&["WARN", "connections are refused", "ulimit -n", "last=10.1.0.77"]).await;
+    assert_eq!(refused(&scene.server, "descriptors_share", "inbound").await, Some(1.0));
+    // Others are served in plain and through tunnels, and the pod's applications are.
+    let _client = scene.client.proxy(&scene.client_settings()).await;
+    let plain = Dial { mark: Some(0x539), ..Dial::default() };
+    for dial in [plain, Dial::default()] {
+        served(&scene.client, to, dial).await.expect("another source is served");
+    }
+    let back = Server::echo(&scene.client, APP);
+    served(&scene.server, scene.client.at(Family::V4, APP), Dial::default())
+        .await
+        .expect("outbound");
+    assert_eq!(back.peers().len(), 1);
+    assert_eq!(readiness(&scene.server).await.0, 200);
+    assert_eq!(pauses(&scene.server).await, None);
 }
 
 /// Limits a running proxy to `free` unused descriptors.

@@ -2,20 +2,19 @@
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod descriptors;
+mod endpoints;
+mod handshakes;
 mod sources;
 mod tunnels;
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::task::JoinSet;
 use tokio::time::Instant;
-use underpass_tests::{
-    APP, Dial, Family, HBONE, Pod, Proxy, Scene, Server, Suite, TlsClient, http_get, until, within,
-};
+use underpass_tests::{APP, Dial, Family, Pod, Proxy, Scene, Server, Suite, until, within};
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
@@ -26,8 +25,8 @@ fn main() -> ExitCode {
     suite.test("refused connections of a storm are logged once per second and all counted", storm);
     suite.test("a stream beyond limits.connections_per_worker is answered 503", streams_per_worker);
     suite.test("connections beyond limits.accepts_per_second wait and are served", rate);
-    suite.test("a handshake beyond limits.handshakes waits", handshakes);
-    suite.test("probes are served while clients keep the readiness endpoint busy", probes);
+    endpoints::add(&mut suite);
+    handshakes::add(&mut suite);
     sources::add(&mut suite);
     descriptors::add(&mut suite);
     tunnels::add(&mut suite);
@@ -164,53 +163,4 @@ async fn rate() {
     let paused = scene.client.metrics().await.sum("underpass_accept_paused_total", &labels);
     assert!(paused >= Some(1.0), "{paused:?}");
     assert_eq!(proxy.count(&["connection failed"]), 0, "{}", proxy.log());
-}
-
-async fn handshakes() {
-    let scene = Scene::new().await;
-    let _server = scene.server.proxy(&scene.server_settings().set("limits.handshakes=1")).await;
-    let hbone = scene.server.at(Family::V4, HBONE);
-    let metric = async |name| scene.server.metrics().await.sum(name, &[]);
-    let silent = scene.client.dial(hbone).await.expect("it listens");
-    until("the handshake is under way", async || {
-        metric("underpass_handshakes_under_way").await == Some(1.0)
-    })
-    .await;
-    let client = TlsClient::new(Some(&scene.client_files));
-    let second = async {
-        let stream = scene.client.dial(hbone).await.expect("it listens");
-        client.connect(stream).await.expect("the handshake completes")
-    };
-    let first = async {
-        until("the second one waits", async || {
-            metric("underpass_handshakes_waited_total").await == Some(1.0)
-        })
-        .await;
-        drop(silent);
-    };
-    let (_second, ()) = tokio::join!(second, first);
-    assert_eq!(metric("underpass_handshakes_refused_total").await, None);
-}
-
-async fn probes() {
-    // The maximum number of concurrent requests.
-    const CLIENTS: usize = 64;
-    let (scene, _proxy) = Scene::with_plain_client(&[]).await;
-    let readiness = (Ipv4Addr::LOCALHOST, 15021).into();
-    let mut busy = JoinSet::new();
-    for _ in 0..CLIENTS {
-        let mut stream = scene.client.dial(readiness).await.expect("it listens");
-        busy.spawn(async move {
-            let mut again = tokio::time::interval(Duration::from_secs(1));
-            let request = b"GET /healthz/ready HTTP/1.1\r\nHost: ready\r\n\r\n";
-            while stream.write_all(request).await.is_ok()
-                && stream.read(&mut [0; 1024]).await.is_ok_and(|bytes| bytes > 0)
-            {
-                again.tick().await;
-            }
-        });
-    }
-    let (status, _) = http_get(&scene.client, readiness, "/healthz/ready").await;
-    assert_eq!(status, 200);
-    while busy.join_next().await.is_some() {}
 }

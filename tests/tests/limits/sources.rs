@@ -22,7 +22,7 @@ pub(crate) fn add(suite: &mut Suite) {
 }
 
 /// Adds an address to a pod.
-async fn add_address(pod: &Pod, address: &str) -> Dial {
+pub(crate) async fn add_address(pod: &Pod, address: &str) -> Dial {
     let (ip, length) = address.split_once('/').expect("a length");
     let ip: IpAddr = ip.parse().expect("an address");
     // Without duplicate address detection, the address is usable at once.

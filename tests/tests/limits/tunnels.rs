@@ -107,6 +107,13 @@ fn resident(proxy: &Proxy) -> u64 {
     kib << 10
 }
 
+/// Sends the head of a frame without its payload.
+pub(crate) async fn unfinished_frame(tunnel: &mut TlsStream<TcpStream>) {
+    tunnel.write_all(BEGIN).await.expect("an open tunnel");
+    // DATA of 8 bytes.
+    tunnel.write_all(&[0, 0, 8, 0, 0, 0, 0, 0, 1]).await.expect("an open tunnel");
+}
+
 /// Opens tunnels, sends `bytes` in each as far as the proxy accepts them, and expects all to be
 /// closed while another peer is served.
 async fn hold(bytes: &[u8], reason: &str) {

@@ -79,12 +79,14 @@ async fn handshakes() {
     let settings = settings.set("limits.handshakes_per_source=3").set("timeouts.handshake=1s");
     let mut server = scene.server.proxy(&settings).await;
     let hbone = scene.server.at(Family::V4, HBONE);
-    let mut silent = Vec::new();
+    let client = TlsClient::new(Some(&scene.client_files));
+    let begin = async || client.begin(scene.client.dial(hbone).await?).await;
+    let mut begun = Vec::new();
     for _ in 0..3 {
-        silent.push(scene.client.dial(hbone).await.expect("it listens"));
+        begun.push(begin().await.expect("it listens"));
     }
     until("a fourth one is refused", async || {
-        let fourth = scene.client.dial(hbone).await;
+        let fourth = begin().await;
         let refused = server.count(&["reason=\"too_many_handshakes\""]) > 0;
         match fourth {
             Ok(mut fourth) if refused => drop(read_to_end(&mut fourth).await),
@@ -97,11 +99,10 @@ async fn handshakes() {
     .await;
     let refused = scene.server.metrics().await.sum("underpass_handshakes_refused_total", &[]);
     assert!(refused >= Some(1.0), "{refused:?}");
-    for stream in &mut silent {
+    for stream in &mut begun {
         read_to_end(stream).await;
     }
     server.line(&["reason=\"handshake_timeout\""]).await;
-    let client = TlsClient::new(Some(&scene.client_files));
     let stream = scene.client.dial(hbone).await.expect("it listens");
     client.connect(stream).await.expect("there is room again");
 }

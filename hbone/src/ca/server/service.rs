@@ -18,12 +18,12 @@ use tonic::{Request, Response, Status};
 use tonic_prost::ProstCodec;
 use underpass_config::{Quoted, SpiffeId};
 
-use super::slots::ConnectionSlot;
 use crate::ca::clients::Clients;
 use crate::ca::{
     CREATE_CERTIFICATE, CertificateAuthority, CertificateRequest, IMPERSONATED,
     IstioCertificateRequest, IstioCertificateResponse,
 };
+use crate::limits::ConnectionSlot;
 use crate::{HboneError, LogLimit, Serial};
 
 /// The maximum size of a request in bytes. A certificate request has a few hundred.

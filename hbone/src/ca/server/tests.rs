@@ -295,7 +295,7 @@ fn in_memory(served: &TestCa) -> (DialOnce, JoinHandle<()>) {
     let serving = tokio::spawn(async move {
         let stop = watch::Sender::new(());
         let peer: SocketAddr = "192.0.2.1:1".parse().unwrap();
-        let slot = ConnectionSlots::default().take(peer.ip()).unwrap();
+        let slot = ConnectionSlots::new(1, 1).take(peer.ip()).unwrap();
         serve(far, peer, tls, service, slot, stop.subscribe()).await;
     });
     (DialOnce(std::sync::Mutex::new(Some(near))), serving)

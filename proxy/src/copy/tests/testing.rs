@@ -18,10 +18,11 @@ use underpass_hbone::{
 };
 use underpass_interception::reset_on_close;
 
+use super::super::Flow;
 use super::super::deadlines::{Deadlines, Probes};
-use super::super::{Buffers, Flow};
 use crate::connection_registry::ConnectionRegistry;
 use crate::error::ProxyError;
+use crate::limits::Buffers;
 use crate::metrics::KnownSeries;
 use crate::party::{Direction, Party};
 use crate::record::{ConnectionRecord, Facts};

@@ -1,7 +1,8 @@
-//! File descriptors: how many connections hold, and what happens when there are no more. Accepting pauses before the last ones are
-//! gone, so that what was accepted can be carried on and the endpoints still answer; readiness says so, and both end by themselves.
+//! File descriptors: how many there are for connections, and what happens when none is left.
+//! Accepting pauses before the last ones are gone, so that what was accepted can be carried on and
+//! the endpoints still answer. Readiness says so, and both end by themselves.
 //!
-//! Not here: what the kernel has no descriptor for all the same; `accept.rs` and `error.rs` tell of that.
+//! Not here: errors of the kernel, which may have fewer descriptors than its limit says.
 
 use std::io;
 use std::sync::Arc;
@@ -10,12 +11,13 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
+use underpass_hbone::{Budget, Sharing};
 
 use crate::endpoints::Readiness;
 use crate::metrics;
 
 /// What a caught connection takes: one accepted, one dialled.
-pub(crate) const PAIR: usize = 2;
+pub(super) const PAIR: usize = 2;
 /// What stays free for all that is no connection: probes, scrapes, certificates, rules, name lookups. A fiftieth of a large limit.
 const RESERVE: usize = 64;
 const RESERVED_PART: usize = 50;
@@ -31,10 +33,19 @@ pub(crate) struct Descriptors(Arc<State>);
 #[derive(Debug)]
 struct State {
     /// What connections may hold.
+    budget: Arc<Budget>,
     allowed: usize,
-    held: AtomicUsize,
+    /// How many listeners wait for some.
+    waiting: AtomicUsize,
     freed: Notify,
     shortages: watch::Sender<Shortages>,
+}
+
+/// The descriptors of a pod.
+#[derive(Debug)]
+pub(super) struct Directions {
+    pub(super) outbound: Arc<Budget>,
+    pub(super) inbound: Arc<Budget>,
 }
 
 /// How often there was no descriptor.
@@ -48,10 +59,11 @@ struct Shortages {
     error: Option<i32>,
 }
 
-/// Descriptors that are held, or soon will be.
+/// Descriptors that are held, or soon will be, by what is no connection: pipes, pooled tunnels.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct FdPermit {
     descriptors: Descriptors,
+    budget: Arc<Budget>,
     count: usize,
 }
 
@@ -75,49 +87,63 @@ impl Descriptors {
         // With a limit that small, half of it serves more than nothing would.
         let reserve = RESERVE.max(limit / RESERVED_PART).min(left / 2);
         let allowed = (left - reserve).max(PAIR);
-        let (held, freed) = (AtomicUsize::new(0), Notify::new());
-        Self(Arc::new(State { allowed, held, freed, shortages: watch::Sender::default() }))
+        Self(Arc::new(State {
+            budget: Arc::new(Budget::new(allowed)),
+            allowed,
+            waiting: AtomicUsize::new(0),
+            freed: Notify::new(),
+            shortages: watch::Sender::default(),
+        }))
     }
 
-    /// `count` more, which cannot wait and may exceed what is allowed by the few that are under way.
-    pub(crate) fn hold(&self, count: usize) -> Held {
-        self.0.held.fetch_add(count, SeqCst);
-        Held { descriptors: self.clone(), count }
+    /// Those of one more pod. Neither of its directions takes all of them.
+    pub(super) fn of_pod(&self) -> Directions {
+        let part = |whole, sharing| Arc::new(Budget::part(whole, usize::MAX, sharing));
+        let pod = part(&self.0.budget, Sharing::Members);
+        let direction = || part(&pod, Sharing::Reserving);
+        Directions { outbound: direction(), inbound: direction() }
     }
 
-    /// One more, if there is one.
-    pub(crate) fn one(&self) -> Option<Held> {
-        let one_more = |held| (held < self.0.allowed).then_some(held + 1);
-        if self.0.held.fetch_update(SeqCst, SeqCst, one_more).is_err() {
-            self.note(None, 0);
-            return None;
-        }
-        Some(Held { descriptors: self.clone(), count: 1 })
+    /// `count` more of `budget`, which cannot wait and may exceed it.
+    pub(super) fn hold(&self, budget: &Arc<Budget>, count: usize) -> FdPermit {
+        budget.take_anyway(count);
+        FdPermit { descriptors: self.clone(), budget: budget.clone(), count }
     }
 
     /// `count` more for what can do without, as long as connections leave plenty.
-    pub(crate) fn spare(&self, count: usize) -> Option<Held> {
-        let plenty = self.0.allowed - self.0.allowed / 4;
-        let more = |held: usize| held.checked_add(count).filter(|sum| *sum <= plenty);
-        self.0.held.fetch_update(SeqCst, SeqCst, more).ok()?;
-        Some(Held { descriptors: self.clone(), count })
+    pub(crate) fn spare(&self, count: usize) -> Option<FdPermit> {
+        let State { budget, allowed, .. } = &*self.0;
+        let plenty = allowed - allowed / 4;
+        if budget.used().saturating_add(count) > plenty || budget.take(count).is_err() {
+            return None;
+        }
+        Some(FdPermit { descriptors: self.clone(), budget: budget.clone(), count })
     }
 
-    /// Whether there are enough for one more connection.
-    pub(crate) fn have_room(&self) -> bool {
-        self.0.held.load(SeqCst).saturating_add(PAIR) <= self.0.allowed
+    /// Gives back what was taken of `budget`, a part of these.
+    pub(super) fn give_back(&self, budget: &Budget, count: usize) {
+        budget.give_back(count);
+        if self.0.waiting.load(SeqCst) > 0 {
+            self.0.freed.notify_waiters();
+        }
     }
 
-    /// Waits until there are.
-    pub(crate) async fn room(&self) {
+    /// Waits until descriptors are freed such that `has_room`.
+    pub(super) async fn freed(&self, has_room: impl Fn() -> bool) {
+        let _waiting = Waiting::new(&self.0.waiting);
         loop {
-            // Made first: whatever is freed after we have looked wakes us.
+            // Made first: what is freed after the look wakes this.
             let freed = self.0.freed.notified();
-            if self.have_room() {
+            if has_room() {
                 return;
             }
             freed.await;
         }
+    }
+
+    /// Notes that a stream of a tunnel was refused because none is left.
+    pub(super) fn note_refused_stream(&self) {
+        self.note(None, 0);
     }
 
     /// Notes that a listener rests.
@@ -139,32 +165,24 @@ impl Descriptors {
         });
     }
 
-    /// Tells the log and the probes whether there is a shortage, for ever.
-    pub(crate) async fn tell(&self, readiness: &Readiness) {
+    /// Reports to log and probes whether there is a shortage, for ever.
+    pub(super) async fn report(&self, readiness: &Readiness) {
         let mut shortages = self.0.shortages.subscribe();
-        let mut told = 0;
+        let mut reported = 0;
         // The sender is ours, so that waiting cannot fail.
-        while shortages.wait_for(|shortages| shortages.ever > told).await.is_ok() {
+        while shortages.wait_for(|shortages| shortages.ever > reported).await.is_ok() {
             readiness.out_of_descriptors(true);
             let error = shortages.borrow().error.map(io::Error::from_raw_os_error);
-            let (held, allowed) = (self.0.held.load(SeqCst), self.0.allowed);
+            let (held, allowed) = (self.0.budget.used(), self.0.allowed);
             tracing::warn!(
                 held,
                 allowed,
                 error = error.map(tracing::field::display),
                 "accepting pauses, and streams of tunnels are refused: is the limit of open files too low (ulimit -n, LimitNOFILE)?"
             );
-            told = recovered(&mut shortages).await;
+            reported = recovered(&mut shortages).await;
             readiness.out_of_descriptors(false);
             tracing::info!("accepting goes on");
-        }
-    }
-
-    fn release(&self, count: usize) {
-        let held = self.0.held.fetch_sub(count, SeqCst);
-        // Otherwise nobody can be waiting: there was room before.
-        if held.saturating_add(PAIR) > self.0.allowed {
-            self.0.freed.notify_waiters();
         }
     }
 }
@@ -184,19 +202,25 @@ async fn recovered(shortages: &mut watch::Receiver<Shortages>) -> u64 {
     }
 }
 
-impl Held {
-    /// Gives one of them back.
-    pub(crate) fn release_one(&mut self) {
-        if self.count > 0 {
-            self.count -= 1;
-            self.descriptors.release(1);
-        }
+impl Drop for FdPermit {
+    fn drop(&mut self) {
+        self.descriptors.give_back(&self.budget, self.count);
     }
 }
 
-impl Drop for Held {
+/// A listener that waits, for as long as this lives.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(waiting: &'a AtomicUsize) -> Self {
+        waiting.fetch_add(1, SeqCst);
+        Self(waiting)
+    }
+}
+
+impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.descriptors.release(self.count);
+        self.0.fetch_sub(1, SeqCst);
     }
 }
 
@@ -230,38 +254,49 @@ mod tests {
     }
 
     #[test]
-    fn what_can_do_without_gets_some_while_connections_leave_plenty() {
+    fn pipes_get_descriptors_while_connections_leave_plenty() {
         let descriptors = descriptors(40);
-        let connections = descriptors.hold(28);
+        let pod = descriptors.of_pod();
+        let connections = descriptors.hold(&pod.inbound, 28);
         let pipe = descriptors.spare(2);
         assert!(pipe.is_some() && descriptors.spare(2).is_none());
-        assert!(descriptors.have_room(), "connections may have the rest");
+        assert!(pod.outbound.free() > 0, "connections may have the rest");
         drop(connections);
         assert!(descriptors.spare(2).is_some());
     }
 
+    #[test]
+    fn direction_leaves_some_to_the_other() {
+        let descriptors = descriptors(48);
+        let pod = descriptors.of_pod();
+        let fill = |budget: &Budget| {
+            std::iter::repeat_with(|| budget.take(1)).take_while(Result::is_ok).count()
+        };
+        assert_eq!((fill(&pod.outbound), fill(&pod.inbound)), (36, 9));
+        let other = descriptors.of_pod();
+        assert!(fill(&other.inbound) >= 2, "another pod gets some too");
+    }
+
     #[tokio::test]
-    async fn whoever_waits_for_room_goes_on_as_soon_as_there_is() {
+    async fn waiting_for_room_ends_when_there_is_some() {
         let descriptors = descriptors(5);
-        let mut first = descriptors.hold(PAIR);
-        assert!(descriptors.room().now_or_never().is_some(), "3 are left");
-        let second = descriptors.hold(PAIR);
-        let mut room = Box::pin(descriptors.room());
-        assert!((&mut room).now_or_never().is_none(), "1 is left");
-        let one = descriptors.one();
-        assert!(one.is_some() && descriptors.one().is_none());
-        drop(one);
-        assert!((&mut room).now_or_never().is_none());
-        first.release_one();
-        assert!((&mut room).now_or_never().is_some());
-        drop((first, second));
-        assert_eq!(descriptors.0.held.load(SeqCst), 0);
+        let pod = descriptors.of_pod();
+        let room = || Box::pin(descriptors.freed(|| pod.inbound.free() >= PAIR));
+        let first = descriptors.hold(&pod.inbound, PAIR);
+        assert!(room().now_or_never().is_some(), "3 are left, of which 2 are for this direction");
+        let second = descriptors.hold(&pod.inbound, PAIR);
+        let mut waiting = room();
+        assert!((&mut waiting).now_or_never().is_none(), "1 is left");
+        drop(first);
+        assert!((&mut waiting).now_or_never().is_some());
+        drop((second, waiting));
+        assert_eq!((descriptors.0.budget.used(), descriptors.0.waiting.load(SeqCst)), (0, 0));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_is_unready_until_no_listener_has_rested_for_a_while() {
+    async fn unready_until_no_listener_has_rested_for_a_while() {
         let (descriptors, readiness) = (descriptors(5), Readiness::default());
-        let telling = descriptors.tell(&readiness);
+        let reporting = descriptors.report(&readiness);
         let script = async {
             let short = || readiness.is_out_of_descriptors();
             let began = Instant::now();
@@ -280,10 +315,10 @@ mod tests {
             assert!(took >= RECOVERED * 8 && took < RECOVERED * 9, "{took:?}");
             drop(descriptors.pause("hbone", Shortage::System(None)));
             sleep(RECOVERED / 2).await;
-            assert!(short(), "a short one is told too");
+            assert!(short(), "a short one is reported too");
         };
         tokio::select! {
-            () = telling => unreachable!(),
+            () = reporting => unreachable!(),
             () = script => {}
         }
     }

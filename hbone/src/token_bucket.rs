@@ -5,7 +5,7 @@
 /// Tokens that are spent on a peer's requests. Time comes as milliseconds since the connection was
 /// opened.
 #[derive(Debug)]
-pub(crate) struct Budget {
+pub(crate) struct TokenBucket {
     size: u64,
     per_second: u64,
     left: u64,
@@ -14,7 +14,7 @@ pub(crate) struct Budget {
     earned: u64,
 }
 
-impl Budget {
+impl TokenBucket {
     /// A full bucket of `size` tokens.
     pub(crate) fn new(size: u64, per_second: u64) -> Self {
         Self { size, per_second, left: size, refilled: 0, earned: 0 }
@@ -46,20 +46,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn budget_bears_burst_and_then_only_its_rate() {
-        let mut budget = Budget::new(100, 10);
-        assert!((0..100).all(|_| budget.take(1, 0, 0)));
-        assert!(!budget.take(1, 99, 0), "a tenth of a second has not passed");
-        assert!((1..=50).all(|tenth| budget.take(1, 99 + tenth * 100, 0)));
-        assert!(!budget.take(1, 99 + 5_000, 0));
+    fn bucket_bears_burst_and_then_only_its_rate() {
+        let mut bucket = TokenBucket::new(100, 10);
+        assert!((0..100).all(|_| bucket.take(1, 0, 0)));
+        assert!(!bucket.take(1, 99, 0), "a tenth of a second has not passed");
+        assert!((1..=50).all(|tenth| bucket.take(1, 99 + tenth * 100, 0)));
+        assert!(!bucket.take(1, 99 + 5_000, 0));
     }
 
     #[test]
-    fn budget_grows_with_what_peer_earned_and_not_beyond_its_size() {
-        let mut budget = Budget::new(10, 1);
-        assert!(budget.take(10, 0, 0));
-        assert!(budget.take(4, 0, 4) && !budget.take(1, 0, 4), "what was earned counts once");
-        assert!(budget.take(10, 0, 1000) && !budget.take(1, 0, 1000));
-        assert!(!budget.take(11, u64::MAX, u64::MAX));
+    fn bucket_grows_with_what_peer_earned_and_not_beyond_its_size() {
+        let mut bucket = TokenBucket::new(10, 1);
+        assert!(bucket.take(10, 0, 0));
+        assert!(bucket.take(4, 0, 4) && !bucket.take(1, 0, 4), "what was earned counts once");
+        assert!(bucket.take(10, 0, 1000) && !bucket.take(1, 0, 1000));
+        assert!(!bucket.take(11, u64::MAX, u64::MAX));
     }
 }

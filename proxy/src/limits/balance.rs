@@ -1,21 +1,22 @@
-//! Which worker gets a new connection: the least loaded one, unless another already holds a tunnel to its destination.
+//! Which worker serves a new connection: the least loaded one, unless another already holds a tunnel to its destination.
 //!
 //! Every worker has a pool of its own, so a quiet pair of peers would pay for a tunnel per worker if connections were
 //! spread blindly; a busy pair is spread over several tunnels, and so over several cores.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
+
+use underpass_hbone::Budget;
 
 /// By how many connections a worker with a tunnel may exceed the least loaded one and still be preferred: a handful is
 /// cheaper to carry in one thread than another handshake and another tunnel are.
 const AFFINITY_SLACK: usize = 4;
 
-/// The load of every worker, and who holds tunnels where.
+/// The load of every worker, and which workers hold tunnels to which peer.
 #[derive(Debug)]
 pub(crate) struct Balance {
-    loads: Vec<AtomicUsize>,
+    loads: Vec<Budget>,
     /// What one worker may serve at most.
     limit: usize,
     /// For each peer, how many tunnels each worker holds to it; entries go with their last tunnel.
@@ -24,14 +25,19 @@ pub(crate) struct Balance {
 
 impl Balance {
     pub(crate) fn new(workers: usize, limit: usize) -> Arc<Self> {
-        let loads = (0..workers.max(1)).map(|_| AtomicUsize::new(0)).collect();
+        let loads = (0..workers.max(1)).map(|_| Budget::new(limit)).collect();
         Arc::new(Self { loads, limit, tunnels: Mutex::default() })
+    }
+
+    /// What all workers may serve together.
+    pub(super) fn total(&self) -> usize {
+        self.loads.len().saturating_mul(self.limit)
     }
 
     /// Chooses a worker for a connection to `peer` and counts it there until the returned load is dropped. `None` if even the
     /// least loaded one serves as much as it may.
     pub(crate) fn assign(self: &Arc<Self>, peer: Option<IpAddr>) -> Option<Load> {
-        let loads = || self.loads.iter().map(|load| load.load(Relaxed)).enumerate();
+        let loads = || self.loads.iter().map(Budget::used).enumerate();
         let (mut worker, least) = loads().min_by_key(|(_, load)| *load).unwrap_or_default();
         if let Some(peer) = peer {
             let holders = self.holders(peer);
@@ -45,9 +51,7 @@ impl Balance {
 
     /// Counts one more connection or stream on `worker`; `None` if it serves as much as it may.
     pub(crate) fn load(self: &Arc<Self>, worker: usize) -> Option<Load> {
-        let one_more = |load| (load < self.limit).then_some(load + 1);
-        let load = self.loads.get(worker)?;
-        load.fetch_update(Relaxed, Relaxed, one_more).ok()?;
+        self.loads.get(worker)?.take(1).ok()?;
         Some(Load { balance: self.clone(), worker })
     }
 
@@ -94,7 +98,7 @@ impl Load {
 impl Drop for Load {
     fn drop(&mut self) {
         if let Some(load) = self.balance.loads.get(self.worker) {
-            load.fetch_sub(1, Relaxed);
+            load.give_back(1);
         }
     }
 }

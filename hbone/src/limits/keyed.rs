@@ -1,0 +1,102 @@
+//! Budgets by key, such as a source address or an identity.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use foldhash::quality::RandomState;
+
+use super::budget::{Budget, Exhausted, Share, Sharing};
+
+/// Entries that are looked through for unused ones at the earliest.
+const FIRST_SWEEP: usize = 64;
+
+/// A value for each key, for as long as it is used at least. There are never more entries than
+/// twice the most that were in use at once.
+#[derive(Debug)]
+pub struct ByKey<K, V>(Mutex<Entries<K, V>>);
+
+#[derive(Debug)]
+struct Entries<K, V> {
+    values: HashMap<K, Arc<V>, RandomState>,
+    /// With so many entries, unused ones are removed.
+    sweep_at: usize,
+}
+
+impl<K, V> Default for ByKey<K, V> {
+    fn default() -> Self {
+        Self(Mutex::new(Entries { values: HashMap::default(), sweep_at: FIRST_SWEEP }))
+    }
+}
+
+impl<K: Eq + Hash, V> ByKey<K, V> {
+    /// The value of `key`, made if there is none.
+    pub fn get(&self, key: K, make: impl FnOnce() -> V) -> Arc<V> {
+        // Nothing panics while it is held.
+        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(value) = entries.values.get(&key) {
+            return value.clone();
+        }
+        if entries.values.len() >= entries.sweep_at {
+            entries.values.retain(|_, value| Arc::strong_count(value) > 1);
+            entries.sweep_at = FIRST_SWEEP.max(entries.values.len() * 2);
+        }
+        let value = Arc::new(make());
+        entries.values.insert(key, value.clone());
+        value
+    }
+}
+
+/// The parts of a budget by key, each with the same limit.
+#[derive(Debug)]
+pub struct KeyedBudget<K> {
+    whole: Arc<Budget>,
+    each: usize,
+    sharing: Sharing,
+    parts: ByKey<K, Budget>,
+}
+
+impl<K: Eq + Hash> KeyedBudget<K> {
+    /// Parts of `whole` of at most `each`.
+    pub fn new(whole: Budget, each: usize, sharing: Sharing) -> Self {
+        Self { whole: Arc::new(whole), each, sharing, parts: ByKey::default() }
+    }
+
+    /// A share of one unit for `key`.
+    ///
+    /// # Errors
+    /// What is exhausted.
+    pub fn take(&self, key: K) -> Result<Share, Exhausted> {
+        let part = self.parts.get(key, || Budget::part(&self.whole, self.each, self.sharing));
+        Share::take(&part, 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn key_gets_its_limit_and_others_are_not_concerned() {
+        let budget = KeyedBudget::new(Budget::new(3), 2, Sharing::Greedy);
+        let first = budget.take("a").unwrap();
+        let _second = budget.take("a").unwrap();
+        assert_eq!(budget.take("a").err(), Some(Exhausted::Share));
+        let _other = budget.take("b").unwrap();
+        assert_eq!(budget.take("c").err(), Some(Exhausted::Whole));
+        drop(first);
+        drop(budget.take("c").unwrap());
+    }
+
+    #[test]
+    fn keys_without_a_share_are_forgotten() {
+        let budget = KeyedBudget::new(Budget::new(usize::MAX), 1, Sharing::Greedy);
+        let held = budget.take(0).unwrap();
+        for key in 1..10_000 {
+            drop(budget.take(key).unwrap());
+        }
+        assert!(budget.parts.0.lock().unwrap().values.len() <= FIRST_SWEEP);
+        assert_eq!(budget.take(0).err(), Some(Exhausted::Share), "a sweep keeps what is in use");
+        drop(held);
+    }
+}

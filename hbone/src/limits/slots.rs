@@ -1,0 +1,251 @@
+//! Slots for connections from unauthenticated clients: a total, a limit per source, and displacement
+//! of existing connections.
+//!
+//! If no slot is free, the displaced connection is the oldest one of the source with the most: first
+//! among idle ones that are not authenticated, then among all that are not authenticated, then among
+//! idle authenticated ones. An authenticated one with a request in progress is never displaced. So a
+//! flood displaces itself, from one source or several.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+
+use super::budget::{Budget, Exhausted, Share, Sharing};
+use super::keyed::KeyedBudget;
+use super::source::SourceNetwork;
+
+/// All slots. Cheap to clone; clones are the same slots.
+#[derive(Debug, Clone)]
+pub struct ConnectionSlots(Arc<Mutex<Table>>);
+
+#[derive(Debug)]
+struct Table {
+    budget: KeyedBudget<SourceNetwork>,
+    next: u64,
+    /// By number: the oldest first.
+    occupied: BTreeMap<u64, SlotState>,
+}
+
+#[derive(Debug)]
+struct SlotState {
+    source: SourceNetwork,
+    _share: Share,
+    authenticated: bool,
+    requests: usize,
+    displaced: Arc<Notify>,
+}
+
+/// The slot of one connection, for as long as it lives.
+#[derive(Debug)]
+pub struct ConnectionSlot {
+    slots: ConnectionSlots,
+    number: u64,
+    displaced: Arc<Notify>,
+}
+
+/// A request that is being answered.
+#[derive(Debug)]
+pub struct RequestInProgress<'a>(&'a ConnectionSlot);
+
+impl ConnectionSlots {
+    /// `total` slots, of which one source has `per_source` at most.
+    pub fn new(total: usize, per_source: usize) -> Self {
+        let budget = KeyedBudget::new(Budget::new(total), per_source, Sharing::Greedy);
+        Self(Arc::new(Mutex::new(Table { budget, next: 0, occupied: BTreeMap::new() })))
+    }
+
+    /// A slot for a connection from `source`. If need be, another connection loses its own; `None`
+    /// if none can.
+    pub fn take(&self, source: IpAddr) -> Option<ConnectionSlot> {
+        let source = SourceNetwork::of(source);
+        let mut table = self.table();
+        let share = match table.budget.take(source) {
+            Ok(share) => share,
+            Err(exhausted) => {
+                let whole = exhausted == Exhausted::Whole;
+                table.displace(|occupied| whole || occupied.source == source)?;
+                table.budget.take(source).ok()?
+            }
+        };
+        let (number, displaced) = (table.next, Arc::<Notify>::default());
+        table.next += 1;
+        let occupied = SlotState {
+            source,
+            _share: share,
+            authenticated: false,
+            requests: 0,
+            displaced: displaced.clone(),
+        };
+        table.occupied.insert(number, occupied);
+        Some(ConnectionSlot { slots: self.clone(), number, displaced })
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        // Nothing panics while it is held.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    /// Frees the slot of one of those that may lose it.
+    fn displace(&mut self, may_lose: impl Fn(&SlotState) -> bool) -> Option<()> {
+        let number =
+            [(false, false), (false, true), (true, false)].into_iter().find_map(|rank| {
+                self.oldest_of_the_largest_source(|occupied| {
+                    may_lose(occupied) && occupied.rank() == rank
+                })
+            })?;
+        self.occupied.remove(&number)?.displaced.notify_one();
+        Some(())
+    }
+
+    fn oldest_of_the_largest_source(
+        &self,
+        is_candidate: impl Fn(&SlotState) -> bool,
+    ) -> Option<u64> {
+        let candidates = || self.occupied.iter().filter(|(_, occupied)| is_candidate(occupied));
+        let mut counts: HashMap<SourceNetwork, usize> = HashMap::new();
+        candidates().for_each(|(_, occupied)| *counts.entry(occupied.source).or_default() += 1);
+        let most = counts.values().max()?;
+        candidates()
+            .find(|(_, occupied)| counts.get(&occupied.source) == Some(most))
+            .map(|(n, _)| *n)
+    }
+}
+
+impl SlotState {
+    /// Whether it is authenticated, and whether it has a request.
+    fn rank(&self) -> (bool, bool) {
+        (self.authenticated, self.requests > 0)
+    }
+}
+
+impl ConnectionSlot {
+    /// Waits until another connection has occupied the slot.
+    pub async fn displaced(&self) {
+        self.displaced.notified().await;
+    }
+
+    /// Marks the connection as authenticated.
+    pub fn mark_authenticated(&self) {
+        self.change(|occupied| occupied.authenticated = true);
+    }
+
+    /// Whether it has, and has not lost its slot.
+    pub fn is_authenticated(&self) -> bool {
+        self.slots.table().occupied.get(&self.number).is_some_and(|occupied| occupied.authenticated)
+    }
+
+    /// Notes a request that is being answered for as long as the value lives.
+    pub fn request(&self) -> RequestInProgress<'_> {
+        self.change(|occupied| occupied.requests += 1);
+        RequestInProgress(self)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut SlotState)) {
+        // Once the slot is lost there is nothing to note.
+        if let Some(occupied) = self.slots.table().occupied.get_mut(&self.number) {
+            change(occupied);
+        }
+    }
+}
+
+impl Drop for ConnectionSlot {
+    fn drop(&mut self) {
+        self.slots.table().occupied.remove(&self.number);
+    }
+}
+
+impl Drop for RequestInProgress<'_> {
+    fn drop(&mut self) {
+        self.0.change(|occupied| occupied.requests = occupied.requests.saturating_sub(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    const TOTAL: usize = 256;
+    const PER_SOURCE: usize = 32;
+
+    fn slots() -> ConnectionSlots {
+        ConnectionSlots::new(TOTAL, PER_SOURCE)
+    }
+
+    fn ip(third: u8, last: u8) -> IpAddr {
+        IpAddr::from([10, 0, third, last])
+    }
+
+    fn fill(slots: &ConnectionSlots, sources: impl Iterator<Item = IpAddr>) -> Vec<ConnectionSlot> {
+        sources.map(|source| slots.take(source).unwrap()).collect()
+    }
+
+    fn displaced(held: &[ConnectionSlot]) -> Vec<usize> {
+        let is_displaced = |(at, slot): (usize, &ConnectionSlot)| {
+            slot.displaced().now_or_never().is_some().then_some(at)
+        };
+        held.iter().enumerate().filter_map(is_displaced).collect()
+    }
+
+    #[test]
+    fn source_at_its_cap_displaces_its_own_oldest() {
+        let slots = slots();
+        let other = slots.take(ip(1, 1)).unwrap();
+        let held = fill(&slots, std::iter::repeat_n(ip(0, 1), PER_SOURCE));
+        let _new = slots.take(ip(0, 1)).unwrap();
+        assert_eq!(displaced(&held), [0]);
+        assert!(other.displaced().now_or_never().is_none());
+    }
+
+    #[test]
+    fn flood_from_several_sources_displaces_itself() {
+        let slots = slots();
+        let honest = slots.take(ip(1, 1)).unwrap();
+        let sources = (0..TOTAL - 1).map(|n| ip(0, u8::try_from(n % 10).unwrap()));
+        let mut held = fill(&slots, sources);
+        for _ in 0..10 {
+            held.push(slots.take(ip(2, 1)).unwrap());
+            assert!(honest.displaced().now_or_never().is_none(), "the oldest of all");
+        }
+        assert_eq!(displaced(&held).len(), 10);
+        assert_eq!(slots.table().occupied.len(), TOTAL);
+    }
+
+    #[test]
+    fn idle_connection_is_displaced_before_one_with_a_request() {
+        let slots = ConnectionSlots::new(3, 3);
+        let held = fill(&slots, [ip(0, 1), ip(0, 1), ip(0, 1)].into_iter());
+        let _busy = [held[0].request(), held[2].request()];
+        let _new = slots.take(ip(0, 1)).unwrap();
+        assert_eq!(displaced(&held), [1]);
+    }
+
+    #[test]
+    fn proven_connections_outlast_others_and_busy_ones_all() {
+        let slots = slots();
+        let held = fill(&slots, std::iter::repeat_n(ip(0, 1), PER_SOURCE));
+        held.iter().for_each(ConnectionSlot::mark_authenticated);
+        let busy: Vec<_> = held[..PER_SOURCE - 1].iter().map(ConnectionSlot::request).collect();
+        let new = slots.take(ip(0, 1)).unwrap();
+        assert_eq!(displaced(&held), [PER_SOURCE - 1], "the idle one");
+        let newer = slots.take(ip(0, 1)).unwrap();
+        assert!(new.displaced().now_or_never().is_some(), "the one without a proof");
+        newer.mark_authenticated();
+        let _request = newer.request();
+        assert!(slots.take(ip(0, 1)).is_none());
+        drop(busy);
+        assert!(slots.take(ip(0, 1)).is_some());
+    }
+
+    #[test]
+    fn closed_connections_free_their_slots() {
+        let slots = slots();
+        drop(fill(&slots, (0..TOTAL).map(|n| ip(0, u8::try_from(n).unwrap()))));
+        assert!(slots.table().occupied.is_empty());
+    }
+}

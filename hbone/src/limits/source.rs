@@ -1,0 +1,35 @@
+//! What counts as one source of connections.
+
+use std::net::{IpAddr, Ipv6Addr};
+
+/// The network part of an IPv6 address: one subscriber has all addresses below it (RFC 6177).
+const SUBSCRIBER: u128 = !0 << 64;
+
+/// An IPv4 address, or the /64 of an IPv6 address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SourceNetwork(IpAddr);
+
+impl SourceNetwork {
+    /// The source of a connection from `address`. An IPv4 address that came in through an IPv6
+    /// socket is an IPv4 address.
+    pub fn of(address: IpAddr) -> Self {
+        Self(match address.to_canonical() {
+            IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & SUBSCRIBER)),
+            v4 @ IpAddr::V4(_) => v4,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ipv6_addresses_of_one_64_are_one_source() {
+        let source = |text: &str| SourceNetwork::of(text.parse().unwrap());
+        assert_eq!(source("2001:db8:0:1::1"), source("2001:db8:0:1:ffff::2"));
+        assert_ne!(source("2001:db8:0:1::1"), source("2001:db8:0:2::1"));
+        assert_eq!(source("::ffff:10.0.0.1"), source("10.0.0.1"));
+        assert_ne!(source("::ffff:10.0.0.1"), source("10.0.0.2"));
+    }
+}

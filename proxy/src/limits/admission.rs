@@ -1,0 +1,278 @@
+//! Admits a connection or stream to all budgets at once, and counts it by one ticket.
+
+use std::net::IpAddr;
+use std::sync::{Arc, OnceLock};
+
+use underpass_hbone::{Budget, ByKey, Exhausted, Sharing, SourceNetwork};
+
+use super::Limits;
+use super::balance::Load;
+use super::buffers::Buffers;
+use super::descriptors::{Directions, FdPermit, PAIR};
+use super::handshakes::{HandshakeTicket, SourceHandshakes};
+use super::refusal::Refusal;
+
+/// What is to be admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Demand {
+    /// A connection of the pod's own applications.
+    Outbound,
+    /// A connection from outside that is in no tunnel.
+    Plaintext,
+    /// A connection from a peer's proxy. Each stream in it is admitted by itself.
+    Tunnel,
+}
+
+impl Demand {
+    /// One socket is accepted, and one dialled for all but a tunnel.
+    fn descriptors(self) -> usize {
+        match self {
+            Self::Outbound | Self::Plaintext => PAIR,
+            Self::Tunnel => 1,
+        }
+    }
+
+    fn direction(self) -> Direction {
+        match self {
+            Self::Outbound => Direction::Outbound,
+            Self::Plaintext | Self::Tunnel => Direction::Inbound,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Direction {
+    Outbound,
+    Inbound,
+}
+
+/// The budgets of one pod. Cheap to clone; clones count together.
+#[derive(Debug, Clone)]
+pub(crate) struct PodLimits(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    node: Arc<Limits>,
+    descriptors: Directions,
+    buffers: Buffers,
+    clients: ByKey<(Direction, SourceNetwork), Client>,
+}
+
+/// The budgets of one source of connections, for as long as it has some.
+#[derive(Debug)]
+struct Client {
+    node: Arc<Limits>,
+    address: IpAddr,
+    connections: Budget,
+    descriptors: Budget,
+    tunnels: Budget,
+    handshakes: OnceLock<SourceHandshakes>,
+}
+
+/// Counts one connection or stream in every budget that it uses, for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    client: Arc<Client>,
+    load: Option<Load>,
+    connections: usize,
+    descriptors: usize,
+    tunnels: usize,
+}
+
+impl Limits {
+    /// The budgets of one more pod.
+    pub(crate) fn pod(&self) -> PodLimits {
+        PodLimits(Arc::new(Inner {
+            descriptors: self.descriptors.of_pod(),
+            buffers: self.buffers.of_pod(),
+            clients: ByKey::default(),
+            node: Arc::new(self.clone()),
+        }))
+    }
+}
+
+impl PodLimits {
+    pub(crate) fn buffers(&self) -> &Buffers {
+        &self.0.buffers
+    }
+
+    /// Whether a new source could get the descriptors of a connection.
+    pub(crate) fn has_room(&self, demand: Demand) -> bool {
+        self.descriptors(demand).free() >= PAIR
+    }
+
+    /// Waits until it could.
+    pub(crate) async fn room(&self, demand: Demand) {
+        self.0.node.descriptors.freed(|| self.has_room(demand)).await;
+    }
+
+    /// The descriptor of a connection below a tunnel of the pod.
+    pub(crate) fn hold_outbound(&self) -> FdPermit {
+        self.0.node.descriptors.hold(&self.0.descriptors.outbound, 1)
+    }
+
+    /// Admits a connection from `source` to `peer`. The least loaded worker is to serve it, or one
+    /// with a tunnel to `peer`.
+    ///
+    /// # Errors
+    /// The limit that it exceeds.
+    pub(crate) fn admit(
+        &self,
+        demand: Demand,
+        source: IpAddr,
+        peer: Option<IpAddr>,
+    ) -> Result<Ticket, Refusal> {
+        let key = (demand.direction(), SourceNetwork::of(source));
+        let mut ticket = Ticket::new(self.0.clients.get(key, || self.client(key.0, source)));
+        ticket.take_connection()?;
+        if demand == Demand::Tunnel {
+            ticket.take_tunnel()?;
+        }
+        match ticket.take_descriptors(demand.descriptors()) {
+            // The listener has seen that there is room; another listener may have seen the same.
+            Err(Exhausted::Whole) => ticket.hold_descriptors(demand.descriptors()),
+            Err(Exhausted::Share) => return Err(Refusal::DescriptorShare(source)),
+            Ok(()) => {}
+        }
+        let load = self.0.node.balance.assign(peer);
+        ticket.load = Some(load.ok_or(Refusal::Worker)?);
+        Ok(ticket)
+    }
+
+    fn client(&self, direction: Direction, address: IpAddr) -> Client {
+        let node = &self.0.node;
+        // The pod's applications are one source: what others get is up to the direction.
+        let (descriptors, sharing) = match direction {
+            Direction::Outbound => (&self.0.descriptors.outbound, Sharing::Greedy),
+            Direction::Inbound => (&self.0.descriptors.inbound, Sharing::Strangers),
+        };
+        Client {
+            node: node.clone(),
+            address,
+            connections: Budget::part(&node.connections, node.connections_per_source, sharing),
+            descriptors: Budget::part(descriptors, usize::MAX, sharing),
+            tunnels: Budget::new(node.tunnels_per_source),
+            handshakes: OnceLock::new(),
+        }
+    }
+
+    fn descriptors(&self, demand: Demand) -> &Budget {
+        match demand.direction() {
+            Direction::Outbound => &self.0.descriptors.outbound,
+            Direction::Inbound => &self.0.descriptors.inbound,
+        }
+    }
+}
+
+impl Ticket {
+    fn new(client: Arc<Client>) -> Self {
+        Self { client, load: None, connections: 0, descriptors: 0, tunnels: 0 }
+    }
+
+    /// Where the connection comes from.
+    pub(crate) fn source(&self) -> IpAddr {
+        self.client.address
+    }
+
+    /// The worker that serves the connection.
+    pub(crate) fn worker(&self) -> usize {
+        self.load.as_ref().map(Load::worker).unwrap_or_default()
+    }
+
+    /// Counts the connection at another worker than it was assigned to.
+    ///
+    /// # Errors
+    /// That worker serves as much as it may.
+    pub(crate) fn move_to(&mut self, worker: usize) -> Result<(), Refusal> {
+        let load = self.client.node.balance.load(worker);
+        self.load = Some(load.ok_or(Refusal::Worker)?);
+        Ok(())
+    }
+
+    /// Admits a stream of the tunnel that this ticket is for, on the tunnel's worker.
+    ///
+    /// # Errors
+    /// The limit that it exceeds.
+    pub(crate) fn stream(&self) -> Result<Self, Refusal> {
+        let mut stream = Self::new(self.client.clone());
+        stream.take_connection()?;
+        stream.move_to(self.worker())?;
+        stream.take_descriptors(1).map_err(|exhausted| match exhausted {
+            Exhausted::Share => Refusal::DescriptorShare(self.client.address),
+            Exhausted::Whole => {
+                self.client.node.descriptors.note_refused_stream();
+                Refusal::Descriptors
+            }
+        })?;
+        Ok(stream)
+    }
+
+    /// Waits until the connection may begin its TLS handshake. `waits` is called if there is a wait.
+    /// `None` if its source has too many handshakes, those that wait included.
+    pub(crate) async fn handshake(&self, waits: impl FnOnce()) -> Option<HandshakeTicket> {
+        let node = &self.client.node.handshakes;
+        let of_source = self.client.handshakes.get_or_init(|| node.of_source());
+        node.admit(self.client.address, of_source, waits).await
+    }
+
+    /// Notes that the source was disconnected because it exceeded a limit of its tunnel.
+    pub(crate) fn penalize(&self) {
+        self.client.node.handshakes.penalize(self.client.address);
+    }
+
+    /// Gives one descriptor back.
+    pub(crate) fn release_descriptor(&mut self) {
+        if self.descriptors > 0 {
+            self.descriptors -= 1;
+            self.give_back_descriptors(1);
+        }
+    }
+
+    fn take_connection(&mut self) -> Result<(), Refusal> {
+        let Client { address, connections, node, .. } = &*self.client;
+        connections.take(1).map_err(|exhausted| match exhausted {
+            Exhausted::Whole => Refusal::Worker,
+            Exhausted::Share if connections.used() >= node.connections_per_source => {
+                Refusal::Source(*address)
+            }
+            Exhausted::Share => Refusal::ConnectionShare(*address),
+        })?;
+        self.connections += 1;
+        Ok(())
+    }
+
+    fn take_tunnel(&mut self) -> Result<(), Refusal> {
+        let Client { address, tunnels, .. } = &*self.client;
+        tunnels.take(1).map_err(|_| Refusal::TunnelSource(*address))?;
+        self.tunnels += 1;
+        Ok(())
+    }
+
+    fn take_descriptors(&mut self, count: usize) -> Result<(), Exhausted> {
+        self.client.descriptors.take(count)?;
+        self.descriptors += count;
+        Ok(())
+    }
+
+    fn hold_descriptors(&mut self, count: usize) {
+        self.client.descriptors.take_anyway(count);
+        self.descriptors += count;
+    }
+
+    fn give_back_descriptors(&self, count: usize) {
+        self.client.node.descriptors.give_back(&self.client.descriptors, count);
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.client.connections.give_back(self.connections);
+        if self.tunnels > 0 {
+            self.client.tunnels.give_back(self.tunnels);
+        }
+        self.give_back_descriptors(self.descriptors);
+    }
+}
+
+#[cfg(test)]
+mod tests;

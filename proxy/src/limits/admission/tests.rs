@@ -1,0 +1,123 @@
+//! What is admitted, what is refused, and that a ticket gives everything back.
+
+use super::*;
+use crate::node::testing::settings;
+
+const SOURCE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
+const OTHER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
+
+/// Limits of two workers with these settings, in a process that may have so many files open.
+fn limits(files: usize, more: &[&str]) -> Limits {
+    let mut limits = Limits::new(&settings(more).limits, 2);
+    limits.descriptors = super::super::Descriptors::new(files, 0, 0);
+    limits
+}
+
+/// As many tickets as there are, and why there is no more.
+fn fill(pod: &PodLimits, demand: Demand, source: IpAddr) -> (Vec<Ticket>, Refusal) {
+    let mut tickets = Vec::new();
+    loop {
+        match pod.admit(demand, source, None) {
+            Ok(ticket) => tickets.push(ticket),
+            Err(refusal) => return (tickets, refusal),
+        }
+    }
+}
+
+#[test]
+fn source_is_refused_beyond_its_limits_and_others_are_not() {
+    let limits = limits(1000, &["limits.connections_per_source=3", "limits.tunnels_per_source=2"]);
+    let pod = limits.pod();
+    for demand in [Demand::Outbound, Demand::Plaintext] {
+        let (tickets, refusal) = fill(&pod, demand, SOURCE);
+        assert_eq!((tickets.len(), refusal), (3, Refusal::Source(SOURCE)));
+        drop(pod.admit(demand, OTHER, None).unwrap());
+    }
+    let (tunnels, refusal) = fill(&pod, Demand::Tunnel, SOURCE);
+    assert_eq!((tunnels.len(), refusal), (2, Refusal::TunnelSource(SOURCE)));
+    drop(tunnels[0].stream().unwrap());
+    let _stream = tunnels[0].stream();
+    assert_eq!(tunnels[0].stream().err(), Some(Refusal::Source(SOURCE)), "streams count too");
+    drop(tunnels);
+    drop(pod.admit(Demand::Tunnel, SOURCE, None).unwrap());
+}
+
+#[test]
+fn no_source_has_limits_that_are_off() {
+    let off = ["limits.connections_per_source=off", "limits.tunnels_per_source=off"];
+    let pod = limits(1 << 20, &off).pod();
+    let admitted = (0..2000).map(|_| pod.admit(Demand::Tunnel, SOURCE, None).ok());
+    assert!(admitted.collect::<Option<Vec<_>>>().is_some());
+}
+
+#[test]
+fn worker_is_refused_connections_beyond_its_limit() {
+    let limits = limits(1000, &["limits.connections_per_worker=2"]);
+    let pod = limits.pod();
+    let (tickets, refusal) = fill(&pod, Demand::Outbound, SOURCE);
+    assert_eq!((tickets.len(), refusal), (4, Refusal::Worker));
+    let mut workers: Vec<_> = tickets.iter().map(Ticket::worker).collect();
+    workers.sort_unstable();
+    assert_eq!(workers, [0, 0, 1, 1]);
+}
+
+#[test]
+fn source_leaves_connections_of_the_workers_to_others() {
+    let limits = limits(1000, &["limits.connections_per_worker=50"]);
+    let pod = limits.pod();
+    let (tickets, refusal) = fill(&pod, Demand::Plaintext, SOURCE);
+    assert_eq!(refusal, Refusal::ConnectionShare(SOURCE));
+    assert!((50..80).contains(&tickets.len()), "{}", tickets.len());
+    drop(pod.admit(Demand::Plaintext, OTHER, None).unwrap());
+}
+
+#[test]
+fn source_leaves_descriptors_to_others_and_to_the_other_direction() {
+    let pod = limits(1064, &[]).pod();
+    let (held, refusal) = fill(&pod, Demand::Plaintext, SOURCE);
+    assert_eq!(refusal, Refusal::DescriptorShare(SOURCE));
+    assert!((200..300).contains(&held.len()), "{} connections", held.len());
+    assert!(pod.has_room(Demand::Plaintext) && pod.has_room(Demand::Outbound));
+    let tunnel = pod.admit(Demand::Tunnel, OTHER, None).unwrap();
+    let streams: Vec<_> = (0..30).map_while(|_| tunnel.stream().ok()).collect();
+    assert_eq!(streams.len(), 30);
+    let outbound: Vec<_> =
+        (0..50).map_while(|_| pod.admit(Demand::Outbound, SOURCE, None).ok()).collect();
+    assert_eq!(outbound.len(), 50);
+}
+
+#[test]
+fn ticket_gives_everything_back() {
+    let limits = limits(1000, &[]);
+    let pod = limits.pod();
+    let used = || {
+        let Directions { outbound, inbound } = &pod.0.descriptors;
+        (outbound.used(), inbound.used(), limits.connections.used())
+    };
+    let mut outbound = pod.admit(Demand::Outbound, SOURCE, Some(OTHER)).unwrap();
+    let plaintext = pod.admit(Demand::Plaintext, SOURCE, None).unwrap();
+    let tunnel = pod.admit(Demand::Tunnel, SOURCE, None).unwrap();
+    let stream = tunnel.stream().unwrap();
+    assert_eq!(used(), (2, 4, 4));
+    outbound.release_descriptor();
+    assert_eq!(used(), (1, 4, 4));
+    drop((outbound, plaintext, tunnel, stream));
+    assert_eq!(used(), (0, 0, 0));
+    let (all, _) = fill(&pod, Demand::Outbound, SOURCE);
+    drop(all);
+    assert_eq!(used(), (0, 0, 0), "a refusal holds nothing");
+}
+
+#[test]
+fn stream_without_a_descriptor_is_refused() {
+    let limits = limits(8, &[]);
+    let pod = limits.pod();
+    let tunnel = pod.admit(Demand::Tunnel, SOURCE, None).unwrap();
+    let _all = pod.hold_outbound();
+    let _streams: Vec<_> = (0..3).map_while(|_| tunnel.stream().ok()).collect();
+    let refusal = tunnel.stream().err();
+    assert!(
+        matches!(refusal, Some(Refusal::Descriptors | Refusal::DescriptorShare(_))),
+        "{refusal:?}"
+    );
+}

@@ -1,0 +1,195 @@
+//! Which limit a connection exceeds, and one log line a second about that.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+/// How often the log reports refused connections.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Which limit a connection, stream or tunnel exceeds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// Even the least loaded worker serves as much as it may.
+    Worker,
+    /// The source has as many connections as one may.
+    Source(IpAddr),
+    /// The source has its share of the connections of all workers.
+    ConnectionShare(IpAddr),
+    /// The source has its share of the descriptors.
+    DescriptorShare(IpAddr),
+    /// No descriptor is left for a stream.
+    Descriptors,
+    /// The source has as many tunnels as one may.
+    TunnelSource(IpAddr),
+    /// The identity has as many tunnels as one may.
+    TunnelIdentity,
+}
+
+/// How many kinds of refusals there are.
+const KINDS: usize = 7;
+
+impl Refusal {
+    /// The label `limit` of the metric.
+    pub(crate) fn limit(self) -> &'static str {
+        match self {
+            Self::Worker => "connections_per_worker",
+            Self::Source(_) => "connections_per_source",
+            Self::ConnectionShare(_) => "connections_share",
+            Self::DescriptorShare(_) => "descriptors_share",
+            Self::Descriptors => "descriptors",
+            Self::TunnelSource(_) => "tunnels_per_source",
+            Self::TunnelIdentity => "tunnels_per_identity",
+        }
+    }
+
+    fn kind(self) -> usize {
+        match self {
+            Self::Worker => 0,
+            Self::Source(_) => 1,
+            Self::ConnectionShare(_) => 2,
+            Self::DescriptorShare(_) => 3,
+            Self::Descriptors => 4,
+            Self::TunnelSource(_) => 5,
+            Self::TunnelIdentity => 6,
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Worker => f.write_str(
+                "the worker serves as many connections as it may (limits.connections_per_worker)",
+            ),
+            Self::Source(address) => write!(
+                f,
+                "{address} has as many connections as one address may (limits.connections_per_source): does it never close any?"
+            ),
+            Self::ConnectionShare(address) => write!(
+                f,
+                "{address} has its share of the connections of all workers (limits.connections_per_worker)"
+            ),
+            Self::DescriptorShare(address) => write!(
+                f,
+                "{address} has its share of the open files: is their limit too low (ulimit -n, LimitNOFILE)?"
+            ),
+            Self::Descriptors => f.write_str(
+                "no open files are left: is their limit too low (ulimit -n, LimitNOFILE)?",
+            ),
+            Self::TunnelSource(address) => write!(
+                f,
+                "{address} has as many tunnels as one address may (limits.tunnels_per_source)"
+            ),
+            Self::TunnelIdentity => f.write_str(
+                "the identity has as many tunnels as one may (limits.tunnels_per_identity)",
+            ),
+        }
+    }
+}
+
+/// The refusals that the log has not reported yet.
+#[derive(Debug, Default)]
+pub(super) struct Refusals {
+    pending: Mutex<[Pending; KINDS]>,
+    some: Notify,
+}
+
+/// Refusals of one kind.
+#[derive(Debug, Clone, Copy, Default)]
+struct Pending {
+    count: u64,
+    last: Option<Refusal>,
+}
+
+impl Refusals {
+    pub(super) fn add(&self, refusal: Refusal) {
+        if let Some(pending) = self.pending().get_mut(refusal.kind()) {
+            pending.count += 1;
+            pending.last = Some(refusal);
+        }
+        self.some.notify_one();
+    }
+
+    /// Reports refusals for ever, at most one line a second for each kind.
+    pub(super) async fn report(&self) {
+        loop {
+            self.some.notified().await;
+            let pending = std::mem::take(&mut *self.pending());
+            pending.into_iter().for_each(Pending::report);
+            tokio::time::sleep(REPORT_INTERVAL).await;
+        }
+    }
+
+    fn pending(&self) -> MutexGuard<'_, [Pending; KINDS]> {
+        // Nothing panics while it is held.
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pending {
+    fn report(self) {
+        let refused = self.count;
+        match self.last {
+            None => {}
+            Some(Refusal::Worker) => tracing::warn!(
+                refused,
+                "connections are refused, since all workers serve as many as they may (limits.connections_per_worker)"
+            ),
+            Some(Refusal::Source(last)) => tracing::warn!(
+                refused, %last,
+                "connections are refused, since their address has as many as one may (limits.connections_per_source)"
+            ),
+            Some(Refusal::ConnectionShare(last)) => tracing::warn!(
+                refused, %last,
+                "connections are refused, since their address has its share of those of all workers (limits.connections_per_worker)"
+            ),
+            Some(Refusal::DescriptorShare(last)) => tracing::warn!(
+                refused, %last,
+                "connections are refused, since their address has its share of the open files (ulimit -n, LimitNOFILE)"
+            ),
+            Some(Refusal::Descriptors) => tracing::warn!(
+                refused,
+                "streams are refused, since no open files are left (ulimit -n, LimitNOFILE)"
+            ),
+            Some(Refusal::TunnelSource(last)) => tracing::warn!(
+                refused, %last,
+                "tunnels are refused, since their address has as many as one may (limits.tunnels_per_source)"
+            ),
+            Some(Refusal::TunnelIdentity) => tracing::warn!(
+                refused,
+                "tunnels are refused, since their identity has as many as one may (limits.tunnels_per_identity)"
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn reports_refusals_once_a_second_and_leaves_none_out() {
+        let refusals = Refusals::default();
+        let pending = || refusals.pending()[Refusal::Worker.kind()].count;
+        let storm = async {
+            let for_a_while = |refused: usize| {
+                (0..refused).for_each(|_| refusals.add(Refusal::Worker));
+                tokio::time::sleep(REPORT_INTERVAL * 2 / 5)
+            };
+            for_a_while(1).await;
+            assert_eq!(pending(), 0, "the first one is reported at once");
+            for_a_while(1000).await;
+            assert_eq!(pending(), 1000, "the others when a second has passed");
+            for_a_while(0).await;
+            assert_eq!(pending(), 0);
+        };
+        tokio::select! {
+            () = refusals.report() => unreachable!(),
+            () = storm => {}
+        }
+    }
+}
