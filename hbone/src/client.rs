@@ -21,13 +21,12 @@ use underpass_config::{Cipher, Quoted, SpiffeId};
 use crate::inspect::{Inspector, PeerRole};
 use crate::io::{Io, transport};
 use crate::keepalive::Keepalive;
-use crate::link::{Link, Monitored, OpenStream};
 use crate::overdue::Overdue;
 use crate::revocation::RevocationMonitor;
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
 use crate::tls::{ClientTls, Peer, TlsStream, provider};
-use crate::windows::Windows;
-use crate::{ClientSettings, Credentials, HboneError, PeerIdentity, TunnelStream};
+use crate::tunnel_state::{Monitored, OpenStream, TunnelState, Windows};
+use crate::{ClientSettings, Credentials, HboneError, PeerIdentity, TunnelReader, TunnelStream};
 
 /// Opens tunnels, each with the [`Credentials`] of its moment. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -42,7 +41,7 @@ pub struct Connector {
 #[derive(Debug, Clone)]
 pub struct Tunnel {
     send: SendRequest<Bytes>,
-    link: Arc<Link>,
+    tunnel_state: Arc<TunnelState>,
     resumed: bool,
     /// Whether a certificate had expired before the handshake: the server refuses ours, and its
     /// alert says more than we could.
@@ -105,7 +104,7 @@ impl Connector {
         let handshake = self.handshake(transport(io), address, expected, Some(open));
         let tunnel = within(deadline, handshake).await?;
         // It closes with its stream, and what the peer owes us for that is watched over too.
-        tunnel.link.release();
+        tunnel.tunnel_state.release();
         Ok(tunnel)
     }
 
@@ -121,7 +120,7 @@ impl Connector {
         let current = credentials.borrow_and_update().clone();
         let (stream, peer) = self.tls(&current, io, address, expected).await?;
         let usable_until = peer.expires.min(current.identity().expires());
-        let link = Link::new(peer.identity.clone(), usable_until);
+        let tunnel_state = TunnelState::new(peer.identity.clone(), usable_until);
         let resumed = peer.resumed;
         let guard =
             RevocationMonitor::new(credentials, current.authorities().clone(), peer, carrier);
@@ -135,20 +134,23 @@ impl Connector {
             .max_send_buffer_size(http2.send_buffer)
             .data_frame_budget(SMALL_FRAME_BUDGET)
             .enable_push(false)
-            .handshake(Monitored::new(stream, link.clone(), inspector))
+            .handshake(Monitored::new(stream, tunnel_state.clone(), inspector))
             .await
-            .map_err(|error| link.stream_error(error))?;
-        let keepalive =
-            Keepalive::new(self.settings.keepalive.clone(), link.clone(), connection.ping_pong());
+            .map_err(|error| tunnel_state.stream_error(error))?;
+        let keepalive = Keepalive::new(
+            self.settings.keepalive.clone(),
+            tunnel_state.clone(),
+            connection.ping_pong(),
+        );
         let windows = Windows::new(http2);
-        let overdue = Overdue::new(link.clone(), self.settings.frame_timeout);
+        let overdue = Overdue::new(tunnel_state.clone(), self.settings.frame_timeout);
         tokio::spawn(drive(
             connection,
             Watches { keepalive, guard, windows, overdue },
-            link.clone(),
+            tunnel_state.clone(),
         ));
-        let was_expired = link.is_expired();
-        Ok(Tunnel { send, link, resumed, was_expired })
+        let was_expired = tunnel_state.is_expired();
+        Ok(Tunnel { send, tunnel_state, resumed, was_expired })
     }
 
     async fn tls(
@@ -179,28 +181,28 @@ impl Tunnel {
         request: ConnectRequest,
         reply: Duration,
     ) -> Result<TunnelStream, HboneError> {
-        self.connect_reserved(|| request, reply, self.link.open_stream()).await
+        self.connect_reserved(|| request, reply, self.tunnel_state.open_stream()).await
     }
 
     /// Whether no new stream can be opened: the connection ended, or the peer sent GOAWAY.
     pub fn is_closed(&self) -> bool {
         let ready = self.send.clone().poll_ready(&mut Context::from_waker(Waker::noop()));
-        self.link.is_closed() || matches!(ready, Poll::Ready(Err(_)))
+        self.tunnel_state.is_closed() || matches!(ready, Poll::Ready(Err(_)))
     }
 
     /// How many streams are open or being opened.
     pub fn open_streams(&self) -> usize {
-        self.link.open_streams()
+        self.tunnel_state.open_streams()
     }
 
     /// Who the server is.
     pub fn peer(&self) -> &PeerIdentity {
-        self.link.peer()
+        self.tunnel_state.peer()
     }
 
     /// When the first of both sides' certificates expires: open streams may go on, but no new ones should begin.
     pub fn usable_until(&self) -> SystemTime {
-        self.link.usable_until()
+        self.tunnel_state.usable_until()
     }
 
     /// Whether the handshake resumed an earlier session.
@@ -208,8 +210,8 @@ impl Tunnel {
         self.resumed
     }
 
-    pub(crate) fn link(&self) -> &Arc<Link> {
-        &self.link
+    pub(crate) fn tunnel_state(&self) -> &Arc<TunnelState> {
+        &self.tunnel_state
     }
 
     /// How many streams the peer allows at a time; `None` if it set no limit, or did not say so yet.
@@ -234,19 +236,21 @@ impl Tunnel {
         request: impl FnOnce() -> ConnectRequest,
         open: OpenStream,
     ) -> Result<TunnelStream, HboneError> {
-        let failed = |error| self.link.stream_error(error);
+        let failed = |error| self.tunnel_state.stream_error(error);
         let mut ready = self.send.clone().ready().await.map_err(failed)?;
         // Asked here, for the wait may have been long.
-        if self.link.is_expired() && !self.was_expired {
-            return Err(HboneError::TunnelExpired { expired: self.link.usable_until() });
+        if self.tunnel_state.is_expired() && !self.was_expired {
+            return Err(HboneError::TunnelExpired { expired: self.tunnel_state.usable_until() });
         }
         // Made here, so that nobody who waits holds one, nor what sent it.
         let (response, send) = ready.send_request(head(request())?, false).map_err(failed)?;
         drop(ready);
-        self.link.activity().count_useful(0);
+        self.tunnel_state.activity().count_useful(0);
         let response = response.await.map_err(failed)?;
         match response.status() {
-            StatusCode::OK => Ok(TunnelStream::new(send, response.into_body(), open)),
+            StatusCode::OK => {
+                Ok(TunnelStream::new(send, TunnelReader::new(response.into_body(), open)))
+            }
             status => Err(HboneError::Refused { status }),
         }
     }
@@ -286,25 +290,25 @@ struct Watches {
 async fn drive(
     mut connection: Connection<Monitored<TlsStream<Io>>>,
     Watches { mut keepalive, mut guard, mut windows, mut overdue }: Watches,
-    link: Arc<Link>,
+    tunnel_state: Arc<TunnelState>,
 ) {
     let ended = poll_fn(|cx| {
         // First: a carrier that is not to be trusted any longer fails too, and the reason would be lost.
         if let Poll::Ready(reason) = guard.poll_distrusted(cx) {
-            link.distrust(reason.clone());
+            tunnel_state.revoke(reason.clone());
             return Poll::Ready(Err(reason));
         }
         loop {
             if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
-                return Poll::Ready(ended.map_err(|error| link.stream_error(error)));
+                return Poll::Ready(ended.map_err(|error| tunnel_state.stream_error(error)));
             }
             let set = |window| connection.set_initial_window_size(window);
-            if !windows.adjust(&link, set) {
+            if !windows.adjust(&tunnel_state, set) {
                 break;
             }
         }
-        let needed = link.is_needed();
-        if let Poll::Ready(exceeded) = overdue.poll_exceeded(cx, link.open_streams() > 0) {
+        let needed = tunnel_state.is_needed();
+        if let Poll::Ready(exceeded) = overdue.poll_exceeded(cx, tunnel_state.open_streams() > 0) {
             return Poll::Ready(Err(HboneError::PeerLimit { limit: exceeded }));
         }
         match keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, needed)) {
@@ -314,12 +318,12 @@ async fn drive(
     })
     .await;
     if let Err(reason) = ended {
-        let peer = link.peer().spiffe_id();
+        let peer = tunnel_state.peer().spiffe_id();
         tracing::debug!(%peer, error = %Quoted::chain(&reason), "tunnel ended");
         // Before the connection is dropped, for that is when its streams learn of it.
-        link.fail(reason);
+        tunnel_state.fail(reason);
     }
-    link.close();
+    tunnel_state.close();
 }
 
 #[cfg(test)]

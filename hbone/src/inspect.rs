@@ -6,7 +6,7 @@
 //! and h2 has no deadline for it.
 //!
 //! `overdue.rs` enforces deadlines. Payloads are not inspected. The owner of the connection closes
-//! it, after it has asked [`crate::link::Link`].
+//! it, after it has asked [`crate::tunnel_state::TunnelState`].
 
 use std::fmt;
 
@@ -47,6 +47,8 @@ pub enum TunnelLimit {
     UnfinishedFrame,
     /// More refused requests than a legitimate client sends.
     RefusedRequests,
+    /// A second header block on a stream.
+    Trailers,
 }
 
 /// An unfinished frame or header block of a peer.
@@ -90,6 +92,9 @@ pub(crate) struct Inspector {
     /// True after the peer's first SETTINGS.
     has_settings: bool,
     budget: TokenBucket,
+    data_frames: usize,
+    /// The highest stream that the peer has opened, if it is a client.
+    last_stream: u32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -166,7 +171,14 @@ impl Inspector {
             block: None,
             has_settings: false,
             budget: TokenBucket::new(CONTROL_FRAME_BURST, CONTROL_FRAMES_PER_SECOND),
+            data_frames: 0,
+            last_stream: 0,
         }
+    }
+
+    /// The number of DATA frames that have begun.
+    pub(crate) fn data_frames(&self) -> usize {
+        self.data_frames
     }
 
     /// Inspects the next received `bytes`; `useful` is the amount of useful traffic so far. Calls
@@ -214,10 +226,11 @@ impl Inspector {
         let [high, middle, low, code, flags, stream @ ..] = self.head;
         let left = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
         let kind = Kind::of(code);
-        self.check(kind, left, flags, now, useful)?;
-        let ends_block = kind.is_of_block() && flags & END_HEADERS != 0;
         // The highest bit is reserved.
         let stream = u32::from_be_bytes(stream) & (u32::MAX >> 1);
+        self.check(kind, left, flags, now, useful)?;
+        self.check_order(kind, stream)?;
+        let ends_block = kind.is_of_block() && flags & END_HEADERS != 0;
         self.frame = Some(Frame { kind, ends_block, left, stream, increment: 0 });
         Ok(())
     }
@@ -254,6 +267,22 @@ impl Inspector {
         let earned = useful.saturating_mul(CONTROL_FRAMES_PER_USEFUL);
         if is_control && !self.budget.take(1, now, earned) {
             return Err(TunnelLimit::FrameRate);
+        }
+        Ok(())
+    }
+
+    /// Counts DATA frames, and refuses a client's trailers: RFC 9113 section 8.5 allows only DATA on a
+    /// connected stream, and h2 would hold them until the application has read everything before.
+    fn check_order(&mut self, kind: Kind, stream: u32) -> Result<(), TunnelLimit> {
+        match kind {
+            Kind::Data => self.data_frames += 1,
+            Kind::Headers if self.role == PeerRole::Client => {
+                if stream <= self.last_stream {
+                    return Err(TunnelLimit::Trailers);
+                }
+                self.last_stream = stream;
+            }
+            _ => {}
         }
         Ok(())
     }
@@ -295,6 +324,7 @@ impl TunnelLimit {
             Self::FrameRate => "frame_rate",
             Self::UnfinishedFrame => "unfinished_frame",
             Self::RefusedRequests => "refused_requests",
+            Self::Trailers => "trailers",
         }
     }
 
@@ -302,6 +332,7 @@ impl TunnelLimit {
     pub(crate) fn reason(self) -> h2::Reason {
         match self {
             Self::FrameSize => h2::Reason::FRAME_SIZE_ERROR,
+            Self::Trailers => h2::Reason::PROTOCOL_ERROR,
             _ => h2::Reason::ENHANCE_YOUR_CALM,
         }
     }
@@ -315,6 +346,7 @@ impl fmt::Display for TunnelLimit {
             Self::FrameRate => "more control frames than its traffic justifies",
             Self::UnfinishedFrame => "an unfinished frame or header block (timeouts.frame)",
             Self::RefusedRequests => "too many requests that were refused",
+            Self::Trailers => "a second header block on a stream (RFC 9113 section 8.5)",
         })
     }
 }

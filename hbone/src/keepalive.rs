@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use h2::{Ping, PingPong};
 use tokio::time::{Instant, Sleep};
 
-use crate::link::Link;
+use crate::tunnel_state::TunnelState;
 use crate::{HboneError, KeepaliveSettings};
 
 /// ```text
@@ -30,7 +30,7 @@ enum State {
 #[derive(Debug)]
 pub(crate) struct Keepalive {
     settings: KeepaliveSettings,
-    link: Arc<Link>,
+    tunnel_state: Arc<TunnelState>,
     ping: PingPong,
     timer: Pin<Box<Sleep>>,
     state: State,
@@ -40,11 +40,11 @@ impl Keepalive {
     /// `None` if the connection's one [`PingPong`] was taken before.
     pub(crate) fn new(
         settings: KeepaliveSettings,
-        link: Arc<Link>,
+        tunnel_state: Arc<TunnelState>,
         ping: Option<PingPong>,
     ) -> Option<Self> {
         let timer = Box::pin(tokio::time::sleep(settings.quiet));
-        Some(Self { settings, link, ping: ping?, timer, state: State::Dormant })
+        Some(Self { settings, tunnel_state, ping: ping?, timer, state: State::Dormant })
     }
 
     /// Ready when the peer is to be given up. Poll it after the connection, so that what came is known.
@@ -59,7 +59,7 @@ impl Keepalive {
                 State::Dormant => self.watch(Instant::now()),
                 State::Watching { since } => {
                     ready!(self.timer.as_mut().poll(cx));
-                    let quiet_since = self.link.last_heard().max(since);
+                    let quiet_since = self.tunnel_state.last_heard().max(since);
                     if !streams_open {
                         self.state = State::Dormant;
                     } else if quiet_since.elapsed() < self.settings.quiet {
@@ -77,7 +77,7 @@ impl Keepalive {
                         continue;
                     }
                     ready!(self.timer.as_mut().poll(cx));
-                    let heard = self.link.last_heard();
+                    let heard = self.tunnel_state.last_heard();
                     if heard <= since {
                         let silent = heard.elapsed();
                         return Poll::Ready(HboneError::Unresponsive { silent });

@@ -20,7 +20,6 @@ mod ca;
 mod client;
 mod clock;
 mod credentials;
-mod distrust;
 mod error;
 mod files;
 mod headers;
@@ -29,7 +28,6 @@ mod inspect;
 mod io;
 mod keepalive;
 mod limits;
-mod link;
 mod log_limit;
 mod overdue;
 mod pem;
@@ -45,7 +43,7 @@ mod testing;
 mod tls;
 mod token_bucket;
 mod trust;
-mod windows;
+mod tunnel_state;
 
 pub use authority::Authority;
 pub use bundle::Bundle;
@@ -54,7 +52,6 @@ pub use ca::{
 };
 pub use client::{ConnectRequest, Connector, Tunnel};
 pub use credentials::Credentials;
-pub use distrust::Distrust;
 pub use error::{CredentialProblem, ExpectedPeer, Fault, HboneError, RequestProblem};
 pub use headers::{Baggage, Forwarded, HeaderError, RequestHeaders, TraceParent};
 pub use identity::Identity;
@@ -75,6 +72,7 @@ pub use source::{
 pub use stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
 pub use tls::{PeerIdentity, SvidProblem};
 pub use trust::{Trust, TrustFiles};
+pub use tunnel_state::RevocationSignal;
 
 /// For the fuzz targets in `fuzz/`, and for nothing else.
 #[cfg(feature = "fuzz")]

@@ -11,20 +11,20 @@ use std::time::Duration;
 use tokio::time::{Sleep, sleep_until};
 
 use crate::inspect::TunnelLimit;
-use crate::link::Link;
+use crate::tunnel_state::TunnelState;
 
 /// The deadline of what one peer has begun.
 #[derive(Debug)]
 pub(crate) struct Overdue {
-    link: Arc<Link>,
+    tunnel_state: Arc<TunnelState>,
     after: Duration,
     /// Only while something is unfinished.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl Overdue {
-    pub(crate) fn new(link: Arc<Link>, after: Duration) -> Self {
-        Self { link, after, timer: None }
+    pub(crate) fn new(tunnel_state: Arc<TunnelState>, after: Duration) -> Self {
+        Self { tunnel_state, after, timer: None }
     }
 
     /// Ready when the peer has exceeded a limit, this deadline included. While a stream is open a
@@ -35,10 +35,10 @@ impl Overdue {
         cx: &mut Context<'_>,
         streams_open: bool,
     ) -> Poll<TunnelLimit> {
-        if let Some(limit) = self.link.exceeded() {
+        if let Some(limit) = self.tunnel_state.exceeded() {
             return Poll::Ready(limit);
         }
-        let Some(since) = self.link.unfinished_since(streams_open) else {
+        let Some(since) = self.tunnel_state.unfinished_since(streams_open) else {
             self.timer = None;
             return Poll::Pending;
         };
@@ -49,7 +49,7 @@ impl Overdue {
         }
         ready!(timer.as_mut().poll(cx));
         let limit = TunnelLimit::UnfinishedFrame;
-        self.link.exceed(limit);
+        self.tunnel_state.exceed(limit);
         Poll::Ready(limit)
     }
 }

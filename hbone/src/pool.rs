@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use underpass_config::SpiffeId;
 
 use self::state::{Checkout, DialId, Handle, Load, State, TunnelId, Wish};
-use crate::link::{Link, OpenStream};
+use crate::tunnel_state::{OpenStream, TunnelState};
 use crate::{ConnectRequest, Connector, HboneError, Tunnel, TunnelStream, clock};
 
 /// Opens the connection under a tunnel: the owner of sockets, marks and source addresses.
@@ -101,7 +101,7 @@ type Outcome = Result<(TunnelId, Pooled), HboneError>;
 struct Pooled {
     /// `None` once it was let go.
     tunnel: Option<Tunnel>,
-    link: Arc<Link>,
+    tunnel_state: Arc<TunnelState>,
 }
 
 /// The right to open one stream in a tunnel.
@@ -176,7 +176,7 @@ impl<D: Dial> Pool<D> {
         let asked = Instant::now();
         let answer = tunnel.connect_reserved(request, self.0.settings.reply, open).await;
         let timed_out = matches!(answer, Err(HboneError::ReplyTimeout { .. }));
-        if timed_out && tunnel.link().last_heard() < asked {
+        if timed_out && tunnel.tunnel_state().last_heard() < asked {
             // Not a slow answer but silence: the peer may be gone without a word, so the next one dials anew.
             self.0.state().retire(key, id);
         }
@@ -243,21 +243,21 @@ impl Handle for Pooled {
     fn load(&self) -> Load {
         let open = self.tunnel.as_ref().filter(|tunnel| !tunnel.is_closed());
         Load {
-            usable: open.is_some() && clock::now() < self.link.usable_until(),
-            streams: self.link.open_streams(),
-            idle_since: self.link.idle_since(),
+            usable: open.is_some() && clock::now() < self.tunnel_state.usable_until(),
+            streams: self.tunnel_state.open_streams(),
+            idle_since: self.tunnel_state.idle_since(),
             allowed: self.tunnel.as_ref().and_then(Tunnel::allowed_streams),
-            bytes_per_second: self.link.bytes_per_second(),
+            bytes_per_second: self.tunnel_state.bytes_per_second(),
         }
     }
 
     fn reserve(&self) -> Option<Place> {
         let tunnel = self.tunnel.clone()?;
-        Some(Place { tunnel, open: self.link.open_stream() })
+        Some(Place { tunnel, open: self.tunnel_state.open_stream() })
     }
 
     fn release(&mut self) {
-        self.link.release();
+        self.tunnel_state.release();
         self.tunnel = None;
     }
 }
@@ -272,7 +272,7 @@ struct UnderWay<D: Dial> {
 
 /// What remains to be done after a dial.
 enum Aftermath {
-    Watch(TunnelId, Arc<Link>),
+    Watch(TunnelId, Arc<TunnelState>),
     Forget(Instant),
 }
 
@@ -284,7 +284,7 @@ impl<D: Dial> UnderWay<D> {
         // From here on only the pool and its users hold the tunnel open, and only its owner the pool.
         drop((self, connector));
         match aftermath {
-            Aftermath::Watch(id, link) => watch_tunnel(pool, key, id, link).await,
+            Aftermath::Watch(id, tunnel_state) => watch_tunnel(pool, key, id, tunnel_state).await,
             Aftermath::Forget(due) => forget(pool, key, due).await,
         }
     }
@@ -303,10 +303,10 @@ impl<D: Dial> UnderWay<D> {
         let mut state = self.pool.state();
         let (outcome, aftermath) = match outcome {
             Ok(tunnel) => {
-                let link = tunnel.link().clone();
-                let pooled = Pooled { tunnel: Some(tunnel), link: link.clone() };
+                let tunnel_state = tunnel.tunnel_state().clone();
+                let pooled = Pooled { tunnel: Some(tunnel), tunnel_state: tunnel_state.clone() };
                 let id = state.opened(&self.key, self.id, pooled.clone(), now);
-                (Ok((id, pooled)), Aftermath::Watch(id, link))
+                (Ok((id, pooled)), Aftermath::Watch(id, tunnel_state))
             }
             Err(error) => {
                 let forget_at = state.failed(&self.key, self.id, Arc::new(error.clone()), now);
@@ -330,21 +330,26 @@ impl<D: Dial> Drop for UnderWay<D> {
 
 /// Retires a tunnel when its time has come, and takes it out of the pool when it is closed. It sleeps in between:
 /// a tunnel that had streams when it looked is looked at again later, so that no stream has to wake it.
-async fn watch_tunnel<D>(pool: Weak<Shared<D>>, key: TunnelKey, id: TunnelId, link: Arc<Link>) {
+async fn watch_tunnel<D>(
+    pool: Weak<Shared<D>>,
+    key: TunnelKey,
+    id: TunnelId,
+    tunnel_state: Arc<TunnelState>,
+) {
     let inspect = |pool: Arc<Shared<D>>| pool.state().inspect(&key, id, Instant::now());
     while let Some(look_again) = pool.upgrade().and_then(inspect) {
         tokio::select! {
-            () = link.closed() => break,
+            () = tunnel_state.closed() => break,
             () = sleep_until(look_again) => {}
         }
     }
-    link.closed().await;
+    tunnel_state.closed().await;
     let mut due = None;
     if let Some(pool) = pool.upgrade() {
         let mut state = pool.state();
         state.closed(&key, id);
         // TLS 1.3 tells a client only after the handshake that its certificate is refused.
-        if let refusal @ HboneError::CertificateRefused { .. } = link.lost(None) {
+        if let refusal @ HboneError::CertificateRefused { .. } = tunnel_state.lost(None) {
             due = Some(state.back_off(&key, Arc::new(refusal), Instant::now()));
         }
     }

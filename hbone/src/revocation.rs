@@ -9,9 +9,9 @@ use std::task::{Context, Poll};
 
 use tokio::sync::watch;
 
-use crate::link::OpenStream;
 use crate::tls::Peer;
 use crate::trust::Authorities;
+use crate::tunnel_state::OpenStream;
 use crate::{Credentials, HboneError};
 
 /// Monitors one tunnel.
@@ -33,7 +33,7 @@ impl RevocationMonitor {
             Some(carrier) => Self(Box::pin(async move {
                 tokio::select! {
                     reason = own => reason,
-                    reason = carrier.link().distrusted() => reason,
+                    reason = carrier.tunnel_state().revocation() => reason,
                 }
             })),
         }

@@ -23,14 +23,14 @@ use self::drain::{Drain, Refusals};
 use crate::inspect::{Inspector, PeerRole, TunnelLimit};
 use crate::io::{Io, transport};
 use crate::keepalive::Keepalive;
-use crate::link::{Link, Monitored};
 use crate::overdue::Overdue;
 use crate::revocation::RevocationMonitor;
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
 use crate::tls::TlsStream;
-use crate::windows::Windows;
+use crate::tunnel_state::{Monitored, TunnelState, Windows};
 use crate::{
-    Authority, Credentials, HboneError, LogLimit, PeerIdentity, ServerSettings, TunnelStream,
+    Authority, Credentials, HboneError, LogLimit, PeerIdentity, ServerSettings, TunnelReader,
+    TunnelStream,
 };
 
 /// Accepts tunnels, each with the [`Credentials`] of its moment. Cheap to clone.
@@ -51,7 +51,7 @@ pub struct ServerTunnel {
     overdue: Overdue,
     drain: Option<Drain>,
     refusals: Refusals,
-    link: Arc<Link>,
+    tunnel_state: Arc<TunnelState>,
     resumed: bool,
 }
 
@@ -60,9 +60,8 @@ pub struct ServerTunnel {
 pub struct Incoming {
     authority: Authority,
     headers: HeaderMap,
-    recv: RecvStream,
+    reader: TunnelReader,
     respond: SendResponse<Bytes>,
-    link: Arc<Link>,
 }
 
 impl Acceptor {
@@ -91,7 +90,7 @@ impl Acceptor {
         let current = credentials.borrow_and_update().clone();
         let (stream, peer) = current.server().accept(io).await?;
         let usable_until = peer.expires.min(current.identity().expires());
-        let link = Link::new(peer.identity.clone(), usable_until);
+        let tunnel_state = TunnelState::new(peer.identity.clone(), usable_until);
         let resumed = peer.resumed;
         let guard = RevocationMonitor::new(credentials, current.authorities().clone(), peer, None);
         let http2 = &self.settings.http2;
@@ -104,20 +103,23 @@ impl Acceptor {
             .max_send_buffer_size(http2.send_buffer)
             .data_frame_budget(SMALL_FRAME_BUDGET)
             .max_concurrent_streams(self.settings.max_streams)
-            .handshake(Monitored::new(stream, link.clone(), inspector))
+            .handshake(Monitored::new(stream, tunnel_state.clone(), inspector))
             .await
-            .map_err(|error| link.stream_error(error))?;
-        let keepalive =
-            Keepalive::new(self.settings.keepalive.clone(), link.clone(), connection.ping_pong());
+            .map_err(|error| tunnel_state.stream_error(error))?;
+        let keepalive = Keepalive::new(
+            self.settings.keepalive.clone(),
+            tunnel_state.clone(),
+            connection.ping_pong(),
+        );
         Ok(ServerTunnel {
             connection: Some(connection),
             keepalive,
             guard,
             windows: Windows::new(http2),
-            overdue: Overdue::new(link.clone(), self.settings.frame_timeout),
+            overdue: Overdue::new(tunnel_state.clone(), self.settings.frame_timeout),
             drain: None,
             refusals: Refusals::default(),
-            link,
+            tunnel_state,
             resumed,
         })
     }
@@ -126,12 +128,12 @@ impl Acceptor {
 impl ServerTunnel {
     /// Who the client is.
     pub fn peer(&self) -> &PeerIdentity {
-        self.link.peer()
+        self.tunnel_state.peer()
     }
 
     /// When the first of both sides' certificates expires.
     pub fn usable_until(&self) -> SystemTime {
-        self.link.usable_until()
+        self.tunnel_state.usable_until()
     }
 
     /// Whether the handshake resumed an earlier session.
@@ -141,18 +143,18 @@ impl ServerTunnel {
 
     /// How many requests are being served.
     pub fn open_streams(&self) -> usize {
-        self.link.open_streams()
+        self.tunnel_state.open_streams()
     }
 
     /// For how long no stream has been open; `None` while one is. A request that was not accepted
     /// is no stream.
     pub fn idle(&self) -> Option<Duration> {
-        self.link.idle_since().map(|since| since.elapsed())
+        self.tunnel_state.idle_since().map(|since| since.elapsed())
     }
 
     /// Which limit the client exceeded, if the tunnel ended for that.
     pub fn exceeded(&self) -> Option<TunnelLimit> {
-        self.link.exceeded()
+        self.tunnel_state.exceeded()
     }
 
     /// The next request; `None` when the connection ended. Cancel-safe.
@@ -189,7 +191,7 @@ impl ServerTunnel {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Incoming>> {
         // First, so that a peer which never stops asking is cut all the same.
         if let Poll::Ready(reason) = self.guard.poll_distrusted(cx) {
-            self.link.distrust(reason.clone());
+            self.tunnel_state.revoke(reason.clone());
             return self.end(Some(reason));
         }
         if let Poll::Ready(next) = self.poll_connection(cx) {
@@ -199,7 +201,7 @@ impl ServerTunnel {
         if let Poll::Ready(limit) = self.overdue.poll_exceeded(cx, has_streams) {
             let exceeded = HboneError::PeerLimit { limit };
             // Before GOAWAY, for that is when streams learn of it.
-            self.link.fail(exceeded.clone());
+            self.tunnel_state.fail(exceeded.clone());
             self.shut_down(cx, limit.reason());
             return self.end(Some(exceeded));
         }
@@ -223,7 +225,7 @@ impl ServerTunnel {
             let accepted = pin!(connection.accept()).poll(cx);
             let Poll::Ready(accepted) = accepted else {
                 let set = |window| connection.set_initial_window_size(window);
-                if self.windows.adjust(&self.link, set) || self.judge_refusals() {
+                if self.windows.adjust(&self.tunnel_state, set) || self.judge_refusals() {
                     continue;
                 }
                 return Poll::Pending;
@@ -231,15 +233,15 @@ impl ServerTunnel {
             match accepted {
                 Some(Ok((_, mut respond))) if self.refuses_streams() => {
                     respond.send_reset(Reason::REFUSED_STREAM);
-                    self.link.activity().count_refused();
+                    self.tunnel_state.activity().count_refused();
                 }
                 Some(Ok((request, respond))) => {
-                    if let Some(incoming) = Incoming::new(request, respond, &self.link) {
+                    if let Some(incoming) = Incoming::new(request, respond, &self.tunnel_state) {
                         return Poll::Ready(Some(incoming));
                     }
                 }
                 Some(Err(error)) => {
-                    let reason = self.link.stream_error(error);
+                    let reason = self.tunnel_state.stream_error(error);
                     return self.end(Some(reason));
                 }
                 None => return self.end(None),
@@ -248,22 +250,22 @@ impl ServerTunnel {
     }
 
     fn refuses_streams(&self) -> bool {
-        self.link.is_expired() || self.drain.as_ref().is_some_and(|drain| drain.is_overdue)
+        self.tunnel_state.is_expired() || self.drain.as_ref().is_some_and(|drain| drain.is_overdue)
     }
 
     /// Drains a tunnel with too many refused requests, and closes it if they do not end. Whether
     /// the drain began just now: then there is GOAWAY to send.
     fn judge_refusals(&mut self) -> bool {
-        if self.refusals.are_bearable(&self.link) {
+        if self.refusals.are_bearable(&self.tunnel_state) {
             return false;
         }
         if self.drain.is_some() {
-            self.link.exceed(TunnelLimit::RefusedRequests);
+            self.tunnel_state.exceed(TunnelLimit::RefusedRequests);
             return false;
         }
-        let peer = self.link.peer().spiffe_id();
+        let peer = self.tunnel_state.peer().spiffe_id();
         tracing::debug!(%peer, "the tunnel is drained: too many of its requests were refused");
-        self.refusals.restart(&self.link);
+        self.refusals.restart(&self.tunnel_state);
         self.drain();
         true
     }
@@ -278,9 +280,9 @@ impl ServerTunnel {
 
     fn end(&mut self, reason: Option<HboneError>) -> Poll<Option<Incoming>> {
         if let Some(reason) = reason {
-            log_end(&reason, &self.link);
+            log_end(&reason, &self.tunnel_state);
             // Before the connection is dropped, for that is when its streams learn of it.
-            self.link.fail(reason);
+            self.tunnel_state.fail(reason);
         }
         self.connection = None;
         Poll::Ready(None)
@@ -292,19 +294,20 @@ impl Incoming {
     fn new(
         request: Request<RecvStream>,
         mut respond: SendResponse<Bytes>,
-        link: &Arc<Link>,
+        tunnel_state: &Arc<TunnelState>,
     ) -> Option<Self> {
         let authority = match destination(&request) {
             Ok(authority) => authority,
             Err(reason) => {
-                link.activity().count_refused();
-                log_malformed(&request, reason, link);
+                tunnel_state.activity().count_refused();
+                log_malformed(&request, reason, tunnel_state);
                 answer_end(&mut respond, StatusCode::BAD_REQUEST);
                 return None;
             }
         };
         let (head, recv) = request.into_parts();
-        Some(Self { authority, headers: head.headers, recv, respond, link: link.clone() })
+        let reader = TunnelReader::new(recv, tunnel_state.unopened_stream());
+        Some(Self { authority, headers: head.headers, reader, respond })
     }
 
     /// Where the client wants to go.
@@ -319,7 +322,7 @@ impl Incoming {
 
     /// Who the client is.
     pub fn peer(&self) -> &PeerIdentity {
-        self.link.peer()
+        self.reader.tunnel_state().peer()
     }
 
     /// Waits until the client reset the request or the connection ended: for when its answer takes a while. Cancel-safe.
@@ -336,13 +339,13 @@ impl Incoming {
         *response.headers_mut() = headers;
         let sent = self.respond.send_response(response, false);
         let send = sent.map_err(|error| self.refusal(error))?;
-        Ok(TunnelStream::new(send, self.recv, self.link.open_stream()))
+        Ok(TunnelStream::new(send, self.reader))
     }
 
     /// Answers `status`, without a body. A client with too many 4xx loses the tunnel.
     pub fn refuse(mut self, status: StatusCode) {
         if status.is_client_error() {
-            self.link.activity().count_refused();
+            self.reader.tunnel_state().activity().count_refused();
         }
         answer_end(&mut self.respond, status);
     }
@@ -351,14 +354,14 @@ impl Incoming {
     fn refusal(&mut self, error: h2::Error) -> HboneError {
         match self.poll_closed(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(reason) => reason,
-            Poll::Pending => self.link.stream_error(error),
+            Poll::Pending => self.reader.tunnel_state().stream_error(error),
         }
     }
 
     fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<HboneError> {
         self.respond.poll_reset(cx).map(|closed| match closed {
             Ok(reason) => HboneError::Reset { reason },
-            Err(error) => self.link.stream_error(error),
+            Err(error) => self.reader.tunnel_state().stream_error(error),
         })
     }
 }
@@ -376,10 +379,10 @@ fn destination(request: &Request<RecvStream>) -> Result<Authority, &'static str>
     authority.map_err(|_| "the authority is not ADDRESS:PORT or NAME:PORT")
 }
 
-fn log_malformed(request: &Request<RecvStream>, reason: &'static str, link: &Link) {
+fn log_malformed(request: &Request<RecvStream>, reason: &'static str, tunnel_state: &TunnelState) {
     static LIMIT: LogLimit = LogLimit::new("malformed requests");
     if LIMIT.admit(reason) {
-        let peer = link.peer().spiffe_id();
+        let peer = tunnel_state.peer().spiffe_id();
         let method = Quoted::new(request.method());
         let authority = Quoted::new(request.uri().authority().map_or("", |text| text.as_str()));
         tracing::warn!(%peer, %method, %authority, reason, "malformed request answered with 400");
@@ -387,9 +390,9 @@ fn log_malformed(request: &Request<RecvStream>, reason: &'static str, link: &Lin
 }
 
 /// A peer that violates HTTP/2 leaves a line; how connections usually end is for debugging.
-fn log_end(reason: &HboneError, link: &Link) {
+fn log_end(reason: &HboneError, tunnel_state: &TunnelState) {
     static LIMIT: LogLimit = LogLimit::new("tunnels that failed");
-    let peer = link.peer().spiffe_id();
+    let peer = tunnel_state.peer().spiffe_id();
     // The peer chooses the debug data of its GOAWAY.
     let error = || Quoted::chain(reason);
     if !is_violation(reason) {

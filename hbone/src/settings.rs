@@ -10,9 +10,9 @@ use std::time::Duration;
 /// large (`inspect.rs`).
 pub(crate) const MAX_FRAME_SIZE: u32 = 256 << 10;
 
-/// What we hold beyond the payload for buffered small DATA frames, in bytes (h2 counts what a frame is
-/// short of 256 bytes). A tunnel that needs more is closed: a stalled stream may have some 260,000 writes of a few bytes
-/// waiting, or all streams together 40 MiB in writes of 100 bytes.
+/// What h2 may hold beyond the payload for small DATA frames, in bytes: it counts what a frame is short
+/// of 256 bytes, and closes a connection with more. Frames that are not read are copied out of h2 long
+/// before (`tunnel_state/received.rs`), and count no longer then.
 pub(crate) const SMALL_FRAME_BUDGET: usize = 64 << 20;
 
 /// What a connection of this proxy may hold unread, in bytes.

@@ -11,13 +11,12 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
-use h2::{Reason, RecvStream, SendStream};
+use h2::{Reason, RecvStream, SendStream, StreamId};
 
 use self::gather::{Gather, SMALL};
 pub use self::io::TunnelIo;
 pub(crate) use self::io::carried_error;
-use crate::distrust::Distrust;
-use crate::link::{Link, OpenStream};
+use crate::tunnel_state::{OpenStream, RevocationSignal, TunnelState};
 use crate::{HboneError, PeerIdentity};
 
 /// One accepted CONNECT: two directions that end independently.
@@ -32,9 +31,7 @@ pub struct TunnelStream {
 /// Dropping it before the end does not stop the peer: abort the writer for that.
 #[derive(Debug)]
 pub struct TunnelReader {
-    recv: RecvStream,
-    /// Length of the chunk that the caller works on: its flow control credit is still ours.
-    unreturned: usize,
+    stream: StreamId,
     open: Arc<OpenStream>,
 }
 
@@ -52,22 +49,24 @@ pub struct TunnelWriter {
 }
 
 impl TunnelStream {
-    pub(crate) fn new(send: SendStream<Bytes>, recv: RecvStream, open: OpenStream) -> Self {
-        let open = Arc::new(open);
-        let reader = TunnelReader::new(recv, open.clone());
+    /// A stream whose request was accepted.
+    pub(crate) fn new(send: SendStream<Bytes>, reader: TunnelReader) -> Self {
+        let open = reader.open.clone();
+        open.count();
         let gather = Gather::default();
         Self { reader, writer: TunnelWriter { send, ended: false, aborted: false, gather, open } }
     }
 
     /// Who is at the other end of the tunnel.
     pub fn peer(&self) -> &PeerIdentity {
-        self.reader.link().peer()
+        self.reader.tunnel_state().peer()
     }
 
-    /// Waits until the peer is not to be trusted any longer, as when its certificate is revoked. Reading tells that only behind what
-    /// was received before, and writing only when there is something to write. Cancel-safe; may never return.
-    pub fn distrusted(&self) -> Distrust {
-        self.reader.link().distrusted()
+    /// Completes when the peer is no longer trusted, as when its certificate is revoked. Reading
+    /// reports that only behind what was received before, and writing only when there is something
+    /// to write. Cancel-safe; may never complete.
+    pub fn revocation(&self) -> RevocationSignal {
+        self.reader.tunnel_state().revocation()
     }
 
     /// The two directions. The stream counts as open until both are dropped.
@@ -77,15 +76,17 @@ impl TunnelStream {
 }
 
 impl TunnelReader {
-    fn new(mut recv: RecvStream, open: Arc<OpenStream>) -> Self {
-        open.link().unread().add(recv.flow_control(), &open);
-        Self { recv, unreturned: 0, open }
+    /// Begins to receive. What comes before the request is accepted is bounded in the same way.
+    pub(crate) fn new(recv: RecvStream, open: OpenStream) -> Self {
+        let (stream, open) = (recv.stream_id(), Arc::new(open));
+        open.receive(recv);
+        Self { stream, open }
     }
 
     /// The next chunk, never empty; `None` after END_STREAM and only then. Cancel-safe.
     ///
-    /// The peer may send as much again as the chunk was long when the next one is asked for: whoever does not
-    /// read holds the peer back.
+    /// The peer may send as much again as the chunk was long when the next one is read: a reader that
+    /// stops holds the peer back.
     ///
     /// # Errors
     /// [`HboneError::Reset`] for any RST_STREAM, [`HboneError::Lost`] or its cause when the connection ended:
@@ -94,50 +95,36 @@ impl TunnelReader {
         poll_fn(|cx| self.poll_read(cx)).await
     }
 
-    /// [`TunnelReader::read`] for who is no `async fn`.
+    /// [`TunnelReader::read`] as a poll function.
     ///
     /// # Errors
     /// As there.
     pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, HboneError>> {
-        self.return_credit();
-        loop {
-            match ready!(self.recv.poll_data(cx)) {
-                // END_STREAM often comes on an empty frame.
-                Some(Ok(chunk)) if chunk.is_empty() => {}
-                Some(Ok(chunk)) => {
-                    self.unreturned = chunk.len();
-                    self.link().activity().count_useful(chunk.len());
-                    // Most answers follow a request that was read.
-                    self.open.note_sign_of_reading();
-                    return Poll::Ready(Ok(Some(chunk)));
-                }
-                Some(Err(error)) => return Poll::Ready(Err(self.link().stream_error(error))),
-                None => return Poll::Ready(Ok(None)),
+        match ready!(self.open.poll_received(cx)) {
+            Some(Ok(chunk)) => {
+                self.tunnel_state().activity().count_useful(chunk.len());
+                // Most answers follow a request that was read.
+                self.open.note_sign_of_reading();
+                Poll::Ready(Ok(Some(chunk)))
             }
+            Some(Err(error)) => Poll::Ready(Err(self.tunnel_state().stream_error(error))),
+            None => Poll::Ready(Ok(None)),
         }
     }
 
     /// Whether all that the peer sent has been read, and END_STREAM is known to be behind it.
     pub fn is_at_end(&self) -> bool {
-        self.recv.is_end_stream()
+        self.open.is_at_end()
     }
 
-    fn return_credit(&mut self) {
-        let credit = take(&mut self.unreturned);
-        if credit > 0 {
-            // Fails only for more than was received.
-            let _returned = self.recv.flow_control().release_capacity(credit);
-        }
-    }
-
-    fn link(&self) -> &Arc<Link> {
-        self.open.link()
+    pub(crate) fn tunnel_state(&self) -> &Arc<TunnelState> {
+        self.open.tunnel_state()
     }
 }
 
 impl Drop for TunnelReader {
     fn drop(&mut self) {
-        self.link().unread().remove(self.recv.stream_id());
+        self.open.stop_receiving(self.stream);
     }
 }
 
@@ -172,6 +159,7 @@ impl TunnelWriter {
         if !last && data.len() < SMALL && self.poll_due(cx, data.len()).is_pending() {
             return Poll::Ready(Ok(self.gather.add(data)));
         }
+        ready!(self.poll_writable(cx))?;
         if !last && !self.gather.is_empty() && data.len() < SMALL {
             // One frame for both. What finds no room stays gathered.
             let added = self.gather.add(data);
@@ -195,7 +183,18 @@ impl TunnelWriter {
             return Poll::Ready(Ok(()));
         }
         ready!(self.poll_due(cx, 0));
+        ready!(self.poll_writable(cx))?;
         self.poll_gathered(cx)
+    }
+
+    /// Ready while the connection takes what is written to it. Until then the caller keeps its data
+    /// and reads no more: h2 would hold every piece with the whole buffer that it was read into.
+    fn poll_writable(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HboneError>> {
+        let stream = self.send.stream_id().as_u32();
+        if self.tunnel_state().back_pressure().poll_writable(stream, cx).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        self.poll_closed(cx).map(Err)
     }
 
     /// Ready when a frame of `length` bytes may be sent beside what is gathered, though it is
@@ -274,7 +273,7 @@ impl TunnelWriter {
 
     fn send(&mut self, frame: Bytes, end: bool) -> Result<(), HboneError> {
         let length = frame.len();
-        self.link().activity().count_useful(length);
+        self.tunnel_state().activity().count_useful(length);
         self.gather.sent(&self.open, length);
         self.send.send_data(frame, end).map_err(|error| self.refusal(error))?;
         self.ended = end;
@@ -285,7 +284,7 @@ impl TunnelWriter {
     fn refusal(&mut self, error: h2::Error) -> HboneError {
         match self.poll_closed(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(reason) => reason,
-            Poll::Pending => self.link().stream_error(error),
+            Poll::Pending => self.tunnel_state().stream_error(error),
         }
     }
 
@@ -293,19 +292,19 @@ impl TunnelWriter {
     pub fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<HboneError> {
         self.send.poll_reset(cx).map(|closed| match closed {
             Ok(reason) => HboneError::Reset { reason },
-            Err(error) => self.link().stream_error(error),
+            Err(error) => self.tunnel_state().stream_error(error),
         })
     }
 
-    fn link(&self) -> &Link {
-        self.open.link()
+    fn tunnel_state(&self) -> &TunnelState {
+        self.open.tunnel_state()
     }
 }
 
 impl Drop for TunnelWriter {
     fn drop(&mut self) {
-        self.gather.settle(self.open.link());
-        self.open.link().back_pressure().forget(self.send.stream_id().as_u32());
+        self.gather.settle(self.open.tunnel_state());
+        self.open.tunnel_state().back_pressure().forget(self.send.stream_id().as_u32());
         if !self.ended && !self.aborted {
             self.abort();
         }

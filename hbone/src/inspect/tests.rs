@@ -26,6 +26,12 @@ fn frame(kind: u8, flags: u8, length: usize) -> Vec<u8> {
     [head(length, kind, flags), vec![0; length]].concat()
 }
 
+/// The frame on another stream.
+fn on(stream: usize, mut frame: Vec<u8>) -> Vec<u8> {
+    frame[5..9].copy_from_slice(&u32::try_from(stream).unwrap().to_be_bytes());
+    frame
+}
+
 impl Inspector {
     fn see(
         &mut self,
@@ -73,7 +79,7 @@ fn refuses_header_block_beyond_header_list() {
 
 #[test]
 fn open_header_block_is_unfinished_since_its_first_byte() {
-    let mut inspector = inspector(PeerRole::Client);
+    let mut inspector = inspector(PeerRole::Server);
     let open = |since| Ok(Some(Unfinished { since, data: false }));
     assert_eq!(inspector.see(&frame(HEADERS, 0, 3), 5, 0), open(5));
     assert_eq!(inspector.see(&frame(CONTINUATION, 0, 0), 9000, 0), open(5));
@@ -105,7 +111,22 @@ fn refuses_flood_of_control_frames() {
     let answers = frame(HEADERS, END_HEADERS, 1).repeat(TOO_MANY);
     let server = inspector(PeerRole::Server).see(&answers, 0, 0);
     assert_eq!(server, Err(TunnelLimit::FrameRate), "more answers than requests");
-    assert_eq!(inspector(PeerRole::Client).see(&answers, 0, 0), Ok(None));
+    let requests =
+        (0..TOO_MANY).flat_map(|index| on(2 * index + 1, frame(HEADERS, END_HEADERS, 1)));
+    let requests: Vec<u8> = requests.collect();
+    assert_eq!(inspector(PeerRole::Client).see(&requests, 0, 0), Ok(None));
+}
+
+#[test]
+fn refuses_trailers_of_client() {
+    let headers = |stream| on(stream, frame(HEADERS, END_HEADERS, 1));
+    for stream in [1, 5] {
+        let mut inspector = inspector(PeerRole::Client);
+        for opened in [1, 3, 5] {
+            assert_eq!(inspector.see(&headers(opened), 0, 0), Ok(None));
+        }
+        assert_eq!(inspector.see(&headers(stream), 0, 0), Err(TunnelLimit::Trailers));
+    }
 }
 
 #[test]

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep};
 
-use crate::link::Link;
 use crate::token_bucket::TokenBucket;
+use crate::tunnel_state::TunnelState;
 
 /// How long a client may open streams after GOAWAY: h2 sends the one that names the last stream
 /// only when the client has acknowledged a PING (RFC 9113 section 6.8), which may wait behind bulk
@@ -64,15 +64,15 @@ impl Default for Refusals {
 
 impl Refusals {
     /// Counts those since the last call; whether an honest client may have as many.
-    pub(super) fn are_bearable(&mut self, link: &Link) -> bool {
-        let refused = link.activity().refused();
+    pub(super) fn are_bearable(&mut self, tunnel_state: &TunnelState) -> bool {
+        let refused = tunnel_state.activity().refused();
         let new = refused.saturating_sub(self.seen);
         self.seen = refused;
-        new == 0 || self.budget.take(new, link.age(), 0)
+        new == 0 || self.budget.take(new, tunnel_state.age(), 0)
     }
 
     /// Counts from now on as from the beginning.
-    pub(super) fn restart(&mut self, link: &Link) {
-        *self = Self { seen: link.activity().refused(), ..Self::default() };
+    pub(super) fn restart(&mut self, tunnel_state: &TunnelState) {
+        *self = Self { seen: tunnel_state.activity().refused(), ..Self::default() };
     }
 }

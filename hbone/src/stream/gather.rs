@@ -19,7 +19,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use crate::link::{Link, OpenStream};
+use crate::tunnel_state::{OpenStream, TunnelState};
 
 /// A write of fewer bytes is small.
 pub(super) const SMALL: usize = 1024;
@@ -97,7 +97,7 @@ impl Gather {
         if length >= MAX_GATHERED {
             return Poll::Ready(());
         }
-        if open.link().back_pressure().poll_writable(stream, cx).is_pending() {
+        if open.tunnel_state().back_pressure().poll_writable(stream, cx).is_pending() {
             return Poll::Pending;
         }
         let Some(state) = self.0.as_mut().filter(|_| (length as u64) < FREE_FRAME_LENGTH) else {
@@ -111,7 +111,7 @@ impl Gather {
 
     /// Counts a frame of `length` bytes that was sent.
     pub(super) fn sent(&mut self, open: &OpenStream, length: usize) {
-        let (activity, length) = (open.link().activity(), length as u64);
+        let (activity, length) = (open.tunnel_state().activity(), length as u64);
         if length == 0 || activity.accepts_small_frames() {
             return;
         }
@@ -124,9 +124,9 @@ impl Gather {
     }
 
     /// Owes nothing any more: the stream has ended.
-    pub(super) fn settle(&mut self, link: &Link) {
+    pub(super) fn settle(&mut self, tunnel_state: &TunnelState) {
         if let Some(state) = &mut self.0 {
-            state.settle(link);
+            state.settle(tunnel_state);
         }
     }
 }
@@ -136,7 +136,7 @@ impl State {
         self.owed += cost;
         self.frames = self.frames.saturating_add(1);
         if self.update_pacing(open) {
-            let slow = open.link().activity().owed() >= SLOW_ABOVE;
+            let slow = open.tunnel_state().activity().owed() >= SLOW_ABOVE;
             let longest = if slow { MAX_SLOW_PAUSE } else { MAX_PAUSE };
             self.pause = (self.pause * 2).clamp(FIRST_PAUSE, longest);
             let due = Instant::now() + self.pause;
@@ -148,19 +148,19 @@ impl State {
     }
 
     fn update_pacing(&mut self, open: &OpenStream) -> bool {
-        let link = open.link();
-        if self.frames < FREE_FRAMES || link.activity().accepts_small_frames() {
+        let tunnel_state = open.tunnel_state();
+        if self.frames < FREE_FRAMES || tunnel_state.activity().accepts_small_frames() {
             return false;
         }
         if open.take_sign_of_reading() {
-            self.settle(link);
+            self.settle(tunnel_state);
             return false;
         }
-        link.activity().owed() >= PACE_ABOVE
+        tunnel_state.activity().owed() >= PACE_ABOVE
     }
 
-    fn settle(&mut self, link: &Link) {
-        link.activity().owe_less(std::mem::take(&mut self.owed));
+    fn settle(&mut self, tunnel_state: &TunnelState) {
+        tunnel_state.activity().owe_less(std::mem::take(&mut self.owed));
         (self.frames, self.pause, self.timer) = (0, Duration::ZERO, None);
     }
 }

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{SMALL, TunnelReader, TunnelStream, TunnelWriter};
 use crate::HboneError;
-use crate::link::OpenStream;
+use crate::tunnel_state::OpenStream;
 
 /// How much is read away while a carrier waits for its end, in bytes: a few stream windows, which an aborted inner stream may have
 /// left on the way.

@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use underpass_hbone::{Distrust, TunnelReader, TunnelStream, TunnelWriter};
+use underpass_hbone::{RevocationSignal, TunnelReader, TunnelStream, TunnelWriter};
 
 use super::direction::{Side, Sink, Source};
 use crate::error::ProxyError;
@@ -12,14 +12,14 @@ use crate::error::ProxyError;
 pub(super) struct Tunnelled {
     reader: TunnelReader,
     writer: TunnelWriter,
-    distrust: Distrust,
+    revocation: RevocationSignal,
 }
 
 impl Tunnelled {
     pub(super) fn new(tunnel: TunnelStream) -> Self {
-        let distrust = tunnel.distrusted();
+        let revocation = tunnel.revocation();
         let (reader, writer) = tunnel.split();
-        Self { reader, writer, distrust }
+        Self { reader, writer, revocation }
     }
 }
 
@@ -29,7 +29,7 @@ impl Side<'_> for Tunnelled {
     }
 
     fn poll_revoked(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
-        Pin::new(&mut self.distrust).poll(cx).map(ProxyError::Tunnel)
+        Pin::new(&mut self.revocation).poll(cx).map(ProxyError::Tunnel)
     }
 
     fn close(&mut self, outcome: &Result<(), ProxyError>) {

@@ -5,6 +5,7 @@ mod descriptors;
 mod endpoints;
 mod handshakes;
 mod sources;
+mod stalled;
 mod tunnels;
 
 use std::net::SocketAddr;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     sources::add(&mut suite);
     descriptors::add(&mut suite);
     tunnels::add(&mut suite);
+    stalled::add(&mut suite);
     suite.run()
 }
 

@@ -34,7 +34,7 @@ pub(crate) fn add(suite: &mut Suite) {
 }
 
 /// A tunnel of a client with a certificate; `None` if it was reset.
-async fn tunnel(scene: &Scene, client: &TlsClient) -> Option<TlsStream<TcpStream>> {
+pub(crate) async fn tunnel(scene: &Scene, client: &TlsClient) -> Option<TlsStream<TcpStream>> {
     let hbone = scene.server.at(Family::V4, HBONE);
     // With the proxy's mark, since the pod's other connections are captured.
     let marked = Dial { mark: Some(0x539), ..Dial::default() };

@@ -56,7 +56,7 @@ async fn receive_request(far: &mut DuplexStream) {
 /// As a tunnel reports it.
 async fn reported(error: h2::Error) -> HboneError {
     let (tunnel, _server) = Mesh::new().tunnel().await;
-    tunnel.link().stream_error(error)
+    tunnel.tunnel_state().stream_error(error)
 }
 
 /// How a request ends that was received when `reply` is sent, after which the connection is closed.

@@ -351,7 +351,7 @@ async fn a_revocation_on_either_level_cuts_the_stream_at_once() {
         // Unread: a stream that nobody reads is cut too.
         let (_far_reader, mut far_writer) = far.split();
         far_writer.write("unread".into()).await.unwrap();
-        let distrusted = near.distrusted();
+        let distrusted = near.revocation();
         scene.revoke(99);
         sleep(SECOND).await;
         scene.revoke(serial);

@@ -1,0 +1,116 @@
+//! The open streams of a tunnel: how many there are, and what they hold unread.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use foldhash::fast::RandomState;
+use h2::{RecvStream, StreamId};
+
+use super::TunnelState;
+use super::received::Received;
+
+/// One stream of a tunnel. Counts as open once its request is accepted, for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct OpenStream {
+    tunnel_state: Arc<TunnelState>,
+    counted: AtomicBool,
+    /// Whether the peer gave a sign that its application reads the stream, since that was last
+    /// asked.
+    is_read: AtomicBool,
+    received: Received,
+}
+
+impl OpenStream {
+    /// A stream that does not count yet.
+    pub(super) fn new(tunnel_state: Arc<TunnelState>) -> Self {
+        let (counted, is_read) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { tunnel_state, counted, is_read, received: Received::default() }
+    }
+
+    /// Counts it as open, once.
+    pub(crate) fn count(&self) {
+        if !self.counted.swap(true, Ordering::Relaxed) {
+            self.tunnel_state.add_open_stream();
+        }
+    }
+
+    pub(crate) fn tunnel_state(&self) -> &Arc<TunnelState> {
+        &self.tunnel_state
+    }
+
+    /// Begins to receive; from here on, what is received and not read is bounded.
+    pub(crate) fn receive(self: &Arc<Self>, recv: RecvStream) {
+        let stream = recv.stream_id();
+        self.received.attach(recv);
+        self.tunnel_state.streams.add(stream, self);
+    }
+
+    /// Receives nothing more: what comes is dropped.
+    pub(crate) fn stop_receiving(&self, stream: StreamId) {
+        self.tunnel_state.streams.remove(stream);
+        self.received.detach();
+    }
+
+    /// The next chunk of received data, never empty; `None` at the end. The one before is read.
+    pub(crate) fn poll_received(
+        &self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, h2::Error>>> {
+        self.received.poll_read(cx)
+    }
+
+    /// Whether everything that was received has been read, and END_STREAM follows.
+    pub(crate) fn is_at_end(&self) -> bool {
+        self.received.is_at_end()
+    }
+
+    pub(crate) fn note_sign_of_reading(&self) {
+        self.is_read.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn take_sign_of_reading(&self) -> bool {
+        self.is_read.swap(false, Ordering::Relaxed)
+    }
+}
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        if *self.counted.get_mut() {
+            self.tunnel_state.remove_open_stream();
+        }
+    }
+}
+
+/// The streams that receive, by their identifiers.
+#[derive(Debug, Default)]
+pub(super) struct Streams(Mutex<HashMap<u32, Weak<OpenStream>, RandomState>>);
+
+impl Streams {
+    fn add(&self, stream: StreamId, open: &Arc<OpenStream>) {
+        self.streams().insert(stream.as_u32(), Arc::downgrade(open));
+    }
+
+    fn remove(&self, stream: StreamId) {
+        self.streams().remove(&stream.as_u32());
+    }
+
+    pub(super) fn get(&self, stream: u32) -> Option<Arc<OpenStream>> {
+        self.streams().get(&stream)?.upgrade()
+    }
+
+    /// Copies out of h2's buffers what was there at the last look already, every piece of it if the
+    /// tunnel is `crowded`. Returns how much all streams hold unread, in bytes.
+    pub(super) fn look(&self, crowded: bool) -> usize {
+        let streams = self.streams();
+        let open = streams.values().filter_map(Weak::upgrade);
+        open.map(|open| open.received.look(crowded)).sum()
+    }
+
+    fn streams(&self) -> MutexGuard<'_, HashMap<u32, Weak<OpenStream>, RandomState>> {
+        // Nothing panics while it is held.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,90 @@
+//! How many bytes a tunnel moves: a total, and the mean rate of about the last second.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What h2 holds for each DATA frame that was not read, beside its payload, in bytes.
+const FRAME_COST: usize = 256;
+
+/// Bytes in both directions. Counting costs one addition per read or write; the mean is taken when
+/// bytes come in, where the time is known anyway. Times are milliseconds since the connection was
+/// opened.
+#[derive(Debug, Default)]
+pub(super) struct Traffic {
+    pub(super) bytes: AtomicU64,
+    /// When the current interval began, and what `bytes` was then.
+    since: AtomicU64,
+    bytes_before: AtomicU64,
+    /// The mean of the interval before, per second.
+    mean: AtomicU64,
+    receive_cost: AtomicU64,
+}
+
+impl Traffic {
+    /// Long enough to even out bursts, short enough to notice a bulk transfer when it begins.
+    const INTERVAL: u64 = 1000;
+
+    pub(super) fn count(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn hear(&self, now: u64) {
+        let interval = now.saturating_sub(self.since.load(Ordering::Relaxed));
+        if interval >= Self::INTERVAL {
+            self.mean.store(self.mean_of(interval), Ordering::Relaxed);
+            self.since.store(now, Ordering::Relaxed);
+            self.bytes_before.store(self.bytes.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn mean(&self, now: u64) -> u64 {
+        match now.saturating_sub(self.since.load(Ordering::Relaxed)) {
+            interval if interval >= Self::INTERVAL => self.mean_of(interval),
+            _ => self.mean.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Counts a read of `bytes` in which `frames` DATA frames began, and returns its cost.
+    pub(super) fn count_received(&self, bytes: usize, frames: usize) -> usize {
+        self.count(bytes);
+        let cost = bytes + frames * FRAME_COST;
+        // One task reads a connection.
+        self.receive_cost.store(self.receive_cost() + cost as u64, Ordering::Relaxed);
+        cost
+    }
+
+    /// What was received so far, in bytes: the frames, and what h2 holds for each of DATA.
+    pub(super) fn receive_cost(&self) -> u64 {
+        self.receive_cost.load(Ordering::Relaxed)
+    }
+
+    fn mean_of(&self, interval: u64) -> u64 {
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        bytes.saturating_sub(self.bytes_before.load(Ordering::Relaxed)).saturating_mul(1000)
+            / interval.max(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mean_follows_what_goes_over_the_connection() {
+        let traffic = Traffic::default();
+        let second = |now: u64, bytes: usize| {
+            traffic.count(bytes);
+            traffic.hear(now * 1000);
+            traffic.mean(now * 1000)
+        };
+        assert_eq!([second(1, 5000), second(2, 7000), second(3, 0)], [5000, 7000, 0]);
+        assert_eq!(second(600, 0), 0);
+        assert_eq!(second(601, 9000), 9000, "quiet minutes before do not count");
+    }
+
+    #[test]
+    fn the_mean_is_known_when_nothing_was_heard_since() {
+        let traffic = Traffic::default();
+        traffic.count(8000);
+        assert_eq!([500, 1000, 2000, 8000].map(|now| traffic.mean(now)), [0, 8000, 4000, 1000]);
+    }
+}

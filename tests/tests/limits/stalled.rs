@@ -1,0 +1,149 @@
+//! The private memory that a peer's streams hold when an application, or the peer itself, has stopped
+//! reading.
+
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+use underpass_tests::{APP, Family, Proxy, Scene, Server, Suite, TlsClient, within};
+
+use crate::tunnels::tunnel;
+
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const WINDOW_UPDATE: u8 = 8;
+const END_HEADERS: u8 = 4;
+const ACK: u8 = 1;
+/// The port of an application that accepts no connection.
+const STALLED: u16 = 9001;
+/// docs/hbone.md: what a tunnel holds beside unread bytes, which are some 1 MiB here.
+const MOST: u64 = 41 << 20;
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite.test("bytes that an application does not read hold no buffers beside them", received);
+    suite.test("answers that a peer does not read hold no buffers beside them", unsent);
+}
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let [_, length @ ..] = u32::try_from(payload.len()).expect("a short frame").to_be_bytes();
+    [&length[..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+fn connect(stream: u32, to: SocketAddr) -> Vec<u8> {
+    let mut block = Vec::new();
+    for (name, value) in [(":method", "CONNECT"), (":authority", &to.to_string())] {
+        // RFC 7541 section 6.2.2: a literal without indexing.
+        block.push(0);
+        for text in [name, value] {
+            block.push(u8::try_from(text.len()).expect("a short name"));
+            block.extend(text.as_bytes());
+        }
+    }
+    frame(HEADERS, END_HEADERS, stream, &block)
+}
+
+/// Memory that a proxy shares with no other process, in bytes.
+fn private(proxy: &Proxy) -> u64 {
+    let rollup = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", proxy.pid()));
+    let rollup = rollup.expect("a running process");
+    let fields = rollup.lines().filter(|line| line.starts_with("Private_"));
+    let kib = fields.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    kib.sum::<u64>() << 10
+}
+
+async fn send(tunnel: &mut TlsStream<TcpStream>, bytes: &[u8]) {
+    within("the proxy reads", tunnel.write_all(bytes)).await.expect("the tunnel is open");
+}
+
+/// The next frame's type and payload.
+async fn read_frame(tunnel: &mut TlsStream<TcpStream>) -> (u8, Vec<u8>) {
+    let mut head = [0; 9];
+    within("a frame", tunnel.read_exact(&mut head)).await.expect("the tunnel is open");
+    let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+    let mut payload = vec![0; length];
+    within("a frame", tunnel.read_exact(&mut payload)).await.expect("the tunnel is open");
+    (head[3], payload)
+}
+
+/// Reads frames until so many bytes of DATA have come.
+async fn read_data(tunnel: &mut TlsStream<TcpStream>, mut bytes: usize) {
+    while bytes > 0 {
+        if let (DATA, payload) = read_frame(tunnel).await {
+            bytes -= payload.len();
+        }
+    }
+}
+
+/// A tunnel of which both sides know the windows. Ours never close.
+async fn settled(scene: &Scene) -> TlsStream<TcpStream> {
+    let client = TlsClient::new(Some(&scene.pki.issue("peer")));
+    let mut tunnel = tunnel(scene, &client).await.expect("a handshake");
+    let window = 0x4000_0000_u32.to_be_bytes();
+    let initial_window = [&[0, 4][..], &window].concat();
+    let settings = frame(SETTINGS, 0, 0, &initial_window);
+    send(&mut tunnel, &[settings, frame(WINDOW_UPDATE, 0, 0, &window)].concat()).await;
+    while read_frame(&mut tunnel).await.0 != WINDOW_UPDATE {}
+    send(&mut tunnel, &frame(SETTINGS, ACK, 0, &[])).await;
+    tunnel
+}
+
+async fn server_proxy(scene: &Scene) -> Proxy {
+    scene.server.proxy(&scene.server_settings().set("logging.filter=warn")).await
+}
+
+/// A byte for the stalled application between every 8 KiB that an echo takes and returns.
+async fn received() {
+    const BATCH: usize = 32;
+    const BATCHES: usize = 400;
+    const FILLER: usize = 8100;
+    let scene = Scene::new().await;
+    let proxy = server_proxy(&scene).await;
+    let _echo = Server::echo(&scene.server, APP);
+    let _stalled = scene.server.listen(STALLED);
+    let at = |port| scene.server.at(Family::V4, port);
+    let mut tunnel = settled(&scene).await;
+    send(&mut tunnel, &[connect(1, at(STALLED)), connect(3, at(APP))].concat()).await;
+    // More than the sockets of both applications take.
+    for _ in 0..64 {
+        send(&mut tunnel, &frame(DATA, 0, 1, &[0; 16 << 10])).await;
+    }
+    let batch = [frame(DATA, 0, 1, &[0]), frame(DATA, 0, 3, &[0; FILLER])].concat().repeat(BATCH);
+    let before = private(&proxy);
+    for _ in 0..BATCHES {
+        send(&mut tunnel, &batch).await;
+        read_data(&mut tunnel, BATCH * FILLER).await;
+        let held = private(&proxy).saturating_sub(before);
+        assert!(held < MOST, "{} KiB are held", held >> 10);
+    }
+}
+
+/// Small answers of echoes to a peer that reads none of them.
+async fn unsent() {
+    const STREAMS: u32 = 200;
+    const ROUNDS: usize = 200;
+    let scene = Scene::new().await;
+    let proxy = server_proxy(&scene).await;
+    let _echo = Server::echo(&scene.server, APP);
+    let echo = scene.server.at(Family::V4, APP);
+    let mut tunnel = settled(&scene).await;
+    let streams = || (0..STREAMS).map(|index| 2 * index + 1);
+    let open = streams().flat_map(|stream| connect(stream, echo));
+    send(&mut tunnel, &open.collect::<Vec<u8>>()).await;
+    let data: Vec<u8> = streams().flat_map(|stream| frame(DATA, 0, stream, &[0; 1100])).collect();
+    exchange_bytes(&mut tunnel, STREAMS).await;
+    let before = private(&proxy);
+    for _ in 0..ROUNDS {
+        send(&mut tunnel, &data).await;
+        let held = private(&proxy).saturating_sub(before);
+        assert!(held < MOST, "{} KiB are held", held >> 10);
+    }
+}
+
+/// Waits until every stream works: a byte has gone to its echo and has come back.
+async fn exchange_bytes(tunnel: &mut TlsStream<TcpStream>, streams: u32) {
+    let bytes = (0..streams).flat_map(|index| frame(DATA, 0, 2 * index + 1, &[0]));
+    send(tunnel, &bytes.collect::<Vec<u8>>()).await;
+    read_data(tunnel, streams as usize).await;
+}
