@@ -23,7 +23,7 @@ use crate::error::ProxyError;
 use crate::node::Pod;
 use crate::snapshot::Snapshot;
 
-/// A connection, as far as it is decided on.
+/// The facts of a connection that decide whether it is allowed.
 #[derive(Debug)]
 pub(crate) enum Subject {
     Outbound(Outbound),
@@ -33,13 +33,14 @@ pub(crate) enum Subject {
 /// A connection that leaves the workload.
 #[derive(Debug)]
 pub(crate) struct Outbound {
-    /// Where it was meant to go.
+    /// The original destination.
     pub(crate) asked: SocketAddr,
-    /// Where it goes: the application's address, or that of whoever ends the tunnel.
+    /// The next hop: the application's address, or the address of the tunnel's other end.
     pub(crate) hop: SocketAddr,
-    /// Who may end the tunnel; `None` in plain.
+    /// The identities that the other end of the tunnel may have; `None` for plaintext.
     pub(crate) peers: Option<Arc<[SpiffeId]>>,
-    /// Whether the address tells who is there: in our network, and not where several share an address and a service chose one.
+    /// Whether the address identifies the workload: it is in our network, and no service chose one
+    /// of several workloads that share the address.
     pub(crate) by_address: bool,
 }
 
@@ -48,11 +49,11 @@ pub(crate) struct Outbound {
 pub(crate) struct Inbound {
     source: SocketAddr,
     destination: SocketAddr,
-    /// Who came through a tunnel; `None` in plain.
+    /// The client of a tunnel; `None` for plaintext.
     principal: Option<Principal>,
 }
 
-/// A proven identity, and the trust domains in whose names policies may speak of it.
+/// A proven identity, and the aliases of its trust domain that policies may use for it.
 #[derive(Debug, Clone)]
 pub(crate) struct Principal {
     id: SpiffeId,
@@ -77,7 +78,7 @@ impl Subject {
         Self::Inbound(Inbound { source, destination, principal })
     }
 
-    /// What is connected to.
+    /// The address that the proxy connects to.
     pub(crate) fn destination(&self) -> SocketAddr {
         match self {
             Self::Outbound(outbound) => outbound.hop,
@@ -114,7 +115,7 @@ impl Permit<'_> {
         self.pod
     }
 
-    /// What may be dialled.
+    /// The address that may be dialled.
     pub(crate) fn destination(&self) -> SocketAddr {
         self.destination
     }
@@ -154,7 +155,7 @@ fn check_outbound(
     snapshot: &Snapshot,
     context: &PolicyContext,
 ) -> Result<(), ProxyError> {
-    // Our own listener on loopback would hand the connection straight back to us, for ever.
+    // Our own listener on loopback would pass the connection back to us in an endless loop.
     if hop.ip().is_loopback() && is_own_listener(hop.port(), context.ports) {
         return Err(ProxyError::OwnListener(*hop));
     }
@@ -164,7 +165,7 @@ fn check_outbound(
             Err(ProxyError::OtherIdentity { hop: *hop, workload: workload.clone() })
         }
         (Some(_), _) => Ok(()),
-        // Also where several share the address, so that the mesh cannot tell who would take the connection.
+        // Also where several workloads share the address: one of them may speak HBONE.
         (None, _) if *by_address && snapshot.mesh.speaks_hbone(&context.own.network, hop.ip()) => {
             Err(ProxyError::PlaintextToHbone(*hop))
         }
@@ -174,7 +175,7 @@ fn check_outbound(
     }
 }
 
-/// Whether the mesh knows what a connection is for.
+/// Whether the mesh has a service or a workload for a connection.
 fn knows(snapshot: &Snapshot, asked: SocketAddr, hop: SocketAddr, own: &WorkloadSettings) -> bool {
     snapshot.mesh.service(&own.network, asked.ip(), &own.namespace).is_some()
         || snapshot.mesh.has_workload(&own.network, hop.ip())
@@ -217,7 +218,7 @@ impl Inbound {
     }
 }
 
-/// Says what policies in dry run would have done.
+/// Logs what policies in dry run would have done.
 fn log_dry_run(subject: &Subject, snapshot: &Snapshot, context: &PolicyContext) {
     let Subject::Inbound(inbound) = subject else { return };
     let local = local(inbound.destination.ip(), snapshot, context);
@@ -231,7 +232,7 @@ fn log_dry_run(subject: &Subject, snapshot: &Snapshot, context: &PolicyContext) 
     }
 }
 
-/// The workload that a connection comes to, at an address of the pod's own.
+/// The workload of an inbound connection, at an address of the pod.
 struct Local<'a> {
     namespace: &'a str,
     name: &'a str,

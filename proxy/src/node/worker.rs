@@ -1,4 +1,4 @@
-//! A data worker: a thread that serves connections of all pods, with a registry of them.
+//! A data worker: a thread that serves connections of all pods.
 //!
 //! The listeners of a pod are dealt to the workers in turn. The worker that accepts a connection
 //! assigns it, not yet registered with any runtime, to the worker that [`crate::limits::Balance`]
@@ -50,7 +50,7 @@ pub(crate) struct Assignment {
     pub(crate) ticket: Ticket,
 }
 
-/// What a worker is asked to do.
+/// A command for a worker.
 #[derive(Debug)]
 pub(crate) enum WorkerCommand {
     /// Serve a connection that another worker has accepted.

@@ -1,4 +1,4 @@
-//! What is allowed, and what a change of the mesh means for what was.
+//! Decisions on connections, and on open connections when the mesh changes.
 
 use underpass_config::Mesh;
 
@@ -70,7 +70,7 @@ fn decided(subject: &Subject, settings: &[&str]) -> Result<(), &'static str> {
 }
 
 #[test]
-fn nobody_may_reach_the_proxys_own_listeners_through_the_proxy() {
+fn refuses_connections_to_own_listeners() {
     for port in [15001, 15006, 15008] {
         let to = SocketAddr::new(at("10.0.0.1:1").ip(), port);
         let inbound = Subject::inbound(at("10.0.0.9:1"), to, None);
@@ -83,7 +83,7 @@ fn nobody_may_reach_the_proxys_own_listeners_through_the_proxy() {
 }
 
 #[test]
-fn what_speaks_hbone_is_never_reached_in_plain_and_only_by_its_identity() {
+fn hbone_workload_is_reached_only_by_tunnel_with_its_identity() {
     let (service, server) = ("10.96.0.1:80", "10.0.0.1:80");
     assert_eq!(decided(&outbound(server, server, None), &[]), Err("plaintext_to_hbone"));
     assert_eq!(decided(&outbound(service, server, None), &[]), Err("plaintext_to_hbone"));
@@ -97,7 +97,7 @@ fn what_speaks_hbone_is_never_reached_in_plain_and_only_by_its_identity() {
 }
 
 #[test]
-fn mesh_only_egress_reaches_what_the_mesh_knows_and_what_is_excepted() {
+fn mesh_only_egress_reaches_mesh_and_exceptions_only() {
     let mesh_only = ["egress=mesh-only"];
     let excepted =
         ["egress=mesh-only", "egress_exceptions.cidrs=192.0.2.0/24", "egress_exceptions.ports=53"];
@@ -165,7 +165,7 @@ fn strict_admits_probes_to_exempt_ports_only() {
 }
 
 #[test]
-fn an_address_that_the_mesh_does_not_know_is_under_the_policies_of_our_name() {
+fn unknown_local_address_has_policies_of_own_workload() {
     let selected = "workloads:\n- {name: server, workloadIps: [10.0.0.1], authorizationPolicies: [default/p]}\n\
                     policies: [{name: p, namespace: default, scope: WorkloadSelector, action: Deny, dryRun: false, rules: [[]]}]\n";
     let mesh = Mesh::from_text("mesh", selected).expect("a mesh");
@@ -186,21 +186,21 @@ fn after(old: &Snapshot, new: &Snapshot, since: u64) -> Result<(), &'static str>
 }
 
 #[test]
-fn a_change_is_felt_by_what_was_allowed_before() {
+fn change_forbids_connection_that_was_allowed() {
     let (open, closed) = (snapshot(1, ""), snapshot(2, &deny_client()));
     assert_eq!(after(&open, &closed, 1), Err("policy_denied"));
     assert_eq!(after(&open, &snapshot(2, &policy("Allow", "[[]]")), 1), Ok(()));
 }
 
 #[test]
-fn what_began_between_two_states_that_are_alike_is_decided_on_again() {
+fn connection_from_skipped_generation_is_decided_again() {
     // It was allowed by the second state; the first and the third forbid it, and a worker may never see the second.
     let (first, third) = (snapshot(1, &deny_client()), snapshot(3, &deny_client()));
     assert_eq!(after(&first, &third, 2), Err("policy_denied"));
 }
 
 #[test]
-fn a_change_that_touches_nothing_here_decides_nothing_anew() {
+fn unrelated_change_decides_nothing_again() {
     // Not decided on again, or it would be refused: the connection could not have begun.
     let (old, new) = (snapshot(1, &deny_client()), snapshot(2, &deny_client()));
     assert_eq!(after(&old, &new, 1), Ok(()));
