@@ -243,7 +243,11 @@ fn record_uncaught(worker: &Worker, kind: Kind, client: SocketAddr, error: Proxy
         Kind::Outbound => Direction::Outbound,
         Kind::Plaintext | Kind::Hbone => Direction::Inbound,
     };
-    let failure = Facts::new(direction, Party::at(client), Party::default()).failed(error);
+    let destination = match &error {
+        ProxyError::OwnListener(address) => Party::at(*address),
+        _ => Party::default(),
+    };
+    let failure = Facts::new(direction, Party::at(client), destination).failed(error);
     ConnectionRecord::failed(Instant::now(), &failure, &worker.series);
 }
 
