@@ -75,6 +75,15 @@ const CLEANED: &[&str] = &[
     "interception/tests/kernel/rules.rs",
     "interception/tests/kernel/walk",
     "interception/tests/kernel/walk.rs",
+    "proxy/src/copy.rs",
+    "proxy/src/copy/deadlines.rs",
+    "proxy/src/copy/direction.rs",
+    "proxy/src/copy/readiness.rs",
+    "proxy/src/copy/splice.rs",
+    "proxy/src/copy/tcp.rs",
+    "proxy/src/copy/tests",
+    "proxy/src/copy/tests.rs",
+    "proxy/src/copy/tunnel.rs",
     "tests",
 ];
 

@@ -158,7 +158,8 @@ impl<'a> Tcp<'a> {
         }
     }
 
-    /// Frees everything that an idle connection does not need. Inlined: it runs whenever a read waits.
+    /// Frees everything that an idle connection does not need. Inlined, because it runs whenever a
+    /// read waits.
     #[inline]
     fn release(&mut self) {
         self.buffer = BytesMut::new();
