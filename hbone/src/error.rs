@@ -4,6 +4,8 @@
 
 mod credential;
 mod hints;
+mod issuer;
+mod svid;
 
 use std::fmt;
 use std::io;
@@ -18,11 +20,11 @@ use thiserror::Error;
 use time::OffsetDateTime;
 use underpass_config::{ConfigErrors, Quoted, SpiffeId, TrustDomain};
 
-use crate::SvidProblem;
 use crate::inspect::TunnelLimit;
-use crate::source::IssuerProblem;
 
-pub use credential::{CredentialProblem, RequestProblem};
+pub use self::credential::{CredentialProblem, RequestProblem};
+pub use self::issuer::IssuerProblem;
+pub use self::svid::SvidProblem;
 
 /// Why a tunnel could not be opened or used, or a certificate not be read or issued.
 ///
@@ -266,6 +268,11 @@ pub enum ExpectedPeer {
 }
 
 impl HboneError {
+    /// What ended the stream that carries another tunnel; `None` if the I/O error has another cause.
+    pub(crate) fn carried_by(error: &io::Error) -> Option<Self> {
+        error.get_ref()?.downcast_ref().cloned()
+    }
+
     /// Whose fault this is.
     pub fn fault(&self) -> Fault {
         match self {

@@ -52,7 +52,9 @@ pub use ca::{
 };
 pub use client::{ConnectRequest, Connector, Tunnel};
 pub use credentials::Credentials;
-pub use error::{CredentialProblem, ExpectedPeer, Fault, HboneError, RequestProblem};
+pub use error::{
+    CredentialProblem, ExpectedPeer, Fault, HboneError, IssuerProblem, RequestProblem, SvidProblem,
+};
 pub use headers::{Baggage, Forwarded, HeaderError, RequestHeaders, TraceParent};
 pub use identity::Identity;
 pub use inspect::TunnelLimit;
@@ -66,11 +68,11 @@ pub use rotation::{CredentialRotator, CredentialsEvent};
 pub use server::{Acceptor, Incoming, ServerTunnel};
 pub use settings::{ClientSettings, Http2Settings, KeepaliveSettings, ServerSettings};
 pub use source::{
-    FileSource, IdentitySource, IssuerProblem, IstioCa, IstioCaSource, LocalCaSource, NextIdentity,
-    Priority, SpireSource,
+    FileSource, IdentitySource, IstioCa, IstioCaSource, LocalCaSource, NextIdentity, Priority,
+    SpireSource,
 };
 pub use stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
-pub use tls::{PeerIdentity, SvidProblem};
+pub use tls::PeerIdentity;
 pub use trust::{Trust, TrustFiles};
 pub use tunnel_state::RevocationSignal;
 

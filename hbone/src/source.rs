@@ -2,7 +2,6 @@
 //!
 //! Not here: what is done with it (`rotation`), and which source is used, which is a setting.
 
-mod error;
 mod files;
 mod istio_ca;
 mod local_ca;
@@ -17,7 +16,6 @@ use std::pin::Pin;
 
 use crate::{CredentialProblem, HboneError, Identity, clock};
 
-pub use self::error::IssuerProblem;
 pub use self::files::FileSource;
 pub use self::istio_ca::{IstioCa, IstioCaSource};
 pub use self::local_ca::LocalCaSource;

@@ -15,7 +15,6 @@ use h2::{Reason, RecvStream, SendStream, StreamId};
 
 use self::gather::{Gather, SMALL};
 pub use self::io::TunnelIo;
-pub(crate) use self::io::carried_error;
 use crate::tunnel_state::{OpenStream, RevocationSignal, TunnelState};
 use crate::{HboneError, PeerIdentity};
 

@@ -19,14 +19,12 @@ use rustls::{AlertDescription, CertificateError, CommonState};
 use underpass_config::Cipher;
 
 use crate::HboneError;
-use crate::stream::carried_error;
 
 pub(crate) use self::client::ClientTls;
 pub(crate) use self::record::TlsStream;
 #[cfg(feature = "fuzz")]
 pub(crate) use self::record::run_script;
 pub(crate) use self::server::ServerTls;
-pub use self::svid::SvidProblem;
 pub(crate) use self::svid::{spiffe_id, workload_id};
 pub(crate) use self::verify::Peer;
 pub use self::verify::PeerIdentity;
@@ -54,7 +52,7 @@ pub(crate) fn known_error(error: &io::Error) -> Option<HboneError> {
     match inner(error) {
         Some(rustls::Error::AlertReceived(alert)) => Some(received(*alert, error)),
         Some(_) => None,
-        None => carried_error(error),
+        None => HboneError::carried_by(error),
     }
 }
 
@@ -75,7 +73,7 @@ fn handshake_error(error: io::Error) -> HboneError {
         Some(rustls::Error::NoCertificatesPresented) => Some(HboneError::NoPeerCertificate),
         Some(rustls::Error::AlertReceived(alert)) => Some(received(*alert, &error)),
         Some(_) => None,
-        None => carried_error(&error),
+        None => HboneError::carried_by(&error),
     };
     specific.unwrap_or_else(|| HboneError::Tls { source: Arc::new(error) })
 }

@@ -9,8 +9,7 @@ use std::time::SystemTime;
 use thiserror::Error;
 use underpass_config::{Quoted, SpiffeId, TrustDomain};
 
-use super::utc;
-use crate::SvidProblem;
+use super::{SvidProblem, utc};
 
 /// What is wrong with a credential. Always shown with its file.
 #[derive(Debug, Clone, Error)]

@@ -27,10 +27,11 @@ use tonic_prost::ProstCodec;
 use underpass_config::{IstioCaSettings, Quoted, SpiffeId};
 
 use self::connection::{Connection, Endpoint};
-use super::{IdentitySource, IssuerProblem, NextIdentity, Priority, Schedule, valid_now};
+use super::{IdentitySource, NextIdentity, Priority, Schedule, valid_now};
 use crate::ca::{
     CREATE_CERTIFICATE, IMPERSONATED, IstioCertificateRequest, IstioCertificateResponse, read_token,
 };
+use crate::error::IssuerProblem;
 use crate::limits::{Budget, Queue};
 use crate::{Bundle, CredentialProblem, Dial, HboneError, Identity, clock, tls};
 

@@ -135,11 +135,6 @@ impl AsyncWrite for TunnelIo {
     }
 }
 
-/// What ended a stream that another tunnel runs in; `None` if it was not that.
-pub(crate) fn carried_error(error: &io::Error) -> Option<HboneError> {
-    error.get_ref()?.downcast_ref().cloned()
-}
-
 fn io_error(error: HboneError) -> io::Error {
     let kind = match error {
         HboneError::Reset { .. } => io::ErrorKind::ConnectionReset,

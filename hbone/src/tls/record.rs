@@ -52,6 +52,17 @@ const MAX_BODY: usize = MAX_CONTENT + 256;
 /// Length of the largest record that we write.
 const MAX_SEALED: usize = HEADER + MAX_CONTENT + TRAILER;
 
+/// Maximum length of a record with up to `content` bytes and of a KeyUpdate before it.
+const fn sealed_length(content: usize) -> usize {
+    let content = if content < MAX_CONTENT { content } else { MAX_CONTENT };
+    HEADER + content + TRAILER + KEY_UPDATE
+}
+
+const KEY_UPDATE: usize = HEADER + 5 + TRAILER;
+/// Length of a sealed alert.
+const ALERT: usize = HEADER + 2 + TRAILER;
+const _: () = assert!(sealed_length(usize::MAX) == MAX_SEALED + KEY_UPDATE);
+
 /// A fatal error, and the alert that reports it to the peer.
 #[derive(Debug)]
 struct Failure {

@@ -6,41 +6,11 @@
 //! Accepted besides the text of the standard: a leaf without a keyUsage extension (the standard
 //! requires one), and further names of other kinds (DNS, IP), as SPIRE issues them.
 
-use thiserror::Error;
-use underpass_config::{Quoted, SpiffeError, SpiffeId, TrustDomain};
+use underpass_config::{Quoted, SpiffeId};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 
-/// Why a certificate is not the X.509-SVID of a workload.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum SvidProblem {
-    /// It, or an extension that is looked at, does not parse or is there twice.
-    #[error("malformed {0}")]
-    Malformed(&'static str),
-    /// Not exactly one URI name.
-    #[error("it has {0} URI names, exactly one is needed: the SPIFFE ID")]
-    UriNames(usize),
-    /// The URI name is of another kind.
-    #[error("its URI name {name} is not a SPIFFE ID: {problem}")]
-    Name {
-        /// The URI name.
-        name: Quoted,
-        /// What is wrong with it.
-        problem: SpiffeError,
-    },
-    /// The name of a trust domain, which only the certificate of a CA may have.
-    #[error("its SPIFFE ID spiffe://{0} has no path: it names a trust domain, not a workload")]
-    TrustDomainOnly(TrustDomain),
-    /// basicConstraints with CA:TRUE.
-    #[error("it is the certificate of a CA (basicConstraints CA:TRUE), not of a workload")]
-    Authority,
-    /// keyUsage without digitalSignature.
-    #[error("its keyUsage lacks digitalSignature")]
-    NoDigitalSignature,
-    /// keyUsage of a CA.
-    #[error("its keyUsage has {0}, which only a CA may have")]
-    SigningUsage(&'static str),
-}
+use crate::error::SvidProblem;
 
 /// The identity in a leaf. Proves nothing by itself: the chain does.
 pub(crate) fn workload_id(leaf: &[u8]) -> Result<SpiffeId, SvidProblem> {

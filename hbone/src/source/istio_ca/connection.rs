@@ -21,8 +21,8 @@ use tonic::body::Body;
 use tower_service::Service;
 use underpass_config::{Cipher, IstioCaSettings};
 
+use crate::error::IssuerProblem;
 use crate::io::Io;
-use crate::source::IssuerProblem;
 use crate::{Bundle, Dial, HboneError, tls};
 
 const HTTPS_PORT: u16 = 443;

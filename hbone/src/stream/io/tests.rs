@@ -44,7 +44,9 @@ async fn one_that_is_dropped_before_its_end_is_aborted() {
         drop(aborting);
         let error = other.read(&mut [0; 4]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-        let Some(HboneError::Reset { reason }) = carried_error(&error) else { panic!("{error:?}") };
+        let Some(HboneError::Reset { reason }) = HboneError::carried_by(&error) else {
+            panic!("{error:?}")
+        };
         assert_eq!(reason, Reason::CONNECT_ERROR);
         assert!(other.write_all(b"x").await.is_err());
         assert!(other.shutdown().await.is_err());
@@ -58,7 +60,7 @@ async fn a_lost_connection_is_an_error_and_no_end() {
     served.kill().await;
     let error = near.read(&mut [0; 4]).await.unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
-    assert!(matches!(carried_error(&error), Some(HboneError::Lost { .. })), "{error:?}");
+    assert!(matches!(HboneError::carried_by(&error), Some(HboneError::Lost { .. })), "{error:?}");
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::buffer::Buffer;
-use super::records::{ALERT, sealed_length};
+use super::{ALERT, sealed_length};
 
 /// The send buffer of a connection: contiguous records. Borrows a [`Buffer`] only while it holds
 /// records.

@@ -18,7 +18,7 @@ use super::aead::RecordKey;
 use super::keys::{KeySchedule, Keys};
 use super::messages::{self, Message, Messages};
 use super::output::Output;
-use super::{Failure, HEADER, MAX_CONTENT, MAX_SEALED, TRAILER};
+use super::{Failure, HEADER, MAX_CONTENT};
 
 /// Maximum number of consecutive empty records, as in rustls. RFC 8446 section 5.1 allows empty
 /// records of application data.
@@ -319,14 +319,3 @@ impl<'a> Plain<'a> {
         }
     }
 }
-
-/// Maximum length of a record with up to `content` bytes and of a KeyUpdate before it.
-pub(super) const fn sealed_length(content: usize) -> usize {
-    let content = if content < MAX_CONTENT { content } else { MAX_CONTENT };
-    HEADER + content + TRAILER + KEY_UPDATE
-}
-
-const KEY_UPDATE: usize = HEADER + 5 + TRAILER;
-/// Length of a sealed alert.
-pub(super) const ALERT: usize = HEADER + 2 + TRAILER;
-const _: () = assert!(sealed_length(usize::MAX) == MAX_SEALED + KEY_UPDATE);

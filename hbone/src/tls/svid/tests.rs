@@ -10,6 +10,8 @@ use rcgen::{
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
+use underpass_config::SpiffeError;
+
 use super::*;
 use crate::testing::pki::{Ca, Files};
 use crate::testing::{CLIENT, SERVER, id};

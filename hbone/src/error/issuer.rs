@@ -7,7 +7,7 @@ use std::time::Duration;
 use thiserror::Error;
 use underpass_config::{Quoted, SpiffeId};
 
-use crate::{CredentialProblem, Fault};
+use super::{CredentialProblem, Fault};
 
 /// Why an issuer of certificates gave none. Always shown with the issuer.
 #[derive(Debug, Clone, Error)]
