@@ -27,7 +27,8 @@ use time::OffsetDateTime;
 use underpass_config::{SpiffeId, TrustDomain};
 
 use self::files::{create, read, replace, with_suffix};
-use crate::{Bundle, CredentialProblem, HboneError, SvidProblem, clock, tls};
+use crate::svid::spiffe_id;
+use crate::{Bundle, CredentialProblem, HboneError, SvidProblem, clock};
 
 pub(crate) use self::clients::read_token;
 pub(crate) use self::messages::{
@@ -286,7 +287,7 @@ fn from_parts(
     if certificate.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
         return Err(CredentialProblem::KeyMismatch);
     }
-    let id = tls::spiffe_id(&certificate).map_err(CredentialProblem::Authority)?;
+    let id = spiffe_id(&certificate).map_err(CredentialProblem::Authority)?;
     let trust_domain = id.trust_domain().clone();
     let issuer =
         Issuer::from_ca_cert_der(&der, key).map_err(|error| malformed(error.to_string()))?;

@@ -18,13 +18,14 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use underpass_config::{Cipher, Quoted, SpiffeId};
 
+use crate::crypto::provider;
 use crate::inspect::{Inspector, PeerRole};
 use crate::io::{Io, transport};
 use crate::keepalive::Keepalive;
 use crate::overdue::Overdue;
 use crate::revocation::RevocationMonitor;
 use crate::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
-use crate::tls::{ClientTls, Peer, TlsStream, provider};
+use crate::tls::{ClientTls, Peer, TlsStream};
 use crate::tunnel_state::{Monitored, OpenStream, TunnelState, Windows};
 use crate::{ClientSettings, Credentials, HboneError, PeerIdentity, TunnelReader, TunnelStream};
 

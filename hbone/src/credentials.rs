@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::tls::{ClientTls, ServerTls, provider};
+use crate::crypto::provider;
+use crate::tls::{ClientTls, ServerTls};
 use crate::trust::Authorities;
 use crate::{HboneError, Identity, Trust};
 

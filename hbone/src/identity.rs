@@ -14,8 +14,10 @@ use underpass_config::{Cipher, IdentityFiles, SpiffeId, TrustDomain};
 use webpki::{EndEntityCert, KeyUsage};
 use x509_parser::time::ASN1Time;
 
+use crate::crypto::provider;
 use crate::files::warn_if_exposed;
-use crate::{Bundle, CredentialProblem, HboneError, clock, pem, tls};
+use crate::svid::workload_id;
+use crate::{Bundle, CredentialProblem, HboneError, clock, pem};
 
 /// A generation of the own certificate. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -125,7 +127,7 @@ impl Identity {
         };
         let own = self.spiffe_id().trust_domain();
         let anchors = self.bundles().get(own).map(Bundle::anchors).unwrap_or_default();
-        let algorithms = tls::provider(&Cipher::ALL).signature_verification_algorithms;
+        let algorithms = provider(&Cipher::ALL).signature_verification_algorithms;
         let verified = [KeyUsage::server_auth(), KeyUsage::client_auth()].map(|usage| {
             let now = clock::unix(now);
             let leaf = EndEntityCert::try_from(leaf)?;
@@ -189,8 +191,8 @@ impl PemParts<'_> {
         bundles: BTreeMap<TrustDomain, Bundle>,
     ) -> Result<Identity, HboneError> {
         let certified_key =
-            CertifiedKey::from_der(self.chain, self.key_der, &tls::provider(&Cipher::ALL))
-                .map_err(|error| {
+            CertifiedKey::from_der(self.chain, self.key_der, &provider(&Cipher::ALL)).map_err(
+                |error| {
                     let what = match error {
                         rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
                             CredentialProblem::KeyMismatch
@@ -198,7 +200,8 @@ impl PemParts<'_> {
                         other => CredentialProblem::Key(other.to_string()),
                     };
                     HboneError::credential(self.key, what)
-                })?;
+                },
+            )?;
         let certified_key = Arc::new(certified_key);
         Ok(Identity(Arc::new(IdentityParts { leaf, certified_key, bundles })))
     }
@@ -208,7 +211,7 @@ fn read_leaf(der: &[u8]) -> Result<Leaf, CredentialProblem> {
     let malformed = |error: String| CredentialProblem::Certificate(error);
     let (_, leaf) =
         x509_parser::parse_x509_certificate(der).map_err(|error| malformed(error.to_string()))?;
-    let spiffe_id = tls::workload_id(der).map_err(CredentialProblem::Svid)?;
+    let spiffe_id = workload_id(der).map_err(CredentialProblem::Svid)?;
     let validity = leaf.validity();
     Ok(Leaf {
         spiffe_id,

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use tokio::select;
 use tokio::sync::watch;
 
-use crate::source::reached;
+use crate::renewal::reached;
 use crate::{
     CredentialProblem, Credentials, Fault, HboneError, Identity, IdentitySource, Trust, clock,
 };

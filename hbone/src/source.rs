@@ -5,7 +5,6 @@
 mod files;
 mod istio_ca;
 mod local_ca;
-mod renewal;
 mod spire;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -19,7 +18,6 @@ use crate::{CredentialProblem, HboneError, Identity, clock};
 pub use self::files::FileSource;
 pub use self::istio_ca::{IstioCa, IstioCaSource};
 pub use self::local_ca::LocalCaSource;
-pub(crate) use self::renewal::{Schedule, reached};
 pub use self::spire::SpireSource;
 
 /// What [`IdentitySource::next`] returns.

@@ -6,46 +6,25 @@ mod client;
 mod record;
 mod server;
 mod sessions;
-mod svid;
 mod verify;
 
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use rustls::crypto::CryptoProvider;
-use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
 use rustls::{AlertDescription, CertificateError, CommonState};
-use underpass_config::Cipher;
 
-use crate::HboneError;
+use crate::error::HboneError;
 
 pub(crate) use self::client::ClientTls;
 pub(crate) use self::record::TlsStream;
 #[cfg(feature = "fuzz")]
 pub(crate) use self::record::run_script;
 pub(crate) use self::server::ServerTls;
-pub(crate) use self::svid::{spiffe_id, workload_id};
 pub(crate) use self::verify::Peer;
 pub use self::verify::PeerIdentity;
 
 pub(crate) const ALPN: &[u8] = b"h2";
-
-/// AES-GCM, and a key exchange that a recording does not help to break later.
-///
-/// By default with 128 bits first: that costs a quarter less than 256, which is more of a tunnel's bulk than anything else, and
-/// nobody will ever search through 2^128 keys, quantum computers included (NIST, Post-Quantum Cryptography FAQ).
-pub(crate) fn provider(ciphers: &[Cipher]) -> Arc<CryptoProvider> {
-    let suite = |cipher: &Cipher| match cipher {
-        Cipher::Aes128Gcm => cipher_suite::TLS13_AES_128_GCM_SHA256,
-        Cipher::Aes256Gcm => cipher_suite::TLS13_AES_256_GCM_SHA384,
-    };
-    Arc::new(CryptoProvider {
-        cipher_suites: ciphers.iter().map(suite).collect(),
-        kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1],
-        ..aws_lc_rs::default_provider()
-    })
-}
 
 /// What the error of a connection says that h2 would forget: an alert of the peer, or what ended the stream that carries us.
 pub(crate) fn known_error(error: &io::Error) -> Option<HboneError> {
@@ -79,7 +58,7 @@ fn handshake_error(error: io::Error) -> HboneError {
 }
 
 /// What an error means that came outside of a handshake.
-fn rejection(error: rustls::Error) -> HboneError {
+pub(crate) fn rejection(error: rustls::Error) -> HboneError {
     handshake_error(io::Error::new(io::ErrorKind::InvalidData, error))
 }
 

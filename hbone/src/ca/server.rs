@@ -32,8 +32,9 @@ use underpass_config::{Cipher, FileWatcher, Quoted};
 use self::service::Service;
 use super::CertificateAuthority;
 use super::clients::{Clients, ClientsFile};
+use crate::crypto::provider;
 use crate::limits::{ConnectionSlot, ConnectionSlots};
-use crate::source::Schedule;
+use crate::renewal::Schedule;
 use crate::{CredentialProblem, HboneError, LogLimit, clock, tls};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -197,7 +198,7 @@ fn own_tls(settings: &CaServerSettings) -> Result<Arc<ServerConfig>, HboneError>
     let key = PrivateKeyDer::from_pem_slice(issued.key_pem.as_bytes());
     let (leaf, key) =
         leaf.and_then(|leaf| Ok((leaf, key?))).map_err(|error| problem(error.to_string()))?;
-    let mut config = ServerConfig::builder_with_provider(tls::provider(&Cipher::ALL))
+    let mut config = ServerConfig::builder_with_provider(provider(&Cipher::ALL))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .and_then(|config| config.with_no_client_auth().with_single_cert(vec![leaf], key))
         .map_err(|error| problem(error.to_string()))?;

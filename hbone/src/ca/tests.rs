@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 use x509_parser::extensions::ParsedExtension;
 
 use super::*;
+use crate::svid::workload_id;
 use crate::testing::{CLIENT, HOUR, id};
 
 /// A temporary directory that is removed on drop.
@@ -99,7 +100,7 @@ fn leaf_has_critical_spiffe_name_and_both_usages() {
     assert_eq!(leaf.subject().iter().count(), 0);
     assert_eq!(leaf.issuer().to_string(), "O=td");
     assert!(leaf.subject_alternative_name().unwrap().unwrap().critical);
-    assert_eq!(tls::workload_id(&der).unwrap(), id(CLIENT));
+    assert_eq!(workload_id(&der).unwrap(), id(CLIENT));
     assert!(!leaf.basic_constraints().unwrap().unwrap().value.ca);
     let usage = leaf.extended_key_usage().unwrap().unwrap().value;
     assert!(usage.server_auth && usage.client_auth);
@@ -205,7 +206,7 @@ fn server_certificate_has_names_and_no_workload_identity() {
         assert!(!verify(&bad), "{bad:?}");
     }
     let der = CertificateDer::from_pem_slice(issued.chain_pem.as_bytes()).unwrap();
-    assert_eq!(tls::workload_id(&der).unwrap_err(), SvidProblem::UriNames(0));
+    assert_eq!(workload_id(&der).unwrap_err(), SvidProblem::UriNames(0));
     for bad in ["", "not a name", "spiffe://td/x", "n\u{f6}n"] {
         let error = authority.issue_server(&[bad.to_owned()], HOUR).unwrap_err();
         assert!(matches!(

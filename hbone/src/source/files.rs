@@ -9,8 +9,9 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use tokio::select;
 use underpass_config::{FileWatcher, IdentityFiles};
 
-use super::{IdentitySource, NextIdentity, Schedule, valid_now};
+use super::{IdentitySource, NextIdentity, valid_now};
 use crate::files::WatchedFiles;
+use crate::renewal::Schedule;
 use crate::{HboneError, Identity};
 
 /// Reads the files at first and whenever they change: written in place, renamed, or reached through a swapped link.

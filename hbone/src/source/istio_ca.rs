@@ -27,13 +27,15 @@ use tonic_prost::ProstCodec;
 use underpass_config::{IstioCaSettings, Quoted, SpiffeId};
 
 use self::connection::{Connection, Endpoint};
-use super::{IdentitySource, NextIdentity, Priority, Schedule, valid_now};
+use super::{IdentitySource, NextIdentity, Priority, valid_now};
 use crate::ca::{
     CREATE_CERTIFICATE, IMPERSONATED, IstioCertificateRequest, IstioCertificateResponse, read_token,
 };
 use crate::error::IssuerProblem;
 use crate::limits::{Budget, Queue};
-use crate::{Bundle, CredentialProblem, Dial, HboneError, Identity, clock, tls};
+use crate::renewal::Schedule;
+use crate::svid::workload_id;
+use crate::{Bundle, CredentialProblem, Dial, HboneError, Identity, clock};
 
 /// How many requests are under way at once: a node that starts has many workloads, and its CA many nodes.
 const REQUESTS: usize = 8;
@@ -229,7 +231,7 @@ fn identity(
     let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
     let bundles = BTreeMap::from([(id.trust_domain().clone(), bundle)]);
     let leaf = chain.first().map(AsRef::as_ref).unwrap_or_default();
-    let got = tls::workload_id(leaf)
+    let got = workload_id(leaf)
         .map_err(|problem| IssuerProblem::Answer(CredentialProblem::Svid(problem)))?;
     if got != *id {
         let got = Quoted::new(got);

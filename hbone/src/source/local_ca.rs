@@ -4,7 +4,8 @@
 
 use underpass_config::{LocalCaSettings, SpiffeId};
 
-use super::{IdentitySource, NextIdentity, Schedule, valid_now};
+use super::{IdentitySource, NextIdentity, valid_now};
+use crate::renewal::Schedule;
 use crate::{CertificateAuthority, CredentialProblem, HboneError, Identity};
 
 /// Issues our certificates from a CA's directory, which is read again for each.

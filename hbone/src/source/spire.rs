@@ -17,8 +17,9 @@ use spiffe::{Certificate, WorkloadApiClient, WorkloadApiError, X509Context, X509
 use tokio::time::timeout;
 use underpass_config::{Quoted, SpiffeError, SpiffeId, SpireSettings};
 
-use super::{IdentitySource, NextIdentity, Schedule, valid_now};
+use super::{IdentitySource, NextIdentity, valid_now};
 use crate::error::IssuerProblem;
+use crate::renewal::Schedule;
 use crate::{Bundle, CredentialProblem, HboneError, Identity};
 
 /// For the agent to answer; what comes later comes when there is something new.

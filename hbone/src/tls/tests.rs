@@ -7,7 +7,8 @@ use std::time::SystemTime;
 
 use rcgen::ExtendedKeyUsagePurpose as Usage;
 use rustls::client::ResolvesClientCert;
-use rustls::crypto::SupportedKxGroup;
+use rustls::crypto::aws_lc_rs::{self, kx_group};
+use rustls::crypto::{CryptoProvider, SupportedKxGroup};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{CipherSuite, ClientConfig, NamedGroup, SignatureScheme};
 use rustls_pki_types::ServerName;
@@ -15,6 +16,7 @@ use tokio::io::{AsyncWriteExt as _, DuplexStream, duplex};
 use underpass_config::{Cipher, TrustDomain, TrustSettings};
 
 use super::*;
+use crate::crypto::provider;
 use crate::testing::pki::{Ca, Files};
 use crate::testing::{
     ADDRESS, CLIENT, HOUR, Mesh, SECOND, SERVER, authority, credentials, id, identity, request,

@@ -16,8 +16,9 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use underpass_config::{SpiffeId, TrustDomain};
 
-use super::{rejection, workload_id};
+use super::rejection;
 use crate::identity::system_time;
+use crate::svid::workload_id;
 use crate::trust::Authorities;
 use crate::{ExpectedPeer, HboneError, clock};
 

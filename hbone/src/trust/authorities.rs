@@ -15,7 +15,9 @@ use webpki::{
 };
 
 use super::Trust;
-use crate::{Bundle, ExpectedPeer, HboneError, Identity, tls};
+use crate::crypto::provider;
+use crate::svid::workload_id;
+use crate::{Bundle, ExpectedPeer, HboneError, Identity};
 
 /// Everything that one generation of credentials trusts.
 #[derive(Debug)]
@@ -37,7 +39,7 @@ impl Authorities {
             own,
             bundles: identity.bundles().clone(),
             trust,
-            algorithms: tls::provider(&Cipher::ALL).signature_verification_algorithms,
+            algorithms: provider(&Cipher::ALL).signature_verification_algorithms,
         }
     }
 
@@ -72,8 +74,7 @@ impl Authorities {
         expected: &ExpectedPeer,
         now: UnixTime,
     ) -> Result<SpiffeId, Error> {
-        let id =
-            tls::workload_id(leaf).map_err(|problem| rejected(HboneError::NotSvid { problem }))?;
+        let id = workload_id(leaf).map_err(|problem| rejected(HboneError::NotSvid { problem }))?;
         let bundle = self.bundle(id.trust_domain()).map_err(rejected)?;
         self.verify(leaf, intermediates, bundle, usage(expected), now)
             .map_err(|error| self.explain(error, leaf, intermediates))?;

@@ -14,6 +14,7 @@ use super::*;
 use crate::ca::tests::TempDir;
 use crate::ca::{IMPERSONATED, IstioCertificateRequest, IstioCertificateResponse};
 use crate::source::testing::{Connection, DialOnce, ask, connect, connect_with};
+use crate::svid::workload_id;
 use crate::testing::{CLIENT, HOUR, SERVER};
 
 pub(crate) const NAME: &str = "ca.test";
@@ -100,7 +101,7 @@ fn leaf(pem: &str) -> (String, i64) {
     let (_, leaf) = x509_parser::parse_x509_certificate(&der).unwrap();
     let validity = leaf.validity();
     let seconds = validity.not_after.timestamp() - validity.not_before.timestamp();
-    (tls::workload_id(&der).unwrap().to_string(), seconds)
+    (workload_id(&der).unwrap().to_string(), seconds)
 }
 
 #[tokio::test]

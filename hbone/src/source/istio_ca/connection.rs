@@ -21,6 +21,7 @@ use tonic::body::Body;
 use tower_service::Service;
 use underpass_config::{Cipher, IstioCaSettings};
 
+use crate::crypto::provider;
 use crate::error::IssuerProblem;
 use crate::io::Io;
 use crate::{Bundle, Dial, HboneError, tls};
@@ -87,7 +88,7 @@ impl Endpoint {
     }
 
     async fn handshake(&self, io: Io, roots: Arc<RootCertStore>) -> io::Result<Connection> {
-        let mut config = ClientConfig::builder_with_provider(tls::provider(&Cipher::ALL))
+        let mut config = ClientConfig::builder_with_provider(provider(&Cipher::ALL))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(io::Error::other)?
             .with_root_certificates(roots)

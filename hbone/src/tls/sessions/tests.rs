@@ -11,9 +11,10 @@ use tokio::time::sleep;
 use underpass_config::{Cipher, SpiffeId};
 
 use super::*;
+use crate::crypto::provider;
 use crate::testing::pki::{Ca, Files};
 use crate::testing::{ADDRESS, CLIENT, HOUR, SECOND, SERVER, Served, id, request};
-use crate::tls::{ClientTls, ServerTls, provider};
+use crate::tls::{ClientTls, ServerTls};
 use crate::trust::Authorities;
 use crate::{Acceptor, ClientSettings, Connector, Credentials, ServerSettings, Trust};
 

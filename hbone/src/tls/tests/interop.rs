@@ -8,6 +8,7 @@ use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use super::*;
+use crate::crypto::provider;
 use crate::io::Io;
 use crate::tls::record::{Finished, TlsStream};
 
