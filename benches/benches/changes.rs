@@ -48,7 +48,7 @@ fn main() {
     let asked = arguments.iter().skip_while(|argument| *argument != "--connections").nth(1);
     let connections = asked.and_then(|number| number.parse().ok()).unwrap_or(9_000);
     runtime_with_pods().block_on(async {
-        cut(connections).await;
+        terminate(connections).await;
         update().await;
     });
 }
@@ -118,13 +118,13 @@ fn in_pod<T: Send + 'static>(
     pod.run(|| thread::spawn(run)).expect("the pod can be entered")
 }
 
-async fn ask(stream: &mut TcpStream) -> std::io::Result<()> {
+async fn send_request(stream: &mut TcpStream) -> std::io::Result<()> {
     let mut message = [0; MESSAGE];
     stream.write_all(&message).await?;
     stream.read_exact(&mut message).await.map(drop)
 }
 
-async fn cut(connections: usize) {
+async fn terminate(connections: usize) {
     let pods = Pods::new().await;
     let file = pods.world.folder().join("mesh.yaml");
     let write = |mesh: Mesh| mesh.write(&pods.client, "mesh");
@@ -138,7 +138,7 @@ async fn cut(connections: usize) {
         let mut held = JoinSet::new();
         for server in servers.into_iter().cycle().take(connections) {
             let mut stream = TcpStream::connect(server).await.expect("a connection");
-            ask(&mut stream).await.expect("an answer");
+            send_request(&mut stream).await.expect("an answer");
             counts.0.fetch_add(1, SeqCst);
             let ended = counts.1.clone();
             held.spawn(async move {

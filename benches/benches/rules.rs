@@ -67,7 +67,7 @@ fn measure(name: &str, flags: &[&str]) {
             runtime.expect("a runtime").block_on(async {
                 let lo = Namespace::current().expect("the namespace");
                 lo.set_loopback_up().await.expect("loopback is set up");
-                one(flags, round).await
+                measure_round(flags, round).await
             })
         });
         for (column, figure) in columns.iter_mut().zip(figures.expect("the namespace is entered")) {
@@ -82,7 +82,7 @@ fn measure(name: &str, flags: &[&str]) {
 }
 
 /// Measures installation, verification, replacement and connections.
-async fn one(flags: &[&str], round: usize) -> [Option<f64>; 4] {
+async fn measure_round(flags: &[&str], round: usize) -> [Option<f64>; 4] {
     let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
     let sources = Sources { file: None, environment: Vec::new(), flags };
     let settings = sources.load().expect("the settings are right");

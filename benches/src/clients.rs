@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout};
 use underpass_interception::Namespace;
 
 use crate::child_process::{ChildProcess, ready, wait_for_parent};
-use crate::load::{OPERATION_TIMEOUT, RequestMode, ask, micros};
+use crate::load::{OPERATION_TIMEOUT, RequestMode, micros, send_request};
 
 /// The timeout of a connection of a storm, which allows for several retransmissions of its SYN.
 const STORM_TIMEOUT: Duration = Duration::from_secs(30);
@@ -78,7 +78,7 @@ pub(crate) fn run_storm(server: &str, connections: &str) {
 /// The latency of one connection in microseconds; `None` if it failed.
 async fn storm_client(server: SocketAddr) -> Option<u32> {
     let began = Instant::now();
-    let asked = timeout(STORM_TIMEOUT, ask(server, RequestMode::Once, None)).await;
+    let asked = timeout(STORM_TIMEOUT, send_request(server, RequestMode::Once, None)).await;
     asked.ok()?.ok()?;
     Some(micros(began))
 }
@@ -155,7 +155,8 @@ async fn request_in_rotation(share: Vec<TcpStream>, answered: Arc<AtomicU64>) {
 }
 
 async fn request_on(server: SocketAddr, stream: Option<TcpStream>) -> Option<TcpStream> {
-    let asked = timeout(OPERATION_TIMEOUT, ask(server, RequestMode::KeepAlive, stream)).await;
+    let asked =
+        timeout(OPERATION_TIMEOUT, send_request(server, RequestMode::KeepAlive, stream)).await;
     asked.expect("an answer arrives").expect("the connection holds")
 }
 

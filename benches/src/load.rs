@@ -185,7 +185,7 @@ async fn client(server: SocketAddr, mode: RequestMode, phase: Arc<AtomicU8>) -> 
     while phase.load(Relaxed) != STOPPING {
         let began = Instant::now();
         let stream = kept.take();
-        let asked = timeout(OPERATION_TIMEOUT, ask(server, mode, stream)).await;
+        let asked = timeout(OPERATION_TIMEOUT, send_request(server, mode, stream)).await;
         kept = asked.expect("an answer comes").expect("the server can be reached and answers");
         if phase.load(Relaxed) == MEASURING {
             latencies.push(micros(began));
@@ -200,7 +200,7 @@ pub(crate) fn micros(began: Instant) -> u32 {
 }
 
 /// Sends a request on the given or a new connection. Returns the connection if it is reusable.
-pub(crate) async fn ask(
+pub(crate) async fn send_request(
     server: SocketAddr,
     mode: RequestMode,
     stream: Option<tokio::net::TcpStream>,

@@ -12,7 +12,7 @@ use crate::plot::Plot;
 use crate::process::resident_kib;
 use crate::report::{markdown, median, number};
 use crate::server::ANSWER;
-use crate::workload::{Meter, RESTED, WARM_UP, bulk, requests};
+use crate::workload::{Meter, REST_DELAY, WARM_UP, bulk, requests};
 
 /// The quantity that grows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -106,7 +106,7 @@ async fn streams(name: PathName, size: usize, options: &Options) -> Vec<Point> {
 async fn workloads(name: PathName, size: usize, options: &Options) -> Vec<Point> {
     let options = Options { workloads: size, ..options.clone() };
     let path = Path::set_up(name, &options).await;
-    sleep(RESTED).await;
+    sleep(REST_DELAY).await;
     let resident = path.processes().into_iter().map(resident_kib).fold(0.0, f64::max);
     let mut points =
         vec![("s until ready", path.ready_after()), ("MiB at rest", resident / 1024.0)];

@@ -18,7 +18,7 @@ pub(crate) const WARM_UP: Duration = Duration::from_millis(500);
 /// The timeout for data in buffers of the previous load.
 const SETTLE: Duration = Duration::from_secs(10);
 /// The time until a proxy releases the memory of ended connections.
-const AFTERWARDS: Duration = Duration::from_secs(2);
+const RELEASE_DELAY: Duration = Duration::from_secs(2);
 const IDLE_CONNECTIONS: usize = 2000;
 const STORM_CONNECTIONS: usize = 10_000;
 
@@ -34,7 +34,7 @@ pub(crate) const PER_IDLE: &str = "KiB each";
 pub(crate) const AT_REST: &str = "MiB at rest";
 /// The time after which a process is at rest: the proxy then releases memory that only its start
 /// needed.
-pub(crate) const RESTED: Duration = Duration::from_secs(4);
+pub(crate) const REST_DELAY: Duration = Duration::from_secs(4);
 
 /// A load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -259,7 +259,7 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
     let of_all =
         |of: fn(u32) -> f64| -> Vec<f64> { path.processes().into_iter().map(of).collect() };
     let resident = || of_all(resident_kib);
-    sleep(RESTED).await;
+    sleep(REST_DELAY).await;
     let at_rest = resident();
     // Excludes the tunnel and resources of the first connection.
     let first = idle(path.client(), path.target(ANSWER), 1);
@@ -277,7 +277,7 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
         }
     };
     timeout(SETTLE, ended).await.expect("the proxies close what the client has closed");
-    sleep(AFTERWARDS).await;
+    sleep(RELEASE_DELAY).await;
     let after = resident();
     drop(first);
     let mebibytes = |figures: &[f64], side: usize| figures.get(side).map(|kib| kib / 1024.0);

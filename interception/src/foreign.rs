@@ -22,7 +22,7 @@ use crate::{Entered, InterceptionError};
 pub use self::effect::Effect;
 
 /// The maximum number of listed rules. Those that set the proxy's mark come first.
-const LISTED: usize = 32;
+const MAX_LISTED: usize = 32;
 
 /// A rule of another program that precedes the own rules.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -81,7 +81,7 @@ pub(crate) async fn foreign_rules(
     let order = |rule: &ForeignRule| (rule.effect != Effect::SetsProxyMark, rule.clone());
     found.sort_by_cached_key(order);
     found.dedup();
-    found.truncate(LISTED);
+    found.truncate(MAX_LISTED);
     Ok(found)
 }
 

@@ -16,9 +16,9 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 /// The maximum length of a line in bytes, far above that of any message.
-const LONGEST_LINE: usize = 4096;
+const MAX_LINE: usize = 4096;
 /// The maximum number of sockets per line.
-const MOST_SOCKETS: usize = 16;
+const MAX_SOCKETS: usize = 16;
 
 /// One end of a connection between two processes.
 #[derive(Debug)]
@@ -49,13 +49,13 @@ impl Handover {
     /// # Errors
     ///
     /// The error of the kernel; `InvalidInput` for more than one message can carry.
-    pub async fn say(&self, line: &str, sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
+    pub async fn send(&self, line: &str, sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
         let text = format!("{line}\n");
-        if text.len() > LONGEST_LINE || sockets.len() > MOST_SOCKETS {
+        if text.len() > MAX_LINE || sockets.len() > MAX_SOCKETS {
             return Err(ErrorKind::InvalidInput.into());
         }
         let send = || {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SOCKETS))];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SOCKETS))];
             let mut attached = SendAncillaryBuffer::new(&mut space);
             if !sockets.is_empty() {
                 attached.push(SendAncillaryMessage::ScmRights(sockets));
@@ -77,18 +77,18 @@ impl Handover {
     /// # Errors
     ///
     /// The error of the kernel; `InvalidData` for a malformed message.
-    pub async fn hear(&self) -> io::Result<Option<(String, Vec<OwnedFd>)>> {
+    pub async fn receive(&self) -> io::Result<Option<(String, Vec<OwnedFd>)>> {
         let (mut line, mut sockets) = (Vec::new(), Vec::new());
         while !line.ends_with(b"\n") {
-            let receive = || self.receive(&mut line, &mut sockets);
-            if self.stream.async_io(Interest::READABLE, receive).await? == 0 {
+            let receive_part = || self.receive_part(&mut line, &mut sockets);
+            if self.stream.async_io(Interest::READABLE, receive_part).await? == 0 {
                 return if line.is_empty() {
                     Ok(None)
                 } else {
                     Err(ErrorKind::UnexpectedEof.into())
                 };
             }
-            if line.len() > LONGEST_LINE || sockets.len() > MOST_SOCKETS {
+            if line.len() > MAX_LINE || sockets.len() > MAX_SOCKETS {
                 return Err(ErrorKind::InvalidData.into());
             }
         }
@@ -96,9 +96,9 @@ impl Handover {
         Ok(Some((text.trim_end().to_owned(), sockets)))
     }
 
-    fn receive(&self, line: &mut Vec<u8>, sockets: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    fn receive_part(&self, line: &mut Vec<u8>, sockets: &mut Vec<OwnedFd>) -> io::Result<usize> {
         let mut text = [0; 512];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SOCKETS))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SOCKETS))];
         let mut attached = RecvAncillaryBuffer::new(&mut space);
         let received = recvmsg(
             &self.stream,
@@ -159,9 +159,9 @@ mod tests {
         let (first, second) = (bound(), bound());
         let address = first.local_addr().expect("bound");
         let mut waiting = TcpStream::connect(address).await.expect("connected before");
-        one.say("two listeners", &[first.as_fd(), second.as_fd()]).await.expect("said");
+        one.send("two listeners", &[first.as_fd(), second.as_fd()]).await.expect("said");
         drop((first, second));
-        let (line, sockets) = other.hear().await.expect("heard").expect("a line");
+        let (line, sockets) = other.receive().await.expect("heard").expect("a line");
         assert_eq!((line.as_str(), sockets.len()), ("two listeners", 2));
         let listener = sockets.into_iter().next().expect("a socket");
         let listener = BoundListener::try_from(listener).expect("a listener");
@@ -175,12 +175,12 @@ mod tests {
     #[tokio::test]
     async fn receives_lines_separately_and_detects_end() {
         let (one, other) = conversation();
-        one.say("rules", &[]).await.expect("said");
-        assert_eq!(other.hear().await.expect("heard").expect("a line").0, "rules");
-        other.say("ok", &[]).await.expect("said");
-        assert_eq!(one.hear().await.expect("heard").expect("a line").0, "ok");
+        one.send("rules", &[]).await.expect("said");
+        assert_eq!(other.receive().await.expect("heard").expect("a line").0, "rules");
+        other.send("ok", &[]).await.expect("said");
+        assert_eq!(one.receive().await.expect("heard").expect("a line").0, "ok");
         drop(one);
-        assert!(other.hear().await.expect("an end").is_none());
+        assert!(other.receive().await.expect("an end").is_none());
     }
 
     #[tokio::test]
@@ -188,11 +188,11 @@ mod tests {
         let (one, other) = conversation();
         let mut raw = one.stream;
         raw.write_all(&[b'x'; 5000]).await.expect("written");
-        assert_eq!(other.hear().await.expect_err("too long").kind(), ErrorKind::InvalidData);
+        assert_eq!(other.receive().await.expect_err("too long").kind(), ErrorKind::InvalidData);
         let (one, other) = conversation();
         let mut raw = one.stream;
         raw.write_all(b"\xff\n").await.expect("written");
-        assert_eq!(other.hear().await.expect_err("no text").kind(), ErrorKind::InvalidData);
+        assert_eq!(other.receive().await.expect_err("no text").kind(), ErrorKind::InvalidData);
         let (unix, _) = UnixStream::pair().expect("a pair");
         let imposter = OwnedFd::from(unix.into_std().expect("its socket"));
         BoundListener::try_from(imposter).expect_err("the socket does not listen");

@@ -157,9 +157,10 @@ fn named_sets(plan: &RulePlan) -> impl Iterator<Item = NamedSet> {
 /// limit.
 fn make_room(kernel: &Kernel, plan: &RulePlan) {
     /// An upper bound for the size of one chain, set or rule in bytes.
-    const EACH: usize = 2048;
+    const MAX_ENTRY_BYTES: usize = 2048;
     let elements: usize = named_sets(plan).map(|set| set.values.len()).sum();
-    let size = (plan.chains().len() + 2 * plan.rules().len() + 8) * EACH + elements * sets::ELEMENT;
+    let size = (plan.chains().len() + 2 * plan.rules().len() + 8) * MAX_ENTRY_BYTES
+        + elements * sets::ELEMENT;
     let socket = kernel.socket();
     let grown =
         setsockopt(socket, SndBufForce, &size).or_else(|_| setsockopt(socket, SndBuf, &size));

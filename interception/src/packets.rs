@@ -19,7 +19,7 @@ use nix::sys::socket::{
 /// [`PacketCapture::drain`].
 const RECEIVE_BUFFER: usize = 64 << 20;
 /// The maximum length of a frame: with segmentation offload, 64 KiB of IP plus the Ethernet header.
-const LONGEST_FRAME: usize = (64 << 10) + 64;
+const MAX_FRAME: usize = (64 << 10) + 64;
 
 /// An open capture of the frames that an interface sends and receives.
 pub struct PacketCapture {
@@ -42,7 +42,7 @@ impl PacketCapture {
         if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
             setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
         }
-        Ok(Self { socket, interface, frame: vec![0; LONGEST_FRAME] })
+        Ok(Self { socket, interface, frame: vec![0; MAX_FRAME] })
     }
 
     /// The frames since the last call, in order. Does not wait.

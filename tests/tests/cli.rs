@@ -34,7 +34,7 @@ impl Folder {
     }
 
     /// Runs the folder's copy of `underpass` as an unprivileged user.
-    fn nobody(&self, arguments: &str) -> Answer {
+    fn unprivileged(&self, arguments: &str) -> Answer {
         let mut command = Command::new(self.0.join("underpass"));
         if fs::metadata(&self.0).unwrap().uid() == 0 {
             command.uid(65534).gid(65534);
@@ -162,7 +162,7 @@ fn unprivileged_user_can_render_but_not_install_rules() {
     folder.run("cp", &format!("{} underpass", binary().display())).ok();
     for profile in ["ambient", "sidecar", "osm"] {
         let render = |format: &str| {
-            folder.nobody(&format!("rules render --profile {profile} --format {format}")).ok()
+            folder.unprivileged(&format!("rules render --profile {profile} --format {format}")).ok()
         };
         assert!(render("nft").contains("add table inet underpass\n"), "{profile}");
         assert!(render("iptables").contains("*nat\n"), "{profile}");
@@ -170,11 +170,11 @@ fn unprivileged_user_can_render_but_not_install_rules() {
         let json: serde_json::Value = serde_json::from_str(&render("json")).unwrap();
         assert!(json["rules"].as_array().is_some_and(|rules| rules.len() > 10), "{profile}");
         for options in ["", "--from app --to 10.1.0.2:80"] {
-            folder.nobody(&format!("rules explain --profile {profile} {options}")).ok();
+            folder.unprivileged(&format!("rules explain --profile {profile} {options}")).ok();
         }
     }
     for command in ["install", "verify", "watch"] {
-        let error = folder.nobody(&format!("rules {command}")).fails(1);
+        let error = folder.unprivileged(&format!("rules {command}")).fails(1);
         assert!(error.contains("NET_ADMIN is missing"), "{command}: {error}");
         // `verify` first prints that it assumes defaults.
         let lines = if command == "verify" { 2 } else { 1 };

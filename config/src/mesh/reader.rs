@@ -15,7 +15,7 @@ use crate::read::Problems;
 use crate::{ConfigErrors, Problem};
 
 /// The number of attempts to get a consistent set of files while they are being replaced.
-const MAX_TAKES: usize = 3;
+const MAX_ATTEMPTS: usize = 3;
 
 /// Reads documents, and caches those of the last read.
 #[derive(Debug, Default)]
@@ -65,7 +65,7 @@ impl Reader {
         path: &Path,
         mut taken: (u64, Vec<Content>),
     ) -> Result<Mesh, ConfigErrors> {
-        for _ in 1..MAX_TAKES {
+        for _ in 1..MAX_ATTEMPTS {
             if taken.0 == files::fingerprint(path) {
                 break;
             }

@@ -16,7 +16,7 @@ use crate::watch::PathWatch;
 use crate::{ConfigErrors, FileWatcher};
 
 /// The polling interval until a replaced snapshot is unused.
-const RETIREMENT: Duration = Duration::from_millis(200);
+const RETIRE_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The nice value of the reading thread. Data threads get nine tenths of a contended CPU (weights
 /// in sched(7)), so a large mesh delays no request.
@@ -119,7 +119,7 @@ impl Mesh {
                 }
                 Err(shared) => snapshot = shared,
             }
-            sleep(RETIREMENT).await;
+            sleep(RETIRE_POLL_INTERVAL).await;
         }
     }
 }

@@ -10,7 +10,7 @@ use underpass_config::{Name, WorkloadType};
 use super::*;
 
 /// Text that resembles the headers, so that parsers get past the first character.
-fn near() -> impl Strategy<Value = String> {
+fn similar_text() -> impl Strategy<Value = String> {
     let word = prop_oneof![
         Just("00-").boxed(),
         Just("ff").boxed(),
@@ -102,7 +102,7 @@ fn headers_of(lines: &[(HeaderName, Vec<u8>)]) -> HeaderMap {
 fn lines() -> impl Strategy<Value = Vec<(HeaderName, Vec<u8>)>> {
     let name = prop::sample::select(vec![TRACEPARENT, BAGGAGE, FORWARDED, NETWORK]);
     let value = prop_oneof![
-        2 => near().prop_map(String::into_bytes),
+        2 => similar_text().prop_map(String::into_bytes),
         1 => vec(any::<u8>(), 0..80),
         1 => vec(32_u8..127, 55),
     ];
@@ -121,7 +121,7 @@ proptest! {
     }
 
     #[test]
-    fn parsers_never_panic(text in prop_oneof![near(), any::<String>()]) {
+    fn parsers_never_panic(text in prop_oneof![similar_text(), any::<String>()]) {
         let traceparent = text.parse::<TraceParent>();
         if let Ok(traceparent) = traceparent {
             prop_assert_eq!(traceparent.to_string().parse(), Ok(traceparent));
@@ -158,7 +158,7 @@ proptest! {
     }
 
     #[test]
-    fn traceparent_is_readable_for_ztunnel(text in near()) {
+    fn traceparent_is_readable_for_ztunnel(text in similar_text()) {
         let traceparent = text.parse().unwrap_or_else(|_| TraceParent::new());
         let header = traceparent.to_header();
         let fields: Vec<_> = header.to_str().unwrap().split('-').map(str::len).collect();

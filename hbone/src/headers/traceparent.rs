@@ -17,7 +17,7 @@ const LENGTH: usize = 55;
 /// The written version. Of later versions, the common fields are read.
 const VERSION: u128 = 0x00;
 /// The reserved version.
-const NO_VERSION: u128 = 0xff;
+const RESERVED_VERSION: u128 = 0xff;
 /// The only flag of version 00 (Trace Context section 3.2.2.5).
 const SAMPLED: u128 = 0x01;
 
@@ -88,7 +88,7 @@ impl FromStr for TraceParent {
         let (Some(version), Some(trace_id), Some(parent_id), Some(flags)) = fields_read else {
             return Err(HeaderError::TraceParent);
         };
-        if version == NO_VERSION {
+        if version == RESERVED_VERSION {
             return Err(HeaderError::TraceVersion);
         }
         // Later versions may append fields (section 3.2.4).

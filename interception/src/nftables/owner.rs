@@ -13,12 +13,12 @@ use crate::{Entered, InterceptionError};
 /// The name of the chain. It cannot clash: names of planned chains start with a table and `_`.
 const CHAIN: &str = "owner";
 /// The maximum length of a comment (NFT_USERDATA_MAXLEN without the header).
-const LONGEST: usize = 127;
+const MAX_COMMENT: usize = 127;
 
 /// Writes the comment. The table must exist.
 pub(crate) async fn mark_owner(entered: &Entered, owner: &str) -> Result<(), InterceptionError> {
     let mut comment = owner.to_owned();
-    comment.truncate(comment.floor_char_boundary(LONGEST));
+    comment.truncate(comment.floor_char_boundary(MAX_COMMENT));
     with_connection(entered, "write the owner of the nftables rules", async |kernel| {
         let chain = Chain::new(TABLE, CHAIN)?.family(Family::Inet);
         let fresh = chain.clone().comment(&comment);

@@ -21,7 +21,7 @@ use super::{Action, ChainId, Direction, Hook, Match, Protocol, Rule, RulePlan, T
 /// The name of the loopback interface.
 const LOOPBACK: &str = "lo";
 /// The maximum depth of jumps (NFT_JUMP_STACK_SIZE, include/net/netfilter/nf_tables.h).
-const DEEPEST_JUMP: usize = 16;
+const MAX_JUMP_DEPTH: usize = 16;
 
 /// A packet before the first rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -322,7 +322,7 @@ impl<'p> Walker<'p, '_> {
             }
             match rule.action {
                 Action::Return => return ChainVerdict::Continue,
-                Action::Jump(target) if depth < DEEPEST_JUMP => {
+                Action::Jump(target) if depth < MAX_JUMP_DEPTH => {
                     match self.chain(target, depth + 1) {
                         ChainVerdict::Continue => {}
                         verdict => return verdict,

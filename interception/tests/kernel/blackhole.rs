@@ -8,7 +8,9 @@ use socket2::{Domain, Socket, Type};
 use underpass_interception::PROXY_MARK;
 
 use crate::Case;
-use crate::pod::{DEADLINE, Family, V4, V6, Wired, at, command, equal, inside, isolated, prepare};
+use crate::pod::{
+    ConnectedPods, DEADLINE, Family, V4, V6, at, command, equal, inside, isolated, prepare,
+};
 
 pub(crate) const CASES: &[Case] = &[
     ("the blackhole blocks only unmarked TCP", refuses_unmarked_tcp),
@@ -37,14 +39,18 @@ fn connects(to: IpAddr, port: u16, mark: u32, uid: u32) -> Result<bool, Failed> 
 }
 
 /// Listens on these ports of the remote namespace.
-fn listeners(wired: &Wired, family: Family, ports: &[u16]) -> Result<Vec<TcpListener>, Failed> {
+fn listeners(
+    wired: &ConnectedPods,
+    family: Family,
+    ports: &[u16],
+) -> Result<Vec<TcpListener>, Failed> {
     let listen = || ports.iter().map(|port| TcpListener::bind(at(family.remote, *port))).collect();
     let listeners: std::io::Result<Vec<_>> = wired.remote.run(listen)?;
     Ok(listeners?)
 }
 
 fn refuses_unmarked_tcp() -> Result<(), Failed> {
-    let wired = Wired::new("blackhole")?;
+    let wired = ConnectedPods::new("blackhole")?;
     for family in [V4, V6] {
         let _there = listeners(&wired, family, &[PORT])?;
         inside(&wired.pod, async || {
@@ -70,7 +76,7 @@ fn refuses_unmarked_tcp() -> Result<(), Failed> {
 }
 
 fn exempts_exclusions() -> Result<(), Failed> {
-    let wired = Wired::new("exempt")?;
+    let wired = ConnectedPods::new("exempt")?;
     for (family, excluded) in [(V4, "10.0.0.2/32"), (V6, "fd00::2/128")] {
         let _there = listeners(&wired, family, &[PORT, 5432])?;
         inside(&wired.pod, async || {
@@ -137,7 +143,7 @@ fn has_many_exemptions() -> Result<(), Failed> {
 
 /// The kernel rejects port 65535 in an ip rule, and users outside of the user namespace.
 fn takes_inexpressible_settings() -> Result<(), Failed> {
-    let wired = Wired::new("inexpressible")?;
+    let wired = ConnectedPods::new("inexpressible")?;
     let _there = listeners(&wired, V4, &[PORT, 80])?;
     inside(&wired.pod, async || {
         for (settings, expected) in [

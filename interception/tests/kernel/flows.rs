@@ -15,7 +15,7 @@ use underpass_interception::{
 
 use crate::Case;
 use crate::pod::{
-    DEADLINE, Family, PORTS, V4, V6, Wired, at, equal, inside, prepare, runtime, settings,
+    ConnectedPods, DEADLINE, Family, PORTS, V4, V6, at, equal, inside, prepare, runtime, settings,
 };
 
 pub(crate) const CASES: &[Case] = &[
@@ -50,7 +50,7 @@ const APP: u16 = 8080;
 
 /// A pod with rules, the proxy's listeners, and an application on each side.
 struct Mesh {
-    wired: Wired,
+    wired: ConnectedPods,
     outbound: BoundListener,
     inbound: BoundListener,
     hbone: BoundListener,
@@ -65,7 +65,7 @@ impl Mesh {
 
     /// The same with rules for these settings.
     fn with(name: &str, assignments: &str) -> Result<Self, Failed> {
-        let wired = Wired::new(name)?;
+        let wired = ConnectedPods::new(name)?;
         let sockets = Sockets::new(&settings(""), true);
         let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
         let listen =
@@ -263,7 +263,7 @@ fn a7(family: Family, name: &str) -> Result<(), Failed> {
 }
 
 fn survives_installation(family: Family, name: &str) -> Result<(), Failed> {
-    let wired = Wired::new(name)?;
+    let wired = ConnectedPods::new(name)?;
     let pairs =
         [(&wired.pod, &wired.remote, family.remote), (&wired.remote, &wired.pod, family.pod)];
     let mut streams = Vec::new();
@@ -303,7 +303,7 @@ fn survives_installation(family: Family, name: &str) -> Result<(), Failed> {
 }
 
 fn capture() -> Result<(), Failed> {
-    let wired = Wired::new("capture")?;
+    let wired = ConnectedPods::new("capture")?;
     let mut capture = wired.remote.run(|| PacketCapture::open("eth0"))??;
     for family in [V4, V6] {
         let to = at(family.remote, APP);

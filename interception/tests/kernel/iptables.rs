@@ -21,7 +21,7 @@ use crate::plans::{all, base, full, tproxy};
 use crate::pod::{DEADLINE, PORTS, command, equal, inside, isolated};
 
 pub(crate) const CASES: &[Case] = &[
-    ("the plans of these tests cover every match and every action", every_word),
+    ("the plans of these tests cover every match and every action", covers_every_match_and_action),
     ("iptables-nft lists a plan exactly as it was printed", || listed_as_printed(NFT)),
     ("iptables-legacy lists a plan exactly as it was printed", || listed_as_printed(LEGACY)),
     ("iptables-nft: installing gives the same as loading the text", || installed_is_printed(NFT)),
@@ -151,7 +151,7 @@ fn canonical(rules: Rules) -> Rules {
         .collect()
 }
 
-fn every_word() -> Result<(), Failed> {
+fn covers_every_match_and_action() -> Result<(), Failed> {
     let plans: Vec<_> =
         all()?.iter().map(|settings| RulePlan::new(settings, PORTS, true)).collect();
     let rules = || plans.iter().flat_map(RulePlan::rules).filter(|rule| !rule.nftables_only);

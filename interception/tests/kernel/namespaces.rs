@@ -14,7 +14,7 @@ use underpass_interception::{
 };
 
 use crate::Case;
-use crate::pod::{PORTS, Wired, command, equal, isolated, runtime, settings};
+use crate::pod::{ConnectedPods, PORTS, command, equal, isolated, runtime, settings};
 
 pub(crate) const CASES: &[Case] = &[
     ("a named namespace can be entered by its path and its name", entered_by_path_and_name),
@@ -32,7 +32,7 @@ pub(crate) const CASES: &[Case] = &[
 const ADDRESSES: &str = "ip -o address show dev eth0";
 
 fn entered_by_path_and_name() -> Result<(), Failed> {
-    let wired = Wired::new("entered")?;
+    let wired = ConnectedPods::new("entered")?;
     let inside = command(&wired.remote, ADDRESSES)?;
     let here = Namespace::current()?;
     let path = wired.remote.path().display();
@@ -45,7 +45,7 @@ fn entered_by_path_and_name() -> Result<(), Failed> {
 }
 
 fn entered_by_descriptor() -> Result<(), Failed> {
-    let wired = Wired::new("descriptor")?;
+    let wired = ConnectedPods::new("descriptor")?;
     let inside = command(&wired.pod, ADDRESSES)?;
     let current = wired.pod.run(Namespace::current)??;
     let reopened = Namespace::open(current.path())?;
@@ -67,7 +67,7 @@ fn taken_name() -> Result<(), Failed> {
 }
 
 fn routes() -> Result<(), Failed> {
-    let wired = Wired::new("routes")?;
+    let wired = ConnectedPods::new("routes")?;
     runtime()?.block_on(async {
         wired.pod.add_route("192.0.2.0/24".parse()?, "10.0.0.2".parse()?).await?;
         wired.pod.add_route("2001:db8::/32".parse()?, "fd00::2".parse()?).await?;
@@ -185,7 +185,7 @@ fn from_outside() -> Result<(), Failed> {
 
 fn deleted_is_gone() -> Result<(), Failed> {
     const DEADLINE: Duration = Duration::from_secs(10);
-    let Wired { pod, remote } = Wired::new("gone")?;
+    let ConnectedPods { pod, remote } = ConnectedPods::new("gone")?;
     let thread = NamespaceThread::start(|| Ok(()))?;
     let access = NamespaceAccess::new(pod.clone(), thread.clone());
     let rules = runtime()?.block_on(async {

@@ -216,7 +216,7 @@ fn listings(namespace: &Namespace, plan: &RulePlan) -> Result<[Option<Sections>;
 }
 
 /// Fails with the first line that differs from the plan.
-fn same(namespace: &Namespace, plan: &RulePlan) -> Result<(), Failed> {
+fn assert_same(namespace: &Namespace, plan: &RulePlan) -> Result<(), Failed> {
     let lines = |sections: Option<Sections>| -> Vec<String> {
         let sections = sections.unwrap_or_default().into_iter();
         sections.flat_map(|(head, lines)| [vec![head], lines].concat()).collect()
@@ -262,15 +262,15 @@ fn installed_is_expected() -> Result<(), Failed> {
     let [installed, _] = listings(&pod, &plan)?;
     equal("a listing without a table", installed, None)?;
     install(&pod, &plan)?;
-    same(&pod, &plan)?;
+    assert_same(&pod, &plan)?;
     load(&pod, "nft-expected", &plan.to_string())?;
-    same(&pod, &plan)?;
+    assert_same(&pod, &plan)?;
     // A backup that another tool restores is no difference either.
     let backup = command(&pod, "nft list ruleset")?;
     load(&pod, "nft-backup", &format!("flush ruleset\n{backup}"))?;
-    same(&pod, &plan)?;
+    assert_same(&pod, &plan)?;
     install(&pod, &plan)?;
-    same(&pod, &plan)
+    assert_same(&pod, &plan)
 }
 
 /// HANDLE is that of the first rule, `meta l4proto tcp counter return comment "rule-0"`; SET is a
@@ -308,7 +308,7 @@ fn tampering_is_detected() -> Result<(), Failed> {
     let plan = every_rule()?;
     for tampering in TAMPERING {
         install(&pod, &plan)?;
-        same(&pod, &plan)?;
+        assert_same(&pod, &plan)?;
         let chain = command(&pod, "nft -a list chain inet underpass nat_istio_output")?;
         let first = chain.lines().find(|line| line.contains("\"rule-0\"")).ok_or("a rule")?;
         let (_, handle) = first.rsplit_once("handle ").ok_or("a handle")?;
@@ -337,7 +337,7 @@ fn ignores_other_tables() -> Result<(), Failed> {
         "add set inet other extra { type ipv4_addr; }",
     ] {
         load(&pod, "nft-others", text)?;
-        same(&pod, &plan)?;
+        assert_same(&pod, &plan)?;
     }
     Ok(())
 }
@@ -361,14 +361,14 @@ fn many_networks() -> Result<(), Failed> {
     });
     let plan = testing::plan(chains(), rules.collect());
     install(&pod, &plan)?;
-    same(&pod, &plan)?;
+    assert_same(&pod, &plan)?;
     let installed = command(&pod, "nft --stateless list ruleset")?;
     load(&pod, "nft-many", &plan.to_string())?;
-    same(&pod, &plan)?;
+    assert_same(&pod, &plan)?;
     let printed = command(&pod, "nft --stateless list ruleset")?;
     equal("nft lists both alike", printed == installed, true)?;
     install(&pod, &plan)?;
-    same(&pod, &plan)
+    assert_same(&pod, &plan)
 }
 
 fn changes_are_reported() -> Result<(), Failed> {

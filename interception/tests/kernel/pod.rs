@@ -54,12 +54,12 @@ impl Family {
 }
 
 /// A pod connected with a remote namespace.
-pub(crate) struct Wired {
+pub(crate) struct ConnectedPods {
     pub(crate) pod: Namespace,
     pub(crate) remote: Namespace,
 }
 
-impl Wired {
+impl ConnectedPods {
     /// `name` distinguishes the namespaces of concurrent tests.
     pub(crate) fn new(name: &str) -> Result<Self, Failed> {
         let pod = Namespace::create_named(&format!("{name}-pod"))?;

@@ -334,13 +334,13 @@ fn foreign_rules() -> Result<(), Failed> {
 }
 
 /// The result of `prepare` in the test's initial namespace, and whether that is the host's.
-pub(crate) struct Outside {
+pub(crate) struct InitialNamespace {
     refused: bool,
     permitted: bool,
     initial: bool,
 }
 
-pub(crate) fn prepare_here() -> io::Result<Outside> {
+pub(crate) fn prepare_here() -> io::Result<InitialNamespace> {
     const INITIAL: u64 = 0xEFFF_FFF9;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(async {
@@ -351,14 +351,14 @@ pub(crate) fn prepare_here() -> io::Result<Outside> {
     while fs::read_dir("/proc/self/task")?.count() > 1 {
         thread::yield_now();
     }
-    Ok(Outside {
+    Ok(InitialNamespace {
         refused: matches!(result, Err(InterceptionError::HostNamespace { .. })),
         permitted: !matches!(result, Err(InterceptionError::NotPermitted { .. })),
         initial: fs::metadata("/proc/self/ns/net")?.ino() == INITIAL,
     })
 }
 
-pub(crate) fn host_is_refused(outside: &io::Result<Outside>) -> Result<(), Failed> {
+pub(crate) fn host_is_refused(outside: &io::Result<InitialNamespace>) -> Result<(), Failed> {
     let outside = outside.as_ref().map_err(|error| error.to_string())?;
     // Without NET_ADMIN, that is the first error.
     if outside.permitted && outside.initial {

@@ -91,8 +91,8 @@ impl Claim {
     ) -> Result<(String, Vec<OwnedFd>), TakeOverError> {
         let talk = |source: io::Error| TakeOverError::Talk { socket: self.socket.clone(), source };
         let answer = async {
-            self.conversation.say(line, &[]).await?;
-            self.conversation.hear().await
+            self.conversation.send(line, &[]).await?;
+            self.conversation.receive().await
         };
         let answer = timeout(ANSWER, answer).await;
         let heard = match answer.map_err(|_| TakeOverError::NoAnswer { asked })? {

@@ -150,12 +150,12 @@ impl Offer {
         let said = hear(conversation, "hello", "connecting", ANSWER).await?;
         if !peer.is_trusted() {
             conversation
-                .say(&format!("{REFUSED} it gives way to its own user and root"), &[])
+                .send(&format!("{REFUSED} it gives way to its own user and root"), &[])
                 .await?;
             return Err(Failed::Stranger(peer.uid));
         }
         if let Some(why) = self.role.refusal(&said) {
-            conversation.say(&format!("{REFUSED} {why}"), &[]).await?;
+            conversation.send(&format!("{REFUSED} {why}"), &[]).await?;
             return Err(Failed::Refused);
         }
         tracing::info!(pid = peer.pid, "another process is about to take over");
@@ -166,16 +166,16 @@ impl Offer {
         let sockets = listeners.map(|(name, listener)| (name, listener.as_fd()));
         let sockets = sockets.chain(place).chain(instance);
         let (names, sockets): (Vec<_>, Vec<_>) = sockets.unzip();
-        conversation.say(&format!("{LISTENERS} {}", names.join(" ")), &sockets).await?;
+        conversation.send(&format!("{LISTENERS} {}", names.join(" ")), &sockets).await?;
         expect(conversation, RULES, "hello", PREPARE).await?;
         self.gates.rules.close().await;
-        conversation.say(OK, &[]).await?;
+        conversation.send(OK, &[]).await?;
         expect(conversation, ACCEPT, RULES, PREPARE).await?;
         self.gates.accept.close().await;
-        conversation.say(OK, &[]).await?;
+        conversation.send(OK, &[]).await?;
         expect(conversation, READY, ACCEPT, TURN).await?;
         // Whether it hears that or not, it accepts.
-        conversation.say(OK, &[]).await.ok();
+        conversation.send(OK, &[]).await.ok();
         Ok(())
     }
 }
@@ -216,7 +216,7 @@ async fn hear(
     after: &'static str,
     deadline: Duration,
 ) -> Result<String, Failed> {
-    match timeout(deadline, conversation.hear()).await {
+    match timeout(deadline, conversation.receive()).await {
         Err(_) => Err(Failed::Late { after, deadline }),
         Ok(Ok(Some((line, _)))) => Ok(line),
         Ok(Ok(None)) => Err(Failed::Left { wanted }),

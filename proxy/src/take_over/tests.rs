@@ -30,8 +30,8 @@ fn role(flags: &[&str]) -> String {
 /// Says these, and hears an answer to each.
 async fn say(conversation: &Handover, lines: &[&str]) {
     for line in lines {
-        conversation.say(line, &[]).await.unwrap();
-        conversation.hear().await.unwrap().unwrap();
+        conversation.send(line, &[]).await.unwrap();
+        conversation.receive().await.unwrap().unwrap();
     }
 }
 

@@ -9,11 +9,11 @@ use underpass_tests::{Family, Pod, Proxy, Scene, Suite, tool, until, within};
 
 use crate::{PROFILES, Profile};
 
-use Gets::{Http, Nothing};
+use Expected::{Http, Nothing};
 
 /// The expected result of a call.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Gets {
+enum Expected {
     /// A refusal, or an end without data other than TLS records.
     Nothing,
     /// An HTTP response: metrics and readiness are public.
@@ -22,7 +22,7 @@ enum Gets {
 
 /// As in ztunnel's test `malicious_calls_inpod`, except that metrics and readiness are in the pod
 /// and public here.
-const TABLE: [(u16, Gets); 7] = [
+const TABLE: [(u16, Expected); 7] = [
     // Outbound, inbound, HBONE.
     (15001, Nothing),
     (15006, Nothing),
@@ -99,7 +99,7 @@ async fn every_port(from: &Pod, addresses: &[IpAddr]) {
     }
 }
 
-async fn call(pod: &Pod, to: SocketAddr) -> Gets {
+async fn call(pod: &Pod, to: SocketAddr) -> Expected {
     let Ok(mut stream) = pod.dial(to).await else { return Nothing };
     let path = if to.port() == 15020 { "metrics" } else { "healthz/ready" };
     let request = format!("GET /{path} HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n\r\n");

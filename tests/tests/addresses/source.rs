@@ -10,13 +10,13 @@ pub(crate) fn add(suite: &mut Suite) {
             suite,
             "the application sees the profile's client address, in plaintext and through a tunnel",
             async move || {
-                seen(profile).await;
+                application_sees_client(profile).await;
             },
         );
     }
 }
 
-async fn seen(profile: Profile) {
+async fn application_sees_client(profile: Profile) {
     let scene = Scene::new().await;
     let mut at_server = scene.server.proxy(&profile.of(scene.server_settings())).await;
     arrives(profile, &scene).await;

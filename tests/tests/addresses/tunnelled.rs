@@ -7,10 +7,10 @@ use underpass_hbone::{ClientSettings, ConnectRequest, Connector, HboneError, Tun
 use underpass_tests::{APP, DEADLINE, Family, HBONE, SERVER, Scene, Suite};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test_both("a tunnel accepts only its own address as destination", nowhere_else);
+    suite.test_both("a tunnel accepts only its own address as destination", own_address_only);
     suite.test(
         "without rules, the listeners for captured connections serve no connection",
-        not_caught,
+        uncaptured_listeners,
     );
 }
 
@@ -41,7 +41,7 @@ const TABLE: [(&str, StatusCode); 20] = [
     ("localhost:8080", StatusCode::SERVICE_UNAVAILABLE),
 ];
 
-async fn nowhere_else(family: Family) {
+async fn own_address_only(family: Family) {
     let scene = Scene::new().await;
     let mut proxy = scene.server.proxy(&scene.server_settings()).await;
     let app = scene.server.listen(APP);
@@ -85,7 +85,7 @@ async fn open(scene: &Scene, family: Family) -> Tunnel {
 }
 
 /// The original destination of an uncaptured connection is the listener itself, which would loop.
-async fn not_caught() {
+async fn uncaptured_listeners() {
     let scene = Scene::new().await;
     let settings = scene.server_settings().set("interception.profile=none");
     let mesh = format!("mesh.file={}", scene.empty_mesh().display());

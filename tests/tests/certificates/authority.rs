@@ -17,7 +17,10 @@ const PORT: u16 = 15012;
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test("proxies obtain and renew certificates from ca serve", issued);
-    suite.test("a proxy keeps its certificate while the CA is down and renews it afterwards", away);
+    suite.test(
+        "a proxy keeps its certificate while the CA is down and renews it afterwards",
+        ca_down,
+    );
     suite.test("a proxy without a token gets no certificate and logs the reason", no_token);
     suite.test("a token is limited to its client's identities", not_allowed);
     suite.test("a node's token is accepted for the certificates of its workloads", impersonation);
@@ -116,7 +119,7 @@ async fn issued() {
     server.line(&["src.identity=\"spiffe://cluster.local/ns/default/sa/client\""]).await;
 }
 
-async fn away() {
+async fn ca_down() {
     let mut authority = Authority::new(BOTH).await;
     let settings = authority.settings(CLIENT, "client-token");
     let mut client = authority.scene.client.proxy(&settings).await;

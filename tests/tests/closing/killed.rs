@@ -4,7 +4,7 @@ use nix::sys::signal::Signal;
 use tokio::io::AsyncReadExt as _;
 use underpass_tests::{APP, End, Family, Suite, exchange, read_to_end};
 
-use crate::{MUCH, Path, breaks, send};
+use crate::{BULK_BYTES, Path, await_socket_error, send};
 
 pub(crate) fn add(suite: &mut Suite) {
     for (path, which, who) in [
@@ -31,8 +31,8 @@ async fn killed(path: Path, which: usize, family: Family) {
     send(&mut ended, 0, true).await.expect("FIN is sent");
     assert_eq!(read_to_end(&mut ended_app).await, (vec![], End::Fin));
     tokio::select! {
-        sent = send(&mut upload, MUCH, true) => sent.expect("it may send"),
-        read = async { upload_app.read_exact(&mut vec![0; MUCH / 2]).await } => {
+        sent = send(&mut upload, BULK_BYTES, true) => sent.expect("it may send"),
+        read = async { upload_app.read_exact(&mut vec![0; BULK_BYTES / 2]).await } => {
             read.expect("bytes arrive");
         }
     }
@@ -43,5 +43,5 @@ async fn killed(path: Path, which: usize, family: Family) {
         assert_eq!(read_to_end(stream).await.1, End::Reset);
     }
     assert_eq!(read_to_end(&mut upload_app).await.1, End::Reset, "the partial body ends in RST");
-    breaks(&ended_app).await;
+    await_socket_error(&ended_app).await;
 }

@@ -24,14 +24,14 @@ use underpass_tests::{
     APP, End, Family, Pod, Proxy, Scene, Suite, abort, exchange, read_to_end, until, within,
 };
 
-use Does::{Close, Fin, Reset};
-use Sees::{Broken, Gone, Over, Refused, Works};
+use Action::{Close, Fin, Reset};
+use Outcome::{Broken, Gone, Over, Refused, Works};
 use Stage::{Fresh, OtherEnded, SelfEnded, Streaming};
 
 /// Actions of one side and what the other side must see. Each row applies to client and server, on
 /// each path.
 #[rustfmt::skip]
-const TABLE: [(Stage, Does, Sees); 11] = [
+const TABLE: [(Stage, Action, Outcome); 11] = [
     (Fresh,      Fin,   Works),
     (Fresh,      Close, Gone),
     (Fresh,      Reset, Broken),
@@ -59,7 +59,7 @@ enum Stage {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Does {
+enum Action {
     /// Sends FIN and continues reading.
     Fin,
     /// Closes the socket: FIN, and RST for data that arrives later.
@@ -70,7 +70,7 @@ enum Does {
 
 /// The result on the other side.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Sees {
+enum Outcome {
     /// All data and FIN; it can still send everything.
     Works,
     /// All data and FIN; sending more gives RST.
@@ -84,7 +84,7 @@ enum Sees {
 }
 
 /// More bytes than all buffers between the applications hold while one does not read.
-const MUCH: usize = 3 << 20;
+const BULK_BYTES: usize = 3 << 20;
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
@@ -167,11 +167,12 @@ async fn all_cells(path: Path, family: Family) {
     let scene = Rc::new(scene);
     let rows = TABLE.into_iter().flat_map(|row| [(row, true), (row, false)]);
     let mut cells = Vec::new();
-    for (port, ((stage, does, sees), by_client)) in (APP..).zip(rows) {
+    for (port, ((stage, action, outcome), by_client)) in (APP..).zip(rows) {
         let (scene, to) = (scene.clone(), scene.server.at(family, port));
-        let cell = spawn_local(async move { run(&scene, to, stage, does, sees, by_client).await });
+        let cell =
+            spawn_local(async move { run(&scene, to, stage, action, outcome, by_client).await });
         let who = if by_client { "client" } else { "server" };
-        cells.push((format!("{stage:?}: the {who}'s {does:?} -> {sees:?}"), cell));
+        cells.push((format!("{stage:?}: the {who}'s {action:?} -> {outcome:?}"), cell));
     }
     let mut wrong = Vec::new();
     for (name, cell) in cells {
@@ -182,7 +183,14 @@ async fn all_cells(path: Path, family: Family) {
     assert!(wrong.is_empty(), "{} cells are wrong: {wrong:#?}", wrong.len());
 }
 
-async fn run(scene: &Scene, to: SocketAddr, stage: Stage, does: Does, sees: Sees, by_client: bool) {
+async fn run(
+    scene: &Scene,
+    to: SocketAddr,
+    stage: Stage,
+    action: Action,
+    outcome: Outcome,
+    by_client: bool,
+) {
     let app = scene.server.listen(to.port());
     let (mut client, mut server, _) = scene.client.meet(&app, to).await;
     if stage != Fresh {
@@ -194,22 +202,23 @@ async fn run(scene: &Scene, to: SocketAddr, stage: Stage, does: Does, sees: Sees
         SelfEnded => end(&mut one, &mut other).await,
         Fresh | Streaming => {}
     }
-    let sent = if stage == Streaming || (stage == OtherEnded && does != Reset) { MUCH } else { 0 };
-    let mut one = act(one, does, sent, stage, &mut other).await;
-    match sees {
+    let sent =
+        if stage == Streaming || (stage == OtherEnded && action != Reset) { BULK_BYTES } else { 0 };
+    let mut one = act(one, action, sent, stage, &mut other).await;
+    match outcome {
         Works => {
             let one = one.as_mut().expect("it still reads");
             let (sending, received) =
-                tokio::join!(send(&mut other, MUCH, true), received_slowly(one));
+                tokio::join!(send(&mut other, BULK_BYTES, true), received_slowly(one));
             sending.expect("it may send");
-            assert_eq!(received, (MUCH, End::Fin));
+            assert_eq!(received, (BULK_BYTES, End::Fin));
         }
         Gone | Refused => {
-            let refused = within("a RST", sends_in_vain(&mut other)).await;
+            let refused = within("a RST", send_until_error(&mut other)).await;
             assert!(is_reset(&refused), "{refused}");
         }
         Over => assert!(other.take_error().expect("asked").is_none(), "nothing comes after FIN"),
-        Broken if stage == SelfEnded => breaks(&other).await,
+        Broken if stage == SelfEnded => await_socket_error(&other).await,
         Broken => {}
     }
 }
@@ -218,12 +227,12 @@ async fn run(scene: &Scene, to: SocketAddr, stage: Stage, does: Does, sees: Sees
 /// is expected.
 async fn act(
     mut one: TcpStream,
-    does: Does,
+    action: Action,
     sent: usize,
     stage: Stage,
     other: &mut TcpStream,
 ) -> Option<TcpStream> {
-    match (does, stage) {
+    match (action, stage) {
         (Reset, SelfEnded) => abort(one),
         (_, SelfEnded) => drop(one),
         (Reset, _) => {
@@ -241,8 +250,8 @@ async fn act(
         }
         (Fin | Close, _) => {
             let acting = async {
-                send(&mut one, sent, does == Fin).await.expect("it may send");
-                (does == Fin).then_some(one)
+                send(&mut one, sent, action == Fin).await.expect("it may send");
+                (action == Fin).then_some(one)
             };
             let (one, received) = tokio::join!(acting, received_slowly(other));
             assert_eq!(received, (sent, End::Fin), "every byte, and FIN");
@@ -283,7 +292,7 @@ async fn end(from: &mut TcpStream, to: &mut TcpStream) {
 }
 
 /// Sends until an error.
-async fn sends_in_vain(from: &mut TcpStream) -> io::Error {
+async fn send_until_error(from: &mut TcpStream) -> io::Error {
     loop {
         if let Err(error) = from.write_all(&[7; 1024]).await {
             return error;
@@ -294,7 +303,7 @@ async fn sends_in_vain(from: &mut TcpStream) -> io::Error {
 
 /// After FIN, a reader learns of a RST only by the socket error (EPIPE, `tcp_reset` in
 /// net/ipv4/tcp_input.c).
-async fn breaks(stream: &TcpStream) {
+async fn await_socket_error(stream: &TcpStream) {
     until("the connection breaks", async || {
         let error = SockRef::from(stream).take_error().expect("the socket is asked");
         error.is_some_and(|error| is_reset(&error))

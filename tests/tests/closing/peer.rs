@@ -14,10 +14,10 @@ use underpass_tests::{
     APP, End, Family, HBONE, Scene, Suite, TlsClient, TlsServer, read_to_end, within,
 };
 
-use Does::{EndStream, Fin, GoAway, Reset, ResetStream, Retire};
+use Action::{EndStream, Fin, GoAway, Reset, ResetStream, Retire};
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Does {
+enum Action {
     /// DATA with END_STREAM.
     EndStream,
     /// RST_STREAM.
@@ -33,7 +33,7 @@ enum Does {
 }
 
 /// Actions of the peer, and what the application on the proxy's side must see.
-const TABLE: [(Does, End); 11] = [
+const TABLE: [(Action, End); 11] = [
     (EndStream, End::Fin),
     (Retire, End::Fin),
     (ResetStream(Reason::NO_ERROR), End::Reset),
@@ -48,16 +48,19 @@ const TABLE: [(Does, End); 11] = [
 ];
 
 pub(crate) fn add(suite: &mut Suite) {
-    for (does, sees) in TABLE {
-        suite.test(&format!("HBONE client: the peer's {does:?} -> {sees:?}"), async move || {
-            by_server(does, sees, Family::V4).await;
-        });
+    for (action, outcome) in TABLE {
+        suite.test(
+            &format!("HBONE client: the peer's {action:?} -> {outcome:?}"),
+            async move || {
+                by_server(action, outcome, Family::V4).await;
+            },
+        );
         // h2's client cannot send GOAWAY with an open stream.
-        if !matches!(does, Retire | GoAway(_)) {
+        if !matches!(action, Retire | GoAway(_)) {
             suite.test(
-                &format!("HBONE server: the peer's {does:?} -> {sees:?}"),
+                &format!("HBONE server: the peer's {action:?} -> {outcome:?}"),
                 async move || {
-                    by_client(does, sees, Family::V4).await;
+                    by_client(action, outcome, Family::V4).await;
                 },
             );
         }
@@ -71,13 +74,13 @@ pub(crate) fn add(suite: &mut Suite) {
 }
 
 /// The proxy opens the tunnel.
-async fn by_server(does: Does, sees: End, family: Family) {
+async fn by_server(action: Action, outcome: End, family: Family) {
     let scene = Scene::new().await;
     let listener = scene.server.listen(HBONE);
     let _proxy = scene.client.proxy(&scene.client_settings()).await;
     let mut app = scene.client.dial(scene.app(family)).await.expect("the proxy accepts");
     let (stream, _) = listener.accept().await;
-    if does == Reset {
+    if action == Reset {
         reset_on_close(&stream);
     }
     let server = TlsServer::new(&scene.server_files);
@@ -94,10 +97,10 @@ async fn by_server(does: Does, sees: End, family: Family) {
         _ = tunnel.accept() => unreachable!("the proxy ended its tunnel"),
     }
     let request = request.into_body();
-    match does {
+    match action {
         Fin | Reset => {
             drop((tunnel, body, request, respond));
-            return assert_eq!(read_to_end(&mut app).await, (vec![], sees));
+            return assert_eq!(read_to_end(&mut app).await, (vec![], outcome));
         }
         GoAway(reason) => tunnel.abrupt_shutdown(reason),
         Retire => tunnel.graceful_shutdown(),
@@ -108,18 +111,18 @@ async fn by_server(does: Does, sees: End, family: Family) {
         pending::<()>().await;
     };
     tokio::select! {
-        () = seen(does, sees, &mut app, body, request) => {}
+        () = seen(action, outcome, &mut app, body, request) => {}
         () = driven => {}
     }
 }
 
 /// The proxy accepts the tunnel.
-async fn by_client(does: Does, sees: End, family: Family) {
+async fn by_client(action: Action, outcome: End, family: Family) {
     let scene = Scene::new().await;
     let _proxy = scene.server.proxy(&scene.server_settings()).await;
     let listener = scene.server.listen(APP);
     let stream = scene.client.dial(scene.server.at(family, HBONE)).await.expect("it listens");
-    if does == Reset {
+    if action == Reset {
         reset_on_close(&stream);
     }
     let client = TlsClient::new(Some(&scene.client_files));
@@ -132,11 +135,11 @@ async fn by_client(does: Does, sees: End, family: Family) {
     assert_eq!(response.status(), StatusCode::OK);
     body.send_data("half".into(), false).expect("data");
     is_half(&mut app).await;
-    if matches!(does, Fin | Reset) {
+    if matches!(action, Fin | Reset) {
         driving.abort();
-        return assert_eq!(read_to_end(&mut app).await, (vec![], sees));
+        return assert_eq!(read_to_end(&mut app).await, (vec![], outcome));
     }
-    seen(does, sees, &mut app, body, response.into_body()).await;
+    seen(action, outcome, &mut app, body, response.into_body()).await;
     driving.abort();
 }
 
@@ -151,20 +154,20 @@ async fn connect(
 
 /// Performs an action on the stream, and checks how the application's connection ends.
 async fn seen(
-    does: Does,
-    sees: End,
+    action: Action,
+    outcome: End,
     app: &mut TcpStream,
     mut body: SendStream<Bytes>,
     mut from_app: RecvStream,
 ) {
-    match does {
+    match action {
         ResetStream(reason) => body.send_reset(reason),
         EndStream | Retire => body.send_data("whole".into(), true).expect("data"),
         GoAway(_) | Fin | Reset => {}
     }
-    let rest = if sees == End::Fin { &b"whole"[..] } else { b"" };
-    assert_eq!(read_to_end(app).await, (rest.to_vec(), sees));
-    if sees == End::Fin {
+    let rest = if outcome == End::Fin { &b"whole"[..] } else { b"" };
+    assert_eq!(read_to_end(app).await, (rest.to_vec(), outcome));
+    if outcome == End::Fin {
         // The other direction stays open, and ends orderly.
         app.write_all(b"more").await.expect("it may send");
         app.shutdown().await.expect("FIN is sent");

@@ -32,7 +32,7 @@ pub(crate) fn add(suite: &mut Suite) {
 }
 
 /// Drops all packets to a port of the pod until the rule is removed.
-async fn wall(pod: &Pod, port: u16) {
+async fn block_port(pod: &Pod, port: u16) {
     let rules = format!(
         "add table inet wall; add chain inet wall input {{ type filter hook input priority 0; }}; \
          add rule inet wall input tcp dport {port} drop"
@@ -40,20 +40,20 @@ async fn wall(pod: &Pod, port: u16) {
     tool(pod, "nft", &[&rules]).await.ok();
 }
 
-async fn fall(pod: &Pod) {
+async fn unblock_port(pod: &Pod) {
     tool(pod, "nft", &["delete table inet wall"]).await.ok();
 }
 
 async fn sent_before(path: Path, port: u16, family: Family) {
     let (scene, _proxies) = path.scene().await;
     let app = scene.server.listen(APP);
-    wall(&scene.server, port).await;
+    block_port(&scene.server, port).await;
     let mut client = scene.client.dial(scene.app(family)).await.expect("the proxy accepts");
     // As much as the proxy's socket accepts without a reader.
     let sent = vec![7; 32 << 10];
     client.write_all(&sent).await.expect("it may send");
     client.shutdown().await.expect("FIN is sent");
-    fall(&scene.server).await;
+    unblock_port(&scene.server).await;
     let (mut server, _) = app.accept().await;
     assert!(read_to_end(&mut server).await == (sent, End::Fin), "every byte, and FIN");
     server.write_all(b"answer").await.expect("it may send");
@@ -64,11 +64,11 @@ async fn sent_before(path: Path, port: u16, family: Family) {
 async fn reset_before(path: Path, port: u16, family: Family) {
     let (scene, _proxies) = path.scene().await;
     let app = scene.server.listen(APP);
-    wall(&scene.server, port).await;
+    block_port(&scene.server, port).await;
     let mut client = scene.client.dial(scene.app(family)).await.expect("the proxy accepts");
     client.write_all(b"request").await.expect("it may send");
     abort(client);
-    fall(&scene.server).await;
+    unblock_port(&scene.server).await;
     assert!(within("an end", ends_in_reset(&app)).await);
 }
 

@@ -25,12 +25,12 @@ const RST: u8 = 0b100;
 
 /// Source, destination and sequence number of segments. Duplicates are expected: loopback shows
 /// each twice, and lost ones are retransmitted.
-type Said = BTreeSet<(SocketAddr, SocketAddr, u32)>;
+type Segments = BTreeSet<(SocketAddr, SocketAddr, u32)>;
 
 #[derive(Debug, Default)]
 struct Ends {
-    fins: Said,
-    resets: Said,
+    fins: Segments,
+    resets: Segments,
 }
 
 impl Ends {

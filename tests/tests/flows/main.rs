@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     suite.test_both("A4: an exempt kubelet probe reaches the application directly", kubelet_probe);
     suite.test_both(
         "a client that uses the port of a proxy's connection from its address is captured",
-        imitated_port,
+        preserved_port,
     );
     suite.test_both("A6: connections with the proxy's mark are not captured", marked);
     suite.test_both("A5: a pod reaches itself without the proxy", own_pod);
@@ -98,7 +98,7 @@ async fn plaintext_inbound(family: Family) {
 
 /// The proxy connects to the application from the client's address and a port that the kernel
 /// chooses. The client's kernel does not know the port, and may choose it too.
-async fn imitated_port(family: Family) {
+async fn preserved_port(family: Family) {
     let scene = Scene::new().await;
     let _proxy = scene.server.proxy(&scene.server_settings()).await;
     let app = scene.server.listen(APP);

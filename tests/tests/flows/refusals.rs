@@ -11,11 +11,11 @@ use underpass_tests::{APP, CLIENT, DEADLINE, Family, HBONE, SERVER, Scene, Suite
 pub(crate) fn add(suite: &mut Suite) {
     suite.test_both(
         "a member whose proxy is down is not reached in plaintext: the client gets RST",
-        no_proxy_there,
+        member_without_proxy,
     );
     suite.test_both(
         "a client without a certificate does not reach an HBONE member",
-        no_certificate_here,
+        client_without_certificate,
     );
     suite.test("an application cannot connect to its own proxy's listeners", own_listener);
     suite.test_both("no other pod reaches the listeners for captured connections", from_outside);
@@ -35,7 +35,7 @@ pub(crate) fn assert_nothing_in_plain(frames: &[Vec<u8>]) {
     }
 }
 
-async fn no_proxy_there(family: Family) {
+async fn member_without_proxy(family: Family) {
     let scene = Scene::new().await;
     let mut proxy = scene.client.proxy(&scene.client_settings()).await;
     let app = scene.server.listen(APP);
@@ -46,7 +46,7 @@ async fn no_proxy_there(family: Family) {
     assert_nothing_in_plain(&wire.drain().expect("the capture is read"));
 }
 
-async fn no_certificate_here(family: Family) {
+async fn client_without_certificate(family: Family) {
     let scene = Scene::new().await;
     let settings = underpass_tests::Settings::new(CLIENT).mesh(&scene.mesh);
     let mut proxy = scene.client.proxy(&settings).await;

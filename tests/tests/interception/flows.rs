@@ -20,7 +20,7 @@ pub(crate) fn add(suite: &mut Suite) {
             profile.test(suite, &name, async move || self_call(profile, family).await);
         }
     }
-    suite.test_both_with_users("sidecar: metrics and readiness are never captured", never_caught);
+    suite.test_both_with_users("sidecar: metrics and readiness are never captured", metrics_exempt);
     for profile in PROFILES {
         for family in Family::BOTH {
             let name = format!("policies do not apply to the proxy's own services ({family})");
@@ -121,7 +121,7 @@ async fn self_call(profile: Profile, family: Family) {
     assert_eq!(proxy.access_lines(lines).await.len(), lines, "{}", proxy.log());
 }
 
-async fn never_caught(family: Family) {
+async fn metrics_exempt(family: Family) {
     let scene = Scene::new().await;
     let mut proxy = scene.server.proxy(&SIDECAR.of(scene.server_settings())).await;
     for (port, path) in [(15020, "/metrics"), (15021, "/healthz/ready")] {

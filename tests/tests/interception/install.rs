@@ -34,15 +34,18 @@ pub(crate) fn add(suite: &mut Suite) {
         removed(SIDECAR.rules().set("interception.inbound.mode=tproxy")).await;
     });
     suite.test("an installation removes the previous profile", replaced);
-    suite.test("ambient: leftovers of TPROXY mode misroute no connection", astray);
+    suite.test("ambient: leftovers of TPROXY mode misroute no connection", tproxy_leftovers);
     suite
         .test_with_users("an unprivileged proxy works with preinstalled rules", without_privileges);
     suite.test_with_users(
         "with install: false and without rules, the self-test keeps the proxy unready",
-        nobody_installed,
+        missing_rules,
     );
     suite.test_with_users("a proxy that cannot switch to its user fails with an error", wrong_user);
-    suite.test("with install: false, rules are neither removed nor repaired", someone_elses);
+    suite.test(
+        "with install: false, rules are neither removed nor repaired",
+        preinstalled_rules_stay,
+    );
     suite.test(
         "a killed installation leaves the old or the new rules (without old rules)",
         async || {
@@ -122,7 +125,7 @@ async fn replaced() {
 
 /// The marks of both profiles overlap: ambient's proxy uses the mark that TPROXY mode routes to
 /// loopback.
-async fn astray() {
+async fn tproxy_leftovers() {
     let scene = Scene::new().await;
     let tproxy = SIDECAR.rules().set("interception.inbound.mode=tproxy");
     scene.client.rules("install", &tproxy).await.ok();
@@ -157,7 +160,7 @@ async fn without_privileges() {
     assert!(proxy.stop().await.success(), "{}", proxy.log());
 }
 
-async fn nobody_installed() {
+async fn missing_rules() {
     let scene = Scene::new().await;
     // Otherwise the test's address does not exist, and the test runs into its timeout.
     tool(&scene.server, "ip", &["address", "add", "192.0.2.2/32", "dev", "lo"]).await.ok();
@@ -194,7 +197,7 @@ async fn wrong_user() {
     }
 }
 
-async fn someone_elses() {
+async fn preinstalled_rules_stay() {
     let scene = Scene::new().await;
     scene.client.rules("install", &AMBIENT.rules()).await.ok();
     let before = scene.client.traces().await;

@@ -13,7 +13,7 @@ pub(crate) fn add(suite: &mut Suite) {
         "a second proxy with other ports is refused and the first one continues",
         second_refused,
     );
-    suite.test("a second proxy in another PID namespace is refused", unseen);
+    suite.test("a second proxy in another PID namespace is refused", other_pid_namespace);
     suite.test("a killed proxy does not block the next one", killed);
     suite.test("`rules install` refuses to replace the rules of a running proxy", install_refused);
     suite.test("`rules verify` and `explain` use the settings of the running proxy", ask_running);
@@ -71,7 +71,7 @@ async fn second_refused() {
     pod.underpass(&["rules", "verify"]).await.ok();
 }
 
-async fn unseen() {
+async fn other_pid_namespace() {
     let scene = Scene::new().await;
     let pod = &scene.client;
     let settings = scene.client_settings().set("take_over.socket=off");

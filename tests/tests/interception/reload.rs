@@ -26,7 +26,7 @@ pub(crate) fn add(suite: &mut Suite) {
 }
 
 /// Returns true if a new connection of the client is captured.
-async fn is_caught(scene: &Scene, app: &Listener, proxy: &mut Proxy) -> bool {
+async fn is_captured(scene: &Scene, app: &Listener, proxy: &mut Proxy) -> bool {
     let mut caught = Vec::new();
     for family in Family::BOTH {
         let before = scene.client.counters();
@@ -56,12 +56,12 @@ async fn follows_the_file(profile: Profile) {
     let app = scene.server.listen(APP);
     let (mut client, mut server, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
     exchange(&mut client, &mut server).await;
-    assert!(is_caught(&scene, &app, &mut proxy).await);
+    assert!(is_captured(&scene, &app, &mut proxy).await);
 
     let excluded = settings(&scene, profile, SERVER);
     excluded.write(&scene.client);
     proxy.more_than(0, FOLLOWED).await;
-    assert!(!is_caught(&scene, &app, &mut proxy).await);
+    assert!(!is_captured(&scene, &app, &mut proxy).await);
     scene.client.rules("verify", &excluded).await.ok();
     exchange(&mut client, &mut server).await;
 
@@ -70,12 +70,12 @@ async fn follows_the_file(profile: Profile) {
     let line = proxy.line(&["ERROR", "the settings cannot be read again"]).await;
     assert!(line.contains("the last good ones stay"), "{line}");
     assert!(proxy.log().contains("nonsense"), "{}", proxy.log());
-    assert!(!is_caught(&scene, &app, &mut proxy).await);
+    assert!(!is_captured(&scene, &app, &mut proxy).await);
     exchange(&mut client, &mut server).await;
 
     settings(&scene, profile, NONE).write(&scene.client);
     proxy.more_than(1, FOLLOWED).await;
-    assert!(is_caught(&scene, &app, &mut proxy).await);
+    assert!(is_captured(&scene, &app, &mut proxy).await);
     exchange(&mut client, &mut server).await;
     assert_eq!(proxy.count(FOLLOWED), 2, "{}", proxy.log());
     assert_eq!(proxy.count(&["another program had changed"]), 0, "{}", proxy.log());
@@ -88,7 +88,7 @@ async fn follows_the_signal() {
     let settings = settings(&scene, OSM, NONE);
     let mut proxy = scene.client.proxy(&settings).await;
     let app = scene.server.listen(APP);
-    assert!(is_caught(&scene, &app, &mut proxy).await);
+    assert!(is_captured(&scene, &app, &mut proxy).await);
     let file = settings.file(&scene.client);
     let elsewhere = scene.world.folder().join("elsewhere");
     fs::create_dir(&elsewhere).expect("a folder");
@@ -98,7 +98,7 @@ async fn follows_the_signal() {
     fs::write(&other, text.replace(NONE, SERVER)).expect("written");
     proxy.signal(Signal::SIGHUP);
     proxy.more_than(0, FOLLOWED).await;
-    assert!(!is_caught(&scene, &app, &mut proxy).await);
+    assert!(!is_captured(&scene, &app, &mut proxy).await);
 }
 
 async fn needs_a_restart() {

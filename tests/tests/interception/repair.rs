@@ -12,31 +12,34 @@ const INTACT: &str = "underpass_rules_intact";
 pub(crate) fn add(suite: &mut Suite) {
     for profile in [AMBIENT, SIDECAR, OSM] {
         profile.test(suite, "rules that another program changes are repaired", async move || {
-            rules_put_back(profile).await;
+            rules_repaired(profile).await;
         });
     }
-    suite.test("ambient: removed ip rules and routes are restored", routes_put_back);
-    suite.test_with_users("sidecar: the removed loopback address is restored", address_put_back);
+    suite.test("ambient: removed ip rules and routes are restored", routes_restored);
+    suite.test_with_users("sidecar: the removed loopback address is restored", address_restored);
     for profile in [AMBIENT, SIDECAR] {
         profile.test(
             suite,
             "with iptables, rules that another program changes are repaired",
             async move || {
-                iptables_put_back(profile).await;
+                iptables_repaired(profile).await;
             },
         );
         profile.test(
             suite,
             "with iptables-legacy, changed rules are repaired without kernel notifications",
-            async move || legacy_put_back(profile).await,
+            async move || legacy_repaired(profile).await,
         );
     }
-    suite.test("a proxy with repair: false logs that traffic may leave in plaintext", left_changed);
+    suite.test(
+        "a proxy with repair: false logs that traffic may leave in plaintext",
+        reports_unrepaired_rules,
+    );
     suite.test("`rules watch` installs, repairs, and ends at a stop signal", watch);
 }
 
 /// Changes the rules by `command`, and waits for the repair and its log line.
-async fn put_back(pod: &Pod, proxy: &Proxy, settings: &Settings, command: &str) {
+async fn assert_repaired(pod: &Pod, proxy: &Proxy, settings: &Settings, command: &str) {
     let repairs = pod.metrics().await.sum(REPAIRS, &[]).expect("a count");
     tool(pod, "sh", &["-ec", command]).await.ok();
     let counted = async || pod.metrics().await.sum(REPAIRS, &[]) > Some(repairs);
@@ -68,31 +71,31 @@ async fn first_rule(pod: &Pod) -> (String, String, String) {
     unreachable!("no chain has two rules:\n{text}")
 }
 
-async fn rules_put_back(profile: Profile) {
+async fn rules_repaired(profile: Profile) {
     let scene = Scene::new().await;
     let settings = profile.of(scene.client_settings());
     let proxy = scene.client.proxy(&settings).await;
     let pod = &scene.client;
     let before = pod.traces().await;
     for command in ["nft flush ruleset", "nft delete table inet underpass"] {
-        put_back(pod, &proxy, &settings, command).await;
+        assert_repaired(pod, &proxy, &settings, command).await;
     }
     let (chain, handle, _) = first_rule(pod).await;
     let delete = format!("nft delete rule inet underpass {chain} handle {handle}");
-    put_back(pod, &proxy, &settings, &delete).await;
+    assert_repaired(pod, &proxy, &settings, &delete).await;
     let add = format!("nft insert rule inet underpass {chain} accept");
-    put_back(pod, &proxy, &settings, &add).await;
+    assert_repaired(pod, &proxy, &settings, &add).await;
     let (chain, handle, rule) = first_rule(pod).await;
     let reorder = format!(
         "nft -f - <<'END'\ndelete rule inet underpass {chain} handle {handle}\nadd rule inet underpass {chain} {rule}\nEND"
     );
-    put_back(pod, &proxy, &settings, &reorder).await;
+    assert_repaired(pod, &proxy, &settings, &reorder).await;
     let chain = "nft add chain inet underpass another '{ type filter hook output priority 0; }'";
-    put_back(pod, &proxy, &settings, chain).await;
+    assert_repaired(pod, &proxy, &settings, chain).await;
     assert_eq!(pod.traces().await, before);
 }
 
-async fn routes_put_back() {
+async fn routes_restored() {
     let scene = Scene::new().await;
     let settings = scene.client_settings();
     let proxy = scene.client.proxy(&settings).await;
@@ -100,20 +103,20 @@ async fn routes_put_back() {
     for family in ["-4", "-6"] {
         for taken in ["rule del pref 32764", "route del local default dev lo table 100"] {
             let command = format!("ip {family} {taken}");
-            put_back(&scene.client, &proxy, &settings, &command).await;
+            assert_repaired(&scene.client, &proxy, &settings, &command).await;
         }
     }
     assert_eq!(scene.client.traces().await, before);
 }
 
-async fn address_put_back() {
+async fn address_restored() {
     let scene = Scene::new().await;
     let settings = SIDECAR.of(scene.client_settings());
     let proxy = scene.client.proxy(&settings).await;
-    put_back(&scene.client, &proxy, &settings, "ip -6 address del ::6/128 dev lo").await;
+    assert_repaired(&scene.client, &proxy, &settings, "ip -6 address del ::6/128 dev lo").await;
 }
 
-async fn iptables_put_back(profile: Profile) {
+async fn iptables_repaired(profile: Profile) {
     let scene = Scene::new().await;
     let settings = profile.of(scene.client_settings()).set("interception.backend=iptables");
     let proxy = scene.client.proxy(&settings).await;
@@ -123,19 +126,19 @@ async fn iptables_put_back(profile: Profile) {
         "ip6tables-nft -t nat -F",
         "nft flush ruleset",
     ] {
-        put_back(&scene.client, &proxy, &settings, command).await;
+        assert_repaired(&scene.client, &proxy, &settings, command).await;
     }
 }
 
-async fn legacy_put_back(profile: Profile) {
+async fn legacy_repaired(profile: Profile) {
     let scene = Scene::new().await;
     let settings = profile.of(scene.client_settings()).set("interception.backend=iptables-legacy");
     let proxy = scene.client.proxy(&settings).await;
     let command = "iptables-legacy -t nat -F ISTIO_OUTPUT; ip6tables-legacy -t nat -D OUTPUT 1";
-    put_back(&scene.client, &proxy, &settings, command).await;
+    assert_repaired(&scene.client, &proxy, &settings, command).await;
 }
 
-async fn left_changed() {
+async fn reports_unrepaired_rules() {
     let scene = Scene::new().await;
     let settings = scene.client_settings().set("interception.repair=false");
     let mut proxy = scene.client.proxy(&settings).await;

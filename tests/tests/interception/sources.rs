@@ -18,7 +18,7 @@ pub(crate) fn add(suite: &mut Suite) {
             let name =
                 format!("refuses outbound connections from a neighbour's address ({family})");
             profile.test(suite, &name, async move || {
-                let scene = Neighbourhood::new(family).await;
+                let scene = NeighbourScene::new(family).await;
                 scene.refuses_neighbour(|settings| profile.of(settings)).await;
             });
         }
@@ -26,23 +26,23 @@ pub(crate) fn add(suite: &mut Suite) {
             &format!(
                 "a pod that adds a neighbour's address is not logged as the neighbour ({family})"
             ),
-            async move || Neighbourhood::new(family).await.logs_own_workload().await,
+            async move || NeighbourScene::new(family).await.logs_own_workload().await,
         );
         suite.test(
             &format!("with a virtual interface, other hosts send through the pod ({family})"),
-            async move || Neighbourhood::new(family).await.serves_virtual_machine().await,
+            async move || NeighbourScene::new(family).await.serves_virtual_machine().await,
         );
     }
 }
 
 /// The scene with a third workload, whose address the client uses as its source.
-struct Neighbourhood {
+struct NeighbourScene {
     scene: Scene,
     family: Family,
     neighbour: IpAddr,
 }
 
-impl Neighbourhood {
+impl NeighbourScene {
     async fn new(family: Family) -> Self {
         let scene = Scene::new().await;
         let neighbour: IpAddr = match family {
@@ -55,7 +55,7 @@ impl Neighbourhood {
     }
 
     /// Keeps answers of the proxy's listener in the pod, as for a virtual machine.
-    async fn lead_answers_back(&self) {
+    async fn keep_replies_local(&self) {
         let pod = &self.scene.client;
         self.ip(pod, "rule add ipproto tcp sport 15001 lookup 999").await;
         self.ip(pod, "route add local default dev lo table 999").await;
@@ -74,7 +74,7 @@ impl Neighbourhood {
     async fn refuses_neighbour(&self, settings: impl Fn(Settings) -> Settings) {
         let scene = &self.scene;
         let mut proxy = scene.client.proxy(&settings(scene.client_settings())).await;
-        self.lead_answers_back().await;
+        self.keep_replies_local().await;
         let app = scene.server.listen(APP);
         match scene.client.dial_as(scene.app(self.family), self.neighbour_dial()).await {
             Ok(mut stream) => assert_eq!(read_to_end(&mut stream).await, (vec![], End::Reset)),
@@ -99,7 +99,7 @@ impl Neighbourhood {
         let settings =
             self.scene.client_settings().section("interception: {virtual_interfaces: [vm0]}");
         let mut proxy = self.scene.client.proxy(&settings).await;
-        self.lead_answers_back().await;
+        self.keep_replies_local().await;
         self.is_served_as_client(&mut proxy).await;
     }
 

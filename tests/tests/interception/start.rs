@@ -12,21 +12,21 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test("a preceding rule that drops is detected before readiness", dropped_before);
     suite.test("a preceding rule that rejects is detected before readiness", refused_before);
     suite.test("ambient: a missing ip rule is detected before readiness", async || {
-        no_way_back(AMBIENT, "rule del pref 32764", 100).await;
+        broken_return_path(AMBIENT, "rule del pref 32764", 100).await;
     });
     suite.test("ambient: a missing route is detected before readiness", async || {
-        no_way_back(AMBIENT, "route del local default table 100", 100).await;
+        broken_return_path(AMBIENT, "route del local default table 100", 100).await;
     });
     suite.test(
         "ambient: a preceding ip rule of another program is detected before readiness",
         async || {
-            no_way_back(AMBIENT, "rule add pref 100 lookup main", 100).await;
+            broken_return_path(AMBIENT, "rule add pref 100 lookup main", 100).await;
         },
     );
     suite.test_with_users(
         "sidecar: a missing ip rule of TPROXY mode is detected before readiness",
         async || {
-            no_way_back(TPROXY, "rule del pref 32765", 133).await;
+            broken_return_path(TPROXY, "rule del pref 32765", 133).await;
         },
     );
     suite.test(
@@ -36,11 +36,11 @@ pub(crate) fn add(suite: &mut Suite) {
         },
     );
     suite.test("ambient: replies pass strict reverse path filters", async || {
-        filtered(AMBIENT, true).await;
+        reverse_path_filter(AMBIENT, true).await;
     });
     suite.test_with_users(
         "sidecar: replies pass strict reverse path filters in TPROXY mode",
-        async || filtered(TPROXY, false).await,
+        async || reverse_path_filter(TPROXY, false).await,
     );
     suite.test_with_users(
         "sidecar: src_valid_mark fails the start before anything is changed",
@@ -139,7 +139,7 @@ const AMBIENT: fn(Settings) -> Settings = |settings| crate::AMBIENT.of(settings)
 
 /// The rules are preinstalled, and `ip COMMAND` broke the return path of one family: the start
 /// fails.
-async fn no_way_back(of: fn(Settings) -> Settings, command: &str, table: u32) {
+async fn broken_return_path(of: fn(Settings) -> Settings, command: &str, table: u32) {
     let scene = Scene::new().await;
     let settings = of(scene.server_settings());
     for (ip, client) in [("-4", "192.0.2.2"), ("-6", "2001:db8::2")] {
@@ -167,7 +167,7 @@ async fn no_way_back(of: fn(Settings) -> Settings, command: &str, table: u32) {
 
 /// The proxy's packets from a client's address are accepted on loopback, and replies are routed
 /// back.
-async fn filtered(of: fn(Settings) -> Settings, looked_up_by_mark: bool) {
+async fn reverse_path_filter(of: fn(Settings) -> Settings, looked_up_by_mark: bool) {
     let scene = Scene::new().await;
     for interface in ["all", "default", "lo", "eth0"] {
         scene.server.sysctl(&format!("net/ipv4/conf/{interface}/rp_filter"), "1");
@@ -177,9 +177,9 @@ async fn filtered(of: fn(Settings) -> Settings, looked_up_by_mark: bool) {
     }
     let _server = scene.server.proxy(&of(scene.server_settings())).await;
     let app = scene.server.listen(APP);
-    sees_its_client(&scene, &app).await;
+    application_sees_client(&scene, &app).await;
     let _client = scene.client.proxy(&of(scene.client_settings())).await;
-    sees_its_client(&scene, &app).await;
+    application_sees_client(&scene, &app).await;
 }
 
 async fn dropped_by_mark() {
@@ -206,10 +206,10 @@ async fn dropped_by_mark() {
     scene.server.sysctl("net/ipv4/conf/eth0/src_valid_mark", "1");
     scene.server.sysctl("net/ipv4/conf/eth0/accept_local", "1");
     let _server = scene.server.proxy(&settings).await;
-    sees_its_client(&scene, &app).await;
+    application_sees_client(&scene, &app).await;
 }
 
-async fn sees_its_client(scene: &Scene, app: &underpass_tests::Listener) {
+async fn application_sees_client(scene: &Scene, app: &underpass_tests::Listener) {
     let (mut client, mut server, peer) = scene.client.meet(app, scene.app(Family::V4)).await;
     exchange(&mut client, &mut server).await;
     assert_eq!(peer.ip(), scene.client.ip(Family::V4));
@@ -224,7 +224,7 @@ async fn both(scene: &Scene, profile: Profile, assignment: &str) -> [underpass_t
     [client, server]
 }
 
-async fn caught_v4(scene: &Scene, profile: Profile, app: &underpass_tests::Listener) {
+async fn assert_captured_v4(scene: &Scene, profile: Profile, app: &underpass_tests::Listener) {
     let (mut client, mut server, peer) = scene.client.meet(app, scene.app(Family::V4)).await;
     exchange(&mut client, &mut server).await;
     assert_eq!(peer.ip(), profile.peer(Family::V4, scene.client.ip(Family::V4)));
@@ -234,7 +234,7 @@ async fn rejected(profile: Profile) {
     let scene = Scene::new().await;
     let proxies = both(&scene, profile, "interception.ipv6=reject").await;
     let app = scene.server.listen(APP);
-    caught_v4(&scene, profile, &app).await;
+    assert_captured_v4(&scene, profile, &app).await;
     // Outbound.
     scene.client.dial_and_be_refused(scene.app(Family::V6)).await;
     drop(proxies);
@@ -253,7 +253,7 @@ async fn bypassed(profile: Profile) {
     let [mut client_proxy, mut server_proxy] =
         both(&scene, profile, "interception.ipv6=bypass").await;
     let app = scene.server.listen(APP);
-    caught_v4(&scene, profile, &app).await;
+    assert_captured_v4(&scene, profile, &app).await;
     let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(Family::V6)).await;
     exchange(&mut client, &mut server).await;
     assert_eq!(peer, client.local_addr().expect("an address"), "the connection is direct");

@@ -14,7 +14,7 @@ pub(crate) fn add(suite: &mut Suite) {
     for backend in ["nftables", "iptables", "iptables-legacy"] {
         suite.test_with_users(
             &format!("tproxy with {backend}: the application sees its client, in plaintext and through the tunnel"),
-            async move || sees_its_client(backend).await,
+            async move || application_sees_client(backend).await,
         );
         suite.test_with_users(
             &format!("tproxy with {backend}: a killed proxy leaves its pod unreachable"),
@@ -30,7 +30,7 @@ fn settings(scene: &Scene, backend: &str) -> Settings {
         .set(&format!("interception.backend={backend}"))
 }
 
-async fn sees_its_client(backend: &str) {
+async fn application_sees_client(backend: &str) {
     let scene = Scene::new().await;
     let mut proxy = scene.server.proxy(&settings(&scene, backend)).await;
     let app = scene.server.listen(APP);

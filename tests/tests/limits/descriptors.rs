@@ -161,7 +161,7 @@ async fn set_limit(pod: &Pod, proxy: &Proxy, files: usize) {
 
 /// Connects repeatedly with `free` unused descriptors until the proxy logs `parts`. Several
 /// attempts are needed, as the proxy itself may open or close one, for example to verify its rules.
-async fn until_said(scene: &Scene, proxy: &Proxy, free: usize, parts: &[&str]) {
+async fn connect_until_logged(scene: &Scene, proxy: &Proxy, free: usize, parts: &[&str]) {
     let mut held = Vec::new();
     until("the proxy has logged it", async || {
         leave_free(&scene.client, proxy, free).await;
@@ -187,14 +187,14 @@ async fn cannot_dial() {
     let (scene, proxy) = Scene::with_plain_client(&[]).await;
     let _echo = Server::echo(&scene.server, APP);
     // One for the accepted connection.
-    until_said(&scene, &proxy, 1, &OUT).await;
+    connect_until_logged(&scene, &proxy, 1, &OUT).await;
     is_served_again(&scene).await;
 }
 
 async fn cannot_tunnel() {
     let (scene, client, _server) = Scene::with_proxies().await;
     let _echo = Server::echo(&scene.server, APP);
-    until_said(&scene, &client, 1, &OUT).await;
+    connect_until_logged(&scene, &client, 1, &OUT).await;
     is_served_again(&scene).await;
 }
 
@@ -202,7 +202,7 @@ async fn cannot_accept() {
     let (scene, mut proxy) = Scene::with_plain_client(&[]).await;
     let _echo = Server::echo(&scene.server, APP);
     let warning = ["WARN", "accepting pauses", "Too many open files", "LimitNOFILE"];
-    until_said(&scene, &proxy, 0, &warning).await;
+    connect_until_logged(&scene, &proxy, 0, &warning).await;
     is_unready(&scene.client).await;
     is_served_again(&scene).await;
     becomes_ready(&scene.client).await;

@@ -18,7 +18,7 @@ pub(crate) fn add(suite: &mut Suite) {
     );
     suite.test("a stream counts for the client of its tunnel", of_streams);
     suite.test("connections for HBONE count before their handshake", of_handshakes);
-    suite.test("without limits.connections_per_source, one address is not limited", off);
+    suite.test("without limits.connections_per_source, one address is not limited", unlimited);
 }
 
 /// Adds an address to a pod.
@@ -111,7 +111,7 @@ async fn of_handshakes() {
     assert_eq!(counted, Some(1.0));
 }
 
-async fn off() {
+async fn unlimited() {
     let (scene, _proxy) = Scene::with_plain_client(&["limits.connections_per_source=off"]).await;
     let _echo = Server::echo(&scene.server, APP);
     let mut held = Vec::new();

@@ -19,7 +19,7 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test("`config check` reports an invalid document", config_check);
     suite
         .test("the files of a folder form one mesh, which follows the swap of a ConfigMap", folder);
-    suite.test("a deleted mesh file changes nothing", gone);
+    suite.test("a deleted mesh file changes nothing", deleted_file);
 }
 
 async fn other_identity() {
@@ -127,7 +127,7 @@ async fn folder() {
     server.line(&["connection failed", "policy_denied"]).await;
 }
 
-async fn gone() {
+async fn deleted_file() {
     let (scene, _client, mut server) = proxies(usual).await;
     let _app = Server::echo(&scene.server, APP);
     fs::remove_file(scene.client.folder().join("mesh.yaml")).expect("the file existed");

@@ -22,12 +22,12 @@ pub(crate) fn add(suite: &mut Suite) {
         "changing an attached policy terminates denied connections, removing it allows new ones",
         change_and_remove,
     );
-    suite.test("an unrelated change terminates no connection", unconcerned);
-    suite.test("the last of several rapid changes is applied", flip_flop);
-    suite.test("no byte that is sent after a policy is in force arrives", flips);
+    suite.test("an unrelated change terminates no connection", unrelated_change);
+    suite.test("the last of several rapid changes is applied", last_change_applies);
+    suite.test("no byte that is sent after a policy is in force arrives", rapid_policy_changes);
 }
 
-const ANYBODY: &str = "[[[]]]";
+const ANY_PEER: &str = "[[[]]]";
 
 fn deny_client(scene: &Scene) -> Mesh {
     usual(scene).policy("no-client", "Deny", &from_client())
@@ -52,7 +52,7 @@ async fn allowed(family: Family) {
 
 async fn denied(family: Family) {
     let (scene, _client, mut server) =
-        proxies(|scene| deny_client(scene).policy("everybody", "Allow", ANYBODY)).await;
+        proxies(|scene| deny_client(scene).policy("everybody", "Allow", ANY_PEER)).await;
     let app = scene.server.listen(APP);
     scene.client.dial_and_see_reset(scene.app(family)).await;
     assert!(!app.is_reached(), "the application was reached");
@@ -119,7 +119,7 @@ async fn change_and_remove() {
     open(&scene, &app).await;
 }
 
-async fn unconcerned() {
+async fn unrelated_change() {
     let (scene, mut client, mut server) =
         proxies(|scene| usual(scene).policy("policy", "Allow", &from_client())).await;
     let app = scene.server.listen(APP);
@@ -127,25 +127,25 @@ async fn unconcerned() {
     let both = &mut [&mut client, &mut server];
     let elsewhere = usual(&scene)
         .policy("policy", "Allow", &from_client())
-        .selector_policy("not-here", "Deny", ANYBODY)
+        .selector_policy("not-here", "Deny", ANY_PEER)
         .workload("another", &["10.99.0.1".parse().expect("an address")], "HBONE");
     change(&scene, &elsewhere, both).await;
     exchange(&mut one, &mut other).await;
     // Allowed by another policy than before.
-    change(&scene, &usual(&scene).policy("other", "Allow", ANYBODY), both).await;
+    change(&scene, &usual(&scene).policy("other", "Allow", ANY_PEER), both).await;
     exchange(&mut one, &mut other).await;
 }
 
 /// Changes the file twice as fast as it is read: intermediate states may be skipped, the last one
 /// must be applied.
-async fn flip_flop() {
+async fn last_change_applies() {
     let (scene, _client, mut server) = proxies(usual).await;
     let app = scene.server.listen(APP);
-    let mut flips = interval(Duration::from_millis(50));
+    let mut rapid_policy_changes = interval(Duration::from_millis(50));
     for _ in 0..10 {
-        flips.tick().await;
+        rapid_policy_changes.tick().await;
         scene.set_mesh(&deny_client(&scene));
-        flips.tick().await;
+        rapid_policy_changes.tick().await;
         scene.set_mesh(&usual(&scene));
     }
     let last = usual(&scene).workload("last", &["10.99.0.1".parse().expect("an address")], "TCP");
@@ -167,7 +167,7 @@ const OPEN: u8 = b'o';
 #[derive(Debug, Default)]
 struct Clock(AtomicU64);
 
-async fn flips() {
+async fn rapid_policy_changes() {
     const SENDERS: usize = 16;
     let (scene, _client, mut server) = proxies(usual).await;
     let scene = Arc::new(scene);

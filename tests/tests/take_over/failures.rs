@@ -14,8 +14,8 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test("a process with different settings is refused with the difference", another_kind);
     suite.test("a process that does not start leaves the old one as it was", does_not_start);
     suite.test("a process that leaves half-way fails no connection", leaves_half_way);
-    suite.test("rules that a process changed before it left are restored", rules_put_back);
-    suite.test("invalid messages at the socket have no effect", nonsense);
+    suite.test("rules that a process changed before it left are restored", rules_restored);
+    suite.test("invalid messages at the socket have no effect", invalid_messages);
     suite.test("a second process without --take-over gets the advice to use it", second_process);
     suite.test_with_users("a process of another user gets no listener", another_user);
 }
@@ -53,7 +53,7 @@ impl Running {
     }
 
     /// Asserts that the old process serves and can be taken over.
-    async fn goes_on(&mut self) {
+    async fn assert_continues(&mut self) {
         self.scene.echoed().await;
         let new = self.scene.client.proxy(&self.settings()).await;
         self.proxy.line(&["another process has taken over"]).await;
@@ -63,19 +63,19 @@ impl Running {
     }
 
     /// Connects to the running process as a stranger.
-    async fn talk(&self) -> Handover {
+    async fn connect(&self) -> Handover {
         Handover::new(UnixStream::connect(&self.socket).await.expect("connected"))
     }
 
     /// The same, up to the point where the listeners were passed.
-    async fn claim(&self) -> (Handover, Vec<BoundListener>) {
-        let stranger = self.talk().await;
-        stranger.say("who are you?", &[]).await.expect("said");
-        let (refusal, _) = stranger.hear().await.expect("heard").expect("an answer");
+    async fn receive_listeners(&self) -> (Handover, Vec<BoundListener>) {
+        let stranger = self.connect().await;
+        stranger.send("who are you?", &[]).await.expect("said");
+        let (refusal, _) = stranger.receive().await.expect("heard").expect("an answer");
         let role = refusal.split('"').nth(1).expect("what it is");
-        let conversation = self.talk().await;
-        conversation.say(role, &[]).await.expect("said");
-        let (names, sockets) = conversation.hear().await.expect("heard").expect("an answer");
+        let conversation = self.connect().await;
+        conversation.send(role, &[]).await.expect("said");
+        let (names, sockets) = conversation.receive().await.expect("heard").expect("an answer");
         let names = names.strip_prefix("listeners ").expect("listeners").split(' ');
         let listeners = names
             .zip(sockets)
@@ -90,8 +90,8 @@ fn with_socket(scene: &Scene, socket: &std::path::Path) -> Settings {
 }
 
 async fn ask(conversation: &Handover, what: &str) {
-    conversation.say(what, &[]).await.expect("said");
-    let answer = within("an answer", conversation.hear()).await.expect("heard");
+    conversation.send(what, &[]).await.expect("said");
+    let answer = within("an answer", conversation.receive()).await.expect("heard");
     assert_eq!(answer.expect("an answer").0, "ok");
 }
 
@@ -108,7 +108,7 @@ async fn another_kind() {
         }
         running.proxy.line(&["another process did not take over", "it is not like us"]).await;
     }
-    running.goes_on().await;
+    running.assert_continues().await;
 }
 
 async fn does_not_start() {
@@ -125,13 +125,13 @@ async fn does_not_start() {
         running.scene.echoed().await;
         assert_eq!(running.scene.client.traces().await, rules);
     }
-    running.goes_on().await;
+    running.assert_continues().await;
 }
 
 async fn leaves_half_way() {
     let mut running = Running::new().await;
     for asked in [&["rules"][..], &["rules", "accept"]] {
-        let (conversation, listeners) = running.claim().await;
+        let (conversation, listeners) = running.receive_listeners().await;
         for what in asked {
             ask(&conversation, what).await;
         }
@@ -148,10 +148,10 @@ async fn leaves_half_way() {
         let ((), ()) = echo;
         running.proxy.more_than(before, &left).await;
     }
-    running.goes_on().await;
+    running.assert_continues().await;
 }
 
-async fn rules_put_back() {
+async fn rules_restored() {
     for repair in [true, false] {
         let mut running = Running::new().await;
         if !repair {
@@ -159,7 +159,7 @@ async fn rules_put_back() {
             running.proxy = running.scene.client.proxy(&settings).await;
         }
         let rules = running.scene.client.traces().await;
-        let (conversation, _listeners) = running.claim().await;
+        let (conversation, _listeners) = running.receive_listeners().await;
         ask(&conversation, "rules").await;
         tool(&running.scene.client, "nft", &["flush", "ruleset"]).await.ok();
         drop(conversation);
@@ -168,17 +168,17 @@ async fn rules_put_back() {
     }
 }
 
-async fn nonsense() {
+async fn invalid_messages() {
     let mut running = Running::new().await;
     let mut raw = UnixStream::connect(&running.socket).await.expect("connected");
     raw.write_all(&[0xff; 10_000]).await.ok();
     drop(UnixStream::connect(&running.socket).await.expect("connected"));
-    let (conversation, _listeners) = running.claim().await;
+    let (conversation, _listeners) = running.receive_listeners().await;
     // A message out of order.
-    conversation.say("ready", &[]).await.expect("said");
+    conversation.send("ready", &[]).await.expect("said");
     running.proxy.line(&["did not take over", "instead of"]).await;
     drop(raw);
-    running.goes_on().await;
+    running.assert_continues().await;
 }
 
 async fn second_process() {
@@ -206,5 +206,5 @@ async fn another_user() {
         other => unreachable!("the process did not exit: {other:?}"),
     }
     running.proxy.line(&["did not take over", "it is user 4711"]).await;
-    running.goes_on().await;
+    running.assert_continues().await;
 }

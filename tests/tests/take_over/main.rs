@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         both_serve,
     );
     suite.test("the old process exits after its last connection and keeps the rules", old_one_ends);
-    suite.test("repeated takeovers under load fail no connection", nothing_fails);
+    suite.test("repeated takeovers under load fail no connection", repeated_takeovers);
     suite.test("the server's proxy hands over while clients have tunnels", tunnels_go_on);
     suite.test("readiness and metrics are served by the new process", seen_from_outside);
     suite.test(
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     suite
         .test("with on_exit: remove, only the last process removes the rules", removed_by_the_last);
     suite.test_with_users("proxies of sidecar and osm hand over", by_user);
-    suite.test("--take-over without a running process starts normally", nobody_there);
+    suite.test("--take-over without a running process starts normally", without_running_process);
     failures::add(&mut suite);
     suite.run()
 }
@@ -121,7 +121,7 @@ impl Load {
     }
 }
 
-async fn nothing_fails() {
+async fn repeated_takeovers() {
     let (scene, mut client_proxy, mut server_proxy) = Scene::with_proxies().await;
     let _echo = Server::echo(&scene.server, APP);
     let scene = Arc::new(scene);
@@ -239,7 +239,7 @@ async fn by_user() {
     }
 }
 
-async fn nobody_there() {
+async fn without_running_process() {
     let scene = Scene::new().await;
     let mut proxy = scene.client.proxy(&scene.client_settings().take_over()).await;
     proxy.line(&["there is no process to take over from"]).await;

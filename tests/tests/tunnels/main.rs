@@ -17,7 +17,7 @@ fn main() -> ExitCode {
         "tunnels that are retired under load fail no connection and are replaced",
         retirement,
     );
-    suite.test("a restarted proxy serves connections at once", come_back);
+    suite.test("a restarted proxy serves connections at once", restarted_proxy);
     suite.test("handshakes per source are limited, and slow ones time out", handshakes);
     suite.test("both sides log one trace", trace);
     malformed::add(&mut suite);
@@ -59,7 +59,7 @@ async fn retirement() {
     assert_eq!(server.count(&["connection failed"]), 0, "{}", server.log());
 }
 
-async fn come_back() {
+async fn restarted_proxy() {
     let (scene, client, mut server) = Scene::with_proxies().await;
     let _app = Server::echo(&scene.server, APP);
     for _ in 0..3 {

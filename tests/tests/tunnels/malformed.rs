@@ -22,8 +22,8 @@ const CONTINUATION: u8 = 9;
 const END_HEADERS: u8 = 4;
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("malformed frames and headers do not affect other connections", others_go_on);
-    suite.test("malformed requests of an authenticated peer are logged", leave_a_line);
+    suite.test("malformed frames and headers do not affect other connections", others_unaffected);
+    suite.test("malformed requests of an authenticated peer are logged", malformed_requests_logged);
 }
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -105,7 +105,7 @@ fn abuses(app: &str) -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-async fn others_go_on() {
+async fn others_unaffected() {
     let (scene, mut client, mut server) = Scene::with_proxies().await;
     let app = scene.server.listen(APP);
     let (mut near, mut far, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
@@ -134,7 +134,7 @@ async fn others_go_on() {
     }
 }
 
-async fn leave_a_line() {
+async fn malformed_requests_logged() {
     let scene = Scene::new().await;
     let mut server = scene.server.proxy(&scene.server_settings()).await;
     let rogue = TlsClient::new(Some(&scene.pki.issue("rogue")));

@@ -128,7 +128,7 @@ async fn refused_twice() {
 }
 
 async fn reset() {
-    not_tried_again(|respond| respond.send_reset(Reason::INTERNAL_ERROR), "reset").await;
+    assert_not_retried(|respond| respond.send_reset(Reason::INTERNAL_ERROR), "reset").await;
 }
 
 async fn denied() {
@@ -137,10 +137,10 @@ async fn denied() {
         *response.status_mut() = StatusCode::UNAUTHORIZED;
         respond.send_response(response, true).expect("an answer");
     };
-    not_tried_again(deny, "refused").await;
+    assert_not_retried(deny, "refused").await;
 }
 
-async fn not_tried_again(answer: impl FnOnce(&mut SendResponse<bytes::Bytes>), reason: &str) {
+async fn assert_not_retried(answer: impl FnOnce(&mut SendResponse<bytes::Bytes>), reason: &str) {
     let mut script = Script::new().await;
     let server = async {
         let mut tunnel = script.tunnel().await;

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use crate::Mesh;
 
 /// A valid document that uses every feature.
-const RIGHT: &str = r#"workloads:
+const VALID_DOCUMENT: &str = r#"workloads:
 - uid: one
   name: a
   namespace: ns
@@ -54,19 +54,19 @@ fn check(text: &str) {
 }
 
 fn lines(keep: impl Fn(usize) -> bool) -> String {
-    let lines = RIGHT.lines().enumerate().filter(|(at, _)| keep(*at));
+    let lines = VALID_DOCUMENT.lines().enumerate().filter(|(at, _)| keep(*at));
     lines.map(|(_, line)| format!("{line}\n")).collect()
 }
 
 #[test]
 fn accepts_valid_document() {
-    let mesh = Mesh::from_text("mesh.yaml", RIGHT).unwrap();
+    let mesh = Mesh::from_text("mesh.yaml", VALID_DOCUMENT).unwrap();
     assert_eq!((mesh.workloads().len(), mesh.services().len()), (3, 2));
 }
 
 #[test]
 fn reads_or_rejects_truncated_document() {
-    for line in 0..RIGHT.lines().count() {
+    for line in 0..VALID_DOCUMENT.lines().count() {
         check(&lines(|at| at != line));
         check(&lines(|at| at < line));
     }
@@ -75,9 +75,9 @@ fn reads_or_rejects_truncated_document() {
 proptest! {
     #[test]
     fn reads_or_rejects_flipped_bytes(
-        flips in prop::collection::vec((0..RIGHT.len(), any::<u8>()), 1..8),
+        flips in prop::collection::vec((0..VALID_DOCUMENT.len(), any::<u8>()), 1..8),
     ) {
-        let mut bytes = RIGHT.as_bytes().to_vec();
+        let mut bytes = VALID_DOCUMENT.as_bytes().to_vec();
         for (at, byte) in flips {
             bytes[at] = byte;
         }
@@ -86,7 +86,7 @@ proptest! {
 
     #[test]
     fn reads_or_rejects_swapped_words(swaps in prop::collection::vec((0..200_usize, 0..200_usize), 1..6)) {
-        let mut words: Vec<_> = RIGHT.split_inclusive([' ', ',', '\n']).collect();
+        let mut words: Vec<_> = VALID_DOCUMENT.split_inclusive([' ', ',', '\n']).collect();
         for (one, other) in swaps {
             let count = words.len();
             words.swap(one % count, other % count);
@@ -96,10 +96,10 @@ proptest! {
 
     #[test]
     fn reads_or_rejects_value_of_other_kind(
-        line in 0..RIGHT.lines().count(),
+        line in 0..VALID_DOCUMENT.lines().count(),
         value in prop::sample::select(vec!["~", "[]", "{}", "[~]", "'x'", "-1", "99999999999", "*here", "!t x", "|\n   x", "&a [*a]"]),
     ) {
-        let text: String = RIGHT.lines().enumerate().map(|(at, text)| match text.split_once(": ") {
+        let text: String = VALID_DOCUMENT.lines().enumerate().map(|(at, text)| match text.split_once(": ") {
             Some((key, _)) if at == line => format!("{key}: {value}\n"),
             _ => format!("{text}\n"),
         }).collect();

@@ -213,12 +213,12 @@ fn range(ports: PortRange) -> String {
 /// Splits a port list for the multiport match: at most 15 ports, where a range counts as two
 /// (XT_MULTI_PORTS, include/uapi/linux/netfilter/xt_multiport.h).
 fn multiport(ports: &[PortRange]) -> Vec<String> {
-    const MOST: usize = 15;
+    const MAX_PORTS: usize = 15;
     let mut lists: Vec<(usize, String)> = Vec::new();
     for &ports in ports {
         let size = if ports.first == ports.last { 1 } else { 2 };
         match lists.last_mut() {
-            Some((used, list)) if *used + size <= MOST => {
+            Some((used, list)) if *used + size <= MAX_PORTS => {
                 *used += size;
                 *list = format!("{list},{}", range(ports));
             }

@@ -16,7 +16,7 @@ use underpass_interception::{
 };
 
 use super::Attempt;
-use crate::pod::{Wired, command, runtime};
+use crate::pod::{ConnectedPods, command, runtime};
 
 pub(crate) const PORTS: Ports = Ports {
     outbound: 15001,
@@ -78,7 +78,7 @@ pub(crate) struct Network {
 
 impl Network {
     pub(crate) fn new(name: &str) -> Result<Self, Failed> {
-        let Wired { pod, remote } = Wired::new(name)?;
+        let ConnectedPods { pod, remote } = ConnectedPods::new(name)?;
         let vm = Namespace::create_named(&format!("{name}-vm"))?;
         let pod_addresses = ["10.9.0.1/24".parse()?, "fd09::1/64".parse()?];
         let vm_addresses = ["10.9.0.2/24".parse()?, "fd09::2/64".parse()?];
