@@ -1,6 +1,4 @@
-//! The roots of one trust domain.
-//!
-//! Not here: which trust domain they vouch for (`trust`), and when their file is read again.
+//! The roots of one trust domain. `trust` maps trust domains to bundles.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,20 +8,20 @@ use rustls_pki_types::{CertificateDer, TrustAnchor};
 
 use crate::{CredentialProblem, HboneError, pem};
 
-/// The roots of one trust domain, one at least. Cheap to clone.
+/// The roots of one trust domain, at least one. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Bundle(Arc<RootCertStore>);
 
 impl Bundle {
-    /// The certificates in `pem`; `name` is what an error calls them.
+    /// Parses certificates in PEM; errors use `name`.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] when there is none, or one is malformed.
+    /// [`HboneError::Credential`] if there is no certificate, or one is malformed.
     pub fn from_pem(name: &Path, pem: &[u8]) -> Result<Self, HboneError> {
         Self::from_der(name, pem::certificates(name, pem)?)
     }
 
-    /// The same from certificates.
+    /// Parses certificates in DER.
     ///
     /// # Errors
     /// As [`Bundle::from_pem`].
@@ -52,7 +50,7 @@ impl Bundle {
     }
 }
 
-/// Equal when the roots are.
+/// Compares the roots.
 impl PartialEq for Bundle {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0) || self.0.roots == other.0.roots

@@ -1,6 +1,5 @@
-//! One generation of what a tunnel needs to prove who we are and to judge who is there: built once, shared by all.
-//!
-//! Not here: where it comes from, and when the next one is made.
+//! A generation of credentials: the own identity and the trust in peers, built once and shared by
+//! all tunnels.
 
 use std::sync::Arc;
 
@@ -11,10 +10,11 @@ use crate::tls::{ClientTls, ServerTls};
 use crate::trust::Authorities;
 use crate::{HboneError, Identity, Trust};
 
-/// An identity, whom it trusts, and the TLS configurations of both, with their sessions. Cheap to clone.
+/// An identity, the trusted roots, and the TLS configurations with their session caches. Cheap to
+/// clone.
 ///
-/// Sessions are resumed only within one generation: a new certificate, other roots or a new revocation list make a new
-/// one, so that no ticket outlives what was known when it was given.
+/// Sessions are resumed only within a generation. A new certificate, root or revocation list starts
+/// a new generation, so no ticket outlives the state in which it was issued.
 #[derive(Debug, Clone)]
 pub struct Credentials(Arc<Generation>);
 
@@ -27,10 +27,11 @@ struct Generation {
 }
 
 impl Credentials {
-    /// Roots in `trust` for the identity's own trust domain, or for an alias of it, are not used: the identity's are.
+    /// Combines both. The identity's own roots take precedence over roots in `trust` for its trust
+    /// domain or an alias of it.
     ///
     /// # Errors
-    /// [`HboneError::Tls`] if rustls refuses the identity.
+    /// [`HboneError::Tls`] if rustls rejects the identity.
     pub fn new(identity: Identity, trust: Trust) -> Result<Self, HboneError> {
         let provider = provider(trust.ciphers());
         let authorities = Arc::new(Authorities::new(&identity, trust));
@@ -39,12 +40,12 @@ impl Credentials {
         Ok(Self(Arc::new(Generation { identity, authorities, client, server })))
     }
 
-    /// Who we are.
+    /// The own identity.
     pub fn identity(&self) -> &Identity {
         &self.0.identity
     }
 
-    /// A receiver that never gets others: for tests and demos.
+    /// A receiver without updates, for tests and the demonstration.
     pub fn fixed(self) -> watch::Receiver<Self> {
         watch::channel(self).1
     }

@@ -1,6 +1,4 @@
-//! Files that others write: watched together, and warned of when too many can read them.
-//!
-//! Not here: what is in them (`pem`, `ca/clients.rs`).
+//! Watches groups of files, and warns of files with secrets that other users can read.
 
 use std::fs;
 use std::future::poll_fn;
@@ -12,7 +10,7 @@ use underpass_config::{FileWatch, FileWatcher};
 
 use crate::HboneError;
 
-/// Files that are read together.
+/// A group of watched files.
 #[derive(Debug)]
 pub(crate) struct WatchedFiles {
     watcher: FileWatcher,
@@ -20,16 +18,15 @@ pub(crate) struct WatchedFiles {
 }
 
 impl WatchedFiles {
-    /// No file yet.
+    /// An empty group.
     pub(crate) fn none(watcher: &FileWatcher) -> Self {
         Self { watcher: watcher.clone(), files: Vec::new() }
     }
 
-    /// Watches these files instead, from now on. Call it before they are read, so that no change is
-    /// missed.
+    /// Replaces the group by these files. Call it before reading them, so that no change is missed.
     ///
     /// # Errors
-    /// [`HboneError::Watch`] for one that cannot be watched; then the former files stay watched.
+    /// [`HboneError::Watch`] for a file that cannot be watched; the previous group then stays.
     pub(crate) fn replace(
         &mut self,
         files: impl IntoIterator<Item = impl AsRef<Path>>,
@@ -42,7 +39,7 @@ impl WatchedFiles {
         Ok(())
     }
 
-    /// Watches one more.
+    /// Watches another file.
     ///
     /// # Errors
     /// [`HboneError::Watch`] if it cannot be watched.
@@ -56,7 +53,7 @@ impl WatchedFiles {
         self.files.is_empty()
     }
 
-    /// Waits until one of them has changed; for ever, if there is none. Cancel-safe.
+    /// Waits for a change of any file; forever if there are none. Cancel-safe.
     pub(crate) async fn changed(&mut self) {
         let mut changes: Vec<_> =
             self.files.iter_mut().map(|file| Box::pin(file.changed())).collect();
@@ -68,13 +65,13 @@ impl WatchedFiles {
     }
 }
 
-/// Warns of a file with `secret` in it that others than its owner may read.
+/// Logs a warning if users other than the owner can read a file that contains `secret`.
 pub(crate) fn warn_if_exposed(file: &Path, secret: &str) -> Result<(), HboneError> {
     let metadata = fs::metadata(file).map_err(|error| HboneError::file(file, error))?;
     let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         let file = file.display();
-        tracing::warn!(%file, mode = %format_args!("{mode:04o}"), "others may read {secret}: chmod 0600");
+        tracing::warn!(%file, mode = %format_args!("{mode:04o}"), "other users can read {secret}; run chmod 0600");
     }
     Ok(())
 }

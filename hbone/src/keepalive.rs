@@ -1,6 +1,7 @@
-//! Gives up a peer that went silent while streams are open (RFC 9113 section 6.7, PING).
+//! Detects a peer that is silent while streams are open (RFC 9113 section 6.7, PING).
 //!
-//! Not here: closing the connection. Its owner polls [`Keepalive`] after the connection, and drops it when told.
+//! The owner of the connection polls [`Keepalive`] after the connection, and drops the connection
+//! when it is ready.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,10 +15,10 @@ use crate::{HboneError, KeepaliveSettings};
 
 /// ```text
 ///          a stream is open            quiet for `settings.quiet`: PING
-/// Dormant ──────────────────▶ Watching ─────────────────────────────────▶ Awaiting ──▶ dead
-///    ▲                         │     ▲                                       │  nothing for `settings.timeout`
-///    └─────────────────────────┘     └───────────────────────────────────────┘
-///      no stream is open                               PONG
+/// Dormant ──────────────────▶ Watching ──────────────────────────────▶ Awaiting ──▶ dead
+///    ▲                         │     ▲                                    │   no data for
+///    └─────────────────────────┘     └────────────────────────────────────┘  `settings.timeout`
+///      no stream is open                             PONG
 /// ```
 #[derive(Debug, Clone, Copy)]
 enum State {
@@ -26,7 +27,7 @@ enum State {
     Awaiting { since: Instant },
 }
 
-/// The watch over one connection.
+/// The keepalive of one connection.
 #[derive(Debug)]
 pub(crate) struct Keepalive {
     settings: KeepaliveSettings,
@@ -37,7 +38,7 @@ pub(crate) struct Keepalive {
 }
 
 impl Keepalive {
-    /// `None` if the connection's one [`PingPong`] was taken before.
+    /// Returns `None` if the connection's only [`PingPong`] was already taken.
     pub(crate) fn new(
         settings: KeepaliveSettings,
         tunnel_state: Arc<TunnelState>,
@@ -47,7 +48,7 @@ impl Keepalive {
         Some(Self { settings, tunnel_state, ping: ping?, timer, state: State::Dormant })
     }
 
-    /// Ready when the peer is to be given up. Poll it after the connection, so that what came is known.
+    /// Ready when the peer is dead. Poll it after the connection, so that received data is counted.
     pub(crate) fn poll_dead(
         &mut self,
         cx: &mut Context<'_>,
@@ -67,7 +68,7 @@ impl Keepalive {
                     } else if self.ping.send_ping(Ping::opaque()).is_ok() {
                         self.await_pong(Instant::now());
                     } else {
-                        // The connection is ending, and says so itself.
+                        // The connection is ending and reports its own error.
                         return Poll::Pending;
                     }
                 }
@@ -82,7 +83,8 @@ impl Keepalive {
                         let silent = heard.elapsed();
                         return Poll::Ready(HboneError::Unresponsive { silent });
                     }
-                    // Data came and the PONG did not: it waits behind more data, and the peer lives.
+                    // Data arrived without the PONG: the PONG is queued behind data, and the peer
+                    // lives.
                     self.await_pong(heard);
                 }
             }

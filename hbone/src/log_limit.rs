@@ -1,5 +1,4 @@
-//! A limit on log lines that others can cause: a storm of refusals must not become one of log
-//! lines.
+//! Limits log lines that peers can cause, so that a storm of refusals does not flood the log.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -7,14 +6,14 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep_until};
 
-/// How many lines of one kind are logged in one [`WINDOW`].
+/// The number of logged lines of one reason per [`WINDOW`].
 const LINES: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// The log lines of one kind, such as failed handshakes, by the reason of each.
+/// The limit for one kind of log lines, such as failed handshakes, by reason.
 ///
-/// The first ten of a reason in a second are logged. The others are counted, and a line with their
-/// number follows when the second is over.
+/// The first ten lines of a reason per second are logged. The others are counted, and reported in
+/// one line at the end of the second.
 #[derive(Debug)]
 pub struct LogLimit {
     kind: &'static str,
@@ -30,17 +29,17 @@ struct Window {
 }
 
 impl LogLimit {
-    /// A limit on lines about `kind`, which is how the line with their number calls them.
+    /// A limit for lines about `kind`, which the summary line names.
     pub const fn new(kind: &'static str) -> Self {
         Self { kind, windows: Mutex::new(Vec::new()) }
     }
 
-    /// Whether a line with this reason may be logged now; otherwise it is counted.
+    /// Returns true if a line with this reason may be logged now. Otherwise it is counted.
     pub fn admit(&'static self, reason: &'static str) -> bool {
         let now = Instant::now();
         let (lines, earlier) = self.count(reason, now);
         self.report(reason, earlier);
-        // Without a runtime the next line reports them.
+        // Without a runtime, the next line reports the count.
         if lines == LINES + 1
             && let Ok(runtime) = Handle::try_current()
         {
@@ -52,7 +51,7 @@ impl LogLimit {
         lines <= LINES
     }
 
-    /// Counts a line; its number in this second, and how many of earlier ones were not reported.
+    /// Counts a line. Returns its number in this second, and the unreported number of earlier ones.
     fn count(&self, reason: &'static str, now: Instant) -> (u32, u64) {
         let mut windows = self.windows();
         let Some(window) = windows.iter_mut().find(|window| window.reason == reason) else {
@@ -84,7 +83,7 @@ impl LogLimit {
     }
 
     fn windows(&self) -> MutexGuard<'_, Vec<Window>> {
-        // Nothing panics while it is held.
+        // No holder panics.
         self.windows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

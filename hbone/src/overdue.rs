@@ -1,7 +1,7 @@
-//! Gives up a peer that begins a frame, a header block or HTTP/2 itself and does not finish it.
+//! Enforces the deadline for unfinished frames, header blocks and the first SETTINGS of a peer.
 //!
-//! Not here: what is unfinished (`inspect.rs`), and closing the connection. Its owner polls
-//! [`Overdue`] after the connection.
+//! `inspect.rs` finds what is unfinished. The owner of the connection polls [`Overdue`] after the
+//! connection, and closes it.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,12 +13,12 @@ use tokio::time::{Sleep, sleep_until};
 use crate::inspect::TunnelLimit;
 use crate::tunnel_state::TunnelState;
 
-/// The deadline of what one peer has begun.
+/// The deadline for the unfinished frame of a peer.
 #[derive(Debug)]
 pub(crate) struct Overdue {
     tunnel_state: Arc<TunnelState>,
     after: Duration,
-    /// Only while something is unfinished.
+    /// Set only while a frame is unfinished.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -27,9 +27,8 @@ impl Overdue {
         Self { tunnel_state, after, timer: None }
     }
 
-    /// Ready when the peer has exceeded a limit, this deadline included. While a stream is open a
-    /// DATA frame may take as long as the network needs: flow control bounds it, and keepalive
-    /// notices a peer that is gone.
+    /// Ready when the peer has exceeded a limit, including this deadline. With an open stream, a
+    /// DATA frame may take any time: flow control limits it, and keepalive detects a dead peer.
     pub(crate) fn poll_exceeded(
         &mut self,
         cx: &mut Context<'_>,

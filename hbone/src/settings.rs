@@ -1,74 +1,74 @@
-//! The caps and pauses of a tunnel, with the defaults that stock ztunnel expects to meet.
+//! The limits and intervals of a tunnel, with defaults that are compatible with ztunnel.
 //!
-//! Not here: deadlines. Every call that waits for a peer takes its own.
+//! Deadlines are no settings: each call that waits for a peer takes its own.
 
 use std::time::Duration;
 
-/// RFC 9113 section 6.5.2: the largest frame we take, in bytes. Few, large frames make bulk cheap;
-/// no peer of ours sends larger ones than its `send_buffer`. h2 holds a frame until it is whole,
-/// before it looks at flow control: a tunnel without streams can hold one. Only DATA may be as
-/// large (`inspect.rs`).
+/// The maximum accepted frame size in bytes (RFC 9113 section 6.5.2). Large frames make bulk cheap;
+/// peers of this implementation send none beyond their `send_buffer`. h2 buffers an entire frame
+/// before flow control applies, so even a tunnel without streams can hold one. Only DATA may be
+/// that large (`inspect.rs`).
 pub(crate) const MAX_FRAME_SIZE: u32 = 256 << 10;
 
-/// What h2 may hold beyond the payload for small DATA frames, in bytes: it counts what a frame is short
-/// of 256 bytes, and closes a connection with more. Frames that are not read are copied out of h2 long
-/// before (`tunnel_state/received.rs`), and count no longer then.
+/// The limit for the overhead of buffered small DATA frames in bytes, in h2's accounting: the
+/// difference of a frame's size to 256 bytes. h2 closes a connection beyond it. Unread frames are
+/// copied out of h2 long before (`tunnel_state/received.rs`), and then no longer count.
 pub(crate) const SMALL_FRAME_BUDGET: usize = 64 << 20;
 
-/// What a connection of this proxy may hold unread, in bytes.
+/// The connection window: the maximum of unread data in bytes.
 const CONNECTION_WINDOW: u32 = 64 << 20;
-/// What its first WINDOW_UPDATE adds to the 65,535 of RFC 9113 section 6.9.2, by which one of ours
-/// is known.
+/// The increment of the first WINDOW_UPDATE over the initial 65,535 (RFC 9113 section 6.9.2). It
+/// identifies a peer of this implementation.
 pub(crate) const FIRST_WINDOW_UPDATE: u32 = CONNECTION_WINDOW - 65_535;
 
-/// As long as a handshake.
+/// The timeout of a frame, equal to that of a handshake.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How a tunnel is used from the client's side.
+/// The settings of a client's tunnels.
 #[derive(Debug, Clone)]
 pub struct ClientSettings {
     /// Windows and buffers.
     pub http2: Http2Settings,
-    /// When a silent peer is given up.
+    /// The detection of silent peers.
     pub keepalive: KeepaliveSettings,
-    /// How long a frame or header block may take that the peer has begun, and its first SETTINGS.
+    /// The timeout for an unfinished frame or header block, and for the first SETTINGS.
     pub frame_timeout: Duration,
 }
 
-/// How a tunnel is served.
+/// The settings of a server's tunnels.
 #[derive(Debug, Clone)]
 pub struct ServerSettings {
     /// Windows and buffers.
     pub http2: Http2Settings,
-    /// When a silent peer is given up.
+    /// The detection of silent peers.
     pub keepalive: KeepaliveSettings,
-    /// How long a frame or header block may take that the peer has begun, and its first SETTINGS.
+    /// The timeout for an unfinished frame or header block, and for the first SETTINGS.
     pub frame_timeout: Duration,
-    /// How many streams a peer may have open in one tunnel.
+    /// The maximum number of open streams per tunnel.
     pub max_streams: u32,
 }
 
-/// Windows and buffers of one tunnel: the caps on what a peer can make us hold, in bytes.
+/// Windows and buffers of a tunnel in bytes, which limit the memory that a peer can occupy.
 #[derive(Debug, Clone)]
 pub struct Http2Settings {
-    /// What a peer may send on a stream before it is read.
+    /// The stream window: the maximum of unread data on a stream.
     pub stream_window: u32,
-    /// The same while what is not read, of all streams, takes more than a quarter of `connection_window`.
+    /// The stream window while unread data of all streams exceeds a quarter of `connection_window`.
     pub crowded_stream_window: u32,
-    /// What a peer may send on all streams together before it is read.
+    /// The connection window: the maximum of unread data on all streams.
     pub connection_window: u32,
-    /// What we queue for a stream before it is written to the connection.
+    /// The maximum of queued data per stream.
     pub send_buffer: usize,
-    /// The largest header list that we read.
+    /// The maximum size of a received header list.
     pub max_header_list: u32,
 }
 
-/// When a silent peer is given up. Only while streams are open: idle tunnels cost nothing.
+/// The detection of silent peers, which is active only while streams are open.
 #[derive(Debug, Clone)]
 pub struct KeepaliveSettings {
-    /// How long nothing is received before a PING is sent.
+    /// The time without received data before a PING.
     pub quiet: Duration,
-    /// How long its answer may take.
+    /// The timeout of the answer to a PING.
     pub timeout: Duration,
 }
 
@@ -76,12 +76,12 @@ impl Default for Http2Settings {
     fn default() -> Self {
         Self {
             stream_window: 4 << 20,
-            // A hundred of these, or two, beside the quarter that was held before, leave half or a quarter of the
-            // connection's window for what comes until the peer knows of them.
+            // The remaining three quarters of the connection window hold a hundred such streams or
+            // more, until the peer has received the change.
             crowded_stream_window: 128 << 10,
             connection_window: CONNECTION_WINDOW,
-            // What is already in flight is not counted here, so this bounds memory and not throughput: it must only outlast one
-            // turn of the task that writes to the connection. What is more has left the caches by then.
+            // Limits memory and not throughput, since data in flight is not counted. It must last
+            // for one turn of the writing task; larger buffers would leave the CPU caches.
             send_buffer: 256 << 10,
             max_header_list: 16 << 10,
         }
@@ -101,7 +101,7 @@ impl Default for ClientSettings {
 impl Default for ServerSettings {
     fn default() -> Self {
         Self {
-            // As ztunnel: a peer that does not read can hold at most 200 of these.
+            // As in ztunnel: a peer that does not read can occupy at most 200 of these.
             http2: Http2Settings { max_header_list: 64 << 10, ..Http2Settings::default() },
             keepalive: KeepaliveSettings::default(),
             frame_timeout: FRAME_TIMEOUT,

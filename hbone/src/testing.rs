@@ -1,6 +1,4 @@
-//! What the unit tests share: two workloads of one authority, and tunnels between them in memory.
-//!
-//! Not here: sockets; the workspace's tests crate has those.
+//! Shared by unit tests: two workloads of one authority, and in-memory tunnels between them.
 
 pub(crate) mod frames;
 pub(crate) mod pki;
@@ -26,7 +24,7 @@ use crate::{
 
 pub(crate) const CLIENT: &str = "spiffe://td/ns/default/sa/client";
 pub(crate) const SERVER: &str = "spiffe://td/ns/default/sa/server";
-/// Where the server seems to be.
+/// The address of the in-memory server.
 pub(crate) const ADDRESS: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15008);
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
@@ -46,12 +44,12 @@ pub(crate) fn identity(authority: &CertificateAuthority, who: &str) -> Identity 
     Identity::from_pem(issued.chain_pem.as_bytes(), issued.key_pem.as_bytes(), roots).unwrap()
 }
 
-/// An identity that trusts its own roots, and never changes.
+/// Credentials that trust their own roots and never change.
 pub(crate) fn credentials(identity: &Identity) -> Credentials {
     Credentials::new(identity.clone(), Trust::default()).unwrap()
 }
 
-/// Both sides of a mesh, ready to meet.
+/// A client and a server with credentials for each other.
 pub(crate) struct Mesh {
     pub(crate) connector: Connector,
     pub(crate) acceptor: Acceptor,
@@ -98,7 +96,7 @@ impl Mesh {
         (client.unwrap(), server.unwrap())
     }
 
-    /// An accepted stream, and what serves it.
+    /// An accepted stream, with both ends and the tunnel.
     pub(crate) async fn stream(&self) -> (TunnelStream, TunnelStream, Tunnel, Served) {
         let (tunnel, server) = self.tunnel().await;
         let mut served = Served::new(server);
@@ -109,7 +107,7 @@ impl Mesh {
     }
 }
 
-/// A server tunnel that is driven by a task, and its requests.
+/// A server tunnel that a task runs, and its incoming requests.
 pub(crate) struct Served {
     requests: mpsc::UnboundedReceiver<Incoming>,
     driver: JoinHandle<()>,
@@ -130,13 +128,13 @@ impl Served {
         self.requests.recv().await.unwrap()
     }
 
-    /// Drops the connection, as a process that dies.
+    /// Drops the connection, like a process that dies.
     pub(crate) async fn kill(self) {
         self.driver.abort();
         assert!(self.driver.await.unwrap_err().is_cancelled());
     }
 
-    /// Waits for the connection's end.
+    /// Waits for the end of the connection.
     pub(crate) async fn ended(self) {
         self.driver.await.unwrap();
     }
@@ -146,7 +144,8 @@ pub(crate) fn request() -> ConnectRequest {
     ConnectRequest { authority: "10.0.0.1:80".to_owned(), headers: HeaderMap::new() }
 }
 
-/// IO at its worst: at most `step` bytes at a time, and none come once it is `stopped`.
+/// An I/O wrapper that transfers at most `step` bytes per call, and stops receiving once `stopped`
+/// is set.
 pub(crate) struct Awkward<T> {
     pub(crate) io: T,
     pub(crate) step: usize,

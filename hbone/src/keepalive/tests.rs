@@ -1,4 +1,4 @@
-//! Peers that go silent, and peers that only seem to, on a paused clock.
+//! Tests of silent and slow peers, with paused time.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::testing::{Awkward, HOUR, Mesh, SECOND, Served, request};
 use crate::{ClientSettings, HboneError, ServerSettings, TunnelStream};
 
-/// A stream over a connection whose client or server can be made deaf.
+/// A stream over a connection whose client or server can stop receiving.
 async fn stream_with_a_deaf_side(
     client_is_deaf: bool,
 ) -> (TunnelStream, TunnelStream, crate::Tunnel, Served, Arc<std::sync::atomic::AtomicBool>) {
@@ -19,7 +19,7 @@ async fn stream_with_a_deaf_side(
     let (near, far) = (Awkward::new(near, 64 << 10), Awkward::new(far, 64 << 10));
     let deaf = if client_is_deaf { near.stopped.clone() } else { far.stopped.clone() };
     let (mut client, mut server) = (ClientSettings::default(), ServerSettings::default());
-    // The deaf side hears nothing either: it must not be the first to give up.
+    // The side that stops receiving must not time out first.
     let patient = if client_is_deaf { &mut client.keepalive } else { &mut server.keepalive };
     patient.quiet = HOUR;
     let (tunnel, server) = Mesh::with(client, server).tunnel_over(near, far).await;
@@ -31,14 +31,14 @@ async fn stream_with_a_deaf_side(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_peer_that_goes_silent_is_given_up_by_either_side() {
+async fn silent_peer_is_detected_by_client_and_server() {
     for client_is_deaf in [true, false] {
         let (near, far, _tunnel, _served, deaf) = stream_with_a_deaf_side(client_is_deaf).await;
         let start = Instant::now();
         deaf.store(true, Ordering::Relaxed);
         let hearing = if client_is_deaf { far } else { near };
         let (mut reader, mut writer) = hearing.split();
-        // Bounded, so that a watch that never gives up fails here and does not hang.
+        // A timeout, so that a missing detection fails instead of hanging.
         let error = timeout(60 * SECOND, reader.read()).await.unwrap().unwrap_err();
         assert!(matches!(error, HboneError::Unresponsive { .. }), "{error:?}");
         assert!(matches!(writer.closed().await, HboneError::Unresponsive { .. }));
@@ -48,7 +48,7 @@ async fn a_peer_that_goes_silent_is_given_up_by_either_side() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_quiet_stream_to_a_living_peer_stays() {
+async fn quiet_stream_to_live_peer_stays_open() {
     let (near, far, tunnel, _served) = Mesh::new().stream().await;
     sleep(HOUR).await;
     assert!(!tunnel.is_closed());
@@ -59,8 +59,8 @@ async fn a_quiet_stream_to_a_living_peer_stays() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_tunnel_without_streams_sends_no_ping() {
-    // The server is not driven, so it would not answer.
+async fn tunnel_without_streams_sends_no_ping() {
+    // The server's task does not run, so it would not answer a PING.
     let (tunnel, _server) = Mesh::new().tunnel().await;
     sleep(HOUR).await;
     assert!(!tunnel.is_closed());

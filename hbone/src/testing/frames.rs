@@ -1,4 +1,4 @@
-//! HTTP/2 as bytes, for peers that send what h2 would not, and a TLS client to send them with.
+//! Raw HTTP/2 frames, and a TLS client that sends them: for input that h2 would not send.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 
@@ -16,7 +16,7 @@ pub(crate) const PING: u8 = 6;
 pub(crate) const GOAWAY: u8 = 7;
 pub(crate) const END_HEADERS: u8 = 4;
 
-/// A frame's head for a payload of `length`.
+/// The header of a frame with a payload of `length`.
 pub(crate) fn head(length: usize, kind: u8, flags: u8, stream: u32) -> Vec<u8> {
     let [_, high, middle, low] = u32::try_from(length).unwrap().to_be_bytes();
     [&[high, middle, low, kind, flags][..], &stream.to_be_bytes()].concat()
@@ -30,7 +30,7 @@ pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8>
 pub(crate) fn connect(stream: u32) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in [(":method", "CONNECT"), (":authority", "10.0.0.1:80")] {
-        // RFC 7541 section 6.2.2: a literal without indexing.
+        // A literal without indexing (RFC 7541 section 6.2.2).
         block.push(0);
         for text in [name, value] {
             block.push(u8::try_from(text.len()).unwrap());
@@ -40,13 +40,13 @@ pub(crate) fn connect(stream: u32) -> Vec<u8> {
     frame(HEADERS, END_HEADERS, stream, &block)
 }
 
-/// A client that has a certificate and sends what it likes.
+/// A client with a certificate that sends arbitrary bytes.
 pub(crate) struct RawClient {
     io: TlsStream<Io>,
 }
 
 impl RawClient {
-    /// One whose certificate is valid for an hour, with a server.
+    /// A client with a certificate that is valid for an hour, and its server.
     pub(crate) async fn new(settings: ServerSettings) -> (Self, ServerTunnel) {
         let authority = authority("td");
         let server = credentials(&identity(&authority, SERVER));
@@ -64,7 +64,7 @@ impl RawClient {
         (client, server.unwrap())
     }
 
-    /// The same, with its SETTINGS sent.
+    /// The same, after sending SETTINGS.
     pub(crate) async fn settled(settings: ServerSettings) -> (Self, ServerTunnel) {
         let (mut client, server) = Self::new(settings).await;
         client.send(&frame(SETTINGS, 0, 0, &[])).await;
@@ -75,13 +75,12 @@ impl RawClient {
         assert!(self.try_send(bytes).await);
     }
 
-    /// Whether the server still takes something.
+    /// Returns true if the server accepts the bytes.
     pub(crate) async fn try_send(&mut self, bytes: &[u8]) -> bool {
         self.io.write_all(bytes).await.is_ok() && self.io.flush().await.is_ok()
     }
 
-    /// The type, stream and payload of each frame until the server ends, or of the first of this
-    /// type.
+    /// Receives frames (type, stream, payload) until the server ends, or until one of type `until`.
     pub(crate) async fn receive(&mut self, until: Option<u8>) -> Vec<(u8, u32, Vec<u8>)> {
         let mut frames = Vec::new();
         loop {
@@ -102,7 +101,7 @@ impl RawClient {
         }
     }
 
-    /// The code of the last GOAWAY before the server ends.
+    /// The error code of the last GOAWAY before the server ends.
     pub(crate) async fn goaway(&mut self) -> Option<u32> {
         let frames = self.receive(None).await;
         let goaways = frames.iter().rev().filter(|(kind, ..)| *kind == GOAWAY);

@@ -1,6 +1,5 @@
-//! A certificate authority that also does what none should: any serial number, names and validity, and revocation.
-//!
-//! Not here: the authority that we ship (`ca`).
+//! A certificate authority for tests, with arbitrary serial numbers, names and validity, and
+//! revocation.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,13 +22,13 @@ use crate::{Bundle, Identity, Trust, clock};
 
 pub(crate) struct Ca {
     issuer: Issuer<'static, KeyPair>,
-    /// Itself, unless it is a root.
+    /// The intermediates, including itself unless it is a root.
     chain: Vec<CertificateDer<'static>>,
     root: CertificateDer<'static>,
     root_pem: String,
 }
 
-/// The files of [`TrustSettings`], and what they are for.
+/// Creates the files of [`TrustSettings`].
 pub(crate) struct Files {
     dir: TempDir,
     pub(crate) settings: TrustSettings,
@@ -54,7 +53,7 @@ impl Files {
         self
     }
 
-    /// A revocation list as PEM, or as DER if its name says so.
+    /// Adds a revocation list in PEM, or in DER if the extension is `der`.
     pub(crate) fn crl(mut self, name: &str, list: &CertificateRevocationList) -> Self {
         let file = match name.ends_with(".der") {
             true => self.write(name, list.der()),
@@ -105,12 +104,12 @@ impl Ca {
         Bundle::from_der(Path::new("roots"), [self.root.clone()]).unwrap()
     }
 
-    /// A leaf with such names, and what is above it.
+    /// A leaf with these names, followed by the chain.
     pub(crate) fn chain(&self, names: &[&str], serial: u64) -> Vec<CertificateDer<'static>> {
         self.leaf(names, serial, clock::now() + HOUR).0
     }
 
-    /// Who has one name, and trusts this root in its own trust domain.
+    /// An identity with one name that trusts this root in its own trust domain.
     pub(crate) fn identity(&self, who: &str, serial: u64) -> Identity {
         self.identity_until(who, serial, clock::now() + HOUR)
     }
@@ -131,7 +130,7 @@ impl Ca {
         Identity::new(Path::new(who), chain, key, bundles).unwrap()
     }
 
-    /// A list, from an hour ago, for another hour.
+    /// A revocation list that is valid from an hour ago for two hours.
     pub(crate) fn revoke(&self, serials: &[u64]) -> CertificateRevocationList {
         let now = clock::now();
         self.revoke_between(serials, now - HOUR, now + HOUR)
@@ -161,7 +160,7 @@ impl Ca {
         .unwrap()
     }
 
-    /// A leaf with these names, and whatever else `change` makes of it.
+    /// A leaf with these names, modified by `change`.
     pub(crate) fn leaf_with(
         &self,
         names: &[&str],
@@ -213,6 +212,6 @@ fn ca(name: &str) -> CertificateParams {
 }
 
 fn offset(time: SystemTime) -> OffsetDateTime {
-    // Certificates count whole seconds.
+    // Certificates have a resolution of one second.
     OffsetDateTime::from(time).replace_nanosecond(0).unwrap()
 }

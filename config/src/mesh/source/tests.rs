@@ -262,7 +262,7 @@ async fn retired_snapshot_is_freed_when_unused() {
     let mesh = Arc::new(Mesh::from_text("mesh", &workload("a", 1)).unwrap());
     let kept = mesh.workloads()[0].clone();
     let retirement = tokio::spawn(mesh.clone().retire());
-    sleep(RETIREMENT * 2).await;
+    sleep(RETIRE_POLL_INTERVAL * 2).await;
     assert!(!retirement.is_finished());
     drop(mesh);
     timeout(BOUND, retirement).await.unwrap().unwrap();
