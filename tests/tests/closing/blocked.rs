@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use underpass_tests::{APP, End, Family, Suite, abort, exchange, read_to_end, until};
 
-use crate::{Path, breaks};
+use crate::{Path, await_socket_error};
 
 /// A write that takes longer is blocked.
 const BLOCKED: Duration = Duration::from_millis(500);
@@ -37,7 +37,7 @@ async fn reset_arrives(path: Path, client_sends: bool, family: Family) {
     let (mut sender, reader) = if client_sends { (client, server) } else { (server, client) };
     fill(&mut sender).await;
     abort(sender);
-    breaks(&reader).await;
+    await_socket_error(&reader).await;
     for pod in path.pods(&scene) {
         until("the buffers are freed", async || {
             pod.metrics().await.sum("underpass_buffer_bytes", &[]) == Some(0.0)
