@@ -271,8 +271,9 @@ impl Inspector {
         Ok(())
     }
 
-    /// Counts DATA frames, and refuses a client's trailers: RFC 9113 section 8.5 allows only DATA on a
-    /// connected stream, and h2 would hold them until the application has read everything before.
+    /// Counts DATA frames, and refuses a client's trailers: RFC 9113 section 8.5 allows only DATA
+    /// on a connected stream, and h2 would hold them until the application has read everything
+    /// before.
     fn check_order(&mut self, kind: Kind, stream: u32) -> Result<(), TunnelLimit> {
         match kind {
             Kind::Data => self.data_frames += 1,

@@ -1,5 +1,5 @@
-//! The private memory that a peer's streams hold when an application, or the peer itself, has stopped
-//! reading.
+//! The private memory that a peer's streams hold when an application, or the peer itself, has
+//! stopped reading.
 
 use std::net::SocketAddr;
 
