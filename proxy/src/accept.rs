@@ -166,7 +166,7 @@ pub(crate) async fn accept_loop(
 
 async fn accept_forever(listening: &Listening) {
     let Listening { worker, pod, kind, listener } = listening;
-    // Anew each time: another process may have the same listener, and have set what it wants, when it tried to take over.
+    // Each time: another process may have the same listener, and have set what it wants, when it tried to take over.
     if let Err(error) = pod.sockets.prepare(listener, kind.closing()) {
         tracing::error!(listener = kind.name(), %error, "connections lack socket options");
     }

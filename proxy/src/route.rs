@@ -60,7 +60,7 @@ pub(crate) struct Route {
 }
 
 impl Route {
-    /// Which of several endpoints it is that cannot be reached if dialling fails; `None`: there is nobody else to try.
+    /// Which of several endpoints it is that cannot be reached if dialling fails; `None`: there is no other to try.
     pub(crate) fn dialled(&self) -> Option<&EndpointKey> {
         self.gateway.as_ref().or(self.endpoint.as_ref())
     }

@@ -195,7 +195,7 @@ impl KnownSeries {
         Self { registry, cached: Mutex::default() }
     }
 
-    /// The series of these labels. Whoever counts in it holds it, so that it does not expire.
+    /// The series of these labels. A caller that counts in it holds it, so that it does not expire.
     pub(crate) fn get(&self, labels: Labels) -> Arc<Series> {
         let mut cached = self.lock();
         if let Some(series) = cached.get(&labels).and_then(Weak::upgrade) {

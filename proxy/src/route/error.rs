@@ -60,7 +60,7 @@ pub(crate) enum RouteError {
 }
 
 impl RouteError {
-    /// Whether a service has nobody for the port, rather than somebody who could not be connected to.
+    /// Whether no endpoint of the service takes the port, other than those that were tried already.
     pub(super) fn is_nobody(&self) -> bool {
         match self {
             Self::NoPort { .. } => true,
@@ -87,7 +87,7 @@ impl RouteError {
 }
 
 /// Why a workload cannot take a connection, in the order in which it is found out: of several endpoints the reason of the one
-/// that came nearest is told.
+/// that came nearest is reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Error)]
 pub(crate) enum Unfit {
     #[error("there is no workload behind it that is healthy")]

@@ -60,7 +60,7 @@ impl<'a> Question<'a> {
     fn address(&self, asked: SocketAddr) -> Result<InboundTarget, RouteError> {
         let own = asked.ip() == self.here.ip();
         let tunnel = self.local.and_then(|local| local.application_tunnel);
-        // Of a workload's own address nobody can say which of its services is meant.
+        // A workload's own address does not say which of its services is meant.
         let owner = if own { None } else { self.owner(asked.ip()) };
         let in_front_of = if own { None } else { self.in_front_of(asked.ip()) };
         if !own && tunnel.is_none() && in_front_of.is_none() {
@@ -122,7 +122,7 @@ impl<'a> Question<'a> {
         })
     }
 
-    /// Who has this address: a workload rather than a service, whose range may lie around it.
+    /// The owner of this address: a workload before a service, whose range may contain it.
     fn owner(&self, address: IpAddr) -> Option<Destination<'a>> {
         let workload = self.mesh.workload(self.network, address).map(Destination::Workload);
         let service = || self.mesh.service(self.network, address, self.namespace);

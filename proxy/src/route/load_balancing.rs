@@ -154,7 +154,7 @@ impl<'m> Selection<'m, '_> {
         (least..=preferences).rev()
     }
 
-    /// Draws from those who match the first `matched` preferences until two are found that nobody else among them can be better
+    /// Draws from those who match the first `matched` preferences until two are found that no other among them can be better
     /// than, without looking at all of them. None if that takes too long, as when many of them cannot be taken.
     fn draw(
         &self,
@@ -205,7 +205,7 @@ impl<'m> Selection<'m, '_> {
         }
     }
 
-    /// Why there is nobody.
+    /// Why there is no endpoint.
     fn explain(&self, choose: &mut impl Choose) -> RouteError {
         let endpoints = self.service.endpoints.iter();
         let nearest = endpoints.filter_map(|endpoint| self.candidate(endpoint, choose).err()).max();
@@ -223,7 +223,7 @@ impl<'m> Selection<'m, '_> {
     ) -> Result<Candidate<'m>, Unfit> {
         let workload = &endpoint.workload;
         let port = self.target_port(endpoint).ok_or(Unfit::NoPort)?;
-        // As with ztunnel, nobody is chosen if all have no capacity: it is how a workload is told to take nothing.
+        // As with ztunnel, no endpoint is selected if all have no capacity: capacity 0 means no connections.
         if workload.capacity == 0 {
             return Err(Unfit::NoCapacity);
         }

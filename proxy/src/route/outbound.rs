@@ -287,7 +287,7 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         })
     }
 
-    /// The workload that is a waypoint or gateway, or serves as one; none if nobody has the name.
+    /// The workload that is a waypoint or gateway, or serves as one; none if none has the name.
     fn proxy(
         &mut self,
         gateway: &Gateway,
