@@ -6,6 +6,7 @@
 
 mod ca_clients;
 mod cidr;
+mod declare;
 mod document;
 mod error;
 mod files;
@@ -22,6 +23,7 @@ mod test_folder;
 mod watch;
 
 pub use ca_clients::{CaClient, CaClients, CaToken, IdentityPattern};
+pub use declare::Reference;
 pub use document::Origin;
 pub use error::{ConfigErrors, Problem};
 pub use ipnet::{IpNet, Ipv4Net};
@@ -36,7 +38,7 @@ pub use mesh::{
 };
 pub use quote::Quoted;
 pub use read::parse_duration;
-pub use resolve::KEYS;
+pub use resolve::{keys, reference};
 pub use settings::{
     Backend, BundleFile, Cipher, Dns, Egress, EgressSettings, IdentityFiles, IdentitySettings,
     InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes,

@@ -12,7 +12,7 @@ use self::environment::{CONFIG_FILE, Meaning};
 use crate::document::{Node, Origin, SyntaxError, Value};
 use crate::error::{ConfigErrors, Problem};
 use crate::read::{Cursor, Problems};
-use crate::resolve::{KEYS, is_list, settings};
+use crate::resolve::{declared, settings};
 use crate::settings::Settings;
 
 /// What the settings are made of.
@@ -134,8 +134,9 @@ fn overlay(root: &mut Node, key: &str, value: &str, origin: Origin, problems: &P
 /// The value of a key in a flag or a variable is text as one writes it in a shell: YAML would read its own into `*`,
 /// `[::]:15020` or `::1,::2`. Only quotes, and brackets where a list belongs, make it YAML, as does the key of a section.
 fn parse(key: &str, value: &str, origin: &Origin) -> Result<Node, SyntaxError> {
-    let is_yaml_list = is_list(key) && value.starts_with('[');
-    if is_yaml_list || !KEYS.contains(&key) || value.starts_with(['"', '\'']) {
+    let setting = declared().find(|setting| setting.key() == key);
+    let is_yaml = setting.is_none_or(|setting| setting.is_list() && value.starts_with('['));
+    if is_yaml || value.starts_with(['"', '\'']) {
         return Node::parse(value, &|_, _| origin.clone());
     }
     let value = match value {

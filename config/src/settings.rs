@@ -1,6 +1,7 @@
 //! The typed settings: what the file, the environment and the flags said, with every default filled in.
 //!
-//! Not here: how they are read. That is `read.rs` (keys and types) and `load.rs` (where they come from).
+//! Not here: how they are declared and read (`declare.rs`, `resolve/`), and where they come from
+//! (`load.rs`).
 
 mod egress;
 mod identity;
@@ -26,6 +27,17 @@ pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 
 use crate::{SpiffeId, TrustDomain};
+
+/// A value that is one of a few words.
+pub(crate) trait Word: Copy + PartialEq + 'static {
+    /// Each word with its value.
+    const WORDS: &'static [(&'static str, Self)];
+
+    /// The word of this value.
+    fn word(self) -> &'static str {
+        Self::WORDS.iter().find(|(_, value)| *value == self).map_or("", |(word, _)| word)
+    }
+}
 
 /// All that an operator can tell underpass. `underpass config show` prints it.
 #[derive(Debug, Clone, PartialEq, Eq)]

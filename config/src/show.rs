@@ -1,266 +1,82 @@
-//! Settings as the YAML that would say the same: what `underpass config show` prints.
+//! Settings as a settings file that says the same: what `underpass config show` prints.
 //!
-//! Paths of secrets are shown, their contents never: settings do not hold them.
+//! Paths of secrets are shown, their contents never: settings do not hold them. The YAML has the
+//! shapes of settings only: mappings of mappings, scalars, and lists of scalars.
 
 use std::fmt;
-use std::path::Path;
-use std::time::Duration;
 
-use crate::settings::{
-    Egress, EgressSettings, IdentitySettings, InterceptionSettings, KubeletProbes, LogFormat,
-    Settings, TakeOver,
-};
+use crate::declare::Written;
+use crate::resolve::declared;
+use crate::settings::Settings;
 
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let workload = &self.workload;
-        writeln!(
-            f,
-            "workload: {{name: {}, namespace: {}, serviceAccount: {}, trustDomain: {}, network: {:?}}}",
-            workload.name,
-            workload.namespace,
-            workload.service_account,
-            workload.trust_domain,
-            workload.network
-        )?;
-        if let Some(file) = &self.mesh_file {
-            writeln!(f, "mesh: {{file: {}}}", path(file))?;
-        }
-        self.fmt_identity(f)?;
-        self.fmt_trust(f)?;
-        self.fmt_interception(f)?;
-        self.fmt_proxy(f)?;
-        self.fmt_egress(f)?;
-        self.fmt_tunnels(f)?;
-        self.fmt_limits(f)?;
-        let (limit, idle) = (self.series.limit, Millis(self.series.idle));
-        writeln!(
-            f,
-            "metrics: {{address: \"{}\", label_sets: {limit}, idle: {idle}}}",
-            self.metrics
-        )?;
-        writeln!(f, "readiness: {{address: \"{}\"}}", self.readiness)?;
-        let format = match self.logging.format {
-            LogFormat::Plain => "plain",
-            LogFormat::Json => "json",
-        };
-        writeln!(f, "logging: {{filter: {:?}, format: {format}}}", self.logging.filter.as_str())
-    }
-}
-
-impl Settings {
-    fn fmt_identity(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.identity {
-            None => Ok(()),
-            Some(IdentitySettings::Files(files)) => writeln!(
-                f,
-                "identity: {{certificate: {}, key: {}, roots: {}}}",
-                path(&files.certificate),
-                path(&files.key),
-                path(&files.roots)
-            ),
-            Some(IdentitySettings::LocalCa(ca)) => {
-                writeln!(f, "identity: {{local_ca: {}, ttl: {}}}", path(&ca.dir), Millis(ca.ttl))
+        let mut open: Vec<&str> = Vec::new();
+        for setting in declared() {
+            let Some(value) = setting.written(self) else { continue };
+            let mut sections: Vec<&str> = setting.key().split('.').collect();
+            let Some(key) = sections.pop() else { continue };
+            let shared = open.iter().zip(&sections).take_while(|(one, other)| one == other).count();
+            for (depth, section) in sections.iter().enumerate().skip(shared) {
+                writeln!(f, "{:1$}{section}:", "", depth * 2)?;
             }
-            Some(IdentitySettings::IstioCa(ca)) => {
-                writeln!(f, "identity:\n  istio_ca:\n    address: {:?}", ca.address)?;
-                if let Some(name) = &ca.server_name {
-                    writeln!(f, "    server_name: {name:?}")?;
-                }
-                writeln!(f, "    roots: {}\n    token: {}", path(&ca.roots), path(&ca.token))?;
-                writeln!(f, "    cluster_id: {:?}", ca.cluster_id)?;
-                writeln!(f, "    impersonate: {}\n  ttl: {}", ca.impersonate, Millis(ca.ttl))
-            }
-            Some(IdentitySettings::Spire(spire)) => {
-                writeln!(f, "identity: {{spire: {{socket: {}}}}}", path(&spire.socket))
-            }
+            writeln!(f, "{:1$}{key}: {2}", "", sections.len() * 2, Yaml(&value))?;
+            open = sections;
         }
-    }
-
-    fn fmt_trust(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let trust = &self.trust;
-        let bundles = trust.bundles.iter();
-        let bundles: Vec<String> = bundles
-            .map(|bundle| {
-                format!("{:?}", format!("{}={}", bundle.trust_domain, bundle.file.display()))
-            })
-            .collect();
-        let crls: Vec<String> = trust.crls.iter().map(|file| path(file)).collect();
-        writeln!(f, "trust:\n  aliases: {}", texts(&trust.aliases))?;
-        writeln!(f, "  bundles: {}\n  crls: {}", bare(&bundles), bare(&crls))?;
-        writeln!(f, "  ciphers: {}", bare(&trust.ciphers))
-    }
-
-    fn fmt_interception(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let settings = &self.interception;
-        writeln!(f, "interception:")?;
-        writeln!(f, "  profile: {}", settings.profile)?;
-        writeln!(f, "  backend: {}", settings.backend)?;
-        writeln!(f, "  exact: {}", settings.exact)?;
-        writeln!(f, "  install: {}", settings.install)?;
-        writeln!(f, "  repair: {}", settings.repair)?;
-        writeln!(f, "  ipv6: {}", settings.ipv6)?;
-        writeln!(f, "  on_exit: {}", settings.on_exit)?;
-        writeln!(f, "  allow_host: {}", settings.allow_host)?;
-        self.fmt_capture(f)?;
-        writeln!(f, "  virtual_interfaces: {}", texts(&settings.virtual_interfaces))?;
-        writeln!(f, "  proxy_uids: {}", bare(&settings.proxy_uids))?;
-        writeln!(f, "  proxy_gids: {}", bare(&settings.proxy_gids))?;
-        writeln!(f, "  dns: {}", settings.dns)?;
-        writeln!(f, "  dns_servers: {}", texts(&settings.dns_servers))?;
-        writeln!(f, "  drop_invalid: {}", settings.drop_invalid)?;
-        writeln!(f, "  ingress: {}", settings.ingress)?;
-        match &settings.kubelet_probes {
-            KubeletProbes::Ports(ports) => writeln!(f, "  kubelet_probes: {}", bare(ports))?,
-            word => writeln!(f, "  kubelet_probes: {word}")?,
-        }
-        writeln!(f, "  loopback_cidr: {}", settings.loopback_cidr)
-    }
-
-    fn fmt_capture(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let InterceptionSettings { outbound, inbound, .. } = &self.interception;
-        writeln!(f, "  outbound:")?;
-        writeln!(f, "    exclude_cidrs: {}", texts(&outbound.exclude_cidrs))?;
-        writeln!(f, "    include_cidrs: {}", included(outbound.include_cidrs.as_deref(), texts))?;
-        writeln!(f, "    exclude_ports: {}", bare(&outbound.exclude_ports))?;
-        writeln!(f, "    include_ports: {}", bare(&outbound.include_ports))?;
-        writeln!(f, "    exclude_interfaces: {}", texts(&outbound.exclude_interfaces))?;
-        writeln!(f, "    exclude_uids: {}", bare(&outbound.exclude_uids))?;
-        writeln!(f, "    exclude_gids: {}", bare(&outbound.exclude_gids))?;
-        writeln!(f, "    include_gids: {}", bare(&outbound.include_gids))?;
-        writeln!(f, "  inbound:")?;
-        writeln!(f, "    mode: {}", inbound.mode)?;
-        writeln!(f, "    include_ports: {}", included(inbound.include_ports.as_deref(), bare))?;
-        writeln!(f, "    exclude_ports: {}", bare(&inbound.exclude_ports))?;
-        writeln!(f, "    exclude_interfaces: {}", texts(&inbound.exclude_interfaces))
-    }
-
-    fn fmt_proxy(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let proxy = &self.proxy;
-        let workers = proxy.workers.map_or_else(|| "auto".to_owned(), |n| n.to_string());
-        writeln!(
-            f,
-            "proxy: {{outbound_port: {}, inbound_port: {}, hbone_port: {}, dns_port: {}, workers: {workers}, mtls: {}, mtls_overrides: {}}}",
-            proxy.outbound_port,
-            proxy.inbound_port,
-            proxy.hbone_port,
-            proxy.dns_port,
-            proxy.mtls.default,
-            texts(&proxy.mtls.overrides)
-        )
-    }
-
-    fn fmt_egress(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let EgressSettings { mode, cidrs, ports } = &self.egress;
-        let mode = match mode {
-            Egress::Allow => "allow",
-            Egress::MeshOnly => "mesh-only",
-        };
-        writeln!(f, "egress: {mode}")?;
-        writeln!(f, "egress_exceptions: {{cidrs: {}, ports: {}}}", texts(cidrs), bare(ports))
-    }
-
-    fn fmt_tunnels(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let tunnels = &self.tunnels;
-        writeln!(
-            f,
-            "tunnels: {{max_age: {}, streams: {}, per_peer: {}}}",
-            Millis(tunnels.max_age),
-            tunnels.streams,
-            tunnels.per_peer
-        )
-    }
-
-    fn fmt_limits(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let l = &self.limits;
-        writeln!(
-            f,
-            "limits:\n  connections_per_worker: {}\n  connections_per_source: {}\n  accepts_per_second: {}\n  \
-             handshakes: {}\n  handshakes_per_source: {}\n  tunnels_per_source: {}\n  \
-             tunnels_per_identity: {}\n  buffers: {}KiB",
-            l.connections_per_worker,
-            or_off(l.connections_per_source),
-            or_off(l.accepts_per_second),
-            l.handshakes,
-            l.handshakes_per_source,
-            or_off(l.tunnels_per_source),
-            or_off(l.tunnels_per_identity),
-            l.buffers >> 10
-        )?;
-        let t = &self.timeouts;
-        writeln!(
-            f,
-            "timeouts: {{connect: {}, handshake: {}, frame: {}, reply: {}, idle: {}, half_close: {}, keepalive: {}, drain: {}, \
-             handover_drain: {}, pool_idle: {}, tunnel_idle: {}, ejection: {}}}",
-            Millis(t.connect),
-            Millis(t.handshake),
-            Millis(t.frame),
-            Millis(t.reply),
-            or_off(t.idle.map(Millis)),
-            or_off(t.half_close.map(Millis)),
-            Millis(t.keepalive),
-            Millis(t.drain),
-            Millis(t.handover_drain),
-            Millis(t.pool_idle),
-            Millis(t.tunnel_idle),
-            Millis(t.ejection)
-        )?;
-        match &self.take_over {
-            TakeOver::Auto => writeln!(f, "take_over: {{socket: auto}}"),
-            TakeOver::At(socket) => writeln!(f, "take_over: {{socket: {}}}", path(socket)),
-            TakeOver::Off => writeln!(f, "take_over: {{socket: off}}"),
-        }
+        Ok(())
     }
 }
 
-/// A value that may be `off`.
-fn or_off<T: fmt::Display>(value: Option<T>) -> String {
-    value.map_or_else(|| "off".to_owned(), |value| value.to_string())
-}
+/// A value in YAML's flow style.
+struct Yaml<'a>(&'a Written);
 
-/// A path in quotes.
-fn path(path: &Path) -> String {
-    format!("{:?}", path.display().to_string())
-}
-
-/// A list whose items need quotes: YAML would read a colon or a word of its own into them.
-fn texts<T: fmt::Display>(items: &[T]) -> String {
-    // No item has a quote or a backslash in it: resolving refuses them.
-    let items: Vec<String> = items.iter().map(|item| format!("\"{item}\"")).collect();
-    format!("[{}]", items.join(", "))
-}
-
-/// A list whose items need no quotes, or have them.
-fn bare<T: fmt::Display>(items: &[T]) -> String {
-    let items: Vec<String> = items.iter().map(ToString::to_string).collect();
-    format!("[{}]", items.join(", "))
-}
-
-/// A list that says everything when it is absent, and nothing in a word: `[]` would say everything too.
-fn included<T>(items: Option<&[T]>, list: impl Fn(&[T]) -> String) -> String {
-    match items {
-        None => "\"*\"".to_owned(),
-        Some([]) => "none".to_owned(),
-        Some(items) => list(items),
-    }
-}
-
-/// A duration in the largest unit that a setting can have and that loses nothing.
-struct Millis(Duration);
-
-impl fmt::Display for Millis {
+impl fmt::Display for Yaml<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.as_millis() {
-            millis if millis % 1000 == 0 => write!(f, "{}s", millis / 1000),
-            millis => write!(f, "{millis}ms"),
+        match self.0 {
+            Written::Scalar(text) => write_scalar(f, text),
+            Written::List(items) => {
+                f.write_str("[")?;
+                for (index, item) in items.iter().enumerate() {
+                    f.write_str(if index == 0 { "" } else { ", " })?;
+                    write_scalar(f, item)?;
+                }
+                f.write_str("]")
+            }
         }
     }
+}
+
+/// Plain where that is the same in every context, else in double quotes (YAML 1.2 section 7.3.1).
+fn write_scalar(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+    if is_plain(text) {
+        return f.write_str(text);
+    }
+    f.write_str("\"")?;
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => write!(f, "\\{c}")?,
+            c if c.is_control() || matches!(c, '\u{feff}' | '\u{2028}' | '\u{2029}') => {
+                write!(f, "\\u{:04x}", u32::from(c))?;
+            }
+            c => write!(f, "{c}")?,
+        }
+    }
+    f.write_str("\"")
+}
+
+fn is_plain(text: &str) -> bool {
+    let first = |c: u8| c.is_ascii_alphanumeric() || c == b'/';
+    let others = |c: u8| c.is_ascii_alphanumeric() || b"/._-+=".contains(&c);
+    let is_null = text.eq_ignore_ascii_case("null");
+    text.bytes().next().is_some_and(first) && text.bytes().all(others) && !is_null
 }
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+    use crate::document::{Node, Value};
     use crate::load::{read_text, settings_of};
-    use crate::resolve::KEYS;
+    use crate::resolve::keys;
 
     const SIDECAR: &str = r#"
 workload: {name: web-1, namespace: shop, serviceAccount: web, trustDomain: example.org, network: 'east: #1'}
@@ -341,10 +157,82 @@ interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_
         let shown =
             given.map(|text| read_text("shown", &settings_of(text).unwrap().to_string()).unwrap());
         let given = given.map(|text| read_text("given", text).unwrap());
-        for key in KEYS {
+        for key in keys() {
             let path: Vec<&str> = key.split('.').collect();
             assert!(shown.iter().any(|shown| shown.at(&path).is_some()), "{key} is not shown");
             assert!(given.iter().any(|given| given.at(&path).is_some()), "{key} is not tried");
+        }
+    }
+
+    #[test]
+    fn sections_are_nested_and_only_what_yaml_reads_otherwise_is_quoted() {
+        let text = settings_of(OSM).unwrap().to_string();
+        let first = "workload:\n  name: default\n  namespace: default\n";
+        assert!(text.starts_with(first), "{text}");
+        for line in [
+            "  network: \"\"\n",
+            "identity:\n  local_ca: /ca\n  ttl: 24h\n",
+            "  outbound:\n    exclude_cidrs: []\n",
+            "    include_ports: [80]\n",
+            "    include_ports: none\n",
+            "proxy:\n  outbound_port: 15001\n",
+            "  mtls_overrides: []\negress: allow\negress_exceptions:\n  cidrs: []\n",
+            "  address: \"[::]:15020\"\n",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+    }
+
+    #[test]
+    fn quoted_scalars_are_read_as_they_were() {
+        let hostile = [
+            "",
+            "~",
+            "null",
+            "Null",
+            "*",
+            "a: b",
+            "#c",
+            "-",
+            "- x",
+            "\"q\"",
+            "back\\slash",
+            "tab\t",
+            "line\nfeed",
+            "nul\0",
+            "nel\u{85}",
+            "\u{feff}bom",
+            "\u{2028}",
+            "\u{1f600}",
+            "[x]",
+            "{x}",
+            "x, y",
+            " lead",
+            "trail ",
+            "%x",
+            "@x",
+            "`x",
+            "&x",
+            "!x",
+            "|",
+            ">",
+            "?",
+            "'",
+            "é",
+        ];
+        for text in hostile {
+            let list = Written::List(vec![text.to_owned(), "next".to_owned()]);
+            let yaml = format!("scalar: {}\nlist: {}\n", Yaml(&Written::scalar(text)), Yaml(&list));
+            let root = read_text("hostile", &yaml).unwrap();
+            let scalar = |node: &Node| match &node.value {
+                Value::Scalar(text) => text.clone(),
+                other => panic!("{other:?} in {yaml}"),
+            };
+            assert_eq!(scalar(root.at(&["scalar"]).unwrap()), text, "{yaml}");
+            let Value::Sequence(items) = &root.at(&["list"]).unwrap().value else {
+                panic!("{yaml}")
+            };
+            assert_eq!(items.iter().map(scalar).collect::<Vec<_>>(), [text, "next"]);
         }
     }
 }

@@ -40,6 +40,11 @@ pub enum SpiffeError {
 pub struct TrustDomain(String);
 
 impl TrustDomain {
+    /// `cluster.local`, the trust domain of a mesh whose operator chose none.
+    pub(crate) fn cluster_local() -> Self {
+        Self("cluster.local".to_owned())
+    }
+
     /// The trust domain as in identities.
     pub fn as_str(&self) -> &str {
         &self.0

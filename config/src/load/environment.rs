@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use crate::document::Origin;
 use crate::error::Problem;
 use crate::read::closest;
-use crate::resolve::KEYS;
+use crate::resolve::keys;
 
 const PREFIX: &str = "UNDERPASS_";
 /// Names the settings file where no `--config` does.
@@ -38,7 +38,7 @@ impl Meaning {
         if !name.starts_with(PREFIX) || name == CONFIG_FILE || is_service_url(name, value) {
             return Self::Nothing;
         }
-        match KEYS.iter().find(|key| variable(key) == name) {
+        match keys().find(|key| variable(key) == name) {
             Some(key) => Self::Key(key),
             None if is_service_link(name) => Self::Nothing,
             None => Self::Unknown,
@@ -48,7 +48,7 @@ impl Meaning {
 
 /// The warning about an unknown variable.
 pub(super) fn unknown(name: &str, value: &str) -> Problem {
-    let variables: Vec<String> = KEYS.iter().map(|key| variable(key)).collect();
+    let variables: Vec<String> = keys().map(variable).collect();
     let known: Vec<&str> = variables.iter().map(String::as_str).collect();
     let reason = match closest(name, &known) {
         Some(near) => format!("no such setting, ignored; did you mean {near}?"),

@@ -1,8 +1,10 @@
 //! Settings as an operator writes them, right and wrong.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 
 use super::*;
+use crate::resolve::keys;
 use crate::settings::{IdentitySettings, OnExit, Profile, ProxySettings};
 
 struct Given {
@@ -86,10 +88,8 @@ fn every_key_has_its_environment_variable() {
 
 #[test]
 fn no_two_keys_share_an_environment_variable() {
-    let mut names: Vec<String> = KEYS.iter().map(|key| environment::variable(key)).collect();
-    names.sort();
-    names.dedup();
-    assert_eq!(names.len(), KEYS.len());
+    let names: BTreeSet<String> = keys().map(environment::variable).collect();
+    assert_eq!(names.len(), keys().count());
 }
 
 #[test]

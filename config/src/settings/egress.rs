@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use ipnet::IpNet;
 
-use super::PortRange;
+use super::{PortRange, Word};
 
 /// Which destinations that the mesh does not know may be connected to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +26,11 @@ pub enum Egress {
     Allow,
     /// They are refused.
     MeshOnly,
+}
+
+impl Word for Egress {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("allow", Self::Allow), ("mesh-only", Self::MeshOnly)];
 }
 
 impl EgressSettings {

@@ -119,6 +119,12 @@ pub struct BundleFile {
     pub file: PathBuf,
 }
 
+impl fmt::Display for BundleFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.trust_domain, self.file.display())
+    }
+}
+
 /// How many tunnels there are to a peer, and how long they are used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TunnelSettings {

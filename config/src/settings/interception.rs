@@ -9,6 +9,8 @@ use std::str::FromStr;
 use ipnet::{IpNet, Ipv4Net};
 use thiserror::Error;
 
+use super::Word;
+
 /// What is caught, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InterceptionSettings {
@@ -239,8 +241,8 @@ impl fmt::Display for PortRange {
     }
 }
 
-impl Profile {
-    pub(crate) const WORDS: &[(&str, Self)] = &[
+impl Word for Profile {
+    const WORDS: &'static [(&'static str, Self)] = &[
         ("ambient", Self::Ambient),
         ("sidecar", Self::Sidecar),
         ("osm", Self::Osm),
@@ -250,12 +252,12 @@ impl Profile {
 
 impl fmt::Display for Profile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(word(*self, Self::WORDS))
+        f.write_str(self.word())
     }
 }
 
-impl Backend {
-    pub(crate) const WORDS: &[(&str, Self)] = &[
+impl Word for Backend {
+    const WORDS: &'static [(&'static str, Self)] = &[
         ("auto", Self::Auto),
         ("nftables", Self::Nftables),
         ("iptables", Self::Iptables),
@@ -265,49 +267,51 @@ impl Backend {
 
 impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(word(*self, Self::WORDS))
+        f.write_str(self.word())
     }
 }
 
-impl Ipv6 {
-    pub(crate) const WORDS: &[(&str, Self)] =
+impl Word for Ipv6 {
+    const WORDS: &'static [(&'static str, Self)] =
         &[("capture", Self::Capture), ("reject", Self::Reject), ("bypass", Self::Bypass)];
 }
 
 impl fmt::Display for Ipv6 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(word(*self, Self::WORDS))
+        f.write_str(self.word())
     }
 }
 
-impl OnExit {
-    pub(crate) const WORDS: &[(&str, Self)] = &[("keep", Self::Keep), ("remove", Self::Remove)];
+impl Word for OnExit {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("keep", Self::Keep), ("remove", Self::Remove)];
 }
 
 impl fmt::Display for OnExit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(word(*self, Self::WORDS))
+        f.write_str(self.word())
     }
 }
 
-impl InboundMode {
-    pub(crate) const WORDS: &[(&str, Self)] =
+impl Word for InboundMode {
+    const WORDS: &'static [(&'static str, Self)] =
         &[("redirect", Self::Redirect), ("tproxy", Self::Tproxy)];
 }
 
 impl fmt::Display for InboundMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(word(*self, Self::WORDS))
+        f.write_str(self.word())
     }
 }
 
-impl Dns {
-    pub(crate) const WORDS: &[(&str, Self)] = &[("off", Self::Off), ("capture", Self::Capture)];
+impl Word for Dns {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("off", Self::Off), ("capture", Self::Capture)];
 }
 
 impl fmt::Display for Dns {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(word(*self, Self::WORDS))
+        f.write_str(self.word())
     }
 }
 
@@ -334,11 +338,6 @@ impl fmt::Display for KubeletProbes {
             }
         }
     }
-}
-
-/// How a setting's value is written.
-pub(super) fn word<T: PartialEq>(value: T, words: &[(&'static str, T)]) -> &'static str {
-    words.iter().find(|(_, known)| *known == value).map_or("", |(word, _)| word)
 }
 
 pub(super) fn port(text: &str) -> Result<u16, PortRangeError> {

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+use super::Word;
+
 /// What is logged, and how it looks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Logging {
@@ -21,6 +23,10 @@ pub enum LogFormat {
     Plain,
     /// For machines: one JSON object a line.
     Json,
+}
+
+impl Word for LogFormat {
+    const WORDS: &'static [(&'static str, Self)] = &[("plain", Self::Plain), ("json", Self::Json)];
 }
 
 /// Levels by target in tracing's syntax: `info`, `info,access=off`.

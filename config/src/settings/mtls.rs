@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+use super::Word;
+
 /// Whether plaintext is taken, by workload and port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MtlsSettings {
@@ -70,14 +72,14 @@ impl MtlsOverride {
     }
 }
 
-impl Mtls {
-    pub(crate) const WORDS: &[(&str, Self)] =
+impl Word for Mtls {
+    const WORDS: &'static [(&'static str, Self)] =
         &[("permissive", Self::Permissive), ("strict", Self::Strict)];
 }
 
 impl fmt::Display for Mtls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(super::interception::word(*self, Self::WORDS))
+        f.write_str(self.word())
     }
 }
 

@@ -6,7 +6,8 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 use underpass_config::{
-    ConfigErrors, Dns, IdentitySettings, Mesh, Problem, Profile, Protocol, Settings, Workload,
+    ConfigErrors, Dns, IdentitySettings, Mesh, Problem, Profile, Protocol, Reference, Settings,
+    Workload, reference,
 };
 use underpass_hbone::{
     Credentials, FileSource, HboneError, Identity, IstioCa, LocalCaSource, Trust,
@@ -35,12 +36,23 @@ pub(super) enum Command {
     /// Print the settings in effect: file, environment, flags and defaults
     #[command(after_help = "Example:\n  underpass config show --config underpass.yaml")]
     Show(SettingsArguments),
+    /// Print every setting with its type, its default and its meaning
+    #[command(after_help = "Example:\n  underpass config keys | grep -A1 timeouts")]
+    Keys {
+        /// Print the table of docs/settings.md
+        #[arg(long)]
+        markdown: bool,
+    },
 }
 
 pub(super) fn run(command: Command) -> Result<(), CommandError> {
     match command {
         Command::Check { settings, output } => check(settings, output),
         Command::Show(arguments) => print(&arguments.load()?.to_string()),
+        Command::Keys { markdown: true } => print(&Reference::table(reference())),
+        Command::Keys { markdown: false } => {
+            print(&reference().map(|setting| setting.to_string()).collect::<String>())
+        }
     }
 }
 

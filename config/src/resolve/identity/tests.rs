@@ -3,8 +3,8 @@
 use super::*;
 use crate::ConfigErrors;
 use crate::load::settings_of;
-use crate::resolve::KEYS;
 use crate::settings::Settings;
+use crate::settings::TunnelSettings;
 
 fn read(text: &str) -> Result<Settings, ConfigErrors> {
     settings_of(text)
@@ -241,9 +241,4 @@ fn counts_have_their_bounds() {
     ] {
         is_refused(&format!("tunnels: {{{key}: {wrong}}}\n"), &format!("tunnels.{key}"));
     }
-}
-
-#[test]
-fn every_list_is_a_key() {
-    assert!(LISTS.iter().all(|list| KEYS.contains(list)));
 }

@@ -3,7 +3,6 @@
 use super::*;
 use crate::ConfigErrors;
 use crate::load::settings_of;
-use crate::resolve::KEYS;
 
 fn read(section: &str) -> Result<InterceptionSettings, ConfigErrors> {
     settings_of(&format!("interception: {section}\n")).map(|settings| settings.interception)
@@ -298,9 +297,4 @@ fn a_key_deep_down_is_checked_too() {
             "inbound: must be a mapping (key: value)"
         ]
     );
-}
-
-#[test]
-fn every_list_is_a_key() {
-    assert!(LISTS.iter().all(|list| KEYS.contains(list)));
 }
