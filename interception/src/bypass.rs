@@ -40,7 +40,10 @@ impl fmt::Display for BypassingProcess {
 /// # Errors
 ///
 /// /proc cannot be read.
-pub fn bypassing_processes(_: &Entered, profile: Profile) -> io::Result<Vec<BypassingProcess>> {
+pub(crate) fn bypassing_processes(
+    _: &Entered,
+    profile: Profile,
+) -> io::Result<Vec<BypassingProcess>> {
     // A thread has its own name, so the process' name is read; only the namespaces are the
     // thread's.
     let own = Process::read(Path::new("/proc/self"))?;

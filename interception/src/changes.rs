@@ -4,33 +4,27 @@
 //! It does not notify of changes to legacy iptables tables, so these are polled.
 
 use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use nlink::netlink::{Connection, Nftables, ProtocolState, Route, RtnetlinkGroup};
-use tokio::runtime::Handle;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
+use crate::InterceptionError;
 use crate::backend::Backend;
 use crate::iptables::Variant;
 use crate::leftovers::LegacyTables;
-use crate::netlink::failed;
-use crate::{Entered, InterceptionError, NamespaceAccess};
+use crate::privileged::NamespaceAccess;
+use crate::watching::{OPERATION, Watched, Watching};
 
-const OPERATION: &str = "watch the rules";
 /// The polling interval of legacy tables. A check runs one process per family.
 const LEGACY_INTERVAL: Duration = Duration::from_secs(2);
 /// The polling interval of foreign rules in legacy tables.
 const OTHERS_INTERVAL: Duration = Duration::from_secs(5);
-/// The notifications about everything that own rules depend on besides nftables.
-const OURS: [RtnetlinkGroup; 5] = [
-    RtnetlinkGroup::Ipv4Rule,
-    RtnetlinkGroup::Ipv6Rule,
-    RtnetlinkGroup::Ipv4Route,
-    RtnetlinkGroup::Ipv6Route,
-    RtnetlinkGroup::Ipv6Addr,
-];
-/// Only ip rules: changes of routes and addresses let no traffic bypass the rules.
-const RULES: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ipv6Rule];
 /// The maximum number of notifications that are merged into one change, so that a constant stream
 /// of changes does not block [`Changes::next`].
 const BURST: usize = 1000;
@@ -40,8 +34,8 @@ const BURST: usize = 1000;
 pub struct Changes {
     access: NamespaceAccess,
     /// `None` if the kernel does not notify of nftables changes.
-    nftables: Option<Connection<Nftables>>,
-    routes: Connection<Route>,
+    nftables: Option<Notifications>,
+    routes: Notifications,
     interval: Option<Interval>,
     /// Polling applies only while these legacy tables exist; `None` for always.
     if_legacy: Option<LegacyTables>,
@@ -49,12 +43,8 @@ pub struct Changes {
     ticked: bool,
 }
 
-/// The sockets of a subscription, opened within its namespace.
-struct Sockets {
-    nftables: Result<Connection<Nftables>, InterceptionError>,
-    routes: Connection<Route>,
-    legacy: LegacyTables,
-}
+/// A netlink socket that the kernel reports changes to.
+struct Notifications(AsyncFd<OwnedFd>);
 
 impl fmt::Debug for Changes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -68,11 +58,11 @@ impl Changes {
         access: &NamespaceAccess,
         backend: Backend,
     ) -> Result<Self, InterceptionError> {
-        let Sockets { nftables, routes, .. } = Sockets::open(access, &OURS).await?;
-        let access = access.clone();
+        let Watching { nftables, routes, .. } = access.watch(Watched::OwnRules).await?;
+        let (access, routes) = (access.clone(), Notifications::new(routes)?);
         let (nftables, interval) = match backend {
             Backend::Iptables(Variant::Legacy) => (None, Some(every(LEGACY_INTERVAL))),
-            _ => (Some(nftables?), None),
+            _ => (Some(Notifications::new(nftables?)?), None),
         };
         Ok(Self { access, nftables, routes, interval, if_legacy: None, ticked: false })
     }
@@ -84,14 +74,15 @@ impl Changes {
     ///
     /// The kernel rejected the subscription.
     pub async fn of_all_programs(access: &NamespaceAccess) -> Result<Self, InterceptionError> {
-        let Sockets { nftables, routes, legacy } = Sockets::open(access, &RULES).await?;
+        let Watching { nftables, routes, legacy } = access.watch(Watched::AllRules).await?;
         if let Err(error) = &nftables {
             tracing::debug!(%error, "nftables does not notify");
         }
         let if_legacy = nftables.is_ok().then_some(legacy);
         let interval = Some(every(OTHERS_INTERVAL));
-        let access = access.clone();
-        Ok(Self { access, nftables: nftables.ok(), routes, interval, if_legacy, ticked: false })
+        let (access, routes) = (access.clone(), Notifications::new(routes)?);
+        let nftables = nftables.ok().map(Notifications::new).transpose()?;
+        Ok(Self { access, nftables, routes, interval, if_legacy, ticked: false })
     }
 
     /// Returns when rules may have changed since the last call or since the subscription. All
@@ -104,7 +95,7 @@ impl Changes {
         let Self { access, nftables, routes, interval, if_legacy, ticked } = self;
         let nftables = async {
             match nftables {
-                Some(connection) => wait_for_notification(connection).await,
+                Some(notifications) => notifications.next().await,
                 None => std::future::pending().await,
             }
         };
@@ -126,26 +117,10 @@ impl Changes {
             }
         };
         tokio::select! {
-            told = nftables => told,
-            told = wait_for_notification(routes) => told,
+            changed = nftables => changed,
+            changed = routes.next() => changed,
             () = interval => Ok(()),
         }
-    }
-}
-
-impl Sockets {
-    /// Opens the sockets in the namespace, for the caller's runtime.
-    async fn open(
-        access: &NamespaceAccess,
-        groups: &'static [RtnetlinkGroup],
-    ) -> Result<Self, InterceptionError> {
-        let runtime = Handle::current();
-        let open = async move |entered: &Entered| {
-            let _callers = runtime.enter();
-            let (nftables, routes) = (subscribe_nftables(entered), subscribe(entered, groups)?);
-            Ok(Self { nftables, routes, legacy: LegacyTables::open(entered) })
-        };
-        access.run(open).await?
     }
 }
 
@@ -155,7 +130,7 @@ async fn has_legacy_tables(access: &NamespaceAccess, tables: &mut LegacyTables) 
         return exist;
     }
     // If the namespace cannot be entered any more, the subscription itself fails.
-    if let Ok(opened) = access.run(async |entered| LegacyTables::open(entered)).await {
+    if let Ok(opened) = access.legacy_tables().await {
         *tables = opened;
     }
     tables.exist().unwrap_or_default()
@@ -167,38 +142,39 @@ fn every(period: Duration) -> Interval {
     interval
 }
 
-fn subscribe(
-    _: &Entered,
-    groups: &[RtnetlinkGroup],
-) -> Result<Connection<Route>, InterceptionError> {
-    let routes = Connection::<Route>::new().map_err(failed(OPERATION))?;
-    routes.subscribe(groups).map_err(failed(OPERATION))?;
-    Ok(routes)
-}
-
-fn subscribe_nftables(_: &Entered) -> Result<Connection<Nftables>, InterceptionError> {
-    let connection = Connection::<Nftables>::new().map_err(failed(OPERATION))?;
-    connection.subscribe_all().map_err(failed(OPERATION))?;
-    Ok(connection)
-}
-
-/// Waits for a notification and drains all that are queued.
-async fn wait_for_notification<P: ProtocolState>(
-    connection: &Connection<P>,
-) -> Result<(), InterceptionError> {
-    let socket = connection.socket();
-    // ENOBUFS: a lost notification still means that something changed.
-    let lost = |error: &nlink::Error| error.is_no_buffer_space();
-    match socket.recv_msg().await {
-        Err(error) if !lost(&error) => return Err(failed(OPERATION)(error)),
-        _ => {}
+impl Notifications {
+    fn new(socket: OwnedFd) -> Result<Self, InterceptionError> {
+        #[expect(
+            deprecated,
+            reason = "safe here: an OwnedFd's descriptor stays open and the same (tokio #8587)"
+        )]
+        let registered = AsyncFd::with_interest(socket, Interest::READABLE);
+        registered.map(Self).map_err(failed)
     }
-    for _ in 0..BURST {
-        match socket.try_recv_msg() {
-            Ok(None) => break,
-            Err(error) if !lost(&error) => return Err(failed(OPERATION)(error)),
-            _ => {}
+
+    /// Waits for a notification and drains all that are queued.
+    async fn next(&self) -> Result<(), InterceptionError> {
+        self.0.async_io(Interest::READABLE, |socket| receive(socket)).await.map_err(failed)?;
+        for _ in 0..BURST {
+            match self.0.try_io(Interest::READABLE, |socket| receive(socket)) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(failed(error)),
+            }
         }
+        Ok(())
     }
-    Ok(())
+}
+
+/// Receives one notification. Its content is ignored: the caller lists the rules.
+fn receive(socket: &OwnedFd) -> io::Result<()> {
+    match recv(socket, &mut [0; 16], RecvFlags::TRUNC) {
+        // ENOBUFS: a lost notification still means that something changed.
+        Ok(_) | Err(Errno::NOBUFS) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn failed(source: io::Error) -> InterceptionError {
+    InterceptionError::Netlink { operation: OPERATION, source }
 }

@@ -121,6 +121,18 @@ pub enum InterceptionError {
         #[source]
         source: io::Error,
     },
+    /// A socket, or what belongs to a namespace besides its rules, cannot be opened or read.
+    #[error("cannot {operation}")]
+    Socket {
+        /// The operation, as a verb phrase.
+        operation: &'static str,
+        /// The error of the kernel.
+        #[source]
+        source: io::Error,
+    },
+    /// A privileged operation was answered with another reply than its request has.
+    #[error("a privileged operation was answered with {0}")]
+    UnexpectedReply(String),
     /// A network namespace cannot be created, opened, entered, connected or deleted.
     #[error("cannot {operation} the network namespace {namespace}")]
     Namespace {
@@ -246,6 +258,16 @@ pub enum SandboxRemedy {
     UserNamespaces,
     /// Unknown.
     Unknown,
+}
+
+/// The error of a connection for which a socket could not be opened.
+impl From<InterceptionError> for io::Error {
+    fn from(error: InterceptionError) -> Self {
+        match error {
+            InterceptionError::Socket { source, .. } => source,
+            other => Self::other(other),
+        }
+    }
 }
 
 impl fmt::Display for SandboxRemedy {

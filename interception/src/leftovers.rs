@@ -185,7 +185,7 @@ fn legacy_names(family: Family) -> &'static str {
 
 /// Checks repeatedly whether a namespace has tables of legacy iptables, from any namespace.
 #[derive(Debug)]
-pub(crate) struct LegacyTables([(Family, Result<File, io::ErrorKind>); 2]);
+pub struct LegacyTables([(Family, Result<File, io::ErrorKind>); 2]);
 
 impl LegacyTables {
     /// Opens the kernel's lists of tables in this namespace.

@@ -30,10 +30,12 @@ mod nftables;
 mod packets;
 mod plan;
 mod planned;
+mod privileged;
 mod privileges;
 mod return_path;
 mod reverse_path;
 mod routes;
+mod rules;
 mod sandbox;
 mod self_test;
 mod socket;
@@ -41,11 +43,12 @@ mod socket;
 pub mod testing;
 mod user_ids;
 mod verify;
+mod watching;
 
 pub use ipnet::IpNet;
 
 pub use backend::Backend;
-pub use bypass::{BypassingProcess, bypassing_processes};
+pub use bypass::BypassingProcess;
 pub use changes::Changes;
 pub use error::{InterceptionError, SandboxRemedy};
 pub use explain::{Explanation, Flow, Hop, PacketExplanation, Party, Sender};
@@ -54,13 +57,11 @@ pub use handover::{Handover, Peer};
 pub use interception::{Interception, counters, remove_everything};
 pub use iptables::{RemovalScope, Variant};
 pub use ipv6::ipv6_available;
-pub use leftovers::{Leftover, LeftoverOwner};
+pub use leftovers::{Leftover, LeftoverOwner, LegacyTables};
 pub use limits::{is_out_of_files, raise_open_files};
 pub use listener::{BoundListener, Listener};
 pub use local::LocalAddresses;
-pub use namespace::{
-    Endpoint, Entered, Namespace, NamespaceAccess, NamespaceId, NamespaceThread, veth,
-};
+pub use namespace::{Endpoint, Entered, Namespace, NamespaceId, NamespaceThread, veth};
 pub use nftables::RuleCounter;
 pub use packets::{PacketCapture, TcpSegment};
 pub use plan::{
@@ -70,16 +71,20 @@ pub use plan::{
     Ports, Protocol, ROUTE_TABLE, RULE_PRIORITY, ReplyOutcome, Rule, RulePlan, TABLE, Table,
     TraversedChain, Verdict, Walk,
 };
+pub use privileged::{
+    NamespaceAccess, Performing, PrivilegedOperations, Reply, Request, RuleOperation,
+};
 pub use privileges::{
     Kept, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process,
     confine_thread, prepare_change_of_user,
 };
 pub use return_path::ReturnPathProbe;
-pub use reverse_path::check_reverse_path;
+pub use rules::RuleSettings;
 pub use sandbox::{Sandbox, enter_sandbox, sandbox_folder};
 pub use self_test::{Probe, ProbeSockets};
 pub use socket::{
-    Closing, KEEPALIVE_PROBES, OriginalDestination, Sockets, end_on_close, end_writing,
-    probe_every, reset_on_close, write_before_end,
+    Closing, KEEPALIVE_PROBES, ListenerRequest, OriginalDestination, ReadySocket, SocketKind,
+    SocketRole, Sockets, end_on_close, end_writing, probe_every, reset_on_close, write_before_end,
 };
 pub use verify::{Difference, Line, SectionDifference, Sign};
+pub use watching::{Watched, Watching};

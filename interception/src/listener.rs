@@ -12,6 +12,7 @@ use socket2::{Domain, SockRef, Socket, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::Entered;
 use crate::socket::canonical;
 
 /// How many connections may wait to be accepted: as many as net.core.somaxconn allows (4096 by
@@ -137,6 +138,7 @@ impl AsFd for Listener {
 /// include/net/inet_sock.h). A transparent listener also takes what TPROXY delivers. `prepare` is done
 /// before the first of them can be there.
 pub(crate) fn bind(
+    _: &Entered,
     address: SocketAddr,
     mark: Option<u32>,
     transparent: bool,

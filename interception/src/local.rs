@@ -13,6 +13,8 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with,
 };
 
+use crate::Entered;
+
 /// include/uapi/linux/rtnetlink.h and include/uapi/linux/netlink.h.
 const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
@@ -30,7 +32,7 @@ const ROUTE_TYPE: usize = 16 + 7;
 /// How many answers to earlier questions may come before the one to this.
 const STALE: usize = 8;
 
-/// Answers for the namespace of the thread that opened it.
+/// Answers for the namespace that it was opened in.
 #[derive(Debug)]
 pub struct LocalAddresses {
     socket: OwnedFd,
@@ -39,12 +41,12 @@ pub struct LocalAddresses {
 }
 
 impl LocalAddresses {
-    /// Opens a socket to the kernel.
+    /// Opens a socket to the kernel in the namespace.
     ///
     /// # Errors
     ///
     /// The kernel's.
-    pub fn open() -> io::Result<Self> {
+    pub fn open(_: &Entered) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         // No protocol is NETLINK_ROUTE, which is 0.
         let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
@@ -124,7 +126,7 @@ mod tests {
 
     #[test]
     fn loopback_is_local_and_documentation_addresses_are_not() {
-        let local = LocalAddresses::open().unwrap();
+        let local = LocalAddresses::open(&Entered::current().unwrap()).unwrap();
         for address in ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"] {
             assert!(local.contain(address.parse().unwrap()).unwrap(), "{address}");
         }

@@ -1,14 +1,12 @@
 //! Network namespaces: opened, told apart, and entered.
 //!
 //! In reading order: [`Namespace`] is a handle, [`NamespaceThread`] runs operations inside of
-//! namespaces, [`NamespaceAccess`] is both, and [`Entered`] proves to each operation which
-//! namespace it is in. Everything in this crate that acts on a namespace takes an `&Entered`, so a
+//! namespaces, and [`Entered`] proves to each operation which namespace it is in. Everything in this crate that acts on a namespace takes an `&Entered`, so a
 //! call in the wrong one does not compile.
 //!
 //! Not here: making and connecting namespaces (`wiring.rs`), and privileges to do so without being
 //! root (`sandbox.rs`).
 
-mod access;
 mod thread;
 mod wiring;
 
@@ -24,7 +22,6 @@ use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::InterceptionError;
 
-pub use access::NamespaceAccess;
 pub use thread::{Entered, NamespaceThread};
 pub use wiring::{Endpoint, veth};
 

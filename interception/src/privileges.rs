@@ -39,7 +39,7 @@ pub struct ProxyUser {
 pub enum Kept {
     /// No capability.
     Nothing,
-    /// NET_ADMIN, to repair or remove rules, or to imitate clients.
+    /// NET_ADMIN, to repair or remove rules, and to open sockets that are marked or imitate clients.
     NetAdmin,
     /// NET_ADMIN and NET_RAW, for the programs of iptables too.
     NetAdminForPrograms,
@@ -84,22 +84,23 @@ impl ProxyUser {
         USER_WILL_CHANGE.store(true, Relaxed);
     }
 
-    /// Makes the process this user's. There is no way back.
+    /// Makes the process this user's, and leaves the calling thread no capability. There is no way
+    /// back.
     ///
     /// # Errors
     ///
     /// [`InterceptionError::BecomeUser`]: the kernel refused, as it does for a user that the user
     /// namespace does not have.
-    pub fn become_it(self, kept: Kept) -> Result<(), InterceptionError> {
+    pub fn become_it(self) -> Result<(), InterceptionError> {
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
         let become_it = || -> io::Result<()> {
-            prepare_change_of_user(kept)?;
+            bound(Kept::Nothing)?;
             // What the process was allowed as a member of root's groups.
             setgroups(&[])?;
             setresgid(gid, gid, gid)?;
             setresuid(uid, uid, uid)?;
             USER_WILL_CHANGE.store(false, Relaxed);
-            keep(kept)?;
+            keep(Kept::Nothing)?;
             // The kernel sets it to fs.suid_dumpable with the user (proc(5)).
             prctl::set_dumpable(false)?;
             Ok(())

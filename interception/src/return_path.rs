@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, TcpSocket};
 
 use crate::plan::{Action, Environment, Families, PolicyRoute, RulePlan, is_link_local};
 use crate::self_test::{UNUSED_V4, UNUSED_V6, disconnect};
-use crate::socket::{Sockets, reset_on_close};
+use crate::socket::{SocketKind, SocketRole, Sockets, reset_on_close};
 use crate::{Entered, ipv6};
 
 /// A connection from an unused address to a listener of this process.
@@ -56,17 +56,14 @@ impl ReturnPathProbe {
                 continue;
             };
             if let Some((listener, destination)) = listen(entered, own)? {
-                let socket = sockets.open_to_workload(destination, client)?;
+                let kind = SocketKind::new(SocketRole::Workload, destination);
+                let socket = sockets.open(entered, kind)?;
+                sockets.bind_for(&socket, destination, client)?;
+                let socket = socket.into_socket();
                 connections.push(Self { listener, socket, client, destination, route });
             }
         }
         Ok(connections)
-    }
-
-    /// Returns true while the destination is still a local address.
-    #[must_use]
-    pub fn is_current(&self, _: &Entered) -> bool {
-        UdpSocket::bind(SocketAddr::new(self.destination.ip(), 0)).is_ok()
     }
 
     /// Connects, and waits until the listener accepts the connection from the client address. Has

@@ -21,7 +21,7 @@ const INTERFACES: &str = "/proc/sys/net/ipv4/conf";
 /// # Errors
 ///
 /// [`InterceptionError::InboundDropped`].
-pub fn check_reverse_path(
+pub(crate) fn check_reverse_path(
     _: &Entered,
     settings: &InterceptionSettings,
 ) -> Result<(), InterceptionError> {

@@ -63,24 +63,24 @@ impl ProbeSockets {
     ///
     /// # Errors
     ///
-    /// The error of the kernel: no descriptor, or no list of interfaces.
+    /// The error of the kernel: no descriptor.
     pub fn probes(
         &self,
-        entered: &Entered,
+        environment: &Environment,
         plan: &RulePlan,
         settings: &InterceptionSettings,
         ports: Ports,
     ) -> io::Result<Vec<Probe>> {
-        let environment = Environment::of(entered)?;
         let candidates = candidates(settings);
         let mut probes = Vec::new();
-        // A redirect to ::1 does not arrive while IPv6 is disabled on the loopback interface.
-        let v6 = self.v6.as_ref().filter(|_| ipv6::on_loopback(entered));
+        // A redirect to ::1 does not arrive while IPv6 is disabled on the loopback interface, which
+        // has no such address then.
+        let v6 = self.v6.as_ref().filter(|_| has_v6_loopback(environment));
         for (v6, socket) in [(false, Some(&self.v4)), (true, v6)] {
             let caught = candidates
                 .iter()
                 .filter(|destination| destination.is_ipv6() == v6)
-                .find(|to| self.is_captured(plan, &environment, **to, ports.outbound));
+                .find(|to| self.is_captured(plan, environment, **to, ports.outbound));
             if let (Some(&destination), Some(socket)) = (caught, socket) {
                 let socket = socket.try_clone()?;
                 probes.push(Probe { socket, destination, port: ports.outbound });
@@ -166,6 +166,11 @@ fn candidates(settings: &InterceptionSettings) -> Vec<SocketAddr> {
         ports.iter().map(|port| SocketAddr::new(*address, *port)).collect::<Vec<_>>()
     };
     addresses.iter().flat_map(to_all).collect()
+}
+
+fn has_v6_loopback(environment: &Environment) -> bool {
+    let mut networks = environment.interfaces.iter().flat_map(|one| &one.addresses);
+    networks.any(|network| network.addr() == Ipv6Addr::LOCALHOST)
 }
 
 fn first(range: &PortRange) -> u16 {

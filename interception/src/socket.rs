@@ -1,6 +1,8 @@
 //! Sockets that fit the rules: marked, from the client's address where that is wanted, and where a
 //! caught connection was going.
 //!
+//! Opening a socket takes its namespace and its privileges; connecting it later takes neither.
+//!
 //! Not here: accepting (`listener.rs`), deadlines (the caller's), and what flows through a
 //! connection.
 
@@ -16,9 +18,9 @@ use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 use underpass_config::{InboundMode, InterceptionSettings, Profile};
 
-use crate::InterceptionError;
 use crate::listener::{self, BoundListener};
-use crate::plan::PROXY_MARK;
+use crate::plan::{Family, PROXY_MARK};
+use crate::{Entered, InterceptionError};
 
 /// How many probes stay unanswered before the connection is given up: Linux's own default.
 pub const KEEPALIVE_PROBES: u32 = 9;
@@ -33,6 +35,56 @@ pub struct Sockets {
     transparent: bool,
     ipv6: bool,
     keepalive: Option<Duration>,
+}
+
+/// Where a listener is to listen, and what it is for.
+#[derive(Debug, Clone, Copy)]
+pub struct ListenerRequest {
+    /// `[::]` takes IPv4 too, and without IPv6 is `0.0.0.0`.
+    pub address: SocketAddr,
+    /// What closing its connections does.
+    pub closing: Closing,
+    /// What it is for, in the message of a failure.
+    pub purpose: &'static str,
+    /// The setting that chooses the address, in the message of a failure.
+    pub setting: &'static str,
+}
+
+/// What a socket is opened for, before its destination is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SocketKind {
+    /// The family of the destination.
+    pub family: Family,
+    /// What kind of destination that is.
+    pub role: SocketRole,
+}
+
+/// What kind of destination a socket is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SocketRole {
+    /// A peer, or a destination outside of the mesh: the connection comes from the pod's address.
+    Upstream,
+    /// The workload: the connection comes from where the profile has it come from.
+    Workload,
+}
+
+impl SocketKind {
+    /// The kind for connections to `destination`.
+    #[must_use]
+    pub fn new(role: SocketRole, destination: SocketAddr) -> Self {
+        let v4 = canonical(destination).is_ipv4();
+        Self { family: if v4 { Family::V4 } else { Family::V6 }, role }
+    }
+}
+
+/// A socket of a namespace with all options of its kind, not yet connected. The kernel checks the
+/// privileges for SO_MARK and IP_TRANSPARENT as they are set (`sk_setsockopt`, net/core/sock.c;
+/// `do_ip_setsockopt`, net/ipv4/ip_sockglue.c), so that a thread without capabilities can bind and
+/// connect it.
+#[derive(Debug)]
+pub struct ReadySocket {
+    socket: Socket,
+    kind: SocketKind,
 }
 
 /// What closing a connection that a listener accepted does, as long as nobody says otherwise of it.
@@ -103,19 +155,15 @@ impl Sockets {
         self.transparent
     }
 
-    /// Listens on `address`. `[::]` takes IPv4 too, and without IPv6 is `0.0.0.0`.
-    ///
-    /// `purpose` and `setting` are for the message of a failure.
+    /// Listens in the namespace.
     ///
     /// # Errors
     ///
     /// [`InterceptionError::Listen`].
-    pub fn listen_on(
+    pub fn listen(
         &self,
-        address: SocketAddr,
-        closing: Closing,
-        purpose: &'static str,
-        setting: &'static str,
+        entered: &Entered,
+        ListenerRequest { address, closing, purpose, setting }: ListenerRequest,
     ) -> Result<BoundListener, InterceptionError> {
         let any_v6 = address.ip().is_unspecified() && address.is_ipv6();
         let address = if any_v6 && !self.ipv6 {
@@ -124,7 +172,7 @@ impl Sockets {
             address
         };
         let prepare = |socket: &Socket| self.prepare(socket, closing);
-        listener::bind(address, self.mark, self.transparent, prepare)
+        listener::bind(entered, address, self.mark, self.transparent, prepare)
             .map_err(|source| InterceptionError::Listen { purpose, address, setting, source })
     }
 
@@ -143,68 +191,75 @@ impl Sockets {
         Ok(())
     }
 
-    /// Opens a connection to `destination`. Closing it sends RST, until [`end_on_close`].
+    /// Opens a socket in the namespace, for a later [`connect`](ReadySocket::connect). Closing it
+    /// sends RST, until [`end_on_close`].
     ///
     /// # Errors
     ///
-    /// The kernel's, as it gave them: refused, unreachable, not permitted. The wait has no end of
-    /// its own.
-    pub async fn connect(&self, destination: SocketAddr) -> io::Result<TcpStream> {
-        let destination = canonical(destination);
-        let socket = self.open(destination, self.mark)?;
-        finish_connecting(socket, destination).await
+    /// The kernel's: no descriptor, no privilege, no such family.
+    pub fn open(&self, _: &Entered, kind: SocketKind) -> io::Result<ReadySocket> {
+        let (domain, workload) = (domain(kind.family), kind.role == SocketRole::Workload);
+        let socket = Socket::new(domain, Type::STREAM.nonblocking(), None)?;
+        let mark = match self.last_hop {
+            LastHop::Imitated { mark } if workload => Some(mark),
+            _ => self.mark,
+        };
+        if let Some(mark) = mark {
+            socket.set_mark(mark)?;
+        }
+        self.tune(&socket)?;
+        // A connection that is given up half-way ends with a RST: the kernel may have it by then,
+        // and to its acceptor a FIN would be a complete end.
+        reset_on_close(&socket);
+        if workload && self.last_hop != LastHop::Any {
+            // A bound socket gets its port when its destination is known: else bind takes one that
+            // no other destination may use, and one address can have 28,000 connections at most.
+            // The option is IPv4's and holds for both (ipv6_setsockopt hands SOL_IP on).
+            setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+        }
+        if workload && self.imitate_clients() {
+            match kind.family {
+                Family::V4 => socket.set_ip_transparent_v4(true)?,
+                Family::V6 => socket.set_ip_transparent_v6(true)?,
+            }
+        }
+        Ok(ReadySocket { socket, kind })
     }
 
-    /// Opens a connection to the workload at `destination` for `client`: from the client's address
-    /// or one of the loopback interface, as the profile has it.
+    /// Binds `socket` to the address from which the workload at `destination` is connected to for
+    /// `client`: the client's own or one of the loopback interface, as the profile has it.
     ///
     /// The client's address is left out where it would not work: when it is of the other family,
     /// and when it is the destination itself, whose replies to itself would never leave it.
     ///
     /// # Errors
     ///
-    /// As [`Sockets::connect`].
-    pub async fn connect_workload(
+    /// The kernel's.
+    pub fn bind_for(
         &self,
+        socket: &ReadySocket,
         destination: SocketAddr,
         client: IpAddr,
-    ) -> io::Result<TcpStream> {
-        let destination = canonical(destination);
-        let socket = self.open_to_workload(destination, client.to_canonical())?;
-        finish_connecting(socket, destination).await
+    ) -> io::Result<()> {
+        let (destination, client) = (canonical(destination), client.to_canonical());
+        let source = match self.last_hop {
+            LastHop::Imitated { .. } => {
+                let same_family = client.is_ipv4() == destination.is_ipv4();
+                (same_family && client != destination.ip()).then_some(client)
+            }
+            LastHop::Loopback { v4, v6 } => {
+                Some(if destination.is_ipv4() { v4.into() } else { v6.into() })
+            }
+            LastHop::Any => None,
+        };
+        let bind = |source| socket.socket.bind(&SocketAddr::new(source, 0).into());
+        source.map_or(Ok(()), bind)
     }
 
     /// Whether the workload sees its clients' own addresses, so that its answers need a way back.
     #[must_use]
     pub(crate) fn imitate_clients(&self) -> bool {
         matches!(self.last_hop, LastHop::Imitated { .. })
-    }
-
-    /// The socket of [`connect_workload`](Self::connect_workload).
-    pub(crate) fn open_to_workload(
-        &self,
-        destination: SocketAddr,
-        client: IpAddr,
-    ) -> io::Result<Socket> {
-        let mark = match self.last_hop {
-            LastHop::Imitated { mark } => Some(mark),
-            LastHop::Loopback { .. } | LastHop::Any => self.mark,
-        };
-        let socket = self.open(destination, mark)?;
-        match self.last_hop {
-            LastHop::Imitated { .. } => {
-                let same_family = client.is_ipv4() == destination.is_ipv4();
-                if same_family && client != destination.ip() {
-                    imitate(&socket, client)?;
-                }
-            }
-            LastHop::Loopback { v4, v6 } => {
-                let source = if destination.is_ipv4() { v4.into() } else { v6.into() };
-                bind(&socket, source)?;
-            }
-            LastHop::Any => {}
-        }
-        Ok(socket)
     }
 
     /// Sets what every connection of the proxy has: no delay of small segments, and keepalive.
@@ -217,37 +272,44 @@ impl Sockets {
         let probes = TcpKeepalive::new().with_time(keepalive).with_interval(keepalive);
         socket.set_tcp_keepalive(&probes.with_retries(KEEPALIVE_PROBES))
     }
-
-    fn open(&self, destination: SocketAddr, mark: Option<u32>) -> io::Result<Socket> {
-        let socket =
-            Socket::new(Domain::for_address(destination), Type::STREAM.nonblocking(), None)?;
-        if let Some(mark) = mark {
-            socket.set_mark(mark)?;
-        }
-        self.tune(&socket)?;
-        Ok(socket)
-    }
 }
 
-/// Waits until `socket` is connected.
-///
-/// Whoever gives up in the middle of it leaves with a RST: the kernel may have the connection by
-/// then, and to whoever accepted it a FIN would say that all is said.
-async fn finish_connecting(socket: Socket, destination: SocketAddr) -> io::Result<TcpStream> {
-    reset_on_close(&socket);
-    match socket.connect(&destination.into()) {
-        Err(error) if error.raw_os_error() != Some(Errno::EINPROGRESS as i32) => return Err(error),
-        Ok(()) | Err(_) => {}
+impl ReadySocket {
+    /// What it was opened for.
+    #[must_use]
+    pub fn kind(&self) -> SocketKind {
+        self.kind
     }
-    // A peer on the same host, as an application is, has answered by now, as a rule: its packets are
-    // delivered before the call returns, which does not look at them itself.
-    let connected = socket.peer_addr().is_ok();
-    let stream = TcpStream::from_std(socket.into())?;
-    if !connected {
-        stream.writable().await?;
-        stream.take_error()?.map_or(Ok(()), Err)?;
+
+    /// Connects to `destination`, which is of its family.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, as it gave them: refused, unreachable, not permitted. The wait has no end of
+    /// its own.
+    pub async fn connect(self, destination: SocketAddr) -> io::Result<TcpStream> {
+        let socket = self.socket;
+        match socket.connect(&canonical(destination).into()) {
+            Err(error) if error.raw_os_error() != Some(Errno::EINPROGRESS as i32) => {
+                return Err(error);
+            }
+            Ok(()) | Err(_) => {}
+        }
+        // A peer on the same host, as an application is, has answered by now, as a rule: its
+        // packets are delivered before the call returns, which does not look at them itself.
+        let connected = socket.peer_addr().is_ok();
+        let stream = TcpStream::from_std(socket.into())?;
+        if !connected {
+            stream.writable().await?;
+            stream.take_error()?.map_or(Ok(()), Err)?;
+        }
+        Ok(stream)
     }
-    Ok(stream)
+
+    /// The socket itself, for the self-test.
+    pub(crate) fn into_socket(self) -> Socket {
+        self.socket
+    }
 }
 
 /// The address that the client of an accepted connection connected to, before any rule redirected
@@ -336,23 +398,11 @@ pub fn write_before_end(stream: &impl AsFd, data: &[u8]) -> io::Result<usize> {
     Ok(send(stream, data, SendFlags::MORE | SendFlags::NOSIGNAL)?)
 }
 
-/// Binds `socket` to an address that is not ours, which takes NET_ADMIN or NET_RAW.
-fn imitate(socket: &Socket, source: IpAddr) -> io::Result<()> {
-    if source.is_ipv4() {
-        socket.set_ip_transparent_v4(true)?;
-    } else {
-        socket.set_ip_transparent_v6(true)?;
+fn domain(family: Family) -> Domain {
+    match family {
+        Family::V4 => Domain::IPV4,
+        Family::V6 => Domain::IPV6,
     }
-    bind(socket, source)
-}
-
-/// Binds `socket` to an address; its port is chosen when the destination is known: else bind takes
-/// one that no other destination may use, and 28,000 connections from one address are all there can
-/// be.
-fn bind(socket: &Socket, source: IpAddr) -> io::Result<()> {
-    // The option is IPv4's and holds for both (ipv6_setsockopt hands SOL_IP on).
-    setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
-    socket.bind(&SocketAddr::new(source, 0).into())
 }
 
 /// The address without the IPv4-mapped form that dual-stack sockets give.

@@ -75,7 +75,7 @@ impl Accepted {
         let destination = self.destination.address();
         // What REDIRECT chose is an address of the interface; TPROXY leaves whatever it was sent
         // to.
-        let proven = !seat.pod.sockets.are_transparent()
+        let proven = !seat.pod.sockets.settings().are_transparent()
             && OriginalDestination::local(&self.stream)
                 .is_ok_and(|here| here.address().ip() == destination.ip());
         if proven {
@@ -167,7 +167,7 @@ pub(crate) async fn accept_loop(
 async fn accept_forever(listening: &Listening) {
     let Listening { worker, pod, kind, listener } = listening;
     // Each time: another process may have the same listener, and have set what it wants, when it tried to take over.
-    if let Err(error) = pod.sockets.prepare(listener, kind.closing()) {
+    if let Err(error) = pod.sockets.settings().prepare(listener, kind.closing()) {
         tracing::error!(listener = kind.name(), %error, "connections lack socket options");
     }
     let Limits { descriptors, accepts_per_second, .. } = &worker.node.limits;

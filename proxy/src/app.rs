@@ -14,26 +14,23 @@ use underpass_config::{
     FileWatcher, InterceptionSettings, MeshSource, Settings, Sources, SpiffeId,
 };
 use underpass_interception::{
-    BoundListener, Kept, LocalAddresses, Sockets, ipv6_available, raise_open_files,
+    BoundListener, Namespace, NamespaceAccess, NamespaceThread, raise_open_files,
 };
 
 use crate::capture::{Capture, Probes, keep};
 use crate::certificates::{self, Certificates};
 use crate::cli::CommandError;
-use crate::connection_registry::Registries;
 use crate::endpoints::{Endpoint, Readiness};
 use crate::instance::{Instance, Status};
 use crate::listeners::{EndpointKind, Kind, Listeners, SplitListeners};
 use crate::metrics::Exporter;
-use crate::node::{CredentialLease, Node, Pod, PodId, Workers};
+use crate::node::{CredentialLease, Node, Pod, Workers, pod_sockets};
 use crate::notify;
 use crate::parent::ParentGone;
 use crate::pause_gate::PauseGate;
-use crate::policy::PolicyContext;
 use crate::publish::Publisher;
 use crate::reload::Reload;
 use crate::retest::{self, Retest};
-use crate::self_test::SelfTest;
 use crate::take_over::{Claim, Gates, Handed, Offer, Offered};
 use crate::{kubelet_probes, metrics, processors};
 
@@ -81,10 +78,12 @@ pub(crate) async fn run(
     let mut tenure = Tenure { rules: claim.is_none(), claim };
     let mut handed = handed.unwrap_or_default();
     let instance = Instance::claim(&settings, handed.instance.take()).await?;
-    let capture = Capture::prepare(&settings).await?;
+    let thread = NamespaceThread::start().map_err(CommandError::start)?;
+    let capture = Capture::prepare(&settings, Namespace::current()?, thread).await?;
     let watcher = FileWatcher::default();
     let reload = Reload::watch(&settings, sources, &watcher)?;
-    let mut proxy = Proxy::prepare(&settings, handed, reload.subscribe(), &watcher).await?;
+    let mut proxy =
+        Proxy::prepare(&settings, handed, capture.access(), reload.subscribe(), &watcher).await?;
     proxy.offer = proxy.offer.with_instance(instance.clone());
     if let Some(instance) = instance {
         let (settings, interception) = (settings.clone(), reload.subscribe());
@@ -130,7 +129,7 @@ async fn serve(
     mut stop: StopSignal,
     tenure: &mut Tenure,
 ) -> Result<(), CommandError> {
-    let Proxy { node, mut pod, kept, publisher, listeners, mut offer, gates, endpoints } = proxy;
+    let Proxy { node, mut pod, publisher, listeners, mut offer, gates, endpoints } = proxy;
     let readiness = &endpoints.readiness;
     // Made while the process may still be another user than the proxy, whose connections are not caught.
     let probes = capture.probes(&settings.interception).await?;
@@ -150,7 +149,7 @@ async fn serve(
         claim.accept().await?;
         gates.accept.open();
     }
-    let started = Workers::start(&node, workers(settings), kept).map_err(CommandError::start)?;
+    let started = Workers::start(&node, workers(settings)).map_err(CommandError::start)?;
     let (workers, reports) = started;
     let running = Running { node, pod: Arc::new(pod), workers };
     let Running { node, pod, .. } = &running;
@@ -309,8 +308,6 @@ struct Proxy {
     node: Arc<Node>,
     /// The only pod: its credentials come later.
     pod: Pod,
-    /// The capabilities that workers keep.
-    kept: Kept,
     publisher: Publisher,
     listeners: Vec<(Kind, BoundListener)>,
     offer: Offer,
@@ -322,38 +319,36 @@ impl Proxy {
     async fn prepare(
         settings: &Settings,
         handed: Handed,
+        access: &NamespaceAccess,
         interception: watch::Receiver<InterceptionSettings>,
         watcher: &FileWatcher,
     ) -> Result<Self, CommandError> {
-        let ipv6 = ipv6_available();
-        let sockets =
-            Sockets::new(&settings.interception, ipv6).with_keepalive(settings.timeouts.keepalive);
+        let sockets = pod_sockets(settings);
         let gates = Gates::default();
         if handed.is_something() {
             // It is still another process that answers.
             gates.accept.close().await;
         }
         let Handed { listeners, place, instance: _ } = handed;
-        let listeners = Listeners::bind(&sockets, settings, listeners)?;
+        let listeners = Listeners::bind(access, &sockets, settings, listeners).await?;
         let offered = listeners.try_clone().map_err(CommandError::Start)?;
         let offer = Offer::make(settings, offered, gates.clone(), place)?;
         let SplitListeners { traffic: listeners, endpoints } = listeners.split();
         let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
         let series = exporter.series.clone();
         let endpoints = Endpoints::serve(endpoints, exporter, &gates.accept);
-        let kept = if sockets.need_net_admin() { Kept::NetAdmin } else { Kept::Nothing };
-        let identities =
-            Certificates::identities(settings, &sockets, &endpoints.readiness, watcher)?;
+        let readiness = &endpoints.readiness;
+        let identities = Certificates::identities(settings, access, &sockets, readiness, watcher)?;
         let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref(), watcher)?;
         let publisher = Publisher::new(source, mesh, &settings.workload);
         let (mesh, accept) = (publisher.subscribe(), gates.accept.clone());
         let node = Node::new(settings, workers(settings), mesh, accept, series);
         let node = Arc::new(Node { identities, ..node });
-        let mut pod = pod(settings, &node, sockets, interception)?;
+        let mut pod = Pod::open(&node, settings, access, sockets, interception).await?;
         if certificates::is_local(settings) {
             pod.credentials = lease(&node, &settings.workload.spiffe_id).await?;
         }
-        Ok(Self { node, pod, kept, publisher, listeners, offer, gates, endpoints })
+        Ok(Self { node, pod, publisher, listeners, offer, gates, endpoints })
     }
 }
 
@@ -403,27 +398,6 @@ async fn lease(node: &Node, id: &SpiffeId) -> Result<Option<CredentialLease>, Co
 
 fn workers(settings: &Settings) -> usize {
     settings.proxy.workers.unwrap_or_else(processors)
-}
-
-/// The pod of the namespace that the process runs in, still without credentials.
-fn pod(
-    settings: &Settings,
-    node: &Node,
-    sockets: Sockets,
-    interception: watch::Receiver<InterceptionSettings>,
-) -> Result<Pod, CommandError> {
-    Ok(Pod {
-        id: PodId::next(),
-        context: PolicyContext::of(settings),
-        limits: node.limits.pod(),
-        sockets,
-        credentials: None,
-        endpoints: Arc::default(),
-        self_test: SelfTest::default(),
-        interception,
-        connections: Registries::new(workers(settings)),
-        local: LocalAddresses::open().map_err(CommandError::Start)?,
-    })
 }
 
 /// Whatever tells the proxy to stop.

@@ -2,16 +2,14 @@
 //!
 //! Not here: the rules, and how they get into the kernel (the interception crate).
 
-use std::io;
-use std::sync::Arc;
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
-    Entered, ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, Kept, NamespaceAccess,
-    Ports, ProbeSockets, ProxyUser, ReturnPathProbe, RulePlan, Sockets, bypassing_processes,
-    check_reverse_path, confine_thread, ipv6_available, prepare_change_of_user,
+    ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, Kept, Namespace,
+    NamespaceAccess, NamespaceThread, Ports, ProbeSockets, ProxyUser, ReturnPathProbe, RulePlan,
+    Sockets, confine_thread, ipv6_available,
 };
 
 use crate::cli::CommandError;
@@ -32,6 +30,8 @@ const START_DEADLINE: Duration = Duration::from_secs(5);
 pub(crate) struct Capture {
     /// Where the workload's traffic is caught.
     access: NamespaceAccess,
+    /// Performs what takes privileges.
+    thread: NamespaceThread,
     /// `None` if the rules are someone else's to install.
     interception: Option<Interception>,
     plan: RulePlan,
@@ -44,8 +44,8 @@ pub(crate) struct Capture {
 /// The sockets of the self-test, opened before the process became the proxy's user.
 #[derive(Debug)]
 pub(crate) struct Probes {
-    caught: Arc<ProbeSockets>,
-    returned: Arc<[ReturnPathProbe]>,
+    caught: ProbeSockets,
+    returned: Vec<ReturnPathProbe>,
 }
 
 /// Leaves the rules behind, as they should be: another program may have changed them, and repairing been given up or never wanted.
@@ -84,15 +84,18 @@ async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), C
 
 impl Capture {
     /// Checks all that can be checked before anything is changed.
-    pub(crate) async fn prepare(settings: &Settings) -> Result<Self, CommandError> {
+    pub(crate) async fn prepare(
+        settings: &Settings,
+        namespace: Namespace,
+        thread: NamespaceThread,
+    ) -> Result<Self, CommandError> {
         let ports = Ports::of(settings);
         let interception = &settings.interception;
         if interception.dns == Dns::Capture && interception.profile != Profile::None {
             return Err(CommandError::NoDnsProxy { port: ports.dns });
         }
-        let access = NamespaceAccess::current().map_err(CommandError::start)?;
-        let wanted = interception.clone();
-        access.run(async move |entered| check_reverse_path(entered, &wanted)).await??;
+        let access = NamespaceAccess::new(namespace, thread.clone());
+        access.check_reverse_path(interception).await?;
         let user = ProxyUser::required(interception)?;
         let prepared = if interception.install {
             let prepared = Interception::prepare(&access, interception, ports).await?;
@@ -108,6 +111,7 @@ impl Capture {
         };
         Ok(Self {
             access,
+            thread,
             interception: prepared,
             plan,
             ports,
@@ -156,22 +160,12 @@ impl Capture {
         &self,
         settings: &InterceptionSettings,
     ) -> Result<Probes, CommandError> {
-        let (sockets, plan) = (Sockets::new(settings, ipv6_available()), self.plan.clone());
-        let open = async move |entered: &Entered| {
-            let caught = Arc::new(ProbeSockets::open(entered)?);
-            let returned = ReturnPathProbe::prepare(entered, &plan, &sockets)?.into();
+        let open = async || -> Result<Probes, InterceptionError> {
+            let caught = self.access.open_probes().await?;
+            let returned = self.access.open_return_path(settings, self.ports).await?;
             Ok(Probes { caught, returned })
         };
-        self.prepare_test(open).await.map_err(CommandError::self_test)
-    }
-
-    /// Opens sockets of the self-test in the namespace.
-    async fn prepare_test<T: Send + 'static>(
-        &self,
-        open: impl AsyncFnOnce(&Entered) -> io::Result<T> + Send + 'static,
-    ) -> Result<T, SelfTestError> {
-        let opened = self.access.run(open).await;
-        opened.map_err(io::Error::other).flatten().map_err(SelfTestError::Prepare)
+        open().await.map_err(SelfTestError::prepare).map_err(CommandError::self_test)
     }
 
     /// Whether the rules know the proxy by its user.
@@ -179,31 +173,23 @@ impl Capture {
         matches!(self.profile, Profile::Sidecar | Profile::Osm)
     }
 
-    /// Becomes the user by which the rules know the proxy, if they do. Gives up every capability
-    /// that the calling thread and the namespaces thread do not need any more. Threads that the
-    /// calling thread makes from now on have no more than it.
+    /// Becomes the user by which the rules know the proxy, if they do. Leaves the calling thread no
+    /// capability, and with it the threads that it makes from now on, and the namespaces thread
+    /// those that it needs.
     pub(crate) async fn confine(
         &self,
         settings: &InterceptionSettings,
     ) -> Result<(), CommandError> {
-        let (kept, own) = (self.kept(settings), kept_by_sockets(settings));
+        let kept = self.kept(settings);
         if let Some(user) = self.user {
-            self.on_thread(move || prepare_change_of_user(kept)).await?;
-            user.become_it(own)?;
+            self.thread.prepare_change_of_user(kept).await?;
+            user.become_it()?;
             let ProxyUser { uid, gid } = user;
             tracing::info!(uid, gid, ?kept, "runs as the user that the rules know");
         } else {
-            confine_thread(own).map_err(CommandError::Start)?;
+            confine_thread(Kept::Nothing).map_err(CommandError::Start)?;
         }
-        self.on_thread(move || confine_thread(kept)).await
-    }
-
-    /// Runs a change of privileges on the namespaces thread.
-    async fn on_thread(
-        &self,
-        change: impl FnOnce() -> io::Result<()> + Send + 'static,
-    ) -> Result<(), CommandError> {
-        self.access.run(async move |_| change()).await?.map_err(CommandError::Start)
+        Ok(self.thread.confine(kept).await?)
     }
 
     /// Warns of other processes that can bypass the rules, as far as they can be seen. For while
@@ -213,9 +199,7 @@ impl Capture {
         if profile == Profile::None {
             return;
         }
-        let look = async move |entered: &Entered| bypassing_processes(entered, profile);
-        let found = self.access.run(look).await.map_err(io::Error::other).flatten();
-        let found = found.unwrap_or_default();
+        let found = self.access.bypassing_processes(profile).await.unwrap_or_default();
         let Some(first) = found.first() else { return };
         tracing::warn!(
             processes = found.len(),
@@ -225,10 +209,10 @@ impl Capture {
         );
     }
 
-    /// What the namespaces thread needs to the end: to repair or remove the rules, and to test
-    /// them.
+    /// What the namespaces thread needs to the end: to repair or remove the rules, and to open
+    /// sockets.
     fn kept(&self, settings: &InterceptionSettings) -> Kept {
-        let marks = kept_by_sockets(settings) != Kept::Nothing;
+        let marks = Sockets::new(settings, ipv6_available()).need_net_admin();
         let changes_rules =
             self.interception.is_some() && (settings.repair || settings.on_exit == OnExit::Remove);
         match &self.interception {
@@ -249,12 +233,11 @@ impl Capture {
         settings: &InterceptionSettings,
         deadline: Duration,
     ) -> Result<(), SelfTestError> {
-        let (caught, wanted, ports) = (probes.caught.clone(), settings.clone(), self.ports);
-        let choose = async move |entered: &Entered| {
-            let plan = RulePlan::new(&wanted, ports, ipv6_available());
-            caught.probes(entered, &plan, &wanted, ports)
-        };
-        let tested = self_test.run(self.prepare_test(choose).await?, deadline).await?;
+        let prepare = SelfTestError::prepare;
+        let plan = RulePlan::new(settings, self.ports, ipv6_available());
+        let environment = self.access.environment().await.map_err(prepare)?;
+        let caught = probes.caught.probes(&environment, &plan, settings, self.ports);
+        let tested = self_test.run(caught.map_err(SelfTestError::Prepare)?, deadline).await?;
         if tested.is_empty() && self.profile != Profile::None {
             tracing::info!(
                 "the rules could not be tested from here: no connection that this process can make would be caught, or has a route"
@@ -264,20 +247,15 @@ impl Capture {
         }
         let returned = if self.is_by_user() {
             // Only those that were opened by another user are like the workload's.
-            let all = probes.returned.clone();
-            let look = async move |entered: &Entered| {
-                Ok(all.iter().map(|connection| connection.is_current(entered)).collect::<Vec<_>>())
-            };
-            let current = probes.returned.iter().zip(self.prepare_test(look).await?);
-            let current = current.filter_map(|(connection, current)| current.then_some(connection));
+            let own = probes.returned.iter().map(|connection| connection.destination.ip());
+            let usable = self.access.usable_addresses(own.collect()).await.map_err(prepare)?;
+            let is_current =
+                |connection: &&ReturnPathProbe| usable.contains(&connection.destination.ip());
+            let current = probes.returned.iter().filter(is_current);
             self_test::run_way_back(current, deadline).await?
         } else {
-            let (wanted, ports) = (settings.clone(), self.ports);
-            let open = async move |entered: &Entered| {
-                let plan = RulePlan::new(&wanted, ports, ipv6_available());
-                ReturnPathProbe::prepare(entered, &plan, &Sockets::new(&wanted, ipv6_available()))
-            };
-            self_test::run_way_back(&self.prepare_test(open).await?, deadline).await?
+            let opened = self.access.open_return_path(settings, self.ports).await;
+            self_test::run_way_back(&opened.map_err(prepare)?, deadline).await?
         };
         tracing::debug!(?returned, "answers to imitated clients come back");
         Ok(())
@@ -343,15 +321,6 @@ impl Capture {
             }
         }
         Ok(())
-    }
-}
-
-/// What a thread needs that makes sockets of the proxy: the control thread connects to a CA, and
-/// starts the workers.
-fn kept_by_sockets(settings: &InterceptionSettings) -> Kept {
-    match Sockets::new(settings, ipv6_available()).need_net_admin() {
-        true => Kept::NetAdmin,
-        false => Kept::Nothing,
     }
 }
 

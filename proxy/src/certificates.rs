@@ -15,7 +15,7 @@ use underpass_hbone::{
     CredentialsEvent, FileSource, HboneError, Identity, IdentitySource, IstioCa, IstioCaSource,
     LocalCaSource, Priority, SpireSource,
 };
-use underpass_interception::Sockets;
+use underpass_interception::{NamespaceAccess, Sockets};
 
 use crate::cli::CommandError;
 use crate::dial::PlainDialer;
@@ -46,6 +46,7 @@ impl Certificates {
     /// The identities that the settings configure; `None` turns HBONE off.
     pub(crate) fn identities(
         settings: &Settings,
+        access: &NamespaceAccess,
         sockets: &Sockets,
         readiness: &Readiness,
         watcher: &FileWatcher,
@@ -55,7 +56,7 @@ impl Certificates {
             return Ok(None);
         };
         let certificates = Self {
-            issuer: issuer(identity, sockets).map_err(CommandError::Identity)?,
+            issuer: issuer(identity, access, sockets).map_err(CommandError::Identity)?,
             origin: origin(identity),
             watcher: watcher.clone(),
             readiness: readiness.clone(),
@@ -71,12 +72,16 @@ pub(crate) fn is_local(settings: &Settings) -> bool {
     matches!(&settings.identity, Some(IdentitySettings::Files(_) | IdentitySettings::LocalCa(_)))
 }
 
-fn issuer(identity: &IdentitySettings, sockets: &Sockets) -> Result<Origin, HboneError> {
+fn issuer(
+    identity: &IdentitySettings,
+    access: &NamespaceAccess,
+    sockets: &Sockets,
+) -> Result<Origin, HboneError> {
     Ok(match identity {
         IdentitySettings::Files(files) => Origin::Files(files.clone()),
         IdentitySettings::LocalCa(ca) => Origin::LocalCa(ca.clone()),
         IdentitySettings::IstioCa(ca) => {
-            let dialer = PlainDialer { sockets: sockets.clone() };
+            let dialer = PlainDialer { access: access.clone(), sockets: sockets.clone() };
             Origin::IstioCa(Arc::new(IstioCa::new(ca.clone(), dialer)?))
         }
         IdentitySettings::Spire(spire) => Origin::Spire(spire.clone()),

@@ -188,7 +188,7 @@ async fn caught(stage: &Stage) -> Result<Point, DemoError> {
 
 async fn read_counters(namespace: &Namespace) -> Result<Vec<RuleCounter>, DemoError> {
     let failed = |source| DemoError::Namespace { doing: "read the rules' counters", source };
-    let thread = NamespaceThread::start(|| Ok(()))
+    let thread = NamespaceThread::start()
         .map_err(|source| DemoError::Io { doing: "start a thread", source })?;
     counters(&NamespaceAccess::new(namespace.clone(), thread)).await.map_err(failed)
 }

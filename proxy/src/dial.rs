@@ -11,7 +11,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use underpass_hbone::Dial;
-use underpass_interception::{Sockets, end_on_close, is_out_of_files};
+use underpass_interception::{
+    NamespaceAccess, SocketKind, SocketRole, Sockets, end_on_close, is_out_of_files,
+};
 
 use crate::error::ProxyError;
 use crate::limits::{FdPermit, HeldTunnel};
@@ -85,7 +87,11 @@ impl Dial for TunnelDialer {
         let gone = || io::Error::other("no connection of the pod waits for the tunnel any longer");
         let seat = self.seat.upgrade().ok_or_else(gone)?;
         let descriptor = seat.pod.limits.hold_outbound();
-        let stream = seat.pod.sockets.connect(address).await?;
+        let sockets = &seat.pod.sockets;
+        let stream = tokio::select! {
+            connected = sockets.connect(address) => connected?,
+            () = sockets.closed() => return Err(gone()),
+        };
         // A connection ends by TLS close_notify, so that closing the socket needs no reset.
         end_on_close(&stream);
         let held = seat.node().limits.balance.tunnel(seat.worker.index, address.ip());
@@ -99,9 +105,11 @@ impl Dial for TunnelDialer {
     }
 }
 
-/// Opens connections of the proxy's own, to whoever issues certificates: as the proxy, so that its rules do not catch them.
+/// Opens connections of the proxy's own to issuers of certificates, so that its rules do not catch
+/// them.
 #[derive(Debug)]
 pub(crate) struct PlainDialer {
+    pub(crate) access: NamespaceAccess,
     pub(crate) sockets: Sockets,
 }
 
@@ -109,7 +117,10 @@ impl Dial for PlainDialer {
     type Io = TcpStream;
 
     async fn dial(&self, address: SocketAddr) -> io::Result<TcpStream> {
-        let stream = self.sockets.connect(address).await?;
+        let kind = SocketKind::new(SocketRole::Upstream, address);
+        let opened = self.access.open_sockets(&self.sockets, kind, 1).await?;
+        let socket = opened.into_iter().next().ok_or(io::ErrorKind::NotFound)?;
+        let stream = socket.connect(address).await?;
         end_on_close(&stream);
         Ok(stream)
     }

@@ -30,6 +30,11 @@ impl Drain {
         self.closing.cancelled()
     }
 
+    /// Cancelled when nothing new may begin in a pod: by this drain, or by the removal of the pod.
+    pub(crate) fn closing_of_pod(&self) -> CancellationToken {
+        self.closing.child_token()
+    }
+
     /// Resolves when no connection is open, or those that are do not end.
     pub(crate) fn ended(&self) -> WaitForCancellationFuture<'_> {
         self.ended.cancelled()

@@ -169,7 +169,7 @@ async fn accept_tunnel(
     let resumed = tunnel.resumed();
     tracing::debug!(%client, peer = %peer.spiffe_id(), resumed, "tunnel accepted");
     let mut retirement = Retirement::new(seat.node(), &tunnel);
-    while let Some(request) = retirement.next_request(seat.node(), &mut tunnel).await {
+    while let Some(request) = retirement.next_request(&seat.pod.closing, &mut tunnel).await {
         let admitted = admit_stream(ticket);
         let (registration, peer) = (seat.register_stream(), peer.clone());
         let asked = Asked { request, client, here: destination.address(), peer };

@@ -58,6 +58,8 @@ mod self_test;
 mod snapshot;
 pub mod spawn;
 mod take_over;
+#[doc(hidden)]
+pub mod testing;
 
 pub use cli::main;
 

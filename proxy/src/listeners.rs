@@ -7,7 +7,9 @@ use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 
 use underpass_config::Settings;
-use underpass_interception::{BoundListener, Closing, InterceptionError, Sockets};
+use underpass_interception::{
+    BoundListener, Closing, InterceptionError, ListenerRequest, NamespaceAccess, Sockets,
+};
 
 /// What a listener of the data path accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +47,7 @@ struct ListenerSpec {
     address: fn(&Settings) -> SocketAddr,
 }
 
-const LISTENERS: [ListenerSpec; 5] = [
+static LISTENERS: [ListenerSpec; 5] = [
     ListenerSpec {
         role: Role::Traffic(Kind::Outbound),
         name: Kind::Outbound.name(),
@@ -131,23 +133,27 @@ pub(crate) struct SplitListeners {
 impl Listeners {
     /// Takes each listener that was `handed` over with the address that it should have, and binds
     /// the others.
-    pub(crate) fn bind(
+    pub(crate) async fn bind(
+        access: &NamespaceAccess,
         sockets: &Sockets,
         settings: &Settings,
         mut handed: Vec<(String, BoundListener)>,
     ) -> Result<Self, InterceptionError> {
-        let bind = |spec: &'static ListenerSpec| {
+        let mut bound = Vec::with_capacity(LISTENERS.len());
+        for spec in &LISTENERS {
             let address = (spec.address)(settings);
             let listener = match take(&mut handed, spec.name, address) {
                 Some(listener) => listener,
                 None => {
-                    let ListenerSpec { role, purpose, setting, .. } = spec;
-                    sockets.listen_on(address, role.closing(), purpose, setting)?
+                    let &ListenerSpec { role, purpose, setting, .. } = spec;
+                    let closing = role.closing();
+                    let request = ListenerRequest { address, closing, purpose, setting };
+                    access.listen(sockets, request).await?
                 }
             };
-            Ok((spec, listener))
-        };
-        LISTENERS.iter().map(bind).collect::<Result<_, _>>().map(Self)
+            bound.push((spec, listener));
+        }
+        Ok(Self(bound))
     }
 
     /// Listeners on any ports of the loopback interface.

@@ -14,6 +14,7 @@
 mod identities;
 mod pod;
 mod seat;
+mod sockets;
 #[cfg(test)]
 pub(crate) mod testing;
 mod worker;
@@ -26,8 +27,9 @@ use tokio::sync::watch;
 use underpass_config::{Settings, Timeouts, TunnelSettings};
 
 pub(crate) use self::identities::{CredentialLease, Identities, Issuer};
-pub(crate) use self::pod::{Pod, PodId};
+pub(crate) use self::pod::{Pod, PodId, pod_sockets};
 pub(crate) use self::seat::Seat;
+pub(crate) use self::sockets::PodSockets;
 pub(crate) use self::worker::{Assignment, Worker, WorkerCommand};
 pub(crate) use self::workers::Workers;
 use crate::copy::Deadlines;
@@ -41,6 +43,8 @@ use crate::snapshot::Snapshot;
 /// What all pods and all workers of the process share. Nothing here is locked per byte.
 #[derive(Debug)]
 pub(crate) struct Node {
+    /// The number of workers.
+    pub(crate) workers: usize,
     pub(crate) timeouts: Timeouts,
     /// How long an open connection may be idle or half-closed.
     pub(crate) deadlines: Deadlines,
@@ -67,6 +71,7 @@ impl Node {
         series: Arc<SeriesRegistry>,
     ) -> Self {
         Self {
+            workers,
             timeouts: settings.timeouts.clone(),
             deadlines: (&settings.timeouts).into(),
             tunnels: settings.tunnels.clone(),

@@ -11,7 +11,9 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-use underpass_interception::{PolicyRoute, Probe, ReturnPathProbe, end_on_close, is_out_of_files};
+use underpass_interception::{
+    InterceptionError, PolicyRoute, Probe, ReturnPathProbe, end_on_close, is_out_of_files,
+};
 
 use crate::accept::Accepted;
 use crate::listeners::Kind;
@@ -50,6 +52,11 @@ pub(crate) enum SelfTestError {
 }
 
 impl SelfTestError {
+    /// The sockets could not be made in the namespace.
+    pub(crate) fn prepare(error: InterceptionError) -> Self {
+        Self::Prepare(error.into())
+    }
+
     /// Whether it says nothing about the rules: this process cannot make the test.
     pub(crate) fn is_ours(&self) -> bool {
         match self {

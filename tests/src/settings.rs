@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use underpass_config::IdentityFiles;
+use underpass_config::{IdentityFiles, Sources};
 
 use crate::OrFail;
 use crate::pods::Pod;
@@ -75,6 +75,15 @@ impl Settings {
         let new = file.with_extension("new");
         fs::write(&new, &self.text).or_fail("write a settings file");
         fs::rename(&new, &file).or_fail("write a settings file");
+    }
+
+    /// Writes the file, and reads the settings as a process with these arguments would.
+    #[must_use]
+    pub fn load(&self, pod: &Pod) -> underpass_config::Settings {
+        self.write(pod);
+        let flags = self.flags.iter().filter(|flag| !flag.starts_with("--")).cloned().collect();
+        let sources = Sources { file: Some(self.file(pod)), environment: Vec::new(), flags };
+        sources.load().or_fail("load settings")
     }
 
     /// Writes the file, and returns the arguments for `underpass run`.

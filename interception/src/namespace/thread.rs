@@ -1,24 +1,37 @@
-//! The namespaces thread: the one thread that enters network namespaces, one operation at a time.
+//! The namespaces thread: the one thread that enters network namespaces.
 //!
-//! An operation runs from its start to its end before the next one begins, so that what it opens
-//! after an await is still opened inside of its namespace. It also runs to its end when its caller
-//! stops waiting: a repair is never left half done.
+//! Operations run one after the other, each from its start to its end, so that what an operation
+//! opens after an await is still opened inside of its namespace. It also runs to its end when its
+//! caller stops waiting: a repair is never left half done.
 //!
-//! Not here: what operations do.
+//! Calls wait for nothing, as opening a socket does not. They also run between two steps of an
+//! operation, so that a connection does not wait until the rules of another pod are installed.
+//!
+//! Not here: what operations and calls do (`operations.rs`).
 
 use std::io;
 use std::marker::PhantomData;
-use std::panic::AssertUnwindSafe;
-use std::pin::Pin;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::{Pin, pin};
 
 use futures_util::FutureExt as _;
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Namespace, failed};
+use super::{Namespace, NamespaceId, failed};
 use crate::InterceptionError;
+use crate::privileges::{Kept, confine_thread, prepare_change_of_user};
 
-type Job = Box<dyn FnOnce(&Namespace) -> Pin<Box<dyn Future<Output = ()>>> + Send>;
+/// Gets an error if its namespace cannot be entered.
+type Operation =
+    Box<dyn FnOnce(Result<Entered, InterceptionError>) -> Pin<Box<dyn Future<Output = ()>>> + Send>;
+type Call = Box<dyn FnOnce(Result<Entered, InterceptionError>) + Send>;
+
+/// What is to be run inside of a namespace.
+struct Job<T> {
+    namespace: Namespace,
+    run: T,
+}
 
 /// Runs operations inside of network namespaces. Cheap to clone; the thread ends with the last
 /// clone.
@@ -27,7 +40,8 @@ type Job = Box<dyn FnOnce(&Namespace) -> Pin<Box<dyn Future<Output = ()>>> + Sen
 /// (setns(2)); that one takes no privilege.
 #[derive(Debug, Clone)]
 pub struct NamespaceThread {
-    jobs: mpsc::UnboundedSender<Job>,
+    operations: mpsc::UnboundedSender<Job<Operation>>,
+    calls: mpsc::UnboundedSender<Job<Call>>,
 }
 
 /// Proof that the calling thread is in a certain network namespace. It stays on that thread.
@@ -39,14 +53,13 @@ pub struct Entered {
 }
 
 impl Entered {
-    /// The namespace in which the calling thread is already, as a worker is in the one it was
-    /// started in.
+    /// The namespace in which the calling thread is already.
     ///
     /// # Errors
     ///
     /// [`InterceptionError::Namespace`].
     pub fn current() -> Result<Self, InterceptionError> {
-        Ok(Self { namespace: Namespace::current()?, _this_thread: PhantomData })
+        Ok(Self::inside(Namespace::current()?))
     }
 
     /// The namespace that the calling thread is in.
@@ -54,24 +67,27 @@ impl Entered {
     pub fn namespace(&self) -> &Namespace {
         &self.namespace
     }
+
+    fn inside(namespace: Namespace) -> Self {
+        Self { namespace, _this_thread: PhantomData }
+    }
 }
 
 impl NamespaceThread {
-    /// Starts the thread in the caller's namespace and with the caller's capabilities. `prepare`
-    /// runs first on it: to give up capabilities that operations do not need.
+    /// Starts the thread in the caller's namespace and with the caller's capabilities.
     ///
     /// # Errors
     ///
-    /// The kernel's: no thread, no runtime, or `prepare` failed.
-    pub fn start(prepare: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<Self> {
+    /// The kernel's: no thread, or no runtime.
+    pub fn start() -> io::Result<Self> {
         let home = Namespace::current().map_err(io::Error::other)?;
-        let (jobs, queue) = mpsc::unbounded_channel();
+        let (operations, operation_queue) = mpsc::unbounded_channel();
+        let (calls, call_queue) = mpsc::unbounded_channel();
         let (ready, prepared) = std::sync::mpsc::sync_channel(1);
         let run = move || {
             // Made here, since a runtime must not be dropped where the caller may be: inside of
             // another one.
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            let runtime = prepare().and(runtime);
             let (runtime, outcome) = match runtime {
                 Ok(runtime) => (Some(runtime), Ok(())),
                 Err(error) => (None, Err(error)),
@@ -79,13 +95,13 @@ impl NamespaceThread {
             if ready.send(outcome).is_ok()
                 && let Some(runtime) = runtime
             {
-                runtime.block_on(serve(queue, home));
+                runtime.block_on(serve(operation_queue, call_queue, home));
             }
         };
         let thread = std::thread::Builder::new().name("namespaces".to_owned()).spawn(run);
         let panicked = |_| Err(io::Error::other("it panicked"));
         thread.and_then(|_| prepared.recv().unwrap_or_else(panicked))?;
-        Ok(Self { jobs })
+        Ok(Self { operations, calls })
     }
 
     /// Runs `operation` inside of `namespace`, after those that were asked for before. If the
@@ -105,47 +121,150 @@ impl NamespaceThread {
     {
         let (answer, answered) = oneshot::channel();
         let target = namespace.clone();
-        let job: Job = Box::new(move |home| {
-            let home = home.clone();
+        let run: Operation = Box::new(move |entered| {
             Box::pin(async move {
+                let outcome = match entered {
+                    Ok(entered) => {
+                        let caught = AssertUnwindSafe(operation(&entered)).catch_unwind().await;
+                        caught.map_err(|_| panicked(&target))
+                    }
+                    Err(error) => Err(error),
+                };
                 // Fails only if the caller has stopped waiting.
-                answer.send(inside(&target, &home, operation).await).ok();
+                answer.send(outcome).ok();
             })
         });
-        let gone = || {
-            failed("run an operation in", namespace.path())(io::Error::other(
-                "its thread has ended",
-            ))
-        };
-        self.jobs.send(job).map_err(|_| gone())?;
-        answered.await.unwrap_or_else(|_| Err(gone()))
+        let ended = || ended(namespace);
+        self.operations.send(Job { namespace: namespace.clone(), run }).map_err(|_| ended())?;
+        answered.await.unwrap_or_else(|_| Err(ended()))
+    }
+
+    /// Runs `call`, which does not block, inside of `namespace`, as soon as the operation that runs
+    /// waits for something. If the caller stops waiting, its result is dropped.
+    ///
+    /// # Errors
+    ///
+    /// As [`run`](Self::run).
+    pub async fn call<T, F>(&self, namespace: &Namespace, call: F) -> Result<T, InterceptionError>
+    where
+        F: FnOnce(&Entered) -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        let (answer, answered) = oneshot::channel();
+        let target = namespace.clone();
+        let run: Call = Box::new(move |entered| {
+            let call = |entered: Entered| catch_unwind(AssertUnwindSafe(|| call(&entered)));
+            let outcome = entered.and_then(|entered| call(entered).map_err(|_| panicked(&target)));
+            // Fails only if the caller has stopped waiting.
+            answer.send(outcome).ok();
+        });
+        let ended = || ended(namespace);
+        self.calls.send(Job { namespace: namespace.clone(), run }).map_err(|_| ended())?;
+        answered.await.unwrap_or_else(|_| Err(ended()))
+    }
+
+    /// Leaves the thread these capabilities, as [`confine_thread`] does.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub async fn confine(&self, kept: Kept) -> Result<(), InterceptionError> {
+        self.change_privileges(move || confine_thread(kept)).await
+    }
+
+    /// Lets the thread keep its capabilities when the process becomes another user, as
+    /// [`prepare_change_of_user`] does.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub async fn prepare_change_of_user(&self, kept: Kept) -> Result<(), InterceptionError> {
+        self.change_privileges(move || prepare_change_of_user(kept)).await
+    }
+
+    /// Changes capabilities, which belong to the thread and not to a namespace.
+    async fn change_privileges(
+        &self,
+        change: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> Result<(), InterceptionError> {
+        let here = Namespace::current()?;
+        let changed = self.call(&here, |_| change()).await?;
+        changed.map_err(failed("change the privileges of the thread for", here.path()))
     }
 }
 
-async fn serve(mut queue: mpsc::UnboundedReceiver<Job>, home: Namespace) {
-    while let Some(job) = queue.recv().await {
-        job(&home).await;
+fn ended(namespace: &Namespace) -> InterceptionError {
+    failed("run an operation in", namespace.path())(io::Error::other("its thread has ended"))
+}
+
+fn panicked(namespace: &Namespace) -> InterceptionError {
+    failed("run an operation in", namespace.path())(io::Error::other("it panicked"))
+}
+
+/// Where the thread is.
+struct Place {
+    home: Namespace,
+    current: NamespaceId,
+}
+
+impl Place {
+    fn enter(&mut self, namespace: &Namespace) -> Result<Entered, InterceptionError> {
+        if namespace.id() != self.current {
+            enter(namespace)?;
+            self.current = namespace.id();
+        }
+        Ok(Entered::inside(namespace.clone()))
+    }
+
+    /// Goes home: a namespace exists for as long as a thread is in it.
+    fn leave(&mut self) {
+        if let Err(error) = self.enter(&self.home.clone()) {
+            // Harmless to the next operation, which enters its own.
+            tracing::error!(%error, "a namespace cannot be left");
+        }
+    }
+
+    /// Runs an operation to its end, and calls while it waits.
+    async fn operate(
+        &mut self,
+        Job { namespace, run }: Job<Operation>,
+        calls: &mut mpsc::UnboundedReceiver<Job<Call>>,
+    ) {
+        let mut running = pin!(run(self.enter(&namespace)));
+        loop {
+            tokio::select! {
+                () = &mut running => return,
+                Some(call) = calls.recv() => {
+                    self.call(call);
+                    if let Err(error) = self.enter(&namespace) {
+                        // It must not go on elsewhere: its caller learns that it has ended.
+                        tracing::error!(%error, "an operation in a namespace is given up");
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn call(&mut self, Job { namespace, run }: Job<Call>) {
+        run(self.enter(&namespace));
     }
 }
 
-async fn inside<T>(
-    target: &Namespace,
-    home: &Namespace,
-    operation: impl AsyncFnOnce(&Entered) -> T,
-) -> Result<T, InterceptionError> {
-    let elsewhere = target.id() != home.id();
-    if elsewhere {
-        enter(target)?;
+async fn serve(
+    mut operations: mpsc::UnboundedReceiver<Job<Operation>>,
+    mut calls: mpsc::UnboundedReceiver<Job<Call>>,
+    home: Namespace,
+) {
+    let mut place = Place { current: home.id(), home };
+    loop {
+        tokio::select! {
+            Some(call) = calls.recv() => place.call(call),
+            Some(operation) = operations.recv() => place.operate(operation, &mut calls).await,
+            else => return,
+        }
+        place.leave();
     }
-    let entered = Entered { namespace: target.clone(), _this_thread: PhantomData };
-    let outcome = AssertUnwindSafe(operation(&entered)).catch_unwind().await;
-    if elsewhere && let Err(error) = enter(home) {
-        // Harmless to the next operation, which enters its own; but it keeps this one alive.
-        tracing::error!(%error, namespace = %target.id(), "a namespace cannot be left");
-    }
-    let panicked =
-        |_| failed("run an operation in", target.path())(io::Error::other("it panicked"));
-    outcome.map_err(panicked)
 }
 
 /// Moves the calling thread.
@@ -158,7 +277,7 @@ mod tests {
     use super::*;
 
     fn thread() -> NamespaceThread {
-        NamespaceThread::start(|| Ok(())).expect("a thread")
+        NamespaceThread::start().expect("a thread")
     }
 
     #[tokio::test]
@@ -191,9 +310,25 @@ mod tests {
         finished.await.expect("the operation ran to its end");
     }
 
-    #[test]
-    fn reports_failure_to_prepare_thread() {
-        let failed = NamespaceThread::start(|| Err(io::Error::other("refused")));
-        assert!(failed.is_err_and(|error| format!("{error:?}").contains("refused")));
+    #[tokio::test]
+    async fn runs_call_while_operation_waits() {
+        let (thread, here) = (thread(), Namespace::current().unwrap());
+        let (go, wait) = oneshot::channel::<()>();
+        let operation = thread.run(&here, async move |_| wait.await.is_ok());
+        let call = async {
+            let id = thread.call(&here, |entered| entered.namespace().id()).await.unwrap();
+            assert_eq!(id, here.id());
+            go.send(()).unwrap();
+        };
+        let (waited, ()) = tokio::join!(operation, call);
+        assert!(waited.unwrap());
+    }
+
+    #[tokio::test]
+    async fn survives_call_that_panics() {
+        let (thread, here) = (thread(), Namespace::current().unwrap());
+        let panicked = thread.call(&here, |_| panic!("on purpose")).await;
+        assert!(panicked.is_err_and(|error| format!("{error:?}").contains("panicked")));
+        assert_eq!(thread.call(&here, |_| 1).await.unwrap(), 1);
     }
 }

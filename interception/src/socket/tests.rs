@@ -20,8 +20,21 @@ fn unmarked() -> Sockets {
 }
 
 fn listen(sockets: &Sockets) -> BoundListener {
-    let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0));
-    sockets.listen_on(any, Closing::End, "a test", "test.port").expect("a free port")
+    listen_on(sockets, SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)), Closing::End)
+}
+
+fn listen_on(sockets: &Sockets, address: SocketAddr, closing: Closing) -> BoundListener {
+    let request = ListenerRequest { address, closing, purpose: "a test", setting: "test.port" };
+    sockets.listen(&here(), request).expect("a free port")
+}
+
+fn here() -> Entered {
+    Entered::current().expect("a namespace")
+}
+
+async fn connect(sockets: &Sockets, to: SocketAddr) -> TcpStream {
+    let kind = SocketKind::new(SocketRole::Upstream, to);
+    sockets.open(&here(), kind).expect("a socket").connect(to).await.expect("connected")
 }
 
 fn loopback(listener: &BoundListener) -> SocketAddr {
@@ -48,8 +61,7 @@ async fn an_end_of_writing_is_a_fin_and_none_is_needed_when_all_is_over() {
     let listener = listen(&sockets);
     let to = loopback(&listener);
     let listener = listener.register().expect("registered");
-    let (near, accepted) = tokio::join!(sockets.connect(to), listener.accept());
-    let near = near.expect("connected");
+    let (near, accepted) = tokio::join!(connect(&sockets, to), listener.accept());
     let mut far = TcpStream::from_std(accepted.expect("accepted").0).expect("registered");
     end_writing(&near).expect("a FIN");
     assert_eq!(far.read(&mut [0]).await.expect("an end"), 0);
@@ -63,11 +75,14 @@ async fn an_end_of_writing_is_a_fin_and_none_is_needed_when_all_is_over() {
 fn a_taken_port_names_its_purpose_and_setting() {
     let sockets = unmarked();
     let taken = listen(&sockets).local_addr().expect("bound");
-    let _holder =
-        sockets.listen_on(taken, Closing::End, "a test", "test.port").expect("free again");
-    let error = sockets
-        .listen_on(taken, Closing::End, "captured connections", "proxy.port")
-        .expect_err("taken");
+    let _holder = listen_on(&sockets, taken, Closing::End);
+    let request = ListenerRequest {
+        address: taken,
+        closing: Closing::End,
+        purpose: "captured connections",
+        setting: "proxy.port",
+    };
+    let error = sockets.listen(&here(), request).expect_err("taken");
     let message = error.to_string();
     assert!(
         message.contains("captured connections") && message.contains("proxy.port"),
@@ -81,7 +96,7 @@ async fn an_ipv4_client_of_a_dual_stack_listener_has_an_ipv4_address() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let listener = listener.register().expect("registered");
-    let client = unmarked().connect(address).await.expect("connected");
+    let client = connect(&unmarked(), address).await;
     let (_, peer) = listener.accept().await.expect("accepted");
     assert_eq!(peer, client.local_addr().expect("an address"));
 }
@@ -91,7 +106,7 @@ async fn an_accepted_stream_does_not_block_and_is_not_inherited() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let listener = listener.register().expect("registered");
-    let _client = unmarked().connect(address).await.expect("connected");
+    let _client = connect(&unmarked(), address).await;
     let (stream, _) = listener.accept().await.expect("accepted");
     assert!(SockRef::from(&stream).nonblocking().expect("flags"));
     let flags = fcntl(&stream, FcntlArg::F_GETFD).expect("flags");
@@ -103,7 +118,11 @@ async fn a_connection_without_a_mark_needs_no_capability_and_keeps_no_source() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let foreign = IpAddr::from([192, 0, 2, 1]);
-    let client = unmarked().connect_workload(address, foreign).await.expect("connected");
+    let sockets = unmarked();
+    let kind = SocketKind::new(SocketRole::Workload, address);
+    let socket = sockets.open(&here(), kind).expect("a socket");
+    sockets.bind_for(&socket, address, foreign).expect("nothing to bind");
+    let client = socket.connect(address).await.expect("connected");
     assert_eq!(client.local_addr().expect("an address").ip(), Ipv4Addr::LOCALHOST);
 }
 
@@ -116,8 +135,7 @@ async fn accepted(
     let port = listener.local_addr().expect("bound").port();
     let listener = listener.try_clone().expect("a copy").register().expect("registered");
     let to = SocketAddr::new(from, port);
-    let (client, accepted) = tokio::join!(sockets.connect(to), listener.accept());
-    client.expect("connected");
+    let (_client, accepted) = tokio::join!(connect(sockets, to), listener.accept());
     accepted.expect("accepted").0
 }
 
@@ -135,7 +153,7 @@ async fn connections_are_probed_and_not_delayed() {
     let listener = listen(&unmarked());
     let keepalive = Duration::from_secs(77);
     let sockets = unmarked().with_keepalive(keepalive);
-    let client = sockets.connect(loopback(&listener)).await.expect("connected");
+    let client = connect(&sockets, loopback(&listener)).await;
     assert!(is_tuned(&client, keepalive));
     assert_eq!(SockRef::from(&client).linger().expect("an option"), Some(Duration::ZERO));
 }
@@ -161,8 +179,8 @@ async fn what_is_accepted_has_the_options_of_its_listener() {
             assert_eq!(SockRef::from(&stream).linger().expect("an option"), linger, "{from}");
         }
     }
-    let of_its_own = sockets.listen_on(any_v4, Closing::Reset, "a test", "test.port");
-    let stream = accepted(&sockets, &of_its_own.expect("a free port"), any_v4.ip()).await;
+    let of_its_own = listen_on(&sockets, any_v4, Closing::Reset);
+    let stream = accepted(&sockets, &of_its_own, any_v4.ip()).await;
     assert_eq!(SockRef::from(&stream).linger().expect("an option"), Some(Duration::ZERO));
     assert!(is_tuned(&stream, keepalive));
 }
@@ -172,14 +190,14 @@ async fn a_stream_told_to_reset_on_close_does() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let listener = listener.register().expect("registered");
-    let mut client = unmarked().connect(address).await.expect("connected");
+    let mut client = connect(&unmarked(), address).await;
     let (stream, _) = listener.accept().await.expect("accepted");
     reset_on_close(&stream);
     drop(stream);
     let error = client.read_u8().await.expect_err("reset");
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     // And taken back.
-    let mut client = unmarked().connect(address).await.expect("connected");
+    let mut client = connect(&unmarked(), address).await;
     let (stream, _) = listener.accept().await.expect("accepted");
     reset_on_close(&stream);
     end_on_close(&stream);

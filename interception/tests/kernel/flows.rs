@@ -1,16 +1,19 @@
 //! Kernel tests of connections through the rules: receiver, original destination, deciding rule.
 
-use std::io::ErrorKind::ConnectionRefused;
+use std::fs;
+use std::io::ErrorKind::{ConnectionRefused, PermissionDenied};
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::thread;
 
 use libtest_mimic::Failed;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpSocket;
 use tokio::time::timeout;
 use underpass_interception::{
-    BoundListener, Closing, Namespace, NamespaceAccess, OriginalDestination, PacketCapture,
-    Sockets, TcpSegment, counters,
+    BoundListener, Closing, Entered, Kept, ListenerRequest, Namespace, NamespaceAccess,
+    OriginalDestination, PacketCapture, SocketKind, SocketRole, Sockets, TcpSegment,
+    confine_thread, counters,
 };
 
 use crate::Case;
@@ -37,6 +40,7 @@ pub(crate) const CASES: &[Case] = &[
     ("A6: the proxy's own connections are not captured (IPv6)", || a6(V6, "a6-v6")),
     ("A7: the workload sees the client's own address (IPv4)", || a7(V4, "a7-v4")),
     ("A7: the workload sees the client's own address (IPv6)", || a7(V6, "a7-v6")),
+    ("opening a marked or transparent socket takes a capability", opening_takes_capability),
     ("connections survive the installation of the rules (IPv4)", || {
         survives_installation(V4, "older-v4")
     }),
@@ -68,8 +72,15 @@ impl Mesh {
         let wired = ConnectedPods::new(name)?;
         let sockets = Sockets::new(&settings(""), true);
         let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-        let listen =
-            |port| wired.pod.run(|| sockets.listen_on(any(port), Closing::Reset, "a test", "none"));
+        let listen = |port| {
+            let listener = ListenerRequest {
+                address: any(port),
+                closing: Closing::Reset,
+                purpose: "a test",
+                setting: "none",
+            };
+            wired.pod.run(|| sockets.listen(&Entered::current()?, listener))
+        };
         let (outbound, inbound) = (listen(PORTS.outbound)??, listen(PORTS.inbound)??);
         let hbone = listen(PORTS.hbone)??;
         let app = wired.pod.run(|| TcpListener::bind(("::", APP)))??;
@@ -100,18 +111,36 @@ impl Mesh {
         blocking(stream)
     }
 
-    /// Connects from the pod like the proxy.
+    /// Connects like the proxy: with a socket that was opened in the pod, from a thread that is
+    /// outside and has no capability.
     fn proxied(&self, to: SocketAddr, source: Option<IpAddr>) -> Result<TcpStream, Failed> {
         let sockets = Sockets::new(&settings(""), true);
-        let stream = inside(&self.wired.pod, async || {
-            let stream = match source {
-                Some(client) => timeout(DEADLINE, sockets.connect_workload(to, client)).await??,
-                None => timeout(DEADLINE, sockets.connect(to)).await??,
-            };
-            Ok(stream.into_std()?)
+        let role = if source.is_some() { SocketRole::Workload } else { SocketRole::Upstream };
+        let kind = SocketKind::new(role, to);
+        let open = || sockets.open(&Entered::current()?, kind).map_err(Failed::from);
+        let socket = self.wired.pod.run(open)??;
+        let stream = without_capabilities(async || {
+            if let Some(client) = source {
+                sockets.bind_for(&socket, to, client)?;
+            }
+            Ok(timeout(DEADLINE, socket.connect(to)).await??.into_std()?)
         })?;
         blocking(stream)
     }
+}
+
+/// Runs async code on a thread that has given up every capability.
+fn without_capabilities<T: Send>(
+    code: impl AsyncFnOnce() -> Result<T, Failed> + Send,
+) -> Result<T, Failed> {
+    let confined = || {
+        confine_thread(Kept::Nothing)?;
+        let status = fs::read_to_string("/proc/thread-self/status")?;
+        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        equal("capabilities", effective.map(str::trim), Some("0000000000000000"))?;
+        runtime()?.block_on(code())
+    };
+    thread::scope(|scope| scope.spawn(confined).join().unwrap_or_else(|_| Err("a panic".into())))
 }
 
 fn blocking(stream: TcpStream) -> Result<TcpStream, Failed> {
@@ -260,6 +289,22 @@ fn a7(family: Family, name: &str) -> Result<(), Failed> {
     let expected =
         ["mark-proxy-connection".to_owned(), "return-to-proxy".to_owned(), family.rule("own-pod")];
     equal("rules that matched", rules, expected.to_vec())
+}
+
+/// The other half of A6 and A7: binding to a client's address and connecting take none.
+fn opening_takes_capability() -> Result<(), Failed> {
+    let sockets = Sockets::new(&settings(""), true);
+    without_capabilities(async || {
+        for role in [SocketRole::Upstream, SocketRole::Workload] {
+            for to in [V4.remote, V6.remote] {
+                let kind = SocketKind::new(role, at(to, APP));
+                let refused = sockets.open(&Entered::current()?, kind).err();
+                let kind = refused.map(|error| error.kind());
+                equal("refused", kind, Some(PermissionDenied))?;
+            }
+        }
+        Ok(())
+    })
 }
 
 fn survives_installation(family: Family, name: &str) -> Result<(), Failed> {

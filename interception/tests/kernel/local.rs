@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use libtest_mimic::Failed;
-use underpass_interception::{LocalAddresses, Namespace};
+use underpass_interception::{Entered, LocalAddresses, Namespace};
 
 use crate::Case;
 use crate::pod::{command, equal, inside, isolated};
@@ -22,7 +22,7 @@ fn of_interfaces_and_routes() -> Result<(), Failed> {
     let pod = isolated("local-addresses")?;
     let all = ["192.0.2.7", "198.51.100.77", "2001:db8::7", "2001:db8:1::77"];
     inside(&pod, async || {
-        let local = LocalAddresses::open()?;
+        let local = LocalAddresses::open(&Entered::current()?)?;
         all.iter().try_for_each(|address| expect(&local, address, false))?;
         for line in [
             "ip address add 192.0.2.7 dev lo",
@@ -46,7 +46,7 @@ fn of_interfaces_and_routes() -> Result<(), Failed> {
 fn removed() -> Result<(), Failed> {
     let pod = isolated("local-removed")?;
     inside(&pod, async || {
-        let local = LocalAddresses::open()?;
+        let local = LocalAddresses::open(&Entered::current()?)?;
         run(&pod, "ip address add 192.0.2.7 dev lo")?;
         expect(&local, "192.0.2.7", true)?;
         run(&pod, "ip address del 192.0.2.7/32 dev lo")?;

@@ -113,14 +113,14 @@ fn one_thread_for_all() -> Result<(), Failed> {
     const NAMESPACES: usize = 250;
     /// Every so many get rules: installation is what takes time.
     const WITH_RULES: usize = 25;
-    let thread = NamespaceThread::start(|| Ok(()))?;
+    let thread = NamespaceThread::start()?;
     let (mut held, mut threads) = (Vec::new(), BTreeSet::new());
     let mut installed: Vec<Interception> = Vec::new();
     for number in 0..NAMESPACES {
         let namespace = isolated(&format!("many-{number}"))?;
-        let access = NamespaceAccess::new(namespace, thread.clone());
-        let id = access.namespace().id();
-        let operation = access.run(async |entered| {
+        let access = NamespaceAccess::new(namespace.clone(), thread.clone());
+        let id = namespace.id();
+        let operation = thread.run(&namespace, async |entered| {
             (format!("{:?}", thread::current().id()), entered.namespace().id())
         });
         let (on, inside) = runtime()?.block_on(operation)?;
@@ -133,7 +133,7 @@ fn one_thread_for_all() -> Result<(), Failed> {
                 Ok::<_, Failed>(interception)
             })?);
         }
-        held.push(access);
+        held.push((namespace, access));
     }
     equal("threads that ran operations", threads.len(), 1)?;
     let plans: BTreeSet<_> = installed.iter().map(|one| std::ptr::from_ref(one.plan())).collect();
@@ -142,23 +142,23 @@ fn one_thread_for_all() -> Result<(), Failed> {
         equal("difference", runtime()?.block_on(interception.verify())?, None)?;
     }
     let occupied = namespaces_of_threads()?;
-    let idle = |access: &&NamespaceAccess| !occupied.contains(&access.namespace().id().to_string());
+    let idle = |held: &&(Namespace, _)| !occupied.contains(&held.0.id().to_string());
     equal("namespaces without a thread", held.iter().filter(idle).count(), NAMESPACES)?;
-    for (number, access) in held.iter().enumerate() {
+    for (number, (namespace, _)) in held.iter().enumerate() {
         // Each of these takes a process.
         if number % WITH_RULES < 2 {
-            let installed = command(access.namespace(), "nft list tables")?.contains("underpass");
+            let installed = command(namespace, "nft list tables")?.contains("underpass");
             equal("the rules are installed", installed, number % WITH_RULES == 0)?;
         }
     }
-    held.into_iter().try_for_each(|access| Ok(access.namespace().clone().delete()?))
+    held.into_iter().try_for_each(|(namespace, _)| Ok(namespace.delete()?))
 }
 
 fn from_outside() -> Result<(), Failed> {
     const DEADLINE: Duration = Duration::from_secs(10);
     let (pod, neighbour) = (isolated("outside-pod")?, isolated("outside-neighbour")?);
     let before = [rules_in(&pod)?, rules_in(&neighbour)?];
-    let thread = NamespaceThread::start(|| Ok(()))?;
+    let thread = NamespaceThread::start()?;
     let [access, other] =
         [&pod, &neighbour].map(|one| NamespaceAccess::new(one.clone(), thread.clone()));
     runtime()?.block_on(async {
@@ -186,7 +186,7 @@ fn from_outside() -> Result<(), Failed> {
 fn deleted_is_gone() -> Result<(), Failed> {
     const DEADLINE: Duration = Duration::from_secs(10);
     let ConnectedPods { pod, remote } = ConnectedPods::new("gone")?;
-    let thread = NamespaceThread::start(|| Ok(()))?;
+    let thread = NamespaceThread::start()?;
     let access = NamespaceAccess::new(pod.clone(), thread.clone());
     let rules = runtime()?.block_on(async {
         let rules = interception(&access).await?;

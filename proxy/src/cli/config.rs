@@ -1,23 +1,24 @@
 //! `underpass config`: the settings and all that they name, without running anything.
 
 use std::io::{self, Write as _};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use serde_json::json;
+use tokio::net::TcpStream;
 use underpass_config::{
     ConfigErrors, Dns, IdentitySettings, Mesh, Problem, Profile, Protocol, Reference, Settings,
     Workload, reference,
 };
 use underpass_hbone::{
-    Credentials, FileSource, HboneError, Identity, IstioCa, LocalCaSource, Trust,
+    Credentials, Dial, FileSource, HboneError, Identity, IstioCa, LocalCaSource, Trust,
 };
-use underpass_interception::{Ports, Sockets, ipv6_available};
+use underpass_interception::Ports;
 
 use super::rules::Output;
 use super::run::SettingsArguments;
 use super::{CommandError, print};
-use crate::dial::PlainDialer;
 use crate::error::chain;
 use crate::logging;
 
@@ -190,10 +191,7 @@ impl Check {
             Some(IdentitySettings::LocalCa(ca)) => {
                 LocalCaSource::new(ca.clone(), workload.clone()).issue().map(Some)
             }
-            Some(IdentitySettings::IstioCa(ca)) => {
-                let sockets = Sockets::new(&settings.interception, ipv6_available());
-                IstioCa::new(ca.clone(), PlainDialer { sockets }).map(|_| None)
-            }
+            Some(IdentitySettings::IstioCa(ca)) => IstioCa::new(ca.clone(), NoDialer).map(|_| None),
             Some(IdentitySettings::Spire(spire)) => {
                 if !spire.socket.exists() {
                     let socket = spire.socket.display();
@@ -286,5 +284,16 @@ fn in_words(duration: Duration) -> String {
         (0, 0) => format!("{minutes}m {rest}s"),
         (0, hours) => format!("{hours}h {minutes}m"),
         (days, hours) => format!("{days}d {hours}h"),
+    }
+}
+
+/// Connects to nothing: the check asks no CA.
+struct NoDialer;
+
+impl Dial for NoDialer {
+    type Io = TcpStream;
+
+    async fn dial(&self, _: SocketAddr) -> io::Result<TcpStream> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }

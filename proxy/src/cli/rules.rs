@@ -16,8 +16,8 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 use underpass_config::{InterceptionSettings, Settings};
 use underpass_interception::{
-    Difference, Environment, Explanation, Family, Interception, NamespaceAccess, Ports, Protocol,
-    RemovalScope, RuleCounter, RulePlan, Sender, Sign, ipv6_available, remove_everything,
+    Difference, Explanation, Family, Interception, NamespaceAccess, Ports, Protocol, RemovalScope,
+    RuleCounter, RulePlan, Sender, Sign, ipv6_available, remove_everything,
 };
 
 use self::options::RuleOptions;
@@ -259,8 +259,7 @@ async fn explain(
     let subject = Subject::of(options).await?;
     let (settings, ports) = (&subject.settings.interception, Ports::of(&subject.settings));
     let access = NamespaceAccess::current().map_err(CommandError::start)?;
-    let environment = access.run(async |entered| Environment::of(entered)).await?;
-    let environment = environment.map_err(CommandError::Start)?;
+    let environment = access.environment().await?;
     let counters = counters(&access, settings, ports).await;
     let explanation =
         Explanation::new(settings, ports, ipv6_available(), &environment, counters.as_deref());

@@ -12,6 +12,7 @@ use std::pin::Pin;
 use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, Sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
 use underpass_hbone::{Incoming, ServerTunnel};
 
 use crate::metrics;
@@ -64,13 +65,13 @@ impl Retirement {
     /// The next CONNECT request; once the tunnel is due, a GOAWAY asks the peer to send no more.
     pub(super) async fn next_request(
         &mut self,
-        node: &Node,
+        closing: &CancellationToken,
         tunnel: &mut ServerTunnel,
     ) -> Option<Incoming> {
         while !self.drained {
             tokio::select! {
                 request = tunnel.next() => return request,
-                () = node.drain.closing(), if !self.hastened => self.hasten(),
+                () = closing.cancelled(), if !self.hastened => self.hasten(),
                 () = &mut self.timer => match self.plan.judge(Instant::now(), tunnel.idle()) {
                     Verdict::LookAgain(at) => self.timer.as_mut().reset(at),
                     Verdict::Retire(why) => {

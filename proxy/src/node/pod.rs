@@ -4,10 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tokio::sync::watch;
-use underpass_config::{InterceptionSettings, SpiffeId, Workload};
-use underpass_interception::{LocalAddresses, Sockets};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use underpass_config::{InterceptionSettings, Settings, SpiffeId, Workload};
+use underpass_interception::{
+    InterceptionError, LocalAddresses, NamespaceAccess, Sockets, ipv6_available,
+};
 
-use super::CredentialLease;
+use super::{CredentialLease, Node, PodSockets};
 use crate::connection_registry::Registries;
 use crate::endpoint_health::EndpointHealth;
 use crate::limits::PodLimits;
@@ -34,8 +38,8 @@ pub(crate) struct Pod {
     pub(crate) context: PolicyContext,
     /// What its connections may hold.
     pub(crate) limits: PodLimits,
-    /// Makes sockets that the rules of this pod let pass.
-    pub(crate) sockets: Sockets,
+    /// The sockets to connect with, which the rules of this pod let pass.
+    pub(crate) sockets: Arc<PodSockets>,
     /// The current certificate and trust bundle; `None` without a certificate.
     pub(crate) credentials: Option<CredentialLease>,
     /// Which endpoints of services this pod could not connect to.
@@ -47,9 +51,43 @@ pub(crate) struct Pod {
     pub(crate) connections: Registries<Decision>,
     /// Tells which addresses are the pod's own.
     pub(crate) local: LocalAddresses,
+    /// Cancelled when the pod or the process drains: its tunnels take no new streams.
+    pub(crate) closing: CancellationToken,
+    /// Counts its seats, which hold its tunnels.
+    pub(crate) seats: TaskTracker,
+}
+
+/// How the sockets of a pod are made.
+pub(crate) fn pod_sockets(settings: &Settings) -> Sockets {
+    let sockets = Sockets::new(&settings.interception, ipv6_available());
+    sockets.with_keepalive(settings.timeouts.keepalive)
 }
 
 impl Pod {
+    /// The pod of the namespace of `access`, still without credentials.
+    pub(crate) async fn open(
+        node: &Node,
+        settings: &Settings,
+        access: &NamespaceAccess,
+        sockets: Sockets,
+        interception: watch::Receiver<InterceptionSettings>,
+    ) -> Result<Self, InterceptionError> {
+        Ok(Self {
+            id: PodId::next(),
+            context: PolicyContext::of(settings),
+            limits: node.limits.pod(),
+            sockets: PodSockets::new(access.clone(), sockets, node.limits.descriptors.clone()),
+            credentials: None,
+            endpoints: Arc::default(),
+            self_test: SelfTest::default(),
+            interception,
+            connections: Registries::new(node.workers),
+            local: access.local_addresses().await?,
+            closing: node.drain.closing_of_pod(),
+            seats: TaskTracker::new(),
+        })
+    }
+
     /// The identity of the current certificate.
     pub(crate) fn identity(&self) -> Option<SpiffeId> {
         self.credentials.as_ref().map(CredentialLease::identity)

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use underpass_config::{Timeouts, Workload};
 use underpass_hbone::{Acceptor, ClientSettings, Connector, Pool, PoolSettings, ServerSettings};
 
@@ -45,6 +46,8 @@ pub(crate) struct Seat {
     kept: AtomicBool,
     /// Whether a dial has failed since that task looked.
     failed: AtomicBool,
+    /// Counts the seats of the pod.
+    _counted: TaskTrackerToken,
     /// Addresses of the pod, and when the kernel said so. Only the worker's thread locks it, so
     /// that workers do not wait for each other as they would at [`Pod::local`].
     local: Mutex<Vec<(IpAddr, Instant)>>,
@@ -75,6 +78,7 @@ impl Seat {
             acceptor: credentials().map(|own| Acceptor::new(own, server)),
             kept: AtomicBool::new(false),
             failed: AtomicBool::new(false),
+            _counted: pod.seats.token(),
             local: Mutex::default(),
         })
     }
@@ -177,7 +181,11 @@ impl Seat {
         let seat = self.clone();
         tokio::spawn(async move {
             while seat.failed.swap(false, Relaxed) {
-                tokio::time::sleep(FAILURE_REMEMBERED).await;
+                let remembered = tokio::time::sleep(FAILURE_REMEMBERED);
+                tokio::select! {
+                    () = remembered => {}
+                    () = seat.pod.sockets.closed() => break,
+                }
             }
             seat.kept.store(false, Relaxed);
         });

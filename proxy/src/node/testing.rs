@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use underpass_config::{Mesh, Settings, Sources};
-use underpass_interception::{LocalAddresses, Sockets};
+use underpass_interception::{Entered, LocalAddresses, NamespaceAccess, Sockets};
 
-use super::{Node, Pod, PodId};
+use super::{Node, Pod, PodId, PodSockets};
 use crate::connection_registry::Registries;
-use crate::limits::Limits;
+use crate::limits::{Descriptors, Limits};
 use crate::pause_gate::PauseGate;
 use crate::policy::PolicyContext;
 use crate::snapshot::Snapshot;
@@ -25,18 +27,28 @@ pub(crate) fn settings(more: &[&str]) -> Settings {
 /// A pod with these settings, without credentials.
 pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
     let settings = settings(more);
+    let here = Entered::current().expect("a namespace");
     Arc::new(Pod {
         id: PodId::next(),
         context: PolicyContext::of(&settings),
         limits: Limits::new(&settings.limits, 2).pod(),
-        sockets: Sockets::new(&settings.interception, false),
+        sockets: sockets(&settings),
         credentials: None,
         endpoints: Arc::default(),
         self_test: crate::self_test::SelfTest::default(),
         interception: watch::Sender::new(settings.interception).subscribe(),
         connections: Registries::new(2),
-        local: LocalAddresses::open().expect("a netlink socket"),
+        local: LocalAddresses::open(&here).expect("a netlink socket"),
+        closing: CancellationToken::new(),
+        seats: TaskTracker::new(),
     })
+}
+
+/// Sockets of the current namespace.
+pub(crate) fn sockets(settings: &Settings) -> Arc<PodSockets> {
+    let access = NamespaceAccess::current().expect("a thread");
+    let sockets = Sockets::new(&settings.interception, false);
+    PodSockets::new(access, sockets, Descriptors::new(10_000, 0, 1))
 }
 
 /// A node of so many workers with an empty mesh. Needs a runtime.

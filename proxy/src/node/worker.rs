@@ -63,6 +63,8 @@ pub(crate) enum WorkerCommand {
         /// Sent when they are closed.
         removed: oneshot::Sender<()>,
     },
+    /// Close the tunnels that a pod has opened, each as its last stream ends.
+    CloseTunnels(PodId),
 }
 
 impl Worker {
@@ -110,7 +112,9 @@ impl Worker {
         match other.try_send(WorkerCommand::Serve(assignment)).err()?.into_inner() {
             WorkerCommand::Serve(assignment) => Some(assignment),
             // Not what was sent.
-            WorkerCommand::AddListener { .. } | WorkerCommand::RemoveListeners { .. } => None,
+            WorkerCommand::AddListener { .. }
+            | WorkerCommand::RemoveListeners { .. }
+            | WorkerCommand::CloseTunnels(_) => None,
         }
     }
 
@@ -153,7 +157,15 @@ impl Worker {
                         removed.send(()).ok();
                     });
                 }
+                WorkerCommand::CloseTunnels(pod) => self.close_tunnels(pod),
             }
+        }
+    }
+
+    fn close_tunnels(&self, pod: PodId) {
+        let seat = self.seats().get(&pod).and_then(Weak::upgrade);
+        if let Some(seat) = seat {
+            seat.pool.drain();
         }
     }
 

@@ -5,11 +5,14 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 use underpass_interception::{BoundListener, Kept, confine_thread};
 
 use super::{Node, Pod, PodId, Worker, WorkerCommand};
+use crate::error::ProxyError;
 use crate::listeners::Kind;
 use crate::publish::{self, Reports};
 
@@ -17,7 +20,11 @@ use crate::publish::{self, Reports};
 /// it.
 const COMMAND_QUEUE: usize = 1024;
 
+/// How long the tunnels of a removed pod may take to close.
+const TUNNELS_CLOSE: Duration = Duration::from_secs(2);
+
 /// The running workers.
+#[derive(Debug)]
 pub(crate) struct Workers {
     threads: Vec<WorkerThread>,
     commands: Arc<[mpsc::Sender<WorkerCommand>]>,
@@ -26,6 +33,7 @@ pub(crate) struct Workers {
 }
 
 /// The thread of one worker.
+#[derive(Debug)]
 struct WorkerThread {
     handle: JoinHandle<()>,
     /// Ends without a value when the thread does, also by a panic.
@@ -44,19 +52,19 @@ impl WorkerThread {
 
 impl Workers {
     /// Starts `count` workers, which serve nothing yet, and which report the generations of the
-    /// mesh that they apply. `kept`: the capabilities that each thread keeps.
+    /// mesh that they apply. They have no capability.
     ///
     /// # Errors
     ///
     /// A thread or its runtime cannot be made.
-    pub(crate) fn start(node: &Arc<Node>, count: usize, kept: Kept) -> io::Result<(Self, Reports)> {
+    pub(crate) fn start(node: &Arc<Node>, count: usize) -> io::Result<(Self, Reports)> {
         let (senders, receivers): (Vec<_>, Vec<_>) =
             (0..count).map(|_| mpsc::channel(COMMAND_QUEUE)).unzip();
         let commands: Arc<[mpsc::Sender<WorkerCommand>]> = senders.into();
         let (reporters, reports) = publish::reports(count);
         let start_one = |(index, (receiver, reporter))| {
             let worker = Worker::new(node.clone(), index, commands.clone());
-            start_thread(index, kept, move || worker.run(receiver, reporter))
+            start_thread(index, move || worker.run(receiver, reporter))
         };
         let started = receivers.into_iter().zip(reporters).enumerate().map(start_one);
         let threads = started.collect::<io::Result<_>>()?;
@@ -91,6 +99,35 @@ impl Workers {
         }
     }
 
+    /// Removes a pod: closes its listeners, waits up to `deadline` for its connections and
+    /// terminates the rest, and closes its tunnels and sockets. Returns how many connections were
+    /// terminated.
+    pub(crate) async fn remove_pod(&self, pod: &Pod, deadline: Duration) -> usize {
+        self.remove_listeners(pod.id).await;
+        pod.closing.cancel();
+        let connections = &pod.connections;
+        let terminated = match timeout(deadline, connections.all_ended()).await {
+            Ok(()) => 0,
+            Err(_) => connections.open(),
+        };
+        connections.close(|| ProxyError::Drained).await;
+        pod.sockets.close();
+        self.close_tunnels(pod).await;
+        terminated
+    }
+
+    /// Closes the tunnels that a pod has opened, and waits for that, at most for a moment.
+    async fn close_tunnels(&self, pod: &Pod) {
+        for worker in &*self.commands {
+            // A worker that has ended has no tunnel.
+            worker.send(WorkerCommand::CloseTunnels(pod.id)).await.ok();
+        }
+        pod.seats.close();
+        if timeout(TUNNELS_CLOSE, pod.seats.wait()).await.is_err() {
+            tracing::warn!(seats = pod.seats.len(), "a removed pod still has tunnels");
+        }
+    }
+
     /// Waits for the end of all threads.
     pub(crate) async fn join(self) {
         futures_util::future::join_all(self.threads.into_iter().map(WorkerThread::join)).await;
@@ -102,14 +139,13 @@ impl Workers {
 /// one's.
 fn start_thread<F: Future<Output = ()>>(
     index: usize,
-    kept: Kept,
     task: impl FnOnce() -> F + Send + 'static,
 ) -> io::Result<WorkerThread> {
     let (alive, end) = oneshot::channel();
     let (made, made_or_not) = std::sync::mpsc::sync_channel(1);
     let body = move || {
         let _alive = alive;
-        if let Err(error) = confine_thread(kept) {
+        if let Err(error) = confine_thread(Kept::Nothing) {
             tracing::warn!(%error, "a worker keeps capabilities that it does not need");
         }
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -133,6 +169,7 @@ mod tests {
 
     use tokio::io::AsyncReadExt as _;
     use tokio::net::TcpStream;
+    use underpass_interception::{Entered, ListenerRequest};
 
     use super::*;
     use crate::node::testing::{node, pod};
@@ -140,7 +177,14 @@ mod tests {
     fn listener(pod: &Pod) -> (BoundListener, SocketAddr) {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let kind = Kind::Plaintext;
-        let bound = pod.sockets.listen_on(any, kind.closing(), "a test", "none").unwrap();
+        let request = ListenerRequest {
+            address: any,
+            closing: kind.closing(),
+            purpose: "a test",
+            setting: "none",
+        };
+        let here = Entered::current().unwrap();
+        let bound = pod.sockets.settings().listen(&here, request).unwrap();
         let address = bound.local_addr().unwrap();
         (bound, address)
     }
@@ -157,7 +201,7 @@ mod tests {
     #[tokio::test]
     async fn takes_and_gives_up_listeners_while_another_pod_is_served() {
         let node = node(2);
-        let (workers, _reports) = Workers::start(&node, 2, Kept::Nothing).unwrap();
+        let (workers, _reports) = Workers::start(&node, 2).unwrap();
         let [first, second] =
             [pod(&["interception.profile=none"]), pod(&["interception.profile=none"])];
         let (kept, kept_at) = listener(&first);
@@ -174,7 +218,7 @@ mod tests {
         assert!(is_served(kept_at).await, "the other pod's listener stays");
         workers.remove_listeners(second.id).await;
 
-        node.drain.drain(&second.connections, std::time::Duration::ZERO).await;
+        node.drain.drain(&second.connections, Duration::ZERO).await;
         workers.join().await;
         assert_eq!(Arc::strong_count(&second), 1, "workers keep nothing of a removed pod");
     }

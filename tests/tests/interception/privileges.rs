@@ -12,11 +12,9 @@ const NET_RAW: u64 = 1 << 13;
 
 pub(crate) fn add(suite: &mut Suite) {
     for profile in PROFILES {
-        profile.test(
-            suite,
-            "drops every capability that a thread does not need",
-            async move || confines_every_thread(profile).await,
-        );
+        profile.test(suite, "only the namespaces thread has a capability", async move || {
+            confines_every_thread(profile).await
+        });
     }
     suite
         .test("ambient: keeps NET_RAW with the iptables backend, and repairs", iptables_in_ambient);
@@ -43,13 +41,15 @@ pub(crate) fn add(suite: &mut Suite) {
         "sidecar: removes the rules with on_exit: remove after switching its user",
         removes,
     );
-    suite.test_with_users("sidecar: workers keep only NET_ADMIN in TPROXY mode", for_tproxy);
+    suite.test_with_users(
+        "sidecar: only the namespaces thread keeps NET_ADMIN in TPROXY mode",
+        for_tproxy,
+    );
 }
 
 /// A thread as the kernel describes it (proc_pid_status(5)).
 #[derive(Debug)]
 struct Thread {
-    is_first: bool,
     name: String,
     users: Vec<u32>,
     groups: Vec<u32>,
@@ -69,12 +69,12 @@ impl Thread {
             let entry = entry.expect("a thread");
             // Some threads are short-lived.
             let status = fs::read_to_string(entry.path().join("status")).ok()?;
-            Some(Self::of(&status, entry.file_name() == *proxy.pid().to_string()))
+            Some(Self::of(&status))
         });
         threads.collect()
     }
 
-    fn of(status: &str, is_first: bool) -> Self {
+    fn of(status: &str) -> Self {
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
             line.expect(name).trim().to_owned()
@@ -84,7 +84,6 @@ impl Thread {
         };
         let bits = |name| u64::from_str_radix(&field(name), 16).expect("a bit mask");
         Self {
-            is_first,
             name: field("Name"),
             users: ids("Uid"),
             groups: ids("Gid"),
@@ -102,12 +101,7 @@ impl Thread {
         self.name.starts_with("worker-")
     }
 
-    /// Returns true for the control thread, which connects to a CA.
-    fn makes_sockets(&self) -> bool {
-        self.is_worker() || self.is_first
-    }
-
-    /// Returns true for the thread that installs and repairs rules.
+    /// Returns true for the thread that changes rules and opens sockets.
     fn enters_namespaces(&self) -> bool {
         self.name == "namespaces"
     }
@@ -132,13 +126,7 @@ async fn all_confined(proxy: &Proxy, kept: impl Fn(&Thread) -> u64) -> Vec<Threa
 async fn confines_every_thread(profile: Profile) {
     let scene = Scene::new().await;
     let mut proxy = scene.client.proxy(&profile.of(scene.client_settings())).await;
-    // Connections of the ambient profile carry a mark, which needs NET_ADMIN.
-    let marks = if profile.user.is_some() { 0 } else { NET_ADMIN };
-    let kept = |thread: &Thread| match thread.makes_sockets() {
-        true => marks,
-        false if thread.enters_namespaces() => NET_ADMIN,
-        false => 0,
-    };
+    let kept = |thread: &Thread| if thread.enters_namespaces() { NET_ADMIN } else { 0 };
     for repairs in 0..2 {
         for thread in all_confined(&proxy, kept).await {
             let others = (thread.inheritable, thread.ambient, thread.bounding);
@@ -158,11 +146,7 @@ async fn iptables_in_ambient() {
     let settings = scene.client_settings().set("interception.backend=iptables");
     let mut proxy = scene.client.proxy(&settings).await;
     let both = NET_ADMIN | NET_RAW;
-    let kept = |thread: &Thread| match thread.makes_sockets() {
-        true => NET_ADMIN,
-        false if thread.enters_namespaces() => both,
-        false => 0,
-    };
+    let kept = |thread: &Thread| if thread.enters_namespaces() { both } else { 0 };
     for thread in all_confined(&proxy, kept).await {
         assert_eq!(thread.bounding & !both, 0, "{thread:?}");
     }
@@ -279,9 +263,6 @@ async fn for_tproxy() {
     let scene = Scene::new().await;
     let settings = SIDECAR.of(scene.server_settings()).set("interception.inbound.mode=tproxy");
     let proxy = scene.server.proxy(&settings).await;
-    let kept = |thread: &Thread| match thread.makes_sockets() || thread.enters_namespaces() {
-        true => NET_ADMIN,
-        false => 0,
-    };
+    let kept = |thread: &Thread| if thread.enters_namespaces() { NET_ADMIN } else { 0 };
     threads(&proxy, SIDECAR, kept).await;
 }

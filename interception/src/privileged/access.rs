@@ -1,0 +1,225 @@
+//! Access to one namespace: what a caller holds instead of being in the namespace. Each method asks
+//! for one privileged operation.
+//!
+//! Not here: how operations are performed (`operations.rs`).
+
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use underpass_config::{InterceptionSettings, Profile};
+
+use super::operations::InNamespace;
+use super::{PrivilegedOperations, Reply, Request, RuleOperation};
+use crate::InterceptionError;
+use crate::backend::Backend;
+use crate::bypass::BypassingProcess;
+use crate::iptables::RemovalScope;
+use crate::leftovers::LegacyTables;
+use crate::listener::BoundListener;
+use crate::local::LocalAddresses;
+use crate::namespace::{Namespace, NamespaceThread};
+use crate::nftables::RuleCounter;
+use crate::plan::{Environment, Ports};
+use crate::return_path::ReturnPathProbe;
+use crate::rules::RuleSettings;
+use crate::self_test::ProbeSockets;
+use crate::socket::{ListenerRequest, ReadySocket, SocketKind, Sockets};
+use crate::watching::{Watched, Watching};
+
+/// Access to one namespace. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct NamespaceAccess(Arc<dyn PrivilegedOperations>);
+
+/// Takes the fields out of the answer that a request always has.
+macro_rules! ask {
+    ($access:expr, $request:expr, $answer:pat => $value:expr) => {
+        match $access.0.perform($request).await? {
+            $answer => Ok($value),
+            other => Err(InterceptionError::UnexpectedReply(format!("{other:?}"))),
+        }
+    };
+}
+
+impl NamespaceAccess {
+    /// Operations in `namespace`, run by `thread`.
+    #[must_use]
+    pub fn new(namespace: Namespace, thread: NamespaceThread) -> Self {
+        Self::through(Arc::new(InNamespace::new(namespace, thread)))
+    }
+
+    /// Operations that `performer` performs.
+    #[must_use]
+    pub fn through(performer: Arc<dyn PrivilegedOperations>) -> Self {
+        Self(performer)
+    }
+
+    /// The calling thread's namespace, with a thread of its own, which has the caller's
+    /// capabilities.
+    ///
+    /// # Errors
+    ///
+    /// As of [`NamespaceThread::start`].
+    pub fn current() -> io::Result<Self> {
+        let namespace = Namespace::current().map_err(io::Error::other)?;
+        Ok(Self::new(namespace, NamespaceThread::start()?))
+    }
+
+    /// Waits for the end of every operation that was started before, also of those whose callers
+    /// have stopped waiting.
+    pub async fn finish(&self) {
+        // An error means that nothing performs operations any more.
+        self.0.perform(Request::Barrier).await.ok();
+    }
+
+    /// Opens sockets that fit the rules: up to `count`, and at least one.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Socket`].
+    pub async fn open_sockets(
+        &self,
+        sockets: &Sockets,
+        kind: SocketKind,
+        count: usize,
+    ) -> Result<Vec<ReadySocket>, InterceptionError> {
+        let request = Request::OpenSockets { sockets: sockets.clone(), kind, count };
+        ask!(self, request, Reply::Sockets(sockets) => sockets)
+    }
+
+    /// Listens in the namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Listen`].
+    pub async fn listen(
+        &self,
+        sockets: &Sockets,
+        listener: ListenerRequest,
+    ) -> Result<BoundListener, InterceptionError> {
+        let request = Request::Listen { sockets: sockets.clone(), listener };
+        ask!(self, request, Reply::Listener(listener) => listener)
+    }
+
+    /// What tells the namespace's own addresses.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Socket`].
+    pub async fn local_addresses(&self) -> Result<LocalAddresses, InterceptionError> {
+        ask!(self, Request::OpenLocalAddresses, Reply::LocalAddresses(local) => local)
+    }
+
+    /// The interfaces that are up, and their addresses.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Socket`]: the kernel does not list them.
+    pub async fn environment(&self) -> Result<Environment, InterceptionError> {
+        ask!(self, Request::Environment, Reply::Environment(environment) => environment)
+    }
+
+    /// Whether IPv6 is enabled on the loopback interface.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`].
+    pub async fn ipv6_on_loopback(&self) -> Result<bool, InterceptionError> {
+        ask!(self, Request::Ipv6OnLoopback, Reply::Is(enabled) => enabled)
+    }
+
+    /// Those of `addresses` that a socket can be bound to.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`].
+    pub async fn usable_addresses(
+        &self,
+        addresses: Vec<IpAddr>,
+    ) -> Result<Vec<IpAddr>, InterceptionError> {
+        ask!(self, Request::UsableAddresses(addresses), Reply::Addresses(usable) => usable)
+    }
+
+    /// Refuses TPROXY where some interface would let nobody in.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::ClientsRefused`].
+    pub async fn check_reverse_path(
+        &self,
+        settings: &InterceptionSettings,
+    ) -> Result<(), InterceptionError> {
+        ask!(self, Request::CheckReversePath(settings.clone()), Reply::Done => ())
+    }
+
+    /// Other processes in the namespace that can bypass the rules of `profile`.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Socket`]: /proc cannot be read.
+    pub async fn bypassing_processes(
+        &self,
+        profile: Profile,
+    ) -> Result<Vec<BypassingProcess>, InterceptionError> {
+        ask!(self, Request::BypassingProcesses(profile), Reply::Processes(processes) => processes)
+    }
+
+    /// The sockets of the self-test, of the user that the process is now.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Socket`].
+    pub async fn open_probes(&self) -> Result<ProbeSockets, InterceptionError> {
+        ask!(self, Request::OpenProbes, Reply::Probes(probes) => probes)
+    }
+
+    /// The sockets of the self-test of the return path, of the user that the process is now.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Socket`].
+    pub async fn open_return_path(
+        &self,
+        settings: &InterceptionSettings,
+        ports: Ports,
+    ) -> Result<Vec<ReturnPathProbe>, InterceptionError> {
+        let request = Request::OpenReturnPath { settings: settings.clone(), ports };
+        ask!(self, request, Reply::ReturnPath(connections) => connections)
+    }
+
+    pub(crate) async fn prepare_rules(
+        &self,
+        settings: &InterceptionSettings,
+    ) -> Result<Backend, InterceptionError> {
+        ask!(self, Request::PrepareRules(settings.clone()), Reply::Backend(backend) => backend)
+    }
+
+    pub(crate) async fn rules(
+        &self,
+        rules: &Arc<RuleSettings>,
+        operation: RuleOperation,
+    ) -> Result<Reply, InterceptionError> {
+        self.0.perform(Request::Rules { rules: rules.clone(), operation }).await
+    }
+
+    pub(crate) async fn table_counters(&self) -> Result<Vec<RuleCounter>, InterceptionError> {
+        ask!(self, Request::TableCounters, Reply::Counters(counters) => counters)
+    }
+
+    pub(crate) async fn remove_everything(
+        &self,
+        scope: RemovalScope,
+        allow_host: bool,
+    ) -> Result<bool, InterceptionError> {
+        let request = Request::RemoveEverything { scope, allow_host };
+        ask!(self, request, Reply::Is(removed) => removed)
+    }
+
+    pub(crate) async fn watch(&self, watched: Watched) -> Result<Watching, InterceptionError> {
+        ask!(self, Request::Watch(watched), Reply::Watching(watching) => watching)
+    }
+
+    pub(crate) async fn legacy_tables(&self) -> Result<LegacyTables, InterceptionError> {
+        ask!(self, Request::OpenLegacyTables, Reply::LegacyTables(tables) => tables)
+    }
+}

@@ -1,0 +1,205 @@
+//! The rules of one pod in the kernel: in which order they are installed, how they are compared
+//! with the plan, and how they are removed.
+//!
+//! Not here: the rules (`plan.rs`), how they get into the kernel (`backend.rs`), and who asks for it
+//! (`interception.rs`).
+
+use std::sync::Arc;
+
+use underpass_config::InterceptionSettings;
+
+use crate::backend::Backend;
+use crate::blackhole;
+use crate::foreign::{ForeignRule, foreign_rules};
+use crate::iptables::{self, RemovalScope, Variant};
+use crate::leftovers::{Leftover, is_istios, leftovers};
+use crate::namespace::Entered;
+use crate::nftables::{self, RuleCounter};
+use crate::plan::RulePlan;
+use crate::planned::{PlanInputs, Planned};
+use crate::privileges::lacks_net_admin;
+use crate::verify::{Difference, Listing};
+use crate::{InterceptionError, host, routes};
+
+/// All that the rules of a pod follow from.
+#[derive(Debug, Clone)]
+pub struct RuleSettings {
+    pub(crate) inputs: PlanInputs,
+    /// Describes the installing process, for people who list the table.
+    pub(crate) owner: Option<String>,
+}
+
+/// The rules that follow from settings.
+#[derive(Debug)]
+pub(crate) struct Rules<'a> {
+    planned: Arc<Planned>,
+    owner: Option<&'a str>,
+}
+
+impl RuleSettings {
+    pub(crate) fn rules(&self) -> Rules<'_> {
+        Rules { planned: Planned::shared(self.inputs.clone()), owner: self.owner.as_deref() }
+    }
+}
+
+/// Checks whether rules can be installed, and with what. Changes nothing.
+pub(crate) async fn prepare(
+    entered: &Entered,
+    settings: &InterceptionSettings,
+) -> Result<Backend, InterceptionError> {
+    if lacks_net_admin(entered) {
+        return Err(InterceptionError::NotPermitted {
+            operation: "install the rules that catch traffic",
+            capability: "NET_ADMIN",
+        });
+    }
+    if !settings.allow_host {
+        host::reject_host(entered)?;
+    }
+    Backend::find(entered, settings.backend).await
+}
+
+impl Rules<'_> {
+    fn plan(&self) -> &RulePlan {
+        &self.planned.plan
+    }
+
+    fn backend(&self) -> Backend {
+        self.planned.inputs.backend
+    }
+
+    pub(crate) async fn install(&self, entered: &Entered) -> Result<(), InterceptionError> {
+        self.repair(entered).await?;
+        blackhole::remove(entered).await.map(drop)
+    }
+
+    pub(crate) async fn repair(&self, entered: &Entered) -> Result<(), InterceptionError> {
+        let added = routes::install(entered, self.plan()).await?;
+        if let Err(error) = self.backend().apply(entered, self.plan()).await {
+            routes::undo(entered, &added).await;
+            return Err(error);
+        }
+        self.mark_owner(entered).await;
+        routes::remove_foreign(entered, self.plan()).await
+    }
+
+    pub(crate) async fn install_routes(&self, entered: &Entered) -> Result<(), InterceptionError> {
+        routes::install(entered, self.plan()).await.map(drop)
+    }
+
+    /// Without it the rules are the same, so that a failure is logged only.
+    pub(crate) async fn mark_owner(&self, entered: &Entered) {
+        if let (Backend::Nftables, Some(owner)) = (self.backend(), self.owner)
+            && let Err(error) = nftables::mark_owner(entered, owner).await
+        {
+            tracing::debug!(%error, "the owner of the rules is not marked");
+        }
+    }
+
+    pub(crate) async fn verify(
+        &self,
+        entered: &Entered,
+    ) -> Result<Option<Difference>, InterceptionError> {
+        let (backend, plan) = (self.backend(), self.plan());
+        let rules = backend.installed(entered, plan).await?.unwrap_or_default();
+        let expected = Listing::from(routes::expected(entered, plan));
+        let routes = Listing::from(routes::installed(entered, plan).await?);
+        let rules = self.planned.expected().difference(&rules);
+        let difference = Difference::join(rules, expected.difference(&routes));
+        let readable = |difference: Difference| {
+            difference.readable(&backend.readable(plan), nftables::readable_unknown)
+        };
+        Ok(difference.map(readable))
+    }
+
+    pub(crate) async fn block(&self, entered: &Entered) -> Result<(), InterceptionError> {
+        self.planned.blackhole.install(entered).await
+    }
+
+    pub(crate) async fn counters(
+        &self,
+        entered: &Entered,
+    ) -> Result<Vec<RuleCounter>, InterceptionError> {
+        self.backend().counters(entered, self.plan()).await
+    }
+
+    pub(crate) async fn remove(&self, entered: &Entered) -> Result<(), InterceptionError> {
+        self.backend().remove(entered).await?;
+        routes::remove(entered, self.plan()).await?;
+        blackhole::remove(entered).await.map(drop)
+    }
+
+    pub(crate) async fn leftovers(
+        &self,
+        entered: &Entered,
+    ) -> Result<Vec<Leftover>, InterceptionError> {
+        leftovers(entered, self.backend()).await
+    }
+
+    pub(crate) async fn foreign_rules(
+        &self,
+        entered: &Entered,
+    ) -> Result<Vec<ForeignRule>, InterceptionError> {
+        foreign_rules(entered, self.backend(), self.plan()).await
+    }
+}
+
+/// Removes the blackhole; `false` if there was none.
+pub(crate) async fn unblock(entered: &Entered) -> Result<bool, InterceptionError> {
+    blackhole::remove(entered).await
+}
+
+pub(crate) async fn is_blocked(entered: &Entered) -> Result<bool, InterceptionError> {
+    blackhole::is_installed(entered).await
+}
+
+/// Removes whatever underpass ever installed; `false` if there was nothing.
+pub(crate) async fn remove_everything(
+    entered: &Entered,
+    scope: RemovalScope,
+    allow_host: bool,
+) -> Result<bool, InterceptionError> {
+    if !allow_host {
+        host::reject_host(entered)?;
+    }
+    let mut removed = vec![
+        remove_from_nftables(entered, scope).await,
+        remove_from_iptables(entered, Variant::Nft, scope).await,
+        remove_from_iptables(entered, Variant::Legacy, scope).await,
+        routes::remove(entered, &RulePlan::routes_and_addresses()).await,
+        blackhole::remove(entered).await,
+    ];
+    if scope == RemovalScope::OtherMeshes {
+        removed
+            .push(routes::remove_foreign_rules(entered, &RulePlan::routes_and_addresses()).await);
+    }
+    removed.into_iter().try_fold(false, |any, removed| Ok(any | removed?))
+}
+
+async fn remove_from_nftables(
+    entered: &Entered,
+    scope: RemovalScope,
+) -> Result<bool, InterceptionError> {
+    match nftables::check_available(entered).await {
+        Ok(()) => {
+            let others = scope == RemovalScope::OtherMeshes;
+            let istios =
+                if others { nftables::remove_tables(entered, is_istios).await? } else { false };
+            Ok(nftables::remove(entered).await? | istios)
+        }
+        Err(InterceptionError::Unsupported { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+async fn remove_from_iptables(
+    entered: &Entered,
+    variant: Variant,
+    scope: RemovalScope,
+) -> Result<bool, InterceptionError> {
+    match iptables::find(entered, variant).await {
+        Ok(variant) => iptables::remove(entered, variant, scope).await,
+        // What is not there has installed nothing.
+        Err(_) => Ok(false),
+    }
+}

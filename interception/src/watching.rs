@@ -1,0 +1,75 @@
+//! Descriptors that become readable when netfilter's rules, ip rules, routes or addresses change in
+//! a namespace.
+//!
+//! Not here: when to look (`changes.rs`).
+
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use nlink::netlink::{Connection, Nftables, Route, RtnetlinkGroup};
+
+use crate::InterceptionError;
+use crate::leftovers::LegacyTables;
+use crate::namespace::Entered;
+use crate::netlink::failed;
+
+pub(crate) const OPERATION: &str = "watch the rules";
+/// The notifications about everything that own rules depend on besides nftables.
+const OURS: [RtnetlinkGroup; 5] = [
+    RtnetlinkGroup::Ipv4Rule,
+    RtnetlinkGroup::Ipv6Rule,
+    RtnetlinkGroup::Ipv4Route,
+    RtnetlinkGroup::Ipv6Route,
+    RtnetlinkGroup::Ipv6Addr,
+];
+/// Only ip rules: changes of routes and addresses let no traffic bypass the rules.
+const RULES: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ipv6Rule];
+
+/// Which changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Watched {
+    /// Changes of the own rules and their dependencies.
+    OwnRules,
+    /// Changes of any program's rules and ip rules.
+    AllRules,
+}
+
+/// The sockets of a subscription, opened within its namespace.
+#[derive(Debug)]
+pub struct Watching {
+    /// An error if the kernel rejects the subscription to nftables.
+    pub(crate) nftables: Result<OwnedFd, InterceptionError>,
+    pub(crate) routes: OwnedFd,
+    pub(crate) legacy: LegacyTables,
+}
+
+impl Watching {
+    /// Subscribes: no change from now on is missed.
+    pub(crate) fn start(entered: &Entered, watched: Watched) -> Result<Self, InterceptionError> {
+        let groups: &[RtnetlinkGroup] = match watched {
+            Watched::OwnRules => &OURS,
+            Watched::AllRules => &RULES,
+        };
+        Ok(Self {
+            nftables: watch_nftables(entered),
+            routes: watch_routes(entered, groups)?,
+            legacy: LegacyTables::open(entered),
+        })
+    }
+}
+
+fn watch_routes(_: &Entered, groups: &[RtnetlinkGroup]) -> Result<OwnedFd, InterceptionError> {
+    let routes = Connection::<Route>::new().map_err(failed(OPERATION))?;
+    routes.subscribe(groups).map_err(failed(OPERATION))?;
+    descriptor(routes.socket().as_fd().try_clone_to_owned())
+}
+
+fn watch_nftables(_: &Entered) -> Result<OwnedFd, InterceptionError> {
+    let connection = Connection::<Nftables>::new().map_err(failed(OPERATION))?;
+    connection.subscribe_all().map_err(failed(OPERATION))?;
+    descriptor(connection.socket().as_fd().try_clone_to_owned())
+}
+
+/// The subscription belongs to the socket, which lives as long as any of its descriptors.
+fn descriptor(cloned: std::io::Result<OwnedFd>) -> Result<OwnedFd, InterceptionError> {
+    cloned.map_err(|source| InterceptionError::Netlink { operation: OPERATION, source })
+}

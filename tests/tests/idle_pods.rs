@@ -1,0 +1,62 @@
+//! Measures the cost of an idle pod to the process that serves it. The test has a binary of its own,
+//! because other tests in the process would be measured too.
+#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::process::ExitCode;
+
+use underpass::testing::TestNode;
+use underpass_tests::{Mesh, Pki, Settings, Suite, World};
+
+/// The private memory that an idle pod may take.
+const MOST_KIB: u64 = 200;
+/// So many pods are measured together, after a first one that initializes the process.
+const PODS: u64 = 16;
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new();
+    suite.test("an idle pod takes little memory and no thread", idle);
+    suite.run()
+}
+
+async fn idle() {
+    let world = World::new();
+    let pki = Pki::new(world.folder());
+    let mut pods = Vec::new();
+    for number in 0..=PODS {
+        pods.push(world.pod(&format!("pod-{number}")).await);
+    }
+    let first = pods.first().expect("a pod");
+    let mesh = Mesh::default().write(first, "mesh");
+    let settings = |name: &str| Settings::new(name).identity(&pki.issue(name)).mesh(&mesh);
+    let node = TestNode::start(&settings("node").load(first), 2).expect("a node");
+    let mut served = Vec::new();
+    let (mut memory, mut tasks) = (0, 0);
+    for pod in &pods {
+        let settings = settings(pod.name()).load(pod);
+        served.push(node.add_pod(settings, pod.namespace().clone()).await.expect("a pod"));
+        if served.len() == 1 {
+            (memory, tasks) = (private_kib(), threads());
+        }
+    }
+    let each = private_kib().saturating_sub(memory) / PODS;
+    assert!(each < MOST_KIB, "{each} KiB");
+    assert!(threads() <= tasks, "{} threads, {tasks} with one pod", threads());
+}
+
+/// The memory of this process that it shares with no other one (proc_pid_smaps(5)).
+fn private_kib() -> u64 {
+    let rollup = fs::read_to_string("/proc/self/smaps_rollup").expect("its memory");
+    let private = rollup.lines().filter(|line| line.starts_with("Private_"));
+    let kib = private.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    kib.sum()
+}
+
+/// Without those on which a runtime waits for files, which it makes as it needs them.
+fn threads() -> usize {
+    let names = fs::read_dir("/proc/self/task").expect("its threads").filter_map(|task| {
+        let name = fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
+        Some(name.trim_end().to_owned())
+    });
+    names.filter(|name| !name.starts_with("tokio-")).count()
+}
