@@ -37,25 +37,12 @@ mod ztunnel;
 use underpass_interception::{enter_sandbox, raise_open_files};
 
 pub use load::{RequestMode, Traffic};
-pub use options::{Options, PathName, WorkloadGroup};
+pub use options::{Options, PathName, WorkloadGroup, bench_arguments};
 pub use paths::Path;
 pub use plot::Plot;
 pub use report::Report;
 pub use scaling::{Dimension, Scaling};
 pub use workload::{Figure, Workload};
-
-/// The arguments of the program if it should measure. `cargo bench` passes `--bench`; `cargo test`
-/// runs benches without it, and then this prints a notice.
-#[expect(clippy::print_stdout, reason = "a bench's output is its result")]
-#[must_use]
-pub fn bench_arguments() -> Option<Vec<String>> {
-    let arguments: Vec<_> = std::env::args().skip(1).collect();
-    let is_bench = arguments.iter().any(|argument| argument == "--bench");
-    if !is_bench {
-        println!("nothing is measured without --bench, which `cargo bench` passes");
-    }
-    is_bench.then_some(arguments)
-}
 
 /// Builds the binary under test, enters the sandbox, and returns a runtime. The process must have a
 /// single thread.

@@ -8,6 +8,19 @@ use clap::{Parser, ValueEnum};
 
 use crate::roles::run_child_role;
 
+/// The arguments of the program if it should measure. `cargo bench` passes `--bench`; `cargo test`
+/// runs benches without it, and then this prints a notice.
+#[expect(clippy::print_stdout, reason = "a bench's output is its result")]
+#[must_use]
+pub fn bench_arguments() -> Option<Vec<String>> {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let is_bench = arguments.iter().any(|argument| argument == "--bench");
+    if !is_bench {
+        println!("nothing is measured without --bench, which `cargo bench` passes");
+    }
+    is_bench.then_some(arguments)
+}
+
 /// Measure direct, relayed, plaintext and HBONE traffic between two pods in one session
 #[derive(Debug, Clone, Parser)]
 #[command(name = "cargo bench -p underpass-benches --")]
@@ -52,7 +65,7 @@ impl Options {
         if run_child_role() {
             return None;
         }
-        crate::bench_arguments()?;
+        bench_arguments()?;
         let mut options = Self::parse();
         if options.quick {
             options.seconds = 1.0;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::document::{Origin, SyntaxError};
+use crate::yaml::document::{Origin, SyntaxError};
 
 /// The number of printed mistakes. More are usually the same mistake many times.
 const MAX_SHOWN: usize = 20;

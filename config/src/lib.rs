@@ -4,30 +4,20 @@
 //! rustls, h2 or netfilter. All mistakes of a document are reported at once, each with location,
 //! key, value and remedy.
 
-mod ca_clients;
 mod cidr;
-mod declare;
-mod document;
 mod error;
-mod files;
-mod load;
+mod identity;
 mod mesh;
-mod quote;
-mod read;
-mod resolve;
 mod settings;
-mod show;
-mod spiffe;
 #[cfg(test)]
 mod test_folder;
 mod watch;
+mod yaml;
 
-pub use ca_clients::{CaClient, CaClients, CaToken, IdentityPattern};
-pub use declare::Reference;
-pub use document::Origin;
 pub use error::{ConfigErrors, Problem};
+pub use identity::ca_clients::{CaClient, CaClients, CaToken, IdentityPattern};
+pub use identity::spiffe::{SpiffeError, SpiffeId, TrustDomain};
 pub use ipnet::{IpNet, Ipv4Net};
-pub use load::Sources;
 pub use mesh::{
     ApplicationTunnel, Condition, Connection, Destination, Endpoint, Gateway, GatewayDestination,
     IpFamilies, Item, LoadBalancing, LoadBalancingMode, Locality, Match, Mesh, MeshBuilder,
@@ -36,9 +26,9 @@ pub use mesh::{
     StringMatch, TunnelHeader, Values, Visibility, WeightedWaypoint, Workload, WorkloadDraft,
     WorkloadType,
 };
-pub use quote::Quoted;
-pub use read::parse_duration;
-pub use resolve::{keys, reference};
+pub use settings::declare::Reference;
+pub use settings::load::Sources;
+pub use settings::resolve::{keys, reference};
 pub use settings::{
     Backend, BundleFile, Cipher, Dns, Egress, EgressSettings, IdentityFiles, IdentitySettings,
     InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes,
@@ -47,5 +37,7 @@ pub use settings::{
     ProxySettings, SeriesSettings, Settings, SpireSettings, TakeOver, Timeouts, TrustSettings,
     TunnelSettings, WorkloadSettings,
 };
-pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};
 pub use watch::{FileWatch, FileWatcher};
+pub use yaml::document::Origin;
+pub use yaml::quote::Quoted;
+pub use yaml::read::parse_duration;

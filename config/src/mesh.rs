@@ -34,7 +34,7 @@ pub use workload::{
     Workload, WorkloadType,
 };
 
-use crate::ConfigErrors;
+use crate::error::ConfigErrors;
 use names::Map;
 use network::{Network, select_service};
 

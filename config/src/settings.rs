@@ -3,12 +3,16 @@
 //! Not here: how they are declared and read (`declare.rs`, `resolve/`), and where they come from
 //! (`load.rs`).
 
+pub(crate) mod declare;
 mod egress;
 mod identity;
 mod interception;
 mod limits;
+pub(crate) mod load;
 mod logging;
 mod mtls;
+pub(crate) mod resolve;
+pub(crate) mod show;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -26,7 +30,7 @@ pub use limits::{Limits, SeriesSettings, TakeOver, Timeouts};
 pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 
-use crate::{SpiffeId, TrustDomain};
+use crate::identity::spiffe::{SpiffeId, TrustDomain};
 
 /// A value that is one of a few words.
 pub(crate) trait Word: Copy + PartialEq + 'static {

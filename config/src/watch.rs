@@ -7,6 +7,7 @@
 //!
 //! A process has one [`FileWatcher`]: a user may have 128 inotify instances by default.
 
+pub(crate) mod files;
 mod hub;
 mod relevant;
 
@@ -18,7 +19,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
 use self::hub::{Hub, Subscription};
-use crate::{ConfigErrors, files};
+use crate::error::ConfigErrors;
 
 /// For how long a file that is replaced again and again is not read.
 const MAX_SETTLE: Duration = Duration::from_secs(1);

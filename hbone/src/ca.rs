@@ -27,8 +27,10 @@ use time::OffsetDateTime;
 use underpass_config::{SpiffeId, TrustDomain};
 
 use self::files::{create, read, replace, with_suffix};
-use crate::svid::spiffe_id;
-use crate::{Bundle, CredentialProblem, HboneError, SvidProblem, clock};
+use crate::clock;
+use crate::error::{CredentialProblem, HboneError, SvidProblem};
+use crate::identity::svid::spiffe_id;
+use crate::trust::bundle::Bundle;
 
 pub(crate) use self::clients::read_token;
 pub(crate) use self::messages::{

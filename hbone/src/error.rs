@@ -20,7 +20,7 @@ use thiserror::Error;
 use time::OffsetDateTime;
 use underpass_config::{ConfigErrors, Quoted, SpiffeId, TrustDomain};
 
-use crate::inspect::TunnelLimit;
+use crate::tunnel::inspect::TunnelLimit;
 
 pub use self::credential::{CredentialProblem, RequestProblem};
 pub use self::issuer::IssuerProblem;

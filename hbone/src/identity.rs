@@ -2,6 +2,14 @@
 //!
 //! `trust` contains further trusted domains, and `tls` authenticates peers.
 
+pub(crate) mod credentials;
+pub(crate) mod files;
+pub(crate) mod pem;
+pub(crate) mod renewal;
+pub(crate) mod rotation;
+pub(crate) mod source;
+pub(crate) mod svid;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,10 +22,12 @@ use underpass_config::{Cipher, IdentityFiles, SpiffeId, TrustDomain};
 use webpki::{EndEntityCert, KeyUsage};
 use x509_parser::time::ASN1Time;
 
+use crate::clock;
 use crate::crypto::provider;
-use crate::files::warn_if_exposed;
-use crate::svid::workload_id;
-use crate::{Bundle, CredentialProblem, HboneError, clock, pem};
+use crate::error::{CredentialProblem, HboneError};
+use crate::identity::files::warn_if_exposed;
+use crate::identity::svid::workload_id;
+use crate::trust::bundle::Bundle;
 
 /// A generation of the own certificate. Cheap to clone.
 #[derive(Debug, Clone)]

@@ -12,72 +12,49 @@
 //!
 //! Not here: sockets (the caller dials, through [`Dial`]), who may talk to whom, and copying bytes.
 
-mod activity;
-mod authority;
-mod back_pressure;
-mod bundle;
 mod ca;
-mod client;
 mod clock;
-mod credentials;
 mod crypto;
 mod error;
-mod files;
-mod headers;
 mod identity;
-mod inspect;
-mod io;
-mod keepalive;
 mod limits;
-mod log_limit;
-mod overdue;
-mod pem;
 mod pool;
-mod renewal;
-mod revocation;
-mod rotation;
-mod server;
-mod settings;
-mod source;
-mod stream;
-mod svid;
 #[cfg(test)]
 mod testing;
 mod tls;
-mod token_bucket;
 mod trust;
-mod tunnel_state;
+mod tunnel;
 
-pub use authority::Authority;
-pub use bundle::Bundle;
 pub use ca::{
     CaServer, CaServerSettings, CertificateAuthority, CertificateRequest, IssuedCertificate, Serial,
 };
-pub use client::{ConnectRequest, Connector, Tunnel};
-pub use credentials::Credentials;
 pub use error::{
     CredentialProblem, ExpectedPeer, Fault, HboneError, IssuerProblem, RequestProblem, SvidProblem,
 };
-pub use headers::{Baggage, Forwarded, HeaderError, RequestHeaders, TraceParent};
 pub use identity::Identity;
-pub use inspect::TunnelLimit;
+pub use identity::credentials::Credentials;
+pub use identity::rotation::{CredentialRotator, CredentialsEvent};
+pub use identity::source::{
+    FileSource, IdentitySource, IstioCa, IstioCaSource, LocalCaSource, NextIdentity, Priority,
+    SpireSource,
+};
+pub use limits::log_limit::LogLimit;
 pub use limits::{
     Budget, ByKey, ConnectionSlot, ConnectionSlots, Exhausted, KeyedBudget, Queue,
     RequestInProgress, Share, Sharing, SourceNetwork, Turn,
 };
-pub use log_limit::LogLimit;
 pub use pool::{Dial, Pool, PoolSettings, PoolStatistics, TunnelKey};
-pub use rotation::{CredentialRotator, CredentialsEvent};
-pub use server::{Acceptor, Incoming, ServerTunnel};
-pub use settings::{ClientSettings, Http2Settings, KeepaliveSettings, ServerSettings};
-pub use source::{
-    FileSource, IdentitySource, IstioCa, IstioCaSource, LocalCaSource, NextIdentity, Priority,
-    SpireSource,
-};
-pub use stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
 pub use tls::PeerIdentity;
+pub use trust::bundle::Bundle;
 pub use trust::{Trust, TrustFiles};
-pub use tunnel_state::RevocationSignal;
+pub use tunnel::authority::Authority;
+pub use tunnel::client::{ConnectRequest, Connector, Tunnel};
+pub use tunnel::headers::{Baggage, Forwarded, HeaderError, RequestHeaders, TraceParent};
+pub use tunnel::inspect::TunnelLimit;
+pub use tunnel::server::{Acceptor, Incoming, ServerTunnel};
+pub use tunnel::settings::{ClientSettings, Http2Settings, KeepaliveSettings, ServerSettings};
+pub use tunnel::stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
+pub use tunnel::tunnel_state::RevocationSignal;
 
 /// For the fuzz targets in `fuzz/`, and for nothing else.
 #[cfg(feature = "fuzz")]

@@ -12,9 +12,11 @@
 
 mod budget;
 mod keyed;
+pub(crate) mod log_limit;
 mod queue;
 mod slots;
 mod source;
+pub(crate) mod token_bucket;
 
 pub use budget::{Budget, Exhausted, Share, Sharing};
 pub use keyed::{ByKey, KeyedBudget};

@@ -21,8 +21,11 @@ use tokio::time::{Instant, sleep_until, timeout};
 use underpass_config::SpiffeId;
 
 use self::state::{Checkout, DialId, Handle, Load, State, TunnelId, Wish};
-use crate::tunnel_state::{OpenStream, TunnelState};
-use crate::{ConnectRequest, Connector, HboneError, Tunnel, TunnelStream, clock};
+use crate::clock;
+use crate::error::HboneError;
+use crate::tunnel::client::{ConnectRequest, Connector, Tunnel};
+use crate::tunnel::stream::TunnelStream;
+use crate::tunnel::tunnel_state::{OpenStream, TunnelState};
 
 /// Opens the connection under a tunnel: the owner of sockets, marks and source addresses.
 pub trait Dial: Send + Sync + 'static {

@@ -17,10 +17,14 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use underpass_config::SpiffeId;
 
-use crate::{
-    Acceptor, CertificateAuthority, ClientSettings, ConnectRequest, Connector, Credentials,
-    Identity, Incoming, ServerSettings, ServerTunnel, Trust, Tunnel, TunnelStream,
-};
+use crate::ca::CertificateAuthority;
+use crate::identity::Identity;
+use crate::identity::credentials::Credentials;
+use crate::trust::Trust;
+use crate::tunnel::client::{ConnectRequest, Connector, Tunnel};
+use crate::tunnel::server::{Acceptor, Incoming, ServerTunnel};
+use crate::tunnel::settings::{ClientSettings, ServerSettings};
+use crate::tunnel::stream::TunnelStream;
 
 pub(crate) const CLIENT: &str = "spiffe://td/ns/default/sa/client";
 pub(crate) const SERVER: &str = "spiffe://td/ns/default/sa/server";

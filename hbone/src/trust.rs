@@ -4,6 +4,8 @@
 //! Not here: how a peer is judged by it (`trust/authorities.rs`), and when new trust is put to use.
 
 mod authorities;
+pub(crate) mod bundle;
+pub(crate) mod revocation;
 mod revocations;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,8 +16,10 @@ use tokio::sync::watch;
 use underpass_config::{Cipher, FileWatcher, TrustDomain, TrustSettings};
 
 use self::revocations::Revocations;
-use crate::files::WatchedFiles;
-use crate::{Bundle, HboneError, pem};
+use crate::error::HboneError;
+use crate::identity::files::WatchedFiles;
+use crate::identity::pem;
+use crate::trust::bundle::Bundle;
 
 pub(crate) use self::authorities::Authorities;
 

@@ -2,16 +2,27 @@
 //!
 //! No other module knows both.
 
+pub(crate) mod blackhole;
+pub(crate) mod changes;
+pub(crate) mod foreign;
+pub(crate) mod iptables;
+pub(crate) mod leftovers;
+pub(crate) mod netlink;
+pub(crate) mod nftables;
+pub(crate) mod routes;
+pub(crate) mod verify;
+
 use std::collections::BTreeMap;
 use std::fmt;
 
 use underpass_config::Backend as Choice;
 
-use crate::iptables::{self, RemovalScope, Variant};
-use crate::nftables::{self, RuleCounter};
+use crate::backend::iptables::{RemovalScope, Variant};
+use crate::backend::nftables::RuleCounter;
+use crate::backend::verify::Listing;
+use crate::error::InterceptionError;
+use crate::namespace::Entered;
 use crate::plan::RulePlan;
-use crate::verify::Listing;
-use crate::{Entered, InterceptionError};
 
 /// An available backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 
-use crate::privileges::{MissingCapabilities, ProxyUser};
+use crate::process::privileges::{MissingCapabilities, ProxyUser};
 
 /// The reason why interception cannot be installed, read or removed.
 ///

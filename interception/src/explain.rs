@@ -15,7 +15,7 @@ use std::fmt;
 
 use underpass_config::InterceptionSettings;
 
-use crate::RuleCounter;
+use crate::backend::nftables::RuleCounter;
 use crate::plan::{
     Action, ConntrackState, Environment, Match, Packet, Ports, Protocol, ReplyOutcome, Rule,
     RulePlan, Table, TraversedChain, Verdict, Walk,
@@ -90,7 +90,7 @@ pub enum Party {
 
 impl<'a> Explanation<'a> {
     /// Explains the rules for `settings`. `ipv6` is true if the kernel supports IPv6
-    /// ([`crate::ipv6_available`]). `counters` are those of the installed rules.
+    /// ([`crate::namespace::ipv6::ipv6_available`]). `counters` are those of the installed rules.
     #[must_use]
     pub fn new(
         settings: &'a InterceptionSettings,

@@ -7,19 +7,19 @@ use std::sync::Arc;
 
 use underpass_config::{InterceptionSettings, Profile};
 
-use crate::InterceptionError;
 use crate::backend::Backend;
-use crate::changes::Changes;
-use crate::foreign::ForeignRule;
-use crate::iptables::RemovalScope;
-use crate::ipv6::ipv6_available;
-use crate::leftovers::Leftover;
-use crate::nftables::RuleCounter;
+use crate::backend::changes::Changes;
+use crate::backend::foreign::ForeignRule;
+use crate::backend::iptables::RemovalScope;
+use crate::backend::leftovers::Leftover;
+use crate::backend::nftables::RuleCounter;
+use crate::backend::verify::Difference;
+use crate::error::InterceptionError;
+use crate::namespace::ipv6::ipv6_available;
 use crate::plan::{Ports, RulePlan};
 use crate::planned::{PlanInputs, Planned};
 use crate::privileged::{NamespaceAccess, Reply, RuleOperation};
 use crate::rules::RuleSettings;
-use crate::verify::Difference;
 
 /// Interception in one namespace that has been checked and can be installed. Every operation runs
 /// in that namespace, whatever namespace its caller is in.

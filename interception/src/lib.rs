@@ -9,61 +9,36 @@
 //! The crate has no knowledge of HTTP/2, TLS or policies.
 
 mod backend;
-mod blackhole;
-mod bypass;
-mod changes;
 mod error;
 mod explain;
-mod foreign;
-mod handover;
-mod host;
 mod interception;
-mod iptables;
-mod ipv6;
-mod leftovers;
-mod limits;
-mod listener;
-mod local;
 mod namespace;
-mod netlink;
-mod nftables;
-mod packets;
 mod plan;
 mod planned;
 mod privileged;
-mod privileges;
-mod return_path;
-mod reverse_path;
-mod routes;
+mod process;
 mod rules;
-mod sandbox;
 mod self_test;
-mod socket;
+mod sockets;
 #[doc(hidden)]
 pub mod testing;
-mod user_ids;
-mod verify;
 mod watching;
 
 pub use ipnet::IpNet;
 
 pub use backend::Backend;
-pub use bypass::BypassingProcess;
-pub use changes::Changes;
+pub use backend::changes::Changes;
+pub use backend::foreign::{Effect, ForeignRule};
+pub use backend::iptables::{RemovalScope, Variant};
+pub use backend::leftovers::{Leftover, LeftoverOwner, LegacyTables};
+pub use backend::nftables::RuleCounter;
+pub use backend::verify::{Difference, Line, SectionDifference, Sign};
 pub use error::{InterceptionError, SandboxRemedy};
 pub use explain::{Explanation, Flow, Hop, PacketExplanation, Party, Sender};
-pub use foreign::{Effect, ForeignRule};
-pub use handover::{Handover, Peer};
 pub use interception::{Interception, counters, remove_everything};
-pub use iptables::{RemovalScope, Variant};
-pub use ipv6::ipv6_available;
-pub use leftovers::{Leftover, LeftoverOwner, LegacyTables};
-pub use limits::{is_out_of_files, raise_open_files};
-pub use listener::{BoundListener, Listener};
-pub use local::LocalAddresses;
+pub use namespace::ipv6::ipv6_available;
+pub use namespace::sandbox::{Sandbox, enter_sandbox, sandbox_folder};
 pub use namespace::{Endpoint, Entered, Namespace, NamespaceId, NamespaceThread, veth};
-pub use nftables::RuleCounter;
-pub use packets::{PacketCapture, TcpSegment};
 pub use plan::{
     Action, CONNECTION_MARK, Chain, ChainId, ConntrackState, Direction, Entry, Environment,
     Families, Family, Hook, Interface, KUBELET_PROBE_IN, KUBELET_PROBE_V4, KUBELET_PROBE_V6,
@@ -74,17 +49,21 @@ pub use plan::{
 pub use privileged::{
     NamespaceAccess, Performing, PrivilegedOperations, Reply, Request, RuleOperation,
 };
-pub use privileges::{
+pub use process::bypass::BypassingProcess;
+pub use process::limits::{is_out_of_files, raise_open_files};
+pub use process::privileges::{
     Kept, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process,
     confine_thread, prepare_change_of_user,
 };
-pub use return_path::ReturnPathProbe;
 pub use rules::RuleSettings;
-pub use sandbox::{Sandbox, enter_sandbox, sandbox_folder};
+pub use self_test::packets::{PacketCapture, TcpSegment};
+pub use self_test::return_path::ReturnPathProbe;
 pub use self_test::{Probe, ProbeSockets};
-pub use socket::{
+pub use sockets::handover::{Handover, Peer};
+pub use sockets::listener::{BoundListener, Listener};
+pub use sockets::local::LocalAddresses;
+pub use sockets::socket::{
     Closing, KEEPALIVE_PROBES, ListenerRequest, OriginalDestination, ReadySocket, SocketKind,
     SocketRole, Sockets, end_on_close, end_writing, probe_every, reset_on_close, write_before_end,
 };
-pub use verify::{Difference, Line, SectionDifference, Sign};
 pub use watching::{Watched, Watching};

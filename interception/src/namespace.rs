@@ -7,6 +7,10 @@
 //! Not here: making and connecting namespaces (`wiring.rs`), and privileges to do so without being
 //! root (`sandbox.rs`).
 
+pub(crate) mod host;
+pub(crate) mod ipv6;
+pub(crate) mod reverse_path;
+pub(crate) mod sandbox;
 mod thread;
 mod wiring;
 
@@ -20,7 +24,7 @@ use std::sync::Arc;
 
 use nix::sys::statfs::{FsType, fstatfs};
 
-use crate::InterceptionError;
+use crate::error::InterceptionError;
 
 pub use thread::{Entered, NamespaceThread};
 pub use wiring::{Endpoint, veth};

@@ -113,7 +113,7 @@ pub struct RulePlan {
 
 impl RulePlan {
     /// Builds the rules for `settings`. `ipv6` is true if the kernel supports IPv6, even where it
-    /// is disabled ([`crate::ipv6_available`]). The profile `none` has no rules.
+    /// is disabled ([`crate::namespace::ipv6::ipv6_available`]). The profile `none` has no rules.
     #[must_use]
     pub fn new(settings: &InterceptionSettings, ports: Ports, ipv6: bool) -> Self {
         let inputs = build::Inputs::new(settings, ports, ipv6);

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use underpass_config::InterceptionSettings;
 
 use crate::backend::Backend;
-use crate::blackhole::Blackhole;
+use crate::backend::blackhole::Blackhole;
+use crate::backend::verify::Listing;
 use crate::plan::{Ports, RulePlan};
-use crate::verify::Listing;
 
 /// Every plan that an interception uses now.
 static PLANS: Mutex<Vec<Weak<Planned>>> = Mutex::new(Vec::new());

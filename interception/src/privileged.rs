@@ -14,21 +14,21 @@ use std::sync::Arc;
 
 use underpass_config::{InterceptionSettings, Profile};
 
-use crate::InterceptionError;
 use crate::backend::Backend;
-use crate::bypass::BypassingProcess;
-use crate::foreign::ForeignRule;
-use crate::iptables::RemovalScope;
-use crate::leftovers::{Leftover, LegacyTables};
-use crate::listener::BoundListener;
-use crate::local::LocalAddresses;
-use crate::nftables::RuleCounter;
+use crate::backend::foreign::ForeignRule;
+use crate::backend::iptables::RemovalScope;
+use crate::backend::leftovers::{Leftover, LegacyTables};
+use crate::backend::nftables::RuleCounter;
+use crate::backend::verify::Difference;
+use crate::error::InterceptionError;
 use crate::plan::{Environment, Ports};
-use crate::return_path::ReturnPathProbe;
+use crate::process::bypass::BypassingProcess;
 use crate::rules::RuleSettings;
 use crate::self_test::ProbeSockets;
-use crate::socket::{ListenerRequest, ReadySocket, SocketKind, Sockets};
-use crate::verify::Difference;
+use crate::self_test::return_path::ReturnPathProbe;
+use crate::sockets::listener::BoundListener;
+use crate::sockets::local::LocalAddresses;
+use crate::sockets::socket::{ListenerRequest, ReadySocket, SocketKind, Sockets};
 use crate::watching::{Watched, Watching};
 
 pub use access::NamespaceAccess;

@@ -8,18 +8,17 @@ use std::sync::Arc;
 
 use underpass_config::InterceptionSettings;
 
-use crate::backend::Backend;
-use crate::blackhole;
-use crate::foreign::{ForeignRule, foreign_rules};
-use crate::iptables::{self, RemovalScope, Variant};
-use crate::leftovers::{Leftover, is_istios, leftovers};
-use crate::namespace::Entered;
-use crate::nftables::{self, RuleCounter};
+use crate::backend::foreign::{ForeignRule, foreign_rules};
+use crate::backend::iptables::{RemovalScope, Variant};
+use crate::backend::leftovers::{Leftover, is_istios, leftovers};
+use crate::backend::nftables::RuleCounter;
+use crate::backend::verify::{Difference, Listing};
+use crate::backend::{Backend, blackhole, iptables, nftables, routes};
+use crate::error::InterceptionError;
+use crate::namespace::{Entered, host};
 use crate::plan::RulePlan;
 use crate::planned::{PlanInputs, Planned};
-use crate::privileges::lacks_net_admin;
-use crate::verify::{Difference, Listing};
-use crate::{InterceptionError, host, routes};
+use crate::process::privileges::lacks_net_admin;
 
 /// All that the rules of a pod follow from.
 #[derive(Debug, Clone)]

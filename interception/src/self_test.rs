@@ -7,6 +7,9 @@
 //! process switched to the proxy's user, because connecting to AF_UNSPEC makes a socket reusable
 //! (connect(2)). The proxy reports what arrived.
 
+pub(crate) mod packets;
+pub(crate) mod return_path;
+
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -16,8 +19,8 @@ use socket2::{Domain, Socket, Type};
 use tokio::net::TcpSocket;
 use underpass_config::{InterceptionSettings, PortRange};
 
+use crate::namespace::{Entered, ipv6};
 use crate::plan::{ConntrackState, Entry, Environment, Packet, Ports, Protocol, RulePlan, Verdict};
-use crate::{Entered, ipv6};
 
 /// Addresses without a host (TEST-NET-1, RFC 5737; documentation prefix, RFC 3849).
 pub(crate) const UNUSED_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));

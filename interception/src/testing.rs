@@ -1,7 +1,9 @@
 //! Access for kernel tests: custom plans, and the netlink backend. The product does not use it.
 
+use crate::backend::nftables;
+use crate::error::InterceptionError;
+use crate::namespace::Entered;
 use crate::plan::{Chain, Rule, RulePlan};
-use crate::{Entered, InterceptionError, nftables};
 
 /// A plan with these chains and rules.
 #[must_use]
@@ -27,7 +29,7 @@ pub async fn listings(
     entered: &Entered,
     plan: &RulePlan,
 ) -> Result<[Option<Sections>; 2], InterceptionError> {
-    let sections = |listing: crate::verify::Listing| {
+    let sections = |listing: crate::backend::verify::Listing| {
         listing.sections.into_iter().map(|section| (section.head, section.lines)).collect()
     };
     let expected = nftables::expected(plan);

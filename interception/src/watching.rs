@@ -7,10 +7,10 @@ use std::os::fd::{AsFd as _, OwnedFd};
 
 use nlink::netlink::{Connection, Nftables, Route, RtnetlinkGroup};
 
-use crate::InterceptionError;
-use crate::leftovers::LegacyTables;
+use crate::backend::leftovers::LegacyTables;
+use crate::backend::netlink::failed;
+use crate::error::InterceptionError;
 use crate::namespace::Entered;
-use crate::netlink::failed;
 
 pub(crate) const OPERATION: &str = "watch the rules";
 /// The notifications about everything that own rules depend on besides nftables.

@@ -12,15 +12,15 @@ use underpass_config::Mesh;
 use underpass_hbone::TunnelStream;
 use underpass_interception::OriginalDestination;
 
-use crate::connection_registry::{ConnectionRegistry, Terminated};
-use crate::copy::{Deadlines, Flow, Probes};
-use crate::endpoint_health::EndpointHealth;
+use crate::decide::connection_registry::{ConnectionRegistry, Terminated};
+use crate::decide::endpoint_health::EndpointHealth;
+use crate::decide::route::{Caller, EndpointSelector, outbound};
 use crate::error::ProxyError;
 use crate::limits::{Buffers, Descriptors};
-use crate::metrics::KnownSeries;
-use crate::party::{Direction, Party};
-use crate::record::{ConnectionRecord, Facts};
-use crate::route::{Caller, EndpointSelector, outbound};
+use crate::observe::metrics::KnownSeries;
+use crate::observe::party::{Direction, Party};
+use crate::observe::record::{ConnectionRecord, Facts};
+use crate::traffic::copy::{Deadlines, Flow, Probes};
 
 /// What copying may hold: the defaults of a process with enough files.
 const BUFFERS: usize = 256 << 20;

@@ -23,9 +23,9 @@ use underpass_interception::InterceptionError;
 
 use crate::demo::{self, DemoError};
 use crate::error::chain;
-use crate::instance::{InstanceError, Running};
-use crate::self_test::SelfTestError;
-use crate::take_over::TakeOverError;
+use crate::process::instance::{InstanceError, Running};
+use crate::process::take_over::TakeOverError;
+use crate::rules::self_test::SelfTestError;
 
 /// The version and the commit that it was built from.
 pub(crate) const VERSION: &str = env!("UNDERPASS_VERSION");

@@ -13,10 +13,10 @@ use underpass_config::Workload;
 use underpass_hbone::HboneError;
 use underpass_interception::is_out_of_files;
 
-use crate::authorization::Denial;
+use crate::decide::authorization::Denial;
+use crate::decide::resolve::ResolveError;
+use crate::decide::route::RouteError;
 use crate::limits::Refusal;
-use crate::resolve::ResolveError;
-use crate::route::RouteError;
 
 /// What ended a connection early.
 #[derive(Debug, Error)]

@@ -15,55 +15,22 @@
 //! * `capture` has the rules installed and tested, `guard` keeps them, `reload` changes what is caught while it runs;
 //! * `demo` shows it.
 
-mod accept;
-mod app;
-mod authorization;
-#[doc(hidden)]
+mod admin;
 pub mod bench;
-mod capture;
-mod certificates;
 mod cli;
-mod connection_registry;
-mod copy;
+mod decide;
 mod demo;
-mod dial;
-mod drain;
-mod endpoint_health;
-mod endpoints;
 mod error;
-mod guard;
-mod headers;
-mod inbound;
-mod instance;
-mod kubelet_probes;
 mod limits;
-mod listeners;
-mod logging;
-mod metrics;
+mod mesh;
 mod node;
-mod notify;
-mod outbound;
-mod parent;
-mod party;
-mod pause_gate;
-mod policy;
-mod proxy_protocol;
-mod publish;
-mod record;
-mod reload;
-mod resolve;
-mod retest;
-mod route;
-mod self_test;
-mod snapshot;
+mod observe;
+#[doc(hidden)]
+mod process;
+mod rules;
 pub mod spawn;
-mod take_over;
 #[doc(hidden)]
 pub mod testing;
+mod traffic;
 
 pub use cli::main;
-
-/// How many CPUs this process may use, cgroup limits and affinity included.
-fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
-}

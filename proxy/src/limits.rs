@@ -37,8 +37,8 @@ use self::handshakes::Handshakes;
 pub(crate) use self::rate::Rate;
 pub(crate) use self::refusal::Refusal;
 use self::refusal::Refusals;
-use crate::endpoints::Readiness;
-use crate::metrics;
+use crate::admin::endpoints::Readiness;
+use crate::observe::metrics;
 
 /// Assumed to be open if the process cannot look: more than at its start.
 const SURELY_OPEN: usize = 64;

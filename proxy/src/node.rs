@@ -11,6 +11,7 @@
 //! A worker serves the connections of every pod. What a connection may use follows from its seat,
 //! so that one pod's connection cannot use the sockets, the identity or the tunnels of another pod.
 
+pub(crate) mod certificates;
 mod identities;
 mod pod;
 mod seat;
@@ -32,13 +33,13 @@ pub(crate) use self::seat::Seat;
 pub(crate) use self::sockets::PodSockets;
 pub(crate) use self::worker::{Assignment, Worker, WorkerCommand};
 pub(crate) use self::workers::Workers;
-use crate::copy::Deadlines;
-use crate::drain::Drain;
+use crate::decide::resolve::Resolver;
+use crate::decide::snapshot::Snapshot;
 use crate::limits::Limits;
-use crate::metrics::SeriesRegistry;
-use crate::pause_gate::PauseGate;
-use crate::resolve::Resolver;
-use crate::snapshot::Snapshot;
+use crate::observe::metrics::SeriesRegistry;
+use crate::process::pause_gate::PauseGate;
+use crate::traffic::copy::Deadlines;
+use crate::traffic::drain::Drain;
 
 /// What all pods and all workers of the process share. Nothing here is locked per byte.
 #[derive(Debug)]

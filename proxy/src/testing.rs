@@ -9,15 +9,16 @@ use tokio::sync::watch;
 use underpass_config::{FileWatcher, MeshSource, Settings};
 use underpass_interception::{Namespace, NamespaceThread};
 
-use crate::capture::Capture;
-use crate::certificates::Certificates;
-use crate::connection_registry::Registries;
-use crate::endpoints::Readiness;
-use crate::listeners::Listeners;
-use crate::metrics::{self, Exporter};
+use crate::admin::endpoints::Readiness;
+use crate::decide::connection_registry::Registries;
+use crate::mesh::publish::Publisher;
+use crate::node::certificates::Certificates;
 use crate::node::{Node, Pod, Workers, pod_sockets};
-use crate::pause_gate::PauseGate;
-use crate::publish::Publisher;
+use crate::observe::metrics;
+use crate::observe::metrics::Exporter;
+use crate::process::pause_gate::PauseGate;
+use crate::rules::capture::Capture;
+use crate::traffic::listeners::Listeners;
 
 /// Why a step failed.
 pub type Failure = Box<dyn Error + Send + Sync>;

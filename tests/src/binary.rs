@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use crate::OrFail;
+use crate::or_fail::OrFail;
 
 /// The path of `underpass`. It is built once per process, with the profile and target directory of
 /// the caller.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use underpass_interception::{NamespaceAccess, counters};
 
-use crate::OrFail;
+use crate::or_fail::OrFail;
 use crate::pods::Pod;
 
 /// The rules that count packets instead of connections.

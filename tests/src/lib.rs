@@ -13,6 +13,7 @@ mod binary;
 mod counters;
 mod mesh;
 mod metrics;
+mod or_fail;
 mod peers;
 mod pki;
 mod pods;
@@ -40,20 +41,3 @@ pub use soak::{Fault, SoakOptions, SoakSummary, soak};
 pub use suite::{Suite, skipped};
 pub use tls::{TlsClient, TlsServer};
 pub use tools::{Background, Printed, tool};
-
-use std::fmt::Display;
-
-/// Unwraps a result, or panics with the failed operation and the cause.
-trait OrFail<T> {
-    fn or_fail(self, what: impl Display) -> T;
-}
-
-impl<T, E: std::error::Error> OrFail<T> for Result<T, E> {
-    #[track_caller]
-    fn or_fail(self, what: impl Display) -> T {
-        self.unwrap_or_else(|error| {
-            let source = error.source().map(|source| format!(": {source}"));
-            panic!("cannot {what}: {error}{}", source.unwrap_or_default())
-        })
-    }
-}

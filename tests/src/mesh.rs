@@ -4,7 +4,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use crate::OrFail;
+use crate::or_fail::OrFail;
 use crate::pods::Pod;
 
 /// A mesh file. Names are also service accounts; all items are in the namespace `default` of

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use tokio::io::AsyncWriteExt as _;
 
-use crate::OrFail;
+use crate::or_fail::OrFail;
 use crate::peers::{End, read_to_end, within};
 use crate::pods::Pod;
 

@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinHandle;
 use underpass_interception::reset_on_close;
 
-use crate::OrFail;
+use crate::or_fail::OrFail;
 use crate::pods::Pod;
 
 /// The deadline of every wait: far longer than expected, far shorter than the timeout of a trial.

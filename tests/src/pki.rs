@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use underpass_config::{IdentityFiles, SpiffeId, TrustDomain};
 use underpass_hbone::{CertificateAuthority, Credentials, Identity, IssuedCertificate, Trust};
 
-use crate::OrFail;
+use crate::or_fail::OrFail;
 
 const HOUR: Duration = Duration::from_secs(3600);
 

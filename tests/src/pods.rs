@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use tokio::process::{Child, Command};
 use underpass_interception::{Endpoint, IpNet, Namespace, PacketCapture, veth};
 
-use crate::OrFail;
+use crate::or_fail::OrFail;
 
 /// An address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,8 +11,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use underpass::spawn::{ChildProxy, SpawnError};
 
-use crate::OrFail;
 use crate::binary::binary;
+use crate::or_fail::OrFail;
 use crate::peers::within;
 use crate::pods::Pod;
 use crate::settings::Settings;
@@ -91,7 +91,7 @@ impl Proxy {
         let is_wanted = |line: &&str| parts.iter().all(|part| line.contains(part));
         let find = |log: &str| log.lines().find(is_wanted).map(str::to_owned);
         let logged = self.child.logged(|log| find(log).is_some());
-        let in_time = tokio::time::timeout(crate::DEADLINE, logged).await;
+        let in_time = tokio::time::timeout(crate::peers::DEADLINE, logged).await;
         find(&self.child.log()).unwrap_or_else(|| {
             panic!("no log line with {parts:?} ({in_time:?}); the log:\n{}", self.child.log())
         })
@@ -108,7 +108,7 @@ impl Proxy {
     pub async fn more_than(&mut self, count: usize, parts: &[&str]) {
         let is_wanted = |line: &&str| parts.iter().all(|part| line.contains(part));
         let logged = self.child.logged(|log| log.lines().filter(is_wanted).count() > count);
-        let in_time = tokio::time::timeout(crate::DEADLINE, logged).await;
+        let in_time = tokio::time::timeout(crate::peers::DEADLINE, logged).await;
         assert!(
             self.count(parts) > count,
             "no more than {count} lines with {parts:?} ({in_time:?}); the log:\n{}",
@@ -122,7 +122,7 @@ impl Proxy {
             log.lines().filter(|line| is_access(line)).map(str::to_owned).collect()
         };
         let enough = self.child.logged(|log| lines(log).len() >= count);
-        let in_time = tokio::time::timeout(crate::DEADLINE, enough).await;
+        let in_time = tokio::time::timeout(crate::peers::DEADLINE, enough).await;
         let found = lines(&self.child.log());
         assert!(
             found.len() >= count,

@@ -7,8 +7,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use underpass_config::IdentityFiles;
 
-use crate::OrFail;
 use crate::mesh::Mesh;
+use crate::or_fail::OrFail;
 use crate::peers::{exchange, within};
 use crate::pki::Pki;
 use crate::pods::{Family, Pod, World};

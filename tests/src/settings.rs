@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use underpass_config::{IdentityFiles, Sources};
 
-use crate::OrFail;
+use crate::or_fail::OrFail;
 use crate::pods::Pod;
 
 /// A settings file.

@@ -10,8 +10,9 @@ use std::time::Duration;
 use libtest_mimic::{Arguments, Failed, Trial};
 use underpass_interception::enter_sandbox;
 
+use crate::binary::binary;
+use crate::or_fail::OrFail;
 use crate::pods::Family;
-use crate::{OrFail, binary};
 
 /// The timeout of a trial.
 const TRIAL_TIMEOUT: Duration = Duration::from_secs(60);

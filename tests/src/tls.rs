@@ -20,7 +20,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use underpass_config::IdentityFiles;
 
-use crate::OrFail;
+use crate::or_fail::OrFail;
 use crate::peers::within;
 use crate::pods::Pod;
 

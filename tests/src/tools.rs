@@ -9,8 +9,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 
-use crate::OrFail;
 use crate::binary::binary;
+use crate::or_fail::OrFail;
 use crate::peers::{until, within};
 use crate::pods::Pod;
 use crate::settings::Settings;

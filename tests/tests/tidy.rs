@@ -12,7 +12,7 @@ use underpass_config::Reference;
 const LONGEST_FILE: usize = 500;
 const FOLDERS: [&str; 6] = ["proxy", "interception", "hbone", "config", "benches", "tests"];
 
-const UPDATE: &str = "docs/settings.md is not as config/src/resolve/ declares the settings: replace its \
+const UPDATE: &str = "docs/settings.md is not as config/src/settings/resolve/ declares the settings: replace its \
                       table with the output of `cargo run -- config keys --markdown`";
 
 fn root() -> PathBuf {

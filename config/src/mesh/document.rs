@@ -15,9 +15,9 @@ use std::sync::Arc;
 
 pub(super) use self::shared::Shared;
 use super::{Item, MeshBuilder, Mistake};
-use crate::document::{Node, Origin, Part, Value, parts};
 use crate::error::Problem;
-use crate::read::{Cursor, Problems};
+use crate::yaml::document::{Node, Origin, Part, Value, parts};
+use crate::yaml::read::{Cursor, Problems};
 
 const SECTIONS: &[&str] = &["workloads", "services", "policies"];
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 pub use rules::{Condition, Match, Rules, StringMatch, Values};
 
 use super::names::Name;
-use crate::{SpiffeId, TrustDomain};
+use crate::identity::spiffe::{SpiffeId, TrustDomain};
 
 /// The workloads to which a policy applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use super::Mesh;
 use super::builder::build;
 use super::document::{Document, Shared, problem};
-use crate::files::{self, File};
-use crate::read::Problems;
-use crate::{ConfigErrors, Problem};
+use crate::error::{ConfigErrors, Problem};
+use crate::watch::files;
+use crate::watch::files::File;
+use crate::yaml::read::Problems;
 
 /// The number of attempts to get a consistent set of files while they are being replaced.
 const MAX_ATTEMPTS: usize = 3;

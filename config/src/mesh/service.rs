@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::names::{Name, NamespacedHostname, NetworkAddress, NetworkCidr};
 use super::workload::{Gateway, Workload};
-use crate::SpiffeId;
+use crate::identity::spiffe::SpiffeId;
 
 /// A sorted map from ports of a service to ports of an endpoint.
 ///

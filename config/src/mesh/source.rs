@@ -12,8 +12,8 @@ use tokio::time::sleep;
 
 use super::Mesh;
 use super::reader::Reader;
-use crate::watch::PathWatch;
-use crate::{ConfigErrors, FileWatcher};
+use crate::error::ConfigErrors;
+use crate::watch::{FileWatcher, PathWatch};
 
 /// The polling interval until a replaced snapshot is unused.
 const RETIRE_POLL_INTERVAL: Duration = Duration::from_millis(200);

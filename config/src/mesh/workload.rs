@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::names::{Name, NamespacedHostname, NetworkAddress};
 use super::policy::Policy;
-use crate::SpiffeId;
+use crate::identity::spiffe::SpiffeId;
 
 /// The protocol that reaches a workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::TrustDomain;
+use crate::identity::spiffe::TrustDomain;
 
 /// Where our certificate comes from, and with it the roots of our own trust domain.
 #[derive(Debug, Clone, PartialEq, Eq)]

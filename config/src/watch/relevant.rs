@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
 
-use crate::files;
+use crate::watch::files;
 
 /// The limit of the kernel (path_resolution(7)).
 const MAX_LINKS: usize = 40;

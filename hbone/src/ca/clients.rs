@@ -10,8 +10,8 @@ use aws_lc_rs::constant_time::verify_slices_are_equal;
 use aws_lc_rs::digest::{SHA256, digest};
 use underpass_config::{CaClients, CaToken, FileWatcher, IdentityPattern, SpiffeId};
 
-use crate::files::{WatchedFiles, warn_if_exposed};
-use crate::{CredentialProblem, HboneError};
+use crate::error::{CredentialProblem, HboneError};
+use crate::identity::files::{WatchedFiles, warn_if_exposed};
 
 /// All clients with their identities.
 #[derive(Debug, Default)]

@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use crate::{CredentialProblem, HboneError};
+use crate::error::{CredentialProblem, HboneError};
 
 pub(super) fn read(file: &Path) -> Result<String, HboneError> {
     fs::read_to_string(file).map_err(|error| HboneError::file(file, error))

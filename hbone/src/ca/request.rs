@@ -12,7 +12,7 @@ use x509_parser::extensions::{GeneralName, ParsedExtension};
 use x509_parser::prelude::FromDer;
 use x509_parser::public_key::PublicKey;
 
-use crate::RequestProblem;
+use crate::error::RequestProblem;
 
 const MIN_RSA_BITS: usize = 2048;
 

@@ -20,7 +20,8 @@ use x509_parser::revocation_list::{CertificateRevocationList, RevokedCertificate
 use super::{
     CA_LIFETIME, CERTIFICATE_FILE, CLOCK_SKEW, CertificateAuthority, PUBLIC, offset, replace,
 };
-use crate::{CredentialProblem, HboneError, pem};
+use crate::error::{CredentialProblem, HboneError};
+use crate::identity::pem;
 
 /// The revocation list in the authority's directory.
 const CRL_FILE: &str = "crl.pem";

@@ -33,9 +33,11 @@ use self::service::Service;
 use super::CertificateAuthority;
 use super::clients::{Clients, ClientsFile};
 use crate::crypto::provider;
+use crate::error::{CredentialProblem, HboneError};
+use crate::identity::renewal::Schedule;
+use crate::limits::log_limit::LogLimit;
 use crate::limits::{ConnectionSlot, ConnectionSlots};
-use crate::renewal::Schedule;
-use crate::{CredentialProblem, HboneError, LogLimit, clock, tls};
+use crate::{clock, tls};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The timeout from the handshake to the response to a first request with a listed token.

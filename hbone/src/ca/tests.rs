@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use x509_parser::extensions::ParsedExtension;
 
 use super::*;
-use crate::svid::workload_id;
+use crate::identity::svid::workload_id;
 use crate::testing::{CLIENT, HOUR, id};
 
 /// A temporary directory that is removed on drop.

@@ -3,9 +3,10 @@
 use std::fs;
 
 use super::*;
+use crate::ca::IssuedCertificate;
 use crate::ca::tests::TempDir;
+use crate::error::SvidProblem;
 use crate::testing::{CLIENT, HOUR, authority, id};
-use crate::{IssuedCertificate, SvidProblem};
 
 fn issued() -> (IssuedCertificate, String) {
     let authority = authority("td");
@@ -125,7 +126,7 @@ fn reads_files_and_names_missing_one() {
     assert_eq!(Identity::from_files(&files).unwrap().spiffe_id(), &id(CLIENT));
     fs::remove_file(&files.roots).unwrap();
     let error = Identity::from_files(&files).unwrap_err();
-    assert_eq!(error.fault(), crate::Fault::Configuration);
+    assert_eq!(error.fault(), crate::error::Fault::Configuration);
     assert!(error.to_string().starts_with(&files.roots.display().to_string()), "{error}");
 }
 

@@ -4,7 +4,7 @@
 
 use h2::Reason;
 
-use crate::HboneError;
+use crate::error::HboneError;
 
 /// Whether a request that ended with `error` before its answer can be repeated without harm and with hope: the peer
 /// says that it did not act on it, or its tunnel was `pooled` and may have been dead when the request went in. No

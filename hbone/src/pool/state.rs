@@ -20,7 +20,7 @@ use foldhash::fast::RandomState;
 use tokio::time::Instant;
 
 use super::{PoolSettings, PoolStatistics, TunnelKey};
-use crate::HboneError;
+use crate::error::HboneError;
 
 /// The pause after a first failure: not longer than a client waits gladly for a peer that restarts, and still no
 /// more than ten dials a second to one that refuses.

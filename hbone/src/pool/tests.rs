@@ -15,7 +15,8 @@ use tokio::time::sleep;
 
 use super::*;
 use crate::testing::{CLIENT, HOUR, Mesh, SECOND, SERVER, id, request};
-use crate::{Acceptor, ClientSettings, Incoming, ServerSettings};
+use crate::tunnel::server::{Acceptor, Incoming};
+use crate::tunnel::settings::{ClientSettings, ServerSettings};
 
 const IDLE: Duration = Duration::from_secs(60);
 const SETTINGS: PoolSettings = PoolSettings {

@@ -13,7 +13,9 @@ use std::sync::Arc;
 use underpass_config::SpiffeId;
 
 use super::{Dial, Pool, TunnelKey};
-use crate::{ConnectRequest, Connector, HboneError, TunnelStream};
+use crate::error::HboneError;
+use crate::tunnel::client::{ConnectRequest, Connector};
+use crate::tunnel::stream::TunnelStream;
 
 impl<D: Dial> Pool<D> {
     /// Opens a stream as `inner` asks at one of `peers`, whom `gateway` chooses as `outer` asks. The gateway sees neither the

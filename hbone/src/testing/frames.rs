@@ -3,9 +3,10 @@
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 
 use super::{ADDRESS, CLIENT, HOUR, SERVER, authority, credentials, id, identity};
-use crate::io::Io;
 use crate::tls::TlsStream;
-use crate::{Acceptor, ServerSettings, ServerTunnel};
+use crate::tunnel::io::Io;
+use crate::tunnel::server::{Acceptor, ServerTunnel};
+use crate::tunnel::settings::ServerSettings;
 
 pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 pub(crate) const DATA: u8 = 0;

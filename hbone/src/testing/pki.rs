@@ -18,7 +18,10 @@ use underpass_config::{BundleFile, TrustDomain, TrustSettings};
 
 use super::{HOUR, id};
 use crate::ca::tests::TempDir;
-use crate::{Bundle, Identity, Trust, clock};
+use crate::clock;
+use crate::identity::Identity;
+use crate::trust::Trust;
+use crate::trust::bundle::Bundle;
 
 pub(crate) struct Ca {
     issuer: Issuer<'static, KeyPair>,

@@ -19,9 +19,10 @@ use super::sessions::Sessions;
 use super::verify::{Peer, Verifier};
 use super::{ALPN, handshake_error, require_h2, tls_error};
 use crate::clock::WallClock;
-use crate::io::Io;
+use crate::error::{ExpectedPeer, HboneError};
+use crate::identity::Identity;
 use crate::trust::Authorities;
-use crate::{ExpectedPeer, HboneError, Identity};
+use crate::tunnel::io::Io;
 
 /// How many peers have their sessions remembered.
 const PEERS: usize = 1024;

@@ -16,9 +16,10 @@ use super::sessions::Tickets;
 use super::verify::{Peer, Verifier};
 use super::{ALPN, handshake_error, require_h2, tls_error};
 use crate::clock::WallClock;
-use crate::io::Io;
+use crate::error::HboneError;
+use crate::identity::Identity;
 use crate::trust::Authorities;
-use crate::{HboneError, Identity};
+use crate::tunnel::io::Io;
 
 /// A client grows its pool by one tunnel or two at a time, and uses each ticket once.
 const TICKETS: usize = 2;

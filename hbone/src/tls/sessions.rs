@@ -13,7 +13,8 @@ use rustls::server::ProducesTickets;
 use rustls_pki_types::ServerName;
 
 use super::tls_error;
-use crate::{HboneError, clock};
+use crate::clock;
+use crate::error::HboneError;
 
 /// How many tickets are kept of one peer: as many tunnels to it can be opened at once without a full handshake.
 const TICKETS: usize = 4;

@@ -16,15 +16,19 @@ use tokio::io::{AsyncWriteExt as _, DuplexStream, duplex};
 use underpass_config::{Cipher, TrustDomain, TrustSettings};
 
 use super::*;
+use crate::ca::CertificateAuthority;
 use crate::crypto::provider;
+use crate::error::ExpectedPeer;
+use crate::identity::Identity;
+use crate::identity::credentials::Credentials;
 use crate::testing::pki::{Ca, Files};
 use crate::testing::{
     ADDRESS, CLIENT, HOUR, Mesh, SECOND, SERVER, authority, credentials, id, identity, request,
 };
-use crate::{
-    Bundle, CertificateAuthority, ClientSettings, Credentials, ExpectedPeer, Identity,
-    ServerSettings, Trust, Tunnel,
-};
+use crate::trust::Trust;
+use crate::trust::bundle::Bundle;
+use crate::tunnel::client::Tunnel;
+use crate::tunnel::settings::{ClientSettings, ServerSettings};
 
 /// What became of the client, at the latest at its first request, and of the server.
 async fn meet(client: &Identity, server: &Identity, expected: &str) -> (HboneError, HboneError) {

@@ -17,10 +17,11 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use underpass_config::{SpiffeId, TrustDomain};
 
 use super::rejection;
+use crate::clock;
+use crate::error::{ExpectedPeer, HboneError};
+use crate::identity::svid::workload_id;
 use crate::identity::system_time;
-use crate::svid::workload_id;
 use crate::trust::Authorities;
-use crate::{ExpectedPeer, HboneError, clock};
 
 /// A peer's identity, proven in a TLS handshake: nothing else can make one. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

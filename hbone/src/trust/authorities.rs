@@ -16,8 +16,10 @@ use webpki::{
 
 use super::Trust;
 use crate::crypto::provider;
-use crate::svid::workload_id;
-use crate::{Bundle, ExpectedPeer, HboneError, Identity};
+use crate::error::{ExpectedPeer, HboneError};
+use crate::identity::Identity;
+use crate::identity::svid::workload_id;
+use crate::trust::bundle::Bundle;
 
 /// Everything that one generation of credentials trusts.
 #[derive(Debug)]

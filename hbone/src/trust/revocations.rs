@@ -11,8 +11,9 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::{ParsedExtension, X509Extension};
 use x509_parser::time::ASN1Time;
 
-use crate::identity::system_time;
-use crate::{CredentialProblem, HboneError, clock, pem};
+use crate::clock;
+use crate::error::{CredentialProblem, HboneError};
+use crate::identity::{pem, system_time};
 
 /// The lists of all files. None: nothing is checked. Otherwise a certificate without a list is refused.
 #[derive(Debug, Default)]

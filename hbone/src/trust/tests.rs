@@ -9,9 +9,11 @@ use tokio::time::timeout;
 use underpass_config::SpiffeId;
 
 use super::*;
+use crate::clock;
+use crate::error::{CredentialProblem, ExpectedPeer, Fault, SvidProblem};
+use crate::identity::Identity;
 use crate::testing::pki::{Ca, Files};
 use crate::testing::{CLIENT, HOUR, SECOND, SERVER, id};
-use crate::{CredentialProblem, ExpectedPeer, Fault, Identity, SvidProblem, clock};
 
 const FOREIGN: &str = "spiffe://other/any/path/at/all";
 

@@ -8,7 +8,7 @@ use nix::ifaddrs::{InterfaceAddress, getifaddrs};
 use nix::net::if_::InterfaceFlags;
 use nix::sys::socket::SockaddrStorage;
 
-use crate::Entered;
+use crate::namespace::Entered;
 use crate::plan::{Environment, Interface};
 
 impl Environment {

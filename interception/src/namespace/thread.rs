@@ -19,8 +19,8 @@ use nix::sched::{CloneFlags, setns};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Namespace, NamespaceId, failed};
-use crate::InterceptionError;
-use crate::privileges::{Kept, confine_thread, prepare_change_of_user};
+use crate::error::InterceptionError;
+use crate::process::privileges::{Kept, confine_thread, prepare_change_of_user};
 
 /// Gets an error if its namespace cannot be entered.
 type Operation =

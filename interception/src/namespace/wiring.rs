@@ -15,9 +15,9 @@ use nlink::netlink::{Connection, Route};
 
 use super::thread::enter;
 use super::{Namespace, failed};
-use crate::InterceptionError;
-use crate::netlink::into_io;
-use crate::sandbox::sandbox_folder;
+use crate::backend::netlink::into_io;
+use crate::error::InterceptionError;
+use crate::namespace::sandbox::sandbox_folder;
 
 /// The folder of namespaces that have names, in `/run` or in what a sandbox has in its place; `ip
 /// netns` looks in `/run/netns`.

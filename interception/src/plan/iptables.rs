@@ -1,7 +1,7 @@
 //! Prints a plan as input of `iptables-restore`, in the format that `iptables-save` prints.
 //!
 //! The equal format allows comparing the plan with the kernel's rules line by line. Rules carry no
-//! comments: gVisor has no comment match, and Istio and OSM use none. `crate::iptables` runs the
+//! comments: gVisor has no comment match, and Istio and OSM use none. `crate::backend::iptables` runs the
 //! programs.
 
 mod conditions;

@@ -11,7 +11,7 @@ use underpass_config::{Settings, Sources};
 
 use super::iptables::Family;
 use super::*;
-use crate::verify::{Listing, Section};
+use crate::backend::verify::{Listing, Section};
 
 /// The name of a golden file and its settings.
 const SCENARIOS: &[(&str, &[&str])] = &[

@@ -11,20 +11,20 @@ use underpass_config::{InterceptionSettings, Profile};
 
 use super::operations::InNamespace;
 use super::{PrivilegedOperations, Reply, Request, RuleOperation};
-use crate::InterceptionError;
 use crate::backend::Backend;
-use crate::bypass::BypassingProcess;
-use crate::iptables::RemovalScope;
-use crate::leftovers::LegacyTables;
-use crate::listener::BoundListener;
-use crate::local::LocalAddresses;
+use crate::backend::iptables::RemovalScope;
+use crate::backend::leftovers::LegacyTables;
+use crate::backend::nftables::RuleCounter;
+use crate::error::InterceptionError;
 use crate::namespace::{Namespace, NamespaceThread};
-use crate::nftables::RuleCounter;
 use crate::plan::{Environment, Ports};
-use crate::return_path::ReturnPathProbe;
+use crate::process::bypass::BypassingProcess;
 use crate::rules::RuleSettings;
 use crate::self_test::ProbeSockets;
-use crate::socket::{ListenerRequest, ReadySocket, SocketKind, Sockets};
+use crate::self_test::return_path::ReturnPathProbe;
+use crate::sockets::listener::BoundListener;
+use crate::sockets::local::LocalAddresses;
+use crate::sockets::socket::{ListenerRequest, ReadySocket, SocketKind, Sockets};
 use crate::watching::{Watched, Watching};
 
 /// Access to one namespace. Cheap to clone.
@@ -140,11 +140,11 @@ impl NamespaceAccess {
         ask!(self, Request::UsableAddresses(addresses), Reply::Addresses(usable) => usable)
     }
 
-    /// Refuses TPROXY where some interface would let nobody in.
+    /// Refuses TPROXY where some interface drops inbound connections.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::ClientsRefused`].
+    /// [`InterceptionError::InboundDropped`].
     pub async fn check_reverse_path(
         &self,
         settings: &InterceptionSettings,

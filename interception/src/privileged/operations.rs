@@ -6,19 +6,19 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use super::{Performing, PrivilegedOperations, Reply, Request, RuleOperation};
-use crate::InterceptionError;
-use crate::bypass::bypassing_processes;
-use crate::ipv6::{self, ipv6_available};
-use crate::leftovers::LegacyTables;
-use crate::local::LocalAddresses;
-use crate::namespace::{Entered, Namespace, NamespaceThread};
-use crate::nftables;
+use crate::backend::leftovers::LegacyTables;
+use crate::backend::nftables;
+use crate::error::InterceptionError;
+use crate::namespace::ipv6::ipv6_available;
+use crate::namespace::reverse_path::check_reverse_path;
+use crate::namespace::{Entered, Namespace, NamespaceThread, ipv6};
 use crate::plan::{Environment, RulePlan};
-use crate::return_path::ReturnPathProbe;
-use crate::reverse_path::check_reverse_path;
+use crate::process::bypass::bypassing_processes;
 use crate::rules::{self, RuleSettings};
 use crate::self_test::ProbeSockets;
-use crate::socket::{ReadySocket, SocketKind, Sockets};
+use crate::self_test::return_path::ReturnPathProbe;
+use crate::sockets::local::LocalAddresses;
+use crate::sockets::socket::{ReadySocket, SocketKind, Sockets};
 use crate::watching::Watching;
 
 /// One namespace, and the thread that enters it.

@@ -10,8 +10,8 @@ use underpass_hbone::{CaServer, CaServerSettings, CertificateAuthority, Serial};
 use underpass_interception::confine_process;
 
 use super::{CommandError, VERSION, print, single_threaded_runtime};
-use crate::app::StopSignal;
-use crate::{logging, notify};
+use crate::process::app::StopSignal;
+use crate::process::{logging, notify};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {

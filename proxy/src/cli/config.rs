@@ -20,7 +20,7 @@ use super::rules::Output;
 use super::run::SettingsArguments;
 use super::{CommandError, print};
 use crate::error::chain;
-use crate::logging;
+use crate::process::logging;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {

@@ -23,9 +23,9 @@ use underpass_interception::{
 use self::options::RuleOptions;
 use self::subject::Subject;
 use super::{CommandError, print, single_threaded_runtime};
-use crate::capture::role;
-use crate::guard::{Event, Guard};
-use crate::instance;
+use crate::process::instance;
+use crate::rules::capture::role;
+use crate::rules::guard::{Event, Guard};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -295,7 +295,7 @@ async fn counters(
 async fn watch(settings: Settings, force: bool, output: Output) -> Result<(), CommandError> {
     refuse_beside_proxy(force).await?;
     let interception = prepare(&settings).await?;
-    let mut stop = crate::app::StopSignal::new(false)?;
+    let mut stop = crate::process::app::StopSignal::new(false)?;
     let mut guard = Guard::new(interception).await?;
     let access = guard.access();
     let settings = tokio::sync::watch::Sender::new(settings.interception);

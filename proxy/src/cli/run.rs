@@ -9,8 +9,8 @@ use underpass_config::{Settings, Sources};
 use underpass_interception::{ProxyUser, confine_auxiliary_thread, confine_process};
 
 use super::{CommandError, VERSION};
-use crate::app::{self, Start};
-use crate::logging;
+use crate::process::app::Start;
+use crate::process::{app, logging};
 
 /// Where settings come from.
 #[derive(Debug, clap::Args)]

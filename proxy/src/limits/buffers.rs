@@ -11,7 +11,7 @@ use metrics::Gauge;
 use underpass_hbone::{Budget, Sharing};
 
 use super::descriptors::{Descriptors, FdPermit};
-use crate::metrics::{buffer_bytes, buffer_refused};
+use crate::observe::metrics::{buffer_bytes, buffer_refused};
 
 /// The memory for the buffers of a pod's connections. Cheap to clone.
 #[derive(Clone)]

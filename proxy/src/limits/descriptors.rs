@@ -13,8 +13,8 @@ use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 use underpass_hbone::{Budget, Sharing};
 
-use crate::endpoints::Readiness;
-use crate::metrics;
+use crate::admin::endpoints::Readiness;
+use crate::observe::metrics;
 
 /// What a caught connection takes: one accepted, one dialled.
 pub(super) const PAIR: usize = 2;

@@ -12,11 +12,11 @@ use underpass_interception::{
 };
 
 use super::{CredentialLease, Node, PodSockets};
-use crate::connection_registry::Registries;
-use crate::endpoint_health::EndpointHealth;
+use crate::decide::connection_registry::Registries;
+use crate::decide::endpoint_health::EndpointHealth;
+use crate::decide::policy::{Decision, PolicyContext};
 use crate::limits::PodLimits;
-use crate::policy::{Decision, PolicyContext};
-use crate::self_test::SelfTest;
+use crate::rules::self_test::SelfTest;
 
 /// Distinguishes the pods of this process. An id is never used again, unlike an address in memory
 /// or a name.

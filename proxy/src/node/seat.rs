@@ -12,13 +12,14 @@ use underpass_config::{Timeouts, Workload};
 use underpass_hbone::{Acceptor, ClientSettings, Connector, Pool, PoolSettings, ServerSettings};
 
 use super::{CredentialLease, Node, Pod, Worker};
-use crate::accept::Source;
-use crate::connection_registry::{ConnectionRegistry, Registration};
-use crate::dial::TunnelDialer;
+use crate::decide::connection_registry::{ConnectionRegistry, Registration};
+use crate::decide::policy;
+use crate::decide::policy::{Decision, Permit, PolicyContext, Subject};
+use crate::decide::snapshot::Snapshot;
 use crate::error::ProxyError;
-use crate::party::{Claim, Party};
-use crate::policy::{self, Decision, Permit, PolicyContext, Subject};
-use crate::snapshot::Snapshot;
+use crate::observe::party::{Claim, Party};
+use crate::traffic::accept::Source;
+use crate::traffic::dial::TunnelDialer;
 
 /// For how long a pool remembers a failed dial: its longest back-off, and the time in which another
 /// failure makes the next back-off longer (hbone/src/pool/state.rs).

@@ -9,11 +9,11 @@ use underpass_config::{Mesh, Settings, Sources};
 use underpass_interception::{Entered, LocalAddresses, NamespaceAccess, Sockets};
 
 use super::{Node, Pod, PodId, PodSockets};
-use crate::connection_registry::Registries;
+use crate::decide::connection_registry::Registries;
+use crate::decide::policy::PolicyContext;
+use crate::decide::snapshot::Snapshot;
 use crate::limits::{Descriptors, Limits};
-use crate::pause_gate::PauseGate;
-use crate::policy::PolicyContext;
-use crate::snapshot::Snapshot;
+use crate::process::pause_gate::PauseGate;
 
 /// The settings of a workload `server`, with others beside.
 pub(crate) fn settings(more: &[&str]) -> Settings {
@@ -35,7 +35,7 @@ pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
         sockets: sockets(&settings),
         credentials: None,
         endpoints: Arc::default(),
-        self_test: crate::self_test::SelfTest::default(),
+        self_test: crate::rules::self_test::SelfTest::default(),
         interception: watch::Sender::new(settings.interception).subscribe(),
         connections: Registries::new(2),
         local: LocalAddresses::open(&here).expect("a netlink socket"),

@@ -14,16 +14,16 @@ use tokio::task::JoinSet;
 use underpass_interception::BoundListener;
 
 use super::{Node, Pod, PodId, Seat};
-use crate::accept::{Accepted, accept_loop};
-use crate::connection_registry::{Registration, Terminated};
+use crate::decide::connection_registry::{Registration, Terminated};
+use crate::decide::policy::{Change, Decision};
+use crate::decide::snapshot::Snapshot;
 use crate::error::ProxyError;
 use crate::limits::Ticket;
-use crate::listeners::Kind;
-use crate::metrics::KnownSeries;
-use crate::policy::{Change, Decision};
-use crate::publish::Reporter;
-use crate::snapshot::Snapshot;
-use crate::{inbound, outbound};
+use crate::mesh::publish::Reporter;
+use crate::observe::metrics::KnownSeries;
+use crate::traffic::accept::{Accepted, accept_loop};
+use crate::traffic::listeners::Kind;
+use crate::traffic::{inbound, outbound};
 
 /// What the connections of one worker share.
 #[derive(Debug)]

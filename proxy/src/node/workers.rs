@@ -13,8 +13,9 @@ use underpass_interception::{BoundListener, Kept, confine_thread};
 
 use super::{Node, Pod, PodId, Worker, WorkerCommand};
 use crate::error::ProxyError;
-use crate::listeners::Kind;
-use crate::publish::{self, Reports};
+use crate::mesh::publish;
+use crate::mesh::publish::Reports;
+use crate::traffic::listeners::Kind;
 
 /// How many commands may wait for a worker. Beyond it, the worker that accepts a connection serves
 /// it.

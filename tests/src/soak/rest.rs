@@ -7,7 +7,7 @@ use tokio::time::{Instant, timeout};
 
 use super::pause;
 use super::scene::SoakScene;
-use crate::OrFail;
+use crate::or_fail::OrFail;
 use crate::pods::Pod;
 use crate::proxy::Proxy;
 

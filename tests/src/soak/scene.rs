@@ -9,8 +9,8 @@ use fastrand::Rng;
 use nix::sys::signal::Signal;
 use tokio::task::JoinSet;
 
-use crate::OrFail;
 use crate::mesh::Mesh;
+use crate::or_fail::OrFail;
 use crate::pki::Pki;
 use crate::pods::{Pod, World};
 use crate::proxy::Proxy;

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use crate::Mesh;
+use crate::mesh::Mesh;
 
 /// A valid document that uses every feature.
 const VALID_DOCUMENT: &str = r#"workloads:

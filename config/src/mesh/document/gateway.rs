@@ -3,7 +3,7 @@
 use super::shared::Shared;
 use crate::mesh::names::Set;
 use crate::mesh::{Gateway, GatewayDestination, NamespacedHostname, NetworkAddress, PortMap};
-use crate::read::{Cursor, parse_port};
+use crate::yaml::read::{Cursor, parse_port};
 
 /// The default port of a gateway for tunnels: HBONE's.
 const HBONE_PORT: u16 = 15008;

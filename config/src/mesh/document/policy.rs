@@ -6,12 +6,12 @@
 use ipnet::IpNet;
 
 use crate::cidr;
-use crate::document::{Node, Value};
 use crate::mesh::names::Names;
 use crate::mesh::policy::{
     Condition, Match, Policy, PolicyAction, PolicyScope, Rules, StringMatch, Values,
 };
-use crate::read::{Cursor, parse_flag};
+use crate::yaml::document::{Node, Value};
+use crate::yaml::read::{Cursor, parse_flag};
 
 const KEYS: &[&str] = &["name", "namespace", "scope", "action", "rules", "dryRun"];
 

@@ -2,14 +2,14 @@
 
 use super::gateway::{gateway, ports};
 use super::shared::Shared;
-use crate::SpiffeId;
 use crate::cidr::canonical;
+use crate::identity::spiffe::SpiffeId;
 use crate::mesh::names::{Name, NetworkCidr};
 use crate::mesh::{
     IpFamilies, LoadBalancing, LoadBalancingMode, NetworkAddress, Scope, Service, Visibility,
     WeightedWaypoint,
 };
-use crate::read::Cursor;
+use crate::yaml::read::Cursor;
 
 /// All keys that ztunnel supports for a service (`state/service.rs`).
 const KEYS: &[&str] = &[

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::identity::spiffe::{SpiffeError, SpiffeId, TrustDomain};
 use crate::mesh::names::{Interned, Map, Name, Names, Set};
 use crate::mesh::{Gateway, Locality, PortMap};
-use crate::{SpiffeError, SpiffeId, TrustDomain};
 
 #[derive(Debug, Default)]
 pub(in crate::mesh) struct Shared {

@@ -1,11 +1,11 @@
 //! Tests of valid and invalid mesh documents.
 
 use super::*;
+use crate::error::ConfigErrors;
 use crate::mesh::{
     ApplicationTunnel, Destination, Gateway, GatewayDestination, IpFamilies, LoadBalancingMode,
-    Locality, NetworkMode, Protocol, Scope, TunnelHeader, Visibility, WorkloadType,
+    Locality, Mesh, NetworkMode, Protocol, Scope, TunnelHeader, Visibility, WorkloadType,
 };
-use crate::{ConfigErrors, Mesh};
 
 fn mesh(text: &str) -> Result<Mesh, ConfigErrors> {
     Mesh::from_text("mesh.yaml", text)

@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use super::gateway::{gateway, ports};
 use super::shared::Shared;
-use crate::document::Value;
+use crate::identity::spiffe::{SpiffeError, SpiffeId};
 use crate::mesh::names::Name;
 use crate::mesh::{
     ApplicationTunnel, Locality, NamespacedHostname, NetworkMode, PortMap, Protocol, TunnelHeader,
     Workload, WorkloadDraft, WorkloadType,
 };
-use crate::read::Cursor;
-use crate::{SpiffeError, SpiffeId};
+use crate::yaml::document::Value;
+use crate::yaml::read::Cursor;
 
 /// All keys that ztunnel supports for a workload (`state/workload.rs`, `xds.rs`).
 const KEYS: &[&str] = &[

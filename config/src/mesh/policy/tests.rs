@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::Mesh;
+use crate::mesh::Mesh;
 
 /// The tested connections: name, identity, source, destination.
 const CONNECTIONS: &[(&str, Option<&str>, &str, &str)] = &[

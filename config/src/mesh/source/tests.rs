@@ -5,7 +5,7 @@ use std::fs;
 use tokio::time::{sleep, timeout};
 
 use super::*;
-use crate::PolicyAction;
+use crate::mesh::PolicyAction;
 use crate::test_folder::Folder;
 
 /// The timeout of a wait for an event.

@@ -21,10 +21,11 @@ use underpass_config::{Quoted, SpiffeId};
 use crate::ca::clients::Clients;
 use crate::ca::{
     CREATE_CERTIFICATE, CertificateAuthority, CertificateRequest, IMPERSONATED,
-    IstioCertificateRequest, IstioCertificateResponse,
+    IstioCertificateRequest, IstioCertificateResponse, Serial,
 };
+use crate::error::HboneError;
 use crate::limits::ConnectionSlot;
-use crate::{HboneError, LogLimit, Serial};
+use crate::limits::log_limit::LogLimit;
 
 /// The maximum size of a request in bytes. A certificate request has a few hundred.
 const MAX_REQUEST: usize = 64 << 10;

@@ -13,8 +13,8 @@ use tonic::Code;
 use super::*;
 use crate::ca::tests::TempDir;
 use crate::ca::{IMPERSONATED, IstioCertificateRequest, IstioCertificateResponse};
-use crate::source::testing::{Connection, DialOnce, ask, connect, connect_with};
-use crate::svid::workload_id;
+use crate::identity::source::testing::{Connection, DialOnce, ask, connect, connect_with};
+use crate::identity::svid::workload_id;
 use crate::testing::{CLIENT, HOUR, SERVER};
 
 pub(crate) const NAME: &str = "ca.test";
@@ -357,7 +357,7 @@ async fn connection_with_token_ends_at_its_age() {
 /// Dials from a given loopback address.
 struct DialFrom(Ipv4Addr, SocketAddr);
 
-impl crate::Dial for DialFrom {
+impl crate::pool::Dial for DialFrom {
     type Io = TcpStream;
 
     async fn dial(&self, _: SocketAddr) -> std::io::Result<TcpStream> {

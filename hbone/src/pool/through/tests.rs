@@ -19,12 +19,14 @@ use tokio::task::{AbortHandle, yield_now};
 use tokio::time::{sleep, timeout};
 
 use super::*;
+use crate::identity::Identity;
+use crate::identity::credentials::Credentials;
+use crate::pool::{PoolSettings, PoolStatistics};
 use crate::testing::pki::{Ca, Files};
 use crate::testing::{ADDRESS, CLIENT, HOUR, SECOND, id};
-use crate::{
-    Acceptor, ClientSettings, Credentials, Identity, Incoming, PoolSettings, PoolStatistics,
-    ServerSettings, Trust,
-};
+use crate::trust::Trust;
+use crate::tunnel::server::{Acceptor, Incoming};
+use crate::tunnel::settings::{ClientSettings, ServerSettings};
 
 const GATEWAY: &str = "spiffe://td/ns/istio-system/sa/gateway";
 const FIRST: &str = "spiffe://td/ns/default/sa/first";

@@ -12,11 +12,14 @@ use underpass_config::{Cipher, SpiffeId};
 
 use super::*;
 use crate::crypto::provider;
+use crate::identity::credentials::Credentials;
 use crate::testing::pki::{Ca, Files};
 use crate::testing::{ADDRESS, CLIENT, HOUR, SECOND, SERVER, Served, id, request};
 use crate::tls::{ClientTls, ServerTls};
-use crate::trust::Authorities;
-use crate::{Acceptor, ClientSettings, Connector, Credentials, ServerSettings, Trust};
+use crate::trust::{Authorities, Trust};
+use crate::tunnel::client::Connector;
+use crate::tunnel::server::Acceptor;
+use crate::tunnel::settings::{ClientSettings, ServerSettings};
 
 struct Parties {
     client: watch::Sender<Credentials>,

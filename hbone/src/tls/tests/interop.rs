@@ -9,8 +9,8 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use super::*;
 use crate::crypto::provider;
-use crate::io::Io;
 use crate::tls::record::{Finished, TlsStream};
+use crate::tunnel::io::Io;
 
 /// The configuration of a plain rustls server.
 fn server_config(authority: &CertificateAuthority) -> Arc<ServerConfig> {

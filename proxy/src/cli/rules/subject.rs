@@ -8,7 +8,8 @@ use underpass_config::Settings;
 
 use super::options::RuleOptions;
 use crate::cli::CommandError;
-use crate::instance::{self, Running};
+use crate::process::instance;
+use crate::process::instance::Running;
 
 /// Settings, and where they are from.
 #[derive(Debug)]

@@ -1,7 +1,6 @@
 //! Tests of reading policies. `mesh/policy/tests.rs` tests their evaluation.
 
-use crate::Mesh;
-use crate::mesh::{PolicyAction, PolicyScope};
+use crate::mesh::{Mesh, PolicyAction, PolicyScope};
 
 fn mistakes(text: &str) -> Vec<String> {
     let problems = Mesh::from_text("m", text).expect_err(text).problems;

@@ -10,7 +10,8 @@ use std::ops::Range;
 use ipnet::IpNet;
 
 use super::{Condition, Connection, Match, StringMatch, Values};
-use crate::{SpiffeId, TrustDomain, cidr};
+use crate::cidr;
+use crate::identity::spiffe::{SpiffeId, TrustDomain};
 
 /// The result of a match. No step has these indexes.
 const MATCH: usize = usize::MAX;

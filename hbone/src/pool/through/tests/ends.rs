@@ -5,7 +5,8 @@ use h2::Reason;
 use tokio::runtime::Handle as Runtime;
 
 use super::*;
-use crate::{Http2Settings, TunnelReader};
+use crate::tunnel::settings::Http2Settings;
+use crate::tunnel::stream::TunnelReader;
 
 async fn drain(reader: &mut TunnelReader) -> Result<usize, HboneError> {
     let mut total = 0;

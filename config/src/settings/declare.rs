@@ -1,0 +1,253 @@
+//! The declaration of a setting: its key, type, default and help text, and where its value is.
+//!
+//! The readers, the environment, `--set`, `config show`, `config keys` and the table in
+//! docs/settings.md all follow from the declarations in `resolve/`.
+
+mod kinds;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+pub(crate) use self::kinds::{
+    ADDRESS, CIDRS, COUNT, COUNT_OR_OFF, DURATION, DURATION_OR_OFF, FLAG, PATH, PORT, PORTS,
+    RATE_OR_OFF, SIZE, TEXT, cidr, given_included, given_list, included, list, port_range, word,
+};
+use crate::settings::Settings;
+use crate::yaml::document::Origin;
+use crate::yaml::read::Cursor;
+
+/// One setting.
+#[derive(Debug)]
+pub(crate) struct Setting<T: 'static> {
+    pub(crate) key: &'static str,
+    pub(crate) kind: Kind<T>,
+    pub(crate) default: Fallback<T>,
+    /// In lines, as its doc comment has them.
+    pub(crate) help: &'static [&'static str],
+    /// The value that settings have; `None` where it does not apply.
+    pub(crate) value: fn(&Settings) -> Option<T>,
+}
+
+/// A type of settings: how it is called, read and written.
+#[derive(Debug)]
+pub(crate) struct Kind<T> {
+    pub(crate) name: &'static str,
+    /// Whether brackets make a flag or a variable YAML.
+    pub(crate) is_list: bool,
+    /// Reads the value that is given at a place. `None` if none is, or after reporting a mistake.
+    pub(crate) read: fn(Cursor<'_>, Files<'_>) -> Option<T>,
+    pub(crate) write: fn(&T) -> Written,
+}
+
+/// What a setting is when it is not given.
+#[derive(Debug)]
+pub(crate) enum Fallback<T> {
+    /// This value.
+    Is(fn() -> T),
+    /// This value, in words.
+    Called(fn() -> T, &'static str),
+    /// It depends on other settings, or there is none, in words.
+    Varies(&'static str),
+}
+
+/// A value as a settings file has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Written {
+    Scalar(String),
+    List(Vec<String>),
+}
+
+/// A document with settings, and the folder where its relative paths begin.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Document<'a> {
+    pub(crate) root: Cursor<'a>,
+    pub(crate) files: Files<'a>,
+}
+
+/// Resolves paths: those in the file are relative to its folder, those in the environment and in
+/// flags to the working directory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Files<'a> {
+    pub(crate) folder: &'a Path,
+}
+
+/// A setting of any type.
+pub(crate) trait Declared: Sync {
+    fn key(&self) -> &'static str;
+    fn is_list(&self) -> bool;
+    fn reference(&self) -> Reference;
+    /// The value in effect; `None` where it does not apply.
+    fn written(&self, settings: &Settings) -> Option<Written>;
+    /// Reports a mistake at the key.
+    fn problem(&self, document: Document<'_>, reason: &str);
+}
+
+/// What is declared of a setting, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reference {
+    /// The path in the settings file, in `--set` and, in capitals, of the variable.
+    pub key: &'static str,
+    /// The type, in words.
+    pub kind: &'static str,
+    /// The default as Markdown.
+    pub default: String,
+    /// The help text as Markdown, in one line.
+    pub help: String,
+}
+
+/// Declares the settings of a module: constants for its readers, and the list `ALL` of them.
+///
+/// Each has its help text as a doc comment, then its type, key, kind, default and value.
+macro_rules! settings {
+    ($($(#[doc = $help:literal])+
+        $name:ident: $type:ty = $key:literal, $kind:expr, $default:expr, $value:expr;)+) => {
+        $(const $name: $crate::settings::declare::Setting<$type> = $crate::settings::declare::Setting {
+            key: $key,
+            kind: $kind,
+            default: $default,
+            help: &[$($help),+],
+            value: $value,
+        };)+
+
+        /// All settings of this module.
+        pub(crate) const ALL: &[&dyn $crate::settings::declare::Declared] = &[$(&$name),+];
+    };
+}
+
+pub(crate) use settings;
+
+impl<T> Setting<T> {
+    /// The value that is given, else the default. A mistake is reported and counts as not given.
+    /// `None` only for a setting whose default varies.
+    pub(crate) fn read(&self, document: Document<'_>) -> Option<T> {
+        self.given(document).or_else(|| self.default())
+    }
+
+    /// As [`read`](Self::read), but `None` after a mistake.
+    pub(crate) fn read_sound(&self, document: Document<'_>) -> Option<T> {
+        if self.is_given(document) { self.given(document) } else { self.default() }
+    }
+
+    /// The value that is given.
+    pub(crate) fn given(&self, document: Document<'_>) -> Option<T> {
+        self.at(document, |cursor| (self.kind.read)(cursor, document.files))
+    }
+
+    /// The value that is given; that none is, is a mistake for this reason.
+    pub(crate) fn needed(&self, document: Document<'_>, reason: &str) -> Option<T> {
+        if !self.is_given(document) {
+            self.problem(document, reason);
+            return None;
+        }
+        self.given(document)
+    }
+
+    pub(crate) fn is_given(&self, document: Document<'_>) -> bool {
+        self.at(document, |cursor| cursor.is_given())
+    }
+
+    pub(crate) fn is_empty_list(&self, document: Document<'_>) -> bool {
+        self.at(document, |cursor| cursor.is_empty_list())
+    }
+
+    fn default(&self) -> Option<T> {
+        match &self.default {
+            Fallback::Is(value) | Fallback::Called(value, _) => Some(value()),
+            Fallback::Varies(_) => None,
+        }
+    }
+
+    fn at<R>(&self, document: Document<'_>, visit: impl FnOnce(Cursor<'_>) -> R) -> R {
+        at(document.root, self.key, visit)
+    }
+}
+
+/// Visits the place below `cursor` to which `path` leads.
+fn at<R>(cursor: Cursor<'_>, path: &str, visit: impl FnOnce(Cursor<'_>) -> R) -> R {
+    match path.split_once('.') {
+        Some((section, rest)) => at(cursor.key(section), rest, visit),
+        None => visit(cursor.key(path)),
+    }
+}
+
+impl<T: 'static> Declared for Setting<T> {
+    fn key(&self) -> &'static str {
+        self.key
+    }
+
+    fn is_list(&self) -> bool {
+        self.kind.is_list
+    }
+
+    fn reference(&self) -> Reference {
+        let default = match &self.default {
+            Fallback::Is(value) => match (self.kind.write)(&value()) {
+                Written::Scalar(text) if text.is_empty() => "`\"\"`".to_owned(),
+                Written::Scalar(text) => format!("`{text}`"),
+                Written::List(items) if items.is_empty() => "none".to_owned(),
+                Written::List(items) => format!("`[{}]`", items.join(", ")),
+            },
+            Fallback::Called(_, words) | Fallback::Varies(words) => (*words).to_owned(),
+        };
+        let help: Vec<&str> = self.help.iter().map(|line| line.trim()).collect();
+        Reference { key: self.key, kind: self.kind.name, default, help: help.join(" ") }
+    }
+
+    fn written(&self, settings: &Settings) -> Option<Written> {
+        (self.value)(settings).as_ref().map(self.kind.write)
+    }
+
+    fn problem(&self, document: Document<'_>, reason: &str) {
+        self.at(document, |cursor| cursor.problem(reason));
+    }
+}
+
+impl Reference {
+    /// The table in docs/settings.md.
+    #[must_use]
+    pub fn table(settings: impl Iterator<Item = Self>) -> String {
+        let row = |Self { key, kind, default, help }: Self| {
+            format!("| `{key}` | {kind} | {default} | {help} |\n")
+        };
+        let head = "| key | type | default | meaning |\n|---|---|---|---|\n".to_owned();
+        settings.map(row).fold(head, |table, row| table + &row)
+    }
+}
+
+impl fmt::Display for Reference {
+    /// For a terminal.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plain = |text: &str| text.replace('`', "");
+        let Self { key, kind, default, help } = self;
+        writeln!(f, "{key} ({}; default: {})", plain(kind), plain(default))?;
+        writeln!(f, "    {}", plain(help))
+    }
+}
+
+impl Files<'_> {
+    pub(crate) fn path(self, cursor: Cursor<'_>) -> Option<PathBuf> {
+        let text = cursor.text()?;
+        if text.is_empty() {
+            cursor.problem("must be the path of a file");
+            return None;
+        }
+        Some(self.resolve(cursor, text))
+    }
+
+    /// A path that is part of the value at `cursor`.
+    pub(crate) fn resolve(self, cursor: Cursor<'_>, path: &str) -> PathBuf {
+        let in_file =
+            cursor.node().is_some_and(|node| matches!(node.origin, Origin::Document { .. }));
+        if in_file { self.folder.join(path) } else { PathBuf::from(path) }
+    }
+}
+
+impl Written {
+    pub(crate) fn scalar(value: impl ToString) -> Self {
+        Self::Scalar(value.to_string())
+    }
+
+    pub(crate) fn list<T: ToString>(items: &[T]) -> Self {
+        Self::List(items.iter().map(ToString::to_string).collect())
+    }
+}

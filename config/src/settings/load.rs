@@ -1,0 +1,150 @@
+//! Where settings come from: a file, over it the environment, over that the flags; all mistakes of all three at once.
+//!
+//! Not here: which keys there are and what they default to (`resolve.rs`).
+
+mod environment;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use self::environment::{CONFIG_FILE, Meaning};
+
+use crate::error::{ConfigErrors, Problem};
+use crate::settings::Settings;
+use crate::settings::resolve::{declared, settings};
+use crate::yaml::document::{Node, Origin, SyntaxError, Value};
+use crate::yaml::read::{Cursor, Problems};
+
+/// What the settings are made of.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    /// The settings file, if there is one. Relative paths in it are relative to its folder.
+    pub file: Option<PathBuf>,
+    /// The environment: `UNDERPASS_PROXY_HBONE_PORT=15018` sets `proxy.hbone_port`.
+    pub environment: Vec<(String, String)>,
+    /// Flags of the form `KEY=VALUE`, such as `proxy.hbone_port=15018`.
+    pub flags: Vec<String>,
+}
+
+impl Sources {
+    /// The settings file of a command line, or else of `UNDERPASS_CONFIG`, with the environment and
+    /// the flags of this process.
+    pub fn of_process(file: Option<PathBuf>, flags: Vec<String>) -> Self {
+        let environment = environment::of_process();
+        let named = environment.iter().find(|(name, path)| name == CONFIG_FILE && !path.is_empty());
+        let file = file.or_else(|| named.map(|(_, path)| path.into()));
+        Self { file, environment, flags }
+    }
+
+    /// What is not wrong and yet not meant either: variables with our prefix that set nothing.
+    pub fn warnings(&self) -> Vec<Problem> {
+        let unknown = |(name, value): &(String, String)| {
+            (Meaning::of(name, value) == Meaning::Unknown)
+                .then(|| environment::unknown(name, value))
+        };
+        self.environment.iter().filter_map(unknown).collect()
+    }
+
+    /// Reads and checks everything.
+    ///
+    /// # Errors
+    /// Every mistake in the three sources, or the one reason why the file could not be read.
+    pub fn load(&self) -> Result<Settings, ConfigErrors> {
+        let mut root = match &self.file {
+            Some(path) => read_file(path)?,
+            None => Node::empty(Origin::Flag),
+        };
+        let problems = Problems::default();
+        self.overlay_environment(&mut root, &problems);
+        self.overlay_flags(&mut root, &problems);
+        let folder = self.file.as_deref().and_then(Path::parent).unwrap_or_else(|| Path::new(""));
+        let settings = settings(Cursor::root(&root, &problems), folder);
+        problems.or_else(settings)
+    }
+
+    fn overlay_environment(&self, root: &mut Node, problems: &Problems) {
+        for (name, value) in &self.environment {
+            if let Meaning::Key(key) = Meaning::of(name, value) {
+                overlay(root, key, value, Origin::Environment(name.clone()), problems);
+            }
+        }
+    }
+
+    fn overlay_flags(&self, root: &mut Node, problems: &Problems) {
+        for flag in &self.flags {
+            match flag.split_once('=') {
+                Some((key, value)) => overlay(root, key, value, Origin::Flag, problems),
+                None => problems.add(Problem {
+                    key: String::new(),
+                    value: Some(flag.clone()),
+                    reason: "must be KEY=VALUE, such as proxy.workers=2".to_owned(),
+                    origin: Some(Origin::Flag),
+                }),
+            }
+        }
+    }
+}
+
+/// Reads a YAML file into a tree whose places carry the file's name.
+pub(crate) fn read_file(path: &Path) -> Result<Node, ConfigErrors> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        ConfigErrors::one(format!("{}: cannot be read: {error}", path.display()), None)
+    })?;
+    read_text(&path.display().to_string(), &text)
+}
+
+pub(crate) fn read_text(name: &str, text: &str) -> Result<Node, ConfigErrors> {
+    let name: Arc<str> = name.into();
+    let origin = |line, column| Origin::Document { name: name.clone(), line, column };
+    Ok(Node::parse(text, &origin)?)
+}
+
+/// The settings that a file with this text has.
+#[cfg(test)]
+pub(crate) fn settings_of(text: &str) -> Result<Settings, ConfigErrors> {
+    Settings::of_text("underpass.yaml", text)
+}
+
+impl Settings {
+    /// Reads what [`Settings`] displays, called `name` in errors.
+    ///
+    /// # Errors
+    /// Every mistake in the text.
+    pub fn of_text(name: &str, text: &str) -> Result<Self, ConfigErrors> {
+        let root = read_text(name, text)?;
+        let problems = Problems::default();
+        let settings = settings(Cursor::root(&root, &problems), Path::new(""));
+        problems.or_else(settings)
+    }
+}
+
+fn overlay(root: &mut Node, key: &str, value: &str, origin: Origin, problems: &Problems) {
+    let path: Vec<&str> = key.split('.').collect();
+    match parse(key, value.trim(), &origin) {
+        Ok(node) => root.set(&path, node),
+        Err(error) => problems.add(Problem {
+            key: key.to_owned(),
+            value: Some(value.to_owned()),
+            reason: error.reason,
+            origin: Some(origin),
+        }),
+    }
+}
+
+/// The value of a key in a flag or a variable is text as one writes it in a shell: YAML would read its own into `*`,
+/// `[::]:15020` or `::1,::2`. Only quotes, and brackets where a list belongs, make it YAML, as does the key of a section.
+fn parse(key: &str, value: &str, origin: &Origin) -> Result<Node, SyntaxError> {
+    let setting = declared().find(|setting| setting.key() == key);
+    let is_yaml = setting.is_none_or(|setting| setting.is_list() && value.starts_with('['));
+    if is_yaml || value.starts_with(['"', '\'']) {
+        return Node::parse(value, &|_, _| origin.clone());
+    }
+    let value = match value {
+        "" | "~" | "null" => Value::Null,
+        text => Value::Scalar(text.to_owned()),
+    };
+    Ok(Node { value, tag: None, origin: origin.clone() })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,114 @@
+//! From a document to [`Settings`]. Each module declares the settings of its sections, and refuses
+//! those that do not go together.
+
+mod access;
+mod identity;
+mod interception;
+mod limits;
+mod proxy;
+mod services;
+mod timeouts;
+mod tunnels;
+mod workload;
+
+use std::path::Path;
+
+use crate::settings::Settings;
+use crate::settings::declare::{Declared, Document, Files, Reference};
+use crate::yaml::read::Cursor;
+
+/// Every setting, in the order of `config show` and of docs/settings.md.
+const SETTINGS: &[&[&dyn Declared]] = &[
+    workload::ALL,
+    identity::ALL,
+    interception::ALL,
+    proxy::ALL,
+    access::ALL,
+    tunnels::ALL,
+    limits::ALL,
+    timeouts::ALL,
+    services::ALL,
+];
+
+/// Keys of the published contract whose feature does not exist yet: refused by name instead of called unknown.
+const NOT_YET: &[&str] = &["mesh.xds", "admin"];
+
+/// Every setting.
+pub(crate) fn declared() -> impl Iterator<Item = &'static dyn Declared> {
+    SETTINGS.iter().copied().flatten().copied()
+}
+
+/// Every key that a setting can have, and so every environment variable and `--set` path.
+pub fn keys() -> impl Iterator<Item = &'static str> {
+    declared().map(Declared::key)
+}
+
+/// What is declared of every setting, for people.
+pub fn reference() -> impl Iterator<Item = Reference> {
+    declared().map(Declared::reference)
+}
+
+/// Reads every setting; `folder` is where relative paths of the file begin.
+pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
+    refuse_unknown_keys(root, "");
+    let document = Document { root, files: Files { folder } };
+    let workload = workload::workload(document);
+    let mesh_file = workload::mesh_file(document);
+    let identity = identity::identity(document);
+    let own = workload.as_ref().map(|workload| &workload.trust_domain);
+    let trust = identity::trust(document, own)?;
+    let interception = interception::settings(document)?;
+    let mtls = access::mtls(document, root.key("identity").is_given())?;
+    let proxy = proxy::proxy(document, interception.profile, mtls);
+    let egress = access::egress(document)?;
+    let addresses = services::addresses(document)?;
+    if let Some(proxy) = &proxy {
+        services::refuse_shared_ports(document, proxy, addresses);
+    }
+    let [metrics, readiness] = addresses;
+    let series = services::series(document)?;
+    let (tunnels, limits) = (tunnels::tunnels(document)?, limits::limits(document)?);
+    let (timeouts, take_over) = (timeouts::timeouts(document)?, timeouts::take_over(document)?);
+    Some(Settings {
+        mesh_file,
+        identity,
+        trust,
+        interception,
+        egress,
+        tunnels,
+        limits,
+        timeouts,
+        take_over,
+        metrics,
+        series,
+        readiness,
+        logging: services::logging(document)?,
+        workload: workload?,
+        proxy: proxy?,
+    })
+}
+
+/// Checks every key below `at`, whose path is `prefix` (empty, or ending with a dot), against the
+/// declared ones and [`NOT_YET`].
+fn refuse_unknown_keys(at: Cursor<'_>, prefix: &str) {
+    let mut known: Vec<&str> = Vec::new();
+    let all = keys().chain(NOT_YET.iter().copied());
+    for path in all.filter_map(|path| path.strip_prefix(prefix)) {
+        let key = path.split('.').next().unwrap_or(path);
+        if !known.contains(&key) {
+            known.push(key);
+        }
+    }
+    at.only(&known);
+    for key in known {
+        let path = format!("{prefix}{key}");
+        if NOT_YET.contains(&path.as_str()) {
+            at.key(key).not_yet();
+        } else if !keys().any(|known| known == path) {
+            refuse_unknown_keys(at.key(key), &format!("{path}."));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,79 @@
+//! The settings `egress`, `egress_exceptions`, `proxy.mtls` and `proxy.mtls_overrides`: what may go
+//! out and come in besides tunnels.
+
+use ipnet::IpNet;
+
+use crate::settings::declare::{
+    CIDRS, Declared, Document, Fallback, Kind, PORTS, given_list, list, settings, word,
+};
+use crate::settings::{
+    Egress, EgressSettings, Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings, PortRange,
+};
+
+settings! {
+    /// whether plaintext reaches the application: `permissive`: if policies allow it; `strict`:
+    /// never, only tunnels do (needs an identity)
+    MTLS: Mtls = "proxy.mtls", word("`permissive`, `strict`"),
+        Fallback::Is(|| Mtls::Permissive), |s| Some(s.proxy.mtls.default);
+    /// where it is otherwise: `NAMESPACE/NAME=MODE`, `NAMESPACE/NAME:PORT=MODE`, `:PORT=MODE`, see
+    /// below
+    MTLS_OVERRIDES: Vec<MtlsOverride> = "proxy.mtls_overrides", OVERRIDES,
+        Fallback::Is(Vec::new), |s| Some(s.proxy.mtls.overrides.clone());
+    /// connections to destinations that the mesh does not know: `allow`: passed through;
+    /// `mesh-only`: refused
+    EGRESS: Egress = "egress", word("`allow`, `mesh-only`"),
+        Fallback::Is(|| Egress::Allow), |s| Some(s.egress.mode);
+    /// with `mesh-only`: connections to these addresses are passed through all the same
+    EGRESS_CIDRS: Vec<IpNet> = "egress_exceptions.cidrs", CIDRS,
+        Fallback::Is(Vec::new), |s| Some(s.egress.cidrs.clone());
+    /// with `mesh-only`: connections to these ports are passed through all the same, wherever they
+    /// go
+    EGRESS_PORTS: Vec<PortRange> = "egress_exceptions.ports", PORTS,
+        Fallback::Is(Vec::new), |s| Some(s.egress.ports.clone());
+}
+
+const OVERRIDES: Kind<Vec<MtlsOverride>> = list("list of modes, see below", |cursor, _| {
+    given_list(cursor, |text| text.parse().map_err(|error: MtlsOverrideError| error.to_string()))
+});
+
+pub(super) fn egress(document: Document<'_>) -> Option<EgressSettings> {
+    let settings = EgressSettings {
+        // After a mistake in it the mode may be one that has exceptions.
+        mode: EGRESS.read_sound(document).unwrap_or(Egress::MeshOnly),
+        cidrs: EGRESS_CIDRS.read(document)?,
+        ports: EGRESS_PORTS.read(document)?,
+    };
+    let has_exceptions = !settings.cidrs.is_empty() || !settings.ports.is_empty();
+    if settings.mode == Egress::Allow && has_exceptions {
+        let exceptions = document.root.key("egress_exceptions");
+        exceptions.problem("has a meaning with egress: mesh-only only: everything is allowed");
+    }
+    Some(settings)
+}
+
+/// Without an identity there are no tunnels.
+pub(super) fn mtls(document: Document<'_>, has_identity: bool) -> Option<MtlsSettings> {
+    let settings =
+        MtlsSettings { default: MTLS.read(document)?, overrides: MTLS_OVERRIDES.read(document)? };
+    refuse_contradictions(document, &settings.overrides);
+    if !has_identity && settings.is_strict_somewhere() {
+        let strict: &dyn Declared =
+            if settings.default == Mtls::Strict { &MTLS } else { &MTLS_OVERRIDES };
+        let reason = "strict needs an identity: without HBONE nobody could ever connect";
+        strict.problem(document, reason);
+    }
+    Some(settings)
+}
+
+fn refuse_contradictions(document: Document<'_>, overrides: &[MtlsOverride]) {
+    for (index, one) in overrides.iter().enumerate() {
+        let mut before = overrides.iter().take(index);
+        if let Some(other) = before.find(|other| other.is_of_same(one)) {
+            let reason = format!("{other} and {one} contradict each other: keep one");
+            MTLS_OVERRIDES.problem(document, &reason);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

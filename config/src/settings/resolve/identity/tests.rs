@@ -1,0 +1,243 @@
+//! The sections of HBONE as an operator writes them: sources, trust, counts.
+
+use super::*;
+use crate::error::ConfigErrors;
+use crate::settings::load::settings_of;
+use crate::settings::{Settings, TunnelSettings};
+
+fn read(text: &str) -> Result<Settings, ConfigErrors> {
+    settings_of(text)
+}
+
+fn identity_of(section: &str) -> Result<IdentitySettings, ConfigErrors> {
+    read(&format!("identity: {section}\n")).map(|settings| settings.identity.unwrap())
+}
+
+fn mistakes(text: &str) -> Vec<String> {
+    let Err(errors) = read(text) else {
+        return Vec::new();
+    };
+    errors.problems.into_iter().map(|p| format!("{}: {}", p.key, p.reason)).collect()
+}
+
+/// Whether the one mistake in `text` is at `key`.
+fn is_refused(text: &str, key: &str) {
+    let found = mistakes(text);
+    assert_eq!(found.len(), 1, "{text}: {found:?}");
+    assert!(found[0].starts_with(&format!("{key}: ")), "{text}: {found:?}");
+}
+
+const ISTIO: &str = "address: 'https://istiod:15012', roots: r.pem, token: t";
+
+#[test]
+fn nothing_written_means_no_hbone_and_no_further_trust() {
+    let settings = read("").unwrap();
+    assert_eq!((settings.identity, settings.trust), (None, TrustSettings::default()));
+    let TunnelSettings { max_age, streams, per_peer } = settings.tunnels;
+    assert_eq!((max_age.as_secs(), streams, per_peer), (3600, 100, 4));
+}
+
+#[test]
+fn each_source_is_read() {
+    let files = identity_of("{certificate: c.pem, key: c.key, roots: r.pem}").unwrap();
+    assert!(matches!(files, IdentitySettings::Files(_)), "{files:?}");
+
+    let dir = PathBuf::from("ca");
+    let local = IdentitySettings::LocalCa(LocalCaSettings { dir, ttl: Duration::from_secs(3600) });
+    assert_eq!(identity_of("{local_ca: ca, ttl: 1h}").unwrap(), local);
+
+    let istio = IstioCaSettings {
+        address: "https://istiod:15012".to_owned(),
+        server_name: None,
+        roots: "r.pem".into(),
+        token: "t".into(),
+        cluster_id: "Kubernetes".to_owned(),
+        impersonate: false,
+        ttl: DEFAULT_TTL,
+    };
+    let read = identity_of(&format!("{{istio_ca: {{{ISTIO}}}}}")).unwrap();
+    assert_eq!(read, IdentitySettings::IstioCa(istio.clone()));
+    let more = "server_name: istiod.svc, cluster_id: east, impersonate: true";
+    let read = identity_of(&format!("{{istio_ca: {{{ISTIO}, {more}}}, ttl: 90m}}")).unwrap();
+    let expected = IstioCaSettings {
+        server_name: Some("istiod.svc".to_owned()),
+        cluster_id: "east".to_owned(),
+        impersonate: true,
+        ttl: Duration::from_secs(90 * 60),
+        ..istio
+    };
+    assert_eq!(read, IdentitySettings::IstioCa(expected));
+}
+
+#[test]
+fn a_certificate_has_exactly_one_source() {
+    assert_eq!(
+        mistakes("identity: {certificate: c.pem, local_ca: ca, ttl: 1h}\n"),
+        ["identity: has more than one source (certificate, key and roots; local_ca): keep one"]
+    );
+    assert_eq!(
+        mistakes("identity: {istio_ca: {}, spire: {socket: s}, local_ca: ca}\n"),
+        ["identity: has more than one source (local_ca; istio_ca; spire): keep one"]
+    );
+    for none in ["{}", "{ttl: 1h}", "{certificate: ~, local_ca: ~}"] {
+        let found = mistakes(&format!("identity: {none}\n"));
+        assert_eq!(
+            found,
+            [
+                "identity: needs a source: certificate, key and roots, or one of local_ca, istio_ca and spire"
+            ]
+        );
+    }
+}
+
+#[test]
+fn what_a_source_needs_is_asked_for_by_name() {
+    assert_eq!(
+        mistakes("identity: {istio_ca: {impersonate: perhaps}}\n"),
+        [
+            "identity.istio_ca.address: is needed to ask Istio's CA",
+            "identity.istio_ca.roots: is needed to ask Istio's CA",
+            "identity.istio_ca.token: is needed to ask Istio's CA",
+            "identity.istio_ca.impersonate: must be true or false",
+        ]
+    );
+    is_refused("identity: {spire: {}}\n", "identity.spire.socket");
+    is_refused("identity: {local_ca: ''}\n", "identity.local_ca");
+    assert_eq!(
+        mistakes("identity: {istio_ca: istiod}\n").first().unwrap(),
+        "identity.istio_ca: must be a mapping (key: value)"
+    );
+}
+
+#[test]
+fn a_lifetime_is_for_those_who_issue() {
+    is_refused("identity: {certificate: c, key: k, roots: r, ttl: 1h}\n", "identity.ttl");
+    is_refused("identity: {spire: {socket: s}, ttl: 1h}\n", "identity.ttl");
+    is_refused("identity: {local_ca: ca, ttl: 999ms}\n", "identity.ttl");
+    is_refused("identity: {local_ca: ca, ttl: 24}\n", "identity.ttl");
+}
+
+#[test]
+fn the_address_of_a_ca_has_a_scheme_a_host_and_a_port() {
+    let with = |address: &str| {
+        format!("identity: {{istio_ca: {{address: '{address}', roots: r, token: t}}}}\n")
+    };
+    for right in ["https://istiod.istio-system.svc:15012", "https://[::1]:1", "https://10.0.0.1:2"]
+    {
+        assert_eq!(mistakes(&with(right)), [""; 0], "{right}");
+    }
+    for wrong in [
+        "",
+        "istiod:15012",
+        "http://istiod:15012",
+        "https://istiod",
+        "https://istiod:0",
+        "https://istiod:+1",
+        "https://istiod:65536",
+        "https://istiod:15012/",
+        "https://:15012",
+        "https://a:b:1",
+        "https://::1:15012",
+        "https://user@istiod:15012",
+    ] {
+        is_refused(&with(wrong), "identity.istio_ca.address");
+    }
+    for (key, wrong) in [("server_name", "a b"), ("server_name", ""), ("cluster_id", "a b")] {
+        let text = format!("identity: {{istio_ca: {{{ISTIO}, {key}: '{wrong}'}}}}\n");
+        is_refused(&text, &format!("identity.istio_ca.{key}"));
+    }
+}
+
+#[test]
+fn the_socket_of_an_agent_is_a_path_or_a_unix_uri() {
+    let socket = |text: &str| match identity_of(&format!("{{spire: {{socket: '{text}'}}}}")) {
+        Ok(IdentitySettings::Spire(spire)) => Some(spire.socket),
+        Ok(other) => panic!("{other:?}"),
+        Err(_) => None,
+    };
+    for same in ["/run/agent.sock", "unix:///run/agent.sock", "unix:/run/agent.sock"] {
+        assert_eq!(socket(same).as_deref(), Some(Path::new("/run/agent.sock")), "{same}");
+    }
+    assert_eq!(socket("agent.sock").as_deref(), Some(Path::new("agent.sock")));
+    for wrong in ["", "unix:", "unix:agent.sock", "unix://host/agent.sock", "tcp://1.2.3.4:5"] {
+        assert_eq!(socket(wrong), None, "{wrong}");
+    }
+}
+
+#[test]
+fn trust_is_read() {
+    let text = "trust: {aliases: 'a.org,b.org', bundles: ['c.org=c.pem', 'd.org=/d=.pem', 'c.org=c.pem'], \
+                crls: [x.crl, y.crl]}\n";
+    let domain = |text: &str| -> TrustDomain { text.parse().unwrap() };
+    let bundle =
+        |name: &str, file: &str| BundleFile { trust_domain: domain(name), file: file.into() };
+    let expected = TrustSettings {
+        ciphers: Cipher::ALL.to_vec(),
+        aliases: vec![domain("a.org"), domain("b.org")],
+        bundles: vec![bundle("c.org", "c.pem"), bundle("d.org", "/d=.pem")],
+        crls: vec!["x.crl".into(), "y.crl".into()],
+    };
+    assert_eq!(read(text).unwrap().trust, expected);
+}
+
+#[test]
+fn ciphers_are_in_order_of_preference_and_at_least_one() {
+    let ciphers = |text: &str| read(text).unwrap().trust.ciphers;
+    assert_eq!(ciphers(""), [Cipher::Aes128Gcm, Cipher::Aes256Gcm]);
+    let both = ciphers("trust: {ciphers: [aes-256-gcm, aes-128-gcm]}\n");
+    assert_eq!(both, [Cipher::Aes256Gcm, Cipher::Aes128Gcm]);
+    assert_eq!(ciphers("trust: {ciphers: aes-256-gcm}\n"), [Cipher::Aes256Gcm]);
+    for (wrong, reason) in
+        [("[]", "must have at least one cipher"), ("[rc4]", "must be aes-128-gcm")]
+    {
+        let found = mistakes(&format!("trust: {{ciphers: {wrong}}}\n"));
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].contains(reason), "{found:?}");
+    }
+}
+
+#[test]
+fn a_trust_domain_has_its_roots_from_one_place() {
+    let own = "workload: {trustDomain: own.org}\n";
+    for (trust, reason) in [
+        ("{bundles: ['own.org=o.pem']}", "own.org is our own trust domain"),
+        ("{bundles: ['a.org=a.pem'], aliases: [a.org]}", "a.org is in trust.aliases too"),
+        ("{bundles: ['a.org=a.pem', 'a.org=b.pem']}", "a.org is there twice"),
+    ] {
+        let found = mistakes(&format!("{own}trust: {trust}\n"));
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].starts_with(&format!("trust.bundles: {reason}")), "{found:?}");
+    }
+}
+
+#[test]
+fn what_is_no_trust_domain_bundle_or_list_of_files_is_refused() {
+    for (trust, key) in [
+        ("{aliases: [UPPER]}", "trust.aliases[0]"),
+        ("{bundles: [a.org]}", "trust.bundles[0]"),
+        ("{bundles: ['a.org=']}", "trust.bundles[0]"),
+        ("{bundles: ['=a.pem']}", "trust.bundles[0]"),
+        ("{bundles: ['a.org=a.pem', 'B=b.pem']}", "trust.bundles[1]"),
+        ("{crls: [a.crl, '']}", "trust.crls[1]"),
+        ("{crls: {a: b}}", "trust.crls"),
+    ] {
+        is_refused(&format!("trust: {trust}\n"), key);
+    }
+}
+
+#[test]
+fn counts_have_their_bounds() {
+    for right in ["{streams: 1}", "{streams: 10000}", "{per_peer: 64}", "{max_age: 250ms}"] {
+        assert_eq!(mistakes(&format!("tunnels: {right}\n")), [""; 0], "{right}");
+    }
+    for (key, wrong) in [
+        ("streams", "0"),
+        ("streams", "10001"),
+        ("streams", "many"),
+        ("per_peer", "0"),
+        ("per_peer", "65"),
+        ("max_age", "0s"),
+    ] {
+        is_refused(&format!("tunnels: {{{key}: {wrong}}}\n"), &format!("tunnels.{key}"));
+    }
+}

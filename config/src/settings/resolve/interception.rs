@@ -1,0 +1,371 @@
+//! The settings `interception`, and which of them do not go together.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::str::FromStr;
+
+use ipnet::{IpNet, Ipv4Net};
+
+use crate::settings::declare::{
+    CIDRS, Declared, Document, FLAG, Fallback, Files, Kind, PORTS, Written, cidr, given_included,
+    given_list, included, list, port_range, settings, word,
+};
+use crate::settings::{
+    Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
+    OutboundCapture, PortRange, PortRangeError, Profile,
+};
+use crate::yaml::read::Cursor;
+
+/// The user and group that Istio's sidecar runs as.
+const ISTIO_PROXY: u32 = 1337;
+/// The user that OSM's sidecar runs as.
+const OSM_PROXY: u32 = 1500;
+/// IFNAMSIZ without its final NUL (`include/uapi/linux/if.h`).
+const MAX_INTERFACE_BYTES: usize = 15;
+/// (uid_t)-1 means "no user" to the kernel.
+const NO_ID: u32 = u32::MAX;
+
+const LOOPBACK: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::LOCALHOST, 32);
+
+settings! {
+    /// whose traffic scheme the rules follow: `ambient` and `sidecar`: Istio's; `osm`: Open Service
+    /// Mesh's; `none`: the rules are someone else's, and client addresses are not imitated
+    PROFILE: Profile = "interception.profile", word("`ambient`, `sidecar`, `osm`, `none`"),
+        Fallback::Is(|| Profile::Ambient), |s| Some(s.interception.profile);
+    /// what installs the rules: `nftables` (over netlink), `iptables` (its nft variant),
+    /// `iptables-legacy`; `auto`: nftables, and where the kernel has none iptables, legacy first
+    BACKEND: Backend = "interception.backend",
+        word("`auto`, `nftables`, `iptables`, `iptables-legacy`"),
+        Fallback::Is(|| Backend::Auto), |s| Some(s.interception.backend);
+    /// `true`: only the rules that Istio or OSM have, without the ones that we add to make them
+    /// safer
+    EXACT: bool = "interception.exact", FLAG,
+        Fallback::Is(|| false), |s| Some(s.interception.exact);
+    /// `false`: `underpass rules install` does it before (an init container); `run` then installs,
+    /// repairs and removes none, and needs no privilege for it
+    INSTALL: bool = "interception.install", FLAG,
+        Fallback::Is(|| true), |s| Some(s.interception.install);
+    /// put back what another tool changed in the rules, and follow changed settings; `false` (with
+    /// `on_exit: keep`): in `sidecar` and `osm` the proxy keeps no capability
+    REPAIR: bool = "interception.repair", FLAG,
+        Fallback::Is(|| true), |s| Some(s.interception.repair);
+    /// `capture`: as IPv4, whether IPv6 is enabled now or later; `reject`: refused, so that clients
+    /// take IPv4; `bypass`: goes its way uncaught and unencrypted
+    IPV6: Ipv6 = "interception.ipv6", word("`capture`, `reject`, `bypass`"),
+        Fallback::Is(|| Ipv6::Capture), |s| Some(s.interception.ipv6);
+    /// `keep`: the rules stay, so without a proxy connections are refused (fail closed); `remove`:
+    /// traffic goes direct and plain (fail open)
+    ON_EXIT: OnExit = "interception.on_exit", word("`keep`, `remove`"),
+        Fallback::Is(|| OnExit::Keep), |s| Some(s.interception.on_exit);
+    /// whether rules may be installed in the host's own network namespace
+    ALLOW_HOST: bool = "interception.allow_host", FLAG,
+        Fallback::Is(|| false), |s| Some(s.interception.allow_host);
+    /// connections to these addresses go direct
+    EXCLUDE_CIDRS: Vec<IpNet> = "interception.outbound.exclude_cidrs", CIDRS,
+        Fallback::Is(Vec::new), |s| Some(s.interception.outbound.exclude_cidrs.clone());
+    /// only connections to these addresses are caught, and those to `include_ports`
+    INCLUDE_CIDRS: Option<Vec<IpNet>> = "interception.outbound.include_cidrs",
+        included("list of CIDRs, `*`, `none`", |cursor, _| given_included(cursor, cidr)),
+        Fallback::Varies("`\"*\"`: all; `none` if `include_ports` is given"),
+        |s| Some(s.interception.outbound.include_cidrs.clone());
+    /// connections to these ports go direct
+    EXCLUDE_PORTS: Vec<PortRange> = "interception.outbound.exclude_ports", PORTS,
+        Fallback::Is(Vec::new), |s| Some(s.interception.outbound.exclude_ports.clone());
+    /// connections to these ports are caught, wherever they go; alone: only these
+    INCLUDE_PORTS: Vec<PortRange> = "interception.outbound.include_ports", PORTS,
+        Fallback::Is(Vec::new), |s| Some(s.interception.outbound.include_ports.clone());
+    /// connections that leave through these interfaces go direct
+    EXCLUDE_INTERFACES: Vec<String> = "interception.outbound.exclude_interfaces", INTERFACES,
+        Fallback::Is(Vec::new), |s| Some(s.interception.outbound.exclude_interfaces.clone());
+    /// connections of these users go direct
+    EXCLUDE_UIDS: Vec<u32> = "interception.outbound.exclude_uids", UIDS,
+        Fallback::Is(Vec::new), |s| Some(s.interception.outbound.exclude_uids.clone());
+    /// connections of these groups go direct
+    EXCLUDE_GIDS: Vec<u32> = "interception.outbound.exclude_gids", GIDS,
+        Fallback::Is(Vec::new), |s| Some(s.interception.outbound.exclude_gids.clone());
+    /// only connections of these groups are caught (`sidecar`; not with `exclude_gids`)
+    INCLUDE_GIDS: Vec<u32> = "interception.outbound.include_gids", GIDS,
+        Fallback::Called(Vec::new, "all"), |s| Some(s.interception.outbound.include_gids.clone());
+    /// `redirect`: the destination is rewritten; `tproxy`: it is not, and the application can see
+    /// the client's address (`sidecar`)
+    INBOUND_MODE: InboundMode = "interception.inbound.mode", word("`redirect`, `tproxy`"),
+        Fallback::Is(InboundMode::default), |s| Some(s.interception.inbound.mode);
+    /// only plaintext connections to these ports are caught; `none`: to no port
+    INBOUND_PORTS: Option<Vec<PortRange>> = "interception.inbound.include_ports",
+        included("list of ports, `*`, `none`", |cursor, _| given_included(cursor, port_range)),
+        Fallback::Called(|| None, "`\"*\"`: all"),
+        |s| Some(s.interception.inbound.include_ports.clone());
+    /// connections to these ports go straight to the application (only when all are included)
+    INBOUND_EXCLUDE_PORTS: Vec<PortRange> = "interception.inbound.exclude_ports", PORTS,
+        Fallback::Is(Vec::new), |s| Some(s.interception.inbound.exclude_ports.clone());
+    /// what comes in through these interfaces goes straight to the application
+    INBOUND_EXCLUDE_INTERFACES: Vec<String> = "interception.inbound.exclude_interfaces", INTERFACES,
+        Fallback::Is(Vec::new), |s| Some(s.interception.inbound.exclude_interfaces.clone());
+    /// interfaces of VMs and nested containers: what comes in there is outbound traffic (not `osm`)
+    VIRTUAL_INTERFACES: Vec<String> = "interception.virtual_interfaces", INTERFACES,
+        Fallback::Is(Vec::new), |s| Some(s.interception.virtual_interfaces.clone());
+    /// the users that the proxy runs as: their connections are the proxy's own, and never caught
+    PROXY_UIDS: Vec<u32> = "interception.proxy_uids", UIDS,
+        Fallback::Varies("`sidecar` 1337, `osm` 1500"), |s| Some(s.interception.proxy_uids.clone());
+    /// the same for groups (`sidecar`); not empty together with `proxy_uids`
+    PROXY_GIDS: Vec<u32> = "interception.proxy_gids", GIDS,
+        Fallback::Varies("`sidecar` 1337"), |s| Some(s.interception.proxy_gids.clone());
+    /// `capture`: DNS queries are led to `proxy.dns_port` (not `osm`)
+    DNS: Dns = "interception.dns", word("`off`, `capture`"),
+        Fallback::Is(|| Dns::Off), |s| Some(s.interception.dns);
+    /// with `dns: capture`: only queries to these addresses
+    DNS_SERVERS: Vec<IpAddr> = "interception.dns_servers",
+        list("list of addresses", |cursor, _| given_list(cursor, server)),
+        Fallback::Called(Vec::new, "all"), |s| Some(s.interception.dns_servers.clone());
+    /// drop packets that fit no connection (conntrack's `INVALID`), which would otherwise reset one
+    DROP_INVALID: bool = "interception.drop_invalid", FLAG,
+        Fallback::Is(|| false), |s| Some(s.interception.drop_invalid);
+    /// the workload is an ingress gateway: connections that reach it in plain are not caught
+    /// (`ambient`)
+    INGRESS: bool = "interception.ingress", FLAG,
+        Fallback::Is(|| false), |s| Some(s.interception.ingress);
+    /// whether connections from 169.254.7.127 and fd16:9254:7127:1337:ffff:ffff:ffff:ffff bypass
+    /// the proxy, and with it mTLS and policies: `off`; `on`: to every port; ports and ranges: to
+    /// these (`ambient`). Only for a node whose agent rewrites the kubelet's probes to that source:
+    /// see [interception.md](interception.md#kubelet-probes)
+    KUBELET_PROBES: KubeletProbes = "interception.kubelet_probes", PROBES,
+        Fallback::Varies("`off`; with `exact`: `on`"),
+        |s| Some(s.interception.kubelet_probes.clone());
+    /// what the application sends to these addresses of its own is left alone; inside 127.0.0.0/8
+    /// (`sidecar`)
+    LOOPBACK_CIDR: Ipv4Net = "interception.loopback_cidr", LOOPBACK_NET,
+        Fallback::Is(|| LOOPBACK), |s| Some(s.interception.loopback_cidr);
+}
+
+const INTERFACES: Kind<Vec<String>> =
+    list("list of interfaces", |cursor, _| given_list(cursor, interface));
+const UIDS: Kind<Vec<u32>> = list("list of user ids", |cursor, _| given_list(cursor, uid));
+const GIDS: Kind<Vec<u32>> = list("list of group ids", |cursor, _| given_list(cursor, gid));
+const LOOPBACK_NET: Kind<Ipv4Net> =
+    Kind { name: "CIDR", is_list: false, read: loopback, write: |net| Written::scalar(net) };
+const PROBES: Kind<KubeletProbes> = Kind {
+    name: "`off`, `on`, list of ports",
+    is_list: true,
+    read: probes,
+    write: |probes| match probes {
+        KubeletProbes::Ports(ports) => Written::list(ports),
+        word => Written::scalar(word),
+    },
+};
+
+/// Reads the whole section. A mistake is reported at its key; the settings are then of no use.
+pub(super) fn settings(document: Document<'_>) -> Option<InterceptionSettings> {
+    // After a mistake in the profile, nothing more can be said of what goes together.
+    let profile = PROFILE.read_sound(document).unwrap_or(Profile::None);
+    let (uids, gids): (&[u32], &[u32]) = match profile {
+        Profile::Sidecar => (&[ISTIO_PROXY], &[ISTIO_PROXY]),
+        Profile::Osm => (&[OSM_PROXY], &[]),
+        Profile::Ambient | Profile::None => (&[], &[]),
+    };
+    let exact = EXACT.read(document)?;
+    let settings = InterceptionSettings {
+        profile,
+        backend: BACKEND.read(document)?,
+        exact,
+        install: INSTALL.read(document)?,
+        repair: REPAIR.read(document)?,
+        ipv6: IPV6.read(document)?,
+        on_exit: ON_EXIT.read(document)?,
+        allow_host: ALLOW_HOST.read(document)?,
+        outbound: outbound(document)?,
+        inbound: inbound(document)?,
+        virtual_interfaces: VIRTUAL_INTERFACES.read(document)?,
+        proxy_uids: PROXY_UIDS.read(document).unwrap_or_else(|| uids.to_vec()),
+        proxy_gids: PROXY_GIDS.read(document).unwrap_or_else(|| gids.to_vec()),
+        dns: DNS.read(document)?,
+        dns_servers: DNS_SERVERS.read(document)?,
+        drop_invalid: DROP_INVALID.read(document)?,
+        ingress: INGRESS.read(document)?,
+        kubelet_probes: kubelet_probes(document, profile, exact),
+        loopback_cidr: LOOPBACK_CIDR.read(document)?,
+    };
+    // Without rules of ours, no two settings of them can contradict each other.
+    if profile != Profile::None {
+        refuse_contradictions(document, &settings);
+    }
+    Some(settings)
+}
+
+fn kubelet_probes(document: Document<'_>, profile: Profile, exact: bool) -> KubeletProbes {
+    // Istio's rules, the only ones with `exact`, always exempt probes.
+    let always = exact && profile == Profile::Ambient;
+    let default = if always { KubeletProbes::On } else { KubeletProbes::Off };
+    let probes = KUBELET_PROBES.read(document).unwrap_or(default);
+    let problem = |reason| KUBELET_PROBES.problem(document, reason);
+    if KUBELET_PROBES.is_empty_list(document) {
+        problem("must be off, on, or a list of ports");
+    } else if probes != KubeletProbes::On && always {
+        problem("is always on with exact: Istio's rules exempt probes to every port");
+    } else if probes != KubeletProbes::Off && matches!(profile, Profile::Sidecar | Profile::Osm) {
+        problem("is possible in the ambient profile only");
+    }
+    probes
+}
+
+fn probes(cursor: Cursor<'_>, _: Files<'_>) -> Option<KubeletProbes> {
+    match () {
+        () if cursor.is_word("off") => Some(KubeletProbes::Off),
+        () if cursor.is_word("on") => Some(KubeletProbes::On),
+        () => given_list(cursor, probe_port).map(KubeletProbes::Ports),
+    }
+}
+
+fn probe_port(text: &str) -> Result<PortRange, String> {
+    text.parse().map_err(|error: PortRangeError| format!("must be off, on, or ports: {error}"))
+}
+
+fn outbound(document: Document<'_>) -> Option<OutboundCapture> {
+    let include_ports = INCLUDE_PORTS.read(document)?;
+    // Ports alone mean these ports only.
+    let only_ports = (!include_ports.is_empty()).then(Vec::new);
+    Some(OutboundCapture {
+        include_cidrs: INCLUDE_CIDRS.read(document).unwrap_or(only_ports),
+        exclude_cidrs: EXCLUDE_CIDRS.read(document)?,
+        exclude_ports: EXCLUDE_PORTS.read(document)?,
+        include_ports,
+        exclude_interfaces: EXCLUDE_INTERFACES.read(document)?,
+        exclude_uids: EXCLUDE_UIDS.read(document)?,
+        exclude_gids: EXCLUDE_GIDS.read(document)?,
+        include_gids: INCLUDE_GIDS.read(document)?,
+    })
+}
+
+fn inbound(document: Document<'_>) -> Option<InboundCapture> {
+    Some(InboundCapture {
+        mode: INBOUND_MODE.read(document)?,
+        include_ports: INBOUND_PORTS.read(document)?,
+        exclude_ports: INBOUND_EXCLUDE_PORTS.read(document)?,
+        exclude_interfaces: INBOUND_EXCLUDE_INTERFACES.read(document)?,
+    })
+}
+
+/// Reports settings that are right by themselves and wrong together.
+fn refuse_contradictions(document: Document<'_>, settings: &InterceptionSettings) {
+    let InterceptionSettings { profile, outbound, inbound, .. } = settings;
+    let ambient = *profile == Profile::Ambient;
+    let sidecar = *profile == Profile::Sidecar;
+    let osm = *profile == Profile::Osm;
+    let no_uids = PROXY_UIDS.is_empty_list(document);
+    let no_gids = PROXY_GIDS.is_empty_list(document);
+    let wrong: [(bool, &dyn Declared, &str); 13] = [
+        (
+            inbound.mode == InboundMode::Tproxy && !sidecar,
+            &INBOUND_MODE,
+            "tproxy is possible in the sidecar profile only",
+        ),
+        (settings.ingress && !ambient, &INGRESS, "is possible in the ambient profile only"),
+        (
+            !settings.proxy_uids.is_empty() && ambient,
+            &PROXY_UIDS,
+            "is possible in the profiles sidecar and osm only: ambient tells the proxy by its mark",
+        ),
+        (osm && no_uids, &PROXY_UIDS, "must not be empty: OSM tells the proxy by its user"),
+        (
+            sidecar && no_uids && no_gids,
+            &PROXY_UIDS,
+            "must not be empty when proxy_gids is: nothing else tells the proxy from the workload",
+        ),
+        (
+            !settings.proxy_gids.is_empty() && !sidecar,
+            &PROXY_GIDS,
+            "is possible in the sidecar profile only: OSM tells the proxy by its user, ambient by its mark",
+        ),
+        (
+            settings.loopback_cidr != LOOPBACK && !sidecar,
+            &LOOPBACK_CIDR,
+            "is possible in the sidecar profile only",
+        ),
+        (
+            !outbound.include_gids.is_empty() && !sidecar,
+            &INCLUDE_GIDS,
+            "is possible in the sidecar profile only",
+        ),
+        (
+            !outbound.include_gids.is_empty() && !outbound.exclude_gids.is_empty(),
+            &EXCLUDE_GIDS,
+            "cannot be given together with include_gids, which excludes every other group",
+        ),
+        (
+            inbound.include_ports.is_some() && !inbound.exclude_ports.is_empty(),
+            &INBOUND_EXCLUDE_PORTS,
+            "only has a meaning when every port is included: drop it, or include_ports",
+        ),
+        (
+            !settings.virtual_interfaces.is_empty() && osm,
+            &VIRTUAL_INTERFACES,
+            "is not possible in the osm profile",
+        ),
+        (settings.dns == Dns::Capture && osm, &DNS, "OSM captures no DNS: must be off"),
+        (
+            !settings.dns_servers.is_empty() && settings.dns == Dns::Off,
+            &DNS_SERVERS,
+            "has a meaning with dns: capture only",
+        ),
+    ];
+    for (_, setting, reason) in wrong.into_iter().filter(|(is_wrong, ..)| *is_wrong) {
+        setting.problem(document, reason);
+    }
+}
+
+/// The name of an interface, by the rules of the kernel (`dev_valid_name` in `net/core/dev.c`), without what iptables and
+/// nft would read as a pattern or as the end of the name.
+fn interface(text: &str) -> Result<String, String> {
+    let refused = |c: char| {
+        c.is_whitespace() || c.is_control() || matches!(c, '/' | ':' | '\'' | '"' | '`' | '\\')
+    };
+    if text == "lo" {
+        return Err("must not be lo: the proxy's own connections go through it".to_owned());
+    }
+    if text.contains(['+', '*']) {
+        return Err(
+            "must be the whole name of an interface: wildcards are not supported".to_owned()
+        );
+    }
+    let fits = (1..=MAX_INTERFACE_BYTES).contains(&text.len());
+    if !fits || matches!(text, "." | "..") || text.contains(refused) {
+        return Err(
+            "must be the name of an interface: 1 to 15 characters, no '/', ':', quotes or spaces"
+                .to_owned(),
+        );
+    }
+    Ok(text.to_owned())
+}
+
+fn uid(text: &str) -> Result<u32, String> {
+    id(text).ok_or_else(|| "must be a number; `id -u NAME` tells it".to_owned())
+}
+
+fn gid(text: &str) -> Result<u32, String> {
+    id(text).ok_or_else(|| "must be a number; `getent group NAME` tells it".to_owned())
+}
+
+fn id(text: &str) -> Option<u32> {
+    number(text).filter(|id| *id != NO_ID)
+}
+
+fn server(text: &str) -> Result<IpAddr, String> {
+    let address = text.parse::<IpAddr>().map(|address| address.to_canonical());
+    address.map_err(|_| "must be the address of a DNS server, such as 10.96.0.10".to_owned())
+}
+
+fn loopback(cursor: Cursor<'_>, _: Files<'_>) -> Option<Ipv4Net> {
+    match crate::cidr::parse(cursor.text()?.trim()) {
+        Some(IpNet::V4(net)) if net.addr().is_loopback() && net.prefix_len() >= 8 => Some(net),
+        _ => {
+            cursor.problem("must be an IPv4 CIDR inside 127.0.0.0/8, such as 127.0.0.1/32");
+            None
+        }
+    }
+}
+
+/// Digits alone: `parse` would take "+80".
+fn number<T: FromStr>(text: &str) -> Option<T> {
+    text.parse().ok().filter(|_| text.bytes().all(|c| c.is_ascii_digit()))
+}
+
+#[cfg(test)]
+mod tests;

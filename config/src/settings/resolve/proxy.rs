@@ -1,0 +1,57 @@
+//! The settings `proxy`, but for its modes of mTLS (`access.rs`).
+
+use std::collections::BTreeSet;
+
+use crate::settings::declare::{Document, Fallback, Kind, PORT, Written, settings};
+use crate::settings::{MtlsSettings, Profile, ProxySettings};
+
+settings! {
+    /// where caught outbound connections arrive
+    OUTBOUND_PORT: u16 = "proxy.outbound_port", PORT,
+        Fallback::Is(|| 15001), |s| Some(s.proxy.outbound_port);
+    /// where caught plaintext inbound connections arrive
+    INBOUND_PORT: u16 = "proxy.inbound_port", PORT,
+        Fallback::Varies("15006; `osm` 15003"), |s| Some(s.proxy.inbound_port);
+    /// where peers connect with HBONE, here and on every peer
+    HBONE_PORT: u16 = "proxy.hbone_port", PORT,
+        Fallback::Is(|| 15008), |s| Some(s.proxy.hbone_port);
+    /// where caught DNS queries arrive
+    DNS_PORT: u16 = "proxy.dns_port", PORT, Fallback::Is(|| 15053), |s| Some(s.proxy.dns_port);
+    /// data threads; `auto`: as many as CPUs this process may use, cgroup limits included
+    WORKERS: Option<usize> = "proxy.workers", THREADS,
+        Fallback::Is(|| None), |s| Some(s.proxy.workers);
+}
+
+const THREADS: Kind<Option<usize>> = Kind {
+    name: "number, `auto`",
+    is_list: false,
+    read: |cursor, _| match cursor.text()? {
+        "auto" => Some(None),
+        _ => cursor.number(1..=1024, "auto or a number of threads, 1 to 1024").map(Some),
+    },
+    write: |threads| threads.map_or_else(|| Written::scalar("auto"), Written::scalar),
+};
+
+pub(super) fn proxy(
+    document: Document<'_>,
+    profile: Profile,
+    mtls: MtlsSettings,
+) -> Option<ProxySettings> {
+    // OSM's sidecar listens where Istio's does not.
+    let inbound_port = if profile == Profile::Osm { 15003 } else { 15006 };
+    let settings = ProxySettings {
+        outbound_port: OUTBOUND_PORT.read(document)?,
+        inbound_port: INBOUND_PORT.read(document).unwrap_or(inbound_port),
+        hbone_port: HBONE_PORT.read(document)?,
+        dns_port: DNS_PORT.read(document)?,
+        workers: WORKERS.read(document)?,
+        mtls,
+    };
+    let ProxySettings { outbound_port, inbound_port, hbone_port, dns_port, .. } = settings;
+    if BTreeSet::from([outbound_port, inbound_port, hbone_port, dns_port]).len() < 4 {
+        let section = document.root.key("proxy");
+        section.problem("outbound_port, inbound_port, hbone_port and dns_port must differ");
+        return None;
+    }
+    Some(settings)
+}

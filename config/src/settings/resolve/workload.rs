@@ -1,0 +1,70 @@
+//! The settings `workload` and `mesh`.
+
+use std::path::PathBuf;
+
+use crate::identity::spiffe::{SpiffeId, TrustDomain};
+use crate::settings::WorkloadSettings;
+use crate::settings::declare::{Document, Fallback, Kind, PATH, TEXT, Written, settings};
+
+settings! {
+    /// what the mesh and logs call the workload ([mesh.md](mesh.md), "The pod's own workload")
+    NAME: String = "workload.name", TEXT,
+        Fallback::Varies("the service account"), |s| Some(s.workload.name.clone());
+    /// its namespace
+    NAMESPACE: String = "workload.namespace", TEXT,
+        Fallback::Is(|| "default".to_owned()), |s| Some(s.workload.namespace.clone());
+    /// the service account its certificate is issued to
+    SERVICE_ACCOUNT: String = "workload.serviceAccount", TEXT,
+        Fallback::Is(|| "default".to_owned()), |s| Some(s.workload.service_account.clone());
+    /// the trust domain of its identity
+    TRUST_DOMAIN: TrustDomain = "workload.trustDomain", TRUST_DOMAIN_NAME,
+        Fallback::Is(TrustDomain::cluster_local), |s| Some(s.workload.trust_domain.clone());
+    /// the network in which its addresses mean something: those of the mesh are looked up in it
+    NETWORK: String = "workload.network", NETWORK_NAME,
+        Fallback::Is(String::new), |s| Some(s.workload.network.clone());
+    /// the mesh file ([mesh.md](mesh.md)), or a folder of such files, which together are one
+    MESH_FILE: PathBuf = "mesh.file", PATH,
+        Fallback::Varies("none: nobody else is known"), |s| s.mesh_file.clone();
+}
+
+const TRUST_DOMAIN_NAME: Kind<TrustDomain> = Kind {
+    name: "trust domain",
+    is_list: false,
+    read: |cursor, _| cursor.parse_explained(),
+    write: |trust_domain| Written::scalar(trust_domain),
+};
+
+/// The mesh file writes an address as `network/address`.
+const NETWORK_NAME: Kind<String> = Kind {
+    read: |cursor, _| {
+        let name = cursor.text()?;
+        if name.contains('/') {
+            cursor.problem("must be the name of a network, without '/'");
+            return None;
+        }
+        Some(name.to_owned())
+    },
+    ..TEXT
+};
+
+pub(super) fn workload(document: Document<'_>) -> Option<WorkloadSettings> {
+    let namespace = NAMESPACE.read(document)?;
+    let service_account = SERVICE_ACCOUNT.read(document)?;
+    let trust_domain = TRUST_DOMAIN.read_sound(document)?;
+    let spiffe_id = SpiffeId::istio(trust_domain.clone(), &namespace, &service_account)
+        .map_err(|error| {
+            document
+                .root
+                .key("workload")
+                .problem(format!("namespace and serviceAccount make no SPIFFE identity: {error}"));
+        })
+        .ok()?;
+    // A workload is called by its service account unless it has a name.
+    let name = NAME.read(document).unwrap_or_else(|| service_account.clone());
+    let network = NETWORK.read_sound(document)?;
+    Some(WorkloadSettings { name, namespace, service_account, trust_domain, network, spiffe_id })
+}
+
+pub(super) fn mesh_file(document: Document<'_>) -> Option<PathBuf> {
+    MESH_FILE.read(document)
+}

@@ -1,0 +1,238 @@
+//! Settings as a settings file that says the same: what `underpass config show` prints.
+//!
+//! Paths of secrets are shown, their contents never: settings do not hold them. The YAML has the
+//! shapes of settings only: mappings of mappings, scalars, and lists of scalars.
+
+use std::fmt;
+
+use crate::settings::Settings;
+use crate::settings::declare::Written;
+use crate::settings::resolve::declared;
+
+impl fmt::Display for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut open: Vec<&str> = Vec::new();
+        for setting in declared() {
+            let Some(value) = setting.written(self) else { continue };
+            let mut sections: Vec<&str> = setting.key().split('.').collect();
+            let Some(key) = sections.pop() else { continue };
+            let shared = open.iter().zip(&sections).take_while(|(one, other)| one == other).count();
+            for (depth, section) in sections.iter().enumerate().skip(shared) {
+                writeln!(f, "{:1$}{section}:", "", depth * 2)?;
+            }
+            writeln!(f, "{:1$}{key}: {2}", "", sections.len() * 2, Yaml(&value))?;
+            open = sections;
+        }
+        Ok(())
+    }
+}
+
+/// A value in YAML's flow style.
+struct Yaml<'a>(&'a Written);
+
+impl fmt::Display for Yaml<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Written::Scalar(text) => write_scalar(f, text),
+            Written::List(items) => {
+                f.write_str("[")?;
+                for (index, item) in items.iter().enumerate() {
+                    f.write_str(if index == 0 { "" } else { ", " })?;
+                    write_scalar(f, item)?;
+                }
+                f.write_str("]")
+            }
+        }
+    }
+}
+
+/// Plain where that is the same in every context, else in double quotes (YAML 1.2 section 7.3.1).
+fn write_scalar(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+    if is_plain(text) {
+        return f.write_str(text);
+    }
+    f.write_str("\"")?;
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => write!(f, "\\{c}")?,
+            c if c.is_control() || matches!(c, '\u{feff}' | '\u{2028}' | '\u{2029}') => {
+                write!(f, "\\u{:04x}", u32::from(c))?;
+            }
+            c => write!(f, "{c}")?,
+        }
+    }
+    f.write_str("\"")
+}
+
+fn is_plain(text: &str) -> bool {
+    let first = |c: u8| c.is_ascii_alphanumeric() || c == b'/';
+    let others = |c: u8| c.is_ascii_alphanumeric() || b"/._-+=".contains(&c);
+    let is_null = text.eq_ignore_ascii_case("null");
+    text.bytes().next().is_some_and(first) && text.bytes().all(others) && !is_null
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::load::{read_text, settings_of};
+    use crate::settings::resolve::keys;
+    use crate::yaml::document::{Node, Value};
+
+    const SIDECAR: &str = r#"
+workload: {name: web-1, namespace: shop, serviceAccount: web, trustDomain: example.org, network: 'east: #1'}
+mesh: {file: /etc/underpass/mesh file.yaml}
+identity: {certificate: /c.pem, key: /c.key, roots: /r.pem}
+interception:
+  profile: sidecar
+  backend: iptables-legacy
+  exact: true
+  install: false
+  repair: false
+  ipv6: reject
+  on_exit: remove
+  allow_host: true
+  outbound:
+    exclude_cidrs: ["10.0.0.0/8", "fd00::/8"]
+    include_cidrs: ["0.0.0.0/0", "::/0"]
+    exclude_ports: [22, 8000-8100]
+    include_ports: [443]
+    exclude_interfaces: [eth1, "true"]
+    exclude_uids: [0, 5]
+    include_gids: [6]
+  inbound: {mode: tproxy, include_ports: [80, 9000-9100], exclude_interfaces: [eth2]}
+  virtual_interfaces: [veth0]
+  proxy_uids: [7, 8]
+  proxy_gids: [9]
+  dns: capture
+  dns_servers: ["10.96.0.10", "::1"]
+  drop_invalid: true
+  loopback_cidr: 127.0.0.0/8
+proxy: {outbound_port: 1, inbound_port: 2, hbone_port: 3, dns_port: 4, workers: 3, mtls: strict, mtls_overrides: ["shop/web:80=permissive", ":9000=permissive", shop/db=strict]}
+egress: mesh-only
+egress_exceptions: {cidrs: [10.0.0.0/8, "fd00::1"], ports: [53, 8000-8100]}
+timeouts: {connect: 250ms, handshake: 1s, frame: 7s, reply: 2s, idle: 8h, half_close: off, keepalive: 30s, drain: 3s, handover_drain: 12h, pool_idle: 2h, tunnel_idle: 3h, ejection: 4s}
+take_over: {socket: /run/x.sock}
+metrics: {address: "127.0.0.1:91", label_sets: 7, idle: 90s}
+readiness: {address: "[::1]:92"}
+logging: {filter: 'info,access=off', format: json}
+trust: {aliases: [old.example.org, cluster.local], bundles: ["partner.org=/p, q.pem"], crls: ["/a.crl", "/b\"\\.crl"], ciphers: [aes-256-gcm]}
+tunnels: {max_age: 90s, streams: 7, per_peer: 2}
+limits: {connections_per_worker: 1, connections_per_source: 2, accepts_per_second: 3, handshakes: 4, handshakes_per_source: 9, tunnels_per_source: 5, tunnels_per_identity: 6, buffers: 2MiB}
+"#;
+    /// What does not go together with the above.
+    const AMBIENT: &str = r"
+identity:
+  istio_ca:
+    address: https://istiod.istio-system.svc:15012
+    server_name: istiod
+    roots: /istio/root-cert.pem
+    token: /var/run/secrets/tokens/istio-token
+    cluster_id: 'east:#1'
+    impersonate: true
+  ttl: 12h
+interception:
+  ingress: true
+  kubelet_probes: [8080, 9000-9010]
+  outbound: {exclude_gids: [1], include_cidrs: none}
+  inbound: {exclude_ports: [15020]}
+";
+    const OSM: &str = r"
+identity: {local_ca: /ca}
+interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_ports: none}}
+";
+    const SPIRE: &str = "identity: {spire: {socket: /run/spire/agent.sock}}";
+
+    #[test]
+    fn what_is_shown_can_be_read_again_and_says_the_same() {
+        for text in [SIDECAR, AMBIENT, OSM, SPIRE, ""] {
+            let first = settings_of(text).unwrap();
+            let shown = first.to_string();
+            assert_eq!(first, settings_of(&shown).unwrap(), "{shown}");
+        }
+    }
+
+    #[test]
+    fn every_key_is_shown_and_tried() {
+        let given = [SIDECAR, AMBIENT, OSM, SPIRE];
+        let shown =
+            given.map(|text| read_text("shown", &settings_of(text).unwrap().to_string()).unwrap());
+        let given = given.map(|text| read_text("given", text).unwrap());
+        for key in keys() {
+            let path: Vec<&str> = key.split('.').collect();
+            assert!(shown.iter().any(|shown| shown.at(&path).is_some()), "{key} is not shown");
+            assert!(given.iter().any(|given| given.at(&path).is_some()), "{key} is not tried");
+        }
+    }
+
+    #[test]
+    fn sections_are_nested_and_only_what_yaml_reads_otherwise_is_quoted() {
+        let text = settings_of(OSM).unwrap().to_string();
+        let first = "workload:\n  name: default\n  namespace: default\n";
+        assert!(text.starts_with(first), "{text}");
+        for line in [
+            "  network: \"\"\n",
+            "identity:\n  local_ca: /ca\n  ttl: 24h\n",
+            "  outbound:\n    exclude_cidrs: []\n",
+            "    include_ports: [80]\n",
+            "    include_ports: none\n",
+            "proxy:\n  outbound_port: 15001\n",
+            "  mtls_overrides: []\negress: allow\negress_exceptions:\n  cidrs: []\n",
+            "  address: \"[::]:15020\"\n",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+    }
+
+    #[test]
+    fn quoted_scalars_are_read_as_they_were() {
+        let hostile = [
+            "",
+            "~",
+            "null",
+            "Null",
+            "*",
+            "a: b",
+            "#c",
+            "-",
+            "- x",
+            "\"q\"",
+            "back\\slash",
+            "tab\t",
+            "line\nfeed",
+            "nul\0",
+            "nel\u{85}",
+            "\u{feff}bom",
+            "\u{2028}",
+            "\u{1f600}",
+            "[x]",
+            "{x}",
+            "x, y",
+            " lead",
+            "trail ",
+            "%x",
+            "@x",
+            "`x",
+            "&x",
+            "!x",
+            "|",
+            ">",
+            "?",
+            "'",
+            "é",
+        ];
+        for text in hostile {
+            let list = Written::List(vec![text.to_owned(), "next".to_owned()]);
+            let yaml = format!("scalar: {}\nlist: {}\n", Yaml(&Written::scalar(text)), Yaml(&list));
+            let root = read_text("hostile", &yaml).unwrap();
+            let scalar = |node: &Node| match &node.value {
+                Value::Scalar(text) => text.clone(),
+                other => panic!("{other:?} in {yaml}"),
+            };
+            assert_eq!(scalar(root.at(&["scalar"]).unwrap()), text, "{yaml}");
+            let Value::Sequence(items) = &root.at(&["list"]).unwrap().value else {
+                panic!("{yaml}")
+            };
+            assert_eq!(items.iter().map(scalar).collect::<Vec<_>>(), [text, "next"]);
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Reads credentials in PEM; errors contain the file.
+
+use std::fs;
+use std::path::Path;
+
+use rustls_pki_types::pem::{self, PemObject};
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+
+use crate::error::{CredentialProblem, HboneError};
+
+const CERTIFICATE: &str = "certificate";
+const KEY: &str = "private key";
+const REVOCATION_LIST: &str = "X509 CRL";
+
+pub(crate) fn read(file: &Path) -> Result<Vec<u8>, HboneError> {
+    fs::read(file).map_err(|error| HboneError::file(file, error))
+}
+
+/// All certificates in `pem`, at least one.
+pub(crate) fn certificates(
+    name: &Path,
+    pem: &[u8],
+) -> Result<Vec<CertificateDer<'static>>, HboneError> {
+    sections(name, pem, CERTIFICATE)
+}
+
+/// The first private key in `pem`.
+pub(crate) fn private_key(name: &Path, pem: &[u8]) -> Result<PrivateKeyDer<'static>, HboneError> {
+    PrivateKeyDer::from_pem_slice(pem).map_err(|error| problem(name, &error, KEY))
+}
+
+/// All revocation lists in `bytes`, which is PEM with at least one, or DER of one.
+pub(crate) fn revocation_lists(
+    name: &Path,
+    bytes: Vec<u8>,
+) -> Result<Vec<CertificateRevocationListDer<'static>>, HboneError> {
+    // DER starts with the tag of a SEQUENCE and a length above 127, whose high bit PEM never has.
+    if matches!(bytes.as_slice(), [0x30, 0x80..=0xff, ..]) {
+        return Ok(vec![bytes.into()]);
+    }
+    sections(name, &bytes, REVOCATION_LIST)
+}
+
+fn sections<T: PemObject>(
+    name: &Path,
+    pem: &[u8],
+    wanted: &'static str,
+) -> Result<Vec<T>, HboneError> {
+    let found: Vec<T> = T::pem_slice_iter(pem)
+        .collect::<Result<_, _>>()
+        .map_err(|error| problem(name, &error, wanted))?;
+    if found.is_empty() {
+        return Err(HboneError::credential(name, CredentialProblem::Empty(wanted)));
+    }
+    Ok(found)
+}
+
+fn problem(name: &Path, error: &pem::Error, wanted: &'static str) -> HboneError {
+    HboneError::credential(
+        name,
+        match error {
+            pem::Error::NoItemsFound => CredentialProblem::Empty(wanted),
+            other => CredentialProblem::Pem(other.to_string()),
+        },
+    )
+}

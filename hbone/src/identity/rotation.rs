@@ -1,0 +1,211 @@
+//! Rotates the credentials of one workload: publishes each new identity of its source, and each new
+//! trust, as one generation of credentials. Logs and metrics are made of its events by the caller.
+
+use std::fmt;
+use std::time::{Duration, SystemTime};
+
+use tokio::select;
+use tokio::sync::watch;
+
+use crate::clock;
+use crate::error::{CredentialProblem, Fault, HboneError};
+use crate::identity::Identity;
+use crate::identity::credentials::Credentials;
+use crate::identity::renewal::reached;
+use crate::identity::source::IdentitySource;
+use crate::trust::Trust;
+
+/// What happened to the credentials.
+#[derive(Debug)]
+pub enum CredentialsEvent<'a> {
+    /// There is a new certificate.
+    Identity(&'a Credentials),
+    /// The trust has changed.
+    Trust(&'a Credentials),
+    /// A new identity or trust could not be fetched or used; the last one stays in use.
+    Failed(&'a HboneError),
+    /// The certificate has little left of its life, and there is no new one yet.
+    Expiring {
+        /// The certificate.
+        credentials: &'a Credentials,
+        /// How long it is still valid.
+        left: Duration,
+    },
+    /// The certificate has expired, and there is no new one: no handshake can succeed.
+    Expired(&'a HboneError),
+}
+
+/// Publishes the credentials of one workload, and renews them.
+pub struct CredentialRotator {
+    source: Box<dyn IdentitySource>,
+    trust: watch::Receiver<Trust>,
+    credentials: watch::Sender<Credentials>,
+    report: Box<dyn Fn(CredentialsEvent<'_>) + Send>,
+}
+
+impl CredentialRotator {
+    /// Waits for the first identity. Failures that may pass are reported, and the source is asked
+    /// again.
+    ///
+    /// # Errors
+    /// Those that only the operator can remedy ([`Fault::Configuration`]).
+    pub async fn start(
+        mut source: Box<dyn IdentitySource>,
+        mut trust: watch::Receiver<Trust>,
+        report: impl Fn(CredentialsEvent<'_>) + Send + 'static,
+    ) -> Result<(Self, watch::Receiver<Credentials>), HboneError> {
+        let identity = loop {
+            match source.next().await {
+                Ok(identity) => break identity,
+                Err(error) if error.fault() == Fault::Configuration => return Err(error),
+                Err(error) => report(CredentialsEvent::Failed(&error)),
+            }
+        };
+        let first = Credentials::new(identity, trust.borrow_and_update().clone())?;
+        report(CredentialsEvent::Identity(&first));
+        let (credentials, current) = watch::channel(first);
+        Ok((Self { source, trust, credentials, report: Box::new(report) }, current))
+    }
+
+    /// Publishes new credentials for ever. After a failure the last ones stay in use.
+    pub async fn run(self) {
+        let Self { mut source, mut trust, credentials, report } = self;
+        let current = trust.borrow().clone();
+        let mut published = Published { trust: current, credentials, report };
+        let mut next = source.next();
+        let mut reminder = Reminder::of(&published.identity());
+        loop {
+            select! {
+                identity = &mut next => {
+                    drop(next);
+                    next = source.next();
+                    if published.set_identity(identity) {
+                        reminder = Reminder::of(&published.identity());
+                    }
+                }
+                new = changed(&mut trust) => published.set_trust(new),
+                () = reminder.due() => reminder = published.remind(reminder),
+            }
+        }
+    }
+}
+
+impl fmt::Debug for CredentialRotator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CredentialRotator")
+            .field("credentials", &self.credentials)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Waits for another trust; for ever, once it cannot change any more.
+async fn changed(trust: &mut watch::Receiver<Trust>) -> Trust {
+    if trust.changed().await.is_err() {
+        return std::future::pending().await;
+    }
+    trust.borrow_and_update().clone()
+}
+
+/// What is in use, and where it is published.
+struct Published {
+    trust: Trust,
+    credentials: watch::Sender<Credentials>,
+    report: Box<dyn Fn(CredentialsEvent<'_>) + Send>,
+}
+
+impl Published {
+    fn identity(&self) -> Identity {
+        self.credentials.borrow().identity().clone()
+    }
+
+    /// Whether it is in use now.
+    fn set_identity(&self, identity: Result<Identity, HboneError>) -> bool {
+        let new = identity.and_then(|identity| Credentials::new(identity, self.trust.clone()));
+        match new {
+            Ok(new) => {
+                self.credentials.send_replace(new.clone());
+                (self.report)(CredentialsEvent::Identity(&new));
+                true
+            }
+            Err(error) => {
+                self.failed(&error);
+                false
+            }
+        }
+    }
+
+    fn set_trust(&mut self, trust: Trust) {
+        match Credentials::new(self.identity(), trust.clone()) {
+            Ok(new) => {
+                self.trust = trust;
+                self.credentials.send_replace(new.clone());
+                (self.report)(CredentialsEvent::Trust(&new));
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    /// Reports that the certificate expires soon or has expired. Returns the next reminder.
+    fn remind(&self, reminder: Reminder) -> Reminder {
+        let credentials = self.credentials.borrow().clone();
+        let expires = credentials.identity().expires();
+        match reminder {
+            Reminder::Expiring(_) => {
+                let left = expires.duration_since(clock::now()).unwrap_or_default();
+                (self.report)(CredentialsEvent::Expiring { credentials: &credentials, left });
+                Reminder::after(expires)
+            }
+            Reminder::Expired(_) | Reminder::None => {
+                let name = credentials.identity().spiffe_id().to_string();
+                let what = CredentialProblem::Expired(expires);
+                (self.report)(CredentialsEvent::Expired(&HboneError::credential(name, what)));
+                Reminder::None
+            }
+        }
+    }
+
+    fn failed(&self, error: &HboneError) {
+        (self.report)(CredentialsEvent::Failed(error));
+    }
+}
+
+/// When to report next that a certificate expires: at two thirds of its life, then daily, and hourly
+/// in its last day.
+#[derive(Debug, Clone, Copy)]
+enum Reminder {
+    Expiring(SystemTime),
+    Expired(SystemTime),
+    None,
+}
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const HOUR: Duration = Duration::from_secs(60 * 60);
+
+impl Reminder {
+    /// The first one of a certificate, which may be due now.
+    fn of(identity: &Identity) -> Self {
+        let life = identity.expires().duration_since(identity.not_before()).unwrap_or_default();
+        Self::Expiring(identity.expires() - life / 3)
+    }
+
+    /// The one after one that was due now.
+    fn after(expires: SystemTime) -> Self {
+        let now = clock::now();
+        let left = expires.duration_since(now).unwrap_or_default();
+        let pause = match left.checked_sub(DAY) {
+            Some(until_last_day) if !until_last_day.is_zero() => DAY.min(until_last_day),
+            _ => HOUR,
+        };
+        if pause < left { Self::Expiring(now + pause) } else { Self::Expired(expires) }
+    }
+
+    async fn due(self) {
+        match self {
+            Self::Expiring(time) | Self::Expired(time) => reached(time).await,
+            Self::None => std::future::pending().await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,117 @@
+//! A certificate, its key and its roots in files that someone else renews.
+//!
+//! Whoever renews them writes one file after the other: between two of them the pair does not match, and is not used. Not
+//! here: how files are followed (`crate::identity::files`).
+
+use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
+use tokio::select;
+use underpass_config::{FileWatcher, IdentityFiles};
+
+use super::{IdentitySource, NextIdentity, valid_now};
+use crate::error::HboneError;
+use crate::identity::Identity;
+use crate::identity::files::WatchedFiles;
+use crate::identity::renewal::Schedule;
+
+/// Reads the files at first and whenever they change: written in place, renamed, or reached through a swapped link.
+#[derive(Debug)]
+pub struct FileSource {
+    files: IdentityFiles,
+    watched: WatchedFiles,
+    /// When to look again without being told, because what was read last could not be used: it may become valid with
+    /// time, or readable.
+    retry: Option<Schedule>,
+    /// The content of the files that is used.
+    used: Option<u64>,
+    /// What was told about a content that cannot be used.
+    told: Option<String>,
+}
+
+impl FileSource {
+    /// A source of the certificates in these files.
+    pub fn new(files: IdentityFiles, watcher: &FileWatcher) -> Self {
+        Self {
+            files,
+            watched: WatchedFiles::none(watcher),
+            retry: Some(Schedule::new()),
+            used: None,
+            told: None,
+        }
+    }
+
+    /// Reads and checks the files once, without watching them.
+    ///
+    /// # Errors
+    /// [`HboneError::Credential`], naming the file and what is wrong with it.
+    pub fn check(files: &IdentityFiles) -> Result<Identity, HboneError> {
+        valid_now(&files.certificate, Identity::from_files(files)?)
+    }
+
+    async fn next_identity(&mut self) -> Result<Identity, HboneError> {
+        loop {
+            select! {
+                () = self.watched.changed() => {}
+                () = due(self.retry.as_ref()) => {}
+            }
+            match self.read() {
+                Ok(Some(identity)) => return Ok(identity),
+                Ok(None) => {}
+                Err(error) => {
+                    self.retry.get_or_insert_with(Schedule::new).failed();
+                    let text = error.to_string();
+                    if self.told.as_ref() != Some(&text) {
+                        self.told = Some(text);
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is in the files now; `None` if that is used already.
+    fn read(&mut self) -> Result<Option<Identity>, HboneError> {
+        if self.watched.is_empty() {
+            let IdentityFiles { certificate, key, roots } = &self.files;
+            self.watched.replace([certificate, key, roots])?;
+        }
+        let before = self.content();
+        let is_used = before.is_some() && before == self.used;
+        let identity = match is_used {
+            true => None,
+            false => Some(Self::check(&self.files)?),
+        };
+        // What changed while it was read is told by the watch.
+        self.used = before;
+        self.retry = None;
+        self.told = None;
+        Ok(identity)
+    }
+
+    /// A number that another content hardly ever has; `None` if a file cannot be read.
+    fn content(&self) -> Option<u64> {
+        let IdentityFiles { certificate, key, roots } = &self.files;
+        let mut hasher = DefaultHasher::new();
+        for file in [certificate, key, roots] {
+            fs::read(file).ok()?.hash(&mut hasher);
+        }
+        Some(hasher.finish())
+    }
+}
+
+impl IdentitySource for FileSource {
+    fn next(&mut self) -> NextIdentity<'_> {
+        Box::pin(self.next_identity())
+    }
+}
+
+async fn due(schedule: Option<&Schedule>) {
+    match schedule {
+        Some(schedule) => schedule.due().await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests;

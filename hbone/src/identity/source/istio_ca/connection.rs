@@ -1,0 +1,145 @@
+//! One HTTP/2 connection to the CA over TLS: the server proves its name, the client proves itself with its request.
+//!
+//! Not here: sockets (the caller dials, through [`Dial`]), and deadlines.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use http::uri::{Scheme, Uri};
+use hyper::body::Incoming;
+use hyper::client::conn::http2::{self, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::{ClientConfig, RootCertStore};
+use rustls_pki_types::ServerName;
+use tokio::net::lookup_host;
+use tokio_rustls::TlsConnector;
+use tonic::body::Body;
+use tower_service::Service;
+use underpass_config::{Cipher, IstioCaSettings};
+
+use crate::crypto::provider;
+use crate::error::{HboneError, IssuerProblem};
+use crate::pool::Dial;
+use crate::tls;
+use crate::trust::bundle::Bundle;
+use crate::tunnel::io::Io;
+
+const HTTPS_PORT: u16 = 443;
+
+/// Where the CA is, and by which name it proves to be it.
+#[derive(Debug)]
+pub(crate) struct Endpoint {
+    origin: Uri,
+    host: String,
+    port: u16,
+    server_name: ServerName<'static>,
+}
+
+impl Endpoint {
+    pub(crate) fn new(settings: &IstioCaSettings) -> Result<Self, IssuerProblem> {
+        let origin: Uri = settings.address.parse().map_err(|_| IssuerProblem::Address)?;
+        let is_root = matches!(origin.path(), "" | "/") && origin.query().is_none();
+        let host = origin.host().filter(|_| origin.scheme() == Some(&Scheme::HTTPS) && is_root);
+        let host = host.ok_or(IssuerProblem::Address)?;
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let port = origin.port_u16().unwrap_or(HTTPS_PORT);
+        let name = settings.server_name.as_ref().unwrap_or(&host);
+        let server_name = ServerName::try_from(name.clone())
+            .map_err(|_| IssuerProblem::ServerName(name.clone()))?;
+        Ok(Self { origin, host, port, server_name })
+    }
+
+    pub(crate) fn origin(&self) -> &Uri {
+        &self.origin
+    }
+
+    /// The roots that the CA's certificate must chain to, from the file as it is now.
+    pub(crate) fn roots(&self, file: &Path) -> Result<Arc<RootCertStore>, HboneError> {
+        let pem = std::fs::read(file).map_err(|error| HboneError::file(file, error))?;
+        Ok(Bundle::from_pem(file, &pem)?.roots())
+    }
+
+    /// Connects to the first of the host's addresses that answers.
+    pub(crate) async fn connect(
+        &self,
+        dial: &impl Dial,
+        roots: Arc<RootCertStore>,
+    ) -> Result<Connection, HboneError> {
+        let io =
+            self.dial(dial).await.map_err(|error| self.problem(IssuerProblem::Connect, error))?;
+        self.handshake(Box::new(io), roots)
+            .await
+            .map_err(|error| self.problem(handshake_problem(&error), error))
+    }
+
+    async fn dial<D: Dial>(&self, dial: &D) -> io::Result<D::Io> {
+        let addresses: Vec<SocketAddr> =
+            lookup_host((self.host.as_str(), self.port)).await?.collect();
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+        for address in addresses {
+            match dial.dial(address).await {
+                Ok(io) => return Ok(io),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    async fn handshake(&self, io: Io, roots: Arc<RootCertStore>) -> io::Result<Connection> {
+        let mut config = ClientConfig::builder_with_provider(provider(&Cipher::ALL))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(io::Error::other)?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![tls::ALPN.to_vec()];
+        let connector = TlsConnector::from(Arc::new(config));
+        let stream = connector.connect(self.server_name.clone(), io).await?;
+        if stream.get_ref().1.alpn_protocol() != Some(tls::ALPN) {
+            return Err(io::Error::other(rustls::Error::NoApplicationProtocol));
+        }
+        let (requests, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .map_err(io::Error::other)?;
+        // It ends with the last of its requests, whose sender is told why.
+        tokio::spawn(connection);
+        Ok(Connection(requests))
+    }
+
+    fn problem(&self, what: IssuerProblem, error: io::Error) -> HboneError {
+        let issuer = self.origin.to_string();
+        HboneError::Issuer { issuer, what, source: Some(Arc::new(error)) }
+    }
+}
+
+/// What tonic sends requests with.
+#[derive(Debug)]
+pub(crate) struct Connection(SendRequest<Body>);
+
+impl Service<http::Request<Body>> for Connection {
+    type Response = http::Response<Incoming>;
+    type Error = hyper::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        Box::pin(self.0.send_request(request))
+    }
+}
+
+/// A proxy in front of the CA accepts a connection before it decides on it.
+fn handshake_problem(error: &io::Error) -> IssuerProblem {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    match error.kind() {
+        BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof => {
+            IssuerProblem::HandshakeReset
+        }
+        _ => IssuerProblem::Tls,
+    }
+}

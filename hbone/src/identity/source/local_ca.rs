@@ -1,0 +1,137 @@
+//! Our own certificate authority, in a directory that we can read: it issues in process.
+//!
+//! Not here: the authority (`ca`), and asking one over the network (`istio_ca`).
+
+use underpass_config::{LocalCaSettings, SpiffeId};
+
+use super::{IdentitySource, NextIdentity, valid_now};
+use crate::ca::CertificateAuthority;
+use crate::error::{CredentialProblem, HboneError};
+use crate::identity::Identity;
+use crate::identity::renewal::Schedule;
+
+/// Issues our certificates from a CA's directory, which is read again for each.
+///
+/// A proxy that starts as root and becomes another user cannot read the CA's key any more: then it
+/// goes on with what it read last, so that its certificate does not run out.
+#[derive(Debug)]
+pub struct LocalCaSource {
+    settings: LocalCaSettings,
+    spiffe_id: SpiffeId,
+    schedule: Schedule,
+    /// As it was read last.
+    authority: Option<CertificateAuthority>,
+}
+
+impl LocalCaSource {
+    /// A source of certificates for `spiffe_id`.
+    pub fn new(settings: LocalCaSettings, spiffe_id: SpiffeId) -> Self {
+        Self { settings, spiffe_id, schedule: Schedule::new(), authority: None }
+    }
+
+    /// A new certificate, at once.
+    ///
+    /// # Errors
+    /// [`HboneError::Credential`] with the file that cannot be read or used, or why the
+    /// authority issues no such certificate.
+    pub fn issue(&mut self) -> Result<Identity, HboneError> {
+        let Self { settings, spiffe_id, authority: kept, .. } = self;
+        let authority = match (CertificateAuthority::open(&settings.dir), kept) {
+            (Ok(authority), kept) => kept.insert(authority),
+            (Err(error), Some(kept)) if is_forbidden(&error) => kept,
+            (Err(error), _) => return Err(error),
+        };
+        let issued = authority.issue(spiffe_id, settings.ttl)?;
+        let (chain, key) = (issued.chain_pem.as_bytes(), issued.key_pem.as_bytes());
+        let identity = Identity::from_pem(chain, key, authority.roots_pem().as_bytes())?;
+        valid_now(&settings.dir, identity)
+    }
+}
+
+fn is_forbidden(error: &HboneError) -> bool {
+    matches!(error, HboneError::Credential { what: CredentialProblem::Permission, .. })
+}
+
+impl IdentitySource for LocalCaSource {
+    fn next(&mut self) -> NextIdentity<'_> {
+        Box::pin(async {
+            self.schedule.due().await;
+            let issued = self.issue();
+            match &issued {
+                Ok(identity) => self.schedule.succeeded(identity.expires()),
+                Err(_) => self.schedule.failed(),
+            }
+            issued
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::time::Duration;
+
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::ca::tests::TempDir;
+    use crate::clock;
+    use crate::error::Fault;
+    use crate::testing::{CLIENT, HOUR, id};
+
+    fn source(dir: &TempDir) -> LocalCaSource {
+        let settings = LocalCaSettings { dir: dir.0.clone(), ttl: HOUR };
+        LocalCaSource::new(settings, id(CLIENT))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_certificate_is_issued_at_once_and_renewed_at_half_of_its_life() {
+        let dir = TempDir::new("local-ca");
+        CertificateAuthority::init(&dir.0, "td".parse().unwrap()).unwrap();
+        let mut source = source(&dir);
+        let mut last = source.next().await.unwrap();
+        assert_eq!(last.spiffe_id(), &id(CLIENT));
+        for _ in 0..10 {
+            let asked = Instant::now();
+            let next = source.next().await.unwrap();
+            let minutes = asked.elapsed().as_secs_f64() / 60.0;
+            assert!((26.9..=33.1).contains(&minutes), "{minutes}");
+            assert!(next.expires() > last.expires());
+            assert!(last.expires() > clock::now(), "renewed in time");
+            last = next;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_authority_that_is_gone_is_asked_again_ever_less_often() {
+        let dir = TempDir::new("local-ca-gone");
+        CertificateAuthority::init(&dir.0, "td".parse().unwrap()).unwrap();
+        let mut source = source(&dir);
+        source.next().await.unwrap();
+        fs::rename(dir.0.join("ca.key"), dir.0.join("kept.key")).unwrap();
+        assert_eq!(source.next().await.unwrap_err().fault(), Fault::Configuration);
+        let start = Instant::now();
+        for _ in 0..4 {
+            source.next().await.unwrap_err();
+        }
+        let waited = start.elapsed();
+        let (least, most) = (Duration::from_secs(12), Duration::from_millis(18_100));
+        assert!((least..most).contains(&waited), "1 + 2 + 4 + 8 s: {waited:?}");
+        fs::rename(dir.0.join("kept.key"), dir.0.join("ca.key")).unwrap();
+        source.next().await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn all_roots_of_the_directory_are_trusted() {
+        let (dir, old) = (TempDir::new("local-ca-roots"), TempDir::new("local-ca-old"));
+        let authority = CertificateAuthority::init(&dir.0, "td".parse().unwrap()).unwrap();
+        let other = CertificateAuthority::init(&old.0, "td".parse().unwrap()).unwrap();
+        let both = format!("{}{}", authority.roots_pem(), other.roots_pem());
+        fs::write(dir.0.join("roots.pem"), &both).unwrap();
+        let identity = source(&dir).next().await.unwrap();
+        assert_eq!(identity.roots().len(), 2);
+        fs::write(dir.0.join("roots.pem"), "no roots").unwrap();
+        let error = source(&dir).next().await.unwrap_err();
+        assert!(matches!(error, HboneError::Credential { what: CredentialProblem::Empty(_), .. }));
+    }
+}

@@ -1,0 +1,61 @@
+//! The roots of one trust domain. `trust` maps trust domains to bundles.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::RootCertStore;
+use rustls_pki_types::{CertificateDer, TrustAnchor};
+
+use crate::error::{CredentialProblem, HboneError};
+use crate::identity::pem;
+
+/// The roots of one trust domain, at least one. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Bundle(Arc<RootCertStore>);
+
+impl Bundle {
+    /// Parses certificates in PEM; errors use `name`.
+    ///
+    /// # Errors
+    /// [`HboneError::Credential`] if there is no certificate, or one is malformed.
+    pub fn from_pem(name: &Path, pem: &[u8]) -> Result<Self, HboneError> {
+        Self::from_der(name, pem::certificates(name, pem)?)
+    }
+
+    /// Parses certificates in DER.
+    ///
+    /// # Errors
+    /// As [`Bundle::from_pem`].
+    pub fn from_der(
+        name: &Path,
+        roots: impl IntoIterator<Item = CertificateDer<'static>>,
+    ) -> Result<Self, HboneError> {
+        let mut store = RootCertStore::empty();
+        for root in roots {
+            store.add(root).map_err(|error| {
+                HboneError::credential(name, CredentialProblem::Certificate(error.to_string()))
+            })?;
+        }
+        if store.is_empty() {
+            return Err(HboneError::credential(name, CredentialProblem::Empty("certificate")));
+        }
+        Ok(Self(Arc::new(store)))
+    }
+
+    pub(crate) fn roots(&self) -> Arc<RootCertStore> {
+        self.0.clone()
+    }
+
+    pub(crate) fn anchors(&self) -> &[TrustAnchor<'static>] {
+        &self.0.roots
+    }
+}
+
+/// Compares the roots.
+impl PartialEq for Bundle {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.0.roots == other.0.roots
+    }
+}
+
+impl Eq for Bundle {}

@@ -1,0 +1,109 @@
+//! Counts a peer's activity on one connection: useful traffic, refused requests, the unfinished
+//! frame, and the exceeded limit.
+//!
+//! The streams count, and the connection's task reads. `inspect.rs` checks frames, `server.rs`
+//! checks requests.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+use crate::tunnel::inspect::{TunnelLimit, Unfinished};
+
+/// The size in bytes of the parts into which useful data is counted.
+const USEFUL_UNIT: usize = 4 << 10;
+
+/// The counters. Streams write them; the task that drives the connection reads them.
+#[derive(Debug, Default)]
+pub(crate) struct PeerActivity {
+    useful: AtomicU64,
+    refused: AtomicU64,
+    /// 0 if no frame is unfinished; otherwise (time + 1) << 1, with bit 0 set for a DATA frame.
+    unfinished: AtomicU64,
+    exceeded: OnceLock<TunnelLimit>,
+    /// The cost of sent small DATA frames in the accounting of the peer's h2, as an upper bound.
+    owed: AtomicU64,
+    /// True if the peer accepts as many small frames as this side.
+    accepts_small_frames: AtomicBool,
+}
+
+impl PeerActivity {
+    /// Counts data that an application sent or received, or a request to the peer.
+    pub(crate) fn count_useful(&self, bytes: usize) {
+        self.useful.fetch_add(1 + (bytes / USEFUL_UNIT) as u64, Relaxed);
+    }
+
+    pub(crate) fn useful(&self) -> u64 {
+        self.useful.load(Relaxed)
+    }
+
+    /// Counts a request of the peer that was denied or malformed.
+    pub(crate) fn count_refused(&self) {
+        self.refused.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn refused(&self) -> u64 {
+        self.refused.load(Relaxed)
+    }
+
+    pub(crate) fn note_unfinished(&self, unfinished: Option<Unfinished>) {
+        let encode = |Unfinished { since, data }| ((since + 1) << 1) | u64::from(data);
+        self.unfinished.store(unfinished.map_or(0, encode), Relaxed);
+    }
+
+    pub(crate) fn unfinished(&self) -> Option<Unfinished> {
+        let encoded = self.unfinished.load(Relaxed);
+        let since = (encoded >> 1).checked_sub(1)?;
+        Some(Unfinished { since, data: encoded & 1 == 1 })
+    }
+
+    pub(crate) fn owed(&self) -> u64 {
+        self.owed.load(Relaxed)
+    }
+
+    pub(crate) fn owe(&self, cost: u64) {
+        self.owed.fetch_add(cost, Relaxed);
+    }
+
+    pub(crate) fn owe_less(&self, cost: u64) {
+        // All streams of a connection run on one thread, so load and store need not be atomic
+        // together.
+        self.owed.store(self.owed().saturating_sub(cost), Relaxed);
+    }
+
+    pub(crate) fn accepts_small_frames(&self) -> bool {
+        self.accepts_small_frames.load(Relaxed)
+    }
+
+    pub(crate) fn set_accepts_small_frames(&self) {
+        self.accepts_small_frames.store(true, Relaxed);
+    }
+
+    /// Records the limit that the peer exceeded. Only the first one is kept.
+    pub(crate) fn exceed(&self, limit: TunnelLimit) {
+        let _first = self.exceeded.set(limit);
+    }
+
+    pub(crate) fn exceeded(&self) -> Option<TunnelLimit> {
+        self.exceeded.get().copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unfinished_frame_is_read_as_it_was_noted() {
+        let activity = PeerActivity::default();
+        assert_eq!(activity.unfinished(), None);
+        for since in [0, 1, 1 << 40] {
+            for data in [false, true] {
+                let unfinished = Some(Unfinished { since, data });
+                activity.note_unfinished(unfinished);
+                assert_eq!(activity.unfinished(), unfinished);
+            }
+        }
+        activity.note_unfinished(None);
+        assert_eq!(activity.unfinished(), None);
+    }
+}

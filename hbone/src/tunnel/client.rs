@@ -1,0 +1,333 @@
+//! The client's end of a tunnel: one TLS and HTTP/2 connection, and CONNECT requests in it.
+//!
+//! Not here: dialling, and which tunnel to use. See `pool`.
+
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use h2::client::{Connection, SendRequest};
+use http::uri::{self, Uri};
+use http::{HeaderMap, Method, Request, StatusCode};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+use tokio::time::timeout;
+use underpass_config::{Cipher, Quoted, SpiffeId};
+
+use crate::crypto::provider;
+use crate::error::HboneError;
+use crate::identity::credentials::Credentials;
+use crate::tls::{ClientTls, Peer, PeerIdentity, TlsStream};
+use crate::trust::revocation::RevocationMonitor;
+use crate::tunnel::inspect::{Inspector, PeerRole};
+use crate::tunnel::io::{Io, transport};
+use crate::tunnel::keepalive::Keepalive;
+use crate::tunnel::overdue::Overdue;
+use crate::tunnel::settings::{ClientSettings, MAX_FRAME_SIZE, SMALL_FRAME_BUDGET};
+use crate::tunnel::stream::{TunnelReader, TunnelStream};
+use crate::tunnel::tunnel_state::{Monitored, OpenStream, TunnelState, Windows};
+
+/// Opens tunnels, each with the [`Credentials`] of its moment. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Connector {
+    credentials: watch::Receiver<Credentials>,
+    anonymous: bool,
+    settings: ClientSettings,
+}
+
+/// A connection to a server that has proven who it is. Clones share it; it ends when neither a clone nor a stream is
+/// left, or when it is lost.
+#[derive(Debug, Clone)]
+pub struct Tunnel {
+    send: SendRequest<Bytes>,
+    tunnel_state: Arc<TunnelState>,
+    resumed: bool,
+    /// Whether a certificate had expired before the handshake: the server refuses ours, and its
+    /// alert says more than we could.
+    was_expired: bool,
+}
+
+/// What a CONNECT request says.
+#[derive(Debug, Clone)]
+pub struct ConnectRequest {
+    /// Where the tunnel shall lead: `ADDRESS:PORT` or `NAME:PORT`.
+    pub authority: String,
+    /// Further headers.
+    pub headers: HeaderMap,
+}
+
+impl Connector {
+    /// A connector with what `credentials` hold when a tunnel is opened.
+    pub fn new(credentials: watch::Receiver<Credentials>, settings: ClientSettings) -> Self {
+        Self { credentials, anonymous: false, settings }
+    }
+
+    /// A connector that trusts as `credentials` do and presents no certificate: to see a server refuse it.
+    pub fn anonymous(credentials: watch::Receiver<Credentials>, settings: ClientSettings) -> Self {
+        Self { credentials, anonymous: true, settings }
+    }
+
+    /// Handshakes over `io` with a server at `address` that must be one of `expected`. Spawns a task that drives the
+    /// connection, and ends it when later credentials distrust the server.
+    ///
+    /// A session with the same address and expectation is resumed, so keep both the same for the same server.
+    ///
+    /// In TLS 1.3 the client is done first: that the server refuses our certificate is known at the first request.
+    ///
+    /// # Errors
+    /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise what is wrong with TLS or the peer.
+    pub async fn open<T>(
+        &self,
+        io: T,
+        address: SocketAddr,
+        expected: &[SpiffeId],
+        deadline: Duration,
+    ) -> Result<Tunnel, HboneError>
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
+    {
+        let handshake = self.handshake(transport(io), address, expected, None);
+        within(deadline, handshake).await
+    }
+
+    /// The same inside of another tunnel, for one stream; it also ends when the peer of the other one is not to be trusted any
+    /// longer.
+    pub(crate) async fn open_inside(
+        &self,
+        carrier: TunnelStream,
+        address: SocketAddr,
+        expected: &[SpiffeId],
+        deadline: Duration,
+    ) -> Result<Tunnel, HboneError> {
+        let (io, open) = carrier.into_carrier();
+        let handshake = self.handshake(transport(io), address, expected, Some(open));
+        let tunnel = within(deadline, handshake).await?;
+        // It closes with its stream, and what the peer owes us for that is watched over too.
+        tunnel.tunnel_state.release();
+        Ok(tunnel)
+    }
+
+    async fn handshake(
+        &self,
+        io: Io,
+        address: SocketAddr,
+        expected: &[SpiffeId],
+        carrier: Option<Arc<OpenStream>>,
+    ) -> Result<Tunnel, HboneError> {
+        // What changes from here on is the guard's to notice.
+        let mut credentials = self.credentials.clone();
+        let current = credentials.borrow_and_update().clone();
+        let (stream, peer) = self.tls(&current, io, address, expected).await?;
+        let usable_until = peer.expires.min(current.identity().expires());
+        let tunnel_state = TunnelState::new(peer.identity.clone(), usable_until);
+        let resumed = peer.resumed;
+        let guard =
+            RevocationMonitor::new(credentials, current.authorities().clone(), peer, carrier);
+        let http2 = &self.settings.http2;
+        let inspector = Inspector::new(PeerRole::Server, http2.max_header_list);
+        let (send, mut connection) = h2::client::Builder::new()
+            .initial_window_size(http2.stream_window)
+            .initial_connection_window_size(http2.connection_window)
+            .max_frame_size(MAX_FRAME_SIZE)
+            .max_header_list_size(http2.max_header_list)
+            .max_send_buffer_size(http2.send_buffer)
+            .data_frame_budget(SMALL_FRAME_BUDGET)
+            .enable_push(false)
+            .handshake(Monitored::new(stream, tunnel_state.clone(), inspector))
+            .await
+            .map_err(|error| tunnel_state.stream_error(error))?;
+        let keepalive = Keepalive::new(
+            self.settings.keepalive.clone(),
+            tunnel_state.clone(),
+            connection.ping_pong(),
+        );
+        let windows = Windows::new(http2);
+        let overdue = Overdue::new(tunnel_state.clone(), self.settings.frame_timeout);
+        tokio::spawn(drive(
+            connection,
+            Watches { keepalive, guard, windows, overdue },
+            tunnel_state.clone(),
+        ));
+        let was_expired = tunnel_state.is_expired();
+        Ok(Tunnel { send, tunnel_state, resumed, was_expired })
+    }
+
+    async fn tls(
+        &self,
+        credentials: &Credentials,
+        io: Io,
+        address: SocketAddr,
+        expected: &[SpiffeId],
+    ) -> Result<(TlsStream<Io>, Peer), HboneError> {
+        if self.anonymous {
+            let authorities = credentials.authorities().clone();
+            let provider = provider(&Cipher::ALL);
+            let tls = ClientTls::anonymous(credentials.identity(), authorities, provider)?;
+            return tls.connect(io, address, expected).await;
+        }
+        credentials.client().connect(io, address, expected).await
+    }
+}
+
+impl Tunnel {
+    /// Asks the peer for a stream to `request.authority`.
+    ///
+    /// # Errors
+    /// [`HboneError::Refused`] for any answer but 200, [`HboneError::ReplyTimeout`] after `reply`, or how the
+    /// stream or connection ended before the answer.
+    pub async fn connect(
+        &self,
+        request: ConnectRequest,
+        reply: Duration,
+    ) -> Result<TunnelStream, HboneError> {
+        self.connect_reserved(|| request, reply, self.tunnel_state.open_stream()).await
+    }
+
+    /// Whether no new stream can be opened: the connection ended, or the peer sent GOAWAY.
+    pub fn is_closed(&self) -> bool {
+        let ready = self.send.clone().poll_ready(&mut Context::from_waker(Waker::noop()));
+        self.tunnel_state.is_closed() || matches!(ready, Poll::Ready(Err(_)))
+    }
+
+    /// How many streams are open or being opened.
+    pub fn open_streams(&self) -> usize {
+        self.tunnel_state.open_streams()
+    }
+
+    /// Who the server is.
+    pub fn peer(&self) -> &PeerIdentity {
+        self.tunnel_state.peer()
+    }
+
+    /// When the first of both sides' certificates expires: open streams may go on, but no new ones should begin.
+    pub fn usable_until(&self) -> SystemTime {
+        self.tunnel_state.usable_until()
+    }
+
+    /// Whether the handshake resumed an earlier session.
+    pub fn resumed(&self) -> bool {
+        self.resumed
+    }
+
+    pub(crate) fn tunnel_state(&self) -> &Arc<TunnelState> {
+        &self.tunnel_state
+    }
+
+    /// How many streams the peer allows at a time; `None` if it set no limit, or did not say so yet.
+    pub(crate) fn allowed_streams(&self) -> Option<usize> {
+        // What h2 assumes before the peer's SETTINGS come, and if they have no limit.
+        Some(self.send.current_max_send_streams()).filter(|allowed| *allowed != usize::MAX)
+    }
+
+    pub(crate) async fn connect_reserved(
+        &self,
+        request: impl FnOnce() -> ConnectRequest,
+        reply: Duration,
+        open: OpenStream,
+    ) -> Result<TunnelStream, HboneError> {
+        timeout(reply, self.exchange(request, open))
+            .await
+            .unwrap_or(Err(HboneError::ReplyTimeout { after: reply }))
+    }
+
+    async fn exchange(
+        &self,
+        request: impl FnOnce() -> ConnectRequest,
+        open: OpenStream,
+    ) -> Result<TunnelStream, HboneError> {
+        let failed = |error| self.tunnel_state.stream_error(error);
+        let mut ready = self.send.clone().ready().await.map_err(failed)?;
+        // Asked here, for the wait may have been long.
+        if self.tunnel_state.is_expired() && !self.was_expired {
+            return Err(HboneError::TunnelExpired { expired: self.tunnel_state.usable_until() });
+        }
+        // Made here, so that nobody who waits holds one, nor what sent it.
+        let (response, send) = ready.send_request(head(request())?, false).map_err(failed)?;
+        drop(ready);
+        self.tunnel_state.activity().count_useful(0);
+        let response = response.await.map_err(failed)?;
+        match response.status() {
+            StatusCode::OK => {
+                Ok(TunnelStream::new(send, TunnelReader::new(response.into_body(), open)))
+            }
+            status => Err(HboneError::Refused { status }),
+        }
+    }
+}
+
+async fn within(
+    deadline: Duration,
+    handshake: impl Future<Output = Result<Tunnel, HboneError>>,
+) -> Result<Tunnel, HboneError> {
+    timeout(deadline, handshake)
+        .await
+        .unwrap_or(Err(HboneError::HandshakeTimeout { after: deadline }))
+}
+
+/// RFC 9113 section 8.5: `:method` and `:authority`, neither `:scheme` nor `:path`.
+fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
+    let ConnectRequest { authority, headers } = connect;
+    let invalid = |authority: String| HboneError::InvalidAuthority { authority: authority.into() };
+    let mut parts = uri::Parts::default();
+    parts.authority = Some(authority.parse().map_err(|_| invalid(authority.clone()))?);
+    let uri = Uri::from_parts(parts).map_err(|_| invalid(authority))?;
+    let mut request = Request::new(());
+    *request.method_mut() = Method::CONNECT;
+    *request.uri_mut() = uri;
+    *request.headers_mut() = headers;
+    Ok(request)
+}
+
+/// What is watched while a connection is driven.
+struct Watches {
+    keepalive: Option<Keepalive>,
+    guard: RevocationMonitor,
+    windows: Windows,
+    overdue: Overdue,
+}
+
+async fn drive(
+    mut connection: Connection<Monitored<TlsStream<Io>>>,
+    Watches { mut keepalive, mut guard, mut windows, mut overdue }: Watches,
+    tunnel_state: Arc<TunnelState>,
+) {
+    let ended = poll_fn(|cx| {
+        // First: a carrier that is not to be trusted any longer fails too, and the reason would be lost.
+        if let Poll::Ready(reason) = guard.poll_distrusted(cx) {
+            tunnel_state.revoke(reason.clone());
+            return Poll::Ready(Err(reason));
+        }
+        loop {
+            if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
+                return Poll::Ready(ended.map_err(|error| tunnel_state.stream_error(error)));
+            }
+            let set = |window| connection.set_initial_window_size(window);
+            if !windows.adjust(&tunnel_state, set) {
+                break;
+            }
+        }
+        let needed = tunnel_state.is_needed();
+        if let Poll::Ready(exceeded) = overdue.poll_exceeded(cx, tunnel_state.open_streams() > 0) {
+            return Poll::Ready(Err(HboneError::PeerLimit { limit: exceeded }));
+        }
+        match keepalive.as_mut().map(|keepalive| keepalive.poll_dead(cx, needed)) {
+            Some(Poll::Ready(dead)) => Poll::Ready(Err(dead)),
+            _ => Poll::Pending,
+        }
+    })
+    .await;
+    if let Err(reason) = ended {
+        let peer = tunnel_state.peer().spiffe_id();
+        tracing::debug!(%peer, error = %Quoted::chain(&reason), "tunnel ended");
+        // Before the connection is dropped, for that is when its streams learn of it.
+        tunnel_state.fail(reason);
+    }
+    tunnel_state.close();
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,356 @@
+//! Inspects a peer's frame headers (RFC 9113 section 4.1) below h2, and enforces limits that h2
+//! lacks.
+//!
+//! h2 has one SETTINGS_MAX_FRAME_SIZE for all types of frames. Bulk needs large DATA frames. With
+//! the same size for HEADERS and CONTINUATION, an unfinished header block buffers several of them,
+//! and h2 has no deadline for it.
+//!
+//! `overdue.rs` enforces deadlines. Payloads are not inspected. The owner of the connection closes
+//! it, after it has asked [`crate::tunnel::tunnel_state::TunnelState`].
+
+use std::fmt;
+
+use crate::limits::token_bucket::TokenBucket;
+
+/// The size of the client's preface (RFC 9113 section 3.4).
+const PREFACE: usize = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len();
+/// The size of a frame header: length (3), type, flags, stream (4) (RFC 9113 section 4.1).
+const FRAME_HEADER: usize = 9;
+const END_STREAM: u8 = 0x1;
+const END_HEADERS: u8 = 0x4;
+const PADDED: u8 = 0x8;
+/// The maximum padding: its length byte and the padding (RFC 9113 section 6.1).
+const MAX_PADDING: usize = 1 + u8::MAX as usize;
+
+/// The maximum size in bytes of a frame that is neither DATA nor part of a header block: the size
+/// that every peer may send (RFC 9113 section 4.2).
+const MAX_CONTROL_FRAME: usize = 16 << 10;
+/// The allowed frames without data for an application: a burst, and a rate per second. It is low
+/// because a peer may have hundreds of tunnels.
+const CONTROL_FRAME_BURST: u64 = 1000;
+const CONTROL_FRAMES_PER_SECOND: u64 = 20;
+/// The additional frames per unit of useful traffic. A receiver may return stream and connection
+/// credit for each frame or for each 4 KiB (Go's net/http2), and measure the path with PING (gRPC).
+const CONTROL_FRAMES_PER_USEFUL: u64 = 4;
+
+/// The limit of a tunnel that its peer exceeded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TunnelLimit {
+    /// A header block exceeded the maximum header list.
+    HeaderBlock,
+    /// A frame other than DATA and headers exceeded 16 KiB.
+    FrameSize,
+    /// More PING, SETTINGS, RST_STREAM, PRIORITY, WINDOW_UPDATE, empty or unknown frames than
+    /// useful traffic justifies.
+    FrameRate,
+    /// A frame or header block was not finished in time.
+    UnfinishedFrame,
+    /// More refused requests than a legitimate client sends.
+    RefusedRequests,
+    /// A second header block on a stream.
+    Trailers,
+}
+
+/// An unfinished frame or header block of a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Unfinished {
+    /// Its start, in milliseconds since the connection was opened.
+    pub(crate) since: u64,
+    /// True for a DATA frame, which may take long while a stream is open.
+    pub(crate) data: bool,
+}
+
+/// Flow-control credit from a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WindowUpdate {
+    /// 0 for the connection.
+    pub(crate) stream: u32,
+    pub(crate) increment: u32,
+}
+
+/// The role of the peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PeerRole {
+    Client,
+    Server,
+}
+
+/// Inspects the frames of one connection.
+#[derive(Debug)]
+pub(crate) struct Inspector {
+    role: PeerRole,
+    max_header_block: usize,
+    /// The remaining bytes of the client's preface.
+    preface: usize,
+    head: [u8; FRAME_HEADER],
+    /// The number of received bytes in `head`.
+    have: usize,
+    frame: Option<Frame>,
+    /// The start of the current frame.
+    begun: u64,
+    block: Option<Block>,
+    /// True after the peer's first SETTINGS.
+    has_settings: bool,
+    budget: TokenBucket,
+    data_frames: usize,
+    /// The highest stream that the peer has opened, if it is a client.
+    last_stream: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Frame {
+    kind: Kind,
+    ends_block: bool,
+    /// The remaining bytes of its payload.
+    left: usize,
+    stream: u32,
+    /// The last four payload bytes of a WINDOW_UPDATE, which is its entire payload.
+    increment: u32,
+}
+
+/// An unfinished header block.
+#[derive(Debug, Clone, Copy)]
+struct Block {
+    since: u64,
+    bytes: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Data,
+    /// HEADERS or PUSH_PROMISE, which start a header block.
+    Headers,
+    Continuation,
+    Settings,
+    WindowUpdate,
+    Other,
+}
+
+impl Kind {
+    /// The kind for a frame type (RFC 9113 section 6).
+    fn of(code: u8) -> Self {
+        match code {
+            0 => Self::Data,
+            1 | 5 => Self::Headers,
+            4 => Self::Settings,
+            8 => Self::WindowUpdate,
+            9 => Self::Continuation,
+            _ => Self::Other,
+        }
+    }
+
+    fn is_of_block(self) -> bool {
+        matches!(self, Self::Headers | Self::Continuation)
+    }
+}
+
+impl Frame {
+    /// Processes a part of the payload.
+    fn add(&mut self, part: &[u8]) {
+        self.left -= part.len();
+        if self.kind == Kind::WindowUpdate {
+            for byte in part {
+                self.increment = self.increment << 8 | u32::from(*byte);
+            }
+        }
+    }
+}
+
+impl Inspector {
+    /// Creates an inspector. `max_header_block` is the limit for compressed header blocks, which
+    /// are never larger than the header list in h2's accounting (RFC 9113 section 6.5.2).
+    pub(crate) fn new(role: PeerRole, max_header_block: u32) -> Self {
+        Self {
+            role,
+            max_header_block: usize::try_from(max_header_block).unwrap_or(usize::MAX),
+            preface: if role == PeerRole::Client { PREFACE } else { 0 },
+            head: [0; FRAME_HEADER],
+            have: 0,
+            frame: None,
+            begun: 0,
+            block: None,
+            has_settings: false,
+            budget: TokenBucket::new(CONTROL_FRAME_BURST, CONTROL_FRAMES_PER_SECOND),
+            data_frames: 0,
+            last_stream: 0,
+        }
+    }
+
+    /// The number of DATA frames that have begun.
+    pub(crate) fn data_frames(&self) -> usize {
+        self.data_frames
+    }
+
+    /// Inspects the next received `bytes`; `useful` is the amount of useful traffic so far. Calls
+    /// `credited` for each WINDOW_UPDATE. Returns the unfinished frame or header block.
+    pub(crate) fn inspect(
+        &mut self,
+        mut bytes: &[u8],
+        now: u64,
+        useful: u64,
+        mut credited: impl FnMut(WindowUpdate),
+    ) -> Result<Option<Unfinished>, TunnelLimit> {
+        while !bytes.is_empty() {
+            let wanted = match &self.frame {
+                _ if self.preface > 0 => self.preface,
+                Some(frame) => frame.left,
+                None => FRAME_HEADER - self.have,
+            };
+            let (part, rest) = bytes.split_at(wanted.min(bytes.len()));
+            bytes = rest;
+            if self.preface > 0 {
+                self.preface -= part.len();
+            } else if let Some(frame) = &mut self.frame {
+                frame.add(part);
+                self.end_frame(&mut credited);
+            } else {
+                self.add_to_head(part, now, useful)?;
+                self.end_frame(&mut credited);
+            }
+        }
+        Ok(self.unfinished())
+    }
+
+    fn add_to_head(&mut self, part: &[u8], now: u64, useful: u64) -> Result<(), TunnelLimit> {
+        if self.have == 0 {
+            self.begun = now;
+        }
+        for (to, from) in self.head.iter_mut().skip(self.have).zip(part) {
+            *to = *from;
+        }
+        self.have += part.len();
+        if self.have < FRAME_HEADER {
+            return Ok(());
+        }
+        self.have = 0;
+        let [high, middle, low, code, flags, stream @ ..] = self.head;
+        let left = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
+        let kind = Kind::of(code);
+        // The highest bit is reserved.
+        let stream = u32::from_be_bytes(stream) & (u32::MAX >> 1);
+        self.check(kind, left, flags, now, useful)?;
+        self.check_order(kind, stream)?;
+        let ends_block = kind.is_of_block() && flags & END_HEADERS != 0;
+        self.frame = Some(Frame { kind, ends_block, left, stream, increment: 0 });
+        Ok(())
+    }
+
+    fn check(
+        &mut self,
+        kind: Kind,
+        length: usize,
+        flags: u8,
+        now: u64,
+        useful: u64,
+    ) -> Result<(), TunnelLimit> {
+        if kind.is_of_block() {
+            let begun = self.begun;
+            let block = self.block.get_or_insert(Block { since: begun, bytes: 0 });
+            block.bytes = block.bytes.saturating_add(length);
+            if block.bytes > self.max_header_block {
+                return Err(TunnelLimit::HeaderBlock);
+            }
+        } else if kind != Kind::Data && length > MAX_CONTROL_FRAME {
+            return Err(TunnelLimit::FrameSize);
+        }
+        let is_control = match kind {
+            // A frame with only padding carries no data.
+            Kind::Data => {
+                let empty = length == 0 || (flags & PADDED != 0 && length <= MAX_PADDING);
+                empty && flags & END_STREAM == 0
+            }
+            // Requests of a client are counted when they are refused. A server sends one response
+            // for each request.
+            Kind::Headers => self.role == PeerRole::Server,
+            Kind::Continuation | Kind::Settings | Kind::WindowUpdate | Kind::Other => true,
+        };
+        let earned = useful.saturating_mul(CONTROL_FRAMES_PER_USEFUL);
+        if is_control && !self.budget.take(1, now, earned) {
+            return Err(TunnelLimit::FrameRate);
+        }
+        Ok(())
+    }
+
+    /// Counts DATA frames, and refuses a client's trailers: RFC 9113 section 8.5 allows only DATA
+    /// on a connected stream, and h2 would hold them until the application has read everything
+    /// before.
+    fn check_order(&mut self, kind: Kind, stream: u32) -> Result<(), TunnelLimit> {
+        match kind {
+            Kind::Data => self.data_frames += 1,
+            Kind::Headers if self.role == PeerRole::Client => {
+                if stream <= self.last_stream {
+                    return Err(TunnelLimit::Trailers);
+                }
+                self.last_stream = stream;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Ends the current frame when its payload is complete.
+    fn end_frame(&mut self, credited: &mut impl FnMut(WindowUpdate)) {
+        let Some(frame) = self.frame.take_if(|frame| frame.left == 0) else { return };
+        if frame.ends_block {
+            self.block = None;
+        }
+        self.has_settings |= frame.kind == Kind::Settings;
+        if frame.kind == Kind::WindowUpdate {
+            credited(WindowUpdate { stream: frame.stream, increment: frame.increment });
+        }
+    }
+
+    /// The unfinished frame or header block. Before the first SETTINGS, that is the unfinished
+    /// frame.
+    pub(crate) fn unfinished(&self) -> Option<Unfinished> {
+        if !self.has_settings {
+            return Some(Unfinished { since: 0, data: false });
+        }
+        if let Some(block) = self.block {
+            return Some(Unfinished { since: block.since, data: false });
+        }
+        // An incomplete frame header may be that of DATA, which is allowed to be slow.
+        let data = self.frame.is_none_or(|frame| frame.kind == Kind::Data);
+        let begun = self.have > 0 || self.frame.is_some();
+        begun.then_some(Unfinished { since: self.begun, data })
+    }
+}
+
+impl TunnelLimit {
+    /// A stable label for metrics and logs.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::HeaderBlock => "header_block",
+            Self::FrameSize => "frame_size",
+            Self::FrameRate => "frame_rate",
+            Self::UnfinishedFrame => "unfinished_frame",
+            Self::RefusedRequests => "refused_requests",
+            Self::Trailers => "trailers",
+        }
+    }
+
+    /// The error code of the GOAWAY that ends the tunnel (RFC 9113 section 7).
+    pub(crate) fn reason(self) -> h2::Reason {
+        match self {
+            Self::FrameSize => h2::Reason::FRAME_SIZE_ERROR,
+            Self::Trailers => h2::Reason::PROTOCOL_ERROR,
+            _ => h2::Reason::ENHANCE_YOUR_CALM,
+        }
+    }
+}
+
+impl fmt::Display for TunnelLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::HeaderBlock => "a header block larger than SETTINGS_MAX_HEADER_LIST_SIZE",
+            Self::FrameSize => "a control frame larger than 16 KiB",
+            Self::FrameRate => "more control frames than its traffic justifies",
+            Self::UnfinishedFrame => "an unfinished frame or header block (timeouts.frame)",
+            Self::RefusedRequests => "too many requests that were refused",
+            Self::Trailers => "a second header block on a stream (RFC 9113 section 8.5)",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,75 @@
+//! Tests of silent and slow peers, with paused time.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use tokio::io::duplex;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::error::HboneError;
+use crate::testing::{Awkward, HOUR, Mesh, SECOND, Served, request};
+use crate::tunnel::settings::{ClientSettings, ServerSettings};
+use crate::tunnel::stream::TunnelStream;
+
+/// A stream over a connection whose client or server can stop receiving.
+async fn stream_with_a_deaf_side(
+    client_is_deaf: bool,
+) -> (
+    TunnelStream,
+    TunnelStream,
+    crate::tunnel::client::Tunnel,
+    Served,
+    Arc<std::sync::atomic::AtomicBool>,
+) {
+    let (near, far) = duplex(64 << 10);
+    let (near, far) = (Awkward::new(near, 64 << 10), Awkward::new(far, 64 << 10));
+    let deaf = if client_is_deaf { near.stopped.clone() } else { far.stopped.clone() };
+    let (mut client, mut server) = (ClientSettings::default(), ServerSettings::default());
+    // The side that stops receiving must not time out first.
+    let patient = if client_is_deaf { &mut client.keepalive } else { &mut server.keepalive };
+    patient.quiet = HOUR;
+    let (tunnel, server) = Mesh::with(client, server).tunnel_over(near, far).await;
+    let mut served = Served::new(server);
+    let (near, far) = tokio::join!(tunnel.connect(request(), SECOND), async {
+        served.next().await.accept(HeaderMap::new()).unwrap()
+    });
+    (near.unwrap(), far, tunnel, served, deaf)
+}
+
+#[tokio::test(start_paused = true)]
+async fn silent_peer_is_detected_by_client_and_server() {
+    for client_is_deaf in [true, false] {
+        let (near, far, _tunnel, _served, deaf) = stream_with_a_deaf_side(client_is_deaf).await;
+        let start = Instant::now();
+        deaf.store(true, Ordering::Relaxed);
+        let hearing = if client_is_deaf { far } else { near };
+        let (mut reader, mut writer) = hearing.split();
+        // A timeout, so that a missing detection fails instead of hanging.
+        let error = timeout(60 * SECOND, reader.read()).await.unwrap().unwrap_err();
+        assert!(matches!(error, HboneError::Unresponsive { .. }), "{error:?}");
+        assert!(matches!(writer.closed().await, HboneError::Unresponsive { .. }));
+        let took = start.elapsed();
+        assert!(took >= 29 * SECOND && took <= 32 * SECOND, "{took:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn quiet_stream_to_live_peer_stays_open() {
+    let (near, far, tunnel, _served) = Mesh::new().stream().await;
+    sleep(HOUR).await;
+    assert!(!tunnel.is_closed());
+    let (_reader, mut writer) = near.split();
+    let (mut reader, _writer) = far.split();
+    writer.write(Bytes::from_static(b"good morning")).await.unwrap();
+    assert_eq!(reader.read().await.unwrap().unwrap(), "good morning");
+}
+
+#[tokio::test(start_paused = true)]
+async fn tunnel_without_streams_sends_no_ping() {
+    // The server's task does not run, so it would not answer a PING.
+    let (tunnel, _server) = Mesh::new().tunnel().await;
+    sleep(HOUR).await;
+    assert!(!tunnel.is_closed());
+}

@@ -1,0 +1,60 @@
+//! Clients that go on when they should not: after GOAWAY, and after a certificate expired.
+
+use super::*;
+use crate::testing::frames::{GOAWAY, HEADERS, RST_STREAM, RawClient, connect};
+use crate::tunnel::settings::KeepaliveSettings;
+
+/// RFC 9113 section 7.
+const REFUSED_STREAM: [u8; 4] = [0, 0, 0, 7];
+
+/// A server that asks for no sign of life: the client of these tests gives none.
+fn patient() -> ServerSettings {
+    let keepalive = KeepaliveSettings { quiet: 24 * HOUR, timeout: HOUR };
+    ServerSettings { keepalive, ..ServerSettings::default() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn refuses_stream_of_client_that_ignores_drain_and_ends_tunnel() {
+    let (mut client, mut server) = RawClient::settled(patient()).await;
+    client.send(&connect(1)).await;
+    let request = server.next().await.unwrap();
+    let stream = request.accept(HeaderMap::new()).unwrap();
+    server.drain();
+    let served = Served::new(server);
+    client.receive(Some(GOAWAY)).await;
+    // It acknowledges nothing, and keeps its stream.
+    sleep(31 * SECOND).await;
+    client.send(&connect(3)).await;
+    let refused = client.receive(Some(RST_STREAM)).await.pop();
+    assert_eq!(refused, Some((RST_STREAM, 3, REFUSED_STREAM.to_vec())));
+    drop(stream);
+    assert_eq!(client.goaway().await, Some(0), "the tunnel ends with its last stream");
+    served.ended().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn serves_stream_that_comes_while_drain_is_on_its_way() {
+    let (mut client, mut server) = RawClient::settled(patient()).await;
+    server.drain();
+    let mut served = Served::new(server);
+    sleep(SECOND).await;
+    client.send(&connect(1)).await;
+    let _stream = served.next().await.accept(HeaderMap::new()).unwrap();
+    assert_eq!(client.receive(Some(HEADERS)).await.pop().unwrap().1, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn refuses_stream_after_expiry_and_lets_open_one_go_on() {
+    let (mut client, mut server) = RawClient::settled(patient()).await;
+    client.send(&connect(1)).await;
+    let (_reader, mut writer) =
+        server.next().await.unwrap().accept(HeaderMap::new()).unwrap().split();
+    let _served = Served::new(server);
+    client.receive(Some(HEADERS)).await;
+    sleep(HOUR).await;
+    client.send(&connect(3)).await;
+    let refused = client.receive(Some(RST_STREAM)).await.pop();
+    assert_eq!(refused, Some((RST_STREAM, 3, REFUSED_STREAM.to_vec())));
+    writer.write(Bytes::from_static(b"still open")).await.unwrap();
+    assert_eq!(client.receive(Some(0)).await.pop().unwrap().2, b"still open");
+}

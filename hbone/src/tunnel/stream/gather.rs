@@ -1,0 +1,169 @@
+//! Gathers an application's small writes into larger DATA frames, where a frame for each would cost
+//! the peer more than it bears.
+//!
+//! Each frame costs its receiver some hundred bytes beside its payload until its application reads
+//! the stream. h2 counts for each frame what it is short of 256 bytes, and closes a connection with
+//! more than 25,600 of that unread (0.4.16 to 0.4.18; later ones by the connection's window): 100
+//! writes of one byte by one application, and all others lose their streams too. So
+//!
+//! * while the connection is blocked, small writes are gathered: they would wait anyway;
+//! * while the peer gives no sign that its application reads, small frames go at growing intervals.
+//!   A peer whose first window is ours has our own budget (64 MiB) and is not spared.
+//!
+//! Not here: sending.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::tunnel::tunnel_state::{OpenStream, TunnelState};
+
+/// A write of fewer bytes is small.
+pub(super) const SMALL: usize = 1024;
+/// Maximum bytes that a stream gathers.
+const MAX_GATHERED: usize = 16 << 10;
+/// A frame of this many bytes costs a peer nothing beside its payload.
+const FREE_FRAME_LENGTH: u64 = 256;
+/// Debt of a connection above which its streams are paced: well below the 25,600 at which h2 closes
+/// the connection.
+const PACE_ABOVE: u64 = 14_000;
+/// So many frames of a stream are not paced: a request and its beginning.
+const FREE_FRAMES: u32 = 2;
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// Maximum pause, which a person hardly notices. At this interval 1 KiB a second fills a frame of 256
+/// bytes, which costs nothing.
+const MAX_PAUSE: Duration = Duration::from_millis(250);
+/// Debt above which pauses grow to [`MAX_SLOW_PAUSE`]: close to where h2 closes the connection.
+const SLOW_ABOVE: u64 = 20_000;
+/// Maximum pause above [`SLOW_ABOVE`].
+const MAX_SLOW_PAUSE: Duration = Duration::from_secs(1);
+
+/// What one stream has gathered, and what it owes. Boxed: most streams never gather, nor owe
+/// anything.
+#[derive(Debug, Default)]
+pub(super) struct Gather(Option<Box<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    bytes: BytesMut,
+    /// What its small frames cost, as h2 counts it, since the peer last gave a sign that they are
+    /// read.
+    owed: u64,
+    frames: u32,
+    pause: Duration,
+    /// When the next small frame may go.
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl Gather {
+    pub(super) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.as_ref().map_or(0, |state| state.bytes.len())
+    }
+
+    /// Takes some from the front of `data`: how many.
+    pub(super) fn add(&mut self, data: &mut Bytes) -> usize {
+        let part = data.split_to(data.len().min(MAX_GATHERED.saturating_sub(self.len())));
+        self.0.get_or_insert_default().bytes.extend_from_slice(&part);
+        part.len()
+    }
+
+    /// Up to `length` of the gathered bytes.
+    pub(super) fn take(&mut self, length: usize) -> Bytes {
+        let Some(state) = &mut self.0 else { return Bytes::new() };
+        let part = state.bytes.split_to(length.min(state.bytes.len())).freeze();
+        if state.bytes.is_empty() {
+            // It would hold on to the memory of what was gathered before.
+            state.bytes = BytesMut::new();
+        }
+        part
+    }
+
+    /// Ready when what is gathered, and `more`, should go as a frame.
+    pub(super) fn poll_due(
+        &mut self,
+        cx: &mut Context<'_>,
+        stream: u32,
+        open: &OpenStream,
+        more: usize,
+    ) -> Poll<()> {
+        let length = self.len().saturating_add(more);
+        if length >= MAX_GATHERED {
+            return Poll::Ready(());
+        }
+        if open.tunnel_state().back_pressure().poll_writable(stream, cx).is_pending() {
+            return Poll::Pending;
+        }
+        let Some(state) = self.0.as_mut().filter(|_| (length as u64) < FREE_FRAME_LENGTH) else {
+            return Poll::Ready(());
+        };
+        if !state.update_pacing(open) {
+            return Poll::Ready(());
+        }
+        state.timer.as_mut().map_or(Poll::Ready(()), |timer| timer.as_mut().poll(cx))
+    }
+
+    /// Counts a frame of `length` bytes that was sent.
+    pub(super) fn sent(&mut self, open: &OpenStream, length: usize) {
+        let (activity, length) = (open.tunnel_state().activity(), length as u64);
+        if length == 0 || activity.accepts_small_frames() {
+            return;
+        }
+        let Some(cost) = FREE_FRAME_LENGTH.checked_sub(length).filter(|cost| *cost > 0) else {
+            activity.owe_less(length - FREE_FRAME_LENGTH);
+            return;
+        };
+        activity.owe(cost);
+        self.0.get_or_insert_default().sent(open, cost);
+    }
+
+    /// Owes nothing any more: the stream has ended.
+    pub(super) fn settle(&mut self, tunnel_state: &TunnelState) {
+        if let Some(state) = &mut self.0 {
+            state.settle(tunnel_state);
+        }
+    }
+}
+
+impl State {
+    fn sent(&mut self, open: &OpenStream, cost: u64) {
+        self.owed += cost;
+        self.frames = self.frames.saturating_add(1);
+        if self.update_pacing(open) {
+            let slow = open.tunnel_state().activity().owed() >= SLOW_ABOVE;
+            let longest = if slow { MAX_SLOW_PAUSE } else { MAX_PAUSE };
+            self.pause = (self.pause * 2).clamp(FIRST_PAUSE, longest);
+            let due = Instant::now() + self.pause;
+            match &mut self.timer {
+                Some(timer) => timer.as_mut().reset(due),
+                None => self.timer = Some(Box::pin(sleep_until(due))),
+            }
+        }
+    }
+
+    fn update_pacing(&mut self, open: &OpenStream) -> bool {
+        let tunnel_state = open.tunnel_state();
+        if self.frames < FREE_FRAMES || tunnel_state.activity().accepts_small_frames() {
+            return false;
+        }
+        if open.take_sign_of_reading() {
+            self.settle(tunnel_state);
+            return false;
+        }
+        tunnel_state.activity().owed() >= PACE_ABOVE
+    }
+
+    fn settle(&mut self, tunnel_state: &TunnelState) {
+        tunnel_state.activity().owe_less(std::mem::take(&mut self.owed));
+        (self.frames, self.pause, self.timer) = (0, Duration::ZERO, None);
+    }
+}
+
+#[cfg(test)]
+mod tests;

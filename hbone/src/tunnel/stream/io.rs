@@ -1,0 +1,147 @@
+//! A tunnelled byte stream where tokio's traits are wanted: to run a second tunnel inside of it.
+//!
+//! Not here: copying to a socket. [`TunnelReader`] and [`TunnelWriter`] do that without copying.
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{SMALL, TunnelReader, TunnelStream, TunnelWriter};
+use crate::error::HboneError;
+use crate::tunnel::tunnel_state::OpenStream;
+
+/// How much is read away while a carrier waits for its end, in bytes: a few stream windows, which an aborted inner stream may have
+/// left on the way.
+const LINGER_BYTES: usize = 16 << 20;
+
+/// A [`TunnelStream`] as one connection: END_STREAM is its end in either direction, and shutting it down sends one.
+///
+/// Any other end is an error of kind `ConnectionReset` or `ConnectionAborted` that has the [`HboneError`] inside. A write takes as
+/// much as the peer's window and our own buffer bear. Dropped before it is shut down, it is aborted.
+#[derive(Debug)]
+pub struct TunnelIo {
+    reader: TunnelReader,
+    writer: TunnelWriter,
+    /// What of the last chunk was not read yet.
+    unread: Bytes,
+    /// Whether it is shut down only when the peer has ended its direction too.
+    lingers: bool,
+    lingered: usize,
+}
+
+impl TunnelStream {
+    /// The stream with tokio's traits.
+    pub fn into_io(self) -> TunnelIo {
+        let (reader, writer) = self.split();
+        TunnelIo { reader, writer, unread: Bytes::new(), lingers: false, lingered: 0 }
+    }
+
+    /// The same to carry another tunnel, and what tells whether it can be trusted. h2 drops its connection as soon as that is shut
+    /// down, which would reset the stream and could destroy what is on its way in it; so this one is shut down when the peer has
+    /// ended it too.
+    pub(crate) fn into_carrier(self) -> (TunnelIo, Arc<OpenStream>) {
+        let open = self.reader.open.clone();
+        (TunnelIo { lingers: true, ..self.into_io() }, open)
+    }
+}
+
+impl TunnelIo {
+    /// As one DATA frame: a batch of TLS records arrives as such.
+    fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let wanted = bufs.iter().map(|buf| buf.len()).sum();
+        if wanted == 0 {
+            return Poll::Ready(Ok(0));
+        }
+        if wanted < SMALL {
+            // The writer above gathers meanwhile, and its next write is larger.
+            ready!(self.writer.poll_due(cx, wanted));
+        }
+        let capacity = ready!(self.writer.poll_capacity(cx, wanted)).map_err(io_error)?;
+        let length = capacity.min(wanted);
+        let mut frame = BytesMut::with_capacity(length);
+        for buf in bufs {
+            frame.put(buf.take(length - frame.len()));
+        }
+        self.writer.send(frame.freeze(), false).map_err(io_error)?;
+        Poll::Ready(Ok(length))
+    }
+
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while let Some(chunk) = ready!(self.reader.poll_read(cx)).map_err(io_error)? {
+            self.lingered = self.lingered.saturating_add(chunk.len());
+            if self.lingered > LINGER_BYTES {
+                return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncRead for TunnelIo {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.unread.is_empty() {
+            match ready!(self.reader.poll_read(cx)).map_err(io_error)? {
+                Some(chunk) => self.unread = chunk,
+                None => return Poll::Ready(Ok(())),
+            }
+        }
+        let length = buf.remaining().min(self.unread.len());
+        buf.put_slice(&self.unread.split_to(length));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for TunnelIo {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_frame(cx, &[IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_frame(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// The task that drives the connection sends what is queued.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.writer.finish().map_err(io_error)?;
+        if self.lingers { self.poll_end(cx) } else { Poll::Ready(Ok(())) }
+    }
+}
+
+fn io_error(error: HboneError) -> io::Error {
+    let kind = match error {
+        HboneError::Reset { .. } => io::ErrorKind::ConnectionReset,
+        _ => io::ErrorKind::ConnectionAborted,
+    };
+    io::Error::new(kind, error)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,174 @@
+//! The TLS stream under h2: measures what comes and goes, and enforces the limits of the frames that
+//! a peer sends.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::TunnelState;
+use crate::tls::known_error;
+use crate::tunnel::inspect::Inspector;
+
+/// How much is read in one turn of the task that drives a connection, by its cost, before the readers
+/// of the streams get theirs. What they were given is still in the caches then, instead of a whole
+/// window of it.
+const TURN: usize = 256 << 10;
+
+/// The TLS stream under h2. Notes in its [`TunnelState`] what h2 does not keep: when bytes came, which
+/// alert ended the connection, or what ended the stream that carries it. Reads nothing more once the
+/// peer has exceeded a limit.
+#[derive(Debug)]
+pub(crate) struct Monitored<T> {
+    io: T,
+    tunnel_state: Arc<TunnelState>,
+    inspector: Inspector,
+    /// How much was read in this turn, by its cost.
+    read: usize,
+}
+
+impl<T> Monitored<T> {
+    pub(crate) fn new(io: T, tunnel_state: Arc<TunnelState>, inspector: Inspector) -> Self {
+        tunnel_state.activity().note_unfinished(inspector.unfinished());
+        Self { io, tunnel_state, inspector, read: 0 }
+    }
+
+    /// Counts what was read; whether h2 may have it.
+    fn inspect(&mut self, read: &[u8]) -> bool {
+        let (tunnel_state, activity) = (&self.tunnel_state, self.tunnel_state.activity());
+        let frames = self.inspector.data_frames();
+        let inspected =
+            self.inspector.inspect(read, tunnel_state.hear(), activity.useful(), |update| {
+                tunnel_state.credited(update);
+            });
+        let cost =
+            tunnel_state.traffic.count_received(read.len(), self.inspector.data_frames() - frames);
+        self.read = self.read.saturating_add(cost);
+        match inspected {
+            Ok(unfinished) => activity.note_unfinished(unfinished),
+            Err(limit) => tunnel_state.exceed(limit),
+        }
+        tunnel_state.exceeded().is_none()
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Monitored<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.tunnel_state.exceeded().is_some() {
+            // The task that drives the connection looks for this whenever h2 has nothing to do.
+            return Poll::Pending;
+        }
+        if self.read >= TURN {
+            self.read = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.io).poll_read(cx, buf);
+        match &polled {
+            Poll::Ready(Ok(())) => {
+                if !self.inspect(buf.filled().get(before..).unwrap_or_default()) {
+                    buf.set_filled(before);
+                    return Poll::Pending;
+                }
+            }
+            Poll::Ready(Err(error)) => {
+                if let Some(reason) = known_error(error) {
+                    self.tunnel_state.fail(reason);
+                }
+            }
+            Poll::Pending => self.read = 0,
+        }
+        polled
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Monitored<T> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.io).poll_write(cx, buf);
+        self.tunnel_state.wrote(&polled);
+        polled
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // TLS buffers records: only a flush shows whether the connection took them.
+        let polled = Pin::new(&mut self.io).poll_flush(cx);
+        self.tunnel_state.back_pressure.set_blocked(polled.is_pending());
+        polled
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
+        self.tunnel_state.wrote(&polled);
+        polled
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::future::poll_immediate;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    use std::sync::atomic::Ordering;
+
+    use super::*;
+    use crate::testing::Mesh;
+    use crate::tunnel::inspect::PeerRole;
+
+    fn inspector() -> Inspector {
+        Inspector::new(PeerRole::Server, 1)
+    }
+
+    #[tokio::test]
+    async fn bytes_are_counted_in_both_directions() {
+        let (tunnel, _server) = Mesh::new().tunnel().await;
+        let (near, mut far) = duplex(64);
+        let mut near = Monitored::new(near, tunnel.tunnel_state().clone(), inspector());
+        let count = || tunnel.tunnel_state().traffic.bytes.load(Ordering::Relaxed);
+        let before = count();
+        near.write_all(b"request").await.unwrap();
+        assert_eq!(count() - before, 7);
+        far.write_all(b"answer").await.unwrap();
+        near.read_exact(&mut [0; 6]).await.unwrap();
+        assert_eq!(count() - before, 13);
+    }
+
+    #[tokio::test]
+    async fn a_turn_of_reading_ends_though_there_is_more_and_another_follows() {
+        let (tunnel, _server) = Mesh::new().tunnel().await;
+        let (near, mut far) = duplex(2 * TURN);
+        let mut near = Monitored::new(near, tunnel.tunnel_state().clone(), inspector());
+        // The beginning of one DATA frame.
+        let head = [0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1];
+        far.write_all(&[&head[..], &vec![0; 2 * TURN - head.len()]].concat()).await.unwrap();
+        let (mut read, mut buffer) = (0, vec![0; TURN / 4]);
+        while let Some(length) = poll_immediate(near.read(&mut buffer)).await {
+            read += length.unwrap();
+        }
+        assert_eq!(read, TURN);
+        // Whoever waits is woken at once.
+        assert_eq!(near.read(&mut buffer).await.unwrap(), TURN / 4);
+    }
+}

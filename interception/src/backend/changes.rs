@@ -1,0 +1,180 @@
+//! Wake-ups when rules may have changed, for the tasks that verify and repair them.
+//!
+//! The kernel notifies of every change to nftables (including iptables-nft), ip rules and routes.
+//! It does not notify of changes to legacy iptables tables, so these are polled.
+
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::time::{Interval, MissedTickBehavior, interval};
+
+use crate::backend::Backend;
+use crate::backend::iptables::Variant;
+use crate::backend::leftovers::LegacyTables;
+use crate::error::InterceptionError;
+use crate::privileged::NamespaceAccess;
+use crate::watching::{OPERATION, Watched, Watching};
+
+/// The polling interval of legacy tables. A check runs one process per family.
+const LEGACY_INTERVAL: Duration = Duration::from_secs(2);
+/// The polling interval of foreign rules in legacy tables.
+const OTHERS_INTERVAL: Duration = Duration::from_secs(5);
+/// The maximum number of notifications that are merged into one change, so that a constant stream
+/// of changes does not block [`Changes::next`].
+const BURST: usize = 1000;
+
+/// Wake-ups after changes of netfilter rules, ip rules, routes or addresses in one namespace, by
+/// any program.
+pub struct Changes {
+    access: NamespaceAccess,
+    /// `None` if the kernel does not notify of nftables changes.
+    nftables: Option<Notifications>,
+    routes: Notifications,
+    interval: Option<Interval>,
+    /// Polling applies only while these legacy tables exist; `None` for always.
+    if_legacy: Option<LegacyTables>,
+    /// True if the interval elapsed and legacy tables were not checked since.
+    ticked: bool,
+}
+
+/// A netlink socket that the kernel reports changes to.
+struct Notifications(AsyncFd<OwnedFd>);
+
+impl fmt::Debug for Changes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Changes").field("interval", &self.interval).finish_non_exhaustive()
+    }
+}
+
+impl Changes {
+    /// Changes of the own rules and their dependencies. The caller's runtime polls the sockets.
+    pub(crate) async fn of_rules(
+        access: &NamespaceAccess,
+        backend: Backend,
+    ) -> Result<Self, InterceptionError> {
+        let Watching { nftables, routes, .. } = access.watch(Watched::OwnRules).await?;
+        let (access, routes) = (access.clone(), Notifications::new(routes)?);
+        let (nftables, interval) = match backend {
+            Backend::Iptables(Variant::Legacy) => (None, Some(every(LEGACY_INTERVAL))),
+            _ => (Some(Notifications::new(nftables?)?), None),
+        };
+        Ok(Self { access, nftables, routes, interval, if_legacy: None, ticked: false })
+    }
+
+    /// Changes of any program's rules and ip rules in a namespace. Without permission for nftables
+    /// notifications (NET_ADMIN), nftables is polled too.
+    ///
+    /// # Errors
+    ///
+    /// The kernel rejected the subscription.
+    pub async fn of_all_programs(access: &NamespaceAccess) -> Result<Self, InterceptionError> {
+        let Watching { nftables, routes, legacy } = access.watch(Watched::AllRules).await?;
+        if let Err(error) = &nftables {
+            tracing::debug!(%error, "nftables does not notify");
+        }
+        let if_legacy = nftables.is_ok().then_some(legacy);
+        let interval = Some(every(OTHERS_INTERVAL));
+        let (access, routes) = (access.clone(), Notifications::new(routes)?);
+        let nftables = nftables.ok().map(Notifications::new).transpose()?;
+        Ok(Self { access, nftables, routes, interval, if_legacy, ticked: false })
+    }
+
+    /// Returns when rules may have changed since the last call or since the subscription. All
+    /// changes until it returns count as one. Cancel safe.
+    ///
+    /// # Errors
+    ///
+    /// The subscription ended, for example because the namespace is gone.
+    pub async fn next(&mut self) -> Result<(), InterceptionError> {
+        let Self { access, nftables, routes, interval, if_legacy, ticked } = self;
+        let nftables = async {
+            match nftables {
+                Some(notifications) => notifications.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        let interval = async {
+            let Some(interval) = interval else { return std::future::pending().await };
+            loop {
+                if !*ticked {
+                    interval.tick().await;
+                    *ticked = true;
+                }
+                let counts = match if_legacy {
+                    Some(tables) => has_legacy_tables(access, tables).await,
+                    None => true,
+                };
+                *ticked = false;
+                if counts {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            changed = nftables => changed,
+            changed = routes.next() => changed,
+            () = interval => Ok(()),
+        }
+    }
+}
+
+/// Returns true if legacy tables exist. Enters the namespace only after a kernel module was loaded.
+async fn has_legacy_tables(access: &NamespaceAccess, tables: &mut LegacyTables) -> bool {
+    if let Some(exist) = tables.exist() {
+        return exist;
+    }
+    // If the namespace cannot be entered any more, the subscription itself fails.
+    if let Ok(opened) = access.legacy_tables().await {
+        *tables = opened;
+    }
+    tables.exist().unwrap_or_default()
+}
+
+fn every(period: Duration) -> Interval {
+    let mut interval = interval(period);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
+impl Notifications {
+    fn new(socket: OwnedFd) -> Result<Self, InterceptionError> {
+        #[expect(
+            deprecated,
+            reason = "safe here: an OwnedFd's descriptor stays open and the same (tokio #8587)"
+        )]
+        let registered = AsyncFd::with_interest(socket, Interest::READABLE);
+        registered.map(Self).map_err(failed)
+    }
+
+    /// Waits for a notification and drains all that are queued.
+    async fn next(&self) -> Result<(), InterceptionError> {
+        self.0.async_io(Interest::READABLE, receive).await.map_err(failed)?;
+        for _ in 0..BURST {
+            match self.0.try_io(Interest::READABLE, receive) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Receives one notification. Its content is ignored: the caller lists the rules.
+fn receive(socket: &OwnedFd) -> io::Result<()> {
+    match recv(socket, &mut [0; 16], RecvFlags::TRUNC) {
+        // ENOBUFS: a lost notification still means that something changed.
+        Ok(_) | Err(Errno::NOBUFS) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn failed(source: io::Error) -> InterceptionError {
+    InterceptionError::Netlink { operation: OPERATION, source }
+}

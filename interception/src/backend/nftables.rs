@@ -1,0 +1,171 @@
+//! The nftables backend: installs, reads and removes a plan over netlink.
+
+mod encode;
+mod expressions;
+mod foreign;
+mod listing;
+mod owner;
+mod sets;
+mod tables;
+
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::{SndBuf, SndBufForce};
+use nlink::netlink::nftables::{Family, Transaction};
+use nlink::netlink::{Connection, Nftables};
+
+pub(crate) use foreign::{ForeignChain, foreign_chains};
+pub(crate) use listing::{expected, installed, readable, readable_unknown};
+pub(crate) use owner::mark_owner;
+pub(crate) use tables::{chains, remove_bare_iptables_tables, remove_tables, tables};
+
+use crate::backend::netlink::{failed, into_io};
+use crate::error::InterceptionError;
+use crate::namespace::Entered;
+use crate::plan::nft::{NamedSet, Operand, operands};
+use crate::plan::{RulePlan, TABLE};
+use crate::process::privileges::confine_auxiliary_thread;
+
+type Kernel = Connection<Nftables>;
+
+/// The counter of a rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuleCounter {
+    /// The id of the rule.
+    pub id: String,
+    /// Matching packets; in a nat chain, connections.
+    pub packets: u64,
+    /// Bytes of those packets.
+    pub bytes: u64,
+}
+
+/// Checks that nf_tables is available by reading the generation of the ruleset.
+pub(crate) async fn check_available(entered: &Entered) -> Result<(), InterceptionError> {
+    const OPERATION: &str = "read the nftables ruleset";
+    let kernel = connect(entered, OPERATION)?;
+    match kernel.generation().await {
+        Ok(_) => Ok(()),
+        Err(error) if error.is_permission_denied() => Err(failed(OPERATION)(error)),
+        // Any other error means that the kernel lacks nf_tables: nfnetlink answers EINVAL then.
+        Err(error) => Err(InterceptionError::Unsupported {
+            operation: OPERATION,
+            module: "nf_tables",
+            source: into_io(error),
+        }),
+    }
+}
+
+/// Replaces the table by the plan in one transaction. Packets see either the old or the new rules.
+pub(crate) async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), InterceptionError> {
+    with_connection(entered, "install the nftables rules", async |kernel| {
+        make_room(kernel, plan);
+        let tables = kernel.list_tables_in(Family::Inet).await?;
+        let replace = tables.iter().any(|table| table.name == TABLE);
+        match commit(kernel, plan, replace).await {
+            // Another process created the table meanwhile.
+            Err(error) if !replace && error.is_already_exists() => commit(kernel, plan, true).await,
+            committed => committed,
+        }
+    })
+    .await
+}
+
+/// The counters of the installed rules in order; empty without an installed table.
+pub(crate) async fn counters(entered: &Entered) -> Result<Vec<RuleCounter>, InterceptionError> {
+    const OPERATION: &str = "read the nftables rules";
+    let rules = with_connection(entered, OPERATION, async |kernel| {
+        kernel.list_rules(TABLE, Family::Inet).await
+    })
+    .await?;
+    let counters = rules.into_iter().filter_map(|rule| {
+        let (packets, bytes) = rule.counter()?;
+        Some(RuleCounter { id: rule.comment_text?, packets, bytes })
+    });
+    Ok(counters.collect())
+}
+
+/// Removes the table. Returns `false` if there was none.
+pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError> {
+    const OPERATION: &str = "remove the nftables rules";
+    with_connection(entered, OPERATION, async |kernel| {
+        kernel.del_table_if_exists(TABLE, Family::Inet).await
+    })
+    .await
+}
+
+/// Runs `operation` on a new netlink connection, and closes the connection on a blocking thread.
+///
+/// After any process deleted a table, close(2) blocks for about ten milliseconds, until no CPU can
+/// access the table (`nft_rcv_nl_event` flushes `nf_tables_trans_destroy_work`, which waits for
+/// RCU, net/netfilter/nf_tables_api.c).
+async fn with_connection<T>(
+    entered: &Entered,
+    operation: &'static str,
+    request: impl AsyncFnOnce(&Kernel) -> nlink::Result<T>,
+) -> Result<T, InterceptionError> {
+    let kernel = connect(entered, operation)?;
+    let answer = request(&kernel).await;
+    close(kernel);
+    answer.map_err(failed(operation))
+}
+
+/// Closes the connection on another thread, or here if no thread can be started.
+fn close(kernel: Kernel) {
+    let close = move || {
+        // The thread is short-lived, so a failure is harmless.
+        confine_auxiliary_thread().ok();
+        drop(kernel);
+    };
+    std::thread::Builder::new().name("close".to_owned()).spawn(close).ok();
+}
+
+fn connect(_: &Entered, operation: &'static str) -> Result<Kernel, InterceptionError> {
+    Kernel::new().map_err(failed(operation))
+}
+
+/// Adds, deletes and adds the table: the first addition makes the deletion succeed if the table is
+/// gone. (The kernel has a message for it, NFT_MSG_DESTROYTABLE, only since Linux 6.3.) Without a
+/// table, nothing is deleted, because a deletion delays the close: see [`with_connection`].
+async fn commit(kernel: &Kernel, plan: &RulePlan, replace: bool) -> nlink::Result<()> {
+    let mut transaction = kernel.transaction();
+    if replace {
+        let any = transaction.update_table(TABLE, Family::Inet, 0);
+        transaction = any.del_table(TABLE, Family::Inet);
+    }
+    let transaction = transaction.add_table(TABLE, Family::Inet);
+    add_all(transaction, plan)?.commit(kernel).await
+}
+
+fn add_all(mut transaction: Transaction, plan: &RulePlan) -> nlink::Result<Transaction> {
+    for chain in plan.chains() {
+        transaction = transaction.add_chain(encode::chain(chain)?);
+    }
+    for (id, set) in (1..).zip(named_sets(plan)) {
+        transaction = sets::messages(&set, id).into_iter().fold(transaction, Transaction::raw);
+    }
+    for rule in plan.rules() {
+        transaction = transaction.add_rule(expressions::rule(rule)?);
+    }
+    Ok(transaction)
+}
+
+/// All sets that the rules reference.
+fn named_sets(plan: &RulePlan) -> impl Iterator<Item = NamedSet> {
+    plan.rules().iter().flat_map(operands).filter_map(Operand::into_set)
+}
+
+/// Enlarges the send buffer, because the kernel accepts a transaction only as one message (EMSGSIZE
+/// otherwise). Without CAP_NET_ADMIN in the initial user namespace, `net.core.wmem_max` is the
+/// limit.
+fn make_room(kernel: &Kernel, plan: &RulePlan) {
+    /// An upper bound for the size of one chain, set or rule in bytes.
+    const MAX_ENTRY_BYTES: usize = 2048;
+    let elements: usize = named_sets(plan).map(|set| set.values.len()).sum();
+    let size = (plan.chains().len() + 2 * plan.rules().len() + 8) * MAX_ENTRY_BYTES
+        + elements * sets::ELEMENT;
+    let socket = kernel.socket();
+    let grown =
+        setsockopt(socket, SndBufForce, &size).or_else(|_| setsockopt(socket, SndBuf, &size));
+    if let Err(error) = grown {
+        tracing::debug!(%error, size, "cannot enlarge the netlink send buffer");
+    }
+}

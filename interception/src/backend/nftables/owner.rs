@@ -1,0 +1,37 @@
+//! Records the process that installed the table, as the comment of an empty chain.
+//!
+//! The comment is for people who list the table. It changes without the rules when another process
+//! takes over. It does not show whether the process still runs.
+//! still runs, which the table does not show.
+
+use nlink::netlink::nftables::{Chain, ChainInfo, Family, RuleInfo};
+
+use super::with_connection;
+use crate::error::InterceptionError;
+use crate::namespace::Entered;
+use crate::plan::TABLE;
+
+/// The name of the chain. It cannot clash: names of planned chains start with a table and `_`.
+const CHAIN: &str = "owner";
+/// The maximum length of a comment (NFT_USERDATA_MAXLEN without the header).
+const MAX_COMMENT: usize = 127;
+
+/// Writes the comment. The table must exist.
+pub(crate) async fn mark_owner(entered: &Entered, owner: &str) -> Result<(), InterceptionError> {
+    let mut comment = owner.to_owned();
+    comment.truncate(comment.floor_char_boundary(MAX_COMMENT));
+    with_connection(entered, "write the owner of the nftables rules", async |kernel| {
+        let chain = Chain::new(TABLE, CHAIN)?.family(Family::Inet);
+        let fresh = chain.clone().comment(&comment);
+        // Update before delete, so that the deletion succeeds without the chain. A chain keeps its
+        // first comment.
+        let transaction = kernel.transaction().update_chain(chain);
+        transaction.del_chain(TABLE, CHAIN, Family::Inet).add_chain(fresh).commit(kernel).await
+    })
+    .await
+}
+
+/// Returns true for this chain. It is not part of the plan.
+pub(super) fn is_owner(chain: &ChainInfo, rules: &[RuleInfo]) -> bool {
+    chain.name == CHAIN && chain.hook.is_none() && rules.iter().all(|rule| rule.chain != CHAIN)
+}

@@ -1,0 +1,187 @@
+//! Detects the host's own network namespace, so that rules never capture a node by accident.
+//!
+//! The kernel has no system call for this question. [`Facts`] collects what /proc and the
+//! interfaces show; a pure function decides.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+
+use crate::error::InterceptionError;
+use crate::namespace::Entered;
+
+/// The inode of the initial network namespace, fixed since [`FIXED_SINCE`] (NET_NS_INIT_INO,
+/// include/uapi/linux/nsfs.h). Other namespaces start at 0xf0000000, on older kernels too.
+const INITIAL_NET: u64 = 0xEFFF_FFF9;
+/// The first kernel version that fixes [`INITIAL_NET`]: with another inode, a namespace is not the
+/// host's.
+const FIXED_SINCE: (u32, u32) = (6, 18);
+/// The inode of the initial user namespace (PROC_USER_INIT_INO, include/linux/proc_ns.h).
+const INITIAL_USER: u64 = 0xEFFF_FFFD;
+/// The inode of the initial PID namespace (PROC_PID_INIT_INO).
+const INITIAL_PID: u64 = 0xEFFF_FFFC;
+
+/// Interfaces that container runtimes and CNIs create on a node but not in a pod.
+const NODE_INTERFACES: [&str; 4] = ["docker0", "cni0", "cbr0", "flannel.1"];
+/// Prefixes of such interfaces: Calico's links and Docker's bridges.
+const NODE_PREFIXES: [&str; 2] = ["cali", "br-"];
+/// The number of veth interfaces that indicates a node. A pod may have one or two.
+const NODE_VETHS: usize = 3;
+
+/// Rejects the host's network namespace, and one that cannot be classified.
+pub(crate) fn reject_host(entered: &Entered) -> Result<(), InterceptionError> {
+    let why = match Facts::gather(entered) {
+        Ok(facts) => facts.host_evidence(),
+        Err(error) => Some(format!("/proc does not tell which namespace this is: {error}")),
+    };
+    why.map_or(Ok(()), |why| Err(InterceptionError::HostNamespace { why }))
+}
+
+/// Facts about the current namespaces.
+#[derive(Debug, Clone)]
+struct Facts {
+    /// The kernel's major and minor version; zeros if unknown.
+    kernel: (u32, u32),
+    net: u64,
+    user: u64,
+    pid: u64,
+    /// The network namespace of process 1; `None` if unreadable.
+    net_of_init: Option<u64>,
+    interfaces: Vec<String>,
+}
+
+impl Facts {
+    fn gather(entered: &Entered) -> io::Result<Self> {
+        let inode = |path: &str| fs::metadata(path).map(|file| file.ino());
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        Ok(Self {
+            kernel: version(&release).unwrap_or_default(),
+            net: entered.namespace().id().inode(),
+            user: inode("/proc/thread-self/ns/user")?,
+            pid: inode("/proc/thread-self/ns/pid")?,
+            net_of_init: inode("/proc/1/ns/net").ok(),
+            interfaces: interfaces()?,
+        })
+    }
+
+    /// The reason why this is, or may be, the host's namespace; `None` if it is not.
+    fn host_evidence(&self) -> Option<String> {
+        if self.net == INITIAL_NET {
+            return Some("it is the kernel's initial one".to_owned());
+        }
+        if self.kernel >= FIXED_SINCE {
+            return None;
+        }
+        if self.user != INITIAL_USER {
+            // In a network namespace of another user namespace, the process has no power over the
+            // host.
+            return None;
+        }
+        if self.pid == INITIAL_PID {
+            return match self.net_of_init {
+                Some(init) if init != self.net => None,
+                Some(_) => Some("process 1 of the host is in the same one".to_owned()),
+                None => Some(
+                    "unknown: the process sees the host's processes, but cannot read /proc/1/ns/net"
+                        .to_owned(),
+                ),
+            };
+        }
+        self.node_interface().map(|name| format!("the interface {name} exists only on nodes"))
+    }
+
+    fn node_interface(&self) -> Option<&str> {
+        let named = self.interfaces.iter().find(|name| {
+            NODE_INTERFACES.contains(&name.as_str())
+                || NODE_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+        });
+        let mut veths = self.interfaces.iter().filter(|name| name.starts_with("veth"));
+        named.or_else(|| veths.nth(NODE_VETHS - 1)).map(String::as_str)
+    }
+}
+
+/// Parses the version at the start of a release such as `6.18.44-generic`.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn interfaces() -> io::Result<Vec<String>> {
+    let interfaces = nix::net::if_::if_nameindex()?;
+    Ok(interfaces.iter().map(|interface| interface.name().to_string_lossy().into_owned()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A process in an ordinary container on a kernel before 6.18.
+    fn container() -> Facts {
+        Facts {
+            kernel: (6, 17),
+            net: 0xF000_0100,
+            user: INITIAL_USER,
+            pid: 0xF000_0101,
+            net_of_init: Some(0xF000_0100),
+            interfaces: vec!["lo".to_owned(), "eth0".to_owned()],
+        }
+    }
+
+    fn with_interfaces(names: &[&str]) -> Facts {
+        Facts { interfaces: names.iter().map(|&name| name.to_owned()).collect(), ..container() }
+    }
+
+    #[test]
+    fn detects_initial_namespace_from_container() {
+        let why = Facts { net: INITIAL_NET, ..container() }.host_evidence();
+        assert!(why.is_some_and(|why| why.contains("initial")));
+    }
+
+    #[test]
+    fn accepts_container_sharing_namespace_with_its_process_1() {
+        assert_eq!(container().host_evidence(), None);
+    }
+
+    #[test]
+    fn trusts_inode_on_kernels_that_fix_it() {
+        for (release, told) in
+            [("6.18.44-generic", true), ("7.0.1", true), ("6.17.9", false), ("?", false)]
+        {
+            let facts = Facts {
+                kernel: version(release).unwrap_or_default(),
+                ..with_interfaces(&["docker0"])
+            };
+            assert_eq!(facts.host_evidence().is_none(), told, "{release}");
+        }
+    }
+
+    #[test]
+    fn accepts_rootless_namespace_with_any_interfaces() {
+        let facts = Facts { user: 0xF000_0102, ..with_interfaces(&["docker0"]) };
+        assert_eq!(facts.host_evidence(), None);
+    }
+
+    #[test]
+    fn detects_host_by_namespace_of_process_1() {
+        let beside = Facts { pid: INITIAL_PID, ..container() };
+        assert!(beside.host_evidence().is_some_and(|why| why.contains("process 1")));
+        let own = Facts { net_of_init: Some(0xF000_0999), ..beside.clone() };
+        assert_eq!(own.host_evidence(), None);
+        let unreadable = Facts { net_of_init: None, ..beside };
+        assert!(unreadable.host_evidence().is_some_and(|why| why.contains("unknown")));
+    }
+
+    #[test]
+    fn detects_host_by_node_interfaces() {
+        for name in ["docker0", "cni0", "cbr0", "flannel.1", "cali1a2b", "br-0123"] {
+            let why = with_interfaces(&["lo", "eth0", name]).host_evidence();
+            assert!(why.is_some_and(|why| why.contains(name)), "{name}");
+        }
+    }
+
+    #[test]
+    fn detects_host_by_many_veths_only() {
+        assert_eq!(with_interfaces(&["lo", "veth0", "veth1"]).host_evidence(), None);
+        assert!(with_interfaces(&["lo", "veth0", "veth1", "veth2"]).host_evidence().is_some());
+    }
+}

@@ -1,0 +1,210 @@
+//! Passes lines of text and sockets to another process over a Unix socket (`SCM_RIGHTS`, unix(7)).
+//!
+//! After a listener was passed, both processes accept from the same queue. So no connection is
+//! refused, whichever process ends. The protocol on top is in the proxy.
+
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use nix::unistd::geteuid;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+
+/// The maximum length of a line in bytes, far above that of any message.
+const MAX_LINE: usize = 4096;
+/// The maximum number of sockets per line.
+const MAX_SOCKETS: usize = 16;
+
+/// One end of a connection between two processes.
+#[derive(Debug)]
+pub struct Handover {
+    stream: UnixStream,
+}
+
+impl Handover {
+    /// Uses `stream`.
+    #[must_use]
+    pub fn new(stream: UnixStream) -> Self {
+        Self { stream }
+    }
+
+    /// The process at the other end, as recorded by the kernel when that process connected or
+    /// started to listen (`SO_PEERCRED`, unix(7)).
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel.
+    pub fn peer(&self) -> io::Result<Peer> {
+        let credentials = self.stream.peer_cred()?;
+        Ok(Peer { uid: credentials.uid(), pid: credentials.pid() })
+    }
+
+    /// Sends `line`, which must not contain a line break, with `sockets` attached.
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel; `InvalidInput` for more than one message can carry.
+    pub async fn send(&self, line: &str, sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let text = format!("{line}\n");
+        if text.len() > MAX_LINE || sockets.len() > MAX_SOCKETS {
+            return Err(ErrorKind::InvalidInput.into());
+        }
+        let send = || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SOCKETS))];
+            let mut attached = SendAncillaryBuffer::new(&mut space);
+            if !sockets.is_empty() {
+                attached.push(SendAncillaryMessage::ScmRights(sockets));
+            }
+            let text = [IoSlice::new(text.as_bytes())];
+            Ok(sendmsg(&self.stream, &text, &mut attached, SendFlags::NOSIGNAL)?)
+        };
+        // A partial write is impossible: a line fits the socket's buffer, and the previous one was
+        // answered.
+        match self.stream.async_io(Interest::WRITABLE, send).await? {
+            sent if sent == text.len() => Ok(()),
+            _ => Err(ErrorKind::WriteZero.into()),
+        }
+    }
+
+    /// Receives the next line and its sockets; `None` after the other process closed the connection
+    /// or ended.
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel; `InvalidData` for a malformed message.
+    pub async fn receive(&self) -> io::Result<Option<(String, Vec<OwnedFd>)>> {
+        let (mut line, mut sockets) = (Vec::new(), Vec::new());
+        while !line.ends_with(b"\n") {
+            let receive_part = || self.receive_part(&mut line, &mut sockets);
+            if self.stream.async_io(Interest::READABLE, receive_part).await? == 0 {
+                return if line.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(ErrorKind::UnexpectedEof.into())
+                };
+            }
+            if line.len() > MAX_LINE || sockets.len() > MAX_SOCKETS {
+                return Err(ErrorKind::InvalidData.into());
+            }
+        }
+        let text = String::from_utf8(line).map_err(|_| ErrorKind::InvalidData)?;
+        Ok(Some((text.trim_end().to_owned(), sockets)))
+    }
+
+    fn receive_part(&self, line: &mut Vec<u8>, sockets: &mut Vec<OwnedFd>) -> io::Result<usize> {
+        let mut text = [0; 512];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SOCKETS))];
+        let mut attached = RecvAncillaryBuffer::new(&mut space);
+        let received = recvmsg(
+            &self.stream,
+            &mut [IoSliceMut::new(&mut text)],
+            &mut attached,
+            RecvFlags::CMSG_CLOEXEC,
+        )?;
+        line.extend_from_slice(text.get(..received.bytes).unwrap_or_default());
+        for message in attached.drain() {
+            if let RecvAncillaryMessage::ScmRights(attached) = message {
+                sockets.extend(attached);
+            }
+        }
+        Ok(received.bytes)
+    }
+}
+
+/// The process at the other end of a Unix socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer {
+    /// The effective user.
+    pub uid: u32,
+    /// The process id, unless the PID namespace hides it.
+    pub pid: Option<i32>,
+}
+
+impl Peer {
+    /// Returns true for root and the own user, which control this process anyway.
+    #[must_use]
+    pub fn is_trusted(self) -> bool {
+        self.uid == 0 || self.uid == geteuid().as_raw()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener};
+    use std::os::fd::AsFd as _;
+
+    use tokio::io::AsyncWriteExt as _;
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::sockets::listener::BoundListener;
+
+    fn conversation() -> (Handover, Handover) {
+        let (one, other) = UnixStream::pair().expect("a pair");
+        (Handover::new(one), Handover::new(other))
+    }
+
+    fn bound() -> BoundListener {
+        TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port").into()
+    }
+
+    #[tokio::test]
+    async fn passes_listener_with_its_accept_queue() {
+        let (one, other) = conversation();
+        let (first, second) = (bound(), bound());
+        let address = first.local_addr().expect("bound");
+        let mut waiting = TcpStream::connect(address).await.expect("connected before");
+        one.send("two listeners", &[first.as_fd(), second.as_fd()]).await.expect("said");
+        drop((first, second));
+        let (line, sockets) = other.receive().await.expect("heard").expect("a line");
+        assert_eq!((line.as_str(), sockets.len()), ("two listeners", 2));
+        let listener = sockets.into_iter().next().expect("a socket");
+        let listener = BoundListener::try_from(listener).expect("a listener");
+        assert_eq!(listener.local_addr().expect("bound"), address);
+        let (_accepted, client) =
+            listener.register().expect("registered").accept().await.expect("accepted");
+        assert_eq!(client, waiting.local_addr().expect("an address"));
+        waiting.write_all(b"still there").await.expect("not reset");
+    }
+
+    #[tokio::test]
+    async fn receives_lines_separately_and_detects_end() {
+        let (one, other) = conversation();
+        one.send("rules", &[]).await.expect("said");
+        assert_eq!(other.receive().await.expect("heard").expect("a line").0, "rules");
+        other.send("ok", &[]).await.expect("said");
+        assert_eq!(one.receive().await.expect("heard").expect("a line").0, "ok");
+        drop(one);
+        assert!(other.receive().await.expect("an end").is_none());
+    }
+
+    #[tokio::test]
+    async fn rejects_malformed_message_and_non_listener_fd() {
+        let (one, other) = conversation();
+        let mut raw = one.stream;
+        raw.write_all(&[b'x'; 5000]).await.expect("written");
+        assert_eq!(other.receive().await.expect_err("too long").kind(), ErrorKind::InvalidData);
+        let (one, other) = conversation();
+        let mut raw = one.stream;
+        raw.write_all(b"\xff\n").await.expect("written");
+        assert_eq!(other.receive().await.expect_err("no text").kind(), ErrorKind::InvalidData);
+        let (unix, _) = UnixStream::pair().expect("a pair");
+        let imposter = OwnedFd::from(unix.into_std().expect("its socket"));
+        BoundListener::try_from(imposter).expect_err("the socket does not listen");
+    }
+
+    #[tokio::test]
+    async fn kernel_identifies_peer_process() {
+        let (one, _other) = conversation();
+        let peer = one.peer().expect("credentials");
+        assert_eq!(peer.uid, geteuid().as_raw());
+        assert!(peer.is_trusted() && Peer { uid: 0, pid: None }.is_trusted());
+        assert!(!Peer { uid: geteuid().as_raw() + 1, pid: None }.is_trusted());
+        assert_eq!(peer.pid, i32::try_from(std::process::id()).ok());
+    }
+}

@@ -1,0 +1,167 @@
+//! Listeners that are bound before anything runs, and accept in the runtime of whichever worker
+//! gets them.
+//!
+//! Not here: which address and mark they have (`socket.rs`), and what is done with a connection.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{SocketFlags, acceptfrom_with};
+use socket2::{Domain, SockRef, Socket, Type};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::namespace::Entered;
+use crate::sockets::socket::canonical;
+
+/// How many connections may wait to be accepted: as many as net.core.somaxconn allows (4096 by
+/// default), which the kernel lowers it to.
+const BACKLOG: i32 = 65_535;
+
+/// A listener that belongs to no runtime yet. The kernel already completes handshakes for it.
+#[derive(Debug)]
+pub struct BoundListener {
+    listener: TcpListener,
+}
+
+impl BoundListener {
+    /// The same listener once more: both accept from one queue, and it closes with the last of them.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        self.listener.try_clone().map(Self::from)
+    }
+
+    /// Where it listens, with the port that the kernel chose if it was asked to.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Makes it part of the tokio runtime that the caller runs in.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime with IO, as tokio's own listeners do.
+    pub fn register(self) -> io::Result<Listener> {
+        // tokio's own listener registers each connection with the runtime that accepts it, which is
+        // often not the one that serves it.
+        #[expect(
+            deprecated,
+            reason = "safe here: a TcpListener's descriptor stays open and the same (tokio #8587)"
+        )]
+        let listener = AsyncFd::with_interest(self.listener, Interest::READABLE)?;
+        Ok(Listener { listener })
+    }
+}
+
+impl AsFd for BoundListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl From<TcpListener> for BoundListener {
+    fn from(listener: TcpListener) -> Self {
+        Self { listener }
+    }
+}
+
+impl TryFrom<OwnedFd> for BoundListener {
+    type Error = io::Error;
+
+    /// From another process, which may send what it wants.
+    fn try_from(socket: OwnedFd) -> io::Result<Self> {
+        let listens = SockRef::from(&socket).is_listener()?;
+        let listener = TcpListener::from(socket);
+        // Fails for what has no IP address.
+        listener.local_addr()?;
+        if !listens {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        listener.set_nonblocking(true)?;
+        Ok(listener.into())
+    }
+}
+
+/// A listener in a runtime.
+#[derive(Debug)]
+pub struct Listener {
+    listener: AsyncFd<TcpListener>,
+}
+
+impl Listener {
+    /// Waits for the next connection, and the address of who made it (IPv4 clients in IPv4's form).
+    ///
+    /// The stream does not block and belongs to no runtime: it may be handed to another worker's. Its
+    /// options are the listener's.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, see accept(2): some concern one connection, some (EMFILE, ENFILE, ENOBUFS) the
+    /// process.
+    pub async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let accept = |listener: &TcpListener| Ok(acceptfrom_with(listener, flags)?);
+        let (stream, peer) = self.listener.async_io(Interest::READABLE, accept).await?;
+        let peer = peer.ok_or(io::ErrorKind::Unsupported)?;
+        Ok((stream.into(), canonical(SocketAddr::try_from(peer)?)))
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.get_ref().local_addr()
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+/// Listens on `address`; accepted streams inherit the mark (`inet_request_mark`,
+/// include/net/inet_sock.h). A transparent listener also takes what TPROXY delivers. `prepare` is done
+/// before the first of them can be there.
+pub(crate) fn bind(
+    _: &Entered,
+    address: SocketAddr,
+    mark: Option<u32>,
+    transparent: bool,
+    prepare: impl FnOnce(&Socket) -> io::Result<()>,
+) -> io::Result<BoundListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
+    // A restart must not wait for the connections of the last run to leave TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // Said, not assumed: net.ipv6.bindv6only may be 1.
+        socket.set_only_v6(false)?;
+    }
+    if let Some(mark) = mark {
+        socket.set_mark(mark)?;
+    }
+    // The two options set one flag of the socket (inet_sk(sk)->transparent).
+    match address {
+        _ if !transparent => {}
+        SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
+        SocketAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
+    }
+    prepare(&socket)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(TcpListener::from(socket).into())
+}

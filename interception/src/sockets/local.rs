@@ -1,0 +1,155 @@
+//! Whether an address is one of this namespace's own, by the kernel's routes: what
+//! `fib daddr type local` of nftables and `-m addrtype --dst-type LOCAL` of iptables decide by.
+//!
+//! An address counts as soon as it is added, and so does a range that a `local` route delivers
+//! (AnyIP). A query takes two system calls; callers cache the answer where that matters.
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
+
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with,
+};
+
+use crate::namespace::Entered;
+
+/// include/uapi/linux/rtnetlink.h and include/uapi/linux/netlink.h.
+const RTM_NEWROUTE: u16 = 24;
+const RTM_GETROUTE: u16 = 26;
+const NLMSG_ERROR: u16 = 2;
+const NLM_F_REQUEST: u16 = 1;
+const RTA_DST: u16 = 1;
+const RTN_LOCAL: u8 = 2;
+/// sizeof(struct nlmsghdr), sizeof(struct rtmsg), sizeof(struct rtattr).
+const HEADER: u16 = 16;
+const ROUTE: u16 = 12;
+const ATTRIBUTE: u16 = 4;
+/// Where `rtm_type`, the eighth octet of struct rtmsg, is in a message.
+const ROUTE_TYPE: usize = 16 + 7;
+
+/// How many answers to earlier questions may come before the one to this.
+const STALE: usize = 8;
+
+/// Answers for the namespace that it was opened in.
+#[derive(Debug)]
+pub struct LocalAddresses {
+    socket: OwnedFd,
+    /// The number of the last query. The lock also keeps each answer with its query.
+    sequence: Mutex<u32>,
+}
+
+impl LocalAddresses {
+    /// Opens a socket to the kernel in the namespace.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn open(_: &Entered) -> io::Result<Self> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        // No protocol is NETLINK_ROUTE, which is 0.
+        let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
+        Ok(Self { socket, sequence: Mutex::default() })
+    }
+
+    /// Whether packets to `address` are delivered in this namespace.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's: no answer.
+    pub fn contain(&self, address: IpAddr) -> io::Result<bool> {
+        let address = address.to_canonical();
+        if address.is_loopback() {
+            return Ok(true);
+        }
+        let mut sequence = self.sequence.lock().unwrap_or_else(PoisonError::into_inner);
+        *sequence = sequence.wrapping_add(1);
+        self.ask(*sequence, address)
+    }
+
+    /// The kernel answers before `send` returns (`netlink_unicast_kernel`,
+    /// net/netlink/af_netlink.c).
+    fn ask(&self, sequence: u32, address: IpAddr) -> io::Result<bool> {
+        send(&self.socket, &request(sequence, address), SendFlags::empty())?;
+        let mut answer = [0; 1024];
+        for _ in 0..STALE {
+            let (read, _) = recv(&self.socket, &mut answer, RecvFlags::empty())?;
+            if let Some(local) = is_local(answer.get(..read).unwrap_or_default(), sequence) {
+                return Ok(local);
+            }
+        }
+        Err(io::ErrorKind::InvalidData.into())
+    }
+}
+
+fn request(sequence: u32, address: IpAddr) -> Vec<u8> {
+    // AF_INET and AF_INET6 (include/linux/socket.h), and the size of their addresses.
+    let (family, size, octets) = match address {
+        IpAddr::V4(address) => (2, 4_u8, address.octets().to_vec()),
+        IpAddr::V6(address) => (10, 16, address.octets().to_vec()),
+    };
+    let attribute = ATTRIBUTE + u16::from(size);
+    let length = u32::from(HEADER) + u32::from(ROUTE) + u32::from(attribute);
+    let mut request = Vec::new();
+    request.extend(length.to_ne_bytes());
+    request.extend(RTM_GETROUTE.to_ne_bytes());
+    request.extend(NLM_F_REQUEST.to_ne_bytes());
+    request.extend(sequence.to_ne_bytes());
+    // The sender's port, which the kernel knows.
+    request.extend(0u32.to_ne_bytes());
+    // Family, length of the destination; source, TOS, table, protocol, scope, type, flags.
+    request.extend([family, size * 8]);
+    request.extend([0; 10]);
+    request.extend(attribute.to_ne_bytes());
+    request.extend(RTA_DST.to_ne_bytes());
+    request.extend(octets);
+    request
+}
+
+/// Whether the route in the answer is a local one; `None` if this is not the answer. An error means
+/// that there is no route.
+fn is_local(answer: &[u8], sequence: u32) -> Option<bool> {
+    let kind = u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?);
+    let answered = u32::from_ne_bytes(answer.get(8..12)?.try_into().ok()?);
+    match kind {
+        _ if answered != sequence => None,
+        RTM_NEWROUTE => Some(*answer.get(ROUTE_TYPE)? == RTN_LOCAL),
+        NLMSG_ERROR => Some(false),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_is_local_and_documentation_addresses_are_not() {
+        let local = LocalAddresses::open(&Entered::current().unwrap()).unwrap();
+        for address in ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"] {
+            assert!(local.contain(address.parse().unwrap()).unwrap(), "{address}");
+        }
+        for address in ["192.0.2.1", "2001:db8::1"] {
+            assert!(!local.contain(address.parse().unwrap()).unwrap(), "{address}");
+        }
+    }
+
+    #[test]
+    fn takes_only_the_answer_to_its_question() {
+        let answer = |kind: u16, sequence: u32, route: u8| {
+            let mut answer = vec![0; ROUTE_TYPE + 5];
+            answer[4..6].copy_from_slice(&kind.to_ne_bytes());
+            answer[8..12].copy_from_slice(&sequence.to_ne_bytes());
+            answer[ROUTE_TYPE] = route;
+            answer
+        };
+        assert_eq!(is_local(&answer(RTM_NEWROUTE, 7, RTN_LOCAL), 7), Some(true));
+        assert_eq!(is_local(&answer(RTM_NEWROUTE, 7, 1), 7), Some(false));
+        assert_eq!(is_local(&answer(NLMSG_ERROR, 7, 0), 7), Some(false));
+        assert_eq!(is_local(&answer(RTM_NEWROUTE, 6, RTN_LOCAL), 7), None);
+        assert_eq!(is_local(&answer(3, 7, RTN_LOCAL), 7), None);
+        assert_eq!(is_local(&[], 7), None);
+        assert_eq!(is_local(&answer(RTM_NEWROUTE, 7, RTN_LOCAL)[..ROUTE_TYPE], 7), None);
+    }
+}

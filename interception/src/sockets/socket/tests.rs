@@ -1,0 +1,206 @@
+//! What can be said of sockets without privileges; the rest is in `tests/kernel`.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use tokio::io::AsyncReadExt as _;
+use underpass_config::Sources;
+
+use super::*;
+
+/// Sockets of the profile without rules, which need no privileges.
+fn of_no_profile(ipv6: bool) -> Sockets {
+    let flags = vec!["interception.profile=none".to_owned()];
+    let sources = Sources { file: None, environment: Vec::new(), flags };
+    Sockets::new(&sources.load().expect("settings").interception, ipv6)
+}
+
+fn unmarked() -> Sockets {
+    of_no_profile(crate::namespace::ipv6::ipv6_available())
+}
+
+fn listen(sockets: &Sockets) -> BoundListener {
+    listen_on(sockets, SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)), Closing::End)
+}
+
+fn listen_on(sockets: &Sockets, address: SocketAddr, closing: Closing) -> BoundListener {
+    let request = ListenerRequest { address, closing, purpose: "a test", setting: "test.port" };
+    sockets.listen(&here(), request).expect("a free port")
+}
+
+fn here() -> Entered {
+    Entered::current().expect("a namespace")
+}
+
+async fn connect(sockets: &Sockets, to: SocketAddr) -> TcpStream {
+    let kind = SocketKind::new(SocketRole::Upstream, to);
+    sockets.open(&here(), kind).expect("a socket").connect(to).await.expect("connected")
+}
+
+fn loopback(listener: &BoundListener) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, listener.local_addr().expect("bound").port()))
+}
+
+#[test]
+fn a_mapped_address_becomes_ipv4_and_others_stay() {
+    let v4 = SocketAddr::from((Ipv4Addr::new(10, 0, 0, 1), 80));
+    let mapped = SocketAddr::from((Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped(), 80));
+    let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, 80));
+    assert_eq!([v4, mapped, v6].map(canonical), [v4, v4, v6]);
+}
+
+#[test]
+fn without_ipv6_any_address_is_ipv4s() {
+    let listener = listen(&of_no_profile(false));
+    assert!(listener.local_addr().expect("bound").is_ipv4());
+}
+
+#[tokio::test]
+async fn an_end_of_writing_is_a_fin_and_none_is_needed_when_all_is_over() {
+    let sockets = unmarked();
+    let listener = listen(&sockets);
+    let to = loopback(&listener);
+    let listener = listener.register().expect("registered");
+    let (near, accepted) = tokio::join!(connect(&sockets, to), listener.accept());
+    let mut far = TcpStream::from_std(accepted.expect("accepted").0).expect("registered");
+    end_writing(&near).expect("a FIN");
+    assert_eq!(far.read(&mut [0]).await.expect("an end"), 0);
+    reset_on_close(&far);
+    drop(far);
+    near.ready(tokio::io::Interest::ERROR).await.expect("the reset");
+    end_writing(&near).expect("nothing to end");
+}
+
+#[test]
+fn a_taken_port_names_its_purpose_and_setting() {
+    let sockets = unmarked();
+    let taken = listen(&sockets).local_addr().expect("bound");
+    let _holder = listen_on(&sockets, taken, Closing::End);
+    let request = ListenerRequest {
+        address: taken,
+        closing: Closing::End,
+        purpose: "captured connections",
+        setting: "proxy.port",
+    };
+    let error = sockets.listen(&here(), request).expect_err("taken");
+    let message = error.to_string();
+    assert!(
+        message.contains("captured connections") && message.contains("proxy.port"),
+        "{message}"
+    );
+    assert!(message.contains("another process already listens"), "{message}");
+}
+
+#[tokio::test]
+async fn an_ipv4_client_of_a_dual_stack_listener_has_an_ipv4_address() {
+    let listener = listen(&unmarked());
+    let address = loopback(&listener);
+    let listener = listener.register().expect("registered");
+    let client = connect(&unmarked(), address).await;
+    let (_, peer) = listener.accept().await.expect("accepted");
+    assert_eq!(peer, client.local_addr().expect("an address"));
+}
+
+#[tokio::test]
+async fn an_accepted_stream_does_not_block_and_is_not_inherited() {
+    let listener = listen(&unmarked());
+    let address = loopback(&listener);
+    let listener = listener.register().expect("registered");
+    let _client = connect(&unmarked(), address).await;
+    let (stream, _) = listener.accept().await.expect("accepted");
+    assert!(SockRef::from(&stream).nonblocking().expect("flags"));
+    let flags = fcntl(&stream, FcntlArg::F_GETFD).expect("flags");
+    assert!(FdFlag::from_bits_retain(flags).contains(FdFlag::FD_CLOEXEC));
+}
+
+#[tokio::test]
+async fn a_connection_without_a_mark_needs_no_capability_and_keeps_no_source() {
+    let listener = listen(&unmarked());
+    let address = loopback(&listener);
+    let foreign = IpAddr::from([192, 0, 2, 1]);
+    let sockets = unmarked();
+    let kind = SocketKind::new(SocketRole::Workload, address);
+    let socket = sockets.open(&here(), kind).expect("a socket");
+    sockets.bind_for(&socket, address, foreign).expect("nothing to bind");
+    let client = socket.connect(address).await.expect("connected");
+    assert_eq!(client.local_addr().expect("an address").ip(), Ipv4Addr::LOCALHOST);
+}
+
+/// What a listener's connections have from it, for a client of `from`.
+async fn accepted(
+    sockets: &Sockets,
+    listener: &BoundListener,
+    from: IpAddr,
+) -> std::net::TcpStream {
+    let port = listener.local_addr().expect("bound").port();
+    let listener = listener.try_clone().expect("a copy").register().expect("registered");
+    let to = SocketAddr::new(from, port);
+    let (_client, accepted) = tokio::join!(connect(sockets, to), listener.accept());
+    accepted.expect("accepted").0
+}
+
+fn is_tuned(stream: &impl AsFd, keepalive: Duration) -> bool {
+    let socket = SockRef::from(stream);
+    socket.tcp_nodelay().expect("an option")
+        && socket.keepalive().expect("an option")
+        && socket.tcp_keepalive_time().expect("an option") == keepalive
+        && socket.tcp_keepalive_interval().expect("an option") == keepalive
+        && socket.tcp_keepalive_retries().expect("an option") == KEEPALIVE_PROBES
+}
+
+#[tokio::test]
+async fn connections_are_probed_and_not_delayed() {
+    let listener = listen(&unmarked());
+    let keepalive = Duration::from_secs(77);
+    let sockets = unmarked().with_keepalive(keepalive);
+    let client = connect(&sockets, loopback(&listener)).await;
+    assert!(is_tuned(&client, keepalive));
+    assert_eq!(SockRef::from(&client).linger().expect("an option"), Some(Duration::ZERO));
+}
+
+#[tokio::test]
+async fn what_is_accepted_has_the_options_of_its_listener() {
+    let keepalive = Duration::from_secs(78);
+    let sockets = unmarked().with_keepalive(keepalive);
+    let bound = listen(&sockets);
+    let any_v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+    // As one comes from another process.
+    let handed = BoundListener::from(std::net::TcpListener::bind(any_v4).expect("a free port"));
+    let mut clients =
+        vec![(&bound, Ipv4Addr::LOCALHOST.into()), (&handed, Ipv4Addr::LOCALHOST.into())];
+    if crate::namespace::ipv6::ipv6_available() {
+        clients.push((&bound, Ipv6Addr::LOCALHOST.into()));
+    }
+    for (listener, from) in clients {
+        for (closing, linger) in [(Closing::Reset, Some(Duration::ZERO)), (Closing::End, None)] {
+            sockets.prepare(listener, closing).expect("its options");
+            let stream = accepted(&sockets, listener, from).await;
+            assert!(is_tuned(&stream, keepalive), "{from}");
+            assert_eq!(SockRef::from(&stream).linger().expect("an option"), linger, "{from}");
+        }
+    }
+    let of_its_own = listen_on(&sockets, any_v4, Closing::Reset);
+    let stream = accepted(&sockets, &of_its_own, any_v4.ip()).await;
+    assert_eq!(SockRef::from(&stream).linger().expect("an option"), Some(Duration::ZERO));
+    assert!(is_tuned(&stream, keepalive));
+}
+
+#[tokio::test]
+async fn a_stream_told_to_reset_on_close_does() {
+    let listener = listen(&unmarked());
+    let address = loopback(&listener);
+    let listener = listener.register().expect("registered");
+    let mut client = connect(&unmarked(), address).await;
+    let (stream, _) = listener.accept().await.expect("accepted");
+    reset_on_close(&stream);
+    drop(stream);
+    let error = client.read_u8().await.expect_err("reset");
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    // And taken back.
+    let mut client = connect(&unmarked(), address).await;
+    let (stream, _) = listener.accept().await.expect("accepted");
+    reset_on_close(&stream);
+    end_on_close(&stream);
+    drop(stream);
+    assert_eq!(client.read(&mut [0; 1]).await.expect("a clean end"), 0);
+}

@@ -1,0 +1,3 @@
+//! The HTTP endpoints: readiness and metrics.
+
+pub(crate) mod endpoints;

@@ -1,0 +1,201 @@
+//! What is seen from outside: readiness (`/healthz/ready`) and metrics (`/metrics`), over HTTP/1.
+
+use std::convert::Infallible;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use underpass_hbone::{ConnectionSlot, ConnectionSlots};
+use underpass_interception::{BoundListener, Listener};
+
+use crate::observe::metrics::Exporter;
+use crate::process::pause_gate::PauseGate;
+
+/// Connections served at once. Probes and scrapers are few; a new one takes the slot of the oldest
+/// idle one, so that a flood does not keep them out.
+const CONNECTIONS: usize = 64;
+/// How many of them one source has at most.
+const CONNECTIONS_PER_SOURCE: usize = 16;
+/// A client that has not sent its request by then is not a probe.
+const HEADER_DEADLINE: Duration = Duration::from_secs(2);
+/// A connection has had its answers by then.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// Prometheus' text format, version 0.0.4.
+const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
+
+/// What the readiness probe is told.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Readiness {
+    phase: Arc<AtomicU8>,
+    /// Whether the rules are known to be other than they should, and not put back.
+    rules_lost: Arc<AtomicBool>,
+    self_test_failed: Arc<AtomicBool>,
+    out_of_descriptors: Arc<AtomicBool>,
+    /// Whether our certificate has expired: no HBONE connection can be made.
+    certificate_expired: Arc<AtomicBool>,
+}
+
+const STARTING: u8 = 0;
+const READY: u8 = 1;
+const DRAINING: u8 = 2;
+const READY_TEXT: &str = "ready\n";
+
+impl Readiness {
+    pub(crate) fn ready(&self) {
+        self.phase.store(READY, Relaxed);
+    }
+
+    pub(crate) fn draining(&self) {
+        self.phase.store(DRAINING, Relaxed);
+    }
+
+    pub(crate) fn rules_intact(&self, intact: bool) {
+        self.rules_lost.store(!intact, Relaxed);
+    }
+
+    pub(crate) fn are_rules_lost(&self) -> bool {
+        self.rules_lost.load(Relaxed)
+    }
+
+    /// Sets whether the last self-test failed; returns whether the one before had.
+    pub(crate) fn self_test_failed(&self, failed: bool) -> bool {
+        self.self_test_failed.swap(failed, Relaxed)
+    }
+
+    pub(crate) fn has_self_test_failed(&self) -> bool {
+        self.self_test_failed.load(Relaxed)
+    }
+
+    pub(crate) fn out_of_descriptors(&self, are_out: bool) {
+        self.out_of_descriptors.store(are_out, Relaxed);
+    }
+
+    pub(crate) fn certificate_expired(&self, has_expired: bool) {
+        self.certificate_expired.store(has_expired, Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_out_of_descriptors(&self) -> bool {
+        self.out_of_descriptors.load(Relaxed)
+    }
+
+    /// `ready`, or why not.
+    pub(crate) fn text(&self) -> &'static str {
+        match self.phase.load(Relaxed) {
+            // First: without any, the rules cannot be read either.
+            READY if self.out_of_descriptors.load(Relaxed) => {
+                "not ready: out of file descriptors\n"
+            }
+            READY if self.rules_lost.load(Relaxed) => {
+                "not ready: another program changes the rules\n"
+            }
+            READY if self.has_self_test_failed() => {
+                "not ready: the self-test of the rules failed\n"
+            }
+            READY if self.certificate_expired.load(Relaxed) => {
+                "not ready: the certificate has expired\n"
+            }
+            READY => READY_TEXT,
+            STARTING => "not ready: starting\n",
+            _ => "not ready: draining\n",
+        }
+    }
+
+    fn answer(&self) -> Response<Full<Bytes>> {
+        match self.text() {
+            READY_TEXT => text(StatusCode::OK, READY_TEXT),
+            not_ready => text(StatusCode::SERVICE_UNAVAILABLE, not_ready),
+        }
+    }
+}
+
+/// The two endpoints, each on an address of its own.
+#[derive(Clone)]
+pub(crate) enum Endpoint {
+    Readiness(Readiness),
+    Metrics(Exporter),
+}
+
+impl Endpoint {
+    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        if request.method() != Method::GET {
+            return text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n");
+        }
+        match (self, request.uri().path()) {
+            (Self::Readiness(readiness), "/healthz/ready") => readiness.answer(),
+            (Self::Metrics(metrics), "/metrics" | "/stats/prometheus") => {
+                let mut response = Response::new(Full::from(metrics.render()));
+                response.headers_mut().insert(header::CONTENT_TYPE, PROMETHEUS_TEXT);
+                response
+            }
+            (Self::Readiness(_), _) => text(StatusCode::NOT_FOUND, "here is only /healthz/ready\n"),
+            (Self::Metrics(_), _) => text(StatusCode::NOT_FOUND, "here is only /metrics\n"),
+        }
+    }
+
+    /// Serves until the runtime ends, while the gate is open.
+    pub(crate) async fn serve(
+        self,
+        listener: BoundListener,
+        gate: PauseGate,
+    ) -> std::io::Result<()> {
+        let listener = listener.register()?;
+        let slots = ConnectionSlots::new(CONNECTIONS, CONNECTIONS_PER_SOURCE);
+        loop {
+            let Some(Some((stream, client))) = gate.pass(accept(&listener)).await else {
+                continue;
+            };
+            // An idle connection can always be evicted: requests are answered as they are read.
+            if let Some(slot) = slots.take(client) {
+                tokio::spawn(self.clone().serve_connection(stream, slot));
+            }
+        }
+    }
+
+    /// Serves one connection until it ends, its deadline passes, or another one takes its slot.
+    async fn serve_connection(self, stream: TcpStream, slot: ConnectionSlot) {
+        let answer =
+            service_fn(|request| std::future::ready(Ok::<_, Infallible>(self.answer(&request))));
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_DEADLINE)
+            .serve_connection(TokioIo::new(stream), answer);
+        tokio::select! {
+            ended = timeout(DEADLINE, connection) => match ended {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "a probe's connection failed"),
+                Err(_) => tracing::debug!("a probe's connection took too long"),
+            },
+            () = slot.displaced() => {
+                tracing::debug!("a new connection takes the slot of a probe's");
+            }
+        }
+    }
+}
+
+async fn accept(listener: &Listener) -> Option<(TcpStream, IpAddr)> {
+    match listener.accept().await {
+        Ok((stream, client)) => Some((TcpStream::from_std(stream).ok()?, client.ip())),
+        Err(error) => {
+            tracing::debug!(%error, "accepting a probe failed");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            None
+        }
+    }
+}
+
+fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(body));
+    *response.status_mut() = status;
+    response
+}

@@ -1,0 +1,9 @@
+//! Where a connection goes, and whether it may.
+
+pub(crate) mod authorization;
+pub(crate) mod connection_registry;
+pub(crate) mod endpoint_health;
+pub(crate) mod policy;
+pub(crate) mod resolve;
+pub(crate) mod route;
+pub(crate) mod snapshot;

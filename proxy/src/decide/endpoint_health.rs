@@ -1,0 +1,208 @@
+//! What connections report of endpoints: how many are open, and which endpoints are ejected after a failure to connect.
+//!
+//! Shared by all workers. Not here: which endpoint is selected (`route/load_balancing.rs`).
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::decide::route::EndpointKey;
+
+/// What is known of endpoints. An endpoint without a connection that is not ejected is not remembered.
+#[derive(Debug, Default)]
+pub(crate) struct EndpointHealth {
+    known: Mutex<Known>,
+    /// How many are ejected, to be read without the lock: mostly none.
+    ejected_count: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    open: HashMap<EndpointKey, u32>,
+    ejected: HashMap<EndpointKey, Instant>,
+    /// When the first ejection ends.
+    next_return: Option<Instant>,
+}
+
+/// An open connection; dropping it closes it.
+#[derive(Debug)]
+pub(crate) struct OpenConnection {
+    health: Arc<EndpointHealth>,
+    endpoint: EndpointKey,
+}
+
+impl EndpointHealth {
+    /// Counts a connection to `endpoint` until it is dropped; to be called before it is dialled, so that a burst is spread.
+    pub(crate) fn open(self: &Arc<Self>, endpoint: EndpointKey) -> OpenConnection {
+        let mut known = self.lock();
+        let open = known.open.entry(endpoint.clone()).or_default();
+        *open = open.saturating_add(1);
+        drop(known);
+        OpenConnection { health: self.clone(), endpoint }
+    }
+
+    /// Ejects `endpoint`, which could not be connected to: it is selected last for `pause`.
+    pub(crate) fn eject(&self, endpoint: EndpointKey, pause: Duration) {
+        let mut known = self.lock();
+        let back = Instant::now() + pause;
+        known.ejected.insert(endpoint, back);
+        known.next_return = Some(known.next_return.map_or(back, |next| next.min(back)));
+        self.ejected_count.store(known.ejected.len(), Ordering::Relaxed);
+    }
+
+    /// Ends the ejection of `endpoint`, which was connected to.
+    pub(crate) fn restore(&self, endpoint: &EndpointKey) {
+        if self.ejected_count.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let mut known = self.lock();
+        known.ejected.remove(endpoint);
+        self.ejected_count.store(known.ejected.len(), Ordering::Relaxed);
+    }
+
+    /// Whether `endpoint` is ejected.
+    pub(crate) fn is_ejected(&self, endpoint: &EndpointKey) -> bool {
+        self.lock().ejected.contains_key(endpoint)
+    }
+
+    /// Whether any endpoint is ejected; cheaper than a look at each.
+    pub(crate) fn any_ejected(&self) -> bool {
+        self.ejected_count.load(Ordering::Relaxed) > 0
+    }
+
+    /// How many connections to `endpoint` are open.
+    pub(crate) fn open_connections(&self, endpoint: &EndpointKey) -> u32 {
+        self.lock().open.get(endpoint).copied().unwrap_or_default()
+    }
+
+    /// The state without ejections that have ended.
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        // No code panics while it holds the lock, and counts would be right even then.
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(next) = known.next_return {
+            let now = Instant::now();
+            if next <= now {
+                known.ejected.retain(|_, back| *back > now);
+                known.next_return = known.ejected.values().min().copied();
+                self.ejected_count.store(known.ejected.len(), Ordering::Relaxed);
+            }
+        }
+        known
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        let mut known = self.health.lock();
+        let left = known.open.get_mut(&self.endpoint).map(|open| {
+            *open = open.saturating_sub(1);
+            *open
+        });
+        if left == Some(0) {
+            known.open.remove(&self.endpoint);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tokio::time::advance;
+
+    use super::*;
+
+    const PAUSE: Duration = Duration::from_secs(10);
+
+    fn endpoint(index: u16) -> EndpointKey {
+        EndpointKey { uid: "workload".into(), port: index }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn ejected_endpoint_returns_after_pause_or_connection() {
+        let health = EndpointHealth::default();
+        for index in 0..3 {
+            health.eject(endpoint(index), PAUSE * u32::from(index + 1));
+        }
+        health.restore(&endpoint(2));
+        let ejected = || [0, 1, 2].map(|index| health.is_ejected(&endpoint(index)));
+        assert_eq!(ejected(), [true, true, false]);
+        advance(PAUSE - Duration::from_millis(1)).await;
+        assert_eq!(ejected(), [true, true, false]);
+        advance(Duration::from_millis(1)).await;
+        assert_eq!(ejected(), [false, true, false]);
+        health.eject(endpoint(1), PAUSE * 2);
+        advance(PAUSE).await;
+        assert_eq!(ejected(), [false, true, false]);
+        advance(PAUSE).await;
+        assert_eq!(ejected(), [false, false, false]);
+        assert!(!health.any_ejected());
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Open(u16),
+        Close(usize),
+        Eject(u16, u64),
+        Restore(u16),
+        Wait(u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            3 => (0..5_u16).prop_map(Step::Open),
+            3 => any::<usize>().prop_map(Step::Close),
+            2 => (0..5_u16, 0..20_u64).prop_map(|(endpoint, pause)| Step::Eject(endpoint, pause)),
+            1 => (0..5_u16).prop_map(Step::Restore),
+            1 => (0..15_u64).prop_map(Step::Wait),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn endpoint_without_connection_and_ejection_is_forgotten(
+            steps in proptest::collection::vec(step(), 0..100),
+        ) {
+            let builder = &mut tokio::runtime::Builder::new_current_thread();
+            let runtime = builder.enable_time().start_paused(true).build().unwrap();
+            runtime.block_on(follow(steps));
+        }
+    }
+
+    async fn follow(steps: Vec<Step>) {
+        let health = Arc::new(EndpointHealth::default());
+        let mut open: Vec<OpenConnection> = Vec::new();
+        let mut back: HashMap<u16, Instant> = HashMap::new();
+        for step in steps {
+            match step {
+                Step::Open(index) => open.push(health.open(endpoint(index))),
+                Step::Close(_) if open.is_empty() => {}
+                Step::Close(at) => drop(open.swap_remove(at % open.len())),
+                Step::Eject(index, pause) => {
+                    let pause = Duration::from_secs(pause);
+                    health.eject(endpoint(index), pause);
+                    back.insert(index, Instant::now() + pause);
+                }
+                Step::Restore(index) => {
+                    health.restore(&endpoint(index));
+                    back.remove(&index);
+                }
+                Step::Wait(seconds) => advance(Duration::from_secs(seconds)).await,
+            }
+            let now = Instant::now();
+            back.retain(|_, until| *until > now);
+            for index in 0..5 {
+                let held = open.iter().filter(|held| held.endpoint == endpoint(index)).count();
+                assert_eq!(health.open_connections(&endpoint(index)) as usize, held);
+                assert_eq!(health.is_ejected(&endpoint(index)), back.contains_key(&index));
+            }
+            assert_eq!(health.any_ejected(), !back.is_empty());
+        }
+        open.clear();
+        advance(Duration::from_secs(20)).await;
+        let known = health.lock();
+        assert!(known.open.is_empty() && known.ejected.is_empty() && known.next_return.is_none());
+    }
+}

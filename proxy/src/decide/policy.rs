@@ -1,0 +1,304 @@
+//! Decides which connections are allowed, and makes the only [`Permit`]s.
+//!
+//! Dialling takes a permit by reference: a path without a decision does not compile. A permit is
+//! noted in the registration of its connection, so that the connection is decided on again whenever
+//! the mesh changes ([`Change`]). Not here: what authorization policies say (`authorization.rs`),
+//! and how connections are terminated (`connection_registry.rs`).
+
+mod context;
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use underpass_config::{Connection, Mtls, SpiffeId, TrustDomain, Workload, WorkloadSettings};
+use underpass_hbone::PeerIdentity;
+use underpass_interception::{KUBELET_PROBE_V4, KUBELET_PROBE_V6, Ports};
+
+pub(crate) use self::context::PolicyContext;
+use crate::decide::authorization;
+use crate::decide::connection_registry::Registration;
+use crate::decide::snapshot::Snapshot;
+use crate::error::ProxyError;
+use crate::node::Pod;
+
+/// The facts of a connection that decide whether it is allowed.
+#[derive(Debug)]
+pub(crate) enum Subject {
+    Outbound(Outbound),
+    Inbound(Inbound),
+}
+
+/// A connection that leaves the workload.
+#[derive(Debug)]
+pub(crate) struct Outbound {
+    /// The original destination.
+    pub(crate) asked: SocketAddr,
+    /// The next hop: the application's address, or the address of the tunnel's other end.
+    pub(crate) hop: SocketAddr,
+    /// The identities that the other end of the tunnel may have; `None` for plaintext.
+    pub(crate) peers: Option<Arc<[SpiffeId]>>,
+    /// Whether the address identifies the workload: it is in our network, and no service chose one
+    /// of several workloads that share the address.
+    pub(crate) by_address: bool,
+}
+
+/// A connection that comes to the workload.
+#[derive(Debug)]
+pub(crate) struct Inbound {
+    source: SocketAddr,
+    destination: SocketAddr,
+    /// The client of a tunnel; `None` for plaintext.
+    principal: Option<Principal>,
+}
+
+/// A proven identity, and the aliases of its trust domain that policies may use for it.
+#[derive(Debug, Clone)]
+pub(crate) struct Principal {
+    id: SpiffeId,
+    aliases: Arc<[TrustDomain]>,
+}
+
+impl From<&PeerIdentity> for Principal {
+    fn from(peer: &PeerIdentity) -> Self {
+        Self { id: peer.spiffe_id().clone(), aliases: peer.aliases().clone() }
+    }
+}
+
+impl Subject {
+    /// A connection from `source` to the application at `destination`; `principal` is proven by the
+    /// tunnel that it came through.
+    pub(crate) fn inbound(
+        source: SocketAddr,
+        destination: SocketAddr,
+        principal: Option<Principal>,
+    ) -> Self {
+        let source = SocketAddr::new(source.ip().to_canonical(), source.port());
+        Self::Inbound(Inbound { source, destination, principal })
+    }
+
+    /// The address that the proxy connects to.
+    pub(crate) fn destination(&self) -> SocketAddr {
+        match self {
+            Self::Outbound(outbound) => outbound.hop,
+            Self::Inbound(inbound) => inbound.destination,
+        }
+    }
+}
+
+/// What a registered connection, tunnel or stream was permitted: nothing, for a tunnel and for a
+/// connection before its first permit. A later permit replaces an earlier one: the connection is
+/// then on its way to another endpoint.
+#[derive(Debug, Default)]
+pub(crate) struct Decision(Option<Permitted>);
+
+#[derive(Debug)]
+struct Permitted {
+    subject: Subject,
+    /// The generation of the mesh that permitted it.
+    generation: u64,
+}
+
+/// Permission for one pod to dial one destination. Only this module can make one.
+#[derive(Debug)]
+pub(crate) struct Permit<'a> {
+    pod: &'a Pod,
+    destination: SocketAddr,
+    /// Holds the permit's subject, which the next change of the mesh checks.
+    _registration: &'a Registration<Decision>,
+}
+
+impl Permit<'_> {
+    /// The pod that may dial, and whose sockets are used for it.
+    pub(crate) fn pod(&self) -> &Pod {
+        self.pod
+    }
+
+    /// The address that may be dialled.
+    pub(crate) fn destination(&self) -> SocketAddr {
+        self.destination
+    }
+}
+
+/// Decides on a registered connection of `pod` by the current mesh.
+pub(crate) fn permit<'a>(
+    subject: Subject,
+    pod: &'a Pod,
+    mesh: &watch::Receiver<Arc<Snapshot>>,
+    registration: &'a Registration<Decision>,
+) -> Result<Permit<'a>, ProxyError> {
+    // Borrowed until the permit is noted: a mesh that is published later finds it there.
+    let current = mesh.borrow();
+    check(&subject, &current, &pod.context)?;
+    log_dry_run(&subject, &current, &pod.context);
+    let destination = subject.destination();
+    let permitted = Permitted { subject, generation: current.generation };
+    registration.update(|decision| *decision = Decision(Some(permitted)));
+    Ok(Permit { pod, destination, _registration: registration })
+}
+
+/// Whether a connection is allowed.
+fn check(
+    subject: &Subject,
+    snapshot: &Snapshot,
+    context: &PolicyContext,
+) -> Result<(), ProxyError> {
+    match subject {
+        Subject::Outbound(outbound) => check_outbound(outbound, snapshot, context),
+        Subject::Inbound(inbound) => check_inbound(inbound, snapshot, context),
+    }
+}
+
+fn check_outbound(
+    Outbound { asked, hop, peers, by_address }: &Outbound,
+    snapshot: &Snapshot,
+    context: &PolicyContext,
+) -> Result<(), ProxyError> {
+    // Our own listener on loopback would pass the connection back to us in an endless loop.
+    if hop.ip().is_loopback() && is_own_listener(hop.port(), context.ports) {
+        return Err(ProxyError::OwnListener(*hop));
+    }
+    let workload = snapshot.workload(hop.ip()).filter(|_| *by_address);
+    match (peers, workload) {
+        (Some(peers), Some(workload)) if !peers.contains(&workload.identity) => {
+            Err(ProxyError::OtherIdentity { hop: *hop, workload: workload.clone() })
+        }
+        (Some(_), _) => Ok(()),
+        // Also where several workloads share the address: one of them may speak HBONE.
+        (None, _) if *by_address && snapshot.mesh.speaks_hbone(&context.own.network, hop.ip()) => {
+            Err(ProxyError::PlaintextToHbone(*hop))
+        }
+        (None, _) if knows(snapshot, *asked, *hop, &context.own) => Ok(()),
+        (None, _) if context.egress.permits(*asked) => Ok(()),
+        (None, _) => Err(ProxyError::Egress(*asked)),
+    }
+}
+
+/// Whether the mesh has a service or a workload for a connection.
+fn knows(snapshot: &Snapshot, asked: SocketAddr, hop: SocketAddr, own: &WorkloadSettings) -> bool {
+    snapshot.mesh.service(&own.network, asked.ip(), &own.namespace).is_some()
+        || snapshot.mesh.has_workload(&own.network, hop.ip())
+}
+
+fn check_inbound(
+    inbound: &Inbound,
+    snapshot: &Snapshot,
+    context: &PolicyContext,
+) -> Result<(), ProxyError> {
+    let Inbound { source, destination, principal } = inbound;
+    if is_own_listener(destination.port(), context.ports) {
+        return Err(ProxyError::OwnListener(*destination));
+    }
+    let local = local(destination.ip(), snapshot, context);
+    let is_probe = is_probe_source(source.ip()) && context.probes.exempt(destination.port());
+    if principal.is_none() && !is_probe {
+        let mode = context.mtls.mode(local.namespace, local.name, destination.port());
+        if mode == Mtls::Strict {
+            return Err(ProxyError::PlaintextRefused(*destination));
+        }
+    }
+    let policies = snapshot.mesh.policies(local.namespace, local.workload);
+    let denied = if principal.is_some() { ProxyError::Denied } else { ProxyError::DeniedInPlain };
+    authorization::decide(policies, &inbound.connection()).map_err(denied)
+}
+
+impl Inbound {
+    fn connection(&self) -> Connection<'_> {
+        Connection {
+            source: self.source.ip(),
+            destination: self.destination,
+            identity: self.principal.as_ref().map(|principal| &principal.id),
+            aliases: self
+                .principal
+                .as_ref()
+                .map(|principal| &*principal.aliases)
+                .unwrap_or_default(),
+        }
+    }
+}
+
+/// Logs what policies in dry run would have done.
+fn log_dry_run(subject: &Subject, snapshot: &Snapshot, context: &PolicyContext) {
+    let Subject::Inbound(inbound) = subject else { return };
+    let local = local(inbound.destination.ip(), snapshot, context);
+    let policies = snapshot.mesh.policies(local.namespace, local.workload);
+    for would in authorization::dry_run(policies, &inbound.connection()) {
+        let identity =
+            inbound.principal.as_ref().map(|principal| tracing::field::display(&principal.id));
+        tracing::info!(
+            target: "policy", source = %inbound.source, identity, destination = %inbound.destination, "{would}"
+        );
+    }
+}
+
+/// The workload of an inbound connection, at an address of the pod.
+struct Local<'a> {
+    namespace: &'a str,
+    name: &'a str,
+    workload: Option<&'a Workload>,
+}
+
+fn local<'a>(address: IpAddr, snapshot: &'a Snapshot, context: &'a PolicyContext) -> Local<'a> {
+    let workload = snapshot.local(&context.own, address).map(|workload| &**workload);
+    Local {
+        namespace: workload.map_or(&context.own.namespace, |workload| &workload.namespace),
+        name: workload.map_or(&context.own.name, |workload| &workload.name),
+        workload,
+    }
+}
+
+fn is_probe_source(source: IpAddr) -> bool {
+    source == KUBELET_PROBE_V4 || source == KUBELET_PROBE_V6
+}
+
+fn is_own_listener(port: u16, ports: Ports) -> bool {
+    [ports.outbound, ports.inbound, ports.hbone].contains(&port)
+}
+
+/// A change of the mesh: what it means for the open connections of a pod.
+#[derive(Debug)]
+pub(crate) struct Change<'a> {
+    old: &'a Snapshot,
+    new: &'a Snapshot,
+    context: &'a PolicyContext,
+    /// Whether the change concerns connections to an address of the pod: computed once for each.
+    touched: HashMap<IpAddr, bool>,
+}
+
+impl<'a> Change<'a> {
+    pub(crate) fn new(old: &'a Snapshot, new: &'a Snapshot, context: &'a PolicyContext) -> Self {
+        Self { old, new, context, touched: HashMap::new() }
+    }
+
+    /// Checks whether the new mesh still allows a connection. One without a permit gets it by a
+    /// mesh that is at least as new.
+    pub(crate) fn check(&mut self, Decision(permitted): &Decision) -> Result<(), ProxyError> {
+        let Some(Permitted { subject, generation }) = permitted else { return Ok(()) };
+        if *generation >= self.new.generation {
+            return Ok(());
+        }
+        // A mesh between the two permitted it: the old one never decided on it.
+        let by_old = *generation <= self.old.generation;
+        match subject {
+            Subject::Inbound(inbound) if by_old && !self.touches(inbound.destination.ip()) => {
+                Ok(())
+            }
+            subject => check(subject, self.new, self.context),
+        }
+    }
+
+    fn touches(&mut self, address: IpAddr) -> bool {
+        let Self { old, new, context, touched } = self;
+        *touched.entry(address).or_insert_with(|| {
+            let (before, after) = (local(address, old, context), local(address, new, context));
+            let same_place = (before.namespace, before.name) == (after.namespace, after.name);
+            let same_policies = old.mesh.policies(before.namespace, before.workload)
+                == new.mesh.policies(after.namespace, after.workload);
+            !same_place || !same_policies
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,258 @@
+//! Decisions on connections, and on open connections when the mesh changes.
+
+use underpass_config::Mesh;
+
+use super::*;
+use crate::decide::connection_registry::Terminated;
+use crate::node::testing::{self, pod};
+
+const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
+
+fn context(more: &[&str]) -> PolicyContext {
+    PolicyContext::of(&testing::settings(more))
+}
+
+fn snapshot(generation: u64, policies: &str) -> Snapshot {
+    let text = format!(
+        "workloads:\n\
+         - {{name: server, workloadIps: [10.0.0.1], protocol: HBONE, serviceAccount: server}}\n\
+         - {{name: plain, workloadIps: [10.0.0.2]}}\n\
+         services:\n\
+         - {{name: web, namespace: default, hostname: web.example, vips: [/10.96.0.1], ports: {{80: 80}}}}\n\
+         policies: [{policies}]\n"
+    );
+    let mesh = Mesh::from_text("mesh", &text).expect("a mesh");
+    Snapshot::new(Arc::new(mesh), &context(&[]).own, generation)
+}
+
+fn policy(action: &str, rules: &str) -> String {
+    format!(
+        "{{name: p, namespace: default, scope: Namespace, action: {action}, dryRun: false, rules: {rules}}}"
+    )
+}
+
+fn deny_client() -> String {
+    policy("Deny", "[[[{principals: [{exact: cluster.local/ns/default/sa/client}]}]]]")
+}
+
+fn at(address: &str) -> SocketAddr {
+    address.parse().expect("an address")
+}
+
+fn from_client() -> Subject {
+    from_peer(CLIENT, &[])
+}
+
+fn from_peer(id: &str, aliases: &[&str]) -> Subject {
+    let principal = Principal {
+        id: id.parse().expect("an id"),
+        aliases: aliases.iter().map(|alias| alias.parse().expect("a trust domain")).collect(),
+    };
+    Subject::inbound(at("10.0.0.9:40000"), at("10.0.0.1:8080"), Some(principal))
+}
+
+fn in_plain(source: &str) -> Subject {
+    Subject::inbound(at(source), at("10.0.0.1:8080"), None)
+}
+
+fn outbound(asked: &str, hop: &str, peers: Option<&[&str]>) -> Subject {
+    let ids = |peers: &[&str]| peers.iter().map(|id| id.parse().expect("an id")).collect();
+    Subject::Outbound(Outbound {
+        asked: at(asked),
+        hop: at(hop),
+        peers: peers.map(ids),
+        by_address: true,
+    })
+}
+
+fn decided(subject: &Subject, settings: &[&str]) -> Result<(), &'static str> {
+    check(subject, &snapshot(1, ""), &context(settings)).map_err(|error| error.reason().code)
+}
+
+#[test]
+fn refuses_connections_to_own_listeners() {
+    for port in [15001, 15006, 15008] {
+        let to = SocketAddr::new(at("10.0.0.1:1").ip(), port);
+        let inbound = Subject::inbound(at("10.0.0.9:1"), to, None);
+        assert_eq!(decided(&inbound, &[]), Err("own_listener"), "{port}");
+        let loopback = format!("127.0.0.1:{port}");
+        assert_eq!(decided(&outbound(&loopback, &loopback, None), &[]), Err("own_listener"));
+        let other_pod = format!("10.0.0.2:{port}");
+        assert_eq!(decided(&outbound(&other_pod, &other_pod, None), &[]), Ok(()));
+    }
+}
+
+#[test]
+fn hbone_workload_is_reached_only_by_tunnel_with_its_identity() {
+    let (service, server) = ("10.96.0.1:80", "10.0.0.1:80");
+    assert_eq!(decided(&outbound(server, server, None), &[]), Err("plaintext_to_hbone"));
+    assert_eq!(decided(&outbound(service, server, None), &[]), Err("plaintext_to_hbone"));
+    let own = [
+        "spiffe://cluster.local/ns/default/sa/other",
+        "spiffe://cluster.local/ns/default/sa/server",
+    ];
+    assert_eq!(decided(&outbound(service, "10.0.0.1:15008", Some(&own)), &[]), Ok(()));
+    let others = Some(&own[..1]);
+    assert_eq!(decided(&outbound(service, "10.0.0.1:15008", others), &[]), Err("other_identity"));
+}
+
+#[test]
+fn mesh_only_egress_reaches_mesh_and_exceptions_only() {
+    let mesh_only = ["egress=mesh-only"];
+    let excepted =
+        ["egress=mesh-only", "egress_exceptions.cidrs=192.0.2.0/24", "egress_exceptions.ports=53"];
+    for (asked, hop, settings, expected) in [
+        ("192.0.2.1:443", "192.0.2.1:443", &[][..], Ok(())),
+        ("192.0.2.1:443", "192.0.2.1:443", &mesh_only, Err("egress_denied")),
+        ("10.0.0.2:443", "10.0.0.2:443", &mesh_only, Ok(())),
+        ("10.96.0.1:80", "192.0.2.1:80", &mesh_only, Ok(())),
+        ("192.0.2.1:443", "192.0.2.1:443", &excepted, Ok(())),
+        ("198.51.100.1:53", "198.51.100.1:53", &excepted, Ok(())),
+        ("198.51.100.1:54", "198.51.100.1:54", &excepted, Err("egress_denied")),
+    ] {
+        assert_eq!(
+            decided(&outbound(asked, hop, None), settings),
+            expected,
+            "{asked} {settings:?}"
+        );
+    }
+}
+
+#[test]
+fn strict_refuses_plaintext_but_for_probes_and_overrides() {
+    let strict = ["proxy.mtls=strict"];
+    let by_port = ["proxy.mtls=strict", "proxy.mtls_overrides=default/server:8080=permissive"];
+    assert_eq!(decided(&in_plain("10.0.0.9:1"), &[]), Ok(()));
+    assert_eq!(decided(&in_plain("10.0.0.9:1"), &strict), Err("plaintext_refused"));
+    assert_eq!(decided(&in_plain("169.254.7.127:1"), &strict), Err("plaintext_refused"));
+    assert_eq!(decided(&in_plain("10.0.0.9:1"), &by_port), Ok(()));
+    assert_eq!(decided(&from_client(), &strict), Ok(()));
+}
+
+#[test]
+fn deny_by_principal_holds_for_peer_of_alias() {
+    let decided = |context: &PolicyContext, action: &str, principal: &str| {
+        let rule = format!("[[[{{principals: [{{exact: {principal}}}]}}]]]");
+        let subject = from_peer("spiffe://old/ns/default/sa/client", &["cluster.local", "old"]);
+        check(&subject, &snapshot(1, &policy(action, &rule)), context)
+            .map_err(|error| error.reason().code)
+    };
+    let context = context(&[]);
+    for domain in ["cluster.local", "old"] {
+        let principal = format!("{domain}/ns/default/sa/client");
+        assert_eq!(decided(&context, "Deny", &principal), Err("policy_denied"), "{domain}");
+        assert_eq!(decided(&context, "Allow", &principal), Ok(()), "{domain}");
+    }
+    let foreign = "other/ns/default/sa/client";
+    assert_eq!(decided(&context, "Deny", foreign), Ok(()));
+    assert_eq!(decided(&context, "Allow", foreign), Err("policy_denied"));
+}
+
+#[test]
+fn strict_admits_probes_to_exempt_ports_only() {
+    let with = |probes| ["proxy.mtls=strict", probes];
+    for source in ["169.254.7.127:1", "[fd16:9254:7127:1337:ffff:ffff:ffff:ffff]:1"] {
+        let probe = in_plain(source);
+        assert_eq!(decided(&probe, &with("interception.kubelet_probes=on")), Ok(()));
+        assert_eq!(decided(&probe, &with("interception.kubelet_probes=8080")), Ok(()));
+        for refused in ["interception.kubelet_probes=off", "interception.kubelet_probes=8081"] {
+            assert_eq!(decided(&probe, &with(refused)), Err("plaintext_refused"), "{refused}");
+        }
+    }
+    let other = in_plain("169.254.7.128:1");
+    let on = with("interception.kubelet_probes=on");
+    assert_eq!(decided(&other, &on), Err("plaintext_refused"));
+}
+
+#[test]
+fn unknown_local_address_has_policies_of_own_workload() {
+    let selected = "workloads:\n- {name: server, workloadIps: [10.0.0.1], authorizationPolicies: [default/p]}\n\
+                    policies: [{name: p, namespace: default, scope: WorkloadSelector, action: Deny, dryRun: false, rules: [[]]}]\n";
+    let mesh = Mesh::from_text("mesh", selected).expect("a mesh");
+    let context = context(&[]);
+    let snapshot = Snapshot::new(Arc::new(mesh), &context.own, 1);
+    for address in ["10.0.0.1:80", "10.99.0.1:80", "[fd00::1]:80"] {
+        let subject = Subject::inbound(at("10.0.0.9:1"), at(address), None);
+        let denied = check(&subject, &snapshot, &context).map_err(|error| error.reason().code);
+        assert_eq!(denied, Err("policy_denied"), "{address}");
+    }
+}
+
+fn after(old: &Snapshot, new: &Snapshot, since: u64) -> Result<(), &'static str> {
+    let context = context(&[]);
+    let decision = Decision(Some(Permitted { subject: from_client(), generation: since }));
+    let checked = Change::new(old, new, &context).check(&decision);
+    checked.map_err(|error| error.reason().code)
+}
+
+#[test]
+fn change_forbids_connection_that_was_allowed() {
+    let (open, closed) = (snapshot(1, ""), snapshot(2, &deny_client()));
+    assert_eq!(after(&open, &closed, 1), Err("policy_denied"));
+    assert_eq!(after(&open, &snapshot(2, &policy("Allow", "[[]]")), 1), Ok(()));
+}
+
+#[test]
+fn connection_from_skipped_generation_is_decided_again() {
+    // It was allowed by the second state; the first and the third forbid it, and a worker may never see the second.
+    let (first, third) = (snapshot(1, &deny_client()), snapshot(3, &deny_client()));
+    assert_eq!(after(&first, &third, 2), Err("policy_denied"));
+}
+
+#[test]
+fn unrelated_change_decides_nothing_again() {
+    // Not decided on again, or it would be refused: the connection could not have begun.
+    let (old, new) = (snapshot(1, &deny_client()), snapshot(2, &deny_client()));
+    assert_eq!(after(&old, &new, 1), Ok(()));
+}
+
+#[test]
+fn change_does_not_judge_what_a_newer_generation_permitted() {
+    // The third state permits what the second one forbids, and the change to the second one is
+    // still being enforced.
+    let (first, second) = (snapshot(1, ""), snapshot(2, &deny_client()));
+    assert_eq!(after(&first, &second, 3), Ok(()));
+    assert_eq!(after(&first, &second, 2), Ok(()));
+}
+
+/// How many connections of a pod a change terminates.
+async fn terminated(pod: &Pod, old: &Snapshot, new: &Snapshot) -> usize {
+    let (mut change, mut terminated) = (Change::new(old, new, &pod.context), Terminated::default());
+    pod.connections.of(0).terminate(&mut terminated, |decision| change.check(decision)).await;
+    terminated.count()
+}
+
+#[tokio::test]
+async fn permit_is_noted_in_registration_of_its_connection() {
+    let (old, new) = (Arc::new(snapshot(1, "")), Arc::new(snapshot(2, &deny_client())));
+    let (sender, mesh) = watch::channel(old.clone());
+    let pod = pod(&[]);
+    let registration = pod.connections.of(0).register(Decision::default());
+    assert_eq!(terminated(&pod, &old, &new).await, 0, "it has no permit yet");
+    let allowed = permit(from_client(), &pod, &mesh, &registration).expect("a permit");
+    assert_eq!(allowed.destination(), at("10.0.0.1:8080"));
+    assert_eq!(terminated(&pod, &old, &new).await, 1);
+    sender.send_replace(new);
+    let later = pod.connections.of(0).register(Decision::default());
+    let denied = permit(from_client(), &pod, &mesh, &later).map(drop);
+    assert!(matches!(denied, Err(ProxyError::Denied(_))), "{denied:?}");
+}
+
+/// Both are reached at the same address, as two pods with one address in two namespaces are.
+#[tokio::test]
+async fn change_is_checked_by_the_context_of_each_pod() {
+    let (old, new) = (Arc::new(snapshot(1, "")), snapshot(2, &deny_client()));
+    let (_sender, mesh) = watch::channel(old.clone());
+    let pods = [pod(&[]), pod(&["workload.namespace=other", "workload.name=other"])];
+    let registrations = pods.each_ref().map(|pod| {
+        let client = Principal { id: CLIENT.parse().expect("an id"), aliases: Arc::default() };
+        let subject = Subject::inbound(at("10.0.0.9:40000"), at("192.0.2.1:80"), Some(client));
+        let registration = pod.connections.of(0).register(Decision::default());
+        let permit = permit(subject, pod, &mesh, &registration).expect("a permit");
+        assert_eq!(permit.pod().id, pod.id);
+        registration
+    });
+    assert_eq!(terminated(&pods[0], &old, &new).await, 1);
+    assert_eq!(terminated(&pods[1], &old, &new).await, 0, "the policy is of the first namespace");
+    drop(registrations);
+}

@@ -1,0 +1,228 @@
+//! Addresses of workloads that have only a hostname: the system's resolver, and what it said lately.
+//!
+//! Not here: the DNS proxy for applications.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
+use thiserror::Error;
+use tokio::runtime::Handle;
+use tokio::time::{Instant, timeout};
+use underpass_config::{IpFamilies, Name};
+
+use crate::decide::route::NextHop;
+
+/// How long addresses are used. The system's resolver does not tell their TTL; Kubernetes' and AWS's names have 30 s or more.
+const FRESH: Duration = Duration::from_secs(30);
+/// How long a failure is repeated without asking again: long enough to spare a resolver in trouble, short enough not to be noticed
+/// after it.
+const FAILED: Duration = Duration::from_secs(2);
+/// How long addresses are used after that if none can be had: as long as somebody may need to repair a resolver. RFC 8767
+/// section 5 allows days, but addresses of workloads change hands sooner.
+const STALE: Duration = Duration::from_mins(15);
+/// How long a connection waits for fresh addresses while there are stale ones (RFC 8767 section 5: client response timer).
+const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(1800);
+/// How many names are remembered.
+const MAX_NAMES: usize = 4096;
+
+/// Why a hostname has no address.
+#[derive(Debug, Error)]
+pub(crate) enum ResolveError {
+    #[error("cannot look up {hostname}")]
+    Lookup { hostname: Name, source: Arc<io::Error> },
+    #[error(
+        "no answer for {hostname} from the system's resolver within {} s (timeouts.connect)",
+        after.as_secs_f32()
+    )]
+    Timeout { hostname: Name, after: Duration },
+    #[error("{hostname} has no address of the family that its service is served in (`ipFamilies`)")]
+    NoAddress { hostname: Name },
+}
+
+/// How a name is looked up.
+type Lookup = Box<dyn Fn(Name) -> BoxFuture<'static, Found> + Send + Sync>;
+
+/// What a lookup found, for all who wait for it.
+type Found = Result<Arc<[IpAddr]>, Arc<io::Error>>;
+
+/// Looks hostnames up, one lookup for each name at a time.
+pub(crate) struct Resolver {
+    lookup: Lookup,
+    names: Mutex<HashMap<Name, Entry>>,
+}
+
+/// What is known of one name. Ages count from the beginning of the lookup.
+struct Entry {
+    addresses: Option<(Arc<[IpAddr]>, Instant)>,
+    failure: Option<(Arc<io::Error>, Instant)>,
+    /// Goes on when anybody waits for it, whoever has begun it.
+    pending: Option<(Shared<BoxFuture<'static, Found>>, Instant)>,
+    /// When it was last asked for.
+    used: Instant,
+    /// How often.
+    turn: usize,
+}
+
+impl Resolver {
+    /// Asks the system's resolver, which blocks, on the threads that `runtime` has for that.
+    pub(crate) fn system(runtime: Handle) -> Self {
+        Self::new(move |name| {
+            let lookup = runtime.spawn_blocking(move || (&*name, 0).to_socket_addrs());
+            async move {
+                let found = lookup.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+                let found = found.map_err(Arc::new)?;
+                Ok(found.map(|address| address.ip().to_canonical()).collect())
+            }
+            .boxed()
+        })
+    }
+
+    fn new(lookup: impl Fn(Name) -> BoxFuture<'static, Found> + Send + Sync + 'static) -> Self {
+        Self { lookup: Box::new(lookup), names: Mutex::default() }
+    }
+
+    /// The address that `hop` has; connections take turns with several of the same family.
+    ///
+    /// # Errors
+    /// Why it has none, after `deadline` at the latest.
+    pub(crate) async fn resolve(
+        &self,
+        hop: &NextHop,
+        deadline: Duration,
+    ) -> Result<SocketAddr, ResolveError> {
+        let (hostname, port, families, prefer_v6) = match hop {
+            NextHop::Address(address) => return Ok(*address),
+            NextHop::Hostname { hostname, port, families, prefer_v6 } => {
+                (hostname, *port, *families, *prefer_v6)
+            }
+        };
+        let (addresses, turn) = self.addresses(hostname, deadline).await?;
+        let address = pick(&addresses, families, prefer_v6, turn);
+        let none = || ResolveError::NoAddress { hostname: hostname.clone() };
+        Ok(SocketAddr::new(address.ok_or_else(none)?, port))
+    }
+
+    async fn addresses(
+        &self,
+        hostname: &Name,
+        deadline: Duration,
+    ) -> Result<(Arc<[IpAddr]>, usize), ResolveError> {
+        let (turn, pending, stale) = match self.look(hostname) {
+            Look::Known(found, turn) => {
+                let failed = |source| ResolveError::Lookup { hostname: hostname.clone(), source };
+                return found.map(|addresses| (addresses, turn)).map_err(failed);
+            }
+            Look::Pending { turn, lookup, stale } => (turn, lookup, stale),
+        };
+        let patience = if stale.is_some() { deadline.min(ATTEMPT_TIMEOUT) } else { deadline };
+        let error = match timeout(patience, pending.clone()).await {
+            Ok(found) => {
+                self.keep(hostname, &pending, &found);
+                match found {
+                    Ok(addresses) => return Ok((addresses, turn)),
+                    Err(source) => ResolveError::Lookup { hostname: hostname.clone(), source },
+                }
+            }
+            Err(_) => ResolveError::Timeout { hostname: hostname.clone(), after: deadline },
+        };
+        stale.map(|addresses| (addresses, turn)).ok_or(error)
+    }
+
+    /// What is known of a name, or the lookup that tells.
+    fn look(&self, hostname: &Name) -> Look {
+        let now = Instant::now();
+        let mut names = self.lock();
+        make_room(&mut names, hostname);
+        let entry = names.entry(hostname.clone()).or_insert_with(|| Entry::new(now));
+        entry.used = now;
+        entry.turn = entry.turn.wrapping_add(1);
+        let turn = entry.turn;
+        let within = |age: Duration| move |since: &Instant| now.duration_since(*since) < age;
+        let known = |age: Duration| {
+            let addresses = entry.addresses.as_ref().filter(|(_, since)| within(age)(since));
+            addresses.map(|(addresses, _)| addresses.clone())
+        };
+        if let Some(addresses) = known(FRESH) {
+            return Look::Known(Ok(addresses), turn);
+        }
+        let stale = known(FRESH + STALE);
+        if let Some((error, _)) = entry.failure.as_ref().filter(|(_, since)| within(FAILED)(since))
+        {
+            return Look::Known(stale.ok_or_else(|| error.clone()), turn);
+        }
+        // One that nobody has waited for all the time tells of the past, if it ever ends.
+        entry.pending = entry.pending.take().filter(|(_, since)| within(FRESH)(since));
+        let (lookup, _) =
+            entry.pending.get_or_insert_with(|| ((self.lookup)(hostname.clone()).shared(), now));
+        Look::Pending { turn, lookup: lookup.clone(), stale }
+    }
+
+    /// Keeps what a lookup found, once.
+    fn keep(&self, hostname: &Name, lookup: &Shared<BoxFuture<'static, Found>>, found: &Found) {
+        let mut names = self.lock();
+        let Some(entry) = names.get_mut(hostname) else { return };
+        let Some((_, since)) = entry.pending.take_if(|(pending, _)| pending.ptr_eq(lookup)) else {
+            return;
+        };
+        match found {
+            Ok(addresses) => {
+                entry.addresses = Some((addresses.clone(), since));
+                entry.failure = None;
+            }
+            Err(error) => entry.failure = Some((error.clone(), Instant::now())),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Name, Entry>> {
+        // No code panics while it holds the lock, and a cache is never worse than its entries.
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The state of a name.
+enum Look {
+    Known(Found, usize),
+    Pending { turn: usize, lookup: Shared<BoxFuture<'static, Found>>, stale: Option<Arc<[IpAddr]>> },
+}
+
+impl Entry {
+    fn new(now: Instant) -> Self {
+        Self { addresses: None, failure: None, pending: None, used: now, turn: 0 }
+    }
+}
+
+impl fmt::Debug for Resolver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Resolver").field("names", &self.lock().len()).finish_non_exhaustive()
+    }
+}
+
+/// Forgets the name that was not asked for the longest, if `hostname` would be one too many.
+fn make_room(names: &mut HashMap<Name, Entry>, hostname: &Name) {
+    if names.len() < MAX_NAMES || names.contains_key(hostname) {
+        return;
+    }
+    let oldest = names.iter().min_by_key(|(_, entry)| entry.used).map(|(name, _)| name.clone());
+    if let Some(oldest) = oldest {
+        names.remove(&oldest);
+    }
+}
+
+/// One of the accepted addresses, in turn; of the preferred family if there is one.
+fn pick(addresses: &[IpAddr], families: IpFamilies, v6: bool, turn: usize) -> Option<IpAddr> {
+    let accepted = || addresses.iter().copied().filter(|address| families.accept(*address));
+    let preferred = || accepted().filter(|address| address.is_ipv6() == v6);
+    match preferred().count() {
+        0 => accepted().nth(turn % accepted().count().max(1)),
+        count => preferred().nth(turn % count),
+    }
+}

@@ -1,0 +1,367 @@
+//! Which endpoint of a service takes a connection: the less loaded of two that are drawn by capacity, among the nearest ones.
+//!
+//! Not here: what is known of endpoints (`endpoint_health.rs`).
+
+use std::sync::Arc;
+
+use underpass_config::{Endpoint, LoadBalancingMode, Name, Scope, Service, Workload};
+
+use super::{Caller, RouteError, Unfit};
+use crate::decide::endpoint_health::EndpointHealth;
+
+/// How often endpoints are drawn from all of them before they are looked at one by one. Two draws do unless many cannot be
+/// taken or are not the nearest, or one has almost all of the capacity.
+const DRAWS: usize = 32;
+
+/// An endpoint: a workload and the port at which it serves.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct EndpointKey {
+    /// The workload's.
+    pub(crate) uid: Name,
+    /// The endpoint's own port, not the service's.
+    pub(crate) port: u16,
+}
+
+/// What a choice depends on beside the mesh.
+pub(crate) trait Choose {
+    /// A random number below `n`, which is not 0.
+    fn below(&mut self, n: u64) -> u64;
+    /// How many connections to the endpoint are open.
+    fn open_connections(&self, uid: &Name, port: u16) -> u32;
+    /// Whether it could not be connected to lately: it is taken only if there is no other.
+    fn is_ejected(&self, uid: &Name, port: u16) -> bool;
+    /// Excludes an endpoint that was tried for this very connection.
+    fn exclude(&mut self, endpoint: EndpointKey);
+    /// Whether it is excluded.
+    fn is_excluded(&self, uid: &Name, port: u16) -> bool;
+}
+
+/// Selects by the state of the endpoints and the thread's random numbers.
+#[derive(Debug)]
+pub(crate) struct EndpointSelector<'a> {
+    /// What is known of all endpoints.
+    health: &'a EndpointHealth,
+    /// Those that were tried for this connection.
+    excluded: Vec<EndpointKey>,
+}
+
+impl<'a> EndpointSelector<'a> {
+    pub(crate) fn new(health: &'a EndpointHealth) -> Self {
+        Self { health, excluded: Vec::new() }
+    }
+}
+
+impl Choose for EndpointSelector<'_> {
+    fn below(&mut self, n: u64) -> u64 {
+        fastrand::u64(..n)
+    }
+
+    fn open_connections(&self, uid: &Name, port: u16) -> u32 {
+        self.health.open_connections(&EndpointKey { uid: uid.clone(), port })
+    }
+
+    fn is_ejected(&self, uid: &Name, port: u16) -> bool {
+        self.health.any_ejected() && self.health.is_ejected(&EndpointKey { uid: uid.clone(), port })
+    }
+
+    fn exclude(&mut self, endpoint: EndpointKey) {
+        self.excluded.push(endpoint);
+    }
+
+    fn is_excluded(&self, uid: &Name, port: u16) -> bool {
+        self.excluded.iter().any(|excluded| excluded.port == port && excluded.uid == *uid)
+    }
+}
+
+/// What an endpoint is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// To serve the connection.
+    Service,
+    /// To be the waypoint in front of a service.
+    ServiceWaypoint,
+    /// To be the waypoint in front of a workload.
+    WorkloadWaypoint,
+    /// To be the gateway of another network.
+    NetworkGateway,
+}
+
+/// An endpoint that can take the connection.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Candidate<'m> {
+    pub(super) workload: &'m Arc<Workload>,
+    /// Its own port.
+    pub(super) port: u16,
+    /// How good it is, before capacity and load are looked at.
+    tier: Tier,
+}
+
+/// Better ones compare greater: one that is not ejected, then the nearer one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Tier {
+    not_ejected: bool,
+    rank: usize,
+}
+
+/// Chooses the endpoint of `service` that takes a connection to its `port`.
+pub(super) fn select<'m>(
+    service: &'m Arc<Service>,
+    port: u16,
+    purpose: Purpose,
+    caller: &Caller<'_>,
+    choose: &mut impl Choose,
+) -> Result<Candidate<'m>, RouteError> {
+    let selection = Selection { service, port, purpose, caller };
+    selection.check_port()?;
+    let mut found = None;
+    let mut looked_at = 0;
+    for matched in selection.levels() {
+        let near = service.nearest(matched, |scope| selection.part_of_caller(scope));
+        if near.len() == looked_at {
+            continue;
+        }
+        looked_at = near.len();
+        found = selection.draw(near, matched, choose).or_else(|| selection.search(near, choose));
+        // A farther endpoint is better than an ejected one.
+        if found.is_some_and(|found| found.tier.not_ejected) {
+            break;
+        }
+    }
+    found.ok_or_else(|| selection.explain(choose))
+}
+
+/// One question for an endpoint.
+struct Selection<'m, 'a> {
+    service: &'m Arc<Service>,
+    port: u16,
+    purpose: Purpose,
+    caller: &'a Caller<'a>,
+}
+
+impl<'m> Selection<'m, '_> {
+    /// A waypoint is not asked for by clients, so that a tunnel to it needs no port of the service.
+    fn check_port(&self) -> Result<(), RouteError> {
+        if self.is_for_waypoint() || self.service.ports.get(self.port).is_some() {
+            return Ok(());
+        }
+        Err(RouteError::NoPort { service: self.service.clone(), port: self.port })
+    }
+
+    /// How many of the first preferences are to be matched: all of them, then fewer, so that more and more endpoints do.
+    fn levels(&self) -> impl Iterator<Item = usize> {
+        let preferences = self.preferences().len();
+        let least = if self.is_strict() { preferences } else { 0 };
+        (least..=preferences).rev()
+    }
+
+    /// Draws from those who match the first `matched` preferences until two are found that no other among them can be better
+    /// than, without looking at all of them. None if that takes too long, as when many of them cannot be taken.
+    fn draw(
+        &self,
+        near: &'m [Endpoint],
+        matched: usize,
+        choose: &mut impl Choose,
+    ) -> Option<Candidate<'m>> {
+        let before = near.first()?.capacity_before();
+        let all = near.last()?.capacity_through.saturating_sub(before);
+        if all == 0 {
+            return None;
+        }
+        let best = Tier { not_ejected: true, rank: self.rank_of(matched) };
+        let mut first: Option<Candidate<'m>> = None;
+        for _ in 0..DRAWS {
+            let at = before.saturating_add(choose.below(all));
+            let index = near.partition_point(|endpoint| endpoint.capacity_through <= at);
+            let drawn = self.candidate(near.get(index)?, choose);
+            let Some(drawn) = drawn.ok().filter(|drawn| drawn.tier == best) else {
+                continue;
+            };
+            match first {
+                None if near.len() == 1 => return Some(drawn),
+                None => first = Some(drawn),
+                Some(first) if Arc::ptr_eq(first.workload, drawn.workload) => {}
+                Some(first) => return Some(less_loaded(first, drawn, choose)),
+            }
+        }
+        None
+    }
+
+    /// Looks at all of them, and draws two among the best.
+    fn search(&self, near: &'m [Endpoint], choose: &mut impl Choose) -> Option<Candidate<'m>> {
+        let mut best: Vec<Candidate<'m>> = Vec::new();
+        for endpoint in near {
+            let Ok(candidate) = self.candidate(endpoint, choose) else { continue };
+            match best.last().map(|known| candidate.tier.cmp(&known.tier)) {
+                Some(std::cmp::Ordering::Less) => continue,
+                Some(std::cmp::Ordering::Greater) => best.clear(),
+                Some(std::cmp::Ordering::Equal) | None => {}
+            }
+            best.push(candidate);
+        }
+        let first = take_by_capacity(&mut best, choose)?;
+        match take_by_capacity(&mut best, choose) {
+            Some(second) => Some(less_loaded(first, second, choose)),
+            None => Some(first),
+        }
+    }
+
+    /// Why there is no endpoint.
+    fn explain(&self, choose: &mut impl Choose) -> RouteError {
+        let endpoints = self.service.endpoints.iter();
+        let nearest = endpoints.filter_map(|endpoint| self.candidate(endpoint, choose).err()).max();
+        RouteError::NoEndpoint {
+            service: self.service.clone(),
+            port: self.port,
+            nearest: nearest.unwrap_or(Unfit::Nobody),
+        }
+    }
+
+    fn candidate(
+        &self,
+        endpoint: &'m Endpoint,
+        choose: &impl Choose,
+    ) -> Result<Candidate<'m>, Unfit> {
+        let workload = &endpoint.workload;
+        let port = self.target_port(endpoint).ok_or(Unfit::NoPort)?;
+        // As with ztunnel, no endpoint is selected if all have no capacity: capacity 0 means no connections.
+        if workload.capacity == 0 {
+            return Err(Unfit::NoCapacity);
+        }
+        self.check_reachable(workload)?;
+        let rank = self.rank(workload);
+        if self.is_strict() && rank < self.rank_of(self.preferences().len()) {
+            return Err(Unfit::NotNear);
+        }
+        if choose.is_excluded(&workload.uid, port) {
+            return Err(Unfit::Tried);
+        }
+        let not_ejected = !choose.is_ejected(&workload.uid, port);
+        Ok(Candidate { workload, port, tier: Tier { not_ejected, rank } })
+    }
+
+    /// The endpoint's own word goes before the service's. A waypoint that takes tunnels by itself takes them at any port.
+    fn target_port(&self, endpoint: &Endpoint) -> Option<u16> {
+        let of_service = self.service.ports.get(self.port);
+        let tunnel = endpoint.workload.application_tunnel;
+        let of_tunnel = tunnel.filter(|tunnel| self.is_for_waypoint() && tunnel.port.is_some());
+        let of_tunnel = of_tunnel.map(|_| self.port);
+        let exists = of_service.or(of_tunnel).is_some();
+        let of_endpoint = endpoint.ports.get(self.port).filter(|_| exists);
+        [of_endpoint, of_service, of_tunnel].into_iter().flatten().find(|port| *port != 0)
+    }
+
+    fn is_for_waypoint(&self) -> bool {
+        matches!(self.purpose, Purpose::ServiceWaypoint | Purpose::WorkloadWaypoint)
+    }
+
+    fn check_reachable(&self, workload: &Workload) -> Result<(), Unfit> {
+        let here = *workload.network == *self.caller.network;
+        match self.purpose {
+            Purpose::Service | Purpose::ServiceWaypoint if !here => {
+                check_behind_gateway(workload, Some(self.service))
+            }
+            Purpose::WorkloadWaypoint if !here => Err(Unfit::OtherNetwork),
+            _ => check_address(workload, self.service),
+        }
+    }
+
+    /// How near it is: how many of the preferences it matches, counted from the first.
+    ///
+    /// As ztunnel ranks: if the network is what is preferred first, those in other networks are compared by the rest, and
+    /// every one of this network goes before all of them.
+    fn rank(&self, workload: &Workload) -> usize {
+        let matched = |scopes: &[Scope]| {
+            let near = |scope: &&Scope| **scope.of(workload) == *self.part_of_caller(**scope);
+            scopes.iter().take_while(near).count()
+        };
+        match (matched(self.preferences()), self.preferences()) {
+            (0, [Scope::Network, rest @ ..]) => matched(rest),
+            (matched, _) => self.rank_of(matched),
+        }
+    }
+
+    /// The best rank of those who match the first `matched` preferences, and not the next one.
+    fn rank_of(&self, matched: usize) -> usize {
+        match (matched, self.preferences()) {
+            (0, [Scope::Network, rest @ ..]) => rest.len(),
+            (_, [Scope::Network, rest @ ..]) => rest.len() + matched,
+            _ => matched,
+        }
+    }
+
+    fn preferences(&self) -> &'m [Scope] {
+        self.service.load_balancing.scopes()
+    }
+
+    fn is_strict(&self) -> bool {
+        self.service.load_balancing.mode == LoadBalancingMode::Strict
+    }
+
+    /// Where the caller is. What is unknown of both is equal, as with ztunnel.
+    fn part_of_caller(&self, scope: Scope) -> &str {
+        match (scope, self.caller.workload) {
+            (Scope::Network, _) => self.caller.network,
+            (_, Some(workload)) => scope.of(workload),
+            (_, None) => "",
+        }
+    }
+}
+
+/// Whether a workload of this network can be dialled for `service`.
+fn check_address(workload: &Workload, service: &Service) -> Result<(), Unfit> {
+    let fits = |address: &std::net::IpAddr| service.ip_families.accept(*address);
+    if !workload.hostname.is_empty() || workload.addresses.iter().any(fits) {
+        Ok(())
+    } else if workload.addresses.is_empty() {
+        Err(Unfit::NoAddress)
+    } else {
+        Err(Unfit::NoAddressOfFamily)
+    }
+}
+
+/// Whether a workload of another network can be reached through a tunnel to its gateway.
+pub(super) fn check_behind_gateway(
+    workload: &Workload,
+    service: Option<&Arc<Service>>,
+) -> Result<(), Unfit> {
+    if workload.network_gateway.is_none() {
+        return Err(Unfit::NoGateway);
+    }
+    match service {
+        Some(service) if !service.subject_alt_names.is_empty() => Ok(()),
+        _ => Err(Unfit::NoSubjectAltNames),
+    }
+}
+
+/// Draws one by capacity and takes it out.
+fn take_by_capacity<'m>(
+    candidates: &mut Vec<Candidate<'m>>,
+    choose: &mut impl Choose,
+) -> Option<Candidate<'m>> {
+    let capacity = |candidate: &Candidate<'_>| u64::from(candidate.workload.capacity);
+    let all: u64 = candidates.iter().map(capacity).sum();
+    if all == 0 {
+        return None;
+    }
+    let mut at = choose.below(all);
+    let index = candidates.iter().position(|candidate| {
+        let found = at < capacity(candidate);
+        at = at.saturating_sub(capacity(candidate));
+        found
+    });
+    index.map(|index| candidates.swap_remove(index))
+}
+
+/// The one with fewer connections for its capacity; the first if they have equally many.
+fn less_loaded<'m>(
+    first: Candidate<'m>,
+    second: Candidate<'m>,
+    choose: &impl Choose,
+) -> Candidate<'m> {
+    // One's connections times the other's capacity, to compare without dividing.
+    let load = |one: Candidate<'_>, other: Candidate<'_>| {
+        let open = choose.open_connections(&one.workload.uid, one.port);
+        u64::from(open) * u64::from(other.workload.capacity)
+    };
+    if load(second, first) < load(first, second) { second } else { first }
+}

@@ -1,0 +1,207 @@
+//! Who of several is chosen how often.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use underpass_config::Mesh;
+use underpass_interception::OriginalDestination;
+
+use crate::decide::endpoint_health::EndpointHealth;
+use crate::decide::route::testing::{Fixed, best_route, caller, mesh, named, show};
+use crate::decide::route::{EndpointSelector, Route, RouteError, outbound};
+
+fn route(mesh: &Mesh, choose: &mut Fixed) -> Result<Route, RouteError> {
+    let caller = caller(named(mesh, "client"));
+    best_route(([10, 1, 0, 1], 80).into(), mesh, &caller, choose)
+}
+
+/// How many of 10,000 connections every workload got, each of which is closed at once.
+fn shares(mesh: &Mesh, choose: &mut Fixed) -> BTreeMap<String, u32> {
+    let mut shares = BTreeMap::new();
+    for _ in 0..10_000 {
+        let workload = route(mesh, choose).unwrap().workload.unwrap();
+        *shares.entry(workload.name.to_string()).or_default() += 1;
+    }
+    shares
+}
+
+fn assert_shares(mesh: &Mesh, choose: &mut Fixed, expected: &[(&str, u32)]) {
+    let shares = shares(mesh, choose);
+    let names: Vec<&str> = shares.keys().map(String::as_str).collect();
+    let expected_names: Vec<&str> = expected.iter().map(|(name, _)| *name).collect();
+    assert_eq!(names, expected_names);
+    for (name, share) in expected {
+        // Four standard deviations of 10,000 draws are 200 at the most.
+        assert!(shares[*name].abs_diff(*share) < 200, "{shares:?}");
+    }
+}
+
+/// The service at 10.1.0.1 in some mode, and workloads `a`, `b`, .. with these words.
+fn service(mode: &str, workloads: &[&str]) -> Mesh {
+    let mut text = format!(
+        "workload client ip=10.0.0.1 region=r zone=z node=n
+         service default/s.example vip=/10.1.0.1 sans=s {mode}\n"
+    );
+    for (words, name) in workloads.iter().zip('a'..='z') {
+        text.push_str(&format!("workload {name} {words} of=default/s.example\n"));
+    }
+    mesh(&text)
+}
+
+#[test]
+fn idle_endpoints_share_connections_by_capacity() {
+    let three = ["ip=10.0.1.1 capacity=1", "ip=10.0.1.2 capacity=3", "ip=10.0.1.3 capacity=6"];
+    let expected = [("a", 1000), ("b", 3000), ("c", 6000)];
+    assert_shares(&service("", &three), &mut Fixed::new(1), &expected);
+    assert_shares(&service("mode=failover", &three), &mut Fixed::new(2), &expected);
+    let idle = ["ip=10.0.1.1 capacity=0", "ip=10.0.1.2", "ip=10.0.1.3"];
+    assert_shares(&service("", &idle), &mut Fixed::new(3), &[("b", 5000), ("c", 5000)]);
+    // One has almost all of the capacity, so that a second one is hardly ever drawn from all.
+    let uneven = ["ip=10.0.1.1 capacity=4000000000", "ip=10.0.1.2"];
+    assert_shares(&service("", &uneven), &mut Fixed::new(4), &[("a", 10_000)]);
+}
+
+#[test]
+fn of_two_the_one_with_fewer_connections_for_its_capacity_is_taken() {
+    for mode in ["", "mode=failover"] {
+        let two = service(mode, &["ip=10.0.1.1", "ip=10.0.1.2 capacity=10"]);
+        for (a, b, expected) in [(1, 0, "b"), (0, 1, "a"), (1, 9, "b"), (1, 11, "a"), (2, 19, "b")]
+        {
+            let mut choose = Fixed::new(5);
+            choose.open = [("a".into(), a), ("b".into(), b)].into();
+            for _ in 0..100 {
+                let chosen = route(&two, &mut choose).unwrap().workload.unwrap();
+                assert_eq!(&*chosen.name, expected, "{a} and {b}");
+            }
+        }
+    }
+}
+
+#[test]
+fn open_connections_spread_by_capacity_and_hardly_differ() {
+    let words: Vec<String> =
+        (1..=20).map(|n| format!("ip=10.0.1.{n} capacity={}", 1 + n % 2)).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let mesh = service("", &words);
+    let mut choose = Fixed::new(6);
+    for _ in 0..3000 {
+        let chosen = route(&mesh, &mut choose).unwrap().workload.unwrap();
+        *choose.open.entry(chosen.uid.clone()).or_default() += 1;
+    }
+    for (uid, open) in &choose.open {
+        let capacity = named(&mesh, uid).capacity;
+        assert!(open.abs_diff(capacity * 100) <= 4 * capacity, "{:?}", choose.open);
+    }
+}
+
+#[test]
+fn the_nearest_are_taken_and_the_others_when_these_fail() {
+    let workloads = [
+        "ip=10.0.1.1 region=r zone=z node=n",
+        "ip=10.0.1.2 region=r zone=z",
+        "ip=10.0.1.3 region=r zone=other",
+        // What comes first counts first: the zone of another region is another zone.
+        "ip=10.0.1.4 region=other zone=z",
+    ];
+    let failover = service("mode=failover prefer=region,zone,node", &workloads);
+    let mut choose = Fixed::new(7);
+    for name in ["a", "b", "c", "d"] {
+        assert_shares(&failover, &mut choose, &[(name, 10_000)]);
+        choose.tried.push(name.into());
+    }
+    assert_eq!(show(&route(&failover, &mut choose)), "no endpoint: Tried");
+    let strict = service("mode=strict prefer=region,zone", &workloads);
+    assert_shares(&strict, &mut Fixed::new(8), &[("a", 5000), ("b", 5000)]);
+    let nobody = service("mode=strict prefer=subzone,region", &["ip=10.0.1.1 region=other"]);
+    assert_eq!(show(&route(&nobody, &mut Fixed::new(9))), "no endpoint: NotNear");
+}
+
+#[test]
+fn nobody_is_near_in_standard_mode() {
+    let workloads = ["ip=10.0.1.1 region=r", "ip=10.0.1.2 region=other", "ip=10.0.1.3"];
+    let mesh = service("prefer=region", &workloads);
+    let mut choose = Fixed::new(14);
+    let all = [("a", 3333), ("b", 3333), ("c", 3333)];
+    assert_shares(&mesh, &mut choose, &all);
+    // All of them are looked at then.
+    choose.ejected = vec!["a".into(), "b".into(), "c".into()];
+    assert_shares(&mesh, &mut choose, &all);
+}
+
+#[test]
+fn this_network_goes_first_if_it_is_preferred_first_and_others_are_compared_by_the_rest() {
+    let workloads = [
+        "ip=10.0.1.1 region=other",
+        "net=far gateway=/10.0.0.1@15009 region=other",
+        "net=far gateway=/10.0.0.1@15009 region=r",
+    ];
+    let mesh = service("mode=failover prefer=network,region", &workloads);
+    let mut choose = Fixed::new(10);
+    for expected in ["a", "c", "b"] {
+        let chosen = route(&mesh, &mut choose).unwrap().endpoint.unwrap().uid;
+        assert_eq!(&*chosen, expected);
+        choose.tried.push(chosen);
+    }
+    let strict = service("mode=strict prefer=network,region", &workloads);
+    assert_eq!(show(&route(&strict, &mut Fixed::new(11))), "no endpoint: NotNear");
+}
+
+#[test]
+fn ejected_endpoint_is_selected_only_without_alternative() {
+    for mode in ["", "mode=failover prefer=region"] {
+        let three = service(mode, &["ip=10.0.1.1 region=r", "ip=10.0.1.2", "ip=10.0.1.3"]);
+        let mut choose = Fixed::new(12);
+        choose.ejected = vec!["a".into()];
+        assert_shares(&three, &mut choose, &[("b", 5000), ("c", 5000)]);
+        choose.tried = vec!["b".into(), "c".into()];
+        assert_shares(&three, &mut choose, &[("a", 10_000)]);
+        choose.tried.push("a".into());
+        assert_eq!(show(&route(&three, &mut choose)), "no endpoint: Tried");
+    }
+}
+
+#[test]
+fn waypoints_share_connections_by_weight() {
+    let text = "workload client ip=10.0.0.1
+        workload a ip=10.0.1.1
+        workload b ip=10.0.1.2
+        service default/s.example vip=/10.1.0.1 weighted=/10.0.1.1@15008*90,/10.0.1.2@15008*10";
+    assert_shares(&mesh(text), &mut Fixed::new(13), &[("a", 9000), ("b", 1000)]);
+}
+
+#[test]
+fn alternatives_are_all_endpoints_and_restored_one_is_first() {
+    let mesh = service("", &["ip=10.0.1.1", "ip=10.0.1.2", "ip=10.0.1.3"]);
+    let caller = caller(named(&mesh, "client"));
+    let health = Arc::new(EndpointHealth::default());
+    let ranked = || {
+        let destination = OriginalDestination::new(([10, 1, 0, 1], 80).into());
+        let selector = EndpointSelector::new(&health);
+        let alternatives = outbound(destination, &mesh, &caller, selector).unwrap();
+        let dialled = |route: &Route| route.dialled().unwrap().clone();
+        let others = alternatives.others.map(|route| dialled(&route));
+        [dialled(&alternatives.best)].into_iter().chain(others).collect::<Vec<_>>()
+    };
+    let tried = ranked();
+    assert_eq!(tried.iter().collect::<HashSet<_>>().len(), 3);
+    tried.iter().for_each(|endpoint| health.eject(endpoint.clone(), Duration::from_secs(10)));
+    health.restore(&tried[1]);
+    assert_eq!(ranked()[0], tried[1]);
+    let open = health.open(tried[1].clone());
+    assert_eq!(health.open_connections(&tried[1]), 1);
+    drop(open);
+    assert_eq!(health.open_connections(&tried[1]), 0);
+}
+
+#[test]
+fn single_endpoint_has_no_alternative() {
+    let mesh = service("", &["ip=10.0.1.1"]);
+    let caller = caller(named(&mesh, "client"));
+    let health = EndpointHealth::default();
+    let destination = OriginalDestination::new(([10, 1, 0, 1], 80).into());
+    let selector = EndpointSelector::new(&health);
+    let mut alternatives = outbound(destination, &mesh, &caller, selector).unwrap();
+    assert_eq!(alternatives.best.dialled(), None);
+    assert!(alternatives.others.next().is_none());
+}

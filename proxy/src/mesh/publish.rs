@@ -1,0 +1,125 @@
+//! Publishes every generation of the mesh to the workers and reports when all have applied it.
+//!
+//! Generations overlap: the next one is published while connections that the last one forbids are
+//! still ending, and a busy worker skips those that come and go meanwhile. Each worker reports what
+//! it has applied in order, and the [`Ledger`] accounts for every generation exactly once.
+//!
+//! Not here: where a mesh comes from (the config crate), and what a change means for open
+//! connections (`policy.rs`, `connection_registry.rs`).
+
+mod ledger;
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use underpass_config::{Mesh, MeshSource, WorkloadSettings};
+
+use self::ledger::{Ledger, Published};
+use crate::decide::snapshot::{MeshSize, Snapshot};
+use crate::observe::metrics;
+
+/// The reports of all workers.
+#[derive(Debug)]
+pub(crate) struct Reports {
+    workers: usize,
+    reports: mpsc::UnboundedReceiver<Report>,
+}
+
+/// What a worker reports.
+#[derive(Debug)]
+enum Report {
+    /// No connection is open any longer that this generation or an older one forbids.
+    Applied { worker: usize, generation: u64, terminated: usize },
+    /// The worker has ended, and has no connection.
+    Ended { worker: usize },
+}
+
+/// Reports for one worker.
+#[derive(Debug)]
+pub(crate) struct Reporter {
+    worker: usize,
+    reports: mpsc::UnboundedSender<Report>,
+}
+
+impl Reporter {
+    /// Reports that the worker has applied `generation`, for which it has `terminated` so many
+    /// connections. The generations since its last report that it did not apply were superseded.
+    pub(crate) fn applied(&self, generation: u64, terminated: usize) {
+        let report = Report::Applied { worker: self.worker, generation, terminated };
+        // Fails when the process stops and follows the mesh no longer.
+        self.reports.send(report).ok();
+    }
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        self.reports.send(Report::Ended { worker: self.worker }).ok();
+    }
+}
+
+/// A reporter for each worker, and what receives their reports.
+pub(crate) fn reports(workers: usize) -> (Vec<Reporter>, Reports) {
+    let (sender, reports) = mpsc::unbounded_channel();
+    let reporter = |worker| Reporter { worker, reports: sender.clone() };
+    ((0..workers).map(reporter).collect(), Reports { workers, reports })
+}
+
+/// Publishes every generation of the mesh.
+#[derive(Debug)]
+pub(crate) struct Publisher {
+    source: MeshSource,
+    own: WorkloadSettings,
+    current: watch::Sender<Arc<Snapshot>>,
+}
+
+impl Publisher {
+    pub(crate) fn new(source: MeshSource, first: Arc<Mesh>, own: &WorkloadSettings) -> Self {
+        MeshSize::of(&first).log("mesh loaded");
+        let current = watch::Sender::new(Arc::new(Snapshot::new(first, own, 1)));
+        Self { source, own: own.clone(), current }
+    }
+
+    /// The current snapshot of the mesh, which workers apply.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.current.subscribe()
+    }
+
+    /// Publishes every change and accounts for what the workers report, until it is cancelled.
+    pub(crate) async fn follow(mut self, Reports { workers, mut reports }: Reports) {
+        let mut ledger = Ledger::new(workers);
+        {
+            let first = self.current.borrow();
+            ledger.publish(Published::first(first.generation, MeshSize::of(&first.mesh)));
+        }
+        loop {
+            let complete = tokio::select! {
+                changed = self.source.changed() => {
+                    match changed {
+                        Ok(mesh) => self.publish(mesh, &mut ledger),
+                        Err(errors) => {
+                            metrics::mesh_refused();
+                            tracing::error!("the mesh cannot be read, the last good one stays: {errors}");
+                        }
+                    }
+                    continue;
+                }
+                Some(report) = reports.recv() => ledger.take(report),
+            };
+            complete.into_iter().for_each(Published::account);
+        }
+    }
+
+    /// Publishes a mesh. The next one may follow before it is in force.
+    fn publish(&self, mesh: Arc<Mesh>, ledger: &mut Ledger) {
+        let generation = self.current.borrow().generation + 1;
+        let size = MeshSize::of(&mesh);
+        ledger.publish(Published::change(generation, size, Instant::now()));
+        let new = Arc::new(Snapshot::new(mesh, &self.own, generation));
+        let old = self.current.send_replace(new).mesh.clone();
+        tokio::spawn(old.retire());
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,211 @@
+//! The source of certificates that the settings configure, and what is logged and counted of them.
+//! How each source works, and how often it renews, is in the hbone crate.
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use underpass_config::{
+    FileWatcher, IdentityFiles, IdentitySettings, LocalCaSettings, Quoted, Settings, SpiffeId,
+    SpireSettings,
+};
+use underpass_hbone::{
+    CredentialsEvent, FileSource, HboneError, Identity, IdentitySource, IstioCa, IstioCaSource,
+    LocalCaSource, Priority, SpireSource,
+};
+use underpass_interception::{NamespaceAccess, Sockets};
+
+use crate::admin::endpoints::Readiness;
+use crate::cli::CommandError;
+use crate::node::{Identities, Issuer};
+use crate::observe::metrics;
+use crate::traffic::dial::PlainDialer;
+
+/// The certificates of this proxy by its settings: logs and counts what happens to them, and makes
+/// the proxy unready while it has none that is valid.
+#[derive(Debug)]
+pub(crate) struct Certificates {
+    issuer: Origin,
+    /// The issuer, as the log names it.
+    origin: String,
+    watcher: FileWatcher,
+    readiness: Readiness,
+}
+
+#[derive(Debug)]
+enum Origin {
+    Files(IdentityFiles),
+    LocalCa(LocalCaSettings),
+    IstioCa(Arc<IstioCa<PlainDialer>>),
+    Spire(SpireSettings),
+}
+
+impl Certificates {
+    /// The identities that the settings configure; `None` turns HBONE off.
+    pub(crate) fn identities(
+        settings: &Settings,
+        access: &NamespaceAccess,
+        sockets: &Sockets,
+        readiness: &Readiness,
+        watcher: &FileWatcher,
+    ) -> Result<Option<Identities>, CommandError> {
+        let Some(identity) = &settings.identity else {
+            tracing::warn!("no certificate (identity.*): HBONE is off, inbound and outbound");
+            return Ok(None);
+        };
+        let certificates = Self {
+            issuer: issuer(identity, access, sockets).map_err(CommandError::Identity)?,
+            origin: origin(identity),
+            watcher: watcher.clone(),
+            readiness: readiness.clone(),
+        };
+        let identities = Identities::new(Arc::new(certificates), &settings.trust, watcher);
+        identities.map(Some).map_err(CommandError::Identity)
+    }
+}
+
+/// Whether the certificate is issued without a connection, so that a mistake can end the start
+/// before rules are installed.
+pub(crate) fn is_local(settings: &Settings) -> bool {
+    matches!(&settings.identity, Some(IdentitySettings::Files(_) | IdentitySettings::LocalCa(_)))
+}
+
+fn issuer(
+    identity: &IdentitySettings,
+    access: &NamespaceAccess,
+    sockets: &Sockets,
+) -> Result<Origin, HboneError> {
+    Ok(match identity {
+        IdentitySettings::Files(files) => Origin::Files(files.clone()),
+        IdentitySettings::LocalCa(ca) => Origin::LocalCa(ca.clone()),
+        IdentitySettings::IstioCa(ca) => {
+            let dialer = PlainDialer { access: access.clone(), sockets: sockets.clone() };
+            Origin::IstioCa(Arc::new(IstioCa::new(ca.clone(), dialer)?))
+        }
+        IdentitySettings::Spire(spire) => Origin::Spire(spire.clone()),
+    })
+}
+
+/// Where a certificate comes from, as the log names it.
+fn origin(identity: &IdentitySettings) -> String {
+    match identity {
+        IdentitySettings::Files(files) => files.certificate.display().to_string(),
+        IdentitySettings::LocalCa(ca) => ca.dir.display().to_string(),
+        IdentitySettings::IstioCa(ca) => ca.address.clone(),
+        IdentitySettings::Spire(spire) => spire.socket.display().to_string(),
+    }
+}
+
+impl Issuer for Certificates {
+    fn source(&self, id: &SpiffeId) -> Box<dyn IdentitySource> {
+        match &self.issuer {
+            Origin::Files(files) => Box::new(FileSource::new(files.clone(), &self.watcher)),
+            Origin::LocalCa(ca) => Box::new(LocalCaSource::new(ca.clone(), id.clone())),
+            Origin::IstioCa(ca) => {
+                Box::new(IstioCaSource::new(ca.clone(), id.clone(), Priority::RealTime))
+            }
+            Origin::Spire(spire) => Box::new(SpireSource::new(spire.clone(), id.clone())),
+        }
+    }
+
+    fn report(&self, id: &SpiffeId, event: &CredentialsEvent<'_>) {
+        match event {
+            CredentialsEvent::Identity(credentials) => {
+                self.report_in_use(id, credentials.identity());
+            }
+            CredentialsEvent::Trust(_) => {
+                tracing::info!("trust bundles and revocation lists read again");
+            }
+            CredentialsEvent::Failed(error) => report_failure(error),
+            CredentialsEvent::Expiring { credentials, left } => {
+                tracing::warn!(
+                    from = self.origin,
+                    identity = %credentials.identity().spiffe_id(),
+                    expires_in = ?whole_seconds(*left),
+                    "the certificate expires soon, and there is no new one yet"
+                );
+            }
+            CredentialsEvent::Expired(error) => {
+                self.readiness.certificate_expired(true);
+                metrics::certificate_failed();
+                tracing::error!(
+                    from = self.origin,
+                    error = %Quoted::chain(*error),
+                    "the certificate has expired: every HBONE connection fails until there is a new one"
+                );
+            }
+        }
+    }
+
+    fn report_trust_failure(&self, error: &HboneError) {
+        report_failure(error);
+    }
+}
+
+impl Certificates {
+    fn report_in_use(&self, workload: &SpiffeId, identity: &Identity) {
+        self.readiness.certificate_expired(false);
+        metrics::certificate_renewed(identity.expires());
+        if identity.spiffe_id() != workload {
+            tracing::warn!(
+                certificate = %identity.spiffe_id(), %workload,
+                "the certificate is for another workload than the settings name; peers see the certificate"
+            );
+            return;
+        }
+        let left = identity.expires().duration_since(SystemTime::now()).unwrap_or_default();
+        let expires_in = whole_seconds(left);
+        tracing::info!(identity = %identity.spiffe_id(), ?expires_in, "certificate in use");
+    }
+}
+
+fn report_failure(error: &HboneError) {
+    metrics::certificate_failed();
+    tracing::error!(
+        error = %Quoted::chain(error),
+        "no new certificate or trust; what is there stays"
+    );
+}
+
+fn whole_seconds(duration: Duration) -> Duration {
+    Duration::from_secs(duration.as_secs())
+}
+
+/// Warns of files that are read again later, and that the proxy cannot read any more: for when it
+/// has given up its privileges.
+pub(crate) fn warn_if_unreadable(settings: &Settings) {
+    let unreadable = |file: &PathBuf| {
+        File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+    };
+    for file in read_again(settings).iter().filter(|file| unreadable(file)) {
+        let file = file.display();
+        if matches!(&settings.identity, Some(IdentitySettings::LocalCa(_))) {
+            tracing::warn!(
+                %file,
+                "the proxy's user cannot read this file: a changed CA takes effect at the next start; certificates are renewed"
+            );
+        } else {
+            tracing::warn!(
+                %file,
+                "the proxy's user cannot read this file: when it is renewed the proxy will not see it; chown it"
+            );
+        }
+    }
+}
+
+fn read_again(settings: &Settings) -> Vec<PathBuf> {
+    let mut files = match &settings.identity {
+        Some(IdentitySettings::Files(files)) => {
+            vec![files.certificate.clone(), files.key.clone(), files.roots.clone()]
+        }
+        Some(IdentitySettings::LocalCa(ca)) => vec![ca.dir.join("ca.key"), ca.dir.join("ca.pem")],
+        Some(IdentitySettings::IstioCa(ca)) => vec![ca.roots.clone(), ca.token.clone()],
+        Some(IdentitySettings::Spire(_)) | None => Vec::new(),
+    };
+    files.extend(settings.trust.bundles.iter().map(|bundle| bundle.file.clone()));
+    files.extend(settings.trust.crls.iter().cloned());
+    files.extend(settings.mesh_file.clone());
+    files
+}

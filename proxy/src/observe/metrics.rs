@@ -1,0 +1,299 @@
+//! What Prometheus reads, and how it is rendered: the counters of connections in `series.rs` and
+//! `registry.rs`, all others here.
+//!
+//! Not here: the HTTP server that answers `/metrics` (`endpoints.rs`).
+
+mod registry;
+mod series;
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use metrics::{Gauge, counter, describe_counter, describe_gauge, gauge};
+use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
+use underpass_config::{Profile, SeriesSettings};
+use underpass_interception::Backend;
+
+pub(crate) use self::registry::SeriesRegistry;
+pub(crate) use self::series::{KnownSeries, Labels, Series};
+use crate::decide::snapshot::MeshSize;
+
+const PAUSES: &str = "underpass_accept_paused_total";
+const BUILD: &str = "istio_build";
+const INTERCEPTION: &str = "underpass_interception";
+const REPAIRS: &str = "underpass_rules_repairs_total";
+const INTACT: &str = "underpass_rules_intact";
+const PROBES: &str = "underpass_kubelet_probe_connections_total";
+const NOT_LOCAL: &str = "underpass_inbound_not_local_total";
+const FOREIGN_SOURCE: &str = "underpass_outbound_foreign_source_total";
+const SELF_TEST: &str = "underpass_self_test_passed";
+const FOREIGN: &str = "underpass_foreign_rules";
+const CERTIFICATE_EXPIRY: &str = "underpass_certificate_expiry_timestamp_seconds";
+const RENEWALS: &str = "underpass_certificate_renewals_total";
+const RENEWALS_FAILED: &str = "underpass_certificate_failures_total";
+const TUNNELS: &str = "underpass_tunnels_open";
+const TUNNELS_CLOSED: &str = "underpass_tunnels_closed_total";
+const REFUSED: &str = "underpass_connections_refused_total";
+const HANDSHAKES: &str = "underpass_handshakes_under_way";
+const HANDSHAKES_WAITED: &str = "underpass_handshakes_waited_total";
+const HANDSHAKES_FAILED: &str = "underpass_handshakes_failed_total";
+const LOG_LINES_LOST: &str = "underpass_log_lines_lost_total";
+const HANDSHAKES_REFUSED: &str = "underpass_handshakes_refused_total";
+const MESH_UPDATES: &str = "underpass_mesh_updates_total";
+const MESH_GENERATION: &str = "underpass_mesh_generation";
+const MESH_SIZE: &str = "underpass_mesh_size";
+const BUFFERS_REFUSED: &str = "underpass_buffers_refused_total";
+const BUFFER_BYTES: &str = "underpass_buffer_bytes";
+const TERMINATED: &str = "underpass_connections_terminated_total";
+const EJECTED: &str = "underpass_endpoints_ejected_total";
+
+/// Renders `/metrics`.
+#[derive(Clone)]
+pub(crate) struct Exporter {
+    recorder: PrometheusHandle,
+    /// The counters of connections.
+    pub(crate) series: Arc<SeriesRegistry>,
+}
+
+impl Exporter {
+    pub(crate) fn render(&self) -> String {
+        let mut text = self.recorder.render();
+        text.push_str(&self.series.render());
+        text
+    }
+}
+
+/// Installs the recorder of this process.
+pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> {
+    let recorder = PrometheusBuilder::new().install_recorder()?;
+    describe_counter!(PAUSES, "Pauses of accepting, by what ran out.");
+    describe_gauge!(BUILD, "The version that runs; always 1.");
+    describe_gauge!(INTERCEPTION, "How traffic is caught; always 1.");
+    describe_counter!(REPAIRS, "How often rules that another program had changed were put back.");
+    describe_gauge!(INTACT, "Whether the rules are as they should be: 1, or 0.");
+    describe_counter!(
+        PROBES,
+        "Connections from the kubelet's probe address that bypassed the proxy (interception.kubelet_probes)."
+    );
+    describe_counter!(
+        NOT_LOCAL,
+        "Inbound connections refused because they are for an address that is not this pod's."
+    );
+    counter!(NOT_LOCAL).increment(0);
+    describe_counter!(
+        FOREIGN_SOURCE,
+        "Outbound connections refused because they come from an address that is not this pod's."
+    );
+    counter!(FOREIGN_SOURCE).increment(0);
+    describe_gauge!(SELF_TEST, "Whether the last self-test of the rules passed: 1, or 0.");
+    describe_gauge!(FOREIGN, "Rules of other programs that act before ours.");
+    describe_gauge!(CERTIFICATE_EXPIRY, "When our certificate expires, in seconds since 1970.");
+    describe_counter!(RENEWALS, "Certificates that came into use, the first one included.");
+    describe_counter!(
+        RENEWALS_FAILED,
+        "Certificates, roots or revocation lists that could not be renewed or read."
+    );
+    describe_gauge!(TUNNELS, "HBONE connections open now.");
+    describe_counter!(
+        TUNNELS_CLOSED,
+        "Tunnels of peers that this proxy drained or closed, by reason: age, expiry, idle, drain, or the limit that the peer exceeded."
+    );
+    describe_counter!(REFUSED, "Connections and streams refused, by the limit that they exceed.");
+    describe_gauge!(HANDSHAKES, "TLS handshakes with clients under way now.");
+    describe_counter!(HANDSHAKES_WAITED, "TLS handshakes that had to wait for their turn.");
+    describe_counter!(HANDSHAKES_REFUSED, "TLS handshakes refused, by the limit.");
+    describe_counter!(
+        HANDSHAKES_FAILED,
+        "Handshakes of clients that failed, by the reason of the access log."
+    );
+    describe_counter!(
+        LOG_LINES_LOST,
+        "Log lines lost because standard output was stalled or full."
+    );
+    counter!(LOG_LINES_LOST).increment(0);
+    describe_counter!(MESH_UPDATES, "Changes of the mesh, by result.");
+    describe_gauge!(MESH_GENERATION, "Generation of the mesh that every worker has applied.");
+    describe_gauge!(MESH_SIZE, "How many workloads, services and policies the mesh has.");
+    describe_counter!(
+        BUFFERS_REFUSED,
+        "Buffers or pipes that busy connections did not get, by what was short."
+    );
+    describe_gauge!(BUFFER_BYTES, "Bytes of memory that busy connections may use for buffers now.");
+    describe_counter!(
+        TERMINATED,
+        "Open connections terminated because a change of the mesh forbids them."
+    );
+    describe_counter!(EJECTED, "Endpoints ejected because they could not be connected to.");
+    gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
+    Ok(Exporter { recorder, series: Arc::new(SeriesRegistry::new(settings)) })
+}
+
+/// Counts a pause of a listener, for want of what `reason` says.
+pub(crate) fn accept_paused(listener: &'static str, reason: &'static str) {
+    counter!(PAUSES, "listener" => listener, "reason" => reason).increment(1);
+}
+
+/// Counts a connection or stream that exceeds a limit.
+pub(crate) fn connection_refused(limit: &'static str, listener: &'static str) {
+    counter!(REFUSED, "limit" => limit, "listener" => listener).increment(1);
+}
+
+/// Says how traffic is caught, from the installation of the rules on.
+pub(crate) fn interception(profile: Profile, backend: Backend) {
+    let (profile, backend) = (profile.to_string(), backend.to_string());
+    gauge!(INTERCEPTION, "profile" => profile, "backend" => backend).set(1);
+    // Rules that were never repaired are a zero, not an absence.
+    counter!(REPAIRS).increment(0);
+    rules_intact(true);
+}
+
+/// Counts a repair of the rules.
+pub(crate) fn rules_repaired() {
+    counter!(REPAIRS).increment(1);
+}
+
+/// Says whether the rules are as they should be.
+pub(crate) fn rules_intact(intact: bool) {
+    gauge!(INTACT).set(if intact { 1 } else { 0 });
+}
+
+/// Counts connections that bypassed the proxy as the kubelet's probes.
+pub(crate) fn kubelet_probes(connections: u64) {
+    counter!(PROBES).increment(connections);
+}
+
+/// Counts an inbound connection for an address that is not this namespace's own.
+pub(crate) fn not_local() {
+    counter!(NOT_LOCAL).increment(1);
+}
+
+/// Counts an outbound connection from an address that is not known to be the pod's own.
+pub(crate) fn foreign_source() {
+    counter!(FOREIGN_SOURCE).increment(1);
+}
+
+/// Reports the outcome of the last self-test.
+pub(crate) fn self_test_passed(passed: bool) {
+    gauge!(SELF_TEST).set(if passed { 1 } else { 0 });
+}
+
+/// Reports how many rules of other programs act before ours.
+pub(crate) fn foreign_rules(count: usize) {
+    gauge!(FOREIGN).set(u32::try_from(count).unwrap_or(u32::MAX));
+}
+
+/// Says that a certificate came into use.
+pub(crate) fn certificate_renewed(expires: SystemTime) {
+    let since_1970 = expires.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    gauge!(CERTIFICATE_EXPIRY).set(since_1970.as_secs_f64());
+    counter!(RENEWALS).increment(1);
+    counter!(RENEWALS_FAILED).increment(0);
+}
+
+/// Counts a certificate, roots or revocation list that could not be renewed or read.
+pub(crate) fn certificate_failed() {
+    counter!(RENEWALS_FAILED).increment(1);
+}
+
+/// Counts a connection that was refused before its handshake.
+pub(crate) fn handshake_refused(limit: &'static str) {
+    counter!(HANDSHAKES_REFUSED, "limit" => limit).increment(1);
+}
+
+/// Counts a client that failed to handshake, or that was refused by its handshake.
+pub(crate) fn handshake_failed(reason: &'static str) {
+    counter!(HANDSHAKES_FAILED, "reason" => reason).increment(1);
+}
+
+/// Counts log lines that were lost.
+pub(crate) fn log_lines_lost(lines: u64) {
+    counter!(LOG_LINES_LOST).increment(lines);
+}
+
+/// Counts a handshake that has to wait for its turn.
+pub(crate) fn handshake_waits() {
+    counter!(HANDSHAKES_WAITED).increment(1);
+}
+
+/// Counts a handshake as under way for as long as the value lives.
+pub(crate) fn handshake_under_way() -> Counted {
+    Counted::in_gauge(gauge!(HANDSHAKES))
+}
+
+/// Counts a buffer or pipe that a busy connection did not get, for want of what `short` says: `limit` or `pipe`.
+pub(crate) fn buffer_refused(short: &'static str) {
+    counter!(BUFFERS_REFUSED, "short" => short).increment(1);
+}
+
+/// How much memory the buffers of busy connections take.
+pub(crate) fn buffer_bytes() -> Gauge {
+    // What was never refused is a zero, not an absence.
+    counter!(BUFFERS_REFUSED, "short" => "limit").increment(0);
+    counter!(BUFFERS_REFUSED, "short" => "pipe").increment(0);
+    gauge!(BUFFER_BYTES)
+}
+
+/// Reports that all workers have applied this generation of the mesh.
+pub(crate) fn mesh_applied(mesh: MeshSize, generation: u64) {
+    gauge!(MESH_GENERATION).set(generation as f64);
+    let size =
+        [("workload", mesh.workloads), ("service", mesh.services), ("policy", mesh.policies)];
+    for (kind, count) in size {
+        gauge!(MESH_SIZE, "kind" => kind).set(count as f64);
+    }
+    counter!(MESH_UPDATES, "result" => "applied").increment(1);
+    counter!(MESH_UPDATES, "result" => "superseded").increment(0);
+    counter!(MESH_UPDATES, "result" => "refused").increment(0);
+}
+
+/// Counts a generation of the mesh that a newer one replaced before every worker had applied it.
+pub(crate) fn mesh_superseded() {
+    counter!(MESH_UPDATES, "result" => "superseded").increment(1);
+}
+
+/// Counts connections that a change of the mesh has terminated.
+pub(crate) fn connections_terminated(connections: usize) {
+    counter!(TERMINATED).increment(connections as u64);
+}
+
+/// Counts a change of the mesh that could not be read.
+pub(crate) fn mesh_refused() {
+    counter!(MESH_UPDATES, "result" => "refused").increment(1);
+}
+
+/// Counts an endpoint that is not chosen for a while.
+pub(crate) fn endpoint_ejected() {
+    counter!(EJECTED).increment(1);
+}
+
+/// Counts a peer's tunnel that we close.
+pub(crate) fn tunnel_closed(reason: &'static str) {
+    counter!(TUNNELS_CLOSED, "reason" => reason).increment(1);
+}
+
+/// Counts a tunnel as open for as long as the value lives.
+pub(crate) fn tunnel_open(direction: &'static str) -> Counted {
+    Counted::in_gauge(gauge!(TUNNELS, "direction" => direction))
+}
+
+/// One of the things that a gauge counts.
+pub(crate) struct Counted(Gauge);
+
+impl Counted {
+    fn in_gauge(gauge: Gauge) -> Self {
+        gauge.increment(1);
+        Self(gauge)
+    }
+}
+
+impl std::fmt::Debug for Counted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Counted")
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.decrement(1);
+    }
+}

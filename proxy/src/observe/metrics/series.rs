@@ -1,0 +1,443 @@
+//! The counters of connections: ztunnel's `istio_tcp_*` with their labels.
+//!
+//! A [`Series`] is all counters of one set of labels. To find one takes longer than all else that
+//! is counted for a connection, so each worker caches what it has found ([`KnownSeries`]). The
+//! cache holds a series weakly: one that `registry.rs` has expired is found there no more, and the
+//! next connection registers it again.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::hash::{Hash, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use foldhash::fast::RandomState;
+use underpass_config::{Name, Service, SpiffeId, Workload};
+
+use super::registry::SeriesRegistry;
+use crate::error::ResponseFlags;
+use crate::observe::party::{Direction, Party};
+
+/// The value of a label whose value is not known; ztunnel's word.
+const UNKNOWN: &str = "unknown";
+/// How many series a worker caches, some 200 bytes each. With more, the cache starts again.
+const CACHED_AT_MOST: usize = 1024;
+
+/// What the labels of a connection are made from. Workloads and services are compared by address:
+/// they are held, so that no other value has it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Labels {
+    pub(super) direction: Direction,
+    source: Side,
+    destination: Side,
+    service: Value<Service>,
+    pub(super) mutual_tls: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Side {
+    workload: Value<Workload>,
+    identity: Option<SpiffeId>,
+}
+
+/// Compared by its address.
+#[derive(Debug, Clone)]
+struct Value<T>(Option<Arc<T>>);
+
+impl<T> Value<T> {
+    fn address(&self) -> Option<*const T> {
+        self.0.as_ref().map(Arc::as_ptr)
+    }
+}
+
+impl<T> PartialEq for Value<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.address() == other.address()
+    }
+}
+
+impl<T> Eq for Value<T> {}
+
+impl<T> Hash for Value<T> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.address().hash(state);
+    }
+}
+
+impl Labels {
+    pub(crate) fn new(
+        direction: Direction,
+        source: &Party,
+        destination: &Party,
+        service: Option<&Arc<Service>>,
+        mutual_tls: bool,
+    ) -> Self {
+        let side = |party: &Party| Side {
+            workload: Value(party.workload.clone()),
+            identity: party.identity.clone(),
+        };
+        Self {
+            direction,
+            source: side(source),
+            destination: side(destination),
+            service: Value(service.cloned()),
+            mutual_tls,
+        }
+    }
+
+    /// The labels as Prometheus' text format has them, without `response_flags`.
+    pub(super) fn text(&self) -> String {
+        let mut text = self.fixed_text();
+        let service = self.service.0.as_deref();
+        put(&mut text, "destination_service", service.map(|service| &*service.hostname));
+        put(&mut text, "destination_service_name", service.map(|service| &*service.name));
+        put(&mut text, "destination_service_namespace", service.map(|service| &*service.namespace));
+        self.source.put(&mut text, &SOURCE);
+        self.destination.put(&mut text, &DESTINATION);
+        text
+    }
+
+    /// The labels of the series that takes the place of all that exceed the limit.
+    pub(super) fn overflow_text(&self) -> String {
+        let mut text = self.fixed_text();
+        let names = SERVICE.iter().chain(&SOURCE).chain(&DESTINATION);
+        names.for_each(|name| put(&mut text, name, Some("overflow")));
+        text
+    }
+
+    fn fixed_text(&self) -> String {
+        let reporter = match self.direction {
+            Direction::Inbound => "destination",
+            Direction::Outbound => "source",
+        };
+        let mut text = String::with_capacity(1024);
+        put(&mut text, "reporter", Some(reporter));
+        put(&mut text, "request_protocol", Some("tcp"));
+        let policy = self.mutual_tls.then_some("mutual_tls");
+        put(&mut text, "connection_security_policy", policy);
+        text
+    }
+}
+
+const SERVICE: [&str; 3] =
+    ["destination_service", "destination_service_name", "destination_service_namespace"];
+const SOURCE: [&str; 8] = [
+    "source_workload",
+    "source_workload_namespace",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_app",
+    "source_version",
+    "source_cluster",
+    "source_principal",
+];
+const DESTINATION: [&str; 8] = [
+    "destination_workload",
+    "destination_workload_namespace",
+    "destination_canonical_service",
+    "destination_canonical_revision",
+    "destination_app",
+    "destination_version",
+    "destination_cluster",
+    "destination_principal",
+];
+
+impl Side {
+    fn put(&self, text: &mut String, names: &[&str; 8]) {
+        let workload = self.workload.0.as_deref();
+        let of = |field: fn(&Workload) -> &Name| workload.map(|workload| &**field(workload));
+        let principal = self.identity.as_ref().map(ToString::to_string);
+        let values = [
+            of(|workload| &workload.workload_name),
+            of(|workload| &workload.namespace),
+            of(|workload| &workload.canonical_name),
+            of(|workload| &workload.canonical_revision),
+            of(|workload| &workload.canonical_name),
+            of(|workload| &workload.canonical_revision),
+            of(|workload| &workload.cluster_id),
+            principal.as_deref(),
+        ];
+        for (name, value) in names.iter().zip(values) {
+            put(text, name, value);
+        }
+    }
+}
+
+/// Appends a label.
+fn put(text: &mut String, name: &str, value: Option<&str>) {
+    let value = value.filter(|value| !value.is_empty()).unwrap_or(UNKNOWN);
+    if !text.is_empty() {
+        text.push(',');
+    }
+    text.push_str(name);
+    text.push_str("=\"");
+    for character in value.chars() {
+        match character {
+            '\\' => text.push_str("\\\\"),
+            '"' => text.push_str("\\\""),
+            '\n' => text.push_str("\\n"),
+            other => text.push(other),
+        }
+    }
+    text.push('"');
+}
+
+/// The series that one worker has counted in, which it finds without the registry's lock.
+#[derive(Debug, Default)]
+pub(crate) struct KnownSeries {
+    registry: Arc<SeriesRegistry>,
+    /// Only its worker's thread ever locks it.
+    cached: Mutex<HashMap<Labels, Weak<Series>, RandomState>>,
+}
+
+impl KnownSeries {
+    pub(crate) fn new(registry: Arc<SeriesRegistry>) -> Self {
+        Self { registry, cached: Mutex::default() }
+    }
+
+    /// The series of these labels. A caller that counts in it holds it, so that it does not expire.
+    pub(crate) fn get(&self, labels: Labels) -> Arc<Series> {
+        let mut cached = self.lock();
+        if let Some(series) = cached.get(&labels).and_then(Weak::upgrade) {
+            return series;
+        }
+        let series = self.registry.get(&labels);
+        // An overflow series is looked up again: there may be room for its own by then.
+        if !series.is_overflow() {
+            if cached.len() >= CACHED_AT_MOST {
+                cached.clear();
+            }
+            cached.insert(labels, Arc::downgrade(&series));
+        }
+        series
+    }
+
+    /// Clears the cache, and releases the mesh that its keys are of.
+    pub(crate) fn forget(&self) {
+        self.lock().clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Labels, Weak<Series>, RandomState>> {
+        // The cache is whole at any time.
+        self.cached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The counters of the connections with the same labels.
+#[derive(Debug)]
+pub(crate) struct Series {
+    pub(super) direction: Direction,
+    /// See [`Labels::text`].
+    labels: Arc<str>,
+    is_overflow: bool,
+    opened: AtomicU64,
+    sent: AtomicU64,
+    received: AtomicU64,
+    closed: ByFlags,
+    failed: ByFlags,
+}
+
+impl Series {
+    pub(super) fn new(direction: Direction, labels: Arc<str>, is_overflow: bool) -> Self {
+        Self {
+            direction,
+            labels,
+            is_overflow,
+            opened: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            closed: ByFlags::default(),
+            failed: ByFlags::default(),
+        }
+    }
+
+    pub(super) fn is_overflow(&self) -> bool {
+        self.is_overflow
+    }
+
+    pub(crate) fn opened(&self) {
+        self.opened.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn sent(&self, bytes: u64) {
+        self.sent.fetch_add(bytes, Relaxed);
+    }
+
+    pub(crate) fn received(&self, bytes: u64) {
+        self.received.fetch_add(bytes, Relaxed);
+    }
+
+    /// Counts an opened connection as closed.
+    pub(crate) fn closed(&self, flags: ResponseFlags) {
+        self.closed.of(flags).fetch_add(1, Relaxed);
+    }
+
+    /// Counts a connection that could not be opened.
+    pub(crate) fn failed(&self, flags: ResponseFlags) {
+        self.failed.of(flags).fetch_add(1, Relaxed);
+    }
+
+    /// How many connections are open.
+    pub(super) fn open(&self) -> u64 {
+        // Read first: what is closed was counted as opened before.
+        let closed = self.closed.sum();
+        self.opened.load(Relaxed).saturating_sub(closed)
+    }
+
+    /// How often anything was counted: a number that has not changed means that nothing was. Bytes
+    /// move only while a connection is open, which holds the series.
+    pub(super) fn events(&self) -> u64 {
+        self.opened.load(Relaxed) + self.closed.sum() + self.failed.sum()
+    }
+
+    /// Appends the lines of one metric.
+    pub(super) fn render(&self, metric: Metric, text: &mut String) {
+        let opened = self.opened.load(Relaxed);
+        let by_flags = match metric {
+            Metric::Closed => &self.closed,
+            Metric::Failed => &self.failed,
+            Metric::Opened | Metric::Sent | Metric::Received => {
+                let value = match metric {
+                    Metric::Sent => self.sent.load(Relaxed),
+                    Metric::Received => self.received.load(Relaxed),
+                    _ => opened,
+                };
+                if opened > 0 {
+                    self.line(metric, ResponseFlags::None, value, text);
+                }
+                return;
+            }
+        };
+        for (flags, count) in by_flags.all() {
+            // Connections that were opened and of which none has closed are a zero, not an absence.
+            let is_expected =
+                metric == Metric::Closed && flags == ResponseFlags::None && opened > 0;
+            if count > 0 || is_expected {
+                self.line(metric, flags, count, text);
+            }
+        }
+    }
+
+    fn line(&self, metric: Metric, flags: ResponseFlags, value: u64, text: &mut String) {
+        let (name, labels, flags) = (metric.name(), &self.labels, flags.as_str());
+        // A String takes whatever is written to it.
+        writeln!(text, "{name}{{{labels},response_flags=\"{flags}\"}} {value}").ok();
+    }
+}
+
+/// The metrics that have a line for each series.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Metric {
+    Opened,
+    Closed,
+    Failed,
+    Sent,
+    Received,
+}
+
+impl Metric {
+    pub(super) const ALL: [Self; 5] =
+        [Self::Opened, Self::Closed, Self::Failed, Self::Sent, Self::Received];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Opened => "istio_tcp_connections_opened_total",
+            Self::Closed => "istio_tcp_connections_closed_total",
+            Self::Failed => "istio_tcp_connections_failed_total",
+            Self::Sent => "istio_tcp_sent_bytes_total",
+            Self::Received => "istio_tcp_received_bytes_total",
+        }
+    }
+
+    pub(super) fn help(self) -> &'static str {
+        match self {
+            Self::Opened => "TCP connections opened.",
+            Self::Closed => "TCP connections closed, having been opened.",
+            Self::Failed => "TCP connections that could not be opened.",
+            Self::Sent => "Bytes sent to clients: responses.",
+            Self::Received => "Bytes received from clients: requests.",
+        }
+    }
+}
+
+/// A counter for each value of `response_flags`.
+#[derive(Debug, Default)]
+struct ByFlags {
+    none: AtomicU64,
+    deny: AtomicU64,
+    connect: AtomicU64,
+    tls_failure: AtomicU64,
+    h2_handshake_failure: AtomicU64,
+    identity_error: AtomicU64,
+}
+
+impl ByFlags {
+    fn of(&self, flags: ResponseFlags) -> &AtomicU64 {
+        match flags {
+            ResponseFlags::None => &self.none,
+            ResponseFlags::Deny => &self.deny,
+            ResponseFlags::Connect => &self.connect,
+            ResponseFlags::TlsFailure => &self.tls_failure,
+            ResponseFlags::H2HandshakeFailure => &self.h2_handshake_failure,
+            ResponseFlags::IdentityError => &self.identity_error,
+        }
+    }
+
+    fn all(&self) -> impl Iterator<Item = (ResponseFlags, u64)> {
+        ResponseFlags::ALL.into_iter().map(|flags| (flags, self.of(flags).load(Relaxed)))
+    }
+
+    fn sum(&self) -> u64 {
+        self.all().map(|(_, count)| count).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use underpass_config::Mesh;
+
+    use super::*;
+
+    /// As a state of the mesh has it.
+    fn workload() -> Arc<Workload> {
+        let mesh = Mesh::from_text("mesh", "workloads: [{name: a, workloadIps: [10.0.0.1]}]");
+        mesh.unwrap().workloads()[0].clone()
+    }
+
+    fn to(workload: &Arc<Workload>) -> Labels {
+        let destination = Party { workload: Some(workload.clone()), ..Party::default() };
+        Labels::new(Direction::Outbound, &Party::default(), &destination, None, true)
+    }
+
+    #[test]
+    fn series_is_shared_by_connections_with_equal_labels() {
+        let known = KnownSeries::default();
+        let (here, again) = (workload(), workload());
+        let first = known.get(to(&here));
+        assert!(Arc::ptr_eq(&first, &known.get(to(&here))));
+        assert!(Arc::ptr_eq(&first, &known.get(to(&again))), "the same labels of another mesh");
+        let plain = Labels { mutual_tls: false, ..to(&here) };
+        assert!(!Arc::ptr_eq(&first, &known.get(plain)));
+        let Labels { source, destination, .. } = to(&here);
+        let back = Labels { source: destination, destination: source, ..to(&here) };
+        assert!(!Arc::ptr_eq(&first, &known.get(back)));
+    }
+
+    #[test]
+    fn cache_is_bounded_and_releases_old_mesh() {
+        let known = KnownSeries::default();
+        let workloads: Vec<_> = (0..=CACHED_AT_MOST).map(|_| workload()).collect();
+        workloads.iter().for_each(|one| drop(known.get(to(one))));
+        assert_eq!(known.lock().len(), 1);
+        known.forget();
+        assert!(workloads.iter().all(|one| Arc::strong_count(one) == 1));
+    }
+
+    #[test]
+    fn label_values_are_escaped() {
+        let mut text = String::new();
+        put(&mut text, "one", Some("a\"b\\c\nd"));
+        put(&mut text, "two", None);
+        assert_eq!(text, r#"one="a\"b\\c\nd",two="unknown""#);
+    }
+}

@@ -1,0 +1,11 @@
+//! The process: from its start to its end, and its hand-over to another one.
+
+pub(crate) mod app;
+pub(crate) mod cpus;
+pub(crate) mod instance;
+pub(crate) mod logging;
+pub(crate) mod notify;
+pub(crate) mod parent;
+pub(crate) mod pause_gate;
+pub(crate) mod reload;
+pub(crate) mod take_over;

@@ -1,0 +1,294 @@
+//! One proxy for each network namespace, and what it answers those that ask for it.
+//!
+//! The proxy whose rules catch the traffic of a network namespace listens at an abstract Unix
+//! socket. Such a name belongs to the network namespace, and the kernel frees it with the process:
+//! a second proxy finds the first across containers and pid namespaces, and a killed one
+//! blocks no start.
+//!
+//! Every process of the namespace may connect, so only root and the proxy's own user are answered,
+//! and only their answers are believed (SO_PEERCRED). A workload that takes the name first, and is
+//! neither, is ignored.
+//!
+//! ```text
+//! underpass/1 pid=4242 started=1764464400 installs=true self_test_failed=false readiness=…   the first line
+//! settings as `underpass config show` prints them                                           the rest
+//! ```
+//!
+//! Not here: hot restart, over a socket that hands out listeners (`take_over/place.rs`).
+
+use std::fmt;
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio::time::timeout;
+use underpass_config::{InterceptionSettings, Profile, Settings};
+use underpass_interception::Peer;
+
+use crate::admin::endpoints::Readiness;
+use crate::rules::capture::started;
+
+/// The abstract name.
+const NAME: &str = "\0underpass";
+const GREETING: &str = "underpass/1";
+/// For an answer, and for its reader to take it.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// No settings are longer.
+const LONGEST_ANSWER: u64 = 16 << 20;
+/// The pause after a failed accept, for want of descriptors.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The right to be the proxy of this network namespace.
+#[derive(Debug, Clone)]
+pub(crate) struct Instance {
+    listener: Arc<UnixListener>,
+}
+
+/// A proxy that runs in this network namespace.
+#[derive(Debug)]
+pub(crate) struct Running {
+    /// In its own pid namespace.
+    pub(crate) pid: u32,
+    /// In seconds since 1970.
+    pub(crate) started: u64,
+    /// Whether it installs the rules.
+    pub(crate) installs: bool,
+    /// Whether its last self-test failed.
+    pub(crate) self_test_failed: bool,
+    /// `ready`, or why not.
+    pub(crate) readiness: String,
+    /// Its settings, with those that changed since its start.
+    pub(crate) settings: Settings,
+}
+
+/// Why it is not known whether a proxy runs.
+#[derive(Debug, Error)]
+pub(crate) enum InstanceError {
+    #[error(
+        "another underpass runs in this network namespace ({0}): stop it, or start with the same profile and ports and \
+         `--take-over`"
+    )]
+    Other(Box<Running>),
+    #[error(
+        "the proxy that runs in this network namespace does not answer within {} s: is it stopped or overloaded?",
+        DEADLINE.as_secs()
+    )]
+    Silent,
+    #[error(
+        "the proxy that runs in this network namespace answers what this version does not understand"
+    )]
+    Unknown,
+    #[error("cannot ask for the proxy that runs in this network namespace")]
+    Socket(#[source] io::Error),
+}
+
+impl fmt::Display for Running {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Settings { proxy, interception, .. } = &self.settings;
+        write!(
+            f,
+            "pid {}, profile {}, ports {}, {} and {}",
+            self.pid,
+            interception.profile,
+            proxy.outbound_port,
+            proxy.inbound_port,
+            proxy.hbone_port
+        )
+    }
+}
+
+/// What the proxy answers, as it changes.
+#[derive(Debug)]
+pub(crate) struct Status {
+    pub(crate) settings: Settings,
+    pub(crate) interception: watch::Receiver<InterceptionSettings>,
+    pub(crate) readiness: Readiness,
+}
+
+impl Instance {
+    /// Becomes the proxy of this network namespace. `handed`: the socket, from the process that is
+    /// taken over. `None` without rules, beside a proxy whose rules this one leaves alone, or if
+    /// another process holds the name.
+    pub(crate) async fn claim(
+        settings: &Settings,
+        handed: Option<OwnedFd>,
+    ) -> Result<Option<Self>, InstanceError> {
+        if settings.interception.profile == Profile::None {
+            return Ok(None);
+        }
+        if let Some(socket) = handed {
+            let listener = StdUnixListener::from(socket);
+            listener.set_nonblocking(true).map_err(InstanceError::Socket)?;
+            let listener = UnixListener::from_std(listener).map_err(InstanceError::Socket)?;
+            return Ok(Some(Self { listener: Arc::new(listener) }));
+        }
+        if let Some(free) = Self::bind()? {
+            return Ok(Some(free));
+        }
+        // Of two that start at once, one finds the other, whose answer takes as long as its start.
+        match running().await? {
+            Some(running) if settings.interception.install => {
+                Err(InstanceError::Other(Box::new(running)))
+            }
+            Some(running) => {
+                tracing::info!("another underpass runs in this network namespace ({running})");
+                Ok(None)
+            }
+            // The other one may have ended meanwhile.
+            None => Self::bind().inspect(|bound| {
+                if bound.is_none() {
+                    tracing::warn!(
+                        "a process of neither root nor this user has taken the abstract socket @underpass: a second proxy will \
+                         not find this one, nor will `underpass rules`"
+                    );
+                }
+            }),
+        }
+    }
+
+    /// `None` if another process has the name.
+    fn bind() -> Result<Option<Self>, InstanceError> {
+        match UnixListener::bind(NAME) {
+            Ok(listener) => Ok(Some(Self { listener: Arc::new(listener) })),
+            Err(error) if error.kind() == ErrorKind::AddrInUse => Ok(None),
+            Err(error) => Err(InstanceError::Socket(error)),
+        }
+    }
+
+    /// The socket, for the process that takes over.
+    pub(crate) fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// Answers those that ask, one after the other, until the end.
+    pub(crate) async fn serve(self, status: Status) {
+        loop {
+            match self.listener.accept().await {
+                Ok((stream, _)) => {
+                    let answer = answer(stream, &status, started());
+                    if !matches!(timeout(DEADLINE, answer).await, Ok(Ok(()))) {
+                        tracing::debug!(
+                            "a process that asked for this proxy did not take the answer"
+                        );
+                    }
+                }
+                Err(_) => tokio::time::sleep(PAUSE).await,
+            }
+        }
+    }
+}
+
+async fn answer(mut stream: UnixStream, status: &Status, started: u64) -> io::Result<()> {
+    if !is_trusted(&stream)? {
+        return Ok(());
+    }
+    let mut settings = status.settings.clone();
+    settings.interception = status.interception.borrow().clone();
+    let text = format!(
+        "{GREETING} pid={} started={started} installs={} self_test_failed={} readiness={}\n{settings}",
+        std::process::id(),
+        settings.interception.install,
+        status.readiness.has_self_test_failed(),
+        status.readiness.text().trim_end(),
+    );
+    stream.write_all(text.as_bytes()).await?;
+    stream.shutdown().await
+}
+
+/// The proxy that runs in this network namespace; `None` if there is none that can be believed.
+pub(crate) async fn running() -> Result<Option<Running>, InstanceError> {
+    let mut stream = match UnixStream::connect(NAME).await {
+        Ok(stream) => stream,
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => return Ok(None),
+        Err(error) => return Err(InstanceError::Socket(error)),
+    };
+    if !is_trusted(&stream).map_err(InstanceError::Socket)? {
+        return Ok(None);
+    }
+    let mut text = String::new();
+    let mut answer = (&mut stream).take(LONGEST_ANSWER);
+    match timeout(DEADLINE, answer.read_to_string(&mut text)).await {
+        Err(_) => Err(InstanceError::Silent),
+        Ok(Err(error)) if error.kind() != ErrorKind::InvalidData => {
+            Err(InstanceError::Socket(error))
+        }
+        Ok(Err(_)) => Err(InstanceError::Unknown),
+        // It ended meanwhile, or takes this process for a stranger.
+        Ok(Ok(0)) => Ok(None),
+        Ok(Ok(_)) => Running::parse(&text).map(Some).ok_or(InstanceError::Unknown),
+    }
+}
+
+fn is_trusted(stream: &UnixStream) -> io::Result<bool> {
+    let credentials = stream.peer_cred()?;
+    Ok(Peer { uid: credentials.uid(), pid: credentials.pid() }.is_trusted())
+}
+
+impl Running {
+    fn parse(text: &str) -> Option<Self> {
+        let (head, settings) = text.split_once('\n')?;
+        let (head, readiness) = head.strip_prefix(GREETING)?.split_once(" readiness=")?;
+        let value =
+            |key: &str| head.split(' ').find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
+        Some(Self {
+            pid: value("pid")?.parse().ok()?,
+            started: value("started")?.parse().ok()?,
+            installs: value("installs")?.parse().ok()?,
+            self_test_failed: value("self_test_failed")?.parse().ok()?,
+            readiness: readiness.to_owned(),
+            settings: Settings::of_text("the settings of the running proxy", settings).ok()?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use underpass_config::Sources;
+
+    use super::*;
+
+    fn settings(flags: &[&str]) -> Settings {
+        let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
+        Sources { flags, ..Sources::default() }.load().unwrap()
+    }
+
+    #[tokio::test]
+    async fn reports_settings_as_they_are_now() {
+        let settings = settings(&["interception.profile=sidecar", "proxy.outbound_port=16001"]);
+        let changed = InterceptionSettings { drop_invalid: true, ..settings.interception.clone() };
+        let interception = watch::Sender::new(changed.clone()).subscribe();
+        let status =
+            Status { settings: settings.clone(), interception, readiness: Readiness::default() };
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        answer(ours, &status, 7).await.unwrap();
+        let mut text = String::new();
+        theirs.read_to_string(&mut text).await.unwrap();
+        let running = Running::parse(&text).unwrap();
+        assert_eq!(running.settings.interception, changed);
+        assert_eq!(running.settings.proxy, settings.proxy);
+        assert_eq!((running.pid, running.started), (std::process::id(), 7));
+        assert_eq!(running.readiness, "not ready: starting");
+        let shown = running.to_string();
+        assert!(shown.contains("profile sidecar, ports 16001, 15006 and 15008"), "{shown}");
+    }
+
+    #[test]
+    fn rejects_malformed_answers() {
+        for text in [
+            "",
+            "underpass/1",
+            "underpass/1 pid=1\n",
+            "underpass/2 pid=1 started=1 installs=true self_test_failed=false readiness=ready\n",
+            "underpass/1 pid=x started=1 installs=true self_test_failed=false readiness=ready\n",
+            "underpass/1 pid=1 started=1 installs=true self_test_failed=false readiness=ready\nproxy: [",
+        ] {
+            assert!(Running::parse(text).is_none(), "{text}");
+        }
+    }
+}

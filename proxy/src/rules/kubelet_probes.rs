@@ -1,0 +1,123 @@
+//! Connections that `interception.kubelet_probes` exempts from mTLS and policies: a warning at the
+//! start, then a metric and a log line for those that the rule let through.
+//!
+//! Not here: the rule (the interception crate), and the exemption from `proxy.mtls` for probes that
+//! reach the proxy (`policy.rs`).
+
+use std::time::Duration;
+
+use tokio::task::AbortHandle;
+use tokio::time::{MissedTickBehavior, interval};
+use underpass_config::KubeletProbes;
+use underpass_interception::{
+    Interception, KUBELET_PROBE_IN, KUBELET_PROBE_V4, KUBELET_PROBE_V6, RuleCounter,
+};
+
+use crate::error::chain;
+use crate::observe::metrics;
+
+/// How often the rule's counter is read, and so the least time between two log lines.
+const INTERVAL: Duration = Duration::from_secs(60);
+
+/// Counts and logs exempt connections for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Observer(Option<AbortHandle>);
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        self.0.iter().for_each(AbortHandle::abort);
+    }
+}
+
+/// Logs what is exempt, and observes the exemption in `rules`, if those are ours and have one.
+pub(crate) fn observe(probes: &KubeletProbes, rules: Option<&Interception>) -> Observer {
+    warn(probes);
+    Observer(rules.cloned().map(|rules| tokio::spawn(watch(rules)).abort_handle()))
+}
+
+fn warn(probes: &KubeletProbes) {
+    let ports = match probes {
+        KubeletProbes::Off => return,
+        KubeletProbes::On => "all".to_owned(),
+        KubeletProbes::Ports(_) => probes.to_string(),
+    };
+    tracing::warn!(
+        ports,
+        "connections from {KUBELET_PROBE_V4} and {KUBELET_PROBE_V6} to these ports are exempt from mTLS and \
+         policies (interception.kubelet_probes): right only where a node agent keeps others from that source"
+    );
+}
+
+async fn watch(interception: Interception) {
+    metrics::kubelet_probes(0);
+    let mut increase = Increase::default();
+    let mut interval = interval(INTERVAL);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let counters = match interception.counters().await {
+            Ok(counters) => counters,
+            Err(error) => {
+                tracing::debug!(error = chain(&error), "cannot read the rules' counters");
+                continue;
+            }
+        };
+        let connections = increase.to(exempted(&counters));
+        if connections > 0 {
+            metrics::kubelet_probes(connections);
+            tracing::info!(
+                connections,
+                "connections from the kubelet's probe address bypassed the proxy (interception.kubelet_probes)"
+            );
+        }
+    }
+}
+
+/// How many connections the rules of both families have let through.
+fn exempted(counters: &[RuleCounter]) -> u64 {
+    let is_exemption = |counter: &&RuleCounter| {
+        counter.id.strip_prefix(KUBELET_PROBE_IN).is_some_and(|rest| matches!(rest, "" | "-v6"))
+    };
+    counters.iter().filter(is_exemption).map(|counter| counter.packets).sum()
+}
+
+/// The increase of a kernel counter between readings. What earlier processes counted is no
+/// increase; a replaced rule counts from zero.
+#[derive(Debug, Default)]
+struct Increase {
+    last: Option<u64>,
+}
+
+impl Increase {
+    fn to(&mut self, now: u64) -> u64 {
+        match self.last.replace(now) {
+            None => 0,
+            Some(last) if now < last => now,
+            Some(last) => now - last,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_increases_and_restarts_at_a_replaced_rule() {
+        let mut increase = Increase::default();
+        let increases: Vec<u64> = [7, 7, 9, 2, 3].map(|now| increase.to(now)).into();
+        assert_eq!(increases, [0, 0, 2, 2, 1]);
+    }
+
+    #[test]
+    fn sums_the_exemptions_of_both_families_only() {
+        let counter = |id: &str, packets| RuleCounter { id: id.to_owned(), packets, bytes: 0 };
+        let counters = [
+            counter("kubelet-probe-in", 3),
+            counter("kubelet-probe-in-v6", 4),
+            counter("kubelet-probe-out", 10),
+            counter("reject-kubelet-probe-in-v6", 20),
+        ];
+        assert_eq!(exempted(&counters), 7);
+    }
+}

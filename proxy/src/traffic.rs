@@ -1,0 +1,11 @@
+//! The data path: from accepting a connection to its last byte.
+
+pub(crate) mod accept;
+pub(crate) mod copy;
+pub(crate) mod dial;
+pub(crate) mod drain;
+pub(crate) mod headers;
+pub(crate) mod inbound;
+pub(crate) mod listeners;
+pub(crate) mod outbound;
+pub(crate) mod proxy_protocol;

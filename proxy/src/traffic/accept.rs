@@ -1,0 +1,301 @@
+//! Accepting: one loop per listener, which gives each connection to the worker that shall serve it.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::coop::unconstrained;
+use tokio::task::yield_now;
+use tokio::time::{Instant, sleep, sleep_until};
+use underpass_interception::{BoundListener, Listener, OriginalDestination, Ports, reset_on_close};
+
+use crate::decide::policy::Decision;
+use crate::error::ProxyError;
+use crate::limits::{Demand, Limits, Rate, Refusal, Shortage};
+use crate::node::{Assignment, Node, Pod, Seat, Worker};
+use crate::observe::metrics;
+use crate::observe::party::{Direction, Party};
+use crate::observe::record::{ConnectionRecord, Facts};
+use crate::traffic::listeners::Kind;
+
+/// How long a listener rests when the system has no descriptor or memory for another connection: long enough not to spin,
+/// short enough that a client which waits does not notice. The kernel's queue holds what arrives meanwhile.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// How many connections are accepted before others get their turn: some milliseconds. A turn of thousands of busy connections takes
+/// far longer, and were it tokio's 128, the kernel's queue (4096) would run over in a storm; whom it drops then waits for seconds.
+const ACCEPTS_AT_ONCE: usize = 512;
+
+/// A connection that no runtime knows yet.
+#[derive(Debug)]
+pub(crate) struct Accepted {
+    pub(crate) kind: Kind,
+    pub(crate) stream: TcpStream,
+    pub(crate) client: SocketAddr,
+    /// The address that the client connected to.
+    pub(crate) destination: OriginalDestination,
+}
+
+impl Accepted {
+    /// Refuses a connection without an original destination, and one whose original destination is
+    /// the outbound listener: connecting to that would come back to it, for ever.
+    fn new(
+        kind: Kind,
+        stream: TcpStream,
+        client: SocketAddr,
+        ports: Ports,
+    ) -> Result<Self, ProxyError> {
+        let destination = match kind {
+            Kind::Hbone => OriginalDestination::local(&stream),
+            Kind::Outbound | Kind::Plaintext => {
+                OriginalDestination::redirected(&stream, client.ip())
+            }
+        };
+        let destination = destination.map_err(ProxyError::NotCaptured)?;
+        if kind == Kind::Outbound && destination.address().port() == ports.outbound {
+            let here = OriginalDestination::local(&stream).map_err(ProxyError::Client)?;
+            if destination == here {
+                return Err(ProxyError::OwnListener(destination.address()));
+            }
+        }
+        Ok(Self { kind, stream, client, destination })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn testing(kind: Kind, stream: TcpStream, client: SocketAddr) -> Self {
+        let destination = OriginalDestination::local(&stream).expect("an address");
+        Self { kind, stream, client, destination }
+    }
+
+    /// Refuses an inbound connection for an address that is not this namespace's own: the workload
+    /// does not have it, so neither its mTLS mode nor its policies are about it. The rules of
+    /// `interception.exact`, and those of others, lead such connections here.
+    pub(crate) fn check_local(self, seat: &Seat) -> Result<Self, ProxyError> {
+        let destination = self.destination.address();
+        // What REDIRECT chose is an address of the interface; TPROXY leaves whatever it was sent
+        // to.
+        let proven = !seat.pod.sockets.settings().are_transparent()
+            && OriginalDestination::local(&self.stream)
+                .is_ok_and(|here| here.address().ip() == destination.ip());
+        if proven {
+            return Ok(self);
+        }
+        match seat.is_local(destination.ip()) {
+            Ok(true) => Ok(self),
+            Ok(false) => {
+                metrics::not_local();
+                Err(ProxyError::NotLocal(destination))
+            }
+            Err(source) => Err(ProxyError::LocalUnknown { destination, source }),
+        }
+    }
+
+    /// Refuses an outbound connection whose source is none of the pod's own addresses: it is not
+    /// the workload's. By their settings, virtual interfaces and ingress gateways send for others.
+    pub(crate) fn check_source(&self, seat: &Seat) -> Result<Source, ProxyError> {
+        let client = self.client;
+        match seat.is_local(client.ip()) {
+            Ok(true) => Ok(Source::Own(client.ip())),
+            _ if seat.pod.sends_for_others() => Ok(Source::Other),
+            Ok(false) => Err(ProxyError::ForeignSource(client)),
+            Err(source) => Err(ProxyError::SourceUnknown { client, source }),
+        }
+    }
+
+    /// Registers the connection with the runtime of the calling worker.
+    pub(crate) fn register(self) -> Result<Registered, ProxyError> {
+        let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
+        let Self { client, destination, .. } = self;
+        Ok(Registered { stream, client, destination })
+    }
+}
+
+/// The source of a connection that was caught on its way out of the pod.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Source {
+    /// The pod's own workload, from this address of the pod.
+    Own(IpAddr),
+    /// A virtual machine, a container or a client behind the pod.
+    Other,
+}
+
+/// A connection on its worker.
+#[derive(Debug)]
+pub(crate) struct Registered {
+    pub(crate) stream: tokio::net::TcpStream,
+    pub(crate) client: SocketAddr,
+    pub(crate) destination: OriginalDestination,
+}
+
+/// A listener of a pod, as the worker that accepts its connections has it.
+struct Listening {
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    kind: Kind,
+    listener: Listener,
+}
+
+/// Accepts until the proxy closes, and then closes the listener. It may be cancelled at any time.
+pub(crate) async fn accept_loop(
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    kind: Kind,
+    listener: BoundListener,
+) {
+    let listener = match listener.register() {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(listener = kind.name(), %error, "cannot wait for connections");
+            return;
+        }
+    };
+    let node = worker.node.clone();
+    let Node { drain, accept: gate, .. } = &*node;
+    let listening = Listening { worker, pod, kind, listener };
+    let accepting = async {
+        loop {
+            gate.pass(accept_forever(&listening)).await;
+        }
+    };
+    tokio::select! {
+        () = drain.closing() => {}
+        () = accepting => {}
+    }
+}
+
+async fn accept_forever(listening: &Listening) {
+    let Listening { worker, pod, kind, listener } = listening;
+    // Each time: another process may have the same listener, and have set what it wants, when it tried to take over.
+    if let Err(error) = pod.sockets.settings().prepare(listener, kind.closing()) {
+        tracing::error!(listener = kind.name(), %error, "connections lack socket options");
+    }
+    let Limits { descriptors, accepts_per_second, .. } = &worker.node.limits;
+    let mut rate = accepts_per_second.map(Rate::new);
+    for accepted in (1..=ACCEPTS_AT_ONCE).cycle() {
+        if accepted == ACCEPTS_AT_ONCE {
+            yield_now().await;
+        }
+        if !pod.limits.has_room(demand(*kind)) {
+            let _paused = descriptors.pause(kind.name(), Shortage::Descriptors);
+            pod.limits.room(demand(*kind)).await;
+        }
+        match unconstrained(listener.accept()).await {
+            Ok((stream, client)) => {
+                take(listening, stream, client);
+                if let Some(next) = rate.as_mut().and_then(Rate::take) {
+                    metrics::accept_paused(kind.name(), "rate");
+                    sleep_until(next).await;
+                }
+            }
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                let shortage = Shortage::System(error.raw_os_error());
+                let _paused = descriptors.pause(kind.name(), shortage);
+                sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+/// accept(2): errors that were already pending on the new connection say nothing about the listener.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{
+        ConnectionAborted, ConnectionReset, HostUnreachable, NetworkDown, NetworkUnreachable,
+    };
+    matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionReset | HostUnreachable | NetworkDown | NetworkUnreachable
+    )
+}
+
+fn demand(kind: Kind) -> Demand {
+    match kind {
+        Kind::Outbound => Demand::Outbound,
+        Kind::Plaintext => Demand::Plaintext,
+        Kind::Hbone => Demand::Tunnel,
+    }
+}
+
+/// Gives a connection to the worker that is to serve it, unless it exceeds a limit: then it costs next to nothing.
+fn take(Listening { worker, pod, kind, .. }: &Listening, stream: TcpStream, client: SocketAddr) {
+    let kind = *kind;
+    let accepted = match Accepted::new(kind, stream, client, pod.context.ports) {
+        Ok(accepted) => accepted,
+        Err(error) => return record_uncaught(worker, kind, client, error),
+    };
+    if pod.self_test.claims(&accepted) {
+        return;
+    }
+    let peer = (kind == Kind::Outbound).then(|| accepted.destination.address().ip());
+    match pod.limits.admit(demand(kind), client.ip(), peer) {
+        Ok(ticket) => {
+            let registration = pod.connections.of(ticket.worker()).register(Decision::default());
+            assign(worker, Assignment { pod: pod.clone(), accepted, registration, ticket });
+        }
+        Err(refusal) => refuse(worker, kind, &accepted.stream, refusal),
+    }
+}
+
+/// Records a connection that no rule has led to the listener.
+fn record_uncaught(worker: &Worker, kind: Kind, client: SocketAddr, error: ProxyError) {
+    let direction = match kind {
+        Kind::Outbound => Direction::Outbound,
+        Kind::Plaintext | Kind::Hbone => Direction::Inbound,
+    };
+    let destination = match &error {
+        ProxyError::OwnListener(address) => Party::at(*address),
+        _ => Party::default(),
+    };
+    let failure = Facts::new(direction, Party::at(client), destination).failed(error);
+    ConnectionRecord::failed(Instant::now(), &failure, &worker.series);
+}
+
+fn assign(worker: &Arc<Worker>, assignment: Assignment) {
+    let Some(mut returned) = worker.assign(assignment) else { return };
+    if let Err(refusal) = returned.ticket.move_to(worker.index) {
+        let Accepted { kind, stream, .. } = &returned.accepted;
+        return refuse(worker, *kind, stream, refusal);
+    }
+    let registration = returned.pod.connections.of(worker.index).register(Decision::default());
+    worker.serve(Assignment { registration, ..returned });
+}
+
+/// What is refused is reset: a clean end would look like an answer.
+fn refuse(worker: &Worker, kind: Kind, stream: &TcpStream, refusal: Refusal) {
+    reset_on_close(stream);
+    worker.node.limits.refused(refusal, kind.name());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::testing::{node, pod};
+
+    fn checked(client: &str, settings: &[&str]) -> Result<Source, &'static str> {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let accepted = Accepted::testing(Kind::Outbound, stream, client.parse().unwrap());
+        let seat = Worker::new(node(1), 0, Arc::default()).seat(&pod(settings));
+        accepted.check_source(&seat).map_err(|error| error.reason().code)
+    }
+
+    #[tokio::test]
+    async fn refuses_outbound_connection_from_foreign_address() {
+        for own in ["127.0.0.1:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
+            let source = checked(own, &[]);
+            assert!(matches!(source, Ok(Source::Own(ip)) if ip.to_canonical().is_loopback()));
+        }
+        for foreign in ["192.0.2.1:1", "[2001:db8::1]:1"] {
+            assert_eq!(checked(foreign, &[]).err(), Some("foreign_source"), "{foreign}");
+        }
+    }
+
+    #[tokio::test]
+    async fn serves_foreign_address_by_setting() {
+        for setting in ["interception.virtual_interfaces=vm0", "interception.ingress=true"] {
+            assert!(matches!(checked("192.0.2.1:1", &[setting]), Ok(Source::Other)), "{setting}");
+            assert!(matches!(checked("127.0.0.1:1", &[setting]), Ok(Source::Own(_))), "{setting}");
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! Zero-copy forwarding of bulk between two TCP connections: splice(2) through a pipe.
+//!
+//! `tcp.rs` decides whether a connection is bulk, and `direction.rs` ends a direction.
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+use tokio::io::Interest;
+
+use super::direction::Side as _;
+use super::tcp::Tcp;
+use crate::error::ProxyError;
+use crate::limits::{Buffers, FdPermit};
+use crate::observe::metrics::buffer_refused;
+
+/// Size of a pipe, in bytes. A quarter of it cost an eighth more CPU in bulk; four times of it
+/// gained less than a tenth. An unprivileged user may have 64 MiB in pipes
+/// (`fs.pipe-user-pages-soft`).
+const PIPE: usize = 256 * 1024;
+/// A move of fewer bytes is small.
+const SMALL_MOVE: usize = 16 * 1024;
+/// After so many small moves in a row the connection is no longer bulk, and is copied.
+const MAX_SMALL_MOVES: u32 = 8;
+/// Maximum number of empty pipes that a worker keeps.
+const MAX_SPARE: usize = 64;
+
+thread_local! {
+    /// The empty pipes of this worker. A connection never leaves its worker's thread.
+    static POOL: RefCell<Pool> = const { RefCell::new(Pool { spare: Vec::new(), members: 0 }) };
+}
+
+/// A direction that moves bulk. It holds a pipe only while there are bytes to move. The pipe is
+/// always empty before it is filled: so EAGAIN identifies the connection to wait for, and the bytes
+/// that leave the pipe are the bytes that were moved.
+pub(super) struct Splice {
+    pipe: Option<Pipe>,
+    /// Number of small moves in a row.
+    small_moves: u32,
+    _member: Member,
+}
+
+impl Splice {
+    pub(super) fn new() -> Self {
+        Self { pipe: None, small_moves: 0, _member: Member::new() }
+    }
+
+    /// True after FIN, once all bytes are written. False when the direction must be copied again:
+    /// it is no longer bulk, or there is no pipe.
+    pub(super) fn poll(
+        &mut self,
+        source: &mut Tcp<'_>,
+        sink: &mut Tcp<'_>,
+        watch_sink: bool,
+        cx: &mut Context<'_>,
+        count: &impl Fn(usize),
+    ) -> Poll<Result<bool, ProxyError>> {
+        loop {
+            let Some(pipe) = &mut self.pipe else {
+                let Poll::Ready(ready) = source.stream.poll_read_ready(cx) else {
+                    return if watch_sink { sink.poll_aborted(cx).map(Err) } else { Poll::Pending };
+                };
+                ready.map_err(source.into_error)?;
+                self.pipe = take_pipe(source);
+                if self.pipe.is_none() {
+                    return Poll::Ready(Ok(false));
+                }
+                continue;
+            };
+            if pipe.filled > 0 {
+                if poll_empty(pipe, sink, cx, count)?.is_pending() {
+                    return source.poll_aborted(cx).map(Err);
+                }
+                if self.small_moves == MAX_SMALL_MOVES {
+                    self.release(source);
+                    return Poll::Ready(Ok(false));
+                }
+            }
+            // Polled for every piece: this consumes the task's budget, so that the task yields.
+            let ready = source.stream.poll_read_ready(cx);
+            let mut fill = || source.stream.try_io(Interest::READABLE, || pipe.fill(source.stream));
+            match ready.map(|ready| ready.and_then(|()| fill())) {
+                Poll::Ready(Ok(0)) => {
+                    self.release(source);
+                    return Poll::Ready(Ok(true));
+                }
+                Poll::Ready(Ok(bytes)) => {
+                    self.small_moves = if bytes < SMALL_MOVE { self.small_moves + 1 } else { 0 };
+                }
+                Poll::Ready(Err(error)) if error.kind() != io::ErrorKind::WouldBlock => {
+                    return Poll::Ready(Err((source.into_error)(error)));
+                }
+                Poll::Ready(Err(_)) | Poll::Pending => self.release(source),
+            }
+        }
+    }
+
+    fn release(&mut self, source: &mut Tcp<'_>) {
+        self.pipe = None;
+        source.restart_detection();
+    }
+}
+
+/// Replaces the buffer by a pipe, if there is memory for one.
+fn take_pipe(source: &mut Tcp<'_>) -> Option<Pipe> {
+    source.restart_detection();
+    if !source.share.resize(PIPE) {
+        return None;
+    }
+    let pipe = Pipe::take(source.share.buffers());
+    if pipe.is_none() {
+        source.restart_detection();
+        buffer_refused("pipe");
+    }
+    pipe
+}
+
+/// Writes all bytes in the pipe.
+fn poll_empty(
+    pipe: &mut Pipe,
+    sink: &Tcp<'_>,
+    cx: &mut Context<'_>,
+    count: &impl Fn(usize),
+) -> Poll<Result<(), ProxyError>> {
+    while pipe.filled > 0 {
+        ready!(sink.stream.poll_write_ready(cx)).map_err(sink.into_error)?;
+        match sink.stream.try_io(Interest::WRITABLE, || pipe.drain(sink.stream)) {
+            Ok(0) => return Poll::Ready(Err((sink.into_error)(io::ErrorKind::WriteZero.into()))),
+            Ok(bytes) => count(bytes),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Poll::Ready(Err((sink.into_error)(error))),
+        }
+    }
+    Poll::Ready(Ok(()))
+}
+
+/// A pipe in use. Dropped empty, it is kept for reuse; otherwise it is closed.
+struct Pipe {
+    ends: Arc<Ends>,
+    filled: usize,
+}
+
+struct Ends {
+    read: OwnedFd,
+    write: OwnedFd,
+    _held: FdPermit,
+}
+
+impl Pipe {
+    /// A spare pipe or a new one; `None` at the limit of descriptors or of memory for pipes.
+    fn take(buffers: &Buffers) -> Option<Self> {
+        let spare = POOL.with_borrow_mut(|pool| pool.spare.pop());
+        let ends = match spare {
+            Some(ends) => ends,
+            None => Arc::new(Ends::new(buffers.pipe_ends()?).ok()?),
+        };
+        Some(Self { ends, filled: 0 })
+    }
+
+    /// Moves up to [`PIPE`] bytes from `source` into the pipe.
+    fn fill(&mut self, source: &impl AsFd) -> io::Result<usize> {
+        let bytes = splice(source, None, &self.ends.write, None, PIPE, flags())?;
+        self.filled += bytes;
+        Ok(bytes)
+    }
+
+    fn drain(&mut self, sink: &impl AsFd) -> io::Result<usize> {
+        let bytes = splice(&self.ends.read, None, sink, None, self.filled, flags())?;
+        self.filled = self.filled.saturating_sub(bytes);
+        Ok(bytes)
+    }
+}
+
+impl Drop for Pipe {
+    fn drop(&mut self) {
+        if self.filled == 0 {
+            // Fails only while the thread ends, which closes the pipe.
+            let _ending = POOL.try_with(|pool| pool.borrow_mut().keep(self.ends.clone()));
+        }
+    }
+}
+
+impl Ends {
+    fn new(held: FdPermit) -> io::Result<Self> {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        // Fails above fs.pipe-user-pages-soft: then a pipe is too small to be worth its system
+        // calls.
+        fcntl_setpipe_size(&write, PIPE)?;
+        Ok(Self { read, write, _held: held })
+    }
+}
+
+fn flags() -> SpliceFlags {
+    SpliceFlags::MOVE | SpliceFlags::NONBLOCK
+}
+
+/// Empty pipes, at most one for each direction that splices: none stays open after the last of
+/// them.
+struct Pool {
+    spare: Vec<Arc<Ends>>,
+    members: usize,
+}
+
+impl Pool {
+    fn keep(&mut self, ends: Arc<Ends>) {
+        if self.spare.len() < self.members.min(MAX_SPARE) {
+            self.spare.push(ends);
+        }
+    }
+}
+
+/// Counts one direction that splices.
+struct Member;
+
+impl Member {
+    fn new() -> Self {
+        POOL.with_borrow_mut(|pool| pool.members += 1);
+        Self
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        let _ending = POOL.try_with(|pool| {
+            let mut pool = pool.borrow_mut();
+            pool.members = pool.members.saturating_sub(1);
+            let members = pool.members;
+            pool.spare.truncate(members);
+        });
+    }
+}
+
+/// Number of directions that this worker splices.
+#[cfg(test)]
+pub(super) fn members() -> usize {
+    POOL.with_borrow(|pool| pool.members)
+}
+
+/// Number of empty pipes that this worker keeps.
+#[cfg(test)]
+pub(super) fn spare() -> usize {
+    POOL.with_borrow(|pool| pool.spare.len())
+}

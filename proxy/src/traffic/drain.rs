@@ -1,0 +1,92 @@
+//! The phases of a stop: nothing new is accepted, what is open may end, the rest is terminated.
+//!
+//! ```text
+//! running ── drain() ──> closing ── all ended, or deadline and all terminated ──> ended
+//!            listeners closed, GOAWAY sent
+//! ```
+//!
+//! Not here: the connections, which the connection registry counts and terminates.
+
+use std::time::Duration;
+
+use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
+
+use crate::decide::connection_registry::Registries;
+use crate::error::ProxyError;
+
+/// How long terminated connections may take to end before the process ends without them.
+const ABORT_GRACE: Duration = Duration::from_secs(1);
+
+/// The phase of the process. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Drain {
+    closing: CancellationToken,
+    ended: CancellationToken,
+}
+
+impl Drain {
+    /// Resolves when nothing new may begin.
+    pub(crate) fn closing(&self) -> WaitForCancellationFuture<'_> {
+        self.closing.cancelled()
+    }
+
+    /// Cancelled when nothing new may begin in a pod: by this drain, or by the removal of the pod.
+    pub(crate) fn closing_of_pod(&self) -> CancellationToken {
+        self.closing.child_token()
+    }
+
+    /// Resolves when no connection is open, or those that are do not end.
+    pub(crate) fn ended(&self) -> WaitForCancellationFuture<'_> {
+        self.ended.cancelled()
+    }
+
+    /// Stops accepting, waits up to `deadline` for the end of `connections`, and terminates the
+    /// rest. Returns how many those were.
+    pub(crate) async fn drain<T>(&self, connections: &Registries<T>, deadline: Duration) -> usize {
+        self.closing.cancel();
+        let mut left = 0;
+        if tokio::time::timeout(deadline, connections.all_ended()).await.is_err() {
+            left = connections.open();
+            let closed = connections.close(|| ProxyError::Drained);
+            if tokio::time::timeout(ABORT_GRACE, closed).await.is_err() {
+                let connections = connections.open();
+                tracing::warn!(connections, "terminated connections have not ended");
+            }
+        }
+        self.ended.cancel();
+        left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn drain_waits_for_connections_that_end_by_themselves() {
+        let (drain, connections) = (Drain::default(), Registries::new(1));
+        let registration = connections.of(0).register(());
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            drop(registration);
+        });
+        let began = Instant::now();
+        assert_eq!(drain.drain(&connections, Duration::from_secs(5)).await, 0);
+        assert_eq!(began.elapsed(), Duration::from_secs(3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn drain_terminates_remaining_connections_at_its_deadline() {
+        let (drain, connections) = (Drain::default(), Registries::new(1));
+        let registration = connections.of(0).register(());
+        let endless = tokio::spawn(async move {
+            registration.termination().or_terminate::<()>(std::future::pending()).await
+        });
+        let began = Instant::now();
+        assert_eq!(drain.drain(&connections, Duration::from_secs(5)).await, 1);
+        assert_eq!(began.elapsed(), Duration::from_secs(5));
+        assert!(matches!(endless.await.unwrap(), Err(ProxyError::Drained)));
+    }
+}

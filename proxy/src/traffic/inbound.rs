@@ -1,0 +1,375 @@
+//! Inbound connections: through a peer's tunnel, or caught in plain. Everything that can fail does so before the peer gets
+//! its 200; the application sees the client's own address where the profile's rules support it.
+
+mod client_hello;
+mod retirement;
+
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
+use underpass_config::SpiffeId;
+use underpass_hbone::{
+    Acceptor, Authority, HboneError, Incoming, PeerIdentity, ServerTunnel, TraceParent,
+    TunnelStream,
+};
+use underpass_interception::reset_on_close;
+
+use self::client_hello::client_hello;
+use self::retirement::Retirement;
+use crate::decide::connection_registry::Registration;
+use crate::decide::policy::{Decision, Permit, Principal, Subject};
+use crate::decide::route;
+use crate::decide::route::{InboundTarget, Target};
+use crate::error::ProxyError;
+use crate::limits::Ticket;
+use crate::node::{Assignment, Seat};
+use crate::observe::metrics;
+use crate::observe::party::{Direction, Party};
+use crate::observe::record::{ConnectionRecord, Facts};
+use crate::traffic::accept::{Accepted, Registered};
+use crate::traffic::copy::{Flow, aborted};
+use crate::traffic::dial::{dial_loopback, dial_workload};
+use crate::traffic::listeners::Kind;
+use crate::traffic::{headers, proxy_protocol};
+
+/// Serves one connection that was caught in plain.
+pub(crate) fn serve_plaintext(
+    seat: Arc<Seat>,
+    assignment: Assignment,
+) -> impl Future<Output = ()> + Send {
+    // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
+    let opening = Box::pin(open_plaintext(seat.clone(), assignment));
+    async move {
+        // In this order, so that the sockets are closed before what is held for them is released.
+        let Some(Opened { record, held, client, app }) = opening.await else {
+            return;
+        };
+        let buffers = seat.pod.limits.buffers();
+        let termination = held.registration.termination();
+        let flow = Flow::new(buffers, &seat.node().deadlines, &record, termination);
+        let outcome = flow.through_tcp(&client, &app).await;
+        record.close(outcome);
+    }
+}
+
+/// An open connection: its record, the client's side and the application's, and what is held for
+/// them.
+struct Opened<C> {
+    record: ConnectionRecord,
+    held: HeldWhileOpen,
+    client: C,
+    app: TcpStream,
+}
+
+/// What a connection holds until it is closed.
+struct HeldWhileOpen {
+    registration: Registration<Decision>,
+    _ticket: Ticket,
+}
+
+/// Connects a plaintext connection to the application, and makes its record.
+async fn open_plaintext(
+    seat: Arc<Seat>,
+    Assignment { accepted, registration, ticket, .. }: Assignment,
+) -> Option<Opened<TcpStream>> {
+    let accepted_at = Instant::now();
+    let (client, destination) = (accepted.client, accepted.destination.address());
+    let snapshot = seat.node().mesh.borrow().clone();
+    let source = Party::plaintext_client(client, &snapshot);
+    let checked = accepted.check_local(&seat);
+    let destination = match checked {
+        Ok(_) => seat.own_party(&snapshot, destination),
+        // No address of the pod, so that its workload is not there.
+        Err(_) => Party::at(destination),
+    };
+    drop(snapshot);
+    let facts = Facts::new(Direction::Inbound, source, destination);
+    let connected = match checked.and_then(Accepted::register) {
+        Ok(connection) => connect_plaintext(&seat, connection, &registration).await,
+        Err(error) => Err(error),
+    };
+    match connected {
+        Ok((Registered { stream: client, .. }, app)) => {
+            let held = HeldWhileOpen { registration, _ticket: ticket };
+            let record = ConnectionRecord::opened(accepted_at, facts, &seat.worker.series);
+            Some(Opened { record, held, client, app })
+        }
+        Err(error) => {
+            ConnectionRecord::failed(accepted_at, &facts.failed(error), &seat.worker.series);
+            None
+        }
+    }
+}
+
+async fn connect_plaintext(
+    seat: &Seat,
+    connection: Registered,
+    registration: &Registration<Decision>,
+) -> Result<(Registered, TcpStream), ProxyError> {
+    let address = connection.destination.address();
+    let target = InboundTarget { address, header: None, service: None };
+    let connecting = pin!(connect(seat, registration, connection.client, &target, None));
+    let app = tokio::select! {
+        connected = registration.termination().or_terminate(connecting) => connected?,
+        // A FIN is no reason: what was sent before it is still to be delivered.
+        error = aborted(&connection.stream) => return Err(ProxyError::Client(error)),
+    };
+    Ok((connection, app))
+}
+
+/// Serves one peer's connection: the handshakes, then every CONNECT request that comes through it.
+pub(crate) async fn serve_tunnel(
+    seat: Arc<Seat>,
+    Assignment { accepted, registration, ticket, .. }: Assignment,
+) {
+    let accepted_at = Instant::now();
+    let (client, destination) = (accepted.client, accepted.destination.address());
+    let checked = accepted.check_local(&seat);
+    let outcome = match checked.and_then(Accepted::register) {
+        Err(error) => Err(error),
+        Ok(connection) => {
+            let serving = pin!(accept_tunnel(&seat, connection, &ticket));
+            registration.termination().or_terminate(serving).await
+        }
+    };
+    if let Err(error) = outcome {
+        let source = Party::plaintext_client(client, &seat.node().mesh.borrow());
+        let facts = Facts::new(Direction::Inbound, source, Party::default());
+        let facts = Facts { hbone: Some(destination), ..facts };
+        let series = &seat.worker.series;
+        match error {
+            // The tunnel may have stood.
+            ProxyError::Drained => {
+                ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
+            }
+            error => ConnectionRecord::handshake_failed(accepted_at, &facts.failed(error), series),
+        }
+    }
+}
+
+async fn accept_tunnel(
+    seat: &Arc<Seat>,
+    Registered { stream, client, destination }: Registered,
+    ticket: &Ticket,
+) -> Result<(), ProxyError> {
+    let acceptor = seat.acceptor.as_ref().ok_or(ProxyError::NoIdentity(destination.address()))?;
+    let mut tunnel = handshake(seat, acceptor, stream, ticket).await?;
+    let peer = tunnel.peer().clone();
+    let _counted = match seat.node().limits.admit_identity(peer.spiffe_id()) {
+        Ok(counted) => counted,
+        Err(refusal) => {
+            seat.node().limits.refused(refusal, Kind::Hbone.name());
+            tunnel.refuse().await;
+            return Ok(());
+        }
+    };
+    let _open = metrics::tunnel_open("inbound");
+    let resumed = tunnel.resumed();
+    tracing::debug!(%client, peer = %peer.spiffe_id(), resumed, "tunnel accepted");
+    let mut retirement = Retirement::new(seat.node(), &tunnel);
+    while let Some(request) = retirement.next_request(&seat.pod.closing, &mut tunnel).await {
+        let admitted = admit_stream(ticket);
+        let (registration, peer) = (seat.register_stream(), peer.clone());
+        let asked = Asked { request, client, here: destination.address(), peer };
+        tokio::spawn(serve_request(seat.clone(), asked, registration, admitted));
+    }
+    if let Some(limit) = tunnel.exceeded() {
+        metrics::tunnel_closed(limit.code());
+        ticket.penalize();
+        tracing::info!(%client, peer = %peer.spiffe_id(), %limit, "tunnel closed: the peer exceeded a limit");
+    }
+    Ok(())
+}
+
+/// Handshakes with a client. Nothing but its connection is counted until it has sent a ClientHello;
+/// then it waits for its turn. Both are part of the deadline.
+async fn handshake(
+    seat: &Seat,
+    acceptor: &Acceptor,
+    stream: TcpStream,
+    ticket: &Ticket,
+) -> Result<ServerTunnel, ProxyError> {
+    let after = seat.node().timeouts.handshake;
+    let deadline = Instant::now() + after;
+    let late = || ProxyError::Tunnel(HboneError::HandshakeTimeout { after });
+    let hello = timeout_at(deadline, client_hello(&stream)).await;
+    hello.map_err(|_| late())?.map_err(ProxyError::Client)?;
+    let turn = timeout_at(deadline, ticket.handshake(metrics::handshake_waits)).await;
+    let (limit, error) = match turn {
+        Ok(Some(_under_way)) => {
+            let _counted = metrics::handshake_under_way();
+            // Boxed: what a handshake needs is a multiple of what the tunnel needs after it.
+            let handshake = Box::pin(acceptor.accept(stream, after));
+            let handshake = timeout_at(deadline, handshake).await;
+            return handshake.map_err(|_| late())?.map_err(ProxyError::Tunnel);
+        }
+        Ok(None) => ("handshakes_per_source", ProxyError::TooManyHandshakes(ticket.source())),
+        Err(_) => ("handshakes", ProxyError::HandshakeNotBegun { after }),
+    };
+    metrics::handshake_refused(limit);
+    reset_on_close(&stream);
+    Err(error)
+}
+
+/// Admits a stream of the tunnel that `ticket` is for.
+fn admit_stream(ticket: &Ticket) -> Result<Ticket, ProxyError> {
+    ticket.stream().map_err(|refusal| {
+        metrics::connection_refused(refusal.limit(), Kind::Hbone.name());
+        ProxyError::TooManyConnections(refusal)
+    })
+}
+
+/// A CONNECT request of `client`, who is `peer`, in a tunnel that ends at `here`.
+struct Asked {
+    request: Incoming,
+    client: SocketAddr,
+    here: SocketAddr,
+    peer: PeerIdentity,
+}
+
+/// Serves one CONNECT request.
+fn serve_request(
+    seat: Arc<Seat>,
+    asked: Asked,
+    registration: Registration<Decision>,
+    admitted: Result<Ticket, ProxyError>,
+) -> impl Future<Output = ()> + Send {
+    // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
+    let opening = Box::pin(open_request(seat.clone(), asked, registration, admitted));
+    async move {
+        let Some(Opened { record, held, client, app }) = opening.await else {
+            return;
+        };
+        let buffers = seat.pod.limits.buffers();
+        let termination = held.registration.termination();
+        let flow = Flow::new(buffers, &seat.node().deadlines, &record, termination);
+        let outcome = flow.out_of_tunnel(client, &app).await;
+        record.close(outcome);
+    }
+}
+
+/// Connects a CONNECT request to the application, makes its record, and answers it.
+async fn open_request(
+    seat: Arc<Seat>,
+    mut asked: Asked,
+    registration: Registration<Decision>,
+    admitted: Result<Ticket, ProxyError>,
+) -> Option<Opened<TunnelStream>> {
+    let accepted_at = Instant::now();
+    let series = &seat.worker.series;
+    let target = inbound_target(&seat, asked.request.authority(), asked.here);
+    let facts = request_facts(&seat, &asked, target.as_ref().ok());
+    let connected = async {
+        let ticket = admitted?;
+        let app = connect_request(&seat, &mut asked, &registration, &target?).await?;
+        Ok::<_, ProxyError>((app, ticket))
+    };
+    let (app, ticket) = match connected.await {
+        Ok(connected) => connected,
+        Err(error) => {
+            // Nothing is said to a client that has gone.
+            asked.request.refuse(error.reason().status);
+            ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
+            return None;
+        }
+    };
+    let record = ConnectionRecord::opened(accepted_at, facts, series);
+    let answer = headers::response(record.facts(), &seat.context().own);
+    match asked.request.accept(answer) {
+        Ok(client) => {
+            let held = HeldWhileOpen { registration, _ticket: ticket };
+            Some(Opened { record, held, client, app })
+        }
+        Err(error) => {
+            record.close(Err(ProxyError::Tunnel(error)));
+            None
+        }
+    }
+}
+
+async fn connect_request(
+    seat: &Seat,
+    asked: &mut Asked,
+    registration: &Registration<Decision>,
+    target: &InboundTarget,
+) -> Result<TcpStream, ProxyError> {
+    let Asked { request, client, peer, .. } = asked;
+    let connecting = pin!(connect(seat, registration, *client, target, Some(&*peer)));
+    tokio::select! {
+        connected = registration.termination().or_terminate(connecting) => connected,
+        error = request.closed() => Err(ProxyError::Tunnel(error)),
+    }
+}
+
+/// What is known of a CONNECT request before it is connected.
+fn request_facts(
+    seat: &Seat,
+    Asked { request, client, here, peer }: &Asked,
+    target: Option<&InboundTarget>,
+) -> Facts {
+    let snapshot = seat.node().mesh.borrow();
+    let headers = request.headers();
+    let source = Party::tunnel_client(*client, peer.spiffe_id(), headers, &snapshot);
+    let own = target.map(|target| seat.own_party(&snapshot, target.address));
+    let destination = Party { identity: seat.pod.identity(), ..own.unwrap_or_default() };
+    Facts {
+        service: target.and_then(|target| target.service.clone()),
+        hbone: Some(*here),
+        trace: TraceParent::read(headers),
+        ..Facts::new(Direction::Inbound, source, destination)
+    }
+}
+
+/// Where a request leads that came through a tunnel which ends at `here`.
+fn inbound_target(
+    seat: &Seat,
+    authority: &Authority,
+    here: SocketAddr,
+) -> Result<InboundTarget, ProxyError> {
+    let asked = match authority {
+        Authority::Address(address) => Target::Address(*address),
+        Authority::Name { host, port } => Target::Hostname(host.as_str().into(), *port),
+    };
+    let snapshot = seat.node().mesh.borrow();
+    let own = &seat.context().own;
+    let local = snapshot.local(own, here.ip()).map(|workload| &**workload);
+    let namespace = local.map_or(&*own.namespace, |workload| &*workload.namespace);
+    route::inbound(&asked, here, &snapshot.mesh, local, &own.network, namespace)
+        .map_err(ProxyError::Route)
+}
+
+/// Connects to the application, as `client` where that can be kept.
+async fn connect(
+    seat: &Seat,
+    registration: &Registration<Decision>,
+    client: SocketAddr,
+    target: &InboundTarget,
+    peer: Option<&PeerIdentity>,
+) -> Result<TcpStream, ProxyError> {
+    let identity = peer.map(|peer| peer.spiffe_id());
+    let subject = Subject::inbound(client, target.address, peer.map(Principal::from));
+    let permit = seat.permit(subject, registration)?;
+    dial_app(seat, client, target, &permit, identity).await
+}
+
+/// Dials the application, with a PROXY header if the route has one.
+async fn dial_app(
+    seat: &Seat,
+    client: SocketAddr,
+    target: &InboundTarget,
+    permit: &Permit<'_>,
+    identity: Option<&SpiffeId>,
+) -> Result<TcpStream, ProxyError> {
+    let deadline = seat.node().timeouts.connect;
+    let Some(destination) = target.header else {
+        return dial_workload(permit, client.ip(), deadline).await;
+    };
+    let mut app = dial_loopback(permit, deadline).await?;
+    let header = proxy_protocol::header(client, destination, identity);
+    app.write_all(&header).await.map_err(ProxyError::Upstream)?;
+    Ok(app)
+}

@@ -1,0 +1,409 @@
+//! Caught outbound connections: route, permit, then a tunnel to the peer or a plain connection, then copy.
+//!
+//! ```text
+//! serve ─ open ─ OutboundConnect::connect          the ranked alternatives, one after the other
+//!                └ connect_in_time                 one of them, in limited time while there is another
+//!                  └ connect_via                   its next hop: resolve, permit, dial
+//!                    ├ dial                        a plain connection
+//!                    ├ open_stream                 a stream of a pooled tunnel
+//!                    └ open_stream_behind_gateway  a tunnel through such a stream
+//! ```
+//!
+//! Another endpoint of a service is tried if one cannot be connected to: the application has sent
+//! nothing by then. Whatever becomes of connecting, it returns the [`Facts`] for the record.
+
+use std::iter::Peekable;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+use underpass_config::{NetworkMode, Quoted, SpiffeId};
+use underpass_hbone::{
+    ConnectRequest, Connector, HboneError, TraceParent, TunnelKey, TunnelStream,
+};
+
+use crate::decide::connection_registry::Registration;
+use crate::decide::endpoint_health::OpenConnection;
+use crate::decide::policy::{Decision, Outbound, Permit, Subject};
+use crate::decide::route;
+use crate::decide::route::{
+    Alternatives, Caller, EndpointKey, EndpointSelector, ForwardVia, Route, Target,
+};
+use crate::decide::snapshot::Snapshot;
+use crate::error::ProxyError;
+use crate::limits::Ticket;
+use crate::node::{Assignment, Seat};
+use crate::observe::metrics;
+use crate::observe::party::{Direction, Party};
+use crate::observe::record::{ConnectFailure, ConnectionRecord, Facts};
+use crate::traffic::accept::{Accepted, Registered, Source};
+use crate::traffic::copy::{Flow, aborted};
+use crate::traffic::dial::dial;
+use crate::traffic::headers;
+
+/// How many endpoints of a service are tried for one connection.
+const ATTEMPTS: usize = 3;
+/// How long an endpoint may take while there is another to try. In it the kernel sends a SYN twice (after 1 s), so that one lost
+/// packet ejects no endpoint.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Serves one caught connection from its first to its last byte.
+pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Output = ()> + Send {
+    // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
+    let opening = Box::pin(open(seat.clone(), assignment));
+    async move {
+        // In this order, so that the sockets are closed before what is held for them is released.
+        let Some(Opened { record, held, client, onward }) = opening.await else {
+            return;
+        };
+        let buffers = seat.pod.limits.buffers();
+        let termination = held.registration.termination();
+        let flow = Flow::new(buffers, &seat.node().deadlines, &record, termination);
+        let outcome = match onward {
+            Onward::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,
+            Onward::Plain(upstream) => flow.through_tcp(&client, &upstream).await,
+        };
+        record.close(outcome);
+    }
+}
+
+/// An open connection: its record, both sides of it, and what is held for them.
+struct Opened {
+    record: ConnectionRecord,
+    held: HeldWhileOpen,
+    client: TcpStream,
+    onward: Onward,
+}
+
+/// What a connection holds until it is closed.
+struct HeldWhileOpen {
+    registration: Registration<Decision>,
+    _load: Vec<OpenConnection>,
+    _ticket: Ticket,
+}
+
+/// The connection to the upstream.
+enum Onward {
+    Tunnel(TunnelStream),
+    Plain(TcpStream),
+}
+
+/// Connects an accepted connection, and makes its record.
+async fn open(
+    seat: Arc<Seat>,
+    Assignment { accepted, registration, mut ticket, .. }: Assignment,
+) -> Option<Opened> {
+    let accepted_at = Instant::now();
+    let series = &seat.worker.series;
+    match connect(&seat, accepted, &registration).await {
+        Ok((Registered { stream: client, .. }, connected)) => {
+            let Connected { facts, onward, load } = connected;
+            if let Onward::Tunnel(_) = &onward {
+                // The tunnel holds the descriptor of its own connection.
+                ticket.release_descriptor();
+            }
+            let held = HeldWhileOpen { registration, _load: load, _ticket: ticket };
+            let record = ConnectionRecord::opened(accepted_at, facts, series);
+            Some(Opened { record, held, client, onward })
+        }
+        Err(failure) => {
+            ConnectionRecord::failed(accepted_at, &failure, series);
+            None
+        }
+    }
+}
+
+/// Connects an accepted connection to its upstream.
+async fn connect(
+    seat: &Arc<Seat>,
+    accepted: Accepted,
+    registration: &Registration<Decision>,
+) -> Result<(Registered, Connected), Box<ConnectFailure>> {
+    let snapshot = seat.node().mesh.borrow().clone();
+    let checked = accepted.check_source(seat);
+    let source = match checked {
+        Ok(Source::Own(_)) => seat.own_party(&snapshot, accepted.client),
+        Ok(Source::Other) | Err(_) => seat.party_behind(&snapshot, accepted.client),
+    };
+    let destination = accepted.destination.address();
+    let known = Facts {
+        trace: Some(TraceParent::new()),
+        ..Facts::new(Direction::Outbound, source, Party::at(destination))
+    };
+    let source = match checked {
+        Ok(source) => source,
+        Err(error) => {
+            metrics::foreign_source();
+            return Err(known.failed(error));
+        }
+    };
+    let connection = match accepted.register() {
+        Ok(connection) => connection,
+        Err(error) => return Err(known.failed(error)),
+    };
+    let identity = seat.pod.identity();
+    let snapshot = &*snapshot;
+    let connect = OutboundConnect {
+        seat,
+        registration,
+        snapshot,
+        connection: &connection,
+        source,
+        identity,
+        known,
+    };
+    let connected = connect.connect().await?;
+    Ok((connection, connected))
+}
+
+/// A connection to the upstream that is ready to carry bytes, and what is known of it.
+struct Connected {
+    facts: Facts,
+    onward: Onward,
+    load: Vec<OpenConnection>,
+}
+
+/// Connects one caught connection.
+struct OutboundConnect<'a> {
+    seat: &'a Arc<Seat>,
+    registration: &'a Registration<Decision>,
+    /// The state of the mesh by which the connection is routed.
+    snapshot: &'a Snapshot,
+    connection: &'a Registered,
+    source: Source,
+    /// The identity of the pod's certificate.
+    identity: Option<SpiffeId>,
+    /// What is known before there is a route.
+    known: Facts,
+}
+
+impl OutboundConnect<'_> {
+    /// Connects by the best route, and by the next best if its endpoint cannot be connected to.
+    async fn connect(&self) -> Result<Connected, Box<ConnectFailure>> {
+        let seat = self.seat;
+        let own = &seat.context().own;
+        let caller = Caller {
+            network: &own.network,
+            namespace: &own.namespace,
+            workload: seat.caller(self.snapshot, self.source).map(|workload| &**workload),
+            address: self.connection.client.ip(),
+            identity: self.identity.as_ref(),
+            hbone_port: seat.context().ports.hbone,
+        };
+        let selector = EndpointSelector::new(&seat.pod.endpoints);
+        let mesh = &self.snapshot.mesh;
+        let routed = route::outbound(self.connection.destination, mesh, &caller, selector);
+        let Alternatives { best: mut route, others } =
+            routed.map_err(|error| self.known.clone().failed(ProxyError::Route(error)))?;
+        let mut others = others.take(ATTEMPTS - 1).peekable();
+        loop {
+            let failure = match self.connect_in_time(&route, &mut others).await {
+                Ok(connected) => return Ok(connected),
+                Err(failure) => failure,
+            };
+            let Some(endpoint) = route.dialled().filter(|_| failure.error.is_of_endpoint()) else {
+                return Err(failure);
+            };
+            self.eject(endpoint, &failure.error);
+            match others.next() {
+                Some(next) => route = next,
+                // That there is no other endpoint is not what went wrong.
+                None => return Err(failure),
+            }
+        }
+    }
+
+    fn eject(&self, endpoint: &EndpointKey, error: &ProxyError) {
+        let seat = self.seat;
+        let ejection = seat.node().timeouts.ejection;
+        metrics::endpoint_ejected();
+        tracing::warn!(
+            endpoint = %endpoint.uid, port = endpoint.port, error = %Quoted::chain(error),
+            "an endpoint is ejected for {} s", ejection.as_secs_f32()
+        );
+        seat.pod.endpoints.eject(endpoint.clone(), ejection);
+    }
+
+    /// Connects by `route`, which may take [`ATTEMPT_TIMEOUT`] while there is another one.
+    async fn connect_in_time(
+        &self,
+        route: &Route,
+        others: &mut Peekable<impl Iterator<Item = Route>>,
+    ) -> Result<Connected, Box<ConnectFailure>> {
+        let endpoints = &self.seat.pod.endpoints;
+        let load = route.endpoints().map(|endpoint| endpoints.open(endpoint.clone())).collect();
+        let mut connecting = pin!(self.connect_via(route, load));
+        let connected = match route.dialled() {
+            None => connecting.await,
+            Some(_) => match timeout(ATTEMPT_TIMEOUT, &mut connecting).await {
+                Ok(connected) => connected,
+                Err(_) if others.peek().is_some() => {
+                    let destination = self.connection.destination.address();
+                    let after = ATTEMPT_TIMEOUT;
+                    let error = ProxyError::ConnectTimeout { destination, after };
+                    Err(self.facts(route, None).failed(error))
+                }
+                Err(_) => connecting.await,
+            },
+        }?;
+        route.endpoints().for_each(|endpoint| endpoints.restore(endpoint));
+        Ok(connected)
+    }
+
+    /// Connects by `route` to its next hop.
+    async fn connect_via(
+        &self,
+        route: &Route,
+        load: Vec<OpenConnection>,
+    ) -> Result<Connected, Box<ConnectFailure>> {
+        let hop = match self.unless_interrupted(self.resolve(route)).await {
+            Ok(hop) => hop,
+            Err(error) => return Err(self.facts(route, None).failed(error)),
+        };
+        let mut facts = self.facts(route, Some(hop));
+        match self.unless_interrupted(self.permit_and_dial(route, hop, &facts)).await {
+            Ok(onward) => {
+                if let Onward::Tunnel(tunnel) = &onward {
+                    facts.destination.identity = Some(tunnel.peer().spiffe_id().clone());
+                }
+                Ok(Connected { facts, onward, load })
+            }
+            Err(error) => Err(facts.failed(error)),
+        }
+    }
+
+    /// `work`, unless the connection is terminated or the client resets it first.
+    async fn unless_interrupted<T>(
+        &self,
+        work: impl Future<Output = Result<T, ProxyError>>,
+    ) -> Result<T, ProxyError> {
+        let work = pin!(work);
+        tokio::select! {
+            outcome = self.registration.termination().or_terminate(work) => outcome,
+            // A FIN is no reason: what was sent before it is still to be delivered.
+            error = aborted(&self.connection.stream) => Err(ProxyError::Client(error)),
+        }
+    }
+
+    /// The address of the next hop.
+    async fn resolve(&self, route: &Route) -> Result<SocketAddr, ProxyError> {
+        let (resolver, deadline) = (&self.seat.node().resolver, self.seat.node().timeouts.connect);
+        resolver.resolve(route.via.next_hop(), deadline).await.map_err(ProxyError::Resolve)
+    }
+
+    /// What is known of the connection by `route`, once its next hop has an address.
+    fn facts(&self, route: &Route, hop: Option<SocketAddr>) -> Facts {
+        let asked = self.connection.destination.address();
+        let (address, hbone) = match (&route.via, hop) {
+            (_, None) => (asked, None),
+            (ForwardVia::Plain { .. }, Some(hop)) => (hop, None),
+            (via, Some(hop)) => (via.target(hop).unwrap_or(asked), Some(hop)),
+        };
+        let identity = hbone.and_then(|_| self.identity.clone());
+        let destination = Party { workload: route.workload.clone(), ..Party::at(address) };
+        Facts {
+            source: Party { identity, ..self.known.source.clone() },
+            destination,
+            service: route.service.clone(),
+            hbone,
+            ..self.known
+        }
+    }
+
+    /// Gets a permit for the next hop at `hop` and connects to it.
+    async fn permit_and_dial(
+        &self,
+        route: &Route,
+        hop: SocketAddr,
+        facts: &Facts,
+    ) -> Result<Onward, ProxyError> {
+        let own_network = &*self.seat.context().own.network;
+        let by_address = route.workload.as_ref().is_none_or(|workload| {
+            &*workload.network == own_network && workload.network_mode == NetworkMode::Standard
+        });
+        let asked = self.connection.destination.address();
+        let peers = route.via.peers().cloned();
+        let subject = Subject::Outbound(Outbound { asked, hop, peers, by_address });
+        let permit = self.seat.permit(subject, self.registration)?;
+        self.dial(&route.via, &permit, facts).await
+    }
+
+    /// Connects to the next hop, in plain or by a tunnel.
+    async fn dial(
+        &self,
+        via: &ForwardVia,
+        permit: &Permit<'_>,
+        facts: &Facts,
+    ) -> Result<Onward, ProxyError> {
+        match via {
+            ForwardVia::Plain { .. } => {
+                dial(permit, self.seat.node().timeouts.connect).await.map(Onward::Plain)
+            }
+            ForwardVia::Tunnel { peers, authority, .. } => {
+                let target = authority.at(permit.destination().ip());
+                self.open_stream(permit, peers, &target, facts).await.map(Onward::Tunnel)
+            }
+            ForwardVia::DoubleTunnel { gateway_peers, peers, authority, .. } => {
+                let gateway = (permit, gateway_peers);
+                // Boxed: it has a handshake of its own, and every other connection would have to bear what that needs.
+                let opening = self.open_stream_behind_gateway(gateway, peers, authority, facts);
+                Box::pin(opening).await.map(Onward::Tunnel)
+            }
+        }
+    }
+
+    /// Opens a stream of a pooled tunnel to the permitted hop.
+    async fn open_stream(
+        &self,
+        permit: &Permit<'_>,
+        peers: &Arc<[SpiffeId]>,
+        target: &Target,
+        facts: &Facts,
+    ) -> Result<TunnelStream, ProxyError> {
+        let (key, connector) = self.tunnel_key(permit, peers)?;
+        let own = &self.seat.context().own;
+        let request = || ConnectRequest {
+            authority: target.to_string(),
+            headers: headers::request(facts, own),
+        };
+        let opened = self.seat.pool.connect(&key, connector, request).await;
+        opened.map_err(|error| self.tunnel_failed(error))
+    }
+
+    /// Opens a tunnel to one of `peers` through a stream to the gateway, which is the permitted hop.
+    async fn open_stream_behind_gateway(
+        &self,
+        (permit, gateway_peers): (&Permit<'_>, &Arc<[SpiffeId]>),
+        peers: &[SpiffeId],
+        target: &Target,
+        facts: &Facts,
+    ) -> Result<TunnelStream, ProxyError> {
+        let (key, connector) = self.tunnel_key(permit, gateway_peers)?;
+        let own = &self.seat.context().own;
+        let request = |headers| ConnectRequest { authority: target.to_string(), headers };
+        let outer = || request(headers::request(facts, own));
+        let inner = || request(headers::request_from_network(facts, own));
+        let opening = self.seat.pool.connect_through(&key, connector, outer, peers, inner);
+        opening.await.map_err(|error| self.tunnel_failed(error))
+    }
+
+    fn tunnel_failed(&self, error: HboneError) -> ProxyError {
+        self.seat.keep_after_failure();
+        ProxyError::tunnel(error)
+    }
+
+    /// The key of the tunnel in the pool, and the connector that opens it if there is none.
+    fn tunnel_key(
+        &self,
+        permit: &Permit<'_>,
+        peers: &Arc<[SpiffeId]>,
+    ) -> Result<(TunnelKey, &Connector), ProxyError> {
+        let address = permit.destination();
+        let identity = self.identity.clone().zip(self.seat.connector.as_ref());
+        let (source, connector) = identity.ok_or(ProxyError::NoIdentity(address))?;
+        Ok((TunnelKey { source, address, peers: peers.clone() }, connector))
+    }
+}
