@@ -1,7 +1,7 @@
 //! Several pods in one process: each has its own identity and sockets, and ends by itself.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -87,8 +87,9 @@ impl Scene {
 
     /// The address of `a` or `b` on the wire between them.
     fn between(pod: &Pod, family: Family) -> SocketAddr {
-        let of_family = pod.ips().into_iter().filter(|ip| ip.is_ipv4() == (family == Family::V4));
-        SocketAddr::new(of_family.last().expect("an address"), APP)
+        let is_of_family = |ip: &IpAddr| ip.is_ipv4() == (family == Family::V4);
+        let address = pod.ips().into_iter().rev().find(is_of_family);
+        SocketAddr::new(address.expect("an address"), APP)
     }
 }
 
@@ -144,10 +145,9 @@ async fn receive(mut from: TcpStream, progress: watch::Sender<u64>) -> u64 {
     let (mut received, mut block) = (0_u64, vec![0; 8 * 1024]);
     loop {
         match within("bytes arrive", from.read_exact(&mut block)).await {
-            Ok(_) => {}
             Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return received,
-            Err(error) => panic!("after {received}: {error}"),
-        }
+            read => read.expect("not reset"),
+        };
         for number in block.chunks_exact(8) {
             assert_eq!(number, received.to_be_bytes());
             received += 1;

@@ -110,6 +110,11 @@ impl Descriptors {
         FdPermit { descriptors: self.clone(), budget: budget.clone(), count }
     }
 
+    /// How many connections and the like may have together.
+    pub(crate) fn total(&self) -> usize {
+        self.0.allowed
+    }
+
     /// `count` more for what can do without, as long as connections leave plenty.
     pub(crate) fn spare(&self, count: usize) -> Option<FdPermit> {
         let State { budget, allowed, .. } = &*self.0;

@@ -28,6 +28,8 @@ const IDLE: Duration = Duration::from_secs(1);
 const SMALLEST: usize = 4;
 /// The largest batch, and so the most that a pod has of one kind.
 const LARGEST: usize = 64;
+/// A batch is at most this part of all descriptors: with few of them, connections need them more.
+const PART_OF_DESCRIPTORS: usize = 32;
 /// A batch that lasts for less than this is followed by one of twice its size.
 const GROW_WITHIN: Duration = Duration::from_millis(50);
 
@@ -38,6 +40,8 @@ pub(crate) struct PodSockets {
     sockets: Sockets,
     /// Sockets of the stock count, as long as connections leave plenty.
     descriptors: Descriptors,
+    /// The largest batch.
+    largest: usize,
     /// One for each family and role.
     shelves: [Shelf; 4],
     closed: CancellationToken,
@@ -81,8 +85,9 @@ impl PodSockets {
         sockets: Sockets,
         descriptors: Descriptors,
     ) -> Arc<Self> {
+        let largest = LARGEST.min(descriptors.total() / PART_OF_DESCRIPTORS);
         let (shelves, closed) = (<[Shelf; 4]>::default(), CancellationToken::new());
-        Arc::new(Self { access, sockets, descriptors, shelves, closed })
+        Arc::new(Self { access, sockets, descriptors, largest, shelves, closed })
     }
 
     /// How they are made.
@@ -132,7 +137,7 @@ impl PodSockets {
     async fn take(self: &Arc<Self>, kind: SocketKind) -> io::Result<ReadySocket> {
         let shelf = self.shelf(kind);
         self.check_open()?;
-        let keep = match shelf.take() {
+        let keep = match shelf.take(self.largest) {
             Found::Ready(socket) => return Ok(socket),
             Found::Nothing { keep } => keep,
         };
@@ -168,7 +173,7 @@ impl Shelf {
         self.stock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self) -> Found {
+    fn take(&self, largest: usize) -> Found {
         let mut stock = self.stock();
         let ready = stock.ready.pop_front();
         stock.taken = true;
@@ -177,7 +182,7 @@ impl Shelf {
             self.low.notify_one();
         }
         let Some((socket, _held)) = ready else {
-            return Found::Nothing { keep: stock.miss() };
+            return Found::Nothing { keep: largest >= SMALLEST && stock.miss() };
         };
         Found::Ready(socket)
     }
@@ -229,7 +234,7 @@ impl Keeper {
         let is_low = timeout(IDLE, shelf.low.notified()).await.is_ok();
         let mut stock = shelf.stock();
         if is_low && filled.elapsed() < GROW_WITHIN {
-            stock.batch = (stock.batch * 2).min(LARGEST);
+            stock.batch = (stock.batch * 2).min(self.sockets.largest);
         } else if !is_low {
             stock.batch = (stock.batch / 2).max(SMALLEST);
         }
@@ -383,7 +388,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn stock_leaves_descriptors_to_connections() {
-        let scene = Scene::new(20);
+        let scene = Scene::new(1000);
         let mut open = Vec::new();
         while let Some(held) = scene.descriptors.spare(1) {
             open.push(held);
@@ -398,6 +403,16 @@ mod tests {
         sleep(Duration::from_millis(1)).await;
         assert_eq!(scene.ready(), 1, "one descriptor is free");
         assert!(scene.descriptors.spare(1).is_none(), "the stock holds it");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn stock_is_empty_if_descriptors_are_few() {
+        let scene = Scene::new(100);
+        for _ in 0..10 {
+            scene.connect().await;
+            sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!((scene.batches(), scene.ready()), (vec![1; 10], 0));
     }
 
     #[tokio::test(start_paused = true)]
