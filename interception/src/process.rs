@@ -3,4 +3,5 @@
 pub(crate) mod bypass;
 pub(crate) mod limits;
 pub(crate) mod privileges;
+mod user;
 pub(crate) mod user_ids;

@@ -46,7 +46,7 @@ pub(crate) async fn prepare(
     entered: &Entered,
     settings: &InterceptionSettings,
 ) -> Result<Backend, InterceptionError> {
-    if lacks_net_admin(entered) {
+    if lacks_net_admin() {
         return Err(InterceptionError::NotPermitted {
             operation: "install the rules that catch traffic",
             capability: "NET_ADMIN",

@@ -4,3 +4,16 @@ pub(crate) mod handover;
 pub(crate) mod listener;
 pub(crate) mod local;
 pub(crate) mod socket;
+
+use std::net::SocketAddr;
+
+/// The address without the IPv4-mapped form that dual-stack sockets give.
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
+            Some(v4) => SocketAddr::from((v4, v6.port())),
+            None => address,
+        },
+        SocketAddr::V4(_) => address,
+    }
+}

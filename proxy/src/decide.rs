@@ -7,3 +7,4 @@ pub(crate) mod policy;
 pub(crate) mod resolve;
 pub(crate) mod route;
 pub(crate) mod snapshot;
+pub(crate) mod subject;

@@ -11,15 +11,16 @@
 //! A worker serves the connections of every pod. What a connection may use follows from its seat,
 //! so that one pod's connection cannot use the sockets, the identity or the tunnels of another pod.
 
+pub(crate) mod assignment;
 pub(crate) mod certificates;
-mod identities;
-mod pod;
-mod seat;
-mod sockets;
+mod commands;
+pub(crate) mod identities;
+pub(crate) mod pod;
+pub(crate) mod sockets;
 #[cfg(test)]
 pub(crate) mod testing;
-mod worker;
-mod workers;
+pub(crate) mod worker;
+pub(crate) mod workers;
 
 use std::sync::Arc;
 
@@ -27,15 +28,10 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use underpass_config::{Settings, Timeouts, TunnelSettings};
 
-pub(crate) use self::identities::{CredentialLease, Identities, Issuer};
-pub(crate) use self::pod::{Pod, PodId, pod_sockets};
-pub(crate) use self::seat::Seat;
-pub(crate) use self::sockets::PodSockets;
-pub(crate) use self::worker::{Assignment, Worker, WorkerCommand};
-pub(crate) use self::workers::Workers;
 use crate::decide::resolve::Resolver;
 use crate::decide::snapshot::Snapshot;
 use crate::limits::Limits;
+use crate::node::identities::Identities;
 use crate::observe::metrics::SeriesRegistry;
 use crate::process::pause_gate::PauseGate;
 use crate::traffic::copy::Deadlines;

@@ -1,6 +1,7 @@
 //! The process: from its start to its end, and its hand-over to another one.
 
 pub(crate) mod app;
+pub(crate) mod command_error;
 pub(crate) mod cpus;
 pub(crate) mod instance;
 pub(crate) mod logging;
@@ -8,4 +9,5 @@ pub(crate) mod notify;
 pub(crate) mod parent;
 pub(crate) mod pause_gate;
 pub(crate) mod reload;
+pub(crate) mod stop_signal;
 pub(crate) mod take_over;

@@ -17,11 +17,6 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl;
-use nix::unistd::{Gid, Uid, getegid, geteuid, setgroups, setresgid, setresuid};
-use underpass_config::{InboundMode, InterceptionSettings, Profile};
-
-use crate::error::InterceptionError;
-use crate::namespace::Entered;
 
 /// Whether the process is to become another user later on.
 static USER_WILL_CHANGE: AtomicBool = AtomicBool::new(false);
@@ -46,81 +41,17 @@ pub enum Kept {
     NetAdminForPrograms,
 }
 
-impl ProxyUser {
-    /// Whom the process has to become, so that the rules know its connections; `None` if they do as
-    /// it is, or tell them otherwise.
-    ///
-    /// # Errors
-    ///
-    /// [`InterceptionError::WrongUser`]: it would have to, and cannot.
-    pub fn required(settings: &InterceptionSettings) -> Result<Option<Self>, InterceptionError> {
-        match settings.profile {
-            Profile::Ambient | Profile::None => return Ok(None),
-            Profile::Sidecar | Profile::Osm => {}
-        }
-        let (uid, gid) = (geteuid(), getegid());
-        if settings.proxy_uids.contains(&uid.as_raw())
-            || settings.proxy_gids.contains(&gid.as_raw())
-        {
-            return Ok(None);
-        }
-        let first_gid = settings.proxy_gids.first();
-        // Istio's own TPROXY rules know the proxy by its group; as their user, it would be caught again.
-        let by_group = settings.exact && settings.inbound.mode == InboundMode::Tproxy;
-        let first_uid = settings.proxy_uids.first().filter(|_| !by_group);
-        let user = match (first_uid, first_gid) {
-            (Some(&uid), gid) => Self { uid, gid: gid.copied().unwrap_or(uid) },
-            (None, Some(&gid)) => Self { uid: uid.as_raw(), gid },
-            (None, None) => return Ok(None),
-        };
-        let missing = MissingCapabilities::of(&[Capability::CAP_SETUID, Capability::CAP_SETGID]);
-        if missing.is_empty() {
-            return Ok(Some(user));
-        }
-        Err(InterceptionError::WrongUser { is: uid.as_raw(), user, missing })
-    }
-
-    /// Announces the change to threads that are confined before it.
-    pub fn announce(self) {
-        USER_WILL_CHANGE.store(true, Relaxed);
-    }
-
-    /// Makes the process this user's, and leaves the calling thread no capability. There is no way
-    /// back.
-    ///
-    /// # Errors
-    ///
-    /// [`InterceptionError::BecomeUser`]: the kernel refused, as it does for a user that the user
-    /// namespace does not have.
-    pub fn become_it(self) -> Result<(), InterceptionError> {
-        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
-        let become_it = || -> io::Result<()> {
-            bound(Kept::Nothing)?;
-            // What the process was allowed as a member of root's groups.
-            setgroups(&[])?;
-            setresgid(gid, gid, gid)?;
-            setresuid(uid, uid, uid)?;
-            USER_WILL_CHANGE.store(false, Relaxed);
-            keep(Kept::Nothing)?;
-            // The kernel sets it to fs.suid_dumpable with the user (proc(5)).
-            prctl::set_dumpable(false)?;
-            Ok(())
-        };
-        become_it().map_err(|source| InterceptionError::BecomeUser { user: self, source })
-    }
-}
-
 /// Capabilities that would be needed and that the calling thread does not have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MissingCapabilities(Vec<Capability>);
 
 impl MissingCapabilities {
-    fn of(needed: &[Capability]) -> Self {
+    pub(super) fn of(needed: &[Capability]) -> Self {
         let has = |one| caps::has_cap(None, CapSet::Effective, one).unwrap_or(false);
         Self(needed.iter().copied().filter(|&one| !has(one)).collect())
     }
 
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }
@@ -134,8 +65,13 @@ impl fmt::Display for MissingCapabilities {
     }
 }
 
+/// Announces a change of user to threads that are confined before it, or that it has been made.
+pub(super) fn announce_change_of_user(is_to_come: bool) {
+    USER_WILL_CHANGE.store(is_to_come, Relaxed);
+}
+
 /// Whether this thread lacks NET_ADMIN. If capget(2) fails, the operation itself reports the error.
-pub(crate) fn lacks_net_admin(_: &Entered) -> bool {
+pub(crate) fn lacks_net_admin() -> bool {
     caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).is_ok_and(|has| !has)
 }
 
@@ -193,7 +129,7 @@ pub fn confine_auxiliary_thread() -> io::Result<()> {
 }
 
 /// Takes out of the bounding set what no program needs.
-fn bound(kept: Kept) -> io::Result<()> {
+pub(super) fn bound(kept: Kept) -> io::Result<()> {
     if !caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP).unwrap_or(false) {
         return Ok(());
     }
@@ -224,7 +160,8 @@ impl Kept {
     }
 }
 
-fn keep(kept: Kept) -> io::Result<()> {
+/// Leaves the calling thread these capabilities.
+pub(super) fn keep(kept: Kept) -> io::Result<()> {
     prctl::set_keepcaps(false)?;
     set(kept.own(), kept.inherited())
 }

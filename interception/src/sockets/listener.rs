@@ -13,7 +13,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::namespace::Entered;
-use crate::sockets::socket::canonical;
+use crate::sockets::canonical;
 
 /// How many connections may wait to be accepted: as many as net.core.somaxconn allows (4096 by
 /// default), which the kernel lowers it to.

@@ -21,8 +21,8 @@ use underpass_config::{InboundMode, InterceptionSettings, Profile};
 use crate::error::InterceptionError;
 use crate::namespace::Entered;
 use crate::plan::{Family, PROXY_MARK};
-use crate::sockets::listener;
 use crate::sockets::listener::BoundListener;
+use crate::sockets::{canonical, listener};
 
 /// How many probes stay unanswered before the connection is given up: Linux's own default.
 pub const KEEPALIVE_PROBES: u32 = 9;
@@ -404,17 +404,6 @@ fn domain(family: Family) -> Domain {
     match family {
         Family::V4 => Domain::IPV4,
         Family::V6 => Domain::IPV6,
-    }
-}
-
-/// The address without the IPv4-mapped form that dual-stack sockets give.
-pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
-    match address {
-        SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
-            Some(v4) => SocketAddr::from((v4, v6.port())),
-            None => address,
-        },
-        SocketAddr::V4(_) => address,
     }
 }
 

@@ -9,8 +9,9 @@ use underpass_config::{LogFilter, LogFormat, Logging, SpiffeId, TrustDomain, par
 use underpass_hbone::{CaServer, CaServerSettings, CertificateAuthority, Serial};
 use underpass_interception::confine_process;
 
-use super::{CommandError, VERSION, print, single_threaded_runtime};
-use crate::process::app::StopSignal;
+use super::{VERSION, print, single_threaded_runtime};
+use crate::process::command_error::CommandError;
+use crate::process::stop_signal::StopSignal;
 use crate::process::{logging, notify};
 
 #[derive(Debug, clap::Subcommand)]

@@ -16,10 +16,11 @@ use underpass_hbone::{
 };
 use underpass_interception::Ports;
 
+use super::print;
 use super::rules::Output;
 use super::run::SettingsArguments;
-use super::{CommandError, print};
 use crate::error::chain;
+use crate::process::command_error::CommandError;
 use crate::process::logging;
 
 #[derive(Debug, clap::Subcommand)]

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::CommandFactory as _;
 
-use super::{Cli, CommandError, print};
+use super::{Cli, print};
+use crate::process::command_error::CommandError;
 
 #[derive(Debug, clap::Args)]
 #[command(

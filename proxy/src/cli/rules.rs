@@ -22,10 +22,11 @@ use underpass_interception::{
 
 use self::options::RuleOptions;
 use self::subject::Subject;
-use super::{CommandError, print, single_threaded_runtime};
+use super::{print, single_threaded_runtime};
+use crate::process::command_error::CommandError;
 use crate::process::instance;
-use crate::rules::capture::role;
 use crate::rules::guard::{Event, Guard};
+use crate::rules::owner::role;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -295,7 +296,7 @@ async fn counters(
 async fn watch(settings: Settings, force: bool, output: Output) -> Result<(), CommandError> {
     refuse_beside_proxy(force).await?;
     let interception = prepare(&settings).await?;
-    let mut stop = crate::process::app::StopSignal::new(false)?;
+    let mut stop = crate::process::stop_signal::StopSignal::new(false)?;
     let mut guard = Guard::new(interception).await?;
     let access = guard.access();
     let settings = tokio::sync::watch::Sender::new(settings.interception);

@@ -8,8 +8,9 @@ use tokio::runtime::Runtime;
 use underpass_config::{Settings, Sources};
 use underpass_interception::{ProxyUser, confine_auxiliary_thread, confine_process};
 
-use super::{CommandError, VERSION};
+use super::VERSION;
 use crate::process::app::Start;
+use crate::process::command_error::CommandError;
 use crate::process::{app, logging};
 
 /// Where settings come from.

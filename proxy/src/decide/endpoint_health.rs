@@ -8,8 +8,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
+use underpass_config::Name;
 
-use crate::decide::route::EndpointKey;
+/// An endpoint: a workload and the port at which it serves.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct EndpointKey {
+    /// The workload's.
+    pub(crate) uid: Name,
+    /// The endpoint's own port, not the service's.
+    pub(crate) port: u16,
+}
 
 /// What is known of endpoints. An endpoint without a connection that is not ejected is not remembered.
 #[derive(Debug, Default)]

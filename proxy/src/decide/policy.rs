@@ -12,93 +12,16 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use tokio::sync::watch;
-use underpass_config::{Connection, Mtls, SpiffeId, TrustDomain, Workload, WorkloadSettings};
-use underpass_hbone::PeerIdentity;
+use underpass_config::{Connection, Mtls, Workload, WorkloadSettings};
 use underpass_interception::{KUBELET_PROBE_V4, KUBELET_PROBE_V6, Ports};
 
 pub(crate) use self::context::PolicyContext;
 use crate::decide::authorization;
 use crate::decide::connection_registry::Registration;
 use crate::decide::snapshot::Snapshot;
+use crate::decide::subject::{Decision, Inbound, Outbound, Permitted, Subject};
 use crate::error::ProxyError;
-use crate::node::Pod;
-
-/// The facts of a connection that decide whether it is allowed.
-#[derive(Debug)]
-pub(crate) enum Subject {
-    Outbound(Outbound),
-    Inbound(Inbound),
-}
-
-/// A connection that leaves the workload.
-#[derive(Debug)]
-pub(crate) struct Outbound {
-    /// The original destination.
-    pub(crate) asked: SocketAddr,
-    /// The next hop: the application's address, or the address of the tunnel's other end.
-    pub(crate) hop: SocketAddr,
-    /// The identities that the other end of the tunnel may have; `None` for plaintext.
-    pub(crate) peers: Option<Arc<[SpiffeId]>>,
-    /// Whether the address identifies the workload: it is in our network, and no service chose one
-    /// of several workloads that share the address.
-    pub(crate) by_address: bool,
-}
-
-/// A connection that comes to the workload.
-#[derive(Debug)]
-pub(crate) struct Inbound {
-    source: SocketAddr,
-    destination: SocketAddr,
-    /// The client of a tunnel; `None` for plaintext.
-    principal: Option<Principal>,
-}
-
-/// A proven identity, and the aliases of its trust domain that policies may use for it.
-#[derive(Debug, Clone)]
-pub(crate) struct Principal {
-    id: SpiffeId,
-    aliases: Arc<[TrustDomain]>,
-}
-
-impl From<&PeerIdentity> for Principal {
-    fn from(peer: &PeerIdentity) -> Self {
-        Self { id: peer.spiffe_id().clone(), aliases: peer.aliases().clone() }
-    }
-}
-
-impl Subject {
-    /// A connection from `source` to the application at `destination`; `principal` is proven by the
-    /// tunnel that it came through.
-    pub(crate) fn inbound(
-        source: SocketAddr,
-        destination: SocketAddr,
-        principal: Option<Principal>,
-    ) -> Self {
-        let source = SocketAddr::new(source.ip().to_canonical(), source.port());
-        Self::Inbound(Inbound { source, destination, principal })
-    }
-
-    /// The address that the proxy connects to.
-    pub(crate) fn destination(&self) -> SocketAddr {
-        match self {
-            Self::Outbound(outbound) => outbound.hop,
-            Self::Inbound(inbound) => inbound.destination,
-        }
-    }
-}
-
-/// What a registered connection, tunnel or stream was permitted: nothing, for a tunnel and for a
-/// connection before its first permit. A later permit replaces an earlier one: the connection is
-/// then on its way to another endpoint.
-#[derive(Debug, Default)]
-pub(crate) struct Decision(Option<Permitted>);
-
-#[derive(Debug)]
-struct Permitted {
-    subject: Subject,
-    /// The generation of the mesh that permitted it.
-    generation: u64,
-}
+use crate::node::pod::Pod;
 
 /// Permission for one pod to dial one destination. Only this module can make one.
 #[derive(Debug)]

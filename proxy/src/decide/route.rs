@@ -18,13 +18,14 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use crate::decide::endpoint_health::EndpointKey;
 use underpass_config::{IpFamilies, Name, Service, SpiffeId, Workload};
 
 pub(crate) use error::{RouteError, Unfit};
 pub(crate) use inbound::{InboundTarget, inbound};
 #[cfg(test)]
 pub(crate) use load_balancing::Choose;
-pub(crate) use load_balancing::{EndpointKey, EndpointSelector};
+pub(crate) use load_balancing::EndpointSelector;
 pub(crate) use outbound::{Alternatives, outbound};
 
 /// Who opened a connection that goes out.

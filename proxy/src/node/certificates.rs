@@ -18,9 +18,9 @@ use underpass_hbone::{
 use underpass_interception::{NamespaceAccess, Sockets};
 
 use crate::admin::endpoints::Readiness;
-use crate::cli::CommandError;
-use crate::node::{Identities, Issuer};
+use crate::node::identities::{Identities, Issuer};
 use crate::observe::metrics;
+use crate::process::command_error::CommandError;
 use crate::traffic::dial::PlainDialer;
 
 /// The certificates of this proxy by its settings: logs and counts what happens to them, and makes

@@ -11,11 +11,14 @@ use underpass_interception::{
     InterceptionError, LocalAddresses, NamespaceAccess, Sockets, ipv6_available,
 };
 
-use super::{CredentialLease, Node, PodSockets};
 use crate::decide::connection_registry::Registries;
 use crate::decide::endpoint_health::EndpointHealth;
-use crate::decide::policy::{Decision, PolicyContext};
+use crate::decide::policy::PolicyContext;
+use crate::decide::subject::Decision;
 use crate::limits::PodLimits;
+use crate::node::Node;
+use crate::node::identities::CredentialLease;
+use crate::node::sockets::PodSockets;
 use crate::rules::self_test::SelfTest;
 
 /// Distinguishes the pods of this process. An id is never used again, unlike an address in memory

@@ -8,11 +8,13 @@ use tokio_util::task::TaskTracker;
 use underpass_config::{Mesh, Settings, Sources};
 use underpass_interception::{Entered, LocalAddresses, NamespaceAccess, Sockets};
 
-use super::{Node, Pod, PodId, PodSockets};
 use crate::decide::connection_registry::Registries;
 use crate::decide::policy::PolicyContext;
 use crate::decide::snapshot::Snapshot;
 use crate::limits::{Descriptors, Limits};
+use crate::node::Node;
+use crate::node::pod::{Pod, PodId};
+use crate::node::sockets::PodSockets;
 use crate::process::pause_gate::PauseGate;
 
 /// The settings of a workload `server`, with others beside.

@@ -9,21 +9,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use futures_util::future::FutureExt as _;
 use futures_util::stream::{FuturesOrdered, StreamExt as _};
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
-use underpass_interception::BoundListener;
+use tokio::sync::mpsc;
 
-use super::{Node, Pod, PodId, Seat};
-use crate::decide::connection_registry::{Registration, Terminated};
-use crate::decide::policy::{Change, Decision};
+use crate::decide::connection_registry::Terminated;
+use crate::decide::policy::Change;
 use crate::decide::snapshot::Snapshot;
+use crate::decide::subject::Decision;
 use crate::error::ProxyError;
-use crate::limits::Ticket;
 use crate::mesh::publish::Reporter;
+use crate::node::Node;
+use crate::node::assignment::{Assignment, WorkerCommand};
+use crate::node::pod::{Pod, PodId};
+use crate::node::worker::seat::Seat;
 use crate::observe::metrics::KnownSeries;
-use crate::traffic::accept::{Accepted, accept_loop};
 use crate::traffic::listeners::Kind;
 use crate::traffic::{inbound, outbound};
+
+pub(crate) mod seat;
 
 /// What the connections of one worker share.
 #[derive(Debug)]
@@ -37,34 +39,6 @@ pub(crate) struct Worker {
     /// The seats of the pods that have a connection or a tunnel here. Only this worker's thread
     /// locks it, and never across an await.
     seats: Mutex<HashMap<PodId, Weak<Seat>>>,
-}
-
-/// A connection on its way to the worker that will serve it.
-#[derive(Debug)]
-pub(crate) struct Assignment {
-    /// The pod in whose namespace the connection was accepted.
-    pub(crate) pod: Arc<Pod>,
-    pub(crate) accepted: Accepted,
-    /// With the registry of the worker that serves it.
-    pub(crate) registration: Registration<Decision>,
-    pub(crate) ticket: Ticket,
-}
-
-/// A command for a worker.
-#[derive(Debug)]
-pub(crate) enum WorkerCommand {
-    /// Serve a connection that another worker has accepted.
-    Serve(Assignment),
-    /// Accept the connections of a listener of a pod.
-    AddListener { pod: Arc<Pod>, kind: Kind, listener: BoundListener },
-    /// Close this worker's listeners of a pod. Its open connections go on.
-    RemoveListeners {
-        pod: PodId,
-        /// Sent when they are closed.
-        removed: oneshot::Sender<()>,
-    },
-    /// Close the tunnels that a pod has opened, each as its last stream ends.
-    CloseTunnels(PodId),
 }
 
 impl Worker {
@@ -129,40 +103,7 @@ impl Worker {
         };
     }
 
-    /// Executes commands until the drain has ended.
-    pub(super) async fn run(
-        self: Arc<Self>,
-        mut commands: mpsc::Receiver<WorkerCommand>,
-        reporter: Reporter,
-    ) {
-        let enforcing = self.clone();
-        tokio::spawn(async move { enforcing.enforce(&reporter).await });
-        let mut listeners: HashMap<PodId, JoinSet<()>> = HashMap::new();
-        loop {
-            let command = tokio::select! {
-                () = self.node.drain.ended() => return,
-                Some(command) = commands.recv() => command,
-            };
-            match command {
-                WorkerCommand::Serve(assignment) => self.serve(assignment),
-                WorkerCommand::AddListener { pod, kind, listener } => {
-                    let accepting = listeners.entry(pod.id).or_default();
-                    accepting.spawn(accept_loop(self.clone(), pod, kind, listener));
-                }
-                WorkerCommand::RemoveListeners { pod, removed } => {
-                    let mut accepting = listeners.remove(&pod).unwrap_or_default();
-                    tokio::spawn(async move {
-                        accepting.shutdown().await;
-                        // Fails if the caller has stopped waiting.
-                        removed.send(()).ok();
-                    });
-                }
-                WorkerCommand::CloseTunnels(pod) => self.close_tunnels(pod),
-            }
-        }
-    }
-
-    fn close_tunnels(&self, pod: PodId) {
+    pub(super) fn close_tunnels(&self, pod: PodId) {
         let seat = self.seats().get(&pod).and_then(Weak::upgrade);
         if let Some(seat) = seat {
             seat.pool.drain();
@@ -218,6 +159,7 @@ mod tests {
     use super::*;
     use crate::limits::Demand;
     use crate::node::testing::{node, pod};
+    use crate::traffic::accepted::Accepted;
 
     fn size<A, B, F: Future>(_: impl Fn(A, B) -> F) -> usize {
         size_of::<F>()

@@ -11,10 +11,14 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use underpass_interception::{BoundListener, Kept, confine_thread};
 
-use super::{Node, Pod, PodId, Worker, WorkerCommand};
 use crate::error::ProxyError;
 use crate::mesh::publish;
 use crate::mesh::publish::Reports;
+use crate::node::Node;
+use crate::node::assignment::WorkerCommand;
+use crate::node::commands;
+use crate::node::pod::{Pod, PodId};
+use crate::node::worker::Worker;
 use crate::traffic::listeners::Kind;
 
 /// How many commands may wait for a worker. Beyond it, the worker that accepts a connection serves
@@ -65,7 +69,7 @@ impl Workers {
         let (reporters, reports) = publish::reports(count);
         let start_one = |(index, (receiver, reporter))| {
             let worker = Worker::new(node.clone(), index, commands.clone());
-            start_thread(index, move || worker.run(receiver, reporter))
+            start_thread(index, move || commands::execute(worker, receiver, reporter))
         };
         let started = receivers.into_iter().zip(reporters).enumerate().map(start_one);
         let threads = started.collect::<io::Result<_>>()?;

@@ -3,6 +3,7 @@
 //!
 //! Not here: the HTTP server that answers `/metrics` (`endpoints.rs`).
 
+mod known;
 mod registry;
 mod series;
 
@@ -14,8 +15,9 @@ use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandl
 use underpass_config::{Profile, SeriesSettings};
 use underpass_interception::Backend;
 
+pub(crate) use self::known::KnownSeries;
 pub(crate) use self::registry::SeriesRegistry;
-pub(crate) use self::series::{KnownSeries, Labels, Series};
+pub(crate) use self::series::{Labels, Series};
 use crate::decide::snapshot::MeshSize;
 
 const PAUSES: &str = "underpass_accept_paused_total";

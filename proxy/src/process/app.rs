@@ -7,7 +7,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use underpass_config::{
@@ -18,18 +17,21 @@ use underpass_interception::{
 };
 
 use crate::admin::endpoints::{Endpoint, Readiness};
-use crate::cli::CommandError;
 use crate::mesh::publish::Publisher;
 use crate::node::certificates::Certificates;
-use crate::node::{CredentialLease, Node, Pod, Workers, certificates, pod_sockets};
+use crate::node::identities::CredentialLease;
+use crate::node::pod::{Pod, pod_sockets};
+use crate::node::workers::Workers;
+use crate::node::{Node, certificates};
 use crate::observe::metrics;
 use crate::observe::metrics::Exporter;
+use crate::process::command_error::CommandError;
 use crate::process::cpus::processors;
 use crate::process::instance::{Instance, Status};
 use crate::process::notify;
-use crate::process::parent::ParentGone;
 use crate::process::pause_gate::PauseGate;
 use crate::process::reload::Reload;
+use crate::process::stop_signal::StopSignal;
 use crate::process::take_over::{Claim, Gates, Handed, Offer, Offered};
 use crate::rules::capture::{Capture, Probes, keep};
 use crate::rules::retest::Retest;
@@ -400,35 +402,4 @@ async fn lease(node: &Node, id: &SpiffeId) -> Result<Option<CredentialLease>, Co
 
 fn workers(settings: &Settings) -> usize {
     settings.proxy.workers.unwrap_or_else(processors)
-}
-
-/// Whatever tells the proxy to stop.
-pub(crate) struct StopSignal {
-    terminate: Signal,
-    interrupt: Signal,
-    parent: Option<ParentGone>,
-}
-
-impl StopSignal {
-    pub(crate) fn new(until_eof: bool) -> Result<Self, CommandError> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate()).map_err(CommandError::Start)?,
-            interrupt: signal(SignalKind::interrupt()).map_err(CommandError::Start)?,
-            parent: until_eof.then(ParentGone::watch).transpose().map_err(CommandError::start)?,
-        })
-    }
-
-    pub(crate) async fn wait(&mut self) -> &'static str {
-        let parent = async {
-            match &mut self.parent {
-                Some(parent) => parent.wait().await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-            () = parent => "standard input ended",
-        }
-    }
 }

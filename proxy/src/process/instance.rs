@@ -32,7 +32,7 @@ use underpass_config::{InterceptionSettings, Profile, Settings};
 use underpass_interception::Peer;
 
 use crate::admin::endpoints::Readiness;
-use crate::rules::capture::started;
+use crate::rules::owner::started;
 
 /// The abstract name.
 const NAME: &str = "\0underpass";

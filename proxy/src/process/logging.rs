@@ -21,7 +21,7 @@ use underpass_config::{ConfigErrors, LogFormat, Logging, Problem};
 
 use self::line::Lines;
 use self::queue::{Queue, QueueGuard};
-use crate::cli::CommandError;
+use crate::process::command_error::CommandError;
 
 /// Starts logging. Lines that wait are written when the guard is dropped, for at most a second.
 ///

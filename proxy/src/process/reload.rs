@@ -7,7 +7,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use underpass_config::{FileWatch, FileWatcher, InterceptionSettings, Settings, Sources};
 
-use crate::cli::CommandError;
+use crate::process::command_error::CommandError;
 
 /// Reads the settings again.
 #[derive(Debug)]

@@ -2,8 +2,7 @@
 //!
 //! Not here: the rules, and how they get into the kernel (the interception crate).
 
-use std::sync::OnceLock;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
@@ -13,12 +12,13 @@ use underpass_interception::{
 };
 
 use crate::admin::endpoints::Readiness;
-use crate::cli::CommandError;
 use crate::error::chain;
 use crate::observe::metrics;
+use crate::process::command_error::CommandError;
 use crate::process::pause_gate::PauseGate;
 use crate::process::reload::Reload;
 use crate::rules::guard::{Event, Guard};
+use crate::rules::owner::{role, started};
 use crate::rules::self_test;
 use crate::rules::self_test::{SelfTest, SelfTestError};
 
@@ -323,21 +323,6 @@ impl Capture {
         }
         Ok(())
     }
-}
-
-/// What two proxies of one network namespace have to have in common: `profile sidecar ports 15001
-/// 15006 15008`.
-pub(crate) fn role(profile: Profile, ports: Ports) -> String {
-    let Ports { outbound, inbound, hbone, .. } = ports;
-    format!("profile {profile} ports {outbound} {inbound} {hbone}")
-}
-
-/// When this process started to own rules, in seconds since 1970: one value for the mark in the table
-/// and for the answers of `instance.rs`.
-pub(crate) fn started() -> u64 {
-    static STARTED: OnceLock<u64> = OnceLock::new();
-    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    *STARTED.get_or_init(now)
 }
 
 /// Keeps the rules, and follows the settings, until the end.

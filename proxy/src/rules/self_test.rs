@@ -15,7 +15,7 @@ use underpass_interception::{
     InterceptionError, PolicyRoute, Probe, ReturnPathProbe, end_on_close, is_out_of_files,
 };
 
-use crate::traffic::accept::Accepted;
+use crate::traffic::accepted::Accepted;
 use crate::traffic::listeners::Kind;
 
 /// The test failed: traffic is not caught as it should be.

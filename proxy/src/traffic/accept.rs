@@ -1,22 +1,26 @@
 //! Accepting: one loop per listener, which gives each connection to the worker that shall serve it.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::coop::unconstrained;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, sleep_until};
-use underpass_interception::{BoundListener, Listener, OriginalDestination, Ports, reset_on_close};
+use underpass_interception::{BoundListener, Listener, reset_on_close};
 
-use crate::decide::policy::Decision;
+use crate::decide::subject::Decision;
 use crate::error::ProxyError;
 use crate::limits::{Demand, Limits, Rate, Refusal, Shortage};
-use crate::node::{Assignment, Node, Pod, Seat, Worker};
+use crate::node::Node;
+use crate::node::assignment::Assignment;
+use crate::node::pod::Pod;
+use crate::node::worker::Worker;
 use crate::observe::metrics;
 use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectionRecord, Facts};
+use crate::traffic::accepted::Accepted;
 use crate::traffic::listeners::Kind;
 
 /// How long a listener rests when the system has no descriptor or memory for another connection: long enough not to spin,
@@ -26,107 +30,6 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How many connections are accepted before others get their turn: some milliseconds. A turn of thousands of busy connections takes
 /// far longer, and were it tokio's 128, the kernel's queue (4096) would run over in a storm; whom it drops then waits for seconds.
 const ACCEPTS_AT_ONCE: usize = 512;
-
-/// A connection that no runtime knows yet.
-#[derive(Debug)]
-pub(crate) struct Accepted {
-    pub(crate) kind: Kind,
-    pub(crate) stream: TcpStream,
-    pub(crate) client: SocketAddr,
-    /// The address that the client connected to.
-    pub(crate) destination: OriginalDestination,
-}
-
-impl Accepted {
-    /// Refuses a connection without an original destination, and one whose original destination is
-    /// the outbound listener: connecting to that would come back to it, for ever.
-    fn new(
-        kind: Kind,
-        stream: TcpStream,
-        client: SocketAddr,
-        ports: Ports,
-    ) -> Result<Self, ProxyError> {
-        let destination = match kind {
-            Kind::Hbone => OriginalDestination::local(&stream),
-            Kind::Outbound | Kind::Plaintext => {
-                OriginalDestination::redirected(&stream, client.ip())
-            }
-        };
-        let destination = destination.map_err(ProxyError::NotCaptured)?;
-        if kind == Kind::Outbound && destination.address().port() == ports.outbound {
-            let here = OriginalDestination::local(&stream).map_err(ProxyError::Client)?;
-            if destination == here {
-                return Err(ProxyError::OwnListener(destination.address()));
-            }
-        }
-        Ok(Self { kind, stream, client, destination })
-    }
-
-    #[cfg(test)]
-    pub(crate) fn testing(kind: Kind, stream: TcpStream, client: SocketAddr) -> Self {
-        let destination = OriginalDestination::local(&stream).expect("an address");
-        Self { kind, stream, client, destination }
-    }
-
-    /// Refuses an inbound connection for an address that is not this namespace's own: the workload
-    /// does not have it, so neither its mTLS mode nor its policies are about it. The rules of
-    /// `interception.exact`, and those of others, lead such connections here.
-    pub(crate) fn check_local(self, seat: &Seat) -> Result<Self, ProxyError> {
-        let destination = self.destination.address();
-        // What REDIRECT chose is an address of the interface; TPROXY leaves whatever it was sent
-        // to.
-        let proven = !seat.pod.sockets.settings().are_transparent()
-            && OriginalDestination::local(&self.stream)
-                .is_ok_and(|here| here.address().ip() == destination.ip());
-        if proven {
-            return Ok(self);
-        }
-        match seat.is_local(destination.ip()) {
-            Ok(true) => Ok(self),
-            Ok(false) => {
-                metrics::not_local();
-                Err(ProxyError::NotLocal(destination))
-            }
-            Err(source) => Err(ProxyError::LocalUnknown { destination, source }),
-        }
-    }
-
-    /// Refuses an outbound connection whose source is none of the pod's own addresses: it is not
-    /// the workload's. By their settings, virtual interfaces and ingress gateways send for others.
-    pub(crate) fn check_source(&self, seat: &Seat) -> Result<Source, ProxyError> {
-        let client = self.client;
-        match seat.is_local(client.ip()) {
-            Ok(true) => Ok(Source::Own(client.ip())),
-            _ if seat.pod.sends_for_others() => Ok(Source::Other),
-            Ok(false) => Err(ProxyError::ForeignSource(client)),
-            Err(source) => Err(ProxyError::SourceUnknown { client, source }),
-        }
-    }
-
-    /// Registers the connection with the runtime of the calling worker.
-    pub(crate) fn register(self) -> Result<Registered, ProxyError> {
-        let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
-        let Self { client, destination, .. } = self;
-        Ok(Registered { stream, client, destination })
-    }
-}
-
-/// The source of a connection that was caught on its way out of the pod.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Source {
-    /// The pod's own workload, from this address of the pod.
-    Own(IpAddr),
-    /// A virtual machine, a container or a client behind the pod.
-    Other,
-}
-
-/// A connection on its worker.
-#[derive(Debug)]
-pub(crate) struct Registered {
-    pub(crate) stream: tokio::net::TcpStream,
-    pub(crate) client: SocketAddr,
-    pub(crate) destination: OriginalDestination,
-}
 
 /// A listener of a pod, as the worker that accepts its connections has it.
 struct Listening {
@@ -265,37 +168,4 @@ fn assign(worker: &Arc<Worker>, assignment: Assignment) {
 fn refuse(worker: &Worker, kind: Kind, stream: &TcpStream, refusal: Refusal) {
     reset_on_close(stream);
     worker.node.limits.refused(refusal, kind.name());
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::node::testing::{node, pod};
-
-    fn checked(client: &str, settings: &[&str]) -> Result<Source, &'static str> {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let accepted = Accepted::testing(Kind::Outbound, stream, client.parse().unwrap());
-        let seat = Worker::new(node(1), 0, Arc::default()).seat(&pod(settings));
-        accepted.check_source(&seat).map_err(|error| error.reason().code)
-    }
-
-    #[tokio::test]
-    async fn refuses_outbound_connection_from_foreign_address() {
-        for own in ["127.0.0.1:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
-            let source = checked(own, &[]);
-            assert!(matches!(source, Ok(Source::Own(ip)) if ip.to_canonical().is_loopback()));
-        }
-        for foreign in ["192.0.2.1:1", "[2001:db8::1]:1"] {
-            assert_eq!(checked(foreign, &[]).err(), Some("foreign_source"), "{foreign}");
-        }
-    }
-
-    #[tokio::test]
-    async fn serves_foreign_address_by_setting() {
-        for setting in ["interception.virtual_interfaces=vm0", "interception.ingress=true"] {
-            assert!(matches!(checked("192.0.2.1:1", &[setting]), Ok(Source::Other)), "{setting}");
-            assert!(matches!(checked("127.0.0.1:1", &[setting]), Ok(Source::Own(_))), "{setting}");
-        }
-    }
 }

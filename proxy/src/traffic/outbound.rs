@@ -26,20 +26,20 @@ use underpass_hbone::{
 };
 
 use crate::decide::connection_registry::Registration;
-use crate::decide::endpoint_health::OpenConnection;
-use crate::decide::policy::{Decision, Outbound, Permit, Subject};
+use crate::decide::endpoint_health::{EndpointKey, OpenConnection};
+use crate::decide::policy::Permit;
 use crate::decide::route;
-use crate::decide::route::{
-    Alternatives, Caller, EndpointKey, EndpointSelector, ForwardVia, Route, Target,
-};
+use crate::decide::route::{Alternatives, Caller, EndpointSelector, ForwardVia, Route, Target};
 use crate::decide::snapshot::Snapshot;
+use crate::decide::subject::{Decision, Outbound, Subject};
 use crate::error::ProxyError;
 use crate::limits::Ticket;
-use crate::node::{Assignment, Seat};
+use crate::node::assignment::Assignment;
+use crate::node::worker::seat::Seat;
 use crate::observe::metrics;
 use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectFailure, ConnectionRecord, Facts};
-use crate::traffic::accept::{Accepted, Registered, Source};
+use crate::traffic::accepted::{Accepted, Registered, Source};
 use crate::traffic::copy::{Flow, aborted};
 use crate::traffic::dial::dial;
 use crate::traffic::headers;

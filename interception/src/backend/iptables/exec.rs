@@ -37,7 +37,7 @@ pub(super) async fn save(
     for arguments in save_arguments(entered, variant, family) {
         let (program, output) =
             run_variant(entered, variant, family, "save", &arguments, "").await?;
-        printed.extend(check(entered, operation, variant, family, program, output)?);
+        printed.extend(check(operation, variant, family, program, output)?);
     }
     Ok(String::from_utf8_lossy(&printed).into_owned())
 }
@@ -69,7 +69,7 @@ pub(super) async fn restore(
     };
     let (program, output) =
         run_variant(entered, variant, family, "restore", arguments, body).await?;
-    check(entered, operation, variant, family, program, output).map(|_| ())
+    check(operation, variant, family, program, output).map(|_| ())
 }
 
 /// Checks that a variant's programs for this family are installed.
@@ -172,7 +172,6 @@ async fn communicate(
 
 /// The standard output of a successful program.
 fn check(
-    entered: &Entered,
     operation: &'static str,
     variant: Variant,
     family: Family,
@@ -185,7 +184,7 @@ fn check(
     let printed = String::from_utf8_lossy(&output.stderr);
     if printed.contains("Permission denied (you must be root)") {
         // Legacy iptables uses a raw socket, which needs NET_RAW.
-        let raw = variant == Variant::Legacy && !lacks_net_admin(entered);
+        let raw = variant == Variant::Legacy && !lacks_net_admin();
         let capability = if raw { "NET_RAW" } else { "NET_ADMIN" };
         return Err(InterceptionError::NotPermitted { operation, capability });
     }

@@ -7,8 +7,8 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, Error, FromArgMatches};
 use underpass_config::Settings;
 
-use crate::cli::CommandError;
 use crate::cli::run::SettingsArguments;
+use crate::process::command_error::CommandError;
 
 /// A flag with a value: its name, the keys that it sets, what it takes, what it is for.
 type Valued = (&'static str, &'static [&'static str], &'static str, &'static str);

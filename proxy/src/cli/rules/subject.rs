@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use underpass_config::Settings;
 
 use super::options::RuleOptions;
-use crate::cli::CommandError;
+use crate::process::command_error::CommandError;
 use crate::process::instance;
 use crate::process::instance::Running;
 

@@ -8,7 +8,8 @@ use underpass_interception::{Difference, Effect, ForeignRule};
 use super::options::RuleOptions;
 use super::subject::{Source, Subject};
 use super::{Output, differences, prepare, print_json};
-use crate::cli::{CommandError, print};
+use crate::cli::print;
+use crate::process::command_error::CommandError;
 
 /// What the comparison found.
 struct Outcome {

@@ -4,6 +4,7 @@ use underpass_config::Mesh;
 
 use super::*;
 use crate::decide::connection_registry::Terminated;
+use crate::decide::subject::Principal;
 use crate::node::testing::{self, pod};
 
 const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";

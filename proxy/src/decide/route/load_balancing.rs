@@ -7,20 +7,11 @@ use std::sync::Arc;
 use underpass_config::{Endpoint, LoadBalancingMode, Name, Scope, Service, Workload};
 
 use super::{Caller, RouteError, Unfit};
-use crate::decide::endpoint_health::EndpointHealth;
+use crate::decide::endpoint_health::{EndpointHealth, EndpointKey};
 
 /// How often endpoints are drawn from all of them before they are looked at one by one. Two draws do unless many cannot be
 /// taken or are not the nearest, or one has almost all of the capacity.
 const DRAWS: usize = 32;
-
-/// An endpoint: a workload and the port at which it serves.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct EndpointKey {
-    /// The workload's.
-    pub(crate) uid: Name,
-    /// The endpoint's own port, not the service's.
-    pub(crate) port: u16,
-}
 
 /// What a choice depends on beside the mesh.
 pub(crate) trait Choose {

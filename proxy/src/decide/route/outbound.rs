@@ -10,8 +10,9 @@ use underpass_config::{
 };
 use underpass_interception::OriginalDestination;
 
-use super::load_balancing::{self, Choose, EndpointKey, Purpose};
+use super::load_balancing::{self, Choose, Purpose};
 use super::{Authority, Caller, ForwardVia, NextHop, Route, RouteError, Target, Unfit};
+use crate::decide::endpoint_health::EndpointKey;
 
 /// The routes to a destination, best first.
 #[derive(Debug)]

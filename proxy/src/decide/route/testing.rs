@@ -18,7 +18,8 @@ use underpass_config::{
 use underpass_interception::OriginalDestination;
 
 use super::outbound::route;
-use super::{Authority, Caller, Choose, EndpointKey, ForwardVia, NextHop, Route, RouteError};
+use super::{Authority, Caller, Choose, ForwardVia, NextHop, Route, RouteError};
+use crate::decide::endpoint_health::EndpointKey;
 
 /// The mesh that `text` describes.
 pub(super) fn mesh(text: &str) -> Mesh {

@@ -6,10 +6,11 @@ use std::pin::pin;
 use std::task::Poll;
 
 use super::*;
-use crate::decide::policy::{Decision, Subject};
+use crate::decide::subject::{Decision, Subject};
 use crate::error::ProxyError;
 use crate::node::testing::{node_in, pod, snapshot};
-use crate::node::{Seat, Worker};
+use crate::node::worker::Worker;
+use crate::node::worker::seat::Seat;
 
 const GENERATIONS: u16 = 40;
 /// For each port that some generation denies, on each worker.

@@ -180,7 +180,7 @@ mod tests {
     use tokio::time::advance;
     use underpass_config::SpiffeId;
 
-    use super::super::series::KnownSeries;
+    use super::super::known::KnownSeries;
     use super::*;
     use crate::error::ResponseFlags;
     use crate::observe::party::Party;

@@ -1,48 +1,43 @@
 //! The counters of connections: ztunnel's `istio_tcp_*` with their labels.
 //!
 //! A [`Series`] is all counters of one set of labels. To find one takes longer than all else that
-//! is counted for a connection, so each worker caches what it has found ([`KnownSeries`]). The
+//! is counted for a connection, so each worker caches what it has found (`known.rs`). The
 //! cache holds a series weakly: one that `registry.rs` has expired is found there no more, and the
 //! next connection registers it again.
 
-use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::hash::{Hash, Hasher};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use foldhash::fast::RandomState;
 use underpass_config::{Name, Service, SpiffeId, Workload};
 
-use super::registry::SeriesRegistry;
 use crate::error::ResponseFlags;
 use crate::observe::party::{Direction, Party};
 
 /// The value of a label whose value is not known; ztunnel's word.
 const UNKNOWN: &str = "unknown";
-/// How many series a worker caches, some 200 bytes each. With more, the cache starts again.
-const CACHED_AT_MOST: usize = 1024;
 
 /// What the labels of a connection are made from. Workloads and services are compared by address:
 /// they are held, so that no other value has it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Labels {
     pub(super) direction: Direction,
-    source: Side,
-    destination: Side,
-    service: Value<Service>,
+    pub(super) source: Side,
+    pub(super) destination: Side,
+    pub(super) service: Value<Service>,
     pub(super) mutual_tls: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Side {
+pub(super) struct Side {
     workload: Value<Workload>,
     identity: Option<SpiffeId>,
 }
 
 /// Compared by its address.
 #[derive(Debug, Clone)]
-struct Value<T>(Option<Arc<T>>);
+pub(super) struct Value<T>(Option<Arc<T>>);
 
 impl<T> Value<T> {
     fn address(&self) -> Option<*const T> {
@@ -164,7 +159,7 @@ impl Side {
 }
 
 /// Appends a label.
-fn put(text: &mut String, name: &str, value: Option<&str>) {
+pub(super) fn put(text: &mut String, name: &str, value: Option<&str>) {
     let value = value.filter(|value| !value.is_empty()).unwrap_or(UNKNOWN);
     if !text.is_empty() {
         text.push(',');
@@ -180,47 +175,6 @@ fn put(text: &mut String, name: &str, value: Option<&str>) {
         }
     }
     text.push('"');
-}
-
-/// The series that one worker has counted in, which it finds without the registry's lock.
-#[derive(Debug, Default)]
-pub(crate) struct KnownSeries {
-    registry: Arc<SeriesRegistry>,
-    /// Only its worker's thread ever locks it.
-    cached: Mutex<HashMap<Labels, Weak<Series>, RandomState>>,
-}
-
-impl KnownSeries {
-    pub(crate) fn new(registry: Arc<SeriesRegistry>) -> Self {
-        Self { registry, cached: Mutex::default() }
-    }
-
-    /// The series of these labels. A caller that counts in it holds it, so that it does not expire.
-    pub(crate) fn get(&self, labels: Labels) -> Arc<Series> {
-        let mut cached = self.lock();
-        if let Some(series) = cached.get(&labels).and_then(Weak::upgrade) {
-            return series;
-        }
-        let series = self.registry.get(&labels);
-        // An overflow series is looked up again: there may be room for its own by then.
-        if !series.is_overflow() {
-            if cached.len() >= CACHED_AT_MOST {
-                cached.clear();
-            }
-            cached.insert(labels, Arc::downgrade(&series));
-        }
-        series
-    }
-
-    /// Clears the cache, and releases the mesh that its keys are of.
-    pub(crate) fn forget(&self) {
-        self.lock().clear();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<Labels, Weak<Series>, RandomState>> {
-        // The cache is whole at any time.
-        self.cached.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// The counters of the connections with the same labels.
@@ -389,55 +343,5 @@ impl ByFlags {
 
     fn sum(&self) -> u64 {
         self.all().map(|(_, count)| count).sum()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use underpass_config::Mesh;
-
-    use super::*;
-
-    /// As a state of the mesh has it.
-    fn workload() -> Arc<Workload> {
-        let mesh = Mesh::from_text("mesh", "workloads: [{name: a, workloadIps: [10.0.0.1]}]");
-        mesh.unwrap().workloads()[0].clone()
-    }
-
-    fn to(workload: &Arc<Workload>) -> Labels {
-        let destination = Party { workload: Some(workload.clone()), ..Party::default() };
-        Labels::new(Direction::Outbound, &Party::default(), &destination, None, true)
-    }
-
-    #[test]
-    fn series_is_shared_by_connections_with_equal_labels() {
-        let known = KnownSeries::default();
-        let (here, again) = (workload(), workload());
-        let first = known.get(to(&here));
-        assert!(Arc::ptr_eq(&first, &known.get(to(&here))));
-        assert!(Arc::ptr_eq(&first, &known.get(to(&again))), "the same labels of another mesh");
-        let plain = Labels { mutual_tls: false, ..to(&here) };
-        assert!(!Arc::ptr_eq(&first, &known.get(plain)));
-        let Labels { source, destination, .. } = to(&here);
-        let back = Labels { source: destination, destination: source, ..to(&here) };
-        assert!(!Arc::ptr_eq(&first, &known.get(back)));
-    }
-
-    #[test]
-    fn cache_is_bounded_and_releases_old_mesh() {
-        let known = KnownSeries::default();
-        let workloads: Vec<_> = (0..=CACHED_AT_MOST).map(|_| workload()).collect();
-        workloads.iter().for_each(|one| drop(known.get(to(one))));
-        assert_eq!(known.lock().len(), 1);
-        known.forget();
-        assert!(workloads.iter().all(|one| Arc::strong_count(one) == 1));
-    }
-
-    #[test]
-    fn label_values_are_escaped() {
-        let mut text = String::new();
-        put(&mut text, "one", Some("a\"b\\c\nd"));
-        put(&mut text, "two", None);
-        assert_eq!(text, r#"one="a\"b\\c\nd",two="unknown""#);
     }
 }

@@ -6,63 +6,8 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 
 use super::splice::Splice;
-use super::tcp::Tcp;
+use super::{Sink, Source};
 use crate::error::ProxyError;
-
-/// The connection or stream on one side of a relay.
-pub(super) trait Side<'a> {
-    /// Ready when this side was aborted: for a side that is neither read nor written at the moment.
-    fn poll_aborted(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError>;
-
-    /// Ready when the peer of this side is no longer trusted.
-    fn poll_revoked(&mut self, _: &mut Context<'_>) -> Poll<ProxyError> {
-        Poll::Pending
-    }
-
-    /// Closes this side cleanly after both directions have ended, and aborts it after an error.
-    fn close(&mut self, outcome: &Result<(), ProxyError>);
-
-    /// The TCP connection, if this is one: only that can be spliced and probed.
-    fn as_tcp(&mut self) -> Option<&mut Tcp<'a>> {
-        None
-    }
-}
-
-/// A side that bytes are read from.
-pub(super) trait Source<'a>: Side<'a> {
-    /// The next bytes, never empty; `None` after a clean end (FIN, END_STREAM).
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ProxyError>>;
-
-    /// Whether a clean end is known to follow the bytes that were read last. Such an end is sent
-    /// with them, and saves a packet and a wake-up on both sides.
-    fn is_at_end(&self) -> bool;
-}
-
-/// A side that bytes are written to.
-pub(super) trait Sink<'a>: Side<'a> {
-    /// Takes bytes from the front of `data`, which is not empty, and returns how many. After the
-    /// `last` data only [`Sink::finish`] follows.
-    fn poll_write(
-        &mut self,
-        cx: &mut Context<'_>,
-        data: &mut Bytes,
-        last: bool,
-    ) -> Poll<Result<usize, ProxyError>>;
-
-    /// Sends bytes that were taken and are held back, once they are due. Called when there is
-    /// nothing to write.
-    fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {
-        Poll::Ready(Ok(()))
-    }
-
-    /// Ends this direction cleanly (FIN, END_STREAM).
-    fn finish(&mut self) -> Result<(), ProxyError>;
-}
-
-/// A side of a connection, which is the source of one direction and the sink of the other.
-pub(super) trait Endpoint<'a>: Source<'a> + Sink<'a> {}
-
-impl<'a, T: Source<'a> + Sink<'a>> Endpoint<'a> for T {}
 
 /// One direction of a connection.
 #[derive(Default)]

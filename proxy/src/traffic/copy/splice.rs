@@ -11,7 +11,7 @@ use std::task::{Context, Poll, ready};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 use tokio::io::Interest;
 
-use super::direction::Side as _;
+use super::Side as _;
 use super::tcp::Tcp;
 use crate::error::ProxyError;
 use crate::limits::{Buffers, FdPermit};

@@ -9,8 +9,8 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use underpass_interception::{end_on_close, end_writing, write_before_end};
 
-use super::direction::{Side, Sink, Source};
 use super::readiness::{aborted, mark_drained, read_pending_end};
+use super::{Side, Sink, Source};
 use crate::error::ProxyError;
 use crate::limits::{BufferShare, Buffers};
 

@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use underpass_hbone::{RevocationSignal, TunnelReader, TunnelStream, TunnelWriter};
 
-use super::direction::{Side, Sink, Source};
+use super::{Side, Sink, Source};
 use crate::error::ProxyError;
 
 pub(super) struct Tunnelled {

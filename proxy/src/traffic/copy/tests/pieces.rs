@@ -6,7 +6,8 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 
-use super::super::direction::{Direction, Side, Sink, Source};
+use super::super::direction::Direction;
+use super::super::{Side, Sink, Source};
 use crate::error::ProxyError;
 
 /// Returns one piece when read, and takes a few bytes per write.

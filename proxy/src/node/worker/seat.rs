@@ -1,5 +1,7 @@
 //! A pod on one worker: the pool of tunnels, and what opens and accepts them.
 
+mod dialer;
+
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -11,15 +13,19 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use underpass_config::{Timeouts, Workload};
 use underpass_hbone::{Acceptor, ClientSettings, Connector, Pool, PoolSettings, ServerSettings};
 
-use super::{CredentialLease, Node, Pod, Worker};
+use self::dialer::TunnelDialer;
 use crate::decide::connection_registry::{ConnectionRegistry, Registration};
 use crate::decide::policy;
-use crate::decide::policy::{Decision, Permit, PolicyContext, Subject};
+use crate::decide::policy::{Permit, PolicyContext};
 use crate::decide::snapshot::Snapshot;
+use crate::decide::subject::{Decision, Subject};
 use crate::error::ProxyError;
+use crate::node::Node;
+use crate::node::identities::CredentialLease;
+use crate::node::pod::Pod;
+use crate::node::worker::Worker;
 use crate::observe::party::{Claim, Party};
-use crate::traffic::accept::Source;
-use crate::traffic::dial::TunnelDialer;
+use crate::traffic::accepted::Source;
 
 /// For how long a pool remembers a failed dial: its longest back-off, and the time in which another
 /// failure makes the next back-off longer (hbone/src/pool/state.rs).

@@ -1,0 +1,84 @@
+//! The facts by which a connection is decided on, and what it was permitted.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use underpass_config::{SpiffeId, TrustDomain};
+use underpass_hbone::PeerIdentity;
+
+/// The facts of a connection that decide whether it is allowed.
+#[derive(Debug)]
+pub(crate) enum Subject {
+    Outbound(Outbound),
+    Inbound(Inbound),
+}
+
+/// A connection that leaves the workload.
+#[derive(Debug)]
+pub(crate) struct Outbound {
+    /// The original destination.
+    pub(crate) asked: SocketAddr,
+    /// The next hop: the application's address, or the address of the tunnel's other end.
+    pub(crate) hop: SocketAddr,
+    /// The identities that the other end of the tunnel may have; `None` for plaintext.
+    pub(crate) peers: Option<Arc<[SpiffeId]>>,
+    /// Whether the address identifies the workload: it is in our network, and no service chose one
+    /// of several workloads that share the address.
+    pub(crate) by_address: bool,
+}
+
+/// A connection that comes to the workload.
+#[derive(Debug)]
+pub(crate) struct Inbound {
+    pub(super) source: SocketAddr,
+    pub(super) destination: SocketAddr,
+    /// The client of a tunnel; `None` for plaintext.
+    pub(super) principal: Option<Principal>,
+}
+
+/// A proven identity, and the aliases of its trust domain that policies may use for it.
+#[derive(Debug, Clone)]
+pub(crate) struct Principal {
+    pub(super) id: SpiffeId,
+    pub(super) aliases: Arc<[TrustDomain]>,
+}
+
+impl From<&PeerIdentity> for Principal {
+    fn from(peer: &PeerIdentity) -> Self {
+        Self { id: peer.spiffe_id().clone(), aliases: peer.aliases().clone() }
+    }
+}
+
+impl Subject {
+    /// A connection from `source` to the application at `destination`; `principal` is proven by the
+    /// tunnel that it came through.
+    pub(crate) fn inbound(
+        source: SocketAddr,
+        destination: SocketAddr,
+        principal: Option<Principal>,
+    ) -> Self {
+        let source = SocketAddr::new(source.ip().to_canonical(), source.port());
+        Self::Inbound(Inbound { source, destination, principal })
+    }
+
+    /// The address that the proxy connects to.
+    pub(crate) fn destination(&self) -> SocketAddr {
+        match self {
+            Self::Outbound(outbound) => outbound.hop,
+            Self::Inbound(inbound) => inbound.destination,
+        }
+    }
+}
+
+/// What a registered connection, tunnel or stream was permitted: nothing, for a tunnel and for a
+/// connection before its first permit. A later permit replaces an earlier one: the connection is
+/// then on its way to another endpoint.
+#[derive(Debug, Default)]
+pub(crate) struct Decision(pub(super) Option<Permitted>);
+
+#[derive(Debug)]
+pub(super) struct Permitted {
+    pub(super) subject: Subject,
+    /// The generation of the mesh that permitted it.
+    pub(super) generation: u64,
+}

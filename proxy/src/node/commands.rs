@@ -1,0 +1,46 @@
+//! Executes the commands of one worker.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::mesh::publish::Reporter;
+use crate::node::assignment::WorkerCommand;
+use crate::node::pod::PodId;
+use crate::node::worker::Worker;
+use crate::traffic::accept::accept_loop;
+
+/// Executes commands until the drain has ended.
+pub(super) async fn execute(
+    worker: Arc<Worker>,
+    mut commands: mpsc::Receiver<WorkerCommand>,
+    reporter: Reporter,
+) {
+    let enforcing = worker.clone();
+    tokio::spawn(async move { enforcing.enforce(&reporter).await });
+    let mut listeners: HashMap<PodId, JoinSet<()>> = HashMap::new();
+    loop {
+        let command = tokio::select! {
+            () = worker.node.drain.ended() => return,
+            Some(command) = commands.recv() => command,
+        };
+        match command {
+            WorkerCommand::Serve(assignment) => worker.serve(assignment),
+            WorkerCommand::AddListener { pod, kind, listener } => {
+                let accepting = listeners.entry(pod.id).or_default();
+                accepting.spawn(accept_loop(worker.clone(), pod, kind, listener));
+            }
+            WorkerCommand::RemoveListeners { pod, removed } => {
+                let mut accepting = listeners.remove(&pod).unwrap_or_default();
+                tokio::spawn(async move {
+                    accepting.shutdown().await;
+                    // Fails if the caller has stopped waiting.
+                    removed.send(()).ok();
+                });
+            }
+            WorkerCommand::CloseTunnels(pod) => worker.close_tunnels(pod),
+        }
+    }
+}

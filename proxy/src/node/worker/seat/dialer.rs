@@ -1,0 +1,107 @@
+//! Opens the connections below the tunnels of a seat.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+use std::task::{Context as TaskContext, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use underpass_hbone::Dial;
+use underpass_interception::end_on_close;
+
+use super::Seat;
+use crate::limits::{FdPermit, HeldTunnel};
+use crate::observe::metrics;
+use crate::observe::metrics::Counted;
+
+/// Opens the connections below the tunnels of one seat, from the sockets of its pod.
+#[derive(Debug)]
+pub(crate) struct TunnelDialer {
+    /// Weak: the seat owns the pool that owns this.
+    seat: Weak<Seat>,
+}
+
+impl TunnelDialer {
+    pub(crate) fn new(seat: Weak<Seat>) -> Self {
+        Self { seat }
+    }
+}
+
+impl Dial for TunnelDialer {
+    type Io = TunnelSocket;
+
+    async fn dial(&self, address: SocketAddr) -> io::Result<TunnelSocket> {
+        // The dial outlives the connection that asked for it, and keeps the seat from here on.
+        let gone = || io::Error::other("no connection of the pod waits for the tunnel any longer");
+        let seat = self.seat.upgrade().ok_or_else(gone)?;
+        let descriptor = seat.pod.limits.hold_outbound();
+        let sockets = &seat.pod.sockets;
+        let stream = tokio::select! {
+            connected = sockets.connect(address) => connected?,
+            () = sockets.closed() => return Err(gone()),
+        };
+        // A connection ends by TLS close_notify, so that closing the socket needs no reset.
+        end_on_close(&stream);
+        let held = seat.node().limits.balance.tunnel(seat.worker.index, address.ip());
+        Ok(TunnelSocket {
+            stream,
+            _descriptor: descriptor,
+            _held: held,
+            _open: metrics::tunnel_open("outbound"),
+            _seat: seat,
+        })
+    }
+}
+
+/// A connection below a tunnel. It keeps the seat whose pool has the tunnel, and counts the tunnel
+/// in the balance.
+#[derive(Debug)]
+pub(crate) struct TunnelSocket {
+    stream: TcpStream,
+    _descriptor: FdPermit,
+    _held: HeldTunnel,
+    _open: Counted,
+    _seat: Arc<Seat>,
+}
+
+impl AsyncRead for TunnelSocket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for TunnelSocket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

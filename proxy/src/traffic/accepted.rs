@@ -1,0 +1,74 @@
+//! A connection between accept(2) and the worker that serves it.
+
+use std::net::{IpAddr, SocketAddr, TcpStream};
+
+use underpass_interception::{OriginalDestination, Ports};
+
+use crate::error::ProxyError;
+use crate::traffic::listeners::Kind;
+
+/// A connection that no runtime knows yet.
+#[derive(Debug)]
+pub(crate) struct Accepted {
+    pub(crate) kind: Kind,
+    pub(crate) stream: TcpStream,
+    pub(crate) client: SocketAddr,
+    /// The address that the client connected to.
+    pub(crate) destination: OriginalDestination,
+}
+
+impl Accepted {
+    /// Refuses a connection without an original destination, and one whose original destination is
+    /// the outbound listener: connecting to that would come back to it, for ever.
+    pub(super) fn new(
+        kind: Kind,
+        stream: TcpStream,
+        client: SocketAddr,
+        ports: Ports,
+    ) -> Result<Self, ProxyError> {
+        let destination = match kind {
+            Kind::Hbone => OriginalDestination::local(&stream),
+            Kind::Outbound | Kind::Plaintext => {
+                OriginalDestination::redirected(&stream, client.ip())
+            }
+        };
+        let destination = destination.map_err(ProxyError::NotCaptured)?;
+        if kind == Kind::Outbound && destination.address().port() == ports.outbound {
+            let here = OriginalDestination::local(&stream).map_err(ProxyError::Client)?;
+            if destination == here {
+                return Err(ProxyError::OwnListener(destination.address()));
+            }
+        }
+        Ok(Self { kind, stream, client, destination })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn testing(kind: Kind, stream: TcpStream, client: SocketAddr) -> Self {
+        let destination = OriginalDestination::local(&stream).expect("an address");
+        Self { kind, stream, client, destination }
+    }
+
+    /// Registers the connection with the runtime of the calling worker.
+    pub(crate) fn register(self) -> Result<Registered, ProxyError> {
+        let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
+        let Self { client, destination, .. } = self;
+        Ok(Registered { stream, client, destination })
+    }
+}
+
+/// The source of a connection that was caught on its way out of the pod.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Source {
+    /// The pod's own workload, from this address of the pod.
+    Own(IpAddr),
+    /// A virtual machine, a container or a client behind the pod.
+    Other,
+}
+
+/// A connection on its worker.
+#[derive(Debug)]
+pub(crate) struct Registered {
+    pub(crate) stream: tokio::net::TcpStream,
+    pub(crate) client: SocketAddr,
+    pub(crate) destination: OriginalDestination,
+}

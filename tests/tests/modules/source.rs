@@ -1,0 +1,180 @@
+//! Reads the files of a crate into modules: what each one defines, imports and declares.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use syn::{Attribute, Item, ItemMod, Meta, UseTree};
+
+/// A module's path from the crate root; the root's is empty.
+pub(crate) type ModulePath = Vec<String>;
+
+/// The modules of a crate, without those of its tests.
+pub(crate) struct Crate {
+    pub(crate) modules: BTreeMap<ModulePath, Module>,
+    /// The product's items of each file, for its paths to be collected.
+    pub(crate) bodies: Vec<Body>,
+}
+
+/// Items of one module, as they stand in a file.
+pub(crate) struct Body {
+    pub(crate) module: ModulePath,
+    pub(crate) items: Vec<Item>,
+}
+
+#[derive(Default)]
+pub(crate) struct Module {
+    /// The file that the module stands in, which for an inline module is that of its parent.
+    pub(crate) file: String,
+    /// Names that the module defines, modules left out.
+    pub(crate) items: BTreeSet<String>,
+    /// Imported names: (name here, path there).
+    pub(crate) imports: Vec<(String, Vec<String>)>,
+    /// Paths of which all names are imported.
+    pub(crate) globs: Vec<Vec<String>>,
+}
+
+impl Crate {
+    /// Of its files: (path below `src`, text).
+    pub(crate) fn parse(files: &[(String, String)]) -> Self {
+        let mut parsed: BTreeMap<ModulePath, (String, Vec<Item>)> = BTreeMap::new();
+        for (file, text) in files {
+            let Some(path) = module_path(file) else { continue };
+            let syntax = syn::parse_file(text).unwrap_or_else(|error| panic!("{file}: {error}"));
+            parsed.insert(path, (file.clone(), syntax.items));
+        }
+        let mut found = Self { modules: BTreeMap::new(), bodies: Vec::new() };
+        found.add(&Vec::new(), &parsed);
+        found
+    }
+
+    /// Adds the module whose file is at `path`, with those that it declares.
+    fn add(&mut self, path: &ModulePath, parsed: &BTreeMap<ModulePath, (String, Vec<Item>)>) {
+        let (file, items) = parsed.get(path).unwrap_or_else(|| panic!("no file for {path:?}"));
+        self.add_items(path, file, items, parsed);
+    }
+
+    fn add_items(
+        &mut self,
+        path: &ModulePath,
+        file: &str,
+        items: &[Item],
+        parsed: &BTreeMap<ModulePath, (String, Vec<Item>)>,
+    ) {
+        let mut module = Module { file: file.to_owned(), ..Module::default() };
+        let product: Vec<Item> =
+            items.iter().filter(|item| !is_test(attributes(item))).cloned().collect();
+        for item in &product {
+            match item {
+                Item::Mod(child) => self.add_child(path, file, child, parsed),
+                Item::Use(import) => module.import(&mut Vec::new(), &import.tree),
+                _ => module.items.extend(name(item)),
+            }
+        }
+        self.modules.insert(path.clone(), module);
+        self.bodies.push(Body { module: path.clone(), items: product });
+    }
+
+    fn add_child(
+        &mut self,
+        path: &ModulePath,
+        file: &str,
+        child: &ItemMod,
+        parsed: &BTreeMap<ModulePath, (String, Vec<Item>)>,
+    ) {
+        let moved = child.attrs.iter().any(|attribute| attribute.path().is_ident("path"));
+        assert!(!moved, "{file}: #[path] hides where a module is");
+        let path = [path.as_slice(), &[child.ident.to_string()]].concat();
+        match &child.content {
+            None => self.add(&path, parsed),
+            Some((_, items)) => self.add_items(&path, file, items, parsed),
+        }
+    }
+}
+
+impl Module {
+    /// Adds an import, also one that stands inside of a function: its name is taken to be the
+    /// module's.
+    pub(crate) fn import(&mut self, prefix: &mut Vec<String>, tree: &UseTree) {
+        for (name, path) in imports(prefix, tree) {
+            match name {
+                Some(name) => self.imports.push((name, path)),
+                None => self.globs.push(path),
+            }
+        }
+    }
+}
+
+/// What a `use` imports: the name here, none for all names, and the path there.
+pub(crate) fn imports(prefix: &[String], tree: &UseTree) -> Vec<(Option<String>, Vec<String>)> {
+    let with = |name: &syn::Ident| [prefix, &[name.to_string()]].concat();
+    match tree {
+        UseTree::Path(path) => imports(&with(&path.ident), &path.tree),
+        UseTree::Name(name) if name.ident == "self" => {
+            vec![(prefix.last().cloned(), prefix.to_vec())]
+        }
+        UseTree::Name(name) => vec![(Some(name.ident.to_string()), with(&name.ident))],
+        UseTree::Rename(rename) if rename.ident == "self" => {
+            vec![(Some(rename.rename.to_string()), prefix.to_vec())]
+        }
+        UseTree::Rename(rename) => vec![(Some(rename.rename.to_string()), with(&rename.ident))],
+        UseTree::Glob(_) => vec![(None, prefix.to_vec())],
+        UseTree::Group(group) => {
+            group.items.iter().flat_map(|tree| imports(prefix, tree)).collect()
+        }
+    }
+}
+
+/// The module that a file is; none for a program's `main.rs`, which uses the library as others do.
+fn module_path(file: &str) -> Option<ModulePath> {
+    match file.strip_suffix(".rs")? {
+        "main" => None,
+        "lib" => Some(Vec::new()),
+        path => Some(path.split('/').map(str::to_owned).collect()),
+    }
+}
+
+/// Whether an item is compiled for tests only.
+pub(crate) fn is_test(attributes: &[Attribute]) -> bool {
+    attributes.iter().any(|attribute| match &attribute.meta {
+        Meta::List(list) if list.path.is_ident("cfg") => {
+            let condition = list.tokens.to_string();
+            let negated = condition.replace(' ', "").contains("not(test");
+            let words = condition.split(|c: char| !c.is_alphanumeric() && c != '_');
+            !negated && words.into_iter().any(|word| word == "test")
+        }
+        meta => meta.path().is_ident("test"),
+    })
+}
+
+pub(crate) fn attributes(item: &Item) -> &[Attribute] {
+    match item {
+        Item::Const(item) => &item.attrs,
+        Item::Enum(item) => &item.attrs,
+        Item::Fn(item) => &item.attrs,
+        Item::Impl(item) => &item.attrs,
+        Item::Macro(item) => &item.attrs,
+        Item::Mod(item) => &item.attrs,
+        Item::Static(item) => &item.attrs,
+        Item::Struct(item) => &item.attrs,
+        Item::Trait(item) => &item.attrs,
+        Item::Type(item) => &item.attrs,
+        Item::Union(item) => &item.attrs,
+        Item::Use(item) => &item.attrs,
+        _ => &[],
+    }
+}
+
+fn name(item: &Item) -> Option<String> {
+    let ident = match item {
+        Item::Const(item) => &item.ident,
+        Item::Enum(item) => &item.ident,
+        Item::Fn(item) => &item.sig.ident,
+        Item::Macro(item) => item.ident.as_ref()?,
+        Item::Static(item) => &item.ident,
+        Item::Struct(item) => &item.ident,
+        Item::Trait(item) => &item.ident,
+        Item::Type(item) => &item.ident,
+        Item::Union(item) => &item.ident,
+        _ => return None,
+    };
+    Some(ident.to_string())
+}
