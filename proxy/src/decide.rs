@@ -1,4 +1,4 @@
-//! Where a connection goes, and whether it may.
+//! Decides where a connection goes, and whether it is allowed.
 
 pub(crate) mod authorization;
 pub(crate) mod connection_registry;

@@ -1,5 +1,5 @@
-//! What connections may hold: connections, descriptors, tunnels, handshakes and buffers. All are
-//! counted by [`Budget`]s: a total of the node, a share for each pod and for each source address.
+//! Limits of connections, descriptors, tunnels, handshakes and buffers. [`Budget`]s count them: a
+//! total for the node, and a share for each pod and each source address.
 //!
 //! ```text
 //! descriptors   node ─ pod ─ outbound | inbound ─ source      fair at every level
@@ -11,8 +11,8 @@
 //! ```
 //!
 //! A connection or stream is admitted once and then holds one [`Ticket`], which counts it
-//! everywhere until it is dropped. What is refused at accept is not logged by itself: a storm of
-//! connections must not become one of log lines.
+//! everywhere until it is dropped. Refusals at accept are logged together once a second, so that
+//! many connections do not cause many log lines.
 
 mod admission;
 mod balance;
@@ -40,10 +40,10 @@ use self::refusal::Refusals;
 use crate::admin::endpoints::Readiness;
 use crate::observe::metrics;
 
-/// Assumed to be open if the process cannot look: more than at its start.
-const SURELY_OPEN: usize = 64;
+/// The assumed number of open files if the process cannot read it: more than at its start.
+const ASSUMED_OPEN: usize = 64;
 
-/// The budgets of the node. Cheap to clone; clones count together.
+/// The budgets of the node. Clones share the counts.
 #[derive(Debug, Clone)]
 pub(crate) struct Limits {
     pub(crate) accepts_per_second: Option<u32>,
@@ -60,12 +60,12 @@ pub(crate) struct Limits {
 }
 
 impl Limits {
-    /// The budgets of a process with so many workers.
+    /// The budgets of a process with this number of workers.
     pub(crate) fn new(settings: &underpass_config::Limits, workers: usize) -> Self {
-        // The start has raised it already, and failed if it could not.
+        // The start has already raised the limit, or failed.
         let limit = raise_open_files().unwrap_or(u64::MAX);
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let open = fs::read_dir("/proc/self/fd").map_or(SURELY_OPEN, Iterator::count);
+        let open = fs::read_dir("/proc/self/fd").map_or(ASSUMED_OPEN, Iterator::count);
         let descriptors = Descriptors::new(limit, open, workers);
         let balance = Balance::new(workers, settings.connections_per_worker);
         let per_identity = settings.tunnels_per_identity.unwrap_or(usize::MAX);
@@ -84,19 +84,19 @@ impl Limits {
         }
     }
 
-    /// One more tunnel of `identity`, after its handshake.
+    /// Counts a tunnel of `identity`, after its handshake.
     pub(crate) fn admit_identity(&self, identity: &SpiffeId) -> Result<Share, Refusal> {
         self.identities.take(identity.clone()).map_err(|_| Refusal::TunnelIdentity)
     }
 
-    /// Counts a connection that was refused without an answer.
+    /// Counts a connection that was refused without a response.
     pub(crate) fn refused(&self, refusal: Refusal, listener: &'static str) {
         metrics::connection_refused(refusal.limit(), listener);
         self.refusals.add(refusal);
     }
 
-    /// Reports to the log what was refused, and to log and probes whether accepting pauses; for
-    /// ever.
+    /// Logs refusals, and reports pauses of accepting to the log and the readiness probe. Runs
+    /// forever.
     pub(crate) async fn report(&self, readiness: Readiness) {
         tokio::join!(self.refusals.report(), self.descriptors.report(&readiness));
     }

@@ -1,4 +1,4 @@
-//! What is recorded of a connection: access log and metrics.
+//! Access log and metrics of connections.
 
 pub(crate) mod metrics;
 pub(crate) mod party;

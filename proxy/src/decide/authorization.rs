@@ -1,7 +1,6 @@
-//! Whether a workload takes a connection: the order in which its policies are asked.
+//! Evaluates the authorization policies of a workload for an inbound connection, in Istio's order.
 //!
-//! Not here: what a policy matches (the config crate), where the connection is going (routing), and whether it may be in plain
-//! (`proxy.mtls`).
+//! The config crate matches single policies; `proxy.mtls` decides on plaintext.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,30 +8,30 @@ use std::sync::Arc;
 use thiserror::Error;
 use underpass_config::{Connection, Policy, PolicyAction, PolicySet};
 
-/// Why a connection is not taken.
+/// Why a connection is denied.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(crate) enum Denial {
     /// A policy denies it.
     #[error("explicitly denied by: {0}")]
     By(Arc<Policy>),
-    /// There are policies that allow some connections, and this is none of them.
+    /// There are ALLOW policies, and none matches.
     #[error("allow policies exist, but none allowed")]
     NotAllowed,
 }
 
-/// What a policy would do if it were not a dry run.
+/// The decision of a dry-run policy, which is not enforced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum DryRun {
-    /// It would deny the connection.
+    /// A DENY policy matches.
     Denied(Arc<Policy>),
-    /// It would allow it.
+    /// An ALLOW policy matches.
     Allowed(Arc<Policy>),
-    /// It, and others like it, would allow other connections, and so deny this one.
+    /// There are ALLOW policies, and none matches.
     NotAllowed,
 }
 
-/// Decides as Istio documents it (AuthorizationPolicy, "Authorization Policy"): whatever is denied is not taken; else, if anything is
-/// allowed by name, nothing else is. Dry-run policies decide nothing.
+/// Decides as Istio documents it (AuthorizationPolicy): a matching DENY policy denies; otherwise,
+/// if there are ALLOW policies, one must match. Dry-run policies are not enforced.
 pub(crate) fn decide(policies: PolicySet<'_>, connection: &Connection<'_>) -> Result<(), Denial> {
     if let Some(policy) = denying(policies, connection) {
         return Err(Denial::By(policy.clone()));
@@ -44,7 +43,8 @@ pub(crate) fn decide(policies: PolicySet<'_>, connection: &Connection<'_>) -> Re
     Err(Denial::NotAllowed)
 }
 
-/// What dry-run policies would have done, in ztunnel's order: one that would allow is not asked about what is denied anyway.
+/// The decisions of dry-run policies in ztunnel's order: ALLOW policies are skipped if an enforced
+/// policy denies.
 pub(crate) fn dry_run(policies: PolicySet<'_>, connection: &Connection<'_>) -> Vec<DryRun> {
     let matching = |action| {
         policies.dry_run(action).filter(|policy| policy.matches(connection)).map(Arc::clone)

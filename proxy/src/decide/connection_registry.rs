@@ -10,7 +10,7 @@
 //! ```
 //!
 //! `terminate` only marks connections, which is fast; `end` wakes them a few at a time, because
-//! closing their sockets is not. Not here: what is allowed (`policy.rs`).
+//! closing their sockets is not. `policy.rs` decides which connections are allowed.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -27,11 +27,11 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::error::ProxyError;
 
-/// How many connections are checked before the worker's other tasks run: some hundreds of
+/// The number of connections to check before the worker's other tasks run: some hundreds of
 /// microseconds.
 const CHECK_AT_ONCE: usize = 256;
-/// How many terminated connections are woken before the worker's other tasks run. Each closes two
-/// sockets and writes a log line, some tens of microseconds.
+/// The number of terminated connections to wake before the worker's other tasks run. Each closes
+/// two sockets and writes a log line: some tens of microseconds.
 const WAKE_AT_ONCE: usize = 32;
 /// How long terminated connections may take to end before that is reported as an error.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
@@ -57,13 +57,13 @@ impl<T> Registries<T> {
         std::iter::once(&self.first).chain(&self.others)
     }
 
-    /// How many connections, tunnels and streams are open.
+    /// The number of open connections, tunnels and streams.
     pub(crate) fn open(&self) -> usize {
         self.all().map(|registry| registry.open()).sum()
     }
 
-    /// Terminates every connection, and every later one from its start. Waits until those that are
-    /// open have ended.
+    /// Terminates all open connections, and every later one when it is registered. Waits for the
+    /// end of the open ones.
     pub(crate) async fn close(&self, reason: fn() -> ProxyError) {
         let mut terminated = Terminated::default();
         for registry in self.all() {
@@ -73,9 +73,9 @@ impl<T> Registries<T> {
         terminated.end().await;
     }
 
-    /// Resolves when none is open.
+    /// Resolves when no connection is open on any worker.
     pub(crate) async fn all_ended(&self) {
-        // A worker may register a connection with another one's registry after that one was empty.
+        // A worker may register a connection with another worker's registry that was empty before.
         while self.open() > 0 {
             for registry in self.all() {
                 registry.all_ended().await;
@@ -84,11 +84,12 @@ impl<T> Registries<T> {
     }
 }
 
-/// The open connections of a pod on a worker, each with a `T` that decides whether it is terminated.
+/// The open connections of a pod on a worker, each with a `T` that decides whether it is
+/// terminated.
 #[derive(Debug)]
 pub(crate) struct ConnectionRegistry<T> {
-    /// Locked by the worker's thread, by a worker that accepts a connection for that one, and by
-    /// the control thread when the pod drains.
+    /// Locked by the worker's thread, by a worker that assigns a connection to it, and by the
+    /// control thread during a drain.
     connections: Mutex<Connections<T>>,
     ended: Notify,
 }
@@ -96,7 +97,7 @@ pub(crate) struct ConnectionRegistry<T> {
 #[derive(Debug)]
 struct Connections<T> {
     open: Slab<Connection<T>>,
-    /// Why later connections are terminated from their start, if they are.
+    /// If set, the registry terminates later connections on registration, for this reason.
     closed: Option<fn() -> ProxyError>,
     /// Whether a task waits for the end of the last connection.
     awaited: bool,
@@ -131,7 +132,7 @@ impl<T> ConnectionRegistry<T> {
         Registration { registry: self.clone(), key, termination: Termination(state) }
     }
 
-    /// How many connections are open.
+    /// The number of open connections.
     pub(crate) fn open(&self) -> usize {
         self.lock().open.len()
     }
@@ -151,7 +152,7 @@ impl<T> ConnectionRegistry<T> {
         }
     }
 
-    /// Terminates every connection that `check` does not allow: it moves no byte from then on.
+    /// Terminates every connection that `check` does not allow: it forwards no more bytes.
     pub(crate) async fn terminate(
         &self,
         terminated: &mut Terminated,
@@ -164,8 +165,7 @@ impl<T> ConnectionRegistry<T> {
         }
     }
 
-    /// Checks some connections from the key `next` on. Returns the key to go on with, `None` at the
-    /// end.
+    /// Checks some connections from the key `next` on. Returns the next key; `None` at the end.
     fn terminate_some(
         &self,
         next: usize,
@@ -189,7 +189,7 @@ impl<T> ConnectionRegistry<T> {
     }
 
     fn lock(&self) -> MutexGuard<'_, Connections<T>> {
-        // Every change is complete before anything can panic.
+        // No code panics between related changes, so the state is consistent after a panic.
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -199,17 +199,17 @@ impl<T> ConnectionRegistry<T> {
 #[must_use = "terminated connections wait to be woken"]
 pub(crate) struct Terminated {
     marked: Vec<Arc<TerminationState>>,
-    /// Counts those that have not ended.
+    /// Counts the connections that have not ended.
     ending: TaskTracker,
 }
 
 impl Terminated {
-    /// How many there are.
+    /// The number of terminated connections.
     pub(crate) fn count(&self) -> usize {
         self.marked.len()
     }
 
-    /// Wakes them, a few at a time, and waits until all have ended.
+    /// Wakes the connections, a few at a time, and waits until all have ended.
     pub(crate) async fn end(self) {
         let Self { marked, ending } = self;
         ending.close();
@@ -232,14 +232,14 @@ pub(crate) struct Registration<T> {
 }
 
 impl<T> Registration<T> {
-    /// Changes what decides whether the connection is terminated.
+    /// Changes the subject, which later checks use.
     pub(crate) fn update(&self, change: impl FnOnce(&mut T)) {
         if let Some(connection) = self.registry.lock().open.get_mut(self.key) {
             change(&mut connection.subject);
         }
     }
 
-    /// What tells the connection that it is terminated.
+    /// The connection's handle for its termination.
     pub(crate) fn termination(&self) -> &Termination {
         &self.termination
     }
@@ -251,7 +251,7 @@ impl<T> Drop for Registration<T> {
         let ended = connections.open.try_remove(self.key);
         let report = connections.awaited && connections.open.is_empty();
         drop(connections);
-        // Not under the lock: it may be the last owner of its pod.
+        // Drop outside the lock: this may be the last owner of the pod.
         drop(ended);
         if report {
             self.registry.ended.notify_waiters();
@@ -259,13 +259,13 @@ impl<T> Drop for Registration<T> {
     }
 }
 
-/// Tells a connection that it is terminated, and why.
+/// Reports to a connection that it is terminated, and the reason.
 #[derive(Debug)]
 pub(crate) struct Termination(Arc<TerminationState>);
 
 impl Termination {
     /// Runs `work` unless the connection is terminated, which is checked first at every poll. The
-    /// caller pins `work`: a future that is moved into another one takes its size twice.
+    /// caller pins `work`: moving it into this future would double its size.
     pub(crate) async fn or_terminate<T>(
         &self,
         mut work: impl Future<Output = Result<T, ProxyError>> + Unpin,
@@ -277,7 +277,7 @@ impl Termination {
         .await
     }
 
-    /// Ready with the reason, once, when the connection is terminated.
+    /// Ready with the reason when the connection is terminated; ready once.
     pub(crate) fn poll_terminated(&self, cx: &mut Context<'_>) -> Poll<ProxyError> {
         self.0.waker.register(cx.waker());
         self.0.take_reason().map_or(Poll::Pending, Poll::Ready)
@@ -286,7 +286,7 @@ impl Termination {
 
 #[derive(Debug, Default)]
 struct TerminationState {
-    /// Read at every poll of the connection, so apart from the reason.
+    /// Read at every poll of the connection, so kept outside the mutex of the reason.
     terminated: AtomicBool,
     reason: Mutex<Option<ProxyError>>,
     waker: AtomicWaker,

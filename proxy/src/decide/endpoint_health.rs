@@ -1,6 +1,7 @@
-//! What connections report of endpoints: how many are open, and which endpoints are ejected after a failure to connect.
+//! The health of endpoints: counts open connections and ejects endpoints after a failure to
+//! connect.
 //!
-//! Shared by all workers. Not here: which endpoint is selected (`route/load_balancing.rs`).
+//! Shared by all workers. `route/load_balancing.rs` selects endpoints by it.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,20 +11,20 @@ use std::time::Duration;
 use tokio::time::Instant;
 use underpass_config::Name;
 
-/// An endpoint: a workload and the port at which it serves.
+/// An endpoint: a workload and its port.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct EndpointKey {
-    /// The workload's.
+    /// The UID of the workload.
     pub(crate) uid: Name,
     /// The endpoint's own port, not the service's.
     pub(crate) port: u16,
 }
 
-/// What is known of endpoints. An endpoint without a connection that is not ejected is not remembered.
+/// The health of all endpoints. Endpoints without open connections and ejection have no entry.
 #[derive(Debug, Default)]
 pub(crate) struct EndpointHealth {
     known: Mutex<Known>,
-    /// How many are ejected, to be read without the lock: mostly none.
+    /// The number of ejected endpoints, read without the lock: usually 0.
     ejected_count: AtomicUsize,
 }
 
@@ -31,11 +32,11 @@ pub(crate) struct EndpointHealth {
 struct Known {
     open: HashMap<EndpointKey, u32>,
     ejected: HashMap<EndpointKey, Instant>,
-    /// When the first ejection ends.
+    /// When the next ejection ends.
     next_return: Option<Instant>,
 }
 
-/// An open connection; dropping it closes it.
+/// Counts one open connection until it is dropped.
 #[derive(Debug)]
 pub(crate) struct OpenConnection {
     health: Arc<EndpointHealth>,
@@ -43,7 +44,8 @@ pub(crate) struct OpenConnection {
 }
 
 impl EndpointHealth {
-    /// Counts a connection to `endpoint` until it is dropped; to be called before it is dialled, so that a burst is spread.
+    /// Counts a connection to `endpoint` until the value is dropped. Call it before dialling, so
+    /// that a burst of connections spreads.
     pub(crate) fn open(self: &Arc<Self>, endpoint: EndpointKey) -> OpenConnection {
         let mut known = self.lock();
         let open = known.open.entry(endpoint.clone()).or_default();
@@ -52,7 +54,7 @@ impl EndpointHealth {
         OpenConnection { health: self.clone(), endpoint }
     }
 
-    /// Ejects `endpoint`, which could not be connected to: it is selected last for `pause`.
+    /// Ejects `endpoint` after a failure to connect: it is selected last for `pause`.
     pub(crate) fn eject(&self, endpoint: EndpointKey, pause: Duration) {
         let mut known = self.lock();
         let back = Instant::now() + pause;
@@ -61,7 +63,7 @@ impl EndpointHealth {
         self.ejected_count.store(known.ejected.len(), Ordering::Relaxed);
     }
 
-    /// Ends the ejection of `endpoint`, which was connected to.
+    /// Ends the ejection of `endpoint` after a successful connection.
     pub(crate) fn restore(&self, endpoint: &EndpointKey) {
         if self.ejected_count.load(Ordering::Relaxed) == 0 {
             return;
@@ -76,19 +78,19 @@ impl EndpointHealth {
         self.lock().ejected.contains_key(endpoint)
     }
 
-    /// Whether any endpoint is ejected; cheaper than a look at each.
+    /// Whether any endpoint is ejected; cheaper than a lookup of each.
     pub(crate) fn any_ejected(&self) -> bool {
         self.ejected_count.load(Ordering::Relaxed) > 0
     }
 
-    /// How many connections to `endpoint` are open.
+    /// The number of open connections to `endpoint`.
     pub(crate) fn open_connections(&self, endpoint: &EndpointKey) -> u32 {
         self.lock().open.get(endpoint).copied().unwrap_or_default()
     }
 
-    /// The state without ejections that have ended.
+    /// Locks the state, and ends the ejections that have expired.
     fn lock(&self) -> MutexGuard<'_, Known> {
-        // No code panics while it holds the lock, and counts would be right even then.
+        // No code panics between related changes, so the counts are right after a panic.
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(next) = known.next_return {
             let now = Instant::now();
@@ -170,7 +172,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn endpoint_without_connection_and_ejection_is_forgotten(
+        fn removes_endpoint_without_connection_and_ejection(
             steps in proptest::collection::vec(step(), 0..100),
         ) {
             let builder = &mut tokio::runtime::Builder::new_current_thread();

@@ -2,8 +2,8 @@
 //!
 //! Dialling takes a permit by reference: a path without a decision does not compile. A permit is
 //! noted in the registration of its connection, so that the connection is decided on again whenever
-//! the mesh changes ([`Change`]). Not here: what authorization policies say (`authorization.rs`),
-//! and how connections are terminated (`connection_registry.rs`).
+//! the mesh changes ([`Change`]). `authorization.rs` evaluates authorization policies;
+//! `connection_registry.rs` terminates connections.
 
 mod context;
 
@@ -51,7 +51,7 @@ pub(crate) fn permit<'a>(
     mesh: &watch::Receiver<Arc<Snapshot>>,
     registration: &'a Registration<Decision>,
 ) -> Result<Permit<'a>, ProxyError> {
-    // Borrowed until the permit is noted: a mesh that is published later finds it there.
+    // Hold the borrow until the permit is stored: a later mesh then finds and checks it.
     let current = mesh.borrow();
     check(&subject, &current, &pod.context)?;
     log_dry_run(&subject, &current, &pod.context);
@@ -78,7 +78,7 @@ fn check_outbound(
     snapshot: &Snapshot,
     context: &PolicyContext,
 ) -> Result<(), ProxyError> {
-    // Our own listener on loopback would pass the connection back to us in an endless loop.
+    // Dialling our own loopback listener would loop forever.
     if hop.ip().is_loopback() && is_own_listener(hop.port(), context.ports) {
         return Err(ProxyError::OwnListener(*hop));
     }
@@ -98,7 +98,7 @@ fn check_outbound(
     }
 }
 
-/// Whether the mesh has a service or a workload for a connection.
+/// Whether the mesh has a service or a workload for an outbound connection.
 fn knows(snapshot: &Snapshot, asked: SocketAddr, hop: SocketAddr, own: &WorkloadSettings) -> bool {
     snapshot.mesh.service(&own.network, asked.ip(), &own.namespace).is_some()
         || snapshot.mesh.has_workload(&own.network, hop.ip())
@@ -141,7 +141,7 @@ impl Inbound {
     }
 }
 
-/// Logs what policies in dry run would have done.
+/// Logs the decisions of policies in dry run, which are not enforced.
 fn log_dry_run(subject: &Subject, snapshot: &Snapshot, context: &PolicyContext) {
     let Subject::Inbound(inbound) = subject else { return };
     let local = local(inbound.destination.ip(), snapshot, context);
@@ -179,7 +179,7 @@ fn is_own_listener(port: u16, ports: Ports) -> bool {
     [ports.outbound, ports.inbound, ports.hbone].contains(&port)
 }
 
-/// A change of the mesh: what it means for the open connections of a pod.
+/// A change of the mesh, and the check of a pod's open connections against it.
 #[derive(Debug)]
 pub(crate) struct Change<'a> {
     old: &'a Snapshot,
@@ -194,14 +194,15 @@ impl<'a> Change<'a> {
         Self { old, new, context, touched: HashMap::new() }
     }
 
-    /// Checks whether the new mesh still allows a connection. One without a permit gets it by a
-    /// mesh that is at least as new.
+    /// Checks whether the new mesh still allows a connection. A connection without a permit will
+    /// get it from this mesh or a newer one.
     pub(crate) fn check(&mut self, Decision(permitted): &Decision) -> Result<(), ProxyError> {
         let Some(Permitted { subject, generation }) = permitted else { return Ok(()) };
         if *generation >= self.new.generation {
             return Ok(());
         }
-        // A mesh between the two permitted it: the old one never decided on it.
+        // If not, a mesh between the two permitted the connection, and the old one never checked
+        // it.
         let by_old = *generation <= self.old.generation;
         match subject {
             Subject::Inbound(inbound) if by_old && !self.touches(inbound.destination.ip()) => {

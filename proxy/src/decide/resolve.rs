@@ -1,6 +1,7 @@
-//! Addresses of workloads that have only a hostname: the system's resolver, and what it said lately.
+//! Resolves the hostnames of workloads without an address: asks the system's resolver and caches
+//! its answers.
 //!
-//! Not here: the DNS proxy for applications.
+//! The DNS proxy for applications is not part of this.
 
 #[cfg(test)]
 mod tests;
@@ -21,17 +22,18 @@ use underpass_config::{IpFamilies, Name};
 
 use crate::decide::route::NextHop;
 
-/// How long addresses are used. The system's resolver does not tell their TTL; Kubernetes' and AWS's names have 30 s or more.
+/// How long addresses are fresh. The system's resolver reports no TTL; names of Kubernetes and AWS
+/// have 30 s or more.
 const FRESH: Duration = Duration::from_secs(30);
-/// How long a failure is repeated without asking again: long enough to spare a resolver in trouble, short enough not to be noticed
-/// after it.
+/// How long a failure is cached: spares an overloaded resolver, and delays recovery only briefly.
 const FAILED: Duration = Duration::from_secs(2);
-/// How long addresses are used after that if none can be had: as long as somebody may need to repair a resolver. RFC 8767
-/// section 5 allows days, but addresses of workloads change hands sooner.
+/// How long expired addresses are used while lookups fail: time to repair a resolver. RFC 8767
+/// section 5 allows days, but addresses of workloads are reassigned sooner.
 const STALE: Duration = Duration::from_mins(15);
-/// How long a connection waits for fresh addresses while there are stale ones (RFC 8767 section 5: client response timer).
+/// How long a connection waits for a lookup while it has stale addresses (RFC 8767 section 5:
+/// client response timer).
 const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(1800);
-/// How many names are remembered.
+/// The maximum number of cached names.
 const MAX_NAMES: usize = 4096;
 
 /// Why a hostname has no address.
@@ -44,36 +46,36 @@ pub(crate) enum ResolveError {
         after.as_secs_f32()
     )]
     Timeout { hostname: Name, after: Duration },
-    #[error("{hostname} has no address of the family that its service is served in (`ipFamilies`)")]
+    #[error("{hostname} has no address of its service's families (`ipFamilies`)")]
     NoAddress { hostname: Name },
 }
 
-/// How a name is looked up.
+/// Looks up the addresses of a name.
 type Lookup = Box<dyn Fn(Name) -> BoxFuture<'static, Found> + Send + Sync>;
 
-/// What a lookup found, for all who wait for it.
+/// The result of a lookup, shared by all connections that wait for it.
 type Found = Result<Arc<[IpAddr]>, Arc<io::Error>>;
 
-/// Looks hostnames up, one lookup for each name at a time.
+/// Resolves hostnames, with at most one lookup per name at a time.
 pub(crate) struct Resolver {
     lookup: Lookup,
     names: Mutex<HashMap<Name, Entry>>,
 }
 
-/// What is known of one name. Ages count from the beginning of the lookup.
+/// The cached results of one name. Ages count from the start of the lookup.
 struct Entry {
     addresses: Option<(Arc<[IpAddr]>, Instant)>,
     failure: Option<(Arc<io::Error>, Instant)>,
-    /// Goes on when anybody waits for it, whoever has begun it.
+    /// The running lookup. It continues when the connection that started it is closed.
     pending: Option<(Shared<BoxFuture<'static, Found>>, Instant)>,
-    /// When it was last asked for.
+    /// When it was last requested.
     used: Instant,
-    /// How often.
+    /// The number of requests; selects among several addresses in turn.
     turn: usize,
 }
 
 impl Resolver {
-    /// Asks the system's resolver, which blocks, on the threads that `runtime` has for that.
+    /// Asks the system's resolver, which blocks, on the blocking threads of `runtime`.
     pub(crate) fn system(runtime: Handle) -> Self {
         Self::new(move |name| {
             let lookup = runtime.spawn_blocking(move || (&*name, 0).to_socket_addrs());
@@ -90,10 +92,10 @@ impl Resolver {
         Self { lookup: Box::new(lookup), names: Mutex::default() }
     }
 
-    /// The address that `hop` has; connections take turns with several of the same family.
+    /// The address of `hop`. Several addresses of the same family are used in turn.
     ///
     /// # Errors
-    /// Why it has none, after `deadline` at the latest.
+    /// Why it has no address, after `deadline` at the latest.
     pub(crate) async fn resolve(
         &self,
         hop: &NextHop,
@@ -116,17 +118,17 @@ impl Resolver {
         hostname: &Name,
         deadline: Duration,
     ) -> Result<(Arc<[IpAddr]>, usize), ResolveError> {
-        let (turn, pending, stale) = match self.look(hostname) {
-            Look::Known(found, turn) => {
+        let (turn, pending, stale) = match self.look_up(hostname) {
+            CacheLookup::Known(found, turn) => {
                 let failed = |source| ResolveError::Lookup { hostname: hostname.clone(), source };
                 return found.map(|addresses| (addresses, turn)).map_err(failed);
             }
-            Look::Pending { turn, lookup, stale } => (turn, lookup, stale),
+            CacheLookup::Pending { turn, lookup, stale } => (turn, lookup, stale),
         };
-        let patience = if stale.is_some() { deadline.min(ATTEMPT_TIMEOUT) } else { deadline };
-        let error = match timeout(patience, pending.clone()).await {
+        let wait = if stale.is_some() { deadline.min(ATTEMPT_TIMEOUT) } else { deadline };
+        let error = match timeout(wait, pending.clone()).await {
             Ok(found) => {
-                self.keep(hostname, &pending, &found);
+                self.store(hostname, &pending, &found);
                 match found {
                     Ok(addresses) => return Ok((addresses, turn)),
                     Err(source) => ResolveError::Lookup { hostname: hostname.clone(), source },
@@ -137,11 +139,11 @@ impl Resolver {
         stale.map(|addresses| (addresses, turn)).ok_or(error)
     }
 
-    /// What is known of a name, or the lookup that tells.
-    fn look(&self, hostname: &Name) -> Look {
+    /// The cached addresses of a name, or its running lookup.
+    fn look_up(&self, hostname: &Name) -> CacheLookup {
         let now = Instant::now();
         let mut names = self.lock();
-        make_room(&mut names, hostname);
+        evict_oldest(&mut names, hostname);
         let entry = names.entry(hostname.clone()).or_insert_with(|| Entry::new(now));
         entry.used = now;
         entry.turn = entry.turn.wrapping_add(1);
@@ -152,22 +154,22 @@ impl Resolver {
             addresses.map(|(addresses, _)| addresses.clone())
         };
         if let Some(addresses) = known(FRESH) {
-            return Look::Known(Ok(addresses), turn);
+            return CacheLookup::Known(Ok(addresses), turn);
         }
         let stale = known(FRESH + STALE);
         if let Some((error, _)) = entry.failure.as_ref().filter(|(_, since)| within(FAILED)(since))
         {
-            return Look::Known(stale.ok_or_else(|| error.clone()), turn);
+            return CacheLookup::Known(stale.ok_or_else(|| error.clone()), turn);
         }
-        // One that nobody has waited for all the time tells of the past, if it ever ends.
+        // Start again if the lookup is too old: its answer would be stale.
         entry.pending = entry.pending.take().filter(|(_, since)| within(FRESH)(since));
         let (lookup, _) =
             entry.pending.get_or_insert_with(|| ((self.lookup)(hostname.clone()).shared(), now));
-        Look::Pending { turn, lookup: lookup.clone(), stale }
+        CacheLookup::Pending { turn, lookup: lookup.clone(), stale }
     }
 
-    /// Keeps what a lookup found, once.
-    fn keep(&self, hostname: &Name, lookup: &Shared<BoxFuture<'static, Found>>, found: &Found) {
+    /// Caches the result of a lookup, once.
+    fn store(&self, hostname: &Name, lookup: &Shared<BoxFuture<'static, Found>>, found: &Found) {
         let mut names = self.lock();
         let Some(entry) = names.get_mut(hostname) else { return };
         let Some((_, since)) = entry.pending.take_if(|(pending, _)| pending.ptr_eq(lookup)) else {
@@ -183,13 +185,13 @@ impl Resolver {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Name, Entry>> {
-        // No code panics while it holds the lock, and a cache is never worse than its entries.
+        // No code panics while it holds the lock, and every entry is valid by itself.
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The state of a name.
-enum Look {
+/// The state of a name in the cache.
+enum CacheLookup {
     Known(Found, usize),
     Pending { turn: usize, lookup: Shared<BoxFuture<'static, Found>>, stale: Option<Arc<[IpAddr]>> },
 }
@@ -206,8 +208,8 @@ impl fmt::Debug for Resolver {
     }
 }
 
-/// Forgets the name that was not asked for the longest, if `hostname` would be one too many.
-fn make_room(names: &mut HashMap<Name, Entry>, hostname: &Name) {
+/// Evicts the least recently requested name if there is no room for `hostname`.
+fn evict_oldest(names: &mut HashMap<Name, Entry>, hostname: &Name) {
     if names.len() < MAX_NAMES || names.contains_key(hostname) {
         return;
     }
@@ -217,7 +219,7 @@ fn make_room(names: &mut HashMap<Name, Entry>, hostname: &Name) {
     }
 }
 
-/// One of the accepted addresses, in turn; of the preferred family if there is one.
+/// One of the accepted addresses in turn, of the preferred family if there is one.
 fn pick(addresses: &[IpAddr], families: IpFamilies, v6: bool, turn: usize) -> Option<IpAddr> {
     let accepted = || addresses.iter().copied().filter(|address| families.accept(*address));
     let preferred = || accepted().filter(|address| address.is_ipv6() == v6);

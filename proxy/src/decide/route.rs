@@ -1,6 +1,8 @@
-//! Where a caught connection goes: pure functions of its original destination and a snapshot of the mesh.
+//! Routes caught connections: pure functions of the original destination and a snapshot of the
+//! mesh.
 //!
-//! Not here: whether it may go there (`policy.rs`), looking hostnames up (`resolve.rs`), and going there (`outbound.rs`).
+//! Authorization is in `policy.rs`, hostname lookup in `resolve.rs`, and dialling in
+//! `traffic/outbound.rs`.
 
 mod error;
 mod inbound;
@@ -21,52 +23,54 @@ use std::sync::Arc;
 use crate::decide::endpoint_health::EndpointKey;
 use underpass_config::{IpFamilies, Name, Service, SpiffeId, Workload};
 
-pub(crate) use error::{RouteError, Unfit};
+pub(crate) use error::{RouteError, Unusable};
 pub(crate) use inbound::{InboundTarget, inbound};
 #[cfg(test)]
 pub(crate) use load_balancing::Choose;
 pub(crate) use load_balancing::EndpointSelector;
 pub(crate) use outbound::{Alternatives, outbound};
 
-/// Who opened a connection that goes out.
+/// The client of an outbound connection.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Caller<'a> {
-    /// The network in which the destination's address means something.
+    /// The network of the destination's address; networks may use the same addresses.
     pub(crate) network: &'a str,
-    /// The namespace that decides which services it can see.
+    /// The client's namespace, which determines the visible services.
     pub(crate) namespace: &'a str,
-    /// What the mesh knows of it.
+    /// The client's workload in the mesh, if there is one.
     pub(crate) workload: Option<&'a Workload>,
     /// The client's address.
     pub(crate) address: IpAddr,
-    /// Who it proves to be.
+    /// The identity of the client's certificate.
     pub(crate) identity: Option<&'a SpiffeId>,
-    /// The port at which workloads take tunnels.
+    /// The port of HBONE listeners.
     pub(crate) hbone_port: u16,
 }
 
-/// The way to a destination.
+/// The route to a destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Route {
-    /// What is dialled, and what goes through the connection.
+    /// The next hop and the protocol to it.
     pub(crate) via: ForwardVia,
-    /// Who is dialled, if the mesh knows: the destination, a waypoint or the gateway of another network.
+    /// The workload that is dialled, if the mesh has it: the destination, a waypoint or a network
+    /// gateway.
     pub(crate) workload: Option<Arc<Workload>>,
-    /// The service that was addressed.
+    /// The service of the original destination.
     pub(crate) service: Option<Arc<Service>>,
-    /// The endpoint of a service, or of its waypoint, that was chosen among several.
+    /// The selected endpoint of the service or of its waypoint; `None` if there is only one
+    /// endpoint.
     pub(crate) endpoint: Option<EndpointKey>,
-    /// The endpoint of the other network's gateway that was chosen among several.
+    /// The selected endpoint of the network gateway; `None` if there is only one endpoint.
     pub(crate) gateway: Option<EndpointKey>,
 }
 
 impl Route {
-    /// Which of several endpoints it is that cannot be reached if dialling fails; `None`: there is no other to try.
+    /// The endpoint to eject if dialling fails; `None` if there is no alternative endpoint.
     pub(crate) fn dialled(&self) -> Option<&EndpointKey> {
         self.gateway.as_ref().or(self.endpoint.as_ref())
     }
 
-    /// All that the connection is a load for.
+    /// The endpoints that count this connection as open.
     pub(crate) fn endpoints(&self) -> impl Iterator<Item = &EndpointKey> {
         self.endpoint.iter().chain(&self.gateway)
     }
@@ -75,32 +79,32 @@ impl Route {
 /// How a destination is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ForwardVia {
-    /// By plain TCP.
+    /// Plain TCP.
     Plain { to: NextHop },
-    /// Through a tunnel; never otherwise, whatever fails.
+    /// Through a tunnel. There is no fallback to plain TCP.
     Tunnel {
-        /// Where the tunnel ends.
+        /// The peer's HBONE listener.
         to: NextHop,
-        /// Any of these is who must be there.
+        /// The identities of which the peer must prove one.
         peers: Arc<[SpiffeId]>,
-        /// What the CONNECT request asks for.
+        /// The `:authority` of the CONNECT request.
         authority: Authority,
     },
-    /// Through a tunnel that goes to the gateway of another network through a tunnel.
+    /// Through a tunnel inside a tunnel to the gateway of another network.
     DoubleTunnel {
-        /// Where the outer tunnel ends.
+        /// The gateway's HBONE listener.
         gateway: NextHop,
-        /// Any of these is who must be there.
+        /// The identities of which the peer must prove one.
         gateway_peers: Arc<[SpiffeId]>,
-        /// Any of these is who must be at the end of the inner tunnel.
+        /// The identities of which the peer behind the gateway must prove one.
         peers: Arc<[SpiffeId]>,
-        /// What the CONNECT requests of both tunnels ask for.
+        /// The `:authority` of the CONNECT requests of both tunnels.
         authority: Target,
     },
 }
 
 impl ForwardVia {
-    /// What is dialled.
+    /// The address or hostname to dial.
     pub(crate) fn next_hop(&self) -> &NextHop {
         match self {
             Self::Plain { to }
@@ -109,7 +113,7 @@ impl ForwardVia {
         }
     }
 
-    /// The identities of which the next hop must prove one; `None` in plain.
+    /// The identities of which the next hop must prove one; `None` for plain TCP.
     pub(crate) fn peers(&self) -> Option<&Arc<[SpiffeId]>> {
         match self {
             Self::Plain { .. } => None,
@@ -119,7 +123,8 @@ impl ForwardVia {
         }
     }
 
-    /// The address that the tunnel by the next hop at `hop` leads to, if it is known here.
+    /// The address that the CONNECT request names when `hop` is dialled; `None` without a tunnel,
+    /// or if it names a hostname.
     pub(crate) fn target(&self, hop: SocketAddr) -> Option<SocketAddr> {
         let target = match self {
             Self::Plain { .. } => return None,
@@ -133,35 +138,36 @@ impl ForwardVia {
     }
 }
 
-/// What is dialled.
+/// The address or hostname to dial.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum NextHop {
     /// An address.
     Address(SocketAddr),
-    /// Whatever address of `families` DNS has for `hostname`.
+    /// An address of `families` that DNS has for `hostname`.
     Hostname {
-        /// The name that is looked up.
+        /// The hostname to look up.
         hostname: Name,
-        /// The port at the address that is found.
+        /// The port to dial.
         port: u16,
-        /// The families of which the address may be.
+        /// The accepted address families.
         families: IpFamilies,
-        /// Which family is taken if both are there: the client's.
+        /// Whether IPv6 is preferred if DNS has both families: the client's family.
         prefer_v6: bool,
     },
 }
 
-/// What a tunnel's CONNECT request asks for.
+/// The `:authority` of a tunnel's CONNECT request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Authority {
-    /// This.
+    /// A target that the route determines.
     Known(Target),
-    /// This port at the address that was dialled: a peer whose address DNS tells takes no other name.
+    /// This port at the dialled address: a peer that is dialled by hostname accepts only its own
+    /// address.
     AtNextHop(u16),
 }
 
 impl Authority {
-    /// What is asked for once it is known which address is dialled.
+    /// The target of the request after the peer was dialled at `dialled`.
     pub(crate) fn at(&self, dialled: IpAddr) -> Target {
         match self {
             Self::Known(target) => target.clone(),
@@ -170,7 +176,7 @@ impl Authority {
     }
 }
 
-/// The end of a tunnel as its CONNECT request names it (RFC 9113 section 8.5).
+/// The destination of a tunnel in its CONNECT request (RFC 9113 section 8.5).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Target {
     /// An address and port.

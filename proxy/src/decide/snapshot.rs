@@ -1,22 +1,22 @@
-//! One state of the mesh, and the pods' own workloads in it. It is replaced whole when the mesh
-//! changes.
+//! One generation of the mesh, and the workloads of the pods in it. A change of the mesh replaces
+//! the entire snapshot.
 
 use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
 
 use underpass_config::{Mesh, Workload, WorkloadSettings};
 
-/// One state of the mesh.
+/// One generation of the mesh.
 #[derive(Debug)]
 pub(crate) struct Snapshot {
     pub(crate) mesh: Arc<Mesh>,
     /// Counted from 1.
     pub(crate) generation: u64,
     network: String,
-    /// The namespace and the name of the pod that is known from the start, and its workload.
+    /// The namespace, name and workload of the pod that the settings configure.
     own: (String, String, Option<Arc<Workload>>),
-    /// All workloads by namespace and name. Made when another pod is looked up, which is never in a
-    /// process that serves one pod.
+    /// All workloads by namespace and name. Computed on the first lookup of another pod, so never
+    /// in a process that serves one pod.
     by_name: OnceLock<Box<[Arc<Workload>]>>,
 }
 
@@ -56,7 +56,7 @@ impl Snapshot {
     }
 }
 
-/// How many workloads, services and policies a mesh has.
+/// The numbers of workloads, services and policies of a mesh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct MeshSize {
     pub(crate) workloads: usize,
@@ -87,7 +87,7 @@ fn key(pod: &WorkloadSettings) -> (&str, &str) {
     (&pod.namespace, &pod.name)
 }
 
-/// Of several with the name of `pod` in different networks, the one in the pod's network.
+/// The workload in the pod's network, among those with its name.
 fn best<'a>(
     several: impl Iterator<Item = &'a Arc<Workload>>,
     pod: &WorkloadSettings,
@@ -125,7 +125,7 @@ mod tests {
         for address in ["10.0.0.1", "10.0.0.2", "192.0.2.1"] {
             let found = workload_at(&snapshot, "server", address);
             assert_eq!(found.as_deref(), Some("server 10.0.0.1"), "{address}");
-            // Not the pod that the snapshot was made for.
+            // Another pod than the configured one.
             let found = workload_at(&snapshot, "sidecar", address);
             assert_eq!(found.as_deref(), Some("sidecar 10.0.0.2"), "{address}");
         }

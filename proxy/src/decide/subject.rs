@@ -1,4 +1,4 @@
-//! The facts by which a connection is decided on, and what it was permitted.
+//! The facts that decide whether a connection is allowed, and the decision on it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ pub(crate) enum Subject {
     Inbound(Inbound),
 }
 
-/// A connection that leaves the workload.
+/// An outbound connection.
 #[derive(Debug)]
 pub(crate) struct Outbound {
     /// The original destination.
@@ -27,7 +27,7 @@ pub(crate) struct Outbound {
     pub(crate) by_address: bool,
 }
 
-/// A connection that comes to the workload.
+/// An inbound connection.
 #[derive(Debug)]
 pub(crate) struct Inbound {
     pub(super) source: SocketAddr,
@@ -70,9 +70,8 @@ impl Subject {
     }
 }
 
-/// What a registered connection, tunnel or stream was permitted: nothing, for a tunnel and for a
-/// connection before its first permit. A later permit replaces an earlier one: the connection is
-/// then on its way to another endpoint.
+/// The permit of a registered connection or stream. Tunnels have none, nor has a connection before
+/// its first permit. A later permit replaces an earlier one when another endpoint is dialled.
 #[derive(Debug, Default)]
 pub(crate) struct Decision(pub(super) Option<Permitted>);
 

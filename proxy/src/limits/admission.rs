@@ -12,19 +12,19 @@ use super::descriptors::{Directions, FdPermit, PAIR};
 use super::handshakes::{HandshakeTicket, SourceHandshakes};
 use super::refusal::Refusal;
 
-/// What is to be admitted.
+/// The kind of connection to admit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Demand {
-    /// A connection of the pod's own applications.
+    /// An outbound connection of the pod's applications.
     Outbound,
-    /// A connection from outside that is in no tunnel.
+    /// An inbound connection in plaintext.
     Plaintext,
-    /// A connection from a peer's proxy. Each stream in it is admitted by itself.
+    /// A connection from a peer's proxy. Its streams are admitted one by one.
     Tunnel,
 }
 
 impl Demand {
-    /// One socket is accepted, and one dialled for all but a tunnel.
+    /// The number of descriptors: one accepted socket, and one dialled unless it is a tunnel.
     fn descriptors(self) -> usize {
         match self {
             Self::Outbound | Self::Plaintext => PAIR,
@@ -46,7 +46,7 @@ enum Direction {
     Inbound,
 }
 
-/// The budgets of one pod. Cheap to clone; clones count together.
+/// The budgets of one pod. Clones share the counts.
 #[derive(Debug, Clone)]
 pub(crate) struct PodLimits(Arc<Inner>);
 
@@ -55,12 +55,12 @@ struct Inner {
     node: Arc<Limits>,
     descriptors: Directions,
     buffers: Buffers,
-    clients: ByKey<(Direction, SourceNetwork), Client>,
+    clients: ByKey<(Direction, SourceNetwork), SourceBudgets>,
 }
 
-/// The budgets of one source of connections, for as long as it has some.
+/// The budgets of one source of connections, kept while it has any.
 #[derive(Debug)]
-struct Client {
+struct SourceBudgets {
     node: Arc<Limits>,
     address: IpAddr,
     connections: Budget,
@@ -69,10 +69,10 @@ struct Client {
     handshakes: OnceLock<SourceHandshakes>,
 }
 
-/// Counts one connection or stream in every budget that it uses, for as long as it lives.
+/// Counts one connection or stream in all of its budgets until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Ticket {
-    client: Arc<Client>,
+    client: Arc<SourceBudgets>,
     load: Option<Load>,
     connections: usize,
     descriptors: usize,
@@ -80,7 +80,7 @@ pub(crate) struct Ticket {
 }
 
 impl Limits {
-    /// The budgets of one more pod.
+    /// Creates the budgets of a pod.
     pub(crate) fn pod(&self) -> PodLimits {
         PodLimits(Arc::new(Inner {
             descriptors: self.descriptors.of_pod(),
@@ -96,23 +96,23 @@ impl PodLimits {
         &self.0.buffers
     }
 
-    /// Whether a new source could get the descriptors of a connection.
+    /// Whether descriptors are free for a connection of a new source.
     pub(crate) fn has_room(&self, demand: Demand) -> bool {
         self.descriptors(demand).free() >= PAIR
     }
 
-    /// Waits until it could.
+    /// Waits until descriptors are free for a connection of a new source.
     pub(crate) async fn room(&self, demand: Demand) {
         self.0.node.descriptors.freed(|| self.has_room(demand)).await;
     }
 
-    /// The descriptor of a connection below a tunnel of the pod.
+    /// The descriptor of a pod's connection below a tunnel.
     pub(crate) fn hold_outbound(&self) -> FdPermit {
         self.0.node.descriptors.hold(&self.0.descriptors.outbound, 1)
     }
 
-    /// Admits a connection from `source` to `peer`. The least loaded worker is to serve it, or one
-    /// with a tunnel to `peer`.
+    /// Admits a connection from `source` to `peer`, and assigns it to the least loaded worker or to
+    /// one with a tunnel to `peer`.
     ///
     /// # Errors
     /// The limit that it exceeds.
@@ -129,7 +129,7 @@ impl PodLimits {
             ticket.take_tunnel()?;
         }
         match ticket.take_descriptors(demand.descriptors()) {
-            // The listener has seen that there is room; another listener may have seen the same.
+            // The listener saw free descriptors, but another listener may have taken them since.
             Err(Exhausted::Whole) => ticket.hold_descriptors(demand.descriptors()),
             Err(Exhausted::Share) => return Err(Refusal::DescriptorShare(source)),
             Ok(()) => {}
@@ -139,14 +139,14 @@ impl PodLimits {
         Ok(ticket)
     }
 
-    fn client(&self, direction: Direction, address: IpAddr) -> Client {
+    fn client(&self, direction: Direction, address: IpAddr) -> SourceBudgets {
         let node = &self.0.node;
-        // The pod's applications are one source: what others get is up to the direction.
+        // The pod's applications are one source, which the budget of the direction limits.
         let (descriptors, sharing) = match direction {
             Direction::Outbound => (&self.0.descriptors.outbound, Sharing::Greedy),
             Direction::Inbound => (&self.0.descriptors.inbound, Sharing::Strangers),
         };
-        Client {
+        SourceBudgets {
             node: node.clone(),
             address,
             connections: Budget::part(&node.connections, node.connections_per_source, sharing),
@@ -165,11 +165,11 @@ impl PodLimits {
 }
 
 impl Ticket {
-    fn new(client: Arc<Client>) -> Self {
+    fn new(client: Arc<SourceBudgets>) -> Self {
         Self { client, load: None, connections: 0, descriptors: 0, tunnels: 0 }
     }
 
-    /// Where the connection comes from.
+    /// The source address of the connection.
     pub(crate) fn source(&self) -> IpAddr {
         self.client.address
     }
@@ -179,17 +179,17 @@ impl Ticket {
         self.load.as_ref().map(Load::worker).unwrap_or_default()
     }
 
-    /// Counts the connection at another worker than it was assigned to.
+    /// Moves the connection to another worker than the assigned one.
     ///
     /// # Errors
-    /// That worker serves as much as it may.
+    /// That worker is at its limit.
     pub(crate) fn move_to(&mut self, worker: usize) -> Result<(), Refusal> {
         let load = self.client.node.balance.load(worker);
         self.load = Some(load.ok_or(Refusal::Worker)?);
         Ok(())
     }
 
-    /// Admits a stream of the tunnel that this ticket is for, on the tunnel's worker.
+    /// Admits a stream of this ticket's tunnel, on the tunnel's worker.
     ///
     /// # Errors
     /// The limit that it exceeds.
@@ -207,20 +207,20 @@ impl Ticket {
         Ok(stream)
     }
 
-    /// Waits until the connection may begin its TLS handshake. `waits` is called if there is a wait.
-    /// `None` if its source has too many handshakes, those that wait included.
+    /// Waits for the connection's turn to handshake. Calls `waits` if it has to wait. `None` if its
+    /// source has too many handshakes, waiting ones included.
     pub(crate) async fn handshake(&self, waits: impl FnOnce()) -> Option<HandshakeTicket> {
         let node = &self.client.node.handshakes;
         let of_source = self.client.handshakes.get_or_init(|| node.of_source());
         node.admit(self.client.address, of_source, waits).await
     }
 
-    /// Notes that the source was disconnected because it exceeded a limit of its tunnel.
+    /// Records that the source was disconnected for exceeding a limit of its tunnel.
     pub(crate) fn penalize(&self) {
         self.client.node.handshakes.penalize(self.client.address);
     }
 
-    /// Gives one descriptor back.
+    /// Releases one descriptor.
     pub(crate) fn release_descriptor(&mut self) {
         if self.descriptors > 0 {
             self.descriptors -= 1;
@@ -229,7 +229,7 @@ impl Ticket {
     }
 
     fn take_connection(&mut self) -> Result<(), Refusal> {
-        let Client { address, connections, node, .. } = &*self.client;
+        let SourceBudgets { address, connections, node, .. } = &*self.client;
         connections.take(1).map_err(|exhausted| match exhausted {
             Exhausted::Whole => Refusal::Worker,
             Exhausted::Share if connections.used() >= node.connections_per_source => {
@@ -242,7 +242,7 @@ impl Ticket {
     }
 
     fn take_tunnel(&mut self) -> Result<(), Refusal> {
-        let Client { address, tunnels, .. } = &*self.client;
+        let SourceBudgets { address, tunnels, .. } = &*self.client;
         tunnels.take(1).map_err(|_| Refusal::TunnelSource(*address))?;
         self.tunnels += 1;
         Ok(())

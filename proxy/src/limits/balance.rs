@@ -1,7 +1,8 @@
-//! Which worker serves a new connection: the least loaded one, unless another already holds a tunnel to its destination.
+//! Assigns each new connection to the least loaded worker, or to one that holds a tunnel to its
+//! destination.
 //!
-//! Every worker has a pool of its own, so a quiet pair of peers would pay for a tunnel per worker if connections were
-//! spread blindly; a busy pair is spread over several tunnels, and so over several cores.
+//! Every worker has its own pool. Connections of a quiet pair of peers share one tunnel instead of
+//! one per worker; those of a busy pair use several tunnels, and so several cores.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -9,17 +10,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use underpass_hbone::Budget;
 
-/// By how many connections a worker with a tunnel may exceed the least loaded one and still be preferred: a handful is
-/// cheaper to carry in one thread than another handshake and another tunnel are.
+/// The number of connections by which a worker with a tunnel may exceed the least loaded one. So
+/// few cost less than another handshake and tunnel.
 const AFFINITY_SLACK: usize = 4;
 
 /// The load of every worker, and which workers hold tunnels to which peer.
 #[derive(Debug)]
 pub(crate) struct Balance {
     loads: Vec<Budget>,
-    /// What one worker may serve at most.
+    /// The maximum load of one worker.
     limit: usize,
-    /// For each peer, how many tunnels each worker holds to it; entries go with their last tunnel.
+    /// The number of tunnels of each worker by peer. The last tunnel removes the entry.
     tunnels: Mutex<HashMap<IpAddr, Vec<usize>>>,
 }
 
@@ -29,13 +30,13 @@ impl Balance {
         Arc::new(Self { loads, limit, tunnels: Mutex::default() })
     }
 
-    /// What all workers may serve together.
+    /// The maximum load of all workers together.
     pub(super) fn total(&self) -> usize {
         self.loads.len().saturating_mul(self.limit)
     }
 
-    /// Chooses a worker for a connection to `peer` and counts it there until the returned load is dropped. `None` if even the
-    /// least loaded one serves as much as it may.
+    /// Selects a worker for a connection to `peer`, and counts it there until the load is dropped.
+    /// `None` if all workers are at their limit.
     pub(crate) fn assign(self: &Arc<Self>, peer: Option<IpAddr>) -> Option<Load> {
         let loads = || self.loads.iter().map(Budget::used).enumerate();
         let (mut worker, least) = loads().min_by_key(|(_, load)| *load).unwrap_or_default();
@@ -49,13 +50,13 @@ impl Balance {
         self.load(worker)
     }
 
-    /// Counts one more connection or stream on `worker`; `None` if it serves as much as it may.
+    /// Counts a connection or stream on `worker`; `None` if the worker is at its limit.
     pub(crate) fn load(self: &Arc<Self>, worker: usize) -> Option<Load> {
         self.loads.get(worker)?.take(1).ok()?;
         Some(Load { balance: self.clone(), worker })
     }
 
-    /// Notes that `worker` has a tunnel to `peer` until the returned value is dropped.
+    /// Records that `worker` has a tunnel to `peer` until the value is dropped.
     pub(crate) fn tunnel(self: &Arc<Self>, worker: usize, peer: IpAddr) -> HeldTunnel {
         let workers = self.loads.len();
         self.change(peer, |tunnels| {
@@ -128,7 +129,7 @@ mod tests {
     const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
 
     #[test]
-    fn a_connection_goes_to_the_least_loaded_worker() {
+    fn assigns_connection_to_least_loaded_worker() {
         let balance = Balance::new(3, usize::MAX);
         let loads: Vec<_> = (0..6).map(|_| balance.assign(None).unwrap()).collect();
         let workers: Vec<_> = loads.iter().map(Load::worker).collect();
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn the_holder_of_a_tunnel_is_preferred_until_it_is_clearly_busier() {
+    fn prefers_worker_with_tunnel_within_slack() {
         let balance = Balance::new(2, usize::MAX);
         let tunnel = balance.tunnel(1, PEER);
         let loads: Vec<_> =
@@ -151,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn beyond_the_limit_of_every_worker_nothing_is_taken() {
+    fn assigns_nothing_beyond_limit_of_every_worker() {
         let balance = Balance::new(2, 3);
         let _tunnel = balance.tunnel(1, PEER);
         let loads: Vec<_> = (0..6).map_while(|_| balance.assign(Some(PEER))).collect();
@@ -163,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_remembered_of_a_peer_without_tunnels() {
+    fn last_tunnel_removes_entry_of_peer() {
         let balance = Balance::new(2, usize::MAX);
         drop((balance.tunnel(0, PEER), balance.tunnel(1, PEER)));
         assert!(balance.tunnels.lock().unwrap().is_empty());

@@ -1,9 +1,8 @@
-//! How much memory the buffers of busy connections may take, and how many descriptors their pipes.
+//! Limits the memory for buffers of busy connections, and the descriptors for their pipes.
 //!
-//! Counted is what a connection holds of its own accord beyond a first small read: the copy's
-//! buffers, and what may be in its pipes. Not counted is what is bounded elsewhere: the kernel's
-//! socket buffers, and what HTTP/2 has received or queued for a stream (its windows and its send
-//! buffer; a queued byte can keep the whole read that it came in alive).
+//! It counts the buffers of the copy beyond a first small read, and the capacity of its pipes.
+//! Other limits cover the kernel's socket buffers, and HTTP/2's receive windows and send buffers.
+//! There, a queued byte can keep the entire buffer of its read alive.
 
 use std::sync::Arc;
 
@@ -13,7 +12,7 @@ use underpass_hbone::{Budget, Sharing};
 use super::descriptors::{Descriptors, FdPermit};
 use crate::observe::metrics::{buffer_bytes, buffer_refused};
 
-/// The memory for the buffers of a pod's connections. Cheap to clone.
+/// The memory for the buffers of a pod's connections. Clones share the counts.
 #[derive(Clone)]
 pub(crate) struct Buffers {
     budget: Arc<Budget>,
@@ -28,18 +27,18 @@ impl std::fmt::Debug for Buffers {
 }
 
 impl Buffers {
-    /// `limits.buffers`, in bytes; pipes take some of `descriptors`.
+    /// A budget of `limits.buffers` bytes; pipes take spare `descriptors`.
     pub(crate) fn new(limit: usize, descriptors: Descriptors) -> Self {
         Self { budget: Arc::new(Budget::new(limit)), gauge: buffer_bytes(), descriptors }
     }
 
-    /// The share of one more pod.
+    /// Creates the share of a pod.
     pub(super) fn of_pod(&self) -> Self {
         let budget = Budget::part(&self.budget, usize::MAX, Sharing::Members);
         Self { budget: Arc::new(budget), ..self.clone() }
     }
 
-    /// The descriptors of a pipe.
+    /// The descriptors of a pipe; `None` if connections need them.
     pub(crate) fn pipe_ends(&self) -> Option<FdPermit> {
         self.descriptors.spare(2)
     }
@@ -57,7 +56,7 @@ impl Buffers {
         self.gauge.decrement(bytes as f64);
     }
 
-    /// With more descriptors than are needed.
+    /// A budget with enough descriptors, for tests.
     #[cfg(test)]
     pub(crate) fn of(limit: usize) -> Self {
         Self::new(limit, Descriptors::new(1 << 20, 0, 1))
@@ -69,9 +68,9 @@ impl Buffers {
     }
 }
 
-/// What one direction of a connection has of it; given back when this is dropped.
+/// The share of one direction of a connection, released when it is dropped.
 ///
-/// Taken when a buffer grows, and not for every read: thousands of connections must not compete for
+/// It changes when a buffer grows, and not on every read, so that connections do not contend for
 /// one cache line.
 pub(crate) struct BufferShare<'a> {
     buffers: &'a Buffers,
@@ -87,7 +86,8 @@ impl<'a> BufferShare<'a> {
         Self { buffers, bytes: 0 }
     }
 
-    /// Makes it `bytes`, unless that is more than it was and more than is left: then it stays as it was, which is counted.
+    /// Resizes the share to `bytes`. Returns false, and counts it, if the budget has too few: the
+    /// share keeps its size.
     pub(crate) fn resize(&mut self, bytes: usize) -> bool {
         if bytes > self.bytes && !self.buffers.take(bytes - self.bytes) {
             buffer_refused("limit");
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn gives_shares_up_to_the_limit_and_again_what_came_back() {
+    fn grants_shares_up_to_limit_and_released_ones_again() {
         let buffers = Buffers::of(100);
         let (mut one, mut other) = (BufferShare::none_of(&buffers), BufferShare::none_of(&buffers));
         assert!(one.resize(60));
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_more_than_can_be_counted() {
+    fn refuses_share_beyond_integer_range() {
         let buffers = Buffers::of(usize::MAX);
         let mut share = BufferShare::none_of(&buffers);
         assert!(share.resize(1));

@@ -1,8 +1,8 @@
-//! File descriptors: how many there are for connections, and what happens when none is left.
-//! Accepting pauses before the last ones are gone, so that what was accepted can be carried on and
-//! the endpoints still answer. Readiness says so, and both end by themselves.
+//! Limits the file descriptors of connections. Accepting pauses before all are used, so that
+//! accepted connections can be served and the endpoints respond. Readiness reports the pause, and
+//! it ends when descriptors are free.
 //!
-//! Not here: errors of the kernel, which may have fewer descriptors than its limit says.
+//! Errors of the kernel are separate: it may run out of files before the process reaches its limit.
 
 use std::io;
 use std::sync::Arc;
@@ -16,50 +16,52 @@ use underpass_hbone::{Budget, Sharing};
 use crate::admin::endpoints::Readiness;
 use crate::observe::metrics;
 
-/// What a caught connection takes: one accepted, one dialled.
+/// The descriptors of a caught connection: one accepted, one dialled.
 pub(super) const PAIR: usize = 2;
-/// What stays free for all that is no connection: probes, scrapes, certificates, rules, name lookups. A fiftieth of a large limit.
+/// The reserve for everything other than connections: probes, scrapes, certificates, rules, name
+/// lookups. A fiftieth of a large limit.
 const RESERVE: usize = 64;
 const RESERVED_PART: usize = 50;
-/// What the runtime of a worker opens: epoll twice, its waker, signals.
+/// The descriptors of a worker's runtime: epoll twice, its waker, signals.
 const PER_WORKER: usize = 4;
-/// Accepting that pauses again within this has not recovered. It also bounds the log lines: two for each time.
+/// The time without a pause after which a shortage is over. It also limits the log to two lines per
+/// shortage.
 const RECOVERED: Duration = Duration::from_secs(1);
 
-/// The descriptors of all connections. Cheap to clone; clones count together.
+/// The descriptors of all connections. Clones share the counts.
 #[derive(Debug, Clone)]
 pub(crate) struct Descriptors(Arc<State>);
 
 #[derive(Debug)]
 struct State {
-    /// What connections may hold.
+    /// The budget of all connections.
     budget: Arc<Budget>,
     allowed: usize,
-    /// How many listeners wait for some.
+    /// The number of listeners that wait for descriptors.
     waiting: AtomicUsize,
     freed: Notify,
     shortages: watch::Sender<Shortages>,
 }
 
-/// The descriptors of a pod.
+/// The descriptors of a pod, by direction.
 #[derive(Debug)]
 pub(super) struct Directions {
     pub(super) outbound: Arc<Budget>,
     pub(super) inbound: Arc<Budget>,
 }
 
-/// How often there was no descriptor.
+/// Counts shortages of descriptors.
 #[derive(Debug, Clone, Copy, Default)]
 struct Shortages {
-    /// How many listeners rest right now.
-    resting: usize,
-    /// How often one had to, or a stream was refused.
-    ever: u64,
-    /// What the system said at the last one.
+    /// The number of listeners that are paused now.
+    paused: usize,
+    /// The number of pauses and refused streams so far.
+    total: u64,
+    /// The error of the system at the last shortage.
     error: Option<i32>,
 }
 
-/// Descriptors that are held, or soon will be, by what is no connection: pipes, pooled tunnels.
+/// A permit for descriptors other than those of accepted connections: pipes, pooled tunnels.
 #[derive(Debug)]
 pub(crate) struct FdPermit {
     descriptors: Descriptors,
@@ -67,24 +69,24 @@ pub(crate) struct FdPermit {
     count: usize,
 }
 
-/// Why a listener rests.
+/// Why a listener pauses.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Shortage {
-    /// Connections hold what they may.
+    /// Connections use all of the budget.
     Descriptors,
-    /// The system said so, with this error.
+    /// The system reported this error.
     System(Option<i32>),
 }
 
-/// A listener that rests, for as long as this lives.
+/// Counts a listener as paused until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Paused(Descriptors);
 
 impl Descriptors {
-    /// Those of a process that may have `limit` open, of which it has `open`, and will have `workers`.
+    /// The descriptors of a process with the limit `limit`, `open` files and `workers` threads.
     pub(crate) fn new(limit: usize, open: usize, workers: usize) -> Self {
         let left = limit.saturating_sub(open.saturating_add(workers.saturating_mul(PER_WORKER)));
-        // With a limit that small, half of it serves more than nothing would.
+        // A small limit is split in half: a reserve alone would serve no connection.
         let reserve = RESERVE.max(limit / RESERVED_PART).min(left / 2);
         let allowed = (left - reserve).max(PAIR);
         Self(Arc::new(State {
@@ -96,7 +98,7 @@ impl Descriptors {
         }))
     }
 
-    /// Those of one more pod. Neither of its directions takes all of them.
+    /// Creates the budgets of a pod. Neither direction can take all of it.
     pub(super) fn of_pod(&self) -> Directions {
         let part = |whole, sharing| Arc::new(Budget::part(whole, usize::MAX, sharing));
         let pod = part(&self.0.budget, Sharing::Members);
@@ -104,18 +106,18 @@ impl Descriptors {
         Directions { outbound: direction(), inbound: direction() }
     }
 
-    /// `count` more of `budget`, which cannot wait and may exceed it.
+    /// Takes `count` descriptors of `budget` that cannot wait, and may exceed it.
     pub(super) fn hold(&self, budget: &Arc<Budget>, count: usize) -> FdPermit {
         budget.take_anyway(count);
         FdPermit { descriptors: self.clone(), budget: budget.clone(), count }
     }
 
-    /// How many connections and the like may have together.
+    /// The number of descriptors that connections, pipes and pooled tunnels may use together.
     pub(crate) fn total(&self) -> usize {
         self.0.allowed
     }
 
-    /// `count` more for what can do without, as long as connections leave plenty.
+    /// Takes `count` optional descriptors; `None` unless plenty are free.
     pub(crate) fn spare(&self, count: usize) -> Option<FdPermit> {
         let State { budget, allowed, .. } = &*self.0;
         let plenty = allowed - allowed / 4;
@@ -125,7 +127,7 @@ impl Descriptors {
         Some(FdPermit { descriptors: self.clone(), budget: budget.clone(), count })
     }
 
-    /// Gives back what was taken of `budget`, a part of these.
+    /// Releases descriptors of `budget`, a part of these.
     pub(super) fn give_back(&self, budget: &Budget, count: usize) {
         budget.give_back(count);
         if self.0.waiting.load(SeqCst) > 0 {
@@ -137,7 +139,7 @@ impl Descriptors {
     pub(super) async fn freed(&self, has_room: impl Fn() -> bool) {
         let _waiting = Waiting::new(&self.0.waiting);
         loop {
-            // Made first: what is freed after the look wakes this.
+            // Created before the check, so that it is woken by a release after the check.
             let freed = self.0.freed.notified();
             if has_room() {
                 return;
@@ -146,12 +148,12 @@ impl Descriptors {
         }
     }
 
-    /// Notes that a stream of a tunnel was refused because none is left.
+    /// Records that a stream was refused for lack of descriptors.
     pub(super) fn note_refused_stream(&self) {
         self.note(None, 0);
     }
 
-    /// Notes that a listener rests.
+    /// Records that a listener pauses.
     pub(crate) fn pause(&self, listener: &'static str, shortage: Shortage) -> Paused {
         let (reason, error) = match shortage {
             Shortage::Descriptors => ("descriptors", None),
@@ -162,20 +164,20 @@ impl Descriptors {
         Paused(self.clone())
     }
 
-    fn note(&self, error: Option<i32>, resting: usize) {
+    fn note(&self, error: Option<i32>, paused: usize) {
         self.0.shortages.send_modify(|shortages| {
-            shortages.resting += resting;
-            shortages.ever += 1;
+            shortages.paused += paused;
+            shortages.total += 1;
             shortages.error = error;
         });
     }
 
-    /// Reports to log and probes whether there is a shortage, for ever.
+    /// Reports shortages to the log and the readiness probe. Runs forever.
     pub(super) async fn report(&self, readiness: &Readiness) {
         let mut shortages = self.0.shortages.subscribe();
         let mut reported = 0;
-        // The sender is ours, so that waiting cannot fail.
-        while shortages.wait_for(|shortages| shortages.ever > reported).await.is_ok() {
+        // The sender lives as long as this, so waiting cannot fail.
+        while shortages.wait_for(|shortages| shortages.total > reported).await.is_ok() {
             readiness.out_of_descriptors(true);
             let error = shortages.borrow().error.map(io::Error::from_raw_os_error);
             let (held, allowed) = (self.0.budget.used(), self.0.allowed);
@@ -183,26 +185,28 @@ impl Descriptors {
                 held,
                 allowed,
                 error = error.map(tracing::field::display),
-                "accepting pauses, and streams of tunnels are refused: is the limit of open files too low (ulimit -n, LimitNOFILE)?"
+                "accepting pauses and tunnel streams are refused: the limit of open files is reached (ulimit -n, LimitNOFILE)"
             );
             reported = recovered(&mut shortages).await;
             readiness.out_of_descriptors(false);
-            tracing::info!("accepting goes on");
+            tracing::info!("accepting resumes");
         }
     }
 }
 
-/// Waits until there was no shortage for a while; says how many there were by then.
+/// Waits until a shortage is over. Returns the number of shortages until then.
 async fn recovered(shortages: &mut watch::Receiver<Shortages>) -> u64 {
     loop {
-        let ever = match shortages.wait_for(|shortages| shortages.resting == 0).await {
-            Ok(none) => none.ever,
-            // As above.
+        let total = match shortages.wait_for(|shortages| shortages.paused == 0).await {
+            Ok(none) => none.total,
+            // The sender lives as long as this.
             Err(_) => return u64::MAX,
         };
-        if timeout(RECOVERED, shortages.wait_for(|shortages| shortages.ever > ever)).await.is_err()
+        if timeout(RECOVERED, shortages.wait_for(|shortages| shortages.total > total))
+            .await
+            .is_err()
         {
-            return ever;
+            return total;
         }
     }
 }
@@ -213,7 +217,7 @@ impl Drop for FdPermit {
     }
 }
 
-/// A listener that waits, for as long as this lives.
+/// Counts a listener as waiting until it is dropped.
 struct Waiting<'a>(&'a AtomicUsize);
 
 impl<'a> Waiting<'a> {
@@ -231,7 +235,7 @@ impl Drop for Waiting<'_> {
 
 impl Drop for Paused {
     fn drop(&mut self) {
-        self.0.0.shortages.send_modify(|shortages| shortages.resting -= 1);
+        self.0.0.shortages.send_modify(|shortages| shortages.paused -= 1);
     }
 }
 
@@ -242,7 +246,7 @@ mod tests {
 
     use super::*;
 
-    /// `allowed` of them.
+    /// A budget of `allowed` descriptors.
     fn descriptors(allowed: usize) -> Descriptors {
         let descriptors = Descriptors::new(2 * allowed, 0, 0);
         assert_eq!(descriptors.0.allowed, allowed);
@@ -250,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reserve_stays_free_and_a_small_limit_is_shared() {
+    fn keeps_reserve_and_splits_small_limit() {
         let allowed = |limit, open, workers| Descriptors::new(limit, open, workers).0.allowed;
         assert_eq!(allowed(1024, 30, 2), 1024 - 30 - 8 - 64);
         assert_eq!(allowed(1_000_000, 30, 2), 1_000_000 - 30 - 8 - 20_000);
@@ -259,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn pipes_get_descriptors_while_connections_leave_plenty() {
+    fn pipes_get_descriptors_only_while_plenty_are_free() {
         let descriptors = descriptors(40);
         let pod = descriptors.of_pod();
         let connections = descriptors.hold(&pod.inbound, 28);
@@ -271,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn direction_leaves_some_to_the_other() {
+    fn direction_leaves_descriptors_to_the_other() {
         let descriptors = descriptors(48);
         let pod = descriptors.of_pod();
         let fill = |budget: &Budget| {
@@ -283,7 +287,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn waiting_for_room_ends_when_there_is_some() {
+    async fn wait_ends_when_descriptors_are_released() {
         let descriptors = descriptors(5);
         let pod = descriptors.of_pod();
         let room = || Box::pin(descriptors.freed(|| pod.inbound.free() >= PAIR));
@@ -299,7 +303,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn unready_until_no_listener_has_rested_for_a_while() {
+    async fn reports_unready_until_no_listener_pauses_for_a_while() {
         let (descriptors, readiness) = (descriptors(5), Readiness::default());
         let reporting = descriptors.report(&readiness);
         let script = async {
@@ -311,7 +315,7 @@ mod tests {
                 assert!(short());
                 drop(paused);
                 sleep(RECOVERED / 2).await;
-                assert!(short(), "it may only be one connection that has ended");
+                assert!(short(), "a single connection may have ended");
             }
             while short() {
                 sleep(RECOVERED / 100).await;
@@ -320,7 +324,7 @@ mod tests {
             assert!(took >= RECOVERED * 8 && took < RECOVERED * 9, "{took:?}");
             drop(descriptors.pause("hbone", Shortage::System(None)));
             sleep(RECOVERED / 2).await;
-            assert!(short(), "a short one is reported too");
+            assert!(short(), "a short pause is reported too");
         };
         tokio::select! {
             () = reporting => unreachable!(),

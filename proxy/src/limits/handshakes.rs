@@ -1,12 +1,12 @@
-//! TLS handshakes under way: each costs signatures and memory before the client is authenticated.
-//! Those beyond the total wait; those beyond the limit of one source are refused.
+//! Limits concurrent TLS handshakes: each costs signatures and memory before the client is
+//! authenticated. Handshakes beyond the total wait; those beyond the limit of their source are
+//! refused.
 //!
-//! Handshakes of the source with the fewest come first, so that sources that never complete theirs
-//! do not delay others. A source that was disconnected for exceeding a limit of its tunnel gets two
-//! at a time for a while, as each attempt costs a handshake.
+//! Sources with the fewest handshakes come first, so that sources that never complete theirs do not
+//! delay others. A source that exceeded a limit of its tunnel is limited to two handshakes for a
+//! while, since each reconnection costs one.
 //!
-//! Not here: how long one may wait and take, and a connection that has sent no ClientHello yet, for
-//! which nothing is counted here.
+//! The caller sets the deadline, and takes a ticket only after the client has sent a ClientHello.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -19,17 +19,17 @@ use underpass_hbone::{Budget, Queue, Share, Sharing, SourceNetwork, Turn};
 
 /// How long a source is penalized after it exceeded a limit.
 const PENALTY: Duration = Duration::from_secs(10);
-/// How many handshakes a penalized source may have, those that wait included.
+/// The maximum number of handshakes of a penalized source, waiting ones included.
 const PENALIZED_HANDSHAKES: usize = 2;
-/// How many penalized sources are remembered.
+/// The maximum number of penalized sources.
 const PENALIZED_SOURCES: usize = 1024;
 
-/// The handshakes of the node. Cheap to clone; clones count together.
+/// The handshakes of the node. Clones share the counts.
 #[derive(Debug, Clone)]
 pub(super) struct Handshakes {
     under_way: Arc<Budget>,
     per_source: usize,
-    /// By how many the source has already.
+    /// Ordered by the number of handshakes that the source has.
     queue: Queue<usize>,
     penalties: Arc<Penalties>,
 }
@@ -38,11 +38,11 @@ pub(super) struct Handshakes {
 #[derive(Debug)]
 pub(super) struct SourceHandshakes {
     under_way: Arc<Budget>,
-    /// Those that wait included.
+    /// The started handshakes, waiting ones included.
     begun: Arc<Budget>,
 }
 
-/// One handshake, for as long as it lives.
+/// Counts one handshake until it is dropped.
 #[derive(Debug)]
 pub(crate) struct HandshakeTicket {
     _turn: Turn<usize>,
@@ -50,7 +50,7 @@ pub(crate) struct HandshakeTicket {
 }
 
 impl Handshakes {
-    /// `total` at once, of which one source has `per_source` at most.
+    /// At most `total` handshakes at once, of which one source has at most `per_source`.
     pub(super) fn new(total: usize, per_source: usize) -> Self {
         let (queue, penalties) = (Queue::default(), Arc::default());
         Self { under_way: Arc::new(Budget::new(total)), per_source, queue, penalties }
@@ -62,8 +62,8 @@ impl Handshakes {
         SourceHandshakes { under_way: Arc::new(under_way), begun }
     }
 
-    /// Begins a handshake when it is its turn; `None` when `source` has too many. `waits` is called
-    /// if there is a wait. Cancel-safe.
+    /// Waits for the turn of a handshake; `None` if `source` has too many. Calls `waits` if it has
+    /// to wait. Cancel-safe.
     pub(super) async fn admit(
         &self,
         source: IpAddr,
@@ -71,7 +71,7 @@ impl Handshakes {
         waits: impl FnOnce(),
     ) -> Option<HandshakeTicket> {
         let SourceHandshakes { under_way, begun } = of_source;
-        if begun.used() >= PENALIZED_HANDSHAKES && self.penalties.are_on(source) {
+        if begun.used() >= PENALIZED_HANDSHAKES && self.penalties.applies_to(source) {
             return None;
         }
         let begun = Share::take(begun, 1).ok()?;
@@ -85,41 +85,41 @@ impl Handshakes {
     }
 }
 
-/// The sources that get fewer handshakes, and until when.
+/// The penalized sources, each with the end of its penalty.
 #[derive(Debug, Default)]
 struct Penalties {
-    /// So that nothing is locked while there is none.
-    some: AtomicBool,
+    /// Avoids the lock while there are none.
+    any: AtomicBool,
     until: Mutex<HashMap<SourceNetwork, Instant>>,
 }
 
 impl Penalties {
     fn add(&self, source: IpAddr) {
         let now = Instant::now();
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
         if until.len() >= PENALIZED_SOURCES {
             until.retain(|_, until| *until > now);
         }
         if until.len() < PENALIZED_SOURCES {
             until.insert(SourceNetwork::of(source), now + PENALTY);
-            self.some.store(true, Relaxed);
+            self.any.store(true, Relaxed);
         }
     }
 
-    fn are_on(&self, source: IpAddr) -> bool {
-        if !self.some.load(Relaxed) {
+    fn applies_to(&self, source: IpAddr) -> bool {
+        if !self.any.load(Relaxed) {
             return false;
         }
         let now = Instant::now();
-        // As above.
+        // No code panics while it holds the lock.
         let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_on = until.get(&SourceNetwork::of(source)).is_some_and(|until| *until > now);
-        if !is_on {
+        let is_penalized = until.get(&SourceNetwork::of(source)).is_some_and(|until| *until > now);
+        if !is_penalized {
             until.retain(|_, until| *until > now);
-            self.some.store(!until.is_empty(), Relaxed);
+            self.any.store(!until.is_empty(), Relaxed);
         }
-        is_on
+        is_penalized
     }
 }
 
@@ -134,7 +134,7 @@ mod tests {
         IpAddr::from([10, 0, 0, last])
     }
 
-    /// As many as a source may begin and do not wait.
+    /// Starts as many handshakes of a source as do not wait.
     fn fill(
         handshakes: &Handshakes,
         source: IpAddr,
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn sources_that_finish_none_leave_some_to_newcomers() {
+    async fn unfinished_handshakes_do_not_delay_new_sources() {
         let handshakes = Handshakes::new(1024, 64);
         let sources: Vec<_> = (0..32).map(|last| (ip(last), handshakes.of_source())).collect();
         let held: Vec<_> =
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn source_that_waits_counts_as_often_as_it_does() {
+    async fn waiting_handshakes_count_for_their_source() {
         let handshakes = Handshakes::new(1, 2);
         let (first, second) = (handshakes.of_source(), handshakes.of_source());
         let _held = handshakes.admit(ip(1), &first, || unreachable!()).await;
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn penalized_source_has_few_for_a_while() {
+    async fn penalized_source_gets_two_handshakes_for_a_while() {
         let handshakes = Handshakes::new(100, 10);
         handshakes.penalize(ip(1));
         let (penalized, other) = (handshakes.of_source(), handshakes.of_source());
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn remembers_few_penalized_sources() {
+    async fn number_of_penalized_sources_is_bounded() {
         let penalties = Penalties::default();
         for n in 0..2 * u32::try_from(PENALIZED_SOURCES).unwrap() {
             penalties.add(IpAddr::V4(n.into()));

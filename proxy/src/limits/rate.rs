@@ -1,19 +1,19 @@
-//! How fast: a token bucket that holds what comes in a tenth of a second.
+//! Limits the rate of accepted connections by a token bucket.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// What the bucket holds is what comes in this part of a second: connections come in bunches.
+/// The bucket holds the tokens of this fraction of a second, since connections arrive in bursts.
 const BURST: u32 = 10;
 
-/// One listener's bucket.
+/// The token bucket of one listener.
 #[derive(Debug)]
 pub(crate) struct Rate {
     interval: Duration,
-    /// How much earlier than its time a connection may come.
+    /// How early a connection may arrive.
     early: Duration,
-    /// The time of the next one, if all came at the same distance.
+    /// The time of the next connection at an even rate.
     due: Instant,
 }
 
@@ -24,7 +24,7 @@ impl Rate {
         Self { interval, early: interval * (burst - 1), due: Instant::now() }
     }
 
-    /// Takes a token. If it was the last one: when there is another.
+    /// Takes a token. Returns the time of the next one if this was the last.
     pub(crate) fn take(&mut self) -> Option<Instant> {
         let now = Instant::now();
         self.due = self.due.max(now) + self.interval;
@@ -38,7 +38,7 @@ mod tests {
 
     use super::*;
 
-    /// How long `count` connections take that are there from the beginning.
+    /// The time to accept `count` connections that are already waiting.
     async fn time(rate: &mut Rate, count: usize) -> Duration {
         let start = Instant::now();
         let mut taken = start;
@@ -52,16 +52,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_burst_comes_at_once_and_the_rest_at_the_rate() {
+    async fn admits_burst_at_once_and_rest_at_rate() {
         let mut rate = Rate::new(100);
         assert_eq!(time(&mut rate, 10).await, Duration::ZERO);
-        // The one whose turn it is now is the first of these.
+        // The first connection is due at once.
         let took = time(&mut rate, 1001).await;
         assert!(took >= Duration::from_secs(10) && took < Duration::from_secs(11), "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn after_a_rest_there_is_one_burst_and_no_more() {
+    async fn pause_restores_one_burst_only() {
         let mut rate = Rate::new(100);
         advance(Duration::from_secs(3600)).await;
         let took = time(&mut rate, 20).await;
@@ -69,15 +69,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_low_rate_still_lets_one_through_at_a_time() {
+    async fn low_rate_admits_one_at_a_time() {
         let took = time(&mut Rate::new(1), 4).await;
         assert!(took >= Duration::from_secs(3) && took < Duration::from_secs(4), "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_timer_that_wakes_late_does_not_lower_the_rate() {
+    async fn late_timer_does_not_lower_rate() {
         let mut rate = Rate::new(10_000);
-        // tokio's timer has milliseconds, ten tokens each.
+        // tokio's timer has a resolution of 1 ms: ten tokens.
         let took = time(&mut rate, 11_000).await;
         assert!(took >= Duration::from_secs(1) && took < Duration::from_millis(1100), "{took:?}");
     }

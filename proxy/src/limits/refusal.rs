@@ -1,4 +1,4 @@
-//! Which limit a connection exceeds, and one log line a second about that.
+//! The limits that a connection can exceed, and one log line per second about each.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -7,29 +7,29 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-/// How often the log reports refused connections.
+/// The interval of log lines about refused connections.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Which limit a connection, stream or tunnel exceeds.
+/// The limit that a connection, stream or tunnel exceeds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// Even the least loaded worker serves as much as it may.
+    /// All workers are at their limit.
     Worker,
-    /// The source has as many connections as one may.
+    /// The source is at its limit of connections.
     Source(IpAddr),
-    /// The source has its share of the connections of all workers.
+    /// The source uses its share of the connections of all workers.
     ConnectionShare(IpAddr),
-    /// The source has its share of the descriptors.
+    /// The source uses its share of the descriptors.
     DescriptorShare(IpAddr),
     /// No descriptor is left for a stream.
     Descriptors,
-    /// The source has as many tunnels as one may.
+    /// The source is at its limit of tunnels.
     TunnelSource(IpAddr),
-    /// The identity has as many tunnels as one may.
+    /// The identity is at its limit of tunnels.
     TunnelIdentity,
 }
 
-/// How many kinds of refusals there are.
+/// The number of kinds of refusals.
 const KINDS: usize = 7;
 
 impl Refusal {
@@ -63,35 +63,31 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Worker => f.write_str(
-                "the worker serves as many connections as it may (limits.connections_per_worker)",
+                "the worker is at its limit of connections (limits.connections_per_worker)",
             ),
             Self::Source(address) => write!(
                 f,
-                "{address} has as many connections as one address may (limits.connections_per_source): does it never close any?"
+                "{address} is at its limit of connections (limits.connections_per_source)"
             ),
             Self::ConnectionShare(address) => write!(
                 f,
-                "{address} has its share of the connections of all workers (limits.connections_per_worker)"
+                "{address} uses its share of the connections of all workers (limits.connections_per_worker)"
             ),
-            Self::DescriptorShare(address) => write!(
-                f,
-                "{address} has its share of the open files: is their limit too low (ulimit -n, LimitNOFILE)?"
-            ),
-            Self::Descriptors => f.write_str(
-                "no open files are left: is their limit too low (ulimit -n, LimitNOFILE)?",
-            ),
-            Self::TunnelSource(address) => write!(
-                f,
-                "{address} has as many tunnels as one address may (limits.tunnels_per_source)"
-            ),
-            Self::TunnelIdentity => f.write_str(
-                "the identity has as many tunnels as one may (limits.tunnels_per_identity)",
-            ),
+            Self::DescriptorShare(address) => {
+                write!(f, "{address} uses its share of the open files (ulimit -n, LimitNOFILE)")
+            }
+            Self::Descriptors => f.write_str("no open files are left (ulimit -n, LimitNOFILE)"),
+            Self::TunnelSource(address) => {
+                write!(f, "{address} is at its limit of tunnels (limits.tunnels_per_source)")
+            }
+            Self::TunnelIdentity => {
+                f.write_str("the identity is at its limit of tunnels (limits.tunnels_per_identity)")
+            }
         }
     }
 }
 
-/// The refusals that the log has not reported yet.
+/// The refusals that are not logged yet.
 #[derive(Debug, Default)]
 pub(super) struct Refusals {
     pending: Mutex<[Pending; KINDS]>,
@@ -114,7 +110,7 @@ impl Refusals {
         self.some.notify_one();
     }
 
-    /// Reports refusals for ever, at most one line a second for each kind.
+    /// Logs refusals forever, at most one line a second for each kind.
     pub(super) async fn report(&self) {
         loop {
             self.some.notified().await;
@@ -125,7 +121,7 @@ impl Refusals {
     }
 
     fn pending(&self) -> MutexGuard<'_, [Pending; KINDS]> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -137,31 +133,31 @@ impl Pending {
             None => {}
             Some(Refusal::Worker) => tracing::warn!(
                 refused,
-                "connections are refused, since all workers serve as many as they may (limits.connections_per_worker)"
+                "connections are refused: all workers are at their limit (limits.connections_per_worker)"
             ),
             Some(Refusal::Source(last)) => tracing::warn!(
                 refused, %last,
-                "connections are refused, since their address has as many as one may (limits.connections_per_source)"
+                "connections are refused: their source is at its limit (limits.connections_per_source)"
             ),
             Some(Refusal::ConnectionShare(last)) => tracing::warn!(
                 refused, %last,
-                "connections are refused, since their address has its share of those of all workers (limits.connections_per_worker)"
+                "connections are refused: their source uses its share of those of all workers (limits.connections_per_worker)"
             ),
             Some(Refusal::DescriptorShare(last)) => tracing::warn!(
                 refused, %last,
-                "connections are refused, since their address has its share of the open files (ulimit -n, LimitNOFILE)"
+                "connections are refused: their source uses its share of the open files (ulimit -n, LimitNOFILE)"
             ),
             Some(Refusal::Descriptors) => tracing::warn!(
                 refused,
-                "streams are refused, since no open files are left (ulimit -n, LimitNOFILE)"
+                "streams are refused: no open files are left (ulimit -n, LimitNOFILE)"
             ),
             Some(Refusal::TunnelSource(last)) => tracing::warn!(
                 refused, %last,
-                "tunnels are refused, since their address has as many as one may (limits.tunnels_per_source)"
+                "tunnels are refused: their source is at its limit (limits.tunnels_per_source)"
             ),
             Some(Refusal::TunnelIdentity) => tracing::warn!(
                 refused,
-                "tunnels are refused, since their identity has as many as one may (limits.tunnels_per_identity)"
+                "tunnels are refused: their identity is at its limit (limits.tunnels_per_identity)"
             ),
         }
     }
@@ -172,7 +168,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn reports_refusals_once_a_second_and_leaves_none_out() {
+    async fn logs_every_refusal_once_a_second() {
         let refusals = Refusals::default();
         let pending = || refusals.pending()[Refusal::Worker.kind()].count;
         let storm = async {

@@ -1,11 +1,11 @@
 //! Publishes every generation of the mesh to the workers and reports when all have applied it.
 //!
-//! Generations overlap: the next one is published while connections that the last one forbids are
-//! still ending, and a busy worker skips those that come and go meanwhile. Each worker reports what
-//! it has applied in order, and the [`Ledger`] accounts for every generation exactly once.
+//! Generations overlap: a new one is published while connections that the previous one forbids are
+//! still ending. A busy worker may skip generations. Each worker reports the generations that it
+//! applies in order, and the [`Ledger`] accounts for each exactly once.
 //!
-//! Not here: where a mesh comes from (the config crate), and what a change means for open
-//! connections (`policy.rs`, `connection_registry.rs`).
+//! The config crate reads the mesh. `policy.rs` and `connection_registry.rs` enforce a change on
+//! open connections.
 
 mod ledger;
 
@@ -26,16 +26,16 @@ pub(crate) struct Reports {
     reports: mpsc::UnboundedReceiver<Report>,
 }
 
-/// What a worker reports.
+/// A report of one worker.
 #[derive(Debug)]
 enum Report {
-    /// No connection is open any longer that this generation or an older one forbids.
+    /// The worker has no open connection that this generation or an older one forbids.
     Applied { worker: usize, generation: u64, terminated: usize },
-    /// The worker has ended, and has no connection.
+    /// The worker has stopped, and has no connections.
     Ended { worker: usize },
 }
 
-/// Reports for one worker.
+/// Sends the reports of one worker.
 #[derive(Debug)]
 pub(crate) struct Reporter {
     worker: usize,
@@ -43,11 +43,11 @@ pub(crate) struct Reporter {
 }
 
 impl Reporter {
-    /// Reports that the worker has applied `generation`, for which it has `terminated` so many
-    /// connections. The generations since its last report that it did not apply were superseded.
+    /// Reports that the worker has applied `generation` and `terminated` this number of
+    /// connections. It has skipped the generations since its last report.
     pub(crate) fn applied(&self, generation: u64, terminated: usize) {
         let report = Report::Applied { worker: self.worker, generation, terminated };
-        // Fails when the process stops and follows the mesh no longer.
+        // Fails when the process stops and no longer follows the mesh.
         self.reports.send(report).ok();
     }
 }
@@ -58,7 +58,7 @@ impl Drop for Reporter {
     }
 }
 
-/// A reporter for each worker, and what receives their reports.
+/// A reporter for each worker, and the receiver of their reports.
 pub(crate) fn reports(workers: usize) -> (Vec<Reporter>, Reports) {
     let (sender, reports) = mpsc::unbounded_channel();
     let reporter = |worker| Reporter { worker, reports: sender.clone() };
@@ -85,7 +85,7 @@ impl Publisher {
         self.current.subscribe()
     }
 
-    /// Publishes every change and accounts for what the workers report, until it is cancelled.
+    /// Publishes every change and accounts for the workers' reports, until it is cancelled.
     pub(crate) async fn follow(mut self, Reports { workers, mut reports }: Reports) {
         let mut ledger = Ledger::new(workers);
         {
@@ -99,7 +99,7 @@ impl Publisher {
                         Ok(mesh) => self.publish(mesh, &mut ledger),
                         Err(errors) => {
                             metrics::mesh_refused();
-                            tracing::error!("the mesh cannot be read, the last good one stays: {errors}");
+                            tracing::error!("cannot read the mesh, keeping the last good one: {errors}");
                         }
                     }
                     continue;
@@ -110,7 +110,7 @@ impl Publisher {
         }
     }
 
-    /// Publishes a mesh. The next one may follow before it is in force.
+    /// Publishes a generation, before the previous one is necessarily in force.
     fn publish(&self, mesh: Arc<Mesh>, ledger: &mut Ledger) {
         let generation = self.current.borrow().generation + 1;
         let size = MeshSize::of(&mesh);

@@ -1,7 +1,7 @@
-//! What Prometheus reads, and how it is rendered: the counters of connections in `series.rs` and
-//! `registry.rs`, all others here.
+//! Prometheus metrics: the counters of connections are in `series.rs` and `registry.rs`, all others
+//! here.
 //!
-//! Not here: the HTTP server that answers `/metrics` (`endpoints.rs`).
+//! The `admin` module serves `/metrics`.
 
 mod known;
 mod registry;
@@ -68,11 +68,11 @@ impl Exporter {
 /// Installs the recorder of this process.
 pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> {
     let recorder = PrometheusBuilder::new().install_recorder()?;
-    describe_counter!(PAUSES, "Pauses of accepting, by what ran out.");
-    describe_gauge!(BUILD, "The version that runs; always 1.");
-    describe_gauge!(INTERCEPTION, "How traffic is caught; always 1.");
-    describe_counter!(REPAIRS, "How often rules that another program had changed were put back.");
-    describe_gauge!(INTACT, "Whether the rules are as they should be: 1, or 0.");
+    describe_counter!(PAUSES, "Pauses of accepting, by the exhausted resource.");
+    describe_gauge!(BUILD, "The running version; always 1.");
+    describe_gauge!(INTERCEPTION, "How traffic is intercepted; always 1.");
+    describe_counter!(REPAIRS, "Repairs of rules that another program had changed.");
+    describe_gauge!(INTACT, "Whether the rules are intact: 1, or 0.");
     describe_counter!(
         PROBES,
         "Connections from the kubelet's probe address that bypassed the proxy (interception.kubelet_probes)."
@@ -88,22 +88,25 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
     );
     counter!(FOREIGN_SOURCE).increment(0);
     describe_gauge!(SELF_TEST, "Whether the last self-test of the rules passed: 1, or 0.");
-    describe_gauge!(FOREIGN, "Rules of other programs that act before ours.");
-    describe_gauge!(CERTIFICATE_EXPIRY, "When our certificate expires, in seconds since 1970.");
-    describe_counter!(RENEWALS, "Certificates that came into use, the first one included.");
+    describe_gauge!(FOREIGN, "Rules of other programs that precede the proxy's.");
+    describe_gauge!(
+        CERTIFICATE_EXPIRY,
+        "When the proxy's certificate expires, in seconds since 1970."
+    );
+    describe_counter!(RENEWALS, "Certificates that came into use, including the first one.");
     describe_counter!(
         RENEWALS_FAILED,
         "Certificates, roots or revocation lists that could not be renewed or read."
     );
-    describe_gauge!(TUNNELS, "HBONE connections open now.");
+    describe_gauge!(TUNNELS, "Open HBONE tunnels.");
     describe_counter!(
         TUNNELS_CLOSED,
         "Tunnels of peers that this proxy drained or closed, by reason: age, expiry, idle, drain, or the limit that the peer exceeded."
     );
-    describe_counter!(REFUSED, "Connections and streams refused, by the limit that they exceed.");
-    describe_gauge!(HANDSHAKES, "TLS handshakes with clients under way now.");
+    describe_counter!(REFUSED, "Connections and streams refused, by the exceeded limit.");
+    describe_gauge!(HANDSHAKES, "TLS handshakes with clients in progress.");
     describe_counter!(HANDSHAKES_WAITED, "TLS handshakes that had to wait for their turn.");
-    describe_counter!(HANDSHAKES_REFUSED, "TLS handshakes refused, by the limit.");
+    describe_counter!(HANDSHAKES_REFUSED, "TLS handshakes refused, by the exceeded limit.");
     describe_counter!(
         HANDSHAKES_FAILED,
         "Handshakes of clients that failed, by the reason of the access log."
@@ -115,12 +118,12 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
     counter!(LOG_LINES_LOST).increment(0);
     describe_counter!(MESH_UPDATES, "Changes of the mesh, by result.");
     describe_gauge!(MESH_GENERATION, "Generation of the mesh that every worker has applied.");
-    describe_gauge!(MESH_SIZE, "How many workloads, services and policies the mesh has.");
+    describe_gauge!(MESH_SIZE, "Workloads, services and policies in the mesh.");
     describe_counter!(
         BUFFERS_REFUSED,
-        "Buffers or pipes that busy connections did not get, by what was short."
+        "Buffers or pipes that busy connections did not get, by the exhausted resource."
     );
-    describe_gauge!(BUFFER_BYTES, "Bytes of memory that busy connections may use for buffers now.");
+    describe_gauge!(BUFFER_BYTES, "Bytes of memory reserved for buffers of busy connections.");
     describe_counter!(
         TERMINATED,
         "Open connections terminated because a change of the mesh forbids them."
@@ -130,7 +133,7 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
     Ok(Exporter { recorder, series: Arc::new(SeriesRegistry::new(settings)) })
 }
 
-/// Counts a pause of a listener, for want of what `reason` says.
+/// Counts a pause of a listener for `reason`.
 pub(crate) fn accept_paused(listener: &'static str, reason: &'static str) {
     counter!(PAUSES, "listener" => listener, "reason" => reason).increment(1);
 }
@@ -140,11 +143,11 @@ pub(crate) fn connection_refused(limit: &'static str, listener: &'static str) {
     counter!(REFUSED, "limit" => limit, "listener" => listener).increment(1);
 }
 
-/// Says how traffic is caught, from the installation of the rules on.
+/// Reports how traffic is intercepted, once the rules are installed.
 pub(crate) fn interception(profile: Profile, backend: Backend) {
     let (profile, backend) = (profile.to_string(), backend.to_string());
     gauge!(INTERCEPTION, "profile" => profile, "backend" => backend).set(1);
-    // Rules that were never repaired are a zero, not an absence.
+    // Without repairs the counter is 0, not absent.
     counter!(REPAIRS).increment(0);
     rules_intact(true);
 }
@@ -154,12 +157,12 @@ pub(crate) fn rules_repaired() {
     counter!(REPAIRS).increment(1);
 }
 
-/// Says whether the rules are as they should be.
+/// Reports whether the rules are intact.
 pub(crate) fn rules_intact(intact: bool) {
     gauge!(INTACT).set(if intact { 1 } else { 0 });
 }
 
-/// Counts connections that bypassed the proxy as the kubelet's probes.
+/// Counts connections of kubelet probes that bypassed the proxy.
 pub(crate) fn kubelet_probes(connections: u64) {
     counter!(PROBES).increment(connections);
 }
@@ -179,12 +182,12 @@ pub(crate) fn self_test_passed(passed: bool) {
     gauge!(SELF_TEST).set(if passed { 1 } else { 0 });
 }
 
-/// Reports how many rules of other programs act before ours.
+/// Reports the number of rules of other programs that precede ours.
 pub(crate) fn foreign_rules(count: usize) {
     gauge!(FOREIGN).set(u32::try_from(count).unwrap_or(u32::MAX));
 }
 
-/// Says that a certificate came into use.
+/// Reports that a certificate came into use, and when it expires.
 pub(crate) fn certificate_renewed(expires: SystemTime) {
     let since_1970 = expires.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     gauge!(CERTIFICATE_EXPIRY).set(since_1970.as_secs_f64());
@@ -202,7 +205,7 @@ pub(crate) fn handshake_refused(limit: &'static str) {
     counter!(HANDSHAKES_REFUSED, "limit" => limit).increment(1);
 }
 
-/// Counts a client that failed to handshake, or that was refused by its handshake.
+/// Counts a failed handshake, and a client that was refused after its handshake.
 pub(crate) fn handshake_failed(reason: &'static str) {
     counter!(HANDSHAKES_FAILED, "reason" => reason).increment(1);
 }
@@ -222,14 +225,15 @@ pub(crate) fn handshake_under_way() -> Counted {
     Counted::in_gauge(gauge!(HANDSHAKES))
 }
 
-/// Counts a buffer or pipe that a busy connection did not get, for want of what `short` says: `limit` or `pipe`.
+/// Counts a buffer or pipe that a busy connection did not get. `short` is the resource that was
+/// exhausted: `limit` or `pipe`.
 pub(crate) fn buffer_refused(short: &'static str) {
     counter!(BUFFERS_REFUSED, "short" => short).increment(1);
 }
 
-/// How much memory the buffers of busy connections take.
+/// The gauge of the memory that buffers of busy connections take.
 pub(crate) fn buffer_bytes() -> Gauge {
-    // What was never refused is a zero, not an absence.
+    // Without refusals the counters are 0, not absent.
     counter!(BUFFERS_REFUSED, "short" => "limit").increment(0);
     counter!(BUFFERS_REFUSED, "short" => "pipe").increment(0);
     gauge!(BUFFER_BYTES)
@@ -263,12 +267,12 @@ pub(crate) fn mesh_refused() {
     counter!(MESH_UPDATES, "result" => "refused").increment(1);
 }
 
-/// Counts an endpoint that is not chosen for a while.
+/// Counts an ejection of an endpoint.
 pub(crate) fn endpoint_ejected() {
     counter!(EJECTED).increment(1);
 }
 
-/// Counts a peer's tunnel that we close.
+/// Counts a peer's tunnel that the proxy closes.
 pub(crate) fn tunnel_closed(reason: &'static str) {
     counter!(TUNNELS_CLOSED, "reason" => reason).increment(1);
 }
@@ -278,7 +282,7 @@ pub(crate) fn tunnel_open(direction: &'static str) -> Counted {
     Counted::in_gauge(gauge!(TUNNELS, "direction" => direction))
 }
 
-/// One of the things that a gauge counts.
+/// Adds one to a gauge until it is dropped.
 pub(crate) struct Counted(Gauge);
 
 impl Counted {

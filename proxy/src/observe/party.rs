@@ -1,8 +1,9 @@
-//! The two ends of a connection: what is proven of them, and apart from it what is only claimed.
+//! The two ends of a connection: their proven properties, and separately those that are only
+//! claimed.
 //!
 //! A source address proves nothing: a pod can send from the address of another pod. Neither does
-//! `baggage`, which the peer writes. Both are logged under names of their own
-//! (`src.claimed.workload`), and no metric has them as a label.
+//! `baggage`, which the peer writes. Both are logged under separate names (`src.claimed.workload`),
+//! and no metric has them as a label.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use underpass_hbone::Baggage;
 
 use crate::decide::snapshot::Snapshot;
 
-/// Which way a connection goes, and so which end reports it.
+/// The direction of a connection, which determines the end that reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Direction {
     Inbound,
@@ -36,13 +37,13 @@ pub(crate) struct Party {
     /// The workload: the pod in whose namespace the connection was caught, a peer whose identity
     /// is that of the workload at its address, or the workload that the route selected.
     pub(crate) workload: Option<Arc<Workload>>,
-    /// The identity that a handshake has proven.
+    /// The identity that the TLS handshake has proven.
     pub(crate) identity: Option<SpiffeId>,
-    /// What is said of a party whose workload is not proven.
+    /// Claims about a party whose workload is not proven.
     pub(crate) claim: Option<Claim>,
 }
 
-/// What a connection says of one end without a proof.
+/// An unproven claim about the workload of one end.
 #[derive(Debug, Clone)]
 pub(crate) enum Claim {
     /// The mesh has this workload at its address.
@@ -51,7 +52,7 @@ pub(crate) enum Claim {
     Baggage(Box<ClaimedNames>),
 }
 
-/// The part of a peer's `baggage` that is logged.
+/// The fields of a peer's `baggage` that are logged.
 #[derive(Debug, Clone)]
 pub(crate) struct ClaimedNames {
     workload: Option<Quoted>,
@@ -74,15 +75,14 @@ impl Party {
         Self { address: Some(address), ..Self::default() }
     }
 
-    /// A client that came in plain from `address`: only that address says which workload it is.
+    /// A plaintext client at `address`, which is the only indication of its workload.
     pub(crate) fn plaintext_client(address: SocketAddr, snapshot: &Snapshot) -> Self {
         let claim = snapshot.workload(address.ip()).cloned().map(Claim::Address);
         Self { claim, ..Self::at(address) }
     }
 
-    /// A client with a proven identity that came from `address` and sent these headers. It is the
-    /// workload at that address if both have the same identity; behind a gateway, a waypoint or
-    /// NAT they have not.
+    /// A client with a proven identity at `address` that sent these headers. It is the workload at
+    /// that address if their identities agree; behind a gateway, a waypoint or NAT they differ.
     pub(crate) fn tunnel_client(
         address: SocketAddr,
         identity: &SpiffeId,
@@ -98,12 +98,12 @@ impl Party {
         Self { workload, identity: Some(identity.clone()), claim, ..Self::at(address) }
     }
 
-    /// The names in the log of what is proven.
+    /// The proven names, for the log.
     pub(crate) fn proven_names(&self) -> Names<'_> {
         self.workload.as_deref().map(Names::of).unwrap_or_default()
     }
 
-    /// The names in the log of what is only claimed.
+    /// The claimed names, for the log.
     pub(crate) fn claimed_names(&self) -> Names<'_> {
         match &self.claim {
             Some(Claim::Address(workload)) => Names::of(workload),
@@ -120,7 +120,7 @@ impl Party {
     }
 }
 
-/// What the access log calls a workload.
+/// The names of a workload in the access log.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Names<'a> {
     pub(crate) workload: Option<&'a str>,

@@ -2,7 +2,7 @@
 //! exactly once, when the connection has ended or could not be opened.
 //!
 //! Names of the access log's fields and of the metrics are ztunnel's, so that dashboards and
-//! parsers keep working. What is only claimed of a party has names of its own (`party.rs`).
+//! parsers keep working. Claims about a party have separate names (`party.rs`).
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,17 +17,17 @@ use crate::observe::metrics;
 use crate::observe::metrics::{KnownSeries, Labels, Series};
 use crate::observe::party::{Direction, Party};
 
-/// What is known of a connection when connecting has ended.
+/// The facts of a connection that are known after connecting, or its failure.
 #[derive(Debug, Clone)]
 pub(crate) struct Facts {
     pub(crate) direction: Direction,
     pub(crate) source: Party,
     pub(crate) destination: Party,
-    /// The service that the connection is for, if it is for one.
+    /// The service of the connection, if there is one.
     pub(crate) service: Option<Arc<Service>>,
     /// The address of the HBONE listener, if a tunnel carries the connection.
     pub(crate) hbone: Option<SocketAddr>,
-    /// The trace that the connection is logged under, here and at the peer.
+    /// The trace ID of the log lines here and at the peer.
     pub(crate) trace: Option<TraceParent>,
 }
 
@@ -36,7 +36,7 @@ impl Facts {
         Self { direction, source, destination, service: None, hbone: None, trace: None }
     }
 
-    /// These facts of a connection that could not be opened.
+    /// The failure of a connection with these facts.
     pub(crate) fn failed(self, error: ProxyError) -> Box<ConnectFailure> {
         Box::new(ConnectFailure { facts: self, error })
     }
@@ -47,14 +47,14 @@ impl Facts {
     }
 }
 
-/// Why a connection could not be opened, and what is known of it.
+/// The error of a connection that could not be opened, and its facts.
 #[derive(Debug)]
 pub(crate) struct ConnectFailure {
     pub(crate) facts: Facts,
     pub(crate) error: ProxyError,
 }
 
-/// An open connection, and what it has carried.
+/// The record of an open connection and its byte counts.
 #[derive(Debug)]
 pub(crate) struct ConnectionRecord {
     facts: Facts,
@@ -87,7 +87,7 @@ impl ConnectionRecord {
     }
 
     /// Counts and logs a client that failed to handshake, or was refused by its handshake.
-    /// Anyone can cause one, so that beyond a rate they are only counted.
+    /// Unauthenticated clients can cause them, so beyond a rate they are counted but not logged.
     pub(crate) fn handshake_failed(
         accepted: Instant,
         failure: &ConnectFailure,
@@ -110,7 +110,7 @@ impl ConnectionRecord {
         log(facts, accepted, [0, 0], Some(error));
     }
 
-    /// What is known of the connection.
+    /// The facts of the connection.
     pub(crate) fn facts(&self) -> &Facts {
         &self.facts
     }
@@ -127,7 +127,7 @@ impl ConnectionRecord {
         self.series.received(bytes as u64);
     }
 
-    /// How many bytes went either way.
+    /// The number of bytes in both directions.
     pub(crate) fn moved(&self) -> u64 {
         self.sent.load(Relaxed).wrapping_add(self.received.load(Relaxed))
     }
@@ -149,7 +149,8 @@ impl Drop for ConnectionRecord {
     }
 }
 
-/// Writes the line of a connection: how many bytes it `sent` to and `received` from the client.
+/// Writes the access log line of a connection with the bytes `sent` to and `received` from the
+/// client.
 fn log(facts: &Facts, accepted: Instant, [sent, received]: [u64; 2], error: Option<&ProxyError>) {
     let Facts { direction, source, destination, service, hbone, trace } = facts;
     let reason = error.map(ProxyError::reason);
@@ -157,7 +158,7 @@ fn log(facts: &Facts, accepted: Instant, [sent, received]: [u64; 2], error: Opti
     let error = error.as_ref().map(Quoted::as_str);
     let (src, src_claimed) = (source.proven_names(), source.claimed_names());
     let (dst, dst_claimed) = (destination.proven_names(), destination.claimed_names());
-    // As ztunnel has it: the address of the connection itself, and the one that the tunnel leads to.
+    // As in ztunnel: the address of the TCP connection, and that of the tunnel's target.
     let (address, tunnelled) = match hbone {
         Some(hbone) => (Some(*hbone), destination.address),
         None => (destination.address, None),

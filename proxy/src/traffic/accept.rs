@@ -1,4 +1,4 @@
-//! Accepting: one loop per listener, which gives each connection to the worker that shall serve it.
+//! Accepts connections: one loop per listener, which assigns each connection to a worker.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -23,15 +23,16 @@ use crate::observe::record::{ConnectionRecord, Facts};
 use crate::traffic::accepted::Accepted;
 use crate::traffic::listeners::Kind;
 
-/// How long a listener rests when the system has no descriptor or memory for another connection: long enough not to spin,
-/// short enough that a client which waits does not notice. The kernel's queue holds what arrives meanwhile.
-const PAUSE: Duration = Duration::from_millis(100);
+/// How long a listener pauses when the system has no descriptor or memory: long enough not to spin,
+/// short enough not to be noticed. Meanwhile the kernel queues connections.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
-/// How many connections are accepted before others get their turn: some milliseconds. A turn of thousands of busy connections takes
-/// far longer, and were it tokio's 128, the kernel's queue (4096) would run over in a storm; whom it drops then waits for seconds.
+/// The number of connections to accept before other tasks run: some milliseconds. With tokio's 128,
+/// the kernel's queue (4096) overflows in a burst, since a turn of thousands of busy connections
+/// takes far longer. Clients that the kernel drops wait for seconds.
 const ACCEPTS_AT_ONCE: usize = 512;
 
-/// A listener of a pod, as the worker that accepts its connections has it.
+/// A listener of a pod, on the worker that accepts its connections.
 struct Listening {
     worker: Arc<Worker>,
     pod: Arc<Pod>,
@@ -39,7 +40,7 @@ struct Listening {
     listener: Listener,
 }
 
-/// Accepts until the proxy closes, and then closes the listener. It may be cancelled at any time.
+/// Accepts until the proxy closes, then closes the listener. Cancel-safe.
 pub(crate) async fn accept_loop(
     worker: Arc<Worker>,
     pod: Arc<Pod>,
@@ -69,9 +70,10 @@ pub(crate) async fn accept_loop(
 
 async fn accept_forever(listening: &Listening) {
     let Listening { worker, pod, kind, listener } = listening;
-    // Each time: another process may have the same listener, and have set what it wants, when it tried to take over.
+    // Repeated on every start: another process may have set its own options on the shared listener
+    // while it tried to take over.
     if let Err(error) = pod.sockets.settings().prepare(listener, kind.closing()) {
-        tracing::error!(listener = kind.name(), %error, "connections lack socket options");
+        tracing::error!(listener = kind.name(), %error, "cannot set socket options of the listener");
     }
     let Limits { descriptors, accepts_per_second, .. } = &worker.node.limits;
     let mut rate = accepts_per_second.map(Rate::new);
@@ -85,7 +87,7 @@ async fn accept_forever(listening: &Listening) {
         }
         match unconstrained(listener.accept()).await {
             Ok((stream, client)) => {
-                take(listening, stream, client);
+                assign_or_refuse(listening, stream, client);
                 if let Some(next) = rate.as_mut().and_then(Rate::take) {
                     metrics::accept_paused(kind.name(), "rate");
                     sleep_until(next).await;
@@ -95,13 +97,13 @@ async fn accept_forever(listening: &Listening) {
             Err(error) => {
                 let shortage = Shortage::System(error.raw_os_error());
                 let _paused = descriptors.pause(kind.name(), shortage);
-                sleep(PAUSE).await;
+                sleep(ACCEPT_BACKOFF).await;
             }
         }
     }
 }
 
-/// accept(2): errors that were already pending on the new connection say nothing about the listener.
+/// Whether the error is of one connection: accept(2) returns errors that were pending on it.
 fn is_of_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{
         ConnectionAborted, ConnectionReset, HostUnreachable, NetworkDown, NetworkUnreachable,
@@ -120,8 +122,12 @@ fn demand(kind: Kind) -> Demand {
     }
 }
 
-/// Gives a connection to the worker that is to serve it, unless it exceeds a limit: then it costs next to nothing.
-fn take(Listening { worker, pod, kind, .. }: &Listening, stream: TcpStream, client: SocketAddr) {
+/// Assigns a connection to a worker, or refuses it if it exceeds a limit, which is cheap.
+fn assign_or_refuse(
+    Listening { worker, pod, kind, .. }: &Listening,
+    stream: TcpStream,
+    client: SocketAddr,
+) {
     let kind = *kind;
     let accepted = match Accepted::new(kind, stream, client, pod.context.ports) {
         Ok(accepted) => accepted,
@@ -140,7 +146,7 @@ fn take(Listening { worker, pod, kind, .. }: &Listening, stream: TcpStream, clie
     }
 }
 
-/// Records a connection that no rule has led to the listener.
+/// Records a connection that no rule redirected to the listener.
 fn record_uncaught(worker: &Worker, kind: Kind, client: SocketAddr, error: ProxyError) {
     let direction = match kind {
         Kind::Outbound => Direction::Outbound,
@@ -164,7 +170,7 @@ fn assign(worker: &Arc<Worker>, assignment: Assignment) {
     worker.serve(Assignment { registration, ..returned });
 }
 
-/// What is refused is reset: a clean end would look like an answer.
+/// Refuses by a reset: a FIN would look like an answer.
 fn refuse(worker: &Worker, kind: Kind, stream: &TcpStream, refusal: Refusal) {
     reset_on_close(stream);
     worker.node.limits.refused(refusal, kind.name());

@@ -7,7 +7,7 @@ use underpass_interception::{OriginalDestination, Ports};
 use crate::error::ProxyError;
 use crate::traffic::listeners::Kind;
 
-/// A connection that no runtime knows yet.
+/// An accepted connection that is not registered with a runtime yet.
 #[derive(Debug)]
 pub(crate) struct Accepted {
     pub(crate) kind: Kind,
@@ -18,8 +18,8 @@ pub(crate) struct Accepted {
 }
 
 impl Accepted {
-    /// Refuses a connection without an original destination, and one whose original destination is
-    /// the outbound listener: connecting to that would come back to it, for ever.
+    /// Refuses a connection without an original destination, and one to the outbound listener
+    /// itself, which would loop forever.
     pub(super) fn new(
         kind: Kind,
         stream: TcpStream,
@@ -48,7 +48,7 @@ impl Accepted {
         Self { kind, stream, client, destination }
     }
 
-    /// Registers the connection with the runtime of the calling worker.
+    /// Registers the connection with the runtime of the calling worker thread.
     pub(crate) fn register(self) -> Result<Registered, ProxyError> {
         let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
         let Self { client, destination, .. } = self;
@@ -65,7 +65,7 @@ pub(crate) enum Source {
     Other,
 }
 
-/// A connection on its worker.
+/// A connection that is registered with its worker's runtime.
 #[derive(Debug)]
 pub(crate) struct Registered {
     pub(crate) stream: tokio::net::TcpStream,

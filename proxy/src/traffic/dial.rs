@@ -1,4 +1,4 @@
-//! Opening connections: to an application or a plain destination, and to a peer's HBONE listener for the pool.
+//! Dials applications and plain destinations, and HBONE listeners of peers for the pool.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -14,12 +14,12 @@ use underpass_interception::{
 use crate::decide::policy::Permit;
 use crate::error::ProxyError;
 
-/// Connects to what `permit` allows, within `deadline`.
+/// Connects to the permitted destination within `deadline`.
 pub(crate) async fn dial(permit: &Permit<'_>, deadline: Duration) -> Result<TcpStream, ProxyError> {
     within(permit, deadline, permit.pod().sockets.connect(permit.destination())).await
 }
 
-/// Connects to the workload, as the profile does it for `client`.
+/// Connects to the workload, with the address of `client` if the profile supports it.
 pub(crate) async fn dial_workload(
     permit: &Permit<'_>,
     client: IpAddr,
@@ -29,8 +29,8 @@ pub(crate) async fn dial_workload(
     within(permit, deadline, sockets.connect_workload(permit.destination(), client)).await
 }
 
-/// Connects to the permitted port of the loopback interface: what takes connections for others there needs to be open to nobody
-/// else, and is told who connects by a header.
+/// Connects to the permitted port on loopback. An application that gets the client from a PROXY
+/// header should accept connections only there.
 pub(crate) async fn dial_loopback(
     permit: &Permit<'_>,
     deadline: Duration,
@@ -51,7 +51,7 @@ async fn within(
 ) -> Result<TcpStream, ProxyError> {
     let destination = permit.destination();
     match timeout(deadline, connect).await {
-        // Nothing but a good end of both directions is to look like one: it is reset on close.
+        // The socket resets on close, unless both directions have ended cleanly.
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) if is_out_of_files(&error) => Err(ProxyError::OutOfDescriptors),
         Ok(Err(error)) => Err(ProxyError::Connect { destination, source: error }),
@@ -59,8 +59,7 @@ async fn within(
     }
 }
 
-/// Opens connections of the proxy's own to issuers of certificates, so that its rules do not catch
-/// them.
+/// Dials issuers of certificates from the proxy's own sockets, which its rules do not catch.
 #[derive(Debug)]
 pub(crate) struct PlainDialer {
     pub(crate) access: NamespaceAccess,

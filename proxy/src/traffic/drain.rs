@@ -1,11 +1,11 @@
-//! The phases of a stop: nothing new is accepted, what is open may end, the rest is terminated.
+//! The phases of a drain: stop accepting, wait for open connections, terminate the rest.
 //!
 //! ```text
 //! running ── drain() ──> closing ── all ended, or deadline and all terminated ──> ended
 //!            listeners closed, GOAWAY sent
 //! ```
 //!
-//! Not here: the connections, which the connection registry counts and terminates.
+//! The connection registry counts and terminates the connections.
 
 use std::time::Duration;
 
@@ -14,10 +14,10 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 use crate::decide::connection_registry::Registries;
 use crate::error::ProxyError;
 
-/// How long terminated connections may take to end before the process ends without them.
+/// How long terminated connections may take to end before the process exits without them.
 const ABORT_GRACE: Duration = Duration::from_secs(1);
 
-/// The phase of the process. Clones share it.
+/// The phase of the process. Clones share the state.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Drain {
     closing: CancellationToken,
@@ -25,23 +25,24 @@ pub(crate) struct Drain {
 }
 
 impl Drain {
-    /// Resolves when nothing new may begin.
+    /// Resolves when no new connection may begin.
     pub(crate) fn closing(&self) -> WaitForCancellationFuture<'_> {
         self.closing.cancelled()
     }
 
-    /// Cancelled when nothing new may begin in a pod: by this drain, or by the removal of the pod.
+    /// A token that is cancelled when no new connection of a pod may begin: by this drain, or by
+    /// the removal of the pod.
     pub(crate) fn closing_of_pod(&self) -> CancellationToken {
         self.closing.child_token()
     }
 
-    /// Resolves when no connection is open, or those that are do not end.
+    /// Resolves when all connections have ended, or the remaining ones exceed their deadline.
     pub(crate) fn ended(&self) -> WaitForCancellationFuture<'_> {
         self.ended.cancelled()
     }
 
     /// Stops accepting, waits up to `deadline` for the end of `connections`, and terminates the
-    /// rest. Returns how many those were.
+    /// rest. Returns the number of terminated connections.
     pub(crate) async fn drain<T>(&self, connections: &Registries<T>, deadline: Duration) -> usize {
         self.closing.cancel();
         let mut left = 0;

@@ -1,6 +1,6 @@
 //! The headers by which the two ends of a tunnel describe a connection: `traceparent`, `baggage`,
-//! `forwarded` and, between networks, `x-forwarded-network`. They are for logs and dashboards:
-//! nothing is decided by what a peer claims.
+//! `forwarded` and, between networks, `x-forwarded-network`. They are for logs and dashboards; no
+//! decision depends on them, since they are not proven.
 
 use http::HeaderMap;
 use underpass_config::WorkloadSettings;
@@ -14,7 +14,7 @@ pub(crate) fn request(facts: &Facts, own: &WorkloadSettings) -> HeaderMap {
     about(facts, own).into_header_map()
 }
 
-/// The same for a tunnel that crosses into another network: it says which one the connection comes from.
+/// The same headers, with the network of the client, for a tunnel into another network.
 pub(crate) fn request_from_network(facts: &Facts, own: &WorkloadSettings) -> HeaderMap {
     let network = Some(own.network.as_str().into());
     RequestHeaders { network, ..about(facts, own) }.into_header_map()
@@ -29,13 +29,13 @@ fn about(facts: &Facts, own: &WorkloadSettings) -> RequestHeaders {
     }
 }
 
-/// The headers of the answer 200.
+/// The headers of the response 200.
 pub(crate) fn response(facts: &Facts, own: &WorkloadSettings) -> HeaderMap {
     let baggage = Some(baggage(&facts.destination, own));
     RequestHeaders { baggage, ..RequestHeaders::default() }.into_header_map()
 }
 
-/// The workload at our end: as the mesh knows it, or else as the settings call it.
+/// The workload at the local end: from the mesh, or else from the settings.
 fn baggage(own_end: &Party, own: &WorkloadSettings) -> Baggage {
     match &own_end.workload {
         Some(workload) => Baggage::from(workload.as_ref()),

@@ -1,5 +1,5 @@
-//! Inbound connections: through a peer's tunnel, or caught in plain. Everything that can fail does so before the peer gets
-//! its 200; the application sees the client's own address where the profile's rules support it.
+//! Serves inbound connections: streams of peers' tunnels, and caught plaintext. All that can fail
+//! precedes the response 200. The application sees the client's address if the profile supports it.
 
 mod client_hello;
 mod retirement;
@@ -38,15 +38,16 @@ use crate::traffic::dial::{dial_loopback, dial_workload};
 use crate::traffic::listeners::Kind;
 use crate::traffic::{headers, proxy_protocol};
 
-/// Serves one connection that was caught in plain.
+/// Serves one caught plaintext connection.
 pub(crate) fn serve_plaintext(
     seat: Arc<Seat>,
     assignment: Assignment,
 ) -> impl Future<Output = ()> + Send {
-    // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
+    // Boxed, and no `async fn`: the future of connecting is several times larger than that of
+    // copying, and is freed before it.
     let opening = Box::pin(open_plaintext(seat.clone(), assignment));
     async move {
-        // In this order, so that the sockets are closed before what is held for them is released.
+        // In this order: the sockets are closed before their permits and counts are released.
         let Some(Opened { record, held, client, app }) = opening.await else {
             return;
         };
@@ -58,22 +59,22 @@ pub(crate) fn serve_plaintext(
     }
 }
 
-/// An open connection: its record, the client's side and the application's, and what is held for
-/// them.
+/// An open connection: its record, the client's and the application's side, and the resources that
+/// it holds.
 struct Opened<C> {
     record: ConnectionRecord,
-    held: HeldWhileOpen,
+    held: HeldResources,
     client: C,
     app: TcpStream,
 }
 
-/// What a connection holds until it is closed.
-struct HeldWhileOpen {
+/// The resources that a connection holds until it is closed.
+struct HeldResources {
     registration: Registration<Decision>,
     _ticket: Ticket,
 }
 
-/// Connects a plaintext connection to the application, and makes its record.
+/// Connects a plaintext connection to the application, and creates its record.
 async fn open_plaintext(
     seat: Arc<Seat>,
     Assignment { accepted, registration, ticket, .. }: Assignment,
@@ -85,7 +86,7 @@ async fn open_plaintext(
     let checked = accepted.check_local(&seat);
     let destination = match checked {
         Ok(_) => seat.own_party(&snapshot, destination),
-        // No address of the pod, so that its workload is not there.
+        // The address is not the pod's, so the destination is not its workload.
         Err(_) => Party::at(destination),
     };
     drop(snapshot);
@@ -96,7 +97,7 @@ async fn open_plaintext(
     };
     match connected {
         Ok((Registered { stream: client, .. }, app)) => {
-            let held = HeldWhileOpen { registration, _ticket: ticket };
+            let held = HeldResources { registration, _ticket: ticket };
             let record = ConnectionRecord::opened(accepted_at, facts, &seat.worker.series);
             Some(Opened { record, held, client, app })
         }
@@ -117,13 +118,13 @@ async fn connect_plaintext(
     let connecting = pin!(connect(seat, registration, connection.client, &target, None));
     let app = tokio::select! {
         connected = registration.termination().or_terminate(connecting) => connected?,
-        // A FIN is no reason: what was sent before it is still to be delivered.
+        // A FIN does not interrupt: the bytes before it are still to be delivered.
         error = aborted(&connection.stream) => return Err(ProxyError::Client(error)),
     };
     Ok((connection, app))
 }
 
-/// Serves one peer's connection: the handshakes, then every CONNECT request that comes through it.
+/// Serves one peer's connection: the TLS and HTTP/2 handshakes, then every CONNECT request.
 pub(crate) async fn serve_tunnel(
     seat: Arc<Seat>,
     Assignment { accepted, registration, ticket, .. }: Assignment,
@@ -144,7 +145,7 @@ pub(crate) async fn serve_tunnel(
         let facts = Facts { hbone: Some(destination), ..facts };
         let series = &seat.worker.series;
         match error {
-            // The tunnel may have stood.
+            // The tunnel may have been established.
             ProxyError::Drained => {
                 ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
             }
@@ -176,7 +177,7 @@ async fn accept_tunnel(
     while let Some(request) = retirement.next_request(&seat.pod.closing, &mut tunnel).await {
         let admitted = admit_stream(ticket);
         let (registration, peer) = (seat.register_stream(), peer.clone());
-        let asked = Asked { request, client, here: destination.address(), peer };
+        let asked = TunnelRequest { request, client, here: destination.address(), peer };
         tokio::spawn(serve_request(seat.clone(), asked, registration, admitted));
     }
     if let Some(limit) = tunnel.exceeded() {
@@ -187,8 +188,8 @@ async fn accept_tunnel(
     Ok(())
 }
 
-/// Handshakes with a client. Nothing but its connection is counted until it has sent a ClientHello;
-/// then it waits for its turn. Both are part of the deadline.
+/// Performs the handshake with a client. It is counted, and queued for its turn, only after the
+/// client has sent a ClientHello. The deadline includes both waits.
 async fn handshake(
     seat: &Seat,
     acceptor: &Acceptor,
@@ -204,7 +205,7 @@ async fn handshake(
     let (limit, error) = match turn {
         Ok(Some(_under_way)) => {
             let _counted = metrics::handshake_under_way();
-            // Boxed: what a handshake needs is a multiple of what the tunnel needs after it.
+            // Boxed: the future of a handshake is several times larger than that of a tunnel.
             let handshake = Box::pin(acceptor.accept(stream, after));
             let handshake = timeout_at(deadline, handshake).await;
             return handshake.map_err(|_| late())?.map_err(ProxyError::Tunnel);
@@ -217,7 +218,7 @@ async fn handshake(
     Err(error)
 }
 
-/// Admits a stream of the tunnel that `ticket` is for.
+/// Admits a stream of the tunnel of `ticket`.
 fn admit_stream(ticket: &Ticket) -> Result<Ticket, ProxyError> {
     ticket.stream().map_err(|refusal| {
         metrics::connection_refused(refusal.limit(), Kind::Hbone.name());
@@ -225,8 +226,8 @@ fn admit_stream(ticket: &Ticket) -> Result<Ticket, ProxyError> {
     })
 }
 
-/// A CONNECT request of `client`, who is `peer`, in a tunnel that ends at `here`.
-struct Asked {
+/// A CONNECT request of `client` with the identity `peer`, in a tunnel that ends at `here`.
+struct TunnelRequest {
     request: Incoming,
     client: SocketAddr,
     here: SocketAddr,
@@ -236,11 +237,12 @@ struct Asked {
 /// Serves one CONNECT request.
 fn serve_request(
     seat: Arc<Seat>,
-    asked: Asked,
+    asked: TunnelRequest,
     registration: Registration<Decision>,
     admitted: Result<Ticket, ProxyError>,
 ) -> impl Future<Output = ()> + Send {
-    // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
+    // Boxed, and no `async fn`: the future of connecting is several times larger than that of
+    // copying, and is freed before it.
     let opening = Box::pin(open_request(seat.clone(), asked, registration, admitted));
     async move {
         let Some(Opened { record, held, client, app }) = opening.await else {
@@ -254,10 +256,10 @@ fn serve_request(
     }
 }
 
-/// Connects a CONNECT request to the application, makes its record, and answers it.
+/// Connects a CONNECT request to the application, creates its record, and responds.
 async fn open_request(
     seat: Arc<Seat>,
-    mut asked: Asked,
+    mut asked: TunnelRequest,
     registration: Registration<Decision>,
     admitted: Result<Ticket, ProxyError>,
 ) -> Option<Opened<TunnelStream>> {
@@ -273,7 +275,7 @@ async fn open_request(
     let (app, ticket) = match connected.await {
         Ok(connected) => connected,
         Err(error) => {
-            // Nothing is said to a client that has gone.
+            // A client that has disconnected gets no response.
             asked.request.refuse(error.reason().status);
             ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
             return None;
@@ -283,7 +285,7 @@ async fn open_request(
     let answer = headers::response(record.facts(), &seat.context().own);
     match asked.request.accept(answer) {
         Ok(client) => {
-            let held = HeldWhileOpen { registration, _ticket: ticket };
+            let held = HeldResources { registration, _ticket: ticket };
             Some(Opened { record, held, client, app })
         }
         Err(error) => {
@@ -295,11 +297,11 @@ async fn open_request(
 
 async fn connect_request(
     seat: &Seat,
-    asked: &mut Asked,
+    asked: &mut TunnelRequest,
     registration: &Registration<Decision>,
     target: &InboundTarget,
 ) -> Result<TcpStream, ProxyError> {
-    let Asked { request, client, peer, .. } = asked;
+    let TunnelRequest { request, client, peer, .. } = asked;
     let connecting = pin!(connect(seat, registration, *client, target, Some(&*peer)));
     tokio::select! {
         connected = registration.termination().or_terminate(connecting) => connected,
@@ -307,10 +309,10 @@ async fn connect_request(
     }
 }
 
-/// What is known of a CONNECT request before it is connected.
+/// The facts of a CONNECT request before it is connected.
 fn request_facts(
     seat: &Seat,
-    Asked { request, client, here, peer }: &Asked,
+    TunnelRequest { request, client, here, peer }: &TunnelRequest,
     target: Option<&InboundTarget>,
 ) -> Facts {
     let snapshot = seat.node().mesh.borrow();
@@ -326,7 +328,7 @@ fn request_facts(
     }
 }
 
-/// Where a request leads that came through a tunnel which ends at `here`.
+/// The target of a request in a tunnel that ends at `here`.
 fn inbound_target(
     seat: &Seat,
     authority: &Authority,
@@ -344,7 +346,7 @@ fn inbound_target(
         .map_err(ProxyError::Route)
 }
 
-/// Connects to the application, as `client` where that can be kept.
+/// Connects to the application, with the client's address if the profile supports it.
 async fn connect(
     seat: &Seat,
     registration: &Registration<Decision>,

@@ -1,7 +1,7 @@
 //! The table of the proxy's listeners, and the listeners once bound.
 //!
-//! They are bound before anything runs, or taken over from the running process. A new listener is
-//! one row of [`LISTENERS`].
+//! Listeners are bound at the start, or taken over from the running process. A new listener is one
+//! row of [`LISTENERS`].
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -11,7 +11,7 @@ use underpass_interception::{
     BoundListener, Closing, InterceptionError, ListenerRequest, NamespaceAccess, Sockets,
 };
 
-/// What a listener of the data path accepts.
+/// The kind of connections that a listener of the data path accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Connections that the workload opens, caught by the rules.
@@ -22,7 +22,7 @@ pub(crate) enum Kind {
     Hbone,
 }
 
-/// What a listener of the control thread answers.
+/// The HTTP endpoint that a listener of the control thread serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum EndpointKind {
     Readiness,
@@ -39,10 +39,10 @@ enum Role {
 #[derive(Debug)]
 struct ListenerSpec {
     role: Role,
-    /// Names the listener in logs, metrics and a hand-over.
+    /// The listener's name in logs, metrics and a hand-over.
     name: &'static str,
     purpose: &'static str,
-    /// The setting that its address follows from.
+    /// The setting that determines its address.
     setting: &'static str,
     address: fn(&Settings) -> SocketAddr,
 }
@@ -98,8 +98,8 @@ impl Kind {
         }
     }
 
-    /// How its connections close. The client of a caught connection saw it open: only a reset
-    /// reports that nothing is on the other side, or no longer.
+    /// How its connections are closed. Clients of caught connections saw them open, so only a reset
+    /// reports that the upstream failed.
     pub(crate) const fn closing(self) -> Closing {
         match self {
             Self::Outbound | Self::Plaintext => Closing::Reset,
@@ -121,18 +121,17 @@ impl Role {
 #[derive(Debug)]
 pub(crate) struct Listeners(Vec<(&'static ListenerSpec, BoundListener)>);
 
-/// The listeners by where they are served.
+/// The listeners, split by the thread that serves them.
 #[derive(Debug)]
 pub(crate) struct SplitListeners {
-    /// Dealt to the workers.
+    /// Distributed among the workers.
     pub(crate) traffic: Vec<(Kind, BoundListener)>,
     /// Served by the control thread.
     pub(crate) endpoints: Vec<(EndpointKind, BoundListener)>,
 }
 
 impl Listeners {
-    /// Takes each listener that was `handed` over with the address that it should have, and binds
-    /// the others.
+    /// Takes the `handed` over listeners whose addresses still apply, and binds the others.
     pub(crate) async fn bind(
         access: &NamespaceAccess,
         sockets: &Sockets,
@@ -142,7 +141,7 @@ impl Listeners {
         let mut bound = Vec::with_capacity(LISTENERS.len());
         for spec in &LISTENERS {
             let address = (spec.address)(settings);
-            let listener = match take(&mut handed, spec.name, address) {
+            let listener = match take_handed_over(&mut handed, spec.name, address) {
                 Some(listener) => listener,
                 None => {
                     let &ListenerSpec { role, purpose, setting, .. } = spec;
@@ -169,7 +168,7 @@ impl Listeners {
         self.0.iter().map(clone).collect::<io::Result<_>>().map(Self)
     }
 
-    /// Each listener with the name that it is handed over by.
+    /// Each listener with its name in a hand-over.
     pub(crate) fn named(&self) -> impl Iterator<Item = (&'static str, &BoundListener)> {
         self.0.iter().map(|(spec, listener)| (spec.name, listener))
     }
@@ -187,7 +186,7 @@ impl Listeners {
 }
 
 /// Removes the listener that was handed over with this name, if it has this address.
-fn take(
+fn take_handed_over(
     handed: &mut Vec<(String, BoundListener)>,
     name: &str,
     address: SocketAddr,
@@ -198,8 +197,8 @@ fn take(
     Some(handed.swap_remove(index).1)
 }
 
-/// Whether a listener that is bound to `bound` is one for `address`. Without IPv6, the unspecified
-/// address is IPv4's.
+/// Whether a listener that is bound to `bound` serves `address`. Without IPv6, the unspecified
+/// address is 0.0.0.0.
 fn listens_at(bound: SocketAddr, address: SocketAddr) -> bool {
     let both_any = bound.ip().is_unspecified() && address.ip().is_unspecified();
     bound == address || both_any && bound.port() == address.port() && address.is_ipv6()

@@ -1,8 +1,9 @@
-//! Caught outbound connections: route, permit, then a tunnel to the peer or a plain connection, then copy.
+//! Serves caught outbound connections: routes them, gets a permit, connects by a tunnel or plain
+//! TCP, and copies.
 //!
 //! ```text
 //! serve ─ open ─ OutboundConnect::connect          the ranked alternatives, one after the other
-//!                └ connect_in_time                 one of them, in limited time while there is another
+//!                └ connect_in_time                 one of them, with a deadline if others remain
 //!                  └ connect_via                   its next hop: resolve, permit, dial
 //!                    ├ dial                        a plain connection
 //!                    ├ open_stream                 a stream of a pooled tunnel
@@ -10,7 +11,7 @@
 //! ```
 //!
 //! Another endpoint of a service is tried if one cannot be connected to: the application has sent
-//! nothing by then. Whatever becomes of connecting, it returns the [`Facts`] for the record.
+//! nothing by then. Connecting returns the [`Facts`] for the record, also when it fails.
 
 use std::iter::Peekable;
 use std::net::SocketAddr;
@@ -44,54 +45,55 @@ use crate::traffic::copy::{Flow, aborted};
 use crate::traffic::dial::dial;
 use crate::traffic::headers;
 
-/// How many endpoints of a service are tried for one connection.
+/// The maximum number of endpoints to try for one connection.
 const ATTEMPTS: usize = 3;
-/// How long an endpoint may take while there is another to try. In it the kernel sends a SYN twice (after 1 s), so that one lost
-/// packet ejects no endpoint.
+/// The deadline for one endpoint while there is an alternative. The kernel repeats the SYN after 1
+/// s, so one lost packet ejects no endpoint.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Serves one caught connection from its first to its last byte.
+/// Serves one caught connection until it ends.
 pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Output = ()> + Send {
-    // Boxed, and no `async fn`: what connecting needs is a multiple of what the connection needs after it.
+    // Boxed, and no `async fn`: the future of connecting is several times larger than that of
+    // copying, and is freed before it.
     let opening = Box::pin(open(seat.clone(), assignment));
     async move {
-        // In this order, so that the sockets are closed before what is held for them is released.
-        let Some(Opened { record, held, client, onward }) = opening.await else {
+        // In this order: the sockets are closed before their permits and counts are released.
+        let Some(Opened { record, held, client, upstream }) = opening.await else {
             return;
         };
         let buffers = seat.pod.limits.buffers();
         let termination = held.registration.termination();
         let flow = Flow::new(buffers, &seat.node().deadlines, &record, termination);
-        let outcome = match onward {
-            Onward::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,
-            Onward::Plain(upstream) => flow.through_tcp(&client, &upstream).await,
+        let outcome = match upstream {
+            Upstream::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,
+            Upstream::Plain(upstream) => flow.through_tcp(&client, &upstream).await,
         };
         record.close(outcome);
     }
 }
 
-/// An open connection: its record, both sides of it, and what is held for them.
+/// An open connection: its record, its sockets, and the resources that it holds.
 struct Opened {
     record: ConnectionRecord,
-    held: HeldWhileOpen,
+    held: HeldResources,
     client: TcpStream,
-    onward: Onward,
+    upstream: Upstream,
 }
 
-/// What a connection holds until it is closed.
-struct HeldWhileOpen {
+/// The resources that a connection holds until it is closed.
+struct HeldResources {
     registration: Registration<Decision>,
     _load: Vec<OpenConnection>,
     _ticket: Ticket,
 }
 
 /// The connection to the upstream.
-enum Onward {
+enum Upstream {
     Tunnel(TunnelStream),
     Plain(TcpStream),
 }
 
-/// Connects an accepted connection, and makes its record.
+/// Connects an accepted connection, and creates its record.
 async fn open(
     seat: Arc<Seat>,
     Assignment { accepted, registration, mut ticket, .. }: Assignment,
@@ -100,14 +102,14 @@ async fn open(
     let series = &seat.worker.series;
     match connect(&seat, accepted, &registration).await {
         Ok((Registered { stream: client, .. }, connected)) => {
-            let Connected { facts, onward, load } = connected;
-            if let Onward::Tunnel(_) = &onward {
+            let Connected { facts, upstream, load } = connected;
+            if let Upstream::Tunnel(_) = &upstream {
                 // The tunnel holds the descriptor of its own connection.
                 ticket.release_descriptor();
             }
-            let held = HeldWhileOpen { registration, _load: load, _ticket: ticket };
+            let held = HeldResources { registration, _load: load, _ticket: ticket };
             let record = ConnectionRecord::opened(accepted_at, facts, series);
-            Some(Opened { record, held, client, onward })
+            Some(Opened { record, held, client, upstream })
         }
         Err(failure) => {
             ConnectionRecord::failed(accepted_at, &failure, series);
@@ -159,10 +161,10 @@ async fn connect(
     Ok((connection, connected))
 }
 
-/// A connection to the upstream that is ready to carry bytes, and what is known of it.
+/// A connection to the upstream that is ready to carry bytes, and the facts for its record.
 struct Connected {
     facts: Facts,
-    onward: Onward,
+    upstream: Upstream,
     load: Vec<OpenConnection>,
 }
 
@@ -170,18 +172,18 @@ struct Connected {
 struct OutboundConnect<'a> {
     seat: &'a Arc<Seat>,
     registration: &'a Registration<Decision>,
-    /// The state of the mesh by which the connection is routed.
+    /// The snapshot of the mesh by which the connection is routed.
     snapshot: &'a Snapshot,
     connection: &'a Registered,
     source: Source,
     /// The identity of the pod's certificate.
     identity: Option<SpiffeId>,
-    /// What is known before there is a route.
+    /// The facts that are known before routing.
     known: Facts,
 }
 
 impl OutboundConnect<'_> {
-    /// Connects by the best route, and by the next best if its endpoint cannot be connected to.
+    /// Connects by the best route, and by the next one if its endpoint cannot be connected to.
     async fn connect(&self) -> Result<Connected, Box<ConnectFailure>> {
         let seat = self.seat;
         let own = &seat.context().own;
@@ -210,7 +212,7 @@ impl OutboundConnect<'_> {
             self.eject(endpoint, &failure.error);
             match others.next() {
                 Some(next) => route = next,
-                // That there is no other endpoint is not what went wrong.
+                // Report the failure of the endpoint, not the lack of another one.
                 None => return Err(failure),
             }
         }
@@ -222,12 +224,12 @@ impl OutboundConnect<'_> {
         metrics::endpoint_ejected();
         tracing::warn!(
             endpoint = %endpoint.uid, port = endpoint.port, error = %Quoted::chain(error),
-            "an endpoint is ejected for {} s", ejection.as_secs_f32()
+            "endpoint ejected for {} s", ejection.as_secs_f32()
         );
         seat.pod.endpoints.eject(endpoint.clone(), ejection);
     }
 
-    /// Connects by `route`, which may take [`ATTEMPT_TIMEOUT`] while there is another one.
+    /// Connects by `route`, within [`ATTEMPT_TIMEOUT`] if there is an alternative.
     async fn connect_in_time(
         &self,
         route: &Route,
@@ -265,17 +267,17 @@ impl OutboundConnect<'_> {
         };
         let mut facts = self.facts(route, Some(hop));
         match self.unless_interrupted(self.permit_and_dial(route, hop, &facts)).await {
-            Ok(onward) => {
-                if let Onward::Tunnel(tunnel) = &onward {
+            Ok(upstream) => {
+                if let Upstream::Tunnel(tunnel) = &upstream {
                     facts.destination.identity = Some(tunnel.peer().spiffe_id().clone());
                 }
-                Ok(Connected { facts, onward, load })
+                Ok(Connected { facts, upstream, load })
             }
             Err(error) => Err(facts.failed(error)),
         }
     }
 
-    /// `work`, unless the connection is terminated or the client resets it first.
+    /// Runs `work` until the connection is terminated or the client resets it.
     async fn unless_interrupted<T>(
         &self,
         work: impl Future<Output = Result<T, ProxyError>>,
@@ -283,7 +285,7 @@ impl OutboundConnect<'_> {
         let work = pin!(work);
         tokio::select! {
             outcome = self.registration.termination().or_terminate(work) => outcome,
-            // A FIN is no reason: what was sent before it is still to be delivered.
+            // A FIN does not interrupt: the bytes before it are still to be delivered.
             error = aborted(&self.connection.stream) => Err(ProxyError::Client(error)),
         }
     }
@@ -294,7 +296,7 @@ impl OutboundConnect<'_> {
         resolver.resolve(route.via.next_hop(), deadline).await.map_err(ProxyError::Resolve)
     }
 
-    /// What is known of the connection by `route`, once its next hop has an address.
+    /// The facts of the connection by `route`, with the address of the next hop if it is resolved.
     fn facts(&self, route: &Route, hop: Option<SocketAddr>) -> Facts {
         let asked = self.connection.destination.address();
         let (address, hbone) = match (&route.via, hop) {
@@ -319,7 +321,7 @@ impl OutboundConnect<'_> {
         route: &Route,
         hop: SocketAddr,
         facts: &Facts,
-    ) -> Result<Onward, ProxyError> {
+    ) -> Result<Upstream, ProxyError> {
         let own_network = &*self.seat.context().own.network;
         let by_address = route.workload.as_ref().is_none_or(|workload| {
             &*workload.network == own_network && workload.network_mode == NetworkMode::Standard
@@ -331,26 +333,26 @@ impl OutboundConnect<'_> {
         self.dial(&route.via, &permit, facts).await
     }
 
-    /// Connects to the next hop, in plain or by a tunnel.
+    /// Connects to the next hop, by plain TCP or by a tunnel.
     async fn dial(
         &self,
         via: &ForwardVia,
         permit: &Permit<'_>,
         facts: &Facts,
-    ) -> Result<Onward, ProxyError> {
+    ) -> Result<Upstream, ProxyError> {
         match via {
             ForwardVia::Plain { .. } => {
-                dial(permit, self.seat.node().timeouts.connect).await.map(Onward::Plain)
+                dial(permit, self.seat.node().timeouts.connect).await.map(Upstream::Plain)
             }
             ForwardVia::Tunnel { peers, authority, .. } => {
                 let target = authority.at(permit.destination().ip());
-                self.open_stream(permit, peers, &target, facts).await.map(Onward::Tunnel)
+                self.open_stream(permit, peers, &target, facts).await.map(Upstream::Tunnel)
             }
             ForwardVia::DoubleTunnel { gateway_peers, peers, authority, .. } => {
                 let gateway = (permit, gateway_peers);
-                // Boxed: it has a handshake of its own, and every other connection would have to bear what that needs.
+                // Boxed: its TLS handshake would enlarge the future of every other connection.
                 let opening = self.open_stream_behind_gateway(gateway, peers, authority, facts);
-                Box::pin(opening).await.map(Onward::Tunnel)
+                Box::pin(opening).await.map(Upstream::Tunnel)
             }
         }
     }
@@ -373,7 +375,8 @@ impl OutboundConnect<'_> {
         opened.map_err(|error| self.tunnel_failed(error))
     }
 
-    /// Opens a tunnel to one of `peers` through a stream to the gateway, which is the permitted hop.
+    /// Opens a tunnel to one of `peers` through a stream to the gateway, which is the permitted
+    /// hop.
     async fn open_stream_behind_gateway(
         &self,
         (permit, gateway_peers): (&Permit<'_>, &Arc<[SpiffeId]>),
@@ -395,7 +398,7 @@ impl OutboundConnect<'_> {
         ProxyError::tunnel(error)
     }
 
-    /// The key of the tunnel in the pool, and the connector that opens it if there is none.
+    /// The pool key of the tunnel, and the connector that opens it if the pool has none.
     fn tunnel_key(
         &self,
         permit: &Permit<'_>,

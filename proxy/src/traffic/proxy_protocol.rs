@@ -1,7 +1,7 @@
-//! The PROXY protocol header, version 2: tells a workload that takes connections out of tunnels for others whose connection this
-//! is, and who proved to have opened it.
+//! Writes PROXY protocol headers, version 2: they report a connection's addresses and proven
+//! identity to a workload that forwards tunnelled connections, such as a waypoint.
 //!
-//! Not here: reading one. We believe nobody but a peer's certificate.
+//! The proxy never reads such a header: only a peer's certificate proves an identity.
 //!
 //! Source: HAProxy, "The PROXY protocol", section 2.2.
 
@@ -14,13 +14,15 @@ const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 const VERSION_2_PROXY: u8 = 0x21;
 const TCP_OVER_IPV4: u8 = 0x11;
 const TCP_OVER_IPV6: u8 = 0x21;
-/// Where ztunnel puts the identity, and Istio's waypoints look for it; of the range for private use (section 2.2.8).
+/// The type of the identity field in ztunnel and Istio's waypoints, in the range for private use
+/// (section 2.2.8).
 const TLV_IDENTITY: u8 = 0xD0;
 
-/// The header of a connection from `source` to `destination`; `identity` is the client's, proven by its certificate.
+/// The header of a connection from `source` to `destination`; `identity` is the client's, proven by
+/// its certificate.
 ///
-/// The header has one address family for both. Where they differ, the IPv4 one is mapped into IPv6, so that neither is lost;
-/// ztunnel declares both unknown then.
+/// The header has one address family: if the families differ, the IPv4 address is mapped into IPv6.
+/// ztunnel declares both addresses unknown in that case.
 pub(crate) fn header(
     source: SocketAddr,
     destination: SocketAddr,
@@ -43,7 +45,7 @@ pub(crate) fn header(
     header.freeze()
 }
 
-/// Puts both addresses and then both ports, and tells their family.
+/// Appends both addresses and then both ports. Returns the code of their family.
 fn put_addresses(body: &mut BytesMut, source: SocketAddr, destination: SocketAddr) -> u8 {
     let family = match (source.ip().to_canonical(), destination.ip().to_canonical()) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
@@ -67,7 +69,7 @@ fn put_addresses(body: &mut BytesMut, source: SocketAddr, destination: SocketAdd
     family
 }
 
-/// It always fits: an identity has at most 2048 bytes, and the rest 39.
+/// The length always fits: an identity has at most 2048 bytes, the rest 39.
 fn length(bytes: impl AsRef<[u8]>) -> u16 {
     u16::try_from(bytes.as_ref().len()).unwrap_or(u16::MAX)
 }
@@ -81,9 +83,9 @@ mod tests {
         header(source.parse().unwrap(), destination.parse().unwrap(), identity.as_ref())
     }
 
-    /// Written down by hand from the tables of section 2.2.
+    /// The expected bytes are written by hand from the tables of section 2.2.
     #[test]
-    fn the_header_over_ipv4_is_as_the_standard_and_ztunnel_have_it() {
+    fn ipv4_header_matches_standard_and_ztunnel() {
         let identity = "spiffe://cluster.local/ns/a/sa/b";
         let expected = [
             &[0x0D, 0x0A, 0x0D, 0x0A, 0x00, 0x0D, 0x0A, 0x51, 0x55, 0x49, 0x54, 0x0A][..],
@@ -101,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn the_header_over_ipv6_has_longer_addresses() {
+    fn ipv6_header_matches_standard() {
         let mut addresses = [0; 36];
         (addresses[0], addresses[1], addresses[15]) = (0xFD, 0x00, 0x01);
         (addresses[16], addresses[17], addresses[31]) = (0x20, 0x01, 0x02);
@@ -111,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_families_the_shorter_is_mapped_into_the_longer() {
+    fn maps_ipv4_address_into_ipv6_if_families_differ() {
         let mapped = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF, 10, 0, 0, 1];
         let from_v4 = from_to("10.0.0.1:1", "[fd00::1]:2", None);
         assert_eq!((from_v4[13], &from_v4[16..32]), (0x21, &mapped[..]));
@@ -121,14 +123,14 @@ mod tests {
     }
 
     #[test]
-    fn what_came_in_through_an_ipv6_socket_is_ipv4() {
+    fn writes_mapped_addresses_as_ipv4() {
         let mapped = from_to("[::ffff:10.0.0.1]:1", "[::ffff:10.0.0.2]:2", None);
         assert_eq!(mapped, from_to("10.0.0.1:1", "10.0.0.2:2", None));
         assert_eq!(mapped.len(), 28);
     }
 
     #[test]
-    fn the_longest_identity_fits() {
+    fn longest_identity_fits() {
         let identity = format!("spiffe://td/{}", "a".repeat(2048 - "spiffe://td/".len()));
         let written = from_to("[fd00::1]:1", "[fd00::2]:2", Some(&identity));
         assert_eq!(written[14..16], [0x08, 0x27]);

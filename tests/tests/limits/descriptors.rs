@@ -81,11 +81,11 @@ async fn accepting_pauses() {
     assert!(fs::read_dir(format!("/proc/{}/fd", proxy.pid())).expect("it runs").count() < 100);
     drop(burst);
     becomes_ready(&scene.client).await;
-    proxy.line(&["INFO", "accepting goes on"]).await;
+    proxy.line(&["INFO", "accepting resumes"]).await;
     // No connection was refused: all were served eventually.
     proxy.access_lines(BURST).await;
     assert_eq!(proxy.count(&["connection complete"]), BURST, "{}", proxy.log());
-    assert_eq!(proxy.count(&["accepting pauses"]), proxy.count(&["accepting goes on"]));
+    assert_eq!(proxy.count(&["accepting pauses"]), proxy.count(&["accepting resumes"]));
     let app = scene.server.listen(APP + 1);
     let to = scene.server.at(Family::V4, APP + 1);
     let (mut client, mut server, _) = scene.client.meet(&app, to).await;
@@ -206,7 +206,7 @@ async fn cannot_accept() {
     is_unready(&scene.client).await;
     is_served_again(&scene).await;
     becomes_ready(&scene.client).await;
-    proxy.line(&["INFO", "accepting goes on"]).await;
+    proxy.line(&["INFO", "accepting resumes"]).await;
     assert_eq!(proxy.count(&["accepting pauses"]), 1, "{}", proxy.log());
     let labels = [("listener", "outbound"), ("reason", "system")];
     let paused = scene.client.metrics().await.sum("underpass_accept_paused_total", &labels);

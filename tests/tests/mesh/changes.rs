@@ -75,9 +75,9 @@ async fn bad_document() {
             "default/missing",
         ),
     ] {
-        let before = server.count(&["the last good one stays", told]);
+        let before = server.count(&["keeping the last good one", told]);
         fs::write(scene.client.folder().join("mesh.yaml"), bad).expect("a bad mesh file");
-        server.more_than(before, &["the last good one stays", told]).await;
+        server.more_than(before, &["keeping the last good one", told]).await;
         scene.echoed().await;
     }
     change(&scene, &usual(&scene).policy("nobody", "Allow", "[]"), &mut [&mut client, &mut server])
@@ -131,6 +131,6 @@ async fn deleted_file() {
     let (scene, _client, mut server) = proxies(usual).await;
     let _app = Server::echo(&scene.server, APP);
     fs::remove_file(scene.client.folder().join("mesh.yaml")).expect("the file existed");
-    server.line(&["the last good one stays", "mesh.yaml"]).await;
+    server.line(&["keeping the last good one", "mesh.yaml"]).await;
     scene.echoed().await;
 }

@@ -1,4 +1,5 @@
-//! Which policies are asked, in which order, and what that comes to. What one policy matches is tried in the config crate.
+//! Tests of the order and combination of policies. The config crate tests the matching of one
+//! policy.
 
 use underpass_config::{Mesh, MeshBuilder, PolicyScope, Rules, SpiffeId, Workload, WorkloadDraft};
 
@@ -6,7 +7,7 @@ use super::*;
 
 const WORKLOAD: &str = "\nworkloads: [{name: web, namespace: shop, workloadIps: [10.0.0.9]}]\n";
 
-/// Policies are written short: `deny! shop/name Scope RULES`, where `!` makes it a dry run.
+/// Makes a mesh from `deny! shop/name Scope RULES; ...`, where `!` marks a dry run.
 fn mesh(policies: &str) -> Mesh {
     let mut text = "policies:\n".to_owned();
     for line in policies.split(';').map(str::trim).filter(|line| !line.is_empty()) {
@@ -23,13 +24,13 @@ fn mesh(policies: &str) -> Mesh {
     Mesh::from_text("mesh.yaml", &(text + WORKLOAD)).unwrap_or_else(|error| panic!("{error}"))
 }
 
-struct Judged {
+struct Outcome {
     decision: String,
     dry_run: Vec<String>,
 }
 
-/// How `shop/web` takes a connection from `td/ns/bank/sa/teller` to its port 80.
-fn judge(mesh: &Mesh) -> Judged {
+/// The decisions of `shop/web` on a connection from `td/ns/bank/sa/teller` to port 80.
+fn evaluate(mesh: &Mesh) -> Outcome {
     let workload = mesh.workload("", [10, 0, 0, 9].into()).unwrap();
     let identity: SpiffeId = "spiffe://td/ns/bank/sa/teller".parse().unwrap();
     let connection = Connection {
@@ -44,13 +45,13 @@ fn judge(mesh: &Mesh) -> Judged {
         Err(denial) => denial.to_string(),
     };
     let dry_run = dry_run(policies, &connection).iter().map(ToString::to_string).collect();
-    Judged { decision, dry_run }
+    Outcome { decision, dry_run }
 }
 
 const NOT_ALLOWED: &str = "allow policies exist, but none allowed";
 
 #[test]
-fn policies_are_asked_in_istios_order() {
+fn evaluates_policies_in_istios_order() {
     for (policies, decision) in [
         ("", "allowed"),
         // Rules: `[[]]` matches everything, `[]` nothing.
@@ -61,7 +62,7 @@ fn policies_are_asked_in_istios_order() {
         ("allow shop/a Namespace []; allow shop/b Namespace [[]]", "allowed"),
         ("allow shop/a Namespace [[]]; allow shop/b Namespace []", "allowed"),
         ("allow shop/a Namespace []; allow shop/b Namespace []", NOT_ALLOWED),
-        // A denial goes before any permission, wherever it stands.
+        // DENY precedes ALLOW, in any order of the list.
         ("allow shop/a Namespace [[]]; deny shop/b Namespace [[]]", "explicitly denied by: shop/b"),
         ("deny shop/b Namespace [[]]; allow shop/a Namespace [[]]", "explicitly denied by: shop/b"),
         ("deny shop/a Namespace []; allow shop/b Namespace []", NOT_ALLOWED),
@@ -77,7 +78,7 @@ fn policies_are_asked_in_istios_order() {
         ("allow root/a Global [[]]; deny shop/b Namespace [[]]", "explicitly denied by: shop/b"),
         ("deny root/a Global [[]]; allow shop/b Namespace [[]]", "explicitly denied by: root/a"),
         ("allow root/a Global []; allow shop/b Namespace [[]]", "allowed"),
-        // The caller has the identity td/ns/bank/sa/teller.
+        // The client has the identity td/ns/bank/sa/teller.
         ("allow shop/a Namespace [[[{namespaces: [!Exact bank]}]]]", "allowed"),
         ("allow shop/a Namespace [[[{namespaces: [!Exact shop]}]]]", NOT_ALLOWED),
         ("deny shop/a Namespace [[[{destinationPorts: [80]}]]]", "explicitly denied by: shop/a"),
@@ -88,12 +89,12 @@ fn policies_are_asked_in_istios_order() {
         ("allow shop/a Namespace []; allow! shop/b Namespace [[]]", NOT_ALLOWED),
         ("allow shop/a Namespace [[]]; deny! root/b Global [[]]", "allowed"),
     ] {
-        assert_eq!(judge(&mesh(policies)).decision, decision, "{policies}");
+        assert_eq!(evaluate(&mesh(policies)).decision, decision, "{policies}");
     }
 }
 
 #[test]
-fn a_workload_names_policies_of_whatever_scope_and_namespace() {
+fn workload_selects_policies_of_any_scope_and_namespace() {
     let everything = Rules::from(vec![vec![]]);
     let policy = |name: &str, namespace: &str, scope, action| Policy {
         name: name.into(),
@@ -111,7 +112,7 @@ fn a_workload_names_policies_of_whatever_scope_and_namespace() {
         builder.policy(policy("theirs", "bank", PolicyScope::Namespace, PolicyAction::Deny));
         builder.policy(Policy {
             rules: Rules::default(),
-            ..policy("nobody", "shop", selected, PolicyAction::Allow)
+            ..policy("unmatched", "shop", selected, PolicyAction::Allow)
         });
         let workload = mesh("").workload("", [10, 0, 0, 9].into()).unwrap().clone();
         builder.workload(WorkloadDraft {
@@ -119,18 +120,18 @@ fn a_workload_names_policies_of_whatever_scope_and_namespace() {
             services: Vec::new(),
             policies: names.iter().map(|name| (*name).into()).collect(),
         });
-        judge(&builder.build().unwrap()).decision
+        evaluate(&builder.build().unwrap()).decision
     };
     assert_eq!(decision(&[]), "allowed");
     assert_eq!(decision(&["shop/all"]), "allowed");
-    assert_eq!(decision(&["shop/nobody"]), NOT_ALLOWED);
-    assert_eq!(decision(&["shop/nobody", "shop/all"]), "allowed");
+    assert_eq!(decision(&["shop/unmatched"]), NOT_ALLOWED);
+    assert_eq!(decision(&["shop/unmatched", "shop/all"]), "allowed");
     assert_eq!(decision(&["shop/all", "shop/none"]), "explicitly denied by: shop/none");
     assert_eq!(decision(&["bank/theirs"]), "explicitly denied by: bank/theirs");
 }
 
 #[test]
-fn dry_run_policies_say_what_they_would_do() {
+fn dry_run_policies_report_their_decisions() {
     const NONE: &[&str] = &[];
     for (policies, expected) in [
         ("", NONE),
@@ -147,10 +148,10 @@ fn dry_run_policies_say_what_they_would_do() {
             "allow! shop/a Namespace []; allow! shop/b Namespace [[]]",
             &["dry run: would be allowed by: shop/b"],
         ),
-        // Others that allow decide already.
+        // An enforced ALLOW policy decides already.
         ("allow! shop/a Namespace []; allow shop/b Namespace [[]]", NONE),
         ("allow! shop/a Namespace []; allow shop/b Namespace []", NONE),
-        // First what would deny; what would allow is asked only if nothing denies in earnest.
+        // DENY first; ALLOW only if no enforced policy denies.
         (
             "allow! shop/a Namespace [[]]; deny! shop/b Namespace [[]]",
             &["dry run: would be denied by: shop/b", "dry run: would be allowed by: shop/a"],
@@ -163,9 +164,9 @@ fn dry_run_policies_say_what_they_would_do() {
             "allow! shop/a Namespace [[]]; deny! shop/b Namespace [[]]; deny shop/c Namespace [[]]",
             &["dry run: would be denied by: shop/b"],
         ),
-        // Of other scopes nothing is said.
+        // Policies of other scopes are not reported.
         ("deny! bank/a Namespace [[]]; deny! shop/a WorkloadSelector [[]]", NONE),
     ] {
-        assert_eq!(judge(&mesh(policies)).dry_run, expected, "{policies}");
+        assert_eq!(evaluate(&mesh(policies)).dry_run, expected, "{policies}");
     }
 }

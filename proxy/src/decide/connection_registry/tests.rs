@@ -1,4 +1,4 @@
-//! The registry with numbers for connections.
+//! Tests of the connection registry, with numbers as subjects.
 
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};

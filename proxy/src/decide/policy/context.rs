@@ -1,11 +1,11 @@
-//! The settings of a pod that decisions depend on, beside the mesh.
+//! The settings of a pod on which policy decisions depend.
 
 use underpass_config::{
     EgressSettings, KubeletProbes, MtlsSettings, Profile, Settings, WorkloadSettings,
 };
 use underpass_interception::Ports;
 
-/// What permits of one pod depend on, beside the mesh.
+/// The settings of one pod on which its permits depend.
 #[derive(Debug)]
 pub(crate) struct PolicyContext {
     pub(crate) ports: Ports,
@@ -13,12 +13,12 @@ pub(crate) struct PolicyContext {
     pub(crate) own: WorkloadSettings,
     pub(crate) egress: EgressSettings,
     pub(crate) mtls: MtlsSettings,
-    /// Which connections from the kubelet's probe address `mtls: strict` lets in.
+    /// The ports at which `mtls: strict` accepts connections from the kubelet's probe address.
     pub(crate) probes: KubeletProbes,
 }
 
 impl PolicyContext {
-    /// That of a pod with these settings.
+    /// The context of a pod with these settings.
     pub(crate) fn of(settings: &Settings) -> Self {
         Self {
             ports: Ports::of(settings),
@@ -30,7 +30,7 @@ impl PolicyContext {
     }
 }
 
-/// Only the ambient profile knows the kubelet by its source.
+/// Only the ambient profile identifies the kubelet by its source address.
 fn probes(settings: &Settings) -> KubeletProbes {
     match settings.interception.profile {
         Profile::Ambient => settings.interception.kubelet_probes.clone(),

@@ -1,4 +1,4 @@
-//! Decisions on connections, and on open connections when the mesh changes.
+//! Tests of policy decisions on new connections, and on open ones when the mesh changes.
 
 use underpass_config::Mesh;
 
@@ -195,28 +195,28 @@ fn change_forbids_connection_that_was_allowed() {
 
 #[test]
 fn connection_from_skipped_generation_is_decided_again() {
-    // It was allowed by the second state; the first and the third forbid it, and a worker may never see the second.
+    // The second generation allowed it; the first and the third forbid it. A worker may skip the
+    // second.
     let (first, third) = (snapshot(1, &deny_client()), snapshot(3, &deny_client()));
     assert_eq!(after(&first, &third, 2), Err("policy_denied"));
 }
 
 #[test]
-fn unrelated_change_decides_nothing_again() {
-    // Not decided on again, or it would be refused: the connection could not have begun.
+fn unrelated_change_does_not_recheck_connection() {
+    // A second check would refuse it: the old mesh denies it already.
     let (old, new) = (snapshot(1, &deny_client()), snapshot(2, &deny_client()));
     assert_eq!(after(&old, &new, 1), Ok(()));
 }
 
 #[test]
-fn change_does_not_judge_what_a_newer_generation_permitted() {
-    // The third state permits what the second one forbids, and the change to the second one is
-    // still being enforced.
+fn change_skips_connection_permitted_by_newer_generation() {
+    // Generation 3 permits the connection; generation 2, which forbids it, is still being enforced.
     let (first, second) = (snapshot(1, ""), snapshot(2, &deny_client()));
     assert_eq!(after(&first, &second, 3), Ok(()));
     assert_eq!(after(&first, &second, 2), Ok(()));
 }
 
-/// How many connections of a pod a change terminates.
+/// The number of connections of a pod that a change terminates.
 async fn terminated(pod: &Pod, old: &Snapshot, new: &Snapshot) -> usize {
     let (mut change, mut terminated) = (Change::new(old, new, &pod.context), Terminated::default());
     pod.connections.of(0).terminate(&mut terminated, |decision| change.check(decision)).await;
@@ -239,9 +239,9 @@ async fn permit_is_noted_in_registration_of_its_connection() {
     assert!(matches!(denied, Err(ProxyError::Denied(_))), "{denied:?}");
 }
 
-/// Both are reached at the same address, as two pods with one address in two namespaces are.
+/// Both pods have the same address, in two namespaces.
 #[tokio::test]
-async fn change_is_checked_by_the_context_of_each_pod() {
+async fn change_is_checked_in_context_of_each_pod() {
     let (old, new) = (Arc::new(snapshot(1, "")), snapshot(2, &deny_client()));
     let (_sender, mesh) = watch::channel(old.clone());
     let pods = [pod(&[]), pod(&["workload.namespace=other", "workload.name=other"])];

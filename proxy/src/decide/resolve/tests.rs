@@ -1,4 +1,4 @@
-//! Hostnames: what is remembered of them, for how long, and who waits for whom.
+//! Tests of the resolver's cache: lifetimes, shared lookups and eviction.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -9,7 +9,7 @@ use super::*;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Answers as it is told, after a second, and counts.
+/// A resolver with configured answers and delay, which counts its lookups.
 #[derive(Clone, Default)]
 struct Dns {
     answer: Arc<Mutex<Option<Vec<IpAddr>>>>,
@@ -64,7 +64,7 @@ async fn resolve(resolver: &Resolver) -> Result<String, ResolveError> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_address_needs_no_lookup() {
+async fn address_needs_no_lookup() {
     let dns = Dns::new(&[]);
     let address = "10.0.0.1:80".parse().unwrap();
     let found = dns.resolver().resolve(&NextHop::Address(address), DEADLINE).await;
@@ -72,7 +72,7 @@ async fn an_address_needs_no_lookup() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn addresses_of_the_preferred_family_take_turns_and_others_only_stand_in() {
+async fn uses_preferred_family_in_turn_and_others_as_fallback() {
     let dns = Dns::new(&["10.0.0.1", "fd00::1", "10.0.0.2"]);
     let resolver = dns.resolver();
     let mut turns = Vec::new();
@@ -110,7 +110,7 @@ async fn addresses_are_used_for_thirty_seconds() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn many_wait_for_one_lookup_even_if_the_first_gives_up() {
+async fn connections_share_lookup_even_if_first_gives_up() {
     let dns = Dns::new(&["10.0.0.1"]);
     let resolver = dns.resolver();
     let hop = hop("a.example", IpFamilies::Any, false);
@@ -123,7 +123,7 @@ async fn many_wait_for_one_lookup_even_if_the_first_gives_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failure_is_repeated_for_two_seconds() {
+async fn failure_is_cached_for_two_seconds() {
     let dns = Dns::new(&[]);
     dns.answers(None);
     let resolver = dns.resolver();
@@ -139,7 +139,7 @@ async fn a_failure_is_repeated_for_two_seconds() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn stale_addresses_stand_in_when_a_lookup_fails_or_takes_long() {
+async fn uses_stale_addresses_when_lookup_fails_or_is_slow() {
     let dns = Dns::new(&["10.0.0.1"]);
     let resolver = dns.resolver();
     resolve(&resolver).await.unwrap();
@@ -157,7 +157,7 @@ async fn stale_addresses_stand_in_when_a_lookup_fails_or_takes_long() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lookup_that_nobody_waited_for_does_not_tell_of_the_present() {
+async fn abandoned_lookup_is_restarted() {
     let dns = Dns::new(&["10.0.0.1"]);
     let resolver = dns.resolver();
     let hop = hop("a.example", IpFamilies::Any, false);
@@ -169,7 +169,7 @@ async fn a_lookup_that_nobody_waited_for_does_not_tell_of_the_present() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_name_that_was_not_asked_for_the_longest_is_forgotten_first() {
+async fn evicts_least_recently_requested_name() {
     let dns = Dns::new(&["10.0.0.1"]);
     dns.delays(Duration::ZERO);
     let resolver = dns.resolver();
@@ -184,7 +184,7 @@ async fn the_name_that_was_not_asked_for_the_longest_is_forgotten_first() {
 }
 
 #[tokio::test]
-async fn the_system_is_asked() {
+async fn asks_system_resolver() {
     let hop = hop("127.0.0.1", IpFamilies::Any, false);
     let found = Resolver::system(Handle::current()).resolve(&hop, DEADLINE).await.unwrap();
     assert_eq!(found, SocketAddr::from(([127, 0, 0, 1], 80)));

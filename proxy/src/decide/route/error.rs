@@ -1,4 +1,4 @@
-//! Why there is no way to a destination, or none from a tunnel to the workload.
+//! Errors of routing: no outbound route, or a tunnel's request that this workload does not serve.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -12,15 +12,15 @@ use super::Target;
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(crate) enum RouteError {
     #[error(
-        "service {service} has no port {port}: does the client mean another one, or is it missing in `ports` of the service?"
+        "service {service} has no port {port}: add it to `ports` of the service, or connect to another port"
     )]
     NoPort { service: Arc<Service>, port: u16 },
-    #[error("none of the {} healthy endpoints of service {service} can take port {port}", service.endpoints.len())]
+    #[error("none of the {} healthy endpoints of service {service} is usable for port {port}", service.endpoints.len())]
     NoEndpoint {
         service: Arc<Service>,
         port: u16,
         #[source]
-        nearest: Unfit,
+        nearest: Unusable,
     },
     #[error(
         "the waypoint {waypoint} is unknown in the mesh, hidden from this namespace or an address that several workloads share: \
@@ -33,38 +33,36 @@ pub(crate) enum RouteError {
     )]
     UnknownGateway { gateway: GatewayDestination },
     #[error("workload {workload} cannot be reached")]
-    Unfit {
+    UnusableWorkload {
         workload: Arc<Workload>,
         #[source]
-        reason: Unfit,
+        reason: Unusable,
     },
     #[error(
-        "several workloads share {address} and one of them speaks HBONE, so that nobody can tell whether plain TCP is right: \
-         connect to a service of theirs"
+        "several workloads share {address} and one of them speaks HBONE, so that plain TCP may be wrong: \
+         connect to a service of the workload"
     )]
     SharedAddress { address: IpAddr },
-    #[error("the tunnel asks for {asked}, but it ends at {here}")]
+    #[error("the tunnel requests {asked}, but it ends at {here}")]
     NotHere { asked: Target, here: SocketAddr },
     #[error(
-        "the tunnel asks for service {hostname}, which is unknown in the mesh or hidden from this namespace"
+        "the tunnel requests service {hostname}, which is unknown in the mesh or hidden from this namespace"
     )]
     UnknownService { hostname: Name },
     #[error(
-        "the tunnel asks for service {service}, of which the workload here is neither an endpoint nor the waypoint"
+        "the tunnel requests service {service}, of which the local workload is neither an endpoint nor the waypoint"
     )]
     NotEndpoint { service: Arc<Service> },
-    #[error(
-        "service {service} has no address that a PROXY header could carry: give it one in `vips`"
-    )]
+    #[error("service {service} has no address for the PROXY header: add one to `vips`")]
     NoVip { service: Arc<Service> },
 }
 
 impl RouteError {
-    /// Whether no endpoint of the service takes the port, other than those that were tried already.
-    pub(super) fn is_nobody(&self) -> bool {
+    /// Whether the service has no usable endpoint for the port, tried endpoints aside.
+    pub(super) fn has_no_endpoint_for_port(&self) -> bool {
         match self {
             Self::NoPort { .. } => true,
-            Self::NoEndpoint { nearest, .. } => *nearest != Unfit::Tried,
+            Self::NoEndpoint { nearest, .. } => *nearest != Unusable::Tried,
             _ => false,
         }
     }
@@ -76,7 +74,7 @@ impl RouteError {
             Self::NoEndpoint { .. } => "no_healthy_upstream",
             Self::UnknownWaypoint { .. } => "unknown_waypoint",
             Self::UnknownGateway { .. } => "unknown_network_gateway",
-            Self::Unfit { .. } => "no_valid_destination",
+            Self::UnusableWorkload { .. } => "no_valid_destination",
             Self::SharedAddress { .. } => "shared_address",
             Self::NotHere { .. } => "not_here",
             Self::UnknownService { .. } => "unknown_service",
@@ -86,34 +84,34 @@ impl RouteError {
     }
 }
 
-/// Why a workload cannot take a connection, in the order in which it is found out: of several endpoints the reason of the one
-/// that came nearest is reported.
+/// Why a workload cannot be used, in the order of the checks. For a service, the error reports the
+/// reason of the endpoint that passed the most checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Error)]
-pub(crate) enum Unfit {
-    #[error("there is no workload behind it that is healthy")]
-    Nobody,
+pub(crate) enum Unusable {
+    #[error("it has no healthy workload")]
+    NoHealthyWorkload,
     #[error(
-        "the port has a name, and no endpoint says what it is: give it in `services` of the workload"
+        "the port is named, and no endpoint defines its number: set it in `services` of the workload"
     )]
     NoPort,
-    #[error("it takes no connections: its `capacity` is 0")]
+    #[error("it accepts no connections: its `capacity` is 0")]
     NoCapacity,
-    #[error("it has neither an address nor a hostname: give one in `workloadIps` or `hostname`")]
+    #[error("it has neither an address nor a hostname: set `workloadIps` or `hostname`")]
     NoAddress,
-    #[error("it has no address of the family that the service is served in (`ipFamilies`)")]
+    #[error("it has no address of the service's families (`ipFamilies`)")]
     NoAddressOfFamily,
     #[error(
-        "it is in another network, where only services are reached: connect to a service of it"
+        "it is in another network, in which only services are reachable: connect to its service"
     )]
     OtherNetwork,
     #[error("it is in another network and has no gateway: set `networkGateway` of the workload")]
     NoGateway,
     #[error(
-        "it is in another network and the service has no `subjectAltNames`, by which alone a peer behind a gateway is known"
+        "it is in another network and the service has no `subjectAltNames`, which identify a peer behind a gateway"
     )]
     NoSubjectAltNames,
-    #[error("it is not near enough for a service that is balanced in Strict mode")]
+    #[error("it does not match all preferences of a service in Strict mode")]
     NotNear,
-    #[error("it was tried already and could not be connected to")]
+    #[error("connecting to it failed before")]
     Tried,
 }

@@ -1,6 +1,7 @@
-//! The way in: what a tunnel that ends at this workload may ask for, and where that leads. It never leads to another address.
+//! Inbound routing: which destinations a tunnel that ends at this workload may request, and their
+//! target. The target is always at this address.
 //!
-//! Not here: which ports are the proxy's own, and who may connect (`policy.rs`).
+//! The proxy's own ports and authorization are checked in `policy.rs`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -11,22 +12,22 @@ use underpass_config::{
 
 use super::{RouteError, Target};
 
-/// Where a connection out of a tunnel goes.
+/// The target of a CONNECT request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct InboundTarget {
-    /// The application: the address at which the tunnel ends, and one of its ports.
+    /// The application: the address at which the tunnel ends, and a port.
     pub(crate) address: SocketAddr,
-    /// What a PROXY header in front of the bytes calls the destination; `None`: there is no header.
+    /// The destination in the PROXY header; `None` if no header is sent.
     pub(crate) header: Option<SocketAddr>,
-    /// The service that was asked for, if the tunnel asks for one.
+    /// The requested service, if the request names one.
     pub(crate) service: Option<Arc<Service>>,
 }
 
-/// Where a tunnel leads that ends at `here` and asks for `authority`. The workload here is of `namespace`, and is `local` if the
-/// mesh knows it; addresses mean those of `network`.
+/// The target of a CONNECT request for `authority` in a tunnel that ends at `here`. The local
+/// workload is in `namespace` and `network`; `local` is its entry in the mesh.
 ///
 /// # Errors
-/// Why the workload here does not stand for what is asked for.
+/// Why the local workload does not serve the requested destination.
 pub(crate) fn inbound(
     authority: &Target,
     here: SocketAddr,
@@ -36,19 +37,19 @@ pub(crate) fn inbound(
     namespace: &str,
 ) -> Result<InboundTarget, RouteError> {
     let here = SocketAddr::new(here.ip().to_canonical(), here.port());
-    let question = Question { here, mesh, local, network, namespace };
+    let router = InboundRouter { here, mesh, local, network, namespace };
     match authority {
         Target::Address(asked) => {
-            question.address(SocketAddr::new(asked.ip().to_canonical(), asked.port()))
+            router.address(SocketAddr::new(asked.ip().to_canonical(), asked.port()))
         }
         Target::Hostname(hostname, port) => {
             let unknown = || RouteError::UnknownService { hostname: hostname.clone() };
-            question.service(question.named(hostname).ok_or_else(unknown)?, *port)
+            router.service(router.named(hostname).ok_or_else(unknown)?, *port)
         }
     }
 }
 
-struct Question<'a> {
+struct InboundRouter<'a> {
     here: SocketAddr,
     mesh: &'a Mesh,
     local: Option<&'a Workload>,
@@ -56,11 +57,11 @@ struct Question<'a> {
     namespace: &'a str,
 }
 
-impl<'a> Question<'a> {
+impl<'a> InboundRouter<'a> {
     fn address(&self, asked: SocketAddr) -> Result<InboundTarget, RouteError> {
         let own = asked.ip() == self.here.ip();
         let tunnel = self.local.and_then(|local| local.application_tunnel);
-        // A workload's own address does not say which of its services is meant.
+        // The workload's own address does not identify one of its services.
         let owner = if own { None } else { self.owner(asked.ip()) };
         let in_front_of = if own { None } else { self.in_front_of(asked.ip()) };
         if !own && tunnel.is_none() && in_front_of.is_none() {
@@ -76,8 +77,9 @@ impl<'a> Question<'a> {
         Ok(InboundTarget { address, header: header.map(|_| asked), service })
     }
 
-    /// The service that a tunnel means by a hostname, which several may have: one that the workload here serves, or else one that
-    /// it is the waypoint of, or else the usual one. The first two need not be visible to it: visibility is about clients.
+    /// The service with a hostname that several services may share. Served ones come first, then
+    /// those of which the local workload is the waypoint, then the best match. Visibility limits
+    /// clients only.
     fn named(&self, hostname: &str) -> Option<&'a Arc<Service>> {
         let best = self.mesh.service_by_hostname(hostname, self.namespace);
         let all = || best.into_iter().chain(self.mesh.services_named(hostname));
@@ -115,29 +117,30 @@ impl<'a> Question<'a> {
         })
     }
 
-    /// A workload that is not healthy is no endpoint, but a peer that chose it before may still come.
+    /// Whether the workload is, or was when healthy, an endpoint: a peer may have selected it
+    /// before.
     fn serves(&self, service: &Service) -> bool {
         self.local.is_some_and(|local| {
             service.endpoint(local).is_some() || local.services.contains(&service.key())
         })
     }
 
-    /// The owner of this address: a workload before a service, whose range may contain it.
+    /// The owner of this address: a workload before a service whose range contains it.
     fn owner(&self, address: IpAddr) -> Option<Destination<'a>> {
         let workload = self.mesh.workload(self.network, address).map(Destination::Workload);
         let service = || self.mesh.service(self.network, address, self.namespace);
         workload.or_else(|| service().map(Destination::Service))
     }
 
-    /// Who at this address names the workload here as waypoint, whether visible to it or not: of several services each client
-    /// means another one.
+    /// The destination at this address whose waypoint is the local workload, visible or not.
+    /// Different clients may mean different services at one address.
     fn in_front_of(&self, address: IpAddr) -> Option<Destination<'a>> {
         let services = self.mesh.services_at(self.network, address).map(Destination::Service);
         let mut all = self.owner(address).into_iter().chain(services);
         all.find(|destination| self.is_waypoint_of(*destination))
     }
 
-    /// Whether its connections are to go through the workload here.
+    /// Whether the local workload is a waypoint of this destination.
     fn is_waypoint_of(&self, destination: Destination<'_>) -> bool {
         waypoints_of(destination).any(|waypoint| self.is_here(waypoint))
     }
@@ -160,7 +163,7 @@ impl<'a> Question<'a> {
         }
     }
 
-    /// The address of a service that a PROXY header carries, which knows no hostnames: one of this network, rather of IPv4.
+    /// The service address in a PROXY header: preferably of this network, then IPv4.
     fn vip(&self, service: &Arc<Service>, port: u16) -> Result<SocketAddr, RouteError> {
         let best = service.vips.iter().min_by_key(|vip| {
             let elsewhere = *vip.network != *self.network;

@@ -1,4 +1,4 @@
-//! What holds for every mesh, destination and state of the endpoints.
+//! Property tests of routing, for every mesh, destination and state of the endpoints.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -11,7 +11,8 @@ use super::{ForwardVia, NextHop, Route, Target, inbound};
 const WORKLOADS: u8 = 6;
 const SERVICES: u8 = 4;
 
-/// Words that may be said of a workload; its address is its own, that of a node which several share, or none.
+/// A line for a workload. Its address is its own, one that several workloads of a node share, or
+/// none.
 fn workload(index: u8) -> impl Strategy<Value = String> {
     let address = prop_oneof![
         4 => Just(format!("ip=10.0.0.{index}")),
@@ -32,7 +33,7 @@ fn workload(index: u8) -> impl Strategy<Value = String> {
     })
 }
 
-/// Words that may be said of a service, whose address may be that of a workload or around it.
+/// A line for a service. Its address may be that of a workload, or a range that contains one.
 fn service(index: u8) -> impl Strategy<Value = String> {
     let vip = prop_oneof![
         4 => Just(format!("vip=/10.1.0.{index},/fd01::{index}")),
@@ -77,8 +78,8 @@ fn destination() -> impl Strategy<Value = SocketAddr> {
     (address, prop_oneof![3 => Just(80), 1 => Just(81)]).prop_map(SocketAddr::from)
 }
 
-/// Some workloads, by their number.
-fn some() -> impl Strategy<Value = Vec<u8>> {
+/// The numbers of some workloads.
+fn some_workloads() -> impl Strategy<Value = Vec<u8>> {
     proptest::sample::subsequence((1..=WORKLOADS).collect::<Vec<_>>(), 0..=usize::from(WORKLOADS))
 }
 
@@ -86,9 +87,9 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
-    fn what_speaks_hbone_is_never_dialled_in_plain(
+    fn hbone_workload_is_never_dialled_in_plaintext(
         (text, destination) in (any_mesh(), destination()),
-        (ejected, tried, seed) in (some(), some(), any::<u64>()),
+        (ejected, tried, seed) in (some_workloads(), some_workloads(), any::<u64>()),
     ) {
         let mesh = mesh(&text);
         let mut choose = Fixed::new(seed);
@@ -105,7 +106,7 @@ proptest! {
     }
 
     #[test]
-    fn a_tunnel_never_leads_away_from_the_address_where_it_ends(
+    fn tunnel_target_stays_at_its_local_address(
         (text, asked, here) in (any_mesh(), destination(), 1..=WORKLOADS),
         hostname in proptest::option::of(0..=SERVICES),
     ) {
@@ -124,14 +125,15 @@ proptest! {
 }
 
 /// An endpoint: its network, region, zone and capacity, and whether it is ejected or was tried.
-type Place = (bool, u8, u8, u32, bool, bool);
+type EndpointCase = (bool, u8, u8, u32, bool, bool);
 
-fn place() -> impl Strategy<Value = Place> {
+fn endpoint_case() -> impl Strategy<Value = EndpointCase> {
     (any::<bool>(), 0..2u8, 0..2u8, 0..3u32, any::<bool>(), proptest::bool::weighted(0.2))
 }
 
-/// How near an endpoint is to a client in region 0 and zone 0 of this network: more compares greater.
-fn nearness((far, region, zone, ..): Place, preferences: &[&str]) -> (bool, usize) {
+/// The distance of an endpoint to a client in region 0 and zone 0 of this network. Nearer ones
+/// compare greater.
+fn nearness((far, region, zone, ..): EndpointCase, preferences: &[&str]) -> (bool, usize) {
     let near = |scope: &&&str| match **scope {
         "network" => !far,
         "region" => region == 0,
@@ -147,8 +149,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
-    fn the_nearest_is_chosen_who_can_be_taken(
-        places in proptest::collection::vec(place(), 1..12),
+    fn selects_nearest_usable_endpoint(
+        places in proptest::collection::vec(endpoint_case(), 1..12),
         preferences in proptest::sample::subsequence(vec!["network", "region", "zone"], 0..=3).prop_shuffle(),
         (strict, seed) in (any::<bool>(), any::<u64>()),
     ) {
@@ -170,11 +172,11 @@ proptest! {
             }
         }
         let here = nearness((false, 0, 0, 1, false, false), &preferences);
-        let fit = |place: &&Place| {
+        let fit = |place: &&EndpointCase| {
             let near = !strict || nearness(**place, &preferences) == here;
             place.3 > 0 && !place.5 && near
         };
-        let quality = |place: &Place| (!place.4, nearness(*place, &preferences));
+        let quality = |place: &EndpointCase| (!place.4, nearness(*place, &preferences));
         let best = places.iter().filter(fit).map(quality).max();
         let mesh = mesh(&text);
         let route = best_route(([10, 1, 0, 1], 80).into(), &mesh, &caller(named(&mesh, "client")), &mut choose);
@@ -194,11 +196,11 @@ fn check(route: &Route, mesh: &Mesh, destination: SocketAddr) {
     match &route.via {
         ForwardVia::Plain { to } => {
             assert!(workload.is_none_or(|workload| workload.protocol == Protocol::Tcp));
-            // A service may say which of those it means who share the address of a node.
-            let told_apart =
+            // A service may identify one of the workloads that share a node's address.
+            let is_shared =
                 workload.is_some_and(|known| known.network_mode == NetworkMode::HostNetwork);
             if let NextHop::Address(address) = to {
-                assert!(told_apart || !mesh.speaks_hbone("", address.ip()));
+                assert!(is_shared || !mesh.speaks_hbone("", address.ip()));
             }
             assert!(workload.is_some() || *to == NextHop::Address(destination));
             assert!(workload.is_none_or(|known| is_at(known, to) && known.network.is_empty()));

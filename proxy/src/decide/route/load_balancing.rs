@@ -1,38 +1,40 @@
-//! Which endpoint of a service takes a connection: the less loaded of two that are drawn by capacity, among the nearest ones.
+//! Selects the endpoint of a service: the less loaded of two that are drawn by capacity among the
+//! nearest ones.
 //!
-//! Not here: what is known of endpoints (`endpoint_health.rs`).
+//! Open connections and ejections are counted in `endpoint_health.rs`.
 
 use std::sync::Arc;
 
 use underpass_config::{Endpoint, LoadBalancingMode, Name, Scope, Service, Workload};
 
-use super::{Caller, RouteError, Unfit};
+use super::{Caller, RouteError, Unusable};
 use crate::decide::endpoint_health::{EndpointHealth, EndpointKey};
 
-/// How often endpoints are drawn from all of them before they are looked at one by one. Two draws do unless many cannot be
-/// taken or are not the nearest, or one has almost all of the capacity.
+/// The number of random draws before all endpoints are examined. Two draws suffice unless many
+/// endpoints are unusable or far, or one has almost all of the capacity.
 const DRAWS: usize = 32;
 
-/// What a choice depends on beside the mesh.
+/// The inputs of a selection other than the mesh.
 pub(crate) trait Choose {
     /// A random number below `n`, which is not 0.
     fn below(&mut self, n: u64) -> u64;
-    /// How many connections to the endpoint are open.
+    /// The number of open connections to the endpoint.
     fn open_connections(&self, uid: &Name, port: u16) -> u32;
-    /// Whether it could not be connected to lately: it is taken only if there is no other.
+    /// Whether the endpoint is ejected after a failure to connect: it is selected only without an
+    /// alternative.
     fn is_ejected(&self, uid: &Name, port: u16) -> bool;
-    /// Excludes an endpoint that was tried for this very connection.
+    /// Excludes an endpoint that was tried for the same connection.
     fn exclude(&mut self, endpoint: EndpointKey);
-    /// Whether it is excluded.
+    /// Whether the endpoint is excluded.
     fn is_excluded(&self, uid: &Name, port: u16) -> bool;
 }
 
-/// Selects by the state of the endpoints and the thread's random numbers.
+/// Selects by the health of the endpoints and the thread's random numbers.
 #[derive(Debug)]
 pub(crate) struct EndpointSelector<'a> {
-    /// What is known of all endpoints.
+    /// The open connections and ejections of all endpoints.
     health: &'a EndpointHealth,
-    /// Those that were tried for this connection.
+    /// The endpoints that were tried for this connection.
     excluded: Vec<EndpointKey>,
 }
 
@@ -64,37 +66,37 @@ impl Choose for EndpointSelector<'_> {
     }
 }
 
-/// What an endpoint is wanted for.
+/// The role of the selected endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// To serve the connection.
+    /// The destination of the connection.
     Service,
-    /// To be the waypoint in front of a service.
+    /// The waypoint of a service.
     ServiceWaypoint,
-    /// To be the waypoint in front of a workload.
+    /// The waypoint of a workload.
     WorkloadWaypoint,
-    /// To be the gateway of another network.
+    /// The gateway of another network.
     NetworkGateway,
 }
 
-/// An endpoint that can take the connection.
+/// An endpoint that can be selected.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Candidate<'m> {
     pub(super) workload: &'m Arc<Workload>,
-    /// Its own port.
+    /// The endpoint's own port.
     pub(super) port: u16,
-    /// How good it is, before capacity and load are looked at.
+    /// The preference of the endpoint; compared before capacity and load.
     tier: Tier,
 }
 
-/// Better ones compare greater: one that is not ejected, then the nearer one.
+/// Better tiers compare greater: first by ejection, then by distance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Tier {
     not_ejected: bool,
     rank: usize,
 }
 
-/// Chooses the endpoint of `service` that takes a connection to its `port`.
+/// Selects the endpoint of `service` for a connection to its `port`.
 pub(super) fn select<'m>(
     service: &'m Arc<Service>,
     port: u16,
@@ -105,13 +107,13 @@ pub(super) fn select<'m>(
     let selection = Selection { service, port, purpose, caller };
     selection.check_port()?;
     let mut found = None;
-    let mut looked_at = 0;
+    let mut examined = 0;
     for matched in selection.levels() {
         let near = service.nearest(matched, |scope| selection.part_of_caller(scope));
-        if near.len() == looked_at {
+        if near.len() == examined {
             continue;
         }
-        looked_at = near.len();
+        examined = near.len();
         found = selection.draw(near, matched, choose).or_else(|| selection.search(near, choose));
         // A farther endpoint is better than an ejected one.
         if found.is_some_and(|found| found.tier.not_ejected) {
@@ -121,7 +123,7 @@ pub(super) fn select<'m>(
     found.ok_or_else(|| selection.explain(choose))
 }
 
-/// One question for an endpoint.
+/// The parameters of one selection.
 struct Selection<'m, 'a> {
     service: &'m Arc<Service>,
     port: u16,
@@ -130,7 +132,7 @@ struct Selection<'m, 'a> {
 }
 
 impl<'m> Selection<'m, '_> {
-    /// A waypoint is not asked for by clients, so that a tunnel to it needs no port of the service.
+    /// Checks that the service has the port. A waypoint needs no service port for its tunnel.
     fn check_port(&self) -> Result<(), RouteError> {
         if self.is_for_waypoint() || self.service.ports.get(self.port).is_some() {
             return Ok(());
@@ -138,15 +140,17 @@ impl<'m> Selection<'m, '_> {
         Err(RouteError::NoPort { service: self.service.clone(), port: self.port })
     }
 
-    /// How many of the first preferences are to be matched: all of them, then fewer, so that more and more endpoints do.
+    /// The numbers of leading preferences to match: first all, then fewer. Strict mode requires
+    /// all.
     fn levels(&self) -> impl Iterator<Item = usize> {
         let preferences = self.preferences().len();
         let least = if self.is_strict() { preferences } else { 0 };
         (least..=preferences).rev()
     }
 
-    /// Draws from those who match the first `matched` preferences until two are found that no other among them can be better
-    /// than, without looking at all of them. None if that takes too long, as when many of them cannot be taken.
+    /// Draws among the endpoints that match the first `matched` preferences until it has two of the
+    /// best tier, without examining all. `None` after too many draws, as when many endpoints are
+    /// unusable.
     fn draw(
         &self,
         near: &'m [Endpoint],
@@ -177,7 +181,7 @@ impl<'m> Selection<'m, '_> {
         None
     }
 
-    /// Looks at all of them, and draws two among the best.
+    /// Examines all endpoints, and draws two of the best tier.
     fn search(&self, near: &'m [Endpoint], choose: &mut impl Choose) -> Option<Candidate<'m>> {
         let mut best: Vec<Candidate<'m>> = Vec::new();
         for endpoint in near {
@@ -196,14 +200,14 @@ impl<'m> Selection<'m, '_> {
         }
     }
 
-    /// Why there is no endpoint.
+    /// The error for a service without a usable endpoint.
     fn explain(&self, choose: &mut impl Choose) -> RouteError {
         let endpoints = self.service.endpoints.iter();
         let nearest = endpoints.filter_map(|endpoint| self.candidate(endpoint, choose).err()).max();
         RouteError::NoEndpoint {
             service: self.service.clone(),
             port: self.port,
-            nearest: nearest.unwrap_or(Unfit::Nobody),
+            nearest: nearest.unwrap_or(Unusable::NoHealthyWorkload),
         }
     }
 
@@ -211,26 +215,27 @@ impl<'m> Selection<'m, '_> {
         &self,
         endpoint: &'m Endpoint,
         choose: &impl Choose,
-    ) -> Result<Candidate<'m>, Unfit> {
+    ) -> Result<Candidate<'m>, Unusable> {
         let workload = &endpoint.workload;
-        let port = self.target_port(endpoint).ok_or(Unfit::NoPort)?;
-        // As with ztunnel, no endpoint is selected if all have no capacity: capacity 0 means no connections.
+        let port = self.target_port(endpoint).ok_or(Unusable::NoPort)?;
+        // As in ztunnel, an endpoint of capacity 0 gets no connection, even if all have capacity 0.
         if workload.capacity == 0 {
-            return Err(Unfit::NoCapacity);
+            return Err(Unusable::NoCapacity);
         }
         self.check_reachable(workload)?;
         let rank = self.rank(workload);
         if self.is_strict() && rank < self.rank_of(self.preferences().len()) {
-            return Err(Unfit::NotNear);
+            return Err(Unusable::NotNear);
         }
         if choose.is_excluded(&workload.uid, port) {
-            return Err(Unfit::Tried);
+            return Err(Unusable::Tried);
         }
         let not_ejected = !choose.is_ejected(&workload.uid, port);
         Ok(Candidate { workload, port, tier: Tier { not_ejected, rank } })
     }
 
-    /// The endpoint's own word goes before the service's. A waypoint that takes tunnels by itself takes them at any port.
+    /// The port to dial: the endpoint's, else the service's. A waypoint with an application tunnel
+    /// accepts every port.
     fn target_port(&self, endpoint: &Endpoint) -> Option<u16> {
         let of_service = self.service.ports.get(self.port);
         let tunnel = endpoint.workload.application_tunnel;
@@ -245,21 +250,22 @@ impl<'m> Selection<'m, '_> {
         matches!(self.purpose, Purpose::ServiceWaypoint | Purpose::WorkloadWaypoint)
     }
 
-    fn check_reachable(&self, workload: &Workload) -> Result<(), Unfit> {
+    fn check_reachable(&self, workload: &Workload) -> Result<(), Unusable> {
         let here = *workload.network == *self.caller.network;
         match self.purpose {
             Purpose::Service | Purpose::ServiceWaypoint if !here => {
                 check_behind_gateway(workload, Some(self.service))
             }
-            Purpose::WorkloadWaypoint if !here => Err(Unfit::OtherNetwork),
+            Purpose::WorkloadWaypoint if !here => Err(Unusable::OtherNetwork),
             _ => check_address(workload, self.service),
         }
     }
 
-    /// How near it is: how many of the preferences it matches, counted from the first.
+    /// The number of leading preferences that the workload matches.
     ///
-    /// As ztunnel ranks: if the network is what is preferred first, those in other networks are compared by the rest, and
-    /// every one of this network goes before all of them.
+    /// As in ztunnel, if the network is the first preference, every endpoint of the caller's
+    /// network precedes all others. Endpoints of other networks are compared by the remaining
+    /// preferences.
     fn rank(&self, workload: &Workload) -> usize {
         let matched = |scopes: &[Scope]| {
             let near = |scope: &&Scope| **scope.of(workload) == *self.part_of_caller(**scope);
@@ -271,7 +277,7 @@ impl<'m> Selection<'m, '_> {
         }
     }
 
-    /// The best rank of those who match the first `matched` preferences, and not the next one.
+    /// The rank of an endpoint that matches exactly the first `matched` preferences.
     fn rank_of(&self, matched: usize) -> usize {
         match (matched, self.preferences()) {
             (0, [Scope::Network, rest @ ..]) => rest.len(),
@@ -288,7 +294,7 @@ impl<'m> Selection<'m, '_> {
         self.service.load_balancing.mode == LoadBalancingMode::Strict
     }
 
-    /// Where the caller is. What is unknown of both is equal, as with ztunnel.
+    /// The caller's value of `scope`. As in ztunnel, two unknown values are equal.
     fn part_of_caller(&self, scope: Scope) -> &str {
         match (scope, self.caller.workload) {
             (Scope::Network, _) => self.caller.network,
@@ -298,33 +304,33 @@ impl<'m> Selection<'m, '_> {
     }
 }
 
-/// Whether a workload of this network can be dialled for `service`.
-fn check_address(workload: &Workload, service: &Service) -> Result<(), Unfit> {
+/// Checks that a workload of this network can be dialled for `service`.
+fn check_address(workload: &Workload, service: &Service) -> Result<(), Unusable> {
     let fits = |address: &std::net::IpAddr| service.ip_families.accept(*address);
     if !workload.hostname.is_empty() || workload.addresses.iter().any(fits) {
         Ok(())
     } else if workload.addresses.is_empty() {
-        Err(Unfit::NoAddress)
+        Err(Unusable::NoAddress)
     } else {
-        Err(Unfit::NoAddressOfFamily)
+        Err(Unusable::NoAddressOfFamily)
     }
 }
 
-/// Whether a workload of another network can be reached through a tunnel to its gateway.
+/// Checks that a workload of another network can be reached through its gateway.
 pub(super) fn check_behind_gateway(
     workload: &Workload,
     service: Option<&Arc<Service>>,
-) -> Result<(), Unfit> {
+) -> Result<(), Unusable> {
     if workload.network_gateway.is_none() {
-        return Err(Unfit::NoGateway);
+        return Err(Unusable::NoGateway);
     }
     match service {
         Some(service) if !service.subject_alt_names.is_empty() => Ok(()),
-        _ => Err(Unfit::NoSubjectAltNames),
+        _ => Err(Unusable::NoSubjectAltNames),
     }
 }
 
-/// Draws one by capacity and takes it out.
+/// Draws a candidate by capacity and removes it.
 fn take_by_capacity<'m>(
     candidates: &mut Vec<Candidate<'m>>,
     choose: &mut impl Choose,
@@ -343,13 +349,13 @@ fn take_by_capacity<'m>(
     index.map(|index| candidates.swap_remove(index))
 }
 
-/// The one with fewer connections for its capacity; the first if they have equally many.
+/// The candidate with fewer connections per capacity; the first if they are equal.
 fn less_loaded<'m>(
     first: Candidate<'m>,
     second: Candidate<'m>,
     choose: &impl Choose,
 ) -> Candidate<'m> {
-    // One's connections times the other's capacity, to compare without dividing.
+    // Multiply by the other's capacity: compares the ratios without a division.
     let load = |one: Candidate<'_>, other: Candidate<'_>| {
         let open = choose.open_connections(&one.workload.uid, one.port);
         u64::from(open) * u64::from(other.workload.capacity)

@@ -1,5 +1,5 @@
-//! The way out: through a service's waypoint, to one of its endpoints, to a workload, through its waypoint, through another
-//! network's gateway, or in plain to what the mesh does not know.
+//! Outbound routing: to an endpoint or a workload, through waypoints and network gateways, or to an
+//! address outside of the mesh.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use underpass_config::{
 use underpass_interception::OriginalDestination;
 
 use super::load_balancing::{self, Choose, Purpose};
-use super::{Authority, Caller, ForwardVia, NextHop, Route, RouteError, Target, Unfit};
+use super::{Authority, Caller, ForwardVia, NextHop, Route, RouteError, Target, Unusable};
 use crate::decide::endpoint_health::EndpointKey;
 
 /// The routes to a destination, best first.
@@ -21,14 +21,14 @@ pub(crate) struct Alternatives<'a, C> {
     pub(crate) others: Others<'a, C>,
 }
 
-/// The routes after the best one: each past the endpoints of those before it, and computed when it is asked for.
+/// The routes after the best one. Each avoids the endpoints before it, and is computed on demand.
 #[derive(Debug)]
 pub(crate) struct Others<'a, C> {
     destination: OriginalDestination,
     mesh: &'a Mesh,
     caller: &'a Caller<'a>,
     choose: C,
-    /// The endpoint of the route before; `None`: there is no other.
+    /// The endpoint of the previous route; `None` if there is no alternative.
     last: Option<EndpointKey>,
 }
 
@@ -46,7 +46,8 @@ impl<C: Choose> Iterator for Others<'_, C> {
 /// The routes to `destination`, an address of the caller's network, ranked.
 ///
 /// # Errors
-/// Why there is none; the connection must be closed then. What the mesh knows as HBONE never goes in plain instead.
+/// Why there is no route; the caller then closes the connection. An HBONE workload is never reached
+/// by plain TCP.
 pub(crate) fn outbound<'a, C: Choose>(
     destination: OriginalDestination,
     mesh: &'a Mesh,
@@ -70,7 +71,7 @@ pub(super) fn route(
     let workload = mesh.workload(caller.network, address);
     let service = mesh.service(caller.network, address, caller.namespace);
     let mut router = Router { destination, mesh, caller, choose };
-    // A workload's own address does not mean the service whose range it lies in: its waypoint is not for that.
+    // A workload's own address within the range of a service does not use that service's waypoint.
     if let (Some(service), None) = (service, workload)
         && let Some(waypoint) = waypoint_of(service, router.choose)
     {
@@ -80,7 +81,8 @@ pub(super) fn route(
         |service: &&Arc<Service>| service.load_balancing.mode != LoadBalancingMode::Passthrough;
     match (service.filter(balanced), workload) {
         (Some(service), workload) => router.by_service(service, workload),
-        // ztunnel goes in plain to whatever a passthrough service leads to; here a workload remains what it is.
+        // ztunnel forwards passthrough services as plain TCP; here an HBONE workload is reached by
+        // HBONE.
         (None, Some(workload)) => {
             let upstream = Upstream::workload(workload, destination);
             router.by_workload(&upstream, service, true)
@@ -89,7 +91,7 @@ pub(super) fn route(
     }
 }
 
-/// One of several waypoints by weight, or else the only one.
+/// A waypoint drawn by weight, or else the only one.
 fn waypoint_of<'m>(service: &'m Service, choose: &mut impl Choose) -> Option<&'m Gateway> {
     let weighted = &service.weighted_waypoints;
     let all: u64 = weighted.iter().map(|waypoint| u64::from(waypoint.weight)).sum();
@@ -105,15 +107,16 @@ fn waypoint_of<'m>(service: &'m Service, choose: &mut impl Choose) -> Option<&'m
     drawn.map(|waypoint| &waypoint.gateway)
 }
 
-/// Who serves a connection, or passes it on: a workload and one of its ports.
+/// The next workload on the route: the destination or a proxy in front of it, with its port.
 struct Upstream<'m> {
     workload: &'m Arc<Workload>,
     port: u16,
-    /// The service that it was chosen for.
+    /// The service whose endpoint this is.
     service: Option<&'m Arc<Service>>,
-    /// Set if there are others.
+    /// Set if the service has other endpoints.
     endpoint: Option<EndpointKey>,
-    /// The address that it was asked for by: taken if the workload has it, and else one of the same family.
+    /// The requested address: used if the workload has it; else one of the same family is
+    /// preferred.
     asked: IpAddr,
 }
 
@@ -122,7 +125,7 @@ impl<'m> Upstream<'m> {
         Self { workload, port: asked.port(), service: None, endpoint: None, asked: asked.ip() }
     }
 
-    /// Whom it may prove to be: the workload itself, or one who may answer for the service.
+    /// The accepted identities: the workload's own, and the service's `subjectAltNames`.
     fn peers(&self) -> Arc<[SpiffeId]> {
         let itself = &self.workload.identity;
         let others = self.service.map(|service| &*service.subject_alt_names).unwrap_or_default();
@@ -130,7 +133,7 @@ impl<'m> Upstream<'m> {
         std::iter::once(itself).chain(others).cloned().collect()
     }
 
-    /// How `port` of it is dialled.
+    /// The next hop for `port` of this workload.
     fn hop(&self, port: u16) -> Result<NextHop, RouteError> {
         let families = self.service.map(|service| service.ip_families).unwrap_or_default();
         if let Some(address) = self.address(families) {
@@ -139,8 +142,8 @@ impl<'m> Upstream<'m> {
         if self.workload.hostname.is_empty() {
             let workload = self.workload.clone();
             let none = workload.addresses.is_empty();
-            let reason = if none { Unfit::NoAddress } else { Unfit::NoAddressOfFamily };
-            return Err(RouteError::Unfit { workload, reason });
+            let reason = if none { Unusable::NoAddress } else { Unusable::NoAddressOfFamily };
+            return Err(RouteError::UnusableWorkload { workload, reason });
         }
         let hostname = self.workload.hostname.clone();
         Ok(NextHop::Hostname { hostname, port, families, prefer_v6: self.asked.is_ipv6() })
@@ -158,7 +161,7 @@ impl<'m> Upstream<'m> {
     }
 }
 
-/// One question for a way.
+/// The parameters of one routing decision.
 struct Router<'m, 'a, C> {
     destination: SocketAddr,
     mesh: &'m Mesh,
@@ -167,7 +170,8 @@ struct Router<'m, 'a, C> {
 }
 
 impl<'m, C: Choose> Router<'m, '_, C> {
-    /// To an address that the mesh does not know, or to whatever a passthrough service leads to.
+    /// Routes to the original destination, which is unknown in the mesh or an address of a
+    /// passthrough service.
     fn pass_through(&self, service: Option<&Arc<Service>>) -> Result<Route, RouteError> {
         let address = self.destination.ip();
         if self.mesh.speaks_hbone(self.caller.network, address) {
@@ -177,7 +181,8 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         Ok(Route { via, workload: None, service: service.cloned(), endpoint: None, gateway: None })
     }
 
-    /// To one of the endpoints of `service`; `owner`: the workload whose own address it is too.
+    /// Routes to an endpoint of `service`. `owner` is the workload that has the service's address
+    /// too.
     fn by_service(
         &mut self,
         service: &'m Arc<Service>,
@@ -186,20 +191,22 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         let (asked, port) = (self.destination.ip(), self.destination.port());
         let upstream = match (self.endpoint(service, port, Purpose::Service, asked), owner) {
             (Ok(upstream), _) => upstream,
-            // Who was meant then is the workload itself. ztunnel goes there in plain, past its waypoint and its tunnel.
-            (Err(error), Some(owner)) if error.is_nobody() => {
+            // Without a usable endpoint the address means its workload. ztunnel connects to it by
+            // plain TCP, without its waypoint or tunnel.
+            (Err(error), Some(owner)) if error.has_no_endpoint_for_port() => {
                 let upstream = Upstream::workload(owner, self.destination);
                 return self.by_workload(&upstream, None, true);
             }
             (Err(error), _) => return Err(error),
         };
-        if self.is_elsewhere(&upstream) {
+        if self.is_in_other_network(&upstream) {
             return self.through_gateway(upstream, service);
         }
         self.by_workload(&upstream, Some(service), owner.is_some())
     }
 
-    /// To a workload of this network; `by_address`: its own, so that its waypoint is for the connection.
+    /// Routes to a workload of this network. `by_address`: the client used the workload's own
+    /// address, so that its waypoint applies.
     fn by_workload(
         &mut self,
         upstream: &Upstream<'m>,
@@ -233,7 +240,7 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         })
     }
 
-    /// Through a waypoint, to the destination as the client named it.
+    /// Routes through a waypoint to the original destination.
     fn through_waypoint(
         &mut self,
         waypoint: &Gateway,
@@ -242,10 +249,10 @@ impl<'m, C: Choose> Router<'m, '_, C> {
     ) -> Result<Route, RouteError> {
         let unknown = || RouteError::UnknownWaypoint { waypoint: waypoint.destination.clone() };
         let upstream = self.proxy(waypoint, purpose)?.ok_or_else(unknown)?;
-        if self.is_elsewhere(&upstream) {
+        if self.is_in_other_network(&upstream) {
             return match service.filter(|_| purpose == Purpose::ServiceWaypoint) {
                 Some(service) => self.through_gateway(upstream, service),
-                None => Err(unfit(&upstream, Unfit::OtherNetwork)),
+                None => Err(unusable(&upstream, Unusable::OtherNetwork)),
             };
         }
         let authority = Authority::Known(Target::Address(self.destination));
@@ -259,7 +266,7 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         })
     }
 
-    /// To an endpoint of `service`, or a waypoint in front of it, that is in another network.
+    /// Routes to an endpoint of `service`, or a waypoint of it, in another network.
     fn through_gateway(
         &mut self,
         upstream: Upstream<'m>,
@@ -267,15 +274,16 @@ impl<'m, C: Choose> Router<'m, '_, C> {
     ) -> Result<Route, RouteError> {
         let chosen_for = upstream.service;
         load_balancing::check_behind_gateway(upstream.workload, chosen_for)
-            .map_err(|reason| unfit(&upstream, reason))?;
+            .map_err(|reason| unusable(&upstream, reason))?;
         let gateway = upstream.workload.network_gateway.as_deref();
-        let gateway = gateway.ok_or_else(|| unfit(&upstream, Unfit::NoGateway))?;
+        let gateway = gateway.ok_or_else(|| unusable(&upstream, Unusable::NoGateway))?;
         let unknown = || RouteError::UnknownGateway { gateway: gateway.destination.clone() };
         let next = self.proxy(gateway, Purpose::NetworkGateway)?.ok_or_else(unknown)?;
         let via = ForwardVia::DoubleTunnel {
             gateway: next.hop(next.port)?,
             gateway_peers: next.peers(),
-            // Who is behind the gateway is chosen there: only the names of the service say who it may be.
+            // The gateway selects the endpoint, so only the service's names identify the peer
+            // behind it.
             peers: chosen_for.map(|service| &*service.subject_alt_names).unwrap_or_default().into(),
             authority: Target::Hostname(service.hostname.clone(), self.destination.port()),
         };
@@ -288,13 +296,14 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         })
     }
 
-    /// The workload that is a waypoint or gateway, or serves as one; none if none has the name.
+    /// The workload of a waypoint or gateway, or an endpoint of its service; `None` if the name is
+    /// unknown.
     fn proxy(
         &mut self,
         gateway: &Gateway,
         purpose: Purpose,
     ) -> Result<Option<Upstream<'m>>, RouteError> {
-        // Given by its name, it is dialled at an address of the family that the client uses.
+        // A waypoint given by name is dialled at an address of the client's family.
         let asked = match &gateway.destination {
             GatewayDestination::Address(at) => at.address,
             GatewayDestination::Hostname(_) => self.destination.ip(),
@@ -336,7 +345,7 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         Ok(Upstream { workload: chosen.workload, port: chosen.port, service, endpoint, asked })
     }
 
-    /// Whether the caller is the waypoint, which has done its part then.
+    /// Whether the caller is the waypoint itself, which has processed the connection already.
     fn comes_from(&self, waypoint: &Gateway) -> bool {
         let is_caller = |workload: &Workload| {
             self.caller.identity == Some(&workload.identity)
@@ -351,11 +360,11 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         }
     }
 
-    fn is_elsewhere(&self, upstream: &Upstream<'_>) -> bool {
+    fn is_in_other_network(&self, upstream: &Upstream<'_>) -> bool {
         *upstream.workload.network != *self.caller.network
     }
 }
 
-fn unfit(upstream: &Upstream<'_>, reason: Unfit) -> RouteError {
-    RouteError::Unfit { workload: upstream.workload.clone(), reason }
+fn unusable(upstream: &Upstream<'_>, reason: Unusable) -> RouteError {
+    RouteError::UnusableWorkload { workload: upstream.workload.clone(), reason }
 }

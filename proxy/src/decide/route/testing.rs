@@ -1,9 +1,10 @@
-//! Meshes for tests, from one line for each workload and service, and choices that repeat.
+//! Test meshes, described by one line for each workload and service, and repeatable random choices.
 //!
-//! `workload NAME ip=A,A net=N ns=N host=H hbone hostnetwork unhealthy capacity=N waypoint=GW gateway=GW tunnel=PORT proxy
-//! region=R zone=Z subzone=S node=N cluster=C of=NS/HOST{80:8080,..}` and
-//! `service NS/HOST vip=NET/A,.. cidr=NET/A/LEN ports=80:8080,.. sans=NAME,.. waypoint=GW weighted=GW*W,.. mode=failover
-//! prefer=network,.. families=v4 unhealthy canonical private`; a gateway is `NET/A@PORT` or `NS/HOST@PORT`.
+//! `workload NAME ip=A,A net=N ns=N host=H hbone hostnetwork unhealthy capacity=N waypoint=GW
+//! gateway=GW tunnel=PORT proxy region=R zone=Z subzone=S node=N cluster=C of=NS/HOST{80:8080,..}`
+//! and `service NS/HOST vip=NET/A,.. cidr=NET/A/LEN ports=80:8080,.. sans=NAME,.. waypoint=GW
+//! weighted=GW*W,.. mode=failover prefer=network,.. families=v4 unhealthy canonical private`; a
+//! gateway is `NET/A@PORT` or `NS/HOST@PORT`.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -21,7 +22,7 @@ use super::outbound::route;
 use super::{Authority, Caller, Choose, ForwardVia, NextHop, Route, RouteError};
 use crate::decide::endpoint_health::EndpointKey;
 
-/// The mesh that `text` describes.
+/// Makes the mesh that `text` describes.
 pub(super) fn mesh(text: &str) -> Mesh {
     let mut builder = MeshBuilder::default();
     for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
@@ -34,7 +35,7 @@ pub(super) fn mesh(text: &str) -> Mesh {
     builder.build().unwrap()
 }
 
-/// One line: a name, and what is said of it.
+/// One line: a name and its attributes.
 struct Words<'a> {
     name: &'a str,
     rest: Vec<&'a str>,
@@ -84,7 +85,7 @@ fn ports(text: &str) -> PortMap {
     text.split(',').filter(|pair| !pair.is_empty()).map(pair).collect()
 }
 
-/// The identity that a test calls `name`.
+/// The SPIFFE ID of `name`.
 pub(super) fn identity(name: &str) -> SpiffeId {
     format!("spiffe://td/ns/default/sa/{name}").parse().unwrap()
 }
@@ -188,12 +189,12 @@ fn scope(text: &str) -> Scope {
     }
 }
 
-/// The workload that is called `name`.
+/// The workload with this name.
 pub(super) fn named<'m>(mesh: &'m Mesh, name: &str) -> &'m Arc<Workload> {
     mesh.workloads().iter().find(|workload| &*workload.name == name).unwrap()
 }
 
-/// A connection of `workload`.
+/// The caller of a connection from `workload`.
 pub(super) fn caller(workload: &Workload) -> Caller<'_> {
     Caller {
         network: &workload.network,
@@ -219,7 +220,7 @@ pub(super) fn best_route(
     route(OriginalDestination::new(destination), mesh, caller, choose)
 }
 
-/// Random numbers that are the same in every run, and what endpoints are like.
+/// Repeatable random numbers, and the configured state of endpoints.
 #[derive(Debug)]
 pub(super) struct Fixed {
     pub(super) random: fastrand::Rng,
@@ -257,13 +258,14 @@ impl Choose for Fixed {
     }
 }
 
-/// A route in one line: how, where to, `>` what is asked for, `by` whom, and (workload, service, endpoint).
+/// A route in one line: kind, next hop, `>` authority, `by` identities, and (workload, service,
+/// endpoint).
 pub(super) fn show(route: &Result<Route, RouteError>) -> String {
     let route = match route {
         Ok(route) => route,
         Err(RouteError::NoEndpoint { nearest, .. }) => return format!("no endpoint: {nearest:?}"),
-        Err(RouteError::Unfit { workload, reason }) => {
-            return format!("{} unfit: {reason:?}", workload.name);
+        Err(RouteError::UnusableWorkload { workload, reason }) => {
+            return format!("{} unusable: {reason:?}", workload.name);
         }
         Err(error) => return error.code().to_owned(),
     };

@@ -1,4 +1,4 @@
-//! The way out, case by case, and the way in.
+//! Tests of routing by tables: outbound, inbound and load balancing.
 
 mod inbound;
 mod load_balancing;

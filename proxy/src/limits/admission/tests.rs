@@ -1,4 +1,4 @@
-//! What is admitted, what is refused, and that a ticket gives everything back.
+//! Tests of admission, refusal and the release of tickets.
 
 use super::*;
 use crate::node::testing::settings;
@@ -6,14 +6,14 @@ use crate::node::testing::settings;
 const SOURCE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
 const OTHER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
 
-/// Limits of two workers with these settings, in a process that may have so many files open.
+/// Limits of two workers with these settings and this limit of open files.
 fn limits(files: usize, more: &[&str]) -> Limits {
     let mut limits = Limits::new(&settings(more).limits, 2);
     limits.descriptors = super::super::Descriptors::new(files, 0, 0);
     limits
 }
 
-/// As many tickets as there are, and why there is no more.
+/// Takes tickets until one is refused. Returns the tickets and the refusal.
 fn fill(pod: &PodLimits, demand: Demand, source: IpAddr) -> (Vec<Ticket>, Refusal) {
     let mut tickets = Vec::new();
     loop {
@@ -43,7 +43,7 @@ fn source_is_refused_beyond_its_limits_and_others_are_not() {
 }
 
 #[test]
-fn no_source_has_limits_that_are_off() {
+fn disabled_limits_admit_any_source() {
     let off = ["limits.connections_per_source=off", "limits.tunnels_per_source=off"];
     let pod = limits(1 << 20, &off).pod();
     let admitted = (0..2000).map(|_| pod.admit(Demand::Tunnel, SOURCE, None).ok());
@@ -62,7 +62,7 @@ fn worker_is_refused_connections_beyond_its_limit() {
 }
 
 #[test]
-fn source_leaves_connections_of_the_workers_to_others() {
+fn source_leaves_share_of_connections_to_others() {
     let limits = limits(1000, &["limits.connections_per_worker=50"]);
     let pod = limits.pod();
     let (tickets, refusal) = fill(&pod, Demand::Plaintext, SOURCE);
@@ -72,7 +72,7 @@ fn source_leaves_connections_of_the_workers_to_others() {
 }
 
 #[test]
-fn source_leaves_descriptors_to_others_and_to_the_other_direction() {
+fn source_leaves_descriptors_to_others_and_other_direction() {
     let pod = limits(1064, &[]).pod();
     let (held, refusal) = fill(&pod, Demand::Plaintext, SOURCE);
     assert_eq!(refusal, Refusal::DescriptorShare(SOURCE));
@@ -87,7 +87,7 @@ fn source_leaves_descriptors_to_others_and_to_the_other_direction() {
 }
 
 #[test]
-fn ticket_gives_everything_back() {
+fn dropped_ticket_releases_all_budgets() {
     let limits = limits(1000, &[]);
     let pod = limits.pod();
     let used = || {
@@ -109,7 +109,7 @@ fn ticket_gives_everything_back() {
 }
 
 #[test]
-fn stream_without_a_descriptor_is_refused() {
+fn refuses_stream_without_descriptor() {
     let limits = limits(8, &[]);
     let pod = limits.pod();
     let tunnel = pod.admit(Demand::Tunnel, SOURCE, None).unwrap();

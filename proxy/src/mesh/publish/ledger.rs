@@ -15,7 +15,7 @@ use super::Report;
 use crate::decide::snapshot::MeshSize;
 use crate::observe::metrics;
 
-/// The generations that some worker has still to apply.
+/// The generations that at least one worker has not applied yet.
 #[derive(Debug)]
 pub(super) struct Ledger {
     /// The newest generation that each worker has applied.
@@ -31,14 +31,14 @@ pub(super) struct Published {
     size: MeshSize,
     /// When it was published; `None` for the first one, which changes nothing.
     since: Option<Instant>,
-    /// How many connections the workers have terminated for it.
+    /// The number of connections that the workers have terminated for it.
     terminated: usize,
     /// Whether a worker has applied a newer generation instead.
     superseded: bool,
 }
 
 impl Ledger {
-    /// For so many workers, none of which has applied anything.
+    /// A ledger for this number of workers, none of which has applied a generation.
     pub(super) fn new(workers: usize) -> Self {
         Self { applied: vec![0; workers], pending: VecDeque::new() }
     }
@@ -48,7 +48,7 @@ impl Ledger {
         self.pending.push_back(published);
     }
 
-    /// Notes what a worker reports. Returns the generations that are complete with this.
+    /// Records a report. Returns the generations that it completes.
     pub(super) fn take(&mut self, report: Report) -> Vec<Published> {
         match report {
             Report::Applied { worker, generation, terminated } => {
@@ -59,7 +59,7 @@ impl Ledger {
         self.complete()
     }
 
-    /// A worker has applied `generation` and none between that and its last one.
+    /// Records that a worker has applied `generation` and skipped those since its previous one.
     fn applied(&mut self, worker: usize, generation: u64, terminated: usize) {
         let Some(applied) = self.applied.get_mut(worker) else { return };
         let last = std::mem::replace(applied, generation);
@@ -72,7 +72,7 @@ impl Ledger {
         }
     }
 
-    /// A worker has ended: no generation waits for it.
+    /// Records that a worker has stopped: no generation waits for it.
     fn ended(&mut self, worker: usize) {
         if let Some(applied) = self.applied.get_mut(worker) {
             *applied = u64::MAX;
@@ -87,7 +87,7 @@ impl Ledger {
 }
 
 impl Published {
-    /// The generation that the workers start with.
+    /// The generation with which the workers start.
     pub(super) fn first(generation: u64, size: MeshSize) -> Self {
         Self { generation, size, since: None, terminated: 0, superseded: false }
     }
@@ -105,7 +105,7 @@ impl Published {
     /// Counts and logs a generation that is complete.
     pub(super) fn account(self) {
         let Self { generation, size, since, terminated, superseded } = self;
-        // The first one is no change.
+        // The first generation is not a change.
         let took = since.map(|since| since.elapsed());
         metrics::connections_terminated(terminated);
         if superseded {
@@ -131,7 +131,7 @@ impl Published {
 mod tests {
     use super::*;
 
-    /// What is accounted for with a report: generation, connections terminated, superseded or not.
+    /// The generations that a report completes: number, terminated connections, whether superseded.
     fn applied(
         ledger: &mut Ledger,
         worker: usize,

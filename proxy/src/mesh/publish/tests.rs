@@ -1,4 +1,4 @@
-//! Many generations that overlap, applied by workers of which one gets no CPU time.
+//! A test of many overlapping generations, with a worker that gets no CPU time.
 
 use std::cell::Cell;
 use std::net::SocketAddr;
@@ -13,10 +13,10 @@ use crate::node::worker::Worker;
 use crate::node::worker::seat::Seat;
 
 const GENERATIONS: u16 = 40;
-/// For each port that some generation denies, on each worker.
+/// The number of connections to each denied port on each worker.
 const CONNECTIONS: usize = 25;
 
-/// The mesh of a generation, which denies the ports from 2 up to its own number.
+/// The snapshot of generation `number`, which denies the ports from 2 up to its number.
 fn generation(number: u16) -> Arc<Snapshot> {
     let ports = (2..=number).map(|port| port.to_string()).collect::<Vec<_>>().join(", ");
     let rules = if ports.is_empty() {
@@ -80,7 +80,7 @@ async fn overlapping_generations_are_accounted_once_under_starved_worker() {
             if number == 1 {
                 accounts.extend(ledger.take(reports.recv().await.unwrap()));
             }
-            // From here on the first worker applies every generation, the second one none.
+            // From here on the first worker applies every generation, the second worker none.
             starved.set(true);
         }
         starved.set(false);
@@ -99,7 +99,7 @@ async fn overlapping_generations_are_accounted_once_under_starved_worker() {
     let accounts: Vec<_> = accounts.iter().map(Published::facts).collect();
     let generations = (1..=u64::from(GENERATIONS)).map(|number| match number {
         1 => (1, 0, false),
-        // The last one ends all of the starved worker's connections.
+        // The last generation terminates all connections of the starved worker.
         number if number == u64::from(GENERATIONS) => {
             (number, CONNECTIONS * usize::from(GENERATIONS), false)
         }

@@ -1,4 +1,4 @@
-//! The series that one worker has found, cached without the registry's lock.
+//! The series that one worker has counted in, found without the registry's lock.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -8,14 +8,15 @@ use foldhash::fast::RandomState;
 use super::registry::SeriesRegistry;
 use super::series::{Labels, Series};
 
-/// How many series a worker caches, some 200 bytes each. With more, the cache starts again.
+/// The maximum number of series in a worker's cache, about 200 bytes each. Beyond it, the cache is
+/// cleared.
 const CACHED_AT_MOST: usize = 1024;
 
-/// The series that one worker has counted in, which it finds without the registry's lock.
+/// The cache of one worker.
 #[derive(Debug, Default)]
 pub(crate) struct KnownSeries {
     registry: Arc<SeriesRegistry>,
-    /// Only its worker's thread ever locks it.
+    /// Locked by its worker's thread only.
     cached: Mutex<HashMap<Labels, Weak<Series>, RandomState>>,
 }
 
@@ -24,7 +25,7 @@ impl KnownSeries {
         Self { registry, cached: Mutex::default() }
     }
 
-    /// The series of these labels. A caller that counts in it holds it, so that it does not expire.
+    /// The series of these labels. The caller owns it while it counts, so that it does not expire.
     pub(crate) fn get(&self, labels: Labels) -> Arc<Series> {
         let mut cached = self.lock();
         if let Some(series) = cached.get(&labels).and_then(Weak::upgrade) {
@@ -41,13 +42,13 @@ impl KnownSeries {
         series
     }
 
-    /// Clears the cache, and releases the mesh that its keys are of.
+    /// Clears the cache, which releases the workloads and services of an old mesh.
     pub(crate) fn forget(&self) {
         self.lock().clear();
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Labels, Weak<Series>, RandomState>> {
-        // The cache is whole at any time.
+        // No code panics while it holds the lock.
         self.cached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -60,7 +61,7 @@ mod tests {
     use crate::observe::metrics::series::put;
     use crate::observe::party::{Direction, Party};
 
-    /// As a state of the mesh has it.
+    /// The workload in a newly read mesh.
     fn workload() -> Arc<Workload> {
         let mesh = Mesh::from_text("mesh", "workloads: [{name: a, workloadIps: [10.0.0.1]}]");
         mesh.unwrap().workloads()[0].clone()

@@ -1,8 +1,8 @@
-//! All series of connections, as `/metrics` renders them.
+//! The registry of all series of connections, which renders them for `/metrics`.
 //!
-//! Peers choose most of the labels, so the registry bounds what they can make it hold: a series
-//! expires when nothing was counted in it for `metrics.idle` and no connection holds it, and
-//! beyond `metrics.label_sets` connections are counted in a series whose labels say `overflow`.
+//! Peers control most labels, so the registry bounds the number of series. A series expires after
+//! `metrics.idle` without counts and connections. Beyond `metrics.label_sets`, connections are
+//! counted in a series whose labels are `overflow`.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -16,31 +16,32 @@ use super::series::{Labels, Metric, Series};
 use crate::observe::party::Direction;
 
 const OPEN: &str = "istio_tcp_sockets_open";
-/// How often a full registry looks for series that have expired, at most: it looks at all of them.
+/// The minimum interval of searches for expired series in a full registry, since each visits all
+/// series.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The series of all workers.
 #[derive(Debug)]
 pub(crate) struct SeriesRegistry {
     settings: SeriesSettings,
-    /// Locked by a worker that does not find a series in its own cache, and by a scrape.
+    /// Locked by a worker on a miss of its cache, and by a scrape.
     registered: Mutex<Registered>,
 }
 
 #[derive(Debug)]
 struct Registered {
     all: HashMap<Arc<str>, Entry>,
-    /// One for each direction and security policy; they do not expire.
+    /// The overflow series by direction and security policy; they do not expire.
     overflow: HashMap<Arc<str>, Arc<Series>>,
     expired_at: Instant,
-    /// Whether the log says that the limit is reached.
+    /// Whether the log has reported that the limit is reached.
     is_reported: bool,
 }
 
 #[derive(Debug)]
 struct Entry {
     series: Arc<Series>,
-    /// What [`Series::events`] was when it last changed, as far as it was looked at.
+    /// The last seen value of [`Series::events`].
     events: u64,
     changed_at: Instant,
 }
@@ -137,7 +138,8 @@ impl Registered {
         }
         for labels in expired {
             let Some(Entry { series, events, .. }) = self.all.remove(&labels) else { continue };
-            // Fails if a worker has found it in its cache meanwhile. If not, no worker will.
+            // Fails if a worker has found it in its cache meanwhile; otherwise no worker can find
+            // it later.
             let kept = match Arc::try_unwrap(series) {
                 Ok(series) if series.events() == events => continue,
                 Ok(series) => Arc::new(series),
@@ -171,7 +173,7 @@ fn head(name: &str, kind: &str, help: &str, text: &mut String) {
 
 /// Appends a line.
 fn line(text: &mut String, line: std::fmt::Arguments<'_>) {
-    // A String takes whatever is written to it.
+    // Writing to a String cannot fail.
     writeln!(text, "{line}").ok();
 }
 
@@ -232,7 +234,7 @@ mod tests {
         let lines = text.lines().filter(|line| line.starts_with("istio_tcp_connections_opened"));
         assert_eq!(lines.count(), LIMIT + 1);
         assert!(text.len() < 4 * 1024 * (LIMIT + 1), "{}", text.len());
-        // After the peers of the flood have gone, a new one gets its own series again.
+        // After the expiry of the flood's series, a new peer gets its own series again.
         advance(IDLE).await;
         registry.render();
         advance(IDLE).await;
@@ -244,7 +246,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn idle_series_expires_and_counts_again_from_zero() {
         let registry = registry();
-        // Of two workers, both of which keep the series in their caches.
+        // Two workers, both with the series in their caches.
         let workers = [(); 2].map(|()| KnownSeries::new(registry.clone()));
         workers.iter().for_each(|worker| serve(worker, 1));
         assert_eq!(opened(&registry, 1), Some(2));

@@ -1,9 +1,8 @@
 //! The counters of connections: ztunnel's `istio_tcp_*` with their labels.
 //!
-//! A [`Series`] is all counters of one set of labels. To find one takes longer than all else that
-//! is counted for a connection, so each worker caches what it has found (`known.rs`). The
-//! cache holds a series weakly: one that `registry.rs` has expired is found there no more, and the
-//! next connection registers it again.
+//! A [`Series`] has all counters of one set of labels. Finding one is the most expensive part of
+//! counting a connection, so each worker has a cache (`known.rs`). The cache has weak references,
+//! so that a connection after the expiry in `registry.rs` registers a new series.
 
 use std::fmt::Write as _;
 use std::hash::{Hash, Hasher};
@@ -15,11 +14,11 @@ use underpass_config::{Name, Service, SpiffeId, Workload};
 use crate::error::ResponseFlags;
 use crate::observe::party::{Direction, Party};
 
-/// The value of a label whose value is not known; ztunnel's word.
+/// The value of an unknown label, as in ztunnel.
 const UNKNOWN: &str = "unknown";
 
-/// What the labels of a connection are made from. Workloads and services are compared by address:
-/// they are held, so that no other value has it.
+/// The sources of a connection's labels. Workloads and services are compared by pointer; the labels
+/// own them, so that no other value gets the same address.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Labels {
     pub(super) direction: Direction,
@@ -35,7 +34,7 @@ pub(super) struct Side {
     identity: Option<SpiffeId>,
 }
 
-/// Compared by its address.
+/// A value that is compared by its address.
 #[derive(Debug, Clone)]
 pub(super) struct Value<T>(Option<Arc<T>>);
 
@@ -80,7 +79,7 @@ impl Labels {
         }
     }
 
-    /// The labels as Prometheus' text format has them, without `response_flags`.
+    /// The labels in Prometheus' text format, without `response_flags`.
     pub(super) fn text(&self) -> String {
         let mut text = self.fixed_text();
         let service = self.service.0.as_deref();
@@ -92,7 +91,7 @@ impl Labels {
         text
     }
 
-    /// The labels of the series that takes the place of all that exceed the limit.
+    /// The labels of the overflow series, in which connections beyond the limit are counted.
     pub(super) fn overflow_text(&self) -> String {
         let mut text = self.fixed_text();
         let names = SERVICE.iter().chain(&SOURCE).chain(&DESTINATION);
@@ -233,13 +232,13 @@ impl Series {
 
     /// How many connections are open.
     pub(super) fn open(&self) -> u64 {
-        // Read first: what is closed was counted as opened before.
+        // Read first: every closed connection was counted as opened before.
         let closed = self.closed.sum();
         self.opened.load(Relaxed).saturating_sub(closed)
     }
 
-    /// How often anything was counted: a number that has not changed means that nothing was. Bytes
-    /// move only while a connection is open, which holds the series.
+    /// The number of counted events. If it has not changed, nothing was counted: bytes move only
+    /// while a connection is open and owns the series.
     pub(super) fn events(&self) -> u64 {
         self.opened.load(Relaxed) + self.closed.sum() + self.failed.sum()
     }
@@ -263,7 +262,7 @@ impl Series {
             }
         };
         for (flags, count) in by_flags.all() {
-            // Connections that were opened and of which none has closed are a zero, not an absence.
+            // With opened connections but no closed one, the counter is 0, not absent.
             let is_expected =
                 metric == Metric::Closed && flags == ResponseFlags::None && opened > 0;
             if count > 0 || is_expected {
@@ -274,7 +273,7 @@ impl Series {
 
     fn line(&self, metric: Metric, flags: ResponseFlags, value: u64, text: &mut String) {
         let (name, labels, flags) = (metric.name(), &self.labels, flags.as_str());
-        // A String takes whatever is written to it.
+        // Writing to a String cannot fail.
         writeln!(text, "{name}{{{labels},response_flags=\"{flags}\"}} {value}").ok();
     }
 }

@@ -1,12 +1,12 @@
-//! When a peer's tunnel takes no new streams any longer: shortly before the first of both
-//! certificates expires, at the maximum age, at which a peer like ours has let it go by itself, or
-//! when it has had no stream for long; at once if the proxy closes.
+//! Retires peers' tunnels by GOAWAY: before the first of both certificates expires, at the maximum
+//! age, after a long time without streams, or when the proxy closes. A peer of this implementation
+//! stops using a tunnel at the same age by itself.
 //!
-//! A stock ztunnel fails a request that it opens while GOAWAY is on its way. So it is sent when no
-//! stream is open, when a new one is least likely; only a tunnel that is never without one gets it
-//! in the middle of them, after another tenth of the age.
+//! ztunnel fails a request that it sends while GOAWAY is on its way. So GOAWAY waits for a moment
+//! without streams, when a new one is least likely. A tunnel that always has streams gets it after
+//! another tenth of the age.
 //!
-//! Not here: streams after expiry, which the tunnel itself refuses.
+//! The tunnel itself refuses streams after expiry.
 
 use std::pin::Pin;
 use std::time::{Duration, SystemTime};
@@ -18,20 +18,19 @@ use underpass_hbone::{Incoming, ServerTunnel};
 use crate::node::Node;
 use crate::observe::metrics;
 
-/// How often a tunnel that is due is looked at.
-const LOOK: Duration = Duration::from_secs(1);
-/// The same when the proxy closes, and for how long then.
-const LOOK_IN_HASTE: Duration = Duration::from_millis(20);
-const HASTE: Duration = Duration::from_secs(1);
-/// How often a tunnel that had streams is looked at for having none: an idle one goes at most this
-/// part later.
-const IDLE_LOOKS: u32 = 8;
+/// The interval of checks of a tunnel that is due.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// The interval while the proxy closes, and the duration of such checks.
+const CLOSING_CHECK_INTERVAL: Duration = Duration::from_millis(20);
+const CLOSING_DURATION: Duration = Duration::from_secs(1);
+/// The number of checks per idle timeout: a tunnel retires at most this fraction of it late.
+const IDLE_CHECKS: u32 = 8;
 
-/// The watch over one tunnel.
+/// The retirement timer of one tunnel.
 pub(super) struct Retirement {
     timer: Pin<Box<Sleep>>,
     plan: Plan,
-    hastened: bool,
+    closing: bool,
     drained: bool,
 }
 
@@ -39,18 +38,18 @@ pub(super) struct Retirement {
 #[derive(Debug)]
 struct Plan {
     due: Instant,
-    at_the_latest: Instant,
-    /// How long it may be without streams.
+    deadline: Instant,
+    /// The idle timeout.
     idle: Duration,
-    look: Duration,
-    why: &'static str,
+    check_interval: Duration,
+    reason: &'static str,
 }
 
-/// What a look at a tunnel has found.
+/// The result of a check.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
     Retire(&'static str),
-    LookAgain(Instant),
+    CheckAgain(Instant),
 }
 
 impl Retirement {
@@ -59,10 +58,10 @@ impl Retirement {
         let plan = Plan::new(valid, node.tunnels.max_age, node.timeouts.tunnel_idle);
         let first = plan.due.min(Instant::now() + plan.idle);
         let timer = Box::pin(sleep_until(first));
-        Self { timer, plan, hastened: false, drained: false }
+        Self { timer, plan, closing: false, drained: false }
     }
 
-    /// The next CONNECT request; once the tunnel is due, a GOAWAY asks the peer to send no more.
+    /// The next CONNECT request. Sends GOAWAY when the tunnel is due.
     pub(super) async fn next_request(
         &mut self,
         closing: &CancellationToken,
@@ -71,11 +70,11 @@ impl Retirement {
         while !self.drained {
             tokio::select! {
                 request = tunnel.next() => return request,
-                () = closing.cancelled(), if !self.hastened => self.hasten(),
-                () = &mut self.timer => match self.plan.judge(Instant::now(), tunnel.idle()) {
-                    Verdict::LookAgain(at) => self.timer.as_mut().reset(at),
-                    Verdict::Retire(why) => {
-                        metrics::tunnel_closed(why);
+                () = closing.cancelled(), if !self.closing => self.close_soon(),
+                () = &mut self.timer => match self.plan.check(Instant::now(), tunnel.idle()) {
+                    Verdict::CheckAgain(at) => self.timer.as_mut().reset(at),
+                    Verdict::Retire(reason) => {
+                        metrics::tunnel_closed(reason);
                         tunnel.drain();
                         self.drained = true;
                     }
@@ -85,50 +84,56 @@ impl Retirement {
         tunnel.next().await
     }
 
-    fn hasten(&mut self) {
+    fn close_soon(&mut self) {
         let now = Instant::now();
-        self.plan.hasten(now);
+        self.plan.close_soon(now);
         self.timer.as_mut().reset(now);
-        self.hastened = true;
+        self.closing = true;
     }
 }
 
 impl Plan {
-    /// For certificates that are `valid` for so long. Before they expire a tenth of that time, or
-    /// of the age, is left to find a moment without streams, and half of that for the peer to
+    /// A plan for certificates that are `valid` for this time. A tenth of that time, or of the age,
+    /// is left before expiry to find a moment without streams. Half of that is for the peer to
     /// acknowledge.
     fn new(valid: Duration, max_age: Duration, idle: Duration) -> Self {
         let now = Instant::now();
-        let slack = max_age / 10;
-        let lead = slack.min(valid / 10);
+        let margin = max_age / 10;
+        let lead = margin.min(valid / 10);
         let (before_expiry, age) = (valid.saturating_sub(lead), max_age);
-        let why = if before_expiry < age { "expiry" } else { "age" };
+        let reason = if before_expiry < age { "expiry" } else { "age" };
         let due = before_expiry.min(age);
-        let at_the_latest = (due + slack).min(valid.saturating_sub(lead / 2));
-        Self { due: now + due, at_the_latest: now + at_the_latest, idle, look: LOOK, why }
+        let deadline = (due + margin).min(valid.saturating_sub(lead / 2));
+        Self {
+            due: now + due,
+            deadline: now + deadline,
+            idle,
+            check_interval: CHECK_INTERVAL,
+            reason,
+        }
     }
 
-    fn hasten(&mut self, now: Instant) {
+    fn close_soon(&mut self, now: Instant) {
         self.due = self.due.min(now);
-        self.at_the_latest = self.at_the_latest.min(now + HASTE);
-        self.look = LOOK_IN_HASTE;
-        self.why = "drain";
+        self.deadline = self.deadline.min(now + CLOSING_DURATION);
+        self.check_interval = CLOSING_CHECK_INTERVAL;
+        self.reason = "drain";
     }
 
-    /// `idle`: for how long there has been no stream; `None` while there is one.
-    fn judge(&self, now: Instant, idle: Option<Duration>) -> Verdict {
-        if now >= self.due && (idle.is_some() || now >= self.at_the_latest) {
-            return Verdict::Retire(self.why);
+    /// `idle` is the time without streams; `None` while there is one.
+    fn check(&self, now: Instant, idle: Option<Duration>) -> Verdict {
+        if now >= self.due && (idle.is_some() || now >= self.deadline) {
+            return Verdict::Retire(self.reason);
         }
         if now >= self.due {
-            return Verdict::LookAgain(self.at_the_latest.min(now + self.look));
+            return Verdict::CheckAgain(self.deadline.min(now + self.check_interval));
         }
-        let look = match idle.map(|idle| self.idle.saturating_sub(idle)) {
+        let check_after = match idle.map(|idle| self.idle.saturating_sub(idle)) {
             Some(Duration::ZERO) => return Verdict::Retire("idle"),
             Some(rest) => rest,
-            None => (self.idle / IDLE_LOOKS).max(LOOK_IN_HASTE),
+            None => (self.idle / IDLE_CHECKS).max(CLOSING_CHECK_INTERVAL),
         };
-        Verdict::LookAgain(self.due.min(now + look))
+        Verdict::CheckAgain(self.due.min(now + check_after))
     }
 }
 
@@ -140,14 +145,14 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
     const DAY: Duration = Duration::from_secs(24 * 3600);
 
-    /// When a tunnel retires that is without streams from `idle_from` on, and why.
+    /// The time and the reason at which a tunnel without streams since `idle_from` retires.
     fn retires(plan: &Plan, start: Instant, idle_from: Duration) -> (Duration, &'static str) {
         let mut now = start + plan.idle.min(plan.due - start);
         loop {
             let idle = now.checked_duration_since(start + idle_from);
-            match plan.judge(now, idle) {
-                Verdict::Retire(why) => return (now - start, why),
-                Verdict::LookAgain(at) => {
+            match plan.check(now, idle) {
+                Verdict::Retire(reason) => return (now - start, reason),
+                Verdict::CheckAgain(at) => {
                     assert!(at > now);
                     now = at;
                 }
@@ -160,11 +165,11 @@ mod tests {
         let start = Instant::now();
         for valid in [Duration::from_secs(10), MINUTE, HOUR] {
             let plan = Plan::new(valid, HOUR, DAY);
-            let (quiet, why) = retires(&plan, start, Duration::ZERO);
-            assert_eq!((quiet, why), (valid - valid / 10, "expiry"));
-            let (busy, why) = retires(&plan, start, DAY);
+            let (quiet, reason) = retires(&plan, start, Duration::ZERO);
+            assert_eq!((quiet, reason), (valid - valid / 10, "expiry"));
+            let (busy, reason) = retires(&plan, start, DAY);
             assert!(busy >= quiet && busy < valid, "{busy:?} of {valid:?}");
-            assert_eq!(why, "expiry");
+            assert_eq!(reason, "expiry");
         }
     }
 
@@ -179,17 +184,17 @@ mod tests {
     async fn tunnel_without_streams_retires_when_idle() {
         let (start, plan) = (Instant::now(), Plan::new(DAY, HOUR, 8 * MINUTE));
         assert_eq!(retires(&plan, start, Duration::ZERO), (8 * MINUTE, "idle"));
-        let (after, why) = retires(&plan, start, 20 * MINUTE);
+        let (after, reason) = retires(&plan, start, 20 * MINUTE);
         assert!(after >= 28 * MINUTE && after <= 29 * MINUTE, "{after:?}");
-        assert_eq!(why, "idle");
+        assert_eq!(reason, "idle");
     }
 
     #[tokio::test(start_paused = true)]
     async fn tunnel_retires_at_once_when_the_proxy_closes() {
         let (start, mut plan) = (Instant::now(), Plan::new(DAY, HOUR, MINUTE));
-        plan.hasten(start);
-        assert_eq!(plan.judge(start, Some(Duration::ZERO)), Verdict::Retire("drain"));
-        let (busy, why) = retires(&plan, start, DAY);
-        assert_eq!((busy, why), (HASTE, "drain"));
+        plan.close_soon(start);
+        assert_eq!(plan.check(start, Some(Duration::ZERO)), Verdict::Retire("drain"));
+        let (busy, reason) = retires(&plan, start, DAY);
+        assert_eq!((busy, reason), (CLOSING_DURATION, "drain"));
     }
 }

@@ -1,4 +1,4 @@
-//! One table: the workload here, what a tunnel asks for, and where that leads.
+//! A table of local workload, CONNECT request, and target.
 
 use std::net::SocketAddr;
 
@@ -56,7 +56,7 @@ const TABLE: &[(&str, &str, &str)] = &[
     ("sick", "web.example:80", "10.0.0.2:8080 for web.example"),
     ("sick", "web.example:90", "no_service_port"),
     ("nobody", "web.example:80", "not_endpoint"),
-    // What has the workload here as its waypoint.
+    // Destinations whose waypoint is the local workload.
     ("way", "10.0.0.7:80", "10.0.0.3:80"),
     ("way", "10.0.0.8:80", "10.0.0.3:80"),
     ("way", "10.0.0.1:80", "10.0.0.3:80 for range.example"),
@@ -67,7 +67,7 @@ const TABLE: &[(&str, &str, &str)] = &[
     ("way", "plain.example:80", "10.0.0.3:8080 for plain.example"),
     ("way", "web.example:80", "not_endpoint"),
     ("web", "10.0.0.7:80", "not_here"),
-    // Also what is hidden from it, and whoever else has the address.
+    // Hidden destinations too, and addresses that others share.
     ("way", "10.1.0.6:80", "10.0.0.3:80 for hidden.example"),
     ("way", "10.1.0.7:80", "10.0.0.3:80 for shared-too.example"),
     ("way", "10.5.0.1:80", "10.0.0.3:80 for wide.example"),
@@ -79,14 +79,15 @@ const TABLE: &[(&str, &str, &str)] = &[
     ("way", "by-innerway.example:80", "10.0.0.3:8080 for by-innerway.example"),
     ("web", "10.1.0.6:80", "not_here"),
     ("web", "10.1.0.9:80", "not_here"),
-    // Several services with one hostname: what the workload here serves, or is the waypoint of, or else the usual one.
+    // Several services with one hostname: the served one, else the one behind this waypoint, else
+    // the best match.
     ("web", "twice.example:80", "10.0.0.1:2222 for twice.example"),
     ("web", "inner.example:80", "10.0.0.1:8080 for inner.example"),
     ("way", "twice.example:80", "10.0.0.3:3333 for twice.example"),
     ("anyport", "twice.example:80", "10.0.0.5:1111 as 10.1.0.10:80 for twice.example"),
     ("sick", "twice.example:80", "not_endpoint"),
     ("anyport", "inner.example:80", "unknown_service"),
-    // Application tunnels take everything, at their own port.
+    // Application tunnels accept every destination, at their own port.
     ("sandwich", "10.1.0.1:80", "10.0.0.4:15088 as 10.1.0.1:80 for web.example"),
     ("sandwich", "192.0.2.1:80", "10.0.0.4:15088 as 192.0.2.1:80"),
     ("sandwich", "10.0.0.4:80", "10.0.0.4:15088 as 10.0.0.4:80"),
@@ -103,7 +104,7 @@ const TABLE: &[(&str, &str, &str)] = &[
 ];
 
 #[test]
-fn a_tunnel_leads_to_this_workload_or_nowhere() {
+fn tunnel_reaches_only_this_workload() {
     let mesh = mesh(MESH);
     for (here, asked, expected) in TABLE {
         let local = (*here != "nobody").then(|| &**named(&mesh, here));
@@ -129,7 +130,7 @@ fn a_tunnel_leads_to_this_workload_or_nowhere() {
 }
 
 #[test]
-fn who_is_in_another_network_is_not_here_although_the_address_is_the_same() {
+fn rejects_same_address_of_other_network() {
     let mesh = mesh(
         "workload here ip=10.0.0.1
          workload behind ip=10.0.0.2 waypoint=far/10.0.0.1@15008

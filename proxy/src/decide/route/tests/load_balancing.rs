@@ -1,4 +1,4 @@
-//! Who of several is chosen how often.
+//! Tests of the shares of connections that endpoints get.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ fn route(mesh: &Mesh, choose: &mut Fixed) -> Result<Route, RouteError> {
     best_route(([10, 1, 0, 1], 80).into(), mesh, &caller, choose)
 }
 
-/// How many of 10,000 connections every workload got, each of which is closed at once.
+/// The number of 10,000 connections that each workload gets. Each connection closes at once.
 fn shares(mesh: &Mesh, choose: &mut Fixed) -> BTreeMap<String, u32> {
     let mut shares = BTreeMap::new();
     for _ in 0..10_000 {
@@ -57,13 +57,13 @@ fn idle_endpoints_share_connections_by_capacity() {
     assert_shares(&service("mode=failover", &three), &mut Fixed::new(2), &expected);
     let idle = ["ip=10.0.1.1 capacity=0", "ip=10.0.1.2", "ip=10.0.1.3"];
     assert_shares(&service("", &idle), &mut Fixed::new(3), &[("b", 5000), ("c", 5000)]);
-    // One has almost all of the capacity, so that a second one is hardly ever drawn from all.
+    // One endpoint has almost all of the capacity, so that draws hardly ever find a second one.
     let uneven = ["ip=10.0.1.1 capacity=4000000000", "ip=10.0.1.2"];
     assert_shares(&service("", &uneven), &mut Fixed::new(4), &[("a", 10_000)]);
 }
 
 #[test]
-fn of_two_the_one_with_fewer_connections_for_its_capacity_is_taken() {
+fn selects_endpoint_with_fewer_connections_per_capacity() {
     for mode in ["", "mode=failover"] {
         let two = service(mode, &["ip=10.0.1.1", "ip=10.0.1.2 capacity=10"]);
         for (a, b, expected) in [(1, 0, "b"), (0, 1, "a"), (1, 9, "b"), (1, 11, "a"), (2, 19, "b")]
@@ -79,7 +79,7 @@ fn of_two_the_one_with_fewer_connections_for_its_capacity_is_taken() {
 }
 
 #[test]
-fn open_connections_spread_by_capacity_and_hardly_differ() {
+fn open_connections_spread_by_capacity() {
     let words: Vec<String> =
         (1..=20).map(|n| format!("ip=10.0.1.{n} capacity={}", 1 + n % 2)).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -96,12 +96,12 @@ fn open_connections_spread_by_capacity_and_hardly_differ() {
 }
 
 #[test]
-fn the_nearest_are_taken_and_the_others_when_these_fail() {
+fn selects_nearest_endpoints_and_others_when_those_fail() {
     let workloads = [
         "ip=10.0.1.1 region=r zone=z node=n",
         "ip=10.0.1.2 region=r zone=z",
         "ip=10.0.1.3 region=r zone=other",
-        // What comes first counts first: the zone of another region is another zone.
+        // Preferences are compared in their order: a zone of another region is another zone.
         "ip=10.0.1.4 region=other zone=z",
     ];
     let failover = service("mode=failover prefer=region,zone,node", &workloads);
@@ -118,19 +118,19 @@ fn the_nearest_are_taken_and_the_others_when_these_fail() {
 }
 
 #[test]
-fn nobody_is_near_in_standard_mode() {
+fn standard_mode_ignores_distance() {
     let workloads = ["ip=10.0.1.1 region=r", "ip=10.0.1.2 region=other", "ip=10.0.1.3"];
     let mesh = service("prefer=region", &workloads);
     let mut choose = Fixed::new(14);
     let all = [("a", 3333), ("b", 3333), ("c", 3333)];
     assert_shares(&mesh, &mut choose, &all);
-    // All of them are looked at then.
+    // All endpoints are examined then.
     choose.ejected = vec!["a".into(), "b".into(), "c".into()];
     assert_shares(&mesh, &mut choose, &all);
 }
 
 #[test]
-fn this_network_goes_first_if_it_is_preferred_first_and_others_are_compared_by_the_rest() {
+fn prefers_own_network_and_compares_others_by_remaining_preferences() {
     let workloads = [
         "ip=10.0.1.1 region=other",
         "net=far gateway=/10.0.0.1@15009 region=other",
@@ -171,7 +171,7 @@ fn waypoints_share_connections_by_weight() {
 }
 
 #[test]
-fn alternatives_are_all_endpoints_and_restored_one_is_first() {
+fn alternatives_list_all_endpoints_and_restored_one_first() {
     let mesh = service("", &["ip=10.0.1.1", "ip=10.0.1.2", "ip=10.0.1.3"]);
     let caller = caller(named(&mesh, "client"));
     let health = Arc::new(EndpointHealth::default());

@@ -1,4 +1,5 @@
-//! One table: caller, destination and the route, for each step of ztunnel's decisions and where this proxy differs.
+//! A table of caller, destination and route, for each step of ztunnel's decisions and each
+//! difference from them.
 
 use crate::decide::route::testing::{Fixed, best_route, caller, mesh, named, show};
 use crate::decide::route::{Authority, Caller, Target};
@@ -129,7 +130,7 @@ const NETWORKS: &str = "
 
 #[rustfmt::skip]
 const TABLE: &[(&str, &str, &str, &str)] = &[
-    // What no service is asked for: a workload by its address, or nobody.
+    // No service: a workload by its address, or an unknown address.
     (PLAIN, "client", "192.0.2.1:443", "plain 192.0.2.1:443"),
     (PLAIN, "client", "[2001:db8::1]:443", "plain [2001:db8::1]:443"),
     (PLAIN, "client", "10.0.0.2:80", "plain 10.0.0.2:80 @plain"),
@@ -161,23 +162,24 @@ const TABLE: &[(&str, &str, &str, &str)] = &[
     (SERVICES, "client", "10.1.0.8:80", "tunnel mesh.internal:15008/Any > *:8080 by dnsmesh @dnsmesh for dnsmesh.example"),
     (SERVICES, "client", "10.1.0.9:80", "no endpoint: NoAddress"),
     (SERVICES, "client", "10.1.0.10:80", "no endpoint: NoAddressOfFamily"),
-    (SERVICES, "client", "10.1.0.11:80", "no endpoint: Nobody"),
+    (SERVICES, "client", "10.1.0.11:80", "no endpoint: NoHealthyWorkload"),
     (SERVICES, "client", "10.1.0.12:80", "plain 10.0.0.15:8080 @sick for anyway.example"),
     (SERVICES, "client", "10.1.0.13:80", "no endpoint: NoCapacity"),
     (SERVICES, "client", "10.1.0.14:80", "tunnel 10.0.0.17:15008 > 10.0.0.17:1 by one @one for pair.example one one:1"),
-    (SERVICES, "client", "10.1.0.15:80", "no endpoint: Nobody"),
+    (SERVICES, "client", "10.1.0.15:80", "no endpoint: NoHealthyWorkload"),
     (SERVICES, "client", "10.1.0.16:80", "plain 10.0.0.19:8080 @mine for mine.example"),
     (SERVICES, "outsider", "10.1.0.16:80", "plain 10.0.0.20:8080 @theirs for mine.example"),
-    (SERVICES, "client", "10.1.0.17:80", "no endpoint: Nobody"),
+    (SERVICES, "client", "10.1.0.17:80", "no endpoint: NoHealthyWorkload"),
     (SERVICES, "outsider", "10.1.0.17:80", "plain 10.1.0.17:80"),
-    // Passthrough: in plain to whoever is meant, but never to one who speaks HBONE.
+    // Passthrough: plain TCP to the original destination, but never to an HBONE workload.
     (SERVICES, "client", "10.1.0.18:81", "plain 10.1.0.18:81 for pass.example"),
     (SERVICES, "client", "10.9.0.2:80", "plain 10.9.0.2:80 for pass.example"),
     (SERVICES, "client", "10.9.0.1:80", "tunnel 10.9.0.1:15008 > 10.9.0.1:80 by inrange @inrange for pass.example"),
     (SERVICES, "client", "10.0.0.10:80", "tunnel 10.0.0.10:15008 > 10.0.0.10:80 by web @web for pass.example"),
     (SERVICES, "client", "10.1.0.19:80", "tunnel 10.0.0.11:15008 > 10.1.0.19:80 by old @old for passway.example"),
     (SERVICES, "client", "10.8.1.2:443", "tunnel 10.0.0.11:15008 > 10.8.1.2:443 by old @old for range.example"),
-    // An address of a service and a workload: to the workload where the service has nobody for the port.
+    // An address of a service and a workload: the workload if the service has no endpoint for the
+    // port.
     (SERVICES, "client", "10.0.0.21:80", "plain 10.0.0.24:8080 @elsewhere for itself.example"),
     (SERVICES, "client", "10.0.0.21:81", "tunnel 10.0.0.21:15008 > 10.0.0.21:81 by itself @itself"),
     (SERVICES, "client", "10.0.0.21:82", "tunnel 10.0.0.21:15008 > 10.0.0.21:82 by itself @itself"),
@@ -207,8 +209,8 @@ const TABLE: &[(&str, &str, &str, &str)] = &[
     (WAYPOINTS, "client", "10.0.0.11:80", "tunnel 10.0.0.2:15008 > 10.0.0.11:80 by way @way"),
     (WAYPOINTS, "client", "[fd00::12]:80", "tunnel 10.0.0.2:15010 > [fd00::12]:80 by way @way"),
     (WAYPOINTS, "client", "10.0.0.13:80", "tunnel 10.0.0.6:15008 > 10.0.0.13:80 by lone @lone"),
-    (WAYPOINTS, "client", "10.0.0.14:80", "farway unfit: OtherNetwork"),
-    (WAYPOINTS, "client", "10.0.0.16:80", "farway unfit: OtherNetwork"),
+    (WAYPOINTS, "client", "10.0.0.14:80", "farway unusable: OtherNetwork"),
+    (WAYPOINTS, "client", "10.0.0.16:80", "farway unusable: OtherNetwork"),
     (WAYPOINTS, "way", "[fd00::10]:80", "tunnel [fd00::10]:15008 > [fd00::10]:80 by behind @behind"),
     (WAYPOINTS, "way", "10.0.0.11:80", "plain 10.0.0.11:80 @behind-ip"),
     (WAYPOINTS, "lone", "10.0.0.13:80", "tunnel 10.0.0.13:15008 > 10.0.0.13:80 by behind-lone @behind-lone"),
@@ -226,7 +228,7 @@ const TABLE: &[(&str, &str, &str, &str)] = &[
 ];
 
 #[test]
-fn every_destination_has_the_way_that_the_mesh_tells() {
+fn routes_every_destination_by_the_mesh() {
     let mut wrong = Vec::new();
     for (text, from, destination, expected) in TABLE {
         let mesh = mesh(text);
@@ -245,7 +247,7 @@ fn every_destination_has_the_way_that_the_mesh_tells() {
 }
 
 #[test]
-fn what_is_asked_for_at_a_hostname_is_the_address_that_is_dialled() {
+fn connect_to_hostname_requests_dialled_address() {
     let dialled = "fd00::1".parse().unwrap();
     assert_eq!(Authority::AtNextHop(80).at(dialled).to_string(), "[fd00::1]:80");
     let known = Authority::Known(Target::Hostname("web.example".into(), 80));
@@ -253,7 +255,7 @@ fn what_is_asked_for_at_a_hostname_is_the_address_that_is_dialled() {
 }
 
 #[test]
-fn only_who_has_the_waypoints_identity_and_address_has_been_through_it() {
+fn connection_bypasses_waypoint_only_with_its_identity_and_address() {
     let mesh = mesh(WAYPOINTS);
     let (way, client) = (caller(named(&mesh, "way")), caller(named(&mesh, "client")));
     let through = "tunnel 10.0.0.2:15008 > 10.0.0.11:80 by way @way";
@@ -271,7 +273,7 @@ fn only_who_has_the_waypoints_identity_and_address_has_been_through_it() {
 }
 
 #[test]
-fn an_address_of_a_service_does_not_become_the_workloads_when_its_endpoints_fail() {
+fn failed_service_endpoints_do_not_select_owner_of_address() {
     let mesh = mesh(SERVICES);
     let caller = caller(named(&mesh, "client"));
     let mut choose = Fixed::new(0);
