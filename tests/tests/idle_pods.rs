@@ -1,5 +1,5 @@
-//! Measures the cost of an idle pod to the process that serves it. The test has a binary of its own,
-//! because other tests in the process would be measured too.
+//! Measures the cost of an idle pod to the process that serves it. The test has a binary of its
+//! own, because other tests in the process would be measured too.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::fs;

@@ -1,8 +1,8 @@
 //! Prints a plan as input of `iptables-restore`, in the format that `iptables-save` prints.
 //!
 //! The equal format allows comparing the plan with the kernel's rules line by line. Rules carry no
-//! comments: gVisor has no comment match, and Istio and OSM use none. `crate::backend::iptables` runs the
-//! programs.
+//! comments: gVisor has no comment match, and Istio and OSM use none. `crate::backend::iptables`
+//! runs the programs.
 
 mod conditions;
 

@@ -1,7 +1,8 @@
 //! Prints a plan in nft syntax: for people, for golden files, and for `nft -f`.
 //!
-//! The product does not install this text. It installs rules by netlink (`crate::backend::nftables`),
-//! without an nft binary. Both produce the same expressions; a kernel test compares them.
+//! The product does not install this text. It installs rules by netlink
+//! (`crate::backend::nftables`), without an nft binary. Both produce the same expressions; a kernel
+//! test compares them.
 
 mod set;
 
