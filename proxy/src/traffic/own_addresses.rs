@@ -8,13 +8,12 @@ use crate::observe::metrics;
 use crate::traffic::accepted::{Accepted, Source};
 
 impl Accepted {
-    /// Refuses an inbound connection for an address that is not this namespace's own: the workload
-    /// does not have it, so neither its mTLS mode nor its policies are about it. The rules of
-    /// `interception.exact`, and those of others, lead such connections here.
+    /// Refuses an inbound connection for an address that is not this namespace's own, to which the
+    /// workload's mTLS mode and policies do not apply. The rules of `interception.exact`, and those
+    /// of other programs, redirect such connections here.
     pub(crate) fn check_local(self, seat: &Seat) -> Result<Self, ProxyError> {
         let destination = self.destination.address();
-        // What REDIRECT chose is an address of the interface; TPROXY leaves whatever it was sent
-        // to.
+        // REDIRECT sets an address of the interface; TPROXY keeps the original one.
         let proven = !seat.pod.sockets.settings().are_transparent()
             && OriginalDestination::local(&self.stream)
                 .is_ok_and(|here| here.address().ip() == destination.ip());
@@ -31,8 +30,8 @@ impl Accepted {
         }
     }
 
-    /// Refuses an outbound connection whose source is none of the pod's own addresses: it is not
-    /// the workload's. By their settings, virtual interfaces and ingress gateways send for others.
+    /// Refuses an outbound connection whose source is none of the pod's own addresses, unless
+    /// settings allow it: virtual interfaces and ingress gateways forward for others.
     pub(crate) fn check_source(&self, seat: &Seat) -> Result<Source, ProxyError> {
         let client = self.client;
         match seat.is_local(client.ip()) {
