@@ -185,7 +185,8 @@ impl Descriptors {
                 held,
                 allowed,
                 error = error.map(tracing::field::display),
-                "accepting pauses and tunnel streams are refused: the limit of open files is reached (ulimit -n, LimitNOFILE)"
+                hint = "ulimit -n, LimitNOFILE",
+                "accepting pauses and tunnel streams are refused: the limit of open files is reached"
             );
             reported = recovered(&mut shortages).await;
             readiness.out_of_descriptors(false);

@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn source_with_too_many_is_refused_at_once() {
+    async fn refuses_source_with_too_many_handshakes_at_once() {
         let handshakes = Handshakes::new(100, 2);
         let source = handshakes.of_source();
         let held = fill(&handshakes, ip(1), &source);

@@ -133,31 +133,34 @@ impl Pending {
             None => {}
             Some(Refusal::Worker) => tracing::warn!(
                 refused,
-                "connections are refused: all workers are at their limit (limits.connections_per_worker)"
+                hint = "limits.connections_per_worker",
+                "connections are refused: all workers are at their limit"
             ),
             Some(Refusal::Source(last)) => tracing::warn!(
-                refused, %last,
-                "connections are refused: their source is at its limit (limits.connections_per_source)"
+                refused, %last, hint = "limits.connections_per_source",
+                "connections are refused: their source is at its limit"
             ),
             Some(Refusal::ConnectionShare(last)) => tracing::warn!(
-                refused, %last,
-                "connections are refused: their source uses its share of those of all workers (limits.connections_per_worker)"
+                refused, %last, hint = "limits.connections_per_worker",
+                "connections are refused: their source uses its share of those of all workers"
             ),
             Some(Refusal::DescriptorShare(last)) => tracing::warn!(
-                refused, %last,
-                "connections are refused: their source uses its share of the open files (ulimit -n, LimitNOFILE)"
+                refused, %last, hint = "ulimit -n, LimitNOFILE",
+                "connections are refused: their source uses its share of the open files"
             ),
             Some(Refusal::Descriptors) => tracing::warn!(
                 refused,
-                "streams are refused: no open files are left (ulimit -n, LimitNOFILE)"
+                hint = "ulimit -n, LimitNOFILE",
+                "streams are refused: no open files are left"
             ),
             Some(Refusal::TunnelSource(last)) => tracing::warn!(
-                refused, %last,
-                "tunnels are refused: their source is at its limit (limits.tunnels_per_source)"
+                refused, %last, hint = "limits.tunnels_per_source",
+                "tunnels are refused: their source is at its limit"
             ),
             Some(Refusal::TunnelIdentity) => tracing::warn!(
                 refused,
-                "tunnels are refused: their identity is at its limit (limits.tunnels_per_identity)"
+                hint = "limits.tunnels_per_identity",
+                "tunnels are refused: their identity is at its limit"
             ),
         }
     }

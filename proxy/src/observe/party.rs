@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn baggage_is_claim_of_client_behind_gateway() {
+    fn baggage_of_client_behind_gateway_is_only_claimed() {
         let behind = client("10.0.0.2:1", "web", ADMIN);
         assert_eq!(behind.proven_names(), Names::default());
         let claimed = behind.claimed_names();
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn address_is_claim_of_plaintext_client() {
+    fn address_of_plaintext_client_is_only_claimed() {
         let web = Party::plaintext_client("10.0.0.1:1".parse().unwrap(), &snapshot());
         assert_eq!(web.proven_names(), Names::default());
         assert_eq!(web.claimed_names().workload, Some("web"));

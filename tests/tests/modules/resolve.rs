@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::paths::mentioned;
 use crate::source::{Crate, Module, ModulePath};
 
-/// What a path leads to.
+/// The item or module that a path resolves to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Target {
     Module(ModulePath),
@@ -28,7 +28,7 @@ impl Target {
     }
 }
 
-/// What the crate's modules mention of each other: (module, what it mentions).
+/// The references between the crate's modules: (module, referenced target).
 pub(crate) fn uses(of: &Crate) -> BTreeSet<(ModulePath, Target)> {
     let mut found = BTreeSet::new();
     for body in &of.bodies {
@@ -77,7 +77,7 @@ fn anchor<'a>(module: &ModulePath, path: &'a [String]) -> Option<(ModulePath, &'
 
 struct Resolver<'a> {
     of: &'a Crate,
-    /// What is being looked up, so that imports in a circle end.
+    /// The lookups in progress: ends the resolution of cyclic imports.
     open: BTreeSet<(ModulePath, String)>,
 }
 
@@ -86,8 +86,8 @@ impl<'a> Resolver<'a> {
         Self { of, open: BTreeSet::new() }
     }
 
-    /// What `path` leads to from `module`; nothing if that is not of this crate. A glob leads to
-    /// every name that it imports.
+    /// The targets of `path` in `module`; none if it is in another crate. A glob has every name
+    /// that it imports as a target.
     fn targets(&mut self, module: &ModulePath, path: &[String]) -> Vec<Target> {
         match path.split_last() {
             Some((last, before)) if last == "*" => match self.resolve(module, before) {
@@ -122,12 +122,12 @@ impl<'a> Resolver<'a> {
         };
         rest.iter().try_fold(start, |target, name| match target {
             Target::Module(module) => self.lookup(&module, name),
-            // What follows belongs to the item: a variant, an associated function.
+            // The rest of the path is part of the item: a variant, an associated function.
             item @ Target::Item(..) => Some(item),
         })
     }
 
-    /// What `name` is in `module`: a child, an item, or an import.
+    /// The target of `name` in `module`: a child, an item, or an import.
     fn lookup(&mut self, module: &ModulePath, name: &str) -> Option<Target> {
         let child = [module.as_slice(), &[name.to_owned()]].concat();
         if self.of.modules.contains_key(&child) {

@@ -103,7 +103,7 @@ impl Module {
     }
 }
 
-/// What a `use` imports: the name here, none for all names, and the path there.
+/// The imports of a `use`: the local name, `None` for a glob, and the imported path.
 pub(crate) fn imports(prefix: &[String], tree: &UseTree) -> Vec<(Option<String>, Vec<String>)> {
     let with = |name: &syn::Ident| [prefix, &[name.to_string()]].concat();
     match tree {

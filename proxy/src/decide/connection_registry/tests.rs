@@ -57,7 +57,7 @@ async fn forbidden_connections_end_and_others_continue() {
 }
 
 #[tokio::test]
-async fn terminated_connection_moves_nothing_before_it_is_woken() {
+async fn terminated_connection_forwards_nothing_before_wake() {
     let registry = Registry::default();
     let registration = registry.register(1);
     let terminated = mark(&registry, forbid).await;
@@ -68,7 +68,7 @@ async fn terminated_connection_moves_nothing_before_it_is_woken() {
 }
 
 #[tokio::test]
-async fn updated_subject_decides() {
+async fn termination_checks_updated_subject() {
     let registry = Registry::default();
     let registration = registry.register(1);
     let ones = |number: &usize| if *number == 1 { forbid(number) } else { Ok(()) };

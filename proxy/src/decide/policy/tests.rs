@@ -120,7 +120,7 @@ fn mesh_only_egress_reaches_mesh_and_exceptions_only() {
 }
 
 #[test]
-fn strict_refuses_plaintext_but_for_probes_and_overrides() {
+fn strict_refuses_plaintext_except_probes_and_overrides() {
     let strict = ["proxy.mtls=strict"];
     let by_port = ["proxy.mtls=strict", "proxy.mtls_overrides=default/server:8080=permissive"];
     assert_eq!(decided(&in_plain("10.0.0.9:1"), &[]), Ok(()));
@@ -131,7 +131,7 @@ fn strict_refuses_plaintext_but_for_probes_and_overrides() {
 }
 
 #[test]
-fn deny_by_principal_holds_for_peer_of_alias() {
+fn deny_by_principal_applies_to_peer_of_alias() {
     let decided = |context: &PolicyContext, action: &str, principal: &str| {
         let rule = format!("[[[{{principals: [{{exact: {principal}}}]}}]]]");
         let subject = from_peer("spiffe://old/ns/default/sa/client", &["cluster.local", "old"]);
@@ -166,7 +166,7 @@ fn strict_admits_probes_to_exempt_ports_only() {
 }
 
 #[test]
-fn unknown_local_address_has_policies_of_own_workload() {
+fn unknown_local_address_gets_policies_of_own_workload() {
     let selected = "workloads:\n- {name: server, workloadIps: [10.0.0.1], authorizationPolicies: [default/p]}\n\
                     policies: [{name: p, namespace: default, scope: WorkloadSelector, action: Deny, dryRun: false, rules: [[]]}]\n";
     let mesh = Mesh::from_text("mesh", selected).expect("a mesh");

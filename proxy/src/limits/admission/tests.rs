@@ -25,7 +25,7 @@ fn fill(pod: &PodLimits, demand: Demand, source: IpAddr) -> (Vec<Ticket>, Refusa
 }
 
 #[test]
-fn source_is_refused_beyond_its_limits_and_others_are_not() {
+fn refuses_only_source_beyond_its_limits() {
     let limits = limits(1000, &["limits.connections_per_source=3", "limits.tunnels_per_source=2"]);
     let pod = limits.pod();
     for demand in [Demand::Outbound, Demand::Plaintext] {
@@ -51,7 +51,7 @@ fn disabled_limits_admit_any_source() {
 }
 
 #[test]
-fn worker_is_refused_connections_beyond_its_limit() {
+fn refuses_connections_beyond_limit_of_worker() {
     let limits = limits(1000, &["limits.connections_per_worker=2"]);
     let pod = limits.pod();
     let (tickets, refusal) = fill(&pod, Demand::Outbound, SOURCE);

@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn sockets_open_is_zero_without_connections() {
+    async fn open_sockets_are_zero_without_connections() {
         let registry = registry();
         let open = |reporter: &str, count: u32| {
             let line = format!("{OPEN}{{reporter=\"{reporter}\"}} {count}");

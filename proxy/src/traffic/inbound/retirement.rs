@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn tunnel_retires_at_its_age_and_busy_one_a_tenth_later() {
+    async fn tunnel_retires_at_maximum_age_and_busy_one_a_tenth_later() {
         let (start, plan) = (Instant::now(), Plan::new(DAY, HOUR, DAY));
         assert_eq!(retires(&plan, start, Duration::ZERO), (HOUR, "age"));
         assert_eq!(retires(&plan, start, DAY), (HOUR + HOUR / 10, "age"));

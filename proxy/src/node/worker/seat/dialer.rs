@@ -34,7 +34,7 @@ impl Dial for TunnelDialer {
 
     async fn dial(&self, address: SocketAddr) -> io::Result<TunnelSocket> {
         // The dial outlives the connection that asked for it, and keeps the seat from here on.
-        let gone = || io::Error::other("no connection of the pod waits for the tunnel any longer");
+        let gone = || io::Error::other("the pod has no connection that needs the tunnel");
         let seat = self.seat.upgrade().ok_or_else(gone)?;
         let descriptor = seat.pod.limits.hold_outbound();
         let sockets = &seat.pod.sockets;
