@@ -150,7 +150,10 @@ mod tests {
     #[test]
     fn reports_lost_lines_in_either_format() {
         let plain = String::from_utf8(PLAIN.lost(7)).unwrap();
-        assert!(plain.ends_with("  WARN underpass::logging::line: log lines lost: 7\n"), "{plain}");
+        assert!(
+            plain.ends_with("  WARN underpass::process::logging::line: log lines lost: 7\n"),
+            "{plain}"
+        );
         let json: serde_json::Value = serde_json::from_slice(&JSON.lost(7)).unwrap();
         assert_eq!((&json["lost"], &json["level"]), (&7.into(), &"WARN".into()));
         assert!(json["timestamp"].as_str().unwrap().ends_with('Z'), "{json}");
