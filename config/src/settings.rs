@@ -1,7 +1,6 @@
-//! The typed settings: what the file, the environment and the flags said, with every default filled in.
+//! The typed settings: the values of the file, the environment and the flags, with all defaults.
 //!
-//! Not here: how they are declared and read (`declare.rs`, `resolve/`), and where they come from
-//! (`load.rs`).
+//! Not here: declaring and parsing them (`declare.rs`, `resolve/`), and their sources (`load.rs`).
 
 pub(crate) mod declare;
 mod egress;
@@ -32,7 +31,7 @@ pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 
 use crate::identity::spiffe::{SpiffeId, TrustDomain};
 
-/// A value that is one of a few words.
+/// A value written as one of a fixed set of words.
 pub(crate) trait Word: Copy + PartialEq + 'static {
     /// Each word with its value.
     const WORDS: &'static [(&'static str, Self)];
@@ -43,53 +42,54 @@ pub(crate) trait Word: Copy + PartialEq + 'static {
     }
 }
 
-/// All that an operator can tell underpass. `underpass config show` prints it.
+/// All settings. `underpass config show` prints them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Who the proxied workload is.
+    /// Name and identity of the proxied workload.
     pub workload: WorkloadSettings,
-    /// Where the mesh (who is where, who speaks HBONE) is described; `None`: nobody else is known.
+    /// The file or folder that describes the mesh: workloads, services and policies. `None`: no
+    /// other workload is known.
     pub mesh_file: Option<PathBuf>,
-    /// Where our certificate and the roots we trust come from; `None`: no HBONE, neither in nor out.
+    /// The source of our certificate and trusted roots. `None`: no HBONE in either direction.
     pub identity: Option<IdentitySettings>,
-    /// Whom we trust beyond that.
+    /// Trust in addition to the roots of `identity`.
     pub trust: TrustSettings,
-    /// What is caught, and how.
+    /// Which connections are captured, and how.
     pub interception: InterceptionSettings,
     /// The ports and the threads of the data path.
     pub proxy: ProxySettings,
-    /// Where the workload may connect to outside the mesh.
+    /// Destinations outside the mesh that the workload may connect to.
     pub egress: EgressSettings,
-    /// How many tunnels there are to a peer, and how long they are used.
+    /// Number and lifetime of the tunnels to a peer.
     pub tunnels: TunnelSettings,
-    /// What others can make us do at once.
+    /// Limits on resources that peers and clients can use.
     pub limits: Limits,
-    /// How long a peer may let us wait.
+    /// Timeouts of connections, handshakes, tunnels and drains.
     pub timeouts: Timeouts,
-    /// Where another process may ask for our listeners.
+    /// The socket at which another process requests our listeners (hot restart).
     pub take_over: TakeOver,
-    /// Where Prometheus reads `/metrics`.
+    /// The address of `/metrics`.
     pub metrics: SocketAddr,
-    /// How many metric series of connections there are.
+    /// Number and lifetime of the metric series of connections.
     pub series: SeriesSettings,
-    /// Where `/healthz/ready` answers.
+    /// The address of `/healthz/ready`.
     pub readiness: SocketAddr,
-    /// What is logged, and how it looks.
+    /// Log levels and log format.
     pub logging: Logging,
 }
 
-/// The workload that this proxy stands for.
+/// The workload that this proxy serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkloadSettings {
-    /// Its name, as logs and metrics show it.
+    /// Its name in logs and metrics.
     pub name: String,
     /// Its namespace.
     pub namespace: String,
-    /// The service account that its certificate is issued to.
+    /// The service account in its identity.
     pub service_account: String,
     /// The trust domain of its identity.
     pub trust_domain: TrustDomain,
-    /// The network in which its addresses mean something; may be empty.
+    /// The network that its addresses belong to; may be empty. Networks may reuse addresses.
     pub network: String,
     /// The identity that follows from namespace, service account and trust domain.
     pub spiffe_id: SpiffeId,
@@ -98,16 +98,16 @@ pub struct WorkloadSettings {
 /// The ports and the threads of the data path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProxySettings {
-    /// Where caught outbound connections arrive.
+    /// The port of the listener for captured outbound connections.
     pub outbound_port: u16,
-    /// Where caught plaintext inbound connections arrive.
+    /// The port of the listener for captured plaintext inbound connections.
     pub inbound_port: u16,
-    /// Where peers connect with HBONE; also the port that peers are expected to listen on.
+    /// The HBONE port: our listener's, and the one at which peers are expected to listen.
     pub hbone_port: u16,
-    /// Where caught DNS queries arrive.
+    /// The port of the DNS proxy.
     pub dns_port: u16,
-    /// How many data workers; `None`: as many as CPUs that the process may use.
+    /// Number of data workers. `None`: as many as CPUs that the process may use.
     pub workers: Option<usize>,
-    /// Whether connections that did not come through a tunnel are taken.
+    /// Whether inbound plaintext connections are accepted.
     pub mtls: MtlsSettings,
 }

@@ -1,11 +1,10 @@
 //! Watches files, and the documents of folders, for changes of their content.
 //!
-//! Every way to replace a file is noticed: written in place, renamed over, added, removed, or
-//! reached through symbolic links that are swapped, as Kubernetes does with a ConfigMap. The folders
-//! on the way to each file are watched, not the file: a watch on a file stays with the old one when
-//! a new one takes its name.
+//! Every replacement of a file is detected: written in place, renamed over, added, removed, or
+//! reached through swapped symbolic links as in a ConfigMap. The folders on the path are watched
+//! instead of the file, because a watch on a file follows the old inode after a rename.
 //!
-//! A process has one [`FileWatcher`]: a user may have 128 inotify instances by default.
+//! A process has one [`FileWatcher`]: by default a user may have only 128 inotify instances.
 
 pub(crate) mod files;
 mod hub;
@@ -21,14 +20,13 @@ use tokio::time::{Instant, sleep_until};
 use self::hub::{Hub, Subscription};
 use crate::error::ConfigErrors;
 
-/// For how long a file that is replaced again and again is not read.
+/// Maximum delay of a read while the file is replaced repeatedly.
 const MAX_SETTLE: Duration = Duration::from_secs(1);
-/// How often to look without an event: some file systems send none (NFS, FUSE), and a watch can get
+/// Polling interval without events: some file systems send none (NFS, FUSE), and a watch can get
 /// lost.
 const LOOK: Duration = Duration::from_secs(30);
 
-/// Watches files with one inotify instance, which is opened for the first of them. Cheap to clone;
-/// clones share the instance.
+/// Watches files with one inotify instance, which is opened with the first file. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct FileWatcher(Arc<Hub>);
 
@@ -36,7 +34,7 @@ pub struct FileWatcher(Arc<Hub>);
 #[derive(Debug)]
 pub struct FileWatch {
     path: PathWatch,
-    /// Of the content at the last look.
+    /// Hash of the content at the last check.
     seen: u64,
 }
 
@@ -45,24 +43,24 @@ pub struct FileWatch {
 pub(crate) struct PathWatch {
     path: PathBuf,
     subscription: Subscription,
-    /// When to look next.
+    /// Time of the next poll.
     look_at: Instant,
-    /// When to look at the latest, since the first event after the last look.
+    /// Latest time of the next check, set by the first event after the last check.
     settled_by: Option<Instant>,
 }
 
 impl FileWatcher {
-    /// Watches `path`, which need not exist yet. Its content now counts as known, so watch it before
-    /// reading it.
+    /// Watches `path`, which need not exist yet. Its current content counts as known, so watch it
+    /// before reading it.
     ///
     /// # Errors
-    /// When the kernel has no more watches to give, or the folder cannot be read.
+    /// The kernel's limit of watches is reached, or the folder cannot be read.
     pub fn watch(&self, path: &Path) -> Result<FileWatch, ConfigErrors> {
         let path = self.watch_path(path)?;
         Ok(FileWatch { seen: files::fingerprint(&path.path), path })
     }
 
-    /// As [`FileWatcher::watch`], without reading it.
+    /// Like [`FileWatcher::watch`], without reading the content.
     pub(crate) fn watch_path(&self, path: &Path) -> Result<PathWatch, ConfigErrors> {
         self.subscribe(path).map_err(|error| {
             let reason = format!(
@@ -82,8 +80,8 @@ impl FileWatcher {
 }
 
 impl FileWatch {
-    /// Waits until the content differs from that of the last time and no further change follows for
-    /// a moment. Several changes in a row are reported once. Cancel safe.
+    /// Waits until the content differs from that of the last call and no further change follows for
+    /// a moment. Reports consecutive changes once. Cancel-safe.
     pub async fn changed(&mut self) {
         loop {
             self.path.settled().await;
@@ -97,8 +95,8 @@ impl FileWatch {
 }
 
 impl PathWatch {
-    /// Waits until the content may have changed and no event has come for a moment, at most
-    /// [`MAX_SETTLE`] after the first. Cancel safe.
+    /// Waits until the content may have changed and no event follows for a moment, at most
+    /// [`MAX_SETTLE`] after the first one. Cancel-safe.
     pub(crate) async fn settled(&mut self) {
         loop {
             tokio::select! {
@@ -110,7 +108,7 @@ impl PathWatch {
                 () = sleep_until(self.look_at) => {
                     self.look_at = Instant::now() + LOOK;
                     self.settled_by = None;
-                    // A folder that cannot be watched now is tried again at the next look.
+                    // The next poll tries again to watch a folder that cannot be watched now.
                     self.subscription.follow().ok();
                     return;
                 }

@@ -1,4 +1,4 @@
-//! YAML read with positions: documents, values and what error messages quote of them.
+//! Parses YAML documents with positions, reads typed values, and quotes input in error messages.
 
 pub(crate) mod document;
 pub(crate) mod quote;

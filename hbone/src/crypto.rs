@@ -8,8 +8,9 @@ use underpass_config::Cipher;
 
 /// AES-GCM, and a key exchange that also resists quantum computers.
 ///
-/// The order is the server's preference. AES-128 comes first by default: it costs a quarter less CPU
-/// than AES-256, and a search through 2^128 keys is out of reach (NIST, Post-Quantum Cryptography FAQ).
+/// The order is the server's preference. AES-128 comes first by default: it costs a quarter less
+/// CPU than AES-256, and a search through 2^128 keys is out of reach (NIST, Post-Quantum
+/// Cryptography FAQ).
 pub(crate) fn provider(ciphers: &[Cipher]) -> Arc<CryptoProvider> {
     let suite = |cipher: &Cipher| match cipher {
         Cipher::Aes128Gcm => cipher_suite::TLS13_AES_128_GCM_SHA256,

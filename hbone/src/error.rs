@@ -1,6 +1,7 @@
 //! What can go wrong with a tunnel or a certificate, in words for the operator.
 //!
-//! Not here: which status or log reason a failure becomes. That is the caller's, from [`HboneError::kind`].
+//! Not here: which status or log reason a failure becomes. That is the caller's, from
+//! [`HboneError::kind`].
 
 mod credential;
 mod hints;
@@ -51,7 +52,8 @@ pub enum HboneError {
         #[source]
         source: Arc<Self>,
     },
-    /// The tunnel to a gateway stands, and the one inside of it to the peer behind the gateway does not.
+    /// The tunnel to a gateway stands, and the one inside of it to the peer behind the gateway does
+    /// not.
     #[error("no tunnel to the peer behind the gateway {gateway}")]
     BehindGateway {
         /// The gateway's address.
@@ -268,7 +270,8 @@ pub enum ExpectedPeer {
 }
 
 impl HboneError {
-    /// What ended the stream that carries another tunnel; `None` if the I/O error has another cause.
+    /// What ended the stream that carries another tunnel; `None` if the I/O error has another
+    /// cause.
     pub(crate) fn carried_by(error: &io::Error) -> Option<Self> {
         error.get_ref()?.downcast_ref().cloned()
     }
@@ -385,7 +388,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_does_not_repeat_its_source() {
+    fn message_does_not_repeat_its_source() {
         let source = Arc::new(io::Error::other("the inner text"));
         let address = SocketAddr::from(([10, 0, 0, 1], 15008));
         for error in
@@ -397,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn an_identity_mismatch_says_who_was_expected_and_who_came() {
+    fn identity_mismatch_names_expected_and_presented_identity() {
         let expected: Arc<[SpiffeId]> =
             ["spiffe://td/ns/a/sa/b".parse().unwrap(), "spiffe://td/ns/a/sa/c".parse().unwrap()]
                 .into();

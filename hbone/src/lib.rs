@@ -5,7 +5,8 @@
 //! server  Acceptor: TLS (is it of a trust domain that we know?) ─ ServerTunnel ─ Incoming: accept 200 / refuse ─ TunnelStream
 //! ```
 //!
-//! Both take the [`Credentials`] of the moment for each handshake, and cut a tunnel whose peer later ones distrust.
+//! Both take the [`Credentials`] of the moment for each handshake, and cut a tunnel whose peer
+//! later ones distrust.
 //!
 //! Interoperates with istio/ztunnel. Every wait on a peer has a deadline that the caller gives, and
 //! everything a peer can make us hold has a cap (see [`Http2Settings`]).

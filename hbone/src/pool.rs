@@ -1,7 +1,7 @@
 //! Tunnels kept open, to be shared by all connections to the same peer.
 //!
-//! What to do is decided in `state`, without waiting for anything; here it is done. A pool belongs to one runtime;
-//! its lock is never held across an await.
+//! What to do is decided in `state`, without waiting for anything; here it is done. A pool belongs
+//! to one runtime; its lock is never held across an await.
 //!
 //! Not here: sockets. They come from [`Dial`].
 
@@ -45,20 +45,21 @@ pub struct PoolSettings {
     pub handshake: Duration,
     /// For the answer to a CONNECT request.
     pub reply: Duration,
-    /// For a tunnel without streams before it is closed, give or take a tenth. One that others can stand in for goes
-    /// after a tenth of it.
+    /// For a tunnel without streams before it is closed, give or take a tenth. One that others can
+    /// stand in for goes after a tenth of it.
     pub idle: Duration,
-    /// After this, or up to a tenth less, a tunnel takes no new streams. It closes with its last one.
+    /// After this, or up to a tenth less, a tunnel takes no new streams. It closes with its last
+    /// one.
     pub max_age: Duration,
     /// How many streams share a tunnel, if the peer allows as many.
     pub streams_per_tunnel: usize,
-    /// Up to how many tunnels with the same key are opened because the others are half full or busy. When all are
-    /// full, another one is opened in any case.
+    /// Up to how many tunnels with the same key are opened because the others are half full or
+    /// busy. When all are full, another one is opened in any case.
     pub tunnels_per_peer: usize,
 }
 
-/// Which tunnels may be shared: those in the name of the same workload to the same address, where the same peers are
-/// expected.
+/// Which tunnels may be shared: those in the name of the same workload to the same address, where
+/// the same peers are expected.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct TunnelKey {
     /// Who dials.
@@ -121,15 +122,16 @@ impl<D: Dial> Pool<D> {
         Self(Arc::new(Shared { dial, settings, state }))
     }
 
-    /// Opens a stream through a tunnel to `key`, by what `request` makes each time that one is sent. If a tunnel must be dialled,
+    /// Opens a stream through a tunnel to `key`, by what `request` makes each time that one is
+    /// sent. If a tunnel must be dialled,
     /// `connector` opens it; it speaks for `key.source`.
     ///
-    /// A request that the peer certainly did not act on, or that was lost with a tunnel from before, is tried once
-    /// more in a new tunnel. Nothing else is.
+    /// A request that the peer certainly did not act on, or that was lost with a tunnel from
+    /// before, is tried once more in a new tunnel. Nothing else is.
     ///
     /// # Errors
-    /// Why the dial, the handshake or the request failed; [`HboneError::BackingOff`] without a new attempt for up to
-    /// two seconds after a dial or handshake failed.
+    /// Why the dial, the handshake or the request failed; [`HboneError::BackingOff`] without a new
+    /// attempt for up to two seconds after a dial or handshake failed.
     pub async fn connect(
         &self,
         key: &TunnelKey,
@@ -151,7 +153,8 @@ impl<D: Dial> Pool<D> {
         outcome.map_err(|(error, _)| error)
     }
 
-    /// Lets go of all tunnels, so that each closes as its last stream ends. Whoever comes later has to dial.
+    /// Lets go of all tunnels, so that each closes as its last stream ends. Whoever comes later has
+    /// to dial.
     pub fn drain(&self) {
         self.0.state().drain();
     }
@@ -180,7 +183,8 @@ impl<D: Dial> Pool<D> {
         let answer = tunnel.connect_reserved(request, self.0.settings.reply, open).await;
         let timed_out = matches!(answer, Err(HboneError::ReplyTimeout { .. }));
         if timed_out && tunnel.tunnel_state().last_heard() < asked {
-            // Not a slow answer but silence: the peer may be gone without a word, so the next one dials anew.
+            // Not a slow answer but silence: the peer may be gone without a word, so the next one
+            // dials anew.
             self.0.state().retire(key, id);
         }
         answer.map_err(|error| (error, pooled))
@@ -284,7 +288,8 @@ impl<D: Dial> UnderWay<D> {
         let outcome = self.dial(&connector).await;
         let aftermath = self.finish(outcome);
         let (pool, key) = (Arc::downgrade(&self.pool), self.key.clone());
-        // From here on only the pool and its users hold the tunnel open, and only its owner the pool.
+        // From here on only the pool and its users hold the tunnel open, and only its owner the
+        // pool.
         drop((self, connector));
         match aftermath {
             Aftermath::Watch(id, tunnel_state) => watch_tunnel(pool, key, id, tunnel_state).await,
@@ -325,14 +330,16 @@ impl<D: Dial> UnderWay<D> {
 impl<D: Dial> Drop for UnderWay<D> {
     fn drop(&mut self) {
         if self.done.borrow().is_none() {
-            // The dialling code panicked, or the runtime ends. Those who wait see that nobody is left to tell them.
+            // The dialling code panicked, or the runtime ends. Those who wait see that nobody is
+            // left to tell them.
             self.pool.state().abandoned(&self.key, self.id);
         }
     }
 }
 
-/// Retires a tunnel when its time has come, and takes it out of the pool when it is closed. It sleeps in between:
-/// a tunnel that had streams when it looked is looked at again later, so that no stream has to wake it.
+/// Retires a tunnel when its time has come, and takes it out of the pool when it is closed. It
+/// sleeps in between: a tunnel that had streams when it looked is looked at again later, so that no
+/// stream has to wake it.
 async fn watch_tunnel<D>(
     pool: Weak<Shared<D>>,
     key: TunnelKey,

@@ -1,4 +1,5 @@
-//! TLS 1.3 as HBONE wants it: both sides prove a SPIFFE identity, the client without SNI, over ALPN `h2`.
+//! TLS 1.3 as HBONE wants it: both sides prove a SPIFFE identity, the client without SNI, over ALPN
+//! `h2`.
 //!
 //! Not here: which identity is right for a destination; the caller says so per connection.
 
@@ -26,7 +27,8 @@ pub use self::verify::PeerIdentity;
 
 pub(crate) const ALPN: &[u8] = b"h2";
 
-/// What the error of a connection says that h2 would forget: an alert of the peer, or what ended the stream that carries us.
+/// What the error of a connection says that h2 would forget: an alert of the peer, or what ended
+/// the stream that carries us.
 pub(crate) fn known_error(error: &io::Error) -> Option<HboneError> {
     match inner(error) {
         Some(rustls::Error::AlertReceived(alert)) => Some(received(*alert, error)),

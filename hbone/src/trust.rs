@@ -1,5 +1,5 @@
-//! Whom we trust beyond what comes with our certificate: aliases of our trust domain, the roots of other ones, and
-//! revocation lists, from files that are watched; and which ciphers.
+//! Whom we trust beyond what comes with our certificate: aliases of our trust domain, the roots of
+//! other ones, and revocation lists, from files that are watched; and which ciphers.
 //!
 //! Not here: how a peer is judged by it (`trust/authorities.rs`), and when new trust is put to use.
 
@@ -23,7 +23,8 @@ use crate::trust::bundle::Bundle;
 
 pub(crate) use self::authorities::Authorities;
 
-/// What the settings add to the roots that come with our certificate; by default nothing. Cheap to clone.
+/// What the settings add to the roots that come with our certificate; by default nothing. Cheap to
+/// clone.
 #[derive(Debug, Clone, Default)]
 pub struct Trust(Arc<Parts>);
 
@@ -54,8 +55,8 @@ impl TrustFiles {
     /// Reads the files, and begins to watch them.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] for a file that is missing or malformed, [`HboneError::Watch`] for one that cannot be
-    /// watched.
+    /// [`HboneError::Credential`] for a file that is missing or malformed, [`HboneError::Watch`]
+    /// for one that cannot be watched.
     pub fn open(
         settings: &TrustSettings,
         watcher: &FileWatcher,
@@ -80,10 +81,12 @@ impl TrustFiles {
         }
     }
 
-    /// Waits for a file to change, and reads all of them again. Without files it waits for ever. Cancel-safe.
+    /// Waits for a file to change, and reads all of them again. Without files it waits for ever.
+    /// Cancel-safe.
     ///
     /// # Errors
-    /// As [`TrustFiles::open`], once for each change: what was read before stays good, so call it again.
+    /// As [`TrustFiles::open`], once for each change: what was read before stays good, so call it
+    /// again.
     async fn next(&mut self) -> Result<Trust, HboneError> {
         self.watched.changed().await;
         Trust::read(&self.settings)

@@ -1,4 +1,5 @@
-//! HBONE tunnels: CONNECT client and server over any byte stream, their streams, windows and limits.
+//! HBONE tunnels: CONNECT client and server over any byte stream, their streams, windows and
+//! limits.
 
 pub(crate) mod activity;
 pub(crate) mod authority;

@@ -1,8 +1,9 @@
 //! Network namespaces: opened, told apart, and entered.
 //!
 //! In reading order: [`Namespace`] is a handle, [`NamespaceThread`] runs operations inside of
-//! namespaces, and [`Entered`] proves to each operation which namespace it is in. Everything in this crate that acts on a namespace takes an `&Entered`, so a
-//! call in the wrong one does not compile.
+//! namespaces, and [`Entered`] proves to each operation which namespace it is in. Everything in
+//! this crate that acts on a namespace takes an `&Entered`, so a call in the wrong one does not
+//! compile.
 //!
 //! Not here: making and connecting namespaces (`wiring.rs`), and privileges to do so without being
 //! root (`sandbox.rs`).

@@ -1,8 +1,8 @@
 //! The operations in a pod's namespace that take privileges, as messages: what is asked and what is
 //! answered is plain data and descriptors, so that another process can perform them.
 //!
-//! [`NamespaceAccess`] asks (`access.rs`), and the namespaces thread performs (`operations.rs`). Not
-//! here: what each operation does.
+//! [`NamespaceAccess`] asks (`access.rs`), and the namespaces thread performs (`operations.rs`).
+//! Not here: what each operation does.
 
 mod access;
 mod operations;

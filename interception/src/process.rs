@@ -1,4 +1,5 @@
-//! What the process itself holds: capabilities, its user, limits, and which other processes can bypass the rules.
+//! What the process itself holds: capabilities, its user, limits, and which other processes can
+//! bypass the rules.
 
 pub(crate) mod bypass;
 pub(crate) mod limits;

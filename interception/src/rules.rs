@@ -1,8 +1,8 @@
 //! The rules of one pod in the kernel: in which order they are installed, how they are compared
 //! with the plan, and how they are removed.
 //!
-//! Not here: the rules (`plan.rs`), how they get into the kernel (`backend.rs`), and who asks for it
-//! (`interception.rs`).
+//! Not here: the rules (`plan.rs`), how they get into the kernel (`backend.rs`), and who asks for
+//! it (`interception.rs`).
 
 use std::sync::Arc;
 

@@ -1,7 +1,7 @@
-//! The declaration of a setting: its key, type, default and help text, and where its value is.
+//! The declaration of a setting: key, type, default, help text, and the field that holds its value.
 //!
-//! The readers, the environment, `--set`, `config show`, `config keys` and the table in
-//! docs/settings.md all follow from the declarations in `resolve/`.
+//! The parsers, the environment variables, `--set`, `config show`, `config keys` and the table in
+//! docs/settings.md all derive from the declarations in `resolve/`.
 
 mod kinds;
 
@@ -22,42 +22,43 @@ pub(crate) struct Setting<T: 'static> {
     pub(crate) key: &'static str,
     pub(crate) kind: Kind<T>,
     pub(crate) default: Fallback<T>,
-    /// In lines, as its doc comment has them.
+    /// The lines of the setting's doc comment.
     pub(crate) help: &'static [&'static str],
-    /// The value that settings have; `None` where it does not apply.
+    /// Reads the value from the settings; `None` where it does not apply.
     pub(crate) value: fn(&Settings) -> Option<T>,
 }
 
-/// A type of settings: how it is called, read and written.
+/// A type of settings: its name in documentation, and its parser and printer.
 #[derive(Debug)]
 pub(crate) struct Kind<T> {
     pub(crate) name: &'static str,
-    /// Whether brackets make a flag or a variable YAML.
+    /// Whether a flag or variable that starts with a bracket is parsed as YAML.
     pub(crate) is_list: bool,
-    /// Reads the value that is given at a place. `None` if none is, or after reporting a mistake.
+    /// Parses the value at a place. `None` if there is none, or after reporting a mistake.
     pub(crate) read: fn(Cursor<'_>, Files<'_>) -> Option<T>,
     pub(crate) write: fn(&T) -> Written,
 }
 
-/// What a setting is when it is not given.
+/// The default of a setting.
 #[derive(Debug)]
 pub(crate) enum Fallback<T> {
     /// This value.
     Is(fn() -> T),
-    /// This value, in words.
+    /// This value, with a description for the documentation.
     Called(fn() -> T, &'static str),
-    /// It depends on other settings, or there is none, in words.
+    /// The default depends on other settings, or there is none; a description for the
+    /// documentation.
     Varies(&'static str),
 }
 
-/// A value as a settings file has it.
+/// A value in the form of a settings file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Written {
     Scalar(String),
     List(Vec<String>),
 }
 
-/// A document with settings, and the folder where its relative paths begin.
+/// A document with settings, and the folder that its relative paths refer to.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Document<'a> {
     pub(crate) root: Cursor<'a>,
@@ -82,7 +83,7 @@ pub(crate) trait Declared: Sync {
     fn problem(&self, document: Document<'_>, reason: &str);
 }
 
-/// What is declared of a setting, for people.
+/// The documentation of a setting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reference {
     /// The path in the settings file, in `--set` and, in capitals, of the variable.
@@ -117,8 +118,8 @@ macro_rules! settings {
 pub(crate) use settings;
 
 impl<T> Setting<T> {
-    /// The value that is given, else the default. A mistake is reported and counts as not given.
-    /// `None` only for a setting whose default varies.
+    /// The value in the document, or the default. A mistake is reported and counts as absent.
+    /// `None` only for a setting without a fixed default.
     pub(crate) fn read(&self, document: Document<'_>) -> Option<T> {
         self.given(document).or_else(|| self.default())
     }
@@ -128,12 +129,12 @@ impl<T> Setting<T> {
         if self.is_given(document) { self.given(document) } else { self.default() }
     }
 
-    /// The value that is given.
+    /// The value in the document.
     pub(crate) fn given(&self, document: Document<'_>) -> Option<T> {
         self.at(document, |cursor| (self.kind.read)(cursor, document.files))
     }
 
-    /// The value that is given; that none is, is a mistake for this reason.
+    /// The value in the document; reports a mistake with this reason if it is absent.
     pub(crate) fn needed(&self, document: Document<'_>, reason: &str) -> Option<T> {
         if !self.is_given(document) {
             self.problem(document, reason);
@@ -162,7 +163,7 @@ impl<T> Setting<T> {
     }
 }
 
-/// Visits the place below `cursor` to which `path` leads.
+/// Calls `visit` with the place at `path` below `cursor`.
 fn at<R>(cursor: Cursor<'_>, path: &str, visit: impl FnOnce(Cursor<'_>) -> R) -> R {
     match path.split_once('.') {
         Some((section, rest)) => at(cursor.key(section), rest, visit),
@@ -215,7 +216,7 @@ impl Reference {
 }
 
 impl fmt::Display for Reference {
-    /// For a terminal.
+    /// Formats the documentation for a terminal.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let plain = |text: &str| text.replace('`', "");
         let Self { key, kind, default, help } = self;

@@ -1,6 +1,6 @@
-//! Where the workload may connect to outside the mesh.
+//! The setting that allows or refuses connections to destinations outside the mesh.
 //!
-//! Not here: destinations that the mesh knows, which every mode allows.
+//! Destinations in the mesh are allowed in every mode.
 
 use std::net::SocketAddr;
 
@@ -8,23 +8,23 @@ use ipnet::IpNet;
 
 use super::{PortRange, Word};
 
-/// Which destinations that the mesh does not know may be connected to.
+/// Which destinations outside the mesh are allowed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EgressSettings {
-    /// What happens to them.
+    /// The default for all of them.
     pub mode: Egress,
-    /// Those that are allowed all the same, by their address; empty in [`Egress::Allow`].
+    /// Addresses that are allowed nevertheless; empty in [`Egress::Allow`].
     pub cidrs: Vec<IpNet>,
-    /// Those that are allowed all the same, by their port; empty in [`Egress::Allow`].
+    /// Ports that are allowed nevertheless; empty in [`Egress::Allow`].
     pub ports: Vec<PortRange>,
 }
 
-/// What happens to connections whose destination the mesh does not know.
+/// Treatment of connections to destinations outside the mesh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Egress {
-    /// They are passed through.
+    /// Passed through.
     Allow,
-    /// They are refused.
+    /// Refused.
     MeshOnly,
 }
 
@@ -34,7 +34,7 @@ impl Word for Egress {
 }
 
 impl EgressSettings {
-    /// Whether `destination`, which the mesh does not know, may be connected to.
+    /// Whether a connection to `destination`, which is outside the mesh, is allowed.
     #[must_use]
     pub fn permits(&self, destination: SocketAddr) -> bool {
         let address = destination.ip().to_canonical();

@@ -1,6 +1,6 @@
-//! Who we are, whom we trust, and how tunnels are kept: the settings of HBONE.
+//! The settings of HBONE: the source of our identity, trust, and tunnels.
 //!
-//! Not here: certificates themselves (the hbone crate), and what each key defaults to (`resolve/identity.rs`).
+//! Not here: certificates (the hbone crate), and the defaults (`resolve/identity.rs`).
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use crate::identity::spiffe::TrustDomain;
 
-/// Where our certificate comes from, and with it the roots of our own trust domain.
+/// The source of our certificate and of the roots of our own trust domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IdentitySettings {
-    /// Files that someone else renews.
+    /// Files that another program renews.
     Files(IdentityFiles),
-    /// A certificate authority's directory: we issue our own certificate.
+    /// The directory of a certificate authority, with which the proxy issues its own certificate.
     LocalCa(LocalCaSettings),
     /// Istio's CA protocol: istiod, or `underpass ca serve`.
     IstioCa(IstioCaSettings),
@@ -35,48 +35,49 @@ pub struct IdentityFiles {
 /// A certificate authority in a directory, as `underpass ca init` makes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalCaSettings {
-    /// Where it is.
+    /// The directory.
     pub dir: PathBuf,
     /// How long a certificate is valid.
     pub ttl: Duration,
 }
 
-/// How Istio's certificate service is asked.
+/// The client of Istio's certificate service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IstioCaSettings {
     /// `https://HOST:PORT`.
     pub address: String,
     /// The name in the server's certificate, if not the host of `address`.
     pub server_name: Option<String>,
-    /// PEM: the roots that the server's certificate chains to. Read again at every connection.
+    /// PEM: the roots that the server's certificate chains to. Read for every connection.
     pub roots: PathBuf,
-    /// The file with the token that says who asks. Read again for every request.
+    /// The file with the bearer token of the request. Read for every request.
     pub token: PathBuf,
-    /// The cluster that we are in, as the CA knows it.
+    /// The ID of our cluster at the CA.
     pub cluster_id: String,
-    /// Whether the token is a node's, which asks in the name of its workloads.
+    /// Whether the token is a node's, which requests certificates on behalf of its workloads.
     pub impersonate: bool,
-    /// How long a certificate shall be valid; the CA may decide otherwise.
+    /// The requested validity of a certificate; the CA may choose another.
     pub ttl: Duration,
 }
 
-/// Where a SPIRE agent answers.
+/// The address of a SPIRE agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SpireSettings {
     /// The path of its Unix socket.
     pub socket: PathBuf,
 }
 
-/// Whom we trust beyond what comes with our certificate.
+/// Trust in addition to the roots that come with our certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrustSettings {
-    /// Other names of our own trust domain: its roots vouch for these too.
+    /// Aliases of our own trust domain, which its roots verify too.
     pub aliases: Vec<TrustDomain>,
     /// The roots of other trust domains (federation).
     pub bundles: Vec<BundleFile>,
-    /// Certificate revocation lists. If there is one, a certificate whose issuer has none is refused.
+    /// Certificate revocation lists. If any are given, a certificate whose issuer has none is
+    /// refused.
     pub crls: Vec<PathBuf>,
-    /// What tunnels may be encrypted with, the first first; never empty.
+    /// The allowed ciphers in order of preference; never empty.
     pub ciphers: Vec<Cipher>,
 }
 
@@ -97,7 +98,7 @@ pub enum Cipher {
 }
 
 impl Cipher {
-    /// Those that there are, the fastest first.
+    /// All ciphers, the fastest first.
     pub const ALL: [Self; 2] = [Self::Aes128Gcm, Self::Aes256Gcm];
 }
 
@@ -113,9 +114,9 @@ impl fmt::Display for Cipher {
 /// The roots of a foreign trust domain, as PEM.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct BundleFile {
-    /// Whose roots they are.
+    /// The trust domain of these roots.
     pub trust_domain: TrustDomain,
-    /// Where they are.
+    /// The file that contains them.
     pub file: PathBuf,
 }
 
@@ -125,13 +126,13 @@ impl fmt::Display for BundleFile {
     }
 }
 
-/// How many tunnels there are to a peer, and how long they are used.
+/// Number and lifetime of the tunnels to a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TunnelSettings {
-    /// After this (and up to a tenth less, at random) a tunnel takes no new streams.
+    /// The age, less up to a tenth at random, after which a tunnel takes no new streams.
     pub max_age: Duration,
-    /// How many streams share a tunnel.
+    /// Maximum number of streams in a tunnel.
     pub streams: usize,
-    /// How many tunnels a worker has to one peer at most.
+    /// Maximum number of tunnels of a worker to one peer.
     pub per_peer: usize,
 }

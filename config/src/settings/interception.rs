@@ -1,6 +1,6 @@
-//! What is caught and how: the settings that the packet rules are made of.
+//! The settings from which the packet rules are generated.
 //!
-//! Not here: the rules (the interception crate), and what each key defaults to (`resolve/interception.rs`).
+//! Not here: the rules (the interception crate), and the defaults (`resolve/interception.rs`).
 
 use std::fmt;
 use std::net::IpAddr;
@@ -11,102 +11,105 @@ use thiserror::Error;
 
 use super::Word;
 
-/// What is caught, and how.
+/// Which connections are captured, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InterceptionSettings {
-    /// Whose traffic scheme the rules follow.
+    /// The mesh whose traffic scheme the rules follow.
     pub profile: Profile,
-    /// What the rules are installed with.
+    /// The tool that installs the rules.
     pub backend: Backend,
-    /// Only the rules that Istio or OSM have, none of ours beside them.
+    /// Whether to install only the rules of Istio or OSM, without additional ones of underpass.
     pub exact: bool,
-    /// Whether the proxy installs the rules; if not, `underpass rules install` does it before (an init container), and
-    /// the proxy installs, repairs and removes none.
+    /// Whether the proxy installs the rules. If not, `underpass rules install` installs them
+    /// before, in an init container, and the proxy neither repairs nor removes them.
     pub install: bool,
-    /// Whether the proxy puts back what another tool changed.
+    /// Whether the proxy restores rules that another program changed.
     pub repair: bool,
-    /// What happens to IPv6 traffic.
+    /// Treatment of IPv6 traffic.
     pub ipv6: Ipv6,
-    /// What happens to the rules when the proxy stops.
+    /// Treatment of the rules when the proxy stops.
     pub on_exit: OnExit,
     /// Whether the rules may be installed in the host's own network namespace.
     pub allow_host: bool,
-    /// Which connections of the workload are caught.
+    /// Which outbound connections are captured.
     pub outbound: OutboundCapture,
-    /// Which connections to the workload are caught.
+    /// Which inbound connections are captured.
     pub inbound: InboundCapture,
-    /// What comes in through these interfaces (a VM's, a nested container's) is outbound traffic.
+    /// Interfaces of VMs and nested containers, whose incoming connections are treated as outbound.
     pub virtual_interfaces: Vec<String>,
-    /// The users that the proxy runs as, where the profile tells it by its user (sidecar, OSM).
+    /// The user IDs of the proxy, where the profile identifies it by user (sidecar, OSM).
     pub proxy_uids: Vec<u32>,
-    /// The groups that the proxy runs as, where the profile tells it by its group (sidecar).
+    /// The group IDs of the proxy, where the profile identifies it by group (sidecar).
     pub proxy_gids: Vec<u32>,
-    /// Whether DNS queries are caught.
+    /// Whether DNS queries are captured.
     pub dns: Dns,
-    /// Whose queries are caught: those to these servers; empty: those to any.
+    /// Capture only queries to these servers; empty: queries to any.
     pub dns_servers: Vec<IpAddr>,
-    /// Whether packets that conntrack calls invalid are dropped, rather than answered with a reset.
+    /// Whether packets in conntrack state INVALID are dropped instead of answered with RST.
     pub drop_invalid: bool,
-    /// The workload is an ingress gateway: what reaches it in plain is not caught (ambient).
+    /// Whether the workload is an ingress gateway, whose plaintext inbound connections are not
+    /// captured (ambient).
     pub ingress: bool,
     /// Which connections from the kubelet's probe address bypass the proxy (ambient).
     pub kubelet_probes: KubeletProbes,
-    /// What the workload sends to these loopback addresses is left alone (sidecar); within 127.0.0.0/8.
+    /// Connections of the workload to these loopback addresses are not captured (sidecar); within
+    /// 127.0.0.0/8.
     pub loopback_cidr: Ipv4Net,
 }
 
-/// Which connections of the workload are caught: what either `include_cidrs` or `include_ports` names, minus all that is
-/// excluded.
+/// Which outbound connections are captured: those that `include_cidrs` or `include_ports` match,
+/// except for the excluded ones.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct OutboundCapture {
-    /// Connections to these are never caught.
+    /// Connections to these addresses are never captured.
     pub exclude_cidrs: Vec<IpNet>,
-    /// Connections to these are caught; `None`: to everywhere.
+    /// Connections to these addresses are captured; `None`: to all.
     pub include_cidrs: Option<Vec<IpNet>>,
-    /// Connections to these ports are never caught.
+    /// Connections to these ports are never captured.
     pub exclude_ports: Vec<PortRange>,
-    /// Connections to these ports are caught, wherever they go.
+    /// Connections to these ports are captured, whatever their address.
     pub include_ports: Vec<PortRange>,
-    /// Connections that leave through these interfaces are never caught.
+    /// Connections that leave through these interfaces are never captured.
     pub exclude_interfaces: Vec<String>,
-    /// Connections of these users are never caught.
+    /// Connections of these users are never captured.
     pub exclude_uids: Vec<u32>,
-    /// Connections of these groups are never caught.
+    /// Connections of these groups are never captured.
     pub exclude_gids: Vec<u32>,
-    /// Connections of these groups only are caught; empty: of all.
+    /// Only connections of these groups are captured; empty: of all.
     pub include_gids: Vec<u32>,
 }
 
-/// Which connections to the workload are caught.
+/// Which inbound connections are captured.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct InboundCapture {
-    /// How they reach the proxy.
+    /// The way in which they reach the proxy.
     pub mode: InboundMode,
-    /// Connections to these ports are caught; `None`: to every port.
+    /// Connections to these ports are captured; `None`: to all.
     pub include_ports: Option<Vec<PortRange>>,
-    /// Connections to these ports are never caught.
+    /// Connections to these ports are never captured.
     pub exclude_ports: Vec<PortRange>,
-    /// Connections that come in through these interfaces are never caught.
+    /// Connections that arrive through these interfaces are never captured.
     pub exclude_interfaces: Vec<String>,
 }
 
 /// The rule profile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
-    /// Istio ambient: the proxy's packets are told by their mark.
+    /// Istio ambient: rules identify the proxy's packets by their mark.
     Ambient,
-    /// Istio's sidecar: the proxy is told by its user and group.
+    /// Istio's sidecar: rules identify the proxy by its user and group.
     Sidecar,
-    /// Open Service Mesh: the proxy is told by its user.
+    /// Open Service Mesh: rules identify the proxy by its user.
     Osm,
-    /// The rules are someone else's: none are installed, and client addresses are not imitated.
+    /// Another program installs the rules; the proxy installs none and does not spoof client
+    /// addresses.
     None,
 }
 
-/// What the rules are installed with.
+/// The tool that installs the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
-    /// nftables; where the kernel has none, iptables: legacy first.
+    /// nftables; if the kernel lacks it, iptables, the legacy variant first.
     Auto,
     /// A table of nftables, over netlink.
     Nftables,
@@ -116,62 +119,62 @@ pub enum Backend {
     IptablesLegacy,
 }
 
-/// What happens to IPv6 traffic.
+/// Treatment of IPv6 traffic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ipv6 {
-    /// It is caught as IPv4 is; where the kernel has no IPv6, there is none to catch.
+    /// Captured like IPv4. Without IPv6 in the kernel there is nothing to capture.
     Capture,
-    /// It is refused, so that clients fall back to IPv4, which is caught.
+    /// Refused, so that clients fall back to IPv4, which is captured.
     Reject,
-    /// It goes its way uncaught and unencrypted.
+    /// Neither captured nor encrypted.
     Bypass,
 }
 
-/// What happens to the rules when the proxy stops.
+/// Treatment of the rules when the proxy stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnExit {
-    /// They stay: without a proxy the pod's connections are refused (fail closed).
+    /// Kept: without a proxy the pod's connections are refused (fail closed).
     Keep,
-    /// They go: without a proxy the pod's connections are direct and plain (fail open).
+    /// Removed: without a proxy the pod's connections are direct and plaintext (fail open).
     Remove,
 }
 
-/// How caught inbound connections reach the proxy.
+/// The way in which captured inbound connections reach the proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum InboundMode {
-    /// Their destination is rewritten (`REDIRECT`).
+    /// The destination is rewritten (`REDIRECT`).
     #[default]
     Redirect,
-    /// They are delivered as they are (`TPROXY`), so that the workload can see the client's address.
+    /// The destination is kept (`TPROXY`), so that the workload can see the client's address.
     Tproxy,
 }
 
-/// Whether DNS queries are caught.
+/// Whether DNS queries are captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dns {
-    /// They go their way.
+    /// Not captured.
     Off,
-    /// They are led to `proxy.dns_port`.
+    /// Redirected to `proxy.dns_port`.
     Capture,
 }
 
 /// Which connections from the kubelet's probe address (169.254.7.127 and its IPv6 twin) bypass the
 /// proxy, and with it mTLS and every policy.
 ///
-/// Only a node agent that rewrites the source of the kubelet's probes makes that address mean the
-/// kubelet. Without such an agent any host on the link can use it.
+/// The address identifies the kubelet only if a node agent rewrites the source of its probes.
+/// Otherwise any host on the link can use it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum KubeletProbes {
-    /// None: the address is a client's address like any other.
+    /// No exemption: the address is treated like any other client's.
     #[default]
     Off,
-    /// Connections to every port, as Istio's rules have it.
+    /// Connections to every port, as in Istio's rules.
     On,
     /// Connections to these ports.
     Ports(Vec<PortRange>),
 }
 
-/// An inclusive range of ports, often of one.
+/// An inclusive range of ports.
 ///
 /// ```
 /// use underpass_config::PortRange;
@@ -187,18 +190,18 @@ pub struct PortRange {
     pub last: u16,
 }
 
-/// Why a text is not a port or a range of ports.
+/// The reason why a text is neither a port nor a range of ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum PortRangeError {
-    /// It is not one or two numbers from 1 to 65535.
+    /// The text is not one or two numbers from 1 to 65535.
     #[error("must be a port, 1 to 65535, or a range of them, such as 8000-8100")]
     Port,
-    /// The range ends before it begins.
+    /// The first port is above the last.
     #[error("must begin with its lower port: {last}-{first}")]
     Order {
-        /// The port that stands first.
+        /// The port before the separator.
         first: u16,
-        /// The port that stands last.
+        /// The port after the separator.
         last: u16,
     },
 }
@@ -220,7 +223,7 @@ impl From<u16> for PortRange {
 impl FromStr for PortRange {
     type Err = PortRangeError;
 
-    /// Reads `80`, `8000-8100`, or, as iptables writes it, `8000:8100`.
+    /// Parses `80`, `8000-8100`, or `8000:8100` as in iptables.
     fn from_str(text: &str) -> Result<Self, PortRangeError> {
         let (first, last) = text.split_once(['-', ':']).unwrap_or((text, text));
         let (first, last) = (port(first)?, port(last)?);
@@ -341,7 +344,7 @@ impl fmt::Display for KubeletProbes {
 }
 
 pub(super) fn port(text: &str) -> Result<u16, PortRangeError> {
-    // `parse` alone would take "+80".
+    // `parse` alone would accept "+80".
     let digits = text.bytes().all(|c| c.is_ascii_digit());
     text.parse().ok().filter(|port| digits && *port != 0).ok_or(PortRangeError::Port)
 }
@@ -351,7 +354,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_prints_as_it_was_read() {
+    fn port_range_prints_as_parsed() {
         for text in ["1", "80", "8000-8100", "1-65535"] {
             assert_eq!(text.parse::<PortRange>().unwrap().to_string(), text);
         }
@@ -360,14 +363,14 @@ mod tests {
     }
 
     #[test]
-    fn both_ends_are_in_the_range() {
+    fn port_range_includes_both_ends() {
         let range = PortRange { first: 10, last: 12 };
         let inside: Vec<u16> = (9..=13).filter(|port| range.contains(*port)).collect();
         assert_eq!(inside, [10, 11, 12]);
     }
 
     #[test]
-    fn what_is_no_range_is_refused() {
+    fn rejects_invalid_port_ranges() {
         for text in ["", "0", "0-80", "65536", "+80", "-80", "80-", "1-2-3", "http", " 80", "*"] {
             assert_eq!(text.parse::<PortRange>(), Err(PortRangeError::Port), "{text}");
         }

@@ -1,81 +1,85 @@
-//! What others can make us hold, for how long, and what becomes of it when another process takes over.
+//! Limits on resources that peers and clients can use, timeouts, and hot restart.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// What others can make us do at once.
+/// Limits on resources that peers and clients can use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections and streams that one worker serves.
+    /// Maximum number of connections and streams of one worker.
     pub connections_per_worker: usize,
-    /// Connections and streams of one source address (IPv6: of one /64); `None`: as many as the workers serve.
+    /// Maximum number of connections and streams of one source address (IPv6: of one /64); `None`:
+    /// no limit of its own.
     pub connections_per_source: Option<usize>,
-    /// How many connections each listener takes in a second; `None`: as many as come.
+    /// Maximum rate at which each listener accepts connections; `None`: unlimited.
     pub accepts_per_second: Option<u32>,
-    /// TLS handshakes under way; further ones wait.
+    /// Maximum number of concurrent TLS handshakes; further ones wait.
     pub handshakes: usize,
-    /// TLS handshakes that one source address may have under way.
+    /// Maximum number of concurrent TLS handshakes of one source address.
     pub handshakes_per_source: usize,
-    /// Tunnels of one source address (IPv6: of one /64) that are served; `None`: as many as come.
+    /// Maximum number of tunnels of one source address (IPv6: of one /64); `None`: unlimited.
     pub tunnels_per_source: Option<usize>,
-    /// Tunnels of one SPIFFE identity that are served; `None`: as many as come.
+    /// Maximum number of tunnels of one SPIFFE identity; `None`: unlimited.
     pub tunnels_per_identity: Option<usize>,
-    /// Bytes of memory for the buffers of busy connections, of all workers together.
+    /// Maximum memory for the buffers of busy connections of all workers, in bytes.
     pub buffers: usize,
 }
 
-/// How long a peer may let us wait.
+/// Timeouts of connections, handshakes, tunnels and drains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Timeouts {
-    /// For a TCP connection to be established.
+    /// Timeout of a TCP connect.
     pub connect: Duration,
-    /// For a TLS and HTTP/2 handshake to end, as client and as server.
+    /// Timeout of a TLS and HTTP/2 handshake, as client and as server.
     pub handshake: Duration,
-    /// For a frame or header block of a tunnel to arrive whole, and for the peer's first SETTINGS.
+    /// Timeout for receiving a complete frame or header block of a tunnel, and the peer's first
+    /// SETTINGS.
     pub frame: Duration,
-    /// For the answer to a CONNECT request.
+    /// Timeout for the answer to a CONNECT request.
     pub reply: Duration,
-    /// For a byte to move in a connection; `None`: for ever.
+    /// Idle timeout of a connection; `None`: unlimited.
     pub idle: Option<Duration>,
-    /// For a byte to move in a connection of which one direction has ended; `None`: for ever.
+    /// Idle timeout of a half-closed connection; `None`: unlimited.
     pub half_close: Option<Duration>,
-    /// For a byte from the other side of a socket, before the kernel probes whether that side is still there.
+    /// Time without a byte from the other side of a socket after which the kernel sends keepalive
+    /// probes.
     pub keepalive: Duration,
-    /// For connections to end by themselves once the proxy was told to stop.
+    /// Time that open connections have to end after the stop signal.
     pub drain: Duration,
-    /// The same once another process has taken over.
+    /// The same after another process has taken over.
     pub handover_drain: Duration,
-    /// For a pooled tunnel without streams before it is closed.
+    /// Idle timeout of our tunnels without streams.
     pub pool_idle: Duration,
-    /// For a peer's tunnel without streams before it is closed.
+    /// Idle timeout of a peer's tunnels without streams.
     pub tunnel_idle: Duration,
-    /// How long an endpoint that could not be connected to is ejected: selected last.
+    /// Time for which an endpoint is ejected after a failed connect: it is selected last.
     pub ejection: Duration,
 }
 
-/// How many metric series of connections there are, and for how long.
+/// Number and lifetime of the metric series of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SeriesSettings {
-    /// How many sets of labels there are at most; connections beyond are counted as `overflow`.
+    /// Maximum number of label sets; further connections are counted as `overflow`.
     pub limit: usize,
-    /// For how long a set of labels is kept when nothing is counted.
+    /// Time after which an unused label set is removed.
     pub idle: Duration,
 }
 
 impl Default for SeriesSettings {
     fn default() -> Self {
-        // A set of labels takes some 4 KiB of `/metrics`. A peer that connects every half hour keeps its counters.
+        // A label set takes about 4 KiB of `/metrics`. A peer that connects every half hour keeps
+        // its counters.
         Self { limit: 1000, idle: Duration::from_secs(3600) }
     }
 }
 
-/// Where another process may ask for our listeners.
+/// The socket at which another process requests our listeners (hot restart).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TakeOver {
-    /// At a socket that is named after the network namespace.
+    /// A socket with a name derived from the network namespace.
     Auto,
-    /// At this Unix socket.
+    /// This Unix socket.
     At(PathBuf),
-    /// Nowhere.
+    /// No socket.
     Off,
 }

@@ -1,6 +1,8 @@
-//! Where settings come from: a file, over it the environment, over that the flags; all mistakes of all three at once.
+//! Loads the settings from file, environment and flags, and reports all mistakes of all three at
+//! once.
 //!
-//! Not here: which keys there are and what they default to (`resolve.rs`).
+//! Flags override the environment, which overrides the file. Not here: keys and defaults
+//! (`resolve.rs`).
 
 mod environment;
 
@@ -15,10 +17,10 @@ use crate::settings::resolve::{declared, settings};
 use crate::yaml::document::{Node, Origin, SyntaxError, Value};
 use crate::yaml::read::{Cursor, Problems};
 
-/// What the settings are made of.
+/// The sources of the settings.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
-    /// The settings file, if there is one. Relative paths in it are relative to its folder.
+    /// The settings file, if any. Relative paths in it refer to its folder.
     pub file: Option<PathBuf>,
     /// The environment: `UNDERPASS_PROXY_HBONE_PORT=15018` sets `proxy.hbone_port`.
     pub environment: Vec<(String, String)>,
@@ -27,8 +29,8 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// The settings file of a command line, or else of `UNDERPASS_CONFIG`, with the environment and
-    /// the flags of this process.
+    /// The sources of this process: the settings file of the command line or of `UNDERPASS_CONFIG`,
+    /// the environment, and the flags.
     pub fn of_process(file: Option<PathBuf>, flags: Vec<String>) -> Self {
         let environment = environment::of_process();
         let named = environment.iter().find(|(name, path)| name == CONFIG_FILE && !path.is_empty());
@@ -36,7 +38,7 @@ impl Sources {
         Self { file, environment, flags }
     }
 
-    /// What is not wrong and yet not meant either: variables with our prefix that set nothing.
+    /// Warnings about variables with our prefix that set nothing.
     pub fn warnings(&self) -> Vec<Problem> {
         let unknown = |(name, value): &(String, String)| {
             (Meaning::of(name, value) == Meaning::Unknown)
@@ -45,10 +47,10 @@ impl Sources {
         self.environment.iter().filter_map(unknown).collect()
     }
 
-    /// Reads and checks everything.
+    /// Reads and validates all settings.
     ///
     /// # Errors
-    /// Every mistake in the three sources, or the one reason why the file could not be read.
+    /// All mistakes in the three sources, or the reason why the file could not be read.
     pub fn load(&self) -> Result<Settings, ConfigErrors> {
         let mut root = match &self.file {
             Some(path) => read_file(path)?,
@@ -85,7 +87,7 @@ impl Sources {
     }
 }
 
-/// Reads a YAML file into a tree whose places carry the file's name.
+/// Parses a YAML file into a tree whose positions include the file's name.
 pub(crate) fn read_file(path: &Path) -> Result<Node, ConfigErrors> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         ConfigErrors::one(format!("{}: cannot be read: {error}", path.display()), None)
@@ -99,17 +101,17 @@ pub(crate) fn read_text(name: &str, text: &str) -> Result<Node, ConfigErrors> {
     Ok(Node::parse(text, &origin)?)
 }
 
-/// The settings that a file with this text has.
+/// The settings of a file with this text.
 #[cfg(test)]
 pub(crate) fn settings_of(text: &str) -> Result<Settings, ConfigErrors> {
     Settings::of_text("underpass.yaml", text)
 }
 
 impl Settings {
-    /// Reads what [`Settings`] displays, called `name` in errors.
+    /// Parses the output of [`Settings`]' `Display`; errors call it `name`.
     ///
     /// # Errors
-    /// Every mistake in the text.
+    /// All mistakes in the text.
     pub fn of_text(name: &str, text: &str) -> Result<Self, ConfigErrors> {
         let root = read_text(name, text)?;
         let problems = Problems::default();
@@ -131,8 +133,8 @@ fn overlay(root: &mut Node, key: &str, value: &str, origin: Origin, problems: &P
     }
 }
 
-/// The value of a key in a flag or a variable is text as one writes it in a shell: YAML would read its own into `*`,
-/// `[::]:15020` or `::1,::2`. Only quotes, and brackets where a list belongs, make it YAML, as does the key of a section.
+/// The value in a flag or variable is plain text, as in a shell: YAML would misread `*`,
+/// `[::]:15020` or `::1,::2`. Quotes, brackets of a list and the key of a section select YAML.
 fn parse(key: &str, value: &str, origin: &Origin) -> Result<Node, SyntaxError> {
     let setting = declared().find(|setting| setting.key() == key);
     let is_yaml = setting.is_none_or(|setting| setting.is_list() && value.starts_with('['));

@@ -1,4 +1,4 @@
-//! What is logged, and how a line looks.
+//! The settings of logging: levels by target, and the line format.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,21 +7,21 @@ use thiserror::Error;
 
 use super::Word;
 
-/// What is logged, and how it looks.
+/// Log levels and log format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Logging {
-    /// Which levels of which targets.
+    /// Levels by target.
     pub filter: LogFilter,
-    /// How a line looks.
+    /// The format of a line.
     pub format: LogFormat,
 }
 
-/// How a log line looks.
+/// The format of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
-    /// For people: time, level, target, message, fields.
+    /// Human-readable: time, level, target, message, fields.
     Plain,
-    /// For machines: one JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
@@ -31,21 +31,21 @@ impl Word for LogFormat {
 
 /// Levels by target in tracing's syntax: `info`, `info,access=off`.
 ///
-/// A word without `=` must be a level. tracing takes any other word as a target of which everything
-/// is logged, so that `dbug` would log nothing at all.
+/// A word without `=` must be a level. tracing would take any other word as a target, so that
+/// `dbug` would log nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogFilter(String);
 
-/// Why a text is not a [`LogFilter`].
+/// The reason why a text is not a [`LogFilter`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum LogFilterError {
-    /// Two commas in a row, or nothing at all.
+    /// An empty text, or two consecutive commas.
     #[error("an empty directive; off logs nothing")]
     Empty,
-    /// No such level.
+    /// Unknown level.
     #[error("{0:?} is not a level: off, error, warn, info, debug or trace")]
     Level(String),
-    /// No target has such a name.
+    /// Malformed target.
     #[error("{0:?} is not a target: letters, digits, '_', '-', '.' and ':'")]
     Target(String),
 }
@@ -89,7 +89,7 @@ impl FromStr for LogFilter {
     }
 }
 
-/// A module path or the name of a target. That of a level is a mistake: `debug=access`.
+/// A module path or the name of a target. The name of a level is a mistake: `debug=access`.
 fn is_target(text: &str) -> bool {
     let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'-' | b'.' | b':');
     !text.is_empty()

@@ -1,6 +1,6 @@
-//! Whether the workload can be reached in plain, or with HBONE only.
+//! The setting that accepts or refuses inbound plaintext connections.
 //!
-//! Not here: who may reach it. That is the policies' business, and theirs alone where plaintext is taken.
+//! Not here: authorization. In permissive mode, policies alone decide about plaintext connections.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,36 +9,37 @@ use thiserror::Error;
 
 use super::Word;
 
-/// Whether plaintext is taken, by workload and port.
+/// Whether plaintext is accepted, by workload and port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MtlsSettings {
-    /// The mode of all that has none of its own.
+    /// The mode of all workloads and ports without an override.
     pub default: Mtls,
-    /// What differs; each workload and port once.
+    /// The overrides; each workload and port occurs once.
     pub overrides: Vec<MtlsOverride>,
 }
 
-/// Whether connections that did not come through a tunnel are taken.
+/// Whether inbound plaintext connections are accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mtls {
-    /// They are, if policies allow them.
+    /// Accepted if policies allow them.
     Permissive,
-    /// They are refused.
+    /// Refused.
     Strict,
 }
 
-/// The mode of a workload, of a port, or of a port of a workload: `shop/web=strict`, `:9000=strict`, `shop/web:80=permissive`.
+/// The mode of a workload, of a port, or of a port of a workload: `shop/web=strict`,
+/// `:9000=strict`, `shop/web:80=permissive`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct MtlsOverride {
-    /// Namespace and name of the workload; `None`: any. It has a port then.
+    /// Namespace and name of the workload; `None`: any, and then there is a port.
     pub workload: Option<(String, String)>,
-    /// The port that the client connects to; `None`: any. There is a workload then.
+    /// The destination port of the connection; `None`: any, and then there is a workload.
     pub port: Option<u16>,
     /// The mode.
     pub mode: Mtls,
 }
 
-/// Why a text is not a [`MtlsOverride`].
+/// The reason why a text is not a [`MtlsOverride`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error(
     "must be NAMESPACE/NAME=MODE, NAMESPACE/NAME:PORT=MODE or :PORT=MODE, where MODE is permissive or strict, such as shop/web:80=permissive"
@@ -46,7 +47,8 @@ pub struct MtlsOverride {
 pub struct MtlsOverrideError;
 
 impl MtlsSettings {
-    /// The mode of this port of the workload `namespace`/`name`: the most specific that there is.
+    /// The mode of this port of the workload `namespace`/`name`: the most specific override, or the
+    /// default.
     #[must_use]
     pub fn mode(&self, namespace: &str, name: &str, port: u16) -> Mtls {
         let applies = |one: &&MtlsOverride| {
@@ -54,19 +56,19 @@ impl MtlsSettings {
                 && one.workload.as_ref().is_none_or(|(n, w)| n == namespace && w == name)
         };
         let applying = self.overrides.iter().filter(applies);
-        // Of two that are equally specific, only one applies.
+        // Two equally specific overrides never apply to the same workload and port.
         let specific = applying.max_by_key(|one| (one.workload.is_some(), one.port.is_some()));
         specific.map_or(self.default, |one| one.mode)
     }
 
-    /// Whether there is something that only peers with an identity can reach.
+    /// Whether any workload or port accepts tunnels only.
     pub(crate) fn is_strict_somewhere(&self) -> bool {
         self.default == Mtls::Strict || self.overrides.iter().any(|one| one.mode == Mtls::Strict)
     }
 }
 
 impl MtlsOverride {
-    /// Whether both speak of the same workload and port.
+    /// Whether both apply to the same workload and port.
     pub(crate) fn is_of_same(&self, other: &Self) -> bool {
         (&self.workload, self.port) == (&other.workload, other.port)
     }
@@ -121,7 +123,7 @@ fn port(digits: &str) -> Result<u16, MtlsOverrideError> {
     super::interception::port(digits).map_err(|_| MtlsOverrideError)
 }
 
-/// Whether it can stand in an override, and an override in a list.
+/// Whether a name contains no separator of overrides or lists.
 fn is_name(text: &str) -> bool {
     let refused = |c: char| {
         c.is_whitespace()

@@ -1,5 +1,5 @@
-//! From a document to [`Settings`]. Each module declares the settings of its sections, and refuses
-//! those that do not go together.
+//! Parses a document into [`Settings`]. Each module declares the settings of its sections, and
+//! rejects contradictions between them.
 
 mod access;
 mod identity;
@@ -30,7 +30,7 @@ const SETTINGS: &[&[&dyn Declared]] = &[
     services::ALL,
 ];
 
-/// Keys of the published contract whose feature does not exist yet: refused by name instead of called unknown.
+/// Planned keys without an implementation: rejected with that reason instead of as unknown.
 const NOT_YET: &[&str] = &["mesh.xds", "admin"];
 
 /// Every setting.
@@ -43,12 +43,12 @@ pub fn keys() -> impl Iterator<Item = &'static str> {
     declared().map(Declared::key)
 }
 
-/// What is declared of every setting, for people.
+/// The documentation of every setting.
 pub fn reference() -> impl Iterator<Item = Reference> {
     declared().map(Declared::reference)
 }
 
-/// Reads every setting; `folder` is where relative paths of the file begin.
+/// Parses every setting; relative paths of the file refer to `folder`.
 pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     refuse_unknown_keys(root, "");
     let document = Document { root, files: Files { folder } };
@@ -88,8 +88,8 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     })
 }
 
-/// Checks every key below `at`, whose path is `prefix` (empty, or ending with a dot), against the
-/// declared ones and [`NOT_YET`].
+/// Rejects every key below `at` that is neither declared nor in [`NOT_YET`]. `prefix` is the path
+/// of `at`: empty, or ending with a dot.
 fn refuse_unknown_keys(at: Cursor<'_>, prefix: &str) {
     let mut known: Vec<&str> = Vec::new();
     let all = keys().chain(NOT_YET.iter().copied());

@@ -1,7 +1,7 @@
-//! Settings as a settings file that says the same: what `underpass config show` prints.
+//! Prints settings as an equivalent settings file, for `underpass config show`.
 //!
-//! Paths of secrets are shown, their contents never: settings do not hold them. The YAML has the
-//! shapes of settings only: mappings of mappings, scalars, and lists of scalars.
+//! Settings contain paths of secrets, never secrets. The YAML consists of mappings of mappings,
+//! scalars, and lists of scalars.
 
 use std::fmt;
 
@@ -46,7 +46,8 @@ impl fmt::Display for Yaml<'_> {
     }
 }
 
-/// Plain where that is the same in every context, else in double quotes (YAML 1.2 section 7.3.1).
+/// Writes a plain scalar if it is unambiguous in every context, otherwise one in double quotes
+/// (YAML 1.2 section 7.3.1).
 fn write_scalar(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
     if is_plain(text) {
         return f.write_str(text);
@@ -119,7 +120,7 @@ trust: {aliases: [old.example.org, cluster.local], bundles: ["partner.org=/p, q.
 tunnels: {max_age: 90s, streams: 7, per_peer: 2}
 limits: {connections_per_worker: 1, connections_per_source: 2, accepts_per_second: 3, handshakes: 4, handshakes_per_source: 9, tunnels_per_source: 5, tunnels_per_identity: 6, buffers: 2MiB}
 "#;
-    /// What does not go together with the above.
+    /// Settings that contradict those above.
     const AMBIENT: &str = r"
 identity:
   istio_ca:
@@ -143,7 +144,7 @@ interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_
     const SPIRE: &str = "identity: {spire: {socket: /run/spire/agent.sock}}";
 
     #[test]
-    fn what_is_shown_can_be_read_again_and_says_the_same() {
+    fn shown_settings_parse_to_the_same_settings() {
         for text in [SIDECAR, AMBIENT, OSM, SPIRE, ""] {
             let first = settings_of(text).unwrap();
             let shown = first.to_string();
@@ -152,7 +153,7 @@ interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_
     }
 
     #[test]
-    fn every_key_is_shown_and_tried() {
+    fn shown_settings_cover_every_key() {
         let given = [SIDECAR, AMBIENT, OSM, SPIRE];
         let shown =
             given.map(|text| read_text("shown", &settings_of(text).unwrap().to_string()).unwrap());
@@ -165,7 +166,7 @@ interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_
     }
 
     #[test]
-    fn sections_are_nested_and_only_what_yaml_reads_otherwise_is_quoted() {
+    fn show_nests_sections_and_quotes_ambiguous_scalars() {
         let text = settings_of(OSM).unwrap().to_string();
         let first = "workload:\n  name: default\n  namespace: default\n";
         assert!(text.starts_with(first), "{text}");
@@ -184,7 +185,7 @@ interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_
     }
 
     #[test]
-    fn quoted_scalars_are_read_as_they_were() {
+    fn quoted_scalars_parse_unchanged() {
         let hostile = [
             "",
             "~",

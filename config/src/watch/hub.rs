@@ -1,6 +1,6 @@
-//! One inotify instance for all paths that are watched, and the task that reads it.
+//! One inotify instance for all watched paths, and the task that reads its events.
 //!
-//! A folder that several paths lead to is watched once: inotify has one watch for each inode.
+//! A folder on several paths is watched once: inotify has one watch per inode.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, OsStr};
@@ -20,11 +20,9 @@ use tokio::task::JoinHandle;
 
 use super::relevant::Relevant;
 
-/// How long no event may come before a file that is being written is read: a writer creates, fills
-/// and closes it.
+/// Quiet period before reading a file that is being written: a writer creates, fills and closes it.
 pub(super) const WRITING: Duration = Duration::from_millis(100);
-/// The same after a file is closed, and after a change in one step (a rename, a removal): others
-/// may follow it.
+/// Quiet period after a file is closed, renamed or removed: further changes may follow.
 pub(super) const WRITTEN: Duration = Duration::from_millis(10);
 
 /// Distributes the events of the inotify instance.
@@ -33,21 +31,21 @@ pub(super) struct Hub(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// Opened for the first subscription.
+    /// Opened with the first subscription.
     inotify: Option<Arc<OwnedFd>>,
     reader: Option<JoinHandle<()>>,
     subscriptions: BTreeMap<u64, Watched>,
     next: u64,
 }
 
-/// What one subscription watches.
+/// The watches of one subscription.
 #[derive(Debug)]
 struct Watched {
     path: PathBuf,
     relevant: Relevant,
     /// The watched folders, and the kernel's descriptor of each watch.
     folders: BTreeMap<PathBuf, i32>,
-    /// For how long to wait for further events.
+    /// Sends the quiet period after each event.
     pauses: watch::Sender<Duration>,
 }
 
@@ -76,7 +74,7 @@ impl Hub {
         let watched = Watched { path, relevant, folders, pauses: sender };
         state.next += 1;
         state.subscriptions.insert(id, watched);
-        // Dropped after an error, it unwatches what it has.
+        // Dropping it after an error removes its watches.
         let subscription = Subscription { hub: self.clone(), id, pauses };
         let followed = state.follow(&inotify, id);
         drop(state);
@@ -114,7 +112,7 @@ async fn read(hub: Weak<Hub>, inotify: Arc<OwnedFd>) {
         reason = "its successor is `unsafe`, for what closes its descriptor too early; this one owns a share of it"
     )]
     let Ok(inotify) = AsyncFd::with_interest(inotify, Interest::READABLE) else {
-        // Changes are found by looking every now and then.
+        // Polling still detects changes.
         return;
     };
     while let Ok(mut ready) = inotify.readable().await {
@@ -125,8 +123,8 @@ async fn read(hub: Weak<Hub>, inotify: Arc<OwnedFd>) {
 }
 
 impl State {
-    /// Reads all events that there are. Under the lock: a watch whose events are read has been
-    /// entered before.
+    /// Reads all queued events. Holds the lock, so that the watches of these events are registered
+    /// already.
     fn distribute(&self, inotify: &OwnedFd) {
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut events = inotify::Reader::new(inotify, &mut buffer);
@@ -138,14 +136,14 @@ impl State {
         }
     }
 
-    /// Watches the folders that lead to the files of a subscription now, and no others.
+    /// Updates the watches of a subscription to the folders that lead to its files now.
     fn follow(&mut self, inotify: &OwnedFd, id: u64) -> io::Result<()> {
         loop {
             let Some(watched) = self.subscriptions.get_mut(&id) else { return Ok(()) };
             watched.relevant = Relevant::of(&watched.path);
             let mut folders = BTreeMap::new();
             for folder in watched.relevant.folders() {
-                // Also a folder that is watched: another one may have its name now.
+                // Add known folders too: another folder may have taken the name.
                 match inotify::add_watch(inotify, &folder, watched_events()) {
                     Ok(watch) => folders.insert(folder, watch),
                     Err(error) => {
@@ -157,18 +155,19 @@ impl State {
             if folders == watched.folders {
                 return Ok(());
             }
-            // A folder that was replaced before its watch began sent no event: look again.
+            // A folder that was replaced before its watch began sent no event: resolve the path
+            // again.
             let before = std::mem::replace(&mut watched.folders, folders);
             self.unwatch(inotify, &before);
         }
     }
 
-    /// Ends those watches that no subscription needs.
+    /// Removes the watches that no subscription needs.
     fn unwatch(&self, inotify: &OwnedFd, folders: &BTreeMap<PathBuf, i32>) {
         for watch in folders.values() {
             let mut needed = self.subscriptions.values().flat_map(|other| other.folders.values());
             if !needed.any(|other| other == watch) {
-                // It has ended already if the folder is gone.
+                // Fails if the folder was removed, which ended the watch.
                 inotify::remove_watch(inotify, *watch).ok();
             }
         }
@@ -178,8 +177,8 @@ impl State {
 impl Watched {
     fn concerns(&self, event: &inotify::Event<'_>) -> bool {
         let (kind, name) = (event.events(), event.file_name().map(CStr::to_bytes));
-        // After an overflow the lost events may have been about any path. The event that ended a
-        // watch comes before IGNORED.
+        // After an overflow, the lost events may concern any path. IGNORED follows the event that
+        // ended a watch.
         kind.contains(ReadFlags::QUEUE_OVERFLOW)
             || !kind.contains(ReadFlags::IGNORED)
                 && self.folders.iter().any(|(folder, watch)| {
@@ -192,18 +191,18 @@ impl Watched {
 }
 
 impl Subscription {
-    /// Waits for an event that can lead to other content; for how long to wait for further ones.
-    /// Cancel safe.
+    /// Waits for an event that can change the content; returns how long to wait for further ones.
+    /// Cancel-safe.
     pub(super) async fn event(&mut self) -> Duration {
         self.hub.start_reader();
         if self.pauses.changed().await.is_err() {
-            // The hub keeps the sender for as long as this lives.
+            // The hub keeps the sender while the subscription lives.
             return std::future::pending().await;
         }
         *self.pauses.borrow_and_update()
     }
 
-    /// Watches the folders that lead to the files now.
+    /// Updates the watches to the folders that lead to the files now.
     pub(super) fn follow(&self) -> io::Result<()> {
         let mut state = self.hub.state();
         match state.inotify.clone() {
@@ -219,7 +218,7 @@ impl Subscription {
         self.hub.state().subscriptions[&self.id].folders.keys().cloned().collect()
     }
 
-    /// Ends the watches in the kernel, as a file system may that is mounted again.
+    /// Removes the watches in the kernel, as remounting a file system does.
     pub(super) fn lose_watches(&self) {
         let state = self.hub.state();
         let inotify = state.inotify.as_ref().unwrap();
@@ -228,7 +227,7 @@ impl Subscription {
         }
     }
 
-    /// How many events the kernel has queued.
+    /// Number of bytes of events that the kernel has queued.
     pub(super) fn pending_events(&self) -> usize {
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let inotify = self.hub.state().inotify.clone().unwrap();
@@ -247,8 +246,8 @@ impl Drop for Subscription {
     }
 }
 
-/// The events that can lead to other content. Not MODIFY: the writer closes the file too, and a log
-/// in the same folder would wake the reader with each line.
+/// The events that can change the content. Not MODIFY: CLOSE_WRITE follows it, and each line of a
+/// log in the same folder would wake the reader.
 fn watched_events() -> WatchFlags {
     WatchFlags::CREATE
         | WatchFlags::CLOSE_WRITE
@@ -260,7 +259,7 @@ fn watched_events() -> WatchFlags {
         | WatchFlags::ONLYDIR
 }
 
-/// Whether an event is part of writing a file, which CLOSE_WRITE ends.
+/// Whether an event is part of a write, which CLOSE_WRITE ends.
 fn is_writing(event: ReadFlags) -> bool {
     event.contains(ReadFlags::ATTRIB)
         || event.contains(ReadFlags::CREATE) && !event.contains(ReadFlags::ISDIR)

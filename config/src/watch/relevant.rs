@@ -1,4 +1,4 @@
-//! Which directory entries decide what content a path leads to.
+//! Finds the directory entries that determine the content at a path.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -6,26 +6,26 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::watch::files;
 
-/// The limit of the kernel (path_resolution(7)).
+/// The kernel's limit of symbolic links (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
-/// The directory entries whose change can lead to other content.
+/// The directory entries whose change can change the content.
 #[derive(Debug, Default)]
 pub(super) struct Relevant {
-    /// The files, and each symbolic link on the way to them. Where a path ends early, its first
-    /// component that does not exist.
+    /// The files and each symbolic link on the paths to them. If a path does not exist, its first
+    /// missing component.
     entries: BTreeSet<PathBuf>,
-    /// The folder of which every document counts.
+    /// The folder whose documents all count.
     folder: Option<PathBuf>,
 }
 
 impl Relevant {
-    /// Those of `path`, which is absolute.
+    /// The entries of `path`, which is absolute.
     pub(super) fn of(path: &Path) -> Self {
         if !path.is_dir() {
             return Self { entries: entries(path), folder: None };
         }
-        // Every name in the folder is reached through the folder, also when it has no document yet.
+        // Every document is reached through the folder, even if it has none yet.
         let mut all = entries(&path.join("any"));
         let folder = all.iter().find(|entry| entry.ends_with("any"));
         let folder = folder.and_then(|any| any.parent()).map(Path::to_owned);
@@ -35,7 +35,7 @@ impl Relevant {
         Self { entries: all, folder }
     }
 
-    /// The folders that the entries are in.
+    /// The folders that contain the entries.
     pub(super) fn folders(&self) -> BTreeSet<PathBuf> {
         let parents = self.entries.iter().filter_map(|entry| entry.parent());
         parents.map(Path::to_owned).collect()
@@ -47,8 +47,8 @@ impl Relevant {
     }
 }
 
-/// The directory entries that lead to `path` (absolute): the file, and each symbolic link on the
-/// way to it; the first missing component, where the path ends early.
+/// The directory entries that lead to the absolute `path`: the file, each symbolic link on the
+/// path, or the first missing component.
 fn entries(path: &Path) -> BTreeSet<PathBuf> {
     let mut entries = BTreeSet::new();
     let mut links = 0;
@@ -56,7 +56,7 @@ fn entries(path: &Path) -> BTreeSet<PathBuf> {
     let mut ahead = components(path);
     while let Some(component) = ahead.pop() {
         if component == ".." {
-            // `here` has no links in it, so that the folder above it is its parent.
+            // `here` contains no links, so its textual parent is the real one.
             here.pop();
             continue;
         }

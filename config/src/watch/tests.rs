@@ -1,4 +1,4 @@
-//! Files replaced in all the ways in which tools do it, on the real file system.
+//! Files replaced in every common way, on the real file system.
 
 use std::fs;
 use std::io::Write as _;
@@ -10,7 +10,7 @@ use super::relevant::Relevant;
 use super::*;
 use crate::test_folder::Folder;
 
-/// A bound for what takes `WRITING`, less than [`LOOK`]: to be told, not to have looked after all.
+/// A bound above `WRITING` and below [`LOOK`]: the change is reported by an event, not by polling.
 const BOUND: Duration = Duration::from_secs(10);
 
 fn watch(folder: &Folder, name: &str) -> FileWatch {
@@ -26,7 +26,7 @@ async fn wakes(watch: &mut FileWatch) {
 }
 
 #[tokio::test]
-async fn a_file_written_in_place_is_told() {
+async fn reports_file_written_in_place() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
@@ -37,7 +37,7 @@ async fn a_file_written_in_place_is_told() {
 }
 
 #[tokio::test]
-async fn a_file_renamed_over_is_told_again_and_again() {
+async fn reports_each_rename_over_the_file() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
@@ -51,7 +51,7 @@ async fn a_file_renamed_over_is_told_again_and_again() {
 }
 
 #[tokio::test]
-async fn a_config_map_that_is_swapped_is_told_again_and_again() {
+async fn reports_each_config_map_swap() {
     let folder = Folder::new();
     folder.write("..1/a.yaml", "1");
     folder.swap("..1", "..data");
@@ -69,7 +69,7 @@ async fn a_config_map_that_is_swapped_is_told_again_and_again() {
 }
 
 #[tokio::test]
-async fn a_folder_that_is_a_link_and_swapped_is_told() {
+async fn reports_swap_of_linked_folder() {
     let folder = Folder::new();
     folder.write("releases/1/a.yaml", "1");
     folder.write("releases/2/a.yaml", "2");
@@ -82,7 +82,7 @@ async fn a_folder_that_is_a_link_and_swapped_is_told() {
 }
 
 #[tokio::test]
-async fn a_file_that_goes_and_comes_back_with_its_folder_is_told() {
+async fn reports_file_recreated_with_its_folder() {
     let folder = Folder::new();
     let mut watch = watch(&folder, "deep/down/a.yaml");
     assert_eq!(folders(&watch), [folder.root()]);
@@ -95,7 +95,7 @@ async fn a_file_that_goes_and_comes_back_with_its_folder_is_told() {
 }
 
 #[tokio::test]
-async fn a_burst_of_changes_is_told_once() {
+async fn reports_burst_of_changes_once() {
     let folder = Folder::new();
     let mut watch = watch(&folder, "a.yaml");
     for text in 0..100 {
@@ -106,7 +106,7 @@ async fn a_burst_of_changes_is_told_once() {
 }
 
 #[tokio::test]
-async fn other_files_and_the_same_content_are_not_told() {
+async fn ignores_other_files_and_unchanged_content() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
@@ -119,7 +119,7 @@ async fn other_files_and_the_same_content_are_not_told() {
 }
 
 #[test]
-fn only_what_can_lead_to_other_content_counts() {
+fn wakes_only_for_events_that_can_change_content() {
     let folder = Folder::new();
     folder.write("mesh/..1/a.yaml", "1");
     folder.swap("..1", "mesh/..data");
@@ -141,7 +141,7 @@ fn only_what_can_lead_to_other_content_counts() {
     assert!(has("missing/a.yaml", "missing"));
 }
 
-/// However often it looks: the clock runs ahead.
+/// Asserts that no change is reported, even by polling: the clock is paused and advances by itself.
 async fn stays_silent(watch: &mut FileWatch) {
     tokio::time::pause();
     timeout(LOOK * 5, watch.changed()).await.expect_err("nothing to tell");
@@ -150,7 +150,7 @@ async fn stays_silent(watch: &mut FileWatch) {
 }
 
 #[tokio::test]
-async fn a_change_outlives_a_wait_that_is_cancelled() {
+async fn cancelled_wait_keeps_the_change() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
@@ -160,7 +160,7 @@ async fn a_change_outlives_a_wait_that_is_cancelled() {
 }
 
 #[tokio::test]
-async fn a_file_system_that_tells_nothing_is_looked_at() {
+async fn polls_file_systems_without_events() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
@@ -171,7 +171,7 @@ async fn a_file_system_that_tells_nothing_is_looked_at() {
 }
 
 #[tokio::test]
-async fn a_link_to_itself_does_not_hang() {
+async fn link_to_itself_does_not_hang() {
     let folder = Folder::new();
     folder.swap("a.yaml", "a.yaml");
     let mut watch = watch(&folder, "a.yaml");
@@ -181,7 +181,7 @@ async fn a_link_to_itself_does_not_hang() {
 }
 
 #[tokio::test]
-async fn a_document_written_added_renamed_or_removed_in_a_folder_is_told() {
+async fn reports_every_document_change_in_folder() {
     let folder = Folder::new();
     folder.write("mesh/a.yaml", "1");
     let mut watch = watch(&folder, "mesh");
@@ -196,7 +196,7 @@ async fn a_document_written_added_renamed_or_removed_in_a_folder_is_told() {
 }
 
 #[tokio::test]
-async fn what_is_no_document_of_a_folder_is_not_told() {
+async fn ignores_other_files_in_folder() {
     let folder = Folder::new();
     folder.write("mesh/a.yaml", "1");
     let mut watch = watch(&folder, "mesh");
@@ -209,7 +209,7 @@ async fn what_is_no_document_of_a_folder_is_not_told() {
 }
 
 #[tokio::test]
-async fn a_config_map_that_is_mounted_as_a_folder_is_told_again_and_again() {
+async fn reports_each_swap_of_config_map_mounted_as_folder() {
     let folder = Folder::new();
     folder.write("mesh/..1/a.yaml", "1");
     folder.swap("..1", "mesh/..data");
@@ -226,7 +226,7 @@ async fn a_config_map_that_is_mounted_as_a_folder_is_told_again_and_again() {
 }
 
 #[tokio::test]
-async fn a_folder_that_another_one_takes_the_place_of_is_told() {
+async fn reports_folder_replaced_by_another() {
     let folder = Folder::new();
     folder.write("mesh/a.yaml", "1");
     folder.write("next/a.yaml", "2");
@@ -243,7 +243,7 @@ async fn a_folder_that_another_one_takes_the_place_of_is_told() {
 }
 
 #[tokio::test]
-async fn a_file_in_a_folder_that_is_a_link_to_elsewhere_is_followed() {
+async fn follows_link_out_of_the_folder() {
     let folder = Folder::new();
     folder.write("elsewhere/a.yaml", "1");
     folder.write("mesh/b.yaml", "1");
@@ -254,7 +254,7 @@ async fn a_file_in_a_folder_that_is_a_link_to_elsewhere_is_followed() {
 }
 
 #[tokio::test]
-async fn to_append_to_a_log_beside_the_file_or_to_read_wakes_nobody() {
+async fn ignores_reads_and_appends_to_neighbouring_log() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     let mut log = fs::File::create(folder.root().join("proxy.log")).unwrap();
@@ -267,7 +267,7 @@ async fn to_append_to_a_log_beside_the_file_or_to_read_wakes_nobody() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_being_written_is_waited_for() {
+async fn waits_until_file_is_written() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
@@ -280,7 +280,7 @@ async fn a_file_that_is_being_written_is_waited_for() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_written_and_never_closed_is_looked_at_all_the_same() {
+async fn reads_file_that_is_never_closed() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
@@ -291,7 +291,7 @@ async fn a_file_that_is_written_and_never_closed_is_looked_at_all_the_same() {
 }
 
 #[tokio::test]
-async fn watches_of_one_watcher_share_an_instance_and_end_one_by_one() {
+async fn watches_share_one_instance_and_end_independently() {
     let folder = Folder::new();
     folder.write("a.yaml", "1");
     folder.write("b.yaml", "1");
@@ -315,7 +315,7 @@ fn inotify_instances(folder: &Path) -> usize {
     use std::os::unix::fs::MetadataExt as _;
     let inode = format!(" ino:{:x} ", fs::metadata(folder).unwrap().ino());
     let infos = fs::read_dir("/proc/self/fdinfo").unwrap();
-    // Another test may close a descriptor at any time.
+    // Another test may close a descriptor concurrently.
     let read = |entry: io::Result<fs::DirEntry>| fs::read_to_string(entry.ok()?.path()).ok();
     infos.filter_map(read).filter(|info| info.contains(&inode)).count()
 }

@@ -1,7 +1,7 @@
-//! Reading typed values out of a document, collecting every mistake on the way instead of stopping at the first.
+//! Reads typed values from a document and collects every mistake instead of stopping at the first.
 //!
-//! A [`Cursor`] stands on one node (or on the place where one could be) and knows the path that led there, so that each
-//! mistake can be told with its key. Not here: which keys exist (`load.rs`, `mesh/document.rs`).
+//! A [`Cursor`] refers to one node, which may be absent, and holds its path, so that each mistake
+//! names its key. Not here: the known keys (`load.rs`, `mesh/document.rs`).
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
@@ -14,10 +14,10 @@ use std::time::Duration;
 use crate::error::{ConfigErrors, Problem};
 use crate::yaml::document::{Node, Origin, Value};
 
-/// How many mistakes are kept; more of them are only counted.
+/// Maximum number of mistakes that are kept; further ones are only counted.
 const MAX_PROBLEMS: usize = 1000;
 
-/// Nothing longer is a mistyped key.
+/// Maximum length of a key for which a similar one is suggested.
 const MAX_TYPED: usize = 64;
 
 /// The mistakes found so far.
@@ -45,7 +45,7 @@ impl Problems {
         self.kept.borrow().len() + self.more.get()
     }
 
-    /// `value` if nothing was wrong with the document it came from.
+    /// `value`, or the mistakes in its document.
     pub(crate) fn or_else<T>(self, value: Option<T>) -> Result<T, ConfigErrors> {
         let (problems, more) = (self.kept.into_inner(), self.more.get());
         match value {
@@ -58,7 +58,7 @@ impl Problems {
 
 const DURATION: &str = "a duration above zero with its unit, such as 250ms, 10s, 5m or 24h";
 
-/// A place in a document: a node or the lack of one, and the path to it.
+/// A place in a document: a node or its absence, and the path to it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Cursor<'a> {
     node: Option<&'a Node>,
@@ -94,7 +94,7 @@ impl<'a> Cursor<'a> {
         Self { node: Some(node), parent: None, step: Step::Root, problems }
     }
 
-    /// Where the whole of a document would be of which only parts are there.
+    /// The root of a document of which only parts exist.
     pub(crate) fn nowhere(problems: &'a Problems) -> Self {
         Self { node: None, parent: None, step: Step::Root, problems }
     }
@@ -104,7 +104,7 @@ impl<'a> Cursor<'a> {
         self.node.filter(|node| node.value != Value::Null)
     }
 
-    /// The local tag of what is here, even of nothing (`!Presence`).
+    /// The local tag of the node, even of an empty one (`!Presence`).
     pub(crate) fn tag(&self) -> Option<&'a str> {
         self.node?.tag.as_deref()
     }
@@ -117,7 +117,7 @@ impl<'a> Cursor<'a> {
         self.node().is_some_and(|node| matches!(node.value, Value::Mapping(_)))
     }
 
-    /// This place if something is given here; otherwise it is a mistake for this reason.
+    /// This place if a node is present; otherwise reports a mistake with this reason.
     pub(crate) fn given_or(self, reason: &str) -> Option<Self> {
         if !self.is_given() {
             self.problem(reason);
@@ -126,7 +126,7 @@ impl<'a> Cursor<'a> {
         Some(self)
     }
 
-    /// Tells a mistake at this place.
+    /// Reports a mistake at this place.
     pub(crate) fn problem(&self, reason: impl Into<String>) {
         let value = match self.node.map(|node| &node.value) {
             Some(Value::Scalar(text)) => Some(text.clone()),
@@ -139,7 +139,7 @@ impl<'a> Cursor<'a> {
         self.problems.add(Problem { key: self.to_string(), value, reason, origin: self.place() });
     }
 
-    /// Where this is written, or else the section or item that it is missing in.
+    /// The position of the node, or of the section or item that it is missing in.
     fn place(&self) -> Option<Origin> {
         match self.node {
             Some(node) => Some(node.origin.clone()),
@@ -150,7 +150,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Refuses a key whose feature does not exist yet, rather than ignoring what it asks for.
+    /// Rejects a planned key, instead of ignoring it.
     pub(crate) fn not_yet(&self) {
         if self.is_given() {
             self.problem("not supported yet");
@@ -169,7 +169,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The value of `key`, whether it is there or not.
+    /// The value of `key`, which may be absent.
     pub(crate) fn key<'b>(&'b self, key: &'b str) -> Cursor<'b> {
         let entries = match self.node().map(|node| &node.value) {
             Some(Value::Mapping(entries)) => entries.as_slice(),
@@ -178,18 +178,18 @@ impl<'a> Cursor<'a> {
         self.at(key, entries.iter().find(|(name, _)| name == key).map(|(_, node)| node))
     }
 
-    /// The place of `key`, where `node` is.
+    /// The place of `key`, whose node is `node`.
     pub(crate) fn at<'b>(&'b self, key: &'b str, node: Option<&'b Node>) -> Cursor<'b> {
         Cursor { node, parent: Some(self), step: Step::Key(key), problems: self.problems }
     }
 
-    /// Reads every entry of the mapping here with `read`, whatever its key is; an absent mapping is empty.
+    /// Reads every entry of the mapping with `read`; an absent mapping is empty.
     pub(crate) fn each<T>(&self, mut read: impl FnMut(&str, Cursor<'_>) -> Option<T>) -> Vec<T> {
         let entries = self.entries().iter();
         entries.filter_map(|(key, node)| read(key, self.at(key, Some(node)))).collect()
     }
 
-    /// Refuses every key of the mapping here that is not in `known`.
+    /// Rejects every key of the mapping that is not in `known`.
     pub(crate) fn only(&self, known: &[&str]) {
         for (key, node) in self.entries() {
             if !known.contains(&key.as_str()) {
@@ -198,7 +198,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Tells that the key here is none of those in `known`.
+    /// Reports that the key is not one of `known`.
     pub(crate) fn no_such_key(&self, key: &str, known: &[&str]) {
         match closest(key, known) {
             Some(near) => self.problem(format!("no such key; did you mean {near}?")),
@@ -206,7 +206,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Reads every item of the list here with `read`; an absent list is empty.
+    /// Reads every item of the list with `read`; an absent list is empty.
     pub(crate) fn items<T>(&self, mut read: impl FnMut(Cursor<'_>) -> Option<T>) -> Vec<T> {
         let items = match self.node().map(|node| &node.value) {
             None => return Vec::new(),
@@ -230,8 +230,8 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Reads a list of single values, each by `read`, which says what would be right. A text with commas is a list too.
-    /// What is given twice counts once; an absent list is empty.
+    /// Reads a list of scalars, each by `read`, whose error describes the expected value. Text with
+    /// commas is a list too. Duplicates are merged; an absent list is empty.
     pub(crate) fn list<T: Clone + Eq + Hash>(
         &self,
         read: impl Fn(&str) -> Result<T, String>,
@@ -269,13 +269,13 @@ impl<'a> Cursor<'a> {
         list
     }
 
-    /// Whether a list is given that has no items.
+    /// Whether the node is an empty list.
     pub(crate) fn is_empty_list(&self) -> bool {
         let no_items = |node: &Node| node.value == Value::Sequence(Vec::new());
         self.is_word("") || self.node().is_some_and(no_items)
     }
 
-    /// Whether nothing but `word` is given here, alone or as the only item of a list.
+    /// Whether the node is `word`, alone or as the only item of a list.
     pub(crate) fn is_word(&self, word: &str) -> bool {
         match self.node().map(|node| &node.value) {
             Some(Value::Scalar(text)) => text.trim() == word,
@@ -287,7 +287,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The single value here as text.
+    /// The scalar as text.
     pub(crate) fn text(&self) -> Option<&'a str> {
         match self.node().map(|node| &node.value) {
             None => None,
@@ -299,7 +299,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The single value here, parsed; `expected` says what would be right.
+    /// The scalar, parsed; `expected` describes a valid value.
     pub(crate) fn parse<T: FromStr>(&self, expected: &str) -> Option<T> {
         let parsed = self.text()?.parse().ok();
         if parsed.is_none() {
@@ -308,7 +308,7 @@ impl<'a> Cursor<'a> {
         parsed
     }
 
-    /// The single value here, parsed by a type whose error says what is wrong.
+    /// The scalar, parsed by a type whose error explains the mistake.
     pub(crate) fn parse_explained<T>(&self) -> Option<T>
     where
         T: FromStr,
@@ -317,7 +317,7 @@ impl<'a> Cursor<'a> {
         self.text()?.parse().map_err(|error: T::Err| self.problem(error.to_string())).ok()
     }
 
-    /// One of a few words.
+    /// One word of a fixed set.
     pub(crate) fn one_of<T: Copy>(&self, words: &[(&str, T)]) -> Option<T> {
         let text = self.text()?;
         let found = words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value);
@@ -337,7 +337,7 @@ impl<'a> Cursor<'a> {
         flag
     }
 
-    /// A number in `range`; `expected` says so in words.
+    /// A number in `range`; `expected` describes the range.
     pub(crate) fn number(&self, range: RangeInclusive<usize>, expected: &str) -> Option<usize> {
         let number = self.parse(expected)?;
         if !range.contains(&number) {
@@ -355,7 +355,7 @@ impl<'a> Cursor<'a> {
         port
     }
 
-    /// A port, or 0 for one that has a name.
+    /// A port, or 0 for a named one.
     pub(crate) fn port_or_named(&self) -> Option<u16> {
         let port = parse_port(self.text()?);
         if port.is_none() {
@@ -364,7 +364,8 @@ impl<'a> Cursor<'a> {
         port
     }
 
-    /// A duration with its unit: `250ms`, `10s`, `5m`, `24h`. Zero is refused: it would give a peer no time at all.
+    /// A duration with its unit: `250ms`, `10s`, `5m`, `24h`. Rejects zero, which would time out at
+    /// once.
     pub(crate) fn duration(&self) -> Option<Duration> {
         let duration = parse_duration(self.text()?);
         if duration.is_none() {
@@ -373,7 +374,7 @@ impl<'a> Cursor<'a> {
         duration
     }
 
-    /// The same where there may be none.
+    /// A duration, or `off`.
     pub(crate) fn duration_or_off(&self) -> Option<Duration> {
         let duration = parse_duration(self.text()?);
         if duration.is_none() {
@@ -382,7 +383,7 @@ impl<'a> Cursor<'a> {
         duration
     }
 
-    /// An amount of memory in bytes, with its unit: `64KiB`, `256MiB`, `1GiB`.
+    /// A size in bytes, with its unit: `64KiB`, `256MiB`, `1GiB`.
     pub(crate) fn size(&self) -> Option<usize> {
         let size = parse_size(self.text()?);
         if size.is_none() {
@@ -392,7 +393,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// Parses a boolean of YAML 1.2 (section 10.3.2), and no other word that YAML ever took for one.
+/// Parses a boolean of YAML 1.2 (section 10.3.2); words of YAML 1.1 such as `yes` are rejected.
 pub(crate) fn parse_flag(text: &str) -> Option<bool> {
     match text {
         "true" | "True" | "TRUE" => Some(true),
@@ -408,7 +409,7 @@ pub(crate) fn parse_port(text: &str) -> Option<u16> {
         Some(("0o", digits)) => (digits, 8),
         _ => return text.parse().ok(),
     };
-    // `from_str_radix` alone would take "0x+50".
+    // `from_str_radix` alone would accept "0x+50".
     let only_digits = digits.chars().all(|digit| digit.is_digit(radix));
     u16::from_str_radix(digits, radix).ok().filter(|_| only_digits)
 }
@@ -442,7 +443,7 @@ fn parse_size(text: &str) -> Option<usize> {
     number.checked_mul(factor)
 }
 
-/// The known key that differs from `key` by at most two edits.
+/// The known key within two edits of `key`.
 pub(crate) fn closest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
     if key.len() > MAX_TYPED {
         return None;
@@ -451,7 +452,8 @@ pub(crate) fn closest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
     (near.0 <= 2).then_some(near.1)
 }
 
-/// Levenshtein distance, ignoring case and the difference between `_` and nothing (`outboundPort`, `outbound_port`).
+/// Levenshtein distance, ignoring case and the difference between `_` and nothing (`outboundPort`,
+/// `outbound_port`).
 fn edits(a: &str, b: &str) -> usize {
     let plain = |text: &str| -> Vec<char> {
         text.chars().filter(|c| *c != '_').map(|c| c.to_ascii_lowercase()).collect()

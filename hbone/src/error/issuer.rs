@@ -113,7 +113,8 @@ impl IssuerProblem {
     pub(crate) fn fault(&self) -> Fault {
         match self {
             Self::Address | Self::ServerName(_) | Self::ClusterId => Fault::Configuration,
-            // Whatever else it is can pass without us: CAs restart, and learn of new workloads late.
+            // Whatever else it is can pass without us: CAs restart, and learn of new workloads
+            // late.
             _ => Fault::Peer,
         }
     }

@@ -1,7 +1,8 @@
-//! When a source asks for the next certificate: at half of what is left of the one it has, and after a failure soon, then
-//! ever less often.
+//! When a source asks for the next certificate: at half of what is left of the one it has, and
+//! after a failure soon, then ever less often.
 //!
-//! Not here: asking. By the wall clock, because certificates are: tokio's stands still while a machine is suspended.
+//! Not here: asking. By the wall clock, because certificates are: tokio's stands still while a
+//! machine is suspended.
 
 use std::time::{Duration, SystemTime};
 
@@ -64,7 +65,8 @@ impl Schedule {
     }
 }
 
-/// Waits until the wall clock shows `time`, also if it is set or the machine sleeps meanwhile. Cancel-safe.
+/// Waits until the wall clock shows `time`, also if it is set or the machine sleeps meanwhile.
+/// Cancel-safe.
 pub(crate) async fn reached(time: SystemTime) {
     while let Ok(left) = time.duration_since(clock::now()) {
         if left.is_zero() {
@@ -96,21 +98,21 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
 
     #[test]
-    fn a_certificate_is_renewed_at_half_of_its_life_give_or_take_a_tenth() {
+    fn renewal_is_at_half_of_validity_with_jitter() {
         assert_eq!(renew_after(24 * HOUR, 0.0), 12 * HOUR);
         assert_eq!(renew_after(20 * HOUR, -1.0), 9 * HOUR);
         assert_eq!(renew_after(20 * HOUR, 1.0), 11 * HOUR);
     }
 
     #[test]
-    fn no_certificate_is_so_short_that_the_ca_is_asked_without_pause() {
+    fn renewal_interval_has_a_minimum() {
         for left in [Duration::ZERO, Duration::from_millis(1), LEAST] {
             assert_eq!(renew_after(left, -1.0), LEAST, "{left:?}");
         }
     }
 
     #[test]
-    fn failures_double_the_pause_up_to_its_end() {
+    fn failures_double_the_pause_up_to_its_maximum() {
         let pauses = [0, 1, 2, 6, 7, 8, 40, u32::MAX].map(|failures| retry_after(failures, 0.0));
         let seconds: Vec<u64> = pauses.iter().map(Duration::as_secs).collect();
         assert_eq!(seconds, [1, 2, 4, 64, 128, 150, 150, 150]);
@@ -119,14 +121,14 @@ mod tests {
     }
 
     #[test]
-    fn chance_is_between_both_ends() {
+    fn jitter_is_within_bounds() {
         let drawn: Vec<f64> = (0..1000).map(|_| random()).collect();
         assert!(drawn.iter().all(|chance| (-1.0..=1.0).contains(chance)));
         assert!(drawn.iter().any(|c| *c < -0.5) && drawn.iter().any(|c| *c > 0.5));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_due_now_is_not_waited_for_and_what_is_due_later_is() {
+    async fn schedule_waits_only_for_future_times() {
         let start = Instant::now();
         let mut schedule = Schedule::new();
         schedule.due().await;

@@ -169,8 +169,8 @@ impl Published {
     }
 }
 
-/// When to report next that a certificate expires: at two thirds of its life, then daily, and hourly
-/// in its last day.
+/// When to report next that a certificate expires: at two thirds of its life, then daily, and
+/// hourly in its last day.
 #[derive(Debug, Clone, Copy)]
 enum Reminder {
     Expiring(SystemTime),

@@ -1,4 +1,5 @@
-//! Where our certificate comes from, and when the next one does: files, our own CA, Istio's CA protocol, or SPIRE.
+//! Where our certificate comes from, and when the next one does: files, our own CA, Istio's CA
+//! protocol, or SPIRE.
 //!
 //! Not here: what is done with it (`rotation`), and which source is used, which is a setting.
 
@@ -27,8 +28,8 @@ pub type NextIdentity<'a> = Pin<Box<dyn Future<Output = Result<Identity, HboneEr
 
 /// Where our certificate comes from.
 pub trait IdentitySource: Send {
-    /// The first identity, then each new one when it is there. After an error, which is told once, the last identity stays and
-    /// this is called again: the source paces itself. Cancel-safe.
+    /// The first identity, then each new one when it is there. After an error, which is told once,
+    /// the last identity stays and this is called again: the source paces itself. Cancel-safe.
     fn next(&mut self) -> NextIdentity<'_>;
 }
 

@@ -1,11 +1,10 @@
 //! A budget: how much of one resource is in use, and how much each part of it may take.
 //!
 //! Budgets form a tree, for example node, pod, direction, source. What a part takes counts at every
-//! level above it. A part that shares fairly may hold the less, the less is free: at most
-//! 4 · free² / whole. One alone gets three fifths, the second one half of the rest, and seventeen of them that
-//! take all they get leave a sixtieth. So a newcomer gets some, and parts that release and take
-//! again converge to equal use. This needs no list of the siblings and evicts
-//! nothing.
+//! level above it. A part that shares fairly may hold the less, the less is free: at most 4 · free²
+//! / whole. One alone gets three fifths, the second one half of the rest, and seventeen of them
+//! that take all they get leave a sixtieth. So a newcomer gets some, and parts that release and
+//! take again converge to equal use. This needs no list of the siblings and evicts nothing.
 //!
 //! Taking and giving back are a few atomic operations and no lock.
 
@@ -88,7 +87,8 @@ impl Budget {
             self.used.fetch_sub(amount, SeqCst);
             return Err(if fits(left) { Exhausted::Share } else { Exhausted::Whole });
         }
-        // The bounds are those of every level, read one after the other. At the root they are exact.
+        // The bounds are those of every level, read one after the other. At the root they are
+        // exact.
         let Some((whole, _)) = &self.whole else { return Ok(()) };
         whole.take_within_limit(amount).inspect_err(|_| {
             self.used.fetch_sub(amount, SeqCst);

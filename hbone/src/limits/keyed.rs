@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn key_gets_its_limit_and_others_are_not_concerned() {
+    fn key_limit_does_not_affect_other_keys() {
         let budget = KeyedBudget::new(Budget::new(3), 2, Sharing::Greedy);
         let first = budget.take("a").unwrap();
         let _second = budget.take("a").unwrap();
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_without_a_share_are_forgotten() {
+    fn unused_keys_are_removed() {
         let budget = KeyedBudget::new(Budget::new(usize::MAX), 1, Sharing::Greedy);
         let held = budget.take(0).unwrap();
         for key in 1..10_000 {

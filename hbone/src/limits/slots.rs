@@ -1,10 +1,10 @@
-//! Slots for connections from unauthenticated clients: a total, a limit per source, and displacement
-//! of existing connections.
+//! Slots for connections from unauthenticated clients: a total, a limit per source, and
+//! displacement of existing connections.
 //!
-//! If no slot is free, the displaced connection is the oldest one of the source with the most: first
-//! among idle ones that are not authenticated, then among all that are not authenticated, then among
-//! idle authenticated ones. An authenticated one with a request in progress is never displaced. So a
-//! flood displaces itself, from one source or several.
+//! If no slot is free, the displaced connection is the oldest one of the source with the most:
+//! first among idle ones that are not authenticated, then among all that are not authenticated,
+//! then among idle authenticated ones. An authenticated one with a request in progress is never
+//! displaced. So a flood displaces itself, from one source or several.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn proven_connections_outlast_others_and_busy_ones_all() {
+    fn authenticated_connections_are_displaced_last_and_busy_ones_never() {
         let slots = slots();
         let held = fill(&slots, std::iter::repeat_n(ip(0, 1), PER_SOURCE));
         held.iter().for_each(ConnectionSlot::mark_authenticated);

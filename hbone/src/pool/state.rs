@@ -1,4 +1,5 @@
-//! Which tunnel a stream goes through, when tunnels are dialled, and when they are let go: the pool's decisions.
+//! Which tunnel a stream goes through, when tunnels are dialled, and when they are let go: the
+//! pool's decisions.
 //!
 //! ```text
 //!          opened         not usable, too old, idle           closed
@@ -8,7 +9,8 @@
 //! backing off ──────────────────────────────────────▶ gone
 //! ```
 //!
-//! Not here: IO, tasks and clocks. Tunnels are seen through [`Handle`], and the time comes as an argument.
+//! Not here: IO, tasks and clocks. Tunnels are seen through [`Handle`], and the time comes as an
+//! argument.
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -22,29 +24,33 @@ use tokio::time::Instant;
 use super::{PoolSettings, PoolStatistics, TunnelKey};
 use crate::error::HboneError;
 
-/// The pause after a first failure: not longer than a client waits gladly for a peer that restarts, and still no
-/// more than ten dials a second to one that refuses.
+/// The pause after a first failure: not longer than a client waits gladly for a peer that restarts,
+/// and still no more than ten dials a second to one that refuses.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// What it doubles to: a peer that came back is not missed for longer than a person notices.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// Thousandths of a pause, so that the workers of many hosts do not dial a peer that came back all at once.
+/// Thousandths of a pause, so that the workers of many hosts do not dial a peer that came back all
+/// at once.
 const PAUSE_JITTER: RangeInclusive<u32> = 800..=1200;
-/// How long after its pause a failure is remembered: one that follows sooner counts as the next in a row.
+/// How long after its pause a failure is remembered: one that follows sooner counts as the next in
+/// a row.
 const FORGET_AFTER: Duration = Duration::from_secs(10);
 
 /// Thousandths of the maximum age, so that tunnels opened together do not all move at once.
 const AGE_JITTER: RangeInclusive<u32> = 900..=1000;
 /// Thousandths of the idle time, for the same reason.
 const IDLE_JITTER: RangeInclusive<u32> = 900..=1100;
-/// A tunnel that is not needed goes after this part of the idle time: the last one saves a dial, others save none.
+/// A tunnel that is not needed goes after this part of the idle time: the last one saves a dial,
+/// others save none.
 const SURPLUS_IDLE_PART: u32 = 10;
 
-/// From here a new stream is better off in another tunnel. It is a quarter of what a 1 Gbit/s link carries: below
-/// it a shared congestion window and socket buffer hardly delay anybody.
+/// From here a new stream is better off in another tunnel. It is a quarter of what a 1 Gbit/s link
+/// carries: below it a shared congestion window and socket buffer hardly delay anybody.
 const BUSY_BYTES_PER_SECOND: u64 = 32 << 20;
 
-/// How many tunnels to one peer are dialled at once: a handful serves a burst soon, and is far from the number of handshakes that a
-/// peer bears from one address (64 is our own default, for all workers of a client).
+/// How many tunnels to one peer are dialled at once: a handful serves a burst soon, and is far from
+/// the number of handshakes that a peer bears from one address (64 is our own default, for all
+/// workers of a client).
 const DIALS_AT_ONCE: usize = 4;
 
 /// Longer waits are cut to this, as tokio does it: an [`Instant`] cannot express every one.
@@ -68,7 +74,8 @@ pub(super) trait Handle {
 /// What is asked of a tunnel.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Load {
-    /// Whether it takes new streams: it is neither closed nor going away, and both certificates are valid.
+    /// Whether it takes new streams: it is neither closed nor going away, and both certificates are
+    /// valid.
     pub(super) usable: bool,
     /// How many streams have a place.
     pub(super) streams: usize,
@@ -111,8 +118,8 @@ pub(super) enum Checkout<P, W> {
     Wait {
         /// Its ticket.
         ticket: W,
-        /// Whether the tunnel that it opens is to have a place for the caller. Otherwise all dials are spoken for; once this one
-        /// has ended, ask again.
+        /// Whether the tunnel that it opens is to have a place for the caller. Otherwise all dials
+        /// are spoken for; once this one has ended, ask again.
         promised: bool,
     },
     /// Nothing, because the last dial failed just now.
@@ -180,11 +187,13 @@ impl<T: Handle, W: Clone> State<T, W> {
         Self { settings, entries: HashMap::default(), opened, dialled, rng: Rng::with_seed(seed) }
     }
 
-    /// Decides where a stream goes. If that takes a dial, or another tunnel would be good to have soon, `dial` is
-    /// called for the ticket of one; [`State::opened`], [`State::failed`] or [`State::abandoned`] must follow.
+    /// Decides where a stream goes. If that takes a dial, or another tunnel would be good to have
+    /// soon, `dial` is called for the ticket of one; [`State::opened`], [`State::failed`] or
+    /// [`State::abandoned`] must follow.
     ///
-    /// Full tunnels are never waited for: beyond `tunnels_per_peer`, which bounds what is opened because of load,
-    /// others are dialled, for as many callers each as a tunnel has places. What bounds that is the number of callers.
+    /// Full tunnels are never waited for: beyond `tunnels_per_peer`, which bounds what is opened
+    /// because of load, others are dialled, for as many callers each as a tunnel has places. What
+    /// bounds that is the number of callers.
     pub(super) fn checkout(
         &mut self,
         key: &TunnelKey,
@@ -226,8 +235,8 @@ impl<T: Handle, W: Clone> State<T, W> {
         Checkout::Wait { ticket, promised: true }
     }
 
-    /// A place in the tunnel that a caller waited for; `None` if others that waited took all there were. Should it
-    /// be gone already, whoever takes a place learns there why.
+    /// A place in the tunnel that a caller waited for; `None` if others that waited took all there
+    /// were. Should it be gone already, whoever takes a place learns there why.
     pub(super) fn join(&self, key: &TunnelKey, tunnel: &T) -> Option<T::Place> {
         let allowed = self.entries.get(key).and_then(Entry::allowed);
         let load = tunnel.load();
@@ -276,8 +285,8 @@ impl<T: Handle, W: Clone> State<T, W> {
         }
     }
 
-    /// Pauses dialling, for longer after each failure in a row; those of dials that went on beside the first one are the same
-    /// failure. Returns when [`State::forget`] is due.
+    /// Pauses dialling, for longer after each failure in a row; those of dials that went on beside
+    /// the first one are the same failure. Returns when [`State::forget`] is due.
     pub(super) fn back_off(
         &mut self,
         key: &TunnelKey,
@@ -307,7 +316,8 @@ impl<T: Handle, W: Clone> State<T, W> {
         }
     }
 
-    /// Retires a tunnel that is idle or too old. `None` once it is retired, otherwise when to look again.
+    /// Retires a tunnel that is idle or too old. `None` once it is retired, otherwise when to look
+    /// again.
     pub(super) fn inspect(
         &mut self,
         key: &TunnelKey,
@@ -396,7 +406,8 @@ impl<T: Handle, W: Clone> Entry<T, W> {
         self.tunnels.is_empty() && self.dials.is_empty() && self.backoff.is_none()
     }
 
-    /// Sees how the tunnels are, once for all that is asked of them, and retires those that are not usable.
+    /// Sees how the tunnels are, once for all that is asked of them, and retires those that are not
+    /// usable.
     fn look(&mut self, now: Instant) {
         for slot in self.open_mut() {
             slot.seen = slot.tunnel.load();
@@ -406,13 +417,14 @@ impl<T: Handle, W: Clone> Entry<T, W> {
         }
     }
 
-    /// How many streams the peer allows in a tunnel, from the tunnels where it said so by now: since [`Entry::look`], too.
+    /// How many streams the peer allows in a tunnel, from the tunnels where it said so by now:
+    /// since [`Entry::look`], too.
     fn allowed(&self) -> Option<usize> {
         self.open().filter_map(|slot| slot.tunnel.load().allowed).min()
     }
 
-    /// A place in the least loaded tunnel with room, and whether even that one is crowded. Of equals the oldest is
-    /// taken, so that those that are not needed become idle.
+    /// A place in the least loaded tunnel with room, and whether even that one is crowded. Of
+    /// equals the oldest is taken, so that those that are not needed become idle.
     fn take_place(&self, streams_per_tunnel: usize) -> Option<(TunnelId, T::Place, bool)> {
         let allowed = self.open().filter_map(|slot| slot.seen.allowed).min();
         let (slot, limit) = self
@@ -469,9 +481,9 @@ impl<T: Handle> Slot<T> {
 }
 
 impl Load {
-    /// How many streams may share the tunnel: a peer whose SETTINGS did not come yet is taken to allow what it does
-    /// in its other tunnels. One is always possible, so that a peer that allows none costs a reply timeout and not a
-    /// dial for ever.
+    /// How many streams may share the tunnel: a peer whose SETTINGS did not come yet is taken to
+    /// allow what it does in its other tunnels. One is always possible, so that a peer that allows
+    /// none costs a reply timeout and not a dial for ever.
     fn limit(&self, streams_per_tunnel: usize, elsewhere: Option<usize>) -> usize {
         let allowed = self.allowed.or(elsewhere).unwrap_or(usize::MAX);
         streams_per_tunnel.min(allowed).max(1)
@@ -481,8 +493,8 @@ impl Load {
         self.bytes_per_second >= BUSY_BYTES_PER_SECOND
     }
 
-    /// Whether the next stream makes another tunnel worth its dial. At half of the limit the other half is there for
-    /// those that come while it is dialled.
+    /// Whether the next stream makes another tunnel worth its dial. At half of the limit the other
+    /// half is there for those that come while it is dialled.
     fn is_crowded(&self, limit: usize) -> bool {
         self.is_busy() || self.streams >= limit.div_ceil(2)
     }

@@ -1,4 +1,5 @@
-//! Sharing, growing and forgetting tunnels, over connections in memory. `failures` has what goes wrong.
+//! Sharing, growing and forgetting tunnels, over connections in memory. `failures` has what goes
+//! wrong.
 
 mod failures;
 
@@ -29,8 +30,8 @@ const SETTINGS: PoolSettings = PoolSettings {
     tunnels_per_peer: 3,
 };
 
-/// How a server behaves that is dialled at this port; any other accepts every request, and keeps the stream until
-/// the client ends it.
+/// How a server behaves that is dialled at this port; any other accepts every request, and keeps
+/// the stream until the client ends it.
 const BLACK_HOLE: u16 = 1;
 const CLOSED: u16 = 2;
 /// Answers the first request, and then nothing any more.
@@ -213,7 +214,8 @@ impl Client {
     }
 }
 
-/// Whether `condition` comes to hold without time passing: everything here is in memory and on one thread.
+/// Whether `condition` comes to hold without time passing: everything here is in memory and on one
+/// thread.
 async fn eventually(condition: impl Fn() -> bool) -> bool {
     for _ in 0..100_000 {
         if condition() {
@@ -233,7 +235,7 @@ fn key(port: u16) -> TunnelKey {
 }
 
 #[tokio::test]
-async fn fifty_at_once_share_one_dial() {
+async fn concurrent_callers_share_one_dial() {
     let client = Client::new();
     let _streams = client.streams(50).await;
     assert_eq!(client.dials(), 1);
@@ -242,7 +244,7 @@ async fn fifty_at_once_share_one_dial() {
 }
 
 #[tokio::test]
-async fn a_full_tunnel_gets_a_sibling_whose_room_is_used_again() {
+async fn full_tunnel_leads_to_second_tunnel() {
     let client = Client::with(200, PoolSettings { streams_per_tunnel: 10, ..SETTINGS });
     let streams = client.streams(25).await;
     assert_eq!((client.dials(), client.pool.tunnels()), (3, 3));
@@ -252,7 +254,7 @@ async fn a_full_tunnel_gets_a_sibling_whose_room_is_used_again() {
 }
 
 #[tokio::test]
-async fn the_peers_own_limit_makes_a_tunnel_full() {
+async fn peer_stream_limit_fills_tunnel() {
     let client = Client::with(2, SETTINGS);
     let mut streams = Vec::new();
     for _ in 0..6 {
@@ -264,7 +266,7 @@ async fn the_peers_own_limit_makes_a_tunnel_full() {
 }
 
 #[tokio::test]
-async fn a_tunnel_goes_on_after_as_many_streams_as_the_peer_allows_at_a_time() {
+async fn tunnel_serves_more_streams_than_concurrent_limit() {
     let client = Client::with(100, PoolSettings { tunnels_per_peer: 1, ..SETTINGS });
     for _ in 0..3 {
         for outcome in join_all((0..100).map(|_| client.exchange(80))).await {
@@ -278,7 +280,7 @@ async fn a_tunnel_goes_on_after_as_many_streams_as_the_peer_allows_at_a_time() {
 }
 
 #[tokio::test]
-async fn half_full_tunnels_get_a_sibling_in_the_background_up_to_the_cap() {
+async fn half_full_tunnels_grow_in_background_up_to_cap() {
     let client = Client::with(200, PoolSettings { streams_per_tunnel: 10, ..SETTINGS });
     let mut streams = Vec::new();
     for (wanted, tunnels) in [(5, 1), (1, 2), (6, 3), (14, 3)] {
@@ -291,7 +293,7 @@ async fn half_full_tunnels_get_a_sibling_in_the_background_up_to_the_cap() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_busy_tunnel_gets_a_sibling_that_new_streams_prefer() {
+async fn busy_tunnel_leads_to_preferred_second_tunnel() {
     let client = Client::new();
     let (_reader, mut bulk) = client.stream().await.split();
     let megabyte = Bytes::from(vec![0; 1 << 20]);
@@ -310,7 +312,7 @@ async fn a_busy_tunnel_gets_a_sibling_that_new_streams_prefer() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn tunnels_that_are_not_needed_go_one_by_one_and_the_last_one_late() {
+async fn surplus_tunnels_close_early_and_last_one_late() {
     let client = Client::with(200, PoolSettings { streams_per_tunnel: 10, ..SETTINGS });
     let streams = client.streams(25).await;
     sleep(3 * IDLE).await;
@@ -326,7 +328,7 @@ async fn tunnels_that_are_not_needed_go_one_by_one_and_the_last_one_late() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_tunnel_past_its_age_finishes_its_streams_and_closes() {
+async fn aged_tunnel_finishes_streams_and_closes() {
     let client = Client::with(200, PoolSettings { max_age: IDLE / 2, ..SETTINGS });
     let (mut reader, mut writer) = client.stream().await.split();
     sleep(IDLE / 4).await;
@@ -345,7 +347,7 @@ async fn a_tunnel_past_its_age_finishes_its_streams_and_closes() {
 }
 
 #[tokio::test]
-async fn other_sources_and_other_expected_peers_need_another_tunnel() {
+async fn tunnels_are_not_shared_between_sources_or_expected_peers() {
     let client = Client::new();
     let _stream = client.stream().await;
     let source = TunnelKey { source: id("spiffe://td/ns/x/sa/y"), ..key(80) };
@@ -358,7 +360,7 @@ async fn other_sources_and_other_expected_peers_need_another_tunnel() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_dial_goes_on_when_the_one_who_asked_gives_up() {
+async fn dial_continues_when_caller_cancels() {
     let client = Client::new();
     timeout(Duration::ZERO, client.stream()).await.unwrap_err();
     client.stream().await;
@@ -366,7 +368,7 @@ async fn a_dial_goes_on_when_the_one_who_asked_gives_up() {
 }
 
 #[tokio::test]
-async fn a_drained_pool_gives_no_tunnel_a_stream_and_open_streams_go_on() {
+async fn drained_pool_opens_no_stream_and_keeps_open_ones() {
     let client = Client::new();
     let (reader, mut writer) = client.stream().await.split();
     client.pool.drain();
@@ -378,7 +380,7 @@ async fn a_drained_pool_gives_no_tunnel_a_stream_and_open_streams_go_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn ten_thousand_short_streams_leave_nothing_behind() {
+async fn short_streams_leak_nothing() {
     let tasks = || Runtime::current().metrics().num_alive_tasks();
     let before = tasks();
     let client = Client::with(100, SETTINGS);
@@ -395,7 +397,7 @@ async fn ten_thousand_short_streams_leave_nothing_behind() {
 }
 
 #[tokio::test]
-async fn a_dropped_pool_ends_its_tasks_with_the_last_stream() {
+async fn dropped_pool_ends_tasks_with_last_stream() {
     let tasks = || Runtime::current().metrics().num_alive_tasks();
     let before = tasks();
     let Client { pool, connector, .. } = Client::new();

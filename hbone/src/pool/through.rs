@@ -1,4 +1,5 @@
-//! A stream through a gateway to a peer behind it: a tunnel of its own inside of a pooled tunnel's stream ("double HBONE").
+//! A stream through a gateway to a peer behind it: a tunnel of its own inside of a pooled tunnel's
+//! stream ("double HBONE").
 //!
 //! ```text
 //! we ═════════════ pooled tunnel ═════════════ gateway ── TCP ── peer
@@ -18,19 +19,22 @@ use crate::tunnel::client::{ConnectRequest, Connector};
 use crate::tunnel::stream::TunnelStream;
 
 impl<D: Dial> Pool<D> {
-    /// Opens a stream as `inner` asks at one of `peers`, whom `gateway` chooses as `outer` asks. The gateway sees neither the
-    /// request nor the bytes; the stream's peer is the one behind it.
+    /// Opens a stream as `inner` asks at one of `peers`, whom `gateway` chooses as `outer` asks.
+    /// The gateway sees neither the request nor the bytes; the stream's peer is the one behind it.
     ///
-    /// Only the tunnel to the gateway is shared. The inner one has one stream and ends with it, for the gateway chooses anew only
-    /// for a new one; it ends at once when the gateway is not to be trusted any longer.
+    /// Only the tunnel to the gateway is shared. The inner one has one stream and ends with it, for
+    /// the gateway chooses anew only for a new one; it ends at once when the gateway is not to be
+    /// trusted any longer.
     ///
-    /// A session with any of the same `peers` behind the same gateway is resumed if the gateway leads to where it began: another
-    /// one cannot read the ticket, and proves itself anew. A resumed peer's certificate is judged again, like any.
+    /// A session with any of the same `peers` behind the same gateway is resumed if the gateway
+    /// leads to where it began: another one cannot read the ticket, and proves itself anew. A
+    /// resumed peer's certificate is judged again, like any.
     ///
     /// The inner handshake and answer have the pool's deadlines, each once more.
     ///
     /// # Errors
-    /// As [`Pool::connect`] for the gateway; [`HboneError::BehindGateway`] for everything behind it.
+    /// As [`Pool::connect`] for the gateway; [`HboneError::BehindGateway`] for everything behind
+    /// it.
     pub async fn connect_through(
         &self,
         gateway: &TunnelKey,

@@ -1,4 +1,5 @@
-//! The client side of one generation: a configuration for each peer, so that its sessions are its own.
+//! The client side of one generation: a configuration for each peer, so that its sessions are its
+//! own.
 //!
 //! Not here: which peer to connect to, and connecting.
 
@@ -101,7 +102,8 @@ impl ClientTls {
         expected: &[SpiffeId],
     ) -> Result<(Finished<UnbufferedClientConnection, Io>, Peer), HboneError> {
         let tls = self.peer((address, expected.into()));
-        // rustls wants a name; an address is never sent as SNI (RFC 6066 section 3), nor looked at by us.
+        // rustls wants a name; an address is never sent as SNI (RFC 6066 section 3), nor looked at
+        // by us.
         let no_name = ServerName::IpAddress(Ipv4Addr::UNSPECIFIED.into());
         let connection = UnbufferedClientConnection::new(tls.config.clone(), no_name);
         let finished = handshake(connection.map_err(tls_error)?, io)

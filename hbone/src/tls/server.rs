@@ -26,7 +26,8 @@ const TICKETS: usize = 2;
 
 /// How long a refused client has to read why.
 const FAREWELL: Duration = Duration::from_secs(1);
-/// How much of what a refused client still sends is read away: more than a preface and a first request.
+/// How much of what a refused client still sends is read away: more than a preface and a first
+/// request.
 const FAREWELL_BYTES: u64 = 64 << 10;
 
 /// The server side of one [`Credentials`](crate::Credentials), shared by all its connections.
@@ -89,8 +90,9 @@ impl ServerTls {
     }
 }
 
-/// Lets the alert that tells the client what is wrong arrive: a client in TLS 1.3 has begun to send by now, and closing
-/// with its bytes unread would reset the connection and discard the alert before the client reads it.
+/// Lets the alert that tells the client what is wrong arrive: a client in TLS 1.3 has begun to send
+/// by now, and closing with its bytes unread would reset the connection and discard the alert
+/// before the client reads it.
 async fn say_farewell(mut io: impl AsyncRead + AsyncWrite + Unpin) {
     let farewell = async {
         io.shutdown().await?;

@@ -1,6 +1,7 @@
 //! Sessions that can be resumed: the client's tickets, and the server's way to make them.
 //!
-//! Not here: for whom. A client's tickets belong to one peer, and both sides' to one generation of credentials.
+//! Not here: for whom. A client's tickets belong to one peer, and both sides' to one generation of
+//! credentials.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,11 +17,13 @@ use super::tls_error;
 use crate::clock;
 use crate::error::HboneError;
 
-/// How many tickets are kept of one peer: as many tunnels to it can be opened at once without a full handshake.
+/// How many tickets are kept of one peer: as many tunnels to it can be opened at once without a
+/// full handshake.
 const TICKETS: usize = 4;
 
-/// The largest session that is put into a ticket, in bytes. Most of it is the client's chain; one near the 64 KiB that
-/// the protocol can carry would make the ticket too long for it, and costs more to carry than a handshake.
+/// The largest session that is put into a ticket, in bytes. Most of it is the client's chain; one
+/// near the 64 KiB that the protocol can carry would make the ticket too long for it, and costs
+/// more to carry than a handshake.
 const SESSION_BYTES: usize = 16 << 10;
 
 /// What a client remembers of one peer.
@@ -41,10 +44,12 @@ impl Sessions {
         Self(Mutex::new(Remembered { tickets: VecDeque::new(), expires, group: None }))
     }
 
-    /// Notes that a full handshake began a session, which may be resumed until one of its certificates expires.
+    /// Notes that a full handshake began a session, which may be resumed until one of its
+    /// certificates expires.
     pub(super) fn begun(&self, expires: SystemTime) {
         let mut remembered = self.remembered();
-        // Several servers may be behind one address, so that the tickets may be of several certificates.
+        // Several servers may be behind one address, so that the tickets may be of several
+        // certificates.
         let others = if remembered.tickets.is_empty() { expires } else { remembered.expires };
         remembered.expires = expires.min(others);
     }
@@ -93,8 +98,9 @@ impl ClientSessionStore for Sessions {
     }
 }
 
-/// Tickets that carry the session themselves, encrypted: unlike sessions that we keep, they take no memory that a peer
-/// could fill, no lock that all workers share, and no peer can crowd out another's. They end with our certificate.
+/// Tickets that carry the session themselves, encrypted: unlike sessions that we keep, they take no
+/// memory that a peer could fill, no lock that all workers share, and no peer can crowd out
+/// another's. They end with our certificate.
 #[derive(Debug)]
 pub(super) struct Tickets {
     keys: Arc<dyn ProducesTickets>,

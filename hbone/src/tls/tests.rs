@@ -1,4 +1,5 @@
-//! Who gets in and who does not. A side that fails the handshake has no tunnel, so no CONNECT can pass.
+//! Who gets in and who does not. A side that fails the handshake has no tunnel, so no CONNECT can
+//! pass.
 
 mod interop;
 
@@ -90,7 +91,7 @@ fn failed_with(error: &HboneError, expected: &str) {
 }
 
 #[tokio::test]
-async fn another_authority_is_refused_by_either_side() {
+async fn both_sides_reject_unknown_authority() {
     let (ours, other) = (authority("td"), authority("td"));
     let (client, server) = meet(&identity(&ours, CLIENT), &identity(&other, SERVER), SERVER).await;
     // The roots have the same name, as in two meshes that are both called cluster.local.
@@ -117,7 +118,7 @@ async fn another_authority_is_refused_by_either_side() {
 }
 
 #[tokio::test]
-async fn an_expired_certificate_is_refused_by_either_side() {
+async fn both_sides_reject_expired_certificate() {
     let authority = authority("td");
     let (good_client, good_server) = (identity(&authority, CLIENT), identity(&authority, SERVER));
     let (client, server) = meet(&good_client, &expired(&authority, SERVER), SERVER).await;
@@ -131,7 +132,7 @@ async fn an_expired_certificate_is_refused_by_either_side() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_somebody_else_never_gets_our_certificate() {
+async fn unexpected_server_never_receives_our_certificate() {
     let authority = authority("td");
     let wanted = "spiffe://td/ns/default/sa/other";
     let (client, server) =
@@ -143,7 +144,7 @@ async fn a_server_that_is_somebody_else_never_gets_our_certificate() {
 }
 
 #[tokio::test]
-async fn a_client_of_another_trust_domain_needs_roots_of_its_own() {
+async fn foreign_client_requires_roots_of_its_trust_domain() {
     let (ours, other) = (Ca::root("ours"), Ca::root("other"));
     let stranger = "spiffe://other/anybody";
     let federated = Files::new().bundle("td", &ours);
@@ -160,7 +161,7 @@ async fn a_client_of_another_trust_domain_needs_roots_of_its_own() {
 }
 
 #[tokio::test]
-async fn a_certificate_for_the_other_role_is_refused() {
+async fn rejects_certificate_for_the_other_role() {
     let authority = authority("td");
     let client_only = with_usage(&authority, SERVER, Usage::ClientAuth);
     let (client, server) = meet(&identity(&authority, CLIENT), &client_only, SERVER).await;
@@ -179,7 +180,7 @@ fn with_ciphers(identity: &Identity, ciphers: &[Cipher]) -> Credentials {
 }
 
 #[tokio::test]
-async fn tunnels_have_the_cipher_that_both_sides_may_use_and_the_server_prefers() {
+async fn tunnel_uses_common_cipher_preferred_by_server() {
     use Cipher::{Aes128Gcm, Aes256Gcm};
     let (small, large) =
         (CipherSuite::TLS13_AES_128_GCM_SHA256, CipherSuite::TLS13_AES_256_GCM_SHA384);
@@ -263,7 +264,7 @@ async fn accept_from(change: impl FnOnce(&mut ClientConfig)) -> HboneError {
 }
 
 #[tokio::test]
-async fn a_client_without_a_certificate_is_refused() {
+async fn rejects_client_without_certificate() {
     let error = accept_from(|config| {
         config.client_auth_cert_resolver = Arc::new(NoCertificate);
     });
@@ -271,7 +272,7 @@ async fn a_client_without_a_certificate_is_refused() {
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_speak_h2_is_refused() {
+async fn rejects_client_without_h2() {
     let silent = accept_from(|config| config.alpn_protocols.clear());
     failed_with(&silent.await, "protocol");
     let http1 = accept_from(|config| config.alpn_protocols = vec![b"http/1.1".to_vec()]);
@@ -279,7 +280,7 @@ async fn a_client_that_does_not_speak_h2_is_refused() {
 }
 
 #[tokio::test]
-async fn what_is_not_tls_is_refused() {
+async fn rejects_plaintext_client() {
     let credentials = credentials(&identity(&authority("td"), SERVER));
     let server = credentials.server();
     let (mut near, far) = duplex(1024);
@@ -327,7 +328,7 @@ async fn client_sends_no_server_name() {
 }
 
 #[tokio::test]
-async fn a_client_without_the_hybrid_key_exchange_is_accepted() {
+async fn accepts_client_without_hybrid_key_exchange() {
     let authority = authority("td");
     let server = credentials(&identity(&authority, SERVER));
     let groups: [&'static dyn SupportedKxGroup; 2] = [kx_group::X25519, kx_group::SECP256R1];

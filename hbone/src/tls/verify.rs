@@ -1,5 +1,5 @@
-//! Who is at the other end, asked inside the handshake, so that a wrong server never gets our certificate, and neither side
-//! sends a byte of HTTP/2 to a wrong peer.
+//! Who is at the other end, asked inside the handshake, so that a wrong server never gets our
+//! certificate, and neither side sends a byte of HTTP/2 to a wrong peer.
 //!
 //! Not here: what makes a peer right (`trust/authorities.rs`).
 
@@ -33,7 +33,8 @@ struct Proven {
     aliases: Arc<[TrustDomain]>,
 }
 
-/// A peer, and the chain that proved it, which later trust may judge otherwise. rustls caps the chain at 64 KiB.
+/// A peer, and the chain that proved it, which later trust may judge otherwise. rustls caps the
+/// chain at 64 KiB.
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) identity: PeerIdentity,
@@ -54,7 +55,8 @@ pub(super) struct Verifier {
 }
 
 impl PeerIdentity {
-    /// Who the peer is, in the words of its certificate, also when its trust domain is an alias of ours.
+    /// Who the peer is, in the words of its certificate, also when its trust domain is an alias of
+    /// ours.
     pub fn spiffe_id(&self) -> &SpiffeId {
         &self.0.id
     }
@@ -67,7 +69,8 @@ impl PeerIdentity {
 }
 
 impl Peer {
-    /// The peer of a finished handshake. If that resumed a session, its chain is judged again, for time has passed.
+    /// The peer of a finished handshake. If that resumed a session, its chain is judged again, for
+    /// time has passed.
     pub(super) fn of(connection: &CommonState, verifier: &Verifier) -> Result<Self, HboneError> {
         let chain = connection.peer_certificates().ok_or(HboneError::NoPeerCertificate)?;
         let (leaf, intermediates) = chain.split_first().ok_or(HboneError::NoPeerCertificate)?;
@@ -90,13 +93,15 @@ impl Peer {
         })
     }
 
-    /// Why other `authorities` would not have let the peer in when it came; `None` if they would, or cannot tell. What has
-    /// expired since is no reason: a tunnel may outlive the certificates that opened it.
+    /// Why other `authorities` would not have let the peer in when it came; `None` if they would,
+    /// or cannot tell. What has expired since is no reason: a tunnel may outlive the certificates
+    /// that opened it.
     pub(crate) fn distrusted(&self, authorities: &Authorities) -> Option<HboneError> {
         let (leaf, intermediates) = self.chain.split_first()?;
         let judged = authorities.judge(leaf, intermediates, &self.expected, self.proven);
         match judged.map_err(rejection).err()? {
-            // A fault of the lists, which says nothing about the peer. New handshakes are refused for it.
+            // A fault of the lists, which says nothing about the peer. New handshakes are refused
+            // for it.
             HboneError::RevocationUnknown { .. }
             | HboneError::RevocationListExpired { .. }
             | HboneError::RevocationListUntrusted { .. } => None,

@@ -1,4 +1,5 @@
-//! How a peer is judged: the name in its leaf tells its trust domain, and only that domain's roots can vouch for it.
+//! How a peer is judged: the name in its leaf tells its trust domain, and only that domain's roots
+//! can vouch for it.
 //!
 //! Not here: the handshake (`tls`), and whether a peer may do what it asks for.
 
@@ -59,7 +60,8 @@ impl Authorities {
         ExpectedPeer::MemberOf(self.own.clone())
     }
 
-    /// Whether `other` trusts the same, as far as it can be told without reading the files' contents.
+    /// Whether `other` trusts the same, as far as it can be told without reading the files'
+    /// contents.
     pub(crate) fn trust_as(&self, other: &Self) -> bool {
         (&self.own, &self.trust, &self.bundles) == (&other.own, &other.trust, &other.bundles)
     }

@@ -1,6 +1,8 @@
-//! Certificate revocation lists (RFC 5280 section 5): which there are, and which of them speak for a chain.
+//! Certificate revocation lists (RFC 5280 section 5): which there are, and which of them speak for
+//! a chain.
 //!
-//! Not here: checking them. webpki does, with their signatures; a list that does not parse is refused when it is read.
+//! Not here: checking them. webpki does, with their signatures; a list that does not parse is
+//! refused when it is read.
 
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -15,7 +17,8 @@ use crate::clock;
 use crate::error::{CredentialProblem, HboneError};
 use crate::identity::{pem, system_time};
 
-/// The lists of all files. None: nothing is checked. Otherwise a certificate without a list is refused.
+/// The lists of all files. None: nothing is checked. Otherwise a certificate without a list is
+/// refused.
 #[derive(Debug, Default)]
 pub(crate) struct Revocations(Vec<RevocationList>);
 
@@ -33,7 +36,8 @@ struct RevocationList {
 struct Scope {
     /// The issuer's name in DER.
     issuer: Vec<u8>,
-    /// The identifier of the key that signed it, as far as it is told: an issuer that changes its key keeps its name.
+    /// The identifier of the key that signed it, as far as it is told: an issuer that changes its
+    /// key keeps its name.
     key: Option<Vec<u8>>,
     /// The extension that limits it to some of the issuer's certificates.
     distribution_point: Option<Vec<u8>>,
@@ -41,7 +45,8 @@ struct Scope {
 
 impl Revocations {
     /// # Errors
-    /// [`HboneError::Credential`] for a file that cannot be read, or has anything in it that is not understood.
+    /// [`HboneError::Credential`] for a file that cannot be read, or has anything in it that is not
+    /// understood.
     pub(super) fn read(files: &[PathBuf]) -> Result<Self, HboneError> {
         let mut lists = Self::default();
         for file in files {
@@ -64,7 +69,8 @@ impl Revocations {
         }
     }
 
-    /// All lists, the ones signed by a key that signed this chain first: webpki takes the first one of the issuer's name.
+    /// All lists, the ones signed by a key that signed this chain first: webpki takes the first one
+    /// of the issuer's name.
     pub(super) fn for_chain(
         &self,
         leaf: &CertificateDer<'_>,

@@ -53,7 +53,7 @@ fn theirs(result: Result<SpiffeId, rustls::Error>) -> CertificateError {
 }
 
 #[test]
-fn the_roots_of_one_domain_never_vouch_for_another() {
+fn roots_of_one_domain_do_not_verify_another() {
     let (ours_ca, other) = (Ca::root("ours"), Ca::root("other"));
     let files = Files::new().bundle("other", &other);
     let judge = authorities(&ours_ca.identity(SERVER, 1), &files);
@@ -68,7 +68,7 @@ fn the_roots_of_one_domain_never_vouch_for_another() {
 }
 
 #[test]
-fn an_alias_is_another_name_of_our_own_domain() {
+fn alias_is_verified_by_own_roots() {
     let (ca, other) = (Ca::root("ours"), Ca::root("other"));
     let files = Files::new().alias("old-td").bundle("other", &other);
     let judge = authorities(&ca.identity(CLIENT, 1), &files);
@@ -94,7 +94,7 @@ fn an_alias_is_another_name_of_our_own_domain() {
 }
 
 #[test]
-fn a_domain_without_roots_is_refused_with_the_settings_to_change() {
+fn rejects_domain_without_roots_and_names_settings() {
     let (ca, other) = (Ca::root("ours"), Ca::root("other"));
     let judge = authorities(&ca.identity(CLIENT, 1), &Files::new());
     let chain = other.chain(&[FOREIGN], 2);
@@ -114,7 +114,7 @@ fn a_domain_without_roots_is_refused_with_the_settings_to_change() {
 }
 
 #[test]
-fn bundles_come_with_the_identity_or_from_settings_which_come_first() {
+fn settings_bundles_override_bundles_of_identity() {
     let (ca, spire, settings) = (Ca::root("ours"), Ca::root("spire"), Ca::root("settings"));
     let bundles = [("td", &ca), ("other", &spire), ("third", &spire)]
         .map(|(domain, ca)| (domain.parse().unwrap(), ca.bundle()));
@@ -133,7 +133,7 @@ fn bundles_come_with_the_identity_or_from_settings_which_come_first() {
 }
 
 #[test]
-fn a_revoked_certificate_is_refused_in_either_role() {
+fn rejects_revoked_certificate_in_either_role() {
     let ca = Ca::root("ours");
     for name in ["list.pem", "list.der"] {
         let files = Files::new().crl(name, &ca.revoke(&[7, 8]));
@@ -146,7 +146,7 @@ fn a_revoked_certificate_is_refused_in_either_role() {
 }
 
 #[test]
-fn the_whole_chain_must_be_covered_and_not_revoked() {
+fn rejects_chain_with_revoked_or_uncovered_certificate() {
     let root = Ca::root("root");
     let middle = root.intermediate("middle", 50);
     let chain = middle.chain(&[CLIENT], 2);
@@ -170,7 +170,7 @@ fn the_whole_chain_must_be_covered_and_not_revoked() {
 }
 
 #[test]
-fn a_list_that_expired_or_that_the_issuer_did_not_sign_refuses_all() {
+fn expired_or_wrongly_signed_list_rejects_all() {
     let (ca, impostor) = (Ca::root("ours"), Ca::root("ours"));
     let now = clock::now();
     let judged = |list| {
@@ -186,7 +186,7 @@ fn a_list_that_expired_or_that_the_issuer_did_not_sign_refuses_all() {
 }
 
 #[test]
-fn of_two_lists_the_newer_counts_and_each_key_of_an_issuer_has_its_own() {
+fn newer_list_wins_and_each_issuer_key_has_its_own() {
     let (ca, former) = (Ca::root("ours"), Ca::root("ours"));
     let now = clock::now();
     let old = ca.revoke_between(&[], now - 2 * HOUR, now + HOUR);
@@ -211,7 +211,7 @@ fn problem(settings: &TrustSettings) -> (std::path::PathBuf, CredentialProblem) 
 }
 
 #[test]
-fn what_is_missing_or_malformed_at_the_start_is_an_error_with_its_file() {
+fn start_error_names_missing_or_malformed_file() {
     let ca = Ca::root("ours");
     let list = ca.revoke(&[]);
     let files = Files::new().bundle("other", &ca).crl("list", &list);
@@ -236,7 +236,7 @@ fn what_is_missing_or_malformed_at_the_start_is_an_error_with_its_file() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_changed_file_is_read_again_and_a_bad_one_is_told_once() {
+async fn rereads_changed_file_and_reports_malformed_one_once() {
     let ca = Ca::root("ours");
     let files = Files::new().crl("list", &ca.revoke(&[]));
     let (mut watched, first) = TrustFiles::open(&files.settings, &FileWatcher::default()).unwrap();
@@ -252,7 +252,7 @@ async fn a_changed_file_is_read_again_and_a_bad_one_is_told_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_files_nothing_ever_changes() {
+async fn trust_without_files_never_changes() {
     let (mut files, trust) =
         TrustFiles::open(&TrustSettings::default(), &FileWatcher::default()).unwrap();
     timeout(100 * SECOND, files.next()).await.unwrap_err();

@@ -1,5 +1,5 @@
-//! Tracks whether a connection is blocked on writes. While it is, streams gather small writes instead
-//! of queueing a frame for each.
+//! Tracks whether a connection is blocked on writes. While it is, streams gather small writes
+//! instead of queueing a frame for each.
 //!
 //! Not here: gathering (`stream/gather.rs`).
 

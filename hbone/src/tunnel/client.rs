@@ -39,8 +39,8 @@ pub struct Connector {
     settings: ClientSettings,
 }
 
-/// A connection to a server that has proven who it is. Clones share it; it ends when neither a clone nor a stream is
-/// left, or when it is lost.
+/// A connection to a server that has proven who it is. Clones share it; it ends when neither a
+/// clone nor a stream is left, or when it is lost.
 #[derive(Debug, Clone)]
 pub struct Tunnel {
     send: SendRequest<Bytes>,
@@ -66,20 +66,24 @@ impl Connector {
         Self { credentials, anonymous: false, settings }
     }
 
-    /// A connector that trusts as `credentials` do and presents no certificate: to see a server refuse it.
+    /// A connector that trusts as `credentials` do and presents no certificate: to see a server
+    /// refuse it.
     pub fn anonymous(credentials: watch::Receiver<Credentials>, settings: ClientSettings) -> Self {
         Self { credentials, anonymous: true, settings }
     }
 
-    /// Handshakes over `io` with a server at `address` that must be one of `expected`. Spawns a task that drives the
-    /// connection, and ends it when later credentials distrust the server.
+    /// Handshakes over `io` with a server at `address` that must be one of `expected`. Spawns a
+    /// task that drives the connection, and ends it when later credentials distrust the server.
     ///
-    /// A session with the same address and expectation is resumed, so keep both the same for the same server.
+    /// A session with the same address and expectation is resumed, so keep both the same for the
+    /// same server.
     ///
-    /// In TLS 1.3 the client is done first: that the server refuses our certificate is known at the first request.
+    /// In TLS 1.3 the client is done first: that the server refuses our certificate is known at the
+    /// first request.
     ///
     /// # Errors
-    /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise what is wrong with TLS or the peer.
+    /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise what is wrong with TLS or the
+    /// peer.
     pub async fn open<T>(
         &self,
         io: T,
@@ -94,8 +98,8 @@ impl Connector {
         within(deadline, handshake).await
     }
 
-    /// The same inside of another tunnel, for one stream; it also ends when the peer of the other one is not to be trusted any
-    /// longer.
+    /// The same inside of another tunnel, for one stream; it also ends when the peer of the other
+    /// one is not to be trusted any longer.
     pub(crate) async fn open_inside(
         &self,
         carrier: TunnelStream,
@@ -177,8 +181,8 @@ impl Tunnel {
     /// Asks the peer for a stream to `request.authority`.
     ///
     /// # Errors
-    /// [`HboneError::Refused`] for any answer but 200, [`HboneError::ReplyTimeout`] after `reply`, or how the
-    /// stream or connection ended before the answer.
+    /// [`HboneError::Refused`] for any answer but 200, [`HboneError::ReplyTimeout`] after `reply`,
+    /// or how the stream or connection ended before the answer.
     pub async fn connect(
         &self,
         request: ConnectRequest,
@@ -203,7 +207,8 @@ impl Tunnel {
         self.tunnel_state.peer()
     }
 
-    /// When the first of both sides' certificates expires: open streams may go on, but no new ones should begin.
+    /// When the first of both sides' certificates expires: open streams may go on, but no new ones
+    /// should begin.
     pub fn usable_until(&self) -> SystemTime {
         self.tunnel_state.usable_until()
     }
@@ -217,7 +222,8 @@ impl Tunnel {
         &self.tunnel_state
     }
 
-    /// How many streams the peer allows at a time; `None` if it set no limit, or did not say so yet.
+    /// How many streams the peer allows at a time; `None` if it set no limit, or did not say so
+    /// yet.
     pub(crate) fn allowed_streams(&self) -> Option<usize> {
         // What h2 assumes before the peer's SETTINGS come, and if they have no limit.
         Some(self.send.current_max_send_streams()).filter(|allowed| *allowed != usize::MAX)
@@ -296,7 +302,8 @@ async fn drive(
     tunnel_state: Arc<TunnelState>,
 ) {
     let ended = poll_fn(|cx| {
-        // First: a carrier that is not to be trusted any longer fails too, and the reason would be lost.
+        // First: a carrier that is not to be trusted any longer fails too, and the reason would be
+        // lost.
         if let Poll::Ready(reason) = guard.poll_distrusted(cx) {
             tunnel_state.revoke(reason.clone());
             return Poll::Ready(Err(reason));

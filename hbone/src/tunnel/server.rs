@@ -71,11 +71,12 @@ impl Acceptor {
         Self { credentials, settings }
     }
 
-    /// Handshakes over `io` with a client that must be of a trust domain whose roots we have. The tunnel ends when later
-    /// credentials distrust the client.
+    /// Handshakes over `io` with a client that must be of a trust domain whose roots we have. The
+    /// tunnel ends when later credentials distrust the client.
     ///
     /// # Errors
-    /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise what is wrong with TLS or the peer.
+    /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise what is wrong with TLS or the
+    /// peer.
     pub async fn accept<T>(&self, io: T, deadline: Duration) -> Result<ServerTunnel, HboneError>
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
@@ -326,7 +327,8 @@ impl Incoming {
         self.reader.tunnel_state().peer()
     }
 
-    /// Waits until the client reset the request or the connection ended: for when its answer takes a while. Cancel-safe.
+    /// Waits until the client reset the request or the connection ended: for when its answer takes
+    /// a while. Cancel-safe.
     pub async fn closed(&mut self) -> HboneError {
         poll_fn(|cx| self.poll_closed(cx)).await
     }

@@ -85,12 +85,12 @@ impl TunnelReader {
 
     /// The next chunk, never empty; `None` after END_STREAM and only then. Cancel-safe.
     ///
-    /// The peer may send as much again as the chunk was long when the next one is read: a reader that
-    /// stops holds the peer back.
+    /// The peer may send as much again as the chunk was long when the next one is read: a reader
+    /// that stops holds the peer back.
     ///
     /// # Errors
-    /// [`HboneError::Reset`] for any RST_STREAM, [`HboneError::Lost`] or its cause when the connection ended:
-    /// what was read so far may be a part only.
+    /// [`HboneError::Reset`] for any RST_STREAM, [`HboneError::Lost`] or its cause when the
+    /// connection ended: what was read so far may be a part only.
     pub async fn read(&mut self) -> Result<Option<Bytes>, HboneError> {
         poll_fn(|cx| self.poll_read(cx)).await
     }
@@ -142,8 +142,9 @@ impl TunnelWriter {
         Ok(())
     }
 
-    /// Queues as much from the front of `data`, which must not be empty, as there is room for, and says how much that was.
-    /// If it is the `last`, the frame with the end of it carries END_STREAM too: nothing may be written after that.
+    /// Queues as much from the front of `data`, which must not be empty, as there is room for, and
+    /// says how much that was. If it is the `last`, the frame with the end of it carries END_STREAM
+    /// too: nothing may be written after that.
     ///
     /// Small writes may be gathered (`gather.rs`): call [`TunnelWriter::poll_flush`] when there is
     /// nothing more to write for now.
@@ -225,7 +226,8 @@ impl TunnelWriter {
         Poll::Ready(Ok(length))
     }
 
-    /// Sends END_STREAM, unless it was sent: the peer reads a clean end behind all that was written. The other direction goes on.
+    /// Sends END_STREAM, unless it was sent: the peer reads a clean end behind all that was
+    /// written. The other direction goes on.
     ///
     /// # Errors
     /// As [`TunnelWriter::write`].
@@ -239,14 +241,15 @@ impl TunnelWriter {
     }
 
     /// Sends RST_STREAM(CONNECT_ERROR) for both directions, dropping what is queued; also after
-    /// [`TunnelWriter::finish`]. The code is RFC 9113 section 8.5's for a TCP connection that was reset.
+    /// [`TunnelWriter::finish`]. The code is RFC 9113 section 8.5's for a TCP connection that was
+    /// reset.
     pub fn abort(&mut self) {
         self.aborted = true;
         self.send.send_reset(Reason::CONNECT_ERROR);
     }
 
-    /// Waits until the peer aborted the stream or the connection ended: for when there is nothing to write.
-    /// Cancel-safe; never returns if both directions end well.
+    /// Waits until the peer aborted the stream or the connection ended: for when there is nothing
+    /// to write. Cancel-safe; never returns if both directions end well.
     pub async fn closed(&mut self) -> HboneError {
         poll_fn(|cx| self.poll_closed(cx)).await
     }
@@ -280,7 +283,8 @@ impl TunnelWriter {
         Ok(())
     }
 
-    /// h2 only says that a closed stream cannot be written to; why it is closed is asked separately.
+    /// h2 only says that a closed stream cannot be written to; why it is closed is asked
+    /// separately.
     fn refusal(&mut self, error: h2::Error) -> HboneError {
         match self.poll_closed(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(reason) => reason,

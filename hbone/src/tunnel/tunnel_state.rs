@@ -1,5 +1,5 @@
-//! What the parts of one connection share: who the peer is, when it was last heard, how many streams are
-//! open, how much goes over it, and why it failed if it did.
+//! What the parts of one connection share: who the peer is, when it was last heard, how many
+//! streams are open, how much goes over it, and why it failed if it did.
 //!
 //! Not here: frames. h2 owns the connection; this is what its handles cannot tell.
 
@@ -109,7 +109,8 @@ impl TunnelState {
         (load.open_streams == 0).then_some(load.idle_since)
     }
 
-    /// What went over it lately, in both directions: the mean of about a second, or of the silence since.
+    /// What went over it lately, in both directions: the mean of about a second, or of the silence
+    /// since.
     pub(crate) fn bytes_per_second(&self) -> u64 {
         self.traffic.mean(self.age())
     }
@@ -167,7 +168,8 @@ impl TunnelState {
         let _first = self.failure.set(reason);
     }
 
-    /// The same for a peer that is not to be trusted any longer: its streams end at once, whatever of them is still to be read.
+    /// The same for a peer that is not to be trusted any longer: its streams end at once, whatever
+    /// of them is still to be read.
     pub(crate) fn revoke(&self, reason: HboneError) {
         self.fail(reason);
         self.revocation.signal();
@@ -183,7 +185,8 @@ impl TunnelState {
         self.released.store(true, Ordering::Relaxed);
     }
 
-    /// Whether something is expected of the peer: that it serves a stream, or lets us close the connection.
+    /// Whether something is expected of the peer: that it serves a stream, or lets us close the
+    /// connection.
     pub(crate) fn is_needed(&self) -> bool {
         self.open_streams() > 0 || self.released.load(Ordering::Relaxed)
     }

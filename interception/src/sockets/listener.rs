@@ -26,7 +26,8 @@ pub struct BoundListener {
 }
 
 impl BoundListener {
-    /// The same listener once more: both accept from one queue, and it closes with the last of them.
+    /// The same listener once more: both accept from one queue, and it closes with the last of
+    /// them.
     ///
     /// # Errors
     ///
@@ -103,8 +104,8 @@ pub struct Listener {
 impl Listener {
     /// Waits for the next connection, and the address of who made it (IPv4 clients in IPv4's form).
     ///
-    /// The stream does not block and belongs to no runtime: it may be handed to another worker's. Its
-    /// options are the listener's.
+    /// The stream does not block and belongs to no runtime: it may be handed to another worker's.
+    /// Its options are the listener's.
     ///
     /// # Errors
     ///
@@ -135,8 +136,8 @@ impl AsFd for Listener {
 }
 
 /// Listens on `address`; accepted streams inherit the mark (`inet_request_mark`,
-/// include/net/inet_sock.h). A transparent listener also takes what TPROXY delivers. `prepare` is done
-/// before the first of them can be there.
+/// include/net/inet_sock.h). A transparent listener also takes what TPROXY delivers. `prepare` is
+/// done before the first of them can be there.
 pub(crate) fn bind(
     _: &Entered,
     address: SocketAddr,

@@ -136,8 +136,8 @@ impl Sockets {
     /// The same, whose connections are probed when they were silent for this long, and as long
     /// after each probe.
     ///
-    /// A caught connection lives only as long as its conntrack entry, and what NAT gateways and load
-    /// balancers on the way forgot hangs (istio #38982, #43301).
+    /// A caught connection lives only as long as its conntrack entry, and what NAT gateways and
+    /// load balancers on the way forgot hangs (istio #38982, #43301).
     #[must_use]
     pub fn with_keepalive(self, keepalive: Duration) -> Self {
         Self { keepalive: Some(keepalive), ..self }
@@ -371,8 +371,9 @@ pub fn end_on_close(stream: &impl AsFd) {
     let _gone = SockRef::from(stream).set_linger(None);
 }
 
-/// Probes the other side of `stream` when it was silent for `first`, and then `every` so often, both in whole seconds; it is given
-/// up after [`KEEPALIVE_PROBES`] without an answer. A connection that is gone needs no probes, so that this cannot fail.
+/// Probes the other side of `stream` when it was silent for `first`, and then `every` so often,
+/// both in whole seconds; it is given up after [`KEEPALIVE_PROBES`] without an answer. A connection
+/// that is gone needs no probes, so that this cannot fail.
 pub fn probe_every(stream: &impl AsFd, first: Duration, every: Duration) {
     let probes = TcpKeepalive::new().with_time(first).with_interval(every);
     let _gone = SockRef::from(stream).set_tcp_keepalive(&probes.with_retries(KEEPALIVE_PROBES));

@@ -1,4 +1,4 @@
-//! The types that several settings have.
+//! The types that several settings share.
 
 use std::hash::Hash;
 use std::net::SocketAddr;
@@ -106,7 +106,7 @@ pub(crate) const CIDRS: Kind<Vec<IpNet>> =
 pub(crate) const PORTS: Kind<Vec<PortRange>> =
     list("list of ports", |cursor, _| given_list(cursor, port_range));
 
-/// One of a few words.
+/// One word of a fixed set.
 pub(crate) const fn word<T: Word>(name: &'static str) -> Kind<T> {
     Kind {
         name,
@@ -116,7 +116,7 @@ pub(crate) const fn word<T: Word>(name: &'static str) -> Kind<T> {
     }
 }
 
-/// A list of what `read` reads.
+/// A list of items that `read` parses.
 pub(crate) const fn list<T: ToString>(
     name: &'static str,
     read: fn(Cursor<'_>, super::Files<'_>) -> Option<Vec<T>>,
@@ -124,8 +124,8 @@ pub(crate) const fn list<T: ToString>(
     Kind { name, is_list: true, read, write: |items| Written::list(items) }
 }
 
-/// A list of what is included; `None`: everything. An empty list is as if it were not given: to
-/// include nothing takes the word.
+/// A list of included items; `None`: all. An empty list counts as absent: only the word for nothing
+/// includes nothing.
 pub(crate) const fn included<T: ToString>(
     name: &'static str,
     read: fn(Cursor<'_>, super::Files<'_>) -> Option<Option<Vec<T>>>,
@@ -138,7 +138,7 @@ pub(crate) const fn included<T: ToString>(
     Kind { name, is_list: true, read, write }
 }
 
-/// The items of a list that is given.
+/// The items of the list in the document.
 pub(crate) fn given_list<T: Clone + Eq + Hash>(
     cursor: Cursor<'_>,
     read: impl Fn(&str) -> Result<T, String>,
@@ -146,7 +146,7 @@ pub(crate) fn given_list<T: Clone + Eq + Hash>(
     cursor.is_given().then(|| cursor.list(read))
 }
 
-/// The value that is given for [`included`].
+/// The value in the document for [`included`].
 pub(crate) fn given_included<T: Clone + Eq + Hash>(
     cursor: Cursor<'_>,
     read: impl Fn(&str) -> Result<T, String>,
@@ -159,7 +159,7 @@ pub(crate) fn given_included<T: Clone + Eq + Hash>(
     }
 }
 
-/// `off` is a value of its own.
+/// Parses `off` as `None`.
 fn or_off<T>(cursor: Cursor<'_>, read: impl Fn(Cursor<'_>) -> Option<T>) -> Option<Option<T>> {
     match cursor.text()? {
         "off" => Some(None),
@@ -171,7 +171,7 @@ fn off_or(value: Option<impl ToString>) -> Written {
     value.map_or_else(|| Written::scalar("off"), Written::scalar)
 }
 
-/// A duration in the largest unit that loses nothing.
+/// Prints a duration in the largest unit that represents it exactly.
 fn in_units(duration: Duration) -> String {
     let millis = duration.as_millis();
     let units = [(3_600_000, "h"), (60_000, "m"), (1000, "s")];

@@ -1,4 +1,4 @@
-//! Environment variables: which of them set a key, and which belong to Kubernetes.
+//! Environment variables: distinguishes settings from variables that Kubernetes defines.
 
 use std::ffi::OsString;
 
@@ -8,11 +8,11 @@ use crate::yaml::document::Origin;
 use crate::yaml::read::closest;
 
 const PREFIX: &str = "UNDERPASS_";
-/// Names the settings file where no `--config` does.
+/// The variable that names the settings file if there is no `--config`.
 pub(super) const CONFIG_FILE: &str = "UNDERPASS_CONFIG";
 
-/// The variables of this process that begin with our prefix. A value that is not UTF-8 becomes one
-/// that no key accepts.
+/// The variables of this process with our prefix. A value that is not UTF-8 becomes one that no key
+/// accepts.
 #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 pub(super) fn of_process() -> Vec<(String, String)> {
     let text = |(name, value): (OsString, OsString)| {
@@ -22,14 +22,14 @@ pub(super) fn of_process() -> Vec<(String, String)> {
     std::env::vars_os().filter_map(text).collect()
 }
 
-/// What a variable means to us.
+/// The meaning of a variable.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
     /// It sets this key.
     Key(&'static str),
-    /// It has nothing to do with settings: another program's, or one that Kubernetes makes.
+    /// Not a setting: another program's variable, or one that Kubernetes defines.
     Nothing,
-    /// It looks like a setting and is none.
+    /// Our prefix, but no known key.
     Unknown,
 }
 
@@ -62,8 +62,8 @@ pub(super) fn unknown(name: &str, value: &str) -> Problem {
     }
 }
 
-/// `proxy.outbound_port` is `UNDERPASS_PROXY_OUTBOUND_PORT`, `workload.serviceAccount` is
-/// `UNDERPASS_WORKLOAD_SERVICE_ACCOUNT`.
+/// The variable of a key: `UNDERPASS_PROXY_OUTBOUND_PORT` for `proxy.outbound_port`,
+/// `UNDERPASS_WORKLOAD_SERVICE_ACCOUNT` for `workload.serviceAccount`.
 pub(super) fn variable(key: &str) -> String {
     let mut name = PREFIX.to_owned();
     for c in key.chars() {
@@ -76,9 +76,8 @@ pub(super) fn variable(key: &str) -> String {
     name
 }
 
-/// Kubernetes puts variables of this form into every pod for each Service of its namespace
-/// (`enableServiceLinks`), so a Service called `underpass` or `underpass-ca` must not make
-/// the start fail.
+/// Kubernetes adds variables of this form to every pod for each Service of its namespace
+/// (`enableServiceLinks`). A Service called `underpass` must not make the start fail.
 fn is_service_link(name: &str) -> bool {
     name.ends_with("_SERVICE_HOST")
         || name.ends_with("_SERVICE_PORT")
@@ -90,8 +89,8 @@ fn is_service_link(name: &str) -> bool {
             .is_some_and(|(_, rest)| is_port_and_transport(rest))
 }
 
-/// A service link whose name may be that of a key, such as `UNDERPASS_PROXY_OUTBOUND_PORT`: the value
-/// of a key is never a URL.
+/// A service link with the name of a key, such as `UNDERPASS_PROXY_OUTBOUND_PORT`. The value of a
+/// key is never a URL.
 fn is_service_url(name: &str, value: &str) -> bool {
     let schemes = ["tcp://", "udp://", "sctp://"];
     name.ends_with("_PORT") && schemes.iter().any(|scheme| value.starts_with(scheme))

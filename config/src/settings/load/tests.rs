@@ -1,4 +1,4 @@
-//! Settings as an operator writes them, right and wrong.
+//! Valid and invalid settings from files, variables and flags.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -49,7 +49,7 @@ fn mistakes(result: Result<Settings, ConfigErrors>) -> Vec<String> {
 }
 
 #[test]
-fn nothing_written_means_the_defaults() {
+fn empty_document_gives_defaults() {
     let settings = load("", &[], &[]).unwrap();
     assert_eq!(settings.proxy.outbound_port, 15001);
     assert_eq!(settings.proxy.inbound_port, 15006);
@@ -66,7 +66,7 @@ fn nothing_written_means_the_defaults() {
 }
 
 #[test]
-fn flags_win_over_the_environment_and_that_over_the_file() {
+fn flags_override_environment_which_overrides_file() {
     let file = "proxy: {outbound_port: 1, inbound_port: 2, hbone_port: 3}\n";
     let environment =
         [("UNDERPASS_PROXY_INBOUND_PORT", "20"), ("UNDERPASS_PROXY_HBONE_PORT", "30")];
@@ -87,13 +87,13 @@ fn every_key_has_its_environment_variable() {
 }
 
 #[test]
-fn no_two_keys_share_an_environment_variable() {
+fn environment_variables_of_keys_are_unique() {
     let names: BTreeSet<String> = keys().map(environment::variable).collect();
     assert_eq!(names.len(), keys().count());
 }
 
 #[test]
-fn a_list_in_a_flag_or_a_variable_is_plain_text_with_commas() {
+fn flags_and_variables_take_comma_separated_lists() {
     let exclude = |value: &str| {
         let flag = format!("interception.outbound.exclude_cidrs={value}");
         let variable = ("UNDERPASS_INTERCEPTION_OUTBOUND_EXCLUDE_CIDRS", value);
@@ -111,7 +111,7 @@ fn a_list_in_a_flag_or_a_variable_is_plain_text_with_commas() {
 }
 
 #[test]
-fn a_value_in_a_flag_or_a_variable_needs_no_quotes_and_may_have_them() {
+fn flags_and_variables_take_plain_or_quoted_values() {
     for value in ["[::]:15020", "\"[::]:15020\"", " '[::]:15020' "] {
         let flag = format!("metrics.address={value}");
         let variable = ("UNDERPASS_METRICS_ADDRESS", value);
@@ -123,7 +123,7 @@ fn a_value_in_a_flag_or_a_variable_needs_no_quotes_and_may_have_them() {
 }
 
 #[test]
-fn nothing_in_a_flag_or_a_variable_means_the_default() {
+fn empty_flag_or_variable_gives_default() {
     for nothing in ["", "~", "null"] {
         let file = "mesh: {file: m.yaml}\nproxy: {workers: 3}\n";
         let flag = format!("mesh.file={nothing}");
@@ -133,7 +133,7 @@ fn nothing_in_a_flag_or_a_variable_means_the_default() {
 }
 
 #[test]
-fn a_star_in_a_flag_is_no_alias() {
+fn star_in_flag_is_plain_text() {
     let file = "interception: {outbound: {include_cidrs: none}, inbound: {include_ports: [1]}}\n";
     for star in ["*", "\"*\"", "['*']"] {
         let outbound = format!("interception.outbound.include_cidrs={star}");
@@ -145,7 +145,7 @@ fn a_star_in_a_flag_is_no_alias() {
 }
 
 #[test]
-fn paths_in_the_file_are_relative_to_it_and_paths_in_flags_are_not() {
+fn only_paths_in_the_file_are_relative_to_its_folder() {
     let file =
         "identity: {certificate: c.pem, key: /abs/c.key, roots: r.pem}\nmesh: {file: m.yaml}\n";
     let settings = load(file, &[], &["mesh.file=here.yaml"]).unwrap();
@@ -169,7 +169,7 @@ fn paths_in_the_file_are_relative_to_it_and_paths_in_flags_are_not() {
 }
 
 #[test]
-fn all_mistakes_are_reported_at_once() {
+fn load_reports_all_mistakes_at_once() {
     let file = "proxy: {outbound_port: 0, workers: many}\nidentity: {certificate: c.pem}\n\
                 interception: {profile: ambience, ipv6: maybe}\nworkload: {trustDomain: UPPER}\nmehs: {}\n";
     let environment = [("UNDERPASS_PROXY_HBONE_PORT", "hbone")];
@@ -191,7 +191,7 @@ fn all_mistakes_are_reported_at_once() {
 }
 
 #[test]
-fn what_is_promised_for_later_is_refused_by_name() {
+fn rejects_planned_keys_by_name() {
     let file = "mesh: {xds: x}\nadmin: {address: x}\n";
     let found = mistakes(load(file, &[], &[]));
     let later: Vec<_> = found.iter().filter(|found| found.ends_with("not supported yet")).collect();
@@ -199,7 +199,7 @@ fn what_is_promised_for_later_is_refused_by_name() {
 }
 
 #[test]
-fn two_listeners_cannot_share_a_port() {
+fn rejects_equal_proxy_ports() {
     let found = mistakes(load("proxy: {inbound_port: 15008}\n", &[], &[]));
     assert_eq!(found, ["proxy: outbound_port, inbound_port, hbone_port and dns_port must differ"]);
 }
@@ -219,7 +219,7 @@ fn refuses_a_port_that_two_listeners_share() {
 }
 
 #[test]
-fn a_missing_file_is_named() {
+fn missing_file_error_names_the_file() {
     let sources = Sources { file: Some("/does/not/exist.yaml".into()), ..Sources::default() };
     let error = sources.load().unwrap_err().to_string();
     assert!(error.starts_with("/does/not/exist.yaml: cannot be read: No such file"), "{error}");
@@ -234,7 +234,8 @@ fn warnings(environment: &[(&str, &str)]) -> Vec<String> {
 
 #[test]
 fn ignores_service_links_of_kubernetes() {
-    // What kubelet makes for the Services underpass, underpass-ca and underpass-proxy-outbound.
+    // The kubelet's variables for the Services underpass, underpass-ca and
+    // underpass-proxy-outbound.
     let links = [
         ("UNDERPASS_SERVICE_HOST", "10.0.0.1"),
         ("UNDERPASS_SERVICE_PORT", "80"),

@@ -1,5 +1,4 @@
-//! The settings `egress`, `egress_exceptions`, `proxy.mtls` and `proxy.mtls_overrides`: what may go
-//! out and come in besides tunnels.
+//! The settings `egress`, `egress_exceptions`, `proxy.mtls` and `proxy.mtls_overrides`.
 
 use ipnet::IpNet;
 
@@ -38,7 +37,7 @@ const OVERRIDES: Kind<Vec<MtlsOverride>> = list("list of modes, see below", |cur
 
 pub(super) fn egress(document: Document<'_>) -> Option<EgressSettings> {
     let settings = EgressSettings {
-        // After a mistake in it the mode may be one that has exceptions.
+        // After a mistake in the mode, exceptions are not reported as contradictions.
         mode: EGRESS.read_sound(document).unwrap_or(Egress::MeshOnly),
         cidrs: EGRESS_CIDRS.read(document)?,
         ports: EGRESS_PORTS.read(document)?,
@@ -51,7 +50,7 @@ pub(super) fn egress(document: Document<'_>) -> Option<EgressSettings> {
     Some(settings)
 }
 
-/// Without an identity there are no tunnels.
+/// Rejects strict mTLS without an identity, since there would be no tunnels.
 pub(super) fn mtls(document: Document<'_>, has_identity: bool) -> Option<MtlsSettings> {
     let settings =
         MtlsSettings { default: MTLS.read(document)?, overrides: MTLS_OVERRIDES.read(document)? };

@@ -17,10 +17,9 @@ use crate::settings::{
 };
 use crate::yaml::read::Cursor;
 
-/// As Istio's. It is renewed at half of it, so that a CA may be down overnight.
+/// As in Istio. Renewal is at half of it, so that an outage of the CA overnight is harmless.
 const DEFAULT_TTL: Duration = Duration::from_secs(24 * 3600);
-/// Certificates know no fractions of a second (RFC 5280 section 4.1.2.5), nor does Istio's CA
-/// protocol.
+/// X.509 and Istio's CA protocol express validity in whole seconds (RFC 5280 section 4.1.2.5).
 const SHORTEST_TTL: Duration = Duration::from_secs(1);
 
 settings! {
@@ -81,7 +80,7 @@ settings! {
 
 const HTTPS: Kind<String> = Kind { name: "`https://HOST:PORT`", read: https_address, ..TEXT };
 const HOST: Kind<String> = Kind { name: "host name", read: server_name, ..TEXT };
-/// It is sent as a header, which carries visible ASCII without doubt (RFC 9110 section 5.5).
+/// The value is sent as a header: only visible ASCII is portable (RFC 9110 section 5.5).
 const CLUSTER: Kind<String> = Kind { read: cluster_id, ..TEXT };
 const SOCKET: Kind<PathBuf> = Kind { read: socket, ..PATH };
 const LIFETIME: Kind<Duration> = Kind { read: ttl, ..DURATION };
@@ -99,7 +98,7 @@ const PATHS: Kind<Vec<PathBuf>> = Kind {
 
 type Read = fn(Document<'_>) -> Option<IdentitySettings>;
 
-/// Every source of a certificate: its name in messages, the keys that choose it, and its reader.
+/// Every source of a certificate: its name in messages, the keys that select it, and its parser.
 const SOURCES: &[(&str, &[&str], Read)] = &[
     ("certificate, key and roots", &["certificate", "key", "roots"], identity_files),
     ("local_ca", &["local_ca"], local_ca),
@@ -107,7 +106,7 @@ const SOURCES: &[(&str, &[&str], Read)] = &[
     ("spire", &["spire"], spire),
 ];
 
-/// Reads `identity`; `None` if it is absent, or after a mistake in it.
+/// Parses `identity`; `None` if it is absent, or after a mistake in it.
 pub(super) fn identity(document: Document<'_>) -> Option<IdentitySettings> {
     let section = document.root.key("identity");
     if !section.is_given() {
@@ -208,7 +207,7 @@ fn ttl_of(settings: &Settings) -> Option<Duration> {
     local_ca_of(settings).map(|ca| ca.ttl).or_else(|| istio_ca_of(settings).map(|ca| ca.ttl))
 }
 
-/// Reads `trust`; `own` is our own trust domain, if it is known.
+/// Parses `trust`; `own` is our own trust domain, if it is known.
 pub(super) fn trust(document: Document<'_>, own: Option<&TrustDomain>) -> Option<TrustSettings> {
     let settings = TrustSettings {
         aliases: ALIASES.read(document)?,
@@ -252,8 +251,8 @@ fn ttl(cursor: Cursor<'_>, _: Files<'_>) -> Option<Duration> {
     Some(ttl)
 }
 
-/// The path of a Unix socket, or its URI: as SPIFFE_ENDPOINT_SOCKET has it (SPIFFE Workload Endpoint
-/// section 4), it has an absolute path and no host.
+/// The path of a Unix socket, or a URI as in SPIFFE_ENDPOINT_SOCKET, with an absolute path and no
+/// host (SPIFFE Workload Endpoint section 4).
 fn socket(cursor: Cursor<'_>, files: Files<'_>) -> Option<PathBuf> {
     let text = cursor.text()?;
     let socket = match text.strip_prefix("unix:") {
@@ -321,7 +320,7 @@ fn bundles(cursor: Cursor<'_>, files: Files<'_>) -> Option<Vec<BundleFile>> {
     given_list(cursor, |text| bundle(text, |file| files.resolve(cursor, file)))
 }
 
-/// Reads `TRUSTDOMAIN=FILE`.
+/// Parses `TRUSTDOMAIN=FILE`.
 fn bundle(text: &str, resolve: impl Fn(&str) -> PathBuf) -> Result<BundleFile, String> {
     match text.split_once('=') {
         Some((domain, file)) if !file.is_empty() => {

@@ -1,4 +1,4 @@
-//! The settings `interception`, and which of them do not go together.
+//! The settings `interception`, and the contradictions between them.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
@@ -28,7 +28,7 @@ const LOOPBACK: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::LOCALHOST, 32);
 
 settings! {
     /// whose traffic scheme the rules follow: `ambient` and `sidecar`: Istio's; `osm`: Open Service
-    /// Mesh's; `none`: the rules are someone else's, and client addresses are not imitated
+    /// Mesh's; `none`: another program installs the rules, and client addresses are not imitated
     PROFILE: Profile = "interception.profile", word("`ambient`, `sidecar`, `osm`, `none`"),
         Fallback::Is(|| Profile::Ambient), |s| Some(s.interception.profile);
     /// what installs the rules: `nftables` (over netlink), `iptables` (its nft variant),
@@ -152,9 +152,9 @@ const PROBES: Kind<KubeletProbes> = Kind {
     },
 };
 
-/// Reads the whole section. A mistake is reported at its key; the settings are then of no use.
+/// Parses the whole section. Reports each mistake at its key; the result is unusable then.
 pub(super) fn settings(document: Document<'_>) -> Option<InterceptionSettings> {
-    // After a mistake in the profile, nothing more can be said of what goes together.
+    // After a mistake in the profile, contradictions cannot be determined.
     let profile = PROFILE.read_sound(document).unwrap_or(Profile::None);
     let (uids, gids): (&[u32], &[u32]) = match profile {
         Profile::Sidecar => (&[ISTIO_PROXY], &[ISTIO_PROXY]),
@@ -183,7 +183,7 @@ pub(super) fn settings(document: Document<'_>) -> Option<InterceptionSettings> {
         kubelet_probes: kubelet_probes(document, profile, exact),
         loopback_cidr: LOOPBACK_CIDR.read(document)?,
     };
-    // Without rules of ours, no two settings of them can contradict each other.
+    // Without rules, these settings have no effect and cannot contradict each other.
     if profile != Profile::None {
         refuse_contradictions(document, &settings);
     }
@@ -191,7 +191,7 @@ pub(super) fn settings(document: Document<'_>) -> Option<InterceptionSettings> {
 }
 
 fn kubelet_probes(document: Document<'_>, profile: Profile, exact: bool) -> KubeletProbes {
-    // Istio's rules, the only ones with `exact`, always exempt probes.
+    // Istio's rules always exempt probes, and `exact` installs no others.
     let always = exact && profile == Profile::Ambient;
     let default = if always { KubeletProbes::On } else { KubeletProbes::Off };
     let probes = KUBELET_PROBES.read(document).unwrap_or(default);
@@ -220,7 +220,7 @@ fn probe_port(text: &str) -> Result<PortRange, String> {
 
 fn outbound(document: Document<'_>) -> Option<OutboundCapture> {
     let include_ports = INCLUDE_PORTS.read(document)?;
-    // Ports alone mean these ports only.
+    // Included ports without CIDRs mean these ports only.
     let only_ports = (!include_ports.is_empty()).then(Vec::new);
     Some(OutboundCapture {
         include_cidrs: INCLUDE_CIDRS.read(document).unwrap_or(only_ports),
@@ -243,7 +243,7 @@ fn inbound(document: Document<'_>) -> Option<InboundCapture> {
     })
 }
 
-/// Reports settings that are right by themselves and wrong together.
+/// Reports settings that are valid alone but contradict each other.
 fn refuse_contradictions(document: Document<'_>, settings: &InterceptionSettings) {
     let InterceptionSettings { profile, outbound, inbound, .. } = settings;
     let ambient = *profile == Profile::Ambient;
@@ -311,8 +311,8 @@ fn refuse_contradictions(document: Document<'_>, settings: &InterceptionSettings
     }
 }
 
-/// The name of an interface, by the rules of the kernel (`dev_valid_name` in `net/core/dev.c`), without what iptables and
-/// nft would read as a pattern or as the end of the name.
+/// Parses the name of an interface by the kernel's rules (`dev_valid_name` in `net/core/dev.c`).
+/// Rejects characters that iptables and nft read as a pattern or as the end of the name.
 fn interface(text: &str) -> Result<String, String> {
     let refused = |c: char| {
         c.is_whitespace() || c.is_control() || matches!(c, '/' | ':' | '\'' | '"' | '`' | '\\')
@@ -362,7 +362,7 @@ fn loopback(cursor: Cursor<'_>, _: Files<'_>) -> Option<Ipv4Net> {
     }
 }
 
-/// Digits alone: `parse` would take "+80".
+/// Accepts digits only: `parse` alone would accept "+80".
 fn number<T: FromStr>(text: &str) -> Option<T> {
     text.parse().ok().filter(|_| text.bytes().all(|c| c.is_ascii_digit()))
 }

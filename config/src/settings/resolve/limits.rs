@@ -1,4 +1,4 @@
-//! The settings `limits`: what others can make the process hold.
+//! The settings `limits`.
 
 use crate::settings::Limits;
 use crate::settings::declare::{
@@ -9,30 +9,31 @@ settings! {
     /// connections and streams that one worker serves; above that new ones are refused
     CONNECTIONS_PER_WORKER: usize = "limits.connections_per_worker", COUNT,
         Fallback::Is(|| 50_000), |s| Some(s.limits.connections_per_worker);
-    // One address has some 28,000 ports for one destination. A workload, a node's gateway or a
-    // load balancer may rightly use many of them; a client that closes no connection uses all.
+    // One address has about 28,000 ephemeral ports for one destination. A workload, a node's
+    // gateway or a load balancer may legitimately use many; a client that closes no connection uses
+    // all.
     /// connections and streams of one address (IPv6: one /64); above that its new ones are refused;
     /// `off`: as many as the workers serve
     CONNECTIONS_PER_SOURCE: Option<usize> = "limits.connections_per_source", COUNT_OR_OFF,
         Fallback::Is(|| Some(20_000)), |s| Some(s.limits.connections_per_source);
-    // The right rate depends on the machine; the kernel's queue and the limits above hold without
-    // one.
+    // The right rate depends on the machine. Without one, the kernel's queue and the limits above
+    // still apply.
     /// how many connections each of the three listeners takes in a second, a tenth of them at once;
     /// further ones wait in the kernel's queue
     ACCEPTS_PER_SECOND: Option<u32> = "limits.accepts_per_second", RATE_OR_OFF,
         Fallback::Is(|| None), |s| Some(s.limits.accepts_per_second);
-    // A handshake takes about a millisecond of a CPU: more at once make all of them late.
-    /// TLS handshakes under way; further ones wait, no longer than `timeouts.handshake`. A connection
-    /// without a ClientHello is none
+    // A handshake takes about a millisecond of CPU time: more concurrent ones delay each other.
+    /// TLS handshakes under way; further ones wait, no longer than `timeouts.handshake`. A
+    /// connection without a ClientHello is none
     HANDSHAKES: usize = "limits.handshakes", COUNT,
         Fallback::Is(|| 1024), |s| Some(s.limits.handshakes);
-    // A peer opens a few tunnels for each of its workers, and several peers may share an address.
+    // A peer opens a few tunnels per worker, and several peers may share an address.
     /// TLS handshakes that one address (IPv6: one /64) may have under way; above that its
     /// connections are closed
     HANDSHAKES_PER_SOURCE: usize = "limits.handshakes_per_source", COUNT,
         Fallback::Is(|| 64), |s| Some(s.limits.handshakes_per_source);
-    // A worker of ours opens at most `tunnels.per_peer` to a peer: this is enough for 128 workers.
-    // A tunnel without streams can hold 256 KiB (the largest frame), these 128 MiB together.
+    // A worker opens at most `tunnels.per_peer` tunnels to a peer: enough for 128 workers. A tunnel
+    // without streams can hold 256 KiB (the largest frame): 128 MiB in total.
     /// tunnels of one address (IPv6: one /64) that are served at a time; further ones are reset
     /// before their handshake; `off`: as many as come
     TUNNELS_PER_SOURCE: Option<usize> = "limits.tunnels_per_source", COUNT_OR_OFF,

@@ -1,4 +1,4 @@
-//! The settings `proxy`, but for its modes of mTLS (`access.rs`).
+//! The settings `proxy`, except for mTLS (`access.rs`).
 
 use std::collections::BTreeSet;
 
@@ -37,7 +37,7 @@ pub(super) fn proxy(
     profile: Profile,
     mtls: MtlsSettings,
 ) -> Option<ProxySettings> {
-    // OSM's sidecar listens where Istio's does not.
+    // OSM's sidecar listens on another port than Istio's.
     let inbound_port = if profile == Profile::Osm { 15003 } else { 15006 };
     let settings = ProxySettings {
         outbound_port: OUTBOUND_PORT.read(document)?,

@@ -55,7 +55,8 @@ pub(super) fn addresses(document: Document<'_>) -> Option<[SocketAddr; 2]> {
     Some([METRICS.read(document)?, READINESS.read(document)?])
 }
 
-/// Each of the two needs a port of its own, or an address on which no other listener has it.
+/// Rejects a metrics or readiness address whose port another listener uses on an overlapping
+/// address.
 pub(super) fn refuse_shared_ports(
     document: Document<'_>,
     proxy: &ProxySettings,

@@ -1,4 +1,4 @@
-//! What holds for every declaration.
+//! Checks of all declarations.
 
 use std::collections::BTreeSet;
 
@@ -30,10 +30,10 @@ fn default_in_the_reference_is_the_value_of_settings_without_it() {
             Some(Written::Scalar(text)) if text.is_empty() => "\"\"".to_owned(),
             Some(Written::Scalar(text)) => text,
             Some(Written::List(items)) => format!("[{}]", items.join(", ")),
-            // It is of another source of certificates.
+            // The setting belongs to another identity source.
             None => continue,
         };
-        // A varying default begins with a word and goes on.
+        // The description of a varying default begins with a word.
         if !in_words.contains('`') {
             assert_eq!(in_words, expected, "{}", setting.key());
         }

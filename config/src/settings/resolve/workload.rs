@@ -34,7 +34,7 @@ const TRUST_DOMAIN_NAME: Kind<TrustDomain> = Kind {
     write: |trust_domain| Written::scalar(trust_domain),
 };
 
-/// The mesh file writes an address as `network/address`.
+/// A network name without a slash: the mesh file writes addresses as `network/address`.
 const NETWORK_NAME: Kind<String> = Kind {
     read: |cursor, _| {
         let name = cursor.text()?;
@@ -59,7 +59,7 @@ pub(super) fn workload(document: Document<'_>) -> Option<WorkloadSettings> {
                 .problem(format!("namespace and serviceAccount make no SPIFFE identity: {error}"));
         })
         .ok()?;
-    // A workload is called by its service account unless it has a name.
+    // The default name of a workload is its service account.
     let name = NAME.read(document).unwrap_or_else(|| service_account.clone());
     let network = NETWORK.read_sound(document)?;
     Some(WorkloadSettings { name, namespace, service_account, trust_domain, network, spiffe_id })

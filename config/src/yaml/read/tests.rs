@@ -1,4 +1,4 @@
-//! Values and mistakes as they are read out of small documents.
+//! Typed values and mistakes in small documents.
 
 use super::*;
 
@@ -11,7 +11,7 @@ fn problems_of(text: &str, read: impl Fn(Cursor<'_>)) -> Vec<String> {
 }
 
 #[test]
-fn every_mistake_is_told_with_its_place_key_and_value() {
+fn mistakes_report_place_key_and_value() {
     let found = problems_of("a:\n  port: 99999\n  list: [1, x]\n  outboundport: 1\n", |root| {
         let a = root.key("a");
         a.only(&["port", "list", "outbound_port"]);
@@ -29,7 +29,7 @@ fn every_mistake_is_told_with_its_place_key_and_value() {
 }
 
 #[test]
-fn a_duration_needs_its_unit_and_is_never_zero() {
+fn duration_requires_unit_and_rejects_zero() {
     assert_eq!(parse_duration("250ms"), Some(Duration::from_millis(250)));
     assert_eq!(parse_duration("5m"), Some(Duration::from_secs(300)));
     for bad in
@@ -58,7 +58,7 @@ fn ports_and_booleans_are_written_as_in_yaml() {
 }
 
 #[test]
-fn the_wrong_kind_of_value_is_a_mistake_not_a_default() {
+fn wrong_type_of_value_is_a_mistake() {
     let found = problems_of("a: [1]\nb: 1\nc: {d: 1}\n", |root| {
         root.key("a").text();
         root.key("b").items(|_| Some(()));

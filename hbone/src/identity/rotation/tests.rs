@@ -78,7 +78,7 @@ fn bad_file() -> HboneError {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_start_waits_for_a_ca_that_is_not_there_yet() {
+async fn start_waits_for_unavailable_ca() {
     let mut scene = Scene::new();
     scene.answer(Err(unreachable_ca()));
     scene.answer(Err(unreachable_ca()));
@@ -89,7 +89,7 @@ async fn the_start_waits_for_a_ca_that_is_not_there_yet() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_start_ends_with_what_only_the_operator_can_change() {
+async fn start_fails_on_configuration_error() {
     let mut scene = Scene::new();
     scene.answer(Err(bad_file()));
     assert_eq!(scene.start().await.unwrap_err().fault(), Fault::Configuration);
@@ -97,7 +97,7 @@ async fn the_start_ends_with_what_only_the_operator_can_change() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_new_identity_is_published_and_after_a_failure_the_last_one_stays() {
+async fn publishes_new_identity_and_keeps_last_one_after_failure() {
     let mut scene = Scene::new();
     scene.answer(Ok(identity(&scene.authority, CLIENT)));
     let (rotator, mut credentials) = scene.start().await.unwrap();

@@ -1,7 +1,7 @@
 //! A certificate, its key and its roots in files that someone else renews.
 //!
-//! Whoever renews them writes one file after the other: between two of them the pair does not match, and is not used. Not
-//! here: how files are followed (`crate::identity::files`).
+//! Whoever renews them writes one file after the other: between two of them the pair does not
+//! match, and is not used. Not here: how files are followed (`crate::identity::files`).
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -15,13 +15,14 @@ use crate::identity::Identity;
 use crate::identity::files::WatchedFiles;
 use crate::identity::renewal::Schedule;
 
-/// Reads the files at first and whenever they change: written in place, renamed, or reached through a swapped link.
+/// Reads the files at first and whenever they change: written in place, renamed, or reached through
+/// a swapped link.
 #[derive(Debug)]
 pub struct FileSource {
     files: IdentityFiles,
     watched: WatchedFiles,
-    /// When to look again without being told, because what was read last could not be used: it may become valid with
-    /// time, or readable.
+    /// When to look again without being told, because what was read last could not be used: it may
+    /// become valid with time, or readable.
     retry: Option<Schedule>,
     /// The content of the files that is used.
     used: Option<u64>,

@@ -1,7 +1,8 @@
 //! Istio's CA protocol as a client: `CreateCertificate` of istiod or of `underpass ca serve`.
 //!
-//! A connection lives for one request: certificates are asked for twice in their life, and a connection kept for hours would
-//! have to be watched for hours. Not here: the server (`ca/server.rs`).
+//! A connection lives for one request: certificates are asked for twice in their life, and a
+//! connection kept for hours would have to be watched for hours. Not here: the server
+//! (`ca/server.rs`).
 
 pub(super) mod connection;
 
@@ -40,7 +41,8 @@ use crate::limits::{Budget, Queue};
 use crate::pool::Dial;
 use crate::trust::bundle::Bundle;
 
-/// How many requests are under way at once: a node that starts has many workloads, and its CA many nodes.
+/// How many requests are under way at once: a node that starts has many workloads, and its CA many
+/// nodes.
 const REQUESTS: usize = 8;
 /// For a connection, its TLS and HTTP/2.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -49,7 +51,8 @@ const REPLY: Duration = Duration::from_secs(10);
 /// The longest answer that we read: a chain of certificates and a bundle of roots.
 const MAX_ANSWER: usize = 1 << 20;
 
-/// A client of a CA that speaks Istio's protocol, to be shared by all workloads whose certificates come from it.
+/// A client of a CA that speaks Istio's protocol, to be shared by all workloads whose certificates
+/// come from it.
 pub struct IstioCa<D> {
     settings: IstioCaSettings,
     endpoint: Endpoint,
@@ -63,8 +66,8 @@ impl<D: Dial> IstioCa<D> {
     /// A client that connects with `dial`. Nothing is asked yet.
     ///
     /// # Errors
-    /// [`HboneError::Issuer`] for a setting that cannot be right, [`HboneError::Credential`] for a token or roots that cannot be
-    /// read now; they are read again each time.
+    /// [`HboneError::Issuer`] for a setting that cannot be right, [`HboneError::Credential`] for a
+    /// token or roots that cannot be read now; they are read again each time.
     pub fn new(settings: IstioCaSettings, dial: D) -> Result<Self, HboneError> {
         let issuer = &settings.address;
         let problem = |what| HboneError::Issuer { issuer: issuer.clone(), what, source: None };
@@ -164,8 +167,8 @@ pub struct IstioCaSource<D> {
 }
 
 impl<D: Dial> IstioCaSource<D> {
-    /// A source of certificates for `spiffe_id`. As long as there is no valid one it asks with `priority`, later in the
-    /// background.
+    /// A source of certificates for `spiffe_id`. As long as there is no valid one it asks with
+    /// `priority`, later in the background.
     pub fn new(ca: Arc<IstioCa<D>>, spiffe_id: SpiffeId, priority: Priority) -> Self {
         Self { ca, spiffe_id, priority, expires: None, schedule: Schedule::new() }
     }
@@ -192,7 +195,8 @@ impl<D: Dial> IdentitySource for IstioCaSource<D> {
     }
 }
 
-/// A new key, and the request for its certificate: no subject, one critical name (RFC 5280 section 4.2.1.6).
+/// A new key, and the request for its certificate: no subject, one critical name (RFC 5280 section
+/// 4.2.1.6).
 fn signing_request(id: &SpiffeId) -> Result<(KeyPair, String), rcgen::Error> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let mut params = CertificateParams::default();

@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_certificate_is_issued_at_once_and_renewed_at_half_of_its_life() {
+    async fn issues_at_once_and_renews_at_half_of_validity() {
         let dir = TempDir::new("local-ca");
         CertificateAuthority::init(&dir.0, "td".parse().unwrap()).unwrap();
         let mut source = source(&dir);
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_authority_that_is_gone_is_asked_again_ever_less_often() {
+    async fn missing_authority_is_retried_with_back_off() {
         let dir = TempDir::new("local-ca-gone");
         CertificateAuthority::init(&dir.0, "td".parse().unwrap()).unwrap();
         let mut source = source(&dir);
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn all_roots_of_the_directory_are_trusted() {
+    async fn trusts_all_roots_of_the_directory() {
         let (dir, old) = (TempDir::new("local-ca-roots"), TempDir::new("local-ca-old"));
         let authority = CertificateAuthority::init(&dir.0, "td".parse().unwrap()).unwrap();
         let other = CertificateAuthority::init(&old.0, "td".parse().unwrap()).unwrap();

@@ -1,4 +1,5 @@
-//! A SPIRE agent's Workload API: our certificate and the bundles of all trust domains that it federates with.
+//! A SPIRE agent's Workload API: our certificate and the bundles of all trust domains that it
+//! federates with.
 //!
 //! Not here: the protocol (the `spiffe` crate).
 
@@ -43,7 +44,8 @@ struct Updates {
 }
 
 impl SpireSource {
-    /// A source that prefers the certificate of `workload` if the agent has several; else the agent's first is used.
+    /// A source that prefers the certificate of `workload` if the agent has several; else the
+    /// agent's first is used.
     pub fn new(settings: SpireSettings, workload: SpiffeId) -> Self {
         Self { settings, workload, stream: None, schedule: Schedule::new(), last: None }
     }

@@ -22,7 +22,7 @@ fn fill(budget: &Budget) -> (usize, Exhausted) {
 }
 
 #[test]
-fn budget_gives_its_limit_and_again_what_came_back() {
+fn budget_grants_up_to_its_limit_and_reuses_released_units() {
     let budget = root(3);
     assert_eq!(fill(&budget), (3, Exhausted::Whole));
     budget.give_back(2);
@@ -47,7 +47,7 @@ fn part_counts_at_every_level() {
 }
 
 #[test]
-fn refused_amount_leaves_nothing_behind() {
+fn refused_amount_is_not_counted() {
     let whole = root(2);
     let leaf = part(&whole, Sharing::Greedy);
     assert_eq!(leaf.take(3), Err(Exhausted::Whole));
@@ -55,7 +55,7 @@ fn refused_amount_leaves_nothing_behind() {
 }
 
 #[test]
-fn strangers_leave_some_for_the_next() {
+fn strangers_leave_a_share_for_newcomers() {
     let whole = root(16_384);
     let mut parts = Vec::new();
     for _ in 0..17 {

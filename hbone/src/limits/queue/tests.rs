@@ -50,7 +50,7 @@ async fn lowest_rank_is_first_and_equals_are_in_order() {
 }
 
 #[tokio::test]
-async fn giving_up_loses_no_turn() {
+async fn cancelled_wait_loses_no_turn() {
     let (waiting, budget) = (Queue::default(), Arc::new(Budget::new(2)));
     let held = [waiting.turn(&budget, 0, || ()).await, waiting.turn(&budget, 1, || ()).await];
     let (tasks, mut given) = queue(&waiting, &budget, &MIXED).await;
@@ -73,7 +73,7 @@ async fn giving_up_loses_no_turn() {
 }
 
 #[tokio::test]
-async fn newcomer_of_lower_rank_does_not_wait_for_one_that_has_its_share() {
+async fn newcomer_of_another_part_is_not_blocked() {
     let (waiting, whole) = (Queue::default(), Arc::new(Budget::new(8)));
     let part = |limit| Arc::new(Budget::part(&whole, limit, Sharing::Strangers));
     let (heavy, light) = (part(1), part(8));
@@ -88,7 +88,7 @@ async fn newcomer_of_lower_rank_does_not_wait_for_one_that_has_its_share() {
 }
 
 #[tokio::test]
-async fn one_that_gives_up_at_the_front_lets_the_next_pass() {
+async fn cancelled_front_waiter_lets_the_next_pass() {
     let (waiting, whole) = (Queue::default(), Arc::new(Budget::new(8)));
     let part = |limit| Arc::new(Budget::part(&whole, limit, Sharing::Strangers));
     let (heavy, light) = (part(1), part(8));

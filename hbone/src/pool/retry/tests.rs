@@ -1,5 +1,5 @@
-//! What h2 and the tunnel say about a request that failed, and whether it is tried again. The peer is scripted frame
-//! by frame, so that the errors are h2's own.
+//! What h2 and the tunnel say about a request that failed, and whether it is tried again. The peer
+//! is scripted frame by frame, so that the errors are h2's own.
 
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -90,7 +90,7 @@ const IF_POOLED: [bool; 2] = [false, true];
 const NEVER: [bool; 2] = [false, false];
 
 #[tokio::test]
-async fn a_request_above_the_last_stream_of_a_go_away_is_tried_again_whatever_its_code() {
+async fn retries_request_above_last_stream_of_goaway_with_any_code() {
     for reason in [Reason::NO_ERROR, Reason::ENHANCE_YOUR_CALM, Reason::INTERNAL_ERROR] {
         let error = error_of_a_request_in_flight(&go_away(0, reason)).await;
         assert_eq!(safe(&error), ALWAYS, "{error:?}");
@@ -98,7 +98,7 @@ async fn a_request_above_the_last_stream_of_a_go_away_is_tried_again_whatever_it
 }
 
 #[tokio::test]
-async fn a_request_that_was_not_sent_because_of_a_go_away_is_tried_again() {
+async fn retries_request_not_sent_because_of_goaway() {
     for reason in [Reason::NO_ERROR, Reason::ENHANCE_YOUR_CALM] {
         for error in error_of_a_request_after_go_away(reason).await {
             assert_eq!(safe(&error), ALWAYS, "{error:?}");
@@ -107,7 +107,7 @@ async fn a_request_that_was_not_sent_because_of_a_go_away_is_tried_again() {
 }
 
 #[tokio::test]
-async fn a_request_that_a_go_away_promises_to_answer_counts_as_lost_with_the_connection() {
+async fn request_below_last_stream_of_goaway_is_lost_with_connection() {
     for reason in [Reason::NO_ERROR, Reason::INTERNAL_ERROR] {
         let error = error_of_a_request_in_flight(&go_away(1, reason)).await;
         assert_eq!(safe(&error), IF_POOLED, "{error:?}");
@@ -115,7 +115,7 @@ async fn a_request_that_a_go_away_promises_to_answer_counts_as_lost_with_the_con
 }
 
 #[tokio::test]
-async fn of_all_codes_of_rst_stream_only_refused_stream_is_tried_again() {
+async fn retries_only_refused_stream_of_all_rst_stream_codes() {
     let error = error_of_a_request_in_flight(&rst_stream(Reason::REFUSED_STREAM)).await;
     assert_eq!(safe(&error), ALWAYS, "{error:?}");
     for code in (0..=0xd).filter(|code| *code != u32::from(Reason::REFUSED_STREAM)) {
@@ -126,7 +126,7 @@ async fn of_all_codes_of_rst_stream_only_refused_stream_is_tried_again() {
 }
 
 #[tokio::test]
-async fn a_request_lost_with_its_connection_is_tried_again_if_that_was_an_old_one() {
+async fn retries_request_lost_with_pooled_connection() {
     for last_words in [&[][..], &VIOLATION] {
         let error = error_of_a_request_in_flight(last_words).await;
         assert!(matches!(error, HboneError::Lost { .. }), "{error:?}");
@@ -139,7 +139,7 @@ async fn a_request_lost_with_its_connection_is_tried_again_if_that_was_an_old_on
 }
 
 #[test]
-fn an_answer_a_late_answer_and_a_failed_handshake_are_final() {
+fn answer_timeout_and_failed_handshake_are_not_retried() {
     let address = ([10, 0, 0, 1], 15008).into();
     let refused = std::sync::Arc::new(std::io::Error::from(std::io::ErrorKind::ConnectionRefused));
     let last = std::sync::Arc::new(HboneError::Lost { source: None });

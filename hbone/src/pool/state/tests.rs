@@ -167,7 +167,7 @@ fn key(port: u16) -> TunnelKey {
 }
 
 #[test]
-fn all_callers_for_a_key_wait_for_one_dial_and_those_for_another_do_not() {
+fn callers_of_one_key_share_one_dial() {
     let mut world = World::new();
     assert_eq!(
         (world.waits(Wish::Any), world.waits(Wish::Any), world.waits(Wish::Fresh)),
@@ -186,7 +186,7 @@ fn all_callers_for_a_key_wait_for_one_dial_and_those_for_another_do_not() {
 }
 
 #[test]
-fn a_burst_is_served_by_several_dials_and_each_promises_what_its_tunnel_takes() {
+fn burst_starts_several_dials_within_stream_limit() {
     let mut world = World::new();
     let tickets: Vec<u64> = (0..10 * DIALS_AT_ONCE).map(|_| world.waits(Wish::Any)).collect();
     assert!(tickets.chunks(10).zip(1..).all(|(some, ticket)| some.iter().all(|t| *t == ticket)));
@@ -199,7 +199,7 @@ fn a_burst_is_served_by_several_dials_and_each_promises_what_its_tunnel_takes() 
 }
 
 #[test]
-fn dials_that_fail_together_are_one_failure() {
+fn concurrent_dial_failures_count_once() {
     let mut world = World::new();
     for _ in 0..10 * DIALS_AT_ONCE {
         world.waits(Wish::Any);
@@ -211,7 +211,7 @@ fn dials_that_fail_together_are_one_failure() {
 }
 
 #[test]
-fn those_who_waited_fill_the_new_tunnel_and_no_more() {
+fn waiting_callers_fill_new_tunnel_to_its_limit() {
     let mut world = World::new();
     world.waits(Wish::Any);
     let (_, tunnel) = world.open();
@@ -221,7 +221,7 @@ fn those_who_waited_fill_the_new_tunnel_and_no_more() {
 }
 
 #[test]
-fn the_least_loaded_tunnel_is_used_and_of_equals_the_oldest() {
+fn selects_least_loaded_then_oldest_tunnel() {
     let mut world = World::new();
     let tunnels: Vec<_> = (0..3).map(|_| world.open().1).collect();
     for expected in [0, 1, 2, 0, 1, 2] {
@@ -233,7 +233,7 @@ fn the_least_loaded_tunnel_is_used_and_of_equals_the_oldest() {
 }
 
 #[test]
-fn a_half_full_tunnel_is_used_while_another_is_dialled() {
+fn half_full_tunnel_is_used_during_dial() {
     let mut world = World::new();
     let (_, tunnel) = world.open();
     (0..5).for_each(|_| assert!(world.used().same(&tunnel)));
@@ -243,7 +243,7 @@ fn a_half_full_tunnel_is_used_while_another_is_dialled() {
 }
 
 #[test]
-fn load_alone_opens_no_more_tunnels_than_allowed_and_a_full_set_does() {
+fn load_respects_tunnel_cap_and_full_tunnels_exceed_it() {
     let mut world = World::new();
     (0..3).for_each(|_| drop(world.open()));
     (0..30).for_each(|_| drop(world.used()));
@@ -256,7 +256,7 @@ fn load_alone_opens_no_more_tunnels_than_allowed_and_a_full_set_does() {
 }
 
 #[test]
-fn a_busy_tunnel_is_left_to_its_streams_if_there_is_another() {
+fn busy_tunnel_is_avoided_if_another_exists() {
     let mut world = World::new();
     let (_, busy) = world.open();
     world.used();
@@ -271,7 +271,7 @@ fn a_busy_tunnel_is_left_to_its_streams_if_there_is_another() {
 }
 
 #[test]
-fn the_peers_limit_is_kept_and_expected_of_a_tunnel_that_was_not_told_yet() {
+fn peer_limit_applies_to_tunnels_without_settings() {
     let mut world = World::new();
     let (_, told) = world.open();
     told.set(|load| load.allowed = Some(2));
@@ -285,7 +285,7 @@ fn the_peers_limit_is_kept_and_expected_of_a_tunnel_that_was_not_told_yet() {
 }
 
 #[test]
-fn a_peer_that_allows_no_stream_is_asked_for_one() {
+fn peer_without_allowed_streams_gets_one_request() {
     let mut world = World::new();
     let (_, tunnel) = world.open();
     tunnel.set(|load| load.allowed = Some(0));
@@ -294,7 +294,7 @@ fn a_peer_that_allows_no_stream_is_asked_for_one() {
 }
 
 #[test]
-fn a_tunnel_past_its_age_takes_no_stream_and_keeps_those_it_has() {
+fn aged_tunnel_keeps_streams_and_takes_no_new_one() {
     let mut world = World::new();
     let (id, tunnel) = world.open();
     world.used();
@@ -312,7 +312,7 @@ fn a_tunnel_past_its_age_takes_no_stream_and_keeps_those_it_has() {
 }
 
 #[test]
-fn ages_and_idle_times_differ_by_up_to_a_tenth_and_stay_what_they_are() {
+fn age_and_idle_limits_have_constant_jitter() {
     let mut world = World::new();
     let tunnels: Vec<_> = (0..50).map(|_| world.open().0).collect();
     let entry = &world.state.entries[&key(1)];
@@ -329,7 +329,7 @@ fn ages_and_idle_times_differ_by_up_to_a_tenth_and_stay_what_they_are() {
 }
 
 #[test]
-fn a_tunnel_that_closed_or_is_going_away_is_not_used() {
+fn closed_or_draining_tunnel_is_not_used() {
     let mut world = World::new();
     let (_, first) = world.open();
     let (_, second) = world.open();
@@ -341,7 +341,7 @@ fn a_tunnel_that_closed_or_is_going_away_is_not_used() {
 }
 
 #[test]
-fn a_retired_tunnel_is_not_used() {
+fn retired_tunnel_is_not_used() {
     let mut world = World::new();
     let (id, tunnel) = world.open();
     world.state.retire(&key(1), id);
@@ -351,7 +351,7 @@ fn a_retired_tunnel_is_not_used() {
 }
 
 #[test]
-fn the_last_tunnel_goes_when_it_was_idle_for_long() {
+fn last_tunnel_closes_after_idle_timeout() {
     let mut world = World::new();
     let (id, tunnel) = world.open();
     world.used();
@@ -371,7 +371,7 @@ fn the_last_tunnel_goes_when_it_was_idle_for_long() {
 }
 
 #[test]
-fn a_tunnel_that_another_can_stand_in_for_goes_soon() {
+fn surplus_tunnel_closes_early() {
     let mut world = World::new();
     let (first, one) = world.open();
     let (second, _) = world.open();
@@ -384,7 +384,7 @@ fn a_tunnel_that_another_can_stand_in_for_goes_soon() {
 }
 
 #[test]
-fn the_pause_after_failures_doubles_and_a_success_ends_it() {
+fn back_off_doubles_and_success_resets_it() {
     let mut world = World::new();
     for expected in [100, 200, 400, 800, 1600, 2000, 2000] {
         world.waits(Wish::Any);
@@ -405,7 +405,7 @@ fn the_pause_after_failures_doubles_and_a_success_ends_it() {
 }
 
 #[test]
-fn a_failure_is_forgotten_after_a_while() {
+fn failure_expires() {
     let mut world = World::new();
     world.waits(Wish::Any);
     let earlier = world.fail();
@@ -423,7 +423,7 @@ fn a_failure_is_forgotten_after_a_while() {
 }
 
 #[test]
-fn a_tunnel_with_room_is_used_while_dials_fail_and_nothing_is_dialled_for_growth() {
+fn back_off_uses_open_tunnel_and_dials_no_other() {
     let mut world = World::new();
     world.open();
     (0..6).for_each(|_| drop(world.used()));
@@ -435,7 +435,7 @@ fn a_tunnel_with_room_is_used_while_dials_fail_and_nothing_is_dialled_for_growth
 }
 
 #[test]
-fn a_fresh_tunnel_is_never_one_that_was_there_and_shares_the_dial_under_way() {
+fn required_new_tunnel_shares_dial_in_progress() {
     let mut world = World::new();
     world.open();
     assert_eq!((world.waits(Wish::Fresh), world.waits(Wish::Fresh)), (1, 1));
@@ -446,7 +446,7 @@ fn a_fresh_tunnel_is_never_one_that_was_there_and_shares_the_dial_under_way() {
 }
 
 #[test]
-fn a_drained_pool_keeps_only_what_is_open() {
+fn drained_pool_keeps_only_open_streams() {
     let mut world = World::new();
     let (id, tunnel) = world.open();
     world.used();
@@ -464,7 +464,7 @@ fn a_drained_pool_keeps_only_what_is_open() {
 }
 
 #[test]
-fn times_without_end_are_taken() {
+fn accepts_unbounded_durations() {
     let settings = PoolSettings { idle: Duration::MAX, max_age: Duration::MAX, ..SETTINGS };
     let mut world = World::with(settings);
     let (id, _) = world.open();

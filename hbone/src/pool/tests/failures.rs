@@ -6,7 +6,7 @@ use crate::testing::{authority, credentials, identity};
 const FIRST_PAUSE: Duration = Duration::from_millis(120);
 
 #[tokio::test(start_paused = true)]
-async fn a_stuck_dial_does_not_hold_up_another_key() {
+async fn stuck_dial_does_not_block_other_keys() {
     let client = Arc::new(Client::new());
     let stuck = tokio::spawn({
         let client = client.clone();
@@ -23,7 +23,7 @@ async fn a_stuck_dial_does_not_hold_up_another_key() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_dial_is_told_to_all_who_wait_and_refuses_others_for_a_while() {
+async fn failed_dial_fails_all_waiters_and_starts_back_off() {
     let client = Client::new();
     let answers = join_all((0..5).map(|_| client.connect(CLOSED))).await;
     assert!(answers.iter().all(|answer| matches!(answer, Err(HboneError::Dial { .. }))));
@@ -44,7 +44,7 @@ async fn a_failed_dial_is_told_to_all_who_wait_and_refuses_others_for_a_while() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_peer_that_comes_back_is_found_at_the_end_of_the_pause() {
+async fn recovered_peer_is_dialled_after_back_off() {
     let client = Client::new();
     client.servers.down.store(true, Ordering::Relaxed);
     for dials in 1..=7 {
@@ -61,7 +61,7 @@ async fn a_peer_that_comes_back_is_found_at_the_end_of_the_pause() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_certificate_that_the_peer_refuses_after_the_handshake_counts_as_a_failed_one() {
+async fn certificate_refusal_after_handshake_counts_as_failed_handshake() {
     let authority = authority("td");
     let fixed = |who| credentials(&identity(&authority, who)).fixed();
     let connector = Connector::anonymous(fixed(CLIENT), ClientSettings::default());
@@ -82,7 +82,7 @@ async fn a_certificate_that_the_peer_refuses_after_the_handshake_counts_as_a_fai
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_dial_that_panics_strands_nobody() {
+async fn panicked_dial_fails_all_waiters() {
     let client = Client::new();
     for dials in 1..=2 {
         let answers = join_all((0..3).map(|_| client.connect(PANICS))).await;
@@ -92,7 +92,7 @@ async fn a_dial_that_panics_strands_nobody() {
 }
 
 #[tokio::test]
-async fn a_peer_that_dies_aborts_its_streams_and_the_next_one_dials_anew() {
+async fn lost_peer_aborts_streams_and_next_stream_dials() {
     let client = Client::new();
     let streams = client.streams(20).await;
     client.connection(0).serving.abort();
@@ -106,7 +106,7 @@ async fn a_peer_that_dies_aborts_its_streams_and_the_next_one_dials_anew() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_tunnel_that_went_silent_is_not_used_again() {
+async fn silent_tunnel_is_not_reused() {
     let client = Client::new();
     for dials in 1..=2 {
         let stream = client.connect(MUTE).await.unwrap();
@@ -119,7 +119,7 @@ async fn a_tunnel_that_went_silent_is_not_used_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_peer_that_does_not_even_let_us_close_the_connection_is_given_up() {
+async fn unresponsive_peer_is_closed_by_timeout() {
     let client = Client::new();
     let long_request = |number: usize| {
         let mut long = request();
@@ -141,7 +141,7 @@ async fn a_peer_that_does_not_even_let_us_close_the_connection_is_given_up() {
 }
 
 #[tokio::test]
-async fn requests_lost_with_an_old_tunnel_share_one_new_one() {
+async fn requests_lost_with_pooled_tunnel_share_one_retry_tunnel() {
     let client = Client::new();
     let (mut reader, _writer) = client.connect(DIES).await.unwrap().split();
     let answers = join_all((0..4).map(|_| client.connect(DIES))).await;
@@ -151,7 +151,7 @@ async fn requests_lost_with_an_old_tunnel_share_one_new_one() {
 }
 
 #[tokio::test]
-async fn a_second_attempt_does_not_trust_another_old_tunnel() {
+async fn retry_uses_a_new_tunnel() {
     let client = Client::with(200, PoolSettings { streams_per_tunnel: 2, ..SETTINGS });
     let _first = client.connect(DIES).await.unwrap();
     let death = async {
@@ -164,7 +164,7 @@ async fn a_second_attempt_does_not_trust_another_old_tunnel() {
 }
 
 #[tokio::test]
-async fn a_request_lost_with_a_new_tunnel_is_not_tried_again() {
+async fn request_lost_with_new_tunnel_is_not_retried() {
     let client = Client::new();
     let lost = client.connect(NEVER_LIVES).await;
     assert!(matches!(lost, Err(HboneError::Lost { .. })), "{lost:?}");
@@ -172,7 +172,7 @@ async fn a_request_lost_with_a_new_tunnel_is_not_tried_again() {
 }
 
 #[tokio::test]
-async fn an_answer_is_final_whatever_it_is() {
+async fn answered_request_is_not_retried() {
     let client = Client::new();
     let _tunnel = client.stream().await;
     for round in 1..=2 {
@@ -189,7 +189,7 @@ async fn an_answer_is_final_whatever_it_is() {
 }
 
 #[tokio::test]
-async fn a_burst_beyond_what_the_peer_allows_is_spread_over_new_tunnels() {
+async fn burst_above_peer_limit_opens_new_tunnels() {
     let client = Client::with(10, SETTINGS);
     let streams = client.streams(60).await;
     assert_eq!(streams.len(), 60);
@@ -197,7 +197,7 @@ async fn a_burst_beyond_what_the_peer_allows_is_spread_over_new_tunnels() {
 }
 
 #[tokio::test]
-async fn a_peer_that_moves_on_loses_no_request() {
+async fn graceful_goaway_loses_no_request() {
     let client = Client::new();
     let worker = || async {
         for _ in 0..50 {
@@ -211,7 +211,7 @@ async fn a_peer_that_moves_on_loses_no_request() {
 }
 
 #[tokio::test]
-async fn a_go_away_moves_new_streams_and_the_old_ones_finish() {
+async fn goaway_moves_new_streams_and_finishes_old_ones() {
     let client = Client::new();
     let (mut reader, mut writer) = client.stream().await.split();
     client.connection(0).drain.notify_one();
@@ -227,7 +227,7 @@ async fn a_go_away_moves_new_streams_and_the_old_ones_finish() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_tunnel_whose_certificates_expired_takes_no_stream_and_keeps_those_it_has() {
+async fn expired_tunnel_keeps_streams_and_takes_no_new_one() {
     let client = Client::with(200, PoolSettings { max_age: 10 * HOUR, ..SETTINGS });
     let (mut reader, mut writer) = client.stream().await.split();
     sleep(HOUR - 5 * SECOND).await;

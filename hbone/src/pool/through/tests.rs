@@ -1,4 +1,5 @@
-//! A client, a gateway that copies bytes to one backend after another, and backends; over connections in memory.
+//! A client, a gateway that copies bytes to one backend after another, and backends; over
+//! connections in memory.
 
 mod ends;
 
@@ -187,7 +188,8 @@ impl Scene {
         self.connect_to(&[FIRST, SECOND_ONE]).await
     }
 
-    /// Both ends of a new stream, which backend it came to, and whether the inner tunnel resumed a session.
+    /// Both ends of a new stream, which backend it came to, and whether the inner tunnel resumed a
+    /// session.
     async fn stream(&mut self) -> (TunnelStream, TunnelStream, usize, bool) {
         let connecting = open(&self.pool, &self.connector, &[FIRST, SECOND_ONE]);
         let (near, far) = tokio::join!(connecting, async {
@@ -246,7 +248,7 @@ fn behind(error: HboneError) -> HboneError {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_end_knows_the_other_and_the_gateway_only_passes_on() {
+async fn both_ends_authenticate_through_gateway() {
     let mut scene = Scene::new();
     let (near, far, backend, _) = scene.stream().await;
     assert_eq!(backend, 0);
@@ -258,7 +260,7 @@ async fn each_end_knows_the_other_and_the_gateway_only_passes_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_stream_has_an_inner_tunnel_of_its_own_and_they_share_the_outer_one() {
+async fn streams_share_outer_tunnel_and_have_own_inner_tunnel() {
     let mut scene = Scene::new();
     let mut streams = Vec::new();
     for expected in [0, 1, 0, 1] {
@@ -272,7 +274,7 @@ async fn each_stream_has_an_inner_tunnel_of_its_own_and_they_share_the_outer_one
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_ticket_of_one_backend_opens_no_other() {
+async fn session_ticket_is_not_accepted_by_another_backend() {
     let mut scene = Scene::new();
     // The newest ticket is offered first, whosever it is.
     let turns = [(0, false), (0, true), (1, false), (1, true), (0, false)];
@@ -299,7 +301,7 @@ async fn a_ticket_of_one_backend_opens_no_other() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_wrong_peer_behind_the_gateway_gets_no_request_and_neither_does_the_gateway() {
+async fn wrong_peer_behind_gateway_receives_no_request() {
     let mut scene = Scene::new();
     for (way, peers) in [
         (Way::Copies, &[SECOND_ONE][..]),
@@ -321,7 +323,7 @@ async fn a_wrong_peer_behind_the_gateway_gets_no_request_and_neither_does_the_ga
 }
 
 #[tokio::test(start_paused = true)]
-async fn errors_tell_the_gateway_from_what_is_behind_it() {
+async fn errors_distinguish_gateway_from_backend() {
     let mut scene = Scene::new();
     scene.go(Way::Refuses);
     let refused = scene.connect().await.unwrap_err();
@@ -346,7 +348,7 @@ async fn errors_tell_the_gateway_from_what_is_behind_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_revocation_on_either_level_cuts_the_stream_at_once() {
+async fn revocation_on_either_level_terminates_stream() {
     for serial in [2, 3] {
         let mut scene = Scene::new();
         let (near, far, ..) = scene.stream().await;

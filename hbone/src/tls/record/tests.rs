@@ -242,7 +242,7 @@ fn rejects_sealed_records_of_other_types() {
 }
 
 #[test]
-fn takes_some_empty_records_in_a_row() {
+fn accepts_limited_consecutive_empty_records() {
     let (mut stream, mut peer) = client();
     for _ in 0..2 {
         for padding in 0..32 {
@@ -320,7 +320,7 @@ fn rejects_messages_of_the_handshake_by_their_first_byte() {
 }
 
 #[test]
-fn takes_some_messages_in_a_row() {
+fn accepts_limited_consecutive_messages() {
     let (mut stream, mut peer) = client();
     for _ in 0..2 {
         for _ in 0..32 {
@@ -359,7 +359,7 @@ fn ends_cleanly_at_close_notify() {
 }
 
 #[test]
-fn an_end_without_close_notify_is_an_abort() {
+fn end_without_close_notify_is_an_error() {
     for partial in [&b""[..], &[23, 3, 3, 0, 30, 1, 2]] {
         let (mut stream, mut peer) = client();
         peer.send(DATA, b"last");
@@ -374,7 +374,7 @@ fn an_end_without_close_notify_is_an_abort() {
 }
 
 #[test]
-fn a_fatal_alert_ends_the_connection_and_is_not_answered() {
+fn fatal_alert_ends_connection_without_answer() {
     use AlertDescription as Alert;
     for (level, alert) in [
         (2, Alert::CertificateUnknown),
@@ -390,7 +390,7 @@ fn a_fatal_alert_ends_the_connection_and_is_not_answered() {
 }
 
 #[test]
-fn takes_some_cancellations() {
+fn accepts_limited_user_canceled_alerts() {
     let (mut stream, mut peer) = client();
     let canceled = [1, u8::from(AlertDescription::UserCanceled)];
     for _ in 0..4 {

@@ -49,7 +49,8 @@ impl Parties {
         Self::new(credentials(ca, CLIENT, 1, HOUR), credentials(ca, SERVER, 2, HOUR))
     }
 
-    /// Whether a new tunnel resumes an earlier session, as both sides see it; it is used until its tickets have come.
+    /// Whether a new tunnel resumes an earlier session, as both sides see it; it is used until its
+    /// tickets have come.
     async fn resume(
         &self,
         address: SocketAddr,
@@ -83,7 +84,7 @@ impl Parties {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_second_tunnel_to_a_peer_resumes_and_so_does_each_after_it() {
+async fn later_tunnels_to_a_peer_resume_sessions() {
     let parties = Parties::of(&Ca::root("ours"));
     assert!(!parties.again().await);
     for _ in 0..10 {
@@ -92,7 +93,7 @@ async fn the_second_tunnel_to_a_peer_resumes_and_so_does_each_after_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn sessions_are_not_shared_between_addresses_or_expectations() {
+async fn sessions_are_not_shared_between_addresses_or_expected_peers() {
     let parties = Parties::of(&Ca::root("ours"));
     assert!(!parties.again().await);
     let other_address = SocketAddr::from(([10, 0, 0, 9], 15008));
@@ -105,7 +106,7 @@ async fn sessions_are_not_shared_between_addresses_or_expectations() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_is_resumed_after_either_side_rotated() {
+async fn rotation_of_either_side_prevents_resumption() {
     let ca = Ca::root("ours");
     let parties = Parties::of(&ca);
     assert!(!parties.again().await);
@@ -119,7 +120,7 @@ async fn nothing_is_resumed_after_either_side_rotated() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_is_resumed_after_a_revocation() {
+async fn revocation_prevents_resumption() {
     let ca = Ca::root("ours");
     let parties = Parties::of(&ca);
     assert!(!parties.again().await);
@@ -131,7 +132,7 @@ async fn nothing_is_resumed_after_a_revocation() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_session_outlives_a_certificate() {
+async fn session_ends_with_either_certificate() {
     let ca = Ca::root("ours");
     // The server's: the client does not even try.
     let parties =
@@ -152,7 +153,7 @@ async fn no_session_outlives_a_certificate() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn tickets_of_several_servers_end_with_the_first_of_their_certificates() {
+async fn tickets_of_several_servers_end_with_earliest_certificate() {
     let ca = Ca::root("ours");
     let parties =
         Parties::new(credentials(&ca, CLIENT, 1, 3 * HOUR), credentials(&ca, SERVER, 2, HOUR));
@@ -190,7 +191,7 @@ async fn handshake(
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_server_judges_a_client_that_resumes_once_more() {
+async fn server_verifies_resuming_client_again() {
     let ca = Ca::root("ours");
     let identity = ca.identity(CLIENT, 1);
     let server = credentials(&ca, SERVER, 2, 3 * HOUR);
@@ -204,7 +205,7 @@ async fn the_server_judges_a_client_that_resumes_once_more() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_ticket_ends_with_the_servers_certificate() {
+async fn ticket_ends_with_server_certificate() {
     let tickets = Tickets::new(clock::now() + HOUR).unwrap();
     let ticket = tickets.encrypt(b"session").unwrap();
     assert!(tickets.lifetime() >= 3599 && tickets.lifetime() <= 3600);
@@ -215,7 +216,7 @@ async fn a_ticket_ends_with_the_servers_certificate() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_sessions_of_so_many_peers_are_remembered_and_no_more() {
+async fn number_of_peers_with_sessions_is_bounded() {
     let ca = Ca::root("ours");
     let (client, server) = (credentials(&ca, CLIENT, 1, HOUR), credentials(&ca, SERVER, 2, HOUR));
     for port in 1..=1030 {

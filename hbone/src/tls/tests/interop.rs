@@ -166,7 +166,7 @@ async fn handshakes_in_small_records() {
 }
 
 #[tokio::test]
-async fn an_end_is_clean_for_either_side_only_with_close_notify() {
+async fn end_is_clean_only_with_close_notify() {
     let (client, server) = both(&authority("td"));
     let (ours, mut theirs, _) = our_client(&client, &server).await;
     let mut ours = ours.into_stream().unwrap();

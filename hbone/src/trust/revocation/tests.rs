@@ -59,7 +59,7 @@ async fn ended(mut reader: TunnelReader) -> HboneError {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_tunnel_whose_peer_is_revoked_is_cut_by_either_side() {
+async fn revoked_peer_terminates_tunnel_on_either_side() {
     let ca = Ca::root("ours");
     let (client, server) = (ca.identity(CLIENT, 1), ca.identity(SERVER, 2));
     let clean = Files::new().crl("list", &ca.revoke(&[9]));
@@ -82,7 +82,7 @@ async fn a_tunnel_whose_peer_is_revoked_is_cut_by_either_side() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn other_tunnels_stay_and_so_do_all_when_only_we_change() {
+async fn unaffected_tunnels_survive_trust_changes() {
     let ca = Ca::root("ours");
     let (client, server) = (ca.identity(CLIENT, 1), ca.identity(SERVER, 2));
     let files = Files::new().crl("list", &ca.revoke(&[9]));
@@ -104,7 +104,7 @@ async fn other_tunnels_stay_and_so_do_all_when_only_we_change() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_list_that_is_no_good_cuts_nothing_and_lets_nobody_in() {
+async fn invalid_revocation_list_keeps_tunnels_and_rejects_handshakes() {
     let (ca, impostor) = (Ca::root("ours"), Ca::root("ours"));
     let (client, server) = (ca.identity(CLIENT, 1), ca.identity(SERVER, 2));
     let now = clock::now();
@@ -132,7 +132,7 @@ async fn a_list_that_is_no_good_cuts_nothing_and_lets_nobody_in() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_tunnel_whose_peers_domain_is_no_longer_trusted_is_cut() {
+async fn removed_trust_domain_terminates_tunnel() {
     let (ca, other) = (Ca::root("ours"), Ca::root("other"));
     let federated = Files::new().bundle("other", &other);
     let theirs = Files::new().bundle("td", &ca);
@@ -153,7 +153,7 @@ async fn a_tunnel_whose_peers_domain_is_no_longer_trusted_is_cut() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_publisher_that_is_gone_changes_nothing() {
+async fn dropped_credentials_publisher_keeps_tunnel() {
     let ca = Ca::root("ours");
     let parties =
         [ca.identity(CLIENT, 1), ca.identity(SERVER, 2)].map(|one| (one, Trust::default()));

@@ -14,7 +14,7 @@ use crate::tunnel::authority::Authority;
 use crate::tunnel::inspect::TunnelLimit;
 
 #[tokio::test]
-async fn a_request_arrives_with_its_authority_and_headers() {
+async fn request_arrives_with_authority_and_headers() {
     let (tunnel, server) = Mesh::new().tunnel().await;
     let mut served = Served::new(server);
     let mut asked = request();
@@ -30,7 +30,7 @@ async fn a_request_arrives_with_its_authority_and_headers() {
 }
 
 #[tokio::test]
-async fn any_answer_but_200_is_a_refusal() {
+async fn status_other_than_200_is_a_refusal() {
     let (tunnel, server) = Mesh::new().tunnel().await;
     let mut served = Served::new(server);
     for expected in
@@ -47,7 +47,7 @@ async fn any_answer_but_200_is_a_refusal() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_that_does_not_come_is_given_up() {
+async fn missing_answer_times_out() {
     let (tunnel, server) = Mesh::new().tunnel().await;
     let mut served = Served::new(server);
     let answer = tunnel.connect(request(), SECOND).await;
@@ -60,14 +60,14 @@ async fn an_answer_that_does_not_come_is_given_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_silent_server_is_given_up() {
+async fn silent_server_times_out() {
     let (near, _far) = duplex(1024);
     let opened = Mesh::new().connector.open(near, ADDRESS, &[id(SERVER)], SECOND).await;
     assert!(matches!(opened, Err(HboneError::HandshakeTimeout { after: SECOND })));
 }
 
 #[tokio::test]
-async fn a_server_that_nobody_is_expected_at_is_refused() {
+async fn empty_list_of_expected_peers_rejects_server() {
     let mesh = Mesh::new();
     let (near, far) = duplex(64 << 10);
     let (client, server) = tokio::join!(
@@ -79,7 +79,7 @@ async fn a_server_that_nobody_is_expected_at_is_refused() {
 }
 
 #[tokio::test]
-async fn an_authority_that_http_cannot_carry_is_refused_before_it_is_sent() {
+async fn rejects_invalid_authority_before_sending() {
     let (tunnel, _server) = Mesh::new().tunnel().await;
     for authority in ["", "a b:80", "host/path"] {
         let request = ConnectRequest { authority: authority.to_owned(), ..request() };
@@ -89,7 +89,7 @@ async fn an_authority_that_http_cannot_carry_is_refused_before_it_is_sent() {
 }
 
 #[tokio::test]
-async fn a_tunnel_ends_with_its_last_handle_and_stream() {
+async fn tunnel_ends_with_last_handle_and_stream() {
     let (near, far, tunnel, served) = Mesh::new().stream().await;
     drop(tunnel);
     let (mut reader, mut writer) = near.split();

@@ -17,7 +17,7 @@ use crate::tunnel::client::ConnectRequest;
 use crate::tunnel::settings::ClientSettings;
 
 #[tokio::test(start_paused = true)]
-async fn a_silent_client_is_given_up() {
+async fn silent_client_times_out() {
     let (_near, far) = duplex(1024);
     let accepted = Mesh::new().acceptor.accept(far, SECOND).await;
     assert!(matches!(accepted, Err(HboneError::HandshakeTimeout { after: SECOND })));
@@ -32,7 +32,7 @@ fn client_and_acceptor() -> (Credentials, Acceptor) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_that_sends_a_byte_now_and_then_is_given_up() {
+async fn slow_client_times_out() {
     let (client, acceptor) = client_and_acceptor();
     let (near, mut tap) = duplex(64 << 10);
     // All that the client has to say, of which each slow one sends as much as it comes to.
@@ -67,7 +67,7 @@ async fn a_client_that_sends_a_byte_now_and_then_is_given_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_that_stops_after_tls_is_given_up() {
+async fn client_that_stops_after_tls_times_out() {
     let (client, acceptor) = client_and_acceptor();
     let (near, far) = duplex(64 << 10);
     let (client, accepted) = tokio::join!(
@@ -108,7 +108,7 @@ async fn answered(request: Request<()>) -> StatusCode {
 }
 
 #[tokio::test]
-async fn what_is_no_connect_to_an_address_is_answered_with_400() {
+async fn invalid_connect_request_gets_400() {
     let get = Request::get("https://10.0.0.1:80/").body(()).unwrap();
     assert_eq!(answered(get).await, StatusCode::BAD_REQUEST);
     for authority in ["10.0.0.1", "10.0.0.1:0", "user@10.0.0.1:80"] {
@@ -118,7 +118,7 @@ async fn what_is_no_connect_to_an_address_is_answered_with_400() {
 }
 
 #[tokio::test]
-async fn a_drained_tunnel_lets_streams_end_and_takes_no_new_ones() {
+async fn drained_tunnel_finishes_streams_and_takes_no_new_ones() {
     let (tunnel, mut server) = Mesh::new().tunnel().await;
     let asking = tokio::spawn({
         let tunnel = tunnel.clone();
@@ -143,7 +143,7 @@ async fn a_drained_tunnel_lets_streams_end_and_takes_no_new_ones() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_drained_tunnel_whose_client_does_not_let_it_end_is_given_up() {
+async fn drained_tunnel_of_unresponsive_client_times_out() {
     let (near, far) = duplex(64 << 10);
     let near = Awkward::new(near, 64 << 10);
     let deaf = near.stopped.clone();
@@ -155,7 +155,7 @@ async fn a_drained_tunnel_whose_client_does_not_let_it_end_is_given_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_cannot_open_more_streams_than_allowed() {
+async fn client_cannot_exceed_stream_limit() {
     let server = ServerSettings { max_streams: 2, ..ServerSettings::default() };
     let (tunnel, server) = Mesh::with(ClientSettings::default(), server).tunnel().await;
     let mut served = Served::new(server);
@@ -179,7 +179,7 @@ async fn a_client_cannot_open_more_streams_than_allowed() {
 }
 
 #[tokio::test]
-async fn headers_beyond_the_cap_do_not_get_through() {
+async fn headers_above_limit_are_rejected() {
     let (tunnel, server) = Mesh::new().tunnel().await;
     let _served = Served::new(server);
     let mut headers = HeaderMap::new();
@@ -189,7 +189,7 @@ async fn headers_beyond_the_cap_do_not_get_through() {
 }
 
 #[tokio::test]
-async fn a_request_that_waits_for_its_answer_learns_that_nobody_waits_for_that() {
+async fn pending_request_reports_cancellation_by_client() {
     let (tunnel, server) = Mesh::new().tunnel().await;
     let mut served = Served::new(server);
     let asking = async {

@@ -33,8 +33,8 @@ const PACE_ABOVE: u64 = 14_000;
 /// So many frames of a stream are not paced: a request and its beginning.
 const FREE_FRAMES: u32 = 2;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-/// Maximum pause, which a person hardly notices. At this interval 1 KiB a second fills a frame of 256
-/// bytes, which costs nothing.
+/// Maximum pause, which a person hardly notices. At this interval 1 KiB a second fills a frame of
+/// 256 bytes, which costs nothing.
 const MAX_PAUSE: Duration = Duration::from_millis(250);
 /// Debt above which pauses grow to [`MAX_SLOW_PAUSE`]: close to where h2 closes the connection.
 const SLOW_ABOVE: u64 = 20_000;

@@ -14,14 +14,16 @@ use super::{SMALL, TunnelReader, TunnelStream, TunnelWriter};
 use crate::error::HboneError;
 use crate::tunnel::tunnel_state::OpenStream;
 
-/// How much is read away while a carrier waits for its end, in bytes: a few stream windows, which an aborted inner stream may have
-/// left on the way.
+/// How much is read away while a carrier waits for its end, in bytes: a few stream windows, which
+/// an aborted inner stream may have left on the way.
 const LINGER_BYTES: usize = 16 << 20;
 
-/// A [`TunnelStream`] as one connection: END_STREAM is its end in either direction, and shutting it down sends one.
+/// A [`TunnelStream`] as one connection: END_STREAM is its end in either direction, and shutting it
+/// down sends one.
 ///
-/// Any other end is an error of kind `ConnectionReset` or `ConnectionAborted` that has the [`HboneError`] inside. A write takes as
-/// much as the peer's window and our own buffer bear. Dropped before it is shut down, it is aborted.
+/// Any other end is an error of kind `ConnectionReset` or `ConnectionAborted` that has the
+/// [`HboneError`] inside. A write takes as much as the peer's window and our own buffer bear.
+/// Dropped before it is shut down, it is aborted.
 #[derive(Debug)]
 pub struct TunnelIo {
     reader: TunnelReader,
@@ -40,9 +42,9 @@ impl TunnelStream {
         TunnelIo { reader, writer, unread: Bytes::new(), lingers: false, lingered: 0 }
     }
 
-    /// The same to carry another tunnel, and what tells whether it can be trusted. h2 drops its connection as soon as that is shut
-    /// down, which would reset the stream and could destroy what is on its way in it; so this one is shut down when the peer has
-    /// ended it too.
+    /// The same to carry another tunnel, and what tells whether it can be trusted. h2 drops its
+    /// connection as soon as that is shut down, which would reset the stream and could destroy what
+    /// is on its way in it; so this one is shut down when the peer has ended it too.
     pub(crate) fn into_carrier(self) -> (TunnelIo, Arc<OpenStream>) {
         let open = self.reader.open.clone();
         (TunnelIo { lingers: true, ..self.into_io() }, open)

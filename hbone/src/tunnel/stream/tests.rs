@@ -51,7 +51,7 @@ fn pattern(len: usize) -> Bytes {
 }
 
 #[tokio::test]
-async fn the_end_can_go_with_the_last_data() {
+async fn end_is_sent_with_last_data() {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
     let ((_near_reader, mut writer), (mut reader, _far_writer)) = (near.split(), far.split());
     // More than a window: it takes several writes, and only with the last one goes the end.
@@ -92,7 +92,7 @@ async fn both_sides_know_each_other_and_bytes_come_back_in_order() {
 }
 
 #[tokio::test]
-async fn bytes_survive_a_connection_that_moves_one_at_a_time() {
+async fn bytes_arrive_unchanged_over_one_byte_transport() {
     let mesh = Mesh::new();
     // Not less: h2 writes its preface and first settings before it reads.
     let (near, far) = duplex(256);
@@ -107,7 +107,7 @@ async fn bytes_survive_a_connection_that_moves_one_at_a_time() {
 }
 
 #[tokio::test]
-async fn each_direction_ends_on_its_own() {
+async fn directions_end_independently() {
     for client_first in [true, false] {
         let (near, far, _tunnel, _served) = Mesh::new().stream().await;
         let (first, second) = if client_first { (near, far) } else { (far, near) };
@@ -144,7 +144,7 @@ async fn abort_is_seen(client_aborts: bool, stop: impl Fn(TunnelReader, TunnelWr
 }
 
 #[tokio::test]
-async fn an_abort_is_an_error_on_the_other_side_in_both_directions() {
+async fn abort_is_an_error_in_both_directions_of_the_peer() {
     for client_aborts in [true, false] {
         let aborted = |_reader, mut writer: TunnelWriter| writer.abort();
         assert_eq!(abort_is_seen(client_aborts, aborted).await, Reason::CONNECT_ERROR);
@@ -159,7 +159,7 @@ async fn an_abort_is_an_error_on_the_other_side_in_both_directions() {
 }
 
 #[tokio::test]
-async fn a_finished_writer_can_still_abort_the_other_direction() {
+async fn finished_writer_can_abort_the_other_direction() {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
     let (_near_reader, mut near_writer) = near.split();
     let (mut reader, mut writer) = far.split();
@@ -173,7 +173,7 @@ async fn a_finished_writer_can_still_abort_the_other_direction() {
 }
 
 #[tokio::test]
-async fn a_lost_connection_is_an_error_and_never_an_end() {
+async fn lost_connection_is_an_error_not_an_end() {
     let (near, far, tunnel, served) = Mesh::new().stream().await;
     let (mut reader, mut writer) = near.split();
     served.kill().await;
@@ -192,7 +192,7 @@ async fn a_lost_connection_is_an_error_and_never_an_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reader_that_stops_bounds_what_a_writer_can_send() {
+async fn unread_stream_bounds_its_writer() {
     let http2 = Http2Settings {
         stream_window: 100_000,
         connection_window: 300_000,
@@ -227,7 +227,7 @@ async fn a_reader_that_stops_bounds_what_a_writer_can_send() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn all_streams_of_a_peer_together_hold_the_connections_window_and_no_more() {
+async fn unread_streams_are_bounded_by_connection_window() {
     let http2 = Http2Settings {
         stream_window: 100_000,
         connection_window: 300_000,
@@ -267,7 +267,7 @@ async fn direction(
 }
 
 #[tokio::test(start_paused = true)]
-async fn readers_that_stop_do_not_stop_the_others_of_their_tunnel() {
+async fn unread_streams_do_not_block_other_streams() {
     // A sixteenth of the defaults.
     let http2 = Http2Settings {
         stream_window: 256 << 10,
@@ -306,7 +306,7 @@ async fn readers_that_stop_do_not_stop_the_others_of_their_tunnel() {
 }
 
 #[tokio::test]
-async fn a_stalled_stream_with_many_small_writes_does_not_end_the_tunnel() {
+async fn unread_small_writes_do_not_end_the_tunnel() {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
     let (mut reader, _kept) = near.split();
     let (_kept, mut writer) = far.split();

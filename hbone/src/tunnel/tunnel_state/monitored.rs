@@ -1,5 +1,5 @@
-//! The TLS stream under h2: measures what comes and goes, and enforces the limits of the frames that
-//! a peer sends.
+//! The TLS stream under h2: measures what comes and goes, and enforces the limits of the frames
+//! that a peer sends.
 
 use std::io;
 use std::pin::Pin;
@@ -12,14 +12,14 @@ use super::TunnelState;
 use crate::tls::known_error;
 use crate::tunnel::inspect::Inspector;
 
-/// How much is read in one turn of the task that drives a connection, by its cost, before the readers
-/// of the streams get theirs. What they were given is still in the caches then, instead of a whole
-/// window of it.
+/// How much is read in one turn of the task that drives a connection, by its cost, before the
+/// readers of the streams get theirs. What they were given is still in the caches then, instead of
+/// a whole window of it.
 const TURN: usize = 256 << 10;
 
-/// The TLS stream under h2. Notes in its [`TunnelState`] what h2 does not keep: when bytes came, which
-/// alert ended the connection, or what ended the stream that carries it. Reads nothing more once the
-/// peer has exceeded a limit.
+/// The TLS stream under h2. Notes in its [`TunnelState`] what h2 does not keep: when bytes came,
+/// which alert ended the connection, or what ended the stream that carries it. Reads nothing more
+/// once the peer has exceeded a limit.
 #[derive(Debug)]
 pub(crate) struct Monitored<T> {
     io: T,
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_turn_of_reading_ends_though_there_is_more_and_another_follows() {
+    async fn read_turn_is_bounded_and_followed_by_another() {
         let (tunnel, _server) = Mesh::new().tunnel().await;
         let (near, mut far) = duplex(2 * TURN);
         let mut near = Monitored::new(near, tunnel.tunnel_state().clone(), inspector());

@@ -1,8 +1,9 @@
 //! What a stream has received and its application has not read yet.
 //!
 //! h2 hands out slices of the buffers that it reads the connection into, and a buffer lives as long
-//! as its last slice: one byte may hold 256 KiB. Data that is not read for a while is therefore taken
-//! out of h2 and copied into buffers of its own size. Data that is read in time is never copied.
+//! as its last slice: one byte may hold 256 KiB. Data that is not read for a while is therefore
+//! taken out of h2 and copied into buffers of its own size. Data that is read in time is never
+//! copied.
 //!
 //! Not here: when to do that (`windows.rs`).
 

@@ -1,5 +1,5 @@
-//! Signals to every user of a tunnel that its peer is no longer trusted, at the cost of one load for
-//! each poll.
+//! Signals to every user of a tunnel that its peer is no longer trusted, at the cost of one load
+//! for each poll.
 //!
 //! Not here: deciding that (`crate::trust::revocation`).
 

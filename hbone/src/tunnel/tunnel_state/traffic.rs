@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_mean_follows_what_goes_over_the_connection() {
+    fn mean_follows_traffic() {
         let traffic = Traffic::default();
         let second = |now: u64, bytes: usize| {
             traffic.count(bytes);
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn the_mean_is_known_when_nothing_was_heard_since() {
+    fn mean_decays_without_traffic() {
         let traffic = Traffic::default();
         traffic.count(8000);
         assert_eq!([500, 1000, 2000, 8000].map(|now| traffic.mean(now)), [0, 8000, 4000, 1000]);

@@ -1,19 +1,20 @@
-//! Bounds what a tunnel's stopped readers hold: shrinks every stream's window before they hold up the
-//! other streams, and copies what they hold out of h2's buffers.
+//! Bounds what a tunnel's stopped readers hold: shrinks every stream's window before they hold up
+//! the other streams, and copies what they hold out of h2's buffers.
 //!
 //! What came for a stream and was not read counts against its own window and against the
 //! connection's, and h2 returns both together. Readers that have stopped therefore take from the
-//! connection's window, each up to its own, until nothing is left. While they hold more than a quarter
-//! of it, SETTINGS_INITIAL_WINDOW_SIZE is a small one (RFC 9113 section 6.9.2: it changes the window of
-//! open streams too). The other streams go on with it, and readers that stop later hold little.
+//! connection's window, each up to its own, until nothing is left. While they hold more than a
+//! quarter of it, SETTINGS_INITIAL_WINDOW_SIZE is a small one (RFC 9113 section 6.9.2: it changes
+//! the window of open streams too). The other streams go on with it, and readers that stop later
+//! hold little.
 //!
 //! Not here: what we queue for a peer that does not read (`send_buffer`).
 
 use super::TunnelState;
 use crate::tunnel::settings::Http2Settings;
 
-/// The window that every stream of one connection has, by what is held unread. The connection's task
-/// looks at that, and only when enough has come for it to have changed.
+/// The window that every stream of one connection has, by what is held unread. The connection's
+/// task looks at that, and only when enough has come for it to have changed.
 #[derive(Debug)]
 pub(crate) struct Windows {
     wide: u32,
@@ -38,8 +39,8 @@ impl Windows {
         }
     }
 
-    /// Looks at what is held, if enough has come since the last time, and sets another window if need
-    /// be. Whether it did: then there is something to send.
+    /// Looks at what is held, if enough has come since the last time, and sets another window if
+    /// need be. Whether it did: then there is something to send.
     pub(crate) fn adjust(
         &mut self,
         tunnel: &TunnelState,

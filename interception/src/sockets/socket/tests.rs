@@ -42,7 +42,7 @@ fn loopback(listener: &BoundListener) -> SocketAddr {
 }
 
 #[test]
-fn a_mapped_address_becomes_ipv4_and_others_stay() {
+fn mapped_address_becomes_ipv4() {
     let v4 = SocketAddr::from((Ipv4Addr::new(10, 0, 0, 1), 80));
     let mapped = SocketAddr::from((Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped(), 80));
     let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, 80));
@@ -50,13 +50,13 @@ fn a_mapped_address_becomes_ipv4_and_others_stay() {
 }
 
 #[test]
-fn without_ipv6_any_address_is_ipv4s() {
+fn unspecified_address_is_ipv4_without_ipv6() {
     let listener = listen(&of_no_profile(false));
     assert!(listener.local_addr().expect("bound").is_ipv4());
 }
 
 #[tokio::test]
-async fn an_end_of_writing_is_a_fin_and_none_is_needed_when_all_is_over() {
+async fn end_writing_sends_fin_and_ignores_closed_connection() {
     let sockets = unmarked();
     let listener = listen(&sockets);
     let to = loopback(&listener);
@@ -72,7 +72,7 @@ async fn an_end_of_writing_is_a_fin_and_none_is_needed_when_all_is_over() {
 }
 
 #[test]
-fn a_taken_port_names_its_purpose_and_setting() {
+fn bind_error_names_purpose_and_setting() {
     let sockets = unmarked();
     let taken = listen(&sockets).local_addr().expect("bound");
     let _holder = listen_on(&sockets, taken, Closing::End);
@@ -92,7 +92,7 @@ fn a_taken_port_names_its_purpose_and_setting() {
 }
 
 #[tokio::test]
-async fn an_ipv4_client_of_a_dual_stack_listener_has_an_ipv4_address() {
+async fn dual_stack_listener_reports_ipv4_clients_as_ipv4() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let listener = listener.register().expect("registered");
@@ -102,7 +102,7 @@ async fn an_ipv4_client_of_a_dual_stack_listener_has_an_ipv4_address() {
 }
 
 #[tokio::test]
-async fn an_accepted_stream_does_not_block_and_is_not_inherited() {
+async fn accepted_stream_is_nonblocking_and_close_on_exec() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let listener = listener.register().expect("registered");
@@ -114,7 +114,7 @@ async fn an_accepted_stream_does_not_block_and_is_not_inherited() {
 }
 
 #[tokio::test]
-async fn a_connection_without_a_mark_needs_no_capability_and_keeps_no_source() {
+async fn unmarked_connection_needs_no_capability() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let foreign = IpAddr::from([192, 0, 2, 1]);
@@ -149,7 +149,7 @@ fn is_tuned(stream: &impl AsFd, keepalive: Duration) -> bool {
 }
 
 #[tokio::test]
-async fn connections_are_probed_and_not_delayed() {
+async fn connections_have_keepalive_and_no_delay() {
     let listener = listen(&unmarked());
     let keepalive = Duration::from_secs(77);
     let sockets = unmarked().with_keepalive(keepalive);
@@ -159,7 +159,7 @@ async fn connections_are_probed_and_not_delayed() {
 }
 
 #[tokio::test]
-async fn what_is_accepted_has_the_options_of_its_listener() {
+async fn accepted_stream_inherits_listener_options() {
     let keepalive = Duration::from_secs(78);
     let sockets = unmarked().with_keepalive(keepalive);
     let bound = listen(&sockets);
@@ -186,7 +186,7 @@ async fn what_is_accepted_has_the_options_of_its_listener() {
 }
 
 #[tokio::test]
-async fn a_stream_told_to_reset_on_close_does() {
+async fn reset_on_close_sends_rst() {
     let listener = listen(&unmarked());
     let address = loopback(&listener);
     let listener = listener.register().expect("registered");

@@ -1,4 +1,4 @@
-//! What may go out and come in besides tunnels, as an operator writes it, right and wrong.
+//! Valid and invalid settings of egress and mTLS.
 
 use crate::settings::load::settings_of;
 use crate::settings::{EgressSettings, Mtls, MtlsOverride, MtlsSettings};
@@ -19,7 +19,7 @@ fn mistakes(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn by_default_everything_may_go_out_and_plaintext_may_come_in() {
+fn defaults_allow_all_egress_and_plaintext_inbound() {
     let settings = settings_of("").unwrap();
     assert!(settings.egress.permits("192.0.2.1:443".parse().unwrap()));
     assert_eq!(settings.proxy.mtls.mode("shop", "web", 80), Mtls::Permissive);
@@ -29,7 +29,7 @@ fn by_default_everything_may_go_out_and_plaintext_may_come_in() {
 }
 
 #[test]
-fn outside_the_mesh_only_exceptions_are_permitted() {
+fn mesh_only_permits_exceptions_only() {
     let text = "egress: mesh-only\negress_exceptions: {cidrs: [10.0.0.0/8, '2001:db8::/32'], ports: [53, 8000-8100]}";
     let permitted = |destination: &str| egress(text).permits(destination.parse().unwrap());
     for destination in
@@ -44,7 +44,7 @@ fn outside_the_mesh_only_exceptions_are_permitted() {
 }
 
 #[test]
-fn exceptions_to_nothing_are_a_mistake() {
+fn rejects_egress_exceptions_in_allow_mode() {
     let meaningless =
         "egress_exceptions: has a meaning with egress: mesh-only only: everything is allowed";
     assert_eq!(mistakes("egress_exceptions: {ports: [53]}"), [meaningless]);
@@ -60,7 +60,7 @@ fn exceptions_to_nothing_are_a_mistake() {
 }
 
 #[test]
-fn the_most_specific_mode_wins_in_whatever_order() {
+fn most_specific_mtls_override_wins_in_any_order() {
     let rising = "mtls: strict, mtls_overrides: [':80=permissive', shop/web=strict, 'shop/web:80=permissive', shop/db=permissive]";
     let falling = "mtls: strict, mtls_overrides: [shop/db=permissive, 'shop/web:80=permissive', shop/web=strict, ':80=permissive']";
     for text in [rising, falling] {
@@ -82,7 +82,7 @@ fn the_most_specific_mode_wins_in_whatever_order() {
 }
 
 #[test]
-fn an_override_prints_as_it_was_read() {
+fn mtls_override_prints_as_parsed() {
     for text in ["shop/web=strict", "shop/web:80=permissive", ":9000=strict"] {
         assert_eq!(text.parse::<MtlsOverride>().unwrap().to_string(), text);
     }
@@ -110,7 +110,7 @@ fn an_override_prints_as_it_was_read() {
 }
 
 #[test]
-fn contradicting_overrides_are_a_mistake_and_repeated_ones_are_not() {
+fn rejects_contradicting_overrides_and_accepts_repeated_ones() {
     let overrides = |list: &str| format!("{IDENTITY}proxy: {{mtls_overrides: [{list}]}}");
     assert_eq!(
         mistakes(&overrides("shop/web=strict, ':1=strict', shop/web=permissive")),
@@ -123,7 +123,7 @@ fn contradicting_overrides_are_a_mistake_and_repeated_ones_are_not() {
 }
 
 #[test]
-fn strict_without_an_identity_is_a_mistake() {
+fn rejects_strict_mtls_without_identity() {
     let reason = "strict needs an identity: without HBONE nobody could ever connect";
     assert_eq!(mistakes("proxy: {mtls: strict}"), [format!("proxy.mtls: {reason}")]);
     assert_eq!(
@@ -134,7 +134,7 @@ fn strict_without_an_identity_is_a_mistake() {
 }
 
 #[test]
-fn the_name_of_a_network_cannot_be_confused_with_an_address() {
+fn network_name_rejects_slash() {
     assert_eq!(settings_of("workload: {network: east}").unwrap().workload.network, "east");
     assert_eq!(
         mistakes("workload: {network: a/b}"),

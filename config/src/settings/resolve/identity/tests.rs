@@ -1,4 +1,4 @@
-//! The sections of HBONE as an operator writes them: sources, trust, counts.
+//! Valid and invalid settings of identity, trust and tunnels.
 
 use super::*;
 use crate::error::ConfigErrors;
@@ -20,7 +20,7 @@ fn mistakes(text: &str) -> Vec<String> {
     errors.problems.into_iter().map(|p| format!("{}: {}", p.key, p.reason)).collect()
 }
 
-/// Whether the one mistake in `text` is at `key`.
+/// Asserts that `text` has exactly one mistake, at `key`.
 fn is_refused(text: &str, key: &str) {
     let found = mistakes(text);
     assert_eq!(found.len(), 1, "{text}: {found:?}");
@@ -30,7 +30,7 @@ fn is_refused(text: &str, key: &str) {
 const ISTIO: &str = "address: 'https://istiod:15012', roots: r.pem, token: t";
 
 #[test]
-fn nothing_written_means_no_hbone_and_no_further_trust() {
+fn empty_document_gives_no_identity_and_no_extra_trust() {
     let settings = read("").unwrap();
     assert_eq!((settings.identity, settings.trust), (None, TrustSettings::default()));
     let TunnelSettings { max_age, streams, per_peer } = settings.tunnels;
@@ -38,7 +38,7 @@ fn nothing_written_means_no_hbone_and_no_further_trust() {
 }
 
 #[test]
-fn each_source_is_read() {
+fn parses_every_identity_source() {
     let files = identity_of("{certificate: c.pem, key: c.key, roots: r.pem}").unwrap();
     assert!(matches!(files, IdentitySettings::Files(_)), "{files:?}");
 
@@ -70,7 +70,7 @@ fn each_source_is_read() {
 }
 
 #[test]
-fn a_certificate_has_exactly_one_source() {
+fn rejects_several_identity_sources() {
     assert_eq!(
         mistakes("identity: {certificate: c.pem, local_ca: ca, ttl: 1h}\n"),
         ["identity: has more than one source (certificate, key and roots; local_ca): keep one"]
@@ -91,7 +91,7 @@ fn a_certificate_has_exactly_one_source() {
 }
 
 #[test]
-fn what_a_source_needs_is_asked_for_by_name() {
+fn missing_key_of_identity_source_is_named() {
     assert_eq!(
         mistakes("identity: {istio_ca: {impersonate: perhaps}}\n"),
         [
@@ -110,7 +110,7 @@ fn what_a_source_needs_is_asked_for_by_name() {
 }
 
 #[test]
-fn a_lifetime_is_for_those_who_issue() {
+fn rejects_ttl_for_sources_that_do_not_issue() {
     is_refused("identity: {certificate: c, key: k, roots: r, ttl: 1h}\n", "identity.ttl");
     is_refused("identity: {spire: {socket: s}, ttl: 1h}\n", "identity.ttl");
     is_refused("identity: {local_ca: ca, ttl: 999ms}\n", "identity.ttl");
@@ -118,7 +118,7 @@ fn a_lifetime_is_for_those_who_issue() {
 }
 
 #[test]
-fn the_address_of_a_ca_has_a_scheme_a_host_and_a_port() {
+fn ca_address_requires_scheme_host_and_port() {
     let with = |address: &str| {
         format!("identity: {{istio_ca: {{address: '{address}', roots: r, token: t}}}}\n")
     };
@@ -149,7 +149,7 @@ fn the_address_of_a_ca_has_a_scheme_a_host_and_a_port() {
 }
 
 #[test]
-fn the_socket_of_an_agent_is_a_path_or_a_unix_uri() {
+fn spire_socket_is_path_or_unix_uri() {
     let socket = |text: &str| match identity_of(&format!("{{spire: {{socket: '{text}'}}}}")) {
         Ok(IdentitySettings::Spire(spire)) => Some(spire.socket),
         Ok(other) => panic!("{other:?}"),
@@ -165,7 +165,7 @@ fn the_socket_of_an_agent_is_a_path_or_a_unix_uri() {
 }
 
 #[test]
-fn trust_is_read() {
+fn parses_trust_settings() {
     let text = "trust: {aliases: 'a.org,b.org', bundles: ['c.org=c.pem', 'd.org=/d=.pem', 'c.org=c.pem'], \
                 crls: [x.crl, y.crl]}\n";
     let domain = |text: &str| -> TrustDomain { text.parse().unwrap() };
@@ -181,7 +181,7 @@ fn trust_is_read() {
 }
 
 #[test]
-fn ciphers_are_in_order_of_preference_and_at_least_one() {
+fn ciphers_keep_their_order_and_are_never_empty() {
     let ciphers = |text: &str| read(text).unwrap().trust.ciphers;
     assert_eq!(ciphers(""), [Cipher::Aes128Gcm, Cipher::Aes256Gcm]);
     let both = ciphers("trust: {ciphers: [aes-256-gcm, aes-128-gcm]}\n");
@@ -197,7 +197,7 @@ fn ciphers_are_in_order_of_preference_and_at_least_one() {
 }
 
 #[test]
-fn a_trust_domain_has_its_roots_from_one_place() {
+fn rejects_several_bundles_of_one_trust_domain() {
     let own = "workload: {trustDomain: own.org}\n";
     for (trust, reason) in [
         ("{bundles: ['own.org=o.pem']}", "own.org is our own trust domain"),
@@ -211,7 +211,7 @@ fn a_trust_domain_has_its_roots_from_one_place() {
 }
 
 #[test]
-fn what_is_no_trust_domain_bundle_or_list_of_files_is_refused() {
+fn rejects_malformed_trust_settings() {
     for (trust, key) in [
         ("{aliases: [UPPER]}", "trust.aliases[0]"),
         ("{bundles: [a.org]}", "trust.bundles[0]"),
@@ -226,7 +226,7 @@ fn what_is_no_trust_domain_bundle_or_list_of_files_is_refused() {
 }
 
 #[test]
-fn counts_have_their_bounds() {
+fn counts_out_of_bounds_are_rejected() {
     for right in ["{streams: 1}", "{streams: 10000}", "{per_peer: 64}", "{max_age: 250ms}"] {
         assert_eq!(mistakes(&format!("tunnels: {right}\n")), [""; 0], "{right}");
     }

@@ -1,4 +1,4 @@
-//! The interception section as an operator writes it: lists, defaults by profile, contradictions.
+//! Lists, defaults by profile, and contradictions in the section `interception`.
 
 use super::*;
 use crate::error::ConfigErrors;
@@ -16,7 +16,7 @@ fn mistakes(section: &str) -> Vec<String> {
     problems.map(|p| format!("{}: {}", p.key.replace("interception.", ""), p.reason)).collect()
 }
 
-/// Whether the one mistake in `section` is at `key`.
+/// Asserts that `section` has exactly one mistake, at `key`.
 fn is_refused(section: &str, key: &str) {
     let found = mistakes(section);
     assert_eq!(found.len(), 1, "{section}: {found:?}");
@@ -28,7 +28,7 @@ fn texts<T: ToString>(items: &[T]) -> Vec<String> {
 }
 
 #[test]
-fn nothing_written_means_that_everything_is_caught() {
+fn empty_section_captures_everything() {
     let settings = read("{}").unwrap();
     assert_eq!(settings.outbound, OutboundCapture::default());
     assert_eq!(settings.inbound, InboundCapture::default());
@@ -40,7 +40,7 @@ fn nothing_written_means_that_everything_is_caught() {
 }
 
 #[test]
-fn each_profile_has_its_proxy_and_its_inbound_port() {
+fn profile_sets_proxy_user_and_inbound_port() {
     for (profile, uids, gids, port) in [
         ("ambient", &[][..], &[][..], 15006),
         ("sidecar", &[1337], &[1337], 15006),
@@ -59,7 +59,7 @@ fn each_profile_has_its_proxy_and_its_inbound_port() {
 }
 
 #[test]
-fn a_list_may_be_yaml_or_a_text_with_commas() {
+fn lists_are_yaml_or_comma_separated_text() {
     for list in ["[80, 8000-8100, '443']", "'80,8000:8100, 443'", "80, 8000-8100 ,443,80"] {
         let section = format!("{{outbound: {{exclude_ports: {list}}}}}");
         let found = match list.starts_with('8') {
@@ -73,7 +73,7 @@ fn a_list_may_be_yaml_or_a_text_with_commas() {
 }
 
 #[test]
-fn a_cidr_is_read_as_iptables_reads_it() {
+fn parses_cidrs_like_iptables() {
     for (written, meant) in [
         ("2.2.2.2/24", "2.2.2.0/24"),
         ("10.1.2.3", "10.1.2.3/32"),
@@ -96,13 +96,13 @@ fn a_cidr_is_read_as_iptables_reads_it() {
 }
 
 #[test]
-fn what_is_given_twice_counts_once() {
+fn duplicate_list_items_are_merged() {
     let settings = read("{outbound: {exclude_cidrs: ['10.1.0.0/8', '10.2.0.0/8']}}").unwrap();
     assert_eq!(texts(&settings.outbound.exclude_cidrs), ["10.0.0.0/8"]);
 }
 
 #[test]
-fn everything_and_nothing_have_their_words() {
+fn include_lists_accept_the_words_for_all_and_none() {
     let outbound = |text: &str| {
         let cidrs = read(&format!("{{outbound: {{{text}}}}}")).unwrap().outbound.include_cidrs;
         cidrs.map(|cidrs| texts(&cidrs))
@@ -126,7 +126,7 @@ fn everything_and_nothing_have_their_words() {
 }
 
 #[test]
-fn a_mistake_in_a_list_is_told_with_its_item() {
+fn list_mistake_names_the_item() {
     let errors = read("{outbound: {exclude_cidrs: '10.0.0.0/8,nowhere', exclude_uids: [0, root]}}");
     let told: Vec<String> = errors.unwrap_err().problems.iter().map(ToString::to_string).collect();
     assert_eq!(
@@ -144,7 +144,7 @@ fn a_mistake_in_a_list_is_told_with_its_item() {
 }
 
 #[test]
-fn what_is_no_port_is_refused() {
+fn rejects_invalid_ports() {
     for port in ["0", "70000", "90-80", "http", "'*'", "none"] {
         is_refused(
             &format!("{{outbound: {{exclude_ports: [{port}]}}}}"),
@@ -159,7 +159,7 @@ fn what_is_no_port_is_refused() {
 }
 
 #[test]
-fn what_is_no_interface_is_refused() {
+fn rejects_invalid_interface_names() {
     for name in ["eth0", "veth@x", "br-0123456789ab", "wg.1", "tun#1"] {
         assert_eq!(interface(name).as_deref(), Ok(name));
     }
@@ -176,7 +176,7 @@ fn what_is_no_interface_is_refused() {
 }
 
 #[test]
-fn a_user_or_group_is_a_number() {
+fn user_and_group_ids_are_numbers() {
     for id in ["root", "-1", "4294967295", "1-2"] {
         is_refused(&format!("{{outbound: {{exclude_uids: [{id}]}}}}"), "outbound.exclude_uids[0]");
         is_refused(&format!("{{outbound: {{exclude_gids: [{id}]}}}}"), "outbound.exclude_gids[0]");
@@ -184,7 +184,7 @@ fn a_user_or_group_is_a_number() {
 }
 
 #[test]
-fn a_loopback_cidr_is_inside_the_loopback_network() {
+fn rejects_loopback_cidr_outside_loopback_network() {
     let loopback = |text: &str| {
         let section = format!("{{profile: sidecar, loopback_cidr: '{text}'}}");
         read(&section).map(|settings| settings.loopback_cidr.to_string())
@@ -197,7 +197,7 @@ fn a_loopback_cidr_is_inside_the_loopback_network() {
 }
 
 #[test]
-fn what_does_not_go_together_is_refused_at_its_key() {
+fn rejects_contradicting_settings_at_their_key() {
     for (section, key) in [
         ("{inbound: {mode: tproxy}}", "inbound.mode"),
         ("{profile: osm, inbound: {mode: tproxy}}", "inbound.mode"),
@@ -238,7 +238,7 @@ fn reads_kubelet_probes_as_a_word_or_as_ports() {
         assert_eq!(probes(&section), KubeletProbes::Ports(ports.clone()));
     }
     assert_eq!(probes("{profile: sidecar}"), KubeletProbes::Off);
-    // Istio's own rules have no condition.
+    // Istio's own rules exempt probes to every port.
     assert_eq!(probes("{exact: true}"), KubeletProbes::On);
     assert_eq!(probes("{exact: true, profile: sidecar}"), KubeletProbes::Off);
 }
@@ -252,7 +252,7 @@ fn exempts_probes_to_declared_ports_only() {
 }
 
 #[test]
-fn refuses_kubelet_probes_that_are_no_word_and_no_port() {
+fn rejects_invalid_kubelet_probes() {
     is_refused("{kubelet_probes: 'true'}", "kubelet_probes[0]");
     is_refused("{kubelet_probes: [80, on]}", "kubelet_probes[1]");
     is_refused("{kubelet_probes: []}", "kubelet_probes");
@@ -263,7 +263,7 @@ fn refuses_kubelet_probes_that_are_no_word_and_no_port() {
 }
 
 #[test]
-fn what_goes_together_is_taken() {
+fn accepts_compatible_settings() {
     for section in [
         "{profile: sidecar, proxy_uids: [], proxy_gids: [0]}",
         "{outbound: {include_cidrs: [10.0.0.0/8], exclude_cidrs: [10.1.0.0/16]}}",
@@ -276,19 +276,19 @@ fn what_goes_together_is_taken() {
 }
 
 #[test]
-fn without_rules_of_ours_what_is_said_of_them_is_not_judged() {
+fn profile_none_ignores_contradicting_rule_settings() {
     let section = "{profile: none, ingress: true, proxy_gids: [1], dns_servers: ['::1'], \
                    inbound: {mode: tproxy, include_ports: [1], exclude_ports: [1]}}";
     assert_eq!(mistakes(section), [""; 0]);
 }
 
 #[test]
-fn a_profile_that_does_not_exist_is_the_only_mistake() {
+fn unknown_profile_is_the_only_mistake() {
     is_refused("{profile: sidekick, ingress: true, proxy_uids: []}", "profile");
 }
 
 #[test]
-fn a_key_deep_down_is_checked_too() {
+fn rejects_unknown_nested_key() {
     let found = mistakes("{outbound: {exclude_cidr: x}, inbound: [1]}");
     assert_eq!(
         found,

@@ -1,4 +1,4 @@
-//! What others can make us hold, as an operator writes it, right and wrong.
+//! Valid and invalid settings of limits, timeouts and hot restart.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ fn mistakes(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn by_default_nothing_is_held_without_a_limit_and_nothing_that_lives_is_cut() {
+fn defaults_limit_resources_and_keep_open_connections() {
     let settings = settings_of("").unwrap();
     let (limits, timeouts) = (settings.limits, settings.timeouts);
     assert_eq!(limits.connections_per_worker, 50_000);
@@ -28,7 +28,7 @@ fn by_default_nothing_is_held_without_a_limit_and_nothing_that_lives_is_cut() {
 }
 
 #[test]
-fn off_is_a_value_where_something_can_do_without_a_limit() {
+fn optional_limits_accept_off() {
     let text = "limits: {connections_per_source: off, accepts_per_second: 7, \
                 tunnels_per_source: off, tunnels_per_identity: off, buffers: 64KiB}\n\
                 timeouts: {idle: 10m, half_close: off}\n\
@@ -45,7 +45,7 @@ fn off_is_a_value_where_something_can_do_without_a_limit() {
 }
 
 #[test]
-fn what_cannot_be_a_limit_is_a_mistake() {
+fn rejects_invalid_limits() {
     let text = "limits: {connections_per_worker: off, connections_per_source: 0, accepts_per_second: no, \
                 handshakes: 0, handshakes_per_source: 0, tunnels_per_source: 0, tunnels_per_identity: none, \
                 buffers: 256}\n\

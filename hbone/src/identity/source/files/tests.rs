@@ -62,7 +62,7 @@ async fn stays_silent(source: &mut FileSource) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_renewed_pair_is_used_once_it_is_whole() {
+async fn uses_renewed_pair_once_complete() {
     let place = Place::new("files-renewed");
     place.write_pair(&place.issue(CLIENT));
     let mut source = place.source();
@@ -78,7 +78,7 @@ async fn a_renewed_pair_is_used_once_it_is_whole() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_same_content_again_is_no_news() {
+async fn ignores_unchanged_content() {
     let place = Place::new("files-same");
     let issued = place.issue(CLIENT);
     place.write_pair(&issued);
@@ -94,7 +94,7 @@ async fn the_same_content_again_is_no_news() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_broken_file_is_told_once_however_often_it_is_written() {
+async fn reports_broken_file_once() {
     let place = Place::new("files-broken");
     let issued = place.issue(CLIENT);
     place.write_pair(&issued);
@@ -114,7 +114,7 @@ async fn a_broken_file_is_told_once_however_often_it_is_written() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pair_that_is_renamed_into_place_and_new_roots_are_seen() {
+async fn detects_renamed_pair_and_new_roots() {
     let place = Place::new("files-rename");
     place.write_pair(&place.issue(CLIENT));
     let mut source = place.source();
@@ -131,7 +131,7 @@ async fn a_pair_that_is_renamed_into_place_and_new_roots_are_seen() {
 
 /// As a Secret in a pod: every file a link through `..data`, which is swapped for all at once.
 #[tokio::test(start_paused = true)]
-async fn a_pair_that_kubernetes_swaps_is_seen_whole() {
+async fn detects_kubernetes_secret_swap_atomically() {
     let place = Place::new("files-swap");
     let dir = &place.dir.0;
     let fill = |folder: &str, who: &str| {
@@ -157,7 +157,7 @@ async fn a_pair_that_kubernetes_swaps_is_seen_whole() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pair_whose_time_has_passed_is_refused() {
+async fn rejects_expired_pair() {
     let place = Place::new("files-expired");
     place.write_pair(&place.issue(CLIENT));
     let mut source = place.source();
@@ -171,7 +171,7 @@ async fn a_pair_whose_time_has_passed_is_refused() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pair_whose_time_has_not_come_is_refused_until_it_has() {
+async fn rejects_pair_until_it_is_valid() {
     let place = Place::new("files-early");
     let now = clock::now();
     let early = place.authority.issue_between(&id(CLIENT), now + HOUR, now + 2 * HOUR).unwrap();
@@ -188,7 +188,7 @@ async fn a_pair_whose_time_has_not_come_is_refused_until_it_has() {
 const SECOND: Duration = Duration::from_secs(1);
 
 #[tokio::test(start_paused = true)]
-async fn a_key_of_another_user_is_told_with_what_to_do() {
+async fn unreadable_key_error_states_remedy() {
     let place = Place::new("files-denied");
     place.write_pair(&place.issue(CLIENT));
     let key = place.dir.0.join("key");
@@ -205,7 +205,7 @@ async fn a_key_of_another_user_is_told_with_what_to_do() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn giving_up_the_wait_loses_nothing() {
+async fn cancelled_wait_loses_no_identity() {
     let place = Place::new("files-cancel");
     place.write_pair(&place.issue(CLIENT));
     let mut source = place.source();

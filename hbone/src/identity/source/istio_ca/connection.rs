@@ -1,4 +1,5 @@
-//! One HTTP/2 connection to the CA over TLS: the server proves its name, the client proves itself with its request.
+//! One HTTP/2 connection to the CA over TLS: the server proves its name, the client proves itself
+//! with its request.
 //!
 //! Not here: sockets (the caller dials, through [`Dial`]), and deadlines.
 

@@ -40,7 +40,7 @@ async fn refused(ca: &IstioCa<DialCa>, who: &str) -> IssuerProblem {
 }
 
 #[tokio::test]
-async fn a_certificate_is_issued_for_a_key_of_our_own() {
+async fn issues_certificate_for_our_key() {
     let served = served("istio-issue").await;
     let ca = Arc::new(ca(&served));
     let mut source = IstioCaSource::new(ca, id(CLIENT), Priority::RealTime);
@@ -52,7 +52,7 @@ async fn a_certificate_is_issued_for_a_key_of_our_own() {
 }
 
 #[tokio::test]
-async fn the_token_is_read_again_for_each_request() {
+async fn reads_token_for_each_request() {
     let served = served("istio-token").await;
     let ca = ca(&served);
     write_token(&served, "wrong-token");
@@ -72,7 +72,7 @@ async fn the_token_is_read_again_for_each_request() {
 }
 
 #[tokio::test]
-async fn nobody_gets_the_identity_of_another() {
+async fn ca_refuses_identity_of_another_account() {
     let served = served("istio-other").await;
     let what = refused(&ca(&served), SERVER).await;
     let IssuerProblem::Denied { id: asked, message } = what else { panic!("{what}") };
@@ -81,7 +81,7 @@ async fn nobody_gets_the_identity_of_another() {
 }
 
 #[tokio::test]
-async fn a_node_asks_for_its_workloads() {
+async fn node_token_obtains_certificates_of_its_workloads() {
     let served = served("istio-node").await;
     write_token(&served, "node-token");
     let settings = IstioCaSettings { impersonate: true, ..settings(&served, NAME) };
@@ -98,7 +98,7 @@ async fn a_node_asks_for_its_workloads() {
 }
 
 #[tokio::test]
-async fn a_ca_that_restarts_somewhere_else_is_found_again() {
+async fn reconnects_to_ca_at_new_address() {
     let mut served = served("istio-restart").await;
     let dial = DialCa::new(&served);
     let ca = IstioCa::new(settings(&served, NAME), dial.clone()).unwrap();
@@ -130,7 +130,7 @@ async fn explains_a_reset_during_the_handshake() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_not_the_ca_never_sees_the_token() {
+async fn wrong_server_never_receives_the_token() {
     let served = served("istio-impostor").await;
     let wrong_name = IstioCa::new(settings(&served, "other.test"), DialCa::new(&served)).unwrap();
     assert!(matches!(refused(&wrong_name, CLIENT).await, IssuerProblem::Tls));
@@ -164,7 +164,7 @@ impl Dial for Silence {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_silent_ca_is_given_up() {
+async fn silent_ca_times_out() {
     let served = TestCa::new("istio-silent", CLIENTS).await;
     write_token(&served, "client-token");
     let ca = IstioCa::new(settings(&served, NAME), Silence::default()).unwrap();
@@ -173,7 +173,7 @@ async fn a_silent_ca_is_given_up() {
 }
 
 #[tokio::test]
-async fn settings_that_cannot_be_right_are_refused_at_once() {
+async fn rejects_invalid_ca_settings_at_start() {
     let served = TestCa::new("istio-settings", CLIENTS).await;
     write_token(&served, "client-token");
     let new = |change: &dyn Fn(&mut IstioCaSettings)| {
@@ -212,7 +212,7 @@ fn answer(cert_chain: &[&str]) -> IstioCertificateResponse {
 }
 
 #[test]
-fn an_answer_must_be_a_certificate_of_ours_for_our_key_with_roots() {
+fn rejects_answer_for_other_key_or_identity_or_without_roots() {
     let (ours, other) = (authority("td"), authority("td"));
     let (key, csr) = signing_request(&id(CLIENT)).unwrap();
     let csr = crate::ca::CertificateRequest::from_pem(&csr).unwrap();
@@ -244,7 +244,7 @@ fn an_answer_must_be_a_certificate_of_ours_for_our_key_with_roots() {
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_is_told_as_that() {
+async fn broken_connection_is_reported_as_lost() {
     let served = served("istio-breaks").await;
     let dial = DialCa::new(&served);
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
@@ -263,7 +263,7 @@ async fn a_connection_that_breaks_is_told_as_that() {
 }
 
 #[tokio::test]
-async fn openssl_agrees_with_our_request_and_with_the_certificate() {
+async fn openssl_accepts_request_and_certificate() {
     let dir = TempDir::new("istio-openssl");
     let ours = authority("td");
     let (_, csr) = signing_request(&id(CLIENT)).unwrap();

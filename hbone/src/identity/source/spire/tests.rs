@@ -144,7 +144,7 @@ async fn problem(source: &mut SpireSource) -> IssuerProblem {
 }
 
 #[tokio::test]
-async fn the_workloads_own_certificate_is_preferred_to_the_first() {
+async fn prefers_certificate_of_the_workload() {
     let (agent, ours) = (Agent::new("spire-which"), authority("td"));
     let mut source = agent.source();
     let updates = agent.expect();
@@ -155,7 +155,7 @@ async fn the_workloads_own_certificate_is_preferred_to_the_first() {
 }
 
 #[tokio::test]
-async fn bundles_of_all_trust_domains_come_along() {
+async fn identity_includes_bundles_of_federated_domains() {
     let (agent, ours) = (Agent::new("spire-bundles"), authority("td"));
     let mut source = agent.source();
     let (friend, second) = (authority("friend"), authority("friend"));
@@ -172,7 +172,7 @@ async fn bundles_of_all_trust_domains_come_along() {
 }
 
 #[tokio::test]
-async fn an_agent_that_restarts_is_found_again_and_the_same_again_is_no_news() {
+async fn reconnects_to_restarted_agent_and_ignores_unchanged_update() {
     let (agent, ours) = (Agent::new("spire-restart"), authority("td"));
     let mut source = agent.source();
     let first = of(vec![svid(&ours, CLIENT)]);
@@ -187,7 +187,7 @@ async fn an_agent_that_restarts_is_found_again_and_the_same_again_is_no_news() {
 }
 
 #[tokio::test]
-async fn what_the_agent_cannot_give_is_told_in_its_own_words_and_tried_again() {
+async fn reports_agent_refusal_and_retries() {
     let (agent, ours) = (Agent::new("spire-refuse"), authority("td"));
     let mut source = agent.source();
     assert!(matches!(problem(&mut source).await, IssuerProblem::NotRegistered));
@@ -201,7 +201,7 @@ async fn what_the_agent_cannot_give_is_told_in_its_own_words_and_tried_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_agent_is_asked_again_ever_less_often() {
+async fn missing_agent_is_retried_with_back_off() {
     let dir = TempDir::new("spire-absent");
     let settings = SpireSettings { socket: dir.0.join("absent.sock") };
     let mut source = SpireSource::new(settings, id(CLIENT));

@@ -276,7 +276,7 @@ impl Model {
 
 proptest! {
     #[test]
-    fn whatever_happens_the_pool_stays_within_its_bounds(events in prop::collection::vec(event(), 1..200)) {
+    fn pool_stays_within_bounds_under_random_events(events in prop::collection::vec(event(), 1..200)) {
         let mut model = Model::new();
         for event in events {
             model.apply(event);

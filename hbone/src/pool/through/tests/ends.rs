@@ -17,7 +17,7 @@ async fn drain(reader: &mut TunnelReader) -> Result<usize, HboneError> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn both_directions_end_on_their_own_and_leave_nothing_behind() {
+async fn directions_end_independently_and_leak_nothing() {
     let tasks = || Runtime::current().metrics().num_alive_tasks();
     let mut scene = Scene::new();
     let (near, far, ..) = scene.stream().await;
@@ -47,7 +47,7 @@ async fn both_directions_end_on_their_own_and_leave_nothing_behind() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_sent_before_the_end_arrives_though_nobody_waits_for_it() {
+async fn data_before_end_arrives_without_waiting_reader() {
     let mut scene = Scene::new();
     let (near, far, ..) = scene.stream().await;
     let (mut near_reader, mut near_writer) = near.split();
@@ -65,7 +65,7 @@ async fn what_was_sent_before_the_end_arrives_though_nobody_waits_for_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_abort_is_an_abort_at_the_other_end() {
+async fn abort_is_seen_at_the_other_end() {
     let mut scene = Scene::new();
     for client_aborts in [true, false] {
         let (near, far, ..) = scene.stream().await;
@@ -85,7 +85,7 @@ async fn an_abort_is_an_abort_at_the_other_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_gateway_that_fails_is_an_abort_at_both_ends() {
+async fn gateway_failure_aborts_both_ends() {
     let mut scene = Scene::new();
     let (near, far, ..) = scene.stream().await;
     let (mut near_reader, mut near_writer) = near.split();
@@ -100,7 +100,7 @@ async fn a_gateway_that_fails_is_an_abort_at_both_ends() {
 }
 
 #[tokio::test]
-async fn fifty_megabytes_each_way_arrive_as_they_were_sent() {
+async fn bulk_data_arrives_unchanged_in_both_directions() {
     const LENGTH: usize = 50 << 20;
     let mut scene = Scene::new();
     let (near, far, ..) = scene.stream().await;
@@ -137,7 +137,7 @@ async fn fifty_megabytes_each_way_arrive_as_they_were_sent() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_backend_that_does_not_read_holds_the_client_back_and_no_other_stream() {
+async fn unread_backend_blocks_only_its_own_stream() {
     let http2 = Http2Settings { stream_window: 100_000, ..Http2Settings::default() };
     let server = ServerSettings { http2, ..ServerSettings::default() };
     let mut scene = Scene::with(ClientSettings::default(), server);
@@ -162,7 +162,7 @@ async fn a_backend_that_does_not_read_holds_the_client_back_and_no_other_stream(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_gateway_that_never_ends_a_stream_is_not_waited_for_forever() {
+async fn gateway_that_never_ends_stream_times_out() {
     let mut scene = Scene::new();
     scene.go(Way::NeverEnds);
     let (near, far, ..) = scene.stream().await;

@@ -122,7 +122,7 @@ fn updates_its_key_within_one_write() {
 }
 
 #[test]
-fn asks_a_peer_for_another_key_that_has_used_one_for_too_much() {
+fn requests_key_update_at_limit_of_peer_key() {
     let (mut stream, mut peer) = pair(false, 4).unwrap();
     for _ in 0..6 {
         peer.send(DATA, b".");
@@ -142,7 +142,7 @@ fn asks_a_peer_for_another_key_that_has_used_one_for_too_much() {
 }
 
 #[test]
-fn a_peer_that_updates_by_itself_is_not_asked() {
+fn peer_that_updates_its_key_gets_no_request() {
     let (mut stream, mut peer) = pair(false, 4).unwrap();
     for _ in 0..4 {
         peer.send(DATA, b".");

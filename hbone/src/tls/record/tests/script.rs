@@ -34,7 +34,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn does_as_the_model_says(script in script()) {
+    fn random_scripts_match_the_model(script in script()) {
         run(&script);
     }
 }

@@ -76,7 +76,7 @@ fn seals_and_opens_the_records_of_rfc_8448() {
 }
 
 #[test]
-fn no_sequence_number_is_used_twice() {
+fn sequence_numbers_are_unique() {
     let mut key = client(u64::MAX - 1);
     let mut slot = [0; 100];
     key.seal(DATA, b"last", &mut slot).unwrap();

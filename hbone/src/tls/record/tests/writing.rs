@@ -98,7 +98,7 @@ fn writes_a_large_frame_by_one_call() {
 }
 
 #[test]
-fn takes_only_full_records_of_what_does_not_fit() {
+fn write_larger_than_buffer_takes_full_records_only() {
     let (mut stream, mut peer) = client();
     let written = write_pieces(&mut stream, &[1 << 20]);
     assert!(written > 0 && written.is_multiple_of(MAX_CONTENT), "{written}");
@@ -107,7 +107,7 @@ fn takes_only_full_records_of_what_does_not_fit() {
 }
 
 #[test]
-fn writes_nothing_for_nothing() {
+fn empty_write_sends_nothing() {
     let (mut stream, mut peer) = client();
     assert_eq!(write_pieces(&mut stream, &[0, 0]), 0);
     ready(flush(&mut stream));
@@ -115,7 +115,7 @@ fn writes_nothing_for_nothing() {
 }
 
 #[test]
-fn a_peer_that_does_not_read_makes_writes_wait() {
+fn unread_peer_blocks_writes() {
     let (mut stream, mut peer) = client();
     peer.wire.pipe().room = 1000;
     let all = numbered(1 << 20);
@@ -158,7 +158,7 @@ fn sends_close_notify_once_and_nothing_after_it() {
 }
 
 #[test]
-fn goes_on_writing_after_the_peer_has_closed() {
+fn writes_after_close_notify_of_peer() {
     let (mut stream, mut peer) = client();
     peer.send(ALERT, &[1, 0]);
     read_all(&mut stream, 100).1.unwrap().unwrap();

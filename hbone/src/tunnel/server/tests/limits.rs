@@ -121,7 +121,7 @@ async fn drains_and_then_closes_tunnel_with_too_many_refused_requests() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn bears_requests_that_are_refused_now_and_then() {
+async fn tolerates_occasional_refused_requests() {
     let (mut client, mut server) = RawClient::settled(ServerSettings::default()).await;
     let serve = async {
         while let Some(request) = server.next().await {

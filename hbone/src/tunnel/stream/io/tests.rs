@@ -1,4 +1,5 @@
-//! A stream as a connection: its ends, its errors and what holds it back. `pool/through` runs tunnels inside of it.
+//! A stream as a connection: its ends, its errors and what holds it back. `pool/through` runs
+//! tunnels inside of it.
 
 use h2::Reason;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -54,7 +55,7 @@ async fn one_that_is_dropped_before_its_end_is_aborted() {
 }
 
 #[tokio::test]
-async fn a_lost_connection_is_an_error_and_no_end() {
+async fn lost_connection_is_an_io_error() {
     let (near, _far, _tunnel, served) = Mesh::new().stream().await;
     let mut near = near.into_io();
     served.kill().await;
@@ -75,7 +76,7 @@ async fn several_buffers_are_one_frame() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reader_that_stops_holds_the_writer_back() {
+async fn unread_stream_blocks_its_writer() {
     let http2 = Http2Settings { stream_window: 100_000, ..Http2Settings::default() };
     let server = ServerSettings { http2, ..ServerSettings::default() };
     let mesh = Mesh::with(ClientSettings::default(), server);
@@ -93,7 +94,7 @@ async fn a_reader_that_stops_holds_the_writer_back() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_carrier_is_shut_down_when_the_other_side_ended_too_or_sends_too_much() {
+async fn carrier_closes_after_both_ends_or_excess_data() {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
     let ((mut near, _open), mut far) = (near.into_carrier(), far.into_io());
     timeout(SECOND, near.shutdown()).await.unwrap_err();
