@@ -1,6 +1,6 @@
-//! What can go wrong with a tunnel or a certificate, in words for the operator.
+//! The errors of tunnels and certificates, as messages for the operator.
 //!
-//! Not here: which status or log reason a failure becomes. That is the caller's, from
+//! Not here: the HTTP status or log reason of a failure. Callers derive it from
 //! [`HboneError::kind`].
 
 mod credential;
@@ -27,74 +27,73 @@ pub use self::credential::{CredentialProblem, RequestProblem};
 pub use self::issuer::IssuerProblem;
 pub use self::svid::SvidProblem;
 
-/// Why a tunnel could not be opened or used, or a certificate not be read or issued.
+/// The reason why a tunnel could not be opened or used, or a certificate not be read or issued.
 ///
-/// Cloneable, because one failed dial is reported to all who waited for it.
+/// Cloneable, because all waiting callers receive the error of a failed dial.
 #[derive(Debug, Clone, Error)]
 pub enum HboneError {
     /// No connection to the peer's HBONE port.
     #[error("{}", hints::dial(*address, source))]
     Dial {
-        /// What was dialled.
+        /// The dialled address.
         address: SocketAddr,
-        /// Why it failed; `TimedOut` when our own deadline passed.
+        /// The cause; `TimedOut` after our own timeout.
         #[source]
         source: Arc<io::Error>,
     },
-    /// No new attempt, because the last one failed just now.
+    /// No new attempt, because the last one failed recently.
     #[error("{address} is not dialled for another {remaining:?}, because it just failed")]
     BackingOff {
-        /// What would have been dialled.
+        /// The address in back-off.
         address: SocketAddr,
-        /// How long until it is dialled again.
+        /// The remaining back-off.
         remaining: Duration,
         /// Why the last dial or handshake failed.
         #[source]
         source: Arc<Self>,
     },
-    /// The tunnel to a gateway stands, and the one inside of it to the peer behind the gateway does
-    /// not.
+    /// The tunnel to a gateway is open, but the inner tunnel to the peer behind it failed.
     #[error("no tunnel to the peer behind the gateway {gateway}")]
     BehindGateway {
         /// The gateway's address.
         gateway: SocketAddr,
-        /// What went wrong behind it.
+        /// The failure behind it.
         #[source]
         source: Arc<Self>,
     },
-    /// The peer let the TLS and HTTP/2 handshake wait for too long.
+    /// The TLS and HTTP/2 handshake timed out.
     #[error("the peer did not finish the handshake in {after:?} (timeouts.handshake)")]
     HandshakeTimeout {
-        /// The deadline that passed.
+        /// The timeout.
         after: Duration,
     },
     /// TLS failed for a reason without a variant of its own.
     #[error("TLS failed: {}", hints::tls(source))]
     Tls {
-        /// What rustls or the connection said.
+        /// The error of rustls or of the connection.
         #[source]
         source: Arc<io::Error>,
     },
-    /// The peer is somebody else, by the names in its certificate.
+    /// The peer's certificate has an unexpected identity.
     #[error(
         "peer presented {presented}, expected {expected}: are serviceAccount and trustDomain right in the mesh file?"
     )]
     UnexpectedPeer {
-        /// Who it should have been.
+        /// The expected identities.
         expected: ExpectedPeer,
-        /// The identity that the peer proved.
+        /// The verified identity of the peer.
         presented: Quoted,
     },
-    /// The peer's certificate is not one of a workload.
+    /// The peer's certificate is not a workload's.
     #[error("the peer's certificate is not an X.509-SVID: {problem}")]
     NotSvid {
-        /// What is wrong with it.
+        /// The problem.
         problem: SvidProblem,
     },
     /// The peer's chain is invalid for a reason without a variant of its own.
     #[error("the peer's certificate is invalid: {reason}")]
     InvalidCertificate {
-        /// What webpki says.
+        /// webpki's error.
         reason: Quoted,
     },
     /// The peer's certificate, or one in its chain, is no longer valid.
@@ -106,13 +105,13 @@ pub enum HboneError {
         /// The end of its validity.
         expired: SystemTime,
     },
-    /// The peer is of a trust domain whose roots we do not have.
+    /// We have no roots of the peer's trust domain.
     #[error(
         "the peer is of trust domain {trust_domain}, whose roots are not known here: add them to trust.bundles, \
          or the name to trust.aliases if it is another one of our own"
     )]
     UntrustedDomain {
-        /// Whose roots are missing.
+        /// The trust domain without roots.
         trust_domain: TrustDomain,
     },
     /// The peer's certificate, or one in its chain, is on a revocation list.
@@ -120,12 +119,12 @@ pub enum HboneError {
         "the peer's certificate, or one in its chain, is revoked by a list in trust.crls: it needs a new one, if it is still to be trusted"
     )]
     Revoked,
-    /// There are revocation lists, but none of this issuer.
+    /// Revocation lists are configured, but none of this issuer.
     #[error(
         "whether the peer's certificate is revoked is not known, so it is refused: add the list of {issuer} to trust.crls"
     )]
     RevocationUnknown {
-        /// Whose list is missing, as a distinguished name.
+        /// The issuer without a list, as a distinguished name.
         issuer: Quoted,
     },
     /// A revocation list is past its `nextUpdate`.
@@ -139,42 +138,42 @@ pub enum HboneError {
         /// When it should have been replaced.
         expired: SystemTime,
     },
-    /// A revocation list is not what its issuer signed, or the issuer may sign none.
+    /// A revocation list has an invalid signature, or its issuer may not sign lists.
     #[error(
         "the list in trust.crls for the peer's issuer cannot be trusted, so the peer is refused: was it signed by this \
          issuer, and may the issuer sign lists?"
     )]
     RevocationListUntrusted {
-        /// What is wrong with it.
+        /// The problem.
         #[source]
         source: webpki::Error,
     },
-    /// The client came without a certificate.
+    /// The client presented no certificate.
     #[error("the peer presented no certificate: is it an HBONE client at all?")]
     NoPeerCertificate,
-    /// The peer did not like our certificate.
+    /// The peer rejected our certificate.
     #[error("the peer refused our certificate (TLS alert {alert}): {}", hints::refused(alert))]
     CertificateRefused {
         /// The alert's name, as in RFC 8446 section 6.2.
         alert: String,
     },
-    /// HTTP/2 was violated, by the peer or by us.
+    /// A violation of HTTP/2 by the peer or by us.
     #[error("HTTP/2 failed")]
     H2 {
-        /// What h2 said.
+        /// h2's error.
         #[source]
         source: Arc<h2::Error>,
     },
-    /// The answer to CONNECT was not 200.
+    /// The status of the answer to CONNECT was not 200.
     #[error("the peer refused the CONNECT request with status {status}: its log tells why")]
     Refused {
-        /// The answer.
+        /// The status.
         status: StatusCode,
     },
-    /// No answer to CONNECT.
+    /// The answer to CONNECT timed out.
     #[error("the peer did not answer the CONNECT request in {after:?} (timeouts.reply)")]
     ReplyTimeout {
-        /// The deadline that passed.
+        /// The timeout.
         after: Duration,
     },
     /// The peer aborted the stream.
@@ -183,100 +182,100 @@ pub enum HboneError {
         /// The code of its RST_STREAM.
         reason: Reason,
     },
-    /// The connection ended, or a GOAWAY cut the stream, before END_STREAM.
+    /// The connection ended before END_STREAM, or GOAWAY excluded the stream.
     #[error("the connection to the peer was lost")]
     Lost {
-        /// What h2 said, if it was asked.
+        /// h2's error, if any.
         #[source]
         source: Option<Arc<h2::Error>>,
     },
-    /// The peer answers no PING.
+    /// The peer does not answer PING.
     #[error("the peer was silent for {silent:?}: the connection is given up")]
     Unresponsive {
-        /// How long nothing was received.
+        /// The time without received data.
         silent: Duration,
     },
-    /// The peer exceeded a limit of the tunnel, which was closed for it.
+    /// The tunnel was closed because the peer exceeded a limit.
     #[error("the peer exceeded a limit of the tunnel: {limit}")]
     PeerLimit {
-        /// Which one.
+        /// The limit.
         limit: TunnelLimit,
     },
-    /// A stream was wanted in a tunnel whose certificates are no longer valid. Nothing was sent.
+    /// A stream was requested in a tunnel with an expired certificate. Nothing was sent.
     #[error("the certificates of the tunnel expired at {}", utc(*expired))]
     TunnelExpired {
-        /// When the first of them expired.
+        /// The earliest expiry.
         expired: SystemTime,
     },
-    /// An authority that names no host and port.
+    /// An authority without host and port.
     #[error("{authority:?} is not an authority of the form ADDRESS:PORT or NAME:PORT")]
     InvalidAuthority {
-        /// What was given.
+        /// The authority.
         authority: Quoted,
     },
     /// A certificate, key or roots that cannot be used, read or written.
     #[error("{}: {what}", file.display())]
     Credential {
-        /// The file, or what it would have held when it came from memory.
+        /// The file, or a description of the content if it came from memory.
         file: PathBuf,
-        /// What is wrong.
+        /// The problem.
         what: CredentialProblem,
     },
     /// A file of credentials cannot be watched.
     #[error("changes of a certificate, key, bundle or revocation list would not be noticed")]
     Watch {
-        /// What cannot be watched, and why.
+        /// The path, and the reason.
         #[source]
         source: ConfigErrors,
     },
-    /// A CA or an agent that gives us no certificate.
+    /// A CA or an agent issued no certificate.
     #[error("{issuer}: {what}")]
     Issuer {
-        /// Who was asked.
+        /// The address of the CA or agent.
         issuer: String,
-        /// What went wrong.
+        /// The problem.
         what: IssuerProblem,
-        /// What the connection or a library said.
+        /// The error of the connection or of a library.
         #[source]
         source: Option<Arc<io::Error>>,
     },
-    /// The clients file of `ca serve`, or a socket of it.
+    /// The clients file of `ca serve`, or one of its sockets.
     #[error("the clients file cannot be used")]
     Clients {
-        /// Every mistake.
+        /// All mistakes.
         #[source]
         source: ConfigErrors,
     },
 }
 
-/// Whose fault an error is.
+/// The party that caused an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// The peer, or the network between.
+    /// The peer, or the network.
     Peer,
     /// The operator's settings, files or certificates.
     Configuration,
-    /// A defect of ours.
+    /// A defect of underpass.
     Us,
 }
 
-/// Who a peer was expected to be.
+/// The expected identity of a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExpectedPeer {
     /// A server: one of these.
     OneOf(Arc<[SpiffeId]>),
-    /// A client: any identity of our trust domain, or of another one whose roots we have.
+    /// A client: any identity of our trust domain, or of another one with known roots.
     MemberOf(TrustDomain),
 }
 
 impl HboneError {
-    /// What ended the stream that carries another tunnel; `None` if the I/O error has another
+    /// The error of the stream that carries another tunnel; `None` if the I/O error has another
     /// cause.
     pub(crate) fn carried_by(error: &io::Error) -> Option<Self> {
         error.get_ref()?.downcast_ref().cloned()
     }
 
-    /// Whose fault this is.
+    /// The party that caused this error.
     pub fn fault(&self) -> Fault {
         match self {
             Self::CertificateRefused { .. }
@@ -287,7 +286,8 @@ impl HboneError {
             | Self::Watch { .. }
             | Self::Clients { .. } => Fault::Configuration,
             Self::Issuer { what, .. } => what.fault(),
-            // The server answers a peer's bad authority itself: an error is about one we asked for.
+            // A peer's invalid authority is answered by the server itself: this error concerns our
+            // own request.
             Self::InvalidAuthority { .. } => Fault::Us,
             Self::BackingOff { source, .. } | Self::BehindGateway { source, .. } => source.fault(),
             Self::H2 { source } if !source.is_remote() && !source.is_library() => Fault::Us,
@@ -295,7 +295,7 @@ impl HboneError {
         }
     }
 
-    /// A short label for metrics and logs. Stable: dashboards depend on it.
+    /// A short label for metrics and logs. Stable, since dashboards depend on it.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Dial { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
@@ -303,7 +303,7 @@ impl HboneError {
             }
             Self::Dial { .. } => "connect",
             Self::BackingOff { .. } => "backing_off",
-            // The connection record names the gateway; what is counted is what went wrong.
+            // The connection record names the gateway; metrics count the failure behind it.
             Self::BehindGateway { source, .. } => source.kind(),
             Self::HandshakeTimeout { .. } => "handshake_timeout",
             Self::Tls { .. } => "tls",

@@ -1,17 +1,17 @@
-//! HBONE: HTTP/2 CONNECT tunnels over mutual TLS, between workloads that prove who they are.
+//! HBONE: HTTP/2 CONNECT tunnels over mutual TLS between workloads with SPIFFE identities.
 //!
 //! ```text
 //! client  Pool ─ Dial ─ Connector: TLS (is it one of the expected peers?) ─ Tunnel: CONNECT ─ 200 ─ TunnelStream
 //! server  Acceptor: TLS (is it of a trust domain that we know?) ─ ServerTunnel ─ Incoming: accept 200 / refuse ─ TunnelStream
 //! ```
 //!
-//! Both take the [`Credentials`] of the moment for each handshake, and cut a tunnel whose peer
-//! later ones distrust.
+//! Both use the current [`Credentials`] for each handshake, and terminate a tunnel whose peer later
+//! credentials no longer trust.
 //!
-//! Interoperates with istio/ztunnel. Every wait on a peer has a deadline that the caller gives, and
-//! everything a peer can make us hold has a cap (see [`Http2Settings`]).
+//! Interoperates with istio/ztunnel. Every wait for a peer has a deadline from the caller, and all
+//! resources that a peer can occupy are limited (see [`Http2Settings`]).
 //!
-//! Not here: sockets (the caller dials, through [`Dial`]), who may talk to whom, and copying bytes.
+//! Not here: sockets ([`Dial`] connects), authorization, and copying bytes.
 
 mod ca;
 mod clock;
@@ -57,11 +57,11 @@ pub use tunnel::settings::{ClientSettings, Http2Settings, KeepaliveSettings, Ser
 pub use tunnel::stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
 pub use tunnel::tunnel_state::RevocationSignal;
 
-/// For the fuzz targets in `fuzz/`, and for nothing else.
+/// Entry points for the fuzz targets in `fuzz/` only.
 #[cfg(feature = "fuzz")]
 pub mod fuzz {
-    /// Plays a script of a peer against the record layer, and panics if that does not do as a model
-    /// of it says.
+    /// Runs a script of a peer against the record layer. Panics if the record layer differs from
+    /// its model.
     pub fn record_layer(script: &[u8]) {
         crate::tls::run_script(script);
     }

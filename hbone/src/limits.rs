@@ -1,4 +1,4 @@
-//! Limits on what others can make this process hold at once.
+//! Limits on resources that peers and clients can occupy.
 //!
 //! ```text
 //! Budget        how much there is; parts of it for pods and sources, fair when it is short
@@ -8,7 +8,7 @@
 //! ConnectionSlots  connections that lose their share to a new one, the heaviest source first
 //! ```
 //!
-//! Not here: how fast a peer may ask (`token_bucket`), and what a refused connection is answered.
+//! Not here: request rates (`token_bucket`), and the answer to a refused connection.
 
 mod budget;
 mod keyed;

@@ -1,9 +1,9 @@
-//! Tunnels kept open, to be shared by all connections to the same peer.
+//! A pool of open tunnels, shared by all connections to the same peer.
 //!
-//! What to do is decided in `state`, without waiting for anything; here it is done. A pool belongs
-//! to one runtime; its lock is never held across an await.
+//! `state` makes all decisions without waiting; this file executes them. A pool belongs to one
+//! runtime; its lock is never held across an await.
 //!
-//! Not here: sockets. They come from [`Dial`].
+//! Not here: sockets, which [`Dial`] opens.
 
 mod retry;
 mod state;
@@ -27,9 +27,9 @@ use crate::tunnel::client::{ConnectRequest, Connector, Tunnel};
 use crate::tunnel::stream::TunnelStream;
 use crate::tunnel::tunnel_state::{OpenStream, TunnelState};
 
-/// Opens the connection under a tunnel: the owner of sockets, marks and source addresses.
+/// Opens the connection under a tunnel, with its marks and source address.
 pub trait Dial: Send + Sync + 'static {
-    /// What a tunnel runs over.
+    /// The transport of a tunnel.
     type Io: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static;
 
     /// Connects to `address`. The pool sets the deadline.
@@ -39,53 +39,53 @@ pub trait Dial: Send + Sync + 'static {
 /// The pool's deadlines and limits.
 #[derive(Debug, Clone)]
 pub struct PoolSettings {
-    /// For a connection to be established.
+    /// Timeout of connecting.
     pub dial: Duration,
-    /// For its TLS and HTTP/2 handshake.
+    /// Timeout of the TLS and HTTP/2 handshake.
     pub handshake: Duration,
-    /// For the answer to a CONNECT request.
+    /// Timeout of the answer to a CONNECT request.
     pub reply: Duration,
-    /// For a tunnel without streams before it is closed, give or take a tenth. One that others can
-    /// stand in for goes after a tenth of it.
+    /// Idle timeout of a tunnel without streams, with a jitter of a tenth. A surplus tunnel closes
+    /// after a tenth of it.
     pub idle: Duration,
-    /// After this, or up to a tenth less, a tunnel takes no new streams. It closes with its last
-    /// one.
+    /// The age, less up to a tenth at random, after which a tunnel takes no new streams. It closes
+    /// with its last stream.
     pub max_age: Duration,
-    /// How many streams share a tunnel, if the peer allows as many.
+    /// Maximum number of streams in a tunnel; the peer may allow fewer.
     pub streams_per_tunnel: usize,
-    /// Up to how many tunnels with the same key are opened because the others are half full or
-    /// busy. When all are full, another one is opened in any case.
+    /// Maximum number of tunnels with the same key that are opened because others are half full or
+    /// busy. If all are full, another one is opened in any case.
     pub tunnels_per_peer: usize,
 }
 
-/// Which tunnels may be shared: those in the name of the same workload to the same address, where
-/// the same peers are expected.
+/// The properties that connections in one tunnel share: source identity, address, and expected
+/// peers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct TunnelKey {
-    /// Who dials.
+    /// The identity of the client.
     pub source: SpiffeId,
-    /// Where to dial.
+    /// The address of the server.
     pub address: SocketAddr,
-    /// Who may answer. Nobody, if empty.
+    /// The expected identities of the server; if empty, none is accepted.
     pub peers: Arc<[SpiffeId]>,
 }
 
-/// What a pool holds at a moment.
+/// The current numbers of a pool.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PoolStatistics {
     /// Tunnels that take new streams.
     pub tunnels: usize,
-    /// Tunnels that only wait for their last stream.
+    /// Tunnels that close with their last stream.
     pub retired: usize,
-    /// Streams in both.
+    /// Streams in open and retired tunnels.
     pub streams: usize,
-    /// Dials under way.
+    /// Dials in progress.
     pub dialing: usize,
-    /// Destinations that are not dialled, because it failed just now.
+    /// Destinations in back-off.
     pub backing_off: usize,
 }
 
-/// Shares tunnels. Dropping it closes each as its last stream ends.
+/// A pool of tunnels. After it is dropped, each tunnel closes with its last stream.
 #[derive(Debug)]
 pub struct Pool<D>(Arc<Shared<D>>);
 
@@ -96,19 +96,19 @@ struct Shared<D> {
     state: Mutex<State<Pooled, Dialing>>,
 }
 
-/// The outcome of a dial, for all who wait for it; no value yet while it is under way.
+/// The outcome of a dial for all waiting callers; no value while it is in progress.
 type Dialing = watch::Receiver<Option<Outcome>>;
 type Outcome = Result<(TunnelId, Pooled), HboneError>;
 
-/// The pool's hold on a tunnel.
+/// The pool's handle of a tunnel.
 #[derive(Debug, Clone)]
 struct Pooled {
-    /// `None` once it was let go.
+    /// `None` after release.
     tunnel: Option<Tunnel>,
     tunnel_state: Arc<TunnelState>,
 }
 
-/// The right to open one stream in a tunnel.
+/// A reservation for one stream in a tunnel.
 #[derive(Debug)]
 struct Place {
     tunnel: Tunnel,
@@ -122,16 +122,15 @@ impl<D: Dial> Pool<D> {
         Self(Arc::new(Shared { dial, settings, state }))
     }
 
-    /// Opens a stream through a tunnel to `key`, by what `request` makes each time that one is
-    /// sent. If a tunnel must be dialled,
-    /// `connector` opens it; it speaks for `key.source`.
+    /// Opens a stream in a tunnel to `key`. `request` creates the request of each attempt. If a
+    /// tunnel must be dialled, `connector`, which has the identity `key.source`, opens it.
     ///
-    /// A request that the peer certainly did not act on, or that was lost with a tunnel from
-    /// before, is tried once more in a new tunnel. Nothing else is.
+    /// A request that the peer has certainly not processed, or that was lost with a pooled tunnel,
+    /// is retried once in a new tunnel. No other request is retried.
     ///
     /// # Errors
-    /// Why the dial, the handshake or the request failed; [`HboneError::BackingOff`] without a new
-    /// attempt for up to two seconds after a dial or handshake failed.
+    /// The error of the dial, handshake or request; [`HboneError::BackingOff`] without an attempt
+    /// for up to two seconds after a failed dial or handshake.
     pub async fn connect(
         &self,
         key: &TunnelKey,
@@ -153,23 +152,22 @@ impl<D: Dial> Pool<D> {
         outcome.map_err(|(error, _)| error)
     }
 
-    /// Lets go of all tunnels, so that each closes as its last stream ends. Whoever comes later has
-    /// to dial.
+    /// Releases all tunnels: each closes with its last stream. Later streams need a new tunnel.
     pub fn drain(&self) {
         self.0.state().drain();
     }
 
-    /// How many tunnels take new streams.
+    /// Number of tunnels that take new streams.
     pub fn tunnels(&self) -> usize {
         self.statistics().tunnels
     }
 
-    /// What is held right now.
+    /// The current numbers.
     pub fn statistics(&self) -> PoolStatistics {
         self.0.state().statistics(Instant::now())
     }
 
-    /// With an error comes whether the tunnel was there before.
+    /// An error includes whether the tunnel existed before.
     async fn attempt(
         &self,
         key: &TunnelKey,
@@ -183,8 +181,8 @@ impl<D: Dial> Pool<D> {
         let answer = tunnel.connect_reserved(request, self.0.settings.reply, open).await;
         let timed_out = matches!(answer, Err(HboneError::ReplyTimeout { .. }));
         if timed_out && tunnel.tunnel_state().last_heard() < asked {
-            // Not a slow answer but silence: the peer may be gone without a word, so the next one
-            // dials anew.
+            // The tunnel is silent, not only the answer slow: the peer may be lost, so the next
+            // stream dials.
             self.0.state().retire(key, id);
         }
         answer.map_err(|error| (error, pooled))
@@ -206,10 +204,10 @@ impl<D: Dial> Pool<D> {
                 }
             };
             let outcome = dialing.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
-            // The dialling task only goes without a word if it panics, or when the runtime ends.
+            // The dialling task sends no outcome only if it panics or the runtime ends.
             let lost = || Err(HboneError::Lost { source: None });
             let (id, tunnel) = outcome.ok().flatten().unwrap_or_else(lost)?;
-            // Who was promised nothing leaves the places to those who were.
+            // Callers without a promised reservation leave the reservations to the others.
             if promised && let Some(place) = self.0.state().join(key, &tunnel) {
                 return Ok((id, place, false));
             }
@@ -229,7 +227,7 @@ impl<D: Dial> Pool<D> {
             dialing
         });
         if let Some((id, done)) = started {
-            // In a task of its own, so that it goes on when the one who asked first gives up.
+            // In its own task, so that the dial continues if the first caller is cancelled.
             let dial = UnderWay { pool: self.0.clone(), key: key.clone(), id, done };
             tokio::spawn(dial.run(connector.clone()));
         }
@@ -239,7 +237,7 @@ impl<D: Dial> Pool<D> {
 
 impl<D> Shared<D> {
     fn state(&self) -> MutexGuard<'_, State<Pooled, Dialing>> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -269,7 +267,7 @@ impl Handle for Pooled {
     }
 }
 
-/// A dial that the state counts on, and is told of even if it is dropped half-way.
+/// A dial in progress. Reports its end to the state even if it is dropped.
 struct UnderWay<D: Dial> {
     pool: Arc<Shared<D>>,
     key: TunnelKey,
@@ -277,7 +275,7 @@ struct UnderWay<D: Dial> {
     done: watch::Sender<Option<Outcome>>,
 }
 
-/// What remains to be done after a dial.
+/// The task that follows a dial.
 enum Aftermath {
     Watch(TunnelId, Arc<TunnelState>),
     Forget(Instant),
@@ -288,8 +286,8 @@ impl<D: Dial> UnderWay<D> {
         let outcome = self.dial(&connector).await;
         let aftermath = self.finish(outcome);
         let (pool, key) = (Arc::downgrade(&self.pool), self.key.clone());
-        // From here on only the pool and its users hold the tunnel open, and only its owner the
-        // pool.
+        // From here on only the pool and its streams keep the tunnel open, and only its owner keeps
+        // the pool.
         drop((self, connector));
         match aftermath {
             Aftermath::Watch(id, tunnel_state) => watch_tunnel(pool, key, id, tunnel_state).await,
@@ -330,16 +328,15 @@ impl<D: Dial> UnderWay<D> {
 impl<D: Dial> Drop for UnderWay<D> {
     fn drop(&mut self) {
         if self.done.borrow().is_none() {
-            // The dialling code panicked, or the runtime ends. Those who wait see that nobody is
-            // left to tell them.
+            // The dialling code panicked, or the runtime ends. Dropping the sender wakes the
+            // waiting callers.
             self.pool.state().abandoned(&self.key, self.id);
         }
     }
 }
 
-/// Retires a tunnel when its time has come, and takes it out of the pool when it is closed. It
-/// sleeps in between: a tunnel that had streams when it looked is looked at again later, so that no
-/// stream has to wake it.
+/// Retires a tunnel when it is too old or idle, and removes it when it is closed. Sleeps between
+/// checks: a tunnel with streams is checked again later, so that streams need not wake this task.
 async fn watch_tunnel<D>(
     pool: Weak<Shared<D>>,
     key: TunnelKey,
@@ -358,7 +355,7 @@ async fn watch_tunnel<D>(
     if let Some(pool) = pool.upgrade() {
         let mut state = pool.state();
         state.closed(&key, id);
-        // TLS 1.3 tells a client only after the handshake that its certificate is refused.
+        // In TLS 1.3 a client learns only after the handshake that its certificate is refused.
         if let refusal @ HboneError::CertificateRefused { .. } = tunnel_state.lost(None) {
             due = Some(state.back_off(&key, Arc::new(refusal), Instant::now()));
         }

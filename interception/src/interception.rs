@@ -1,7 +1,8 @@
-//! Interception in one namespace: checked, installed, compared with the plan, repaired and removed,
-//! from any thread.
+//! Interception in one namespace: prepares, installs, verifies, repairs and removes the rules, from
+//! any thread.
 //!
-//! Not here: how any of it is done (`rules.rs`), and the sockets that fit the rules (`socket.rs`).
+//! Not here: the operations on rules (`rules.rs`), and the sockets that match the rules
+//! (`socket.rs`).
 
 use std::sync::Arc;
 
@@ -21,25 +22,25 @@ use crate::planned::{PlanInputs, Planned};
 use crate::privileged::{NamespaceAccess, Reply, RuleOperation};
 use crate::rules::RuleSettings;
 
-/// Interception in one namespace that has been checked and can be installed. Every operation runs
-/// in that namespace, whatever namespace its caller is in.
+/// Interception in one namespace that [`prepare`](Self::prepare) has checked. Every operation runs
+/// in that namespace, whatever the caller's namespace is.
 #[derive(Debug, Clone)]
 pub struct Interception {
     access: NamespaceAccess,
     rules: Arc<RuleSettings>,
     planned: Arc<Planned>,
-    /// Whether IPv6 was enabled on the loopback interface at the last look.
+    /// Whether IPv6 was enabled on the loopback interface at the last check.
     ipv6_on_loopback: bool,
 }
 
 impl Interception {
-    /// Checks whether and how the rules can be installed in a namespace, and changes nothing.
-    /// `None` for the profile without rules.
+    /// Checks whether and with which backend the rules can be installed in a namespace. Changes
+    /// nothing. `None` for the profile without rules.
     ///
     /// # Errors
     ///
-    /// In this order: the capability NET_ADMIN is missing, this is the host's own namespace (and
-    /// `allow_host` is off), the backend is not there.
+    /// In this order: the capability NET_ADMIN is missing; this is the host's own namespace without
+    /// `allow_host`; the backend is unavailable.
     pub async fn prepare(
         access: &NamespaceAccess,
         settings: &InterceptionSettings,
@@ -57,14 +58,14 @@ impl Interception {
         Ok(Some(Self { access: access.clone(), rules, planned, ipv6_on_loopback }))
     }
 
-    /// The same, which leaves in nftables who installed the rules.
+    /// The same interception, which records its owner in the nftables table.
     #[must_use]
     pub fn owned_by(self, owner: String) -> Self {
         let rules = RuleSettings { owner: Some(owner), ..(*self.rules).clone() };
         Self { rules: Arc::new(rules), ..self }
     }
 
-    /// The same interception of other connections: where it is and what it is installed with stay.
+    /// The same interception with other settings; namespace and backend stay.
     #[must_use]
     pub fn with_settings(&self, settings: &InterceptionSettings) -> Self {
         let inputs = PlanInputs { settings: settings.clone(), ..self.rules.inputs.clone() };
@@ -73,7 +74,7 @@ impl Interception {
         Self { planned, rules, ..self.clone() }
     }
 
-    /// Where the rules are.
+    /// Access to the namespace of the rules.
     #[must_use]
     pub fn access(&self) -> &NamespaceAccess {
         &self.access
@@ -85,20 +86,20 @@ impl Interception {
         &self.planned.plan
     }
 
-    /// What they are installed with.
+    /// The backend that installs the rules.
     #[must_use]
     pub fn backend(&self) -> Backend {
         self.rules.inputs.backend
     }
 
-    /// Whether the kernel has no IPv6, so that only IPv4 is caught whatever the settings say.
+    /// Whether the kernel lacks IPv6, so that only IPv4 is captured whatever the settings say.
     #[must_use]
     pub fn ipv6_absent(&self) -> bool {
         !self.rules.inputs.ipv6
     }
 
-    /// Whether the kernel has IPv6, and the loopback interface has it disabled now: rules exist,
-    /// and what they capture goes nowhere.
+    /// Whether the kernel has IPv6 but it is disabled on the loopback interface: the rules exist,
+    /// but captured packets are not delivered.
     ///
     /// # Errors
     ///
@@ -107,8 +108,8 @@ impl Interception {
         Ok(self.rules.inputs.ipv6 && !self.access.ipv6_on_loopback().await?)
     }
 
-    /// Whether IPv6 has been enabled or disabled on the loopback interface since the last call of
-    /// [`follow_ipv6`](Self::follow_ipv6), so that a difference found since may be of that.
+    /// Whether IPv6 was enabled or disabled on the loopback interface since the last call of
+    /// [`follow_ipv6`](Self::follow_ipv6), which may explain a difference found since.
     ///
     /// # Errors
     ///
@@ -117,12 +118,12 @@ impl Interception {
         Ok(self.access.ipv6_on_loopback().await? != self.ipv6_on_loopback)
     }
 
-    /// Installs the routes and addresses that wait for IPv6 on the loopback interface, if it has
-    /// been enabled there since the last call; whether it has.
+    /// Installs the routes and addresses that need IPv6 on the loopback interface, if it was
+    /// enabled since the last call; returns whether it was.
     ///
     /// # Errors
     ///
-    /// The kernel refused; the next call tries again.
+    /// The kernel rejected them; the next call tries again.
     pub async fn follow_ipv6(&mut self) -> Result<bool, InterceptionError> {
         let was_enabled = self.ipv6_on_loopback;
         let enabled = self.access.ipv6_on_loopback().await?;
@@ -133,8 +134,8 @@ impl Interception {
         Ok(enabled && !was_enabled)
     }
 
-    /// Rules that would catch the same traffic: of an older run by another backend, or of Istio or
-    /// OSM.
+    /// Rules that would capture the same traffic: of an earlier run with another backend, or of
+    /// Istio or OSM.
     ///
     /// # Errors
     ///
@@ -160,20 +161,20 @@ impl Interception {
         .await
     }
 
-    /// Installs the routes, then the rules in one transaction. Whatever an earlier run left is
-    /// replaced, and its blackhole removed.
+    /// Installs the routes, then the rules in one transaction. Replaces rules of an earlier run and
+    /// removes its blackhole.
     ///
-    /// Routes first: rules without them would strand the replies to imitated clients.
+    /// Routes first: rules without them would lose the replies to spoofed client addresses.
     ///
     /// # Errors
     ///
-    /// The kernel refused; what this call had added is removed again, and rules of an earlier run
-    /// still stand.
+    /// The kernel rejected a change. This call's changes are reverted; rules of an earlier run
+    /// stay.
     pub async fn install(&self) -> Result<(), InterceptionError> {
         self.done(RuleOperation::Install).await
     }
 
-    /// Installs as [`install`](Self::install) does, and leaves the blackhole in place.
+    /// Like [`install`](Self::install), but keeps the blackhole.
     ///
     /// # Errors
     ///
@@ -182,15 +183,16 @@ impl Interception {
         self.done(RuleOperation::Repair).await
     }
 
-    /// Writes beside the rules who installed them. Without it they are the same, so that a failure
-    /// is logged only.
+    /// Records in the nftables table which process installed the rules. A failure is only logged,
+    /// since the rules are the same without it.
     pub async fn mark_owner(&self) {
         if let Err(error) = self.done(RuleOperation::MarkOwner).await {
             tracing::debug!(%error, "the owner of the rules is not marked");
         }
     }
 
-    /// How what is installed differs from the plan, by expression and order; `None` if it does not.
+    /// The difference between the installed rules and the plan, by expression and order; `None` if
+    /// there is none.
     ///
     /// # Errors
     ///
@@ -203,7 +205,7 @@ impl Interception {
         .await
     }
 
-    /// Installs the blackhole: what the rules would catch is refused until
+    /// Installs the blackhole: traffic that the rules would capture is refused until
     /// [`unblock`](Self::unblock).
     ///
     /// # Errors
@@ -231,17 +233,16 @@ impl Interception {
         self.is(RuleOperation::IsBlocked).await
     }
 
-    /// Wake-ups after changes in the namespace, from now on.
+    /// Notifications of changes in the namespace, from now on.
     ///
     /// # Errors
     ///
-    /// The kernel does not let us listen.
+    /// The kernel rejects the subscription.
     pub async fn changes(&self) -> Result<Changes, InterceptionError> {
         Changes::of_rules(&self.access, self.rules.inputs.backend).await
     }
 
-    /// How often each rule that is installed matched, in the order of the rules; empty if there are
-    /// none.
+    /// The match counters of the installed rules, in their order; empty if there are none.
     ///
     /// # Errors
     ///
@@ -254,7 +255,7 @@ impl Interception {
         .await
     }
 
-    /// Removes the rules, the routes and the blackhole. What is already gone is no error.
+    /// Removes the rules, the routes and the blackhole. Absent ones are no error.
     ///
     /// # Errors
     ///
@@ -273,7 +274,7 @@ impl Interception {
         self.ask(operation, is).await
     }
 
-    /// Asks for an operation on the rules, and takes what `expected` takes out of the answer.
+    /// Performs an operation on the rules, and extracts the result with `expected`.
     async fn ask<T>(
         &self,
         operation: RuleOperation,
@@ -284,8 +285,8 @@ impl Interception {
     }
 }
 
-/// How often each rule of our nftables table in a namespace matched, in the order of the rules;
-/// empty if there is none.
+/// The match counters of our nftables table in a namespace, in the order of the rules; empty if
+/// there is none.
 ///
 /// # Errors
 ///
@@ -294,14 +295,13 @@ pub async fn counters(access: &NamespaceAccess) -> Result<Vec<RuleCounter>, Inte
     access.table_counters().await
 }
 
-/// Removes whatever underpass ever installed in a namespace, by whichever backend and profile: the
-/// table, the profiles' chains in iptables, the ip rules, routes and addresses, the blackhole.
-/// `false` if there was nothing.
+/// Removes everything that underpass installed in a namespace, with any backend and profile: table,
+/// iptables chains, ip rules, routes, addresses, and blackhole. `false` if there was nothing.
 ///
 /// # Errors
 ///
-/// This is the host's own namespace, and not `allow_host`. The kernel or a program refused
-/// something; all else is removed.
+/// This is the host's own namespace without `allow_host`, or the kernel or a program rejected a
+/// removal; everything else is removed.
 pub async fn remove_everything(
     access: &NamespaceAccess,
     scope: RemovalScope,

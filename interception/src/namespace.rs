@@ -1,12 +1,11 @@
-//! Network namespaces: opened, told apart, and entered.
+//! Network namespaces: opens, identifies and enters them.
 //!
-//! In reading order: [`Namespace`] is a handle, [`NamespaceThread`] runs operations inside of
-//! namespaces, and [`Entered`] proves to each operation which namespace it is in. Everything in
-//! this crate that acts on a namespace takes an `&Entered`, so a call in the wrong one does not
-//! compile.
+//! In reading order: [`Namespace`] is a handle, [`NamespaceThread`] runs operations in namespaces,
+//! and [`Entered`] proves to each operation which namespace it is in. Every function of this crate
+//! that acts on a namespace takes an `&Entered`: a call in the wrong one does not compile.
 //!
-//! Not here: making and connecting namespaces (`wiring.rs`), and privileges to do so without being
-//! root (`sandbox.rs`).
+//! Not here: creating and connecting namespaces (`wiring.rs`), and privileges to do so without root
+//! (`sandbox.rs`).
 
 pub(crate) mod host;
 pub(crate) mod ipv6;
@@ -32,11 +31,10 @@ pub use wiring::{Endpoint, veth};
 
 /// NSFS_MAGIC, include/uapi/linux/magic.h.
 const NSFS: i64 = 0x6e73_6673;
-/// The calling thread's own namespace: `/proc/self` would be that of the process's first thread.
+/// The calling thread's own namespace. `/proc/self` would be that of the process's first thread.
 const OWN: &str = "/proc/thread-self/ns/net";
 
-/// A network namespace, which lives at least as long as this handle. Cheap to clone; starts no
-/// thread.
+/// A handle of a network namespace, which keeps it alive. Starts no thread.
 #[derive(Debug, Clone)]
 pub struct Namespace(Arc<Held>);
 
@@ -47,7 +45,7 @@ struct Held {
     path: PathBuf,
 }
 
-/// Which namespace it is: unique among those that exist (ioctl_ns(2)).
+/// The identity of a namespace, unique among the existing ones (ioctl_ns(2)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NamespaceId {
     device: u64,
@@ -55,7 +53,7 @@ pub struct NamespaceId {
 }
 
 impl Namespace {
-    /// The one that the calling thread is in.
+    /// The namespace of the calling thread.
     ///
     /// # Errors
     ///
@@ -69,25 +67,25 @@ impl Namespace {
         opened.map(|held| Self(Arc::new(held))).map_err(failed("open", OWN.as_ref()))
     }
 
-    /// The one whose file is at `path`: `/run/netns/NAME`, `/proc/PID/ns/net`, or a container
+    /// The namespace with the file `path`: `/run/netns/NAME`, `/proc/PID/ns/net`, or a container
     /// runtime's.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Namespace`], also if the file is no namespace's.
+    /// [`InterceptionError::Namespace`], also if the file is not a namespace's.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, InterceptionError> {
         let path = path.into();
         let opened = File::open(&path).and_then(|file| Held::new(file, path.clone()));
         opened.map(|held| Self(Arc::new(held))).map_err(failed("open", &path))
     }
 
-    /// Which one it is.
+    /// Its identity.
     #[must_use]
     pub fn id(&self) -> NamespaceId {
         self.0.id
     }
 
-    /// A file by which any process can enter it while this handle lives.
+    /// A file through which any process can enter it while this handle lives.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0.path
@@ -117,7 +115,7 @@ impl NamespaceId {
         Ok(Self { device: metadata.dev(), inode: metadata.ino() })
     }
 
-    /// The number by which `ip netns` and `/proc/PID/ns/net` show it.
+    /// The number that `ip netns` and `/proc/PID/ns/net` show.
     #[must_use]
     pub fn inode(self) -> u64 {
         self.inode

@@ -1,5 +1,5 @@
-//! The plan of an interception and what follows from it, shared by all interceptions with equal
-//! settings: the pods of a node rarely have more than a few kinds of settings.
+//! The plan of an interception and the data derived from it, shared by all interceptions with equal
+//! inputs. The pods of a node rarely have many different settings.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
@@ -10,10 +10,10 @@ use crate::backend::blackhole::Blackhole;
 use crate::backend::verify::Listing;
 use crate::plan::{Ports, RulePlan};
 
-/// Every plan that an interception uses now.
+/// All plans in use.
 static PLANS: Mutex<Vec<Weak<Planned>>> = Mutex::new(Vec::new());
 
-/// What a plan follows from.
+/// The inputs of a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PlanInputs {
     pub(crate) settings: InterceptionSettings,
@@ -23,7 +23,7 @@ pub(crate) struct PlanInputs {
     pub(crate) ipv6: bool,
 }
 
-/// A plan, with what follows from it.
+/// A plan, and the data derived from it.
 #[derive(Debug)]
 pub(crate) struct Planned {
     pub(crate) inputs: PlanInputs,
@@ -33,7 +33,7 @@ pub(crate) struct Planned {
 }
 
 impl Planned {
-    /// The plan of these inputs: one that is used already, or a new one.
+    /// The plan of these inputs: an existing one in use, or a new one.
     pub(crate) fn shared(inputs: PlanInputs) -> Arc<Self> {
         // No code panics while it holds the lock.
         let mut plans = PLANS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -50,8 +50,8 @@ impl Planned {
         planned
     }
 
-    /// The listing of the rules as the backend reads them once they are installed. Without the
-    /// routes, which depend on the namespace.
+    /// The listing that the backend returns for the installed rules. Without the routes, which
+    /// depend on the namespace.
     pub(crate) fn expected(&self) -> &Listing {
         self.expected.get_or_init(|| self.inputs.backend.expected(&self.plan))
     }

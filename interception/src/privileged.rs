@@ -1,8 +1,8 @@
-//! The operations in a pod's namespace that take privileges, as messages: what is asked and what is
-//! answered is plain data and descriptors, so that another process can perform them.
+//! The privileged operations in a pod's namespace, as messages of plain data and descriptors, so
+//! that another process can perform them.
 //!
-//! [`NamespaceAccess`] asks (`access.rs`), and the namespaces thread performs (`operations.rs`).
-//! Not here: what each operation does.
+//! [`NamespaceAccess`] sends requests (`access.rs`); the namespaces thread performs them
+//! (`operations.rs`). Not here: the operations themselves.
 
 mod access;
 mod operations;
@@ -35,84 +35,84 @@ pub use access::NamespaceAccess;
 
 /// Performs privileged operations in one pod's namespace.
 pub trait PrivilegedOperations: fmt::Debug + Send + Sync {
-    /// Performs what is asked. It is done to its end if the caller stops waiting.
+    /// Performs a request, to completion even if the caller stops waiting.
     ///
     /// # Errors
     ///
-    /// Those of the operation, and that it cannot be performed in the namespace.
+    /// The operation's errors, or that the namespace cannot be entered.
     fn perform(&self, request: Request) -> Performing;
 }
 
-/// The answer to come.
+/// The future reply.
 pub type Performing = Pin<Box<dyn Future<Output = Result<Reply, InterceptionError>> + Send>>;
 
-/// What is asked for.
+/// A request.
 #[derive(Debug)]
 pub enum Request {
-    /// Nothing; answered when every operation that was asked for before is done.
+    /// No operation; answered after all earlier operations.
     Barrier,
     /// The interfaces that are up, and their addresses.
     Environment,
     /// Whether IPv6 is enabled on the loopback interface.
     Ipv6OnLoopback,
-    /// Which of these addresses a socket can be bound to.
+    /// The subset of these addresses that a socket can be bound to.
     UsableAddresses(Vec<IpAddr>),
-    /// Fails if the kernel drops what TPROXY marks.
+    /// Fails if the kernel drops packets that TPROXY marks.
     CheckReversePath(InterceptionSettings),
     /// Other processes that can bypass the rules of a profile.
     BypassingProcesses(Profile),
     /// Sockets to connect.
     OpenSockets {
-        /// How they are made.
+        /// Their options.
         sockets: Sockets,
-        /// What they are for.
+        /// Their purpose.
         kind: SocketKind,
-        /// At most so many, and at least one.
+        /// Maximum number; at least one is opened.
         count: usize,
     },
     /// A listener.
     Listen {
-        /// How it is made.
+        /// Its options.
         sockets: Sockets,
-        /// Where it listens.
+        /// Its address and purpose.
         listener: ListenerRequest,
     },
-    /// A socket that tells the namespace's own addresses.
+    /// A socket that looks up the namespace's own addresses.
     OpenLocalAddresses,
     /// The sockets of the self-test.
     OpenProbes,
     /// The sockets of the self-test of the return path, for the rules of these settings.
     OpenReturnPath {
-        /// How traffic is caught.
+        /// The interception settings.
         settings: InterceptionSettings,
         /// The proxy's ports.
         ports: Ports,
     },
     /// Whether and how rules can be installed.
     PrepareRules(InterceptionSettings),
-    /// Something about the rules of these settings.
+    /// An operation on the rules of these settings.
     Rules {
-        /// Which rules.
+        /// The settings of the rules.
         rules: Arc<RuleSettings>,
-        /// What about them.
+        /// The operation.
         operation: RuleOperation,
     },
-    /// How often each rule of our nftables table matched, whatever installed it.
+    /// The match counters of our nftables table, whichever process installed it.
     TableCounters,
-    /// Removes whatever underpass ever installed.
+    /// Removes everything that underpass installed.
     RemoveEverything {
-        /// Whose rules are removed.
+        /// Which rules are removed.
         scope: RemovalScope,
         /// Whether this may be the host's own namespace.
         allow_host: bool,
     },
     /// Descriptors that become readable when rules, routes or addresses change.
     Watch(Watched),
-    /// The kernel's lists of legacy iptables' tables.
+    /// The kernel's lists of the tables of legacy iptables.
     OpenLegacyTables,
 }
 
-/// What is done with rules.
+/// An operation on rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RuleOperation {
     /// Install routes and rules, and remove the blackhole.
@@ -121,9 +121,9 @@ pub enum RuleOperation {
     Repair,
     /// Install the routes and addresses alone, if IPv6 is enabled on the loopback interface.
     InstallRoutes,
-    /// Write beside the rules which process installed them.
+    /// Record in the table which process installed the rules.
     MarkOwner,
-    /// Compare what is installed with the plan.
+    /// Compare the installed rules with the plan.
     Verify,
     /// Install the blackhole.
     Block,
@@ -131,7 +131,7 @@ pub enum RuleOperation {
     Unblock,
     /// Whether the blackhole is installed.
     IsBlocked,
-    /// How often each rule matched.
+    /// The match counters of the rules.
     Counters,
     /// Remove rules, routes and blackhole.
     Remove,
@@ -141,12 +141,12 @@ pub enum RuleOperation {
     ForeignRules,
 }
 
-/// What is answered: to each request always the same one.
+/// A reply. Each request has one kind of reply.
 #[derive(Debug)]
 pub enum Reply {
-    /// It is done.
+    /// Done, without a result.
     Done,
-    /// Whether it is so, or whether something was changed.
+    /// The answer to a question, or whether the operation changed anything.
     Is(bool),
     /// See [`Request::Environment`].
     Environment(Environment),
@@ -181,7 +181,7 @@ pub enum Reply {
 }
 
 impl Request {
-    /// Whether performing it waits for nothing, so that it need not wait for other operations.
+    /// Whether performing it never waits, so that it need not queue behind operations.
     pub(crate) fn is_immediate(&self) -> bool {
         matches!(
             self,

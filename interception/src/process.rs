@@ -1,5 +1,5 @@
-//! What the process itself holds: capabilities, its user, limits, and which other processes can
-//! bypass the rules.
+//! Process-wide state: capabilities, user, resource limits, and other processes that can bypass the
+//! rules.
 
 pub(crate) mod bypass;
 pub(crate) mod limits;

@@ -1,8 +1,7 @@
-//! The rules of one pod in the kernel: in which order they are installed, how they are compared
-//! with the plan, and how they are removed.
+//! Installs, verifies and removes the rules of one pod in the kernel, in the right order.
 //!
-//! Not here: the rules (`plan.rs`), how they get into the kernel (`backend.rs`), and who asks for
-//! it (`interception.rs`).
+//! Not here: planning the rules (`plan.rs`), the backends (`backend.rs`), and the public interface
+//! (`interception.rs`).
 
 use std::sync::Arc;
 
@@ -20,15 +19,15 @@ use crate::plan::RulePlan;
 use crate::planned::{PlanInputs, Planned};
 use crate::process::privileges::lacks_net_admin;
 
-/// All that the rules of a pod follow from.
+/// The inputs of a pod's rules.
 #[derive(Debug, Clone)]
 pub struct RuleSettings {
     pub(crate) inputs: PlanInputs,
-    /// Describes the installing process, for people who list the table.
+    /// Describes the installing process to operators who list the table.
     pub(crate) owner: Option<String>,
 }
 
-/// The rules that follow from settings.
+/// The rules of these settings.
 #[derive(Debug)]
 pub(crate) struct Rules<'a> {
     planned: Arc<Planned>,
@@ -41,7 +40,7 @@ impl RuleSettings {
     }
 }
 
-/// Checks whether rules can be installed, and with what. Changes nothing.
+/// Checks whether and with which backend rules can be installed. Changes nothing.
 pub(crate) async fn prepare(
     entered: &Entered,
     settings: &InterceptionSettings,
@@ -86,7 +85,7 @@ impl Rules<'_> {
         routes::install(entered, self.plan()).await.map(drop)
     }
 
-    /// Without it the rules are the same, so that a failure is logged only.
+    /// Records the owner. A failure is only logged, since the rules are the same without it.
     pub(crate) async fn mark_owner(&self, entered: &Entered) {
         if let (Backend::Nftables, Some(owner)) = (self.backend(), self.owner)
             && let Err(error) = nftables::mark_owner(entered, owner).await
@@ -152,7 +151,7 @@ pub(crate) async fn is_blocked(entered: &Entered) -> Result<bool, InterceptionEr
     blackhole::is_installed(entered).await
 }
 
-/// Removes whatever underpass ever installed; `false` if there was nothing.
+/// Removes everything that underpass installed; `false` if there was nothing.
 pub(crate) async fn remove_everything(
     entered: &Entered,
     scope: RemovalScope,
@@ -198,7 +197,7 @@ async fn remove_from_iptables(
 ) -> Result<bool, InterceptionError> {
     match iptables::find(entered, variant).await {
         Ok(variant) => iptables::remove(entered, variant, scope).await,
-        // What is not there has installed nothing.
+        // A missing program has installed no rules.
         Err(_) => Ok(false),
     }
 }

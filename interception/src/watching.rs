@@ -1,7 +1,7 @@
-//! Descriptors that become readable when netfilter's rules, ip rules, routes or addresses change in
-//! a namespace.
+//! Subscribes to changes of netfilter's rules, ip rules, routes and addresses in a namespace; the
+//! descriptors become readable.
 //!
-//! Not here: when to look (`changes.rs`).
+//! Not here: reacting to changes (`changes.rs`).
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -13,7 +13,7 @@ use crate::error::InterceptionError;
 use crate::namespace::Entered;
 
 pub(crate) const OPERATION: &str = "watch the rules";
-/// The notifications about everything that own rules depend on besides nftables.
+/// The notifications of everything that our rules depend on besides nftables.
 const OURS: [RtnetlinkGroup; 5] = [
     RtnetlinkGroup::Ipv4Rule,
     RtnetlinkGroup::Ipv6Rule,
@@ -24,10 +24,10 @@ const OURS: [RtnetlinkGroup; 5] = [
 /// Only ip rules: changes of routes and addresses let no traffic bypass the rules.
 const RULES: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ipv6Rule];
 
-/// Which changes.
+/// The changes to watch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Watched {
-    /// Changes of the own rules and their dependencies.
+    /// Changes of our rules and their dependencies.
     OwnRules,
     /// Changes of any program's rules and ip rules.
     AllRules,

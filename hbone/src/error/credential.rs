@@ -1,6 +1,6 @@
-//! What is wrong with a certificate, a key, a list of roots or a request for a certificate.
+//! The problems of certificates, keys, roots and certificate requests.
 //!
-//! Not here: which file it is. The error that carries the problem names it.
+//! The error that contains the problem names the file.
 
 use std::io;
 use std::sync::Arc;
@@ -11,25 +11,25 @@ use underpass_config::{Quoted, SpiffeId, TrustDomain};
 
 use super::{SvidProblem, utc};
 
-/// What is wrong with a credential. Always shown with its file.
+/// A problem of a credential. Always shown with its file.
 #[derive(Debug, Clone, Error)]
 pub enum CredentialProblem {
     /// It cannot be read or written.
     #[error("{0}")]
     Io(Arc<io::Error>),
-    /// It is not ours to read or write.
+    /// The process lacks permission to read or write it.
     #[error(
         "permission denied: the user that this process runs as needs access to it, or the capability DAC_OVERRIDE, which \
          the proxy gives up once it runs"
     )]
     Permission,
-    /// It is there, and is not to be replaced.
+    /// It exists and must not be replaced.
     #[error("it exists already and is not overwritten: choose another directory")]
     Exists,
     /// It is not PEM.
     #[error("it is not well-formed PEM ({0})")]
     Pem(String),
-    /// There is no section of the needed kind.
+    /// It has no PEM section of the required kind.
     #[error("it has no PEM section of a {0}")]
     Empty(&'static str),
     /// A certificate that does not parse.
@@ -44,16 +44,16 @@ pub enum CredentialProblem {
     /// The key cannot be used.
     #[error("it holds no usable private key ({0})")]
     Key(String),
-    /// The key belongs to another certificate.
+    /// The key does not match the certificate.
     #[error("the key does not belong to the certificate: were they issued together?")]
     KeyMismatch,
-    /// The roots that came with the certificate do not vouch for it, so peers would refuse it.
+    /// The roots that came with the certificate do not verify it, so peers would refuse it.
     #[error(
         "the roots that go with the certificate do not verify it ({0}): were both issued by the same authority, and \
          does the file hold the certificates between them?"
     )]
     UnknownIssuer(String),
-    /// The certificate is not one of a workload.
+    /// The certificate is not a workload's.
     #[error("the certificate is not an X.509-SVID: {0}")]
     Svid(SvidProblem),
     /// The certificate of a CA names no trust domain.
@@ -68,7 +68,7 @@ pub enum CredentialProblem {
     /// No bearer token.
     #[error("it holds no token: one word of visible ASCII is expected")]
     Token,
-    /// A certificate signing request that cannot be granted.
+    /// An invalid certificate signing request.
     #[error("{0}")]
     Request(RequestProblem),
     /// A server name that is neither a host name nor an address.
@@ -77,9 +77,9 @@ pub enum CredentialProblem {
     /// The authority was asked for an identity of another trust domain.
     #[error("this authority issues for trust domain {trust_domain}, not for {id}")]
     ForeignId {
-        /// What the authority issues for.
+        /// The trust domain of the authority.
         trust_domain: TrustDomain,
-        /// What was asked.
+        /// The requested identity.
         id: SpiffeId,
     },
     /// Another authority issued the certificate.
@@ -93,7 +93,7 @@ pub enum CredentialProblem {
     Issue(String),
 }
 
-/// Why a certificate signing request cannot be granted.
+/// The reason why a certificate signing request is rejected.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum RequestProblem {
     /// It does not parse.
@@ -102,7 +102,7 @@ pub enum RequestProblem {
     /// The signature does not prove that the sender holds the key.
     #[error("its signature is wrong, or of a kind that is not supported ({0})")]
     Signature(String),
-    /// A key that is too weak or of a kind that we cannot certify.
+    /// A key that is too weak or of an unsupported type.
     #[error("its key must be P-256, P-384, Ed25519, or RSA of at least 2048 bits")]
     Key,
     /// It asks for more than one identity.

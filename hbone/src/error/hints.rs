@@ -1,12 +1,12 @@
-//! The likely remedy of failures that have several causes, by what the kernel, rustls or the peer's
-//! alert says.
+//! Hints for failures with several causes, derived from the error of the kernel, rustls or the
+//! peer's alert.
 
 use std::io;
 use std::net::SocketAddr;
 
 use rustls::{CertificateError, Error};
 
-/// Why nothing answers at a peer's HBONE port.
+/// A hint for a failed connect to a peer's HBONE port.
 pub(super) fn dial(address: SocketAddr, error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::TimedOut => format!(
@@ -22,7 +22,7 @@ pub(super) fn dial(address: SocketAddr, error: &io::Error) -> String {
     }
 }
 
-/// Why the TLS handshake failed on our side.
+/// A hint for a TLS handshake that failed on our side.
 pub(super) fn tls(error: &io::Error) -> &'static str {
     const NO_HBONE: &str = "the peer does not speak it: HBONE (TLS 1.3 with h2) is expected at this port; does another \
                             program listen there, or does the mesh say `protocol: HBONE` where there is none?";
@@ -45,8 +45,7 @@ pub(super) fn tls(error: &io::Error) -> &'static str {
     }
 }
 
-/// Why the peer refused us. Proxies of ours, and ztunnel, send the alerts that rustls has for each
-/// cause.
+/// A hint for a refusal by the peer. underpass and ztunnel send the alerts of rustls.
 pub(super) fn refused(alert: &str) -> &'static str {
     match alert {
         "UnknownCA" | "DecryptError" => {

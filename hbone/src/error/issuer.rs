@@ -1,6 +1,6 @@
-//! Why a CA or an agent gave us no certificate, in words for the operator.
+//! The reasons why a CA or an agent issued no certificate, as messages for the operator.
 //!
-//! Not here: certificates that are there and wrong (`CredentialProblem`).
+//! Not here: invalid credentials (`CredentialProblem`).
 
 use std::time::Duration;
 
@@ -9,16 +9,16 @@ use underpass_config::{Quoted, SpiffeId};
 
 use super::{CredentialProblem, Fault};
 
-/// Why an issuer of certificates gave none. Always shown with the issuer.
+/// The reason why an issuer returned no certificate. Always shown with the issuer.
 #[derive(Debug, Clone, Error)]
 pub enum IssuerProblem {
     /// The setting names no server.
     #[error("it must be https://HOST or https://HOST:PORT (identity.istio_ca.address)")]
     Address,
-    /// The setting names no server that a certificate could be for.
+    /// The host in the setting is not a valid server name.
     #[error("{0:?} is no host name or IP address (identity.istio_ca.server_name)")]
     ServerName(String),
-    /// The setting cannot be sent.
+    /// The value of the setting cannot be sent.
     #[error(
         "the cluster is sent in a header and must be visible ASCII (identity.istio_ca.cluster_id)"
     )]
@@ -26,26 +26,26 @@ pub enum IssuerProblem {
     /// No connection to the CA.
     #[error("cannot connect: is it up, and is identity.istio_ca.address right?")]
     Connect,
-    /// No connection in time.
+    /// The connect timed out.
     #[error(
         "no connection after {0:?}: is identity.istio_ca.address right, and the way there open?"
     )]
     ConnectTimeout(Duration),
-    /// The CA is not who it should be, or does not speak as it should.
+    /// The CA has the wrong identity, or does not support TLS 1.3 with h2.
     #[error(
         "TLS 1.3 with h2 failed: does identity.istio_ca.roots hold its root, and is identity.istio_ca.server_name in its certificate?"
     )]
     Tls,
-    /// The connection was accepted, and then broke before the TLS handshake was complete.
+    /// The connection was accepted, then closed before the TLS handshake was complete.
     #[error(
         "the connection was closed during the TLS handshake: does a proxy in the CA's pod refuse plaintext there (mTLS \
          strict, a policy)? Its interception.inbound.exclude_ports leaves the CA's port to the CA"
     )]
     HandshakeReset,
-    /// The connection broke before the answer.
+    /// The connection was lost before the answer.
     #[error("the connection was lost before it answered")]
     Lost,
-    /// No answer in time.
+    /// The answer timed out.
     #[error("no answer after {0:?}")]
     ReplyTimeout(Duration),
     /// gRPC status 16.
@@ -58,9 +58,9 @@ pub enum IssuerProblem {
         "it refuses us {id} ({message:?}): may the token's owner be this (identity.istio_ca.impersonate)?"
     )]
     Denied {
-        /// What was asked for.
+        /// The requested identity.
         id: SpiffeId,
-        /// What the CA said.
+        /// The CA's message.
         message: Quoted,
     },
     /// gRPC status 14.
@@ -69,37 +69,37 @@ pub enum IssuerProblem {
     /// Any other gRPC status.
     #[error("it refused with status {status} ({message:?}): its log may tell more")]
     Refused {
-        /// The status in the words of gRPC.
+        /// The name of the gRPC status.
         status: &'static str,
-        /// What the CA said.
+        /// The CA's message.
         message: Quoted,
     },
     /// An answer without a leaf or without a root.
     #[error("it answered with {0} certificates: a leaf and at least one root are needed")]
     EmptyResponse(usize),
-    /// An answer that is no certificate for our key.
+    /// An answer that is not a certificate for our key.
     #[error(
         "it answered with a certificate that cannot be used: {}",
         Quoted::bounded(.0, Quoted::MAX_CHAIN_BYTES)
     )]
     Answer(CredentialProblem),
-    /// A certificate for somebody else.
+    /// A certificate of another identity.
     #[error(
         "it answered with a certificate of {got}, {asked} was asked for: whose token is in identity.istio_ca.token?"
     )]
     WrongIdentity {
-        /// What was asked for.
+        /// The requested identity.
         asked: SpiffeId,
-        /// The URI names of what came.
+        /// The URI names of the received certificate.
         got: Quoted,
     },
     /// No SPIRE agent at the socket.
     #[error("no SPIRE agent answers: does it run, and is identity.spire.socket its socket?")]
     Agent,
-    /// The agent is there and says nothing.
+    /// The agent does not answer.
     #[error("the SPIRE agent did not answer in {0:?}")]
     AgentTimeout(Duration),
-    /// The agent knows of no identity for this process.
+    /// The agent has no identity for this process.
     #[error(
         "the SPIRE agent has no identity for this process: is there a registration entry whose selectors match it?"
     )]
@@ -113,8 +113,8 @@ impl IssuerProblem {
     pub(crate) fn fault(&self) -> Fault {
         match self {
             Self::Address | Self::ServerName(_) | Self::ClusterId => Fault::Configuration,
-            // Whatever else it is can pass without us: CAs restart, and learn of new workloads
-            // late.
+            // All other problems may end without a change of settings: CAs restart, and register
+            // new workloads late.
             _ => Fault::Peer,
         }
     }

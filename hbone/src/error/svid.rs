@@ -3,21 +3,21 @@
 use thiserror::Error;
 use underpass_config::{Quoted, SpiffeError, TrustDomain};
 
-/// Why a certificate is not the X.509-SVID of a workload.
+/// The reason why a certificate is not the X.509-SVID of a workload.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SvidProblem {
-    /// It, or an extension that is looked at, does not parse or is there twice.
+    /// It, or a relevant extension, does not parse or occurs twice.
     #[error("malformed {0}")]
     Malformed(&'static str),
     /// Not exactly one URI name.
     #[error("it has {0} URI names, exactly one is needed: the SPIFFE ID")]
     UriNames(usize),
-    /// The URI name is of another kind.
+    /// The URI name is not a SPIFFE ID.
     #[error("its URI name {name} is not a SPIFFE ID: {problem}")]
     Name {
         /// The URI name.
         name: Quoted,
-        /// What is wrong with it.
+        /// The problem.
         problem: SpiffeError,
     },
     /// The name of a trust domain, which only the certificate of a CA may have.

@@ -1,8 +1,8 @@
-//! When a source asks for the next certificate: at half of what is left of the one it has, and
-//! after a failure soon, then ever less often.
+//! Schedules certificate requests: renewal at half of the remaining validity, and retries with
+//! back-off after failures.
 //!
-//! Not here: asking. By the wall clock, because certificates are: tokio's stands still while a
-//! machine is suspended.
+//! Times are of the wall clock, as in certificates: tokio's clock stops while a machine is
+//! suspended.
 
 use std::time::{Duration, SystemTime};
 
@@ -10,24 +10,24 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::clock;
 
-/// No CA is asked more often, however short its certificates are.
+/// Minimum interval of requests, however short the validity is.
 const LEAST: Duration = Duration::from_secs(1);
-/// The wait after the first failure in a row, doubled by each further one.
+/// Delay after the first consecutive failure; each further one doubles it.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(150);
 
-/// So that many proxies that started together do not ask together.
+/// Jitter, so that proxies that started together do not renew together.
 const RENEWAL_JITTER: f64 = 0.1;
 const RETRY_JITTER: f64 = 0.2;
 
-/// How long the wall clock is trusted to run evenly.
+/// Interval at which the wall clock is read again, since it may be set.
 const LOOK: Duration = Duration::from_secs(60);
 
-/// When to ask next.
+/// The time of the next request.
 #[derive(Debug)]
 pub(crate) struct Schedule {
     due: Due,
-    /// In a row.
+    /// Number of consecutive failures.
     failures: u32,
 }
 
@@ -38,12 +38,12 @@ enum Due {
 }
 
 impl Schedule {
-    /// Now.
+    /// A schedule whose first request is due now.
     pub(crate) fn new() -> Self {
         Self { due: Due::Retry(Instant::now()), failures: 0 }
     }
 
-    /// Waits until it is time. Cancel-safe.
+    /// Waits until the request is due. Cancel-safe.
     pub(crate) async fn due(&self) {
         match self.due {
             Due::Renewal(time) => reached(time).await,
@@ -51,7 +51,7 @@ impl Schedule {
         }
     }
 
-    /// There is a certificate, which is valid until `expires`.
+    /// Records a new certificate, which is valid until `expires`.
     pub(crate) fn succeeded(&mut self, expires: SystemTime) {
         let now = clock::now();
         let left = expires.duration_since(now).unwrap_or_default();
@@ -65,7 +65,7 @@ impl Schedule {
     }
 }
 
-/// Waits until the wall clock shows `time`, also if it is set or the machine sleeps meanwhile.
+/// Waits until the wall clock reaches `time`, even if it is set or the machine suspends.
 /// Cancel-safe.
 pub(crate) async fn reached(time: SystemTime) {
     while let Ok(left) = time.duration_since(clock::now()) {
@@ -76,12 +76,12 @@ pub(crate) async fn reached(time: SystemTime) {
     }
 }
 
-/// When to renew a certificate that is valid for `left` from now on; `chance` is from -1 to 1.
+/// The delay before renewing a certificate that is valid for `left`; `chance` is from -1 to 1.
 fn renew_after(left: Duration, chance: f64) -> Duration {
     (left / 2).mul_f64(1.0 + RENEWAL_JITTER * chance).max(LEAST)
 }
 
-/// When to ask again after `failures` others before this one; `chance` is from -1 to 1.
+/// The delay after `failures` earlier consecutive failures; `chance` is from -1 to 1.
 fn retry_after(failures: u32, chance: f64) -> Duration {
     let doubled = FIRST_RETRY.saturating_mul(2_u32.saturating_pow(failures));
     doubled.min(LAST_RETRY).mul_f64(1.0 + RETRY_JITTER * chance)
@@ -142,7 +142,7 @@ mod tests {
         schedule.due().await;
         let minutes = start.elapsed().as_secs_f64() / 60.0;
         assert!((27.0..=33.1).contains(&minutes), "{minutes}");
-        // The row of failures ended.
+        // A success resets the count of failures.
         schedule.failed();
         let start = Instant::now();
         schedule.due().await;

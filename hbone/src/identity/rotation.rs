@@ -1,5 +1,5 @@
-//! Rotates the credentials of one workload: publishes each new identity of its source, and each new
-//! trust, as one generation of credentials. Logs and metrics are made of its events by the caller.
+//! Rotates the credentials of one workload: publishes each new identity and each new trust as one
+//! generation of credentials. The caller derives logs and metrics from its events.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -15,16 +15,16 @@ use crate::identity::renewal::reached;
 use crate::identity::source::IdentitySource;
 use crate::trust::Trust;
 
-/// What happened to the credentials.
+/// An event of credential rotation.
 #[derive(Debug)]
 pub enum CredentialsEvent<'a> {
-    /// There is a new certificate.
+    /// A new certificate is in use.
     Identity(&'a Credentials),
     /// The trust has changed.
     Trust(&'a Credentials),
-    /// A new identity or trust could not be fetched or used; the last one stays in use.
+    /// A new identity or trust could not be obtained; the last one stays in use.
     Failed(&'a HboneError),
-    /// The certificate has little left of its life, and there is no new one yet.
+    /// The certificate expires soon, and there is no new one yet.
     Expiring {
         /// The certificate.
         credentials: &'a Credentials,
@@ -44,11 +44,10 @@ pub struct CredentialRotator {
 }
 
 impl CredentialRotator {
-    /// Waits for the first identity. Failures that may pass are reported, and the source is asked
-    /// again.
+    /// Waits for the first identity. Reports temporary failures and retries.
     ///
     /// # Errors
-    /// Those that only the operator can remedy ([`Fault::Configuration`]).
+    /// Errors that only the operator can remedy ([`Fault::Configuration`]).
     pub async fn start(
         mut source: Box<dyn IdentitySource>,
         mut trust: watch::Receiver<Trust>,
@@ -67,7 +66,7 @@ impl CredentialRotator {
         Ok((Self { source, trust, credentials, report: Box::new(report) }, current))
     }
 
-    /// Publishes new credentials for ever. After a failure the last ones stay in use.
+    /// Publishes new credentials until it is dropped. After a failure the last ones stay in use.
     pub async fn run(self) {
         let Self { mut source, mut trust, credentials, report } = self;
         let current = trust.borrow().clone();
@@ -98,7 +97,7 @@ impl fmt::Debug for CredentialRotator {
     }
 }
 
-/// Waits for another trust; for ever, once it cannot change any more.
+/// Waits for new trust; forever if its sender is dropped.
 async fn changed(trust: &mut watch::Receiver<Trust>) -> Trust {
     if trust.changed().await.is_err() {
         return std::future::pending().await;
@@ -106,7 +105,7 @@ async fn changed(trust: &mut watch::Receiver<Trust>) -> Trust {
     trust.borrow_and_update().clone()
 }
 
-/// What is in use, and where it is published.
+/// The credentials in use, and their publisher.
 struct Published {
     trust: Trust,
     credentials: watch::Sender<Credentials>,
@@ -118,7 +117,7 @@ impl Published {
         self.credentials.borrow().identity().clone()
     }
 
-    /// Whether it is in use now.
+    /// Puts a new identity into use; returns whether it is usable.
     fn set_identity(&self, identity: Result<Identity, HboneError>) -> bool {
         let new = identity.and_then(|identity| Credentials::new(identity, self.trust.clone()));
         match new {
@@ -169,8 +168,7 @@ impl Published {
     }
 }
 
-/// When to report next that a certificate expires: at two thirds of its life, then daily, and
-/// hourly in its last day.
+/// The next expiry warning: at two thirds of the validity, then daily, and hourly in the last day.
 #[derive(Debug, Clone, Copy)]
 enum Reminder {
     Expiring(SystemTime),
@@ -182,13 +180,13 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
 impl Reminder {
-    /// The first one of a certificate, which may be due now.
+    /// The first warning of a certificate, which may be due now.
     fn of(identity: &Identity) -> Self {
         let life = identity.expires().duration_since(identity.not_before()).unwrap_or_default();
         Self::Expiring(identity.expires() - life / 3)
     }
 
-    /// The one after one that was due now.
+    /// The warning after one that is due now.
     fn after(expires: SystemTime) -> Self {
         let now = clock::now();
         let left = expires.duration_since(now).unwrap_or_default();

@@ -1,7 +1,6 @@
-//! Where our certificate comes from, and when the next one does: files, our own CA, Istio's CA
-//! protocol, or SPIRE.
+//! The sources of our certificate: files, our own CA, Istio's CA protocol, and SPIRE.
 //!
-//! Not here: what is done with it (`rotation`), and which source is used, which is a setting.
+//! Not here: publishing it (`rotation`), and selecting the source, which is a setting.
 
 mod files;
 mod istio_ca;
@@ -23,28 +22,28 @@ pub use self::istio_ca::{IstioCa, IstioCaSource};
 pub use self::local_ca::LocalCaSource;
 pub use self::spire::SpireSource;
 
-/// What [`IdentitySource::next`] returns.
+/// The result of [`IdentitySource::next`].
 pub type NextIdentity<'a> = Pin<Box<dyn Future<Output = Result<Identity, HboneError>> + Send + 'a>>;
 
-/// Where our certificate comes from.
+/// A source of our certificate.
 pub trait IdentitySource: Send {
-    /// The first identity, then each new one when it is there. After an error, which is told once,
-    /// the last identity stays and this is called again: the source paces itself. Cancel-safe.
+    /// Returns the first identity, then each new one. Each error is returned once; then the last
+    /// identity stays valid, and the next call retries at the source's own pace. Cancel-safe.
     fn next(&mut self) -> NextIdentity<'_>;
 }
 
-/// How urgent a certificate is.
+/// The urgency of a certificate request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Priority {
     /// A connection waits for it.
     RealTime,
-    /// It will be needed.
+    /// A connection will need it.
     Warmup,
     /// The previous one is still valid.
     Background,
 }
 
-/// An identity that can be used from now on, and that peers with the same roots accept.
+/// Checks that an identity is valid now and that its own roots verify it.
 fn valid_now(name: &Path, identity: Identity) -> Result<Identity, HboneError> {
     let now = clock::now();
     if identity.not_before() > now {

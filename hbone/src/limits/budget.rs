@@ -1,57 +1,57 @@
-//! A budget: how much of one resource is in use, and how much each part of it may take.
+//! A budget limits the use of one resource, by all users and by each part of them.
 //!
-//! Budgets form a tree, for example node, pod, direction, source. What a part takes counts at every
-//! level above it. A part that shares fairly may hold the less, the less is free: at most 4 · free²
-//! / whole. One alone gets three fifths, the second one half of the rest, and seventeen of them
-//! that take all they get leave a sixtieth. So a newcomer gets some, and parts that release and
-//! take again converge to equal use. This needs no list of the siblings and evicts nothing.
+//! Budgets form a tree, for example node, pod, direction, source. Units taken from a part count at
+//! every level above it. A fair part may hold at most 4 · free² / whole, which shrinks with the
+//! free amount. A single part gets three fifths, the second one half of the rest; seventeen parts
+//! that take all they can leave a sixtieth. Newcomers therefore get some, and parts that release
+//! and take again converge to equal use. This requires no list of siblings and evicts nothing.
 //!
-//! Taking and giving back are a few atomic operations and no lock.
+//! Taking and giving back cost a few atomic operations and no lock.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-/// A reserving part leaves one of so many parts of what its siblings do not use.
+/// A reserving part leaves one in this many parts of what its siblings do not use.
 const RESERVED: usize = 4;
-/// How much a fair part may hold when everything is free, in wholes.
+/// The limit of a fair part if everything is free, as a multiple of the whole.
 const ALL_FREE: usize = 4;
-/// What a fair part may hold as long as anything is free: the two sockets of a connection.
+/// Minimum limit of a fair part while anything is free: the two sockets of a connection.
 const LEAST_SHARE: usize = 2;
 
-/// How much of a resource may be used at once, and how much is.
+/// A limit on the use of a resource, and the current use.
 #[derive(Debug)]
 pub struct Budget {
     limit: usize,
     used: AtomicUsize,
     whole: Option<(Arc<Self>, Sharing)>,
-    /// How many of its parts share as members.
+    /// Number of its parts that are [`Sharing::Members`].
     members: AtomicUsize,
 }
 
-/// How a part shares the whole with the other parts.
+/// The way in which a part shares the whole with other parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
-    /// It may take all that is left.
+    /// It may take everything that is free.
     Greedy,
-    /// It leaves a quarter of what its siblings leave: for two or three parts that always exist.
+    /// It leaves a quarter of what its siblings leave: for two or three permanent parts.
     Reserving,
-    /// All parts are known: one alone may use everything, one of several shares fairly.
+    /// All parts are known: a single one may use everything, several share fairly.
     Members,
-    /// More parts may come at any time: it shares fairly even when it is alone.
+    /// New parts may appear at any time: it shares fairly even if it is the only one.
     Strangers,
 }
 
-/// Why a budget does not give what was asked for.
+/// The reason why a budget grants no units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exhausted {
-    /// The part has its share. Others may still get some.
+    /// The part has used its share; others may still get some.
     Share,
     /// Nothing is left for any part.
     Whole,
 }
 
 impl Budget {
-    /// A budget of `limit`, which is no part of another one.
+    /// A root budget of `limit`.
     pub fn new(limit: usize) -> Self {
         Self { limit, used: AtomicUsize::new(0), whole: None, members: 0.into() }
     }
@@ -65,17 +65,17 @@ impl Budget {
         Self { limit, used: AtomicUsize::new(0), whole, members: 0.into() }
     }
 
-    /// How much is in use.
+    /// The amount in use.
     pub fn used(&self) -> usize {
         self.used.load(SeqCst)
     }
 
-    /// How much more can be taken now.
+    /// The amount that can be taken now.
     pub fn free(&self) -> usize {
         self.bounds().share.saturating_sub(self.used())
     }
 
-    /// Takes `amount`, at every level, or nothing.
+    /// Takes `amount` at every level, or nothing.
     ///
     /// # Errors
     /// What is exhausted.
@@ -87,8 +87,7 @@ impl Budget {
             self.used.fetch_sub(amount, SeqCst);
             return Err(if fits(left) { Exhausted::Share } else { Exhausted::Whole });
         }
-        // The bounds are those of every level, read one after the other. At the root they are
-        // exact.
+        // Each level's bounds are read one after another; only the root's are exact.
         let Some((whole, _)) = &self.whole else { return Ok(()) };
         whole.take_within_limit(amount).inspect_err(|_| {
             self.used.fetch_sub(amount, SeqCst);
@@ -108,7 +107,7 @@ impl Budget {
         taken
     }
 
-    /// Takes `amount` even if that exceeds every limit: for what exists already.
+    /// Takes `amount` even above the limits: for resources that exist already.
     pub fn take_anyway(&self, amount: usize) {
         self.used.fetch_add(amount, SeqCst);
         if let Some((whole, _)) = &self.whole {
@@ -116,7 +115,7 @@ impl Budget {
         }
     }
 
-    /// Gives back what was taken.
+    /// Gives back `amount`.
     pub fn give_back(&self, amount: usize) {
         self.used.fetch_sub(amount, SeqCst);
         if let Some((whole, _)) = &self.whole {
@@ -128,7 +127,8 @@ impl Budget {
         let Some((whole, sharing)) = &self.whole else {
             return Bounds { left: self.limit, share: self.limit };
         };
-        // A change between two reads makes the share a little wrong, not the limit of the root.
+        // A change between two reads makes the share slightly inaccurate, but never the root's
+        // limit.
         let (all, used) = (whole.bounds().share, self.used());
         let siblings = whole.used().saturating_sub(used);
         let left = all.saturating_sub(siblings);
@@ -143,7 +143,7 @@ impl Budget {
     }
 }
 
-/// How much a fair part may hold of `whole`, of which so much is free.
+/// The limit of a fair part of `whole`, of which `free` is free.
 fn fair_share(free: usize, whole: usize) -> usize {
     if whole == usize::MAX {
         return whole;
@@ -160,15 +160,15 @@ impl Drop for Budget {
     }
 }
 
-/// How much a budget may use in all.
+/// The bounds of a budget's use.
 struct Bounds {
-    /// What its siblings leave.
+    /// The amount that its siblings leave.
     left: usize,
-    /// Its share of that.
+    /// Its share of that amount.
     share: usize,
 }
 
-/// What was taken of a budget, for as long as it lives.
+/// Units of a budget, given back when dropped.
 #[derive(Debug)]
 pub struct Share {
     budget: Arc<Budget>,
@@ -185,7 +185,7 @@ impl Share {
         Ok(Self { budget: budget.clone(), amount })
     }
 
-    /// Takes `amount` of `budget` even if that exceeds every limit.
+    /// Takes `amount` of `budget` even above the limits.
     pub fn take_anyway(budget: &Arc<Budget>, amount: usize) -> Self {
         budget.take_anyway(amount);
         Self { budget: budget.clone(), amount }

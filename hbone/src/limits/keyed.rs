@@ -8,18 +8,18 @@ use foldhash::quality::RandomState;
 
 use super::budget::{Budget, Exhausted, Share, Sharing};
 
-/// Entries that are looked through for unused ones at the earliest.
+/// Minimum number of entries before unused ones are removed.
 const FIRST_SWEEP: usize = 64;
 
-/// A value for each key, for as long as it is used at least. There are never more entries than
-/// twice the most that were in use at once.
+/// One value per key while it is in use. There are at most twice as many entries as were ever in
+/// use at the same time.
 #[derive(Debug)]
 pub struct ByKey<K, V>(Mutex<Entries<K, V>>);
 
 #[derive(Debug)]
 struct Entries<K, V> {
     values: HashMap<K, Arc<V>, RandomState>,
-    /// With so many entries, unused ones are removed.
+    /// Number of entries at which unused ones are removed.
     sweep_at: usize,
 }
 
@@ -30,9 +30,9 @@ impl<K, V> Default for ByKey<K, V> {
 }
 
 impl<K: Eq + Hash, V> ByKey<K, V> {
-    /// The value of `key`, made if there is none.
+    /// The value of `key`, created if absent.
     pub fn get(&self, key: K, make: impl FnOnce() -> V) -> Arc<V> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(value) = entries.values.get(&key) {
             return value.clone();

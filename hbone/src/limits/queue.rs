@@ -1,7 +1,6 @@
-//! The order in which those that wait for a budget get a share: the lowest rank first, and among
-//! equals the first.
+//! A queue of waiters for a budget: lowest rank first, then first in, first out.
 //!
-//! Not here: how long one may wait.
+//! Not here: timeouts.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,14 +9,14 @@ use tokio::sync::oneshot;
 
 use super::budget::{Budget, Share};
 
-/// Those that wait for shares of one budget or of its parts. Cheap to clone; clones are one queue.
+/// The waiters for shares of one budget or of its parts. Clones share the queue.
 #[derive(Debug)]
 pub struct Queue<R: Ord>(Arc<Mutex<Waiting<R>>>);
 
 #[derive(Debug)]
 struct Waiting<R: Ord> {
     waiters: BTreeMap<(R, u64), Waiter<R>>,
-    /// How many have waited, for their order.
+    /// Counter that orders waiters of equal rank.
     waited: u64,
 }
 
@@ -27,7 +26,7 @@ struct Waiter<R: Ord> {
     turn: oneshot::Sender<Turn<R>>,
 }
 
-/// A share of one unit. When it is dropped, the next one in the queue gets its turn.
+/// A share of one unit. Dropping it admits the next waiter.
 #[derive(Debug)]
 pub struct Turn<R: Ord> {
     queue: Queue<R>,
@@ -47,8 +46,7 @@ impl<R: Ord> Default for Queue<R> {
 }
 
 impl<R: Ord + Copy> Queue<R> {
-    /// Waits for a unit of `budget`. `waits` is called if there is a wait. Cancel-safe: a wait
-    /// that is given up leaves nothing behind.
+    /// Waits for a unit of `budget`. Calls `waits` if it has to wait. Cancel-safe.
     pub async fn turn(&self, budget: &Arc<Budget>, rank: R, waits: impl FnOnce()) -> Turn<R> {
         let (place, turn) = {
             let mut waiting = self.waiting();
@@ -68,7 +66,7 @@ impl<R: Ord + Copy> Queue<R> {
         drop(place);
         match given {
             Ok(turn) => turn,
-            // A sender is only dropped with the queue itself, which `self` keeps.
+            // Senders are dropped only with the queue, which `self` keeps.
             Err(_) => std::future::pending().await,
         }
     }
@@ -76,14 +74,14 @@ impl<R: Ord + Copy> Queue<R> {
 
 impl<R: Ord> Queue<R> {
     fn waiting(&self) -> MutexGuard<'_, Waiting<R>> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives those at the front their turn, as long as the budget gives them a share.
+    /// Admits waiters from the front while the budget grants shares.
     fn advance(&self) {
         while let Some((waiter, share)) = self.next() {
-            // If it has given up just now, the turn comes back and is dropped.
+            // If the waiter has been cancelled meanwhile, the turn is returned and dropped.
             let _gone = waiter.turn.send(Turn { queue: self.clone(), share: Some(share) });
         }
     }
@@ -103,7 +101,7 @@ impl<R: Ord> Drop for Turn<R> {
     }
 }
 
-/// A place in the queue, for as long as its owner waits.
+/// An entry in the queue, removed when its waiter is dropped.
 struct Place<'a, R: Ord> {
     queue: &'a Queue<R>,
     place: (R, u64),
@@ -112,7 +110,7 @@ struct Place<'a, R: Ord> {
 impl<R: Ord> Drop for Place<'_, R> {
     fn drop(&mut self) {
         let left = self.queue.waiting().waiters.remove(&self.place);
-        // It may have been at the front, and have waited for more than the next one needs.
+        // The cancelled waiter may have blocked the next one, whose part has units.
         if left.is_some() {
             self.queue.advance();
         }

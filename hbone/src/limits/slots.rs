@@ -1,10 +1,10 @@
 //! Slots for connections from unauthenticated clients: a total, a limit per source, and
 //! displacement of existing connections.
 //!
-//! If no slot is free, the displaced connection is the oldest one of the source with the most:
-//! first among idle ones that are not authenticated, then among all that are not authenticated,
-//! then among idle authenticated ones. An authenticated one with a request in progress is never
-//! displaced. So a flood displaces itself, from one source or several.
+//! If no slot is free, a new connection displaces the oldest one of the source with the most.
+//! Candidates are idle unauthenticated connections, then all unauthenticated ones, then idle
+//! authenticated ones. An authenticated one with a request in progress is never displaced. A flood
+//! from any number of sources therefore displaces itself.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -16,7 +16,7 @@ use super::budget::{Budget, Exhausted, Share, Sharing};
 use super::keyed::KeyedBudget;
 use super::source::SourceNetwork;
 
-/// All slots. Cheap to clone; clones are the same slots.
+/// All slots. Clones share them.
 #[derive(Debug, Clone)]
 pub struct ConnectionSlots(Arc<Mutex<Table>>);
 
@@ -24,7 +24,7 @@ pub struct ConnectionSlots(Arc<Mutex<Table>>);
 struct Table {
     budget: KeyedBudget<SourceNetwork>,
     next: u64,
-    /// By number: the oldest first.
+    /// By increasing number, so the oldest is first.
     occupied: BTreeMap<u64, SlotState>,
 }
 
@@ -37,7 +37,7 @@ struct SlotState {
     displaced: Arc<Notify>,
 }
 
-/// The slot of one connection, for as long as it lives.
+/// The slot of one connection, freed when dropped.
 #[derive(Debug)]
 pub struct ConnectionSlot {
     slots: ConnectionSlots,
@@ -45,19 +45,19 @@ pub struct ConnectionSlot {
     displaced: Arc<Notify>,
 }
 
-/// A request that is being answered.
+/// A request in progress.
 #[derive(Debug)]
 pub struct RequestInProgress<'a>(&'a ConnectionSlot);
 
 impl ConnectionSlots {
-    /// `total` slots, of which one source has `per_source` at most.
+    /// `total` slots, at most `per_source` of them for one source.
     pub fn new(total: usize, per_source: usize) -> Self {
         let budget = KeyedBudget::new(Budget::new(total), per_source, Sharing::Greedy);
         Self(Arc::new(Mutex::new(Table { budget, next: 0, occupied: BTreeMap::new() })))
     }
 
-    /// A slot for a connection from `source`. If need be, another connection loses its own; `None`
-    /// if none can.
+    /// A slot for a connection from `source`, which may displace another connection; `None` if none
+    /// can be displaced.
     pub fn take(&self, source: IpAddr) -> Option<ConnectionSlot> {
         let source = SourceNetwork::of(source);
         let mut table = self.table();
@@ -83,13 +83,13 @@ impl ConnectionSlots {
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Table {
-    /// Frees the slot of one of those that may lose it.
+    /// Frees the slot of one connection that `may_lose` accepts.
     fn displace(&mut self, may_lose: impl Fn(&SlotState) -> bool) -> Option<()> {
         let number =
             [(false, false), (false, true), (true, false)].into_iter().find_map(|rank| {
@@ -116,7 +116,7 @@ impl Table {
 }
 
 impl SlotState {
-    /// Whether it is authenticated, and whether it has a request.
+    /// Whether it is authenticated, and whether it has a request in progress.
     fn rank(&self) -> (bool, bool) {
         (self.authenticated, self.requests > 0)
     }
@@ -133,19 +133,19 @@ impl ConnectionSlot {
         self.change(|occupied| occupied.authenticated = true);
     }
 
-    /// Whether it has, and has not lost its slot.
+    /// Whether it is authenticated and still has its slot.
     pub fn is_authenticated(&self) -> bool {
         self.slots.table().occupied.get(&self.number).is_some_and(|occupied| occupied.authenticated)
     }
 
-    /// Notes a request that is being answered for as long as the value lives.
+    /// Marks a request as in progress while the value lives.
     pub fn request(&self) -> RequestInProgress<'_> {
         self.change(|occupied| occupied.requests += 1);
         RequestInProgress(self)
     }
 
     fn change(&self, change: impl FnOnce(&mut SlotState)) {
-        // Once the slot is lost there is nothing to note.
+        // A displaced connection has no entry.
         if let Some(occupied) = self.slots.table().occupied.get_mut(&self.number) {
             change(occupied);
         }

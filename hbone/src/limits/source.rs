@@ -1,8 +1,8 @@
-//! What counts as one source of connections.
+//! The network that counts as one source of connections: an IPv4 address or an IPv6 /64.
 
 use std::net::{IpAddr, Ipv6Addr};
 
-/// The network part of an IPv6 address: one subscriber has all addresses below it (RFC 6177).
+/// Mask of the /64 of an IPv6 address, which is one subscriber's (RFC 6177).
 const SUBSCRIBER: u128 = !0 << 64;
 
 /// An IPv4 address, or the /64 of an IPv6 address.
@@ -10,8 +10,7 @@ const SUBSCRIBER: u128 = !0 << 64;
 pub struct SourceNetwork(IpAddr);
 
 impl SourceNetwork {
-    /// The source of a connection from `address`. An IPv4 address that came in through an IPv6
-    /// socket is an IPv4 address.
+    /// The source of a connection from `address`. An IPv4-mapped address counts as IPv4.
     pub fn of(address: IpAddr) -> Self {
         Self(match address.to_canonical() {
             IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & SUBSCRIBER)),

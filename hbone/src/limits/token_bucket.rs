@@ -1,15 +1,14 @@
-//! A token bucket for what a peer can make us do: so much at once, and after that at a rate.
+//! A token bucket: allows a burst of events, then a rate.
 //!
-//! Not here: what is counted, and what follows when the bucket is empty.
+//! Not here: the counted events, and the action when the bucket is empty.
 
-/// Tokens that are spent on a peer's requests. Time comes as milliseconds since the connection was
-/// opened.
+/// Tokens for a peer's requests. Times are milliseconds since the connection was opened.
 #[derive(Debug)]
 pub(crate) struct TokenBucket {
     size: u64,
     per_second: u64,
     left: u64,
-    /// When it was last refilled, in milliseconds, and how much the peer had earned by then.
+    /// Time of the last refill, and the tokens that the peer had earned by then.
     refilled: u64,
     earned: u64,
 }
@@ -20,9 +19,9 @@ impl TokenBucket {
         Self { size, per_second, left: size, refilled: 0, earned: 0 }
     }
 
-    /// Takes `count` tokens; false when there are not as many. `earned` is how many the peer earned
-    /// so far beside those that come with time. The bucket is refilled only when it is empty: most
-    /// peers never empty it.
+    /// Takes `count` tokens; `false` if there are too few. `earned` is the total of tokens that the
+    /// peer earned by other means than time. The bucket is refilled only when it is empty, which
+    /// most peers never reach.
     pub(crate) fn take(&mut self, count: u64, now: u64, earned: u64) -> bool {
         if self.left < count {
             let with_time =

@@ -1,24 +1,23 @@
-//! Which failed CONNECT requests may be tried again.
+//! Decides which failed CONNECT requests may be retried.
 //!
-//! Not here: doing it.
+//! Not here: the retry itself.
 
 use h2::Reason;
 
 use crate::error::HboneError;
 
-/// Whether a request that ended with `error` before its answer can be repeated without harm and
-/// with hope: the peer says that it did not act on it, or its tunnel was `pooled` and may have been
-/// dead when the request went in. No byte of the application was sent yet, so the peer has seen
-/// nothing that a second attempt could double.
+/// Whether a request that failed with `error` before its answer may be retried: the peer has not
+/// processed it, or its `pooled` tunnel may have been lost before. No byte of the application has
+/// been sent yet, so a retry cannot duplicate data.
 ///
-/// A late answer, a status, any other code of RST_STREAM and the loss of a new tunnel are the
-/// peer's word on this request or its present state: asking again would only add to it.
+/// Timeouts, statuses, other codes of RST_STREAM and the loss of a new tunnel are not retried: they
+/// describe this request or the peer's present state, and a retry adds load.
 pub(super) fn is_safe(error: &HboneError, pooled: bool) -> bool {
     match error {
         // RFC 9113 section 8.7: no processing has occurred.
         HboneError::Reset { reason } => *reason == Reason::REFUSED_STREAM,
-        // RFC 9113 section 6.8: a received GOAWAY only ends streams above its last stream id, which
-        // were not acted on, and those that had not been sent. Its code speaks of other streams.
+        // RFC 9113 section 6.8: a received GOAWAY ends only streams above its last stream ID, which
+        // were not processed, and unsent ones. Its code concerns other streams.
         HboneError::Lost { source: Some(source) } if source.is_go_away() && source.is_remote() => {
             true
         }

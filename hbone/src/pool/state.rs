@@ -1,5 +1,4 @@
-//! Which tunnel a stream goes through, when tunnels are dialled, and when they are let go: the
-//! pool's decisions.
+//! The decisions of the pool: the tunnel of a stream, when to dial, and when to release a tunnel.
 //!
 //! ```text
 //!          opened         not usable, too old, idle           closed
@@ -9,8 +8,8 @@
 //! backing off ──────────────────────────────────────▶ gone
 //! ```
 //!
-//! Not here: IO, tasks and clocks. Tunnels are seen through [`Handle`], and the time comes as an
-//! argument.
+//! Not here: I/O, tasks and clocks. Tunnels are accessed through [`Handle`], and times are
+//! arguments.
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -24,128 +23,126 @@ use tokio::time::Instant;
 use super::{PoolSettings, PoolStatistics, TunnelKey};
 use crate::error::HboneError;
 
-/// The pause after a first failure: not longer than a client waits gladly for a peer that restarts,
-/// and still no more than ten dials a second to one that refuses.
+/// Back-off after the first failure: short for clients of a restarting peer, yet at most ten dials
+/// a second to one that refuses.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// What it doubles to: a peer that came back is not missed for longer than a person notices.
+/// Maximum back-off: a recovered peer is noticed within two seconds.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// Thousandths of a pause, so that the workers of many hosts do not dial a peer that came back all
-/// at once.
+/// Jitter of the back-off in thousandths, so that many workers do not dial a recovered peer
+/// together.
 const PAUSE_JITTER: RangeInclusive<u32> = 800..=1200;
-/// How long after its pause a failure is remembered: one that follows sooner counts as the next in
-/// a row.
+/// Time after the back-off in which another failure counts as consecutive.
 const FORGET_AFTER: Duration = Duration::from_secs(10);
 
-/// Thousandths of the maximum age, so that tunnels opened together do not all move at once.
+/// Jitter of the maximum age in thousandths, so that tunnels opened together do not close together.
 const AGE_JITTER: RangeInclusive<u32> = 900..=1000;
-/// Thousandths of the idle time, for the same reason.
+/// Jitter of the idle timeout in thousandths, for the same reason.
 const IDLE_JITTER: RangeInclusive<u32> = 900..=1100;
-/// A tunnel that is not needed goes after this part of the idle time: the last one saves a dial,
-/// others save none.
+/// Divisor of the idle timeout for surplus tunnels: keeping the last tunnel saves a dial, keeping
+/// others does not.
 const SURPLUS_IDLE_PART: u32 = 10;
 
-/// From here a new stream is better off in another tunnel. It is a quarter of what a 1 Gbit/s link
-/// carries: below it a shared congestion window and socket buffer hardly delay anybody.
+/// Rate above which new streams use another tunnel: a quarter of a 1 Gbit/s link. Below it, the
+/// shared congestion window and socket buffer hardly delay other streams.
 const BUSY_BYTES_PER_SECOND: u64 = 32 << 20;
 
-/// How many tunnels to one peer are dialled at once: a handful serves a burst soon, and is far from
-/// the number of handshakes that a peer bears from one address (64 is our own default, for all
-/// workers of a client).
+/// Maximum number of concurrent dials to one peer. A few are enough for a burst, and far below the
+/// peer's handshake limit per address (our default is 64, for all workers of a client).
 const DIALS_AT_ONCE: usize = 4;
 
-/// Longer waits are cut to this, as tokio does it: an [`Instant`] cannot express every one.
+/// Maximum of durations, as in tokio: an [`Instant`] cannot represent every sum.
 const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 
-/// A tunnel as the pool sees it.
+/// A tunnel, as the pool uses it.
 pub(super) trait Handle {
-    /// Holds a stream's place in the tunnel from the moment it is promised.
+    /// A reservation for one stream in the tunnel.
     type Place;
 
-    /// How it is right now.
+    /// Its current load.
     fn load(&self) -> Load;
 
-    /// A place for one more stream, whatever the load; `None` once released.
+    /// Reserves one more stream, whatever the load; `None` after release.
     fn reserve(&self) -> Option<Self::Place>;
 
-    /// Lets go of the tunnel, so that it closes with its last stream.
+    /// Releases the tunnel: it closes with its last stream.
     fn release(&mut self);
 }
 
-/// What is asked of a tunnel.
+/// The load of a tunnel.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Load {
     /// Whether it takes new streams: it is neither closed nor going away, and both certificates are
     /// valid.
     pub(super) usable: bool,
-    /// How many streams have a place.
+    /// Number of reserved streams.
     pub(super) streams: usize,
-    /// Since when there are none.
+    /// Time since there are none.
     pub(super) idle_since: Option<Instant>,
-    /// How many the peer allows; `None` if it did not say so (yet).
+    /// Maximum that the peer allows; `None` if it has set none (yet).
     pub(super) allowed: Option<usize>,
-    /// What it moves in both directions.
+    /// Data rate of both directions.
     pub(super) bytes_per_second: u64,
 }
 
-/// Names a tunnel within a pool.
+/// Identifies a tunnel within a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TunnelId(u64);
 
-/// Names a dial within a pool.
+/// Identifies a dial within a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DialId(pub(super) u64);
 
-/// What a caller wants.
+/// Whether a caller accepts an existing tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wish {
-    /// A place in whatever tunnel there is.
+    /// A stream in any tunnel.
     Any,
-    /// A place in a tunnel that is only being opened.
+    /// A stream in a new tunnel only.
     Fresh,
 }
 
-/// What a caller gets.
+/// The decision for a caller.
 #[derive(Debug)]
 pub(super) enum Checkout<P, W> {
-    /// A place in a tunnel.
+    /// Open the stream in a tunnel.
     Use {
-        /// Which one.
+        /// The tunnel.
         id: TunnelId,
-        /// The place.
+        /// The reservation.
         place: P,
     },
-    /// A dial to wait for.
+    /// Wait for a dial.
     Wait {
-        /// Its ticket.
+        /// The ticket of the dial.
         ticket: W,
-        /// Whether the tunnel that it opens is to have a place for the caller. Otherwise all dials
-        /// are spoken for; once this one has ended, ask again.
+        /// Whether a stream of the new tunnel is promised to the caller. If not, all dials are
+        /// fully promised: ask again after this dial.
         promised: bool,
     },
-    /// Nothing, because the last dial failed just now.
+    /// Fail, because the last dial failed recently.
     Refuse {
-        /// How long nothing is dialled yet.
+        /// The remaining back-off.
         remaining: Duration,
-        /// Why the last dial failed.
+        /// The error of the last dial.
         last: Arc<HboneError>,
     },
 }
 
-/// The tunnels `T`, and the tickets `W` that callers wait with for those being dialled.
+/// The tunnels `T`, and the dials in progress with the tickets `W` of their callers.
 #[derive(Debug)]
 pub(super) struct State<T, W> {
     settings: PoolSettings,
-    /// With a fast hash: the keys come from the mesh, not from peers.
+    /// A fast hash is safe: the keys come from the mesh, not from peers.
     entries: HashMap<TunnelKey, Entry<T, W>, RandomState>,
     opened: u64,
     dialled: u64,
     rng: Rng,
 }
 
-/// All there is for one key. Removed as soon as there is nothing.
+/// The tunnels, dials and back-off of one key. Removed when empty.
 #[derive(Debug)]
 struct Entry<T, W> {
-    /// In the order in which they were opened.
+    /// The oldest first.
     tunnels: Vec<Slot<T>>,
     /// The oldest first.
     dials: Vec<UnderWay<W>>,
@@ -156,7 +153,7 @@ struct Entry<T, W> {
 struct UnderWay<W> {
     id: DialId,
     ticket: W,
-    /// How many places are promised.
+    /// Number of promised streams.
     promised: usize,
 }
 
@@ -164,12 +161,12 @@ struct UnderWay<W> {
 struct Slot<T> {
     id: TunnelId,
     tunnel: T,
-    /// How it was when [`Entry::look`] last looked.
+    /// The load at the last [`Entry::look`].
     seen: Load,
     retired: bool,
     /// The end of its maximum age.
     retires: Instant,
-    /// How long it may be without streams.
+    /// Its idle timeout.
     idle: Duration,
 }
 
@@ -187,13 +184,12 @@ impl<T: Handle, W: Clone> State<T, W> {
         Self { settings, entries: HashMap::default(), opened, dialled, rng: Rng::with_seed(seed) }
     }
 
-    /// Decides where a stream goes. If that takes a dial, or another tunnel would be good to have
-    /// soon, `dial` is called for the ticket of one; [`State::opened`], [`State::failed`] or
-    /// [`State::abandoned`] must follow.
+    /// Selects a tunnel for a stream. If a dial is necessary, or useful for later streams, it calls
+    /// `dial` for a ticket; [`State::opened`], [`State::failed`] or [`State::abandoned`] must
+    /// follow.
     ///
-    /// Full tunnels are never waited for: beyond `tunnels_per_peer`, which bounds what is opened
-    /// because of load, others are dialled, for as many callers each as a tunnel has places. What
-    /// bounds that is the number of callers.
+    /// Callers never wait for full tunnels: further ones are dialled even above `tunnels_per_peer`,
+    /// each for as many callers as it can serve. The number of callers bounds them.
     pub(super) fn checkout(
         &mut self,
         key: &TunnelKey,
@@ -235,8 +231,8 @@ impl<T: Handle, W: Clone> State<T, W> {
         Checkout::Wait { ticket, promised: true }
     }
 
-    /// A place in the tunnel that a caller waited for; `None` if others that waited took all there
-    /// were. Should it be gone already, whoever takes a place learns there why.
+    /// Reserves a stream in the tunnel that a caller waited for; `None` if other callers have
+    /// filled it. If the tunnel is lost already, the stream's request reports why.
     pub(super) fn join(&self, key: &TunnelKey, tunnel: &T) -> Option<T::Place> {
         let allowed = self.entries.get(key).and_then(Entry::allowed);
         let load = tunnel.load();
@@ -244,7 +240,7 @@ impl<T: Handle, W: Clone> State<T, W> {
         if room { tunnel.reserve() } else { None }
     }
 
-    /// Takes in the tunnel that was dialled.
+    /// Adds the tunnel that was dialled.
     pub(super) fn opened(
         &mut self,
         key: &TunnelKey,
@@ -265,7 +261,7 @@ impl<T: Handle, W: Clone> State<T, W> {
         id
     }
 
-    /// Notes that a dial failed. Returns when [`State::forget`] is due.
+    /// Records that a dial failed. Returns when [`State::forget`] is due.
     pub(super) fn failed(
         &mut self,
         key: &TunnelKey,
@@ -277,7 +273,7 @@ impl<T: Handle, W: Clone> State<T, W> {
         self.back_off(key, error, now)
     }
 
-    /// Notes that a dial ended without an outcome.
+    /// Records that a dial ended without an outcome.
     pub(super) fn abandoned(&mut self, key: &TunnelKey, dial: DialId) {
         if let Some(entry) = self.entries.get_mut(key) {
             entry.ended(dial);
@@ -285,8 +281,8 @@ impl<T: Handle, W: Clone> State<T, W> {
         }
     }
 
-    /// Pauses dialling, for longer after each failure in a row; those of dials that went on beside
-    /// the first one are the same failure. Returns when [`State::forget`] is due.
+    /// Starts a back-off, longer after each consecutive failure; failures of concurrent dials count
+    /// once. Returns when [`State::forget`] is due.
     pub(super) fn back_off(
         &mut self,
         key: &TunnelKey,
@@ -308,7 +304,7 @@ impl<T: Handle, W: Clone> State<T, W> {
         forget_at
     }
 
-    /// Forgets a failure that nothing followed.
+    /// Forgets a failure after which no dial followed.
     pub(super) fn forget(&mut self, key: &TunnelKey, now: Instant) {
         if let Some(entry) = self.entries.get_mut(key) {
             entry.backoff.take_if(|backoff| now >= backoff.until + FORGET_AFTER);
@@ -316,8 +312,8 @@ impl<T: Handle, W: Clone> State<T, W> {
         }
     }
 
-    /// Retires a tunnel that is idle or too old. `None` once it is retired, otherwise when to look
-    /// again.
+    /// Retires a tunnel that is idle or too old. `None` if it is retired, otherwise the time of the
+    /// next check.
     pub(super) fn inspect(
         &mut self,
         key: &TunnelKey,
@@ -340,7 +336,7 @@ impl<T: Handle, W: Clone> State<T, W> {
         Some(after(now, soon).min(slot.retires))
     }
 
-    /// Gives a tunnel no new streams.
+    /// Excludes a tunnel from new streams.
     pub(super) fn retire(&mut self, key: &TunnelKey, id: TunnelId) {
         let entry = self.entries.get_mut(key);
         entry
@@ -350,7 +346,7 @@ impl<T: Handle, W: Clone> State<T, W> {
             .for_each(Slot::retire);
     }
 
-    /// Forgets a tunnel whose connection ended.
+    /// Removes a tunnel whose connection ended.
     pub(super) fn closed(&mut self, key: &TunnelKey, id: TunnelId) {
         if let Some(entry) = self.entries.get_mut(key) {
             entry.tunnels.retain(|slot| slot.id != id);
@@ -358,7 +354,7 @@ impl<T: Handle, W: Clone> State<T, W> {
         }
     }
 
-    /// Retires all tunnels and forgets all failures. A dial under way goes on.
+    /// Retires all tunnels and forgets all failures. Dials in progress continue.
     pub(super) fn drain(&mut self) {
         for entry in self.entries.values_mut() {
             entry.open_mut().for_each(Slot::retire);
@@ -406,8 +402,7 @@ impl<T: Handle, W: Clone> Entry<T, W> {
         self.tunnels.is_empty() && self.dials.is_empty() && self.backoff.is_none()
     }
 
-    /// Sees how the tunnels are, once for all that is asked of them, and retires those that are not
-    /// usable.
+    /// Reads the load of every tunnel once, and retires unusable ones.
     fn look(&mut self, now: Instant) {
         for slot in self.open_mut() {
             slot.seen = slot.tunnel.load();
@@ -417,14 +412,14 @@ impl<T: Handle, W: Clone> Entry<T, W> {
         }
     }
 
-    /// How many streams the peer allows in a tunnel, from the tunnels where it said so by now:
-    /// since [`Entry::look`], too.
+    /// The stream limit of the peer, from the tunnels that have received it, including since
+    /// [`Entry::look`].
     fn allowed(&self) -> Option<usize> {
         self.open().filter_map(|slot| slot.tunnel.load().allowed).min()
     }
 
-    /// A place in the least loaded tunnel with room, and whether even that one is crowded. Of
-    /// equals the oldest is taken, so that those that are not needed become idle.
+    /// Reserves a stream in the least loaded tunnel with room, and returns whether that tunnel is
+    /// crowded. Prefers the oldest of equals, so that surplus ones become idle.
     fn take_place(&self, streams_per_tunnel: usize) -> Option<(TunnelId, T::Place, bool)> {
         let allowed = self.open().filter_map(|slot| slot.seen.allowed).min();
         let (slot, limit) = self
@@ -435,7 +430,7 @@ impl<T: Handle, W: Clone> Entry<T, W> {
         Some((slot.id, slot.tunnel.reserve()?, slot.seen.is_crowded(limit)))
     }
 
-    /// The ticket of a dial under way whose tunnel has a place left, which is promised with it.
+    /// The ticket of a dial in progress with an unpromised stream, which is now promised.
     fn promise(&mut self, streams_per_tunnel: usize) -> Option<W> {
         let places = streams_per_tunnel.min(self.allowed().unwrap_or(usize::MAX)).max(1);
         let under_way = self.dials.iter_mut().find(|dial| dial.promised < places)?;
@@ -460,7 +455,7 @@ impl<T: Handle, W: Clone> Entry<T, W> {
         })
     }
 
-    /// How long nothing is to be dialled, and why.
+    /// The remaining back-off, and its cause.
     fn pause(&self, now: Instant) -> Option<(Duration, Arc<HboneError>)> {
         let backoff = self.backoff.as_ref().filter(|backoff| now < backoff.until)?;
         Some((backoff.until - now, backoff.last.clone()))
@@ -481,9 +476,9 @@ impl<T: Handle> Slot<T> {
 }
 
 impl Load {
-    /// How many streams may share the tunnel: a peer whose SETTINGS did not come yet is taken to
-    /// allow what it does in its other tunnels. One is always possible, so that a peer that allows
-    /// none costs a reply timeout and not a dial for ever.
+    /// The stream limit of the tunnel. Before the peer's SETTINGS arrive, the limit in its other
+    /// tunnels applies. At least 1, so that a peer that allows none costs a reply timeout instead
+    /// of endless dials.
     fn limit(&self, streams_per_tunnel: usize, elsewhere: Option<usize>) -> usize {
         let allowed = self.allowed.or(elsewhere).unwrap_or(usize::MAX);
         streams_per_tunnel.min(allowed).max(1)
@@ -493,8 +488,8 @@ impl Load {
         self.bytes_per_second >= BUSY_BYTES_PER_SECOND
     }
 
-    /// Whether the next stream makes another tunnel worth its dial. At half of the limit the other
-    /// half is there for those that come while it is dialled.
+    /// Whether the next stream justifies another dial. At half of the limit, the other half serves
+    /// streams that arrive during the dial.
     fn is_crowded(&self, limit: usize) -> bool {
         self.is_busy() || self.streams >= limit.div_ceil(2)
     }

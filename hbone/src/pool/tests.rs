@@ -1,5 +1,4 @@
-//! Sharing, growing and forgetting tunnels, over connections in memory. `failures` has what goes
-//! wrong.
+//! Sharing, growth and removal of tunnels, over in-memory connections. `failures` tests failures.
 
 mod failures;
 
@@ -30,17 +29,17 @@ const SETTINGS: PoolSettings = PoolSettings {
     tunnels_per_peer: 3,
 };
 
-/// How a server behaves that is dialled at this port; any other accepts every request, and keeps
-/// the stream until the client ends it.
+/// Ports with special server behaviour. All other servers accept every request, and keep the stream
+/// until the client ends it.
 const BLACK_HOLE: u16 = 1;
 const CLOSED: u16 = 2;
-/// Answers the first request, and then nothing any more.
+/// Answers the first request only.
 const MUTE: u16 = 3;
-/// The first connection ends, answering nothing but the first request, when the fifth came.
+/// The first connection answers only the first request, and ends with the fifth.
 const DIES: u16 = 4;
 /// Ends the connection at the first request.
 const NEVER_LIVES: u16 = 5;
-/// Takes no more requests in a tunnel after the tenth.
+/// Sends GOAWAY after the tenth request of a tunnel.
 const MOVES_ON: u16 = 6;
 /// Answers 503.
 const UNAVAILABLE: u16 = 7;
@@ -121,7 +120,7 @@ async fn serve(
             }
             (MUTE, _) => {
                 accept(incoming);
-                // The answer is queued: one more turn sends it.
+                // The answer is queued: poll once more to send it.
                 let _none = timeout(SECOND / 10, tunnel.next()).await;
                 std::future::pending::<()>().await;
             }
@@ -130,7 +129,7 @@ async fn serve(
     }
 }
 
-/// Reads until the end, and ends the stream then.
+/// Reads until the end, then ends the stream.
 fn accept(incoming: Incoming) {
     let Ok(stream) = incoming.accept(HeaderMap::new()) else { return };
     tokio::spawn(async move {
@@ -140,7 +139,7 @@ fn accept(incoming: Incoming) {
     });
 }
 
-/// A pool, the only client of some servers.
+/// A pool as the only client of some servers.
 struct Client {
     pool: Pool<Arc<Servers>>,
     connector: Connector,
@@ -180,7 +179,7 @@ impl Client {
         join_all((0..count).map(|_| self.stream())).await
     }
 
-    /// A whole short connection.
+    /// Opens a stream and ends it.
     async fn exchange(&self, port: u16) -> Result<(), HboneError> {
         let (mut reader, mut writer) = self.connect(port).await?.split();
         writer.write("request".into()).await?;
@@ -197,7 +196,7 @@ impl Client {
         self.servers.connections.lock().unwrap()[index].clone()
     }
 
-    /// How many requests each connection got.
+    /// Number of requests on each connection.
     fn requests(&self) -> Vec<usize> {
         let connections = self.servers.connections.lock().unwrap();
         connections.iter().map(|one| one.requests.load(Ordering::Relaxed)).collect()
@@ -207,14 +206,14 @@ impl Client {
         self.pool.0.state().entries()
     }
 
-    /// Waits until `condition` holds, for what goes on in the background.
+    /// Waits until background tasks fulfil `condition`.
     async fn until(&self, condition: impl Fn(PoolStatistics) -> bool) {
         let holds = || condition(self.pool.statistics());
         assert!(eventually(holds).await, "still {:?}", self.pool.statistics());
     }
 }
 
-/// Whether `condition` comes to hold without time passing: everything here is in memory and on one
+/// Whether `condition` is fulfilled without advancing the clock: all tasks run in memory on one
 /// thread.
 async fn eventually(condition: impl Fn() -> bool) -> bool {
     for _ in 0..100_000 {

@@ -1,5 +1,5 @@
-//! A stream through a gateway to a peer behind it: a tunnel of its own inside of a pooled tunnel's
-//! stream ("double HBONE").
+//! A stream through a gateway to a peer behind it: an inner tunnel in a stream of a pooled tunnel
+//! ("double HBONE").
 //!
 //! ```text
 //! we ═════════════ pooled tunnel ═════════════ gateway ── TCP ── peer
@@ -7,7 +7,7 @@
 //!    ┄┄┄┄┄┄┄┄┄┄┄ inner tunnel with one stream ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄
 //! ```
 //!
-//! Not here: which gateway, and who may be behind it.
+//! Not here: selecting the gateway and the expected peers.
 
 use std::sync::Arc;
 
@@ -19,21 +19,22 @@ use crate::tunnel::client::{ConnectRequest, Connector};
 use crate::tunnel::stream::TunnelStream;
 
 impl<D: Dial> Pool<D> {
-    /// Opens a stream as `inner` asks at one of `peers`, whom `gateway` chooses as `outer` asks.
-    /// The gateway sees neither the request nor the bytes; the stream's peer is the one behind it.
+    /// Opens a stream with the request `inner` at one of `peers`, which `gateway` selects by the
+    /// request `outer`. The gateway sees neither the inner request nor the data; the stream's peer
+    /// is the one behind the gateway.
     ///
-    /// Only the tunnel to the gateway is shared. The inner one has one stream and ends with it, for
-    /// the gateway chooses anew only for a new one; it ends at once when the gateway is not to be
-    /// trusted any longer.
+    /// Only the tunnel to the gateway is shared. The inner tunnel has one stream and ends with it,
+    /// because the gateway selects a peer per stream. It ends at once when the gateway is no longer
+    /// trusted.
     ///
     /// A session with any of the same `peers` behind the same gateway is resumed if the gateway
-    /// leads to where it began: another one cannot read the ticket, and proves itself anew. A
-    /// resumed peer's certificate is judged again, like any.
+    /// selects the same peer. Another peer cannot decrypt the ticket and makes a full handshake.
+    /// The certificate of a resumed peer is verified again.
     ///
-    /// The inner handshake and answer have the pool's deadlines, each once more.
+    /// The inner handshake and answer have the pool's timeouts again.
     ///
     /// # Errors
-    /// As [`Pool::connect`] for the gateway; [`HboneError::BehindGateway`] for everything behind
+    /// Like [`Pool::connect`] for the gateway; [`HboneError::BehindGateway`] for failures behind
     /// it.
     pub async fn connect_through(
         &self,

@@ -1,13 +1,13 @@
-//! The namespaces thread: the one thread that enters network namespaces.
+//! The namespaces thread: the only thread that enters network namespaces.
 //!
-//! Operations run one after the other, each from its start to its end, so that what an operation
-//! opens after an await is still opened inside of its namespace. It also runs to its end when its
-//! caller stops waiting: a repair is never left half done.
+//! Operations run one after another, each to completion: files that an operation opens after an
+//! await are opened in its namespace too. An operation continues when its caller stops waiting, so
+//! that no repair is left incomplete.
 //!
-//! Calls wait for nothing, as opening a socket does not. They also run between two steps of an
-//! operation, so that a connection does not wait until the rules of another pod are installed.
+//! Calls, such as opening a socket, never wait. They also run while an operation waits, so that a
+//! connection is not delayed by the rules of another pod.
 //!
-//! Not here: what operations and calls do (`operations.rs`).
+//! Not here: the operations and calls themselves (`operations.rs`).
 
 use std::io;
 use std::marker::PhantomData;
@@ -22,22 +22,20 @@ use super::{Namespace, NamespaceId, failed};
 use crate::error::InterceptionError;
 use crate::process::privileges::{Kept, confine_thread, prepare_change_of_user};
 
-/// Gets an error if its namespace cannot be entered.
+/// Called with an error if its namespace cannot be entered.
 type Operation =
     Box<dyn FnOnce(Result<Entered, InterceptionError>) -> Pin<Box<dyn Future<Output = ()>>> + Send>;
 type Call = Box<dyn FnOnce(Result<Entered, InterceptionError>) + Send>;
 
-/// What is to be run inside of a namespace.
+/// A closure to run in a namespace.
 struct Job<T> {
     namespace: Namespace,
     run: T,
 }
 
-/// Runs operations inside of network namespaces. Cheap to clone; the thread ends with the last
-/// clone.
+/// Runs operations in network namespaces. Clones share the thread, which ends with the last clone.
 ///
-/// A namespace other than the one in which the thread was started takes CAP_SYS_ADMIN to enter
-/// (setns(2)); that one takes no privilege.
+/// Entering a namespace other than the thread's first one requires CAP_SYS_ADMIN (setns(2)).
 #[derive(Debug, Clone)]
 pub struct NamespaceThread {
     operations: mpsc::UnboundedSender<Job<Operation>>,
@@ -53,7 +51,7 @@ pub struct Entered {
 }
 
 impl Entered {
-    /// The namespace in which the calling thread is already.
+    /// The namespace of the calling thread.
     ///
     /// # Errors
     ///
@@ -62,7 +60,7 @@ impl Entered {
         Ok(Self::inside(Namespace::current()?))
     }
 
-    /// The namespace that the calling thread is in.
+    /// The namespace of the calling thread.
     #[must_use]
     pub fn namespace(&self) -> &Namespace {
         &self.namespace
@@ -78,15 +76,15 @@ impl NamespaceThread {
     ///
     /// # Errors
     ///
-    /// The kernel's: no thread, or no runtime.
+    /// The kernel cannot create the thread or its runtime.
     pub fn start() -> io::Result<Self> {
         let home = Namespace::current().map_err(io::Error::other)?;
         let (operations, operation_queue) = mpsc::unbounded_channel();
         let (calls, call_queue) = mpsc::unbounded_channel();
         let (ready, prepared) = std::sync::mpsc::sync_channel(1);
         let run = move || {
-            // Made here, since a runtime must not be dropped where the caller may be: inside of
-            // another one.
+            // Created here: a runtime must not be dropped inside another one, where the caller may
+            // be.
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let (runtime, outcome) = match runtime {
                 Ok(runtime) => (Some(runtime), Ok(())),
@@ -104,12 +102,13 @@ impl NamespaceThread {
         Ok(Self { operations, calls })
     }
 
-    /// Runs `operation` inside of `namespace`, after those that were asked for before. If the
-    /// caller stops waiting, the operation goes on to its end.
+    /// Runs `operation` in `namespace` after all earlier ones. It runs to completion even if the
+    /// caller stops waiting.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Namespace`]: it cannot be entered, or the operation panicked.
+    /// [`InterceptionError::Namespace`]: the namespace cannot be entered, or the operation
+    /// panicked.
     pub async fn run<T, F>(
         &self,
         namespace: &Namespace,
@@ -139,8 +138,8 @@ impl NamespaceThread {
         answered.await.unwrap_or_else(|_| Err(ended()))
     }
 
-    /// Runs `call`, which does not block, inside of `namespace`, as soon as the operation that runs
-    /// waits for something. If the caller stops waiting, its result is dropped.
+    /// Runs `call`, which must not block, in `namespace` as soon as the current operation waits.
+    /// Its result is dropped if the caller stops waiting.
     ///
     /// # Errors
     ///
@@ -163,7 +162,7 @@ impl NamespaceThread {
         answered.await.unwrap_or_else(|_| Err(ended()))
     }
 
-    /// Leaves the thread these capabilities, as [`confine_thread`] does.
+    /// Reduces the thread's capabilities, like [`confine_thread`].
     ///
     /// # Errors
     ///
@@ -172,8 +171,8 @@ impl NamespaceThread {
         self.change_privileges(move || confine_thread(kept)).await
     }
 
-    /// Lets the thread keep its capabilities when the process becomes another user, as
-    /// [`prepare_change_of_user`] does.
+    /// Preserves the thread's capabilities across a change of user, like
+    /// [`prepare_change_of_user`].
     ///
     /// # Errors
     ///
@@ -182,7 +181,7 @@ impl NamespaceThread {
         self.change_privileges(move || prepare_change_of_user(kept)).await
     }
 
-    /// Changes capabilities, which belong to the thread and not to a namespace.
+    /// Changes capabilities, which belong to the thread, not to a namespace.
     async fn change_privileges(
         &self,
         change: impl FnOnce() -> io::Result<()> + Send + 'static,
@@ -201,7 +200,7 @@ fn panicked(namespace: &Namespace) -> InterceptionError {
     failed("run an operation in", namespace.path())(io::Error::other("it panicked"))
 }
 
-/// Where the thread is.
+/// The current and the initial namespace of the thread.
 struct Place {
     home: Namespace,
     current: NamespaceId,
@@ -216,15 +215,15 @@ impl Place {
         Ok(Entered::inside(namespace.clone()))
     }
 
-    /// Goes home: a namespace exists for as long as a thread is in it.
+    /// Returns to the initial namespace: a thread in a namespace keeps it alive.
     fn leave(&mut self) {
         if let Err(error) = self.enter(&self.home.clone()) {
-            // Harmless to the next operation, which enters its own.
+            // Harmless to the next operation, which enters its own namespace.
             tracing::error!(%error, "a namespace cannot be left");
         }
     }
 
-    /// Runs an operation to its end, and calls while it waits.
+    /// Runs an operation to completion, and calls while it waits.
     async fn operate(
         &mut self,
         Job { namespace, run }: Job<Operation>,
@@ -237,7 +236,8 @@ impl Place {
                 Some(call) = calls.recv() => {
                     self.call(call);
                     if let Err(error) = self.enter(&namespace) {
-                        // It must not go on elsewhere: its caller learns that it has ended.
+                        // The operation must not continue in another namespace; its caller receives
+                        // an error.
                         tracing::error!(%error, "an operation in a namespace is given up");
                         return;
                     }
@@ -267,7 +267,7 @@ async fn serve(
     }
 }
 
-/// Moves the calling thread.
+/// Moves the calling thread to `namespace`.
 pub(super) fn enter(namespace: &Namespace) -> Result<(), InterceptionError> {
     setns(namespace, CloneFlags::CLONE_NEWNET).map_err(failed("enter", namespace.path()))
 }
@@ -304,7 +304,7 @@ mod tests {
             wait.await.ok();
             done.send(()).ok();
         });
-        // Polled once, and dropped.
+        // Poll once, then drop.
         assert!(operation.now_or_never().is_none());
         go.send(()).unwrap();
         finished.await.expect("the operation ran to its end");

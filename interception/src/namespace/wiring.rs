@@ -1,4 +1,4 @@
-//! Namespaces made, named, and connected to each other: for the demonstration, tests and benches.
+//! Creates, names and connects namespaces, for the demonstration, tests and benches.
 //!
 //! Not here: the handle itself (`namespace.rs`).
 
@@ -19,12 +19,12 @@ use crate::backend::netlink::into_io;
 use crate::error::InterceptionError;
 use crate::namespace::sandbox::sandbox_folder;
 
-/// The folder of namespaces that have names, in `/run` or in what a sandbox has in its place; `ip
-/// netns` looks in `/run/netns`.
+/// The folder of named namespaces, in `/run` or its replacement in a sandbox. `ip netns` uses
+/// `/run/netns`.
 const NAMED: &str = "netns";
 
 impl Namespace {
-    /// Makes one that `ip netns` and `nsenter --net=/run/netns/NAME` know.
+    /// Creates a namespace that `ip netns` and `nsenter --net=/run/netns/NAME` find.
     ///
     /// # Errors
     ///
@@ -35,19 +35,19 @@ impl Namespace {
         Self::open(path)
     }
 
-    /// Removes its name. It ends when no process is in it and nothing holds it open.
+    /// Removes its name. The namespace ends when no process is in it and no handle is open.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Namespace`], also if it has no file of its own.
+    /// [`InterceptionError::Namespace`], also if it has no name.
     pub fn delete(self) -> Result<(), InterceptionError> {
         let deleted = namespace::delete_path(self.path());
         deleted.map_err(|error| failed("delete", self.path())(into_io(error)))
     }
 
-    /// Runs `f` inside the namespace, on a thread that ends with it. Sockets, threads and child
-    /// processes that `f` makes stay inside. For programs that set up namespaces; the proxy has one
-    /// thread for all ([`NamespaceThread`](super::NamespaceThread)).
+    /// Runs `f` in the namespace, on a new thread. Sockets, threads and child processes that `f`
+    /// creates stay in the namespace. For programs that set up namespaces; the proxy uses
+    /// [`NamespaceThread`](super::NamespaceThread).
     ///
     /// # Errors
     ///
@@ -63,7 +63,7 @@ impl Namespace {
         })
     }
 
-    /// Sets its loopback interface up, which a new one has down.
+    /// Sets its loopback interface up; it is down in a new namespace.
     ///
     /// # Errors
     ///
@@ -72,7 +72,7 @@ impl Namespace {
         self.wired(async |rtnetlink| rtnetlink.set_link_up("lo").await).await
     }
 
-    /// Routes `destination` through `gateway`, which must be of the same family and on a link.
+    /// Routes `destination` through `gateway`, which must have the same family and be on a link.
     ///
     /// # Errors
     ///
@@ -101,18 +101,17 @@ impl Namespace {
 /// One end of a [`veth`] pair.
 #[derive(Debug, Clone, Copy)]
 pub struct Endpoint<'a> {
-    /// Where it is.
+    /// Its namespace.
     pub namespace: &'a Namespace,
-    /// What it is called there.
+    /// The name of its interface.
     pub interface: &'a str,
-    /// Its addresses, with the length of their networks.
+    /// Its addresses with prefix lengths.
     pub addresses: &'a [IpNet],
-    /// Whether all else is routed to the other end, by its first address of each family.
+    /// Whether the default route of each family leads to the other end's first address.
     pub default_route: bool,
 }
 
-/// Connects two namespaces by a pair of interfaces; both are up and have their addresses when it
-/// returns.
+/// Connects two namespaces by a veth pair. Both ends are up and have their addresses on return.
 ///
 /// # Errors
 ///
@@ -140,8 +139,8 @@ async fn set_up(rtnetlink: &Connection<Route>, end: &Endpoint<'_>) -> nlink::Res
                 rtnetlink.add_address(address).await?;
             }
             IpNet::V6(v6) => {
-                // Nobody else is on this link: without the wait for an objection it is usable at
-                // once.
+                // No other host is on this link, so skip duplicate address detection: the address
+                // is usable at once.
                 let address = Ipv6Address::new(end.interface, v6.addr(), v6.prefix_len()).nodad();
                 rtnetlink.add_address(address).await?;
             }

@@ -1,5 +1,5 @@
-//! Access to one namespace: what a caller holds instead of being in the namespace. Each method asks
-//! for one privileged operation.
+//! Access to one namespace for a caller outside of it. Each method requests one privileged
+//! operation.
 //!
 //! Not here: how operations are performed (`operations.rs`).
 
@@ -31,7 +31,7 @@ use crate::watching::{Watched, Watching};
 #[derive(Debug, Clone)]
 pub struct NamespaceAccess(Arc<dyn PrivilegedOperations>);
 
-/// Takes the fields out of the answer that a request always has.
+/// Extracts the fields of the reply that belongs to a request.
 macro_rules! ask {
     ($access:expr, $request:expr, $answer:pat => $value:expr) => {
         match $access.0.perform($request).await? {
@@ -42,19 +42,19 @@ macro_rules! ask {
 }
 
 impl NamespaceAccess {
-    /// Operations in `namespace`, run by `thread`.
+    /// Access to `namespace`, whose operations run on `thread`.
     #[must_use]
     pub fn new(namespace: Namespace, thread: NamespaceThread) -> Self {
         Self::through(Arc::new(InNamespace::new(namespace, thread)))
     }
 
-    /// Operations that `performer` performs.
+    /// Access through `performer`, for example in another process.
     #[must_use]
     pub fn through(performer: Arc<dyn PrivilegedOperations>) -> Self {
         Self(performer)
     }
 
-    /// The calling thread's namespace, with a thread of its own, which has the caller's
+    /// Access to the calling thread's namespace, with a new thread that has the caller's
     /// capabilities.
     ///
     /// # Errors
@@ -65,14 +65,13 @@ impl NamespaceAccess {
         Ok(Self::new(namespace, NamespaceThread::start()?))
     }
 
-    /// Waits for the end of every operation that was started before, also of those whose callers
-    /// have stopped waiting.
+    /// Waits for all earlier operations, including those whose callers have stopped waiting.
     pub async fn finish(&self) {
-        // An error means that nothing performs operations any more.
+        // An error means that the thread has ended.
         self.0.perform(Request::Barrier).await.ok();
     }
 
-    /// Opens sockets that fit the rules: up to `count`, and at least one.
+    /// Opens sockets that match the rules: up to `count`, and at least one.
     ///
     /// # Errors
     ///
@@ -101,7 +100,7 @@ impl NamespaceAccess {
         ask!(self, request, Reply::Listener(listener) => listener)
     }
 
-    /// What tells the namespace's own addresses.
+    /// A lookup of the namespace's own addresses.
     ///
     /// # Errors
     ///
@@ -114,7 +113,7 @@ impl NamespaceAccess {
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Socket`]: the kernel does not list them.
+    /// [`InterceptionError::Socket`]: the kernel cannot list them.
     pub async fn environment(&self) -> Result<Environment, InterceptionError> {
         ask!(self, Request::Environment, Reply::Environment(environment) => environment)
     }
@@ -128,7 +127,7 @@ impl NamespaceAccess {
         ask!(self, Request::Ipv6OnLoopback, Reply::Is(enabled) => enabled)
     }
 
-    /// Those of `addresses` that a socket can be bound to.
+    /// The subset of `addresses` that a socket can be bound to.
     ///
     /// # Errors
     ///
@@ -140,7 +139,7 @@ impl NamespaceAccess {
         ask!(self, Request::UsableAddresses(addresses), Reply::Addresses(usable) => usable)
     }
 
-    /// Refuses TPROXY where some interface drops inbound connections.
+    /// Fails if TPROXY is used and a reverse path filter drops inbound connections.
     ///
     /// # Errors
     ///
@@ -164,7 +163,7 @@ impl NamespaceAccess {
         ask!(self, Request::BypassingProcesses(profile), Reply::Processes(processes) => processes)
     }
 
-    /// The sockets of the self-test, of the user that the process is now.
+    /// The sockets of the self-test, owned by the current user of the process.
     ///
     /// # Errors
     ///
@@ -173,7 +172,7 @@ impl NamespaceAccess {
         ask!(self, Request::OpenProbes, Reply::Probes(probes) => probes)
     }
 
-    /// The sockets of the self-test of the return path, of the user that the process is now.
+    /// The sockets of the self-test of the return path, owned by the current user of the process.
     ///
     /// # Errors
     ///

@@ -1,6 +1,6 @@
-//! Privileged operations, performed by the namespaces thread.
+//! Performs privileged operations on the namespaces thread.
 //!
-//! Not here: what an operation on rules does (`rules.rs`).
+//! Not here: the operations on rules (`rules.rs`).
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -47,7 +47,7 @@ impl PrivilegedOperations for InNamespace {
     }
 }
 
-/// Performs a request that waits for nothing.
+/// Performs a request that never waits.
 fn perform_at_once(entered: &Entered, request: Request) -> Result<Reply, InterceptionError> {
     let failed = |operation| move |source| InterceptionError::Socket { operation, source };
     match request {
@@ -135,7 +135,7 @@ async fn on_rules(
     }
 }
 
-/// Opens up to `count` sockets; fewer, if the kernel has no more.
+/// Opens up to `count` sockets; fewer if the kernel lacks resources.
 fn open(
     entered: &Entered,
     sockets: &Sockets,

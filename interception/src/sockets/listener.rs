@@ -1,7 +1,6 @@
-//! Listeners that are bound before anything runs, and accept in the runtime of whichever worker
-//! gets them.
+//! Listeners that are bound at start, and accept in the runtime of the worker that registers them.
 //!
-//! Not here: which address and mark they have (`socket.rs`), and what is done with a connection.
+//! Not here: addresses and marks (`socket.rs`), and serving connections.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -15,19 +14,18 @@ use tokio::io::unix::AsyncFd;
 use crate::namespace::Entered;
 use crate::sockets::canonical;
 
-/// How many connections may wait to be accepted: as many as net.core.somaxconn allows (4096 by
-/// default), which the kernel lowers it to.
+/// Length of the accept queue. The kernel lowers it to net.core.somaxconn (4096 by default).
 const BACKLOG: i32 = 65_535;
 
-/// A listener that belongs to no runtime yet. The kernel already completes handshakes for it.
+/// A listener outside of any runtime. The kernel completes handshakes for it already.
 #[derive(Debug)]
 pub struct BoundListener {
     listener: TcpListener,
 }
 
 impl BoundListener {
-    /// The same listener once more: both accept from one queue, and it closes with the last of
-    /// them.
+    /// A second handle of the listener: both accept from one queue, and it closes with the last
+    /// one.
     ///
     /// # Errors
     ///
@@ -36,7 +34,7 @@ impl BoundListener {
         self.listener.try_clone().map(Self::from)
     }
 
-    /// Where it listens, with the port that the kernel chose if it was asked to.
+    /// The local address, with the port that the kernel chose if it was 0.
     ///
     /// # Errors
     ///
@@ -45,7 +43,7 @@ impl BoundListener {
         self.listener.local_addr()
     }
 
-    /// Makes it part of the tokio runtime that the caller runs in.
+    /// Registers it with the caller's tokio runtime.
     ///
     /// # Errors
     ///
@@ -53,7 +51,7 @@ impl BoundListener {
     ///
     /// # Panics
     ///
-    /// Outside of a tokio runtime with IO, as tokio's own listeners do.
+    /// Outside of a tokio runtime with I/O, like tokio's own listeners.
     pub fn register(self) -> io::Result<Listener> {
         // tokio's own listener registers each connection with the runtime that accepts it, which is
         // often not the one that serves it.
@@ -81,11 +79,11 @@ impl From<TcpListener> for BoundListener {
 impl TryFrom<OwnedFd> for BoundListener {
     type Error = io::Error;
 
-    /// From another process, which may send what it wants.
+    /// Converts a descriptor from another process, which may be of any kind.
     fn try_from(socket: OwnedFd) -> io::Result<Self> {
         let listens = SockRef::from(&socket).is_listener()?;
         let listener = TcpListener::from(socket);
-        // Fails for what has no IP address.
+        // Fails for descriptors without an IP address.
         listener.local_addr()?;
         if !listens {
             return Err(io::ErrorKind::InvalidData.into());
@@ -102,14 +100,15 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Waits for the next connection, and the address of who made it (IPv4 clients in IPv4's form).
+    /// Waits for the next connection; returns it with the client's address (IPv4-mapped addresses
+    /// as IPv4).
     ///
-    /// The stream does not block and belongs to no runtime: it may be handed to another worker's.
-    /// Its options are the listener's.
+    /// The stream is non-blocking and belongs to no runtime, so that any worker can serve it. It
+    /// inherits the listener's options.
     ///
     /// # Errors
     ///
-    /// The kernel's, see accept(2): some concern one connection, some (EMFILE, ENFILE, ENOBUFS) the
+    /// The kernel's (accept(2)): some concern one connection, others (EMFILE, ENFILE, ENOBUFS) the
     /// process.
     pub async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
@@ -119,7 +118,7 @@ impl Listener {
         Ok((stream.into(), canonical(SocketAddr::try_from(peer)?)))
     }
 
-    /// Where it listens.
+    /// The local address.
     ///
     /// # Errors
     ///
@@ -136,8 +135,8 @@ impl AsFd for Listener {
 }
 
 /// Listens on `address`; accepted streams inherit the mark (`inet_request_mark`,
-/// include/net/inet_sock.h). A transparent listener also takes what TPROXY delivers. `prepare` is
-/// done before the first of them can be there.
+/// include/net/inet_sock.h). A transparent listener also accepts TPROXY's connections. `prepare`
+/// runs before the first connection can arrive.
 pub(crate) fn bind(
     _: &Entered,
     address: SocketAddr,
@@ -146,10 +145,10 @@ pub(crate) fn bind(
     prepare: impl FnOnce(&Socket) -> io::Result<()>,
 ) -> io::Result<BoundListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
-    // A restart must not wait for the connections of the last run to leave TIME_WAIT.
+    // A restart must not wait for connections of the last run in TIME_WAIT.
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
-        // Said, not assumed: net.ipv6.bindv6only may be 1.
+        // Set explicitly: net.ipv6.bindv6only may be 1.
         socket.set_only_v6(false)?;
     }
     if let Some(mark) = mark {

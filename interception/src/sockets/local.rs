@@ -1,8 +1,8 @@
-//! Whether an address is one of this namespace's own, by the kernel's routes: what
-//! `fib daddr type local` of nftables and `-m addrtype --dst-type LOCAL` of iptables decide by.
+//! Looks up in the kernel's routes whether an address is local to this namespace. This is the same
+//! criterion as `fib daddr type local` of nftables and `-m addrtype --dst-type LOCAL` of iptables.
 //!
-//! An address counts as soon as it is added, and so does a range that a `local` route delivers
-//! (AnyIP). A query takes two system calls; callers cache the answer where that matters.
+//! An address counts as soon as it is added, and so do ranges of a `local` route (AnyIP). A query
+//! takes two system calls; callers cache the answer if necessary.
 
 use std::io;
 use std::net::IpAddr;
@@ -26,13 +26,13 @@ const RTN_LOCAL: u8 = 2;
 const HEADER: u16 = 16;
 const ROUTE: u16 = 12;
 const ATTRIBUTE: u16 = 4;
-/// Where `rtm_type`, the eighth octet of struct rtmsg, is in a message.
+/// Offset of `rtm_type`, the eighth octet of struct rtmsg, in a message.
 const ROUTE_TYPE: usize = 16 + 7;
 
-/// How many answers to earlier questions may come before the one to this.
+/// Maximum number of answers to earlier queries before the current one.
 const STALE: usize = 8;
 
-/// Answers for the namespace that it was opened in.
+/// Looks up addresses in the namespace that it was opened in.
 #[derive(Debug)]
 pub struct LocalAddresses {
     socket: OwnedFd,
@@ -41,14 +41,14 @@ pub struct LocalAddresses {
 }
 
 impl LocalAddresses {
-    /// Opens a socket to the kernel in the namespace.
+    /// Opens a netlink socket in the namespace.
     ///
     /// # Errors
     ///
     /// The kernel's.
     pub fn open(_: &Entered) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        // No protocol is NETLINK_ROUTE, which is 0.
+        // The protocol `None` is 0: NETLINK_ROUTE.
         let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
         Ok(Self { socket, sequence: Mutex::default() })
     }
@@ -57,7 +57,7 @@ impl LocalAddresses {
     ///
     /// # Errors
     ///
-    /// The kernel's: no answer.
+    /// The kernel's, or the answer is missing.
     pub fn contain(&self, address: IpAddr) -> io::Result<bool> {
         let address = address.to_canonical();
         if address.is_loopback() {
@@ -96,7 +96,7 @@ fn request(sequence: u32, address: IpAddr) -> Vec<u8> {
     request.extend(RTM_GETROUTE.to_ne_bytes());
     request.extend(NLM_F_REQUEST.to_ne_bytes());
     request.extend(sequence.to_ne_bytes());
-    // The sender's port, which the kernel knows.
+    // The sender's port, which the kernel fills in.
     request.extend(0u32.to_ne_bytes());
     // Family, length of the destination; source, TOS, table, protocol, scope, type, flags.
     request.extend([family, size * 8]);
@@ -107,8 +107,8 @@ fn request(sequence: u32, address: IpAddr) -> Vec<u8> {
     request
 }
 
-/// Whether the route in the answer is a local one; `None` if this is not the answer. An error means
-/// that there is no route.
+/// Whether the route in the answer is local; `None` for another message. An error means that there
+/// is no route.
 fn is_local(answer: &[u8], sequence: u32) -> Option<bool> {
     let kind = u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?);
     let answered = u32::from_ne_bytes(answer.get(8..12)?.try_into().ok()?);

@@ -1,7 +1,7 @@
-//! A certificate, its key and its roots in files that someone else renews.
+//! A source of identities in files that another program renews.
 //!
-//! Whoever renews them writes one file after the other: between two of them the pair does not
-//! match, and is not used. Not here: how files are followed (`crate::identity::files`).
+//! The files are written one after another: until key and certificate match, the pair is not used.
+//! Not here: hashing and reading the files (`crate::identity::files`).
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -15,23 +15,23 @@ use crate::identity::Identity;
 use crate::identity::files::WatchedFiles;
 use crate::identity::renewal::Schedule;
 
-/// Reads the files at first and whenever they change: written in place, renamed, or reached through
-/// a swapped link.
+/// Reads the files at start and after each change: written in place, renamed, or reached through a
+/// swapped link.
 #[derive(Debug)]
 pub struct FileSource {
     files: IdentityFiles,
     watched: WatchedFiles,
-    /// When to look again without being told, because what was read last could not be used: it may
-    /// become valid with time, or readable.
+    /// Schedule of retries without a file event after an unusable content, which may become valid
+    /// or readable later.
     retry: Option<Schedule>,
-    /// The content of the files that is used.
+    /// Hash of the content in use.
     used: Option<u64>,
-    /// What was told about a content that cannot be used.
+    /// The last error that was returned about an unusable content.
     told: Option<String>,
 }
 
 impl FileSource {
-    /// A source of the certificates in these files.
+    /// A source that reads these files.
     pub fn new(files: IdentityFiles, watcher: &FileWatcher) -> Self {
         Self {
             files,
@@ -71,7 +71,7 @@ impl FileSource {
         }
     }
 
-    /// What is in the files now; `None` if that is used already.
+    /// The identity in the files; `None` if it is in use already.
     fn read(&mut self) -> Result<Option<Identity>, HboneError> {
         if self.watched.is_empty() {
             let IdentityFiles { certificate, key, roots } = &self.files;
@@ -83,14 +83,14 @@ impl FileSource {
             true => None,
             false => Some(Self::check(&self.files)?),
         };
-        // What changed while it was read is told by the watch.
+        // The watch reports changes that happen during the read.
         self.used = before;
         self.retry = None;
         self.told = None;
         Ok(identity)
     }
 
-    /// A number that another content hardly ever has; `None` if a file cannot be read.
+    /// A hash of the content; `None` if a file cannot be read.
     fn content(&self) -> Option<u64> {
         let IdentityFiles { certificate, key, roots } = &self.files;
         let mut hasher = DefaultHasher::new();

@@ -1,8 +1,7 @@
-//! Istio's CA protocol as a client: `CreateCertificate` of istiod or of `underpass ca serve`.
+//! A client of Istio's CA protocol: `CreateCertificate` of istiod or `underpass ca serve`.
 //!
-//! A connection lives for one request: certificates are asked for twice in their life, and a
-//! connection kept for hours would have to be watched for hours. Not here: the server
-//! (`ca/server.rs`).
+//! Each request opens a connection: requests are rare, and an idle connection would need keepalive.
+//! Not here: the server (`ca/server.rs`).
 
 pub(super) mod connection;
 
@@ -41,18 +40,17 @@ use crate::limits::{Budget, Queue};
 use crate::pool::Dial;
 use crate::trust::bundle::Bundle;
 
-/// How many requests are under way at once: a node that starts has many workloads, and its CA many
+/// Maximum number of concurrent requests: a starting node has many workloads, and its CA many
 /// nodes.
 const REQUESTS: usize = 8;
-/// For a connection, its TLS and HTTP/2.
+/// Timeout of connecting, TLS and HTTP/2.
 const CONNECT: Duration = Duration::from_secs(10);
-/// For the answer.
+/// Timeout of the answer.
 const REPLY: Duration = Duration::from_secs(10);
-/// The longest answer that we read: a chain of certificates and a bundle of roots.
+/// Maximum size of an answer: a certificate chain and a bundle of roots.
 const MAX_ANSWER: usize = 1 << 20;
 
-/// A client of a CA that speaks Istio's protocol, to be shared by all workloads whose certificates
-/// come from it.
+/// A client of a CA with Istio's protocol, shared by all workloads that use it.
 pub struct IstioCa<D> {
     settings: IstioCaSettings,
     endpoint: Endpoint,
@@ -63,11 +61,11 @@ pub struct IstioCa<D> {
 }
 
 impl<D: Dial> IstioCa<D> {
-    /// A client that connects with `dial`. Nothing is asked yet.
+    /// A client that connects with `dial`. Sends nothing yet.
     ///
     /// # Errors
-    /// [`HboneError::Issuer`] for a setting that cannot be right, [`HboneError::Credential`] for a
-    /// token or roots that cannot be read now; they are read again each time.
+    /// [`HboneError::Issuer`] for an invalid setting, [`HboneError::Credential`] for an unreadable
+    /// token or unreadable roots; both are read again for each request.
     pub fn new(settings: IstioCaSettings, dial: D) -> Result<Self, HboneError> {
         let issuer = &settings.address;
         let problem = |what| HboneError::Issuer { issuer: issuer.clone(), what, source: None };
@@ -76,7 +74,7 @@ impl<D: Dial> IstioCa<D> {
         let cluster_id = cluster_id.map_err(|_| problem(IssuerProblem::ClusterId))?;
         let (requests, queue) = (Arc::new(Budget::new(REQUESTS)), Queue::default());
         let ca = Self { settings, endpoint, cluster_id, dial, requests, queue };
-        // What can be wrong with them is told at once, and not when the CA answers.
+        // Report an unreadable token or unreadable roots now, not at the first request.
         ca.token()?;
         ca.endpoint.roots(&ca.settings.roots)?;
         Ok(ca)
@@ -118,7 +116,7 @@ impl<D: Dial> IstioCa<D> {
         Ok(grpc.unary(request, path, ProstCodec::default()).await?.into_inner())
     }
 
-    /// The header that says who asks, from the file as it is now.
+    /// The `authorization` header, from the current token file.
     fn token(&self) -> Result<MetadataValue<Ascii>, HboneError> {
         let file = &self.settings.token;
         let header = format!("Bearer {}", read_token(file)?).parse::<MetadataValue<Ascii>>();
@@ -132,7 +130,7 @@ impl<D: Dial> IstioCa<D> {
         let message = Quoted::new(status.message());
         let broken = status.source();
         let what = match status.code() {
-            // Not a word of the CA, but of the library about the connection.
+            // This status comes from the library, about the connection, not from the CA.
             _ if broken.is_some() => IssuerProblem::Lost,
             Code::Unauthenticated => IssuerProblem::Unauthenticated(message),
             Code::PermissionDenied => IssuerProblem::Denied { id: id.clone(), message },
@@ -154,21 +152,21 @@ impl<D> fmt::Debug for IstioCa<D> {
     }
 }
 
-/// The certificates of one workload, from a CA that speaks Istio's protocol.
+/// A source of one workload's certificates, from a CA with Istio's protocol.
 #[derive(Debug)]
 pub struct IstioCaSource<D> {
     ca: Arc<IstioCa<D>>,
     spiffe_id: SpiffeId,
-    /// How urgent a certificate is while there is no valid one.
+    /// Urgency of requests while there is no valid certificate.
     priority: Priority,
-    /// When the one that we have ends.
+    /// Expiry of the current certificate.
     expires: Option<SystemTime>,
     schedule: Schedule,
 }
 
 impl<D: Dial> IstioCaSource<D> {
-    /// A source of certificates for `spiffe_id`. As long as there is no valid one it asks with
-    /// `priority`, later in the background.
+    /// A source of certificates for `spiffe_id`. Requests have `priority` while there is no valid
+    /// certificate, otherwise `Background`.
     pub fn new(ca: Arc<IstioCa<D>>, spiffe_id: SpiffeId, priority: Priority) -> Self {
         Self { ca, spiffe_id, priority, expires: None, schedule: Schedule::new() }
     }
@@ -195,8 +193,7 @@ impl<D: Dial> IdentitySource for IstioCaSource<D> {
     }
 }
 
-/// A new key, and the request for its certificate: no subject, one critical name (RFC 5280 section
-/// 4.2.1.6).
+/// A new key and its certificate request: no subject, one critical name (RFC 5280 section 4.2.1.6).
 fn signing_request(id: &SpiffeId) -> Result<(KeyPair, String), rcgen::Error> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let mut params = CertificateParams::default();
@@ -211,7 +208,7 @@ fn impersonating(id: &SpiffeId) -> Struct {
     Struct { fields: BTreeMap::from([(IMPERSONATED.to_owned(), value)]) }
 }
 
-/// What the CA answered, if it is a certificate of `id` for `key`.
+/// The identity in the answer, if it is a certificate of `id` for `key`.
 fn identity(
     issuer: &Path,
     answer: &IstioCertificateResponse,

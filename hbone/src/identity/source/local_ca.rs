@@ -1,6 +1,7 @@
-//! Our own certificate authority, in a directory that we can read: it issues in process.
+//! A source that issues certificates in process, with a certificate authority in a readable
+//! directory.
 //!
-//! Not here: the authority (`ca`), and asking one over the network (`istio_ca`).
+//! Not here: the authority (`ca`), and requests over the network (`istio_ca`).
 
 use underpass_config::{LocalCaSettings, SpiffeId};
 
@@ -10,16 +11,16 @@ use crate::error::{CredentialProblem, HboneError};
 use crate::identity::Identity;
 use crate::identity::renewal::Schedule;
 
-/// Issues our certificates from a CA's directory, which is read again for each.
+/// Issues our certificates with a CA's directory, which is read again each time.
 ///
-/// A proxy that starts as root and becomes another user cannot read the CA's key any more: then it
-/// goes on with what it read last, so that its certificate does not run out.
+/// A proxy that changes from root to another user can no longer read the CA's key. It then uses the
+/// last authority that it read, so that its certificate does not expire.
 #[derive(Debug)]
 pub struct LocalCaSource {
     settings: LocalCaSettings,
     spiffe_id: SpiffeId,
     schedule: Schedule,
-    /// As it was read last.
+    /// The last authority that was read.
     authority: Option<CertificateAuthority>,
 }
 
@@ -29,11 +30,10 @@ impl LocalCaSource {
         Self { settings, spiffe_id, schedule: Schedule::new(), authority: None }
     }
 
-    /// A new certificate, at once.
+    /// Issues a new certificate.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] with the file that cannot be read or used, or why the
-    /// authority issues no such certificate.
+    /// [`HboneError::Credential`]: an unusable file, or the authority issues no such certificate.
     pub fn issue(&mut self) -> Result<Identity, HboneError> {
         let Self { settings, spiffe_id, authority: kept, .. } = self;
         let authority = match (CertificateAuthority::open(&settings.dir), kept) {

@@ -1,5 +1,5 @@
-//! A SPIRE agent's Workload API: our certificate and the bundles of all trust domains that it
-//! federates with.
+//! A source that follows a SPIRE agent's Workload API: our certificate, and the bundles of
+//! federated trust domains.
 //!
 //! Not here: the protocol (the `spiffe` crate).
 
@@ -24,17 +24,17 @@ use crate::identity::Identity;
 use crate::identity::renewal::Schedule;
 use crate::trust::bundle::Bundle;
 
-/// For the agent to answer; what comes later comes when there is something new.
+/// Timeout of the first answer; later updates have none.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// Follows what a SPIRE agent says that we are.
+/// Follows the identities that a SPIRE agent assigns to this process.
 pub struct SpireSource {
     settings: SpireSettings,
     workload: SpiffeId,
     stream: Option<Updates>,
-    /// When to connect.
+    /// Schedule of connects.
     schedule: Schedule,
-    /// What the agent said last, which it says again after each connection.
+    /// The last update, which the agent repeats after each connect.
     last: Option<X509Context>,
 }
 
@@ -44,8 +44,7 @@ struct Updates {
 }
 
 impl SpireSource {
-    /// A source that prefers the certificate of `workload` if the agent has several; else the
-    /// agent's first is used.
+    /// A source that prefers the certificate of `workload`; otherwise it uses the agent's first.
     pub fn new(settings: SpireSettings, workload: SpiffeId) -> Self {
         Self { settings, workload, stream: None, schedule: Schedule::new(), last: None }
     }
@@ -65,7 +64,7 @@ impl SpireSource {
         }
     }
 
-    /// What the agent says next. Cancel-safe.
+    /// The agent's next update. Cancel-safe.
     async fn update(&mut self) -> Result<X509Context, HboneError> {
         let stream = match self.stream.take() {
             Some(stream) => self.stream.insert(stream),
@@ -111,7 +110,7 @@ impl SpireSource {
         let svid = svid.ok_or_else(|| self.problem(IssuerProblem::NotRegistered))?;
         let mut bundles = BTreeMap::new();
         for (trust_domain, bundle) in context.bundle_set().iter() {
-            // A trust domain without roots is one that nobody is trusted of.
+            // A trust domain without roots is not trusted.
             if bundle.authorities().is_empty() {
                 continue;
             }

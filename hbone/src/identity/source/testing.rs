@@ -1,4 +1,4 @@
-//! A client of the CA for tests, below what a source makes of it.
+//! A client of the CA for tests, without an identity source.
 
 use std::io;
 use std::net::SocketAddr;
@@ -20,7 +20,7 @@ use crate::ca::{CREATE_CERTIFICATE, IstioCertificateRequest, IstioCertificateRes
 use crate::error::HboneError;
 use crate::pool::Dial;
 
-/// Dials where the CA is now, whatever the settings say.
+/// Dials the CA's current address, whatever the settings are.
 #[derive(Debug, Clone)]
 pub(crate) struct DialCa(pub(crate) Arc<Mutex<SocketAddr>>);
 
@@ -52,7 +52,7 @@ pub(crate) fn settings(served: &TestCa, server_name: &str) -> IstioCaSettings {
     }
 }
 
-/// Has one connection to give.
+/// Returns one prepared connection.
 #[derive(Debug)]
 pub(crate) struct DialOnce(pub(crate) Mutex<Option<DuplexStream>>);
 
@@ -79,7 +79,7 @@ pub(crate) async fn connect_with(
     endpoint.connect(dial, roots).await
 }
 
-/// Asks with this `authorization` header, on a connection of its own.
+/// Sends a request with this `authorization` header, on its own connection.
 pub(crate) async fn ask(
     served: &TestCa,
     authorization: Option<&'static str>,

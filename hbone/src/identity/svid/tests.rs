@@ -1,5 +1,5 @@
-//! Leaves that are X.509-SVIDs, and leaves with one fault each, as both sides of a handshake and
-//! our own loading see them.
+//! Valid X.509-SVIDs and leaves with one fault each, checked by both sides of a handshake and by
+//! loading.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,7 +22,7 @@ use crate::trust::Authorities;
 
 type Change = fn(&mut CertificateParams);
 
-/// What each of the three readers of a leaf says: the server, the client, and our own loading.
+/// The results of the three readers of a leaf: server, client, and loading.
 fn readers(ca: &Ca, names: &[&str], change: Change) -> [Result<(), SvidProblem>; 3] {
     let (chain, key) = ca.leaf_with(names, change);
     let judge = Authorities::new(&ca.identity(SERVER, 1), Files::new().trust());

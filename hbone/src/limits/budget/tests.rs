@@ -1,4 +1,4 @@
-//! What a budget gives, and what it leaves to others.
+//! Amounts that a budget grants to one part and leaves to others.
 
 use super::*;
 
@@ -10,7 +10,7 @@ fn part(whole: &Arc<Budget>, sharing: Sharing) -> Arc<Budget> {
     Arc::new(Budget::part(whole, usize::MAX, sharing))
 }
 
-/// Takes one at a time until it gets no more: how much that was, and what was exhausted.
+/// Takes single units until none is granted; returns the number, and the exhausted bound.
 fn fill(budget: &Budget) -> (usize, Exhausted) {
     let mut taken = 0;
     loop {
@@ -73,7 +73,7 @@ fn strangers_converge_to_equal_use() {
     let parts: Vec<_> = (0..4).map(|_| part(&whole, Sharing::Strangers)).collect();
     fill(&parts[0]);
     for _ in 0..20 {
-        // Some connections of each end, and each opens as many as it can, one at a time.
+        // Each part closes some connections and opens as many as it can, one at a time.
         for part in &parts {
             part.give_back(part.used() / 4);
         }

@@ -1,5 +1,5 @@
-//! What h2 and the tunnel say about a request that failed, and whether it is tried again. The peer
-//! is scripted frame by frame, so that the errors are h2's own.
+//! Which failed requests are retried. The peer is scripted frame by frame, so that the errors are
+//! h2's own.
 
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -53,13 +53,13 @@ async fn receive_request(far: &mut DuplexStream) {
     }
 }
 
-/// As a tunnel reports it.
+/// The error as a tunnel reports it.
 async fn reported(error: h2::Error) -> HboneError {
     let (tunnel, _server) = Mesh::new().tunnel().await;
     tunnel.tunnel_state().stream_error(error)
 }
 
-/// How a request ends that was received when `reply` is sent, after which the connection is closed.
+/// The error of a request if `reply` is sent after it and the connection then closes.
 async fn error_of_a_request_in_flight(reply: &[u8]) -> HboneError {
     let (mut send, mut far) = connect().await;
     let (response, _stream) = send.send_request(request(), false).unwrap();
@@ -69,7 +69,7 @@ async fn error_of_a_request_in_flight(reply: &[u8]) -> HboneError {
     reported(response.await.unwrap_err()).await
 }
 
-/// How a request ends that comes when GOAWAY was received already.
+/// The error of a request that is sent after GOAWAY was received.
 async fn error_of_a_request_after_go_away(reason: Reason) -> [HboneError; 2] {
     let (mut send, mut far) = connect().await;
     let (response, _stream) = send.send_request(request(), false).unwrap();

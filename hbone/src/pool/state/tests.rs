@@ -1,4 +1,4 @@
-//! The decisions one by one; `model` has all of them at random.
+//! The decisions one by one; `model` tests random sequences.
 
 mod model;
 
@@ -19,7 +19,7 @@ const SETTINGS: PoolSettings = PoolSettings {
     tunnels_per_peer: 3,
 };
 
-/// A tunnel in name only.
+/// A tunnel without a connection.
 #[derive(Debug, Clone)]
 struct Fake(Rc<RefCell<Facts>>);
 
@@ -84,7 +84,7 @@ impl Handle for Fake {
     }
 }
 
-/// A state, the time, and how often it dialled. Tickets are the numbers of the dials.
+/// A state, a clock, and the number of dials. Tickets are the numbers of the dials.
 struct World {
     state: State<Fake, u64>,
     now: Instant,
@@ -109,7 +109,7 @@ impl World {
         })
     }
 
-    /// What a stream in some tunnel is given.
+    /// The tunnel that a new stream is assigned to.
     fn used(&mut self) -> Fake {
         match self.ask(&key(1), Wish::Any) {
             Checkout::Use { place, .. } => place,
@@ -143,7 +143,7 @@ impl World {
         self.state.failed(&key(1), dial, Arc::new(HboneError::Lost { source: None }), self.now)
     }
 
-    /// One that is not under way, if none is.
+    /// The oldest dial in progress, or an unknown one if there is none.
     fn oldest_dial(&self, key: &TunnelKey) -> DialId {
         let dials = self.state.entries.get(key).map(|entry| entry.dials.as_slice());
         dials.and_then(|dials| Some(dials.first()?.id)).unwrap_or(DialId(0))
@@ -190,7 +190,7 @@ fn burst_starts_several_dials_within_stream_limit() {
     let mut world = World::new();
     let tickets: Vec<u64> = (0..10 * DIALS_AT_ONCE).map(|_| world.waits(Wish::Any)).collect();
     assert!(tickets.chunks(10).zip(1..).all(|(some, ticket)| some.iter().all(|t| *t == ticket)));
-    // Whoever is promised nothing asks again when the first of them has ended.
+    // Callers without a promise ask again after the first of the dials.
     let late = world.ask(&key(1), Wish::Any);
     assert!(matches!(late, Checkout::Wait { ticket: 1, promised: false }), "{late:?}");
     let (_, tunnel) = world.open();

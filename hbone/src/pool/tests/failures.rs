@@ -1,4 +1,4 @@
-//! Dials that fail, peers that die, refuse or move on, and what is tried again.
+//! Failed dials, lost, refusing and draining peers, and retries.
 
 use super::*;
 use crate::testing::{authority, credentials, identity};
@@ -123,7 +123,7 @@ async fn unresponsive_peer_is_closed_by_timeout() {
     let client = Client::new();
     let long_request = |number: usize| {
         let mut long = request();
-        // More than is buffered on the way, and never the same, or HPACK makes it short.
+        // More than the buffers on the path hold, and incompressible for HPACK.
         let value = format!("{number:04}").repeat(500).parse().unwrap();
         long.headers.insert("baggage", value);
         long

@@ -1,5 +1,5 @@
-//! A client, a gateway that copies bytes to one backend after another, and backends; over
-//! connections in memory.
+//! A client, a gateway that copies bytes to one backend after another, and backends, over in-memory
+//! connections.
 
 mod ends;
 
@@ -43,20 +43,20 @@ const SETTINGS: PoolSettings = PoolSettings {
     tunnels_per_peer: 3,
 };
 
-/// What the gateway does with a stream.
+/// The gateway's treatment of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
     Copies,
-    /// Copies, and never ends its own direction.
+    /// Copies data, but never ends its own direction.
     NeverEnds,
-    /// Has its own end of the inner tunnel, in its own name.
+    /// Terminates the inner tunnel itself, with its own identity.
     Intercepts,
-    /// Takes all, and says nothing.
+    /// Reads all data, and never answers.
     Swallows,
     Refuses,
 }
 
-/// A request that came to a backend, and whether its tunnel resumed a session.
+/// A request at a backend, and whether its tunnel resumed a session.
 struct Arrived {
     incoming: Incoming,
     backend: usize,
@@ -72,7 +72,7 @@ struct Servers {
     serving: Mutex<Option<AbortHandle>>,
     authorities: Mutex<Vec<String>>,
     arrived: mpsc::UnboundedSender<Arrived>,
-    /// How each stream ended that the gateway copied.
+    /// The result of each stream that the gateway copied.
     copied: mpsc::UnboundedSender<io::Result<()>>,
 }
 
@@ -188,8 +188,7 @@ impl Scene {
         self.connect_to(&[FIRST, SECOND_ONE]).await
     }
 
-    /// Both ends of a new stream, which backend it came to, and whether the inner tunnel resumed a
-    /// session.
+    /// Both ends of a new stream, its backend, and whether the inner tunnel resumed a session.
     async fn stream(&mut self) -> (TunnelStream, TunnelStream, usize, bool) {
         let connecting = open(&self.pool, &self.connector, &[FIRST, SECOND_ONE]);
         let (near, far) = tokio::join!(connecting, async {
@@ -276,24 +275,24 @@ async fn streams_share_outer_tunnel_and_have_own_inner_tunnel() {
 #[tokio::test(start_paused = true)]
 async fn session_ticket_is_not_accepted_by_another_backend() {
     let mut scene = Scene::new();
-    // The newest ticket is offered first, whosever it is.
+    // The client offers the newest ticket first, whichever backend issued it.
     let turns = [(0, false), (0, true), (1, false), (1, true), (0, false)];
     for (backend, resumes) in turns {
         scene.servers.next.store(backend, Ordering::Relaxed);
         let (near, far, arrived, resumed) = scene.stream().await;
         assert_eq!((arrived, resumed), (backend, resumes));
         assert_eq!(near.peer().spiffe_id(), &id([FIRST, SECOND_ONE][backend]));
-        // Until the tickets have come.
+        // Wait for the tickets.
         let (mut reader, _writer) = near.split();
         let (_reader, mut writer) = far.split();
         writer.write("hello".into()).await.unwrap();
         reader.read().await.unwrap().unwrap();
     }
-    // A session that began where both were expected is of no use where one is.
+    // A session with other expected peers is not resumed.
     scene.servers.next.store(1, Ordering::Relaxed);
     let refused = behind(scene.connect_to(&[FIRST]).await.unwrap_err());
     assert!(matches!(refused, HboneError::UnexpectedPeer { .. }), "{refused:?}");
-    // Nor to one who is no longer trusted.
+    // Nor is one with a peer that is no longer trusted.
     scene.revoke(4);
     scene.servers.next.store(1, Ordering::Relaxed);
     let refused = behind(scene.connect().await.unwrap_err());
@@ -352,7 +351,7 @@ async fn revocation_on_either_level_terminates_stream() {
     for serial in [2, 3] {
         let mut scene = Scene::new();
         let (near, far, ..) = scene.stream().await;
-        // Unread: a stream that nobody reads is cut too.
+        // A stream without a reader is terminated too.
         let (_far_reader, mut far_writer) = far.split();
         far_writer.write("unread".into()).await.unwrap();
         let distrusted = near.revocation();

@@ -1,4 +1,4 @@
-//! What can be said of sockets without privileges; the rest is in `tests/kernel`.
+//! Sockets that need no privileges; `tests/kernel` tests the others.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -126,7 +126,7 @@ async fn unmarked_connection_needs_no_capability() {
     assert_eq!(client.local_addr().expect("an address").ip(), Ipv4Addr::LOCALHOST);
 }
 
-/// What a listener's connections have from it, for a client of `from`.
+/// The options of an accepted connection of a client at `from`.
 async fn accepted(
     sockets: &Sockets,
     listener: &BoundListener,
@@ -164,7 +164,7 @@ async fn accepted_stream_inherits_listener_options() {
     let sockets = unmarked().with_keepalive(keepalive);
     let bound = listen(&sockets);
     let any_v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    // As one comes from another process.
+    // A listener like one from another process.
     let handed = BoundListener::from(std::net::TcpListener::bind(any_v4).expect("a free port"));
     let mut clients =
         vec![(&bound, Ipv4Addr::LOCALHOST.into()), (&handed, Ipv4Addr::LOCALHOST.into())];
@@ -196,7 +196,7 @@ async fn reset_on_close_sends_rst() {
     drop(stream);
     let error = client.read_u8().await.expect_err("reset");
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-    // And taken back.
+    // And undone.
     let mut client = connect(&unmarked(), address).await;
     let (stream, _) = listener.accept().await.expect("accepted");
     reset_on_close(&stream);

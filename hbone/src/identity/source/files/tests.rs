@@ -1,4 +1,4 @@
-//! Pairs that come file by file, link by link, broken, late or not at all.
+//! Pairs that are replaced file by file or by links, malformed, delayed, or missing.
 
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::clock;
 use crate::error::CredentialProblem;
 use crate::testing::{CLIENT, HOUR, SERVER, authority, id};
 
-/// Longer than any pause of the source or its watch.
+/// Longer than any delay of the source or its watch.
 const LONG: Duration = Duration::from_secs(600);
 
 struct Place {
@@ -86,7 +86,7 @@ async fn ignores_unchanged_content() {
     source.next().await.unwrap();
     place.write_pair(&issued);
     stays_silent(&mut source).await;
-    // Also not after a detour.
+    // The original content after an invalid one is unchanged too.
     place.write("key", "no key");
     source.next().await.unwrap_err();
     place.write_pair(&issued);
@@ -129,7 +129,7 @@ async fn detects_renamed_pair_and_new_roots() {
     assert_eq!(source.next().await.unwrap().roots().len(), 2);
 }
 
-/// As a Secret in a pod: every file a link through `..data`, which is swapped for all at once.
+/// Like a Secret in a pod: every file is a link through `..data`, which is swapped.
 #[tokio::test(start_paused = true)]
 async fn detects_kubernetes_secret_swap_atomically() {
     let place = Place::new("files-swap");
@@ -195,7 +195,7 @@ async fn unreadable_key_error_states_remedy() {
     fs::set_permissions(&key, fs::Permissions::from_mode(0o000)).unwrap();
     let read = place.source().next().await;
     match fs::read(&key) {
-        // Root reads everything: what is left to see is the message.
+        // Root can read every file, so only the message is checked.
         Ok(_) => assert!(read.is_ok()),
         Err(_) => assert!(matches!(problem(read.unwrap_err()), CredentialProblem::Permission)),
     }
@@ -212,7 +212,7 @@ async fn cancelled_wait_loses_no_identity() {
     source.next().await.unwrap();
     place.write_pair(&place.issue(SERVER));
     for _ in 0..200 {
-        // Each time a little further into the next look.
+        // Cancel a little later each time.
         if let Ok(next) = timeout(SECOND, source.next()).await {
             assert_eq!(next.unwrap().spiffe_id(), &id(SERVER));
             return;

@@ -1,7 +1,7 @@
-//! One HTTP/2 connection to the CA over TLS: the server proves its name, the client proves itself
-//! with its request.
+//! One HTTP/2 connection to the CA over TLS: the server's certificate proves its name; the
+//! request's token authenticates the client.
 //!
-//! Not here: sockets (the caller dials, through [`Dial`]), and deadlines.
+//! Not here: sockets ([`Dial`] connects), and deadlines.
 
 use std::io;
 use std::net::SocketAddr;
@@ -31,7 +31,7 @@ use crate::tunnel::io::Io;
 
 const HTTPS_PORT: u16 = 443;
 
-/// Where the CA is, and by which name it proves to be it.
+/// The address of the CA, and the name in its certificate.
 #[derive(Debug)]
 pub(crate) struct Endpoint {
     origin: Uri,
@@ -58,7 +58,7 @@ impl Endpoint {
         &self.origin
     }
 
-    /// The roots that the CA's certificate must chain to, from the file as it is now.
+    /// The roots that the CA's certificate must chain to, from the current file.
     pub(crate) fn roots(&self, file: &Path) -> Result<Arc<RootCertStore>, HboneError> {
         let pem = std::fs::read(file).map_err(|error| HboneError::file(file, error))?;
         Ok(Bundle::from_pem(file, &pem)?.roots())
@@ -105,7 +105,7 @@ impl Endpoint {
         let (requests, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
             .await
             .map_err(io::Error::other)?;
-        // It ends with the last of its requests, whose sender is told why.
+        // The connection ends with its last request, which receives its error.
         tokio::spawn(connection);
         Ok(Connection(requests))
     }
@@ -116,7 +116,7 @@ impl Endpoint {
     }
 }
 
-/// What tonic sends requests with.
+/// The transport of tonic's requests.
 #[derive(Debug)]
 pub(crate) struct Connection(SendRequest<Body>);
 
@@ -134,7 +134,7 @@ impl Service<http::Request<Body>> for Connection {
     }
 }
 
-/// A proxy in front of the CA accepts a connection before it decides on it.
+/// A proxy in front of the CA accepts a connection before it applies its policy.
 fn handshake_problem(error: &io::Error) -> IssuerProblem {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
     match error.kind() {

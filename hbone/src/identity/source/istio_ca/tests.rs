@@ -1,4 +1,4 @@
-//! Certificates from our own CA over loopback, and answers that no CA of ours gives.
+//! Certificates from our own CA over loopback, and invalid answers from a scripted CA.
 
 use std::fs;
 use std::sync::Mutex;
@@ -111,7 +111,7 @@ async fn reconnects_to_ca_at_new_address() {
     ca.issue(&id(CLIENT), Priority::RealTime).await.unwrap();
 }
 
-/// As a proxy does that refuses plaintext by a policy: it accepts first.
+/// Like a proxy whose policy refuses plaintext: it accepts first.
 #[tokio::test]
 async fn explains_a_reset_during_the_handshake() {
     let served = served("istio-reset").await;
@@ -121,7 +121,7 @@ async fn explains_a_reset_during_the_handshake() {
     let ca = IstioCa::new(settings(&served, NAME), dial).unwrap();
     let refuse = async {
         let (stream, _) = proxy.accept().await.unwrap();
-        // Unread bytes, so that closing it sends RST.
+        // Leave bytes unread, so that closing the socket sends RST.
         stream.readable().await.unwrap();
     };
     let (what, ()) = tokio::join!(refused(&ca, CLIENT), refuse);
@@ -139,7 +139,7 @@ async fn wrong_server_never_receives_the_token() {
     let what = refused(&right, CLIENT).await;
     assert!(matches!(what, IssuerProblem::Tls), "{what}");
     assert!(what.to_string().contains("identity.istio_ca.roots"), "{what}");
-    // Roots are read again at each connection.
+    // Roots are read again for each connection.
     let own = CertificateAuthority::open(&served.dir.0);
     fs::copy(served.file("ca.pem"), served.file("roots.pem")).unwrap();
     drop(own);
@@ -149,7 +149,7 @@ async fn wrong_server_never_receives_the_token() {
     assert_eq!(error.fault(), Fault::Configuration, "{error}");
 }
 
-/// Accepts, and says nothing.
+/// A server that accepts and never answers.
 #[derive(Debug, Default)]
 struct Silence(Mutex<Vec<DuplexStream>>);
 

@@ -1,4 +1,4 @@
-//! A SPIRE agent that does as it is told, on a socket of its own.
+//! A scripted SPIRE agent on a socket of its own.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -48,7 +48,7 @@ struct Svid {
 
 type Update = Result<SvidResponse, Status>;
 
-/// What the agent says on the next connections, one list of updates for each.
+/// The agent's updates on the next connections, one list for each.
 type Script = Arc<Mutex<mpsc::UnboundedReceiver<mpsc::UnboundedReceiver<Update>>>>;
 
 struct Agent {
@@ -104,7 +104,7 @@ impl Agent {
         Self { dir, connections, _serving: serving }
     }
 
-    /// What the next connection is told.
+    /// The sender of the next connection's updates.
     fn expect(&self) -> mpsc::UnboundedSender<Update> {
         let (updates, told) = mpsc::unbounded_channel();
         self.connections.send(told).unwrap();
@@ -177,7 +177,7 @@ async fn reconnects_to_restarted_agent_and_ignores_unchanged_update() {
     let mut source = agent.source();
     let first = of(vec![svid(&ours, CLIENT)]);
     agent.expect().send(Ok(first.clone())).unwrap();
-    // The list of updates ended with what sent them.
+    // Dropping the sender ended the connection.
     source.next().await.unwrap();
     let updates = agent.expect();
     updates.send(Ok(first)).unwrap();

@@ -1,4 +1,4 @@
-//! Random sequences of events, and what must hold after each.
+//! Random sequences of events, and the invariants after each event.
 
 use proptest::prelude::*;
 
@@ -21,7 +21,7 @@ enum Event {
         key: u16,
     },
     EndStream(usize),
-    /// GOAWAY: its streams go on.
+    /// GOAWAY: its streams continue.
     GoAway(usize),
     /// The connection ends with all its streams.
     Lose(usize),
@@ -61,10 +61,10 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
-/// What an observer knows: the dials under way with those who wait for them, and the connections.
+/// The model: the dials in progress with their waiting callers, and the connections.
 struct Model {
     world: World,
-    /// Who waits for which dial, to which port; and whether a place is promised.
+    /// The callers of each dial with their port, and whether a stream is promised.
     waiting: BTreeMap<u64, (u16, Vec<(Wish, bool)>)>,
     tunnels: Vec<(u16, TunnelId, Fake)>,
     forget_at: Vec<(u16, Instant)>,
@@ -138,7 +138,7 @@ impl Model {
         let dials = self.world.dials;
         let checkout = self.world.ask(&key(port), wish);
         let dialled = self.world.dials - dials;
-        // What is too old was released just now.
+        // Tunnels that are too old have been released.
         let open =
             self.tunnels.iter().filter(|(other, ..)| *other == port).map(|(.., tunnel)| tunnel);
         let open: Vec<&Fake> = open.filter(|tunnel| !tunnel.is_released()).collect();
@@ -159,7 +159,7 @@ impl Model {
                 }
             }
             Checkout::Wait { ticket, promised } => {
-                // A peer's limit may be expected of a tunnel that was not told yet.
+                // The peer's limit may apply to a tunnel that has not received it yet.
                 let told = |tunnel: &Fake| tunnel.load().allowed.is_some();
                 let missed = open.iter().any(|tunnel| told(tunnel) && room(tunnel));
                 assert!(wish == Wish::Fresh || !missed, "nothing to wait for");
@@ -176,7 +176,7 @@ impl Model {
         }
     }
 
-    /// Those under way to a port, the oldest first.
+    /// The dials in progress to a port, the oldest first.
     fn dials(&self, port: u16) -> Vec<u64> {
         let dials = self.waiting.iter().filter(|(_, (other, _))| *other == port);
         dials.map(|(dial, _)| *dial).collect()
@@ -223,7 +223,7 @@ impl Model {
         }
     }
 
-    /// Connections that were let go close with their last stream.
+    /// Closes released connections without streams.
     fn close_released(&mut self) {
         for (port, id, _) in self
             .tunnels
@@ -254,7 +254,7 @@ impl Model {
         }
     }
 
-    /// All streams end, all dials do, and time passes.
+    /// Ends all streams and dials, and lets time pass.
     fn wind_down(&mut self) {
         while !self.waiting.is_empty() {
             (0..KEYS).for_each(|port| self.dial_succeeds(port));
