@@ -1,15 +1,14 @@
-//! What the proxy may do: the user that it runs as, and the capabilities that each thread keeps.
+//! The privileges of the proxy: its user, and the capabilities that each thread keeps.
 //!
-//! Capabilities belong to threads, and a new thread has those of the one that made it. So the
-//! process goes down in steps: [`confine_process`] first of all, then each auxiliary thread by
-//! [`confine_auxiliary_thread`], then the namespaces thread and the control thread by
-//! [`confine_thread`] once the rules stand, and from it the workers.
+//! A new thread inherits the capabilities of its creator. The process drops them in steps:
+//! [`confine_process`] first, then [`confine_auxiliary_thread`] for each auxiliary thread. Once the
+//! rules are installed, [`confine_thread`] confines the namespaces thread and the control thread,
+//! which starts the workers.
 //!
-//! A change of user is made by the C library on all threads, and ends the process unless it
-//! succeeds on all or on none (setxid in nptl(7)). While one is to come, auxiliary threads keep
-//! SETUID and SETGID; the kernel clears both as they stop being root (capabilities(7)). A thread
-//! whose capabilities must survive the change calls [`prepare_change_of_user`] before it and
-//! [`confine_thread`] after it.
+//! The C library changes the user of all threads, and ends the process unless all succeed or all
+//! fail (setxid in nptl(7)). Until then auxiliary threads keep SETUID and SETGID; the kernel clears
+//! both when they stop being root (capabilities(7)). A thread whose capabilities must survive the
+//! change calls [`prepare_change_of_user`] before it and [`confine_thread`] after it.
 
 use std::fmt;
 use std::io;
@@ -18,10 +17,10 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl;
 
-/// Whether the process is to become another user later on.
+/// Whether the process will change its user.
 static USER_WILL_CHANGE: AtomicBool = AtomicBool::new(false);
 
-/// Whom a profile tells as its proxy.
+/// The user and group by which a profile identifies its proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProxyUser {
     /// The user.
@@ -35,13 +34,13 @@ pub struct ProxyUser {
 pub enum Kept {
     /// No capability.
     Nothing,
-    /// NET_ADMIN, to repair or remove rules, and to open sockets that are marked or imitate clients.
+    /// NET_ADMIN, to repair or remove rules, and to open sockets with marks or spoofed sources.
     NetAdmin,
-    /// NET_ADMIN and NET_RAW, for the programs of iptables too.
+    /// NET_ADMIN and NET_RAW, also for the iptables programs.
     NetAdminForPrograms,
 }
 
-/// Capabilities that would be needed and that the calling thread does not have.
+/// Required capabilities that the calling thread lacks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MissingCapabilities(Vec<Capability>);
 
@@ -56,7 +55,7 @@ impl MissingCapabilities {
     }
 }
 
-/// As container runtimes write them, without `CAP_`: `SETUID, SETGID`.
+/// The form of container runtimes, without `CAP_`: `SETUID, SETGID`.
 impl fmt::Display for MissingCapabilities {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<String> = self.0.iter().map(ToString::to_string).collect();
@@ -75,9 +74,9 @@ pub(crate) fn lacks_net_admin() -> bool {
     caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).is_ok_and(|has| !has)
 }
 
-/// Confines the whole process: no program that it runs can have more privileges than it has
-/// (no_new_privs), and no other process of its user can read its memory, which holds private keys,
-/// or trace it (not dumpable: no core dumps either). Call it while there is one thread.
+/// Confines the whole process: programs that it runs gain no privileges (no_new_privs). It is not
+/// dumpable: other processes of its user can neither trace it nor read its memory, which holds
+/// private keys. Call it while there is one thread.
 ///
 /// # Errors
 ///
@@ -88,23 +87,23 @@ pub fn confine_process() -> io::Result<()> {
     Ok(())
 }
 
-/// Lets the calling thread keep what it is permitted when the process becomes another user, until
-/// [`confine_thread`] leaves it no more than `kept`.
+/// Preserves the permitted capabilities of the calling thread across a change of user, until
+/// [`confine_thread`] reduces them to `kept`.
 ///
 /// # Errors
 ///
 /// The kernel's.
 pub fn prepare_change_of_user(kept: Kept) -> io::Result<()> {
-    // While SETPCAP is effective.
+    // SETPCAP must still be effective.
     bound(kept)?;
-    // Otherwise the kernel clears them with the user (capabilities(7)).
+    // Otherwise the kernel clears the capabilities when the user changes (capabilities(7)).
     prctl::set_keepcaps(true)?;
     Ok(())
 }
 
-/// Leaves the calling thread these capabilities, and as many in its bounding set as programs that
-/// it runs need. The threads that it makes have no more. Without SETPCAP, which some containers do
-/// not have, the bounding set stays as it is.
+/// Reduces the calling thread to these capabilities, and its bounding set to those of the programs
+/// that it runs. New threads inherit both. Without SETPCAP, which some containers lack, the
+/// bounding set stays.
 ///
 /// # Errors
 ///
@@ -114,8 +113,8 @@ pub fn confine_thread(kept: Kept) -> io::Result<()> {
     keep(kept)
 }
 
-/// Leaves no capability to a thread that only waits, reads or writes files: those for logs, name
-/// resolution and the like.
+/// Drops all capabilities of a thread that only waits, reads or writes files, such as those for
+/// logs and name resolution.
 ///
 /// # Errors
 ///
@@ -128,7 +127,7 @@ pub fn confine_auxiliary_thread() -> io::Result<()> {
     keep(Kept::Nothing)
 }
 
-/// Takes out of the bounding set what no program needs.
+/// Removes from the bounding set all capabilities that no program needs.
 pub(super) fn bound(kept: Kept) -> io::Result<()> {
     if !caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP).unwrap_or(false) {
         return Ok(());
@@ -142,7 +141,7 @@ pub(super) fn bound(kept: Kept) -> io::Result<()> {
 }
 
 impl Kept {
-    /// Of the thread itself.
+    /// The capabilities of the thread itself.
     fn own(self) -> &'static [Capability] {
         match self {
             Self::Nothing => &[],
@@ -151,7 +150,7 @@ impl Kept {
         }
     }
 
-    /// Of the programs that it runs.
+    /// The capabilities of the programs that it runs.
     fn inherited(self) -> &'static [Capability] {
         match self {
             Self::Nothing | Self::NetAdmin => &[],
@@ -171,7 +170,7 @@ fn set(own: &[Capability], inherited: &[Capability]) -> io::Result<()> {
     let allowed = |capabilities: &[Capability]| -> CapsHashSet {
         capabilities.iter().copied().filter(|capability| permitted.contains(capability)).collect()
     };
-    // Ambient first: the others cannot lose what it still has. Each is a subset of the next.
+    // Ambient first, since each set must be a subset of the next one.
     let steps = [
         (CapSet::Ambient, CapsHashSet::new()),
         (CapSet::Inheritable, allowed(inherited)),

@@ -1,10 +1,9 @@
-//! Sockets that fit the rules: marked, from the client's address where that is wanted, and where a
-//! caught connection was going.
+//! Sockets that match the rules, with marks and spoofed sources, and the original destinations of
+//! captured connections.
 //!
-//! Opening a socket takes its namespace and its privileges; connecting it later takes neither.
+//! Opening a socket requires its namespace and privileges; connecting it later requires neither.
 //!
-//! Not here: accepting (`listener.rs`), deadlines (the caller's), and what flows through a
-//! connection.
+//! Not here: accepting (`listener.rs`), deadlines, and data transfer.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
@@ -24,49 +23,49 @@ use crate::plan::{Family, PROXY_MARK};
 use crate::sockets::listener::BoundListener;
 use crate::sockets::{canonical, listener};
 
-/// How many probes stay unanswered before the connection is given up: Linux's own default.
+/// Unanswered keepalive probes after which a connection is closed: Linux's default.
 pub const KEEPALIVE_PROBES: u32 = 9;
 
-/// How the sockets of a profile are made.
+/// The socket options of a profile.
 #[derive(Debug, Clone)]
 pub struct Sockets {
-    /// The mark of every socket; else the profile tells the proxy by its user.
+    /// The mark of every socket; `None` if the profile identifies the proxy by its user.
     mark: Option<u32>,
     last_hop: LastHop,
-    /// Whether listeners take what TPROXY delivers.
+    /// Whether listeners accept TPROXY's connections.
     transparent: bool,
     ipv6: bool,
     keepalive: Option<Duration>,
 }
 
-/// Where a listener is to listen, and what it is for.
+/// Address and purpose of a listener.
 #[derive(Debug, Clone, Copy)]
 pub struct ListenerRequest {
-    /// `[::]` takes IPv4 too, and without IPv6 is `0.0.0.0`.
+    /// `[::]` accepts IPv4 too, and becomes `0.0.0.0` without IPv6.
     pub address: SocketAddr,
-    /// What closing its connections does.
+    /// The effect of closing its connections.
     pub closing: Closing,
-    /// What it is for, in the message of a failure.
+    /// The purpose in error messages.
     pub purpose: &'static str,
-    /// The setting that chooses the address, in the message of a failure.
+    /// The setting of the address in error messages.
     pub setting: &'static str,
 }
 
-/// What a socket is opened for, before its destination is known.
+/// The kind of a socket, before its destination is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SocketKind {
     /// The family of the destination.
     pub family: Family,
-    /// What kind of destination that is.
+    /// The role of the destination.
     pub role: SocketRole,
 }
 
-/// What kind of destination a socket is opened for.
+/// The role of a socket's destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SocketRole {
-    /// A peer, or a destination outside of the mesh: the connection comes from the pod's address.
+    /// A peer, or a destination outside the mesh: the source is the pod's address.
     Upstream,
-    /// The workload: the connection comes from where the profile has it come from.
+    /// The workload: the profile determines the source address.
     Workload,
 }
 
@@ -79,39 +78,39 @@ impl SocketKind {
     }
 }
 
-/// A socket of a namespace with all options of its kind, not yet connected. The kernel checks the
-/// privileges for SO_MARK and IP_TRANSPARENT as they are set (`sk_setsockopt`, net/core/sock.c;
-/// `do_ip_setsockopt`, net/ipv4/ip_sockglue.c), so that a thread without capabilities can bind and
-/// connect it.
+/// A socket in a namespace with all options of its kind, not yet connected. The kernel checks the
+/// privileges for SO_MARK and IP_TRANSPARENT when they are set (`sk_setsockopt`, net/core/sock.c;
+/// `do_ip_setsockopt`, net/ipv4/ip_sockglue.c). A thread without capabilities can therefore bind
+/// and connect it.
 #[derive(Debug)]
 pub struct ReadySocket {
     socket: Socket,
     kind: SocketKind,
 }
 
-/// What closing a connection that a listener accepted does, as long as nobody says otherwise of it.
+/// The effect of closing an accepted connection, until it is changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Closing {
-    /// What was written still arrives, and a FIN behind it.
+    /// The kernel still sends written data, then FIN.
     End,
-    /// RST, as after [`reset_on_close`].
+    /// The kernel sends RST, like after [`reset_on_close`].
     Reset,
 }
 
-/// Where connections to the workload come from.
+/// The source address of connections to the workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LastHop {
-    /// The client's own address, with this mark for the way back.
+    /// The client's own address, with this mark for the return path.
     Imitated { mark: u32 },
-    /// An address of the loopback interface, by which the rules know them.
+    /// An address of the loopback interface, by which the rules recognize the connections.
     Loopback { v4: Ipv4Addr, v6: Ipv6Addr },
-    /// Whatever the kernel chooses.
+    /// The kernel's choice.
     Any,
 }
 
 impl Sockets {
-    /// Sockets for these settings. `ipv6`: whether the kernel has IPv6, enabled here or not: a
-    /// listener at `[::]` takes connections of a family from when it is enabled
+    /// Sockets for these settings. `ipv6`: whether the kernel has IPv6, enabled or not. A listener
+    /// at `[::]` accepts connections of a family as soon as it is enabled
     /// ([`crate::namespace::ipv6::ipv6_available`]).
     #[must_use]
     pub fn new(settings: &InterceptionSettings, ipv6: bool) -> Self {
@@ -133,25 +132,23 @@ impl Sockets {
         Self { mark, last_hop, transparent, ipv6, keepalive: None }
     }
 
-    /// The same, whose connections are probed when they were silent for this long, and as long
-    /// after each probe.
+    /// The same, with keepalive probes after this time without data, and at this interval.
     ///
-    /// A caught connection lives only as long as its conntrack entry, and what NAT gateways and
-    /// load balancers on the way forgot hangs (istio #38982, #43301).
+    /// A captured connection lives only as long as its conntrack entry, and it hangs when a NAT
+    /// gateway or load balancer on the path drops its state (istio #38982, #43301).
     #[must_use]
     pub fn with_keepalive(self, keepalive: Duration) -> Self {
         Self { keepalive: Some(keepalive), ..self }
     }
 
-    /// Whether connecting needs the capability NET_ADMIN: for marks, and for addresses that are not
-    /// ours.
+    /// Whether connecting requires NET_ADMIN: for marks, and for spoofed sources.
     #[must_use]
     pub fn need_net_admin(&self) -> bool {
         self.mark.is_some() || self.imitate_clients()
     }
 
-    /// Whether listeners also take connections to addresses that are not this namespace's own, so
-    /// that the local address of such a connection proves nothing.
+    /// Whether listeners also accept connections to addresses that are not local to the namespace.
+    /// The local address of such a connection proves nothing.
     #[must_use]
     pub fn are_transparent(&self) -> bool {
         self.transparent
@@ -178,8 +175,8 @@ impl Sockets {
             .map_err(|source| InterceptionError::Listen { purpose, address, setting, source })
     }
 
-    /// Sets what the connections of `listener` have from it: the kernel copies its options to each
-    /// (`sk_clone_lock`, net/core/sock.c), which costs nothing, and six calls for each less.
+    /// Sets the options of `listener`'s connections, which inherit them (`sk_clone_lock`,
+    /// net/core/sock.c). This saves six system calls per connection.
     ///
     /// # Errors
     ///
@@ -194,7 +191,7 @@ impl Sockets {
     }
 
     /// Opens a socket in the namespace, for a later [`connect`](ReadySocket::connect). Closing it
-    /// sends RST, until [`end_on_close`].
+    /// sends RST until [`end_on_close`] is called.
     ///
     /// # Errors
     ///
@@ -210,13 +207,13 @@ impl Sockets {
             socket.set_mark(mark)?;
         }
         self.tune(&socket)?;
-        // A connection that is given up half-way ends with a RST: the kernel may have it by then,
-        // and to its acceptor a FIN would be a complete end.
+        // A cancelled connect ends with RST: the kernel may have completed the handshake, and the
+        // acceptor would take a FIN for a clean end.
         reset_on_close(&socket);
         if workload && self.last_hop != LastHop::Any {
-            // A bound socket gets its port when its destination is known: else bind takes one that
-            // no other destination may use, and one address can have 28,000 connections at most.
-            // The option is IPv4's and holds for both (ipv6_setsockopt hands SOL_IP on).
+            // Delay the choice of the port until connect: bind would take one that no other
+            // destination may use, which limits an address to about 28,000 connections. The IPv4
+            // option applies to both families (ipv6_setsockopt passes SOL_IP on).
             setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
         }
         if workload && self.imitate_clients() {
@@ -228,11 +225,11 @@ impl Sockets {
         Ok(ReadySocket { socket, kind })
     }
 
-    /// Binds `socket` to the address from which the workload at `destination` is connected to for
-    /// `client`: the client's own or one of the loopback interface, as the profile has it.
+    /// Binds `socket` to the source address for a connection of `client` to the workload at
+    /// `destination`: the client's own or a loopback address, depending on the profile.
     ///
-    /// The client's address is left out where it would not work: when it is of the other family,
-    /// and when it is the destination itself, whose replies to itself would never leave it.
+    /// The client's address is not used if it has the other family, or if it equals the
+    /// destination, whose replies would never leave it.
     ///
     /// # Errors
     ///
@@ -258,13 +255,14 @@ impl Sockets {
         source.map_or(Ok(()), bind)
     }
 
-    /// Whether the workload sees its clients' own addresses, so that its answers need a way back.
+    /// Whether the workload sees its clients' own addresses, so that its replies need a return
+    /// path.
     #[must_use]
     pub(crate) fn imitate_clients(&self) -> bool {
         matches!(self.last_hop, LastHop::Imitated { .. })
     }
 
-    /// Sets what every connection of the proxy has: no delay of small segments, and keepalive.
+    /// Sets the options of all connections of the proxy: TCP_NODELAY and keepalive.
     fn tune(&self, stream: &impl AsFd) -> io::Result<()> {
         let socket = SockRef::from(stream);
         socket.set_tcp_nodelay(true)?;
@@ -277,18 +275,18 @@ impl Sockets {
 }
 
 impl ReadySocket {
-    /// What it was opened for.
+    /// Its kind.
     #[must_use]
     pub fn kind(&self) -> SocketKind {
         self.kind
     }
 
-    /// Connects to `destination`, which is of its family.
+    /// Connects to `destination`, which must have its family.
     ///
     /// # Errors
     ///
-    /// The kernel's, as it gave them: refused, unreachable, not permitted. The wait has no end of
-    /// its own.
+    /// The kernel's: refused, unreachable, not permitted. There is no timeout other than the
+    /// kernel's.
     pub async fn connect(self, destination: SocketAddr) -> io::Result<TcpStream> {
         let socket = self.socket;
         match socket.connect(&canonical(destination).into()) {
@@ -297,8 +295,8 @@ impl ReadySocket {
             }
             Ok(()) | Err(_) => {}
         }
-        // A peer on the same host, as an application is, has answered by now, as a rule: its
-        // packets are delivered before the call returns, which does not look at them itself.
+        // A destination on the same host has usually answered already: its packets are delivered
+        // before the call returns, but the call does not check for that.
         let connected = socket.peer_addr().is_ok();
         let stream = TcpStream::from_std(socket.into())?;
         if !connected {
@@ -308,14 +306,14 @@ impl ReadySocket {
         Ok(stream)
     }
 
-    /// The socket itself, for the self-test.
+    /// The underlying socket, for the self-test.
     pub(crate) fn into_socket(self) -> Socket {
         self.socket
     }
 }
 
-/// The address that the client of an accepted connection connected to, before any rule redirected
-/// the connection. An IPv4 address is never in its IPv6 form.
+/// The destination of an accepted connection before any rule redirected it. Never an IPv4-mapped
+/// address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct OriginalDestination(SocketAddr);
 
@@ -330,11 +328,11 @@ impl OriginalDestination {
     ///
     /// # Errors
     ///
-    /// The kernel's: ENOENT if conntrack does not know the connection.
+    /// The kernel's: ENOENT if conntrack has no entry of the connection.
     pub fn redirected(stream: &impl AsFd, client: IpAddr) -> io::Result<Self> {
         let socket = SockRef::from(stream);
-        // The family is that of the packets, which on a dual-stack listener is not the socket's.
-        // Asked for the other one, conntrack would look up addresses that are not the connection's.
+        // Use the family of the packets, which differs from the socket's on a dual-stack listener:
+        // with the other one, conntrack would look up the wrong addresses.
         let original = if client.to_canonical().is_ipv4() {
             socket.original_dst_v4()?
         } else {
@@ -359,31 +357,30 @@ impl OriginalDestination {
     }
 }
 
-/// From now on, closing `stream` sends RST instead of FIN, whoever closes it: the kernel too, when
-/// the process is killed. A connection that is gone already needs no reset, so that this cannot
-/// fail.
+/// From now on, closing `stream` sends RST instead of FIN, also when the process is killed. Cannot
+/// fail: a closed connection needs no reset.
 pub fn reset_on_close(stream: &impl AsFd) {
     let _gone = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
-/// Takes [`reset_on_close`] back: what was written still arrives, and a FIN behind it.
+/// Undoes [`reset_on_close`]: the kernel sends written data, then FIN.
 pub fn end_on_close(stream: &impl AsFd) {
     let _gone = SockRef::from(stream).set_linger(None);
 }
 
-/// Probes the other side of `stream` when it was silent for `first`, and then `every` so often,
-/// both in whole seconds; it is given up after [`KEEPALIVE_PROBES`] without an answer. A connection
-/// that is gone needs no probes, so that this cannot fail.
+/// Probes the other side of `stream` after `first` without data, then at the interval `every`, in
+/// whole seconds. The kernel closes the connection after [`KEEPALIVE_PROBES`] unanswered probes.
+/// Cannot fail: a closed connection needs no probes.
 pub fn probe_every(stream: &impl AsFd, first: Duration, every: Duration) {
     let probes = TcpKeepalive::new().with_time(first).with_interval(every);
     let _gone = SockRef::from(stream).set_tcp_keepalive(&probes.with_retries(KEEPALIVE_PROBES));
 }
 
-/// Sends a FIN behind what was written; reading goes on.
+/// Sends FIN after the written data; reading continues.
 ///
 /// # Errors
 ///
-/// The kernel's; none if the connection is gone already, which whoever reads it learns.
+/// The kernel's. A closed connection is no error here; reading reports it.
 pub fn end_writing(stream: &impl AsFd) -> io::Result<()> {
     match SockRef::from(stream).shutdown(Shutdown::Write) {
         Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
@@ -391,8 +388,8 @@ pub fn end_writing(stream: &impl AsFd) -> io::Result<()> {
     }
 }
 
-/// Writes to `stream` what [`end_writing`] follows at once: with room for all of it, the FIN leaves
-/// in the same segment. How much was written.
+/// Writes data to `stream` before a call of [`end_writing`]: if all of it fits, the FIN is sent in
+/// the same segment. Returns the number of written bytes.
 ///
 /// # Errors
 ///
