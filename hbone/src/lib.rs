@@ -1,8 +1,9 @@
 //! HBONE: HTTP/2 CONNECT tunnels over mutual TLS between workloads with SPIFFE identities.
 //!
 //! ```text
-//! client  Pool ─ Dial ─ Connector: TLS (is it one of the expected peers?) ─ Tunnel: CONNECT ─ 200 ─ TunnelStream
-//! server  Acceptor: TLS (is it of a trust domain that we know?) ─ ServerTunnel ─ Incoming: accept 200 / refuse ─ TunnelStream
+//! client  Pool ─ Dial ─ Connector: TLS with expected peer ─ Tunnel: CONNECT ─ 200 ─ TunnelStream
+//! server  Acceptor: TLS with a client of a known trust domain ─ ServerTunnel
+//!         └─ Incoming: accept with 200, or refuse ─ TunnelStream
 //! ```
 //!
 //! Both use the current [`Credentials`] for each handshake, and terminate a tunnel whose peer later

@@ -1,11 +1,11 @@
 //! Limits on resources that peers and clients can occupy.
 //!
 //! ```text
-//! Budget        how much there is; parts of it for pods and sources, fair when it is short
-//! Share         what one connection or request has of a budget, for as long as it lives
-//! KeyedBudget   the parts of a budget by key, such as a source address
-//! Queue         the order in which those that wait get a share
-//! ConnectionSlots  connections that lose their share to a new one, the heaviest source first
+//! Budget           a limit, divided into parts for pods and sources
+//! Share            the units that one connection or request has taken of a budget
+//! KeyedBudget      the parts of a budget by key, such as a source address
+//! Queue            the order in which waiters get a share
+//! ConnectionSlots  connections that a new one can displace, the heaviest source first
 //! ```
 //!
 //! Not here: request rates (`token_bucket`), and the answer to a refused connection.

@@ -1,7 +1,7 @@
-//! TLS 1.3 as HBONE wants it: both sides prove a SPIFFE identity, the client without SNI, over ALPN
-//! `h2`.
+//! TLS 1.3 with HBONE's parameters: both sides prove a SPIFFE identity, the client sends no SNI,
+//! ALPN is `h2`.
 //!
-//! Not here: which identity is right for a destination; the caller says so per connection.
+//! Not here: the expected identities of a destination, which the caller passes.
 
 mod client;
 mod record;
@@ -27,8 +27,8 @@ pub use self::verify::PeerIdentity;
 
 pub(crate) const ALPN: &[u8] = b"h2";
 
-/// What the error of a connection says that h2 would forget: an alert of the peer, or what ended
-/// the stream that carries us.
+/// The cause of a connection's error that h2 discards: an alert of the peer, or the error of the
+/// stream that carries the connection.
 pub(crate) fn known_error(error: &io::Error) -> Option<HboneError> {
     match inner(error) {
         Some(rustls::Error::AlertReceived(alert)) => Some(received(*alert, error)),
@@ -59,7 +59,7 @@ fn handshake_error(error: io::Error) -> HboneError {
     specific.unwrap_or_else(|| HboneError::Tls { source: Arc::new(error) })
 }
 
-/// What an error means that came outside of a handshake.
+/// Converts an error after the handshake.
 pub(crate) fn rejection(error: rustls::Error) -> HboneError {
     handshake_error(io::Error::new(io::ErrorKind::InvalidData, error))
 }
@@ -78,7 +78,7 @@ fn received(alert: AlertDescription, error: &io::Error) -> HboneError {
         | Alert::CertificateUnknown
         | Alert::CertificateRequired
         | Alert::UnknownCA
-        // A root of the same name but with another key: two meshes both called cluster.local.
+        // The root has the same name but another key, as in two meshes called cluster.local.
         | Alert::DecryptError
         | Alert::AccessDenied => HboneError::CertificateRefused {
             alert: format!("{alert:?}"),
@@ -92,7 +92,7 @@ fn received(alert: AlertDescription, error: &io::Error) -> HboneError {
     }
 }
 
-/// RFC 7301 lets a side go on without ALPN; HTTP/1 would be read as garbage then.
+/// RFC 7301 allows a connection without ALPN, but HTTP/1 must not be parsed as HTTP/2.
 fn require_h2(connection: &CommonState) -> Result<(), HboneError> {
     match connection.alpn_protocol() {
         Some(ALPN) => Ok(()),

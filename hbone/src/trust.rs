@@ -1,7 +1,7 @@
-//! Whom we trust beyond what comes with our certificate: aliases of our trust domain, the roots of
-//! other ones, and revocation lists, from files that are watched; and which ciphers.
+//! Trust in addition to that of our certificate's source, from watched files: aliases, roots of
+//! other trust domains, revocation lists, ciphers.
 //!
-//! Not here: how a peer is judged by it (`trust/authorities.rs`), and when new trust is put to use.
+//! Not here: verifying a peer (`trust/authorities.rs`), and applying new trust.
 
 mod authorities;
 pub(crate) mod bundle;
@@ -23,8 +23,8 @@ use crate::trust::bundle::Bundle;
 
 pub(crate) use self::authorities::Authorities;
 
-/// What the settings add to the roots that come with our certificate; by default nothing. Cheap to
-/// clone.
+/// Trust from the settings, in addition to the roots that come with our certificate; empty by
+/// default. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Trust(Arc<Parts>);
 
@@ -52,7 +52,7 @@ pub struct TrustFiles {
 }
 
 impl TrustFiles {
-    /// Reads the files, and begins to watch them.
+    /// Reads the files and starts to watch them.
     ///
     /// # Errors
     /// [`HboneError::Credential`] for a file that is missing or malformed, [`HboneError::Watch`]
@@ -67,8 +67,8 @@ impl TrustFiles {
         Ok((Self { settings: settings.clone(), watched }, trust))
     }
 
-    /// Publishes the trust after each change of a file, until nothing subscribes to it. After an
-    /// error, which is given to `report`, the last trust stays.
+    /// Publishes the trust after each change of a file, until there is no subscriber. After an
+    /// error, which is passed to `report`, the last trust stays.
     pub async fn follow(mut self, trust: watch::Sender<Trust>, report: impl Fn(&HboneError)) {
         loop {
             tokio::select! {
@@ -81,12 +81,10 @@ impl TrustFiles {
         }
     }
 
-    /// Waits for a file to change, and reads all of them again. Without files it waits for ever.
-    /// Cancel-safe.
+    /// Waits for a change, and reads all files again. Without files it waits forever. Cancel-safe.
     ///
     /// # Errors
-    /// As [`TrustFiles::open`], once for each change: what was read before stays good, so call it
-    /// again.
+    /// Like [`TrustFiles::open`], once per change. The last trust stays valid, so call it again.
     async fn next(&mut self) -> Result<Trust, HboneError> {
         self.watched.changed().await;
         Trust::read(&self.settings)
@@ -94,8 +92,8 @@ impl TrustFiles {
 }
 
 impl Trust {
-    /// Reads the files of the settings. Fails closed: what is missing or malformed is an error, not
-    /// less trust or fewer revocations.
+    /// Reads the files of the settings. Fails closed: a missing or malformed file is an error,
+    /// instead of less trust or fewer revocations.
     ///
     /// # Errors
     /// [`HboneError::Credential`] for a file that is missing or malformed.
@@ -113,7 +111,7 @@ impl Trust {
         })))
     }
 
-    /// A receiver of this trust, which never changes: for tests and demos.
+    /// A receiver of this constant trust, for tests and demos.
     pub fn fixed(self) -> watch::Receiver<Self> {
         watch::channel(self).1
     }
@@ -122,7 +120,7 @@ impl Trust {
         self.0.aliases.contains(trust_domain)
     }
 
-    /// `own` and its aliases; nothing if there are none.
+    /// `own` and its aliases; empty if there are no aliases.
     pub(crate) fn with_aliases(&self, own: &TrustDomain) -> Arc<[TrustDomain]> {
         if self.0.aliases.is_empty() {
             return Arc::default();
@@ -144,7 +142,7 @@ impl Trust {
     }
 }
 
-/// Equal when one is a clone of the other.
+/// Equal if one is a clone of the other.
 impl PartialEq for Trust {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)

@@ -4,7 +4,7 @@
 //!          opened         not usable, too old, idle           closed
 //! dialing ────────▶ open ───────────────────────────▶ retired ────────▶ gone
 //!   ▲ │ failed
-//!   │ ▼                    nobody asked for a while
+//!   │ ▼                    no stream requested for a while
 //! backing off ──────────────────────────────────────▶ gone
 //! ```
 //!

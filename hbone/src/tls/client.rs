@@ -1,7 +1,7 @@
-//! The client side of one generation: a configuration for each peer, so that its sessions are its
-//! own.
+//! The TLS client of one generation of credentials: one configuration per peer, so that peers do
+//! not share sessions.
 //!
-//! Not here: which peer to connect to, and connecting.
+//! Not here: selecting the peer, and dialling.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -25,22 +25,22 @@ use crate::identity::Identity;
 use crate::trust::Authorities;
 use crate::tunnel::io::Io;
 
-/// How many peers have their sessions remembered.
+/// Maximum number of peers with stored sessions.
 const PEERS: usize = 1024;
 
 /// The client side of one [`Credentials`](crate::Credentials), shared by all its connections.
 #[derive(Debug)]
 pub(crate) struct ClientTls {
     authorities: Arc<Authorities>,
-    /// When our own certificate expires, and with it every session.
+    /// Expiry of our own certificate and all sessions.
     expires: SystemTime,
-    /// Complete but for what belongs to a peer: it expects nobody, and remembers no session.
+    /// Configuration without the parts of a peer: it expects no peer and stores no session.
     template: ClientConfig,
-    /// rustls resumes only with the very verifier and certificate that the session began with.
+    /// rustls resumes only with the same verifier and certificate as the original session.
     peers: Mutex<HashMap<PeerKey, Arc<PeerTls>>>,
 }
 
-/// A session is resumed only at the same address, and where the same peers are expected.
+/// A session is resumed only at the same address with the same expected peers.
 type PeerKey = (SocketAddr, Arc<[SpiffeId]>);
 
 #[derive(Debug)]
@@ -62,7 +62,7 @@ impl ClientTls {
         Ok(tls)
     }
 
-    /// Trusts as `identity` does, and presents nothing.
+    /// A client that uses the trust of `identity` and presents no certificate.
     pub(crate) fn anonymous(
         identity: &Identity,
         authorities: Arc<Authorities>,
@@ -79,12 +79,13 @@ impl ClientTls {
         template.alpn_protocols = vec![ALPN.to_vec()];
         template.enable_sni = false;
         template.resumption = Resumption::disabled();
-        // For the record layer.
+        // The record layer needs the secrets.
         template.enable_secret_extraction = true;
         Ok(Self { authorities, expires: identity.expires(), template, peers: Mutex::default() })
     }
 
-    /// Connects to a server that must be one of `expected`; our certificate is not sent to another.
+    /// Handshakes with a server that must be one of `expected`; others do not receive our
+    /// certificate.
     pub(crate) async fn connect(
         &self,
         io: Io,
@@ -102,8 +103,8 @@ impl ClientTls {
         expected: &[SpiffeId],
     ) -> Result<(Finished<UnbufferedClientConnection, Io>, Peer), HboneError> {
         let tls = self.peer((address, expected.into()));
-        // rustls wants a name; an address is never sent as SNI (RFC 6066 section 3), nor looked at
-        // by us.
+        // rustls requires a name; an address is never sent as SNI (RFC 6066 section 3), and our
+        // verifier ignores it.
         let no_name = ServerName::IpAddress(Ipv4Addr::UNSPECIFIED.into());
         let connection = UnbufferedClientConnection::new(tls.config.clone(), no_name);
         let finished = handshake(connection.map_err(tls_error)?, io)
@@ -119,12 +120,12 @@ impl ClientTls {
     }
 
     fn peer(&self, key: PeerKey) -> Arc<PeerTls> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = peers.get(&key) {
             return known.clone();
         }
-        // Any one: a peer that is met again has a full handshake, which is no great loss.
+        // Evict any peer: it costs one full handshake if that peer is dialled again.
         if peers.len() >= PEERS
             && let Some(any) = peers.keys().next().cloned()
         {
@@ -149,13 +150,13 @@ impl ClientTls {
 
 #[cfg(test)]
 impl ClientTls {
-    /// A client that offers tickets though its certificate has expired.
+    /// A client that offers tickets although its certificate has expired.
     pub(crate) fn careless(mut self) -> Self {
         self.expires += std::time::Duration::from_secs(1 << 20);
         self
     }
 
-    /// For how many peers sessions are remembered.
+    /// Number of peers with stored sessions.
     pub(crate) fn peers(&self) -> usize {
         self.peers.lock().unwrap().len()
     }

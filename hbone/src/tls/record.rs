@@ -7,7 +7,7 @@
 //! the caller's buffers, which can replace this module.
 //!
 //! ```text
-//! TlsStream ─┬─ Input    bytes of the peer ──▶ one record at a time, opened into the reader's buffer or in place
+//! TlsStream ─┬─ Input    bytes of the peer ──▶ single records, to the reader or in place
 //!            ├─ Records  both keys, key updates, tickets, alerts: no I/O
 //!            └─ Output   plaintext of the writer ──▶ contiguous records, one write call
 //! ```

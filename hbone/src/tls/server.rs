@@ -1,6 +1,6 @@
-//! The server side of one generation: one configuration for all clients.
+//! The TLS server of one generation of credentials: one configuration for all clients.
 //!
-//! Not here: listening, and what a client may do.
+//! Not here: listening, and authorization.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,12 +21,13 @@ use crate::identity::Identity;
 use crate::trust::Authorities;
 use crate::tunnel::io::Io;
 
-/// A client grows its pool by one tunnel or two at a time, and uses each ticket once.
+/// Session tickets per handshake: a client opens one or two tunnels at a time, and uses each ticket
+/// once.
 const TICKETS: usize = 2;
 
-/// How long a refused client has to read why.
+/// Time for a refused client to read the alert.
 const FAREWELL: Duration = Duration::from_secs(1);
-/// How much of what a refused client still sends is read away: more than a preface and a first
+/// Maximum number of bytes that are read from a refused client: more than a preface and a first
 /// request.
 const FAREWELL_BYTES: u64 = 64 << 10;
 
@@ -52,7 +53,7 @@ impl ServerTls {
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(identity.certified_key())));
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.ignore_client_order = true;
-        // For the record layer.
+        // The record layer needs the secrets.
         config.enable_secret_extraction = true;
         config.send_tls13_tickets = TICKETS;
         config.ticketer = Arc::new(Tickets::new(identity.expires())?);
@@ -60,7 +61,7 @@ impl ServerTls {
         Ok(Self { config: Arc::new(config), verifier })
     }
 
-    /// Accepts a client that must be of a trust domain whose roots we have.
+    /// Handshakes with a client that must belong to a trust domain with known roots.
     pub(crate) async fn accept(&self, io: Io) -> Result<(TlsStream<Io>, Peer), HboneError> {
         let finished = self.handshake(io).await?;
         require_h2(finished.facts())?;
@@ -90,15 +91,14 @@ impl ServerTls {
     }
 }
 
-/// Lets the alert that tells the client what is wrong arrive: a client in TLS 1.3 has begun to send
-/// by now, and closing with its bytes unread would reset the connection and discard the alert
-/// before the client reads it.
+/// Lets the client read the alert. A TLS 1.3 client has started to send already: closing with
+/// unread bytes would reset the connection and discard the alert.
 async fn say_farewell(mut io: impl AsyncRead + AsyncWrite + Unpin) {
     let farewell = async {
         io.shutdown().await?;
         let mut unread = io.take(FAREWELL_BYTES);
         tokio::io::copy(&mut unread, &mut tokio::io::sink()).await
     };
-    // Whatever comes of it, the connection is refused.
+    // The connection is refused in any case.
     let _refused = tokio::time::timeout(FAREWELL, farewell).await;
 }

@@ -1,6 +1,6 @@
-//! Sessions that can be resumed: the client's tickets, and the server's way to make them.
+//! Session resumption: stores a client's tickets, and creates a server's.
 //!
-//! Not here: for whom. A client's tickets belong to one peer, and both sides' to one generation of
+//! A client's tickets belong to one peer; those of both sides belong to one generation of
 //! credentials.
 
 use std::collections::VecDeque;
@@ -17,24 +17,23 @@ use super::tls_error;
 use crate::clock;
 use crate::error::HboneError;
 
-/// How many tickets are kept of one peer: as many tunnels to it can be opened at once without a
-/// full handshake.
+/// Maximum number of stored tickets per peer: so many tunnels can be opened at once without a full
+/// handshake.
 const TICKETS: usize = 4;
 
-/// The largest session that is put into a ticket, in bytes. Most of it is the client's chain; one
-/// near the 64 KiB that the protocol can carry would make the ticket too long for it, and costs
-/// more to carry than a handshake.
+/// Maximum size of a session in a ticket, in bytes. Most of it is the client's chain. Near the
+/// protocol's limit of 64 KiB the ticket would be too long, and cost more than a handshake.
 const SESSION_BYTES: usize = 16 << 10;
 
-/// What a client remembers of one peer.
+/// The stored sessions of one peer.
 #[derive(Debug)]
 pub(super) struct Sessions(Mutex<Remembered>);
 
 #[derive(Debug)]
 struct Remembered {
-    /// The oldest first. rustls gives each back once (RFC 8446 appendix C.4).
+    /// The oldest first. rustls takes each once (RFC 8446 appendix C.4).
     tickets: VecDeque<Tls13ClientSessionValue>,
-    /// When the first of the certificates that the sessions began with expires.
+    /// Earliest expiry of the certificates of the original handshakes.
     expires: SystemTime,
     group: Option<NamedGroup>,
 }
@@ -44,12 +43,11 @@ impl Sessions {
         Self(Mutex::new(Remembered { tickets: VecDeque::new(), expires, group: None }))
     }
 
-    /// Notes that a full handshake began a session, which may be resumed until one of its
-    /// certificates expires.
+    /// Records a full handshake, whose session may be resumed until one of its certificates
+    /// expires.
     pub(super) fn begun(&self, expires: SystemTime) {
         let mut remembered = self.remembered();
-        // Several servers may be behind one address, so that the tickets may be of several
-        // certificates.
+        // Several servers may share an address, so the tickets may belong to several certificates.
         let others = if remembered.tickets.is_empty() { expires } else { remembered.expires };
         remembered.expires = expires.min(others);
     }
@@ -59,7 +57,7 @@ impl Sessions {
     }
 
     fn remembered(&self) -> MutexGuard<'_, Remembered> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -98,9 +96,8 @@ impl ClientSessionStore for Sessions {
     }
 }
 
-/// Tickets that carry the session themselves, encrypted: unlike sessions that we keep, they take no
-/// memory that a peer could fill, no lock that all workers share, and no peer can crowd out
-/// another's. They end with our certificate.
+/// Encrypted tickets that contain the session. Unlike stored sessions they use no memory that peers
+/// could fill, and no shared lock. They end with our certificate.
 #[derive(Debug)]
 pub(super) struct Tickets {
     keys: Arc<dyn ProducesTickets>,
@@ -108,12 +105,12 @@ pub(super) struct Tickets {
 }
 
 impl Tickets {
-    /// With new keys, that change every few hours, until `expires`.
+    /// Tickets with new keys, which rotate every few hours, until `expires`.
     pub(super) fn new(expires: SystemTime) -> Result<Self, HboneError> {
         Ok(Self { keys: Ticketer::new().map_err(tls_error)?, expires })
     }
 
-    /// In whole seconds.
+    /// The remaining validity in whole seconds.
     fn remaining(&self) -> u32 {
         let remaining = self.expires.duration_since(clock::now()).unwrap_or_default();
         u32::try_from(remaining.as_secs()).unwrap_or(u32::MAX)

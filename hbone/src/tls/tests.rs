@@ -1,5 +1,5 @@
-//! Who gets in and who does not. A side that fails the handshake has no tunnel, so no CONNECT can
-//! pass.
+//! Accepted and rejected handshakes. A side that fails the handshake has no tunnel, so no CONNECT
+//! can pass.
 
 mod interop;
 
@@ -31,7 +31,7 @@ use crate::trust::bundle::Bundle;
 use crate::tunnel::client::Tunnel;
 use crate::tunnel::settings::{ClientSettings, ServerSettings};
 
-/// What became of the client, at the latest at its first request, and of the server.
+/// The results of the client, at the latest at its first request, and of the server.
 async fn meet(client: &Identity, server: &Identity, expected: &str) -> (HboneError, HboneError) {
     meet_with(credentials(client), credentials(server), expected).await
 }
@@ -149,7 +149,7 @@ async fn foreign_client_requires_roots_of_its_trust_domain() {
     let stranger = "spiffe://other/anybody";
     let federated = Files::new().bundle("td", &ours);
     let client = Credentials::new(other.identity(stranger, 1), federated.trust()).unwrap();
-    // That the roots of our domain include the stranger's is not enough.
+    // Roots of a foreign domain among ours are not enough.
     let both = Bundle::from_der(Path::new("both"), [ours.certificate(), other.certificate()]);
     let domain: TrustDomain = "td".parse().unwrap();
     let server =
@@ -173,7 +173,7 @@ async fn rejects_certificate_for_the_other_role() {
     failed_with(&server, "client authentication");
 }
 
-/// Who agrees to these ciphers, the first first.
+/// Credentials that allow these ciphers in this order.
 fn with_ciphers(identity: &Identity, ciphers: &[Cipher]) -> Credentials {
     let settings = TrustSettings { ciphers: ciphers.to_vec(), ..TrustSettings::default() };
     Credentials::new(identity.clone(), Trust::read(&settings).unwrap()).unwrap()
@@ -188,7 +188,7 @@ async fn tunnel_uses_common_cipher_preferred_by_server() {
     let (client, server) = (identity(&authority, CLIENT), identity(&authority, SERVER));
     for (of_client, of_server, expected) in [
         (&Cipher::ALL[..], &Cipher::ALL[..], small),
-        // As a stock ztunnel has them.
+        // The ciphers of a stock ztunnel.
         (&[Aes256Gcm, Aes128Gcm], &Cipher::ALL, small),
         (&Cipher::ALL, &[Aes256Gcm, Aes128Gcm], large),
         (&[Aes256Gcm], &Cipher::ALL, large),
@@ -223,7 +223,7 @@ impl ResolvesClientCert for NoCertificate {
     }
 }
 
-/// A client that need not do all that ours does, and stays until the server is done with it.
+/// A client with any configuration, which stays connected until the server has finished.
 async fn visit<T>(config: ClientConfig, visited: impl Future<Output = T>, near: DuplexStream) -> T {
     let name = ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
@@ -231,7 +231,7 @@ async fn visit<T>(config: ClientConfig, visited: impl Future<Output = T>, near: 
     visited
 }
 
-/// What our client would have, if not for the key exchange.
+/// The configuration of our client, with another key exchange.
 fn config(
     authority: &CertificateAuthority,
     groups: &[&'static dyn SupportedKxGroup],
@@ -253,7 +253,7 @@ fn config(
     config
 }
 
-/// The server's error when a client with such a configuration comes.
+/// The server's error for a client with a changed configuration.
 async fn accept_from(change: impl FnOnce(&mut ClientConfig)) -> HboneError {
     let authority = authority("td");
     let mut config = config(&authority, &[kx_group::X25519MLKEM768]);

@@ -1,7 +1,7 @@
-//! Who is at the other end, asked inside the handshake, so that a wrong server never gets our
-//! certificate, and neither side sends a byte of HTTP/2 to a wrong peer.
+//! Verifies the peer's identity inside the handshake: a wrong server never receives our
+//! certificate, and no HTTP/2 is sent to a wrong peer.
 //!
-//! Not here: what makes a peer right (`trust/authorities.rs`).
+//! Not here: the rules of verification (`trust/authorities.rs`).
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -23,7 +23,7 @@ use crate::identity::svid::workload_id;
 use crate::identity::system_time;
 use crate::trust::Authorities;
 
-/// A peer's identity, proven in a TLS handshake: nothing else can make one. Cheap to clone.
+/// A peer's identity, proven in a TLS handshake, which alone creates this type. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PeerIdentity(Arc<Proven>);
 
@@ -33,21 +33,21 @@ struct Proven {
     aliases: Arc<[TrustDomain]>,
 }
 
-/// A peer, and the chain that proved it, which later trust may judge otherwise. rustls caps the
-/// chain at 64 KiB.
+/// A peer and its certificate chain, which is verified again when trust changes. rustls limits the
+/// chain to 64 KiB.
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) identity: PeerIdentity,
-    /// When its leaf expires.
+    /// The expiry of its leaf.
     pub(crate) expires: SystemTime,
-    /// Whether it proved itself in an earlier handshake, which this one resumed.
+    /// Whether this handshake resumed an earlier session.
     pub(crate) resumed: bool,
     chain: Vec<CertificateDer<'static>>,
     expected: ExpectedPeer,
     proven: UnixTime,
 }
 
-/// Expects certain servers, or clients of certain trust domains.
+/// Verifies the expected servers, or clients of known trust domains.
 #[derive(Debug)]
 pub(super) struct Verifier {
     pub(super) authorities: Arc<Authorities>,
@@ -55,21 +55,20 @@ pub(super) struct Verifier {
 }
 
 impl PeerIdentity {
-    /// Who the peer is, in the words of its certificate, also when its trust domain is an alias of
-    /// ours.
+    /// The SPIFFE ID in the peer's certificate, even if its trust domain is an alias of ours.
     pub fn spiffe_id(&self) -> &SpiffeId {
         &self.0.id
     }
 
-    /// Trust domains that are the same as the peer's: our own and its aliases, if the peer is of
-    /// one of them and there are several. Policies may speak of the peer in the name of each.
+    /// All names of the peer's trust domain if it is ours and has aliases. Policies may name the
+    /// peer with each of them.
     pub fn aliases(&self) -> &Arc<[TrustDomain]> {
         &self.0.aliases
     }
 }
 
 impl Peer {
-    /// The peer of a finished handshake. If that resumed a session, its chain is judged again, for
+    /// The peer of a finished handshake. The chain of a resumed session is verified again, since
     /// time has passed.
     pub(super) fn of(connection: &CommonState, verifier: &Verifier) -> Result<Self, HboneError> {
         let chain = connection.peer_certificates().ok_or(HboneError::NoPeerCertificate)?;
@@ -80,7 +79,7 @@ impl Peer {
         let id = if resumed {
             authorities.judge(leaf, intermediates, expected, proven).map_err(rejection)?
         } else {
-            // The handshake has judged the chain already.
+            // The handshake has verified the chain already.
             workload_id(leaf).map_err(|problem| HboneError::NotSvid { problem })?
         };
         Ok(Self {
@@ -93,15 +92,14 @@ impl Peer {
         })
     }
 
-    /// Why other `authorities` would not have let the peer in when it came; `None` if they would,
-    /// or cannot tell. What has expired since is no reason: a tunnel may outlive the certificates
-    /// that opened it.
+    /// The error with which `authorities` would have rejected the peer at its handshake; `None` if
+    /// they would not, or cannot tell. Later expiry is ignored: a tunnel may outlive its
+    /// certificates.
     pub(crate) fn distrusted(&self, authorities: &Authorities) -> Option<HboneError> {
         let (leaf, intermediates) = self.chain.split_first()?;
         let judged = authorities.judge(leaf, intermediates, &self.expected, self.proven);
         match judged.map_err(rejection).err()? {
-            // A fault of the lists, which says nothing about the peer. New handshakes are refused
-            // for it.
+            // An error of the lists, not of the peer. New handshakes are refused for it.
             HboneError::RevocationUnknown { .. }
             | HboneError::RevocationListExpired { .. }
             | HboneError::RevocationListUntrusted { .. } => None,
@@ -110,7 +108,7 @@ impl Peer {
     }
 }
 
-/// A leaf that does not parse is not let in; if it were, it would have expired.
+/// A malformed leaf is rejected elsewhere; here it counts as expired.
 fn expiry(leaf: &CertificateDer<'_>) -> SystemTime {
     let parsed = x509_parser::parse_x509_certificate(leaf);
     parsed.map_or(SystemTime::UNIX_EPOCH, |(_, leaf)| system_time(leaf.validity().not_after))
@@ -153,7 +151,7 @@ impl ServerCertVerifier for Verifier {
 }
 
 impl ClientCertVerifier for Verifier {
-    /// None: a client has one certificate, and is not told whom we are federated with.
+    /// None: a client has only one certificate, and our federated domains stay private.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }

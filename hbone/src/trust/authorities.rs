@@ -1,7 +1,7 @@
-//! How a peer is judged: the name in its leaf tells its trust domain, and only that domain's roots
-//! can vouch for it.
+//! Verifies a peer: the name in its leaf determines its trust domain, and only that domain's roots
+//! can verify its chain.
 //!
-//! Not here: the handshake (`tls`), and whether a peer may do what it asks for.
+//! Not here: the handshake (`tls`), and authorization.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub(crate) struct Authorities {
     own: TrustDomain,
     /// Our own trust domain and its aliases; empty without aliases.
     aliases: Arc<[TrustDomain]>,
-    /// What came with our certificate.
+    /// The bundles that came with our certificate.
     bundles: BTreeMap<TrustDomain, Bundle>,
     trust: Trust,
     algorithms: WebPkiSupportedAlgorithms,
@@ -50,18 +50,17 @@ impl Authorities {
         &self.algorithms
     }
 
-    /// The trust domains that are the same as that of `id`; none if there are no others.
+    /// All names of the trust domain of `id`; empty if it has only one.
     pub(crate) fn aliases(&self, id: &SpiffeId) -> Arc<[TrustDomain]> {
         if self.is_own(id.trust_domain()) { self.aliases.clone() } else { Arc::default() }
     }
 
-    /// What a server asks of its clients: an identity of any trust domain whose roots we have.
+    /// The expectation of a server: a client with an identity of any trust domain with known roots.
     pub(crate) fn any_member(&self) -> ExpectedPeer {
         ExpectedPeer::MemberOf(self.own.clone())
     }
 
-    /// Whether `other` trusts the same, as far as it can be told without reading the files'
-    /// contents.
+    /// Whether `other` has the same trust, without comparing the contents of files.
     pub(crate) fn trust_as(&self, other: &Self) -> bool {
         (&self.own, &self.trust, &self.bundles) == (&other.own, &other.trust, &other.bundles)
     }
@@ -69,8 +68,8 @@ impl Authorities {
     /// Verifies a chain at the time `now` (roots, validity, purpose, revocation) and returns the
     /// identity that it proves.
     ///
-    /// The name selects the roots, so it is read first; nothing of it is compared, or quoted in an
-    /// error, before the chain is verified.
+    /// The name selects the roots, so it is read first. It is neither compared nor quoted in an
+    /// error before the chain is verified.
     pub(crate) fn judge(
         &self,
         leaf: &CertificateDer<'_>,
@@ -90,8 +89,8 @@ impl Authorities {
         }
     }
 
-    /// Whether a proven identity is an expected one. That roots vouch for a member's trust domain
-    /// is what makes it one.
+    /// Whether a verified identity is an expected one. Any member whose trust domain has known
+    /// roots is expected.
     fn is_expected(&self, id: &SpiffeId, expected: &ExpectedPeer) -> bool {
         match expected {
             ExpectedPeer::OneOf(expected) => expected.iter().any(|one| self.is_same(one, id)),
@@ -99,7 +98,7 @@ impl Authorities {
         }
     }
 
-    /// The roots of a trust domain. Those of our own are never taken from elsewhere.
+    /// The roots of a trust domain. Our own domain's never come from other sources.
     fn bundle(&self, trust_domain: &TrustDomain) -> Result<&Bundle, HboneError> {
         let bundle = if self.is_own(trust_domain) {
             self.bundles.get(&self.own)
@@ -146,7 +145,7 @@ impl Authorities {
         Ok(())
     }
 
-    /// As rustls has it, so that the peer gets the alert that fits.
+    /// Converts an error of webpki like rustls, so that the peer receives the right alert.
     fn explain(
         &self,
         error: webpki::Error,
@@ -175,12 +174,12 @@ impl Authorities {
     }
 }
 
-/// rustls carries our own error through the handshake; `tls` takes it out again.
+/// Wraps our own error for the handshake; `tls` unwraps it.
 fn rejected(error: HboneError) -> Error {
     CertificateError::Other(OtherError(Arc::new(error))).into()
 }
 
-/// We expect certain servers, and clients of certain trust domains.
+/// The required key usage: a server is expected by ID, a client by trust domain.
 fn usage(expected: &ExpectedPeer) -> KeyUsage {
     match expected {
         ExpectedPeer::OneOf(_) => KeyUsage::server_auth(),
@@ -188,15 +187,15 @@ fn usage(expected: &ExpectedPeer) -> KeyUsage {
     }
 }
 
-/// What webpki says, bounded: it quotes identifiers of algorithms in the length that the peer
-/// chose.
+/// webpki's error with a bounded length: it quotes algorithm identifiers, whose length the peer
+/// chooses.
 fn unspecific(error: &webpki::Error) -> CertificateError {
     let error = HboneError::InvalidCertificate { reason: Quoted::new(error) };
     CertificateError::Other(OtherError(Arc::new(error)))
 }
 
-/// The first purposes of a certificate that has others than the required one. The peer chooses how
-/// many there are, and how long each is.
+/// The first purposes of a certificate that lacks the required one. The peer chooses their number
+/// and length.
 fn wrong_purpose(purposes: &RequiredEkuNotFoundContext) -> CertificateError {
     const PURPOSES: usize = 4;
     const COMPONENTS: usize = 16;

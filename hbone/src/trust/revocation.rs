@@ -19,9 +19,8 @@ use crate::tunnel::tunnel_state::OpenStream;
 pub(crate) struct RevocationMonitor(Pin<Box<dyn Future<Output = HboneError> + Send + Sync>>);
 
 impl RevocationMonitor {
-    /// `credentials` were last read for the handshake with `peer`, which `authorities` verified. The
-    /// tunnel may run inside `carrier`, a stream of another tunnel: then it is trusted only for as
-    /// long as that one.
+    /// `credentials` were last read for the handshake with `peer`, which `authorities` verified. A
+    /// tunnel inside `carrier`, a stream of another tunnel, is trusted only as long as that one.
     pub(crate) fn new(
         credentials: watch::Receiver<Credentials>,
         authorities: Arc<Authorities>,

@@ -1,8 +1,8 @@
-//! Certificate revocation lists (RFC 5280 section 5): which there are, and which of them speak for
-//! a chain.
+//! Certificate revocation lists (RFC 5280 section 5): reads them, and selects the lists for a
+//! chain.
 //!
-//! Not here: checking them. webpki does, with their signatures; a list that does not parse is
-//! refused when it is read.
+//! Not here: checking certificates and signatures, which webpki does. A list that does not parse is
+//! rejected when it is read.
 
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -17,8 +17,8 @@ use crate::clock;
 use crate::error::{CredentialProblem, HboneError};
 use crate::identity::{pem, system_time};
 
-/// The lists of all files. None: nothing is checked. Otherwise a certificate without a list is
-/// refused.
+/// The lists of all files. Without lists nothing is checked; otherwise a certificate without a list
+/// is refused.
 #[derive(Debug, Default)]
 pub(crate) struct Revocations(Vec<RevocationList>);
 
@@ -31,13 +31,13 @@ struct RevocationList {
     list: CertRevocationList<'static>,
 }
 
-/// Which certificates a list is about. Of two lists about the same, the newer one counts.
+/// The certificates that a list covers. Of two lists with the same scope, the newer one applies.
 #[derive(Debug, PartialEq, Eq)]
 struct Scope {
     /// The issuer's name in DER.
     issuer: Vec<u8>,
-    /// The identifier of the key that signed it, as far as it is told: an issuer that changes its
-    /// key keeps its name.
+    /// The identifier of the signing key, if present: an issuer that changes its key keeps its
+    /// name.
     key: Option<Vec<u8>>,
     /// The extension that limits it to some of the issuer's certificates.
     distribution_point: Option<Vec<u8>>,
@@ -45,8 +45,7 @@ struct Scope {
 
 impl Revocations {
     /// # Errors
-    /// [`HboneError::Credential`] for a file that cannot be read, or has anything in it that is not
-    /// understood.
+    /// [`HboneError::Credential`] for a file that cannot be read, or contains anything unsupported.
     pub(super) fn read(files: &[PathBuf]) -> Result<Self, HboneError> {
         let mut lists = Self::default();
         for file in files {
@@ -69,8 +68,8 @@ impl Revocations {
         }
     }
 
-    /// All lists, the ones signed by a key that signed this chain first: webpki takes the first one
-    /// of the issuer's name.
+    /// All lists, those with a signing key of this chain first: webpki takes the first list with
+    /// the issuer's name.
     pub(super) fn for_chain(
         &self,
         leaf: &CertificateDer<'_>,
@@ -89,7 +88,7 @@ impl Revocations {
         lists.into_iter().map(|list| &list.list).collect()
     }
 
-    /// What an error of webpki says about the lists; `None` when it is about something else.
+    /// The error of webpki if it concerns the lists; otherwise `None`.
     pub(super) fn explain(
         &self,
         error: &webpki::Error,
@@ -128,7 +127,7 @@ impl Revocations {
         };
         let mut uncovered = parsed(leaf, intermediates).filter(|one| !covered(one));
         uncovered.next().map_or_else(
-            // The issuer's lists are limited to other certificates.
+            // The issuer has lists, but only for other certificates.
             || "each distribution point".to_owned(),
             |certificate| certificate.issuer().to_string(),
         )
@@ -164,7 +163,7 @@ impl RevocationList {
     }
 }
 
-/// What of a chain parses: the rest is refused elsewhere.
+/// The certificates of a chain that parse; others are rejected elsewhere.
 fn parsed<'a>(
     leaf: &'a CertificateDer<'_>,
     intermediates: &'a [CertificateDer<'_>],

@@ -1,4 +1,4 @@
-//! Who vouches for whom, what a revocation list says, and files that change.
+//! Verification by roots, aliases and revocation lists, and changes of files.
 
 use std::fs;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ fn as_server(
     judge.judge(&chain[0], &chain[1..], &expected, clock::unix(clock::now()))
 }
 
-/// The error of ours that rustls carries.
+/// Our error inside the error of rustls.
 fn ours(result: Result<SpiffeId, rustls::Error>) -> HboneError {
     match result.unwrap_err() {
         rustls::Error::InvalidCertificate(CertificateError::Other(other)) => {
@@ -127,7 +127,7 @@ fn settings_bundles_override_bundles_of_identity() {
     assert_eq!(as_client(&judge, &settings.chain(&[FOREIGN], 2)), Ok(id(FOREIGN)));
     as_client(&judge, &spire.chain(&[FOREIGN], 2)).unwrap_err();
     assert_eq!(as_client(&judge, &spire.chain(&[third], 2)), Ok(id(third)));
-    // Those of our own domain are the identity's.
+    // The roots of our own domain come from the identity only.
     assert_eq!(as_client(&judge, &ca.chain(&[CLIENT], 2)), Ok(id(CLIENT)));
     as_client(&judge, &settings.chain(&[CLIENT], 2)).unwrap_err();
 }

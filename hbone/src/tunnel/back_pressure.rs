@@ -12,12 +12,12 @@ use std::task::{Context, Poll, Waker};
 #[derive(Debug, Default)]
 pub(crate) struct BackPressure {
     blocked: AtomicBool,
-    /// By stream, so that a stream that is polled again, or ends, leaves no waker behind.
+    /// By stream, so that a stream has one waker at most, and none after its end.
     waiting: Mutex<HashMap<u32, Waker>>,
 }
 
 impl BackPressure {
-    /// Notes whether bytes are left that the connection did not take.
+    /// Records whether the connection is blocked with unsent bytes.
     pub(crate) fn set_blocked(&self, blocked: bool) {
         if self.blocked.load(Ordering::Relaxed) == blocked {
             return;
@@ -29,8 +29,8 @@ impl BackPressure {
         }
     }
 
-    /// Ready while the connection takes what is written to it. Wakes the task of `stream` when it
-    /// does again.
+    /// Ready while the connection is not blocked. Otherwise wakes the task of `stream` when it is
+    /// writable again.
     pub(crate) fn poll_writable(&self, stream: u32, cx: &Context<'_>) -> Poll<()> {
         if !self.blocked.load(Ordering::Relaxed) {
             return Poll::Ready(());
@@ -46,12 +46,12 @@ impl BackPressure {
 
     /// Drops the waker of a stream that has ended.
     pub(crate) fn forget(&self, stream: u32) {
-        // Its task may end with it: not under the lock.
+        // Drop the waker outside the lock, because that may drop its task.
         let _waker = self.waiting().remove(&stream);
     }
 
     fn waiting(&self) -> MutexGuard<'_, HashMap<u32, Waker>> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,6 +1,6 @@
-//! The client's end of a tunnel: one TLS and HTTP/2 connection, and CONNECT requests in it.
+//! The client of a tunnel: one TLS and HTTP/2 connection, and CONNECT requests in it.
 //!
-//! Not here: dialling, and which tunnel to use. See `pool`.
+//! Not here: dialling and selecting a tunnel (`pool`).
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
@@ -31,7 +31,7 @@ use crate::tunnel::settings::{ClientSettings, MAX_FRAME_SIZE, SMALL_FRAME_BUDGET
 use crate::tunnel::stream::{TunnelReader, TunnelStream};
 use crate::tunnel::tunnel_state::{Monitored, OpenStream, TunnelState, Windows};
 
-/// Opens tunnels, each with the [`Credentials`] of its moment. Cheap to clone.
+/// Opens tunnels, each with the current [`Credentials`]. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Connector {
     credentials: watch::Receiver<Credentials>,
@@ -39,51 +39,52 @@ pub struct Connector {
     settings: ClientSettings,
 }
 
-/// A connection to a server that has proven who it is. Clones share it; it ends when neither a
-/// clone nor a stream is left, or when it is lost.
+/// A connection to an authenticated server. Clones share it. It ends when neither a clone nor a
+/// stream is left, or when it is lost.
 #[derive(Debug, Clone)]
 pub struct Tunnel {
     send: SendRequest<Bytes>,
     tunnel_state: Arc<TunnelState>,
     resumed: bool,
-    /// Whether a certificate had expired before the handshake: the server refuses ours, and its
-    /// alert says more than we could.
+    /// Whether a certificate had expired before the handshake: then the server refuses ours, and
+    /// its alert is more specific than our own check.
     was_expired: bool,
 }
 
-/// What a CONNECT request says.
+/// The contents of a CONNECT request.
 #[derive(Debug, Clone)]
 pub struct ConnectRequest {
-    /// Where the tunnel shall lead: `ADDRESS:PORT` or `NAME:PORT`.
+    /// The destination: `ADDRESS:PORT` or `NAME:PORT`.
     pub authority: String,
     /// Further headers.
     pub headers: HeaderMap,
 }
 
 impl Connector {
-    /// A connector with what `credentials` hold when a tunnel is opened.
+    /// A connector that opens each tunnel with the current `credentials`.
     pub fn new(credentials: watch::Receiver<Credentials>, settings: ClientSettings) -> Self {
         Self { credentials, anonymous: false, settings }
     }
 
-    /// A connector that trusts as `credentials` do and presents no certificate: to see a server
-    /// refuse it.
+    /// A connector that uses the trust of `credentials` and presents no certificate, to test that
+    /// servers refuse it.
     pub fn anonymous(credentials: watch::Receiver<Credentials>, settings: ClientSettings) -> Self {
         Self { credentials, anonymous: true, settings }
     }
 
     /// Handshakes over `io` with a server at `address` that must be one of `expected`. Spawns a
-    /// task that drives the connection, and ends it when later credentials distrust the server.
+    /// task that drives the connection and ends it when later credentials no longer trust the
+    /// server.
     ///
-    /// A session with the same address and expectation is resumed, so keep both the same for the
+    /// A session with the same address and expected peers is resumed, so pass the same ones for the
     /// same server.
     ///
-    /// In TLS 1.3 the client is done first: that the server refuses our certificate is known at the
+    /// In TLS 1.3 the client finishes first: the server's refusal of our certificate appears at the
     /// first request.
     ///
     /// # Errors
-    /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise what is wrong with TLS or the
-    /// peer.
+    /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise the error of TLS or of the
+    /// peer's identity.
     pub async fn open<T>(
         &self,
         io: T,
@@ -98,8 +99,8 @@ impl Connector {
         within(deadline, handshake).await
     }
 
-    /// The same inside of another tunnel, for one stream; it also ends when the peer of the other
-    /// one is not to be trusted any longer.
+    /// Like [`open`](Self::open), inside another tunnel, for one stream. Also ends when the other
+    /// tunnel's peer is no longer trusted.
     pub(crate) async fn open_inside(
         &self,
         carrier: TunnelStream,
@@ -110,7 +111,7 @@ impl Connector {
         let (io, open) = carrier.into_carrier();
         let handshake = self.handshake(transport(io), address, expected, Some(open));
         let tunnel = within(deadline, handshake).await?;
-        // It closes with its stream, and what the peer owes us for that is watched over too.
+        // It closes with its stream; keepalive monitors the closing too.
         tunnel.tunnel_state.release();
         Ok(tunnel)
     }
@@ -122,7 +123,7 @@ impl Connector {
         expected: &[SpiffeId],
         carrier: Option<Arc<OpenStream>>,
     ) -> Result<Tunnel, HboneError> {
-        // What changes from here on is the guard's to notice.
+        // The monitor observes all changes after this point.
         let mut credentials = self.credentials.clone();
         let current = credentials.borrow_and_update().clone();
         let (stream, peer) = self.tls(&current, io, address, expected).await?;
@@ -178,11 +179,11 @@ impl Connector {
 }
 
 impl Tunnel {
-    /// Asks the peer for a stream to `request.authority`.
+    /// Requests a stream to `request.authority` from the peer.
     ///
     /// # Errors
-    /// [`HboneError::Refused`] for any answer but 200, [`HboneError::ReplyTimeout`] after `reply`,
-    /// or how the stream or connection ended before the answer.
+    /// [`HboneError::Refused`] for any status but 200, [`HboneError::ReplyTimeout`] after `reply`,
+    /// or the error that ended the stream or connection.
     pub async fn connect(
         &self,
         request: ConnectRequest,
@@ -197,18 +198,18 @@ impl Tunnel {
         self.tunnel_state.is_closed() || matches!(ready, Poll::Ready(Err(_)))
     }
 
-    /// How many streams are open or being opened.
+    /// Number of streams that are open or being opened.
     pub fn open_streams(&self) -> usize {
         self.tunnel_state.open_streams()
     }
 
-    /// Who the server is.
+    /// The identity of the server.
     pub fn peer(&self) -> &PeerIdentity {
         self.tunnel_state.peer()
     }
 
-    /// When the first of both sides' certificates expires: open streams may go on, but no new ones
-    /// should begin.
+    /// The earliest expiry of both certificates: open streams continue, but no new ones should
+    /// start.
     pub fn usable_until(&self) -> SystemTime {
         self.tunnel_state.usable_until()
     }
@@ -222,10 +223,9 @@ impl Tunnel {
         &self.tunnel_state
     }
 
-    /// How many streams the peer allows at a time; `None` if it set no limit, or did not say so
-    /// yet.
+    /// Maximum number of concurrent streams that the peer allows; `None` if it has set none (yet).
     pub(crate) fn allowed_streams(&self) -> Option<usize> {
-        // What h2 assumes before the peer's SETTINGS come, and if they have no limit.
+        // h2 assumes this value before the peer's SETTINGS arrive, and if they contain no limit.
         Some(self.send.current_max_send_streams()).filter(|allowed| *allowed != usize::MAX)
     }
 
@@ -247,11 +247,12 @@ impl Tunnel {
     ) -> Result<TunnelStream, HboneError> {
         let failed = |error| self.tunnel_state.stream_error(error);
         let mut ready = self.send.clone().ready().await.map_err(failed)?;
-        // Asked here, for the wait may have been long.
+        // Check after the wait, which may have been long.
         if self.tunnel_state.is_expired() && !self.was_expired {
             return Err(HboneError::TunnelExpired { expired: self.tunnel_state.usable_until() });
         }
-        // Made here, so that nobody who waits holds one, nor what sent it.
+        // Create the request after the wait, so that waiting callers hold neither a request nor its
+        // sender.
         let (response, send) = ready.send_request(head(request())?, false).map_err(failed)?;
         drop(ready);
         self.tunnel_state.activity().count_useful(0);
@@ -288,7 +289,7 @@ fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
     Ok(request)
 }
 
-/// What is watched while a connection is driven.
+/// The monitors of a connection.
 struct Watches {
     keepalive: Option<Keepalive>,
     guard: RevocationMonitor,
@@ -302,8 +303,7 @@ async fn drive(
     tunnel_state: Arc<TunnelState>,
 ) {
     let ended = poll_fn(|cx| {
-        // First: a carrier that is not to be trusted any longer fails too, and the reason would be
-        // lost.
+        // Check this first: an untrusted carrier fails too, which would hide the reason.
         if let Poll::Ready(reason) = guard.poll_distrusted(cx) {
             tunnel_state.revoke(reason.clone());
             return Poll::Ready(Err(reason));
@@ -330,7 +330,7 @@ async fn drive(
     if let Err(reason) = ended {
         let peer = tunnel_state.peer().spiffe_id();
         tracing::debug!(%peer, error = %Quoted::chain(&reason), "tunnel ended");
-        // Before the connection is dropped, for that is when its streams learn of it.
+        // Set the reason before dropping the connection, which wakes its streams.
         tunnel_state.fail(reason);
     }
     tunnel_state.close();

@@ -1,8 +1,6 @@
-//! The connection under TLS, its type erased, so that TLS and HTTP/2 are compiled once, in this
-//! crate, whatever a tunnel runs over.
+//! The type-erased connection under TLS: TLS and HTTP/2 are compiled once, for all transports.
 //!
-//! Not here: reading and writing many records at once, which the record layer does
-//! (`tls/record.rs`).
+//! Not here: reading and writing records (`tls/record.rs`).
 
 use std::fmt;
 
@@ -13,10 +11,10 @@ pub(crate) trait Transport: AsyncRead + AsyncWrite + Unpin + Send + Sync {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync> Transport for T {}
 
-/// What TLS runs over.
+/// The transport of TLS.
 pub(crate) type Io = Box<dyn Transport>;
 
-/// What TLS shall run over.
+/// Erases the type of a transport.
 pub(crate) fn transport(io: impl Transport + 'static) -> Io {
     Box::new(io)
 }

@@ -1,6 +1,6 @@
-//! The server's end of a tunnel: mutual TLS, then CONNECT requests to be accepted or refused.
+//! The server of a tunnel: mutual TLS, then CONNECT requests to accept or refuse.
 //!
-//! Not here: listening, and deciding who may connect where.
+//! Not here: listening, and authorization.
 
 mod drain;
 
@@ -34,17 +34,17 @@ use crate::tunnel::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET, ServerSettings
 use crate::tunnel::stream::{TunnelReader, TunnelStream};
 use crate::tunnel::tunnel_state::{Monitored, TunnelState, Windows};
 
-/// Accepts tunnels, each with the [`Credentials`] of its moment. Cheap to clone.
+/// Accepts tunnels, each with the current [`Credentials`]. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Acceptor {
     credentials: watch::Receiver<Credentials>,
     settings: ServerSettings,
 }
 
-/// A connection from a client that has proven who it is. Dropping it aborts its streams.
+/// A connection from an authenticated client. Dropping it aborts its streams.
 #[derive(Debug)]
 pub struct ServerTunnel {
-    /// `None` once it ended.
+    /// `None` after its end.
     connection: Option<Connection<Monitored<TlsStream<Io>>, Bytes>>,
     keepalive: Option<Keepalive>,
     guard: RevocationMonitor,
@@ -56,7 +56,7 @@ pub struct ServerTunnel {
     resumed: bool,
 }
 
-/// A CONNECT request that waits for its answer. Dropped unanswered, it is reset.
+/// A CONNECT request without an answer yet. Dropping it resets the stream.
 #[derive(Debug)]
 pub struct Incoming {
     authority: Authority,
@@ -66,17 +66,17 @@ pub struct Incoming {
 }
 
 impl Acceptor {
-    /// An acceptor with what `credentials` hold when a tunnel is accepted.
+    /// An acceptor that accepts each tunnel with the current `credentials`.
     pub fn new(credentials: watch::Receiver<Credentials>, settings: ServerSettings) -> Self {
         Self { credentials, settings }
     }
 
-    /// Handshakes over `io` with a client that must be of a trust domain whose roots we have. The
-    /// tunnel ends when later credentials distrust the client.
+    /// Handshakes over `io` with a client that must belong to a trust domain with known roots. The
+    /// tunnel ends when later credentials no longer trust the client.
     ///
     /// # Errors
-    /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise what is wrong with TLS or the
-    /// peer.
+    /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise the error of TLS or of the
+    /// peer's identity.
     pub async fn accept<T>(&self, io: T, deadline: Duration) -> Result<ServerTunnel, HboneError>
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
@@ -87,7 +87,7 @@ impl Acceptor {
     }
 
     async fn handshake(&self, io: Io) -> Result<ServerTunnel, HboneError> {
-        // What changes from here on is the guard's to notice.
+        // The monitor observes all changes after this point.
         let mut credentials = self.credentials.clone();
         let current = credentials.borrow_and_update().clone();
         let (stream, peer) = current.server().accept(io).await?;
@@ -128,12 +128,12 @@ impl Acceptor {
 }
 
 impl ServerTunnel {
-    /// Who the client is.
+    /// The identity of the client.
     pub fn peer(&self) -> &PeerIdentity {
         self.tunnel_state.peer()
     }
 
-    /// When the first of both sides' certificates expires.
+    /// The earliest expiry of both certificates.
     pub fn usable_until(&self) -> SystemTime {
         self.tunnel_state.usable_until()
     }
@@ -143,36 +143,35 @@ impl ServerTunnel {
         self.resumed
     }
 
-    /// How many requests are being served.
+    /// Number of open streams.
     pub fn open_streams(&self) -> usize {
         self.tunnel_state.open_streams()
     }
 
-    /// For how long no stream has been open; `None` while one is. A request that was not accepted
+    /// Time since the last stream ended; `None` while one is open. A request that is not accepted
     /// is no stream.
     pub fn idle(&self) -> Option<Duration> {
         self.tunnel_state.idle_since().map(|since| since.elapsed())
     }
 
-    /// Which limit the client exceeded, if the tunnel ended for that.
+    /// The limit that the client exceeded, if that ended the tunnel.
     pub fn exceeded(&self) -> Option<TunnelLimit> {
         self.tunnel_state.exceeded()
     }
 
     /// The next request; `None` when the connection ended. Cancel-safe.
     ///
-    /// This also drives the streams accepted before: keep calling it while any of them is open. A
-    /// request that is no CONNECT, or to no usable authority, is answered with 400 here; one that
-    /// comes after a certificate expired, or long after [`ServerTunnel::drain`], is reset with
-    /// REFUSED_STREAM.
+    /// This also drives the accepted streams: call it while any of them is open. A request other
+    /// than CONNECT, or without a usable authority, is answered with 400. One after the expiry of a
+    /// certificate, or long after [`ServerTunnel::drain`], is reset with REFUSED_STREAM.
     pub async fn next(&mut self) -> Option<Incoming> {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// Tells the client to open no more streams (GOAWAY). Open ones go on; then
-    /// [`ServerTunnel::next`] ends. A client that does not let it end, for it neither answers nor
-    /// reads, is given up like a silent one; one that does not acknowledge in time opens no more
-    /// streams either, and the tunnel ends with its last stream.
+    /// Sends GOAWAY: the client opens no more streams. Open ones continue; then
+    /// [`ServerTunnel::next`] ends. A client that neither answers nor reads times out. If the
+    /// client does not acknowledge in time, its new streams are refused, and the tunnel ends with
+    /// its last stream.
     pub fn drain(&mut self) {
         if let Some(connection) = &mut self.connection {
             self.drain.get_or_insert_with(Drain::new);
@@ -180,8 +179,8 @@ impl ServerTunnel {
         }
     }
 
-    /// Ends the tunnel before its first request: GOAWAY(ENHANCE_YOUR_CALM), as far as the client
-    /// takes it at once.
+    /// Ends the tunnel before its first request: sends GOAWAY(ENHANCE_YOUR_CALM) without waiting
+    /// for the client to read.
     pub async fn refuse(mut self) {
         poll_fn(|cx| {
             self.shut_down(cx, Reason::ENHANCE_YOUR_CALM);
@@ -191,7 +190,7 @@ impl ServerTunnel {
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Incoming>> {
-        // First, so that a peer which never stops asking is cut all the same.
+        // Check this first, so that a peer with endless requests is terminated too.
         if let Poll::Ready(reason) = self.guard.poll_distrusted(cx) {
             self.tunnel_state.revoke(reason.clone());
             return self.end(Some(reason));
@@ -202,7 +201,7 @@ impl ServerTunnel {
         let has_streams = self.connection.as_ref().is_some_and(Connection::has_streams);
         if let Poll::Ready(limit) = self.overdue.poll_exceeded(cx, has_streams) {
             let exceeded = HboneError::PeerLimit { limit };
-            // Before GOAWAY, for that is when streams learn of it.
+            // Set the reason before GOAWAY, which wakes the streams.
             self.tunnel_state.fail(exceeded.clone());
             self.shut_down(cx, limit.reason());
             return self.end(Some(exceeded));
@@ -255,8 +254,8 @@ impl ServerTunnel {
         self.tunnel_state.is_expired() || self.drain.as_ref().is_some_and(|drain| drain.is_overdue)
     }
 
-    /// Drains a tunnel with too many refused requests, and closes it if they do not end. Whether
-    /// the drain began just now: then there is GOAWAY to send.
+    /// Drains a tunnel with too many refused requests, and closes it if they continue. Returns
+    /// whether the drain has just begun, so that GOAWAY must be sent.
     fn judge_refusals(&mut self) -> bool {
         if self.refusals.are_bearable(&self.tunnel_state) {
             return false;
@@ -272,7 +271,7 @@ impl ServerTunnel {
         true
     }
 
-    /// Sends GOAWAY, as far as the client takes it at once.
+    /// Sends GOAWAY without waiting for the client to read.
     fn shut_down(&mut self, cx: &mut Context<'_>, code: Reason) {
         if let Some(connection) = &mut self.connection {
             connection.abrupt_shutdown(code);
@@ -283,7 +282,7 @@ impl ServerTunnel {
     fn end(&mut self, reason: Option<HboneError>) -> Poll<Option<Incoming>> {
         if let Some(reason) = reason {
             log_end(&reason, &self.tunnel_state);
-            // Before the connection is dropped, for that is when its streams learn of it.
+            // Set the reason before dropping the connection, which wakes its streams.
             self.tunnel_state.fail(reason);
         }
         self.connection = None;
@@ -292,7 +291,7 @@ impl ServerTunnel {
 }
 
 impl Incoming {
-    /// `None` if it was answered with 400.
+    /// `None` if the request was answered with 400.
     fn new(
         request: Request<RecvStream>,
         mut respond: SendResponse<Bytes>,
@@ -312,31 +311,31 @@ impl Incoming {
         Some(Self { authority, headers: head.headers, reader, respond })
     }
 
-    /// Where the client wants to go.
+    /// The requested destination.
     pub fn authority(&self) -> &Authority {
         &self.authority
     }
 
-    /// The request's headers, as the client claims them.
+    /// The request's headers, which are unverified claims of the client.
     pub fn headers(&self) -> &HeaderMap {
         &self.headers
     }
 
-    /// Who the client is.
+    /// The identity of the client.
     pub fn peer(&self) -> &PeerIdentity {
         self.reader.tunnel_state().peer()
     }
 
-    /// Waits until the client reset the request or the connection ended: for when its answer takes
-    /// a while. Cancel-safe.
+    /// Waits until the client resets the request or the connection ends, for requests with a
+    /// delayed answer. Cancel-safe.
     pub async fn closed(&mut self) -> HboneError {
         poll_fn(|cx| self.poll_closed(cx)).await
     }
 
-    /// Answers 200 with `headers`: from here the stream is raw bytes.
+    /// Answers 200 with `headers`. After that the stream carries raw bytes.
     ///
     /// # Errors
-    /// How the stream or connection ended before.
+    /// The error that ended the stream or connection before.
     pub fn accept(mut self, headers: HeaderMap) -> Result<TunnelStream, HboneError> {
         let mut response = Response::new(());
         *response.headers_mut() = headers;
@@ -345,7 +344,7 @@ impl Incoming {
         Ok(TunnelStream::new(send, self.reader))
     }
 
-    /// Answers `status`, without a body. A client with too many 4xx loses the tunnel.
+    /// Answers `status` without a body. The tunnel of a client with too many 4xx is closed.
     pub fn refuse(mut self, status: StatusCode) {
         if status.is_client_error() {
             self.reader.tunnel_state().activity().count_refused();
@@ -353,7 +352,7 @@ impl Incoming {
         answer_end(&mut self.respond, status);
     }
 
-    /// h2 only says that a closed stream cannot be answered; why it is closed is asked separately.
+    /// h2 reports only that the stream is closed; its reason is queried separately.
     fn refusal(&mut self, error: h2::Error) -> HboneError {
         match self.poll_closed(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(reason) => reason,
@@ -369,7 +368,7 @@ impl Incoming {
     }
 }
 
-/// Where a CONNECT request leads, or why it cannot be granted.
+/// The destination of a CONNECT request, or the reason for a refusal.
 fn destination(request: &Request<RecvStream>) -> Result<Authority, &'static str> {
     if request.method() != Method::CONNECT {
         return Err("the method is not CONNECT");
@@ -392,11 +391,11 @@ fn log_malformed(request: &Request<RecvStream>, reason: &'static str, tunnel_sta
     }
 }
 
-/// A peer that violates HTTP/2 leaves a line; how connections usually end is for debugging.
+/// Logs violations of HTTP/2 as warnings, and other ends of connections at debug level.
 fn log_end(reason: &HboneError, tunnel_state: &TunnelState) {
     static LIMIT: LogLimit = LogLimit::new("tunnels that failed");
     let peer = tunnel_state.peer().spiffe_id();
-    // The peer chooses the debug data of its GOAWAY.
+    // The peer chooses the debug data of its GOAWAY, so quote it.
     let error = || Quoted::chain(reason);
     if !is_violation(reason) {
         tracing::debug!(%peer, error = %error(), "tunnel ended");
@@ -405,7 +404,7 @@ fn log_end(reason: &HboneError, tunnel_state: &TunnelState) {
     }
 }
 
-/// Whether one side ended the connection because of what the other one sent.
+/// Whether one side ended the connection because of a violation by the other.
 fn is_violation(reason: &HboneError) -> bool {
     match reason {
         HboneError::H2 { .. } => true,
@@ -419,7 +418,7 @@ fn is_violation(reason: &HboneError) -> bool {
 fn answer_end(respond: &mut SendResponse<Bytes>, status: StatusCode) {
     let mut response = Response::new(());
     *response.status_mut() = status;
-    // Fails only for a stream that is gone, and then nobody waits for it.
+    // Fails only for a closed stream, which needs no answer.
     let _gone = respond.send_response(response, true);
 }
 

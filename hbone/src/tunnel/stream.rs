@@ -1,4 +1,4 @@
-//! A tunnelled byte stream: DATA frames in, DATA frames out, and an end that is never mistaken.
+//! A tunnelled byte stream in DATA frames, with a reliable distinction between end and abort.
 //!
 //! Not here: copying between a tunnel and a socket.
 
@@ -19,29 +19,29 @@ use crate::error::HboneError;
 use crate::tls::PeerIdentity;
 use crate::tunnel::tunnel_state::{OpenStream, RevocationSignal, TunnelState};
 
-/// One accepted CONNECT: two directions that end independently.
+/// An accepted CONNECT request: two directions that end independently.
 #[derive(Debug)]
 pub struct TunnelStream {
     reader: TunnelReader,
     writer: TunnelWriter,
 }
 
-/// The direction from the peer.
+/// The receiving direction.
 ///
-/// Dropping it before the end does not stop the peer: abort the writer for that.
+/// Dropping it before the end does not stop the peer; abort the writer for that.
 #[derive(Debug)]
 pub struct TunnelReader {
     stream: StreamId,
     open: Arc<OpenStream>,
 }
 
-/// The direction to the peer. Dropping it before [`TunnelWriter::finish`] aborts the stream.
+/// The sending direction. Dropping it before [`TunnelWriter::finish`] aborts the stream.
 #[derive(Debug)]
 pub struct TunnelWriter {
     send: SendStream<Bytes>,
     /// END_STREAM was sent.
     ended: bool,
-    /// RST_STREAM was.
+    /// RST_STREAM was sent.
     aborted: bool,
     /// Small writes that have not been sent.
     gather: Gather,
@@ -57,14 +57,14 @@ impl TunnelStream {
         Self { reader, writer: TunnelWriter { send, ended: false, aborted: false, gather, open } }
     }
 
-    /// Who is at the other end of the tunnel.
+    /// The identity of the peer.
     pub fn peer(&self) -> &PeerIdentity {
         self.reader.tunnel_state().peer()
     }
 
-    /// Completes when the peer is no longer trusted, as when its certificate is revoked. Reading
-    /// reports that only behind what was received before, and writing only when there is something
-    /// to write. Cancel-safe; may never complete.
+    /// Completes when the peer is no longer trusted, for example when its certificate is revoked.
+    /// Reads report that only after all received data, and writes only if there is data to write.
+    /// Cancel-safe; may never complete.
     pub fn revocation(&self) -> RevocationSignal {
         self.reader.tunnel_state().revocation()
     }
@@ -76,7 +76,7 @@ impl TunnelStream {
 }
 
 impl TunnelReader {
-    /// Begins to receive. What comes before the request is accepted is bounded in the same way.
+    /// Starts to receive. Data before the request is accepted is bounded in the same way.
     pub(crate) fn new(recv: RecvStream, open: OpenStream) -> Self {
         let (stream, open) = (recv.stream_id(), Arc::new(open));
         open.receive(recv);
@@ -85,12 +85,12 @@ impl TunnelReader {
 
     /// The next chunk, never empty; `None` after END_STREAM and only then. Cancel-safe.
     ///
-    /// The peer may send as much again as the chunk was long when the next one is read: a reader
-    /// that stops holds the peer back.
+    /// Reading the next chunk returns the flow control credit of this one: a reader that stops
+    /// blocks the peer.
     ///
     /// # Errors
-    /// [`HboneError::Reset`] for any RST_STREAM, [`HboneError::Lost`] or its cause when the
-    /// connection ended: what was read so far may be a part only.
+    /// [`HboneError::Reset`] for any RST_STREAM, [`HboneError::Lost`] or its cause if the
+    /// connection ended: the data read so far may be incomplete.
     pub async fn read(&mut self) -> Result<Option<Bytes>, HboneError> {
         poll_fn(|cx| self.poll_read(cx)).await
     }
@@ -98,12 +98,12 @@ impl TunnelReader {
     /// [`TunnelReader::read`] as a poll function.
     ///
     /// # Errors
-    /// As there.
+    /// Like [`TunnelReader::read`].
     pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, HboneError>> {
         match ready!(self.open.poll_received(cx)) {
             Some(Ok(chunk)) => {
                 self.tunnel_state().activity().count_useful(chunk.len());
-                // Most answers follow a request that was read.
+                // Received data usually means that the peer's application has read our request.
                 self.open.note_sign_of_reading();
                 Poll::Ready(Ok(Some(chunk)))
             }
@@ -112,7 +112,7 @@ impl TunnelReader {
         }
     }
 
-    /// Whether all that the peer sent has been read, and END_STREAM is known to be behind it.
+    /// Whether all data has been read, and END_STREAM was received.
     pub fn is_at_end(&self) -> bool {
         self.open.is_at_end()
     }
@@ -129,7 +129,7 @@ impl Drop for TunnelReader {
 }
 
 impl TunnelWriter {
-    /// Queues all of `data`, waiting for the peer's window and our own buffer; nothing is copied.
+    /// Queues all of `data` without a copy; waits for the peer's window and our own buffer.
     ///
     /// Not cancel-safe: a part may have been sent.
     ///
@@ -142,12 +142,12 @@ impl TunnelWriter {
         Ok(())
     }
 
-    /// Queues as much from the front of `data`, which must not be empty, as there is room for, and
-    /// says how much that was. If it is the `last`, the frame with the end of it carries END_STREAM
-    /// too: nothing may be written after that.
+    /// Queues as much from the front of `data`, which must not be empty, as there is room for;
+    /// returns how much. If it is the `last`, its final frame carries END_STREAM too, and nothing
+    /// may be written after it.
     ///
     /// Small writes may be gathered (`gather.rs`): call [`TunnelWriter::poll_flush`] when there is
-    /// nothing more to write for now.
+    /// no more data for now.
     ///
     /// # Errors
     /// As [`TunnelWriter::write`].
@@ -162,7 +162,7 @@ impl TunnelWriter {
         }
         ready!(self.poll_writable(cx))?;
         if !last && !self.gather.is_empty() && data.len() < SMALL {
-            // One frame for both. What finds no room stays gathered.
+            // One frame for both. Data without room stays gathered.
             let added = self.gather.add(data);
             if added > 0 {
                 return match self.poll_gathered(cx) {
@@ -175,7 +175,7 @@ impl TunnelWriter {
         self.poll_send(cx, data, last)
     }
 
-    /// Sends what was gathered, when it is time. Ready when nothing is left.
+    /// Sends gathered data when it is due. Ready when nothing is left.
     ///
     /// # Errors
     /// As [`TunnelWriter::write`].
@@ -188,8 +188,8 @@ impl TunnelWriter {
         self.poll_gathered(cx)
     }
 
-    /// Ready while the connection takes what is written to it. Until then the caller keeps its data
-    /// and reads no more: h2 would hold every piece with the whole buffer that it was read into.
+    /// Ready while the connection is not blocked. Until then the caller must keep its data and read
+    /// no more: h2 would hold the entire read buffer of each piece.
     fn poll_writable(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HboneError>> {
         let stream = self.send.stream_id().as_u32();
         if self.tunnel_state().back_pressure().poll_writable(stream, cx).is_ready() {
@@ -198,8 +198,7 @@ impl TunnelWriter {
         self.poll_closed(cx).map(Err)
     }
 
-    /// Ready when a frame of `length` bytes may be sent beside what is gathered, though it is
-    /// small.
+    /// Ready when a small frame of `length` bytes, besides gathered data, may be sent.
     fn poll_due(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<()> {
         self.gather.poll_due(cx, self.send.stream_id().as_u32(), &self.open, length)
     }
@@ -226,8 +225,8 @@ impl TunnelWriter {
         Poll::Ready(Ok(length))
     }
 
-    /// Sends END_STREAM, unless it was sent: the peer reads a clean end behind all that was
-    /// written. The other direction goes on.
+    /// Sends END_STREAM once: the peer reads a clean end after all written data. The other
+    /// direction stays open.
     ///
     /// # Errors
     /// As [`TunnelWriter::write`].
@@ -235,26 +234,26 @@ impl TunnelWriter {
         if self.ended {
             return Ok(());
         }
-        // Without waiting for room: it is little.
+        // Send the rest without waiting for room, because it is small.
         let rest = self.gather.take(usize::MAX);
         self.send(rest, true)
     }
 
-    /// Sends RST_STREAM(CONNECT_ERROR) for both directions, dropping what is queued; also after
-    /// [`TunnelWriter::finish`]. The code is RFC 9113 section 8.5's for a TCP connection that was
-    /// reset.
+    /// Sends RST_STREAM(CONNECT_ERROR) for both directions and drops queued data; also after
+    /// [`TunnelWriter::finish`]. RFC 9113 section 8.5 specifies this code for a TCP connection that
+    /// was reset.
     pub fn abort(&mut self) {
         self.aborted = true;
         self.send.send_reset(Reason::CONNECT_ERROR);
     }
 
-    /// Waits until the peer aborted the stream or the connection ended: for when there is nothing
-    /// to write. Cancel-safe; never returns if both directions end well.
+    /// Waits until the peer aborts the stream or the connection ends, for times without data to
+    /// write. Cancel-safe; never returns if both directions end cleanly.
     pub async fn closed(&mut self) -> HboneError {
         poll_fn(|cx| self.poll_closed(cx)).await
     }
 
-    /// How much may be sent now, of the `wanted` bytes or more; never 0.
+    /// The number of bytes that may be sent now, which may exceed `wanted`; never 0.
     fn poll_capacity(
         &mut self,
         cx: &mut Context<'_>,
@@ -283,8 +282,7 @@ impl TunnelWriter {
         Ok(())
     }
 
-    /// h2 only says that a closed stream cannot be written to; why it is closed is asked
-    /// separately.
+    /// h2 reports only that the stream is closed; its reason is queried separately.
     fn refusal(&mut self, error: h2::Error) -> HboneError {
         match self.poll_closed(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(reason) => reason,
@@ -292,7 +290,7 @@ impl TunnelWriter {
         }
     }
 
-    /// [`TunnelWriter::closed`] for who is no `async fn`.
+    /// [`TunnelWriter::closed`] as a poll function.
     pub fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<HboneError> {
         self.send.poll_reset(cx).map(|closed| match closed {
             Ok(reason) => HboneError::Reset { reason },

@@ -1,7 +1,7 @@
-//! What the parts of one connection share: who the peer is, when it was last heard, how many
-//! streams are open, how much goes over it, and why it failed if it did.
+//! The shared state of one connection: peer, time of the last received data, open streams, traffic,
+//! and the reason of failure.
 //!
-//! Not here: frames. h2 owns the connection; this is what its handles cannot tell.
+//! Not here: frames, which h2 handles. This state holds what h2's handles do not report.
 
 mod monitored;
 mod received;
@@ -40,16 +40,16 @@ pub(crate) struct TunnelState {
     peer: PeerIdentity,
     usable_until: SystemTime,
     opened: Instant,
-    /// When bytes last came in, as milliseconds since `opened`.
+    /// Time of the last received bytes, in milliseconds since `opened`.
     heard: AtomicU64,
     traffic: Traffic,
     load: Mutex<Load>,
     streams: Streams,
     activity: PeerActivity,
     back_pressure: BackPressure,
-    /// Why the connection failed, when h2 does not know: a TLS alert, or a silent peer.
+    /// The reason of failure if h2 has none: a TLS alert, or a silent peer.
     failure: OnceLock<HboneError>,
-    /// Whether it is to close with its last stream.
+    /// Whether it closes with its last stream.
     released: AtomicBool,
     revocation: Revocation,
     closed: watch::Sender<bool>,
@@ -62,7 +62,7 @@ struct Load {
 }
 
 impl TunnelState {
-    /// `usable_until`: when the first of both sides' certificates expires.
+    /// `usable_until`: the earliest expiry of both certificates.
     pub(crate) fn new(peer: PeerIdentity, usable_until: SystemTime) -> Arc<Self> {
         let now = Instant::now();
         Arc::new(Self {
@@ -90,7 +90,7 @@ impl TunnelState {
         self.usable_until
     }
 
-    /// Whether the first of both sides' certificates has expired: no stream may begin.
+    /// Whether either certificate has expired: no stream may start.
     pub(crate) fn is_expired(&self) -> bool {
         clock::now() >= self.usable_until
     }
@@ -103,13 +103,13 @@ impl TunnelState {
         self.load().open_streams
     }
 
-    /// Since when no stream is open; `None` while one is.
+    /// Time since no stream is open; `None` while one is.
     pub(crate) fn idle_since(&self) -> Option<Instant> {
         let load = self.load();
         (load.open_streams == 0).then_some(load.idle_since)
     }
 
-    /// What went over it lately, in both directions: the mean of about a second, or of the silence
+    /// The data rate of both directions: the mean of about the last second, or of the silence
     /// since.
     pub(crate) fn bytes_per_second(&self) -> u64 {
         self.traffic.mean(self.age())
@@ -123,14 +123,14 @@ impl TunnelState {
         &self.activity
     }
 
-    /// Since when the peer owes the rest of a frame or header block that has a deadline.
+    /// Time since which a frame or header block with a deadline is incomplete.
     pub(crate) fn unfinished_since(&self, streams_open: bool) -> Option<Instant> {
         let unfinished = self.activity.unfinished()?;
         let has_deadline = !(unfinished.data && streams_open);
         has_deadline.then(|| self.opened + Duration::from_millis(unfinished.since))
     }
 
-    /// Notes that the peer exceeded a limit: the connection is to be closed.
+    /// Records that the peer exceeded a limit, for which the connection is closed.
     pub(crate) fn exceed(&self, limit: TunnelLimit) {
         self.activity.exceed(limit);
     }
@@ -162,31 +162,29 @@ impl TunnelState {
         }
     }
 
-    /// Notes why the connection is about to end. The first reason stays.
+    /// Records why the connection is about to end. The first reason stays.
     pub(crate) fn fail(&self, reason: HboneError) {
         // A second reason follows from the first.
         let _first = self.failure.set(reason);
     }
 
-    /// The same for a peer that is not to be trusted any longer: its streams end at once, whatever
-    /// of them is still to be read.
+    /// Records that the peer is no longer trusted: its streams end at once, even with unread data.
     pub(crate) fn revoke(&self, reason: HboneError) {
         self.fail(reason);
         self.revocation.signal();
     }
 
-    /// Waits until the peer is not to be trusted any longer.
+    /// Waits until the peer is no longer trusted.
     pub(crate) fn revocation(self: &Arc<Self>) -> RevocationSignal {
         RevocationSignal::new(self.clone())
     }
 
-    /// Notes that nobody will open a stream any more.
+    /// Records that no more streams will be opened.
     pub(crate) fn release(&self) {
         self.released.store(true, Ordering::Relaxed);
     }
 
-    /// Whether something is expected of the peer: that it serves a stream, or lets us close the
-    /// connection.
+    /// Whether the peer must respond: it serves a stream, or the connection is closing.
     pub(crate) fn is_needed(&self) -> bool {
         self.open_streams() > 0 || self.released.load(Ordering::Relaxed)
     }
@@ -201,18 +199,18 @@ impl TunnelState {
 
     /// Waits for the end of the connection.
     pub(crate) async fn closed(&self) {
-        // The sender is ours, so this cannot fail.
+        // We own the sender, so this cannot fail.
         let mut closed = self.closed.subscribe();
         let _ended = closed.wait_for(|closed| *closed).await;
     }
 
-    /// Why the connection ended.
+    /// The reason why the connection ended.
     pub(crate) fn lost(&self, source: Option<h2::Error>) -> HboneError {
         let lost = || HboneError::Lost { source: source.map(Arc::new) };
         self.failure.get().cloned().unwrap_or_else(lost)
     }
 
-    /// What an error of a stream means: it was reset alone, or it ended with its connection.
+    /// Converts an error of a stream: it was reset alone, or it ended with its connection.
     pub(crate) fn stream_error(&self, error: h2::Error) -> HboneError {
         match error.reason() {
             Some(reason) if error.is_reset() && error.is_remote() => HboneError::Reset { reason },
@@ -222,11 +220,12 @@ impl TunnelState {
     }
 
     fn load(&self) -> std::sync::MutexGuard<'_, Load> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         self.load.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that bytes came; returns when, in milliseconds since the connection was opened.
+    /// Records that bytes arrived; returns the time in milliseconds since the connection was
+    /// opened.
     fn hear(&self) -> u64 {
         let age = self.age();
         self.heard.store(age, Ordering::Relaxed);
@@ -242,8 +241,8 @@ impl TunnelState {
         }
     }
 
-    /// The peer returned credit: for a stream of which half a window was read, or at the beginning,
-    /// for the connection.
+    /// Handles returned flow control credit: for a stream after half a window was read, or for the
+    /// connection.
     fn credited(&self, WindowUpdate { stream, increment }: WindowUpdate) {
         if stream != 0 {
             if let Some(open) = self.streams.get(stream) {
@@ -254,7 +253,7 @@ impl TunnelState {
         }
     }
 
-    /// In milliseconds.
+    /// The age in milliseconds.
     pub(crate) fn age(&self) -> u64 {
         u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX)
     }

@@ -15,12 +15,12 @@ use crate::process::privileges::{
 };
 
 impl ProxyUser {
-    /// Whom the process has to become, so that the rules know its connections; `None` if they do as
-    /// it is, or tell them otherwise.
+    /// The user that the process must change to, so that the rules recognize its connections.
+    /// `None` if its user is right, or the rules use another criterion.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::WrongUser`]: it would have to, and cannot.
+    /// [`InterceptionError::WrongUser`]: a change is required and impossible.
     pub fn required(settings: &InterceptionSettings) -> Result<Option<Self>, InterceptionError> {
         match settings.profile {
             Profile::Ambient | Profile::None => return Ok(None),
@@ -33,7 +33,8 @@ impl ProxyUser {
             return Ok(None);
         }
         let first_gid = settings.proxy_gids.first();
-        // Istio's own TPROXY rules know the proxy by its group; as their user, it would be caught again.
+        // Istio's own TPROXY rules recognize the proxy by its group; they would capture its
+        // connections again if it had their user.
         let by_group = settings.exact && settings.inbound.mode == InboundMode::Tproxy;
         let first_uid = settings.proxy_uids.first().filter(|_| !by_group);
         let user = match (first_uid, first_gid) {
@@ -53,24 +54,23 @@ impl ProxyUser {
         announce_change_of_user(true);
     }
 
-    /// Makes the process this user's, and leaves the calling thread no capability. There is no way
-    /// back.
+    /// Changes the user of the process, irreversibly, and leaves the calling thread no capability.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::BecomeUser`]: the kernel refused, as it does for a user that the user
-    /// namespace does not have.
+    /// [`InterceptionError::BecomeUser`]: the kernel refused, for example because the user
+    /// namespace lacks this user.
     pub fn become_it(self) -> Result<(), InterceptionError> {
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
         let become_it = || -> io::Result<()> {
             bound(Kept::Nothing)?;
-            // What the process was allowed as a member of root's groups.
+            // Drop the supplementary groups of root.
             setgroups(&[])?;
             setresgid(gid, gid, gid)?;
             setresuid(uid, uid, uid)?;
             announce_change_of_user(false);
             keep(Kept::Nothing)?;
-            // The kernel sets it to fs.suid_dumpable with the user (proc(5)).
+            // The kernel resets the flag to fs.suid_dumpable when the user changes (proc(5)).
             prctl::set_dumpable(false)?;
             Ok(())
         };

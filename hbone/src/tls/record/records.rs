@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! receive   record ─ open ─┬─ application data ─▶ the reader
-//!                          ├─ KeyUpdate ────────▶ next receiving key; if requested, our KeyUpdate becomes due
+//!                          ├─ KeyUpdate ────────▶ next receiving key; our answer if requested
 //!                          ├─ NewSessionTicket ─▶ the key schedule stores it
 //!                          └─ alert ────────────▶ clean end after close_notify, otherwise an error
 //! send      a KeyUpdate if one is due or the key reaches its limit, then application data

@@ -1,4 +1,4 @@
-//! Sessions that are resumed, and all that must not be.
+//! Sessions that are resumed, and sessions that must not be.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -49,8 +49,8 @@ impl Parties {
         Self::new(credentials(ca, CLIENT, 1, HOUR), credentials(ca, SERVER, 2, HOUR))
     }
 
-    /// Whether a new tunnel resumes an earlier session, as both sides see it; it is used until its
-    /// tickets have come.
+    /// Whether a new tunnel resumes an earlier session, as both sides report; it stays open until
+    /// its tickets arrive.
     async fn resume(
         &self,
         address: SocketAddr,
@@ -111,7 +111,7 @@ async fn rotation_of_either_side_prevents_resumption() {
     let parties = Parties::of(&ca);
     assert!(!parties.again().await);
     parties.server.send_replace(credentials(&ca, SERVER, 3, HOUR));
-    // The client offers a ticket that the server has no key for, as with a stock ztunnel.
+    // The client offers a ticket that the server cannot decrypt, as with a stock ztunnel.
     assert!(!parties.again().await);
     assert!(parties.again().await);
     parties.client.send_replace(credentials(&ca, CLIENT, 4, HOUR));
@@ -134,7 +134,7 @@ async fn revocation_prevents_resumption() {
 #[tokio::test(start_paused = true)]
 async fn session_ends_with_either_certificate() {
     let ca = Ca::root("ours");
-    // The server's: the client does not even try.
+    // The server's certificate expires: the client offers no ticket.
     let parties =
         Parties::new(credentials(&ca, CLIENT, 1, 3 * HOUR), credentials(&ca, SERVER, 2, HOUR));
     assert!(!parties.again().await);
@@ -143,7 +143,7 @@ async fn session_ends_with_either_certificate() {
     sleep(HOUR).await;
     let (refused, _) = parties.resume(ADDRESS, &[id(SERVER)]).await.unwrap_err();
     assert!(matches!(refused, Some(HboneError::PeerCertificateExpired { .. })), "{refused:?}");
-    // The client's: it does not try either.
+    // The client's certificate expires: it offers no ticket either.
     let parties =
         Parties::new(credentials(&ca, CLIENT, 1, HOUR), credentials(&ca, SERVER, 2, 3 * HOUR));
     assert!(!parties.again().await);
@@ -165,7 +165,8 @@ async fn tickets_of_several_servers_end_with_earliest_certificate() {
     assert!(parties.again().await);
 }
 
-/// A handshake, and whether it was a resumed one; the client reads until its tickets have come.
+/// Performs a handshake; returns whether it resumed a session. The client reads until its tickets
+/// arrive.
 async fn handshake(
     client: &ClientTls,
     server: &ServerTls,
@@ -176,7 +177,7 @@ async fn handshake(
     let connect = async {
         let (mut stream, _) = client.connect(Box::new(near), address, &expected).await?;
         let mut greeting = [0; 5];
-        // Nothing comes if it is refused.
+        // No data arrives if the client is refused.
         let _refused = stream.read_exact(&mut greeting).await;
         Ok(())
     };
@@ -220,7 +221,7 @@ async fn number_of_peers_with_sessions_is_bounded() {
     let ca = Ca::root("ours");
     let (client, server) = (credentials(&ca, CLIENT, 1, HOUR), credentials(&ca, SERVER, 2, HOUR));
     for port in 1..=1030 {
-        // Nobody answers.
+        // The server never answers.
         let (near, far) = duplex(1024);
         drop(far);
         let address = SocketAddr::from(([10, 0, 0, 1], port));

@@ -1,4 +1,4 @@
-//! Requests that fail, and peers that say nothing.
+//! Failing requests, and silent peers.
 
 use http::header::HeaderValue;
 use tokio::io::{AsyncWriteExt as _, duplex};
@@ -53,7 +53,7 @@ async fn missing_answer_times_out() {
     let answer = tunnel.connect(request(), SECOND).await;
     assert!(matches!(answer, Err(HboneError::ReplyTimeout { after: SECOND })), "{answer:?}");
     assert_eq!(tunnel.open_streams(), 0);
-    // The server learns of it when it answers.
+    // The server detects the cancellation when it answers.
     tokio::task::yield_now().await;
     let late = served.next().await.accept(HeaderMap::new());
     assert!(late.is_err() || late.unwrap().split().0.read().await.is_err());
@@ -104,8 +104,7 @@ async fn tunnel_ends_with_last_handle_and_stream() {
     served.ended().await;
 }
 
-/// A tunnel to a server that has a certificate and sends `bytes` instead of HTTP/2, and what keeps
-/// it open.
+/// A tunnel to a server that sends `bytes` instead of HTTP/2, and the values that keep it open.
 async fn tunnel_to(bytes: Vec<u8>) -> (Tunnel, impl Sized) {
     let authority = authority("td");
     let server = credentials(&identity(&authority, SERVER));

@@ -1,7 +1,7 @@
-//! What ends a tunnel whose client does not end it: a drain that it does not acknowledge, and
-//! requests that are refused again and again.
+//! Ends a tunnel whose client does not: after an unacknowledged drain, or too many refused
+//! requests.
 //!
-//! Not here: sending GOAWAY. The tunnel does.
+//! Not here: sending GOAWAY, which the tunnel does.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -12,24 +12,24 @@ use tokio::time::{Instant, Sleep, sleep};
 use crate::limits::token_bucket::TokenBucket;
 use crate::tunnel::tunnel_state::TunnelState;
 
-/// How long a client may open streams after GOAWAY: h2 sends the one that names the last stream
-/// only when the client has acknowledged a PING (RFC 9113 section 6.8), which may wait behind bulk
-/// as long as keepalive's answer.
+/// Time in which a client may open streams after GOAWAY. h2 sends the GOAWAY with the last stream
+/// only after the client's answer to PING (RFC 9113 section 6.8). That may be queued behind bulk
+/// data, as for keepalive.
 const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_secs(30);
-/// How often an overdue drain looks for the end of the last stream.
+/// Interval at which an overdue drain checks for open streams.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Refused requests (4xx, or REFUSED_STREAM after a drain) that a client may have at once, and in a
-/// second after that. A client that a policy refuses, and that tries again for each of its
-/// application's connections, is drained, not closed.
+/// Refused requests (4xx, or REFUSED_STREAM after a drain) that a client may have in a burst, and
+/// per second after that. A client that policies refuse, and that retries for each connection of
+/// its application, is drained, not closed.
 const REFUSED: u64 = 1000;
 const REFUSED_PER_SECOND: u64 = 20;
 
-/// A drain under way.
+/// A drain in progress.
 #[derive(Debug)]
 pub(super) struct Drain {
     timer: Pin<Box<Sleep>>,
-    /// Whether the client has had its time to acknowledge.
+    /// Whether the time to acknowledge has passed.
     pub(super) is_overdue: bool,
 }
 
@@ -38,7 +38,7 @@ impl Drain {
         Self { timer: Box::pin(sleep(ACKNOWLEDGE_TIMEOUT)), is_overdue: false }
     }
 
-    /// Ready when the drain is overdue and no stream is left.
+    /// Ready if the drain is overdue and no stream is left.
     pub(super) fn poll_over(&mut self, cx: &mut Context<'_>, has_streams: bool) -> Poll<()> {
         while !self.is_overdue || has_streams {
             ready!(self.timer.as_mut().poll(cx));
@@ -49,7 +49,7 @@ impl Drain {
     }
 }
 
-/// How many requests of one client were refused.
+/// The refused requests of one client.
 #[derive(Debug)]
 pub(super) struct Refusals {
     seen: u64,
@@ -63,7 +63,7 @@ impl Default for Refusals {
 }
 
 impl Refusals {
-    /// Counts those since the last call; whether an honest client may have as many.
+    /// Counts refusals since the last call; returns whether they are within the limit.
     pub(super) fn are_bearable(&mut self, tunnel_state: &TunnelState) -> bool {
         let refused = tunnel_state.activity().refused();
         let new = refused.saturating_sub(self.seen);
@@ -71,7 +71,7 @@ impl Refusals {
         new == 0 || self.budget.take(new, tunnel_state.age(), 0)
     }
 
-    /// Counts from now on as from the beginning.
+    /// Restarts the count.
     pub(super) fn restart(&mut self, tunnel_state: &TunnelState) {
         *self = Self { seen: tunnel_state.activity().refused(), ..Self::default() };
     }

@@ -1,4 +1,4 @@
-//! Requests that are none, slow clients, and the way out.
+//! Invalid requests, slow clients, and drains.
 
 mod drain;
 mod limits;
@@ -23,7 +23,7 @@ async fn silent_client_times_out() {
     assert!(matches!(accepted, Err(HboneError::HandshakeTimeout { after: SECOND })));
 }
 
-/// A client to do TLS with, and nothing more.
+/// Credentials of a client for TLS only, and an acceptor.
 fn client_and_acceptor() -> (Credentials, Acceptor) {
     let authority = authority("td");
     let server = credentials(&identity(&authority, SERVER));
@@ -35,7 +35,7 @@ fn client_and_acceptor() -> (Credentials, Acceptor) {
 async fn slow_client_times_out() {
     let (client, acceptor) = client_and_acceptor();
     let (near, mut tap) = duplex(64 << 10);
-    // All that the client has to say, of which each slow one sends as much as it comes to.
+    // The complete ClientHello, of which each slow client sends as much as its time allows.
     let hello = async {
         let mut hello = [0; 512];
         tap.read_exact(&mut hello).await.unwrap();
@@ -84,7 +84,7 @@ async fn client_that_stops_after_tls_times_out() {
     drop(client);
 }
 
-/// The status that the server gives without asking us.
+/// The status with which the server itself answers.
 async fn answered(request: Request<()>) -> StatusCode {
     let (client, acceptor) = client_and_acceptor();
     let (near, far) = duplex(64 << 10);
@@ -150,7 +150,7 @@ async fn drained_tunnel_of_unresponsive_client_times_out() {
     let (_tunnel, mut server) = Mesh::new().tunnel_over(near, far).await;
     deaf.store(true, Ordering::Relaxed);
     server.drain();
-    // Bounded, so that a wait for ever fails here and does not hang.
+    // A timeout, so that an endless wait fails the test.
     assert!(timeout(60 * SECOND, server.next()).await.unwrap().is_none());
 }
 
@@ -170,7 +170,7 @@ async fn client_cannot_exceed_stream_limit() {
     assert!(matches!(third, Err(HboneError::ReplyTimeout { .. })), "{third:?}");
     open.clear();
     let (near, _far) = tokio::join!(tunnel.connect(request(), SECOND), async {
-        // The request that was given up comes too, and says so when it is answered.
+        // The cancelled request arrives too, and its answer reports the cancellation.
         let given_up = served.next().await.accept(HeaderMap::new());
         assert!(matches!(given_up, Err(HboneError::Reset { .. })), "{given_up:?}");
         served.next().await.accept(HeaderMap::new()).unwrap()
@@ -193,7 +193,7 @@ async fn pending_request_reports_cancellation_by_client() {
     let (tunnel, server) = Mesh::new().tunnel().await;
     let mut served = Served::new(server);
     let asking = async {
-        // Given up as soon as it was heard of.
+        // Cancel the request as soon as it arrives.
         tokio::select! {
             answered = tunnel.connect(request(), HOUR) => panic!("{answered:?}"),
             incoming = served.next() => incoming,

@@ -1,10 +1,10 @@
-//! Gathers an application's small writes into larger DATA frames, where a frame for each would cost
-//! the peer more than it bears.
+//! Gathers an application's small writes into larger DATA frames, if single frames would cost the
+//! peer too much memory.
 //!
-//! Each frame costs its receiver some hundred bytes beside its payload until its application reads
-//! the stream. h2 counts for each frame what it is short of 256 bytes, and closes a connection with
-//! more than 25,600 of that unread (0.4.16 to 0.4.18; later ones by the connection's window): 100
-//! writes of one byte by one application, and all others lose their streams too. So
+//! Until it is read, each frame costs its receiver some hundred bytes in addition to its payload.
+//! h2 counts the difference of each frame to 256 bytes, and closes a connection with more than
+//! 25,600 unread (0.4.16 to 0.4.18; later versions use the connection's window). 100 unread writes
+//! of one byte would thus end all streams of a tunnel. Therefore
 //!
 //! * while the connection is blocked, small writes are gathered: they would wait anyway;
 //! * while the peer gives no sign that its application reads, small frames go at growing intervals.
@@ -30,31 +30,29 @@ const FREE_FRAME_LENGTH: u64 = 256;
 /// Debt of a connection above which its streams are paced: well below the 25,600 at which h2 closes
 /// the connection.
 const PACE_ABOVE: u64 = 14_000;
-/// So many frames of a stream are not paced: a request and its beginning.
+/// Number of unpaced frames of a stream: a request and its beginning.
 const FREE_FRAMES: u32 = 2;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-/// Maximum pause, which a person hardly notices. At this interval 1 KiB a second fills a frame of
-/// 256 bytes, which costs nothing.
+/// Maximum pause, which a user hardly notices. At this interval, 1 KiB/s fills frames of 256 bytes,
+/// which cost nothing.
 const MAX_PAUSE: Duration = Duration::from_millis(250);
-/// Debt above which pauses grow to [`MAX_SLOW_PAUSE`]: close to where h2 closes the connection.
+/// Debt above which pauses grow to [`MAX_SLOW_PAUSE`]: close to the limit of h2.
 const SLOW_ABOVE: u64 = 20_000;
 /// Maximum pause above [`SLOW_ABOVE`].
 const MAX_SLOW_PAUSE: Duration = Duration::from_secs(1);
 
-/// What one stream has gathered, and what it owes. Boxed: most streams never gather, nor owe
-/// anything.
+/// The gathered data and the debt of one stream. Boxed, since most streams have neither.
 #[derive(Debug, Default)]
 pub(super) struct Gather(Option<Box<State>>);
 
 #[derive(Debug, Default)]
 struct State {
     bytes: BytesMut,
-    /// What its small frames cost, as h2 counts it, since the peer last gave a sign that they are
-    /// read.
+    /// Debt of its small frames in h2's count, since the last sign that the peer reads them.
     owed: u64,
     frames: u32,
     pause: Duration,
-    /// When the next small frame may go.
+    /// The time of the next small frame.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -67,7 +65,7 @@ impl Gather {
         self.0.as_ref().map_or(0, |state| state.bytes.len())
     }
 
-    /// Takes some from the front of `data`: how many.
+    /// Takes bytes from the front of `data`; returns how many.
     pub(super) fn add(&mut self, data: &mut Bytes) -> usize {
         let part = data.split_to(data.len().min(MAX_GATHERED.saturating_sub(self.len())));
         self.0.get_or_insert_default().bytes.extend_from_slice(&part);
@@ -79,13 +77,13 @@ impl Gather {
         let Some(state) = &mut self.0 else { return Bytes::new() };
         let part = state.bytes.split_to(length.min(state.bytes.len())).freeze();
         if state.bytes.is_empty() {
-            // It would hold on to the memory of what was gathered before.
+            // Release the memory of earlier data.
             state.bytes = BytesMut::new();
         }
         part
     }
 
-    /// Ready when what is gathered, and `more`, should go as a frame.
+    /// Ready when the gathered data and `more` should be sent as a frame.
     pub(super) fn poll_due(
         &mut self,
         cx: &mut Context<'_>,
@@ -123,7 +121,7 @@ impl Gather {
         self.0.get_or_insert_default().sent(open, cost);
     }
 
-    /// Owes nothing any more: the stream has ended.
+    /// Clears the debt, because the stream has ended.
     pub(super) fn settle(&mut self, tunnel_state: &TunnelState) {
         if let Some(state) = &mut self.0 {
             state.settle(tunnel_state);

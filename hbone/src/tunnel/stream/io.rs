@@ -28,7 +28,7 @@ const LINGER_BYTES: usize = 16 << 20;
 pub struct TunnelIo {
     reader: TunnelReader,
     writer: TunnelWriter,
-    /// What of the last chunk was not read yet.
+    /// The unread rest of the last chunk.
     unread: Bytes,
     /// Whether it is shut down only when the peer has ended its direction too.
     lingers: bool,

@@ -94,7 +94,7 @@ async fn both_sides_know_each_other_and_bytes_come_back_in_order() {
 #[tokio::test]
 async fn bytes_arrive_unchanged_over_one_byte_transport() {
     let mesh = Mesh::new();
-    // Not less: h2 writes its preface and first settings before it reads.
+    // The minimum: h2 writes its preface and first SETTINGS before it reads.
     let (near, far) = duplex(256);
     let (tunnel, server) = mesh.tunnel_over(Awkward::new(near, 1), Awkward::new(far, 1)).await;
     let mut served = Served::new(server);
@@ -123,7 +123,7 @@ async fn directions_end_independently() {
     }
 }
 
-/// How one side stops without an end, and what the other side reads.
+/// Stops one side without an end, and checks the error at the other side.
 async fn abort_is_seen(client_aborts: bool, stop: impl Fn(TunnelReader, TunnelWriter)) -> Reason {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
     let (stopping, other) = if client_aborts { (near, far) } else { (far, near) };
@@ -165,7 +165,7 @@ async fn finished_writer_can_abort_the_other_direction() {
     let (mut reader, mut writer) = far.split();
     near_writer.finish().unwrap();
     assert!(reader.read().await.unwrap().is_none());
-    // It was said already.
+    // END_STREAM was sent already.
     near_writer.finish().unwrap();
     near_writer.abort();
     let HboneError::Reset { reason } = writer.closed().await else { panic!() };
@@ -213,7 +213,7 @@ async fn unread_stream_bounds_its_writer() {
             sent += piece.len();
         }
         assert_eq!(sent, 100_000, "the stream window, and no more");
-        // Reading is not enough: the credit comes back with the next read.
+        // The credit is returned with the next read, not with this one.
         let chunk = reader.read().await.unwrap().unwrap();
         let stuck = tokio::time::timeout(SECOND, writer.write(piece.clone())).await;
         assert!(stuck.is_err(), "{} bytes were read but not worked off", chunk.len());
@@ -253,7 +253,7 @@ async fn unread_streams_are_bounded_by_connection_window() {
     assert_eq!(sent, 300_000);
 }
 
-/// An accepted stream: what writes, and what reads.
+/// One direction of an accepted stream: its writer and its reader.
 async fn direction(
     tunnel: &Tunnel,
     served: &mut Served,
@@ -296,7 +296,7 @@ async fn unread_streams_do_not_block_other_streams() {
         let data = pattern(5 << 20);
         let moved = tokio::time::timeout(60 * SECOND, round_trip(writing, data.clone())).await;
         assert!(moved.expect("it goes on") == data);
-        // Now they go on too, and nothing is missing.
+        // The stalled streams continue without loss.
         for (sent, mut reader, mut writer, ..) in stalled {
             writer.finish().unwrap();
             let received = tokio::time::timeout(SECOND, drain(&mut reader)).await;

@@ -1,5 +1,5 @@
-//! The TLS stream under h2: measures what comes and goes, and enforces the limits of the frames
-//! that a peer sends.
+//! The TLS stream under h2: measures traffic, and enforces the limits of the frames that a peer
+//! sends.
 
 use std::io;
 use std::pin::Pin;
@@ -12,20 +12,19 @@ use super::TunnelState;
 use crate::tls::known_error;
 use crate::tunnel::inspect::Inspector;
 
-/// How much is read in one turn of the task that drives a connection, by its cost, before the
-/// readers of the streams get theirs. What they were given is still in the caches then, instead of
-/// a whole window of it.
+/// Maximum cost of data that is read in one turn of the connection's task, before the readers of
+/// streams run. Their data is then still in the CPU caches.
 const TURN: usize = 256 << 10;
 
-/// The TLS stream under h2. Notes in its [`TunnelState`] what h2 does not keep: when bytes came,
-/// which alert ended the connection, or what ended the stream that carries it. Reads nothing more
-/// once the peer has exceeded a limit.
+/// The TLS stream under h2. Records in its [`TunnelState`] what h2 discards: the time of received
+/// bytes, the alert that ended the connection, or the error of the carrier stream. Reads no more
+/// after the peer has exceeded a limit.
 #[derive(Debug)]
 pub(crate) struct Monitored<T> {
     io: T,
     tunnel_state: Arc<TunnelState>,
     inspector: Inspector,
-    /// How much was read in this turn, by its cost.
+    /// Cost of the data that was read in this turn.
     read: usize,
 }
 
@@ -35,7 +34,7 @@ impl<T> Monitored<T> {
         Self { io, tunnel_state, inspector, read: 0 }
     }
 
-    /// Counts what was read; whether h2 may have it.
+    /// Counts received data; returns whether h2 may process it.
     fn inspect(&mut self, read: &[u8]) -> bool {
         let (tunnel_state, activity) = (&self.tunnel_state, self.tunnel_state.activity());
         let frames = self.inspector.data_frames();
@@ -61,7 +60,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Monitored<T> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.tunnel_state.exceeded().is_some() {
-            // The task that drives the connection looks for this whenever h2 has nothing to do.
+            // The connection's task checks for this when h2 is pending.
             return Poll::Pending;
         }
         if self.read >= TURN {
@@ -101,7 +100,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Monitored<T> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // TLS buffers records: only a flush shows whether the connection took them.
+        // TLS buffers records: only a flush shows whether the connection accepted them.
         let polled = Pin::new(&mut self.io).poll_flush(cx);
         self.tunnel_state.back_pressure.set_blocked(polled.is_pending());
         polled
@@ -160,7 +159,7 @@ mod tests {
         let (tunnel, _server) = Mesh::new().tunnel().await;
         let (near, mut far) = duplex(2 * TURN);
         let mut near = Monitored::new(near, tunnel.tunnel_state().clone(), inspector());
-        // The beginning of one DATA frame.
+        // The start of one DATA frame.
         let head = [0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1];
         far.write_all(&[&head[..], &vec![0; 2 * TURN - head.len()]].concat()).await.unwrap();
         let (mut read, mut buffer) = (0, vec![0; TURN / 4]);
@@ -168,7 +167,7 @@ mod tests {
             read += length.unwrap();
         }
         assert_eq!(read, TURN);
-        // Whoever waits is woken at once.
+        // The waiting reader is woken at once.
         assert_eq!(near.read(&mut buffer).await.unwrap(), TURN / 4);
     }
 }

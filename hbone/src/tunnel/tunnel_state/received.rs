@@ -1,11 +1,10 @@
-//! What a stream has received and its application has not read yet.
+//! The received data of a stream that its application has not read yet.
 //!
-//! h2 hands out slices of the buffers that it reads the connection into, and a buffer lives as long
-//! as its last slice: one byte may hold 256 KiB. Data that is not read for a while is therefore
-//! taken out of h2 and copied into buffers of its own size. Data that is read in time is never
-//! copied.
+//! h2 returns slices of its read buffers, and a buffer lives as long as its last slice: one byte
+//! may hold 256 KiB. Data that stays unread for a while is therefore copied into buffers of its own
+//! size. Data that is read in time is never copied.
 //!
-//! Not here: when to do that (`windows.rs`).
+//! Not here: deciding when to copy (`windows.rs`).
 
 use std::collections::VecDeque;
 use std::mem::take;
@@ -15,25 +14,25 @@ use std::task::{Context, Poll, Waker, ready};
 use bytes::Bytes;
 use h2::RecvStream;
 
-/// Pieces of this length or more stay in h2's buffer, which is at most a few times as large, unless
-/// the tunnel is crowded: copying them would cost bulk more than it saves.
+/// Pieces of this length or more stay in h2's buffer, which is at most a few times larger, unless
+/// the tunnel is crowded: copying bulk would cost more than it saves.
 const LARGE_PIECE: usize = 128 << 10;
 /// Maximum length of a buffer that pieces are copied into.
 const CHUNK: usize = 64 << 10;
 
-/// The receiving half of one stream. Its reader and the task that drives the connection share it.
+/// The receiving half of one stream, shared by its reader and the connection's task.
 #[derive(Debug, Default)]
 pub(super) struct Received(Mutex<Option<Queue>>);
 
 #[derive(Debug)]
 struct Queue {
     recv: RecvStream,
-    /// Data that precedes what h2 has.
+    /// Data before that in h2.
     copied: VecDeque<Bytes>,
     copied_bytes: usize,
-    /// Length of the chunk that the reader works on: its flow control credit is still ours.
+    /// Length of the chunk at the reader, whose flow control credit has not been returned.
     unreturned: usize,
-    /// How much of what h2 has was there at the last look already, in bytes.
+    /// Bytes in h2 that were already there at the last check.
     stale: usize,
 }
 
@@ -43,13 +42,13 @@ impl Received {
         *self.queue() = Some(Queue { recv, copied, copied_bytes, unreturned, stale });
     }
 
-    /// Drops what was received, and lets h2 drop what follows.
+    /// Drops received data, and lets h2 drop further data.
     pub(super) fn detach(&self) {
-        // h2 cleans up after its last handle: not under our lock.
+        // Drop h2's last handle, which cleans up, outside of our lock.
         let _queue = self.queue().take();
     }
 
-    /// The next chunk, never empty, and returns the credit of the one before.
+    /// Returns the next chunk, never empty, and the flow control credit of the previous one.
     pub(super) fn poll_read(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, h2::Error>>> {
         match &mut *self.queue() {
             Some(queue) => queue.poll_read(cx),
@@ -63,13 +62,13 @@ impl Received {
         queue.as_ref().is_none_or(|queue| queue.copied.is_empty() && queue.recv.is_end_stream())
     }
 
-    /// Copies what h2 had at the last look and still has: how much is held in all, in bytes.
+    /// Copies data that has been in h2 since the last check. Returns the total held, in bytes.
     pub(super) fn look(&self, crowded: bool) -> usize {
         self.queue().as_mut().map_or(0, |queue| queue.look(crowded))
     }
 
     fn queue(&self) -> MutexGuard<'_, Option<Queue>> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -108,7 +107,7 @@ impl Queue {
     fn return_credit(&mut self) {
         let credit = take(&mut self.unreturned);
         if credit > 0 {
-            // Fails only for more than was received.
+            // Fails only for more credit than was received.
             let _returned = self.recv.flow_control().release_capacity(credit);
         }
     }
@@ -126,7 +125,8 @@ impl Queue {
         let mut chunk = Vec::new();
         while self.stale > 0 {
             let room = self.stale.min(CHUNK);
-            // Never pending, so that the reader's waker stays in place: `stale` bytes are there.
+            // Never pending, since `stale` bytes are available, so the reader's waker stays
+            // registered.
             let polled = self.poll_piece(&mut Context::from_waker(Waker::noop()));
             let Poll::Ready(Some(Ok(piece))) = polled else { break };
             self.copied_bytes += piece.len();

@@ -1,5 +1,5 @@
-//! Signals to every user of a tunnel that its peer is no longer trusted, at the cost of one load
-//! for each poll.
+//! Signals to every user of a tunnel that its peer is no longer trusted, at the cost of one atomic
+//! load per poll.
 //!
 //! Not here: deciding that (`crate::trust::revocation`).
 
@@ -34,7 +34,7 @@ impl Revocation {
     pub(crate) fn signal(&self) {
         self.is_revoked.store(true, Ordering::SeqCst);
         let waiting: Vec<_> = self.waiting().iter().map(|(_, waker)| waker.clone()).collect();
-        // Not under the lock, which they may take.
+        // Wake tasks outside the lock, which they may take.
         waiting.into_iter().for_each(Waker::wake);
     }
 
@@ -43,7 +43,7 @@ impl Revocation {
     }
 
     fn waiting(&self) -> MutexGuard<'_, Slab<Waker>> {
-        // What is in there is whole at any time.
+        // The contents are consistent at any time, even after a panic.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,4 +1,4 @@
-//! The open streams of a tunnel: how many there are, and what they hold unread.
+//! The open streams of a tunnel: their number, and their unread data.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,19 +12,18 @@ use h2::{RecvStream, StreamId};
 use super::TunnelState;
 use super::received::Received;
 
-/// One stream of a tunnel. Counts as open once its request is accepted, for as long as it lives.
+/// One stream of a tunnel. Counts as open from the acceptance of its request until it is dropped.
 #[derive(Debug)]
 pub(crate) struct OpenStream {
     tunnel_state: Arc<TunnelState>,
     counted: AtomicBool,
-    /// Whether the peer gave a sign that its application reads the stream, since that was last
-    /// asked.
+    /// Whether the peer has shown that its application reads the stream, since the last query.
     is_read: AtomicBool,
     received: Received,
 }
 
 impl OpenStream {
-    /// A stream that does not count yet.
+    /// A stream that does not count as open yet.
     pub(super) fn new(tunnel_state: Arc<TunnelState>) -> Self {
         let (counted, is_read) = (AtomicBool::new(false), AtomicBool::new(false));
         Self { tunnel_state, counted, is_read, received: Received::default() }
@@ -41,20 +40,21 @@ impl OpenStream {
         &self.tunnel_state
     }
 
-    /// Begins to receive; from here on, what is received and not read is bounded.
+    /// Starts to receive; from here on, unread data is bounded.
     pub(crate) fn receive(self: &Arc<Self>, recv: RecvStream) {
         let stream = recv.stream_id();
         self.received.attach(recv);
         self.tunnel_state.streams.add(stream, self);
     }
 
-    /// Receives nothing more: what comes is dropped.
+    /// Stops receiving: further data is dropped.
     pub(crate) fn stop_receiving(&self, stream: StreamId) {
         self.tunnel_state.streams.remove(stream);
         self.received.detach();
     }
 
-    /// The next chunk of received data, never empty; `None` at the end. The one before is read.
+    /// The next chunk of received data, never empty; `None` at the end. The previous chunk counts
+    /// as read.
     pub(crate) fn poll_received(
         &self,
         cx: &mut Context<'_>,
@@ -84,7 +84,7 @@ impl Drop for OpenStream {
     }
 }
 
-/// The streams that receive, by their identifiers.
+/// The receiving streams by identifier.
 #[derive(Debug, Default)]
 pub(super) struct Streams(Mutex<HashMap<u32, Weak<OpenStream>, RandomState>>);
 
@@ -101,8 +101,8 @@ impl Streams {
         self.streams().get(&stream)?.upgrade()
     }
 
-    /// Copies out of h2's buffers what was there at the last look already, every piece of it if the
-    /// tunnel is `crowded`. Returns how much all streams hold unread, in bytes.
+    /// Copies data that has been in h2's buffers since the last check, and all pieces of it if the
+    /// tunnel is `crowded`. Returns the unread data of all streams, in bytes.
     pub(super) fn look(&self, crowded: bool) -> usize {
         let streams = self.streams();
         let open = streams.values().filter_map(Weak::upgrade);
@@ -110,7 +110,7 @@ impl Streams {
     }
 
     fn streams(&self) -> MutexGuard<'_, HashMap<u32, Weak<OpenStream>, RandomState>> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

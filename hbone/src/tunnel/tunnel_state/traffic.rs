@@ -1,26 +1,25 @@
-//! How many bytes a tunnel moves: a total, and the mean rate of about the last second.
+//! Measures the traffic of a tunnel: a total, and the mean rate of about the last second.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What h2 holds for each DATA frame that was not read, beside its payload, in bytes.
+/// Memory that h2 holds per unread DATA frame in addition to its payload, in bytes.
 const FRAME_COST: usize = 256;
 
-/// Bytes in both directions. Counting costs one addition per read or write; the mean is taken when
-/// bytes come in, where the time is known anyway. Times are milliseconds since the connection was
-/// opened.
+/// Bytes in both directions. Counting costs one addition per read or write; the mean is updated on
+/// receipt, where the time is known anyway. Times are milliseconds since the connection was opened.
 #[derive(Debug, Default)]
 pub(super) struct Traffic {
     pub(super) bytes: AtomicU64,
-    /// When the current interval began, and what `bytes` was then.
+    /// Start of the current interval, and the value of `bytes` then.
     since: AtomicU64,
     bytes_before: AtomicU64,
-    /// The mean of the interval before, per second.
+    /// The mean of the previous interval, per second.
     mean: AtomicU64,
     receive_cost: AtomicU64,
 }
 
 impl Traffic {
-    /// Long enough to even out bursts, short enough to notice a bulk transfer when it begins.
+    /// Length of an interval in milliseconds: smooths bursts, and detects a bulk transfer soon.
     const INTERVAL: u64 = 1000;
 
     pub(super) fn count(&self, bytes: usize) {
@@ -52,7 +51,7 @@ impl Traffic {
         cost
     }
 
-    /// What was received so far, in bytes: the frames, and what h2 holds for each of DATA.
+    /// Cost of all received data, in bytes: the frames, and h2's memory per DATA frame.
     pub(super) fn receive_cost(&self) -> u64 {
         self.receive_cost.load(Ordering::Relaxed)
     }

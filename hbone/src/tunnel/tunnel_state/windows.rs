@@ -1,28 +1,26 @@
-//! Bounds what a tunnel's stopped readers hold: shrinks every stream's window before they hold up
-//! the other streams, and copies what they hold out of h2's buffers.
+//! Bounds the unread data of a tunnel: shrinks the windows of all streams before stopped readers
+//! block others, and copies data out of h2's buffers.
 //!
-//! What came for a stream and was not read counts against its own window and against the
-//! connection's, and h2 returns both together. Readers that have stopped therefore take from the
-//! connection's window, each up to its own, until nothing is left. While they hold more than a
-//! quarter of it, SETTINGS_INITIAL_WINDOW_SIZE is a small one (RFC 9113 section 6.9.2: it changes
-//! the window of open streams too). The other streams go on with it, and readers that stop later
-//! hold little.
+//! Unread data of a stream counts against its own window and the connection's, and h2 returns both
+//! together. Stopped readers therefore use up the connection's window. While they hold more than a
+//! quarter of it, SETTINGS_INITIAL_WINDOW_SIZE is small, which also changes open streams (RFC 9113
+//! section 6.9.2). The other streams continue with it, and readers that stop later hold little.
 //!
-//! Not here: what we queue for a peer that does not read (`send_buffer`).
+//! Not here: data queued for a peer that does not read (`send_buffer`).
 
 use super::TunnelState;
 use crate::tunnel::settings::Http2Settings;
 
-/// The window that every stream of one connection has, by what is held unread. The connection's
-/// task looks at that, and only when enough has come for it to have changed.
+/// The window of every stream of one connection, derived from the unread data. The connection's
+/// task checks it only after enough data has arrived.
 #[derive(Debug)]
 pub(crate) struct Windows {
     wide: u32,
     narrow: u32,
-    /// How much unread makes the windows narrow; half of it makes them wide again.
+    /// Unread bytes above which windows become small; they become large again below half of it.
     crowded: usize,
     is_narrow: bool,
-    /// What had been received, by its cost, at the last look.
+    /// Cost of all data received up to the last check.
     looked: u64,
 }
 
@@ -39,8 +37,8 @@ impl Windows {
         }
     }
 
-    /// Looks at what is held, if enough has come since the last time, and sets another window if
-    /// need be. Whether it did: then there is something to send.
+    /// Checks the unread data if enough has arrived since the last check, and changes the window if
+    /// necessary. Returns whether it did, so that SETTINGS must be sent.
     pub(crate) fn adjust(
         &mut self,
         tunnel: &TunnelState,
@@ -58,7 +56,7 @@ impl Windows {
             return false;
         }
         let window = if narrow { self.narrow } else { self.wide };
-        // Fails while the peer has not acknowledged the last change: the next look is soon.
+        // Fails until the peer has acknowledged the last change; the next check is soon.
         if set(window).is_err() {
             return false;
         }

@@ -1,4 +1,4 @@
-//! Clients that go on when they should not: after GOAWAY, and after a certificate expired.
+//! Clients that open streams after GOAWAY, and after a certificate expired.
 
 use super::*;
 use crate::testing::frames::{GOAWAY, HEADERS, RST_STREAM, RawClient, connect};
@@ -7,7 +7,7 @@ use crate::tunnel::settings::KeepaliveSettings;
 /// RFC 9113 section 7.
 const REFUSED_STREAM: [u8; 4] = [0, 0, 0, 7];
 
-/// A server that asks for no sign of life: the client of these tests gives none.
+/// A server without keepalive: the client of these tests does not answer PING.
 fn patient() -> ServerSettings {
     let keepalive = KeepaliveSettings { quiet: 24 * HOUR, timeout: HOUR };
     ServerSettings { keepalive, ..ServerSettings::default() }
@@ -22,7 +22,7 @@ async fn refuses_stream_of_client_that_ignores_drain_and_ends_tunnel() {
     server.drain();
     let served = Served::new(server);
     client.receive(Some(GOAWAY)).await;
-    // It acknowledges nothing, and keeps its stream.
+    // The client acknowledges nothing, and keeps its stream.
     sleep(31 * SECOND).await;
     client.send(&connect(3)).await;
     let refused = client.receive(Some(RST_STREAM)).await.pop();

@@ -1,5 +1,4 @@
-//! Small writes to a peer that is blocked, to one whose application does not read, and to one that
-//! does.
+//! Small writes to a blocked peer, to a peer that does not read, and to one that does.
 
 use std::future::poll_fn;
 use std::sync::atomic::Ordering;
@@ -19,7 +18,7 @@ use crate::tunnel::stream::{TunnelReader, TunnelStream, TunnelWriter};
 
 use super::*;
 
-/// Writes a byte as a relay does, and goes on for `pause` as one that has nothing more to write.
+/// Writes a byte like a relay, and flushes for `pause` without more data.
 async fn write_byte(writer: &mut TunnelWriter, pause: Duration) {
     let mut byte = Bytes::from_static(b"x");
     poll_fn(|cx| writer.poll_write(cx, &mut byte, false)).await.unwrap();
@@ -27,7 +26,7 @@ async fn write_byte(writer: &mut TunnelWriter, pause: Duration) {
     assert!(broken.is_err(), "{broken:?}");
 }
 
-/// Sends what is gathered whenever it is due, until the stream breaks.
+/// Sends gathered data whenever it is due, until the stream fails.
 async fn flush_for_ever(writer: &mut TunnelWriter) -> HboneError {
     poll_fn(|cx| match writer.poll_flush(cx) {
         Poll::Ready(Err(error)) => Poll::Ready(error),
@@ -36,7 +35,7 @@ async fn flush_for_ever(writer: &mut TunnelWriter) -> HboneError {
     .await
 }
 
-/// How many chunks it takes to read so many bytes.
+/// Number of chunks in which this many bytes are read.
 async fn chunks(reader: &mut TunnelReader, bytes: usize) -> usize {
     let (mut chunks, mut read) = (0, 0);
     while read < bytes {

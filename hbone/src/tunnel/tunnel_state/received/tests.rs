@@ -1,4 +1,4 @@
-//! Streams that are not read beside one that is.
+//! Unread streams in a tunnel with a busy one.
 
 use http::HeaderMap;
 
@@ -9,7 +9,7 @@ use crate::tunnel::stream::{TunnelReader, TunnelWriter};
 
 const ACK: u8 = 1;
 const END_STREAM: u8 = 1;
-/// Frames of 16 KiB: more than twice the interval at which a tunnel looks at what it holds.
+/// Number of 16 KiB frames: more than two check intervals.
 const FILLERS: usize = 600;
 
 async fn accept(served: &mut Served) -> (TunnelReader, TunnelWriter) {
@@ -17,7 +17,7 @@ async fn accept(served: &mut Served) -> (TunnelReader, TunnelWriter) {
 }
 
 /// Sends a piece of stream 1 before each frame of stream 3, which alone is read. Returns the chunks
-/// that stream 1 has then.
+/// of stream 1.
 async fn chunks_beside_busy_stream(piece: impl Fn(u8, usize) -> Vec<u8>) -> Vec<usize> {
     let (mut client, server) = RawClient::settled(ServerSettings::default()).await;
     let mut served = Served::new(server);
@@ -53,14 +53,14 @@ async fn chunks_beside_busy_stream(piece: impl Fn(u8, usize) -> Vec<u8>) -> Vec<
 #[tokio::test]
 async fn small_pieces_that_are_not_read_are_copied_together() {
     let chunks = chunks_beside_busy_stream(|byte, _| vec![byte]).await;
-    // Those of the last two looks are where h2 put them.
+    // The pieces of the last two checks are still in h2's buffers.
     assert!(chunks.len() < FILLERS * 9 / 10, "{} chunks", chunks.len());
     assert!(chunks.iter().any(|length| *length > FILLERS / 10), "{chunks:?}");
 }
 
 #[tokio::test]
 async fn large_pieces_are_not_copied() {
-    // In all as much as a window.
+    // A window in total.
     let large = |byte, index| vec![byte; if index % 20 == 0 { 128 << 10 } else { 0 }];
     let chunks = chunks_beside_busy_stream(large).await;
     assert_eq!(chunks, vec![128 << 10; FILLERS / 20]);
