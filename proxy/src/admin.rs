@@ -1,3 +1,3 @@
-//! The HTTP endpoints: readiness and metrics.
+//! Serves readiness and metrics over HTTP.
 
 pub(crate) mod endpoints;

@@ -1,4 +1,4 @@
-//! Doors to what is private, for the micro benches alone: copying, and routes. Nothing here is for anybody else, or stable.
+//! Gives the micro-benchmarks access to private code: copying, termination and routes. Not stable.
 
 use std::future::pending;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -22,20 +22,20 @@ use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectionRecord, Facts};
 use crate::traffic::copy::{Deadlines, Flow, Probes};
 
-/// What copying may hold: the defaults of a process with enough files.
+/// The memory limit of copying: the default of a process with enough file descriptors.
 const BUFFERS: usize = 256 << 20;
 const FILES: usize = 20_000;
 
-/// What a connection is carried on by.
+/// The upstream of a copied connection.
 #[derive(Debug)]
 pub enum Upstream {
-    /// Another connection.
+    /// A TCP connection.
     Tcp(TcpStream),
-    /// A tunnel.
+    /// A stream of a tunnel.
     Tunnel(TunnelStream),
 }
 
-/// Copies both ways until both have ended: whether they ended well. Needs a runtime.
+/// Copies in both directions until both end; whether they ended without an error. Needs a runtime.
 pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
     let buffers = Buffers::new(BUFFERS, Descriptors::new(FILES, 0, 1));
     let registration = Arc::new(ConnectionRegistry::default()).register(());
@@ -52,8 +52,7 @@ pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
     well
 }
 
-/// Opens so many idle connections in a registry and terminates them all: how long that takes,
-/// without the sockets. Needs a runtime.
+/// Measures the termination of idle connections in a registry, without sockets. Needs a runtime.
 pub async fn terminate(connections: usize) -> Duration {
     let registry = Arc::new(ConnectionRegistry::default());
     let mut running = JoinSet::new();
@@ -73,7 +72,7 @@ pub async fn terminate(connections: usize) -> Duration {
     took
 }
 
-/// Routes connections of a client that the mesh does not know, in the network "".
+/// Routes connections of a client outside of the mesh, in the network "".
 #[derive(Debug)]
 pub struct Router {
     mesh: Mesh,
@@ -81,13 +80,13 @@ pub struct Router {
 }
 
 impl Router {
-    /// A router in a mesh, all of whose endpoints are well.
+    /// A router in a mesh whose endpoints are all healthy.
     #[must_use]
     pub fn new(mesh: Mesh) -> Self {
         Self { mesh, health: EndpointHealth::default() }
     }
 
-    /// Whether there is a route to `destination` through a tunnel or in plain.
+    /// Whether there is a route to `destination` through a tunnel or in plaintext.
     #[must_use]
     pub fn has_route(&self, destination: SocketAddr) -> bool {
         let caller = Caller {

@@ -1,6 +1,6 @@
-//! Why a connection did not end well: whose fault it was, and what is told to the peer, the log and the metrics.
+//! Errors of connections, and their mapping to log codes, HTTP statuses and metric labels.
 //!
-//! One function ([`ProxyError::reason`]) maps every error to all three, so that they never contradict each other.
+//! One function ([`ProxyError::reason`]) maps every error to all three, so that they are consistent.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -18,7 +18,7 @@ use crate::decide::resolve::ResolveError;
 use crate::decide::route::RouteError;
 use crate::limits::Refusal;
 
-/// What ended a connection early.
+/// Why a connection failed or ended early.
 #[derive(Debug, Error)]
 pub(crate) enum ProxyError {
     #[error(
@@ -118,7 +118,7 @@ fn seconds(duration: &Duration) -> String {
     format!("{} s", duration.as_secs_f32())
 }
 
-/// Who could mend it.
+/// The party at fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     Client,
@@ -126,7 +126,7 @@ pub(crate) enum Fault {
     Us,
 }
 
-/// The metric label `response_flags`, in ztunnel's words.
+/// The values of ztunnel's metric label `response_flags`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ResponseFlags {
     None,
@@ -159,7 +159,7 @@ impl ResponseFlags {
     }
 }
 
-/// What an error is called where it is counted, logged and answered.
+/// The representation of an error in metrics, log and answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Reason {
     /// A stable code for the access log (`reason=`).
@@ -167,18 +167,18 @@ pub(crate) struct Reason {
     /// ztunnel's `response_flags` label.
     pub(crate) flags: ResponseFlags,
     pub(crate) fault: Fault,
-    /// What a CONNECT request is answered.
+    /// The status of the answer to a CONNECT request.
     pub(crate) status: StatusCode,
 }
 
 impl ProxyError {
-    /// What a tunnel failed of; for want of a descriptor, that is not the peer's fault.
+    /// An error of a tunnel. A lack of file descriptors is not the peer's fault.
     pub(crate) fn tunnel(error: HboneError) -> Self {
         if lacks_descriptor(&error) { Self::OutOfDescriptors } else { Self::Tunnel(error) }
     }
 
-    /// Whether another endpoint of a service might do what this one did not: none of them was told anything yet, and it is not
-    /// that somebody decided against the connection.
+    /// Whether another endpoint of the service may be tried: no data has been sent, and the error is
+    /// not a decision against the connection.
     pub(crate) fn is_of_endpoint(&self) -> bool {
         match self {
             Self::Resolve(..) | Self::Connect { .. } | Self::ConnectTimeout { .. } => true,
@@ -228,7 +228,8 @@ impl ProxyError {
             Self::NoLongerAllowed(_) => {
                 ("no_longer_allowed", Deny, Client, StatusCode::UNAUTHORIZED)
             }
-            // What a peer asks for and does not get is its mistake; where a caught connection cannot go is the mesh's.
+            // A route that a peer requests in vain is the peer's fault; for a caught connection it is the
+            // mesh's.
             Self::Route(RouteError::NotHere { .. }) => {
                 ("not_here", Deny, Client, StatusCode::BAD_REQUEST)
             }
@@ -282,7 +283,7 @@ fn is_of_peer(error: &HboneError) -> bool {
     }
 }
 
-/// The error and everything that caused it, outermost first: `cannot connect to 10.0.0.1:80: Connection refused`.
+/// The chain of causes, outermost first: `cannot connect to 10.0.0.1:80: Connection refused`.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -297,7 +298,7 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 fn tunnel_reason(error: &HboneError) -> Reason {
     let flags = match error {
         HboneError::Dial { .. } | HboneError::ReplyTimeout { .. } => ResponseFlags::Connect,
-        // It is refused for what the last attempt failed of.
+        // A back-off has the reason of the last failed attempt.
         HboneError::BackingOff { source, .. } | HboneError::BehindGateway { source, .. } => {
             tunnel_reason(source).flags
         }

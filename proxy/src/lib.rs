@@ -1,19 +1,19 @@
 //! underpass: transparent zero-trust networking below the application.
 //!
-//! This library is the proxy and its command line; `main.rs` only calls [`main`]. In reading order:
+//! This library contains the proxy and its command line; `main.rs` only calls [`main`].
+//! In reading order:
 //!
-//! * `cli` is what a user types, `app` is one proxy from start to stop; `node` is what there is one
-//!   of in the process, in a pod and on a thread, `accept` brings connections in;
-//! * `outbound` and `inbound` are the paths of a connection, in which `route` and `policy` decide, `dial` connects and
-//!   `copy` moves the bytes;
-//! * `snapshot` is the mesh that they decide by, `publish` changes it, and `connection_registry` terminates
-//!   what a change forbids;
-//!   `authorization` is what policies say, `endpoint_health` and `resolve` are what is known of endpoints beside the mesh;
-//! * `limits` is what one worker, one client, one pod and the process may hold, and what happens beyond;
-//! * `party` is what is known of each end of a connection, `record` and `metrics` report every connection, `endpoints` answers probes and scrapers, `drain` ends it all;
-//! * `certificates` is who the workload is, and keeps it so; `headers` is what a tunnel tells of its ends;
-//! * `capture` has the rules installed and tested, `guard` keeps them, `reload` changes what is caught while it runs;
-//! * `demo` shows it.
+//! * `cli`: the commands;
+//! * `process`: start, reload, take-over and stop of the process;
+//! * `node`: state of the process, of a pod, of a worker, and of a pod on a worker;
+//! * `traffic`: accepting, connecting, inbound and outbound connections, copying;
+//! * `decide`: routes and policies;
+//! * `mesh`: snapshots of the mesh, their publication, and the health of endpoints;
+//! * `limits`: bounds of memory, connections and file descriptors;
+//! * `observe`: access log, metrics and traces of connections;
+//! * `rules`: installation, tests and repair of the interception rules;
+//! * `admin`: readiness and metrics over HTTP;
+//! * `demo`: the demonstration.
 
 mod admin;
 pub mod bench;

@@ -1,4 +1,4 @@
-//! What there is one of in the process, in a pod, on a thread, and of a pod on a thread.
+//! The state of the process (node), of a pod, of a worker thread, and of a pod on a worker (seat).
 //!
 //! ```text
 //! Node     one         mesh, identities, resolver, limits, timeouts, drain, metric series
@@ -37,7 +37,7 @@ use crate::process::pause_gate::PauseGate;
 use crate::traffic::copy::Deadlines;
 use crate::traffic::drain::Drain;
 
-/// What all pods and all workers of the process share. Nothing here is locked per byte.
+/// State that all pods and workers of the process share. No lock is taken per byte.
 #[derive(Debug)]
 pub(crate) struct Node {
     /// The number of workers.
@@ -59,7 +59,8 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// A node of so many workers. Must run in the control thread's runtime, which resolves hostnames.
+    /// Makes a node of this many workers. Must be called in the control thread's runtime, which resolves
+    /// hostnames.
     pub(crate) fn new(
         settings: &Settings,
         workers: usize,

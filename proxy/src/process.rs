@@ -1,4 +1,4 @@
-//! The process: from its start to its end, and its hand-over to another one.
+//! The life of the process: start, reload, take-over and stop.
 
 pub(crate) mod app;
 pub(crate) mod command_error;

@@ -1,8 +1,8 @@
-//! The interception rules of a pod: installed, tested, watched and repaired.
+//! Installs, tests, watches and repairs the interception rules of a pod.
 
 pub(crate) mod capture;
-pub(crate) mod guard;
 pub(crate) mod kubelet_probes;
 pub(crate) mod owner;
+pub(crate) mod reconciler;
 pub(crate) mod retest;
 pub(crate) mod self_test;

@@ -1,6 +1,6 @@
-//! Another underpass process: started in a network namespace, waited for until it is ready, ended with us.
+//! Starts another underpass process in a network namespace, waits until it is ready, and stops it.
 //!
-//! The demonstration, the test suites and the benchmarks run the real binary through this.
+//! The demonstration, the test suites and the benchmarks run the real binary with this module.
 
 use std::ffi::OsStr;
 use std::fs::Permissions;
@@ -18,34 +18,34 @@ use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::watch;
 use underpass_interception::{InterceptionError, Namespace, sandbox_folder};
 
-/// Why a process did not get ready.
+/// Why a process did not become ready.
 #[derive(Debug, Error)]
 pub enum SpawnError {
-    /// It could not be started.
+    /// The process could not be started.
     #[error("cannot start {}", program.display())]
     Start {
-        /// What was to be started.
+        /// The program.
         program: PathBuf,
-        /// Why it was not.
+        /// The cause.
         source: io::Error,
     },
-    /// Its namespace could not be entered.
+    /// The namespace could not be entered.
     #[error("cannot enter the namespace")]
     Namespace(#[source] InterceptionError),
-    /// It ended instead.
-    #[error("it ended with {status} instead of getting ready; it said:\n{log}")]
+    /// The process exited before it was ready.
+    #[error("the process exited with {status} before it was ready; its log:\n{log}")]
     Ended {
-        /// How it ended.
+        /// The exit status.
         status: ExitStatus,
-        /// All that it had written.
+        /// The log of the process.
         log: String,
     },
-    /// It did neither.
-    #[error("it was not ready within {after:?}; it said:\n{log}")]
+    /// The deadline passed.
+    #[error("the process was not ready within {after:?}; its log:\n{log}")]
     Late {
         /// The deadline.
         after: Duration,
-        /// All that it had written.
+        /// The log of the process.
         log: String,
     },
 }
@@ -54,7 +54,7 @@ pub enum SpawnError {
 #[derive(Debug)]
 pub struct ChildProxy {
     child: Child,
-    /// Held apart from the child, which would close it as soon as it is waited for.
+    /// Standard input, kept separately because waiting for the child closes it.
     alive: Option<ChildStdin>,
     log: watch::Receiver<String>,
 }
@@ -100,25 +100,25 @@ impl ChildProxy {
         })
     }
 
-    /// Its process id, as long as it runs.
+    /// The process id while it runs.
     pub fn pid(&self) -> Option<u32> {
         self.child.id()
     }
 
-    /// All that it has written so far.
+    /// The log so far.
     pub fn log(&self) -> String {
         self.log.borrow().clone()
     }
 
-    /// Waits until what it has written satisfies `enough`; `false` if it ended before.
+    /// Waits until the log satisfies `enough`; `false` if the process ended before.
     pub async fn logged(&mut self, enough: impl FnMut(&String) -> bool) -> bool {
         self.log.wait_for(enough).await.is_ok()
     }
 
-    /// Tells it to stop, as losing its parent would, and waits for its end.
+    /// Closes its standard input, which stops it, and waits for its end.
     ///
     /// # Errors
-    /// The operating system cannot tell how it ended.
+    /// The operating system does not return the exit status.
     pub async fn stop(&mut self) -> io::Result<ExitStatus> {
         drop(self.alive.take());
         self.child.wait().await
@@ -132,16 +132,16 @@ impl ChildProxy {
         self.child.wait().await
     }
 
-    /// What it wrote, once it can write no more.
+    /// The complete log, once the process has closed its output.
     async fn rest_of_log(&mut self) -> String {
         self.child.start_kill().ok();
-        // The collectors end with the pipes, and drop the sender when they do.
+        // The collecting tasks drop the sender when the pipes are closed.
         while self.log.changed().await.is_ok() {}
         self.log()
     }
 }
 
-/// Follows the lines of both streams.
+/// Collects the lines of both streams.
 fn collect(
     stdout: Option<impl AsyncRead + Unpin + Send + 'static>,
     stderr: Option<impl AsyncRead + Unpin + Send + 'static>,
@@ -166,7 +166,7 @@ async fn follow(stream: impl AsyncRead + Unpin, log: watch::Sender<String>) {
     }
 }
 
-/// Where the process tells that it is ready (`sd_notify(3)`).
+/// The socket that receives the readiness notification (`sd_notify(3)`).
 struct NotifySocket {
     socket: UnixDatagram,
     path: PathBuf,
@@ -177,14 +177,14 @@ impl NotifySocket {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name =
             format!("underpass-{}-{}.notify", std::process::id(), NEXT.fetch_add(1, Relaxed));
-        // A minimal image may have no such folder; then it is a sandbox that has one.
+        // A minimal image may have no such folder; a sandbox always has one.
         let folder = std::env::temp_dir();
         let folder = if folder.is_dir() { folder } else { sandbox_folder().to_owned() };
         let path = folder.join(name);
-        // A file of that name can only be a leftover of an earlier process with our id.
+        // A file of that name is a leftover of an earlier process with the same id.
         std::fs::remove_file(&path).ok();
         let bound = Self { socket: UnixDatagram::bind(&path)?, path };
-        // The proxy is another user by the time that it is ready.
+        // The proxy has changed its user by the time that it is ready.
         std::fs::set_permissions(&bound.path, Permissions::from_mode(0o666))?;
         Ok(bound)
     }

@@ -1,4 +1,4 @@
-//! What is seen from outside: readiness (`/healthz/ready`) and metrics (`/metrics`), over HTTP/1.
+//! Serves readiness (`/healthz/ready`) and metrics (`/metrics`) over HTTP/1.
 
 use std::convert::Infallible;
 use std::net::IpAddr;
@@ -21,27 +21,27 @@ use underpass_interception::{BoundListener, Listener};
 use crate::observe::metrics::Exporter;
 use crate::process::pause_gate::PauseGate;
 
-/// Connections served at once. Probes and scrapers are few; a new one takes the slot of the oldest
-/// idle one, so that a flood does not keep them out.
+/// The maximum number of connections. A new one evicts the oldest idle one, so that a flood does not
+/// keep probes and scrapers out.
 const CONNECTIONS: usize = 64;
-/// How many of them one source has at most.
+/// The maximum number of connections from one source address.
 const CONNECTIONS_PER_SOURCE: usize = 16;
-/// A client that has not sent its request by then is not a probe.
+/// Timeout for the request headers.
 const HEADER_DEADLINE: Duration = Duration::from_secs(2);
-/// A connection has had its answers by then.
+/// The maximum duration of a connection.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// Prometheus' text format, version 0.0.4.
 const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
 
-/// What the readiness probe is told.
+/// The conditions of readiness.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Readiness {
     phase: Arc<AtomicU8>,
-    /// Whether the rules are known to be other than they should, and not put back.
+    /// Whether the rules are known to differ and are not repaired.
     rules_lost: Arc<AtomicBool>,
     self_test_failed: Arc<AtomicBool>,
     out_of_descriptors: Arc<AtomicBool>,
-    /// Whether our certificate has expired: no HBONE connection can be made.
+    /// Whether the proxy's certificate has expired: every HBONE connection would fail.
     certificate_expired: Arc<AtomicBool>,
 }
 
@@ -89,10 +89,10 @@ impl Readiness {
         self.out_of_descriptors.load(Relaxed)
     }
 
-    /// `ready`, or why not.
+    /// `ready`, or the reason why it is not.
     pub(crate) fn text(&self) -> &'static str {
         match self.phase.load(Relaxed) {
-            // First: without any, the rules cannot be read either.
+            // Checked first, because it is the cause of failures to read the rules.
             READY if self.out_of_descriptors.load(Relaxed) => {
                 "not ready: out of file descriptors\n"
             }
@@ -119,7 +119,7 @@ impl Readiness {
     }
 }
 
-/// The two endpoints, each on an address of its own.
+/// An endpoint. Each has a separate listener.
 #[derive(Clone)]
 pub(crate) enum Endpoint {
     Readiness(Readiness),
@@ -138,8 +138,12 @@ impl Endpoint {
                 response.headers_mut().insert(header::CONTENT_TYPE, PROMETHEUS_TEXT);
                 response
             }
-            (Self::Readiness(_), _) => text(StatusCode::NOT_FOUND, "here is only /healthz/ready\n"),
-            (Self::Metrics(_), _) => text(StatusCode::NOT_FOUND, "here is only /metrics\n"),
+            (Self::Readiness(_), _) => {
+                text(StatusCode::NOT_FOUND, "not found: this endpoint serves /healthz/ready\n")
+            }
+            (Self::Metrics(_), _) => {
+                text(StatusCode::NOT_FOUND, "not found: this endpoint serves /metrics\n")
+            }
         }
     }
 
@@ -155,14 +159,14 @@ impl Endpoint {
             let Some(Some((stream, client))) = gate.pass(accept(&listener)).await else {
                 continue;
             };
-            // An idle connection can always be evicted: requests are answered as they are read.
+            // Every connection is evictable: requests are answered as soon as they are read.
             if let Some(slot) = slots.take(client) {
                 tokio::spawn(self.clone().serve_connection(stream, slot));
             }
         }
     }
 
-    /// Serves one connection until it ends, its deadline passes, or another one takes its slot.
+    /// Serves one connection until it ends, its deadline passes, or it is evicted.
     async fn serve_connection(self, stream: TcpStream, slot: ConnectionSlot) {
         let answer =
             service_fn(|request| std::future::ready(Ok::<_, Infallible>(self.answer(&request))));
@@ -173,11 +177,11 @@ impl Endpoint {
         tokio::select! {
             ended = timeout(DEADLINE, connection) => match ended {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(%error, "a probe's connection failed"),
-                Err(_) => tracing::debug!("a probe's connection took too long"),
+                Ok(Err(error)) => tracing::debug!(%error, "connection to an endpoint failed"),
+                Err(_) => tracing::debug!("connection to an endpoint exceeded its deadline"),
             },
             () = slot.displaced() => {
-                tracing::debug!("a new connection takes the slot of a probe's");
+                tracing::debug!("connection to an endpoint evicted by a new one");
             }
         }
     }
@@ -187,7 +191,7 @@ async fn accept(listener: &Listener) -> Option<(TcpStream, IpAddr)> {
     match listener.accept().await {
         Ok((stream, client)) => Some((TcpStream::from_std(stream).ok()?, client.ip())),
         Err(error) => {
-            tracing::debug!(%error, "accepting a probe failed");
+            tracing::debug!(%error, "cannot accept a connection to an endpoint");
             tokio::time::sleep(Duration::from_millis(100)).await;
             None
         }

@@ -25,8 +25,8 @@ use self::subject::Subject;
 use super::{print, single_threaded_runtime};
 use crate::process::command_error::CommandError;
 use crate::process::instance;
-use crate::rules::guard::{Event, Guard};
 use crate::rules::owner::role;
+use crate::rules::reconciler::{Event, RuleReconciler};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -297,13 +297,13 @@ async fn watch(settings: Settings, force: bool, output: Output) -> Result<(), Co
     refuse_beside_proxy(force).await?;
     let interception = prepare(&settings).await?;
     let mut stop = crate::process::stop_signal::StopSignal::new(false)?;
-    let mut guard = Guard::new(interception).await?;
-    let access = guard.access();
+    let mut reconciler = RuleReconciler::new(interception).await?;
+    let access = reconciler.access();
     let settings = tokio::sync::watch::Sender::new(settings.interception);
     let mut settings = settings.subscribe();
     loop {
         let event = tokio::select! {
-            event = guard.next(&mut settings) => event,
+            event = reconciler.next(&mut settings) => event,
             _ = stop.wait() => {
                 access.finish().await;
                 return Ok(());
@@ -320,7 +320,7 @@ fn report(event: &Event, output: Output) -> Result<(), CommandError> {
     let (word, difference, took) = match event {
         Event::Repaired { difference, took, .. } => ("repaired", difference, Some(took)),
         Event::Fight { difference } => {
-            ("fight: traffic is blocked until the rules stay", difference, None)
+            ("fight: traffic is blocked until the other program stops", difference, None)
         }
         Event::Intact | Event::Followed { .. } | Event::Failed { .. } => return Ok(()),
     };

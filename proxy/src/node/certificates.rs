@@ -1,5 +1,6 @@
-//! The source of certificates that the settings configure, and what is logged and counted of them.
-//! How each source works, and how often it renews, is in the hbone crate.
+//! Selects the source of certificates from the settings, and logs and counts its events.
+//!
+//! Not here: the sources and the renewal (the hbone crate).
 
 use std::fs::File;
 use std::io;
@@ -23,8 +24,8 @@ use crate::observe::metrics;
 use crate::process::command_error::CommandError;
 use crate::traffic::dial::PlainDialer;
 
-/// The certificates of this proxy by its settings: logs and counts what happens to them, and makes
-/// the proxy unready while it has none that is valid.
+/// The source of this proxy's certificates. Logs and counts their events, and makes the proxy
+/// unready while it has no valid one.
 #[derive(Debug)]
 pub(crate) struct Certificates {
     issuer: Origin,
@@ -88,7 +89,7 @@ fn issuer(
     })
 }
 
-/// Where a certificate comes from, as the log names it.
+/// The source of a certificate, as the log names it.
 fn origin(identity: &IdentitySettings) -> String {
     match identity {
         IdentitySettings::Files(files) => files.certificate.display().to_string(),
@@ -116,7 +117,7 @@ impl Issuer for Certificates {
                 self.report_in_use(id, credentials.identity());
             }
             CredentialsEvent::Trust(_) => {
-                tracing::info!("trust bundles and revocation lists read again");
+                tracing::info!("trust bundles and revocation lists reloaded");
             }
             CredentialsEvent::Failed(error) => report_failure(error),
             CredentialsEvent::Expiring { credentials, left } => {
@@ -124,7 +125,7 @@ impl Issuer for Certificates {
                     from = self.origin,
                     identity = %credentials.identity().spiffe_id(),
                     expires_in = ?whole_seconds(*left),
-                    "the certificate expires soon, and there is no new one yet"
+                    "the certificate expires soon and is not renewed yet"
                 );
             }
             CredentialsEvent::Expired(error) => {
@@ -133,7 +134,7 @@ impl Issuer for Certificates {
                 tracing::error!(
                     from = self.origin,
                     error = %Quoted::chain(*error),
-                    "the certificate has expired: every HBONE connection fails until there is a new one"
+                    "the certificate has expired: every HBONE connection fails until it is renewed"
                 );
             }
         }
@@ -151,7 +152,7 @@ impl Certificates {
         if identity.spiffe_id() != workload {
             tracing::warn!(
                 certificate = %identity.spiffe_id(), %workload,
-                "the certificate is for another workload than the settings name; peers see the certificate"
+                "the certificate's identity differs from the workload in the settings: peers see the certificate's"
             );
             return;
         }
@@ -165,7 +166,7 @@ fn report_failure(error: &HboneError) {
     metrics::certificate_failed();
     tracing::error!(
         error = %Quoted::chain(error),
-        "no new certificate or trust; what is there stays"
+        "cannot renew the certificate or the trust bundle: the current one stays in use"
     );
 }
 
@@ -173,13 +174,13 @@ fn whole_seconds(duration: Duration) -> Duration {
     Duration::from_secs(duration.as_secs())
 }
 
-/// Warns of files that are read again later, and that the proxy cannot read any more: for when it
-/// has given up its privileges.
+/// Warns of files that are reloaded later but that the proxy can no longer read. Called after it has
+/// dropped its privileges.
 pub(crate) fn warn_if_unreadable(settings: &Settings) {
     let unreadable = |file: &PathBuf| {
         File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
     };
-    for file in read_again(settings).iter().filter(|file| unreadable(file)) {
+    for file in reloaded_files(settings).iter().filter(|file| unreadable(file)) {
         let file = file.display();
         if matches!(&settings.identity, Some(IdentitySettings::LocalCa(_))) {
             tracing::warn!(
@@ -189,13 +190,13 @@ pub(crate) fn warn_if_unreadable(settings: &Settings) {
         } else {
             tracing::warn!(
                 %file,
-                "the proxy's user cannot read this file: when it is renewed the proxy will not see it; chown it"
+                "the proxy's user cannot read this file and will miss its renewal: change its owner"
             );
         }
     }
 }
 
-fn read_again(settings: &Settings) -> Vec<PathBuf> {
+fn reloaded_files(settings: &Settings) -> Vec<PathBuf> {
     let mut files = match &settings.identity {
         Some(IdentitySettings::Files(files)) => {
             vec![files.certificate.clone(), files.key.clone(), files.roots.clone()]

@@ -1,5 +1,7 @@
-//! Credentials by SPIFFE id: the pods of one workload share one rotation, and with it one
-//! certificate and one set of TLS configurations. All rotations share one trust.
+//! Leases credentials by SPIFFE id.
+//!
+//! The pods of one workload share one rotation, one certificate and one set of TLS configurations.
+//! All rotations share one trust bundle.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -24,12 +26,12 @@ pub(crate) trait Issuer: fmt::Debug + Send + Sync {
     fn report_trust_failure(&self, error: &HboneError);
 }
 
-/// Hands out credentials. Its tasks run on the runtime that it is used on.
+/// Leases credentials. Its tasks run on the caller's runtime.
 #[derive(Debug)]
 pub(crate) struct Identities {
     issuer: Arc<dyn Issuer>,
     trust: watch::Receiver<Trust>,
-    /// Those that have a lease; others may stay until the next one starts.
+    /// The rotations. Entries without a lease stay until the next rotation starts.
     rotations: Mutex<HashMap<SpiffeId, Weak<Rotation>>>,
 }
 
@@ -51,7 +53,7 @@ struct Rotation {
 type Started = Result<watch::Receiver<Credentials>, HboneError>;
 
 impl Identities {
-    /// Reads the files of `trust`, and watches them from now on.
+    /// Reads the files of `trust` and watches them.
     ///
     /// # Errors
     /// A file of `trust` that is missing or malformed, or that cannot be watched.
@@ -63,12 +65,12 @@ impl Identities {
         let (files, trust) = TrustFiles::open(trust, watcher)?;
         let (sender, trust) = watch::channel(trust);
         let reporter = issuer.clone();
-        // Ends when the last subscriber has gone: this and every rotation.
+        // Ends with its last subscriber: this value and every rotation.
         tokio::spawn(files.follow(sender, move |error| reporter.report_trust_failure(error)));
         Ok(Self { issuer, trust, rotations: Mutex::default() })
     }
 
-    /// The credentials of `id`, from the rotation that runs or from a new one. Waits for the first
+    /// Leases the credentials of `id`, from the running rotation or a new one. Waits for the first
     /// certificate.
     ///
     /// # Errors
@@ -220,7 +222,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pods_of_one_identity_share_one_source_and_its_credentials() {
+    async fn pods_with_one_identity_share_source_and_credentials() {
         let (_folder, ca, identities) = local_ca("share");
         let web = id("web");
         let (one, other) = tokio::join!(identities.lease(&web), identities.lease(&web));

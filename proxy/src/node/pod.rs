@@ -1,4 +1,4 @@
-//! A pod: everything that belongs to one workload and its network namespace.
+//! A pod: the state that belongs to one workload and its network namespace.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -39,20 +39,20 @@ pub(crate) struct Pod {
     pub(crate) id: PodId,
     /// The pod's own workload, and the settings that permits depend on.
     pub(crate) context: PolicyContext,
-    /// What its connections may hold.
+    /// Limits of its connections.
     pub(crate) limits: PodLimits,
     /// The sockets to connect with, which the rules of this pod let pass.
     pub(crate) sockets: Arc<PodSockets>,
     /// The current certificate and trust bundle; `None` without a certificate.
     pub(crate) credentials: Option<CredentialLease>,
-    /// Which endpoints of services this pod could not connect to.
+    /// The endpoints of services to which this pod could not connect.
     pub(crate) endpoints: Arc<EndpointHealth>,
     pub(crate) self_test: SelfTest,
-    /// How its traffic is caught; a reload changes it.
+    /// The interception settings, which a reload changes.
     pub(crate) interception: watch::Receiver<InterceptionSettings>,
     /// Counts and terminates the connections, tunnels and streams of the pod.
     pub(crate) connections: Registries<Decision>,
-    /// Tells which addresses are the pod's own.
+    /// Answers whether an address is the pod's own.
     pub(crate) local: LocalAddresses,
     /// Cancelled when the pod or the process drains: its tunnels take no new streams.
     pub(crate) closing: CancellationToken,

@@ -43,13 +43,13 @@ pub(crate) struct PodSockets {
     /// The largest batch.
     largest: usize,
     /// One for each family and role.
-    shelves: [Shelf; 4],
+    stocks: [SharedStock; 4],
     closed: CancellationToken,
 }
 
 /// The stock of one kind.
 #[derive(Debug, Default)]
-struct Shelf {
+struct SharedStock {
     stock: Mutex<Stock>,
     low: Notify,
 }
@@ -58,19 +58,19 @@ struct Shelf {
 struct Stock {
     /// The oldest first.
     ready: VecDeque<(ReadySocket, FdPermit)>,
-    /// How many there are after a refill.
+    /// The number of sockets after a refill.
     batch: usize,
     /// Whether a task refills it.
     kept: bool,
-    /// Whether that task was asked to.
+    /// Whether the task has been notified to refill.
     asked: bool,
     /// Whether a socket was taken since that task looked.
     taken: bool,
-    /// When a connection last found none.
+    /// When a connection last found the stock empty.
     missed: Option<Instant>,
 }
 
-/// What a connection finds.
+/// The result of taking a socket from the stock.
 enum Found {
     Ready(ReadySocket),
     Nothing {
@@ -86,16 +86,16 @@ impl PodSockets {
         descriptors: Descriptors,
     ) -> Arc<Self> {
         let largest = LARGEST.min(descriptors.total() / PART_OF_DESCRIPTORS);
-        let (shelves, closed) = (<[Shelf; 4]>::default(), CancellationToken::new());
-        Arc::new(Self { access, sockets, descriptors, largest, shelves, closed })
+        let (stocks, closed) = (<[SharedStock; 4]>::default(), CancellationToken::new());
+        Arc::new(Self { access, sockets, descriptors, largest, stocks, closed })
     }
 
-    /// How they are made.
+    /// The options of the sockets.
     pub(crate) fn settings(&self) -> &Sockets {
         &self.sockets
     }
 
-    /// Opens a connection to `destination`. The wait has no end of its own.
+    /// Opens a connection to `destination`. The caller sets the timeout.
     ///
     /// # Errors
     ///
@@ -126,7 +126,7 @@ impl PodSockets {
     /// Closes the stock; no socket is opened any more.
     pub(crate) fn close(&self) {
         self.closed.cancel();
-        self.shelves.iter().for_each(Shelf::clear);
+        self.stocks.iter().for_each(SharedStock::clear);
     }
 
     /// Ends when the pod is removed.
@@ -135,14 +135,14 @@ impl PodSockets {
     }
 
     async fn take(self: &Arc<Self>, kind: SocketKind) -> io::Result<ReadySocket> {
-        let shelf = self.shelf(kind);
+        let shared = self.shared(kind);
         self.check_open()?;
-        let keep = match shelf.take(self.largest) {
+        let keep = match shared.take(self.largest) {
             Found::Ready(socket) => return Ok(socket),
             Found::Nothing { keep } => keep,
         };
         if keep {
-            tokio::spawn(Keeper { sockets: self.clone(), kind }.run());
+            tokio::spawn(Refiller { sockets: self.clone(), kind }.run());
         }
         let opened = self.access.open_sockets(&self.sockets, kind, 1).await?;
         self.check_open()?;
@@ -156,8 +156,8 @@ impl PodSockets {
         Ok(())
     }
 
-    fn shelf(&self, kind: SocketKind) -> &Shelf {
-        let [upstream_v4, upstream_v6, workload_v4, workload_v6] = &self.shelves;
+    fn shared(&self, kind: SocketKind) -> &SharedStock {
+        let [upstream_v4, upstream_v6, workload_v4, workload_v6] = &self.stocks;
         match (kind.role, kind.family) {
             (SocketRole::Upstream, Family::V4) => upstream_v4,
             (SocketRole::Upstream, Family::V6) => upstream_v6,
@@ -167,7 +167,7 @@ impl PodSockets {
     }
 }
 
-impl Shelf {
+impl SharedStock {
     fn stock(&self) -> MutexGuard<'_, Stock> {
         // No code panics while it holds the lock.
         self.stock.lock().unwrap_or_else(PoisonError::into_inner)
@@ -211,12 +211,12 @@ impl Stock {
 }
 
 /// Refills the stock of one kind until it has been idle.
-struct Keeper {
+struct Refiller {
     sockets: Arc<PodSockets>,
     kind: SocketKind,
 }
 
-impl Keeper {
+impl Refiller {
     async fn run(self) {
         let closed = self.sockets.closed.clone();
         let keep = async { while self.refill().await {} };
@@ -226,13 +226,13 @@ impl Keeper {
         }
     }
 
-    /// Refills the stock and waits until that is needed again; `false` when it has been idle.
+    /// Refills the stock and waits until it needs another refill; `false` when it has been idle.
     async fn refill(&self) -> bool {
-        let shelf = self.sockets.shelf(self.kind);
-        self.fill(shelf).await;
+        let shared = self.sockets.shared(self.kind);
+        self.fill(shared).await;
         let filled = Instant::now();
-        let is_low = timeout(IDLE, shelf.low.notified()).await.is_ok();
-        let mut stock = shelf.stock();
+        let is_low = timeout(IDLE, shared.low.notified()).await.is_ok();
+        let mut stock = shared.stock();
         if is_low && filled.elapsed() < GROW_WITHIN {
             stock.batch = (stock.batch * 2).min(self.sockets.largest);
         } else if !is_low {
@@ -246,10 +246,10 @@ impl Keeper {
         goes_on
     }
 
-    async fn fill(&self, shelf: &Shelf) {
+    async fn fill(&self, shared: &SharedStock) {
         let PodSockets { access, sockets, descriptors, .. } = &*self.sockets;
         let wanted = {
-            let stock = shelf.stock();
+            let stock = shared.stock();
             stock.batch.saturating_sub(stock.ready.len())
         };
         let held: Vec<FdPermit> = (0..wanted).map_while(|_| descriptors.spare(1)).collect();
@@ -257,7 +257,7 @@ impl Keeper {
             0 => Ok(Vec::new()),
             count => access.open_sockets(sockets, self.kind, count).await,
         };
-        let mut stock = shelf.stock();
+        let mut stock = shared.stock();
         stock.asked = false;
         match opened {
             Ok(opened) => stock.ready.extend(opened.into_iter().zip(held)),
@@ -267,11 +267,11 @@ impl Keeper {
     }
 }
 
-impl Drop for Keeper {
-    /// Also when the runtime ends: another one may begin.
+impl Drop for Refiller {
+    /// Allows another refiller, also when the runtime drops the task.
     fn drop(&mut self) {
-        let shelf = self.sockets.shelf(self.kind);
-        let stock = std::mem::take(&mut *shelf.stock());
+        let shared = self.sockets.shared(self.kind);
+        let stock = std::mem::take(&mut *shared.stock());
         drop(stock);
     }
 }
@@ -341,7 +341,7 @@ mod tests {
         }
 
         fn ready(&self) -> usize {
-            self.sockets.shelves.iter().map(|shelf| shelf.stock().ready.len()).sum()
+            self.sockets.stocks.iter().map(|shared| shared.stock().ready.len()).sum()
         }
     }
 
@@ -360,7 +360,7 @@ mod tests {
         let scene = Scene::new(10_000);
         for _ in 0..1000 {
             scene.connect().await;
-            // The task that refills gets its turn.
+            // Let the refilling task run.
             sleep(Duration::from_millis(1)).await;
         }
         let batches = scene.batches();
@@ -379,7 +379,7 @@ mod tests {
         sleep(IDLE * 3).await;
         assert_eq!(scene.ready(), 0);
         assert_eq!(Arc::strong_count(&scene.sockets), 1, "no task is left");
-        // It begins again.
+        // The next connections open a new stock.
         scene.connect().await;
         scene.connect().await;
         tokio::task::yield_now().await;

@@ -17,7 +17,7 @@ use crate::node::pod::{Pod, PodId};
 use crate::node::sockets::PodSockets;
 use crate::process::pause_gate::PauseGate;
 
-/// The settings of a workload `server`, with others beside.
+/// The settings of a workload `server`, extended by `more`.
 pub(crate) fn settings(more: &[&str]) -> Settings {
     let files =
         "identity.certificate=c.pem identity.key=c.key identity.roots=r.pem workload.name=server";
@@ -53,13 +53,13 @@ pub(crate) fn sockets(settings: &Settings) -> Arc<PodSockets> {
     PodSockets::new(access, sockets, Descriptors::new(10_000, 0, 1))
 }
 
-/// A node of so many workers with an empty mesh. Needs a runtime.
+/// A node of this many workers with an empty mesh. Needs a runtime.
 pub(crate) fn node(workers: usize) -> Arc<Node> {
     let mesh = watch::Sender::new(snapshot(1, "workloads: []")).subscribe();
     node_in(workers, mesh)
 }
 
-/// A node of so many workers that follows a mesh. Needs a runtime.
+/// A node of this many workers that follows a mesh. Needs a runtime.
 pub(crate) fn node_in(workers: usize, mesh: watch::Receiver<Arc<Snapshot>>) -> Arc<Node> {
     Arc::new(Node::new(&settings(&[]), workers, mesh, PauseGate::default(), Arc::default()))
 }

@@ -27,12 +27,12 @@ use crate::traffic::{inbound, outbound};
 
 pub(crate) mod seat;
 
-/// What the connections of one worker share.
+/// State that the connections of one worker share.
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) node: Arc<Node>,
     pub(crate) index: usize,
-    /// The metric series that they are counted in.
+    /// The metric series of its connections.
     pub(crate) series: KnownSeries,
     /// The command channel of each worker, this one included.
     workers: Arc<[mpsc::Sender<WorkerCommand>]>,
@@ -64,7 +64,7 @@ impl Worker {
     /// Called by the seat of `pod` when it ends.
     pub(super) fn forget_seat(&self, pod: PodId) {
         let mut seats = self.seats();
-        // Another one may have been made while the last one ended.
+        // A new seat may have replaced the ended one.
         if seats.get(&pod).is_some_and(|seat| seat.strong_count() == 0) {
             seats.remove(&pod);
         }
@@ -85,7 +85,7 @@ impl Worker {
         };
         match other.try_send(WorkerCommand::Serve(assignment)).err()?.into_inner() {
             WorkerCommand::Serve(assignment) => Some(assignment),
-            // Not what was sent.
+            // Unreachable: only `Serve` was sent.
             WorkerCommand::AddListener { .. }
             | WorkerCommand::RemoveListeners { .. }
             | WorkerCommand::CloseTunnels(_) => None,
@@ -95,7 +95,7 @@ impl Worker {
     /// Serves a connection on this worker until it ends or is terminated.
     pub(crate) fn serve(self: &Arc<Self>, assignment: Assignment) {
         let seat = self.seat(&assignment.pod);
-        // Each a task of its own size: tunnels are few, and need much more than a connection.
+        // One task type for each kind, so that a connection does not need the memory of a tunnel.
         match assignment.accepted.kind {
             Kind::Outbound => tokio::spawn(outbound::serve(seat, assignment)),
             Kind::Plaintext => tokio::spawn(inbound::serve_plaintext(seat, assignment)),
@@ -110,8 +110,8 @@ impl Worker {
         }
     }
 
-    /// Terminates the connections that each change of the mesh forbids, for ever. Reports each
-    /// change in order, when those connections have ended.
+    /// Terminates the connections that changes of the mesh forbid, for ever. Reports each change in
+    /// order, when those connections have ended.
     pub(crate) async fn enforce(&self, reporter: &Reporter) {
         let mut mesh = self.node.mesh.clone();
         let mut old = mesh.borrow_and_update().clone();
@@ -165,7 +165,7 @@ mod tests {
         size_of::<F>()
     }
 
-    /// Most of what an idle connection holds. One future that lacks its box doubles it.
+    /// The tasks are most of an idle connection's memory. A single unboxed future doubles their size.
     #[test]
     fn open_connection_needs_at_most_one_kib() {
         assert!(size(outbound::serve) <= 1024, "{}", size(outbound::serve));
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn assigns_to_full_queue_gives_connection_back() {
+    async fn assign_returns_connection_when_queue_is_full() {
         let (sender, mut receiver) = mpsc::channel(1);
         let pod = pod(&[]);
         let worker = Worker::new(node(2), 0, Arc::from([sender.clone(), sender]));

@@ -1,4 +1,4 @@
-//! The threads of the workers, and how a pod's listeners come to them and leave them.
+//! Starts the worker threads, and distributes and removes the listeners of pods.
 
 use std::convert::Infallible;
 use std::io;
@@ -21,11 +21,11 @@ use crate::node::pod::{Pod, PodId};
 use crate::node::worker::Worker;
 use crate::traffic::listeners::Kind;
 
-/// How many commands may wait for a worker. Beyond it, the worker that accepts a connection serves
-/// it.
+/// The capacity of a worker's command queue. If it is full, the worker that accepts a connection
+/// serves it.
 const COMMAND_QUEUE: usize = 1024;
 
-/// How long the tunnels of a removed pod may take to close.
+/// Timeout for closing the tunnels of a removed pod.
 const TUNNELS_CLOSE: Duration = Duration::from_secs(2);
 
 /// The running workers.
@@ -41,12 +41,12 @@ pub(crate) struct Workers {
 #[derive(Debug)]
 struct WorkerThread {
     handle: JoinHandle<()>,
-    /// Ends without a value when the thread does, also by a panic.
+    /// Closed when the thread ends, also after a panic.
     end: oneshot::Receiver<Infallible>,
 }
 
 impl WorkerThread {
-    /// Waits for its end without a thread for that, which there may not be.
+    /// Waits for the end of the thread without a helper thread, which could fail to start.
     async fn join(self) {
         self.end.await.ok();
         if self.handle.join().is_err() {
@@ -56,8 +56,8 @@ impl WorkerThread {
 }
 
 impl Workers {
-    /// Starts `count` workers, which serve nothing yet, and which report the generations of the
-    /// mesh that they apply. They have no capability.
+    /// Starts `count` workers without listeners and without capabilities. They report the mesh
+    /// generations that they have applied.
     ///
     /// # Errors
     ///
@@ -121,7 +121,7 @@ impl Workers {
         terminated
     }
 
-    /// Closes the tunnels that a pod has opened, and waits for that, at most for a moment.
+    /// Closes the tunnels that a pod has opened; waits at most [`TUNNELS_CLOSE`].
     async fn close_tunnels(&self, pod: &Pod) {
         for worker in &*self.commands {
             // A worker that has ended has no tunnel.
@@ -139,9 +139,8 @@ impl Workers {
     }
 }
 
-/// Starts a thread with a runtime of its own that ends with the task. A runtime that cannot be made
-/// is an error of the start; it is made on its thread, since it must not be dropped on another
-/// one's.
+/// Starts a thread that runs the task on a new runtime and ends with it. The runtime is made on the
+/// new thread, because it must be dropped there; a failure to make it is returned.
 fn start_thread<F: Future<Output = ()>>(
     index: usize,
     task: impl FnOnce() -> F + Send + 'static,
@@ -194,17 +193,17 @@ mod tests {
         (bound, address)
     }
 
-    /// Whether a connection was accepted. It is no caught one, so that it is reset then.
+    /// Whether a connection was accepted. It was not intercepted, so the proxy then resets it.
     async fn is_served(address: SocketAddr) -> bool {
         match TcpStream::connect(address).await {
             Ok(mut client) => client.read_u8().await.is_err(),
-            // The reset may come before the client looks at its connection.
+            // The reset may arrive before the client reads.
             Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
         }
     }
 
     #[tokio::test]
-    async fn takes_and_gives_up_listeners_while_another_pod_is_served() {
+    async fn adds_and_removes_listeners_while_other_pod_is_served() {
         let node = node(2);
         let (workers, _reports) = Workers::start(&node, 2).unwrap();
         let [first, second] =

@@ -1,8 +1,13 @@
-//! `underpass run`: one proxy for the namespace that it stands in, from its settings to its end. The only wiring.
+//! `underpass run`: builds, runs and stops the proxy of the current network namespace.
 //!
-//! Start: check → bind → mesh, certificate from files → rules → the proxy's own user → certificate from others → workers →
-//! self-test → ready. Whatever fails before the rules leaves none behind; stop: unready → no more accepts, GOAWAY → drain →
-//! rules removed or kept → end. Taking over from a process that runs has the same steps, with its listeners (`take_over.rs`).
+//! ```text
+//! start: check, bind, load mesh and certificate files, install rules, become the proxy's user,
+//!        request certificate, start workers, self-test, ready
+//! stop:  unready, stop accepting, GOAWAY, drain, remove or keep rules
+//! ```
+//!
+//! A failure before the rules are installed leaves none behind. A take-over has the same steps with
+//! the running process's listeners (`take_over.rs`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,13 +37,15 @@ use crate::process::notify;
 use crate::process::pause_gate::PauseGate;
 use crate::process::reload::Reload;
 use crate::process::stop_signal::StopSignal;
-use crate::process::take_over::{Claim, Gates, Handed, Offer, Offered};
-use crate::rules::capture::{Capture, Probes, keep};
+use crate::process::take_over::{
+    Gates, HandedOver, TakeoverClient, TakeoverOutcome, TakeoverServer,
+};
+use crate::rules::capture::{Capture, Probes, reconcile};
 use crate::rules::retest::Retest;
 use crate::rules::{kubelet_probes, retest};
 use crate::traffic::listeners::{EndpointKind, Kind, Listeners, SplitListeners};
 
-/// How long the workers may take to close the listeners of a pod.
+/// Timeout for the workers to close the listeners of a pod.
 const LISTENERS_CLOSE: Duration = Duration::from_secs(1);
 
 /// How `underpass run` was started.
@@ -46,31 +53,31 @@ const LISTENERS_CLOSE: Duration = Duration::from_secs(1);
 pub(crate) struct Start {
     /// Whether to stop when the parent ends.
     pub(crate) until_eof: bool,
-    /// Whether to take over from the process that runs.
+    /// Whether to take over from the running process.
     pub(crate) take_over: bool,
 }
 
-/// Whose the rules are, and from whom they are to come to us.
+/// Whether this process owns the rules, or takes them over from another one.
 #[derive(Debug)]
-struct Tenure {
-    /// The process that we are about to take over from.
-    claim: Option<Claim>,
-    /// Whether the rules are ours to remove.
-    rules: bool,
+struct RuleOwnership {
+    /// The connection to the process that this one takes over from.
+    client: Option<TakeoverClient>,
+    /// Whether this process removes or keeps the rules at its end.
+    owned: bool,
 }
 
-/// Why a proxy serves no longer.
+/// Why the proxy stops serving.
 #[derive(Debug, Clone, Copy)]
 enum End {
     Stopped(&'static str),
-    /// Another process serves instead.
+    /// Another process has taken over.
     HandedOver {
         pid: Option<i32>,
     },
 }
 
-/// Runs until it is told to stop, or another process has taken over. `sources` are where the settings came from, and are read
-/// again when they change.
+/// Runs until a stop signal, or until another process takes over. Reloads the settings from
+/// `sources` when they change.
 pub(crate) async fn run(
     settings: Settings,
     sources: Sources,
@@ -78,8 +85,8 @@ pub(crate) async fn run(
 ) -> Result<(), CommandError> {
     let stop = StopSignal::new(start.until_eof)?;
     raise_open_files().map_err(CommandError::Start)?;
-    let (claim, handed) = claim(&settings, start.take_over).await?.unzip();
-    let mut tenure = Tenure { rules: claim.is_none(), claim };
+    let (client, handed) = connect_to_running(&settings, start.take_over).await?.unzip();
+    let mut ownership = RuleOwnership { owned: client.is_none(), client };
     let mut handed = handed.unwrap_or_default();
     let instance = Instance::claim(&settings, handed.instance.take()).await?;
     let thread = NamespaceThread::start().map_err(CommandError::start)?;
@@ -88,54 +95,55 @@ pub(crate) async fn run(
     let reload = Reload::watch(&settings, sources, &watcher)?;
     let mut proxy =
         Proxy::prepare(&settings, handed, capture.access(), reload.subscribe(), &watcher).await?;
-    proxy.offer = proxy.offer.with_instance(instance.clone());
+    proxy.takeovers = proxy.takeovers.with_instance(instance.clone());
     if let Some(instance) = instance {
         let (settings, interception) = (settings.clone(), reload.subscribe());
         let readiness = proxy.endpoints.readiness.clone();
         let answering = instance.serve(Status { settings, interception, readiness });
         proxy.endpoints.serving.push(tokio::spawn(answering));
     }
-    if let Some(claim) = &tenure.claim {
-        claim.rules().await?;
+    if let Some(client) = &ownership.client {
+        client.rules().await?;
     }
     capture.install().await?;
-    let serving = serve(&settings, &capture, proxy, reload, stop, &mut tenure);
+    let serving = serve(&settings, &capture, proxy, reload, stop, &mut ownership);
     let outcome = Box::pin(serving).await;
-    if !tenure.rules {
-        tracing::info!("the rules are another process's");
+    if !ownership.owned {
+        tracing::info!("the rules belong to the process that has taken over, and stay");
         return outcome;
     }
     let left = capture.leave(&settings.interception).await;
     outcome.and(left)
 }
 
-/// The process to take over from, if there is to be one and there is, and what it has handed over.
-async fn claim(
+/// The connection to the running process and its sockets; `None` without `--take-over` or without
+/// a running process.
+async fn connect_to_running(
     settings: &Settings,
     take_over: bool,
-) -> Result<Option<(Claim, Handed)>, CommandError> {
+) -> Result<Option<(TakeoverClient, HandedOver)>, CommandError> {
     if !take_over {
         return Ok(None);
     }
-    let claim = Claim::make(settings).await?;
-    if claim.is_none() {
-        tracing::info!("there is no process to take over from: starting as ever");
+    let client = TakeoverClient::connect(settings).await?;
+    if client.is_none() {
+        tracing::info!("no running process to take over from: starting without one");
     }
-    Ok(claim)
+    Ok(client)
 }
 
-/// From the installed rules to the end of the last connection.
+/// Serves, from the installed rules to the end of the drain.
 async fn serve(
     settings: &Settings,
     capture: &Capture,
     proxy: Proxy,
     reload: Reload,
     mut stop: StopSignal,
-    tenure: &mut Tenure,
+    ownership: &mut RuleOwnership,
 ) -> Result<(), CommandError> {
-    let Proxy { node, mut pod, publisher, listeners, mut offer, gates, endpoints } = proxy;
+    let Proxy { node, mut pod, publisher, listeners, mut takeovers, gates, endpoints } = proxy;
     let readiness = &endpoints.readiness;
-    // Made while the process may still be another user than the proxy, whose connections are not caught.
+    // Opened before the process becomes the proxy's user, whose connections are not caught.
     let probes = capture.probes(&settings.interception).await?;
     capture.warn_of_bypassing().await;
     capture.confine(&settings.interception).await?;
@@ -144,13 +152,13 @@ async fn serve(
         pod.credentials = tokio::select! {
             lease = lease(&node, &settings.workload.spiffe_id) => lease?,
             why = stop.wait() => {
-                tracing::info!(why, "stopped before there was a certificate");
+                tracing::info!(why, "stopped while waiting for the certificate");
                 return Ok(());
             }
         };
     }
-    if let Some(claim) = &tenure.claim {
-        claim.accept().await?;
+    if let Some(client) = &ownership.client {
+        client.accept().await?;
         gates.accept.open();
     }
     let started = Workers::start(&node, workers(settings)).map_err(CommandError::start)?;
@@ -163,18 +171,18 @@ async fn serve(
         async move { limits.report(readiness).await }
     });
     let publishing = tokio::spawn(publisher.follow(reports));
-    // Before the test, so that no change is missed that follows it.
+    // Subscribes before the self-test, so that no change after the test is missed.
     let changes = retest::subscribe(capture.access()).await;
-    if let Err(error) = prove(settings, capture, pod, &probes, tenure).await {
-        // Who goes on accepting instead goes first; what came meanwhile is served.
+    if let Err(error) = test_rules(settings, capture, pod, &probes, ownership).await {
+        // Stop accepting before the other process resumes, then drain the accepted connections.
         gates.accept.close().await;
-        tenure.claim = None;
+        ownership.client = None;
         node.drain.drain(&pod.connections, settings.timeouts.drain).await;
         return Err(error);
     }
-    // Whatever can fail, and be it for want of a descriptor, comes before `ready`.
-    let guard = capture.guard(&settings.interception).await?;
-    offer.own();
+    // Everything that can fail comes before `ready`.
+    let reconciler = capture.reconciler(&settings.interception).await?;
+    takeovers.own();
     announce(settings, pod, readiness);
     let retest = Retest {
         capture: capture.clone(),
@@ -186,18 +194,18 @@ async fn serve(
         changes,
     };
     let _probes = kubelet_probes::observe(&pod.context.probes, capture.exempting_probes());
-    let keeper = tokio::spawn(keep(guard, reload, readiness.clone(), gates.rules));
+    let reconciling = tokio::spawn(reconcile(reconciler, reload, readiness.clone(), gates.rules));
 
     let end = tokio::select! {
-        end = until_end(settings, capture, offer, &mut stop) => end,
+        end = until_end(settings, capture, takeovers, &mut stop) => end,
         end = retest.run() => match end {},
     };
-    keeper.abort();
-    end_orderly(end, settings, &running, &endpoints, &mut stop, tenure).await;
+    reconciling.abort();
+    shut_down(end, settings, &running, &endpoints, &mut stop, ownership).await;
     // Policy enforcement runs until the drain completes, and so does certificate renewal: the pod
     // holds it.
     publishing.abort();
-    // A worker that does not end holds nothing that the end of the process would not free.
+    // The end of the process frees the resources of a worker that does not stop in time.
     tokio::time::timeout(Duration::from_secs(1), running.workers.join()).await.ok();
     tracing::info!("stopped");
     Ok(())
@@ -221,14 +229,14 @@ struct Running {
     workers: Workers,
 }
 
-/// Drains, as the end asks for.
-async fn end_orderly(
+/// Drains; the deadline depends on the reason for the end.
+async fn shut_down(
     end: End,
     settings: &Settings,
     Running { node, pod, workers }: &Running,
     endpoints: &Endpoints,
     stop: &mut StopSignal,
-    tenure: &mut Tenure,
+    ownership: &mut RuleOwnership,
 ) {
     endpoints.readiness.draining();
     let timeouts = &settings.timeouts;
@@ -240,62 +248,62 @@ async fn end_orderly(
             [timeouts.drain, Duration::ZERO, Duration::ZERO]
         }
         End::HandedOver { pid } => {
-            tenure.rules = false;
+            ownership.owned = false;
             endpoints.close();
             notify::succeeded_by(pid);
             tracing::info!(pid, connections, deadline = ?timeouts.handover_drain, "another process has taken over");
             [timeouts.handover_drain, timeouts.drain, Duration::ZERO]
         }
     };
-    // A worker that does not answer delays the drain no longer than that.
+    // A worker that does not answer must not delay the drain.
     tokio::time::timeout(LISTENERS_CLOSE, workers.remove_listeners(pod.id)).await.ok();
     let aborted = drain(node, pod, stop, deadlines).await;
     tracing::info!(aborted, "drained");
 }
 
-/// Tests the rules with connections that come to us; then whoever served before needs to no longer.
-async fn prove(
+/// Runs the self-test of the rules, then completes a take-over.
+async fn test_rules(
     settings: &Settings,
     capture: &Capture,
     pod: &Pod,
     probes: &Probes,
-    tenure: &mut Tenure,
+    ownership: &mut RuleOwnership,
 ) -> Result<(), CommandError> {
     capture.test_at_start(&pod.self_test, probes, &settings.interception).await?;
-    if let Some(claim) = &tenure.claim {
-        claim.ready().await?;
+    if let Some(client) = &ownership.client {
+        client.ready().await?;
     }
-    *tenure = Tenure { claim: None, rules: true };
+    *ownership = RuleOwnership { client: None, owned: true };
     Ok(())
 }
 
-/// Waits until it is told to stop, or another process has taken over. While one tries, a signal has to wait.
+/// Waits for a stop signal or a take-over. Stop signals wait while a take-over is in progress.
 async fn until_end(
     settings: &Settings,
     capture: &Capture,
-    mut offer: Offer,
+    mut takeovers: TakeoverServer,
     stop: &mut StopSignal,
 ) -> End {
     loop {
         let conversation = tokio::select! {
             why = stop.wait() => return End::Stopped(why),
-            conversation = offer.asked() => conversation,
+            conversation = takeovers.accept() => conversation,
         };
-        match offer.answer(conversation).await {
-            Offered::Taken { pid } => return End::HandedOver { pid },
-            // Who keeps the rules looks at them now; else it is done here.
-            Offered::TakenBack if settings.interception.repair => {}
-            Offered::TakenBack => {
+        match takeovers.answer(conversation).await {
+            TakeoverOutcome::Completed { pid } => return End::HandedOver { pid },
+            // The reconciler verifies the rules now; without one they are installed here.
+            TakeoverOutcome::Abandoned if settings.interception.repair => {}
+            TakeoverOutcome::Abandoned => {
                 if let Err(error) = capture.install().await {
                     let error = crate::error::chain(&error);
-                    tracing::error!(error, "the rules may be other than they should");
+                    tracing::error!(error, "cannot restore the rules after a failed take-over");
                 }
             }
         }
     }
 }
 
-/// Drains until the first deadline; each further stop signal shortens that to the next one.
+/// Drains until the first deadline; each further stop signal selects the next, shorter one.
 async fn drain(node: &Node, pod: &Pod, stop: &mut StopSignal, deadlines: [Duration; 3]) -> usize {
     let [first, second, last] = deadlines;
     for deadline in [first, second] {
@@ -307,14 +315,14 @@ async fn drain(node: &Node, pod: &Pod, stop: &mut StopSignal, deadlines: [Durati
     node.drain.drain(&pod.connections, last).await
 }
 
-/// What serves connections, bound and loaded but not yet running.
+/// The parts of a proxy, bound and loaded but not yet serving.
 struct Proxy {
     node: Arc<Node>,
-    /// The only pod: its credentials come later.
+    /// The only pod. Its credentials may still be missing.
     pod: Pod,
     publisher: Publisher,
     listeners: Vec<(Kind, BoundListener)>,
-    offer: Offer,
+    takeovers: TakeoverServer,
     gates: Gates,
     endpoints: Endpoints,
 }
@@ -322,21 +330,21 @@ struct Proxy {
 impl Proxy {
     async fn prepare(
         settings: &Settings,
-        handed: Handed,
+        handed: HandedOver,
         access: &NamespaceAccess,
         interception: watch::Receiver<InterceptionSettings>,
         watcher: &FileWatcher,
     ) -> Result<Self, CommandError> {
         let sockets = pod_sockets(settings);
         let gates = Gates::default();
-        if handed.is_something() {
-            // It is still another process that answers.
+        if handed.is_take_over() {
+            // The running process still accepts.
             gates.accept.close().await;
         }
-        let Handed { listeners, place, instance: _ } = handed;
+        let HandedOver { listeners, control_socket, instance: _ } = handed;
         let listeners = Listeners::bind(access, &sockets, settings, listeners).await?;
         let offered = listeners.try_clone().map_err(CommandError::Start)?;
-        let offer = Offer::make(settings, offered, gates.clone(), place)?;
+        let takeovers = TakeoverServer::listen(settings, offered, gates.clone(), control_socket)?;
         let SplitListeners { traffic: listeners, endpoints } = listeners.split();
         let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
         let series = exporter.series.clone();
@@ -352,12 +360,11 @@ impl Proxy {
         if certificates::is_local(settings) {
             pod.credentials = lease(&node, &settings.workload.spiffe_id).await?;
         }
-        Ok(Self { node, pod, publisher, listeners, offer, gates, endpoints })
+        Ok(Self { node, pod, publisher, listeners, takeovers, gates, endpoints })
     }
 }
 
-/// Readiness, metrics and the answers to those that ask for this proxy, served on the control
-/// thread from now on.
+/// The tasks that serve readiness, metrics and the instance socket on the control thread.
 struct Endpoints {
     readiness: Readiness,
     serving: Vec<JoinHandle<()>>,
@@ -378,7 +385,7 @@ impl Endpoints {
             let gate = gate.clone();
             tokio::spawn(async move {
                 if let Err(error) = endpoint.serve(listener, gate).await {
-                    tracing::error!(endpoint = ?kind, %error, "an endpoint ended");
+                    tracing::error!(endpoint = ?kind, %error, "cannot serve an endpoint any longer");
                 }
             })
         };
@@ -386,7 +393,7 @@ impl Endpoints {
         Self { readiness, serving }
     }
 
-    /// Closes their listeners: another process has them too.
+    /// Closes the listeners, which the process that has taken over shares.
     fn close(&self) {
         self.serving.iter().for_each(JoinHandle::abort);
     }

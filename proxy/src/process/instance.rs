@@ -1,4 +1,4 @@
-//! One proxy for each network namespace, and what it answers those that ask for it.
+//! Ensures one proxy for each network namespace, and answers queries for the running one.
 //!
 //! The proxy whose rules catch the traffic of a network namespace listens at an abstract Unix
 //! socket. Such a name belongs to the network namespace, and the kernel frees it with the process:
@@ -10,11 +10,11 @@
 //! neither, is ignored.
 //!
 //! ```text
-//! underpass/1 pid=4242 started=1764464400 installs=true self_test_failed=false readiness=…   the first line
-//! settings as `underpass config show` prints them                                           the rest
+//! underpass/1 pid=4242 started=1764464400 installs=true self_test_failed=false readiness=…
+//! then the settings as `underpass config show` prints them
 //! ```
 //!
-//! Not here: hot restart, over a socket that hands out listeners (`take_over/place.rs`).
+//! Not here: hot restart, which has a socket of its own (`take_over/control_socket.rs`).
 
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -34,17 +34,17 @@ use underpass_interception::Peer;
 use crate::admin::endpoints::Readiness;
 use crate::rules::owner::started;
 
-/// The abstract name.
+/// The abstract name of the socket.
 const NAME: &str = "\0underpass";
 const GREETING: &str = "underpass/1";
-/// For an answer, and for its reader to take it.
+/// Timeout for receiving an answer, and for sending one.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// No settings are longer.
+/// The maximum length of an answer in bytes.
 const LONGEST_ANSWER: u64 = 16 << 20;
-/// The pause after a failed accept, for want of descriptors.
+/// The pause after a failed accept, for example without file descriptors.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The right to be the proxy of this network namespace.
+/// The listening socket that marks this process as the proxy of its network namespace.
 #[derive(Debug, Clone)]
 pub(crate) struct Instance {
     listener: Arc<UnixListener>,
@@ -53,21 +53,21 @@ pub(crate) struct Instance {
 /// A proxy that runs in this network namespace.
 #[derive(Debug)]
 pub(crate) struct Running {
-    /// In its own pid namespace.
+    /// The process id in its own pid namespace.
     pub(crate) pid: u32,
-    /// In seconds since 1970.
+    /// When it began to own rules, in seconds since 1970.
     pub(crate) started: u64,
     /// Whether it installs the rules.
     pub(crate) installs: bool,
     /// Whether its last self-test failed.
     pub(crate) self_test_failed: bool,
-    /// `ready`, or why not.
+    /// `ready`, or the reason why it is not.
     pub(crate) readiness: String,
-    /// Its settings, with those that changed since its start.
+    /// Its current settings, reloads included.
     pub(crate) settings: Settings,
 }
 
-/// Why it is not known whether a proxy runs.
+/// Why the running proxy could not be queried.
 #[derive(Debug, Error)]
 pub(crate) enum InstanceError {
     #[error(
@@ -76,15 +76,13 @@ pub(crate) enum InstanceError {
     )]
     Other(Box<Running>),
     #[error(
-        "the proxy that runs in this network namespace does not answer within {} s: is it stopped or overloaded?",
+        "the proxy of this network namespace does not answer within {} s: is it stopped or overloaded?",
         DEADLINE.as_secs()
     )]
     Silent,
-    #[error(
-        "the proxy that runs in this network namespace answers what this version does not understand"
-    )]
+    #[error("the proxy of this network namespace sent an answer that this version cannot parse")]
     Unknown,
-    #[error("cannot ask for the proxy that runs in this network namespace")]
+    #[error("cannot query the proxy of this network namespace")]
     Socket(#[source] io::Error),
 }
 
@@ -103,7 +101,7 @@ impl fmt::Display for Running {
     }
 }
 
-/// What the proxy answers, as it changes.
+/// The current state of the proxy, from which answers are made.
 #[derive(Debug)]
 pub(crate) struct Status {
     pub(crate) settings: Settings,
@@ -112,8 +110,8 @@ pub(crate) struct Status {
 }
 
 impl Instance {
-    /// Becomes the proxy of this network namespace. `handed`: the socket, from the process that is
-    /// taken over. `None` without rules, beside a proxy whose rules this one leaves alone, or if
+    /// Becomes the proxy of this network namespace. `handed` is the socket from a process that is
+    /// taken over. `None` without rules, if this process installs none beside a running proxy, or if
     /// another process holds the name.
     pub(crate) async fn claim(
         settings: &Settings,
@@ -131,7 +129,7 @@ impl Instance {
         if let Some(free) = Self::bind()? {
             return Ok(Some(free));
         }
-        // Of two that start at once, one finds the other, whose answer takes as long as its start.
+        // Of two processes that start at once, one finds the other, which answers once it has started.
         match running().await? {
             Some(running) if settings.interception.install => {
                 Err(InstanceError::Other(Box::new(running)))
@@ -140,7 +138,7 @@ impl Instance {
                 tracing::info!("another underpass runs in this network namespace ({running})");
                 Ok(None)
             }
-            // The other one may have ended meanwhile.
+            // The other process may have exited meanwhile.
             None => Self::bind().inspect(|bound| {
                 if bound.is_none() {
                     tracing::warn!(
@@ -161,21 +159,19 @@ impl Instance {
         }
     }
 
-    /// The socket, for the process that takes over.
+    /// The socket, to hand over to a new process.
     pub(crate) fn listener(&self) -> &UnixListener {
         &self.listener
     }
 
-    /// Answers those that ask, one after the other, until the end.
+    /// Answers queries, one at a time, for ever.
     pub(crate) async fn serve(self, status: Status) {
         loop {
             match self.listener.accept().await {
                 Ok((stream, _)) => {
                     let answer = answer(stream, &status, started());
                     if !matches!(timeout(DEADLINE, answer).await, Ok(Ok(()))) {
-                        tracing::debug!(
-                            "a process that asked for this proxy did not take the answer"
-                        );
+                        tracing::debug!("cannot answer a query for this proxy");
                     }
                 }
                 Err(_) => tokio::time::sleep(PAUSE).await,
@@ -201,7 +197,7 @@ async fn answer(mut stream: UnixStream, status: &Status, started: u64) -> io::Re
     stream.shutdown().await
 }
 
-/// The proxy that runs in this network namespace; `None` if there is none that can be believed.
+/// The proxy of this network namespace; `None` if no trusted one runs.
 pub(crate) async fn running() -> Result<Option<Running>, InstanceError> {
     let mut stream = match UnixStream::connect(NAME).await {
         Ok(stream) => stream,
@@ -219,7 +215,7 @@ pub(crate) async fn running() -> Result<Option<Running>, InstanceError> {
             Err(InstanceError::Socket(error))
         }
         Ok(Err(_)) => Err(InstanceError::Unknown),
-        // It ended meanwhile, or takes this process for a stranger.
+        // It exited meanwhile, or does not trust this process's user.
         Ok(Ok(0)) => Ok(None),
         Ok(Ok(_)) => Running::parse(&text).map(Some).ok_or(InstanceError::Unknown),
     }

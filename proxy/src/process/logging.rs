@@ -1,8 +1,8 @@
-//! Log lines: on standard output, one line each, written by a thread of their own so that a slow
-//! reader of them delays no connection.
+//! Writes log lines to standard output on a separate thread, so that a slow reader delays no
+//! connection.
 //!
-//! Bounded in bytes: a line (`line.rs`), and all lines that wait (`queue.rs`). Lines that do not
-//! fit are lost; they are counted, and the log says how many when it can be written again.
+//! The length of a line (`line.rs`) and of the queue (`queue.rs`) are bounded in bytes. Lines that
+//! exceed the bound are lost and counted; the count is logged when the output recovers.
 
 mod line;
 mod queue;
@@ -23,13 +23,13 @@ use self::line::Lines;
 use self::queue::{Queue, QueueGuard};
 use crate::process::command_error::CommandError;
 
-/// Starts logging. Lines that wait are written when the guard is dropped, for at most a second.
+/// Starts logging. Dropping the guard writes the queued lines, for at most a second.
 ///
 /// # Errors
 /// The filter is not in tracing's syntax, or no thread can be started.
 pub(crate) fn start(settings: &Logging) -> Result<QueueGuard, CommandError> {
     let filter = filter(settings)?;
-    // Not through std's buffer, which would keep what could not be written.
+    // Bypasses std's buffer, which would retain bytes that could not be written.
     let output = io::stdout().as_fd().try_clone_to_owned().map_err(CommandError::start)?;
     let lines = Lines::new(settings.format);
     let (queue, guard) = queue::start(File::from(output), lines).map_err(CommandError::start)?;
@@ -45,7 +45,7 @@ pub(crate) fn start(settings: &Logging) -> Result<QueueGuard, CommandError> {
     Ok(guard)
 }
 
-/// What is logged.
+/// The filter of events.
 ///
 /// # Errors
 /// The filter is not in tracing's syntax.
@@ -60,7 +60,7 @@ pub(crate) fn filter(settings: &Logging) -> Result<Targets, ConfigErrors> {
         }],
         more: 0,
     })?;
-    // It warns of every answer that is no success, expected ones too; what matters comes to us as an error.
+    // nlink warns of every error answer, expected ones included; callers log the relevant ones.
     Ok(if text.contains("nlink") {
         filter
     } else {
@@ -68,7 +68,7 @@ pub(crate) fn filter(settings: &Logging) -> Result<Targets, ConfigErrors> {
     })
 }
 
-/// Where the formatter writes a line, in one piece.
+/// Passes each line from the formatter to the queue.
 struct LineWriter {
     lines: Lines,
     queue: Arc<Queue>,

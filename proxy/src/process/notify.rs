@@ -1,6 +1,6 @@
-//! Telling a supervisor that we are ready, by systemd's protocol (`sd_notify(3)`): one datagram to `$NOTIFY_SOCKET`.
+//! Notifies the supervisor of state changes by systemd's protocol (`sd_notify(3)`).
 //!
-//! Whoever starts us learns of the moment without asking again and again; without the variable nothing is sent.
+//! Each notification is a datagram to `$NOTIFY_SOCKET`. Without the variable nothing is sent.
 
 use std::io;
 use std::os::linux::net::SocketAddrExt;
@@ -15,7 +15,7 @@ pub(crate) fn stopping() {
     notify("STOPPING=1");
 }
 
-/// Tells the supervisor whom to look after from now on.
+/// Reports the process that has taken over as the service's new main process.
 pub(crate) fn succeeded_by(pid: Option<i32>) {
     if let Some(pid) = pid {
         notify(&format!("MAINPID={pid}"));
@@ -24,7 +24,7 @@ pub(crate) fn succeeded_by(pid: Option<i32>) {
 
 fn notify(state: &str) {
     if let Err(error) = send(state) {
-        tracing::warn!(%error, state, "cannot tell $NOTIFY_SOCKET");
+        tracing::warn!(%error, state, "cannot notify the supervisor ($NOTIFY_SOCKET)");
     }
 }
 

@@ -1,13 +1,13 @@
 //! Pauses accepting and rule repair while another process takes over.
 //!
-//! A pause loses nothing: connections wait in the kernel's queue, for either process. It ends no
-//! connection; that is what the connection registry is for.
+//! During a pause, new connections wait in the kernel's accept queue. Open connections continue;
+//! the connection registry terminates them when necessary.
 
 use std::sync::Arc;
 
 use tokio::sync::watch;
 
-/// A gate that is open unless a take-over pauses what passes it. Clones share it.
+/// A gate that is open unless a take-over pauses the work behind it. Clones share the state.
 #[derive(Debug, Clone)]
 pub(crate) struct PauseGate(Arc<State>);
 
@@ -32,8 +32,8 @@ impl PauseGate {
         self.pass_until(work, std::future::ready(())).await
     }
 
-    /// Like [`PauseGate::pass`] for work that has effects after it was cancelled: the gate is not
-    /// closed before `end` has finished too.
+    /// Like [`PauseGate::pass`] for work with effects after its cancellation: closing also waits for
+    /// `end`.
     pub(crate) async fn pass_until<T>(
         &self,
         work: impl Future<Output = T>,
@@ -44,7 +44,7 @@ impl PauseGate {
         open.wait_for(|open| *open).await.ok()?;
         let _running = Running::new(&self.0);
         let done = tokio::select! {
-            // First: the gate may have closed since.
+            // Polls the gate first, since it may have closed again.
             biased;
             _ = open.wait_for(|open| !*open) => None,
             done = work => Some(done),

@@ -1,7 +1,8 @@
-//! Settings that change while the proxy runs: read again when their file changes or SIGHUP comes.
+//! Reloads the settings when their file changes or on SIGHUP.
 //!
-//! Only what is caught can change (`interception.outbound` and its like); the rest waits for a restart, and that is said.
-//! Settings that cannot be read are told, and the last good ones stay.
+//! Only the selection of intercepted traffic can change (`interception.outbound` and similar keys).
+//! Other changes need a restart, which is logged. Invalid settings are logged, and the last valid
+//! ones stay in effect.
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
@@ -9,7 +10,7 @@ use underpass_config::{FileWatch, FileWatcher, InterceptionSettings, Settings, S
 
 use crate::process::command_error::CommandError;
 
-/// Reads the settings again.
+/// Reloads the settings and publishes changes.
 #[derive(Debug)]
 pub(crate) struct Reload {
     current: Settings,
@@ -35,12 +36,12 @@ impl Reload {
         })
     }
 
-    /// What is caught, as it changes.
+    /// Follows the interception settings.
     pub(crate) fn subscribe(&self) -> watch::Receiver<InterceptionSettings> {
         self.interception.subscribe()
     }
 
-    /// Publishes what changes, until the end.
+    /// Publishes changes, for ever.
     pub(crate) async fn follow(&mut self) {
         loop {
             if let Some(new) = self.load() {
@@ -54,7 +55,7 @@ impl Reload {
         let followed = follow(&self.current, &new);
         if followed != new {
             tracing::warn!(
-                "some of the changed settings need a restart; only what is caught changes while the proxy runs"
+                "some of the changed settings need a restart: only the selection of intercepted traffic is reloaded"
             );
         }
         if followed.interception != self.current.interception {
@@ -63,12 +64,12 @@ impl Reload {
         self.current = followed;
     }
 
-    /// Says that nothing changes, when something would, until the end.
+    /// Logs changes that cannot take effect, for ever.
     pub(crate) async fn refuse_changes(&mut self) {
         loop {
             if self.load().is_some_and(|new| new != self.current) {
                 tracing::warn!(
-                    "the settings changed, and need a restart: this proxy does not keep the rules \
+                    "the changed settings need a restart: this proxy does not reconcile the rules \
                      (interception.install, interception.repair)"
                 );
             }
@@ -94,7 +95,7 @@ impl Reload {
             Ok(settings) => Some(settings),
             Err(errors) => {
                 tracing::error!(
-                    "the settings cannot be read again, the last good ones stay: {errors}"
+                    "cannot reload the settings, the last valid ones stay in effect: {errors}"
                 );
                 None
             }
@@ -102,7 +103,7 @@ impl Reload {
     }
 }
 
-/// The current settings with what of the new ones can take effect now.
+/// The current settings with those new values that can take effect without a restart.
 fn follow(current: &Settings, new: &Settings) -> Settings {
     let (old, new) = (&current.interception, &new.interception);
     let mut followed = current.clone();
@@ -115,7 +116,7 @@ fn follow(current: &Settings, new: &Settings) -> Settings {
         inbound: new.inbound.clone(),
         ..old.clone()
     };
-    // The inbound listener is made for one mode.
+    // The mode cannot change: the inbound listener is opened for one mode.
     followed.interception.inbound.mode = old.inbound.mode;
     followed
 }
@@ -130,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn exclusions_change_while_the_proxy_runs_and_ports_do_not() {
+    fn reload_changes_exclusions_but_not_ports() {
         let current = settings(&["interception.profile=osm"]);
         let new = settings(&[
             "interception.profile=osm",
@@ -144,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn the_way_of_inbound_connections_does_not_change() {
+    fn reload_does_not_change_inbound_mode() {
         let current = settings(&["interception.profile=sidecar"]);
         let new = settings(&["interception.profile=sidecar", "interception.inbound.mode=tproxy"]);
         assert_eq!(follow(&current, &new), current);

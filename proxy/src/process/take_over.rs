@@ -1,20 +1,21 @@
-//! Hot restart: a process takes over from the one that runs, without a connection that fails.
+//! Hot restart: a new process takes over from the running one, and no connection fails.
 //!
 //! ```text
-//! new                          running
-//! hello: who I shall be   ──>  is it like me, and may it?
-//!                         <──  listeners, with their sockets: both could accept now, and only the running one does
-//! rules                   ──>  looks after the rules no longer
-//! accept                  ──>  accepts no longer: what arrives waits in the queue that both have
+//! new process              running process
+//! hello: its role     ──>  checks the user and the role
+//!                     <──  listening sockets; only the running process accepts
+//! rules               ──>  stops repairing the rules
+//! accept              ──>  stops accepting; connections wait in the shared accept queue
 //! (workers, self-test)
-//! ready                   ──>  unready, GOAWAY, serves what is open, until `timeouts.handover_drain`
+//! ready               ──>  unready, GOAWAY, drains for up to `timeouts.handover_drain`
 //! ```
 //!
-//! Whatever goes wrong before `ready`: the new one ends, the conversation with it, and the running one goes on as before.
+//! If anything fails before `ready`, the new process exits and closes the connection.
+//! The running process then resumes accepting and repairing.
 
-mod claim;
-mod offer;
-mod place;
+mod client;
+mod control_socket;
+mod server;
 
 use std::fmt;
 use std::io;
@@ -25,64 +26,63 @@ use thiserror::Error;
 use underpass_config::{InboundMode, Settings};
 use underpass_interception::{InterceptionError, Namespace};
 
-pub(crate) use claim::{Claim, Handed};
-pub(crate) use offer::{Gates, Offer, Offered};
+pub(crate) use client::{HandedOver, TakeoverClient};
+pub(crate) use server::{Gates, TakeoverOutcome, TakeoverServer};
 
-/// The version of the conversation.
+/// The version of this protocol.
 const VERSION: u32 = 1;
-/// For an answer of the running process, which does next to nothing for any of them; and for the new one to say who it is.
-const ANSWER: Duration = Duration::from_secs(5);
-/// For the new process to get its certificate, from the other side of the network if need be. Meanwhile the running one serves.
-const PREPARE: Duration = Duration::from_secs(60);
-/// For the new process from the last accept of the running one until it is ready. Meanwhile connections wait: longer than a test of
-/// the rules may take, shorter than clients do.
-const TURN: Duration = Duration::from_secs(8);
+/// Timeout for each answer of the running process, and for the role that the new process sends.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for the new process to obtain its certificate, possibly from a remote CA. The running
+/// process serves meanwhile.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Timeout from the last accept of the running process until the new one is ready. New connections
+/// wait meanwhile, so it exceeds the self-test's deadline and stays below clients' timeouts.
+const SWITCH_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// The three things that a new process asks for, in this order.
+/// The requests of the new process, in this order.
 const RULES: &str = "rules";
 const ACCEPT: &str = "accept";
 const READY: &str = "ready";
 const OK: &str = "ok";
 const LISTENERS: &str = "listeners";
 const REFUSED: &str = "refused";
-/// What the socket is called at which a process is asked.
-const PLACE: &str = "take-over";
-/// The same of the socket that makes a process the only one of its network namespace.
+/// The name of the control socket among the sockets that are handed over.
+const CONTROL_SOCKET: &str = "take-over";
+/// The name of the instance socket (`instance.rs`) among them.
 const INSTANCE: &str = "instance";
 
-/// Why a process does not take over.
+/// Why this process cannot take over.
 #[derive(Debug, Error)]
 pub(crate) enum TakeOverError {
-    #[error("cannot talk to the process that runs at {} (take_over.socket)", socket.display())]
-    Talk { socket: PathBuf, source: io::Error },
+    #[error("cannot communicate with the running process at {} (take_over.socket)", socket.display())]
+    Io { socket: PathBuf, source: io::Error },
     #[error(
-        "whoever listens at {} (take_over.socket) is user {uid}, who must not give us listeners: remove the file",
+        "the listener at {} (take_over.socket) belongs to user {uid}, which is not trusted: remove the file",
         socket.display()
     )]
     Stranger { socket: PathBuf, uid: u32 },
-    #[error("/proc does not tell in which network namespace this is")]
+    #[error("cannot read the network namespace of this process from /proc")]
     Namespace(#[source] io::Error),
-    #[error("the process that runs does not let us take over: {0}")]
+    #[error("the running process refused the take-over: {0}")]
     Refused(String),
     #[error(
-        "the process that runs did not answer \"{asked}\" within {} s: it goes on as before, if it runs at all",
-        ANSWER.as_secs()
+        "the running process did not answer \"{asked}\" within {} s: it may be stopped or overloaded",
+        ANSWER_TIMEOUT.as_secs()
     )]
     NoAnswer { asked: &'static str },
     #[error(
-        "the process that runs ended the conversation instead of answering \"{asked}\": it waited in vain, or it ended"
+        "the running process closed the connection instead of answering \"{asked}\": its timeout passed, or it exited"
     )]
     Left { asked: &'static str },
-    #[error(
-        "the process that runs said \"{said}\" instead of answering \"{asked}\": is it of another version?"
-    )]
+    #[error("the running process answered \"{said}\" to \"{asked}\": is it another version?")]
     Misunderstood { asked: &'static str, said: String },
-    #[error("cannot offer to be taken over at {} (take_over.socket)", socket.display())]
-    Offer { socket: PathBuf, source: io::Error },
+    #[error("cannot listen for a take-over at {} (take_over.socket)", socket.display())]
+    Listen { socket: PathBuf, source: io::Error },
 }
 
-/// What two processes must have in common, one of which takes over from the other: what is caught by the same rules, with the
-/// same listeners.
+/// The properties that both processes must share, so that the rules and listeners of the running
+/// process are valid for the new one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Role {
     version: u32,
@@ -104,15 +104,15 @@ impl Role {
         })
     }
 
-    /// Why the process of this role does not give way to one that says this of itself.
+    /// Why a process of this role refuses a take-over by one with the role `said`.
     fn refusal(&self, said: &str) -> Option<String> {
         (said != self.to_string()).then(|| {
-            format!("it is another kind of proxy; it is \"{self}\", and this one \"{said}\"")
+            format!("the role differs: the running process is \"{self}\", the new one \"{said}\"")
         })
     }
 }
 
-/// The number of the network namespace of this process.
+/// The inode number of this process's network namespace.
 fn namespace() -> Result<u64, InterceptionError> {
     Ok(Namespace::current()?.id().inode())
 }

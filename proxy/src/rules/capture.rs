@@ -1,6 +1,6 @@
-//! The rules in the life of a proxy: checked, installed, tested, kept, and removed or left behind.
+//! Manages the rules during the life of a proxy: checks, installs, tests, and keeps or removes them.
 //!
-//! Not here: the rules, and how they get into the kernel (the interception crate).
+//! Not here: the contents of the rules and the kernel interfaces (the interception crate).
 
 use std::time::Duration;
 
@@ -17,28 +17,28 @@ use crate::observe::metrics;
 use crate::process::command_error::CommandError;
 use crate::process::pause_gate::PauseGate;
 use crate::process::reload::Reload;
-use crate::rules::guard::{Event, Guard};
 use crate::rules::owner::{role, started};
+use crate::rules::reconciler::{Event, RuleReconciler};
 use crate::rules::self_test;
 use crate::rules::self_test::{SelfTest, SelfTestError};
 
-/// For each connection of the self-test at the start: one within a namespace takes well under a
-/// millisecond; a machine that is busy starting takes longer.
+/// The deadline of each connection of the self-test at the start. It normally takes less than a
+/// millisecond; a machine that is still booting takes longer.
 const START_DEADLINE: Duration = Duration::from_secs(5);
 
-/// What catches the workload's traffic.
+/// The rules of one pod and the means to change them.
 #[derive(Debug, Clone)]
 pub(crate) struct Capture {
-    /// Where the workload's traffic is caught.
+    /// Operations in the pod's network namespace.
     access: NamespaceAccess,
-    /// Performs what takes privileges.
+    /// The thread that performs privileged operations.
     thread: NamespaceThread,
-    /// `None` if the rules are someone else's to install.
+    /// `None` if another program installs the rules (`interception.install: false`).
     interception: Option<Interception>,
     plan: RulePlan,
     ports: Ports,
     profile: Profile,
-    /// Whom the process becomes once the rules stand.
+    /// The user that the process becomes after installing the rules.
     user: Option<ProxyUser>,
 }
 
@@ -49,16 +49,14 @@ pub(crate) struct Probes {
     returned: Vec<ReturnPathProbe>,
 }
 
-/// Leaves the rules behind, as they should be: another program may have changed them, and repairing been given up or never wanted.
+/// Leaves the rules installed at the end of the proxy. With `repair`, reinstalls them if another
+/// program has changed them.
 async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), CommandError> {
     let difference = match interception.verify().await {
         Ok(difference) => difference,
         Err(error) if repair => return Err(error.into()),
         Err(error) => {
-            tracing::info!(
-                error = chain(&error),
-                "the rules stay as they are, and cannot be looked at"
-            );
+            tracing::info!(error = chain(&error), "cannot verify the rules that stay installed");
             return Ok(());
         }
     };
@@ -66,25 +64,25 @@ async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), C
         None => {
             interception.unblock().await?;
             tracing::info!(
-                "the rules stay, so nothing leaves in plain; `underpass rules remove` removes them"
+                "the rules stay installed: no traffic leaves in plaintext (`underpass rules remove` removes them)"
             );
         }
         Some(_) if repair => {
             interception.install().await?;
             tracing::warn!(
-                "another program had changed the rules; they are put back and stay, so nothing leaves in plain"
+                "another program had changed the rules: they are repaired and stay installed"
             );
         }
         Some(difference) => tracing::error!(
             %difference,
-            "another program has changed the rules, and interception.repair is off: traffic may leave in plain"
+            "another program has changed the rules and interception.repair is off: traffic may leave in plaintext"
         ),
     }
     Ok(())
 }
 
 impl Capture {
-    /// Checks all that can be checked before anything is changed.
+    /// Checks the preconditions; changes nothing.
     pub(crate) async fn prepare(
         settings: &Settings,
         namespace: Namespace,
@@ -121,23 +119,23 @@ impl Capture {
         })
     }
 
-    /// Where the workload's traffic is caught.
+    /// Operations in the pod's network namespace.
     pub(crate) fn access(&self) -> &NamespaceAccess {
         &self.access
     }
 
     pub(crate) async fn install(&self) -> Result<(), CommandError> {
         let Some(interception) = &self.interception else {
-            tracing::info!(profile = %self.profile, "the rules are someone else's: none are installed");
+            tracing::info!(profile = %self.profile, "not installing rules: another program installs them");
             return Ok(());
         };
         if interception.ipv6_absent() {
-            tracing::info!("the kernel has no IPv6: there is none to catch");
+            tracing::info!("the kernel has no IPv6: no IPv6 rules are needed");
         }
         if interception.ipv6_disabled().await? {
             tracing::info!(
-                "IPv6 is disabled on the loopback interface (disable_ipv6): its rules are installed, and the \
-                 workload's IPv6 goes nowhere until it is enabled there"
+                "IPv6 is disabled on the loopback interface (disable_ipv6): its rules are installed, but the \
+                 workload has no IPv6 connectivity until it is enabled there"
             );
         }
         for leftover in interception.leftovers().await? {
@@ -148,7 +146,7 @@ impl Capture {
         if interception.verify().await?.is_none() {
             interception.mark_owner().await;
             interception.unblock().await?;
-            tracing::info!(%backend, rules, "the rules stand as they should");
+            tracing::info!(%backend, rules, "the rules are already installed");
             return Ok(());
         }
         interception.install().await?;
@@ -169,14 +167,14 @@ impl Capture {
         open().await.map_err(SelfTestError::prepare).map_err(CommandError::self_test)
     }
 
-    /// Whether the rules know the proxy by its user.
+    /// Whether the rules identify the proxy by its user.
     fn is_by_user(&self) -> bool {
         matches!(self.profile, Profile::Sidecar | Profile::Osm)
     }
 
-    /// Becomes the user by which the rules know the proxy, if they do. Leaves the calling thread no
-    /// capability, and with it the threads that it makes from now on, and the namespaces thread
-    /// those that it needs.
+    /// Becomes the user by which the rules identify the proxy, if they do. Drops all capabilities of
+    /// the calling thread, which its later threads inherit. The namespaces thread keeps those that it
+    /// needs.
     pub(crate) async fn confine(
         &self,
         settings: &InterceptionSettings,
@@ -186,15 +184,15 @@ impl Capture {
             self.thread.prepare_change_of_user(kept).await?;
             user.become_it()?;
             let ProxyUser { uid, gid } = user;
-            tracing::info!(uid, gid, ?kept, "runs as the user that the rules know");
+            tracing::info!(uid, gid, ?kept, "changed to the proxy's user");
         } else {
             confine_thread(Kept::Nothing).map_err(CommandError::Start)?;
         }
         Ok(self.thread.confine(kept).await?)
     }
 
-    /// Warns of other processes that can bypass the rules, as far as they can be seen. For while
-    /// the process still may look.
+    /// Warns of processes that can bypass the rules. Must be called before the process drops the
+    /// privileges to inspect them.
     pub(crate) async fn warn_of_bypassing(&self) {
         let profile = self.profile;
         if profile == Profile::None {
@@ -210,7 +208,7 @@ impl Capture {
         );
     }
 
-    /// What the namespaces thread needs to the end: to repair or remove the rules, and to open
+    /// The capabilities that the namespaces thread keeps, to repair or remove the rules and to open
     /// sockets.
     fn kept(&self, settings: &InterceptionSettings) -> Kept {
         let marks = Sockets::new(settings, ipv6_available()).need_net_admin();
@@ -225,8 +223,8 @@ impl Capture {
         }
     }
 
-    /// Tests that what should be caught with these settings is, and that what should come back
-    /// does.
+    /// Tests that the rules of these settings catch connections, and that answers to imitated
+    /// clients return to the proxy.
     pub(crate) async fn test(
         &self,
         self_test: &SelfTest,
@@ -241,28 +239,28 @@ impl Capture {
         let tested = self_test.run(caught.map_err(SelfTestError::Prepare)?, deadline).await?;
         if tested.is_empty() && self.profile != Profile::None {
             tracing::info!(
-                "the rules could not be tested from here: no connection that this process can make would be caught, or has a route"
+                "cannot test the rules: this process can make no connection that they would catch, or there is no route"
             );
         } else {
-            tracing::debug!(?tested, "connections are caught");
+            tracing::debug!(?tested, "self-test: connections are caught");
         }
         let returned = if self.is_by_user() {
-            // Only those that were opened by another user are like the workload's.
+            // Only sockets opened before the change of user are treated like the workload's.
             let own = probes.returned.iter().map(|connection| connection.destination.ip());
             let usable = self.access.usable_addresses(own.collect()).await.map_err(prepare)?;
             let is_current =
                 |connection: &&ReturnPathProbe| usable.contains(&connection.destination.ip());
             let current = probes.returned.iter().filter(is_current);
-            self_test::run_way_back(current, deadline).await?
+            self_test::run_return_path(current, deadline).await?
         } else {
             let opened = self.access.open_return_path(settings, self.ports).await;
-            self_test::run_way_back(&opened.map_err(prepare)?, deadline).await?
+            self_test::run_return_path(&opened.map_err(prepare)?, deadline).await?
         };
-        tracing::debug!(?returned, "answers to imitated clients come back");
+        tracing::debug!(?returned, "self-test: answers to imitated clients return");
         Ok(())
     }
 
-    /// The same at the start, where a failure names what may be its cause.
+    /// Runs [`test`](Self::test) at the start. A failure lists possible causes.
     pub(crate) async fn test_at_start(
         &self,
         self_test: &SelfTest,
@@ -275,7 +273,7 @@ impl Capture {
         }
     }
 
-    /// Rules of other programs that act before ours; none where the rules are not ours to install.
+    /// Rules of other programs that act before those of this proxy; empty if it installs none.
     pub(crate) async fn foreign_rules(&self) -> Result<Vec<ForeignRule>, InterceptionError> {
         match &self.interception {
             Some(interception) => interception.foreign_rules().await,
@@ -283,7 +281,7 @@ impl Capture {
         }
     }
 
-    /// What may be the cause of a failed self-test: leftovers of other meshes, and foreign rules.
+    /// Possible causes of a failed self-test: leftovers of other meshes, and foreign rules.
     pub(crate) async fn suspects(&self) -> Vec<String> {
         let Some(interception) = &self.interception else { return Vec::new() };
         let leftovers = interception.leftovers().await.unwrap_or_default();
@@ -292,24 +290,24 @@ impl Capture {
         leftovers.chain(foreign.iter().map(ToString::to_string)).collect()
     }
 
-    /// Who keeps the rules from now on; `None` if nobody is to.
-    pub(crate) async fn guard(
+    /// The reconciler of the rules; `None` if `interception.install` or `.repair` is off.
+    pub(crate) async fn reconciler(
         &self,
         settings: &InterceptionSettings,
-    ) -> Result<Option<Guard>, CommandError> {
+    ) -> Result<Option<RuleReconciler>, CommandError> {
         match self.interception.as_ref().filter(|_| settings.repair) {
-            Some(kept) => Ok(Some(Guard::new(kept.clone()).await?)),
+            Some(rules) => Ok(Some(RuleReconciler::new(rules.clone()).await?)),
             None => Ok(None),
         }
     }
 
-    /// The rules, if they are ours and exempt the kubelet's probes.
+    /// The rules, if this proxy installs them and they exempt the kubelet's probes.
     pub(crate) fn exempting_probes(&self) -> Option<&Interception> {
         let exempts = self.plan.rules().iter().any(|rule| rule.id == KUBELET_PROBE_IN);
         self.interception.as_ref().filter(|_| exempts)
     }
 
-    /// At the end: the rules stay or go, as the settings say.
+    /// Keeps or removes the rules at the end, as `interception.on_exit` says.
     pub(crate) async fn leave(&self, settings: &InterceptionSettings) -> Result<(), CommandError> {
         let Some(interception) = &self.interception else {
             return Ok(());
@@ -318,32 +316,32 @@ impl Capture {
             OnExit::Keep => leave_closed(interception, settings.repair).await?,
             OnExit::Remove => {
                 interception.remove().await?;
-                tracing::info!("rules removed: traffic is direct and plain from now on");
+                tracing::info!("rules removed: traffic is direct and in plaintext from now on");
             }
         }
         Ok(())
     }
 }
 
-/// Keeps the rules, and follows the settings, until the end.
-pub(crate) async fn keep(
-    guard: Option<Guard>,
+/// Runs the reconciler and applies changed settings, for ever.
+pub(crate) async fn reconcile(
+    reconciler: Option<RuleReconciler>,
     mut reload: Reload,
     readiness: Readiness,
     gate: PauseGate,
 ) {
-    let Some(mut guard) = guard else {
+    let Some(mut reconciler) = reconciler else {
         return reload.refuse_changes().await;
     };
     let mut settings = reload.subscribe();
     tokio::spawn(async move { reload.follow().await });
-    let access = guard.access();
+    let access = reconciler.access();
     loop {
-        // A repair goes on to its end: until then no other process may change the rules.
-        let event = gate.pass_until(guard.next(&mut settings), access.finish()).await;
+        // The gate waits for a started repair: until then no other process may change the rules.
+        let event = gate.pass_until(reconciler.next(&mut settings), access.finish()).await;
         let Some(event) = event else {
-            // Another process may have changed them.
-            guard.look_again();
+            // The process that tried to take over may have changed the rules.
+            reconciler.verify_now();
             continue;
         };
         report(&event);
@@ -353,7 +351,7 @@ pub(crate) async fn keep(
     }
 }
 
-/// Logs and counts.
+/// Logs and counts an event.
 fn report(event: &Event) {
     match event {
         Event::Repaired { difference, took, fight } => {
@@ -364,24 +362,24 @@ fn report(event: &Event) {
                     missing,
                     unexpected,
                     ?took,
-                    "another program had changed the rules; they are put back"
+                    "repaired the rules, which another program had changed, in a fight"
                 );
             } else {
                 tracing::warn!(
                     missing,
                     unexpected,
                     ?took,
-                    "another program had changed the rules; they are as they should be again"
+                    "repaired the rules, which another program had changed"
                 );
             }
-            tracing::debug!("what had been changed:\n{difference}");
+            tracing::debug!("the change was:\n{difference}");
         }
         Event::Followed { rules, .. } => {
-            tracing::info!(rules, "the settings changed, and the rules with them, in one step");
+            tracing::info!(rules, "applied the changed settings to the rules atomically");
         }
         Event::Intact => {
             tracing::info!(
-                "the rules are as they should be again; the workload's traffic is no longer blocked"
+                "the rules are intact again: the workload's traffic is no longer blocked"
             );
         }
         Event::Fight { difference } => {
@@ -390,12 +388,12 @@ fn report(event: &Event) {
                 missing,
                 unexpected,
                 hint = "stop that program, or set interception.profile: none",
-                "another program changes the rules again and again: the workload's traffic is blocked until they stay\n{difference}"
+                "another program changes the rules repeatedly: the workload's traffic is blocked until it stops\n{difference}"
             );
         }
         Event::Failed { error, pause } => {
             let error = chain(error);
-            tracing::error!(error, ?pause, "the rules cannot be watched or put back; trying again");
+            tracing::error!(error, ?pause, "cannot watch or repair the rules: retrying");
         }
     }
 }

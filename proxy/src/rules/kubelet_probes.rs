@@ -1,8 +1,9 @@
-//! Connections that `interception.kubelet_probes` exempts from mTLS and policies: a warning at the
-//! start, then a metric and a log line for those that the rule let through.
+//! Reports connections that `interception.kubelet_probes` exempts from mTLS and policies.
+//!
+//! It logs a warning at the start, then counts and logs the connections that the rule accepted.
 //!
 //! Not here: the rule (the interception crate), and the exemption from `proxy.mtls` for probes that
-//! reach the proxy (`policy.rs`).
+//! reach the proxy (`decide/policy.rs`).
 
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use underpass_interception::{
 use crate::error::chain;
 use crate::observe::metrics;
 
-/// How often the rule's counter is read, and so the least time between two log lines.
+/// How often the rule's counter is read: the minimum time between two log lines.
 const INTERVAL: Duration = Duration::from_secs(60);
 
 /// Counts and logs exempt connections for as long as it lives.
@@ -29,7 +30,7 @@ impl Drop for Observer {
     }
 }
 
-/// Logs what is exempt, and observes the exemption in `rules`, if those are ours and have one.
+/// Logs the exempt ports, and observes the exemption in `rules` if this proxy installs it.
 pub(crate) fn observe(probes: &KubeletProbes, rules: Option<&Interception>) -> Observer {
     warn(probes);
     Observer(rules.cloned().map(|rules| tokio::spawn(watch(rules)).abort_handle()))
@@ -44,7 +45,7 @@ fn warn(probes: &KubeletProbes) {
     tracing::warn!(
         ports,
         "connections from {KUBELET_PROBE_V4} and {KUBELET_PROBE_V6} to these ports are exempt from mTLS and \
-         policies (interception.kubelet_probes): right only where a node agent keeps others from that source"
+         policies (interception.kubelet_probes): use it only where a node agent reserves that source address"
     );
 }
 
@@ -73,7 +74,7 @@ async fn watch(interception: Interception) {
     }
 }
 
-/// How many connections the rules of both families have let through.
+/// The number of connections that the rules of both families have exempted.
 fn exempted(counters: &[RuleCounter]) -> u64 {
     let is_exemption = |counter: &&RuleCounter| {
         counter.id.strip_prefix(KUBELET_PROBE_IN).is_some_and(|rest| matches!(rest, "" | "-v6"))
@@ -81,8 +82,8 @@ fn exempted(counters: &[RuleCounter]) -> u64 {
     counters.iter().filter(is_exemption).map(|counter| counter.packets).sum()
 }
 
-/// The increase of a kernel counter between readings. What earlier processes counted is no
-/// increase; a replaced rule counts from zero.
+/// The increase of a kernel counter between readings. The first reading is the base, since an
+/// earlier process may have counted; a replaced rule counts from zero.
 #[derive(Debug, Default)]
 struct Increase {
     last: Option<u64>,
@@ -103,14 +104,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_increases_and_restarts_at_a_replaced_rule() {
+    fn counts_increases_and_restarts_at_replaced_rule() {
         let mut increase = Increase::default();
         let increases: Vec<u64> = [7, 7, 9, 2, 3].map(|now| increase.to(now)).into();
         assert_eq!(increases, [0, 0, 2, 2, 1]);
     }
 
     #[test]
-    fn sums_the_exemptions_of_both_families_only() {
+    fn sums_exemptions_of_both_families_only() {
         let counter = |id: &str, packets| RuleCounter { id: id.to_owned(), packets, bytes: 0 };
         let counters = [
             counter("kubelet-probe-in", 3),

@@ -1,8 +1,8 @@
-//! The self-test again: whenever any program has changed netfilter's rules, ip rules or routes.
+//! Repeats the self-test after any program has changed netfilter rules, ip rules or routes.
 //!
-//! Our own rules can be intact while another program's, in front of them, let traffic past. The
-//! proxy is unready for as long as the test fails. Foreign rules that act before ours are logged
-//! when they change; most are harmless, so that they alone change nothing.
+//! The proxy's rules can be intact while another program's rules, which act before them, let
+//! traffic bypass the proxy. The proxy is unready while the test fails. Foreign rules are logged
+//! when they change; most are harmless, so they do not affect readiness.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -19,17 +19,17 @@ use crate::process::pause_gate::PauseGate;
 use crate::rules::capture::{Capture, Probes};
 use crate::rules::self_test::{SelfTest, SelfTestError};
 
-/// Changes are over when nothing changed for this long.
+/// A series of changes has ended when there was none for this long.
 const QUIET: Duration = Duration::from_millis(300);
-/// The test does not wait longer than this for the end of changes.
+/// The maximum wait for the end of a series of changes.
 const LONGEST_WAIT: Duration = Duration::from_secs(3);
 /// The pause before the next test while the rules are not intact, or after a test that failed.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// For each connection of the test. Nothing is served meanwhile that should be caught.
+/// The deadline of each connection of the test.
 const DEADLINE: Duration = Duration::from_secs(3);
 
-/// All that the test needs.
+/// Repeats the self-test for one pod.
 #[derive(Debug)]
 pub(crate) struct Retest {
     pub(crate) capture: Capture,
@@ -39,12 +39,12 @@ pub(crate) struct Retest {
     pub(crate) readiness: Readiness,
     /// Closed while another process takes over.
     pub(crate) gate: PauseGate,
-    /// Of all programs, since before the test at the start; `None` if they cannot be watched.
+    /// Changes by all programs, since before the first test; `None` if they cannot be watched.
     pub(crate) changes: Option<Changes>,
 }
 
 impl Retest {
-    /// Tests after each change. Cancelling it ends it.
+    /// Tests after each change, for ever.
     pub(crate) async fn run(mut self) -> Infallible {
         let Some(mut changes) = self.changes.take() else {
             return std::future::pending().await;
@@ -54,13 +54,13 @@ impl Retest {
         let mut again = false;
         loop {
             if again {
-                // A change meanwhile is no reason to test earlier.
+                // Changes during the pause do not shorten it.
                 sleep(RETRY).await;
             } else if let Err(error) = changes.next().await {
                 tracing::debug!(%error, "the kernel does not report changes");
                 sleep(RETRY).await;
             }
-            quiet(&mut changes).await;
+            until_quiet(&mut changes).await;
             again = match self.gate.pass(self.test()).await {
                 Some(passed) => !passed,
                 None => true,
@@ -69,19 +69,19 @@ impl Retest {
         }
     }
 
-    /// Whether the test is done until the next change.
+    /// Runs the test; `false` if it must be repeated without waiting for a change.
     async fn test(&self) -> bool {
         if self.readiness.are_rules_lost() {
-            // They are repaired; the test would fail.
+            // The reconciler repairs the rules; until then the test would fail.
             return false;
         }
         let settings = self.settings.borrow().clone();
         let outcome = self.capture.test(&self.self_test, &self.probes, &settings, DEADLINE).await;
         let passed = match outcome {
-            // For want of descriptors, for example: this says nothing about the rules.
+            // For example no file descriptors: not a problem of the rules.
             Err(error) if error.is_ours() => {
                 let error = chain(&error);
-                tracing::debug!(error, "the self-test cannot run again");
+                tracing::debug!(error, "cannot repeat the self-test");
                 return false;
             }
             Err(_) if self.readiness.are_rules_lost() => return false,
@@ -99,7 +99,7 @@ impl Retest {
         passed
     }
 
-    /// Once for each series of failures.
+    /// Logs the first failure of a series.
     async fn report_failure(&self, error: &SelfTestError) {
         if self.readiness.has_self_test_failed() {
             return;
@@ -116,7 +116,7 @@ impl Retest {
     async fn report_foreign(&self, known: &mut Vec<ForeignRule>) {
         let found = match self.capture.foreign_rules().await {
             Ok(found) => found,
-            Err(error) => return tracing::debug!(%error, "foreign rules cannot be listed"),
+            Err(error) => return tracing::debug!(%error, "cannot list foreign rules"),
         };
         metrics::foreign_rules(found.len());
         for rule in found.iter().filter(|rule| !known.contains(rule)) {
@@ -131,23 +131,23 @@ impl Retest {
     }
 }
 
-/// Subscribes to changes of all programs' rules in this namespace. Without them the self-test does
-/// not run again.
+/// Subscribes to changes of all programs' rules in this namespace. Without a subscription the
+/// self-test is not repeated.
 pub(crate) async fn subscribe(access: &NamespaceAccess) -> Option<Changes> {
     let changes = Changes::of_all_programs(access).await;
     let warn = |error: &InterceptionError| {
         let error = chain(error);
         tracing::warn!(
             error,
-            "the rules of other programs cannot be watched: the self-test does not run again"
+            "cannot watch the rules of other programs: the self-test is not repeated"
         );
     };
     changes.inspect_err(warn).ok()
 }
 
-/// Waits until nothing changes any longer.
-async fn quiet(changes: &mut Changes) {
+/// Waits for the end of a series of changes, at most for [`LONGEST_WAIT`].
+async fn until_quiet(changes: &mut Changes) {
     let deadline = Instant::now() + LONGEST_WAIT;
-    let until_quiet = async { while let Ok(Ok(())) = timeout(QUIET, changes.next()).await {} };
-    let _still_changing = timeout_at(deadline, until_quiet).await;
+    let no_change = async { while let Ok(Ok(())) = timeout(QUIET, changes.next()).await {} };
+    let _still_changing = timeout_at(deadline, no_change).await;
 }

@@ -1,7 +1,7 @@
-//! Self-test of the rules, before `ready` and after changes (`retest.rs`).
+//! Tests the rules with real connections, before `ready` and after changes (`retest.rs`).
 //!
-//! Test connections take the path of the workload's traffic and must arrive at our listeners with
-//! their original destination. The workload's answers to imitated clients must come back.
+//! Test connections take the path of the workload's traffic. They must arrive at the proxy's
+//! listeners with their original destination, and answers to imitated clients must return.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -18,7 +18,7 @@ use underpass_interception::{
 use crate::traffic::accepted::Accepted;
 use crate::traffic::listeners::Kind;
 
-/// The test failed: traffic is not caught as it should be.
+/// Why the test failed.
 #[derive(Debug, Error)]
 pub(crate) enum SelfTestError {
     #[error(
@@ -47,17 +47,17 @@ pub(crate) enum SelfTestError {
          `underpass rules verify` tells"
     )]
     NotImitated { client: IpAddr, destination: SocketAddr, source: std::io::Error },
-    #[error("the sockets of the test could not be made")]
+    #[error("cannot open the sockets of the self-test")]
     Prepare(#[source] std::io::Error),
 }
 
 impl SelfTestError {
-    /// The sockets could not be made in the namespace.
+    /// The sockets could not be opened in the namespace.
     pub(crate) fn prepare(error: InterceptionError) -> Self {
         Self::Prepare(error.into())
     }
 
-    /// Whether it says nothing about the rules: this process cannot make the test.
+    /// Whether the test could not run, so that nothing is known about the rules.
     pub(crate) fn is_ours(&self) -> bool {
         match self {
             Self::Prepare(_) => true,
@@ -69,10 +69,10 @@ impl SelfTestError {
     }
 }
 
-/// Shared by the test and the accepting workers, who give it its own connections.
+/// Shared by the test and the workers, which pass the test's connections to it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct SelfTest {
-    /// Looked at for every connection, so that nothing else is while there is no test.
+    /// Checked for every connection: cheaper than the lock while no test runs.
     running: Arc<AtomicBool>,
     expected: Arc<Mutex<Option<Expected>>>,
 }
@@ -84,7 +84,7 @@ struct Expected {
 }
 
 impl SelfTest {
-    /// Whether `accepted` is the test's own, and so nobody else's.
+    /// Whether `accepted` is a connection of the test. It must not be served then.
     pub(crate) fn claims(&self, accepted: &Accepted) -> bool {
         if accepted.kind != Kind::Outbound || !self.running.load(Relaxed) {
             return false;
@@ -95,14 +95,14 @@ impl SelfTest {
         };
         let claimed = accepted.destination.address() == *destination;
         if claimed {
-            // A reset may come with the connection, and the test would take it for a refusal.
+            // Closing with a reset would look like a refused connection to the test.
             end_on_close(&accepted.stream);
         }
-        // Whoever waits no longer has been told something else.
+        // Fails if the test has already timed out.
         claimed && arrived.send(()).is_ok()
     }
 
-    /// Makes each connection and waits for it; says which destinations were tested.
+    /// Opens each connection and waits for its arrival. Returns the tested destinations.
     pub(crate) async fn run(
         &self,
         probes: Vec<Probe>,
@@ -116,7 +116,7 @@ impl SelfTest {
             match self.one(probe, deadline).await {
                 Ok(true) => tested.push(destination),
                 Ok(false) => {
-                    tracing::debug!(%destination, "there is no route that a test could take");
+                    tracing::debug!(%destination, "no route for a test connection");
                 }
                 Err(error) => outcome = Err(error),
             }
@@ -126,7 +126,7 @@ impl SelfTest {
         outcome.map(|()| tested)
     }
 
-    /// `false` if there is no route by which such a connection could leave.
+    /// Tests one destination; `false` if there is no route to it.
     async fn one(&self, probe: Probe, deadline: Duration) -> Result<bool, SelfTestError> {
         let destination = probe.destination;
         let (arrived, mut arrivals) = mpsc::unbounded_channel();
@@ -148,8 +148,8 @@ impl SelfTest {
     }
 }
 
-/// Makes each connection and waits for its answer; says between whom.
-pub(crate) async fn run_way_back(
+/// Opens each connection and waits for its answer. Returns the tested pairs of addresses.
+pub(crate) async fn run_return_path(
     connections: impl IntoIterator<Item = &ReturnPathProbe>,
     deadline: Duration,
 ) -> Result<Vec<(IpAddr, SocketAddr)>, SelfTestError> {

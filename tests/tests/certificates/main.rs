@@ -15,7 +15,7 @@ use underpass_tests::{
 };
 
 const IN_USE: &str = "certificate in use";
-const KEPT: &str = "what is there stays";
+const KEPT: &str = "the current one stays in use";
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
@@ -81,12 +81,12 @@ async fn one_watcher() {
     for (round, file) in [&list, other.roots()].into_iter().enumerate() {
         let content = fs::read(file).expect("a file");
         fs::write(file, [content, b"\n".into()].concat()).expect("a file");
-        proxy.more_than(round, &["revocation lists read again"]).await;
+        proxy.more_than(round, &["revocation lists reloaded"]).await;
     }
     fs::write(&documents[1], "no mesh").expect("a file");
     proxy.line(&["ERROR", "second.yaml"]).await;
     settings.section("wrong: true").write(&scene.client);
-    proxy.line(&["ERROR", "the settings cannot be read again"]).await;
+    proxy.line(&["ERROR", "cannot reload the settings"]).await;
     assert_eq!(inotify_instances(proxy.pid()), 1);
 }
 

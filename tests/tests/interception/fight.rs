@@ -10,7 +10,7 @@ use underpass_tests::{
 
 use crate::{AMBIENT, OSM, Profile, SIDECAR, readiness};
 
-const FIGHT: &[&str] = &["ERROR", "another program changes the rules again and again"];
+const FIGHT: &[&str] = &["ERROR", "another program changes the rules repeatedly"];
 const REPAIRS: &str = "underpass_rules_repairs_total";
 const INTACT: &str = "underpass_rules_intact";
 /// A port of the server that the client's settings exclude.

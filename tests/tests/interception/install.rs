@@ -151,9 +151,9 @@ async fn without_privileges() {
     let settings = settings.set("interception.install=false");
     let started = scene.client.try_proxy_through(AS_PROXY, &settings).await;
     let mut proxy = started.expect("the proxy gets ready");
-    proxy.line(&["the rules are someone else's"]).await;
+    proxy.line(&["not installing rules: another program installs them"]).await;
     // Its own connections are not captured, so the self-test is inconclusive.
-    proxy.line(&["the rules could not be tested from here"]).await;
+    proxy.line(&["cannot test the rules"]).await;
     let (app, own_app) = (scene.server.listen(APP), scene.client.listen(APP));
     both_ways(&scene, &app, &own_app, SIDECAR).await;
     proxy.access_lines(4).await;

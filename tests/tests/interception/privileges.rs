@@ -137,7 +137,7 @@ async fn confines_every_thread(profile: Profile) {
             }
         }
         tool(&scene.client, "nft", &["flush", "ruleset"]).await.ok();
-        proxy.more_than(repairs, &["another program had changed the rules"]).await;
+        proxy.more_than(repairs, &["repaired the rules, which another program had changed"]).await;
     }
 }
 
@@ -151,7 +151,7 @@ async fn iptables_in_ambient() {
         assert_eq!(thread.bounding & !both, 0, "{thread:?}");
     }
     tool(&scene.client, "iptables", &["-t", "nat", "-F"]).await.ok();
-    proxy.more_than(0, &["another program had changed the rules"]).await;
+    proxy.more_than(0, &["repaired the rules, which another program had changed"]).await;
 }
 
 async fn hides_memory() {

@@ -8,7 +8,7 @@ use underpass_tests::{APP, Family, Listener, Proxy, Scene, Settings, Suite, exch
 
 use crate::{OSM, Profile, SIDECAR, plain};
 
-const FOLLOWED: &[&str] = &["the settings changed, and the rules with them"];
+const FOLLOWED: &[&str] = &["applied the changed settings to the rules"];
 const NONE: &str = "interception: {outbound: {exclude_ports: []}}";
 const SERVER: &str = "interception: {outbound: {exclude_cidrs: [10.1.0.2, 'fd00:1::2']}}";
 
@@ -67,8 +67,8 @@ async fn follows_the_file(profile: Profile) {
 
     let file = excluded.file(&scene.client);
     fs::write(&file, "interception: {outbound: {exclude_cidrs: [nonsense]}}\n").expect("written");
-    let line = proxy.line(&["ERROR", "the settings cannot be read again"]).await;
-    assert!(line.contains("the last good ones stay"), "{line}");
+    let line = proxy.line(&["ERROR", "cannot reload the settings"]).await;
+    assert!(line.contains("the last valid ones stay"), "{line}");
     assert!(proxy.log().contains("nonsense"), "{}", proxy.log());
     assert!(!is_captured(&scene, &app, &mut proxy).await);
     exchange(&mut client, &mut server).await;

@@ -5,7 +5,7 @@ use underpass_tests::{Pod, Proxy, Scene, Settings, Suite, binary, tool, until};
 
 use crate::{AMBIENT, OSM, Profile, SIDECAR};
 
-const CHANGED: &[&str] = &["another program had changed the rules"];
+const CHANGED: &[&str] = &["repaired the rules, which another program had changed"];
 const REPAIRS: &str = "underpass_rules_repairs_total";
 const INTACT: &str = "underpass_rules_intact";
 

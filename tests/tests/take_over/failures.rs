@@ -106,7 +106,13 @@ async fn another_kind() {
         for part in ["does not let us take over", "ports 15001 15006 15008", told] {
             assert!(log.contains(part), "{part} is missing:\n{log}");
         }
-        running.proxy.line(&["another process did not take over", "it is not like us"]).await;
+        running
+            .proxy
+            .line(&[
+                "take-over by another process failed",
+                "the other process has a different role",
+            ])
+            .await;
     }
     running.assert_continues().await;
 }
@@ -135,7 +141,7 @@ async fn leaves_half_way() {
         for what in asked {
             ask(&conversation, what).await;
         }
-        let left = ["did not take over", "it left"];
+        let left = ["take-over by another process failed", "the connection was closed before"];
         let before = running.proxy.count(&left);
         let echo = tokio::join!(running.scene.echoed(), async {
             // The old process accepts again once the connection is closed.
@@ -176,7 +182,7 @@ async fn invalid_messages() {
     let (conversation, _listeners) = running.receive_listeners().await;
     // A message out of order.
     conversation.send("ready", &[]).await.expect("said");
-    running.proxy.line(&["did not take over", "instead of"]).await;
+    running.proxy.line(&["take-over by another process failed", "instead of"]).await;
     drop(raw);
     running.assert_continues().await;
 }
@@ -201,10 +207,13 @@ async fn another_user() {
     match running.scene.client.try_proxy_through(script, &settings).await {
         Err(SpawnError::Ended { status, log }) => {
             assert_eq!(status.code(), Some(1), "{log}");
-            assert!(log.contains("it gives way to its own user and root"), "{log}");
+            assert!(log.contains("only root and the proxy's user may take over"), "{log}");
         }
         other => unreachable!("the process did not exit: {other:?}"),
     }
-    running.proxy.line(&["did not take over", "it is user 4711"]).await;
+    running
+        .proxy
+        .line(&["take-over by another process failed", "the other process is user 4711"])
+        .await;
     running.assert_continues().await;
 }

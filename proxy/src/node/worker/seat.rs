@@ -1,4 +1,4 @@
-//! A pod on one worker: the pool of tunnels, and what opens and accepts them.
+//! A pod on one worker: its connection registry, its pool of tunnels, and their client and server.
 
 mod dialer;
 
@@ -30,13 +30,13 @@ use crate::traffic::accepted::Source;
 /// For how long a pool remembers a failed dial: its longest back-off, and the time in which another
 /// failure makes the next back-off longer (hbone/src/pool/state.rs).
 const FAILURE_REMEMBERED: Duration = Duration::from_secs(12);
-/// For how long an address of the pod is taken for its own without another question to the kernel.
-const REMEMBERED: Duration = Duration::from_secs(1);
-/// How many addresses are remembered; a pod has a few.
-const REMEMBERED_AT_MOST: usize = 16;
+/// For how long the kernel's answer that an address is the pod's own is cached.
+const CACHE_TTL: Duration = Duration::from_secs(1);
+/// The maximum number of cached addresses; a pod has a few.
+const MAX_CACHED_ADDRESSES: usize = 16;
 
-/// A pod on a worker. The connections and the tunnels of the pod there hold it, the worker does
-/// not: it ends with the last of them.
+/// A pod on a worker. The pod's connections and tunnels on the worker own it, and the worker does
+/// not, so it ends with the last of them.
 #[derive(Debug)]
 pub(crate) struct Seat {
     pub(crate) worker: Arc<Worker>,
@@ -55,8 +55,8 @@ pub(crate) struct Seat {
     failed: AtomicBool,
     /// Counts the seats of the pod.
     _counted: TaskTrackerToken,
-    /// Addresses of the pod, and when the kernel said so. Only the worker's thread locks it, so
-    /// that workers do not wait for each other as they would at [`Pod::local`].
+    /// Addresses of the pod with the times of the kernel's answers. Only the worker's thread locks
+    /// it, so that workers do not contend for the lock of [`Pod::local`].
     local: Mutex<Vec<(IpAddr, Instant)>>,
 }
 
@@ -152,13 +152,13 @@ impl Seat {
     ///
     /// # Errors
     ///
-    /// The kernel's: no answer.
+    /// The kernel does not answer.
     pub(crate) fn is_local(&self, address: IpAddr) -> io::Result<bool> {
         let address = address.to_canonical();
         let now = Instant::now();
         {
             let mut local = self.local();
-            local.retain(|(_, since)| now.duration_since(*since) < REMEMBERED);
+            local.retain(|(_, since)| now.duration_since(*since) < CACHE_TTL);
             if local.iter().any(|(own, _)| *own == address) {
                 return Ok(true);
             }
@@ -166,7 +166,7 @@ impl Seat {
         let is_local = self.pod.local.contain(address)?;
         if is_local {
             let mut local = self.local();
-            if local.len() < REMEMBERED_AT_MOST {
+            if local.len() < MAX_CACHED_ADDRESSES {
                 local.push((address, now));
             }
         }
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn neighbours_address_makes_no_neighbour_of_the_pod() {
+    async fn pod_at_neighbours_address_keeps_its_identity() {
         let text = "workloads:
 - {name: server, workloadIps: [10.0.0.1]}
 - {name: neighbour, workloadIps: [10.0.0.2]}

@@ -1,4 +1,4 @@
-//! One event, one line, of a bounded length.
+//! Formats each event as one line of bounded length.
 
 use std::borrow::Cow;
 
@@ -6,11 +6,11 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use underpass_config::LogFormat;
 
-/// The longest line. Longer than any text that the settings or the kernel's rules give, and far
-/// shorter than the queue.
+/// The maximum length of a line in bytes: above the length of any legitimate message, and far below
+/// the size of the queue.
 const MAX_LINE: usize = 32 << 10;
 
-/// What lines look like.
+/// The format of lines.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Lines {
     format: LogFormat,
@@ -27,7 +27,7 @@ impl Lines {
         match self.format {
             LogFormat::Plain => plain(line),
             LogFormat::Json if line.len() <= MAX_LINE => Cow::Borrowed(line),
-            // To cut JSON is to break it.
+            // Truncated JSON would be invalid.
             LogFormat::Json => {
                 let start = String::from_utf8_lossy(line.get(..MAX_LINE / 4).unwrap_or_default());
                 let fields = [("bytes", line.len().into()), ("start", start.into())];
@@ -36,7 +36,7 @@ impl Lines {
         }
     }
 
-    /// The line that says how many others were lost.
+    /// The line that reports the number of lost lines.
     pub(super) fn lost(&self, lines: u64) -> Vec<u8> {
         match self.format {
             LogFormat::Plain => {
@@ -56,8 +56,7 @@ fn plain(line: &[u8]) -> Cow<'_, [u8]> {
         Some(body) => (body, &b"\n"[..]),
         None => (line, &b""[..]),
     };
-    // Beyond ASCII only U+0080 to U+009F and the line separators matter; they begin with these
-    // bytes.
+    // The other control characters and line separators begin with these bytes in UTF-8.
     let is_suspect = |byte: &u8| byte.is_ascii_control() || matches!(byte, 0xc2 | 0xe2);
     if body.len() <= MAX_LINE && !body.iter().any(is_suspect) {
         return Cow::Borrowed(line);
@@ -79,7 +78,7 @@ fn plain(line: &[u8]) -> Cow<'_, [u8]> {
     Cow::Owned(written)
 }
 
-/// A line of our own, with the same fields as the formatter's.
+/// A line with the same fields as the formatter's.
 fn json<const N: usize>(message: &str, fields: [(&str, serde_json::Value); N]) -> Vec<u8> {
     let mut object = serde_json::Map::new();
     object.insert("timestamp".to_owned(), time().into());
@@ -96,7 +95,7 @@ fn json<const N: usize>(message: &str, fields: [(&str, serde_json::Value); N]) -
 
 fn time() -> String {
     let mut text = String::new();
-    // A String takes everything, so only the clock can fail: the line stands without a time then.
+    // Writing to a String cannot fail, only the clock can: then the line has no time.
     let _untimed = SystemTime.format_time(&mut Writer::new(&mut text));
     text
 }

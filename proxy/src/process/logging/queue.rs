@@ -1,11 +1,11 @@
-//! A queue of log lines that is bounded in bytes, and the thread that writes them.
+//! Queues log lines, bounded in bytes, and writes them on a thread.
 //!
 //! ```text
-//! threads ─ push ─▶ waiting ─ take (all at once) ─▶ thread: write ─▶ rest 10 ms, or until 64 KiB wait
+//! threads ─ push ─▶ queue ─ take all ─▶ thread: write ─▶ rest 10 ms, or until 64 KiB are queued
 //! ```
 //!
-//! A line that would exceed the bound is lost and counted. While the output is stalled or full the
-//! thread keeps the count, and writes it as a line of its own once the output takes lines again.
+//! A line that would exceed the bound is lost and counted. When a stalled or full output recovers,
+//! the thread writes the count as a separate line.
 
 use std::io::{self, ErrorKind, Write};
 use std::mem;
@@ -16,32 +16,32 @@ use std::time::Duration;
 use super::line::Lines;
 use crate::observe::metrics;
 
-/// How many bytes wait or are being written, at most.
+/// The maximum number of bytes that are queued or being written.
 const MAX_BYTES: usize = 1 << 20;
-/// How long the thread rests when it has written what there was. A thread that logs meanwhile need
-/// not wake it: that cost a connection two of its 30 system calls.
+/// How long the thread rests after a write. A thread that logs meanwhile need not wake it, which
+/// saves two of the 30 system calls of a connection.
 const REST: Duration = Duration::from_millis(10);
-/// So much is reason enough to end the rest.
+/// This many queued bytes end the rest.
 const BATCH_BYTES: usize = 64 << 10;
-/// How long after a failed write the next attempt to report the lost lines is.
+/// The pause after a failed write before the next attempt to report lost lines.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long the end of the process waits for lines to be written.
-const FAREWELL: Duration = Duration::from_secs(1);
+/// How long the end of the process waits for queued lines to be written.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The lines that wait.
+/// The queued lines.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     state: Mutex<State>,
-    /// What the thread waits for.
+    /// Wakes the thread.
     work: Condvar,
-    /// What the guard waits for.
+    /// Wakes the guard.
     ended: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
     waiting: Vec<u8>,
-    /// How many bytes the thread writes now.
+    /// The number of bytes that the thread is writing.
     in_flight: usize,
     /// Lines lost since the thread last took lines.
     lost: u64,
@@ -49,19 +49,19 @@ struct State {
     closed: bool,
 }
 
-/// What the thread does, and so whether it must be woken.
+/// The activity of the thread, which decides whether `push` must wake it.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum ThreadState {
     #[default]
     Writing,
-    /// Until there is a line.
+    /// Waits for a line.
     Idle,
-    /// Until there are many.
+    /// Waits for [`BATCH_BYTES`] or the end of [`REST`].
     Resting,
     Ended,
 }
 
-/// Writes the lines that wait when it is dropped.
+/// Writes the queued lines on drop.
 #[derive(Debug)]
 pub(crate) struct QueueGuard(Arc<Queue>);
 
@@ -100,8 +100,8 @@ impl Queue {
         }
     }
 
-    /// Waits for lines, or for `timeout`, and takes all of them; the number of lines lost after
-    /// them. `None` when the queue is closed and empty.
+    /// Waits for lines or `timeout`, and takes all lines. Returns the number of lines lost after
+    /// them; `None` when the queue is closed and empty.
     fn take(&self, lines: &mut Vec<u8>, timeout: Option<Duration>) -> Option<u64> {
         lines.clear();
         let mut state = self.state();
@@ -129,7 +129,7 @@ impl Queue {
         Some(mem::take(&mut state.lost))
     }
 
-    /// Waits until many lines wait, or for [`REST`].
+    /// Waits for [`BATCH_BYTES`], at most for [`REST`].
     fn rest(&self) {
         let mut state = self.state();
         state.in_flight = 0;
@@ -140,7 +140,7 @@ impl Queue {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing panics while it is held.
+        // No code panics while it holds the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -152,7 +152,7 @@ impl Drop for QueueGuard {
         state.closed = true;
         queue.work.notify_one();
         let running = |state: &mut State| state.thread != ThreadState::Ended;
-        drop(queue.ended.wait_timeout_while(state, FAREWELL, running));
+        drop(queue.ended.wait_timeout_while(state, FLUSH_TIMEOUT, running));
     }
 }
 
@@ -162,7 +162,7 @@ fn write_lines<W: Write>(queue: &Queue, mut output: Output<W>) {
         let retry = (output.unreported > 0).then_some(RETRY);
         let Some(lost) = queue.take(&mut lines, retry) else { break };
         output.write(&lines, lost);
-        // What a burst needed is given back.
+        // Free the memory that a burst needed.
         lines.clear();
         lines.shrink_to(BATCH_BYTES);
         queue.rest();
@@ -171,18 +171,18 @@ fn write_lines<W: Write>(queue: &Queue, mut output: Output<W>) {
     queue.ended.notify_one();
 }
 
-/// Where lines go, and how many did not arrive there.
+/// The output, and the number of lines that it did not take.
 struct Output<W> {
     to: W,
     lines: Lines,
     /// Lost lines that the log has not reported yet.
     unreported: u64,
-    /// Whether the last byte that was written is not the end of a line.
+    /// Whether the last written byte is within a line.
     within_line: bool,
 }
 
 impl<W: Write> Output<W> {
-    /// Writes lines, and then how many were lost.
+    /// Writes lines, then the number of lost ones.
     fn write(&mut self, lines: &[u8], lost: u64) {
         let unwritten = self.write_lines(lines);
         let failed = unwritten.iter().filter(|byte| **byte == b'\n').count() as u64;
@@ -190,7 +190,7 @@ impl<W: Write> Output<W> {
             metrics::log_lines_lost(failed);
         }
         self.unreported += lost + failed;
-        // After a failure the next attempt reports it.
+        // After a failure, the next attempt reports the count.
         if self.unreported > 0 && unwritten.is_empty() {
             let report = self.lines.lost(self.unreported);
             if self.write_lines(&report).is_empty() {
@@ -199,7 +199,7 @@ impl<W: Write> Output<W> {
         }
     }
 
-    /// Writes lines; what could not be written of them.
+    /// Writes lines; returns the part that could not be written.
     fn write_lines<'a>(&mut self, lines: &'a [u8]) -> &'a [u8] {
         if self.within_line && self.write_bytes(b"\n") == 0 {
             return lines;
@@ -210,7 +210,7 @@ impl<W: Write> Output<W> {
         unwritten
     }
 
-    /// Writes until all is written or the output fails; how many bytes that were.
+    /// Writes until all is written or the output fails; returns the number of written bytes.
     fn write_bytes(&mut self, bytes: &[u8]) -> usize {
         let mut done = 0;
         while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
@@ -219,7 +219,7 @@ impl<W: Write> Output<W> {
                 Ok(written) => done = bytes.len().min(done + written),
                 Err(error) => match error.kind() {
                     ErrorKind::Interrupted => {}
-                    // A pipe that another process made non-blocking, and that is full.
+                    // Another process has made the pipe non-blocking, and it is full.
                     ErrorKind::WouldBlock => thread::park_timeout(REST),
                     _ => break,
                 },

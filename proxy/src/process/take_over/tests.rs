@@ -1,4 +1,4 @@
-//! The conversation of two processes, and what becomes of it when one of them falls silent.
+//! Tests of both sides of a take-over, with peers that stop answering or exit.
 
 use std::path::PathBuf;
 
@@ -15,20 +15,21 @@ fn settings(flags: &[&str]) -> Settings {
     Sources { file: None, environment: Vec::new(), flags: flags.collect() }.load().unwrap()
 }
 
-/// An offer, its gates, and both ends of a conversation.
-fn offer() -> (Offer, Gates, Handover, Handover) {
+/// A server, its gates, and both ends of a connection.
+fn server() -> (TakeoverServer, Gates, Handover, Handover) {
     let gates = Gates::default();
-    let offer = Offer::make(&settings(&[]), Listeners::testing(), gates.clone(), None).unwrap();
+    let server =
+        TakeoverServer::listen(&settings(&[]), Listeners::testing(), gates.clone(), None).unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
-    (offer, gates, Handover::new(ours), Handover::new(theirs))
+    (server, gates, Handover::new(ours), Handover::new(theirs))
 }
 
 fn role(flags: &[&str]) -> String {
     Role::of(&settings(flags)).unwrap().to_string()
 }
 
-/// Says these, and hears an answer to each.
-async fn say(conversation: &Handover, lines: &[&str]) {
+/// Sends each line and waits for its answer.
+async fn exchange(conversation: &Handover, lines: &[&str]) {
     for line in lines {
         conversation.send(line, &[]).await.unwrap();
         conversation.receive().await.unwrap().unwrap();
@@ -36,32 +37,32 @@ async fn say(conversation: &Handover, lines: &[&str]) {
 }
 
 #[tokio::test]
-async fn whoever_says_all_of_it_has_taken_over_and_the_gates_stay_closed() {
-    let (mut offer, gates, ours, theirs) = offer();
+async fn complete_exchange_takes_over_and_keeps_gates_closed() {
+    let (mut server, gates, ours, theirs) = server();
     let role = role(&[]);
     let lines = [role.as_str(), RULES, ACCEPT, READY];
-    let (offered, ()) = tokio::join!(offer.answer(ours), say(&theirs, &lines));
-    assert!(matches!(offered, Offered::Taken { pid: Some(_) }), "{offered:?}");
+    let (outcome, ()) = tokio::join!(server.answer(ours), exchange(&theirs, &lines));
+    assert!(matches!(outcome, TakeoverOutcome::Completed { pid: Some(_) }), "{outcome:?}");
     for gate in [&gates.accept, &gates.rules] {
         let passed = tokio::time::timeout(Duration::from_millis(1), gate.pass(async {})).await;
-        assert!(passed.is_err(), "it is open");
+        assert!(passed.is_err(), "the gate is open");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn whoever_falls_silent_is_waited_for_and_then_all_is_as_before() {
+async fn silent_peer_times_out_and_gates_reopen() {
     let role = role(&[]);
     let turns: [(&[&str], Duration); 4] = [
-        (&[], ANSWER),
-        (&[&role], PREPARE),
-        (&[&role, RULES], PREPARE),
-        (&[&role, RULES, ACCEPT], TURN),
+        (&[], ANSWER_TIMEOUT),
+        (&[&role], PREPARE_TIMEOUT),
+        (&[&role, RULES], PREPARE_TIMEOUT),
+        (&[&role, RULES, ACCEPT], SWITCH_TIMEOUT),
     ];
     for (lines, deadline) in turns {
-        let (mut offer, gates, ours, theirs) = offer();
+        let (mut server, gates, ours, theirs) = server();
         let began = Instant::now();
-        let (offered, ()) = tokio::join!(offer.answer(ours), say(&theirs, lines));
-        assert!(matches!(offered, Offered::TakenBack), "{offered:?}");
+        let (outcome, ()) = tokio::join!(server.answer(ours), exchange(&theirs, lines));
+        assert!(matches!(outcome, TakeoverOutcome::Abandoned), "{outcome:?}");
         assert_eq!(began.elapsed(), deadline, "after {lines:?}");
         assert_eq!(gates.accept.pass(async {}).await, Some(()));
         assert_eq!(gates.rules.pass(async {}).await, Some(()));
@@ -69,7 +70,7 @@ async fn whoever_falls_silent_is_waited_for_and_then_all_is_as_before() {
 }
 
 #[test]
-fn another_kind_of_proxy_is_told_what_differs() {
+fn refusal_names_both_roles() {
     let own = Role::of(&settings(&[])).unwrap();
     assert_eq!(own.refusal(&role(&["proxy.workers=3", "limits.handshakes=7"])), None);
     for flag in [
@@ -87,22 +88,22 @@ fn another_kind_of_proxy_is_told_what_differs() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_process_that_does_not_answer_is_not_waited_for_for_ever() {
+async fn client_times_out_when_running_process_is_silent() {
     let (ours, _theirs) = UnixStream::pair().unwrap();
-    let claim = Claim::over(Handover::new(ours), PathBuf::from("/nowhere.sock"));
+    let client = TakeoverClient::over(Handover::new(ours), PathBuf::from("/nowhere.sock"));
     let began = Instant::now();
-    let outcome = claim.rules().await;
+    let outcome = client.rules().await;
     assert!(matches!(outcome, Err(TakeOverError::NoAnswer { asked: RULES })), "{outcome:?}");
-    assert_eq!(began.elapsed(), ANSWER);
+    assert_eq!(began.elapsed(), ANSWER_TIMEOUT);
 }
 
 #[tokio::test]
-async fn where_the_process_that_runs_has_ended_its_consent_is_not_needed() {
+async fn ready_succeeds_when_running_process_has_exited() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let claim = Claim::over(Handover::new(ours), PathBuf::from("/nowhere.sock"));
+    let client = TakeoverClient::over(Handover::new(ours), PathBuf::from("/nowhere.sock"));
     drop(theirs);
-    // Unlike before: then there is nobody to accept.
-    let outcome = claim.accept().await;
+    // Before `ready`, an exit of the running process is an error.
+    let outcome = client.accept().await;
     assert!(matches!(outcome, Err(TakeOverError::Left { asked: ACCEPT })), "{outcome:?}");
-    claim.ready().await.unwrap();
+    client.ready().await.unwrap();
 }

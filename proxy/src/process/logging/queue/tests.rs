@@ -1,10 +1,10 @@
-//! The queue with outputs that stall and fail.
+//! Tests of the queue with outputs that stall and fail.
 
 use underpass_config::LogFormat;
 
 use super::*;
 
-/// What was written, and how the output behaves.
+/// An output that records writes and can stall or fail.
 #[derive(Debug, Clone, Default)]
 struct Sink(Arc<(Mutex<Behaviour>, Condvar)>);
 
@@ -12,7 +12,7 @@ struct Sink(Arc<(Mutex<Behaviour>, Condvar)>);
 struct Behaviour {
     written: Vec<Vec<u8>>,
     stalled: bool,
-    /// How many more bytes are taken before writes fail.
+    /// The number of bytes that can be written before writes fail.
     room: Option<usize>,
     attempts: usize,
 }
@@ -60,13 +60,13 @@ fn started(sink: &Sink) -> (Arc<Queue>, QueueGuard) {
     start(sink.clone(), Lines::new(LogFormat::Plain)).unwrap()
 }
 
-/// How many lines the log says were lost.
+/// The number of lost lines that the log reports.
 fn reported(text: &str) -> u64 {
     text.lines().filter_map(|line| line.split_once("log lines lost: ")?.1.parse::<u64>().ok()).sum()
 }
 
 #[test]
-fn writes_every_line_before_the_guard_is_gone() {
+fn writes_every_line_before_guard_drop_returns() {
     let sink = Sink::default();
     let (queue, guard) = started(&sink);
     for _ in 0..10_000 {
@@ -104,7 +104,7 @@ fn stalled_output_bounds_memory_and_reports_lost_lines() {
 }
 
 #[test]
-fn full_output_is_reported_when_it_has_room_again() {
+fn reports_lost_lines_when_full_output_has_room_again() {
     let sink = Sink::default();
     // Room for one line and a part of the next one.
     sink.set(|sink| sink.room = Some(13));
@@ -112,7 +112,7 @@ fn full_output_is_reported_when_it_has_room_again() {
     queue.push(b"line one\nline two\nline three\n");
     sink.until(|sink| sink.room == Some(0) && sink.attempts >= 2);
     sink.set(|sink| sink.room = None);
-    // Without another line to log.
+    // No further line is logged.
     sink.until(|sink| sink.written.len() >= 3);
     drop(guard);
     let text = sink.text();
@@ -121,7 +121,7 @@ fn full_output_is_reported_when_it_has_room_again() {
 }
 
 #[test]
-fn stalled_output_does_not_keep_the_process() {
+fn stalled_output_does_not_block_exit() {
     let sink = Sink::default();
     sink.set(|sink| sink.stalled = true);
     let (queue, guard) = started(&sink);

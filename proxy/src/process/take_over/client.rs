@@ -1,4 +1,4 @@
-//! The side of the new process.
+//! The new process's side of a take-over.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
@@ -8,70 +8,75 @@ use tokio::time::timeout;
 use underpass_config::Settings;
 use underpass_interception::{BoundListener, Handover};
 
-use super::place::{self, Place};
+use super::control_socket::{self, ControlSocket};
 use super::{
-    ACCEPT, ANSWER, INSTANCE, LISTENERS, OK, PLACE, READY, REFUSED, RULES, Role, TakeOverError,
+    ACCEPT, ANSWER_TIMEOUT, CONTROL_SOCKET, INSTANCE, LISTENERS, OK, READY, REFUSED, RULES, Role,
+    TakeOverError,
 };
 
-/// A conversation with the process that runs. Dropping it before that has let go leaves everything as it was.
+/// A connection to the running process. Dropping it before [`ready`](Self::ready) succeeds cancels
+/// the take-over.
 #[derive(Debug)]
-pub(crate) struct Claim {
+pub(crate) struct TakeoverClient {
     conversation: Handover,
     socket: PathBuf,
 }
 
-/// What the process that runs has handed over.
+/// The sockets received from the running process.
 #[derive(Debug, Default)]
-pub(crate) struct Handed {
-    /// Listeners, by their names.
+pub(crate) struct HandedOver {
+    /// Listeners with their names.
     pub(crate) listeners: Vec<(String, BoundListener)>,
-    /// Where it is asked, and we shall be.
-    pub(crate) place: Option<Place>,
-    /// What makes it the only proxy of its network namespace.
+    /// The socket that accepts take-overs.
+    pub(crate) control_socket: Option<ControlSocket>,
+    /// The socket that marks the proxy of the network namespace (`instance.rs`).
     pub(crate) instance: Option<OwnedFd>,
 }
 
-impl Claim {
-    /// Asks the process that runs for its listeners; `None` if there is no such process.
-    pub(crate) async fn make(settings: &Settings) -> Result<Option<(Self, Handed)>, TakeOverError> {
-        let Some(socket) = place::path(&settings.take_over).map_err(TakeOverError::Namespace)?
+impl TakeoverClient {
+    /// Connects to the running process and receives its sockets; `None` if none is running.
+    pub(crate) async fn connect(
+        settings: &Settings,
+    ) -> Result<Option<(Self, HandedOver)>, TakeOverError> {
+        let Some(socket) =
+            control_socket::path(&settings.take_over).map_err(TakeOverError::Namespace)?
         else {
             return Ok(None);
         };
-        let talk = |source| TakeOverError::Talk { socket: socket.clone(), source };
-        let Some(stream) = place::connect(&socket).await.map_err(talk)? else {
+        let failed = |source| TakeOverError::Io { socket: socket.clone(), source };
+        let Some(stream) = control_socket::connect(&socket).await.map_err(failed)? else {
             return Ok(None);
         };
         let conversation = Handover::new(stream);
-        let peer = conversation.peer().map_err(talk)?;
+        let peer = conversation.peer().map_err(failed)?;
         if !peer.is_trusted() {
             return Err(TakeOverError::Stranger { socket, uid: peer.uid });
         }
         let role = Role::of(settings).map_err(TakeOverError::Namespace)?;
-        let claim = Self::over(conversation, socket.clone());
-        let (names, sockets) = claim.ask("hello", &role.to_string()).await?;
-        let mut handed = Handed::default();
+        let client = Self::over(conversation, socket.clone());
+        let (names, sockets) = client.ask("hello", &role.to_string()).await?;
+        let mut handed = HandedOver::default();
         for (name, socket) in names.split(' ').zip(sockets) {
-            handed.add(name, socket, &claim.socket).map_err(talk)?;
+            handed.add(name, socket, &client.socket).map_err(failed)?;
         }
-        Ok(Some((claim, handed)))
+        Ok(Some((client, handed)))
     }
 
     pub(super) fn over(conversation: Handover, socket: PathBuf) -> Self {
         Self { conversation, socket }
     }
 
-    /// From here on, the rules are ours to change.
+    /// Takes over the rules: the running process stops repairing them.
     pub(crate) async fn rules(&self) -> Result<(), TakeOverError> {
         self.ask(RULES, RULES).await.map(|_| ())
     }
 
-    /// From here on, connections are ours to accept.
+    /// Takes over accepting: the running process stops accepting.
     pub(crate) async fn accept(&self) -> Result<(), TakeOverError> {
         self.ask(ACCEPT, ACCEPT).await.map(|_| ())
     }
 
-    /// From here on, the other process only serves what it has. If it is gone instead, there is nobody to let go.
+    /// Completes the take-over: the other process drains. Succeeds too if that process has exited.
     pub(crate) async fn ready(&self) -> Result<(), TakeOverError> {
         match self.ask(READY, READY).await {
             Err(TakeOverError::Left { .. }) if self.is_gone().await => Ok(()),
@@ -80,26 +85,26 @@ impl Claim {
     }
 
     async fn is_gone(&self) -> bool {
-        matches!(place::connect(&self.socket).await, Ok(None))
+        matches!(control_socket::connect(&self.socket).await, Ok(None))
     }
 
-    /// Says `line`, which is called `asked`, and hears what comes with the consent.
+    /// Sends `line`, which errors name `asked`, and returns the payload of the positive answer.
     async fn ask(
         &self,
         asked: &'static str,
         line: &str,
     ) -> Result<(String, Vec<OwnedFd>), TakeOverError> {
-        let talk = |source: io::Error| TakeOverError::Talk { socket: self.socket.clone(), source };
+        let failed = |source: io::Error| TakeOverError::Io { socket: self.socket.clone(), source };
         let answer = async {
             self.conversation.send(line, &[]).await?;
             self.conversation.receive().await
         };
-        let answer = timeout(ANSWER, answer).await;
-        let heard = match answer.map_err(|_| TakeOverError::NoAnswer { asked })? {
+        let answer = timeout(ANSWER_TIMEOUT, answer).await;
+        let received = match answer.map_err(|_| TakeOverError::NoAnswer { asked })? {
             Err(error) if is_end(&error) => None,
-            heard => heard.map_err(talk)?,
+            received => received.map_err(failed)?,
         };
-        let (said, sockets) = heard.ok_or(TakeOverError::Left { asked })?;
+        let (said, sockets) = received.ok_or(TakeOverError::Left { asked })?;
         match said.split_once(' ') {
             None if said == OK => Ok((String::new(), sockets)),
             Some((LISTENERS, names)) => Ok((names.to_owned(), sockets)),
@@ -109,20 +114,20 @@ impl Claim {
     }
 }
 
-/// A process that ends may do so before it has heard us.
+/// Whether the peer exited before it read the request.
 fn is_end(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset)
 }
 
-impl Handed {
-    /// Whether there is a process that runs.
-    pub(crate) fn is_something(&self) -> bool {
+impl HandedOver {
+    /// Whether a running process has handed over its listeners.
+    pub(crate) fn is_take_over(&self) -> bool {
         !self.listeners.is_empty()
     }
 
     fn add(&mut self, name: &str, socket: OwnedFd, path: &Path) -> io::Result<()> {
-        if name == PLACE {
-            self.place = Some(Place::share(path, socket)?);
+        if name == CONTROL_SOCKET {
+            self.control_socket = Some(ControlSocket::share(path, socket)?);
         } else if name == INSTANCE {
             self.instance = Some(socket);
         } else {

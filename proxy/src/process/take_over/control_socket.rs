@@ -1,7 +1,8 @@
-//! The Unix socket at which a running process can be asked.
+//! The Unix socket on which a running process accepts take-overs.
 //!
-//! It is a file: an abstract name would be open to every process of the network namespace, the proxied workload's first of all.
-//! It goes from process to process with the listeners, since a proxy that has given up its privileges could not make another one.
+//! It is a file, because every process of the network namespace, the workload included, could
+//! connect to an abstract name. It is handed over with the listeners, because a proxy that has
+//! dropped its privileges cannot make a new one.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, ErrorKind};
@@ -14,24 +15,24 @@ use tokio::net::{UnixListener, UnixStream};
 use underpass_config::TakeOver;
 use underpass_interception::ProxyUser;
 
-/// Where sockets are that no setting names.
+/// The folder of the default socket.
 const FOLDER: &str = "/run/underpass";
 
-/// A socket that is listened at.
+/// A listening socket and its path.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct ControlSocket {
     pub(super) listener: UnixListener,
     path: PathBuf,
-    /// Whether the file goes with this.
+    /// Whether to remove the file on drop.
     owned: bool,
 }
 
-impl Place {
+impl ControlSocket {
     /// Listens at `path`, replacing an earlier listener. `user` is the user that the process
     /// becomes later.
-    pub(super) fn make(path: &Path, user: Option<ProxyUser>) -> io::Result<Self> {
+    pub(super) fn bind(path: &Path, user: Option<ProxyUser>) -> io::Result<Self> {
         if path.parent() == Some(Path::new(FOLDER)) {
-            make_folder(user)?;
+            create_folder(user)?;
         }
         let new = path.with_extension(format!("{}.new", std::process::id()));
         remove(&new)?;
@@ -41,7 +42,7 @@ impl Place {
         Ok(Self { listener, path: path.to_owned(), owned: true })
     }
 
-    /// Listens where another process does, which still owns it.
+    /// Listens on the socket of another process, which still owns the file.
     pub(super) fn share(path: &Path, socket: OwnedFd) -> io::Result<Self> {
         let listener = StdUnixListener::from(socket);
         listener.set_nonblocking(true)?;
@@ -54,19 +55,19 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for ControlSocket {
     fn drop(&mut self) {
         if self.owned
             && let Err(error) = remove(&self.path)
         {
-            // As another user than the one that made it. It is in nobody's way.
+            // Another user made it. The leftover does no harm: a new listener replaces it.
             tracing::debug!(%error, socket = %self.path.display(), "cannot remove a socket");
         }
     }
 }
 
-/// A new folder belongs to the user that will have to remove the socket from it.
-fn make_folder(user: Option<ProxyUser>) -> io::Result<()> {
+/// Creates the folder, owned by the user that the process becomes, so that it can remove the socket.
+fn create_folder(user: Option<ProxyUser>) -> io::Result<()> {
     match (DirBuilder::new().mode(0o755).create(FOLDER), user) {
         (Ok(()), Some(ProxyUser { uid, gid })) => chown(FOLDER, Some(uid), Some(gid)),
         (Err(error), _) if error.kind() != ErrorKind::AlreadyExists => Err(error),
@@ -81,12 +82,12 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Where the socket is, or shall be; `None` if there shall be none.
+/// The path of the socket; `None` if take-over is off.
 pub(super) fn path(settings: &TakeOver) -> io::Result<Option<PathBuf>> {
     match settings {
         TakeOver::Off => Ok(None),
         TakeOver::At(path) => Ok(Some(path.clone())),
-        // Several namespaces may share a file system, as those of a test do.
+        // Several network namespaces may share a file system.
         TakeOver::Auto => {
             let name = format!("take-over-{}.sock", super::namespace().map_err(io::Error::other)?);
             Ok(Some(Path::new(FOLDER).join(name)))
@@ -94,11 +95,11 @@ pub(super) fn path(settings: &TakeOver) -> io::Result<Option<PathBuf>> {
     }
 }
 
-/// Connects to who listens there; `None` if nobody does.
+/// Connects to the running process; `None` if no process listens.
 pub(super) async fn connect(path: &Path) -> io::Result<Option<UnixStream>> {
     match UnixStream::connect(path).await {
         Ok(stream) => Ok(Some(stream)),
-        // A file without a listener is what a killed process leaves.
+        // A killed process leaves its file without a listener.
         Err(error)
             if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
         {

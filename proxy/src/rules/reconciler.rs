@@ -1,18 +1,18 @@
-//! Reconciliation of the rules: puts back what another program changes, and follows the settings.
+//! Reconciles the rules: repairs changes by other programs, and applies changed settings.
 //!
 //! ```text
-//! look ── same ──────────────────────────────▶ wait for a change
-//!   └─ different ─▶ block ─▶ repair ─▶ look ── same, no fight ─▶ unblock
-//!                     ▲                  │
-//!                     │                  └─ a fight ─▶ wait (back-off), look ── same for CALM ─▶ unblock
-//!                     └── different ────────────────────────┘
+//! verify ── same ──────────────▶ wait for a change
+//!   └─ different ─▶ block ─▶ repair ─▶ verify ── same, no fight ─▶ unblock
+//!                     ▲                  └─ a fight ─▶ wait (back-off)
+//!                     │                                   ▼
+//!                     └────────── different ─────────── verify ── same for CALM ─▶ unblock
 //! ```
 //!
-//! The blackhole stands from the moment that a difference is found until the rules are verified, so
-//! that nothing leaves in plain. Repairs never end: in a fight with another program they are
-//! slower.
+//! The blackhole is installed from the detection of a difference until the rules are verified, so
+//! that no traffic leaves in plaintext. Repairs never stop: in a fight with another program they
+//! only slow down.
 //!
-//! Not here: what is compared, installed and blocked (the interception crate).
+//! Not here: comparing, installing and blocking (the interception crate).
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -27,32 +27,31 @@ use underpass_interception::{
 /// This many repairs within [`WINDOW`] are a fight with another program.
 const FIGHT: usize = 3;
 const WINDOW: Duration = Duration::from_secs(10);
-/// The pause after a repair in a fight: from the first, doubled each time, to the last.
+/// The pause after a repair in a fight: doubled each time, between these bounds.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 const LONGEST_PAUSE: Duration = Duration::from_millis(400);
-/// A fight is over when the rules were intact for this long.
+/// A fight ends when the rules have been intact for this long.
 const CALM: Duration = Duration::from_secs(2);
-/// When to look again after a failure.
+/// The pause before the next attempt after a failure.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What happened to the rules.
+/// A change in the state of the rules.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// Another program had changed the rules; they are put back. `fight`: the blackhole still
-    /// stands.
+    /// Repaired a change by another program. `fight`: the blackhole is still installed.
     Repaired { difference: Difference, took: Duration, fight: bool },
-    /// The settings changed, and the rules with them. `blocked`: the blackhole still stands.
+    /// Applied changed settings. `blocked`: the blackhole is still installed.
     Followed { rules: usize, blocked: bool },
     /// The rules are verified after a fight or a failure, and the blackhole is removed.
     Intact,
-    /// Another program changes the rules again and again. Once for each fight.
+    /// Another program changes the rules repeatedly. Reported once for each fight.
     Fight { difference: Difference },
-    /// The rules could not be read or put back; tried again after `pause`.
+    /// The rules could not be read or repaired. The next attempt is after `pause`.
     Failed { error: InterceptionError, pause: Duration },
 }
 
 impl Event {
-    /// Whether the rules stand, and the blackhole does not.
+    /// Whether the rules are installed and the blackhole is not.
     pub(crate) fn is_intact(&self) -> bool {
         match self {
             Self::Repaired { fight, .. } => !fight,
@@ -65,41 +64,41 @@ impl Event {
 
 /// Reconciles the rules of one network namespace.
 #[derive(Debug)]
-pub(crate) struct Guard {
+pub(crate) struct RuleReconciler {
     interception: Interception,
     changes: Changes,
     repairs: Repairs,
-    /// When to look without a notification.
-    look_at: Option<Instant>,
+    /// When to verify without a notification.
+    verify_at: Option<Instant>,
     /// Whether the last event said that the rules are not intact.
     lost: bool,
-    /// Whether the blackhole may stand.
+    /// Whether the blackhole may be installed.
     blocked: bool,
     /// A fight that has not been reported yet.
     unreported: Option<Difference>,
 }
 
-impl Guard {
-    /// Begins to watch: no change from now on is missed.
+impl RuleReconciler {
+    /// Subscribes to changes: no later change is missed.
     pub(crate) async fn new(interception: Interception) -> Result<Self, InterceptionError> {
         let changes = interception.changes().await?;
         Ok(Self {
             interception,
             changes,
             repairs: Repairs::default(),
-            look_at: Some(Instant::now()),
+            verify_at: Some(Instant::now()),
             lost: false,
             blocked: false,
             unreported: None,
         })
     }
 
-    /// Where the rules are.
+    /// The network namespace of the rules.
     pub(crate) fn access(&self) -> NamespaceAccess {
         self.interception.access().clone()
     }
 
-    /// The next event. An operation on the rules goes on to its end when this is cancelled
+    /// Waits for the next event. Cancelling it does not stop a started operation on the rules
     /// ([`NamespaceAccess::finish`]).
     pub(crate) async fn next(
         &mut self,
@@ -115,19 +114,19 @@ impl Guard {
                 }
                 Err(error) => {
                     self.lost = true;
-                    self.look_at = Some(Instant::now() + RETRY);
+                    self.verify_at = Some(Instant::now() + RETRY);
                     return Event::Failed { error, pause: RETRY };
                 }
             }
         }
     }
 
-    /// Looks at the rules at the next call of [`next`](Self::next).
-    pub(crate) fn look_again(&mut self) {
-        self.look_at = Some(Instant::now());
+    /// Verifies the rules at the next call of [`next`](Self::next).
+    pub(crate) fn verify_now(&mut self) {
+        self.verify_at = Some(Instant::now());
     }
 
-    /// Waits for a change, a change of the settings, or the end of a pause, and acts on it.
+    /// Handles one change of the rules, change of the settings, or end of a pause.
     async fn step(
         &mut self,
         settings: &mut watch::Receiver<InterceptionSettings>,
@@ -136,17 +135,17 @@ impl Guard {
             return Ok(Some(Event::Fight { difference }));
         }
         let pause = async {
-            match self.look_at {
+            match self.verify_at {
                 Some(at) => sleep_until(at).await,
                 None => std::future::pending().await,
             }
         };
-        let pausing = self.look_at.is_some();
+        let pausing = self.verify_at.is_some();
         tokio::select! {
-            () = pause => self.look().await,
+            () = pause => self.verify().await,
             changed = self.changes.next(), if !pausing => {
                 changed?;
-                self.look().await
+                self.verify().await
             }
             Ok(()) = settings.changed() => {
                 let settings = settings.borrow_and_update().clone();
@@ -155,8 +154,8 @@ impl Guard {
         }
     }
 
-    async fn look(&mut self) -> Result<Option<Event>, InterceptionError> {
-        self.look_at = None;
+    async fn verify(&mut self) -> Result<Option<Event>, InterceptionError> {
+        self.verify_at = None;
         let began = Instant::now();
         let difference = loop {
             if self.interception.follow_ipv6().await? {
@@ -165,12 +164,12 @@ impl Guard {
                 );
             }
             match self.interception.verify().await? {
-                None => return self.stand().await,
+                None => return self.accept_intact().await,
                 Some(_) if self.interception.ipv6_has_changed().await? => {}
                 Some(difference) => break difference,
             }
         };
-        // First: until the repair is done, what is sent is not caught.
+        // Block before repairing: until the repair is done, traffic is not caught.
         self.block().await;
         self.interception.repair().await?;
         let pause = self.repairs.add(Instant::now());
@@ -179,18 +178,18 @@ impl Guard {
             let took = began.elapsed();
             return Ok(Some(Event::Repaired { difference, took, fight: false }));
         }
-        self.look_at = Some(Instant::now() + pause);
-        if self.repairs.begin_fight() {
+        self.verify_at = Some(Instant::now() + pause);
+        if self.repairs.report_fight() {
             self.unreported = Some(difference.clone());
         }
         Ok(Some(Event::Repaired { difference, took: began.elapsed(), fight: true }))
     }
 
-    /// The rules are as they should be: the end of a fight, once they were so for long enough.
-    async fn stand(&mut self) -> Result<Option<Event>, InterceptionError> {
+    /// The rules are intact. Ends a fight after [`CALM`].
+    async fn accept_intact(&mut self) -> Result<Option<Event>, InterceptionError> {
         let now = Instant::now();
         if let Some(calm) = self.repairs.calm_at().filter(|calm| *calm > now) {
-            self.look_at = Some(calm.min(now + LONGEST_PAUSE));
+            self.verify_at = Some(calm.min(now + LONGEST_PAUSE));
             return Ok(None);
         }
         self.repairs.end_fight();
@@ -200,14 +199,14 @@ impl Guard {
         Ok(self.lost.then_some(Event::Intact))
     }
 
-    /// Repairs go on without the blackhole if the kernel refuses it.
+    /// Installs the blackhole. Repairs continue without it if the kernel refuses it.
     async fn block(&mut self) {
         self.blocked = true;
         if let Err(error) = self.interception.block().await {
             let error = crate::error::chain(&error);
             tracing::error!(
                 error,
-                "the blackhole cannot be installed: until the rules are repaired traffic may leave in plain"
+                "cannot install the blackhole: traffic may leave in plaintext until the rules are repaired"
             );
         }
     }
@@ -222,8 +221,8 @@ impl Guard {
         &mut self,
         settings: &InterceptionSettings,
     ) -> Result<Event, InterceptionError> {
-        // What cannot be installed now is installed by a later look. In a fight the blackhole keeps
-        // the exemptions of the old settings until it is removed.
+        // A later verification retries a failed installation. In a fight the blackhole keeps the
+        // exemptions of the old settings until it is removed.
         self.interception = self.interception.with_settings(settings);
         self.interception.repair().await?;
         let rules = self.interception.plan().rules().len();
@@ -231,7 +230,7 @@ impl Guard {
     }
 }
 
-/// The repairs of the last [`WINDOW`], by which a fight differs from a single change.
+/// The repairs of the last [`WINDOW`], which distinguish a fight from a single change.
 #[derive(Debug, Default)]
 struct Repairs {
     times: VecDeque<Instant>,
@@ -240,13 +239,13 @@ struct Repairs {
 }
 
 impl Repairs {
-    /// Counts a repair; how long to pause after it. Zero outside of a fight.
+    /// Counts a repair and returns the pause after it: zero outside of a fight.
     fn add(&mut self, now: Instant) -> Duration {
         self.times.push_back(now);
         while self.times.front().is_some_and(|first| now.duration_since(*first) > WINDOW) {
             self.times.pop_front();
         }
-        // Only as many count as make a fight.
+        // Older repairs do not influence the result.
         if self.times.len() > FIGHT {
             self.times.pop_front();
         }
@@ -257,14 +256,14 @@ impl Repairs {
         self.pause
     }
 
-    /// When a fight is over, if the rules stay intact; `None` outside of a fight.
+    /// When the fight ends if the rules stay intact; `None` outside of a fight.
     fn calm_at(&self) -> Option<Instant> {
         let last = self.times.back().filter(|_| !self.pause.is_zero());
         last.map(|last| *last + CALM)
     }
 
-    /// Whether a fight has begun that was not reported.
-    fn begin_fight(&mut self) -> bool {
+    /// Whether there is a fight that is not yet reported; marks it as reported.
+    fn report_fight(&mut self) -> bool {
         !self.pause.is_zero() && !std::mem::replace(&mut self.reported, true)
     }
 
@@ -316,8 +315,8 @@ mod tests {
         for _ in 0..FIGHT {
             repairs.add(start);
         }
-        assert!(repairs.begin_fight());
-        assert!(!repairs.begin_fight(), "a fight is reported once");
+        assert!(repairs.report_fight());
+        assert!(!repairs.report_fight(), "a fight is reported once");
         assert_eq!(repairs.calm_at(), Some(start + CALM));
         repairs.end_fight();
         assert_eq!(repairs.add(start + CALM), Duration::ZERO);

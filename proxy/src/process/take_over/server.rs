@@ -1,0 +1,231 @@
+//! The running process's side of a take-over.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::AsFd as _;
+use std::time::Duration;
+
+use tokio::time::timeout;
+use underpass_config::{Settings, TakeOver};
+use underpass_interception::{Handover, Peer, ProxyUser};
+
+use super::control_socket::{self, ControlSocket};
+use super::{
+    ACCEPT, ANSWER_TIMEOUT, CONTROL_SOCKET, INSTANCE, LISTENERS, OK, PREPARE_TIMEOUT, READY,
+    REFUSED, RULES, Role, SWITCH_TIMEOUT, TakeOverError,
+};
+use crate::process::instance::Instance;
+use crate::process::pause_gate::PauseGate;
+use crate::traffic::listeners::Listeners;
+
+/// The pause after a failed accept, for example without file descriptors.
+const ACCEPT_RETRY: Duration = Duration::from_secs(1);
+
+/// Gates for the work that only one of the two processes may do at a time.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Gates {
+    /// Accepting, on all listeners, readiness and metrics included.
+    pub(crate) accept: PauseGate,
+    /// Repairing and testing the rules.
+    pub(crate) rules: PauseGate,
+}
+
+impl Gates {
+    fn open(&self) {
+        self.accept.open();
+        self.rules.open();
+    }
+}
+
+/// Accepts take-overs of this process.
+#[derive(Debug)]
+pub(crate) struct TakeoverServer {
+    /// `None` if take-over is off or the socket cannot be made.
+    control_socket: Option<ControlSocket>,
+    listeners: Listeners,
+    instance: Option<Instance>,
+    role: Role,
+    gates: Gates,
+}
+
+/// The outcome of an attempt to take over.
+#[derive(Debug)]
+pub(crate) enum TakeoverOutcome {
+    /// The other process has taken over.
+    Completed { pid: Option<i32> },
+    /// The attempt failed. The other process may have changed the rules.
+    Abandoned,
+}
+
+/// Why an attempt to take over failed.
+#[derive(Debug, thiserror::Error)]
+enum ConversationError {
+    #[error("the other process is user {0}, neither root nor the proxy's user")]
+    Stranger(u32),
+    #[error("the other process has a different role")]
+    Refused,
+    #[error("no request within {} s after \"{after}\"", deadline.as_secs())]
+    Late { after: &'static str, deadline: Duration },
+    #[error("the connection was closed before \"{wanted}\"")]
+    Left { wanted: &'static str },
+    #[error("received \"{said}\" instead of \"{wanted}\"")]
+    Misunderstood { said: String, wanted: &'static str },
+    #[error("the connection failed")]
+    Io(#[from] io::Error),
+}
+
+impl TakeoverServer {
+    /// Listens on the socket that was handed over, else on the one of the settings. With
+    /// `take_over.socket: auto` a failure to listen is only logged.
+    pub(crate) fn listen(
+        settings: &Settings,
+        listeners: Listeners,
+        gates: Gates,
+        handed: Option<ControlSocket>,
+    ) -> Result<Self, TakeOverError> {
+        let role = Role::of(settings).map_err(TakeOverError::Namespace)?;
+        let control_socket = match handed {
+            Some(socket) => Some(socket),
+            None => bind_control_socket(settings)?,
+        };
+        Ok(Self { control_socket, listeners, instance: None, role, gates })
+    }
+
+    /// Also hands over the instance socket.
+    pub(crate) fn with_instance(self, instance: Option<Instance>) -> Self {
+        Self { instance, ..self }
+    }
+
+    /// Makes this process the owner of the socket's file, which it removes when it ends.
+    pub(crate) fn own(&mut self) {
+        if let Some(socket) = &mut self.control_socket {
+            socket.own(true);
+        }
+    }
+
+    /// Waits for a process that wants to take over. Cancel-safe.
+    pub(crate) async fn accept(&self) -> Handover {
+        let Some(socket) = &self.control_socket else {
+            return std::future::pending().await;
+        };
+        loop {
+            match socket.listener.accept().await {
+                Ok((stream, _)) => return Handover::new(stream),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a take-over");
+                    tokio::time::sleep(ACCEPT_RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Performs the take-over within its timeouts. Cancelling it leaves gates closed.
+    pub(crate) async fn answer(&mut self, conversation: Handover) -> TakeoverOutcome {
+        let peer = conversation.peer();
+        let outcome = match &peer {
+            Ok(peer) => self.converse(&conversation, *peer).await,
+            Err(error) => Err(ConversationError::Io(io::Error::from(error.kind()))),
+        };
+        let pid = peer.ok().and_then(|peer| peer.pid);
+        match outcome {
+            Ok(()) => {
+                if let Some(socket) = &mut self.control_socket {
+                    socket.own(false);
+                }
+                TakeoverOutcome::Completed { pid }
+            }
+            Err(error) => {
+                self.gates.open();
+                let error = crate::error::chain(&error);
+                tracing::warn!(
+                    pid,
+                    error,
+                    "take-over by another process failed: this process resumes"
+                );
+                TakeoverOutcome::Abandoned
+            }
+        }
+    }
+
+    async fn converse(&self, conversation: &Handover, peer: Peer) -> Result<(), ConversationError> {
+        let said = receive(conversation, "hello", "connecting", ANSWER_TIMEOUT).await?;
+        if !peer.is_trusted() {
+            conversation
+                .send(&format!("{REFUSED} only root and the proxy's user may take over"), &[])
+                .await?;
+            return Err(ConversationError::Stranger(peer.uid));
+        }
+        if let Some(why) = self.role.refusal(&said) {
+            conversation.send(&format!("{REFUSED} {why}"), &[]).await?;
+            return Err(ConversationError::Refused);
+        }
+        tracing::info!(pid = peer.pid, "another process is taking over");
+        let control =
+            self.control_socket.as_ref().map(|socket| (CONTROL_SOCKET, socket.listener.as_fd()));
+        let listeners = self.listeners.named();
+        let instance =
+            self.instance.as_ref().map(|instance| (INSTANCE, instance.listener().as_fd()));
+        let sockets = listeners.map(|(name, listener)| (name, listener.as_fd()));
+        let sockets = sockets.chain(control).chain(instance);
+        let (names, sockets): (Vec<_>, Vec<_>) = sockets.unzip();
+        conversation.send(&format!("{LISTENERS} {}", names.join(" ")), &sockets).await?;
+        expect(conversation, RULES, "hello", PREPARE_TIMEOUT).await?;
+        self.gates.rules.close().await;
+        conversation.send(OK, &[]).await?;
+        expect(conversation, ACCEPT, RULES, PREPARE_TIMEOUT).await?;
+        self.gates.accept.close().await;
+        conversation.send(OK, &[]).await?;
+        expect(conversation, READY, ACCEPT, SWITCH_TIMEOUT).await?;
+        // The new process accepts already, whether or not this answer arrives.
+        conversation.send(OK, &[]).await.ok();
+        Ok(())
+    }
+}
+
+fn bind_control_socket(settings: &Settings) -> Result<Option<ControlSocket>, TakeOverError> {
+    let Some(socket) =
+        control_socket::path(&settings.take_over).map_err(TakeOverError::Namespace)?
+    else {
+        return Ok(None);
+    };
+    let user = ProxyUser::required(&settings.interception).ok().flatten();
+    match ControlSocket::bind(&socket, user) {
+        Ok(bound) => Ok(Some(bound)),
+        Err(error) if settings.take_over == TakeOver::Auto => {
+            tracing::info!(
+                %error, socket = %socket.display(),
+                "take-over is unavailable: cannot make its socket (take_over.socket)"
+            );
+            Ok(None)
+        }
+        Err(source) => Err(TakeOverError::Listen { socket, source }),
+    }
+}
+
+async fn expect(
+    conversation: &Handover,
+    wanted: &'static str,
+    after: &'static str,
+    deadline: Duration,
+) -> Result<(), ConversationError> {
+    match receive(conversation, wanted, after, deadline).await? {
+        said if said == wanted => Ok(()),
+        said => Err(ConversationError::Misunderstood { said, wanted }),
+    }
+}
+
+async fn receive(
+    conversation: &Handover,
+    wanted: &'static str,
+    after: &'static str,
+    deadline: Duration,
+) -> Result<String, ConversationError> {
+    match timeout(deadline, conversation.receive()).await {
+        Err(_) => Err(ConversationError::Late { after, deadline }),
+        Ok(Ok(Some((line, _)))) => Ok(line),
+        Ok(Ok(None)) => Err(ConversationError::Left { wanted }),
+        Ok(Err(error)) if error.kind() == ErrorKind::UnexpectedEof => {
+            Err(ConversationError::Left { wanted })
+        }
+        Ok(Err(error)) => Err(ConversationError::Io(error)),
+    }
+}
