@@ -1,7 +1,7 @@
-//! The command line: what can be typed, and what becomes of it.
+//! Defines and runs the commands of the command line.
 //!
-//! Results go to standard output, errors to standard error. Exit codes: 0 done, 1 it failed, 2 the command line or the
-//! configuration is wrong, 3 `rules verify` found a difference or a bypass.
+//! Results go to standard output, errors to standard error. Exit codes: 0 success, 1 failure,
+//! 2 invalid command line or configuration, 3 `rules verify` found a difference or a bypass.
 
 mod ca;
 mod config;
@@ -19,14 +19,14 @@ use crate::demo;
 use crate::error::chain;
 use crate::process::command_error::CommandError;
 
-/// The version and the commit that it was built from.
+/// The version, with the commit that the binary was built from.
 pub(crate) const VERSION: &str = env!("UNDERPASS_VERSION");
 
 /// Transparent zero-trust networking below the application.
 #[derive(Debug, Parser)]
 #[command(name = "underpass", version = VERSION, arg_required_else_help = true)]
 #[command(
-    after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong, 3 `rules verify` found a difference or a bypass."
+    after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 success, 1 failure, 2 invalid command line or configuration, 3 `rules verify` found a difference or a bypass."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -35,17 +35,17 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Show it: two pods in namespaces of their own, real HTTP through the tunnel, and the proof. Needs no root
+    /// Run a demonstration: two pods in new namespaces with real HTTP through the tunnel. Needs no root
     Demo(demo::Arguments),
-    /// Run a proxy for the network namespace it stands in (a sidecar container, a VM)
+    /// Run a proxy for the current network namespace (a sidecar container, a VM)
     Run(run::Arguments),
-    /// Look after the rules that catch traffic, in the network namespace this stands in
+    /// Manage interception rules in the current network namespace
     #[command(subcommand)]
     Rules(rules::Command),
-    /// Keep a small certificate authority: files, revocation lists, and Istio's CA protocol
+    /// Run a small certificate authority: files, revocation lists, and Istio's CA protocol
     #[command(subcommand)]
     Ca(ca::Command),
-    /// Check or show settings without running anything
+    /// Check or show settings without starting a proxy
     #[command(subcommand)]
     Config(config::Command),
     /// Print a completion script for a shell
@@ -53,14 +53,14 @@ enum Command {
         after_help = "Example:\n  underpass completions bash > /etc/bash_completion.d/underpass"
     )]
     Completions {
-        /// For which shell
+        /// The shell
         shell: Shell,
     },
-    /// Print the manual page of a command, or write those of all
+    /// Print the manual page of a command, or write the pages of all commands
     Man(man::Arguments),
 }
 
-/// Does what the command line says.
+/// Runs the command of the command line.
 pub fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(arguments) => demo::run(&arguments).map_err(CommandError::from),
@@ -74,7 +74,7 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // With standard error closed there is nobody left to tell; the exit code still tells.
+            // Ignored if standard error is closed; the exit code still reports the failure.
             writeln!(io::stderr(), "underpass: {}", chain(&error)).ok();
             error.exit_code()
         }
@@ -92,7 +92,7 @@ fn print(text: &str) -> Result<(), CommandError> {
     io::stdout().write_all(text.as_bytes()).map_err(CommandError::Output)
 }
 
-/// A runtime on the thread that uses it.
+/// Makes a runtime that runs on the calling thread.
 pub(crate) fn single_threaded_runtime() -> Result<tokio::runtime::Runtime, CommandError> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CommandError::Start)
 }
@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_consistent() {
+    fn command_line_definition_is_valid() {
         Cli::command().debug_assert();
     }
 }

@@ -1,7 +1,7 @@
-//! `underpass demo`: two pods, a proxy in each, real HTTP through the tunnel between them, and the proof.
+//! `underpass demo`: sends real HTTP between two pods with a proxy each, and verifies the result.
 //!
-//! Everything is real: namespaces, rules, the binary itself in two processes, a capture of the wire. Nothing of it touches
-//! the host: it happens in namespaces of this process's own and ends with it.
+//! It uses real namespaces, rules, two processes of the binary and a packet capture. It runs in new
+//! namespaces, which end with the process, and does not change the host.
 
 mod stage;
 mod web;
@@ -22,18 +22,18 @@ use underpass_interception::{
 use crate::spawn::SpawnError;
 use stage::{HBONE_PORT, HTTP_PORT, METRICS_PORT, Stage};
 
-/// How long any single step may take before the demonstration has failed.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Timeout of each step of the demonstration.
+const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  underpass demo --keep")]
 pub(crate) struct Arguments {
-    /// Leave it up until Ctrl-C, and print the commands to enter it
+    /// Keep the demonstration running until Ctrl-C, and print the commands to enter it
     #[arg(long)]
     keep: bool,
 }
 
-/// Why there was nothing to show.
+/// Why the demonstration failed.
 #[derive(Debug, Error)]
 pub(crate) enum DemoError {
     #[error(transparent)]
@@ -50,16 +50,16 @@ pub(crate) enum DemoError {
     Disproved,
 }
 
-/// One point of the proof: what was looked at, what was seen, and whether it is as it should be.
+/// One verified property: its subject, the observation, and whether the property holds.
 struct Point {
     subject: &'static str,
     seen: String,
     holds: bool,
 }
 
-/// Sets up, shows and takes down; an error unless every point holds.
+/// Runs the demonstration; fails unless every property holds.
 pub(crate) fn run(arguments: &Arguments) -> Result<(), DemoError> {
-    // Namespaces can only be entered while there is one thread.
+    // Only a single-threaded process can enter a user namespace.
     let sandbox = enter_sandbox().map_err(DemoError::Sandbox)?;
     let io = |doing| move |source| DemoError::Io { doing, source };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -78,7 +78,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), DemoError> {
     })
 }
 
-/// Makes one request and looks at it from every side.
+/// Makes one request and verifies every property of it.
 async fn prove(stage: &Stage) -> Result<Vec<Point>, DemoError> {
     let mut wire = stage.capture()?;
     let began = Instant::now();
@@ -120,7 +120,7 @@ fn source_kept(stage: &Stage, answer: &io::Result<String>) -> Point {
     Point { subject: "source", seen: format!("the server saw the client itself: {seen}"), holds }
 }
 
-/// The wire must have carried TLS to the HBONE port, and nothing of what was said.
+/// The captured packets must contain TLS to the HBONE port, and no plaintext of the request.
 fn encrypted(stage: &Stage, frames: &[Vec<u8>]) -> Point {
     let said = [stage.token().as_bytes(), b"GET /", b"HTTP/1.1", b"hello from"];
     let clear = frames.iter().filter(|frame| said.iter().any(|text| contains(frame, text))).count();
@@ -145,7 +145,7 @@ fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|window| window == needle)
 }
 
-/// Both proxies must have counted one connection between the two proven identities.
+/// Both proxies must have counted one connection between the two authenticated identities.
 fn identities(stage: &Stage) -> Point {
     let (source, destination) = stage.identities();
     let counted = |pod: &Namespace, reporter: &str| {
@@ -167,7 +167,8 @@ fn identities(stage: &Stage) -> Point {
     }
 }
 
-/// The rules that the request must have met, one connection each (the mark's rule counts packets).
+/// The rules that the request must have matched, with one connection each. The rule of the mark
+/// counts packets.
 async fn caught(stage: &Stage) -> Result<Point, DemoError> {
     let mut seen = Vec::new();
     let mut holds = true;
@@ -193,10 +194,11 @@ async fn read_counters(namespace: &Namespace) -> Result<Vec<RuleCounter>, DemoEr
     counters(&NamespaceAccess::new(namespace.clone(), thread)).await.map_err(failed)
 }
 
-/// What a client without a certificate gets: an end of the handshake, and nothing of the application.
+/// The handshake of a client without a certificate must fail before it reaches the application.
 async fn stranger(stage: &Stage) -> Result<Point, DemoError> {
     let address = stage.server_address_for_stranger(HBONE_PORT);
-    let stream = stage.stranger.run(|| std::net::TcpStream::connect_timeout(&address, PATIENCE));
+    let stream =
+        stage.stranger.run(|| std::net::TcpStream::connect_timeout(&address, STEP_TIMEOUT));
     let stream =
         stream.map_err(|source| DemoError::Namespace { doing: "enter pod stranger", source })?;
     let connected = stream.and_then(|stream| {
@@ -227,10 +229,11 @@ async fn ask_without_certificate(
     let credentials = stage.client_credentials().clone().fixed();
     let connector = Connector::anonymous(credentials, ClientSettings::default());
     let address = stage.server_address_for_stranger(HBONE_PORT);
-    let tunnel = connector.open(stream, address, std::slice::from_ref(server), PATIENCE).await?;
+    let tunnel =
+        connector.open(stream, address, std::slice::from_ref(server), STEP_TIMEOUT).await?;
     let authority = stage.server_address_for_stranger(HTTP_PORT).to_string();
     let request = ConnectRequest { authority, headers: HeaderMap::new() };
-    tunnel.connect(request, PATIENCE).await.map(drop)
+    tunnel.connect(request, STEP_TIMEOUT).await.map(drop)
 }
 
 fn show(points: &[Point], took: Duration, how_to_enter: Option<&str>) -> io::Result<()> {

@@ -1,4 +1,4 @@
-//! `underpass ca`: roots, certificates and revocation lists as files, and certificates over Istio's CA protocol.
+//! `underpass ca`: issues and revokes certificates, as files or over Istio's CA protocol.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -16,13 +16,13 @@ use crate::process::{logging, notify};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
-    /// Make a certificate authority: DIR/roots.pem, DIR/ca.pem, DIR/ca.key
+    /// Create a certificate authority: DIR/roots.pem, DIR/ca.pem, DIR/ca.key
     #[command(after_help = "Example:\n  underpass ca init --dir ca --trust-domain cluster.local")]
     Init {
-        /// Where it is kept; made if it is not there
+        /// The folder of the certificate authority; created if it does not exist
         #[arg(long)]
         dir: PathBuf,
-        /// What it vouches for
+        /// The trust domain of its certificates
         #[arg(long, default_value = "cluster.local")]
         trust_domain: TrustDomain,
     },
@@ -31,29 +31,29 @@ pub(super) enum Command {
         after_help = "Example:\n  underpass ca issue --dir ca --spiffe-id spiffe://cluster.local/ns/default/sa/web --out web"
     )]
     Issue {
-        /// Where the certificate authority is kept
+        /// The folder of the certificate authority
         #[arg(long)]
         dir: PathBuf,
-        /// Who the workload is
+        /// The SPIFFE id of the workload
         #[arg(long)]
         spiffe_id: SpiffeId,
-        /// What the two files are called, without .pem and .key
+        /// The common path of the two files, without .pem and .key
         #[arg(long, value_name = "PREFIX")]
         out: PathBuf,
-        /// How long the certificate is valid: a whole number with its unit, ms, s, m or h, such as
-        /// 90s, 10m, 24h or 720h (30 days)
+        /// The lifetime of the certificate: a whole number and a unit (ms, s, m or h), such as 90s,
+        /// 10m, 24h or 720h (30 days)
         #[arg(long, default_value = "24h", value_parser = ttl)]
         ttl: Duration,
     },
-    /// Revoke certificates: adds them to DIR/crl.pem, the list for trust.crls; without any, makes an empty one
+    /// Revoke certificates: add them to DIR/crl.pem (for trust.crls); without any, create an empty list
     #[command(after_help = "Example:\n  underpass ca revoke --dir ca web.pem")]
     Revoke {
-        /// Where the certificate authority is kept
+        /// The folder of the certificate authority
         #[arg(long)]
         dir: PathBuf,
-        /// The certificates, as `ca issue` wrote them
+        /// Certificate files, as written by `ca issue`
         certificates: Vec<PathBuf>,
-        /// A serial number, as `ca serve` logs it; may be repeated
+        /// A serial number, as logged by `ca serve`; may be repeated
         #[arg(long = "serial", value_name = "HEX")]
         serials: Vec<Serial>,
     },
@@ -72,25 +72,25 @@ clients.yaml says who may have which certificate; nobody else gets one:
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Serve {
-    /// Where the certificate authority is kept
+    /// The folder of the certificate authority
     #[arg(long)]
     dir: PathBuf,
-    /// Where to listen; istiod's port is 15012
+    /// The address to listen on; istiod's port is 15012
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: SocketAddr,
-    /// Who may have which certificate; followed as it changes
+    /// The file that grants identities to clients; reloaded when it changes
     #[arg(long, value_name = "FILE")]
     clients: PathBuf,
-    /// A host name or address by which clients know this server, beside the one that it listens on; may be repeated
+    /// A further host name or address of this server in its certificate; may be repeated
     #[arg(long = "name", value_name = "HOST")]
     names: Vec<String>,
-    /// The longest that a certificate is valid: a whole number with its unit, ms, s, m or h
+    /// The maximum lifetime of a certificate: a whole number and a unit (ms, s, m or h)
     #[arg(long, default_value = "24h", value_parser = ttl)]
     max_ttl: Duration,
-    /// What is logged, in tracing's filter syntax
+    /// The filter of the log, in tracing's syntax
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log: LogFilter,
-    /// Stop when standard input ends: a child of a test must not outlive it
+    /// Stop when standard input ends, so that the process does not outlive its parent
     #[arg(long)]
     until_eof: bool,
 }
@@ -130,7 +130,7 @@ pub(super) fn run(command: Command) -> Result<(), CommandError> {
 fn serve(arguments: Serve) -> Result<(), CommandError> {
     let Serve { dir, listen, clients, names, max_ttl, log, until_eof } = arguments;
     let _logs = logging::start(&Logging { filter: log, format: LogFormat::Plain })?;
-    // Its memory holds the CA's key.
+    // The memory of this process contains the CA's key.
     confine_process().map_err(CommandError::Start)?;
     let settings = CaServerSettings { dir, clients, names, max_ttl };
     single_threaded_runtime()?.block_on(async {

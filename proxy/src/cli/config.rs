@@ -1,4 +1,4 @@
-//! `underpass config`: the settings and all that they name, without running anything.
+//! `underpass config`: checks or shows the settings and the files that they name.
 
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
@@ -25,13 +25,13 @@ use crate::process::logging;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
-    /// Check the settings, the mesh file and the certificates as a start would; every mistake is
-    /// listed, and the exit code is 2 if there is one
+    /// Check the settings, the mesh file and the certificates as `underpass run` would; list every
+    /// mistake, and exit with code 2 if there is one
     #[command(after_help = "Example:\n  underpass config check --config underpass.yaml")]
     Check {
         #[command(flatten)]
         settings: SettingsArguments,
-        /// How the result is printed
+        /// The output format
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
@@ -75,12 +75,12 @@ fn check(arguments: SettingsArguments, output: Output) -> Result<(), CommandErro
         (false, Output::Text) => {
             Err(ConfigErrors { problems: check.problems, more: check.more }.into())
         }
-        // They are printed already.
+        // The problems are already printed.
         (false, Output::Json) => Err(CommandError::Mistakes(check.problems.len() + check.more)),
     }
 }
 
-/// What was found: mistakes end a start, warnings do not.
+/// The result of a check. Mistakes prevent a start, warnings do not.
 #[derive(Debug, Default)]
 struct Check {
     problems: Vec<Problem>,
@@ -102,7 +102,7 @@ impl Check {
 
     fn print_text(&self) -> Result<(), CommandError> {
         for warning in &self.warnings {
-            // With standard error closed the result still counts.
+            // Ignored if standard error is closed; the exit code still reports the result.
             writeln!(io::stderr(), "underpass: warning: {warning}").ok();
         }
         if !self.problems.is_empty() {
@@ -169,7 +169,7 @@ impl Check {
         }
     }
 
-    /// Reads whatever is in files; a CA or an agent is not asked.
+    /// Checks credentials from files. It does not connect to a CA or an agent.
     fn credentials(&mut self, settings: &Settings) -> Option<Identity> {
         let trust = Trust::read(&settings.trust);
         let trust = trust.map_err(|error| self.hbone("trust", &error)).ok();
@@ -224,7 +224,7 @@ impl Check {
         mesh
     }
 
-    /// What peers read of this workload in the same file has to fit what it is.
+    /// Checks that the mesh file's entry of this workload agrees with the settings.
     fn own_workload(&mut self, settings: &Settings, mesh: &Mesh) {
         let own = &settings.workload;
         let is_own = |workload: &&Arc<Workload>| {
@@ -288,7 +288,7 @@ fn in_words(duration: Duration) -> String {
     }
 }
 
-/// Connects to nothing: the check asks no CA.
+/// A dialer that never connects, because the check does not contact a CA.
 struct NoDialer;
 
 impl Dial for NoDialer {

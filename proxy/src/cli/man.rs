@@ -1,4 +1,4 @@
-//! `underpass man`: the manual pages of all commands, made from the same definitions as their help.
+//! `underpass man`: renders manual pages from the definitions of the commands.
 
 use std::path::PathBuf;
 
@@ -21,7 +21,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), CommandError> {
-    // Pages refer to those of subcommands, and there is none of `help`.
+    // Pages refer to the pages of subcommands, and `help` has none.
     let mut root = Cli::command().disable_help_subcommand(true);
     if let Some(dir) = &arguments.dir {
         std::fs::create_dir_all(dir).map_err(CommandError::Output)?;

@@ -1,8 +1,7 @@
-//! `underpass rules`: what catches traffic, shown, installed, compared, explained, kept and removed, in the network
-//! namespace that the command stands in.
+//! `underpass rules`: manages interception rules in the current network namespace.
 //!
-//! Not here: the options that all of them share (`rules/options.rs`), and whose settings they are
-//! about (`rules/subject.rs`).
+//! Not here: the options that all commands share (`rules/options.rs`), and the choice between given
+//! settings and those of the running proxy (`rules/subject.rs`).
 
 mod options;
 mod subject;
@@ -37,11 +36,11 @@ pub(super) enum Command {
     Render {
         #[command(flatten)]
         options: RuleOptions,
-        /// For which program
+        /// The output format
         #[arg(long, short = 'o', visible_alias = "output", value_enum, default_value_t = RenderFormat::Nft)]
         format: RenderFormat,
     },
-    /// Install the rules, as an init container does; without a proxy every caught connection is refused
+    /// Install the rules, as an init container does; without a proxy, caught connections are refused
     #[command(
         after_help = "Example:\n  ip netns exec pod-a underpass rules install --profile sidecar"
     )]
@@ -51,7 +50,7 @@ pub(super) enum Command {
         /// Install even if a running proxy owns the rules
         #[arg(long)]
         force: bool,
-        /// How the result is printed
+        /// The output format
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
@@ -63,7 +62,7 @@ pub(super) enum Command {
     Verify {
         #[command(flatten)]
         options: RuleOptions,
-        /// How the result is printed
+        /// The output format
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
@@ -78,31 +77,31 @@ pub(super) enum Command {
         /// Allow the host's own network namespace
         #[arg(long)]
         allow_host: bool,
-        /// How the result is printed
+        /// The output format
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
-    /// Show the way of each kind of traffic through the rules, with live counters, or that of one packet
+    /// Show the path of each kind of traffic, or of one packet, through the rules, with live counters
     #[command(
         after_help = "Example:\n  ip netns exec pod-a underpass rules explain --profile sidecar --from app --to 10.0.0.5:443"
     )]
     Explain {
         #[command(flatten)]
         options: RuleOptions,
-        /// Who sends the one packet: the workload, the proxy, another pod, or the kubelet
+        /// The sender of the packet: the workload, the proxy, another pod, or the kubelet
         #[arg(long, value_name = "app|proxy|remote|probe", value_parser = sender, requires = "to")]
         from: Option<Sender>,
-        /// Where the one packet goes
+        /// The destination of the packet
         #[arg(long, value_name = "ADDRESS:PORT", requires = "from")]
         to: Option<SocketAddr>,
-        /// What the one packet carries
+        /// The protocol of the packet
         #[arg(long, value_name = "tcp|udp", value_parser = protocol, default_value = "tcp")]
         protocol: Protocol,
-        /// How it is shown
+        /// The output format
         #[arg(long, short = 'o', visible_alias = "output", value_enum, default_value_t = ExplainFormat::Text)]
         format: ExplainFormat,
     },
-    /// Keep the rules: put back what another program changes, within milliseconds, until told to stop
+    /// Watch the rules and repair changes by other programs within milliseconds, until a stop signal
     #[command(
         after_help = "Example:\n  ip netns exec pod-a underpass rules watch --config underpass.yaml"
     )]
@@ -112,7 +111,7 @@ pub(super) enum Command {
         /// Install even if a running proxy owns the rules
         #[arg(long)]
         force: bool,
-        /// How events are printed, one line each
+        /// The format of events
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
@@ -174,7 +173,7 @@ fn block_on(work: impl Future<Output = Result<(), CommandError>>) -> Result<(), 
 }
 
 fn render(settings: &Settings, format: RenderFormat) -> Result<(), CommandError> {
-    // What is printed may be for another namespace, so nothing is asked of this one.
+    // The output may be for another namespace, so it does not depend on the current one.
     let plan = RulePlan::new(&settings.interception, Ports::of(settings), true);
     match format {
         RenderFormat::Nft => print(&format!("{plan:#}")),
@@ -209,7 +208,7 @@ async fn install(settings: Settings, force: bool, output: Output) -> Result<(), 
     }
 }
 
-/// A proxy that runs would put its rules back.
+/// Refuses to replace the rules of a running proxy, which would repair them.
 async fn refuse_beside_proxy(force: bool) -> Result<(), CommandError> {
     match instance::running().await? {
         Some(running) if running.installs && !force => {
@@ -282,7 +281,7 @@ async fn explain(
     print(&text)
 }
 
-/// The live counters, where there are rules and we may read them; explaining does without.
+/// The live counters; `None` without rules or without the privilege to read them.
 async fn counters(
     access: &NamespaceAccess,
     settings: &InterceptionSettings,

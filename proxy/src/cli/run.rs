@@ -52,10 +52,10 @@ impl SettingsArguments {
 pub(super) struct Arguments {
     #[command(flatten)]
     settings: SettingsArguments,
-    /// Stop when standard input ends: a child of a test must not outlive it
+    /// Stop when standard input ends, so that the process does not outlive its parent
     #[arg(long)]
     until_eof: bool,
-    /// Take over from the process that runs, without a connection that fails; start as ever if none does
+    /// Take over from the running process without a failed connection; start normally if none runs
     #[arg(long)]
     take_over: bool,
 }
@@ -64,7 +64,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     let sources = arguments.settings.sources();
     let settings = sources.load()?;
     confine_process().map_err(CommandError::Start)?;
-    // One that cannot be had is an error later on, with the log's help.
+    // A user that cannot be determined is an error later, once the log has started.
     if let Ok(Some(user)) = ProxyUser::required(&settings.interception) {
         user.announce();
     }
@@ -76,12 +76,12 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     let runtime = control_runtime()?;
     let start = Start { until_eof: arguments.until_eof, take_over: arguments.take_over };
     let outcome = runtime.block_on(app::run(settings, sources, start));
-    // Dropping it would wait for the thread that still waits for a worker which does not end.
+    // Dropping the runtime would wait for blocking threads, and so for a worker that does not end.
     runtime.shutdown_background();
     outcome
 }
 
-/// Runs `start` on a thread without capabilities, so that the threads which it makes have none.
+/// Runs `start` on a thread without capabilities, so that the threads it starts have none.
 fn on_confined_thread<T: Send>(start: impl FnOnce() -> T + Send) -> Result<T, CommandError> {
     let confined = || -> io::Result<T> {
         confine_auxiliary_thread()?;
@@ -96,21 +96,19 @@ fn on_confined_thread<T: Send>(start: impl FnOnce() -> T + Send) -> Result<T, Co
     .map_err(CommandError::start)
 }
 
-/// Starts a thread that does nothing: an attempt that may fail, before one of a library that panics
-/// if it does.
+/// Starts a thread that does nothing, to report a failure before a library panics on it.
 fn attempt_thread() -> io::Result<()> {
     std::thread::Builder::new().spawn(|| {})?.join().ok();
     Ok(())
 }
 
-/// How long a thread that waits for what blocks rests before it ends: for ever, almost. tokio
-/// panics where it needs one, has none and cannot start one; so there is always one.
+/// How long an idle blocking thread stays: practically for ever. tokio panics if it needs such a
+/// thread and cannot start one, so one always exists.
 const KEEP_ALIVE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
-/// More of these threads would be idle for ever: they look up the names of CAs and of endpoints.
+/// The maximum number of blocking threads, which resolve the names of CAs and endpoints.
 const BLOCKING_THREADS: usize = 16;
 
-/// The runtime of this thread, which may keep a capability; threads on which it waits for what
-/// blocks need none.
+/// The runtime of this thread, which may keep a capability. Its blocking threads drop theirs.
 fn control_runtime() -> Result<Runtime, CommandError> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime

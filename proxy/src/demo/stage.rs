@@ -1,4 +1,4 @@
-//! What the demonstration is played on: three pods, their certificates and settings, and two proxies.
+//! Sets up the demonstration: three pods, certificates, settings and two proxies.
 //!
 //! ```text
 //! stranger 10.78.0.1 ── 10.78.0.2 server 10.77.0.2 ── 10.77.0.1 client
@@ -18,7 +18,7 @@ use underpass_interception::{
 };
 
 use super::web::Server;
-use super::{DemoError, PATIENCE};
+use super::{DemoError, STEP_TIMEOUT};
 use crate::spawn::ChildProxy;
 
 pub(super) const HTTP_PORT: u16 = 8080;
@@ -30,10 +30,10 @@ const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const STRANGER: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 1);
 const SERVER_FOR_STRANGER: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 2);
 
-/// In the sandbox's own folder.
+/// A folder in the sandbox's temporary file system.
 const FOLDER: &str = "underpass-demo";
 
-/// The pods and what runs in them.
+/// The pods, with their proxies and the HTTP server.
 pub(super) struct Stage {
     pub(super) client: Namespace,
     pub(super) server: Namespace,
@@ -67,15 +67,15 @@ impl Stage {
         Ok(Self { client, server, stranger, proxies, web, identities, token, client_credentials })
     }
 
-    /// Ends the proxies; the namespaces end with the process.
+    /// Stops the proxies; the namespaces end with the process.
     pub(super) async fn take_down(&mut self) {
         for proxy in &mut self.proxies {
-            // One that cannot be waited for is killed when it is dropped.
-            tokio::time::timeout(PATIENCE, proxy.stop()).await.ok();
+            // On timeout, dropping the proxy kills it.
+            tokio::time::timeout(STEP_TIMEOUT, proxy.stop()).await.ok();
         }
     }
 
-    /// A capture of the wire between client and server, from now on.
+    /// Starts a packet capture between client and server.
     pub(super) fn capture(&self) -> Result<PacketCapture, DemoError> {
         let failed = |source| DemoError::Namespace { doing: "enter pod client", source };
         let capture = self.client.run(|| PacketCapture::open("eth0")).map_err(failed)?;
@@ -94,12 +94,12 @@ impl Stage {
         (SERVER_FOR_STRANGER, port).into()
     }
 
-    /// Who the two proxies must have proven to be: source, destination.
+    /// The identities that the proxies must have authenticated: source, destination.
     pub(super) fn identities(&self) -> &(SpiffeId, SpiffeId) {
         &self.identities
     }
 
-    /// What the request carries and nobody else could know.
+    /// A unique token in the request.
     pub(super) fn token(&self) -> &str {
         &self.token
     }
@@ -109,20 +109,19 @@ impl Stage {
         self.web.requests()
     }
 
-    /// What the client pod trusts and is.
+    /// The identity and the trust bundle of the client pod.
     pub(super) fn client_credentials(&self) -> &Credentials {
         &self.client_credentials
     }
 
-    /// Commands for a look around.
+    /// Commands to enter the pods.
     pub(super) fn how_to_enter(&self, sandbox: Sandbox) -> String {
-        // Nobody can enter the user namespace that they are in already.
+        // A process cannot enter the user namespace that it is in already.
         let user = match sandbox {
             Sandbox::OfRoot => "",
             Sandbox::InUserNamespace => " -U --preserve-credentials",
         };
-        // Paths of namespaces are those of the sandbox's own mounts: nsenter opens them before it
-        // enters anything.
+        // The namespaces' paths exist only in the sandbox's mount namespace, so enter that one first.
         let enter = format!("nsenter -t {}{user} -m nsenter", std::process::id());
         let [client, server] = [&self.client, &self.server]
             .map(|pod| format!("{enter} --net={}", pod.path().display()));
@@ -222,7 +221,7 @@ async fn start_proxy(
     let program = std::env::current_exe()
         .map_err(|source| DemoError::Io { doing: "find this program", source })?;
     let arguments = ["--config".into(), settings_of(folder, pod).into_os_string()];
-    ChildProxy::start(&program, namespace, &arguments, PATIENCE)
+    ChildProxy::start(&program, namespace, &arguments, STEP_TIMEOUT)
         .await
         .map_err(|source| DemoError::Proxy { pod, source })
 }

@@ -1,4 +1,4 @@
-//! The demonstration's own HTTP: a server that says who it talks to, and a client. Both blocking, on threads of their own.
+//! A minimal blocking HTTP server and client for the demonstration. Each runs on a separate thread.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use underpass_interception::Namespace;
 
-use super::PATIENCE;
+use super::STEP_TIMEOUT;
 
-/// One GET from inside `pod`; the whole response as text.
+/// Sends one GET request from `pod` and returns the entire response.
 pub(super) fn get(
     pod: &Namespace,
     server: SocketAddr,
@@ -20,8 +20,8 @@ pub(super) fn get(
         "GET {path} HTTP/1.1\r\nHost: {server}\r\nX-Token: {token}\r\nConnection: close\r\n\r\n"
     );
     let exchange = || -> io::Result<String> {
-        let mut stream = TcpStream::connect_timeout(&server, PATIENCE)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut stream = TcpStream::connect_timeout(&server, STEP_TIMEOUT)?;
+        stream.set_read_timeout(Some(STEP_TIMEOUT))?;
         stream.write_all(request.as_bytes())?;
         let mut response = String::new();
         stream.read_to_string(&mut response)?;
@@ -30,7 +30,7 @@ pub(super) fn get(
     pod.run(exchange).map_err(io::Error::other)?
 }
 
-/// A server that greets, says whom it sees and repeats the request's token.
+/// A server that responds with the client's address and the request's token.
 pub(super) struct Server {
     requests: Arc<AtomicUsize>,
 }
@@ -45,7 +45,7 @@ impl Server {
         std::thread::Builder::new().name("demo-server".into()).spawn(move || {
             for stream in listener.incoming().flatten() {
                 served.fetch_add(1, Relaxed);
-                // A client that went away is not the server's trouble.
+                // A client that has closed its connection is no error of the server.
                 answer(stream).ok();
             }
         })?;
@@ -59,10 +59,10 @@ impl Server {
 }
 
 fn answer(mut stream: TcpStream) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(STEP_TIMEOUT))?;
     let peer = stream.peer_addr()?;
     let mut token = String::new();
-    // Far more than the client sends; a bound all the same.
+    // The bound is far above the length of the client's request.
     let head = BufReader::new(stream.try_clone()?).take(8192);
     for line in head.lines() {
         let line = line?;

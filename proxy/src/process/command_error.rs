@@ -16,13 +16,13 @@ use crate::process::instance::{InstanceError, Running};
 use crate::process::take_over::TakeOverError;
 use crate::rules::self_test::SelfTestError;
 
-/// Why a command did not do what it was told.
+/// Why a command failed.
 #[derive(Debug, Error)]
 pub(crate) enum CommandError {
-    /// Exit code 2: the operator can mend it in the configuration.
+    /// Exit code 2: the configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigErrors),
-    /// Exit code 2: the mistakes are printed already.
+    /// Exit code 2: the mistakes are already printed.
     #[error("mistakes in the configuration: {0}")]
     Mistakes(usize),
     #[error(transparent)]
@@ -37,7 +37,7 @@ pub(crate) enum CommandError {
     #[error("{}{}", chain(error), listed(suspects))]
     SelfTest {
         error: SelfTestError,
-        /// What may be the cause.
+        /// Possible causes.
         suspects: Vec<String>,
     },
     #[error("cannot take over")]
@@ -50,13 +50,13 @@ pub(crate) enum CommandError {
     )]
     KeptByProxy(Box<Running>),
     #[error(
-        "interception.profile is none: there are no rules to look after; choose ambient, sidecar or osm (`--profile`)"
+        "interception.profile is none: there are no rules to manage; choose ambient, sidecar or osm (`--profile`)"
     )]
     NoRules,
-    /// Exit code 3: the result, already printed, is that there is a difference.
+    /// Exit code 3: the rules differ. The difference is already printed.
     #[error("the rules that are installed are not those of these settings")]
     Difference,
-    /// Exit code 3 as well.
+    /// Exit code 3: other rules bypass the installed ones.
     #[error("the rules are installed, but traffic passes them by: {0}")]
     Bypassed(String),
     #[error(transparent)]
@@ -81,7 +81,7 @@ pub(crate) enum CommandError {
 }
 
 impl CommandError {
-    /// What went wrong while something was started that needs a thread (EAGAIN: pthread_create(3)).
+    /// An error of starting a thread (EAGAIN: pthread_create(3)).
     pub(crate) fn start(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::WouldBlock => Self::Thread(error),
@@ -89,7 +89,7 @@ impl CommandError {
         }
     }
 
-    /// A self-test that could not be made.
+    /// A self-test that could not run.
     pub(crate) fn self_test(error: SelfTestError) -> Self {
         Self::SelfTest { error, suspects: Vec::new() }
     }

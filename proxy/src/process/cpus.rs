@@ -1,4 +1,4 @@
-//! How many CPUs this process may use.
+//! Counts the CPUs that this process may use.
 
 /// The number of CPUs, cgroup limits and affinity included.
 pub(crate) fn processors() -> usize {

@@ -1,7 +1,7 @@
-//! The options of `interception:` as flags, the same for every `rules` command.
+//! Defines flags for the settings of `interception:`, the same for every `rules` command.
 //!
-//! Each flag sets one key or two, over the file and the environment; so that what it may be, and what is said when it may
-//! not, is the settings' business.
+//! Each flag sets one or two keys and overrides the file and the environment. The settings validate
+//! the values.
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, Error, FromArgMatches};
@@ -10,18 +10,23 @@ use underpass_config::Settings;
 use crate::cli::run::SettingsArguments;
 use crate::process::command_error::CommandError;
 
-/// A flag with a value: its name, the keys that it sets, what it takes, what it is for.
+/// A flag with a value: its name, the keys that it sets, the value's name, and the help text.
 type Valued = (&'static str, &'static [&'static str], &'static str, &'static str);
 
 const VALUED: &[Valued] = &[
-    ("profile", &["interception.profile"], "PROFILE", "Whose scheme: ambient, sidecar or osm"),
+    (
+        "profile",
+        &["interception.profile"],
+        "PROFILE",
+        "The traffic scheme: ambient, sidecar or osm",
+    ),
     (
         "backend",
         &["interception.backend"],
         "BACKEND",
-        "What installs the rules: auto, nftables, iptables or iptables-legacy",
+        "The backend: auto, nftables, iptables or iptables-legacy",
     ),
-    ("ipv6", &["interception.ipv6"], "WHAT", "What happens to IPv6: capture, reject or bypass"),
+    ("ipv6", &["interception.ipv6"], "WHAT", "The handling of IPv6: capture, reject or bypass"),
     (
         "outbound-exclude-cidrs",
         &["interception.outbound.exclude_cidrs"],
@@ -32,7 +37,7 @@ const VALUED: &[Valued] = &[
         "outbound-include-cidrs",
         &["interception.outbound.include_cidrs"],
         "A,B",
-        "Destinations that alone are caught; * for all, none for none",
+        "Only these destinations are caught; * for all, none for none",
     ),
     (
         "outbound-exclude-ports",
@@ -50,7 +55,7 @@ const VALUED: &[Valued] = &[
         "outbound-exclude-interfaces",
         &["interception.outbound.exclude_interfaces"],
         "I,J",
-        "Interfaces through which what leaves is not caught",
+        "Interfaces whose outbound traffic is not caught",
     ),
     (
         "outbound-exclude-uids",
@@ -68,7 +73,7 @@ const VALUED: &[Valued] = &[
         "outbound-include-gids",
         &["interception.outbound.include_gids"],
         "G,H",
-        "Groups whose connections alone are caught",
+        "Only connections of these groups are caught",
     ),
     (
         "inbound-mode",
@@ -80,25 +85,25 @@ const VALUED: &[Valued] = &[
         "inbound-include-ports",
         &["interception.inbound.include_ports"],
         "P,Q-R",
-        "Ports that alone are caught on their way in; * for all, none for none",
+        "Only these inbound ports are caught; * for all, none for none",
     ),
     (
         "inbound-exclude-ports",
         &["interception.inbound.exclude_ports"],
         "P,Q-R",
-        "Ports that are not caught on their way in",
+        "Inbound ports that are not caught",
     ),
     (
         "inbound-exclude-interfaces",
         &["interception.inbound.exclude_interfaces"],
         "I,J",
-        "Interfaces through which what arrives is not caught",
+        "Interfaces whose inbound traffic is not caught",
     ),
     (
         "exclude-interfaces",
         &["interception.outbound.exclude_interfaces", "interception.inbound.exclude_interfaces"],
         "I,J",
-        "Interfaces that are left alone in both directions",
+        "Interfaces that are excluded in both directions",
     ),
     (
         "virtual-interfaces",
@@ -114,34 +119,34 @@ const VALUED: &[Valued] = &[
     ),
     ("proxy-uids", &["interception.proxy_uids"], "U,V", "The users that the proxy runs as"),
     ("proxy-gids", &["interception.proxy_gids"], "G,H", "The groups that the proxy runs as"),
-    ("dns", &["interception.dns"], "WHAT", "What happens to DNS queries: off or capture"),
+    ("dns", &["interception.dns"], "WHAT", "The handling of DNS queries: off or capture"),
     (
         "dns-servers",
         &["interception.dns_servers"],
         "A,B",
-        "The servers, queries to which alone are caught",
+        "Only queries to these servers are caught",
     ),
     (
         "loopback-cidr",
         &["interception.loopback_cidr"],
         "CIDR",
-        "What counts as localhost in IPv4, instead of 127.0.0.1/32",
+        "The IPv4 range of localhost, instead of 127.0.0.1/32",
     ),
 ];
 
-/// Flags that say yes: their name, key, what they are for.
+/// Flags without a value: the name, the key and the help text.
 const SWITCHES: &[(&str, &str, &str)] = &[
     (
         "exact",
         "interception.exact",
         "Only Istio's or OSM's own rules, without what makes them safer",
     ),
-    ("drop-invalid", "interception.drop_invalid", "Drop packets that fit no connection"),
-    ("ingress", "interception.ingress", "Do not catch what comes in in plain (ambient)"),
+    ("drop-invalid", "interception.drop_invalid", "Drop packets that belong to no connection"),
+    ("ingress", "interception.ingress", "Do not catch inbound plaintext (ambient)"),
     ("allow-host", "interception.allow_host", "Allow the host's own network namespace"),
 ];
 
-/// All that a `rules` command is told of the rules.
+/// The options of a `rules` command that select the settings.
 #[derive(Debug)]
 pub(in crate::cli) struct RuleOptions {
     settings: SettingsArguments,
@@ -184,7 +189,7 @@ impl FromArgMatches for RuleOptions {
             let Some(values) = matches.get_many::<String>(name) else {
                 continue;
             };
-            // Given twice, it says both: that is what iptables users expect of a list.
+            // A repeated flag extends the list, as iptables users expect.
             let value = values.map(String::as_str).collect::<Vec<_>>().join(",");
             assignments.extend(keys.iter().map(|key| format!("{key}={value}")));
         }

@@ -1,5 +1,5 @@
-//! Whose rules `rules verify` and `rules explain` are about: those of the settings given, else
-//! those of the proxy that runs here.
+//! Selects the settings of `rules verify` and `rules explain`: the given ones, else those of the
+//! running proxy.
 
 use std::io::{self, Write as _};
 
@@ -11,7 +11,7 @@ use crate::process::command_error::CommandError;
 use crate::process::instance;
 use crate::process::instance::Running;
 
-/// Settings, and where they are from.
+/// Settings and their source.
 #[derive(Debug)]
 pub(super) struct Subject {
     pub(super) settings: Settings,
@@ -20,17 +20,16 @@ pub(super) struct Subject {
 
 #[derive(Debug)]
 pub(super) enum Source {
-    /// The command line names a file or sets something.
+    /// The options of the command line.
     Given,
     /// The proxy that runs in this network namespace.
     Running(Box<Running>),
-    /// There is none, and nothing is given.
+    /// Neither options nor a running proxy.
     Defaults,
 }
 
 impl Subject {
-    /// Asks the proxy that runs, if the options say nothing. That defaults are assumed goes to
-    /// standard error.
+    /// Without options, queries the running proxy. Warns on standard error if defaults are assumed.
     pub(super) async fn of(options: RuleOptions) -> Result<Self, CommandError> {
         if !options.are_empty() {
             return Ok(Self { settings: options.load()?, source: Source::Given });
@@ -47,7 +46,7 @@ impl Subject {
         Ok(Self { settings: options.load()?, source: Source::Defaults })
     }
 
-    /// Adds `"settings"`, and `"proxy"` if one was asked.
+    /// Adds `"settings"`, and `"proxy"` if one was queried.
     pub(super) fn with(&self, mut result: Value) -> Value {
         let (name, proxy) = match &self.source {
             Source::Given => ("given", Value::Null),

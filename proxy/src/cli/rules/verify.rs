@@ -1,5 +1,5 @@
-//! `underpass rules verify`: compares the installed rules with the wanted ones, and lists rules of other
-//! programs that act before them.
+//! `underpass rules verify`: compares the installed rules with the expected ones, and lists foreign
+//! rules that act before them.
 
 use serde_json::{Value, json};
 use underpass_config::Profile;
@@ -11,12 +11,12 @@ use super::{Output, differences, prepare, print_json};
 use crate::cli::print;
 use crate::process::command_error::CommandError;
 
-/// What the comparison found.
+/// The result of the comparison.
 struct Outcome {
     subject: Subject,
     difference: Option<Difference>,
     foreign: Vec<ForeignRule>,
-    /// Whether the blackhole stands.
+    /// Whether the blackhole is installed.
     blocked: bool,
 }
 
@@ -83,14 +83,14 @@ impl Outcome {
         text
     }
 
-    /// Why traffic is not caught, though the rules are as they should be.
+    /// Why traffic bypasses the proxy although the rules are intact.
     fn bypass(&self) -> Option<String> {
         if let Source::Running(running) = &self.subject.source
             && running.self_test_failed
         {
             return Some("the last self-test of the running proxy failed".to_owned());
         }
-        // Elsewhere the mark means nothing.
+        // Other profiles do not identify the proxy by its mark.
         let by_mark = self.subject.settings.interception.profile == Profile::Ambient;
         let mut foreign = self.foreign.iter().filter(|_| by_mark);
         foreign.find(|rule| rule.effect == Effect::SetsProxyMark).map(ToString::to_string)
