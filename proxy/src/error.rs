@@ -1,6 +1,7 @@
 //! Errors of connections, and their mapping to log codes, HTTP statuses and metric labels.
 //!
-//! One function ([`ProxyError::reason`]) maps every error to all three, so that they are consistent.
+//! One function ([`ProxyError::reason`]) maps every error to all three, so that they are
+//! consistent.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -177,7 +178,8 @@ impl ProxyError {
         if lacks_descriptor(&error) { Self::OutOfDescriptors } else { Self::Tunnel(error) }
     }
 
-    /// Whether another endpoint of the service may be tried: no data has been sent, and the error is
+    /// Whether another endpoint of the service may be tried: no data has been sent, and the error
+    /// is
     /// not a decision against the connection.
     pub(crate) fn is_of_endpoint(&self) -> bool {
         match self {
@@ -228,7 +230,8 @@ impl ProxyError {
             Self::NoLongerAllowed(_) => {
                 ("no_longer_allowed", Deny, Client, StatusCode::UNAUTHORIZED)
             }
-            // A route that a peer requests in vain is the peer's fault; for a caught connection it is the
+            // A route that a peer requests in vain is the peer's fault; for a caught connection it
+            // is the
             // mesh's.
             Self::Route(RouteError::NotHere { .. }) => {
                 ("not_here", Deny, Client, StatusCode::BAD_REQUEST)

@@ -59,7 +59,8 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// Makes a node of this many workers. Must be called in the control thread's runtime, which resolves
+    /// Makes a node of this many workers. Must be called in the control thread's runtime, which
+    /// resolves
     /// hostnames.
     pub(crate) fn new(
         settings: &Settings,

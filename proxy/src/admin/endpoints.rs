@@ -21,7 +21,8 @@ use underpass_interception::{BoundListener, Listener};
 use crate::observe::metrics::Exporter;
 use crate::process::pause_gate::PauseGate;
 
-/// The maximum number of connections. A new one evicts the oldest idle one, so that a flood does not
+/// The maximum number of connections. A new one evicts the oldest idle one, so that a flood does
+/// not
 /// keep probes and scrapers out.
 const CONNECTIONS: usize = 64;
 /// The maximum number of connections from one source address.

@@ -40,7 +40,8 @@ pub(super) enum Command {
         #[arg(long, short = 'o', visible_alias = "output", value_enum, default_value_t = RenderFormat::Nft)]
         format: RenderFormat,
     },
-    /// Install the rules, as an init container does; without a proxy, caught connections are refused
+    /// Install the rules, as an init container does; without a proxy, caught connections are
+    /// refused
     #[command(
         after_help = "Example:\n  ip netns exec pod-a underpass rules install --profile sidecar"
     )]
@@ -81,7 +82,8 @@ pub(super) enum Command {
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
-    /// Show the path of each kind of traffic, or of one packet, through the rules, with live counters
+    /// Show the path of each kind of traffic, or of one packet, through the rules, with live
+    /// counters
     #[command(
         after_help = "Example:\n  ip netns exec pod-a underpass rules explain --profile sidecar --from app --to 10.0.0.5:443"
     )]
@@ -101,7 +103,8 @@ pub(super) enum Command {
         #[arg(long, short = 'o', visible_alias = "output", value_enum, default_value_t = ExplainFormat::Text)]
         format: ExplainFormat,
     },
-    /// Watch the rules and repair changes by other programs within milliseconds, until a stop signal
+    /// Watch the rules and repair changes by other programs within milliseconds, until a stop
+    /// signal
     #[command(
         after_help = "Example:\n  ip netns exec pod-a underpass rules watch --config underpass.yaml"
     )]

@@ -121,7 +121,8 @@ impl Stage {
             Sandbox::OfRoot => "",
             Sandbox::InUserNamespace => " -U --preserve-credentials",
         };
-        // The namespaces' paths exist only in the sandbox's mount namespace, so enter that one first.
+        // The namespaces' paths exist only in the sandbox's mount namespace, so enter that one
+        // first.
         let enter = format!("nsenter -t {}{user} -m nsenter", std::process::id());
         let [client, server] = [&self.client, &self.server]
             .map(|pod| format!("{enter} --net={}", pod.path().display()));

@@ -1,4 +1,4 @@
-//! What is sent to a worker: connections to serve, and commands.
+//! The messages to a worker: connections to serve, and commands.
 
 use std::sync::Arc;
 

@@ -174,7 +174,8 @@ fn whole_seconds(duration: Duration) -> Duration {
     Duration::from_secs(duration.as_secs())
 }
 
-/// Warns of files that are reloaded later but that the proxy can no longer read. Called after it has
+/// Warns of files that are reloaded later but that the proxy can no longer read. Called after it
+/// has
 /// dropped its privileges.
 pub(crate) fn warn_if_unreadable(settings: &Settings) {
     let unreadable = |file: &PathBuf| {

@@ -165,7 +165,8 @@ mod tests {
         size_of::<F>()
     }
 
-    /// The tasks are most of an idle connection's memory. A single unboxed future doubles their size.
+    /// The tasks are most of an idle connection's memory. A single unboxed future doubles their
+    /// size.
     #[test]
     fn open_connection_needs_at_most_one_kib() {
         assert!(size(outbound::serve) <= 1024, "{}", size(outbound::serve));

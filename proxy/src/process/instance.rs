@@ -111,7 +111,8 @@ pub(crate) struct Status {
 
 impl Instance {
     /// Becomes the proxy of this network namespace. `handed` is the socket from a process that is
-    /// taken over. `None` without rules, if this process installs none beside a running proxy, or if
+    /// taken over. `None` without rules, if this process installs none beside a running proxy, or
+    /// if
     /// another process holds the name.
     pub(crate) async fn claim(
         settings: &Settings,
@@ -129,7 +130,8 @@ impl Instance {
         if let Some(free) = Self::bind()? {
             return Ok(Some(free));
         }
-        // Of two processes that start at once, one finds the other, which answers once it has started.
+        // Of two processes that start at once, one finds the other, which answers once it has
+        // started.
         match running().await? {
             Some(running) if settings.interception.install => {
                 Err(InstanceError::Other(Box::new(running)))

@@ -1,4 +1,5 @@
-//! Manages the rules during the life of a proxy: checks, installs, tests, and keeps or removes them.
+//! Manages the rules during the life of a proxy: checks, installs, tests, and keeps or removes
+//! them.
 //!
 //! Not here: the contents of the rules and the kernel interfaces (the interception crate).
 
@@ -172,8 +173,10 @@ impl Capture {
         matches!(self.profile, Profile::Sidecar | Profile::Osm)
     }
 
-    /// Becomes the user by which the rules identify the proxy, if they do. Drops all capabilities of
-    /// the calling thread, which its later threads inherit. The namespaces thread keeps those that it
+    /// Becomes the user by which the rules identify the proxy, if they do. Drops all capabilities
+    /// of
+    /// the calling thread, which its later threads inherit. The namespaces thread keeps those that
+    /// it
     /// needs.
     pub(crate) async fn confine(
         &self,

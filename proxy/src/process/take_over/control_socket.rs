@@ -66,7 +66,8 @@ impl Drop for ControlSocket {
     }
 }
 
-/// Creates the folder, owned by the user that the process becomes, so that it can remove the socket.
+/// Creates the folder, owned by the user that the process becomes, so that it can remove the
+/// socket.
 fn create_folder(user: Option<ProxyUser>) -> io::Result<()> {
     match (DirBuilder::new().mode(0o755).create(FOLDER), user) {
         (Ok(()), Some(ProxyUser { uid, gid })) => chown(FOLDER, Some(uid), Some(gid)),
