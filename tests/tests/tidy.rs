@@ -183,3 +183,27 @@ fn readme_contains_two_commands() {
         assert!(readme.contains(command), "{command}");
     }
 }
+
+/// The names of metrics in a text, which stand between `open` and `close`.
+fn metric_names(text: &str, open: char, close: char) -> BTreeSet<String> {
+    let is_name = |name: &str| {
+        let ours = name.starts_with("underpass_") || name.starts_with("istio_tcp_");
+        ours && name.chars().all(|c| c.is_ascii_lowercase() || c == '_')
+    };
+    let names = text.split(open).skip(1).filter_map(|rest| rest.split(close).next());
+    names.filter(|name| is_name(name)).map(str::to_owned).collect()
+}
+
+#[test]
+fn metrics_and_their_documentation_agree() {
+    let code: BTreeSet<String> = sources(&["proxy/src/observe"])
+        .iter()
+        .flat_map(|(_, text)| metric_names(text.split("#[cfg(test)]").next().unwrap(), '"', '"'))
+        .collect();
+    let documented = metric_names(&read("docs/operations.md"), '`', '`');
+    let undocumented: Vec<_> = code.difference(&documented).collect();
+    let unknown: Vec<_> = documented.difference(&code).collect();
+    assert!(!code.is_empty());
+    assert!(undocumented.is_empty(), "docs/operations.md lacks {undocumented:?}");
+    assert!(unknown.is_empty(), "docs/operations.md names metrics that do not exist: {unknown:?}");
+}

@@ -23,9 +23,14 @@ use crate::error::InterceptionError;
 use crate::process::privileges::{Kept, confine_thread, prepare_change_of_user};
 
 /// Called with an error if its namespace cannot be entered.
-type Operation =
-    Box<dyn FnOnce(Result<Entered, InterceptionError>) -> Pin<Box<dyn Future<Output = ()>>> + Send>;
-type Call = Box<dyn FnOnce(Result<Entered, InterceptionError>) + Send>;
+type Operation = Box<
+    dyn FnOnce(Result<Entered, InterceptionError>) -> Pin<Box<dyn Future<Output = Reply>>> + Send,
+>;
+type Call = Box<dyn FnOnce(Result<Entered, InterceptionError>) -> Reply + Send>;
+
+/// Sends the outcome to the caller. Sent after the thread has left the namespace: a caller that
+/// has its outcome can rely on the thread not keeping the namespace alive.
+type Reply = Box<dyn FnOnce()>;
 
 /// A closure to run in a namespace.
 struct Job<T> {
@@ -129,8 +134,7 @@ impl NamespaceThread {
                     }
                     Err(error) => Err(error),
                 };
-                // Fails only if the caller has stopped waiting.
-                answer.send(outcome).ok();
+                reply(answer, outcome)
             })
         });
         let ended = || ended(namespace);
@@ -154,8 +158,7 @@ impl NamespaceThread {
         let run: Call = Box::new(move |entered| {
             let call = |entered: Entered| catch_unwind(AssertUnwindSafe(|| call(&entered)));
             let outcome = entered.and_then(|entered| call(entered).map_err(|_| panicked(&target)));
-            // Fails only if the caller has stopped waiting.
-            answer.send(outcome).ok();
+            reply(answer, outcome)
         });
         let ended = || ended(namespace);
         self.calls.send(Job { namespace: namespace.clone(), run }).map_err(|_| ended())?;
@@ -192,6 +195,11 @@ impl NamespaceThread {
     }
 }
 
+fn reply<T: 'static>(answer: oneshot::Sender<T>, outcome: T) -> Reply {
+    // Fails only if the caller has stopped waiting.
+    Box::new(move || drop(answer.send(outcome)))
+}
+
 fn ended(namespace: &Namespace) -> InterceptionError {
     failed("run an operation in", namespace.path())(io::Error::other("its thread has ended"))
 }
@@ -223,31 +231,34 @@ impl Place {
         }
     }
 
-    /// Runs an operation to completion, and calls while it waits.
+    /// Runs an operation to completion, and calls while it waits. Returns no reply if it had to be
+    /// given up, which the caller notices.
     async fn operate(
         &mut self,
         Job { namespace, run }: Job<Operation>,
         calls: &mut mpsc::UnboundedReceiver<Job<Call>>,
-    ) {
+    ) -> Option<Reply> {
         let mut running = pin!(run(self.enter(&namespace)));
         loop {
             tokio::select! {
-                () = &mut running => return,
+                reply = &mut running => return Some(reply),
                 Some(call) = calls.recv() => {
-                    self.call(call);
-                    if let Err(error) = self.enter(&namespace) {
+                    let reply = self.call(call);
+                    let returned = self.enter(&namespace);
+                    reply();
+                    if let Err(error) = returned {
                         // The operation must not continue in another namespace; its caller receives
                         // an error.
                         tracing::error!(%error, "an operation in a namespace is given up");
-                        return;
+                        return None;
                     }
                 }
             }
         }
     }
 
-    fn call(&mut self, Job { namespace, run }: Job<Call>) {
-        run(self.enter(&namespace));
+    fn call(&mut self, Job { namespace, run }: Job<Call>) -> Reply {
+        run(self.enter(&namespace))
     }
 }
 
@@ -258,12 +269,15 @@ async fn serve(
 ) {
     let mut place = Place { current: home.id(), home };
     loop {
-        tokio::select! {
-            Some(call) = calls.recv() => place.call(call),
+        let reply = tokio::select! {
+            Some(call) = calls.recv() => Some(place.call(call)),
             Some(operation) = operations.recv() => place.operate(operation, &mut calls).await,
             else => return,
-        }
+        };
         place.leave();
+        if let Some(reply) = reply {
+            reply();
+        }
     }
 }
 

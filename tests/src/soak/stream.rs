@@ -295,7 +295,7 @@ mod tests {
         });
         let flipped = flipped.await;
         assert!(
-            matches!(&flipped, Ended::Violation(violation) if violation.contains("another byte")),
+            matches!(&flipped, Ended::Violation(violation) if violation.contains("altered byte")),
             "{flipped:?}"
         );
     }
