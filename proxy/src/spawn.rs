@@ -18,6 +18,9 @@ use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::watch;
 use underpass_interception::{InterceptionError, Namespace, sandbox_folder};
 
+/// How long the log may take to end after its process.
+const LOG_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Why a process did not become ready.
 #[derive(Debug, Error)]
 pub enum SpawnError {
@@ -121,15 +124,19 @@ impl ChildProxy {
     /// The operating system does not return the exit status.
     pub async fn stop(&mut self) -> io::Result<ExitStatus> {
         drop(self.alive.take());
-        self.child.wait().await
+        self.ended().await
     }
 
-    /// Waits for its end.
+    /// Waits for its end, and for the end of its log.
     ///
     /// # Errors
     /// As [`ChildProxy::stop`].
     pub async fn ended(&mut self) -> io::Result<ExitStatus> {
-        self.child.wait().await
+        let status = self.child.wait().await?;
+        // Another process that inherited the output may keep it open.
+        let rest = async { while self.log.changed().await.is_ok() {} };
+        tokio::time::timeout(LOG_TIMEOUT, rest).await.ok();
+        Ok(status)
     }
 
     /// The complete log, once the process has closed its output.

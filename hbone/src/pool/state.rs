@@ -8,8 +8,7 @@
 //! backing off ──────────────────────────────────────▶ gone
 //! ```
 //!
-//! Not here: I/O, tasks and clocks. Tunnels are accessed through [`Handle`], and times are
-//! arguments.
+//! Not here: I/O, tasks and clocks. Tunnels are accessed through [`Handle`]; times are arguments.
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -23,34 +22,29 @@ use tokio::time::Instant;
 use super::{PoolSettings, PoolStatistics, TunnelKey};
 use crate::error::HboneError;
 
-/// Back-off after the first failure: short for clients of a restarting peer, yet at most ten dials
-/// a second to one that refuses.
+/// Back-off after the first failure: at most ten dials a second to a peer that refuses.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Maximum back-off: a recovered peer is noticed within two seconds.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// Jitter of the back-off in thousandths, so that many workers do not dial a recovered peer
-/// together.
+/// Jitter of the back-off in thousandths: workers do not dial a recovered peer together.
 const PAUSE_JITTER: RangeInclusive<u32> = 800..=1200;
 /// Time after the back-off in which another failure counts as consecutive.
 const FORGET_AFTER: Duration = Duration::from_secs(10);
 
-/// Jitter of the maximum age in thousandths, so that tunnels opened together do not close together.
+/// Jitter of the maximum age in thousandths: tunnels opened together do not close together.
 const AGE_JITTER: RangeInclusive<u32> = 900..=1000;
 /// Jitter of the idle timeout in thousandths, for the same reason.
 const IDLE_JITTER: RangeInclusive<u32> = 900..=1100;
-/// Divisor of the idle timeout for surplus tunnels: keeping the last tunnel saves a dial, keeping
-/// others does not.
+/// Divisor of the idle timeout for surplus tunnels: only keeping the last tunnel saves a dial.
 const SURPLUS_IDLE_PART: u32 = 10;
 
-/// Rate above which new streams use another tunnel: a quarter of a 1 Gbit/s link. Below it, the
-/// shared congestion window and socket buffer hardly delay other streams.
+/// Rate above which new streams use another tunnel: a quarter of a 1 Gbit/s link.
 const BUSY_BYTES_PER_SECOND: u64 = 32 << 20;
 
-/// Maximum number of concurrent dials to one peer. A few are enough for a burst, and far below the
-/// peer's handshake limit per address (our default is 64, for all workers of a client).
+/// Maximum number of concurrent dials to one peer, below its handshake limit per address.
 const DIALS_AT_ONCE: usize = 4;
 
-/// Maximum of durations, as in tokio: an [`Instant`] cannot represent every sum.
+/// Maximum of durations: an [`Instant`] cannot represent every sum.
 const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 
 /// A tunnel, as the pool uses it.
@@ -71,14 +65,13 @@ pub(super) trait Handle {
 /// The load of a tunnel.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Load {
-    /// Whether it takes new streams: it is neither closed nor going away, and both certificates are
-    /// valid.
+    /// Whether it takes new streams: it is not closing, and both certificates are valid.
     pub(super) usable: bool,
     /// Number of reserved streams.
     pub(super) streams: usize,
     /// Time since there are none.
     pub(super) idle_since: Option<Instant>,
-    /// Maximum that the peer allows; `None` if it has set none (yet).
+    /// Maximum that the peer allows, if it has set one.
     pub(super) allowed: Option<usize>,
     /// Data rate of both directions.
     pub(super) bytes_per_second: u64,

@@ -277,7 +277,8 @@ impl Inspector {
     fn check_order(&mut self, kind: Kind, stream: u32) -> Result<(), TunnelLimit> {
         match kind {
             Kind::Data => self.data_frames += 1,
-            Kind::Headers if self.role == PeerRole::Client => {
+            // h2 refuses a header block on stream 0.
+            Kind::Headers if self.role == PeerRole::Client && stream > 0 => {
                 if stream <= self.last_stream {
                     return Err(TunnelLimit::Trailers);
                 }

@@ -103,7 +103,7 @@ async fn another_kind() {
     ] {
         let (code, log) = running.fails(&running.settings().set(setting)).await;
         assert_eq!(code, Some(1), "{log}");
-        for part in ["does not let us take over", "ports 15001 15006 15008", told] {
+        for part in ["refused the take-over", "ports 15001 15006 15008", told] {
             assert!(log.contains(part), "{part} is missing:\n{log}");
         }
         running

@@ -242,12 +242,12 @@ async fn by_user() {
 async fn without_running_process() {
     let scene = Scene::new().await;
     let mut proxy = scene.client.proxy(&scene.client_settings().take_over()).await;
-    proxy.line(&["there is no process to take over from"]).await;
+    proxy.line(&["no running process to take over from"]).await;
     // The same with the socket file of a killed process.
     proxy.signal(Signal::SIGKILL);
     proxy.ended().await;
     let mut proxy = scene.client.proxy(&scene.client_settings().take_over()).await;
-    proxy.line(&["there is no process to take over from"]).await;
+    proxy.line(&["no running process to take over from"]).await;
     let mut received = String::new();
     let ready = scene.client.dial(SocketAddr::from((Ipv4Addr::LOCALHOST, 15021))).await;
     let mut ready = ready.expect("connected");
