@@ -65,7 +65,7 @@ impl Crate {
         for item in &product {
             match item {
                 Item::Mod(child) => self.add_child(path, file, child, parsed),
-                Item::Use(import) => module.import(&mut Vec::new(), &import.tree),
+                Item::Use(import) => module.import(&[], &import.tree),
                 _ => module.items.extend(name(item)),
             }
         }
@@ -93,7 +93,7 @@ impl Crate {
 impl Module {
     /// Adds an import, also one that stands inside of a function: its name is taken to be the
     /// module's.
-    pub(crate) fn import(&mut self, prefix: &mut Vec<String>, tree: &UseTree) {
+    pub(crate) fn import(&mut self, prefix: &[String], tree: &UseTree) {
         for (name, path) in imports(prefix, tree) {
             match name {
                 Some(name) => self.imports.push((name, path)),
