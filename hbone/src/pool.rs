@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use underpass_config::SpiffeId;
 
@@ -94,6 +94,8 @@ struct Shared<D> {
     dial: D,
     settings: PoolSettings,
     state: Mutex<State<Pooled, Dialing>>,
+    /// Ends the dials in progress.
+    drained: Notify,
 }
 
 /// The outcome of a dial for all waiting callers; no value while it is in progress.
@@ -119,7 +121,7 @@ impl<D: Dial> Pool<D> {
     /// A pool that dials with `dial`.
     pub fn new(dial: D, settings: PoolSettings) -> Self {
         let state = Mutex::new(State::new(settings.clone(), fastrand::u64(..)));
-        Self(Arc::new(Shared { dial, settings, state }))
+        Self(Arc::new(Shared { dial, settings, state, drained: Notify::new() }))
     }
 
     /// Opens a stream in a tunnel to `key`. `request` creates the request of each attempt. If a
@@ -152,9 +154,11 @@ impl<D: Dial> Pool<D> {
         outcome.map_err(|(error, _)| error)
     }
 
-    /// Releases all tunnels: each closes with its last stream. Later streams need a new tunnel.
+    /// Releases all tunnels: each closes with its last stream. Aborts the dials in progress; their
+    /// callers get [`HboneError::Lost`]. Later streams need a new tunnel.
     pub fn drain(&self) {
         self.0.state().drain();
+        self.0.drained.notify_waiters();
     }
 
     /// Number of tunnels that take new streams.
@@ -204,7 +208,8 @@ impl<D: Dial> Pool<D> {
                 }
             };
             let outcome = dialing.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
-            // The dialling task sends no outcome only if it panics or the runtime ends.
+            // The dialling task sends no outcome only if the pool drains, it panics or the runtime
+            // ends.
             let lost = || Err(HboneError::Lost { source: None });
             let (id, tunnel) = outcome.ok().flatten().unwrap_or_else(lost)?;
             // Callers without a promised reservation leave the reservations to the others.
@@ -283,7 +288,11 @@ enum Aftermath {
 
 impl<D: Dial> UnderWay<D> {
     async fn run(self, connector: Connector) {
-        let outcome = self.dial(&connector).await;
+        let outcome = tokio::select! {
+            outcome = self.dial(&connector) => outcome,
+            // Dropping `self` removes the dial from the state and wakes its callers.
+            () = self.pool.drained.notified() => return,
+        };
         let aftermath = self.finish(outcome);
         let (pool, key) = (Arc::downgrade(&self.pool), self.key.clone());
         // From here on only the pool and its streams keep the tunnel open, and only its owner keeps
@@ -328,8 +337,8 @@ impl<D: Dial> UnderWay<D> {
 impl<D: Dial> Drop for UnderWay<D> {
     fn drop(&mut self) {
         if self.done.borrow().is_none() {
-            // The dialling code panicked, or the runtime ends. Dropping the sender wakes the
-            // waiting callers.
+            // The pool drains, the dialling code panicked, or the runtime ends. Dropping the sender
+            // wakes the waiting callers.
             self.pool.state().abandoned(&self.key, self.id);
         }
     }

@@ -347,7 +347,8 @@ impl<T: Handle, W: Clone> State<T, W> {
         }
     }
 
-    /// Retires all tunnels and forgets all failures. Dials in progress continue.
+    /// Retires all tunnels and forgets all failures. A dial in progress stays until it ends, or
+    /// until [`State::abandoned`].
     pub(super) fn drain(&mut self) {
         for entry in self.entries.values_mut() {
             entry.open_mut().for_each(Slot::retire);

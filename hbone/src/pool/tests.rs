@@ -9,7 +9,6 @@ use futures_util::future::join_all;
 use http::{HeaderMap, StatusCode};
 use tokio::io::{DuplexStream, duplex};
 use tokio::runtime::Handle as Runtime;
-use tokio::sync::Notify;
 use tokio::task::{AbortHandle, yield_now};
 use tokio::time::sleep;
 

@@ -119,6 +119,21 @@ async fn silent_tunnel_is_not_reused() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn drained_pool_aborts_dial_in_progress() {
+    let client = Client::new();
+    let drain = async {
+        while client.dials() == 0 {
+            yield_now().await;
+        }
+        client.pool.drain();
+    };
+    let start = Instant::now();
+    let (outcome, ()) = tokio::join!(client.connect(BLACK_HOLE), drain);
+    assert!(matches!(outcome, Err(HboneError::Lost { .. })));
+    assert!(client.entries() == 0 && start.elapsed() < SECOND);
+}
+
+#[tokio::test(start_paused = true)]
 async fn unresponsive_peer_is_closed_by_timeout() {
     let client = Client::new();
     let long_request = |number: usize| {
