@@ -44,7 +44,6 @@ pub enum Sandbox {
 ///
 /// An unprivileged process also enters a user namespace, in which root is the only user. A root
 /// process does not, and can use any user inside.
-/// and so can be any user inside.
 ///
 /// # Errors
 ///
