@@ -175,8 +175,7 @@ fn whole_seconds(duration: Duration) -> Duration {
 }
 
 /// Warns of files that are reloaded later but that the proxy can no longer read. Called after it
-/// has
-/// dropped its privileges.
+/// has dropped its privileges.
 pub(crate) fn warn_if_unreadable(settings: &Settings) {
     let unreadable = |file: &PathBuf| {
         File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
