@@ -101,8 +101,9 @@ impl Penalties {
         if until.len() >= PENALIZED_SOURCES {
             until.retain(|_, until| *until > now);
         }
-        if until.len() < PENALIZED_SOURCES {
-            until.insert(SourceNetwork::of(source), now + PENALTY);
+        let source = SourceNetwork::of(source);
+        if until.len() < PENALIZED_SOURCES || until.contains_key(&source) {
+            until.insert(source, now + PENALTY);
             self.any.store(true, Relaxed);
         }
     }
