@@ -58,7 +58,7 @@ pub(super) fn mtls(document: Document<'_>, has_identity: bool) -> Option<MtlsSet
     if !has_identity && settings.is_strict_somewhere() {
         let strict: &dyn Declared =
             if settings.default == Mtls::Strict { &MTLS } else { &MTLS_OVERRIDES };
-        let reason = "strict needs an identity: without HBONE nobody could ever connect";
+        let reason = "strict needs an identity: without HBONE no connection is possible";
         strict.problem(document, reason);
     }
     Some(settings)

@@ -24,7 +24,7 @@ settings! {
         Fallback::Is(String::new), |s| Some(s.workload.network.clone());
     /// the mesh file ([mesh.md](mesh.md)), or a folder of such files, which together are one
     MESH_FILE: PathBuf = "mesh.file", PATH,
-        Fallback::Varies("none: nobody else is known"), |s| s.mesh_file.clone();
+        Fallback::Varies("none: no other workload is known"), |s| s.mesh_file.clone();
 }
 
 const TRUST_DOMAIN_NAME: Kind<TrustDomain> = Kind {

@@ -124,7 +124,7 @@ fn rejects_contradicting_overrides_and_accepts_repeated_ones() {
 
 #[test]
 fn rejects_strict_mtls_without_identity() {
-    let reason = "strict needs an identity: without HBONE nobody could ever connect";
+    let reason = "strict needs an identity: without HBONE no connection is possible";
     assert_eq!(mistakes("proxy: {mtls: strict}"), [format!("proxy.mtls: {reason}")]);
     assert_eq!(
         mistakes("proxy: {mtls_overrides: ':80=strict'}"),
