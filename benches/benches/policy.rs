@@ -39,20 +39,20 @@ fn main() {
         start.elapsed().as_millis()
     );
     println!("| connection | µs per decision | least | 90 % |\n|---|---|---|---|");
-    let nobody = identity("spiffe://td/ns/none/sa/none");
+    let unmatched = identity("spiffe://td/ns/none/sa/none");
     let allowed = identity("spiffe://td/ns/friends/sa/last");
     let denied = identity("spiffe://td/ns/foes/sa/first");
     let near = |_: usize| "ns-500".to_owned();
     let far = |round: usize| format!("ns-{}", round * 7 % NAMESPACES);
-    measure("no rule matches: all are evaluated", &mesh, Some(&nobody), near, decides);
+    measure("no rule matches: all are evaluated", &mesh, Some(&unmatched), near, decides);
     measure("the last rule allows", &mesh, Some(&allowed), near, decides);
     measure("the first rule denies", &mesh, Some(&denied), near, decides);
     measure("plaintext; no rule matches", &mesh, None, near, decides);
-    measure("a different workload each time", &mesh, Some(&nobody), far, decides);
+    measure("a different workload each time", &mesh, Some(&unmatched), far, decides);
     measure(
         "dry run without dry-run policies",
         &mesh,
-        Some(&nobody),
+        Some(&unmatched),
         near,
         |policies, connection| {
             let actions = [PolicyAction::Deny, PolicyAction::Allow];
@@ -60,7 +60,7 @@ fn main() {
             black_box(all.any(|policy| policy.matches(connection)));
         },
     );
-    measure("the same set, compared with itself", &mesh, Some(&nobody), near, |policies, _| {
+    measure("the same set, compared with itself", &mesh, Some(&unmatched), near, |policies, _| {
         black_box(policies == black_box(policies));
     });
 }
