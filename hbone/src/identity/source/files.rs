@@ -27,7 +27,7 @@ pub struct FileSource {
     /// Hash of the content in use.
     used: Option<u64>,
     /// The last error that was returned about an unusable content.
-    told: Option<String>,
+    reported: Option<String>,
 }
 
 impl FileSource {
@@ -38,7 +38,7 @@ impl FileSource {
             watched: WatchedFiles::none(watcher),
             retry: Some(Schedule::new()),
             used: None,
-            told: None,
+            reported: None,
         }
     }
 
@@ -62,8 +62,8 @@ impl FileSource {
                 Err(error) => {
                     self.retry.get_or_insert_with(Schedule::new).failed();
                     let text = error.to_string();
-                    if self.told.as_ref() != Some(&text) {
-                        self.told = Some(text);
+                    if self.reported.as_ref() != Some(&text) {
+                        self.reported = Some(text);
                         return Err(error);
                     }
                 }
@@ -86,7 +86,7 @@ impl FileSource {
         // The watch reports changes that happen during the read.
         self.used = before;
         self.retry = None;
-        self.told = None;
+        self.reported = None;
         Ok(identity)
     }
 
