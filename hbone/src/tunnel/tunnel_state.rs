@@ -103,7 +103,7 @@ impl TunnelState {
         self.load().open_streams
     }
 
-    /// Time since no stream is open; `None` while one is.
+    /// Time at which the last stream ended; `None` while one is open.
     pub(crate) fn idle_since(&self) -> Option<Instant> {
         let load = self.load();
         (load.open_streams == 0).then_some(load.idle_since)

@@ -1,4 +1,4 @@
-//! A tunnelled byte stream where tokio's traits are wanted: to run a second tunnel inside of it.
+//! A tunnelled byte stream with tokio's I/O traits, to run a second tunnel inside it.
 //!
 //! Not here: copying to a socket. [`TunnelReader`] and [`TunnelWriter`] do that without copying.
 
@@ -14,8 +14,8 @@ use super::{SMALL, TunnelReader, TunnelStream, TunnelWriter};
 use crate::error::HboneError;
 use crate::tunnel::tunnel_state::OpenStream;
 
-/// How much is read away while a carrier waits for its end, in bytes: a few stream windows, which
-/// an aborted inner stream may have left on the way.
+/// Maximum number of bytes that a carrier discards while it waits for its end: a few stream
+/// windows, which an aborted inner stream may have left in flight.
 const LINGER_BYTES: usize = 16 << 20;
 
 /// A [`TunnelStream`] as one connection: END_STREAM is its end in either direction, and shutting it
@@ -30,7 +30,7 @@ pub struct TunnelIo {
     writer: TunnelWriter,
     /// The unread rest of the last chunk.
     unread: Bytes,
-    /// Whether it is shut down only when the peer has ended its direction too.
+    /// Whether a shutdown completes only after the peer has ended its direction too.
     lingers: bool,
     lingered: usize,
 }
@@ -42,9 +42,11 @@ impl TunnelStream {
         TunnelIo { reader, writer, unread: Bytes::new(), lingers: false, lingered: 0 }
     }
 
-    /// The same to carry another tunnel, and what tells whether it can be trusted. h2 drops its
-    /// connection as soon as that is shut down, which would reset the stream and could destroy what
-    /// is on its way in it; so this one is shut down when the peer has ended it too.
+    /// The stream as the connection of an inner tunnel, and its state, which includes revocation.
+    ///
+    /// Its shutdown completes only after the peer has ended its direction too. h2 drops a
+    /// connection right after the shutdown, which would reset the stream and could lose data in
+    /// flight.
     pub(crate) fn into_carrier(self) -> (TunnelIo, Arc<OpenStream>) {
         let open = self.reader.open.clone();
         (TunnelIo { lingers: true, ..self.into_io() }, open)
