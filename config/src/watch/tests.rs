@@ -22,7 +22,7 @@ fn folders(watch: &FileWatch) -> Vec<PathBuf> {
 }
 
 async fn wakes(watch: &mut FileWatch) {
-    timeout(BOUND, watch.changed()).await.expect("it is told");
+    timeout(BOUND, watch.changed()).await.expect("the change is reported");
 }
 
 #[tokio::test]
@@ -156,7 +156,7 @@ async fn cancelled_wait_keeps_the_change() {
     let mut watch = watch(&folder, "a.yaml");
     folder.write("a.yaml", "2");
     let impatient = async { while timeout(WRITTEN / 5, watch.changed()).await.is_err() {} };
-    timeout(BOUND, impatient).await.expect("it is told");
+    timeout(BOUND, impatient).await.expect("the change is reported");
 }
 
 #[tokio::test]

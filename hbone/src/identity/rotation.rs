@@ -134,9 +134,10 @@ impl Published {
     }
 
     fn set_trust(&mut self, trust: Trust) {
-        match Credentials::new(self.identity(), trust.clone()) {
+        // Kept even if it does not fit the certificate: the next one is combined with it.
+        self.trust = trust;
+        match Credentials::new(self.identity(), self.trust.clone()) {
             Ok(new) => {
-                self.trust = trust;
                 self.credentials.send_replace(new.clone());
                 (self.report)(CredentialsEvent::Trust(&new));
             }

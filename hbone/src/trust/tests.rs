@@ -74,7 +74,7 @@ fn alias_is_verified_by_own_roots() {
     let judge = authorities(&ca.identity(CLIENT, 1), &files);
     let old = "spiffe://old-td/ns/default/sa/server";
     let chain = ca.chain(&[old], 2);
-    assert_eq!(as_client(&judge, &chain), Ok(id(old)), "what was presented is told");
+    assert_eq!(as_client(&judge, &chain), Ok(id(old)), "the presented identity is returned");
     assert_eq!(as_server(&judge, &chain, SERVER), Ok(id(old)));
     assert_eq!(as_server(&judge, &ca.chain(&[SERVER], 2), old), Ok(id(SERVER)));
     for wrong in [CLIENT, "spiffe://other/ns/default/sa/server"] {

@@ -93,7 +93,7 @@ async fn start_fails_on_configuration_error() {
     let mut scene = Scene::new();
     scene.answer(Err(bad_file()));
     assert_eq!(scene.start().await.unwrap_err().fault(), Fault::Configuration);
-    assert!(scene.told().is_empty(), "whoever started it tells");
+    assert!(scene.told().is_empty(), "the start reports it");
 }
 
 #[tokio::test(start_paused = true)]

@@ -55,7 +55,7 @@ async fn slow_client_times_out() {
                 near.write_all(&[byte]).await.unwrap();
                 sleep(interval).await;
             }
-            panic!("nobody gave it up");
+            panic!("it is still held");
         };
         let accepted = tokio::select! {
             accepted = acceptor.accept(far, deadline) => accepted,

@@ -203,7 +203,7 @@ impl Model {
                 self.ask(port, wish);
             }
         }
-        assert!(promises == 0 || served > 0, "each round serves somebody");
+        assert!(promises == 0 || served > 0, "each round serves a caller");
     }
 
     fn dial_fails(&mut self, port: u16) {
