@@ -33,9 +33,9 @@ pub use settings::{
     Backend, BundleFile, Cipher, Dns, Egress, EgressSettings, IdentityFiles, IdentitySettings,
     InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes,
     Limits, LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls, MtlsOverride,
-    MtlsOverrideError, MtlsSettings, OnExit, OutboundCapture, PortRange, PortRangeError, Profile,
-    ProxySettings, SeriesSettings, Settings, SpireSettings, TakeOver, Timeouts, TrustSettings,
-    TunnelSettings, WorkloadSettings,
+    MtlsOverrideError, MtlsSettings, NodeSettings, OnExit, OutboundCapture, PodSourceSettings,
+    PortRange, PortRangeError, Profile, ProxySettings, SeriesSettings, Settings, SpireSettings,
+    TakeOver, Timeouts, TrustSettings, TunnelSettings, WorkloadSettings,
 };
 pub use watch::{FileWatch, FileWatcher};
 pub use yaml::document::Origin;

@@ -10,6 +10,7 @@ mod limits;
 pub(crate) mod load;
 mod logging;
 mod mtls;
+mod node;
 pub(crate) mod resolve;
 pub(crate) mod show;
 
@@ -28,6 +29,7 @@ pub use interception::{
 pub use limits::{Limits, SeriesSettings, TakeOver, Timeouts};
 pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
+pub use node::{NodeSettings, PodSourceSettings};
 
 use crate::identity::spiffe::{SpiffeId, TrustDomain};
 
@@ -45,8 +47,11 @@ pub(crate) trait Word: Copy + PartialEq + 'static {
 /// All settings. `underpass config show` prints them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Name and identity of the proxied workload.
+    /// Name and identity of the proxied workload. With `node.pods` only its trust domain and its
+    /// network have a meaning.
     pub workload: WorkloadSettings,
+    /// The node, and where its daemon learns of its pods.
+    pub node: NodeSettings,
     /// The file or folder that describes the mesh: workloads, services and policies. `None`: no
     /// other workload is known.
     pub mesh_file: Option<PathBuf>,

@@ -5,6 +5,7 @@ mod access;
 mod identity;
 mod interception;
 mod limits;
+mod node;
 mod proxy;
 mod services;
 mod timeouts;
@@ -20,6 +21,7 @@ use crate::yaml::read::Cursor;
 /// Every setting, in the order of `config show` and of docs/settings.md.
 const SETTINGS: &[&[&dyn Declared]] = &[
     workload::ALL,
+    node::ALL,
     identity::ALL,
     interception::ALL,
     proxy::ALL,
@@ -58,6 +60,15 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     let own = workload.as_ref().map(|workload| &workload.trust_domain);
     let trust = identity::trust(document, own)?;
     let interception = interception::settings(document)?;
+    let node = node::node(document)?;
+    let interception = match &node.pods {
+        Some(pods) => {
+            node::refuse_settings_of_one_pod(document);
+            identity.iter().for_each(|identity| node::refuse_shared_identity(document, identity));
+            node::interception(document, interception, pods)
+        }
+        None => interception,
+    };
     let mtls = access::mtls(document, root.key("identity").is_given())?;
     let proxy = proxy::proxy(document, interception.profile, mtls);
     let egress = access::egress(document)?;
@@ -70,6 +81,7 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     let (tunnels, limits) = (tunnels::tunnels(document)?, limits::limits(document)?);
     let (timeouts, take_over) = (timeouts::timeouts(document)?, timeouts::take_over(document)?);
     Some(Settings {
+        node,
         mesh_file,
         identity,
         trust,

@@ -81,6 +81,7 @@ mod tests {
 
     const SIDECAR: &str = r#"
 workload: {name: web-1, namespace: shop, serviceAccount: web, trustDomain: example.org, network: 'east: #1'}
+node: {name: node-1, exempt_namespaces: [kube-system]}
 mesh: {file: /etc/underpass/mesh file.yaml}
 identity: {certificate: /c.pem, key: /c.key, roots: /r.pem}
 interception:
@@ -142,10 +143,14 @@ identity: {local_ca: /ca}
 interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_ports: none}}
 ";
     const SPIRE: &str = "identity: {spire: {socket: /run/spire/agent.sock}}";
+    const ZDS: &str = "node: {pods: {zds: /run/ztunnel.sock}}";
+    const CNI: &str = "node: {pods: {cni: /run/cni.sock}}\nidentity: {local_ca: /ca}";
+    const DIRECTORY: &str = "node: {pods: {directory: /run/pods}}\nworkload: {network: east}";
+    const ALL: [&str; 7] = [SIDECAR, AMBIENT, OSM, SPIRE, ZDS, CNI, DIRECTORY];
 
     #[test]
     fn shown_settings_parse_to_the_same_settings() {
-        for text in [SIDECAR, AMBIENT, OSM, SPIRE, ""] {
+        for text in ALL.into_iter().chain([""]) {
             let first = settings_of(text).unwrap();
             let shown = first.to_string();
             assert_eq!(first, settings_of(&shown).unwrap(), "{shown}");
@@ -154,10 +159,9 @@ interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_
 
     #[test]
     fn shown_settings_cover_every_key() {
-        let given = [SIDECAR, AMBIENT, OSM, SPIRE];
         let shown =
-            given.map(|text| read_text("shown", &settings_of(text).unwrap().to_string()).unwrap());
-        let given = given.map(|text| read_text("given", text).unwrap());
+            ALL.map(|text| read_text("shown", &settings_of(text).unwrap().to_string()).unwrap());
+        let given = ALL.map(|text| read_text("given", text).unwrap());
         for key in keys() {
             let path: Vec<&str> = key.split('.').collect();
             assert!(shown.iter().any(|shown| shown.at(&path).is_some()), "{key} is not shown");

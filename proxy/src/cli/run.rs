@@ -63,6 +63,9 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     let sources = arguments.settings.sources();
     let settings = sources.load()?;
+    if settings.node.pods.is_some() {
+        return Err(CommandError::SettingsOfNode);
+    }
     confine_process().map_err(CommandError::Start)?;
     // A user that cannot be determined is an error later, once the log has started.
     if let Ok(Some(user)) = ProxyUser::required(&settings.interception) {

@@ -53,6 +53,8 @@ pub(crate) enum CommandError {
         "interception.profile is none: there are no rules to manage; choose ambient, sidecar or osm (`--profile`)"
     )]
     NoRules,
+    #[error("node.pods is set: these are the settings of `underpass node`, not of `underpass run`")]
+    SettingsOfNode,
     /// Exit code 3: the rules differ. The difference is already printed.
     #[error("the rules that are installed are not those of these settings")]
     Difference,
@@ -100,6 +102,7 @@ impl CommandError {
             | Self::Mistakes(_)
             | Self::NoDnsProxy { .. }
             | Self::NoRules
+            | Self::SettingsOfNode
             | Self::NoSuchCommand(_) => ExitCode::from(2),
             Self::Difference | Self::Bypassed(_) => ExitCode::from(3),
             _ => ExitCode::FAILURE,

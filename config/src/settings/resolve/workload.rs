@@ -3,19 +3,19 @@
 use std::path::PathBuf;
 
 use crate::identity::spiffe::{SpiffeId, TrustDomain};
-use crate::settings::WorkloadSettings;
 use crate::settings::declare::{Document, Fallback, Kind, PATH, TEXT, Written, settings};
+use crate::settings::{Settings, WorkloadSettings};
 
 settings! {
     /// what the mesh and logs call the workload ([mesh.md](mesh.md), "The pod's own workload")
     NAME: String = "workload.name", TEXT,
-        Fallback::Varies("the service account"), |s| Some(s.workload.name.clone());
+        Fallback::Varies("the service account"), |s| of_one_pod(s, &s.workload.name);
     /// its namespace
     NAMESPACE: String = "workload.namespace", TEXT,
-        Fallback::Is(|| "default".to_owned()), |s| Some(s.workload.namespace.clone());
+        Fallback::Is(|| "default".to_owned()), |s| of_one_pod(s, &s.workload.namespace);
     /// the service account its certificate is issued to
     SERVICE_ACCOUNT: String = "workload.serviceAccount", TEXT,
-        Fallback::Is(|| "default".to_owned()), |s| Some(s.workload.service_account.clone());
+        Fallback::Is(|| "default".to_owned()), |s| of_one_pod(s, &s.workload.service_account);
     /// the trust domain of its identity
     TRUST_DOMAIN: TrustDomain = "workload.trustDomain", TRUST_DOMAIN_NAME,
         Fallback::Is(TrustDomain::cluster_local), |s| Some(s.workload.trust_domain.clone());
@@ -25,6 +25,11 @@ settings! {
     /// the mesh file ([mesh.md](mesh.md)), or a folder of such files, which together are one
     MESH_FILE: PathBuf = "mesh.file", PATH,
         Fallback::Varies("none: no other workload is known"), |s| s.mesh_file.clone();
+}
+
+/// A value that does not apply to a node daemon, each of whose pods has its own.
+fn of_one_pod(settings: &Settings, value: &str) -> Option<String> {
+    settings.node.pods.is_none().then(|| value.to_owned())
 }
 
 const TRUST_DOMAIN_NAME: Kind<TrustDomain> = Kind {

@@ -1,0 +1,138 @@
+//! The settings `node`, and which other settings a node daemon refuses.
+
+use std::path::PathBuf;
+
+use crate::settings::declare::{
+    Document, Fallback, Kind, PATH, TEXT, Written, given_list, list, settings,
+};
+use crate::settings::{
+    IdentitySettings, InterceptionSettings, NodeSettings, PodSourceSettings, Profile, Settings,
+};
+
+settings! {
+    /// the name of this node in the log
+    NAME: String = "node.name", NAME_OF_NODE,
+        Fallback::Varies("none"), |s| s.node.name.clone();
+    /// `underpass node`: the Unix socket of the agent of istio-cni (or Cilium), which sends the pods
+    /// (ZDS) and installs their rules
+    ZDS: PathBuf = "node.pods.zds", PATH, Fallback::Varies("none"), |s| pods_of(s, "zds");
+    /// `underpass node`: the Unix socket for the CNI plugin `underpass cni`
+    CNI: PathBuf = "node.pods.cni", PATH, Fallback::Varies("none"), |s| pods_of(s, "cni");
+    /// `underpass node`: the folder with one file for each pod
+    DIRECTORY: PathBuf = "node.pods.directory", PATH,
+        Fallback::Varies("none"), |s| pods_of(s, "directory");
+    /// namespaces whose pods are never enrolled: those without which no pod starts
+    EXEMPT_NAMESPACES: Vec<String> = "node.exempt_namespaces",
+        list("list of namespaces", |cursor, _| given_list(cursor, namespace)),
+        Fallback::Is(default_exempt_namespaces), |s| Some(s.node.exempt_namespaces.clone());
+}
+
+const NAME_OF_NODE: Kind<String> = Kind {
+    read: |cursor, _| {
+        let name = cursor.text()?;
+        if name.is_empty() || !name.bytes().all(|c| c.is_ascii_graphic()) {
+            cursor.problem("must be a name of visible ASCII characters");
+            return None;
+        }
+        Some(name.to_owned())
+    },
+    ..TEXT
+};
+
+fn default_exempt_namespaces() -> Vec<String> {
+    ["kube-system", "istio-system"].map(str::to_owned).to_vec()
+}
+
+fn pods_of(settings: &Settings, source: &str) -> Option<PathBuf> {
+    let pods = settings.node.pods.as_ref().filter(|pods| pods.name() == source)?;
+    Some(pods.path().to_owned())
+}
+
+fn namespace(text: &str) -> Result<String, String> {
+    // A DNS label (Kubernetes), or a name in a mesh without Kubernetes.
+    match text {
+        "" => Err("must be the name of a namespace".to_owned()),
+        text if text.contains('/') => {
+            Err("must be the name of a namespace, without '/'".to_owned())
+        }
+        text => Ok(text.to_owned()),
+    }
+}
+
+pub(super) fn node(document: Document<'_>) -> Option<NodeSettings> {
+    let name = NAME.read(document);
+    let exempt_namespaces = EXEMPT_NAMESPACES.read(document)?;
+    Some(NodeSettings { name, pods: pods(document), exempt_namespaces })
+}
+
+fn pods(document: Document<'_>) -> Option<PodSourceSettings> {
+    let sources = [
+        ZDS.read(document).map(PodSourceSettings::Zds),
+        CNI.read(document).map(PodSourceSettings::Cni),
+        DIRECTORY.read(document).map(PodSourceSettings::Directory),
+    ];
+    let mut given = sources.into_iter().flatten();
+    let first = given.next();
+    if given.next().is_some() {
+        let node = document.root.key("node");
+        node.key("pods").problem("has more than one source: keep one of zds, cni and directory");
+    }
+    first
+}
+
+/// Reports the settings that contradict `node.pods`.
+pub(super) fn refuse_settings_of_one_pod(document: Document<'_>) {
+    let workload = document.root.key("workload");
+    for key in ["name", "namespace", "serviceAccount"] {
+        if workload.key(key).is_given() {
+            let why = "has no meaning with node.pods: each pod has its own";
+            workload.key(key).problem(why);
+        }
+    }
+}
+
+/// Reports an identity that is not each pod's own.
+pub(super) fn refuse_shared_identity(document: Document<'_>, identity: &IdentitySettings) {
+    let section = document.root.key("identity");
+    match identity {
+        IdentitySettings::Files(_) => section.problem(
+            "certificate, key and roots are of one identity, but each pod of node.pods has its own: use istio_ca or local_ca",
+        ),
+        IdentitySettings::Spire(_) => section.key("spire").problem(
+            "a SPIRE agent's Workload API gives no identities of other workloads, but each pod of node.pods has its own: use istio_ca or local_ca",
+        ),
+        IdentitySettings::IstioCa(ca) if !ca.impersonate => section.key("istio_ca").problem(
+            "impersonate must be true with node.pods: the daemon asks in the name of its pods",
+        ),
+        IdentitySettings::IstioCa(_) | IdentitySettings::LocalCa(_) => {}
+    }
+}
+
+/// The interception settings of a node daemon.
+pub(super) fn interception(
+    document: Document<'_>,
+    settings: InterceptionSettings,
+    pods: &PodSourceSettings,
+) -> InterceptionSettings {
+    let section = document.root.key("interception");
+    if settings.profile != Profile::Ambient {
+        // The other profiles recognize the proxy by its user, which a node's pods may have too.
+        section.key("profile").problem("must be ambient with node.pods");
+    }
+    if settings.allow_host {
+        section
+            .key("allow_host")
+            .problem("must be false with node.pods: a pod has its own namespace");
+    }
+    let install = !matches!(pods, PodSourceSettings::Zds(_));
+    if section.key("install").is_given() && settings.install != install {
+        section.key("install").problem(match install {
+            true => "must be true with node.pods.cni and node.pods.directory: no other program installs the rules",
+            false => "must be false with node.pods.zds: the agent installs the rules",
+        });
+    }
+    InterceptionSettings { install, ..settings }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,91 @@
+//! Valid and invalid settings of a node daemon.
+
+use super::*;
+use crate::settings::load::settings_of;
+
+fn mistakes(text: &str) -> Vec<String> {
+    let Err(errors) = settings_of(text) else {
+        return Vec::new();
+    };
+    errors.problems.into_iter().map(|p| format!("{}: {}", p.key, p.reason)).collect()
+}
+
+/// Asserts that a node daemon with these other settings has exactly one mistake, at `key`.
+fn is_refused(source: &str, more: &str, key: &str) {
+    let text = format!("node: {{pods: {{{source}: /run/x}}}}\n{more}\n");
+    let found = mistakes(&text);
+    assert_eq!(found.len(), 1, "{text}: {found:?}");
+    assert!(found[0].starts_with(&format!("{key}: ")), "{text}: {found:?}");
+}
+
+#[test]
+fn parses_each_source_of_pods() {
+    for (key, pods) in [
+        ("zds", PodSourceSettings::Zds("/run/x".into())),
+        ("cni", PodSourceSettings::Cni("/run/x".into())),
+        ("directory", PodSourceSettings::Directory("/run/x".into())),
+    ] {
+        let settings = settings_of(&format!("node: {{pods: {{{key}: /run/x}}}}")).unwrap();
+        assert_eq!(settings.interception.install, key != "zds", "{key}");
+        assert_eq!(settings.node.pods, Some(pods));
+        assert_eq!(settings.node.exempt_namespaces, ["kube-system", "istio-system"]);
+    }
+}
+
+#[test]
+fn settings_without_source_are_those_of_one_pod() {
+    let settings = settings_of("node: {name: n1, exempt_namespaces: []}").unwrap();
+    assert_eq!((settings.node.name.as_deref(), settings.node.pods), (Some("n1"), None));
+    assert!(settings.node.exempt_namespaces.is_empty());
+}
+
+#[test]
+fn rejects_several_sources() {
+    let found = mistakes("node: {pods: {zds: /a, cni: /b}}");
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].starts_with("node.pods: has more than one source"), "{found:?}");
+}
+
+#[test]
+fn rejects_settings_of_one_pod() {
+    for key in ["name", "namespace", "serviceAccount"] {
+        is_refused("cni", &format!("workload: {{{key}: web}}"), &format!("workload.{key}"));
+    }
+    is_refused("zds", "interception: {allow_host: true}", "interception.allow_host");
+    assert!(
+        mistakes("node: {pods: {cni: /x}}\nworkload: {trustDomain: td, network: n}").is_empty()
+    );
+}
+
+#[test]
+fn rejects_rules_of_another_installer() {
+    is_refused("zds", "interception: {install: true}", "interception.install");
+    for source in ["cni", "directory"] {
+        is_refused(source, "interception: {install: false}", "interception.install");
+        is_refused(source, "interception: {profile: none}", "interception.profile");
+        is_refused(source, "interception: {profile: sidecar}", "interception.profile");
+    }
+}
+
+#[test]
+fn rejects_identity_that_is_not_each_pods_own() {
+    let files = "identity: {certificate: c, key: k, roots: r}";
+    is_refused("cni", files, "identity");
+    is_refused("cni", "identity: {spire: {socket: /s}}", "identity.spire");
+    let istio = |more| {
+        format!("identity: {{istio_ca: {{address: 'https://ca:1', roots: r, token: t{more}}}}}")
+    };
+    is_refused("zds", &istio(""), "identity.istio_ca");
+    assert!(
+        mistakes(&format!("node: {{pods: {{zds: /x}}}}\n{}", istio(", impersonate: true")))
+            .is_empty()
+    );
+    assert!(mistakes("node: {pods: {zds: /x}}\nidentity: {local_ca: /ca}").is_empty());
+}
+
+#[test]
+fn rejects_unusable_names() {
+    assert_eq!(mistakes("node: {name: ''}").len(), 1);
+    assert_eq!(mistakes("node: {name: 'a b'}").len(), 1);
+    assert_eq!(mistakes("node: {exempt_namespaces: ['a/b']}").len(), 1);
+}
