@@ -20,7 +20,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use underpass_config::SpiffeId;
 
-use self::state::{Checkout, DialId, Handle, Load, State, TunnelId, Wish};
+use self::state::{Checkout, DialId, Handle, Load, PoolState, Reuse, TunnelId};
 use crate::clock;
 use crate::error::HboneError;
 use crate::tunnel::client::{ConnectRequest, Connector, Tunnel};
@@ -93,7 +93,7 @@ pub struct Pool<D>(Arc<Shared<D>>);
 struct Shared<D> {
     dial: D,
     settings: PoolSettings,
-    state: Mutex<State<Pooled, Dialing>>,
+    state: Mutex<PoolState<Pooled, Dialing>>,
     /// Ends the dials in progress.
     drained: Notify,
 }
@@ -112,7 +112,7 @@ struct Pooled {
 
 /// A reservation for one stream in a tunnel.
 #[derive(Debug)]
-struct Place {
+struct StreamSlot {
     tunnel: Tunnel,
     open: OpenStream,
 }
@@ -120,7 +120,7 @@ struct Place {
 impl<D: Dial> Pool<D> {
     /// A pool that dials with `dial`.
     pub fn new(dial: D, settings: PoolSettings) -> Self {
-        let state = Mutex::new(State::new(settings.clone(), fastrand::u64(..)));
+        let state = Mutex::new(PoolState::new(settings.clone(), fastrand::u64(..)));
         Self(Arc::new(Shared { dial, settings, state, drained: Notify::new() }))
     }
 
@@ -139,7 +139,7 @@ impl<D: Dial> Pool<D> {
         connector: &Connector,
         request: impl Fn() -> ConnectRequest,
     ) -> Result<TunnelStream, HboneError> {
-        let first = self.attempt(key, connector, &request, Wish::Any).await;
+        let first = self.attempt(key, connector, &request, Reuse::Allowed).await;
         let outcome = match first {
             Err((error, pooled)) if retry::is_safe(&error, pooled) => {
                 tracing::debug!(
@@ -147,7 +147,7 @@ impl<D: Dial> Pool<D> {
                     error = &error as &dyn std::error::Error,
                     "the request is tried again in a new tunnel"
                 );
-                self.attempt(key, connector, &request, Wish::Fresh).await
+                self.attempt(key, connector, &request, Reuse::Forbidden).await
             }
             answered => answered,
         };
@@ -177,14 +177,14 @@ impl<D: Dial> Pool<D> {
         key: &TunnelKey,
         connector: &Connector,
         request: impl Fn() -> ConnectRequest,
-        wish: Wish,
+        reuse: Reuse,
     ) -> Result<TunnelStream, (HboneError, bool)> {
-        let found = self.place(key, connector, wish).await;
-        let (id, Place { tunnel, open }, pooled) = found.map_err(|error| (error, false))?;
+        let found = self.stream_slot(key, connector, reuse).await;
+        let (id, StreamSlot { tunnel, open }, pooled) = found.map_err(|error| (error, false))?;
         let asked = Instant::now();
         let answer = tunnel.connect_reserved(request, self.0.settings.reply, open).await;
         let timed_out = matches!(answer, Err(HboneError::ReplyTimeout { .. }));
-        if timed_out && tunnel.tunnel_state().last_heard() < asked {
+        if timed_out && tunnel.tunnel_state().last_received() < asked {
             // The tunnel is silent, not only the answer slow: the peer may be lost, so the next
             // stream dials.
             self.0.state().retire(key, id);
@@ -192,15 +192,15 @@ impl<D: Dial> Pool<D> {
         answer.map_err(|error| (error, pooled))
     }
 
-    async fn place(
+    async fn stream_slot(
         &self,
         key: &TunnelKey,
         connector: &Connector,
-        wish: Wish,
-    ) -> Result<(TunnelId, Place, bool), HboneError> {
+        reuse: Reuse,
+    ) -> Result<(TunnelId, StreamSlot, bool), HboneError> {
         loop {
-            let (mut dialing, promised) = match self.checkout(key, connector, wish) {
-                Checkout::Use { id, place } => return Ok((id, place, true)),
+            let (mut dialing, promised) = match self.checkout(key, connector, reuse) {
+                Checkout::Use { id, stream_slot } => return Ok((id, stream_slot, true)),
                 Checkout::Wait { ticket, promised } => (ticket, promised),
                 Checkout::Refuse { remaining, last } => {
                     let address = key.address;
@@ -213,8 +213,8 @@ impl<D: Dial> Pool<D> {
             let lost = || Err(HboneError::Lost { source: None });
             let (id, tunnel) = outcome.ok().flatten().unwrap_or_else(lost)?;
             // Callers without a promised reservation leave the reservations to the others.
-            if promised && let Some(place) = self.0.state().join(key, &tunnel) {
-                return Ok((id, place, false));
+            if promised && let Some(stream_slot) = self.0.state().join(key, &tunnel) {
+                return Ok((id, stream_slot, false));
             }
         }
     }
@@ -223,17 +223,17 @@ impl<D: Dial> Pool<D> {
         &self,
         key: &TunnelKey,
         connector: &Connector,
-        wish: Wish,
-    ) -> Checkout<Place, Dialing> {
+        reuse: Reuse,
+    ) -> Checkout<StreamSlot, Dialing> {
         let mut started = None;
-        let checkout = self.0.state().checkout(key, wish, Instant::now(), |id| {
+        let checkout = self.0.state().checkout(key, reuse, Instant::now(), |id| {
             let (done, dialing) = watch::channel(None);
             started = Some((id, done));
             dialing
         });
         if let Some((id, done)) = started {
             // In its own task, so that the dial continues if the first caller is cancelled.
-            let dial = UnderWay { pool: self.0.clone(), key: key.clone(), id, done };
+            let dial = DialInProgress { pool: self.0.clone(), key: key.clone(), id, done };
             tokio::spawn(dial.run(connector.clone()));
         }
         checkout
@@ -241,14 +241,14 @@ impl<D: Dial> Pool<D> {
 }
 
 impl<D> Shared<D> {
-    fn state(&self) -> MutexGuard<'_, State<Pooled, Dialing>> {
+    fn state(&self) -> MutexGuard<'_, PoolState<Pooled, Dialing>> {
         // No code panics while it holds the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Handle for Pooled {
-    type Place = Place;
+    type StreamSlot = StreamSlot;
 
     fn load(&self) -> Load {
         let open = self.tunnel.as_ref().filter(|tunnel| !tunnel.is_closed());
@@ -261,9 +261,9 @@ impl Handle for Pooled {
         }
     }
 
-    fn reserve(&self) -> Option<Place> {
+    fn reserve(&self) -> Option<StreamSlot> {
         let tunnel = self.tunnel.clone()?;
-        Some(Place { tunnel, open: self.tunnel_state.open_stream() })
+        Some(StreamSlot { tunnel, open: self.tunnel_state.open_stream() })
     }
 
     fn release(&mut self) {
@@ -273,7 +273,7 @@ impl Handle for Pooled {
 }
 
 /// A dial in progress. Reports its end to the state even if it is dropped.
-struct UnderWay<D: Dial> {
+struct DialInProgress<D: Dial> {
     pool: Arc<Shared<D>>,
     key: TunnelKey,
     id: DialId,
@@ -286,7 +286,7 @@ enum Aftermath {
     Forget(Instant),
 }
 
-impl<D: Dial> UnderWay<D> {
+impl<D: Dial> DialInProgress<D> {
     async fn run(self, connector: Connector) {
         let outcome = tokio::select! {
             outcome = self.dial(&connector) => outcome,
@@ -334,7 +334,7 @@ impl<D: Dial> UnderWay<D> {
     }
 }
 
-impl<D: Dial> Drop for UnderWay<D> {
+impl<D: Dial> Drop for DialInProgress<D> {
     fn drop(&mut self) {
         if self.done.borrow().is_none() {
             // The pool drains, the dialling code panicked, or the runtime ends. Dropping the sender

@@ -50,13 +50,13 @@ const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 /// A tunnel, as the pool uses it.
 pub(super) trait Handle {
     /// A reservation for one stream in the tunnel.
-    type Place;
+    type StreamSlot;
 
     /// Its current load.
     fn load(&self) -> Load;
 
     /// Reserves one more stream, whatever the load; `None` after release.
-    fn reserve(&self) -> Option<Self::Place>;
+    fn reserve(&self) -> Option<Self::StreamSlot>;
 
     /// Releases the tunnel: it closes with its last stream.
     fn release(&mut self);
@@ -87,11 +87,11 @@ pub(super) struct DialId(pub(super) u64);
 
 /// Whether a caller accepts an existing tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wish {
+pub(super) enum Reuse {
     /// A stream in any tunnel.
-    Any,
+    Allowed,
     /// A stream in a new tunnel only.
-    Fresh,
+    Forbidden,
 }
 
 /// The decision for a caller.
@@ -102,7 +102,7 @@ pub(super) enum Checkout<P, W> {
         /// The tunnel.
         id: TunnelId,
         /// The reservation.
-        place: P,
+        stream_slot: P,
     },
     /// Wait for a dial.
     Wait {
@@ -123,10 +123,10 @@ pub(super) enum Checkout<P, W> {
 
 /// The tunnels `T`, and the dials in progress with the tickets `W` of their callers.
 #[derive(Debug)]
-pub(super) struct State<T, W> {
+pub(super) struct PoolState<T, W> {
     settings: PoolSettings,
     /// A fast hash is safe: the keys come from the mesh, not from peers.
-    entries: HashMap<TunnelKey, Entry<T, W>, RandomState>,
+    entries: HashMap<TunnelKey, PeerEntry<T, W>, RandomState>,
     opened: u64,
     dialled: u64,
     rng: Rng,
@@ -134,16 +134,16 @@ pub(super) struct State<T, W> {
 
 /// The tunnels, dials and back-off of one key. Removed when empty.
 #[derive(Debug)]
-struct Entry<T, W> {
+struct PeerEntry<T, W> {
     /// The oldest first.
-    tunnels: Vec<Slot<T>>,
+    tunnels: Vec<PooledTunnel<T>>,
     /// The oldest first.
-    dials: Vec<UnderWay<W>>,
+    dials: Vec<DialInProgress<W>>,
     backoff: Option<Backoff>,
 }
 
 #[derive(Debug)]
-struct UnderWay<W> {
+struct DialInProgress<W> {
     id: DialId,
     ticket: W,
     /// Number of promised streams.
@@ -151,10 +151,10 @@ struct UnderWay<W> {
 }
 
 #[derive(Debug)]
-struct Slot<T> {
+struct PooledTunnel<T> {
     id: TunnelId,
     tunnel: T,
-    /// The load at the last [`Entry::look`].
+    /// The load at the last [`PeerEntry::remove_closed`].
     seen: Load,
     retired: bool,
     /// The end of its maximum age.
@@ -170,7 +170,7 @@ struct Backoff {
     last: Arc<HboneError>,
 }
 
-impl<T: Handle, W: Clone> State<T, W> {
+impl<T: Handle, W: Clone> PoolState<T, W> {
     /// The same `seed` gives the same jitter.
     pub(super) fn new(settings: PoolSettings, seed: u64) -> Self {
         let (opened, dialled) = (0, 0);
@@ -178,7 +178,7 @@ impl<T: Handle, W: Clone> State<T, W> {
     }
 
     /// Selects a tunnel for a stream. If a dial is necessary, or useful for later streams, it calls
-    /// `dial` for a ticket; [`State::opened`], [`State::failed`] or [`State::abandoned`] must
+    /// `dial` for a ticket; [`PoolState::opened`], [`PoolState::failed`] or [`PoolState::abandoned`] must
     /// follow.
     ///
     /// Callers never wait for full tunnels: further ones are dialled even above `tunnels_per_peer`,
@@ -186,26 +186,27 @@ impl<T: Handle, W: Clone> State<T, W> {
     pub(super) fn checkout(
         &mut self,
         key: &TunnelKey,
-        wish: Wish,
+        reuse: Reuse,
         now: Instant,
         dial: impl FnOnce(DialId) -> W,
-    ) -> Checkout<T::Place, W> {
+    ) -> Checkout<T::StreamSlot, W> {
         let settings = &self.settings;
         let entry = self.entries.entry(key.clone()).or_default();
-        entry.look(now);
+        entry.remove_closed(now);
         let dialled = &mut self.dialled;
         let dial = |promised| {
             *dialled += 1;
             let id = DialId(*dialled);
-            UnderWay { id, ticket: dial(id), promised }
+            DialInProgress { id, ticket: dial(id), promised }
         };
-        if wish == Wish::Any
-            && let Some((id, place, crowded)) = entry.take_place(settings.streams_per_tunnel)
+        if reuse == Reuse::Allowed
+            && let Some((id, stream_slot, crowded)) =
+                entry.reserve_stream(settings.streams_per_tunnel)
         {
             if crowded && entry.may_grow(settings.tunnels_per_peer, now) {
                 entry.dials.push(dial(0));
             }
-            return Checkout::Use { id, place };
+            return Checkout::Use { id, stream_slot };
         }
         if let Some(ticket) = entry.promise(settings.streams_per_tunnel) {
             return Checkout::Wait { ticket, promised: true };
@@ -218,16 +219,16 @@ impl<T: Handle, W: Clone> State<T, W> {
         if let Some((remaining, last)) = pause {
             return Checkout::Refuse { remaining, last };
         }
-        let under_way = dial(1);
-        let ticket = under_way.ticket.clone();
-        entry.dials.push(under_way);
+        let in_progress = dial(1);
+        let ticket = in_progress.ticket.clone();
+        entry.dials.push(in_progress);
         Checkout::Wait { ticket, promised: true }
     }
 
     /// Reserves a stream in the tunnel that a caller waited for; `None` if other callers have
     /// filled it. If the tunnel is lost already, the stream's request reports why.
-    pub(super) fn join(&self, key: &TunnelKey, tunnel: &T) -> Option<T::Place> {
-        let allowed = self.entries.get(key).and_then(Entry::allowed);
+    pub(super) fn join(&self, key: &TunnelKey, tunnel: &T) -> Option<T::StreamSlot> {
+        let allowed = self.entries.get(key).and_then(PeerEntry::allowed);
         let load = tunnel.load();
         let room = load.streams < load.limit(self.settings.streams_per_tunnel, allowed);
         if room { tunnel.reserve() } else { None }
@@ -250,11 +251,11 @@ impl<T: Handle, W: Clone> State<T, W> {
         entry.backoff = None;
         let retires = after(now, max_age);
         let seen = tunnel.load();
-        entry.tunnels.push(Slot { id, tunnel, seen, retired: false, retires, idle });
+        entry.tunnels.push(PooledTunnel { id, tunnel, seen, retired: false, retires, idle });
         id
     }
 
-    /// Records that a dial failed. Returns when [`State::forget`] is due.
+    /// Records that a dial failed. Returns when [`PoolState::forget`] is due.
     pub(super) fn failed(
         &mut self,
         key: &TunnelKey,
@@ -275,7 +276,7 @@ impl<T: Handle, W: Clone> State<T, W> {
     }
 
     /// Starts a back-off, longer after each consecutive failure; failures of concurrent dials count
-    /// once. Returns when [`State::forget`] is due.
+    /// once. Returns when [`PoolState::forget`] is due.
     pub(super) fn back_off(
         &mut self,
         key: &TunnelKey,
@@ -314,19 +315,19 @@ impl<T: Handle, W: Clone> State<T, W> {
         now: Instant,
     ) -> Option<Instant> {
         let entry = self.entries.get_mut(key)?;
-        entry.look(now);
-        let surplus = entry.can_do_without(id, self.settings.streams_per_tunnel);
-        let slot = entry.open_mut().find(|slot| slot.id == id)?;
-        let soon = slot.idle / SURPLUS_IDLE_PART;
-        if let Some(idle_since) = slot.tunnel.load().idle_since {
-            let due = after(idle_since, if surplus { soon } else { slot.idle });
+        entry.remove_closed(now);
+        let surplus = entry.is_surplus(id, self.settings.streams_per_tunnel);
+        let pooled = entry.open_mut().find(|pooled| pooled.id == id)?;
+        let soon = pooled.idle / SURPLUS_IDLE_PART;
+        if let Some(idle_since) = pooled.tunnel.load().idle_since {
+            let due = after(idle_since, if surplus { soon } else { pooled.idle });
             if now >= due {
-                slot.retire();
+                pooled.retire();
                 return None;
             }
-            return Some(due.min(after(now, soon)).min(slot.retires));
+            return Some(due.min(after(now, soon)).min(pooled.retires));
         }
-        Some(after(now, soon).min(slot.retires))
+        Some(after(now, soon).min(pooled.retires))
     }
 
     /// Excludes a tunnel from new streams.
@@ -334,24 +335,24 @@ impl<T: Handle, W: Clone> State<T, W> {
         let entry = self.entries.get_mut(key);
         entry
             .into_iter()
-            .flat_map(Entry::open_mut)
-            .filter(|slot| slot.id == id)
-            .for_each(Slot::retire);
+            .flat_map(PeerEntry::open_mut)
+            .filter(|pooled| pooled.id == id)
+            .for_each(PooledTunnel::retire);
     }
 
     /// Removes a tunnel whose connection ended.
     pub(super) fn closed(&mut self, key: &TunnelKey, id: TunnelId) {
         if let Some(entry) = self.entries.get_mut(key) {
-            entry.tunnels.retain(|slot| slot.id != id);
+            entry.tunnels.retain(|pooled| pooled.id != id);
             self.remove_if_empty(key);
         }
     }
 
     /// Retires all tunnels and forgets all failures. A dial in progress stays until it ends, or
-    /// until [`State::abandoned`].
+    /// until [`PoolState::abandoned`].
     pub(super) fn drain(&mut self) {
         for entry in self.entries.values_mut() {
-            entry.open_mut().for_each(Slot::retire);
+            entry.open_mut().for_each(PooledTunnel::retire);
             entry.backoff = None;
         }
         self.entries.retain(|_, entry| !entry.is_empty());
@@ -364,7 +365,7 @@ impl<T: Handle, W: Clone> State<T, W> {
             counted.tunnels += open;
             counted.retired += entry.tunnels.len() - open;
             counted.streams +=
-                entry.tunnels.iter().map(|slot| slot.tunnel.load().streams).sum::<usize>();
+                entry.tunnels.iter().map(|pooled| pooled.tunnel.load().streams).sum::<usize>();
             counted.dialing += entry.dials.len();
             counted.backing_off += usize::from(entry.pause(now).is_some());
         }
@@ -377,19 +378,19 @@ impl<T: Handle, W: Clone> State<T, W> {
     }
 
     fn remove_if_empty(&mut self, key: &TunnelKey) {
-        if self.entries.get(key).is_some_and(Entry::is_empty) {
+        if self.entries.get(key).is_some_and(PeerEntry::is_empty) {
             self.entries.remove(key);
         }
     }
 }
 
-impl<T: Handle, W: Clone> Entry<T, W> {
-    fn open(&self) -> impl Iterator<Item = &Slot<T>> {
-        self.tunnels.iter().filter(|slot| !slot.retired)
+impl<T: Handle, W: Clone> PeerEntry<T, W> {
+    fn open(&self) -> impl Iterator<Item = &PooledTunnel<T>> {
+        self.tunnels.iter().filter(|pooled| !pooled.retired)
     }
 
-    fn open_mut(&mut self) -> impl Iterator<Item = &mut Slot<T>> {
-        self.tunnels.iter_mut().filter(|slot| !slot.retired)
+    fn open_mut(&mut self) -> impl Iterator<Item = &mut PooledTunnel<T>> {
+        self.tunnels.iter_mut().filter(|pooled| !pooled.retired)
     }
 
     fn is_empty(&self) -> bool {
@@ -397,43 +398,43 @@ impl<T: Handle, W: Clone> Entry<T, W> {
     }
 
     /// Reads the load of every tunnel once, and retires unusable ones.
-    fn look(&mut self, now: Instant) {
-        for slot in self.open_mut() {
-            slot.seen = slot.tunnel.load();
-            if now >= slot.retires || !slot.seen.usable {
-                slot.retire();
+    fn remove_closed(&mut self, now: Instant) {
+        for pooled in self.open_mut() {
+            pooled.seen = pooled.tunnel.load();
+            if now >= pooled.retires || !pooled.seen.usable {
+                pooled.retire();
             }
         }
     }
 
     /// The stream limit of the peer, from the tunnels that have received it, including since
-    /// [`Entry::look`].
+    /// [`PeerEntry::remove_closed`].
     fn allowed(&self) -> Option<usize> {
-        self.open().filter_map(|slot| slot.tunnel.load().allowed).min()
+        self.open().filter_map(|pooled| pooled.tunnel.load().allowed).min()
     }
 
     /// Reserves a stream in the least loaded tunnel with room, and returns whether that tunnel is
     /// crowded. Prefers the oldest of equals, so that surplus ones become idle.
-    fn take_place(&self, streams_per_tunnel: usize) -> Option<(TunnelId, T::Place, bool)> {
-        let allowed = self.open().filter_map(|slot| slot.seen.allowed).min();
-        let (slot, limit) = self
+    fn reserve_stream(&self, streams_per_tunnel: usize) -> Option<(TunnelId, T::StreamSlot, bool)> {
+        let allowed = self.open().filter_map(|pooled| pooled.seen.allowed).min();
+        let (pooled, limit) = self
             .open()
-            .map(|slot| (slot, slot.seen.limit(streams_per_tunnel, allowed)))
-            .filter(|(slot, limit)| slot.seen.streams < *limit)
-            .min_by_key(|(slot, _)| (slot.seen.is_busy(), slot.seen.streams))?;
-        Some((slot.id, slot.tunnel.reserve()?, slot.seen.is_crowded(limit)))
+            .map(|pooled| (pooled, pooled.seen.limit(streams_per_tunnel, allowed)))
+            .filter(|(pooled, limit)| pooled.seen.streams < *limit)
+            .min_by_key(|(pooled, _)| (pooled.seen.is_busy(), pooled.seen.streams))?;
+        Some((pooled.id, pooled.tunnel.reserve()?, pooled.seen.is_crowded(limit)))
     }
 
     /// The ticket of a dial in progress with an unpromised stream, which is now promised.
     fn promise(&mut self, streams_per_tunnel: usize) -> Option<W> {
-        let places = streams_per_tunnel.min(self.allowed().unwrap_or(usize::MAX)).max(1);
-        let under_way = self.dials.iter_mut().find(|dial| dial.promised < places)?;
-        under_way.promised += 1;
-        Some(under_way.ticket.clone())
+        let streams = streams_per_tunnel.min(self.allowed().unwrap_or(usize::MAX)).max(1);
+        let in_progress = self.dials.iter_mut().find(|dial| dial.promised < streams)?;
+        in_progress.promised += 1;
+        Some(in_progress.ticket.clone())
     }
 
     fn ended(&mut self, dial: DialId) {
-        self.dials.retain(|under_way| under_way.id != dial);
+        self.dials.retain(|in_progress| in_progress.id != dial);
     }
 
     fn may_grow(&self, tunnels_per_peer: usize, now: Instant) -> bool {
@@ -441,10 +442,10 @@ impl<T: Handle, W: Clone> Entry<T, W> {
     }
 
     /// Whether another tunnel would take a new stream without being crowded.
-    fn can_do_without(&self, id: TunnelId, streams_per_tunnel: usize) -> bool {
+    fn is_surplus(&self, id: TunnelId, streams_per_tunnel: usize) -> bool {
         let allowed = self.allowed();
-        self.open().filter(|slot| slot.id != id).any(|slot| {
-            let load = slot.tunnel.load();
+        self.open().filter(|pooled| pooled.id != id).any(|pooled| {
+            let load = pooled.tunnel.load();
             !load.is_crowded(load.limit(streams_per_tunnel, allowed))
         })
     }
@@ -456,13 +457,13 @@ impl<T: Handle, W: Clone> Entry<T, W> {
     }
 }
 
-impl<T, W> Default for Entry<T, W> {
+impl<T, W> Default for PeerEntry<T, W> {
     fn default() -> Self {
         Self { tunnels: Vec::new(), dials: Vec::new(), backoff: None }
     }
 }
 
-impl<T: Handle> Slot<T> {
+impl<T: Handle> PooledTunnel<T> {
     fn retire(&mut self) {
         self.retired = true;
         self.tunnel.release();
@@ -473,8 +474,8 @@ impl Load {
     /// The stream limit of the tunnel. Before the peer's SETTINGS arrive, the limit in its other
     /// tunnels applies. At least 1, so that a peer that allows none costs a reply timeout instead
     /// of endless dials.
-    fn limit(&self, streams_per_tunnel: usize, elsewhere: Option<usize>) -> usize {
-        let allowed = self.allowed.or(elsewhere).unwrap_or(usize::MAX);
+    fn limit(&self, streams_per_tunnel: usize, of_other_tunnels: Option<usize>) -> usize {
+        let allowed = self.allowed.or(of_other_tunnels).unwrap_or(usize::MAX);
         streams_per_tunnel.min(allowed).max(1)
     }
 

@@ -15,7 +15,7 @@ use rustls::sign::SingleCertAndKey;
 use rustls_pki_types::ServerName;
 use underpass_config::SpiffeId;
 
-use super::record::{Finished, TlsStream, handshake};
+use super::record::{FinishedHandshake, TlsStream, handshake};
 use super::sessions::Sessions;
 use super::verify::{Peer, Verifier};
 use super::{ALPN, handshake_error, require_h2, tls_error};
@@ -101,7 +101,7 @@ impl ClientTls {
         io: Io,
         address: SocketAddr,
         expected: &[SpiffeId],
-    ) -> Result<(Finished<UnbufferedClientConnection, Io>, Peer), HboneError> {
+    ) -> Result<(FinishedHandshake<UnbufferedClientConnection, Io>, Peer), HboneError> {
         let tls = self.peer((address, expected.into()));
         // rustls requires a name; an address is never sent as SNI (RFC 6066 section 3), and our
         // verifier ignores it.
@@ -112,9 +112,9 @@ impl ClientTls {
             .map_err(|unfinished| handshake_error(unfinished.error))?;
         require_h2(finished.facts())?;
         let peer =
-            Peer::of(finished.facts(), &tls.verifier).inspect_err(|_| tls.sessions.forget())?;
+            Peer::of(finished.facts(), &tls.verifier).inspect_err(|_| tls.sessions.clear())?;
         if !peer.resumed {
-            tls.sessions.begun(peer.expires.min(self.expires));
+            tls.sessions.record_handshake(peer.expires.min(self.expires));
         }
         Ok((finished, peer))
     }
@@ -151,7 +151,7 @@ impl ClientTls {
 #[cfg(test)]
 impl ClientTls {
     /// A client that offers tickets although its certificate has expired.
-    pub(crate) fn careless(mut self) -> Self {
+    pub(crate) fn with_later_expiry(mut self) -> Self {
         self.expires += std::time::Duration::from_secs(1 << 20);
         self
     }

@@ -34,7 +34,7 @@ mod stream;
 
 use rustls::{AlertDescription, Error, PeerMisbehaved};
 
-pub(super) use self::handshake::{Finished, Unfinished, handshake};
+pub(super) use self::handshake::{FinishedHandshake, UnfinishedHandshake, handshake};
 #[cfg(feature = "fuzz")]
 pub(crate) use self::script::run as run_script;
 pub(crate) use self::stream::TlsStream;

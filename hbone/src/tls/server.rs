@@ -11,7 +11,7 @@ use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection};
 use rustls::sign::SingleCertAndKey;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-use super::record::{Finished, TlsStream, Unfinished, handshake};
+use super::record::{FinishedHandshake, TlsStream, UnfinishedHandshake, handshake};
 use super::sessions::Tickets;
 use super::verify::{Peer, Verifier};
 use super::{ALPN, handshake_error, require_h2, tls_error};
@@ -26,10 +26,10 @@ use crate::tunnel::io::Io;
 const TICKETS: usize = 2;
 
 /// Time for a refused client to read the alert.
-const FAREWELL: Duration = Duration::from_secs(1);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of bytes that are read from a refused client: more than a preface and a first
 /// request.
-const FAREWELL_BYTES: u64 = 64 << 10;
+const MAX_DISCARDED: u64 = 64 << 10;
 
 /// The server side of one [`Credentials`](crate::Credentials), shared by all its connections.
 #[derive(Debug)]
@@ -70,7 +70,7 @@ impl ServerTls {
         match peer {
             Ok(peer) => Ok((stream, peer)),
             Err(error) => {
-                say_farewell(stream).await;
+                close_gracefully(stream).await;
                 Err(error)
             }
         }
@@ -79,12 +79,12 @@ impl ServerTls {
     pub(super) async fn handshake(
         &self,
         io: Io,
-    ) -> Result<Finished<UnbufferedServerConnection, Io>, HboneError> {
+    ) -> Result<FinishedHandshake<UnbufferedServerConnection, Io>, HboneError> {
         let connection = UnbufferedServerConnection::new(self.config.clone()).map_err(tls_error)?;
         match handshake(connection, io).await {
             Ok(finished) => Ok(finished),
-            Err(Unfinished { error, io }) => {
-                say_farewell(io).await;
+            Err(UnfinishedHandshake { error, io }) => {
+                close_gracefully(io).await;
                 Err(handshake_error(error))
             }
         }
@@ -93,12 +93,12 @@ impl ServerTls {
 
 /// Lets the client read the alert. A TLS 1.3 client has started to send already: closing with
 /// unread bytes would reset the connection and discard the alert.
-async fn say_farewell(mut io: impl AsyncRead + AsyncWrite + Unpin) {
-    let farewell = async {
+async fn close_gracefully(mut io: impl AsyncRead + AsyncWrite + Unpin) {
+    let close = async {
         io.shutdown().await?;
-        let mut unread = io.take(FAREWELL_BYTES);
+        let mut unread = io.take(MAX_DISCARDED);
         tokio::io::copy(&mut unread, &mut tokio::io::sink()).await
     };
     // The connection is refused in any case.
-    let _refused = tokio::time::timeout(FAREWELL, farewell).await;
+    let _refused = tokio::time::timeout(CLOSE_TIMEOUT, close).await;
 }

@@ -27,10 +27,10 @@ const SESSION_BYTES: usize = 16 << 10;
 
 /// The stored sessions of one peer.
 #[derive(Debug)]
-pub(super) struct Sessions(Mutex<Remembered>);
+pub(super) struct Sessions(Mutex<SessionState>);
 
 #[derive(Debug)]
-struct Remembered {
+struct SessionState {
     /// The oldest first. rustls takes each once (RFC 8446 appendix C.4).
     tickets: VecDeque<Tls13ClientSessionValue>,
     /// Earliest expiry of the certificates of the original handshakes.
@@ -40,23 +40,23 @@ struct Remembered {
 
 impl Sessions {
     pub(super) fn new(expires: SystemTime) -> Self {
-        Self(Mutex::new(Remembered { tickets: VecDeque::new(), expires, group: None }))
+        Self(Mutex::new(SessionState { tickets: VecDeque::new(), expires, group: None }))
     }
 
     /// Records a full handshake, whose session may be resumed until one of its certificates
     /// expires.
-    pub(super) fn begun(&self, expires: SystemTime) {
-        let mut remembered = self.remembered();
+    pub(super) fn record_handshake(&self, expires: SystemTime) {
+        let mut state = self.state();
         // Several servers may share an address, so the tickets may belong to several certificates.
-        let others = if remembered.tickets.is_empty() { expires } else { remembered.expires };
-        remembered.expires = expires.min(others);
+        let others = if state.tickets.is_empty() { expires } else { state.expires };
+        state.expires = expires.min(others);
     }
 
-    pub(super) fn forget(&self) {
-        self.remembered().tickets.clear();
+    pub(super) fn clear(&self) {
+        self.state().tickets.clear();
     }
 
-    fn remembered(&self) -> MutexGuard<'_, Remembered> {
+    fn state(&self) -> MutexGuard<'_, SessionState> {
         // No code panics while it holds the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -64,11 +64,11 @@ impl Sessions {
 
 impl ClientSessionStore for Sessions {
     fn set_kx_hint(&self, _: ServerName<'static>, group: NamedGroup) {
-        self.remembered().group = Some(group);
+        self.state().group = Some(group);
     }
 
     fn kx_hint(&self, _: &ServerName<'_>) -> Option<NamedGroup> {
-        self.remembered().group
+        self.state().group
     }
 
     fn set_tls12_session(&self, _: ServerName<'static>, _: Tls12ClientSessionValue) {}
@@ -80,19 +80,19 @@ impl ClientSessionStore for Sessions {
     fn remove_tls12_session(&self, _: &ServerName<'static>) {}
 
     fn insert_tls13_ticket(&self, _: ServerName<'static>, ticket: Tls13ClientSessionValue) {
-        let mut remembered = self.remembered();
-        if remembered.tickets.len() >= TICKETS {
-            remembered.tickets.pop_front();
+        let mut state = self.state();
+        if state.tickets.len() >= TICKETS {
+            state.tickets.pop_front();
         }
-        remembered.tickets.push_back(ticket);
+        state.tickets.push_back(ticket);
     }
 
     fn take_tls13_ticket(&self, _: &ServerName<'static>) -> Option<Tls13ClientSessionValue> {
-        let mut remembered = self.remembered();
-        if remembered.expires <= clock::now() {
-            remembered.tickets.clear();
+        let mut state = self.state();
+        if state.expires <= clock::now() {
+            state.tickets.clear();
         }
-        remembered.tickets.pop_back()
+        state.tickets.pop_back()
     }
 }
 

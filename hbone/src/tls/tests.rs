@@ -32,11 +32,15 @@ use crate::tunnel::client::Tunnel;
 use crate::tunnel::settings::{ClientSettings, ServerSettings};
 
 /// The results of the client, at the latest at its first request, and of the server.
-async fn meet(client: &Identity, server: &Identity, expected: &str) -> (HboneError, HboneError) {
-    meet_with(credentials(client), credentials(server), expected).await
+async fn handshake_errors(
+    client: &Identity,
+    server: &Identity,
+    expected: &str,
+) -> (HboneError, HboneError) {
+    handshake_errors_with(credentials(client), credentials(server), expected).await
 }
 
-async fn meet_with(
+async fn handshake_errors_with(
     client: Credentials,
     server: Credentials,
     expected: &str,
@@ -56,24 +60,24 @@ async fn meet_with(
 
 fn issued(
     authority: &CertificateAuthority,
-    who: &str,
+    subject: &str,
     not_after: SystemTime,
     usages: &[Usage],
     roots: &str,
 ) -> Identity {
     let start = SystemTime::now() - 2 * HOUR;
-    let issued = authority.issue_for(&id(who), start, not_after, usages).unwrap();
+    let issued = authority.issue_for(&id(subject), start, not_after, usages).unwrap();
     let (chain, key) = (issued.chain_pem.as_bytes(), issued.key_pem.as_bytes());
     Identity::from_pem_at(chain, key, roots.as_bytes(), start).unwrap()
 }
 
-fn with_usage(authority: &CertificateAuthority, who: &str, usage: Usage) -> Identity {
-    issued(authority, who, SystemTime::now() + HOUR, &[usage], authority.roots_pem())
+fn with_usage(authority: &CertificateAuthority, subject: &str, usage: Usage) -> Identity {
+    issued(authority, subject, SystemTime::now() + HOUR, &[usage], authority.roots_pem())
 }
 
-fn expired(authority: &CertificateAuthority, who: &str) -> Identity {
+fn expired(authority: &CertificateAuthority, subject: &str) -> Identity {
     let both = [Usage::ServerAuth, Usage::ClientAuth];
-    issued(authority, who, SystemTime::now() - HOUR, &both, authority.roots_pem())
+    issued(authority, subject, SystemTime::now() - HOUR, &both, authority.roots_pem())
 }
 
 fn refused_with(error: &HboneError, expected: &str) {
@@ -93,7 +97,8 @@ fn failed_with(error: &HboneError, expected: &str) {
 #[tokio::test]
 async fn both_sides_reject_unknown_authority() {
     let (ours, other) = (authority("td"), authority("td"));
-    let (client, server) = meet(&identity(&ours, CLIENT), &identity(&other, SERVER), SERVER).await;
+    let (client, server) =
+        handshake_errors(&identity(&ours, CLIENT), &identity(&other, SERVER), SERVER).await;
     // The roots have the same name, as in two meshes that are both called cluster.local.
     failed_with(&client, "BadSignature");
     refused_with(&server, "DecryptError");
@@ -102,14 +107,14 @@ async fn both_sides_reject_unknown_authority() {
     let roots = format!("{}{}", ours.roots_pem(), other.roots_pem());
     let both = [Usage::ServerAuth, Usage::ClientAuth];
     let client = issued(&other, CLIENT, SystemTime::now() + HOUR, &both, &roots);
-    let (client, server) = meet(&client, &identity(&ours, SERVER), SERVER).await;
+    let (client, server) = handshake_errors(&client, &identity(&ours, SERVER), SERVER).await;
     refused_with(&client, "DecryptError");
     failed_with(&server, "BadSignature");
 
     let other = authority("other");
     let expected = "spiffe://other/ns/default/sa/server";
     let (client, server) =
-        meet(&identity(&ours, CLIENT), &identity(&other, expected), expected).await;
+        handshake_errors(&identity(&ours, CLIENT), &identity(&other, expected), expected).await;
     let domain = "other".parse().unwrap();
     assert!(
         matches!(client, HboneError::UntrustedDomain { trust_domain } if trust_domain == domain)
@@ -121,10 +126,12 @@ async fn both_sides_reject_unknown_authority() {
 async fn both_sides_reject_expired_certificate() {
     let authority = authority("td");
     let (good_client, good_server) = (identity(&authority, CLIENT), identity(&authority, SERVER));
-    let (client, server) = meet(&good_client, &expired(&authority, SERVER), SERVER).await;
+    let (client, server) =
+        handshake_errors(&good_client, &expired(&authority, SERVER), SERVER).await;
     assert!(matches!(client, HboneError::PeerCertificateExpired { .. }), "{client:?}");
     refused_with(&server, "CertificateExpired");
-    let (client, server) = meet(&expired(&authority, CLIENT), &good_server, SERVER).await;
+    let (client, server) =
+        handshake_errors(&expired(&authority, CLIENT), &good_server, SERVER).await;
     refused_with(&client, "CertificateExpired");
     let HboneError::PeerCertificateExpired { expired } = server else { panic!("{server:?}") };
     let ago = SystemTime::now().duration_since(expired).unwrap();
@@ -134,11 +141,12 @@ async fn both_sides_reject_expired_certificate() {
 #[tokio::test]
 async fn unexpected_server_never_receives_our_certificate() {
     let authority = authority("td");
-    let wanted = "spiffe://td/ns/default/sa/other";
+    let required = "spiffe://td/ns/default/sa/other";
     let (client, server) =
-        meet(&identity(&authority, CLIENT), &identity(&authority, SERVER), wanted).await;
+        handshake_errors(&identity(&authority, CLIENT), &identity(&authority, SERVER), required)
+            .await;
     let HboneError::UnexpectedPeer { expected, presented } = client else { panic!("{client:?}") };
-    assert_eq!(expected, ExpectedPeer::OneOf([id(wanted)].into()));
+    assert_eq!(expected, ExpectedPeer::OneOf([id(required)].into()));
     assert_eq!(presented.as_str(), SERVER);
     refused_with(&server, "CertificateUnknown");
 }
@@ -146,15 +154,15 @@ async fn unexpected_server_never_receives_our_certificate() {
 #[tokio::test]
 async fn foreign_client_requires_roots_of_its_trust_domain() {
     let (ours, other) = (Ca::root("ours"), Ca::root("other"));
-    let stranger = "spiffe://other/anybody";
+    let foreign_id = "spiffe://other/anybody";
     let federated = Files::new().bundle("td", &ours);
-    let client = Credentials::new(other.identity(stranger, 1), federated.trust()).unwrap();
+    let client = Credentials::new(other.identity(foreign_id, 1), federated.trust()).unwrap();
     // Roots of a foreign domain among ours are not enough.
     let both = Bundle::from_der(Path::new("both"), [ours.certificate(), other.certificate()]);
     let domain: TrustDomain = "td".parse().unwrap();
     let server =
         ours.identity_with(SERVER, 1, SystemTime::now() + HOUR, [(domain, both.unwrap())].into());
-    let (client, server) = meet_with(client, credentials(&server), SERVER).await;
+    let (client, server) = handshake_errors_with(client, credentials(&server), SERVER).await;
     refused_with(&client, "CertificateUnknown");
     let HboneError::UntrustedDomain { trust_domain } = server else { panic!("{server:?}") };
     assert_eq!(trust_domain.as_str(), "other");
@@ -164,11 +172,13 @@ async fn foreign_client_requires_roots_of_its_trust_domain() {
 async fn rejects_certificate_for_the_other_role() {
     let authority = authority("td");
     let client_only = with_usage(&authority, SERVER, Usage::ClientAuth);
-    let (client, server) = meet(&identity(&authority, CLIENT), &client_only, SERVER).await;
+    let (client, server) =
+        handshake_errors(&identity(&authority, CLIENT), &client_only, SERVER).await;
     failed_with(&client, "server authentication");
     refused_with(&server, "UnsupportedCertificate");
     let server_only = with_usage(&authority, CLIENT, Usage::ServerAuth);
-    let (client, server) = meet(&server_only, &identity(&authority, SERVER), SERVER).await;
+    let (client, server) =
+        handshake_errors(&server_only, &identity(&authority, SERVER), SERVER).await;
     refused_with(&client, "UnsupportedCertificate");
     failed_with(&server, "client authentication");
 }
@@ -197,17 +207,17 @@ async fn tunnel_uses_common_cipher_preferred_by_server() {
         let (client, server) = (with_ciphers(&client, of_client), with_ciphers(&server, of_server));
         let (near, far) = duplex(64 << 10);
         let expecting = [id(SERVER)];
-        let (met, accepted) = tokio::join!(
+        let (connected, accepted) = tokio::join!(
             client.client().handshake(Box::new(near), ADDRESS, &expecting),
             server.server().accept(Box::new(far))
         );
-        let agreed = met.unwrap().0.facts().negotiated_cipher_suite().unwrap().suite();
+        let agreed = connected.unwrap().0.facts().negotiated_cipher_suite().unwrap().suite();
         assert_eq!(agreed, expected, "{of_client:?}, {of_server:?}");
         accepted.unwrap();
     }
     let (client, server) =
         (with_ciphers(&client, &[Aes256Gcm]), with_ciphers(&server, &[Aes128Gcm]));
-    failed_with(&meet_with(client, server, SERVER).await.0, "HandshakeFailure");
+    failed_with(&handshake_errors_with(client, server, SERVER).await.0, "HandshakeFailure");
 }
 
 #[derive(Debug)]

@@ -25,10 +25,10 @@ use crate::trust::Authorities;
 
 /// A peer's identity, proven in a TLS handshake, which alone creates this type. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct PeerIdentity(Arc<Proven>);
+pub struct PeerIdentity(Arc<VerifiedIdentity>);
 
 #[derive(Debug, PartialEq, Eq, Hash)]
-struct Proven {
+struct VerifiedIdentity {
     id: SpiffeId,
     aliases: Arc<[TrustDomain]>,
 }
@@ -83,7 +83,10 @@ impl Peer {
             workload_id(leaf).map_err(|problem| HboneError::NotSvid { problem })?
         };
         Ok(Self {
-            identity: PeerIdentity(Arc::new(Proven { aliases: authorities.aliases(&id), id })),
+            identity: PeerIdentity(Arc::new(VerifiedIdentity {
+                aliases: authorities.aliases(&id),
+                id,
+            })),
             expires: expiry(leaf),
             resumed,
             chain: chain.iter().map(|der| der.clone().into_owned()).collect(),

@@ -7,7 +7,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
-use crate::tunnel::inspect::{TunnelLimit, Unfinished};
+use crate::tunnel::inspect::{TunnelLimit, UnfinishedFrame};
 
 /// The size in bytes of the parts into which useful data is counted.
 const USEFUL_UNIT: usize = 4 << 10;
@@ -21,7 +21,7 @@ pub(crate) struct PeerActivity {
     unfinished: AtomicU64,
     exceeded: OnceLock<TunnelLimit>,
     /// The cost of sent small DATA frames in the accounting of the peer's h2, as an upper bound.
-    owed: AtomicU64,
+    small_frame_debt: AtomicU64,
     /// True if the peer accepts as many small frames as this side.
     accepts_small_frames: AtomicBool,
 }
@@ -45,29 +45,29 @@ impl PeerActivity {
         self.refused.load(Relaxed)
     }
 
-    pub(crate) fn note_unfinished(&self, unfinished: Option<Unfinished>) {
-        let encode = |Unfinished { since, data }| ((since + 1) << 1) | u64::from(data);
+    pub(crate) fn set_unfinished(&self, unfinished: Option<UnfinishedFrame>) {
+        let encode = |UnfinishedFrame { since, data }| ((since + 1) << 1) | u64::from(data);
         self.unfinished.store(unfinished.map_or(0, encode), Relaxed);
     }
 
-    pub(crate) fn unfinished(&self) -> Option<Unfinished> {
+    pub(crate) fn unfinished(&self) -> Option<UnfinishedFrame> {
         let encoded = self.unfinished.load(Relaxed);
         let since = (encoded >> 1).checked_sub(1)?;
-        Some(Unfinished { since, data: encoded & 1 == 1 })
+        Some(UnfinishedFrame { since, data: encoded & 1 == 1 })
     }
 
-    pub(crate) fn owed(&self) -> u64 {
-        self.owed.load(Relaxed)
+    pub(crate) fn small_frame_debt(&self) -> u64 {
+        self.small_frame_debt.load(Relaxed)
     }
 
-    pub(crate) fn owe(&self, cost: u64) {
-        self.owed.fetch_add(cost, Relaxed);
+    pub(crate) fn add_small_frame_debt(&self, cost: u64) {
+        self.small_frame_debt.fetch_add(cost, Relaxed);
     }
 
-    pub(crate) fn owe_less(&self, cost: u64) {
+    pub(crate) fn reduce_small_frame_debt(&self, cost: u64) {
         // All streams of a connection run on one thread, so load and store need not be atomic
         // together.
-        self.owed.store(self.owed().saturating_sub(cost), Relaxed);
+        self.small_frame_debt.store(self.small_frame_debt().saturating_sub(cost), Relaxed);
     }
 
     pub(crate) fn accepts_small_frames(&self) -> bool {
@@ -98,12 +98,12 @@ mod tests {
         assert_eq!(activity.unfinished(), None);
         for since in [0, 1, 1 << 40] {
             for data in [false, true] {
-                let unfinished = Some(Unfinished { since, data });
-                activity.note_unfinished(unfinished);
+                let unfinished = Some(UnfinishedFrame { since, data });
+                activity.set_unfinished(unfinished);
                 assert_eq!(activity.unfinished(), unfinished);
             }
         }
-        activity.note_unfinished(None);
+        activity.set_unfinished(None);
         assert_eq!(activity.unfinished(), None);
     }
 }

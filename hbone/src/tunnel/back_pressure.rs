@@ -45,7 +45,7 @@ impl BackPressure {
     }
 
     /// Drops the waker of a stream that has ended.
-    pub(crate) fn forget(&self, stream: u32) {
+    pub(crate) fn remove_stream(&self, stream: u32) {
         // Drop the waker outside the lock, because that may drop its task.
         let _waker = self.waiting().remove(&stream);
     }
@@ -65,9 +65,9 @@ mod tests {
     use super::*;
 
     #[derive(Default)]
-    struct Woken(AtomicBool);
+    struct WakeFlag(AtomicBool);
 
-    impl ArcWake for Woken {
+    impl ArcWake for WakeFlag {
         fn wake_by_ref(this: &Arc<Self>) {
             this.0.store(true, Ordering::Relaxed);
         }
@@ -75,7 +75,7 @@ mod tests {
 
     #[test]
     fn wakes_each_waiting_stream_once_when_it_is_writable() {
-        let (pressure, woken) = (BackPressure::default(), Arc::<Woken>::default());
+        let (pressure, woken) = (BackPressure::default(), Arc::<WakeFlag>::default());
         let waker = waker(woken.clone());
         let cx = Context::from_waker(&waker);
         let poll = |stream: u32| pressure.poll_writable(stream, &cx);
@@ -91,13 +91,13 @@ mod tests {
 
     #[test]
     fn holds_no_waker_of_streams_that_ended_while_blocked() {
-        let (pressure, woken) = (BackPressure::default(), Arc::<Woken>::default());
+        let (pressure, woken) = (BackPressure::default(), Arc::<WakeFlag>::default());
         pressure.set_blocked(true);
         for stream in (1..2000_u32).step_by(2) {
             let waker = waker(woken.clone());
             let cx = Context::from_waker(&waker);
             assert!(pressure.poll_writable(stream, &cx).is_pending());
-            pressure.forget(stream);
+            pressure.remove_stream(stream);
         }
         assert!(pressure.waiting().is_empty());
         assert_eq!(Arc::strong_count(&woken), 1, "no task is kept");

@@ -130,7 +130,7 @@ impl Connector {
         let usable_until = peer.expires.min(current.identity().expires());
         let tunnel_state = TunnelState::new(peer.identity.clone(), usable_until);
         let resumed = peer.resumed;
-        let guard =
+        let revocation_monitor =
             RevocationMonitor::new(credentials, current.authorities().clone(), peer, carrier);
         let http2 = &self.settings.http2;
         let inspector = Inspector::new(PeerRole::Server, http2.max_header_list);
@@ -154,7 +154,7 @@ impl Connector {
         let overdue = Overdue::new(tunnel_state.clone(), self.settings.frame_timeout);
         tokio::spawn(drive(
             connection,
-            Watches { keepalive, guard, windows, overdue },
+            Monitors { keepalive, revocation_monitor, windows, overdue },
             tunnel_state.clone(),
         ));
         let was_expired = tunnel_state.is_expired();
@@ -290,21 +290,21 @@ fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
 }
 
 /// The monitors of a connection.
-struct Watches {
+struct Monitors {
     keepalive: Option<Keepalive>,
-    guard: RevocationMonitor,
+    revocation_monitor: RevocationMonitor,
     windows: Windows,
     overdue: Overdue,
 }
 
 async fn drive(
     mut connection: Connection<Monitored<TlsStream<Io>>>,
-    Watches { mut keepalive, mut guard, mut windows, mut overdue }: Watches,
+    Monitors { mut keepalive, mut revocation_monitor, mut windows, mut overdue }: Monitors,
     tunnel_state: Arc<TunnelState>,
 ) {
     let ended = poll_fn(|cx| {
         // Check this first: an untrusted carrier fails too, which would hide the reason.
-        if let Poll::Ready(reason) = guard.poll_distrusted(cx) {
+        if let Poll::Ready(reason) = revocation_monitor.poll_distrusted(cx) {
             tunnel_state.revoke(reason.clone());
             return Poll::Ready(Err(reason));
         }

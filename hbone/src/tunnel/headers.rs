@@ -100,9 +100,9 @@ impl RequestHeaders {
 }
 
 /// Formats a header value of about `length` bytes; `None` if it is empty.
-fn header(said: &impl fmt::Display, length: usize) -> Option<HeaderValue> {
+fn header(value: &impl fmt::Display, length: usize) -> Option<HeaderValue> {
     let mut text = String::with_capacity(length);
-    write!(text, "{said}").ok()?;
+    write!(text, "{value}").ok()?;
     // Only control characters are rejected, and no formatted value contains any, which tests check.
     HeaderValue::try_from(text).ok().filter(|value| !value.is_empty())
 }

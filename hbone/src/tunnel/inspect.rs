@@ -53,7 +53,7 @@ pub enum TunnelLimit {
 
 /// An unfinished frame or header block of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Unfinished {
+pub(crate) struct UnfinishedFrame {
     /// Its start, in milliseconds since the connection was opened.
     pub(crate) since: u64,
     /// True for a DATA frame, which may take long while a stream is open.
@@ -87,8 +87,8 @@ pub(crate) struct Inspector {
     have: usize,
     frame: Option<Frame>,
     /// The start of the current frame.
-    begun: u64,
-    block: Option<Block>,
+    started: u64,
+    block: Option<HeaderBlockProgress>,
     /// True after the peer's first SETTINGS.
     has_settings: bool,
     budget: TokenBucket,
@@ -99,7 +99,7 @@ pub(crate) struct Inspector {
 
 #[derive(Debug, Clone, Copy)]
 struct Frame {
-    kind: Kind,
+    kind: FrameKind,
     ends_block: bool,
     /// The remaining bytes of its payload.
     left: usize,
@@ -110,13 +110,13 @@ struct Frame {
 
 /// An unfinished header block.
 #[derive(Debug, Clone, Copy)]
-struct Block {
+struct HeaderBlockProgress {
     since: u64,
     bytes: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum FrameKind {
     Data,
     /// HEADERS or PUSH_PROMISE, which start a header block.
     Headers,
@@ -126,7 +126,7 @@ enum Kind {
     Other,
 }
 
-impl Kind {
+impl FrameKind {
     /// The kind for a frame type (RFC 9113 section 6).
     fn of(code: u8) -> Self {
         match code {
@@ -148,7 +148,7 @@ impl Frame {
     /// Processes a part of the payload.
     fn add(&mut self, part: &[u8]) {
         self.left -= part.len();
-        if self.kind == Kind::WindowUpdate {
+        if self.kind == FrameKind::WindowUpdate {
             for byte in part {
                 self.increment = self.increment << 8 | u32::from(*byte);
             }
@@ -167,7 +167,7 @@ impl Inspector {
             head: [0; FRAME_HEADER],
             have: 0,
             frame: None,
-            begun: 0,
+            started: 0,
             block: None,
             has_settings: false,
             budget: TokenBucket::new(CONTROL_FRAME_BURST, CONTROL_FRAMES_PER_SECOND),
@@ -189,7 +189,7 @@ impl Inspector {
         now: u64,
         useful: u64,
         mut credited: impl FnMut(WindowUpdate),
-    ) -> Result<Option<Unfinished>, TunnelLimit> {
+    ) -> Result<Option<UnfinishedFrame>, TunnelLimit> {
         while !bytes.is_empty() {
             let wanted = match &self.frame {
                 _ if self.preface > 0 => self.preface,
@@ -213,7 +213,7 @@ impl Inspector {
 
     fn add_to_head(&mut self, part: &[u8], now: u64, useful: u64) -> Result<(), TunnelLimit> {
         if self.have == 0 {
-            self.begun = now;
+            self.started = now;
         }
         for (to, from) in self.head.iter_mut().skip(self.have).zip(part) {
             *to = *from;
@@ -225,7 +225,7 @@ impl Inspector {
         self.have = 0;
         let [high, middle, low, code, flags, stream @ ..] = self.head;
         let left = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
-        let kind = Kind::of(code);
+        let kind = FrameKind::of(code);
         // The highest bit is reserved.
         let stream = u32::from_be_bytes(stream) & (u32::MAX >> 1);
         self.check(kind, left, flags, now, useful)?;
@@ -237,32 +237,35 @@ impl Inspector {
 
     fn check(
         &mut self,
-        kind: Kind,
+        kind: FrameKind,
         length: usize,
         flags: u8,
         now: u64,
         useful: u64,
     ) -> Result<(), TunnelLimit> {
         if kind.is_of_block() {
-            let begun = self.begun;
-            let block = self.block.get_or_insert(Block { since: begun, bytes: 0 });
+            let started = self.started;
+            let block = self.block.get_or_insert(HeaderBlockProgress { since: started, bytes: 0 });
             block.bytes = block.bytes.saturating_add(length);
             if block.bytes > self.max_header_block {
                 return Err(TunnelLimit::HeaderBlock);
             }
-        } else if kind != Kind::Data && length > MAX_CONTROL_FRAME {
+        } else if kind != FrameKind::Data && length > MAX_CONTROL_FRAME {
             return Err(TunnelLimit::FrameSize);
         }
         let is_control = match kind {
             // A frame with only padding carries no data.
-            Kind::Data => {
+            FrameKind::Data => {
                 let empty = length == 0 || (flags & PADDED != 0 && length <= MAX_PADDING);
                 empty && flags & END_STREAM == 0
             }
             // Requests of a client are counted when they are refused. A server sends one response
             // for each request.
-            Kind::Headers => self.role == PeerRole::Server,
-            Kind::Continuation | Kind::Settings | Kind::WindowUpdate | Kind::Other => true,
+            FrameKind::Headers => self.role == PeerRole::Server,
+            FrameKind::Continuation
+            | FrameKind::Settings
+            | FrameKind::WindowUpdate
+            | FrameKind::Other => true,
         };
         let earned = useful.saturating_mul(CONTROL_FRAMES_PER_USEFUL);
         if is_control && !self.budget.take(1, now, earned) {
@@ -274,11 +277,11 @@ impl Inspector {
     /// Counts DATA frames, and refuses a client's trailers: RFC 9113 section 8.5 allows only DATA
     /// on a connected stream, and h2 would hold them until the application has read everything
     /// before.
-    fn check_order(&mut self, kind: Kind, stream: u32) -> Result<(), TunnelLimit> {
+    fn check_order(&mut self, kind: FrameKind, stream: u32) -> Result<(), TunnelLimit> {
         match kind {
-            Kind::Data => self.data_frames += 1,
+            FrameKind::Data => self.data_frames += 1,
             // h2 refuses a header block on stream 0.
-            Kind::Headers if self.role == PeerRole::Client && stream > 0 => {
+            FrameKind::Headers if self.role == PeerRole::Client && stream > 0 => {
                 if stream <= self.last_stream {
                     return Err(TunnelLimit::Trailers);
                 }
@@ -295,25 +298,25 @@ impl Inspector {
         if frame.ends_block {
             self.block = None;
         }
-        self.has_settings |= frame.kind == Kind::Settings;
-        if frame.kind == Kind::WindowUpdate {
+        self.has_settings |= frame.kind == FrameKind::Settings;
+        if frame.kind == FrameKind::WindowUpdate {
             credited(WindowUpdate { stream: frame.stream, increment: frame.increment });
         }
     }
 
     /// The unfinished frame or header block. Before the first SETTINGS, that is the unfinished
     /// frame.
-    pub(crate) fn unfinished(&self) -> Option<Unfinished> {
+    pub(crate) fn unfinished(&self) -> Option<UnfinishedFrame> {
         if !self.has_settings {
-            return Some(Unfinished { since: 0, data: false });
+            return Some(UnfinishedFrame { since: 0, data: false });
         }
         if let Some(block) = self.block {
-            return Some(Unfinished { since: block.since, data: false });
+            return Some(UnfinishedFrame { since: block.since, data: false });
         }
         // An incomplete frame header may be that of DATA, which is allowed to be slow.
-        let data = self.frame.is_none_or(|frame| frame.kind == Kind::Data);
-        let begun = self.have > 0 || self.frame.is_some();
-        begun.then_some(Unfinished { since: self.begun, data })
+        let data = self.frame.is_none_or(|frame| frame.kind == FrameKind::Data);
+        let started = self.have > 0 || self.frame.is_some();
+        started.then_some(UnfinishedFrame { since: self.started, data })
     }
 }
 

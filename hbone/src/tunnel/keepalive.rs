@@ -15,7 +15,7 @@ use crate::tunnel::settings::KeepaliveSettings;
 use crate::tunnel::tunnel_state::TunnelState;
 
 /// ```text
-///          a stream is open            quiet for `settings.quiet`: PING
+///          a stream is open            quiet for `settings.ping_after`: PING
 /// Dormant ──────────────────▶ Watching ──────────────────────────────▶ Awaiting ──▶ dead
 ///    ▲                         │     ▲                                    │   no data for
 ///    └─────────────────────────┘     └────────────────────────────────────┘  `settings.timeout`
@@ -45,7 +45,7 @@ impl Keepalive {
         tunnel_state: Arc<TunnelState>,
         ping: Option<PingPong>,
     ) -> Option<Self> {
-        let timer = Box::pin(tokio::time::sleep(settings.quiet));
+        let timer = Box::pin(tokio::time::sleep(settings.ping_after));
         Some(Self { settings, tunnel_state, ping: ping?, timer, state: State::Dormant })
     }
 
@@ -61,11 +61,11 @@ impl Keepalive {
                 State::Dormant => self.watch(Instant::now()),
                 State::Watching { since } => {
                     ready!(self.timer.as_mut().poll(cx));
-                    let quiet_since = self.tunnel_state.last_heard().max(since);
+                    let idle_since = self.tunnel_state.last_received().max(since);
                     if !streams_open {
                         self.state = State::Dormant;
-                    } else if quiet_since.elapsed() < self.settings.quiet {
-                        self.watch(quiet_since);
+                    } else if idle_since.elapsed() < self.settings.ping_after {
+                        self.watch(idle_since);
                     } else if self.ping.send_ping(Ping::opaque()).is_ok() {
                         self.await_pong(Instant::now());
                     } else {
@@ -79,21 +79,21 @@ impl Keepalive {
                         continue;
                     }
                     ready!(self.timer.as_mut().poll(cx));
-                    let heard = self.tunnel_state.last_heard();
-                    if heard <= since {
-                        let silent = heard.elapsed();
+                    let received_at = self.tunnel_state.last_received();
+                    if received_at <= since {
+                        let silent = received_at.elapsed();
                         return Poll::Ready(HboneError::Unresponsive { silent });
                     }
                     // Data arrived without the PONG: the PONG is queued behind data, and the peer
                     // lives.
-                    self.await_pong(heard);
+                    self.await_pong(received_at);
                 }
             }
         }
     }
 
     fn watch(&mut self, since: Instant) {
-        self.timer.as_mut().reset(since + self.settings.quiet);
+        self.timer.as_mut().reset(since + self.settings.ping_after);
         self.state = State::Watching { since };
     }
 

@@ -47,7 +47,7 @@ pub struct ServerTunnel {
     /// `None` after its end.
     connection: Option<Connection<Monitored<TlsStream<Io>>, Bytes>>,
     keepalive: Option<Keepalive>,
-    guard: RevocationMonitor,
+    revocation_monitor: RevocationMonitor,
     windows: Windows,
     overdue: Overdue,
     drain: Option<Drain>,
@@ -94,7 +94,8 @@ impl Acceptor {
         let usable_until = peer.expires.min(current.identity().expires());
         let tunnel_state = TunnelState::new(peer.identity.clone(), usable_until);
         let resumed = peer.resumed;
-        let guard = RevocationMonitor::new(credentials, current.authorities().clone(), peer, None);
+        let revocation_monitor =
+            RevocationMonitor::new(credentials, current.authorities().clone(), peer, None);
         let http2 = &self.settings.http2;
         let inspector = Inspector::new(PeerRole::Client, http2.max_header_list);
         let mut connection = h2::server::Builder::new()
@@ -116,7 +117,7 @@ impl Acceptor {
         Ok(ServerTunnel {
             connection: Some(connection),
             keepalive,
-            guard,
+            revocation_monitor,
             windows: Windows::new(http2),
             overdue: Overdue::new(tunnel_state.clone(), self.settings.frame_timeout),
             drain: None,
@@ -191,7 +192,7 @@ impl ServerTunnel {
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Incoming>> {
         // Check this first, so that a peer with endless requests is terminated too.
-        if let Poll::Ready(reason) = self.guard.poll_distrusted(cx) {
+        if let Poll::Ready(reason) = self.revocation_monitor.poll_distrusted(cx) {
             self.tunnel_state.revoke(reason.clone());
             return self.end(Some(reason));
         }
@@ -226,7 +227,7 @@ impl ServerTunnel {
             let accepted = pin!(connection.accept()).poll(cx);
             let Poll::Ready(accepted) = accepted else {
                 let set = |window| connection.set_initial_window_size(window);
-                if self.windows.adjust(&self.tunnel_state, set) || self.judge_refusals() {
+                if self.windows.adjust(&self.tunnel_state, set) || self.check_refusals() {
                     continue;
                 }
                 return Poll::Pending;
@@ -256,8 +257,8 @@ impl ServerTunnel {
 
     /// Drains a tunnel with too many refused requests, and closes it if they continue. Returns
     /// whether the drain has just begun, so that GOAWAY must be sent.
-    fn judge_refusals(&mut self) -> bool {
-        if self.refusals.are_bearable(&self.tunnel_state) {
+    fn check_refusals(&mut self) -> bool {
+        if self.refusals.are_within_limit(&self.tunnel_state) {
             return false;
         }
         if self.drain.is_some() {

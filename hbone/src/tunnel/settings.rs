@@ -67,7 +67,7 @@ pub struct Http2Settings {
 #[derive(Debug, Clone)]
 pub struct KeepaliveSettings {
     /// The time without received data before a PING.
-    pub quiet: Duration,
+    pub ping_after: Duration,
     /// The timeout of the answer to a PING.
     pub timeout: Duration,
 }
@@ -112,6 +112,6 @@ impl Default for ServerSettings {
 
 impl Default for KeepaliveSettings {
     fn default() -> Self {
-        Self { quiet: Duration::from_secs(10), timeout: Duration::from_secs(20) }
+        Self { ping_after: Duration::from_secs(10), timeout: Duration::from_secs(20) }
     }
 }

@@ -104,7 +104,7 @@ impl TunnelReader {
             Some(Ok(chunk)) => {
                 self.tunnel_state().activity().count_useful(chunk.len());
                 // Received data usually means that the peer's application has read our request.
-                self.open.note_sign_of_reading();
+                self.open.record_peer_read();
                 Poll::Ready(Ok(Some(chunk)))
             }
             Some(Err(error)) => Poll::Ready(Err(self.tunnel_state().stream_error(error))),
@@ -306,7 +306,7 @@ impl TunnelWriter {
 impl Drop for TunnelWriter {
     fn drop(&mut self) {
         self.gather.settle(self.open.tunnel_state());
-        self.open.tunnel_state().back_pressure().forget(self.send.stream_id().as_u32());
+        self.open.tunnel_state().back_pressure().remove_stream(self.send.stream_id().as_u32());
         if !self.ended && !self.aborted {
             self.abort();
         }

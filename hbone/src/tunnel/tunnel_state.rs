@@ -41,7 +41,7 @@ pub(crate) struct TunnelState {
     usable_until: SystemTime,
     opened: Instant,
     /// Time of the last received bytes, in milliseconds since `opened`.
-    heard: AtomicU64,
+    received_at: AtomicU64,
     traffic: Traffic,
     load: Mutex<Load>,
     streams: Streams,
@@ -69,7 +69,7 @@ impl TunnelState {
             peer,
             usable_until,
             opened: now,
-            heard: AtomicU64::new(0),
+            received_at: AtomicU64::new(0),
             traffic: Traffic::default(),
             load: Mutex::new(Load { open_streams: 0, idle_since: now }),
             streams: Streams::default(),
@@ -95,8 +95,8 @@ impl TunnelState {
         clock::now() >= self.usable_until
     }
 
-    pub(crate) fn last_heard(&self) -> Instant {
-        self.opened + Duration::from_millis(self.heard.load(Ordering::Relaxed))
+    pub(crate) fn last_received(&self) -> Instant {
+        self.opened + Duration::from_millis(self.received_at.load(Ordering::Relaxed))
     }
 
     pub(crate) fn open_streams(&self) -> usize {
@@ -226,10 +226,10 @@ impl TunnelState {
 
     /// Records that bytes arrived; returns the time in milliseconds since the connection was
     /// opened.
-    fn hear(&self) -> u64 {
+    fn record_receipt(&self) -> u64 {
         let age = self.age();
-        self.heard.store(age, Ordering::Relaxed);
-        self.traffic.hear(age);
+        self.received_at.store(age, Ordering::Relaxed);
+        self.traffic.record_receipt(age);
         age
     }
 
@@ -246,7 +246,7 @@ impl TunnelState {
     fn credited(&self, WindowUpdate { stream, increment }: WindowUpdate) {
         if stream != 0 {
             if let Some(open) = self.streams.get(stream) {
-                open.note_sign_of_reading();
+                open.record_peer_read();
             }
         } else if increment == FIRST_WINDOW_UPDATE {
             self.activity.set_accepts_small_frames();

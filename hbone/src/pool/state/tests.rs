@@ -21,7 +21,7 @@ const SETTINGS: PoolSettings = PoolSettings {
 
 /// A tunnel without a connection.
 #[derive(Debug, Clone)]
-struct Fake(Rc<RefCell<Facts>>);
+struct FakeTunnel(Rc<RefCell<Facts>>);
 
 #[derive(Debug)]
 struct Facts {
@@ -29,7 +29,7 @@ struct Facts {
     released: bool,
 }
 
-impl Fake {
+impl FakeTunnel {
     fn new(now: Instant) -> Self {
         let load = Load {
             usable: true,
@@ -61,8 +61,8 @@ impl Fake {
     }
 }
 
-impl Handle for Fake {
-    type Place = Self;
+impl Handle for FakeTunnel {
+    type StreamSlot = Self;
 
     fn load(&self) -> Load {
         self.0.borrow().load
@@ -85,24 +85,24 @@ impl Handle for Fake {
 }
 
 /// A state, a clock, and the number of dials. Tickets are the numbers of the dials.
-struct World {
-    state: State<Fake, u64>,
+struct TestPool {
+    state: PoolState<FakeTunnel, u64>,
     now: Instant,
     dials: u64,
 }
 
-impl World {
+impl TestPool {
     fn new() -> Self {
         Self::with(SETTINGS)
     }
 
     fn with(settings: PoolSettings) -> Self {
-        Self { state: State::new(settings, 1), now: Instant::now(), dials: 0 }
+        Self { state: PoolState::new(settings, 1), now: Instant::now(), dials: 0 }
     }
 
-    fn ask(&mut self, key: &TunnelKey, wish: Wish) -> Checkout<Fake, u64> {
+    fn checkout(&mut self, key: &TunnelKey, reuse: Reuse) -> Checkout<FakeTunnel, u64> {
         let dials = &mut self.dials;
-        self.state.checkout(key, wish, self.now, |DialId(id)| {
+        self.state.checkout(key, reuse, self.now, |DialId(id)| {
             *dials += 1;
             assert_eq!(id, *dials);
             id
@@ -110,30 +110,30 @@ impl World {
     }
 
     /// The tunnel that a new stream is assigned to.
-    fn used(&mut self) -> Fake {
-        match self.ask(&key(1), Wish::Any) {
-            Checkout::Use { place, .. } => place,
+    fn used(&mut self) -> FakeTunnel {
+        match self.checkout(&key(1), Reuse::Allowed) {
+            Checkout::Use { stream_slot, .. } => stream_slot,
             other => panic!("{other:?}"),
         }
     }
 
-    fn waits(&mut self, wish: Wish) -> u64 {
-        match self.ask(&key(1), wish) {
+    fn waits(&mut self, reuse: Reuse) -> u64 {
+        match self.checkout(&key(1), reuse) {
             Checkout::Wait { ticket, promised: true } => ticket,
             other => panic!("{other:?}"),
         }
     }
 
-    fn refused(&mut self, wish: Wish) -> Duration {
-        match self.ask(&key(1), wish) {
+    fn refused(&mut self, reuse: Reuse) -> Duration {
+        match self.checkout(&key(1), reuse) {
             Checkout::Refuse { remaining, .. } => remaining,
             other => panic!("{other:?}"),
         }
     }
 
     /// The oldest dial opens a tunnel.
-    fn open(&mut self) -> (TunnelId, Fake) {
-        let (tunnel, dial) = (Fake::new(self.now), self.oldest_dial(&key(1)));
+    fn open(&mut self) -> (TunnelId, FakeTunnel) {
+        let (tunnel, dial) = (FakeTunnel::new(self.now), self.oldest_dial(&key(1)));
         (self.state.opened(&key(1), dial, tunnel.clone(), self.now), tunnel)
     }
 
@@ -168,9 +168,9 @@ fn key(port: u16) -> TunnelKey {
 
 #[test]
 fn callers_of_one_key_share_one_dial() {
-    let mut world = World::new();
+    let mut pool = TestPool::new();
     assert_eq!(
-        (world.waits(Wish::Any), world.waits(Wish::Any), world.waits(Wish::Fresh)),
+        (pool.waits(Reuse::Allowed), pool.waits(Reuse::Allowed), pool.waits(Reuse::Forbidden)),
         (1, 1, 1)
     );
     for other in [
@@ -179,145 +179,145 @@ fn callers_of_one_key_share_one_dial() {
         TunnelKey { peers: [].into(), ..key(1) },
     ] {
         assert!(
-            matches!(world.ask(&other, Wish::Any), Checkout::Wait { ticket, promised: true } if ticket != 1)
+            matches!(pool.checkout(&other, Reuse::Allowed), Checkout::Wait { ticket, promised: true } if ticket != 1)
         );
     }
-    assert_eq!(world.dials, 4);
+    assert_eq!(pool.dials, 4);
 }
 
 #[test]
 fn burst_starts_several_dials_within_stream_limit() {
-    let mut world = World::new();
-    let tickets: Vec<u64> = (0..10 * DIALS_AT_ONCE).map(|_| world.waits(Wish::Any)).collect();
+    let mut pool = TestPool::new();
+    let tickets: Vec<u64> = (0..10 * DIALS_AT_ONCE).map(|_| pool.waits(Reuse::Allowed)).collect();
     assert!(tickets.chunks(10).zip(1..).all(|(some, ticket)| some.iter().all(|t| *t == ticket)));
     // Callers without a promise ask again after the first of the dials.
-    let late = world.ask(&key(1), Wish::Any);
+    let late = pool.checkout(&key(1), Reuse::Allowed);
     assert!(matches!(late, Checkout::Wait { ticket: 1, promised: false }), "{late:?}");
-    let (_, tunnel) = world.open();
-    (0..10).for_each(|_| assert!(world.state.join(&key(1), &tunnel).is_some()));
-    assert_eq!(world.waits(Wish::Any), DIALS_AT_ONCE as u64 + 1);
+    let (_, tunnel) = pool.open();
+    (0..10).for_each(|_| assert!(pool.state.join(&key(1), &tunnel).is_some()));
+    assert_eq!(pool.waits(Reuse::Allowed), DIALS_AT_ONCE as u64 + 1);
 }
 
 #[test]
 fn concurrent_dial_failures_count_once() {
-    let mut world = World::new();
+    let mut pool = TestPool::new();
     for _ in 0..10 * DIALS_AT_ONCE {
-        world.waits(Wish::Any);
+        pool.waits(Reuse::Allowed);
     }
     for _ in 0..DIALS_AT_ONCE {
-        world.fail();
+        pool.fail();
     }
-    assert!(world.refused(Wish::Any) <= 120 * MILLISECOND);
+    assert!(pool.refused(Reuse::Allowed) <= 120 * MILLISECOND);
 }
 
 #[test]
 fn waiting_callers_fill_new_tunnel_to_its_limit() {
-    let mut world = World::new();
-    world.waits(Wish::Any);
-    let (_, tunnel) = world.open();
-    let joined = (0..12).filter_map(|_| world.state.join(&key(1), &tunnel)).count();
+    let mut pool = TestPool::new();
+    pool.waits(Reuse::Allowed);
+    let (_, tunnel) = pool.open();
+    let joined = (0..12).filter_map(|_| pool.state.join(&key(1), &tunnel)).count();
     assert_eq!((joined, tunnel.load().streams), (10, 10));
-    assert_eq!(world.waits(Wish::Any), 2);
+    assert_eq!(pool.waits(Reuse::Allowed), 2);
 }
 
 #[test]
 fn selects_least_loaded_then_oldest_tunnel() {
-    let mut world = World::new();
-    let tunnels: Vec<_> = (0..3).map(|_| world.open().1).collect();
+    let mut pool = TestPool::new();
+    let tunnels: Vec<_> = (0..3).map(|_| pool.open().1).collect();
     for expected in [0, 1, 2, 0, 1, 2] {
-        assert!(world.used().same(&tunnels[expected]));
+        assert!(pool.used().same(&tunnels[expected]));
     }
-    tunnels[1].end_stream(world.now);
-    assert!(world.used().same(&tunnels[1]));
-    assert_eq!(world.dials, 0);
+    tunnels[1].end_stream(pool.now);
+    assert!(pool.used().same(&tunnels[1]));
+    assert_eq!(pool.dials, 0);
 }
 
 #[test]
 fn half_full_tunnel_is_used_during_dial() {
-    let mut world = World::new();
-    let (_, tunnel) = world.open();
-    (0..5).for_each(|_| assert!(world.used().same(&tunnel)));
-    assert_eq!(world.dials, 0);
-    (0..5).for_each(|_| assert!(world.used().same(&tunnel)));
-    assert_eq!((world.dials, world.waits(Wish::Any)), (1, 1), "full, and one is under way");
+    let mut pool = TestPool::new();
+    let (_, tunnel) = pool.open();
+    (0..5).for_each(|_| assert!(pool.used().same(&tunnel)));
+    assert_eq!(pool.dials, 0);
+    (0..5).for_each(|_| assert!(pool.used().same(&tunnel)));
+    assert_eq!((pool.dials, pool.waits(Reuse::Allowed)), (1, 1), "full, and one is under way");
 }
 
 #[test]
 fn load_respects_tunnel_cap_and_full_tunnels_exceed_it() {
-    let mut world = World::new();
-    (0..3).for_each(|_| drop(world.open()));
-    (0..30).for_each(|_| drop(world.used()));
-    assert_eq!(world.dials, 0);
-    assert_eq!(world.waits(Wish::Any), 1);
-    world.open();
-    (0..10).for_each(|_| drop(world.used()));
-    assert_eq!(world.dials, 1, "beyond the cap, half full is no reason");
-    assert_eq!(world.waits(Wish::Any), 2);
+    let mut pool = TestPool::new();
+    (0..3).for_each(|_| drop(pool.open()));
+    (0..30).for_each(|_| drop(pool.used()));
+    assert_eq!(pool.dials, 0);
+    assert_eq!(pool.waits(Reuse::Allowed), 1);
+    pool.open();
+    (0..10).for_each(|_| drop(pool.used()));
+    assert_eq!(pool.dials, 1, "beyond the cap, half full is no reason");
+    assert_eq!(pool.waits(Reuse::Allowed), 2);
 }
 
 #[test]
 fn busy_tunnel_is_avoided_if_another_exists() {
-    let mut world = World::new();
-    let (_, busy) = world.open();
-    world.used();
+    let mut pool = TestPool::new();
+    let (_, busy) = pool.open();
+    pool.used();
     busy.set(|load| load.bytes_per_second = BUSY_BYTES_PER_SECOND);
-    assert!(world.used().same(&busy));
-    assert_eq!(world.dials, 1);
-    let (_, quiet) = world.open();
-    (0..4).for_each(|_| assert!(world.used().same(&quiet)));
+    assert!(pool.used().same(&busy));
+    assert_eq!(pool.dials, 1);
+    let (_, quiet) = pool.open();
+    (0..4).for_each(|_| assert!(pool.used().same(&quiet)));
     busy.set(|load| load.bytes_per_second -= 1);
-    assert!(world.used().same(&busy), "2 streams, the other has 4");
-    assert_eq!(world.dials, 1);
+    assert!(pool.used().same(&busy), "2 streams, the other has 4");
+    assert_eq!(pool.dials, 1);
 }
 
 #[test]
 fn peer_limit_applies_to_tunnels_without_settings() {
-    let mut world = World::new();
-    let (_, told) = world.open();
-    told.set(|load| load.allowed = Some(2));
-    (0..2).for_each(|_| drop(world.used()));
-    world.waits(Wish::Any);
-    let (_, untold) = world.open();
-    let joined = (0..5).filter_map(|_| world.state.join(&key(1), &untold)).count();
+    let mut pool = TestPool::new();
+    let (_, limited) = pool.open();
+    limited.set(|load| load.allowed = Some(2));
+    (0..2).for_each(|_| drop(pool.used()));
+    pool.waits(Reuse::Allowed);
+    let (_, unlimited) = pool.open();
+    let joined = (0..5).filter_map(|_| pool.state.join(&key(1), &unlimited)).count();
     assert_eq!(joined, 2);
-    untold.set(|load| load.allowed = Some(4));
-    assert!(world.used().same(&untold), "what it says itself counts");
+    unlimited.set(|load| load.allowed = Some(4));
+    assert!(pool.used().same(&unlimited), "what it says itself counts");
 }
 
 #[test]
 fn peer_without_allowed_streams_gets_one_request() {
-    let mut world = World::new();
-    let (_, tunnel) = world.open();
+    let mut pool = TestPool::new();
+    let (_, tunnel) = pool.open();
     tunnel.set(|load| load.allowed = Some(0));
-    assert!(world.used().same(&tunnel));
-    world.waits(Wish::Any);
+    assert!(pool.used().same(&tunnel));
+    pool.waits(Reuse::Allowed);
 }
 
 #[test]
 fn aged_tunnel_keeps_streams_and_takes_no_new_one() {
-    let mut world = World::new();
-    let (id, tunnel) = world.open();
-    world.used();
-    let age = world.inspect(id).unwrap().min(HOUR);
-    world.now += HOUR * 9 / 10 - SECOND;
-    world.used();
+    let mut pool = TestPool::new();
+    let (id, tunnel) = pool.open();
+    pool.used();
+    let age = pool.inspect(id).unwrap().min(HOUR);
+    pool.now += HOUR * 9 / 10 - SECOND;
+    pool.used();
     assert!(!tunnel.is_released() && age < HOUR);
-    world.now += HOUR / 10 + SECOND;
-    assert_eq!(world.waits(Wish::Any), 1);
+    pool.now += HOUR / 10 + SECOND;
+    assert_eq!(pool.waits(Reuse::Allowed), 1);
     assert!(tunnel.is_released());
-    let counted = world.state.statistics(world.now);
+    let counted = pool.state.statistics(pool.now);
     assert_eq!((counted.tunnels, counted.retired, counted.streams), (0, 1, 2));
-    world.state.closed(&key(1), id);
-    assert_eq!(world.state.statistics(world.now).retired, 0);
+    pool.state.closed(&key(1), id);
+    assert_eq!(pool.state.statistics(pool.now).retired, 0);
 }
 
 #[test]
 fn age_and_idle_limits_have_constant_jitter() {
-    let mut world = World::new();
-    let tunnels: Vec<_> = (0..50).map(|_| world.open().0).collect();
-    let entry = &world.state.entries[&key(1)];
+    let mut pool = TestPool::new();
+    let tunnels: Vec<_> = (0..50).map(|_| pool.open().0).collect();
+    let entry = &pool.state.entries[&key(1)];
     let times: Vec<_> =
-        entry.tunnels.iter().map(|slot| (slot.retires - world.now, slot.idle)).collect();
+        entry.tunnels.iter().map(|pooled| (pooled.retires - pool.now, pooled.idle)).collect();
     let (ages, idles): (Vec<_>, Vec<_>) = times.into_iter().unzip();
     let spread = |times: &[Duration]| (*times.iter().min().unwrap(), *times.iter().max().unwrap());
     let (shortest, longest) = spread(&ages);
@@ -325,149 +325,149 @@ fn age_and_idle_limits_have_constant_jitter() {
     let (shortest, longest) = spread(&idles);
     assert!(shortest >= 90 * SECOND && shortest < 92 * SECOND);
     assert!(longest <= 110 * SECOND && longest > 108 * SECOND);
-    assert_eq!(world.inspect(tunnels[7]), world.inspect(tunnels[7]));
+    assert_eq!(pool.inspect(tunnels[7]), pool.inspect(tunnels[7]));
 }
 
 #[test]
 fn closed_or_draining_tunnel_is_not_used() {
-    let mut world = World::new();
-    let (_, first) = world.open();
-    let (_, second) = world.open();
+    let mut pool = TestPool::new();
+    let (_, first) = pool.open();
+    let (_, second) = pool.open();
     first.set(|load| load.usable = false);
-    assert!(world.used().same(&second));
+    assert!(pool.used().same(&second));
     assert!(first.is_released());
     second.set(|load| load.usable = false);
-    assert_eq!((world.waits(Wish::Any), world.tunnels()), (1, 0));
+    assert_eq!((pool.waits(Reuse::Allowed), pool.tunnels()), (1, 0));
 }
 
 #[test]
 fn retired_tunnel_is_not_used() {
-    let mut world = World::new();
-    let (id, tunnel) = world.open();
-    world.state.retire(&key(1), id);
+    let mut pool = TestPool::new();
+    let (id, tunnel) = pool.open();
+    pool.state.retire(&key(1), id);
     assert!(tunnel.is_released());
-    assert_eq!(world.waits(Wish::Any), 1);
-    assert_eq!(world.inspect(id), None);
+    assert_eq!(pool.waits(Reuse::Allowed), 1);
+    assert_eq!(pool.inspect(id), None);
 }
 
 #[test]
 fn last_tunnel_closes_after_idle_timeout() {
-    let mut world = World::new();
-    let (id, tunnel) = world.open();
-    world.used();
-    world.now += HOUR / 2;
-    assert!(world.inspect(id).is_some(), "it has a stream");
-    tunnel.end_stream(world.now);
-    let idle_since = world.now;
-    while let Some(wait) = world.inspect(id) {
+    let mut pool = TestPool::new();
+    let (id, tunnel) = pool.open();
+    pool.used();
+    pool.now += HOUR / 2;
+    assert!(pool.inspect(id).is_some(), "it has a stream");
+    tunnel.end_stream(pool.now);
+    let idle_since = pool.now;
+    while let Some(wait) = pool.inspect(id) {
         assert!(!wait.is_zero() && wait <= 11 * SECOND, "the others may come and go");
-        world.now += wait;
+        pool.now += wait;
     }
-    let idle = world.now - idle_since;
+    let idle = pool.now - idle_since;
     assert!(idle >= 90 * SECOND && idle <= 110 * SECOND);
     assert!(tunnel.is_released());
-    world.state.closed(&key(1), id);
-    assert_eq!(world.state.entries(), 0);
+    pool.state.closed(&key(1), id);
+    assert_eq!(pool.state.entries(), 0);
 }
 
 #[test]
 fn surplus_tunnel_closes_early() {
-    let mut world = World::new();
-    let (first, one) = world.open();
-    let (second, _) = world.open();
+    let mut pool = TestPool::new();
+    let (first, one) = pool.open();
+    let (second, _) = pool.open();
     one.set(|load| load.bytes_per_second = BUSY_BYTES_PER_SECOND);
-    world.now += 20 * SECOND;
-    assert!(world.inspect(second).is_some(), "the other one is busy");
+    pool.now += 20 * SECOND;
+    assert!(pool.inspect(second).is_some(), "the other one is busy");
     one.set(|load| load.bytes_per_second = 0);
-    assert_eq!(world.inspect(second), None);
-    assert!(world.inspect(first).is_some(), "now it is the last one");
+    assert_eq!(pool.inspect(second), None);
+    assert!(pool.inspect(first).is_some(), "now it is the last one");
 }
 
 #[test]
 fn back_off_doubles_and_success_resets_it() {
-    let mut world = World::new();
+    let mut pool = TestPool::new();
     for expected in [100, 200, 400, 800, 1600, 2000, 2000] {
-        world.waits(Wish::Any);
-        world.fail();
-        let (remaining, expected) = (world.refused(Wish::Any), Duration::from_millis(expected));
+        pool.waits(Reuse::Allowed);
+        pool.fail();
+        let (remaining, expected) = (pool.refused(Reuse::Allowed), Duration::from_millis(expected));
         assert!(remaining >= expected * 8 / 10 && remaining <= expected * 12 / 10, "{remaining:?}");
-        assert_eq!(world.refused(Wish::Fresh), remaining);
-        world.now += remaining - MILLISECOND;
-        assert_eq!(world.refused(Wish::Any), MILLISECOND);
-        world.now += MILLISECOND;
+        assert_eq!(pool.refused(Reuse::Forbidden), remaining);
+        pool.now += remaining - MILLISECOND;
+        assert_eq!(pool.refused(Reuse::Allowed), MILLISECOND);
+        pool.now += MILLISECOND;
     }
-    assert_eq!((world.waits(Wish::Any), world.dials), (8, 8));
-    let (id, _) = world.open();
-    world.state.retire(&key(1), id);
-    world.waits(Wish::Any);
-    world.fail();
-    assert!(world.refused(Wish::Any) <= 120 * MILLISECOND);
+    assert_eq!((pool.waits(Reuse::Allowed), pool.dials), (8, 8));
+    let (id, _) = pool.open();
+    pool.state.retire(&key(1), id);
+    pool.waits(Reuse::Allowed);
+    pool.fail();
+    assert!(pool.refused(Reuse::Allowed) <= 120 * MILLISECOND);
 }
 
 #[test]
 fn failure_expires() {
-    let mut world = World::new();
-    world.waits(Wish::Any);
-    let earlier = world.fail();
-    world.now += SECOND;
-    world.waits(Wish::Any);
-    let later = world.fail();
-    world.state.forget(&key(1), earlier);
-    assert_eq!(world.state.entries(), 1, "another one followed");
-    world.state.forget(&key(1), later);
-    assert_eq!(world.state.entries(), 0);
-    world.now = later;
-    world.waits(Wish::Any);
-    world.fail();
-    assert!(world.refused(Wish::Any) <= 120 * MILLISECOND);
+    let mut pool = TestPool::new();
+    pool.waits(Reuse::Allowed);
+    let earlier = pool.fail();
+    pool.now += SECOND;
+    pool.waits(Reuse::Allowed);
+    let later = pool.fail();
+    pool.state.forget(&key(1), earlier);
+    assert_eq!(pool.state.entries(), 1, "another one followed");
+    pool.state.forget(&key(1), later);
+    assert_eq!(pool.state.entries(), 0);
+    pool.now = later;
+    pool.waits(Reuse::Allowed);
+    pool.fail();
+    assert!(pool.refused(Reuse::Allowed) <= 120 * MILLISECOND);
 }
 
 #[test]
 fn back_off_uses_open_tunnel_and_dials_no_other() {
-    let mut world = World::new();
-    world.open();
-    (0..6).for_each(|_| drop(world.used()));
-    assert_eq!(world.dials, 1);
-    world.fail();
-    (0..4).for_each(|_| drop(world.used()));
-    assert_eq!(world.dials, 1);
-    world.refused(Wish::Any);
+    let mut pool = TestPool::new();
+    pool.open();
+    (0..6).for_each(|_| drop(pool.used()));
+    assert_eq!(pool.dials, 1);
+    pool.fail();
+    (0..4).for_each(|_| drop(pool.used()));
+    assert_eq!(pool.dials, 1);
+    pool.refused(Reuse::Allowed);
 }
 
 #[test]
 fn required_new_tunnel_shares_dial_in_progress() {
-    let mut world = World::new();
-    world.open();
-    assert_eq!((world.waits(Wish::Fresh), world.waits(Wish::Fresh)), (1, 1));
-    world.used();
-    let (_, fresh) = world.open();
-    assert!(world.state.join(&key(1), &fresh).is_some());
-    assert_eq!(world.waits(Wish::Fresh), 2);
+    let mut pool = TestPool::new();
+    pool.open();
+    assert_eq!((pool.waits(Reuse::Forbidden), pool.waits(Reuse::Forbidden)), (1, 1));
+    pool.used();
+    let (_, fresh) = pool.open();
+    assert!(pool.state.join(&key(1), &fresh).is_some());
+    assert_eq!(pool.waits(Reuse::Forbidden), 2);
 }
 
 #[test]
 fn drained_pool_keeps_only_open_streams() {
-    let mut world = World::new();
-    let (id, tunnel) = world.open();
-    world.used();
-    world.ask(&key(2), Wish::Any);
-    world.state.failed(&key(2), DialId(1), Arc::new(HboneError::Lost { source: None }), world.now);
-    world.ask(&key(3), Wish::Any);
-    world.state.drain();
+    let mut pool = TestPool::new();
+    let (id, tunnel) = pool.open();
+    pool.used();
+    pool.checkout(&key(2), Reuse::Allowed);
+    pool.state.failed(&key(2), DialId(1), Arc::new(HboneError::Lost { source: None }), pool.now);
+    pool.checkout(&key(3), Reuse::Allowed);
+    pool.state.drain();
     assert!(tunnel.is_released());
     let expected =
         PoolStatistics { retired: 1, streams: 1, dialing: 1, ..PoolStatistics::default() };
-    assert_eq!(world.state.statistics(world.now), expected);
-    assert_eq!(world.state.entries(), 2);
-    world.state.closed(&key(1), id);
-    assert_eq!(world.state.entries(), 1);
+    assert_eq!(pool.state.statistics(pool.now), expected);
+    assert_eq!(pool.state.entries(), 2);
+    pool.state.closed(&key(1), id);
+    assert_eq!(pool.state.entries(), 1);
 }
 
 #[test]
 fn accepts_unbounded_durations() {
     let settings = PoolSettings { idle: Duration::MAX, max_age: Duration::MAX, ..SETTINGS };
-    let mut world = World::with(settings);
-    let (id, _) = world.open();
-    world.now += 1000 * HOUR;
-    assert!(world.inspect(id).unwrap() > 1000 * HOUR);
+    let mut pool = TestPool::with(settings);
+    let (id, _) = pool.open();
+    pool.now += 1000 * HOUR;
+    assert!(pool.inspect(id).unwrap() > 1000 * HOUR);
 }

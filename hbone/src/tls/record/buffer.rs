@@ -14,10 +14,10 @@ use super::MAX_SEALED;
 pub(super) const SIZE: usize = 9 * MAX_SEALED;
 
 /// Buffers that a thread keeps: one to read into, one to write from.
-const SPARE: usize = 2;
+const MAX_FREE_BUFFERS: usize = 2;
 
 thread_local! {
-    static SPARES: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
+    static FREE_BUFFERS: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A buffer of [`SIZE`] bytes. Its contents are arbitrary: it may hold bytes of an earlier
@@ -26,8 +26,9 @@ pub(super) struct Buffer(Box<[u8]>);
 
 impl Buffer {
     pub(super) fn borrow() -> Self {
-        let spare = SPARES.try_with(|spares| spares.borrow_mut().pop()).ok().flatten();
-        Self(spare.unwrap_or_else(|| vec![0; SIZE].into_boxed_slice()))
+        let free_buffer =
+            FREE_BUFFERS.try_with(|free_buffers| free_buffers.borrow_mut().pop()).ok().flatten();
+        Self(free_buffer.unwrap_or_else(|| vec![0; SIZE].into_boxed_slice()))
     }
 }
 
@@ -49,10 +50,10 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let buffer = mem::take(&mut self.0);
         // Fails only during the destruction of thread-locals; the closure then frees the buffer.
-        let _ends = SPARES.try_with(|spares| {
-            let mut spares = spares.borrow_mut();
-            if spares.len() < SPARE {
-                spares.push(buffer);
+        let _ends = FREE_BUFFERS.try_with(|free_buffers| {
+            let mut free_buffers = free_buffers.borrow_mut();
+            if free_buffers.len() < MAX_FREE_BUFFERS {
+                free_buffers.push(buffer);
             }
         });
     }
@@ -64,10 +65,10 @@ mod tests {
 
     #[test]
     fn reuses_the_buffers_of_a_thread_and_keeps_few() {
-        let held = [(); SPARE + 2].map(|()| Buffer::borrow());
-        let last = held[SPARE - 1].as_ptr();
-        drop(held);
-        assert_eq!(SPARES.with_borrow(Vec::len), SPARE);
+        let buffered = [(); MAX_FREE_BUFFERS + 2].map(|()| Buffer::borrow());
+        let last = buffered[MAX_FREE_BUFFERS - 1].as_ptr();
+        drop(buffered);
+        assert_eq!(FREE_BUFFERS.with_borrow(Vec::len), MAX_FREE_BUFFERS);
         assert_eq!(Buffer::borrow().as_ptr(), last);
     }
 }

@@ -30,7 +30,7 @@ const MAX_INCOMING: usize = 96 << 10;
 const _: () = assert!(MAX_INCOMING + READ <= super::buffer::SIZE);
 
 /// A finished handshake.
-pub(in crate::tls) struct Finished<C, T> {
+pub(in crate::tls) struct FinishedHandshake<C, T> {
     connection: C,
     io: T,
     /// Bytes that were read behind the last handshake record.
@@ -39,7 +39,7 @@ pub(in crate::tls) struct Finished<C, T> {
 
 /// A failed handshake, with the connection, so that the caller can close it without losing the
 /// alert.
-pub(in crate::tls) struct Unfinished<T> {
+pub(in crate::tls) struct UnfinishedHandshake<T> {
     pub(in crate::tls) error: io::Error,
     pub(in crate::tls) io: T,
 }
@@ -62,24 +62,24 @@ pub(in crate::tls) trait Handshake:
 pub(in crate::tls) async fn handshake<C: Handshake, T: AsyncRead + AsyncWrite + Unpin>(
     mut connection: C,
     mut io: T,
-) -> Result<Finished<C, T>, Unfinished<T>> {
+) -> Result<FinishedHandshake<C, T>, UnfinishedHandshake<T>> {
     let mut flights = Flights::default();
     loop {
         match flights.step(&mut connection) {
-            Ok(Step::Again) => continue,
-            Ok(Step::Blocked | Step::Finished) if !flights.outgoing.is_empty() => {
+            Ok(Step::Continue) => continue,
+            Ok(Step::Blocked | Step::FinishedHandshake) if !flights.outgoing.is_empty() => {
                 if let Err(error) = send(&mut io, &flights.outgoing).await {
-                    return Err(Unfinished { error, io });
+                    return Err(UnfinishedHandshake { error, io });
                 }
                 flights.outgoing.clear();
             }
             Ok(Step::Blocked) => {
                 if let Err(error) = flights.receive(&mut io).await {
-                    return Err(Unfinished { error, io });
+                    return Err(UnfinishedHandshake { error, io });
                 }
             }
-            Ok(Step::Finished) => {
-                return Ok(Finished { connection, io, early: flights.incoming });
+            Ok(Step::FinishedHandshake) => {
+                return Ok(FinishedHandshake { connection, io, early: flights.incoming });
             }
             Err(error) => {
                 flights.encode_alert(&mut connection);
@@ -87,13 +87,13 @@ pub(in crate::tls) async fn handshake<C: Handshake, T: AsyncRead + AsyncWrite + 
                 // read.
                 let _sent = poll_immediate(send(&mut io, &flights.outgoing)).await;
                 let error = io::Error::new(io::ErrorKind::InvalidData, error);
-                return Err(Unfinished { error, io });
+                return Err(UnfinishedHandshake { error, io });
             }
         }
     }
 }
 
-impl<C: Handshake, T> Finished<C, T> {
+impl<C: Handshake, T> FinishedHandshake<C, T> {
     /// The negotiated parameters and the peer's certificates.
     pub(in crate::tls) fn facts(&self) -> &CommonState {
         &self.connection
@@ -119,7 +119,7 @@ impl<C: Handshake, T> Finished<C, T> {
 struct Flights {
     incoming: Vec<u8>,
     /// Length of the prefix of `incoming` that rustls has been shown.
-    shown: usize,
+    passed: usize,
     /// Offset in `incoming` of the first record that rustls has not been shown completely.
     next: usize,
     outgoing: Vec<u8>,
@@ -127,60 +127,60 @@ struct Flights {
 
 enum Step {
     /// Call `step` again.
-    Again,
+    Continue,
     /// rustls needs more records of the peer.
     Blocked,
-    Finished,
+    FinishedHandshake,
 }
 
 impl Flights {
     fn step<C: Handshake>(&mut self, connection: &mut C) -> Result<Step, Error> {
-        let records = self.incoming.get_mut(..self.shown).unwrap_or_default();
+        let records = self.incoming.get_mut(..self.passed).unwrap_or_default();
         let UnbufferedStatus { discard, state, .. } = connection.process(records);
         let step = match state? {
             ConnectionState::EncodeTlsData(data) => {
                 encode(data, &mut self.outgoing)?;
-                Step::Again
+                Step::Continue
             }
             ConnectionState::TransmitTlsData(data) => {
                 // The caller sends `outgoing` before it reads.
                 data.done();
-                Step::Again
+                Step::Continue
             }
             ConnectionState::BlockedHandshake => Step::Blocked,
-            ConnectionState::WriteTraffic(_) => Step::Finished,
+            ConnectionState::WriteTraffic(_) => Step::FinishedHandshake,
             // Unreachable: no record after the handshake is shown, and early data is disabled.
             _ => return Err(Error::General("more than the handshake was processed".into())),
         };
         self.discard(discard);
-        if matches!(step, Step::Blocked) && self.show() {
-            return Ok(Step::Again);
+        if matches!(step, Step::Blocked) && self.pass_record() {
+            return Ok(Step::Continue);
         }
         Ok(step)
     }
 
     fn discard(&mut self, length: usize) {
         self.incoming.drain(..length.min(self.incoming.len()));
-        self.shown = self.shown.saturating_sub(length);
+        self.passed = self.passed.saturating_sub(length);
         self.next = self.next.saturating_sub(length);
     }
 
     /// Shows one more record, or the available part of it, so that rustls validates its header
     /// early. Returns whether the prefix grew.
-    fn show(&mut self) -> bool {
+    fn pass_record(&mut self) -> bool {
         let unseen = self.incoming.get(self.next..).unwrap_or_default();
         let length = match unseen.first_chunk::<HEADER>() {
             Some([_, _, _, high, low]) => HEADER + usize::from(u16::from_be_bytes([*high, *low])),
             None => usize::MAX,
         };
-        let before = self.shown;
+        let before = self.passed;
         if length <= unseen.len() {
             self.next += length;
-            self.shown = self.next;
+            self.passed = self.next;
         } else {
-            self.shown = self.incoming.len();
+            self.passed = self.incoming.len();
         }
-        self.shown > before
+        self.passed > before
     }
 
     async fn receive(&mut self, io: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
@@ -193,7 +193,7 @@ impl Flights {
             let error = "the peer closed the connection during the handshake";
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, error));
         }
-        self.show();
+        self.pass_record();
         Ok(())
     }
 

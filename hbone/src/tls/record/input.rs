@@ -117,7 +117,7 @@ impl Input {
     }
 
     #[cfg(any(test, feature = "fuzz"))]
-    pub(super) fn held(&self) -> usize {
+    pub(super) fn buffered(&self) -> usize {
         self.buffer.as_deref().map_or(0, <[u8]>::len) + self.partial.capacity()
     }
 }

@@ -23,12 +23,12 @@ const FROM_US: u8 = 0x40;
 
 /// The keys of one direction, by generation.
 #[derive(Debug)]
-struct Generations {
+struct KeyGenerations {
     direction: u8,
     generation: u8,
 }
 
-impl Generations {
+impl KeyGenerations {
     fn key(&self) -> Result<RecordKey, Error> {
         let key = [self.direction ^ self.generation; 16];
         RecordKey::new(&AES_128_GCM, &key, Iv::from([self.direction; 12]), 0)
@@ -42,8 +42,8 @@ impl Generations {
 
 /// A deterministic key schedule in place of rustls.
 struct Schedule {
-    sealing: Generations,
-    opening: Generations,
+    sealing: KeyGenerations,
+    opening: KeyGenerations,
     client: bool,
     tickets: Arc<Mutex<Vec<Vec<u8>>>>,
 }
@@ -147,8 +147,8 @@ impl AsyncWrite for Wire {
 /// The other end of a [`TlsStream`].
 pub(super) struct Peer {
     pub(super) wire: Wire,
-    to_us: Generations,
-    from_us: Generations,
+    to_us: KeyGenerations,
+    from_us: KeyGenerations,
     sealing: RecordKey,
     opening: RecordKey,
     #[cfg(test)]
@@ -166,8 +166,8 @@ pub(super) fn pair_with(
     limit: u64,
     early: &[u8],
 ) -> Result<(TlsStream<Wire>, Peer), Error> {
-    let to_us = || Generations { direction: TO_US, generation: 0 };
-    let from_us = || Generations { direction: FROM_US, generation: 0 };
+    let to_us = || KeyGenerations { direction: TO_US, generation: 0 };
+    let from_us = || KeyGenerations { direction: FROM_US, generation: 0 };
     let (wire, tickets) = (Wire::default(), Arc::<Mutex<Vec<_>>>::default());
     let peer = Peer {
         wire: wire.clone(),
@@ -293,7 +293,7 @@ pub(super) fn read_all(
 }
 
 /// Maximum memory of a stream's receive side while it is pending: one incomplete record.
-pub(super) const MAX_HELD: usize = HEADER + super::MAX_BODY + TAG;
+pub(super) const MAX_BUFFERED: usize = HEADER + super::MAX_BODY + TAG;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -12,7 +12,7 @@ use rustls::ContentType;
 use tokio::io::AsyncWrite;
 
 use super::MAX_CONTENT;
-use super::peer::{MAX_HELD, Peer, Wire, pair, read_all};
+use super::peer::{MAX_BUFFERED, Peer, Wire, pair, read_all};
 use super::stream::TlsStream;
 
 /// Records per key: few, so that scripts reach the limit.
@@ -28,7 +28,7 @@ enum End {
     Any,
 }
 
-struct Run {
+struct ScriptRun {
     stream: TlsStream<Wire>,
     peer: Peer,
     expected: Vec<u8>,
@@ -51,7 +51,7 @@ pub(crate) fn run(script: &[u8]) {
         pipe.read = choose(setup >> 1, [usize::MAX, 1, 7, 4096]);
         pipe.write = choose(setup >> 3, [usize::MAX, 1, 1000, 40_000]);
     }
-    let mut run = Run {
+    let mut run = ScriptRun {
         stream,
         peer,
         expected: Vec::new(),
@@ -80,7 +80,7 @@ fn choose(bits: u8, [first, second, third, fourth]: [usize; 4]) -> usize {
     }
 }
 
-impl Run {
+impl ScriptRun {
     /// Performs one step, and returns the rest of the script.
     fn step<'a>(&mut self, kind: u8, size: usize, script: &'a [u8]) -> &'a [u8] {
         match kind % 9 {
@@ -233,7 +233,7 @@ impl Run {
             End::Failed => assert!(matches!(end, Some(Err(_)))),
             End::Any => {}
         }
-        assert!(self.stream.held() <= MAX_HELD);
+        assert!(self.stream.buffered() <= MAX_BUFFERED);
         let records = self.peer.received();
         let data = records.iter().filter(|(kind, _)| *kind == ContentType::ApplicationData);
         let data: Vec<u8> = data.flat_map(|(_, content)| content).copied().collect();

@@ -62,8 +62,8 @@ impl<T> TlsStream<T> {
 
     /// Bytes of memory that the receive side holds.
     #[cfg(any(test, feature = "fuzz"))]
-    pub(super) fn held(&self) -> usize {
-        self.input.held()
+    pub(super) fn buffered(&self) -> usize {
+        self.input.buffered()
     }
 
     fn check_writable(&self) -> io::Result<()> {

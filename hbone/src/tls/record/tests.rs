@@ -12,7 +12,7 @@ use std::task::{Context, Waker};
 use rustls::{AlertDescription, ContentType, Error, InvalidMessage, PeerMisbehaved};
 use tokio::io::{AsyncRead as _, ReadBuf};
 
-use super::peer::{MAX_HELD, Peer, Wire, pair, pair_with, read_all};
+use super::peer::{MAX_BUFFERED, Peer, Wire, pair, pair_with, read_all};
 use super::stream::TlsStream;
 use super::{HEADER, MAX_BODY, MAX_CONTENT};
 
@@ -62,10 +62,10 @@ fn assert_failed(
     assert_eq!(peer.received(), Vec::from_iter(alerts));
     peer.send(DATA, b"more");
     assert_eq!(tls_error(read_all(&mut stream, 100).1), error);
-    assert_eq!(stream.held(), 0);
+    assert_eq!(stream.buffered(), 0);
 }
 
-fn misbehaved(pair: (TlsStream<Wire>, Peer), error: PeerMisbehaved) {
+fn assert_misbehaved(pair: (TlsStream<Wire>, Peer), error: PeerMisbehaved) {
     assert_failed(pair, error, Some(AlertDescription::UnexpectedMessage));
 }
 
@@ -83,7 +83,7 @@ fn delivers_records_of_any_length_in_any_pieces() {
             }
             let (read, end) = read_all(&mut stream, size);
             assert!(read == sent && end.is_none());
-            assert_eq!(stream.held(), 0, "a stream that waits holds nothing");
+            assert_eq!(stream.buffered(), 0, "a stream that waits holds nothing");
         }
     }
 }
@@ -122,7 +122,7 @@ fn holds_no_more_than_a_partial_record_while_it_waits() {
     let record = peer.seal(DATA, &numbered(MAX_CONTENT), 0);
     peer.send_raw(&record[..record.len() - 1]);
     assert_eq!(read_all(&mut stream, 100).0, b"before");
-    assert!(stream.held() == record.len() - 1 && stream.held() <= MAX_HELD);
+    assert!(stream.buffered() == record.len() - 1 && stream.buffered() <= MAX_BUFFERED);
     peer.send_raw(&record[record.len() - 1..]);
     assert!(read_all(&mut stream, 100).0 == numbered(MAX_CONTENT));
 }
@@ -160,7 +160,7 @@ fn rejects_records_without_a_type() {
             record = peer.seal_empty();
         }
         peer.send_raw(&record);
-        misbehaved((stream, peer), PeerMisbehaved::IllegalTlsInnerPlaintext);
+        assert_misbehaved((stream, peer), PeerMisbehaved::IllegalTlsInnerPlaintext);
     }
 }
 
@@ -255,7 +255,7 @@ fn accepts_limited_consecutive_empty_records() {
     for _ in 0..33 {
         peer.send(DATA, b"");
     }
-    misbehaved((stream, peer), PeerMisbehaved::TooManyEmptyFragments);
+    assert_misbehaved((stream, peer), PeerMisbehaved::TooManyEmptyFragments);
 }
 
 #[test]
@@ -293,7 +293,7 @@ fn rejects_other_records_within_a_message() {
         let (stream, mut peer) = client();
         peer.send(HANDSHAKE, &ticket(7)[..6]);
         peer.send(kind, content);
-        misbehaved((stream, peer), PeerMisbehaved::MessageInterleavedWithHandshakeMessage);
+        assert_misbehaved((stream, peer), PeerMisbehaved::MessageInterleavedWithHandshakeMessage);
     }
 }
 
@@ -332,14 +332,14 @@ fn accepts_limited_consecutive_messages() {
     for _ in 0..33 {
         peer.send(HANDSHAKE, &ticket(1));
     }
-    misbehaved((stream, peer), PeerMisbehaved::TooManyKeyUpdateRequests);
+    assert_misbehaved((stream, peer), PeerMisbehaved::TooManyKeyUpdateRequests);
     let (stream, mut peer) = client();
     for _ in 0..17 {
         // Empty records do not reset the count.
         peer.send(DATA, b"");
         peer.send(HANDSHAKE, &[ticket(1), ticket(1)].concat());
     }
-    misbehaved((stream, peer), PeerMisbehaved::TooManyKeyUpdateRequests);
+    assert_misbehaved((stream, peer), PeerMisbehaved::TooManyKeyUpdateRequests);
 }
 
 #[test]
@@ -354,7 +354,7 @@ fn ends_cleanly_at_close_notify() {
         assert_eq!(read, b"last");
         end.unwrap().unwrap();
         read_all(&mut stream, 1000).1.unwrap().unwrap();
-        assert_eq!(stream.held(), 0);
+        assert_eq!(stream.buffered(), 0);
     }
 }
 
@@ -398,7 +398,7 @@ fn accepts_limited_user_canceled_alerts() {
     }
     assert!(read_all(&mut stream, 100).1.is_none());
     peer.send(ALERT, &canceled);
-    misbehaved((stream, peer), PeerMisbehaved::TooManyWarningAlertsReceived);
+    assert_misbehaved((stream, peer), PeerMisbehaved::TooManyWarningAlertsReceived);
 }
 
 #[test]

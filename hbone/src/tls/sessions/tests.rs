@@ -197,7 +197,8 @@ async fn server_verifies_resuming_client_again() {
     let identity = ca.identity(CLIENT, 1);
     let server = credentials(&ca, SERVER, 2, 3 * HOUR);
     let authorities = Arc::new(Authorities::new(&identity, Trust::default()));
-    let client = ClientTls::new(&identity, authorities, provider(&Cipher::ALL)).unwrap().careless();
+    let client =
+        ClientTls::new(&identity, authorities, provider(&Cipher::ALL)).unwrap().with_later_expiry();
     assert!(!handshake(&client, server.server(), ADDRESS).await.unwrap());
     assert!(handshake(&client, server.server(), ADDRESS).await.unwrap());
     sleep(HOUR + SECOND).await;

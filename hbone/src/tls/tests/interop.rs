@@ -9,7 +9,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use super::*;
 use crate::crypto::provider;
-use crate::tls::record::{Finished, TlsStream};
+use crate::tls::record::{FinishedHandshake, TlsStream};
 use crate::tunnel::io::Io;
 
 /// The configuration of a plain rustls server.
@@ -33,7 +33,7 @@ type RustlsClient = client::TlsStream<DuplexStream>;
 async fn our_client(
     client: &Credentials,
     server: &Arc<ServerConfig>,
-) -> (Finished<UnbufferedClientConnection, Io>, RustlsServer, Peer) {
+) -> (FinishedHandshake<UnbufferedClientConnection, Io>, RustlsServer, Peer) {
     let (near, far) = duplex(64 << 10);
     let expected = [id(SERVER)];
     let acceptor = TlsAcceptor::from(server.clone());
@@ -48,7 +48,7 @@ async fn our_client(
 async fn our_server(
     server: &Credentials,
     client: &Arc<ClientConfig>,
-) -> (Finished<UnbufferedServerConnection, Io>, RustlsClient) {
+) -> (FinishedHandshake<UnbufferedServerConnection, Io>, RustlsClient) {
     let (near, far) = duplex(64 << 10);
     let name = ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
     let connector = TlsConnector::from(client.clone());

@@ -84,7 +84,7 @@ fn all_are_clean(headers: &RequestHeaders) -> bool {
 
 /// Returns true for values that every HTTP/2 peer accepts: visible ASCII without surrounding
 /// spaces.
-fn is_wire(value: &HeaderValue) -> bool {
+fn is_printable_ascii(value: &HeaderValue) -> bool {
     value.as_bytes().iter().all(u8::is_ascii_graphic)
 }
 
@@ -116,7 +116,7 @@ proptest! {
         prop_assert!(all_are_clean(&read), "{read:?}");
         // Parsed values are forwarded unchanged and well-formed.
         let written = read.clone().into_header_map();
-        prop_assert!(written.values().all(is_wire), "{written:?}");
+        prop_assert!(written.values().all(is_printable_ascii), "{written:?}");
         prop_assert_eq!(RequestHeaders::read(&written), read);
     }
 
@@ -141,18 +141,18 @@ proptest! {
     ) {
         let headers = RequestHeaders { traceparent, baggage, forwarded, network };
         let written = headers.clone().into_header_map();
-        prop_assert!(written.values().all(is_wire), "{written:?}");
+        prop_assert!(written.values().all(is_printable_ascii), "{written:?}");
         prop_assert_eq!(RequestHeaders::read(&written), headers);
     }
 
     #[test]
     fn value_cannot_inject_member(cluster in any::<String>(), service in any::<String>()) {
         let (cluster, service) = (Name::from(cluster), Name::from(service));
-        let sayable = usize::from(!cluster.is_empty() && is_clean(&cluster))
+        let expected_members = usize::from(!cluster.is_empty() && is_clean(&cluster))
             + usize::from(!service.is_empty() && is_clean(&service));
         let baggage = Baggage { cluster, service, ..Baggage::default() };
         let written = baggage.to_string();
-        prop_assert_eq!(written.split(',').filter(|member| !member.is_empty()).count(), sayable);
+        prop_assert_eq!(written.split(',').filter(|member| !member.is_empty()).count(), expected_members);
         prop_assert!(written.bytes().all(|c| c.is_ascii_graphic()), "{written}");
         prop_assert!(!written.contains([';', '"', '\\']), "{written}");
     }

@@ -27,18 +27,18 @@ fn frame(kind: u8, flags: u8, length: usize) -> Vec<u8> {
 }
 
 /// The frame on another stream.
-fn on(stream: usize, mut frame: Vec<u8>) -> Vec<u8> {
+fn on_stream(stream: usize, mut frame: Vec<u8>) -> Vec<u8> {
     frame[5..9].copy_from_slice(&u32::try_from(stream).unwrap().to_be_bytes());
     frame
 }
 
 impl Inspector {
-    fn see(
+    fn inspect_all(
         &mut self,
         bytes: &[u8],
         now: u64,
         useful: u64,
-    ) -> Result<Option<Unfinished>, TunnelLimit> {
+    ) -> Result<Option<UnfinishedFrame>, TunnelLimit> {
         self.inspect(bytes, now, useful, |_| ())
     }
 }
@@ -48,54 +48,54 @@ fn inspector(role: PeerRole) -> Inspector {
     let mut inspector = Inspector::new(role, BLOCK);
     let preface = if role == PeerRole::Client { PREFACE } else { 0 };
     let begin = [vec![b'P'; preface], frame(SETTINGS, 0, 0)].concat();
-    assert_eq!(inspector.see(&begin, 0, 0), Ok(None));
+    assert_eq!(inspector.inspect_all(&begin, 0, 0), Ok(None));
     inspector
 }
 
 #[test]
 fn missing_first_settings_are_unfinished_frame() {
     let mut inspector = Inspector::new(PeerRole::Client, BLOCK);
-    let awaited = Some(Unfinished { since: 0, data: false });
-    assert_eq!(inspector.see(&[b'P'; PREFACE], 7, 0), Ok(awaited));
-    assert_eq!(inspector.see(&frame(PING, 0, 8), 8, 0), Ok(awaited));
-    assert_eq!(inspector.see(&frame(SETTINGS, 0, 6), 9, 0), Ok(None));
+    let awaited = Some(UnfinishedFrame { since: 0, data: false });
+    assert_eq!(inspector.inspect_all(&[b'P'; PREFACE], 7, 0), Ok(awaited));
+    assert_eq!(inspector.inspect_all(&frame(PING, 0, 8), 8, 0), Ok(awaited));
+    assert_eq!(inspector.inspect_all(&frame(SETTINGS, 0, 6), 9, 0), Ok(None));
 }
 
 #[test]
 fn refuses_header_block_beyond_header_list() {
     for kind in [HEADERS, PUSH_PROMISE] {
         let mut whole = inspector(PeerRole::Client);
-        assert_eq!(whole.see(&frame(kind, END_HEADERS, BLOCK as usize), 0, 0), Ok(None));
+        assert_eq!(whole.inspect_all(&frame(kind, END_HEADERS, BLOCK as usize), 0, 0), Ok(None));
         // Rejected before any byte of the payload.
         let larger = head(BLOCK as usize + 1, kind, END_HEADERS);
-        assert_eq!(whole.see(&larger, 0, 0), Err(TunnelLimit::HeaderBlock));
+        assert_eq!(whole.inspect_all(&larger, 0, 0), Err(TunnelLimit::HeaderBlock));
     }
     let mut pieces = inspector(PeerRole::Client);
-    pieces.see(&frame(HEADERS, 0, 40 << 10), 0, 0).unwrap();
-    pieces.see(&frame(CONTINUATION, 0, 24 << 10), 0, 0).unwrap();
+    pieces.inspect_all(&frame(HEADERS, 0, 40 << 10), 0, 0).unwrap();
+    pieces.inspect_all(&frame(CONTINUATION, 0, 24 << 10), 0, 0).unwrap();
     let one_more = frame(CONTINUATION, END_HEADERS, 1);
-    assert_eq!(pieces.see(&one_more, 0, 0), Err(TunnelLimit::HeaderBlock));
+    assert_eq!(pieces.inspect_all(&one_more, 0, 0), Err(TunnelLimit::HeaderBlock));
 }
 
 #[test]
 fn open_header_block_is_unfinished_since_its_first_byte() {
     let mut inspector = inspector(PeerRole::Server);
-    let open = |since| Ok(Some(Unfinished { since, data: false }));
-    assert_eq!(inspector.see(&frame(HEADERS, 0, 3), 5, 0), open(5));
-    assert_eq!(inspector.see(&frame(CONTINUATION, 0, 0), 9000, 0), open(5));
-    assert_eq!(inspector.see(&frame(CONTINUATION, END_HEADERS, 1), 9001, 0), Ok(None));
-    assert_eq!(inspector.see(&frame(HEADERS, END_HEADERS, 9)[..17], 9002, 0), open(9002));
+    let open = |since| Ok(Some(UnfinishedFrame { since, data: false }));
+    assert_eq!(inspector.inspect_all(&frame(HEADERS, 0, 3), 5, 0), open(5));
+    assert_eq!(inspector.inspect_all(&frame(CONTINUATION, 0, 0), 9000, 0), open(5));
+    assert_eq!(inspector.inspect_all(&frame(CONTINUATION, END_HEADERS, 1), 9001, 0), Ok(None));
+    assert_eq!(inspector.inspect_all(&frame(HEADERS, END_HEADERS, 9)[..17], 9002, 0), open(9002));
 }
 
 #[test]
 fn refuses_large_frame_that_is_not_data() {
     for kind in [SETTINGS, PING, UNKNOWN] {
-        let refused = inspector(PeerRole::Server).see(&head((16 << 10) + 1, kind, 0), 0, 0);
+        let refused = inspector(PeerRole::Server).inspect_all(&head((16 << 10) + 1, kind, 0), 0, 0);
         assert_eq!(refused, Err(TunnelLimit::FrameSize));
     }
     let mut bulk = inspector(PeerRole::Server);
-    let partial = Ok(Some(Unfinished { since: 3, data: true }));
-    assert_eq!(bulk.see(&head(1 << 20, DATA, 0), 3, 0), partial);
+    let partial = Ok(Some(UnfinishedFrame { since: 3, data: true }));
+    assert_eq!(bulk.inspect_all(&head(1 << 20, DATA, 0), 3, 0), partial);
 }
 
 #[test]
@@ -103,29 +103,29 @@ fn refuses_flood_of_control_frames() {
     for (kind, flags) in [(PING, 0), (RST_STREAM, 0), (SETTINGS, 0), (UNKNOWN, 0), (DATA, 0)] {
         let mut inspector = inspector(PeerRole::Client);
         let flood = frame(kind, flags, 0).repeat(TOO_MANY);
-        assert_eq!(inspector.see(&flood, 0, 0), Err(TunnelLimit::FrameRate), "{kind}");
+        assert_eq!(inspector.inspect_all(&flood, 0, 0), Err(TunnelLimit::FrameRate), "{kind}");
     }
     let padding = frame(DATA, PADDED, MAX_PADDING).repeat(TOO_MANY);
-    let padded = inspector(PeerRole::Client).see(&padding, 0, 0);
+    let padded = inspector(PeerRole::Client).inspect_all(&padding, 0, 0);
     assert_eq!(padded, Err(TunnelLimit::FrameRate), "padding alone");
     let answers = frame(HEADERS, END_HEADERS, 1).repeat(TOO_MANY);
-    let server = inspector(PeerRole::Server).see(&answers, 0, 0);
+    let server = inspector(PeerRole::Server).inspect_all(&answers, 0, 0);
     assert_eq!(server, Err(TunnelLimit::FrameRate), "more answers than requests");
     let requests =
-        (0..TOO_MANY).flat_map(|index| on(2 * index + 1, frame(HEADERS, END_HEADERS, 1)));
+        (0..TOO_MANY).flat_map(|index| on_stream(2 * index + 1, frame(HEADERS, END_HEADERS, 1)));
     let requests: Vec<u8> = requests.collect();
-    assert_eq!(inspector(PeerRole::Client).see(&requests, 0, 0), Ok(None));
+    assert_eq!(inspector(PeerRole::Client).inspect_all(&requests, 0, 0), Ok(None));
 }
 
 #[test]
 fn refuses_trailers_of_client() {
-    let headers = |stream| on(stream, frame(HEADERS, END_HEADERS, 1));
+    let headers = |stream| on_stream(stream, frame(HEADERS, END_HEADERS, 1));
     for stream in [1, 5] {
         let mut inspector = inspector(PeerRole::Client);
         for opened in [1, 3, 5] {
-            assert_eq!(inspector.see(&headers(opened), 0, 0), Ok(None));
+            assert_eq!(inspector.inspect_all(&headers(opened), 0, 0), Ok(None));
         }
-        assert_eq!(inspector.see(&headers(stream), 0, 0), Err(TunnelLimit::Trailers));
+        assert_eq!(inspector.inspect_all(&headers(stream), 0, 0), Err(TunnelLimit::Trailers));
     }
 }
 
@@ -134,7 +134,7 @@ fn accepts_control_frames_that_traffic_justifies() {
     let mut inspector = inspector(PeerRole::Client);
     let updates = frame(8, 0, 4).repeat(4);
     for useful in 1..100_000 {
-        assert_eq!(inspector.see(&updates, 0, useful), Ok(None), "{useful}");
+        assert_eq!(inspector.inspect_all(&updates, 0, useful), Ok(None), "{useful}");
     }
 }
 
@@ -156,18 +156,18 @@ proptest! {
     #[test]
     fn result_is_independent_of_split(bytes: Vec<u8>, cuts: Vec<u8>) {
         let mut whole = inspector(PeerRole::Client);
-        let expected = whole.see(&bytes, 1, 0);
+        let expected = whole.inspect_all(&bytes, 1, 0);
         let mut pieces = inspector(PeerRole::Client);
         let (mut rest, mut seen) = (bytes.as_slice(), Ok(None));
         for cut in cuts {
             let (piece, after) = rest.split_at(usize::from(cut).min(rest.len()));
             if seen.is_ok() {
-                seen = pieces.see(piece, 1, 0);
+                seen = pieces.inspect_all(piece, 1, 0);
             }
             rest = after;
         }
         if seen.is_ok() {
-            seen = pieces.see(rest, 1, 0);
+            seen = pieces.inspect_all(rest, 1, 0);
         }
         prop_assert_eq!(seen, expected);
     }

@@ -14,8 +14,8 @@ use crate::tunnel::settings::{ClientSettings, ServerSettings};
 use crate::tunnel::stream::TunnelStream;
 
 /// A stream over a connection whose client or server can stop receiving.
-async fn stream_with_a_deaf_side(
-    client_is_deaf: bool,
+async fn stream_with_stopped_side(
+    client_stops: bool,
 ) -> (
     TunnelStream,
     TunnelStream,
@@ -25,27 +25,27 @@ async fn stream_with_a_deaf_side(
 ) {
     let (near, far) = duplex(64 << 10);
     let (near, far) = (Awkward::new(near, 64 << 10), Awkward::new(far, 64 << 10));
-    let deaf = if client_is_deaf { near.stopped.clone() } else { far.stopped.clone() };
+    let stopped = if client_stops { near.stopped.clone() } else { far.stopped.clone() };
     let (mut client, mut server) = (ClientSettings::default(), ServerSettings::default());
     // The side that stops receiving must not time out first.
-    let patient = if client_is_deaf { &mut client.keepalive } else { &mut server.keepalive };
-    patient.quiet = HOUR;
+    let stopped_side = if client_stops { &mut client.keepalive } else { &mut server.keepalive };
+    stopped_side.ping_after = HOUR;
     let (tunnel, server) = Mesh::with(client, server).tunnel_over(near, far).await;
     let mut served = Served::new(server);
     let (near, far) = tokio::join!(tunnel.connect(request(), SECOND), async {
         served.next().await.accept(HeaderMap::new()).unwrap()
     });
-    (near.unwrap(), far, tunnel, served, deaf)
+    (near.unwrap(), far, tunnel, served, stopped)
 }
 
 #[tokio::test(start_paused = true)]
 async fn silent_peer_is_detected_by_client_and_server() {
-    for client_is_deaf in [true, false] {
-        let (near, far, _tunnel, _served, deaf) = stream_with_a_deaf_side(client_is_deaf).await;
+    for client_stops in [true, false] {
+        let (near, far, _tunnel, _served, stopped) = stream_with_stopped_side(client_stops).await;
         let start = Instant::now();
-        deaf.store(true, Ordering::Relaxed);
-        let hearing = if client_is_deaf { far } else { near };
-        let (mut reader, mut writer) = hearing.split();
+        stopped.store(true, Ordering::Relaxed);
+        let running = if client_stops { far } else { near };
+        let (mut reader, mut writer) = running.split();
         // A timeout, so that a missing detection fails instead of hanging.
         let error = timeout(60 * SECOND, reader.read()).await.unwrap().unwrap_err();
         assert!(matches!(error, HboneError::Unresponsive { .. }), "{error:?}");

@@ -64,7 +64,7 @@ impl Default for Refusals {
 
 impl Refusals {
     /// Counts refusals since the last call; returns whether they are within the limit.
-    pub(super) fn are_bearable(&mut self, tunnel_state: &TunnelState) -> bool {
+    pub(super) fn are_within_limit(&mut self, tunnel_state: &TunnelState) -> bool {
         let refused = tunnel_state.activity().refused();
         let new = refused.saturating_sub(self.seen);
         self.seen = refused;

@@ -49,7 +49,7 @@ pub(super) struct Gather(Option<Box<State>>);
 struct State {
     bytes: BytesMut,
     /// Debt of its small frames in h2's count, since the last sign that the peer reads them.
-    owed: u64,
+    debt: u64,
     frames: u32,
     pause: Duration,
     /// The time of the next small frame.
@@ -114,10 +114,10 @@ impl Gather {
             return;
         }
         let Some(cost) = FREE_FRAME_LENGTH.checked_sub(length).filter(|cost| *cost > 0) else {
-            activity.owe_less(length - FREE_FRAME_LENGTH);
+            activity.reduce_small_frame_debt(length - FREE_FRAME_LENGTH);
             return;
         };
-        activity.owe(cost);
+        activity.add_small_frame_debt(cost);
         self.0.get_or_insert_default().sent(open, cost);
     }
 
@@ -131,10 +131,10 @@ impl Gather {
 
 impl State {
     fn sent(&mut self, open: &OpenStream, cost: u64) {
-        self.owed += cost;
+        self.debt += cost;
         self.frames = self.frames.saturating_add(1);
         if self.update_pacing(open) {
-            let slow = open.tunnel_state().activity().owed() >= SLOW_ABOVE;
+            let slow = open.tunnel_state().activity().small_frame_debt() >= SLOW_ABOVE;
             let longest = if slow { MAX_SLOW_PAUSE } else { MAX_PAUSE };
             self.pause = (self.pause * 2).clamp(FIRST_PAUSE, longest);
             let due = Instant::now() + self.pause;
@@ -150,15 +150,15 @@ impl State {
         if self.frames < FREE_FRAMES || tunnel_state.activity().accepts_small_frames() {
             return false;
         }
-        if open.take_sign_of_reading() {
+        if open.take_peer_read() {
             self.settle(tunnel_state);
             return false;
         }
-        tunnel_state.activity().owed() >= PACE_ABOVE
+        tunnel_state.activity().small_frame_debt() >= PACE_ABOVE
     }
 
     fn settle(&mut self, tunnel_state: &TunnelState) {
-        tunnel_state.activity().owe_less(std::mem::take(&mut self.owed));
+        tunnel_state.activity().reduce_small_frame_debt(std::mem::take(&mut self.debt));
         (self.frames, self.pause, self.timer) = (0, Duration::ZERO, None);
     }
 }

@@ -14,7 +14,7 @@ use crate::tunnel::inspect::Inspector;
 
 /// Maximum cost of data that is read in one turn of the connection's task, before the readers of
 /// streams run. Their data is then still in the CPU caches.
-const TURN: usize = 256 << 10;
+const MAX_READ_PER_POLL: usize = 256 << 10;
 
 /// The TLS stream under h2. Records in its [`TunnelState`] what h2 discards: the time of received
 /// bytes, the alert that ended the connection, or the error of the carrier stream. Reads no more
@@ -30,7 +30,7 @@ pub(crate) struct Monitored<T> {
 
 impl<T> Monitored<T> {
     pub(crate) fn new(io: T, tunnel_state: Arc<TunnelState>, inspector: Inspector) -> Self {
-        tunnel_state.activity().note_unfinished(inspector.unfinished());
+        tunnel_state.activity().set_unfinished(inspector.unfinished());
         Self { io, tunnel_state, inspector, read: 0 }
     }
 
@@ -38,15 +38,19 @@ impl<T> Monitored<T> {
     fn inspect(&mut self, read: &[u8]) -> bool {
         let (tunnel_state, activity) = (&self.tunnel_state, self.tunnel_state.activity());
         let frames = self.inspector.data_frames();
-        let inspected =
-            self.inspector.inspect(read, tunnel_state.hear(), activity.useful(), |update| {
+        let inspected = self.inspector.inspect(
+            read,
+            tunnel_state.record_receipt(),
+            activity.useful(),
+            |update| {
                 tunnel_state.credited(update);
-            });
+            },
+        );
         let cost =
             tunnel_state.traffic.count_received(read.len(), self.inspector.data_frames() - frames);
         self.read = self.read.saturating_add(cost);
         match inspected {
-            Ok(unfinished) => activity.note_unfinished(unfinished),
+            Ok(unfinished) => activity.set_unfinished(unfinished),
             Err(limit) => tunnel_state.exceed(limit),
         }
         tunnel_state.exceeded().is_none()
@@ -63,7 +67,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Monitored<T> {
             // The connection's task checks for this when h2 is pending.
             return Poll::Pending;
         }
-        if self.read >= TURN {
+        if self.read >= MAX_READ_PER_POLL {
             self.read = 0;
             cx.waker().wake_by_ref();
             return Poll::Pending;
@@ -157,17 +161,19 @@ mod tests {
     #[tokio::test]
     async fn read_turn_is_bounded_and_followed_by_another() {
         let (tunnel, _server) = Mesh::new().tunnel().await;
-        let (near, mut far) = duplex(2 * TURN);
+        let (near, mut far) = duplex(2 * MAX_READ_PER_POLL);
         let mut near = Monitored::new(near, tunnel.tunnel_state().clone(), inspector());
         // The start of one DATA frame.
         let head = [0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1];
-        far.write_all(&[&head[..], &vec![0; 2 * TURN - head.len()]].concat()).await.unwrap();
-        let (mut read, mut buffer) = (0, vec![0; TURN / 4]);
+        far.write_all(&[&head[..], &vec![0; 2 * MAX_READ_PER_POLL - head.len()]].concat())
+            .await
+            .unwrap();
+        let (mut read, mut buffer) = (0, vec![0; MAX_READ_PER_POLL / 4]);
         while let Some(length) = poll_immediate(near.read(&mut buffer)).await {
             read += length.unwrap();
         }
-        assert_eq!(read, TURN);
+        assert_eq!(read, MAX_READ_PER_POLL);
         // The waiting reader is woken at once.
-        assert_eq!(near.read(&mut buffer).await.unwrap(), TURN / 4);
+        assert_eq!(near.read(&mut buffer).await.unwrap(), MAX_READ_PER_POLL / 4);
     }
 }

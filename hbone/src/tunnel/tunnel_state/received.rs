@@ -63,8 +63,8 @@ impl Received {
     }
 
     /// Copies data that has been in h2 since the last check. Returns the total held, in bytes.
-    pub(super) fn look(&self, crowded: bool) -> usize {
-        self.queue().as_mut().map_or(0, |queue| queue.look(crowded))
+    pub(super) fn copy_stale(&self, crowded: bool) -> usize {
+        self.queue().as_mut().map_or(0, |queue| queue.copy_stale(crowded))
     }
 
     fn queue(&self) -> MutexGuard<'_, Option<Queue>> {
@@ -112,16 +112,16 @@ impl Queue {
         }
     }
 
-    fn look(&mut self, crowded: bool) -> usize {
+    fn copy_stale(&mut self, crowded: bool) -> usize {
         if self.stale > 0 {
-            self.copy_stale(crowded);
+            self.copy_pieces(crowded);
         }
         let held = self.recv.flow_control().used_capacity();
         self.stale = held.saturating_sub(self.unreturned + self.copied_bytes);
         held
     }
 
-    fn copy_stale(&mut self, crowded: bool) {
+    fn copy_pieces(&mut self, crowded: bool) {
         let mut chunk = Vec::new();
         while self.stale > 0 {
             let room = self.stale.min(CHUNK);

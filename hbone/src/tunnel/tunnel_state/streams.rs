@@ -18,15 +18,15 @@ pub(crate) struct OpenStream {
     tunnel_state: Arc<TunnelState>,
     counted: AtomicBool,
     /// Whether the peer has shown that its application reads the stream, since the last query.
-    is_read: AtomicBool,
+    has_peer_read: AtomicBool,
     received: Received,
 }
 
 impl OpenStream {
     /// A stream that does not count as open yet.
     pub(super) fn new(tunnel_state: Arc<TunnelState>) -> Self {
-        let (counted, is_read) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { tunnel_state, counted, is_read, received: Received::default() }
+        let (counted, has_peer_read) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { tunnel_state, counted, has_peer_read, received: Received::default() }
     }
 
     /// Counts it as open, once.
@@ -67,12 +67,12 @@ impl OpenStream {
         self.received.is_at_end()
     }
 
-    pub(crate) fn note_sign_of_reading(&self) {
-        self.is_read.store(true, Ordering::Relaxed);
+    pub(crate) fn record_peer_read(&self) {
+        self.has_peer_read.store(true, Ordering::Relaxed);
     }
 
-    pub(crate) fn take_sign_of_reading(&self) -> bool {
-        self.is_read.swap(false, Ordering::Relaxed)
+    pub(crate) fn take_peer_read(&self) -> bool {
+        self.has_peer_read.swap(false, Ordering::Relaxed)
     }
 }
 
@@ -103,10 +103,10 @@ impl Streams {
 
     /// Copies data that has been in h2's buffers since the last check, and all pieces of it if the
     /// tunnel is `crowded`. Returns the unread data of all streams, in bytes.
-    pub(super) fn look(&self, crowded: bool) -> usize {
+    pub(super) fn copy_stale(&self, crowded: bool) -> usize {
         let streams = self.streams();
         let open = streams.values().filter_map(Weak::upgrade);
-        open.map(|open| open.received.look(crowded)).sum()
+        open.map(|open| open.received.copy_stale(crowded)).sum()
     }
 
     fn streams(&self) -> MutexGuard<'_, HashMap<u32, Weak<OpenStream>, RandomState>> {

@@ -26,7 +26,7 @@ impl Traffic {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    pub(super) fn hear(&self, now: u64) {
+    pub(super) fn record_receipt(&self, now: u64) {
         let interval = now.saturating_sub(self.since.load(Ordering::Relaxed));
         if interval >= Self::INTERVAL {
             self.mean.store(self.mean_of(interval), Ordering::Relaxed);
@@ -72,7 +72,7 @@ mod tests {
         let traffic = Traffic::default();
         let second = |now: u64, bytes: usize| {
             traffic.count(bytes);
-            traffic.hear(now * 1000);
+            traffic.record_receipt(now * 1000);
             traffic.mean(now * 1000)
         };
         assert_eq!([second(1, 5000), second(2, 7000), second(3, 0)], [5000, 7000, 0]);

@@ -15,13 +15,13 @@ use crate::tunnel::settings::Http2Settings;
 /// task checks it only after enough data has arrived.
 #[derive(Debug)]
 pub(crate) struct Windows {
-    wide: u32,
-    narrow: u32,
+    full_window: u32,
+    reduced_window: u32,
     /// Unread bytes above which windows become small; they become large again below half of it.
-    crowded: usize,
-    is_narrow: bool,
+    crowded_above: usize,
+    is_reduced: bool,
     /// Cost of all data received up to the last check.
-    looked: u64,
+    checked_cost: u64,
 }
 
 impl Windows {
@@ -29,11 +29,11 @@ impl Windows {
         let Http2Settings { stream_window, crowded_stream_window, connection_window, .. } =
             settings;
         Self {
-            wide: *stream_window,
-            narrow: *crowded_stream_window.min(stream_window),
-            crowded: usize::try_from(connection_window / 4).unwrap_or(usize::MAX),
-            is_narrow: false,
-            looked: 0,
+            full_window: *stream_window,
+            reduced_window: *crowded_stream_window.min(stream_window),
+            crowded_above: usize::try_from(connection_window / 4).unwrap_or(usize::MAX),
+            is_reduced: false,
+            checked_cost: 0,
         }
     }
 
@@ -45,27 +45,27 @@ impl Windows {
         set: impl FnOnce(u32) -> Result<(), h2::Error>,
     ) -> bool {
         let cost = tunnel.traffic.receive_cost();
-        if cost.saturating_sub(self.looked) < self.interval() {
+        if cost.saturating_sub(self.checked_cost) < self.interval() {
             return false;
         }
-        self.looked = cost;
-        let held = tunnel.streams.look(self.is_narrow);
-        let crowded = if self.is_narrow { self.crowded / 2 } else { self.crowded };
-        let narrow = held >= crowded;
-        if narrow == self.is_narrow {
+        self.checked_cost = cost;
+        let held = tunnel.streams.copy_stale(self.is_reduced);
+        let limit = if self.is_reduced { self.crowded_above / 2 } else { self.crowded_above };
+        let reduce = held >= limit;
+        if reduce == self.is_reduced {
             return false;
         }
-        let window = if narrow { self.narrow } else { self.wide };
+        let window = if reduce { self.reduced_window } else { self.full_window };
         // Fails until the peer has acknowledged the last change; the next check is soon.
         if set(window).is_err() {
             return false;
         }
         tracing::debug!(window, held, "the streams of a tunnel get another window");
-        self.is_narrow = narrow;
+        self.is_reduced = reduce;
         true
     }
 
     fn interval(&self) -> u64 {
-        self.crowded as u64 / 4
+        self.crowded_above as u64 / 4
     }
 }

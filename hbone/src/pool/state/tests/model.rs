@@ -63,10 +63,10 @@ fn event() -> impl Strategy<Value = Event> {
 
 /// The model: the dials in progress with their waiting callers, and the connections.
 struct Model {
-    world: World,
+    pool: TestPool,
     /// The callers of each dial with their port, and whether a stream is promised.
-    waiting: BTreeMap<u64, (u16, Vec<(Wish, bool)>)>,
-    tunnels: Vec<(u16, TunnelId, Fake)>,
+    waiting: BTreeMap<u64, (u16, Vec<(Reuse, bool)>)>,
+    tunnels: Vec<(u16, TunnelId, FakeTunnel)>,
     forget_at: Vec<(u16, Instant)>,
     answered: usize,
     asked: usize,
@@ -75,7 +75,7 @@ struct Model {
 impl Model {
     fn new() -> Self {
         Self {
-            world: World::with(PoolSettings { streams_per_tunnel: 4, ..SETTINGS }),
+            pool: TestPool::with(PoolSettings { streams_per_tunnel: 4, ..SETTINGS }),
             waiting: BTreeMap::new(),
             tunnels: Vec::new(),
             forget_at: Vec::new(),
@@ -88,12 +88,12 @@ impl Model {
         match event {
             Event::Ask { key, fresh } => {
                 self.asked += 1;
-                self.ask(key, if fresh { Wish::Fresh } else { Wish::Any });
+                self.checkout(key, if fresh { Reuse::Forbidden } else { Reuse::Allowed });
             }
             Event::DialSucceeds { key } => self.dial_succeeds(key),
             Event::DialFails { key } => self.dial_fails(key),
             Event::Wait { milliseconds } => self.wait(Duration::from_millis(milliseconds)),
-            Event::Drain => self.world.state.drain(),
+            Event::Drain => self.pool.state.drain(),
             Event::EndStream(index)
             | Event::GoAway(index)
             | Event::Lose(index)
@@ -108,8 +108,8 @@ impl Model {
         }
     }
 
-    fn apply_to(&mut self, event: &Event, key: &TunnelKey, id: TunnelId, tunnel: &Fake) {
-        let now = self.world.now;
+    fn apply_to(&mut self, event: &Event, key: &TunnelKey, id: TunnelId, tunnel: &FakeTunnel) {
+        let now = self.pool.now;
         match *event {
             Event::EndStream(_) if tunnel.load().streams > 0 => tunnel.end_stream(now),
             Event::GoAway(_) => tunnel.set(|load| load.usable = false),
@@ -117,16 +117,16 @@ impl Model {
                 tunnel.set(|load| {
                     (load.usable, load.streams, load.idle_since) = (false, 0, Some(now))
                 });
-                self.world.state.closed(key, id);
+                self.pool.state.closed(key, id);
                 self.tunnels.retain(|(_, other, _)| *other != id);
             }
             Event::Move { bytes_per_second, .. } => {
                 tunnel.set(|load| load.bytes_per_second = bytes_per_second)
             }
             Event::Allow { streams, .. } => tunnel.set(|load| load.allowed = Some(streams)),
-            Event::Retire(_) => self.world.state.retire(key, id),
+            Event::Retire(_) => self.pool.state.retire(key, id),
             Event::Inspect(_) => {
-                let look_again = self.world.state.inspect(key, id, now);
+                let look_again = self.pool.state.inspect(key, id, now);
                 assert!(look_again.is_none_or(|then| then > now), "no busy loop");
                 assert_eq!(look_again.is_none(), tunnel.is_released());
             }
@@ -134,37 +134,37 @@ impl Model {
         }
     }
 
-    fn ask(&mut self, port: u16, wish: Wish) {
-        let dials = self.world.dials;
-        let checkout = self.world.ask(&key(port), wish);
-        let dialled = self.world.dials - dials;
+    fn checkout(&mut self, port: u16, reuse: Reuse) {
+        let dials = self.pool.dials;
+        let checkout = self.pool.checkout(&key(port), reuse);
+        let dialled = self.pool.dials - dials;
         // Tunnels that are too old have been released.
         let open =
             self.tunnels.iter().filter(|(other, ..)| *other == port).map(|(.., tunnel)| tunnel);
-        let open: Vec<&Fake> = open.filter(|tunnel| !tunnel.is_released()).collect();
-        let room = |tunnel: &Fake| {
+        let open: Vec<&FakeTunnel> = open.filter(|tunnel| !tunnel.is_released()).collect();
+        let room = |tunnel: &FakeTunnel| {
             tunnel.load().streams < 4.min(tunnel.load().allowed.unwrap_or(4)).max(1)
         };
         assert!(dialled == 0 || self.dials(port).len() < DIALS_AT_ONCE, "a few dials at a time");
         match checkout {
-            Checkout::Use { place, .. } => {
-                assert_eq!(wish, Wish::Any);
-                assert!(place.load().usable && !place.is_released());
-                assert!(open.iter().any(|tunnel| tunnel.same(&place)), "of the same key");
-                assert!(place.load().streams <= 4, "within the limit");
+            Checkout::Use { stream_slot, .. } => {
+                assert_eq!(reuse, Reuse::Allowed);
+                assert!(stream_slot.load().usable && !stream_slot.is_released());
+                assert!(open.iter().any(|tunnel| tunnel.same(&stream_slot)), "of the same key");
+                assert!(stream_slot.load().streams <= 4, "within the limit");
                 assert!(dialled == 0 || open.len() < SETTINGS.tunnels_per_peer, "growth has a cap");
                 self.answered += 1;
                 if dialled > 0 {
-                    self.waiting.insert(self.world.dials, (port, Vec::new()));
+                    self.waiting.insert(self.pool.dials, (port, Vec::new()));
                 }
             }
             Checkout::Wait { ticket, promised } => {
                 // The peer's limit may apply to a tunnel that has not received it yet.
-                let told = |tunnel: &Fake| tunnel.load().allowed.is_some();
-                let missed = open.iter().any(|tunnel| told(tunnel) && room(tunnel));
-                assert!(wish == Wish::Fresh || !missed, "nothing to wait for");
+                let limited = |tunnel: &FakeTunnel| tunnel.load().allowed.is_some();
+                let missed = open.iter().any(|tunnel| limited(tunnel) && room(tunnel));
+                assert!(reuse == Reuse::Forbidden || !missed, "nothing to wait for");
                 let (_, waiting) = self.waiting.entry(ticket).or_insert((port, Vec::new()));
-                waiting.push((wish, promised));
+                waiting.push((reuse, promised));
                 let promises = waiting.iter().filter(|(_, promised)| *promised).count();
                 assert!(promises <= 4, "no tunnel has more places");
             }
@@ -182,7 +182,7 @@ impl Model {
         dials.map(|(dial, _)| *dial).collect()
     }
 
-    fn ended(&mut self, port: u16) -> Option<(DialId, Vec<(Wish, bool)>)> {
+    fn ended(&mut self, port: u16) -> Option<(DialId, Vec<(Reuse, bool)>)> {
         let dial = *self.dials(port).first()?;
         let (_, waiting) = self.waiting.remove(&dial)?;
         Some((DialId(dial), waiting))
@@ -190,17 +190,17 @@ impl Model {
 
     fn dial_succeeds(&mut self, port: u16) {
         let Some((dial, waiting)) = self.ended(port) else { return };
-        let tunnel = Fake::new(self.world.now);
-        let id = self.world.state.opened(&key(port), dial, tunnel.clone(), self.world.now);
+        let tunnel = FakeTunnel::new(self.pool.now);
+        let id = self.pool.state.opened(&key(port), dial, tunnel.clone(), self.pool.now);
         self.tunnels.push((port, id, tunnel.clone()));
         let promises = waiting.iter().filter(|(_, promised)| *promised).count();
         let mut served = 0;
-        for (wish, promised) in waiting {
-            if promised && self.world.state.join(&key(port), &tunnel).is_some() {
+        for (reuse, promised) in waiting {
+            if promised && self.pool.state.join(&key(port), &tunnel).is_some() {
                 served += 1;
                 self.answered += 1;
             } else {
-                self.ask(port, wish);
+                self.checkout(port, reuse);
             }
         }
         assert!(promises == 0 || served > 0, "each round serves a caller");
@@ -209,17 +209,17 @@ impl Model {
     fn dial_fails(&mut self, port: u16) {
         let Some((dial, waiting)) = self.ended(port) else { return };
         let error = Arc::new(HboneError::Lost { source: None });
-        let forget_at = self.world.state.failed(&key(port), dial, error, self.world.now);
+        let forget_at = self.pool.state.failed(&key(port), dial, error, self.pool.now);
         self.forget_at.push((port, forget_at));
         self.answered += waiting.len();
     }
 
     fn wait(&mut self, duration: Duration) {
-        self.world.now += duration;
-        let now = self.world.now;
+        self.pool.now += duration;
+        let now = self.pool.now;
         let due = self.forget_at.extract_if(.., |(_, at)| *at <= now).collect::<Vec<_>>();
         for (port, _) in due {
-            self.world.state.forget(&key(port), now);
+            self.pool.state.forget(&key(port), now);
         }
     }
 
@@ -229,12 +229,12 @@ impl Model {
             .tunnels
             .extract_if(.., |(_, _, tunnel)| tunnel.is_released() && tunnel.load().streams == 0)
         {
-            self.world.state.closed(&key(port), id);
+            self.pool.state.closed(&key(port), id);
         }
     }
 
     fn check(&self) {
-        let counted = self.world.state.statistics(self.world.now);
+        let counted = self.pool.state.statistics(self.pool.now);
         assert_eq!(counted.tunnels + counted.retired, self.tunnels.len());
         assert_eq!(
             counted.streams,
@@ -248,7 +248,7 @@ impl Model {
                 || !self.dials(port).is_empty()
                 || self.forget_at.iter().any(|(other, _)| *other == port);
             assert!(
-                held || !self.world.state.entries.contains_key(&key(port)),
+                held || !self.pool.state.entries.contains_key(&key(port)),
                 "nothing is kept of {port}"
             );
         }
@@ -261,16 +261,16 @@ impl Model {
         }
         for (_, _, tunnel) in &self.tunnels {
             while tunnel.load().streams > 0 {
-                tunnel.end_stream(self.world.now);
+                tunnel.end_stream(self.pool.now);
             }
         }
         self.wait(2 * HOUR);
         for (port, id, _) in self.tunnels.clone() {
-            assert_eq!(self.world.state.inspect(&key(port), id, self.world.now), None);
+            assert_eq!(self.pool.state.inspect(&key(port), id, self.pool.now), None);
         }
         self.close_released();
         self.check();
-        assert_eq!(self.world.state.entries(), 0);
+        assert_eq!(self.pool.state.entries(), 0);
     }
 }
 

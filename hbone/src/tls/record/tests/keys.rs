@@ -82,7 +82,7 @@ fn rejects_messages_after_a_key_update_in_its_record() {
     for after in [&[24][..], UPDATE] {
         let (stream, mut peer) = client();
         peer.send(HANDSHAKE, &[UPDATE, after].concat());
-        misbehaved((stream, peer), PeerMisbehaved::KeyEpochWithPendingFragment);
+        assert_misbehaved((stream, peer), PeerMisbehaved::KeyEpochWithPendingFragment);
     }
 }
 
@@ -93,7 +93,7 @@ fn rejects_a_flood_of_key_updates() {
         peer.send(HANDSHAKE, UPDATE_REQUESTED);
         peer.update();
     }
-    misbehaved((stream, peer), PeerMisbehaved::TooManyKeyUpdateRequests);
+    assert_misbehaved((stream, peer), PeerMisbehaved::TooManyKeyUpdateRequests);
 }
 
 #[test]

@@ -8,14 +8,14 @@ use crate::tunnel::settings::KeepaliveSettings;
 const REFUSED_STREAM: [u8; 4] = [0, 0, 0, 7];
 
 /// A server without keepalive: the client of these tests does not answer PING.
-fn patient() -> ServerSettings {
-    let keepalive = KeepaliveSettings { quiet: 24 * HOUR, timeout: HOUR };
+fn settings_without_timeouts() -> ServerSettings {
+    let keepalive = KeepaliveSettings { ping_after: 24 * HOUR, timeout: HOUR };
     ServerSettings { keepalive, ..ServerSettings::default() }
 }
 
 #[tokio::test(start_paused = true)]
 async fn refuses_stream_of_client_that_ignores_drain_and_ends_tunnel() {
-    let (mut client, mut server) = RawClient::settled(patient()).await;
+    let (mut client, mut server) = RawClient::settled(settings_without_timeouts()).await;
     client.send(&connect(1)).await;
     let request = server.next().await.unwrap();
     let stream = request.accept(HeaderMap::new()).unwrap();
@@ -34,7 +34,7 @@ async fn refuses_stream_of_client_that_ignores_drain_and_ends_tunnel() {
 
 #[tokio::test(start_paused = true)]
 async fn serves_stream_that_comes_while_drain_is_on_its_way() {
-    let (mut client, mut server) = RawClient::settled(patient()).await;
+    let (mut client, mut server) = RawClient::settled(settings_without_timeouts()).await;
     server.drain();
     let mut served = Served::new(server);
     sleep(SECOND).await;
@@ -45,7 +45,7 @@ async fn serves_stream_that_comes_while_drain_is_on_its_way() {
 
 #[tokio::test(start_paused = true)]
 async fn refuses_stream_after_expiry_and_lets_open_one_go_on() {
-    let (mut client, mut server) = RawClient::settled(patient()).await;
+    let (mut client, mut server) = RawClient::settled(settings_without_timeouts()).await;
     client.send(&connect(1)).await;
     let (_reader, mut writer) =
         server.next().await.unwrap().accept(HeaderMap::new()).unwrap().split();

@@ -12,7 +12,7 @@ const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Sends `bytes` after SETTINGS to a server without requests, and waits for the tunnel's end.
 /// Returns the exceeded limit, the code of GOAWAY, and the elapsed time.
-async fn exceed(bytes: &[u8]) -> (Option<TunnelLimit>, Option<u32>, Duration) {
+async fn send_and_await_close(bytes: &[u8]) -> (Option<TunnelLimit>, Option<u32>, Duration) {
     let (mut client, mut server) = RawClient::settled(ServerSettings::default()).await;
     let start = Instant::now();
     client.send(bytes).await;
@@ -24,7 +24,7 @@ async fn exceed(bytes: &[u8]) -> (Option<TunnelLimit>, Option<u32>, Duration) {
 
 #[tokio::test(start_paused = true)]
 async fn closes_tunnel_whose_header_block_does_not_end() {
-    let calm = Some(u32::from(Reason::ENHANCE_YOUR_CALM));
+    let enhance_your_calm = Some(u32::from(Reason::ENHANCE_YOUR_CALM));
     for bytes in [
         frame(HEADERS, 0, 1, &[]),
         frame(HEADERS, 0, 1, &vec![0; 60 << 10]),
@@ -34,27 +34,27 @@ async fn closes_tunnel_whose_header_block_does_not_end() {
         // DATA of an unknown stream, which h2 detects only in a complete frame.
         [head(256 << 10, DATA, 0, 1), vec![0; 200 << 10]].concat(),
     ] {
-        let (limit, code, took) = exceed(&bytes).await;
-        assert_eq!((limit, code), (Some(TunnelLimit::UnfinishedFrame), calm));
+        let (limit, code, took) = send_and_await_close(&bytes).await;
+        assert_eq!((limit, code), (Some(TunnelLimit::UnfinishedFrame), enhance_your_calm));
         assert!(took >= FRAME_TIMEOUT && took < FRAME_TIMEOUT + SECOND, "{took:?}");
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn closes_tunnel_at_once_for_frame_beyond_its_cap() {
-    let calm = Some(u32::from(Reason::ENHANCE_YOUR_CALM));
+    let enhance_your_calm = Some(u32::from(Reason::ENHANCE_YOUR_CALM));
     let too_large = Some(u32::from(Reason::FRAME_SIZE_ERROR));
     let continued = |length| {
         let (first, second) = (frame(HEADERS, 0, 1, &[0x41; 60 << 10]), head(length, 9, 0, 1));
         [first, second].concat()
     };
     for (bytes, limit, code) in [
-        (head(256 << 10, HEADERS, 0, 1), TunnelLimit::HeaderBlock, calm),
-        (continued(5 << 10), TunnelLimit::HeaderBlock, calm),
+        (head(256 << 10, HEADERS, 0, 1), TunnelLimit::HeaderBlock, enhance_your_calm),
+        (continued(5 << 10), TunnelLimit::HeaderBlock, enhance_your_calm),
         (head(17 << 10, PING, 0, 0), TunnelLimit::FrameSize, too_large),
         (head(17 << 10, 0xee, 0, 0), TunnelLimit::FrameSize, too_large),
     ] {
-        assert_eq!(exceed(&bytes).await, (Some(limit), code, Duration::ZERO));
+        assert_eq!(send_and_await_close(&bytes).await, (Some(limit), code, Duration::ZERO));
     }
 }
 

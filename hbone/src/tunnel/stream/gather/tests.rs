@@ -22,12 +22,12 @@ use super::*;
 async fn write_byte(writer: &mut TunnelWriter, pause: Duration) {
     let mut byte = Bytes::from_static(b"x");
     poll_fn(|cx| writer.poll_write(cx, &mut byte, false)).await.unwrap();
-    let broken = timeout(pause, flush_for_ever(writer)).await;
+    let broken = timeout(pause, flush_until_error(writer)).await;
     assert!(broken.is_err(), "{broken:?}");
 }
 
 /// Sends gathered data whenever it is due, until the stream fails.
-async fn flush_for_ever(writer: &mut TunnelWriter) -> HboneError {
+async fn flush_until_error(writer: &mut TunnelWriter) -> HboneError {
     poll_fn(|cx| match writer.poll_flush(cx) {
         Poll::Ready(Err(error)) => Poll::Ready(error),
         Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
@@ -75,7 +75,7 @@ async fn gathers_small_writes_while_connection_is_blocked() {
     // No event wakes the task that waits for the connection; keepalive polls it.
     let chunks = tokio::select! {
         chunks = chunks(&mut far_reader, BYTES) => chunks,
-        broken = flush_for_ever(&mut writer) => panic!("{broken}"),
+        broken = flush_until_error(&mut writer) => panic!("{broken}"),
     };
     assert!(chunks < 10, "{chunks} frames for {BYTES} bytes");
 }

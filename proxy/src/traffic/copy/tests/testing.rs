@@ -224,8 +224,8 @@ async fn carried() -> Carried {
     let mut client_settings = ClientSettings::default();
     let mut server_settings = ServerSettings::default();
     // Keepalive probes would expire when the paused clock advances.
-    client_settings.keepalive.quiet = 1_000_000 * MINUTE;
-    server_settings.keepalive.quiet = 1_000_000 * MINUTE;
+    client_settings.keepalive.ping_after = 1_000_000 * MINUTE;
+    server_settings.keepalive.ping_after = 1_000_000 * MINUTE;
     let connector = Connector::new(credentials("client"), client_settings);
     let acceptor = Acceptor::new(credentials("server"), server_settings);
     let (near, far) = tokio::io::duplex(1 << 20);
