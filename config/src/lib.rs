@@ -8,6 +8,7 @@ mod cidr;
 mod error;
 mod identity;
 mod mesh;
+mod pod;
 mod settings;
 #[cfg(test)]
 mod test_folder;
@@ -26,6 +27,8 @@ pub use mesh::{
     StringMatch, TunnelHeader, Values, Visibility, WeightedWaypoint, Workload, WorkloadDraft,
     WorkloadType,
 };
+pub use pod::overlay::InterceptionOverlay;
+pub use pod::uid::{PodUid, PodUidError};
 pub use settings::declare::Reference;
 pub use settings::load::Sources;
 pub use settings::resolve::{keys, reference};

@@ -6,6 +6,7 @@
 //! * `cli`: the commands;
 //! * `process`: start, reload, take-over and stop of the process;
 //! * `node`: state of the process, of a pod, of a worker, and of a pod on a worker;
+//! * `pods`: the pods of a node daemon: facts, settings, sources;
 //! * `traffic`: accepting, connecting, inbound and outbound connections, copying;
 //! * `decide`: routes and policies;
 //! * `mesh`: snapshots of the mesh, their publication, and the health of endpoints;
@@ -25,6 +26,7 @@ mod limits;
 mod mesh;
 mod node;
 mod observe;
+mod pods;
 #[doc(hidden)]
 mod process;
 mod rules;

@@ -170,7 +170,7 @@ impl ItemLocation {
             Origin::Document { line, column, .. } => {
                 Self { line: small(*line), column: small(*column) }
             }
-            Origin::Environment(_) | Origin::Flag => Self { line: 0, column: 0 },
+            _ => Self { line: 0, column: 0 },
         }
     }
 }

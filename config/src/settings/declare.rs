@@ -76,6 +76,8 @@ pub(crate) struct Files<'a> {
 pub(crate) trait Declared: Sync {
     fn key(&self) -> &'static str;
     fn is_list(&self) -> bool;
+    /// Whether its default depends on other settings.
+    fn is_derived(&self) -> bool;
     fn reference(&self) -> Reference;
     /// The value in effect; `None` where it does not apply.
     fn written(&self, settings: &Settings) -> Option<Written>;
@@ -178,6 +180,10 @@ impl<T: 'static> Declared for Setting<T> {
 
     fn is_list(&self) -> bool {
         self.kind.is_list
+    }
+
+    fn is_derived(&self) -> bool {
+        matches!(self.default, Fallback::Varies(_))
     }
 
     fn reference(&self) -> Reference {

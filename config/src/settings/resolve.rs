@@ -14,8 +14,8 @@ mod workload;
 
 use std::path::Path;
 
-use crate::settings::Settings;
 use crate::settings::declare::{Declared, Document, Files, Reference};
+use crate::settings::{InterceptionSettings, Settings};
 use crate::yaml::read::Cursor;
 
 /// Every setting, in the order of `config show` and of docs/settings.md.
@@ -98,6 +98,12 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
         workload: workload?,
         proxy: proxy?,
     })
+}
+
+/// Parses a document that consists of the section `interception`.
+pub(crate) fn interception_settings(document: Document<'_>) -> Option<InterceptionSettings> {
+    refuse_unknown_keys(document.root, "");
+    interception::settings(document)
 }
 
 /// Rejects every key below `at` that is neither declared nor in [`NOT_YET`]. `prefix` is the path

@@ -43,6 +43,10 @@ pub enum Origin {
     Environment(String),
     /// A `--set KEY=VALUE` flag.
     Flag,
+    /// An annotation of a pod.
+    Annotation(String),
+    /// The settings of the node, over which those of a pod are laid.
+    NodeSettings,
 }
 
 impl fmt::Display for Origin {
@@ -51,6 +55,8 @@ impl fmt::Display for Origin {
             Self::Document { name, line, column } => write!(f, "{name}:{line}:{column}"),
             Self::Environment(variable) => write!(f, "environment {variable}"),
             Self::Flag => f.write_str("--set"),
+            Self::Annotation(key) => write!(f, "annotation {key}"),
+            Self::NodeSettings => f.write_str("the node's settings"),
         }
     }
 }
@@ -122,8 +128,21 @@ impl Node {
         }
     }
 
+    /// Lays the tree `over` over the value at `path`: its mappings are merged with those there,
+    /// its other values replace them. Null replaces nothing.
+    pub(crate) fn lay_over(&mut self, path: &[&str], over: &Self) {
+        match &over.value {
+            Value::Mapping(entries) => {
+                for (key, node) in entries {
+                    self.lay_over(&[path, &[key]].concat(), node);
+                }
+            }
+            Value::Null if self.at(path).is_some() => {}
+            _ => self.set(path, over.clone()),
+        }
+    }
+
     /// The value at `path`.
-    #[cfg(test)]
     pub(crate) fn at(&self, path: &[&str]) -> Option<&Self> {
         let Some((first, rest)) = path.split_first() else {
             return Some(self);

@@ -1,0 +1,194 @@
+//! Lays the interception settings of one pod over those of its node.
+//!
+//! The node's settings become a document again, the pod's values replace those of the document, and
+//! the ordinary parser reads the result. So a pod's settings have the same keys, the same checks
+//! and the same errors as those of a settings file.
+
+use std::path::Path;
+
+use crate::error::ConfigErrors;
+use crate::settings::Settings;
+use crate::settings::declare::{Declared, Document, Files, Written};
+use crate::settings::resolve::{declared, interception_settings};
+use crate::yaml::document::{Node, Origin, Value};
+use crate::yaml::read::{Cursor, Problems};
+
+const SECTION: &str = "interception";
+
+/// Interception settings of one pod, which replace those of its node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InterceptionOverlay(Node);
+
+impl InterceptionOverlay {
+    /// The value of a section `interception`, which [`Settings::with_interception`] checks.
+    pub(crate) fn new(section: Node) -> Self {
+        Self(section)
+    }
+
+    /// An overlay without values, to which [`InterceptionOverlay::set`] adds those of annotations.
+    pub fn empty() -> Self {
+        Self(Node::empty(Origin::NodeSettings))
+    }
+
+    /// Sets the value of a setting, such as `outbound.exclude_ports`, to that of a pod's
+    /// annotation. Errors name the annotation.
+    pub fn set(&mut self, key: &str, value: &str, annotation: &str) {
+        let path: Vec<&str> = key.split('.').collect();
+        let origin = Origin::Annotation(annotation.to_owned());
+        self.0.set(&path, scalar(value.to_owned(), &origin));
+    }
+}
+
+impl Settings {
+    /// These settings with the interception settings of a pod laid over them, the last overlay
+    /// having the last word.
+    ///
+    /// # Errors
+    /// All mistakes in the overlays, and contradictions between them and these settings.
+    pub fn with_interception(
+        &self,
+        overlays: &[&InterceptionOverlay],
+    ) -> Result<Self, ConfigErrors> {
+        let mut root = self.interception_document();
+        for InterceptionOverlay(section) in overlays {
+            root.lay_over(&[SECTION], section);
+        }
+        self.read_interception(&root)
+    }
+
+    fn read_interception(&self, root: &Node) -> Result<Self, ConfigErrors> {
+        let problems = Problems::default();
+        let files = Files { folder: Path::new("") };
+        let document = Document { root: Cursor::root(root, &problems), files };
+        let interception = interception_settings(document);
+        let interception = problems.or_else(interception)?;
+        Ok(Self { interception, ..self.clone() })
+    }
+
+    /// A document with these interception settings. It lacks defaults that follow from other
+    /// settings, so that they follow from the pod's.
+    fn interception_document(&self) -> Node {
+        let all = declared().filter(|setting| setting.key().split('.').next() == Some(SECTION));
+        let (derived, fixed): (Vec<_>, Vec<_>) = all.partition(|setting| setting.is_derived());
+        let mut root = Node::empty(Origin::NodeSettings);
+        fixed.into_iter().for_each(|setting| add(&mut root, setting, self));
+        let defaults = self.read_interception(&root).ok();
+        for setting in derived {
+            let default = defaults.as_ref().and_then(|defaults| setting.written(defaults));
+            if default != setting.written(self) {
+                add(&mut root, setting, self);
+            }
+        }
+        root
+    }
+}
+
+fn add(root: &mut Node, setting: &dyn Declared, settings: &Settings) {
+    let path: Vec<&str> = setting.key().split('.').collect();
+    let value = match setting.written(settings) {
+        None => return,
+        Some(Written::Scalar(text)) => scalar(text, &Origin::NodeSettings),
+        Some(Written::List(items)) => {
+            let items = items.into_iter().map(|item| scalar(item, &Origin::NodeSettings));
+            let value = Value::Sequence(items.collect());
+            Node { value, tag: None, origin: Origin::NodeSettings }
+        }
+    };
+    root.set(&path, value);
+}
+
+fn scalar(text: String, origin: &Origin) -> Node {
+    Node { value: Value::Scalar(text), tag: None, origin: origin.clone() }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::settings::load::{read_text, settings_of};
+    use crate::settings::{KubeletProbes, PortRange, Profile};
+
+    use super::*;
+
+    fn overlay(text: &str) -> InterceptionOverlay {
+        InterceptionOverlay::new(read_text("pod.yaml", text).unwrap())
+    }
+
+    fn laid_over(node: &str, overlays: &[&InterceptionOverlay]) -> Result<Settings, String> {
+        let node = settings_of(node).unwrap();
+        node.with_interception(overlays).map_err(|errors| errors.to_string())
+    }
+
+    #[test]
+    fn settings_without_overlay_stay_as_they_are() {
+        for node in [
+            "",
+            "interception: {exact: true}",
+            "interception: {profile: sidecar, proxy_uids: [7], loopback_cidr: 127.0.0.0/8}",
+            "interception: {profile: osm, outbound: {include_ports: [80]}}",
+            "interception: {profile: none, dns: capture, dns_servers: [10.0.0.10]}",
+            "interception: {kubelet_probes: [8080], inbound: {include_ports: none}}",
+        ] {
+            assert_eq!(laid_over(node, &[]).unwrap(), settings_of(node).unwrap(), "{node}");
+        }
+    }
+
+    #[test]
+    fn overlay_replaces_values_and_keeps_the_others() {
+        let node = "interception: {outbound: {exclude_ports: [22], exclude_cidrs: [10.0.0.0/8]}}";
+        let pod = overlay("{outbound: {exclude_ports: [80, 443]}, kubelet_probes: on}");
+        let settings = laid_over(node, &[&pod]).unwrap().interception;
+        assert_eq!(settings.outbound.exclude_ports, [80, 443].map(PortRange::from));
+        assert_eq!(settings.outbound.exclude_cidrs.len(), 1);
+        assert_eq!(settings.kubelet_probes, KubeletProbes::On);
+    }
+
+    #[test]
+    fn last_overlay_has_the_last_word() {
+        let [first, last] = ["{ingress: true, drop_invalid: true}", "{ingress: false}"];
+        let settings = laid_over("", &[&overlay(first), &overlay(last)]).unwrap().interception;
+        assert!(!settings.ingress && settings.drop_invalid);
+    }
+
+    #[test]
+    fn derived_defaults_follow_from_the_pods_settings() {
+        let settings = laid_over("", &[&overlay("profile: sidecar")]).unwrap().interception;
+        assert_eq!((settings.profile, settings.proxy_uids), (Profile::Sidecar, vec![1337]));
+
+        let only_ports = overlay("outbound: {include_ports: [443]}");
+        let settings = laid_over("", &[&only_ports]).unwrap().interception;
+        assert_eq!(settings.outbound.include_cidrs, Some(Vec::new()));
+    }
+
+    #[test]
+    fn reports_every_mistake_with_its_place() {
+        let mut annotations = InterceptionOverlay::empty();
+        annotations.set("virtual_interfaces", "eth0 -j ACCEPT", "istio.io/some-interfaces");
+        let file = overlay("ipv6: maybe\nexclude: 1");
+        let errors = laid_over("", &[&annotations, &file]).unwrap_err();
+        for part in [
+            "3 mistakes",
+            "annotation istio.io/some-interfaces: interception.virtual_interfaces[0]: \"eth0 -j ACCEPT\"",
+            "pod.yaml:1:7: interception.ipv6: \"maybe\"",
+            "pod.yaml:2:10: interception.exclude: \"1\": no such key",
+        ] {
+            assert!(errors.contains(part), "{part}\n{errors}");
+        }
+    }
+
+    #[test]
+    fn reports_contradictions_with_the_nodes_settings() {
+        let node = "interception: {profile: sidecar, outbound: {exclude_gids: [5]}}";
+        let errors = laid_over(node, &[&overlay("outbound: {include_gids: [6]}")]).unwrap_err();
+        assert!(
+            errors.contains("the node's settings: interception.outbound.exclude_gids"),
+            "{errors}"
+        );
+    }
+
+    #[test]
+    fn rejects_a_section_that_is_no_mapping() {
+        for text in ["ambient", "[1]"] {
+            let errors = laid_over("", &[&overlay(text)]).unwrap_err();
+            assert!(errors.contains("must be a mapping"), "{errors}");
+        }
+    }
+}

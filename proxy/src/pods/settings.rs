@@ -1,0 +1,45 @@
+//! The settings of one pod: those of its node, with the pod's identity and interception settings.
+
+use underpass_config::{Settings, SpiffeId, WorkloadSettings};
+
+use crate::pods::annotations::{self, NotEnrolled};
+use crate::pods::facts::{FactsError, PodFacts};
+
+/// What a node does with a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum PodSettings {
+    /// The pod is enrolled with these settings.
+    Enrolled(Box<Settings>),
+    /// The pod is left alone.
+    NotEnrolled(NotEnrolled),
+}
+
+/// The settings of the pod with these facts on a node with the settings `node`. Its identity is
+/// that of its own service account in the node's trust domain.
+pub(crate) fn pod_settings(node: &Settings, facts: &PodFacts) -> Result<PodSettings, FactsError> {
+    facts.check()?;
+    if let Some(reason) = annotations::exclusion(facts)? {
+        return Ok(PodSettings::NotEnrolled(reason));
+    }
+    let from_annotations = annotations::interception(facts, &node.interception)?;
+    let overlays: Vec<_> =
+        [Some(&from_annotations), facts.interception.as_ref()].into_iter().flatten().collect();
+    let settings = node.with_interception(&overlays).map_err(FactsError::Interception)?;
+    let workload = workload(&node.workload, facts)?;
+    Ok(PodSettings::Enrolled(Box::new(Settings { workload, ..settings })))
+}
+
+fn workload(node: &WorkloadSettings, facts: &PodFacts) -> Result<WorkloadSettings, FactsError> {
+    let PodFacts { name, namespace, service_account, .. } = facts.clone();
+    let spiffe_id = SpiffeId::istio(node.trust_domain.clone(), &namespace, &service_account);
+    let spiffe_id = spiffe_id.map_err(|source| FactsError::Identity {
+        namespace: namespace.clone(),
+        service_account: service_account.clone(),
+        source,
+    })?;
+    let (trust_domain, network) = (node.trust_domain.clone(), node.network.clone());
+    Ok(WorkloadSettings { name, namespace, service_account, trust_domain, network, spiffe_id })
+}
+
+#[cfg(test)]
+mod tests;
