@@ -59,9 +59,11 @@ pub use rules::RuleSettings;
 pub use self_test::packets::{PacketCapture, TcpSegment};
 pub use self_test::return_path::ReturnPathProbe;
 pub use self_test::{Probe, ProbeSockets};
-pub use sockets::handover::{Handover, Peer};
+pub use sockets::handover::Handover;
 pub use sockets::listener::{BoundListener, Listener};
 pub use sockets::local::LocalAddresses;
+pub use sockets::peer::Peer;
+pub use sockets::seqpacket::{Message, SeqPacket};
 pub use sockets::socket::{
     Closing, KEEPALIVE_PROBES, ListenerRequest, OriginalDestination, ReadySocket, SocketKind,
     SocketRole, Sockets, end_on_close, end_writing, probe_every, reset_on_close, write_before_end,

@@ -17,7 +17,7 @@ mod wiring;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -61,8 +61,8 @@ impl Namespace {
     pub fn current() -> Result<Self, InterceptionError> {
         let opened = File::open(OWN).and_then(|file| {
             // Unlike `OWN`, the same namespace for every thread.
-            let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
-            Held::new(file, path.into())
+            let path = own_descriptor(&file);
+            Held::new(file, path)
         });
         opened.map(|held| Self(Arc::new(held))).map_err(failed("open", OWN.as_ref()))
     }
@@ -77,6 +77,17 @@ impl Namespace {
         let path = path.into();
         let opened = File::open(&path).and_then(|file| Held::new(file, path.clone()));
         opened.map(|held| Self(Arc::new(held))).map_err(failed("open", &path))
+    }
+
+    /// The namespace of a descriptor that another process passed.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`], also if the descriptor is not a namespace's.
+    pub fn from_descriptor(descriptor: OwnedFd) -> Result<Self, InterceptionError> {
+        let path = own_descriptor(&descriptor);
+        let held = Held::new(File::from(descriptor), path.clone());
+        held.map(|held| Self(Arc::new(held))).map_err(failed("use", &path))
     }
 
     /// Its identity.
@@ -128,6 +139,11 @@ impl fmt::Display for NamespaceId {
     }
 }
 
+/// The path by which other processes can open a descriptor of this one.
+fn own_descriptor(descriptor: &impl AsRawFd) -> PathBuf {
+    format!("/proc/{}/fd/{}", std::process::id(), descriptor.as_raw_fd()).into()
+}
+
 fn failed<E: Into<io::Error>>(
     operation: &'static str,
     namespace: &Path,
@@ -144,6 +160,18 @@ mod tests {
     fn rejects_file_that_is_no_namespace() {
         let error = Namespace::open("/proc/version").expect_err("not a namespace");
         assert!(format!("{:?}", error).contains("not a namespace"), "{error:?}");
+    }
+
+    #[test]
+    fn uses_passed_descriptor_of_a_namespace_only() {
+        let current = Namespace::current().unwrap();
+        let passed = current.as_fd().try_clone_to_owned().unwrap();
+        let passed = Namespace::from_descriptor(passed).unwrap();
+        assert_eq!(passed.id(), current.id());
+        assert_eq!(Namespace::open(passed.path()).unwrap().id(), current.id());
+        let other = File::open("/proc/version").unwrap();
+        let error = Namespace::from_descriptor(other.into()).expect_err("not a namespace");
+        assert!(format!("{error:?}").contains("not a namespace"), "{error:?}");
     }
 
     #[test]

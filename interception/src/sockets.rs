@@ -1,9 +1,12 @@
 //! The sockets of the proxy: listeners, connections with marks and original sources, and their
-//! handover to another process.
+//! handover to another process; and Unix sockets that pass descriptors.
 
+mod descriptors;
 pub(crate) mod handover;
 pub(crate) mod listener;
 pub(crate) mod local;
+pub(crate) mod peer;
+pub(crate) mod seqpacket;
 pub(crate) mod socket;
 
 use std::net::SocketAddr;

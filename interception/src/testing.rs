@@ -1,9 +1,25 @@
-//! Access for kernel tests: custom plans, and the netlink backend. The product does not use it.
+//! Access for tests: custom plans, the netlink backend, and the listening end of connections that
+//! the product only opens. The product does not use it.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::Path;
+
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
+    socketpair,
+};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
 
 use crate::backend::nftables;
 use crate::error::InterceptionError;
 use crate::namespace::Entered;
 use crate::plan::{Chain, Rule, RulePlan};
+use crate::sockets::seqpacket::SeqPacket;
+
+const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 
 /// A plan with these chains and rules.
 #[must_use]
@@ -38,3 +54,42 @@ pub async fn listings(
 
 /// Heads with their lines.
 pub type Sections = Vec<(String, Vec<String>)>;
+
+/// Two connected ends.
+///
+/// # Errors
+///
+/// The error of the kernel.
+pub fn seqpacket_pair() -> io::Result<(SeqPacket, SeqPacket)> {
+    let (one, other) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
+    Ok((SeqPacket::new(one)?, SeqPacket::new(other)?))
+}
+
+/// Listens as a node agent does. One connection can wait to be accepted.
+#[derive(Debug)]
+pub struct SeqPacketListener(UnixStream);
+
+impl SeqPacketListener {
+    /// Listens at `path`.
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
+        bind(&socket, &SocketAddrUnix::new(path)?)?;
+        listen(&socket, 0)?;
+        Ok(Self(UnixStream::from_std(StdUnixStream::from(socket))?))
+    }
+
+    /// Accepts the next connection.
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel.
+    pub async fn accept(&self) -> io::Result<SeqPacket> {
+        let accept = || Ok(accept_with(&self.0, FLAGS)?);
+        let accepted: OwnedFd = self.0.async_io(Interest::READABLE, accept).await?;
+        SeqPacket::new(accepted)
+    }
+}

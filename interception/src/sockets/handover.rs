@@ -3,22 +3,17 @@
 //! After a listener was passed, both processes accept from the same queue. So no connection is
 //! refused, whichever process ends. The protocol on top is in the proxy.
 
-use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io::{self, ErrorKind};
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use nix::unistd::geteuid;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
+use crate::sockets::descriptors::{self, MAX_DESCRIPTORS};
+use crate::sockets::peer::Peer;
+
 /// The maximum length of a line in bytes, far above that of any message.
 const MAX_LINE: usize = 4096;
-/// The maximum number of sockets per line.
-const MAX_SOCKETS: usize = 16;
 
 /// One end of a connection between two processes.
 #[derive(Debug)]
@@ -33,15 +28,13 @@ impl Handover {
         Self { stream }
     }
 
-    /// The process at the other end, as recorded by the kernel when that process connected or
-    /// started to listen (`SO_PEERCRED`, unix(7)).
+    /// The process at the other end.
     ///
     /// # Errors
     ///
     /// The error of the kernel.
     pub fn peer(&self) -> io::Result<Peer> {
-        let credentials = self.stream.peer_cred()?;
-        Ok(Peer { uid: credentials.uid(), pid: credentials.pid() })
+        Peer::of(&self.stream)
     }
 
     /// Sends `line`, which must not contain a line break, with `sockets` attached.
@@ -51,18 +44,10 @@ impl Handover {
     /// The error of the kernel; `InvalidInput` for more than one message can carry.
     pub async fn send(&self, line: &str, sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
         let text = format!("{line}\n");
-        if text.len() > MAX_LINE || sockets.len() > MAX_SOCKETS {
+        if text.len() > MAX_LINE {
             return Err(ErrorKind::InvalidInput.into());
         }
-        let send = || {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SOCKETS))];
-            let mut attached = SendAncillaryBuffer::new(&mut space);
-            if !sockets.is_empty() {
-                attached.push(SendAncillaryMessage::ScmRights(sockets));
-            }
-            let text = [IoSlice::new(text.as_bytes())];
-            Ok(sendmsg(&self.stream, &text, &mut attached, SendFlags::NOSIGNAL)?)
-        };
+        let send = || descriptors::send(&self.stream, text.as_bytes(), sockets);
         // A partial write is impossible: a line fits the socket's buffer, and the previous one was
         // answered.
         match self.stream.async_io(Interest::WRITABLE, send).await? {
@@ -88,7 +73,7 @@ impl Handover {
                     Err(ErrorKind::UnexpectedEof.into())
                 };
             }
-            if line.len() > MAX_LINE || sockets.len() > MAX_SOCKETS {
+            if line.len() > MAX_LINE || sockets.len() > MAX_DESCRIPTORS {
                 return Err(ErrorKind::InvalidData.into());
             }
         }
@@ -98,38 +83,10 @@ impl Handover {
 
     fn receive_part(&self, line: &mut Vec<u8>, sockets: &mut Vec<OwnedFd>) -> io::Result<usize> {
         let mut text = [0; 512];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SOCKETS))];
-        let mut attached = RecvAncillaryBuffer::new(&mut space);
-        let received = recvmsg(
-            &self.stream,
-            &mut [IoSliceMut::new(&mut text)],
-            &mut attached,
-            RecvFlags::CMSG_CLOEXEC,
-        )?;
+        let received = descriptors::receive(&self.stream, &mut text)?;
         line.extend_from_slice(text.get(..received.bytes).unwrap_or_default());
-        for message in attached.drain() {
-            if let RecvAncillaryMessage::ScmRights(attached) = message {
-                sockets.extend(attached);
-            }
-        }
+        sockets.extend(received.descriptors);
         Ok(received.bytes)
-    }
-}
-
-/// The process at the other end of a Unix socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Peer {
-    /// The effective user.
-    pub uid: u32,
-    /// The process id, unless the PID namespace hides it.
-    pub pid: Option<i32>,
-}
-
-impl Peer {
-    /// Returns true for root and the own user, which control this process anyway.
-    #[must_use]
-    pub fn is_trusted(self) -> bool {
-        self.uid == 0 || self.uid == geteuid().as_raw()
     }
 }
 
@@ -138,6 +95,7 @@ mod tests {
     use std::net::{Ipv4Addr, TcpListener};
     use std::os::fd::AsFd as _;
 
+    use nix::unistd::geteuid;
     use tokio::io::AsyncWriteExt as _;
     use tokio::net::TcpStream;
 

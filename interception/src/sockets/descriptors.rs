@@ -1,0 +1,68 @@
+//! Sends and receives bytes with file descriptors attached (`SCM_RIGHTS`, unix(7)), for every
+//! protocol that passes descriptors over a Unix socket.
+
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+/// The maximum number of descriptors per call.
+pub(super) const MAX_DESCRIPTORS: usize = 16;
+
+/// The result of one receive call.
+pub(super) struct Received {
+    /// The number of bytes in the buffer; 0 at the end of the connection.
+    pub(super) bytes: usize,
+    /// Closed when an exec replaces this process.
+    pub(super) descriptors: Vec<OwnedFd>,
+}
+
+/// Sends `bytes` with `descriptors` attached, and returns the number of sent bytes.
+pub(super) fn send(
+    socket: impl AsFd,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<usize> {
+    if descriptors.len() > MAX_DESCRIPTORS {
+        return Err(ErrorKind::InvalidInput.into());
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut attached = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        attached.push(SendAncillaryMessage::ScmRights(descriptors));
+    }
+    Ok(sendmsg(socket, &[IoSlice::new(bytes)], &mut attached, SendFlags::NOSIGNAL)?)
+}
+
+/// Receives into `buffer`. Fails with `InvalidData`, and closes all received descriptors, if the
+/// kernel dropped a part of the message: bytes (`MSG_TRUNC`) or descriptors (`MSG_CTRUNC`).
+pub(super) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut attached = RecvAncillaryBuffer::new(&mut space);
+    let received =
+        recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut attached, RecvFlags::CMSG_CLOEXEC)?;
+    let mut descriptors = Vec::new();
+    for message in attached.drain() {
+        if let RecvAncillaryMessage::ScmRights(attached) = message {
+            descriptors.extend(attached);
+        }
+    }
+    if received.flags.contains(ReturnFlags::TRUNC) {
+        let limit = buffer.len();
+        return Err(invalid(format!("a message is longer than {limit} bytes")));
+    }
+    // The space is rounded up, so it can have one more. The flag is also set if this process has no
+    // free descriptor.
+    if descriptors.len() > MAX_DESCRIPTORS || received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(invalid("not all attached descriptors could be received".to_owned()));
+    }
+    Ok(Received { bytes: received.bytes, descriptors })
+}
+
+fn invalid(reason: String) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, reason)
+}

@@ -1,0 +1,30 @@
+//! The process at the other end of a Unix socket.
+
+use std::io;
+
+use nix::unistd::geteuid;
+use tokio::net::UnixStream;
+
+/// The process at the other end of a Unix socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer {
+    /// The effective user.
+    pub uid: u32,
+    /// The process id, unless the PID namespace hides it.
+    pub pid: Option<i32>,
+}
+
+impl Peer {
+    /// The process at the other end of `stream`, as recorded by the kernel when that process
+    /// connected or started to listen (`SO_PEERCRED`, unix(7)).
+    pub(super) fn of(stream: &UnixStream) -> io::Result<Self> {
+        let credentials = stream.peer_cred()?;
+        Ok(Self { uid: credentials.uid(), pid: credentials.pid().filter(|pid| *pid != 0) })
+    }
+
+    /// Returns true for root and the own user, which control this process anyway.
+    #[must_use]
+    pub fn is_trusted(self) -> bool {
+        self.uid == 0 || self.uid == geteuid().as_raw()
+    }
+}

@@ -1,0 +1,186 @@
+//! A connection of messages with file descriptors attached (`SOCK_SEQPACKET`, unix(7)), as node
+//! agents use it to pass the network namespaces of pods.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::Path;
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+
+use crate::sockets::descriptors;
+use crate::sockets::peer::Peer;
+
+/// The maximum length of a received message in bytes. istio-cni's longest has about 600: two names
+/// of 253 octets and a namespace of 63.
+const MAX_MESSAGE: usize = 4096;
+
+/// One end of a connection.
+#[derive(Debug)]
+pub struct SeqPacket {
+    /// Of type `SOCK_SEQPACKET`. Tokio has no type for it, and none for any descriptor that is
+    /// safe; this one only registers the socket and waits for it.
+    socket: UnixStream,
+}
+
+/// A received message.
+#[derive(Debug)]
+pub struct Message {
+    /// Not empty.
+    pub bytes: Vec<u8>,
+    /// The attached descriptors, which are closed when an exec replaces this process.
+    pub descriptors: Vec<OwnedFd>,
+}
+
+impl SeqPacket {
+    /// Connects to the listener at `path`. Never waits: a full accept queue is an error
+    /// (`WouldBlock`), because the kernel queues no connection attempt of a non-blocking socket.
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel.
+    pub fn connect(path: &Path) -> io::Result<Self> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        connect(&socket, &SocketAddrUnix::new(path)?)?;
+        Self::new(socket)
+    }
+
+    /// Uses `socket`, which is connected and non-blocking.
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel.
+    pub fn new(socket: OwnedFd) -> io::Result<Self> {
+        Ok(Self { socket: UnixStream::from_std(StdUnixStream::from(socket))? })
+    }
+
+    /// The process that listened at the other end.
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel.
+    pub fn peer(&self) -> io::Result<Peer> {
+        Peer::of(&self.socket)
+    }
+
+    /// Sends a message.
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel; `InvalidInput` for an empty message, which would read as the end,
+    /// and for more descriptors than a message can carry.
+    pub async fn send(&self, bytes: &[u8], attached: &[BorrowedFd<'_>]) -> io::Result<()> {
+        if bytes.is_empty() {
+            return Err(ErrorKind::InvalidInput.into());
+        }
+        let send = || descriptors::send(&self.socket, bytes, attached);
+        // The kernel sends a message whole or not at all.
+        self.socket.async_io(Interest::WRITABLE, send).await.map(|_| ())
+    }
+
+    /// Receives the next message; `None` after the other process closed the connection or ended.
+    /// Cancel safe: a message is lost only together with the connection.
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel; `InvalidData` if the message or the list of its descriptors is too
+    /// long. The received descriptors are closed then.
+    pub async fn receive(&self) -> io::Result<Option<Message>> {
+        let mut bytes = vec![0; MAX_MESSAGE];
+        let receive = || descriptors::receive(&self.socket, &mut bytes);
+        let received = self.socket.async_io(Interest::READABLE, receive).await?;
+        bytes.truncate(received.bytes);
+        Ok((received.bytes > 0).then_some(Message { bytes, descriptors: received.descriptors }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::io::IoSlice;
+    use std::mem::MaybeUninit;
+    use std::os::fd::AsFd as _;
+
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+    use super::*;
+    use crate::testing::{SeqPacketListener, seqpacket_pair};
+
+    fn pair() -> (SeqPacket, SeqPacket) {
+        seqpacket_pair().expect("a pair")
+    }
+
+    /// The number of descriptors of this process that lead to `path`.
+    fn open(path: &Path) -> usize {
+        let entries = fs::read_dir("/proc/self/fd").expect("a folder").flatten();
+        entries.filter(|entry| fs::read_link(entry.path()).is_ok_and(|to| to == path)).count()
+    }
+
+    #[tokio::test]
+    async fn receives_messages_separately_with_their_descriptors() {
+        let (one, other) = pair();
+        let file = File::open("/proc/self/stat").expect("a file");
+        one.send(b"first", &[file.as_fd(), file.as_fd()]).await.expect("sent");
+        one.send(b"second", &[]).await.expect("sent");
+        let first = other.receive().await.expect("received").expect("a message");
+        assert_eq!((first.bytes.as_slice(), first.descriptors.len()), (&b"first"[..], 2));
+        let second = other.receive().await.expect("received").expect("a message");
+        assert_eq!((second.bytes.as_slice(), second.descriptors.len()), (&b"second"[..], 0));
+        drop(one);
+        assert!(other.receive().await.expect("an end").is_none());
+    }
+
+    #[tokio::test]
+    async fn rejects_long_message_and_closes_its_descriptors() {
+        let (one, other) = pair();
+        let path = std::env::temp_dir().join(format!("seqpacket-{}", std::process::id()));
+        let file = File::create(&path).expect("a file");
+        one.send(&[b'x'; MAX_MESSAGE + 1], &[file.as_fd()]).await.expect("sent");
+        one.send(&[b'x'; MAX_MESSAGE], &[]).await.expect("sent");
+        let error = other.receive().await.expect_err("too long");
+        assert_eq!(error.kind(), ErrorKind::InvalidData, "{error}");
+        assert_eq!(open(&path), 1, "only the sender's");
+        let next = other.receive().await.expect("received").expect("a message");
+        assert_eq!(next.bytes.len(), MAX_MESSAGE);
+        fs::remove_file(&path).expect("removed");
+    }
+
+    #[tokio::test]
+    async fn rejects_more_descriptors_than_it_can_receive() {
+        let (one, other) = pair();
+        let file = File::open("/proc/self/stat").expect("a file");
+        let many: Vec<_> = (0..=descriptors::MAX_DESCRIPTORS).map(|_| file.as_fd()).collect();
+        let error = one.send(b"many", &many).await.expect_err("too many");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        let mut space = [MaybeUninit::uninit(); 256];
+        let mut attached = SendAncillaryBuffer::new(&mut space);
+        assert!(attached.push(SendAncillaryMessage::ScmRights(&many)));
+        let bytes = [IoSlice::new(b"many")];
+        sendmsg(&one.socket, &bytes, &mut attached, SendFlags::empty()).expect("sent");
+        let error = other.receive().await.expect_err("too many");
+        assert_eq!(error.kind(), ErrorKind::InvalidData, "{error}");
+    }
+
+    #[tokio::test]
+    async fn connects_to_listener_and_identifies_it() {
+        let path = std::env::temp_dir().join(format!("seqpacket-{}.sock", std::process::id()));
+        let error = SeqPacket::connect(&path).expect_err("no listener");
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        let listener = SeqPacketListener::bind(&path).expect("listens");
+        let connection = SeqPacket::connect(&path).expect("connected");
+        assert!(connection.peer().expect("credentials").is_trusted());
+        let error = SeqPacket::connect(&path).expect_err("a full queue");
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+        let accepted = listener.accept().await.expect("accepted");
+        accepted.send(b"hello", &[]).await.expect("sent");
+        let message = connection.receive().await.expect("received").expect("a message");
+        assert_eq!(message.bytes, b"hello");
+        drop(listener);
+        let error = SeqPacket::connect(&path).expect_err("a socket without listener");
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+        fs::remove_file(&path).expect("removed");
+    }
+}
