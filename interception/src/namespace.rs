@@ -90,6 +90,12 @@ impl Namespace {
         held.map(|held| Self(Arc::new(held))).map_err(failed("use", &path))
     }
 
+    /// A handle of a file that is no namespace and cannot be entered.
+    pub(crate) fn stand_in(file: File) -> io::Result<Self> {
+        let id = NamespaceId::of(&file)?;
+        Ok(Self(Arc::new(Held { file, id, path: "a stand-in".into() })))
+    }
+
     /// Its identity.
     #[must_use]
     pub fn id(&self) -> NamespaceId {

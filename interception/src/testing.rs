@@ -1,11 +1,13 @@
-//! Access for tests: custom plans, the netlink backend, and the listening end of connections that
-//! the product only opens. The product does not use it.
+//! Access for tests: custom plans, the netlink backend, stand-ins of namespaces, and the listening
+//! end of connections that the product only opens. The product does not use it.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
     socketpair,
@@ -15,11 +17,21 @@ use tokio::net::UnixStream;
 
 use crate::backend::nftables;
 use crate::error::InterceptionError;
-use crate::namespace::Entered;
+use crate::namespace::{Entered, Namespace};
 use crate::plan::{Chain, Rule, RulePlan};
 use crate::sockets::seqpacket::SeqPacket;
 
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
+
+/// A handle with an identity of its own that needs no privilege, because it is no namespace: it
+/// cannot be entered.
+///
+/// # Errors
+///
+/// The process has no free descriptor.
+pub fn stand_in_namespace() -> io::Result<Namespace> {
+    Namespace::stand_in(File::from(memfd_create("stand-in", MemfdFlags::CLOEXEC)?))
+}
 
 /// A plan with these chains and rules.
 #[must_use]

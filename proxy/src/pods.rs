@@ -1,5 +1,11 @@
 //! The pods of a node daemon: what their sources say about them, and what follows from it.
 
 pub(crate) mod annotations;
+pub(crate) mod enrolment;
 pub(crate) mod facts;
+pub(crate) mod registry;
 pub(crate) mod settings;
+pub(crate) mod source;
+pub(crate) mod state;
+#[cfg(test)]
+pub(crate) mod testing;

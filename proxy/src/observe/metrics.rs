@@ -47,6 +47,7 @@ const MESH_SIZE: &str = "underpass_mesh_size";
 const BUFFERS_REFUSED: &str = "underpass_buffers_refused_total";
 const BUFFER_BYTES: &str = "underpass_buffer_bytes";
 const TERMINATED: &str = "underpass_connections_terminated_total";
+const PODS: &str = "underpass_pods";
 const EJECTED: &str = "underpass_endpoints_ejected_total";
 
 /// Renders `/metrics`.
@@ -128,6 +129,7 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
         TERMINATED,
         "Open connections terminated because a change of the mesh forbids them."
     );
+    describe_gauge!(PODS, "Pods of the node, by state.");
     describe_counter!(EJECTED, "Endpoints ejected because they could not be connected to.");
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
     Ok(Exporter { recorder, series: Arc::new(SeriesRegistry::new(settings)) })
@@ -265,6 +267,11 @@ pub(crate) fn connections_terminated(connections: usize) {
 /// Counts a change of the mesh that could not be read.
 pub(crate) fn mesh_refused() {
     counter!(MESH_UPDATES, "result" => "refused").increment(1);
+}
+
+/// Reports how many pods of the node are in this state.
+pub(crate) fn pods(state: &'static str, count: usize) {
+    gauge!(PODS, "state" => state).set(count as f64);
 }
 
 /// Counts an ejection of an endpoint.

@@ -57,6 +57,11 @@ pub(crate) enum FactsError {
 }
 
 impl PodFacts {
+    /// `NAMESPACE/NAME`, as the log names the pod.
+    pub(crate) fn full_name(&self) -> String {
+        format!("{}/{}", self.namespace, self.name)
+    }
+
     /// Rejects missing and impossible facts.
     pub(crate) fn check(&self) -> Result<(), FactsError> {
         for (what, value) in [

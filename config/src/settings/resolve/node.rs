@@ -2,9 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::settings::declare::{
-    Document, Fallback, Kind, PATH, TEXT, Written, given_list, list, settings,
-};
+use crate::settings::declare::{Document, Fallback, Kind, PATH, TEXT, given_list, list, settings};
 use crate::settings::{
     IdentitySettings, InterceptionSettings, NodeSettings, PodSourceSettings, Profile, Settings,
 };

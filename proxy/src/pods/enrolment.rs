@@ -1,0 +1,103 @@
+//! What enrolling a pod means: the trait that performs it, its outcome and its errors.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use thiserror::Error;
+use underpass_config::PodUid;
+use underpass_interception::Namespace;
+
+use crate::pods::annotations::NotEnrolled;
+use crate::pods::facts::{FactsError, PodFacts};
+use crate::process::command_error::CommandError;
+
+/// A future of this module's traits.
+pub(crate) type Operation<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// Enrols pods. Tests have one that needs no namespace.
+pub(crate) trait Enroller: fmt::Debug + Send + Sync + 'static {
+    /// Makes one attempt to serve a pod in its namespace. A failed attempt leaves nothing but the
+    /// rules that keep the pod closed. It ends by itself: each step has a deadline.
+    fn enrol(
+        &self,
+        facts: Arc<PodFacts>,
+        namespace: Namespace,
+    ) -> Operation<Result<Enrolled, EnrolError>>;
+}
+
+/// A pod that is served.
+pub(crate) trait EnrolledPod: fmt::Debug + Send {
+    /// Applies changed facts to the running pod. Returns false if it must be enrolled again.
+    fn follow(&self, facts: &PodFacts) -> bool;
+
+    /// Verifies its listeners and rules.
+    fn check(&self) -> Operation<Result<(), EnrolError>>;
+
+    /// Drains its connections, and leaves its rules as `interception.on_exit` says. Nothing holds
+    /// its namespace then.
+    fn leave(self: Box<Self>) -> Operation<()>;
+}
+
+/// The outcome of an attempt that did not fail.
+#[derive(Debug)]
+pub(crate) enum Enrolled {
+    Serving(Box<dyn EnrolledPod>),
+    /// The pod's facts exempt it.
+    LeftAlone(NotEnrolled),
+}
+
+/// Why a pod is not served.
+#[derive(Debug, Clone, Error)]
+pub(crate) enum EnrolError {
+    #[error("the source's facts cannot be used")]
+    Facts(#[from] FactsError),
+    #[error("its network namespace is that of the pod {0}")]
+    NamespaceInUse(PodUid),
+    #[error("it cannot be served")]
+    Pod(#[source] Arc<CommandError>),
+    #[error("it was removed, or replaced by a pod in another namespace")]
+    Removed,
+    #[error("it is not known")]
+    Unknown,
+    #[error("it is still being enrolled")]
+    Pending,
+    #[error("the daemon stops")]
+    Stopping,
+    #[error("the attempt to enrol it panicked")]
+    Panicked,
+}
+
+impl EnrolError {
+    /// Whether another attempt with the same facts may succeed.
+    pub(crate) fn is_retryable(&self) -> bool {
+        match self {
+            Self::Pod(_) | Self::Pending | Self::Panicked => true,
+            Self::Facts(_)
+            | Self::NamespaceInUse(_)
+            | Self::Removed
+            | Self::Unknown
+            | Self::Stopping => false,
+        }
+    }
+
+    /// What the operator can do.
+    pub(crate) fn hint(&self) -> &'static str {
+        match self {
+            Self::Facts(_) => "correct the pod's labels, annotations or file",
+            Self::NamespaceInUse(_) => {
+                "remove the other pod first: two pods of one namespace cannot be told apart"
+            }
+            Self::Pod(_) | Self::Pending => "underpass tries again",
+            Self::Removed | Self::Unknown => "add the pod again",
+            Self::Stopping => "add the pod once the daemon runs again",
+            Self::Panicked => "this is a defect of underpass: please report it",
+        }
+    }
+}
+
+impl From<CommandError> for EnrolError {
+    fn from(error: CommandError) -> Self {
+        Self::Pod(Arc::new(error))
+    }
+}

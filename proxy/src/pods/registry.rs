@@ -1,0 +1,268 @@
+//! Owns all pods of a node. Sources add and remove pods through its handle; one task enrols them,
+//! tries failed ones again, and drains removed ones.
+//!
+//! Not here: which pod does what when (`state.rs`), and how one is enrolled (`enrolment.rs`).
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Notify, oneshot};
+use tokio::task::{Id, JoinError, JoinSet};
+use tokio::time::{Instant, sleep_until};
+use underpass_config::{PodUid, Quoted};
+use underpass_interception::{Namespace, NamespaceId};
+
+use crate::observe::metrics;
+use crate::pods::enrolment::{EnrolError, Enrolled, Enroller};
+use crate::pods::facts::PodFacts;
+use crate::pods::state::{Action, AttemptId, PodState, PodStatus, Pods};
+
+/// A handle of all pods of the node. Clones share them.
+#[derive(Debug, Clone)]
+pub(crate) struct PodRegistry(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// Never locked across an await.
+    pods: Mutex<Pods>,
+    /// Wakes the task after a change.
+    changed: Notify,
+}
+
+/// The outcome of adding a pod, which is enrolled in the background.
+#[derive(Debug)]
+pub(crate) struct Enrolment(oneshot::Receiver<Result<(), EnrolError>>);
+
+/// A removal, which goes on if this is dropped.
+#[derive(Debug)]
+pub(crate) struct Removal(Vec<oneshot::Receiver<()>>);
+
+impl Enrolment {
+    /// The outcome of the first attempt that ends from now on: the pod is served, or is exempt. After
+    /// an error that is retryable the registry tries again.
+    pub(crate) async fn first_outcome(self) -> Result<(), EnrolError> {
+        self.0.await.unwrap_or(Err(EnrolError::Stopping))
+    }
+}
+
+impl Removal {
+    /// Waits until nothing holds the pod's namespace: its connections are drained.
+    pub(crate) async fn gone(self) {
+        for end in self.0 {
+            // Fails if the registry has ended.
+            end.await.ok();
+        }
+    }
+}
+
+impl PodRegistry {
+    /// A registry, and the task that enrols its pods with `enroller`.
+    pub(crate) fn new(enroller: Arc<dyn Enroller>) -> (Self, RegistryTask) {
+        let shared = Shared { pods: Mutex::default(), changed: Notify::new() };
+        let registry = Self(Arc::new(shared));
+        let task = RegistryTask {
+            registry: registry.clone(),
+            enroller,
+            tasks: JoinSet::new(),
+            running: HashMap::new(),
+        };
+        (registry, task)
+    }
+
+    /// Adds a pod, and enrols it in the background, with retries while it fails.
+    ///
+    /// A known uid in its namespace gets the new facts; a known uid in another namespace is replaced;
+    /// another uid in the namespace of a known pod is refused.
+    pub(crate) fn add(&self, facts: PodFacts, namespace: Namespace) -> Enrolment {
+        let (answer, outcome) = oneshot::channel();
+        self.change(|pods| pods.add(Instant::now(), Arc::new(facts), namespace, answer));
+        Enrolment(outcome)
+    }
+
+    /// Whether the pod is known.
+    pub(crate) fn keep(&self, uid: &PodUid) -> bool {
+        self.pods().keep(uid)
+    }
+
+    /// Removes the pods that are not `named`, at the end of a snapshot of all pods.
+    pub(crate) fn retain(&self, named: &BTreeSet<PodUid>) {
+        self.change(|pods| pods.retain(named));
+    }
+
+    /// Removes a pod: drains its connections, and leaves its rules as `interception.on_exit` says.
+    /// An unknown pod is removed already.
+    pub(crate) fn remove(&self, uid: &PodUid) -> Removal {
+        Removal(self.change(|pods| pods.remove(uid)))
+    }
+
+    /// Removes every pod, and refuses new ones.
+    pub(crate) fn stop(&self) -> Removal {
+        Removal(self.change(Pods::stop))
+    }
+
+    /// Verifies the listeners and rules of a pod.
+    pub(crate) async fn check(&self, uid: &PodUid) -> Result<(), EnrolError> {
+        let check = self.pods().served(uid)?.check();
+        check.await
+    }
+
+    /// The status of every pod, by namespace and name.
+    pub(crate) fn status(&self) -> Vec<PodStatus> {
+        let mut status = self.pods().status(Instant::now());
+        status.sort_by(|a, b| (&a.pod, &a.uid).cmp(&(&b.pod, &b.uid)));
+        status
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut Pods) -> T) -> T {
+        let result = change(&mut self.pods());
+        self.0.changed.notify_one();
+        result
+    }
+
+    fn pods(&self) -> MutexGuard<'_, Pods> {
+        // No code panics while it holds the lock.
+        self.0.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Performs the actions of a registry.
+pub(crate) struct RegistryTask {
+    registry: PodRegistry,
+    enroller: Arc<dyn Enroller>,
+    tasks: JoinSet<Ended>,
+    /// What each task does, which a panic does not return.
+    running: HashMap<Id, Running>,
+}
+
+/// The result of a task.
+enum Ended {
+    Enrolled(Result<Enrolled, EnrolError>),
+    Left,
+}
+
+/// What a task does.
+#[derive(Debug)]
+enum Running {
+    Enrolling { attempt: AttemptId, facts: Arc<PodFacts>, since: Instant },
+    Leaving { namespace: NamespaceId, uid: PodUid },
+}
+
+impl RegistryTask {
+    /// Enrols and drains pods, for ever.
+    pub(crate) async fn run(mut self) {
+        loop {
+            self.perform_due();
+            self.report_counts();
+            let due = self.registry.pods().next_due(Instant::now());
+            let retry = async {
+                match due {
+                    Some(due) => sleep_until(due).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = self.registry.0.changed.notified() => {}
+                () = retry => {}
+                Some(ended) = self.tasks.join_next_with_id() => self.ended(ended),
+            }
+        }
+    }
+
+    fn perform_due(&mut self) {
+        loop {
+            let action = self.registry.pods().next_action(Instant::now());
+            let Some(action) = action else { return };
+            self.perform(action);
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        let (task, running) = match action {
+            Action::Enrol { attempt, facts, namespace } => {
+                let enrol = self.enroller.enrol(facts.clone(), namespace);
+                let task = self.tasks.spawn(async move { Ended::Enrolled(enrol.await) });
+                (task, Running::Enrolling { attempt, facts, since: Instant::now() })
+            }
+            Action::Leave { namespace, uid, pod } => {
+                let leave = pod.leave();
+                let task = self.tasks.spawn(async move {
+                    leave.await;
+                    Ended::Left
+                });
+                (task, Running::Leaving { namespace, uid })
+            }
+        };
+        self.running.insert(task.id(), running);
+    }
+
+    fn ended(&mut self, ended: Result<(Id, Ended), JoinError>) {
+        let (id, ended) = match ended {
+            Ok((id, ended)) => (id, Some(ended)),
+            Err(error) => (error.id(), None),
+        };
+        match self.running.remove(&id) {
+            Some(Running::Enrolling { attempt, facts, since }) => {
+                let outcome = match ended {
+                    Some(Ended::Enrolled(outcome)) => outcome,
+                    Some(Ended::Left) | None => Err(EnrolError::Panicked),
+                };
+                self.attempted(attempt, &facts, since, outcome);
+            }
+            Some(Running::Leaving { namespace, uid }) => {
+                match ended {
+                    Some(_) => tracing::info!(%uid, "pod removed"),
+                    None => tracing::error!(%uid, "removing a pod panicked"),
+                }
+                self.registry.change(|pods| pods.left(namespace));
+            }
+            None => {}
+        }
+    }
+
+    fn attempted(
+        &self,
+        attempt: AttemptId,
+        facts: &PodFacts,
+        since: Instant,
+        outcome: Result<Enrolled, EnrolError>,
+    ) {
+        let (pod, uid, took) = (facts.full_name(), &facts.uid, since.elapsed());
+        let error = match &outcome {
+            Ok(Enrolled::Serving(_)) => {
+                tracing::info!(pod, %uid, ?took, "pod enrolled");
+                None
+            }
+            Ok(Enrolled::LeftAlone(reason)) => {
+                tracing::info!(pod, %uid, %reason, "pod left alone");
+                None
+            }
+            Err(error) => Some(error.clone()),
+        };
+        let chance = fastrand::f64() * 2.0 - 1.0;
+        let now = Instant::now();
+        let retry_in = self.registry.change(|pods| pods.finished(now, attempt, outcome, chance));
+        if let Some(error) = error {
+            let hint = error.hint();
+            let error = Quoted::chain(&error);
+            tracing::error!(pod, %uid, %error, hint, ?retry_in, "cannot enrol the pod");
+        }
+    }
+
+    fn report_counts(&self) {
+        let status = self.registry.pods().status(Instant::now());
+        for name in PodState::NAMES {
+            let count = status.iter().filter(|pod| pod.state.name() == name).count();
+            metrics::pods(name, count);
+        }
+    }
+}
+
+impl fmt::Debug for RegistryTask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RegistryTask").field("running", &self.running).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,509 @@
+//! The state of all pods of a node, as a state machine: time and chance are arguments.
+//!
+//! ```text
+//!              add                       attempt succeeded
+//!   (unknown) ─────▶ queued ─▶ enrolling ─────────────────▶ serving ─ remove ─▶ leaving ─▶ (unknown)
+//!                      ▲           │ failed
+//!                      └─ back-off ┘
+//! ```
+//!
+//! A pod is removed at once: what is still active in its namespace leaves in the background, and a
+//! new pod of that namespace waits for it. So a namespace has at most one active pod.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use underpass_config::PodUid;
+use underpass_interception::{Namespace, NamespaceId};
+
+use crate::pods::annotations::NotEnrolled;
+use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod};
+use crate::pods::facts::PodFacts;
+
+/// The maximum number of concurrent attempts. The operations on namespaces are performed one at a
+/// time; the rest of an attempt is waiting.
+const ATTEMPTS: usize = 16;
+/// The pause after the first failure; each further one doubles it.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Jitter, so that pods that failed together are not retried together.
+const JITTER: f64 = 0.2;
+
+/// The sender of an answer to an add.
+pub(super) type Answer = oneshot::Sender<Result<(), EnrolError>>;
+
+/// Identifies an attempt to enrol a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct AttemptId(u64);
+
+/// An action that the owner of the state performs.
+#[derive(Debug)]
+pub(super) enum Action {
+    /// Reported to [`Pods::finished`].
+    Enrol { attempt: AttemptId, facts: Arc<PodFacts>, namespace: Namespace },
+    /// Reported to [`Pods::left`].
+    Leave { namespace: NamespaceId, uid: PodUid, pod: Box<dyn EnrolledPod> },
+}
+
+/// What a status shows of a pod.
+#[derive(Debug, Clone)]
+pub(crate) struct PodStatus {
+    pub(crate) uid: PodUid,
+    /// `NAMESPACE/NAME`.
+    pub(crate) pod: String,
+    pub(crate) state: PodState,
+}
+
+/// The state of a pod.
+#[derive(Debug, Clone)]
+pub(crate) enum PodState {
+    /// Not served yet.
+    Pending {
+        since: Instant,
+        step: Step,
+        error: Option<EnrolError>,
+    },
+    Serving,
+    /// Exempt.
+    LeftAlone(NotEnrolled),
+    /// Not served, and not tried again.
+    Failed(EnrolError),
+    /// Removed; its connections end.
+    Leaving,
+}
+
+impl PodState {
+    pub(crate) const NAMES: [&'static str; 5] =
+        ["pending", "serving", "left_alone", "failed", "leaving"];
+
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Pending { .. } => "pending",
+            Self::Serving => "serving",
+            Self::LeftAlone(_) => "left_alone",
+            Self::Failed(_) => "failed",
+            Self::Leaving => "leaving",
+        }
+    }
+}
+
+/// What a pending pod waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Its turn.
+    Queued,
+    /// The end of the pod that had its namespace.
+    Predecessor,
+    /// The end of an attempt.
+    Enrolling,
+    /// The next attempt.
+    BackOff,
+}
+
+/// All pods.
+#[derive(Debug, Default)]
+pub(super) struct Pods {
+    pods: HashMap<PodUid, Entry>,
+    /// The pod of each namespace.
+    claims: HashMap<NamespaceId, PodUid>,
+    /// The pods that wait for an attempt, by the time at which it is due.
+    queue: BTreeMap<Turn, PodUid>,
+    attempts: HashMap<AttemptId, Attempt>,
+    /// The namespaces in which a removed pod is still active.
+    leaving: HashMap<NamespaceId, Leaving>,
+    actions: Vec<Action>,
+    next_attempt: u64,
+    next_turn: u64,
+    stopping: bool,
+}
+
+/// When an attempt is due; unique.
+type Turn = (Instant, u64);
+
+#[derive(Debug)]
+struct Entry {
+    facts: Arc<PodFacts>,
+    since: Instant,
+    failures: u32,
+    error: Option<EnrolError>,
+    phase: Phase,
+    answers: Vec<Answer>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Waiting { turn: Turn, namespace: Namespace },
+    Enrolling { attempt: AttemptId, namespace: Namespace },
+    Serving { namespace: NamespaceId, pod: Box<dyn EnrolledPod> },
+    LeftAlone(NotEnrolled),
+    Failed,
+}
+
+#[derive(Debug)]
+struct Attempt {
+    uid: PodUid,
+    facts: Arc<PodFacts>,
+    namespace: NamespaceId,
+}
+
+#[derive(Debug)]
+struct Leaving {
+    uid: PodUid,
+    pod: String,
+    /// Answered when it is gone.
+    gone: Vec<oneshot::Sender<()>>,
+}
+
+impl Entry {
+    fn namespace(&self) -> Option<NamespaceId> {
+        match &self.phase {
+            Phase::Waiting { namespace, .. } | Phase::Enrolling { namespace, .. } => {
+                Some(namespace.id())
+            }
+            Phase::Serving { namespace, .. } => Some(*namespace),
+            Phase::LeftAlone(_) | Phase::Failed => None,
+        }
+    }
+
+    fn answer(&mut self, outcome: &Result<(), EnrolError>) {
+        for answer in self.answers.drain(..) {
+            // Fails if the source no longer waits.
+            answer.send(outcome.clone()).ok();
+        }
+    }
+}
+
+impl Pods {
+    /// Adds a pod. `answer` gets the outcome of the first attempt that ends from now on.
+    pub(super) fn add(
+        &mut self,
+        now: Instant,
+        facts: Arc<PodFacts>,
+        namespace: Namespace,
+        answer: Answer,
+    ) {
+        if let Err(error) = self.refuse(&facts.uid, namespace.id()) {
+            answer.send(Err(error)).ok();
+            return;
+        }
+        let uid = facts.uid.clone();
+        let Some(answer) = self.add_again(now, &facts, &namespace, answer) else { return };
+        self.withdraw(&uid, &EnrolError::Removed);
+        self.claims.insert(namespace.id(), uid.clone());
+        let turn = self.turn(now, &uid);
+        let phase = Phase::Waiting { turn, namespace };
+        let answers = vec![answer];
+        let entry = Entry { facts, since: now, failures: 0, error: None, phase, answers };
+        self.pods.insert(uid, entry);
+    }
+
+    fn refuse(&self, uid: &PodUid, namespace: NamespaceId) -> Result<(), EnrolError> {
+        if self.stopping {
+            return Err(EnrolError::Stopping);
+        }
+        match self.claims.get(&namespace).filter(|other| *other != uid) {
+            Some(other) => Err(EnrolError::NamespaceInUse(other.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds a pod that may be known in its namespace. Returns the answer if it must be replaced.
+    fn add_again(
+        &mut self,
+        now: Instant,
+        facts: &Arc<PodFacts>,
+        namespace: &Namespace,
+        answer: Answer,
+    ) -> Option<Answer> {
+        let Some(entry) = self.pods.get_mut(&facts.uid) else { return Some(answer) };
+        if entry.namespace() != Some(namespace.id()) {
+            return Some(answer);
+        }
+        match &mut entry.phase {
+            Phase::Serving { pod, .. } => {
+                if entry.facts != *facts && !pod.follow(facts) {
+                    return Some(answer);
+                }
+                entry.facts = facts.clone();
+                answer.send(Ok(())).ok();
+            }
+            Phase::Waiting { turn, .. } => {
+                // The source tries again, so the next attempt does not wait for the back-off.
+                self.queue.remove(turn);
+                *turn = (now, self.next_turn);
+                self.next_turn += 1;
+                self.queue.insert(*turn, facts.uid.clone());
+                entry.facts = facts.clone();
+                entry.answers.push(answer);
+            }
+            Phase::Enrolling { .. } => {
+                entry.facts = facts.clone();
+                entry.answers.push(answer);
+            }
+            Phase::LeftAlone(_) | Phase::Failed => return Some(answer),
+        }
+        None
+    }
+
+    /// Whether the pod is known.
+    pub(super) fn keep(&self, uid: &PodUid) -> bool {
+        self.pods.contains_key(uid)
+    }
+
+    /// Removes the pods that are not `named`.
+    pub(super) fn retain(&mut self, named: &BTreeSet<PodUid>) {
+        let gone: Vec<_> = self.pods.keys().filter(|uid| !named.contains(*uid)).cloned().collect();
+        for uid in gone {
+            self.withdraw(&uid, &EnrolError::Removed);
+        }
+    }
+
+    /// Removes a pod. Returns the events of its end, none if nothing of it is active.
+    pub(super) fn remove(&mut self, uid: &PodUid) -> Vec<oneshot::Receiver<()>> {
+        self.withdraw(uid, &EnrolError::Removed);
+        self.ends(|leaving| leaving.uid == *uid)
+    }
+
+    /// Removes every pod, and refuses new ones.
+    pub(super) fn stop(&mut self) -> Vec<oneshot::Receiver<()>> {
+        self.stopping = true;
+        let all: Vec<_> = self.pods.keys().cloned().collect();
+        for uid in all {
+            self.withdraw(&uid, &EnrolError::Stopping);
+        }
+        self.ends(|_| true)
+    }
+
+    fn ends(&mut self, of: impl Fn(&Leaving) -> bool) -> Vec<oneshot::Receiver<()>> {
+        let end_of = |leaving: &mut Leaving| {
+            let (sender, gone) = oneshot::channel();
+            leaving.gone.push(sender);
+            gone
+        };
+        self.leaving.values_mut().filter(|leaving| of(leaving)).map(end_of).collect()
+    }
+
+    /// The check of a served pod.
+    pub(super) fn served(&self, uid: &PodUid) -> Result<&dyn EnrolledPod, EnrolError> {
+        let entry = self.pods.get(uid).ok_or(EnrolError::Unknown)?;
+        match &entry.phase {
+            Phase::Serving { pod, .. } => Ok(&**pod),
+            _ => Err(entry.error.clone().unwrap_or(EnrolError::Pending)),
+        }
+    }
+
+    /// The next action that is due.
+    pub(super) fn next_action(&mut self, now: Instant) -> Option<Action> {
+        self.actions.pop().or_else(|| self.next_attempt(now))
+    }
+
+    fn next_attempt(&mut self, now: Instant) -> Option<Action> {
+        if self.attempts.len() >= ATTEMPTS {
+            return None;
+        }
+        let due = self.queue.iter().take_while(|((due, _), _)| *due <= now);
+        let (turn, uid) = due.map(|(turn, uid)| (*turn, uid.clone())).find(|(_, uid)| {
+            let namespace = self.pods.get(uid).and_then(Entry::namespace);
+            namespace.is_some_and(|namespace| !self.leaving.contains_key(&namespace))
+        })?;
+        self.queue.remove(&turn);
+        let attempt = AttemptId(self.next_attempt);
+        self.next_attempt += 1;
+        let entry = self.pods.get_mut(&uid)?;
+        let Phase::Waiting { namespace, .. } = &entry.phase else { return None };
+        let (facts, namespace) = (entry.facts.clone(), namespace.clone());
+        entry.phase = Phase::Enrolling { attempt, namespace: namespace.clone() };
+        let started = Attempt { uid, facts: facts.clone(), namespace: namespace.id() };
+        self.attempts.insert(attempt, started);
+        Some(Action::Enrol { attempt, facts, namespace })
+    }
+
+    /// When [`next_action`](Self::next_action) has a new action without another event.
+    pub(super) fn next_due(&self, now: Instant) -> Option<Instant> {
+        let later = self.queue.range((now, u64::MAX)..).next();
+        later.map(|((due, _), _)| *due).filter(|_| self.attempts.len() < ATTEMPTS)
+    }
+
+    /// An attempt has ended. `chance` is from -1 to 1. Returns the pause before the next one.
+    pub(super) fn finished(
+        &mut self,
+        now: Instant,
+        attempt: AttemptId,
+        outcome: Result<Enrolled, EnrolError>,
+        chance: f64,
+    ) -> Option<Duration> {
+        let Attempt { uid, facts, namespace } = self.attempts.remove(&attempt)?;
+        let current = self.pods.get_mut(&uid).filter(
+            |entry| matches!(entry.phase, Phase::Enrolling { attempt: current, .. } if current == attempt),
+        );
+        let Some(entry) = current else {
+            self.finish_withdrawn(namespace, uid, outcome);
+            return None;
+        };
+        let is_current = Arc::ptr_eq(&entry.facts, &facts) || entry.facts == facts;
+        match outcome {
+            Ok(Enrolled::Serving(pod)) if is_current || pod.follow(&entry.facts) => {
+                entry.error = None;
+                entry.phase = Phase::Serving { namespace, pod };
+                entry.answer(&Ok(()));
+                None
+            }
+            Ok(Enrolled::Serving(pod)) => {
+                let name = entry.facts.full_name();
+                self.queue_again(now, &uid);
+                self.leave(namespace, uid, name, pod);
+                None
+            }
+            _ if !is_current => {
+                self.queue_again(now, &uid);
+                None
+            }
+            Ok(Enrolled::LeftAlone(reason)) => {
+                entry.phase = Phase::LeftAlone(reason);
+                entry.answer(&Ok(()));
+                self.claims.remove(&namespace);
+                None
+            }
+            Err(error) => self.failed(now, &uid, error, chance),
+        }
+    }
+
+    /// The attempt for a pod that was removed meanwhile.
+    fn finish_withdrawn(
+        &mut self,
+        namespace: NamespaceId,
+        uid: PodUid,
+        outcome: Result<Enrolled, EnrolError>,
+    ) {
+        match outcome {
+            Ok(Enrolled::Serving(pod)) => {
+                self.actions.push(Action::Leave { namespace, uid, pod });
+            }
+            Ok(Enrolled::LeftAlone(_)) | Err(_) => self.left(namespace),
+        }
+    }
+
+    fn failed(
+        &mut self,
+        now: Instant,
+        uid: &PodUid,
+        error: EnrolError,
+        chance: f64,
+    ) -> Option<Duration> {
+        let entry = self.pods.get_mut(uid)?;
+        entry.error = Some(error.clone());
+        let pause = error.is_retryable().then(|| pause(entry.failures, chance));
+        entry.failures = entry.failures.saturating_add(1);
+        entry.answer(&Err(error));
+        match pause {
+            Some(pause) => self.queue_again(now + pause, uid),
+            None => {
+                let namespace = entry.namespace();
+                entry.phase = Phase::Failed;
+                namespace.and_then(|namespace| self.claims.remove(&namespace));
+            }
+        }
+        pause
+    }
+
+    fn queue_again(&mut self, due: Instant, uid: &PodUid) {
+        let turn = self.turn(due, uid);
+        let Some(entry) = self.pods.get_mut(uid) else { return };
+        if let Phase::Enrolling { namespace, .. } = &entry.phase {
+            entry.phase = Phase::Waiting { turn, namespace: namespace.clone() };
+        }
+    }
+
+    fn turn(&mut self, due: Instant, uid: &PodUid) -> Turn {
+        let turn = (due, self.next_turn);
+        self.next_turn += 1;
+        self.queue.insert(turn, uid.clone());
+        turn
+    }
+
+    /// Forgets a pod. What is active in its namespace leaves.
+    fn withdraw(&mut self, uid: &PodUid, why: &EnrolError) {
+        let Some(mut entry) = self.pods.remove(uid) else { return };
+        entry.answer(&Err(why.clone()));
+        if let Some(namespace) = entry.namespace() {
+            self.claims.remove(&namespace);
+        }
+        let pod = entry.facts.full_name();
+        match entry.phase {
+            Phase::Waiting { turn, .. } => {
+                self.queue.remove(&turn);
+            }
+            Phase::Enrolling { namespace, .. } => {
+                let leaving = Leaving { uid: uid.clone(), pod, gone: Vec::new() };
+                self.leaving.insert(namespace.id(), leaving);
+            }
+            Phase::Serving { namespace, pod: served } => {
+                self.leave(namespace, uid.clone(), pod, served);
+            }
+            Phase::LeftAlone(_) | Phase::Failed => {}
+        }
+    }
+
+    fn leave(
+        &mut self,
+        namespace: NamespaceId,
+        uid: PodUid,
+        name: String,
+        pod: Box<dyn EnrolledPod>,
+    ) {
+        let leaving = Leaving { uid: uid.clone(), pod: name, gone: Vec::new() };
+        self.leaving.insert(namespace, leaving);
+        self.actions.push(Action::Leave { namespace, uid, pod });
+    }
+
+    /// A pod has left its namespace.
+    pub(super) fn left(&mut self, namespace: NamespaceId) {
+        for gone in self.leaving.remove(&namespace).into_iter().flat_map(|leaving| leaving.gone) {
+            // Fails if the source no longer waits.
+            gone.send(()).ok();
+        }
+    }
+
+    /// The status of all pods, in no order.
+    pub(super) fn status(&self, now: Instant) -> Vec<PodStatus> {
+        let known = self.pods.iter().map(|(uid, entry)| PodStatus {
+            uid: uid.clone(),
+            pod: entry.facts.full_name(),
+            state: self.state(entry, now),
+        });
+        let leaving = self.leaving.values().map(|leaving| PodStatus {
+            uid: leaving.uid.clone(),
+            pod: leaving.pod.clone(),
+            state: PodState::Leaving,
+        });
+        known.chain(leaving).collect()
+    }
+
+    fn state(&self, entry: &Entry, now: Instant) -> PodState {
+        let pending =
+            |step| PodState::Pending { since: entry.since, step, error: entry.error.clone() };
+        match &entry.phase {
+            Phase::Waiting { namespace, .. } if self.leaving.contains_key(&namespace.id()) => {
+                pending(Step::Predecessor)
+            }
+            Phase::Waiting { turn: (due, _), .. } if *due > now => pending(Step::BackOff),
+            Phase::Waiting { .. } => pending(Step::Queued),
+            Phase::Enrolling { .. } => pending(Step::Enrolling),
+            Phase::Serving { .. } => PodState::Serving,
+            Phase::LeftAlone(reason) => PodState::LeftAlone(*reason),
+            Phase::Failed => PodState::Failed(entry.error.clone().unwrap_or(EnrolError::Pending)),
+        }
+    }
+}
+
+/// The pause after `failures` earlier consecutive failures; `chance` is from -1 to 1.
+fn pause(failures: u32, chance: f64) -> Duration {
+    let doubled = FIRST_PAUSE.saturating_mul(2_u32.saturating_pow(failures));
+    doubled.min(LONGEST_PAUSE).mul_f64(1.0 + JITTER * chance)
+}
+
+#[cfg(test)]
+mod tests;
