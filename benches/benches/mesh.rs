@@ -10,7 +10,6 @@
 //!   snapshot. The wait for further changes is part of that time, but not of the CPU time.
 //!
 //! The allocator reuses freed memory, so only the first row's memory is exact.
-//! being seen: of all but the first row it says little.
 
 #![expect(
     clippy::expect_used,
@@ -26,6 +25,7 @@ use std::path::Path;
 
 use tokio::time::Instant;
 use underpass_config::{FileWatcher, Mesh, MeshSource};
+use underpass_interception::{Inotify, run_in_background};
 
 /// The number of files of the watched mesh.
 const FILES: u32 = 100;
@@ -79,12 +79,13 @@ fn part(folder: &Path, n: u32, all: [u32; 3]) {
 }
 
 fn follow(folder: &Path) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.expect("the runtime starts");
     let name = format!("{FILES} files");
     let (mut source, mut mesh) = runtime.block_on(async {
         load(&name, || {
-            MeshSource::open(Some(folder), &FileWatcher::default()).expect("the mesh is right")
+            MeshSource::open(Some(folder), &FileWatcher::new(Inotify::open), run_in_background)
+                .expect("the mesh is right")
         })
     });
     for n in 0..CHANGES {
@@ -96,7 +97,7 @@ fn follow(folder: &Path) {
         mesh = load("one of them changed", || {
             runtime.block_on(source.changed()).expect("the mesh is right")
         });
-        runtime.block_on(before.retire());
+        runtime.block_on(source.retire(before));
     }
 }
 

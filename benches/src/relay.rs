@@ -1,8 +1,8 @@
-//! A minimal TCP relay with one blocking thread per direction: the lower bound for a userspace
-//! proxy.
+//! A minimal TCP relay: the lower bound for a userspace proxy. An error ends a connection like FIN.
 //!
-//! One mode copies, like a proxy that processes the bytes. The other one splices (splice(2))
-//! through a pipe, so that the bytes stay in the kernel. An error ends a connection like FIN.
+//! One mode copies with one blocking thread per direction, like a proxy that processes the bytes.
+//! The other one moves the bytes inside the kernel with the crate tokio-splice2: one task per
+//! connection, on all processors, and a pipe of 1 MiB per direction.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -11,13 +11,13 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::net::listen;
-use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+use tokio_splice2::copy_bidirectional;
 use underpass_interception::Namespace;
 
 use crate::child_process::{ChildProcess, ready, wait_for_parent};
 use crate::server::BACKLOG;
 
-/// The size of a read, and of the pipe.
+/// The size of a read.
 const BUFFER: usize = 128 * 1024;
 
 /// How bytes are forwarded.
@@ -49,16 +49,19 @@ pub(crate) fn run(mode: &str, hops: &str) {
         let listener = TcpListener::bind(from).expect("the address is free");
         listen(&listener, BACKLOG).expect("it listens already");
         let to: SocketAddr = to.parse().expect("TO is an address");
-        thread::spawn(move || accept(&listener, mode, to));
+        match mode {
+            RelayMode::Copy => thread::spawn(move || accept(&listener, to)),
+            RelayMode::Splice => thread::spawn(move || splice_connections(listener, to)),
+        };
     }
     ready();
     while wait_for_parent() {}
 }
 
-fn accept(listener: &TcpListener, mode: RelayMode, to: SocketAddr) {
+fn accept(listener: &TcpListener, to: SocketAddr) {
     loop {
         let served = listener.accept().and_then(|(client, _)| {
-            thread::Builder::new().spawn(move || serve(client, mode, to)).map(drop)
+            thread::Builder::new().spawn(move || serve(client, to)).map(drop)
         });
         if served.is_err() {
             // Out of files or threads: wait for other connections to end.
@@ -67,7 +70,7 @@ fn accept(listener: &TcpListener, mode: RelayMode, to: SocketAddr) {
     }
 }
 
-fn serve(client: TcpStream, mode: RelayMode, to: SocketAddr) {
+fn serve(client: TcpStream, to: SocketAddr) {
     let Ok(server) = TcpStream::connect(to) else {
         return;
     };
@@ -76,19 +79,43 @@ fn serve(client: TcpStream, mode: RelayMode, to: SocketAddr) {
     }
     let (client, server) = (Arc::new(client), Arc::new(server));
     let (from, to) = (client.clone(), server.clone());
-    let up = thread::Builder::new().spawn(move || pump(&from, &to, mode));
+    let up = thread::Builder::new().spawn(move || pump(&from, &to));
     if up.is_ok() {
-        pump(&server, &client, mode);
+        pump(&server, &client);
     }
 }
 
-fn pump(from: &TcpStream, to: &TcpStream, mode: RelayMode) {
+fn pump(from: &TcpStream, to: &TcpStream) {
     // The error is irrelevant: the connection has ended.
-    match mode {
-        RelayMode::Copy => copy_bytes(from, to).ok(),
-        RelayMode::Splice => splice_bytes(from, to).ok(),
-    };
+    copy_bytes(from, to).ok();
     to.shutdown(Shutdown::Write).ok();
+}
+
+/// Serves the connections of a listener.
+fn splice_connections(listener: TcpListener, to: SocketAddr) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    runtime.expect("the runtime starts").block_on(async {
+        listener.set_nonblocking(true).expect("O_NONBLOCK");
+        let listener = tokio::net::TcpListener::from_std(listener).expect("it is registered");
+        loop {
+            match listener.accept().await {
+                Ok((client, _)) => drop(tokio::spawn(splice_connection(client, to))),
+                // Out of files: wait for other connections to end.
+                Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        }
+    });
+}
+
+async fn splice_connection(mut client: tokio::net::TcpStream, to: SocketAddr) {
+    let Ok(mut server) = tokio::net::TcpStream::connect(to).await else {
+        return;
+    };
+    for end in [&client, &server] {
+        end.set_nodelay(true).expect("TCP_NODELAY");
+    }
+    // The error is irrelevant: the connection has ended.
+    copy_bidirectional(&mut client, &mut server).await.ok();
 }
 
 /// Copies in user space. `io::copy` would splice.
@@ -99,21 +126,6 @@ fn copy_bytes(mut from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
         match buffer.get(..length) {
             Some(data @ [_, ..]) => to.write_all(data)?,
             _ => return Ok(()),
-        }
-    }
-}
-
-fn splice_bytes(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
-    let (out, into) = pipe_with(PipeFlags::CLOEXEC)?;
-    // The pipe stays smaller if the user exceeds their limit.
-    fcntl_setpipe_size(&into, BUFFER).ok();
-    loop {
-        let mut held = splice(from, None, &into, None, BUFFER, SpliceFlags::MOVE)?;
-        if held == 0 {
-            return Ok(());
-        }
-        while held > 0 {
-            held -= splice(&out, None, to, None, held, SpliceFlags::MOVE)?;
         }
     }
 }

@@ -10,8 +10,8 @@ mod identity;
 mod mesh;
 mod pod;
 mod settings;
-#[cfg(test)]
-mod test_folder;
+#[doc(hidden)]
+pub mod testing;
 mod watch;
 mod yaml;
 
@@ -20,12 +20,12 @@ pub use identity::ca_clients::{CaClient, CaClients, CaToken, IdentityPattern};
 pub use identity::spiffe::{SpiffeError, SpiffeId, TrustDomain};
 pub use ipnet::{IpNet, Ipv4Net};
 pub use mesh::{
-    ApplicationTunnel, Condition, Connection, Destination, Endpoint, Gateway, GatewayDestination,
-    IpFamilies, Item, LoadBalancing, LoadBalancingMode, Locality, Match, Mesh, MeshBuilder,
-    MeshSource, Mistake, Name, NamespacedHostname, NetworkAddress, NetworkCidr, NetworkMode,
-    Policy, PolicyAction, PolicyScope, PolicySet, PortMap, Protocol, Rules, Scope, Service,
-    StringMatch, TunnelHeader, Values, Visibility, WeightedWaypoint, Workload, WorkloadDraft,
-    WorkloadType,
+    ApplicationTunnel, Background, Condition, Connection, Destination, Endpoint, Gateway,
+    GatewayDestination, IpFamilies, Item, LoadBalancing, LoadBalancingMode, Locality, Match, Mesh,
+    MeshBuilder, MeshSource, Mistake, Name, NamespacedHostname, NetworkAddress, NetworkCidr,
+    NetworkMode, Policy, PolicyAction, PolicyScope, PolicySet, PortMap, Protocol, Rules, Scope,
+    Service, StringMatch, TunnelHeader, Values, Visibility, WeightedWaypoint, Workload,
+    WorkloadDraft, WorkloadType,
 };
 pub use pod::overlay::InterceptionOverlay;
 pub use pod::uid::{PodUid, PodUidError};
@@ -40,6 +40,7 @@ pub use settings::{
     PortRange, PortRangeError, Profile, ProxySettings, SeriesSettings, Settings, SpireSettings,
     TakeOver, Timeouts, TrustSettings, TunnelSettings, WorkloadSettings,
 };
+pub use watch::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};
 pub use watch::{FileWatch, FileWatcher};
 pub use yaml::document::Origin;
 pub use yaml::quote::Quoted;

@@ -28,7 +28,7 @@ pub use service::{
     Endpoint, IpFamilies, LoadBalancing, LoadBalancingMode, PortMap, Scope, Service, Visibility,
     WeightedWaypoint,
 };
-pub use source::MeshSource;
+pub use source::{Background, MeshSource};
 pub use workload::{
     ApplicationTunnel, Gateway, GatewayDestination, Locality, NetworkMode, Protocol, TunnelHeader,
     Workload, WorkloadType,

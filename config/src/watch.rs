@@ -6,6 +6,7 @@
 //!
 //! A process has one [`FileWatcher`]: by default a user may have only 128 inotify instances.
 
+pub(crate) mod events;
 pub(crate) mod files;
 mod hub;
 mod relevant;
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
+use self::events::FolderEvents;
 use self::hub::{Hub, Subscription};
 use crate::error::ConfigErrors;
 
@@ -26,7 +28,8 @@ const MAX_SETTLE: Duration = Duration::from_secs(1);
 /// lost.
 const LOOK: Duration = Duration::from_secs(30);
 
-/// Watches files with one inotify instance, which is opened with the first file. Clones share it.
+/// Watches files with one source of events, which is opened with the first file. Clones share it.
+/// The default has no source of events and polls.
 #[derive(Debug, Clone, Default)]
 pub struct FileWatcher(Arc<Hub>);
 
@@ -50,6 +53,13 @@ pub(crate) struct PathWatch {
 }
 
 impl FileWatcher {
+    /// A watcher with the events that `open` opens.
+    pub fn new(
+        open: impl Fn() -> io::Result<Arc<dyn FolderEvents>> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Arc::new(Hub::new(Box::new(open))))
+    }
+
     /// Watches `path`, which need not exist yet. Its current content counts as known, so watch it
     /// before reading it.
     ///

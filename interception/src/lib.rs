@@ -11,6 +11,7 @@
 mod backend;
 mod error;
 mod explain;
+mod folder_events;
 mod interception;
 mod namespace;
 mod plan;
@@ -35,6 +36,7 @@ pub use backend::nftables::RuleCounter;
 pub use backend::verify::{Difference, Line, SectionDifference, Sign};
 pub use error::{InterceptionError, SandboxRemedy};
 pub use explain::{Explanation, Flow, Hop, PacketExplanation, Party, Sender};
+pub use folder_events::Inotify;
 pub use interception::{Interception, counters, remove_everything};
 pub use namespace::ipv6::ipv6_available;
 pub use namespace::sandbox::{Sandbox, enter_sandbox, sandbox_folder};
@@ -49,6 +51,7 @@ pub use plan::{
 pub use privileged::{
     NamespaceAccess, Performing, PrivilegedOperations, Reply, Request, RuleOperation,
 };
+pub use process::background::run_in_background;
 pub use process::bypass::BypassingProcess;
 pub use process::limits::{is_out_of_files, raise_open_files};
 pub use process::privileges::{
@@ -66,6 +69,8 @@ pub use sockets::peer::Peer;
 pub use sockets::seqpacket::{Message, SeqPacket};
 pub use sockets::socket::{
     Closing, KEEPALIVE_PROBES, ListenerRequest, OriginalDestination, ReadySocket, SocketKind,
-    SocketRole, Sockets, end_on_close, end_writing, probe_every, reset_on_close, write_before_end,
+    SocketRole, Sockets, end_on_close, end_writing, peek, probe_every, reset_on_close,
+    write_before_end,
 };
+pub use sockets::splice::SplicePipe;
 pub use watching::{Watched, Watching};

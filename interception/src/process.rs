@@ -1,6 +1,7 @@
-//! Process-wide state: capabilities, user, resource limits, and other processes that can bypass the
-//! rules.
+//! Process-wide state: capabilities, user, resource limits, background threads, and other processes
+//! that can bypass the rules.
 
+pub(crate) mod background;
 pub(crate) mod bypass;
 pub(crate) mod limits;
 pub(crate) mod privileges;

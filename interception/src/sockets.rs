@@ -1,5 +1,5 @@
-//! The sockets of the proxy: listeners, connections with marks and original sources, and their
-//! handover to another process; and Unix sockets that pass descriptors.
+//! The sockets of the proxy: listeners, connections with marks and original sources, their handover
+//! to another process, and splicing between them; and Unix sockets that pass descriptors.
 
 mod descriptors;
 pub(crate) mod handover;
@@ -8,6 +8,7 @@ pub(crate) mod local;
 pub(crate) mod peer;
 pub(crate) mod seqpacket;
 pub(crate) mod socket;
+pub(crate) mod splice;
 
 use std::net::SocketAddr;
 

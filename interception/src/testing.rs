@@ -1,17 +1,19 @@
-//! Access for tests: custom plans, the netlink backend, stand-ins of namespaces, and the listening
-//! end of connections that the product only opens. The product does not use it.
+//! Access for tests: custom plans, the netlink backend, options of sockets, stand-ins of namespaces,
+//! and the listening end of connections that the product only opens. The product does not use it.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
     socketpair,
 };
+use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
@@ -62,6 +64,31 @@ pub async fn listings(
     };
     let expected = nftables::expected(plan);
     Ok([nftables::installed(entered).await?.map(sections), Some(sections(expected))])
+}
+
+/// The keepalive probes of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keepalive {
+    /// The idle time before the first probe.
+    pub first: Duration,
+    /// The interval of the other probes.
+    pub every: Duration,
+    /// The number of unanswered probes that close the connection.
+    pub probes: u32,
+}
+
+/// The keepalive probes of `stream`; `None` if it sends none.
+///
+/// # Errors
+///
+/// The kernel's.
+pub fn keepalive(stream: &impl AsFd) -> io::Result<Option<Keepalive>> {
+    let socket = SockRef::from(stream);
+    if !socket.keepalive()? {
+        return Ok(None);
+    }
+    let (first, every) = (socket.tcp_keepalive_time()?, socket.tcp_keepalive_interval()?);
+    Ok(Some(Keepalive { first, every, probes: socket.tcp_keepalive_retries()? }))
 }
 
 /// Heads with their lines.

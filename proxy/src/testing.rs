@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use underpass_config::{FileWatcher, MeshSource, Settings};
-use underpass_interception::{Namespace, NamespaceThread};
+use underpass_interception::{Inotify, Namespace, NamespaceThread, run_in_background};
 
 use crate::admin::endpoints::Readiness;
 use crate::decide::connection_registry::Registries;
@@ -49,8 +49,9 @@ impl TestNode {
     ///
     /// Those of a start.
     pub fn start(settings: &Settings, workers: usize) -> Result<Self, Failure> {
-        let watcher = FileWatcher::default();
-        let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref(), &watcher)?;
+        let watcher = FileWatcher::new(Inotify::open);
+        let (source, mesh) =
+            MeshSource::open(settings.mesh_file.as_deref(), &watcher, run_in_background)?;
         let publisher = Publisher::new(source, mesh, &settings.workload);
         let (mesh, series) = (publisher.subscribe(), exporter(settings)?.series);
         let node = Arc::new(Node::new(settings, workers, mesh, PauseGate::default(), series));

@@ -139,6 +139,16 @@ fn third_party_crates_have_one_owner() {
 }
 
 #[test]
+fn only_interception_makes_system_calls() {
+    // Of the other crates of the product; those that try it make their own.
+    let others = ["underpass-config", "underpass-hbone", "underpass"];
+    for (from, to) in arrows().iter().filter(|(from, _)| others.contains(&from.as_str())) {
+        let wraps_system_calls = ["libc", "linux-raw-sys", "nix", "rustix", "socket2"];
+        assert!(!wraps_system_calls.contains(&to.as_str()), "{from} depends on {to}");
+    }
+}
+
+#[test]
 fn forbids_unsafe_code_in_every_crate() {
     assert!(read("Cargo.toml").contains("unsafe_code = \"forbid\""));
     for folder in FOLDERS {

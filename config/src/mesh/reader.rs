@@ -129,7 +129,7 @@ fn mesh_of(documents: &[Arc<Document>], problems: Problems) -> Result<Mesh, Conf
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_folder::Folder;
+    use crate::testing::Folder;
 
     fn workload(name: &str, address: u8) -> String {
         format!("workloads: [{{name: {name}, workloadIps: [10.0.0.{address}]}}]\n")
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn retakes_files_that_are_replaced_meanwhile() {
-        let folder = Folder::new();
+        let folder = Folder::of_test();
         folder.write("a.yaml", &workload("a", 1));
         folder.write("b.yaml", &workload("b", 2));
         let (path, mut reader) = (folder.root(), Reader::default());
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn drops_cache_of_removed_files() {
-        let folder = Folder::new();
+        let folder = Folder::of_test();
         let (path, mut reader) = (folder.path("mesh.yaml"), Reader::default());
         for name in ["a", "b", "c"] {
             folder.write(

@@ -93,12 +93,15 @@ impl CaServer {
     /// # Errors
     /// [`HboneError::Credential`] for the authority or a token file, [`HboneError::Clients`] for
     /// the clients file.
-    pub fn new(mut settings: CaServerSettings, listener: TcpListener) -> Result<Self, HboneError> {
+    pub fn new(
+        mut settings: CaServerSettings,
+        listener: TcpListener,
+        watcher: &FileWatcher,
+    ) -> Result<Self, HboneError> {
         let address = listener.local_addr();
         let address = address.map_err(|error| HboneError::file("the listener", error))?;
         settings.names.extend(own_addresses(address));
-        let (clients, granted) =
-            ClientsFile::open(settings.clients.clone(), &FileWatcher::default())?;
+        let (clients, granted) = ClientsFile::open(settings.clients.clone(), watcher)?;
         warn_if_empty(&settings, &granted);
         let service = Arc::new(Service::new(settings.dir.clone(), settings.max_ttl, granted));
         let tls = own_tls(&settings)?;

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
-use rustix::net::{SendFlags, send};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 use underpass_config::{InboundMode, InterceptionSettings, Profile};
@@ -396,6 +396,15 @@ pub fn end_writing(stream: &impl AsFd) -> io::Result<()> {
 /// The kernel's.
 pub fn write_before_end(stream: &impl AsFd, data: &[u8]) -> io::Result<usize> {
     Ok(send(stream, data, SendFlags::MORE | SendFlags::NOSIGNAL)?)
+}
+
+/// Copies received bytes without removing them from the socket. Returns their number; 0 after FIN.
+///
+/// # Errors
+///
+/// The kernel's.
+pub fn peek(stream: &impl AsFd, bytes: &mut [u8]) -> io::Result<usize> {
+    Ok(recv(stream, bytes, RecvFlags::PEEK)?.0)
 }
 
 fn domain(family: Family) -> Domain {

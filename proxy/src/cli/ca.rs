@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use underpass_config::{LogFilter, LogFormat, Logging, SpiffeId, TrustDomain, parse_duration};
+use underpass_config::{
+    FileWatcher, LogFilter, LogFormat, Logging, SpiffeId, TrustDomain, parse_duration,
+};
 use underpass_hbone::{CaServer, CaServerSettings, CertificateAuthority, Serial};
-use underpass_interception::confine_process;
+use underpass_interception::{Inotify, confine_process};
 
 use super::{VERSION, print, single_threaded_runtime};
 use crate::process::command_error::CommandError;
@@ -139,7 +141,7 @@ fn serve(arguments: Serve) -> Result<(), CommandError> {
         let listener = TcpListener::bind(listen)
             .await
             .map_err(|source| CommandError::Listen { address: listen, source })?;
-        let server = CaServer::new(settings, listener)?;
+        let server = CaServer::new(settings, listener, &FileWatcher::new(Inotify::open))?;
         tracing::info!(version = VERSION, %listen, "ready");
         notify::ready();
         server

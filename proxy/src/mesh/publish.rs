@@ -117,7 +117,7 @@ impl Publisher {
         ledger.publish(Published::change(generation, size, Instant::now()));
         let new = Arc::new(Snapshot::new(mesh, &self.own, generation));
         let old = self.current.send_replace(new).mesh.clone();
-        tokio::spawn(old.retire());
+        tokio::spawn(self.source.retire(old));
     }
 }
 

@@ -18,7 +18,8 @@ use underpass_config::{
     FileWatcher, InterceptionSettings, MeshSource, Settings, Sources, SpiffeId,
 };
 use underpass_interception::{
-    BoundListener, Namespace, NamespaceAccess, NamespaceThread, raise_open_files,
+    BoundListener, Inotify, Namespace, NamespaceAccess, NamespaceThread, raise_open_files,
+    run_in_background,
 };
 
 use crate::admin::endpoints::{Endpoint, Readiness};
@@ -91,7 +92,7 @@ pub(crate) async fn run(
     let instance = Instance::claim(&settings, handed.instance.take()).await?;
     let thread = NamespaceThread::start().map_err(CommandError::start)?;
     let capture = Capture::prepare(&settings, Namespace::current()?, thread).await?;
-    let watcher = FileWatcher::default();
+    let watcher = FileWatcher::new(Inotify::open);
     let reload = Reload::watch(&settings, sources, &watcher)?;
     let mut proxy =
         Proxy::prepare(&settings, handed, capture.access(), reload.subscribe(), &watcher).await?;
@@ -351,7 +352,8 @@ impl Proxy {
         let endpoints = Endpoints::serve(endpoints, exporter, &gates.accept);
         let readiness = &endpoints.readiness;
         let identities = Certificates::identities(settings, access, &sockets, readiness, watcher)?;
-        let (source, mesh) = MeshSource::open(settings.mesh_file.as_deref(), watcher)?;
+        let (source, mesh) =
+            MeshSource::open(settings.mesh_file.as_deref(), watcher, run_in_background)?;
         let publisher = Publisher::new(source, mesh, &settings.workload);
         let (mesh, accept) = (publisher.subscribe(), gates.accept.clone());
         let node = Node::new(settings, workers(settings), mesh, accept, series);

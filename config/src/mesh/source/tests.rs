@@ -6,12 +6,10 @@ use tokio::time::{sleep, timeout};
 
 use super::*;
 use crate::mesh::PolicyAction;
-use crate::test_folder::Folder;
+use crate::testing::Folder;
 
-/// The timeout of a wait for an event.
-const BOUND: Duration = Duration::from_secs(10);
-/// Long enough for a notification of a change to arrive.
-const SILENCE: Duration = Duration::from_millis(400);
+/// Longer than the interval of polling. The clock is paused and advances by itself.
+const BOUND: Duration = Duration::from_secs(100);
 
 fn workload(name: &str, address: u8) -> String {
     format!("workloads: [{{name: {name}, workloadIps: [10.0.0.{address}]}}]\n")
@@ -22,7 +20,11 @@ fn names(mesh: &Mesh) -> Vec<&str> {
 }
 
 fn open(folder: &Folder, name: &str) -> (MeshSource, Arc<Mesh>) {
-    MeshSource::open(Some(&folder.path(name)), &FileWatcher::default()).unwrap()
+    MeshSource::open(Some(&folder.path(name)), &FileWatcher::default(), at_once).unwrap()
+}
+
+fn at_once(work: Box<dyn FnOnce() + Send>) {
+    work();
 }
 
 async fn next(source: &mut MeshSource) -> Result<Arc<Mesh>, ConfigErrors> {
@@ -35,12 +37,12 @@ async fn next_names(source: &mut MeshSource) -> Vec<String> {
 }
 
 async fn stays_silent(source: &mut MeshSource) {
-    timeout(SILENCE, source.changed()).await.expect_err("no change is reported");
+    timeout(BOUND, source.changed()).await.expect_err("no change is reported");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn file_gives_initial_snapshot_and_one_per_change() {
-    let folder = Folder::new();
+    let folder = Folder::of_test();
     folder.write("mesh.yaml", &workload("a", 1));
     let (mut source, first) = open(&folder, "mesh.yaml");
     assert_eq!(names(&first), ["a"]);
@@ -53,9 +55,9 @@ async fn file_gives_initial_snapshot_and_one_per_change() {
     stays_silent(&mut source).await;
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn documents_of_folder_form_one_mesh() {
-    let folder = Folder::new();
+    let folder = Folder::of_test();
     fs::create_dir(folder.path("mesh")).unwrap();
     let (mut source, empty) = open(&folder, "mesh");
     assert!(empty.workloads().is_empty());
@@ -82,7 +84,7 @@ async fn documents_of_folder_form_one_mesh() {
 
 #[test]
 fn service_of_last_file_owns_shared_address() {
-    let folder = Folder::new();
+    let folder = Folder::of_test();
     for name in ["b", "c", "a"] {
         let service = format!("services: [{{hostname: {name}, vips: [/10.1.0.1]}}]\n");
         folder.write(&format!("mesh/{name}.yaml"), &service);
@@ -94,9 +96,9 @@ fn service_of_last_file_owns_shared_address() {
     assert_eq!(&*meant.name, "c");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn mistakes_across_documents_name_file() {
-    let folder = Folder::new();
+    let folder = Folder::of_test();
     folder.write("mesh/a.yaml", &workload("a", 1));
     folder.write("mesh/b.yaml", &format!("# second\n{}", workload("b", 1)));
     fs::write(folder.path("mesh/c.yaml"), b"\xff").unwrap();
@@ -112,9 +114,9 @@ async fn mistakes_across_documents_name_file() {
     assert!(errors.contains("b.yaml: cannot be read"), "{errors}");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn unchanged_files_are_not_read_again() {
-    let folder = Folder::new();
+    let folder = Folder::of_test();
     folder.write("mesh/a.yaml", &workload("a", 1));
     folder.write("mesh/b.yaml", &workload("b", 2));
     let (mut source, first) = open(&folder, "mesh");
@@ -141,7 +143,7 @@ async fn unchanged_files_are_not_read_again() {
     assert!(errors.contains("d.yaml:1:13: workloads[0].name: duplicate"), "{errors}");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn references_follow_changes_in_other_files() {
     let policy = |action: &str| {
         let scope = "scope: WorkloadSelector, rules: []";
@@ -149,7 +151,7 @@ async fn references_follow_changes_in_other_files() {
     };
     let service = "services: [{hostname: s, vips: [/10.1.0.1]}]\n";
     let refers = "services: {default/s: {80: 8080}}, authorizationPolicies: [shop/p]";
-    let folder = Folder::new();
+    let folder = Folder::of_test();
     let a = format!("workloads: [{{name: a, workloadIps: [10.0.0.1], {refers}}}]\n");
     folder.write("mesh/a.yaml", &a);
     folder.write("mesh/policies.yaml", &policy("Allow"));
@@ -179,11 +181,11 @@ async fn references_follow_changes_in_other_files() {
     assert!(third.service("", [10, 1, 0, 1].into(), "default").is_none());
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn missing_file_is_error_at_start_and_later() {
-    let folder = Folder::new();
+    let folder = Folder::of_test();
     let path = folder.path("mesh");
-    let errors = MeshSource::open(Some(&path), &FileWatcher::default()).unwrap_err();
+    let errors = MeshSource::open(Some(&path), &FileWatcher::default(), at_once).unwrap_err();
     assert!(errors.to_string().contains("cannot be read"), "{errors}");
     folder.write("mesh/a.yaml", &workload("a", 1));
     let (mut source, _) = open(&folder, "mesh");
@@ -194,17 +196,16 @@ async fn missing_file_is_error_at_start_and_later() {
     assert_eq!(next_names(&mut source).await, ["a"]);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn mesh_without_file_stays_empty() {
-    let (mut source, mesh) = MeshSource::open(None, &FileWatcher::default()).unwrap();
+    let (mut source, mesh) = MeshSource::open(None, &FileWatcher::default(), at_once).unwrap();
     assert!(mesh.workloads().is_empty());
-    tokio::time::pause();
     timeout(BOUND * 1000, source.changed()).await.expect_err("nothing to tell");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn invalid_content_is_reported_each_time_without_snapshot() {
-    let folder = Folder::new();
+    let folder = Folder::of_test();
     folder.write("mesh.yaml", &workload("a", 1));
     let (mut source, _) = open(&folder, "mesh.yaml");
     for garbage in
@@ -218,15 +219,15 @@ async fn invalid_content_is_reported_each_time_without_snapshot() {
     assert_eq!(next_names(&mut source).await, ["a"]);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn change_survives_cancelled_wait() {
-    let folder = Folder::new();
+    let folder = Folder::of_test();
     folder.write("mesh.yaml", &workload("a", 1));
     let (mut source, _) = open(&folder, "mesh.yaml");
     folder.write("mesh.yaml", &workload("b", 1));
     let impatient = async {
         loop {
-            if let Ok(mesh) = timeout(Duration::from_millis(1), source.changed()).await {
+            if let Ok(mesh) = timeout(Duration::from_secs(1), source.changed()).await {
                 return mesh.unwrap();
             }
         }
@@ -234,34 +235,27 @@ async fn change_survives_cancelled_wait() {
     assert_eq!(names(&timeout(BOUND, impatient).await.expect("it is reported")), ["b"]);
 }
 
-#[tokio::test]
-async fn constantly_changing_file_is_read() {
-    let folder = Folder::new();
+#[tokio::test(start_paused = true)]
+async fn lost_read_is_error_and_next_change_is_read() {
+    let folder = Folder::of_test();
     folder.write("mesh.yaml", &workload("a", 1));
-    let (mut source, _) = open(&folder, "mesh.yaml");
-    let writes = async {
-        for n in 0.. {
-            folder.write("new.yaml", &workload(&format!("b{n}"), 1));
-            folder.rename("new.yaml", "mesh.yaml");
-            sleep(Duration::from_millis(50)).await;
-        }
-    };
-    let reads = async {
-        for _ in 0..2 {
-            assert!(next_names(&mut source).await[0].starts_with('b'));
-        }
-    };
-    tokio::select! {
-        () = writes => {}
-        () = reads => {}
-    }
+    let watcher = FileWatcher::default();
+    let (mut source, _) =
+        MeshSource::open(Some(&folder.path("mesh.yaml")), &watcher, |work| drop(work)).unwrap();
+    folder.write("mesh.yaml", &workload("b", 1));
+    let errors = next(&mut source).await.unwrap_err().to_string();
+    assert!(errors.ends_with("mesh.yaml: no thread to read it"), "{errors}");
+    source.background = at_once;
+    folder.write("mesh.yaml", &workload("c", 1));
+    assert_eq!(next_names(&mut source).await, ["c"]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn retired_snapshot_is_freed_when_unused() {
     let mesh = Arc::new(Mesh::from_text("mesh", &workload("a", 1)).unwrap());
     let kept = mesh.workloads()[0].clone();
-    let retirement = tokio::spawn(mesh.clone().retire());
+    let (source, _) = MeshSource::open(None, &FileWatcher::default(), at_once).unwrap();
+    let retirement = tokio::spawn(source.retire(mesh.clone()));
     sleep(RETIRE_POLL_INTERVAL * 2).await;
     assert!(!retirement.is_finished());
     drop(mesh);

@@ -42,7 +42,7 @@ impl TestCa {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         self.address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel();
-        let server = CaServer::new(self.settings(), listener).unwrap();
+        let server = CaServer::new(self.settings(), listener, &FileWatcher::default()).unwrap();
         self.running = Some(tokio::spawn(server.run(async {
             let _dropped = stopped.await;
         })));
@@ -237,7 +237,7 @@ async fn server_rejects_invalid_settings() {
     };
     let new = async |settings| {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        CaServer::new(settings, listener).map(|_| ())
+        CaServer::new(settings, listener, &FileWatcher::default()).map(|_| ())
     };
     let write = |text: &str| fs::write(dir.0.join("clients.yaml"), text).unwrap();
     write("clients: [\n");
@@ -258,18 +258,29 @@ async fn accepts_client_that_is_added_later() {
     let asked = || ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), 60));
     assert_eq!(asked().await.unwrap_err().code(), Code::Unauthenticated);
     fs::write(served.file("clients.yaml"), CLIENTS).unwrap();
-    while asked().await.is_err() {}
+    poll_files().await;
+    asked().await.unwrap();
     // An invalid file is ignored, and a later valid one is used.
     fs::write(served.file("clients.yaml"), "clients: [\n").unwrap();
+    poll_files().await;
+    asked().await.unwrap();
     fs::write(served.file("clients.yaml"), "clients: []\n").unwrap();
-    while asked().await.is_ok() {}
+    poll_files().await;
+    assert_eq!(asked().await.unwrap_err().code(), Code::Unauthenticated);
+}
+
+/// Advances the clock until the server has polled its files.
+async fn poll_files() {
+    tokio::time::pause();
+    sleep(HOUR / 2).await;
+    tokio::time::resume();
 }
 
 #[tokio::test(start_paused = true)]
 async fn server_certificate_is_renewed_at_half_of_its_lifetime() {
     let served = TestCa::new("serve-renew", CLIENTS).await;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let mut server = CaServer::new(served.settings(), listener).unwrap();
+    let mut server = CaServer::new(served.settings(), listener, &FileWatcher::default()).unwrap();
     let start = tokio::time::Instant::now();
     for round in 1..=3 {
         let before = server.tls.clone();

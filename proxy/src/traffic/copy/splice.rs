@@ -4,12 +4,12 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 use tokio::io::Interest;
+use underpass_interception::SplicePipe;
 
 use super::Side as _;
 use super::tcp::Tcp;
@@ -139,13 +139,12 @@ fn poll_empty(
 
 /// A pipe in use. Dropped empty, it is kept for reuse; otherwise it is closed.
 struct Pipe {
-    ends: Arc<Ends>,
+    pooled: Arc<PooledPipe>,
     filled: usize,
 }
 
-struct Ends {
-    read: OwnedFd,
-    write: OwnedFd,
+struct PooledPipe {
+    pipe: SplicePipe,
     _held: FdPermit,
 }
 
@@ -153,22 +152,25 @@ impl Pipe {
     /// A spare pipe or a new one; `None` at the limit of descriptors or of memory for pipes.
     fn take(buffers: &Buffers) -> Option<Self> {
         let spare = POOL.with_borrow_mut(|pool| pool.spare.pop());
-        let ends = match spare {
-            Some(ends) => ends,
-            None => Arc::new(Ends::new(buffers.pipe_ends()?).ok()?),
+        let pooled = match spare {
+            Some(pooled) => pooled,
+            None => {
+                let held = buffers.pipe_ends()?;
+                Arc::new(PooledPipe { pipe: SplicePipe::open(PIPE).ok()?, _held: held })
+            }
         };
-        Some(Self { ends, filled: 0 })
+        Some(Self { pooled, filled: 0 })
     }
 
     /// Moves up to [`PIPE`] bytes from `source` into the pipe.
     fn fill(&mut self, source: &impl AsFd) -> io::Result<usize> {
-        let bytes = splice(source, None, &self.ends.write, None, PIPE, flags())?;
+        let bytes = self.pooled.pipe.fill(source, PIPE)?;
         self.filled += bytes;
         Ok(bytes)
     }
 
     fn drain(&mut self, sink: &impl AsFd) -> io::Result<usize> {
-        let bytes = splice(&self.ends.read, None, sink, None, self.filled, flags())?;
+        let bytes = self.pooled.pipe.drain(sink, self.filled)?;
         self.filled = self.filled.saturating_sub(bytes);
         Ok(bytes)
     }
@@ -178,36 +180,22 @@ impl Drop for Pipe {
     fn drop(&mut self) {
         if self.filled == 0 {
             // Fails only while the thread ends, which closes the pipe.
-            let _ending = POOL.try_with(|pool| pool.borrow_mut().keep(self.ends.clone()));
+            let _ending = POOL.try_with(|pool| pool.borrow_mut().keep(self.pooled.clone()));
         }
     }
-}
-
-impl Ends {
-    fn new(held: FdPermit) -> io::Result<Self> {
-        let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        // Fails above fs.pipe-user-pages-soft: then a pipe is too small to be worth its system
-        // calls.
-        fcntl_setpipe_size(&write, PIPE)?;
-        Ok(Self { read, write, _held: held })
-    }
-}
-
-fn flags() -> SpliceFlags {
-    SpliceFlags::MOVE | SpliceFlags::NONBLOCK
 }
 
 /// Empty pipes, at most one for each direction that splices: none stays open after the last of
 /// them.
 struct Pool {
-    spare: Vec<Arc<Ends>>,
+    spare: Vec<Arc<PooledPipe>>,
     members: usize,
 }
 
 impl Pool {
-    fn keep(&mut self, ends: Arc<Ends>) {
+    fn keep(&mut self, pipe: Arc<PooledPipe>) {
         if self.spare.len() < self.members.min(MAX_SPARE) {
-            self.spare.push(ends);
+            self.spare.push(pipe);
         }
     }
 }

@@ -3,9 +3,9 @@
 
 use std::io;
 
-use rustix::net::{RecvFlags, recv};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+use underpass_interception::peek;
 
 /// The number of bytes to peek at. A ClientHello has a few hundred bytes, with post-quantum keys
 /// about 2 KiB. The handshake reads the rest of a longer one.
@@ -21,7 +21,7 @@ pub(super) async fn client_hello(stream: &TcpStream) -> io::Result<()> {
     loop {
         let ready = stream.ready(Interest::READABLE).await?;
         // WouldBlock makes tokio wait for more bytes than it has seen.
-        match stream.try_io(Interest::READABLE, || peek(stream)) {
+        match stream.try_io(Interest::READABLE, || peek_record(stream)) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             seen => return seen,
         }
@@ -32,9 +32,9 @@ pub(super) async fn client_hello(stream: &TcpStream) -> io::Result<()> {
     }
 }
 
-fn peek(stream: &TcpStream) -> io::Result<()> {
+fn peek_record(stream: &TcpStream) -> io::Result<()> {
     let mut bytes = [0; PEEK_BYTES];
-    let (count, _) = recv(stream, &mut bytes, RecvFlags::PEEK)?;
+    let count = peek(stream, &mut bytes)?;
     let seen = bytes.get(..count).unwrap_or_default();
     if is_record_complete(seen) { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
 }

@@ -1,4 +1,6 @@
-//! A temporary folder for a test, which writes, replaces and links files in it.
+//! A temporary folder for tests of this crate and of the implementation of its events, which write,
+//! replace and link files in it. The product does not use it.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -6,35 +8,35 @@ use std::path::PathBuf;
 
 /// A temporary folder, removed on drop.
 #[derive(Debug)]
-pub(crate) struct Folder(PathBuf);
+pub struct Folder(PathBuf);
 
 impl Folder {
-    pub(crate) fn new() -> Self {
+    pub fn of_test() -> Self {
         let test = std::thread::current().name().unwrap().replace("::", "-");
         let path = std::env::temp_dir().join(format!("underpass-{}-{test}", std::process::id()));
         fs::create_dir_all(&path).unwrap();
         Self(path.canonicalize().unwrap())
     }
 
-    pub(crate) fn root(&self) -> PathBuf {
+    pub fn root(&self) -> PathBuf {
         self.0.clone()
     }
 
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 
-    pub(crate) fn write(&self, name: &str, text: &str) {
+    pub fn write(&self, name: &str, text: &str) {
         fs::create_dir_all(self.path(name).parent().unwrap()).unwrap();
         fs::write(self.path(name), text).unwrap();
     }
 
-    pub(crate) fn rename(&self, from: &str, to: &str) {
+    pub fn rename(&self, from: &str, to: &str) {
         fs::rename(self.path(from), self.path(to)).unwrap();
     }
 
     /// Atomically replaces `name` by a symbolic link to `target`.
-    pub(crate) fn swap(&self, target: &str, name: &str) {
+    pub fn swap(&self, target: &str, name: &str) {
         symlink(target, self.path("tmp")).unwrap();
         self.rename("tmp", name);
     }

@@ -1,0 +1,37 @@
+//! Runs long computations without delaying the threads that serve connections.
+
+use std::thread;
+
+/// The nice value of the thread. Other threads get nine tenths of a contended CPU (weights in
+/// sched(7)).
+const NICE: i32 = 10;
+
+/// Runs `work` on a thread of its own with low priority. Drops it if no thread can be started.
+pub fn run_in_background(work: Box<dyn FnOnce() + Send>) {
+    let run = move || {
+        // nice(2) affects only this thread. If it is not permitted, the thread keeps its priority.
+        rustix::process::nice(NICE).ok();
+        work();
+    };
+    thread::Builder::new().name("background".to_owned()).spawn(run).ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use rustix::process::getpriority_process;
+
+    use super::*;
+
+    #[test]
+    fn lowers_priority_of_its_thread_only() {
+        let own = getpriority_process(None).unwrap();
+        let (finished, result) = mpsc::channel();
+        run_in_background(Box::new(move || {
+            finished.send(getpriority_process(None).unwrap()).unwrap();
+        }));
+        assert_eq!(result.recv().unwrap(), (own + NICE).min(19));
+        assert_eq!(getpriority_process(None).unwrap(), own);
+    }
+}
