@@ -36,3 +36,13 @@ pub mod testing;
 mod traffic;
 
 pub use cli::main;
+
+/// Entry points for the fuzz targets in `fuzz/` only.
+#[cfg(feature = "fuzz")]
+pub mod fuzz {
+    /// Runs a script of a node agent against the session. Panics if the session differs from its
+    /// model.
+    pub fn zds_session(script: &[u8]) {
+        crate::pods::zds::session::script::run(script);
+    }
+}

@@ -1,6 +1,7 @@
 //! The pods of a node daemon: what their sources say about them, and what follows from it.
 
 pub(crate) mod annotations;
+pub(crate) mod backoff;
 pub(crate) mod enrolment;
 pub(crate) mod facts;
 pub(crate) mod registry;
@@ -9,3 +10,4 @@ pub(crate) mod source;
 pub(crate) mod state;
 #[cfg(test)]
 pub(crate) mod testing;
+pub(crate) mod zds;
