@@ -1,7 +1,114 @@
 //! Pods from a node agent over ZDS. istio-cni and Cilium select the pods, install their rules, and
 //! pass their network namespaces as they do to ztunnel.
 //!
-//! In reading order: `messages`, `session` (the protocol without I/O).
+//! The agent listens. This source connects, and reconnects with back-off. Pods stay enrolled
+//! without a connection; the next one starts with a snapshot, which removes those that have ended.
+//!
+//! In reading order: `messages`, `session` (the protocol without I/O), `connection`.
 
+mod connection;
 mod messages;
 pub(crate) mod session;
+
+use std::convert::Infallible;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::time::sleep;
+use underpass_config::Quoted;
+use underpass_interception::SeqPacket;
+
+use crate::pods::backoff::Backoff;
+use crate::pods::registry::PodRegistry;
+use crate::pods::source::{PodSource, SourceHealth, SourceRun};
+use crate::pods::zds::connection::{Connection, ConnectionError};
+
+/// The waits between connection attempts, as in ztunnel. istio-cni accepts five a second.
+const FIRST_WAIT: Duration = Duration::from_millis(10);
+const LONGEST_WAIT: Duration = Duration::from_secs(15);
+
+/// A node agent that listens at a path.
+#[derive(Debug)]
+pub(crate) struct ZdsSource {
+    socket: PathBuf,
+}
+
+/// Why there is no connection to the agent.
+#[derive(Debug, Error)]
+enum ZdsError {
+    #[error("cannot connect to {}", socket.display())]
+    Connect { socket: PathBuf, source: io::Error },
+    #[error("the process that listens at {} runs as user {uid}, which is not trusted", socket.display())]
+    Stranger { socket: PathBuf, uid: u32 },
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+}
+
+impl ZdsError {
+    /// The likely remedy.
+    fn hint(&self) -> &'static str {
+        match self {
+            Self::Connect { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                "run underpass as the user that owns the socket, which is root for istio-cni"
+            }
+            Self::Connect { .. } => {
+                "check that the node agent (istio-cni) runs, and that node.pods.zds is its socket"
+            }
+            Self::Stranger { .. } => "remove the file: only root may pass pods to this node",
+            Self::Connection(error) => error.hint(),
+        }
+    }
+}
+
+impl ZdsSource {
+    /// The agent that listens at `socket`.
+    pub(crate) fn new(socket: PathBuf) -> Self {
+        Self { socket }
+    }
+
+    async fn connect_for_ever(self, registry: PodRegistry, health: SourceHealth) -> Infallible {
+        let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+        loop {
+            let error = match self.connect() {
+                Ok(socket) => {
+                    let connection = Connection::new(socket, registry.clone());
+                    let on_snapshot = || {
+                        health.set_ready(true);
+                        backoff.reset();
+                    };
+                    connection.serve(on_snapshot).await.into()
+                }
+                Err(error) => error,
+            };
+            health.set_ready(false);
+            let retry_in = backoff.next();
+            let hint = error.hint();
+            let error = Quoted::chain(&error);
+            tracing::warn!(%error, hint, ?retry_in, "no connection to the node agent");
+            sleep(retry_in).await;
+        }
+    }
+
+    fn connect(&self) -> Result<SeqPacket, ZdsError> {
+        let socket = || self.socket.clone();
+        let failed = |source| ZdsError::Connect { socket: socket(), source };
+        let connection = SeqPacket::connect(&self.socket).map_err(failed)?;
+        let peer = connection.peer().map_err(failed)?;
+        if !peer.is_trusted() {
+            return Err(ZdsError::Stranger { socket: socket(), uid: peer.uid });
+        }
+        tracing::info!(socket = %self.socket.display(), "connected to the node agent");
+        Ok(connection)
+    }
+}
+
+impl PodSource for ZdsSource {
+    fn run(self: Box<Self>, registry: PodRegistry, health: SourceHealth) -> SourceRun {
+        Box::pin(async move { match self.connect_for_ever(registry, health).await {} })
+    }
+}
+
+#[cfg(test)]
+mod tests;

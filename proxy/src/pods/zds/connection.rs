@@ -1,0 +1,159 @@
+//! One connection to a node agent: performs its requests in the registry, and answers each.
+
+use std::convert::Infallible;
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::time::timeout;
+use underpass_config::{PodUid, Quoted};
+use underpass_interception::{InterceptionError, Message, Namespace, SeqPacket};
+
+use crate::pods::enrolment::EnrolError;
+use crate::pods::facts::PodFacts;
+use crate::pods::registry::PodRegistry;
+use crate::pods::zds::session::{self, Command, RequestError, Session};
+
+/// The timeout of an enrolment before the response. istio-cni waits 5 s for the response, and its
+/// plugin 5 s for everything that adding a pod needs. Enrolment continues afterwards.
+const ENROL_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A connection, and the registry that it changes.
+#[derive(Debug)]
+pub(super) struct Connection {
+    socket: SeqPacket,
+    registry: PodRegistry,
+    session: Session,
+}
+
+/// Why a connection ended.
+#[derive(Debug, Error)]
+pub(super) enum ConnectionError {
+    #[error("the node agent closed the connection")]
+    Closed,
+    #[error("cannot exchange messages with the node agent")]
+    Io(#[source] io::Error),
+    #[error("cannot understand the node agent")]
+    Protocol(#[source] RequestFailure),
+}
+
+impl ConnectionError {
+    pub(super) fn hint(&self) -> &'static str {
+        match self {
+            Self::Closed | Self::Io(_) => "pods stay enrolled; see the log of the node agent",
+            Self::Protocol(_) => "check that node.pods.zds is the socket of ZDS, version 1",
+        }
+    }
+}
+
+/// Why a request is answered with an error.
+#[derive(Debug, Error)]
+pub(super) enum RequestFailure {
+    #[error("cannot receive the message")]
+    Message(#[source] io::Error),
+    #[error("invalid request")]
+    Invalid(#[from] RequestError),
+    #[error("cannot use the descriptor of pod {uid}")]
+    Namespace { uid: PodUid, source: InterceptionError },
+    #[error("cannot enrol pod {uid}")]
+    Enrol { uid: PodUid, source: EnrolError },
+    #[error(
+        "pod {uid} is not enrolled after {} s: underpass continues to try",
+        ENROL_TIMEOUT.as_secs()
+    )]
+    Slow { uid: PodUid },
+}
+
+impl RequestFailure {
+    fn ends_connection(&self) -> bool {
+        match self {
+            Self::Message(_) => true,
+            Self::Invalid(error) => error.ends_connection(),
+            Self::Namespace { .. } | Self::Enrol { .. } | Self::Slow { .. } => false,
+        }
+    }
+}
+
+impl Connection {
+    pub(super) fn new(socket: SeqPacket, registry: PodRegistry) -> Self {
+        Self { socket, registry, session: Session::new() }
+    }
+
+    /// Performs requests until the connection ends. Calls `on_snapshot` once the agent has sent all
+    /// pods.
+    pub(super) async fn serve(mut self, on_snapshot: impl FnMut()) -> ConnectionError {
+        match self.exchange(on_snapshot).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
+    }
+
+    async fn exchange(
+        &mut self,
+        mut on_snapshot: impl FnMut(),
+    ) -> Result<Infallible, ConnectionError> {
+        self.send(&session::hello()).await?;
+        loop {
+            let outcome = match self.socket.receive().await {
+                Ok(Some(message)) => self.perform(message, &mut on_snapshot).await,
+                Ok(None) => return Err(ConnectionError::Closed),
+                Err(error) if error.kind() == ErrorKind::InvalidData => {
+                    Err(RequestFailure::Message(error))
+                }
+                Err(error) => return Err(ConnectionError::Io(error)),
+            };
+            let Err(failure) = outcome else {
+                self.send(&session::response(None)).await?;
+                continue;
+            };
+            let error = Quoted::chain(&failure);
+            self.send(&session::response(Some(error.as_str()))).await?;
+            if failure.ends_connection() {
+                return Err(ConnectionError::Protocol(failure));
+            }
+            tracing::warn!(%error, "rejected a request of the node agent");
+        }
+    }
+
+    async fn send(&self, message: &[u8]) -> Result<(), ConnectionError> {
+        self.socket.send(message, &[]).await.map_err(ConnectionError::Io)
+    }
+
+    async fn perform(
+        &mut self,
+        message: Message,
+        on_snapshot: &mut impl FnMut(),
+    ) -> Result<(), RequestFailure> {
+        match self.session.receive(&message.bytes, message.descriptors)? {
+            Command::Add { facts, namespace } => self.add(facts, namespace).await?,
+            Command::Keep(uid) => {
+                if !self.registry.keep(&uid) {
+                    tracing::warn!(%uid, "the node agent has no namespace of a pod: not enrolled");
+                }
+            }
+            // The agent must not wait for the drain.
+            Command::Remove(uid) => drop(self.registry.remove(&uid)),
+            Command::Retain(named) => {
+                self.registry.retain(&named);
+                tracing::info!(pods = named.len(), "the node agent has sent all pods");
+                on_snapshot();
+            }
+        }
+        Ok(())
+    }
+
+    async fn add(&self, facts: PodFacts, descriptor: OwnedFd) -> Result<(), RequestFailure> {
+        let uid = facts.uid.clone();
+        let namespace = match Namespace::from_descriptor(descriptor) {
+            Ok(namespace) => namespace,
+            Err(source) => return Err(RequestFailure::Namespace { uid, source }),
+        };
+        let enrolment = self.registry.add(facts, namespace);
+        match timeout(ENROL_TIMEOUT, enrolment.first_outcome()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(source)) => Err(RequestFailure::Enrol { uid, source }),
+            Err(_) => Err(RequestFailure::Slow { uid }),
+        }
+    }
+}

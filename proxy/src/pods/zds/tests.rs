@@ -1,0 +1,367 @@
+//! A scripted agent over real sockets, and a registry whose pods need no namespace of their own.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::path::PathBuf;
+
+use prost::Message as _;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+use underpass_config::PodUid;
+use underpass_interception::testing::{SeqPacketListener, seqpacket_pair};
+
+use super::*;
+use crate::pods::enrolment::EnrolError;
+use crate::pods::testing::FakeEnroller;
+use crate::pods::zds::connection::Connection;
+use crate::pods::zds::messages::{Ack, AddWorkload, Payload, Response, WorkloadResponse, ZdsHello};
+use crate::pods::zds::session::script::{self, encode};
+
+/// Namespaces of any kind, as descriptors: opening them needs no privilege.
+const NAMESPACES: [&str; 3] = ["/proc/self/ns/net", "/proc/self/ns/uts", "/proc/self/ns/ipc"];
+
+fn namespace(number: usize) -> File {
+    File::open(NAMESPACES[number]).expect("a namespace")
+}
+
+fn uid(text: &str) -> PodUid {
+    text.parse().expect("a uid")
+}
+
+/// The agent's end of a connection.
+struct Agent(SeqPacket);
+
+impl Agent {
+    /// Checks the first message of the proxy.
+    async fn greeted(socket: SeqPacket) -> Self {
+        let hello = socket.receive().await.expect("received").expect("a message");
+        assert_eq!(ZdsHello::decode(hello.bytes.as_slice()), Ok(ZdsHello { version: 1 }));
+        Self(socket)
+    }
+
+    /// Sends a request without waiting.
+    async fn send(&self, request: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        self.0.send(request, descriptors).await.expect("sent");
+    }
+
+    /// The reason in the next response; empty after success.
+    async fn response(&self) -> String {
+        let message = self.0.receive().await.expect("received").expect("a response");
+        assert!(message.descriptors.is_empty());
+        let response = WorkloadResponse::decode(message.bytes.as_slice()).expect("a response");
+        let Some(Response::Ack(Ack { error })) = response.payload else { panic!("{response:?}") };
+        error
+    }
+
+    async fn request(&self, request: &[u8], descriptors: &[BorrowedFd<'_>]) -> String {
+        self.send(request, descriptors).await;
+        self.response().await
+    }
+
+    async fn add(&self, uid: &str, number: usize) -> String {
+        self.request(&script::add(uid), &[namespace(number).as_fd()]).await
+    }
+
+    async fn keep(&self, uid: &str) -> String {
+        self.request(&script::keep(uid), &[]).await
+    }
+
+    async fn del(&self, uid: &str) -> String {
+        self.request(&script::del(uid), &[]).await
+    }
+
+    async fn snapshot_sent(&self) -> String {
+        self.request(&script::snapshot_sent(), &[]).await
+    }
+
+    /// The connection is open, and has no message in the next minute.
+    async fn receives_nothing(&self) {
+        timeout(Duration::from_secs(60), self.0.receive()).await.expect_err("a message");
+    }
+}
+
+/// A proxy without its reconnects.
+struct Proxy {
+    enroller: FakeEnroller,
+    registry: PodRegistry,
+}
+
+impl Proxy {
+    fn new() -> Self {
+        let enroller = FakeEnroller::default();
+        let registry = enroller.registry();
+        Self { enroller, registry }
+    }
+
+    /// A connection that is served until it ends.
+    async fn connect(&self) -> (Agent, JoinHandle<ConnectionError>) {
+        let (ours, theirs) = seqpacket_pair().expect("a pair");
+        let connection = Connection::new(ours, self.registry.clone());
+        let serving = tokio::spawn(connection.serve(|| {}));
+        (Agent::greeted(theirs).await, serving)
+    }
+
+    /// Waits until exactly these pods are served.
+    async fn serves(&self, uids: &[&str]) {
+        let expected: Vec<_> = uids.iter().copied().map(uid).collect();
+        while self.enroller.serving() != expected {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_request_has_one_response_and_pods_follow() {
+    let proxy = Proxy::new();
+    let (agent, _serving) = proxy.connect().await;
+    agent.receives_nothing().await;
+    assert_eq!(agent.add("a", 0).await, "");
+    assert_eq!(agent.snapshot_sent().await, "");
+    assert_eq!(agent.add("b", 1).await, "");
+    proxy.serves(&["a", "b"]).await;
+    assert_eq!(agent.del("a").await, "");
+    proxy.serves(&["b"]).await;
+    assert_eq!(agent.del("a").await, "", "a removed pod is removed");
+    agent.receives_nothing().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_requests_in_order_that_did_not_wait() {
+    let proxy = Proxy::new();
+    let (agent, _serving) = proxy.connect().await;
+    agent.send(&script::add("a"), &[namespace(0).as_fd()]).await;
+    agent.send(&script::add("b"), &[]).await;
+    agent.send(&script::snapshot_sent(), &[]).await;
+    agent.send(&script::keep("a"), &[]).await;
+    assert_eq!(agent.response().await, "");
+    assert!(agent.response().await.contains("one descriptor"));
+    assert_eq!(agent.response().await, "");
+    assert!(agent.response().await.contains("after SnapshotSent"));
+    agent.receives_nothing().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn partial_snapshot_removes_no_pod() {
+    let proxy = Proxy::new();
+    let (agent, _serving) = proxy.connect().await;
+    for (number, pod) in ["a", "b", "c"].into_iter().enumerate() {
+        assert_eq!(agent.add(pod, number).await, "");
+    }
+    assert_eq!(agent.snapshot_sent().await, "");
+    drop(agent);
+    let (agent, serving) = proxy.connect().await;
+    assert_eq!(agent.add("a", 0).await, "");
+    drop(agent);
+    assert!(matches!(serving.await, Ok(ConnectionError::Closed)));
+    proxy.serves(&["a", "b", "c"]).await;
+    let (agent, _serving) = proxy.connect().await;
+    assert_eq!(agent.add("a", 0).await, "");
+    assert_eq!(agent.keep("c").await, "");
+    assert_eq!(agent.snapshot_sent().await, "");
+    proxy.serves(&["a", "c"]).await;
+    assert_eq!(proxy.enroller.attempts(&uid("a")), 1, "the connection did not matter");
+}
+
+#[tokio::test(start_paused = true)]
+async fn wrong_descriptors_fail_their_request_only() {
+    let proxy = Proxy::new();
+    let (agent, _serving) = proxy.connect().await;
+    let (one, two) = (namespace(0), namespace(1));
+    let no_namespace = File::open("/proc/version").expect("a file");
+    for descriptors in [&[][..], &[one.as_fd(), two.as_fd()]] {
+        let reason = agent.request(&script::add("a"), descriptors).await;
+        assert!(reason.contains("one descriptor"), "{reason}");
+    }
+    let reason = agent.request(&script::add("a"), &[no_namespace.as_fd()]).await;
+    assert!(reason.contains("not a namespace"), "{reason}");
+    let reason = agent.request(&script::keep("a"), &[one.as_fd()]).await;
+    assert!(reason.contains("only AddWorkload"), "{reason}");
+    let pod = AddWorkload { uid: "a".to_owned(), workload_info: None };
+    let reason = agent.request(&encode(Payload::Add(pod)), &[one.as_fd()]).await;
+    assert!(reason.contains("workload_info"), "{reason}");
+    proxy.serves(&[]).await;
+    assert_eq!(agent.add("a", 0).await, "");
+    proxy.serves(&["a"]).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn malformed_and_oversized_messages_end_connection_with_reason() {
+    for message in [b"\xff\xff".to_vec(), vec![b'x'; 5000]] {
+        let proxy = Proxy::new();
+        let (agent, serving) = proxy.connect().await;
+        assert_eq!(agent.add("a", 0).await, "");
+        assert!(!agent.request(&message, &[namespace(1).as_fd()]).await.is_empty());
+        assert!(agent.0.receive().await.expect("an end").is_none());
+        assert!(matches!(serving.await, Ok(ConnectionError::Protocol(_))));
+        proxy.serves(&["a"]).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn repeated_add_is_idempotent_and_new_namespace_replaces_pod() {
+    let proxy = Proxy::new();
+    let (agent, _serving) = proxy.connect().await;
+    assert_eq!(agent.add("a", 0).await, "");
+    assert_eq!(agent.add("a", 0).await, "");
+    assert_eq!(proxy.enroller.attempts(&uid("a")), 1);
+    assert_eq!(agent.add("a", 1).await, "");
+    assert_eq!(proxy.enroller.attempts(&uid("a")), 2);
+    while proxy.enroller.left() != [uid("a")] {
+        tokio::task::yield_now().await;
+    }
+    proxy.serves(&["a"]).await;
+    let reason = agent.add("b", 1).await;
+    assert!(reason.contains("that of the pod a"), "{reason}");
+    proxy.serves(&["a"]).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn unknown_kept_pod_is_acknowledged_and_not_enrolled() {
+    let proxy = Proxy::new();
+    let (agent, _serving) = proxy.connect().await;
+    assert_eq!(agent.keep("a").await, "");
+    assert_eq!(agent.snapshot_sent().await, "");
+    assert!(proxy.registry.status().is_empty());
+    assert_eq!(agent.add("a", 0).await, "", "the agent has found its namespace");
+    proxy.serves(&["a"]).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_enrolment_is_answered_in_time_and_continues() {
+    let proxy = Proxy::new();
+    let release = proxy.enroller.hold_next(&uid("a"));
+    let (agent, _serving) = proxy.connect().await;
+    let begun = Instant::now();
+    let reason = agent.add("a", 0).await;
+    assert!(reason.contains("continues to try"), "{reason}");
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    agent.receives_nothing().await;
+    assert_eq!(agent.snapshot_sent().await, "");
+    release.send(()).expect("the attempt waits");
+    assert_eq!(agent.add("a", 0).await, "");
+    assert_eq!(proxy.enroller.attempts(&uid("a")), 1);
+    proxy.serves(&["a"]).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn pod_removed_during_enrolment_is_not_served() {
+    let proxy = Proxy::new();
+    let release = proxy.enroller.hold_next(&uid("a"));
+    let (agent, _serving) = proxy.connect().await;
+    assert!(!agent.add("a", 0).await.is_empty());
+    assert_eq!(agent.del("a").await, "");
+    drop(release);
+    assert_eq!(agent.snapshot_sent().await, "");
+    agent.receives_nothing().await;
+    proxy.serves(&[]).await;
+    assert!(proxy.registry.status().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn failed_enrolment_has_reason_and_next_add_succeeds() {
+    let proxy = Proxy::new();
+    proxy.enroller.fail_next(&uid("a"), EnrolError::Panicked);
+    let (agent, _serving) = proxy.connect().await;
+    let reason = agent.add("a", 0).await;
+    assert!(reason.contains("cannot enrol pod a") && reason.contains("panicked"), "{reason}");
+    assert_eq!(agent.add("a", 0).await, "");
+    proxy.serves(&["a"]).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn disconnect_during_enrolment_does_not_abort_it() {
+    let proxy = Proxy::new();
+    let release = proxy.enroller.hold_next(&uid("a"));
+    let (agent, serving) = proxy.connect().await;
+    agent.send(&script::add("a"), &[namespace(0).as_fd()]).await;
+    while proxy.enroller.attempts(&uid("a")) == 0 {
+        tokio::task::yield_now().await;
+    }
+    drop(agent);
+    assert!(matches!(serving.await, Ok(ConnectionError::Io(_))), "the response has no receiver");
+    release.send(()).expect("the attempt waits");
+    proxy.serves(&["a"]).await;
+}
+
+/// A proxy that connects to an agent at a path.
+struct Connecting {
+    proxy: Proxy,
+    health: SourceHealth,
+    path: PathBuf,
+    running: JoinHandle<crate::pods::source::SourceEnd>,
+}
+
+impl Connecting {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("zds-{}-{name}", std::process::id()));
+        let (proxy, health) = (Proxy::new(), SourceHealth::default());
+        let source = Box::new(ZdsSource::new(path.clone()));
+        let running = tokio::spawn(source.run(proxy.registry.clone(), health.clone()));
+        Self { proxy, health, path, running }
+    }
+
+    fn listen(&self) -> SeqPacketListener {
+        fs::remove_file(&self.path).ok();
+        SeqPacketListener::bind(&self.path).expect("listens")
+    }
+
+    async fn accept(listener: &SeqPacketListener) -> Agent {
+        Agent::greeted(listener.accept().await.expect("accepted")).await
+    }
+}
+
+impl Drop for Connecting {
+    fn drop(&mut self) {
+        self.running.abort();
+        fs::remove_file(&self.path).ok();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn reconnects_to_restarted_agent_and_keeps_pods() {
+    let source = Connecting::new("restart");
+    let listener = source.listen();
+    let agent = Connecting::accept(&listener).await;
+    assert_eq!(agent.add("a", 0).await, "");
+    assert!(!source.health.is_ready(), "the snapshot is incomplete");
+    assert_eq!(agent.snapshot_sent().await, "");
+    assert!(source.health.is_ready());
+    drop((agent, listener));
+    while source.health.is_ready() {
+        tokio::task::yield_now().await;
+    }
+    source.proxy.serves(&["a"]).await;
+    let agent = Connecting::accept(&source.listen()).await;
+    assert_eq!(agent.add("a", 0).await, "");
+    assert_eq!(agent.snapshot_sent().await, "");
+    assert!(source.health.is_ready());
+    assert_eq!(source.proxy.enroller.attempts(&uid("a")), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn reconnects_after_malformed_message() {
+    let source = Connecting::new("malformed");
+    let listener = source.listen();
+    let agent = Connecting::accept(&listener).await;
+    assert!(!agent.request(b"\xff", &[]).await.is_empty());
+    let agent = Connecting::accept(&listener).await;
+    assert_eq!(agent.snapshot_sent().await, "");
+}
+
+#[tokio::test(start_paused = true)]
+async fn backs_off_from_agent_that_sends_no_snapshot() {
+    let source = Connecting::new("back-off");
+    let listener = source.listen();
+    let begun = Instant::now();
+    for _ in 0..12 {
+        drop(Connecting::accept(&listener).await);
+    }
+    let waited = begun.elapsed();
+    assert!(waited > Duration::from_secs(10), "{waited:?}");
+    let agent = Connecting::accept(&listener).await;
+    assert_eq!(agent.snapshot_sent().await, "");
+    drop(agent);
+    let begun = Instant::now();
+    Connecting::accept(&listener).await;
+    assert!(begun.elapsed() < Duration::from_millis(100), "the snapshot ended the series");
+}
