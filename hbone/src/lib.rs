@@ -21,6 +21,7 @@ mod error;
 mod identity;
 mod limits;
 mod pool;
+mod task;
 #[cfg(test)]
 mod testing;
 mod tls;
@@ -46,6 +47,7 @@ pub use limits::{
     RequestInProgress, Share, Sharing, SourceNetwork, Turn,
 };
 pub use pool::{Dial, Pool, PoolSettings, PoolStatistics, TunnelKey};
+pub use task::{Panic, catch_panic, log_panic};
 pub use tls::PeerIdentity;
 pub use trust::bundle::Bundle;
 pub use trust::{Trust, TrustFiles};

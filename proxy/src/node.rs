@@ -15,7 +15,9 @@ pub(crate) mod assignment;
 pub(crate) mod certificates;
 mod commands;
 pub(crate) mod identities;
+pub(crate) mod phases;
 pub(crate) mod pod;
+pub(crate) mod pod_error;
 pub(crate) mod sockets;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -33,7 +35,7 @@ use crate::decide::snapshot::Snapshot;
 use crate::limits::Limits;
 use crate::node::identities::Identities;
 use crate::observe::metrics::SeriesRegistry;
-use crate::process::pause_gate::PauseGate;
+use crate::process::pause_gate::Gates;
 use crate::traffic::copy::Deadlines;
 use crate::traffic::drain::Drain;
 
@@ -52,8 +54,8 @@ pub(crate) struct Node {
     pub(crate) resolver: Arc<Resolver>,
     pub(crate) limits: Limits,
     pub(crate) drain: Drain,
-    /// Pauses accepting while another process takes over.
-    pub(crate) accept: PauseGate,
+    /// Pause accepting and rule repair while another process takes over.
+    pub(crate) gates: Gates,
     /// The metric series of all connections.
     pub(crate) series: Arc<SeriesRegistry>,
 }
@@ -66,7 +68,7 @@ impl Node {
         settings: &Settings,
         workers: usize,
         mesh: watch::Receiver<Arc<Snapshot>>,
-        accept: PauseGate,
+        gates: Gates,
         series: Arc<SeriesRegistry>,
     ) -> Self {
         Self {
@@ -79,7 +81,7 @@ impl Node {
             resolver: Arc::new(Resolver::system(Handle::current())),
             limits: Limits::new(&settings.limits, workers),
             drain: Drain::default(),
-            accept,
+            gates,
             series,
         }
     }

@@ -8,6 +8,8 @@ pub(crate) mod logging;
 pub(crate) mod notify;
 pub(crate) mod parent;
 pub(crate) mod pause_gate;
+pub(crate) mod phases;
 pub(crate) mod reload;
 pub(crate) mod stop_signal;
+pub(crate) mod supervise;
 pub(crate) mod take_over;

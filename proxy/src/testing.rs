@@ -6,21 +6,23 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use underpass_config::{FileWatcher, MeshSource, Settings};
-use underpass_interception::{Inotify, Namespace, NamespaceThread, run_in_background};
+use underpass_config::{FileWatcher, InterceptionSettings, MeshSource, Settings};
+use underpass_interception::{
+    Inotify, Namespace, NamespaceAccess, NamespaceThread, run_in_background,
+};
 
 use crate::admin::endpoints::Readiness;
-use crate::decide::connection_registry::Registries;
 use crate::mesh::publish::Publisher;
 use crate::node::Node;
 use crate::node::certificates::Certificates;
-use crate::node::pod::{Pod, pod_sockets};
-use crate::node::workers::Workers;
+use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
+use crate::node::pod::pod_sockets;
+use crate::node::workers::{WorkerThreads, Workers};
 use crate::observe::metrics;
 use crate::observe::metrics::Exporter;
-use crate::process::pause_gate::PauseGate;
-use crate::rules::capture::Capture;
-use crate::traffic::listeners::Listeners;
+use crate::process::pause_gate::{Gates, PauseGate};
+use crate::process::supervise::{Supervisor, Task};
+use crate::rules::health::RulesTotals;
 
 /// Why a step failed.
 pub type Failure = Box<dyn Error + Send + Sync>;
@@ -30,16 +32,30 @@ pub type Failure = Box<dyn Error + Send + Sync>;
 pub struct TestNode {
     node: Arc<Node>,
     workers: Workers,
+    threads: WorkerThreads,
     thread: NamespaceThread,
     watcher: FileWatcher,
+    rules: RulesTotals,
+    _publishing: Task,
 }
 
 /// A pod that a node serves.
 #[derive(Debug)]
 pub struct TestPod {
-    pod: Arc<Pod>,
-    capture: Capture,
-    settings: Settings,
+    pod: ServingPod,
+    /// Kept, so that the settings do not change.
+    _settings: watch::Sender<InterceptionSettings>,
+}
+
+impl TestPod {
+    /// Fails if its rules are not those of its settings.
+    ///
+    /// # Errors
+    ///
+    /// They differ, or cannot be read.
+    pub async fn verify(&self) -> Result<(), Failure> {
+        Ok(self.pod.verify().await?)
+    }
 }
 
 impl TestNode {
@@ -54,10 +70,12 @@ impl TestNode {
             MeshSource::open(settings.mesh_file.as_deref(), &watcher, run_in_background)?;
         let publisher = Publisher::new(source, mesh, &settings.workload);
         let (mesh, series) = (publisher.subscribe(), exporter(settings)?.series);
-        let node = Arc::new(Node::new(settings, workers, mesh, PauseGate::default(), series));
-        let (workers, reports) = Workers::start(&node, workers)?;
-        tokio::spawn(publisher.follow(reports));
-        Ok(Self { node, workers, thread: NamespaceThread::start()?, watcher })
+        let node = Arc::new(Node::new(settings, workers, mesh, Gates::default(), series));
+        let (supervisor, _) = Supervisor::new();
+        let (workers, threads, reports) = Workers::start(&node, workers, &supervisor)?;
+        let _publishing = supervisor.essential("publisher of the mesh", publisher.follow(reports));
+        let (thread, rules) = (NamespaceThread::start()?, RulesTotals::default());
+        Ok(Self { node, workers, threads, thread, watcher, rules, _publishing })
     }
 
     /// Installs the rules of a pod in `namespace`, serves its connections, and tests that they are
@@ -71,23 +89,26 @@ impl TestNode {
         settings: Settings,
         namespace: Namespace,
     ) -> Result<TestPod, Failure> {
-        let capture = Capture::prepare(&settings, namespace, self.thread.clone()).await?;
-        let (access, sockets) = (capture.access(), pod_sockets(&settings));
-        let listeners = Listeners::bind(access, &sockets, &settings, Vec::new()).await?;
-        let readiness = Readiness::default();
+        let settings = Arc::new(settings);
+        let access = NamespaceAccess::new(namespace, self.thread.clone());
+        let (readiness, sockets) = (Readiness::default(), pod_sockets(&settings));
         let identities =
-            Certificates::identities(&settings, access, &sockets, &readiness, &self.watcher)?;
-        let interception = watch::Sender::new(settings.interception.clone()).subscribe();
-        let mut pod = Pod::open(&self.node, &settings, access, sockets, interception).await?;
-        capture.install().await?;
-        let probes = capture.probes(&settings.interception).await?;
+            Certificates::identities(&settings, &access, &sockets, &readiness, &self.watcher)?;
+        let _settings = watch::Sender::new(settings.interception.clone());
+        let spec = PodSpec {
+            settings: settings.clone(),
+            access,
+            interception: _settings.subscribe(),
+            health: self.rules.pod(),
+        };
+        let bound = BoundPod::bind(&self.node, spec, &mut Vec::new()).await?;
+        let mut guarded = bound.guard(RulesOwner::ThisProcess).await?;
         if let Some(identities) = &identities {
-            pod.credentials = Some(identities.lease(&settings.workload.spiffe_id).await?);
+            let credentials = identities.lease(&settings.workload.spiffe_id).await?;
+            guarded.set_credentials(Some(credentials));
         }
-        let pod = Arc::new(pod);
-        self.workers.add_listeners(&pod, listeners.split().traffic).await;
-        capture.test_at_start(&pod.self_test, &probes, &settings.interception).await?;
-        Ok(TestPod { pod, capture, settings })
+        let pod = guarded.serve(&self.workers, PauseGate::default()).await?;
+        Ok(TestPod { pod, _settings })
     }
 
     /// Drains a pod for up to `deadline` and removes it, with its rules. Returns how many of its
@@ -97,16 +118,18 @@ impl TestNode {
     ///
     /// The rules cannot be removed.
     pub async fn remove_pod(&self, pod: TestPod, deadline: Duration) -> Result<usize, Failure> {
-        let TestPod { pod, capture, settings } = pod;
-        let terminated = self.workers.remove_pod(&pod, deadline).await;
-        capture.leave(&settings.interception).await?;
+        let TestPod { mut pod, _settings } = pod;
+        pod.stop_accepting().await;
+        let terminated = pod.drain(deadline).await;
+        pod.leave().await?;
         Ok(terminated)
     }
 
     /// Ends the workers, whose pods must be removed.
     pub async fn stop(self) {
-        self.node.drain.drain(&Registries::<()>::new(1), Duration::ZERO).await;
-        self.workers.join().await;
+        self.node.drain.close();
+        self.node.drain.end();
+        self.threads.join().await;
     }
 }
 

@@ -106,6 +106,9 @@ async fn identities(family: Family) {
     let (node, first, second) = scene.node().await;
     let mut proxy = scene.proxy().await;
     let [app_a, app_b, app_c] = [a, b, c].map(|pod| pod.listen(APP));
+    for pod in [&first, &second] {
+        pod.verify().await.expect("the rules of its settings");
+    }
 
     // Between both, in both directions.
     let (from_a, from_b) = (Scene::between(a, family), Scene::between(b, family));

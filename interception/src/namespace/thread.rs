@@ -165,6 +165,11 @@ impl NamespaceThread {
         answered.await.unwrap_or_else(|_| Err(ended()))
     }
 
+    /// Waits for the end of the thread, which only a panic causes while this value lives.
+    pub async fn ended(&self) {
+        self.operations.closed().await;
+    }
+
     /// Reduces the thread's capabilities, like [`confine_thread`].
     ///
     /// # Errors

@@ -20,9 +20,9 @@ use underpass_interception::{BoundListener, Listener};
 
 use crate::observe::metrics::Exporter;
 use crate::process::pause_gate::PauseGate;
+use crate::rules::health::RulesHealth;
 
-/// The maximum number of connections. A new one evicts the oldest idle one, so that a flood does
-/// not
+/// The maximum number of connections. A new one evicts the oldest idle one, so that a flood does not
 /// keep probes and scrapers out.
 const CONNECTIONS: usize = 64;
 /// The maximum number of connections from one source address.
@@ -38,9 +38,8 @@ const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; versi
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Readiness {
     phase: Arc<AtomicU8>,
-    /// Whether the rules are known to differ and are not repaired.
-    rules_lost: Arc<AtomicBool>,
-    self_test_failed: Arc<AtomicBool>,
+    /// The rules of the fixed pod; a node daemon's pods have their own status.
+    rules: RulesHealth,
     out_of_descriptors: Arc<AtomicBool>,
     /// Whether the proxy's certificate has expired: every HBONE connection would fail.
     certificate_expired: Arc<AtomicBool>,
@@ -52,29 +51,22 @@ const DRAINING: u8 = 2;
 const READY_TEXT: &str = "ready\n";
 
 impl Readiness {
+    /// The readiness of a process whose fixed pod has these rules.
+    pub(crate) fn of(rules: RulesHealth) -> Self {
+        Self { rules, ..Self::default() }
+    }
+
+    /// The rules of the fixed pod.
+    pub(crate) fn rules(&self) -> &RulesHealth {
+        &self.rules
+    }
+
     pub(crate) fn ready(&self) {
         self.phase.store(READY, Relaxed);
     }
 
     pub(crate) fn draining(&self) {
         self.phase.store(DRAINING, Relaxed);
-    }
-
-    pub(crate) fn rules_intact(&self, intact: bool) {
-        self.rules_lost.store(!intact, Relaxed);
-    }
-
-    pub(crate) fn are_rules_lost(&self) -> bool {
-        self.rules_lost.load(Relaxed)
-    }
-
-    /// Sets whether the last self-test failed; returns whether the one before had.
-    pub(crate) fn self_test_failed(&self, failed: bool) -> bool {
-        self.self_test_failed.swap(failed, Relaxed)
-    }
-
-    pub(crate) fn has_self_test_failed(&self) -> bool {
-        self.self_test_failed.load(Relaxed)
     }
 
     pub(crate) fn out_of_descriptors(&self, are_out: bool) {
@@ -97,10 +89,8 @@ impl Readiness {
             READY if self.out_of_descriptors.load(Relaxed) => {
                 "not ready: out of file descriptors\n"
             }
-            READY if self.rules_lost.load(Relaxed) => {
-                "not ready: another program changes the rules\n"
-            }
-            READY if self.has_self_test_failed() => {
+            READY if self.rules.are_lost() => "not ready: another program changes the rules\n",
+            READY if self.rules.has_self_test_failed() => {
                 "not ready: the self-test of the rules failed\n"
             }
             READY if self.certificate_expired.load(Relaxed) => {

@@ -20,6 +20,7 @@ use super::print;
 use super::rules::Output;
 use super::run::SettingsArguments;
 use crate::error::chain;
+use crate::node::pod_error::PodError;
 use crate::process::command_error::CommandError;
 use crate::process::logging;
 
@@ -164,7 +165,7 @@ impl Check {
         }
         let interception = &settings.interception;
         if interception.dns == Dns::Capture && interception.profile != Profile::None {
-            let error = CommandError::NoDnsProxy { port: Ports::of(settings).dns };
+            let error = PodError::NoDnsProxy { port: Ports::of(settings).dns };
             self.problem("interception.dns", Some("capture".to_owned()), error.to_string());
         }
     }

@@ -20,8 +20,8 @@ use underpass_interception::{NamespaceAccess, Sockets};
 
 use crate::admin::endpoints::Readiness;
 use crate::node::identities::{Identities, Issuer};
+use crate::node::pod_error::PodError;
 use crate::observe::metrics;
-use crate::process::command_error::CommandError;
 use crate::traffic::dial::PlainDialer;
 
 /// The source of this proxy's certificates. Logs and counts their events, and makes the proxy
@@ -51,19 +51,19 @@ impl Certificates {
         sockets: &Sockets,
         readiness: &Readiness,
         watcher: &FileWatcher,
-    ) -> Result<Option<Identities>, CommandError> {
+    ) -> Result<Option<Identities>, PodError> {
         let Some(identity) = &settings.identity else {
             tracing::warn!("no certificate (identity.*): HBONE is off, inbound and outbound");
             return Ok(None);
         };
         let certificates = Self {
-            issuer: issuer(identity, access, sockets).map_err(CommandError::Identity)?,
+            issuer: issuer(identity, access, sockets).map_err(PodError::Identity)?,
             origin: origin(identity),
             watcher: watcher.clone(),
             readiness: readiness.clone(),
         };
         let identities = Identities::new(Arc::new(certificates), &settings.trust, watcher);
-        identities.map(Some).map_err(CommandError::Identity)
+        identities.map(Some).map_err(PodError::Identity)
     }
 }
 

@@ -10,6 +10,7 @@ use crate::mesh::publish::Reporter;
 use crate::node::assignment::WorkerCommand;
 use crate::node::pod::PodId;
 use crate::node::worker::Worker;
+use crate::process::supervise::Supervisor;
 use crate::traffic::accept::accept_loop;
 
 /// Executes commands until the drain has ended.
@@ -17,9 +18,11 @@ pub(super) async fn execute(
     worker: Arc<Worker>,
     mut commands: mpsc::Receiver<WorkerCommand>,
     reporter: Reporter,
+    supervisor: Supervisor,
 ) {
     let enforcing = worker.clone();
-    tokio::spawn(async move { enforcing.enforce(&reporter).await });
+    let enforcing = async move { enforcing.enforce(&reporter).await };
+    let _enforcing = supervisor.essential("enforcement of the mesh", enforcing);
     let mut listeners: HashMap<PodId, JoinSet<()>> = HashMap::new();
     loop {
         let command = tokio::select! {

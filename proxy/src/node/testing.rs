@@ -15,7 +15,7 @@ use crate::limits::{Descriptors, Limits};
 use crate::node::Node;
 use crate::node::pod::{Pod, PodId};
 use crate::node::sockets::PodSockets;
-use crate::process::pause_gate::PauseGate;
+use crate::process::pause_gate::Gates;
 
 /// The settings of a workload `server`, extended by `more`.
 pub(crate) fn settings(more: &[&str]) -> Settings {
@@ -61,7 +61,7 @@ pub(crate) fn node(workers: usize) -> Arc<Node> {
 
 /// A node of this many workers that follows a mesh. Needs a runtime.
 pub(crate) fn node_in(workers: usize, mesh: watch::Receiver<Arc<Snapshot>>) -> Arc<Node> {
-    Arc::new(Node::new(&settings(&[]), workers, mesh, PauseGate::default(), Arc::default()))
+    Arc::new(Node::new(&settings(&[]), workers, mesh, Gates::default(), Arc::default()))
 }
 
 /// A generation of a mesh file with this content.

@@ -1,4 +1,4 @@
-//! Starts the worker threads, and distributes and removes the listeners of pods.
+//! Starts the worker threads, and deals and closes the listeners and tunnels of pods.
 
 use std::convert::Infallible;
 use std::io;
@@ -11,7 +11,6 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use underpass_interception::{BoundListener, Kept, confine_thread};
 
-use crate::error::ProxyError;
 use crate::mesh::publish;
 use crate::mesh::publish::Reports;
 use crate::node::Node;
@@ -19,6 +18,7 @@ use crate::node::assignment::WorkerCommand;
 use crate::node::commands;
 use crate::node::pod::{Pod, PodId};
 use crate::node::worker::Worker;
+use crate::process::supervise::Supervisor;
 use crate::traffic::listeners::Kind;
 
 /// The capacity of a worker's command queue. If it is full, the worker that accepts a connection
@@ -28,14 +28,21 @@ const COMMAND_QUEUE: usize = 1024;
 /// Timeout for closing the tunnels of a removed pod.
 const TUNNELS_CLOSE: Duration = Duration::from_secs(2);
 
-/// The running workers.
-#[derive(Debug)]
+/// Timeout for the workers to close the listeners of a pod: one that does not answer must not delay
+/// the drain.
+const LISTENERS_CLOSE: Duration = Duration::from_secs(1);
+
+/// The running workers. Clones share them.
+#[derive(Debug, Clone)]
 pub(crate) struct Workers {
-    threads: Vec<WorkerThread>,
     commands: Arc<[mpsc::Sender<WorkerCommand>]>,
     /// The worker that gets the next listener.
-    turn: AtomicUsize,
+    turn: Arc<AtomicUsize>,
 }
+
+/// The threads of the workers.
+#[derive(Debug)]
+pub(crate) struct WorkerThreads(Vec<WorkerThread>);
 
 /// The thread of one worker.
 #[derive(Debug)]
@@ -49,31 +56,36 @@ impl WorkerThread {
     /// Waits for the end of the thread without a helper thread, which could fail to start.
     async fn join(self) {
         self.end.await.ok();
-        if self.handle.join().is_err() {
-            tracing::error!("a worker panicked");
-        }
+        // A panic has been reported to the supervisor.
+        self.handle.join().ok();
     }
 }
 
 impl Workers {
     /// Starts `count` workers without listeners and without capabilities. They report the mesh
-    /// generations that they have applied.
+    /// generations that they have applied, and a panic of a worker to `supervisor`.
     ///
     /// # Errors
     ///
     /// A thread or its runtime cannot be made.
-    pub(crate) fn start(node: &Arc<Node>, count: usize) -> io::Result<(Self, Reports)> {
+    pub(crate) fn start(
+        node: &Arc<Node>,
+        count: usize,
+        supervisor: &Supervisor,
+    ) -> io::Result<(Self, WorkerThreads, Reports)> {
         let (senders, receivers): (Vec<_>, Vec<_>) =
             (0..count).map(|_| mpsc::channel(COMMAND_QUEUE)).unzip();
         let commands: Arc<[mpsc::Sender<WorkerCommand>]> = senders.into();
         let (reporters, reports) = publish::reports(count);
         let start_one = |(index, (receiver, reporter))| {
             let worker = Worker::new(node.clone(), index, commands.clone());
-            start_thread(index, move || commands::execute(worker, receiver, reporter))
+            let supervised = supervisor.clone();
+            let task = move || commands::execute(worker, receiver, reporter, supervised);
+            start_thread(index, supervisor.clone(), task)
         };
         let started = receivers.into_iter().zip(reporters).enumerate().map(start_one);
-        let threads = started.collect::<io::Result<_>>()?;
-        Ok((Self { threads, commands, turn: AtomicUsize::new(0) }, reports))
+        let threads = started.collect::<io::Result<_>>().map(WorkerThreads)?;
+        Ok((Self { commands, turn: Arc::default() }, threads, reports))
     }
 
     /// Deals the listeners of `pod` to the workers in turn.
@@ -95,34 +107,21 @@ impl Workers {
     /// Closes the listeners of `pod` at every worker, and returns when they are closed. Its open
     /// connections go on.
     pub(crate) async fn remove_listeners(&self, pod: PodId) {
-        for worker in &*self.commands {
-            let (removed, confirmed) = oneshot::channel();
-            // A worker that has ended has no listener.
-            if worker.send(WorkerCommand::RemoveListeners { pod, removed }).await.is_ok() {
-                confirmed.await.ok();
+        let remove = async {
+            for worker in &*self.commands {
+                let (removed, confirmed) = oneshot::channel();
+                // A worker that has ended has no listener.
+                if worker.send(WorkerCommand::RemoveListeners { pod, removed }).await.is_ok() {
+                    confirmed.await.ok();
+                }
             }
-        }
-    }
-
-    /// Removes a pod: closes its listeners, waits up to `deadline` for its connections and
-    /// terminates the rest, and closes its tunnels and sockets. Returns how many connections were
-    /// terminated.
-    pub(crate) async fn remove_pod(&self, pod: &Pod, deadline: Duration) -> usize {
-        self.remove_listeners(pod.id).await;
-        pod.closing.cancel();
-        let connections = &pod.connections;
-        let terminated = match timeout(deadline, connections.all_ended()).await {
-            Ok(()) => 0,
-            Err(_) => connections.open(),
         };
-        connections.close(|| ProxyError::Drained).await;
-        pod.sockets.close();
-        self.close_tunnels(pod).await;
-        terminated
+        timeout(LISTENERS_CLOSE, remove).await.ok();
     }
 
-    /// Closes the tunnels that a pod has opened; waits at most [`TUNNELS_CLOSE`].
-    async fn close_tunnels(&self, pod: &Pod) {
+    /// Closes the tunnels that a pod has opened, each as its last stream ends; waits at most
+    /// [`TUNNELS_CLOSE`].
+    pub(crate) async fn close_tunnels(&self, pod: &Pod) {
         for worker in &*self.commands {
             // A worker that has ended has no tunnel.
             worker.send(WorkerCommand::CloseTunnels(pod.id)).await.ok();
@@ -132,10 +131,12 @@ impl Workers {
             tracing::warn!(seats = pod.seats.len(), "a removed pod still has tunnels");
         }
     }
+}
 
-    /// Waits for the end of all threads.
+impl WorkerThreads {
+    /// Waits for the end of all threads, which the end of the drain causes.
     pub(crate) async fn join(self) {
-        futures_util::future::join_all(self.threads.into_iter().map(WorkerThread::join)).await;
+        futures_util::future::join_all(self.0.into_iter().map(WorkerThread::join)).await;
     }
 }
 
@@ -143,10 +144,13 @@ impl Workers {
 /// new thread, because it must be dropped there; a failure to make it is returned.
 fn start_thread<F: Future<Output = ()>>(
     index: usize,
+    supervisor: Supervisor,
     task: impl FnOnce() -> F + Send + 'static,
 ) -> io::Result<WorkerThread> {
     let (alive, end) = oneshot::channel();
     let (made, made_or_not) = std::sync::mpsc::sync_channel(1);
+    let name = format!("worker-{index}");
+    let thread = std::thread::Builder::new().name(name.clone());
     let body = move || {
         let _alive = alive;
         if let Err(error) = confine_thread(Kept::Nothing) {
@@ -160,9 +164,9 @@ fn start_thread<F: Future<Output = ()>>(
             }
         };
         made.send(Ok(())).ok();
-        runtime.block_on(task());
+        supervisor.essential_thread(name, || runtime.block_on(task()));
     };
-    let handle = std::thread::Builder::new().name(format!("worker-{index}")).spawn(body)?;
+    let handle = thread.spawn(body)?;
     made_or_not.recv().unwrap_or_else(|_| Err(io::Error::other("a worker ended at once")))?;
     Ok(WorkerThread { handle, end })
 }
@@ -177,6 +181,7 @@ mod tests {
 
     use super::*;
     use crate::node::testing::{node, pod};
+    use crate::traffic::listeners::ListenerKind as _;
 
     fn listener(pod: &Pod) -> (BoundListener, SocketAddr) {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -205,7 +210,7 @@ mod tests {
     #[tokio::test]
     async fn adds_and_removes_listeners_while_other_pod_is_served() {
         let node = node(2);
-        let (workers, _reports) = Workers::start(&node, 2).unwrap();
+        let (workers, threads, _reports) = Workers::start(&node, 2, &Supervisor::new().0).unwrap();
         let [first, second] =
             [pod(&["interception.profile=none"]), pod(&["interception.profile=none"])];
         let (kept, kept_at) = listener(&first);
@@ -222,8 +227,9 @@ mod tests {
         assert!(is_served(kept_at).await, "the other pod's listener stays");
         workers.remove_listeners(second.id).await;
 
-        node.drain.drain(&second.connections, Duration::ZERO).await;
-        workers.join().await;
+        node.drain.close();
+        node.drain.end();
+        threads.join().await;
         assert_eq!(Arc::strong_count(&second), 1, "workers keep nothing of a removed pod");
     }
 }

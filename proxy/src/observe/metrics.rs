@@ -48,6 +48,7 @@ const BUFFERS_REFUSED: &str = "underpass_buffers_refused_total";
 const BUFFER_BYTES: &str = "underpass_buffer_bytes";
 const TERMINATED: &str = "underpass_connections_terminated_total";
 const PODS: &str = "underpass_pods";
+const RESTARTS: &str = "underpass_task_restarts_total";
 const EJECTED: &str = "underpass_endpoints_ejected_total";
 
 /// Renders `/metrics`.
@@ -73,7 +74,7 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
     describe_gauge!(BUILD, "The running version; always 1.");
     describe_gauge!(INTERCEPTION, "How traffic is intercepted; always 1.");
     describe_counter!(REPAIRS, "Repairs of rules that another program had changed.");
-    describe_gauge!(INTACT, "Whether the rules are intact: 1, or 0.");
+    describe_gauge!(INTACT, "Whether the rules of every pod are intact: 1, or 0.");
     describe_counter!(
         PROBES,
         "Connections from the kubelet's probe address that bypassed the proxy (interception.kubelet_probes)."
@@ -88,7 +89,7 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
         "Outbound connections refused because they come from an address that is not this pod's."
     );
     counter!(FOREIGN_SOURCE).increment(0);
-    describe_gauge!(SELF_TEST, "Whether the last self-test of the rules passed: 1, or 0.");
+    describe_gauge!(SELF_TEST, "Whether the last self-test of every pod's rules passed: 1, or 0.");
     describe_gauge!(FOREIGN, "Rules of other programs that precede the proxy's.");
     describe_gauge!(
         CERTIFICATE_EXPIRY,
@@ -131,6 +132,7 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
     );
     describe_gauge!(PODS, "Pods of the node, by state.");
     describe_counter!(EJECTED, "Endpoints ejected because they could not be connected to.");
+    describe_counter!(RESTARTS, "Tasks of the proxy that failed and were started again, by task.");
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
     Ok(Exporter { recorder, series: Arc::new(SeriesRegistry::new(settings)) })
 }
@@ -151,7 +153,6 @@ pub(crate) fn interception(profile: Profile, backend: Backend) {
     gauge!(INTERCEPTION, "profile" => profile, "backend" => backend).set(1);
     // Without repairs the counter is 0, not absent.
     counter!(REPAIRS).increment(0);
-    rules_intact(true);
 }
 
 /// Counts a repair of the rules.
@@ -159,7 +160,7 @@ pub(crate) fn rules_repaired() {
     counter!(REPAIRS).increment(1);
 }
 
-/// Reports whether the rules are intact.
+/// Reports whether the rules of every pod are intact.
 pub(crate) fn rules_intact(intact: bool) {
     gauge!(INTACT).set(if intact { 1 } else { 0 });
 }
@@ -179,7 +180,7 @@ pub(crate) fn foreign_source() {
     counter!(FOREIGN_SOURCE).increment(1);
 }
 
-/// Reports the outcome of the last self-test.
+/// Reports whether the last self-test of every pod passed.
 pub(crate) fn self_test_passed(passed: bool) {
     gauge!(SELF_TEST).set(if passed { 1 } else { 0 });
 }
@@ -272,6 +273,11 @@ pub(crate) fn mesh_refused() {
 /// Reports how many pods of the node are in this state.
 pub(crate) fn pods(state: &'static str, count: usize) {
     gauge!(PODS, "state" => state).set(count as f64);
+}
+
+/// Counts a task that failed and is started again.
+pub(crate) fn task_restarted(task: &'static str) {
+    counter!(RESTARTS, "task" => task).increment(1);
 }
 
 /// Counts an ejection of an endpoint.

@@ -11,10 +11,10 @@ use underpass_hbone::HboneError;
 use underpass_interception::InterceptionError;
 
 use crate::demo::DemoError;
-use crate::error::chain;
+use crate::node::pod_error::PodError;
 use crate::process::instance::{InstanceError, Running};
+use crate::process::supervise::TaskFailure;
 use crate::process::take_over::TakeOverError;
-use crate::rules::self_test::SelfTestError;
 
 /// Why a command failed.
 #[derive(Debug, Error)]
@@ -27,19 +27,13 @@ pub(crate) enum CommandError {
     Mistakes(usize),
     #[error(transparent)]
     Interception(#[from] InterceptionError),
-    #[error("there is no certificate to begin with (identity, trust)")]
-    Identity(#[source] HboneError),
+    #[error(transparent)]
+    Pod(#[from] PodError),
+    /// The process cannot go on without this task.
     #[error(
-        "interception.dns: capture leads DNS queries to port {port}, but `underpass run` has no DNS proxy yet: they would \
-         be refused. Set interception.dns: off; `underpass rules install` can lead them to a DNS proxy of your own"
+        "an internal error ends the proxy; the rules stay and connections are refused until it runs again"
     )]
-    NoDnsProxy { port: u16 },
-    #[error("{}{}", chain(error), listed(suspects))]
-    SelfTest {
-        error: SelfTestError,
-        /// Possible causes.
-        suspects: Vec<String>,
-    },
+    Task(#[source] TaskFailure),
     #[error("cannot take over")]
     TakeOver(#[from] TakeOverError),
     #[error(transparent)]
@@ -91,16 +85,11 @@ impl CommandError {
         }
     }
 
-    /// A self-test that could not run.
-    pub(crate) fn self_test(error: SelfTestError) -> Self {
-        Self::SelfTest { error, suspects: Vec::new() }
-    }
-
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
             Self::Config(_)
             | Self::Mistakes(_)
-            | Self::NoDnsProxy { .. }
+            | Self::Pod(PodError::NoDnsProxy { .. })
             | Self::NoRules
             | Self::SettingsOfNode
             | Self::NoSuchCommand(_) => ExitCode::from(2),
@@ -108,9 +97,4 @@ impl CommandError {
             _ => ExitCode::FAILURE,
         }
     }
-}
-
-fn listed(suspects: &[String]) -> String {
-    let suspects = suspects.iter().map(|suspect| format!("; found here: {suspect}"));
-    suspects.collect()
 }

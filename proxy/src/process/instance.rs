@@ -102,9 +102,9 @@ impl fmt::Display for Running {
 }
 
 /// The current state of the proxy, from which answers are made.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Status {
-    pub(crate) settings: Settings,
+    pub(crate) settings: Arc<Settings>,
     pub(crate) interception: watch::Receiver<InterceptionSettings>,
     pub(crate) readiness: Readiness,
 }
@@ -112,8 +112,7 @@ pub(crate) struct Status {
 impl Instance {
     /// Becomes the proxy of this network namespace. `handed` is the socket from a process that is
     /// taken over. `None` without rules, if this process installs none beside a running proxy, or
-    /// if
-    /// another process holds the name.
+    /// if another process holds the name.
     pub(crate) async fn claim(
         settings: &Settings,
         handed: Option<OwnedFd>,
@@ -186,13 +185,13 @@ async fn answer(mut stream: UnixStream, status: &Status, started: u64) -> io::Re
     if !is_trusted(&stream)? {
         return Ok(());
     }
-    let mut settings = status.settings.clone();
+    let mut settings = Settings::clone(&status.settings);
     settings.interception = status.interception.borrow().clone();
     let text = format!(
         "{GREETING} pid={} started={started} installs={} self_test_failed={} readiness={}\n{settings}",
         std::process::id(),
         settings.interception.install,
-        status.readiness.has_self_test_failed(),
+        status.readiness.rules().has_self_test_failed(),
         status.readiness.text().trim_end(),
     );
     stream.write_all(text.as_bytes()).await?;
@@ -261,8 +260,11 @@ mod tests {
         let settings = settings(&["interception.profile=sidecar", "proxy.outbound_port=16001"]);
         let changed = InterceptionSettings { drop_invalid: true, ..settings.interception.clone() };
         let interception = watch::Sender::new(changed.clone()).subscribe();
-        let status =
-            Status { settings: settings.clone(), interception, readiness: Readiness::default() };
+        let status = Status {
+            settings: settings.clone().into(),
+            interception,
+            readiness: Readiness::default(),
+        };
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         answer(ours, &status, 7).await.unwrap();
         let mut text = String::new();

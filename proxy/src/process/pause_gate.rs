@@ -32,8 +32,7 @@ impl PauseGate {
         self.pass_until(work, std::future::ready(())).await
     }
 
-    /// Like [`PauseGate::pass`] for work with effects after its cancellation: closing also waits
-    /// for
+    /// Like [`PauseGate::pass`] for work with effects after its cancellation: closing also waits for
     /// `end`.
     pub(crate) async fn pass_until<T>(
         &self,
@@ -66,6 +65,22 @@ impl PauseGate {
 
     pub(crate) fn open(&self) {
         self.0.open.send_replace(true);
+    }
+}
+
+/// Gates for the work that only one of the two processes may do at a time.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Gates {
+    /// Accepting, on all listeners, readiness and metrics included.
+    pub(crate) accept: PauseGate,
+    /// Repairing and testing the rules.
+    pub(crate) rules: PauseGate,
+}
+
+impl Gates {
+    pub(crate) fn open(&self) {
+        self.accept.open();
+        self.rules.open();
     }
 }
 

@@ -4,11 +4,14 @@
 //! Other changes need a restart, which is logged. Invalid settings are logged, and the last valid
 //! ones stay in effect.
 
+use std::sync::Arc;
+
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use underpass_config::{FileWatch, FileWatcher, InterceptionSettings, Settings, Sources};
 
 use crate::process::command_error::CommandError;
+use crate::process::supervise::{Task, restarting};
 
 /// Reloads the settings and publishes changes.
 #[derive(Debug)]
@@ -41,8 +44,20 @@ impl Reload {
         self.interception.subscribe()
     }
 
+    /// Publishes changes; if no reconciler `repairs` the rules, only logs them.
+    pub(crate) fn start(self, repairs: bool) -> Task {
+        let reload = Arc::new(Mutex::new(self));
+        restarting("reload of the settings", move || {
+            let reload = reload.clone();
+            async move {
+                let mut reload = reload.lock().await;
+                if repairs { reload.follow().await } else { reload.refuse_changes().await }
+            }
+        })
+    }
+
     /// Publishes changes, for ever.
-    pub(crate) async fn follow(&mut self) {
+    async fn follow(&mut self) {
         loop {
             if let Some(new) = self.load() {
                 self.publish(new);
@@ -65,7 +80,7 @@ impl Reload {
     }
 
     /// Logs changes that cannot take effect, for ever.
-    pub(crate) async fn refuse_changes(&mut self) {
+    async fn refuse_changes(&mut self) {
         loop {
             if self.load().is_some_and(|new| new != self.current) {
                 tracing::warn!(

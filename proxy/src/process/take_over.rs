@@ -27,7 +27,7 @@ use underpass_config::{InboundMode, Settings};
 use underpass_interception::{InterceptionError, Namespace};
 
 pub(crate) use client::{HandedOver, TakeoverClient};
-pub(crate) use server::{Gates, TakeoverOutcome, TakeoverServer};
+pub(crate) use server::{TakeoverOutcome, TakeoverServer};
 
 /// The version of this protocol.
 const VERSION: u32 = 1;

@@ -3,23 +3,21 @@
 //!
 //! Not here: the contents of the rules and the kernel interfaces (the interception crate).
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
-    ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, Kept, Namespace,
-    NamespaceAccess, NamespaceThread, Ports, ProbeSockets, ProxyUser, ReturnPathProbe, RulePlan,
-    Sockets, confine_thread, ipv6_available,
+    ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, Kept, NamespaceAccess, Ports,
+    ProbeSockets, ProxyUser, ReturnPathProbe, RulePlan, Sockets, ipv6_available,
 };
 
-use crate::admin::endpoints::Readiness;
 use crate::error::chain;
+use crate::node::pod_error::PodError;
 use crate::observe::metrics;
-use crate::process::command_error::CommandError;
-use crate::process::pause_gate::PauseGate;
-use crate::process::reload::Reload;
 use crate::rules::owner::{role, started};
-use crate::rules::reconciler::{Event, RuleReconciler};
+use crate::rules::reconciler::RuleReconciler;
 use crate::rules::self_test;
 use crate::rules::self_test::{SelfTest, SelfTestError};
 
@@ -32,14 +30,14 @@ const START_DEADLINE: Duration = Duration::from_secs(5);
 pub(crate) struct Capture {
     /// Operations in the pod's network namespace.
     access: NamespaceAccess,
-    /// The thread that performs privileged operations.
-    thread: NamespaceThread,
+    /// The settings of the start.
+    settings: Arc<Settings>,
+    /// The interception settings, which a reload changes.
+    current: watch::Receiver<InterceptionSettings>,
     /// `None` if another program installs the rules (`interception.install: false`).
     interception: Option<Interception>,
-    plan: RulePlan,
     ports: Ports,
-    profile: Profile,
-    /// The user that the process becomes after installing the rules.
+    /// The user by which the rules identify the proxy.
     user: Option<ProxyUser>,
 }
 
@@ -52,7 +50,7 @@ pub(crate) struct Probes {
 
 /// Leaves the rules installed at the end of the proxy. With `repair`, reinstalls them if another
 /// program has changed them.
-async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), CommandError> {
+async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), PodError> {
     let difference = match interception.verify().await {
         Ok(difference) => difference,
         Err(error) if repair => return Err(error.into()),
@@ -85,16 +83,15 @@ async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), C
 impl Capture {
     /// Checks the preconditions; changes nothing.
     pub(crate) async fn prepare(
-        settings: &Settings,
-        namespace: Namespace,
-        thread: NamespaceThread,
-    ) -> Result<Self, CommandError> {
-        let ports = Ports::of(settings);
+        settings: Arc<Settings>,
+        current: watch::Receiver<InterceptionSettings>,
+        access: NamespaceAccess,
+    ) -> Result<Self, PodError> {
+        let ports = Ports::of(&settings);
         let interception = &settings.interception;
         if interception.dns == Dns::Capture && interception.profile != Profile::None {
-            return Err(CommandError::NoDnsProxy { port: ports.dns });
+            return Err(PodError::NoDnsProxy { port: ports.dns });
         }
-        let access = NamespaceAccess::new(namespace, thread.clone());
         access.check_reverse_path(interception).await?;
         let user = ProxyUser::required(interception)?;
         let prepared = if interception.install {
@@ -105,19 +102,7 @@ impl Capture {
         } else {
             None
         };
-        let plan = match &prepared {
-            Some(prepared) => prepared.plan().clone(),
-            None => RulePlan::new(interception, ports, ipv6_available()),
-        };
-        Ok(Self {
-            access,
-            thread,
-            interception: prepared,
-            plan,
-            ports,
-            profile: interception.profile,
-            user,
-        })
+        Ok(Self { access, settings, current, interception: prepared, ports, user })
     }
 
     /// Operations in the pod's network namespace.
@@ -125,9 +110,35 @@ impl Capture {
         &self.access
     }
 
-    pub(crate) async fn install(&self) -> Result<(), CommandError> {
-        let Some(interception) = &self.interception else {
-            tracing::info!(profile = %self.profile, "not installing rules: another program installs them");
+    /// The user by which the rules identify the proxy, if they do.
+    pub(crate) fn user(&self) -> Option<ProxyUser> {
+        self.user
+    }
+
+    /// Follows the interception settings.
+    pub(crate) fn current_settings(&self) -> watch::Receiver<InterceptionSettings> {
+        self.current.clone()
+    }
+
+    /// The rules of the current settings, if this proxy installs them.
+    fn rules(&self) -> Option<Interception> {
+        let rules = self.interception.as_ref()?;
+        let current = self.current.borrow();
+        Some(if *current == self.settings.interception {
+            rules.clone()
+        } else {
+            rules.with_settings(&current)
+        })
+    }
+
+    fn profile(&self) -> Profile {
+        self.settings.interception.profile
+    }
+
+    /// Installs the rules, if this proxy installs them and they are not installed already.
+    pub(crate) async fn install(&self) -> Result<(), PodError> {
+        let Some(interception) = self.rules() else {
+            tracing::info!(profile = %self.profile(), "not installing rules: another program installs them");
             return Ok(());
         };
         if interception.ipv6_absent() {
@@ -142,8 +153,8 @@ impl Capture {
         for leftover in interception.leftovers().await? {
             tracing::warn!("{leftover}");
         }
-        let (backend, rules) = (interception.backend(), self.plan.rules().len());
-        metrics::interception(self.profile, backend);
+        let (backend, rules) = (interception.backend(), interception.plan().rules().len());
+        metrics::interception(self.profile(), backend);
         if interception.verify().await?.is_none() {
             interception.mark_owner().await;
             interception.unblock().await?;
@@ -155,49 +166,27 @@ impl Capture {
         Ok(())
     }
 
-    /// Opens the sockets of the self-test.
-    pub(crate) async fn probes(
-        &self,
-        settings: &InterceptionSettings,
-    ) -> Result<Probes, CommandError> {
+    /// Opens the sockets of the self-test. Must be called before the process becomes the proxy's
+    /// user, whose connections are not caught.
+    pub(crate) async fn probes(&self) -> Result<Probes, PodError> {
         let open = async || -> Result<Probes, InterceptionError> {
             let caught = self.access.open_probes().await?;
+            let settings = &self.settings.interception;
             let returned = self.access.open_return_path(settings, self.ports).await?;
             Ok(Probes { caught, returned })
         };
-        open().await.map_err(SelfTestError::prepare).map_err(CommandError::self_test)
+        open().await.map_err(SelfTestError::prepare).map_err(PodError::self_test)
     }
 
     /// Whether the rules identify the proxy by its user.
     fn is_by_user(&self) -> bool {
-        matches!(self.profile, Profile::Sidecar | Profile::Osm)
-    }
-
-    /// Becomes the user by which the rules identify the proxy, if they do. Drops all capabilities
-    /// of
-    /// the calling thread, which its later threads inherit. The namespaces thread keeps those that
-    /// it
-    /// needs.
-    pub(crate) async fn confine(
-        &self,
-        settings: &InterceptionSettings,
-    ) -> Result<(), CommandError> {
-        let kept = self.kept(settings);
-        if let Some(user) = self.user {
-            self.thread.prepare_change_of_user(kept).await?;
-            user.become_it()?;
-            let ProxyUser { uid, gid } = user;
-            tracing::info!(uid, gid, ?kept, "changed to the proxy's user");
-        } else {
-            confine_thread(Kept::Nothing).map_err(CommandError::Start)?;
-        }
-        Ok(self.thread.confine(kept).await?)
+        matches!(self.profile(), Profile::Sidecar | Profile::Osm)
     }
 
     /// Warns of processes that can bypass the rules. Must be called before the process drops the
     /// privileges to inspect them.
     pub(crate) async fn warn_of_bypassing(&self) {
-        let profile = self.profile;
+        let profile = self.profile();
         if profile == Profile::None {
             return;
         }
@@ -213,10 +202,11 @@ impl Capture {
 
     /// The capabilities that the namespaces thread keeps, to repair or remove the rules and to open
     /// sockets.
-    fn kept(&self, settings: &InterceptionSettings) -> Kept {
+    pub(crate) fn kept(&self) -> Kept {
+        let settings = &self.settings.interception;
         let marks = Sockets::new(settings, ipv6_available()).need_net_admin();
-        let changes_rules =
-            self.interception.is_some() && (settings.repair || settings.on_exit == OnExit::Remove);
+        let removes = self.interception.is_some() && settings.on_exit == OnExit::Remove;
+        let changes_rules = self.repairs() || removes;
         match &self.interception {
             Some(rules) if rules.backend().runs_programs() && (changes_rules || marks) => {
                 Kept::NetAdminForPrograms
@@ -226,21 +216,21 @@ impl Capture {
         }
     }
 
-    /// Tests that the rules of these settings catch connections, and that answers to imitated
+    /// Tests that the rules of the current settings catch connections, and that answers to imitated
     /// clients return to the proxy.
     pub(crate) async fn test(
         &self,
         self_test: &SelfTest,
         probes: &Probes,
-        settings: &InterceptionSettings,
         deadline: Duration,
     ) -> Result<(), SelfTestError> {
         let prepare = SelfTestError::prepare;
+        let settings = &self.current.borrow().clone();
         let plan = RulePlan::new(settings, self.ports, ipv6_available());
         let environment = self.access.environment().await.map_err(prepare)?;
         let caught = probes.caught.probes(&environment, &plan, settings, self.ports);
         let tested = self_test.run(caught.map_err(SelfTestError::Prepare)?, deadline).await?;
-        if tested.is_empty() && self.profile != Profile::None {
+        if tested.is_empty() && self.profile() != Profile::None {
             tracing::info!(
                 "cannot test the rules: this process can make no connection that they would catch, or there is no route"
             );
@@ -268,11 +258,21 @@ impl Capture {
         &self,
         self_test: &SelfTest,
         probes: &Probes,
-        settings: &InterceptionSettings,
-    ) -> Result<(), CommandError> {
-        match self.test(self_test, probes, settings, START_DEADLINE).await {
+    ) -> Result<(), PodError> {
+        match self.test(self_test, probes, START_DEADLINE).await {
             Ok(()) => Ok(()),
-            Err(error) => Err(CommandError::SelfTest { error, suspects: self.suspects().await }),
+            Err(error) => Err(PodError::SelfTest { error, suspects: self.suspects().await }),
+        }
+    }
+
+    /// Fails if the rules are not those of the current settings.
+    pub(crate) async fn verify(&self) -> Result<(), PodError> {
+        match self.rules() {
+            Some(rules) => match rules.verify().await? {
+                None => Ok(()),
+                Some(difference) => Err(PodError::Changed(difference)),
+            },
+            None => Ok(()),
         }
     }
 
@@ -293,110 +293,37 @@ impl Capture {
         leftovers.chain(foreign.iter().map(ToString::to_string)).collect()
     }
 
-    /// The reconciler of the rules; `None` if `interception.install` or `.repair` is off.
-    pub(crate) async fn reconciler(
-        &self,
-        settings: &InterceptionSettings,
-    ) -> Result<Option<RuleReconciler>, CommandError> {
-        match self.interception.as_ref().filter(|_| settings.repair) {
-            Some(rules) => Ok(Some(RuleReconciler::new(rules.clone()).await?)),
+    /// Whether a reconciler repairs the rules: not if `interception.install` or `.repair` is off.
+    pub(crate) fn repairs(&self) -> bool {
+        self.interception.is_some() && self.settings.interception.repair
+    }
+
+    /// The reconciler of the current rules; `None` if none repairs them.
+    pub(crate) async fn reconciler(&self) -> Result<Option<RuleReconciler>, PodError> {
+        match self.rules().filter(|_| self.repairs()) {
+            Some(rules) => Ok(Some(RuleReconciler::new(rules).await?)),
             None => Ok(None),
         }
     }
 
     /// The rules, if this proxy installs them and they exempt the kubelet's probes.
     pub(crate) fn exempting_probes(&self) -> Option<&Interception> {
-        let exempts = self.plan.rules().iter().any(|rule| rule.id == KUBELET_PROBE_IN);
-        self.interception.as_ref().filter(|_| exempts)
+        self.interception
+            .as_ref()
+            .filter(|rules| rules.plan().rules().iter().any(|rule| rule.id == KUBELET_PROBE_IN))
     }
 
     /// Keeps or removes the rules at the end, as `interception.on_exit` says.
-    pub(crate) async fn leave(&self, settings: &InterceptionSettings) -> Result<(), CommandError> {
-        let Some(interception) = &self.interception else {
-            return Ok(());
-        };
+    pub(crate) async fn leave(&self) -> Result<(), PodError> {
+        let Some(interception) = self.rules() else { return Ok(()) };
+        let settings = &self.settings.interception;
         match settings.on_exit {
-            OnExit::Keep => leave_closed(interception, settings.repair).await?,
+            OnExit::Keep => leave_closed(&interception, settings.repair).await?,
             OnExit::Remove => {
                 interception.remove().await?;
                 tracing::info!("rules removed: traffic is direct and in plaintext from now on");
             }
         }
         Ok(())
-    }
-}
-
-/// Runs the reconciler and applies changed settings, for ever.
-pub(crate) async fn reconcile(
-    reconciler: Option<RuleReconciler>,
-    mut reload: Reload,
-    readiness: Readiness,
-    gate: PauseGate,
-) {
-    let Some(mut reconciler) = reconciler else {
-        return reload.refuse_changes().await;
-    };
-    let mut settings = reload.subscribe();
-    tokio::spawn(async move { reload.follow().await });
-    let access = reconciler.access();
-    loop {
-        // The gate waits for a started repair: until then no other process may change the rules.
-        let event = gate.pass_until(reconciler.next(&mut settings), access.finish()).await;
-        let Some(event) = event else {
-            // The process that tried to take over may have changed the rules.
-            reconciler.verify_now();
-            continue;
-        };
-        report(&event);
-        let intact = event.is_intact();
-        metrics::rules_intact(intact);
-        readiness.rules_intact(intact);
-    }
-}
-
-/// Logs and counts an event.
-fn report(event: &Event) {
-    match event {
-        Event::Repaired { difference, took, fight } => {
-            let (missing, unexpected) = difference.counts();
-            metrics::rules_repaired();
-            if *fight {
-                tracing::debug!(
-                    missing,
-                    unexpected,
-                    ?took,
-                    "repaired the rules, which another program had changed, in a fight"
-                );
-            } else {
-                tracing::warn!(
-                    missing,
-                    unexpected,
-                    ?took,
-                    "repaired the rules, which another program had changed"
-                );
-            }
-            tracing::debug!("the change was:\n{difference}");
-        }
-        Event::Followed { rules, .. } => {
-            tracing::info!(rules, "applied the changed settings to the rules atomically");
-        }
-        Event::Intact => {
-            tracing::info!(
-                "the rules are intact again: the workload's traffic is no longer blocked"
-            );
-        }
-        Event::Fight { difference } => {
-            let (missing, unexpected) = difference.counts();
-            tracing::error!(
-                missing,
-                unexpected,
-                hint = "stop that program, or set interception.profile: none",
-                "another program changes the rules repeatedly: the workload's traffic is blocked until it stops\n{difference}"
-            );
-        }
-        Event::Failed { error, pause } => {
-            let error = chain(error);
-            tracing::error!(error, ?pause, "cannot watch or repair the rules: retrying");
-        }
     }
 }

@@ -7,7 +7,6 @@
 
 use std::time::Duration;
 
-use tokio::task::AbortHandle;
 use tokio::time::{MissedTickBehavior, interval};
 use underpass_config::KubeletProbes;
 use underpass_interception::{
@@ -20,23 +19,8 @@ use crate::observe::metrics;
 /// How often the rule's counter is read: the minimum time between two log lines.
 const INTERVAL: Duration = Duration::from_secs(60);
 
-/// Counts and logs exempt connections for as long as it lives.
-#[derive(Debug)]
-pub(crate) struct Observer(Option<AbortHandle>);
-
-impl Drop for Observer {
-    fn drop(&mut self) {
-        self.0.iter().for_each(AbortHandle::abort);
-    }
-}
-
-/// Logs the exempt ports, and observes the exemption in `rules` if this proxy installs it.
-pub(crate) fn observe(probes: &KubeletProbes, rules: Option<&Interception>) -> Observer {
-    warn(probes);
-    Observer(rules.cloned().map(|rules| tokio::spawn(watch(rules)).abort_handle()))
-}
-
-fn warn(probes: &KubeletProbes) {
+/// Logs the exempt ports.
+pub(crate) fn warn(probes: &KubeletProbes) {
     let ports = match probes {
         KubeletProbes::Off => return,
         KubeletProbes::On => "all".to_owned(),
@@ -49,7 +33,9 @@ fn warn(probes: &KubeletProbes) {
     );
 }
 
-async fn watch(interception: Interception) {
+/// Counts and logs the connections that `rules` exempt, for ever, if this proxy installs them.
+pub(crate) async fn watch(rules: Option<&Interception>) {
+    let Some(interception) = rules else { return };
     metrics::kubelet_probes(0);
     let mut increase = Increase::default();
     let mut interval = interval(INTERVAL);

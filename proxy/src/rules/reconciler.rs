@@ -121,6 +121,11 @@ impl RuleReconciler {
         }
     }
 
+    /// Reports the rules as intact once they are verified.
+    pub(crate) fn assume_lost(&mut self) {
+        self.lost = true;
+    }
+
     /// Verifies the rules at the next call of [`next`](Self::next).
     pub(crate) fn verify_now(&mut self) {
         self.verify_at = Some(Instant::now());

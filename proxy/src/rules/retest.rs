@@ -4,19 +4,16 @@
 //! traffic bypass the proxy. The proxy is unready while the test fails. Foreign rules are logged
 //! when they change; most are harmless, so they do not affect readiness.
 
-use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
-use underpass_config::InterceptionSettings;
 use underpass_interception::{Changes, ForeignRule, InterceptionError, NamespaceAccess};
 
-use crate::admin::endpoints::Readiness;
 use crate::error::chain;
-use crate::observe::metrics;
 use crate::process::pause_gate::PauseGate;
 use crate::rules::capture::{Capture, Probes};
+use crate::rules::health::RulesHealth;
 use crate::rules::self_test::{SelfTest, SelfTestError};
 
 /// A series of changes has ended when there was none for this long.
@@ -30,25 +27,21 @@ const RETRY: Duration = Duration::from_secs(1);
 const DEADLINE: Duration = Duration::from_secs(3);
 
 /// Repeats the self-test for one pod.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Retest {
     pub(crate) capture: Capture,
     pub(crate) self_test: SelfTest,
-    pub(crate) probes: Probes,
-    pub(crate) settings: watch::Receiver<InterceptionSettings>,
-    pub(crate) readiness: Readiness,
+    pub(crate) probes: Arc<Probes>,
+    pub(crate) health: RulesHealth,
     /// Closed while another process takes over.
     pub(crate) gate: PauseGate,
-    /// Changes by all programs, since before the first test; `None` if they cannot be watched.
-    pub(crate) changes: Option<Changes>,
 }
 
 impl Retest {
-    /// Tests after each change, for ever.
-    pub(crate) async fn run(mut self) -> Infallible {
-        let Some(mut changes) = self.changes.take() else {
-            return std::future::pending().await;
-        };
+    /// Tests after each change, for ever. `changes` are those by all programs, since before the
+    /// last test; `None` if they cannot be watched.
+    pub(crate) async fn run(&self, changes: Option<Changes>) {
+        let Some(mut changes) = changes else { return };
         let mut foreign = Vec::new();
         self.report_foreign(&mut foreign).await;
         let mut again = false;
@@ -71,12 +64,11 @@ impl Retest {
 
     /// Runs the test; `false` if it must be repeated without waiting for a change.
     async fn test(&self) -> bool {
-        if self.readiness.are_rules_lost() {
+        if self.health.are_lost() {
             // The reconciler repairs the rules; until then the test would fail.
             return false;
         }
-        let settings = self.settings.borrow().clone();
-        let outcome = self.capture.test(&self.self_test, &self.probes, &settings, DEADLINE).await;
+        let outcome = self.capture.test(&self.self_test, &self.probes, DEADLINE).await;
         let passed = match outcome {
             // For example no file descriptors: not a problem of the rules.
             Err(error) if error.is_ours() => {
@@ -84,15 +76,14 @@ impl Retest {
                 tracing::debug!(error, "cannot repeat the self-test");
                 return false;
             }
-            Err(_) if self.readiness.are_rules_lost() => return false,
+            Err(_) if self.health.are_lost() => return false,
             Err(error) => {
                 self.report_failure(&error).await;
                 false
             }
             Ok(()) => true,
         };
-        let had_failed = self.readiness.self_test_failed(!passed);
-        metrics::self_test_passed(passed);
+        let had_failed = self.health.set_self_test_failed(!passed);
         if passed && had_failed {
             tracing::info!("the self-test of the rules passes again");
         }
@@ -101,7 +92,7 @@ impl Retest {
 
     /// Logs the first failure of a series.
     async fn report_failure(&self, error: &SelfTestError) {
-        if self.readiness.has_self_test_failed() {
+        if self.health.has_self_test_failed() {
             return;
         }
         let suspects = self.capture.suspects().await.join("; ");
@@ -118,7 +109,7 @@ impl Retest {
             Ok(found) => found,
             Err(error) => return tracing::debug!(%error, "cannot list foreign rules"),
         };
-        metrics::foreign_rules(found.len());
+        self.health.set_foreign_rules(found.len());
         for rule in found.iter().filter(|rule| !known.contains(rule)) {
             tracing::warn!(
                 location = rule.location,

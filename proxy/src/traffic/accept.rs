@@ -13,7 +13,6 @@ use underpass_interception::{BoundListener, Listener, reset_on_close};
 use crate::decide::subject::Decision;
 use crate::error::ProxyError;
 use crate::limits::{Demand, Limits, Rate, Refusal, Shortage};
-use crate::node::Node;
 use crate::node::assignment::Assignment;
 use crate::node::pod::Pod;
 use crate::node::worker::Worker;
@@ -21,7 +20,7 @@ use crate::observe::metrics;
 use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectionRecord, Facts};
 use crate::traffic::accepted::Accepted;
-use crate::traffic::listeners::Kind;
+use crate::traffic::listeners::{Kind, ListenerKind as _};
 
 /// How long a listener pauses when the system has no descriptor or memory: long enough not to spin,
 /// short enough not to be noticed. Meanwhile the kernel queues connections.
@@ -40,7 +39,7 @@ struct Listening {
     listener: Listener,
 }
 
-/// Accepts until the proxy closes, then closes the listener. Cancel-safe.
+/// Accepts until the pod or the process drains, then closes the listener. Cancel-safe.
 pub(crate) async fn accept_loop(
     worker: Arc<Worker>,
     pod: Arc<Pod>,
@@ -54,16 +53,15 @@ pub(crate) async fn accept_loop(
             return;
         }
     };
-    let node = worker.node.clone();
-    let Node { drain, accept: gate, .. } = &*node;
     let listening = Listening { worker, pod, kind, listener };
+    let gate = &listening.worker.node.gates.accept;
     let accepting = async {
         loop {
             gate.pass(accept_forever(&listening)).await;
         }
     };
     tokio::select! {
-        () = drain.closing() => {}
+        () = listening.pod.closing.cancelled() => {}
         () = accepting => {}
     }
 }

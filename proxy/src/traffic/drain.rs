@@ -1,7 +1,7 @@
 //! The phases of a drain: stop accepting, wait for open connections, terminate the rest.
 //!
 //! ```text
-//! running ── drain() ──> closing ── all ended, or deadline and all terminated ──> ended
+//! running ── close() ──> closing ── all ended, or deadline and all terminated ──> end() ──> ended
 //!            listeners closed, GOAWAY sent
 //! ```
 //!
@@ -14,7 +14,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 use crate::decide::connection_registry::Registries;
 use crate::error::ProxyError;
 
-/// How long terminated connections may take to end before the process exits without them.
+/// How long terminated connections may take to end before a drain goes on without them.
 const ABORT_GRACE: Duration = Duration::from_secs(1);
 
 /// The phase of the process. Clones share the state.
@@ -25,38 +25,41 @@ pub(crate) struct Drain {
 }
 
 impl Drain {
-    /// Resolves when no new connection may begin.
-    pub(crate) fn closing(&self) -> WaitForCancellationFuture<'_> {
-        self.closing.cancelled()
-    }
-
     /// A token that is cancelled when no new connection of a pod may begin: by this drain, or by
     /// the removal of the pod.
     pub(crate) fn closing_of_pod(&self) -> CancellationToken {
         self.closing.child_token()
     }
 
+    /// Stops accepting in every pod.
+    pub(crate) fn close(&self) {
+        self.closing.cancel();
+    }
+
+    /// Ends the workers.
+    pub(crate) fn end(&self) {
+        self.ended.cancel();
+    }
+
     /// Resolves when all connections have ended, or the remaining ones exceed their deadline.
     pub(crate) fn ended(&self) -> WaitForCancellationFuture<'_> {
         self.ended.cancelled()
     }
+}
 
-    /// Stops accepting, waits up to `deadline` for the end of `connections`, and terminates the
-    /// rest. Returns the number of terminated connections.
-    pub(crate) async fn drain<T>(&self, connections: &Registries<T>, deadline: Duration) -> usize {
-        self.closing.cancel();
-        let mut left = 0;
-        if tokio::time::timeout(deadline, connections.all_ended()).await.is_err() {
-            left = connections.open();
-            let closed = connections.close(|| ProxyError::Drained);
-            if tokio::time::timeout(ABORT_GRACE, closed).await.is_err() {
-                let connections = connections.open();
-                tracing::warn!(connections, "terminated connections have not ended");
-            }
-        }
-        self.ended.cancel();
-        left
+/// Waits up to `deadline` for the end of `connections`, and terminates the rest and those that are
+/// opened later. Returns the number of terminated connections.
+pub(crate) async fn drain<T>(connections: &Registries<T>, deadline: Duration) -> usize {
+    let left = match tokio::time::timeout(deadline, connections.all_ended()).await {
+        Ok(()) => 0,
+        Err(_) => connections.open(),
+    };
+    let closed = connections.close(|| ProxyError::Drained);
+    if tokio::time::timeout(ABORT_GRACE, closed).await.is_err() {
+        let connections = connections.open();
+        tracing::warn!(connections, "terminated connections have not ended");
     }
+    left
 }
 
 #[cfg(test)]
@@ -67,26 +70,26 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn drain_waits_for_connections_that_end_by_themselves() {
-        let (drain, connections) = (Drain::default(), Registries::new(1));
+        let connections = Registries::new(1);
         let registration = connections.of(0).register(());
         tokio::spawn(async move {
             tokio::time::sleep(Duration::from_secs(3)).await;
             drop(registration);
         });
         let began = Instant::now();
-        assert_eq!(drain.drain(&connections, Duration::from_secs(5)).await, 0);
+        assert_eq!(drain(&connections, Duration::from_secs(5)).await, 0);
         assert_eq!(began.elapsed(), Duration::from_secs(3));
     }
 
     #[tokio::test(start_paused = true)]
     async fn drain_terminates_remaining_connections_at_its_deadline() {
-        let (drain, connections) = (Drain::default(), Registries::new(1));
+        let connections = Registries::new(1);
         let registration = connections.of(0).register(());
         let endless = tokio::spawn(async move {
             registration.termination().or_terminate::<()>(std::future::pending()).await
         });
         let began = Instant::now();
-        assert_eq!(drain.drain(&connections, Duration::from_secs(5)).await, 1);
+        assert_eq!(drain(&connections, Duration::from_secs(5)).await, 1);
         assert_eq!(began.elapsed(), Duration::from_secs(5));
         assert!(matches!(endless.await.unwrap(), Err(ProxyError::Drained)));
     }

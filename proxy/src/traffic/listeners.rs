@@ -1,8 +1,9 @@
-//! The table of the proxy's listeners, and the listeners once bound.
+//! The tables of listeners, of a pod and of the process, and the listeners once bound.
 //!
 //! Listeners are bound at the start, or taken over from the running process. A new listener is one
-//! row of [`LISTENERS`].
+//! row of a [`ListenerKind::TABLE`].
 
+use std::fmt;
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 
@@ -29,16 +30,18 @@ pub(crate) enum EndpointKind {
     Metrics,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Role {
-    Traffic(Kind),
-    Endpoint(EndpointKind),
+/// A kind of listeners, with the table of them.
+pub(crate) trait ListenerKind: fmt::Debug + Copy + 'static {
+    const TABLE: &'static [ListenerSpec<Self>];
+
+    /// How the connections are closed.
+    fn closing(self) -> Closing;
 }
 
-/// One row of the table.
+/// One row of a table.
 #[derive(Debug)]
-struct ListenerSpec {
-    role: Role,
+pub(crate) struct ListenerSpec<K> {
+    kind: K,
     /// The listener's name in logs, metrics and a hand-over.
     name: &'static str,
     purpose: &'static str,
@@ -47,43 +50,63 @@ struct ListenerSpec {
     address: fn(&Settings) -> SocketAddr,
 }
 
-static LISTENERS: [ListenerSpec; 5] = [
-    ListenerSpec {
-        role: Role::Traffic(Kind::Outbound),
-        name: Kind::Outbound.name(),
-        purpose: "caught outbound connections",
-        setting: "proxy.outbound_port",
-        address: |settings| any(settings.proxy.outbound_port),
-    },
-    ListenerSpec {
-        role: Role::Traffic(Kind::Hbone),
-        name: Kind::Hbone.name(),
-        purpose: "tunnels",
-        setting: "proxy.hbone_port",
-        address: |settings| any(settings.proxy.hbone_port),
-    },
-    ListenerSpec {
-        role: Role::Traffic(Kind::Plaintext),
-        name: Kind::Plaintext.name(),
-        purpose: "caught inbound connections",
-        setting: "proxy.inbound_port",
-        address: |settings| any(settings.proxy.inbound_port),
-    },
-    ListenerSpec {
-        role: Role::Endpoint(EndpointKind::Readiness),
-        name: "readiness",
-        purpose: "readiness",
-        setting: "readiness.address",
-        address: |settings| settings.readiness,
-    },
-    ListenerSpec {
-        role: Role::Endpoint(EndpointKind::Metrics),
-        name: "metrics",
-        purpose: "metrics",
-        setting: "metrics.address",
-        address: |settings| settings.metrics,
-    },
-];
+impl ListenerKind for Kind {
+    const TABLE: &'static [ListenerSpec<Self>] = &[
+        ListenerSpec {
+            kind: Self::Outbound,
+            name: Self::Outbound.name(),
+            purpose: "caught outbound connections",
+            setting: "proxy.outbound_port",
+            address: |settings| any(settings.proxy.outbound_port),
+        },
+        ListenerSpec {
+            kind: Self::Hbone,
+            name: Self::Hbone.name(),
+            purpose: "tunnels",
+            setting: "proxy.hbone_port",
+            address: |settings| any(settings.proxy.hbone_port),
+        },
+        ListenerSpec {
+            kind: Self::Plaintext,
+            name: Self::Plaintext.name(),
+            purpose: "caught inbound connections",
+            setting: "proxy.inbound_port",
+            address: |settings| any(settings.proxy.inbound_port),
+        },
+    ];
+
+    /// Clients of caught connections saw them open, so only a reset reports that the upstream
+    /// failed.
+    fn closing(self) -> Closing {
+        match self {
+            Self::Outbound | Self::Plaintext => Closing::Reset,
+            Self::Hbone => Closing::End,
+        }
+    }
+}
+
+impl ListenerKind for EndpointKind {
+    const TABLE: &'static [ListenerSpec<Self>] = &[
+        ListenerSpec {
+            kind: Self::Readiness,
+            name: "readiness",
+            purpose: "readiness",
+            setting: "readiness.address",
+            address: |settings| settings.readiness,
+        },
+        ListenerSpec {
+            kind: Self::Metrics,
+            name: "metrics",
+            purpose: "metrics",
+            setting: "metrics.address",
+            address: |settings| settings.metrics,
+        },
+    ];
+
+    fn closing(self) -> Closing {
+        Closing::End
+    }
+}
 
 const fn any(port: u16) -> SocketAddr {
     SocketAddr::new(std::net::IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)
@@ -97,55 +120,31 @@ impl Kind {
             Self::Hbone => "hbone",
         }
     }
-
-    /// How its connections are closed. Clients of caught connections saw them open, so only a reset
-    /// reports that the upstream failed.
-    pub(crate) const fn closing(self) -> Closing {
-        match self {
-            Self::Outbound | Self::Plaintext => Closing::Reset,
-            Self::Hbone => Closing::End,
-        }
-    }
 }
 
-impl Role {
-    const fn closing(self) -> Closing {
-        match self {
-            Self::Traffic(kind) => kind.closing(),
-            Self::Endpoint(_) => Closing::End,
-        }
-    }
-}
-
-/// All listeners of the table, bound.
+/// All listeners of a table, bound.
 #[derive(Debug)]
-pub(crate) struct Listeners(Vec<(&'static ListenerSpec, BoundListener)>);
+pub(crate) struct Listeners<K: 'static>(Vec<(&'static ListenerSpec<K>, BoundListener)>);
 
-/// The listeners, split by the thread that serves them.
-#[derive(Debug)]
-pub(crate) struct SplitListeners {
-    /// Distributed among the workers.
-    pub(crate) traffic: Vec<(Kind, BoundListener)>,
-    /// Served by the control thread.
-    pub(crate) endpoints: Vec<(EndpointKind, BoundListener)>,
-}
+/// Listeners with their names in a hand-over.
+pub(crate) type NamedListeners = Vec<(&'static str, BoundListener)>;
 
-impl Listeners {
+impl<K: ListenerKind> Listeners<K> {
     /// Takes the `handed` over listeners whose addresses still apply, and binds the others.
     pub(crate) async fn bind(
         access: &NamespaceAccess,
         sockets: &Sockets,
         settings: &Settings,
-        mut handed: Vec<(String, BoundListener)>,
+        handed: &mut Vec<(String, BoundListener)>,
     ) -> Result<Self, InterceptionError> {
-        let mut bound = Vec::with_capacity(LISTENERS.len());
-        for spec in &LISTENERS {
+        let mut bound = Vec::with_capacity(K::TABLE.len());
+        for spec in K::TABLE {
             let address = (spec.address)(settings);
-            let listener = match take_handed_over(&mut handed, spec.name, address) {
+            let listener = match take_handed_over(handed, spec.name, address) {
                 Some(listener) => listener,
                 None => {
-                    let &ListenerSpec { role, purpose, setting, .. } = spec;
-                    let closing = role.closing();
+                    let &ListenerSpec { kind, purpose, setting, .. } = spec;
+                    let closing = kind.closing();
                     let request = ListenerRequest { address, closing, purpose, setting };
                     access.listen(sockets, request).await?
                 }
@@ -159,29 +158,20 @@ impl Listeners {
     #[cfg(test)]
     pub(crate) fn testing() -> Self {
         let listen = || std::net::TcpListener::bind("127.0.0.1:0").expect("a listener").into();
-        Self(LISTENERS.iter().map(|spec| (spec, listen())).collect())
+        Self(K::TABLE.iter().map(|spec| (spec, listen())).collect())
     }
 
-    /// The same listeners with descriptors of their own.
-    pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        let clone = |(spec, listener): &(_, BoundListener)| Ok((*spec, listener.try_clone()?));
-        self.0.iter().map(clone).collect::<io::Result<_>>().map(Self)
+    /// The same listeners with descriptors of their own, to hand over.
+    pub(crate) fn duplicate(&self) -> io::Result<NamedListeners> {
+        let duplicate = |(spec, listener): &(&ListenerSpec<K>, _)| {
+            Ok((spec.name, BoundListener::try_clone(listener)?))
+        };
+        self.0.iter().map(duplicate).collect()
     }
 
-    /// Each listener with its name in a hand-over.
-    pub(crate) fn named(&self) -> impl Iterator<Item = (&'static str, &BoundListener)> {
-        self.0.iter().map(|(spec, listener)| (spec.name, listener))
-    }
-
-    pub(crate) fn split(self) -> SplitListeners {
-        let mut split = SplitListeners { traffic: Vec::new(), endpoints: Vec::new() };
-        for (spec, listener) in self.0 {
-            match spec.role {
-                Role::Traffic(kind) => split.traffic.push((kind, listener)),
-                Role::Endpoint(kind) => split.endpoints.push((kind, listener)),
-            }
-        }
-        split
+    /// Each listener with its kind.
+    pub(crate) fn into_kinds(self) -> impl Iterator<Item = (K, BoundListener)> {
+        self.0.into_iter().map(|(spec, listener)| (spec.kind, listener))
     }
 }
 

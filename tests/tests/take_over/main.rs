@@ -74,7 +74,7 @@ async fn old_one_ends() {
     peer.shutdown().await.expect("FIN is sent");
     assert_eq!(read_to_end(&mut client).await, (vec![], End::Fin));
     assert!(old.ended().await.success(), "{}", old.log());
-    old.line(&["the rules belong to the process that has taken over"]).await;
+    old.line(&["the rules belong to another process"]).await;
     assert_eq!(scene.client.traces().await, rules);
     scene.connected(Family::V4).await;
 }

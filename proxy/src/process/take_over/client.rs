@@ -120,11 +120,6 @@ fn is_end(error: &io::Error) -> bool {
 }
 
 impl HandedOver {
-    /// Whether a running process has handed over its listeners.
-    pub(crate) fn is_take_over(&self) -> bool {
-        !self.listeners.is_empty()
-    }
-
     fn add(&mut self, name: &str, socket: OwnedFd, path: &Path) -> io::Result<()> {
         if name == CONTROL_SOCKET {
             self.control_socket = Some(ControlSocket::share(path, socket)?);

@@ -14,34 +14,18 @@ use super::{
     REFUSED, RULES, Role, SWITCH_TIMEOUT, TakeOverError,
 };
 use crate::process::instance::Instance;
-use crate::process::pause_gate::PauseGate;
-use crate::traffic::listeners::Listeners;
+use crate::process::pause_gate::Gates;
+use crate::traffic::listeners::NamedListeners;
 
 /// The pause after a failed accept, for example without file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_secs(1);
-
-/// Gates for the work that only one of the two processes may do at a time.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Gates {
-    /// Accepting, on all listeners, readiness and metrics included.
-    pub(crate) accept: PauseGate,
-    /// Repairing and testing the rules.
-    pub(crate) rules: PauseGate,
-}
-
-impl Gates {
-    fn open(&self) {
-        self.accept.open();
-        self.rules.open();
-    }
-}
 
 /// Accepts take-overs of this process.
 #[derive(Debug)]
 pub(crate) struct TakeoverServer {
     /// `None` if take-over is off or the socket cannot be made.
     control_socket: Option<ControlSocket>,
-    listeners: Listeners,
+    listeners: NamedListeners,
     instance: Option<Instance>,
     role: Role,
     gates: Gates,
@@ -78,7 +62,7 @@ impl TakeoverServer {
     /// `take_over.socket: auto` a failure to listen is only logged.
     pub(crate) fn listen(
         settings: &Settings,
-        listeners: Listeners,
+        listeners: NamedListeners,
         gates: Gates,
         handed: Option<ControlSocket>,
     ) -> Result<Self, TakeOverError> {
@@ -161,10 +145,10 @@ impl TakeoverServer {
         tracing::info!(pid = peer.pid, "another process is taking over");
         let control =
             self.control_socket.as_ref().map(|socket| (CONTROL_SOCKET, socket.listener.as_fd()));
-        let listeners = self.listeners.named();
+        let listeners = self.listeners.iter();
         let instance =
             self.instance.as_ref().map(|instance| (INSTANCE, instance.listener().as_fd()));
-        let sockets = listeners.map(|(name, listener)| (name, listener.as_fd()));
+        let sockets = listeners.map(|(name, listener)| (*name, listener.as_fd()));
         let sockets = sockets.chain(control).chain(instance);
         let (names, sockets): (Vec<_>, Vec<_>) = sockets.unzip();
         conversation.send(&format!("{LISTENERS} {}", names.join(" ")), &sockets).await?;

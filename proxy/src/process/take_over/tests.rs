@@ -8,7 +8,8 @@ use underpass_config::Sources;
 use underpass_interception::Handover;
 
 use super::*;
-use crate::traffic::listeners::Listeners;
+use crate::process::pause_gate::Gates;
+use crate::traffic::listeners::{Kind, Listeners};
 
 fn settings(flags: &[&str]) -> Settings {
     let flags = ["take_over.socket=off"].iter().chain(flags).map(|flag| (*flag).to_owned());
@@ -18,8 +19,8 @@ fn settings(flags: &[&str]) -> Settings {
 /// A server, its gates, and both ends of a connection.
 fn server() -> (TakeoverServer, Gates, Handover, Handover) {
     let gates = Gates::default();
-    let server =
-        TakeoverServer::listen(&settings(&[]), Listeners::testing(), gates.clone(), None).unwrap();
+    let listeners = Listeners::<Kind>::testing().duplicate().unwrap();
+    let server = TakeoverServer::listen(&settings(&[]), listeners, gates.clone(), None).unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     (server, gates, Handover::new(ours), Handover::new(theirs))
 }

@@ -1,0 +1,87 @@
+//! A pod whose listeners are bound.
+
+use std::io;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use underpass_config::{InterceptionSettings, Settings};
+use underpass_interception::{BoundListener, NamespaceAccess};
+
+use super::guarded::{GuardedPod, OwnedRules, RulesOwner};
+use crate::node::Node;
+use crate::node::identities::CredentialLease;
+use crate::node::pod::{Pod, pod_sockets};
+use crate::node::pod_error::PodError;
+use crate::rules::capture::Capture;
+use crate::rules::health::RulesHealth;
+use crate::traffic::listeners::{Kind, Listeners, NamedListeners};
+
+/// A pod to serve.
+#[derive(Debug)]
+pub(crate) struct PodSpec {
+    pub(crate) settings: Arc<Settings>,
+    /// The pod's network namespace.
+    pub(crate) access: NamespaceAccess,
+    /// The interception settings, which may change.
+    pub(crate) interception: watch::Receiver<InterceptionSettings>,
+    /// Receives the state of the rules.
+    pub(crate) health: RulesHealth,
+}
+
+/// A pod whose listeners are bound in its namespace. Nothing else is changed: dropping it leaves
+/// nothing.
+#[derive(Debug)]
+pub(crate) struct BoundPod {
+    pod: Pod,
+    capture: Capture,
+    listeners: Listeners<Kind>,
+    health: RulesHealth,
+}
+
+impl BoundPod {
+    /// Checks the preconditions of the rules, and binds the listeners that are not `handed` over by
+    /// another process.
+    ///
+    /// # Errors
+    ///
+    /// A precondition is not met, or an address is in use.
+    pub(crate) async fn bind(
+        node: &Node,
+        spec: PodSpec,
+        handed: &mut Vec<(String, BoundListener)>,
+    ) -> Result<Self, PodError> {
+        let PodSpec { settings, access, interception, health } = spec;
+        let capture =
+            Capture::prepare(settings.clone(), interception.clone(), access.clone()).await?;
+        let sockets = pod_sockets(&settings);
+        let listeners = Listeners::bind(&access, &sockets, &settings, handed).await?;
+        let pod = Pod::open(node, &settings, &access, sockets, interception).await?;
+        Ok(Self { pod, capture, listeners, health })
+    }
+
+    /// Its listeners with descriptors of their own, to hand over.
+    ///
+    /// # Errors
+    ///
+    /// The process has no free descriptor.
+    pub(crate) fn duplicate_listeners(&self) -> io::Result<NamedListeners> {
+        self.listeners.duplicate()
+    }
+
+    /// Sets the credentials that its tunnels use. They can be set until it opens.
+    pub(crate) fn set_credentials(&mut self, credentials: Option<CredentialLease>) {
+        self.pod.credentials = credentials;
+    }
+
+    /// Installs the rules.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused, and the rules are as they were.
+    pub(crate) async fn guard(self, owner: RulesOwner) -> Result<GuardedPod, PodError> {
+        let Self { pod, capture, listeners, health } = self;
+        capture.install().await?;
+        health.set_intact(true);
+        GuardedPod::new(pod, OwnedRules { capture, owner }, listeners, health).await
+    }
+}

@@ -1,0 +1,108 @@
+//! A pod that accepts connections, and whose rules are not tested yet.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::guarded::{OwnedRules, RulesOwner};
+use super::serving::ServingPod;
+use crate::node::pod::Pod;
+use crate::node::pod_error::PodError;
+use crate::node::workers::Workers;
+use crate::process::pause_gate::PauseGate;
+use crate::process::supervise;
+use crate::rules::capture::Probes;
+use crate::rules::health::RulesHealth;
+use crate::rules::kubelet_probes;
+use crate::rules::watch::{RuleWatch, Subscriptions};
+use crate::traffic::drain::drain;
+
+/// A pod that the workers serve. Dropping it closes its listeners and ends its connections' tunnels
+/// as their last streams end.
+#[derive(Debug)]
+pub(super) struct Served {
+    pub(super) pod: Arc<Pod>,
+    workers: Workers,
+}
+
+impl Served {
+    /// Closes the listeners; tunnels take no new streams.
+    pub(super) async fn stop_accepting(&self) {
+        self.workers.remove_listeners(self.pod.id).await;
+        self.pod.closing.cancel();
+    }
+
+    /// Terminates the connections that are left, and closes the tunnels and sockets. Nothing holds
+    /// the pod's namespace then.
+    pub(super) async fn close(&self) {
+        drain(&self.pod.connections, Duration::ZERO).await;
+        self.pod.sockets.close();
+        self.workers.close_tunnels(&self.pod).await;
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.pod.closing.cancel();
+        self.pod.sockets.close();
+    }
+}
+
+/// A pod that accepts connections, and whose rules are not tested yet.
+#[derive(Debug)]
+pub(crate) struct OpenPod {
+    served: Served,
+    rules: OwnedRules,
+    probes: Probes,
+    subscribed: Subscriptions,
+    health: RulesHealth,
+}
+
+impl OpenPod {
+    pub(super) fn new(
+        pod: Arc<Pod>,
+        workers: Workers,
+        rules: OwnedRules,
+        probes: Probes,
+        subscribed: Subscriptions,
+        health: RulesHealth,
+    ) -> Self {
+        Self { served: Served { pod, workers }, rules, probes, subscribed, health }
+    }
+
+    /// Tests that the rules lead connections to the listeners.
+    ///
+    /// # Errors
+    ///
+    /// They do not, or the test cannot run.
+    pub(crate) async fn test(&self) -> Result<(), PodError> {
+        self.rules.capture.test_at_start(&self.served.pod.self_test, &self.probes).await
+    }
+
+    /// Makes this process the owner of the rules: the process that it takes over from has agreed.
+    pub(crate) fn own_rules(&mut self) {
+        self.rules.owner = RulesOwner::ThisProcess;
+    }
+
+    /// Watches the rules from now on. `gate` pauses their repair.
+    pub(crate) fn watch(self, gate: PauseGate) -> ServingPod {
+        let Self { served, rules, probes, subscribed, health } = self;
+        kubelet_probes::warn(&served.pod.context.probes);
+        let self_test = served.pod.self_test.clone();
+        let watch = RuleWatch::new(rules.capture.clone(), self_test, probes, health, gate);
+        let mut subscribed = Some(subscribed);
+        let task = supervise::restarting("watch of the rules", move || {
+            watch.clone().run(subscribed.take())
+        });
+        ServingPod::new(served, rules, task)
+    }
+
+    /// Drains the connections until `deadline`, and leaves the rules, after `error`, which is
+    /// returned.
+    pub(crate) async fn abandon<E>(self, deadline: Duration, error: E) -> E {
+        let Self { served, rules, .. } = self;
+        served.stop_accepting().await;
+        drain(&served.pod.connections, deadline).await;
+        served.close().await;
+        rules.leave_after(error).await
+    }
+}

@@ -1,0 +1,76 @@
+//! A pod that is served: its rules are tested and watched.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::guarded::{OwnedRules, RulesOwner};
+use super::open::Served;
+use crate::node::pod::Pod;
+use crate::node::pod_error::PodError;
+use crate::process::supervise::Task;
+use crate::traffic::drain::drain;
+
+/// A pod that is served. Dropping it closes its listeners and leaves the rules.
+#[derive(Debug)]
+pub(crate) struct ServingPod {
+    served: Served,
+    rules: OwnedRules,
+    /// Repairs and tests the rules; `None` once the pod drains.
+    watch: Option<Task>,
+}
+
+impl ServingPod {
+    pub(super) fn new(served: Served, rules: OwnedRules, watch: Task) -> Self {
+        Self { served, rules, watch: Some(watch) }
+    }
+
+    pub(crate) fn pod(&self) -> &Arc<Pod> {
+        &self.served.pod
+    }
+
+    /// Fails if the rules are not those of the settings.
+    pub(crate) async fn verify(&self) -> Result<(), PodError> {
+        self.rules.capture.verify().await
+    }
+
+    /// Installs the rules again if they differ.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refused.
+    pub(crate) async fn restore_rules(&self) -> Result<(), PodError> {
+        self.rules.capture.install().await
+    }
+
+    /// Leaves the rules to the process that has taken over.
+    pub(crate) fn disown_rules(&mut self) {
+        self.rules.owner = RulesOwner::OtherProcess;
+    }
+
+    /// Closes the listeners and stops watching the rules. Open connections go on; tunnels take no
+    /// new streams.
+    pub(crate) async fn stop_accepting(&mut self) {
+        self.watch = None;
+        self.served.stop_accepting().await;
+    }
+
+    /// Waits until `deadline` for the end of the connections, and terminates the rest. Returns how
+    /// many. Cancel-safe until the deadline.
+    pub(crate) async fn drain(&self, deadline: Duration) -> usize {
+        drain(&self.served.pod.connections, deadline).await
+    }
+
+    /// Terminates the connections that are left, closes the tunnels and sockets, and keeps or
+    /// removes the rules.
+    ///
+    /// # Errors
+    ///
+    /// The rules cannot be left as `interception.on_exit` says.
+    pub(crate) async fn leave(self) -> Result<(), PodError> {
+        let Self { served, rules, watch } = self;
+        drop(watch);
+        served.stop_accepting().await;
+        served.close().await;
+        rules.leave().await
+    }
+}

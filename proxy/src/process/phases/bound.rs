@@ -1,0 +1,133 @@
+//! The process with every socket bound, and mesh and certificate files loaded.
+
+use std::sync::Arc;
+
+use underpass_config::{FileWatcher, MeshSource, Settings, Sources};
+use underpass_interception::{
+    Inotify, Namespace, NamespaceAccess, NamespaceThread, run_in_background,
+};
+
+use super::endpoints::Endpoints;
+use super::guarded::{Guarded, lease};
+use super::{Core, workers};
+use crate::admin::endpoints::Readiness;
+use crate::mesh::publish::Publisher;
+use crate::node::certificates::Certificates;
+use crate::node::phases::{BoundPod, PodSpec, RulesOwner};
+use crate::node::pod::pod_sockets;
+use crate::node::{Node, certificates};
+use crate::observe::metrics;
+use crate::process::command_error::CommandError;
+use crate::process::instance::{Instance, Status};
+use crate::process::pause_gate::Gates;
+use crate::process::reload::Reload;
+use crate::process::supervise::Supervisor;
+use crate::process::take_over::{HandedOver, TakeoverClient, TakeoverServer};
+use crate::rules::health::RulesHealth;
+use crate::traffic::listeners::Listeners;
+
+/// The process with every socket bound. It has changed nothing that stays: dropping it leaves
+/// nothing.
+pub(crate) struct Bound {
+    core: Core,
+    pod: BoundPod,
+    publisher: Publisher,
+    reload: Reload,
+    takeovers: TakeoverServer,
+    /// The connection to the process that this one takes over from.
+    client: Option<TakeoverClient>,
+}
+
+impl Bound {
+    /// Binds the sockets, or takes over those of a running process, and loads the files that the
+    /// settings name. Reloads the settings from `sources` when they change.
+    pub(crate) async fn bind(
+        settings: Settings,
+        sources: Sources,
+        take_over: bool,
+        supervisor: Supervisor,
+    ) -> Result<Self, CommandError> {
+        let (client, handed) = connect_to_running(&settings, take_over).await?.unzip();
+        let mut handed = handed.unwrap_or_default();
+        let instance = Instance::claim(&settings, handed.instance.take()).await?;
+        let thread = NamespaceThread::start().map_err(CommandError::start)?;
+        let access = NamespaceAccess::new(Namespace::current()?, thread.clone());
+        let (watcher, settings) = (FileWatcher::new(Inotify::open), Arc::new(settings));
+        let reload = Reload::watch(&settings, sources, &watcher)?;
+        let gates = Gates::default();
+        if client.is_some() {
+            // The running process still accepts.
+            gates.accept.close().await;
+        }
+        let (health, sockets) = (RulesHealth::default(), pod_sockets(&settings));
+        let readiness = Readiness::of(health.clone());
+        let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
+        let identities =
+            Certificates::identities(&settings, &access, &sockets, &readiness, &watcher)?;
+        let (source, mesh) =
+            MeshSource::open(settings.mesh_file.as_deref(), &watcher, run_in_background)?;
+        let publisher = Publisher::new(source, mesh, &settings.workload);
+        let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
+        let node = Node::new(&settings, workers(&settings), mesh, gates.clone(), series);
+        let node = Arc::new(Node { identities, ..node });
+        let spec = PodSpec {
+            settings: settings.clone(),
+            access: access.clone(),
+            interception: reload.subscribe(),
+            health,
+        };
+        let HandedOver { listeners: handed, control_socket, .. } = &mut handed;
+        let mut pod = BoundPod::bind(&node, spec, handed).await?;
+        let listeners = Listeners::bind(&access, &sockets, &settings, handed).await?;
+        let mut offered = pod.duplicate_listeners().map_err(CommandError::Start)?;
+        offered.extend(listeners.duplicate().map_err(CommandError::Start)?);
+        let control_socket = control_socket.take();
+        let takeovers = TakeoverServer::listen(&settings, offered, gates.clone(), control_socket)?;
+        let takeovers = takeovers.with_instance(instance.clone());
+        let mut endpoints = Endpoints::serve(listeners, readiness, &exporter, &gates.accept);
+        if certificates::is_local(&settings) {
+            pod.set_credentials(lease(&node, &settings).await?);
+        }
+        if let Some(instance) = instance {
+            let readiness = endpoints.readiness.clone();
+            let interception = reload.subscribe();
+            let settings = settings.clone();
+            endpoints.answer(instance, Status { settings, interception, readiness });
+        }
+        let privileged = thread.clone();
+        let _privileged =
+            supervisor.essential("namespaces thread", async move { privileged.ended().await });
+        let core = Core { settings, supervisor, node, thread, endpoints, _privileged };
+        Ok(Self { core, pod, publisher, reload, takeovers, client })
+    }
+
+    /// Installs the rules. A running process has stopped repairing its own.
+    pub(crate) async fn guard(self) -> Result<Guarded, CommandError> {
+        let Self { core, pod, publisher, reload, takeovers, client } = self;
+        let owner = match &client {
+            Some(client) => {
+                client.rules().await?;
+                RulesOwner::OtherProcess
+            }
+            None => RulesOwner::ThisProcess,
+        };
+        let pod = pod.guard(owner).await?;
+        Ok(Guarded { core, pod, publisher, reload, takeovers, client })
+    }
+}
+
+/// The connection to the running process and its sockets; `None` without `--take-over` or without
+/// a running process.
+async fn connect_to_running(
+    settings: &Settings,
+    take_over: bool,
+) -> Result<Option<(TakeoverClient, HandedOver)>, CommandError> {
+    if !take_over {
+        return Ok(None);
+    }
+    let client = TakeoverClient::connect(settings).await?;
+    if client.is_none() {
+        tracing::info!("no running process to take over from: starting without one");
+    }
+    Ok(client)
+}

@@ -1,0 +1,151 @@
+//! The process with its rules installed.
+
+use underpass_config::Settings;
+use underpass_interception::{Kept, ProxyUser, confine_thread};
+
+use super::serving::Serving;
+use super::{Core, workers};
+use crate::mesh::publish::{Publisher, Reports};
+use crate::node::identities::CredentialLease;
+use crate::node::phases::{GuardedPod, OpenPod};
+use crate::node::pod_error::PodError;
+use crate::node::workers::{WorkerThreads, Workers};
+use crate::node::{Node, certificates};
+use crate::process::command_error::CommandError;
+use crate::process::reload::Reload;
+use crate::process::stop_signal::StopSignal;
+use crate::process::supervise::restarting;
+use crate::process::take_over::{TakeoverClient, TakeoverServer};
+
+/// The process with its rules installed; no worker runs yet. If it ends, the rules stay.
+pub(crate) struct Guarded {
+    pub(super) core: Core,
+    pub(super) pod: GuardedPod,
+    pub(super) publisher: Publisher,
+    pub(super) reload: Reload,
+    pub(super) takeovers: TakeoverServer,
+    /// The connection to the process that this one takes over from.
+    pub(super) client: Option<TakeoverClient>,
+}
+
+/// The running workers.
+struct Started {
+    workers: Workers,
+    threads: WorkerThreads,
+    reports: Reports,
+}
+
+impl Guarded {
+    /// Drops privileges, waits for the certificate, starts the workers and tests the rules. `None`
+    /// if stopped before the certificate is there.
+    ///
+    /// # Errors
+    ///
+    /// The rules are kept or removed, as `interception.on_exit` says.
+    pub(crate) async fn serve(
+        mut self,
+        stop: &mut StopSignal,
+    ) -> Result<Option<Serving>, CommandError> {
+        match self.prepare(stop).await {
+            Ok(Some(started)) => self.open(started).await.map(Some),
+            Ok(None) => {
+                self.pod.leave().await?;
+                Ok(None)
+            }
+            Err(error) => Err(self.pod.abandon(error).await),
+        }
+    }
+
+    /// Everything before the workers accept. `None` if stopped.
+    async fn prepare(&mut self, stop: &mut StopSignal) -> Result<Option<Started>, CommandError> {
+        let Core { settings, supervisor, node, .. } = &self.core;
+        self.pod.capture().warn_of_bypassing().await;
+        self.confine().await?;
+        certificates::warn_if_unreadable(settings);
+        if !self.pod.has_credentials() {
+            let credentials = tokio::select! {
+                lease = lease(node, settings) => lease?,
+                why = stop.wait() => {
+                    tracing::info!(why, "stopped while waiting for the certificate");
+                    return Ok(None);
+                }
+            };
+            self.pod.set_credentials(credentials);
+        }
+        if let Some(client) = &self.client {
+            client.accept().await?;
+            node.gates.accept.open();
+        }
+        let started = Workers::start(node, workers(settings), supervisor);
+        let (workers, threads, reports) = started.map_err(CommandError::start)?;
+        Ok(Some(Started { workers, threads, reports }))
+    }
+
+    /// Becomes the user by which the rules identify the proxy, if they do. Drops all capabilities
+    /// of the calling thread, which its later threads inherit. The namespaces thread keeps those
+    /// that it needs.
+    async fn confine(&self) -> Result<(), CommandError> {
+        let (thread, capture) = (&self.core.thread, self.pod.capture());
+        let kept = capture.kept();
+        if let Some(user) = capture.user() {
+            thread.prepare_change_of_user(kept).await?;
+            user.become_it()?;
+            let ProxyUser { uid, gid } = user;
+            tracing::info!(uid, gid, ?kept, "changed to the proxy's user");
+        } else {
+            confine_thread(Kept::Nothing).map_err(CommandError::Start)?;
+        }
+        Ok(thread.confine(kept).await?)
+    }
+
+    /// Accepts connections, tests the rules, and completes a take-over.
+    async fn open(self, started: Started) -> Result<Serving, CommandError> {
+        let Self { core, pod, publisher, reload, mut takeovers, client } = self;
+        let Started { workers, threads, reports } = started;
+        let repairs = pod.capture().repairs();
+        let publishing =
+            core.supervisor.essential("publisher of the mesh", publisher.follow(reports));
+        let mut open = pod.open(&workers).await?;
+        if let Err(error) = complete(&open, client.as_ref()).await {
+            // Stop accepting before the other process resumes, then drain the accepted connections.
+            core.node.gates.accept.close().await;
+            drop(client);
+            return Err(open.abandon(core.settings.timeouts.drain, error).await);
+        }
+        // Nothing fails from here on: the other process does not resume.
+        open.own_rules();
+        takeovers.own();
+        let pod = open.watch(core.node.gates.rules.clone());
+        let (limits, readiness) = (core.node.limits.clone(), core.endpoints.readiness.clone());
+        let limits = restarting("report of limits", move || {
+            let (limits, readiness) = (limits.clone(), readiness.clone());
+            async move { limits.report(readiness).await }
+        });
+        let reloading = reload.start(repairs);
+        let tasks = vec![publishing, limits, reloading];
+        Ok(Serving::new(core, pod, threads, takeovers, tasks))
+    }
+}
+
+/// Tests the rules, and takes over what the running process still does.
+async fn complete(open: &OpenPod, client: Option<&TakeoverClient>) -> Result<(), CommandError> {
+    open.test().await?;
+    if let Some(client) = client {
+        client.ready().await?;
+    }
+    Ok(())
+}
+
+/// The credentials of the workload; `None` without certificates. Waits until one is issued.
+pub(super) async fn lease(
+    node: &Node,
+    settings: &Settings,
+) -> Result<Option<CredentialLease>, PodError> {
+    match &node.identities {
+        Some(identities) => {
+            let lease = identities.lease(&settings.workload.spiffe_id).await;
+            lease.map(Some).map_err(PodError::Identity)
+        }
+        None => Ok(None),
+    }
+}

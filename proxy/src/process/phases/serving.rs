@@ -1,0 +1,79 @@
+//! The process while it serves.
+
+use super::draining::Draining;
+use super::{Core, workers};
+use crate::node::phases::ServingPod;
+use crate::node::workers::WorkerThreads;
+use crate::process::notify;
+use crate::process::stop_signal::StopSignal;
+use crate::process::supervise::Task;
+use crate::process::take_over::{TakeoverOutcome, TakeoverServer};
+
+/// The process while it serves. If it is dropped, its rules stay.
+pub(crate) struct Serving {
+    core: Core,
+    pod: ServingPod,
+    threads: WorkerThreads,
+    takeovers: TakeoverServer,
+    /// Tasks that run until the drain completes: among them the enforcement of policies.
+    tasks: Vec<Task>,
+}
+
+/// Why the proxy stops serving.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum End {
+    Stopped(&'static str),
+    /// Another process has taken over.
+    HandedOver {
+        pid: Option<i32>,
+    },
+}
+
+impl Serving {
+    /// Reports that the proxy is ready.
+    pub(super) fn new(
+        core: Core,
+        pod: ServingPod,
+        threads: WorkerThreads,
+        takeovers: TakeoverServer,
+        tasks: Vec<Task>,
+    ) -> Self {
+        core.endpoints.readiness.ready();
+        notify::ready();
+        let (settings, ports) = (&core.settings, pod.pod().context.ports);
+        tracing::info!(
+            workload = %settings.workload.name, workers = workers(settings), outbound = ports.outbound,
+            inbound = ports.inbound, hbone = ports.hbone, profile = %settings.interception.profile, "ready"
+        );
+        Self { core, pod, threads, takeovers, tasks }
+    }
+
+    /// Serves until a stop signal, or until another process has taken over. Stop signals wait while
+    /// a take-over is in progress.
+    pub(crate) async fn until_end(mut self, stop: &mut StopSignal) -> Draining {
+        let end = loop {
+            let conversation = tokio::select! {
+                why = stop.wait() => break End::Stopped(why),
+                conversation = self.takeovers.accept() => conversation,
+            };
+            match self.takeovers.answer(conversation).await {
+                TakeoverOutcome::Completed { pid } => break End::HandedOver { pid },
+                TakeoverOutcome::Abandoned => self.restore_rules().await,
+            }
+        };
+        let Self { core, pod, threads, tasks, .. } = self;
+        Draining::new(end, core, pod, threads, tasks)
+    }
+
+    /// The process that failed to take over may have changed the rules. The reconciler verifies them
+    /// now; without one they are installed here.
+    async fn restore_rules(&self) {
+        if self.core.settings.interception.repair {
+            return;
+        }
+        if let Err(error) = self.pod.restore_rules().await {
+            let error = crate::error::chain(&error);
+            tracing::error!(error, "cannot restore the rules after a failed take-over");
+        }
+    }
+}

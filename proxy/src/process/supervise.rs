@@ -1,0 +1,189 @@
+//! Supervises tasks and threads by their role.
+//!
+//! ```text
+//! essential       a panic or early end ends the process with an error; the rules stay
+//! restarting      a panic or early end is logged and counted; the task starts again, with back-off
+//! per connection  a panic is logged and ends only that connection (`log_panic` of hbone)
+//! ```
+
+use std::borrow::Cow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep};
+use underpass_hbone::{Panic, catch_panic};
+
+use crate::observe::metrics;
+
+/// The pause before a task starts again: doubled after each failure, between these bounds.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// How a task or thread ended that should not have ended.
+#[derive(Debug, Error)]
+pub(crate) enum TaskFailure {
+    #[error("{task} panicked: {panic}")]
+    Panicked { task: Cow<'static, str>, panic: Panic },
+    #[error("{task} ended too early")]
+    Ended { task: Cow<'static, str> },
+}
+
+/// Starts essential tasks. Clones report to the same [`Failures`].
+#[derive(Debug, Clone)]
+pub(crate) struct Supervisor(mpsc::UnboundedSender<TaskFailure>);
+
+/// Receives the failures of essential tasks.
+#[derive(Debug)]
+pub(crate) struct Failures(mpsc::UnboundedReceiver<TaskFailure>);
+
+/// A running task, which ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Task(AbortHandle);
+
+impl Supervisor {
+    pub(crate) fn new() -> (Self, Failures) {
+        let (sender, failures) = mpsc::unbounded_channel();
+        (Self(sender), Failures(failures))
+    }
+
+    /// Starts a task without which the process cannot go on.
+    pub(crate) fn essential<T: Send + 'static>(
+        &self,
+        task: &'static str,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Task {
+        let supervisor = self.clone();
+        let running = tokio::spawn(async move {
+            let failure = failure(task, catch_panic(future).await);
+            supervisor.report(failure);
+        });
+        Task(running.abort_handle())
+    }
+
+    /// Runs the body of a thread without which the process cannot go on. It may end.
+    pub(crate) fn essential_thread(&self, thread: String, body: impl FnOnce()) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(body)) {
+            self.report(TaskFailure::Panicked { task: thread.into(), panic: Panic::of(&*panic) });
+        }
+    }
+
+    fn report(&self, failure: TaskFailure) {
+        // Fails if the process ends already.
+        self.0.send(failure).ok();
+    }
+}
+
+impl Failures {
+    /// Resolves with the first failure. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> TaskFailure {
+        match self.0.recv().await {
+            Some(failure) => failure,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Starts the task that `make` makes, and again whenever it panics or ends.
+pub(crate) fn restarting<F>(
+    task: &'static str,
+    mut make: impl FnMut() -> F + Send + 'static,
+) -> Task
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    let running = tokio::spawn(async move {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let began = Instant::now();
+            let failure = failure(task, catch_panic(make()).await);
+            if began.elapsed() > LONGEST_PAUSE {
+                pause = FIRST_PAUSE;
+            }
+            metrics::task_restarted(task);
+            tracing::error!(%failure, ?pause, "a task failed: starting it again");
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    });
+    Task(running.abort_handle())
+}
+
+fn failure<T>(task: &'static str, ended: Result<T, Panic>) -> TaskFailure {
+    let task = Cow::Borrowed(task);
+    match ended {
+        Ok(_) => TaskFailure::Ended { task },
+        Err(panic) => TaskFailure::Panicked { task, panic },
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn panic_and_early_end_of_essential_task_are_reported_with_its_name() {
+        let (supervisor, mut failures) = Supervisor::new();
+        let _panics = supervisor.essential("one task", async { panic!("of {}", "a kind") });
+        assert_eq!(failures.next().await.to_string(), "one task panicked: of a kind");
+        let _ends = supervisor.essential("other task", async {});
+        assert_eq!(failures.next().await.to_string(), "other task ended too early");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn dropped_task_ends_without_failure() {
+        let (supervisor, mut failures) = Supervisor::new();
+        let (alive, end) = tokio::sync::oneshot::channel::<()>();
+        let task = supervisor.essential("a task", async move {
+            let _alive = alive;
+            std::future::pending::<()>().await;
+        });
+        drop(task);
+        end.await.unwrap_err();
+        let waited = tokio::time::timeout(Duration::from_secs(1), failures.next()).await;
+        assert!(waited.is_err(), "{waited:?}");
+    }
+
+    #[tokio::test]
+    async fn panic_of_essential_thread_is_reported_with_its_name() {
+        let (supervisor, mut failures) = Supervisor::new();
+        std::thread::spawn(move || supervisor.essential_thread("worker-7".into(), || panic!("ah")));
+        assert_eq!(failures.next().await.to_string(), "worker-7 panicked: ah");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn restarting_task_starts_again_after_growing_pauses() {
+        let (starts, began) = (Arc::new(AtomicUsize::new(0)), Instant::now());
+        let (third, mut reached) = mpsc::unbounded_channel();
+        let counted = starts.clone();
+        let task = restarting("a task", move || {
+            let (start, third) = (counted.fetch_add(1, Relaxed), third.clone());
+            async move {
+                match start {
+                    0 => panic!("at once"),
+                    1 => {}
+                    _ => {
+                        third.send(()).ok();
+                        std::future::pending().await
+                    }
+                }
+            }
+        });
+        reached.recv().await.unwrap();
+        assert_eq!(began.elapsed(), FIRST_PAUSE * 3);
+        drop(task);
+        assert!(reached.recv().await.is_none(), "a dropped task ends");
+        assert_eq!(starts.load(Relaxed), 3);
+    }
+}

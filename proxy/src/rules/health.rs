@@ -1,0 +1,142 @@
+//! Whether the rules of a pod catch its traffic, as far as their verification and the self-test
+//! tell.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+
+use crate::observe::metrics;
+
+/// The counts of all pods, which the metrics report. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct RulesTotals(Arc<Counts>);
+
+#[derive(Debug, Default)]
+struct Counts {
+    /// Pods whose rules are known to differ and are not repaired.
+    lost: AtomicUsize,
+    /// Pods whose last self-test failed.
+    self_test_failed: AtomicUsize,
+    /// Rules of other programs that precede the proxy's, in all pods.
+    foreign: AtomicUsize,
+}
+
+/// The state of the rules of one pod. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct RulesHealth(Arc<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    totals: RulesTotals,
+    lost: AtomicBool,
+    self_test_failed: AtomicBool,
+    foreign: AtomicUsize,
+}
+
+impl RulesTotals {
+    /// The health of one more pod, which counts here until it is dropped.
+    pub(crate) fn pod(&self) -> RulesHealth {
+        let (lost, self_test_failed, foreign) = Default::default();
+        RulesHealth(Arc::new(State { totals: self.clone(), lost, self_test_failed, foreign }))
+    }
+
+    fn report_intact(&self) {
+        metrics::rules_intact(self.0.lost.load(Relaxed) == 0);
+    }
+
+    fn report_self_test(&self) {
+        metrics::self_test_passed(self.0.self_test_failed.load(Relaxed) == 0);
+    }
+
+    fn report_foreign(&self) {
+        metrics::foreign_rules(self.0.foreign.load(Relaxed));
+    }
+}
+
+impl RulesHealth {
+    /// Sets whether the rules are installed as planned and let traffic pass.
+    pub(crate) fn set_intact(&self, intact: bool) {
+        let State { totals, lost, .. } = &*self.0;
+        set(lost, !intact, &totals.0.lost);
+        totals.report_intact();
+    }
+
+    pub(crate) fn are_lost(&self) -> bool {
+        self.0.lost.load(Relaxed)
+    }
+
+    /// Sets whether the last self-test failed; returns whether the one before had.
+    pub(crate) fn set_self_test_failed(&self, failed: bool) -> bool {
+        let State { totals, self_test_failed, .. } = &*self.0;
+        let had_failed = set(self_test_failed, failed, &totals.0.self_test_failed);
+        totals.report_self_test();
+        had_failed
+    }
+
+    pub(crate) fn has_self_test_failed(&self) -> bool {
+        self.0.self_test_failed.load(Relaxed)
+    }
+
+    /// Sets the number of rules of other programs that precede the proxy's.
+    pub(crate) fn set_foreign_rules(&self, count: usize) {
+        let State { totals, foreign, .. } = &*self.0;
+        let before = foreign.swap(count, Relaxed);
+        totals.0.foreign.fetch_add(count, Relaxed);
+        totals.0.foreign.fetch_sub(before, Relaxed);
+        totals.report_foreign();
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        let Self { totals, lost, self_test_failed, foreign } = self;
+        if set(lost, false, &totals.0.lost) {
+            totals.report_intact();
+        }
+        if set(self_test_failed, false, &totals.0.self_test_failed) {
+            totals.report_self_test();
+        }
+        let foreign = std::mem::take(foreign.get_mut());
+        if foreign > 0 {
+            totals.0.foreign.fetch_sub(foreign, Relaxed);
+            totals.report_foreign();
+        }
+    }
+}
+
+/// Sets a flag that `count` counts; returns the flag's old value.
+fn set(flag: &AtomicBool, value: bool, count: &AtomicUsize) -> bool {
+    let old = flag.swap(value, Relaxed);
+    match (old, value) {
+        (false, true) => count.fetch_add(1, Relaxed),
+        (true, false) => count.fetch_sub(1, Relaxed),
+        _ => 0,
+    };
+    old
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn totals_count_troubled_pods_until_they_recover_or_end() {
+        let totals = RulesTotals::default();
+        let counts = || {
+            let Counts { lost, self_test_failed, foreign } = &*totals.0;
+            [lost, self_test_failed, foreign].map(|count| count.load(Relaxed))
+        };
+        let (one, other) = (totals.pod(), totals.pod());
+        one.set_intact(false);
+        one.set_intact(false);
+        other.set_intact(false);
+        assert!(!other.set_self_test_failed(true));
+        assert!(other.set_self_test_failed(true));
+        one.set_foreign_rules(3);
+        one.set_foreign_rules(2);
+        assert_eq!(counts(), [2, 1, 2]);
+        assert!(one.are_lost() && !one.has_self_test_failed());
+        one.set_intact(true);
+        drop(other);
+        assert_eq!(counts(), [0, 0, 2]);
+    }
+}

@@ -1,0 +1,156 @@
+//! Watches the rules of one pod: repairs them, repeats the self-test, and counts the probes that
+//! they exempt. All in one task.
+
+use std::sync::Arc;
+
+use underpass_interception::Changes;
+
+use crate::error::chain;
+use crate::node::pod_error::PodError;
+use crate::observe::metrics;
+use crate::process::pause_gate::PauseGate;
+use crate::rules::capture::{Capture, Probes};
+use crate::rules::health::RulesHealth;
+use crate::rules::kubelet_probes;
+use crate::rules::reconciler::{Event, RuleReconciler};
+use crate::rules::retest;
+use crate::rules::retest::Retest;
+use crate::rules::self_test::SelfTest;
+
+/// Watches the rules of one pod.
+#[derive(Debug, Clone)]
+pub(crate) struct RuleWatch {
+    capture: Capture,
+    health: RulesHealth,
+    /// Closed while another process takes over.
+    gate: PauseGate,
+    retest: Retest,
+}
+
+/// What the kernel reports, from the moment of the subscription on.
+#[derive(Debug)]
+pub(crate) struct Subscriptions {
+    /// `None` if this proxy does not repair the rules.
+    reconciler: Option<RuleReconciler>,
+    /// Changes by all programs; `None` if they cannot be watched.
+    changes: Option<Changes>,
+}
+
+impl Subscriptions {
+    pub(crate) async fn new(capture: &Capture) -> Result<Self, PodError> {
+        let changes = retest::subscribe(capture.access()).await;
+        Ok(Self { reconciler: capture.reconciler().await?, changes })
+    }
+}
+
+impl RuleWatch {
+    pub(crate) fn new(
+        capture: Capture,
+        self_test: SelfTest,
+        probes: Probes,
+        health: RulesHealth,
+        gate: PauseGate,
+    ) -> Self {
+        let retest = Retest {
+            capture: capture.clone(),
+            self_test,
+            probes: Arc::new(probes),
+            health: health.clone(),
+            gate: gate.clone(),
+        };
+        Self { capture, health, gate, retest }
+    }
+
+    /// Watches for ever. Without `subscribed` an earlier run has failed: until the rules are
+    /// verified they count as lost.
+    pub(crate) async fn run(self, subscribed: Option<Subscriptions>) {
+        let subscribed = match subscribed {
+            Some(subscribed) => Ok(subscribed),
+            None => self.subscribe_again().await,
+        };
+        let Subscriptions { reconciler, changes } = match subscribed {
+            Ok(subscribed) => subscribed,
+            Err(error) => {
+                return tracing::error!(error = chain(&error), "cannot watch the rules");
+            }
+        };
+        let probes = kubelet_probes::watch(self.capture.exempting_probes());
+        tokio::join!(self.reconcile(reconciler), self.retest.run(changes), probes);
+        std::future::pending().await
+    }
+
+    async fn subscribe_again(&self) -> Result<Subscriptions, PodError> {
+        let mut subscribed = Subscriptions::new(&self.capture).await?;
+        if let Some(reconciler) = &mut subscribed.reconciler {
+            self.health.set_intact(false);
+            reconciler.assume_lost();
+        }
+        Ok(subscribed)
+    }
+
+    /// Runs the reconciler and applies changed settings, for ever.
+    async fn reconcile(&self, reconciler: Option<RuleReconciler>) {
+        let Some(mut reconciler) = reconciler else { return };
+        let mut settings = self.capture.current_settings();
+        let access = reconciler.access();
+        loop {
+            // The gate waits for a started repair: until then no other process may change the
+            // rules.
+            let next = reconciler.next(&mut settings);
+            let Some(event) = self.gate.pass_until(next, access.finish()).await else {
+                // The process that tried to take over may have changed the rules.
+                reconciler.verify_now();
+                continue;
+            };
+            report(&event);
+            self.health.set_intact(event.is_intact());
+        }
+    }
+}
+
+/// Logs and counts an event.
+fn report(event: &Event) {
+    match event {
+        Event::Repaired { difference, took, fight } => {
+            let (missing, unexpected) = difference.counts();
+            metrics::rules_repaired();
+            if *fight {
+                tracing::debug!(
+                    missing,
+                    unexpected,
+                    ?took,
+                    "repaired the rules, which another program had changed, in a fight"
+                );
+            } else {
+                tracing::warn!(
+                    missing,
+                    unexpected,
+                    ?took,
+                    "repaired the rules, which another program had changed"
+                );
+            }
+            tracing::debug!("the change was:\n{difference}");
+        }
+        Event::Followed { rules, .. } => {
+            tracing::info!(rules, "applied the changed settings to the rules atomically");
+        }
+        Event::Intact => {
+            tracing::info!(
+                "the rules are intact again: the workload's traffic is no longer blocked"
+            );
+        }
+        Event::Fight { difference } => {
+            let (missing, unexpected) = difference.counts();
+            tracing::error!(
+                missing,
+                unexpected,
+                hint = "stop that program, or set interception.profile: none",
+                "another program changes the rules repeatedly: the workload's traffic is blocked until it stops\n{difference}"
+            );
+        }
+        Event::Failed { error, pause } => {
+            let error = chain(error);
+            tracing::error!(error, ?pause, "cannot watch or repair the rules: retrying");
+        }
+    }
+}
