@@ -53,7 +53,7 @@ pub enum SpawnError {
     },
 }
 
-/// A running `underpass run`. Dropping it kills the process.
+/// A running `underpass run` or `underpass node`. Dropping it kills the process.
 #[derive(Debug)]
 pub struct ChildProxy {
     child: Child,
@@ -63,21 +63,22 @@ pub struct ChildProxy {
 }
 
 impl ChildProxy {
-    /// Starts `program run ARGUMENTS…` in `namespace` and waits until it is ready.
+    /// Starts `program COMMAND ARGUMENTS…` in `namespace` and waits until it is ready.
     ///
     /// # Errors
     /// See [`SpawnError`].
     pub async fn start(
         program: &Path,
         namespace: &Namespace,
+        command: &str,
         arguments: &[impl AsRef<OsStr>],
         deadline: Duration,
     ) -> Result<Self, SpawnError> {
         let failed = |source| SpawnError::Start { program: program.to_owned(), source };
         let notify = NotifySocket::bind().map_err(failed)?;
-        let mut command = Command::new(program);
-        command.arg("run").args(arguments).arg("--until-eof").env("NOTIFY_SOCKET", &notify.path);
-        command
+        let mut process = Command::new(program);
+        process.arg(command).args(arguments).arg("--until-eof").env("NOTIFY_SOCKET", &notify.path);
+        process
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -85,7 +86,7 @@ impl ChildProxy {
         let runtime = tokio::runtime::Handle::current();
         let spawn = || {
             let _runtime = runtime.enter();
-            command.spawn()
+            process.spawn()
         };
         let mut child = namespace.run(spawn).map_err(SpawnError::Namespace)?.map_err(failed)?;
         let log = collect(child.stdout.take(), child.stderr.take());

@@ -61,8 +61,10 @@ impl Pod {
     }
 
     async fn try_program(&self, program: &Path, settings: &Settings) -> Result<Proxy, SpawnError> {
-        let arguments = settings.arguments(self);
-        let child = ChildProxy::start(program, self.namespace(), &arguments, READY_TIMEOUT).await?;
+        let (command, arguments) = (settings.command(), settings.arguments(self));
+        let namespace = self.namespace();
+        let child = ChildProxy::start(program, namespace, command, &arguments, READY_TIMEOUT);
+        let child = child.await?;
         Ok(Proxy { child })
     }
 }

@@ -12,6 +12,7 @@ use crate::pods::Pod;
 #[derive(Debug, Clone)]
 pub struct Settings {
     name: String,
+    command: &'static str,
     text: String,
     flags: Vec<String>,
 }
@@ -21,7 +22,19 @@ impl Settings {
     #[must_use]
     pub fn new(name: &str) -> Self {
         let text = format!("workload: {{name: {name}, serviceAccount: {name}}}\n");
-        Self { name: name.to_owned(), text, flags: Vec::new() }.set("proxy.workers=2")
+        Self::with(name, "run", text)
+    }
+
+    /// The settings of a node daemon whose pods come from `source`, such as `zds: /run/agent.sock`,
+    /// with two workers and defaults otherwise.
+    #[must_use]
+    pub fn node(name: &str, source: &str) -> Self {
+        Self::with(name, "node", format!("node: {{name: {name}, pods: {{{source}}}}}\n"))
+    }
+
+    fn with(name: &str, command: &'static str, text: String) -> Self {
+        let settings = Self { name: name.to_owned(), command, text, flags: Vec::new() };
+        settings.set("proxy.workers=2")
     }
 
     /// Adds a certificate.
@@ -86,7 +99,13 @@ impl Settings {
         sources.load().or_fail("load settings")
     }
 
-    /// Writes the file, and returns the arguments for `underpass run`.
+    /// The command of underpass that the settings are for.
+    #[must_use]
+    pub fn command(&self) -> &'static str {
+        self.command
+    }
+
+    /// Writes the file, and returns the arguments for the command.
     #[must_use]
     pub fn arguments(&self, pod: &Pod) -> Vec<String> {
         self.write(pod);

@@ -222,7 +222,7 @@ async fn start_proxy(
     let program = std::env::current_exe()
         .map_err(|source| DemoError::Io { doing: "find this program", source })?;
     let arguments = ["--config".into(), settings_of(folder, pod).into_os_string()];
-    ChildProxy::start(&program, namespace, &arguments, STEP_TIMEOUT)
+    ChildProxy::start(&program, namespace, "run", &arguments, STEP_TIMEOUT)
         .await
         .map_err(|source| DemoError::Proxy { pod, source })
 }
