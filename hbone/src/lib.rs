@@ -36,7 +36,7 @@ pub use error::{
 };
 pub use identity::Identity;
 pub use identity::credentials::Credentials;
-pub use identity::rotation::{CredentialRotator, CredentialsEvent};
+pub use identity::rotation::{CredentialRotator, CredentialsEvent, FirstIdentity};
 pub use identity::source::{
     FileSource, IdentitySource, IstioCa, IstioCaSource, LocalCaSource, NextIdentity, Priority,
     SpireSource,

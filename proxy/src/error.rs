@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use http::StatusCode;
 use thiserror::Error;
-use underpass_config::Workload;
+use underpass_config::{SpiffeId, Workload};
 use underpass_hbone::HboneError;
 use underpass_interception::is_out_of_files;
 
@@ -46,6 +46,13 @@ pub(crate) enum ProxyError {
         "the mesh says that {0} speaks HBONE, but there is no certificate to reach it with: set identity.*"
     )]
     NoIdentity(SocketAddr),
+    #[error(
+        "the first certificate of {id} was not issued within {} (timeouts.handshake): does the CA answer?",
+        seconds(after)
+    )]
+    CertificateAwaited { id: SpiffeId, after: Duration },
+    #[error("the mesh has no workload {pod}, which this pod is, so its policies are unknown")]
+    PodNotInMesh { pod: String },
     #[error(
         "{0} has too many TLS handshakes under way (limits.handshakes_per_source): a storm of connections, or a client \
          that never finishes them?"
@@ -203,6 +210,12 @@ impl ProxyError {
             }
             Self::NoIdentity(_) => {
                 ("no_identity", IdentityError, Us, StatusCode::SERVICE_UNAVAILABLE)
+            }
+            Self::CertificateAwaited { .. } => {
+                ("certificate_awaited", IdentityError, Us, StatusCode::SERVICE_UNAVAILABLE)
+            }
+            Self::PodNotInMesh { .. } => {
+                ("pod_not_in_mesh", Deny, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::TooManyHandshakes(_) | Self::HandshakeNotBegun { .. } => {
                 ("too_many_handshakes", Deny, Peer, StatusCode::SERVICE_UNAVAILABLE)

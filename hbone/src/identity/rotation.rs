@@ -35,6 +35,21 @@ pub enum CredentialsEvent<'a> {
     Expired(&'a HboneError),
 }
 
+/// What a failure to get the first identity means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FirstIdentity {
+    /// The process needs it to start: a mistake that only the operator can remedy is an error.
+    Required,
+    /// One workload of several waits for it: every failure is retried.
+    Awaited,
+}
+
+impl FirstIdentity {
+    fn ends_with(self, error: &HboneError) -> bool {
+        self == Self::Required && error.fault() == Fault::Configuration
+    }
+}
+
 /// Publishes the credentials of one workload, and renews them.
 pub struct CredentialRotator {
     source: Box<dyn IdentitySource>,
@@ -44,23 +59,31 @@ pub struct CredentialRotator {
 }
 
 impl CredentialRotator {
-    /// Waits for the first identity. Reports temporary failures and retries.
+    /// Waits for the first identity. Reports failures and retries, at the source's own pace.
     ///
     /// # Errors
-    /// Errors that only the operator can remedy ([`Fault::Configuration`]).
+    /// With [`FirstIdentity::Required`], errors that only the operator can remedy
+    /// ([`Fault::Configuration`]).
     pub async fn start(
         mut source: Box<dyn IdentitySource>,
         mut trust: watch::Receiver<Trust>,
+        first: FirstIdentity,
         report: impl Fn(CredentialsEvent<'_>) + Send + 'static,
     ) -> Result<(Self, watch::Receiver<Credentials>), HboneError> {
-        let identity = loop {
-            match source.next().await {
-                Ok(identity) => break identity,
-                Err(error) if error.fault() == Fault::Configuration => return Err(error),
-                Err(error) => report(CredentialsEvent::Failed(&error)),
-            }
+        let first = loop {
+            let error = match source.next().await {
+                Ok(identity) => {
+                    match Credentials::new(identity, trust.borrow_and_update().clone()) {
+                        Ok(credentials) => break credentials,
+                        Err(error) if first == FirstIdentity::Required => return Err(error),
+                        Err(error) => error,
+                    }
+                }
+                Err(error) if first.ends_with(&error) => return Err(error),
+                Err(error) => error,
+            };
+            report(CredentialsEvent::Failed(&error));
         };
-        let first = Credentials::new(identity, trust.borrow_and_update().clone())?;
         report(CredentialsEvent::Identity(&first));
         let (credentials, current) = watch::channel(first);
         Ok((Self { source, trust, credentials, report: Box::new(report) }, current))

@@ -53,6 +53,7 @@ pub(crate) fn permit<'a>(
 ) -> Result<Permit<'a>, ProxyError> {
     // Hold the borrow until the permit is stored: a later mesh then finds and checks it.
     let current = mesh.borrow();
+    pod.context.check_own(&current)?;
     check(&subject, &current, &pod.context)?;
     log_dry_run(&subject, &current, &pod.context);
     let destination = subject.destination();

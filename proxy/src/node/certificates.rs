@@ -140,6 +140,10 @@ impl Issuer for Certificates {
         }
     }
 
+    fn ended(&self, id: &SpiffeId) {
+        metrics::certificate_ended(id);
+    }
+
     fn report_trust_failure(&self, error: &HboneError) {
         report_failure(error);
     }
@@ -148,7 +152,7 @@ impl Issuer for Certificates {
 impl Certificates {
     fn report_in_use(&self, workload: &SpiffeId, identity: &Identity) {
         self.readiness.certificate_expired(false);
-        metrics::certificate_renewed(identity.expires());
+        metrics::certificate_renewed(workload, identity.spiffe_id(), identity.expires());
         if identity.spiffe_id() != workload {
             tracing::warn!(
                 certificate = %identity.spiffe_id(), %workload,

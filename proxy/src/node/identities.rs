@@ -5,13 +5,15 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::SystemTime;
 
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use underpass_config::{FileWatcher, SpiffeId, TrustSettings};
 use underpass_hbone::{
-    CredentialRotator, Credentials, CredentialsEvent, HboneError, IdentitySource, Trust, TrustFiles,
+    CredentialRotator, Credentials, CredentialsEvent, FirstIdentity, HboneError, IdentitySource,
+    Trust, TrustFiles,
 };
 
 /// Makes the sources of identities, and reports what happens to them.
@@ -21,6 +23,9 @@ pub(crate) trait Issuer: fmt::Debug + Send + Sync {
 
     /// Reports an event of the credentials of `id`.
     fn report(&self, id: &SpiffeId, event: &CredentialsEvent<'_>);
+
+    /// Reports that nothing renews the credentials of `id` any more.
+    fn ended(&self, id: &SpiffeId);
 
     /// Reports that trust bundles or revocation lists could not be read again.
     fn report_trust_failure(&self, error: &HboneError);
@@ -35,16 +40,20 @@ pub(crate) struct Identities {
     rotations: Mutex<HashMap<SpiffeId, Weak<Rotation>>>,
 }
 
-/// The credentials of one workload. Their rotation ends with the last lease.
+/// The credentials of one workload, whose first certificate may still be awaited. Their rotation
+/// ends with the last lease.
 #[derive(Debug, Clone)]
 pub(crate) struct CredentialLease {
-    credentials: watch::Receiver<Credentials>,
-    _rotation: Arc<Rotation>,
+    rotation: Arc<Rotation>,
+    /// Set once the first certificate is there.
+    credentials: OnceLock<watch::Receiver<Credentials>>,
 }
 
 /// The task that rotates the credentials of one workload.
 #[derive(Debug)]
 struct Rotation {
+    id: SpiffeId,
+    issuer: Arc<dyn Issuer>,
     task: JoinHandle<()>,
     /// `None` until the first certificate.
     started: watch::Receiver<Option<Started>>,
@@ -76,32 +85,47 @@ impl Identities {
     /// # Errors
     /// Those that only the operator can remedy.
     pub(crate) async fn lease(&self, id: &SpiffeId) -> Result<CredentialLease, HboneError> {
-        let rotation = self.rotation(id);
-        let credentials = rotation.started().await?;
-        Ok(CredentialLease { credentials, _rotation: rotation })
+        let lease = self.lease_with(id, FirstIdentity::Required);
+        lease.first().await?;
+        Ok(lease)
     }
 
-    fn rotation(&self, id: &SpiffeId) -> Arc<Rotation> {
+    /// Leases the credentials of `id` without waiting for the first certificate, which is requested
+    /// until it is issued.
+    pub(crate) fn lease_awaited(&self, id: &SpiffeId) -> CredentialLease {
+        self.lease_with(id, FirstIdentity::Awaited)
+    }
+
+    fn lease_with(&self, id: &SpiffeId, first: FirstIdentity) -> CredentialLease {
+        CredentialLease { rotation: self.rotation(id, first), credentials: OnceLock::new() }
+    }
+
+    fn rotation(&self, id: &SpiffeId, first: FirstIdentity) -> Arc<Rotation> {
         // No code panics while it holds the lock.
         let mut rotations = self.rotations.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(running) = rotations.get(id).and_then(Weak::upgrade) {
             return running;
         }
         rotations.retain(|_, rotation| rotation.strong_count() > 0);
-        let rotation = Arc::new(Rotation::start(&self.issuer, id, self.trust.clone()));
+        let rotation = Arc::new(Rotation::start(&self.issuer, id, self.trust.clone(), first));
         rotations.insert(id.clone(), Arc::downgrade(&rotation));
         rotation
     }
 }
 
 impl Rotation {
-    fn start(issuer: &Arc<dyn Issuer>, id: &SpiffeId, trust: watch::Receiver<Trust>) -> Self {
+    fn start(
+        issuer: &Arc<dyn Issuer>,
+        id: &SpiffeId,
+        trust: watch::Receiver<Trust>,
+        first: FirstIdentity,
+    ) -> Self {
         let source = issuer.source(id);
-        let (issuer, id) = (issuer.clone(), id.clone());
-        let report = move |event: CredentialsEvent<'_>| issuer.report(&id, &event);
+        let (reporter, of) = (issuer.clone(), id.clone());
+        let report = move |event: CredentialsEvent<'_>| reporter.report(&of, &event);
         let (sender, started) = watch::channel(None);
         let task = tokio::spawn(async move {
-            match CredentialRotator::start(source, trust, report).await {
+            match CredentialRotator::start(source, trust, first, report).await {
                 Ok((rotator, credentials)) => {
                     sender.send_replace(Some(Ok(credentials)));
                     rotator.run().await;
@@ -109,7 +133,7 @@ impl Rotation {
                 Err(error) => drop(sender.send_replace(Some(Err(error)))),
             }
         });
-        Self { task, started }
+        Self { id: id.clone(), issuer: issuer.clone(), task, started }
     }
 
     async fn started(&self) -> Started {
@@ -126,23 +150,52 @@ impl Rotation {
 impl Drop for Rotation {
     fn drop(&mut self) {
         self.task.abort();
+        self.issuer.ended(&self.id);
     }
 }
 
 impl CredentialLease {
-    /// Follows the credentials. It does not keep the rotation running.
-    pub(crate) fn subscribe(&self) -> watch::Receiver<Credentials> {
-        self.credentials.clone()
+    /// Waits for the first certificate and follows the credentials from then on. What it returns
+    /// does not keep the rotation running.
+    ///
+    /// # Errors
+    /// The rotation could not start.
+    pub(crate) async fn first(&self) -> Result<watch::Receiver<Credentials>, HboneError> {
+        if let Some(credentials) = self.issued() {
+            return Ok(credentials.clone());
+        }
+        self.rotation.started().await
     }
 
-    /// The identity of the current certificate.
+    /// The credentials; `None` while the first certificate is awaited.
+    pub(crate) fn issued(&self) -> Option<&watch::Receiver<Credentials>> {
+        if let Some(credentials) = self.credentials.get() {
+            return Some(credentials);
+        }
+        let started = self.rotation.started.borrow();
+        let credentials = started.as_ref()?.as_ref().ok()?;
+        Some(self.credentials.get_or_init(|| credentials.clone()))
+    }
+
+    /// The identity of the current certificate, or of the awaited one.
     pub(crate) fn identity(&self) -> SpiffeId {
-        self.credentials.borrow().identity().spiffe_id().clone()
+        match self.issued() {
+            Some(credentials) => credentials.borrow().identity().spiffe_id().clone(),
+            None => self.rotation.id.clone(),
+        }
     }
 
-    /// Whether the current certificate is for `id`.
+    /// Whether the current certificate, or the awaited one, is for `id`.
     pub(crate) fn prove(&self, id: &SpiffeId) -> bool {
-        self.credentials.borrow().identity().spiffe_id() == id
+        match self.issued() {
+            Some(credentials) => credentials.borrow().identity().spiffe_id() == id,
+            None => self.rotation.id == *id,
+        }
+    }
+
+    /// When the current certificate expires; `None` while the first one is awaited.
+    pub(crate) fn expires(&self) -> Option<SystemTime> {
+        self.issued().map(|credentials| credentials.borrow().identity().expires())
     }
 }
 
@@ -192,6 +245,8 @@ mod tests {
             }
         }
 
+        fn ended(&self, _: &SpiffeId) {}
+
         fn report_trust_failure(&self, error: &HboneError) {
             panic!("{error}");
         }
@@ -227,7 +282,7 @@ mod tests {
         let web = id("web");
         let (one, other) = tokio::join!(identities.lease(&web), identities.lease(&web));
         let (one, other) = (one.unwrap(), other.unwrap());
-        assert!(one.subscribe().same_channel(&other.subscribe()));
+        assert!(one.issued().unwrap().same_channel(other.issued().unwrap()));
         assert_eq!((one.identity(), ca.issued.load(Relaxed)), (web, 1));
         identities.lease(&id("other")).await.unwrap();
         assert_eq!((ca.sources.lock().unwrap().len(), ca.issued.load(Relaxed)), (2, 2));
@@ -247,6 +302,22 @@ mod tests {
         source.await.unwrap_err();
         identities.lease(&web).await.unwrap();
         assert_eq!(ca.issued.load(Relaxed), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn awaited_lease_gets_first_certificate_once_ca_answers() {
+        let (folder, ca, identities) = local_ca("awaited");
+        let (web, key, kept) = (id("web"), folder.0.join("ca.key"), folder.0.join("kept"));
+        std::fs::rename(&key, &kept).unwrap();
+        let lease = identities.lease_awaited(&web);
+        let waited = tokio::time::timeout(Duration::from_secs(5), lease.first()).await;
+        assert!(waited.is_err() && lease.issued().is_none() && lease.expires().is_none());
+        assert!(lease.prove(&web) && lease.identity() == web, "the identity is known before");
+        std::fs::rename(&kept, &key).unwrap();
+        let credentials = lease.first().await.unwrap();
+        assert_eq!(credentials.borrow().identity().spiffe_id(), &web);
+        assert!(lease.issued().is_some() && lease.expires().is_some());
+        assert_eq!((ca.issued.load(Relaxed), ca.sources.lock().unwrap().len()), (1, 1));
     }
 
     #[tokio::test]

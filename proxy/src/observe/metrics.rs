@@ -3,6 +3,7 @@
 //!
 //! The `admin` module serves `/metrics`.
 
+mod certificates;
 mod known;
 mod registry;
 mod series;
@@ -12,7 +13,7 @@ use std::time::SystemTime;
 
 use metrics::{Gauge, counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
-use underpass_config::{Profile, SeriesSettings};
+use underpass_config::{Profile, SeriesSettings, SpiffeId};
 use underpass_interception::Backend;
 
 pub(crate) use self::known::KnownSeries;
@@ -30,7 +31,6 @@ const NOT_LOCAL: &str = "underpass_inbound_not_local_total";
 const FOREIGN_SOURCE: &str = "underpass_outbound_foreign_source_total";
 const SELF_TEST: &str = "underpass_self_test_passed";
 const FOREIGN: &str = "underpass_foreign_rules";
-const CERTIFICATE_EXPIRY: &str = "underpass_certificate_expiry_timestamp_seconds";
 const RENEWALS: &str = "underpass_certificate_renewals_total";
 const RENEWALS_FAILED: &str = "underpass_certificate_failures_total";
 const TUNNELS: &str = "underpass_tunnels_open";
@@ -62,6 +62,7 @@ pub(crate) struct Exporter {
 impl Exporter {
     pub(crate) fn render(&self) -> String {
         let mut text = self.recorder.render();
+        certificates::render(&mut text);
         text.push_str(&self.series.render());
         text
     }
@@ -91,10 +92,6 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
     counter!(FOREIGN_SOURCE).increment(0);
     describe_gauge!(SELF_TEST, "Whether the last self-test of every pod's rules passed: 1, or 0.");
     describe_gauge!(FOREIGN, "Rules of other programs that precede the proxy's.");
-    describe_gauge!(
-        CERTIFICATE_EXPIRY,
-        "When the proxy's certificate expires, in seconds since 1970."
-    );
     describe_counter!(RENEWALS, "Certificates that came into use, including the first one.");
     describe_counter!(
         RENEWALS_FAILED,
@@ -190,12 +187,16 @@ pub(crate) fn foreign_rules(count: usize) {
     gauge!(FOREIGN).set(u32::try_from(count).unwrap_or(u32::MAX));
 }
 
-/// Reports that a certificate came into use, and when it expires.
-pub(crate) fn certificate_renewed(expires: SystemTime) {
-    let since_1970 = expires.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    gauge!(CERTIFICATE_EXPIRY).set(since_1970.as_secs_f64());
+/// Reports that a certificate of `identity` came into use for `workload`, and when it expires.
+pub(crate) fn certificate_renewed(workload: &SpiffeId, identity: &SpiffeId, expires: SystemTime) {
+    certificates::in_use(workload, identity, expires);
     counter!(RENEWALS).increment(1);
     counter!(RENEWALS_FAILED).increment(0);
+}
+
+/// Reports that `workload` no longer has a certificate.
+pub(crate) fn certificate_ended(workload: &SpiffeId) {
+    certificates::ended(workload);
 }
 
 /// Counts a certificate, roots or revocation list that could not be renewed or read.

@@ -81,7 +81,15 @@ async fn open_plaintext(
 ) -> Option<Opened<TcpStream>> {
     let accepted_at = Instant::now();
     let (client, destination) = (accepted.client, accepted.destination.address());
-    let snapshot = seat.node().mesh.borrow().clone();
+    let mesh = pin!(seat.mesh());
+    let snapshot = match registration.termination().or_terminate(mesh).await {
+        Ok(snapshot) => snapshot,
+        Err(error) => {
+            let facts = Facts::new(Direction::Inbound, Party::at(client), Party::at(destination));
+            ConnectionRecord::failed(accepted_at, &facts.failed(error), &seat.worker.series);
+            return None;
+        }
+    };
     let source = Party::plaintext_client(client, &snapshot);
     let checked = accepted.check_local(&seat);
     let destination = match checked {
@@ -159,8 +167,8 @@ async fn accept_tunnel(
     Registered { stream, client, destination }: Registered,
     ticket: &Ticket,
 ) -> Result<(), ProxyError> {
-    let acceptor = seat.acceptor.as_ref().ok_or(ProxyError::NoIdentity(destination.address()))?;
-    let mut tunnel = handshake(seat, acceptor, stream, ticket).await?;
+    let endpoints = seat.tunnel_endpoints(destination.address()).await?;
+    let mut tunnel = handshake(seat, &endpoints.acceptor, stream, ticket).await?;
     let peer = tunnel.peer().clone();
     let _counted = match seat.node().limits.admit_identity(peer.spiffe_id()) {
         Ok(counted) => counted,
@@ -265,9 +273,11 @@ async fn open_request(
 ) -> Option<Opened<TunnelStream>> {
     let accepted_at = Instant::now();
     let series = &seat.worker.series;
+    let known = registration.termination().or_terminate(pin!(seat.mesh())).await;
     let target = inbound_target(&seat, asked.request.authority(), asked.here);
     let facts = request_facts(&seat, &asked, target.as_ref().ok());
     let connected = async {
+        known?;
         let ticket = admitted?;
         let app = connect_request(&seat, &mut asked, &registration, &target?).await?;
         Ok::<_, ProxyError>((app, ticket))

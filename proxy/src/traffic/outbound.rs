@@ -124,13 +124,21 @@ async fn connect(
     accepted: Accepted,
     registration: &Registration<Decision>,
 ) -> Result<(Registered, Connected), Box<ConnectFailure>> {
-    let snapshot = seat.node().mesh.borrow().clone();
+    let destination = accepted.destination.address();
+    let mesh = pin!(seat.mesh());
+    let snapshot = match registration.termination().or_terminate(mesh).await {
+        Ok(snapshot) => snapshot,
+        Err(error) => {
+            let (source, destination) = (Party::at(accepted.client), Party::at(destination));
+            let facts = Facts::new(Direction::Outbound, source, destination);
+            return Err(facts.failed(error));
+        }
+    };
     let checked = accepted.check_source(seat);
     let source = match checked {
         Ok(Source::Own(_)) => seat.own_party(&snapshot, accepted.client),
         Ok(Source::Other) | Err(_) => seat.party_behind(&snapshot, accepted.client),
     };
-    let destination = accepted.destination.address();
     let known = Facts {
         trace: Some(TraceParent::new()),
         ..Facts::new(Direction::Outbound, source, Party::at(destination))
@@ -202,6 +210,9 @@ impl OutboundConnect<'_> {
             routed.map_err(|error| self.known.clone().failed(ProxyError::Route(error)))?;
         let mut others = others.take(ATTEMPTS - 1).peekable();
         loop {
+            if let Err(error) = self.await_certificate(&route).await {
+                return Err(self.facts(&route, None).failed(error));
+            }
             let failure = match self.connect_in_time(&route, &mut others).await {
                 Ok(connected) => return Ok(connected),
                 Err(failure) => failure,
@@ -216,6 +227,17 @@ impl OutboundConnect<'_> {
                 None => return Err(failure),
             }
         }
+    }
+
+    /// Waits for the pod's first certificate if the route needs it: the wait must not count as the
+    /// endpoint's.
+    async fn await_certificate(&self, route: &Route) -> Result<(), ProxyError> {
+        let is_needed = !matches!(route.via, ForwardVia::Plain { .. }) && self.identity.is_some();
+        if !is_needed || self.seat.has_tunnel_endpoints() {
+            return Ok(());
+        }
+        let asked = self.connection.destination.address();
+        self.unless_interrupted(async { self.seat.tunnel_endpoints(asked).await.map(drop) }).await
     }
 
     fn eject(&self, endpoint: &EndpointKey, error: &ProxyError) {
@@ -365,7 +387,7 @@ impl OutboundConnect<'_> {
         target: &Target,
         facts: &Facts,
     ) -> Result<TunnelStream, ProxyError> {
-        let (key, connector) = self.tunnel_key(permit, peers)?;
+        let (key, connector) = self.tunnel_key(permit, peers).await?;
         let own = &self.seat.context().own;
         let request = || ConnectRequest {
             authority: target.to_string(),
@@ -384,7 +406,7 @@ impl OutboundConnect<'_> {
         target: &Target,
         facts: &Facts,
     ) -> Result<TunnelStream, ProxyError> {
-        let (key, connector) = self.tunnel_key(permit, gateway_peers)?;
+        let (key, connector) = self.tunnel_key(permit, gateway_peers).await?;
         let own = &self.seat.context().own;
         let request = |headers| ConnectRequest { authority: target.to_string(), headers };
         let outer = || request(headers::request(facts, own));
@@ -399,14 +421,14 @@ impl OutboundConnect<'_> {
     }
 
     /// The pool key of the tunnel, and the connector that opens it if the pool has none.
-    fn tunnel_key(
+    async fn tunnel_key(
         &self,
         permit: &Permit<'_>,
         peers: &Arc<[SpiffeId]>,
     ) -> Result<(TunnelKey, &Connector), ProxyError> {
         let address = permit.destination();
-        let identity = self.identity.clone().zip(self.seat.connector.as_ref());
-        let (source, connector) = identity.ok_or(ProxyError::NoIdentity(address))?;
-        Ok((TunnelKey { source, address, peers: peers.clone() }, connector))
+        let endpoints = self.seat.tunnel_endpoints(address).await?;
+        let source = self.identity.clone().ok_or(ProxyError::NoIdentity(address))?;
+        Ok((TunnelKey { source, address, peers: peers.clone() }, &endpoints.connector))
     }
 }

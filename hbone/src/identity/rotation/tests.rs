@@ -48,6 +48,13 @@ impl Scene {
     async fn start(
         &mut self,
     ) -> Result<(CredentialRotator, watch::Receiver<Credentials>), HboneError> {
+        self.start_with(FirstIdentity::Required).await
+    }
+
+    async fn start_with(
+        &mut self,
+        first: FirstIdentity,
+    ) -> Result<(CredentialRotator, watch::Receiver<Credentials>), HboneError> {
         let told = self.told.clone();
         let tell = move |event: CredentialsEvent<'_>| {
             told.lock().unwrap().push(match event {
@@ -61,7 +68,7 @@ impl Scene {
             });
         };
         let source = Box::new(self.source.take().unwrap());
-        CredentialRotator::start(source, Trust::default().fixed(), tell).await
+        CredentialRotator::start(source, Trust::default().fixed(), first, tell).await
     }
 
     fn told(&self) -> Vec<String> {
@@ -94,6 +101,16 @@ async fn start_fails_on_configuration_error() {
     scene.answer(Err(bad_file()));
     assert_eq!(scene.start().await.unwrap_err().fault(), Fault::Configuration);
     assert!(scene.told().is_empty(), "the start reports it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn awaited_identity_outlasts_configuration_error() {
+    let mut scene = Scene::new();
+    scene.answer(Err(bad_file()));
+    scene.answer(Ok(identity(&scene.authority, CLIENT)));
+    let (_, credentials) = scene.start_with(FirstIdentity::Awaited).await.unwrap();
+    assert_eq!(credentials.borrow().identity().spiffe_id(), &id(CLIENT));
+    assert_eq!(scene.told(), ["failed: credential", CLIENT]);
 }
 
 #[tokio::test(start_paused = true)]

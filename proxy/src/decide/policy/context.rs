@@ -5,6 +5,9 @@ use underpass_config::{
 };
 use underpass_interception::Ports;
 
+use crate::decide::snapshot::Snapshot;
+use crate::error::ProxyError;
+
 /// The settings of one pod on which its permits depend.
 #[derive(Debug)]
 pub(crate) struct PolicyContext {
@@ -13,6 +16,9 @@ pub(crate) struct PolicyContext {
     pub(crate) own: WorkloadSettings,
     pub(crate) egress: EgressSettings,
     pub(crate) mtls: MtlsSettings,
+    /// Whether the mesh must have the pod's own workload: on a node the mesh may learn of a pod
+    /// later than the node does.
+    pub(crate) must_be_in_mesh: bool,
     /// The ports at which `mtls: strict` accepts connections from the kubelet's probe address.
     pub(crate) probes: KubeletProbes,
 }
@@ -25,8 +31,20 @@ impl PolicyContext {
             own: settings.workload.clone(),
             egress: settings.egress.clone(),
             mtls: settings.proxy.mtls.clone(),
+            must_be_in_mesh: settings.node.pods.is_some(),
             probes: probes(settings),
         }
+    }
+}
+
+impl PolicyContext {
+    /// Fails if the mesh must have the pod's own workload and does not.
+    pub(crate) fn check_own(&self, snapshot: &Snapshot) -> Result<(), ProxyError> {
+        if self.must_be_in_mesh && snapshot.named(&self.own).is_none() {
+            let pod = format!("{}/{}", self.own.namespace, self.own.name);
+            return Err(ProxyError::PodNotInMesh { pod });
+        }
+        Ok(())
     }
 }
 

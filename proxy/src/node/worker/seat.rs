@@ -5,13 +5,16 @@ mod dialer;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use underpass_config::{Timeouts, Workload};
-use underpass_hbone::{Acceptor, ClientSettings, Connector, Pool, PoolSettings, ServerSettings};
+use underpass_hbone::{
+    Acceptor, ClientSettings, Connector, Credentials, Pool, PoolSettings, ServerSettings,
+};
 
 use self::dialer::TunnelDialer;
 use crate::decide::connection_registry::{ConnectionRegistry, Registration};
@@ -21,7 +24,6 @@ use crate::decide::snapshot::Snapshot;
 use crate::decide::subject::{Decision, Subject};
 use crate::error::ProxyError;
 use crate::node::Node;
-use crate::node::identities::CredentialLease;
 use crate::node::pod::Pod;
 use crate::node::worker::Worker;
 use crate::observe::party::{Claim, Party};
@@ -45,10 +47,8 @@ pub(crate) struct Seat {
     pub(crate) registry: Arc<ConnectionRegistry<Decision>>,
     /// The tunnels that this seat has opened.
     pub(crate) pool: Pool<TunnelDialer>,
-    /// Opens tunnels; `None` without a certificate.
-    pub(crate) connector: Option<Connector>,
-    /// Accepts tunnels; `None` without a certificate.
-    pub(crate) acceptor: Option<Acceptor>,
+    /// Opens and accepts tunnels; unset without a certificate.
+    endpoints: OnceLock<TunnelEndpoints>,
     /// Whether a task keeps the seat because its pool remembers failed dials.
     kept: AtomicBool,
     /// Whether a dial has failed since that task looked.
@@ -60,10 +60,28 @@ pub(crate) struct Seat {
     local: Mutex<Vec<(IpAddr, Instant)>>,
 }
 
+/// Opens and accepts the tunnels of a pod.
+#[derive(Debug)]
+pub(crate) struct TunnelEndpoints {
+    pub(crate) connector: Connector,
+    pub(crate) acceptor: Acceptor,
+}
+
+impl TunnelEndpoints {
+    fn new(own: watch::Receiver<Credentials>, frame_timeout: Duration) -> Self {
+        let client = ClientSettings { frame_timeout, ..ClientSettings::default() };
+        let server = ServerSettings { frame_timeout, ..ServerSettings::default() };
+        Self {
+            connector: Connector::new(own.clone(), client),
+            acceptor: Acceptor::new(own, server),
+        }
+    }
+}
+
 impl Seat {
     pub(super) fn new(worker: &Arc<Worker>, pod: &Arc<Pod>) -> Arc<Self> {
         let node = &worker.node;
-        let Timeouts { connect, handshake, frame, reply, pool_idle, .. } = node.timeouts;
+        let Timeouts { connect, handshake, reply, pool_idle, .. } = node.timeouts;
         let settings = PoolSettings {
             dial: connect,
             handshake,
@@ -73,16 +91,12 @@ impl Seat {
             streams_per_tunnel: node.tunnels.streams,
             tunnels_per_peer: node.tunnels.per_peer,
         };
-        let client = ClientSettings { frame_timeout: frame, ..ClientSettings::default() };
-        let server = ServerSettings { frame_timeout: frame, ..ServerSettings::default() };
-        let credentials = || pod.credentials.as_ref().map(CredentialLease::subscribe);
         Arc::new_cyclic(|seat| Self {
             worker: worker.clone(),
             pod: pod.clone(),
             registry: pod.connections.of(worker.index).clone(),
             pool: Pool::new(TunnelDialer::new(seat.clone()), settings),
-            connector: credentials().map(|own| Connector::new(own, client)),
-            acceptor: credentials().map(|own| Acceptor::new(own, server)),
+            endpoints: OnceLock::new(),
             kept: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             _counted: pod.seats.token(),
@@ -96,6 +110,47 @@ impl Seat {
 
     pub(crate) fn context(&self) -> &PolicyContext {
         &self.pod.context
+    }
+
+    /// Opens and accepts the pod's tunnels. Waits for its first certificate, at most for
+    /// `timeouts.handshake`.
+    ///
+    /// # Errors
+    ///
+    /// There is none, for a connection with `peer`.
+    pub(crate) async fn tunnel_endpoints(
+        &self,
+        peer: SocketAddr,
+    ) -> Result<&TunnelEndpoints, ProxyError> {
+        if let Some(endpoints) = self.endpoints.get() {
+            return Ok(endpoints);
+        }
+        let lease = self.pod.credentials.as_ref().ok_or(ProxyError::NoIdentity(peer))?;
+        let Timeouts { handshake: after, frame, .. } = self.node().timeouts;
+        match timeout(after, lease.first()).await {
+            Ok(Ok(own)) => Ok(self.endpoints.get_or_init(|| TunnelEndpoints::new(own, frame))),
+            // The error of a rotation is logged when it happens.
+            Ok(Err(_)) => Err(ProxyError::NoIdentity(peer)),
+            Err(_) => Err(ProxyError::CertificateAwaited { id: lease.identity(), after }),
+        }
+    }
+
+    /// Whether [`tunnel_endpoints`](Self::tunnel_endpoints) need not wait.
+    pub(crate) fn has_tunnel_endpoints(&self) -> bool {
+        self.endpoints.get().is_some()
+    }
+
+    /// The current mesh. Waits until it has the pod's own workload if it must, at most for
+    /// `timeouts.connect`.
+    pub(crate) async fn mesh(&self) -> Result<Arc<Snapshot>, ProxyError> {
+        let current = self.node().mesh.borrow().clone();
+        let Err(error) = self.context().check_own(&current) else { return Ok(current) };
+        let mut mesh = self.node().mesh.clone();
+        let known = mesh.wait_for(|snapshot| self.context().check_own(snapshot).is_ok());
+        match timeout(self.node().timeouts.connect, known).await {
+            Ok(Ok(snapshot)) => Ok(snapshot.clone()),
+            Ok(Err(_)) | Err(_) => Err(error),
+        }
     }
 
     /// Registers a stream of a tunnel of the pod.
@@ -206,51 +261,4 @@ impl Drop for Seat {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Weak;
-
-    use underpass_config::Mesh;
-
-    use super::*;
-    use crate::node::testing::{node, pod, settings};
-
-    #[tokio::test(start_paused = true)]
-    async fn seat_outlives_its_connections_while_pool_remembers_failure() {
-        let (pod, worker) = (pod(&[]), Worker::new(node(1), 0, Arc::default()));
-        let seat = worker.seat(&pod);
-        let first = Arc::downgrade(&seat);
-        seat.keep_after_failure();
-        drop(seat);
-        tokio::time::sleep(FAILURE_REMEMBERED / 2).await;
-        let seat = worker.seat(&pod);
-        assert!(Weak::ptr_eq(&first, &Arc::downgrade(&seat)), "the seat with the failure");
-        seat.keep_after_failure();
-        drop(seat);
-        tokio::time::sleep(FAILURE_REMEMBERED).await;
-        assert!(first.upgrade().is_some(), "the second failure is remembered as long");
-        tokio::time::sleep(FAILURE_REMEMBERED * 2).await;
-        assert!(first.upgrade().is_none());
-    }
-
-    #[tokio::test]
-    async fn pod_at_neighbours_address_keeps_its_identity() {
-        let text = "workloads:
-- {name: server, workloadIps: [10.0.0.1]}
-- {name: neighbour, workloadIps: [10.0.0.2]}
-";
-        let mesh = Arc::new(Mesh::from_text("mesh", text).unwrap());
-        let snapshot = Snapshot::new(mesh, &settings(&[]).workload, 1);
-        let worker = Worker::new(node(1), 0, Arc::default());
-        let neighbour = [10, 0, 0, 2].into();
-        let caller = |name: &str, source| {
-            let seat = worker.seat(&pod(&[&format!("workload.name={name}")]));
-            seat.caller(&snapshot, source).map(|workload| workload.name.to_string())
-        };
-        for source in [Source::Own(neighbour), Source::Other] {
-            assert_eq!(caller("server", source).as_deref(), Some("server"), "{source:?}");
-        }
-        // A pod that the mesh does not name is only known by its address.
-        assert_eq!(caller("unnamed", Source::Own(neighbour)).as_deref(), Some("neighbour"));
-        assert_eq!(caller("unnamed", Source::Other), None);
-    }
-}
+mod tests;

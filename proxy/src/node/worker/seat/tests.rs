@@ -1,0 +1,114 @@
+//! The life of a seat, what it knows of its pod, and what its connections wait for.
+
+use std::net::Ipv4Addr;
+use std::sync::Weak;
+
+use underpass_config::{FileWatcher, Mesh, SpiffeId, TrustSettings};
+use underpass_hbone::{CredentialsEvent, HboneError, IdentitySource, NextIdentity};
+
+use super::*;
+use crate::node::identities::{Identities, Issuer};
+use crate::node::testing::{node, node_in, pod, settings, snapshot};
+
+#[tokio::test(start_paused = true)]
+async fn seat_outlives_its_connections_while_pool_remembers_failure() {
+    let (pod, worker) = (pod(&[]), Worker::new(node(1), 0, Arc::default()));
+    let seat = worker.seat(&pod);
+    let first = Arc::downgrade(&seat);
+    seat.keep_after_failure();
+    drop(seat);
+    tokio::time::sleep(FAILURE_REMEMBERED / 2).await;
+    let seat = worker.seat(&pod);
+    assert!(Weak::ptr_eq(&first, &Arc::downgrade(&seat)), "the seat with the failure");
+    seat.keep_after_failure();
+    drop(seat);
+    tokio::time::sleep(FAILURE_REMEMBERED).await;
+    assert!(first.upgrade().is_some(), "the second failure is remembered as long");
+    tokio::time::sleep(FAILURE_REMEMBERED * 2).await;
+    assert!(first.upgrade().is_none());
+}
+
+#[tokio::test]
+async fn pod_at_neighbours_address_keeps_its_identity() {
+    let text = "workloads:
+- {name: server, workloadIps: [10.0.0.1]}
+- {name: neighbour, workloadIps: [10.0.0.2]}
+";
+    let mesh = Arc::new(Mesh::from_text("mesh", text).unwrap());
+    let snapshot = Snapshot::new(mesh, &settings(&[]).workload, 1);
+    let worker = Worker::new(node(1), 0, Arc::default());
+    let neighbour = [10, 0, 0, 2].into();
+    let caller = |name: &str, source| {
+        let seat = worker.seat(&pod(&[&format!("workload.name={name}")]));
+        seat.caller(&snapshot, source).map(|workload| workload.name.to_string())
+    };
+    for source in [Source::Own(neighbour), Source::Other] {
+        assert_eq!(caller("server", source).as_deref(), Some("server"), "{source:?}");
+    }
+    // A pod that the mesh does not name is only known by its address.
+    assert_eq!(caller("unnamed", Source::Own(neighbour)).as_deref(), Some("neighbour"));
+    assert_eq!(caller("unnamed", Source::Other), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_of_new_pod_wait_until_mesh_has_it() {
+    let (mesh, receiver) = watch::channel(snapshot(1, "workloads: []"));
+    let worker = Worker::new(node_in(1, receiver), 0, Arc::default());
+    let mut pod = Arc::into_inner(pod(&[])).unwrap();
+    pod.context.must_be_in_mesh = true;
+    let seat = worker.seat(&Arc::new(pod));
+    let permitted = || {
+        let [client, here] = [1, 2].map(|host| (Ipv4Addr::new(10, 0, 0, host), 80).into());
+        let registration = seat.register_stream();
+        seat.permit(Subject::inbound(client, here, None), &registration).map(drop)
+    };
+    let start = Instant::now();
+    assert!(matches!(seat.mesh().await, Err(ProxyError::PodNotInMesh { .. })));
+    assert_eq!(start.elapsed(), seat.node().timeouts.connect);
+    assert!(matches!(permitted(), Err(ProxyError::PodNotInMesh { .. })));
+
+    let (known, ()) = tokio::join!(seat.mesh(), async {
+        let server = "workloads: [{name: server, workloadIps: [10.0.0.2]}]";
+        mesh.send_replace(snapshot(2, server));
+    });
+    assert_eq!(known.unwrap().generation, 2);
+    permitted().unwrap();
+}
+
+/// Never issues a certificate.
+#[derive(Debug)]
+struct Silent;
+
+impl IdentitySource for Silent {
+    fn next(&mut self) -> NextIdentity<'_> {
+        Box::pin(std::future::pending())
+    }
+}
+
+impl Issuer for Silent {
+    fn source(&self, _: &SpiffeId) -> Box<dyn IdentitySource> {
+        Box::new(Self)
+    }
+
+    fn report(&self, _: &SpiffeId, _: &CredentialsEvent<'_>) {}
+
+    fn ended(&self, _: &SpiffeId) {}
+
+    fn report_trust_failure(&self, _: &HboneError) {}
+}
+
+#[tokio::test(start_paused = true)]
+async fn wait_for_first_certificate_is_bounded() {
+    let trust = TrustSettings::default();
+    let identities = Identities::new(Arc::new(Silent), &trust, &FileWatcher::default()).unwrap();
+    let worker = Worker::new(node(1), 0, Arc::default());
+    let mut pod = Arc::into_inner(pod(&[])).unwrap();
+    let id = pod.context.own.spiffe_id.clone();
+    pod.credentials = Some(identities.lease_awaited(&id));
+    let seat = worker.seat(&Arc::new(pod));
+    let (start, peer) = (Instant::now(), (Ipv4Addr::LOCALHOST, 15008).into());
+    let error = seat.tunnel_endpoints(peer).await.unwrap_err();
+    assert!(matches!(error, ProxyError::CertificateAwaited { id: of, .. } if of == id));
+    assert_eq!(start.elapsed(), seat.node().timeouts.handshake);
+    assert!(!seat.has_tunnel_endpoints());
+}

@@ -1,0 +1,72 @@
+//! The gauge of the expiry of certificates, with a series for each identity.
+//!
+//! The recorder keeps a series for ever; those of removed pods must end.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use underpass_config::SpiffeId;
+
+const CERTIFICATE_EXPIRY: &str = "underpass_certificate_expiry_timestamp_seconds";
+const HELP: &str = "When a certificate of the proxy expires, in seconds since 1970.";
+/// The maximum number of series: of more certificates, those that expire first have one.
+const SERIES: usize = 256;
+
+/// The identity and the expiry of each workload's current certificate. The recorder of the process
+/// is global too.
+static CURRENT: Mutex<BTreeMap<SpiffeId, (SpiffeId, SystemTime)>> = Mutex::new(BTreeMap::new());
+
+fn current() -> MutexGuard<'static, BTreeMap<SpiffeId, (SpiffeId, SystemTime)>> {
+    // No code panics while it holds the lock.
+    CURRENT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A certificate of `identity` came into use for `workload`.
+pub(super) fn in_use(workload: &SpiffeId, identity: &SpiffeId, expires: SystemTime) {
+    current().insert(workload.clone(), (identity.clone(), expires));
+}
+
+/// `workload` no longer has a certificate.
+pub(super) fn ended(workload: &SpiffeId) {
+    current().remove(workload);
+}
+
+pub(super) fn render(text: &mut String) {
+    let mut certificates: Vec<_> = current().values().cloned().collect();
+    if certificates.is_empty() {
+        return;
+    }
+    certificates.sort_by(|(a, first), (b, second)| (first, a).cmp(&(second, b)));
+    // Writing to a String cannot fail.
+    write!(text, "# HELP {CERTIFICATE_EXPIRY} {HELP}\n# TYPE {CERTIFICATE_EXPIRY} gauge\n").ok();
+    for (identity, expires) in certificates.iter().take(SERIES) {
+        let since_1970 = expires.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        // An identity has no character that needs to be escaped.
+        let (name, seconds) = (CERTIFICATE_EXPIRY, since_1970.as_secs());
+        writeln!(text, "{name}{{identity=\"{identity}\"}} {seconds}").ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn series_ends_with_its_workload() {
+        let id: SpiffeId = "spiffe://td/ns/metrics/sa/test".parse().unwrap();
+        in_use(&id, &id, SystemTime::UNIX_EPOCH + Duration::from_millis(1500));
+        let render = || {
+            let mut text = String::new();
+            super::render(&mut text);
+            text
+        };
+        let line = format!("{CERTIFICATE_EXPIRY}{{identity=\"{id}\"}} 1\n");
+        assert!(render().contains(&line), "{}", render());
+        ended(&id);
+        assert!(!render().contains(&line), "{}", render());
+    }
+}
