@@ -6,6 +6,7 @@
 mod ca;
 mod config;
 mod man;
+mod node;
 mod rules;
 mod run;
 
@@ -40,6 +41,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Run a proxy for the current network namespace (a sidecar container, a VM)
     Run(run::Arguments),
+    /// Run a proxy for every pod of a node, which a source names (istio-cni, a CNI plugin, a folder)
+    Node(node::Arguments),
     /// Manage interception rules in the current network namespace
     #[command(subcommand)]
     Rules(rules::Command),
@@ -66,6 +69,7 @@ pub fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(arguments) => demo::run(&arguments).map_err(CommandError::from),
         Command::Run(arguments) => run::run(arguments),
+        Command::Node(arguments) => node::run(arguments),
         Command::Rules(command) => rules::run(command),
         Command::Ca(command) => ca::run(command),
         Command::Config(command) => config::run(command),

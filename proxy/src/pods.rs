@@ -4,10 +4,12 @@ pub(crate) mod annotations;
 pub(crate) mod backoff;
 pub(crate) mod enrolment;
 pub(crate) mod facts;
+pub(crate) mod node_enroller;
 pub(crate) mod registry;
 pub(crate) mod settings;
 pub(crate) mod source;
 pub(crate) mod state;
+pub(crate) mod status;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod zds;

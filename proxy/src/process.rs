@@ -3,6 +3,7 @@
 pub(crate) mod app;
 pub(crate) mod command_error;
 pub(crate) mod cpus;
+pub(crate) mod daemon;
 pub(crate) mod instance;
 pub(crate) mod logging;
 pub(crate) mod notify;

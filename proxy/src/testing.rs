@@ -92,8 +92,13 @@ impl TestNode {
         let settings = Arc::new(settings);
         let access = NamespaceAccess::new(namespace, self.thread.clone());
         let (readiness, sockets) = (Readiness::default(), pod_sockets(&settings));
-        let identities =
-            Certificates::identities(&settings, &access, &sockets, &readiness, &self.watcher)?;
+        let identities = Certificates::identities(
+            &settings,
+            &access,
+            &sockets,
+            Some(&readiness),
+            &self.watcher,
+        )?;
         let _settings = watch::Sender::new(settings.interception.clone());
         let spec = PodSpec {
             settings: settings.clone(),

@@ -38,7 +38,16 @@ pub enum Kept {
     NetAdmin,
     /// NET_ADMIN and NET_RAW, also for the iptables programs.
     NetAdminForPrograms,
+    /// The same, and SYS_ADMIN to enter the namespaces of a node's pods.
+    Namespaces {
+        /// Whether iptables programs may be needed.
+        programs: bool,
+    },
 }
+
+const NET_ADMIN: Capability = Capability::CAP_NET_ADMIN;
+const NET_RAW: Capability = Capability::CAP_NET_RAW;
+const SYS_ADMIN: Capability = Capability::CAP_SYS_ADMIN;
 
 /// Required capabilities that the calling thread lacks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -145,16 +154,20 @@ impl Kept {
     fn own(self) -> &'static [Capability] {
         match self {
             Self::Nothing => &[],
-            Self::NetAdmin => &[Capability::CAP_NET_ADMIN],
+            Self::NetAdmin => &[NET_ADMIN],
             Self::NetAdminForPrograms => self.inherited(),
+            Self::Namespaces { programs: false } => &[SYS_ADMIN, NET_ADMIN],
+            Self::Namespaces { programs: true } => &[SYS_ADMIN, NET_ADMIN, NET_RAW],
         }
     }
 
     /// The capabilities of the programs that it runs.
     fn inherited(self) -> &'static [Capability] {
         match self {
-            Self::Nothing | Self::NetAdmin => &[],
-            Self::NetAdminForPrograms => &[Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW],
+            Self::Nothing | Self::NetAdmin | Self::Namespaces { programs: false } => &[],
+            Self::NetAdminForPrograms | Self::Namespaces { programs: true } => {
+                &[NET_ADMIN, NET_RAW]
+            }
         }
     }
 }

@@ -1,9 +1,11 @@
-//! Serves readiness (`/healthz/ready`) and metrics (`/metrics`) over HTTP/1.
+//! Serves readiness (`/healthz/ready`), the status of a node's pods (`/healthz/pods`) and metrics
+//! (`/metrics`) over HTTP/1.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -41,8 +43,21 @@ pub(crate) struct Readiness {
     /// The rules of the fixed pod; a node daemon's pods have their own status.
     rules: RulesHealth,
     out_of_descriptors: Arc<AtomicBool>,
+    /// The report of a node's pods.
+    pods: Arc<OnceLock<PodReport>>,
+    /// Whether the source of a node's pods does not deliver them.
+    source_lost: Arc<AtomicBool>,
     /// Whether the proxy's certificate has expired: every HBONE connection would fail.
     certificate_expired: Arc<AtomicBool>,
+}
+
+/// Writes the status of each pod of a node as a line.
+struct PodReport(Box<dyn Fn() -> String + Send + Sync>);
+
+impl fmt::Debug for PodReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PodReport")
+    }
 }
 
 const STARTING: u8 = 0;
@@ -54,6 +69,29 @@ impl Readiness {
     /// The readiness of a process whose fixed pod has these rules.
     pub(crate) fn of(rules: RulesHealth) -> Self {
         Self { rules, ..Self::default() }
+    }
+
+    /// The readiness of a node daemon, whose source of pods does not deliver them yet. A pod's
+    /// trouble is not the node's.
+    pub(crate) fn of_node() -> Self {
+        let readiness = Self::default();
+        readiness.source_ready(false);
+        readiness
+    }
+
+    /// Sets the report of a node's pods, once.
+    pub(crate) fn report_pods(&self, report: impl Fn() -> String + Send + Sync + 'static) {
+        self.pods.set(PodReport(Box::new(report))).ok();
+    }
+
+    /// Sets whether the source of a node's pods delivers them.
+    pub(crate) fn source_ready(&self, is_ready: bool) {
+        self.source_lost.store(!is_ready, Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_source_ready(&self) -> bool {
+        !self.source_lost.load(Relaxed)
     }
 
     /// The rules of the fixed pod.
@@ -93,6 +131,9 @@ impl Readiness {
             READY if self.rules.has_self_test_failed() => {
                 "not ready: the self-test of the rules failed\n"
             }
+            READY if self.source_lost.load(Relaxed) => {
+                "not ready: the source of pods (node.pods) is not connected or read\n"
+            }
             READY if self.certificate_expired.load(Relaxed) => {
                 "not ready: the certificate has expired\n"
             }
@@ -100,6 +141,11 @@ impl Readiness {
             STARTING => "not ready: starting\n",
             _ => "not ready: draining\n",
         }
+    }
+
+    fn answer_pods(&self) -> Response<Full<Bytes>> {
+        let report = self.pods.get().map(|report| (report.0)()).unwrap_or_default();
+        Response::new(Full::from(report))
     }
 
     fn answer(&self) -> Response<Full<Bytes>> {
@@ -128,6 +174,9 @@ impl Endpoint {
                 let mut response = Response::new(Full::from(metrics.render()));
                 response.headers_mut().insert(header::CONTENT_TYPE, PROMETHEUS_TEXT);
                 response
+            }
+            (Self::Readiness(readiness), "/healthz/pods") if readiness.pods.get().is_some() => {
+                readiness.answer_pods()
             }
             (Self::Readiness(_), _) => {
                 text(StatusCode::NOT_FOUND, "not found: this endpoint serves /healthz/ready\n")

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::runtime::Runtime;
-use underpass_config::{Settings, Sources};
+use underpass_config::{Logging, Problem, Settings, Sources};
 use underpass_interception::{ProxyUser, confine_auxiliary_thread, confine_process};
 
 use super::VERSION;
@@ -66,19 +66,29 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     if settings.node.pods.is_some() {
         return Err(CommandError::SettingsOfNode);
     }
-    confine_process().map_err(CommandError::Start)?;
     // A user that cannot be determined is an error later, once the log has started.
     if let Ok(Some(user)) = ProxyUser::required(&settings.interception) {
         user.announce();
     }
-    let _logs = on_confined_thread(|| logging::start(&settings.logging))??;
+    let (logging, warnings) = (settings.logging.clone(), sources.warnings());
+    let start = Start { until_eof: arguments.until_eof, take_over: arguments.take_over };
+    on_control_thread(&logging, &warnings, app::run(settings, sources, start))
+}
+
+/// Confines the process, starts its log, and runs `work` on this thread.
+pub(super) fn on_control_thread(
+    logging: &Logging,
+    warnings: &[Problem],
+    work: impl Future<Output = Result<(), CommandError>>,
+) -> Result<(), CommandError> {
+    confine_process().map_err(CommandError::Start)?;
+    let _logs = on_confined_thread(|| logging::start(logging))??;
     tracing::info!(version = VERSION, pid = std::process::id(), "underpass starts");
-    for warning in sources.warnings() {
+    for warning in warnings {
         tracing::warn!("{warning}");
     }
     let runtime = control_runtime()?;
-    let start = Start { until_eof: arguments.until_eof, take_over: arguments.take_over };
-    let outcome = runtime.block_on(app::run(settings, sources, start));
+    let outcome = runtime.block_on(work);
     // Dropping the runtime would wait for blocking threads, and so for a worker that does not end.
     runtime.shutdown_background();
     outcome

@@ -32,7 +32,8 @@ pub(crate) struct Certificates {
     /// The issuer, as the log names it.
     origin: String,
     watcher: FileWatcher,
-    readiness: Readiness,
+    /// The readiness of a process with one certificate. A node's pods have their own status.
+    readiness: Option<Readiness>,
 }
 
 #[derive(Debug)]
@@ -49,7 +50,7 @@ impl Certificates {
         settings: &Settings,
         access: &NamespaceAccess,
         sockets: &Sockets,
-        readiness: &Readiness,
+        readiness: Option<&Readiness>,
         watcher: &FileWatcher,
     ) -> Result<Option<Identities>, PodError> {
         let Some(identity) = &settings.identity else {
@@ -60,7 +61,7 @@ impl Certificates {
             issuer: issuer(identity, access, sockets).map_err(PodError::Identity)?,
             origin: origin(identity),
             watcher: watcher.clone(),
-            readiness: readiness.clone(),
+            readiness: readiness.cloned(),
         };
         let identities = Identities::new(Arc::new(certificates), &settings.trust, watcher);
         identities.map(Some).map_err(PodError::Identity)
@@ -119,7 +120,7 @@ impl Issuer for Certificates {
             CredentialsEvent::Trust(_) => {
                 tracing::info!("trust bundles and revocation lists reloaded");
             }
-            CredentialsEvent::Failed(error) => report_failure(error),
+            CredentialsEvent::Failed(error) => report_failure(Some(id), error),
             CredentialsEvent::Expiring { credentials, left } => {
                 tracing::warn!(
                     from = self.origin,
@@ -129,12 +130,13 @@ impl Issuer for Certificates {
                 );
             }
             CredentialsEvent::Expired(error) => {
-                self.readiness.certificate_expired(true);
+                self.set_expired(true);
                 metrics::certificate_failed();
                 tracing::error!(
                     from = self.origin,
+                    workload = %id,
                     error = %Quoted::chain(*error),
-                    "the certificate has expired: every HBONE connection fails until it is renewed"
+                    "the certificate has expired: every HBONE connection of its workload fails until it is renewed"
                 );
             }
         }
@@ -145,13 +147,19 @@ impl Issuer for Certificates {
     }
 
     fn report_trust_failure(&self, error: &HboneError) {
-        report_failure(error);
+        report_failure(None, error);
     }
 }
 
 impl Certificates {
+    fn set_expired(&self, has_expired: bool) {
+        if let Some(readiness) = &self.readiness {
+            readiness.certificate_expired(has_expired);
+        }
+    }
+
     fn report_in_use(&self, workload: &SpiffeId, identity: &Identity) {
-        self.readiness.certificate_expired(false);
+        self.set_expired(false);
         metrics::certificate_renewed(workload, identity.spiffe_id(), identity.expires());
         if identity.spiffe_id() != workload {
             tracing::warn!(
@@ -166,11 +174,12 @@ impl Certificates {
     }
 }
 
-fn report_failure(error: &HboneError) {
+fn report_failure(workload: Option<&SpiffeId>, error: &HboneError) {
     metrics::certificate_failed();
     tracing::error!(
+        workload = workload.map(tracing::field::display),
         error = %Quoted::chain(error),
-        "cannot renew the certificate or the trust bundle: the current one stays in use"
+        "cannot get a certificate or the trust bundle: the current one, if any, stays in use"
     );
 }
 

@@ -193,9 +193,10 @@ impl CredentialLease {
         }
     }
 
-    /// When the current certificate expires; `None` while the first one is awaited.
-    pub(crate) fn expires(&self) -> Option<SystemTime> {
-        self.issued().map(|credentials| credentials.borrow().identity().expires())
+    /// Whether the current certificate has expired; `None` while the first one is awaited.
+    pub(crate) fn is_expired(&self) -> Option<bool> {
+        let expires = self.issued()?.borrow().identity().expires();
+        Some(expires <= SystemTime::now())
     }
 }
 
@@ -311,12 +312,12 @@ mod tests {
         std::fs::rename(&key, &kept).unwrap();
         let lease = identities.lease_awaited(&web);
         let waited = tokio::time::timeout(Duration::from_secs(5), lease.first()).await;
-        assert!(waited.is_err() && lease.issued().is_none() && lease.expires().is_none());
+        assert!(waited.is_err() && lease.issued().is_none() && lease.is_expired().is_none());
         assert!(lease.prove(&web) && lease.identity() == web, "the identity is known before");
         std::fs::rename(&kept, &key).unwrap();
         let credentials = lease.first().await.unwrap();
         assert_eq!(credentials.borrow().identity().spiffe_id(), &web);
-        assert!(lease.issued().is_some() && lease.expires().is_some());
+        assert!(lease.issued().is_some() && lease.is_expired() == Some(false));
         assert_eq!((ca.issued.load(Relaxed), ca.sources.lock().unwrap().len()), (1, 1));
     }
 

@@ -8,9 +8,9 @@ use thiserror::Error;
 use underpass_config::PodUid;
 use underpass_interception::Namespace;
 
+use crate::node::pod_error::PodError;
 use crate::pods::annotations::NotEnrolled;
 use crate::pods::facts::{FactsError, PodFacts};
-use crate::process::command_error::CommandError;
 
 /// A future of this module's traits.
 pub(crate) type Operation<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -34,6 +34,9 @@ pub(crate) trait EnrolledPod: fmt::Debug + Send {
     /// Verifies its listeners and rules.
     fn check(&self) -> Operation<Result<(), EnrolError>>;
 
+    /// What is wrong with it while it is served.
+    fn trouble(&self) -> Option<Trouble>;
+
     /// Drains its connections, and leaves its rules as `interception.on_exit` says. Nothing holds
     /// its namespace then.
     fn leave(self: Box<Self>) -> Operation<()>;
@@ -47,6 +50,28 @@ pub(crate) enum Enrolled {
     LeftAlone(NotEnrolled),
 }
 
+/// What is wrong with a pod that is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Trouble {
+    /// Another program changes the rules; they are being repaired.
+    RulesChanged,
+    SelfTestFailed,
+    /// The first certificate is not issued yet.
+    CertificateAwaited,
+    CertificateExpired,
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::RulesChanged => "another program changes the rules",
+            Self::SelfTestFailed => "the self-test of the rules failed",
+            Self::CertificateAwaited => "its first certificate is not issued yet",
+            Self::CertificateExpired => "its certificate has expired",
+        })
+    }
+}
+
 /// Why a pod is not served.
 #[derive(Debug, Clone, Error)]
 pub(crate) enum EnrolError {
@@ -55,7 +80,7 @@ pub(crate) enum EnrolError {
     #[error("its network namespace is that of the pod {0}")]
     NamespaceInUse(PodUid),
     #[error("it cannot be served")]
-    Pod(#[source] Arc<CommandError>),
+    Pod(#[source] Arc<PodError>),
     #[error("it was removed, or replaced by a pod in another namespace")]
     Removed,
     #[error("it is not known")]
@@ -96,8 +121,8 @@ impl EnrolError {
     }
 }
 
-impl From<CommandError> for EnrolError {
-    fn from(error: CommandError) -> Self {
+impl From<PodError> for EnrolError {
+    fn from(error: PodError) -> Self {
         Self::Pod(Arc::new(error))
     }
 }

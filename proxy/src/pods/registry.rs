@@ -16,7 +16,8 @@ use underpass_interception::{Namespace, NamespaceId};
 use crate::observe::metrics;
 use crate::pods::enrolment::{EnrolError, Enrolled, Enroller};
 use crate::pods::facts::PodFacts;
-use crate::pods::state::{Action, AttemptId, PodState, PodStatus, Pods};
+use crate::pods::state::{Action, AttemptId, Pods};
+use crate::pods::status::{PodState, PodStatus};
 
 /// A handle of all pods of the node. Clones share them.
 #[derive(Debug, Clone)]
@@ -112,6 +113,11 @@ impl PodRegistry {
         let mut status = self.pods().status(Instant::now());
         status.sort_by(|a, b| (&a.pod, &a.uid).cmp(&(&b.pod, &b.uid)));
         status
+    }
+
+    /// The status of every pod, one in a line.
+    pub(crate) fn report(&self) -> String {
+        self.status().iter().map(|status| format!("{status}\n")).collect()
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut Pods) -> T) -> T {

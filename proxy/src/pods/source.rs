@@ -3,11 +3,10 @@
 use std::error::Error;
 use std::fmt;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use thiserror::Error;
 
+use crate::admin::endpoints::Readiness;
 use crate::pods::registry::PodRegistry;
 
 /// A source of pods. It adds and removes pods in the registry.
@@ -30,18 +29,30 @@ pub(crate) struct SourceEnd {
     pub(crate) error: Box<dyn Error + Send + Sync>,
 }
 
-/// Whether the source delivers pods; a condition of the node's readiness. False at first. Clones
-/// share it.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct SourceHealth(Arc<AtomicBool>);
+/// Whether the source delivers pods; a condition of the node's readiness. Clones share it.
+#[derive(Debug, Clone)]
+pub(crate) struct SourceHealth(Readiness);
+
+impl Default for SourceHealth {
+    /// The health of a source that does not deliver pods yet.
+    fn default() -> Self {
+        Self::new(Readiness::of_node())
+    }
+}
 
 impl SourceHealth {
-    /// Connected and synchronized, or the folder is read.
-    pub(crate) fn set_ready(&self, ready: bool) {
-        self.0.store(ready, Relaxed);
+    /// Reports to `readiness`.
+    pub(crate) fn new(readiness: Readiness) -> Self {
+        Self(readiness)
     }
 
+    /// Connected and synchronized, or the folder is read.
+    pub(crate) fn set_ready(&self, ready: bool) {
+        self.0.source_ready(ready);
+    }
+
+    #[cfg(test)]
     pub(crate) fn is_ready(&self) -> bool {
-        self.0.load(Relaxed)
+        self.0.is_source_ready()
     }
 }

@@ -22,6 +22,7 @@ use underpass_interception::{Namespace, NamespaceId};
 use crate::pods::annotations::NotEnrolled;
 use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod};
 use crate::pods::facts::PodFacts;
+use crate::pods::status::{PodState, PodStatus, Step};
 
 /// The maximum number of concurrent attempts. The operations on namespaces are performed one at a
 /// time; the rest of an attempt is waiting.
@@ -46,61 +47,6 @@ pub(super) enum Action {
     Enrol { attempt: AttemptId, facts: Arc<PodFacts>, namespace: Namespace },
     /// Reported to [`Pods::left`].
     Leave { namespace: NamespaceId, uid: PodUid, pod: Box<dyn EnrolledPod> },
-}
-
-/// What a status shows of a pod.
-#[derive(Debug, Clone)]
-pub(crate) struct PodStatus {
-    pub(crate) uid: PodUid,
-    /// `NAMESPACE/NAME`.
-    pub(crate) pod: String,
-    pub(crate) state: PodState,
-}
-
-/// The state of a pod.
-#[derive(Debug, Clone)]
-pub(crate) enum PodState {
-    /// Not served yet.
-    Pending {
-        since: Instant,
-        step: Step,
-        error: Option<EnrolError>,
-    },
-    Serving,
-    /// Exempt.
-    LeftAlone(NotEnrolled),
-    /// Not served, and not tried again.
-    Failed(EnrolError),
-    /// Removed; its connections end.
-    Leaving,
-}
-
-impl PodState {
-    pub(crate) const NAMES: [&'static str; 5] =
-        ["pending", "serving", "left_alone", "failed", "leaving"];
-
-    pub(crate) fn name(&self) -> &'static str {
-        match self {
-            Self::Pending { .. } => "pending",
-            Self::Serving => "serving",
-            Self::LeftAlone(_) => "left_alone",
-            Self::Failed(_) => "failed",
-            Self::Leaving => "leaving",
-        }
-    }
-}
-
-/// What a pending pod waits for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Step {
-    /// Its turn.
-    Queued,
-    /// The end of the pod that had its namespace.
-    Predecessor,
-    /// The end of an attempt.
-    Enrolling,
-    /// The next attempt.
-    BackOff,
 }
 
 /// All pods.
@@ -492,7 +438,7 @@ impl Pods {
             Phase::Waiting { turn: (due, _), .. } if *due > now => pending(Step::BackOff),
             Phase::Waiting { .. } => pending(Step::Queued),
             Phase::Enrolling { .. } => pending(Step::Enrolling),
-            Phase::Serving { .. } => PodState::Serving,
+            Phase::Serving { pod, .. } => PodState::Serving(pod.trouble()),
             Phase::LeftAlone(reason) => PodState::LeftAlone(*reason),
             Phase::Failed => PodState::Failed(entry.error.clone().unwrap_or(EnrolError::Pending)),
         }

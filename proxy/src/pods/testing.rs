@@ -7,7 +7,7 @@ use tokio::sync::{oneshot, watch};
 use underpass_config::PodUid;
 use underpass_interception::{Namespace, NamespaceId};
 
-use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod, Enroller, Operation};
+use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod, Enroller, Operation, Trouble};
 use crate::pods::facts::PodFacts;
 use crate::pods::registry::PodRegistry;
 
@@ -130,6 +130,10 @@ impl EnrolledPod for FakePod {
 
     fn check(&self) -> Operation<Result<(), EnrolError>> {
         Box::pin(async { Ok(()) })
+    }
+
+    fn trouble(&self) -> Option<Trouble> {
+        None
     }
 
     fn leave(self: Box<Self>) -> Operation<()> {

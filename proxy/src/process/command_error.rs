@@ -12,6 +12,7 @@ use underpass_interception::InterceptionError;
 
 use crate::demo::DemoError;
 use crate::node::pod_error::PodError;
+use crate::pods::source::SourceEnd;
 use crate::process::instance::{InstanceError, Running};
 use crate::process::supervise::TaskFailure;
 use crate::process::take_over::TakeOverError;
@@ -49,6 +50,10 @@ pub(crate) enum CommandError {
     NoRules,
     #[error("node.pods is set: these are the settings of `underpass node`, not of `underpass run`")]
     SettingsOfNode,
+    #[error("node.pods is not set: `underpass node` needs a source of pods, zds, cni or directory")]
+    NoPodSource,
+    #[error(transparent)]
+    PodSource(#[from] SourceEnd),
     /// Exit code 3: the rules differ. The difference is already printed.
     #[error("the rules that are installed are not those of these settings")]
     Difference,
@@ -92,6 +97,7 @@ impl CommandError {
             | Self::Pod(PodError::NoDnsProxy { .. })
             | Self::NoRules
             | Self::SettingsOfNode
+            | Self::NoPodSource
             | Self::NoSuchCommand(_) => ExitCode::from(2),
             Self::Difference | Self::Bypassed(_) => ExitCode::from(3),
             _ => ExitCode::FAILURE,

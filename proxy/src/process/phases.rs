@@ -16,7 +16,7 @@
 
 mod bound;
 mod draining;
-mod endpoints;
+pub(super) mod endpoints;
 mod guarded;
 mod serving;
 

@@ -119,7 +119,7 @@ impl Reload {
 }
 
 /// The current settings with those new values that can take effect without a restart.
-fn follow(current: &Settings, new: &Settings) -> Settings {
+pub(crate) fn follow(current: &Settings, new: &Settings) -> Settings {
     let (old, new) = (&current.interception, &new.interception);
     let mut followed = current.clone();
     followed.interception = InterceptionSettings {

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tracing::{Instrument as _, Span};
+
 use super::guarded::{OwnedRules, RulesOwner};
 use super::serving::ServingPod;
 use crate::node::pod::Pod;
@@ -89,9 +91,9 @@ impl OpenPod {
         kubelet_probes::warn(&served.pod.context.probes);
         let self_test = served.pod.self_test.clone();
         let watch = RuleWatch::new(rules.capture.clone(), self_test, probes, health, gate);
-        let mut subscribed = Some(subscribed);
+        let (mut subscribed, span) = (Some(subscribed), Span::current());
         let task = supervise::restarting("watch of the rules", move || {
-            watch.clone().run(subscribed.take())
+            watch.clone().run(subscribed.take()).instrument(span.clone())
         });
         ServingPod::new(served, rules, task)
     }

@@ -8,6 +8,7 @@ use super::open::Served;
 use crate::node::pod::Pod;
 use crate::node::pod_error::PodError;
 use crate::process::supervise::Task;
+use crate::rules::capture::Capture;
 use crate::traffic::drain::drain;
 
 /// A pod that is served. Dropping it closes its listeners and leaves the rules.
@@ -26,6 +27,11 @@ impl ServingPod {
 
     pub(crate) fn pod(&self) -> &Arc<Pod> {
         &self.served.pod
+    }
+
+    /// The rules and the means to change them.
+    pub(crate) fn capture(&self) -> &Capture {
+        &self.rules.capture
     }
 
     /// Fails if the rules are not those of the settings.

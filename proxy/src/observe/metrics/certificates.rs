@@ -59,14 +59,14 @@ mod tests {
     fn series_ends_with_its_workload() {
         let id: SpiffeId = "spiffe://td/ns/metrics/sa/test".parse().unwrap();
         in_use(&id, &id, SystemTime::UNIX_EPOCH + Duration::from_millis(1500));
-        let render = || {
+        let rendered = || {
             let mut text = String::new();
-            super::render(&mut text);
+            render(&mut text);
             text
         };
         let line = format!("{CERTIFICATE_EXPIRY}{{identity=\"{id}\"}} 1\n");
-        assert!(render().contains(&line), "{}", render());
+        assert!(rendered().contains(&line), "{}", rendered());
         ended(&id);
-        assert!(!render().contains(&line), "{}", render());
+        assert!(!rendered().contains(&line), "{}", rendered());
     }
 }

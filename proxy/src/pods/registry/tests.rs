@@ -83,6 +83,9 @@ async fn status_names_pod_and_cause() {
     let cause = EnrolError::Panicked.to_string();
     let is_tried = matches!(&status[1].state, PodState::Pending { error: Some(error), .. } if error.to_string() == cause);
     assert!(is_tried, "{status:?}");
+    let lines = "shop/one a pending for 0 s: enrolling\n\
+        shop/two b pending for 0 s: waiting to try again: the attempt to enrol it panicked\n";
+    assert_eq!(registry.report(), lines);
     drop(held);
 }
 

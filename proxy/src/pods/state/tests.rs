@@ -6,7 +6,7 @@ use fastrand::Rng;
 use underpass_interception::testing::stand_in_namespace;
 
 use super::*;
-use crate::pods::enrolment::Operation;
+use crate::pods::enrolment::{Operation, Trouble};
 use crate::pods::facts::tests::facts;
 
 /// A served pod that follows changed labels alone.
@@ -30,6 +30,10 @@ impl EnrolledPod for Served {
 
     fn check(&self) -> Operation<Result<(), EnrolError>> {
         Box::pin(async { Ok(()) })
+    }
+
+    fn trouble(&self) -> Option<Trouble> {
+        None
     }
 
     fn leave(self: Box<Self>) -> Operation<()> {
@@ -229,7 +233,7 @@ fn failed_pod_is_tried_again_with_back_off() {
     let mut again = node.add(&web, &here);
     node.end(0, Ok(()));
     assert!(again.try_recv().unwrap().is_ok());
-    assert!(matches!(node.state(&web.uid), Some(PodState::Serving)));
+    assert!(matches!(node.state(&web.uid), Some(PodState::Serving(None))));
 }
 
 #[test]

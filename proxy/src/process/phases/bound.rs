@@ -63,7 +63,7 @@ impl Bound {
         let readiness = Readiness::of(health.clone());
         let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
         let identities =
-            Certificates::identities(&settings, &access, &sockets, &readiness, &watcher)?;
+            Certificates::identities(&settings, &access, &sockets, Some(&readiness), &watcher)?;
         let (source, mesh) =
             MeshSource::open(settings.mesh_file.as_deref(), &watcher, run_in_background)?;
         let publisher = Publisher::new(source, mesh, &settings.workload);

@@ -10,13 +10,13 @@ use crate::process::supervise::{Task, restarting};
 use crate::traffic::listeners::{EndpointKind, Listeners};
 
 /// The readiness of the process, and the tasks that serve it.
-pub(super) struct Endpoints {
-    pub(super) readiness: Readiness,
+pub(in crate::process) struct Endpoints {
+    pub(in crate::process) readiness: Readiness,
     serving: Vec<Task>,
 }
 
 impl Endpoints {
-    pub(super) fn serve(
+    pub(in crate::process) fn serve(
         listeners: Listeners<EndpointKind>,
         readiness: Readiness,
         exporter: &Exporter,
@@ -37,13 +37,13 @@ impl Endpoints {
     }
 
     /// Answers queries for the proxy of this network namespace.
-    pub(super) fn answer(&mut self, instance: Instance, status: Status) {
+    pub(in crate::process) fn answer(&mut self, instance: Instance, status: Status) {
         let answering = move || instance.clone().serve(status.clone());
         self.serving.push(restarting("instance socket", answering));
     }
 
     /// Closes the listeners, which the process that has taken over shares.
-    pub(super) fn close(&mut self) {
+    pub(in crate::process) fn close(&mut self) {
         self.serving.clear();
     }
 }

@@ -1,0 +1,151 @@
+//! Enrols the pods of this node: their settings, the checks of their namespaces, and the phases of
+//! a pod.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tracing::Instrument as _;
+use underpass_config::{InterceptionSettings, Settings};
+use underpass_interception::{Namespace, NamespaceAccess, NamespaceThread};
+
+use crate::error::chain;
+use crate::node::Node;
+use crate::node::identities::CredentialLease;
+use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
+use crate::node::workers::Workers;
+use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod, Enroller, Operation, Trouble};
+use crate::pods::facts::PodFacts;
+use crate::pods::settings::{PodSettings, pod_settings};
+use crate::process::reload::follow;
+use crate::rules::health::{RulesHealth, RulesTotals};
+
+/// Enrols the pods of this node. Clones share the node.
+#[derive(Debug, Clone)]
+pub(crate) struct NodeEnroller {
+    pub(crate) node: Arc<Node>,
+    pub(crate) workers: Workers,
+    /// The settings of the node.
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) thread: NamespaceThread,
+    /// The states of the rules of all pods.
+    pub(crate) rules: RulesTotals,
+}
+
+impl Enroller for NodeEnroller {
+    fn enrol(
+        &self,
+        facts: Arc<PodFacts>,
+        namespace: Namespace,
+    ) -> Operation<Result<Enrolled, EnrolError>> {
+        let (this, span) = (self.clone(), span(&facts));
+        Box::pin(async move { this.attempt(&facts, namespace).await }.instrument(span))
+    }
+}
+
+/// The context of a pod in the log.
+fn span(facts: &PodFacts) -> tracing::Span {
+    tracing::info_span!("pod", name = facts.full_name())
+}
+
+impl NodeEnroller {
+    async fn attempt(
+        &self,
+        facts: &PodFacts,
+        namespace: Namespace,
+    ) -> Result<Enrolled, EnrolError> {
+        let settings = match pod_settings(&self.settings, facts)? {
+            PodSettings::Enrolled(settings) => Arc::<Settings>::from(settings),
+            PodSettings::NotEnrolled(reason) => return Ok(Enrolled::LeftAlone(reason)),
+        };
+        let access = NamespaceAccess::new(namespace, self.thread.clone());
+        let (interception, changes) = watch::channel(settings.interception.clone());
+        let health = self.rules.pod();
+        let spec = PodSpec {
+            settings: settings.clone(),
+            access,
+            interception: changes,
+            health: health.clone(),
+        };
+        let mut pod = BoundPod::bind(&self.node, spec, &mut Vec::new()).await?;
+        // Its connections wait for the certificate.
+        let identities = self.node.identities.as_ref();
+        let credentials =
+            identities.map(|identities| identities.lease_awaited(&settings.workload.spiffe_id));
+        pod.set_credentials(credentials.clone());
+        let pod = pod.guard(RulesOwner::ThisProcess).await?;
+        let pod = pod.serve(&self.workers, self.node.gates.rules.clone()).await?;
+        let node = self.settings.clone();
+        let span = span(facts);
+        let served = NodePod { pod, node, settings, interception, credentials, health, span };
+        Ok(Enrolled::Serving(Box::new(served)))
+    }
+}
+
+/// A pod that this node serves.
+#[derive(Debug)]
+struct NodePod {
+    pod: ServingPod,
+    /// The settings of the node.
+    node: Arc<Settings>,
+    /// Its own settings when it was enrolled.
+    settings: Arc<Settings>,
+    interception: watch::Sender<InterceptionSettings>,
+    credentials: Option<CredentialLease>,
+    health: RulesHealth,
+    span: tracing::Span,
+}
+
+impl EnrolledPod for NodePod {
+    fn follow(&self, facts: &PodFacts) -> bool {
+        let Ok(PodSettings::Enrolled(new)) = pod_settings(&self.node, facts) else { return false };
+        let changes_rules = new.interception != *self.interception.borrow();
+        if follow(&self.settings, &new) != *new || changes_rules && !new.interception.repair {
+            return false;
+        }
+        if changes_rules {
+            self.interception.send_replace(new.interception);
+        }
+        true
+    }
+
+    fn check(&self) -> Operation<Result<(), EnrolError>> {
+        let capture = self.pod.capture().clone();
+        Box::pin(async move { Ok(capture.verify().await?) })
+    }
+
+    fn trouble(&self) -> Option<Trouble> {
+        if self.health.are_lost() {
+            return Some(Trouble::RulesChanged);
+        }
+        if self.health.has_self_test_failed() {
+            return Some(Trouble::SelfTestFailed);
+        }
+        let lease = self.credentials.as_ref()?;
+        match lease.is_expired() {
+            Some(true) => Some(Trouble::CertificateExpired),
+            Some(false) => None,
+            None => Some(Trouble::CertificateAwaited),
+        }
+    }
+
+    fn leave(self: Box<Self>) -> Operation<()> {
+        let (drain, span) = (self.settings.timeouts.drain, self.span.clone());
+        Box::pin(async move { self.drain_and_leave(drain).await }.instrument(span))
+    }
+}
+
+impl NodePod {
+    async fn drain_and_leave(self, deadline: Duration) {
+        let Self { mut pod, .. } = self;
+        pod.stop_accepting().await;
+        let terminated = pod.drain(deadline).await;
+        if terminated > 0 {
+            tracing::info!(terminated, "connections of a removed pod were terminated");
+        }
+        if let Err(error) = pod.leave().await {
+            // The namespace of a deleted pod may be gone with its rules.
+            tracing::warn!(error = chain(&error), "cannot leave the rules of a removed pod");
+        }
+    }
+}

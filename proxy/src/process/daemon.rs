@@ -1,0 +1,190 @@
+//! `underpass node`: serves the pods of a node, from its start to its end.
+//!
+//! ```text
+//! start  bind the endpoints, load mesh and trust, start the workers, drop privileges
+//! serve  the source of pods drives the registry
+//! stop   unready, remove every pod: drained, its rules kept or removed as on_exit says
+//! ```
+//!
+//! If the process ends otherwise, every pod's rules stay: its traffic is refused, not uncovered.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use underpass_config::{FileWatcher, MeshSource, PodSourceSettings, Settings};
+use underpass_interception::{
+    Inotify, Kept, Namespace, NamespaceAccess, NamespaceThread, confine_thread, raise_open_files,
+    run_in_background,
+};
+
+use crate::admin::endpoints::Readiness;
+use crate::mesh::publish::Publisher;
+use crate::node::certificates::Certificates;
+use crate::node::pod::pod_sockets;
+use crate::node::workers::{WorkerThreads, Workers};
+use crate::node::{Node, certificates};
+use crate::observe::metrics;
+use crate::pods::node_enroller::NodeEnroller;
+use crate::pods::registry::PodRegistry;
+use crate::pods::source::{PodSource, SourceHealth};
+use crate::pods::zds::ZdsSource;
+use crate::process::command_error::CommandError;
+use crate::process::cpus::processors;
+use crate::process::notify;
+use crate::process::pause_gate::Gates;
+use crate::process::phases::endpoints::Endpoints;
+use crate::process::stop_signal::StopSignal;
+use crate::process::supervise::{Supervisor, Task, restarting};
+use crate::rules::health::RulesTotals;
+use crate::traffic::listeners::Listeners;
+
+/// Timeout for the end of the workers: the end of the process frees the resources of one that does
+/// not stop in time.
+const WORKERS_END: Duration = Duration::from_secs(1);
+
+/// Serves the pods of `source` until a stop signal.
+///
+/// # Errors
+///
+/// The daemon cannot start, or cannot go on. The rules of pods stay.
+pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), CommandError> {
+    let (supervisor, mut failures) = Supervisor::new();
+    tokio::select! {
+        outcome = Box::pin(live(settings, until_eof, supervisor)) => outcome,
+        failure = failures.next() => Err(CommandError::Task(failure)),
+    }
+}
+
+async fn live(
+    settings: Settings,
+    until_eof: bool,
+    supervisor: Supervisor,
+) -> Result<(), CommandError> {
+    let mut stop = StopSignal::new(until_eof)?;
+    raise_open_files().map_err(CommandError::Start)?;
+    let source = source(&settings)?;
+    let daemon = Daemon::start(Arc::new(settings), supervisor).await?;
+    let why = daemon.serve(source, &mut stop).await?;
+    daemon.stop(why, &mut stop).await;
+    Ok(())
+}
+
+/// The source of pods that the settings name.
+fn source(settings: &Settings) -> Result<Box<dyn PodSource>, CommandError> {
+    match &settings.node.pods {
+        Some(PodSourceSettings::Zds(socket)) => Ok(Box::new(ZdsSource::new(socket.clone()))),
+        Some(PodSourceSettings::Cni(_) | PodSourceSettings::Directory(_)) | None => {
+            Err(CommandError::NoPodSource)
+        }
+    }
+}
+
+/// A running daemon.
+struct Daemon {
+    settings: Arc<Settings>,
+    node: Arc<Node>,
+    registry: PodRegistry,
+    readiness: Readiness,
+    threads: WorkerThreads,
+    /// Tasks that run until the last pod is removed: among them the enforcement of policies.
+    tasks: Vec<Task>,
+    _endpoints: Endpoints,
+}
+
+impl Daemon {
+    async fn start(settings: Arc<Settings>, supervisor: Supervisor) -> Result<Self, CommandError> {
+        let thread = NamespaceThread::start().map_err(CommandError::start)?;
+        let access = NamespaceAccess::new(Namespace::current()?, thread.clone());
+        let (watcher, sockets) = (FileWatcher::new(Inotify::open), pod_sockets(&settings));
+        let (readiness, gates) = (Readiness::of_node(), Gates::default());
+        let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
+        let identities = Certificates::identities(&settings, &access, &sockets, None, &watcher)?;
+        let mesh_file = settings.mesh_file.as_deref();
+        let (source, mesh) = MeshSource::open(mesh_file, &watcher, run_in_background)?;
+        let publisher = Publisher::new(source, mesh, &settings.workload);
+        let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
+        let count = settings.proxy.workers.unwrap_or_else(processors);
+        let node = Node::new(&settings, count, mesh, gates.clone(), series);
+        let node = Arc::new(Node { identities, ..node });
+        let listeners = Listeners::bind(&access, &sockets, &settings, &mut Vec::new()).await?;
+        let _endpoints = Endpoints::serve(listeners, readiness.clone(), &exporter, &gates.accept);
+        confine(&thread, &settings).await?;
+        certificates::warn_if_unreadable(&settings);
+        let (workers, threads, reports) =
+            Workers::start(&node, count, &supervisor).map_err(CommandError::start)?;
+        let enroller = NodeEnroller {
+            node: node.clone(),
+            workers,
+            settings: settings.clone(),
+            thread: thread.clone(),
+            rules: RulesTotals::default(),
+        };
+        let (registry, pods) = PodRegistry::new(Arc::new(enroller));
+        let reported = registry.clone();
+        readiness.report_pods(move || reported.report());
+        let (limits, reported) = (node.limits.clone(), readiness.clone());
+        let limits = restarting("report of limits", move || {
+            let (limits, readiness) = (limits.clone(), reported.clone());
+            async move { limits.report(readiness).await }
+        });
+        let tasks = vec![
+            supervisor.essential("namespaces thread", async move { thread.ended().await }),
+            supervisor.essential("publisher of the mesh", publisher.follow(reports)),
+            supervisor.essential("registry of pods", pods.run()),
+            limits,
+        ];
+        Ok(Self { settings, node, registry, readiness, threads, tasks, _endpoints })
+    }
+
+    /// Serves until a stop signal, whose name it returns.
+    async fn serve(
+        &self,
+        source: Box<dyn PodSource>,
+        stop: &mut StopSignal,
+    ) -> Result<&'static str, CommandError> {
+        self.readiness.ready();
+        notify::ready();
+        let (name, pods) = (self.settings.node.name.as_deref(), self.settings.node.pods.as_ref());
+        tracing::info!(
+            node = name,
+            source = pods.map(PodSourceSettings::name),
+            path = pods.map(|pods| tracing::field::display(pods.path().display())),
+            workers = self.node.workers,
+            "serving the pods of this node"
+        );
+        tokio::select! {
+            end = source.run(self.registry.clone(), SourceHealth::new(self.readiness.clone())) => {
+                Err(end.into())
+            }
+            why = stop.wait() => Ok(why),
+        }
+    }
+
+    /// Removes every pod, and ends the workers. A second stop signal does not wait for connections.
+    async fn stop(self, why: &'static str, stop: &mut StopSignal) {
+        self.readiness.draining();
+        notify::stopping();
+        let pods = self.registry.status().len();
+        tracing::info!(why, pods, deadline = ?self.settings.timeouts.drain, "stopping");
+        self.node.drain.close();
+        tokio::select! {
+            () = self.registry.stop().gone() => {}
+            why = stop.wait() => {
+                tracing::warn!(why, "second stop signal: not waiting for connections");
+            }
+        }
+        drop(self.tasks);
+        self.node.drain.end();
+        tokio::time::timeout(WORKERS_END, self.threads.join()).await.ok();
+        tracing::info!("stopped");
+    }
+}
+
+/// Drops all capabilities of the control thread, which the workers inherit. The namespaces thread
+/// keeps those to enter the pods' namespaces and to install their rules.
+async fn confine(thread: &NamespaceThread, settings: &Settings) -> Result<(), CommandError> {
+    confine_thread(Kept::Nothing).map_err(CommandError::Start)?;
+    let programs = settings.interception.install
+        && settings.interception.backend != underpass_config::Backend::Nftables;
+    Ok(thread.confine(Kept::Namespaces { programs }).await?)
+}
