@@ -32,12 +32,13 @@ mod roles;
 mod scaling;
 mod server;
 mod workload;
+mod zds;
 mod ztunnel;
 
 use underpass_interception::{enter_sandbox, raise_open_files};
 
 pub use load::{RequestMode, Traffic};
-pub use options::{Options, PathName, WorkloadGroup, bench_arguments};
+pub use options::{Options, PathName, WorkloadGroup, ZtunnelMode, bench_arguments};
 pub use paths::Path;
 pub use plot::Plot;
 pub use report::Report;

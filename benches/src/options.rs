@@ -34,6 +34,9 @@ pub struct Options {
     /// Absolute path of a ztunnel binary to compare with
     #[arg(long, value_name = "PROGRAM")]
     pub ztunnel: Option<PathBuf>,
+    /// How ztunnel runs
+    #[arg(long, value_enum, default_value_t = ZtunnelMode::Shared)]
+    pub ztunnel_mode: ZtunnelMode,
     /// Duration of each measurement in seconds, after a warm-up of half a second
     #[arg(long, default_value_t = 3.0)]
     pub seconds: f64,
@@ -90,6 +93,15 @@ impl Options {
     pub fn window(&self) -> Duration {
         Duration::from_secs_f64(self.seconds)
     }
+}
+
+/// How a ztunnel serves its pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ZtunnelMode {
+    /// From a node's namespace of its own, like a DaemonSet with istio-cni
+    Shared,
+    /// From within the pod
+    Dedicated,
 }
 
 /// A group of workloads.
@@ -150,6 +162,12 @@ impl PathName {
     /// Returns true if proxies of either kind are between the pods.
     pub(crate) fn has_proxies(self) -> bool {
         self != Self::Direct && !self.is_relay()
+    }
+}
+
+impl fmt::Display for ZtunnelMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&option_name(self))
     }
 }
 

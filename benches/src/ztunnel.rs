@@ -1,8 +1,9 @@
 //! Runs a ztunnel for comparison, if the user provides the binary.
 //!
-//! One instance runs in each pod, in dedicated mode, with a local file instead of a control plane,
-//! and with the rules of the ambient profile. It gets its certificate from `underpass ca serve` in
-//! its pod. All other settings are defaults.
+//! Each pod has the rules of the ambient profile and an instance of its own, in shared mode from
+//! another namespace (`zds.rs`), or in dedicated mode from within the pod. A local file replaces
+//! the control plane, and `underpass ca serve` beside ztunnel issues the certificate. All other
+//! settings are defaults.
 
 use std::fs::{self, File, Permissions};
 use std::net::Ipv4Addr;
@@ -14,22 +15,25 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use underpass_tests::{Mesh, Pki, Pod, Settings, World, http_get};
 
-use crate::options::Options;
+use crate::options::{Options, ZtunnelMode};
+use crate::zds;
 
 /// The timeout for readiness.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(20);
 const CA: u16 = 15012;
 const READINESS: u16 = 15021;
 
-/// A ztunnel in its pod. Dropping it ends the process.
+/// The ztunnel of a pod. Dropping it ends the process.
 #[derive(Debug)]
 pub(crate) struct Ztunnel {
     ca: Child,
     proxy: Child,
     log: PathBuf,
+    /// The namespace of a shared ztunnel.
+    node: Option<Pod>,
 }
 
-/// Starts one in each pod, in a mesh with `protocol`.
+/// Starts one for each pod, in a mesh with `protocol`.
 pub(crate) async fn pair(
     world: &World,
     pods: [&Pod; 2],
@@ -48,14 +52,25 @@ pub(crate) async fn pair(
     let mesh = pods.into_iter().fold(Mesh::default(), member);
     let mut pair = Vec::new();
     for pod in pods {
-        let ztunnel = Ztunnel::start(pod, &pki, &mesh.write(pod, "mesh"), options).await;
-        pair.push(ztunnel);
+        let node = match options.ztunnel_mode {
+            ZtunnelMode::Shared => Some(world.pod(&format!("{}-node", pod.name())).await),
+            ZtunnelMode::Dedicated => None,
+        };
+        let mesh = mesh.write(pod, "mesh");
+        pair.push(Ztunnel::start(pod, node, &pki, &mesh, options).await);
     }
     pair
 }
 
 impl Ztunnel {
-    async fn start(pod: &Pod, pki: &Pki, mesh: &Path, options: &Options) -> Self {
+    async fn start(
+        pod: &Pod,
+        node: Option<Pod>,
+        pki: &Pki,
+        mesh: &Path,
+        options: &Options,
+    ) -> Self {
+        let home = node.as_ref().unwrap_or(pod);
         let settings = Settings::new(pod.name()).set("interception.profile=ambient");
         pod.rules("install", &settings).await.ok();
         let (token, clients) = clients(pod);
@@ -63,16 +78,13 @@ impl Ztunnel {
         authority.args(["ca", "serve", "--listen", &format!("127.0.0.1:{CA}")]);
         authority.args(["--name", "localhost", "--log", "warn"]);
         authority.arg("--dir").arg(pki.dir()).arg("--clients").arg(clients);
-        let ca = start(pod, &mut authority, "ca");
-        listens(pod, CA).await;
+        let ca = start(home, &mut authority, "ca");
+        listens(home, CA).await;
         let program = options.ztunnel.as_ref().expect("a ztunnel path requires --ztunnel");
         let mut command = Command::new(program);
         command
-            .env("PROXY_MODE", "dedicated")
-            .env("PROXY_WORKLOAD_INFO", format!("default/{0}/{0}", pod.name()))
             .env("NODE_NAME", "local")
             .env("CLUSTER_ID", "Kubernetes")
-            .env("PACKET_MARK", underpass_interception::PROXY_MARK.to_string())
             .env("ENABLE_ORIG_SRC", "true")
             .env("IPV6_ENABLED", "false")
             .env("XDS_ADDRESS", "")
@@ -81,20 +93,28 @@ impl Ztunnel {
             .env("CA_ROOT_CA", pki.roots())
             .env("AUTH_TOKEN", token)
             .env("RUST_LOG", options.log_filter());
-        let proxy = start(pod, &mut command, "ztunnel");
-        let ztunnel = Self { ca, proxy, log: log(pod, "ztunnel") };
-        listens(pod, READINESS).await;
+        set_mode(&mut command, pod, options.ztunnel_mode);
+        let proxy = start(home, &mut command, "ztunnel");
+        let log = log(home, "ztunnel");
+        let ztunnel = Self { ca, proxy, log, node };
+        ztunnel.ready(pod).await;
+        ztunnel
+    }
+
+    /// Waits until it is ready to serve `pod`.
+    async fn ready(&self, pod: &Pod) {
+        let home = self.node.as_ref().unwrap_or(pod);
+        listens(home, READINESS).await;
         let readiness = (Ipv4Addr::LOCALHOST, READINESS).into();
         let began = Instant::now();
-        while http_get(pod, readiness, "/healthz/ready").await.0 != 200 {
+        while http_get(home, readiness, "/healthz/ready").await.0 != 200 {
             assert!(
                 began.elapsed() < OPERATION_TIMEOUT,
                 "ztunnel gets ready; the log:\n{}",
-                ztunnel.log()
+                self.log()
             );
             sleep(Duration::from_millis(20)).await;
         }
-        ztunnel
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -113,6 +133,23 @@ impl Drop for Ztunnel {
             // The process may have ended already.
             child.kill().ok();
             child.wait().ok();
+        }
+    }
+}
+
+/// Tells ztunnel which pod to serve.
+fn set_mode(command: &mut Command, pod: &Pod, mode: ZtunnelMode) {
+    match mode {
+        ZtunnelMode::Shared => {
+            let socket = pod.folder().join(format!("{}.zds", pod.name()));
+            zds::announce(&socket, pod).expect("the world's folder can be written");
+            command.env("PROXY_MODE", "shared").env("INPOD_UDS", socket);
+        }
+        ZtunnelMode::Dedicated => {
+            command
+                .env("PROXY_MODE", "dedicated")
+                .env("PROXY_WORKLOAD_INFO", format!("default/{0}/{0}", pod.name()))
+                .env("PACKET_MARK", underpass_interception::PROXY_MARK.to_string());
         }
     }
 }
