@@ -36,9 +36,9 @@ pub use settings::{
     Backend, BundleFile, Cipher, Dns, Egress, EgressSettings, IdentityFiles, IdentitySettings,
     InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes,
     Limits, LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls, MtlsOverride,
-    MtlsOverrideError, MtlsSettings, NodeSettings, OnExit, OutboundCapture, PodSourceSettings,
-    PortRange, PortRangeError, Profile, ProxySettings, SeriesSettings, Settings, SpireSettings,
-    TakeOver, Timeouts, TrustSettings, TunnelSettings, WorkloadSettings,
+    MtlsOverrideError, MtlsSettings, NodeSettings, OnExit, OutboundCapture, PacedConnections,
+    PodSourceSettings, PortRange, PortRangeError, Profile, ProxySettings, SeriesSettings, Settings,
+    SpireSettings, TakeOver, Timeouts, TrustSettings, TunnelSettings, WorkloadSettings,
 };
 pub use watch::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};
 pub use watch::{FileWatch, FileWatcher};

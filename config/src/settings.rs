@@ -61,7 +61,7 @@ pub struct Settings {
     pub trust: TrustSettings,
     /// Which connections are captured, and how.
     pub interception: InterceptionSettings,
-    /// The ports and the threads of the data path.
+    /// The ports, the threads and the TCP of the data path.
     pub proxy: ProxySettings,
     /// Destinations outside the mesh that the workload may connect to.
     pub egress: EgressSettings,
@@ -100,7 +100,21 @@ pub struct WorkloadSettings {
     pub spiffe_id: SpiffeId,
 }
 
-/// The ports and the threads of the data path.
+/// The connections that pace, if the kernel's congestion control does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PacedConnections {
+    /// Those to distant peers.
+    Distant,
+    /// All.
+    All,
+}
+
+impl Word for PacedConnections {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("distant", Self::Distant), ("all", Self::All)];
+}
+
+/// The ports, the threads and the TCP of the data path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProxySettings {
     /// The port of the listener for captured outbound connections.
@@ -113,6 +127,8 @@ pub struct ProxySettings {
     pub dns_port: u16,
     /// Number of data workers. `None`: as many as CPUs that the process may use.
     pub workers: Option<usize>,
+    /// Which connections pace.
+    pub pacing: PacedConnections,
     /// Whether inbound plaintext connections are accepted.
     pub mtls: MtlsSettings,
 }

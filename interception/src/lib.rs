@@ -65,11 +65,12 @@ pub use self_test::{Probe, ProbeSockets};
 pub use sockets::handover::Handover;
 pub use sockets::listener::{BoundListener, Listener};
 pub use sockets::local::LocalAddresses;
+pub use sockets::pacing::{Pacing, UndecidedPacing};
 pub use sockets::peer::Peer;
 pub use sockets::seqpacket::{Message, SeqPacket};
 pub use sockets::socket::{
-    Closing, KEEPALIVE_PROBES, ListenerRequest, OriginalDestination, ReadySocket, SocketKind,
-    SocketRole, Sockets, end_on_close, end_writing, peek, probe_every, reset_on_close,
+    AcceptedOptions, Closing, KEEPALIVE_PROBES, ListenerRequest, OriginalDestination, ReadySocket,
+    SocketKind, SocketRole, Sockets, end_on_close, end_writing, peek, probe_every, reset_on_close,
     write_before_end,
 };
 pub use sockets::splice::SplicePipe;

@@ -5,6 +5,7 @@ mod descriptors;
 pub(crate) mod handover;
 pub(crate) mod listener;
 pub(crate) mod local;
+pub(crate) mod pacing;
 pub(crate) mod peer;
 pub(crate) mod seqpacket;
 pub(crate) mod socket;

@@ -8,7 +8,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -21,6 +21,7 @@ use crate::error::InterceptionError;
 use crate::namespace::Entered;
 use crate::plan::{Family, PROXY_MARK};
 use crate::sockets::listener::BoundListener;
+use crate::sockets::pacing::{Pacing, UndecidedPacing};
 use crate::sockets::{canonical, listener};
 
 /// Unanswered keepalive probes after which a connection is closed: Linux's default.
@@ -36,6 +37,7 @@ pub struct Sockets {
     transparent: bool,
     ipv6: bool,
     keepalive: Option<Duration>,
+    pacing: Option<Pacing>,
 }
 
 /// Address and purpose of a listener.
@@ -43,12 +45,22 @@ pub struct Sockets {
 pub struct ListenerRequest {
     /// `[::]` accepts IPv4 too, and becomes `0.0.0.0` without IPv6.
     pub address: SocketAddr,
-    /// The effect of closing its connections.
-    pub closing: Closing,
+    /// The options of its connections.
+    pub accepted: AcceptedOptions,
     /// The purpose in error messages.
     pub purpose: &'static str,
     /// The setting of the address in error messages.
     pub setting: &'static str,
+}
+
+/// Options that a listener's connections inherit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AcceptedOptions {
+    /// The effect of closing.
+    pub closing: Closing,
+    /// Whether they start without pacing: the clients are on this host, or their distance is
+    /// measured ([`Sockets::undecided_pacing`]).
+    pub unpaced: bool,
 }
 
 /// The kind of a socket, before its destination is known.
@@ -86,6 +98,8 @@ impl SocketKind {
 pub struct ReadySocket {
     socket: Socket,
     kind: SocketKind,
+    /// Decided by the time that connecting takes.
+    pacing: Option<Pacing>,
 }
 
 /// The effect of closing an accepted connection, until it is changed.
@@ -129,7 +143,7 @@ impl Sockets {
             (Profile::None, _) => (None, LastHop::Any),
         };
         let transparent = settings.inbound.mode == InboundMode::Tproxy;
-        Self { mark, last_hop, transparent, ipv6, keepalive: None }
+        Self { mark, last_hop, transparent, ipv6, keepalive: None, pacing: None }
     }
 
     /// The same, with keepalive probes after this time without data, and at this interval.
@@ -139,6 +153,12 @@ impl Sockets {
     #[must_use]
     pub fn with_keepalive(self, keepalive: Duration) -> Self {
         Self { keepalive: Some(keepalive), ..self }
+    }
+
+    /// The same, with pacing only of connections to distant peers.
+    #[must_use]
+    pub fn with_pacing(self, pacing: Option<Pacing>) -> Self {
+        Self { pacing, ..self }
     }
 
     /// Whether connecting requires NET_ADMIN: for marks, and for spoofed sources.
@@ -162,7 +182,7 @@ impl Sockets {
     pub fn listen(
         &self,
         entered: &Entered,
-        ListenerRequest { address, closing, purpose, setting }: ListenerRequest,
+        ListenerRequest { address, accepted, purpose, setting }: ListenerRequest,
     ) -> Result<BoundListener, InterceptionError> {
         let any_v6 = address.ip().is_unspecified() && address.is_ipv6();
         let address = if any_v6 && !self.ipv6 {
@@ -170,7 +190,7 @@ impl Sockets {
         } else {
             address
         };
-        let prepare = |socket: &Socket| self.prepare(socket, closing);
+        let prepare = |socket: &Socket| self.prepare(socket, accepted);
         listener::bind(entered, address, self.mark, self.transparent, prepare)
             .map_err(|source| InterceptionError::Listen { purpose, address, setting, source })
     }
@@ -181,9 +201,12 @@ impl Sockets {
     /// # Errors
     ///
     /// The kernel's.
-    pub fn prepare(&self, listener: &impl AsFd, closing: Closing) -> io::Result<()> {
+    pub fn prepare(&self, listener: &impl AsFd, accepted: AcceptedOptions) -> io::Result<()> {
         self.tune(listener)?;
-        match closing {
+        if let Some(pacing) = self.pacing.as_ref().filter(|_| accepted.unpaced) {
+            pacing.postpone(listener);
+        }
+        match accepted.closing {
             Closing::End => end_on_close(listener),
             Closing::Reset => reset_on_close(listener),
         }
@@ -207,6 +230,9 @@ impl Sockets {
             socket.set_mark(mark)?;
         }
         self.tune(&socket)?;
+        if let Some(pacing) = &self.pacing {
+            pacing.postpone(&socket);
+        }
         // A cancelled connect ends with RST: the kernel may have completed the handshake, and the
         // acceptor would take a FIN for a clean end.
         reset_on_close(&socket);
@@ -222,7 +248,15 @@ impl Sockets {
                 Family::V6 => socket.set_ip_transparent_v6(true)?,
             }
         }
-        Ok(ReadySocket { socket, kind })
+        Ok(ReadySocket { socket, kind, pacing: self.pacing.clone() })
+    }
+
+    /// The pacing of a connection that a listener has accepted without, for the time when its
+    /// distance is known. `None` if it does not depend on that.
+    #[must_use]
+    pub fn undecided_pacing(&self, accepted: &impl AsFd) -> Option<UndecidedPacing> {
+        let pacing = self.pacing.clone()?;
+        UndecidedPacing::new(pacing, accepted).ok()
     }
 
     /// Binds `socket` to the source address for a connection of `client` to the workload at
@@ -288,7 +322,8 @@ impl ReadySocket {
     /// The kernel's: refused, unreachable, not permitted. There is no timeout other than the
     /// kernel's.
     pub async fn connect(self, destination: SocketAddr) -> io::Result<TcpStream> {
-        let socket = self.socket;
+        let Self { socket, pacing, .. } = self;
+        let began = pacing.is_some().then(Instant::now);
         match socket.connect(&canonical(destination).into()) {
             Err(error) if error.raw_os_error() != Some(Errno::EINPROGRESS as i32) => {
                 return Err(error);
@@ -302,6 +337,9 @@ impl ReadySocket {
         if !connected {
             stream.writable().await?;
             stream.take_error()?.map_or(Ok(()), Err)?;
+            if let (Some(pacing), Some(began)) = (pacing, began) {
+                pacing.decide(&stream, began.elapsed());
+            }
         }
         Ok(stream)
     }

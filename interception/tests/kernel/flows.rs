@@ -11,9 +11,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpSocket;
 use tokio::time::timeout;
 use underpass_interception::{
-    BoundListener, Closing, Entered, Kept, ListenerRequest, Namespace, NamespaceAccess,
-    OriginalDestination, PacketCapture, SocketKind, SocketRole, Sockets, TcpSegment,
-    confine_thread, counters,
+    AcceptedOptions, BoundListener, Closing, Entered, Kept, ListenerRequest, Namespace,
+    NamespaceAccess, OriginalDestination, PacketCapture, SocketKind, SocketRole, Sockets,
+    TcpSegment, confine_thread, counters,
 };
 
 use crate::Case;
@@ -75,7 +75,7 @@ impl Mesh {
         let listen = |port| {
             let listener = ListenerRequest {
                 address: any(port),
-                closing: Closing::Reset,
+                accepted: AcceptedOptions { closing: Closing::Reset, unpaced: false },
                 purpose: "a test",
                 setting: "none",
             };

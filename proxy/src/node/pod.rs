@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use underpass_config::{InterceptionSettings, Settings, SpiffeId, Workload};
+use underpass_config::{InterceptionSettings, PacedConnections, Settings, SpiffeId, Workload};
 use underpass_interception::{
-    InterceptionError, LocalAddresses, NamespaceAccess, Sockets, ipv6_available,
+    InterceptionError, LocalAddresses, NamespaceAccess, Pacing, Sockets, ipv6_available,
 };
 
 use crate::decide::connection_registry::Registries;
@@ -62,8 +62,12 @@ pub(crate) struct Pod {
 
 /// How the sockets of a pod are made.
 pub(crate) fn pod_sockets(settings: &Settings) -> Sockets {
-    let sockets = Sockets::new(&settings.interception, ipv6_available());
-    sockets.with_keepalive(settings.timeouts.keepalive)
+    let sockets = Sockets::new(&settings.interception, ipv6_available())
+        .with_keepalive(settings.timeouts.keepalive);
+    match settings.proxy.pacing {
+        PacedConnections::Distant => sockets.with_pacing(Pacing::of_namespace()),
+        PacedConnections::All => sockets,
+    }
 }
 
 impl Pod {

@@ -188,7 +188,7 @@ mod tests {
         let kind = Kind::Plaintext;
         let request = ListenerRequest {
             address: any,
-            closing: kind.closing(),
+            accepted: kind.accepted(),
             purpose: "a test",
             setting: "none",
         };

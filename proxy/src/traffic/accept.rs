@@ -70,7 +70,7 @@ async fn accept_forever(listening: &Listening) {
     let Listening { worker, pod, kind, listener } = listening;
     // Repeated on every start: another process may have set its own options on the shared listener
     // while it tried to take over.
-    if let Err(error) = pod.sockets.settings().prepare(listener, kind.closing()) {
+    if let Err(error) = pod.sockets.settings().prepare(listener, kind.accepted()) {
         tracing::error!(listener = kind.name(), %error, "cannot set socket options of the listener");
     }
     let Limits { descriptors, accepts_per_second, .. } = &worker.node.limits;

@@ -213,9 +213,15 @@ async fn handshake(
     let (limit, error) = match turn {
         Ok(Some(_under_way)) => {
             let _counted = metrics::handshake_under_way();
+            let pacing = seat.pod.sockets.settings().undecided_pacing(&stream);
+            let began = Instant::now();
             // Boxed: the future of a handshake is several times larger than that of a tunnel.
             let handshake = Box::pin(acceptor.accept(stream, after));
             let handshake = timeout_at(deadline, handshake).await;
+            if let Some(pacing) = pacing {
+                // The client's part of the handshake is one round trip, and its CPU time.
+                pacing.decide(began.elapsed());
+            }
             return handshake.map_err(|_| late())?.map_err(ProxyError::Tunnel);
         }
         Ok(None) => ("handshakes_per_source", ProxyError::TooManyHandshakes(ticket.source())),

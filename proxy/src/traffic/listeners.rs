@@ -9,7 +9,8 @@ use std::net::{Ipv6Addr, SocketAddr};
 
 use underpass_config::Settings;
 use underpass_interception::{
-    BoundListener, Closing, InterceptionError, ListenerRequest, NamespaceAccess, Sockets,
+    AcceptedOptions, BoundListener, Closing, InterceptionError, ListenerRequest, NamespaceAccess,
+    Sockets,
 };
 
 /// The kind of connections that a listener of the data path accepts.
@@ -34,8 +35,8 @@ pub(crate) enum EndpointKind {
 pub(crate) trait ListenerKind: fmt::Debug + Copy + 'static {
     const TABLE: &'static [ListenerSpec<Self>];
 
-    /// How the connections are closed.
-    fn closing(self) -> Closing;
+    /// The options of the connections.
+    fn accepted(self) -> AcceptedOptions;
 }
 
 /// One row of a table.
@@ -76,11 +77,13 @@ impl ListenerKind for Kind {
     ];
 
     /// Clients of caught connections saw them open, so only a reset reports that the upstream
-    /// failed.
-    fn closing(self) -> Closing {
+    /// failed. The workload is on this host, and the distance of a tunnel's peer is measured by the
+    /// handshake.
+    fn accepted(self) -> AcceptedOptions {
         match self {
-            Self::Outbound | Self::Plaintext => Closing::Reset,
-            Self::Hbone => Closing::End,
+            Self::Outbound => AcceptedOptions { closing: Closing::Reset, unpaced: true },
+            Self::Plaintext => AcceptedOptions { closing: Closing::Reset, unpaced: false },
+            Self::Hbone => AcceptedOptions { closing: Closing::End, unpaced: true },
         }
     }
 }
@@ -103,8 +106,8 @@ impl ListenerKind for EndpointKind {
         },
     ];
 
-    fn closing(self) -> Closing {
-        Closing::End
+    fn accepted(self) -> AcceptedOptions {
+        AcceptedOptions { closing: Closing::End, unpaced: false }
     }
 }
 
@@ -144,8 +147,8 @@ impl<K: ListenerKind> Listeners<K> {
                 Some(listener) => listener,
                 None => {
                     let &ListenerSpec { kind, purpose, setting, .. } = spec;
-                    let closing = kind.closing();
-                    let request = ListenerRequest { address, closing, purpose, setting };
+                    let accepted = kind.accepted();
+                    let request = ListenerRequest { address, accepted, purpose, setting };
                     access.listen(sockets, request).await?
                 }
             };

@@ -23,8 +23,13 @@ fn listen(sockets: &Sockets) -> BoundListener {
     listen_on(sockets, SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)), Closing::End)
 }
 
+fn paced(closing: Closing) -> AcceptedOptions {
+    AcceptedOptions { closing, unpaced: false }
+}
+
 fn listen_on(sockets: &Sockets, address: SocketAddr, closing: Closing) -> BoundListener {
-    let request = ListenerRequest { address, closing, purpose: "a test", setting: "test.port" };
+    let (accepted, purpose, setting) = (paced(closing), "a test", "test.port");
+    let request = ListenerRequest { address, accepted, purpose, setting };
     sockets.listen(&here(), request).expect("a free port")
 }
 
@@ -78,7 +83,7 @@ fn bind_error_names_purpose_and_setting() {
     let _holder = listen_on(&sockets, taken, Closing::End);
     let request = ListenerRequest {
         address: taken,
-        closing: Closing::End,
+        accepted: paced(Closing::End),
         purpose: "captured connections",
         setting: "proxy.port",
     };
@@ -173,7 +178,7 @@ async fn accepted_stream_inherits_listener_options() {
     }
     for (listener, from) in clients {
         for (closing, linger) in [(Closing::Reset, Some(Duration::ZERO)), (Closing::End, None)] {
-            sockets.prepare(listener, closing).expect("its options");
+            sockets.prepare(listener, paced(closing)).expect("its options");
             let stream = accepted(&sockets, listener, from).await;
             assert!(is_tuned(&stream, keepalive), "{from}");
             assert_eq!(SockRef::from(&stream).linger().expect("an option"), linger, "{from}");
@@ -203,4 +208,43 @@ async fn reset_on_close_sends_rst() {
     end_on_close(&stream);
     drop(stream);
     assert_eq!(client.read(&mut [0; 1]).await.expect("a clean end"), 0);
+}
+
+fn congestion_control(stream: &impl AsFd) -> Vec<u8> {
+    SockRef::from(stream).tcp_congestion().expect("an option")
+}
+
+fn is_unpaced(stream: &impl AsFd) -> bool {
+    let name = congestion_control(stream);
+    [&b"cubic"[..], b"reno"].iter().any(|unpaced| name.starts_with(unpaced))
+}
+
+#[tokio::test]
+async fn connections_within_host_do_not_pace() {
+    let sockets = unmarked().with_pacing(Some(Pacing::testing()));
+    let listener = listen(&sockets);
+    let default = congestion_control(&listener);
+    let client = Ipv4Addr::LOCALHOST.into();
+    let anywhere = accepted(&sockets, &listener, client).await;
+    assert_eq!(congestion_control(&anywhere), default);
+    let options = AcceptedOptions { closing: Closing::End, unpaced: true };
+    sockets.prepare(&listener, options).expect("its options");
+    assert!(is_unpaced(&accepted(&sockets, &listener, client).await));
+    assert!(is_unpaced(&connect(&sockets, loopback(&listener)).await));
+}
+
+#[tokio::test]
+async fn connection_paces_if_peer_is_distant() {
+    let sockets = unmarked().with_pacing(Some(Pacing::testing()));
+    let listener = listen(&sockets);
+    let default = congestion_control(&listener);
+    let options = AcceptedOptions { closing: Closing::End, unpaced: true };
+    sockets.prepare(&listener, options).expect("its options");
+    let stream = accepted(&sockets, &listener, Ipv4Addr::LOCALHOST.into()).await;
+    let undecided = || sockets.undecided_pacing(&stream).expect("depends on the distance");
+    undecided().decide(Duration::from_millis(4));
+    assert!(is_unpaced(&stream));
+    undecided().decide(Duration::from_millis(5));
+    assert_eq!(congestion_control(&stream), default);
+    assert!(unmarked().undecided_pacing(&stream).is_none());
 }
