@@ -12,6 +12,7 @@ mod backend;
 mod error;
 mod explain;
 mod folder_events;
+mod host_rules;
 mod interception;
 mod namespace;
 mod plan;
@@ -37,10 +38,13 @@ pub use backend::verify::{Difference, Line, SectionDifference, Sign};
 pub use error::{InterceptionError, SandboxRemedy};
 pub use explain::{Explanation, Flow, Hop, PacketExplanation, Party, Sender};
 pub use folder_events::Inotify;
+pub use host_rules::HostRules;
 pub use interception::{Interception, counters, remove_everything};
+pub use namespace::host::HostNamespaces;
 pub use namespace::ipv6::ipv6_available;
 pub use namespace::sandbox::{Sandbox, enter_sandbox, sandbox_folder};
 pub use namespace::{Endpoint, Entered, Namespace, NamespaceId, NamespaceThread, veth};
+pub use plan::host::{HOST_TABLE, HostPlan};
 pub use plan::{
     Action, CONNECTION_MARK, Chain, ChainId, ConntrackState, Direction, Entry, Environment,
     Families, Family, Hook, Interface, KUBELET_PROBE_IN, KUBELET_PROBE_V4, KUBELET_PROBE_V6,
@@ -49,7 +53,8 @@ pub use plan::{
     TraversedChain, Verdict, Walk,
 };
 pub use privileged::{
-    NamespaceAccess, Performing, PrivilegedOperations, Reply, Request, RuleOperation,
+    HostRuleOperation, NamespaceAccess, Performing, PrivilegedOperations, Reply, Request,
+    RuleOperation,
 };
 pub use process::background::run_in_background;
 pub use process::bypass::BypassingProcess;

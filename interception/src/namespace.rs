@@ -7,6 +7,7 @@
 //! Not here: creating and connecting namespaces (`wiring.rs`), and privileges to do so without root
 //! (`sandbox.rs`).
 
+mod guarded;
 pub(crate) mod host;
 pub(crate) mod ipv6;
 pub(crate) mod reverse_path;
@@ -15,7 +16,7 @@ mod thread;
 mod wiring;
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
@@ -128,8 +129,11 @@ impl AsFd for Namespace {
 
 impl NamespaceId {
     fn of(file: &File) -> io::Result<Self> {
-        let metadata = file.metadata()?;
-        Ok(Self { device: metadata.dev(), inode: metadata.ino() })
+        Ok(Self::of_metadata(&file.metadata()?))
+    }
+
+    fn of_metadata(metadata: &Metadata) -> Self {
+        Self { device: metadata.dev(), inode: metadata.ino() }
     }
 
     /// The number that `ip netns` and `/proc/PID/ns/net` show.

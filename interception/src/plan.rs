@@ -11,6 +11,7 @@
 
 mod ambient;
 mod build;
+pub(crate) mod host;
 mod invalid;
 mod iptables;
 mod json;

@@ -21,6 +21,7 @@ use crate::backend::leftovers::{Leftover, LegacyTables};
 use crate::backend::nftables::RuleCounter;
 use crate::backend::verify::Difference;
 use crate::error::InterceptionError;
+use crate::plan::host::HostPlan;
 use crate::plan::{Environment, Ports};
 use crate::process::bypass::BypassingProcess;
 use crate::rules::RuleSettings;
@@ -97,6 +98,8 @@ pub enum Request {
         /// The operation.
         operation: RuleOperation,
     },
+    /// An operation on the rules in the host's namespace.
+    HostRules(HostRuleOperation),
     /// The match counters of our nftables table, whichever process installed it.
     TableCounters,
     /// Removes everything that underpass installed.
@@ -139,6 +142,19 @@ pub enum RuleOperation {
     Leftovers,
     /// Rules of other programs that act before ours.
     ForeignRules,
+}
+
+/// An operation on the rules in the host's namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HostRuleOperation {
+    /// Whether the rules can be installed.
+    Check,
+    /// Install these rules, or replace those that are installed.
+    Apply(HostPlan),
+    /// Compare the installed rules with these.
+    Verify(HostPlan),
+    /// Remove the rules.
+    Remove,
 }
 
 /// A reply. Each request has one kind of reply.

@@ -183,7 +183,8 @@ async fn remove_from_nftables(
             let others = scope == RemovalScope::OtherMeshes;
             let istios =
                 if others { nftables::remove_tables(entered, is_istios).await? } else { false };
-            Ok(nftables::remove(entered).await? | istios)
+            let host = nftables::host::remove(entered).await?;
+            Ok(nftables::remove(entered).await? | host | istios)
         }
         Err(InterceptionError::Unsupported { .. }) => Ok(false),
         Err(error) => Err(error),

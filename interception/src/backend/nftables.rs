@@ -3,6 +3,7 @@
 mod encode;
 mod expressions;
 mod foreign;
+pub(crate) mod host;
 mod listing;
 mod owner;
 mod sets;
@@ -56,13 +57,38 @@ pub(crate) async fn check_available(entered: &Entered) -> Result<(), Interceptio
 
 /// Replaces the table by the plan in one transaction. Packets see either the old or the new rules.
 pub(crate) async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), InterceptionError> {
-    with_connection(entered, "install the nftables rules", async |kernel| {
-        make_room(kernel, plan);
+    let elements: usize = named_sets(plan).map(|set| set.values.len()).sum();
+    let size = Size { entries: plan.chains().len() + 2 * plan.rules().len(), elements };
+    let add = |transaction| add_all(transaction, plan);
+    replace_table(entered, "install the nftables rules", TABLE, size, &add).await
+}
+
+/// The size of a table: its chains, sets and rules, and the elements of its sets.
+struct Size {
+    entries: usize,
+    elements: usize,
+}
+
+/// Adds the content of a table to a transaction.
+type AddAll<'a> = &'a dyn Fn(Transaction) -> nlink::Result<Transaction>;
+
+/// Replaces a table by what `add` adds, in one transaction.
+async fn replace_table(
+    entered: &Entered,
+    operation: &'static str,
+    table: &str,
+    size: Size,
+    add: AddAll<'_>,
+) -> Result<(), InterceptionError> {
+    with_connection(entered, operation, async |kernel| {
+        make_room(kernel, &size);
         let tables = kernel.list_tables_in(Family::Inet).await?;
-        let replace = tables.iter().any(|table| table.name == TABLE);
-        match commit(kernel, plan, replace).await {
+        let replace = tables.iter().any(|other| other.name == table);
+        match commit(kernel, table, replace, add).await {
             // Another process created the table meanwhile.
-            Err(error) if !replace && error.is_already_exists() => commit(kernel, plan, true).await,
+            Err(error) if !replace && error.is_already_exists() => {
+                commit(kernel, table, true, add).await
+            }
             committed => committed,
         }
     })
@@ -125,14 +151,13 @@ fn connect(_: &Entered, operation: &'static str) -> Result<Kernel, InterceptionE
 /// Adds, deletes and adds the table: the first addition makes the deletion succeed if the table is
 /// gone. (The kernel has a message for it, NFT_MSG_DESTROYTABLE, only since Linux 6.3.) Without a
 /// table, nothing is deleted, because a deletion delays the close: see [`with_connection`].
-async fn commit(kernel: &Kernel, plan: &RulePlan, replace: bool) -> nlink::Result<()> {
+async fn commit(kernel: &Kernel, table: &str, replace: bool, add: AddAll<'_>) -> nlink::Result<()> {
     let mut transaction = kernel.transaction();
     if replace {
-        let any = transaction.update_table(TABLE, Family::Inet, 0);
-        transaction = any.del_table(TABLE, Family::Inet);
+        let any = transaction.update_table(table, Family::Inet, 0);
+        transaction = any.del_table(table, Family::Inet);
     }
-    let transaction = transaction.add_table(TABLE, Family::Inet);
-    add_all(transaction, plan)?.commit(kernel).await
+    add(transaction.add_table(table, Family::Inet))?.commit(kernel).await
 }
 
 fn add_all(mut transaction: Transaction, plan: &RulePlan) -> nlink::Result<Transaction> {
@@ -140,7 +165,8 @@ fn add_all(mut transaction: Transaction, plan: &RulePlan) -> nlink::Result<Trans
         transaction = transaction.add_chain(encode::chain(chain)?);
     }
     for (id, set) in (1..).zip(named_sets(plan)) {
-        transaction = sets::messages(&set, id).into_iter().fold(transaction, Transaction::raw);
+        transaction =
+            sets::messages(TABLE, &set, id).into_iter().fold(transaction, Transaction::raw);
     }
     for rule in plan.rules() {
         transaction = transaction.add_rule(expressions::rule(rule)?);
@@ -156,12 +182,10 @@ fn named_sets(plan: &RulePlan) -> impl Iterator<Item = NamedSet> {
 /// Enlarges the send buffer, because the kernel accepts a transaction only as one message (EMSGSIZE
 /// otherwise). Without CAP_NET_ADMIN in the initial user namespace, `net.core.wmem_max` is the
 /// limit.
-fn make_room(kernel: &Kernel, plan: &RulePlan) {
+fn make_room(kernel: &Kernel, size: &Size) {
     /// An upper bound for the size of one chain, set or rule in bytes.
     const MAX_ENTRY_BYTES: usize = 2048;
-    let elements: usize = named_sets(plan).map(|set| set.values.len()).sum();
-    let size = (plan.chains().len() + 2 * plan.rules().len() + 8) * MAX_ENTRY_BYTES
-        + elements * sets::ELEMENT;
+    let size = (size.entries + 8) * MAX_ENTRY_BYTES + size.elements * sets::ELEMENT;
     let socket = kernel.socket();
     let grown =
         setsockopt(socket, SndBufForce, &size).or_else(|_| setsockopt(socket, SndBuf, &size));

@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 
 use crate::error::InterceptionError;
-use crate::namespace::Entered;
+use crate::namespace::{Entered, Namespace, NamespaceId, failed};
 
 /// The inode of the initial network namespace, fixed since [`FIXED_SINCE`] (NET_NS_INIT_INO,
 /// include/uapi/linux/nsfs.h). Other namespaces start at 0xf0000000, on older kernels too.
@@ -17,7 +17,7 @@ const INITIAL_NET: u64 = 0xEFFF_FFF9;
 /// host's.
 const FIXED_SINCE: (u32, u32) = (6, 18);
 /// The inode of the initial user namespace (PROC_USER_INIT_INO, include/linux/proc_ns.h).
-const INITIAL_USER: u64 = 0xEFFF_FFFD;
+pub(super) const INITIAL_USER: u64 = 0xEFFF_FFFD;
 /// The inode of the initial PID namespace (PROC_PID_INIT_INO).
 const INITIAL_PID: u64 = 0xEFFF_FFFC;
 
@@ -35,6 +35,46 @@ pub(crate) fn reject_host(entered: &Entered) -> Result<(), InterceptionError> {
         Err(error) => Some(format!("/proc does not tell which namespace this is: {error}")),
     };
     why.map_or(Ok(()), |why| Err(InterceptionError::HostNamespace { why }))
+}
+
+/// The network namespaces that are no pod's: that of this process, that of process 1, and the
+/// kernel's initial one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostNamespaces {
+    own: NamespaceId,
+    /// `None` if it is unreadable, and cannot be another one than the initial one.
+    init: Option<NamespaceId>,
+}
+
+impl HostNamespaces {
+    /// Reads them. Call it before the process gives up its capabilities.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`]: the host's namespace could not be recognized.
+    pub fn read() -> Result<Self, InterceptionError> {
+        const INIT: &str = "/proc/1/ns/net";
+        let own = Namespace::current()?.id();
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let is_fixed = version(&release).is_some_and(|kernel| kernel >= FIXED_SINCE);
+        match fs::metadata(INIT) {
+            Ok(metadata) => Ok(Self { own, init: Some(NamespaceId::of_metadata(&metadata)) }),
+            Err(_) if is_fixed => Ok(Self { own, init: None }),
+            Err(error) => Err(failed("recognize", INIT.as_ref())(error)),
+        }
+    }
+
+    /// What this namespace is, if it is no pod's.
+    #[must_use]
+    pub fn description(&self, namespace: NamespaceId) -> Option<&'static str> {
+        if namespace.inode() == INITIAL_NET {
+            return Some("the host's own");
+        }
+        if namespace == self.own {
+            return Some("that of underpass itself");
+        }
+        (Some(namespace) == self.init).then_some("that of process 1")
+    }
 }
 
 /// Facts about the current namespaces.

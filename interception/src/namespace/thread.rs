@@ -15,6 +15,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 
 use futures_util::FutureExt as _;
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::{mpsc, oneshot};
 
@@ -288,7 +289,13 @@ async fn serve(
 
 /// Moves the calling thread to `namespace`.
 pub(super) fn enter(namespace: &Namespace) -> Result<(), InterceptionError> {
-    setns(namespace, CloneFlags::CLONE_NEWNET).map_err(failed("enter", namespace.path()))
+    setns(namespace, CloneFlags::CLONE_NEWNET).map_err(|error| {
+        let failed = failed("enter", namespace.path());
+        match error {
+            Errno::EINVAL => failed(io::Error::other("it is a namespace of another kind")),
+            error => failed(error.into()),
+        }
+    })
 }
 
 #[cfg(test)]

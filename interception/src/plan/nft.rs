@@ -8,7 +8,7 @@ mod set;
 
 use std::fmt::{self, Display, Formatter};
 
-pub(crate) use set::{NamedSet, Operand, Values, operands};
+pub(crate) use set::{NamedSet, Operand, Values, operand_of, operands};
 
 use super::{
     Action, Chain, Direction, Families, Hook, Mark, Match, Protocol, Rule, RulePlan, TABLE, Table,
@@ -25,7 +25,7 @@ impl Display for RulePlan {
             writeln!(f, "add {chain}")?;
         }
         for set in self.rules.iter().flat_map(operands).filter_map(Operand::into_set) {
-            writeln!(f, "add {set}")?;
+            writeln!(f, "add {}", set.statement(TABLE))?;
         }
         for rule in &self.rules {
             if f.alternate() {
@@ -136,7 +136,11 @@ pub(crate) enum IpVersion {
     V6,
 }
 
-fn write_match(f: &mut Formatter<'_>, condition: &Match, operand: &Operand) -> fmt::Result {
+pub(crate) fn write_match(
+    f: &mut Formatter<'_>,
+    condition: &Match,
+    operand: &Operand,
+) -> fmt::Result {
     let ip = if operand.is_v6() { "ip6" } else { "ip" };
     let mask = operand.mask().map(|mask| format!("& {mask} == ")).unwrap_or_default();
     match condition {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use underpass_config::{InterceptionSettings, Profile};
 
 use super::operations::InNamespace;
-use super::{PrivilegedOperations, Reply, Request, RuleOperation};
+use super::{HostRuleOperation, PrivilegedOperations, Reply, Request, RuleOperation};
 use crate::backend::Backend;
 use crate::backend::iptables::RemovalScope;
 use crate::backend::leftovers::LegacyTables;
@@ -199,6 +199,13 @@ impl NamespaceAccess {
         operation: RuleOperation,
     ) -> Result<Reply, InterceptionError> {
         self.0.perform(Request::Rules { rules: rules.clone(), operation }).await
+    }
+
+    pub(crate) async fn host_rules(
+        &self,
+        operation: HostRuleOperation,
+    ) -> Result<Reply, InterceptionError> {
+        self.0.perform(Request::HostRules(operation)).await
     }
 
     pub(crate) async fn table_counters(&self) -> Result<Vec<RuleCounter>, InterceptionError> {

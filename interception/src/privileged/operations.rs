@@ -9,6 +9,7 @@ use super::{Performing, PrivilegedOperations, Reply, Request, RuleOperation};
 use crate::backend::leftovers::LegacyTables;
 use crate::backend::nftables;
 use crate::error::InterceptionError;
+use crate::host_rules;
 use crate::namespace::ipv6::ipv6_available;
 use crate::namespace::reverse_path::check_reverse_path;
 use crate::namespace::{Entered, Namespace, NamespaceThread, ipv6};
@@ -101,6 +102,7 @@ async fn perform(entered: &Entered, request: Request) -> Result<Reply, Intercept
             rules::prepare(entered, &settings).await.map(Reply::Backend)
         }
         Request::Rules { rules, operation } => on_rules(entered, &rules, operation).await,
+        Request::HostRules(operation) => host_rules::perform(entered, operation).await,
         Request::TableCounters => nftables::counters(entered).await.map(Reply::Counters),
         Request::RemoveEverything { scope, allow_host } => {
             rules::remove_everything(entered, scope, allow_host).await.map(Reply::Is)

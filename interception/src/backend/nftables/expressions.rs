@@ -41,18 +41,18 @@ pub(super) fn expressions(rule: &Rule) -> nlink::Result<Vec<Expr>> {
 
 /// Builds the expressions of a rule.
 #[derive(Debug, Default)]
-struct Body {
-    expressions: Vec<Expr>,
+pub(super) struct Body {
+    pub(super) expressions: Vec<Expr>,
     /// The protocol checks that exist already: nft generates each once.
     guards: Vec<(MetaKey, u8)>,
 }
 
 impl Body {
-    fn add(&mut self, expression: impl Into<Expr>) {
+    pub(super) fn add(&mut self, expression: impl Into<Expr>) {
         self.expressions.push(expression.into());
     }
 
-    fn condition(&mut self, condition: &Match, operand: &Operand) {
+    pub(super) fn condition(&mut self, condition: &Match, operand: &Operand) {
         match condition {
             Match::Protocol(protocol) => self.protocol(*protocol),
             Match::TcpModule => self.protocol(Protocol::Tcp),
@@ -155,7 +155,7 @@ impl Body {
         self.add(Expr::Cmp { sreg: REGISTER, op, data: data.into() });
     }
 
-    fn immediate(&mut self, data: impl Into<Vec<u8>>) {
+    pub(super) fn immediate(&mut self, data: impl Into<Vec<u8>>) {
         self.add(Expr::Immediate { dreg: REGISTER, data: data.into() });
     }
 

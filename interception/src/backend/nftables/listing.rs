@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 
 use nlink::netlink::MessageBuilder;
 use nlink::netlink::nftables::{
-    ChainInfo, ChainKind, Family, NFT_TABLE_F_DORMANT, NFT_TABLE_F_OWNER, Policy, RuleExpr,
-    RuleInfo, SetFlags, SetKeyType, Table, parse_expressions, write_expressions,
+    ChainInfo, ChainKind, Expr, Family, NFT_TABLE_F_DORMANT, NFT_TABLE_F_OWNER, Policy,
+    Rule as KernelRule, RuleExpr, RuleInfo, SetFlags, SetKeyType, parse_expressions,
+    write_expressions,
 };
 
 use super::foreign::names;
@@ -16,25 +17,33 @@ use super::{Kernel, expressions, named_sets, owner, sets, with_connection};
 use crate::backend::verify::{Listing, Section};
 use crate::error::InterceptionError;
 use crate::namespace::Entered;
-use crate::plan::nft::Statement;
+use crate::plan::nft::{NamedSet, Statement};
 use crate::plan::{Chain, Families, Rule, RulePlan, TABLE};
 
 const OPERATION: &str = "read the nftables rules";
 
-/// The content of the table; `None` if it does not exist.
+/// The content of the table of a pod's rules; `None` if it does not exist.
 pub(crate) async fn installed(entered: &Entered) -> Result<Option<Listing>, InterceptionError> {
+    installed_table(entered, TABLE).await
+}
+
+/// The content of a table; `None` if it does not exist.
+pub(super) async fn installed_table(
+    entered: &Entered,
+    table: &str,
+) -> Result<Option<Listing>, InterceptionError> {
     with_connection(entered, OPERATION, async |kernel| {
         /// The number of attempts while another program changes the ruleset during the read.
         const ATTEMPTS: usize = 5;
         let mut generation = kernel.generation().await?;
-        let mut listing = read_if_there(kernel).await?;
+        let mut listing = read_if_there(kernel, table).await?;
         for _ in 1..ATTEMPTS {
             let now = kernel.generation().await?;
             if now == generation {
                 break;
             }
             generation = now;
-            listing = read_if_there(kernel).await?;
+            listing = read_if_there(kernel, table).await?;
         }
         Ok(listing)
     })
@@ -42,8 +51,8 @@ pub(crate) async fn installed(entered: &Entered) -> Result<Option<Listing>, Inte
 }
 
 /// Reads the table. A table that is removed during the read counts as absent.
-async fn read_if_there(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
-    match read(kernel).await {
+async fn read_if_there(kernel: &Kernel, table: &str) -> nlink::Result<Option<Listing>> {
+    match read(kernel, table).await {
         Err(error) if error.is_not_found() => Ok(None),
         listing => listing,
     }
@@ -51,27 +60,29 @@ async fn read_if_there(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
 
 /// The listing that [`installed`] returns after the plan was applied.
 pub(crate) fn expected(plan: &RulePlan) -> Listing {
-    let mut sections = vec![Section { head: table_head(0), lines: Vec::new() }];
+    let mut sections = vec![Section { head: table_head(TABLE, 0), lines: Vec::new() }];
     for chain in plan.chains() {
         let lines = plan.rules_in(chain.id).map(planned_rule).collect();
         sections.push(Section { head: planned_chain(chain), lines });
     }
-    for set in named_sets(plan) {
-        let key = sets::key_type(&set.values);
-        let head = set_head(&set.name, &key, sets::flags(&set.values), "");
-        sections.push(Section { head, lines: sets::planned_lines(&set.values) });
-    }
+    sections.extend(named_sets(plan).map(|set| planned_set(&set)));
     sorted(sections)
 }
 
-async fn read(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
+pub(super) fn planned_set(set: &NamedSet) -> Section {
+    let key = sets::key_type(&set.values);
+    let head = set_head(&set.name, &key, sets::flags(&set.values), "");
+    Section { head, lines: sets::planned_lines(&set.values) }
+}
+
+async fn read(kernel: &Kernel, name: &str) -> nlink::Result<Option<Listing>> {
     let tables = kernel.list_tables_in(Family::Inet).await?;
-    let Some(table) = tables.into_iter().find(|table| table.name == TABLE) else {
+    let Some(table) = tables.into_iter().find(|table| table.name == name) else {
         return Ok(None);
     };
-    let mut sections = vec![Section { head: installed_table(&table), lines: Vec::new() }];
-    let rules = kernel.list_rules(TABLE, Family::Inet).await?;
-    for chain in kernel.list_chains_in(TABLE, Family::Inet).await? {
+    let mut sections = vec![Section { head: table_head(name, table.flags), lines: Vec::new() }];
+    let rules = kernel.list_rules(name, Family::Inet).await?;
+    for chain in kernel.list_chains_in(name, Family::Inet).await? {
         if owner::is_owner(&chain, &rules) {
             continue;
         }
@@ -79,7 +90,7 @@ async fn read(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
         let lines = own.map(installed_rule).collect();
         sections.push(Section { head: installed_chain(&chain), lines });
     }
-    for set in kernel.list_sets_in(TABLE, Family::Inet).await? {
+    for set in kernel.list_sets_in(name, Family::Inet).await? {
         let key = SetKeyType::from_kernel(set.key_type, set.key_len);
         let interval = set.flags.contains(SetFlags::INTERVAL);
         // The sets of a plan have no maps, timeouts or statements.
@@ -87,16 +98,16 @@ async fn read(kernel: &Kernel) -> nlink::Result<Option<Listing>> {
             (None, None, None, []) => String::new(),
             _ => " with a timeout, values or statements".to_owned(),
         };
-        let elements = kernel.list_set_elements(TABLE, &set.name, Family::Inet).await?;
+        let elements = kernel.list_set_elements(name, &set.name, Family::Inet).await?;
         sections.push(Section {
             head: set_head(&set.name, &key, set.flags, &rest),
             lines: sets::installed_lines(&key, interval, &elements),
         });
     }
-    for flowtable in kernel.list_flowtables_in(TABLE, Family::Inet).await? {
+    for flowtable in kernel.list_flowtables_in(name, Family::Inet).await? {
         sections.push(Section { head: format!("flowtable {}", flowtable.name), lines: Vec::new() });
     }
-    for object in kernel.list_objects_in(TABLE, Family::Inet).await? {
+    for object in kernel.list_objects_in(name, Family::Inet).await? {
         let kind = format!("{:?}", object.object_type()).to_lowercase();
         let head = format!("object {} of type {kind}", object.name);
         sections.push(Section { head, lines: Vec::new() });
@@ -130,20 +141,16 @@ pub(crate) fn readable_unknown(line: &str) -> Option<String> {
 }
 
 /// Sorts sections. The kernel's order is that of creation, which has no meaning.
-fn sorted(mut sections: Vec<Section>) -> Listing {
+pub(super) fn sorted(mut sections: Vec<Section>) -> Listing {
     sections.sort_by(|a, b| a.head.cmp(&b.head));
     Listing { sections }
 }
 
-fn installed_table(table: &Table) -> String {
-    table_head(table.flags)
-}
-
-fn table_head(flags: u32) -> String {
-    let names = [(NFT_TABLE_F_DORMANT, " dormant"), (NFT_TABLE_F_OWNER, " owner")];
-    let set = names.into_iter().filter(|(flag, _)| flags & flag != 0);
-    let names: String = set.map(|(_, name)| name).collect();
-    format!("table inet {TABLE}{names}")
+pub(super) fn table_head(name: &str, flags: u32) -> String {
+    let flag_names = [(NFT_TABLE_F_DORMANT, " dormant"), (NFT_TABLE_F_OWNER, " owner")];
+    let set = flag_names.into_iter().filter(|(flag, _)| flags & flag != 0);
+    let flag_names: String = set.map(|(_, name)| name).collect();
+    format!("table inet {name}{flag_names}")
 }
 
 fn planned_chain(chain: &Chain) -> String {
@@ -178,7 +185,7 @@ fn regular_chain_head(name: &str) -> String {
     format!("chain {name}")
 }
 
-fn base_chain_head(
+pub(super) fn base_chain_head(
     name: &str,
     kind: impl std::fmt::Display,
     hook: impl std::fmt::Display,
@@ -199,12 +206,16 @@ fn set_head(name: &str, key: &SetKeyType, flags: SetFlags, rest: &str) -> String
 }
 
 fn planned_rule(rule: &Rule) -> String {
-    let line = expressions::rule(rule).and_then(|kernel_rule| {
-        let syntax = kernel_rule.nft_syntax_stateless();
-        syntax.map_or_else(|| Ok(without_syntax(&decoded(rule)?, Some(&rule.id))), Ok)
-    });
+    let line = expressions::rule(rule)
+        .and_then(|kernel_rule| Ok(line(&kernel_rule, &expressions::expressions(rule)?, &rule.id)));
     // A rule that cannot be encoded cannot be installed: this line equals no installed one.
     line.unwrap_or_else(|error| format!("{}: {error}", rule.id))
+}
+
+/// The line of a planned rule with these expressions.
+pub(super) fn line(kernel_rule: &KernelRule, expressions: &[Expr], comment: &str) -> String {
+    let syntax = kernel_rule.nft_syntax_stateless();
+    syntax.unwrap_or_else(|| without_syntax(&decoded(expressions), Some(comment)))
 }
 
 fn installed_rule(rule: &RuleInfo) -> String {
@@ -213,12 +224,12 @@ fn installed_rule(rule: &RuleInfo) -> String {
 }
 
 /// The expressions of a rule as the kernel would list them.
-fn decoded(rule: &Rule) -> nlink::Result<Vec<RuleExpr>> {
+fn decoded(expressions: &[Expr]) -> Vec<RuleExpr> {
     /// The size of the message header (struct nlmsghdr) and of the list's header (struct nlattr).
     const HEADERS: usize = 16 + 4;
     let mut message = MessageBuilder::new(0, 0);
-    write_expressions(&mut message, &expressions::expressions(rule)?);
-    Ok(parse_expressions(message.as_bytes().get(HEADERS..).unwrap_or_default()))
+    write_expressions(&mut message, expressions);
+    parse_expressions(message.as_bytes().get(HEADERS..).unwrap_or_default())
 }
 
 /// A prefix that no rule in nft syntax has.

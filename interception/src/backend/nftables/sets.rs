@@ -17,7 +17,6 @@ use nlink::netlink::nftables::{
 use super::encode::{
     attribute, interface_key, nested, octets, text, write_attribute, write_nested,
 };
-use crate::plan::TABLE;
 use crate::plan::nft::{NamedSet, Values};
 
 /// The maximum size of an element in bytes: the two ends of a range of IPv6 addresses.
@@ -35,10 +34,10 @@ const IFNAME: SetKeyType = SetKeyType::Other { type_id: 41, len: 16 };
 type Range = (u128, u128);
 
 /// The messages that create and fill the set; `id` is its number within the transaction.
-pub(super) fn messages(set: &NamedSet, id: u32) -> Vec<RawMessage> {
+pub(super) fn messages(table: &str, set: &NamedSet, id: u32) -> Vec<RawMessage> {
     let ranges = ranges(&set.values);
-    let filled = ranges.chunks(PER_MESSAGE).map(|chunk| fill(set, chunk));
-    [create(set, id)].into_iter().chain(filled).collect()
+    let filled = ranges.chunks(PER_MESSAGE).map(|chunk| fill(table, set, chunk));
+    [create(table, set, id)].into_iter().chain(filled).collect()
 }
 
 /// The type of the keys.
@@ -98,7 +97,7 @@ pub(super) fn type_name(key: &SetKeyType) -> String {
     }
 }
 
-fn create(set: &NamedSet, id: u32) -> RawMessage {
+fn create(table: &str, set: &NamedSet, id: u32) -> RawMessage {
     /// How nft reads the keys (NFTNL_UDATA_SET_KEYBYTEORDER, include/libnftnl/udata.h).
     const KEY_BYTE_ORDER: u8 = 0;
     // enum byteorder (include/datatype.h of nftables): 1 is native order, 2 is network order.
@@ -108,7 +107,7 @@ fn create(set: &NamedSet, id: u32) -> RawMessage {
     };
     let key = key_type(&set.values);
     let attributes = [
-        text(NFTA_SET_TABLE, TABLE),
+        text(NFTA_SET_TABLE, table),
         text(NFTA_SET_NAME, &set.name),
         attribute(NFTA_SET_FLAGS, &flags(&set.values).bits().to_be_bytes()),
         attribute(NFTA_SET_KEY_TYPE, &key.type_id().to_be_bytes()),
@@ -130,7 +129,7 @@ fn values_size(values: &Values) -> Vec<u8> {
 
 /// Encodes ranges. Each is two elements: the first key, and the key after the last one. A range up
 /// to the highest key has no second element.
-fn fill(set: &NamedSet, ranges: &[Range]) -> RawMessage {
+fn fill(table: &str, set: &NamedSet, ranges: &[Range]) -> RawMessage {
     let length = key_length(&key_type(&set.values));
     let mut elements = Vec::with_capacity(ranges.len() * ELEMENT);
     for &(first, last) in ranges {
@@ -142,7 +141,7 @@ fn fill(set: &NamedSet, ranges: &[Range]) -> RawMessage {
         }
     }
     let attributes = [
-        text(NFTA_SET_ELEM_LIST_TABLE, TABLE),
+        text(NFTA_SET_ELEM_LIST_TABLE, table),
         text(NFTA_SET_ELEM_LIST_SET, &set.name),
         nested(NFTA_SET_ELEM_LIST_ELEMENTS, &elements),
     ];
@@ -307,7 +306,7 @@ mod tests {
         let range = "2001:db8::/32".parse().unwrap();
         let values = Values::Cidrs(vec![range; PER_MESSAGE + 1]);
         let set = NamedSet { name: "n".repeat(200), values };
-        let messages = messages(&set, 1);
+        let messages = messages("table", &set, 1);
         assert_eq!(messages.len(), 3);
         assert!(messages.iter().all(|message| message.attrs.len() < usize::from(u16::MAX)));
         let mut elements = Vec::new();

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use underpass_config::PortRange;
 
-use crate::plan::{HASHED_NETWORKS_MIN, Match, Rule, TABLE};
+use crate::plan::{HASHED_NETWORKS_MIN, Match, Rule};
 
 /// The right-hand side of a match.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +64,11 @@ pub(crate) fn operands(rule: &Rule) -> Vec<Operand> {
             }
         })
         .collect()
+}
+
+/// The operand of a match with at most one value.
+pub(crate) fn operand_of(condition: &Match) -> Operand {
+    Values::of(condition).map_or(Operand::Fixed, Operand::Value)
 }
 
 /// Returns `exclude-ports-ports`, with a number for the second set of one kind in a rule. nft does
@@ -231,17 +236,15 @@ fn unique<T: Clone + Ord>(values: &[T]) -> Vec<T> {
     values
 }
 
-/// The set as an operand of `nft add`.
-impl Display for NamedSet {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        write!(f, "set inet {TABLE} {} {{ type {};", self.name, self.values.data_type())?;
-        if self.values.has_ranges() {
-            f.write_str(" flags interval;")?;
-        }
-        if let Some(size) = self.values.size() {
-            write!(f, " size {size};")?;
-        }
-        write!(f, " elements = {{ {} }} }}", self.values)
+impl NamedSet {
+    /// The set as an operand of `nft add`.
+    pub(crate) fn statement(&self, table: &str) -> String {
+        let interval = if self.values.has_ranges() { " flags interval;" } else { "" };
+        let size = self.values.size().map(|size| format!(" size {size};")).unwrap_or_default();
+        let (name, data_type, values) = (&self.name, self.values.data_type(), &self.values);
+        format!(
+            "set inet {table} {name} {{ type {data_type};{interval}{size} elements = {{ {values} }} }}"
+        )
     }
 }
 
@@ -287,12 +290,12 @@ fn list<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::Protocol;
     use crate::plan::nft::testing::rule;
+    use crate::plan::{Protocol, TABLE};
 
     fn set(condition: Match) -> String {
         let mut operands = operands(&rule("id", vec![condition])).into_iter();
-        operands.find_map(Operand::into_set).expect("a set").to_string()
+        operands.find_map(Operand::into_set).expect("a set").statement(TABLE)
     }
 
     fn ports(texts: &[&str]) -> Vec<PortRange> {
@@ -322,7 +325,7 @@ mod tests {
             let operand =
                 operands(&rule("id", vec![Match::Destination(networks(length, many))])).remove(0);
             assert_eq!(operand.mask(), mask.map(|mask| mask.parse().unwrap()));
-            let set = operand.into_set().unwrap().to_string();
+            let set = operand.into_set().unwrap().statement(TABLE);
             let head = "set inet underpass id-cidrs { type ipv4_addr; size 256; elements = { 10.0.0.0, 10.0.1.0,";
             assert!(set.starts_with(head), "{set}");
         }
