@@ -27,6 +27,8 @@ pub use mesh::{
     Service, StringMatch, TunnelHeader, Values, Visibility, WeightedWaypoint, Workload,
     WorkloadDraft, WorkloadType,
 };
+pub use pod::file::PodFile;
+pub use pod::folder::{PodDocument, PodFolder};
 pub use pod::overlay::InterceptionOverlay;
 pub use pod::uid::{PodUid, PodUidError};
 pub use settings::declare::Reference;
@@ -36,9 +38,10 @@ pub use settings::{
     Backend, BundleFile, Cipher, Dns, Egress, EgressSettings, IdentityFiles, IdentitySettings,
     InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes,
     Limits, LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls, MtlsOverride,
-    MtlsOverrideError, MtlsSettings, NodeSettings, OnExit, OutboundCapture, PacedConnections,
-    PodSourceSettings, PortRange, PortRangeError, Profile, ProxySettings, SeriesSettings, Settings,
-    SpireSettings, TakeOver, Timeouts, TrustSettings, TunnelSettings, WorkloadSettings,
+    MtlsOverrideError, MtlsSettings, NodeProbes, NodeSettings, OnExit, OutboundCapture,
+    PacedConnections, PodSourceSettings, PortRange, PortRangeError, Profile, ProxySettings,
+    SeriesSettings, Settings, SpireSettings, TakeOver, Timeouts, TrustSettings, TunnelSettings,
+    WorkloadSettings,
 };
 pub use watch::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};
 pub use watch::{FileWatch, FileWatcher};

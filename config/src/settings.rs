@@ -29,7 +29,7 @@ pub use interception::{
 pub use limits::{Limits, SeriesSettings, TakeOver, Timeouts};
 pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
-pub use node::{NodeSettings, PodSourceSettings};
+pub use node::{NodeProbes, NodeSettings, PodSourceSettings};
 
 use crate::identity::spiffe::{SpiffeId, TrustDomain};
 

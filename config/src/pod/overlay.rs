@@ -60,7 +60,7 @@ impl Settings {
         let problems = Problems::default();
         let files = Files { folder: Path::new("") };
         let document = Document { root: Cursor::root(root, &problems), files };
-        let interception = interception_settings(document);
+        let interception = interception_settings(document, &self.node);
         let interception = problems.or_else(interception)?;
         Ok(Self { interception, ..self.clone() })
     }
@@ -182,6 +182,19 @@ mod tests {
             errors.contains("the node's settings: interception.outbound.exclude_gids"),
             "{errors}"
         );
+    }
+
+    #[test]
+    fn pod_of_a_node_has_the_limits_of_a_node() {
+        let node = "node: {probes: translate, pods: {directory: /pods}}";
+        let settings = laid_over(node, &[]).unwrap();
+        assert_eq!(settings.interception.kubelet_probes, KubeletProbes::On);
+        let off = laid_over(node, &[&overlay("kubelet_probes: off")]).unwrap();
+        assert_eq!(off.interception.kubelet_probes, KubeletProbes::Off);
+        for refused in ["profile: sidecar", "allow_host: true", "install: false"] {
+            let errors = laid_over(node, &[&overlay(refused)]).unwrap_err();
+            assert!(errors.contains("with node.pods"), "{refused}: {errors}");
+        }
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! The settings of a node daemon (`underpass node`).
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+
+use super::Word;
 
 /// The settings of a node daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -11,6 +14,29 @@ pub struct NodeSettings {
     pub pods: Option<PodSourceSettings>,
     /// The namespaces whose pods are not enrolled.
     pub exempt_namespaces: Vec<String>,
+    /// Whether the daemon translates the node's own connections to its pods.
+    pub probes: NodeProbes,
+}
+
+/// Whether the source of the node's own connections to its pods, such as the kubelet's probes,
+/// becomes the probe address that `interception.kubelet_probes` exempts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NodeProbes {
+    /// Yes, by rules in the host's network namespace.
+    Translate,
+    /// No.
+    Off,
+}
+
+impl Word for NodeProbes {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("translate", Self::Translate), ("off", Self::Off)];
+}
+
+impl fmt::Display for NodeProbes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
 }
 
 /// Where a node daemon learns of its pods.

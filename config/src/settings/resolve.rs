@@ -15,7 +15,7 @@ mod workload;
 use std::path::Path;
 
 use crate::settings::declare::{Declared, Document, Files, Reference};
-use crate::settings::{InterceptionSettings, Settings};
+use crate::settings::{InterceptionSettings, NodeSettings, Settings};
 use crate::yaml::read::Cursor;
 
 /// Every setting, in the order of `config show` and of docs/settings.md.
@@ -61,14 +61,11 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     let trust = identity::trust(document, own)?;
     let interception = interception::settings(document)?;
     let node = node::node(document)?;
-    let interception = match &node.pods {
-        Some(pods) => {
-            node::refuse_settings_of_one_pod(document);
-            identity.iter().for_each(|identity| node::refuse_shared_identity(document, identity));
-            node::interception(document, interception, pods)
-        }
-        None => interception,
-    };
+    let interception = node::interception(document, interception, &node);
+    if node.pods.is_some() {
+        node::refuse_settings_of_one_pod(document);
+        identity.iter().for_each(|identity| node::refuse_shared_identity(document, identity));
+    }
     let mtls = access::mtls(document, root.key("identity").is_given())?;
     let proxy = proxy::proxy(document, interception.profile, mtls);
     let egress = access::egress(document)?;
@@ -100,10 +97,14 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     })
 }
 
-/// Parses a document that consists of the section `interception`.
-pub(crate) fn interception_settings(document: Document<'_>) -> Option<InterceptionSettings> {
+/// Parses a document that consists of the section `interception`: that of a pod of `node`.
+pub(crate) fn interception_settings(
+    document: Document<'_>,
+    node: &NodeSettings,
+) -> Option<InterceptionSettings> {
     refuse_unknown_keys(document.root, "");
-    interception::settings(document)
+    let settings = interception::settings(document)?;
+    Some(node::interception(document, settings, node))
 }
 
 /// Rejects every key below `at` that is neither declared nor in [`NOT_YET`]. `prefix` is the path

@@ -145,7 +145,8 @@ interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_
     const SPIRE: &str = "identity: {spire: {socket: /run/spire/agent.sock}}";
     const ZDS: &str = "node: {pods: {zds: /run/ztunnel.sock}}";
     const CNI: &str = "node: {pods: {cni: /run/cni.sock}}\nidentity: {local_ca: /ca}";
-    const DIRECTORY: &str = "node: {pods: {directory: /run/pods}}\nworkload: {network: east}";
+    const DIRECTORY: &str =
+        "node: {probes: translate, pods: {directory: /run/pods}}\nworkload: {network: east}";
     const ALL: [&str; 7] = [SIDECAR, AMBIENT, OSM, SPIRE, ZDS, CNI, DIRECTORY];
 
     #[test]

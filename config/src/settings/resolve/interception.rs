@@ -128,7 +128,7 @@ settings! {
     /// these (`ambient`). Only for a node whose agent rewrites the kubelet's probes to that source:
     /// see [interception.md](interception.md#kubelet-probes)
     KUBELET_PROBES: KubeletProbes = "interception.kubelet_probes", PROBES,
-        Fallback::Varies("`off`; with `exact`: `on`"),
+        Fallback::Varies("`off`; with `exact` or `node.probes: translate`: `on`"),
         |s| Some(s.interception.kubelet_probes.clone());
     /// what the application sends to these addresses of its own is left alone; inside 127.0.0.0/8
     /// (`sidecar`)

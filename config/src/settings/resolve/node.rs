@@ -2,9 +2,12 @@
 
 use std::path::PathBuf;
 
-use crate::settings::declare::{Document, Fallback, Kind, PATH, TEXT, given_list, list, settings};
+use crate::settings::declare::{
+    Declared, Document, Fallback, Kind, PATH, TEXT, given_list, list, settings, word,
+};
 use crate::settings::{
-    IdentitySettings, InterceptionSettings, NodeSettings, PodSourceSettings, Profile, Settings,
+    IdentitySettings, InterceptionSettings, KubeletProbes, NodeProbes, NodeSettings,
+    PodSourceSettings, Profile, Settings,
 };
 
 settings! {
@@ -23,6 +26,11 @@ settings! {
     EXEMPT_NAMESPACES: Vec<String> = "node.exempt_namespaces",
         list("list of namespaces", |cursor, _| given_list(cursor, namespace)),
         Fallback::Is(default_exempt_namespaces), |s| Some(s.node.exempt_namespaces.clone());
+    /// `translate`: rules in the host's network namespace give the node's own connections to its
+    /// pods, such as the kubelet's probes, the source that `interception.kubelet_probes` exempts,
+    /// which is then `on` by default ([node.md](node.md#kubelet-probes))
+    PROBES: NodeProbes = "node.probes", word("`translate`, `off`"),
+        Fallback::Is(|| NodeProbes::Off), |s| Some(s.node.probes);
 }
 
 const NAME_OF_NODE: Kind<String> = Kind {
@@ -60,7 +68,21 @@ fn namespace(text: &str) -> Result<String, String> {
 pub(super) fn node(document: Document<'_>) -> Option<NodeSettings> {
     let name = NAME.read(document);
     let exempt_namespaces = EXEMPT_NAMESPACES.read(document)?;
-    Some(NodeSettings { name, pods: pods(document), exempt_namespaces })
+    let pods = pods(document);
+    let probes = PROBES.read(document)?;
+    if probes == NodeProbes::Translate {
+        match pods {
+            Some(PodSourceSettings::Cni(_) | PodSourceSettings::Directory(_)) => {}
+            Some(PodSourceSettings::Zds(_)) => {
+                PROBES.problem(
+                    document,
+                    "must be off with node.pods.zds: the agent translates probes",
+                );
+            }
+            None => PROBES.problem(document, "has a meaning with node.pods only"),
+        }
+    }
+    Some(NodeSettings { name, pods, exempt_namespaces, probes })
 }
 
 fn pods(document: Document<'_>) -> Option<PodSourceSettings> {
@@ -106,12 +128,14 @@ pub(super) fn refuse_shared_identity(document: Document<'_>, identity: &Identity
     }
 }
 
-/// The interception settings of a node daemon.
+/// The interception settings of a node daemon, or of one of its pods. Those of a proxy for one pod
+/// stay as they are.
 pub(super) fn interception(
     document: Document<'_>,
     settings: InterceptionSettings,
-    pods: &PodSourceSettings,
+    node: &NodeSettings,
 ) -> InterceptionSettings {
+    let Some(pods) = &node.pods else { return settings };
     let section = document.root.key("interception");
     if settings.profile != Profile::Ambient {
         // The other profiles recognize the proxy by its user, which a node's pods may have too.
@@ -129,7 +153,11 @@ pub(super) fn interception(
             false => "must be false with node.pods.zds: the agent installs the rules",
         });
     }
-    InterceptionSettings { install, ..settings }
+    let kubelet_probes = match node.probes {
+        NodeProbes::Translate if !section.key("kubelet_probes").is_given() => KubeletProbes::On,
+        _ => settings.kubelet_probes,
+    };
+    InterceptionSettings { install, kubelet_probes, ..settings }
 }
 
 #[cfg(test)]

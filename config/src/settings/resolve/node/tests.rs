@@ -89,3 +89,23 @@ fn rejects_unusable_names() {
     assert_eq!(mistakes("node: {name: 'a b'}").len(), 1);
     assert_eq!(mistakes("node: {exempt_namespaces: ['a/b']}").len(), 1);
 }
+
+#[test]
+fn translated_probes_are_exempt_by_default() {
+    let probes = |more: &str| {
+        let text = format!("node: {{probes: translate, pods: {{cni: /run/x}}}}\n{more}");
+        settings_of(&text).unwrap().interception.kubelet_probes
+    };
+    assert_eq!(probes(""), KubeletProbes::On);
+    assert_eq!(probes("interception: {kubelet_probes: off}"), KubeletProbes::Off);
+    assert_eq!(settings_of("").unwrap().node.probes, NodeProbes::Off);
+}
+
+#[test]
+fn rejects_translated_probes_of_another_agent_or_without_pods() {
+    for pods in ["pods: {zds: /run/x}, ", ""] {
+        let found = mistakes(&format!("node: {{{pods}probes: translate}}"));
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].starts_with("node.probes: "), "{found:?}");
+    }
+}

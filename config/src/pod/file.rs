@@ -1,0 +1,128 @@
+//! Parses the file of one pod, in the folder `node.pods.directory`.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use crate::error::ConfigErrors;
+use crate::pod::overlay::InterceptionOverlay;
+use crate::pod::uid::PodUid;
+use crate::settings::load::read_text;
+use crate::yaml::read::{Cursor, Problems};
+
+const KEYS: &[&str] = &["uid", "netns", "workload", "ips", "labels", "annotations", "interception"];
+const WORKLOAD_KEYS: &[&str] = &["name", "namespace", "serviceAccount"];
+
+/// One pod, as its file describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodFile {
+    /// The uid, unique in the folder.
+    pub uid: PodUid,
+    /// The file of its network namespace, an absolute path.
+    pub netns: PathBuf,
+    /// The name of its workload.
+    pub name: String,
+    /// The namespace of its workload.
+    pub namespace: String,
+    /// The service account in its identity.
+    pub service_account: String,
+    /// Its addresses, at least one.
+    pub ips: Vec<IpAddr>,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its annotations.
+    pub annotations: BTreeMap<String, String>,
+    /// Its own interception settings.
+    pub interception: Option<InterceptionOverlay>,
+}
+
+impl PodFile {
+    /// Parses the text of a file; errors call it `name`.
+    ///
+    /// The values of `interception` are checked by [`Settings::with_interception`], which knows the
+    /// node's.
+    ///
+    /// # Errors
+    /// All mistakes in the text.
+    ///
+    /// [`Settings::with_interception`]: crate::Settings::with_interception
+    pub fn parse(name: &str, text: &str) -> Result<Self, ConfigErrors> {
+        let root = read_text(name, text)?;
+        let problems = Problems::default();
+        let file = read(Cursor::root(&root, &problems));
+        problems.or_else(file)
+    }
+}
+
+fn read(root: Cursor<'_>) -> Option<PodFile> {
+    root.only(KEYS);
+    let workload = root.key("workload");
+    workload.only(WORKLOAD_KEYS);
+    let uid = needed(root.key("uid")).and_then(|_| root.key("uid").parse_explained());
+    let netns = netns(root.key("netns"));
+    let [name, namespace, service_account] =
+        ["name", "namespace", "serviceAccount"].map(|key| text(workload.key(key)));
+    let ips = ips(root.key("ips"));
+    let labels = texts(root.key("labels"));
+    let annotations = texts(root.key("annotations"));
+    let interception = root.key("interception").node().cloned().map(InterceptionOverlay::new);
+    Some(PodFile {
+        uid: uid?,
+        netns: netns?,
+        name: name?,
+        namespace: namespace?,
+        service_account: service_account?,
+        ips: ips?,
+        labels,
+        annotations,
+        interception,
+    })
+}
+
+fn needed(cursor: Cursor<'_>) -> Option<Cursor<'_>> {
+    cursor.given_or("is missing")
+}
+
+fn text(cursor: Cursor<'_>) -> Option<String> {
+    let text = needed(cursor)?.text()?;
+    if text.is_empty() {
+        cursor.problem("must not be empty");
+        return None;
+    }
+    Some(text.to_owned())
+}
+
+fn netns(cursor: Cursor<'_>) -> Option<PathBuf> {
+    let path = PathBuf::from(text(cursor)?);
+    if !path.is_absolute() {
+        cursor.problem("must be the absolute path of a network namespace, such as /run/netns/a");
+        return None;
+    }
+    Some(path)
+}
+
+/// Without an address, the namespace could not be told from that of another pod.
+fn ips(cursor: Cursor<'_>) -> Option<Vec<IpAddr>> {
+    let address = |text: &str| {
+        let address = text.parse::<IpAddr>();
+        address.map_err(|_| "must be an address of the pod, such as 10.0.0.1 or fd00::1".to_owned())
+    };
+    let ips = needed(cursor)?.list(address);
+    if cursor.is_empty_list() {
+        cursor.problem("must not be empty: the pod's addresses tell its namespace from others");
+        return None;
+    }
+    Some(ips)
+}
+
+fn texts(cursor: Cursor<'_>) -> BTreeMap<String, String> {
+    // An empty value is written as nothing or as "".
+    let value = |key: &str, cursor: Cursor<'_>| {
+        let value = if cursor.is_given() { cursor.text()? } else { "" };
+        Some((key.to_owned(), value.to_owned()))
+    };
+    cursor.each(value).into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests;
