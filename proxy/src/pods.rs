@@ -2,9 +2,12 @@
 
 pub(crate) mod annotations;
 pub(crate) mod backoff;
+pub(crate) mod directory;
 pub(crate) mod enrolment;
 pub(crate) mod facts;
+pub(crate) mod namespace;
 pub(crate) mod node_enroller;
+pub(crate) mod probes;
 pub(crate) mod registry;
 pub(crate) mod settings;
 pub(crate) mod source;

@@ -6,7 +6,9 @@
 
 use std::fmt;
 
-use underpass_config::{InterceptionOverlay, InterceptionSettings, IpNet};
+use underpass_config::{
+    InterceptionOverlay, InterceptionSettings, IpNet, NodeSettings, PodSourceSettings,
+};
 
 use crate::pods::facts::{FactsError, PodFacts};
 
@@ -40,6 +42,8 @@ const INCLUSIONS: &[(&str, &str)] = &[
 /// The reason why a pod is left alone: its traffic is none of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NotEnrolled {
+    /// Its namespace is one of `node.exempt_namespaces`.
+    ExemptNamespace,
     /// The label `istio.io/dataplane-mode: none`.
     OptedOut,
     /// The annotation `sidecar.istio.io/status`.
@@ -49,14 +53,25 @@ pub(crate) enum NotEnrolled {
 impl fmt::Display for NotEnrolled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::ExemptNamespace => f.write_str("node.exempt_namespaces contains its namespace"),
             Self::OptedOut => write!(f, "its label {DATAPLANE_MODE} is none"),
             Self::HasSidecar => write!(f, "it has a sidecar (annotation {SIDECAR_STATUS})"),
         }
     }
 }
 
-/// Whether labels and annotations exclude the pod.
-pub(crate) fn exclusion(facts: &PodFacts) -> Result<Option<NotEnrolled>, FactsError> {
+/// Whether the settings of the node, or labels and annotations, exclude the pod.
+pub(crate) fn exclusion(
+    facts: &PodFacts,
+    node: &NodeSettings,
+) -> Result<Option<NotEnrolled>, FactsError> {
+    if let Some(PodSourceSettings::Zds(_)) = node.pods {
+        // The agent has selected its pods, and their rules are installed.
+        return Ok(None);
+    }
+    if node.exempt_namespaces.contains(&facts.namespace) {
+        return Ok(Some(NotEnrolled::ExemptNamespace));
+    }
     let mode = facts.labels.get(DATAPLANE_MODE);
     match mode.map(String::as_str) {
         Some("none") => Ok(Some(NotEnrolled::OptedOut)),

@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use underpass_config::PodUid;
-use underpass_interception::Namespace;
+use underpass_interception::{InterceptionError, Namespace};
 
 use crate::node::pod_error::PodError;
 use crate::pods::annotations::NotEnrolled;
 use crate::pods::facts::{FactsError, PodFacts};
+use crate::pods::namespace::NamespaceError;
 
 /// A future of this module's traits.
 pub(crate) type Operation<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -79,6 +80,10 @@ pub(crate) enum EnrolError {
     Facts(#[from] FactsError),
     #[error("its network namespace is that of the pod {0}")]
     NamespaceInUse(PodUid),
+    #[error("its network namespace cannot be used")]
+    Namespace(#[source] Arc<InterceptionError>),
+    #[error("its network namespace is refused")]
+    ForeignNamespace(#[from] NamespaceError),
     #[error("it cannot be served")]
     Pod(#[source] Arc<PodError>),
     #[error("it was removed, or replaced by a pod in another namespace")]
@@ -97,8 +102,14 @@ impl EnrolError {
     /// Whether another attempt with the same facts may succeed.
     pub(crate) fn is_retryable(&self) -> bool {
         match self {
-            Self::Pod(_) | Self::Pending | Self::Panicked => true,
+            // A network plugin may assign the pod's addresses later.
+            Self::Pod(_)
+            | Self::Namespace(_)
+            | Self::ForeignNamespace(NamespaceError::OtherAddresses { .. })
+            | Self::Pending
+            | Self::Panicked => true,
             Self::Facts(_)
+            | Self::ForeignNamespace(NamespaceError::Host { .. })
             | Self::NamespaceInUse(_)
             | Self::Removed
             | Self::Unknown
@@ -112,6 +123,12 @@ impl EnrolError {
             Self::Facts(_) => "correct the pod's labels, annotations or file",
             Self::NamespaceInUse(_) => {
                 "remove the other pod first: two pods of one namespace cannot be told apart"
+            }
+            Self::Namespace(_) => {
+                "underpass tries again; a network namespace is named by an absolute path without links, such as /run/netns/NAME"
+            }
+            Self::ForeignNamespace(_) => {
+                "a foreign namespace would give its processes the identity of the pod: correct the namespace or the addresses"
             }
             Self::Pod(_) | Self::Pending => "underpass tries again",
             Self::Removed | Self::Unknown => "add the pod again",

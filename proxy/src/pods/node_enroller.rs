@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tracing::Instrument as _;
 use underpass_config::{InterceptionSettings, Settings};
-use underpass_interception::{Namespace, NamespaceAccess, NamespaceThread};
+use underpass_interception::{HostNamespaces, Namespace, NamespaceAccess, NamespaceThread};
 
 use crate::error::chain;
 use crate::node::Node;
@@ -16,6 +16,7 @@ use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
 use crate::node::workers::Workers;
 use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod, Enroller, Operation, Trouble};
 use crate::pods::facts::PodFacts;
+use crate::pods::namespace::{check_addresses, check_owner};
 use crate::pods::settings::{PodSettings, pod_settings};
 use crate::process::reload::follow;
 use crate::rules::health::{RulesHealth, RulesTotals};
@@ -30,6 +31,8 @@ pub(crate) struct NodeEnroller {
     pub(crate) thread: NamespaceThread,
     /// The states of the rules of all pods.
     pub(crate) rules: RulesTotals,
+    /// The namespaces that are no pod's.
+    pub(crate) hosts: HostNamespaces,
 }
 
 impl Enroller for NodeEnroller {
@@ -58,7 +61,7 @@ impl NodeEnroller {
             PodSettings::Enrolled(settings) => Arc::<Settings>::from(settings),
             PodSettings::NotEnrolled(reason) => return Ok(Enrolled::LeftAlone(reason)),
         };
-        let access = NamespaceAccess::new(namespace, self.thread.clone());
+        let access = self.accepted(facts, namespace).await?;
         let (interception, changes) = watch::channel(settings.interception.clone());
         let health = self.rules.pod();
         let spec = PodSpec {
@@ -79,6 +82,23 @@ impl NodeEnroller {
         let span = span(facts);
         let served = NodePod { pod, node, settings, interception, credentials, health, span };
         Ok(Enrolled::Serving(Box::new(served)))
+    }
+}
+
+impl NodeEnroller {
+    /// Access to the namespace, if it can be the pod's.
+    async fn accepted(
+        &self,
+        facts: &PodFacts,
+        namespace: Namespace,
+    ) -> Result<NamespaceAccess, EnrolError> {
+        let id = namespace.id();
+        check_owner(&self.hosts, id)?;
+        let access = NamespaceAccess::new(namespace, self.thread.clone());
+        let environment = access.environment().await;
+        let environment = environment.map_err(|error| EnrolError::Namespace(Arc::new(error)))?;
+        check_addresses(id, &facts.ips, &environment)?;
+        Ok(access)
     }
 }
 

@@ -5,9 +5,10 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
 use underpass_config::{PodUid, Quoted};
@@ -29,6 +30,7 @@ struct Shared {
     pods: Mutex<Pods>,
     /// Wakes the task after a change.
     changed: Notify,
+    served_addresses: watch::Sender<BTreeSet<IpAddr>>,
 }
 
 /// The outcome of adding a pod, which is enrolled in the background.
@@ -60,7 +62,11 @@ impl Removal {
 impl PodRegistry {
     /// A registry, and the task that enrols its pods with `enroller`.
     pub(crate) fn new(enroller: Arc<dyn Enroller>) -> (Self, RegistryTask) {
-        let shared = Shared { pods: Mutex::default(), changed: Notify::new() };
+        let shared = Shared {
+            pods: Mutex::default(),
+            changed: Notify::new(),
+            served_addresses: watch::Sender::default(),
+        };
         let registry = Self(Arc::new(shared));
         let task = RegistryTask {
             registry: registry.clone(),
@@ -79,6 +85,16 @@ impl PodRegistry {
         let (answer, outcome) = oneshot::channel();
         self.change(|pods| pods.add(Instant::now(), Arc::new(facts), namespace, answer));
         Enrolment(outcome)
+    }
+
+    /// Shows a pod that its source cannot add as failed. Its predecessor with this uid leaves.
+    pub(crate) fn fail(&self, facts: PodFacts, error: EnrolError) {
+        self.change(|pods| pods.fail(Instant::now(), Arc::new(facts), error));
+    }
+
+    /// The addresses of the pods that are served.
+    pub(crate) fn served_addresses(&self) -> watch::Receiver<BTreeSet<IpAddr>> {
+        self.0.served_addresses.subscribe()
     }
 
     /// Whether the pod is known.
@@ -160,6 +176,7 @@ impl RegistryTask {
         loop {
             self.perform_due();
             self.report_counts();
+            self.publish_addresses();
             let due = self.registry.pods().next_due(Instant::now());
             let retry = async {
                 match due {
@@ -253,6 +270,15 @@ impl RegistryTask {
             let error = Quoted::chain(&error);
             tracing::error!(pod, %uid, %error, hint, ?retry_in, "cannot enrol the pod");
         }
+    }
+
+    fn publish_addresses(&self) {
+        let addresses = self.registry.pods().served_addresses();
+        self.registry.0.served_addresses.send_if_modified(|published| {
+            let is_new = *published != addresses;
+            *published = addresses;
+            is_new
+        });
     }
 
     fn report_counts(&self) {

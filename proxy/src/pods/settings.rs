@@ -18,7 +18,7 @@ pub(crate) enum PodSettings {
 /// that of its own service account in the node's trust domain.
 pub(crate) fn pod_settings(node: &Settings, facts: &PodFacts) -> Result<PodSettings, FactsError> {
     facts.check()?;
-    if let Some(reason) = annotations::exclusion(facts)? {
+    if let Some(reason) = annotations::exclusion(facts, &node.node)? {
         return Ok(PodSettings::NotEnrolled(reason));
     }
     let from_annotations = annotations::interception(facts, &node.interception)?;

@@ -11,6 +11,7 @@
 //! new pod of that namespace waits for it. So a namespace has at most one active pod.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -143,6 +144,18 @@ impl Pods {
         let phase = Phase::Waiting { turn, namespace };
         let answers = vec![answer];
         let entry = Entry { facts, since: now, failures: 0, error: None, phase, answers };
+        self.pods.insert(uid, entry);
+    }
+
+    /// Shows a pod that its source cannot add as failed.
+    pub(super) fn fail(&mut self, now: Instant, facts: Arc<PodFacts>, error: EnrolError) {
+        self.withdraw(&facts.uid, &EnrolError::Removed);
+        if self.stopping {
+            return;
+        }
+        let uid = facts.uid.clone();
+        let (error, answers) = (Some(error), Vec::new());
+        let entry = Entry { facts, since: now, failures: 0, error, phase: Phase::Failed, answers };
         self.pods.insert(uid, entry);
     }
 
@@ -411,6 +424,13 @@ impl Pods {
             // Fails if the source no longer waits.
             gone.send(()).ok();
         }
+    }
+
+    /// The addresses of the pods that are served.
+    pub(super) fn served_addresses(&self) -> BTreeSet<IpAddr> {
+        let served =
+            self.pods.values().filter(|entry| matches!(entry.phase, Phase::Serving { .. }));
+        served.flat_map(|entry| entry.facts.ips.iter().copied()).collect()
     }
 
     /// The status of all pods, in no order.

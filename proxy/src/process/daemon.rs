@@ -11,10 +11,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use underpass_config::{FileWatcher, MeshSource, PodSourceSettings, Settings};
+use underpass_config::{FileWatcher, MeshSource, NodeProbes, PodSourceSettings, Settings};
 use underpass_interception::{
-    Inotify, Kept, Namespace, NamespaceAccess, NamespaceThread, confine_thread, raise_open_files,
-    run_in_background,
+    HostNamespaces, HostRules, Inotify, Kept, Namespace, NamespaceAccess, NamespaceThread,
+    confine_thread, raise_open_files, run_in_background,
 };
 
 use crate::admin::endpoints::Readiness;
@@ -24,7 +24,9 @@ use crate::node::pod::pod_sockets;
 use crate::node::workers::{WorkerThreads, Workers};
 use crate::node::{Node, certificates};
 use crate::observe::metrics;
+use crate::pods::directory::DirectorySource;
 use crate::pods::node_enroller::NodeEnroller;
+use crate::pods::probes::{self, ProbeTranslation};
 use crate::pods::registry::PodRegistry;
 use crate::pods::source::{PodSource, SourceHealth};
 use crate::pods::zds::ZdsSource;
@@ -62,20 +64,22 @@ async fn live(
 ) -> Result<(), CommandError> {
     let mut stop = StopSignal::new(until_eof)?;
     raise_open_files().map_err(CommandError::Start)?;
-    let source = source(&settings)?;
-    let daemon = Daemon::start(Arc::new(settings), supervisor).await?;
+    let watcher = FileWatcher::new(Inotify::open);
+    let source = source(&settings, &watcher)?;
+    let daemon = Daemon::start(Arc::new(settings), &watcher, supervisor).await?;
     let why = daemon.serve(source, &mut stop).await?;
     daemon.stop(why, &mut stop).await;
     Ok(())
 }
 
 /// The source of pods that the settings name.
-fn source(settings: &Settings) -> Result<Box<dyn PodSource>, CommandError> {
+fn source(settings: &Settings, watcher: &FileWatcher) -> Result<Box<dyn PodSource>, CommandError> {
     match &settings.node.pods {
         Some(PodSourceSettings::Zds(socket)) => Ok(Box::new(ZdsSource::new(socket.clone()))),
-        Some(PodSourceSettings::Cni(_) | PodSourceSettings::Directory(_)) | None => {
-            Err(CommandError::NoPodSource)
+        Some(PodSourceSettings::Directory(folder)) => {
+            Ok(Box::new(DirectorySource::open(folder, watcher)?))
         }
+        Some(PodSourceSettings::Cni(_)) | None => Err(CommandError::NoPodSource),
     }
 }
 
@@ -88,19 +92,26 @@ struct Daemon {
     threads: WorkerThreads,
     /// Tasks that run until the last pod is removed: among them the enforcement of policies.
     tasks: Vec<Task>,
+    /// The rules in the host's namespace.
+    probes: Option<HostRules>,
     _endpoints: Endpoints,
 }
 
 impl Daemon {
-    async fn start(settings: Arc<Settings>, supervisor: Supervisor) -> Result<Self, CommandError> {
+    async fn start(
+        settings: Arc<Settings>,
+        watcher: &FileWatcher,
+        supervisor: Supervisor,
+    ) -> Result<Self, CommandError> {
+        let hosts = HostNamespaces::read()?;
         let thread = NamespaceThread::start().map_err(CommandError::start)?;
         let access = NamespaceAccess::new(Namespace::current()?, thread.clone());
-        let (watcher, sockets) = (FileWatcher::new(Inotify::open), pod_sockets(&settings));
+        let sockets = pod_sockets(&settings);
         let (readiness, gates) = (Readiness::of_node(), Gates::default());
         let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
-        let identities = Certificates::identities(&settings, &access, &sockets, None, &watcher)?;
+        let identities = Certificates::identities(&settings, &access, &sockets, None, watcher)?;
         let mesh_file = settings.mesh_file.as_deref();
-        let (source, mesh) = MeshSource::open(mesh_file, &watcher, run_in_background)?;
+        let (source, mesh) = MeshSource::open(mesh_file, watcher, run_in_background)?;
         let publisher = Publisher::new(source, mesh, &settings.workload);
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
         let count = settings.proxy.workers.unwrap_or_else(processors);
@@ -118,6 +129,7 @@ impl Daemon {
             settings: settings.clone(),
             thread: thread.clone(),
             rules: RulesTotals::default(),
+            hosts,
         };
         let (registry, pods) = PodRegistry::new(Arc::new(enroller));
         let reported = registry.clone();
@@ -127,13 +139,19 @@ impl Daemon {
             let (limits, readiness) = (limits.clone(), reported.clone());
             async move { limits.report(readiness).await }
         });
-        let tasks = vec![
+        let mut tasks = vec![
             supervisor.essential("namespaces thread", async move { thread.ended().await }),
             supervisor.essential("publisher of the mesh", publisher.follow(reports)),
             supervisor.essential("registry of pods", pods.run()),
             limits,
         ];
-        Ok(Self { settings, node, registry, readiness, threads, tasks, _endpoints })
+        let mut probes = None;
+        if settings.node.probes == NodeProbes::Translate {
+            let translation = ProbeTranslation::start(access, registry.served_addresses()).await?;
+            probes = Some(translation.rules());
+            tasks.push(supervisor.essential("rules for kubelet probes", translation.run()));
+        }
+        Ok(Self { settings, node, registry, readiness, threads, tasks, probes, _endpoints })
     }
 
     /// Serves until a stop signal, whose name it returns.
@@ -174,6 +192,9 @@ impl Daemon {
             }
         }
         drop(self.tasks);
+        if let Some(rules) = &self.probes {
+            probes::leave(rules, self.settings.interception.on_exit).await;
+        }
         self.node.drain.end();
         tokio::time::timeout(WORKERS_END, self.threads.join()).await.ok();
         tracing::info!("stopped");

@@ -76,6 +76,15 @@ fn label_and_sidecar_exclude_a_pod() {
 }
 
 #[test]
+fn exempt_namespace_excludes_a_pod_unless_an_agent_selects_it() {
+    let pod = PodFacts { namespace: "kube-system".to_owned(), ..facts() };
+    let exempt = PodSettings::NotEnrolled(NotEnrolled::ExemptNamespace);
+    assert_eq!(pod_settings(&node(""), &pod).unwrap(), exempt);
+    enrolled("node: {exempt_namespaces: []}", &pod);
+    enrolled("node: {pods: {zds: /run/zds.sock}}", &pod);
+}
+
+#[test]
 fn rejects_unknown_dataplane_mode() {
     for mode in ["", "None", "sidecar", "none\n"] {
         let pod = PodFacts { labels: map(&[("istio.io/dataplane-mode", mode)]), ..facts() };

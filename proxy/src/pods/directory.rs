@@ -1,0 +1,251 @@
+//! The source of pods that reads a folder with one file for each pod (`node.pods.directory`).
+//!
+//! A file that appears enrols a pod, and one that goes removes it. A file with a mistake is
+//! reported and changes nothing: a pod that it described before keeps running as described then.
+//!
+//! Not here: the format of a file, and reading and watching the folder (the config crate).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use tokio::time::{MissedTickBehavior, interval};
+use underpass_config::{ConfigErrors, FileWatcher, PodDocument, PodFile, PodFolder, PodUid};
+use underpass_interception::{InterceptionError, Namespace, NamespaceId};
+
+use crate::error::chain;
+use crate::pods::enrolment::EnrolError;
+use crate::pods::facts::PodFacts;
+use crate::pods::registry::PodRegistry;
+use crate::pods::source::{PodSource, SourceHealth, SourceRun};
+
+/// How often the files of the namespaces are looked at: no event reports that a namespace was
+/// deleted, or that another one has its name.
+const LOOK_AT_NAMESPACES: Duration = Duration::from_secs(5);
+
+/// Opens the file of a namespace.
+type OpenNamespace = dyn Fn(&Path) -> Result<Namespace, InterceptionError> + Send + Sync;
+
+/// Follows the folder.
+pub(crate) struct DirectorySource {
+    folder: PodFolder,
+    open_namespace: Box<OpenNamespace>,
+    files: BTreeMap<PathBuf, KnownFile>,
+    /// The error of the last read of the folder, which is reported once.
+    folder_error: Option<String>,
+}
+
+/// A file of the folder.
+#[derive(Debug)]
+struct KnownFile {
+    fingerprint: u64,
+    /// What the file described when it had no mistake last.
+    pod: Option<KnownPod>,
+}
+
+#[derive(Debug)]
+struct KnownPod {
+    uid: PodUid,
+    netns: PathBuf,
+    facts: PodFacts,
+    /// The namespace with which the registry has the pod and its facts.
+    added: Option<NamespaceId>,
+    /// The last error, which is reported once.
+    error: Option<String>,
+}
+
+impl DirectorySource {
+    /// Opens the folder.
+    ///
+    /// # Errors
+    /// It does not exist, is unsafe, or cannot be watched.
+    pub(crate) fn open(path: &Path, watcher: &FileWatcher) -> Result<Self, ConfigErrors> {
+        let open_namespace = Box::new(|path: &Path| Namespace::open_guarded(path));
+        Self::with_namespaces(path, watcher, open_namespace)
+    }
+
+    fn with_namespaces(
+        path: &Path,
+        watcher: &FileWatcher,
+        open_namespace: Box<OpenNamespace>,
+    ) -> Result<Self, ConfigErrors> {
+        let folder = PodFolder::open(path, watcher)?;
+        Ok(Self { folder, open_namespace, files: BTreeMap::new(), folder_error: None })
+    }
+
+    async fn follow(mut self, registry: PodRegistry, health: SourceHealth) -> ! {
+        let mut look = interval(LOOK_AT_NAMESPACES);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.read_files(&registry, &health);
+        loop {
+            tokio::select! {
+                () = self.folder.changed() => self.read_files(&registry, &health),
+                _ = look.tick() => self.follow_namespaces(&registry),
+            }
+        }
+    }
+
+    fn read_files(&mut self, registry: &PodRegistry, health: &SourceHealth) {
+        let documents = self.folder.read();
+        health.set_ready(documents.is_ok());
+        match documents {
+            Ok(documents) => {
+                self.folder_error = None;
+                self.forget_missing(&documents, registry);
+                documents.into_iter().for_each(|document| self.read_file(document, registry));
+                self.follow_namespaces(registry);
+            }
+            Err(error) => self.report_folder(error.to_string()),
+        }
+    }
+
+    fn report_folder(&mut self, error: String) {
+        if self.folder_error.as_ref() != Some(&error) {
+            let hint = "the pods stay as they are until the folder can be read again";
+            tracing::error!(error, hint, "cannot read the folder of pods");
+            self.folder_error = Some(error);
+        }
+    }
+
+    /// Removes the pods whose files are gone.
+    fn forget_missing(&mut self, documents: &[PodDocument], registry: &PodRegistry) {
+        let there: BTreeSet<&Path> =
+            documents.iter().map(|document| document.path.as_path()).collect();
+        let gone = self.files.extract_if(.., |path, _| !there.contains(path.as_path()));
+        let gone: Vec<_> = gone.collect();
+        if gone.is_empty() {
+            return;
+        }
+        for pod in gone.into_iter().filter_map(|(_, file)| file.pod) {
+            // Dropping the removal does not stop it.
+            drop(registry.remove(&pod.uid));
+        }
+        // A file that repeated the uid of one that is gone has no mistake any more.
+        self.files.retain(|_, file| file.pod.is_some());
+    }
+
+    fn read_file(&mut self, document: PodDocument, registry: &PodRegistry) {
+        let known = self.files.get(&document.path);
+        if known.is_some_and(|known| known.fingerprint == document.fingerprint) {
+            return;
+        }
+        let before = self.files.remove(&document.path).and_then(|known| known.pod);
+        let pod = match self.parse(&document) {
+            Ok(pod) => Some(followed(before, pod, registry)),
+            Err(error) => {
+                let file = document.path.display();
+                let hint = match &before {
+                    Some(_) => "correct the file; until then the pod stays as it is",
+                    None => "correct the file; until then the pod is not enrolled",
+                };
+                tracing::error!(%file, error, hint, "cannot use the file of a pod");
+                before
+            }
+        };
+        self.files.insert(document.path, KnownFile { fingerprint: document.fingerprint, pod });
+    }
+
+    fn parse(&self, document: &PodDocument) -> Result<KnownPod, String> {
+        let file = document.parse().map_err(|errors| errors.to_string())?;
+        let same = |known: &KnownFile| known.pod.as_ref().is_some_and(|pod| pod.uid == file.uid);
+        match self.files.iter().find(|(_, known)| same(known)) {
+            Some((other, _)) => {
+                Err(format!("uid {} is that of the file {}", file.uid, other.display()))
+            }
+            None => Ok(file.into()),
+        }
+    }
+
+    /// Adds pods to the registry, and removes those whose namespace is gone.
+    fn follow_namespaces(&mut self, registry: &PodRegistry) {
+        for pod in self.files.values_mut().filter_map(|file| file.pod.as_mut()) {
+            match (self.open_namespace)(&pod.netns) {
+                Ok(namespace) => pod.add(namespace, registry),
+                Err(error) => pod.fail(EnrolError::Namespace(Arc::new(error)), registry),
+            }
+        }
+    }
+}
+
+/// The pod of a file that described `before` and now describes `now`.
+fn followed(before: Option<KnownPod>, now: KnownPod, registry: &PodRegistry) -> KnownPod {
+    match before {
+        Some(before) if before.uid != now.uid => {
+            drop(registry.remove(&before.uid));
+            now
+        }
+        Some(before) if before.facts == now.facts => KnownPod { netns: now.netns, ..before },
+        _ => now,
+    }
+}
+
+impl KnownPod {
+    /// Adds the pod, unless the registry has it.
+    fn add(&mut self, namespace: Namespace, registry: &PodRegistry) {
+        let id = namespace.id();
+        if self.added == Some(id) {
+            return;
+        }
+        // The registry reports the outcome of attempts, but not that it attempts nothing.
+        match registry.add(self.facts.clone(), namespace).first_outcome().now_or_never() {
+            Some(Err(error)) => self.fail(error, registry),
+            _ => {
+                self.added = Some(id);
+                self.error = None;
+            }
+        }
+    }
+
+    /// Lets the registry show why the pod is not served, and lets go of its namespace.
+    fn fail(&mut self, error: EnrolError, registry: &PodRegistry) {
+        let text = chain(&error).to_string();
+        if self.error.as_ref() == Some(&text) {
+            return;
+        }
+        let (pod, uid, hint) = (self.facts.full_name(), &self.uid, error.hint());
+        let netns = self.netns.display();
+        tracing::error!(pod, %uid, %netns, error = text, hint, "cannot add the pod");
+        registry.fail(self.facts.clone(), error);
+        self.added = None;
+        self.error = Some(text);
+    }
+}
+
+impl From<PodFile> for KnownPod {
+    fn from(file: PodFile) -> Self {
+        let PodFile { uid, netns, name, namespace, service_account, .. } = file;
+        let (ips, labels, annotations) = (file.ips, file.labels, file.annotations);
+        let facts = PodFacts {
+            uid: uid.clone(),
+            name,
+            namespace,
+            service_account,
+            ips,
+            labels,
+            annotations,
+            interception: file.interception,
+        };
+        Self { uid, netns, facts, added: None, error: None }
+    }
+}
+
+impl PodSource for DirectorySource {
+    fn run(self: Box<Self>, registry: PodRegistry, health: SourceHealth) -> SourceRun {
+        Box::pin(async move { self.follow(registry, health).await })
+    }
+}
+
+impl fmt::Debug for DirectorySource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DirectorySource")
+            .field("folder", &self.folder.path())
+            .field("files", &self.files.len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

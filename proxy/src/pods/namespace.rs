@@ -1,0 +1,102 @@
+//! Rejects network namespaces that cannot be a pod's: a foreign process in one would get the pod's
+//! identity.
+//!
+//! Not here: opening the file of a namespace (the interception crate), and two pods of one
+//! namespace (`state.rs`).
+
+use std::net::IpAddr;
+
+use thiserror::Error;
+use underpass_interception::{Environment, HostNamespaces, NamespaceId};
+
+/// Why a namespace cannot be that of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub(crate) enum NamespaceError {
+    #[error("the network namespace {namespace} is {description}, not a pod's")]
+    Host { namespace: NamespaceId, description: &'static str },
+    #[error(
+        "the network namespace {namespace} has none of the pod's addresses ({}): it has {}",
+        list(expected),
+        list(found)
+    )]
+    OtherAddresses { namespace: NamespaceId, expected: Vec<IpAddr>, found: Vec<IpAddr> },
+}
+
+/// Rejects the host's namespaces.
+pub(crate) fn check_owner(
+    hosts: &HostNamespaces,
+    namespace: NamespaceId,
+) -> Result<(), NamespaceError> {
+    match hosts.description(namespace) {
+        Some(description) => Err(NamespaceError::Host { namespace, description }),
+        None => Ok(()),
+    }
+}
+
+/// Rejects a namespace that has none of the pod's addresses. Without addresses there is nothing to
+/// compare.
+pub(crate) fn check_addresses(
+    namespace: NamespaceId,
+    expected: &[IpAddr],
+    environment: &Environment,
+) -> Result<(), NamespaceError> {
+    let addresses = environment.interfaces.iter().flat_map(|interface| &interface.addresses);
+    let found: Vec<IpAddr> =
+        addresses.map(|network| network.addr()).filter(|address| !address.is_loopback()).collect();
+    let is_found = |address: &IpAddr| found.contains(&address.to_canonical());
+    if expected.is_empty() || expected.iter().any(is_found) {
+        return Ok(());
+    }
+    Err(NamespaceError::OtherAddresses { namespace, expected: expected.to_vec(), found })
+}
+
+fn list(addresses: &[IpAddr]) -> String {
+    if addresses.is_empty() {
+        return "none".to_owned();
+    }
+    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use underpass_interception::Namespace;
+    use underpass_interception::testing::stand_in_namespace;
+
+    use super::*;
+
+    fn addresses(texts: &[&str]) -> Vec<IpAddr> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn rejects_own_namespace() {
+        let hosts = HostNamespaces::read().unwrap();
+        let own = Namespace::current().unwrap().id();
+        let error = check_owner(&hosts, own).unwrap_err();
+        assert!(matches!(error, NamespaceError::Host { .. }), "{error}");
+        check_owner(&hosts, stand_in_namespace().unwrap().id()).unwrap();
+    }
+
+    #[test]
+    fn one_address_of_the_pod_is_enough() {
+        // Has 10.0.0.1 and fd00::1.
+        let environment = Environment::example();
+        let check = |expected: &[&str]| {
+            let id = stand_in_namespace().unwrap().id();
+            check_addresses(id, &addresses(expected), &environment)
+        };
+        for expected in [&[][..], &["10.0.0.1"], &["10.0.0.9", "fd00::1"], &["::ffff:10.0.0.1"]] {
+            check(expected).unwrap();
+        }
+        let error = check(&["10.0.0.9", "127.0.0.1"]).unwrap_err().to_string();
+        assert!(error.contains("(10.0.0.9, 127.0.0.1): it has 10.0.0.1, fd00::1"), "{error}");
+    }
+
+    #[test]
+    fn rejects_namespace_without_addresses() {
+        let none = Environment { interfaces: Vec::new() };
+        let id = stand_in_namespace().unwrap().id();
+        let error = check_addresses(id, &addresses(&["10.0.0.1"]), &none).unwrap_err();
+        assert!(error.to_string().contains("it has none"), "{error}");
+    }
+}
