@@ -40,8 +40,8 @@ pub use settings::{
     Limits, LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls, MtlsOverride,
     MtlsOverrideError, MtlsSettings, NodeProbes, NodeSettings, OnExit, OutboundCapture,
     PacedConnections, PodSourceSettings, PortRange, PortRangeError, Profile, ProxySettings,
-    SeriesSettings, Settings, SpireSettings, TakeOver, Timeouts, TrustSettings, TunnelSettings,
-    WorkloadSettings,
+    SameNode, SeriesSettings, Settings, SpireSettings, TakeOver, Timeouts, TrustSettings,
+    TunnelSettings, WorkloadSettings,
 };
 pub use watch::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};
 pub use watch::{FileWatch, FileWatcher};

@@ -12,6 +12,7 @@ mod logging;
 mod mtls;
 mod node;
 pub(crate) mod resolve;
+mod same_node;
 pub(crate) mod show;
 
 use std::net::SocketAddr;
@@ -30,6 +31,7 @@ pub use limits::{Limits, SeriesSettings, TakeOver, Timeouts};
 pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 pub use node::{NodeProbes, NodeSettings, PodSourceSettings};
+pub use same_node::SameNode;
 
 use crate::identity::spiffe::{SpiffeId, TrustDomain};
 
@@ -129,6 +131,8 @@ pub struct ProxySettings {
     pub workers: Option<usize>,
     /// Which connections pace.
     pub pacing: PacedConnections,
+    /// How two pods of this process are connected.
+    pub same_node: SameNode,
     /// Whether inbound plaintext connections are accepted.
     pub mtls: MtlsSettings,
 }

@@ -275,6 +275,11 @@ impl HboneError {
         error.get_ref()?.downcast_ref().cloned()
     }
 
+    /// The error of a stream whose peer called [`TunnelWriter::abort`](crate::TunnelWriter::abort).
+    pub fn aborted_by_peer() -> Self {
+        Self::Reset { reason: Reason::CONNECT_ERROR }
+    }
+
     /// The party that caused this error.
     pub fn fault(&self) -> Fault {
         match self {

@@ -149,6 +149,11 @@ impl Identity {
         })
     }
 
+    /// The leaf, followed by its intermediates.
+    pub(crate) fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.0.certified_key.cert
+    }
+
     pub(crate) fn certified_key(&self) -> Arc<CertifiedKey> {
         self.0.certified_key.clone()
     }

@@ -22,8 +22,8 @@ pub(crate) use self::record::TlsStream;
 #[cfg(feature = "fuzz")]
 pub(crate) use self::record::run_script;
 pub(crate) use self::server::ServerTls;
-pub(crate) use self::verify::Peer;
 pub use self::verify::PeerIdentity;
+pub(crate) use self::verify::{Peer, RejectedPeer};
 
 pub(crate) const ALPN: &[u8] = b"h2";
 
@@ -62,6 +62,16 @@ fn handshake_error(error: io::Error) -> HboneError {
 /// Converts an error after the handshake.
 pub(crate) fn rejection(error: rustls::Error) -> HboneError {
     handshake_error(io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// Converts the error with which a peer rejects our certificate, as we receive it: as an alert.
+fn rejection_seen_by_peer(error: &rustls::Error) -> HboneError {
+    let alert = match error {
+        rustls::Error::InvalidCertificate(invalid) => invalid.clone().into(),
+        _ => AlertDescription::CertificateUnknown,
+    };
+    let error = io::Error::new(io::ErrorKind::InvalidData, rustls::Error::AlertReceived(alert));
+    received(alert, &error)
 }
 
 fn inner(error: &io::Error) -> Option<&rustls::Error> {

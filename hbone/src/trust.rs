@@ -5,6 +5,7 @@
 
 mod authorities;
 pub(crate) mod bundle;
+pub(crate) mod mutual;
 pub(crate) mod revocation;
 mod revocations;
 

@@ -1,5 +1,6 @@
-//! Access for tests: custom plans, the netlink backend, options of sockets, stand-ins of namespaces,
-//! and the listening end of connections that the product only opens. The product does not use it.
+//! Access for tests: custom plans, the netlink backend, options of sockets, stand-ins of
+//! namespaces, and the listening end of connections that the product only opens. The product does
+//! not use it.
 
 use std::fs::File;
 use std::io;

@@ -18,6 +18,7 @@ pub(crate) mod identities;
 pub(crate) mod phases;
 pub(crate) mod pod;
 pub(crate) mod pod_error;
+pub(crate) mod served_pods;
 pub(crate) mod sockets;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -28,12 +29,13 @@ use std::sync::Arc;
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use underpass_config::{Settings, Timeouts, TunnelSettings};
+use underpass_config::{SameNode, Settings, Timeouts, TunnelSettings};
 
 use crate::decide::resolve::Resolver;
 use crate::decide::snapshot::Snapshot;
 use crate::limits::Limits;
 use crate::node::identities::Identities;
+use crate::node::served_pods::ServedPods;
 use crate::observe::metrics::SeriesRegistry;
 use crate::process::pause_gate::Gates;
 use crate::traffic::copy::Deadlines;
@@ -48,6 +50,8 @@ pub(crate) struct Node {
     /// How long an open connection may be idle or half-closed.
     pub(crate) deadlines: Deadlines,
     pub(crate) tunnels: TunnelSettings,
+    pub(crate) same_node: SameNode,
+    pub(crate) pods: ServedPods,
     pub(crate) mesh: watch::Receiver<Arc<Snapshot>>,
     /// `None` without certificates: HBONE is off.
     pub(crate) identities: Option<Identities>,
@@ -76,6 +80,8 @@ impl Node {
             timeouts: settings.timeouts.clone(),
             deadlines: (&settings.timeouts).into(),
             tunnels: settings.tunnels.clone(),
+            same_node: settings.proxy.same_node,
+            pods: ServedPods::default(),
             mesh,
             identities: None,
             resolver: Arc::new(Resolver::system(Handle::current())),

@@ -130,6 +130,13 @@ impl TestNode {
         Ok(terminated)
     }
 
+    /// The metrics of the process.
+    #[must_use]
+    pub fn metrics(&self) -> String {
+        let exporter = EXPORTER.lock().unwrap_or_else(PoisonError::into_inner);
+        exporter.as_ref().map(Exporter::render).unwrap_or_default()
+    }
+
     /// Ends the workers, whose pods must be removed.
     pub async fn stop(self) {
         self.node.drain.close();
@@ -138,9 +145,10 @@ impl TestNode {
     }
 }
 
+static EXPORTER: Mutex<Option<Exporter>> = Mutex::new(None);
+
 /// The metrics of the process, of which there can be one set.
 fn exporter(settings: &Settings) -> Result<Exporter, Failure> {
-    static EXPORTER: Mutex<Option<Exporter>> = Mutex::new(None);
     let mut exporter = EXPORTER.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(exporter) = &*exporter {
         return Ok(exporter.clone());

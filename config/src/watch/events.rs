@@ -1,5 +1,5 @@
-//! What watching files needs of the kernel: events of folders. The crate interception implements
-//! them with inotify(7).
+//! Events of folders, from which the watcher learns of changed files. The crate interception
+//! implements them with inotify(7).
 
 use std::ffi::OsStr;
 use std::fmt;

@@ -51,6 +51,11 @@ impl Credentials {
         watch::channel(self).1
     }
 
+    /// Whether both are the same generation.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     pub(crate) fn authorities(&self) -> &Arc<Authorities> {
         &self.0.authorities
     }

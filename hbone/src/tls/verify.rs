@@ -16,14 +16,15 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use underpass_config::{SpiffeId, TrustDomain};
 
-use super::rejection;
+use super::{rejection, rejection_seen_by_peer};
 use crate::clock;
 use crate::error::{ExpectedPeer, HboneError};
 use crate::identity::svid::workload_id;
 use crate::identity::system_time;
 use crate::trust::Authorities;
 
-/// A peer's identity, proven in a TLS handshake, which alone creates this type. Cheap to clone.
+/// A peer's identity, proven in a TLS handshake, or by a chain whose key is in this process. Cheap
+/// to clone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PeerIdentity(Arc<VerifiedIdentity>);
 
@@ -45,6 +46,13 @@ pub(crate) struct Peer {
     chain: Vec<CertificateDer<'static>>,
     expected: ExpectedPeer,
     proven: UnixTime,
+}
+
+/// The errors of both ends after one has rejected the chain of the other.
+#[derive(Debug)]
+pub(crate) struct RejectedPeer {
+    pub(crate) reason: HboneError,
+    pub(crate) seen_by_peer: HboneError,
 }
 
 /// Verifies the expected servers, or clients of known trust domains.
@@ -91,6 +99,34 @@ impl Peer {
             resumed,
             chain: chain.iter().map(|der| der.clone().into_owned()).collect(),
             expected: expected.clone(),
+            proven,
+        })
+    }
+
+    /// The peer that a handshake with an identity of this process would have: it has `chain` and
+    /// its key.
+    pub(crate) fn of_chain(
+        chain: &[CertificateDer<'static>],
+        authorities: &Authorities,
+        expected: ExpectedPeer,
+    ) -> Result<Self, Box<RejectedPeer>> {
+        let rejected = |error: Error| {
+            let seen_by_peer = rejection_seen_by_peer(&error);
+            Box::new(RejectedPeer { reason: rejection(error), seen_by_peer })
+        };
+        let proven = clock::unix(clock::now());
+        let (leaf, intermediates) =
+            chain.split_first().ok_or_else(|| rejected(Error::NoCertificatesPresented))?;
+        let id = authorities.judge(leaf, intermediates, &expected, proven).map_err(rejected)?;
+        Ok(Self {
+            identity: PeerIdentity(Arc::new(VerifiedIdentity {
+                aliases: authorities.aliases(&id),
+                id,
+            })),
+            expires: expiry(leaf),
+            resumed: false,
+            chain: chain.to_vec(),
+            expected,
             proven,
         })
     }

@@ -277,6 +277,16 @@ impl Termination {
         .await
     }
 
+    /// Whether the connection is terminated.
+    pub(crate) fn is_terminated(&self) -> bool {
+        self.0.is_terminated()
+    }
+
+    /// The reason of the termination, unless it was taken before.
+    pub(crate) fn take_reason(&self) -> Option<ProxyError> {
+        self.0.take_reason()
+    }
+
     /// Ready with the reason when the connection is terminated; ready once.
     pub(crate) fn poll_terminated(&self, cx: &mut Context<'_>) -> Poll<ProxyError> {
         self.0.waker.register(cx.waker());

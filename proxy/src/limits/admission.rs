@@ -139,6 +139,16 @@ impl PodLimits {
         Ok(ticket)
     }
 
+    /// Admits a connection from another pod of the process, at `source`, which `worker` serves: it
+    /// counts like a stream of a tunnel from there.
+    ///
+    /// # Errors
+    /// The limit that it exceeds.
+    pub(crate) fn admit_delivery(&self, source: IpAddr, worker: usize) -> Result<Ticket, Refusal> {
+        let key = (Direction::Inbound, SourceNetwork::of(source));
+        Ticket::of_stream(self.0.clients.get(key, || self.client(key.0, source)), worker)
+    }
+
     fn client(&self, direction: Direction, address: IpAddr) -> SourceBudgets {
         let node = &self.0.node;
         // The pod's applications are one source, which the budget of the direction limits.
@@ -194,13 +204,17 @@ impl Ticket {
     /// # Errors
     /// The limit that it exceeds.
     pub(crate) fn stream(&self) -> Result<Self, Refusal> {
-        let mut stream = Self::new(self.client.clone());
+        Self::of_stream(self.client.clone(), self.worker())
+    }
+
+    fn of_stream(client: Arc<SourceBudgets>, worker: usize) -> Result<Self, Refusal> {
+        let mut stream = Self::new(client);
         stream.take_connection()?;
-        stream.move_to(self.worker())?;
+        stream.move_to(worker)?;
         stream.take_descriptors(1).map_err(|exhausted| match exhausted {
-            Exhausted::Share => Refusal::DescriptorShare(self.client.address),
+            Exhausted::Share => Refusal::DescriptorShare(stream.client.address),
             Exhausted::Whole => {
-                self.client.node.descriptors.note_refused_stream();
+                stream.client.node.descriptors.note_refused_stream();
                 Refusal::Descriptors
             }
         })?;

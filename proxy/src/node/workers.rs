@@ -35,6 +35,7 @@ const LISTENERS_CLOSE: Duration = Duration::from_secs(1);
 /// The running workers. Clones share them.
 #[derive(Debug, Clone)]
 pub(crate) struct Workers {
+    node: Arc<Node>,
     commands: Arc<[mpsc::Sender<WorkerCommand>]>,
     /// The worker that gets the next listener.
     turn: Arc<AtomicUsize>,
@@ -85,15 +86,16 @@ impl Workers {
         };
         let started = receivers.into_iter().zip(reporters).enumerate().map(start_one);
         let threads = started.collect::<io::Result<_>>().map(WorkerThreads)?;
-        Ok((Self { commands, turn: Arc::default() }, threads, reports))
+        Ok((Self { node: node.clone(), commands, turn: Arc::default() }, threads, reports))
     }
 
-    /// Deals the listeners of `pod` to the workers in turn.
+    /// Deals the listeners of `pod` to the workers in turn. From now on the node serves the pod.
     pub(crate) async fn add_listeners(
         &self,
         pod: &Arc<Pod>,
         listeners: impl IntoIterator<Item = (Kind, BoundListener)>,
     ) {
+        self.node.pods.add(pod);
         for (kind, listener) in listeners {
             let turn = self.turn.fetch_add(1, Relaxed) % self.commands.len().max(1);
             let Some(worker) = self.commands.get(turn) else { return };
@@ -107,6 +109,7 @@ impl Workers {
     /// Closes the listeners of `pod` at every worker, and returns when they are closed. Its open
     /// connections go on.
     pub(crate) async fn remove_listeners(&self, pod: PodId) {
+        self.node.pods.remove(pod);
         let remove = async {
             for worker in &*self.commands {
                 let (removed, confirmed) = oneshot::channel();

@@ -49,6 +49,7 @@ const BUFFER_BYTES: &str = "underpass_buffer_bytes";
 const TERMINATED: &str = "underpass_connections_terminated_total";
 const PODS: &str = "underpass_pods";
 const RESTARTS: &str = "underpass_task_restarts_total";
+const DIRECT: &str = "underpass_direct_connections_total";
 const EJECTED: &str = "underpass_endpoints_ejected_total";
 
 /// Renders `/metrics`.
@@ -128,6 +129,7 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
         "Open connections terminated because a change of the mesh forbids them."
     );
     describe_gauge!(PODS, "Pods of the node, by state.");
+    describe_counter!(DIRECT, "Connections between two pods of the process without a tunnel.");
     describe_counter!(EJECTED, "Endpoints ejected because they could not be connected to.");
     describe_counter!(RESTARTS, "Tasks of the proxy that failed and were started again, by task.");
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
@@ -284,6 +286,11 @@ pub(crate) fn task_restarted(task: &'static str) {
 /// Counts an ejection of an endpoint.
 pub(crate) fn endpoint_ejected() {
     counter!(EJECTED).increment(1);
+}
+
+/// Counts a connection between two pods of the process without a tunnel.
+pub(crate) fn direct_connection() {
+    counter!(DIRECT).increment(1);
 }
 
 /// Counts a peer's tunnel that the proxy closes.

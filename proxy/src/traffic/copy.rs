@@ -38,6 +38,7 @@
 //! connection, and most of the CPU time of a small request besides its system calls.
 
 mod deadlines;
+mod delivered;
 mod direction;
 mod readiness;
 mod splice;
@@ -49,10 +50,11 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use tokio::net::TcpStream;
-use underpass_hbone::TunnelStream;
+use underpass_hbone::{RevocationSignal, TunnelStream};
 
 use self::deadlines::IdleTimer;
 pub(crate) use self::deadlines::{Deadlines, Probes};
+use self::delivered::Delivered;
 use self::direction::Direction;
 pub(crate) use self::readiness::aborted;
 use self::tcp::Tcp;
@@ -122,7 +124,19 @@ pub(crate) struct Flow<'a> {
     buffers: &'a Buffers,
     deadlines: &'a Deadlines,
     record: &'a ConnectionRecord,
+    /// The record of the destination pod, which counts the same bytes.
+    neighbour: Option<&'a ConnectionRecord>,
     termination: &'a Termination,
+}
+
+/// The application of another pod of this process, and what that pod has of the connection.
+pub(crate) struct Neighbour<'a> {
+    pub(crate) app: &'a TcpStream,
+    pub(crate) buffers: &'a Buffers,
+    pub(crate) record: &'a ConnectionRecord,
+    pub(crate) termination: &'a Termination,
+    /// Complete when either pod no longer trusts the other.
+    pub(crate) revocations: [RevocationSignal; 2],
 }
 
 impl<'a> Flow<'a> {
@@ -132,7 +146,7 @@ impl<'a> Flow<'a> {
         record: &'a ConnectionRecord,
         termination: &'a Termination,
     ) -> Self {
-        Self { buffers, deadlines, record, termination }
+        Self { buffers, deadlines, record, neighbour: None, termination }
     }
 
     /// Relays between a client's connection and the tunnel to its destination.
@@ -164,6 +178,32 @@ impl<'a> Flow<'a> {
         let client = Tcp::new(client, ProxyError::Client, self.buffers);
         let upstream = Tcp::new(upstream, ProxyError::Upstream, self.buffers);
         Relay::new(self, client, upstream)
+    }
+
+    /// Relays between a client's connection and the application of another pod of this process.
+    pub(crate) fn to_neighbour(
+        self,
+        client: &'a TcpStream,
+        Neighbour { app, buffers, record, termination, revocations }: Neighbour<'a>,
+    ) -> impl Future<Output = Result<(), ProxyError>> {
+        let client = Tcp::new(client, ProxyError::Client, self.buffers);
+        let app = Tcp::new(app, ProxyError::Upstream, buffers);
+        let flow = Self { neighbour: Some(record), ..self };
+        Relay::new(flow, client, Delivered { app, termination, revocations })
+    }
+
+    fn received(&self, bytes: usize) {
+        self.record.received(bytes);
+        if let Some(neighbour) = self.neighbour {
+            neighbour.received(bytes);
+        }
+    }
+
+    fn sent(&self, bytes: usize) {
+        self.record.sent(bytes);
+        if let Some(neighbour) = self.neighbour {
+            neighbour.sent(bytes);
+        }
     }
 }
 
@@ -229,7 +269,7 @@ impl<'a, C: Endpoint<'a>, U: Endpoint<'a>> Relay<'a, C, U> {
 
     fn poll_client_to_upstream(&mut self, cx: &mut Context<'_>) -> Result<(), ProxyError> {
         let Self { flow, client, upstream, client_to_upstream, state, .. } = self;
-        let count = |bytes| flow.record.received(bytes);
+        let count = |bytes| flow.received(bytes);
         if state.client_sends()
             && client_to_upstream
                 .poll(client, upstream, state.is_half_closed(), cx, &count)?
@@ -242,7 +282,7 @@ impl<'a, C: Endpoint<'a>, U: Endpoint<'a>> Relay<'a, C, U> {
 
     fn poll_upstream_to_client(&mut self, cx: &mut Context<'_>) -> Result<(), ProxyError> {
         let Self { flow, client, upstream, upstream_to_client, state, .. } = self;
-        let count = |bytes| flow.record.sent(bytes);
+        let count = |bytes| flow.sent(bytes);
         if state.upstream_sends()
             && upstream_to_client
                 .poll(upstream, client, state.is_half_closed(), cx, &count)?

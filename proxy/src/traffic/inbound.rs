@@ -2,12 +2,14 @@
 //! precedes the response 200. The application sees the client's address if the profile supports it.
 
 mod client_hello;
+mod delivery;
 mod retirement;
 
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 
+use http::HeaderMap;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
@@ -19,6 +21,7 @@ use underpass_hbone::{
 use underpass_interception::reset_on_close;
 
 use self::client_hello::client_hello;
+pub(super) use self::delivery::{Delivery, DeliveryRequest, deliver, record_distrust};
 use self::retirement::Retirement;
 use crate::decide::connection_registry::Registration;
 use crate::decide::policy::Permit;
@@ -26,7 +29,7 @@ use crate::decide::route;
 use crate::decide::route::{InboundTarget, Target};
 use crate::decide::subject::{Decision, Principal, Subject};
 use crate::error::ProxyError;
-use crate::limits::Ticket;
+use crate::limits::{Refusal, Ticket};
 use crate::node::assignment::Assignment;
 use crate::node::worker::seat::Seat;
 use crate::observe::metrics;
@@ -148,17 +151,27 @@ pub(crate) async fn serve_tunnel(
         }
     };
     if let Err(error) = outcome {
-        let source = Party::plaintext_client(client, &seat.node().mesh.borrow());
-        let facts = Facts::new(Direction::Inbound, source, Party::default());
-        let facts = Facts { hbone: Some(destination), ..facts };
-        let series = &seat.worker.series;
-        match error {
-            // The tunnel may have been established.
-            ProxyError::Drained => {
-                ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
-            }
-            error => ConnectionRecord::handshake_failed(accepted_at, &facts.failed(error), series),
+        record_failed_handshake(&seat, accepted_at, client, destination, error);
+    }
+}
+
+fn record_failed_handshake(
+    seat: &Seat,
+    accepted_at: Instant,
+    client: SocketAddr,
+    here: SocketAddr,
+    error: ProxyError,
+) {
+    let source = Party::plaintext_client(client, &seat.node().mesh.borrow());
+    let facts = Facts::new(Direction::Inbound, source, Party::default());
+    let facts = Facts { hbone: Some(here), ..facts };
+    let series = &seat.worker.series;
+    match error {
+        // The tunnel may have been established.
+        ProxyError::Drained => {
+            ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
         }
+        error => ConnectionRecord::handshake_failed(accepted_at, &facts.failed(error), series),
     }
 }
 
@@ -185,7 +198,8 @@ async fn accept_tunnel(
     while let Some(request) = retirement.next_request(&seat.pod.closing, &mut tunnel).await {
         let admitted = admit_stream(ticket);
         let (registration, peer) = (seat.register_stream(), peer.clone());
-        let asked = TunnelRequest { request, client, here: destination.address(), peer };
+        let origin = RequestOrigin { client, here: destination.address(), peer };
+        let asked = TunnelRequest { request, origin };
         tokio::spawn(serve_request(seat.clone(), asked, registration, admitted));
     }
     if let Some(limit) = tunnel.exceeded() {
@@ -234,15 +248,22 @@ async fn handshake(
 
 /// Admits a stream of the tunnel of `ticket`.
 fn admit_stream(ticket: &Ticket) -> Result<Ticket, ProxyError> {
-    ticket.stream().map_err(|refusal| {
-        metrics::connection_refused(refusal.limit(), Kind::Hbone.name());
-        ProxyError::TooManyConnections(refusal)
-    })
+    ticket.stream().map_err(refused_stream)
 }
 
-/// A CONNECT request of `client` with the identity `peer`, in a tunnel that ends at `here`.
+fn refused_stream(refusal: Refusal) -> ProxyError {
+    metrics::connection_refused(refusal.limit(), Kind::Hbone.name());
+    ProxyError::TooManyConnections(refusal)
+}
+
+/// A CONNECT request.
 struct TunnelRequest {
     request: Incoming,
+    origin: RequestOrigin,
+}
+
+/// A client with the identity `peer`, in a tunnel that ends at `here`.
+struct RequestOrigin {
     client: SocketAddr,
     here: SocketAddr,
     peer: PeerIdentity,
@@ -280,8 +301,9 @@ async fn open_request(
     let accepted_at = Instant::now();
     let series = &seat.worker.series;
     let known = registration.termination().or_terminate(pin!(seat.mesh())).await;
-    let target = inbound_target(&seat, asked.request.authority(), asked.here);
-    let facts = request_facts(&seat, &asked, target.as_ref().ok());
+    let target = inbound_target(&seat, &requested(asked.request.authority()), asked.origin.here);
+    let headers = asked.request.headers();
+    let facts = request_facts(&seat, &asked.origin, headers, target.as_ref().ok());
     let connected = async {
         known?;
         let ticket = admitted?;
@@ -317,8 +339,8 @@ async fn connect_request(
     registration: &Registration<Decision>,
     target: &InboundTarget,
 ) -> Result<TcpStream, ProxyError> {
-    let TunnelRequest { request, client, peer, .. } = asked;
-    let connecting = pin!(connect(seat, registration, *client, target, Some(&*peer)));
+    let TunnelRequest { request, origin } = asked;
+    let connecting = pin!(connect(seat, registration, origin.client, target, Some(&origin.peer)));
     tokio::select! {
         connected = registration.termination().or_terminate(connecting) => connected,
         error = request.closed() => Err(ProxyError::Tunnel(error)),
@@ -328,11 +350,11 @@ async fn connect_request(
 /// The facts of a CONNECT request before it is connected.
 fn request_facts(
     seat: &Seat,
-    TunnelRequest { request, client, here, peer }: &TunnelRequest,
+    RequestOrigin { client, here, peer }: &RequestOrigin,
+    headers: &HeaderMap,
     target: Option<&InboundTarget>,
 ) -> Facts {
     let snapshot = seat.node().mesh.borrow();
-    let headers = request.headers();
     let source = Party::tunnel_client(*client, peer.spiffe_id(), headers, &snapshot);
     let own = target.map(|target| seat.own_party(&snapshot, target.address));
     let destination = Party { identity: seat.pod.identity(), ..own.unwrap_or_default() };
@@ -344,21 +366,24 @@ fn request_facts(
     }
 }
 
-/// The target of a request in a tunnel that ends at `here`.
-fn inbound_target(
-    seat: &Seat,
-    authority: &Authority,
-    here: SocketAddr,
-) -> Result<InboundTarget, ProxyError> {
-    let asked = match authority {
+fn requested(authority: &Authority) -> Target {
+    match authority {
         Authority::Address(address) => Target::Address(*address),
         Authority::Name { host, port } => Target::Hostname(host.as_str().into(), *port),
-    };
+    }
+}
+
+/// The target of a request for `asked` in a tunnel that ends at `here`.
+fn inbound_target(
+    seat: &Seat,
+    asked: &Target,
+    here: SocketAddr,
+) -> Result<InboundTarget, ProxyError> {
     let snapshot = seat.node().mesh.borrow();
     let own = &seat.context().own;
     let local = snapshot.local(own, here.ip()).map(|workload| &**workload);
     let namespace = local.map_or(&*own.namespace, |workload| &*workload.namespace);
-    route::inbound(&asked, here, &snapshot.mesh, local, &own.network, namespace)
+    route::inbound(asked, here, &snapshot.mesh, local, &own.network, namespace)
         .map_err(ProxyError::Route)
 }
 

@@ -6,12 +6,15 @@
 //!                └ connect_in_time                 one of them, with a deadline if others remain
 //!                  └ connect_via                   its next hop: resolve, permit, dial
 //!                    ├ dial                        a plain connection
+//!                    ├ deliver                     a pod of this process (`same_node.rs`)
 //!                    ├ open_stream                 a stream of a pooled tunnel
 //!                    └ open_stream_behind_gateway  a tunnel through such a stream
 //! ```
 //!
 //! Another endpoint of a service is tried if one cannot be connected to: the application has sent
 //! nothing by then. Connecting returns the [`Facts`] for the record, also when it fails.
+
+mod same_node;
 
 use std::iter::Peekable;
 use std::net::SocketAddr;
@@ -44,6 +47,7 @@ use crate::traffic::accepted::{Accepted, Registered, Source};
 use crate::traffic::copy::{Flow, aborted};
 use crate::traffic::dial::dial;
 use crate::traffic::headers;
+use crate::traffic::inbound::Delivery;
 
 /// The maximum number of endpoints to try for one connection.
 const ATTEMPTS: usize = 3;
@@ -67,6 +71,11 @@ pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Outp
         let outcome = match upstream {
             Upstream::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,
             Upstream::Plain(upstream) => flow.through_tcp(&client, &upstream).await,
+            Upstream::SameNode(delivery) => {
+                // Boxed: it is larger, and would enlarge the task of every other connection.
+                let outcome = Box::pin(flow.to_neighbour(&client, delivery.side())).await;
+                delivery.close(outcome, termination)
+            }
         };
         record.close(outcome);
     }
@@ -91,6 +100,19 @@ struct HeldResources {
 enum Upstream {
     Tunnel(TunnelStream),
     Plain(TcpStream),
+    /// Without a tunnel, to a pod of this process.
+    SameNode(Box<Delivery>),
+}
+
+impl Upstream {
+    /// The identity that the peer has proven.
+    fn identity(&self) -> Option<&SpiffeId> {
+        match self {
+            Self::Tunnel(tunnel) => Some(tunnel.peer().spiffe_id()),
+            Self::SameNode(delivery) => Some(delivery.trust().server().spiffe_id()),
+            Self::Plain(_) => None,
+        }
+    }
 }
 
 /// Connects an accepted connection, and creates its record.
@@ -103,8 +125,8 @@ async fn open(
     match connect(&seat, accepted, &registration).await {
         Ok((Registered { stream: client, .. }, connected)) => {
             let Connected { facts, upstream, load } = connected;
-            if let Upstream::Tunnel(_) = &upstream {
-                // The tunnel holds the descriptor of its own connection.
+            if let Upstream::Tunnel(_) | Upstream::SameNode(_) = &upstream {
+                // The tunnel, or the destination pod, holds the descriptor of its own connection.
                 ticket.release_descriptor();
             }
             let held = HeldResources { registration, _load: load, _ticket: ticket };
@@ -290,9 +312,7 @@ impl OutboundConnect<'_> {
         let mut facts = self.facts(route, Some(hop));
         match self.unless_interrupted(self.permit_and_dial(route, hop, &facts)).await {
             Ok(upstream) => {
-                if let Upstream::Tunnel(tunnel) = &upstream {
-                    facts.destination.identity = Some(tunnel.peer().spiffe_id().clone());
-                }
+                facts.destination.identity = upstream.identity().cloned();
                 Ok(Connected { facts, upstream, load })
             }
             Err(error) => Err(facts.failed(error)),
@@ -352,22 +372,28 @@ impl OutboundConnect<'_> {
         let peers = route.via.peers().cloned();
         let subject = Subject::Outbound(Outbound { asked, hop, peers, by_address });
         let permit = self.seat.permit(subject, self.registration)?;
-        self.dial(&route.via, &permit, facts).await
+        self.dial(route, &permit, facts).await
     }
 
     /// Connects to the next hop, by plain TCP or by a tunnel.
     async fn dial(
         &self,
-        via: &ForwardVia,
+        route: &Route,
         permit: &Permit<'_>,
         facts: &Facts,
     ) -> Result<Upstream, ProxyError> {
-        match via {
+        match &route.via {
             ForwardVia::Plain { .. } => {
                 dial(permit, self.seat.node().timeouts.connect).await.map(Upstream::Plain)
             }
             ForwardVia::Tunnel { peers, authority, .. } => {
-                let target = authority.at(permit.destination().ip());
+                let hop = permit.destination();
+                let target = authority.at(hop.ip());
+                if let Some(to) = self.neighbour(route, hop, &target) {
+                    // Boxed: it would enlarge the future of every other connection.
+                    let delivering = Box::pin(self.deliver(to, hop, peers, target, facts));
+                    return delivering.await.map(Upstream::SameNode);
+                }
                 self.open_stream(permit, peers, &target, facts).await.map(Upstream::Tunnel)
             }
             ForwardVia::DoubleTunnel { gateway_peers, peers, authority, .. } => {

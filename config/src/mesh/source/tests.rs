@@ -241,7 +241,7 @@ async fn lost_read_is_error_and_next_change_is_read() {
     folder.write("mesh.yaml", &workload("a", 1));
     let watcher = FileWatcher::default();
     let (mut source, _) =
-        MeshSource::open(Some(&folder.path("mesh.yaml")), &watcher, |work| drop(work)).unwrap();
+        MeshSource::open(Some(&folder.path("mesh.yaml")), &watcher, drop).unwrap();
     folder.write("mesh.yaml", &workload("b", 1));
     let errors = next(&mut source).await.unwrap_err().to_string();
     assert!(errors.ends_with("mesh.yaml: no thread to read it"), "{errors}");

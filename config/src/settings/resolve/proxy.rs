@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::settings::declare::{Document, Fallback, Kind, PORT, Written, settings, word};
-use crate::settings::{MtlsSettings, PacedConnections, Profile, ProxySettings};
+use crate::settings::{MtlsSettings, PacedConnections, Profile, ProxySettings, SameNode};
 
 settings! {
     /// where caught outbound connections arrive
@@ -26,6 +26,10 @@ settings! {
     /// CPU time; `all`
     PACING: PacedConnections = "proxy.pacing", word("`distant`, `all`"),
         Fallback::Is(|| PacedConnections::Distant), |s| Some(s.proxy.pacing);
+    /// connections between two pods of this process: `tunnel`: as to any other pod; `direct`:
+    /// without encryption inside the node, unseen by the CNI's NetworkPolicy and flow logs
+    SAME_NODE: SameNode = "proxy.same_node", word("`tunnel`, `direct`"),
+        Fallback::Is(|| SameNode::Tunnel), |s| Some(s.proxy.same_node);
 }
 
 const THREADS: Kind<Option<usize>> = Kind {
@@ -52,6 +56,7 @@ pub(super) fn proxy(
         dns_port: DNS_PORT.read(document)?,
         workers: WORKERS.read(document)?,
         pacing: PACING.read(document)?,
+        same_node: SAME_NODE.read(document)?,
         mtls,
     };
     let ProxySettings { outbound_port, inbound_port, hbone_port, dns_port, .. } = settings;

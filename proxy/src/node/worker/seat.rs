@@ -1,6 +1,7 @@
 //! A pod on one worker: its connection registry, its pool of tunnels, and their client and server.
 
 mod dialer;
+mod neighbours;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -17,6 +18,7 @@ use underpass_hbone::{
 };
 
 use self::dialer::TunnelDialer;
+use self::neighbours::Neighbours;
 use crate::decide::connection_registry::{ConnectionRegistry, Registration};
 use crate::decide::policy;
 use crate::decide::policy::{Permit, PolicyContext};
@@ -47,6 +49,8 @@ pub(crate) struct Seat {
     pub(crate) registry: Arc<ConnectionRegistry<Decision>>,
     /// The tunnels that this seat has opened.
     pub(crate) pool: Pool<TunnelDialer>,
+    /// The pods of the process that it has connected to without a tunnel.
+    pub(crate) neighbours: Neighbours,
     /// Opens and accepts tunnels; unset without a certificate.
     endpoints: OnceLock<TunnelEndpoints>,
     /// Whether a task keeps the seat because its pool remembers failed dials.
@@ -96,6 +100,7 @@ impl Seat {
             pod: pod.clone(),
             registry: pod.connections.of(worker.index).clone(),
             pool: Pool::new(TunnelDialer::new(seat.clone()), settings),
+            neighbours: Neighbours::default(),
             endpoints: OnceLock::new(),
             kept: AtomicBool::new(false),
             failed: AtomicBool::new(false),

@@ -9,17 +9,19 @@ use bytes::Bytes;
 use http::HeaderMap;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
+use underpass_config::SpiffeId;
 use underpass_hbone::{
     Acceptor, CertificateAuthority, ClientSettings, ConnectRequest, Connector, Credentials,
-    HboneError, Identity, ServerSettings, Trust, Tunnel, TunnelReader, TunnelStream, TunnelWriter,
+    HboneError, Identity, MutualTrust, ServerSettings, Trust, Tunnel, TunnelReader, TunnelStream,
+    TunnelWriter,
 };
 use underpass_interception::reset_on_close;
 
-use super::super::Flow;
 use super::super::deadlines::{Deadlines, Probes};
+use super::super::{Flow, Neighbour};
 use crate::decide::connection_registry::ConnectionRegistry;
 use crate::error::ProxyError;
 use crate::limits::Buffers;
@@ -35,15 +37,19 @@ pub(super) enum Way {
     Plain,
     IntoTunnel,
     OutOfTunnel,
+    SameNode,
 }
 
 impl Way {
-    pub(super) const ALL: [Self; 3] = [Self::Plain, Self::IntoTunnel, Self::OutOfTunnel];
+    pub(super) const ALL: [Self; 4] =
+        [Self::Plain, Self::IntoTunnel, Self::OutOfTunnel, Self::SameNode];
 
     /// Asserts that the client aborted.
     pub(super) fn assert_client_aborted(self, outcome: Result<(), ProxyError>) {
         let expected = match self {
-            Self::Plain | Self::IntoTunnel => matches!(outcome, Err(ProxyError::Client(_))),
+            Self::Plain | Self::IntoTunnel | Self::SameNode => {
+                matches!(outcome, Err(ProxyError::Client(_)))
+            }
             Self::OutOfTunnel => is_reset(&outcome),
         };
         assert!(expected, "{self:?}: {outcome:?}");
@@ -52,7 +58,9 @@ impl Way {
     /// Asserts that the server aborted.
     pub(super) fn assert_server_aborted(self, outcome: Result<(), ProxyError>) {
         let expected = match self {
-            Self::Plain | Self::OutOfTunnel => matches!(outcome, Err(ProxyError::Upstream(_))),
+            Self::Plain | Self::OutOfTunnel | Self::SameNode => {
+                matches!(outcome, Err(ProxyError::Upstream(_)))
+            }
             Self::IntoTunnel => is_reset(&outcome),
         };
         assert!(expected, "{self:?}: {outcome:?}");
@@ -212,24 +220,33 @@ struct Carried {
     driver: JoinHandle<()>,
 }
 
-async fn carried() -> Carried {
+/// Credentials of a client and of a server that trust each other.
+fn credentials() -> [watch::Receiver<Credentials>; 2] {
     let authority = CertificateAuthority::generate("td".parse().unwrap()).unwrap();
-    let credentials = |account: &str| {
+    ["client", "server"].map(|account| {
         let id = format!("spiffe://td/ns/default/sa/{account}").parse().unwrap();
         let issued = authority.issue(&id, 60 * MINUTE).unwrap();
         let (chain, key) = (issued.chain_pem.as_bytes(), issued.key_pem.as_bytes());
         let identity = Identity::from_pem(chain, key, authority.roots_pem().as_bytes()).unwrap();
         Credentials::new(identity, Trust::default()).unwrap().fixed()
-    };
+    })
+}
+
+fn expected() -> [SpiffeId; 1] {
+    ["spiffe://td/ns/default/sa/server".parse().unwrap()]
+}
+
+async fn carried() -> Carried {
+    let [client, server] = credentials();
     let mut client_settings = ClientSettings::default();
     let mut server_settings = ServerSettings::default();
     // Keepalive probes would expire when the paused clock advances.
     client_settings.keepalive.ping_after = 1_000_000 * MINUTE;
     server_settings.keepalive.ping_after = 1_000_000 * MINUTE;
-    let connector = Connector::new(credentials("client"), client_settings);
-    let acceptor = Acceptor::new(credentials("server"), server_settings);
+    let connector = Connector::new(client, client_settings);
+    let acceptor = Acceptor::new(server, server_settings);
     let (near, far) = tokio::io::duplex(1 << 20);
-    let expected = ["spiffe://td/ns/default/sa/server".parse().unwrap()];
+    let expected = expected();
     let address = SocketAddr::from(([127, 0, 0, 1], 15008));
     let (tunnel, served) = tokio::join!(
         connector.open(near, address, &expected, MINUTE),
@@ -254,6 +271,7 @@ enum Ends {
     Plain(TcpStream, TcpStream),
     IntoTunnel(TcpStream, TunnelStream),
     OutOfTunnel(TunnelStream, TcpStream),
+    SameNode(TcpStream, TcpStream),
 }
 
 /// A running flow and its ends.
@@ -292,9 +310,13 @@ impl Scene {
     async fn build(way: Way, deadlines: Deadlines, buffers: Buffers) -> Self {
         let (ours, theirs) = pair().await;
         let socket = Side::Socket(theirs);
-        let (ends, client, server, tunnel) = if way == Way::Plain {
+        let (ends, client, server, tunnel) = if matches!(way, Way::Plain | Way::SameNode) {
             let (upstream, server) = pair().await;
-            (Ends::Plain(ours, upstream), socket, Side::Socket(server), None)
+            let ends = match way {
+                Way::SameNode => Ends::SameNode(ours, upstream),
+                _ => Ends::Plain(ours, upstream),
+            };
+            (ends, socket, Side::Socket(server), None)
         } else {
             let Carried { near, far, tunnel, driver } = carried().await;
             let tunnel = Some((tunnel, driver));
@@ -351,15 +373,36 @@ impl Scene {
 const NO_DEADLINES: Deadlines =
     Deadlines { idle: None, half_close: None, probes: Probes::CONNTRACK };
 
+fn opened_record(direction: Direction) -> ConnectionRecord {
+    let facts = Facts::new(direction, Party::default(), Party::default());
+    ConnectionRecord::opened(Instant::now(), facts, &KnownSeries::default())
+}
+
 async fn run(ends: Ends, deadlines: Deadlines, buffers: Buffers) -> (Result<(), ProxyError>, u64) {
     let registration = Arc::new(ConnectionRegistry::default()).register(());
-    let facts = Facts::new(Direction::Outbound, Party::default(), Party::default());
-    let record = ConnectionRecord::opened(Instant::now(), facts, &KnownSeries::default());
+    let record = opened_record(Direction::Outbound);
     let flow = Flow::new(&buffers, &deadlines, &record, registration.termination());
     let outcome = match ends {
         Ends::Plain(client, server) => flow.through_tcp(&client, &server).await,
         Ends::IntoTunnel(client, tunnel) => flow.into_tunnel(&client, tunnel).await,
         Ends::OutOfTunnel(tunnel, server) => flow.out_of_tunnel(tunnel, &server).await,
+        Ends::SameNode(client, app) => {
+            let destination = Arc::new(ConnectionRegistry::default()).register(());
+            let own = opened_record(Direction::Inbound);
+            let [source, its] = credentials();
+            let trust = MutualTrust::establish(&source, &its, &expected().into()).unwrap();
+            let neighbour = Neighbour {
+                app: &app,
+                buffers: &buffers,
+                record: &own,
+                termination: destination.termination(),
+                revocations: [trust.server_revocation(), trust.client_revocation()],
+            };
+            let outcome = flow.to_neighbour(&client, neighbour).await;
+            assert_eq!(own.moved(), record.moved(), "both records count the same bytes");
+            own.close(Ok(()));
+            outcome
+        }
     };
     let moved = record.moved();
     record.close(Ok(()));

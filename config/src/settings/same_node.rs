@@ -1,0 +1,17 @@
+//! The setting that decides how two pods of one process are connected.
+
+use super::Word;
+
+/// How a connection reaches another pod of the same process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SameNode {
+    /// By a tunnel, as any other pod.
+    Tunnel,
+    /// Inside the process, after the same decisions.
+    Direct,
+}
+
+impl Word for SameNode {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("tunnel", Self::Tunnel), ("direct", Self::Direct)];
+}

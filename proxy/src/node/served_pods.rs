@@ -1,0 +1,101 @@
+//! The pods that the process serves, by namespace and name: the possible ends of a delivery on the
+//! same node.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+
+use underpass_config::Workload;
+
+use crate::node::pod::{Pod, PodId};
+
+/// The served pods. A pod is in it from when it accepts connections until it is removed.
+#[derive(Debug, Default)]
+pub(crate) struct ServedPods(RwLock<ByNamespaceAndName>);
+
+/// Several pods have one name while one replaces the other.
+type ByNamespaceAndName = HashMap<String, HashMap<String, Vec<Weak<Pod>>>>;
+
+impl ServedPods {
+    /// Adds `pod`, unless it is in the table already.
+    pub(crate) fn add(&self, pod: &Arc<Pod>) {
+        let own = &pod.context.own;
+        let mut pods = self.write();
+        let of_namespace = pods.entry(own.namespace.clone()).or_default();
+        let named = of_namespace.entry(own.name.clone()).or_default();
+        named.retain(|other| other.strong_count() > 0);
+        if !named.iter().any(|other| other.as_ptr() == Arc::as_ptr(pod)) {
+            named.push(Arc::downgrade(pod));
+        }
+    }
+
+    pub(crate) fn remove(&self, pod: PodId) {
+        let mut pods = self.write();
+        for of_namespace in pods.values_mut() {
+            for named in of_namespace.values_mut() {
+                named.retain(|other| other.upgrade().is_some_and(|other| other.id != pod));
+            }
+            of_namespace.retain(|_, named| !named.is_empty());
+        }
+        pods.retain(|_, of_namespace| !of_namespace.is_empty());
+    }
+
+    /// The newest pod that has the namespace, name and network of `workload`, a certificate of its
+    /// identity, and is not draining.
+    pub(crate) fn proven(&self, workload: &Workload) -> Option<Arc<Pod>> {
+        let pods = self.read();
+        let named = pods.get(&*workload.namespace)?.get(&*workload.name)?;
+        let mut newest_first = named.iter().rev().filter_map(Weak::upgrade);
+        newest_first.find(|pod| {
+            *pod.context.own.network == *workload.network
+                && pod.credentials.as_ref().is_some_and(|own| own.issued().is_some())
+                && pod.proves(workload)
+                && !pod.closing.is_cancelled()
+        })
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, ByNamespaceAndName> {
+        // No code panics while it holds the lock.
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, ByNamespaceAndName> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use underpass_config::Mesh;
+
+    use super::*;
+    use crate::node::testing::pod;
+
+    fn count(pods: &ServedPods) -> usize {
+        pods.read().values().flat_map(HashMap::values).map(Vec::len).sum()
+    }
+
+    #[tokio::test]
+    async fn table_has_each_served_pod_once_until_it_is_removed_or_dropped() {
+        let (pods, one, other) = (ServedPods::default(), pod(&[]), pod(&[]));
+        for added in [&one, &one, &other] {
+            pods.add(added);
+        }
+        assert_eq!(count(&pods), 2, "two pods with one name");
+        pods.remove(one.id);
+        assert_eq!(count(&pods), 1);
+        drop(other);
+        pods.add(&one);
+        assert_eq!(count(&pods), 1, "the dropped one is forgotten");
+        pods.remove(one.id);
+        assert!(pods.read().is_empty());
+    }
+
+    #[tokio::test]
+    async fn pod_without_certificate_is_nobody() {
+        let (pods, pod) = (ServedPods::default(), pod(&[]));
+        pods.add(&pod);
+        let text = "workloads: [{name: server, workloadIps: [10.0.0.1]}]";
+        let mesh = Mesh::from_text("mesh", text).unwrap();
+        assert!(pods.proven(&mesh.workloads()[0]).is_none());
+    }
+}

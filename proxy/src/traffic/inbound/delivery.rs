@@ -1,0 +1,269 @@
+//! Delivers a connection of another pod of this process to the application, as if it had come
+//! through a tunnel: the same decision, records and counts.
+//!
+//! `traffic/outbound/same_node.rs` chooses such connections, and relays their bytes.
+
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+
+use futures_util::FutureExt as _;
+use http::{HeaderMap, StatusCode};
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+use underpass_hbone::{HboneError, MutualTrust};
+
+use super::{
+    RequestOrigin, connect, inbound_target, record_failed_handshake, refused_stream, request_facts,
+};
+use crate::decide::connection_registry::{Registration, Termination};
+use crate::decide::route::Target;
+use crate::decide::subject::Decision;
+use crate::error::ProxyError;
+use crate::limits::Ticket;
+use crate::node::worker::seat::Seat;
+use crate::observe::party::{Direction, Party};
+use crate::observe::record::{ConnectionRecord, Facts};
+use crate::traffic::copy::Neighbour;
+
+/// A request for a connection to the application of a pod, from another pod of this process.
+pub(in crate::traffic) struct DeliveryRequest {
+    pub(in crate::traffic) target: Target,
+    /// The headers of a CONNECT request.
+    pub(in crate::traffic) headers: HeaderMap,
+    pub(in crate::traffic) client: SocketAddr,
+    /// The destination pod's HBONE listener.
+    pub(in crate::traffic) here: SocketAddr,
+    pub(in crate::traffic) trust: Arc<MutualTrust>,
+}
+
+/// The destination pod's part of an open connection.
+// In this order: the socket is closed before its counts are released.
+pub(in crate::traffic) struct Delivery {
+    app: TcpStream,
+    record: ConnectionRecord,
+    registration: Registration<Decision>,
+    _ticket: Ticket,
+    seat: Arc<Seat>,
+    trust: Arc<MutualTrust>,
+}
+
+/// Records that the destination pod has rejected the source's certificate, or the other way round.
+pub(in crate::traffic) fn record_distrust(
+    seat: &Seat,
+    client: SocketAddr,
+    here: SocketAddr,
+    reason: HboneError,
+) {
+    record_failed_handshake(seat, Instant::now(), client, here, ProxyError::Tunnel(reason));
+}
+
+/// Connects to the application of the pod of `seat`, and creates the pod's record.
+///
+/// # Errors
+/// The status of the response to a CONNECT request that fails in the same way.
+pub(in crate::traffic) async fn deliver(
+    seat: Arc<Seat>,
+    DeliveryRequest { target, headers, client, here, trust }: DeliveryRequest,
+) -> Result<Box<Delivery>, StatusCode> {
+    let registration = seat.register_stream();
+    let origin = RequestOrigin { client, here, peer: trust.client().clone() };
+    let known = registration.termination().or_terminate(pin!(seat.mesh())).await;
+    let target = inbound_target(&seat, &target, here);
+    let facts = request_facts(&seat, &origin, &headers, target.as_ref().ok());
+    let unopened = Unopened { seat: &seat, accepted_at: Instant::now(), facts, recorded: false };
+    let connected = async {
+        known?;
+        let admitted = seat.pod.limits.admit_delivery(client.ip(), seat.worker.index);
+        let ticket = admitted.map_err(refused_stream)?;
+        let target = target?;
+        let connecting = pin!(connect(&seat, &registration, client, &target, Some(&origin.peer)));
+        let app = registration.termination().or_terminate(connecting).await?;
+        Ok((app, ticket))
+    };
+    match connected.await {
+        Ok((app, ticket)) => {
+            let record = unopened.opened();
+            Ok(Box::new(Delivery { app, record, registration, _ticket: ticket, seat, trust }))
+        }
+        Err(error) => Err(unopened.failed(error)),
+    }
+}
+
+/// A connection that is not open yet. Dropped, it is recorded as aborted by its client.
+struct Unopened<'a> {
+    seat: &'a Seat,
+    accepted_at: Instant,
+    facts: Facts,
+    recorded: bool,
+}
+
+impl Unopened<'_> {
+    fn opened(mut self) -> ConnectionRecord {
+        ConnectionRecord::opened(self.accepted_at, self.take_facts(), &self.seat.worker.series)
+    }
+
+    fn failed(mut self, error: ProxyError) -> StatusCode {
+        let status = error.reason().status;
+        self.record_failure(error);
+        status
+    }
+
+    fn record_failure(&mut self, error: ProxyError) {
+        let failure = self.take_facts().failed(error);
+        ConnectionRecord::failed(self.accepted_at, &failure, &self.seat.worker.series);
+    }
+
+    fn take_facts(&mut self) -> Facts {
+        self.recorded = true;
+        let nothing = Facts::new(Direction::Inbound, Party::default(), Party::default());
+        std::mem::replace(&mut self.facts, nothing)
+    }
+}
+
+impl Drop for Unopened<'_> {
+    fn drop(&mut self) {
+        if !self.recorded {
+            self.record_failure(ProxyError::Tunnel(HboneError::aborted_by_peer()));
+        }
+    }
+}
+
+impl Delivery {
+    pub(in crate::traffic) fn trust(&self) -> &MutualTrust {
+        &self.trust
+    }
+
+    /// The application as one side of a relay.
+    pub(in crate::traffic) fn side(&self) -> Neighbour<'_> {
+        Neighbour {
+            app: &self.app,
+            buffers: self.seat.pod.limits.buffers(),
+            record: &self.record,
+            termination: self.registration.termination(),
+            revocations: [self.trust.server_revocation(), self.trust.client_revocation()],
+        }
+    }
+
+    /// Closes the record with the outcome that the destination pod of a tunnel would have, and
+    /// returns the outcome of the source, whose handle for its termination is `source`.
+    pub(in crate::traffic) fn close(
+        self,
+        outcome: Result<(), ProxyError>,
+        source: &Termination,
+    ) -> Result<(), ProxyError> {
+        let own = self.registration.termination();
+        let (at_source, here) = match outcome {
+            Ok(()) => (Ok(()), Ok(())),
+            Err(error) => {
+                // If both revoke the other one, the relay ended by the source's revocation.
+                let by_destination = self.trust.server_revocation().now_or_never().is_none();
+                let (at_source, here) = split(error, source, own, by_destination);
+                (Err(at_source), Err(here))
+            }
+        };
+        self.record.close(here);
+        at_source
+    }
+}
+
+/// The errors of the source and of the destination of a connection that ended with `error`: one of
+/// them is its cause, and the other one sees a stream or a tunnel that its peer has aborted.
+fn split(
+    error: ProxyError,
+    source: &Termination,
+    destination: &Termination,
+    by_destination: bool,
+) -> (ProxyError, ProxyError) {
+    let aborted = || ProxyError::Tunnel(HboneError::aborted_by_peer());
+    let lost = || ProxyError::Tunnel(HboneError::Lost { source: None });
+    match error {
+        ProxyError::IdleTimeout { after } => (error, ProxyError::IdleTimeout { after }),
+        ProxyError::HalfCloseTimeout { after } => (error, ProxyError::HalfCloseTimeout { after }),
+        ProxyError::Client(_) => (error, aborted()),
+        ProxyError::Upstream(_) => (aborted(), error),
+        ProxyError::Tunnel(_) if by_destination => (lost(), error),
+        ProxyError::Tunnel(_) => (error, lost()),
+        // A registry has terminated it, or both have. The reason that ended the relay was taken.
+        _ => {
+            let (of_source, of_destination) = (source.take_reason(), destination.take_reason());
+            let is_of_source = match (&of_source, &of_destination) {
+                (Some(_), None) => false,
+                (None, Some(_)) => true,
+                _ => source.is_terminated(),
+            };
+            if is_of_source {
+                (error, of_destination.unwrap_or_else(aborted))
+            } else {
+                (of_source.unwrap_or_else(aborted), error)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+    use crate::decide::connection_registry::{Registries, Terminated};
+
+    const AFTER: std::time::Duration = std::time::Duration::from_secs(1);
+
+    fn broken() -> io::Error {
+        io::ErrorKind::ConnectionReset.into()
+    }
+
+    /// The codes of both records.
+    fn codes((source, destination): (ProxyError, ProxyError)) -> [&'static str; 2] {
+        [source.reason().code, destination.reason().code]
+    }
+
+    #[tokio::test]
+    async fn each_record_gets_the_error_that_its_end_of_a_tunnel_would_have() {
+        let registry = Registries::<()>::new(1);
+        let (source, destination) = (registry.of(0).register(()), registry.of(0).register(()));
+        let of = |error, by_destination| {
+            let (source, destination) = (source.termination(), destination.termination());
+            codes(split(error, source, destination, by_destination))
+        };
+        let client = ProxyError::Client(broken());
+        assert_eq!(of(client, false), ["client_reset", "reset"]);
+        let upstream = ProxyError::Upstream(broken());
+        assert_eq!(of(upstream, false), ["reset", "upstream_reset"]);
+        let revoked = || ProxyError::Tunnel(HboneError::Revoked);
+        assert_eq!(of(revoked(), false), ["revoked", "lost"]);
+        assert_eq!(of(revoked(), true), ["lost", "revoked"]);
+        let idle = ProxyError::IdleTimeout { after: AFTER };
+        assert_eq!(of(idle, false), ["idle_timeout"; 2]);
+        let half_closed = ProxyError::HalfCloseTimeout { after: AFTER };
+        assert_eq!(of(half_closed, false), ["half_close_timeout"; 2]);
+    }
+
+    #[tokio::test]
+    async fn reason_of_termination_is_recorded_at_its_end() {
+        let denied = || ProxyError::NoLongerAllowed(Box::new(ProxyError::Dropped));
+        for (at_source, at_destination, expected) in [
+            (true, false, ["no_longer_allowed", "reset"]),
+            (false, true, ["reset", "no_longer_allowed"]),
+            (true, true, ["no_longer_allowed"; 2]),
+        ] {
+            let (source, destination) = (Registries::new(1), Registries::new(1));
+            let ends = [&source, &destination].map(|end| end.of(0).register(()));
+            let mut terminated = Terminated::default();
+            for (registry, is_terminated) in [(&source, at_source), (&destination, at_destination)]
+            {
+                if is_terminated {
+                    registry.of(0).terminate(&mut terminated, |()| Err(denied())).await;
+                }
+            }
+            let [source, destination] = ends.each_ref().map(|end| end.termination());
+            // The relay takes the reason that ends it, the source's first.
+            let error = source.take_reason().or_else(|| destination.take_reason());
+            let error = error.expect("one is terminated");
+            assert_eq!(codes(split(error, source, destination, false)), expected);
+            drop(ends);
+            terminated.end().await;
+        }
+    }
+}

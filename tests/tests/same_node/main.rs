@@ -1,0 +1,20 @@
+//! `proxy.same_node`: two pods of one process are connected with and without a tunnel, and compared:
+//! what is allowed, the records, the metrics, and what a change terminates.
+#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
+mod cases;
+mod changes;
+mod scene;
+mod streams;
+
+use std::process::ExitCode;
+
+use underpass_tests::Suite;
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new();
+    cases::add(&mut suite);
+    changes::add(&mut suite);
+    streams::add(&mut suite);
+    suite.run()
+}
