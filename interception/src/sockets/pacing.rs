@@ -1,7 +1,7 @@
 //! Turns off the pacing of connections within the host and to near peers.
 //!
-//! A congestion control like BBR paces: it sends each segment from a timer. In bulk this costs more
-//! than a third of the CPU time. Within a host no congestion exists, and over a short distance any
+//! A congestion control like BBR paces: it sends each segment from a timer. In bulk this costs a
+//! quarter of the CPU time. Within a host no congestion exists, and over a short distance any
 //! congestion control recovers from a loss at once. Elsewhere the choice of the administrator
 //! (`net.ipv4.tcp_congestion_control`) remains. Without such a choice nothing is changed.
 //!

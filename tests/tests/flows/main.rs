@@ -7,6 +7,7 @@
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod bytes;
+mod pacing;
 mod refusals;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
     suite.test_both("curl gets its page through the tunnel", curl_through_the_tunnel);
     suite.test_both("curl gets its page in plaintext", curl_in_plain);
     bytes::add(&mut suite);
+    pacing::add(&mut suite);
     refusals::add(&mut suite);
     suite.run()
 }

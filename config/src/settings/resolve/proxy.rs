@@ -20,10 +20,10 @@ settings! {
     /// data threads; `auto`: as many as CPUs this process may use, cgroup limits included
     WORKERS: Option<usize> = "proxy.workers", THREADS,
         Fallback::Is(|| None), |s| Some(s.proxy.workers);
-    // A tunnel within a region that paces takes more than a third more CPU time in bulk.
+    // A tunnel within a region that paces takes a third more CPU time in bulk.
     /// if `net.ipv4.tcp_congestion_control` is BBR, the connections that use it, and so send each
-    /// segment from a timer: `distant`: those to peers that take 5 ms or more to answer, which saves
-    /// CPU time; `all`
+    /// segment from a timer: `distant`: those to peers that take 5 ms or more to answer, which
+    /// saves CPU time; `all`
     PACING: PacedConnections = "proxy.pacing", word("`distant`, `all`"),
         Fallback::Is(|| PacedConnections::Distant), |s| Some(s.proxy.pacing);
     /// connections between two pods of this process: `tunnel`: as to any other pod; `direct`:
