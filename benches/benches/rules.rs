@@ -112,10 +112,10 @@ async fn measure_round(flags: &[&str], round: usize) -> [Option<f64>; 4] {
 
 /// Connects to a local address, through the rules up to the one that exempts such connections.
 fn refused_connections() -> Duration {
-    let nobody = SocketAddr::from(([127, 0, 0, 2], 9));
+    let closed_port = SocketAddr::from(([127, 0, 0, 2], 9));
     let began = Instant::now();
     for _ in 0..CONNECTIONS {
-        TcpStream::connect(nobody).expect_err("nobody listens");
+        TcpStream::connect(closed_port).expect_err("no program listens");
     }
     began.elapsed()
 }

@@ -158,6 +158,7 @@ pub(crate) struct Meter<'a> {
     cpu: f64,
 }
 
+/// The time and CPU time between two readings.
 pub(crate) struct Used {
     pub(crate) seconds: f64,
     /// CPU seconds of the processes between the pods, if any.

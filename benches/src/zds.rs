@@ -26,7 +26,7 @@ const SNAPSHOT_SENT: u8 = 3;
 ///
 /// # Errors
 ///
-/// The kernel's.
+/// The kernel rejected the operation.
 pub(crate) fn announce(path: &Path, pod: &Pod) -> io::Result<()> {
     let flags = SocketFlags::CLOEXEC;
     let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;

@@ -1,7 +1,9 @@
 //! Errors of a configuration: all mistakes at once, each with its key, value and remedy.
 
+use std::borrow::Cow;
 use std::fmt;
 
+use crate::hint::Hint;
 use crate::yaml::document::{Origin, SyntaxError};
 
 /// The number of printed mistakes. More are usually the same mistake many times.
@@ -17,8 +19,44 @@ pub struct Problem {
     pub value: Option<String>,
     /// The reason, with the expected value.
     pub reason: String,
+    /// The remedy, if the reason does not imply it.
+    pub hint: Option<String>,
     /// The location of the value, if there is one.
     pub origin: Option<Origin>,
+}
+
+impl Problem {
+    /// The problem and its hint in one line, for lists of warnings.
+    #[must_use]
+    pub fn with_hint(&self) -> String {
+        let hint = self.hint.iter().map(|hint| format!(" ({hint})"));
+        hint.fold(self.to_string(), |text, hint| text + &hint)
+    }
+}
+
+/// The reason of a mistake, with its remedy if it does not imply it.
+#[derive(Debug)]
+pub(crate) struct Reason {
+    pub(crate) text: String,
+    pub(crate) hint: Option<String>,
+}
+
+impl Reason {
+    pub(crate) fn with_hint(text: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { text: text.into(), hint: Some(hint.into()) }
+    }
+}
+
+impl From<&str> for Reason {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
+    }
+}
+
+impl From<String> for Reason {
+    fn from(text: String) -> Self {
+        Self { text, hint: None }
+    }
 }
 
 impl fmt::Display for Problem {
@@ -46,9 +84,10 @@ pub struct ConfigErrors {
 }
 
 impl ConfigErrors {
-    pub(crate) fn one(reason: String, origin: Option<Origin>) -> Self {
+    pub(crate) fn one(reason: impl Into<Reason>, origin: Option<Origin>) -> Self {
+        let Reason { text: reason, hint } = reason.into();
         Self {
-            problems: vec![Problem { key: String::new(), value: None, reason, origin }],
+            problems: vec![Problem { key: String::new(), value: None, reason, hint, origin }],
             more: 0,
         }
     }
@@ -68,7 +107,10 @@ impl fmt::Display for ConfigErrors {
                 let count = problems.len() + self.more;
                 write!(f, "{count} mistakes in the configuration:")?;
                 let mut shown = problems.iter().take(MAX_SHOWN);
-                shown.try_for_each(|problem| write!(f, "\n  {problem}"))?;
+                shown.try_for_each(|problem| {
+                    write!(f, "\n  {problem}")?;
+                    problem.hint.iter().try_for_each(|hint| write!(f, "\n    hint: {hint}"))
+                })?;
                 match count.saturating_sub(MAX_SHOWN) {
                     0 => Ok(()),
                     more => write!(f, "\n  and {more} more"),
@@ -79,3 +121,31 @@ impl fmt::Display for ConfigErrors {
 }
 
 impl std::error::Error for ConfigErrors {}
+
+impl Hint for ConfigErrors {
+    /// The hint of a single mistake. `Display` prints those of several, each after its mistake.
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let [problem] = self.problems.as_slice() else { return None };
+        problem.hint.clone().map(Cow::from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(key: &str, hint: Option<&str>) -> Problem {
+        let (key, reason, hint) = (key.to_owned(), "wrong".to_owned(), hint.map(str::to_owned));
+        Problem { key, value: None, reason, hint, origin: None }
+    }
+
+    #[test]
+    fn prints_hint_after_each_of_several_mistakes() {
+        let one = ConfigErrors { problems: vec![problem("a", Some("try b"))], more: 0 };
+        assert_eq!((one.to_string().as_str(), one.hint()), ("a: wrong", Some("try b".into())));
+        let problems = vec![problem("a", Some("try b")), problem("c", None)];
+        let several = ConfigErrors { problems, more: 0 };
+        let expected = "2 mistakes in the configuration:\n  a: wrong\n    hint: try b\n  c: wrong";
+        assert_eq!((several.to_string().as_str(), several.hint()), (expected, None));
+    }
+}

@@ -6,6 +6,7 @@
 
 mod cidr;
 mod error;
+mod hint;
 mod identity;
 mod mesh;
 mod pod;
@@ -16,6 +17,7 @@ mod watch;
 mod yaml;
 
 pub use error::{ConfigErrors, Problem};
+pub use hint::Hint;
 pub use identity::ca_clients::{CaClient, CaClients, CaToken, IdentityPattern};
 pub use identity::spiffe::{SpiffeError, SpiffeId, TrustDomain};
 pub use ipnet::{IpNet, Ipv4Net};

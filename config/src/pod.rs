@@ -1,4 +1,4 @@
-//! What a node daemon reads about one pod: its uid, its own interception settings, its file.
+//! The data that a node daemon reads about one pod: uid, interception settings, file.
 
 pub(crate) mod file;
 pub(crate) mod folder;

@@ -20,13 +20,13 @@ use tokio::time::{Instant, sleep_until};
 
 use self::events::FolderEvents;
 use self::hub::{Hub, Subscription};
-use crate::error::ConfigErrors;
+use crate::error::{ConfigErrors, Reason};
 
 /// Maximum delay of a read while the file is replaced repeatedly.
-const MAX_SETTLE: Duration = Duration::from_secs(1);
+const MAX_SETTLE_TIME: Duration = Duration::from_secs(1);
 /// Polling interval without events: some file systems send none (NFS, FUSE), and a watch can get
 /// lost.
-const LOOK: Duration = Duration::from_secs(30);
+const POLL_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Watches files with one source of events, which is opened with the first file. Clones share it.
 /// The default has no source of events and polls.
@@ -73,19 +73,22 @@ impl FileWatcher {
     /// Like [`FileWatcher::watch`], without reading the content.
     pub(crate) fn watch_path(&self, path: &Path) -> Result<PathWatch, ConfigErrors> {
         self.subscribe(path).map_err(|error| {
-            let reason = format!(
-                "{}: cannot be watched for changes: {error} (a limit may be too low: \
-                 fs.inotify.max_user_instances, fs.inotify.max_user_watches)",
-                path.display()
-            );
-            ConfigErrors::one(reason, None)
+            let reason = format!("{}: cannot be watched for changes: {error}", path.display());
+            let hint =
+                "raise the sysctls fs.inotify.max_user_instances and fs.inotify.max_user_watches";
+            ConfigErrors::one(Reason::with_hint(reason, hint), None)
         })
     }
 
     fn subscribe(&self, path: &Path) -> io::Result<PathWatch> {
         let path = std::path::absolute(path)?;
         let subscription = self.0.subscribe(&path)?;
-        Ok(PathWatch { path, subscription, look_at: Instant::now() + LOOK, settled_by: None })
+        Ok(PathWatch {
+            path,
+            subscription,
+            look_at: Instant::now() + POLL_INTERVAL,
+            settled_by: None,
+        })
     }
 }
 
@@ -106,17 +109,17 @@ impl FileWatch {
 
 impl PathWatch {
     /// Waits until the content may have changed and no event follows for a moment, at most
-    /// [`MAX_SETTLE`] after the first one. Cancel-safe.
+    /// [`MAX_SETTLE_TIME`] after the first one. Cancel-safe.
     pub(crate) async fn settled(&mut self) {
         loop {
             tokio::select! {
                 pause = self.subscription.event() => {
                     let now = Instant::now();
-                    let by = *self.settled_by.get_or_insert(now + MAX_SETTLE);
+                    let by = *self.settled_by.get_or_insert(now + MAX_SETTLE_TIME);
                     self.look_at = by.min(now + pause);
                 }
                 () = sleep_until(self.look_at) => {
-                    self.look_at = Instant::now() + LOOK;
+                    self.look_at = Instant::now() + POLL_INTERVAL;
                     self.settled_by = None;
                     // The next poll tries again to watch a folder that cannot be watched now.
                     self.subscription.follow().ok();

@@ -43,8 +43,8 @@ pub use identity::source::{
 };
 pub use limits::log_limit::LogLimit;
 pub use limits::{
-    Budget, ByKey, ConnectionSlot, ConnectionSlots, Exhausted, KeyedBudget, Queue,
-    RequestInProgress, Share, Sharing, SourceNetwork, Turn,
+    Budget, ByKey, ConnectionSlot, ConnectionSlots, Exhausted, KeyedBudget, Queue, QueuePermit,
+    RequestInProgress, Share, Sharing, SourceNetwork,
 };
 pub use pool::{Dial, Pool, PoolSettings, PoolStatistics, TunnelKey};
 pub use task::{Panic, catch_panic, log_panic};

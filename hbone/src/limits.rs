@@ -20,6 +20,6 @@ pub(crate) mod token_bucket;
 
 pub use budget::{Budget, Exhausted, Share, Sharing};
 pub use keyed::{ByKey, KeyedBudget};
-pub use queue::{Queue, Turn};
+pub use queue::{Queue, QueuePermit};
 pub use slots::{ConnectionSlot, ConnectionSlots, RequestInProgress};
 pub use source::SourceNetwork;

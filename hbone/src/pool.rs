@@ -281,9 +281,9 @@ struct DialInProgress<D: Dial> {
 }
 
 /// The task that follows a dial.
-enum Aftermath {
+enum DialFollowUp {
     Watch(TunnelId, Arc<TunnelState>),
-    Forget(Instant),
+    RemoveBackoff(Instant),
 }
 
 impl<D: Dial> DialInProgress<D> {
@@ -293,14 +293,16 @@ impl<D: Dial> DialInProgress<D> {
             // Dropping `self` removes the dial from the state and wakes its callers.
             () = self.pool.drained.notified() => return,
         };
-        let aftermath = self.finish(outcome);
+        let follow_up = self.finish(outcome);
         let (pool, key) = (Arc::downgrade(&self.pool), self.key.clone());
         // From here on only the pool and its streams keep the tunnel open, and only its owner keeps
         // the pool.
         drop((self, connector));
-        match aftermath {
-            Aftermath::Watch(id, tunnel_state) => watch_tunnel(pool, key, id, tunnel_state).await,
-            Aftermath::Forget(due) => forget(pool, key, due).await,
+        match follow_up {
+            DialFollowUp::Watch(id, tunnel_state) => {
+                watch_tunnel(pool, key, id, tunnel_state).await
+            }
+            DialFollowUp::RemoveBackoff(due) => remove_backoff(pool, key, due).await,
         }
     }
 
@@ -313,24 +315,24 @@ impl<D: Dial> DialInProgress<D> {
         connector.open(io, key.address, &key.peers, settings.handshake).await
     }
 
-    fn finish(&self, outcome: Result<Tunnel, HboneError>) -> Aftermath {
+    fn finish(&self, outcome: Result<Tunnel, HboneError>) -> DialFollowUp {
         let now = Instant::now();
         let mut state = self.pool.state();
-        let (outcome, aftermath) = match outcome {
+        let (outcome, follow_up) = match outcome {
             Ok(tunnel) => {
                 let tunnel_state = tunnel.tunnel_state().clone();
                 let pooled = Pooled { tunnel: Some(tunnel), tunnel_state: tunnel_state.clone() };
                 let id = state.opened(&self.key, self.id, pooled.clone(), now);
-                (Ok((id, pooled)), Aftermath::Watch(id, tunnel_state))
+                (Ok((id, pooled)), DialFollowUp::Watch(id, tunnel_state))
             }
             Err(error) => {
                 let forget_at = state.failed(&self.key, self.id, Arc::new(error.clone()), now);
-                (Err(error), Aftermath::Forget(forget_at))
+                (Err(error), DialFollowUp::RemoveBackoff(forget_at))
             }
         };
         drop(state);
         self.done.send_replace(Some(outcome));
-        aftermath
+        follow_up
     }
 }
 
@@ -370,14 +372,14 @@ async fn watch_tunnel<D>(
         }
     }
     if let Some(due) = due {
-        forget(pool, key, due).await;
+        remove_backoff(pool, key, due).await;
     }
 }
 
-async fn forget<D>(pool: Weak<Shared<D>>, key: TunnelKey, due: Instant) {
+async fn remove_backoff<D>(pool: Weak<Shared<D>>, key: TunnelKey, due: Instant) {
     sleep_until(due).await;
     if let Some(pool) = pool.upgrade() {
-        pool.state().forget(&key, Instant::now());
+        pool.state().remove_expired_backoff(&key, Instant::now());
     }
 }
 

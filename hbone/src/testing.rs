@@ -133,7 +133,7 @@ impl Served {
     }
 
     /// Drops the connection, like a process that dies.
-    pub(crate) async fn kill(self) {
+    pub(crate) async fn abort(self) {
         self.driver.abort();
         assert!(self.driver.await.unwrap_err().is_cancelled());
     }
@@ -150,19 +150,19 @@ pub(crate) fn request() -> ConnectRequest {
 
 /// An I/O wrapper that transfers at most `step` bytes per call, and stops receiving once `stopped`
 /// is set.
-pub(crate) struct Awkward<T> {
+pub(crate) struct StepwiseIo<T> {
     pub(crate) io: T,
     pub(crate) step: usize,
     pub(crate) stopped: Arc<AtomicBool>,
 }
 
-impl<T> Awkward<T> {
+impl<T> StepwiseIo<T> {
     pub(crate) fn new(io: T, step: usize) -> Self {
         Self { io, step, stopped: Arc::default() }
     }
 }
 
-impl<T: AsyncRead + Unpin> AsyncRead for Awkward<T> {
+impl<T: AsyncRead + Unpin> AsyncRead for StepwiseIo<T> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -179,7 +179,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Awkward<T> {
     }
 }
 
-impl<T: AsyncWrite + Unpin> AsyncWrite for Awkward<T> {
+impl<T: AsyncWrite + Unpin> AsyncWrite for StepwiseIo<T> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

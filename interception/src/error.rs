@@ -1,8 +1,10 @@
-//! The errors of installing, verifying and removing interception, with remedies for the operator.
+//! The errors of installing, verifying and removing interception.
 //!
-//! Errors of single connections are plain `std::io::Error`s.
+//! The hints for the operator are in `error/hint.rs`. Errors of single connections are plain
+//! `std::io::Error`s.
 
-use std::fmt;
+mod hint;
+
 use std::io;
 use std::net::SocketAddr;
 
@@ -14,11 +16,7 @@ use crate::process::privileges::{MissingCapabilities, ProxyUser};
 #[derive(Debug, thiserror::Error)]
 pub enum InterceptionError {
     /// The process lacks a capability.
-    #[error(
-        "cannot {operation}: the capability {capability} is missing; grant it with \
-         `securityContext.capabilities.add: [{capability}]` in a pod, `--cap-add {capability}` in a container, \
-         or run as root"
-    )]
+    #[error("cannot {operation}: the capability {capability} is missing")]
     NotPermitted {
         /// The failed operation as a verb phrase.
         operation: &'static str,
@@ -26,19 +24,13 @@ pub enum InterceptionError {
         capability: &'static str,
     },
     /// The rules would capture the traffic of an entire host.
-    #[error(
-        "cannot install the rules: this is the host's own network namespace ({why}); run in the namespace of a \
-         pod or container, or set `interception.allow_host: true` to capture the entire host"
-    )]
+    #[error("cannot install the rules: this is the host's own network namespace ({why})")]
     HostNamespace {
         /// The evidence that this is the host's namespace.
         why: String,
     },
     /// The kernel lacks a module of netfilter.
-    #[error(
-        "cannot {operation}: the kernel has no {module}; load it on the host with `modprobe {module}`, \
-         or build it into the kernel"
-    )]
+    #[error("cannot {operation}: the kernel has no {module}")]
     Unsupported {
         /// The failed operation as a verb phrase.
         operation: &'static str,
@@ -58,9 +50,7 @@ pub enum InterceptionError {
         source: io::Error,
     },
     /// Routes through the loopback interface cannot be added while it is down.
-    #[error(
-        "cannot {operation}: the loopback interface is down; enable it with `ip link set lo up`"
-    )]
+    #[error("cannot {operation}: the loopback interface is down")]
     LoopbackDown {
         /// The failed operation as a verb phrase.
         operation: &'static str,
@@ -71,9 +61,7 @@ pub enum InterceptionError {
     /// Source validation of the kernel would drop the packets that TPROXY marks.
     #[error(
         "cannot use interception.inbound.mode: tproxy: the kernel would drop all inbound connections on {interface}, \
-         because src_valid_mark makes it treat clients' addresses as local; set the sysctls \
-         net.ipv4.conf.all.src_valid_mark and net.ipv4.conf.{interface}.src_valid_mark to 0 (or \
-         net.ipv4.conf.{interface}.accept_local to 1), or interception.inbound.mode: redirect"
+         because src_valid_mark makes it treat clients' addresses as local"
     )]
     InboundDropped {
         /// The interface at which connections arrive.
@@ -82,10 +70,8 @@ pub enum InterceptionError {
     /// The rules identify the proxy by its user, and this process runs as a different one.
     #[error(
         "cannot run as user {is}: the rules identify the proxy by user {} or group {} and would capture its \
-         connections, and switching to that user requires the capabilities {missing}; grant them \
-         (`securityContext.capabilities.add: [{missing}]`, `--cap-add`), start the process as that user \
-         (`securityContext.runAsUser: {}`), or set `interception.proxy_uids`",
-        user.uid, user.gid, user.uid
+         connections, and switching to that user requires the capabilities {missing}",
+        user.uid, user.gid
     )]
     WrongUser {
         /// The user of this process.
@@ -97,8 +83,7 @@ pub enum InterceptionError {
     },
     /// The process cannot switch to the proxy's user.
     #[error(
-        "cannot switch to user {} and group {}, which the rules identify as the proxy; check that the user namespace \
-         contains them (`interception.proxy_uids`, `interception.proxy_gids`)",
+        "cannot switch to user {} and group {}, which the rules identify as the proxy",
         user.uid, user.gid
     )]
     BecomeUser {
@@ -109,7 +94,7 @@ pub enum InterceptionError {
         source: io::Error,
     },
     /// A listener cannot be opened.
-    #[error("cannot listen on {address} for {purpose}: {}", listen_advice(source, setting))]
+    #[error("cannot listen on {address} for {purpose}")]
     Listen {
         /// The purpose of the listener.
         purpose: &'static str,
@@ -146,8 +131,7 @@ pub enum InterceptionError {
     },
     /// Another netlink socket owns the table exclusively.
     #[error(
-        "cannot {operation}: another program owns the nftables table `inet underpass` exclusively; stop that program, \
-         which also removes the table (`nft list ruleset` prints its name)"
+        "cannot {operation}: another program owns the nftables table `inet underpass` exclusively"
     )]
     Owned {
         /// The failed operation as a verb phrase.
@@ -157,10 +141,7 @@ pub enum InterceptionError {
         source: io::Error,
     },
     /// A program of iptables cannot be run.
-    #[error(
-        "cannot run `{program}`{}choose another backend with `interception.backend`",
-        install_advice(source)
-    )]
+    #[error("cannot run `{program}`")]
     IptablesProgram {
         /// The program.
         program: String,
@@ -169,7 +150,7 @@ pub enum InterceptionError {
         source: io::Error,
     },
     /// A program of iptables failed.
-    #[error("cannot {operation}: `{program}` failed: {message}{}", module_advice(*module))]
+    #[error("cannot {operation}: `{program}` failed: {message}")]
     Iptables {
         /// The failed operation as a verb phrase.
         operation: &'static str,
@@ -181,12 +162,7 @@ pub enum InterceptionError {
         module: Option<&'static str>,
     },
     /// iptables rejects a user or group outside of the user namespace.
-    #[error(
-        "cannot match {kind} {id} with iptables: it does not exist in this user namespace; set \
-         `interception.backend: nftables`, which accepts any id, or choose another with \
-         `interception.proxy_{}ids` or in `interception.outbound`",
-        kind.get(..1).unwrap_or_default()
-    )]
+    #[error("cannot match {kind} {id} with iptables: it does not exist in this user namespace")]
     IptablesOwner {
         /// `user` or `group`.
         kind: &'static str,
@@ -196,7 +172,7 @@ pub enum InterceptionError {
     /// iptables-nft cannot read a table.
     #[error(
         "cannot {operation}: iptables cannot read the table {table}, because another program added rules that only \
-         nft supports; set `interception.backend: nftables`"
+         nft supports"
     )]
     IptablesIncompatible {
         /// The failed operation as a verb phrase.
@@ -205,7 +181,7 @@ pub enum InterceptionError {
         table: String,
     },
     /// The rules of a family cannot be installed with iptables.
-    #[error("cannot install the {family} rules with iptables; {}", undone_advice(*undone))]
+    #[error("cannot install the {family} rules with iptables, and {}", undone_result(*undone))]
     IptablesNotInstalled {
         /// `IPv4` or `IPv6`.
         family: &'static str,
@@ -216,7 +192,7 @@ pub enum InterceptionError {
         source: Box<Self>,
     },
     /// A sandbox for tests and demonstrations cannot be created.
-    #[error("cannot {step} for a sandbox: {remedy}")]
+    #[error("cannot {step} for a sandbox")]
     Sandbox {
         /// The failed operation as a verb phrase.
         step: &'static str,
@@ -270,68 +246,11 @@ impl From<InterceptionError> for io::Error {
     }
 }
 
-impl fmt::Display for SandboxRemedy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::SingleThread => "the process has several threads; enter the sandbox before the second one starts",
-            Self::UserNamespaces => {
-                "user namespaces are not permitted; allow them with `sysctl kernel.unprivileged_userns_clone=1`, \
-                 `sysctl kernel.apparmor_restrict_unprivileged_userns=0` or `sysctl user.max_user_namespaces=10000` \
-                 (depending on the kernel), or run as root"
-            }
-            Self::Unknown => "the kernel rejected the request",
-        })
-    }
-}
-
-/// The likely cause, and the setting to change.
-fn listen_advice(source: &io::Error, setting: &str) -> String {
-    match source.kind() {
-        io::ErrorKind::AddrInUse => format!(
-            "another process already listens there; stop it, take over from it if it is underpass (`run --take-over`), \
-             or choose another port with `{setting}`"
-        ),
-        io::ErrorKind::PermissionDenied => format!(
-            "the kernel does not permit it; grant NET_BIND_SERVICE for a port below 1024 and NET_ADMIN for a marked \
-             socket, or choose another port with `{setting}`"
-        ),
-        io::ErrorKind::AddrNotAvailable => {
-            format!("no interface has this address; correct `{setting}`")
-        }
-        _ => format!("the kernel rejected it; the address is set by `{setting}`"),
-    }
-}
-
-/// The likely cause and remedy, up to the choice of another backend.
-fn install_advice(source: &io::Error) -> &'static str {
-    match source.kind() {
-        io::ErrorKind::NotFound => ": it is not installed; install the package `iptables`, or ",
-        io::ErrorKind::TimedOut => {
-            ": it did not finish; another program may hold the lock /run/xtables.lock; stop that program, or "
-        }
-        _ => "; ",
-    }
-}
-
-fn module_advice(module: Option<&'static str>) -> String {
-    let Some(module) = module else { return String::new() };
-    // For tables, legacy iptables reports a missing module and a missing NET_RAW alike.
-    let capability = if module.contains("table_") {
-        ", or the capability NET_RAW is missing, which legacy iptables needs in addition to NET_ADMIN"
-    } else {
-        ""
-    };
-    format!(
-        "; the kernel has no {module} (load it on the host with `modprobe {module}`, or build it into the \
-         kernel){capability}"
-    )
-}
-
-fn undone_advice(undone: bool) -> &'static str {
+fn undone_result(undone: bool) -> &'static str {
     if undone {
         "the previous rules are restored"
     } else {
-        "the previous rules could not be restored; remove the rest with `underpass rules remove`"
+        "the previous rules could not be restored"
     }
 }
 
@@ -351,31 +270,11 @@ mod tests {
     }
 
     #[test]
-    fn listen_error_names_setting_of_port_in_use() {
-        let message = listen(io::ErrorKind::AddrInUse).to_string();
-        assert!(message.contains("another process already listens"), "{message}");
-        assert!(message.contains("proxy.outbound_port"), "{message}");
-    }
-
-    #[test]
-    fn listen_error_names_capability_for_privileged_port() {
-        let message = listen(io::ErrorKind::PermissionDenied).to_string();
-        assert!(message.contains("NET_BIND_SERVICE"), "{message}");
-    }
-
-    #[test]
     fn message_omits_its_source() {
         for kind in [io::ErrorKind::AddrInUse, io::ErrorKind::OutOfMemory] {
             let error = listen(kind);
             let source = error.source().expect("a source").to_string();
             assert!(!error.to_string().contains(&source), "{error}");
         }
-    }
-
-    #[test]
-    fn host_namespace_error_names_setting_that_allows_it() {
-        let error = InterceptionError::HostNamespace { why: "test".to_owned() };
-        assert!(error.to_string().contains("interception.allow_host"));
-        assert!(error.is_configuration());
     }
 }

@@ -7,8 +7,8 @@ mod environment;
 mod flows;
 mod json;
 mod mermaid;
+mod network;
 mod packet;
-mod scene;
 mod text;
 
 use std::fmt;

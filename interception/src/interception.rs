@@ -210,7 +210,7 @@ impl Interception {
     ///
     /// # Errors
     ///
-    /// The kernel refused.
+    /// The kernel rejected the operation.
     pub async fn block(&self) -> Result<(), InterceptionError> {
         self.done(RuleOperation::Block).await
     }
@@ -219,7 +219,7 @@ impl Interception {
     ///
     /// # Errors
     ///
-    /// The kernel refused.
+    /// The kernel rejected the operation.
     pub async fn unblock(&self) -> Result<bool, InterceptionError> {
         self.is(RuleOperation::Unblock).await
     }
@@ -246,7 +246,7 @@ impl Interception {
     ///
     /// # Errors
     ///
-    /// The kernel refused.
+    /// The kernel rejected the operation.
     pub async fn counters(&self) -> Result<Vec<RuleCounter>, InterceptionError> {
         self.ask(RuleOperation::Counters, |answer| match answer {
             Reply::Counters(counters) => Ok(counters),
@@ -259,7 +259,7 @@ impl Interception {
     ///
     /// # Errors
     ///
-    /// The kernel refused.
+    /// The kernel rejected the operation.
     pub async fn remove(&self) -> Result<(), InterceptionError> {
         self.done(RuleOperation::Remove).await
     }
@@ -290,7 +290,7 @@ impl Interception {
 ///
 /// # Errors
 ///
-/// The kernel refused.
+/// The kernel rejected the operation.
 pub async fn counters(access: &NamespaceAccess) -> Result<Vec<RuleCounter>, InterceptionError> {
     access.table_counters().await
 }

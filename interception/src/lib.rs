@@ -22,9 +22,9 @@ mod process;
 mod rules;
 mod self_test;
 mod sockets;
+mod subscription;
 #[doc(hidden)]
 pub mod testing;
-mod watching;
 
 pub use ipnet::IpNet;
 
@@ -53,7 +53,7 @@ pub use plan::{
     TraversedChain, Verdict, Walk,
 };
 pub use privileged::{
-    HostRuleOperation, NamespaceAccess, Performing, PrivilegedOperations, Reply, Request,
+    HostRuleOperation, NamespaceAccess, PrivilegedOperations, Reply, ReplyFuture, Request,
     RuleOperation,
 };
 pub use process::background::run_in_background;
@@ -79,4 +79,4 @@ pub use sockets::socket::{
     write_before_end,
 };
 pub use sockets::splice::SplicePipe;
-pub use watching::{Watched, Watching};
+pub use subscription::{RuleSubscription, WatchScope};

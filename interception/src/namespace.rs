@@ -33,14 +33,14 @@ pub use wiring::{Endpoint, veth};
 /// NSFS_MAGIC, include/uapi/linux/magic.h.
 const NSFS: i64 = 0x6e73_6673;
 /// The calling thread's own namespace. `/proc/self` would be that of the process's first thread.
-const OWN: &str = "/proc/thread-self/ns/net";
+const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
 /// A handle of a network namespace, which keeps it alive. Starts no thread.
 #[derive(Debug, Clone)]
-pub struct Namespace(Arc<Held>);
+pub struct Namespace(Arc<NamespaceFile>);
 
 #[derive(Debug)]
-struct Held {
+struct NamespaceFile {
     file: File,
     id: NamespaceId,
     path: PathBuf,
@@ -60,12 +60,12 @@ impl Namespace {
     ///
     /// [`InterceptionError::Namespace`].
     pub fn current() -> Result<Self, InterceptionError> {
-        let opened = File::open(OWN).and_then(|file| {
-            // Unlike `OWN`, the same namespace for every thread.
+        let opened = File::open(OWN_NAMESPACE).and_then(|file| {
+            // Unlike `OWN_NAMESPACE`, the same namespace for every thread.
             let path = own_descriptor(&file);
-            Held::new(file, path)
+            NamespaceFile::new(file, path)
         });
-        opened.map(|held| Self(Arc::new(held))).map_err(failed("open", OWN.as_ref()))
+        opened.map(|held| Self(Arc::new(held))).map_err(failed("open", OWN_NAMESPACE.as_ref()))
     }
 
     /// The namespace with the file `path`: `/run/netns/NAME`, `/proc/PID/ns/net`, or a container
@@ -76,7 +76,7 @@ impl Namespace {
     /// [`InterceptionError::Namespace`], also if the file is not a namespace's.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, InterceptionError> {
         let path = path.into();
-        let opened = File::open(&path).and_then(|file| Held::new(file, path.clone()));
+        let opened = File::open(&path).and_then(|file| NamespaceFile::new(file, path.clone()));
         opened.map(|held| Self(Arc::new(held))).map_err(failed("open", &path))
     }
 
@@ -87,14 +87,14 @@ impl Namespace {
     /// [`InterceptionError::Namespace`], also if the descriptor is not a namespace's.
     pub fn from_descriptor(descriptor: OwnedFd) -> Result<Self, InterceptionError> {
         let path = own_descriptor(&descriptor);
-        let held = Held::new(File::from(descriptor), path.clone());
+        let held = NamespaceFile::new(File::from(descriptor), path.clone());
         held.map(|held| Self(Arc::new(held))).map_err(failed("use", &path))
     }
 
     /// A handle of a file that is no namespace and cannot be entered.
     pub(crate) fn stand_in(file: File) -> io::Result<Self> {
         let id = NamespaceId::of(&file)?;
-        Ok(Self(Arc::new(Held { file, id, path: "a stand-in".into() })))
+        Ok(Self(Arc::new(NamespaceFile { file, id, path: "a stand-in".into() })))
     }
 
     /// Its identity.
@@ -110,7 +110,7 @@ impl Namespace {
     }
 }
 
-impl Held {
+impl NamespaceFile {
     fn new(file: File, path: PathBuf) -> io::Result<Self> {
         // setns(2) checks what kind of namespace it is.
         if fstatfs(&file)?.filesystem_type() != FsType(NSFS) {

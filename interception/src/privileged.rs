@@ -30,7 +30,7 @@ use crate::self_test::return_path::ReturnPathProbe;
 use crate::sockets::listener::BoundListener;
 use crate::sockets::local::LocalAddresses;
 use crate::sockets::socket::{ListenerRequest, ReadySocket, SocketKind, Sockets};
-use crate::watching::{Watched, Watching};
+use crate::subscription::{RuleSubscription, WatchScope};
 
 pub use access::NamespaceAccess;
 
@@ -41,11 +41,11 @@ pub trait PrivilegedOperations: fmt::Debug + Send + Sync {
     /// # Errors
     ///
     /// The operation's errors, or that the namespace cannot be entered.
-    fn perform(&self, request: Request) -> Performing;
+    fn perform(&self, request: Request) -> ReplyFuture;
 }
 
 /// The future reply.
-pub type Performing = Pin<Box<dyn Future<Output = Result<Reply, InterceptionError>> + Send>>;
+pub type ReplyFuture = Pin<Box<dyn Future<Output = Result<Reply, InterceptionError>> + Send>>;
 
 /// A request.
 #[derive(Debug)]
@@ -110,7 +110,7 @@ pub enum Request {
         allow_host: bool,
     },
     /// Descriptors that become readable when rules, routes or addresses change.
-    Watch(Watched),
+    Watch(WatchScope),
     /// The kernel's lists of the tables of legacy iptables.
     OpenLegacyTables,
 }
@@ -191,7 +191,7 @@ pub enum Reply {
     /// See [`RuleOperation::ForeignRules`].
     ForeignRules(Vec<ForeignRule>),
     /// See [`Request::Watch`].
-    Watching(Watching),
+    RuleSubscription(RuleSubscription),
     /// See [`Request::OpenLegacyTables`].
     LegacyTables(LegacyTables),
 }

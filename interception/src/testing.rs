@@ -82,7 +82,7 @@ pub struct Keepalive {
 ///
 /// # Errors
 ///
-/// The kernel's.
+/// The kernel rejected the operation.
 pub fn keepalive(stream: &impl AsFd) -> io::Result<Option<Keepalive>> {
     let socket = SockRef::from(stream);
     if !socket.keepalive()? {

@@ -15,6 +15,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
+use underpass_config::Hint as _;
 
 use crate::demo;
 use crate::error::chain;
@@ -41,7 +42,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Run a proxy for the current network namespace (a sidecar container, a VM)
     Run(run::Arguments),
-    /// Run a proxy for every pod of a node, which a source names (istio-cni, a CNI plugin, a folder)
+    /// Run a proxy for every pod of a node, which a source names (istio-cni, a CNI plugin, a
+    /// folder)
     Node(node::Arguments),
     /// Manage interception rules in the current network namespace
     #[command(subcommand)]
@@ -80,7 +82,10 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Ignored if standard error is closed; the exit code still reports the failure.
-            writeln!(io::stderr(), "underpass: {}", chain(&error)).ok();
+            writeln!(io::stderr(), "error: {}", chain(&error)).ok();
+            if let Some(hint) = error.hint() {
+                writeln!(io::stderr(), "hint: {hint}").ok();
+            }
             error.exit_code()
         }
     }

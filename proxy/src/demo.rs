@@ -68,8 +68,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), DemoError> {
         let mut stage = Stage::set_up().await?;
         let points = prove(&stage).await?;
         let holds = points.iter().all(|point| point.holds);
-        let how_to_enter = arguments.keep.then(|| stage.how_to_enter(sandbox));
-        show(&points, began.elapsed(), how_to_enter.as_deref()).map_err(io("write"))?;
+        let enter_commands = arguments.keep.then(|| stage.enter_commands(sandbox));
+        show(&points, began.elapsed(), enter_commands.as_deref()).map_err(io("write"))?;
         if arguments.keep {
             tokio::signal::ctrl_c().await.map_err(io("wait for Ctrl-C"))?;
         }
@@ -236,7 +236,7 @@ async fn ask_without_certificate(
     tunnel.connect(request, STEP_TIMEOUT).await.map(drop)
 }
 
-fn show(points: &[Point], took: Duration, how_to_enter: Option<&str>) -> io::Result<()> {
+fn show(points: &[Point], took: Duration, enter_commands: Option<&str>) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "underpass demo: pod client ── proxy ══ mutual TLS ══ proxy ── pod server\n")?;
     for point in points {
@@ -250,8 +250,8 @@ fn show(points: &[Point], took: Duration, how_to_enter: Option<&str>) -> io::Res
         points.len(),
         took.as_secs_f32()
     )?;
-    if let Some(how_to_enter) = how_to_enter {
-        writeln!(out, "{how_to_enter}")?;
+    if let Some(enter_commands) = enter_commands {
+        writeln!(out, "{enter_commands}")?;
     }
     out.flush()
 }

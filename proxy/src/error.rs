@@ -1,7 +1,9 @@
 //! Errors of connections, and their mapping to log codes, HTTP statuses and metric labels.
 //!
 //! One function ([`ProxyError::reason`]) maps every error to all three, so that they are
-//! consistent.
+//! consistent. The hints for the operator are in `error/hint.rs`.
+
+mod hint;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -22,103 +24,73 @@ use crate::limits::Refusal;
 /// Why a connection failed or ended early.
 #[derive(Debug, Error)]
 pub(crate) enum ProxyError {
-    #[error(
-        "the connection came to the listener without being caught by a rule: it has no original destination"
-    )]
+    #[error("the connection was not captured by a rule, so it has no original destination")]
     NotCaptured(#[source] io::Error),
     #[error("the destination {0} is this proxy's own listener")]
     OwnListener(SocketAddr),
-    #[error(
-        "{0} is no address of this pod: an inbound connection to it is not for the workload (a virtual machine or \
-         container in the pod sends by an interface to name in interception.virtual_interfaces)"
-    )]
+    #[error("the destination {0} of an inbound connection is not an address of this pod")]
     NotLocal(SocketAddr),
-    #[error("the kernel does not say whether {destination} is an address of this pod")]
+    #[error("cannot check whether {destination} is an address of this pod")]
     LocalUnknown { destination: SocketAddr, source: io::Error },
-    #[error(
-        "{0} is no address of this pod: an outbound connection from it is not the workload's (a virtual machine or \
-         container in the pod sends by an interface to name in interception.virtual_interfaces)"
-    )]
+    #[error("the source {0} of an outbound connection is not an address of this pod")]
     ForeignSource(SocketAddr),
-    #[error("the kernel does not say whether {client} is an address of this pod")]
+    #[error("cannot check whether {client} is an address of this pod")]
     SourceUnknown { client: SocketAddr, source: io::Error },
-    #[error(
-        "the mesh says that {0} speaks HBONE, but there is no certificate to reach it with: set identity.*"
-    )]
+    #[error("{0} requires HBONE, and this proxy has no certificate")]
     NoIdentity(SocketAddr),
-    #[error(
-        "the first certificate of {id} was not issued within {} (timeouts.handshake): does the CA answer?",
-        seconds(after)
-    )]
+    #[error("no certificate of {id} was issued within {}", seconds(after))]
     CertificateAwaited { id: SpiffeId, after: Duration },
     #[error("the mesh has no workload {pod}, which this pod is, so its policies are unknown")]
     PodNotInMesh { pod: String },
-    #[error(
-        "{0} has too many TLS handshakes under way (limits.handshakes_per_source): a storm of connections, or a client \
-         that never finishes them?"
-    )]
+    #[error("{0} has too many TLS handshakes in progress (limits.handshakes_per_source)")]
     TooManyHandshakes(IpAddr),
     #[error(
-        "there were too many TLS handshakes under way (limits.handshakes) for this one to have its turn within {} \
-         (timeouts.handshake): a storm of connections, or too few CPUs?",
+        "the TLS handshake did not start within {}: too many others are in progress (limits.handshakes)",
         seconds(after)
     )]
     HandshakeNotBegun { after: Duration },
     #[error("{0}")]
     TooManyConnections(Refusal),
-    #[error(
-        "no file descriptor is left to connect with: raise the limit of open files (ulimit -n, LimitNOFILE)"
-    )]
+    #[error("no file descriptor is left for a connection")]
     OutOfDescriptors,
     #[error("{0}")]
     Denied(Denial),
-    #[error(
-        "{0}; it came in plain, so it has no principal (interception.inbound.exclude_ports leaves a port to the workload that \
-         clients outside the mesh need, such as a CA's)"
-    )]
+    #[error("{0} (a plaintext client has no identity)")]
     DeniedInPlain(Denial),
-    #[error(
-        "plaintext to {0} is refused, since proxy.mtls (or one of proxy.mtls_overrides) is strict: is the client part of the mesh?"
-    )]
+    #[error("plaintext to {0} is refused: proxy.mtls or one of proxy.mtls_overrides is strict")]
     PlaintextRefused(SocketAddr),
-    #[error(
-        "the mesh does not know {0}, and egress is mesh-only: add it to the mesh, or to egress_exceptions"
-    )]
+    #[error("{0} is not in the mesh, and egress is mesh-only")]
     Egress(SocketAddr),
-    #[error("{0} is not connected to in plain: the mesh says that HBONE is spoken there")]
+    #[error("a plaintext connection to {0} is refused: its protocol in the mesh is HBONE")]
     PlaintextToHbone(SocketAddr),
-    #[error("{hop} belongs to {workload} now, whose identity is another one")]
+    #[error("{hop} now belongs to {workload}, which has another identity")]
     OtherIdentity { hop: SocketAddr, workload: Arc<Workload> },
-    #[error("closed since the mesh changed: the connection is no longer allowed")]
+    #[error("terminated by a change of the mesh: the connection is no longer allowed")]
     NoLongerAllowed(#[source] Box<Self>),
-    #[error("no way to the destination")]
+    #[error("no route to the destination")]
     Route(#[source] RouteError),
-    #[error("the endpoint's hostname has no address")]
+    #[error("cannot resolve the endpoint's hostname")]
     Resolve(#[source] ResolveError),
     #[error("cannot connect to {destination}")]
     Connect { destination: SocketAddr, source: io::Error },
-    #[error(
-        "no answer from {destination} within {} (timeouts.connect): is a firewall dropping packets?",
-        seconds(after)
-    )]
+    #[error("no answer from {destination} within {}", seconds(after))]
     ConnectTimeout { destination: SocketAddr, after: Duration },
     #[error("the tunnel failed")]
     Tunnel(#[source] HboneError),
-    #[error("the client's connection broke")]
+    #[error("the client's connection failed")]
     Client(#[source] io::Error),
-    #[error("the upstream's connection broke")]
+    #[error("the upstream connection failed")]
     Upstream(#[source] io::Error),
-    #[error("nothing moved in either direction for {} (timeouts.idle)", seconds(after))]
+    #[error("no data in either direction for {} (timeouts.idle)", seconds(after))]
     IdleTimeout { after: Duration },
     #[error(
-        "one side ended its direction, and nothing moved in the other for {} (timeouts.half_close): is it an application \
-         that never closes?",
+        "one side sent its FIN, and the other sent no data for {} (timeouts.half_close)",
         seconds(after)
     )]
     HalfCloseTimeout { after: Duration },
-    #[error("the proxy was told to stop and the drain deadline (timeouts.drain) passed")]
+    #[error("the proxy stops, and the drain deadline passed (timeouts.drain)")]
     Drained,
-    #[error("the connection was dropped before it ended")]
+    #[error("the connection was cancelled")]
     Dropped,
 }
 
@@ -186,8 +158,7 @@ impl ProxyError {
     }
 
     /// Whether another endpoint of the service may be tried: no data has been sent, and the error
-    /// is
-    /// not a decision against the connection.
+    /// is not a decision against the connection.
     pub(crate) fn is_of_endpoint(&self) -> bool {
         match self {
             Self::Resolve(..) | Self::Connect { .. } | Self::ConnectTimeout { .. } => true,
@@ -243,9 +214,8 @@ impl ProxyError {
             Self::NoLongerAllowed(_) => {
                 ("no_longer_allowed", Deny, Client, StatusCode::UNAUTHORIZED)
             }
-            // A route that a peer requests in vain is the peer's fault; for a caught connection it
-            // is the
-            // mesh's.
+            // A tunnel's request for another workload is the peer's fault; a failed route of a
+            // captured connection is the mesh's.
             Self::Route(RouteError::NotHere { .. }) => {
                 ("not_here", Deny, Client, StatusCode::BAD_REQUEST)
             }

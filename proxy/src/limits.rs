@@ -29,8 +29,8 @@ use underpass_config::SpiffeId;
 use underpass_hbone::{Budget, KeyedBudget, Share, Sharing};
 use underpass_interception::raise_open_files;
 
-pub(crate) use self::admission::{Demand, PodLimits, Ticket};
-pub(crate) use self::balance::{Balance, HeldTunnel};
+pub(crate) use self::admission::{AdmissionKind, PodLimits, Ticket};
+pub(crate) use self::balance::{Balance, WorkerTunnel};
 pub(crate) use self::buffers::{BufferShare, Buffers};
 pub(crate) use self::descriptors::{Descriptors, FdPermit, Shortage};
 use self::handshakes::Handshakes;

@@ -66,8 +66,7 @@ pub(crate) struct Node {
 
 impl Node {
     /// Makes a node of this many workers. Must be called in the control thread's runtime, which
-    /// resolves
-    /// hostnames.
+    /// resolves hostnames.
     pub(crate) fn new(
         settings: &Settings,
         workers: usize,

@@ -36,7 +36,7 @@ pub enum SpawnError {
     #[error("cannot enter the namespace")]
     Namespace(#[source] InterceptionError),
     /// The process exited before it was ready.
-    #[error("the process exited with {status} before it was ready; its log:\n{log}")]
+    #[error("the process exited with {status} before it was ready, with this log:\n{log}")]
     Ended {
         /// The exit status.
         status: ExitStatus,
@@ -44,7 +44,7 @@ pub enum SpawnError {
         log: String,
     },
     /// The deadline passed.
-    #[error("the process was not ready within {after:?}; its log:\n{log}")]
+    #[error("the process was not ready within {after:?}, with this log:\n{log}")]
     Late {
         /// The deadline.
         after: Duration,

@@ -34,7 +34,7 @@ pub use peers::{
 };
 pub use pki::Pki;
 pub use pods::{Family, Pod, World};
-pub use proxy::Proxy;
+pub use proxy::{Proxy, error_of};
 pub use scene::{APP, CLIENT, HBONE, SERVER, Scene};
 pub use settings::Settings;
 pub use soak::{Fault, SoakOptions, SoakSummary, soak};

@@ -151,6 +151,12 @@ impl Proxy {
     }
 }
 
+/// The error of a command and its hint, each on a line, without its log.
+pub fn error_of(log: &str) -> String {
+    let is_error = |line: &&str| line.starts_with("error: ") || line.starts_with("hint: ");
+    log.lines().filter(is_error).collect::<Vec<_>>().join("\n")
+}
+
 fn is_access(line: &str) -> bool {
     line.contains(" access: ") || line.contains("\"target\":\"access\"")
 }

@@ -141,7 +141,7 @@ fn exit_code_distinguishes_failure_from_usage_error() {
         "rules verify --format nft",
         "rules render --format tables",
         "rules explain --from app",
-        "rules explain --from nobody --to 10.0.0.1:80",
+        "rules explain --from kernel --to 10.0.0.1:80",
         "rules render --set interception.profile=kuma",
         "rules render --profile osm --ingress",
         "rules remove --profile osm",
@@ -151,13 +151,14 @@ fn exit_code_distinguishes_failure_from_usage_error() {
     let id = "spiffe://cluster.local/ns/default/sa/web";
     let error =
         folder.underpass(&format!("ca issue --dir nowhere --spiffe-id {id} --out web")).fails(1);
-    assert!(error.starts_with("underpass: nowhere/ca.pem: "), "{error}");
-    assert_eq!(error.lines().count(), 1, "{error}");
+    assert!(error.starts_with("error: nowhere/ca.pem: "), "{error}");
+    let hint = "hint: check that the file exists and is readable";
+    assert_eq!(error.lines().nth(1), Some(hint), "{error}");
 }
 
 #[test]
 fn unprivileged_user_can_render_but_not_install_rules() {
-    let folder = Folder::new("nobody");
+    let folder = Folder::new("unprivileged");
     // In a folder that every user can access, unlike a home directory.
     folder.run("cp", &format!("{} underpass", binary().display())).ok();
     for profile in ["ambient", "sidecar", "osm"] {
@@ -382,6 +383,8 @@ fn config_check_prints_json() {
     let bad = folder.underpass("config check --config a.yaml -o json --set proxy.workers=none");
     let problem = &json(&bad)["problems"][0];
     assert_eq!((bad.code, &problem["key"]), (Some(2), &"proxy.workers".into()), "{problem}");
+    let misspelt = folder.underpass("config check --config a.yaml -o json --set proxy.wokers=1");
+    assert_eq!(json(&misspelt)["problems"][0]["hint"], "did you mean workers?", "{}", misspelt.out);
 }
 
 #[test]

@@ -46,8 +46,8 @@ async fn demo_proves_every_point_without_root() {
     // Copied by another process. A child that this process starts meanwhile would inherit the open
     // file, and the kernel would refuse to execute it (ETXTBSY).
     assert!(run(Command::new("cp").arg(binary()).arg(&program)).await.status.success());
-    let nobody = ["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"];
-    let output = run(Command::new("setpriv").args(nobody).arg(&program).arg("demo")).await;
+    let unprivileged = ["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"];
+    let output = run(Command::new("setpriv").args(unprivileged).arg(&program).arg("demo")).await;
     std::fs::remove_dir_all(&folder).expect("removed");
     assert_proven(&output);
 }

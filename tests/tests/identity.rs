@@ -68,10 +68,10 @@ fn add_servers(suite: &mut Suite) {
 /// Adds trials with two proxies that must refuse each other and log the reason.
 fn add_pairs(suite: &mut Suite) {
     suite.test("a server with another identity is refused and both sides log it", async || {
-        let wrong = |scene: &Scene| (scene.client_files.clone(), scene.pki.issue("somebody"));
+        let wrong = |scene: &Scene| (scene.client_files.clone(), scene.pki.issue("other"));
         let client = between_proxies(wrong, "identity", "certificate_refused").await;
         for part in [
-            "presented spiffe://cluster.local/ns/default/sa/somebody",
+            "presented spiffe://cluster.local/ns/default/sa/other",
             "expected spiffe://cluster.local/ns/default/sa/server",
         ] {
             assert!(client.contains(part), "{part:?} is not in {client}");

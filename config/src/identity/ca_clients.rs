@@ -12,7 +12,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use crate::error::ConfigErrors;
+use crate::error::{ConfigErrors, Reason};
 use crate::identity::spiffe::{SpiffeError, SpiffeId};
 use crate::yaml::document::Node;
 use crate::yaml::read::{Cursor, Problems};
@@ -160,7 +160,8 @@ fn is_token(text: &str) -> bool {
 fn only(place: Cursor<'_>, known: &[&str]) {
     for (key, _) in place.entries() {
         if !known.contains(&key.as_str()) {
-            place.problem(format!("no such key: {key}; there are {}", known.join(", ")));
+            let hint = format!("the keys are {}", known.join(", "));
+            place.problem(Reason::with_hint(format!("no such key: {key}"), hint));
         }
     }
 }
@@ -234,14 +235,14 @@ mod tests {
         let message = clients(text).unwrap_err().to_string();
         assert!(!message.contains("s3cret"), "{message}");
         for part in [
-            "clients[0]: no such key: tokn; there are token, token_file, identities",
+            "clients[0]: no such key: tokn",
             "clients[0]: needs either token or token_file",
             "clients[1]: token must be visible ASCII",
             "clients[2]: needs either",
             "clients[3]: needs identities",
             "clients[4].identities[0]: \"http://a\": must be a SPIFFE identity",
             "clients[5].token: must be a single value",
-            "no such key: client;",
+            "no such key: client\n",
         ] {
             assert!(message.contains(part), "{part} is not in {message}");
         }

@@ -40,8 +40,10 @@ pub struct Mistake {
     pub item: Item,
     /// The key of the item in the mesh file.
     pub key: &'static str,
-    /// The reason, with the remedy.
+    /// The reason.
     pub reason: String,
+    /// The remedy, if the reason does not imply it.
+    pub hint: Option<String>,
 }
 
 /// An unresolved workload in its final allocation.
@@ -128,7 +130,7 @@ struct Build<'a> {
 
 impl<'a> Build<'a> {
     fn mistake(&mut self, item: Item, key: &'static str, reason: String) {
-        self.mistakes.push(Mistake { item, key, reason });
+        self.mistakes.push(Mistake { item, key, reason, hint: None });
     }
 
     fn policies(&mut self, parts: &[&MeshBuilder]) {
@@ -183,11 +185,12 @@ impl<'a> Build<'a> {
     fn name_workload(&mut self, item: Item, draft: &'a Draft) {
         let uid = &draft.workload.uid;
         if !self.uids.insert(uid) {
-            let (key, advice) = match draft.has_uid {
-                true => ("uid", ""),
-                false => ("name", ": give them different names, or each a uid"),
+            let (key, hint) = match draft.has_uid {
+                true => ("uid", None),
+                false => ("name", Some("give them different names, or each a uid".to_owned())),
             };
-            self.mistake(item, key, format!("duplicate workload {uid}{advice}"));
+            let reason = format!("duplicate workload {uid}");
+            self.mistakes.push(Mistake { item, key, reason, hint });
         }
     }
 
@@ -281,7 +284,7 @@ impl<'a> Build<'a> {
                 && !self.is_known(destination)
             {
                 let reason = format!("there is no service and no workload {destination}");
-                mistakes.push(Mistake { item, key, reason });
+                mistakes.push(Mistake { item, key, reason, hint: None });
             }
         };
         for (index, workload) in self.mesh.workloads.iter().enumerate() {
@@ -300,9 +303,11 @@ impl<'a> Build<'a> {
     fn is_known(&self, destination: &GatewayDestination) -> bool {
         match destination {
             GatewayDestination::Hostname(name) => self.mesh.named(name).is_some(),
-            GatewayDestination::Address(at) => {
-                self.mesh.networks.get(&at.network).is_some_and(|network| network.knows(at.address))
-            }
+            GatewayDestination::Address(at) => self
+                .mesh
+                .networks
+                .get(&at.network)
+                .is_some_and(|network| network.has_workload_at(at.address)),
         }
     }
 }

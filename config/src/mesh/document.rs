@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 pub(super) use self::shared::Shared;
 use super::{Item, MeshBuilder, Mistake};
-use crate::error::Problem;
+use crate::error::{Problem, Reason};
 use crate::yaml::document::{Node, Origin, Part, Value, parts};
 use crate::yaml::read::{Cursor, Problems};
 
@@ -79,7 +79,7 @@ impl Document {
         };
         if let Err(error) = parts(text, &origin, &mut tell) {
             let (reason, origin) = (error.reason, Some(error.origin));
-            problems.add(Problem { key: String::new(), value: None, reason, origin });
+            problems.add(Problem { key: String::new(), value: None, reason, hint: None, origin });
         }
         document.shrink();
         (problems.count() == before).then_some(document)
@@ -134,7 +134,7 @@ impl Document {
 
 /// Converts a mistake in the combination of `documents` to a problem with a location.
 pub(super) fn problem(documents: &[Arc<Document>], mistake: Mistake) -> Problem {
-    let Mistake { item, key, reason } = mistake;
+    let Mistake { item, key, reason, hint } = mistake;
     let (section, mut index) = match item {
         Item::Workload(index) => ("workloads", index),
         Item::Service(index) => ("services", index),
@@ -153,14 +153,14 @@ pub(super) fn problem(documents: &[Arc<Document>], mistake: Mistake) -> Problem 
         }
         index -= places.len();
     }
-    Problem { key: format!("{section}[{index}].{key}"), value: None, reason, origin }
+    Problem { key: format!("{section}[{index}].{key}"), value: None, reason, hint, origin }
 }
 
 /// Rejects an empty file: it is probably being written, and would remove all policies.
 fn reject_non_mapping(root: &Node, problems: &Problems) {
     Cursor::root(root, problems).problem(match root.value {
-        Value::Null => "is empty; write an empty mesh as workloads: []",
-        _ => "must be a mapping (key: value)",
+        Value::Null => Reason::with_hint("is empty", "write an empty mesh as workloads: []"),
+        _ => "must be a mapping (key: value)".into(),
     });
 }
 

@@ -15,7 +15,7 @@ use super::workload::{NetworkMode, Protocol, Workload};
 /// The addresses of one network.
 #[derive(Debug, Default)]
 pub(super) struct Network {
-    workloads: Map<IpAddr, Owner>,
+    workloads: Map<IpAddr, AddressOwner>,
     vips: Map<IpAddr, Vec<Arc<Service>>>,
     cidr_vips: Map<IpNet, Vec<Arc<Service>>>,
     /// The prefix lengths of the ranges; only these are looked up.
@@ -24,7 +24,7 @@ pub(super) struct Network {
 
 /// The workload of an address.
 #[derive(Debug)]
-struct Owner {
+struct AddressOwner {
     workload: Arc<Workload>,
     /// Whether several workloads share the address, which then denotes none of them.
     shared: bool,
@@ -49,7 +49,7 @@ impl Network {
     }
 
     /// Returns true if a workload or service has this address.
-    pub(super) fn knows(&self, address: IpAddr) -> bool {
+    pub(super) fn has_workload_at(&self, address: IpAddr) -> bool {
         self.workloads.contains_key(&address) || self.services_at(address).next().is_some()
     }
 
@@ -101,7 +101,7 @@ impl Network {
         let hbone = workload.protocol == Protocol::Hbone;
         let owner = match self.workloads.entry(address) {
             Entry::Vacant(free) => {
-                free.insert(Owner { workload: workload.clone(), shared: false, hbone });
+                free.insert(AddressOwner { workload: workload.clone(), shared: false, hbone });
                 return Ok(());
             }
             Entry::Occupied(taken) => taken.into_mut(),

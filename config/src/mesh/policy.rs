@@ -41,7 +41,7 @@ pub struct Policy {
     pub namespace: Name,
     /// The workloads to which it applies.
     pub scope: PolicyScope,
-    /// The effect.
+    /// Whether a match allows or denies the connection.
     pub action: PolicyAction,
     /// Whether it only logs its decision.
     pub dry_run: bool,

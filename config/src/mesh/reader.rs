@@ -102,7 +102,8 @@ impl Reader {
             Ok(Err(error)) => format!("{name}: not valid UTF-8: {error}"),
             Err(error) => format!("{name}: cannot be read: {error}"),
         };
-        problems.add(Problem { key: String::new(), value: None, reason, origin: None });
+        let key = String::new();
+        problems.add(Problem { key, value: None, reason, hint: None, origin: None });
         None
     }
 }

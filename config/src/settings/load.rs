@@ -80,6 +80,7 @@ impl Sources {
                     key: String::new(),
                     value: Some(flag.clone()),
                     reason: "must be KEY=VALUE, such as proxy.workers=2".to_owned(),
+                    hint: None,
                     origin: Some(Origin::Flag),
                 }),
             }
@@ -128,6 +129,7 @@ fn overlay(root: &mut Node, key: &str, value: &str, origin: Origin, problems: &P
             key: key.to_owned(),
             value: Some(value.to_owned()),
             reason: error.reason,
+            hint: None,
             origin: Some(origin),
         }),
     }

@@ -40,7 +40,7 @@ pub struct LogFilter(String);
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum LogFilterError {
     /// An empty text, or two consecutive commas.
-    #[error("an empty directive; off logs nothing")]
+    #[error("an empty directive")]
     Empty,
     /// Unknown level.
     #[error("{0:?} is not a level: off, error, warn, info, debug or trace")]

@@ -42,7 +42,8 @@ impl fmt::Display for NodeProbes {
 /// Where a node daemon learns of its pods.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PodSourceSettings {
-    /// The Unix socket of the agent of istio-cni or Cilium, which speaks ZDS and installs the rules.
+    /// The Unix socket of the agent of istio-cni or Cilium, which speaks ZDS and installs the
+    /// rules.
     Zds(PathBuf),
     /// The Unix socket at which the CNI plugin `underpass cni` connects.
     Cni(PathBuf),

@@ -33,7 +33,7 @@ const SETTINGS: &[&[&dyn Declared]] = &[
 ];
 
 /// Planned keys without an implementation: rejected with that reason instead of as unknown.
-const NOT_YET: &[&str] = &["mesh.xds", "admin"];
+const PLANNED_KEYS: &[&str] = &["mesh.xds", "admin"];
 
 /// Every setting.
 pub(crate) fn declared() -> impl Iterator<Item = &'static dyn Declared> {
@@ -107,11 +107,11 @@ pub(crate) fn interception_settings(
     Some(node::interception(document, settings, node))
 }
 
-/// Rejects every key below `at` that is neither declared nor in [`NOT_YET`]. `prefix` is the path
-/// of `at`: empty, or ending with a dot.
+/// Rejects every key below `at` that is neither declared nor in [`PLANNED_KEYS`]. `prefix` is the
+/// path of `at`: empty, or ending with a dot.
 fn refuse_unknown_keys(at: Cursor<'_>, prefix: &str) {
     let mut known: Vec<&str> = Vec::new();
-    let all = keys().chain(NOT_YET.iter().copied());
+    let all = keys().chain(PLANNED_KEYS.iter().copied());
     for path in all.filter_map(|path| path.strip_prefix(prefix)) {
         let key = path.split('.').next().unwrap_or(path);
         if !known.contains(&key) {
@@ -121,8 +121,8 @@ fn refuse_unknown_keys(at: Cursor<'_>, prefix: &str) {
     at.only(&known);
     for key in known {
         let path = format!("{prefix}{key}");
-        if NOT_YET.contains(&path.as_str()) {
-            at.key(key).not_yet();
+        if PLANNED_KEYS.contains(&path.as_str()) {
+            at.key(key).refuse_planned();
         } else if !keys().any(|known| known == path) {
             refuse_unknown_keys(at.key(key), &format!("{path}."));
         }

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};
-use super::relevant::Relevant;
+use super::relevant::RelevantEntries;
 
 /// Quiet period before reading a file that is being written: a writer creates, fills and closes it.
 const WRITING: Duration = Duration::from_millis(100);
@@ -31,15 +31,15 @@ struct State {
     /// Opened with the first subscription.
     events: Option<Arc<dyn FolderEvents>>,
     reader: Option<JoinHandle<()>>,
-    subscriptions: BTreeMap<u64, Watched>,
+    subscriptions: BTreeMap<u64, SubscriptionWatches>,
     next: u64,
 }
 
 /// The watches of one subscription.
 #[derive(Debug)]
-struct Watched {
+struct SubscriptionWatches {
     path: PathBuf,
-    relevant: Relevant,
+    relevant: RelevantEntries,
     folders: BTreeMap<PathBuf, FolderWatch>,
     /// Sends the quiet period after each event.
     pauses: watch::Sender<Duration>,
@@ -67,10 +67,10 @@ impl Hub {
         }
         let (sender, pauses) = watch::channel(WRITTEN);
         let (path, id) = (path.to_owned(), state.next);
-        let (relevant, folders) = (Relevant::default(), BTreeMap::new());
-        let watched = Watched { path, relevant, folders, pauses: sender };
+        let (relevant, folders) = (RelevantEntries::default(), BTreeMap::new());
+        let watches = SubscriptionWatches { path, relevant, folders, pauses: sender };
         state.next += 1;
-        state.subscriptions.insert(id, watched);
+        state.subscriptions.insert(id, watches);
         // Dropping it after an error removes its watches.
         let subscription = Subscription { hub: self.clone(), id, pauses };
         let followed = state.follow(id);
@@ -124,8 +124,10 @@ impl State {
         events.read(&mut |event| {
             let writing = matches!(event, FolderEvent::Changed { step: ChangeStep::Writing, .. });
             let pause = if writing { WRITING } else { WRITTEN };
-            for watched in self.subscriptions.values().filter(|watched| watched.concerns(event)) {
-                watched.pauses.send_replace(pause);
+            for watches in
+                self.subscriptions.values().filter(|watches| watches.is_affected_by(event))
+            {
+                watches.pauses.send_replace(pause);
             }
         });
     }
@@ -134,10 +136,10 @@ impl State {
     fn follow(&mut self, id: u64) -> io::Result<()> {
         let Some(events) = self.events.clone() else { return Ok(()) };
         loop {
-            let Some(watched) = self.subscriptions.get_mut(&id) else { return Ok(()) };
-            watched.relevant = Relevant::of(&watched.path);
+            let Some(watches) = self.subscriptions.get_mut(&id) else { return Ok(()) };
+            watches.relevant = RelevantEntries::of(&watches.path);
             let mut folders = BTreeMap::new();
-            for folder in watched.relevant.folders() {
+            for folder in watches.relevant.folders() {
                 // Add known folders too: another folder may have taken the name.
                 match events.watch(&folder) {
                     Ok(watch) => folders.insert(folder, watch),
@@ -147,12 +149,12 @@ impl State {
                     }
                 };
             }
-            if folders == watched.folders {
+            if folders == watches.folders {
                 return Ok(());
             }
             // A folder that was replaced before its watch began sent no event: resolve the path
             // again.
-            let before = std::mem::replace(&mut watched.folders, folders);
+            let before = std::mem::replace(&mut watches.folders, folders);
             self.unwatch(&*events, &before);
         }
     }
@@ -168,8 +170,8 @@ impl State {
     }
 }
 
-impl Watched {
-    fn concerns(&self, event: FolderEvent<'_>) -> bool {
+impl SubscriptionWatches {
+    fn is_affected_by(&self, event: FolderEvent<'_>) -> bool {
         let FolderEvent::Changed { watch, name, .. } = event else { return true };
         self.folders.iter().any(|(folder, own)| {
             *own == watch && name.is_none_or(|name| self.relevant.has(&folder.join(name)))
@@ -198,9 +200,9 @@ impl Subscription {
 impl Drop for Subscription {
     fn drop(&mut self) {
         let mut state = self.hub.state();
-        let watched = state.subscriptions.remove(&self.id);
-        if let (Some(watched), Some(events)) = (watched, &state.events) {
-            state.unwatch(&**events, &watched.folders);
+        let watches = state.subscriptions.remove(&self.id);
+        if let (Some(watches), Some(events)) = (watches, &state.events) {
+            state.unwatch(&**events, &watches.folders);
         }
     }
 }

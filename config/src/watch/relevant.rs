@@ -11,7 +11,7 @@ const MAX_LINKS: usize = 40;
 
 /// The directory entries whose change can change the content.
 #[derive(Debug, Default)]
-pub(super) struct Relevant {
+pub(super) struct RelevantEntries {
     /// The files and each symbolic link on the paths to them. If a path does not exist, its first
     /// missing component.
     entries: BTreeSet<PathBuf>,
@@ -19,7 +19,7 @@ pub(super) struct Relevant {
     folder: Option<PathBuf>,
 }
 
-impl Relevant {
+impl RelevantEntries {
     /// The entries of `path`, which is absolute.
     pub(super) fn of(path: &Path) -> Self {
         if !path.is_dir() {

@@ -9,8 +9,9 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::events::{ChangeStep, FolderEvent, FolderWatch};
-use super::relevant::Relevant;
+use super::relevant::RelevantEntries;
 use super::*;
+use crate::hint::Hint as _;
 use crate::testing::Folder;
 
 /// Shorter than the interval of polling.
@@ -98,16 +99,16 @@ async fn polls_without_events() {
     let folder = Folder::of_test();
     let mut watch = FileWatcher::default().watch(&folder.path("a.yaml")).unwrap();
     folder.write("a.yaml", "1");
-    timeout(LOOK * 2, watch.changed()).await.expect("the change is seen");
-    timeout(LOOK * 5, watch.changed()).await.expect_err("nothing changed");
+    timeout(POLL_INTERVAL * 2, watch.changed()).await.expect("the change is seen");
+    timeout(POLL_INTERVAL * 5, watch.changed()).await.expect_err("nothing changed");
 }
 
 #[test]
-fn source_that_cannot_be_opened_is_error_with_remedy() {
+fn source_that_cannot_be_opened_is_error_with_hint() {
     let folder = Folder::of_test();
     let watcher = FileWatcher::new(|| Err(io::ErrorKind::QuotaExceeded.into()));
-    let error = watcher.watch(&folder.path("a.yaml")).unwrap_err().to_string();
-    assert!(error.contains("fs.inotify.max_user_instances"), "{error}");
+    let hint = watcher.watch(&folder.path("a.yaml")).unwrap_err().hint().unwrap_or_default();
+    assert!(hint.contains("fs.inotify.max_user_instances"), "{hint}");
 }
 
 #[test]
@@ -125,8 +126,9 @@ fn wakes_only_for_events_that_can_change_content() {
     folder.write("mesh/..1/a.yaml", "1");
     folder.swap("..1", "mesh/..data");
     folder.swap("..data/a.yaml", "mesh/a.yaml");
-    let has =
-        |of: &str, name: &str| Relevant::of(&folder.root().join(of)).has(&folder.root().join(name));
+    let has = |of: &str, name: &str| {
+        RelevantEntries::of(&folder.root().join(of)).has(&folder.root().join(name))
+    };
     for relevant in ["mesh/a.yaml", "mesh/..data", "mesh/..1/a.yaml"] {
         assert!(has("mesh/a.yaml", relevant), "{relevant}");
     }

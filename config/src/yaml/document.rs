@@ -19,6 +19,7 @@ pub(crate) struct Node {
     pub(crate) origin: Origin,
 }
 
+/// The content of a YAML node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Value {
     Null,

@@ -11,7 +11,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::error::{ConfigErrors, Problem};
+use crate::error::{ConfigErrors, Problem, Reason};
 use crate::yaml::document::{Node, Origin, Value};
 
 /// Maximum number of mistakes that are kept; further ones are only counted.
@@ -127,7 +127,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Reports a mistake at this place.
-    pub(crate) fn problem(&self, reason: impl Into<String>) {
+    pub(crate) fn problem(&self, reason: impl Into<Reason>) {
         let value = match self.node.map(|node| &node.value) {
             Some(Value::Scalar(text)) => Some(text.clone()),
             _ => None,
@@ -135,8 +135,10 @@ impl<'a> Cursor<'a> {
         self.problem_of(value, reason.into());
     }
 
-    fn problem_of(&self, value: Option<String>, reason: String) {
-        self.problems.add(Problem { key: self.to_string(), value, reason, origin: self.place() });
+    fn problem_of(&self, value: Option<String>, reason: Reason) {
+        let Reason { text, hint } = reason;
+        let (key, origin) = (self.to_string(), self.place());
+        self.problems.add(Problem { key, value, reason: text, hint, origin });
     }
 
     /// The position of the node, or of the section or item that it is missing in.
@@ -151,7 +153,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Rejects a planned key, instead of ignoring it.
-    pub(crate) fn not_yet(&self) {
+    pub(crate) fn refuse_planned(&self) {
         if self.is_given() {
             self.problem("not supported yet");
         }
@@ -201,8 +203,13 @@ impl<'a> Cursor<'a> {
     /// Reports that the key is not one of `known`.
     pub(crate) fn no_such_key(&self, key: &str, known: &[&str]) {
         match closest(key, known) {
-            Some(near) => self.problem(format!("no such key; did you mean {near}?")),
-            None => self.problem(format!("no such key; there are {}", known.join(", "))),
+            Some(near) => {
+                self.problem(Reason::with_hint("no such key", format!("did you mean {near}?")));
+            }
+            None => {
+                let known = format!("the keys are {}", known.join(", "));
+                self.problem(Reason::with_hint("no such key", known));
+            }
         }
     }
 
@@ -244,7 +251,7 @@ impl<'a> Cursor<'a> {
                 known.insert(value.clone());
                 list.push(value);
             }
-            Err(reason) => item.problem_of(Some(text.to_owned()), reason),
+            Err(reason) => item.problem_of(Some(text.to_owned()), reason.into()),
         };
         match self.node().map(|node| (node, &node.value)) {
             Some((node, Value::Scalar(text))) if !text.trim().is_empty() => {

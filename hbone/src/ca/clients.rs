@@ -149,8 +149,8 @@ mod tests {
             clients.clients_with_token("a").unwrap().to_string(),
             "clients[0] and clients[2]"
         );
-        for nobody in ["", "A", "aa", "c"] {
-            assert!(clients.clients_with_token(nobody).is_none(), "{nobody}");
+        for unknown in ["", "A", "aa", "c"] {
+            assert!(clients.clients_with_token(unknown).is_none(), "{unknown}");
         }
     }
 

@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn keeps_unreadable_list() {
+    fn keeps_unreadable_revocation_list() {
         let dir = TempDir::new("revoke-damaged");
         fs::write(dir.0.join(CRL_FILE), "damaged").unwrap();
         authority("td").revoke::<&Path>(&dir.0, &[], &[]).unwrap_err();

@@ -18,13 +18,10 @@ pub enum CredentialProblem {
     #[error("{0}")]
     Io(Arc<io::Error>),
     /// The process lacks permission to read or write it.
-    #[error(
-        "permission denied: the user that this process runs as needs access to it, or the capability DAC_OVERRIDE, which \
-         the proxy gives up once it runs"
-    )]
+    #[error("permission denied")]
     Permission,
     /// It exists and must not be replaced.
-    #[error("it exists already and is not overwritten: choose another directory")]
+    #[error("it exists already and is not overwritten")]
     Exists,
     /// It is not PEM.
     #[error("it is not well-formed PEM ({0})")]
@@ -45,13 +42,10 @@ pub enum CredentialProblem {
     #[error("it holds no usable private key ({0})")]
     Key(String),
     /// The key does not match the certificate.
-    #[error("the key does not belong to the certificate: were they issued together?")]
+    #[error("the key does not belong to the certificate")]
     KeyMismatch,
     /// The roots that came with the certificate do not verify it, so peers would refuse it.
-    #[error(
-        "the roots that go with the certificate do not verify it ({0}): were both issued by the same authority, and \
-         does the file hold the certificates between them?"
-    )]
+    #[error("the roots do not verify the certificate ({0})")]
     UnknownIssuer(String),
     /// The certificate is not a workload's.
     #[error("the certificate is not an X.509-SVID: {0}")]
@@ -60,19 +54,19 @@ pub enum CredentialProblem {
     #[error("the CA's certificate names no trust domain: {0}")]
     Authority(SvidProblem),
     /// The certificate is no longer valid.
-    #[error("the certificate expired at {}: issue a new one", utc(*.0))]
+    #[error("the certificate expired at {}", utc(*.0))]
     Expired(SystemTime),
     /// The certificate is not valid yet.
-    #[error("the certificate is not valid before {}: are the clocks right?", utc(*.0))]
+    #[error("the certificate is not valid before {}", utc(*.0))]
     NotYetValid(SystemTime),
     /// No bearer token.
-    #[error("it holds no token: one word of visible ASCII is expected")]
+    #[error("it holds no token, which is one word of visible ASCII")]
     Token,
     /// An invalid certificate signing request.
     #[error("{0}")]
     Request(RequestProblem),
     /// A server name that is neither a host name nor an address.
-    #[error("it is no host name or IP address")]
+    #[error("it is not a host name or an IP address")]
     ServerName,
     /// The authority was asked for an identity of another trust domain.
     #[error("this authority issues for trust domain {trust_domain}, not for {id}")]
@@ -83,7 +77,7 @@ pub enum CredentialProblem {
         id: SpiffeId,
     },
     /// Another authority issued the certificate.
-    #[error("this authority has not issued it, and cannot revoke it")]
+    #[error("this authority did not issue it and cannot revoke it")]
     ForeignIssuer,
     /// A lifetime that no certificate can express.
     #[error("the lifetime is out of range")]
@@ -97,7 +91,7 @@ pub enum CredentialProblem {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum RequestProblem {
     /// It does not parse.
-    #[error("it is no PEM certificate request ({0})")]
+    #[error("it is not a certificate request in PEM ({0})")]
     Malformed(String),
     /// The signature does not prove that the sender holds the key.
     #[error("its signature is wrong, or of a kind that is not supported ({0})")]
@@ -106,6 +100,6 @@ pub enum RequestProblem {
     #[error("its key must be P-256, P-384, Ed25519, or RSA of at least 2048 bits")]
     Key,
     /// It asks for more than one identity.
-    #[error("it must have at most one URI name, a SPIFFE identity; it has: {0}")]
+    #[error("it must have at most one URI name, a SPIFFE identity, and has: {0}")]
     Names(Quoted),
 }

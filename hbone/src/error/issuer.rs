@@ -13,34 +13,25 @@ use super::{CredentialProblem, Fault};
 #[derive(Debug, Clone, Error)]
 pub enum IssuerProblem {
     /// The setting names no server.
-    #[error("it must be https://HOST or https://HOST:PORT (identity.istio_ca.address)")]
+    #[error("its address is not https://HOST or https://HOST:PORT")]
     Address,
     /// The host in the setting is not a valid server name.
-    #[error("{0:?} is no host name or IP address (identity.istio_ca.server_name)")]
+    #[error("{0:?} is not a host name or an IP address")]
     ServerName(String),
     /// The value of the setting cannot be sent.
-    #[error(
-        "the cluster is sent in a header and must be visible ASCII (identity.istio_ca.cluster_id)"
-    )]
+    #[error("the cluster ID is not visible ASCII")]
     ClusterId,
     /// No connection to the CA.
-    #[error("cannot connect: is it up, and is identity.istio_ca.address right?")]
+    #[error("cannot connect")]
     Connect,
     /// The connect timed out.
-    #[error(
-        "no connection after {0:?}: is identity.istio_ca.address right, and the way there open?"
-    )]
+    #[error("no connection after {0:?}")]
     ConnectTimeout(Duration),
     /// The CA has the wrong identity, or does not support TLS 1.3 with h2.
-    #[error(
-        "TLS 1.3 with h2 failed: does identity.istio_ca.roots hold its root, and is identity.istio_ca.server_name in its certificate?"
-    )]
+    #[error("TLS 1.3 with h2 failed")]
     Tls,
     /// The connection was accepted, then closed before the TLS handshake was complete.
-    #[error(
-        "the connection was closed during the TLS handshake: does a proxy in the CA's pod refuse plaintext there (mTLS \
-         strict, a policy)? Its interception.inbound.exclude_ports leaves the CA's port to the CA"
-    )]
+    #[error("the connection was closed during the TLS handshake")]
     HandshakeReset,
     /// The connection was lost before the answer.
     #[error("the connection was lost before it answered")]
@@ -49,14 +40,10 @@ pub enum IssuerProblem {
     #[error("no answer after {0:?}")]
     ReplyTimeout(Duration),
     /// gRPC status 16.
-    #[error(
-        "it does not know us ({0:?}): is the token in identity.istio_ca.token still valid, and made for this CA?"
-    )]
+    #[error("it rejected the token ({0:?})")]
     Unauthenticated(Quoted),
     /// gRPC status 7.
-    #[error(
-        "it refuses us {id} ({message:?}): may the token's owner be this (identity.istio_ca.impersonate)?"
-    )]
+    #[error("it refused a certificate of {id} ({message:?})")]
     Denied {
         /// The requested identity.
         id: SpiffeId,
@@ -64,10 +51,10 @@ pub enum IssuerProblem {
         message: Quoted,
     },
     /// gRPC status 14.
-    #[error("it is not available ({0:?}): is identity.istio_ca.address the CA's?")]
+    #[error("it is not available ({0:?})")]
     Unavailable(Quoted),
     /// Any other gRPC status.
-    #[error("it refused with status {status} ({message:?}): its log may tell more")]
+    #[error("it refused with status {status} ({message:?})")]
     Refused {
         /// The name of the gRPC status.
         status: &'static str,
@@ -75,7 +62,7 @@ pub enum IssuerProblem {
         message: Quoted,
     },
     /// An answer without a leaf or without a root.
-    #[error("it answered with {0} certificates: a leaf and at least one root are needed")]
+    #[error("it answered with {0} certificates instead of a leaf and at least one root")]
     EmptyResponse(usize),
     /// An answer that is not a certificate for our key.
     #[error(
@@ -84,25 +71,21 @@ pub enum IssuerProblem {
     )]
     Answer(CredentialProblem),
     /// A certificate of another identity.
-    #[error(
-        "it answered with a certificate of {got}, {asked} was asked for: whose token is in identity.istio_ca.token?"
-    )]
+    #[error("it issued a certificate of {got} instead of {requested}")]
     WrongIdentity {
         /// The requested identity.
-        asked: SpiffeId,
+        requested: SpiffeId,
         /// The URI names of the received certificate.
         got: Quoted,
     },
     /// No SPIRE agent at the socket.
-    #[error("no SPIRE agent answers: does it run, and is identity.spire.socket its socket?")]
+    #[error("no SPIRE agent answers")]
     Agent,
     /// The agent does not answer.
     #[error("the SPIRE agent did not answer in {0:?}")]
     AgentTimeout(Duration),
     /// The agent has no identity for this process.
-    #[error(
-        "the SPIRE agent has no identity for this process: is there a registration entry whose selectors match it?"
-    )]
+    #[error("the SPIRE agent has no identity for this process")]
     NotRegistered,
     /// The agent's stream ended.
     #[error("the SPIRE agent closed its stream")]

@@ -71,7 +71,8 @@ pub(crate) fn warn_if_exposed(file: &Path, secret: &str) -> Result<(), HboneErro
     let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         let file = file.display();
-        tracing::warn!(%file, mode = %format_args!("{mode:04o}"), "other users can read {secret}; run chmod 0600");
+        let mode = format_args!("{mode:04o}");
+        tracing::warn!(%file, %mode, hint = "run chmod 0600", "other users can read {secret}");
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::clock;
 
 /// Minimum interval of requests, however short the validity is.
-const LEAST: Duration = Duration::from_secs(1);
+const MIN_INTERVAL: Duration = Duration::from_secs(1);
 /// Delay after the first consecutive failure; each further one doubles it.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(150);
@@ -21,18 +21,18 @@ const RENEWAL_JITTER: f64 = 0.1;
 const RETRY_JITTER: f64 = 0.2;
 
 /// Interval at which the wall clock is read again, since it may be set.
-const LOOK: Duration = Duration::from_secs(60);
+const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The time of the next request.
 #[derive(Debug)]
 pub(crate) struct Schedule {
-    due: Due,
+    due: NextRequest,
     /// Number of consecutive failures.
     failures: u32,
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Due {
+enum NextRequest {
     Renewal(SystemTime),
     Retry(Instant),
 }
@@ -40,14 +40,14 @@ enum Due {
 impl Schedule {
     /// A schedule whose first request is due now.
     pub(crate) fn new() -> Self {
-        Self { due: Due::Retry(Instant::now()), failures: 0 }
+        Self { due: NextRequest::Retry(Instant::now()), failures: 0 }
     }
 
     /// Waits until the request is due. Cancel-safe.
     pub(crate) async fn due(&self) {
         match self.due {
-            Due::Renewal(time) => reached(time).await,
-            Due::Retry(instant) => sleep_until(instant).await,
+            NextRequest::Renewal(time) => reached(time).await,
+            NextRequest::Retry(instant) => sleep_until(instant).await,
         }
     }
 
@@ -55,12 +55,12 @@ impl Schedule {
     pub(crate) fn succeeded(&mut self, expires: SystemTime) {
         let now = clock::now();
         let left = expires.duration_since(now).unwrap_or_default();
-        self.due = Due::Renewal(now + renew_after(left, random()));
+        self.due = NextRequest::Renewal(now + renew_after(left, random()));
         self.failures = 0;
     }
 
     pub(crate) fn failed(&mut self) {
-        self.due = Due::Retry(Instant::now() + retry_after(self.failures, random()));
+        self.due = NextRequest::Retry(Instant::now() + retry_after(self.failures, random()));
         self.failures = self.failures.saturating_add(1);
     }
 }
@@ -72,13 +72,13 @@ pub(crate) async fn reached(time: SystemTime) {
         if left.is_zero() {
             return;
         }
-        sleep(left.min(LOOK)).await;
+        sleep(left.min(CLOCK_CHECK_INTERVAL)).await;
     }
 }
 
 /// The delay before renewing a certificate that is valid for `left`; `chance` is from -1 to 1.
 fn renew_after(left: Duration, chance: f64) -> Duration {
-    (left / 2).mul_f64(1.0 + RENEWAL_JITTER * chance).max(LEAST)
+    (left / 2).mul_f64(1.0 + RENEWAL_JITTER * chance).max(MIN_INTERVAL)
 }
 
 /// The delay after `failures` earlier consecutive failures; `chance` is from -1 to 1.
@@ -106,8 +106,8 @@ mod tests {
 
     #[test]
     fn renewal_interval_has_a_minimum() {
-        for left in [Duration::ZERO, Duration::from_millis(1), LEAST] {
-            assert_eq!(renew_after(left, -1.0), LEAST, "{left:?}");
+        for left in [Duration::ZERO, Duration::from_millis(1), MIN_INTERVAL] {
+            assert_eq!(renew_after(left, -1.0), MIN_INTERVAL, "{left:?}");
         }
     }
 

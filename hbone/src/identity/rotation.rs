@@ -35,7 +35,7 @@ pub enum CredentialsEvent<'a> {
     Expired(&'a HboneError),
 }
 
-/// What a failure to get the first identity means.
+/// The consequence of a failure to get the first identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FirstIdentity {
     /// The process needs it to start: a mistake that only the operator can remedy is an error.
@@ -95,18 +95,18 @@ impl CredentialRotator {
         let current = trust.borrow().clone();
         let mut published = Published { trust: current, credentials, report };
         let mut next = source.next();
-        let mut reminder = Reminder::of(&published.identity());
+        let mut warning = ExpiryWarning::of(&published.identity());
         loop {
             select! {
                 identity = &mut next => {
                     drop(next);
                     next = source.next();
                     if published.set_identity(identity) {
-                        reminder = Reminder::of(&published.identity());
+                        warning = ExpiryWarning::of(&published.identity());
                     }
                 }
                 new = changed(&mut trust) => published.set_trust(new),
-                () = reminder.due() => reminder = published.remind(reminder),
+                () = warning.due() => warning = published.warn(warning),
             }
         }
     }
@@ -169,20 +169,20 @@ impl Published {
     }
 
     /// Reports that the certificate expires soon or has expired. Returns the next reminder.
-    fn remind(&self, reminder: Reminder) -> Reminder {
+    fn warn(&self, warning: ExpiryWarning) -> ExpiryWarning {
         let credentials = self.credentials.borrow().clone();
         let expires = credentials.identity().expires();
-        match reminder {
-            Reminder::Expiring(_) => {
+        match warning {
+            ExpiryWarning::Expiring(_) => {
                 let left = expires.duration_since(clock::now()).unwrap_or_default();
                 (self.report)(CredentialsEvent::Expiring { credentials: &credentials, left });
-                Reminder::after(expires)
+                ExpiryWarning::after(expires)
             }
-            Reminder::Expired(_) | Reminder::None => {
+            ExpiryWarning::Expired(_) | ExpiryWarning::None => {
                 let name = credentials.identity().spiffe_id().to_string();
                 let what = CredentialProblem::Expired(expires);
                 (self.report)(CredentialsEvent::Expired(&HboneError::credential(name, what)));
-                Reminder::None
+                ExpiryWarning::None
             }
         }
     }
@@ -194,7 +194,7 @@ impl Published {
 
 /// The next expiry warning: at two thirds of the validity, then daily, and hourly in the last day.
 #[derive(Debug, Clone, Copy)]
-enum Reminder {
+enum ExpiryWarning {
     Expiring(SystemTime),
     Expired(SystemTime),
     None,
@@ -203,7 +203,7 @@ enum Reminder {
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
-impl Reminder {
+impl ExpiryWarning {
     /// The first warning of a certificate, which may be due now.
     fn of(identity: &Identity) -> Self {
         let life = identity.expires().duration_since(identity.not_before()).unwrap_or_default();

@@ -14,9 +14,9 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 /// A reserving part leaves one in this many parts of what its siblings do not use.
 const RESERVED: usize = 4;
 /// The limit of a fair part if everything is free, as a multiple of the whole.
-const ALL_FREE: usize = 4;
+const MAX_MULTIPLE: usize = 4;
 /// Minimum limit of a fair part while anything is free: the two sockets of a connection.
-const LEAST_SHARE: usize = 2;
+const MIN_SHARE: usize = 2;
 
 /// A limit on the use of a resource, and the current use.
 #[derive(Debug)]
@@ -78,7 +78,7 @@ impl Budget {
     /// Takes `amount` at every level, or nothing.
     ///
     /// # Errors
-    /// What is exhausted.
+    /// The exhausted limit.
     pub fn take(&self, amount: usize) -> Result<(), Exhausted> {
         let Bounds { left, share } = self.bounds();
         let before = self.used.fetch_add(amount, SeqCst);
@@ -108,10 +108,10 @@ impl Budget {
     }
 
     /// Takes `amount` even above the limits: for resources that exist already.
-    pub fn take_anyway(&self, amount: usize) {
+    pub fn take_beyond_limit(&self, amount: usize) {
         self.used.fetch_add(amount, SeqCst);
         if let Some((whole, _)) = &self.whole {
-            whole.take_anyway(amount);
+            whole.take_beyond_limit(amount);
         }
     }
 
@@ -148,8 +148,8 @@ fn fair_share(free: usize, whole: usize) -> usize {
     if whole == usize::MAX {
         return whole;
     }
-    let scaled = free.saturating_mul(free).saturating_mul(ALL_FREE);
-    (scaled / whole.max(1)).max(LEAST_SHARE)
+    let scaled = free.saturating_mul(free).saturating_mul(MAX_MULTIPLE);
+    (scaled / whole.max(1)).max(MIN_SHARE)
 }
 
 impl Drop for Budget {
@@ -179,15 +179,15 @@ impl Share {
     /// Takes `amount` of `budget`.
     ///
     /// # Errors
-    /// What is exhausted.
+    /// The exhausted limit.
     pub fn take(budget: &Arc<Budget>, amount: usize) -> Result<Self, Exhausted> {
         budget.take(amount)?;
         Ok(Self { budget: budget.clone(), amount })
     }
 
     /// Takes `amount` of `budget` even above the limits.
-    pub fn take_anyway(budget: &Arc<Budget>, amount: usize) -> Self {
-        budget.take_anyway(amount);
+    pub fn take_beyond_limit(budget: &Arc<Budget>, amount: usize) -> Self {
+        budget.take_beyond_limit(amount);
         Self { budget: budget.clone(), amount }
     }
 }

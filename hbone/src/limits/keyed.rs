@@ -65,7 +65,7 @@ impl<K: Eq + Hash> KeyedBudget<K> {
     /// A share of one unit for `key`.
     ///
     /// # Errors
-    /// What is exhausted.
+    /// The exhausted limit.
     pub fn take(&self, key: K) -> Result<Share, Exhausted> {
         let part = self.parts.get(key, || Budget::part(&self.whole, self.each, self.sharing));
         Share::take(&part, 1)

@@ -11,10 +11,10 @@ use super::budget::{Budget, Share};
 
 /// The waiters for shares of one budget or of its parts. Clones share the queue.
 #[derive(Debug)]
-pub struct Queue<R: Ord>(Arc<Mutex<Waiting<R>>>);
+pub struct Queue<R: Ord>(Arc<Mutex<WaitList<R>>>);
 
 #[derive(Debug)]
-struct Waiting<R: Ord> {
+struct WaitList<R: Ord> {
     waiters: BTreeMap<(R, u64), Waiter<R>>,
     /// Counter that orders waiters of equal rank.
     waited: u64,
@@ -23,12 +23,12 @@ struct Waiting<R: Ord> {
 #[derive(Debug)]
 struct Waiter<R: Ord> {
     budget: Arc<Budget>,
-    turn: oneshot::Sender<Turn<R>>,
+    turn: oneshot::Sender<QueuePermit<R>>,
 }
 
 /// A share of one unit. Dropping it admits the next waiter.
 #[derive(Debug)]
-pub struct Turn<R: Ord> {
+pub struct QueuePermit<R: Ord> {
     queue: Queue<R>,
     share: Option<Share>,
 }
@@ -41,25 +41,30 @@ impl<R: Ord> Clone for Queue<R> {
 
 impl<R: Ord> Default for Queue<R> {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Waiting { waiters: BTreeMap::new(), waited: 0 })))
+        Self(Arc::new(Mutex::new(WaitList { waiters: BTreeMap::new(), waited: 0 })))
     }
 }
 
 impl<R: Ord + Copy> Queue<R> {
     /// Waits for a unit of `budget`. Calls `waits` if it has to wait. Cancel-safe.
-    pub async fn turn(&self, budget: &Arc<Budget>, rank: R, waits: impl FnOnce()) -> Turn<R> {
+    pub async fn turn(
+        &self,
+        budget: &Arc<Budget>,
+        rank: R,
+        waits: impl FnOnce(),
+    ) -> QueuePermit<R> {
         let (place, turn) = {
             let mut waiting = self.waiting();
             let is_next =
                 waiting.waiters.first_key_value().is_none_or(|((first, _), _)| rank < *first);
             if is_next && let Ok(share) = Share::take(budget, 1) {
-                return Turn { queue: self.clone(), share: Some(share) };
+                return QueuePermit { queue: self.clone(), share: Some(share) };
             }
             let (sender, turn) = oneshot::channel();
             waiting.waited += 1;
             let place = (rank, waiting.waited);
             waiting.waiters.insert(place, Waiter { budget: budget.clone(), turn: sender });
-            (Place { queue: self, place }, turn)
+            (QueueEntry { queue: self, place }, turn)
         };
         waits();
         let given = turn.await;
@@ -73,7 +78,7 @@ impl<R: Ord + Copy> Queue<R> {
 }
 
 impl<R: Ord> Queue<R> {
-    fn waiting(&self) -> MutexGuard<'_, Waiting<R>> {
+    fn waiting(&self) -> MutexGuard<'_, WaitList<R>> {
         // No code panics while it holds the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -82,7 +87,7 @@ impl<R: Ord> Queue<R> {
     fn advance(&self) {
         while let Some((waiter, share)) = self.next() {
             // If the waiter has been cancelled meanwhile, the turn is returned and dropped.
-            let _gone = waiter.turn.send(Turn { queue: self.clone(), share: Some(share) });
+            let _gone = waiter.turn.send(QueuePermit { queue: self.clone(), share: Some(share) });
         }
     }
 
@@ -94,7 +99,7 @@ impl<R: Ord> Queue<R> {
     }
 }
 
-impl<R: Ord> Drop for Turn<R> {
+impl<R: Ord> Drop for QueuePermit<R> {
     fn drop(&mut self) {
         self.share = None;
         self.queue.advance();
@@ -102,12 +107,12 @@ impl<R: Ord> Drop for Turn<R> {
 }
 
 /// An entry in the queue, removed when its waiter is dropped.
-struct Place<'a, R: Ord> {
+struct QueueEntry<'a, R: Ord> {
     queue: &'a Queue<R>,
     place: (R, u64),
 }
 
-impl<R: Ord> Drop for Place<'_, R> {
+impl<R: Ord> Drop for QueueEntry<'_, R> {
     fn drop(&mut self) {
         let left = self.queue.waiting().waiters.remove(&self.place);
         // The cancelled waiter may have blocked the next one, whose part has units.

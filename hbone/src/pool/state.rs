@@ -178,8 +178,8 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
     }
 
     /// Selects a tunnel for a stream. If a dial is necessary, or useful for later streams, it calls
-    /// `dial` for a ticket; [`PoolState::opened`], [`PoolState::failed`] or [`PoolState::abandoned`] must
-    /// follow.
+    /// `dial` for a ticket; [`PoolState::opened`], [`PoolState::failed`] or
+    /// [`PoolState::abandoned`] must follow.
     ///
     /// Callers never wait for full tunnels: further ones are dialled even above `tunnels_per_peer`,
     /// each for as many callers as it can serve. The number of callers bounds them.
@@ -255,7 +255,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         id
     }
 
-    /// Records that a dial failed. Returns when [`PoolState::forget`] is due.
+    /// Records that a dial failed. Returns when [`PoolState::remove_expired_backoff`] is due.
     pub(super) fn failed(
         &mut self,
         key: &TunnelKey,
@@ -276,7 +276,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
     }
 
     /// Starts a back-off, longer after each consecutive failure; failures of concurrent dials count
-    /// once. Returns when [`PoolState::forget`] is due.
+    /// once. Returns when [`PoolState::remove_expired_backoff`] is due.
     pub(super) fn back_off(
         &mut self,
         key: &TunnelKey,
@@ -299,7 +299,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
     }
 
     /// Forgets a failure after which no dial followed.
-    pub(super) fn forget(&mut self, key: &TunnelKey, now: Instant) {
+    pub(super) fn remove_expired_backoff(&mut self, key: &TunnelKey, now: Instant) {
         if let Some(entry) = self.entries.get_mut(key) {
             entry.backoff.take_if(|backoff| now >= backoff.until + FORGET_AFTER);
             self.remove_if_empty(key);

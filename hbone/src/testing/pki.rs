@@ -23,6 +23,7 @@ use crate::identity::Identity;
 use crate::trust::Trust;
 use crate::trust::bundle::Bundle;
 
+/// A certificate authority of tests.
 pub(crate) struct Ca {
     issuer: Issuer<'static, KeyPair>,
     /// The intermediates, including itself unless it is a root.

@@ -68,8 +68,8 @@ impl ClientTls {
         authorities: Arc<Authorities>,
         provider: Arc<CryptoProvider>,
     ) -> Result<Self, HboneError> {
-        let nobody = ExpectedPeer::OneOf(Arc::new([]));
-        let verifier = Verifier { authorities: authorities.clone(), expected: nobody };
+        let no_peer = ExpectedPeer::OneOf(Arc::new([]));
+        let verifier = Verifier { authorities: authorities.clone(), expected: no_peer };
         let mut template = ClientConfig::builder_with_details(provider, Arc::new(WallClock))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(tls_error)?

@@ -154,7 +154,7 @@ async fn unexpected_server_never_receives_our_certificate() {
 #[tokio::test]
 async fn foreign_client_requires_roots_of_its_trust_domain() {
     let (ours, other) = (Ca::root("ours"), Ca::root("other"));
-    let foreign_id = "spiffe://other/anybody";
+    let foreign_id = "spiffe://other/foreign";
     let federated = Files::new().bundle("td", &ours);
     let client = Credentials::new(other.identity(foreign_id, 1), federated.trust()).unwrap();
     // Roots of a foreign domain among ours are not enough.

@@ -44,7 +44,7 @@ pub struct Acceptor {
 /// A connection from an authenticated client. Dropping it aborts its streams.
 #[derive(Debug)]
 pub struct ServerTunnel {
-    /// `None` after its end.
+    /// `None` once the connection has ended.
     connection: Option<Connection<Monitored<TlsStream<Io>>, Bytes>>,
     keepalive: Option<Keepalive>,
     revocation_monitor: RevocationMonitor,

@@ -19,12 +19,12 @@ use crate::backend::iptables::Variant;
 use crate::backend::leftovers::LegacyTables;
 use crate::error::InterceptionError;
 use crate::privileged::NamespaceAccess;
-use crate::watching::{OPERATION, Watched, Watching};
+use crate::subscription::{OPERATION, RuleSubscription, WatchScope};
 
 /// The polling interval of legacy tables. A check runs one process per family.
 const LEGACY_INTERVAL: Duration = Duration::from_secs(2);
 /// The polling interval of foreign rules in legacy tables.
-const OTHERS_INTERVAL: Duration = Duration::from_secs(5);
+const FOREIGN_INTERVAL: Duration = Duration::from_secs(5);
 /// The maximum number of notifications that are merged into one change, so that a constant stream
 /// of changes does not block [`Changes::next`].
 const BURST: usize = 1000;
@@ -58,7 +58,7 @@ impl Changes {
         access: &NamespaceAccess,
         backend: Backend,
     ) -> Result<Self, InterceptionError> {
-        let Watching { nftables, routes, .. } = access.watch(Watched::OwnRules).await?;
+        let RuleSubscription { nftables, routes, .. } = access.watch(WatchScope::OwnRules).await?;
         let (access, routes) = (access.clone(), Notifications::new(routes)?);
         let (nftables, interval) = match backend {
             Backend::Iptables(Variant::Legacy) => (None, Some(every(LEGACY_INTERVAL))),
@@ -74,12 +74,13 @@ impl Changes {
     ///
     /// The kernel rejected the subscription.
     pub async fn of_all_programs(access: &NamespaceAccess) -> Result<Self, InterceptionError> {
-        let Watching { nftables, routes, legacy } = access.watch(Watched::AllRules).await?;
+        let RuleSubscription { nftables, routes, legacy } =
+            access.watch(WatchScope::AllRules).await?;
         if let Err(error) = &nftables {
             tracing::debug!(%error, "nftables does not notify");
         }
         let if_legacy = nftables.is_ok().then_some(legacy);
-        let interval = Some(every(OTHERS_INTERVAL));
+        let interval = Some(every(FOREIGN_INTERVAL));
         let (access, routes) = (access.clone(), Notifications::new(routes)?);
         let nftables = nftables.ok().map(Notifications::new).transpose()?;
         Ok(Self { access, nftables, routes, interval, if_legacy, ticked: false })
@@ -126,8 +127,8 @@ impl Changes {
 
 /// Returns true if legacy tables exist. Enters the namespace only after a kernel module was loaded.
 async fn has_legacy_tables(access: &NamespaceAccess, tables: &mut LegacyTables) -> bool {
-    if let Some(exist) = tables.exist() {
-        return exist;
+    if let Some(have_rules) = tables.exist() {
+        return have_rules;
     }
     // If the namespace cannot be entered any more, the subscription itself fails.
     if let Ok(opened) = access.legacy_tables().await {

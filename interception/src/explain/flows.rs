@@ -12,7 +12,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use underpass_config::{Dns, Profile};
 
-use super::scene::{Process, Scene, unnamed_port};
+use super::network::{ExampleNetwork, Process, unnamed_port};
 use super::{Explanation, Flow, Hop, Party};
 use crate::plan::{ConntrackState, Entry, Protocol};
 
@@ -23,23 +23,23 @@ const DNS_PORT: u16 = 53;
 
 /// All flows: those of the profile in the order of its article, then those of the settings.
 pub(super) fn all<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
-    let scene = Scene::new(explanation, false);
+    let network = ExampleNetwork::new(explanation, false);
     let mut flows = match explanation.settings.profile {
-        Profile::Ambient => ambient::flows(explanation, scene),
-        Profile::Sidecar => sidecar::flows(explanation, scene),
-        Profile::Osm => osm::flows(explanation, scene),
+        Profile::Ambient => ambient::flows(explanation, network),
+        Profile::Sidecar => sidecar::flows(explanation, network),
+        Profile::Osm => osm::flows(explanation, network),
         Profile::None => return Vec::new(),
     };
     if explanation.ipv6 {
-        flows.extend(ipv6(Scene::new(explanation, true)));
+        flows.extend(ipv6(ExampleNetwork::new(explanation, true)));
     }
     flows.extend(outbound_exceptions(explanation));
-    flows.extend(inbound_exceptions(explanation, scene));
-    flows.extend(virtual_interfaces(explanation, scene));
+    flows.extend(inbound_exceptions(explanation, network));
+    flows.extend(virtual_interfaces(explanation, network));
     if explanation.settings.drop_invalid {
-        flows.push(invalid(explanation, scene));
+        flows.push(invalid(explanation, network));
     }
-    flows.extend(established_before(explanation, scene));
+    flows.extend(established_before(explanation, network));
     flows
 }
 
@@ -81,10 +81,10 @@ impl<'e> Draft<'e> {
     }
 
     /// Adds the reply to the last packet.
-    fn reply(self, scene: Scene<'e>, process: Process) -> Self {
+    fn reply(self, network: ExampleNetwork<'e>, process: Process) -> Self {
         match self.flow.hops.last() {
             Some(last) if !self.ended => {
-                let reply = scene.reply(process, last);
+                let reply = network.reply(process, last);
                 self.hop(reply)
             }
             _ => self,
@@ -97,50 +97,50 @@ impl<'e> Draft<'e> {
 }
 
 /// The proxy's connection to the destination.
-fn proxy_connection<'e>(scene: Scene<'e>, to: SocketAddr) -> Hop<'e> {
-    scene.sent(scene.proxy(), to, Party::Remote)
+fn proxy_connection<'e>(network: ExampleNetwork<'e>, to: SocketAddr) -> Hop<'e> {
+    network.sent(network.proxy(), to, Party::Remote)
 }
 
 /// A connection from outside to the workload.
-fn inbound<'e>(scene: Scene<'e>, id: &str, title: &str) -> Draft<'e> {
-    let client = scene.remote();
+fn inbound<'e>(network: ExampleNetwork<'e>, id: &str, title: &str) -> Draft<'e> {
+    let client = network.remote();
     Draft::new(id, title)
-        .hop(scene.received(Party::Remote, client, scene.app_at_pod(), Party::App))
-        .hop(scene.last_hop(client))
+        .hop(network.received(Party::Remote, client, network.app_at_pod(), Party::App))
+        .hop(network.last_hop(client))
 }
 
 /// A connection to another host, up to the point where it leaves the pod.
-fn outbound<'e>(scene: Scene<'e>, id: &str, title: &str, process: Process) -> Draft<'e> {
-    let to = scene.app_at_remote();
+fn outbound<'e>(network: ExampleNetwork<'e>, id: &str, title: &str, process: Process) -> Draft<'e> {
+    let to = network.app_at_remote();
     Draft::new(id, title)
-        .hop(scene.sent(process, to, Party::Remote))
-        .hop(proxy_connection(scene, to))
+        .hop(network.sent(process, to, Party::Remote))
+        .hop(proxy_connection(network, to))
 }
 
 /// An HBONE connection, which reaches its listener without a redirect.
-fn hbone<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>, id: &str) -> Draft<'e> {
-    let (client, port) = (scene.remote(), explanation.ports.hbone);
+fn hbone<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>, id: &str) -> Draft<'e> {
+    let (client, port) = (network.remote(), explanation.ports.hbone);
     Draft::new(id, "Another pod's proxy connects by HBONE")
-        .hop(scene.received(
+        .hop(network.received(
             Party::Remote,
             client,
-            SocketAddr::new(scene.pod(), port),
+            SocketAddr::new(network.pod(), port),
             Party::Proxy,
         ))
-        .hop(scene.last_hop(client))
+        .hop(network.last_hop(client))
 }
 
 /// A DNS query over UDP or TCP, and the DNS proxy's own query.
 fn dns<'e>(
     explanation: &'e Explanation<'e>,
-    scene: Scene<'e>,
+    network: ExampleNetwork<'e>,
     id: &str,
     protocol: Protocol,
 ) -> Flow<'e> {
     let servers = &explanation.settings.dns_servers;
-    let server = servers.iter().copied().find(IpAddr::is_ipv4).unwrap_or_else(|| scene.remote());
+    let server = servers.iter().copied().find(IpAddr::is_ipv4).unwrap_or_else(|| network.remote());
     let query = |process: Process| {
-        let mut packet = scene.opened(process, SocketAddr::new(server, DNS_PORT));
+        let mut packet = network.opened(process, SocketAddr::new(server, DNS_PORT));
         packet.protocol = protocol;
         explanation.takes(process.party, packet, Party::DnsServer)
     };
@@ -155,88 +155,92 @@ fn dns<'e>(
             off && protocol == Protocol::Tcp,
             "interception.dns is off: a query over TCP is captured like any other connection.",
         )
-        .hop(query(scene.app()))
-        .hop(query(scene.proxy()))
+        .hop(query(network.app()))
+        .hop(query(network.proxy()))
         .flow()
 }
 
 /// Traffic that is neither TCP nor DNS.
-fn udp<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>, id: &str) -> Draft<'e> {
-    let to = SocketAddr::new(scene.remote(), ANY_UDP_PORT);
-    let mut packet = scene.opened(scene.app(), to);
+fn udp<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>, id: &str) -> Draft<'e> {
+    let to = SocketAddr::new(network.remote(), ANY_UDP_PORT);
+    let mut packet = network.opened(network.app(), to);
     packet.protocol = Protocol::Udp;
     Draft::new(id, "The app sends UDP").hop(explanation.takes(Party::App, packet, Party::Remote))
 }
 
-fn localhost<'e>(scene: Scene<'e>, id: &str) -> Draft<'e> {
-    let to = SocketAddr::new(scene.localhost(), scene.app_port());
-    Draft::new(id, "The app connects to localhost").hop(scene.sent(scene.app(), to, Party::App))
+fn localhost<'e>(network: ExampleNetwork<'e>, id: &str) -> Draft<'e> {
+    let to = SocketAddr::new(network.localhost(), network.app_port());
+    Draft::new(id, "The app connects to localhost").hop(network.sent(network.app(), to, Party::App))
 }
 
-fn ipv6(scene: Scene<'_>) -> Vec<Flow<'_>> {
+fn ipv6(network: ExampleNetwork<'_>) -> Vec<Flow<'_>> {
     vec![
-        outbound(scene, "IPv6 out", "The app connects to another pod over IPv6", scene.app())
+        outbound(network, "IPv6 out", "The app connects to another pod over IPv6", network.app())
             .flow(),
-        inbound(scene, "IPv6 in", "Another pod connects to the app over IPv6").flow(),
+        inbound(network, "IPv6 in", "Another pod connects to the app over IPv6").flow(),
     ]
 }
 
 /// One flow for each kind of outbound exception in the settings.
 fn outbound_exceptions<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
     let outbound = &explanation.settings.outbound;
-    let scene = Scene::new(explanation, false);
+    let network = ExampleNetwork::new(explanation, false);
     let mut flows = Vec::new();
-    let mut flow = |key: &str, what: String, scene: Scene<'e>, process: Process, to: SocketAddr| {
-        let draft = Draft::new(format!("outbound.{key}"), what);
-        flows.push(
-            draft
-                .hop(scene.sent(process, to, Party::Remote))
-                .hop(proxy_connection(scene, to))
-                .flow(),
-        );
-    };
+    let mut flow =
+        |key: &str, what: String, network: ExampleNetwork<'e>, process: Process, to: SocketAddr| {
+            let draft = Draft::new(format!("outbound.{key}"), what);
+            flows.push(
+                draft
+                    .hop(network.sent(process, to, Party::Remote))
+                    .hop(proxy_connection(network, to))
+                    .flow(),
+            );
+        };
     for v6 in [false, true] {
         let cidr = outbound.exclude_cidrs.iter().find(|cidr| cidr.addr().is_ipv6() == v6);
         if let Some((cidr, host)) = cidr.and_then(|cidr| Some((cidr, host_of(explanation, *cidr)?)))
         {
-            let scene = Scene::new(explanation, v6);
-            let to = SocketAddr::new(host, scene.remote_port());
+            let network = ExampleNetwork::new(explanation, v6);
+            let to = SocketAddr::new(host, network.remote_port());
             let what = format!("The app connects to {cidr}, which is excluded");
-            flow("exclude_cidrs", what, scene, scene.app(), to);
+            flow("exclude_cidrs", what, network, network.app(), to);
         }
     }
-    let to = scene.app_at_remote();
+    let to = network.app_at_remote();
     if let Some(range) = outbound.exclude_ports.first() {
         let what = format!("The app connects to port {range}, which is excluded");
-        flow("exclude_ports", what, scene, scene.app(), SocketAddr::new(to.ip(), range.first));
+        flow("exclude_ports", what, network, network.app(), SocketAddr::new(to.ip(), range.first));
     }
     if outbound.include_cidrs.is_some() {
         let elsewhere =
-            SocketAddr::new(scene.not_included(), unnamed_port(&outbound.include_ports));
+            SocketAddr::new(network.not_included(), unnamed_port(&outbound.include_ports));
         let what = "The app connects to an address that is not included".to_owned();
-        flow("include_cidrs", what, scene, scene.app(), elsewhere);
+        flow("include_cidrs", what, network, network.app(), elsewhere);
     }
     if let Some(&uid) = outbound.exclude_uids.first() {
         let what = format!("A process of user {uid}, which is excluded, connects");
-        flow("exclude_uids", what, scene, Process { uid, ..scene.app() }, to);
+        flow("exclude_uids", what, network, Process { uid, ..network.app() }, to);
     }
     if let Some(&gid) = outbound.exclude_gids.first() {
         let what = format!("A process of group {gid}, which is excluded, connects");
-        flow("exclude_gids", what, scene, Process { gid, ..scene.app() }, to);
+        flow("exclude_gids", what, network, Process { gid, ..network.app() }, to);
     }
     if !outbound.include_gids.is_empty() {
         let taken = |gid: &u32| outbound.include_gids.contains(gid);
         let gid = (1..).find(|gid| !taken(gid)).unwrap_or_default();
         let what = format!("A process of group {gid}, which is not included, connects");
-        flow("include_gids", what, scene, Process { gid, ..scene.app() }, to);
+        flow("include_gids", what, network, Process { gid, ..network.app() }, to);
     }
-    flows.extend(excluded_interface(explanation, scene));
+    flows.extend(excluded_interface(explanation, network));
     flows
 }
 
-fn excluded_interface<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Option<Flow<'e>> {
+fn excluded_interface<'e>(
+    explanation: &'e Explanation<'e>,
+    network: ExampleNetwork<'e>,
+) -> Option<Flow<'e>> {
     let name = explanation.settings.outbound.exclude_interfaces.first()?;
-    let mut packet = scene.opened(scene.app(), scene.app_at_remote());
+    let mut packet = network.opened(network.app(), network.app_at_remote());
     if let Entry::Out { interface, .. } = &mut packet.entry {
         interface.clone_from(name);
     }
@@ -246,11 +250,14 @@ fn excluded_interface<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) ->
 }
 
 /// One flow for each kind of inbound exception in the settings.
-fn inbound_exceptions<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
+fn inbound_exceptions<'e>(
+    explanation: &'e Explanation<'e>,
+    network: ExampleNetwork<'e>,
+) -> Vec<Flow<'e>> {
     let inbound = &explanation.settings.inbound;
     let mut flows = Vec::new();
     let mut flow = |key: &str, what: String, port: u16, interface: Option<&String>| {
-        let mut packet = scene.arriving(scene.remote(), SocketAddr::new(scene.pod(), port));
+        let mut packet = network.arriving(network.remote(), SocketAddr::new(network.pod(), port));
         if let Some(name) = interface {
             packet.entry = Entry::In { interface: name.clone() };
         }
@@ -267,25 +274,28 @@ fn inbound_exceptions<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) ->
     }
     if let Some(name) = inbound.exclude_interfaces.first() {
         let what = format!("A connection to the app arrives by {name}, which is excluded");
-        flow("exclude_interfaces", what, scene.app_port(), Some(name));
+        flow("exclude_interfaces", what, network.app_port(), Some(name));
     }
     flows
 }
 
-fn virtual_interfaces<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Option<Flow<'e>> {
+fn virtual_interfaces<'e>(
+    explanation: &'e Explanation<'e>,
+    network: ExampleNetwork<'e>,
+) -> Option<Flow<'e>> {
     let name = explanation.settings.virtual_interfaces.first()?;
-    let to = scene.app_at_remote();
-    let mut packet = scene.arriving(IpAddr::from([192, 0, 2, 99]), to);
+    let to = network.app_at_remote();
+    let mut packet = network.arriving(IpAddr::from([192, 0, 2, 99]), to);
     packet.entry = Entry::In { interface: name.clone() };
     let title = format!("A virtual machine behind {name} connects to another pod");
     let draft = Draft::new("virtual_interfaces", title)
         .hop(explanation.takes(Party::VirtualMachine, packet, Party::Remote))
-        .hop(proxy_connection(scene, to));
+        .hop(proxy_connection(network, to));
     Some(draft.flow())
 }
 
-fn invalid<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
-    let mut packet = scene.arriving(scene.remote(), scene.app_at_pod());
+fn invalid<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> Flow<'e> {
+    let mut packet = network.arriving(network.remote(), network.app_at_pod());
     packet.state = ConntrackState::Invalid;
     Draft::new("drop_invalid", "A packet arrives that belongs to no connection")
         .note("If it were delivered, the kernel would answer with a RST and end the connection.")
@@ -294,12 +304,15 @@ fn invalid<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
 }
 
 /// Connections that existed before the rules.
-fn established_before<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
+fn established_before<'e>(
+    explanation: &'e Explanation<'e>,
+    network: ExampleNetwork<'e>,
+) -> Vec<Flow<'e>> {
     const NOTE: &str = "Conntrack did not see it open and treats its next packet as a new connection. \
                         A redirect would reset it.";
-    let mut sent = scene.opened(scene.app(), scene.app_at_remote());
+    let mut sent = network.opened(network.app(), network.app_at_remote());
     sent.state = ConntrackState::PickedUp;
-    let mut received = scene.arriving(scene.remote(), scene.app_at_pod());
+    let mut received = network.arriving(network.remote(), network.app_at_pod());
     received.state = ConntrackState::PickedUp;
     let established_before = |id: &str, title: &str, from, packet, to| {
         Draft::new(id, title).note(NOTE).hop(explanation.takes(from, packet, to)).flow()

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 use underpass_config::{Dns, InterceptionSettings, Ipv6, KubeletProbes};
 
-use super::scene::Scene;
+use super::network::ExampleNetwork;
 use super::{Explanation, Hop, Party};
 use crate::plan::{Packet, Protocol, RulePlan, Verdict};
 
@@ -59,12 +59,12 @@ impl Explanation<'_> {
         protocol: Protocol,
         to: SocketAddr,
     ) -> PacketExplanation<'_> {
-        let scene = Scene::new(self, to.is_ipv6());
+        let network = ExampleNetwork::new(self, to.is_ipv6());
         let (from, mut packet) = match sender {
-            Sender::App => (Party::App, scene.opened(scene.app(), to)),
-            Sender::Proxy => (Party::Proxy, scene.opened(scene.proxy(), to)),
-            Sender::Remote => (Party::Remote, scene.arriving(scene.remote(), to)),
-            Sender::Probe => (Party::Kubelet, scene.arriving(scene.kubelet(), to)),
+            Sender::App => (Party::App, network.opened(network.app(), to)),
+            Sender::Proxy => (Party::Proxy, network.opened(network.proxy(), to)),
+            Sender::Remote => (Party::Remote, network.arriving(network.remote(), to)),
+            Sender::Probe => (Party::Kubelet, network.arriving(network.kubelet(), to)),
         };
         packet.protocol = protocol;
         let hop = self.takes(from, packet, self.listener(to));
@@ -127,7 +127,7 @@ impl Explanation<'_> {
                 let value = value(self.settings);
                 format!(
                     "`interception.{key}: {value}` decides: without it, the packet would {}.",
-                    hypothesis(otherwise)
+                    alternative_end(otherwise)
                 )
             })
         })
@@ -164,7 +164,7 @@ impl Explanation<'_> {
 }
 
 /// Describes a verdict as a hypothesis.
-fn hypothesis(end: Verdict) -> String {
+fn alternative_end(end: Verdict) -> String {
     match end {
         Verdict::Direct => "reach its destination unmodified".to_owned(),
         Verdict::Redirected(port) => format!("be redirected to the proxy's port {port}"),
@@ -175,9 +175,10 @@ fn hypothesis(end: Verdict) -> String {
 }
 
 /// A setting, its value as text, and a function that resets it to the default.
-type Deciding = (&'static str, fn(&InterceptionSettings) -> String, fn(&mut InterceptionSettings));
+type DecidingSetting =
+    (&'static str, fn(&InterceptionSettings) -> String, fn(&mut InterceptionSettings));
 
-const DECIDING: &[Deciding] = &[
+const DECIDING: &[DecidingSetting] = &[
     ("ipv6", |s| ipv6(s.ipv6).to_owned(), |s| s.ipv6 = Ipv6::Capture),
     (
         "dns",

@@ -298,7 +298,7 @@ fn profile_none_explains_that_it_captures_nothing() {
     assert!(text.contains("captures nothing"), "{text}");
 }
 
-fn asked(assignments: &str, sender: Sender, to: &str) -> (Verdict, String) {
+fn explained_packet(assignments: &str, sender: Sender, to: &str) -> (Verdict, String) {
     let to: SocketAddr = to.parse().expect("an address and port");
     explained(assignments, |explanation| {
         let packet = explanation.packet(sender, Protocol::Tcp, to);
@@ -309,24 +309,25 @@ fn asked(assignments: &str, sender: Sender, to: &str) -> (Verdict, String) {
 #[test]
 fn excluded_packet_names_excluding_setting() {
     let sidecar = "profile=sidecar outbound.exclude_ports=443";
-    let (end, text) = asked(sidecar, Sender::App, "10.0.0.5:443");
+    let (end, text) = explained_packet(sidecar, Sender::App, "10.0.0.5:443");
     assert_eq!(end, Verdict::Direct);
     assert!(text.contains("`interception.outbound.exclude_ports: 443` decides"), "{text}");
     let included = "profile=ambient outbound.include_cidrs=10.1.0.0/16";
-    let (end, text) = asked(included, Sender::App, "10.0.0.5:443");
+    let (end, text) = explained_packet(included, Sender::App, "10.0.0.5:443");
     assert_eq!(end, Verdict::Direct);
     assert!(text.contains("`interception.outbound.include_cidrs: 10.1.0.0/16` decides"), "{text}");
-    let (end, text) = asked("profile=ambient ipv6=bypass", Sender::App, "[2001:db8::5]:443");
+    let (end, text) =
+        explained_packet("profile=ambient ipv6=bypass", Sender::App, "[2001:db8::5]:443");
     assert_eq!(end, Verdict::Direct);
     assert!(text.contains("`interception.ipv6: bypass` decides"), "{text}");
 }
 
 #[test]
 fn captured_packet_names_exempting_settings() {
-    let (end, text) = asked("profile=ambient", Sender::App, "10.0.0.5:443");
+    let (end, text) = explained_packet("profile=ambient", Sender::App, "10.0.0.5:443");
     assert_eq!(end, Verdict::Redirected(15001));
     assert!(text.contains("`interception.outbound.exclude_cidrs: 10.0.0.5`"), "{text}");
-    let (end, text) = asked("profile=osm", Sender::Remote, "10.0.0.1:8080");
+    let (end, text) = explained_packet("profile=osm", Sender::Remote, "10.0.0.1:8080");
     assert_eq!(end, Verdict::Redirected(15006));
     assert!(text.contains("`interception.inbound.exclude_ports: 8080`"), "{text}");
 }
@@ -335,12 +336,12 @@ fn captured_packet_names_exempting_settings() {
 fn advice_distinguishes_proxy_and_probes() {
     for profile in ["ambient", "sidecar", "osm"] {
         let settings = format!("profile={profile}");
-        let (end, text) = asked(&settings, Sender::Proxy, "10.0.0.5:443");
+        let (end, text) = explained_packet(&settings, Sender::Proxy, "10.0.0.5:443");
         assert_eq!(end, Verdict::Direct, "{profile}");
         assert!(text.contains("proxy's own connections"), "{text}");
     }
     let probed = |probes: &str, to: &str| {
-        asked(&format!("profile=ambient kubelet_probes={probes}"), Sender::Probe, to)
+        explained_packet(&format!("profile=ambient kubelet_probes={probes}"), Sender::Probe, to)
     };
     assert_eq!(probed("on", "10.0.0.1:8080").0, Verdict::Direct);
     assert_eq!(probed("8080", "10.0.0.1:8080").0, Verdict::Direct);
@@ -349,15 +350,15 @@ fn advice_distinguishes_proxy_and_probes() {
     assert_eq!(end, Verdict::Redirected(15006));
     assert!(text.contains("`interception.kubelet_probes: off` decides"), "{text}");
     assert_eq!(
-        asked("profile=sidecar", Sender::Probe, "10.0.0.1:8080").0,
+        explained_packet("profile=sidecar", Sender::Probe, "10.0.0.1:8080").0,
         Verdict::Redirected(15006)
     );
 }
 
 #[test]
 fn impossible_packets_are_reported() {
-    let (_, text) = asked("profile=ambient", Sender::Remote, "127.0.0.1:8080");
+    let (_, text) = explained_packet("profile=ambient", Sender::Remote, "127.0.0.1:8080");
     assert!(text.contains("No such packet arrives"), "{text}");
-    let (_, text) = asked("profile=ambient", Sender::Remote, "192.0.2.77:8080");
+    let (_, text) = explained_packet("profile=ambient", Sender::Remote, "192.0.2.77:8080");
     assert!(text.contains("not an address of this namespace: the proxy refuses"), "{text}");
 }

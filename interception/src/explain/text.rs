@@ -117,7 +117,7 @@ fn hop(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>, hop: &Hop<'_>)
             rule.reason
         );
         let hanging = 6 + 3 + chain + 2 + id + count.chars().count() + 2;
-        hang(f, 6, hanging, &line)?;
+        write_indented(f, 6, hanging, &line)?;
     }
     Ok(())
 }
@@ -221,7 +221,7 @@ fn rules(
             let met = if met { ' ' } else { '-' };
             writeln!(f, "   {met}{} {}{}", origin_sign(rule), rule.id, count(explanation, rule))?;
             wrap(f, 8, rule.reason)?;
-            hang(f, 8, 10, &Statement(rule).to_string())?;
+            write_indented(f, 8, 10, &Statement(rule).to_string())?;
         }
     }
     Ok(())
@@ -248,11 +248,16 @@ fn routes(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>) -> fmt::Res
 
 /// Writes lines of at most [`WIDTH`] columns with the same indentation.
 fn wrap(f: &mut fmt::Formatter<'_>, indent: usize, text: &str) -> fmt::Result {
-    hang(f, indent, indent, text)
+    write_indented(f, indent, indent, text)
 }
 
 /// Writes lines that are indented by `hanging` from the second on. Spaces within the text stay.
-fn hang(f: &mut fmt::Formatter<'_>, indent: usize, hanging: usize, text: &str) -> fmt::Result {
+fn write_indented(
+    f: &mut fmt::Formatter<'_>,
+    indent: usize,
+    hanging: usize,
+    text: &str,
+) -> fmt::Result {
     let mut line = " ".repeat(indent);
     let mut empty = true;
     for word in text.split(' ') {

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::process::geteuid;
 
 use super::host::INITIAL_USER;
-use super::{Held, Namespace, failed};
+use super::{Namespace, NamespaceFile, failed};
 use crate::error::InterceptionError;
 
 /// A step of the path leads to an entry of the folder itself.
@@ -42,7 +42,7 @@ impl Namespace {
     ///
     /// [`InterceptionError::Namespace`], also if the file is not a namespace's.
     pub fn open_guarded(path: &Path) -> Result<Self, InterceptionError> {
-        let opened = open(path).and_then(|file| Held::new(file, path.to_owned()));
+        let opened = open(path).and_then(|file| NamespaceFile::new(file, path.to_owned()));
         opened.map(|held| Self(Arc::new(held))).map_err(failed("open", path))
     }
 }

@@ -1,6 +1,6 @@
 //! Detects the host's own network namespace, so that rules never capture a node by accident.
 //!
-//! The kernel has no system call for this question. [`Facts`] collects what /proc and the
+//! The kernel has no system call for this question. [`NamespaceFacts`] collects what /proc and the
 //! interfaces show; a pure function decides.
 
 use std::fs;
@@ -30,7 +30,7 @@ const NODE_VETHS: usize = 3;
 
 /// Rejects the host's network namespace, and one that cannot be classified.
 pub(crate) fn reject_host(entered: &Entered) -> Result<(), InterceptionError> {
-    let why = match Facts::gather(entered) {
+    let why = match NamespaceFacts::gather(entered) {
         Ok(facts) => facts.host_evidence(),
         Err(error) => Some(format!("/proc does not tell which namespace this is: {error}")),
     };
@@ -64,7 +64,7 @@ impl HostNamespaces {
         }
     }
 
-    /// What this namespace is, if it is no pod's.
+    /// The kind of this namespace, if it is no pod's.
     #[must_use]
     pub fn description(&self, namespace: NamespaceId) -> Option<&'static str> {
         if namespace.inode() == INITIAL_NET {
@@ -79,7 +79,7 @@ impl HostNamespaces {
 
 /// Facts about the current namespaces.
 #[derive(Debug, Clone)]
-struct Facts {
+struct NamespaceFacts {
     /// The kernel's major and minor version; zeros if unknown.
     kernel: (u32, u32),
     net: u64,
@@ -90,7 +90,7 @@ struct Facts {
     interfaces: Vec<String>,
 }
 
-impl Facts {
+impl NamespaceFacts {
     fn gather(entered: &Entered) -> io::Result<Self> {
         let inode = |path: &str| fs::metadata(path).map(|file| file.ino());
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -156,8 +156,8 @@ mod tests {
     use super::*;
 
     /// A process in an ordinary container on a kernel before 6.18.
-    fn container() -> Facts {
-        Facts {
+    fn container() -> NamespaceFacts {
+        NamespaceFacts {
             kernel: (6, 17),
             net: 0xF000_0100,
             user: INITIAL_USER,
@@ -167,13 +167,16 @@ mod tests {
         }
     }
 
-    fn with_interfaces(names: &[&str]) -> Facts {
-        Facts { interfaces: names.iter().map(|&name| name.to_owned()).collect(), ..container() }
+    fn with_interfaces(names: &[&str]) -> NamespaceFacts {
+        NamespaceFacts {
+            interfaces: names.iter().map(|&name| name.to_owned()).collect(),
+            ..container()
+        }
     }
 
     #[test]
     fn detects_initial_namespace_from_container() {
-        let why = Facts { net: INITIAL_NET, ..container() }.host_evidence();
+        let why = NamespaceFacts { net: INITIAL_NET, ..container() }.host_evidence();
         assert!(why.is_some_and(|why| why.contains("initial")));
     }
 
@@ -184,30 +187,30 @@ mod tests {
 
     #[test]
     fn trusts_inode_on_kernels_that_fix_it() {
-        for (release, told) in
+        for (release, expected) in
             [("6.18.44-generic", true), ("7.0.1", true), ("6.17.9", false), ("?", false)]
         {
-            let facts = Facts {
+            let facts = NamespaceFacts {
                 kernel: version(release).unwrap_or_default(),
                 ..with_interfaces(&["docker0"])
             };
-            assert_eq!(facts.host_evidence().is_none(), told, "{release}");
+            assert_eq!(facts.host_evidence().is_none(), expected, "{release}");
         }
     }
 
     #[test]
     fn accepts_rootless_namespace_with_any_interfaces() {
-        let facts = Facts { user: 0xF000_0102, ..with_interfaces(&["docker0"]) };
+        let facts = NamespaceFacts { user: 0xF000_0102, ..with_interfaces(&["docker0"]) };
         assert_eq!(facts.host_evidence(), None);
     }
 
     #[test]
     fn detects_host_by_namespace_of_process_1() {
-        let beside = Facts { pid: INITIAL_PID, ..container() };
+        let beside = NamespaceFacts { pid: INITIAL_PID, ..container() };
         assert!(beside.host_evidence().is_some_and(|why| why.contains("process 1")));
-        let own = Facts { net_of_init: Some(0xF000_0999), ..beside.clone() };
+        let own = NamespaceFacts { net_of_init: Some(0xF000_0999), ..beside.clone() };
         assert_eq!(own.host_evidence(), None);
-        let unreadable = Facts { net_of_init: None, ..beside };
+        let unreadable = NamespaceFacts { net_of_init: None, ..beside };
         assert!(unreadable.host_evidence().is_some_and(|why| why.contains("unknown")));
     }
 

@@ -24,10 +24,10 @@ use crate::error::InterceptionError;
 use crate::process::privileges::{Kept, confine_thread, prepare_change_of_user};
 
 /// Called with an error if its namespace cannot be entered.
-type Operation = Box<
+type AsyncOperation = Box<
     dyn FnOnce(Result<Entered, InterceptionError>) -> Pin<Box<dyn Future<Output = Reply>>> + Send,
 >;
-type Call = Box<dyn FnOnce(Result<Entered, InterceptionError>) -> Reply + Send>;
+type SyncOperation = Box<dyn FnOnce(Result<Entered, InterceptionError>) -> Reply + Send>;
 
 /// Sends the outcome to the caller. Sent after the thread has left the namespace: a caller that
 /// has its outcome can rely on the thread not keeping the namespace alive.
@@ -44,8 +44,8 @@ struct Job<T> {
 /// Entering a namespace other than the thread's first one requires CAP_SYS_ADMIN (setns(2)).
 #[derive(Debug, Clone)]
 pub struct NamespaceThread {
-    operations: mpsc::UnboundedSender<Job<Operation>>,
-    calls: mpsc::UnboundedSender<Job<Call>>,
+    operations: mpsc::UnboundedSender<Job<AsyncOperation>>,
+    calls: mpsc::UnboundedSender<Job<SyncOperation>>,
 }
 
 /// Proof that the calling thread is in a certain network namespace. It stays on that thread.
@@ -126,7 +126,7 @@ impl NamespaceThread {
     {
         let (answer, answered) = oneshot::channel();
         let target = namespace.clone();
-        let run: Operation = Box::new(move |entered| {
+        let run: AsyncOperation = Box::new(move |entered| {
             Box::pin(async move {
                 let outcome = match entered {
                     Ok(entered) => {
@@ -156,7 +156,7 @@ impl NamespaceThread {
     {
         let (answer, answered) = oneshot::channel();
         let target = namespace.clone();
-        let run: Call = Box::new(move |entered| {
+        let run: SyncOperation = Box::new(move |entered| {
             let call = |entered: Entered| catch_unwind(AssertUnwindSafe(|| call(&entered)));
             let outcome = entered.and_then(|entered| call(entered).map_err(|_| panicked(&target)));
             reply(answer, outcome)
@@ -175,7 +175,7 @@ impl NamespaceThread {
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The kernel rejected the operation.
     pub async fn confine(&self, kept: Kept) -> Result<(), InterceptionError> {
         self.change_privileges(move || confine_thread(kept)).await
     }
@@ -185,7 +185,7 @@ impl NamespaceThread {
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The kernel rejected the operation.
     pub async fn prepare_change_of_user(&self, kept: Kept) -> Result<(), InterceptionError> {
         self.change_privileges(move || prepare_change_of_user(kept)).await
     }
@@ -215,12 +215,12 @@ fn panicked(namespace: &Namespace) -> InterceptionError {
 }
 
 /// The current and the initial namespace of the thread.
-struct Place {
+struct CurrentNamespace {
     home: Namespace,
     current: NamespaceId,
 }
 
-impl Place {
+impl CurrentNamespace {
     fn enter(&mut self, namespace: &Namespace) -> Result<Entered, InterceptionError> {
         if namespace.id() != self.current {
             enter(namespace)?;
@@ -233,7 +233,7 @@ impl Place {
     fn leave(&mut self) {
         if let Err(error) = self.enter(&self.home.clone()) {
             // Harmless to the next operation, which enters its own namespace.
-            tracing::error!(%error, "a namespace cannot be left");
+            tracing::error!(%error, "cannot leave a network namespace");
         }
     }
 
@@ -241,8 +241,8 @@ impl Place {
     /// given up, which the caller notices.
     async fn operate(
         &mut self,
-        Job { namespace, run }: Job<Operation>,
-        calls: &mut mpsc::UnboundedReceiver<Job<Call>>,
+        Job { namespace, run }: Job<AsyncOperation>,
+        calls: &mut mpsc::UnboundedReceiver<Job<SyncOperation>>,
     ) -> Option<Reply> {
         let mut running = pin!(run(self.enter(&namespace)));
         loop {
@@ -255,7 +255,7 @@ impl Place {
                     if let Err(error) = returned {
                         // The operation must not continue in another namespace; its caller receives
                         // an error.
-                        tracing::error!(%error, "an operation in a namespace is given up");
+                        tracing::error!(%error, "operation aborted: cannot return to its network namespace");
                         return None;
                     }
                 }
@@ -263,24 +263,24 @@ impl Place {
         }
     }
 
-    fn call(&mut self, Job { namespace, run }: Job<Call>) -> Reply {
+    fn call(&mut self, Job { namespace, run }: Job<SyncOperation>) -> Reply {
         run(self.enter(&namespace))
     }
 }
 
 async fn serve(
-    mut operations: mpsc::UnboundedReceiver<Job<Operation>>,
-    mut calls: mpsc::UnboundedReceiver<Job<Call>>,
+    mut operations: mpsc::UnboundedReceiver<Job<AsyncOperation>>,
+    mut calls: mpsc::UnboundedReceiver<Job<SyncOperation>>,
     home: Namespace,
 ) {
-    let mut place = Place { current: home.id(), home };
+    let mut current_namespace = CurrentNamespace { current: home.id(), home };
     loop {
         let reply = tokio::select! {
-            Some(call) = calls.recv() => Some(place.call(call)),
-            Some(operation) = operations.recv() => place.operate(operation, &mut calls).await,
+            Some(call) = calls.recv() => Some(current_namespace.call(call)),
+            Some(operation) = operations.recv() => current_namespace.operate(operation, &mut calls).await,
             else => return,
         };
-        place.leave();
+        current_namespace.leave();
         if let Some(reply) = reply {
             reply();
         }

@@ -25,7 +25,7 @@ use crate::self_test::return_path::ReturnPathProbe;
 use crate::sockets::listener::BoundListener;
 use crate::sockets::local::LocalAddresses;
 use crate::sockets::socket::{ListenerRequest, ReadySocket, SocketKind, Sockets};
-use crate::watching::{Watched, Watching};
+use crate::subscription::{RuleSubscription, WatchScope};
 
 /// Access to one namespace. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -221,8 +221,11 @@ impl NamespaceAccess {
         ask!(self, request, Reply::Is(removed) => removed)
     }
 
-    pub(crate) async fn watch(&self, watched: Watched) -> Result<Watching, InterceptionError> {
-        ask!(self, Request::Watch(watched), Reply::Watching(watching) => watching)
+    pub(crate) async fn watch(
+        &self,
+        watched: WatchScope,
+    ) -> Result<RuleSubscription, InterceptionError> {
+        ask!(self, Request::Watch(watched), Reply::RuleSubscription(subscription) => subscription)
     }
 
     pub(crate) async fn legacy_tables(&self) -> Result<LegacyTables, InterceptionError> {

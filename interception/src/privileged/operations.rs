@@ -5,7 +5,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
-use super::{Performing, PrivilegedOperations, Reply, Request, RuleOperation};
+use super::{PrivilegedOperations, Reply, ReplyFuture, Request, RuleOperation};
 use crate::backend::leftovers::LegacyTables;
 use crate::backend::nftables;
 use crate::error::InterceptionError;
@@ -20,7 +20,7 @@ use crate::self_test::ProbeSockets;
 use crate::self_test::return_path::ReturnPathProbe;
 use crate::sockets::local::LocalAddresses;
 use crate::sockets::socket::{ReadySocket, SocketKind, Sockets};
-use crate::watching::Watching;
+use crate::subscription::RuleSubscription;
 
 /// One namespace, and the thread that enters it.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ impl InNamespace {
 }
 
 impl PrivilegedOperations for InNamespace {
-    fn perform(&self, request: Request) -> Performing {
+    fn perform(&self, request: Request) -> ReplyFuture {
         let (namespace, thread) = (self.namespace.clone(), self.thread.clone());
         Box::pin(async move {
             if request.is_immediate() {
@@ -107,7 +107,9 @@ async fn perform(entered: &Entered, request: Request) -> Result<Reply, Intercept
         Request::RemoveEverything { scope, allow_host } => {
             rules::remove_everything(entered, scope, allow_host).await.map(Reply::Is)
         }
-        Request::Watch(watched) => Watching::start(entered, watched).map(Reply::Watching),
+        Request::Watch(watched) => {
+            RuleSubscription::start(entered, watched).map(Reply::RuleSubscription)
+        }
         immediate => perform_at_once(entered, immediate),
     }
 }

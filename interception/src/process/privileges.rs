@@ -89,7 +89,7 @@ pub(crate) fn lacks_net_admin() -> bool {
 ///
 /// # Errors
 ///
-/// The kernel's.
+/// The kernel rejected the operation.
 pub fn confine_process() -> io::Result<()> {
     prctl::set_no_new_privs()?;
     prctl::set_dumpable(false)?;
@@ -101,7 +101,7 @@ pub fn confine_process() -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// The kernel's.
+/// The kernel rejected the operation.
 pub fn prepare_change_of_user(kept: Kept) -> io::Result<()> {
     // SETPCAP must still be effective.
     bound(kept)?;
@@ -116,7 +116,7 @@ pub fn prepare_change_of_user(kept: Kept) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// The kernel's.
+/// The kernel rejected the operation.
 pub fn confine_thread(kept: Kept) -> io::Result<()> {
     bound(kept)?;
     keep(kept)
@@ -127,7 +127,7 @@ pub fn confine_thread(kept: Kept) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// The kernel's.
+/// The kernel rejected the operation.
 pub fn confine_auxiliary_thread() -> io::Result<()> {
     bound(Kept::Nothing)?;
     if USER_WILL_CHANGE.load(Relaxed) {

@@ -60,9 +60,9 @@ impl ProxyUser {
     ///
     /// [`InterceptionError::BecomeUser`]: the kernel refused, for example because the user
     /// namespace lacks this user.
-    pub fn become_it(self) -> Result<(), InterceptionError> {
+    pub fn switch(self) -> Result<(), InterceptionError> {
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
-        let become_it = || -> io::Result<()> {
+        let switch = || -> io::Result<()> {
             bound(Kept::Nothing)?;
             // Drop the supplementary groups of root.
             setgroups(&[])?;
@@ -74,6 +74,6 @@ impl ProxyUser {
             prctl::set_dumpable(false)?;
             Ok(())
         };
-        become_it().map_err(|source| InterceptionError::BecomeUser { user: self, source })
+        switch().map_err(|source| InterceptionError::BecomeUser { user: self, source })
     }
 }

@@ -42,16 +42,16 @@ impl ReturnPathProbe {
         };
         let environment = Environment::of(entered)?;
         let mut connections = Vec::new();
-        for nobody in [UNUSED_V4, UNUSED_V6] {
-            let own = environment.address(nobody.is_ipv6());
+        for unused in [UNUSED_V4, UNUSED_V6] {
+            let own = environment.address(unused.is_ipv6());
             let Some(own) =
-                own.filter(|own| !is_link_local(*own) && returns_replies_to(entered, plan, nobody))
+                own.filter(|own| !is_link_local(*own) && returns_replies_to(entered, plan, unused))
             else {
                 continue;
             };
             // An address without a route is not used by any client.
             let Some(client) =
-                [nobody, neighbour(own)].into_iter().find(|to| is_route(entered, own, *to))
+                [unused, neighbour(own)].into_iter().find(|to| is_route(entered, own, *to))
             else {
                 continue;
             };

@@ -29,7 +29,7 @@ impl BoundListener {
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The kernel rejected the operation.
     pub fn try_clone(&self) -> io::Result<Self> {
         self.listener.try_clone().map(Self::from)
     }
@@ -38,7 +38,7 @@ impl BoundListener {
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The kernel rejected the operation.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
     }
@@ -47,7 +47,7 @@ impl BoundListener {
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The kernel rejected the operation.
     ///
     /// # Panics
     ///
@@ -122,7 +122,7 @@ impl Listener {
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The kernel rejected the operation.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.get_ref().local_addr()
     }

@@ -45,7 +45,7 @@ impl LocalAddresses {
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The kernel rejected the operation.
     pub fn open(_: &Entered) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         // The protocol `None` is 0: NETLINK_ROUTE.

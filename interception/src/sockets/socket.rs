@@ -200,7 +200,7 @@ impl Sockets {
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The kernel rejected the operation.
     pub fn prepare(&self, listener: &impl AsFd, accepted: AcceptedOptions) -> io::Result<()> {
         self.tune(listener)?;
         if let Some(pacing) = self.pacing.as_ref().filter(|_| accepted.unpaced) {
@@ -267,7 +267,7 @@ impl Sockets {
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The kernel rejected the operation.
     pub fn bind_for(
         &self,
         socket: &ReadySocket,
@@ -383,7 +383,7 @@ impl OriginalDestination {
     ///
     /// # Errors
     ///
-    /// The kernel's.
+    /// The kernel rejected the operation.
     pub fn local(stream: &impl AsFd) -> io::Result<Self> {
         inet(SockRef::from(stream).local_addr()?).map(Self::new)
     }
@@ -418,7 +418,7 @@ pub fn probe_every(stream: &impl AsFd, first: Duration, every: Duration) {
 ///
 /// # Errors
 ///
-/// The kernel's. A closed connection is no error here; reading reports it.
+/// The kernel rejected the operation. A closed connection is no error here; reading reports it.
 pub fn end_writing(stream: &impl AsFd) -> io::Result<()> {
     match SockRef::from(stream).shutdown(Shutdown::Write) {
         Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
@@ -431,7 +431,7 @@ pub fn end_writing(stream: &impl AsFd) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// The kernel's.
+/// The kernel rejected the operation.
 pub fn write_before_end(stream: &impl AsFd, data: &[u8]) -> io::Result<usize> {
     Ok(send(stream, data, SendFlags::MORE | SendFlags::NOSIGNAL)?)
 }
@@ -440,7 +440,7 @@ pub fn write_before_end(stream: &impl AsFd, data: &[u8]) -> io::Result<usize> {
 ///
 /// # Errors
 ///
-/// The kernel's.
+/// The kernel rejected the operation.
 pub fn peek(stream: &impl AsFd, bytes: &mut [u8]) -> io::Result<usize> {
     Ok(recv(stream, bytes, RecvFlags::PEEK)?.0)
 }

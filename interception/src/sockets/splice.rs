@@ -32,7 +32,8 @@ impl SplicePipe {
     ///
     /// # Errors
     ///
-    /// The kernel's. `WouldBlock` if `source` has no bytes or the pipe is full.
+    /// The kernel rejected the operation. `WouldBlock` if `source` has no bytes or the pipe is
+    /// full.
     pub fn fill(&self, source: &impl AsFd, most: usize) -> io::Result<usize> {
         Ok(splice(source, None, &self.write, None, most, flags())?)
     }
@@ -41,7 +42,8 @@ impl SplicePipe {
     ///
     /// # Errors
     ///
-    /// The kernel's. `WouldBlock` if the pipe is empty or `sink` accepts no bytes.
+    /// The kernel rejected the operation. `WouldBlock` if the pipe is empty or `sink` accepts no
+    /// bytes.
     pub fn drain(&self, sink: &impl AsFd, most: usize) -> io::Result<usize> {
         Ok(splice(&self.read, None, sink, None, most, flags())?)
     }

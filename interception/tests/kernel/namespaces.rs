@@ -114,7 +114,7 @@ fn rules_in(namespace: &Namespace) -> Result<[String; 3], Failed> {
 fn one_thread_for_all() -> Result<(), Failed> {
     /// A node's pods.
     const NAMESPACES: usize = 250;
-    /// Every so many get rules: installation is what takes time.
+    /// One namespace in this many gets rules, since installing them takes most of the time.
     const WITH_RULES: usize = 25;
     let thread = NamespaceThread::start()?;
     let (mut held, mut threads) = (Vec::new(), BTreeSet::new());
@@ -189,8 +189,8 @@ fn from_outside() -> Result<(), Failed> {
         rules.repair().await?;
         equal("the difference", rules.verify().await?, None)?;
         equal("what the neighbour has", rules_in(&neighbour)?, before[1].clone())?;
-        let told = timeout(Duration::ZERO, unchanged.next()).await;
-        equal("a change at the neighbour", told.is_ok(), false)?;
+        let result = timeout(Duration::ZERO, unchanged.next()).await;
+        equal("a change at the neighbour", result.is_ok(), false)?;
         Ok::<_, Failed>(rules.remove().await?)
     })?;
     equal("what is left", [rules_in(&pod)?, rules_in(&neighbour)?], before)

@@ -6,6 +6,7 @@ use std::{fs, io, thread};
 use libtest_mimic::Failed;
 use nlink::netlink::nftables::{Family, NFT_TABLE_F_OWNER};
 use nlink::netlink::{Connection, Nftables};
+use underpass_config::Hint as _;
 use underpass_interception::{
     Interception, InterceptionError, Namespace, NamespaceAccess, RemovalScope, TABLE, counters,
     remove_everything,
@@ -154,8 +155,8 @@ fn failure_leaves_nothing() -> Result<(), Failed> {
     let before = Listing::of(&pod)?;
     // While the loopback interface is down, the kernel accepts the ip rule and rejects the route.
     let failed = inside(&pod, async || Ok(prepare("").await?.install().await))?;
-    let told = failed.is_err_and(|error| error.to_string().contains("`ip link set lo up`"));
-    equal("the error contains a remedy", told, true)?;
+    let hint = failed.err().and_then(|error| error.hint()).unwrap_or_default();
+    equal("the hint of the error", &*hint, "enable it with `ip link set lo up`")?;
     equal("the listing after the failure", Listing::of(&pod)?, before)
 }
 

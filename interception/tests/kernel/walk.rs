@@ -22,7 +22,7 @@ use underpass_interception::{
 
 use crate::Case;
 use crate::pod::{DEADLINE, equal, inside, runtime, settings};
-use network::{Arrival, Network, Outcome, Place};
+use network::{Arrival, Network, Outcome, Position};
 use random::Random;
 
 pub(crate) const CASES: &[Case] = &[
@@ -47,7 +47,7 @@ const QUIET: Duration = Duration::from_millis(500);
 /// A packet and the namespace that sends it.
 #[derive(Debug, Clone)]
 pub(crate) struct Attempt {
-    from: Place,
+    from: Position,
     packet: Packet,
 }
 
@@ -59,18 +59,18 @@ fn compare(profile: Profile, name: &str) -> Result<(), Failed> {
         let mut arrivals = network.listen()?;
         for round in 0..ROUNDS {
             let settings = random.settings(profile);
-            let told = |error: Failed| {
+            let failed = |error: Failed| {
                 let message = error.message().unwrap_or_default().to_owned();
                 let which = format!("UNDERPASS_WALK_SEED={seed}, round {round}");
                 Failed::from(format!("{message}\n{which}\n{settings:#?}"))
             };
-            let mut installed = Installed::new(&network, &settings).map_err(told)?;
+            let mut installed = Installed::new(&network, &settings).map_err(failed)?;
             for _ in 0..PACKETS {
                 let routes = installed.plan().routes();
                 let attempt = random.attempt(&settings, &installed.environment, routes);
-                installed.attempt(&network, &attempt, &mut arrivals).await.map_err(told)?;
+                installed.attempt(&network, &attempt, &mut arrivals).await.map_err(failed)?;
             }
-            installed.remove(&network).map_err(told)?;
+            installed.remove(&network).map_err(failed)?;
         }
         Ok(())
     })
@@ -102,7 +102,7 @@ fn loses_reply() -> Result<(), Failed> {
                 if pod.is_ipv4() { ReplyOutcome::Unroutable } else { ReplyOutcome::Delivered };
             equal("the end", walk.end, Verdict::Redirected(network::PORTS.dns))?;
             equal("the reply", reply, Some(expected))?;
-            let attempt = Attempt { from: Place::Pod, packet };
+            let attempt = Attempt { from: Position::Pod, packet };
             installed.attempt(&network, &attempt, &mut arrivals).await?;
         }
         installed.remove(&network)
@@ -223,7 +223,7 @@ fn without_original(outcome: &Outcome, walk: &Walk<'_>, packet: &Packet) -> Outc
 }
 
 fn expected(packet: &Packet, walk: &Walk<'_>, reply: Option<ReplyOutcome>) -> Outcome {
-    let arrived = |place, port, original| Outcome::Arrived(Arrival { place, port, original });
+    let arrived = |position, port, original| Outcome::Arrived(Arrival { position, port, original });
     // A datagram needs no reply to arrive.
     if packet.protocol == Protocol::Tcp
         && matches!(reply, Some(ReplyOutcome::Misrouted | ReplyOutcome::Unroutable))
@@ -232,13 +232,13 @@ fn expected(packet: &Packet, walk: &Walk<'_>, reply: Option<ReplyOutcome>) -> Ou
     }
     match walk.end {
         Verdict::Direct => {
-            let place = if walk.local { Place::Pod } else { place_of(packet.destination) };
-            arrived(place, packet.destination.port(), None)
+            let position = if walk.local { Position::Pod } else { place_of(packet.destination) };
+            arrived(position, packet.destination.port(), None)
         }
         Verdict::Redirected(port) | Verdict::Tproxied(port) => {
             // For datagrams, the kernel reports no original destination.
             let tcp = packet.protocol == Protocol::Tcp;
-            arrived(Place::Pod, port, tcp.then_some(packet.destination))
+            arrived(Position::Pod, port, tcp.then_some(packet.destination))
         }
         Verdict::Rejected => Outcome::Refused,
         Verdict::Dropped => Outcome::Lost,
@@ -246,8 +246,8 @@ fn expected(packet: &Packet, walk: &Walk<'_>, reply: Option<ReplyOutcome>) -> Ou
 }
 
 /// The namespace that has an address outside of the pod.
-fn place_of(address: SocketAddr) -> Place {
-    if network::VM.contains(&address.ip()) { Place::Vm } else { Place::Remote }
+fn place_of(address: SocketAddr) -> Position {
+    if network::VM.contains(&address.ip()) { Position::Vm } else { Position::Remote }
 }
 
 #[expect(clippy::disallowed_methods, reason = "a switch of this test alone, not a setting")]

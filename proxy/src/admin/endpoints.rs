@@ -24,8 +24,8 @@ use crate::observe::metrics::Exporter;
 use crate::process::pause_gate::PauseGate;
 use crate::rules::health::RulesHealth;
 
-/// The maximum number of connections. A new one evicts the oldest idle one, so that a flood does not
-/// keep probes and scrapers out.
+/// The maximum number of connections. A new one evicts the oldest idle one, so that a flood does
+/// not keep probes and scrapers out.
 const CONNECTIONS: usize = 64;
 /// The maximum number of connections from one source address.
 const CONNECTIONS_PER_SOURCE: usize = 16;

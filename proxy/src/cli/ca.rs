@@ -68,7 +68,7 @@ pub(super) enum Command {
 const SERVE_EXAMPLE: &str = "Example:
   underpass ca serve --dir ca --listen 10.0.0.1:15012 --clients clients.yaml --name ca.example
 
-clients.yaml says who may have which certificate; nobody else gets one:
+clients.yaml lists the identities that each client may ask for:
   clients:
   - token: s3cret            # or token_file: FILE
     identities: [spiffe://cluster.local/ns/default/sa/web, \"spiffe://cluster.local/ns/shop/*\"]";

@@ -1,5 +1,6 @@
 //! `underpass config`: checks or shows the settings and the files that they name.
 
+use std::borrow::Cow;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -8,8 +9,8 @@ use std::time::{Duration, SystemTime};
 use serde_json::json;
 use tokio::net::TcpStream;
 use underpass_config::{
-    ConfigErrors, Dns, IdentitySettings, Mesh, Problem, Profile, Protocol, Reference, Settings,
-    Workload, reference,
+    ConfigErrors, Dns, Hint, IdentitySettings, Mesh, Problem, Profile, Protocol, Reference,
+    Settings, Workload, reference,
 };
 use underpass_hbone::{
     Credentials, Dial, FileSource, HboneError, Identity, IstioCa, LocalCaSource, Trust,
@@ -62,7 +63,7 @@ pub(super) fn run(command: Command) -> Result<(), CommandError> {
 fn check(arguments: SettingsArguments, output: Output) -> Result<(), CommandError> {
     let sources = arguments.sources();
     let mut check = Check::default();
-    check.warnings.extend(sources.warnings().iter().map(ToString::to_string));
+    check.warnings.extend(sources.warnings().iter().map(Problem::with_hint));
     match sources.load() {
         Ok(settings) => check.all(&settings),
         Err(errors) => check.errors(errors),
@@ -104,7 +105,7 @@ impl Check {
     fn print_text(&self) -> Result<(), CommandError> {
         for warning in &self.warnings {
             // Ignored if standard error is closed; the exit code still reports the result.
-            writeln!(io::stderr(), "underpass: warning: {warning}").ok();
+            writeln!(io::stderr(), "warning: {warning}").ok();
         }
         if !self.problems.is_empty() {
             return Ok(());
@@ -123,9 +124,9 @@ impl Check {
         let problems: Vec<_> = self
             .problems
             .iter()
-            .map(|Problem { key, value, reason, origin }| {
+            .map(|Problem { key, value, reason, hint, origin }| {
                 let origin = origin.as_ref().map(ToString::to_string);
-                json!({"key": key, "value": value, "reason": reason, "origin": origin})
+                json!({"key": key, "value": value, "reason": reason, "hint": hint, "origin": origin})
             })
             .collect();
         let certificate = self.identity.as_ref().map(|identity| {
@@ -151,12 +152,9 @@ impl Check {
         self.more += errors.more;
     }
 
-    fn problem(&mut self, key: &str, value: Option<String>, reason: String) {
-        self.problems.push(Problem { key: key.to_owned(), value, reason, origin: None });
-    }
-
-    fn hbone(&mut self, key: &str, error: &HboneError) {
-        self.problem(key, None, chain(error));
+    fn problem(&mut self, key: &str, value: Option<String>, error: &(impl Hint + 'static)) {
+        let (reason, hint) = (chain(error), error.hint().map(Cow::into_owned));
+        self.problems.push(Problem { key: key.to_owned(), value, reason, hint, origin: None });
     }
 
     fn settings(&mut self, settings: &Settings) {
@@ -166,23 +164,23 @@ impl Check {
         let interception = &settings.interception;
         if interception.dns == Dns::Capture && interception.profile != Profile::None {
             let error = PodError::NoDnsProxy { port: Ports::of(settings).dns };
-            self.problem("interception.dns", Some("capture".to_owned()), error.to_string());
+            self.problem("interception.dns", Some("capture".to_owned()), &error);
         }
     }
 
     /// Checks credentials from files. It does not connect to a CA or an agent.
     fn credentials(&mut self, settings: &Settings) -> Option<Identity> {
         let trust = Trust::read(&settings.trust);
-        let trust = trust.map_err(|error| self.hbone("trust", &error)).ok();
+        let trust = trust.map_err(|error| self.problem("trust", None, &error)).ok();
         let identity = match self.own_identity(settings) {
             Ok(identity) => identity?,
             Err(error) => {
-                self.hbone("identity", &error);
+                self.problem("identity", None, &error);
                 return None;
             }
         };
         let credentials = Credentials::new(identity.clone(), trust?);
-        credentials.map_err(|error| self.hbone("identity", &error)).ok()?;
+        credentials.map_err(|error| self.problem("identity", None, &error)).ok()?;
         Some(identity)
     }
 

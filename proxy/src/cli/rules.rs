@@ -191,7 +191,7 @@ async fn install(settings: Settings, force: bool, output: Output) -> Result<(), 
     let interception = prepare(&settings).await?;
     let leftovers = interception.leftovers().await?;
     for leftover in &leftovers {
-        writeln!(io::stderr(), "underpass: {leftover}").ok();
+        writeln!(io::stderr(), "warning: {leftover}").ok();
     }
     let role = role(settings.interception.profile, Ports::of(&settings));
     let interception = interception.owned_by(format!("underpass rules install {role}"));
@@ -244,8 +244,7 @@ async fn remove(scope: RemovalScope, allow_host: bool, output: Output) -> Result
         && running.installs
         && running.settings.interception.repair
     {
-        writeln!(io::stderr(), "underpass: the proxy that runs ({running}) puts its rules back")
-            .ok();
+        writeln!(io::stderr(), "warning: the running proxy ({running}) restores its rules").ok();
     }
     match output {
         Output::Text if removed => print("removed\n"),

@@ -85,7 +85,7 @@ pub(super) fn on_control_thread(
     let _logs = on_confined_thread(|| logging::start(logging))??;
     tracing::info!(version = VERSION, pid = std::process::id(), "underpass starts");
     for warning in warnings {
-        tracing::warn!("{warning}");
+        tracing::warn!(hint = warning.hint, "{warning}");
     }
     let runtime = control_runtime()?;
     let outcome = runtime.block_on(work);

@@ -2,7 +2,7 @@
 //!
 //! Dialling takes a permit by reference: a path without a decision does not compile. A permit is
 //! noted in the registration of its connection, so that the connection is decided on again whenever
-//! the mesh changes ([`Change`]). `authorization.rs` evaluates authorization policies;
+//! the mesh changes ([`MeshChange`]). `authorization.rs` evaluates authorization policies;
 //! `connection_registry.rs` terminates connections.
 
 mod context;
@@ -93,14 +93,19 @@ fn check_outbound(
         (None, _) if *by_address && snapshot.mesh.speaks_hbone(&context.own.network, hop.ip()) => {
             Err(ProxyError::PlaintextToHbone(*hop))
         }
-        (None, _) if knows(snapshot, *asked, *hop, &context.own) => Ok(()),
+        (None, _) if is_in_mesh(snapshot, *asked, *hop, &context.own) => Ok(()),
         (None, _) if context.egress.permits(*asked) => Ok(()),
         (None, _) => Err(ProxyError::Egress(*asked)),
     }
 }
 
 /// Whether the mesh has a service or a workload for an outbound connection.
-fn knows(snapshot: &Snapshot, asked: SocketAddr, hop: SocketAddr, own: &WorkloadSettings) -> bool {
+fn is_in_mesh(
+    snapshot: &Snapshot,
+    asked: SocketAddr,
+    hop: SocketAddr,
+    own: &WorkloadSettings,
+) -> bool {
     snapshot.mesh.service(&own.network, asked.ip(), &own.namespace).is_some()
         || snapshot.mesh.has_workload(&own.network, hop.ip())
 }
@@ -182,7 +187,7 @@ fn is_own_listener(port: u16, ports: Ports) -> bool {
 
 /// A change of the mesh, and the check of a pod's open connections against it.
 #[derive(Debug)]
-pub(crate) struct Change<'a> {
+pub(crate) struct MeshChange<'a> {
     old: &'a Snapshot,
     new: &'a Snapshot,
     context: &'a PolicyContext,
@@ -190,7 +195,7 @@ pub(crate) struct Change<'a> {
     touched: HashMap<IpAddr, bool>,
 }
 
-impl<'a> Change<'a> {
+impl<'a> MeshChange<'a> {
     pub(crate) fn new(old: &'a Snapshot, new: &'a Snapshot, context: &'a PolicyContext) -> Self {
         Self { old, new, context, touched: HashMap::new() }
     }
@@ -206,14 +211,14 @@ impl<'a> Change<'a> {
         // it.
         let by_old = *generation <= self.old.generation;
         match subject {
-            Subject::Inbound(inbound) if by_old && !self.touches(inbound.destination.ip()) => {
+            Subject::Inbound(inbound) if by_old && !self.affects(inbound.destination.ip()) => {
                 Ok(())
             }
             subject => check(subject, self.new, self.context),
         }
     }
 
-    fn touches(&mut self, address: IpAddr) -> bool {
+    fn affects(&mut self, address: IpAddr) -> bool {
         let Self { old, new, context, touched } = self;
         *touched.entry(address).or_insert_with(|| {
             let (before, after) = (local(address, old, context), local(address, new, context));

@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
@@ -18,7 +19,7 @@ use futures_util::future::{BoxFuture, Shared};
 use thiserror::Error;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
-use underpass_config::{IpFamilies, Name};
+use underpass_config::{Hint, IpFamilies, Name};
 
 use crate::decide::route::NextHop;
 
@@ -41,20 +42,29 @@ const MAX_NAMES: usize = 4096;
 pub(crate) enum ResolveError {
     #[error("cannot look up {hostname}")]
     Lookup { hostname: Name, source: Arc<io::Error> },
-    #[error(
-        "no answer for {hostname} from the system's resolver within {} s (timeouts.connect)",
-        after.as_secs_f32()
-    )]
+    #[error("no answer from the resolver for {hostname} within {} s", after.as_secs_f32())]
     Timeout { hostname: Name, after: Duration },
-    #[error("{hostname} has no address of its service's families (`ipFamilies`)")]
+    #[error("{hostname} has no address of the families in `ipFamilies` of its service")]
     NoAddress { hostname: Name },
 }
 
+impl Hint for ResolveError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let fixed = match self {
+            Self::Lookup { .. } | Self::Timeout { .. } => {
+                "check the resolver of this host (/etc/resolv.conf) and the workload's `hostname`"
+            }
+            Self::NoAddress { .. } => "change `ipFamilies` of the service, or the name's addresses",
+        };
+        Some(fixed.into())
+    }
+}
+
 /// Looks up the addresses of a name.
-type Lookup = Box<dyn Fn(Name) -> BoxFuture<'static, Found> + Send + Sync>;
+type Lookup = Box<dyn Fn(Name) -> BoxFuture<'static, LookupResult> + Send + Sync>;
 
 /// The result of a lookup, shared by all connections that wait for it.
-type Found = Result<Arc<[IpAddr]>, Arc<io::Error>>;
+type LookupResult = Result<Arc<[IpAddr]>, Arc<io::Error>>;
 
 /// Resolves hostnames, with at most one lookup per name at a time.
 pub(crate) struct Resolver {
@@ -67,7 +77,7 @@ struct Entry {
     addresses: Option<(Arc<[IpAddr]>, Instant)>,
     failure: Option<(Arc<io::Error>, Instant)>,
     /// The running lookup. It continues when the connection that started it is closed.
-    pending: Option<(Shared<BoxFuture<'static, Found>>, Instant)>,
+    pending: Option<(Shared<BoxFuture<'static, LookupResult>>, Instant)>,
     /// When it was last requested.
     used: Instant,
     /// The number of requests; selects among several addresses in turn.
@@ -88,7 +98,9 @@ impl Resolver {
         })
     }
 
-    fn new(lookup: impl Fn(Name) -> BoxFuture<'static, Found> + Send + Sync + 'static) -> Self {
+    fn new(
+        lookup: impl Fn(Name) -> BoxFuture<'static, LookupResult> + Send + Sync + 'static,
+    ) -> Self {
         Self { lookup: Box::new(lookup), names: Mutex::default() }
     }
 
@@ -169,7 +181,12 @@ impl Resolver {
     }
 
     /// Caches the result of a lookup, once.
-    fn store(&self, hostname: &Name, lookup: &Shared<BoxFuture<'static, Found>>, found: &Found) {
+    fn store(
+        &self,
+        hostname: &Name,
+        lookup: &Shared<BoxFuture<'static, LookupResult>>,
+        found: &LookupResult,
+    ) {
         let mut names = self.lock();
         let Some(entry) = names.get_mut(hostname) else { return };
         let Some((_, since)) = entry.pending.take_if(|(pending, _)| pending.ptr_eq(lookup)) else {
@@ -192,8 +209,12 @@ impl Resolver {
 
 /// The state of a name in the cache.
 enum CacheLookup {
-    Known(Found, usize),
-    Pending { turn: usize, lookup: Shared<BoxFuture<'static, Found>>, stale: Option<Arc<[IpAddr]>> },
+    Known(LookupResult, usize),
+    Pending {
+        turn: usize,
+        lookup: Shared<BoxFuture<'static, LookupResult>>,
+        stale: Option<Arc<[IpAddr]>>,
+    },
 }
 
 impl Entry {

@@ -25,9 +25,9 @@ use underpass_config::{IpFamilies, Name, Service, SpiffeId, Workload};
 
 pub(crate) use error::{RouteError, Unusable};
 pub(crate) use inbound::{InboundTarget, inbound};
-#[cfg(test)]
-pub(crate) use load_balancing::Choose;
 pub(crate) use load_balancing::EndpointSelector;
+#[cfg(test)]
+pub(crate) use load_balancing::SelectionInputs;
 pub(crate) use outbound::{Alternatives, outbound};
 
 /// The client of an outbound connection.
@@ -160,7 +160,7 @@ pub(crate) enum NextHop {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Authority {
     /// A target that the route determines.
-    Known(Target),
+    KnownEndpoint(Target),
     /// This port at the dialled address: a peer that is dialled by hostname accepts only its own
     /// address.
     AtNextHop(u16),
@@ -170,7 +170,7 @@ impl Authority {
     /// The target of the request after the peer was dialled at `dialled`.
     pub(crate) fn at(&self, dialled: IpAddr) -> Target {
         match self {
-            Self::Known(target) => target.clone(),
+            Self::KnownEndpoint(target) => target.clone(),
             Self::AtNextHop(port) => Target::Address(SocketAddr::new(dialled, *port)),
         }
     }

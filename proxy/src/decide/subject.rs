@@ -75,6 +75,7 @@ impl Subject {
 #[derive(Debug, Default)]
 pub(crate) struct Decision(pub(super) Option<Permitted>);
 
+/// A permitted connection, which is checked again when the mesh changes.
 #[derive(Debug)]
 pub(super) struct Permitted {
     pub(super) subject: Subject,

@@ -115,7 +115,7 @@ impl Stage {
     }
 
     /// Commands to enter the pods.
-    pub(super) fn how_to_enter(&self, sandbox: Sandbox) -> String {
+    pub(super) fn enter_commands(&self, sandbox: Sandbox) -> String {
         // A process cannot enter the user namespace that it is in already.
         let user = match sandbox {
             Sandbox::OfRoot => "",

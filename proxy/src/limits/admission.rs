@@ -14,7 +14,7 @@ use super::refusal::Refusal;
 
 /// The kind of connection to admit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Demand {
+pub(crate) enum AdmissionKind {
     /// An outbound connection of the pod's applications.
     Outbound,
     /// An inbound connection in plaintext.
@@ -23,7 +23,7 @@ pub(crate) enum Demand {
     Tunnel,
 }
 
-impl Demand {
+impl AdmissionKind {
     /// The number of descriptors: one accepted socket, and one dialled unless it is a tunnel.
     fn descriptors(self) -> usize {
         match self {
@@ -48,10 +48,10 @@ enum Direction {
 
 /// The budgets of one pod. Clones share the counts.
 #[derive(Debug, Clone)]
-pub(crate) struct PodLimits(Arc<Inner>);
+pub(crate) struct PodLimits(Arc<PodLimitsState>);
 
 #[derive(Debug)]
-struct Inner {
+struct PodLimitsState {
     node: Arc<Limits>,
     descriptors: Directions,
     buffers: Buffers,
@@ -82,7 +82,7 @@ pub(crate) struct Ticket {
 impl Limits {
     /// Creates the budgets of a pod.
     pub(crate) fn pod(&self) -> PodLimits {
-        PodLimits(Arc::new(Inner {
+        PodLimits(Arc::new(PodLimitsState {
             descriptors: self.descriptors.of_pod(),
             buffers: self.buffers.of_pod(),
             clients: ByKey::default(),
@@ -97,13 +97,13 @@ impl PodLimits {
     }
 
     /// Whether descriptors are free for a connection of a new source.
-    pub(crate) fn has_room(&self, demand: Demand) -> bool {
-        self.descriptors(demand).free() >= PAIR
+    pub(crate) fn has_room(&self, kind: AdmissionKind) -> bool {
+        self.descriptors(kind).free() >= PAIR
     }
 
     /// Waits until descriptors are free for a connection of a new source.
-    pub(crate) async fn room(&self, demand: Demand) {
-        self.0.node.descriptors.freed(|| self.has_room(demand)).await;
+    pub(crate) async fn room(&self, kind: AdmissionKind) {
+        self.0.node.descriptors.freed(|| self.has_room(kind)).await;
     }
 
     /// The descriptor of a pod's connection below a tunnel.
@@ -118,19 +118,19 @@ impl PodLimits {
     /// The limit that it exceeds.
     pub(crate) fn admit(
         &self,
-        demand: Demand,
+        kind: AdmissionKind,
         source: IpAddr,
         peer: Option<IpAddr>,
     ) -> Result<Ticket, Refusal> {
-        let key = (demand.direction(), SourceNetwork::of(source));
+        let key = (kind.direction(), SourceNetwork::of(source));
         let mut ticket = Ticket::new(self.0.clients.get(key, || self.client(key.0, source)));
         ticket.take_connection()?;
-        if demand == Demand::Tunnel {
+        if kind == AdmissionKind::Tunnel {
             ticket.take_tunnel()?;
         }
-        match ticket.take_descriptors(demand.descriptors()) {
+        match ticket.take_descriptors(kind.descriptors()) {
             // The listener saw free descriptors, but another listener may have taken them since.
-            Err(Exhausted::Whole) => ticket.hold_descriptors(demand.descriptors()),
+            Err(Exhausted::Whole) => ticket.hold_descriptors(kind.descriptors()),
             Err(Exhausted::Share) => return Err(Refusal::DescriptorShare(source)),
             Ok(()) => {}
         }
@@ -166,8 +166,8 @@ impl PodLimits {
         }
     }
 
-    fn descriptors(&self, demand: Demand) -> &Budget {
-        match demand.direction() {
+    fn descriptors(&self, kind: AdmissionKind) -> &Budget {
+        match kind.direction() {
             Direction::Outbound => &self.0.descriptors.outbound,
             Direction::Inbound => &self.0.descriptors.inbound,
         }
@@ -269,7 +269,7 @@ impl Ticket {
     }
 
     fn hold_descriptors(&mut self, count: usize) {
-        self.client.descriptors.take_anyway(count);
+        self.client.descriptors.take_beyond_limit(count);
         self.descriptors += count;
     }
 

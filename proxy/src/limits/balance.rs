@@ -57,7 +57,7 @@ impl Balance {
     }
 
     /// Records that `worker` has a tunnel to `peer` until the value is dropped.
-    pub(crate) fn tunnel(self: &Arc<Self>, worker: usize, peer: IpAddr) -> HeldTunnel {
+    pub(crate) fn tunnel(self: &Arc<Self>, worker: usize, peer: IpAddr) -> WorkerTunnel {
         let workers = self.loads.len();
         self.change(peer, |tunnels| {
             tunnels.resize(workers, 0);
@@ -65,7 +65,7 @@ impl Balance {
                 *count += 1;
             }
         });
-        HeldTunnel { balance: self.clone(), worker, peer }
+        WorkerTunnel { balance: self.clone(), worker, peer }
     }
 
     fn holders(&self, peer: IpAddr) -> Vec<usize> {
@@ -106,13 +106,13 @@ impl Drop for Load {
 
 /// A tunnel that a worker holds.
 #[derive(Debug)]
-pub(crate) struct HeldTunnel {
+pub(crate) struct WorkerTunnel {
     balance: Arc<Balance>,
     worker: usize,
     peer: IpAddr,
 }
 
-impl Drop for HeldTunnel {
+impl Drop for WorkerTunnel {
     fn drop(&mut self) {
         self.balance.change(self.peer, |tunnels| {
             if let Some(count) = tunnels.get_mut(self.worker) {

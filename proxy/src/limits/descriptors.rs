@@ -80,7 +80,7 @@ pub(crate) enum Shortage {
 
 /// Counts a listener as paused until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Paused(Descriptors);
+pub(crate) struct PausedListener(Descriptors);
 
 impl Descriptors {
     /// The descriptors of a process with the limit `limit`, `open` files and `workers` threads.
@@ -108,7 +108,7 @@ impl Descriptors {
 
     /// Takes `count` descriptors of `budget` that cannot wait, and may exceed it.
     pub(super) fn hold(&self, budget: &Arc<Budget>, count: usize) -> FdPermit {
-        budget.take_anyway(count);
+        budget.take_beyond_limit(count);
         FdPermit { descriptors: self.clone(), budget: budget.clone(), count }
     }
 
@@ -137,7 +137,7 @@ impl Descriptors {
 
     /// Waits until descriptors are freed such that `has_room`.
     pub(super) async fn freed(&self, has_room: impl Fn() -> bool) {
-        let _waiting = Waiting::new(&self.0.waiting);
+        let _waiting = WaitingListener::new(&self.0.waiting);
         loop {
             // Created before the check, so that it is woken by a release after the check.
             let freed = self.0.freed.notified();
@@ -154,14 +154,14 @@ impl Descriptors {
     }
 
     /// Records that a listener pauses.
-    pub(crate) fn pause(&self, listener: &'static str, shortage: Shortage) -> Paused {
+    pub(crate) fn pause(&self, listener: &'static str, shortage: Shortage) -> PausedListener {
         let (reason, error) = match shortage {
             Shortage::Descriptors => ("descriptors", None),
             Shortage::System(error) => ("system", error),
         };
         metrics::accept_paused(listener, reason);
         self.note(error, 1);
-        Paused(self.clone())
+        PausedListener(self.clone())
     }
 
     fn note(&self, error: Option<i32>, paused: usize) {
@@ -219,22 +219,22 @@ impl Drop for FdPermit {
 }
 
 /// Counts a listener as waiting until it is dropped.
-struct Waiting<'a>(&'a AtomicUsize);
+struct WaitingListener<'a>(&'a AtomicUsize);
 
-impl<'a> Waiting<'a> {
+impl<'a> WaitingListener<'a> {
     fn new(waiting: &'a AtomicUsize) -> Self {
         waiting.fetch_add(1, SeqCst);
         Self(waiting)
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for WaitingListener<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, SeqCst);
     }
 }
 
-impl Drop for Paused {
+impl Drop for PausedListener {
     fn drop(&mut self) {
         self.0.0.shortages.send_modify(|shortages| shortages.paused -= 1);
     }

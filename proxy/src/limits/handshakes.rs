@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
-use underpass_hbone::{Budget, Queue, Share, Sharing, SourceNetwork, Turn};
+use underpass_hbone::{Budget, Queue, QueuePermit, Share, Sharing, SourceNetwork};
 
 /// How long a source is penalized after it exceeded a limit.
 const PENALTY: Duration = Duration::from_secs(10);
@@ -45,7 +45,7 @@ pub(super) struct SourceHandshakes {
 /// Counts one handshake until it is dropped.
 #[derive(Debug)]
 pub(crate) struct HandshakeTicket {
-    _turn: Turn<usize>,
+    _permit: QueuePermit<usize>,
     _begun: Share,
 }
 
@@ -77,7 +77,7 @@ impl Handshakes {
         let begun = Share::take(begun, 1).ok()?;
         let rank = of_source.begun.used();
         let turn = self.queue.turn(under_way, rank, waits).await;
-        Some(HandshakeTicket { _turn: turn, _begun: begun })
+        Some(HandshakeTicket { _permit: turn, _begun: begun })
     }
 
     pub(super) fn penalize(&self, source: IpAddr) {

@@ -128,40 +128,36 @@ impl Refusals {
 
 impl Pending {
     fn report(self) {
-        let refused = self.count;
-        match self.last {
-            None => {}
-            Some(Refusal::Worker) => tracing::warn!(
+        let Some(refusal) = self.last else { return };
+        let (refused, hint) = (self.count, refusal.hint());
+        match refusal {
+            Refusal::Worker => tracing::warn!(
                 refused,
-                hint = "limits.connections_per_worker",
+                hint,
                 "connections are refused: all workers are at their limit"
             ),
-            Some(Refusal::Source(last)) => tracing::warn!(
-                refused, %last, hint = "limits.connections_per_source",
+            Refusal::Source(last) => tracing::warn!(
+                refused, %last, hint,
                 "connections are refused: their source is at its limit"
             ),
-            Some(Refusal::ConnectionShare(last)) => tracing::warn!(
-                refused, %last, hint = "limits.connections_per_worker",
+            Refusal::ConnectionShare(last) => tracing::warn!(
+                refused, %last, hint,
                 "connections are refused: their source uses its share of those of all workers"
             ),
-            Some(Refusal::DescriptorShare(last)) => tracing::warn!(
-                refused, %last, hint = "ulimit -n, LimitNOFILE",
+            Refusal::DescriptorShare(last) => tracing::warn!(
+                refused, %last, hint,
                 "connections are refused: their source uses its share of the open files"
             ),
-            Some(Refusal::Descriptors) => tracing::warn!(
-                refused,
-                hint = "ulimit -n, LimitNOFILE",
-                "streams are refused: no open files are left"
-            ),
-            Some(Refusal::TunnelSource(last)) => tracing::warn!(
-                refused, %last, hint = "limits.tunnels_per_source",
+            Refusal::Descriptors => {
+                tracing::warn!(refused, hint, "streams are refused: no open files are left")
+            }
+            Refusal::TunnelSource(last) => tracing::warn!(
+                refused, %last, hint,
                 "tunnels are refused: their source is at its limit"
             ),
-            Some(Refusal::TunnelIdentity) => tracing::warn!(
-                refused,
-                hint = "limits.tunnels_per_identity",
-                "tunnels are refused: their identity is at its limit"
-            ),
+            Refusal::TunnelIdentity => {
+                tracing::warn!(refused, hint, "tunnels are refused: their identity is at its limit")
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-use underpass_config::{Mesh, MeshSource, WorkloadSettings};
+use underpass_config::{Hint as _, Mesh, MeshSource, WorkloadSettings};
 
 use self::ledger::{Ledger, Published};
 use crate::decide::snapshot::{MeshSize, Snapshot};
@@ -99,7 +99,11 @@ impl Publisher {
                         Ok(mesh) => self.publish(mesh, &mut ledger),
                         Err(errors) => {
                             metrics::mesh_refused();
-                            tracing::error!("cannot read the mesh, keeping the last good one: {errors}");
+                            let hint = errors.hint();
+                            tracing::error!(
+                                hint = hint.as_deref(),
+                                "cannot read the mesh, keeping the last good one: {errors}"
+                            );
                         }
                     }
                     continue;

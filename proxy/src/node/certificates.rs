@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use underpass_config::{
-    FileWatcher, IdentityFiles, IdentitySettings, LocalCaSettings, Quoted, Settings, SpiffeId,
-    SpireSettings,
+    FileWatcher, Hint as _, IdentityFiles, IdentitySettings, LocalCaSettings, Quoted, Settings,
+    SpiffeId, SpireSettings,
 };
 use underpass_hbone::{
     CredentialsEvent, FileSource, HboneError, Identity, IdentitySource, IstioCa, IstioCaSource,
@@ -136,6 +136,7 @@ impl Issuer for Certificates {
                     from = self.origin,
                     workload = %id,
                     error = %Quoted::chain(*error),
+                    hint = error.hint().as_deref(),
                     "the certificate has expired: every HBONE connection of its workload fails until it is renewed"
                 );
             }
@@ -179,6 +180,7 @@ fn report_failure(workload: Option<&SpiffeId>, error: &HboneError) {
     tracing::error!(
         workload = workload.map(tracing::field::display),
         error = %Quoted::chain(error),
+        hint = error.hint().as_deref(),
         "cannot get a certificate or the trust bundle: the current one, if any, stays in use"
     );
 }
@@ -198,12 +200,13 @@ pub(crate) fn warn_if_unreadable(settings: &Settings) {
         if matches!(&settings.identity, Some(IdentitySettings::LocalCa(_))) {
             tracing::warn!(
                 %file,
-                "the proxy's user cannot read this file: a changed CA takes effect at the next start; certificates are renewed"
+                "the proxy's user cannot read this file: certificates are renewed, but a changed CA takes effect at the next start"
             );
         } else {
             tracing::warn!(
                 %file,
-                "the proxy's user cannot read this file and will miss its renewal: change its owner"
+                hint = "give the file to the proxy's user",
+                "the proxy's user cannot read this file: a renewed certificate takes effect at the next start"
             );
         }
     }

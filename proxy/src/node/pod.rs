@@ -113,7 +113,7 @@ impl Pod {
     /// Whether connections go out of the pod that are not the workload's own: those of virtual
     /// machines and containers, and those that an ingress gateway sends from its clients'
     /// addresses.
-    pub(crate) fn sends_for_others(&self) -> bool {
+    pub(crate) fn accepts_foreign_sources(&self) -> bool {
         let settings = self.interception.borrow();
         settings.ingress || !settings.virtual_interfaces.is_empty()
     }

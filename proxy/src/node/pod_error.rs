@@ -1,10 +1,12 @@
 //! Why a pod cannot be served.
 
+use std::borrow::Cow;
+
 use thiserror::Error;
+use underpass_config::Hint;
 use underpass_hbone::HboneError;
 use underpass_interception::{Difference, InterceptionError};
 
-use crate::error::chain;
 use crate::rules::self_test::SelfTestError;
 
 /// Why a pod cannot be served. It concerns this pod alone.
@@ -12,20 +14,20 @@ use crate::rules::self_test::SelfTestError;
 pub(crate) enum PodError {
     #[error(transparent)]
     Interception(#[from] InterceptionError),
-    #[error("there is no certificate to begin with (identity, trust)")]
+    #[error("cannot obtain the first certificate")]
     Identity(#[source] HboneError),
     #[error(
-        "interception.dns: capture leads DNS queries to port {port}, but `underpass run` has no DNS proxy yet: they would \
-         be refused. Set interception.dns: off; `underpass rules install` can lead them to a DNS proxy of your own"
+        "interception.dns: capture redirects DNS queries to port {port}, where `underpass run` has no DNS proxy yet"
     )]
     NoDnsProxy { port: u16 },
-    #[error("{}{}", chain(error), listed(suspects))]
+    #[error("the self-test of the rules failed")]
     SelfTest {
+        #[source]
         error: SelfTestError,
         /// Possible causes.
         suspects: Vec<String>,
     },
-    #[error("the installed rules are not those of the settings: {0}")]
+    #[error("the installed rules differ from those of the settings: {0}")]
     Changed(Difference),
 }
 
@@ -36,7 +38,42 @@ impl PodError {
     }
 }
 
-fn listed(suspects: &[String]) -> String {
-    let suspects = suspects.iter().map(|suspect| format!("; found here: {suspect}"));
-    suspects.collect()
+impl Hint for PodError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let fixed = match self {
+            Self::Interception(error) => return error.hint(),
+            Self::Identity(error) => return error.hint(),
+            Self::SelfTest { error, suspects } => {
+                let hint = error.hint()?.into_owned();
+                let found = suspects.iter().map(|suspect| format!("; found here: {suspect}"));
+                return Some((hint + &found.collect::<String>()).into());
+            }
+            Self::NoDnsProxy { .. } => {
+                "set interception.dns: off; `underpass rules install` can redirect queries to another DNS proxy"
+            }
+            Self::Changed(_) => "install the rules with `underpass rules install`",
+        };
+        Some(fixed.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::chain;
+
+    #[test]
+    fn hint_of_failed_self_test_lists_suspects() {
+        let destination = ([192, 0, 2, 1], 80).into();
+        let source = std::io::ErrorKind::ConnectionRefused.into();
+        let error = SelfTestError::NotCaught { destination, source };
+        let error = PodError::SelfTest { error, suspects: vec!["a rule".to_owned()] };
+        let hint = error.hint().unwrap_or_default();
+        assert!(hint.contains("rules verify") && hint.ends_with("; found here: a rule"), "{hint}");
+        assert_eq!(
+            chain(&error),
+            "the self-test of the rules failed: the rules did not capture a test connection to 192.0.2.1:80: \
+             connection refused"
+        );
+    }
 }

@@ -24,7 +24,7 @@ use crate::limits::{Descriptors, FdPermit};
 /// The stock is closed after this time without a connection, and begins with two connections within
 /// it.
 const IDLE: Duration = Duration::from_secs(1);
-/// The first batch.
+/// The size of the first batch.
 const SMALLEST: usize = 4;
 /// The largest batch, and so the most that a pod has of one kind.
 const LARGEST: usize = 64;
@@ -63,7 +63,7 @@ struct Stock {
     /// Whether a task refills it.
     kept: bool,
     /// Whether the task has been notified to refill.
-    asked: bool,
+    refill_requested: bool,
     /// Whether a socket was taken since that task looked.
     taken: bool,
     /// When a connection last found the stock empty.
@@ -177,12 +177,12 @@ impl SharedStock {
         let mut stock = self.stock();
         let ready = stock.ready.pop_front();
         stock.taken = true;
-        if stock.kept && !stock.asked && stock.ready.len() <= stock.batch / 2 {
-            stock.asked = true;
+        if stock.kept && !stock.refill_requested && stock.ready.len() <= stock.batch / 2 {
+            stock.refill_requested = true;
             self.low.notify_one();
         }
         let Some((socket, _held)) = ready else {
-            return Found::Nothing { keep: largest >= SMALLEST && stock.miss() };
+            return Found::Nothing { keep: largest >= SMALLEST && stock.record_miss() };
         };
         Found::Ready(socket)
     }
@@ -196,7 +196,7 @@ impl SharedStock {
 
 impl Stock {
     /// Whether to begin a stock, since connections come in quick succession.
-    fn miss(&mut self) -> bool {
+    fn record_miss(&mut self) -> bool {
         if self.kept {
             return false;
         }
@@ -258,7 +258,7 @@ impl Refiller {
             count => access.open_sockets(sockets, self.kind, count).await,
         };
         let mut stock = shared.stock();
-        stock.asked = false;
+        stock.refill_requested = false;
         match opened {
             Ok(opened) => stock.ready.extend(opened.into_iter().zip(held)),
             // The connection that opens a socket for itself reports it.
@@ -282,7 +282,7 @@ mod tests {
 
     use tokio::time::sleep;
     use underpass_interception::{
-        Entered, InterceptionError, Performing, PrivilegedOperations, Reply, Request,
+        Entered, InterceptionError, PrivilegedOperations, Reply, ReplyFuture, Request,
     };
 
     use super::*;
@@ -295,7 +295,7 @@ mod tests {
     }
 
     impl PrivilegedOperations for Counting {
-        fn perform(&self, request: Request) -> Performing {
+        fn perform(&self, request: Request) -> ReplyFuture {
             let Request::OpenSockets { sockets, kind, count } = request else {
                 let error = InterceptionError::UnexpectedReply(format!("{request:?}"));
                 return Box::pin(async { Err(error) });

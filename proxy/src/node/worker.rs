@@ -12,7 +12,7 @@ use futures_util::stream::{FuturesOrdered, StreamExt as _};
 use tokio::sync::mpsc;
 
 use crate::decide::connection_registry::Terminated;
-use crate::decide::policy::Change;
+use crate::decide::policy::MeshChange;
 use crate::decide::snapshot::Snapshot;
 use crate::decide::subject::Decision;
 use crate::error::ProxyError;
@@ -143,7 +143,7 @@ impl Worker {
         let seats: Vec<_> = self.seats().values().filter_map(Weak::upgrade).collect();
         let mut terminated = Terminated::default();
         for seat in seats {
-            let mut change = Change::new(old, new, seat.context());
+            let mut change = MeshChange::new(old, new, seat.context());
             let check = |decision: &Decision| {
                 let checked = change.check(decision);
                 checked.map_err(|reason| ProxyError::NoLongerAllowed(Box::new(reason)))
@@ -157,7 +157,7 @@ impl Worker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::Demand;
+    use crate::limits::AdmissionKind;
     use crate::node::testing::{node, pod};
     use crate::traffic::accepted::Accepted;
 
@@ -209,7 +209,7 @@ mod tests {
             let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (stream, client) = listener.accept().unwrap();
             let accepted = Accepted::testing(Kind::Plaintext, stream, client);
-            let mut ticket = pod.limits.admit(Demand::Plaintext, client.ip(), None).unwrap();
+            let mut ticket = pod.limits.admit(AdmissionKind::Plaintext, client.ip(), None).unwrap();
             ticket.move_to(1).unwrap();
             let registration = pod.connections.of(1).register(Decision::default());
             Assignment { pod: pod.clone(), accepted, registration, ticket }

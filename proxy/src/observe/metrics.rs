@@ -105,7 +105,7 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
     );
     describe_counter!(REFUSED, "Connections and streams refused, by the exceeded limit.");
     describe_gauge!(HANDSHAKES, "TLS handshakes with clients in progress.");
-    describe_counter!(HANDSHAKES_WAITED, "TLS handshakes that had to wait for their turn.");
+    describe_counter!(HANDSHAKES_WAITED, "TLS handshakes that were queued.");
     describe_counter!(HANDSHAKES_REFUSED, "TLS handshakes refused, by the exceeded limit.");
     describe_counter!(
         HANDSHAKES_FAILED,
@@ -227,8 +227,8 @@ pub(crate) fn handshake_waits() {
 }
 
 /// Counts a handshake as under way for as long as the value lives.
-pub(crate) fn handshake_under_way() -> Counted {
-    Counted::in_gauge(gauge!(HANDSHAKES))
+pub(crate) fn handshake_in_progress() -> GaugeGuard {
+    GaugeGuard::increment(gauge!(HANDSHAKES))
 }
 
 /// Counts a buffer or pipe that a busy connection did not get. `short` is the resource that was
@@ -299,27 +299,27 @@ pub(crate) fn tunnel_closed(reason: &'static str) {
 }
 
 /// Counts a tunnel as open for as long as the value lives.
-pub(crate) fn tunnel_open(direction: &'static str) -> Counted {
-    Counted::in_gauge(gauge!(TUNNELS, "direction" => direction))
+pub(crate) fn tunnel_open(direction: &'static str) -> GaugeGuard {
+    GaugeGuard::increment(gauge!(TUNNELS, "direction" => direction))
 }
 
 /// Adds one to a gauge until it is dropped.
-pub(crate) struct Counted(Gauge);
+pub(crate) struct GaugeGuard(Gauge);
 
-impl Counted {
-    fn in_gauge(gauge: Gauge) -> Self {
+impl GaugeGuard {
+    fn increment(gauge: Gauge) -> Self {
         gauge.increment(1);
         Self(gauge)
     }
 }
 
-impl std::fmt::Debug for Counted {
+impl std::fmt::Debug for GaugeGuard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Counted")
+        f.write_str("GaugeGuard")
     }
 }
 
-impl Drop for Counted {
+impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.decrement(1);
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tokio::time::Instant;
-use underpass_config::{Quoted, Service};
+use underpass_config::{Hint, Quoted, Service};
 use underpass_hbone::{LogLimit, TraceParent};
 
 use crate::error::{Fault, ProxyError, ResponseFlags};
@@ -154,6 +154,7 @@ impl Drop for ConnectionRecord {
 fn log(facts: &Facts, accepted: Instant, [sent, received]: [u64; 2], error: Option<&ProxyError>) {
     let Facts { direction, source, destination, service, hbone, trace } = facts;
     let reason = error.map(ProxyError::reason);
+    let hint = error.and_then(Hint::hint);
     let error = error.map(|error| Quoted::chain(error));
     let error = error.as_ref().map(Quoted::as_str);
     let (src, src_claimed) = (source.proven_names(), source.claimed_names());
@@ -193,6 +194,7 @@ fn log(facts: &Facts, accepted: Instant, [sent, received]: [u64; 2], error: Opti
                 duration = format!("{}ms", accepted.elapsed().as_millis()),
                 reason = reason.map(|reason| reason.code),
                 error,
+                hint = hint.as_deref(),
                 $message
             )
         };

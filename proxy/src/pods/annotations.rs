@@ -39,7 +39,7 @@ const INCLUSIONS: &[(&str, &str)] = &[
     ("traffic.sidecar.istio.io/includeInboundPorts", "inbound.include_ports"),
 ];
 
-/// The reason why a pod is left alone: its traffic is none of ours.
+/// The reason why a pod is not enrolled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NotEnrolled {
     /// Its namespace is one of `node.exempt_namespaces`.

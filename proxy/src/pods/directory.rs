@@ -13,7 +13,9 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use tokio::time::{MissedTickBehavior, interval};
-use underpass_config::{ConfigErrors, FileWatcher, PodDocument, PodFile, PodFolder, PodUid};
+use underpass_config::{
+    ConfigErrors, FileWatcher, Hint as _, PodDocument, PodFile, PodFolder, PodUid,
+};
 use underpass_interception::{InterceptionError, Namespace, NamespaceId};
 
 use crate::error::chain;
@@ -42,7 +44,7 @@ pub(crate) struct DirectorySource {
 #[derive(Debug)]
 struct KnownFile {
     fingerprint: u64,
-    /// What the file described when it had no mistake last.
+    /// The pod of the last version of the file without mistakes.
     pod: Option<KnownPod>,
 }
 
@@ -207,7 +209,7 @@ impl KnownPod {
         }
         let (pod, uid, hint) = (self.facts.full_name(), &self.uid, error.hint());
         let netns = self.netns.display();
-        tracing::error!(pod, %uid, %netns, error = text, hint, "cannot add the pod");
+        tracing::error!(pod, %uid, %netns, error = text, hint = hint.as_deref(), "cannot add the pod");
         registry.fail(self.facts.clone(), error);
         self.added = None;
         self.error = Some(text);

@@ -1,11 +1,12 @@
-//! What enrolling a pod means: the trait that performs it, its outcome and its errors.
+//! The enrolment of a pod: the trait that performs it, its outcome and its errors.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use thiserror::Error;
-use underpass_config::PodUid;
+use underpass_config::{Hint, PodUid};
 use underpass_interception::{InterceptionError, Namespace};
 
 use crate::node::pod_error::PodError;
@@ -35,7 +36,7 @@ pub(crate) trait EnrolledPod: fmt::Debug + Send {
     /// Verifies its listeners and rules.
     fn check(&self) -> Operation<Result<(), EnrolError>>;
 
-    /// What is wrong with it while it is served.
+    /// The problem of the pod while it is served.
     fn trouble(&self) -> Option<Trouble>;
 
     /// Drains its connections, and leaves its rules as `interception.on_exit` says. Nothing holds
@@ -51,7 +52,7 @@ pub(crate) enum Enrolled {
     LeftAlone(NotEnrolled),
 }
 
-/// What is wrong with a pod that is served.
+/// The problem of a pod that is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Trouble {
     /// Another program changes the rules; they are being repaired.
@@ -76,7 +77,7 @@ impl fmt::Display for Trouble {
 /// Why a pod is not served.
 #[derive(Debug, Clone, Error)]
 pub(crate) enum EnrolError {
-    #[error("the source's facts cannot be used")]
+    #[error("the data about the pod is invalid")]
     Facts(#[from] FactsError),
     #[error("its network namespace is that of the pod {0}")]
     NamespaceInUse(PodUid),
@@ -116,25 +117,28 @@ impl EnrolError {
             | Self::Stopping => false,
         }
     }
+}
 
-    /// What the operator can do.
-    pub(crate) fn hint(&self) -> &'static str {
-        match self {
+impl Hint for EnrolError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let fixed = match self {
+            Self::Pod(error) => return error.hint(),
             Self::Facts(_) => "correct the pod's labels, annotations or file",
             Self::NamespaceInUse(_) => {
                 "remove the other pod first: two pods of one namespace cannot be told apart"
             }
-            Self::Namespace(_) => {
-                "underpass tries again; a network namespace is named by an absolute path without links, such as /run/netns/NAME"
+            Self::Namespace(error) => {
+                return error.hint().or(Some(
+                    "name the network namespace by an absolute path without links, such as /run/netns/NAME".into(),
+                ));
             }
-            Self::ForeignNamespace(_) => {
-                "a foreign namespace would give its processes the identity of the pod: correct the namespace or the addresses"
-            }
-            Self::Pod(_) | Self::Pending => "underpass tries again",
+            Self::ForeignNamespace(_) => "correct the namespace or the addresses of the pod",
+            Self::Pending => return None,
             Self::Removed | Self::Unknown => "add the pod again",
             Self::Stopping => "add the pod once the daemon runs again",
-            Self::Panicked => "this is a defect of underpass: please report it",
-        }
+            Self::Panicked => "report this defect of underpass",
+        };
+        Some(fixed.into())
     }
 }
 

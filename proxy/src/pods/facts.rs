@@ -1,4 +1,4 @@
-//! What a source says about one pod.
+//! The data that a source reports about one pod.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

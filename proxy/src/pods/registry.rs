@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
-use underpass_config::{PodUid, Quoted};
+use underpass_config::{Hint as _, PodUid, Quoted};
 use underpass_interception::{Namespace, NamespaceId};
 
 use crate::observe::metrics;
@@ -42,8 +42,8 @@ pub(crate) struct Enrolment(oneshot::Receiver<Result<(), EnrolError>>);
 pub(crate) struct Removal(Vec<oneshot::Receiver<()>>);
 
 impl Enrolment {
-    /// The outcome of the first attempt that ends from now on: the pod is served, or is exempt. After
-    /// an error that is retryable the registry tries again.
+    /// The outcome of the first attempt that ends from now on: the pod is served, or is exempt.
+    /// After an error that is retryable the registry tries again.
     pub(crate) async fn first_outcome(self) -> Result<(), EnrolError> {
         self.0.await.unwrap_or(Err(EnrolError::Stopping))
     }
@@ -79,8 +79,8 @@ impl PodRegistry {
 
     /// Adds a pod, and enrols it in the background, with retries while it fails.
     ///
-    /// A known uid in its namespace gets the new facts; a known uid in another namespace is replaced;
-    /// another uid in the namespace of a known pod is refused.
+    /// A known uid in its namespace gets the new facts; a known uid in another namespace is
+    /// replaced; another uid in the namespace of a known pod is refused.
     pub(crate) fn add(&self, facts: PodFacts, namespace: Namespace) -> Enrolment {
         let (answer, outcome) = oneshot::channel();
         self.change(|pods| pods.add(Instant::now(), Arc::new(facts), namespace, answer));
@@ -268,7 +268,7 @@ impl RegistryTask {
         if let Some(error) = error {
             let hint = error.hint();
             let error = Quoted::chain(&error);
-            tracing::error!(pod, %uid, %error, hint, ?retry_in, "cannot enrol the pod");
+            tracing::error!(pod, %uid, %error, hint = hint.as_deref(), ?retry_in, "cannot enrol the pod");
         }
     }
 

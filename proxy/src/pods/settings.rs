@@ -5,7 +5,7 @@ use underpass_config::{Settings, SpiffeId, WorkloadSettings};
 use crate::pods::annotations::{self, NotEnrolled};
 use crate::pods::facts::{FactsError, PodFacts};
 
-/// What a node does with a pod.
+/// Whether and how a node enrols a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum PodSettings {
     /// The pod is enrolled with these settings.

@@ -10,6 +10,7 @@ mod connection;
 mod messages;
 pub(crate) mod session;
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::io;
 use std::path::PathBuf;
@@ -17,7 +18,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 use tokio::time::sleep;
-use underpass_config::Quoted;
+use underpass_config::{Hint, Quoted};
 use underpass_interception::SeqPacket;
 
 use crate::pods::backoff::Backoff;
@@ -41,24 +42,24 @@ enum ZdsError {
     #[error("cannot connect to {}", socket.display())]
     Connect { socket: PathBuf, source: io::Error },
     #[error("the process that listens at {} runs as user {uid}, which is not trusted", socket.display())]
-    Stranger { socket: PathBuf, uid: u32 },
+    UntrustedUser { socket: PathBuf, uid: u32 },
     #[error(transparent)]
     Connection(#[from] ConnectionError),
 }
 
-impl ZdsError {
-    /// The likely remedy.
-    fn hint(&self) -> &'static str {
-        match self {
+impl Hint for ZdsError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let fixed = match self {
             Self::Connect { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 "run underpass as the user that owns the socket, which is root for istio-cni"
             }
             Self::Connect { .. } => {
                 "check that the node agent (istio-cni) runs, and that node.pods.zds is its socket"
             }
-            Self::Stranger { .. } => "remove the file: only root may pass pods to this node",
-            Self::Connection(error) => error.hint(),
-        }
+            Self::UntrustedUser { .. } => "remove the file: only root may pass pods to this node",
+            Self::Connection(error) => return error.hint(),
+        };
+        Some(fixed.into())
     }
 }
 
@@ -86,7 +87,7 @@ impl ZdsSource {
             let retry_in = backoff.next();
             let hint = error.hint();
             let error = Quoted::chain(&error);
-            tracing::warn!(%error, hint, ?retry_in, "no connection to the node agent");
+            tracing::warn!(%error, hint = hint.as_deref(), ?retry_in, "no connection to the node agent");
             sleep(retry_in).await;
         }
     }
@@ -97,7 +98,7 @@ impl ZdsSource {
         let connection = SeqPacket::connect(&self.socket).map_err(failed)?;
         let peer = connection.peer().map_err(failed)?;
         if !peer.is_trusted() {
-            return Err(ZdsError::Stranger { socket: socket(), uid: peer.uid });
+            return Err(ZdsError::UntrustedUser { socket: socket(), uid: peer.uid });
         }
         tracing::info!(socket = %self.socket.display(), "connected to the node agent");
         Ok(connection)

@@ -1,5 +1,7 @@
 //! Why a command failed, and its exit code.
 
+mod hint;
+
 use std::io;
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -31,53 +33,43 @@ pub(crate) enum CommandError {
     #[error(transparent)]
     Pod(#[from] PodError),
     /// The process cannot go on without this task.
-    #[error(
-        "an internal error ends the proxy; the rules stay and connections are refused until it runs again"
-    )]
+    #[error("an internal error ends the proxy")]
     Task(#[source] TaskFailure),
     #[error("cannot take over")]
     TakeOver(#[from] TakeOverError),
     #[error(transparent)]
     Instance(#[from] InstanceError),
-    #[error(
-        "the rules are those of a proxy that runs ({0}), which would put them back: stop it, or replace them all the same \
-         with `--force`"
-    )]
+    #[error("a running proxy ({0}) would restore its rules")]
     KeptByProxy(Box<Running>),
-    #[error(
-        "interception.profile is none: there are no rules to manage; choose ambient, sidecar or osm (`--profile`)"
-    )]
+    #[error("interception.profile is none: there are no rules to manage")]
     NoRules,
     #[error("node.pods is set: these are the settings of `underpass node`, not of `underpass run`")]
     SettingsOfNode,
-    #[error("node.pods is not set: `underpass node` needs a source of pods, zds, cni or directory")]
+    #[error("node.pods is not set, which is the source of pods of `underpass node`")]
     NoPodSource,
     #[error(transparent)]
     PodSource(#[from] SourceEnd),
     /// Exit code 3: the rules differ. The difference is already printed.
-    #[error("the rules that are installed are not those of these settings")]
+    #[error("the installed rules differ from those of the settings")]
     Difference,
     /// Exit code 3: other rules bypass the installed ones.
-    #[error("the rules are installed, but traffic passes them by: {0}")]
+    #[error("the rules are installed, but other rules bypass them: {0}")]
     Bypassed(String),
     #[error(transparent)]
     Hbone(#[from] HboneError),
     #[error(transparent)]
     Demo(#[from] DemoError),
-    #[error("the process could not be set up")]
+    #[error("cannot set up the process")]
     Start(#[source] io::Error),
-    #[error(
-        "a thread cannot be started: is a limit of processes too low (`ulimit -u`, pids.max of the cgroup, TasksMax of the \
-         service)?"
-    )]
+    #[error("cannot start a thread")]
     Thread(#[source] io::Error),
     #[error("cannot listen on {address}")]
     Listen { address: SocketAddr, source: io::Error },
-    #[error("metrics could not be set up")]
+    #[error("cannot set up the metrics")]
     Metrics(#[source] BuildError),
-    #[error("there is no command {0:?}: `underpass --help` lists them")]
+    #[error("there is no command {0:?}")]
     NoSuchCommand(String),
-    #[error("the result could not be written")]
+    #[error("cannot write the result")]
     Output(#[source] io::Error),
 }
 

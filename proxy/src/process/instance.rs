@@ -16,6 +16,7 @@
 //!
 //! Not here: hot restart, which has a socket of its own (`take_over/control_socket.rs`).
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
@@ -28,7 +29,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use underpass_config::{InterceptionSettings, Profile, Settings};
+use underpass_config::{Hint, InterceptionSettings, Profile, Settings};
 use underpass_interception::Peer;
 
 use crate::admin::endpoints::Readiness;
@@ -70,13 +71,10 @@ pub(crate) struct Running {
 /// Why the running proxy could not be queried.
 #[derive(Debug, Error)]
 pub(crate) enum InstanceError {
-    #[error(
-        "another underpass runs in this network namespace ({0}): stop it, or start with the same profile and ports and \
-         `--take-over`"
-    )]
+    #[error("another underpass runs in this network namespace ({0})")]
     Other(Box<Running>),
     #[error(
-        "the proxy of this network namespace does not answer within {} s: is it stopped or overloaded?",
+        "the proxy of this network namespace did not answer within {} s",
         DEADLINE.as_secs()
     )]
     Silent,
@@ -84,6 +82,18 @@ pub(crate) enum InstanceError {
     Unknown,
     #[error("cannot query the proxy of this network namespace")]
     Socket(#[source] io::Error),
+}
+
+impl Hint for InstanceError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let fixed = match self {
+            Self::Other(_) => "stop it, or start with the same profile and ports and `--take-over`",
+            Self::Silent => "check whether it is stopped or overloaded",
+            Self::Unknown => "use the command of the same version as the proxy",
+            Self::Socket(_) => return None,
+        };
+        Some(fixed.into())
+    }
 }
 
 impl fmt::Display for Running {

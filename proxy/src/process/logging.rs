@@ -56,6 +56,7 @@ pub(crate) fn filter(settings: &Logging) -> Result<Targets, ConfigErrors> {
             key: "logging.filter".to_owned(),
             value: Some(text.to_owned()),
             reason: format!("must be like info or info,access=off: {error}"),
+            hint: None,
             origin: None,
         }],
         more: 0,

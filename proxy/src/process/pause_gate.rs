@@ -32,8 +32,8 @@ impl PauseGate {
         self.pass_until(work, std::future::ready(())).await
     }
 
-    /// Like [`PauseGate::pass`] for work with effects after its cancellation: closing also waits for
-    /// `end`.
+    /// Like [`PauseGate::pass`] for work with effects after its cancellation: closing also waits
+    /// for `end`.
     pub(crate) async fn pass_until<T>(
         &self,
         work: impl Future<Output = T>,

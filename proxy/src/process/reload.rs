@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Mutex, watch};
-use underpass_config::{FileWatch, FileWatcher, InterceptionSettings, Settings, Sources};
+use underpass_config::{
+    FileWatch, FileWatcher, Hint as _, InterceptionSettings, Settings, Sources,
+};
 
 use crate::process::command_error::CommandError;
 use crate::process::supervise::{Task, restarting};
@@ -110,6 +112,7 @@ impl Reload {
             Ok(settings) => Some(settings),
             Err(errors) => {
                 tracing::error!(
+                    hint = errors.hint().as_deref(),
                     "cannot reload the settings, the last valid ones stay in effect: {errors}"
                 );
                 None

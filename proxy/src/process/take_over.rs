@@ -17,13 +17,14 @@ mod client;
 mod control_socket;
 mod server;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use thiserror::Error;
-use underpass_config::{InboundMode, Settings};
+use underpass_config::{Hint, InboundMode, Settings};
 use underpass_interception::{InterceptionError, Namespace};
 
 pub(crate) use client::{HandedOver, TakeoverClient};
@@ -58,27 +59,45 @@ pub(crate) enum TakeOverError {
     #[error("cannot communicate with the running process at {} (take_over.socket)", socket.display())]
     Io { socket: PathBuf, source: io::Error },
     #[error(
-        "the listener at {} (take_over.socket) belongs to user {uid}, which is not trusted: remove the file",
+        "the listener at {} (take_over.socket) belongs to the untrusted user {uid}",
         socket.display()
     )]
-    Stranger { socket: PathBuf, uid: u32 },
+    UntrustedUser { socket: PathBuf, uid: u32 },
     #[error("cannot read the network namespace of this process from /proc")]
     Namespace(#[source] io::Error),
     #[error("the running process refused the take-over: {0}")]
     Refused(String),
     #[error(
-        "the running process did not answer \"{asked}\" within {} s: it may be stopped or overloaded",
+        "the running process did not answer \"{request}\" within {} s",
         ANSWER_TIMEOUT.as_secs()
     )]
-    NoAnswer { asked: &'static str },
-    #[error(
-        "the running process closed the connection instead of answering \"{asked}\": its timeout passed, or it exited"
-    )]
-    Left { asked: &'static str },
-    #[error("the running process answered \"{said}\" to \"{asked}\": is it another version?")]
-    Misunderstood { asked: &'static str, said: String },
+    NoAnswer { request: &'static str },
+    #[error("the running process closed the connection instead of answering \"{request}\"")]
+    Closed { request: &'static str },
+    #[error("the running process answered \"{answer}\" to \"{request}\"")]
+    UnexpectedAnswer { request: &'static str, answer: String },
     #[error("cannot listen for a take-over at {} (take_over.socket)", socket.display())]
     Listen { socket: PathBuf, source: io::Error },
+}
+
+impl Hint for TakeOverError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let fixed = match self {
+            Self::UntrustedUser { .. } => "remove the file",
+            Self::Refused(_) => {
+                "start with the profile, ports and user of the running process, or stop it first"
+            }
+            Self::NoAnswer { .. } | Self::Closed { .. } => {
+                "check whether the running process is stopped or overloaded, and read its log"
+            }
+            Self::UnexpectedAnswer { .. } => {
+                "stop the running process first if it has another version"
+            }
+            Self::Listen { .. } => "correct take_over.socket",
+            Self::Io { .. } | Self::Namespace(_) => return None,
+        };
+        Some(fixed.into())
+    }
 }
 
 /// The properties that both processes must share, so that the rules and listeners of the running
@@ -104,10 +123,10 @@ impl Role {
         })
     }
 
-    /// Why a process of this role refuses a take-over by one with the role `said`.
-    fn refusal(&self, said: &str) -> Option<String> {
-        (said != self.to_string()).then(|| {
-            format!("the role differs: the running process is \"{self}\", the new one \"{said}\"")
+    /// Why a process of this role refuses a take-over by one with the role `other`.
+    fn refusal(&self, other: &str) -> Option<String> {
+        (other != self.to_string()).then(|| {
+            format!("the role differs: the running process is \"{self}\", the new one \"{other}\"")
         })
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use underpass_config::{Dns, InterceptionSettings, OnExit, Profile, Settings};
+use underpass_config::{Dns, Hint as _, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
     ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, Kept, NamespaceAccess, Ports,
     ProbeSockets, ProxyUser, ReturnPathProbe, RulePlan, Sockets, ipv6_available,
@@ -55,7 +55,11 @@ async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), P
         Ok(difference) => difference,
         Err(error) if repair => return Err(error.into()),
         Err(error) => {
-            tracing::info!(error = chain(&error), "cannot verify the rules that stay installed");
+            tracing::info!(
+                error = chain(&error),
+                hint = error.hint().as_deref(),
+                "cannot verify the rules that stay installed"
+            );
             return Ok(());
         }
     };

@@ -28,8 +28,9 @@ pub(crate) fn warn(probes: &KubeletProbes) {
     };
     tracing::warn!(
         ports,
-        "connections from {KUBELET_PROBE_V4} and {KUBELET_PROBE_V6} to these ports are exempt from mTLS and \
-         policies (interception.kubelet_probes): use it only where a node agent reserves that source address"
+        hint =
+            "use interception.kubelet_probes only where a node agent reserves that source address",
+        "connections from {KUBELET_PROBE_V4} and {KUBELET_PROBE_V6} to these ports are exempt from mTLS and policies"
     );
 }
 
@@ -37,7 +38,7 @@ pub(crate) fn warn(probes: &KubeletProbes) {
 pub(crate) async fn watch(rules: Option<&Interception>) {
     let Some(interception) = rules else { return };
     metrics::kubelet_probes(0);
-    let mut increase = Increase::default();
+    let mut increase = CounterIncrease::default();
     let mut interval = interval(INTERVAL);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -71,11 +72,11 @@ fn exempted(counters: &[RuleCounter]) -> u64 {
 /// The increase of a kernel counter between readings. The first reading is the base, since an
 /// earlier process may have counted; a replaced rule counts from zero.
 #[derive(Debug, Default)]
-struct Increase {
+struct CounterIncrease {
     last: Option<u64>,
 }
 
-impl Increase {
+impl CounterIncrease {
     fn to(&mut self, now: u64) -> u64 {
         match self.last.replace(now) {
             None => 0,
@@ -91,7 +92,7 @@ mod tests {
 
     #[test]
     fn counts_increases_and_restarts_at_replaced_rule() {
-        let mut increase = Increase::default();
+        let mut increase = CounterIncrease::default();
         let increases: Vec<u64> = [7, 7, 9, 2, 3].map(|now| increase.to(now)).into();
         assert_eq!(increases, [0, 0, 2, 2, 1]);
     }

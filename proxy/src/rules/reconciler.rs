@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
-use underpass_config::InterceptionSettings;
+use underpass_config::{Hint as _, InterceptionSettings};
 use underpass_interception::{
     Changes, Difference, Interception, InterceptionError, NamespaceAccess,
 };
@@ -31,7 +31,7 @@ const WINDOW: Duration = Duration::from_secs(10);
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 const LONGEST_PAUSE: Duration = Duration::from_millis(400);
 /// A fight ends when the rules have been intact for this long.
-const CALM: Duration = Duration::from_secs(2);
+const INTACT_TIME: Duration = Duration::from_secs(2);
 /// The pause before the next attempt after a failure.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -190,7 +190,7 @@ impl RuleReconciler {
         Ok(Some(Event::Repaired { difference, took: began.elapsed(), fight: true }))
     }
 
-    /// The rules are intact. Ends a fight after [`CALM`].
+    /// The rules are intact. Ends a fight after [`INTACT_TIME`].
     async fn accept_intact(&mut self) -> Result<Option<Event>, InterceptionError> {
         let now = Instant::now();
         if let Some(calm) = self.repairs.calm_at().filter(|calm| *calm > now) {
@@ -208,9 +208,10 @@ impl RuleReconciler {
     async fn block(&mut self) {
         self.blocked = true;
         if let Err(error) = self.interception.block().await {
-            let error = crate::error::chain(&error);
+            let (error, hint) = (crate::error::chain(&error), error.hint());
             tracing::error!(
                 error,
+                hint = hint.as_deref(),
                 "cannot install the blackhole: traffic may leave in plaintext until the rules are repaired"
             );
         }
@@ -264,7 +265,7 @@ impl Repairs {
     /// When the fight ends if the rules stay intact; `None` outside of a fight.
     fn calm_at(&self) -> Option<Instant> {
         let last = self.times.back().filter(|_| !self.pause.is_zero());
-        last.map(|last| *last + CALM)
+        last.map(|last| *last + INTACT_TIME)
     }
 
     /// Whether there is a fight that is not yet reported; marks it as reported.
@@ -322,8 +323,8 @@ mod tests {
         }
         assert!(repairs.report_fight());
         assert!(!repairs.report_fight(), "a fight is reported once");
-        assert_eq!(repairs.calm_at(), Some(start + CALM));
+        assert_eq!(repairs.calm_at(), Some(start + INTACT_TIME));
         repairs.end_fight();
-        assert_eq!(repairs.add(start + CALM), Duration::ZERO);
+        assert_eq!(repairs.add(start + INTACT_TIME), Duration::ZERO);
     }
 }

@@ -10,6 +10,8 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use underpass_interception::{Changes, ForeignRule, InterceptionError, NamespaceAccess};
 
+use underpass_config::Hint as _;
+
 use crate::error::chain;
 use crate::process::pause_gate::PauseGate;
 use crate::rules::capture::{Capture, Probes};
@@ -17,7 +19,7 @@ use crate::rules::health::RulesHealth;
 use crate::rules::self_test::{SelfTest, SelfTestError};
 
 /// A series of changes has ended when there was none for this long.
-const QUIET: Duration = Duration::from_millis(300);
+const SETTLE_TIME: Duration = Duration::from_millis(300);
 /// The maximum wait for the end of a series of changes.
 const LONGEST_WAIT: Duration = Duration::from_secs(3);
 /// The pause before the next test while the rules are not intact, or after a test that failed.
@@ -53,7 +55,7 @@ impl Retest {
                 tracing::debug!(%error, "the kernel does not report changes");
                 sleep(RETRY).await;
             }
-            until_quiet(&mut changes).await;
+            until_settled(&mut changes).await;
             again = match self.gate.pass(self.test()).await {
                 Some(passed) => !passed,
                 None => true,
@@ -71,9 +73,9 @@ impl Retest {
         let outcome = self.capture.test(&self.self_test, &self.probes, DEADLINE).await;
         let passed = match outcome {
             // For example no file descriptors: not a problem of the rules.
-            Err(error) if error.is_ours() => {
-                let error = chain(&error);
-                tracing::debug!(error, "cannot repeat the self-test");
+            Err(error) if error.could_not_run() => {
+                let (error, hint) = (chain(&error), error.hint());
+                tracing::debug!(error, hint = hint.as_deref(), "cannot repeat the self-test");
                 return false;
             }
             Err(_) if self.health.are_lost() => return false,
@@ -96,9 +98,10 @@ impl Retest {
             return;
         }
         let suspects = self.capture.suspects().await.join("; ");
-        let error = chain(error);
+        let (error, hint) = (chain(error), error.hint());
         tracing::error!(
             error,
+            hint = hint.as_deref(),
             suspects,
             "the self-test of the rules failed: traffic may not be caught"
         );
@@ -127,9 +130,10 @@ impl Retest {
 pub(crate) async fn subscribe(access: &NamespaceAccess) -> Option<Changes> {
     let changes = Changes::of_all_programs(access).await;
     let warn = |error: &InterceptionError| {
-        let error = chain(error);
+        let (error, hint) = (chain(error), error.hint());
         tracing::warn!(
             error,
+            hint = hint.as_deref(),
             "cannot watch the rules of other programs: the self-test is not repeated"
         );
     };
@@ -137,8 +141,8 @@ pub(crate) async fn subscribe(access: &NamespaceAccess) -> Option<Changes> {
 }
 
 /// Waits for the end of a series of changes, at most for [`LONGEST_WAIT`].
-async fn until_quiet(changes: &mut Changes) {
+async fn until_settled(changes: &mut Changes) {
     let deadline = Instant::now() + LONGEST_WAIT;
-    let no_change = async { while let Ok(Ok(())) = timeout(QUIET, changes.next()).await {} };
+    let no_change = async { while let Ok(Ok(())) = timeout(SETTLE_TIME, changes.next()).await {} };
     let _still_changing = timeout_at(deadline, no_change).await;
 }

@@ -3,6 +3,7 @@
 //! Test connections take the path of the workload's traffic. They must arrive at the proxy's
 //! listeners with their original destination, and answers to imitated clients must return.
 
+use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,6 +12,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+use underpass_config::Hint;
 use underpass_interception::{
     InterceptionError, PolicyRoute, Probe, ReturnPathProbe, end_on_close, is_out_of_files,
 };
@@ -21,30 +23,21 @@ use crate::traffic::listeners::Kind;
 /// Why the test failed.
 #[derive(Debug, Error)]
 pub(crate) enum SelfTestError {
-    #[error(
-        "the rules do not work: a test connection to {destination} could not be made, so it was not caught; does \
-         another program's netfilter rule come before ours, or were ours removed? `underpass rules verify` and \
-         `underpass rules explain --from app --to {destination}` tell"
-    )]
+    #[error("the rules did not capture a test connection to {destination}")]
     NotCaught { destination: SocketAddr, source: std::io::Error },
     #[error(
-        "the rules do not work: a test connection to {destination} did not come back within {} s; does another \
-         program's netfilter rule come before ours, or were ours removed? `underpass rules verify` tells",
+        "a test connection to {destination} did not arrive at the proxy within {} s",
         deadline.as_secs()
     )]
     NotArrived { destination: SocketAddr, deadline: Duration },
     #[error(
-        "inbound connections would hang: what the workload answers to a client leaves for the network instead of coming \
-         back to the proxy, as a test connection from {client} to {destination} did for {} s. `ip {} rule` must lead what \
-         is marked {:#x} to table {} (local default dev lo) before any other rule does; is that one missing, or another \
-         program's first? `underpass rules verify` tells",
-        deadline.as_secs(), if client.is_ipv6() { "-6" } else { "-4" }, route.mark.value, route.table
+        "inbound connections would hang: the answer to a test connection from {client} to {destination} did not return to \
+         the proxy within {} s",
+        deadline.as_secs()
     )]
     NotReturned { client: IpAddr, destination: SocketAddr, route: PolicyRoute, deadline: Duration },
     #[error(
-        "inbound connections would fail: a test connection to the workload from a client's address, {client}, to \
-         {destination} could not be made; does another program's netfilter rule refuse or rewrite it? \
-         `underpass rules verify` tells"
+        "inbound connections would fail: a test connection from the client address {client} to {destination} failed"
     )]
     NotImitated { client: IpAddr, destination: SocketAddr, source: std::io::Error },
     #[error("cannot open the sockets of the self-test")]
@@ -58,7 +51,7 @@ impl SelfTestError {
     }
 
     /// Whether the test could not run, so that nothing is known about the rules.
-    pub(crate) fn is_ours(&self) -> bool {
+    pub(crate) fn could_not_run(&self) -> bool {
         match self {
             Self::Prepare(_) => true,
             Self::NotCaught { source, .. } | Self::NotImitated { source, .. } => {
@@ -69,16 +62,38 @@ impl SelfTestError {
     }
 }
 
+impl Hint for SelfTestError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        const VERIFY: &str = "check with `underpass rules verify` whether the rules were removed, or whether another program's \
+                              netfilter rules act first";
+        let hint = match self {
+            Self::NotCaught { destination, .. } => {
+                format!("{VERIFY} (`underpass rules explain --from app --to {destination}`)")
+            }
+            Self::NotReturned { client, route, .. } => format!(
+                "check with `underpass rules verify` and `ip {} rule` that the rule for mark {:#x} and table {} (local default \
+                 dev lo) exists and precedes those of other programs",
+                if client.is_ipv6() { "-6" } else { "-4" },
+                route.mark.value,
+                route.table
+            ),
+            Self::NotArrived { .. } | Self::NotImitated { .. } => VERIFY.to_owned(),
+            Self::Prepare(_) => return None,
+        };
+        Some(hint.into())
+    }
+}
+
 /// Shared by the test and the workers, which pass the test's connections to it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct SelfTest {
     /// Checked for every connection: cheaper than the lock while no test runs.
     running: Arc<AtomicBool>,
-    expected: Arc<Mutex<Option<Expected>>>,
+    expected: Arc<Mutex<Option<ExpectedConnection>>>,
 }
 
 #[derive(Debug)]
-struct Expected {
+struct ExpectedConnection {
     destination: SocketAddr,
     arrived: mpsc::UnboundedSender<()>,
 }
@@ -90,7 +105,7 @@ impl SelfTest {
             return false;
         }
         let expected = self.expected.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(Expected { destination, arrived }) = expected.as_ref() else {
+        let Some(ExpectedConnection { destination, arrived }) = expected.as_ref() else {
             return false;
         };
         let claimed = accepted.destination.address() == *destination;
@@ -130,7 +145,7 @@ impl SelfTest {
     async fn one(&self, probe: Probe, deadline: Duration) -> Result<bool, SelfTestError> {
         let destination = probe.destination;
         let (arrived, mut arrivals) = mpsc::unbounded_channel();
-        self.expect(Some(Expected { destination, arrived }));
+        self.expect(Some(ExpectedConnection { destination, arrived }));
         let test = async {
             let connected = probe.connect().await;
             if !connected.map_err(|source| SelfTestError::NotCaught { destination, source })? {
@@ -143,7 +158,7 @@ impl SelfTest {
         timeout(deadline, test).await.unwrap_or(Err(late))
     }
 
-    fn expect(&self, expected: Option<Expected>) {
+    fn expect(&self, expected: Option<ExpectedConnection>) {
         *self.expected.lock().unwrap_or_else(PoisonError::into_inner) = expected;
     }
 }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use underpass_interception::Changes;
 
+use underpass_config::Hint as _;
+
 use crate::error::chain;
 use crate::node::pod_error::PodError;
 use crate::observe::metrics;
@@ -71,7 +73,8 @@ impl RuleWatch {
         let Subscriptions { reconciler, changes } = match subscribed {
             Ok(subscribed) => subscribed,
             Err(error) => {
-                return tracing::error!(error = chain(&error), "cannot watch the rules");
+                let (error, hint) = (chain(&error), error.hint());
+                return tracing::error!(error, hint = hint.as_deref(), "cannot watch the rules");
             }
         };
         let probes = kubelet_probes::watch(self.capture.exempting_probes());
@@ -149,8 +152,13 @@ fn report(event: &Event) {
             );
         }
         Event::Failed { error, pause } => {
-            let error = chain(error);
-            tracing::error!(error, ?pause, "cannot watch or repair the rules: retrying");
+            let (error, hint) = (chain(error), error.hint());
+            tracing::error!(
+                error,
+                hint = hint.as_deref(),
+                ?pause,
+                "cannot watch or repair the rules: retrying"
+            );
         }
     }
 }

@@ -12,7 +12,7 @@ use underpass_interception::{BoundListener, Listener, reset_on_close};
 
 use crate::decide::subject::Decision;
 use crate::error::ProxyError;
-use crate::limits::{Demand, Limits, Rate, Refusal, Shortage};
+use crate::limits::{AdmissionKind, Limits, Rate, Refusal, Shortage};
 use crate::node::assignment::Assignment;
 use crate::node::pod::Pod;
 use crate::node::worker::Worker;
@@ -112,11 +112,11 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
-fn demand(kind: Kind) -> Demand {
+fn demand(kind: Kind) -> AdmissionKind {
     match kind {
-        Kind::Outbound => Demand::Outbound,
-        Kind::Plaintext => Demand::Plaintext,
-        Kind::Hbone => Demand::Tunnel,
+        Kind::Outbound => AdmissionKind::Outbound,
+        Kind::Plaintext => AdmissionKind::Plaintext,
+        Kind::Hbone => AdmissionKind::Tunnel,
     }
 }
 

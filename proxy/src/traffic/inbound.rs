@@ -226,7 +226,7 @@ async fn handshake(
     let turn = timeout_at(deadline, ticket.handshake(metrics::handshake_waits)).await;
     let (limit, error) = match turn {
         Ok(Some(_under_way)) => {
-            let _counted = metrics::handshake_under_way();
+            let _counted = metrics::handshake_in_progress();
             let pacing = seat.pod.sockets.settings().undecided_pacing(&stream);
             let began = Instant::now();
             // Boxed: the future of a handshake is several times larger than that of a tunnel.

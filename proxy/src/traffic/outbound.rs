@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
-use underpass_config::{NetworkMode, Quoted, SpiffeId};
+use underpass_config::{Hint as _, NetworkMode, Quoted, SpiffeId};
 use underpass_hbone::{
     ConnectRequest, Connector, HboneError, TraceParent, TunnelKey, TunnelStream,
 };
@@ -268,6 +268,7 @@ impl OutboundConnect<'_> {
         metrics::endpoint_ejected();
         tracing::warn!(
             endpoint = %endpoint.uid, port = endpoint.port, error = %Quoted::chain(error),
+            hint = error.hint().as_deref(),
             "endpoint ejected for {} s", ejection.as_secs_f32()
         );
         seat.pod.endpoints.eject(endpoint.clone(), ejection);

@@ -36,7 +36,7 @@ impl Accepted {
         let client = self.client;
         match seat.is_local(client.ip()) {
             Ok(true) => Ok(Source::Own(client.ip())),
-            _ if seat.pod.sends_for_others() => Ok(Source::Other),
+            _ if seat.pod.accepts_foreign_sources() => Ok(Source::Other),
             Ok(false) => Err(ProxyError::ForeignSource(client)),
             Err(source) => Err(ProxyError::SourceUnknown { client, source }),
         }

@@ -25,24 +25,24 @@ use underpass_tests::{
 };
 
 use Action::{Close, Fin, Reset};
-use Outcome::{Broken, Gone, Over, Refused, Works};
+use Outcome::{Aborted, Closed, HalfClosed, ResetAfterFin, ResetOnSend};
 use Stage::{Fresh, OtherEnded, SelfEnded, Streaming};
 
 /// Actions of one side and what the other side must see. Each row applies to client and server, on
 /// each path.
 #[rustfmt::skip]
 const TABLE: [(Stage, Action, Outcome); 11] = [
-    (Fresh,      Fin,   Works),
-    (Fresh,      Close, Gone),
-    (Fresh,      Reset, Broken),
-    (Streaming,  Fin,   Works),
-    (Streaming,  Close, Gone),
-    (Streaming,  Reset, Broken),
-    (OtherEnded, Fin,   Over),
-    (OtherEnded, Close, Over),
-    (OtherEnded, Reset, Broken),
-    (SelfEnded,  Close, Refused),
-    (SelfEnded,  Reset, Broken),
+    (Fresh,      Fin,   HalfClosed),
+    (Fresh,      Close, ResetAfterFin),
+    (Fresh,      Reset, Aborted),
+    (Streaming,  Fin,   HalfClosed),
+    (Streaming,  Close, ResetAfterFin),
+    (Streaming,  Reset, Aborted),
+    (OtherEnded, Fin,   Closed),
+    (OtherEnded, Close, Closed),
+    (OtherEnded, Reset, Aborted),
+    (SelfEnded,  Close, ResetOnSend),
+    (SelfEnded,  Reset, Aborted),
 ];
 
 /// The state of the connection at the time of the action.
@@ -68,19 +68,19 @@ enum Action {
     Reset,
 }
 
-/// The result on the other side.
+/// How the connection ends on the other side.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Outcome {
-    /// All data and FIN; it can still send everything.
-    Works,
-    /// All data and FIN; sending more gives RST.
-    Gone,
-    /// All data and FIN, then nothing: both sides have ended.
-    Over,
-    /// Sending more gives RST.
-    Refused,
-    /// RST without sending.
-    Broken,
+    /// It receives all data and FIN, and can still send.
+    HalfClosed,
+    /// It receives all data and FIN, and RST once it sends more.
+    ResetAfterFin,
+    /// It receives all data and FIN after it has sent its own FIN.
+    Closed,
+    /// It receives RST once it sends more.
+    ResetOnSend,
+    /// It receives RST without sending.
+    Aborted,
 }
 
 /// More bytes than all buffers between the applications hold while one does not read.
@@ -206,20 +206,23 @@ async fn run(
         if stage == Streaming || (stage == OtherEnded && action != Reset) { BULK_BYTES } else { 0 };
     let mut one = act(one, action, sent, stage, &mut other).await;
     match outcome {
-        Works => {
+        HalfClosed => {
             let one = one.as_mut().expect("it still reads");
             let (sending, received) =
                 tokio::join!(send(&mut other, BULK_BYTES, true), received_slowly(one));
             sending.expect("it may send");
             assert_eq!(received, (BULK_BYTES, End::Fin));
         }
-        Gone | Refused => {
+        ResetAfterFin | ResetOnSend => {
             let refused = within("a RST", send_until_error(&mut other)).await;
             assert!(is_reset(&refused), "{refused}");
         }
-        Over => assert!(other.take_error().expect("asked").is_none(), "nothing comes after FIN"),
-        Broken if stage == SelfEnded => await_socket_error(&other).await,
-        Broken => {}
+        Closed => assert!(
+            other.take_error().expect("the socket's error can be read").is_none(),
+            "nothing comes after FIN"
+        ),
+        Aborted if stage == SelfEnded => await_socket_error(&other).await,
+        Aborted => {}
     }
 }
 

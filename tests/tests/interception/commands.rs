@@ -80,7 +80,9 @@ async fn verify(profile: Profile) {
     let [line] = missing[..] else { unreachable!("not exactly one line is missing:\n{out}") };
     assert!(line.contains(&format!("\"{rule}\"")), "{line}");
     assert_eq!(out.lines().filter(|line| line.starts_with('+')).count(), 0, "{out}");
-    assert_eq!(err, "underpass: the rules that are installed are not those of these settings\n");
+    let expected = "error: the installed rules differ from those of the settings\n\
+                    hint: install the rules with `underpass rules install`\n";
+    assert_eq!(err, expected);
 
     let (out, _) = pod.rules("verify -o json", &settings).await.exited(3);
     let found = json(&out);
@@ -200,7 +202,7 @@ async fn leftovers() {
     .await
     .ok();
     let printed = pod.rules("install", &AMBIENT.rules()).await;
-    assert!(printed.err.contains("underpass: "), "{}{}", printed.out, printed.err);
+    assert!(printed.err.contains("warning: "), "{}{}", printed.out, printed.err);
     let told = json(&pod.rules("install -o json", &AMBIENT.rules()).await.ok());
     assert!(told["leftovers"].as_array().is_some_and(|all| !all.is_empty()), "{told}");
     assert_eq!(pod.underpass(&["rules", "remove"]).await.ok(), "removed\n");

@@ -67,9 +67,9 @@ async fn through_the_tunnel(profile: Profile, family: Family) {
 /// plaintext at their configured addresses only.
 async fn own_services(profile: Profile, family: Family) {
     let scene = Scene::new().await;
-    let allow = "[[[{principals: [{exact: cluster.local/ns/default/sa/nobody}]}]]]";
+    let allow = "[[[{principals: [{exact: cluster.local/ns/default/sa/absent}]}]]]";
     let mesh = Mesh::default().hbone(&scene.client).hbone(&scene.server);
-    scene.set_mesh(&mesh.policy("only-nobody", "Allow", allow));
+    scene.set_mesh(&mesh.policy("only-absent", "Allow", allow));
     let settings = profile.of(scene.server_settings()).set("proxy.mtls=strict");
     let moved =
         settings.clone().set("metrics.address=[::]:9415").set("readiness.address=[::]:9416");

@@ -4,7 +4,7 @@
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use underpass::spawn::SpawnError;
-use underpass_tests::{Pod, Scene, Settings, Suite, tool, until};
+use underpass_tests::{Pod, Scene, Settings, Suite, error_of, tool, until};
 
 use crate::{AMBIENT, SIDECAR};
 
@@ -49,8 +49,7 @@ async fn refused(pod: &Pod, script: &str, settings: &Settings) -> String {
     match pod.try_proxy_through(script, settings).await {
         Err(SpawnError::Ended { status, log }) => {
             assert_eq!(status.code(), Some(1), "{log}");
-            let mut lines = log.lines();
-            lines.find(|line| line.starts_with("underpass: ")).expect("an error").to_owned()
+            error_of(&log)
         }
         other => unreachable!("the proxy did not exit: {other:?}"),
     }

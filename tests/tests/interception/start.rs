@@ -4,7 +4,7 @@
 use std::io::ErrorKind;
 
 use underpass::spawn::SpawnError;
-use underpass_tests::{APP, Family, Scene, Settings, Suite, exchange, read_to_end, tool};
+use underpass_tests::{APP, Family, Scene, Settings, Suite, error_of, exchange, read_to_end, tool};
 
 use crate::{PROFILES, Profile, SIDECAR, plain};
 
@@ -89,10 +89,7 @@ async fn start_behind(rule: &str) -> String {
         Err(SpawnError::Ended { status, log }) => {
             assert_eq!(status.code(), Some(1), "{log}");
             assert!(!log.contains(" ready"), "{log}");
-            let errors: Vec<_> =
-                log.lines().filter(|line| line.starts_with("underpass: ")).collect();
-            let [error] = errors[..] else { unreachable!("not one error:\n{log}") };
-            error.to_owned()
+            error_of(&log)
         }
         other => unreachable!("the proxy did not exit: {other:?}"),
     }
@@ -101,7 +98,7 @@ async fn start_behind(rule: &str) -> String {
 async fn dropped_before() {
     let error = start_behind("tcp dport 1404 drop").await;
     for part in
-        ["the rules do not work", "a test connection to ", ":1404 did not come back", "verify"]
+        ["self-test", "a test connection to ", ":1404 did not arrive", "hint: check", "verify"]
     {
         assert!(error.contains(part), "{part:?} is not in {error}");
     }
@@ -110,7 +107,7 @@ async fn dropped_before() {
 async fn refused_before() {
     let error = start_behind("tcp dport 1404 reject with tcp reset").await;
     for part in
-        ["the rules do not work", "a test connection to ", ":1404 could not be made", "explain"]
+        ["self-test", "did not capture a test connection to ", ":1404", "hint: check", "explain"]
     {
         assert!(error.contains(part), "{part:?} is not in {error}");
     }
@@ -152,10 +149,10 @@ async fn broken_return_path(of: fn(Settings) -> Settings, command: &str, table: 
             unreachable!("the proxy did not exit: {started:?}")
         };
         assert_eq!(status.code(), Some(1), "{log}");
-        let error = log.lines().find(|line| line.starts_with("underpass: ")).unwrap_or_default();
+        let error = error_of(&log);
         let rule = format!("`ip {ip} rule`");
-        let to = format!("to table {table}");
-        for part in ["would hang", client, " for 5 s", &rule, &to, "verify"] {
+        let to = format!("table {table}");
+        for part in ["would hang", client, " within 5 s", &rule, &to, "verify"] {
             assert!(error.contains(part), "{part:?} is not in {error}");
         }
         scene.server.underpass(&["rules", "remove"]).await.ok();

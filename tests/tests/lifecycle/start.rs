@@ -58,10 +58,11 @@ async fn taken_ports() {
         let _taken = scene.client.listen(port);
         let (code, log) = fails(&scene.client, &scene.client_settings()).await;
         assert_eq!(code, Some(1), "{log}");
-        let [error] = errors(&log)[..] else { unreachable!("not one line:\n{log}") };
-        for part in ["underpass: cannot listen on", &port.to_string(), setting, "another process"] {
-            assert!(error.contains(part), "{part:?} is not in {error}");
-        }
+        let [error, hint] = errors(&log)[..] else { unreachable!("not two lines:\n{log}") };
+        assert!(error.starts_with("error: cannot listen on"), "{error}");
+        assert!(error.contains(&port.to_string()), "{error}");
+        assert!(hint.starts_with("hint: stop the other process"), "{hint}");
+        assert!(hint.contains(setting), "{hint}");
     }
 }
 
@@ -80,8 +81,9 @@ async fn without_threads() {
         // The rules stay (interception.on_exit).
         let SpawnError::Ended { status, log } = error else { unreachable!("{error}") };
         assert_eq!(status.code(), Some(1), "{log}");
-        let [error] = errors(&log)[..] else { unreachable!("not one line:\n{log}") };
-        assert!(error.starts_with("underpass: a thread cannot be started"), "{error}");
+        let [error, hint] = errors(&log)[..] else { unreachable!("not two lines:\n{log}") };
+        assert!(error.starts_with("error: cannot start a thread"), "{error}");
+        assert!(hint.contains("ulimit -u"), "{hint}");
     }
 }
 
@@ -133,7 +135,8 @@ async fn bad_certificate() {
         let settings = Settings::new(CLIENT).identity(&files).mesh(&scene.mesh);
         let (code, log) = fails(&scene.client, &settings).await;
         assert_eq!(code, Some(1), "{log}");
-        let [error] = errors(&log)[..] else { unreachable!("not one line:\n{log}") };
+        let [error, hint] = errors(&log)[..] else { unreachable!("not two lines:\n{log}") };
+        assert!(hint.starts_with("hint: "), "{hint}");
         assert!(error.contains(file) && error.contains(reason), "{file} {reason}: {error}");
     }
 }
@@ -147,11 +150,9 @@ async fn without_net_admin() {
     let started = scene.client.try_proxy_through(script, &scene.client_settings()).await;
     let (code, log) = ended(&scene.client, started.err()).await;
     assert_eq!(code, Some(1), "{log}");
-    let [error] = errors(&log)[..] else { unreachable!("not one line:\n{log}") };
-    assert!(
-        error.contains("NET_ADMIN is missing") && error.contains("--cap-add NET_ADMIN"),
-        "{error}"
-    );
+    let [error, hint] = errors(&log)[..] else { unreachable!("not two lines:\n{log}") };
+    assert!(error.contains("NET_ADMIN is missing"), "{error}");
+    assert!(hint.contains("--cap-add NET_ADMIN"), "{hint}");
 }
 
 async fn without_ipv6() {

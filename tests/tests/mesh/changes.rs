@@ -48,7 +48,11 @@ async fn other_protocol() {
     change(&scene, &usual(&scene), &mut [&mut client, &mut server]).await;
     assert_eq!(read_to_end(&mut one).await.1, End::Reset);
     client
-        .line(&["connection failed", "reason=\"no_longer_allowed\"", "HBONE is spoken there"])
+        .line(&[
+            "connection failed",
+            "reason=\"no_longer_allowed\"",
+            "its protocol in the mesh is HBONE",
+        ])
         .await;
     let mut wire = scene.server.capture();
     let (mut one, mut other, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
@@ -80,8 +84,12 @@ async fn bad_document() {
         server.more_than(before, &["keeping the last good one", told]).await;
         scene.echoed().await;
     }
-    change(&scene, &usual(&scene).policy("nobody", "Allow", "[]"), &mut [&mut client, &mut server])
-        .await;
+    change(
+        &scene,
+        &usual(&scene).policy("deny-all", "Allow", "[]"),
+        &mut [&mut client, &mut server],
+    )
+    .await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
 }
 
@@ -121,7 +129,7 @@ async fn folder() {
     let mut server = scene.server.proxy(&settings).await;
     let _app = Server::echo(&scene.server, APP);
     scene.echoed().await;
-    version("..2", &Mesh::default().policy("nobody", "Allow", "[]").text());
+    version("..2", &Mesh::default().policy("deny-all", "Allow", "[]").text());
     server.line(&["the change is in force", "generation=2"]).await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
     server.line(&["connection failed", "policy_denied"]).await;

@@ -52,7 +52,7 @@ async fn allowed(family: Family) {
 
 async fn denied(family: Family) {
     let (scene, _client, mut server) =
-        proxies(|scene| deny_client(scene).policy("everybody", "Allow", ANY_PEER)).await;
+        proxies(|scene| deny_client(scene).policy("allow-all", "Allow", ANY_PEER)).await;
     let app = scene.server.listen(APP);
     scene.client.dial_and_see_reset(scene.app(family)).await;
     assert!(!app.is_reached(), "the application was reached");

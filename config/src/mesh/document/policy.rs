@@ -6,6 +6,7 @@
 use ipnet::IpNet;
 
 use crate::cidr;
+use crate::error::Reason;
 use crate::mesh::names::Names;
 use crate::mesh::policy::{
     Condition, Match, Policy, PolicyAction, PolicyScope, Rules, StringMatch, Values,
@@ -24,7 +25,7 @@ const SCOPES: &[(&str, PolicyScope)] = &[
 const ACTIONS: &[(&str, PolicyAction)] =
     &[("Allow", PolicyAction::Allow), ("Deny", PolicyAction::Deny)];
 
-const UNTYPED: &str = "must name one kind of match: !Exact TEXT, !Prefix TEXT, !Suffix TEXT or !Presence [], \
+const EXPECTED_MATCH: &str = "must name one kind of match: !Exact TEXT, !Prefix TEXT, !Suffix TEXT or !Presence [], \
                        or exact: TEXT, prefix: TEXT, suffix: TEXT or presence: true";
 
 type Read = fn(Cursor<'_>) -> Values;
@@ -105,7 +106,8 @@ fn one_match(item: Cursor<'_>) -> Option<Match> {
     item.only(&keys);
     for (key, value) in entries {
         if value.value == Value::Null {
-            item.key(key).problem("has no values: leave it out, or give some");
+            let hint = "leave the key out, or give it values";
+            item.key(key).problem(Reason::with_hint("has no values", hint));
         }
     }
     let conditions = FIELDS.iter().flat_map(|(key, opposite, read)| {
@@ -119,8 +121,8 @@ fn string_match(item: Cursor<'_>) -> Option<StringMatch> {
     if let Some(tag) = item.tag() {
         return tagged(item, tag);
     }
-    let [(kind, _)] = entries(item, UNTYPED)? else {
-        item.problem(UNTYPED);
+    let [(kind, _)] = entries(item, EXPECTED_MATCH)? else {
+        item.problem(EXPECTED_MATCH);
         return None;
     };
     item.only(&["exact", "prefix", "suffix", "presence"]);

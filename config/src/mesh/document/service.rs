@@ -3,6 +3,7 @@
 use super::gateway::{gateway, ports};
 use super::shared::Shared;
 use crate::cidr::canonical;
+use crate::error::Reason;
 use crate::identity::spiffe::SpiffeId;
 use crate::mesh::names::{Name, NetworkCidr};
 use crate::mesh::{
@@ -67,7 +68,8 @@ fn hostname(given: Cursor<'_>, shared: &mut Shared) -> Option<Name> {
 /// (`services`), and the two could contradict.
 fn refuse_endpoints(section: Cursor<'_>) {
     if !section.entries().is_empty() {
-        section.problem("not supported here: name the service in `services` of each workload");
+        let hint = "name the service in `services` of each workload";
+        section.problem(Reason::with_hint("not supported here", hint));
     }
 }
 

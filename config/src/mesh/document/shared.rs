@@ -6,6 +6,7 @@ use crate::identity::spiffe::{SpiffeError, SpiffeId, TrustDomain};
 use crate::mesh::names::{Interned, Map, Name, Names, Set};
 use crate::mesh::{Gateway, Locality, PortMap};
 
+/// The values that several items of the mesh share, each allocated once.
 #[derive(Debug, Default)]
 pub(in crate::mesh) struct Shared {
     pub(super) names: Names,

@@ -50,14 +50,11 @@ impl Meaning {
 pub(super) fn unknown(name: &str, value: &str) -> Problem {
     let variables: Vec<String> = keys().map(variable).collect();
     let known: Vec<&str> = variables.iter().map(String::as_str).collect();
-    let reason = match closest(name, &known) {
-        Some(near) => format!("no such setting, ignored; did you mean {near}?"),
-        None => "no such setting, ignored".to_owned(),
-    };
     Problem {
         key: String::new(),
         value: Some(value.to_owned()),
-        reason,
+        reason: "no such setting, ignored".to_owned(),
+        hint: closest(name, &known).map(|near| format!("did you mean {near}?")),
         origin: Some(Origin::Environment(name.to_owned())),
     }
 }

@@ -68,7 +68,7 @@ fn refuse_contradictions(document: Document<'_>, overrides: &[MtlsOverride]) {
     for (index, one) in overrides.iter().enumerate() {
         let mut before = overrides.iter().take(index);
         if let Some(other) = before.find(|other| other.is_of_same(one)) {
-            let reason = format!("{other} and {one} contradict each other: keep one");
+            let reason = format!("{other} and {one} contradict each other");
             MTLS_OVERRIDES.problem(document, &reason);
         }
     }

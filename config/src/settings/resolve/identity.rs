@@ -6,6 +6,7 @@ use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::error::Reason;
 use crate::identity::spiffe::{SpiffeError, TrustDomain};
 use crate::settings::declare::{
     DURATION, Declared, Document, FLAG, Fallback, Files, Kind, PATH, Setting, TEXT, Written,
@@ -20,7 +21,7 @@ use crate::yaml::read::Cursor;
 /// As in Istio. Renewal is at half of it, so that an outage of the CA overnight is harmless.
 const DEFAULT_TTL: Duration = Duration::from_secs(24 * 3600);
 /// X.509 and Istio's CA protocol express validity in whole seconds (RFC 5280 section 4.1.2.5).
-const SHORTEST_TTL: Duration = Duration::from_secs(1);
+const MIN_TTL: Duration = Duration::from_secs(1);
 
 settings! {
     /// PEM: the leaf, then the chain below the root
@@ -124,14 +125,15 @@ pub(super) fn identity(document: Document<'_>) -> Option<IdentitySettings> {
         }
         several => {
             let names: Vec<_> = several.iter().map(|(name, ..)| *name).collect();
-            section.problem(format!("has more than one source ({}): keep one", names.join("; ")));
+            let reason = format!("has more than one source ({})", names.join("; "));
+            section.problem(Reason::with_hint(reason, "keep one"));
             None
         }
     }
 }
 
 fn identity_files(document: Document<'_>) -> Option<IdentitySettings> {
-    refuse_ttl(document, "the certificate is issued by someone else");
+    refuse_ttl(document, "the certificate is issued elsewhere");
     let needed = |setting: &Setting<PathBuf>| {
         setting.needed(document, "is needed: certificate, key and roots go together")
     };
@@ -245,7 +247,7 @@ fn ciphers(cursor: Cursor<'_>, _: Files<'_>) -> Option<Vec<Cipher>> {
 
 fn ttl(cursor: Cursor<'_>, _: Files<'_>) -> Option<Duration> {
     let ttl = cursor.duration()?;
-    if ttl < SHORTEST_TTL {
+    if ttl < MIN_TTL {
         cursor.problem("must be 1s or longer");
     }
     Some(ttl)

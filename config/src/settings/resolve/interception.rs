@@ -336,11 +336,11 @@ fn interface(text: &str) -> Result<String, String> {
 }
 
 fn uid(text: &str) -> Result<u32, String> {
-    id(text).ok_or_else(|| "must be a number; `id -u NAME` tells it".to_owned())
+    id(text).ok_or_else(|| "must be a number, as `id -u NAME` prints it".to_owned())
 }
 
 fn gid(text: &str) -> Result<u32, String> {
-    id(text).ok_or_else(|| "must be a number; `getent group NAME` tells it".to_owned())
+    id(text).ok_or_else(|| "must be a number, as `getent group NAME` prints it".to_owned())
 }
 
 fn id(text: &str) -> Option<u32> {

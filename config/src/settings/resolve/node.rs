@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::error::Reason;
 use crate::settings::declare::{
     Declared, Document, Fallback, Kind, PATH, TEXT, given_list, list, settings, word,
 };
@@ -10,12 +11,15 @@ use crate::settings::{
     PodSourceSettings, Profile, Settings,
 };
 
+/// The hint about an identity that all pods would share.
+const SHARED_IDENTITY: &str = "use istio_ca or local_ca";
+
 settings! {
     /// the name of this node in the log
     NAME: String = "node.name", NAME_OF_NODE,
         Fallback::Varies("none"), |s| s.node.name.clone();
-    /// `underpass node`: the Unix socket of the agent of istio-cni (or Cilium), which sends the pods
-    /// (ZDS) and installs their rules
+    /// `underpass node`: the Unix socket of the agent of istio-cni (or Cilium), which sends the
+    /// pods (ZDS) and installs their rules
     ZDS: PathBuf = "node.pods.zds", PATH, Fallback::Varies("none"), |s| pods_of(s, "zds");
     /// `underpass node`: the Unix socket for the CNI plugin `underpass cni`
     CNI: PathBuf = "node.pods.cni", PATH, Fallback::Varies("none"), |s| pods_of(s, "cni");
@@ -115,12 +119,14 @@ pub(super) fn refuse_settings_of_one_pod(document: Document<'_>) {
 pub(super) fn refuse_shared_identity(document: Document<'_>, identity: &IdentitySettings) {
     let section = document.root.key("identity");
     match identity {
-        IdentitySettings::Files(_) => section.problem(
-            "certificate, key and roots are of one identity, but each pod of node.pods has its own: use istio_ca or local_ca",
-        ),
-        IdentitySettings::Spire(_) => section.key("spire").problem(
-            "a SPIRE agent's Workload API gives no identities of other workloads, but each pod of node.pods has its own: use istio_ca or local_ca",
-        ),
+        IdentitySettings::Files(_) => section.problem(Reason::with_hint(
+            "certificate, key and roots are of one identity, but each pod of node.pods has its own",
+            SHARED_IDENTITY,
+        )),
+        IdentitySettings::Spire(_) => section.key("spire").problem(Reason::with_hint(
+            "a SPIRE agent issues no identities of other workloads, but each pod of node.pods has its own",
+            SHARED_IDENTITY,
+        )),
         IdentitySettings::IstioCa(ca) if !ca.impersonate => section.key("istio_ca").problem(
             "impersonate must be true with node.pods: the daemon asks in the name of its pods",
         ),

@@ -12,8 +12,9 @@ const MAX_DEPTH: usize = 32;
 /// small file from expanding to a huge tree.
 const MAX_ALIASED_NODES: usize = 100_000;
 /// Mappings with more keys are checked for duplicates by a hash set.
-const FEW_KEYS: usize = 16;
+const MAX_LINEARLY_SEARCHED_KEYS: usize = 16;
 
+/// Builds the tree of a document from the events of the YAML parser.
 pub(super) struct Loader<'a> {
     parser: Parser<'a, StrInput<'a>>,
     origin: &'a dyn Fn(usize, usize) -> Origin,
@@ -205,7 +206,7 @@ impl<'a> Loader<'a> {
 
 /// Returns true if the key is new. `many` contains the keys of a large mapping.
 fn is_new(key: &str, entries: &[(String, Node)], many: &mut HashSet<String>) -> bool {
-    if entries.len() < FEW_KEYS {
+    if entries.len() < MAX_LINEARLY_SEARCHED_KEYS {
         return !entries.iter().any(|(known, _)| known == key);
     }
     if many.is_empty() {

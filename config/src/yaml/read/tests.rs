@@ -21,7 +21,7 @@ fn mistakes_report_place_key_and_value() {
     assert_eq!(
         found,
         [
-            "f:4:17: a.outboundport: \"1\": no such key; did you mean outbound_port?",
+            "f:4:17: a.outboundport: \"1\": no such key",
             "f:2:9: a.port: \"99999\": must be a port, 1 to 65535",
             "f:3:13: a.list[1]: \"x\": must be a small number",
         ]

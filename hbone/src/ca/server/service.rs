@@ -32,6 +32,7 @@ const MAX_REQUEST: usize = 64 << 10;
 /// The validity if a request contains none.
 const DEFAULT_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Answers requests of Istio's CA protocol.
 #[derive(Debug)]
 pub(super) struct Service {
     dir: PathBuf,

@@ -155,7 +155,12 @@ async fn refuses_everything_else_with_reason() {
         (node, request(csr(&[]), 60), Code::InvalidArgument, "contains a SPIFFE identity"),
         (node, request(csr(&[CLIENT, SERVER]), 60), Code::InvalidArgument, "at most one URI"),
         (node, request(csr(&["https://x"]), 60), Code::InvalidArgument, "at most one URI"),
-        (node, request("no csr".to_owned(), 60), Code::InvalidArgument, "no PEM"),
+        (
+            node,
+            request("no csr".to_owned(), 60),
+            Code::InvalidArgument,
+            "not a certificate request in PEM",
+        ),
         (
             node,
             impersonating(csr(&[CLIENT]), text(SERVER)),

@@ -239,7 +239,7 @@ fn identity(
         .map_err(|problem| IssuerProblem::Answer(CredentialProblem::Svid(problem)))?;
     if got != *id {
         let got = Quoted::new(got);
-        return Err(IssuerProblem::WrongIdentity { asked: id.clone(), got });
+        return Err(IssuerProblem::WrongIdentity { requested: id.clone(), got });
     }
     let identity = Identity::new(issuer, chain, key, bundles).map_err(unusable)?;
     valid_now(issuer, identity).map_err(unusable)

@@ -86,7 +86,7 @@ fn strangers_converge_to_equal_use() {
 
 #[test]
 fn small_budget_is_used_to_the_last_unit() {
-    for limit in 1..=LEAST_SHARE {
+    for limit in 1..=MIN_SHARE {
         let whole = root(limit);
         assert_eq!(fill(&part(&whole, Sharing::Strangers)), (limit, Exhausted::Whole));
     }
@@ -122,7 +122,7 @@ fn share_is_given_back_when_dropped() {
     let whole = root(2);
     let share = Share::take(&whole, 2).unwrap();
     assert_eq!(Share::take(&whole, 1).err(), Some(Exhausted::Whole));
-    let beyond = Share::take_anyway(&whole, 1);
+    let beyond = Share::take_beyond_limit(&whole, 1);
     assert_eq!((whole.used(), whole.free()), (3, 0));
     drop((share, beyond));
     assert_eq!((whole.used(), whole.free()), (0, 2));

@@ -9,14 +9,14 @@ use tokio::task::{JoinHandle, yield_now};
 use super::super::budget::Sharing;
 use super::*;
 
-type Given = mpsc::UnboundedReceiver<(&'static str, Turn<u8>)>;
+type Granted = mpsc::UnboundedReceiver<(&'static str, QueuePermit<u8>)>;
 
 /// Queues requests in this order, and reports the order of their turns.
 async fn queue(
     queue: &Queue<u8>,
     budget: &Arc<Budget>,
     requests: &[(&'static str, u8)],
-) -> (Vec<JoinHandle<()>>, Given) {
+) -> (Vec<JoinHandle<()>>, Granted) {
     let (report, given) = mpsc::unbounded_channel();
     let mut tasks = Vec::new();
     for &(name, rank) in requests {

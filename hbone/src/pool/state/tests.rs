@@ -412,9 +412,9 @@ fn failure_expires() {
     pool.now += SECOND;
     pool.waits(Reuse::Allowed);
     let later = pool.fail();
-    pool.state.forget(&key(1), earlier);
+    pool.state.remove_expired_backoff(&key(1), earlier);
     assert_eq!(pool.state.entries(), 1, "another one followed");
-    pool.state.forget(&key(1), later);
+    pool.state.remove_expired_backoff(&key(1), later);
     assert_eq!(pool.state.entries(), 0);
     pool.now = later;
     pool.waits(Reuse::Allowed);

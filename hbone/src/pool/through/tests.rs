@@ -132,7 +132,7 @@ impl Servers {
             }
             _ => pending().await,
         };
-        let _nobody = self.copied.send(copied);
+        let _receiver_ended = self.copied.send(copied);
     }
 
     async fn serve<T>(self: Arc<Self>, acceptor: Acceptor, io: T, backend: usize)
@@ -142,7 +142,7 @@ impl Servers {
         let Ok(mut tunnel) = acceptor.accept(io, SECOND).await else { return };
         let resumed = tunnel.resumed();
         while let Some(incoming) = tunnel.next().await {
-            let _nobody = self.arrived.send(Arrived { incoming, backend, resumed });
+            let _receiver_ended = self.arrived.send(Arrived { incoming, backend, resumed });
         }
     }
 }

@@ -118,9 +118,9 @@ impl<C: Handshake, T> FinishedHandshake<C, T> {
 #[derive(Default)]
 struct Flights {
     incoming: Vec<u8>,
-    /// Length of the prefix of `incoming` that rustls has been shown.
+    /// Length of the prefix of `incoming` that was passed to rustls.
     passed: usize,
-    /// Offset in `incoming` of the first record that rustls has not been shown completely.
+    /// Offset in `incoming` of the first record that was not passed to rustls completely.
     next: usize,
     outgoing: Vec<u8>,
 }

@@ -12,7 +12,7 @@ use crate::tunnel::client::Tunnel;
 use crate::tunnel::settings::{ClientSettings, ServerSettings};
 use crate::tunnel::stream::{TunnelReader, TunnelStream};
 
-const FOREIGN: &str = "spiffe://other/anybody";
+const FOREIGN: &str = "spiffe://other/foreign";
 
 /// An open stream between a client and a server whose credentials can change.
 struct Open {

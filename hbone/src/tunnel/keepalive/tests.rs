@@ -9,7 +9,7 @@ use tokio::io::duplex;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::error::HboneError;
-use crate::testing::{Awkward, HOUR, Mesh, SECOND, Served, request};
+use crate::testing::{HOUR, Mesh, SECOND, Served, StepwiseIo, request};
 use crate::tunnel::settings::{ClientSettings, ServerSettings};
 use crate::tunnel::stream::TunnelStream;
 
@@ -24,7 +24,7 @@ async fn stream_with_stopped_side(
     Arc<std::sync::atomic::AtomicBool>,
 ) {
     let (near, far) = duplex(64 << 10);
-    let (near, far) = (Awkward::new(near, 64 << 10), Awkward::new(far, 64 << 10));
+    let (near, far) = (StepwiseIo::new(near, 64 << 10), StepwiseIo::new(far, 64 << 10));
     let stopped = if client_stops { near.stopped.clone() } else { far.stopped.clone() };
     let (mut client, mut server) = (ClientSettings::default(), ServerSettings::default());
     // The side that stops receiving must not time out first.

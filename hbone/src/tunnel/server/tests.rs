@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use super::*;
 use crate::testing::{
-    ADDRESS, Awkward, CLIENT, HOUR, Mesh, SECOND, SERVER, Served, authority, credentials, id,
+    ADDRESS, CLIENT, HOUR, Mesh, SECOND, SERVER, Served, StepwiseIo, authority, credentials, id,
     identity, request,
 };
 use crate::tunnel::client::ConnectRequest;
@@ -145,7 +145,7 @@ async fn drained_tunnel_finishes_streams_and_takes_no_new_ones() {
 #[tokio::test(start_paused = true)]
 async fn drained_tunnel_of_unresponsive_client_times_out() {
     let (near, far) = duplex(64 << 10);
-    let near = Awkward::new(near, 64 << 10);
+    let near = StepwiseIo::new(near, 64 << 10);
     let deaf = near.stopped.clone();
     let (_tunnel, mut server) = Mesh::new().tunnel_over(near, far).await;
     deaf.store(true, Ordering::Relaxed);
@@ -208,7 +208,7 @@ async fn pending_request_reports_cancellation_by_client() {
     assert!(matches!(incoming.closed().await, HboneError::Reset { .. }));
     let connecting = tokio::spawn(async move { tunnel.connect(request(), HOUR).await });
     let mut incoming = served.next().await;
-    served.kill().await;
+    served.abort().await;
     assert!(matches!(incoming.closed().await, HboneError::Lost { .. }));
     let answered = connecting.await.unwrap();
     assert!(matches!(answered, Err(HboneError::Lost { .. })), "{answered:?}");

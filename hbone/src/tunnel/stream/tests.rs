@@ -8,7 +8,7 @@ use http::HeaderMap;
 use tokio::io::duplex;
 
 use crate::error::HboneError;
-use crate::testing::{Awkward, Mesh, SECOND, SERVER, Served, request};
+use crate::testing::{Mesh, SECOND, SERVER, Served, StepwiseIo, request};
 use crate::tunnel::client::Tunnel;
 use crate::tunnel::settings::{ClientSettings, Http2Settings, ServerSettings};
 use crate::tunnel::stream::{TunnelReader, TunnelStream, TunnelWriter};
@@ -96,7 +96,8 @@ async fn bytes_arrive_unchanged_over_one_byte_transport() {
     let mesh = Mesh::new();
     // The minimum: h2 writes its preface and first SETTINGS before it reads.
     let (near, far) = duplex(256);
-    let (tunnel, server) = mesh.tunnel_over(Awkward::new(near, 1), Awkward::new(far, 1)).await;
+    let (tunnel, server) =
+        mesh.tunnel_over(StepwiseIo::new(near, 1), StepwiseIo::new(far, 1)).await;
     let mut served = Served::new(server);
     let (near, far) = tokio::join!(tunnel.connect(request(), SECOND), async {
         served.next().await.accept(HeaderMap::new())
@@ -176,7 +177,7 @@ async fn finished_writer_can_abort_the_other_direction() {
 async fn lost_connection_is_an_error_not_an_end() {
     let (near, far, tunnel, served) = Mesh::new().stream().await;
     let (mut reader, mut writer) = near.split();
-    served.kill().await;
+    served.abort().await;
     let (mut far_reader, mut far_writer) = far.split();
     for error in [
         reader.read().await.unwrap_err(),

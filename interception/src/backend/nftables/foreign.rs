@@ -26,6 +26,7 @@ pub(crate) struct ForeignChain {
     pub(crate) rules: Vec<ForeignChainRule>,
 }
 
+/// A rule in another program's chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ForeignChainRule {
     pub(crate) text: String,

@@ -36,14 +36,14 @@ pub(super) async fn installed_table(
         /// The number of attempts while another program changes the ruleset during the read.
         const ATTEMPTS: usize = 5;
         let mut generation = kernel.generation().await?;
-        let mut listing = read_if_there(kernel, table).await?;
+        let mut listing = read_if_present(kernel, table).await?;
         for _ in 1..ATTEMPTS {
             let now = kernel.generation().await?;
             if now == generation {
                 break;
             }
             generation = now;
-            listing = read_if_there(kernel, table).await?;
+            listing = read_if_present(kernel, table).await?;
         }
         Ok(listing)
     })
@@ -51,7 +51,7 @@ pub(super) async fn installed_table(
 }
 
 /// Reads the table. A table that is removed during the read counts as absent.
-async fn read_if_there(kernel: &Kernel, table: &str) -> nlink::Result<Option<Listing>> {
+async fn read_if_present(kernel: &Kernel, table: &str) -> nlink::Result<Option<Listing>> {
     match read(kernel, table).await {
         Err(error) if error.is_not_found() => Ok(None),
         listing => listing,

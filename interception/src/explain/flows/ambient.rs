@@ -5,50 +5,53 @@ use std::net::SocketAddr;
 use underpass_config::{InterceptionSettings, KubeletProbes};
 
 use super::{Draft, dns, hbone, inbound, localhost, outbound, udp};
-use crate::explain::scene::Scene;
+use crate::explain::network::ExampleNetwork;
 use crate::explain::{Explanation, Flow, Party};
 use crate::plan::Protocol;
 
-pub(super) fn flows<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
+pub(super) fn flows<'e>(
+    explanation: &'e Explanation<'e>,
+    network: ExampleNetwork<'e>,
+) -> Vec<Flow<'e>> {
     vec![
-        outbound(scene, "A1", "The app connects to another pod", scene.app())
+        outbound(network, "A1", "The app connects to another pod", network.app())
             .article("OUTPUT ▶ ISTIO_OUTPUT, the last rule ▶ 15001")
             .note("The proxy's own connection carries the mark 0x539, which the last rule excludes.")
             .flow(),
-        from_remote(explanation, scene),
-        hbone(explanation, scene, "A3")
+        from_remote(explanation, network),
+        hbone(explanation, network, "A3")
             .article("PREROUTING ▶ ISTIO_PRERT ▶ 15008")
             .note("Connections to 15008 are not redirected: the rule that captures excludes the port.")
-            .reply(scene, scene.app())
+            .reply(network, network.app())
             .flow(),
-        probe(explanation, scene),
-        metrics(explanation, scene),
-        own_address(scene),
-        localhost(scene, "A5'").flow(),
-        other_loopback(scene),
-        own_hbone(explanation, scene),
-        dns(explanation, scene, "A9", Protocol::Udp),
-        dns(explanation, scene, "A9'", Protocol::Tcp),
-        udp(explanation, scene, "UDP").flow(),
+        probe(explanation, network),
+        metrics(explanation, network),
+        own_address(network),
+        localhost(network, "A5'").flow(),
+        other_loopback(network),
+        own_hbone(explanation, network),
+        dns(explanation, network, "A9", Protocol::Udp),
+        dns(explanation, network, "A9'", Protocol::Tcp),
+        udp(explanation, network, "UDP").flow(),
     ]
 }
 
-fn from_remote<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
+fn from_remote<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> Flow<'e> {
     let ingress = explanation.settings.ingress;
-    inbound(scene, "A2", "Another pod connects to the app in plaintext")
+    inbound(network, "A2", "Another pod connects to the app in plaintext")
         .article("PREROUTING ▶ ISTIO_PRERT, the last rule ▶ 15006")
         .note(
             "The proxy connects to the app from the client's address. The connection mark 0x111 routes the \
              app's replies back: it selects routing table 100. The article says that it speeds up matching.",
         )
         .note_if(ingress, "interception.ingress: plaintext connections reach the gateway without a redirect (A10).")
-        .reply(scene, scene.app())
+        .reply(network, network.app())
         .flow()
 }
 
-fn probe<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
+fn probe<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> Flow<'e> {
     let InterceptionSettings { kubelet_probes: probes, ingress, .. } = explanation.settings;
-    let mut to = scene.app_at_pod();
+    let mut to = network.app_at_pod();
     if let KubeletProbes::Ports(ports) = probes
         && let Some(range) = ports.first()
     {
@@ -69,41 +72,41 @@ fn probe<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
             *ingress,
             "interception.ingress: inbound connections are not captured, so probes need no rule.",
         )
-        .hop(scene.received(Party::Kubelet, scene.kubelet(), to, Party::App))
+        .hop(network.received(Party::Kubelet, network.kubelet(), to, Party::App))
         .flow()
 }
 
-fn metrics<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
+fn metrics<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> Flow<'e> {
     let [metrics, _] = explanation.ports.services;
-    let to = SocketAddr::new(scene.pod(), metrics.port());
+    let to = SocketAddr::new(network.pod(), metrics.port());
     Draft::new("metrics", "Prometheus reads the proxy's metrics")
         .note_if(
             explanation.settings.exact,
             "Istio's ambient rules capture it, and the workload's policies apply to it.",
         )
-        .hop(scene.received(Party::Prometheus, scene.remote(), to, Party::Proxy))
+        .hop(network.received(Party::Prometheus, network.remote(), to, Party::Proxy))
         .flow()
 }
 
-fn own_address(scene: Scene<'_>) -> Flow<'_> {
+fn own_address(network: ExampleNetwork<'_>) -> Flow<'_> {
     Draft::new("A5", "The app connects to its own pod's address")
         .article("OUTPUT ▶ ISTIO_OUTPUT, ACCEPT on loopback")
-        .hop(scene.sent(scene.app(), scene.app_at_pod(), Party::App))
+        .hop(network.sent(network.app(), network.app_at_pod(), Party::App))
         .flow()
 }
 
-fn other_loopback(scene: Scene<'_>) -> Flow<'_> {
-    let to = SocketAddr::new([127, 0, 0, 2].into(), scene.app_port());
+fn other_loopback(network: ExampleNetwork<'_>) -> Flow<'_> {
+    let to = SocketAddr::new([127, 0, 0, 2].into(), network.app_port());
     Draft::new("A5''", "The app connects to another loopback address")
-        .hop(scene.sent(scene.app(), to, Party::App))
+        .hop(network.sent(network.app(), to, Party::App))
         .flow()
 }
 
-fn own_hbone<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
-    let to = SocketAddr::new(scene.pod(), explanation.ports.hbone);
+fn own_hbone<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> Flow<'e> {
+    let to = SocketAddr::new(network.pod(), explanation.ports.hbone);
     Draft::new("A8", "The app connects to a service, and the proxy selects this same pod")
-        .hop(scene.sent(scene.app(), scene.app_at_remote(), Party::Remote))
-        .hop(scene.sent(scene.proxy(), to, Party::Proxy))
-        .hop(scene.last_hop(scene.pod()))
+        .hop(network.sent(network.app(), network.app_at_remote(), Party::Remote))
+        .hop(network.sent(network.proxy(), to, Party::Proxy))
+        .hop(network.last_hop(network.pod()))
         .flow()
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use super::{Draft, hbone, inbound, localhost, outbound, udp};
-use crate::explain::scene::Scene;
+use crate::explain::network::ExampleNetwork;
 use crate::explain::{Explanation, Flow, Party};
 
 /// Envoy's admin port.
@@ -13,47 +13,56 @@ const METRICS: u16 = 15010;
 /// A port for rewritten liveness, readiness and startup probes.
 const LIVENESS: u16 = 15901;
 
-pub(super) fn flows<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
+pub(super) fn flows<'e>(
+    explanation: &'e Explanation<'e>,
+    network: ExampleNetwork<'e>,
+) -> Vec<Flow<'e>> {
     vec![
-        outbound(scene, "O1", "The app connects to another pod", scene.app())
+        outbound(network, "O1", "The app connects to another pod", network.app())
             .article("OUTPUT ▶ PROXY_OUTPUT ▶ PROXY_REDIRECT ▶ 15001; the proxy's own connections by --uid-owner 1500")
             .flow(),
-        inbound(scene, "O2", "Another pod connects to the app")
+        inbound(network, "O2", "Another pod connects to the app")
             .article("PREROUTING ▶ PROXY_INBOUND ▶ PROXY_IN_REDIRECT ▶ 15003")
             .note("The proxy connects to localhost, so the app sees the client 127.0.0.1.")
             .flow(),
-        exempt(scene, "O3", "Prometheus reads the proxy's metrics", Party::Prometheus, METRICS),
-        exempt(scene, "O4", "The kubelet probes the app through the proxy", Party::Kubelet, LIVENESS),
-        own_address(scene),
-        localhost(scene, "O6").flow(),
-        admin(scene),
-        hbone(explanation, scene, "HBONE").note("OSM has no HBONE; underpass adds it to every profile.").flow(),
-        udp(explanation, scene, "UDP").article("only TCP is intercepted").flow(),
+        exempt(network, "O3", "Prometheus reads the proxy's metrics", Party::Prometheus, METRICS),
+        exempt(network, "O4", "The kubelet probes the app through the proxy", Party::Kubelet, LIVENESS),
+        own_address(network),
+        localhost(network, "O6").flow(),
+        admin(network),
+        hbone(explanation, network, "HBONE").note("OSM has no HBONE; underpass adds it to every profile.").flow(),
+        udp(explanation, network, "UDP").article("only TCP is intercepted").flow(),
     ]
 }
 
-fn exempt<'e>(scene: Scene<'e>, id: &str, title: &str, from: Party, port: u16) -> Flow<'e> {
-    let to = SocketAddr::new(scene.pod(), port);
+fn exempt<'e>(
+    network: ExampleNetwork<'e>,
+    id: &str,
+    title: &str,
+    from: Party,
+    port: u16,
+) -> Flow<'e> {
+    let to = SocketAddr::new(network.pod(), port);
     Draft::new(id, title)
         .article("PREROUTING ▶ PROXY_INBOUND, RETURN by port")
-        .hop(scene.received(from, scene.remote(), to, Party::Proxy))
+        .hop(network.received(from, network.remote(), to, Party::Proxy))
         .flow()
 }
 
-fn own_address(scene: Scene<'_>) -> Flow<'_> {
-    let to = scene.app_at_pod();
+fn own_address(network: ExampleNetwork<'_>) -> Flow<'_> {
+    let to = network.app_at_pod();
     Draft::new("O5", "The app connects to its own pod's address")
         .note("OSM 0.8, the article's version, captures it; later versions do not.")
-        .hop(scene.sent(scene.app(), to, Party::App))
-        .hop(scene.sent(scene.proxy(), to, Party::App))
+        .hop(network.sent(network.app(), to, Party::App))
+        .hop(network.sent(network.proxy(), to, Party::App))
         .flow()
 }
 
-fn admin(scene: Scene<'_>) -> Flow<'_> {
-    let to = SocketAddr::new(scene.pod(), ADMIN);
+fn admin(network: ExampleNetwork<'_>) -> Flow<'_> {
+    let to = SocketAddr::new(network.pod(), ADMIN);
     Draft::new("O7", "The app connects to Envoy's admin port at the pod's address")
         .article("PROXY_REDIRECT, ACCEPT by port 15000")
         .note("The article's rule for this port follows a redirect of all TCP: it never matches.")
-        .hop(scene.sent(scene.app(), to, Party::Proxy))
+        .hop(network.sent(network.app(), to, Party::Proxy))
         .flow()
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use super::{Draft, dns, hbone, inbound, localhost, outbound, proxy_connection, udp};
-use crate::explain::scene::{Process, Scene};
+use crate::explain::network::{ExampleNetwork, Process};
 use crate::explain::{Explanation, Flow, Party};
 use crate::plan::Protocol;
 
@@ -14,31 +14,34 @@ const ADMIN: u16 = 15000;
 /// The port of istiod.
 const ISTIOD: u16 = 15012;
 
-pub(super) fn flows<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Vec<Flow<'e>> {
+pub(super) fn flows<'e>(
+    explanation: &'e Explanation<'e>,
+    network: ExampleNetwork<'e>,
+) -> Vec<Flow<'e>> {
     let mut flows = vec![
-        from_remote(explanation, scene),
-        outbound(scene, "2", "The app connects to another pod", scene.app())
+        from_remote(explanation, network),
+        outbound(network, "2", "The app connects to another pod", network.app())
             .article("OUTPUT ▶ ISTIO_OUTPUT rule 9 ▶ ISTIO_REDIRECT ▶ 15001 ▶ OUTPUT ▶ ISTIO_OUTPUT rule 4")
             .flow(),
-        metrics(scene),
-        through_service(scene),
-        to_own_address(scene),
-        within_proxy(scene),
-        agent(scene),
+        metrics(network),
+        through_service(network),
+        to_own_address(network),
+        within_proxy(network),
+        agent(network),
     ];
-    flows.extend(agent_by_group(explanation, scene));
+    flows.extend(agent_by_group(explanation, network));
     flows.extend([
-        hbone(explanation, scene, "HBONE").note("The article predates HBONE in sidecars.").flow(),
-        localhost(scene, "localhost").flow(),
-        dns(explanation, scene, "DNS", Protocol::Udp),
-        dns(explanation, scene, "DNS over TCP", Protocol::Tcp),
-        udp(explanation, scene, "UDP").flow(),
+        hbone(explanation, network, "HBONE").note("The article predates HBONE in sidecars.").flow(),
+        localhost(network, "localhost").flow(),
+        dns(explanation, network, "DNS", Protocol::Udp),
+        dns(explanation, network, "DNS over TCP", Protocol::Tcp),
+        udp(explanation, network, "UDP").flow(),
     ]);
     flows
 }
 
-fn from_remote<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'e> {
-    let draft = inbound(scene, "1", "Another pod connects to the app").article(
+fn from_remote<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> Flow<'e> {
+    let draft = inbound(network, "1", "Another pod connects to the app").article(
         "PREROUTING ▶ ISTIO_INBOUND ▶ ISTIO_IN_REDIRECT ▶ 15006 ▶ OUTPUT ▶ ISTIO_OUTPUT rule 1",
     );
     if explanation.settings.inbound.mode == underpass_config::InboundMode::Tproxy {
@@ -47,7 +50,7 @@ fn from_remote<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'
                 "With TPROXY the app sees the client's own address; a mark routes its replies back to \
                  the proxy. The article describes REDIRECT.",
             )
-            .reply(scene, scene.app())
+            .reply(network, network.app())
             .flow();
     }
     draft
@@ -58,8 +61,8 @@ fn from_remote<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Flow<'
         .flow()
 }
 
-fn metrics(scene: Scene<'_>) -> Flow<'_> {
-    let to = SocketAddr::new(scene.pod(), METRICS);
+fn metrics(network: ExampleNetwork<'_>) -> Flow<'_> {
+    let to = SocketAddr::new(network.pod(), METRICS);
     Draft::new("3", "Prometheus reads the proxy's metrics")
         .article("PREROUTING ▶ ISTIO_INBOUND (not redirected) ▶ INPUT ▶ OUTPUT ▶ ISTIO_OUTPUT rule 3")
         .note(
@@ -67,35 +70,35 @@ fn metrics(scene: Scene<'_>) -> Flow<'_> {
              packet that opens a connection, and that one arrived. The article's ports (15002, 15090) are 15020, \
              15021 and 15090 today.",
         )
-        .hop(scene.received(Party::Prometheus, scene.remote(), to, Party::Proxy))
-        .reply(scene, scene.proxy())
+        .hop(network.received(Party::Prometheus, network.remote(), to, Party::Proxy))
+        .reply(network, network.proxy())
         .flow()
 }
 
-fn through_service(scene: Scene<'_>) -> Flow<'_> {
-    let service = scene.app_at_remote();
+fn through_service(network: ExampleNetwork<'_>) -> Flow<'_> {
+    let service = network.app_at_remote();
     Draft::new("4", "The app connects to a service, and the proxy selects this same pod")
         .article(
             "OUTPUT ▶ ISTIO_OUTPUT rule 9 ▶ ISTIO_REDIRECT ▶ 15001 ▶ OUTPUT ▶ ISTIO_OUTPUT rule 2 ▶ \
              ISTIO_IN_REDIRECT ▶ 15006 ▶ OUTPUT ▶ ISTIO_OUTPUT rule 1",
         )
-        .hop(scene.sent(scene.app(), service, Party::Remote))
-        .hop(scene.sent(scene.proxy(), scene.app_at_pod(), Party::App))
-        .hop(scene.last_hop(scene.pod()))
+        .hop(network.sent(network.app(), service, Party::Remote))
+        .hop(network.sent(network.proxy(), network.app_at_pod(), Party::App))
+        .hop(network.last_hop(network.pod()))
         .flow()
 }
 
-fn to_own_address(scene: Scene<'_>) -> Flow<'_> {
+fn to_own_address(network: ExampleNetwork<'_>) -> Flow<'_> {
     Draft::new("4'", "The app connects to its own pod's address")
         .note(
             "The article covers only the path through a service. A direct call bypasses the proxy.",
         )
-        .hop(scene.sent(scene.app(), scene.app_at_pod(), Party::App))
+        .hop(network.sent(network.app(), network.app_at_pod(), Party::App))
         .flow()
 }
 
-fn within_proxy(scene: Scene<'_>) -> Flow<'_> {
-    let to = SocketAddr::new(scene.localhost(), ADMIN);
+fn within_proxy(network: ExampleNetwork<'_>) -> Flow<'_> {
+    let to = SocketAddr::new(network.localhost(), ADMIN);
     Draft::new("5", "The proxy connects to itself on localhost")
         .article("OUTPUT ▶ ISTIO_OUTPUT rule 8")
         .note(
@@ -103,29 +106,32 @@ fn within_proxy(scene: Scene<'_>) -> Flow<'_> {
              With the default settings rules 5, 6 and 8 never match: traffic that passes rules 3 and 4 is \
              neither on loopback nor from the proxy.",
         )
-        .hop(scene.sent(scene.proxy(), to, Party::Proxy))
+        .hop(network.sent(network.proxy(), to, Party::Proxy))
         .flow()
 }
 
-fn agent(scene: Scene<'_>) -> Flow<'_> {
-    let agent = Process { party: Party::Agent, ..scene.proxy() };
+fn agent(network: ExampleNetwork<'_>) -> Flow<'_> {
+    let agent = Process { party: Party::Agent, ..network.proxy() };
     Draft::new("6", "The agent connects to istiod")
         .article("OUTPUT ▶ ISTIO_OUTPUT rule 9 ▶ 15001 ▶ OUTPUT ▶ ISTIO_OUTPUT rule 4")
         .note(
             "The article says that it is captured. It is not: the agent runs as the proxy's user, which rule 4 excludes.",
         )
-        .hop(scene.sent(agent, SocketAddr::new(scene.remote(), ISTIOD), Party::Istiod))
-        .hop(proxy_connection(scene, SocketAddr::new(scene.remote(), ISTIOD)))
+        .hop(network.sent(agent, SocketAddr::new(network.remote(), ISTIOD), Party::Istiod))
+        .hop(proxy_connection(network, SocketAddr::new(network.remote(), ISTIOD)))
         .flow()
 }
 
-fn agent_by_group<'e>(explanation: &'e Explanation<'e>, scene: Scene<'e>) -> Option<Flow<'e>> {
+fn agent_by_group<'e>(
+    explanation: &'e Explanation<'e>,
+    network: ExampleNetwork<'e>,
+) -> Option<Flow<'e>> {
     let settings = explanation.settings;
     let gid = *settings.proxy_gids.first()?;
-    let uid = if settings.proxy_uids.contains(&0) { scene.app().uid } else { 0 };
+    let uid = if settings.proxy_uids.contains(&0) { network.app().uid } else { 0 };
     let agent = Process { party: Party::Agent, uid, gid, mark: 0 };
-    let to = SocketAddr::new(scene.remote(), ISTIOD);
+    let to = SocketAddr::new(network.remote(), ISTIOD);
     let title = format!("An agent of user {uid} and the proxy's group connects to istiod");
-    let draft = Draft::new("6'", title).hop(scene.sent(agent, to, Party::Istiod));
-    Some(draft.hop(proxy_connection(scene, to)).flow())
+    let draft = Draft::new("6'", title).hop(network.sent(agent, to, Party::Istiod));
+    Some(draft.hop(proxy_connection(network, to)).flow())
 }

@@ -6,7 +6,7 @@ use super::*;
 use crate::plan::{Chain, Families, Hook, Match, Origin};
 
 const OUTPUT: ChainId = ChainId { table: Table::Nat, name: "OUTPUT" };
-const OURS: ChainId = ChainId { table: Table::Nat, name: "ISTIO_OUTPUT" };
+const OWN_CHAIN: ChainId = ChainId { table: Table::Nat, name: "ISTIO_OUTPUT" };
 const MASKED: Mark = Mark { value: 0x539, mask: 0xfff };
 const TCP: Match = Match::Protocol(Protocol::Tcp);
 
@@ -25,13 +25,13 @@ fn rule(chain: ChainId, families: Families, matches: Vec<Match>, action: Action)
 
 fn plan(rules: Vec<Rule>) -> RulePlan {
     let chains =
-        vec![Chain { id: OUTPUT, hook: Some(Hook::Output) }, Chain { id: OURS, hook: None }];
+        vec![Chain { id: OUTPUT, hook: Some(Hook::Output) }, Chain { id: OWN_CHAIN, hook: None }];
     RulePlan { chains, rules, routes: Vec::new(), addresses: Vec::new() }
 }
 
 /// The lines of one rule without the chain.
 fn texts_of(family: Family, matches: Vec<Match>, action: Action) -> Vec<String> {
-    texts(&rule(OURS, Families::Both, matches, action), family)
+    texts(&rule(OWN_CHAIN, Families::Both, matches, action), family)
 }
 
 fn v4(matches: Vec<Match>) -> Vec<String> {
@@ -50,15 +50,15 @@ fn ports(ports: &[&str]) -> Vec<PortRange> {
 #[test]
 fn plan_prints_restore_input() {
     let plan = plan(vec![
-        rule(OUTPUT, Families::Both, vec![TCP], Action::Jump(OURS)),
+        rule(OUTPUT, Families::Both, vec![TCP], Action::Jump(OWN_CHAIN)),
         rule(
-            OURS,
+            OWN_CHAIN,
             Families::V4,
             vec![Match::NotDestination("127.0.0.1/32".parse().unwrap())],
             Action::Redirect(15001),
         ),
         rule(
-            OURS,
+            OWN_CHAIN,
             Families::V6,
             vec![Match::NotDestination("::1/128".parse().unwrap())],
             Action::Redirect(15001),
@@ -82,7 +82,8 @@ fn family_without_rules_prints_nothing() {
 
 #[test]
 fn omits_nftables_only_rules() {
-    let only = Rule { nftables_only: true, ..rule(OURS, Families::Both, vec![], Action::Drop) };
+    let only =
+        Rule { nftables_only: true, ..rule(OWN_CHAIN, Families::Both, vec![], Action::Drop) };
     assert!(plan(vec![only]).lines(Family::V4).is_empty());
 }
 
@@ -254,7 +255,7 @@ fn actions_print_their_targets() {
     for (action, words) in [
         (Action::Accept, "ACCEPT"),
         (Action::Drop, "DROP"),
-        (Action::Jump(OURS), "ISTIO_OUTPUT"),
+        (Action::Jump(OWN_CHAIN), "ISTIO_OUTPUT"),
         (Action::Redirect(15001), "REDIRECT --to-ports 15001"),
         (
             Action::Tproxy(15006, MASKED),

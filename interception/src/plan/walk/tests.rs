@@ -158,7 +158,7 @@ fn nat_sees_only_first_packet_of_connection() {
         (OUTPUT, vec![], Action::Redirect(PORT)),
         (PREROUTING, vec![], Action::Redirect(PORT)),
     ]);
-    for (state, asked) in [
+    for (state, captured) in [
         (ConntrackState::New, true),
         (ConntrackState::PickedUp, true),
         (ConntrackState::Established(Direction::Original), false),
@@ -168,8 +168,8 @@ fn nat_sees_only_first_packet_of_connection() {
         for packet in [out("10.0.0.2:80"), arriving("10.0.0.1:80")] {
             let packet = Packet { state, ..packet };
             let walk = plan.walk(&packet, &pod());
-            assert_eq!(!walk.traversed.is_empty(), asked, "{state:?}");
-            assert_eq!(walk.end == Verdict::Redirected(PORT), asked, "{state:?}");
+            assert_eq!(!walk.traversed.is_empty(), captured, "{state:?}");
+            assert_eq!(walk.end == Verdict::Redirected(PORT), captured, "{state:?}");
         }
     }
 }

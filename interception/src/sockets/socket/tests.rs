@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::io::AsyncReadExt as _;
-use underpass_config::Sources;
+use underpass_config::{Hint as _, Sources};
 
 use super::*;
 
@@ -90,10 +90,10 @@ fn bind_error_names_purpose_and_setting() {
     let error = sockets.listen(&here(), request).expect_err("taken");
     let message = error.to_string();
     assert!(
-        message.contains("captured connections") && message.contains("proxy.port"),
+        message.contains("captured connections") && !message.contains("proxy.port"),
         "{message}"
     );
-    assert!(message.contains("another process already listens"), "{message}");
+    assert!(error.hint().is_some_and(|hint| hint.contains("proxy.port")), "{message}");
 }
 
 #[tokio::test]

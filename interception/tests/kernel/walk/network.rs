@@ -46,7 +46,7 @@ pub(crate) const VM: [IpAddr; 2] = [v4(9, 2), v6(0xfd09, 2)];
 
 /// A namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum Position {
     Pod,
     Remote,
     Vm,
@@ -64,7 +64,7 @@ pub(crate) enum Outcome {
 /// The receiver of a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Arrival {
-    pub(crate) place: Place,
+    pub(crate) position: Position,
     pub(crate) port: u16,
     /// The original destination that the pod's kernel reports.
     pub(crate) original: Option<SocketAddr>,
@@ -102,28 +102,28 @@ impl Network {
         Ok(Self { pod, remote, vm })
     }
 
-    fn namespace(&self, place: Place) -> &Namespace {
-        match place {
-            Place::Pod => &self.pod,
-            Place::Remote => &self.remote,
-            Place::Vm => &self.vm,
+    fn namespace(&self, position: Position) -> &Namespace {
+        match position {
+            Position::Pod => &self.pod,
+            Position::Remote => &self.remote,
+            Position::Vm => &self.vm,
         }
     }
 
     /// Listens on every port of every namespace.
     pub(crate) fn listen(&self) -> Result<UnboundedReceiver<Arrival>, Failed> {
         let (sender, receiver) = unbounded_channel();
-        for place in [Place::Pod, Place::Remote, Place::Vm] {
-            let namespace = self.namespace(place);
+        for position in [Position::Pod, Position::Remote, Position::Vm] {
+            let namespace = self.namespace(position);
             for port in TCP_PORTS {
                 let listener = namespace.run(|| tcp(port))??;
                 let listener = tokio::net::TcpListener::from_std(listener)?;
-                tokio::spawn(accept(listener, place, port, sender.clone()));
+                tokio::spawn(accept(listener, position, port, sender.clone()));
             }
             for port in UDP_PORTS {
                 let socket = namespace.run(|| udp(port))??;
                 let socket = tokio::net::UdpSocket::from_std(socket)?;
-                tokio::spawn(receive(socket, place, port, sender.clone()));
+                tokio::spawn(receive(socket, position, port, sender.clone()));
             }
         }
         Ok(receiver)
@@ -256,18 +256,18 @@ fn udp(port: u16) -> io::Result<UdpSocket> {
 
 async fn accept(
     listener: tokio::net::TcpListener,
-    place: Place,
+    position: Position,
     port: u16,
     arrivals: UnboundedSender<Arrival>,
 ) {
     while let Ok((stream, client)) = listener.accept().await {
-        let original = match place {
-            Place::Pod => OriginalDestination::redirected(&stream, client.ip())
+        let original = match position {
+            Position::Pod => OriginalDestination::redirected(&stream, client.ip())
                 .ok()
                 .map(OriginalDestination::address),
-            Place::Remote | Place::Vm => None,
+            Position::Remote | Position::Vm => None,
         };
-        if arrivals.send(Arrival { place, port, original }).is_err() {
+        if arrivals.send(Arrival { position, port, original }).is_err() {
             return;
         }
     }
@@ -275,13 +275,13 @@ async fn accept(
 
 async fn receive(
     socket: tokio::net::UdpSocket,
-    place: Place,
+    position: Position,
     port: u16,
     arrivals: UnboundedSender<Arrival>,
 ) {
     let mut datagram = [0; 16];
     while socket.recv_from(&mut datagram).await.is_ok() {
-        if arrivals.send(Arrival { place, port, original: None }).is_err() {
+        if arrivals.send(Arrival { position, port, original: None }).is_err() {
             return;
         }
     }

@@ -18,7 +18,7 @@ use underpass_interception::{
 };
 
 use super::Attempt;
-use super::network::{POD, Place, REMOTE, TCP_PORTS, UDP_PORTS, VM};
+use super::network::{POD, Position, REMOTE, TCP_PORTS, UDP_PORTS, VM};
 
 /// The first source port: above all listeners, outside of the kernel's ephemeral range.
 const FIRST_SOURCE_PORT: u16 = 20000;
@@ -213,11 +213,11 @@ impl Random {
                 let probe = [KUBELET_PROBE_V4.into(), KUBELET_PROBE_V6.into()];
                 let source = if self.one_in(3) { family(&probe) } else { family(&REMOTE[..2]) };
                 let to = self.pick(&family(&POD));
-                (Place::Remote, source[0], to, Entry::In { interface: "eth0".to_owned() })
+                (Position::Remote, source[0], to, Entry::In { interface: "eth0".to_owned() })
             }
             1 => {
                 let to = self.pick(&[family(&POD), family(&REMOTE)].concat());
-                (Place::Vm, family(&VM)[0], to, Entry::In { interface: "vm0".to_owned() })
+                (Position::Vm, family(&VM)[0], to, Entry::In { interface: "vm0".to_owned() })
             }
             _ => self.local(settings, environment, &family),
         };
@@ -246,7 +246,7 @@ impl Random {
         settings: &InterceptionSettings,
         environment: &Environment,
         family: &impl Fn(&[IpAddr]) -> Vec<IpAddr>,
-    ) -> (Place, IpAddr, IpAddr, Entry) {
+    ) -> (Position, IpAddr, IpAddr, Entry) {
         let loopback: [IpAddr; 3] = [
             Ipv4Addr::LOCALHOST.into(),
             Ipv4Addr::new(127, 0, 0, 2).into(),
@@ -273,7 +273,7 @@ impl Random {
         };
         let interface = environment.interface_to(to).to_owned();
         let entry = Entry::Out { interface, uid, gid };
-        (Place::Pod, source, to, entry)
+        (Position::Pod, source, to, entry)
     }
 
     /// The mark of the socket. Connections from a client's address usually carry the proxy's,

@@ -11,9 +11,9 @@ use crate::cli::run::SettingsArguments;
 use crate::process::command_error::CommandError;
 
 /// A flag with a value: its name, the keys that it sets, the value's name, and the help text.
-type Valued = (&'static str, &'static [&'static str], &'static str, &'static str);
+type FlagWithValue = (&'static str, &'static [&'static str], &'static str, &'static str);
 
-const VALUED: &[Valued] = &[
+const VALUED: &[FlagWithValue] = &[
     (
         "profile",
         &["interception.profile"],

@@ -18,6 +18,7 @@ pub(super) struct Subject {
     pub(super) source: Source,
 }
 
+/// The origin of the settings of a command.
 #[derive(Debug)]
 pub(super) enum Source {
     /// The options of the command line.
@@ -42,7 +43,7 @@ impl Subject {
             Ok(None) => "no running proxy was found in this network namespace".to_owned(),
             Err(error) => crate::error::chain(&error),
         };
-        writeln!(io::stderr(), "underpass: {why}: assuming default settings, with those of the environment (see --config)").ok();
+        writeln!(io::stderr(), "warning: {why}: assuming default settings, with those of the environment (see --config)").ok();
         Ok(Self { settings: options.load()?, source: Source::Defaults })
     }
 

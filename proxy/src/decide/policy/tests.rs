@@ -182,7 +182,7 @@ fn unknown_local_address_gets_policies_of_own_workload() {
 fn after(old: &Snapshot, new: &Snapshot, since: u64) -> Result<(), &'static str> {
     let context = context(&[]);
     let decision = Decision(Some(Permitted { subject: from_client(), generation: since }));
-    let checked = Change::new(old, new, &context).check(&decision);
+    let checked = MeshChange::new(old, new, &context).check(&decision);
     checked.map_err(|error| error.reason().code)
 }
 
@@ -218,7 +218,8 @@ fn change_skips_connection_permitted_by_newer_generation() {
 
 /// The number of connections of a pod that a change terminates.
 async fn terminated(pod: &Pod, old: &Snapshot, new: &Snapshot) -> usize {
-    let (mut change, mut terminated) = (Change::new(old, new, &pod.context), Terminated::default());
+    let (mut change, mut terminated) =
+        (MeshChange::new(old, new, &pod.context), Terminated::default());
     pod.connections.of(0).terminate(&mut terminated, |decision| change.check(decision)).await;
     terminated.count()
 }

@@ -1,19 +1,18 @@
 //! Errors of routing: no outbound route, or a tunnel's request that this workload does not serve.
 
+use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use thiserror::Error;
-use underpass_config::{GatewayDestination, Name, Service, Workload};
+use underpass_config::{GatewayDestination, Hint, Name, Service, Workload};
 
 use super::Target;
 
 /// Why a connection cannot be routed.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(crate) enum RouteError {
-    #[error(
-        "service {service} has no port {port}: add it to `ports` of the service, or connect to another port"
-    )]
+    #[error("service {service} has no port {port}")]
     NoPort { service: Arc<Service>, port: u16 },
     #[error("none of the {} healthy endpoints of service {service} is usable for port {port}", service.endpoints.len())]
     NoEndpoint {
@@ -23,13 +22,12 @@ pub(crate) enum RouteError {
         nearest: Unusable,
     },
     #[error(
-        "the waypoint {waypoint} is unknown in the mesh, hidden from this namespace or an address that several workloads share: \
-         name it by the hostname of its service"
+        "the waypoint {waypoint} is unknown in the mesh, hidden from this namespace or an address that several workloads share"
     )]
     UnknownWaypoint { waypoint: GatewayDestination },
     #[error(
         "the network gateway {gateway} is unknown in the mesh, hidden from this namespace or an address that several workloads \
-         share: name it by the hostname of its service"
+         share"
     )]
     UnknownGateway { gateway: GatewayDestination },
     #[error("workload {workload} cannot be reached")]
@@ -38,13 +36,10 @@ pub(crate) enum RouteError {
         #[source]
         reason: Unusable,
     },
-    #[error(
-        "several workloads share {address} and one of them speaks HBONE, so that plain TCP may be wrong: \
-         connect to a service of the workload"
-    )]
+    #[error("several workloads share {address}, and one of them requires HBONE")]
     SharedAddress { address: IpAddr },
-    #[error("the tunnel requests {asked}, but it ends at {here}")]
-    NotHere { asked: Target, here: SocketAddr },
+    #[error("the tunnel requests {requested}, but it ends at {here}")]
+    NotHere { requested: Target, here: SocketAddr },
     #[error(
         "the tunnel requests service {hostname}, which is unknown in the mesh or hidden from this namespace"
     )]
@@ -53,7 +48,7 @@ pub(crate) enum RouteError {
         "the tunnel requests service {service}, of which the local workload is neither an endpoint nor the waypoint"
     )]
     NotEndpoint { service: Arc<Service> },
-    #[error("service {service} has no address for the PROXY header: add one to `vips`")]
+    #[error("service {service} has no address for the PROXY header")]
     NoVip { service: Arc<Service> },
 }
 
@@ -84,34 +79,71 @@ impl RouteError {
     }
 }
 
+impl Hint for RouteError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let fixed = match self {
+            Self::NoEndpoint { nearest, .. } => return nearest.hint(),
+            Self::UnusableWorkload { reason, .. } => return reason.hint(),
+            Self::NoPort { .. } => {
+                "add the port to `ports` of the service, or connect to another port"
+            }
+            Self::UnknownWaypoint { .. } | Self::UnknownGateway { .. } => {
+                "name it by the hostname of its service"
+            }
+            Self::SharedAddress { .. } => "connect to a service of the workload",
+            Self::NoVip { .. } => "add an address to `vips` of the service",
+            Self::NotHere { .. } | Self::UnknownService { .. } | Self::NotEndpoint { .. } => {
+                "check that the peer has the same mesh as this proxy"
+            }
+        };
+        Some(fixed.into())
+    }
+}
+
 /// Why a workload cannot be used, in the order of the checks. For a service, the error reports the
 /// reason of the endpoint that passed the most checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Error)]
 pub(crate) enum Unusable {
     #[error("it has no healthy workload")]
     NoHealthyWorkload,
-    #[error(
-        "the port is named, and no endpoint defines its number: set it in `services` of the workload"
-    )]
+    #[error("the port is named, and no endpoint defines its number")]
     NoPort,
     #[error("it accepts no connections: its `capacity` is 0")]
     NoCapacity,
-    #[error("it has neither an address nor a hostname: set `workloadIps` or `hostname`")]
+    #[error("it has neither an address nor a hostname")]
     NoAddress,
     #[error("it has no address of the service's families (`ipFamilies`)")]
     NoAddressOfFamily,
-    #[error(
-        "it is in another network, in which only services are reachable: connect to its service"
-    )]
+    #[error("it is in another network, in which only services are reachable")]
     OtherNetwork,
-    #[error("it is in another network and has no gateway: set `networkGateway` of the workload")]
+    #[error("it is in another network and has no gateway")]
     NoGateway,
     #[error(
-        "it is in another network and the service has no `subjectAltNames`, which identify a peer behind a gateway"
+        "it is in another network, and the service has no `subjectAltNames`, which identify a peer behind a gateway"
     )]
     NoSubjectAltNames,
     #[error("it does not match all preferences of a service in Strict mode")]
     NotNear,
     #[error("connecting to it failed before")]
     Tried,
+}
+
+impl Hint for Unusable {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let fixed = match self {
+            Self::NoHealthyWorkload => "check `status` of the workloads of the service",
+            Self::NoPort => "define the named port in `services` of the workload",
+            Self::NoCapacity => "raise `capacity` of the workload",
+            Self::NoAddress => "set `workloadIps` or `hostname` of the workload",
+            Self::NoAddressOfFamily => {
+                "add an address of the family to `workloadIps`, or change `ipFamilies` of the service"
+            }
+            Self::OtherNetwork => "connect to a service of the workload",
+            Self::NoGateway => "set `networkGateway` of the workload",
+            Self::NoSubjectAltNames => "set `subjectAltNames` of the service",
+            Self::NotNear => "add an endpoint in the same locality, or change `loadBalancing.mode`",
+            Self::Tried => return None,
+        };
+        Some(fixed.into())
+    }
 }

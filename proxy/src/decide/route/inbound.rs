@@ -39,8 +39,8 @@ pub(crate) fn inbound(
     let here = SocketAddr::new(here.ip().to_canonical(), here.port());
     let router = InboundRouter { here, mesh, local, network, namespace };
     match authority {
-        Target::Address(asked) => {
-            router.address(SocketAddr::new(asked.ip().to_canonical(), asked.port()))
+        Target::Address(requested) => {
+            router.address(SocketAddr::new(requested.ip().to_canonical(), requested.port()))
         }
         Target::Hostname(hostname, port) => {
             let unknown = || RouteError::UnknownService { hostname: hostname.clone() };
@@ -58,23 +58,26 @@ struct InboundRouter<'a> {
 }
 
 impl<'a> InboundRouter<'a> {
-    fn address(&self, asked: SocketAddr) -> Result<InboundTarget, RouteError> {
-        let own = asked.ip() == self.here.ip();
+    fn address(&self, requested: SocketAddr) -> Result<InboundTarget, RouteError> {
+        let own = requested.ip() == self.here.ip();
         let tunnel = self.local.and_then(|local| local.application_tunnel);
         // The workload's own address does not identify one of its services.
-        let owner = if own { None } else { self.owner(asked.ip()) };
-        let in_front_of = if own { None } else { self.in_front_of(asked.ip()) };
+        let owner = if own { None } else { self.owner(requested.ip()) };
+        let in_front_of = if own { None } else { self.in_front_of(requested.ip()) };
         if !own && tunnel.is_none() && in_front_of.is_none() {
-            return Err(RouteError::NotHere { asked: Target::Address(asked), here: self.here });
+            return Err(RouteError::NotHere {
+                requested: Target::Address(requested),
+                here: self.here,
+            });
         }
-        let port = tunnel.and_then(|tunnel| tunnel.port).unwrap_or_else(|| asked.port());
+        let port = tunnel.and_then(|tunnel| tunnel.port).unwrap_or_else(|| requested.port());
         let header = tunnel.filter(|tunnel| tunnel.header == TunnelHeader::Proxy);
         let service = match in_front_of.or(owner) {
             Some(Destination::Service(service)) => Some(service.clone()),
             Some(Destination::Workload(_)) | None => None,
         };
         let address = SocketAddr::new(self.here.ip(), port);
-        Ok(InboundTarget { address, header: header.map(|_| asked), service })
+        Ok(InboundTarget { address, header: header.map(|_| requested), service })
     }
 
     /// The service with a hostname that several services may share. Served ones come first, then

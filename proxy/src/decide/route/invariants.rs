@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use proptest::prelude::*;
 use underpass_config::{Mesh, NetworkMode, Protocol, Workload};
 
-use super::testing::{Fixed, best_route, caller, mesh, named};
+use super::testing::{FixedInputs, best_route, caller, mesh, named};
 use super::{ForwardVia, NextHop, Route, Target, inbound};
 
 const WORKLOADS: u8 = 6;
@@ -92,7 +92,7 @@ proptest! {
         (ejected, tried, seed) in (some_workloads(), some_workloads(), any::<u64>()),
     ) {
         let mesh = mesh(&text);
-        let mut choose = Fixed::new(seed);
+        let mut choose = FixedInputs::new(seed);
         choose.ejected = ejected.iter().map(|index| format!("w{index}").into()).collect();
         choose.tried = tried.iter().map(|index| format!("w{index}").into()).collect();
         let caller = caller(named(&mesh, "client"));
@@ -107,15 +107,15 @@ proptest! {
 
     #[test]
     fn tunnel_target_stays_at_its_local_address(
-        (text, asked, here) in (any_mesh(), destination(), 1..=WORKLOADS),
+        (text, requested, here) in (any_mesh(), destination(), 1..=WORKLOADS),
         hostname in proptest::option::of(0..=SERVICES),
     ) {
         let mesh = mesh(&text);
         let local = named(&mesh, &format!("w{here}"));
         let here = SocketAddr::from(([10, 0, 0, here], 15008));
         let authority = match hostname {
-            Some(index) => Target::Hostname(format!("s{index}").into(), asked.port()),
-            None => Target::Address(asked),
+            Some(index) => Target::Hostname(format!("s{index}").into(), requested.port()),
+            None => Target::Address(requested),
         };
         if let Ok(target) = inbound(&authority, here, &mesh, Some(local), "", "default") {
             assert_eq!(target.address.ip(), here.ip());
@@ -160,7 +160,7 @@ proptest! {
             "workload client ip=10.0.7.1 region=0 zone=0\n\
              service default/s vip=/10.1.0.1 sans=team mode={mode} {prefer}\n"
         );
-        let mut choose = Fixed::new(seed);
+        let mut choose = FixedInputs::new(seed);
         for (index, (far, region, zone, capacity, ejected, tried)) in places.iter().enumerate() {
             let far = if *far { "net=far gateway=/10.0.7.1@15009" } else { "" };
             text.push_str(&format!(

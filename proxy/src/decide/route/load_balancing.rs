@@ -12,10 +12,10 @@ use crate::decide::endpoint_health::{EndpointHealth, EndpointKey};
 
 /// The number of random draws before all endpoints are examined. Two draws suffice unless many
 /// endpoints are unusable or far, or one has almost all of the capacity.
-const DRAWS: usize = 32;
+const MAX_RANDOM_DRAWS: usize = 32;
 
 /// The inputs of a selection other than the mesh.
-pub(crate) trait Choose {
+pub(crate) trait SelectionInputs {
     /// A random number below `n`, which is not 0.
     fn below(&mut self, n: u64) -> u64;
     /// The number of open connections to the endpoint.
@@ -44,7 +44,7 @@ impl<'a> EndpointSelector<'a> {
     }
 }
 
-impl Choose for EndpointSelector<'_> {
+impl SelectionInputs for EndpointSelector<'_> {
     fn below(&mut self, n: u64) -> u64 {
         fastrand::u64(..n)
     }
@@ -102,7 +102,7 @@ pub(super) fn select<'m>(
     port: u16,
     purpose: Purpose,
     caller: &Caller<'_>,
-    choose: &mut impl Choose,
+    choose: &mut impl SelectionInputs,
 ) -> Result<Candidate<'m>, RouteError> {
     let selection = Selection { service, port, purpose, caller };
     selection.check_port()?;
@@ -155,7 +155,7 @@ impl<'m> Selection<'m, '_> {
         &self,
         near: &'m [Endpoint],
         matched: usize,
-        choose: &mut impl Choose,
+        choose: &mut impl SelectionInputs,
     ) -> Option<Candidate<'m>> {
         let before = near.first()?.capacity_before();
         let all = near.last()?.capacity_through.saturating_sub(before);
@@ -164,7 +164,7 @@ impl<'m> Selection<'m, '_> {
         }
         let best = Tier { not_ejected: true, rank: self.rank_of(matched) };
         let mut first: Option<Candidate<'m>> = None;
-        for _ in 0..DRAWS {
+        for _ in 0..MAX_RANDOM_DRAWS {
             let at = before.saturating_add(choose.below(all));
             let index = near.partition_point(|endpoint| endpoint.capacity_through <= at);
             let drawn = self.candidate(near.get(index)?, choose);
@@ -182,7 +182,11 @@ impl<'m> Selection<'m, '_> {
     }
 
     /// Examines all endpoints, and draws two of the best tier.
-    fn search(&self, near: &'m [Endpoint], choose: &mut impl Choose) -> Option<Candidate<'m>> {
+    fn search(
+        &self,
+        near: &'m [Endpoint],
+        choose: &mut impl SelectionInputs,
+    ) -> Option<Candidate<'m>> {
         let mut best: Vec<Candidate<'m>> = Vec::new();
         for endpoint in near {
             let Ok(candidate) = self.candidate(endpoint, choose) else { continue };
@@ -201,7 +205,7 @@ impl<'m> Selection<'m, '_> {
     }
 
     /// The error for a service without a usable endpoint.
-    fn explain(&self, choose: &mut impl Choose) -> RouteError {
+    fn explain(&self, choose: &mut impl SelectionInputs) -> RouteError {
         let endpoints = self.service.endpoints.iter();
         let nearest = endpoints.filter_map(|endpoint| self.candidate(endpoint, choose).err()).max();
         RouteError::NoEndpoint {
@@ -214,7 +218,7 @@ impl<'m> Selection<'m, '_> {
     fn candidate(
         &self,
         endpoint: &'m Endpoint,
-        choose: &impl Choose,
+        choose: &impl SelectionInputs,
     ) -> Result<Candidate<'m>, Unusable> {
         let workload = &endpoint.workload;
         let port = self.target_port(endpoint).ok_or(Unusable::NoPort)?;
@@ -333,7 +337,7 @@ pub(super) fn check_behind_gateway(
 /// Draws a candidate by capacity and removes it.
 fn take_by_capacity<'m>(
     candidates: &mut Vec<Candidate<'m>>,
-    choose: &mut impl Choose,
+    choose: &mut impl SelectionInputs,
 ) -> Option<Candidate<'m>> {
     let capacity = |candidate: &Candidate<'_>| u64::from(candidate.workload.capacity);
     let all: u64 = candidates.iter().map(capacity).sum();
@@ -353,7 +357,7 @@ fn take_by_capacity<'m>(
 fn less_loaded<'m>(
     first: Candidate<'m>,
     second: Candidate<'m>,
-    choose: &impl Choose,
+    choose: &impl SelectionInputs,
 ) -> Candidate<'m> {
     // Multiply by the other's capacity: compares the ratios without a division.
     let load = |one: Candidate<'_>, other: Candidate<'_>| {

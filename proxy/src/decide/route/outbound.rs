@@ -10,7 +10,7 @@ use underpass_config::{
 };
 use underpass_interception::OriginalDestination;
 
-use super::load_balancing::{self, Choose, Purpose};
+use super::load_balancing::{self, Purpose, SelectionInputs};
 use super::{Authority, Caller, ForwardVia, NextHop, Route, RouteError, Target, Unusable};
 use crate::decide::endpoint_health::EndpointKey;
 
@@ -18,12 +18,12 @@ use crate::decide::endpoint_health::EndpointKey;
 #[derive(Debug)]
 pub(crate) struct Alternatives<'a, C> {
     pub(crate) best: Route,
-    pub(crate) others: Others<'a, C>,
+    pub(crate) others: FurtherRoutes<'a, C>,
 }
 
 /// The routes after the best one. Each avoids the endpoints before it, and is computed on demand.
 #[derive(Debug)]
-pub(crate) struct Others<'a, C> {
+pub(crate) struct FurtherRoutes<'a, C> {
     destination: OriginalDestination,
     mesh: &'a Mesh,
     caller: &'a Caller<'a>,
@@ -32,7 +32,7 @@ pub(crate) struct Others<'a, C> {
     last: Option<EndpointKey>,
 }
 
-impl<C: Choose> Iterator for Others<'_, C> {
+impl<C: SelectionInputs> Iterator for FurtherRoutes<'_, C> {
     type Item = Route;
 
     fn next(&mut self) -> Option<Route> {
@@ -48,7 +48,7 @@ impl<C: Choose> Iterator for Others<'_, C> {
 /// # Errors
 /// Why there is no route; the caller then closes the connection. An HBONE workload is never reached
 /// by plain TCP.
-pub(crate) fn outbound<'a, C: Choose>(
+pub(crate) fn outbound<'a, C: SelectionInputs>(
     destination: OriginalDestination,
     mesh: &'a Mesh,
     caller: &'a Caller<'a>,
@@ -56,7 +56,7 @@ pub(crate) fn outbound<'a, C: Choose>(
 ) -> Result<Alternatives<'a, C>, RouteError> {
     let best = route(destination, mesh, caller, &mut choose)?;
     let last = best.dialled().cloned();
-    Ok(Alternatives { best, others: Others { destination, mesh, caller, choose, last } })
+    Ok(Alternatives { best, others: FurtherRoutes { destination, mesh, caller, choose, last } })
 }
 
 /// The best route to `destination`.
@@ -64,7 +64,7 @@ pub(super) fn route(
     destination: OriginalDestination,
     mesh: &Mesh,
     caller: &Caller<'_>,
-    choose: &mut impl Choose,
+    choose: &mut impl SelectionInputs,
 ) -> Result<Route, RouteError> {
     let destination = destination.address();
     let address = destination.ip();
@@ -92,7 +92,7 @@ pub(super) fn route(
 }
 
 /// A waypoint drawn by weight, or else the only one.
-fn waypoint_of<'m>(service: &'m Service, choose: &mut impl Choose) -> Option<&'m Gateway> {
+fn waypoint_of<'m>(service: &'m Service, choose: &mut impl SelectionInputs) -> Option<&'m Gateway> {
     let weighted = &service.weighted_waypoints;
     let all: u64 = weighted.iter().map(|waypoint| u64::from(waypoint.weight)).sum();
     if all == 0 {
@@ -117,12 +117,18 @@ struct Upstream<'m> {
     endpoint: Option<EndpointKey>,
     /// The requested address: used if the workload has it; else one of the same family is
     /// preferred.
-    asked: IpAddr,
+    requested: IpAddr,
 }
 
 impl<'m> Upstream<'m> {
-    fn workload(workload: &'m Arc<Workload>, asked: SocketAddr) -> Self {
-        Self { workload, port: asked.port(), service: None, endpoint: None, asked: asked.ip() }
+    fn workload(workload: &'m Arc<Workload>, requested: SocketAddr) -> Self {
+        Self {
+            workload,
+            port: requested.port(),
+            service: None,
+            endpoint: None,
+            requested: requested.ip(),
+        }
     }
 
     /// The accepted identities: the workload's own, and the service's `subjectAltNames`.
@@ -146,17 +152,17 @@ impl<'m> Upstream<'m> {
             return Err(RouteError::UnusableWorkload { workload, reason });
         }
         let hostname = self.workload.hostname.clone();
-        Ok(NextHop::Hostname { hostname, port, families, prefer_v6: self.asked.is_ipv6() })
+        Ok(NextHop::Hostname { hostname, port, families, prefer_v6: self.requested.is_ipv6() })
     }
 
     fn address(&self, families: IpFamilies) -> Option<IpAddr> {
         let addresses = &self.workload.addresses;
-        if addresses.contains(&self.asked) {
-            return Some(self.asked);
+        if addresses.contains(&self.requested) {
+            return Some(self.requested);
         }
         let accepted = || addresses.iter().copied().filter(|address| families.accept(*address));
         accepted()
-            .find(|address| address.is_ipv6() == self.asked.is_ipv6())
+            .find(|address| address.is_ipv6() == self.requested.is_ipv6())
             .or_else(|| accepted().next())
     }
 }
@@ -169,7 +175,7 @@ struct Router<'m, 'a, C> {
     choose: &'a mut C,
 }
 
-impl<'m, C: Choose> Router<'m, '_, C> {
+impl<'m, C: SelectionInputs> Router<'m, '_, C> {
     /// Routes to the original destination, which is unknown in the mesh or an address of a
     /// passthrough service.
     fn pass_through(&self, service: Option<&Arc<Service>>) -> Result<Route, RouteError> {
@@ -188,8 +194,8 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         service: &'m Arc<Service>,
         owner: Option<&'m Arc<Workload>>,
     ) -> Result<Route, RouteError> {
-        let (asked, port) = (self.destination.ip(), self.destination.port());
-        let upstream = match (self.endpoint(service, port, Purpose::Service, asked), owner) {
+        let (requested, port) = (self.destination.ip(), self.destination.port());
+        let upstream = match (self.endpoint(service, port, Purpose::Service, requested), owner) {
             (Ok(upstream), _) => upstream,
             // Without a usable endpoint the address means its workload. ztunnel connects to it by
             // plain TCP, without its waypoint or tunnel.
@@ -224,7 +230,7 @@ impl<'m, C: Choose> Router<'m, '_, C> {
                 let authority = match &to {
                     NextHop::Address(peer) => {
                         let target = SocketAddr::new(peer.ip(), upstream.port);
-                        Authority::Known(Target::Address(target))
+                        Authority::KnownEndpoint(Target::Address(target))
                     }
                     NextHop::Hostname { .. } => Authority::AtNextHop(upstream.port),
                 };
@@ -255,7 +261,7 @@ impl<'m, C: Choose> Router<'m, '_, C> {
                 None => Err(unusable(&upstream, Unusable::OtherNetwork)),
             };
         }
-        let authority = Authority::Known(Target::Address(self.destination));
+        let authority = Authority::KnownEndpoint(Target::Address(self.destination));
         let to = upstream.hop(upstream.port)?;
         Ok(Route {
             via: ForwardVia::Tunnel { to, peers: upstream.peers(), authority },
@@ -304,17 +310,17 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         purpose: Purpose,
     ) -> Result<Option<Upstream<'m>>, RouteError> {
         // A waypoint given by name is dialled at an address of the client's family.
-        let asked = match &gateway.destination {
+        let requested = match &gateway.destination {
             GatewayDestination::Address(at) => at.address,
             GatewayDestination::Hostname(_) => self.destination.ip(),
         };
         let port = gateway.hbone_port;
         match self.gateway_destination(gateway) {
             Some(Destination::Service(service)) => {
-                self.endpoint(service, port, purpose, asked).map(Some)
+                self.endpoint(service, port, purpose, requested).map(Some)
             }
             Some(Destination::Workload(workload)) => {
-                Ok(Some(Upstream::workload(workload, SocketAddr::new(asked, port))))
+                Ok(Some(Upstream::workload(workload, SocketAddr::new(requested, port))))
             }
             None => Ok(None),
         }
@@ -336,13 +342,13 @@ impl<'m, C: Choose> Router<'m, '_, C> {
         service: &'m Arc<Service>,
         port: u16,
         purpose: Purpose,
-        asked: IpAddr,
+        requested: IpAddr,
     ) -> Result<Upstream<'m>, RouteError> {
         let chosen = load_balancing::select(service, port, purpose, self.caller, self.choose)?;
         let key = EndpointKey { uid: chosen.workload.uid.clone(), port: chosen.port };
         let endpoint = (service.endpoints.len() > 1).then_some(key);
         let service = Some(service);
-        Ok(Upstream { workload: chosen.workload, port: chosen.port, service, endpoint, asked })
+        Ok(Upstream { workload: chosen.workload, port: chosen.port, service, endpoint, requested })
     }
 
     /// Whether the caller is the waypoint itself, which has processed the connection already.

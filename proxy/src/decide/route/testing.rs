@@ -19,7 +19,7 @@ use underpass_config::{
 use underpass_interception::OriginalDestination;
 
 use super::outbound::route;
-use super::{Authority, Caller, Choose, ForwardVia, NextHop, Route, RouteError};
+use super::{Authority, Caller, ForwardVia, NextHop, Route, RouteError, SelectionInputs};
 use crate::decide::endpoint_health::EndpointKey;
 
 /// Makes the mesh that `text` describes.
@@ -27,8 +27,8 @@ pub(super) fn mesh(text: &str) -> Mesh {
     let mut builder = MeshBuilder::default();
     for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
         match line.split_once(' ').unwrap() {
-            ("workload", rest) => builder.workload(workload(&Words::new(rest))),
-            ("service", rest) => builder.service(service(&Words::new(rest))),
+            ("workload", rest) => builder.workload(workload(&TestLine::new(rest))),
+            ("service", rest) => builder.service(service(&TestLine::new(rest))),
             (other, _) => panic!("{other}"),
         }
     }
@@ -36,12 +36,12 @@ pub(super) fn mesh(text: &str) -> Mesh {
 }
 
 /// One line: a name and its attributes.
-struct Words<'a> {
+struct TestLine<'a> {
     name: &'a str,
     rest: Vec<&'a str>,
 }
 
-impl<'a> Words<'a> {
+impl<'a> TestLine<'a> {
     fn new(line: &'a str) -> Self {
         let mut words = line.split_whitespace();
         Self { name: words.next().unwrap(), rest: words.collect() }
@@ -90,7 +90,7 @@ pub(super) fn identity(name: &str) -> SpiffeId {
     format!("spiffe://td/ns/default/sa/{name}").parse().unwrap()
 }
 
-fn workload(words: &Words<'_>) -> WorkloadDraft {
+fn workload(words: &TestLine<'_>) -> WorkloadDraft {
     let tunnel = words.get("tunnel").map(|port| ApplicationTunnel {
         header: if words.has("proxy") { TunnelHeader::Proxy } else { TunnelHeader::None },
         port: (port != "any").then(|| port.parse().unwrap()),
@@ -141,7 +141,7 @@ fn workload(words: &Words<'_>) -> WorkloadDraft {
     }
 }
 
-fn service(words: &Words<'_>) -> Service {
+fn service(words: &TestLine<'_>) -> Service {
     let name: NamespacedHostname = words.name.parse().unwrap();
     let weighted = |text: &str| {
         let (waypoint, weight) = text.split_once('*').unwrap();
@@ -215,28 +215,28 @@ pub(super) fn best_route(
     destination: SocketAddr,
     mesh: &Mesh,
     caller: &Caller<'_>,
-    choose: &mut impl Choose,
+    choose: &mut impl SelectionInputs,
 ) -> Result<Route, RouteError> {
     route(OriginalDestination::new(destination), mesh, caller, choose)
 }
 
 /// Repeatable random numbers, and the configured state of endpoints.
 #[derive(Debug)]
-pub(super) struct Fixed {
+pub(super) struct FixedInputs {
     pub(super) random: fastrand::Rng,
     pub(super) open: HashMap<Name, u32>,
     pub(super) ejected: Vec<Name>,
     pub(super) tried: Vec<Name>,
 }
 
-impl Fixed {
+impl FixedInputs {
     pub(super) fn new(seed: u64) -> Self {
         let random = fastrand::Rng::with_seed(seed);
         Self { random, open: HashMap::new(), ejected: vec![], tried: vec![] }
     }
 }
 
-impl Choose for Fixed {
+impl SelectionInputs for FixedInputs {
     fn below(&mut self, n: u64) -> u64 {
         self.random.u64(..n)
     }
@@ -273,7 +273,7 @@ pub(super) fn show(route: &Result<Route, RouteError>) -> String {
         ForwardVia::Plain { to } => format!("plain {}", hop(to)),
         ForwardVia::Tunnel { to, peers, authority } => {
             let authority = match authority {
-                Authority::Known(target) => target.to_string(),
+                Authority::KnownEndpoint(target) => target.to_string(),
                 Authority::AtNextHop(port) => format!("*:{port}"),
             };
             format!("tunnel {} > {authority} by {}", hop(to), names(peers))

@@ -14,10 +14,10 @@ fn limits(files: usize, more: &[&str]) -> Limits {
 }
 
 /// Takes tickets until one is refused. Returns the tickets and the refusal.
-fn fill(pod: &PodLimits, demand: Demand, source: IpAddr) -> (Vec<Ticket>, Refusal) {
+fn fill(pod: &PodLimits, kind: AdmissionKind, source: IpAddr) -> (Vec<Ticket>, Refusal) {
     let mut tickets = Vec::new();
     loop {
-        match pod.admit(demand, source, None) {
+        match pod.admit(kind, source, None) {
             Ok(ticket) => tickets.push(ticket),
             Err(refusal) => return (tickets, refusal),
         }
@@ -28,25 +28,25 @@ fn fill(pod: &PodLimits, demand: Demand, source: IpAddr) -> (Vec<Ticket>, Refusa
 fn refuses_only_source_beyond_its_limits() {
     let limits = limits(1000, &["limits.connections_per_source=3", "limits.tunnels_per_source=2"]);
     let pod = limits.pod();
-    for demand in [Demand::Outbound, Demand::Plaintext] {
-        let (tickets, refusal) = fill(&pod, demand, SOURCE);
+    for kind in [AdmissionKind::Outbound, AdmissionKind::Plaintext] {
+        let (tickets, refusal) = fill(&pod, kind, SOURCE);
         assert_eq!((tickets.len(), refusal), (3, Refusal::Source(SOURCE)));
-        drop(pod.admit(demand, OTHER, None).unwrap());
+        drop(pod.admit(kind, OTHER, None).unwrap());
     }
-    let (tunnels, refusal) = fill(&pod, Demand::Tunnel, SOURCE);
+    let (tunnels, refusal) = fill(&pod, AdmissionKind::Tunnel, SOURCE);
     assert_eq!((tunnels.len(), refusal), (2, Refusal::TunnelSource(SOURCE)));
     drop(tunnels[0].stream().unwrap());
     let _stream = tunnels[0].stream();
     assert_eq!(tunnels[0].stream().err(), Some(Refusal::Source(SOURCE)), "streams count too");
     drop(tunnels);
-    drop(pod.admit(Demand::Tunnel, SOURCE, None).unwrap());
+    drop(pod.admit(AdmissionKind::Tunnel, SOURCE, None).unwrap());
 }
 
 #[test]
 fn disabled_limits_admit_any_source() {
     let off = ["limits.connections_per_source=off", "limits.tunnels_per_source=off"];
     let pod = limits(1 << 20, &off).pod();
-    let admitted = (0..2000).map(|_| pod.admit(Demand::Tunnel, SOURCE, None).ok());
+    let admitted = (0..2000).map(|_| pod.admit(AdmissionKind::Tunnel, SOURCE, None).ok());
     assert!(admitted.collect::<Option<Vec<_>>>().is_some());
 }
 
@@ -54,7 +54,7 @@ fn disabled_limits_admit_any_source() {
 fn refuses_connections_beyond_limit_of_worker() {
     let limits = limits(1000, &["limits.connections_per_worker=2"]);
     let pod = limits.pod();
-    let (tickets, refusal) = fill(&pod, Demand::Outbound, SOURCE);
+    let (tickets, refusal) = fill(&pod, AdmissionKind::Outbound, SOURCE);
     assert_eq!((tickets.len(), refusal), (4, Refusal::Worker));
     let mut workers: Vec<_> = tickets.iter().map(Ticket::worker).collect();
     workers.sort_unstable();
@@ -65,24 +65,24 @@ fn refuses_connections_beyond_limit_of_worker() {
 fn source_leaves_share_of_connections_to_others() {
     let limits = limits(1000, &["limits.connections_per_worker=50"]);
     let pod = limits.pod();
-    let (tickets, refusal) = fill(&pod, Demand::Plaintext, SOURCE);
+    let (tickets, refusal) = fill(&pod, AdmissionKind::Plaintext, SOURCE);
     assert_eq!(refusal, Refusal::ConnectionShare(SOURCE));
     assert!((50..80).contains(&tickets.len()), "{}", tickets.len());
-    drop(pod.admit(Demand::Plaintext, OTHER, None).unwrap());
+    drop(pod.admit(AdmissionKind::Plaintext, OTHER, None).unwrap());
 }
 
 #[test]
 fn source_leaves_descriptors_to_others_and_other_direction() {
     let pod = limits(1064, &[]).pod();
-    let (held, refusal) = fill(&pod, Demand::Plaintext, SOURCE);
+    let (held, refusal) = fill(&pod, AdmissionKind::Plaintext, SOURCE);
     assert_eq!(refusal, Refusal::DescriptorShare(SOURCE));
     assert!((200..300).contains(&held.len()), "{} connections", held.len());
-    assert!(pod.has_room(Demand::Plaintext) && pod.has_room(Demand::Outbound));
-    let tunnel = pod.admit(Demand::Tunnel, OTHER, None).unwrap();
+    assert!(pod.has_room(AdmissionKind::Plaintext) && pod.has_room(AdmissionKind::Outbound));
+    let tunnel = pod.admit(AdmissionKind::Tunnel, OTHER, None).unwrap();
     let streams: Vec<_> = (0..30).map_while(|_| tunnel.stream().ok()).collect();
     assert_eq!(streams.len(), 30);
     let outbound: Vec<_> =
-        (0..50).map_while(|_| pod.admit(Demand::Outbound, SOURCE, None).ok()).collect();
+        (0..50).map_while(|_| pod.admit(AdmissionKind::Outbound, SOURCE, None).ok()).collect();
     assert_eq!(outbound.len(), 50);
 }
 
@@ -94,16 +94,16 @@ fn dropped_ticket_releases_all_budgets() {
         let Directions { outbound, inbound } = &pod.0.descriptors;
         (outbound.used(), inbound.used(), limits.connections.used())
     };
-    let mut outbound = pod.admit(Demand::Outbound, SOURCE, Some(OTHER)).unwrap();
-    let plaintext = pod.admit(Demand::Plaintext, SOURCE, None).unwrap();
-    let tunnel = pod.admit(Demand::Tunnel, SOURCE, None).unwrap();
+    let mut outbound = pod.admit(AdmissionKind::Outbound, SOURCE, Some(OTHER)).unwrap();
+    let plaintext = pod.admit(AdmissionKind::Plaintext, SOURCE, None).unwrap();
+    let tunnel = pod.admit(AdmissionKind::Tunnel, SOURCE, None).unwrap();
     let stream = tunnel.stream().unwrap();
     assert_eq!(used(), (2, 4, 4));
     outbound.release_descriptor();
     assert_eq!(used(), (1, 4, 4));
     drop((outbound, plaintext, tunnel, stream));
     assert_eq!(used(), (0, 0, 0));
-    let (all, _) = fill(&pod, Demand::Outbound, SOURCE);
+    let (all, _) = fill(&pod, AdmissionKind::Outbound, SOURCE);
     drop(all);
     assert_eq!(used(), (0, 0, 0), "a refusal holds nothing");
 }
@@ -112,7 +112,7 @@ fn dropped_ticket_releases_all_budgets() {
 fn refuses_stream_without_descriptor() {
     let limits = limits(8, &[]);
     let pod = limits.pod();
-    let tunnel = pod.admit(Demand::Tunnel, SOURCE, None).unwrap();
+    let tunnel = pod.admit(AdmissionKind::Tunnel, SOURCE, None).unwrap();
     let _all = pod.hold_outbound();
     let _streams: Vec<_> = (0..3).map_while(|_| tunnel.stream().ok()).collect();
     let refusal = tunnel.stream().err();

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use super::open::OpenPod;
 use super::serving::ServingPod;
+use underpass_config::Hint as _;
+
 use crate::node::identities::CredentialLease;
 use crate::node::pod::Pod;
 use crate::node::pod_error::PodError;
@@ -42,13 +44,14 @@ impl OwnedRules {
         }
     }
 
-    /// Leaves the rules after `error`, which is returned.
-    pub(super) async fn leave_after<E>(self, error: E) -> E {
+    /// Leaves the rules after `cause`, which is returned.
+    pub(super) async fn leave_after<E>(self, cause: E) -> E {
         if let Err(left) = self.leave().await {
-            let left = crate::error::chain(&left);
-            tracing::error!(error = left, "cannot leave the rules as interception.on_exit says");
+            let (error, hint) = (crate::error::chain(&left), left.hint());
+            let hint = hint.as_deref();
+            tracing::error!(error, hint, "cannot leave the rules as interception.on_exit says");
         }
-        error
+        cause
     }
 }
 

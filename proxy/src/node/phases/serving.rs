@@ -43,7 +43,7 @@ impl ServingPod {
     ///
     /// # Errors
     ///
-    /// The kernel refused.
+    /// The kernel rejected the operation.
     pub(crate) async fn restore_rules(&self) -> Result<(), PodError> {
         self.rules.capture.install().await
     }

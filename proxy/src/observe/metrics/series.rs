@@ -28,6 +28,7 @@ pub(crate) struct Labels {
     pub(super) mutual_tls: bool,
 }
 
+/// The labels of one end of a connection: its source or its destination.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Side {
     workload: Value<Workload>,
@@ -186,8 +187,8 @@ pub(crate) struct Series {
     opened: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
-    closed: ByFlags,
-    failed: ByFlags,
+    closed: CountersByFlags,
+    failed: CountersByFlags,
 }
 
 impl Series {
@@ -199,8 +200,8 @@ impl Series {
             opened: AtomicU64::new(0),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
-            closed: ByFlags::default(),
-            failed: ByFlags::default(),
+            closed: CountersByFlags::default(),
+            failed: CountersByFlags::default(),
         }
     }
 
@@ -315,7 +316,7 @@ impl Metric {
 
 /// A counter for each value of `response_flags`.
 #[derive(Debug, Default)]
-struct ByFlags {
+struct CountersByFlags {
     none: AtomicU64,
     deny: AtomicU64,
     connect: AtomicU64,
@@ -324,7 +325,7 @@ struct ByFlags {
     identity_error: AtomicU64,
 }
 
-impl ByFlags {
+impl CountersByFlags {
     fn of(&self, flags: ResponseFlags) -> &AtomicU64 {
         match flags {
             ResponseFlags::None => &self.none,

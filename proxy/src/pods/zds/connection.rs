@@ -1,5 +1,6 @@
 //! One connection to a node agent: performs its requests in the registry, and answers each.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
@@ -7,7 +8,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 use tokio::time::timeout;
-use underpass_config::{PodUid, Quoted};
+use underpass_config::{Hint, PodUid, Quoted};
 use underpass_interception::{InterceptionError, Message, Namespace, SeqPacket};
 
 use crate::pods::enrolment::EnrolError;
@@ -38,12 +39,13 @@ pub(super) enum ConnectionError {
     Protocol(#[source] RequestFailure),
 }
 
-impl ConnectionError {
-    pub(super) fn hint(&self) -> &'static str {
-        match self {
-            Self::Closed | Self::Io(_) => "pods stay enrolled; see the log of the node agent",
+impl Hint for ConnectionError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let fixed = match self {
+            Self::Closed | Self::Io(_) => "read the log of the node agent; pods stay enrolled",
             Self::Protocol(_) => "check that node.pods.zds is the socket of ZDS, version 1",
-        }
+        };
+        Some(fixed.into())
     }
 }
 

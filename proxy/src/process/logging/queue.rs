@@ -20,7 +20,7 @@ use crate::observe::metrics;
 const MAX_BYTES: usize = 1 << 20;
 /// How long the thread rests after a write. A thread that logs meanwhile need not wake it, which
 /// saves two of the 30 system calls of a connection.
-const REST: Duration = Duration::from_millis(10);
+const WRITE_INTERVAL: Duration = Duration::from_millis(10);
 /// This many queued bytes end the rest.
 const BATCH_BYTES: usize = 64 << 10;
 /// The pause after a failed write before the next attempt to report lost lines.
@@ -56,7 +56,7 @@ enum ThreadState {
     Writing,
     /// Waits for a line.
     Idle,
-    /// Waits for [`BATCH_BYTES`] or the end of [`REST`].
+    /// Waits for [`BATCH_BYTES`] or the end of [`WRITE_INTERVAL`].
     Resting,
     Ended,
 }
@@ -129,13 +129,13 @@ impl Queue {
         Some(mem::take(&mut state.lost))
     }
 
-    /// Waits for [`BATCH_BYTES`], at most for [`REST`].
+    /// Waits for [`BATCH_BYTES`], at most for [`WRITE_INTERVAL`].
     fn rest(&self) {
         let mut state = self.state();
         state.in_flight = 0;
         state.thread = ThreadState::Resting;
         let few = |state: &mut State| state.waiting.len() < BATCH_BYTES && !state.closed;
-        let waited = self.work.wait_timeout_while(state, REST, few);
+        let waited = self.work.wait_timeout_while(state, WRITE_INTERVAL, few);
         waited.unwrap_or_else(PoisonError::into_inner).0.thread = ThreadState::Writing;
     }
 
@@ -220,7 +220,7 @@ impl<W: Write> Output<W> {
                 Err(error) => match error.kind() {
                     ErrorKind::Interrupted => {}
                     // Another process has made the pipe non-blocking, and it is full.
-                    ErrorKind::WouldBlock => thread::park_timeout(REST),
+                    ErrorKind::WouldBlock => thread::park_timeout(WRITE_INTERVAL),
                     _ => break,
                 },
             }

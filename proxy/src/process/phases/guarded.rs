@@ -89,7 +89,7 @@ impl Guarded {
         let kept = capture.kept();
         if let Some(user) = capture.user() {
             thread.prepare_change_of_user(kept).await?;
-            user.become_it()?;
+            user.switch()?;
             let ProxyUser { uid, gid } = user;
             tracing::info!(uid, gid, ?kept, "changed to the proxy's user");
         } else {

@@ -2,6 +2,8 @@
 
 use super::draining::Draining;
 use super::{Core, workers};
+use underpass_config::Hint as _;
+
 use crate::node::phases::ServingPod;
 use crate::node::workers::WorkerThreads;
 use crate::process::notify;
@@ -65,15 +67,19 @@ impl Serving {
         Draining::new(end, core, pod, threads, tasks)
     }
 
-    /// The process that failed to take over may have changed the rules. The reconciler verifies them
-    /// now; without one they are installed here.
+    /// The process that failed to take over may have changed the rules. The reconciler verifies
+    /// them now; without one they are installed here.
     async fn restore_rules(&self) {
         if self.core.settings.interception.repair {
             return;
         }
         if let Err(error) = self.pod.restore_rules().await {
-            let error = crate::error::chain(&error);
-            tracing::error!(error, "cannot restore the rules after a failed take-over");
+            let (error, hint) = (crate::error::chain(&error), error.hint());
+            tracing::error!(
+                error,
+                hint = hint.as_deref(),
+                "cannot restore the rules after a failed take-over"
+            );
         }
     }
 }

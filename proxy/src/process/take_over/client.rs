@@ -50,7 +50,7 @@ impl TakeoverClient {
         let conversation = Handover::new(stream);
         let peer = conversation.peer().map_err(failed)?;
         if !peer.is_trusted() {
-            return Err(TakeOverError::Stranger { socket, uid: peer.uid });
+            return Err(TakeOverError::UntrustedUser { socket, uid: peer.uid });
         }
         let role = Role::of(settings).map_err(TakeOverError::Namespace)?;
         let client = Self::over(conversation, socket.clone());
@@ -79,7 +79,7 @@ impl TakeoverClient {
     /// Completes the take-over: the other process drains. Succeeds too if that process has exited.
     pub(crate) async fn ready(&self) -> Result<(), TakeOverError> {
         match self.ask(READY, READY).await {
-            Err(TakeOverError::Left { .. }) if self.is_gone().await => Ok(()),
+            Err(TakeOverError::Closed { .. }) if self.is_gone().await => Ok(()),
             outcome => outcome.map(|_| ()),
         }
     }
@@ -88,10 +88,10 @@ impl TakeoverClient {
         matches!(control_socket::connect(&self.socket).await, Ok(None))
     }
 
-    /// Sends `line`, which errors name `asked`, and returns the payload of the positive answer.
+    /// Sends `line`, which errors name `request`, and returns the payload of the positive answer.
     async fn ask(
         &self,
-        asked: &'static str,
+        request: &'static str,
         line: &str,
     ) -> Result<(String, Vec<OwnedFd>), TakeOverError> {
         let failed = |source: io::Error| TakeOverError::Io { socket: self.socket.clone(), source };
@@ -100,16 +100,16 @@ impl TakeoverClient {
             self.conversation.receive().await
         };
         let answer = timeout(ANSWER_TIMEOUT, answer).await;
-        let received = match answer.map_err(|_| TakeOverError::NoAnswer { asked })? {
+        let received = match answer.map_err(|_| TakeOverError::NoAnswer { request })? {
             Err(error) if is_end(&error) => None,
             received => received.map_err(failed)?,
         };
-        let (said, sockets) = received.ok_or(TakeOverError::Left { asked })?;
-        match said.split_once(' ') {
-            None if said == OK => Ok((String::new(), sockets)),
+        let (answer, sockets) = received.ok_or(TakeOverError::Closed { request })?;
+        match answer.split_once(' ') {
+            None if answer == OK => Ok((String::new(), sockets)),
             Some((LISTENERS, names)) => Ok((names.to_owned(), sockets)),
             Some((REFUSED, why)) => Err(TakeOverError::Refused(why.to_owned())),
-            _ => Err(TakeOverError::Misunderstood { asked, said }),
+            _ => Err(TakeOverError::UnexpectedAnswer { request, answer }),
         }
     }
 }

@@ -44,15 +44,15 @@ pub(crate) enum TakeoverOutcome {
 #[derive(Debug, thiserror::Error)]
 enum ConversationError {
     #[error("the other process is user {0}, neither root nor the proxy's user")]
-    Stranger(u32),
+    UntrustedUser(u32),
     #[error("the other process has a different role")]
     Refused,
     #[error("no request within {} s after \"{after}\"", deadline.as_secs())]
     Late { after: &'static str, deadline: Duration },
     #[error("the connection was closed before \"{wanted}\"")]
-    Left { wanted: &'static str },
-    #[error("received \"{said}\" instead of \"{wanted}\"")]
-    Misunderstood { said: String, wanted: &'static str },
+    Closed { wanted: &'static str },
+    #[error("received \"{message}\" instead of \"{wanted}\"")]
+    UnexpectedMessage { message: String, wanted: &'static str },
     #[error("the connection failed")]
     Io(#[from] io::Error),
 }
@@ -131,14 +131,14 @@ impl TakeoverServer {
     }
 
     async fn converse(&self, conversation: &Handover, peer: Peer) -> Result<(), ConversationError> {
-        let said = receive(conversation, "hello", "connecting", ANSWER_TIMEOUT).await?;
+        let role = receive(conversation, "hello", "connecting", ANSWER_TIMEOUT).await?;
         if !peer.is_trusted() {
             conversation
                 .send(&format!("{REFUSED} only root and the proxy's user may take over"), &[])
                 .await?;
-            return Err(ConversationError::Stranger(peer.uid));
+            return Err(ConversationError::UntrustedUser(peer.uid));
         }
-        if let Some(why) = self.role.refusal(&said) {
+        if let Some(why) = self.role.refusal(&role) {
             conversation.send(&format!("{REFUSED} {why}"), &[]).await?;
             return Err(ConversationError::Refused);
         }
@@ -193,7 +193,7 @@ async fn expect(
 ) -> Result<(), ConversationError> {
     match receive(conversation, wanted, after, deadline).await? {
         said if said == wanted => Ok(()),
-        said => Err(ConversationError::Misunderstood { said, wanted }),
+        message => Err(ConversationError::UnexpectedMessage { message, wanted }),
     }
 }
 
@@ -206,9 +206,9 @@ async fn receive(
     match timeout(deadline, conversation.receive()).await {
         Err(_) => Err(ConversationError::Late { after, deadline }),
         Ok(Ok(Some((line, _)))) => Ok(line),
-        Ok(Ok(None)) => Err(ConversationError::Left { wanted }),
+        Ok(Ok(None)) => Err(ConversationError::Closed { wanted }),
         Ok(Err(error)) if error.kind() == ErrorKind::UnexpectedEof => {
-            Err(ConversationError::Left { wanted })
+            Err(ConversationError::Closed { wanted })
         }
         Ok(Err(error)) => Err(ConversationError::Io(error)),
     }

@@ -94,7 +94,7 @@ async fn client_times_out_when_running_process_is_silent() {
     let client = TakeoverClient::over(Handover::new(ours), PathBuf::from("/nowhere.sock"));
     let began = Instant::now();
     let outcome = client.rules().await;
-    assert!(matches!(outcome, Err(TakeOverError::NoAnswer { asked: RULES })), "{outcome:?}");
+    assert!(matches!(outcome, Err(TakeOverError::NoAnswer { request: RULES })), "{outcome:?}");
     assert_eq!(began.elapsed(), ANSWER_TIMEOUT);
 }
 
@@ -105,6 +105,6 @@ async fn ready_succeeds_when_running_process_has_exited() {
     drop(theirs);
     // Before `ready`, an exit of the running process is an error.
     let outcome = client.accept().await;
-    assert!(matches!(outcome, Err(TakeOverError::Left { asked: ACCEPT })), "{outcome:?}");
+    assert!(matches!(outcome, Err(TakeOverError::Closed { request: ACCEPT })), "{outcome:?}");
     client.ready().await.unwrap();
 }

@@ -30,7 +30,7 @@ const MAX_SPARE: usize = 64;
 
 thread_local! {
     /// The empty pipes of this worker. A connection never leaves its worker's thread.
-    static POOL: RefCell<Pool> = const { RefCell::new(Pool { spare: Vec::new(), members: 0 }) };
+    static POOL: RefCell<PipePool> = const { RefCell::new(PipePool { spare: Vec::new(), members: 0 }) };
 }
 
 /// A direction that moves bulk. It holds a pipe only while there are bytes to move. The pipe is
@@ -187,12 +187,12 @@ impl Drop for Pipe {
 
 /// Empty pipes, at most one for each direction that splices: none stays open after the last of
 /// them.
-struct Pool {
+struct PipePool {
     spare: Vec<Arc<PooledPipe>>,
     members: usize,
 }
 
-impl Pool {
+impl PipePool {
     fn keep(&mut self, pipe: Arc<PooledPipe>) {
         if self.spare.len() < self.members.min(MAX_SPARE) {
             self.spare.push(pipe);

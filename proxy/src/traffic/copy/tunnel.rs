@@ -9,6 +9,7 @@ use underpass_hbone::{RevocationSignal, TunnelReader, TunnelStream, TunnelWriter
 use super::{Side, Sink, Source};
 use crate::error::ProxyError;
 
+/// The stream of a tunnel as one side of a relay.
 pub(super) struct Tunnelled {
     reader: TunnelReader,
     writer: TunnelWriter,

@@ -76,17 +76,14 @@ fn rejects_unknown_words_and_keys() {
     assert_eq!(
         mistakes(text),
         [
-            "m:2:91: policies[0].dryrun: \"x\": no such key; did you mean dryRun?",
+            "m:2:91: policies[0].dryrun: \"x\": no such key",
             "m:2:10: policies[0].name: \"a/b\": must not have a '/' in it",
             "m:2:36: policies[0].scope: \"global\": must be one of Global, Namespace, WorkloadSelector",
             "m:2:52: policies[0].action: \"Log\": must be one of Allow, Deny",
             "m:2:76: policies[0].dryRun: \"maybe\": must be true or false",
         ]
     );
-    assert_eq!(
-        mistake_in("{sourceIp: [10.0.0.1]}"),
-        ".sourceIp: no such key; did you mean sourceIps?"
-    );
+    assert_eq!(mistake_in("{sourceIp: [10.0.0.1]}"), ".sourceIp: no such key");
     let nobodys = "policies: [{name: p, namespace: '', scope: Namespace, action: Deny, rules: []}]";
     assert_eq!(
         mistakes(nobodys),
@@ -119,7 +116,7 @@ fn invalid_value_rejects_policy() {
     );
     assert_eq!(mistake_in("{destinationPorts: 80}"), ".destinationPorts: \"80\": must be a list");
     for key in ["principals", "notNamespaces", "sourceIps", "destinationPorts"] {
-        let reason = "has no values: leave it out, or give some";
+        let reason = "has no values";
         assert_eq!(mistake_in(&format!("{{{key}: }}")), format!(".{key}: {reason}"));
     }
 }
@@ -133,7 +130,7 @@ fn string_match_requires_kind() {
         ("[]", typeless),
         ("{}", typeless),
         ("{exact: a, prefix: b}", typeless),
-        ("{exakt: a}", "did you mean exact?"),
+        ("{exakt: a}", "no such key"),
         ("{exact: ~}", "is needed"),
         ("{exact: !Exact a}", "must have no tag"),
         ("{presence: false}", "must be true"),

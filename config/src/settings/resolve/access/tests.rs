@@ -52,7 +52,7 @@ fn rejects_egress_exceptions_in_allow_mode() {
     assert_eq!(
         mistakes("egress: mesh\negress_exceptions: {cidr: [10.0.0.0/8], ports: [0]}"),
         [
-            "egress_exceptions.cidr: no such key; did you mean cidrs?",
+            "egress_exceptions.cidr: no such key",
             "egress: must be one of allow, mesh-only",
             "egress_exceptions.ports[0]: must be a port, 1 to 65535, or a range of them, such as 8000-8100",
         ]
@@ -114,9 +114,7 @@ fn rejects_contradicting_overrides_and_accepts_repeated_ones() {
     let overrides = |list: &str| format!("{IDENTITY}proxy: {{mtls_overrides: [{list}]}}");
     assert_eq!(
         mistakes(&overrides("shop/web=strict, ':1=strict', shop/web=permissive")),
-        [
-            "proxy.mtls_overrides: shop/web=strict and shop/web=permissive contradict each other: keep one"
-        ]
+        ["proxy.mtls_overrides: shop/web=strict and shop/web=permissive contradict each other"]
     );
     let repeated = settings_of(&overrides("shop/web=strict, shop/web=strict")).unwrap();
     assert_eq!(repeated.proxy.mtls.overrides.len(), 1);

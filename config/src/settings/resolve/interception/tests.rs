@@ -128,14 +128,15 @@ fn include_lists_accept_the_words_for_all_and_none() {
 #[test]
 fn list_mistake_names_the_item() {
     let errors = read("{outbound: {exclude_cidrs: '10.0.0.0/8,nowhere', exclude_uids: [0, root]}}");
-    let told: Vec<String> = errors.unwrap_err().problems.iter().map(ToString::to_string).collect();
+    let reported: Vec<String> =
+        errors.unwrap_err().problems.iter().map(ToString::to_string).collect();
     assert_eq!(
-        told,
+        reported,
         [
             "underpass.yaml:1:42: interception.outbound.exclude_cidrs[1]: \"nowhere\": must be an \
              address or a CIDR, such as 10.0.0.0/8, 10.1.2.3 or fd00::/8",
             "underpass.yaml:1:82: interception.outbound.exclude_uids[1]: \"root\": must be a \
-             number; `id -u NAME` tells it",
+             number, as `id -u NAME` prints it",
         ]
     );
     is_refused("{outbound: {exclude_ports: {a: 1}}}", "outbound.exclude_ports");
@@ -292,9 +293,6 @@ fn rejects_unknown_nested_key() {
     let found = mistakes("{outbound: {exclude_cidr: x}, inbound: [1]}");
     assert_eq!(
         found,
-        [
-            "outbound.exclude_cidr: no such key; did you mean exclude_cidrs?",
-            "inbound: must be a mapping (key: value)"
-        ]
+        ["outbound.exclude_cidr: no such key", "inbound: must be a mapping (key: value)"]
     );
 }

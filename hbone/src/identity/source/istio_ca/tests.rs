@@ -6,6 +6,8 @@ use std::sync::Mutex;
 use tokio::io::{AsyncReadExt as _, DuplexStream, duplex};
 use tokio::net::TcpListener;
 
+use underpass_config::Hint as _;
+
 use super::*;
 use crate::ca::CertificateAuthority;
 use crate::ca::server::tests::{CLIENTS, NAME, TestCa};
@@ -26,6 +28,10 @@ fn write_token(served: &TestCa, token: &str) {
 
 fn ca(served: &TestCa) -> IstioCa<DialCa> {
     IstioCa::new(settings(served, NAME), DialCa::new(served)).unwrap()
+}
+
+fn hint(problem: &IssuerProblem) -> String {
+    problem.hint().unwrap_or_default().into_owned()
 }
 
 fn problem(error: HboneError) -> IssuerProblem {
@@ -58,7 +64,7 @@ async fn reads_token_for_each_request() {
     write_token(&served, "wrong-token");
     let what = refused(&ca, CLIENT).await;
     assert!(matches!(&what, IssuerProblem::Unauthenticated(_)), "{what}");
-    assert!(what.to_string().contains("identity.istio_ca.token"), "{what}");
+    assert!(hint(&what).contains("identity.istio_ca.token"), "{what}");
     write_token(&served, "client-token");
     ca.issue(&id(CLIENT), Priority::RealTime).await.unwrap();
     for unusable in ["", "two words"] {
@@ -126,7 +132,7 @@ async fn explains_a_reset_during_the_handshake() {
     };
     let (what, ()) = tokio::join!(refused(&ca, CLIENT), refuse);
     assert!(matches!(what, IssuerProblem::HandshakeReset), "{what}");
-    assert!(what.to_string().contains("interception.inbound.exclude_ports"), "{what}");
+    assert!(hint(&what).contains("interception.inbound.exclude_ports"), "{what}");
 }
 
 #[tokio::test]
@@ -138,7 +144,7 @@ async fn wrong_server_never_receives_the_token() {
     fs::write(served.file("roots.pem"), authority("td").roots_pem()).unwrap();
     let what = refused(&right, CLIENT).await;
     assert!(matches!(what, IssuerProblem::Tls), "{what}");
-    assert!(what.to_string().contains("identity.istio_ca.roots"), "{what}");
+    assert!(hint(&what).contains("identity.istio_ca.roots"), "{what}");
     // Roots are read again for each connection.
     let own = CertificateAuthority::open(&served.dir.0);
     fs::copy(served.file("ca.pem"), served.file("roots.pem")).unwrap();

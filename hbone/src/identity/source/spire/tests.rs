@@ -17,6 +17,8 @@ use tonic::server::{Grpc, ServerStreamingService};
 use tonic::{Request, Response, Status};
 use tonic_prost::ProstCodec;
 
+use underpass_config::Hint as _;
+
 use super::*;
 use crate::ca::CertificateAuthority;
 use crate::ca::tests::TempDir;
@@ -209,7 +211,7 @@ async fn missing_agent_is_retried_with_back_off() {
     for _ in 0..4 {
         let what = problem(&mut source).await;
         assert!(matches!(&what, IssuerProblem::Agent), "{what}");
-        assert!(what.to_string().contains("identity.spire.socket"), "{what}");
+        assert!(what.hint().is_some_and(|hint| hint.contains("identity.spire.socket")), "{what}");
     }
     let waited = start.elapsed();
     assert!(waited >= Duration::from_millis(5600), "1 + 2 + 4 s: {waited:?}");

@@ -219,7 +219,7 @@ impl Model {
         let now = self.pool.now;
         let due = self.forget_at.extract_if(.., |(_, at)| *at <= now).collect::<Vec<_>>();
         for (port, _) in due {
-            self.pool.state.forget(&key(port), now);
+            self.pool.state.remove_expired_backoff(&key(port), now);
         }
     }
 
@@ -242,7 +242,7 @@ impl Model {
         );
         assert_eq!(counted.dialing, self.waiting.len());
         let waiting: usize = self.waiting.values().map(|(_, waiting)| waiting.len()).sum();
-        assert_eq!(self.answered + waiting, self.asked, "everybody gets an outcome");
+        assert_eq!(self.answered + waiting, self.asked, "every caller gets an outcome");
         for port in 0..KEYS {
             let held = self.tunnels.iter().any(|(other, ..)| *other == port)
                 || !self.dials(port).is_empty()

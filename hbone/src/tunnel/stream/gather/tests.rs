@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::error::HboneError;
 use crate::testing::{
-    ADDRESS, Awkward, CLIENT, HOUR, Mesh, SECOND, SERVER, Served, authority, credentials, id,
+    ADDRESS, CLIENT, HOUR, Mesh, SECOND, SERVER, Served, StepwiseIo, authority, credentials, id,
     identity, request,
 };
 use crate::tunnel::client::Connector;
@@ -51,7 +51,7 @@ async fn gathers_small_writes_while_connection_is_blocked() {
     const BULK: usize = 4 << 20;
     const BYTES: usize = 5000;
     let (near, far) = duplex(64 << 10);
-    let far = Awkward::new(far, 64 << 10);
+    let far = StepwiseIo::new(far, 64 << 10);
     let stopped = far.stopped.clone();
     let (tunnel, server) = Mesh::new().tunnel_over(near, far).await;
     let mut served = Served::new(server);

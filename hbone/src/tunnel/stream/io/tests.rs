@@ -58,7 +58,7 @@ async fn one_that_is_dropped_before_its_end_is_aborted() {
 async fn lost_connection_is_an_io_error() {
     let (near, _far, _tunnel, served) = Mesh::new().stream().await;
     let mut near = near.into_io();
-    served.kill().await;
+    served.abort().await;
     let error = near.read(&mut [0; 4]).await.unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
     assert!(matches!(HboneError::carried_by(&error), Some(HboneError::Lost { .. })), "{error:?}");

@@ -44,8 +44,8 @@ const TABLE: &[(&str, &str, &str)] = &[
     ("web", "10.0.0.2:80", "not_here"),
     ("web", "127.0.0.1:80", "not_here"),
     ("web", "10.1.0.1:80", "not_here"),
-    ("nobody", "10.0.0.99:80", "10.0.0.99:80"),
-    ("nobody", "10.0.0.1:80", "not_here"),
+    ("no workload", "10.0.0.99:80", "10.0.0.99:80"),
+    ("no workload", "10.0.0.1:80", "not_here"),
     // Services by name.
     ("web", "web.example:80", "10.0.0.1:8080 for web.example"),
     ("web", "web.example:90", "10.0.0.1:9090 for web.example"),
@@ -55,7 +55,7 @@ const TABLE: &[(&str, &str, &str)] = &[
     ("web", "secret.example:80", "unknown_service"),
     ("sick", "web.example:80", "10.0.0.2:8080 for web.example"),
     ("sick", "web.example:90", "no_service_port"),
-    ("nobody", "web.example:80", "not_endpoint"),
+    ("no workload", "web.example:80", "not_endpoint"),
     // Destinations whose waypoint is the local workload.
     ("way", "10.0.0.7:80", "10.0.0.3:80"),
     ("way", "10.0.0.8:80", "10.0.0.3:80"),
@@ -106,12 +106,12 @@ const TABLE: &[(&str, &str, &str)] = &[
 #[test]
 fn tunnel_reaches_only_this_workload() {
     let mesh = mesh(MESH);
-    for (here, asked, expected) in TABLE {
-        let local = (*here != "nobody").then(|| &**named(&mesh, here));
+    for (here, requested, expected) in TABLE {
+        let local = (*here != "no workload").then(|| &**named(&mesh, here));
         let address = local.map_or_else(|| [10, 0, 0, 99].into(), |local| local.addresses[0]);
         let here_at = SocketAddr::new(address, 15008);
-        let authority = asked.parse().map(Target::Address).unwrap_or_else(|_| {
-            let (hostname, port) = asked.split_once(':').unwrap();
+        let authority = requested.parse().map(Target::Address).unwrap_or_else(|_| {
+            let (hostname, port) = requested.split_once(':').unwrap();
             Target::Hostname(hostname.into(), port.parse().unwrap())
         });
         let target = inbound(&authority, here_at, &mesh, local, "", "default");
@@ -125,7 +125,7 @@ fn tunnel_reaches_only_this_workload() {
                 format!("{target}{header}{service}")
             }
         };
-        assert_eq!(shown, *expected, "{here} asked for {asked}");
+        assert_eq!(shown, *expected, "{here} requested for {requested}");
     }
 }
 
@@ -136,8 +136,8 @@ fn rejects_same_address_of_other_network() {
          workload behind ip=10.0.0.2 waypoint=far/10.0.0.1@15008
          workload there ip=10.0.0.1 net=far",
     );
-    let asked = Target::Address(([10, 0, 0, 2], 80).into());
+    let requested = Target::Address(([10, 0, 0, 2], 80).into());
     let here = ([10, 0, 0, 1], 15008).into();
-    let target = inbound(&asked, here, &mesh, Some(named(&mesh, "here")), "", "default");
-    assert_eq!(target, Err(RouteError::NotHere { asked, here }));
+    let target = inbound(&requested, here, &mesh, Some(named(&mesh, "here")), "", "default");
+    assert_eq!(target, Err(RouteError::NotHere { requested, here }));
 }

@@ -8,16 +8,16 @@ use underpass_config::Mesh;
 use underpass_interception::OriginalDestination;
 
 use crate::decide::endpoint_health::EndpointHealth;
-use crate::decide::route::testing::{Fixed, best_route, caller, mesh, named, show};
+use crate::decide::route::testing::{FixedInputs, best_route, caller, mesh, named, show};
 use crate::decide::route::{EndpointSelector, Route, RouteError, outbound};
 
-fn route(mesh: &Mesh, choose: &mut Fixed) -> Result<Route, RouteError> {
+fn route(mesh: &Mesh, choose: &mut FixedInputs) -> Result<Route, RouteError> {
     let caller = caller(named(mesh, "client"));
     best_route(([10, 1, 0, 1], 80).into(), mesh, &caller, choose)
 }
 
 /// The number of 10,000 connections that each workload gets. Each connection closes at once.
-fn shares(mesh: &Mesh, choose: &mut Fixed) -> BTreeMap<String, u32> {
+fn shares(mesh: &Mesh, choose: &mut FixedInputs) -> BTreeMap<String, u32> {
     let mut shares = BTreeMap::new();
     for _ in 0..10_000 {
         let workload = route(mesh, choose).unwrap().workload.unwrap();
@@ -26,7 +26,7 @@ fn shares(mesh: &Mesh, choose: &mut Fixed) -> BTreeMap<String, u32> {
     shares
 }
 
-fn assert_shares(mesh: &Mesh, choose: &mut Fixed, expected: &[(&str, u32)]) {
+fn assert_shares(mesh: &Mesh, choose: &mut FixedInputs, expected: &[(&str, u32)]) {
     let shares = shares(mesh, choose);
     let names: Vec<&str> = shares.keys().map(String::as_str).collect();
     let expected_names: Vec<&str> = expected.iter().map(|(name, _)| *name).collect();
@@ -53,13 +53,13 @@ fn service(mode: &str, workloads: &[&str]) -> Mesh {
 fn idle_endpoints_share_connections_by_capacity() {
     let three = ["ip=10.0.1.1 capacity=1", "ip=10.0.1.2 capacity=3", "ip=10.0.1.3 capacity=6"];
     let expected = [("a", 1000), ("b", 3000), ("c", 6000)];
-    assert_shares(&service("", &three), &mut Fixed::new(1), &expected);
-    assert_shares(&service("mode=failover", &three), &mut Fixed::new(2), &expected);
+    assert_shares(&service("", &three), &mut FixedInputs::new(1), &expected);
+    assert_shares(&service("mode=failover", &three), &mut FixedInputs::new(2), &expected);
     let idle = ["ip=10.0.1.1 capacity=0", "ip=10.0.1.2", "ip=10.0.1.3"];
-    assert_shares(&service("", &idle), &mut Fixed::new(3), &[("b", 5000), ("c", 5000)]);
+    assert_shares(&service("", &idle), &mut FixedInputs::new(3), &[("b", 5000), ("c", 5000)]);
     // One endpoint has almost all of the capacity, so that draws hardly ever find a second one.
     let uneven = ["ip=10.0.1.1 capacity=4000000000", "ip=10.0.1.2"];
-    assert_shares(&service("", &uneven), &mut Fixed::new(4), &[("a", 10_000)]);
+    assert_shares(&service("", &uneven), &mut FixedInputs::new(4), &[("a", 10_000)]);
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn selects_endpoint_with_fewer_connections_per_capacity() {
         let two = service(mode, &["ip=10.0.1.1", "ip=10.0.1.2 capacity=10"]);
         for (a, b, expected) in [(1, 0, "b"), (0, 1, "a"), (1, 9, "b"), (1, 11, "a"), (2, 19, "b")]
         {
-            let mut choose = Fixed::new(5);
+            let mut choose = FixedInputs::new(5);
             choose.open = [("a".into(), a), ("b".into(), b)].into();
             for _ in 0..100 {
                 let chosen = route(&two, &mut choose).unwrap().workload.unwrap();
@@ -84,7 +84,7 @@ fn open_connections_spread_by_capacity() {
         (1..=20).map(|n| format!("ip=10.0.1.{n} capacity={}", 1 + n % 2)).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let mesh = service("", &words);
-    let mut choose = Fixed::new(6);
+    let mut choose = FixedInputs::new(6);
     for _ in 0..3000 {
         let chosen = route(&mesh, &mut choose).unwrap().workload.unwrap();
         *choose.open.entry(chosen.uid.clone()).or_default() += 1;
@@ -105,23 +105,23 @@ fn selects_nearest_endpoints_and_others_when_those_fail() {
         "ip=10.0.1.4 region=other zone=z",
     ];
     let failover = service("mode=failover prefer=region,zone,node", &workloads);
-    let mut choose = Fixed::new(7);
+    let mut choose = FixedInputs::new(7);
     for name in ["a", "b", "c", "d"] {
         assert_shares(&failover, &mut choose, &[(name, 10_000)]);
         choose.tried.push(name.into());
     }
     assert_eq!(show(&route(&failover, &mut choose)), "no endpoint: Tried");
     let strict = service("mode=strict prefer=region,zone", &workloads);
-    assert_shares(&strict, &mut Fixed::new(8), &[("a", 5000), ("b", 5000)]);
-    let nobody = service("mode=strict prefer=subzone,region", &["ip=10.0.1.1 region=other"]);
-    assert_eq!(show(&route(&nobody, &mut Fixed::new(9))), "no endpoint: NotNear");
+    assert_shares(&strict, &mut FixedInputs::new(8), &[("a", 5000), ("b", 5000)]);
+    let distant = service("mode=strict prefer=subzone,region", &["ip=10.0.1.1 region=other"]);
+    assert_eq!(show(&route(&distant, &mut FixedInputs::new(9))), "no endpoint: NotNear");
 }
 
 #[test]
 fn standard_mode_ignores_distance() {
     let workloads = ["ip=10.0.1.1 region=r", "ip=10.0.1.2 region=other", "ip=10.0.1.3"];
     let mesh = service("prefer=region", &workloads);
-    let mut choose = Fixed::new(14);
+    let mut choose = FixedInputs::new(14);
     let all = [("a", 3333), ("b", 3333), ("c", 3333)];
     assert_shares(&mesh, &mut choose, &all);
     // All endpoints are examined then.
@@ -137,21 +137,21 @@ fn prefers_own_network_and_compares_others_by_remaining_preferences() {
         "net=far gateway=/10.0.0.1@15009 region=r",
     ];
     let mesh = service("mode=failover prefer=network,region", &workloads);
-    let mut choose = Fixed::new(10);
+    let mut choose = FixedInputs::new(10);
     for expected in ["a", "c", "b"] {
         let chosen = route(&mesh, &mut choose).unwrap().endpoint.unwrap().uid;
         assert_eq!(&*chosen, expected);
         choose.tried.push(chosen);
     }
     let strict = service("mode=strict prefer=network,region", &workloads);
-    assert_eq!(show(&route(&strict, &mut Fixed::new(11))), "no endpoint: NotNear");
+    assert_eq!(show(&route(&strict, &mut FixedInputs::new(11))), "no endpoint: NotNear");
 }
 
 #[test]
 fn ejected_endpoint_is_selected_only_without_alternative() {
     for mode in ["", "mode=failover prefer=region"] {
         let three = service(mode, &["ip=10.0.1.1 region=r", "ip=10.0.1.2", "ip=10.0.1.3"]);
-        let mut choose = Fixed::new(12);
+        let mut choose = FixedInputs::new(12);
         choose.ejected = vec!["a".into()];
         assert_shares(&three, &mut choose, &[("b", 5000), ("c", 5000)]);
         choose.tried = vec!["b".into(), "c".into()];
@@ -167,7 +167,7 @@ fn waypoints_share_connections_by_weight() {
         workload a ip=10.0.1.1
         workload b ip=10.0.1.2
         service default/s.example vip=/10.1.0.1 weighted=/10.0.1.1@15008*90,/10.0.1.2@15008*10";
-    assert_shares(&mesh(text), &mut Fixed::new(13), &[("a", 9000), ("b", 1000)]);
+    assert_shares(&mesh(text), &mut FixedInputs::new(13), &[("a", 9000), ("b", 1000)]);
 }
 
 #[test]

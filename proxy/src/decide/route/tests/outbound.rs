@@ -1,7 +1,7 @@
 //! A table of caller, destination and route, for each step of ztunnel's decisions and each
 //! difference from them.
 
-use crate::decide::route::testing::{Fixed, best_route, caller, mesh, named, show};
+use crate::decide::route::testing::{FixedInputs, best_route, caller, mesh, named, show};
 use crate::decide::route::{Authority, Caller, Target};
 
 const PLAIN: &str = "
@@ -234,8 +234,12 @@ fn routes_every_destination_by_the_mesh() {
         let mesh = mesh(text);
         let caller = caller(named(&mesh, from));
         for seed in 0..8 {
-            let route =
-                best_route(destination.parse().unwrap(), &mesh, &caller, &mut Fixed::new(seed));
+            let route = best_route(
+                destination.parse().unwrap(),
+                &mesh,
+                &caller,
+                &mut FixedInputs::new(seed),
+            );
             let shown = show(&route);
             if shown != *expected {
                 wrong.push(format!("{from} to {destination}: {shown}, not {expected}"));
@@ -250,7 +254,7 @@ fn routes_every_destination_by_the_mesh() {
 fn connect_to_hostname_requests_dialled_address() {
     let dialled = "fd00::1".parse().unwrap();
     assert_eq!(Authority::AtNextHop(80).at(dialled).to_string(), "[fd00::1]:80");
-    let known = Authority::Known(Target::Hostname("web.example".into(), 80));
+    let known = Authority::KnownEndpoint(Target::Hostname("web.example".into(), 80));
     assert_eq!(known.at(dialled).to_string(), "web.example:80");
 }
 
@@ -267,7 +271,7 @@ fn connection_bypasses_waypoint_only_with_its_identity_and_address() {
     ] {
         let caller = Caller { identity, address, ..client };
         let destination = ([10, 0, 0, 11], 80).into();
-        let route = best_route(destination, &mesh, &caller, &mut Fixed::new(0));
+        let route = best_route(destination, &mesh, &caller, &mut FixedInputs::new(0));
         assert_eq!(show(&route), expected);
     }
 }
@@ -276,7 +280,7 @@ fn connection_bypasses_waypoint_only_with_its_identity_and_address() {
 fn failed_service_endpoints_do_not_select_owner_of_address() {
     let mesh = mesh(SERVICES);
     let caller = caller(named(&mesh, "client"));
-    let mut choose = Fixed::new(0);
+    let mut choose = FixedInputs::new(0);
     choose.tried = vec!["elsewhere".into()];
     let route = best_route(([10, 0, 0, 21], 80).into(), &mesh, &caller, &mut choose);
     assert_eq!(show(&route), "no endpoint: Tried");

@@ -12,9 +12,9 @@ use underpass_hbone::Dial;
 use underpass_interception::end_on_close;
 
 use super::Seat;
-use crate::limits::{FdPermit, HeldTunnel};
+use crate::limits::{FdPermit, WorkerTunnel};
 use crate::observe::metrics;
-use crate::observe::metrics::Counted;
+use crate::observe::metrics::GaugeGuard;
 
 /// Opens the connections below the tunnels of one seat, from the sockets of its pod.
 #[derive(Debug)]
@@ -61,8 +61,8 @@ impl Dial for TunnelDialer {
 pub(crate) struct TunnelSocket {
     stream: TcpStream,
     _descriptor: FdPermit,
-    _held: HeldTunnel,
-    _open: Counted,
+    _held: WorkerTunnel,
+    _open: GaugeGuard,
     _seat: Arc<Seat>,
 }
 

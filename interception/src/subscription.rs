@@ -14,7 +14,7 @@ use crate::namespace::Entered;
 
 pub(crate) const OPERATION: &str = "watch the rules";
 /// The notifications of everything that our rules depend on besides nftables.
-const OURS: [RtnetlinkGroup; 5] = [
+const OWN_GROUPS: [RtnetlinkGroup; 5] = [
     RtnetlinkGroup::Ipv4Rule,
     RtnetlinkGroup::Ipv6Rule,
     RtnetlinkGroup::Ipv4Route,
@@ -26,7 +26,7 @@ const RULES: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ip
 
 /// The changes to watch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Watched {
+pub enum WatchScope {
     /// Changes of our rules and their dependencies.
     OwnRules,
     /// Changes of any program's rules and ip rules.
@@ -35,19 +35,19 @@ pub enum Watched {
 
 /// The sockets of a subscription, opened within its namespace.
 #[derive(Debug)]
-pub struct Watching {
+pub struct RuleSubscription {
     /// An error if the kernel rejects the subscription to nftables.
     pub(crate) nftables: Result<OwnedFd, InterceptionError>,
     pub(crate) routes: OwnedFd,
     pub(crate) legacy: LegacyTables,
 }
 
-impl Watching {
+impl RuleSubscription {
     /// Subscribes: no change from now on is missed.
-    pub(crate) fn start(entered: &Entered, watched: Watched) -> Result<Self, InterceptionError> {
+    pub(crate) fn start(entered: &Entered, watched: WatchScope) -> Result<Self, InterceptionError> {
         let groups: &[RtnetlinkGroup] = match watched {
-            Watched::OwnRules => &OURS,
-            Watched::AllRules => &RULES,
+            WatchScope::OwnRules => &OWN_GROUPS,
+            WatchScope::AllRules => &RULES,
         };
         Ok(Self {
             nftables: watch_nftables(entered),

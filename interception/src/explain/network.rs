@@ -22,7 +22,7 @@ const USUAL_PORTS: [u16; 6] = [8080, 80, 443, 9000, 3000, 5000];
 
 /// The addresses and processes of one address family.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Scene<'e> {
+pub(super) struct ExampleNetwork<'e> {
     explanation: &'e Explanation<'e>,
     v6: bool,
 }
@@ -36,7 +36,7 @@ pub(super) struct Process {
     pub(super) mark: u32,
 }
 
-impl<'e> Scene<'e> {
+impl<'e> ExampleNetwork<'e> {
     pub(super) fn new(explanation: &'e Explanation<'e>, v6: bool) -> Self {
         Self { explanation, v6 }
     }

@@ -1,0 +1,54 @@
+//! The hints of command errors: what the operator can check or change.
+
+use std::borrow::Cow;
+
+use underpass_config::Hint;
+
+use super::CommandError;
+use crate::demo::DemoError;
+
+impl Hint for CommandError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let fixed = match self {
+            Self::Config(errors) => return errors.hint(),
+            Self::Interception(error) => return error.hint(),
+            Self::Hbone(error) => return error.hint(),
+            Self::Pod(error) => return error.hint(),
+            Self::TakeOver(error) => return error.hint(),
+            Self::Instance(error) => return error.hint(),
+            Self::Demo(error) => return error.hint(),
+            Self::KeptByProxy(_) => "stop the proxy, or replace its rules with `--force`",
+            Self::Task(_) => {
+                "restart the proxy and report this defect; the rules stay, and connections are refused until it runs again"
+            }
+            Self::NoRules => "choose ambient, sidecar or osm (`--profile`)",
+            Self::SettingsOfNode => "run `underpass node`, or remove node.pods",
+            Self::NoPodSource => "set node.pods.zds, node.pods.cni or node.pods.directory",
+            Self::Difference => "install the rules with `underpass rules install`",
+            Self::Bypassed(_) => {
+                "remove the other rules, or give their chains a later priority than those of underpass"
+            }
+            Self::Thread(_) => {
+                "raise the limit of processes (`ulimit -u`, pids.max of the cgroup, TasksMax of the service)"
+            }
+            Self::Listen { .. } => "choose another address, or stop the process that listens there",
+            Self::NoSuchCommand(_) => "`underpass --help` lists the commands",
+            Self::Mistakes(_)
+            | Self::PodSource(_)
+            | Self::Start(_)
+            | Self::Metrics(_)
+            | Self::Output(_) => return None,
+        };
+        Some(fixed.into())
+    }
+}
+
+impl Hint for DemoError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        match self {
+            Self::Sandbox(error) | Self::Namespace { source: error, .. } => error.hint(),
+            Self::Certificates(error) => error.hint(),
+            Self::Io { .. } | Self::Proxy { .. } | Self::Disproved => None,
+        }
+    }
+}
