@@ -114,7 +114,10 @@ impl Connection {
             if failure.ends_connection() {
                 return Err(ConnectionError::Protocol(failure));
             }
-            tracing::warn!(%error, "rejected a request of the node agent");
+            // The registry reports failed enrolments.
+            if !matches!(failure, RequestFailure::Enrol { .. }) {
+                tracing::warn!(%error, "rejected a request of the node agent");
+            }
         }
     }
 

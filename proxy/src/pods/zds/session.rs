@@ -21,7 +21,7 @@ use underpass_config::{PodUid, PodUidError};
 
 use crate::pods::facts::{FactsError, PodFacts};
 #[cfg(any(test, feature = "fuzz"))]
-pub(super) mod script;
+pub(crate) mod script;
 
 use crate::pods::zds::messages::{
     Ack, AddWorkload, DelWorkload, KeepWorkload, Payload, Response, V1, WorkloadInfo,
