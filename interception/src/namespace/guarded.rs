@@ -96,7 +96,7 @@ fn check_folder(folder: &OwnedFd, path: &Path) -> io::Result<()> {
 
 fn is_trusted(user: u32) -> bool {
     let own = geteuid().as_raw();
-    // In a user namespace, the folders of the host's root seem to belong to nobody.
+    // In a user namespace, the folders of the host's root belong to the overflow user.
     user == 0 || user == own || user == OVERFLOW_USER && in_user_namespace()
 }
 

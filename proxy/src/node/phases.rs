@@ -1,7 +1,7 @@
 //! The phases of one pod, from its bound listeners to its removal.
 //!
 //! ```text
-//! BoundPod      listeners bound in its namespace; nothing else is changed, dropping it leaves nothing
+//! BoundPod      listeners bound in its namespace; dropping it leaves nothing behind
 //!   │ guard     rules installed
 //! GuardedPod    from here on the rules stay if the process ends: fail closed
 //!   │ open      listeners dealt to the workers

@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pod_without_certificate_is_nobody() {
+    async fn pod_without_certificate_has_no_identity() {
         let (pods, pod) = (ServedPods::default(), pod(&[]));
         pods.add(&pod);
         let text = "workloads: [{name: server, workloadIps: [10.0.0.1]}]";

@@ -153,7 +153,7 @@ pub(crate) struct RegistryTask {
     registry: PodRegistry,
     enroller: Arc<dyn Enroller>,
     tasks: JoinSet<Ended>,
-    /// What each task does, which a panic does not return.
+    /// The work of each task, which a panic does not return.
     running: HashMap<Id, Running>,
 }
 
@@ -163,7 +163,7 @@ enum Ended {
     Left,
 }
 
-/// What a task does.
+/// The work of a task.
 #[derive(Debug)]
 enum Running {
     Enrolling { attempt: AttemptId, facts: Arc<PodFacts>, since: Instant },

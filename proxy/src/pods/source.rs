@@ -1,4 +1,4 @@
-//! What a source of pods is: it drives the registry's handle.
+//! The trait of a source of pods, which adds and removes pods in the registry.
 
 use std::error::Error;
 use std::fmt;

@@ -1,10 +1,10 @@
 //! The state of all pods of a node, as a state machine: time and chance are arguments.
 //!
 //! ```text
-//!              add                       attempt succeeded
-//!   (unknown) ─────▶ queued ─▶ enrolling ─────────────────▶ serving ─ remove ─▶ leaving ─▶ (unknown)
-//!                      ▲           │ failed
-//!                      └─ back-off ┘
+//!            add                     attempt succeeded
+//! (unknown) ─────▶ queued ─▶ enrolling ───────────────▶ serving ─ remove ─▶ leaving ─▶ (unknown)
+//!                    ▲           │ failed
+//!                    └─ back-off ┘
 //! ```
 //!
 //! A pod is removed at once: what is still active in its namespace leaves in the background, and a

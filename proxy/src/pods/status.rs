@@ -8,7 +8,7 @@ use underpass_config::{PodUid, Quoted};
 use crate::pods::annotations::NotEnrolled;
 use crate::pods::enrolment::{EnrolError, Trouble};
 
-/// What a status shows of a pod.
+/// The status of a pod.
 #[derive(Debug, Clone)]
 pub(crate) struct PodStatus {
     pub(crate) uid: PodUid,
@@ -50,7 +50,7 @@ impl PodState {
     }
 }
 
-/// What a pending pod waits for.
+/// The step that a pending pod waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {
     /// Its turn.

@@ -29,7 +29,7 @@ pub(crate) struct RuleWatch {
     retest: Retest,
 }
 
-/// What the kernel reports, from the moment of the subscription on.
+/// The notifications of the kernel since the subscription.
 #[derive(Debug)]
 pub(crate) struct Subscriptions {
     /// `None` if this proxy does not repair the rules.

@@ -66,8 +66,8 @@ impl Case {
         assert_eq!(all.first(), all.last(), "{}", self.name);
     }
 
-    /// Connects from `a` to `b`, exchanges bytes and ends cleanly. Returns the number of connections
-    /// without a tunnel too.
+    /// Connects from `a` to `b`, exchanges bytes and ends cleanly. Also returns the number of
+    /// connections without a tunnel.
     async fn observe(&self, scene: &Scene, mode: &str, family: Family) -> (Observed, u64) {
         let app = scene.b.listen(APP);
         let [a, b] = self.settings.clone();
@@ -205,9 +205,9 @@ async fn routes() {
 async fn unnamed() {
     let scene = &Scene::new().await;
     let mut case = Case { direct: false, ..Case::new(scene, "renamed pod", true) };
-    case.settings[1] = case.settings[1].clone().set("workload.name=nobody");
+    case.settings[1] = case.settings[1].clone().set("workload.name=unknown");
     case.check(scene, Family::V4).await;
     let mut case = Case::new(scene, "source that only its address and identity prove", true);
-    case.settings[0] = case.settings[0].clone().set("workload.name=nobody");
+    case.settings[0] = case.settings[0].clone().set("workload.name=unknown");
     case.check(scene, Family::V4).await;
 }

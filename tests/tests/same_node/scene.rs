@@ -111,7 +111,7 @@ impl Served {
     }
 }
 
-/// What was added to counters since `before`.
+/// The increase of each counter since `before`.
 pub(crate) fn since(
     before: &BTreeMap<String, u64>,
     now: &BTreeMap<String, u64>,

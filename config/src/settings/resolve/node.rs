@@ -31,8 +31,8 @@ settings! {
         list("list of namespaces", |cursor, _| given_list(cursor, namespace)),
         Fallback::Is(default_exempt_namespaces), |s| Some(s.node.exempt_namespaces.clone());
     /// `translate`: rules in the host's network namespace give the node's own connections to its
-    /// pods, such as the kubelet's probes, the source that `interception.kubelet_probes` exempts,
-    /// which is then `on` by default ([node.md](node.md#kubelet-probes))
+    /// pods, such as the kubelet's probes, the source that `interception.kubelet_probes` exempts;
+    /// that setting is then `on` by default
     PROBES: NodeProbes = "node.probes", word("`translate`, `off`"),
         Fallback::Is(|| NodeProbes::Off), |s| Some(s.node.probes);
 }

@@ -12,7 +12,7 @@ use crate::testing::{ADDRESS, CLIENT, HOUR, Mesh, SECOND, SERVER, id};
 use crate::trust::Trust;
 use crate::tunnel::settings::{ClientSettings, ServerSettings};
 
-const FOREIGN: &str = "spiffe://other/anybody";
+const FOREIGN: &str = "spiffe://other/foreign";
 
 type End = (Identity, Trust);
 

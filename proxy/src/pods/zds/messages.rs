@@ -18,6 +18,7 @@ pub(super) struct WorkloadRequest {
     pub(super) payload: Option<Payload>,
 }
 
+/// A request of the node agent.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub(super) enum Payload {
     #[prost(message, tag = "1")]
@@ -39,6 +40,7 @@ pub(super) struct AddWorkload {
     pub(super) workload_info: Option<WorkloadInfo>,
 }
 
+/// The names of a pod.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct WorkloadInfo {
     #[prost(string, tag = "1")]
@@ -74,12 +76,14 @@ pub(super) struct WorkloadResponse {
     pub(super) payload: Option<Response>,
 }
 
+/// An answer to the node agent.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub(super) enum Response {
     #[prost(message, tag = "1")]
     Ack(Ack),
 }
 
+/// The result of a request.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Ack {
     /// Empty if the request succeeded.

@@ -12,6 +12,7 @@ use super::{Side, Sink, Source};
 use crate::decide::connection_registry::Termination;
 use crate::error::ProxyError;
 
+/// A connection between two pods of this process, without a tunnel.
 pub(super) struct Delivered<'a> {
     pub(super) app: Tcp<'a>,
     /// The destination pod's.
