@@ -221,6 +221,11 @@ pub enum HboneError {
         #[source]
         source: Option<Arc<io::Error>>,
     },
+    /// The task that obtains and renews a certificate has panicked.
+    #[error(
+        "the task that obtains the certificate has ended by an internal error, which the log has"
+    )]
+    RotationEnded,
     /// The clients file of `ca serve`, or one of its sockets.
     #[error("the clients file cannot be used")]
     Clients {
@@ -275,7 +280,7 @@ impl HboneError {
             Self::Issuer { what, .. } => what.fault(),
             // A peer's invalid authority is answered by the server itself: this error concerns our
             // own request.
-            Self::InvalidAuthority { .. } => Fault::Us,
+            Self::InvalidAuthority { .. } | Self::RotationEnded => Fault::Us,
             Self::BackingOff { source, .. } | Self::BehindGateway { source, .. } => source.fault(),
             Self::H2 { source } if !source.is_remote() && !source.is_library() => Fault::Us,
             _ => Fault::Peer,
@@ -316,6 +321,7 @@ impl HboneError {
             Self::InvalidAuthority { .. } => "authority",
             Self::Credential { .. } => "credential",
             Self::Watch { .. } => "watch",
+            Self::RotationEnded => "rotation",
             Self::Clients { .. } => "clients",
             Self::Issuer { .. } => "issuer",
         }

@@ -23,6 +23,7 @@ use underpass_config::SpiffeId;
 use self::state::{Checkout, DialId, Handle, Load, PoolState, Reuse, TunnelId};
 use crate::clock;
 use crate::error::HboneError;
+use crate::task::log_panic;
 use crate::tunnel::client::{ConnectRequest, Connector, Tunnel};
 use crate::tunnel::stream::TunnelStream;
 use crate::tunnel::tunnel_state::{OpenStream, TunnelState};
@@ -234,7 +235,7 @@ impl<D: Dial> Pool<D> {
         if let Some((id, done)) = started {
             // In its own task, so that the dial continues if the first caller is cancelled.
             let dial = DialInProgress { pool: self.0.clone(), key: key.clone(), id, done };
-            tokio::spawn(dial.run(connector.clone()));
+            tokio::spawn(log_panic("dial of a tunnel", dial.run(connector.clone())));
         }
         checkout
     }

@@ -31,12 +31,12 @@ pub fn catch_panic<T>(task: impl Future<Output = T>) -> impl Future<Output = Res
     AssertUnwindSafe(task).catch_unwind().map(|ended| ended.map_err(|panic| Panic::of(&*panic)))
 }
 
-/// The task of one connection: its panic is logged and ends only that connection. Adds no
-/// allocation.
+/// A task whose panic concerns nothing else, such as that of one connection: it is logged with the
+/// name of the task. Adds no allocation.
 pub fn log_panic<T>(name: &'static str, task: impl Future<Output = T>) -> impl Future<Output = ()> {
-    catch_panic(task).map(move |ended| {
+    AssertUnwindSafe(task).catch_unwind().map(move |ended| {
         if let Err(panic) = ended {
-            tracing::error!(task = name, %panic, "a task panicked: its connection ends");
+            tracing::error!(task = name, panic = %Panic::of(&*panic), "a task panicked");
         }
     })
 }
@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn panic_of_a_connection_is_caught_with_its_message() {
+    async fn panic_is_caught_with_its_message() {
         let text = catch_panic(async { panic!("of text") }).await;
         assert_eq!(text, Err::<(), _>(Panic("of text".to_owned())));
         let formatted = catch_panic(async { panic!("of number {}", 7) }).await;

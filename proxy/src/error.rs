@@ -305,6 +305,7 @@ fn tunnel_reason(error: &HboneError) -> Reason {
         | HboneError::UntrustedDomain { .. }
         | HboneError::Credential { .. }
         | HboneError::Watch { .. }
+        | HboneError::RotationEnded
         | HboneError::Clients { .. }
         | HboneError::Issuer { .. } => ResponseFlags::IdentityError,
         HboneError::TunnelExpired { .. } => ResponseFlags::TlsFailure,

@@ -16,6 +16,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::net::UnixDatagram;
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::watch;
+use underpass_hbone::log_panic;
 use underpass_interception::{InterceptionError, Namespace, sandbox_folder};
 
 /// How long the log may take to end after its process.
@@ -156,10 +157,10 @@ fn collect(
 ) -> watch::Receiver<String> {
     let (sender, receiver) = watch::channel(String::new());
     if let Some(stdout) = stdout {
-        tokio::spawn(follow(stdout, sender.clone()));
+        tokio::spawn(log_panic("output of a child", follow(stdout, sender.clone())));
     }
     if let Some(stderr) = stderr {
-        tokio::spawn(follow(stderr, sender));
+        tokio::spawn(log_panic("output of a child", follow(stderr, sender)));
     }
     receiver
 }

@@ -21,7 +21,7 @@ use crate::node::workers::{WorkerThreads, Workers};
 use crate::observe::metrics;
 use crate::observe::metrics::Exporter;
 use crate::process::pause_gate::{Gates, PauseGate};
-use crate::process::supervise::{Supervisor, Task};
+use crate::process::supervise::{Failures, Supervisor, Task};
 use crate::rules::health::RulesTotals;
 
 /// Why a step failed.
@@ -36,6 +36,9 @@ pub struct TestNode {
     thread: NamespaceThread,
     watcher: FileWatcher,
     rules: RulesTotals,
+    supervisor: Supervisor,
+    /// Never received: a failed task makes its test fail.
+    _failures: Failures,
     _publishing: Task,
 }
 
@@ -71,11 +74,21 @@ impl TestNode {
         let publisher = Publisher::new(source, mesh, &settings.workload);
         let (mesh, series) = (publisher.subscribe(), exporter(settings)?.series);
         let node = Arc::new(Node::new(settings, workers, mesh, Gates::default(), series));
-        let (supervisor, _) = Supervisor::new();
+        let (supervisor, _failures) = Supervisor::new();
         let (workers, threads, reports) = Workers::start(&node, workers, &supervisor)?;
         let _publishing = supervisor.essential("publisher of the mesh", publisher.follow(reports));
         let (thread, rules) = (NamespaceThread::start()?, RulesTotals::default());
-        Ok(Self { node, workers, threads, thread, watcher, rules, _publishing })
+        Ok(Self {
+            node,
+            workers,
+            threads,
+            thread,
+            watcher,
+            rules,
+            supervisor,
+            _failures,
+            _publishing,
+        })
     }
 
     /// Installs the rules of a pod in `namespace`, serves its connections, and tests that they are
@@ -98,6 +111,7 @@ impl TestNode {
             &sockets,
             Some(&readiness),
             &self.watcher,
+            &self.supervisor,
         )?;
         let _settings = watch::Sender::new(settings.interception.clone());
         let spec = PodSpec {

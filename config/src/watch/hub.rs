@@ -78,7 +78,8 @@ impl Hub {
         followed.map(|()| subscription)
     }
 
-    /// Starts the task that reads the events, unless it runs. It ends with the hub.
+    /// Starts the task that reads the events, unless it runs: also after a panic, meanwhile polling
+    /// detects changes. It ends with the hub.
     fn start_reader(self: &Arc<Self>) {
         let mut state = self.state();
         if state.reader.as_ref().is_some_and(|reader| !reader.is_finished()) {

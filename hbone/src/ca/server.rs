@@ -37,6 +37,7 @@ use crate::error::{CredentialProblem, HboneError};
 use crate::identity::renewal::Schedule;
 use crate::limits::log_limit::LogLimit;
 use crate::limits::{ConnectionSlot, ConnectionSlots};
+use crate::task::log_panic;
 use crate::{clock, tls};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -126,7 +127,8 @@ impl CaServer {
                     Some(slot) => {
                         let (tls, service) = (self.tls.clone(), self.service.clone());
                         let stopped = stop.subscribe();
-                        connections.spawn(serve(stream, peer, tls, service, slot, stopped));
+                        let serving = serve(stream, peer, tls, service, slot, stopped);
+                        connections.spawn(log_panic("connection of a client of the CA", serving));
                     }
                     None => log_refused(peer),
                 }

@@ -51,6 +51,7 @@ impl Hint for HboneError {
             Self::ReplyTimeout { .. } => {
                 "check whether the peer can reach its workload, or raise timeouts.reply"
             }
+            Self::RotationEnded => "restart the proxy and report this defect",
             Self::TunnelExpired { .. } => "check that certificates are renewed in time",
             Self::H2 { .. }
             | Self::Reset { .. }

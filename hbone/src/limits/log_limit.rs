@@ -6,6 +6,8 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep_until};
 
+use crate::task::log_panic;
+
 /// The number of logged lines of one reason per [`WINDOW`].
 const LINES: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(1);
@@ -43,10 +45,11 @@ impl LogLimit {
         if lines == LINES + 1
             && let Ok(runtime) = Handle::try_current()
         {
-            runtime.spawn(async move {
+            let report = async move {
                 sleep_until(now + WINDOW).await;
                 self.report(reason, self.take_suppressed(reason));
-            });
+            };
+            runtime.spawn(log_panic("report of suppressed log lines", report));
         }
         lines <= LINES
     }

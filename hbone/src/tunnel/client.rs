@@ -10,6 +10,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use h2::client::{Connection, SendRequest};
 use http::uri::{self, Uri};
 use http::{HeaderMap, Method, Request, StatusCode};
@@ -21,6 +22,7 @@ use underpass_config::{Cipher, Quoted, SpiffeId};
 use crate::crypto::provider;
 use crate::error::HboneError;
 use crate::identity::credentials::Credentials;
+use crate::task::log_panic;
 use crate::tls::{ClientTls, Peer, PeerIdentity, TlsStream};
 use crate::trust::revocation::RevocationMonitor;
 use crate::tunnel::inspect::{Inspector, PeerRole};
@@ -152,11 +154,10 @@ impl Connector {
         );
         let windows = Windows::new(http2);
         let overdue = Overdue::new(tunnel_state.clone(), self.settings.frame_timeout);
-        tokio::spawn(drive(
-            connection,
-            Monitors { keepalive, revocation_monitor, windows, overdue },
-            tunnel_state.clone(),
-        ));
+        let monitors = Monitors { keepalive, revocation_monitor, windows, overdue };
+        let driving = log_panic("tunnel", drive(connection, monitors, tunnel_state.clone()));
+        let driven = tunnel_state.clone();
+        tokio::spawn(driving.map(move |()| driven.close()));
         let was_expired = tunnel_state.is_expired();
         Ok(Tunnel { send, tunnel_state, resumed, was_expired })
     }
@@ -333,7 +334,6 @@ async fn drive(
         // Set the reason before dropping the connection, which wakes its streams.
         tunnel_state.fail(reason);
     }
-    tunnel_state.close();
 }
 
 #[cfg(test)]

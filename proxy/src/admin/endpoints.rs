@@ -17,7 +17,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use underpass_hbone::{ConnectionSlot, ConnectionSlots};
+use underpass_hbone::{ConnectionSlot, ConnectionSlots, log_panic};
 use underpass_interception::{BoundListener, Listener};
 
 use crate::observe::metrics::Exporter;
@@ -201,7 +201,8 @@ impl Endpoint {
             };
             // Every connection is evictable: requests are answered as soon as they are read.
             if let Some(slot) = slots.take(client) {
-                tokio::spawn(self.clone().serve_connection(stream, slot));
+                let serving = self.clone().serve_connection(stream, slot);
+                tokio::spawn(log_panic("connection to an endpoint", serving));
             }
         }
     }

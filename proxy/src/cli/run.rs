@@ -11,7 +11,7 @@ use underpass_interception::{ProxyUser, confine_auxiliary_thread, confine_proces
 use super::VERSION;
 use crate::process::app::Start;
 use crate::process::command_error::CommandError;
-use crate::process::{app, logging};
+use crate::process::{app, logging, supervise};
 
 /// Where settings come from.
 #[derive(Debug, clap::Args)]
@@ -83,6 +83,7 @@ pub(super) fn on_control_thread(
 ) -> Result<(), CommandError> {
     confine_process().map_err(CommandError::Start)?;
     let _logs = on_confined_thread(|| logging::start(logging))??;
+    supervise::log_panics();
     tracing::info!(version = VERSION, pid = std::process::id(), "underpass starts");
     for warning in warnings {
         tracing::warn!(hint = warning.hint, "{warning}");

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use underpass_config::{Hint as _, Mesh, MeshSource, WorkloadSettings};
+use underpass_hbone::log_panic;
 
 use self::ledger::{Ledger, Published};
 use crate::decide::snapshot::{MeshSize, Snapshot};
@@ -121,7 +122,7 @@ impl Publisher {
         ledger.publish(Published::change(generation, size, Instant::now()));
         let new = Arc::new(Snapshot::new(mesh, &self.own, generation));
         let old = self.current.send_replace(new).mesh.clone();
-        tokio::spawn(self.source.retire(old));
+        tokio::spawn(log_panic("release of an old mesh", self.source.retire(old)));
     }
 }
 

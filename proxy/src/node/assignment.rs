@@ -1,5 +1,6 @@
 //! The messages to a worker: connections to serve, and commands.
 
+use std::io;
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
@@ -29,7 +30,13 @@ pub(crate) enum WorkerCommand {
     /// Serve a connection that another worker has accepted.
     Serve(Assignment),
     /// Accept the connections of a listener of a pod.
-    AddListener { pod: Arc<Pod>, kind: Kind, listener: BoundListener },
+    AddListener {
+        pod: Arc<Pod>,
+        kind: Kind,
+        listener: BoundListener,
+        /// Sent when the worker accepts, or cannot wait for connections.
+        added: oneshot::Sender<io::Result<()>>,
+    },
     /// Close this worker's listeners of a pod. Its open connections go on.
     RemoveListeners {
         pod: PodId,

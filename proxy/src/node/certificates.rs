@@ -22,6 +22,7 @@ use crate::admin::endpoints::Readiness;
 use crate::node::identities::{Identities, Issuer};
 use crate::node::pod_error::PodError;
 use crate::observe::metrics;
+use crate::process::supervise::Supervisor;
 use crate::traffic::dial::PlainDialer;
 
 /// The source of this proxy's certificates. Logs and counts their events, and makes the proxy
@@ -52,6 +53,7 @@ impl Certificates {
         sockets: &Sockets,
         readiness: Option<&Readiness>,
         watcher: &FileWatcher,
+        supervisor: &Supervisor,
     ) -> Result<Option<Identities>, PodError> {
         let Some(identity) = &settings.identity else {
             tracing::warn!("no certificate (identity.*): HBONE is off, inbound and outbound");
@@ -63,7 +65,8 @@ impl Certificates {
             watcher: watcher.clone(),
             readiness: readiness.cloned(),
         };
-        let identities = Identities::new(Arc::new(certificates), &settings.trust, watcher);
+        let (issuer, supervisor) = (Arc::new(certificates), supervisor.clone());
+        let identities = Identities::new(issuer, &settings.trust, watcher, supervisor);
         identities.map(Some).map_err(PodError::Identity)
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use underpass_hbone::log_panic;
 
 use crate::mesh::publish::Reporter;
 use crate::node::assignment::WorkerCommand;
@@ -31,17 +32,22 @@ pub(super) async fn execute(
         };
         match command {
             WorkerCommand::Serve(assignment) => worker.serve(assignment),
-            WorkerCommand::AddListener { pod, kind, listener } => {
-                let accepting = listeners.entry(pod.id).or_default();
-                accepting.spawn(accept_loop(worker.clone(), pod, kind, listener));
+            WorkerCommand::AddListener { pod, kind, listener, added } => {
+                let registered = listener.register().map(|listener| {
+                    let accepting = listeners.entry(pod.id).or_default();
+                    accepting.spawn(accept_loop(worker.clone(), pod, kind, listener));
+                });
+                // Fails if the caller has stopped waiting.
+                added.send(registered).ok();
             }
             WorkerCommand::RemoveListeners { pod, removed } => {
                 let mut accepting = listeners.remove(&pod).unwrap_or_default();
-                tokio::spawn(async move {
+                let closing = async move {
                     accepting.shutdown().await;
                     // Fails if the caller has stopped waiting.
                     removed.send(()).ok();
-                });
+                };
+                tokio::spawn(log_panic("close of listeners", closing));
             }
             WorkerCommand::CloseTunnels(pod) => worker.close_tunnels(pod),
         }

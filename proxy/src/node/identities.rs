@@ -9,12 +9,13 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::SystemTime;
 
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 use underpass_config::{FileWatcher, SpiffeId, TrustSettings};
 use underpass_hbone::{
     CredentialRotator, Credentials, CredentialsEvent, FirstIdentity, HboneError, IdentitySource,
     Trust, TrustFiles,
 };
+
+use crate::process::supervise::{Supervisor, Task};
 
 /// Makes the sources of identities, and reports what happens to them.
 pub(crate) trait Issuer: fmt::Debug + Send + Sync {
@@ -34,6 +35,9 @@ pub(crate) trait Issuer: fmt::Debug + Send + Sync {
 /// Leases credentials. Its tasks run on the caller's runtime.
 #[derive(Debug)]
 pub(crate) struct Identities {
+    supervisor: Supervisor,
+    /// Follows the files of the trust.
+    _following: Task,
     issuer: Arc<dyn Issuer>,
     trust: watch::Receiver<Trust>,
     /// The rotations. Entries without a lease stay until the next rotation starts.
@@ -54,7 +58,7 @@ pub(crate) struct CredentialLease {
 struct Rotation {
     id: SpiffeId,
     issuer: Arc<dyn Issuer>,
-    task: JoinHandle<()>,
+    _task: Task,
     /// `None` until the first certificate.
     started: watch::Receiver<Option<Started>>,
 }
@@ -70,20 +74,21 @@ impl Identities {
         issuer: Arc<dyn Issuer>,
         trust: &TrustSettings,
         watcher: &FileWatcher,
+        supervisor: Supervisor,
     ) -> Result<Self, HboneError> {
         let (files, trust) = TrustFiles::open(trust, watcher)?;
         let (sender, trust) = watch::channel(trust);
         let reporter = issuer.clone();
-        // Ends with its last subscriber: this value and every rotation.
-        tokio::spawn(files.follow(sender, move |error| reporter.report_trust_failure(error)));
-        Ok(Self { issuer, trust, rotations: Mutex::default() })
+        let follow = files.follow(sender, move |error| reporter.report_trust_failure(error));
+        let _following = supervisor.essential("trust bundles and revocation lists", follow);
+        Ok(Self { supervisor, _following, issuer, trust, rotations: Mutex::default() })
     }
 
     /// Leases the credentials of `id`, from the running rotation or a new one. Waits for the first
     /// certificate.
     ///
     /// # Errors
-    /// Those that only the operator can remedy.
+    /// Those that only the operator can remedy, and a panic of the rotation.
     pub(crate) async fn lease(&self, id: &SpiffeId) -> Result<CredentialLease, HboneError> {
         let lease = self.lease_with(id, FirstIdentity::Required);
         lease.first().await?;
@@ -107,49 +112,45 @@ impl Identities {
             return running;
         }
         rotations.retain(|_, rotation| rotation.strong_count() > 0);
-        let rotation = Arc::new(Rotation::start(&self.issuer, id, self.trust.clone(), first));
+        let rotation = Arc::new(self.start_rotation(id, first));
         rotations.insert(id.clone(), Arc::downgrade(&rotation));
         rotation
     }
-}
 
-impl Rotation {
-    fn start(
-        issuer: &Arc<dyn Issuer>,
-        id: &SpiffeId,
-        trust: watch::Receiver<Trust>,
-        first: FirstIdentity,
-    ) -> Self {
-        let source = issuer.source(id);
+    fn start_rotation(&self, id: &SpiffeId, first: FirstIdentity) -> Rotation {
+        let (source, trust) = (self.issuer.source(id), self.trust.clone());
+        let (issuer, id) = (self.issuer.clone(), id.clone());
         let (reporter, of) = (issuer.clone(), id.clone());
         let report = move |event: CredentialsEvent<'_>| reporter.report(&of, &event);
         let (sender, started) = watch::channel(None);
-        let task = tokio::spawn(async move {
+        let rotate = async move {
             match CredentialRotator::start(source, trust, first, report).await {
                 Ok((rotator, credentials)) => {
                     sender.send_replace(Some(Ok(credentials)));
                     rotator.run().await;
                 }
-                Err(error) => drop(sender.send_replace(Some(Err(error)))),
+                Err(error) => {
+                    sender.send_replace(Some(Err(error)));
+                    std::future::pending().await
+                }
             }
-        });
-        Self { id: id.clone(), issuer: issuer.clone(), task, started }
+        };
+        let _task = self.supervisor.essential("rotation of a certificate", rotate);
+        Rotation { id, issuer, _task, started }
     }
+}
 
+impl Rotation {
     async fn started(&self) -> Started {
         let mut started = self.started.clone();
-        // The task ends only with an outcome, or with the runtime.
         let outcome = started.wait_for(Option::is_some).await.ok().and_then(|one| one.clone());
-        match outcome {
-            Some(outcome) => outcome,
-            None => std::future::pending().await,
-        }
+        // The task ends without an outcome only by a panic.
+        outcome.unwrap_or(Err(HboneError::RotationEnded))
     }
 }
 
 impl Drop for Rotation {
     fn drop(&mut self) {
-        self.task.abort();
         self.issuer.ended(&self.id);
     }
 }
@@ -269,7 +270,9 @@ mod tests {
         let (issued, sources) = (AtomicUsize::new(0), Mutex::default());
         let issuer = Arc::new(LocalCa { settings, issued, sources });
         let trust = TrustSettings::default();
-        let identities = Identities::new(issuer.clone(), &trust, &FileWatcher::default()).unwrap();
+        let supervisor = Supervisor::new().0;
+        let identities =
+            Identities::new(issuer.clone(), &trust, &FileWatcher::default(), supervisor).unwrap();
         (Folder(dir), issuer, identities)
     }
 
@@ -331,5 +334,38 @@ mod tests {
         assert_eq!(ca.sources.lock().unwrap().len(), 1);
         std::fs::rename(&kept, &key).unwrap();
         identities.lease(&web).await.unwrap();
+    }
+
+    /// Panics instead of issuing.
+    #[derive(Debug)]
+    struct Broken;
+
+    impl IdentitySource for Broken {
+        fn next(&mut self) -> NextIdentity<'_> {
+            Box::pin(async { panic!("of a source") })
+        }
+    }
+
+    impl Issuer for Broken {
+        fn source(&self, _: &SpiffeId) -> Box<dyn IdentitySource> {
+            Box::new(Self)
+        }
+
+        fn report(&self, _: &SpiffeId, _: &CredentialsEvent<'_>) {}
+
+        fn ended(&self, _: &SpiffeId) {}
+
+        fn report_trust_failure(&self, _: &HboneError) {}
+    }
+
+    #[tokio::test]
+    async fn panic_of_rotation_fails_its_lease_and_is_reported() {
+        let (supervisor, mut failures) = Supervisor::new();
+        let (trust, watcher) = (TrustSettings::default(), FileWatcher::default());
+        let identities = Identities::new(Arc::new(Broken), &trust, &watcher, supervisor).unwrap();
+        let lease = identities.lease(&id("web")).await;
+        assert!(matches!(lease, Err(HboneError::RotationEnded)), "{lease:?}");
+        let failure = failures.next().await.to_string();
+        assert_eq!(failure, "rotation of a certificate panicked: of a source");
     }
 }

@@ -18,9 +18,12 @@
 mod bound;
 mod guarded;
 mod open;
+mod rules;
+mod served;
 mod serving;
 
 pub(crate) use self::bound::{BoundPod, PodSpec};
-pub(crate) use self::guarded::{GuardedPod, RulesOwner};
+pub(crate) use self::guarded::GuardedPod;
 pub(crate) use self::open::OpenPod;
+pub(crate) use self::rules::RulesOwner;
 pub(crate) use self::serving::ServingPod;

@@ -1,6 +1,7 @@
 //! Why a pod cannot be served.
 
 use std::borrow::Cow;
+use std::io;
 
 use thiserror::Error;
 use underpass_config::Hint;
@@ -27,6 +28,8 @@ pub(crate) enum PodError {
         /// Possible causes.
         suspects: Vec<String>,
     },
+    #[error("the workers cannot wait for its connections")]
+    Accept(#[source] io::Error),
     #[error("the installed rules differ from those of the settings: {0}")]
     Changed(Difference),
 }
@@ -51,6 +54,7 @@ impl Hint for PodError {
             Self::NoDnsProxy { .. } => {
                 "set interception.dns: off; `underpass rules install` can redirect queries to another DNS proxy"
             }
+            Self::Accept(_) => return None,
             Self::Changed(_) => "install the rules with `underpass rules install`",
         };
         Some(fixed.into())

@@ -15,6 +15,7 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
+use underpass_hbone::log_panic;
 use underpass_interception::{
     Family, NamespaceAccess, ReadySocket, SocketKind, SocketRole, Sockets,
 };
@@ -142,7 +143,8 @@ impl PodSockets {
             Found::Nothing { keep } => keep,
         };
         if keep {
-            tokio::spawn(Refiller { sockets: self.clone(), kind }.run());
+            let refiller = Refiller { sockets: self.clone(), kind };
+            tokio::spawn(log_panic("stock of sockets", refiller.run()));
         }
         let opened = self.access.open_sockets(&self.sockets, kind, 1).await?;
         self.check_open()?;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use futures_util::future::FutureExt as _;
 use futures_util::stream::{FuturesOrdered, StreamExt as _};
 use tokio::sync::mpsc;
+use underpass_hbone::log_panic;
 
 use crate::decide::connection_registry::Terminated;
 use crate::decide::policy::MeshChange;
@@ -97,9 +98,16 @@ impl Worker {
         let seat = self.seat(&assignment.pod);
         // One task type for each kind, so that a connection does not need the memory of a tunnel.
         match assignment.accepted.kind {
-            Kind::Outbound => tokio::spawn(outbound::serve(seat, assignment)),
-            Kind::Plaintext => tokio::spawn(inbound::serve_plaintext(seat, assignment)),
-            Kind::Hbone => tokio::spawn(inbound::serve_tunnel(seat, assignment)),
+            Kind::Outbound => {
+                tokio::spawn(log_panic("outbound connection", outbound::serve(seat, assignment)))
+            }
+            Kind::Plaintext => {
+                let serving = inbound::serve_plaintext(seat, assignment);
+                tokio::spawn(log_panic("inbound connection", serving))
+            }
+            Kind::Hbone => {
+                tokio::spawn(log_panic("tunnel of a peer", inbound::serve_tunnel(seat, assignment)))
+            }
         };
     }
 
@@ -119,18 +127,19 @@ impl Worker {
         let mut ending = FuturesOrdered::new();
         loop {
             tokio::select! {
-                changed = mesh.changed() => if changed.is_err() { return },
+                Ok(()) = mesh.changed() => {}
                 Some((generation, terminated)) = ending.next() => {
                     reporter.applied(generation, terminated);
                     continue;
                 }
+                // The process ends: the mesh is published no longer.
+                else => return std::future::pending().await,
             }
             let new = mesh.borrow_and_update().clone();
             let terminated = self.apply(&old, &new).await;
             // The next change does not wait until they have ended.
             let (generation, count) = (new.generation, terminated.count());
-            let ended = tokio::spawn(terminated.end());
-            ending.push_back(ended.map(move |_| (generation, count)));
+            ending.push_back(terminated.end().map(move |()| (generation, count)));
             old = new;
         }
     }

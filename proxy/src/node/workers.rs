@@ -89,21 +89,30 @@ impl Workers {
         Ok((Self { node: node.clone(), commands, turn: Arc::default() }, threads, reports))
     }
 
-    /// Deals the listeners of `pod` to the workers in turn. From now on the node serves the pod.
+    /// Deals the listeners of `pod` to the workers in turn, and returns when they accept. From now on
+    /// the node serves the pod.
+    ///
+    /// # Errors
+    ///
+    /// A worker has ended, or cannot wait for connections.
     pub(crate) async fn add_listeners(
         &self,
         pod: &Arc<Pod>,
         listeners: impl IntoIterator<Item = (Kind, BoundListener)>,
-    ) {
+    ) -> io::Result<()> {
         self.node.pods.add(pod);
         for (kind, listener) in listeners {
             let turn = self.turn.fetch_add(1, Relaxed) % self.commands.len().max(1);
-            let Some(worker) = self.commands.get(turn) else { return };
-            let command = WorkerCommand::AddListener { pod: pod.clone(), kind, listener };
-            if worker.send(command).await.is_err() {
-                tracing::error!(listener = kind.name(), "the worker of a listener has ended");
-            }
+            let (added, accepting) = oneshot::channel();
+            let command = WorkerCommand::AddListener { pod: pod.clone(), kind, listener, added };
+            let sent = match self.commands.get(turn) {
+                Some(worker) => worker.send(command).await.is_ok(),
+                None => false,
+            };
+            let ended = || Err(io::Error::other("the worker of a listener has ended"));
+            if sent { accepting.await.unwrap_or_else(|_| ended())? } else { ended()? }
         }
+        Ok(())
     }
 
     /// Closes the listeners of `pod` at every worker, and returns when they are closed. Its open
@@ -217,12 +226,13 @@ mod tests {
         let [first, second] =
             [pod(&["interception.profile=none"]), pod(&["interception.profile=none"])];
         let (kept, kept_at) = listener(&first);
-        workers.add_listeners(&first, [(Kind::Plaintext, kept)]).await;
+        workers.add_listeners(&first, [(Kind::Plaintext, kept)]).await.unwrap();
         assert!(is_served(kept_at).await);
 
         let (one, one_at) = listener(&second);
         let (two, two_at) = listener(&second);
-        workers.add_listeners(&second, [(Kind::Plaintext, one), (Kind::Outbound, two)]).await;
+        let both = [(Kind::Plaintext, one), (Kind::Outbound, two)];
+        workers.add_listeners(&second, both).await.unwrap();
         assert!(is_served(one_at).await && is_served(two_at).await && is_served(kept_at).await);
 
         workers.remove_listeners(second.id).await;
@@ -234,5 +244,20 @@ mod tests {
         node.drain.end();
         threads.join().await;
         assert_eq!(Arc::strong_count(&second), 1, "workers keep nothing of a removed pod");
+    }
+
+    #[tokio::test]
+    async fn panic_of_worker_is_reported_and_its_listeners_are_refused() {
+        let (supervisor, mut failures) = Supervisor::new();
+        let thread = start_thread(3, supervisor, || async { panic!("of a worker") }).unwrap();
+        assert_eq!(failures.next().await.to_string(), "worker-3 panicked: of a worker");
+        thread.join().await;
+
+        let (ended, _) = mpsc::channel(1);
+        let (node, commands) = (node(1), Arc::new([ended]));
+        let workers = Workers { node, commands, turn: Arc::default() };
+        let pod = pod(&["interception.profile=none"]);
+        let refused = workers.add_listeners(&pod, [(Kind::Plaintext, listener(&pod).0)]).await;
+        assert_eq!(refused.unwrap_err().to_string(), "the worker of a listener has ended");
     }
 }

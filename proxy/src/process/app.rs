@@ -1,12 +1,14 @@
 //! `underpass run`: runs the proxy of the current network namespace, from its start to its end.
 
-use underpass_config::{Settings, Sources};
+use underpass_config::{Hint as _, Settings, Sources};
+use underpass_hbone::catch_panic;
 use underpass_interception::raise_open_files;
 
+use crate::error::chain;
 use crate::process::command_error::CommandError;
 use crate::process::phases::Bound;
 use crate::process::stop_signal::StopSignal;
-use crate::process::supervise::Supervisor;
+use crate::process::supervise::{Failures, Supervisor, TaskFailure};
 
 /// How `underpass run` was started.
 #[derive(Debug, Clone, Copy)]
@@ -29,11 +31,28 @@ pub(crate) async fn run(
     sources: Sources,
     start: Start,
 ) -> Result<(), CommandError> {
-    let (supervisor, mut failures) = Supervisor::new();
+    let (supervisor, failures) = Supervisor::new();
+    until_failure(live(settings, sources, start, supervisor), failures).await
+}
+
+/// The outcome of `life`, or the first failure of an essential task, which ends it.
+pub(crate) async fn until_failure(
+    life: impl Future<Output = Result<(), CommandError>>,
+    mut failures: Failures,
+) -> Result<(), CommandError> {
     tokio::select! {
-        outcome = Box::pin(live(settings, sources, start, supervisor)) => outcome,
-        failure = failures.next() => Err(CommandError::Task(failure)),
+        outcome = catch_panic(Box::pin(life)) => outcome.unwrap_or_else(|panic| {
+            Err(failed(TaskFailure::Panicked { task: "the control thread".into(), panic }))
+        }),
+        failure = failures.next() => Err(failed(failure)),
     }
+}
+
+fn failed(failure: TaskFailure) -> CommandError {
+    let error = CommandError::Task(failure);
+    let hint = error.hint();
+    tracing::error!(error = chain(&error), hint = hint.as_deref(), "an essential task failed");
+    error
 }
 
 async fn live(
@@ -49,4 +68,30 @@ async fn live(
     let Some(serving) = guarded.serve(&mut stop).await? else { return Ok(()) };
     let draining = serving.until_end(&mut stop).await;
     draining.finish(&mut stop).await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+    use std::process::ExitCode;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn panic_of_essential_task_ends_the_process_with_exit_code_1() {
+        let (supervisor, failures) = Supervisor::new();
+        let _task = supervisor.essential("a task", async { panic!("of a task") });
+        let error = until_failure(pending(), failures).await.unwrap_err();
+        let text = "an internal error ends the proxy: a task panicked: of a task";
+        assert_eq!(chain(&error), text);
+        assert_eq!(format!("{:?}", error.exit_code()), format!("{:?}", ExitCode::from(1)));
+    }
+
+    #[tokio::test]
+    async fn panic_of_control_thread_is_an_error() {
+        let (_supervisor, failures) = Supervisor::new();
+        let error = until_failure(async { panic!("of a phase") }, failures).await.unwrap_err();
+        let text = "an internal error ends the proxy: the control thread panicked: of a phase";
+        assert_eq!(chain(&error), text);
+    }
 }

@@ -30,6 +30,7 @@ use crate::pods::probes::{self, ProbeTranslation};
 use crate::pods::registry::PodRegistry;
 use crate::pods::source::{PodSource, SourceHealth};
 use crate::pods::zds::ZdsSource;
+use crate::process::app::until_failure;
 use crate::process::command_error::CommandError;
 use crate::process::cpus::processors;
 use crate::process::notify;
@@ -50,11 +51,8 @@ const WORKERS_END: Duration = Duration::from_secs(1);
 ///
 /// The daemon cannot start, or cannot go on. The rules of pods stay.
 pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), CommandError> {
-    let (supervisor, mut failures) = Supervisor::new();
-    tokio::select! {
-        outcome = Box::pin(live(settings, until_eof, supervisor)) => outcome,
-        failure = failures.next() => Err(CommandError::Task(failure)),
-    }
+    let (supervisor, failures) = Supervisor::new();
+    until_failure(live(settings, until_eof, supervisor), failures).await
 }
 
 async fn live(
@@ -109,7 +107,8 @@ impl Daemon {
         let sockets = pod_sockets(&settings);
         let (readiness, gates) = (Readiness::of_node(), Gates::default());
         let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
-        let identities = Certificates::identities(&settings, &access, &sockets, None, watcher)?;
+        let identities =
+            Certificates::identities(&settings, &access, &sockets, None, watcher, &supervisor)?;
         let mesh_file = settings.mesh_file.as_deref();
         let (source, mesh) = MeshSource::open(mesh_file, watcher, run_in_background)?;
         let publisher = Publisher::new(source, mesh, &settings.workload);

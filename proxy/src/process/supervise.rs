@@ -86,6 +86,17 @@ impl Failures {
     }
 }
 
+/// Logs every panic of the process with its place: also those of tasks and threads that restart by
+/// themselves.
+pub(crate) fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let thread = thread.name().unwrap_or("unnamed");
+        let place = panic.location().map(tracing::field::display);
+        tracing::error!(thread, place, panic = %Panic::of(panic.payload()), "internal error: panic");
+    }));
+}
+
 /// Starts the task that `make` makes, and again whenever it panics or ends.
 pub(crate) fn restarting<F>(
     task: &'static str,

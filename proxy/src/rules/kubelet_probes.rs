@@ -5,9 +5,10 @@
 //! Not here: the rule (the interception crate), and the exemption from `proxy.mtls` for probes that
 //! reach the proxy (`decide/policy.rs`).
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use underpass_config::KubeletProbes;
 use underpass_interception::{
     Interception, KUBELET_PROBE_IN, KUBELET_PROBE_V4, KUBELET_PROBE_V6, RuleCounter,
@@ -18,6 +19,16 @@ use crate::observe::metrics;
 
 /// How often the rule's counter is read: the minimum time between two log lines.
 const INTERVAL: Duration = Duration::from_secs(60);
+
+/// The times of readings, the same for all pods, so that many wake the process as rarely as one.
+fn readings() -> Interval {
+    static FIRST: OnceLock<Instant> = OnceLock::new();
+    let first = *FIRST.get_or_init(Instant::now);
+    let mut readings = interval_at(first, INTERVAL);
+    // The first reading is at once, the next ones at multiples of the interval.
+    readings.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    readings
+}
 
 /// Logs the exempt ports.
 pub(crate) fn warn(probes: &KubeletProbes) {
@@ -39,10 +50,9 @@ pub(crate) async fn watch(rules: Option<&Interception>) {
     let Some(interception) = rules else { return };
     metrics::kubelet_probes(0);
     let mut increase = CounterIncrease::default();
-    let mut interval = interval(INTERVAL);
-    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut readings = readings();
     loop {
-        interval.tick().await;
+        readings.tick().await;
         let counters = match interception.counters().await {
             Ok(counters) => counters,
             Err(error) => {

@@ -8,7 +8,8 @@ use std::time::Duration;
 use tokio::task::coop::unconstrained;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, sleep_until};
-use underpass_interception::{BoundListener, Listener, reset_on_close};
+use underpass_hbone::catch_panic;
+use underpass_interception::{Listener, reset_on_close};
 
 use crate::decide::subject::Decision;
 use crate::error::ProxyError;
@@ -44,25 +45,26 @@ pub(crate) async fn accept_loop(
     worker: Arc<Worker>,
     pod: Arc<Pod>,
     kind: Kind,
-    listener: BoundListener,
+    listener: Listener,
 ) {
-    let listener = match listener.register() {
-        Ok(listener) => listener,
-        Err(error) => {
-            tracing::error!(listener = kind.name(), %error, "cannot wait for connections");
-            return;
-        }
-    };
     let listening = Listening { worker, pod, kind, listener };
     let gate = &listening.worker.node.gates.accept;
     let accepting = async {
         loop {
-            gate.pass(accept_forever(&listening)).await;
+            gate.pass(again_after_panic(kind, || accept_forever(&listening))).await;
         }
     };
     tokio::select! {
         () = listening.pod.closing.cancelled() => {}
         () = accepting => {}
+    }
+}
+
+/// Accepts again after a panic, which concerns one connection.
+async fn again_after_panic<F: Future<Output = ()>>(kind: Kind, accept: impl Fn() -> F) {
+    while let Err(panic) = catch_panic(accept()).await {
+        tracing::error!(task = "accept", listener = kind.name(), %panic, "a task panicked");
+        sleep(ACCEPT_BACKOFF).await;
     }
 }
 
@@ -172,4 +174,21 @@ fn assign(worker: &Arc<Worker>, assignment: Assignment) {
 fn refuse(worker: &Worker, kind: Kind, stream: &TcpStream, refusal: Refusal) {
     reset_on_close(stream);
     worker.node.limits.refused(refusal, kind.name());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn panic_while_accepting_does_not_end_the_listener() {
+        let starts = AtomicUsize::new(0);
+        let accept = || async {
+            assert!(starts.fetch_add(1, Relaxed) > 0, "the first one panics");
+        };
+        again_after_panic(Kind::Outbound, accept).await;
+        assert_eq!(starts.load(Relaxed), 2);
+    }
 }

@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 use underpass_config::SpiffeId;
 use underpass_hbone::{
     Acceptor, Authority, HboneError, Incoming, PeerIdentity, ServerTunnel, TraceParent,
-    TunnelStream,
+    TunnelStream, log_panic,
 };
 use underpass_interception::reset_on_close;
 
@@ -200,7 +200,8 @@ async fn accept_tunnel(
         let (registration, peer) = (seat.register_stream(), peer.clone());
         let origin = RequestOrigin { client, here: destination.address(), peer };
         let asked = TunnelRequest { request, origin };
-        tokio::spawn(serve_request(seat.clone(), asked, registration, admitted));
+        let serving = serve_request(seat.clone(), asked, registration, admitted);
+        tokio::spawn(log_panic("stream of a tunnel", serving));
     }
     if let Some(limit) = tunnel.exceeded() {
         metrics::tunnel_closed(limit.code());

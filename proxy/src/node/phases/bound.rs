@@ -7,7 +7,8 @@ use tokio::sync::watch;
 use underpass_config::{InterceptionSettings, Settings};
 use underpass_interception::{BoundListener, NamespaceAccess};
 
-use super::guarded::{GuardedPod, OwnedRules, RulesOwner};
+use super::guarded::GuardedPod;
+use super::rules::{OwnedRules, RulesOwner};
 use crate::node::Node;
 use crate::node::identities::CredentialLease;
 use crate::node::pod::{Pod, pod_sockets};

@@ -4,9 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::open::OpenPod;
+use super::rules::OwnedRules;
 use super::serving::ServingPod;
-use underpass_config::Hint as _;
-
 use crate::node::identities::CredentialLease;
 use crate::node::pod::Pod;
 use crate::node::pod_error::PodError;
@@ -16,44 +15,6 @@ use crate::rules::capture::{Capture, Probes};
 use crate::rules::health::RulesHealth;
 use crate::rules::watch::Subscriptions;
 use crate::traffic::listeners::{Kind, Listeners};
-
-/// Which process keeps or removes the rules at its end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum RulesOwner {
-    ThisProcess,
-    /// The process that this one takes over from, or that has taken over from this one.
-    OtherProcess,
-}
-
-/// The installed rules of a pod.
-#[derive(Debug)]
-pub(super) struct OwnedRules {
-    pub(super) capture: Capture,
-    pub(super) owner: RulesOwner,
-}
-
-impl OwnedRules {
-    /// Keeps or removes the rules, as `interception.on_exit` says.
-    pub(super) async fn leave(self) -> Result<(), PodError> {
-        match self.owner {
-            RulesOwner::ThisProcess => self.capture.leave().await,
-            RulesOwner::OtherProcess => {
-                tracing::info!("the rules belong to another process, and stay");
-                Ok(())
-            }
-        }
-    }
-
-    /// Leaves the rules after `cause`, which is returned.
-    pub(super) async fn leave_after<E>(self, cause: E) -> E {
-        if let Err(left) = self.leave().await {
-            let (error, hint) = (crate::error::chain(&left), left.hint());
-            let hint = hint.as_deref();
-            tracing::error!(error, hint, "cannot leave the rules as interception.on_exit says");
-        }
-        cause
-    }
-}
 
 /// A pod whose rules are installed: its connections wait in the accept queues of its listeners.
 /// Dropping it leaves the rules.
@@ -100,7 +61,7 @@ impl GuardedPod {
     ///
     /// # Errors
     ///
-    /// Changes of the rules cannot be watched; the rules are left.
+    /// Changes of the rules cannot be watched, or the workers cannot accept; the rules are left.
     pub(crate) async fn open(self, workers: &Workers) -> Result<OpenPod, PodError> {
         let Self { pod, rules, listeners, probes, health } = self;
         // Subscribes before the self-test, so that no change after the test is missed.
@@ -109,8 +70,12 @@ impl GuardedPod {
             Err(error) => return Err(rules.leave_after(error).await),
         };
         let pod = Arc::new(pod);
-        workers.add_listeners(&pod, listeners.into_kinds()).await;
-        Ok(OpenPod::new(pod, workers.clone(), rules, probes, subscribed, health))
+        let added = workers.add_listeners(&pod, listeners.into_kinds()).await;
+        let open = OpenPod::new(pod, workers.clone(), rules, probes, subscribed, health);
+        match added {
+            Ok(()) => Ok(open),
+            Err(error) => Err(open.abandon(Duration::ZERO, PodError::Accept(error)).await),
+        }
     }
 
     /// Opens the pod, tests its rules and watches them. `gate` pauses the repair of rules.

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use tracing::{Instrument as _, Span};
 
-use super::guarded::{OwnedRules, RulesOwner};
+use super::rules::{OwnedRules, RulesOwner};
+use super::served::Served;
 use super::serving::ServingPod;
 use crate::node::pod::Pod;
 use crate::node::pod_error::PodError;
@@ -17,37 +18,6 @@ use crate::rules::health::RulesHealth;
 use crate::rules::kubelet_probes;
 use crate::rules::watch::{RuleWatch, Subscriptions};
 use crate::traffic::drain::drain;
-
-/// A pod that the workers serve. Dropping it closes its listeners and ends its connections' tunnels
-/// as their last streams end.
-#[derive(Debug)]
-pub(super) struct Served {
-    pub(super) pod: Arc<Pod>,
-    workers: Workers,
-}
-
-impl Served {
-    /// Closes the listeners; tunnels take no new streams.
-    pub(super) async fn stop_accepting(&self) {
-        self.workers.remove_listeners(self.pod.id).await;
-        self.pod.closing.cancel();
-    }
-
-    /// Terminates the connections that are left, and closes the tunnels and sockets. Nothing holds
-    /// the pod's namespace then.
-    pub(super) async fn close(&self) {
-        drain(&self.pod.connections, Duration::ZERO).await;
-        self.pod.sockets.close();
-        self.workers.close_tunnels(&self.pod).await;
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        self.pod.closing.cancel();
-        self.pod.sockets.close();
-    }
-}
 
 /// A pod that accepts connections, and whose rules are not tested yet.
 #[derive(Debug)]

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::guarded::{OwnedRules, RulesOwner};
-use super::open::Served;
+use super::rules::{OwnedRules, RulesOwner};
+use super::served::Served;
 use crate::node::pod::Pod;
 use crate::node::pod_error::PodError;
 use crate::process::supervise::Task;
@@ -34,7 +34,7 @@ impl ServingPod {
         &self.rules.capture
     }
 
-    /// Fails if the rules are not those of the settings.
+    /// Fails if the rules are not those of the current settings.
     pub(crate) async fn verify(&self) -> Result<(), PodError> {
         self.rules.capture.verify().await
     }

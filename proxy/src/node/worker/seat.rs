@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use underpass_config::{Timeouts, Workload};
 use underpass_hbone::{
-    Acceptor, ClientSettings, Connector, Credentials, Pool, PoolSettings, ServerSettings,
+    Acceptor, ClientSettings, Connector, Credentials, Pool, PoolSettings, ServerSettings, log_panic,
 };
 
 use self::dialer::TunnelDialer;
@@ -246,7 +246,7 @@ impl Seat {
             return;
         }
         let seat = self.clone();
-        tokio::spawn(async move {
+        let keeping = async move {
             while seat.failed.swap(false, Relaxed) {
                 let remembered = tokio::time::sleep(FAILURE_REMEMBERED);
                 tokio::select! {
@@ -255,7 +255,8 @@ impl Seat {
                 }
             }
             seat.kept.store(false, Relaxed);
-        });
+        };
+        tokio::spawn(log_panic("memory of a failed dial", keeping));
     }
 }
 

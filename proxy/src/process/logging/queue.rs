@@ -9,6 +9,7 @@
 
 use std::io::{self, ErrorKind, Write};
 use std::mem;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -71,9 +72,17 @@ pub(super) fn start<W: Write + Send + 'static>(
     lines: Lines,
 ) -> io::Result<(Arc<Queue>, QueueGuard)> {
     let queue = Arc::new(Queue::default());
-    let writer = Output { to: output, lines, unreported: 0, within_line: false };
+    let mut writer = Output { to: output, lines, unreported: 0, within_line: false };
     let reader = queue.clone();
-    thread::Builder::new().name("log".to_owned()).spawn(move || write_lines(&reader, writer))?;
+    let write = move || {
+        // A panic loses the lines that were being written, which are counted as one.
+        while catch_unwind(AssertUnwindSafe(|| write_lines(&reader, &mut writer))).is_err() {
+            metrics::log_lines_lost(1);
+            writer.unreported += 1;
+            thread::park_timeout(WRITE_INTERVAL);
+        }
+    };
+    thread::Builder::new().name("log".to_owned()).spawn(write)?;
     Ok((queue.clone(), QueueGuard(queue)))
 }
 
@@ -156,7 +165,7 @@ impl Drop for QueueGuard {
     }
 }
 
-fn write_lines<W: Write>(queue: &Queue, mut output: Output<W>) {
+fn write_lines<W: Write>(queue: &Queue, output: &mut Output<W>) {
     let mut lines = Vec::new();
     loop {
         let retry = (output.unreported > 0).then_some(RETRY);

@@ -62,8 +62,14 @@ impl Bound {
         let (health, sockets) = (RulesHealth::default(), pod_sockets(&settings));
         let readiness = Readiness::of(health.clone());
         let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
-        let identities =
-            Certificates::identities(&settings, &access, &sockets, Some(&readiness), &watcher)?;
+        let identities = Certificates::identities(
+            &settings,
+            &access,
+            &sockets,
+            Some(&readiness),
+            &watcher,
+            &supervisor,
+        )?;
         let (source, mesh) =
             MeshSource::open(settings.mesh_file.as_deref(), &watcher, run_in_background)?;
         let publisher = Publisher::new(source, mesh, &settings.workload);

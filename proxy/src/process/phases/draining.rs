@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use super::Core;
-use super::serving::End;
 use crate::node::phases::ServingPod;
 use crate::node::workers::WorkerThreads;
 use crate::process::command_error::CommandError;
@@ -14,6 +13,16 @@ use crate::process::supervise::Task;
 /// Timeout for the end of the workers: the end of the process frees the resources of one that does
 /// not stop in time.
 const WORKERS_END: Duration = Duration::from_secs(1);
+
+/// Why the proxy stops serving.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum End {
+    Stopped(&'static str),
+    /// Another process has taken over.
+    HandedOver {
+        pid: Option<i32>,
+    },
+}
 
 /// The process when it serves no longer.
 pub(crate) struct Draining {

@@ -1,6 +1,6 @@
 //! The process while it serves.
 
-use super::draining::Draining;
+use super::draining::{Draining, End};
 use super::{Core, workers};
 use underpass_config::Hint as _;
 
@@ -19,16 +19,6 @@ pub(crate) struct Serving {
     takeovers: TakeoverServer,
     /// Tasks that run until the drain completes: among them the enforcement of policies.
     tasks: Vec<Task>,
-}
-
-/// Why the proxy stops serving.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum End {
-    Stopped(&'static str),
-    /// Another process has taken over.
-    HandedOver {
-        pid: Option<i32>,
-    },
 }
 
 impl Serving {

@@ -25,6 +25,7 @@ use underpass_config::{Cipher, IstioCaSettings};
 use crate::crypto::provider;
 use crate::error::{HboneError, IssuerProblem};
 use crate::pool::Dial;
+use crate::task::log_panic;
 use crate::tls;
 use crate::trust::bundle::Bundle;
 use crate::tunnel::io::Io;
@@ -106,7 +107,7 @@ impl Endpoint {
             .await
             .map_err(io::Error::other)?;
         // The connection ends with its last request, which receives its error.
-        tokio::spawn(connection);
+        tokio::spawn(log_panic("connection to the CA", connection));
         Ok(Connection(requests))
     }
 

@@ -9,6 +9,7 @@ use underpass_hbone::{CredentialsEvent, HboneError, IdentitySource, NextIdentity
 use super::*;
 use crate::node::identities::{Identities, Issuer};
 use crate::node::testing::{node, node_in, pod, settings, snapshot};
+use crate::process::supervise::Supervisor;
 
 #[tokio::test(start_paused = true)]
 async fn seat_outlives_its_connections_while_pool_remembers_failure() {
@@ -99,8 +100,9 @@ impl Issuer for Silent {
 
 #[tokio::test(start_paused = true)]
 async fn wait_for_first_certificate_is_bounded() {
-    let trust = TrustSettings::default();
-    let identities = Identities::new(Arc::new(Silent), &trust, &FileWatcher::default()).unwrap();
+    let (trust, supervisor) = (TrustSettings::default(), Supervisor::new().0);
+    let identities =
+        Identities::new(Arc::new(Silent), &trust, &FileWatcher::default(), supervisor).unwrap();
     let worker = Worker::new(node(1), 0, Arc::default());
     let mut pod = Arc::into_inner(pod(&[])).unwrap();
     let id = pod.context.own.spiffe_id.clone();

@@ -12,6 +12,8 @@ struct Sink(Arc<(Mutex<Behaviour>, Condvar)>);
 struct Behaviour {
     written: Vec<Vec<u8>>,
     stalled: bool,
+    /// Whether the next write panics.
+    panics: bool,
     /// The number of bytes that can be written before writes fail.
     room: Option<usize>,
     attempts: usize,
@@ -40,6 +42,10 @@ impl Write for Sink {
         let mut state = state.lock().unwrap();
         state.attempts += 1;
         changed.notify_all();
+        if mem::take(&mut state.panics) {
+            drop(state);
+            panic!("of the output");
+        }
         let mut state = changed.wait_while(state, |state| state.stalled).unwrap();
         let taken = state.room.map_or(bytes.len(), |room| room.min(bytes.len()));
         if taken == 0 {
@@ -129,4 +135,19 @@ fn stalled_output_does_not_block_exit() {
     drop(guard);
     assert_eq!(sink.text(), "");
     sink.set(|sink| sink.stalled = false);
+}
+
+#[test]
+fn panic_of_the_output_loses_only_the_lines_of_that_write() {
+    let sink = Sink::default();
+    sink.set(|sink| sink.panics = true);
+    let (queue, guard) = started(&sink);
+    queue.push(b"lost\n");
+    sink.until(|sink| sink.attempts > 0 && !sink.panics);
+    queue.push(b"next\n");
+    sink.until(|sink| sink.written.len() >= 2);
+    drop(guard);
+    let text = sink.text();
+    assert!(text.starts_with("next\n"), "{text}");
+    assert_eq!(reported(&text), 1, "{text}");
 }
