@@ -37,16 +37,16 @@ pub use settings::declare::Reference;
 pub use settings::load::Sources;
 pub use settings::resolve::{keys, reference};
 pub use settings::{
-    Backend, BundleFile, Cipher, Dns, Egress, EgressSettings, IdentityFiles, IdentitySettings,
-    InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes,
-    Limits, LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls, MtlsOverride,
-    MtlsOverrideError, MtlsSettings, NodeProbes, NodeSettings, OnExit, OutboundCapture,
-    PacedConnections, PodSourceSettings, PortRange, PortRangeError, Profile, ProxySettings,
-    SameNode, SeriesSettings, Settings, SpireSettings, TakeOver, Timeouts, TrustSettings,
-    TunnelSettings, WorkloadSettings,
+    Backend, BundleFile, Cipher, CniInstallSettings, Dns, Egress, EgressSettings, IdentityFiles,
+    IdentitySettings, InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings,
+    KubeletProbes, Limits, LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls,
+    MtlsOverride, MtlsOverrideError, MtlsSettings, NodeProbes, NodeSettings, OnExit,
+    OutboundCapture, PacedConnections, PodSourceSettings, PortRange, PortRangeError, Profile,
+    ProxySettings, SameNode, SeriesSettings, Settings, SpireSettings, TakeOver, Timeouts,
+    TrustSettings, TunnelSettings, WorkloadSettings,
 };
 pub use watch::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};
-pub use watch::{FileWatch, FileWatcher};
+pub use watch::{FileWatch, FileWatcher, FolderFilesWatch};
 pub use yaml::document::Origin;
 pub use yaml::quote::Quoted;
 pub use yaml::read::parse_duration;

@@ -20,6 +20,7 @@ use tokio::time::{Instant, sleep_until};
 
 use self::events::FolderEvents;
 use self::hub::{Hub, Subscription};
+use self::relevant::FilesOfFolder;
 use crate::error::{ConfigErrors, Reason};
 
 /// Maximum delay of a read while the file is replaced repeatedly.
@@ -52,6 +53,10 @@ pub(crate) struct PathWatch {
     settled_by: Option<Instant>,
 }
 
+/// Reports when a file of a folder may have changed.
+#[derive(Debug)]
+pub struct FolderFilesWatch(PathWatch);
+
 impl FileWatcher {
     /// A watcher with the events that `open` opens.
     pub fn new(
@@ -72,7 +77,19 @@ impl FileWatcher {
 
     /// Like [`FileWatcher::watch`], without reading the content.
     pub(crate) fn watch_path(&self, path: &Path) -> Result<PathWatch, ConfigErrors> {
-        self.subscribe(path).map_err(|error| {
+        self.watch_files(path, FilesOfFolder::Documents)
+    }
+
+    /// Watches every file of a folder that other programs write to.
+    ///
+    /// # Errors
+    /// As [`FileWatcher::watch`].
+    pub fn watch_folder(&self, folder: &Path) -> Result<FolderFilesWatch, ConfigErrors> {
+        self.watch_files(folder, FilesOfFolder::All).map(FolderFilesWatch)
+    }
+
+    fn watch_files(&self, path: &Path, kind: FilesOfFolder) -> Result<PathWatch, ConfigErrors> {
+        self.subscribe(path, kind).map_err(|error| {
             let reason = format!("{}: cannot be watched for changes: {error}", path.display());
             let hint =
                 "raise the sysctls fs.inotify.max_user_instances and fs.inotify.max_user_watches";
@@ -80,9 +97,9 @@ impl FileWatcher {
         })
     }
 
-    fn subscribe(&self, path: &Path) -> io::Result<PathWatch> {
+    fn subscribe(&self, path: &Path, kind: FilesOfFolder) -> io::Result<PathWatch> {
         let path = std::path::absolute(path)?;
-        let subscription = self.0.subscribe(&path)?;
+        let subscription = self.0.subscribe(&path, kind)?;
         Ok(PathWatch {
             path,
             subscription,
@@ -104,6 +121,13 @@ impl FileWatch {
                 return;
             }
         }
+    }
+}
+
+impl FolderFilesWatch {
+    /// Waits until a file may have changed and no further change follows for a moment. Cancel-safe.
+    pub async fn settled(&mut self) {
+        self.0.settled().await;
     }
 }
 

@@ -136,6 +136,12 @@ impl NamespaceId {
         Self { device: metadata.dev(), inode: metadata.ino() }
     }
 
+    /// The device of its file.
+    #[must_use]
+    pub fn device(self) -> u64 {
+        self.device
+    }
+
     /// The number that `ip netns` and `/proc/PID/ns/net` show.
     #[must_use]
     pub fn inode(self) -> u64 {

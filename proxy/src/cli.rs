@@ -4,6 +4,7 @@
 //! 2 invalid command line or configuration, 3 `rules verify` found a difference or a bypass.
 
 mod ca;
+mod cni;
 mod config;
 mod man;
 mod node;
@@ -45,6 +46,8 @@ enum Command {
     /// Run a proxy for every pod of a node, which a source names (istio-cni, a CNI plugin, a
     /// folder)
     Node(node::Arguments),
+    /// Work as the CNI plugin that container runtimes call, or install it
+    Cni(cni::Arguments),
     /// Manage interception rules in the current network namespace
     #[command(subcommand)]
     Rules(rules::Command),
@@ -68,10 +71,11 @@ enum Command {
 
 /// Runs the command of the command line.
 pub fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
+    let outcome = match Cli::parse_from(cni::command_line(std::env::args_os())).command {
         Command::Demo(arguments) => demo::run(&arguments).map_err(CommandError::from),
         Command::Run(arguments) => run::run(arguments),
         Command::Node(arguments) => node::run(arguments),
+        Command::Cni(arguments) => cni::run(arguments),
         Command::Rules(command) => rules::run(command),
         Command::Ca(command) => ca::run(command),
         Command::Config(command) => config::run(command),

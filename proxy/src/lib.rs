@@ -45,4 +45,10 @@ pub mod fuzz {
     pub fn zds_session(script: &[u8]) {
         crate::pods::zds::session::script::run(script);
     }
+
+    /// Decodes a line between the CNI plugin and the daemon. Panics if a message that decodes does
+    /// not survive its encoding.
+    pub fn cni_messages(line: &[u8]) {
+        crate::pods::cni::protocol::check_line(line);
+    }
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod annotations;
 pub(crate) mod backoff;
+pub(crate) mod cni;
 pub(crate) mod directory;
 pub(crate) mod enrolment;
 pub(crate) mod facts;

@@ -16,6 +16,17 @@ pub struct NodeSettings {
     pub exempt_namespaces: Vec<String>,
     /// Whether the daemon translates the node's own connections to its pods.
     pub probes: NodeProbes,
+    /// Where the daemon installs the CNI plugin and keeps it installed.
+    pub cni_install: Option<CniInstallSettings>,
+}
+
+/// The folders of a container runtime.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CniInstallSettings {
+    /// The folder of the network configurations.
+    pub net_dir: PathBuf,
+    /// The folder of the plugins.
+    pub bin_dir: PathBuf,
 }
 
 /// Whether the source of the node's own connections to its pods, such as the kubelet's probes,

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};
-use super::relevant::RelevantEntries;
+use super::relevant::{FilesOfFolder, RelevantEntries};
 
 /// Quiet period before reading a file that is being written: a writer creates, fills and closes it.
 const WRITING: Duration = Duration::from_millis(100);
@@ -39,6 +39,7 @@ struct State {
 #[derive(Debug)]
 struct SubscriptionWatches {
     path: PathBuf,
+    kind: FilesOfFolder,
     relevant: RelevantEntries,
     folders: BTreeMap<PathBuf, FolderWatch>,
     /// Sends the quiet period after each event.
@@ -60,7 +61,11 @@ impl Hub {
     }
 
     /// Watches the folders that lead to `path`, which is absolute, from now on.
-    pub(super) fn subscribe(self: &Arc<Self>, path: &Path) -> io::Result<Subscription> {
+    pub(super) fn subscribe(
+        self: &Arc<Self>,
+        path: &Path,
+        kind: FilesOfFolder,
+    ) -> io::Result<Subscription> {
         let mut state = self.state();
         if let (None, Some(open)) = (&state.events, &self.open) {
             state.events = Some(open()?);
@@ -68,7 +73,7 @@ impl Hub {
         let (sender, pauses) = watch::channel(WRITTEN);
         let (path, id) = (path.to_owned(), state.next);
         let (relevant, folders) = (RelevantEntries::default(), BTreeMap::new());
-        let watches = SubscriptionWatches { path, relevant, folders, pauses: sender };
+        let watches = SubscriptionWatches { path, kind, relevant, folders, pauses: sender };
         state.next += 1;
         state.subscriptions.insert(id, watches);
         // Dropping it after an error removes its watches.
@@ -138,7 +143,7 @@ impl State {
         let Some(events) = self.events.clone() else { return Ok(()) };
         loop {
             let Some(watches) = self.subscriptions.get_mut(&id) else { return Ok(()) };
-            watches.relevant = RelevantEntries::of(&watches.path);
+            watches.relevant = RelevantEntries::of(&watches.path, watches.kind);
             let mut folders = BTreeMap::new();
             for folder in watches.relevant.folders() {
                 // Add known folders too: another folder may have taken the name.

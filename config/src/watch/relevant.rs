@@ -15,15 +15,26 @@ pub(super) struct RelevantEntries {
     /// The files and each symbolic link on the paths to them. If a path does not exist, its first
     /// missing component.
     entries: BTreeSet<PathBuf>,
-    /// The folder whose documents all count.
+    /// The folder whose files count.
     folder: Option<PathBuf>,
+    kind: FilesOfFolder,
+}
+
+/// Which files of a folder count.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum FilesOfFolder {
+    /// The documents of a configuration.
+    #[default]
+    Documents,
+    /// Every file, as in a folder of other programs.
+    All,
 }
 
 impl RelevantEntries {
     /// The entries of `path`, which is absolute.
-    pub(super) fn of(path: &Path) -> Self {
+    pub(super) fn of(path: &Path, kind: FilesOfFolder) -> Self {
         if !path.is_dir() {
-            return Self { entries: entries(path), folder: None };
+            return Self { entries: entries(path), folder: None, kind };
         }
         // Every document is reached through the folder, even if it has none yet.
         let mut all = entries(&path.join("any"));
@@ -32,7 +43,7 @@ impl RelevantEntries {
         for document in files::at(path).unwrap_or_default() {
             all.append(&mut entries(&document));
         }
-        Self { entries: all, folder }
+        Self { entries: all, folder, kind }
     }
 
     /// The folders that contain the entries.
@@ -42,8 +53,9 @@ impl RelevantEntries {
     }
 
     pub(super) fn has(&self, path: &Path) -> bool {
-        let is_document = self.folder.as_deref() == path.parent() && files::is_document(path);
-        is_document || self.entries.contains(path)
+        let is_wanted = self.kind == FilesOfFolder::All || files::is_document(path);
+        let is_in_folder = is_wanted && self.folder.as_deref() == path.parent();
+        is_in_folder || self.entries.contains(path)
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::events::{ChangeStep, FolderEvent, FolderWatch};
-use super::relevant::RelevantEntries;
+use super::relevant::{FilesOfFolder, RelevantEntries};
 use super::*;
 use crate::hint::Hint as _;
 use crate::testing::Folder;
@@ -126,9 +126,10 @@ fn wakes_only_for_events_that_can_change_content() {
     folder.write("mesh/..1/a.yaml", "1");
     folder.swap("..1", "mesh/..data");
     folder.swap("..data/a.yaml", "mesh/a.yaml");
-    let has = |of: &str, name: &str| {
-        RelevantEntries::of(&folder.root().join(of)).has(&folder.root().join(name))
+    let counts = |of: &str, name: &str, kind| {
+        RelevantEntries::of(&folder.root().join(of), kind).has(&folder.root().join(name))
     };
+    let has = |of: &str, name: &str| counts(of, name, FilesOfFolder::Documents);
     for relevant in ["mesh/a.yaml", "mesh/..data", "mesh/..1/a.yaml"] {
         assert!(has("mesh/a.yaml", relevant), "{relevant}");
     }
@@ -142,4 +143,7 @@ fn wakes_only_for_events_that_can_change_content() {
         assert!(!has("mesh", other), "{other}");
     }
     assert!(has("missing/a.yaml", "missing"));
+    for (name, counted) in [("mesh/10-a.conflist", true), ("10-a.conflist", false)] {
+        assert_eq!(counts("mesh", name, FilesOfFolder::All), counted, "{name}");
+    }
 }

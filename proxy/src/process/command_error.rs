@@ -14,6 +14,7 @@ use underpass_interception::InterceptionError;
 
 use crate::demo::DemoError;
 use crate::node::pod_error::PodError;
+use crate::pods::cni::install::InstallError;
 use crate::pods::source::SourceEnd;
 use crate::process::instance::{InstanceError, Running};
 use crate::process::supervise::TaskFailure;
@@ -69,6 +70,11 @@ pub(crate) enum CommandError {
     Metrics(#[source] BuildError),
     #[error("there is no command {0:?}")]
     NoSuchCommand(String),
+    /// A call of the CNI plugin failed. Its result is already printed.
+    #[error("{0}")]
+    Plugin(String),
+    #[error(transparent)]
+    Install(#[from] InstallError),
     #[error("cannot write the result")]
     Output(#[source] io::Error),
 }

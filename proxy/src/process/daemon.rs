@@ -24,6 +24,7 @@ use crate::node::pod::pod_sockets;
 use crate::node::workers::{WorkerThreads, Workers};
 use crate::node::{Node, certificates};
 use crate::observe::metrics;
+use crate::pods::cni::CniSource;
 use crate::pods::directory::DirectorySource;
 use crate::pods::node_enroller::NodeEnroller;
 use crate::pods::probes::{self, ProbeTranslation};
@@ -63,21 +64,25 @@ async fn live(
     let mut stop = StopSignal::new(until_eof)?;
     raise_open_files().map_err(CommandError::Start)?;
     let watcher = FileWatcher::new(Inotify::open);
-    let source = source(&settings, &watcher)?;
     let daemon = Daemon::start(Arc::new(settings), &watcher, supervisor).await?;
+    let source = source(&daemon, &watcher)?;
     let why = daemon.serve(source, &mut stop).await?;
     daemon.stop(why, &mut stop).await;
     Ok(())
 }
 
 /// The source of pods that the settings name.
-fn source(settings: &Settings, watcher: &FileWatcher) -> Result<Box<dyn PodSource>, CommandError> {
+fn source(daemon: &Daemon, watcher: &FileWatcher) -> Result<Box<dyn PodSource>, CommandError> {
+    let (settings, mesh) = (&daemon.settings, daemon.node.mesh.clone());
     match &settings.node.pods {
         Some(PodSourceSettings::Zds(socket)) => Ok(Box::new(ZdsSource::new(socket.clone()))),
+        Some(PodSourceSettings::Cni(socket)) => {
+            Ok(Box::new(CniSource::new(settings, socket.clone(), mesh, watcher)))
+        }
         Some(PodSourceSettings::Directory(folder)) => {
             Ok(Box::new(DirectorySource::open(folder, watcher)?))
         }
-        Some(PodSourceSettings::Cni(_)) | None => Err(CommandError::NoPodSource),
+        None => Err(CommandError::NoPodSource),
     }
 }
 

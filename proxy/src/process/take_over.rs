@@ -14,7 +14,7 @@
 //! The running process then resumes accepting and repairing.
 
 mod client;
-mod control_socket;
+pub(crate) mod control_socket;
 mod server;
 
 use std::borrow::Cow;

@@ -7,8 +7,8 @@ use crate::settings::declare::{
     Declared, Document, Fallback, Kind, PATH, TEXT, given_list, list, settings, word,
 };
 use crate::settings::{
-    IdentitySettings, InterceptionSettings, KubeletProbes, NodeProbes, NodeSettings,
-    PodSourceSettings, Profile, Settings,
+    CniInstallSettings, IdentitySettings, InterceptionSettings, KubeletProbes, NodeProbes,
+    NodeSettings, PodSourceSettings, Profile, Settings,
 };
 
 /// The hint about an identity that all pods would share.
@@ -26,6 +26,15 @@ settings! {
     /// `underpass node`: the folder with one file for each pod
     DIRECTORY: PathBuf = "node.pods.directory", PATH,
         Fallback::Varies("none"), |s| pods_of(s, "directory");
+    /// with `node.pods.cni`: the runtime's folder of network configurations, such as
+    /// `/etc/cni/net.d`. The daemon adds the plugin to the first one, and again after another
+    /// program rewrites it; meanwhile it is not ready
+    NET_DIR: PathBuf = "node.cni_install.net_dir", PATH,
+        Fallback::Varies("none: `underpass cni install` does it"),
+        |s| s.node.cni_install.as_ref().map(|folders| folders.net_dir.clone());
+    /// with `net_dir`: the runtime's folder of plugins, such as `/opt/cni/bin`
+    BIN_DIR: PathBuf = "node.cni_install.bin_dir", PATH, Fallback::Varies("none"),
+        |s| s.node.cni_install.as_ref().map(|folders| folders.bin_dir.clone());
     /// namespaces whose pods are never enrolled: those without which no pod starts
     EXEMPT_NAMESPACES: Vec<String> = "node.exempt_namespaces",
         list("list of namespaces", |cursor, _| given_list(cursor, namespace)),
@@ -72,7 +81,11 @@ fn namespace(text: &str) -> Result<String, String> {
 pub(super) fn node(document: Document<'_>) -> Option<NodeSettings> {
     let name = NAME.read(document);
     let exempt_namespaces = EXEMPT_NAMESPACES.read(document)?;
-    let pods = pods(document);
+    let (pods, cni_install) = (pods(document), cni_install(document));
+    if cni_install.is_some() && !matches!(pods, Some(PodSourceSettings::Cni(_))) {
+        let node = document.root.key("node");
+        node.key("cni_install").problem("has a meaning with node.pods.cni only");
+    }
     let probes = PROBES.read(document)?;
     if probes == NodeProbes::Translate {
         match pods {
@@ -86,7 +99,19 @@ pub(super) fn node(document: Document<'_>) -> Option<NodeSettings> {
             None => PROBES.problem(document, "has a meaning with node.pods only"),
         }
     }
-    Some(NodeSettings { name, pods, exempt_namespaces, probes })
+    Some(NodeSettings { name, pods, exempt_namespaces, probes, cni_install })
+}
+
+fn cni_install(document: Document<'_>) -> Option<CniInstallSettings> {
+    match (NET_DIR.read(document), BIN_DIR.read(document)) {
+        (Some(net_dir), Some(bin_dir)) => Some(CniInstallSettings { net_dir, bin_dir }),
+        (None, None) => None,
+        (Some(_), None) | (None, Some(_)) => {
+            let node = document.root.key("node");
+            node.key("cni_install").problem("needs both net_dir and bin_dir");
+            None
+        }
+    }
 }
 
 fn pods(document: Document<'_>) -> Option<PodSourceSettings> {

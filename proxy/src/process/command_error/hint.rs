@@ -17,6 +17,7 @@ impl Hint for CommandError {
             Self::TakeOver(error) => return error.hint(),
             Self::Instance(error) => return error.hint(),
             Self::Demo(error) => return error.hint(),
+            Self::Install(error) => return error.hint(),
             Self::KeptByProxy(_) => "stop the proxy, or replace its rules with `--force`",
             Self::Task(_) => {
                 "restart the proxy and report this defect; the rules stay, and connections are refused until it runs again"
@@ -35,6 +36,7 @@ impl Hint for CommandError {
             Self::NoSuchCommand(_) => "`underpass --help` lists the commands",
             Self::Mistakes(_)
             | Self::PodSource(_)
+            | Self::Plugin(_)
             | Self::Start(_)
             | Self::Metrics(_)
             | Self::Output(_) => return None,

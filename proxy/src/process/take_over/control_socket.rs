@@ -1,8 +1,9 @@
-//! The Unix socket on which a running process accepts take-overs.
+//! A Unix socket on which this process accepts trusted local processes: take-overs, and the CNI
+//! plugin.
 //!
 //! It is a file, because every process of the network namespace, the workload included, could
-//! connect to an abstract name. It is handed over with the listeners, because a proxy that has
-//! dropped its privileges cannot make a new one.
+//! connect to an abstract name. That of take-overs is handed over with the listeners, because a
+//! proxy that has dropped its privileges cannot make a new one.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, ErrorKind};
@@ -13,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::{UnixListener, UnixStream};
 use underpass_config::TakeOver;
-use underpass_interception::ProxyUser;
+use underpass_interception::{Handover, ProxyUser};
 
 /// The folder of the default socket.
 const FOLDER: &str = "/run/underpass";
@@ -30,7 +31,7 @@ pub(crate) struct ControlSocket {
 impl ControlSocket {
     /// Listens at `path`, replacing an earlier listener. `user` is the user that the process
     /// becomes later.
-    pub(super) fn bind(path: &Path, user: Option<ProxyUser>) -> io::Result<Self> {
+    pub(crate) fn bind(path: &Path, user: Option<ProxyUser>) -> io::Result<Self> {
         if path.parent() == Some(Path::new(FOLDER)) {
             create_folder(user)?;
         }
@@ -40,6 +41,11 @@ impl ControlSocket {
         fs::set_permissions(&new, Permissions::from_mode(0o600))?;
         fs::rename(&new, path)?;
         Ok(Self { listener, path: path.to_owned(), owned: true })
+    }
+
+    /// Waits for a process. Cancel-safe.
+    pub(crate) async fn accept(&self) -> io::Result<Handover> {
+        Ok(Handover::new(self.listener.accept().await?.0))
     }
 
     /// Listens on the socket of another process, which still owns the file.

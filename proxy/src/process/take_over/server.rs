@@ -92,8 +92,8 @@ impl TakeoverServer {
             return std::future::pending().await;
         };
         loop {
-            match socket.listener.accept().await {
-                Ok((stream, _)) => return Handover::new(stream),
+            match socket.accept().await {
+                Ok(connection) => return connection,
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a take-over");
                     tokio::time::sleep(ACCEPT_RETRY).await;

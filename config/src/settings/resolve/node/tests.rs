@@ -40,6 +40,21 @@ fn settings_without_source_are_those_of_one_pod() {
 }
 
 #[test]
+fn installation_of_the_plugin_has_both_folders() {
+    let text = "node: {pods: {cni: /a}, cni_install: {net_dir: /n, bin_dir: /b}}";
+    let install = settings_of(text).unwrap().node.cni_install.unwrap();
+    assert_eq!((install.net_dir.to_str(), install.bin_dir.to_str()), (Some("/n"), Some("/b")));
+    assert_eq!(
+        mistakes("node: {pods: {cni: /a}, cni_install: {net_dir: /n}}"),
+        ["node.cni_install: needs both net_dir and bin_dir"]
+    );
+    assert_eq!(
+        mistakes("node: {pods: {directory: /a}, cni_install: {net_dir: /n, bin_dir: /b}}"),
+        ["node.cni_install: has a meaning with node.pods.cni only"]
+    );
+}
+
+#[test]
 fn rejects_several_sources() {
     let found = mistakes("node: {pods: {zds: /a, cni: /b}}");
     assert_eq!(found.len(), 1, "{found:?}");

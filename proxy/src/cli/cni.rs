@@ -1,0 +1,158 @@
+//! `underpass cni`: the CNI plugin, and its installation.
+//!
+//! The installed binary is called `underpass-cni`. It acts as `underpass cni` by this name, because
+//! runtimes call plugins without arguments.
+
+mod config;
+mod daemon;
+mod environment;
+mod plugin;
+mod plugin_error;
+mod previous_result;
+
+use std::ffi::OsString;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use self::environment::Environment;
+use super::{print, single_threaded_runtime};
+use crate::error::chain;
+use crate::pods::cni::install::platform::Platform;
+use crate::pods::cni::install::{Change, DEFAULT_SOCKET, Installation, PLUGIN};
+use crate::pods::cni::namespace_file;
+use crate::process::command_error::CommandError;
+
+const EXAMPLE: &str = "Examples:
+  underpass cni install --platform k3s --dry-run
+  underpass cni install
+  underpass cni uninstall
+
+Without a command it is the plugin itself, as container runtimes call it: the variables CNI_COMMAND,
+CNI_CONTAINERID, CNI_NETNS, CNI_IFNAME and CNI_ARGS say what to do, the configuration comes from
+standard input, and the result goes to standard output.";
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLE)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Copy this binary to the runtime's plugins, and add it to the network configuration
+    #[command(
+        after_help = "Example:\n  underpass cni install --platform microk8s --socket /run/underpass/cni.sock"
+    )]
+    Install {
+        #[command(flatten)]
+        place: Place,
+        /// Add a file of its own instead of an entry in the list. Pods bypass the mesh if the
+        /// runtime does not read it: only with libcni 1.3 or later (containerd 2.1)
+        #[arg(long)]
+        drop_in: bool,
+    },
+    /// Take the plugin out of the network configuration, then remove its binary
+    #[command(after_help = "Example:\n  underpass cni uninstall --platform k3s")]
+    Uninstall {
+        #[command(flatten)]
+        place: Place,
+    },
+}
+
+/// Where the runtime looks for plugins.
+#[derive(Debug, clap::Args)]
+struct Place {
+    /// The platform, whose folders are the defaults
+    #[arg(long, value_enum, default_value_t = Platform::Kubeadm)]
+    platform: Platform,
+    /// The folder of the network configurations
+    #[arg(long, value_name = "DIR")]
+    net_dir: Option<PathBuf>,
+    /// The folder of the plugins
+    #[arg(long, value_name = "DIR")]
+    bin_dir: Option<PathBuf>,
+    /// The socket of the daemon: node.pods.cni
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// Print the changes instead of making them
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl Place {
+    fn installation(&self, drop_in: bool) -> Installation {
+        let folder = |given: &Option<PathBuf>, default: &Path| {
+            given.clone().unwrap_or_else(|| default.to_owned())
+        };
+        Installation {
+            network_folder: folder(&self.net_dir, self.platform.network_folder()),
+            program_folder: folder(&self.bin_dir, self.platform.program_folder()),
+            socket: self.socket.clone(),
+            drop_in,
+        }
+    }
+}
+
+/// The command line, with the command `cni` if the program is called by the plugin's name.
+pub(super) fn command_line(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = arguments.collect();
+    let name = arguments.first().and_then(|program| Path::new(program).file_name());
+    if name.is_some_and(|name| name == PLUGIN) {
+        arguments.insert(1, "cni".into());
+    }
+    arguments
+}
+
+pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
+    match arguments.command {
+        None => call(),
+        Some(Command::Install { place, drop_in }) => {
+            let changes = place.installation(drop_in).install()?;
+            make(&changes, place.dry_run, "the plugin is installed already")
+        }
+        Some(Command::Uninstall { place }) => {
+            let changes = place.installation(false).uninstall()?;
+            make(&changes, place.dry_run, "there is nothing to remove")
+        }
+    }
+}
+
+/// Performs one call of a runtime.
+fn call() -> Result<(), CommandError> {
+    let environment = Environment::of_process();
+    let runtime = single_threaded_runtime()?;
+    let outcome = runtime.block_on(plugin::call(&environment, io::stdin(), namespace_file::open));
+    print(&outcome.text)?;
+    outcome.error.map_or(Ok(()), |error| Err(CommandError::Plugin(chain(&error))))
+}
+
+/// Makes the changes in their order, each printed once it is made.
+fn make(changes: &[Change], dry_run: bool, none: &str) -> Result<(), CommandError> {
+    if changes.is_empty() {
+        return print(&format!("{none}\n"));
+    }
+    for change in changes {
+        if dry_run {
+            print(&format!("would {change:#}\n"))?;
+        } else {
+            change.apply()?;
+            print(&format!("done: {change}\n"))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_of_plugin_selects_command() {
+        let line = |words: &[&str]| command_line(words.iter().map(OsString::from));
+        assert_eq!(line(&["/opt/cni/bin/underpass-cni"]), ["/opt/cni/bin/underpass-cni", "cni"]);
+        assert_eq!(line(&["underpass-cni", "install"]), ["underpass-cni", "cni", "install"]);
+        assert_eq!(line(&["underpass", "run"]), ["underpass", "run"]);
+        assert_eq!(line(&[]), [""; 0]);
+    }
+}

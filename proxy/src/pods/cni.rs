@@ -1,0 +1,119 @@
+//! Pods that the container runtime adds by a chained CNI plugin.
+//!
+//! ```text
+//! runtime ─▶ underpass cni (plugin) ─ socket ─▶ server ─▶ ledger ─▶ PodRegistry
+//!                                                           └─▶ store: for the next process
+//! ```
+//!
+//! In reading order: `attachment` has the names, `protocol` the messages of the plugin, `server`
+//! answers them, `ledger` knows the attachments, `facts` what the mesh says about a pod. `store`
+//! keeps pods across restarts, `install` puts the plugin into place, and `upkeep` keeps it there.
+
+pub(crate) mod attachment;
+mod facts;
+pub(crate) mod install;
+mod ledger;
+pub(crate) mod namespace_file;
+pub(crate) mod protocol;
+mod server;
+mod store;
+#[cfg(test)]
+pub(crate) mod testing;
+mod upkeep;
+
+use std::convert::Infallible;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use thiserror::Error;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use underpass_config::{FileWatcher, Settings};
+
+use self::facts::FactFinder;
+use self::install::Installation;
+use self::ledger::Ledger;
+use self::store::{Store, StoreError};
+use self::upkeep::{Report, Upkeep};
+use crate::decide::snapshot::Snapshot;
+use crate::pods::registry::PodRegistry;
+use crate::pods::source::{PodSource, SourceEnd, SourceHealth, SourceRun};
+use crate::process::take_over::control_socket::ControlSocket;
+
+/// The pods of the plugin.
+#[derive(Debug)]
+pub(crate) struct CniSource {
+    socket: PathBuf,
+    facts: FactFinder,
+    /// `None` if the operator installs the plugin.
+    upkeep: Option<Upkeep>,
+}
+
+/// Why the daemon cannot answer the plugin.
+#[derive(Debug, Error)]
+enum CniError {
+    #[error("cannot listen on {socket}", socket = socket.display())]
+    Listen { socket: PathBuf, source: io::Error },
+    #[error("cannot use the stored pods")]
+    Store(#[from] StoreError),
+    #[error("cannot read the stored pods")]
+    Read(#[source] io::Error),
+}
+
+impl CniSource {
+    /// The plugin connects to `socket`. `mesh` has the service accounts of pods.
+    pub(crate) fn new(
+        settings: &Settings,
+        socket: PathBuf,
+        mesh: watch::Receiver<Arc<Snapshot>>,
+        watcher: &FileWatcher,
+    ) -> Self {
+        let upkeep = settings.node.cni_install.as_ref().map(|folders| {
+            let installation = Installation {
+                network_folder: folders.net_dir.clone(),
+                program_folder: folders.bin_dir.clone(),
+                socket: socket.clone(),
+                drop_in: false,
+            };
+            Upkeep::new(installation, watcher.clone())
+        });
+        Self { socket, facts: FactFinder::new(settings, mesh), upkeep }
+    }
+
+    async fn serve(
+        self,
+        registry: PodRegistry,
+        health: SourceHealth,
+    ) -> Result<Infallible, CniError> {
+        // Before the first call, so that a call for a stored pod finds it.
+        let socket = ControlSocket::bind(&self.socket, None)
+            .map_err(|source| CniError::Listen { socket: self.socket.clone(), source })?;
+        let store = Store::open(self.socket.with_extension("pods"))?;
+        let ledger = Arc::new(Ledger::new(registry, self.facts, store, namespace_file::open));
+        // Ended when this future is dropped.
+        let mut tasks = JoinSet::new();
+        for pod in ledger.resume().map_err(CniError::Read)? {
+            let ledger = ledger.clone();
+            tasks.spawn(async move { ledger.resume_late(pod).await });
+        }
+        let report = Report::new(health);
+        let not_ready = report.subscribe();
+        match self.upkeep {
+            Some(upkeep) => drop(tasks.spawn(upkeep.run(report))),
+            None => report.set(None),
+        }
+        Ok(server::serve(socket, ledger, not_ready).await)
+    }
+}
+
+impl PodSource for CniSource {
+    fn run(self: Box<Self>, registry: PodRegistry, health: SourceHealth) -> SourceRun {
+        Box::pin(async move {
+            match self.serve(registry, health).await {
+                Err(error) => SourceEnd { source_name: "node.pods.cni", error: error.into() },
+                Ok(never) => match never {},
+            }
+        })
+    }
+}

@@ -1,0 +1,133 @@
+//! Files of the runtime: which network configuration counts, and atomic changes.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::path::{Path, PathBuf};
+
+/// The end of the name of a list that stands for a single configuration. `-` sorts before `.`, so
+/// runtimes prefer `10-a-underpass.conflist` to `10-a.conf`.
+const DERIVED: &str = "-underpass.conflist";
+/// The mode of a new file.
+const MODE: u32 = 0o644;
+
+/// The network configuration that a runtime uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Found {
+    /// A list of plugins.
+    List(PathBuf),
+    /// A single plugin, and the list that stands or will stand for it.
+    Single { source: PathBuf, list: PathBuf },
+    /// A list whose single configuration was removed.
+    Orphan(PathBuf),
+}
+
+impl Found {
+    /// All configurations in the order in which runtimes read them: sorted by name.
+    pub(super) fn all(folder: &Path) -> io::Result<Vec<Self>> {
+        let mut files = Vec::new();
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            if !entry.path().is_dir() {
+                files.push(entry.path());
+            }
+        }
+        files.sort_unstable();
+        Ok(files.iter().filter_map(|file| Self::of(file)).collect())
+    }
+
+    fn of(file: &Path) -> Option<Self> {
+        let name = file.file_name()?.to_str()?;
+        match file.extension()?.to_str()? {
+            "conflist" => Some(match name.strip_suffix(DERIVED) {
+                None => Self::List(file.to_owned()),
+                Some(stem) => {
+                    let sources =
+                        ["conf", "json"].map(|end| file.with_file_name(format!("{stem}.{end}")));
+                    match sources.into_iter().find(|source| source.exists()) {
+                        Some(source) => Self::Single { source, list: file.to_owned() },
+                        None => Self::Orphan(file.to_owned()),
+                    }
+                }
+            }),
+            "conf" | "json" => {
+                let stem = file.file_stem()?.to_str()?;
+                let list = file.with_file_name(format!("{stem}{DERIVED}"));
+                Some(Self::Single { source: file.to_owned(), list })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Replaces the content of `path` in one step, which a reader sees before or after. The owner and
+/// the mode of an existing file stay; a symbolic link keeps leading to it.
+pub(super) fn write(path: &Path, content: &[u8]) -> io::Result<()> {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let old = fs::metadata(&path).ok();
+    replace(&path, content, old.as_ref().map_or(MODE, |old| old.mode() & 0o7777), old.as_ref())
+}
+
+/// Writes an executable file in one step.
+pub(super) fn write_program(path: &Path, content: &[u8]) -> io::Result<()> {
+    replace(path, content, 0o755, None)
+}
+
+fn replace(path: &Path, content: &[u8], mode: u32, old: Option<&fs::Metadata>) -> io::Result<()> {
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
+    // Not a name that a runtime reads.
+    let new = path.with_file_name(format!(".{name}.{}.new", std::process::id()));
+    let written = write_new(&new, content, mode, old).and_then(|()| fs::rename(&new, path));
+    if written.is_err() {
+        fs::remove_file(&new).ok();
+    }
+    written?;
+    sync_folder(path)
+}
+
+fn write_new(new: &Path, content: &[u8], mode: u32, old: Option<&fs::Metadata>) -> io::Result<()> {
+    let mut file = File::create(new)?;
+    file.write_all(content)?;
+    file.set_permissions(Permissions::from_mode(mode))?;
+    if let Some(old) = old {
+        chown(new, Some(old.uid()), Some(old.gid()))?;
+    }
+    file.sync_all()
+}
+
+/// Removes a file; done as well if there is none.
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => sync_folder(path),
+    }
+}
+
+/// Makes a change of names survive a crash of the machine.
+fn sync_folder(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn list_for_single_configuration_precedes_it() {
+        let found = Found::of(Path::new("/net.d/10-a.conf")).unwrap();
+        let Found::Single { source, list } = &found else { panic!("{found:?}") };
+        assert_eq!(list.to_str(), Some("/net.d/10-a-underpass.conflist"));
+        assert!(list < source);
+        let mut names = ["10-a.conf", "10-a-underpass.conflist", "10-a.json", "10-b.conf"];
+        names.sort_unstable();
+        assert_eq!(names[0], "10-a-underpass.conflist");
+    }
+
+    #[test]
+    fn files_that_runtimes_ignore_are_ignored() {
+        for name in ["10-a.conflist.bak", "README", ".10-a.conflist.7.new", "10-a.yaml"] {
+            assert_eq!(Found::of(&Path::new("/net.d").join(name)), None, "{name}");
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! Tests of additions, removals and restarts.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use super::*;
+use crate::decide::snapshot::Snapshot;
+use crate::node::testing::settings;
+use crate::pods::cni::attachment::PodReference;
+use crate::pods::cni::testing::{Folder, attached, facts, namespace, namespace_path, snapshot};
+use crate::pods::testing::FakeEnroller;
+
+/// A daemon with the pods of a folder.
+struct Daemon {
+    ledger: Arc<Ledger>,
+    enroller: FakeEnroller,
+    mesh: watch::Sender<Arc<Snapshot>>,
+}
+
+impl Daemon {
+    fn start(folder: &Folder) -> Self {
+        let enroller = FakeEnroller::default();
+        let (facts, mesh) = facts();
+        let store = Store::open(folder.path("pods")).unwrap();
+        let ledger =
+            Arc::new(Ledger::new(enroller.registry(), facts, store, |path| Namespace::open(path)));
+        Self { ledger, enroller, mesh }
+    }
+
+    async fn add(&self, pod: &AttachedPod, kind: &str) -> Result<(), Refusal> {
+        self.ledger.add(pod.clone(), namespace(kind)).await.map(Addition::keep)
+    }
+
+    async fn delete(&self, pod: &AttachedPod) {
+        if let Some(removal) = self.ledger.delete(&pod.attachment) {
+            removal.gone().await;
+        }
+    }
+
+    fn serving(&self) -> Vec<String> {
+        self.enroller.serving().iter().map(ToString::to_string).collect()
+    }
+
+    /// Waits until these pods are served.
+    async fn serves(&self, uids: &[&str]) {
+        while self.serving() != uids {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn stored(&self) -> usize {
+        self.ledger.store.load().unwrap().len()
+    }
+}
+
+/// The pod in another sandbox.
+fn in_container(pod: &AttachedPod, container: &str, interface: &str) -> AttachedPod {
+    let attachment = Attachment::new(container, interface).unwrap();
+    AttachedPod { attachment, ..pod.clone() }
+}
+
+#[tokio::test]
+async fn pod_is_served_and_stored_until_it_is_deleted() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    let web = attached("web", &["10.0.0.1"]);
+    daemon.add(&web, "uts").await.unwrap();
+    assert_eq!((daemon.serving(), daemon.stored()), (vec!["uid-of-web".to_owned()], 1));
+    daemon.add(&web, "uts").await.unwrap();
+    assert_eq!(daemon.enroller.attempts(&web.pod.uid), 1, "adding is idempotent");
+    daemon.delete(&web).await;
+    assert_eq!((daemon.serving(), daemon.stored()), (vec![], 0));
+    daemon.delete(&web).await;
+}
+
+#[tokio::test]
+async fn addition_is_undone_unless_it_is_kept() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    let web = attached("web", &["10.0.0.1"]);
+    drop(daemon.ledger.add(web.clone(), namespace("uts")).await.unwrap());
+    daemon.serves(&[]).await;
+    assert_eq!(daemon.stored(), 0);
+    daemon.add(&web, "uts").await.unwrap();
+}
+
+#[tokio::test]
+async fn abandoned_addition_is_undone() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    let web = attached("web", &["10.0.0.1"]);
+    let release = daemon.enroller.hold_next(&web.pod.uid);
+    {
+        let addition = daemon.ledger.add(web.clone(), namespace("uts"));
+        tokio::pin!(addition);
+        while daemon.enroller.attempts(&web.pod.uid) == 0 {
+            tokio::select! {
+                biased;
+                _ = &mut addition => panic!("the attempt waits"),
+                () = tokio::task::yield_now() => {}
+            }
+        }
+    }
+    assert!(!daemon.ledger.registry.keep(&web.pod.uid));
+    drop(release);
+    daemon.add(&web, "uts").await.unwrap();
+    daemon.serves(&["uid-of-web"]).await;
+}
+
+#[tokio::test]
+async fn failed_addition_leaves_nothing() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    let web = attached("web", &["10.0.0.1"]);
+    daemon.enroller.fail_next(&web.pod.uid, EnrolError::Panicked);
+    let refusal = daemon.add(&web, "uts").await.unwrap_err();
+    assert_eq!(refusal.code, 11);
+    assert_eq!(refusal.message, "the pod is not enrolled: the attempt to enrol it panicked");
+    assert!(!daemon.ledger.registry.keep(&web.pod.uid));
+    assert_eq!(daemon.stored(), 0);
+}
+
+#[tokio::test]
+async fn pod_that_the_mesh_does_not_have_is_refused() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    let refusal = daemon.add(&attached("other", &[]), "uts").await.unwrap_err();
+    assert_eq!(refusal.code, 11);
+    assert!(refusal.message.contains("service account is unknown"), "{}", refusal.message);
+    assert!(refusal.hint.contains("mesh.file"), "{}", refusal.hint);
+}
+
+#[tokio::test]
+async fn exempt_pod_is_let_through() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    let pod = PodReference::new("core", "dns", "uid-of-dns").unwrap();
+    let dns = AttachedPod { pod, ..attached("dns", &[]) };
+    daemon.add(&dns, "uts").await.unwrap();
+    assert_eq!((daemon.serving(), daemon.stored()), (vec![], 0));
+    daemon.ledger.check(&dns, namespace("uts").id()).await.unwrap();
+    daemon.delete(&dns).await;
+}
+
+#[tokio::test]
+async fn deletion_ends_addition_in_progress() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    let web = attached("web", &["10.0.0.1"]);
+    let _release = daemon.enroller.hold_next(&web.pod.uid);
+    let ledger = daemon.ledger.clone();
+    let addition = {
+        let web = web.clone();
+        tokio::spawn(async move { ledger.add(web, namespace("uts")).await.map(Addition::keep) })
+    };
+    while daemon.enroller.attempts(&web.pod.uid) == 0 {
+        tokio::task::yield_now().await;
+    }
+    drop(daemon.ledger.delete(&web.attachment));
+    let refusal = addition.await.unwrap().unwrap_err();
+    assert_eq!((refusal.code, daemon.stored()), (11, 0));
+}
+
+#[tokio::test]
+async fn late_deletion_of_old_sandbox_spares_the_new_one() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    let old = attached("web", &["10.0.0.1"]);
+    let new = in_container(&old, "web-2", "eth0");
+    daemon.add(&old, "uts").await.unwrap();
+    daemon.add(&new, "ipc").await.unwrap();
+    daemon.delete(&old).await;
+    assert_eq!((daemon.serving(), daemon.stored()), (vec!["uid-of-web".to_owned()], 1));
+    daemon.delete(&new).await;
+    assert_eq!(daemon.serving(), [""; 0]);
+}
+
+#[tokio::test]
+async fn pod_stays_until_its_last_interface_is_deleted() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    let first = attached("web", &["10.0.0.1"]);
+    let second = in_container(&first, "web-1", "net1");
+    daemon.add(&first, "uts").await.unwrap();
+    daemon.add(&second, "uts").await.unwrap();
+    daemon.delete(&first).await;
+    assert_eq!(daemon.serving(), ["uid-of-web"]);
+    daemon.delete(&second).await;
+    assert_eq!(daemon.serving(), [""; 0]);
+}
+
+#[tokio::test]
+async fn collection_spares_valid_and_foreign_attachments() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    let (web, db) = (attached("web", &["10.0.0.1"]), attached("db", &["10.0.0.2"]));
+    daemon.add(&web, "uts").await.unwrap();
+    daemon.add(&db, "ipc").await.unwrap();
+    let other = NetworkName::new("other").unwrap();
+    daemon.ledger.collect(&other, &BTreeSet::new());
+    let valid = BTreeSet::from([web.attachment.clone()]);
+    daemon.ledger.collect(&web.network, &valid);
+    daemon.serves(&["uid-of-web"]).await;
+    let _release = daemon.enroller.hold_next(&db.pod.uid);
+    let adding = daemon.ledger.add(db.clone(), namespace("ipc"));
+    tokio::pin!(adding);
+    tokio::select! {
+        biased;
+        _ = &mut adding => panic!("the attempt waits"),
+        () = tokio::task::yield_now() => {}
+    }
+    daemon.ledger.collect(&web.network, &valid);
+    assert!(daemon.ledger.registry.keep(&db.pod.uid), "an addition in progress is spared");
+}
+
+#[tokio::test]
+async fn sweep_removes_pods_whose_namespace_is_gone() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    let path = folder.path("netns");
+    std::os::unix::fs::symlink(namespace_path("uts"), &path).unwrap();
+    let mut web = attached("web", &["10.0.0.1"]);
+    web.namespace_path = path.display().to_string();
+    // A path in another mount namespace, which this process cannot see.
+    let hidden = folder.path("hidden").display().to_string();
+    let db = AttachedPod { namespace_path: hidden, ..attached("db", &["10.0.0.2"]) };
+    daemon.add(&web, "uts").await.unwrap();
+    daemon.add(&db, "ipc").await.unwrap();
+    daemon.ledger.sweep();
+    daemon.serves(&["uid-of-db", "uid-of-web"]).await;
+    fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink(namespace_path("mnt"), &path).unwrap();
+    daemon.ledger.sweep();
+    daemon.serves(&["uid-of-db"]).await;
+    assert_eq!(daemon.stored(), 1);
+}
+
+#[tokio::test]
+async fn restarted_daemon_enrols_pods_that_still_exist() {
+    let folder = Folder::new();
+    let (web, db) = (attached("web", &["10.0.0.1"]), attached("db", &["10.0.0.2"]));
+    {
+        let daemon = Daemon::start(&folder);
+        daemon.add(&web, "uts").await.unwrap();
+        // Its path leads to another namespace.
+        daemon.add(&db, "ipc").await.unwrap();
+    }
+    let daemon = Daemon::start(&folder);
+    assert_eq!(daemon.ledger.resume().unwrap(), []);
+    daemon.serves(&["uid-of-web"]).await;
+    assert_eq!(daemon.stored(), 1);
+    daemon.ledger.check(&web, namespace("uts").id()).await.unwrap();
+    daemon.delete(&web).await;
+    assert_eq!((daemon.serving(), daemon.stored()), (vec![], 0));
+}
+
+#[tokio::test]
+async fn restarted_daemon_waits_for_facts_about_a_pod() {
+    let folder = Folder::new();
+    let web = attached("web", &["10.0.0.1"]);
+    Daemon::start(&folder).add(&web, "uts").await.unwrap();
+    let daemon = Daemon::start(&folder);
+    daemon.mesh.send_replace(snapshot(&settings(&[]), &["db"]));
+    let late = daemon.ledger.resume().unwrap();
+    assert_eq!(late, [web.clone()]);
+    let ledger = daemon.ledger.clone();
+    let waiting = tokio::spawn(async move { ledger.resume_late(web).await });
+    daemon.mesh.send_replace(snapshot(&settings(&[]), &["db", "web"]));
+    waiting.await.unwrap();
+    daemon.serves(&["uid-of-web"]).await;
+}
+
+#[tokio::test]
+async fn deleted_pod_is_not_enrolled_late() {
+    let folder = Folder::new();
+    let web = attached("web", &["10.0.0.1"]);
+    Daemon::start(&folder).add(&web, "uts").await.unwrap();
+    let daemon = Daemon::start(&folder);
+    daemon.mesh.send_replace(snapshot(&settings(&[]), &[]));
+    daemon.ledger.resume().unwrap();
+    daemon.delete(&web).await;
+    daemon.ledger.resume_late(web).await;
+    assert_eq!(daemon.serving(), [""; 0]);
+}
+
+#[tokio::test]
+async fn check_compares_attachment_and_namespace() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    let web = attached("web", &["10.0.0.1"]);
+    let check = |kind| daemon.ledger.check(&web, namespace(kind).id());
+    assert_eq!(check("uts").await.unwrap_err().code, 3);
+    daemon.add(&web, "uts").await.unwrap();
+    check("uts").await.unwrap();
+    let refusal = check("ipc").await.unwrap_err();
+    assert_eq!(refusal.code, 101);
+    assert!(refusal.message.ends_with("which is not CNI_NETNS"), "{}", refusal.message);
+}

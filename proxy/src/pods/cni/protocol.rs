@@ -1,0 +1,302 @@
+//! The messages between the CNI plugin and the daemon: JSON objects, one on each line.
+//!
+//! ```text
+//! plugin → daemon  {"version":1,"command":"add","container":"9f…",…}  + descriptor
+//! daemon → plugin  {"version":1,"done":true}
+//!                  {"version":1,"code":11,"message":"…","hint":"…"}
+//! ```
+//!
+//! Each request has one answer. The version comes first: both sides refuse any other one, because
+//! plugin and daemon are the same binary and differ only between two steps of an upgrade.
+//! The descriptor of `add` and `check` is the pod's network namespace (`SCM_RIGHTS`, unix(7)).
+//! The daemon's store has the same objects.
+
+use std::net::IpAddr;
+
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+
+use super::attachment::{AttachedPod, Attachment, InvalidName, NetworkName, PodReference};
+
+/// The version of these messages.
+const VERSION: u64 = 1;
+/// The maximum number of addresses of a pod.
+const MAX_ADDRESSES: usize = 16;
+/// The maximum length of the path of a namespace in bytes, so that a message fits its line.
+const MAX_PATH: usize = 1024;
+/// The maximum length of a refusal's texts in bytes, so that a message fits its line.
+const MAX_TEXT: usize = 900;
+/// The number of attachments that always fit one line.
+pub(crate) const ATTACHMENTS_PER_LINE: usize = 12;
+
+/// A request of the plugin.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Request {
+    /// Enrol the pod whose namespace is attached.
+    Add(Box<AttachedPod>),
+    /// Verify the listeners and the rules of a pod.
+    Check(Box<AttachedPod>),
+    /// Let go of a pod. Also done if it is unknown.
+    Delete(Attachment),
+    /// Report whether pods can be added.
+    Status,
+    /// Let go of the pods of a network that are not named. A long list has several lines.
+    Collect {
+        network: NetworkName,
+        /// Attachments that remain.
+        valid: Vec<Attachment>,
+        /// Whether the list ends here.
+        last: bool,
+    },
+}
+
+/// The daemon's answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Answer {
+    Done,
+    Refused(Refusal),
+}
+
+/// A CNI error: what failed, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) code: u32,
+    pub(crate) message: String,
+    pub(crate) hint: String,
+}
+
+/// Error codes, from CNI's specification and, above 99, our own.
+pub(crate) mod code {
+    /// The container is unknown.
+    pub(crate) const UNKNOWN_CONTAINER: u32 = 3;
+    /// A temporary failure: the runtime tries again.
+    pub(crate) const TRY_AGAIN: u32 = 11;
+    /// No pod can be added now.
+    pub(crate) const NOT_READY: u32 = 50;
+    /// The pod cannot be enrolled, and trying again does not help.
+    pub(crate) const NOT_ENROLLED: u32 = 100;
+    /// The network namespace is not one that a pod may have.
+    pub(crate) const NAMESPACE: u32 = 101;
+}
+
+/// A pod in the daemon's store, with the identity of its namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StoredPod {
+    pub(crate) pod: AttachedPod,
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+}
+
+/// A message that does not follow the protocol.
+#[derive(Debug, Error)]
+pub(crate) enum ProtocolError {
+    #[error("the message is not JSON")]
+    Json(#[from] serde_json::Error),
+    #[error("the message is not an object")]
+    Shape,
+    #[error("the message has version {0} instead of {VERSION}")]
+    Version(Value),
+    #[error("the message has no command {0:?}")]
+    Command(String),
+    #[error("the message has no valid `{0}`")]
+    Field(&'static str),
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+}
+
+impl Request {
+    pub(crate) fn encode(&self) -> String {
+        let mut message = match self {
+            Self::Add(pod) => encode_pod("add", pod),
+            Self::Check(pod) => encode_pod("check", pod),
+            Self::Delete(attachment) => json!({
+                "command": "delete",
+                "container": attachment.container(),
+                "interface": attachment.interface(),
+            }),
+            Self::Status => json!({ "command": "status" }),
+            Self::Collect { network, valid, last } => {
+                let valid = valid.iter().map(|one| json!([one.container(), one.interface()]));
+                let valid: Vec<_> = valid.collect();
+                json!({
+                    "command": "collect", "network": network.as_str(), "valid": valid, "last": last,
+                })
+            }
+        };
+        add_version(&mut message);
+        message.to_string()
+    }
+
+    pub(crate) fn decode(line: &str) -> Result<Self, ProtocolError> {
+        let message = decode_object(line)?;
+        match text(&message, "command")? {
+            "add" => Ok(Self::Add(Box::new(decode_pod(&message)?))),
+            "check" => Ok(Self::Check(Box::new(decode_pod(&message)?))),
+            "delete" => Ok(Self::Delete(decode_attachment(&message)?)),
+            "status" => Ok(Self::Status),
+            "collect" => Ok(Self::Collect {
+                network: NetworkName::new(text(&message, "network")?)?,
+                valid: decode_valid(&message)?,
+                last: message
+                    .get("last")
+                    .and_then(Value::as_bool)
+                    .ok_or(ProtocolError::Field("last"))?,
+            }),
+            other => Err(ProtocolError::Command(other.to_owned())),
+        }
+    }
+}
+
+impl Answer {
+    pub(crate) fn encode(&self) -> String {
+        let mut message = match self {
+            Self::Done => json!({ "done": true }),
+            Self::Refused(Refusal { code, message, hint }) => {
+                json!({ "code": code, "message": printable(message), "hint": printable(hint) })
+            }
+        };
+        add_version(&mut message);
+        message.to_string()
+    }
+
+    pub(crate) fn decode(line: &str) -> Result<Self, ProtocolError> {
+        let message = decode_object(line)?;
+        if message.get("done") == Some(&Value::Bool(true)) {
+            return Ok(Self::Done);
+        }
+        let code =
+            message.get("code").and_then(Value::as_u64).and_then(|code| code.try_into().ok());
+        Ok(Self::Refused(Refusal {
+            code: code.ok_or(ProtocolError::Field("code"))?,
+            message: text(&message, "message")?.to_owned(),
+            hint: text(&message, "hint")?.to_owned(),
+        }))
+    }
+}
+
+impl StoredPod {
+    pub(crate) fn encode(pod: &AttachedPod, device: u64, inode: u64) -> String {
+        let mut stored = encode_pod("stored", pod);
+        if let Some(stored) = stored.as_object_mut() {
+            stored.insert("device".to_owned(), device.into());
+            stored.insert("inode".to_owned(), inode.into());
+        }
+        add_version(&mut stored);
+        stored.to_string()
+    }
+
+    pub(crate) fn decode(text: &str) -> Result<Self, ProtocolError> {
+        let stored = decode_object(text)?;
+        let number = |key: &'static str| {
+            stored.get(key).and_then(Value::as_u64).ok_or(ProtocolError::Field(key))
+        };
+        let (device, inode) = (number("device")?, number("inode")?);
+        Ok(Self { pod: decode_pod(&stored)?, device, inode })
+    }
+}
+
+fn add_version(message: &mut Value) {
+    if let Some(message) = message.as_object_mut() {
+        message.insert("version".to_owned(), VERSION.into());
+    }
+}
+
+fn encode_pod(command: &str, pod: &AttachedPod) -> Value {
+    let AttachedPod { attachment, network, pod, addresses, namespace_path } = pod;
+    json!({
+        "command": command,
+        "container": attachment.container(),
+        "interface": attachment.interface(),
+        "network": network.as_str(),
+        "pod": { "namespace": pod.namespace, "name": pod.name, "uid": pod.uid.as_str() },
+        "addresses": addresses,
+        "namespace_path": namespace_path,
+    })
+}
+
+fn decode_object(line: &str) -> Result<Map<String, Value>, ProtocolError> {
+    let Value::Object(message) = serde_json::from_str(line)? else {
+        return Err(ProtocolError::Shape);
+    };
+    match message.get("version") {
+        Some(version) if version.as_u64() == Some(VERSION) => Ok(message),
+        other => Err(ProtocolError::Version(other.cloned().unwrap_or_default())),
+    }
+}
+
+fn decode_attachment(message: &Map<String, Value>) -> Result<Attachment, ProtocolError> {
+    Ok(Attachment::new(text(message, "container")?, text(message, "interface")?)?)
+}
+
+fn decode_pod(message: &Map<String, Value>) -> Result<AttachedPod, ProtocolError> {
+    let pod = message.get("pod").and_then(Value::as_object).ok_or(ProtocolError::Field("pod"))?;
+    let path = text(message, "namespace_path")?;
+    if path.len() > MAX_PATH {
+        return Err(ProtocolError::Field("namespace_path"));
+    }
+    Ok(AttachedPod {
+        attachment: decode_attachment(message)?,
+        network: NetworkName::new(text(message, "network")?)?,
+        pod: PodReference::new(text(pod, "namespace")?, text(pod, "name")?, text(pod, "uid")?)?,
+        addresses: decode_addresses(message)?,
+        namespace_path: path.to_owned(),
+    })
+}
+
+fn decode_addresses(message: &Map<String, Value>) -> Result<Vec<IpAddr>, ProtocolError> {
+    let invalid = || ProtocolError::Field("addresses");
+    let addresses = list(message, "addresses", MAX_ADDRESSES)?;
+    let address = |value: &Value| value.as_str()?.parse().ok();
+    addresses.iter().map(|value| address(value).ok_or_else(invalid)).collect()
+}
+
+fn decode_valid(message: &Map<String, Value>) -> Result<Vec<Attachment>, ProtocolError> {
+    let names = |value: &Value| match value.as_array().map(Vec::as_slice) {
+        Some([Value::String(container), Value::String(interface)]) => {
+            Ok(Attachment::new(container, interface)?)
+        }
+        _ => Err(ProtocolError::Field("valid")),
+    };
+    list(message, "valid", ATTACHMENTS_PER_LINE)?.iter().map(names).collect()
+}
+
+fn list<'a>(
+    message: &'a Map<String, Value>,
+    key: &'static str,
+    longest: usize,
+) -> Result<&'a [Value], ProtocolError> {
+    let list = message.get(key).and_then(Value::as_array).filter(|list| list.len() <= longest);
+    list.map(Vec::as_slice).ok_or(ProtocolError::Field(key))
+}
+
+fn text<'a>(message: &'a Map<String, Value>, key: &'static str) -> Result<&'a str, ProtocolError> {
+    message.get(key).and_then(Value::as_str).ok_or(ProtocolError::Field(key))
+}
+
+/// Panics if a message that decodes does not survive its encoding.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn check_line(line: &[u8]) {
+    let Ok(line) = std::str::from_utf8(line) else { return };
+    if let Ok(request) = Request::decode(line) {
+        assert_eq!(Request::decode(&request.encode()).ok(), Some(request));
+    }
+    if let Ok(answer) = Answer::decode(line) {
+        // Encoding shortens texts.
+        let line = answer.encode();
+        assert_eq!(Answer::decode(&line).ok().map(|again| again.encode()), Some(line));
+    }
+    if let Ok(stored) = StoredPod::decode(line) {
+        let StoredPod { pod, device, inode } = &stored;
+        let again = StoredPod::decode(&StoredPod::encode(pod, *device, *inode));
+        assert_eq!(again.ok().as_ref(), Some(&stored));
+    }
+}
+
+/// The text without control characters, cut to what fits a message.
+fn printable(text: &str) -> String {
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    text.get(..text.floor_char_boundary(MAX_TEXT)).unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,242 @@
+//! Answers the calls of the plugin.
+//!
+//! Each request of a call has a deadline. A plugin that ends before its answer, for example because
+//! the runtime killed it, undoes its addition.
+
+use std::collections::BTreeSet;
+use std::convert::Infallible;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use underpass_interception::{Handover, Namespace};
+
+use super::attachment::{AttachedPod, Attachment, NetworkName};
+use super::ledger::{Addition, Ledger};
+use super::protocol::{Answer, ProtocolError, Refusal, Request, code};
+use crate::error::chain;
+use crate::pods::registry::Removal;
+use crate::process::take_over::control_socket::ControlSocket;
+
+/// The maximum number of concurrent calls. Further ones wait in the queue of the socket.
+const CALLS: usize = 128;
+/// Timeout for receiving a request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for enrolling a pod, below the plugin's.
+const ADD_TIMEOUT: Duration = Duration::from_secs(25);
+/// Timeout for verifying a pod.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(20);
+/// The longest that a runtime waits for the end of a pod's connections. They end anyway.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The maximum number of attachments that a garbage collection names.
+const MAX_VALID: usize = 10_000;
+/// How often namespaces are looked for that the runtime has removed.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
+/// The pause after a failed accept, for example without file descriptors.
+const ACCEPT_RETRY: Duration = Duration::from_secs(1);
+
+/// Why pods cannot be added now; `None` if they can.
+pub(super) type NotReady = watch::Receiver<Option<String>>;
+
+/// Answers calls on `socket`, for ever.
+pub(super) async fn serve(
+    socket: ControlSocket,
+    ledger: Arc<Ledger>,
+    not_ready: NotReady,
+) -> Infallible {
+    let calls = Arc::new(Semaphore::new(CALLS));
+    let mut tasks = JoinSet::new();
+    let mut sweep = interval(SWEEP_INTERVAL);
+    sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let accept = async {
+            // Fails only if the semaphore is closed.
+            let permit = calls.clone().acquire_owned().await.ok();
+            (socket.accept().await, permit)
+        };
+        tokio::select! {
+            (accepted, permit) = accept => match accepted {
+                Ok(connection) => {
+                    let (ledger, not_ready) = (ledger.clone(), not_ready.clone());
+                    tasks.spawn(async move {
+                        answer(&connection, &ledger, &not_ready).await;
+                        drop(permit);
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a call of the CNI plugin");
+                    sleep(ACCEPT_RETRY).await;
+                }
+            },
+            _ = sweep.tick() => ledger.sweep(),
+            Some(_) = tasks.join_next() => {}
+        }
+    }
+}
+
+/// Answers the requests of one call.
+async fn answer(connection: &Handover, ledger: &Ledger, not_ready: &NotReady) {
+    if let Err(error) = converse(connection, ledger, not_ready).await {
+        tracing::debug!(%error, "a call of the CNI plugin ended early");
+    }
+}
+
+async fn converse(connection: &Handover, ledger: &Ledger, not_ready: &NotReady) -> io::Result<()> {
+    let peer = connection.peer()?;
+    if !peer.is_trusted() {
+        let refusal = untrusted(peer.uid);
+        tracing::warn!(
+            uid = peer.uid,
+            pid = peer.pid,
+            "refused a call of the CNI plugin: {}",
+            refusal.message
+        );
+        return connection.send(&Answer::Refused(refusal).encode(), &[]).await;
+    }
+    let mut valid = BTreeSet::new();
+    while let Some((line, descriptors)) = timeout(REQUEST_TIMEOUT, connection.receive()).await?? {
+        match Request::decode(&line) {
+            Ok(Request::Add(pod)) => {
+                let added = tokio::select! {
+                    added = add(ledger, *pod, descriptors) => added,
+                    // The plugin has ended, or does not wait for its answer.
+                    _ = connection.receive() => return Ok(()),
+                };
+                match added {
+                    Ok(addition) => {
+                        connection.send(&Answer::Done.encode(), &[]).await?;
+                        addition.keep();
+                    }
+                    Err(refusal) => refuse(connection, refusal).await?,
+                }
+            }
+            request => match perform(request, descriptors, &mut valid, ledger, not_ready).await {
+                Ok(()) => connection.send(&Answer::Done.encode(), &[]).await?,
+                Err(refusal) => refuse(connection, refusal).await?,
+            },
+        }
+    }
+    Ok(())
+}
+
+async fn refuse(connection: &Handover, refusal: Refusal) -> io::Result<()> {
+    let Refusal { code, message, hint } = &refusal;
+    tracing::warn!(code, error = message, hint, "refused a call of the CNI plugin");
+    connection.send(&Answer::Refused(refusal).encode(), &[]).await
+}
+
+async fn add<'a>(
+    ledger: &'a Ledger,
+    pod: AttachedPod,
+    descriptors: Vec<OwnedFd>,
+) -> Result<Addition<'a>, Refusal> {
+    let namespace = namespace(descriptors)?;
+    timeout(ADD_TIMEOUT, ledger.add(pod, namespace))
+        .await
+        .unwrap_or_else(|_| Err(late("enrolled", ADD_TIMEOUT)))
+}
+
+/// Performs a request other than an addition.
+async fn perform(
+    request: Result<Request, ProtocolError>,
+    descriptors: Vec<OwnedFd>,
+    valid: &mut BTreeSet<Attachment>,
+    ledger: &Ledger,
+    not_ready: &NotReady,
+) -> Result<(), Refusal> {
+    match request {
+        // Answered by the caller, which undoes it.
+        Ok(Request::Add(_)) => Ok(()),
+        Ok(Request::Check(pod)) => {
+            let namespace = namespace(descriptors)?.id();
+            let checked = timeout(CHECK_TIMEOUT, ledger.check(&pod, namespace)).await;
+            checked.unwrap_or_else(|_| Err(late("verified", CHECK_TIMEOUT)))
+        }
+        Ok(Request::Delete(attachment)) => {
+            let gone = ledger.delete(&attachment).map(Removal::gone);
+            if let Some(gone) = gone {
+                timeout(DELETE_TIMEOUT, gone).await.ok();
+            }
+            Ok(())
+        }
+        Ok(Request::Status) => {
+            let why = not_ready.borrow().clone();
+            why.map_or(Ok(()), |why| {
+                Err(Refusal { code: code::NOT_READY, message: why, hint: STATUS_HINT.to_owned() })
+            })
+        }
+        Ok(Request::Collect { network, valid: more, last }) => {
+            collect(&network, more, last, valid, ledger)
+        }
+        Err(error) => Err(malformed(&error)),
+    }
+}
+
+const STATUS_HINT: &str = "the log of `underpass node` has more";
+
+fn collect(
+    network: &NetworkName,
+    more: Vec<Attachment>,
+    last: bool,
+    valid: &mut BTreeSet<Attachment>,
+    ledger: &Ledger,
+) -> Result<(), Refusal> {
+    valid.extend(more);
+    if valid.len() > MAX_VALID {
+        return Err(Refusal {
+            code: code::TRY_AGAIN,
+            message: format!("more than {MAX_VALID} attachments remain"),
+            hint: "the daemon lets go of removed pods by itself".to_owned(),
+        });
+    }
+    if last {
+        ledger.collect(network, &std::mem::take(valid));
+    }
+    Ok(())
+}
+
+/// The one namespace of a message.
+fn namespace(descriptors: Vec<OwnedFd>) -> Result<Namespace, Refusal> {
+    let refusal = |message: String| Refusal {
+        code: code::NAMESPACE,
+        message,
+        hint: "CNI_NETNS must be the file of a network namespace".to_owned(),
+    };
+    let count = descriptors.len();
+    let [descriptor] = <[OwnedFd; 1]>::try_from(descriptors)
+        .map_err(|_| refusal(format!("the message has {count} descriptors instead of one")))?;
+    Namespace::from_descriptor(descriptor).map_err(|error| refusal(chain(&error)))
+}
+
+fn late(done: &str, limit: Duration) -> Refusal {
+    Refusal {
+        code: code::TRY_AGAIN,
+        message: format!("the pod was not {done} within {} s", limit.as_secs()),
+        hint: "the log of `underpass node` says what it waits for; the runtime tries again"
+            .to_owned(),
+    }
+}
+
+fn malformed(error: &ProtocolError) -> Refusal {
+    Refusal {
+        code: code::TRY_AGAIN,
+        message: format!("the daemon cannot read the request: {}", chain(error)),
+        hint: "run `underpass cni install` again, so that the plugin and the daemon have the same version"
+            .to_owned(),
+    }
+}
+
+fn untrusted(uid: u32) -> Refusal {
+    Refusal {
+        code: code::TRY_AGAIN,
+        message: format!("the plugin runs as user {uid}, not as root"),
+        hint: "container runtimes must call the plugin as root".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,199 @@
+//! Tests of the daemon's side of a call, over a real socket.
+
+use std::fs::File;
+use std::os::fd::{AsFd as _, BorrowedFd};
+
+use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::pods::cni::CniSource;
+use crate::pods::cni::testing::{Folder, attached, facts, namespace};
+use crate::pods::source::{PodSource as _, SourceEnd, SourceHealth};
+use crate::pods::testing::FakeEnroller;
+
+/// A daemon that listens, and is cancelled on drop.
+struct Daemon {
+    folder: Folder,
+    enroller: FakeEnroller,
+    running: JoinHandle<SourceEnd>,
+}
+
+impl Daemon {
+    async fn start() -> Self {
+        let (folder, enroller) = (Folder::new(), FakeEnroller::default());
+        let source = CniSource { socket: folder.path("cni.sock"), facts: facts().0, upkeep: None };
+        let health = SourceHealth::default();
+        let running = tokio::spawn(Box::new(source).run(enroller.registry(), health.clone()));
+        while !health.is_ready() {
+            assert!(!running.is_finished(), "{:?}", running.await);
+            tokio::task::yield_now().await;
+        }
+        Self { folder, enroller, running }
+    }
+
+    async fn connect(&self) -> Handover {
+        Handover::new(UnixStream::connect(self.folder.path("cni.sock")).await.unwrap())
+    }
+
+    /// The answer on a connection of its own.
+    async fn ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Answer {
+        exchange(&self.connect().await, &request.encode(), descriptors).await
+    }
+
+    async fn serves(&self, count: usize) {
+        while self.enroller.serving().len() != count {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.running.abort();
+    }
+}
+
+async fn exchange(connection: &Handover, line: &str, descriptors: &[BorrowedFd<'_>]) -> Answer {
+    connection.send(line, descriptors).await.unwrap();
+    let (line, _) = connection.receive().await.unwrap().unwrap();
+    Answer::decode(&line).unwrap()
+}
+
+fn code(answer: Answer) -> u32 {
+    match answer {
+        Answer::Done => 0,
+        Answer::Refused(refusal) => refusal.code,
+    }
+}
+
+fn add(name: &str) -> Request {
+    Request::Add(Box::new(attached(name, &[])))
+}
+
+#[tokio::test]
+async fn calls_of_a_pods_life_are_answered() {
+    let daemon = Daemon::start().await;
+    let namespace = namespace("uts");
+    let check = Request::Check(Box::new(attached("web", &[])));
+    let delete = Request::Delete(attached("web", &[]).attachment);
+    assert_eq!(daemon.ask(&Request::Status, &[]).await, Answer::Done);
+    assert_eq!(code(daemon.ask(&check, &[namespace.as_fd()]).await), 3);
+    for _ in 0..2 {
+        assert_eq!(daemon.ask(&add("web"), &[namespace.as_fd()]).await, Answer::Done);
+    }
+    assert_eq!(daemon.ask(&check, &[namespace.as_fd()]).await, Answer::Done);
+    for _ in 0..2 {
+        assert_eq!(daemon.ask(&delete, &[]).await, Answer::Done);
+    }
+    daemon.serves(0).await;
+}
+
+#[tokio::test]
+async fn plugin_that_is_killed_undoes_its_addition() {
+    let daemon = Daemon::start().await;
+    let (pod, namespace) = (attached("web", &[]), namespace("uts"));
+    let held = daemon.enroller.hold_next(&pod.pod.uid);
+    let connection = daemon.connect().await;
+    connection.send(&add("web").encode(), &[namespace.as_fd()]).await.unwrap();
+    while daemon.enroller.attempts(&pod.pod.uid) == 0 {
+        tokio::task::yield_now().await;
+    }
+    drop(connection);
+    // Until the daemon has noticed it, the pod is known.
+    let check = Request::Check(Box::new(pod));
+    while code(daemon.ask(&check, &[namespace.as_fd()]).await) != 3 {}
+    drop(held);
+    daemon.serves(0).await;
+}
+
+#[tokio::test]
+async fn wrong_descriptors_are_refused() {
+    let daemon = Daemon::start().await;
+    let (file, namespace) = (File::open("/proc/version").unwrap(), namespace("uts"));
+    for (descriptors, message) in [
+        (vec![], "the message has 0 descriptors instead of one"),
+        (
+            vec![namespace.as_fd(), namespace.as_fd()],
+            "the message has 2 descriptors instead of one",
+        ),
+        (vec![file.as_fd()], "not a namespace"),
+    ] {
+        let Answer::Refused(refusal) = daemon.ask(&add("web"), &descriptors).await else {
+            panic!("{message}");
+        };
+        assert_eq!(refusal.code, 101);
+        assert!(refusal.message.contains(message), "{}", refusal.message);
+    }
+    daemon.serves(0).await;
+}
+
+#[tokio::test]
+async fn malformed_request_is_refused_and_the_connection_goes_on() {
+    let daemon = Daemon::start().await;
+    let connection = daemon.connect().await;
+    for line in ["{", r#"{"version":9,"command":"status"}"#] {
+        let Answer::Refused(refusal) = exchange(&connection, line, &[]).await else {
+            panic!("{line}");
+        };
+        assert_eq!(refusal.code, 11);
+        assert!(refusal.hint.contains("cni install"), "{}", refusal.hint);
+    }
+    assert_eq!(exchange(&connection, &Request::Status.encode(), &[]).await, Answer::Done);
+}
+
+#[tokio::test]
+async fn collection_takes_effect_with_its_last_line() {
+    let daemon = Daemon::start().await;
+    for (name, kind) in [("web", "uts"), ("db", "ipc")] {
+        assert_eq!(daemon.ask(&add(name), &[namespace(kind).as_fd()]).await, Answer::Done);
+    }
+    let line = |names: &[&str], last| {
+        let valid = names.iter().map(|name| attached(name, &[]).attachment).collect();
+        Request::Collect { network: attached("web", &[]).network, valid, last }.encode()
+    };
+    let connection = daemon.connect().await;
+    assert_eq!(exchange(&connection, &line(&["web"], false), &[]).await, Answer::Done);
+    daemon.serves(2).await;
+    assert_eq!(exchange(&connection, &line(&["other"], true), &[]).await, Answer::Done);
+    daemon.serves(1).await;
+    assert_eq!(daemon.enroller.serving()[0].as_str(), "uid-of-web");
+}
+
+#[tokio::test(start_paused = true)]
+async fn silent_connection_is_closed() {
+    let daemon = Daemon::start().await;
+    let connection = daemon.connect().await;
+    assert!(connection.receive().await.unwrap().is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn addition_that_takes_too_long_is_refused_and_undone() {
+    let daemon = Daemon::start().await;
+    let pod = attached("web", &[]);
+    let _held = daemon.enroller.hold_next(&pod.pod.uid);
+    let Answer::Refused(refusal) = daemon.ask(&add("web"), &[namespace("uts").as_fd()]).await
+    else {
+        panic!("the attempt waits");
+    };
+    assert_eq!((refusal.code, &*refusal.message), (11, "the pod was not enrolled within 25 s"));
+    let check = Request::Check(Box::new(pod));
+    assert_eq!(code(daemon.ask(&check, &[namespace("uts").as_fd()]).await), 3);
+}
+
+#[tokio::test]
+async fn many_calls_at_once_are_answered() {
+    let daemon = Daemon::start().await;
+    let connections: Vec<Handover> = {
+        let mut connections = Vec::new();
+        for _ in 0..2 * CALLS {
+            connections.push(daemon.connect().await);
+        }
+        connections
+    };
+    // The last ones are accepted once the first ones have ended.
+    for connection in connections {
+        let answer = exchange(&connection, &Request::Status.encode(), &[]).await;
+        assert_eq!(answer, Answer::Done);
+    }
+}

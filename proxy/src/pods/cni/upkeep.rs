@@ -1,0 +1,158 @@
+//! Keeps the plugin installed while the daemon runs.
+//!
+//! Other programs rewrite the network configuration: network plugins at their start, and other
+//! chained plugins. Without our entry a new pod bypasses the mesh, so the node is not ready until
+//! the entry is back.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::sleep;
+use underpass_config::{FileWatcher, FolderFilesWatch};
+
+use super::install::{InstallError, Installation};
+use crate::error::chain;
+use crate::pods::source::SourceHealth;
+
+/// The pause after a repair, so that a fight with another program costs little.
+const AFTER_REPAIR: Duration = Duration::from_millis(200);
+/// The pause between attempts without events of the folder.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Installs the plugin, and again whenever it is missing.
+#[derive(Debug)]
+pub(super) struct Upkeep {
+    installation: Installation,
+    watcher: FileWatcher,
+}
+
+/// Reports whether pods can be added: to readiness, and to `STATUS` of the plugin.
+#[derive(Debug)]
+pub(super) struct Report {
+    health: SourceHealth,
+    not_ready: watch::Sender<Option<String>>,
+}
+
+impl Report {
+    pub(super) fn new(health: SourceHealth) -> Self {
+        let not_ready = watch::Sender::new(Some("the daemon starts".to_owned()));
+        Self { health, not_ready }
+    }
+
+    /// Reports why no pod can be added; `None` if pods can.
+    pub(super) fn set(&self, reason: Option<String>) {
+        self.health.set_ready(reason.is_none());
+        self.not_ready.send_replace(reason);
+    }
+
+    pub(super) fn subscribe(&self) -> watch::Receiver<Option<String>> {
+        self.not_ready.subscribe()
+    }
+}
+
+impl Upkeep {
+    pub(super) fn new(installation: Installation, watcher: FileWatcher) -> Self {
+        Self { installation, watcher }
+    }
+
+    /// Runs for ever.
+    pub(super) async fn run(self, report: Report) {
+        let mut is_first = true;
+        let mut watch = None;
+        loop {
+            // Watched before it is read, so that no change is missed.
+            let watched = watch.get_or_insert_with(|| self.watch());
+            match self.install() {
+                Ok(0) => report.set(None),
+                Ok(changes) if is_first => {
+                    tracing::info!(changes, "installed the CNI plugin");
+                    report.set(None);
+                }
+                Ok(changes) => {
+                    tracing::warn!(
+                        changes,
+                        "another program had removed the CNI plugin from the network configuration: installed again"
+                    );
+                    report.set(None);
+                    sleep(AFTER_REPAIR).await;
+                }
+                Err(error) => {
+                    let error = chain(&error);
+                    tracing::error!(
+                        error,
+                        "the CNI plugin is not installed: the node is not ready"
+                    );
+                    report.set(Some(format!("the CNI plugin is not installed: {error}")));
+                }
+            }
+            is_first = false;
+            match watched {
+                Some(watched) => watched.settled().await,
+                None => {
+                    sleep(RETRY).await;
+                    watch = None;
+                }
+            }
+        }
+    }
+
+    fn watch(&self) -> Option<FolderFilesWatch> {
+        let watch = self.watcher.watch_folder(&self.installation.network_folder);
+        watch.inspect_err(|error| tracing::warn!("{error}")).ok()
+    }
+
+    /// Installs what is missing; returns the number of changes.
+    fn install(&self) -> Result<usize, InstallError> {
+        let changes = self.installation.install()?;
+        for change in &changes {
+            change.apply()?;
+        }
+        Ok(changes.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use underpass_interception::Inotify;
+
+    use super::*;
+    use crate::pods::cni::install::PLUGIN;
+    use crate::pods::cni::testing::Folder;
+
+    const LIST: &str = r#"{"name":"a","cniVersion":"1.0.0","plugins":[{"type":"bridge"}]}"#;
+
+    #[tokio::test]
+    async fn entry_that_is_lost_is_repaired_and_the_node_is_unready_without_it() {
+        let folder = Folder::new();
+        for name in ["net.d", "bin"] {
+            fs::create_dir(folder.path(name)).unwrap();
+        }
+        let installation = Installation {
+            network_folder: folder.path("net.d"),
+            program_folder: folder.path("bin"),
+            socket: folder.path("cni.sock"),
+            drop_in: false,
+        };
+        let report = Report::new(SourceHealth::default());
+        let mut not_ready = report.subscribe();
+        let upkeep = Upkeep::new(installation, FileWatcher::new(Inotify::open));
+        let running = tokio::spawn(upkeep.run(report));
+        let is_missing = |reason: &Option<String>| {
+            reason.as_ref().is_some_and(|reason| reason.contains("no network configuration yet"))
+        };
+        not_ready.wait_for(is_missing).await.unwrap();
+        let list = folder.path("net.d/10-a.conflist");
+        for _ in 0..2 {
+            fs::write(&list, LIST).unwrap();
+            not_ready.wait_for(|reason| reason.is_none()).await.unwrap();
+            while !fs::read_to_string(&list).unwrap().contains(PLUGIN) {
+                tokio::task::yield_now().await;
+            }
+            fs::remove_file(&list).unwrap();
+            not_ready.wait_for(is_missing).await.unwrap();
+        }
+        running.abort();
+    }
+}
