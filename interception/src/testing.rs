@@ -26,8 +26,8 @@ use crate::sockets::seqpacket::SeqPacket;
 
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 
-/// A handle with an identity of its own that needs no privilege, because it is no namespace: it
-/// cannot be entered.
+/// A stand-in for a namespace. It has its own identity and needs no privilege, but it cannot be
+/// entered.
 ///
 /// # Errors
 ///

@@ -77,7 +77,7 @@ pub struct SoakSummary {
     planned_resets: u64,
     /// The number of streams that a fault may have broken, by kind of fault.
     broken: BTreeMap<&'static str, u64>,
-    happened: BTreeMap<&'static str, u64>,
+    fault_counts: BTreeMap<&'static str, u64>,
     held_before: [Resources; 2],
     held_after: [Resources; 2],
     /// Violations of the invariants.
@@ -274,7 +274,7 @@ impl SoakRun {
             if let Some((.., over)) = self.lock(&self.faults).get_mut(mine) {
                 *over = Some(Instant::now());
             }
-            *self.summary().happened.entry(event.fault.name()).or_default() += 1;
+            *self.summary().fault_counts.entry(event.fault.name()).or_default() += 1;
         }
     }
 
@@ -353,7 +353,7 @@ impl SoakSummary {
             self.well,
             self.planned_resets,
             map(&self.broken),
-            map(&self.happened),
+            map(&self.fault_counts),
             self.violations.len()
         )
     }
@@ -366,7 +366,7 @@ impl fmt::Display for SoakSummary {
         writeln!(f, "seed {seed}: {streams} streams, {} MiB", bytes >> 20)?;
         writeln!(f, "  {well} ended well, {planned_resets} with a planned reset")?;
         writeln!(f, "  | fault | happened | possibly broken streams |\n  |---|---:|---:|")?;
-        for (fault, count) in &self.happened {
+        for (fault, count) in &self.fault_counts {
             let broken = self.broken.get(fault).copied().unwrap_or_default();
             writeln!(f, "  | {fault} | {count} | {broken} |")?;
         }

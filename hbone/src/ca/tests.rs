@@ -169,7 +169,7 @@ fn issued_certificate_hides_key_in_debug_output() {
 
 /// ztunnel renews when half of the whole validity has passed.
 #[test]
-fn short_certificate_is_issued_before_half_of_its_validity() {
+fn backdating_is_less_than_an_eighth_of_validity() {
     let authority = CertificateAuthority::generate(td()).unwrap();
     for ttl in [10, 60, 600, 86_400] {
         let issued = authority.issue(&id(CLIENT), Duration::from_secs(ttl)).unwrap();

@@ -103,8 +103,8 @@ impl Peer {
         })
     }
 
-    /// The peer that a handshake with an identity of this process would have: it has `chain` and
-    /// its key.
+    /// The peer that results from a handshake with another identity of this process, whose
+    /// certificate is the first of `chain`.
     pub(crate) fn of_chain(
         chain: &[CertificateDer<'static>],
         authorities: &Authorities,

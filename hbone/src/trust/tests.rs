@@ -187,7 +187,7 @@ fn expired_or_wrongly_signed_list_rejects_all() {
 }
 
 #[test]
-fn newer_list_wins_and_each_issuer_key_has_its_own() {
+fn newer_list_replaces_older_one_of_the_same_issuer_key() {
     let (ca, former) = (Ca::root("ours"), Ca::root("ours"));
     let now = clock::now();
     let old = ca.revoke_between(&[], now - 2 * HOUR, now + HOUR);

@@ -84,7 +84,7 @@ pub(crate) struct Inspector {
     preface: usize,
     head: [u8; FRAME_HEADER],
     /// The number of received bytes in `head`.
-    have: usize,
+    head_length: usize,
     frame: Option<Frame>,
     /// The start of the current frame.
     started: u64,
@@ -165,7 +165,7 @@ impl Inspector {
             max_header_block: usize::try_from(max_header_block).unwrap_or(usize::MAX),
             preface: if role == PeerRole::Client { PREFACE } else { 0 },
             head: [0; FRAME_HEADER],
-            have: 0,
+            head_length: 0,
             frame: None,
             started: 0,
             block: None,
@@ -194,7 +194,7 @@ impl Inspector {
             let wanted = match &self.frame {
                 _ if self.preface > 0 => self.preface,
                 Some(frame) => frame.left,
-                None => FRAME_HEADER - self.have,
+                None => FRAME_HEADER - self.head_length,
             };
             let (part, rest) = bytes.split_at(wanted.min(bytes.len()));
             bytes = rest;
@@ -212,17 +212,17 @@ impl Inspector {
     }
 
     fn add_to_head(&mut self, part: &[u8], now: u64, useful: u64) -> Result<(), TunnelLimit> {
-        if self.have == 0 {
+        if self.head_length == 0 {
             self.started = now;
         }
-        for (to, from) in self.head.iter_mut().skip(self.have).zip(part) {
+        for (to, from) in self.head.iter_mut().skip(self.head_length).zip(part) {
             *to = *from;
         }
-        self.have += part.len();
-        if self.have < FRAME_HEADER {
+        self.head_length += part.len();
+        if self.head_length < FRAME_HEADER {
             return Ok(());
         }
-        self.have = 0;
+        self.head_length = 0;
         let [high, middle, low, code, flags, stream @ ..] = self.head;
         let left = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
         let kind = FrameKind::of(code);
@@ -315,7 +315,7 @@ impl Inspector {
         }
         // An incomplete frame header may be that of DATA, which is allowed to be slow.
         let data = self.frame.is_none_or(|frame| frame.kind == FrameKind::Data);
-        let started = self.have > 0 || self.frame.is_some();
+        let started = self.head_length > 0 || self.frame.is_some();
         started.then_some(UnfinishedFrame { since: self.started, data })
     }
 }

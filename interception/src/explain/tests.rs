@@ -148,7 +148,7 @@ fn hbone_is_never_redirected() {
 }
 
 #[test]
-fn exceptions_have_direct_flows() {
+fn excluded_traffic_has_flow_without_proxy() {
     for profile in ["ambient", "sidecar", "osm"] {
         for (key, value) in [
             ("outbound.exclude_cidrs", "203.0.113.0/24"),

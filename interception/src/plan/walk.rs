@@ -110,9 +110,9 @@ pub struct Walk<'p> {
 /// A base chain that a packet traversed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TraversedChain<'p> {
-    /// Its table and name.
+    /// The table and name of the chain.
     pub chain: ChainId,
-    /// The rules that matched there and in the chains that it jumps to, in order.
+    /// The rules that matched in this chain and in the chains that it jumps to, in order.
     pub rules: Vec<&'p Rule>,
 }
 

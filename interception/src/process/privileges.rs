@@ -74,8 +74,8 @@ impl fmt::Display for MissingCapabilities {
 }
 
 /// Announces a change of user to threads that are confined before it, or that it has been made.
-pub(super) fn announce_change_of_user(is_to_come: bool) {
-    USER_WILL_CHANGE.store(is_to_come, Relaxed);
+pub(super) fn announce_change_of_user(is_planned: bool) {
+    USER_WILL_CHANGE.store(is_planned, Relaxed);
 }
 
 /// Whether this thread lacks NET_ADMIN. If capget(2) fails, the operation itself reports the error.

@@ -191,7 +191,7 @@ impl KnownPod {
         if self.added == Some(id) {
             return;
         }
-        // The registry reports the outcome of attempts, but not that it attempts nothing.
+        // A pending outcome counts as success: the registry may need no attempt.
         match registry.add(self.facts.clone(), namespace).first_outcome().now_or_never() {
             Some(Err(error)) => self.fail(error, registry),
             _ => {

@@ -123,11 +123,12 @@ impl Servers {
             Way::NeverEnds => {
                 let ((mut from_client, mut to_client), (mut from_backend, mut to_backend)) =
                     (split(outer), split(near));
-                let there = async {
+                let client_copied = async {
                     copy(&mut from_client, &mut to_backend).await?;
                     to_backend.shutdown().await
                 };
-                let (_there, _back) = tokio::join!(there, copy(&mut from_backend, &mut to_client));
+                let (_client_copied, _backend_copied) =
+                    tokio::join!(client_copied, copy(&mut from_backend, &mut to_client));
                 pending().await
             }
             _ => pending().await,

@@ -60,7 +60,7 @@ impl Windows {
         if set(window).is_err() {
             return false;
         }
-        tracing::debug!(window, held, "the streams of a tunnel get another window");
+        tracing::debug!(window, held, "changed the flow-control window of a tunnel's streams");
         self.is_reduced = reduce;
         true
     }

@@ -14,7 +14,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 struct Dns {
     answer: Arc<Mutex<Option<Vec<IpAddr>>>>,
     delay: Arc<Mutex<Duration>>,
-    asked: Arc<AtomicUsize>,
+    lookups: Arc<AtomicUsize>,
 }
 
 impl Dns {
@@ -34,8 +34,8 @@ impl Dns {
         *self.delay.lock().unwrap() = delay;
     }
 
-    fn asked(&self) -> usize {
-        self.asked.load(Ordering::Relaxed)
+    fn lookups(&self) -> usize {
+        self.lookups.load(Ordering::Relaxed)
     }
 
     fn resolver(&self) -> Resolver {
@@ -43,7 +43,7 @@ impl Dns {
         Resolver::new(move |_| {
             let dns = dns.clone();
             async move {
-                dns.asked.fetch_add(1, Ordering::Relaxed);
+                dns.lookups.fetch_add(1, Ordering::Relaxed);
                 let delay = *dns.delay.lock().unwrap();
                 sleep(delay).await;
                 let answer = dns.answer.lock().unwrap().clone();
@@ -68,7 +68,7 @@ async fn address_needs_no_lookup() {
     let dns = Dns::new(&[]);
     let address = "10.0.0.1:80".parse().unwrap();
     let found = dns.resolver().resolve(&NextHop::Address(address), DEADLINE).await;
-    assert_eq!((found.unwrap(), dns.asked()), (address, 0));
+    assert_eq!((found.unwrap(), dns.lookups()), (address, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -89,7 +89,7 @@ async fn uses_preferred_family_in_turn_and_others_as_fallback() {
         let hop = hop("a.example", families, prefer_v6);
         assert_eq!(resolver.resolve(&hop, DEADLINE).await.unwrap().is_ipv6(), v6);
     }
-    assert_eq!(dns.asked(), 1);
+    assert_eq!(dns.lookups(), 1);
     dns.answers(Some(&["10.0.0.1"]));
     let only_v6 = hop("b.example", IpFamilies::V6, true);
     let error = resolver.resolve(&only_v6, DEADLINE).await.unwrap_err();
@@ -106,7 +106,7 @@ async fn addresses_are_used_for_thirty_seconds() {
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
     advance(Duration::from_secs(1)).await;
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.2:80");
-    assert_eq!(dns.asked(), 2);
+    assert_eq!(dns.lookups(), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -119,7 +119,7 @@ async fn connections_share_lookup_even_if_first_gives_up() {
     let (early, others) = tokio::join!(early, others);
     assert!(matches!(early, Err(ResolveError::Timeout { .. })));
     assert!(others.iter().all(Result::is_ok));
-    assert_eq!(dns.asked(), 1);
+    assert_eq!(dns.lookups(), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -127,15 +127,15 @@ async fn failure_is_cached_for_two_seconds() {
     let dns = Dns::new(&[]);
     dns.answers(None);
     let resolver = dns.resolver();
-    for asked in [1, 1] {
+    for expected in [1, 1] {
         let error = resolve(&resolver).await.unwrap_err();
         assert!(matches!(error, ResolveError::Lookup { .. }), "{error}");
-        assert_eq!(dns.asked(), asked);
+        assert_eq!(dns.lookups(), expected);
     }
     dns.answers(Some(&["10.0.0.1"]));
     advance(FAILED).await;
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
-    assert_eq!(dns.asked(), 2);
+    assert_eq!(dns.lookups(), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -165,7 +165,7 @@ async fn abandoned_lookup_is_restarted() {
     dns.answers(Some(&["10.0.0.2"]));
     advance(FRESH).await;
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.2:80");
-    assert_eq!(dns.asked(), 2);
+    assert_eq!(dns.lookups(), 2);
 }
 
 #[tokio::test(start_paused = true)]

@@ -134,7 +134,7 @@ impl Connection {
             Command::Add { facts, namespace } => self.add(facts, namespace).await?,
             Command::Keep(uid) => {
                 if !self.registry.keep(&uid) {
-                    tracing::warn!(%uid, "the node agent has no namespace of a pod: not enrolled");
+                    tracing::warn!(%uid, "pod not enrolled: the node agent has no network namespace of it");
                 }
             }
             // The agent must not wait for the drain.
