@@ -43,8 +43,7 @@ enum Command {
     Demo(demo::Arguments),
     /// Run a proxy for the current network namespace (a sidecar container, a VM)
     Run(run::Arguments),
-    /// Run a proxy for every pod of a node, which a source names (istio-cni, a CNI plugin, a
-    /// folder)
+    /// Run a proxy for every pod of a node, as named by istio-cni, a CNI plugin or a folder
     Node(node::Arguments),
     /// Work as the CNI plugin that container runtimes call, or install it
     Cni(cni::Arguments),

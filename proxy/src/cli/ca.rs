@@ -90,7 +90,7 @@ pub(super) struct Serve {
     /// The maximum lifetime of a certificate: a whole number and a unit (ms, s, m or h)
     #[arg(long, default_value = "24h", value_parser = ttl)]
     max_ttl: Duration,
-    /// The filter of the log, in tracing's syntax
+    /// The log level and filter, such as info or warn,access=off
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log: LogFilter,
     /// Stop when standard input ends, so that the process does not outlive its parent

@@ -33,12 +33,12 @@ impl SettingsArguments {
         Sources::of_process(self.config, self.set)
     }
 
-    /// Whether they name no file and set nothing.
+    /// Whether the arguments name no file and no setting.
     pub(super) fn are_empty(&self) -> bool {
         self.config.is_none() && self.set.is_empty()
     }
 
-    /// The same with more settings, which win.
+    /// The same arguments with more settings, which take precedence.
     pub(super) fn with(mut self, assignments: impl IntoIterator<Item = String>) -> Self {
         self.set.extend(assignments);
         self
@@ -47,7 +47,7 @@ impl SettingsArguments {
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  underpass run --config underpass.yaml --set logging.format=json\n\nA new version or other settings, without a connection that fails:\n  underpass run --config underpass.yaml --take-over"
+    after_help = "Example:\n  underpass run --config underpass.yaml --set logging.format=json\n\nReplace the running proxy without failing a connection:\n  underpass run --config underpass.yaml --take-over"
 )]
 pub(super) struct Arguments {
     #[command(flatten)]
