@@ -32,7 +32,8 @@ async fn large(scene: &Scene, family: Family) {
     let app = scene.server.listen(APP);
     let (client, server, _) = scene.client.meet(&app, scene.app(family)).await;
     let (question, answer) = (noise(1, SIZE), noise(2, SIZE));
-    let (got_answer, got_question) = tokio::join!(exchange_both_ways(client, &question), exchange_both_ways(server, &answer));
+    let (got_answer, got_question) =
+        tokio::join!(exchange_both_ways(client, &question), exchange_both_ways(server, &answer));
     assert!(got_question == question, "the server received something else");
     assert!(got_answer == answer, "the client received something else");
 }
