@@ -178,7 +178,7 @@ fn unprivileged_user_can_render_but_not_install_rules() {
         let error = folder.unprivileged(&format!("rules {command}")).fails(1);
         assert!(error.contains("NET_ADMIN is missing"), "{command}: {error}");
         // `verify` first prints that it assumes defaults.
-        let lines = if command == "verify" { 2 } else { 1 };
+        let lines = if command == "verify" { 3 } else { 2 };
         assert_eq!(error.lines().count(), lines, "{command}: {error}");
     }
 }
@@ -351,7 +351,7 @@ fn config_check_rejects_certificates_that_fail_start() {
     let refused = [
         ("identity.certificate=nowhere.pem", "nowhere.pem: No such file"),
         ("identity.key=b.key", "the key does not belong to the certificate"),
-        ("identity.roots=other/roots.pem", "do not verify it"),
+        ("identity.roots=other/roots.pem", "the roots do not verify the certificate"),
         ("identity.roots=a.key", "no PEM section of a certificate"),
         ("trust.crls=nowhere.crl", "nowhere.crl: No such file"),
         ("trust.bundles=other.test=nowhere.pem", "nowhere.pem: No such file"),
