@@ -89,8 +89,8 @@ impl Workers {
         Ok((Self { node: node.clone(), commands, turn: Arc::default() }, threads, reports))
     }
 
-    /// Deals the listeners of `pod` to the workers in turn, and returns when they accept. From now on
-    /// the node serves the pod.
+    /// Deals the listeners of `pod` to the workers in turn, and returns when they accept. From now
+    /// on the node serves the pod.
     ///
     /// # Errors
     ///
