@@ -5,6 +5,7 @@
 
 mod blackhole;
 mod flows;
+mod host_rules;
 mod iptables;
 mod local;
 mod namespaces;
@@ -34,6 +35,7 @@ fn main() {
         .iter()
         .chain(blackhole::CASES)
         .chain(flows::CASES)
+        .chain(host_rules::CASES)
         .chain(iptables::CASES)
         .chain(nftables::CASES)
         .chain(namespaces::CASES)

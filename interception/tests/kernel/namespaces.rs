@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
@@ -21,6 +22,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 
 pub(crate) const CASES: &[Case] = &[
     ("a named namespace can be entered by its path and its name", entered_by_path_and_name),
+    ("a path with links or unsafe folders is refused", guarded_paths),
+    ("a namespace of another kind cannot be entered", other_kind),
     ("the current namespace can be entered by its path", entered_by_descriptor),
     ("deleting a namespace frees its name", deleting_frees_the_name),
     ("a name that is taken is refused", taken_name),
@@ -45,6 +48,47 @@ fn entered_by_path_and_name() -> Result<(), Failed> {
         inside.clone(),
     )?;
     equal("by name", command(&here, "ip -n entered-remote -o address show dev eth0")?, inside)
+}
+
+fn guarded_paths() -> Result<(), Failed> {
+    let namespace = isolated("guarded")?;
+    let named = Path::new("/run/netns/guarded");
+    equal("by its path", Namespace::open_guarded(named)?.id(), namespace.id())?;
+    let folder = Path::new("/run/guarded");
+    fs::create_dir_all(folder)?;
+    let (link, linked_folder) = (folder.join("link"), folder.join("netns"));
+    std::os::unix::fs::symlink(named, &link)?;
+    std::os::unix::fs::symlink("/run/netns", &linked_folder)?;
+    let unsafe_folder = folder.join("unsafe");
+    fs::create_dir_all(&unsafe_folder)?;
+    fs::write(unsafe_folder.join("file"), "")?;
+    fs::write(folder.join("file"), "")?;
+    fs::set_permissions(&unsafe_folder, fs::Permissions::from_mode(0o777))?;
+    for (path, reason) in [
+        (link, "symbolic link"),
+        (linked_folder.join("guarded"), "symbolic link"),
+        ("/proc/self/ns/net".into(), "symbolic link"),
+        (unsafe_folder.join("file"), "can change the folder /run/guarded/unsafe"),
+        (folder.join("file"), "not a namespace"),
+        ("run/netns/guarded".into(), "absolute"),
+        ("/run/../run/netns/guarded".into(), "'..'"),
+        ("/".into(), "absolute"),
+        ("/run/netns/missing".into(), "No such file"),
+    ] {
+        let error = Namespace::open_guarded(&path).err().ok_or("it is refused")?;
+        let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+        equal(&format!("{}: {cause}", path.display()), cause.contains(reason), true)?;
+    }
+    fs::remove_dir_all(folder)?;
+    Ok(())
+}
+
+fn other_kind() -> Result<(), Failed> {
+    let namespace = Namespace::open("/proc/self/ns/uts")?;
+    let thread = NamespaceThread::start()?;
+    let entered = runtime()?.block_on(thread.call(&namespace, |_| ()));
+    let error = format!("{:?}", entered.err());
+    equal(&error, error.contains("of another kind"), true)
 }
 
 fn entered_by_descriptor() -> Result<(), Failed> {

@@ -39,9 +39,19 @@ pub(crate) trait EnrolledPod: fmt::Debug + Send {
     /// The problem of the pod while it is served.
     fn trouble(&self) -> Option<Trouble>;
 
-    /// Drains its connections, and leaves its rules as `interception.on_exit` says. Nothing holds
-    /// its namespace then.
-    fn leave(self: Box<Self>) -> Operation<()>;
+    /// Drains its connections, and keeps or removes its rules. Nothing holds its namespace then.
+    fn leave(self: Box<Self>, why: Departure) -> Operation<()>;
+}
+
+/// Why a pod is not served any longer, which decides about its rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Departure {
+    /// The source has removed it: its rules are removed.
+    Removed,
+    /// It is enrolled again with other facts: its rules stay, so that it stays closed meanwhile.
+    EnrolledAgain,
+    /// The daemon stops: `interception.on_exit` decides.
+    DaemonStops,
 }
 
 /// The outcome of an attempt that did not fail.

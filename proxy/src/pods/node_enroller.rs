@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tracing::Instrument as _;
-use underpass_config::{InterceptionSettings, Settings};
+use underpass_config::{InterceptionSettings, OnExit, Settings};
 use underpass_interception::{HostNamespaces, Namespace, NamespaceAccess, NamespaceThread};
 
 use crate::error::chain;
@@ -14,7 +14,9 @@ use crate::node::Node;
 use crate::node::identities::CredentialLease;
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
 use crate::node::workers::Workers;
-use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod, Enroller, Operation, Trouble};
+use crate::pods::enrolment::{
+    Departure, EnrolError, Enrolled, EnrolledPod, Enroller, Operation, Trouble,
+};
 use crate::pods::facts::PodFacts;
 use crate::pods::namespace::{check_addresses, check_owner};
 use crate::pods::settings::{PodSettings, pod_settings};
@@ -149,21 +151,26 @@ impl EnrolledPod for NodePod {
         }
     }
 
-    fn leave(self: Box<Self>) -> Operation<()> {
+    fn leave(self: Box<Self>, why: Departure) -> Operation<()> {
         let (drain, span) = (self.settings.timeouts.drain, self.span.clone());
-        Box::pin(async move { self.drain_and_leave(drain).await }.instrument(span))
+        let on_exit = match why {
+            Departure::Removed => OnExit::Remove,
+            Departure::EnrolledAgain => OnExit::Keep,
+            Departure::DaemonStops => self.settings.interception.on_exit,
+        };
+        Box::pin(async move { self.drain_and_leave(drain, on_exit).await }.instrument(span))
     }
 }
 
 impl NodePod {
-    async fn drain_and_leave(self, deadline: Duration) {
+    async fn drain_and_leave(self, deadline: Duration, on_exit: OnExit) {
         let Self { mut pod, .. } = self;
         pod.stop_accepting().await;
         let terminated = pod.drain(deadline).await;
         if terminated > 0 {
             tracing::info!(terminated, "connections of a removed pod were terminated");
         }
-        if let Err(error) = pod.leave().await {
+        if let Err(error) = pod.leave_with(on_exit).await {
             // The namespace of a deleted pod may be gone with its rules.
             tracing::warn!(error = chain(&error), "cannot leave the rules of a removed pod");
         }

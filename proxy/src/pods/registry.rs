@@ -107,8 +107,7 @@ impl PodRegistry {
         self.change(|pods| pods.retain(named));
     }
 
-    /// Removes a pod: drains its connections, and leaves its rules as `interception.on_exit` says.
-    /// An unknown pod is removed already.
+    /// Removes a pod: drains its connections, and removes its rules. An unknown pod is removed already.
     pub(crate) fn remove(&self, uid: &PodUid) -> Removal {
         Removal(self.change(|pods| pods.remove(uid)))
     }
@@ -207,8 +206,8 @@ impl RegistryTask {
                 let task = self.tasks.spawn(async move { Ended::Enrolled(enrol.await) });
                 (task, Running::Enrolling { attempt, facts, since: Instant::now() })
             }
-            Action::Leave { namespace, uid, pod } => {
-                let leave = pod.leave();
+            Action::Leave { namespace, uid, pod, why } => {
+                let leave = pod.leave(why);
                 let task = self.tasks.spawn(async move {
                     leave.await;
                     Ended::Left

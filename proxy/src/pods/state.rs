@@ -21,7 +21,7 @@ use underpass_config::PodUid;
 use underpass_interception::{Namespace, NamespaceId};
 
 use crate::pods::annotations::NotEnrolled;
-use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod};
+use crate::pods::enrolment::{Departure, EnrolError, Enrolled, EnrolledPod};
 use crate::pods::facts::PodFacts;
 use crate::pods::status::{PodState, PodStatus, Step};
 
@@ -47,7 +47,7 @@ pub(super) enum Action {
     /// Reported to [`Pods::finished`].
     Enrol { attempt: AttemptId, facts: Arc<PodFacts>, namespace: Namespace },
     /// Reported to [`Pods::left`].
-    Leave { namespace: NamespaceId, uid: PodUid, pod: Box<dyn EnrolledPod> },
+    Leave { namespace: NamespaceId, uid: PodUid, pod: Box<dyn EnrolledPod>, why: Departure },
 }
 
 /// All pods.
@@ -100,6 +100,7 @@ struct Attempt {
 struct Leaving {
     uid: PodUid,
     pod: String,
+    why: Departure,
     /// Answered when it is gone.
     gone: Vec<oneshot::Sender<()>>,
 }
@@ -138,7 +139,9 @@ impl Pods {
         }
         let uid = facts.uid.clone();
         let Some(answer) = self.add_again(now, &facts, &namespace, answer) else { return };
-        self.withdraw(&uid, &EnrolError::Removed);
+        let before = self.pods.get(&uid).and_then(Entry::namespace);
+        let stays = before == Some(namespace.id());
+        self.withdraw(&uid, if stays { Departure::EnrolledAgain } else { Departure::Removed });
         self.claims.insert(namespace.id(), uid.clone());
         let turn = self.turn(now, &uid);
         let phase = Phase::Waiting { turn, namespace };
@@ -149,7 +152,7 @@ impl Pods {
 
     /// Shows a pod that its source cannot add as failed.
     pub(super) fn fail(&mut self, now: Instant, facts: Arc<PodFacts>, error: EnrolError) {
-        self.withdraw(&facts.uid, &EnrolError::Removed);
+        self.withdraw(&facts.uid, Departure::Removed);
         if self.stopping {
             return;
         }
@@ -216,13 +219,13 @@ impl Pods {
     pub(super) fn retain(&mut self, named: &BTreeSet<PodUid>) {
         let gone: Vec<_> = self.pods.keys().filter(|uid| !named.contains(*uid)).cloned().collect();
         for uid in gone {
-            self.withdraw(&uid, &EnrolError::Removed);
+            self.withdraw(&uid, Departure::Removed);
         }
     }
 
     /// Removes a pod. Returns the events of its end, none if nothing of it is active.
     pub(super) fn remove(&mut self, uid: &PodUid) -> Vec<oneshot::Receiver<()>> {
-        self.withdraw(uid, &EnrolError::Removed);
+        self.withdraw(uid, Departure::Removed);
         self.ends(|leaving| leaving.uid == *uid)
     }
 
@@ -231,7 +234,7 @@ impl Pods {
         self.stopping = true;
         let all: Vec<_> = self.pods.keys().cloned().collect();
         for uid in all {
-            self.withdraw(&uid, &EnrolError::Stopping);
+            self.withdraw(&uid, Departure::DaemonStops);
         }
         self.ends(|_| true)
     }
@@ -313,7 +316,7 @@ impl Pods {
             Ok(Enrolled::Serving(pod)) => {
                 let name = entry.facts.full_name();
                 self.queue_again(now, &uid);
-                self.leave(namespace, uid, name, pod);
+                self.leave(namespace, uid, name, pod, Departure::EnrolledAgain);
                 None
             }
             _ if !is_current => {
@@ -339,7 +342,9 @@ impl Pods {
     ) {
         match outcome {
             Ok(Enrolled::Serving(pod)) => {
-                self.actions.push(Action::Leave { namespace, uid, pod });
+                let leaving = self.leaving.get(&namespace);
+                let why = leaving.map_or(Departure::DaemonStops, |leaving| leaving.why);
+                self.actions.push(Action::Leave { namespace, uid, pod, why });
             }
             Ok(Enrolled::LeftAlone(_)) | Err(_) => self.left(namespace),
         }
@@ -384,9 +389,12 @@ impl Pods {
     }
 
     /// Forgets a pod. What is active in its namespace leaves.
-    fn withdraw(&mut self, uid: &PodUid, why: &EnrolError) {
+    fn withdraw(&mut self, uid: &PodUid, why: Departure) {
         let Some(mut entry) = self.pods.remove(uid) else { return };
-        entry.answer(&Err(why.clone()));
+        entry.answer(&Err(match why {
+            Departure::Removed | Departure::EnrolledAgain => EnrolError::Removed,
+            Departure::DaemonStops => EnrolError::Stopping,
+        }));
         if let Some(namespace) = entry.namespace() {
             self.claims.remove(&namespace);
         }
@@ -396,11 +404,11 @@ impl Pods {
                 self.queue.remove(&turn);
             }
             Phase::Enrolling { namespace, .. } => {
-                let leaving = Leaving { uid: uid.clone(), pod, gone: Vec::new() };
+                let leaving = Leaving { uid: uid.clone(), pod, why, gone: Vec::new() };
                 self.leaving.insert(namespace.id(), leaving);
             }
             Phase::Serving { namespace, pod: served } => {
-                self.leave(namespace, uid.clone(), pod, served);
+                self.leave(namespace, uid.clone(), pod, served, why);
             }
             Phase::LeftAlone(_) | Phase::Failed => {}
         }
@@ -412,10 +420,11 @@ impl Pods {
         uid: PodUid,
         name: String,
         pod: Box<dyn EnrolledPod>,
+        why: Departure,
     ) {
-        let leaving = Leaving { uid: uid.clone(), pod: name, gone: Vec::new() };
+        let leaving = Leaving { uid: uid.clone(), pod: name, why, gone: Vec::new() };
         self.leaving.insert(namespace, leaving);
-        self.actions.push(Action::Leave { namespace, uid, pod });
+        self.actions.push(Action::Leave { namespace, uid, pod, why });
     }
 
     /// A pod has left its namespace.

@@ -7,7 +7,9 @@ use tokio::sync::{oneshot, watch};
 use underpass_config::PodUid;
 use underpass_interception::{Namespace, NamespaceId};
 
-use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod, Enroller, Operation, Trouble};
+use crate::pods::enrolment::{
+    Departure, EnrolError, Enrolled, EnrolledPod, Enroller, Operation, Trouble,
+};
 use crate::pods::facts::PodFacts;
 use crate::pods::registry::PodRegistry;
 
@@ -21,7 +23,7 @@ struct Fake {
     scripts: HashMap<PodUid, VecDeque<Scripted>>,
     serving: HashMap<NamespaceId, Arc<PodFacts>>,
     attempts: HashMap<PodUid, usize>,
-    left: Vec<PodUid>,
+    left: Vec<(PodUid, Departure)>,
     /// Pods leave once this is false.
     hold_leaving: Option<watch::Receiver<bool>>,
 }
@@ -78,7 +80,12 @@ impl FakeEnroller {
 
     /// The pods that have left, in that order.
     pub(crate) fn left(&self) -> Vec<PodUid> {
-        self.fake().left.clone()
+        self.fake().left.iter().map(|(uid, _)| uid.clone()).collect()
+    }
+
+    /// Why the pods have left, in that order.
+    pub(crate) fn departures(&self) -> Vec<Departure> {
+        self.fake().left.iter().map(|(_, why)| *why).collect()
     }
 
     fn fake(&self) -> MutexGuard<'_, Fake> {
@@ -136,7 +143,7 @@ impl EnrolledPod for FakePod {
         None
     }
 
-    fn leave(self: Box<Self>) -> Operation<()> {
+    fn leave(self: Box<Self>, why: Departure) -> Operation<()> {
         Box::pin(async move {
             let held = self.enroller.fake().hold_leaving.clone();
             if let Some(mut held) = held {
@@ -144,7 +151,7 @@ impl EnrolledPod for FakePod {
             }
             let mut fake = self.enroller.fake();
             fake.serving.remove(&self.namespace);
-            fake.left.push(self.facts.uid.clone());
+            fake.left.push((self.facts.uid.clone(), why));
         })
     }
 }

@@ -96,7 +96,7 @@ struct Daemon {
     /// Tasks that run until the last pod is removed: among them the enforcement of policies.
     tasks: Vec<Task>,
     /// The rules in the host's namespace.
-    probes: Option<HostRules>,
+    probes: Option<(HostRules, Task)>,
     _endpoints: Endpoints,
 }
 
@@ -143,7 +143,7 @@ impl Daemon {
             let (limits, readiness) = (limits.clone(), reported.clone());
             async move { limits.report(readiness).await }
         });
-        let mut tasks = vec![
+        let tasks = vec![
             supervisor.essential("namespaces thread", async move { thread.ended().await }),
             supervisor.essential("publisher of the mesh", publisher.follow(reports)),
             supervisor.essential("registry of pods", pods.run()),
@@ -152,8 +152,9 @@ impl Daemon {
         let mut probes = None;
         if settings.node.probes == NodeProbes::Translate {
             let translation = ProbeTranslation::start(access, registry.served_addresses()).await?;
-            probes = Some(translation.rules());
-            tasks.push(supervisor.essential("rules for kubelet probes", translation.run()));
+            let rules = translation.rules();
+            let task = supervisor.essential("rules for kubelet probes", translation.run());
+            probes = Some((rules, task));
         }
         Ok(Self { settings, node, registry, readiness, threads, tasks, probes, _endpoints })
     }
@@ -195,12 +196,14 @@ impl Daemon {
                 tracing::warn!(why, "second stop signal: not waiting for connections");
             }
         }
-        drop(self.tasks);
-        if let Some(rules) = &self.probes {
-            probes::leave(rules, self.settings.interception.on_exit).await;
+        if let Some((rules, task)) = self.probes {
+            drop(task);
+            probes::leave(&rules, self.settings.interception.on_exit).await;
         }
         self.node.drain.end();
         tokio::time::timeout(WORKERS_END, self.threads.join()).await.ok();
+        // Workers that have not ended enforce the mesh, which these tasks publish.
+        drop(self.tasks);
         tracing::info!("stopped");
     }
 }

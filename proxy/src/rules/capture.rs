@@ -317,12 +317,17 @@ impl Capture {
             .filter(|rules| rules.plan().rules().iter().any(|rule| rule.id == KUBELET_PROBE_IN))
     }
 
-    /// Keeps or removes the rules at the end, as `interception.on_exit` says.
-    pub(crate) async fn leave(&self) -> Result<(), PodError> {
+    /// The treatment of the rules at the end of the process.
+    pub(crate) fn on_exit(&self) -> OnExit {
+        self.settings.interception.on_exit
+    }
+
+    /// Keeps or removes the rules.
+    pub(crate) async fn leave(&self, on_exit: OnExit) -> Result<(), PodError> {
         let Some(interception) = self.rules() else { return Ok(()) };
-        let settings = &self.settings.interception;
-        match settings.on_exit {
-            OnExit::Keep => leave_closed(&interception, settings.repair).await?,
+        let repair = self.settings.interception.repair;
+        match on_exit {
+            OnExit::Keep => leave_closed(&interception, repair).await?,
             OnExit::Remove => {
                 interception.remove().await?;
                 tracing::info!("rules removed: traffic is direct and in plaintext from now on");

@@ -101,7 +101,9 @@ impl GuardedPod {
     ///
     /// The rules cannot be left as `interception.on_exit` says.
     pub(crate) async fn leave(self) -> Result<(), PodError> {
-        self.close().leave().await
+        let rules = self.close();
+        let on_exit = rules.capture.on_exit();
+        rules.leave(on_exit).await
     }
 
     /// Closes the listeners, and keeps or removes the rules, after `error`, which is returned.

@@ -1,6 +1,6 @@
 //! The installed rules of a pod, and which process they belong to.
 
-use underpass_config::Hint as _;
+use underpass_config::{Hint as _, OnExit};
 
 use crate::node::pod_error::PodError;
 use crate::rules::capture::Capture;
@@ -21,10 +21,10 @@ pub(super) struct OwnedRules {
 }
 
 impl OwnedRules {
-    /// Keeps or removes the rules, as `interception.on_exit` says.
-    pub(super) async fn leave(self) -> Result<(), PodError> {
+    /// Keeps or removes the rules.
+    pub(super) async fn leave(self, on_exit: OnExit) -> Result<(), PodError> {
         match self.owner {
-            RulesOwner::ThisProcess => self.capture.leave().await,
+            RulesOwner::ThisProcess => self.capture.leave(on_exit).await,
             RulesOwner::OtherProcess => {
                 tracing::info!("the rules belong to another process, and stay");
                 Ok(())
@@ -32,9 +32,10 @@ impl OwnedRules {
         }
     }
 
-    /// Leaves the rules after `cause`, which is returned.
+    /// Leaves the rules as `interception.on_exit` says, after `cause`, which is returned.
     pub(super) async fn leave_after<E>(self, cause: E) -> E {
-        if let Err(left) = self.leave().await {
+        let on_exit = self.capture.on_exit();
+        if let Err(left) = self.leave(on_exit).await {
             let (error, hint) = (crate::error::chain(&left), left.hint());
             let hint = hint.as_deref();
             tracing::error!(error, hint, "cannot leave the rules as interception.on_exit says");

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use underpass_config::OnExit;
+
 use super::rules::{OwnedRules, RulesOwner};
 use super::served::Served;
 use crate::node::pod::Pod;
@@ -73,10 +75,20 @@ impl ServingPod {
     ///
     /// The rules cannot be left as `interception.on_exit` says.
     pub(crate) async fn leave(self) -> Result<(), PodError> {
+        let on_exit = self.rules.capture.on_exit();
+        self.leave_with(on_exit).await
+    }
+
+    /// As [`leave`](Self::leave), with another treatment of the rules than that of the settings.
+    ///
+    /// # Errors
+    ///
+    /// The rules cannot be kept or removed.
+    pub(crate) async fn leave_with(self, on_exit: OnExit) -> Result<(), PodError> {
         let Self { served, rules, watch } = self;
         drop(watch);
         served.stop_accepting().await;
         served.close().await;
-        rules.leave().await
+        rules.leave(on_exit).await
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Mutex;
 use underpass_interception::testing::stand_in_namespace;
 
 use super::*;
+use crate::pods::enrolment::Departure;
 use crate::pods::status::PodState;
 use crate::pods::testing::FakeEnroller;
 
@@ -130,6 +131,8 @@ async fn changed_file_changes_its_pod() {
     // Another pod in the same file.
     fixture.write("a.yaml", &pod("b", "")).await;
     assert_eq!(fixture.serving(), ["b"]);
+    let departures = [Departure::EnrolledAgain, Departure::Removed];
+    assert_eq!(fixture.enroller.departures(), departures, "only the first pod's rules stay");
 }
 
 #[tokio::test(start_paused = true)]

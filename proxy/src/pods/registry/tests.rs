@@ -5,6 +5,7 @@ use std::time::Duration;
 use underpass_interception::testing::stand_in_namespace;
 
 use super::*;
+use crate::pods::enrolment::Departure;
 use crate::pods::facts::tests::facts;
 use crate::pods::testing::FakeEnroller;
 
@@ -65,7 +66,23 @@ async fn removal_continues_when_source_does_not_wait() {
     drop(leaving);
     registry.stop().gone().await;
     assert_eq!(enroller.left(), [uid]);
+    assert_eq!(enroller.departures(), [Departure::Removed]);
     assert!(registry.status().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn departure_says_what_becomes_of_the_rules() {
+    let enroller = FakeEnroller::default();
+    let registry = enroller.registry();
+    let (here, there) = (namespace(), namespace());
+    registry.add(pod("web"), here.clone()).first_outcome().await.unwrap();
+    // The fake pod does not follow a new name.
+    let renamed = PodFacts { name: "other".to_owned(), ..pod("web") };
+    registry.add(renamed.clone(), here).first_outcome().await.unwrap();
+    registry.add(renamed, there).first_outcome().await.unwrap();
+    registry.stop().gone().await;
+    let expected = [Departure::EnrolledAgain, Departure::Removed, Departure::DaemonStops];
+    assert_eq!(enroller.departures(), expected);
 }
 
 #[tokio::test(start_paused = true)]

@@ -36,7 +36,7 @@ impl EnrolledPod for Served {
         None
     }
 
-    fn leave(self: Box<Self>) -> Operation<()> {
+    fn leave(self: Box<Self>, _: Departure) -> Operation<()> {
         Box::pin(async {})
     }
 }
@@ -96,7 +96,9 @@ impl Node {
                 Action::Enrol { attempt, facts, namespace } => {
                     self.attempts.push((attempt, facts, namespace.id()));
                 }
-                Action::Leave { namespace, uid, pod } => self.leaving.push((namespace, uid, pod)),
+                Action::Leave { namespace, uid, pod, .. } => {
+                    self.leaving.push((namespace, uid, pod))
+                }
             }
         }
     }
