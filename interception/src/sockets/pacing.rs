@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use socket2::SockRef;
+use underpass_config::PacedConnections;
 
 /// The default of new sockets in the reading thread's namespace.
 const DEFAULT: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
@@ -27,31 +28,43 @@ const UNPACED: [&[u8]; 2] = [b"cubic", b"reno"];
 /// takes longer and does not count as near, which is harmless.
 const NEAR: Duration = Duration::from_millis(5);
 
-/// A congestion control that paces.
+/// A congestion control that paces, and the connections that use it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pacing(Arc<str>);
+pub struct Pacing {
+    name: Arc<str>,
+    connections: PacedConnections,
+}
 
 impl Pacing {
     /// The namespace's default, if it paces.
     #[must_use]
-    pub fn of_namespace() -> Option<Self> {
+    pub fn of_namespace(connections: PacedConnections) -> Option<Self> {
         let name = fs::read_to_string(DEFAULT).ok()?;
-        Self::named(name.trim())
+        let name = name.trim();
+        paces(name).then(|| Self { name: name.into(), connections })
     }
 
     /// The namespace's default, as if it paced.
     #[cfg(test)]
-    pub(super) fn testing() -> Self {
+    pub(super) fn testing(connections: PacedConnections) -> Self {
         let name = fs::read_to_string(DEFAULT).expect("a default");
-        Self(name.trim().into())
+        Self { name: name.trim().into(), connections }
     }
 
-    fn named(name: &str) -> Option<Self> {
-        name.starts_with("bbr").then(|| Self(name.into()))
+    /// Sets how the connections of `listener` start. Another process may have set the opposite.
+    pub(super) fn prepare(&self, listener: &impl AsFd, unpaced: bool) {
+        if unpaced && self.connections == PacedConnections::Distant {
+            self.postpone(listener);
+        } else {
+            self.begin(listener);
+        }
     }
 
-    /// Lets `socket`, and what a listener accepts, start without pacing.
+    /// Lets `socket` start without pacing, unless all connections pace.
     pub(super) fn postpone(&self, socket: &impl AsFd) {
+        if self.connections == PacedConnections::All {
+            return;
+        }
         let socket = SockRef::from(socket);
         // Fails only if an administrator forbids all of them: then it paces.
         let _unpaced = UNPACED.iter().any(|name| socket.set_tcp_congestion(name).is_ok());
@@ -60,9 +73,13 @@ impl Pacing {
     /// Starts pacing unless the peer has answered within the time of a near one.
     pub(super) fn decide(&self, socket: &impl AsFd, answered: Duration) {
         if answered >= NEAR {
-            // Fails only for a connection that has ended.
-            let _paced = SockRef::from(socket).set_tcp_congestion(self.0.as_bytes());
+            self.begin(socket);
         }
+    }
+
+    fn begin(&self, socket: &impl AsFd) {
+        // Fails only for a connection that has ended.
+        let _paced = SockRef::from(socket).set_tcp_congestion(self.name.as_bytes());
     }
 }
 
@@ -84,16 +101,17 @@ impl UndecidedPacing {
     }
 }
 
+fn paces(congestion_control: &str) -> bool {
+    congestion_control.starts_with("bbr")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn only_bbr_paces() {
-        assert_eq!(Pacing::named("bbr"), Some(Pacing("bbr".into())));
-        assert_eq!(Pacing::named("bbr2"), Some(Pacing("bbr2".into())));
-        for unpaced in ["cubic", "reno", "dctcp", ""] {
-            assert_eq!(Pacing::named(unpaced), None);
-        }
+        assert!(["bbr", "bbr2"].into_iter().all(paces));
+        assert!(!["cubic", "reno", "dctcp", ""].into_iter().any(paces));
     }
 }

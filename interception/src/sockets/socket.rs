@@ -8,13 +8,14 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 use underpass_config::{InboundMode, InterceptionSettings, Profile};
 
 use crate::error::InterceptionError;
@@ -155,7 +156,7 @@ impl Sockets {
         Self { keepalive: Some(keepalive), ..self }
     }
 
-    /// The same, with pacing only of connections to distant peers.
+    /// The same, with this pacing. `None`: the kernel does not pace.
     #[must_use]
     pub fn with_pacing(self, pacing: Option<Pacing>) -> Self {
         Self { pacing, ..self }
@@ -203,8 +204,8 @@ impl Sockets {
     /// The kernel rejected the operation.
     pub fn prepare(&self, listener: &impl AsFd, accepted: AcceptedOptions) -> io::Result<()> {
         self.tune(listener)?;
-        if let Some(pacing) = self.pacing.as_ref().filter(|_| accepted.unpaced) {
-            pacing.postpone(listener);
+        if let Some(pacing) = &self.pacing {
+            pacing.prepare(listener, accepted.unpaced);
         }
         match accepted.closing {
             Closing::End => end_on_close(listener),

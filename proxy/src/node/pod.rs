@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use underpass_config::{InterceptionSettings, PacedConnections, Settings, SpiffeId, Workload};
+use underpass_config::{InterceptionSettings, Settings, SpiffeId, Workload};
 use underpass_interception::{
     InterceptionError, LocalAddresses, NamespaceAccess, Pacing, Sockets, ipv6_available,
 };
@@ -62,12 +62,9 @@ pub(crate) struct Pod {
 
 /// How the sockets of a pod are made.
 pub(crate) fn pod_sockets(settings: &Settings) -> Sockets {
-    let sockets = Sockets::new(&settings.interception, ipv6_available())
-        .with_keepalive(settings.timeouts.keepalive);
-    match settings.proxy.pacing {
-        PacedConnections::Distant => sockets.with_pacing(Pacing::of_namespace()),
-        PacedConnections::All => sockets,
-    }
+    Sockets::new(&settings.interception, ipv6_available())
+        .with_keepalive(settings.timeouts.keepalive)
+        .with_pacing(Pacing::of_namespace(settings.proxy.pacing))
 }
 
 impl Pod {

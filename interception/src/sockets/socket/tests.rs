@@ -1,10 +1,11 @@
 //! Sockets that need no privileges; `tests/kernel` tests the others.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::io::AsyncReadExt as _;
-use underpass_config::{Hint as _, Sources};
+use underpass_config::{Hint as _, PacedConnections, Sources};
 
 use super::*;
 
@@ -221,7 +222,7 @@ fn is_unpaced(stream: &impl AsFd) -> bool {
 
 #[tokio::test]
 async fn connections_within_host_do_not_pace() {
-    let sockets = unmarked().with_pacing(Some(Pacing::testing()));
+    let sockets = unmarked().with_pacing(Some(Pacing::testing(PacedConnections::Distant)));
     let listener = listen(&sockets);
     let default = congestion_control(&listener);
     let client = Ipv4Addr::LOCALHOST.into();
@@ -230,12 +231,22 @@ async fn connections_within_host_do_not_pace() {
     let options = AcceptedOptions { closing: Closing::End, unpaced: true };
     sockets.prepare(&listener, options).expect("its options");
     assert!(is_unpaced(&accepted(&sockets, &listener, client).await));
-    assert!(is_unpaced(&connect(&sockets, loopback(&listener)).await));
+    let other = listen(&sockets);
+    assert!(is_unpaced(&connect(&sockets, loopback(&other)).await));
+    // A process with other settings takes over the listener.
+    let sockets = unmarked().with_pacing(Some(Pacing::testing(PacedConnections::All)));
+    sockets.prepare(&listener, options).expect("its options");
+    for stream in [
+        accepted(&sockets, &listener, client).await.into(),
+        OwnedFd::from(connect(&sockets, loopback(&other)).await.into_std().expect("a socket")),
+    ] {
+        assert_eq!(congestion_control(&stream), default);
+    }
 }
 
 #[tokio::test]
 async fn connection_paces_if_peer_is_distant() {
-    let sockets = unmarked().with_pacing(Some(Pacing::testing()));
+    let sockets = unmarked().with_pacing(Some(Pacing::testing(PacedConnections::Distant)));
     let listener = listen(&sockets);
     let default = congestion_control(&listener);
     let options = AcceptedOptions { closing: Closing::End, unpaced: true };
