@@ -63,9 +63,9 @@ async fn rejects_what_a_handshake_rejects_with_the_same_errors() {
     let (client, server) = ((ca.identity(CLIENT, 1), none()), (ca.identity(SERVER, 2), none()));
     assert_same("both valid", &client, &server, SERVER, true).await;
     assert_same("unexpected server", &client, &server, CLIENT, false).await;
-    let expired = |who| (ca.identity_until(who, 3, clock::now() - HOUR), none());
-    assert_same("expired client", &expired(CLIENT), &server, SERVER, false).await;
-    assert_same("expired server", &client, &expired(SERVER), SERVER, false).await;
+    let soon = clock::now() + HOUR / 2;
+    let expiring = |who| (ca.identity_until(who, 3, soon), none());
+    let (expired_client, expired_server) = (expiring(CLIENT), expiring(SERVER));
     let fake = (impostor.identity(CLIENT, 1), none());
     assert_same("client of another root", &fake, &server, SERVER, false).await;
     let foreign = (other.identity(FOREIGN, 1), none());
@@ -84,6 +84,9 @@ async fn rejects_what_a_handshake_rejects_with_the_same_errors() {
     let old = ca.revoke_between(&[9], clock::now() - 3 * HOUR, clock::now() - 2 * HOUR);
     let stale = (server.0.clone(), Files::new().crl("list", &old).trust());
     assert_same("stale list at the server", &client, &stale, SERVER, false).await;
+    tokio::time::sleep(HOUR * 3 / 4).await;
+    assert_same("expired client", &expired_client, &server, SERVER, false).await;
+    assert_same("expired server", &client, &expired_server, SERVER, false).await;
 }
 
 #[tokio::test]
