@@ -20,13 +20,9 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 use underpass_config::parse_duration;
 
-use super::plugin_error::PluginError;
+use super::plugin_error::{LATEST, PluginError, VERSIONS};
 use crate::pods::cni::attachment::{Attachment, NetworkName};
 use crate::pods::cni::install::DEFAULT_SOCKET;
-
-/// The versions of the specification that the plugin implements, the latest one last.
-pub(super) const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", LATEST];
-pub(super) const LATEST: &str = "1.1.0";
 
 /// The default deadline of a call, well below the kubelet's two minutes.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);

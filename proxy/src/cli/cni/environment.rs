@@ -7,6 +7,10 @@ use std::path::PathBuf;
 use super::plugin_error::PluginError;
 use crate::pods::cni::attachment::{Attachment, InvalidName};
 
+/// The variables that the plugin reads.
+const VARIABLES: [&str; 5] =
+    ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS"];
+
 /// A command of CNI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Operation {
@@ -37,8 +41,13 @@ pub(crate) struct Environment {
 
 impl Environment {
     /// The variables of this process.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the protocol of CNI is environment variables, not settings"
+    )]
     pub(super) fn of_process() -> Self {
-        std::env::vars_os().collect()
+        let variable = |name: &&str| Some((OsString::from(name), std::env::var_os(name)?));
+        VARIABLES.iter().filter_map(variable).collect()
     }
 
     pub(super) fn operation(&self) -> Result<Operation, PluginError> {
@@ -102,7 +111,6 @@ impl Environment {
 
 impl FromIterator<(OsString, OsString)> for Environment {
     fn from_iter<I: IntoIterator<Item = (OsString, OsString)>>(variables: I) -> Self {
-        let of_cni = |(name, _): &(OsString, OsString)| name.to_string_lossy().starts_with("CNI_");
-        Self { variables: variables.into_iter().filter(of_cni).collect() }
+        Self { variables: variables.into_iter().collect() }
     }
 }

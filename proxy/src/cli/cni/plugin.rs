@@ -9,10 +9,10 @@ use std::os::fd::AsFd as _;
 use serde_json::json;
 use underpass_interception::Namespace;
 
-use super::config::{Config, VERSIONS};
+use super::config::Config;
 use super::daemon::Daemon;
 use super::environment::{Environment, Operation};
-use super::plugin_error::PluginError;
+use super::plugin_error::{PluginError, VERSIONS};
 use super::previous_result;
 use crate::error::chain;
 use crate::pods::cni::attachment::{AttachedPod, Attachment, PodReference};

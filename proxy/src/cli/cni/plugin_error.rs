@@ -7,10 +7,13 @@ use serde_json::{Value, json};
 use thiserror::Error;
 use underpass_interception::InterceptionError;
 
-use super::config::VERSIONS;
 use crate::error::chain;
 use crate::pods::cni::attachment::InvalidName;
 use crate::pods::cni::protocol::{Refusal, code};
+
+/// The versions of the specification that the plugin implements, the latest one last.
+pub(super) const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", LATEST];
+pub(super) const LATEST: &str = "1.1.0";
 
 /// Why a call of the plugin fails.
 #[derive(Debug, Error)]

@@ -98,7 +98,7 @@ impl Installation {
     /// The changes that install the plugin; none if it is installed.
     pub(crate) fn install(&self) -> Result<Vec<Change>, InstallError> {
         let mut changes = Vec::new();
-        if !self.has_program()? {
+        if !self.has_program() {
             changes.push(Change::CopyProgram(self.program()));
         }
         changes.extend(self.entry()?);
@@ -121,9 +121,9 @@ impl Installation {
         self.program_folder.join(PLUGIN)
     }
 
-    fn has_program(&self) -> Result<bool, InstallError> {
-        let own = read(Path::new(OWN_BINARY))?;
-        Ok(fs::read(self.program()).is_ok_and(|installed| installed == own))
+    /// A program that cannot be read is replaced.
+    fn has_program(&self) -> bool {
+        files::are_equal(Path::new(OWN_BINARY), &self.program()).unwrap_or(false)
     }
 
     /// The changes that put the entry into the configuration that runtimes use: the first one.
@@ -234,8 +234,8 @@ impl Change {
     pub(crate) fn apply(&self) -> Result<(), InstallError> {
         match self {
             Self::CopyProgram(path) => {
-                let own = read(Path::new(OWN_BINARY))?;
-                files::write_program(path, &own).map_err(failed("write", path))
+                let copied = files::copy_program(Path::new(OWN_BINARY), path);
+                copied.map_err(failed("write", path))
             }
             Self::Write { path, text } => {
                 let folder = path.parent().unwrap_or(path);
@@ -265,10 +265,6 @@ impl fmt::Display for Change {
             Self::Touch(path) => write!(f, "make the runtime read {} again", path.display()),
         }
     }
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, InstallError> {
-    fs::read(path).map_err(failed("read", path))
 }
 
 fn read_text(path: &Path) -> Result<String, InstallError> {

@@ -111,9 +111,8 @@ impl<'a> Conflist<'a> {
     /// of an entry stay unless its socket differs.
     pub(super) fn with_entry(&self, socket: &Path) -> Result<Option<String>, ConflistError> {
         check_version(&self.keys)?;
-        let (first, last) = match (self.plugins.first(), self.plugins.last()) {
-            (Some(first), Some(last)) => (first, last),
-            _ => return Err(ConflistError::Missing("plugins")),
+        let (Some(first), Some(last)) = (self.plugins.first(), self.plugins.last()) else {
+            return Err(ConflistError::Missing("plugins"));
         };
         let mut ours = self.plugins.iter().filter(|plugin| plugin.is_ours);
         if let (Some(only), None) = (ours.next(), ours.next())

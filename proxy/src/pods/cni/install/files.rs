@@ -1,7 +1,7 @@
 //! Files of the runtime: which network configuration counts, and atomic changes.
 
 use std::fs::{self, File, Permissions};
-use std::io::{self, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
@@ -65,15 +65,42 @@ impl Found {
 pub(super) fn write(path: &Path, content: &[u8]) -> io::Result<()> {
     let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let old = fs::metadata(&path).ok();
-    replace(&path, content, old.as_ref().map_or(MODE, |old| old.mode() & 0o7777), old.as_ref())
+    let mut content = content;
+    replace(&path, &mut content, old.as_ref().map_or(MODE, |old| old.mode() & 0o7777), old.as_ref())
 }
 
-/// Writes an executable file in one step.
-pub(super) fn write_program(path: &Path, content: &[u8]) -> io::Result<()> {
-    replace(path, content, 0o755, None)
+/// Copies an executable file in one step.
+pub(super) fn copy_program(from: &Path, to: &Path) -> io::Result<()> {
+    replace(to, &mut File::open(from)?, 0o755, None)
 }
 
-fn replace(path: &Path, content: &[u8], mode: u32, old: Option<&fs::Metadata>) -> io::Result<()> {
+/// Whether two files have the same content. Reads a binary in pieces, because it is large.
+pub(super) fn are_equal(one: &Path, other: &Path) -> io::Result<bool> {
+    let (one, other) = (File::open(one)?, File::open(other)?);
+    if one.metadata()?.len() != other.metadata()?.len() {
+        return Ok(false);
+    }
+    let (mut one, mut other) = (BufReader::new(one), BufReader::new(other));
+    loop {
+        let (left, right) = (one.fill_buf()?, other.fill_buf()?);
+        let length = left.len().min(right.len());
+        if left.get(..length) != right.get(..length) {
+            return Ok(false);
+        }
+        if length == 0 {
+            return Ok(left.len() == right.len());
+        }
+        one.consume(length);
+        other.consume(length);
+    }
+}
+
+fn replace(
+    path: &Path,
+    content: &mut dyn Read,
+    mode: u32,
+    old: Option<&fs::Metadata>,
+) -> io::Result<()> {
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
     // Not a name that a runtime reads.
     let new = path.with_file_name(format!(".{name}.{}.new", std::process::id()));
@@ -85,9 +112,14 @@ fn replace(path: &Path, content: &[u8], mode: u32, old: Option<&fs::Metadata>) -
     sync_folder(path)
 }
 
-fn write_new(new: &Path, content: &[u8], mode: u32, old: Option<&fs::Metadata>) -> io::Result<()> {
+fn write_new(
+    new: &Path,
+    content: &mut dyn Read,
+    mode: u32,
+    old: Option<&fs::Metadata>,
+) -> io::Result<()> {
     let mut file = File::create(new)?;
-    file.write_all(content)?;
+    io::copy(content, &mut file)?;
     file.set_permissions(Permissions::from_mode(mode))?;
     if let Some(old) = old {
         chown(new, Some(old.uid()), Some(old.gid()))?;
@@ -112,6 +144,7 @@ fn sync_folder(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pods::cni::testing::Folder;
 
     #[test]
     fn list_for_single_configuration_precedes_it() {
@@ -122,6 +155,28 @@ mod tests {
         let mut names = ["10-a.conf", "10-a-underpass.conflist", "10-a.json", "10-b.conf"];
         names.sort_unstable();
         assert_eq!(names[0], "10-a-underpass.conflist");
+    }
+
+    #[test]
+    fn contents_are_compared_to_their_end() {
+        let folder = Folder::new();
+        let file = |name: &str, content: &[u8]| {
+            fs::write(folder.path(name), content).unwrap();
+            folder.path(name)
+        };
+        let long = vec![7; 100_000];
+        let mut changed = long.clone();
+        changed[99_999] = 8;
+        let one = file("one", &long);
+        for (name, content, equal) in [
+            ("equal", &*long, true),
+            ("changed", &*changed, false),
+            ("short", &long[..99_999], false),
+            ("empty", &[], false),
+        ] {
+            assert_eq!(are_equal(&one, &file(name, content)).unwrap(), equal, "{name}");
+        }
+        are_equal(&one, &folder.path("missing")).unwrap_err();
     }
 
     #[test]

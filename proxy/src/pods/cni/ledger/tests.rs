@@ -263,7 +263,7 @@ async fn restarted_daemon_waits_for_facts_about_a_pod() {
     let daemon = Daemon::start(&folder);
     daemon.mesh.send_replace(snapshot(&settings(&[]), &["db"]));
     let late = daemon.ledger.resume().unwrap();
-    assert_eq!(late, [web.clone()]);
+    assert_eq!(late, std::slice::from_ref(&web));
     let ledger = daemon.ledger.clone();
     let waiting = tokio::spawn(async move { ledger.resume_late(web).await });
     daemon.mesh.send_replace(snapshot(&settings(&[]), &["db", "web"]));
