@@ -9,6 +9,7 @@
 //!   clients, `server` is the server, and `process` reads the resources of proxies. `child_process`
 //!   starts helper processes, whose roles `roles` runs;
 //! * `report` combines the rounds: the table, the ratios, the `goals`, the JSON;
+//! * `idle` reads what a process needs while it does nothing;
 //! * `scaling` repeats some loads at growing sizes, and `plot` draws the results.
 //!
 //! Benches check no behaviour; the tests crate does. A bench stops at an error.
@@ -21,6 +22,7 @@
 mod child_process;
 mod clients;
 mod goals;
+mod idle;
 mod load;
 mod options;
 mod paths;
@@ -37,6 +39,7 @@ mod ztunnel;
 
 use underpass_interception::{enter_sandbox, raise_open_files};
 
+pub use idle::Idle;
 pub use load::{RequestMode, Traffic};
 pub use options::{Options, PathName, WorkloadGroup, ZtunnelMode, bench_arguments};
 pub use paths::Path;

@@ -40,8 +40,8 @@ pub(crate) enum ProxyError {
     NoIdentity(SocketAddr),
     #[error("no certificate of {id} was issued within {}", seconds(after))]
     CertificateAwaited { id: SpiffeId, after: Duration },
-    #[error("the mesh has no workload {pod}, which this pod is, so its policies are unknown")]
-    PodNotInMesh { pod: String },
+    #[error("the mesh has no workload {pod} with the identity {id}, this pod's own")]
+    PodNotInMesh { pod: String, id: SpiffeId },
     #[error("{0} has too many TLS handshakes in progress (limits.handshakes_per_source)")]
     TooManyHandshakes(IpAddr),
     #[error(

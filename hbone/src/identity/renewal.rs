@@ -15,12 +15,15 @@ const MIN_INTERVAL: Duration = Duration::from_secs(1);
 /// Delay after the first consecutive failure; each further one doubles it.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(150);
+/// The longest delay while there is no valid certificate, which connections wait for.
+const LAST_RETRY_WITHOUT: Duration = Duration::from_secs(15);
 
 /// Jitter, so that proxies that started together do not renew together.
 const RENEWAL_JITTER: f64 = 0.1;
 const RETRY_JITTER: f64 = 0.2;
 
-/// Interval at which the wall clock is read again, since it may be set.
+/// Interval at which the wall clock is read again, since it may be set. All waits read it at the same
+/// moments, whole minutes, so that many of them wake an idle process as often as one.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The time of the next request.
@@ -29,6 +32,8 @@ pub(crate) struct Schedule {
     due: NextRequest,
     /// Number of consecutive failures.
     failures: u32,
+    /// When the last certificate expires.
+    expires: Option<SystemTime>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +45,7 @@ enum NextRequest {
 impl Schedule {
     /// A schedule whose first request is due now.
     pub(crate) fn new() -> Self {
-        Self { due: NextRequest::Retry(Instant::now()), failures: 0 }
+        Self { due: NextRequest::Retry(Instant::now()), failures: 0, expires: None }
     }
 
     /// Waits until the request is due. Cancel-safe.
@@ -57,10 +62,14 @@ impl Schedule {
         let left = expires.duration_since(now).unwrap_or_default();
         self.due = NextRequest::Renewal(now + renew_after(left, random()));
         self.failures = 0;
+        self.expires = Some(expires);
     }
 
     pub(crate) fn failed(&mut self) {
-        self.due = NextRequest::Retry(Instant::now() + retry_after(self.failures, random()));
+        let is_valid = self.expires.is_some_and(|expires| expires > clock::now());
+        let longest = if is_valid { LAST_RETRY } else { LAST_RETRY_WITHOUT };
+        self.due =
+            NextRequest::Retry(Instant::now() + retry_after(self.failures, longest, random()));
         self.failures = self.failures.saturating_add(1);
     }
 }
@@ -68,12 +77,21 @@ impl Schedule {
 /// Waits until the wall clock reaches `time`, even if it is set or the machine suspends.
 /// Cancel-safe.
 pub(crate) async fn reached(time: SystemTime) {
-    while let Ok(left) = time.duration_since(clock::now()) {
+    loop {
+        let now = clock::now();
+        let left = time.duration_since(now).unwrap_or_default();
         if left.is_zero() {
             return;
         }
-        sleep(left.min(CLOCK_CHECK_INTERVAL)).await;
+        sleep(left.min(until_next_clock_check(now))).await;
     }
+}
+
+/// The time until the next moment at which all waits read the clock.
+fn until_next_clock_check(now: SystemTime) -> Duration {
+    let since_1970 = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let passed = since_1970.as_nanos() % CLOCK_CHECK_INTERVAL.as_nanos();
+    CLOCK_CHECK_INTERVAL - Duration::from_nanos(u64::try_from(passed).unwrap_or_default())
 }
 
 /// The delay before renewing a certificate that is valid for `left`; `chance` is from -1 to 1.
@@ -81,10 +99,11 @@ fn renew_after(left: Duration, chance: f64) -> Duration {
     (left / 2).mul_f64(1.0 + RENEWAL_JITTER * chance).max(MIN_INTERVAL)
 }
 
-/// The delay after `failures` earlier consecutive failures; `chance` is from -1 to 1.
-fn retry_after(failures: u32, chance: f64) -> Duration {
+/// The delay after `failures` earlier consecutive failures, at most `longest` before jitter;
+/// `chance` is from -1 to 1.
+fn retry_after(failures: u32, longest: Duration, chance: f64) -> Duration {
     let doubled = FIRST_RETRY.saturating_mul(2_u32.saturating_pow(failures));
-    doubled.min(LAST_RETRY).mul_f64(1.0 + RETRY_JITTER * chance)
+    doubled.min(longest).mul_f64(1.0 + RETRY_JITTER * chance)
 }
 
 fn random() -> f64 {
@@ -113,11 +132,38 @@ mod tests {
 
     #[test]
     fn failures_double_the_pause_up_to_its_maximum() {
-        let pauses = [0, 1, 2, 6, 7, 8, 40, u32::MAX].map(|failures| retry_after(failures, 0.0));
+        let pauses =
+            [0, 1, 2, 6, 7, 8, 40, u32::MAX].map(|failures| retry_after(failures, LAST_RETRY, 0.0));
         let seconds: Vec<u64> = pauses.iter().map(Duration::as_secs).collect();
         assert_eq!(seconds, [1, 2, 4, 64, 128, 150, 150, 150]);
-        assert_eq!(retry_after(8, 1.0), Duration::from_secs(180));
-        assert_eq!(retry_after(0, -1.0), Duration::from_millis(800));
+        assert_eq!(retry_after(8, LAST_RETRY, 1.0), Duration::from_secs(180));
+        assert_eq!(retry_after(0, LAST_RETRY, -1.0), Duration::from_millis(800));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn retries_sooner_without_valid_certificate() {
+        let mut schedule = Schedule::new();
+        let pause_of = async |schedule: &mut Schedule| {
+            schedule.failures = 20;
+            let start = Instant::now();
+            schedule.failed();
+            schedule.due().await;
+            start.elapsed().as_secs()
+        };
+        assert!((12..=18).contains(&pause_of(&mut schedule).await));
+        schedule.succeeded(clock::now() + HOUR);
+        assert!((120..=180).contains(&pause_of(&mut schedule).await));
+    }
+
+    #[test]
+    fn waits_read_the_clock_at_whole_minutes() {
+        let at = |millis| SystemTime::UNIX_EPOCH + Duration::from_millis(millis);
+        assert_eq!(until_next_clock_check(at(120_000)), CLOCK_CHECK_INTERVAL);
+        assert_eq!(
+            until_next_clock_check(at(120_001)),
+            CLOCK_CHECK_INTERVAL - Duration::from_millis(1)
+        );
+        assert_eq!(until_next_clock_check(at(179_999)), Duration::from_millis(1));
     }
 
     #[test]

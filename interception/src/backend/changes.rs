@@ -6,13 +6,14 @@
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use crate::backend::Backend;
 use crate::backend::iptables::Variant;
@@ -39,7 +40,7 @@ pub struct Changes {
     interval: Option<Interval>,
     /// Polling applies only while these legacy tables exist; `None` for always.
     if_legacy: Option<LegacyTables>,
-    /// True if the interval elapsed and legacy tables were not checked since.
+    /// True if the interval elapsed, or began, and legacy tables were not checked since.
     ticked: bool,
 }
 
@@ -64,7 +65,8 @@ impl Changes {
             Backend::Iptables(Variant::Legacy) => (None, Some(every(LEGACY_INTERVAL))),
             _ => (Some(Notifications::new(nftables?)?), None),
         };
-        Ok(Self { access, nftables, routes, interval, if_legacy: None, ticked: false })
+        let ticked = interval.is_some();
+        Ok(Self { access, nftables, routes, interval, if_legacy: None, ticked })
     }
 
     /// Changes of any program's rules and ip rules in a namespace. Without permission for nftables
@@ -83,7 +85,7 @@ impl Changes {
         let interval = Some(every(FOREIGN_INTERVAL));
         let (access, routes) = (access.clone(), Notifications::new(routes)?);
         let nftables = nftables.ok().map(Notifications::new).transpose()?;
-        Ok(Self { access, nftables, routes, interval, if_legacy, ticked: false })
+        Ok(Self { access, nftables, routes, interval, if_legacy, ticked: true })
     }
 
     /// Returns when rules may have changed since the last call or since the subscription. All
@@ -137,9 +139,18 @@ async fn has_legacy_tables(access: &NamespaceAccess, tables: &mut LegacyTables) 
     tables.exist().unwrap_or_default()
 }
 
+/// Ticks at the multiples of `period` since the first call in this process, so that the polls of many
+/// namespaces wake an idle process as often as one.
 fn every(period: Duration) -> Interval {
-    let mut interval = interval(period);
-    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    static FIRST: OnceLock<Instant> = OnceLock::new();
+    let now = Instant::now();
+    let passed = now.saturating_duration_since(*FIRST.get_or_init(|| now));
+    let since_multiple = Duration::from_nanos(
+        u64::try_from(passed.as_nanos() % period.as_nanos().max(1)).unwrap_or_default(),
+    );
+    let mut interval = interval_at(now + (period - since_multiple), period);
+    // Keeps to the multiples.
+    interval.set_missed_tick_behavior(MissedTickBehavior::Skip);
     interval
 }
 
@@ -178,4 +189,19 @@ fn receive(socket: &OwnedFd) -> io::Result<()> {
 
 fn failed(source: io::Error) -> InterceptionError {
     InterceptionError::Netlink { operation: OPERATION, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn polls_of_many_namespaces_tick_together() {
+        let mut first = every(FOREIGN_INTERVAL);
+        tokio::time::advance(Duration::from_millis(1700)).await;
+        let mut second = every(FOREIGN_INTERVAL);
+        for _ in 0..3 {
+            assert_eq!(first.tick().await, second.tick().await);
+        }
+    }
 }

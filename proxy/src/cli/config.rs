@@ -218,7 +218,10 @@ impl Check {
             }
         };
         if settings.mesh_file.is_some() {
-            self.own_workload(settings, &mesh);
+            // A node daemon has no workload of its own.
+            if settings.node.pods.is_none() {
+                self.own_workload(settings, &mesh);
+            }
         }
         mesh
     }

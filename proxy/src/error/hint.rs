@@ -25,7 +25,7 @@ impl Hint for ProxyError {
             Self::CertificateAwaited { .. } => {
                 "check that the CA answers, or raise timeouts.handshake"
             }
-            Self::PodNotInMesh { .. } => "add the pod to the mesh",
+            Self::PodNotInMesh { .. } => "add the pod to the mesh, with its service account",
             Self::TooManyHandshakes(_) => {
                 "check for a storm of connections or for a client that never finishes them, or raise \
                  limits.handshakes_per_source"

@@ -18,7 +18,7 @@ use crate::observe::metrics;
 use crate::pods::enrolment::{EnrolError, Enrolled, Enroller};
 use crate::pods::facts::PodFacts;
 use crate::pods::state::{Action, AttemptId, Pods};
-use crate::pods::status::{PodState, PodStatus};
+use crate::pods::status::PodStatus;
 
 /// A handle of all pods of the node. Clones share them.
 #[derive(Debug, Clone)]
@@ -188,6 +188,9 @@ impl RegistryTask {
                 () = retry => {}
                 Some(ended) = self.tasks.join_next_with_id() => self.ended(ended),
             }
+            while let Some(ended) = self.tasks.try_join_next_with_id() {
+                self.ended(ended);
+            }
         }
     }
 
@@ -281,10 +284,9 @@ impl RegistryTask {
     }
 
     fn report_counts(&self) {
-        let status = self.registry.pods().status(Instant::now());
-        for name in PodState::NAMES {
-            let count = status.iter().filter(|pod| pod.state.name() == name).count();
-            metrics::pods(name, count);
+        let counts = self.registry.pods().counts();
+        for (state, count) in counts {
+            metrics::pods(state, count);
         }
     }
 }

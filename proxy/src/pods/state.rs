@@ -442,6 +442,21 @@ impl Pods {
         served.flat_map(|entry| entry.facts.ips.iter().copied()).collect()
     }
 
+    /// How many pods are in each state.
+    pub(super) fn counts(&self) -> [(&'static str, usize); 5] {
+        let count =
+            |of: fn(&Phase) -> bool| self.pods.values().filter(|entry| of(&entry.phase)).count();
+        let is_pending =
+            |phase: &Phase| matches!(phase, Phase::Waiting { .. } | Phase::Enrolling { .. });
+        [
+            (PodState::PENDING, count(is_pending)),
+            (PodState::SERVING, count(|phase| matches!(phase, Phase::Serving { .. }))),
+            (PodState::LEFT_ALONE, count(|phase| matches!(phase, Phase::LeftAlone(_)))),
+            (PodState::FAILED, count(|phase| matches!(phase, Phase::Failed))),
+            (PodState::LEAVING, self.leaving.len()),
+        ]
+    }
+
     /// The status of all pods, in no order.
     pub(super) fn status(&self, now: Instant) -> Vec<PodStatus> {
         let known = self.pods.iter().map(|(uid, entry)| PodStatus {

@@ -36,16 +36,19 @@ pub(crate) enum PodState {
 }
 
 impl PodState {
-    pub(crate) const NAMES: [&'static str; 5] =
-        ["pending", "serving", "left_alone", "failed", "leaving"];
+    pub(crate) const PENDING: &'static str = "pending";
+    pub(crate) const SERVING: &'static str = "serving";
+    pub(crate) const LEFT_ALONE: &'static str = "left_alone";
+    pub(crate) const FAILED: &'static str = "failed";
+    pub(crate) const LEAVING: &'static str = "leaving";
 
     pub(crate) fn name(&self) -> &'static str {
         match self {
-            Self::Pending { .. } => "pending",
-            Self::Serving(_) => "serving",
-            Self::LeftAlone(_) => "left_alone",
-            Self::Failed(_) => "failed",
-            Self::Leaving => "leaving",
+            Self::Pending { .. } => Self::PENDING,
+            Self::Serving(_) => Self::SERVING,
+            Self::LeftAlone(_) => Self::LEFT_ALONE,
+            Self::Failed(_) => Self::FAILED,
+            Self::Leaving => Self::LEAVING,
         }
     }
 }

@@ -38,13 +38,18 @@ impl PolicyContext {
 }
 
 impl PolicyContext {
-    /// Fails if the mesh must have the pod's own workload and does not.
+    /// Fails if the mesh must have the pod's own workload, with its identity, and does not.
     pub(crate) fn check_own(&self, snapshot: &Snapshot) -> Result<(), ProxyError> {
-        if self.must_be_in_mesh && snapshot.named(&self.own).is_none() {
-            let pod = format!("{}/{}", self.own.namespace, self.own.name);
-            return Err(ProxyError::PodNotInMesh { pod });
+        if !self.must_be_in_mesh {
+            return Ok(());
         }
-        Ok(())
+        match snapshot.named(&self.own) {
+            Some(workload) if workload.identity == self.own.spiffe_id => Ok(()),
+            _ => {
+                let pod = format!("{}/{}", self.own.namespace, self.own.name);
+                Err(ProxyError::PodNotInMesh { pod, id: self.own.spiffe_id.clone() })
+            }
+        }
     }
 }
 

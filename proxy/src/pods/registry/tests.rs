@@ -7,6 +7,7 @@ use underpass_interception::testing::stand_in_namespace;
 use super::*;
 use crate::pods::enrolment::Departure;
 use crate::pods::facts::tests::facts;
+use crate::pods::status::PodState;
 use crate::pods::testing::FakeEnroller;
 
 fn pod(uid: &str) -> PodFacts {

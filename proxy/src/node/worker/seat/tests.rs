@@ -68,11 +68,15 @@ async fn connections_of_new_pod_wait_until_mesh_has_it() {
     assert_eq!(start.elapsed(), seat.node().timeouts.connect);
     assert!(matches!(permitted(), Err(ProxyError::PodNotInMesh { .. })));
 
+    let other = "workloads: [{name: server, serviceAccount: other, workloadIps: [10.0.0.2]}]";
+    mesh.send_replace(snapshot(2, other));
+    assert!(matches!(permitted(), Err(ProxyError::PodNotInMesh { .. })), "another identity");
+
     let (known, ()) = tokio::join!(seat.mesh(), async {
         let server = "workloads: [{name: server, workloadIps: [10.0.0.2]}]";
-        mesh.send_replace(snapshot(2, server));
+        mesh.send_replace(snapshot(3, server));
     });
-    assert_eq!(known.unwrap().generation, 2);
+    assert_eq!(known.unwrap().generation, 3);
     permitted().unwrap();
 }
 

@@ -1,0 +1,92 @@
+//! What a process needs while it does nothing.
+
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+
+use crate::process::{cpu_seconds, open_files};
+
+/// What a process has and has done.
+#[derive(Debug, Clone, Copy)]
+pub struct Idle {
+    /// Memory that it shares with no other process, in KiB (proc_pid_smaps(5)).
+    pub private_kib: f64,
+    /// Its open files.
+    pub descriptors: f64,
+    /// Its threads.
+    pub threads: usize,
+    /// Its inotify instances.
+    pub inotify: usize,
+    /// How often its threads were given a CPU, since each of them started.
+    pub switches: f64,
+    /// The CPU time that it has used.
+    pub cpu_seconds: f64,
+}
+
+impl Idle {
+    /// Reads `/proc/PID`.
+    ///
+    /// # Panics
+    /// The process has ended, or is another user's.
+    #[must_use]
+    pub fn read(process: u32) -> Self {
+        let proc = PathBuf::from(format!("/proc/{process}"));
+        let read = |file: &str| fs::read_to_string(proc.join(file)).expect("the process runs");
+        let list = |folder: &str| {
+            let entries = fs::read_dir(proc.join(folder)).expect("the process runs");
+            entries.flatten().map(|entry| entry.path()).collect::<Vec<_>>()
+        };
+        let tasks = list("task");
+        let status = |task: &PathBuf| fs::read_to_string(task.join("status")).unwrap_or_default();
+        let is_inotify = |file: &PathBuf| {
+            fs::read_link(file).is_ok_and(|target| target.as_os_str() == "anon_inode:inotify")
+        };
+        Self {
+            private_kib: sum(&read("smaps_rollup"), "Private_"),
+            descriptors: open_files(process),
+            threads: tasks.len(),
+            inotify: list("fd").iter().filter(|file| is_inotify(file)).count(),
+            switches: tasks.iter().map(|task| switches(&status(task))).sum(),
+            cpu_seconds: cpu_seconds(&[process]),
+        }
+    }
+}
+
+impl fmt::Display for Idle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { private_kib, descriptors, threads, inotify, .. } = self;
+        write!(
+            f,
+            "{private_kib} KiB private, {descriptors} descriptors, {threads} threads, {inotify} inotify instances"
+        )
+    }
+}
+
+/// The sum of the values of the lines that begin with `start`, as in `Private_Dirty:  12 kB`.
+fn sum(text: &str, start: &str) -> f64 {
+    let values = text.lines().filter(|line| line.starts_with(start));
+    values.filter_map(|line| line.split_whitespace().nth(1)?.parse::<f64>().ok()).sum()
+}
+
+fn switches(status: &str) -> f64 {
+    sum(status, "voluntary_ctxt_switches") + sum(status, "nonvoluntary_ctxt_switches")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_switches_and_private_memory() {
+        let status = "Name:\tx\nvoluntary_ctxt_switches:\t7\nnonvoluntary_ctxt_switches:\t2\n";
+        assert_eq!(switches(status), 9.0);
+        let rollup = "Rss: 99 kB\nPrivate_Clean: 10 kB\nPrivate_Dirty: 5 kB\n";
+        assert_eq!(sum(rollup, "Private_"), 15.0);
+    }
+
+    #[test]
+    fn reads_this_process() {
+        let idle = Idle::read(std::process::id());
+        assert!(idle.private_kib > 0.0 && idle.threads > 0 && idle.switches > 0.0, "{idle}");
+    }
+}
