@@ -35,7 +35,8 @@ settings! {
     /// with `net_dir`: the runtime's folder of plugins, such as `/opt/cni/bin`
     BIN_DIR: PathBuf = "node.cni_install.bin_dir", PATH, Fallback::Varies("none"),
         |s| s.node.cni_install.as_ref().map(|folders| folders.bin_dir.clone());
-    /// namespaces whose pods are never enrolled: those without which no pod starts
+    /// namespaces whose pods are never enrolled: those without which no pod starts; none with
+    /// `node.pods.zds`, whose agent selects the pods
     EXEMPT_NAMESPACES: Vec<String> = "node.exempt_namespaces",
         list("list of namespaces", |cursor, _| given_list(cursor, namespace)),
         Fallback::Is(default_exempt_namespaces), |s| Some(s.node.exempt_namespaces.clone());
@@ -80,8 +81,8 @@ fn namespace(text: &str) -> Result<String, String> {
 
 pub(super) fn node(document: Document<'_>) -> Option<NodeSettings> {
     let name = NAME.read(document);
-    let exempt_namespaces = EXEMPT_NAMESPACES.read(document)?;
     let (pods, cni_install) = (pods(document), cni_install(document));
+    let exempt_namespaces = exempt_namespaces(document, pods.as_ref())?;
     if cni_install.is_some() && !matches!(pods, Some(PodSourceSettings::Cni(_))) {
         let node = document.root.key("node");
         node.key("cni_install").problem("has a meaning with node.pods.cni only");
@@ -112,6 +113,22 @@ fn cni_install(document: Document<'_>) -> Option<CniInstallSettings> {
             None
         }
     }
+}
+
+/// None with an agent: a pod that it has selected has its rules, and is cut off without its proxy.
+fn exempt_namespaces(
+    document: Document<'_>,
+    pods: Option<&PodSourceSettings>,
+) -> Option<Vec<String>> {
+    let namespaces = EXEMPT_NAMESPACES.read(document)?;
+    if !matches!(pods, Some(PodSourceSettings::Zds(_))) {
+        return Some(namespaces);
+    }
+    if document.root.key("node").key("exempt_namespaces").is_given() && !namespaces.is_empty() {
+        EXEMPT_NAMESPACES
+            .problem(document, "must be empty with node.pods.zds: the agent selects the pods");
+    }
+    Some(Vec::new())
 }
 
 fn pods(document: Document<'_>) -> Option<PodSourceSettings> {

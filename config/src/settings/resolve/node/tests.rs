@@ -28,8 +28,18 @@ fn parses_each_source_of_pods() {
         let settings = settings_of(&format!("node: {{pods: {{{key}: /run/x}}}}")).unwrap();
         assert_eq!(settings.interception.install, key != "zds", "{key}");
         assert_eq!(settings.node.pods, Some(pods));
-        assert_eq!(settings.node.exempt_namespaces, ["kube-system", "istio-system"]);
+        let exempt = if key == "zds" { &[][..] } else { &["kube-system", "istio-system"] };
+        assert_eq!(settings.node.exempt_namespaces, exempt, "{key}");
     }
+}
+
+#[test]
+fn rejects_exempt_namespaces_with_an_agent_that_selects_pods() {
+    let node = |exempt: &str| format!("node: {{pods: {{zds: /x}}, exempt_namespaces: {exempt}}}");
+    let found = mistakes(&node("[kube-system]"));
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].starts_with("node.exempt_namespaces: must be empty"), "{found:?}");
+    assert!(mistakes(&node("[]")).is_empty());
 }
 
 #[test]
