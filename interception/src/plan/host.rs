@@ -131,7 +131,7 @@ impl HostPlan {
         let pods = self.pods.iter().filter(|address| address.is_ipv6() == family.is_v6);
         let pods: Vec<_> = pods.copied().map(IpNet::from).collect();
         let name = family.set.to_owned();
-        (!pods.is_empty()).then(|| NamedSet { name, values: Values::Cidrs(pods) })
+        (!pods.is_empty()).then_some(NamedSet { name, values: Values::Cidrs(pods) })
     }
 }
 

@@ -131,7 +131,7 @@ impl Connection {
         on_snapshot: &mut impl FnMut(),
     ) -> Result<(), RequestFailure> {
         match self.session.receive(&message.bytes, message.descriptors)? {
-            Command::Add { facts, namespace } => self.add(facts, namespace).await?,
+            Command::Add { facts, namespace } => self.add(*facts, namespace).await?,
             Command::Keep(uid) => {
                 if !self.registry.keep(&uid) {
                     tracing::warn!(%uid, "pod not enrolled: the node agent has no network namespace of it");

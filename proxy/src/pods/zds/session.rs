@@ -42,7 +42,7 @@ pub(super) struct Session {
 #[derive(Debug)]
 pub(super) enum Command<D> {
     Add {
-        facts: PodFacts,
+        facts: Box<PodFacts>,
         namespace: D,
     },
     /// The pod exists. Its namespace is unknown, unless an earlier connection passed it.
@@ -120,7 +120,7 @@ impl Session {
         let [namespace] = <[D; 1]>::try_from(descriptors)
             .map_err(|descriptors| RequestError::Descriptors(descriptors.len()))?;
         let info = add.workload_info.ok_or(RequestError::NoWorkloadInfo)?;
-        let facts = facts(uid, info);
+        let facts = Box::new(facts(uid, info));
         facts.check()?;
         Ok(Command::Add { facts, namespace })
     }
