@@ -4,13 +4,10 @@
 
 use crate::backend::Backend;
 use crate::backend::changes::Changes;
-use crate::backend::nftables;
 use crate::backend::verify::Difference;
 use crate::error::InterceptionError;
-use crate::namespace::Entered;
 use crate::plan::host::HostPlan;
 use crate::privileged::{HostRuleOperation, NamespaceAccess, Reply};
-use crate::process::privileges::lacks_net_admin;
 
 /// The rules in the host's namespace. They need nftables: iptables has no sets of addresses without
 /// another program.
@@ -72,31 +69,4 @@ impl HostRules {
     async fn ask(&self, operation: HostRuleOperation) -> Result<Reply, InterceptionError> {
         self.access.host_rules(operation).await
     }
-}
-
-/// Performs an operation in the namespace.
-pub(crate) async fn perform(
-    entered: &Entered,
-    operation: HostRuleOperation,
-) -> Result<Reply, InterceptionError> {
-    match operation {
-        HostRuleOperation::Check => check(entered).await.map(|()| Reply::Done),
-        HostRuleOperation::Apply(plan) => {
-            nftables::host::apply(entered, &plan).await.map(|()| Reply::Done)
-        }
-        HostRuleOperation::Verify(plan) => {
-            nftables::host::verify(entered, &plan).await.map(Reply::Difference)
-        }
-        HostRuleOperation::Remove => nftables::host::remove(entered).await.map(Reply::Is),
-    }
-}
-
-async fn check(entered: &Entered) -> Result<(), InterceptionError> {
-    if lacks_net_admin() {
-        return Err(InterceptionError::NotPermitted {
-            operation: "install the rules that translate kubelet probes",
-            capability: "NET_ADMIN",
-        });
-    }
-    nftables::check_available(entered).await
 }

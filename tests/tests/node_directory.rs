@@ -1,5 +1,5 @@
-//! `underpass node` with a folder of pod files: pods come and go, foreign namespaces are refused, and
-//! the node's probes reach strict pods.
+//! `underpass node` with a folder of pod files: pods come and go, foreign namespaces are refused,
+//! and the node's probes reach strict pods.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::fs;

@@ -5,16 +5,16 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
-use super::{PrivilegedOperations, Reply, ReplyFuture, Request, RuleOperation};
+use super::{HostRuleOperation, PrivilegedOperations, Reply, ReplyFuture, Request, RuleOperation};
 use crate::backend::leftovers::LegacyTables;
 use crate::backend::nftables;
 use crate::error::InterceptionError;
-use crate::host_rules;
 use crate::namespace::ipv6::ipv6_available;
 use crate::namespace::reverse_path::check_reverse_path;
 use crate::namespace::{Entered, Namespace, NamespaceThread, ipv6};
 use crate::plan::{Environment, RulePlan};
 use crate::process::bypass::bypassing_processes;
+use crate::process::privileges::lacks_net_admin;
 use crate::rules::{self, RuleSettings};
 use crate::self_test::ProbeSockets;
 use crate::self_test::return_path::ReturnPathProbe;
@@ -102,7 +102,7 @@ async fn perform(entered: &Entered, request: Request) -> Result<Reply, Intercept
             rules::prepare(entered, &settings).await.map(Reply::Backend)
         }
         Request::Rules { rules, operation } => on_rules(entered, &rules, operation).await,
-        Request::HostRules(operation) => host_rules::perform(entered, operation).await,
+        Request::HostRules(operation) => on_host_rules(entered, operation).await,
         Request::TableCounters => nftables::counters(entered).await.map(Reply::Counters),
         Request::RemoveEverything { scope, allow_host } => {
             rules::remove_everything(entered, scope, allow_host).await.map(Reply::Is)
@@ -137,6 +137,32 @@ async fn on_rules(
         RuleOperation::Leftovers => rules.leftovers(entered).await.map(Reply::Leftovers),
         RuleOperation::ForeignRules => rules.foreign_rules(entered).await.map(Reply::ForeignRules),
     }
+}
+
+async fn on_host_rules(
+    entered: &Entered,
+    operation: HostRuleOperation,
+) -> Result<Reply, InterceptionError> {
+    match operation {
+        HostRuleOperation::Check => check_host_rules(entered).await.map(|()| Reply::Done),
+        HostRuleOperation::Apply(plan) => {
+            nftables::host::apply(entered, &plan).await.map(|()| Reply::Done)
+        }
+        HostRuleOperation::Verify(plan) => {
+            nftables::host::verify(entered, &plan).await.map(Reply::Difference)
+        }
+        HostRuleOperation::Remove => nftables::host::remove(entered).await.map(Reply::Is),
+    }
+}
+
+async fn check_host_rules(entered: &Entered) -> Result<(), InterceptionError> {
+    if lacks_net_admin() {
+        return Err(InterceptionError::NotPermitted {
+            operation: "install the rules that translate kubelet probes",
+            capability: "NET_ADMIN",
+        });
+    }
+    nftables::check_available(entered).await
 }
 
 /// Opens up to `count` sockets; fewer if the kernel lacks resources.

@@ -107,7 +107,8 @@ impl PodRegistry {
         self.change(|pods| pods.retain(named));
     }
 
-    /// Removes a pod: drains its connections, and removes its rules. An unknown pod is removed already.
+    /// Removes a pod: drains its connections, and removes its rules. An unknown pod is removed
+    /// already.
     pub(crate) fn remove(&self, uid: &PodUid) -> Removal {
         Removal(self.change(|pods| pods.remove(uid)))
     }
