@@ -1,4 +1,4 @@
-//! What a process needs while it does nothing.
+//! Reads the resources that an idle process needs.
 
 use std::fmt;
 use std::fs;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::process::{cpu_seconds, open_files};
 
-/// What a process has and has done.
+/// The resources of a process.
 #[derive(Debug, Clone, Copy)]
 pub struct Idle {
     /// Memory that it shares with no other process, in KiB (proc_pid_smaps(5)).

@@ -22,8 +22,8 @@ const LAST_RETRY_WITHOUT: Duration = Duration::from_secs(15);
 const RENEWAL_JITTER: f64 = 0.1;
 const RETRY_JITTER: f64 = 0.2;
 
-/// Interval at which the wall clock is read again, since it may be set. All waits read it at the same
-/// moments, whole minutes, so that many of them wake an idle process as often as one.
+/// Interval at which the wall clock is read again, since it may be set. All waits read it at whole
+/// minutes, so that many of them wake an idle process as often as one.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The time of the next request.

@@ -139,8 +139,8 @@ async fn has_legacy_tables(access: &NamespaceAccess, tables: &mut LegacyTables) 
     tables.exist().unwrap_or_default()
 }
 
-/// Ticks at the multiples of `period` since the first call in this process, so that the polls of many
-/// namespaces wake an idle process as often as one.
+/// Ticks at the multiples of `period` since the first call in this process, so that the polls of
+/// many namespaces wake an idle process as often as one.
 fn every(period: Duration) -> Interval {
     static FIRST: OnceLock<Instant> = OnceLock::new();
     let now = Instant::now();
