@@ -15,10 +15,10 @@ use std::fmt::Write as _;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Parser;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use underpass_benches::{Idle, bench_arguments, runtime_with_pods};
 use underpass_interception::{Endpoint, IpNet, Namespace, veth};
 use underpass_tests::{Pki, Pod, Proxy, Settings, World, http_get};

@@ -5,6 +5,7 @@
 //!
 //! Not here: sockets, which [`Dial`] opens.
 
+mod load;
 mod retry;
 mod state;
 mod through;
@@ -20,7 +21,8 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use underpass_config::SpiffeId;
 
-use self::state::{Checkout, DialId, Handle, Load, PoolState, Reuse, TunnelId};
+use self::load::Load;
+use self::state::{Checkout, DialId, Handle, PoolState, Reuse, TunnelId};
 use crate::clock;
 use crate::error::HboneError;
 use crate::task::log_panic;

@@ -1,5 +1,5 @@
 //! `underpass cni`, the real binary as a CNI plugin, against `underpass node`.
-#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+#![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::net::SocketAddr;

@@ -1,6 +1,6 @@
 //! `underpass node` with a folder of pod files: pods come and go, foreign namespaces are refused,
 //! and the node's probes reach strict pods.
-#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+#![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};

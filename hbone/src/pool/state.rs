@@ -19,6 +19,7 @@ use fastrand::Rng;
 use foldhash::fast::RandomState;
 use tokio::time::Instant;
 
+use super::load::Load;
 use super::{PoolSettings, PoolStatistics, TunnelKey};
 use crate::error::HboneError;
 
@@ -37,9 +38,6 @@ const AGE_JITTER: RangeInclusive<u32> = 900..=1000;
 const IDLE_JITTER: RangeInclusive<u32> = 900..=1100;
 /// Divisor of the idle timeout for surplus tunnels: only keeping the last tunnel saves a dial.
 const SURPLUS_IDLE_PART: u32 = 10;
-
-/// Rate above which new streams use another tunnel: a quarter of a 1 Gbit/s link.
-const BUSY_BYTES_PER_SECOND: u64 = 32 << 20;
 
 /// Maximum number of concurrent dials to one peer, below its handshake limit per address.
 const DIALS_AT_ONCE: usize = 4;
@@ -60,21 +58,6 @@ pub(super) trait Handle {
 
     /// Releases the tunnel: it closes with its last stream.
     fn release(&mut self);
-}
-
-/// The load of a tunnel.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Load {
-    /// Whether it takes new streams: it is not closing, and both certificates are valid.
-    pub(super) usable: bool,
-    /// Number of reserved streams.
-    pub(super) streams: usize,
-    /// Time since there are none.
-    pub(super) idle_since: Option<Instant>,
-    /// Maximum that the peer allows, if it has set one.
-    pub(super) allowed: Option<usize>,
-    /// Data rate of both directions.
-    pub(super) bytes_per_second: u64,
 }
 
 /// Identifies a tunnel within a pool.
@@ -467,26 +450,6 @@ impl<T: Handle> PooledTunnel<T> {
     fn retire(&mut self) {
         self.retired = true;
         self.tunnel.release();
-    }
-}
-
-impl Load {
-    /// The stream limit of the tunnel. Before the peer's SETTINGS arrive, the limit in its other
-    /// tunnels applies. At least 1, so that a peer that allows none costs a reply timeout instead
-    /// of endless dials.
-    fn limit(&self, streams_per_tunnel: usize, of_other_tunnels: Option<usize>) -> usize {
-        let allowed = self.allowed.or(of_other_tunnels).unwrap_or(usize::MAX);
-        streams_per_tunnel.min(allowed).max(1)
-    }
-
-    fn is_busy(&self) -> bool {
-        self.bytes_per_second >= BUSY_BYTES_PER_SECOND
-    }
-
-    /// Whether the next stream justifies another dial. At half of the limit, the other half serves
-    /// streams that arrive during the dial.
-    fn is_crowded(&self, limit: usize) -> bool {
-        self.is_busy() || self.streams >= limit.div_ceil(2)
     }
 }
 

@@ -69,7 +69,7 @@ mod tests {
     #[test]
     fn hint_of_failed_self_test_lists_suspects() {
         let destination = ([192, 0, 2, 1], 80).into();
-        let source = std::io::ErrorKind::ConnectionRefused.into();
+        let source = io::ErrorKind::ConnectionRefused.into();
         let error = SelfTestError::NotCaught { destination, source };
         let error = PodError::SelfTest { error, suspects: vec!["a rule".to_owned()] };
         let hint = error.hint().unwrap_or_default();

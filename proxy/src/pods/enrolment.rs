@@ -138,9 +138,9 @@ impl Hint for EnrolError {
                 "remove the other pod first: two pods of one namespace cannot be told apart"
             }
             Self::Namespace(error) => {
-                return error.hint().or(Some(
-                    "name the network namespace by an absolute path without links, such as /run/netns/NAME".into(),
-                ));
+                return error.hint().or_else(|| {
+                    Some("name the network namespace by an absolute path without links, such as /run/netns/NAME".into())
+                });
             }
             Self::ForeignNamespace(_) => "correct the namespace or the addresses of the pod",
             Self::Pending => return None,

@@ -32,7 +32,8 @@ pub(crate) async fn run(
     start: Start,
 ) -> Result<(), CommandError> {
     let (supervisor, failures) = Supervisor::new();
-    until_failure(live(settings, sources, start, supervisor), failures).await
+    let life = Box::pin(live(settings, sources, start, supervisor));
+    until_failure(life, failures).await
 }
 
 /// The outcome of `life`, or the first failure of an essential task, which ends it.
@@ -41,7 +42,7 @@ pub(crate) async fn until_failure(
     mut failures: Failures,
 ) -> Result<(), CommandError> {
     tokio::select! {
-        outcome = catch_panic(Box::pin(life)) => outcome.unwrap_or_else(|panic| {
+        outcome = catch_panic(life) => outcome.unwrap_or_else(|panic| {
             Err(failed(TaskFailure::Panicked { task: "the control thread".into(), panic }))
         }),
         failure = failures.next() => Err(failed(failure)),
@@ -65,7 +66,8 @@ async fn live(
     raise_open_files().map_err(CommandError::Start)?;
     let bound = Bound::bind(settings, sources, start.take_over, supervisor).await?;
     let guarded = bound.guard().await?;
-    let Some(serving) = guarded.serve(&mut stop).await? else { return Ok(()) };
+    let serving = Box::pin(guarded.serve(&mut stop)).await?;
+    let Some(serving) = serving else { return Ok(()) };
     let draining = serving.until_end(&mut stop).await;
     draining.finish(&mut stop).await
 }

@@ -53,7 +53,7 @@ const WORKERS_END: Duration = Duration::from_secs(1);
 /// The daemon cannot start, or cannot go on. The rules of pods stay.
 pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), CommandError> {
     let (supervisor, failures) = Supervisor::new();
-    until_failure(live(settings, until_eof, supervisor), failures).await
+    until_failure(Box::pin(live(settings, until_eof, supervisor)), failures).await
 }
 
 async fn live(

@@ -181,7 +181,7 @@ impl<'a> Flow<'a> {
     }
 
     /// Relays between a client's connection and the application of another pod of this process.
-    pub(crate) fn to_neighbour(
+    pub(crate) fn into_neighbour(
         self,
         client: &'a TcpStream,
         Neighbour { app, buffers, record, termination, revocations }: Neighbour<'a>,

@@ -73,7 +73,7 @@ pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Outp
             Upstream::Plain(upstream) => flow.through_tcp(&client, &upstream).await,
             Upstream::SameNode(delivery) => {
                 // Boxed: it is larger, and would enlarge the task of every other connection.
-                let outcome = Box::pin(flow.to_neighbour(&client, delivery.side())).await;
+                let outcome = Box::pin(flow.into_neighbour(&client, delivery.side())).await;
                 delivery.close(outcome, termination)
             }
         };

@@ -74,7 +74,7 @@ impl Case {
         let served = scene.node(mode, a, b).await;
         AccessLog::start();
         let (before, direct) = (served.metrics("istio_tcp_"), served.direct_connections());
-        let to = self.to.unwrap_or(scene.b.at(family, APP));
+        let to = self.to.unwrap_or_else(|| scene.b.at(family, APP));
         let reached = talk(scene, &app, to).await;
         let records = AccessLog::records(if self.recorded { 2 } else { 1 }).await;
         let metrics = since(&before, &served.metrics("istio_tcp_"));

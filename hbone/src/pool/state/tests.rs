@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use super::*;
+use crate::pool::load::BUSY_BYTES_PER_SECOND;
 use crate::testing::{CLIENT, HOUR, SECOND, SERVER, id};
 
 const MILLISECOND: Duration = Duration::from_millis(1);

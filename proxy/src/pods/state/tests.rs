@@ -151,9 +151,10 @@ fn known_pod_is_not_enrolled_again() {
     let mut second = node.add(&web, &here);
     assert_eq!(node.attempts.len(), 1);
     node.end(0, Ok(()));
-    assert!(first.try_recv().unwrap().is_ok() && second.try_recv().unwrap().is_ok());
+    first.try_recv().unwrap().unwrap();
+    second.try_recv().unwrap().unwrap();
     let mut third = node.add(&web, &here);
-    assert!(third.try_recv().unwrap().is_ok());
+    third.try_recv().unwrap().unwrap();
     assert!(node.attempts.is_empty() && node.leaving.is_empty());
 }
 
@@ -165,7 +166,7 @@ fn pod_in_new_namespace_replaces_old_one() {
     let mut moved = node.add(&web, &namespace());
     assert_eq!((node.leaving.len(), node.attempts.len()), (1, 1));
     node.end(0, Ok(()));
-    assert!(moved.try_recv().unwrap().is_ok());
+    moved.try_recv().unwrap().unwrap();
     node.end_leaving(0);
     assert_eq!(node.alive(), 1);
 }
@@ -194,7 +195,7 @@ fn next_pod_of_namespace_waits_for_predecessor() {
     node.end_leaving(0);
     gone[0].try_recv().unwrap();
     node.end(0, Ok(()));
-    assert!(added.try_recv().unwrap().is_ok());
+    added.try_recv().unwrap().unwrap();
 }
 
 #[test]
@@ -234,7 +235,7 @@ fn failed_pod_is_tried_again_with_back_off() {
     // A source that adds the pod again does not wait for the back-off.
     let mut again = node.add(&web, &here);
     node.end(0, Ok(()));
-    assert!(again.try_recv().unwrap().is_ok());
+    again.try_recv().unwrap().unwrap();
     assert!(matches!(node.state(&web.uid), Some(PodState::Serving(None))));
 }
 
@@ -250,7 +251,7 @@ fn permanent_failure_is_kept_and_frees_namespace() {
     // The source corrects its facts.
     let mut again = node.add(&web, &namespace());
     node.end(0, Ok(()));
-    assert!(again.try_recv().unwrap().is_ok());
+    again.try_recv().unwrap().unwrap();
 }
 
 #[test]
@@ -260,7 +261,7 @@ fn changed_facts_are_followed_or_enrolled_again() {
     node.end(0, Ok(()));
     let labels = [("a".to_owned(), "b".to_owned())].into();
     let followed = Arc::new(PodFacts { labels, ..(*web).clone() });
-    assert!(node.add(&followed, &here).try_recv().unwrap().is_ok());
+    node.add(&followed, &here).try_recv().unwrap().unwrap();
     assert!(node.leaving.is_empty());
     let renamed = Arc::new(PodFacts { name: "renamed".to_owned(), ..(*web).clone() });
     let mut added = node.add(&renamed, &here);
@@ -272,7 +273,8 @@ fn changed_facts_are_followed_or_enrolled_again() {
     assert!(added.try_recv().is_err() && node.leaving.len() == 1);
     node.end_leaving(0);
     node.end(0, Ok(()));
-    assert!(added.try_recv().unwrap().is_ok() && back.try_recv().unwrap().is_ok());
+    added.try_recv().unwrap().unwrap();
+    back.try_recv().unwrap().unwrap();
     assert_eq!(node.alive(), 1);
 }
 

@@ -398,7 +398,7 @@ async fn run(ends: Ends, deadlines: Deadlines, buffers: Buffers) -> (Result<(), 
                 termination: destination.termination(),
                 revocations: [trust.server_revocation(), trust.client_revocation()],
             };
-            let outcome = flow.to_neighbour(&client, neighbour).await;
+            let outcome = flow.into_neighbour(&client, neighbour).await;
             assert_eq!(own.moved(), record.moved(), "both records count the same bytes");
             own.close(Ok(()));
             outcome
