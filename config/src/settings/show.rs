@@ -144,7 +144,10 @@ interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_
 ";
     const SPIRE: &str = "identity: {spire: {socket: /run/spire/agent.sock}}";
     const ZDS: &str = "node: {pods: {zds: /run/ztunnel.sock}}";
-    const CNI: &str = "node: {pods: {cni: /run/cni.sock}}\nidentity: {local_ca: /ca}";
+    const CNI: &str = r"
+node: {pods: {cni: /run/cni.sock}, cni_install: {net_dir: /net.d, bin_dir: /bin}}
+identity: {local_ca: /ca}
+";
     const DIRECTORY: &str =
         "node: {probes: translate, pods: {directory: /run/pods}}\nworkload: {network: east}";
     const ALL: [&str; 7] = [SIDECAR, AMBIENT, OSM, SPIRE, ZDS, CNI, DIRECTORY];
