@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use libtest_mimic::Failed;
 use nlink::netlink::nftables::{Family as KernelFamily, NFT_TABLE_F_OWNER};
 use nlink::netlink::{Connection, Nftables};
-use underpass_config::{Backend, InterceptionSettings, Ipv6, Profile};
+use underpass_config::{Backend, Hint as _, InterceptionSettings, Ipv6, Profile};
 use underpass_interception::{
     Family, Interception, InterceptionError, Namespace, NamespaceAccess, RemovalScope, RulePlan,
     remove_everything,
@@ -448,8 +448,8 @@ fn incompatible() -> Result<(), Failed> {
         let Err(error) = interception.install().await else {
             return Err("it was installed".into());
         };
-        let says = error.to_string().contains("interception.backend: nftables");
-        equal("the error contains a remedy", says, true)?;
+        let hint = error.hint().unwrap_or_default();
+        equal("the hint names a remedy", hint.contains("interception.backend: nftables"), true)?;
         equal(
             "something was removed",
             remove_everything(&NamespaceAccess::current()?, RemovalScope::Own, false).await?,
