@@ -215,7 +215,7 @@ impl<D: Dial> Pool<D> {
             // ends.
             let lost = || Err(HboneError::Lost { source: None });
             let (id, tunnel) = outcome.ok().flatten().unwrap_or_else(lost)?;
-            // Callers without a promised reservation leave the reservations to the others.
+            // Reservations of the new tunnel belong to the callers to whom the dial promised them.
             if promised && let Some(stream_slot) = self.0.state().join(key, &tunnel) {
                 return Ok((id, stream_slot, false));
             }

@@ -54,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn bucket_grows_with_what_peer_earned_and_not_beyond_its_size() {
+    fn bucket_refills_with_earned_tokens_up_to_its_size() {
         let mut bucket = TokenBucket::new(10, 1);
         assert!(bucket.take(10, 0, 0));
         assert!(bucket.take(4, 0, 4) && !bucket.take(1, 0, 4), "what was earned counts once");

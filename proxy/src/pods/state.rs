@@ -44,9 +44,9 @@ pub(super) struct AttemptId(u64);
 /// An action that the owner of the state performs.
 #[derive(Debug)]
 pub(super) enum Action {
-    /// Reported to [`Pods::finished`].
+    /// One attempt to enrol a pod. Its owner then calls [`Pods::finished`].
     Enrol { attempt: AttemptId, facts: Arc<PodFacts>, namespace: Namespace },
-    /// Reported to [`Pods::left`].
+    /// Drains a pod. Its owner then calls [`Pods::left`].
     Leave { namespace: NamespaceId, uid: PodUid, pod: Box<dyn EnrolledPod>, why: Departure },
 }
 

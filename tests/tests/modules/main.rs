@@ -112,7 +112,7 @@ fn finds_cycle_however_path_is_written() {
 }
 
 #[test]
-fn accepts_what_is_no_cycle() {
+fn accepts_modules_without_cycle() {
     for a in [
         "pub struct A;",
         "pub struct A; // use crate::b::B;\n/// See [`crate::b::B`].\npub struct D;",
@@ -156,7 +156,7 @@ fn follows_reexport_of_parent_to_sibling() {
 }
 
 #[test]
-fn names_every_file_of_a_long_cycle_and_what_leads_on() {
+fn names_every_file_of_a_long_cycle_and_its_imports() {
     let files = [
         ("lib.rs", "mod a; mod b; mod c; mod d;"),
         ("a.rs", "use crate::b::B; pub struct A;"),

@@ -128,7 +128,7 @@ fn holds_no_more_than_a_partial_record_while_it_waits() {
 }
 
 #[test]
-fn opens_what_came_with_the_handshake_first() {
+fn opens_records_that_arrived_with_the_handshake_first() {
     let (_, mut peer) = server();
     let (first, second) = (peer.seal(DATA, b"early", 0), peer.seal(DATA, b"split", 0));
     let (near, far) = second.split_at(9);
@@ -206,7 +206,7 @@ fn rejects_records_that_were_changed_repeated_left_out_or_exchanged() {
 }
 
 #[test]
-fn delivers_what_came_before_a_violation() {
+fn delivers_records_before_a_violation() {
     let (mut stream, mut peer) = client();
     peer.send(DATA, b"good");
     peer.send_raw(&[23, 3, 3, 255, 255]);

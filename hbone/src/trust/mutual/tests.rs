@@ -57,7 +57,7 @@ async fn assert_same(case: &str, client: &End, server: &End, expected: &str, tru
 }
 
 #[tokio::test(start_paused = true)]
-async fn rejects_what_a_handshake_rejects_with_the_same_errors() {
+async fn rejects_the_same_peers_as_a_handshake_with_the_same_errors() {
     let (ca, impostor, other) = (Ca::root("ours"), Ca::root("ours"), Ca::root("other"));
     let none = Trust::default;
     let (client, server) = ((ca.identity(CLIENT, 1), none()), (ca.identity(SERVER, 2), none()));

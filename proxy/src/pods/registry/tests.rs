@@ -72,7 +72,7 @@ async fn removal_continues_when_source_does_not_wait() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn departure_says_what_becomes_of_the_rules() {
+async fn departure_decides_whether_rules_stay() {
     let enroller = FakeEnroller::default();
     let registry = enroller.registry();
     let (here, there) = (namespace(), namespace());
