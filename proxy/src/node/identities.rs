@@ -36,8 +36,8 @@ pub(crate) trait Issuer: fmt::Debug + Send + Sync {
 #[derive(Debug)]
 pub(crate) struct Identities {
     supervisor: Supervisor,
-    /// Follows the files of the trust.
-    _following: Task,
+    /// Follows the files of the trust, as long as this or a rotation exists.
+    following: Arc<Task>,
     issuer: Arc<dyn Issuer>,
     trust: watch::Receiver<Trust>,
     /// The rotations. Entries without a lease stay until the next rotation starts.
@@ -59,6 +59,8 @@ struct Rotation {
     id: SpiffeId,
     issuer: Arc<dyn Issuer>,
     _task: Task,
+    /// Revocations reach the credentials as long as they are leased.
+    _following_trust: Arc<Task>,
     /// `None` until the first certificate.
     started: watch::Receiver<Option<Started>>,
 }
@@ -80,8 +82,9 @@ impl Identities {
         let (sender, trust) = watch::channel(trust);
         let reporter = issuer.clone();
         let follow = files.follow(sender, move |error| reporter.report_trust_failure(error));
-        let _following = supervisor.essential("trust bundles and revocation lists", follow);
-        Ok(Self { supervisor, _following, issuer, trust, rotations: Mutex::default() })
+        let following = supervisor.essential("trust bundles and revocation lists", follow);
+        let following = Arc::new(following);
+        Ok(Self { supervisor, following, issuer, trust, rotations: Mutex::default() })
     }
 
     /// Leases the credentials of `id`, from the running rotation or a new one. Waits for the first
@@ -136,7 +139,8 @@ impl Identities {
             }
         };
         let _task = self.supervisor.essential("rotation of a certificate", rotate);
-        Rotation { id, issuer, _task, started }
+        let _following_trust = self.following.clone();
+        Rotation { id, issuer, _task, _following_trust, started }
     }
 }
 
