@@ -111,7 +111,7 @@ impl Path {
         }
     }
 
-    /// The mean time in seconds until a process between the pods was ready.
+    /// The mean time in seconds until a proxy between the pods was ready.
     pub(crate) fn ready_after(&self) -> f64 {
         self.ready_after.as_secs_f64() / 2.0
     }

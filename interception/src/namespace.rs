@@ -61,7 +61,8 @@ impl Namespace {
     /// [`InterceptionError::Namespace`].
     pub fn current() -> Result<Self, InterceptionError> {
         let opened = File::open(OWN_NAMESPACE).and_then(|file| {
-            // Unlike `OWN_NAMESPACE`, the same namespace for every thread.
+            // This path leads to the same namespace in every thread, `OWN_NAMESPACE` to that of the
+            // thread that opens it.
             let path = own_descriptor(&file);
             NamespaceFile::new(file, path)
         });

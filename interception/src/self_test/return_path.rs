@@ -30,8 +30,8 @@ pub struct ReturnPathProbe {
 }
 
 impl ReturnPathProbe {
-    /// Prepares a probe for each family with preserved client addresses and a local address. Empty
-    /// if client addresses are not preserved.
+    /// Prepares a probe for each address family of which the namespace has an address. Empty if the
+    /// rules do not preserve client addresses.
     ///
     /// # Errors
     ///

@@ -173,7 +173,7 @@ fn listed_as_printed(variant: Variant) -> Result<(), Failed> {
         equal("what is listed", saved, canonical(printed(&interception)))?;
         let difference = inside(&pod, async || Ok(interception.verify().await?))?;
         let text = difference.map(|difference| difference.to_string()).unwrap_or_default();
-        // The text lacks the routes and the records of rules in built-in chains.
+        // The text does not contain the routes, nor the records of rules in built-in chains.
         let lines: Vec<_> = text.lines().filter(|line| line.starts_with('+')).collect();
         equal("unexpected lines", lines, vec![])?;
     }

@@ -27,9 +27,10 @@ use crate::traffic::listeners::{Kind, ListenerKind as _};
 /// short enough not to be noticed. Meanwhile the kernel queues connections.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
-/// The number of connections to accept before other tasks run: some milliseconds. With tokio's 128,
-/// the kernel's queue (4096) overflows in a burst, since a turn of thousands of busy connections
-/// takes far longer. Clients that the kernel drops wait for seconds.
+/// The number of connections to accept before other tasks run, which takes a few milliseconds.
+/// tokio would yield after 128. The next turn of thousands of busy connections then takes so long
+/// that a burst overflows the kernel's queue (4096), and clients whose packets it drops wait for
+/// seconds.
 const ACCEPTS_AT_ONCE: usize = 512;
 
 /// A listener of a pod, on the worker that accepts its connections.

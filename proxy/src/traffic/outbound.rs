@@ -339,7 +339,8 @@ impl OutboundConnect<'_> {
         resolver.resolve(route.via.next_hop(), deadline).await.map_err(ProxyError::Resolve)
     }
 
-    /// The facts of the connection by `route`, with the address of the next hop if it is resolved.
+    /// The facts of a connection that takes `route`. `hop` is the address of the next hop, if it is
+    /// resolved.
     fn facts(&self, route: &Route, hop: Option<SocketAddr>) -> Facts {
         let asked = self.connection.destination.address();
         let (address, hbone) = match (&route.via, hop) {

@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn serves_foreign_address_by_setting() {
+    async fn serves_foreign_source_address_if_setting_allows_it() {
         for setting in ["interception.virtual_interfaces=vm0", "interception.ingress=true"] {
             assert!(matches!(checked("192.0.2.1:1", &[setting]), Ok(Source::Other)), "{setting}");
             assert!(matches!(checked("127.0.0.1:1", &[setting]), Ok(Source::Own(_))), "{setting}");

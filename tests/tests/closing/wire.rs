@@ -15,7 +15,7 @@ pub(crate) fn add(suite: &mut Suite) {
             "{}: an orderly end puts one FIN in each direction on the wire and no RST",
             path.name()
         );
-        suite.test_both(&name, async move |family| good_end(path, family).await);
+        suite.test_both(&name, async move |family| clean_end(path, family).await);
     }
 }
 
@@ -65,7 +65,7 @@ fn read(frame: &[u8]) -> Option<(TcpSegment<'_>, u8, u32)> {
     Some((segment, *tcp.get(13)?, sequence))
 }
 
-async fn good_end(path: Path, family: Family) {
+async fn clean_end(path: Path, family: Family) {
     let (scene, _proxies) = path.scene().await;
     let app = scene.server.listen(APP);
     // The interface with the application's plaintext connection: between the pods, or loopback.

@@ -64,7 +64,7 @@ impl Rules {
 }
 
 impl From<Vec<Vec<Vec<Match>>>> for Rules {
-    /// From rules of clauses of matches.
+    /// From a list of rules. Each rule is a list of clauses, and each clause a list of matches.
     fn from(rules: Vec<Vec<Vec<Match>>>) -> Self {
         Self(Program::of(rules))
     }

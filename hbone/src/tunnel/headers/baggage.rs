@@ -14,7 +14,7 @@ use super::{BAGGAGE, HeaderError, OPTIONAL_WHITESPACE, header};
 
 /// The typical length of a value.
 const TYPICAL_LENGTH: usize = 256;
-/// The minimum that W3C Baggage requires to propagate ("Limits"), and the maximum here.
+/// The longest baggage that is propagated: the minimum of W3C Baggage, section "Limits".
 const MAX_BYTES: usize = 8192;
 /// The maximum number of members in the grammar (`baggage-string`). At least 64 must be propagated.
 const MAX_MEMBERS: usize = 180;

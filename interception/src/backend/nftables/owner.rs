@@ -1,8 +1,7 @@
 //! Records the process that installed the table, as the comment of an empty chain.
 //!
-//! The comment is for people who list the table. It changes without the rules when another process
-//! takes over. It does not show whether the process still runs.
-//! still runs, which the table does not show.
+//! The comment is for people who list the table. When another process takes over, only the comment
+//! changes. It does not show whether the process still runs.
 
 use nlink::netlink::nftables::{Chain, ChainInfo, Family, RuleInfo};
 

@@ -9,7 +9,7 @@ use underpass_config::{Hint as _, PacedConnections, Sources};
 
 use super::*;
 
-/// Sockets of the profile without rules, which need no privileges.
+/// Sockets of the profile `none`, which need no privileges.
 fn of_no_profile(ipv6: bool) -> Sockets {
     let flags = vec!["interception.profile=none".to_owned()];
     let sources = Sources { file: None, environment: Vec::new(), flags };

@@ -72,7 +72,7 @@ async fn address_needs_no_lookup() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn uses_preferred_family_in_turn_and_others_as_fallback() {
+async fn rotates_addresses_of_preferred_family_before_others() {
     let dns = Dns::new(&["10.0.0.1", "fd00::1", "10.0.0.2"]);
     let resolver = dns.resolver();
     let mut turns = Vec::new();

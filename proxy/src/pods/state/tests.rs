@@ -199,7 +199,7 @@ fn next_pod_of_namespace_waits_for_predecessor() {
 }
 
 #[test]
-fn pod_removed_during_its_attempt_leaves_afterwards() {
+fn pod_removed_during_enrolment_leaves_after_it() {
     let (mut node, web, here) = (Node::default(), pod("web"), namespace());
     let mut added = node.add(&web, &here);
     let mut gone = node.remove(&web.uid);

@@ -99,7 +99,7 @@ async fn client_times_out_when_running_process_is_silent() {
 }
 
 #[tokio::test]
-async fn ready_succeeds_when_running_process_has_exited() {
+async fn ready_succeeds_if_old_process_has_exited() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let client = TakeoverClient::over(Handover::new(ours), PathBuf::from("/nowhere.sock"));
     drop(theirs);

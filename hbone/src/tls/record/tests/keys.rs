@@ -78,7 +78,7 @@ fn rejects_malformed_key_updates() {
 }
 
 #[test]
-fn rejects_messages_after_a_key_update_in_its_record() {
+fn rejects_message_after_key_update_in_same_record() {
     for after in [&[24][..], UPDATE] {
         let (stream, mut peer) = client();
         peer.send(HANDSHAKE, &[UPDATE, after].concat());

@@ -16,7 +16,8 @@ fn route(mesh: &Mesh, choose: &mut FixedInputs) -> Result<Route, RouteError> {
     best_route(([10, 1, 0, 1], 80).into(), mesh, &caller, choose)
 }
 
-/// The number of 10,000 connections that each workload gets. Each connection closes at once.
+/// Selects an endpoint for 10,000 connections, each of which closes at once. Returns how many each
+/// workload gets.
 fn shares(mesh: &Mesh, choose: &mut FixedInputs) -> BTreeMap<String, u32> {
     let mut shares = BTreeMap::new();
     for _ in 0..10_000 {

@@ -36,7 +36,7 @@ impl Daemon {
         Handover::new(UnixStream::connect(self.folder.path("cni.sock")).await.unwrap())
     }
 
-    /// The answer on a connection of its own.
+    /// Sends the request on a new connection and returns the answer.
     async fn ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Answer {
         exchange(&self.connect().await, &request.encode(), descriptors).await
     }
