@@ -5,7 +5,7 @@
 
 use std::future::Future;
 use std::io::{self, ErrorKind};
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{Ipv6Addr, Shutdown, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -100,7 +100,7 @@ impl Pod {
         };
         let socket: io::Result<Socket> = self.run(listen);
         let socket = socket.or_fail(format!("listen on port {port}"));
-        let queue = socket.try_clone().or_fail("listen");
+        let queue = Queue(socket.try_clone().or_fail("listen"));
         Listener { listener: TcpListener::from_std(socket.into()).or_fail("listen"), queue }
     }
 
@@ -131,12 +131,24 @@ pub(crate) fn socket(to: SocketAddr, dial: Dial) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// The socket of a listener outside of the runtime. Stops listening when it is dropped, so that the
+/// port is free at once: a child process that another trial starts has a copy of the descriptor
+/// until it executes its program.
+#[derive(Debug)]
+struct Queue(Socket);
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.0.shutdown(Shutdown::Read).ok();
+    }
+}
+
 /// The listener of an application.
 #[derive(Debug)]
 pub struct Listener {
     listener: TcpListener,
-    /// The same socket outside of the runtime, to check the accept queue at once.
-    queue: Socket,
+    /// To check the accept queue at once.
+    queue: Queue,
 }
 
 impl Listener {
@@ -150,7 +162,7 @@ impl Listener {
     /// Returns true if a connection is in the accept queue. That connection is accepted and closed.
     #[must_use]
     pub fn is_reached(&self) -> bool {
-        match self.queue.accept() {
+        match self.queue.0.accept() {
             Ok(_) => true,
             Err(error) if error.kind() == ErrorKind::WouldBlock => false,
             Err(error) => panic!("cannot accept: {error}"),
@@ -162,6 +174,7 @@ impl Listener {
 #[derive(Debug)]
 pub struct Server {
     task: JoinHandle<()>,
+    _queue: Queue,
     peers: Arc<Mutex<Vec<SocketAddr>>>,
 }
 
@@ -175,7 +188,7 @@ impl Server {
     where
         F: Future<Output = io::Result<()>> + Send + 'static,
     {
-        let listener = pod.listen(port).listener;
+        let Listener { listener, queue } = pod.listen(port);
         let peers = Arc::new(Mutex::new(Vec::new()));
         let seen = peers.clone();
         let task = tokio::spawn(async move {
@@ -186,7 +199,7 @@ impl Server {
                 tokio::spawn(serve(stream, peer));
             }
         });
-        Self { task, peers }
+        Self { task, _queue: queue, peers }
     }
 
     /// Echoes all bytes, and answers FIN with FIN.
