@@ -23,7 +23,7 @@ use underpass_benches::{Idle, bench_arguments, runtime_with_pods};
 use underpass_interception::{Endpoint, IpNet, Namespace, veth};
 use underpass_tests::{Pki, Pod, Proxy, Settings, World, http_get};
 
-/// The pause between two questions how many pods are served.
+/// The pause between two reads of the pods' status.
 const POLL: Duration = Duration::from_millis(20);
 /// A node that does not serve all pods by then fails the bench.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -121,7 +121,7 @@ async fn made(node: &Pod, number: u16) -> Made {
     let namespace = Namespace::create_named(&format!("bench-{name}")).expect("a namespace");
     namespace.set_loopback_up().await.expect("a loopback interface");
     let [high, low] = number.to_be_bytes();
-    // Each link has two subnets of 64 addresses a byte.
+    // Each link has the network 10.(128 + high).low.0/24: 1 is the pod, 2 the node.
     let address = |host| Ipv4Addr::new(10, 128 | high, low, host);
     let networks = [1, 2].map(|host| [IpNet::new_assert(IpAddr::V4(address(host)), 24)]);
     let interface = format!("pod{number}");

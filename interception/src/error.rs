@@ -260,7 +260,7 @@ mod tests {
 
     use super::*;
 
-    fn listen(kind: io::ErrorKind) -> InterceptionError {
+    pub(super) fn listen(kind: io::ErrorKind) -> InterceptionError {
         InterceptionError::Listen {
             purpose: "captured outbound connections",
             address: SocketAddr::from(([0, 0, 0, 0], 15001)),

@@ -2,7 +2,7 @@
 //! any thread.
 //!
 //! Not here: the operations on rules (`rules.rs`), and the sockets that match the rules
-//! (`socket.rs`).
+//! (`sockets/socket.rs`).
 
 use std::sync::Arc;
 

@@ -182,9 +182,10 @@ async fn remove_from_nftables(
         Ok(()) => {
             let others = scope == RemovalScope::OtherMeshes;
             let istios =
-                if others { nftables::remove_tables(entered, is_istios).await? } else { false };
-            let host = nftables::host::remove(entered).await?;
-            Ok(nftables::remove(entered).await? | host | istios)
+                if others { nftables::remove_tables(entered, is_istios).await } else { Ok(false) };
+            let host = nftables::host::remove(entered).await;
+            let removed = [istios, host, nftables::remove(entered).await];
+            removed.into_iter().try_fold(false, |any, removed| Ok(any | removed?))
         }
         Err(InterceptionError::Unsupported { .. }) => Ok(false),
         Err(error) => Err(error),

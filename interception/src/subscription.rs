@@ -1,7 +1,7 @@
 //! Subscribes to changes of netfilter's rules, ip rules, routes and addresses in a namespace; the
 //! descriptors become readable.
 //!
-//! Not here: reacting to changes (`changes.rs`).
+//! Not here: reacting to changes (`backend/changes.rs`).
 
 use std::os::fd::{AsFd as _, OwnedFd};
 

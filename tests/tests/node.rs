@@ -1,5 +1,5 @@
-//! `underpass node` with pods from a folder: they come and go, each with its own identity, and one
-//! pod's trouble does not touch the others.
+//! `underpass node`: identities, waits for certificate and mesh, drain, crash, and isolation of
+//! pods, with any source of pods. The folder's own behaviour is in `node_directory.rs`.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::fs;

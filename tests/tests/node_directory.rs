@@ -1,5 +1,5 @@
-//! `underpass node` with a folder of pod files: pods come and go, foreign namespaces are refused,
-//! and the node's probes reach strict pods.
+//! The source `node.pods.directory`: files add, change and remove pods, foreign namespaces are
+//! refused, and the node's probes reach strict pods.
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::fs;

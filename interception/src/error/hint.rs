@@ -125,23 +125,13 @@ fn missing_module(module: &'static str) -> Cow<'static, str> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
-
     use super::*;
+    use crate::error::tests::listen;
 
     fn hint(error: &InterceptionError) -> String {
         let hint = error.hint().unwrap_or_default().into_owned();
         assert!(!hint.is_empty() && !error.to_string().contains(&hint), "{error}");
         hint
-    }
-
-    fn listen(kind: io::ErrorKind) -> InterceptionError {
-        InterceptionError::Listen {
-            purpose: "captured outbound connections",
-            address: SocketAddr::from(([0, 0, 0, 0], 15001)),
-            setting: "proxy.outbound_port",
-            source: io::Error::from(kind),
-        }
     }
 
     #[test]

@@ -38,9 +38,9 @@ pub enum Kept {
     NetAdmin,
     /// NET_ADMIN and NET_RAW, also for the iptables programs.
     NetAdminForPrograms,
-    /// The same, and SYS_ADMIN to enter the namespaces of a node's pods.
+    /// NET_ADMIN, and SYS_ADMIN to enter the namespaces of a node's pods.
     Namespaces {
-        /// Whether iptables programs may be needed.
+        /// Whether NET_RAW is kept too, because iptables programs may be needed.
         programs: bool,
     },
 }

@@ -17,7 +17,11 @@ pub struct Peer {
 impl Peer {
     /// The process at the other end of `stream`, as recorded by the kernel when that process
     /// connected or started to listen (`SO_PEERCRED`, unix(7)).
-    pub(super) fn of(stream: &UnixStream) -> io::Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel.
+    pub fn of(stream: &UnixStream) -> io::Result<Self> {
         let credentials = stream.peer_cred()?;
         Ok(Self { uid: credentials.uid(), pid: credentials.pid().filter(|pid| *pid != 0) })
     }

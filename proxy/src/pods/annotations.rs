@@ -96,8 +96,8 @@ pub(crate) fn interception(
     let annotation = |key: &str| facts.annotations.get(key).map(|value| value.trim());
     let mut overlay = InterceptionOverlay::empty();
     for (key, settings) in SETTINGS {
-        for setting in annotation(key).into_iter().flat_map(|_| *settings) {
-            overlay.set(setting, annotation(key).unwrap_or_default(), key);
+        if let Some(value) = annotation(key) {
+            settings.iter().for_each(|setting| overlay.set(setting, value, key));
         }
     }
     for (key, setting) in INCLUSIONS {

@@ -30,8 +30,12 @@ pub(crate) trait Enroller: fmt::Debug + Send + Sync + 'static {
 
 /// A pod that is served.
 pub(crate) trait EnrolledPod: fmt::Debug + Send {
-    /// Applies changed facts to the running pod. Returns false if it must be enrolled again.
-    fn follow(&self, facts: &PodFacts) -> bool;
+    /// Applies changed facts to the running pod.
+    ///
+    /// # Errors
+    ///
+    /// The pod must leave, for this reason, and another attempt decides with the new facts.
+    fn follow(&self, facts: &PodFacts) -> Result<(), Departure>;
 
     /// Verifies its listeners and rules.
     fn check(&self) -> Operation<Result<(), EnrolError>>;

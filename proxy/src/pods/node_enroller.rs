@@ -119,16 +119,21 @@ struct NodePod {
 }
 
 impl EnrolledPod for NodePod {
-    fn follow(&self, facts: &PodFacts) -> bool {
-        let Ok(PodSettings::Enrolled(new)) = pod_settings(&self.node, facts) else { return false };
+    fn follow(&self, facts: &PodFacts) -> Result<(), Departure> {
+        let new = match pod_settings(&self.node, facts) {
+            Ok(PodSettings::Enrolled(new)) => new,
+            // No proxy serves an exempt pod, so its rules must not stay.
+            Ok(PodSettings::NotEnrolled(_)) => return Err(Departure::Removed),
+            Err(_) => return Err(Departure::EnrolledAgain),
+        };
         let changes_rules = new.interception != *self.interception.borrow();
         if follow(&self.settings, &new) != *new || changes_rules && !new.interception.repair {
-            return false;
+            return Err(Departure::EnrolledAgain);
         }
         if changes_rules {
             self.interception.send_replace(new.interception);
         }
-        true
+        Ok(())
     }
 
     fn check(&self) -> Operation<Result<(), EnrolError>> {

@@ -174,10 +174,10 @@ impl RegistryTask {
     /// Enrols and drains pods, for ever.
     pub(crate) async fn run(mut self) {
         loop {
-            self.perform_due();
+            let now = self.perform_due();
             self.report_counts();
             self.publish_addresses();
-            let due = self.registry.pods().next_due(Instant::now());
+            let due = self.registry.pods().next_due(now);
             let retry = async {
                 match due {
                     Some(due) => sleep_until(due).await,
@@ -195,10 +195,12 @@ impl RegistryTask {
         }
     }
 
-    fn perform_due(&mut self) {
+    /// Performs the actions that are due. Returns the time until which there are no others.
+    fn perform_due(&mut self) -> Instant {
         loop {
-            let action = self.registry.pods().next_action(Instant::now());
-            let Some(action) = action else { return };
+            let now = Instant::now();
+            let action = self.registry.pods().next_action(now);
+            let Some(action) = action else { return now };
             self.perform(action);
         }
     }

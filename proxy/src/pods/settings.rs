@@ -22,8 +22,7 @@ pub(crate) fn pod_settings(node: &Settings, facts: &PodFacts) -> Result<PodSetti
         return Ok(PodSettings::NotEnrolled(reason));
     }
     let from_annotations = annotations::interception(facts, &node.interception)?;
-    let overlays: Vec<_> =
-        [Some(&from_annotations), facts.interception.as_ref()].into_iter().flatten().collect();
+    let overlays: Vec<_> = std::iter::once(&from_annotations).chain(&facts.interception).collect();
     let settings = node.with_interception(&overlays).map_err(FactsError::Interception)?;
     let workload = workload(&node.workload, facts)?;
     Ok(PodSettings::Enrolled(Box::new(Settings { workload, ..settings })))

@@ -138,10 +138,9 @@ impl Pods {
             return;
         }
         let uid = facts.uid.clone();
-        let Some(answer) = self.add_again(now, &facts, &namespace, answer) else { return };
-        let before = self.pods.get(&uid).and_then(Entry::namespace);
-        let stays = before == Some(namespace.id());
-        self.withdraw(&uid, if stays { Departure::EnrolledAgain } else { Departure::Removed });
+        let added = self.add_again(now, &facts, &namespace, answer);
+        let Some((answer, why)) = added else { return };
+        self.withdraw(&uid, why);
         self.claims.insert(namespace.id(), uid.clone());
         let turn = self.turn(now, &uid);
         let phase = Phase::Waiting { turn, namespace };
@@ -172,22 +171,25 @@ impl Pods {
         }
     }
 
-    /// Adds a pod that may be known in its namespace. Returns the answer if it must be replaced.
+    /// Adds a pod that may be known in its namespace. Otherwise returns the answer, and why its
+    /// predecessor leaves.
     fn add_again(
         &mut self,
         now: Instant,
         facts: &Arc<PodFacts>,
         namespace: &Namespace,
         answer: Answer,
-    ) -> Option<Answer> {
-        let Some(entry) = self.pods.get_mut(&facts.uid) else { return Some(answer) };
-        if entry.namespace() != Some(namespace.id()) {
-            return Some(answer);
-        }
+    ) -> Option<(Answer, Departure)> {
+        let known = self.pods.get_mut(&facts.uid);
+        let Some(entry) = known.filter(|entry| entry.namespace() == Some(namespace.id())) else {
+            return Some((answer, Departure::Removed));
+        };
         match &mut entry.phase {
             Phase::Serving { pod, .. } => {
-                if entry.facts != *facts && !pod.follow(facts) {
-                    return Some(answer);
+                if entry.facts != *facts
+                    && let Err(why) = pod.follow(facts)
+                {
+                    return Some((answer, why));
                 }
                 entry.facts = facts.clone();
                 answer.send(Ok(())).ok();
@@ -205,7 +207,7 @@ impl Pods {
                 entry.facts = facts.clone();
                 entry.answers.push(answer);
             }
-            Phase::LeftAlone(_) | Phase::Failed => return Some(answer),
+            Phase::LeftAlone(_) | Phase::Failed => return Some((answer, Departure::Removed)),
         }
         None
     }
@@ -248,7 +250,7 @@ impl Pods {
         self.leaving.values_mut().filter(|leaving| of(leaving)).map(end_of).collect()
     }
 
-    /// The check of a served pod.
+    /// The pod, or why it is not served.
     pub(super) fn served(&self, uid: &PodUid) -> Result<&dyn EnrolledPod, EnrolError> {
         let entry = self.pods.get(uid).ok_or(EnrolError::Unknown)?;
         match &entry.phase {
@@ -307,16 +309,20 @@ impl Pods {
         };
         let is_current = Arc::ptr_eq(&entry.facts, &facts) || entry.facts == facts;
         match outcome {
-            Ok(Enrolled::Serving(pod)) if is_current || pod.follow(&entry.facts) => {
-                entry.error = None;
-                entry.phase = Phase::Serving { namespace, pod };
-                entry.answer(&Ok(()));
-                None
-            }
             Ok(Enrolled::Serving(pod)) => {
-                let name = entry.facts.full_name();
-                self.queue_again(now, &uid);
-                self.leave(namespace, uid, name, pod, Departure::EnrolledAgain);
+                let followed = if is_current { Ok(()) } else { pod.follow(&entry.facts) };
+                match followed {
+                    Ok(()) => {
+                        entry.error = None;
+                        entry.phase = Phase::Serving { namespace, pod };
+                        entry.answer(&Ok(()));
+                    }
+                    Err(why) => {
+                        let name = entry.facts.full_name();
+                        self.queue_again(now, &uid);
+                        self.leave(namespace, uid, name, pod, why);
+                    }
+                }
                 None
             }
             _ if !is_current => {

@@ -131,8 +131,9 @@ struct FakePod {
 
 impl EnrolledPod for FakePod {
     /// Follows changes of labels alone.
-    fn follow(&self, facts: &PodFacts) -> bool {
-        PodFacts { labels: self.facts.labels.clone(), ..facts.clone() } == *self.facts
+    fn follow(&self, facts: &PodFacts) -> Result<(), Departure> {
+        let same = PodFacts { labels: self.facts.labels.clone(), ..facts.clone() } == *self.facts;
+        same.then_some(()).ok_or(Departure::EnrolledAgain)
     }
 
     fn check(&self) -> Operation<Result<(), EnrolError>> {

@@ -46,7 +46,7 @@ use crate::traffic::listeners::Listeners;
 /// not stop in time.
 const WORKERS_END: Duration = Duration::from_secs(1);
 
-/// Serves the pods of `source` until a stop signal.
+/// Serves the pods of this node until a stop signal.
 ///
 /// # Errors
 ///
@@ -64,16 +64,19 @@ async fn live(
     let mut stop = StopSignal::new(until_eof)?;
     raise_open_files().map_err(CommandError::Start)?;
     let watcher = FileWatcher::new(Inotify::open);
-    let daemon = Daemon::start(Arc::new(settings), &watcher, supervisor).await?;
-    let source = source(&daemon, &watcher)?;
+    let (daemon, source) = Daemon::start(Arc::new(settings), &watcher, supervisor).await?;
     let why = daemon.serve(source, &mut stop).await?;
     daemon.stop(why, &mut stop).await;
     Ok(())
 }
 
 /// The source of pods that the settings name.
-fn source(daemon: &Daemon, watcher: &FileWatcher) -> Result<Box<dyn PodSource>, CommandError> {
-    let (settings, mesh) = (&daemon.settings, daemon.node.mesh.clone());
+fn source(
+    settings: &Arc<Settings>,
+    node: &Node,
+    watcher: &FileWatcher,
+) -> Result<Box<dyn PodSource>, CommandError> {
+    let mesh = node.mesh.clone();
     match &settings.node.pods {
         Some(PodSourceSettings::Zds(socket)) => Ok(Box::new(ZdsSource::new(socket.clone()))),
         Some(PodSourceSettings::Cni(socket)) => {
@@ -105,7 +108,7 @@ impl Daemon {
         settings: Arc<Settings>,
         watcher: &FileWatcher,
         supervisor: Supervisor,
-    ) -> Result<Self, CommandError> {
+    ) -> Result<(Self, Box<dyn PodSource>), CommandError> {
         let hosts = HostNamespaces::read()?;
         let thread = NamespaceThread::start().map_err(CommandError::start)?;
         let access = NamespaceAccess::new(Namespace::current()?, thread.clone());
@@ -115,8 +118,8 @@ impl Daemon {
         let identities =
             Certificates::identities(&settings, &access, &sockets, None, watcher, &supervisor)?;
         let mesh_file = settings.mesh_file.as_deref();
-        let (source, mesh) = MeshSource::open(mesh_file, watcher, run_in_background)?;
-        let publisher = Publisher::new(source, mesh, &settings.workload);
+        let (mesh_source, mesh) = MeshSource::open(mesh_file, watcher, run_in_background)?;
+        let publisher = Publisher::new(mesh_source, mesh, &settings.workload);
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
         let count = settings.proxy.workers.unwrap_or_else(processors);
         let node = Node::new(&settings, count, mesh, gates.clone(), series);
@@ -149,6 +152,8 @@ impl Daemon {
             supervisor.essential("registry of pods", pods.run()),
             limits,
         ];
+        // Opened before rules are installed: a failure leaves none.
+        let pod_source = source(&settings, &node, watcher)?;
         let mut probes = None;
         if settings.node.probes == NodeProbes::Translate {
             let translation = ProbeTranslation::start(access, registry.served_addresses()).await?;
@@ -156,7 +161,9 @@ impl Daemon {
             let task = supervisor.essential("rules for kubelet probes", translation.run());
             probes = Some((rules, task));
         }
-        Ok(Self { settings, node, registry, readiness, threads, tasks, probes, _endpoints })
+        let daemon =
+            Self { settings, node, registry, readiness, threads, tasks, probes, _endpoints };
+        Ok((daemon, pod_source))
     }
 
     /// Serves until a stop signal, whose name it returns.

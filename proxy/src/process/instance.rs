@@ -233,8 +233,7 @@ pub(crate) async fn running() -> Result<Option<Running>, InstanceError> {
 }
 
 fn is_trusted(stream: &UnixStream) -> io::Result<bool> {
-    let credentials = stream.peer_cred()?;
-    Ok(Peer { uid: credentials.uid(), pid: credentials.pid() }.is_trusted())
+    Ok(Peer::of(stream)?.is_trusted())
 }
 
 impl Running {

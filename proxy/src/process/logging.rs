@@ -1,8 +1,8 @@
 //! Writes log lines to standard output on a separate thread, so that a slow reader delays no
 //! connection.
 //!
-//! The length of a line (`line.rs`) and of the queue (`queue.rs`) are bounded in bytes. Lines that
-//! exceed the bound are lost and counted; the count is logged when the output recovers.
+//! Both bounds are in bytes. A line that is too long is cut (`line.rs`). A line for which the queue
+//! has no room is lost and counted (`queue.rs`); the count is logged when the output recovers.
 
 mod line;
 mod queue;

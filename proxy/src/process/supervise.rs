@@ -109,7 +109,7 @@ where
         let mut pause = FIRST_PAUSE;
         loop {
             let began = Instant::now();
-            let failure = failure(task, catch_panic(make()).await);
+            let failure = failure(task, catch_panic(async { make().await }).await);
             if began.elapsed() > LONGEST_PAUSE {
                 pause = FIRST_PAUSE;
             }

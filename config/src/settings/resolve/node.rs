@@ -124,7 +124,7 @@ fn exempt_namespaces(
     if !matches!(pods, Some(PodSourceSettings::Zds(_))) {
         return Some(namespaces);
     }
-    if document.root.key("node").key("exempt_namespaces").is_given() && !namespaces.is_empty() {
+    if EXEMPT_NAMESPACES.is_given(document) && !namespaces.is_empty() {
         EXEMPT_NAMESPACES
             .problem(document, "must be empty with node.pods.zds: the agent selects the pods");
     }

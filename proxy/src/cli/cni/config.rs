@@ -106,13 +106,12 @@ impl<'a> Config<'a> {
 
     /// A value of `args.underpass`, for runtimes that name no pod.
     pub(super) fn argument(&self, key: &str) -> Result<Option<String>, PluginError> {
-        let invalid = |_| PluginError::config("args.underpass", "must be an object of texts");
         let Some(args) = self.keys.get("args") else { return Ok(None) };
         let args: Value = serde_json::from_str(args.get())?;
         match args.get("underpass").and_then(|own| own.get(key)) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text.clone())),
-            Some(other) => Err(invalid(other)),
+            Some(_) => Err(PluginError::config("args.underpass", "must be an object of texts")),
         }
     }
 

@@ -101,7 +101,7 @@ async fn check(
     Ok(String::new())
 }
 
-/// Lets go of the pod. A daemon that is down or a broken configuration must not keep the runtime
+/// Removes the pod. A daemon that is down or a broken configuration must not keep the runtime
 /// from removing a pod: the daemon drops pods whose namespace is gone.
 async fn delete(environment: &Environment, config: &[u8]) -> Result<String, PluginError> {
     let attachment = environment.attachment()?;
@@ -132,7 +132,7 @@ async fn status(config: &Config<'_>) -> Result<String, PluginError> {
     }
 }
 
-/// Lets go of the pods of this network that the runtime does not name.
+/// Removes the pods of this network that the runtime does not name.
 async fn collect(config: &Config<'_>) -> Result<String, PluginError> {
     config.require("1.1.0", "GC")?;
     let (network, valid) = (config.network()?, config.valid_attachments()?);

@@ -109,7 +109,11 @@ impl Installation {
     pub(crate) fn uninstall(&self) -> Result<Vec<Change>, InstallError> {
         let mut changes = self.remove_drop_ins()?;
         for found in self.found()? {
-            changes.extend(remove_entry(found)?);
+            if let Some(change) = remove_entry(found)?
+                && !changes.contains(&change)
+            {
+                changes.push(change);
+            }
         }
         if self.program().exists() {
             changes.push(Change::Remove(self.program()));
@@ -143,6 +147,7 @@ impl Installation {
                 }
                 Found::Single { source, list } => {
                     changes.extend(self.add_list(&source, list)?);
+                    changes.extend(self.remove_drop_ins()?);
                     return Ok(changes);
                 }
             }

@@ -163,16 +163,16 @@ impl Ledger {
         let mut known = self.known();
         if known.entries.get(attachment).is_some_and(|entry| entry.call == call) {
             tracing::info!(%attachment, "an addition by the CNI plugin failed or was abandoned");
-            self.let_go(&mut known, attachment);
+            self.remove_locked(&mut known, attachment);
         }
     }
 
-    /// Lets go of a pod. `None` if nothing has to end.
+    /// Removes a pod. `None` if nothing has to end.
     pub(super) fn delete(&self, attachment: &Attachment) -> Option<Removal> {
-        self.let_go(&mut self.known(), attachment)
+        self.remove_locked(&mut self.known(), attachment)
     }
 
-    fn let_go(&self, known: &mut Known, attachment: &Attachment) -> Option<Removal> {
+    fn remove_locked(&self, known: &mut Known, attachment: &Attachment) -> Option<Removal> {
         if let Err(error) = self.store.remove(attachment) {
             tracing::error!(%error, %attachment, "cannot remove a stored pod");
         }
@@ -198,7 +198,7 @@ impl Ledger {
         }
         match self.registry.check(&pod.pod.uid).await {
             Err(_) if self.is_left_alone(&pod.pod.uid) => Ok(()),
-            Err(error) => Err(Refusal { code: code::NOT_ENROLLED, ..Refusal::from(&error) }),
+            Err(error) => Err(Refusal { code: code::CHECK_FAILED, ..Refusal::from(&error) }),
             Ok(()) => Ok(()),
         }
     }
@@ -209,22 +209,23 @@ impl Ledger {
         own.any(|pod| matches!(pod.state, PodState::LeftAlone(_)))
     }
 
-    /// Lets go of the attachments of a network that are not `valid`.
+    /// Removes the attachments of a network that are not `valid`.
     pub(super) fn collect(&self, network: &NetworkName, valid: &BTreeSet<Attachment>) {
-        self.let_go_of(|attachment, entry| {
+        self.remove_where(|attachment, entry| {
             entry.network == *network && !valid.contains(attachment)
         });
     }
 
-    /// Lets go of the pods whose namespace the runtime has removed. Not every runtime calls GC, and
+    /// Removes the pods whose namespace the runtime has removed. Not every runtime calls GC, and
     /// a DEL finds no daemon while it restarts.
     pub(super) fn sweep(&self) {
-        self.let_go_of(|_, entry| {
-            entry.path.as_ref().is_some_and(|path| !leads_to(path, entry.namespace))
+        self.remove_where(|_, entry| {
+            let (device, inode) = (entry.namespace.device(), entry.namespace.inode());
+            entry.path.as_ref().is_some_and(|path| has_left(path, device, inode))
         });
     }
 
-    fn let_go_of(&self, is_gone: impl Fn(&Attachment, &Entry) -> bool) {
+    fn remove_where(&self, is_gone: impl Fn(&Attachment, &Entry) -> bool) {
         let mut known = self.known();
         // An addition ends by itself.
         let entries = known.entries.iter();
@@ -232,8 +233,8 @@ impl Ledger {
         let gone = enrolled.filter(|(attachment, entry)| is_gone(attachment, entry));
         let gone: Vec<Attachment> = gone.map(|(attachment, _)| attachment.clone()).collect();
         for attachment in gone {
-            tracing::info!(%attachment, "letting go of a pod that the runtime has removed");
-            self.let_go(&mut known, &attachment);
+            tracing::info!(%attachment, "removing a pod that the runtime has deleted");
+            self.remove_locked(&mut known, &attachment);
         }
     }
 
@@ -241,16 +242,27 @@ impl Ledger {
     pub(super) fn resume(&self) -> io::Result<Vec<AttachedPod>> {
         let mut incomplete = Vec::new();
         for StoredPod { pod, device, inode } in self.store.load()? {
-            let opened = (self.open)(pod.namespace_path.as_ref()).ok();
-            let is_same =
-                |found: &Namespace| (found.id().device(), found.id().inode()) == (device, inode);
-            let Some(namespace) = opened.filter(is_same) else {
-                tracing::info!(
-                    attachment = %pod.attachment, path = pod.namespace_path,
-                    "a stored pod has ended: its namespace is gone"
-                );
-                self.store.remove(&pod.attachment)?;
-                continue;
+            let path = Path::new(&pod.namespace_path);
+            let namespace = match (self.open)(path) {
+                Ok(found) if (found.id().device(), found.id().inode()) == (device, inode) => found,
+                Err(error) if !has_left(path, device, inode) => {
+                    // The file stays for the next start.
+                    tracing::error!(
+                        error = chain(&error),
+                        hint = error.hint().as_deref(),
+                        attachment = %pod.attachment,
+                        "cannot open the namespace of a stored pod: the pod is not enrolled again"
+                    );
+                    continue;
+                }
+                Ok(_) | Err(_) => {
+                    tracing::info!(
+                        attachment = %pod.attachment, path = pod.namespace_path,
+                        "a stored pod has ended: its namespace is gone"
+                    );
+                    self.store.remove(&pod.attachment)?;
+                    continue;
+                }
             };
             self.begin(&pod, namespace.id(), Progress::Enrolled);
             match self.facts.find(&pod) {
@@ -272,9 +284,16 @@ impl Ledger {
             let Some(namespace) = known else { return };
             match self.facts.find(&pod) {
                 Ok(facts) => {
-                    let opened = (self.open)(pod.namespace_path.as_ref()).ok();
-                    if let Some(found) = opened.filter(|found| found.id() == namespace) {
-                        drop(self.registry.add(facts, found));
+                    match (self.open)(pod.namespace_path.as_ref()) {
+                        Ok(found) if found.id() == namespace => {
+                            drop(self.registry.add(facts, found));
+                        }
+                        // The sweep removes the pod.
+                        Ok(_) => {}
+                        Err(error) => {
+                            let (uid, error) = (&pod.pod.uid, chain(&error));
+                            tracing::error!(%uid, error, "cannot enrol a pod again");
+                        }
                     }
                     return;
                 }
@@ -297,6 +316,15 @@ impl Ledger {
     }
 }
 
+/// Whether the namespace is no longer at the path: there is no file, or that of another namespace.
+/// After other errors it may still be there.
+fn has_left(path: &Path, device: u64, inode: u64) -> bool {
+    match fs::metadata(path) {
+        Ok(file) => (file.dev(), file.ino()) != (device, inode),
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    }
+}
+
 /// Whether the file is that of the namespace.
 fn leads_to(path: &Path, namespace: NamespaceId) -> bool {
     let same =
@@ -315,7 +343,6 @@ impl From<&EnrolError> for Refusal {
     fn from(error: &EnrolError) -> Self {
         let code = match error {
             EnrolError::NamespaceInUse(_) | EnrolError::ForeignNamespace(_) => code::NAMESPACE,
-            EnrolError::Unknown => code::UNKNOWN_CONTAINER,
             _ => code::TRY_AGAIN,
         };
         let message = format!("the pod is not enrolled: {}", chain(error));

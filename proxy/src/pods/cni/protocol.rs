@@ -36,11 +36,11 @@ pub(crate) enum Request {
     Add(Box<AttachedPod>),
     /// Verify the listeners and the rules of a pod.
     Check(Box<AttachedPod>),
-    /// Let go of a pod. Also done if it is unknown.
+    /// Remove a pod. Also done if it is unknown.
     Delete(Attachment),
     /// Report whether pods can be added.
     Status,
-    /// Let go of the pods of a network that are not named. A long list has several lines.
+    /// Remove the pods of a network that are not named. A long list has several lines.
     Collect {
         network: NetworkName,
         /// Attachments that remain.
@@ -73,8 +73,8 @@ pub(crate) mod code {
     pub(crate) const TRY_AGAIN: u32 = 11;
     /// No pod can be added now.
     pub(crate) const NOT_READY: u32 = 50;
-    /// The pod cannot be enrolled, and trying again does not help.
-    pub(crate) const NOT_ENROLLED: u32 = 100;
+    /// `CHECK`: the pod's listeners or rules are not as they should be.
+    pub(crate) const CHECK_FAILED: u32 = 100;
     /// The network namespace is not one that a pod may have.
     pub(crate) const NAMESPACE: u32 = 101;
 }

@@ -190,7 +190,7 @@ fn collect(
         return Err(Refusal {
             code: code::TRY_AGAIN,
             message: format!("more than {MAX_VALID} attachments remain"),
-            hint: "the daemon lets go of removed pods by itself".to_owned(),
+            hint: "the daemon removes removed pods by itself".to_owned(),
         });
     }
     if last {

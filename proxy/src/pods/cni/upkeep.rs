@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::sleep;
-use underpass_config::{FileWatcher, FolderFilesWatch};
+use underpass_config::{FileWatcher, FolderFilesWatch, Hint as _};
 
 use super::install::{InstallError, Installation};
 use crate::error::chain;
@@ -57,35 +57,36 @@ impl Upkeep {
 
     /// Runs for ever.
     pub(super) async fn run(self, report: Report) {
-        let mut is_first = true;
+        let mut was_installed = false;
+        let mut logged = None;
         let mut watch = None;
         loop {
             // Watched before it is read, so that no change is missed.
             let watched = watch.get_or_insert_with(|| self.watch());
             match self.install() {
-                Ok(0) => report.set(None),
-                Ok(changes) if is_first => {
-                    tracing::info!(changes, "installed the CNI plugin");
-                    report.set(None);
-                }
                 Ok(changes) => {
-                    tracing::warn!(
-                        changes,
-                        "another program had removed the CNI plugin from the network configuration: installed again"
-                    );
                     report.set(None);
-                    sleep(AFTER_REPAIR).await;
+                    logged = None;
+                    let is_repair = std::mem::replace(&mut was_installed, true);
+                    log_changes(changes, is_repair);
+                    if changes > 0 && is_repair {
+                        sleep(AFTER_REPAIR).await;
+                    }
                 }
                 Err(error) => {
-                    let error = chain(&error);
-                    tracing::error!(
-                        error,
-                        "the CNI plugin is not installed: the node is not ready"
-                    );
+                    let (error, hint) = (chain(&error), error.hint());
                     report.set(Some(format!("the CNI plugin is not installed: {error}")));
+                    if logged.as_ref() != Some(&error) {
+                        let hint = hint.as_deref();
+                        tracing::error!(
+                            error,
+                            hint,
+                            "the CNI plugin is not installed: the node is not ready"
+                        );
+                        logged = Some(error);
+                    }
                 }
             }
-            is_first = false;
             match watched {
                 Some(watched) => watched.settled().await,
                 None => {
@@ -108,6 +109,16 @@ impl Upkeep {
             change.apply()?;
         }
         Ok(changes.len())
+    }
+}
+
+fn log_changes(changes: usize, is_repair: bool) {
+    match changes {
+        0 => {}
+        _ if is_repair => {
+            tracing::warn!(changes, "the CNI plugin had been removed or changed: installed again");
+        }
+        _ => tracing::info!(changes, "installed the CNI plugin"),
     }
 }
 

@@ -24,8 +24,12 @@ impl Drop for Served {
 }
 
 impl EnrolledPod for Served {
-    fn follow(&self, facts: &PodFacts) -> bool {
-        facts.name == self.facts.name
+    fn follow(&self, facts: &PodFacts) -> Result<(), Departure> {
+        match facts.name.as_str() {
+            "exempt" => Err(Departure::Removed),
+            name if name == self.facts.name => Ok(()),
+            _ => Err(Departure::EnrolledAgain),
+        }
     }
 
     fn check(&self) -> Operation<Result<(), EnrolError>> {
@@ -60,6 +64,7 @@ struct Node {
     now: Option<Instant>,
     attempts: Vec<(AttemptId, Arc<PodFacts>, NamespaceId)>,
     leaving: Vec<(NamespaceId, PodUid, Box<dyn EnrolledPod>)>,
+    departures: Vec<Departure>,
     alive: Arc<AtomicUsize>,
 }
 
@@ -96,8 +101,9 @@ impl Node {
                 Action::Enrol { attempt, facts, namespace } => {
                     self.attempts.push((attempt, facts, namespace.id()));
                 }
-                Action::Leave { namespace, uid, pod, .. } => {
-                    self.leaving.push((namespace, uid, pod))
+                Action::Leave { namespace, uid, pod, why } => {
+                    self.leaving.push((namespace, uid, pod));
+                    self.departures.push(why);
                 }
             }
         }
@@ -266,6 +272,7 @@ fn changed_facts_are_followed_or_enrolled_again() {
     let renamed = Arc::new(PodFacts { name: "renamed".to_owned(), ..(*web).clone() });
     let mut added = node.add(&renamed, &here);
     assert!(node.attempts.is_empty() && node.leaving.len() == 1);
+    assert_eq!(node.departures, [Departure::EnrolledAgain]);
     node.end_leaving(0);
     // Another change during the attempt.
     let mut back = node.add(&web, &here);
@@ -276,6 +283,16 @@ fn changed_facts_are_followed_or_enrolled_again() {
     added.try_recv().unwrap().unwrap();
     back.try_recv().unwrap().unwrap();
     assert_eq!(node.alive(), 1);
+}
+
+#[test]
+fn pod_that_becomes_exempt_leaves_without_its_rules() {
+    let (mut node, web, here) = (Node::default(), pod("web"), namespace());
+    node.add(&web, &here);
+    node.end(0, Ok(()));
+    let exempt = Arc::new(PodFacts { name: "exempt".to_owned(), ..(*web).clone() });
+    node.add(&exempt, &here);
+    assert_eq!(node.departures, [Departure::Removed]);
 }
 
 #[test]

@@ -68,8 +68,8 @@ impl Draining {
         self.pod.stop_accepting().await;
         let drain = self.core.node.drain.clone();
         drain.close();
-        let aborted = self.drain(stop).await;
-        tracing::info!(aborted, "drained");
+        let terminated = self.drain(stop).await;
+        tracing::info!(terminated, "drained");
         let Self { pod, threads, tasks, .. } = self;
         let left = pod.leave().await;
         // Policy enforcement ran until the drain completed, and so did certificate renewal: the pod
@@ -86,8 +86,8 @@ impl Draining {
         let [first, second, last] = self.deadlines;
         for deadline in [first, second] {
             tokio::select! {
-                aborted = self.pod.drain(deadline) => return aborted,
-                why = stop.wait() => tracing::warn!(why, "second stop signal: shortening the drain"),
+                terminated = self.pod.drain(deadline) => return terminated,
+                why = stop.wait() => tracing::warn!(why, "stop signal during the drain: shortening it"),
             }
         }
         self.pod.drain(last).await

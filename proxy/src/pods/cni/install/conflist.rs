@@ -16,7 +16,8 @@ use underpass_config::Hint;
 use super::{DEFAULT_SOCKET, PLUGIN};
 use crate::pods::cni::attachment::{InvalidName, NetworkName};
 
-/// The first version of the specification with results that the plugin can pass on.
+/// Versions of the specification without a `prevResult`. A configuration without a version is
+/// 0.1.0.
 const UNSUPPORTED_VERSIONS: [&str; 4] = ["", "0.1.0", "0.2.0", "0.3.0"];
 
 /// Why a network configuration cannot be edited.

@@ -2,7 +2,7 @@
 //! and checks the session against a model.
 //!
 //! A script is a list of steps: one octet for the request, one for the pod, one for the number of
-//! descriptors. A step can also be an arbitrary message, whose length is its second octet.
+//! descriptors. A step can also be an arbitrary message, whose length is its first octet.
 
 use std::collections::BTreeSet;
 
