@@ -11,6 +11,7 @@ use underpass_config::SpiffeId;
 
 use crate::error::{ExpectedPeer, HboneError};
 use crate::identity::credentials::Credentials;
+use crate::task::log_panic;
 use crate::tls::{Peer, PeerIdentity, RejectedPeer};
 use crate::trust::revocation::RevocationMonitor;
 use crate::tunnel::tunnel_state::{RevocationSignal, TunnelState};
@@ -81,10 +82,11 @@ impl MutualTrust {
     }
 
     /// Whether a connection may start: both ends still have the verified certificates and trust,
-    /// and no certificate has expired.
+    /// which are still monitored, and no certificate has expired.
     pub fn is_current(&self, client: &Credentials, server: &Credentials) -> bool {
         let [own, other] = &self.generations;
-        own.is_same(client) && other.is_same(server) && !self.server.is_expired()
+        let is_same = own.is_same(client) && other.is_same(server);
+        is_same && !self.monitoring.is_finished() && !self.server.is_expired()
     }
 
     /// The identity that the server has proven to the client.
@@ -122,13 +124,18 @@ fn verify(
     Peer::of_chain(peer.identity().chain(), by.authorities(), expected)
 }
 
-/// Signals each end that no longer trusts its peer.
+/// Signals each end that no longer trusts its peer; both ends after a panic of a monitor.
 async fn follow(ends: [(RevocationMonitor, Arc<TunnelState>); 2]) {
+    let peers = ends.each_ref().map(|(_, peer)| peer.clone());
     let [client, server] = ends.map(|(mut monitor, peer)| async move {
         let reason = std::future::poll_fn(|cx| monitor.poll_distrusted(cx)).await;
         peer.revoke(reason);
     });
-    tokio::join!(client, server);
+    log_panic("monitor of revocations", async { tokio::join!(client, server) }).await;
+    // Without a panic both are revoked already, and the first reason stays.
+    for peer in peers {
+        peer.revoke(HboneError::Lost { source: None });
+    }
 }
 
 #[cfg(test)]

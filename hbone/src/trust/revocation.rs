@@ -39,6 +39,14 @@ impl RevocationMonitor {
         }
     }
 
+    /// A monitor that completes with `reason`.
+    #[cfg(test)]
+    pub(crate) fn testing(
+        reason: impl Future<Output = HboneError> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Box::pin(reason))
+    }
+
     /// Ready, once, when the peer is no longer trusted.
     pub(crate) fn poll_distrusted(&mut self, cx: &mut Context<'_>) -> Poll<HboneError> {
         self.0.as_mut().poll(cx)

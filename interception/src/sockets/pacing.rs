@@ -51,9 +51,14 @@ impl Pacing {
         Self { name: name.trim().into(), connections }
     }
 
+    /// Whether the distance of a peer decides whether its connection paces.
+    pub(super) fn depends_on_distance(&self) -> bool {
+        self.connections == PacedConnections::Distant
+    }
+
     /// Sets how the connections of `listener` start. Another process may have set the opposite.
     pub(super) fn prepare(&self, listener: &impl AsFd, unpaced: bool) {
-        if unpaced && self.connections == PacedConnections::Distant {
+        if unpaced && self.depends_on_distance() {
             self.postpone(listener);
         } else {
             self.begin(listener);
@@ -62,7 +67,7 @@ impl Pacing {
 
     /// Lets `socket` start without pacing, unless all connections pace.
     pub(super) fn postpone(&self, socket: &impl AsFd) {
-        if self.connections == PacedConnections::All {
+        if !self.depends_on_distance() {
             return;
         }
         let socket = SockRef::from(socket);

@@ -249,14 +249,15 @@ impl Sockets {
                 Family::V6 => socket.set_ip_transparent_v6(true)?,
             }
         }
-        Ok(ReadySocket { socket, kind, pacing: self.pacing.clone() })
+        let pacing = self.pacing.clone().filter(Pacing::depends_on_distance);
+        Ok(ReadySocket { socket, kind, pacing })
     }
 
     /// The pacing of a connection that a listener has accepted without, for the time when its
     /// distance is known. `None` if it does not depend on that.
     #[must_use]
     pub fn undecided_pacing(&self, accepted: &impl AsFd) -> Option<UndecidedPacing> {
-        let pacing = self.pacing.clone()?;
+        let pacing = self.pacing.clone().filter(Pacing::depends_on_distance)?;
         UndecidedPacing::new(pacing, accepted).ok()
     }
 

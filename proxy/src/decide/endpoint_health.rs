@@ -23,13 +23,13 @@ pub(crate) struct EndpointKey {
 /// The health of all endpoints. Endpoints without open connections and ejection have no entry.
 #[derive(Debug, Default)]
 pub(crate) struct EndpointHealth {
-    known: Mutex<KnownEndpoint>,
+    known: Mutex<KnownEndpoints>,
     /// The number of ejected endpoints, read without the lock: usually 0.
     ejected_count: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
-struct KnownEndpoint {
+struct KnownEndpoints {
     open: HashMap<EndpointKey, u32>,
     ejected: HashMap<EndpointKey, Instant>,
     /// When the next ejection ends.
@@ -89,7 +89,7 @@ impl EndpointHealth {
     }
 
     /// Locks the state, and ends the ejections that have expired.
-    fn lock(&self) -> MutexGuard<'_, KnownEndpoint> {
+    fn lock(&self) -> MutexGuard<'_, KnownEndpoints> {
         // No code panics between related changes, so the counts are right after a panic.
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(next) = known.next_return {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use underpass_interception::{BoundListener, Kept, confine_thread};
@@ -134,12 +135,17 @@ impl Workers {
     /// Closes the tunnels that a pod has opened, each as its last stream ends; waits at most
     /// [`TUNNELS_CLOSE`].
     pub(crate) async fn close_tunnels(&self, pod: &Pod) {
-        for worker in &*self.commands {
-            // A worker that has ended has no tunnel.
-            worker.send(WorkerCommand::CloseTunnels(pod.id)).await.ok();
-        }
         pod.seats.close();
-        if timeout(TUNNELS_CLOSE, pod.seats.wait()).await.is_err() {
+        let id = pod.id;
+        let requests = self.commands.iter().map(|worker| async move {
+            // A worker that has ended has no tunnel.
+            worker.send(WorkerCommand::CloseTunnels(id)).await.ok();
+        });
+        let close = async {
+            join_all(requests).await;
+            pod.seats.wait().await;
+        };
+        if timeout(TUNNELS_CLOSE, close).await.is_err() {
             tracing::warn!(seats = pod.seats.len(), "a removed pod still has tunnels");
         }
     }
@@ -148,7 +154,7 @@ impl Workers {
 impl WorkerThreads {
     /// Waits for the end of all threads, which the end of the drain causes.
     pub(crate) async fn join(self) {
-        futures_util::future::join_all(self.0.into_iter().map(WorkerThread::join)).await;
+        join_all(self.0.into_iter().map(WorkerThread::join)).await;
     }
 }
 

@@ -229,11 +229,15 @@ async fn handshake(
         Ok(Some(_under_way)) => {
             let _counted = metrics::handshake_in_progress();
             let pacing = seat.pod.sockets.settings().undecided_pacing(&stream);
+            // The copy of the socket counts too. Without a spare descriptor the connection does not
+            // pace.
+            let descriptors = &seat.node().limits.descriptors;
+            let pacing = pacing.and_then(|pacing| Some((pacing, descriptors.spare(1)?)));
             let began = Instant::now();
             // Boxed: the future of a handshake is several times larger than that of a tunnel.
             let handshake = Box::pin(acceptor.accept(stream, after));
             let handshake = timeout_at(deadline, handshake).await;
-            if let Some(pacing) = pacing {
+            if let Some((pacing, _descriptor)) = pacing {
                 // The client's part of the handshake is one round trip, and its CPU time.
                 pacing.decide(began.elapsed());
             }

@@ -156,3 +156,22 @@ async fn expired_certificate_allows_no_new_connection_and_ends_no_open_one() {
     assert!(!trust.is_current(&one.1.borrow(), &two.1.borrow()));
     timeout(SECOND, trust.client_revocation()).await.unwrap_err();
 }
+
+async fn panicking() -> HboneError {
+    panic!("of a monitor")
+}
+
+#[tokio::test(start_paused = true)]
+async fn panic_of_monitor_revokes_both_ends() {
+    let ca = Ca::root("ours");
+    let one = watched(&(ca.identity(CLIENT, 1), Trust::default()));
+    let two = watched(&(ca.identity(SERVER, 2), Trust::default()));
+    let mut trust = established(&one.1, &two.1);
+    let ends = [&trust.server, &trust.client]
+        .map(|peer| (RevocationMonitor::testing(panicking()), peer.clone()));
+    trust.monitoring.abort();
+    trust.monitoring = tokio::spawn(follow(ends)).abort_handle();
+    timeout(SECOND, trust.server_revocation()).await.unwrap();
+    timeout(SECOND, trust.client_revocation()).await.unwrap();
+    assert!(!trust.is_current(&one.1.borrow(), &two.1.borrow()));
+}

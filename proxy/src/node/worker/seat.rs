@@ -31,9 +31,9 @@ use crate::node::worker::Worker;
 use crate::observe::party::{Claim, Party};
 use crate::traffic::accepted::Source;
 
-/// For how long a pool remembers a failed dial: its longest back-off, and the time in which another
-/// failure makes the next back-off longer (hbone/src/pool/state.rs).
-const FAILURE_REMEMBERED: Duration = Duration::from_secs(12);
+/// For how long a pool remembers a failed dial, rounded up: its longest back-off with jitter, and
+/// the time in which another failure makes the next back-off longer (hbone/src/pool/state.rs).
+const FAILURE_REMEMBERED: Duration = Duration::from_secs(13);
 /// For how long the kernel's answer that an address is the pod's own is cached.
 const CACHE_TTL: Duration = Duration::from_secs(1);
 /// The maximum number of cached addresses; a pod has a few.

@@ -66,12 +66,13 @@ pub(in crate::traffic) async fn deliver(
     seat: Arc<Seat>,
     DeliveryRequest { target, headers, client, here, trust }: DeliveryRequest,
 ) -> Result<Box<Delivery>, StatusCode> {
+    let accepted_at = Instant::now();
     let registration = seat.register_stream();
     let origin = RequestOrigin { client, here, peer: trust.client().clone() };
     let known = registration.termination().or_terminate(pin!(seat.mesh())).await;
     let target = inbound_target(&seat, &target, here);
     let facts = request_facts(&seat, &origin, &headers, target.as_ref().ok());
-    let unopened = Unopened { seat: &seat, accepted_at: Instant::now(), facts, recorded: false };
+    let unopened = Unopened { seat: &seat, accepted_at, facts, recorded: false };
     let connected = async {
         known?;
         let admitted = seat.pod.limits.admit_delivery(client.ip(), seat.worker.index);
