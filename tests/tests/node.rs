@@ -11,8 +11,8 @@ use nix::sys::signal::Signal;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use underpass_tests::{
-    APP, End, Family, Listener, Mesh, Pki, Pod, Proxy, Settings, Suite, World, exchange, http_get,
-    read_to_end, until, within,
+    APP, Dial, End, Family, HBONE, Listener, Mesh, Pki, Pod, Proxy, Settings, Suite, TlsClient,
+    World, exchange, http_get, read_to_end, until, within,
 };
 
 const V4: Family = Family::V4;
@@ -272,10 +272,14 @@ async fn stop() {
 async fn flood() {
     let (scene, _daemon, _proxy) = Scene::served().await;
     let Scene { a, b, c, .. } = &scene;
-    // More handshakes than one source may have under way, none of which is completed.
-    let mut silent = Vec::new();
+    // More handshakes than one source may have under way, none of which is completed. The mark
+    // keeps them from the proxy of `c`.
+    let (client, mark) = (TlsClient::new(None), Some(0x539));
+    let mut begun = Vec::new();
     for _ in 0..300 {
-        silent.push(c.dial(a.at(V4, 15008)).await.expect("accepted"));
+        let dialled = c.dial_as(a.at(V4, HBONE), Dial { mark, source: None }).await;
+        // The connections beyond the limit are closed, before or after their ClientHello.
+        begun.extend(client.begin(dialled.expect("accepted")).await.ok());
     }
     let app_c = c.listen(APP);
     let mut open = Vec::new();

@@ -200,7 +200,7 @@ impl Daemon {
         tokio::select! {
             () = self.registry.stop().gone() => {}
             why = stop.wait() => {
-                tracing::warn!(why, "second stop signal: not waiting for connections");
+                tracing::warn!(why, "second stop signal: not waiting for connections; the rules of pods that still drain stay");
             }
         }
         if let Some((rules, task)) = self.probes {

@@ -80,7 +80,7 @@ fn two(a: &str) -> Vec<String> {
         ("a.rs", a),
         (
             "b.rs",
-            "use crate::a::A; pub struct B; pub fn b(_: A) {} pub mod inner { pub struct C; } pub trait Trait {}",
+            "use crate::a::A; pub struct B; pub fn b(_: A) {} pub mod inner { pub struct C; } pub trait Trait {} macro_rules! make { () => {} }",
         ),
     ])
 }
@@ -106,6 +106,7 @@ fn finds_cycle_however_path_is_written() {
         "pub struct A; pub struct T { field: Option<crate::b::B> }",
         "pub struct A; pub trait T: crate::b::Trait {}",
         "pub struct A; #[derive(Debug)] pub enum E { V(#[from] crate::b::B) }",
+        "pub struct A; fn f() { crate::b::make!() }",
     ] {
         assert_eq!(two(a).len(), 1, "{a}");
     }

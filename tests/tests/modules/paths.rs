@@ -56,7 +56,7 @@ impl<'ast> Visit<'ast> for Mentions {
     }
 
     fn visit_macro(&mut self, found: &'ast Macro) {
-        visit::visit_path(self, &found.path);
+        self.visit_path(&found.path);
         self.add_tokens(found.tokens.clone());
     }
 }

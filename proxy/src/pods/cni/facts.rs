@@ -3,13 +3,14 @@
 //! The plugin knows no service account, labels or annotations. The mesh has the service account of
 //! a workload with the pod's namespace and name; labels and annotations stay empty.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use thiserror::Error;
 use tokio::sync::watch;
-use underpass_config::{Settings, WorkloadSettings};
+use underpass_config::{Hint, Settings, WorkloadSettings};
 
 use super::attachment::{AttachedPod, PodReference};
 use crate::decide::snapshot::Snapshot;
@@ -39,17 +40,17 @@ pub(super) enum FactProblem {
     AddressOfAnother { address: IpAddr, namespace: String, name: String },
 }
 
-impl FactProblem {
-    /// The remedy.
-    pub(super) fn hint(&self) -> &'static str {
-        match self {
+impl Hint for FactProblem {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let hint = match self {
             Self::NoWorkload { .. } => {
                 "add the workload with its serviceAccount to the mesh (mesh.file); the runtime tries again"
             }
             Self::Addresses { .. } | Self::AddressOfAnother { .. } => {
                 "correct workloadIps in the mesh (mesh.file); the runtime tries again"
             }
-        }
+        };
+        Some(hint.into())
     }
 }
 
@@ -160,7 +161,7 @@ mod tests {
         ] {
             let found = finder().find(&attached(name, &[address])).unwrap_err();
             assert_eq!(found.to_string(), problem);
-            assert!(found.hint().contains("mesh.file"));
+            assert!(found.hint().unwrap().contains("mesh.file"));
         }
     }
 

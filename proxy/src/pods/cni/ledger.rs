@@ -299,6 +299,7 @@ impl Ledger {
                 }
                 Err(problem) if logged.as_ref() != Some(&problem) => {
                     let (uid, hint) = (&pod.pod.uid, problem.hint());
+                    let hint = hint.as_deref();
                     tracing::error!(%uid, error = %problem, hint, "cannot enrol a pod again");
                     logged = Some(problem);
                 }
@@ -334,7 +335,7 @@ fn leads_to(path: &Path, namespace: NamespaceId) -> bool {
 
 impl From<FactProblem> for Refusal {
     fn from(problem: FactProblem) -> Self {
-        let hint = problem.hint().to_owned();
+        let hint = problem.hint().unwrap_or_default().into_owned();
         Self { code: code::TRY_AGAIN, message: problem.to_string(), hint }
     }
 }
