@@ -3,33 +3,40 @@
 
 use std::time::Duration;
 
-/// Each wait is shortened by up to this percentage.
-const JITTER_PERCENT: u32 = 25;
+/// Each wait is shortened by up to this part.
+const JITTER: f64 = 0.25;
+
+/// The wait after `failures` earlier consecutive failures: from `first` to `longest`, less the
+/// jitter. `chance` is from 0 to 1.
+pub(crate) fn wait(first: Duration, longest: Duration, failures: u32, chance: f64) -> Duration {
+    let doubled = first.saturating_mul(2_u32.saturating_pow(failures));
+    doubled.min(longest).mul_f64(1.0 - JITTER * chance)
+}
 
 /// The waits of one series of failures.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     first: Duration,
     longest: Duration,
-    next: Duration,
+    failures: u32,
 }
 
 impl Backoff {
     /// Waits from `first` up to `longest`.
     pub(crate) fn new(first: Duration, longest: Duration) -> Self {
-        Self { first, longest, next: first }
+        Self { first, longest, failures: 0 }
     }
 
     /// The wait after one more failure.
     pub(crate) fn next(&mut self) -> Duration {
-        let wait = self.next;
-        self.next = wait.saturating_mul(2).min(self.longest);
-        (wait / 100).saturating_mul(100 - fastrand::u32(0..=JITTER_PERCENT))
+        let wait = wait(self.first, self.longest, self.failures, fastrand::f64());
+        self.failures = self.failures.saturating_add(1);
+        wait
     }
 
     /// Starts a new series after a success.
     pub(crate) fn reset(&mut self) {
-        self.next = self.first;
+        self.failures = 0;
     }
 }
 

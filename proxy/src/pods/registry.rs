@@ -267,7 +267,7 @@ impl RegistryTask {
             }
             Err(error) => Some(error.clone()),
         };
-        let chance = fastrand::f64() * 2.0 - 1.0;
+        let chance = fastrand::f64();
         let now = Instant::now();
         let retry_in = self.registry.change(|pods| pods.finished(now, attempt, outcome, chance));
         if let Some(error) = error {

@@ -21,6 +21,7 @@ use underpass_config::PodUid;
 use underpass_interception::{Namespace, NamespaceId};
 
 use crate::pods::annotations::NotEnrolled;
+use crate::pods::backoff;
 use crate::pods::enrolment::{Departure, EnrolError, Enrolled, EnrolledPod};
 use crate::pods::facts::PodFacts;
 use crate::pods::status::{PodState, PodStatus, Step};
@@ -31,8 +32,6 @@ const ATTEMPTS: usize = 16;
 /// The pause after the first failure; each further one doubles it.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// Jitter, so that pods that failed together are not retried together.
-const JITTER: f64 = 0.2;
 
 /// The sender of an answer to an add.
 pub(super) type Answer = oneshot::Sender<Result<(), EnrolError>>;
@@ -291,7 +290,7 @@ impl Pods {
         later.map(|((due, _), _)| *due).filter(|_| self.attempts.len() < ATTEMPTS)
     }
 
-    /// An attempt has ended. `chance` is from -1 to 1. Returns the pause before the next one.
+    /// An attempt has ended. `chance` is from 0 to 1. Returns the pause before the next one.
     pub(super) fn finished(
         &mut self,
         now: Instant,
@@ -365,7 +364,9 @@ impl Pods {
     ) -> Option<Duration> {
         let entry = self.pods.get_mut(uid)?;
         entry.error = Some(error.clone());
-        let pause = error.is_retryable().then(|| pause(entry.failures, chance));
+        let pause = error
+            .is_retryable()
+            .then(|| backoff::wait(FIRST_PAUSE, LONGEST_PAUSE, entry.failures, chance));
         entry.failures = entry.failures.saturating_add(1);
         entry.answer(&Err(error));
         match pause {
@@ -493,12 +494,6 @@ impl Pods {
             Phase::Failed => PodState::Failed(entry.error.clone().unwrap_or(EnrolError::Pending)),
         }
     }
-}
-
-/// The pause after `failures` earlier consecutive failures; `chance` is from -1 to 1.
-fn pause(failures: u32, chance: f64) -> Duration {
-    let doubled = FIRST_PAUSE.saturating_mul(2_u32.saturating_pow(failures));
-    doubled.min(LONGEST_PAUSE).mul_f64(1.0 + JITTER * chance)
 }
 
 #[cfg(test)]
