@@ -1,7 +1,7 @@
 //! The state of the process (node), of a pod, of a worker thread, and of a pod on a worker (seat).
 //!
 //! ```text
-//! Node     one         mesh, identities, resolver, limits, timeouts, drain, metric series
+//! Node     one         mesh, resolver, limits, timeouts, drain, metric series
 //! Pod      Arc         policy context, sockets, credentials, endpoint health, self-test, addresses
 //! Worker   a thread    command channel, cache of metric series, seats
 //! Seat     Pod×Worker  connection registry, pool, connector, acceptor; made by the first
@@ -14,7 +14,9 @@
 pub(crate) mod assignment;
 pub(crate) mod certificates;
 mod commands;
+pub(crate) mod data_plane;
 pub(crate) mod identities;
+pub(crate) mod in_process;
 pub(crate) mod phases;
 pub(crate) mod pod;
 pub(crate) mod pod_error;
@@ -34,7 +36,6 @@ use underpass_config::{SameNode, Settings, Timeouts, TunnelSettings};
 use crate::decide::resolve::Resolver;
 use crate::decide::snapshot::Snapshot;
 use crate::limits::Limits;
-use crate::node::identities::Identities;
 use crate::node::served_pods::ServedPods;
 use crate::observe::metrics::SeriesRegistry;
 use crate::process::pause_gate::Gates;
@@ -53,8 +54,6 @@ pub(crate) struct Node {
     pub(crate) same_node: SameNode,
     pub(crate) pods: ServedPods,
     pub(crate) mesh: watch::Receiver<Arc<Snapshot>>,
-    /// `None` without certificates: HBONE is off.
-    pub(crate) identities: Option<Identities>,
     pub(crate) resolver: Arc<Resolver>,
     pub(crate) limits: Limits,
     pub(crate) drain: Drain,
@@ -82,7 +81,6 @@ impl Node {
             same_node: settings.proxy.same_node,
             pods: ServedPods::default(),
             mesh,
-            identities: None,
             resolver: Arc::new(Resolver::system(Handle::current())),
             limits: Limits::new(&settings.limits, workers),
             drain: Drain::default(),

@@ -15,6 +15,7 @@ use crate::admin::endpoints::Readiness;
 use crate::mesh::publish::Publisher;
 use crate::node::Node;
 use crate::node::certificates::Certificates;
+use crate::node::in_process::InProcess;
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
 use crate::node::pod::pod_sockets;
 use crate::node::workers::{WorkerThreads, Workers};
@@ -120,13 +121,16 @@ impl TestNode {
             interception: _settings.subscribe(),
             health: self.rules.pod(),
         };
-        let bound = BoundPod::bind(&self.node, spec, &mut Vec::new()).await?;
-        let mut guarded = bound.guard(RulesOwner::ThisProcess).await?;
-        if let Some(identities) = &identities {
-            let credentials = identities.lease(&settings.workload.spiffe_id).await?;
-            guarded.set_credentials(Some(credentials));
-        }
-        let pod = guarded.serve(&self.workers, PauseGate::default()).await?;
+        let bound = BoundPod::bind(spec, &mut Vec::new()).await?;
+        let guarded = bound.guard(RulesOwner::ThisProcess).await?;
+        let lease = match &identities {
+            Some(identities) => Some(identities.lease(&settings.workload.spiffe_id).await?),
+            None => None,
+        };
+        let (node, workers) = (self.node.clone(), self.workers.clone());
+        let data_plane = InProcess { node, workers, identities: identities.map(Arc::new) };
+        let pod = guarded.serve(&data_plane, PauseGate::default()).await?;
+        drop(lease);
         Ok(TestPod { pod, _settings })
     }
 

@@ -19,7 +19,6 @@ mod bound;
 mod guarded;
 mod open;
 mod rules;
-mod served;
 mod serving;
 
 pub(crate) use self::bound::{BoundPod, PodSpec};

@@ -68,20 +68,21 @@ pub(crate) fn pod_sockets(settings: &Settings) -> Sockets {
 }
 
 impl Pod {
-    /// The pod of the namespace of `access`, still without credentials.
+    /// The pod of the namespace of `access`, with these credentials.
     pub(crate) async fn open(
         node: &Node,
         settings: &Settings,
         access: &NamespaceAccess,
-        sockets: Sockets,
+        credentials: Option<CredentialLease>,
         interception: watch::Receiver<InterceptionSettings>,
     ) -> Result<Self, InterceptionError> {
+        let sockets = pod_sockets(settings);
         Ok(Self {
             id: PodId::next(),
             context: PolicyContext::of(settings),
             limits: node.limits.pod(),
             sockets: PodSockets::new(access.clone(), sockets, node.limits.descriptors.clone()),
-            credentials: None,
+            credentials,
             endpoints: Arc::default(),
             self_test: SelfTest::default(),
             interception,

@@ -53,6 +53,13 @@ impl ServedPods {
         })
     }
 
+    /// The number of open connections of all pods.
+    pub(crate) fn connections(&self) -> usize {
+        let pods = self.read();
+        let all = pods.values().flat_map(HashMap::values).flatten().filter_map(Weak::upgrade);
+        all.map(|pod| pod.connections.open()).sum()
+    }
+
     fn read(&self) -> RwLockReadGuard<'_, ByNamespaceAndName> {
         // No code panics while it holds the lock.
         self.0.read().unwrap_or_else(PoisonError::into_inner)

@@ -10,24 +10,24 @@ use underpass_config::{InterceptionSettings, OnExit, Settings};
 use underpass_interception::{HostNamespaces, Namespace, NamespaceAccess, NamespaceThread};
 
 use crate::error::chain;
-use crate::node::Node;
-use crate::node::identities::CredentialLease;
+use crate::node::data_plane::{CertificateState, DataPlane};
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
-use crate::node::workers::Workers;
 use crate::pods::enrolment::{
     Departure, EnrolError, Enrolled, EnrolledPod, Enroller, Operation, Trouble,
 };
 use crate::pods::facts::PodFacts;
 use crate::pods::namespace::{check_addresses, check_owner};
 use crate::pods::settings::{PodSettings, pod_settings};
+use crate::process::pause_gate::PauseGate;
 use crate::process::reload::follow;
 use crate::rules::health::{RulesHealth, RulesTotals};
 
 /// Enrols the pods of this node. Clones share the node.
 #[derive(Debug, Clone)]
 pub(crate) struct NodeEnroller {
-    pub(crate) node: Arc<Node>,
-    pub(crate) workers: Workers,
+    pub(crate) data_plane: Arc<dyn DataPlane>,
+    /// Pauses the repair of rules.
+    pub(crate) gate: PauseGate,
     /// The settings of the node.
     pub(crate) settings: Arc<Settings>,
     pub(crate) thread: NamespaceThread,
@@ -72,17 +72,12 @@ impl NodeEnroller {
             interception: changes,
             health: health.clone(),
         };
-        let mut pod = BoundPod::bind(&self.node, spec, &mut Vec::new()).await?;
-        // Its connections wait for the certificate.
-        let identities = self.node.identities.as_ref();
-        let credentials =
-            identities.map(|identities| identities.lease_awaited(&settings.workload.spiffe_id));
-        pod.set_credentials(credentials.clone());
+        let pod = BoundPod::bind(spec, &mut Vec::new()).await?;
         let pod = pod.guard(RulesOwner::ThisProcess).await?;
-        let pod = pod.serve(&self.workers, self.node.gates.rules.clone()).await?;
+        let pod = pod.serve(&*self.data_plane, self.gate.clone()).await?;
         let node = self.settings.clone();
         let span = span(facts);
-        let served = NodePod { pod, node, settings, interception, credentials, health, span };
+        let served = NodePod { pod, node, settings, interception, health, span };
         Ok(Enrolled::Serving(Box::new(served)))
     }
 }
@@ -113,7 +108,6 @@ struct NodePod {
     /// Its own settings when it was enrolled.
     settings: Arc<Settings>,
     interception: watch::Sender<InterceptionSettings>,
-    credentials: Option<CredentialLease>,
     health: RulesHealth,
     span: tracing::Span,
 }
@@ -148,11 +142,10 @@ impl EnrolledPod for NodePod {
         if self.health.has_self_test_failed() {
             return Some(Trouble::SelfTestFailed);
         }
-        let lease = self.credentials.as_ref()?;
-        match lease.is_expired() {
-            Some(true) => Some(Trouble::CertificateExpired),
-            Some(false) => None,
-            None => Some(Trouble::CertificateAwaited),
+        match self.pod.certificate() {
+            CertificateState::Valid => None,
+            CertificateState::Awaited => Some(Trouble::CertificateAwaited),
+            CertificateState::Expired => Some(Trouble::CertificateExpired),
         }
     }
 

@@ -20,6 +20,7 @@ use underpass_interception::{
 use crate::admin::endpoints::Readiness;
 use crate::mesh::publish::Publisher;
 use crate::node::certificates::Certificates;
+use crate::node::in_process::InProcess;
 use crate::node::pod::pod_sockets;
 use crate::node::workers::{WorkerThreads, Workers};
 use crate::node::{Node, certificates};
@@ -123,7 +124,7 @@ impl Daemon {
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
         let count = settings.proxy.workers.unwrap_or_else(processors);
         let node = Node::new(&settings, count, mesh, gates.clone(), series);
-        let node = Arc::new(Node { identities, ..node });
+        let (node, identities) = (Arc::new(node), identities.map(Arc::new));
         let listeners = Listeners::bind(&access, &sockets, &settings, &mut Vec::new()).await?;
         let _endpoints = Endpoints::serve(listeners, readiness.clone(), &exporter, &gates.accept);
         confine(&thread, &settings).await?;
@@ -131,8 +132,8 @@ impl Daemon {
         let (workers, threads, reports) =
             Workers::start(&node, count, &supervisor).map_err(CommandError::start)?;
         let enroller = NodeEnroller {
-            node: node.clone(),
-            workers,
+            data_plane: Arc::new(InProcess { node: node.clone(), workers, identities }),
+            gate: gates.rules,
             settings: settings.clone(),
             thread: thread.clone(),
             rules: RulesTotals::default(),

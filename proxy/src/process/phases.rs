@@ -28,6 +28,7 @@ use underpass_interception::NamespaceThread;
 pub(crate) use self::bound::Bound;
 use self::endpoints::Endpoints;
 use crate::node::Node;
+use crate::node::identities::Identities;
 use crate::process::cpus::processors;
 use crate::process::supervise::{Supervisor, Task};
 
@@ -36,6 +37,8 @@ struct Core {
     settings: Arc<Settings>,
     supervisor: Supervisor,
     node: Arc<Node>,
+    /// `None` without certificates: HBONE is off.
+    identities: Option<Arc<Identities>>,
     /// The thread that performs privileged operations.
     thread: NamespaceThread,
     endpoints: Endpoints,

@@ -19,7 +19,7 @@ use crate::observe::metrics;
 use crate::rules::owner::{role, started};
 use crate::rules::reconciler::RuleReconciler;
 use crate::rules::self_test;
-use crate::rules::self_test::{SelfTest, SelfTestError};
+use crate::rules::self_test::{Arrivals, SelfTestError};
 
 /// The deadline of each connection of the self-test at the start. It normally takes less than a
 /// millisecond; a machine that is still booting takes longer.
@@ -224,7 +224,7 @@ impl Capture {
     /// clients return to the proxy.
     pub(crate) async fn test(
         &self,
-        self_test: &SelfTest,
+        arrivals: &dyn Arrivals,
         probes: &Probes,
         deadline: Duration,
     ) -> Result<(), SelfTestError> {
@@ -233,7 +233,8 @@ impl Capture {
         let plan = RulePlan::new(settings, self.ports, ipv6_available());
         let environment = self.access.environment().await.map_err(prepare)?;
         let caught = probes.caught.probes(&environment, &plan, settings, self.ports);
-        let tested = self_test.run(caught.map_err(SelfTestError::Prepare)?, deadline).await?;
+        let caught = caught.map_err(SelfTestError::Prepare)?;
+        let tested = self_test::run_captured(arrivals, caught, deadline).await?;
         if tested.is_empty() && self.profile() != Profile::None {
             tracing::info!(
                 "cannot test the rules: this process can make no connection that they would catch, or there is no route"
@@ -260,10 +261,10 @@ impl Capture {
     /// Runs [`test`](Self::test) at the start. A failure lists possible causes.
     pub(crate) async fn test_at_start(
         &self,
-        self_test: &SelfTest,
+        arrivals: &dyn Arrivals,
         probes: &Probes,
     ) -> Result<(), PodError> {
-        match self.test(self_test, probes, START_DEADLINE).await {
+        match self.test(arrivals, probes, START_DEADLINE).await {
             Ok(()) => Ok(()),
             Err(error) => Err(PodError::SelfTest { error, suspects: self.suspects().await }),
         }

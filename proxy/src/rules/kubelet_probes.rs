@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
-use underpass_config::KubeletProbes;
+use underpass_config::{InterceptionSettings, KubeletProbes, Profile};
 use underpass_interception::{
     Interception, KUBELET_PROBE_IN, KUBELET_PROBE_V4, KUBELET_PROBE_V6, RuleCounter,
 };
@@ -30,9 +30,11 @@ fn readings() -> Interval {
     readings
 }
 
-/// Logs the exempt ports.
-pub(crate) fn warn(probes: &KubeletProbes) {
+/// Logs the exempt ports. Only the ambient profile identifies the kubelet by its source address.
+pub(crate) fn warn(settings: &InterceptionSettings) {
+    let probes = &settings.kubelet_probes;
     let ports = match probes {
+        _ if settings.profile != Profile::Ambient => return,
         KubeletProbes::Off => return,
         KubeletProbes::On => "all".to_owned(),
         KubeletProbes::Ports(_) => probes.to_string(),

@@ -16,7 +16,7 @@ use crate::error::chain;
 use crate::process::pause_gate::PauseGate;
 use crate::rules::capture::{Capture, Probes};
 use crate::rules::health::RulesHealth;
-use crate::rules::self_test::{SelfTest, SelfTestError};
+use crate::rules::self_test::{Arrivals, SelfTestError};
 
 /// A series of changes has ended when there was none for this long.
 const SETTLE_TIME: Duration = Duration::from_millis(300);
@@ -32,7 +32,7 @@ const DEADLINE: Duration = Duration::from_secs(3);
 #[derive(Debug, Clone)]
 pub(crate) struct Retest {
     pub(crate) capture: Capture,
-    pub(crate) self_test: SelfTest,
+    pub(crate) arrivals: Arc<dyn Arrivals>,
     pub(crate) probes: Arc<Probes>,
     pub(crate) health: RulesHealth,
     /// Closed while another process takes over.
@@ -70,7 +70,7 @@ impl Retest {
             // The reconciler repairs the rules; until then the test would fail.
             return false;
         }
-        let outcome = self.capture.test(&self.self_test, &self.probes, DEADLINE).await;
+        let outcome = self.capture.test(&*self.arrivals, &self.probes, DEADLINE).await;
         let passed = match outcome {
             // For example no file descriptors: not a problem of the rules.
             Err(error) if error.could_not_run() => {

@@ -4,11 +4,13 @@
 //! listeners with their original destination, and answers to imitated clients must return.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -84,6 +86,16 @@ impl Hint for SelfTestError {
     }
 }
 
+/// Detects test connections among those that arrive at the listeners of a pod.
+pub(crate) trait Arrivals: fmt::Debug + Send + Sync {
+    /// Connections to `destination` are the test's from now on, instead of those to the previous
+    /// destination. Receives a message for each one that arrives.
+    fn expect(&self, destination: SocketAddr) -> BoxFuture<'static, mpsc::UnboundedReceiver<()>>;
+
+    /// Ends the test: all connections are served again.
+    fn end(&self);
+}
+
 /// Shared by the test and the workers, which pass the test's connections to it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct SelfTest {
@@ -117,50 +129,64 @@ impl SelfTest {
         claimed && arrived.send(()).is_ok()
     }
 
-    /// Opens each connection and waits for its arrival. Returns the tested destinations.
-    pub(crate) async fn run(
-        &self,
-        probes: Vec<Probe>,
-        deadline: Duration,
-    ) -> Result<Vec<SocketAddr>, SelfTestError> {
-        self.running.store(true, Relaxed);
-        let mut tested = Vec::new();
-        let mut outcome = Ok(());
-        for probe in probes {
-            let destination = probe.destination;
-            match self.one(probe, deadline).await {
-                Ok(true) => tested.push(destination),
-                Ok(false) => {
-                    tracing::debug!(%destination, "no route for a test connection");
-                }
-                Err(error) => outcome = Err(error),
-            }
-        }
-        self.running.store(false, Relaxed);
-        self.expect(None);
-        outcome.map(|()| tested)
-    }
-
-    /// Tests one destination; `false` if there is no route to it.
-    async fn one(&self, probe: Probe, deadline: Duration) -> Result<bool, SelfTestError> {
-        let destination = probe.destination;
-        let (arrived, mut arrivals) = mpsc::unbounded_channel();
-        self.expect(Some(ExpectedConnection { destination, arrived }));
-        let test = async {
-            let connected = probe.connect().await;
-            if !connected.map_err(|source| SelfTestError::NotCaught { destination, source })? {
-                return Ok(false);
-            }
-            arrivals.recv().await;
-            Ok(true)
-        };
-        let late = SelfTestError::NotArrived { destination, deadline };
-        timeout(deadline, test).await.unwrap_or(Err(late))
-    }
-
-    fn expect(&self, expected: Option<ExpectedConnection>) {
+    fn set_expected(&self, expected: Option<ExpectedConnection>) {
+        self.running.store(expected.is_some(), Relaxed);
         *self.expected.lock().unwrap_or_else(PoisonError::into_inner) = expected;
     }
+}
+
+impl Arrivals for SelfTest {
+    fn expect(&self, destination: SocketAddr) -> BoxFuture<'static, mpsc::UnboundedReceiver<()>> {
+        let (arrived, arrivals) = mpsc::unbounded_channel();
+        self.set_expected(Some(ExpectedConnection { destination, arrived }));
+        Box::pin(async { arrivals })
+    }
+
+    fn end(&self) {
+        self.set_expected(None);
+    }
+}
+
+/// Opens each connection and waits for its arrival. Returns the tested destinations.
+pub(crate) async fn run_captured(
+    arrivals: &dyn Arrivals,
+    probes: Vec<Probe>,
+    deadline: Duration,
+) -> Result<Vec<SocketAddr>, SelfTestError> {
+    let mut tested = Vec::new();
+    let mut outcome = Ok(());
+    for probe in probes {
+        let destination = probe.destination;
+        match test_one(arrivals, probe, deadline).await {
+            Ok(true) => tested.push(destination),
+            Ok(false) => {
+                tracing::debug!(%destination, "no route for a test connection");
+            }
+            Err(error) => outcome = Err(error),
+        }
+    }
+    arrivals.end();
+    outcome.map(|()| tested)
+}
+
+/// Tests one destination; `false` if there is no route to it.
+async fn test_one(
+    arrivals: &dyn Arrivals,
+    probe: Probe,
+    deadline: Duration,
+) -> Result<bool, SelfTestError> {
+    let destination = probe.destination;
+    let test = async {
+        let mut arrived = arrivals.expect(destination).await;
+        let connected = probe.connect().await;
+        if !connected.map_err(|source| SelfTestError::NotCaught { destination, source })? {
+            return Ok(false);
+        }
+        arrived.recv().await;
+        Ok(true)
+    };
+    let late = SelfTestError::NotArrived { destination, deadline };
+    timeout(deadline, test).await.unwrap_or(Err(late))
 }
 
 /// Opens each connection and waits for its answer. Returns the tested pairs of addresses.

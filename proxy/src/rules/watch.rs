@@ -17,7 +17,7 @@ use crate::rules::kubelet_probes;
 use crate::rules::reconciler::{Event, RuleReconciler};
 use crate::rules::retest;
 use crate::rules::retest::Retest;
-use crate::rules::self_test::SelfTest;
+use crate::rules::self_test::Arrivals;
 
 /// Watches the rules of one pod.
 #[derive(Debug, Clone)]
@@ -48,14 +48,14 @@ impl Subscriptions {
 impl RuleWatch {
     pub(crate) fn new(
         capture: Capture,
-        self_test: SelfTest,
+        arrivals: Arc<dyn Arrivals>,
         probes: Probes,
         health: RulesHealth,
         gate: PauseGate,
     ) -> Self {
         let retest = Retest {
             capture: capture.clone(),
-            self_test,
+            arrivals,
             probes: Arc::new(probes),
             health: health.clone(),
             gate: gate.clone(),

@@ -9,13 +9,12 @@ use underpass_interception::{BoundListener, NamespaceAccess};
 
 use super::guarded::GuardedPod;
 use super::rules::{OwnedRules, RulesOwner};
-use crate::node::Node;
-use crate::node::identities::CredentialLease;
-use crate::node::pod::{Pod, pod_sockets};
+use crate::node::data_plane::PodToServe;
+use crate::node::pod::pod_sockets;
 use crate::node::pod_error::PodError;
 use crate::rules::capture::Capture;
 use crate::rules::health::RulesHealth;
-use crate::traffic::listeners::{Kind, Listeners, NamedListeners};
+use crate::traffic::listeners::{Listeners, NamedListeners};
 
 /// A pod to serve.
 #[derive(Debug)]
@@ -33,9 +32,8 @@ pub(crate) struct PodSpec {
 /// nothing.
 #[derive(Debug)]
 pub(crate) struct BoundPod {
-    pod: Pod,
+    pod: PodToServe,
     capture: Capture,
-    listeners: Listeners<Kind>,
     health: RulesHealth,
 }
 
@@ -47,7 +45,6 @@ impl BoundPod {
     ///
     /// A precondition is not met, or an address is in use.
     pub(crate) async fn bind(
-        node: &Node,
         spec: PodSpec,
         handed: &mut Vec<(String, BoundListener)>,
     ) -> Result<Self, PodError> {
@@ -56,8 +53,8 @@ impl BoundPod {
             Capture::prepare(settings.clone(), interception.clone(), access.clone()).await?;
         let sockets = pod_sockets(&settings);
         let listeners = Listeners::bind(&access, &sockets, &settings, handed).await?;
-        let pod = Pod::open(node, &settings, &access, sockets, interception).await?;
-        Ok(Self { pod, capture, listeners, health })
+        let pod = PodToServe { settings, interception, access, listeners };
+        Ok(Self { pod, capture, health })
     }
 
     /// Its listeners with descriptors of their own, to hand over.
@@ -66,12 +63,7 @@ impl BoundPod {
     ///
     /// The process has no free descriptor.
     pub(crate) fn duplicate_listeners(&self) -> io::Result<NamedListeners> {
-        self.listeners.duplicate()
-    }
-
-    /// Sets the credentials that its tunnels use. They can be set until it opens.
-    pub(crate) fn set_credentials(&mut self, credentials: Option<CredentialLease>) {
-        self.pod.credentials = credentials;
+        self.pod.listeners.duplicate()
     }
 
     /// Installs the rules.
@@ -80,9 +72,9 @@ impl BoundPod {
     ///
     /// The kernel refused, and the rules are as they were.
     pub(crate) async fn guard(self, owner: RulesOwner) -> Result<GuardedPod, PodError> {
-        let Self { pod, capture, listeners, health } = self;
+        let Self { pod, capture, health } = self;
         capture.install().await?;
         health.set_intact(true);
-        GuardedPod::new(pod, OwnedRules { capture, owner }, listeners, health).await
+        GuardedPod::new(pod, OwnedRules { capture, owner }, health).await
     }
 }

@@ -1,28 +1,23 @@
 //! A pod whose rules are installed.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::open::OpenPod;
 use super::rules::OwnedRules;
 use super::serving::ServingPod;
-use crate::node::identities::CredentialLease;
-use crate::node::pod::Pod;
+use crate::node::data_plane::{DataPlane, PodToServe};
 use crate::node::pod_error::PodError;
-use crate::node::workers::Workers;
 use crate::process::pause_gate::PauseGate;
 use crate::rules::capture::{Capture, Probes};
 use crate::rules::health::RulesHealth;
 use crate::rules::watch::Subscriptions;
-use crate::traffic::listeners::{Kind, Listeners};
 
 /// A pod whose rules are installed: its connections wait in the accept queues of its listeners.
 /// Dropping it leaves the rules.
 #[derive(Debug)]
 pub(crate) struct GuardedPod {
-    pod: Pod,
+    pod: PodToServe,
     rules: OwnedRules,
-    listeners: Listeners<Kind>,
     probes: Probes,
     health: RulesHealth,
 }
@@ -31,13 +26,12 @@ impl GuardedPod {
     /// Opens the sockets of the self-test, which must happen before the process becomes the proxy's
     /// user.
     pub(super) async fn new(
-        pod: Pod,
+        pod: PodToServe,
         rules: OwnedRules,
-        listeners: Listeners<Kind>,
         health: RulesHealth,
     ) -> Result<Self, PodError> {
         match rules.capture.probes().await {
-            Ok(probes) => Ok(Self { pod, rules, listeners, probes, health }),
+            Ok(probes) => Ok(Self { pod, rules, probes, health }),
             Err(error) => Err(rules.leave_after(error).await),
         }
     }
@@ -47,34 +41,21 @@ impl GuardedPod {
         &self.rules.capture
     }
 
-    /// Whether the credentials of its tunnels are set.
-    pub(crate) fn has_credentials(&self) -> bool {
-        self.pod.credentials.is_some()
-    }
-
-    /// Sets the credentials that its tunnels use.
-    pub(crate) fn set_credentials(&mut self, credentials: Option<CredentialLease>) {
-        self.pod.credentials = credentials;
-    }
-
-    /// Gives the listeners to the workers, which accept connections from now on.
+    /// Gives the listeners to the data plane, which accepts connections from now on.
     ///
     /// # Errors
     ///
-    /// Changes of the rules cannot be watched, or the workers cannot accept; the rules are left.
-    pub(crate) async fn open(self, workers: &Workers) -> Result<OpenPod, PodError> {
-        let Self { pod, rules, listeners, probes, health } = self;
+    /// Changes of the rules cannot be watched, or the data plane cannot accept; the rules are left.
+    pub(crate) async fn open(self, data_plane: &dyn DataPlane) -> Result<OpenPod, PodError> {
+        let Self { pod, rules, probes, health } = self;
         // Subscribes before the self-test, so that no change after the test is missed.
         let subscribed = match Subscriptions::new(&rules.capture).await {
             Ok(subscribed) => subscribed,
             Err(error) => return Err(rules.leave_after(error).await),
         };
-        let pod = Arc::new(pod);
-        let added = workers.add_listeners(&pod, listeners.into_kinds()).await;
-        let open = OpenPod::new(pod, workers.clone(), rules, probes, subscribed, health);
-        match added {
-            Ok(()) => Ok(open),
-            Err(error) => Err(open.abandon(Duration::ZERO, PodError::Accept(error)).await),
+        match data_plane.serve(pod).await {
+            Ok(served) => Ok(OpenPod { served, rules, probes, subscribed, health }),
+            Err(error) => Err(rules.leave_after(error).await),
         }
     }
 
@@ -85,10 +66,10 @@ impl GuardedPod {
     /// The rules do not catch the traffic: the connections are terminated and the rules are left.
     pub(crate) async fn serve(
         self,
-        workers: &Workers,
+        data_plane: &dyn DataPlane,
         gate: PauseGate,
     ) -> Result<ServingPod, PodError> {
-        let open = self.open(workers).await?;
+        let open = self.open(data_plane).await?;
         match open.test().await {
             Ok(()) => Ok(open.watch(gate)),
             Err(error) => Err(open.abandon(Duration::ZERO, error).await),

@@ -1,53 +1,38 @@
 //! A pod that accepts connections, and whose rules are not tested yet.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::{Instrument as _, Span};
 
 use super::rules::{OwnedRules, RulesOwner};
-use super::served::Served;
 use super::serving::ServingPod;
-use crate::node::pod::Pod;
+use crate::node::data_plane::ServedPod;
 use crate::node::pod_error::PodError;
-use crate::node::workers::Workers;
 use crate::process::pause_gate::PauseGate;
 use crate::process::supervise;
 use crate::rules::capture::Probes;
 use crate::rules::health::RulesHealth;
 use crate::rules::kubelet_probes;
 use crate::rules::watch::{RuleWatch, Subscriptions};
-use crate::traffic::drain::drain;
 
 /// A pod that accepts connections, and whose rules are not tested yet.
 #[derive(Debug)]
 pub(crate) struct OpenPod {
-    served: Served,
-    rules: OwnedRules,
-    probes: Probes,
-    subscribed: Subscriptions,
-    health: RulesHealth,
+    pub(super) served: Box<dyn ServedPod>,
+    pub(super) rules: OwnedRules,
+    pub(super) probes: Probes,
+    pub(super) subscribed: Subscriptions,
+    pub(super) health: RulesHealth,
 }
 
 impl OpenPod {
-    pub(super) fn new(
-        pod: Arc<Pod>,
-        workers: Workers,
-        rules: OwnedRules,
-        probes: Probes,
-        subscribed: Subscriptions,
-        health: RulesHealth,
-    ) -> Self {
-        Self { served: Served { pod, workers }, rules, probes, subscribed, health }
-    }
-
     /// Tests that the rules lead connections to the listeners.
     ///
     /// # Errors
     ///
     /// They do not, or the test cannot run.
     pub(crate) async fn test(&self) -> Result<(), PodError> {
-        self.rules.capture.test_at_start(&self.served.pod.self_test, &self.probes).await
+        self.rules.capture.test_at_start(&*self.served.arrivals(), &self.probes).await
     }
 
     /// Makes this process the owner of the rules: the process that it takes over from has agreed.
@@ -58,9 +43,8 @@ impl OpenPod {
     /// Watches the rules from now on. `gate` pauses their repair.
     pub(crate) fn watch(self, gate: PauseGate) -> ServingPod {
         let Self { served, rules, probes, subscribed, health } = self;
-        kubelet_probes::warn(&served.pod.context.probes);
-        let self_test = served.pod.self_test.clone();
-        let watch = RuleWatch::new(rules.capture.clone(), self_test, probes, health, gate);
+        kubelet_probes::warn(&rules.capture.current_settings().borrow());
+        let watch = RuleWatch::new(rules.capture.clone(), served.arrivals(), probes, health, gate);
         let (mut subscribed, span) = (Some(subscribed), Span::current());
         let task = supervise::restarting("watch of the rules", move || {
             watch.clone().run(subscribed.take()).instrument(span.clone())
@@ -73,7 +57,7 @@ impl OpenPod {
     pub(crate) async fn abandon<E>(self, deadline: Duration, error: E) -> E {
         let Self { served, rules, .. } = self;
         served.stop_accepting().await;
-        drain(&served.pod.connections, deadline).await;
+        served.drain(deadline).await;
         served.close().await;
         rules.leave_after(error).await
     }

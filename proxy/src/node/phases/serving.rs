@@ -1,34 +1,32 @@
 //! A pod that is served: its rules are tested and watched.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use underpass_config::OnExit;
 
 use super::rules::{OwnedRules, RulesOwner};
-use super::served::Served;
-use crate::node::pod::Pod;
+use crate::node::data_plane::{CertificateState, ServedPod};
 use crate::node::pod_error::PodError;
 use crate::process::supervise::Task;
 use crate::rules::capture::Capture;
-use crate::traffic::drain::drain;
 
 /// A pod that is served. Dropping it closes its listeners and leaves the rules.
 #[derive(Debug)]
 pub(crate) struct ServingPod {
-    served: Served,
+    served: Box<dyn ServedPod>,
     rules: OwnedRules,
     /// Repairs and tests the rules; `None` once the pod drains.
     watch: Option<Task>,
 }
 
 impl ServingPod {
-    pub(super) fn new(served: Served, rules: OwnedRules, watch: Task) -> Self {
+    pub(super) fn new(served: Box<dyn ServedPod>, rules: OwnedRules, watch: Task) -> Self {
         Self { served, rules, watch: Some(watch) }
     }
 
-    pub(crate) fn pod(&self) -> &Arc<Pod> {
-        &self.served.pod
+    /// The state of its certificate.
+    pub(crate) fn certificate(&self) -> CertificateState {
+        self.served.certificate()
     }
 
     /// The rules and the means to change them.
@@ -65,7 +63,7 @@ impl ServingPod {
     /// Waits until `deadline` for the end of the connections, and terminates the rest. Returns how
     /// many. Cancel-safe until the deadline.
     pub(crate) async fn drain(&self, deadline: Duration) -> usize {
-        drain(&self.served.pod.connections, deadline).await
+        self.served.drain(deadline).await
     }
 
     /// Terminates the connections that are left, closes the tunnels and sockets, and keeps or

@@ -13,6 +13,7 @@ use super::{Core, workers};
 use crate::admin::endpoints::Readiness;
 use crate::mesh::publish::Publisher;
 use crate::node::certificates::Certificates;
+use crate::node::identities::CredentialLease;
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner};
 use crate::node::pod::pod_sockets;
 use crate::node::{Node, certificates};
@@ -31,6 +32,8 @@ use crate::traffic::listeners::Listeners;
 pub(crate) struct Bound {
     core: Core,
     pod: BoundPod,
+    /// The credentials of the workload, if they are issued without a connection.
+    credentials: Option<CredentialLease>,
     publisher: Publisher,
     reload: Reload,
     takeovers: TakeoverServer,
@@ -75,7 +78,7 @@ impl Bound {
         let publisher = Publisher::new(source, mesh, &settings.workload);
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
         let node = Node::new(&settings, workers(&settings), mesh, gates.clone(), series);
-        let node = Arc::new(Node { identities, ..node });
+        let (node, identities) = (Arc::new(node), identities.map(Arc::new));
         let spec = PodSpec {
             settings: settings.clone(),
             access: access.clone(),
@@ -83,7 +86,7 @@ impl Bound {
             health,
         };
         let HandedOver { listeners: handed, control_socket, .. } = &mut handed;
-        let mut pod = BoundPod::bind(&node, spec, handed).await?;
+        let pod = BoundPod::bind(spec, handed).await?;
         let listeners = Listeners::bind(&access, &sockets, &settings, handed).await?;
         let mut offered = pod.duplicate_listeners().map_err(CommandError::Start)?;
         offered.extend(listeners.duplicate().map_err(CommandError::Start)?);
@@ -91,8 +94,9 @@ impl Bound {
         let takeovers = TakeoverServer::listen(&settings, offered, gates.clone(), control_socket)?;
         let takeovers = takeovers.with_instance(instance.clone());
         let mut endpoints = Endpoints::serve(listeners, readiness, &exporter, &gates.accept);
+        let mut credentials = None;
         if certificates::is_local(&settings) {
-            pod.set_credentials(lease(&node, &settings).await?);
+            credentials = lease(identities.as_deref(), &settings).await?;
         }
         if let Some(instance) = instance {
             let readiness = endpoints.readiness.clone();
@@ -103,13 +107,13 @@ impl Bound {
         let privileged = thread.clone();
         let _privileged =
             supervisor.essential("namespaces thread", async move { privileged.ended().await });
-        let core = Core { settings, supervisor, node, thread, endpoints, _privileged };
-        Ok(Self { core, pod, publisher, reload, takeovers, client })
+        let core = Core { settings, supervisor, node, identities, thread, endpoints, _privileged };
+        Ok(Self { core, pod, credentials, publisher, reload, takeovers, client })
     }
 
     /// Installs the rules. A running process has stopped repairing its own.
     pub(crate) async fn guard(self) -> Result<Guarded, CommandError> {
-        let Self { core, pod, publisher, reload, takeovers, client } = self;
+        let Self { core, pod, credentials, publisher, reload, takeovers, client } = self;
         let owner = match &client {
             Some(client) => {
                 client.rules().await?;
@@ -118,7 +122,7 @@ impl Bound {
             None => RulesOwner::ThisProcess,
         };
         let pod = pod.guard(owner).await?;
-        Ok(Guarded { core, pod, publisher, reload, takeovers, client })
+        Ok(Guarded { core, pod, credentials, publisher, reload, takeovers, client })
     }
 }
 

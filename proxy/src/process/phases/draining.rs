@@ -44,7 +44,7 @@ impl Draining {
         tasks: Vec<Task>,
     ) -> Self {
         core.endpoints.readiness.draining();
-        let (timeouts, connections) = (&core.settings.timeouts, pod.pod().connections.open());
+        let (timeouts, connections) = (&core.settings.timeouts, core.node.pods.connections());
         let deadlines = match end {
             End::Stopped(why) => {
                 notify::stopping();

@@ -6,11 +6,12 @@ use underpass_interception::{Kept, ProxyUser, confine_thread};
 use super::serving::Serving;
 use super::{Core, workers};
 use crate::mesh::publish::{Publisher, Reports};
-use crate::node::identities::CredentialLease;
+use crate::node::certificates;
+use crate::node::identities::{CredentialLease, Identities};
+use crate::node::in_process::InProcess;
 use crate::node::phases::{GuardedPod, OpenPod};
 use crate::node::pod_error::PodError;
 use crate::node::workers::{WorkerThreads, Workers};
-use crate::node::{Node, certificates};
 use crate::process::command_error::CommandError;
 use crate::process::reload::Reload;
 use crate::process::stop_signal::StopSignal;
@@ -21,6 +22,8 @@ use crate::process::take_over::{TakeoverClient, TakeoverServer};
 pub(crate) struct Guarded {
     pub(super) core: Core,
     pub(super) pod: GuardedPod,
+    /// Keeps the first certificate until the pod has a lease of its own.
+    pub(super) credentials: Option<CredentialLease>,
     pub(super) publisher: Publisher,
     pub(super) reload: Reload,
     pub(super) takeovers: TakeoverServer,
@@ -58,19 +61,18 @@ impl Guarded {
 
     /// Everything before the workers accept. `None` if stopped.
     async fn prepare(&mut self, stop: &mut StopSignal) -> Result<Option<Started>, CommandError> {
-        let Core { settings, supervisor, node, .. } = &self.core;
+        let Core { settings, supervisor, node, identities, .. } = &self.core;
         self.pod.capture().warn_of_bypassing().await;
         self.confine().await?;
         certificates::warn_if_unreadable(settings);
-        if !self.pod.has_credentials() {
-            let credentials = tokio::select! {
-                lease = lease(node, settings) => lease?,
+        if self.credentials.is_none() {
+            self.credentials = tokio::select! {
+                lease = lease(identities.as_deref(), settings) => lease?,
                 why = stop.wait() => {
                     tracing::info!(why, "stopped while waiting for the certificate");
                     return Ok(None);
                 }
             };
-            self.pod.set_credentials(credentials);
         }
         if let Some(client) = &self.client {
             client.accept().await?;
@@ -100,12 +102,15 @@ impl Guarded {
 
     /// Accepts connections, tests the rules, and completes a take-over.
     async fn open(self, started: Started) -> Result<Serving, CommandError> {
-        let Self { core, pod, publisher, reload, mut takeovers, client } = self;
+        let Self { core, pod, credentials, publisher, reload, mut takeovers, client } = self;
         let Started { workers, threads, reports } = started;
         let repairs = pod.capture().repairs();
         let publishing =
             core.supervisor.essential("publisher of the mesh", publisher.follow(reports));
-        let mut open = pod.open(&workers).await?;
+        let data_plane =
+            InProcess { node: core.node.clone(), workers, identities: core.identities.clone() };
+        let mut open = pod.open(&data_plane).await?;
+        drop(credentials);
         if let Err(error) = complete(&open, client.as_ref()).await {
             // Stop accepting before the other process resumes, then drain the accepted connections.
             core.node.gates.accept.close().await;
@@ -138,10 +143,10 @@ async fn complete(open: &OpenPod, client: Option<&TakeoverClient>) -> Result<(),
 
 /// The credentials of the workload; `None` without certificates. Waits until one is issued.
 pub(super) async fn lease(
-    node: &Node,
+    identities: Option<&Identities>,
     settings: &Settings,
 ) -> Result<Option<CredentialLease>, PodError> {
-    match &node.identities {
+    match identities {
         Some(identities) => {
             let lease = identities.lease(&settings.workload.spiffe_id).await;
             lease.map(Some).map_err(PodError::Identity)

@@ -3,6 +3,7 @@
 use super::draining::{Draining, End};
 use super::{Core, workers};
 use underpass_config::Hint as _;
+use underpass_interception::Ports;
 
 use crate::node::phases::ServingPod;
 use crate::node::workers::WorkerThreads;
@@ -32,7 +33,7 @@ impl Serving {
     ) -> Self {
         core.endpoints.readiness.ready();
         notify::ready();
-        let (settings, ports) = (&core.settings, pod.pod().context.ports);
+        let (settings, ports) = (&core.settings, Ports::of(&core.settings));
         tracing::info!(
             workload = %settings.workload.name, workers = workers(settings), outbound = ports.outbound,
             inbound = ports.inbound, hbone = ports.hbone, profile = %settings.interception.profile, "ready"

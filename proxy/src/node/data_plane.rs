@@ -1,0 +1,68 @@
+//! The interface between the privileged side of a pod (listeners, rules) and its data plane, which
+//! serves its connections: in this process (`in_process.rs`), or in the proxy process (`broker/`).
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use tokio::sync::watch;
+use underpass_config::{InterceptionSettings, Settings};
+use underpass_interception::NamespaceAccess;
+
+use crate::node::pod_error::PodError;
+use crate::rules::self_test::Arrivals;
+use crate::traffic::listeners::{Kind, Listeners};
+
+/// Serves the connections of pods.
+pub(crate) trait DataPlane: fmt::Debug + Send + Sync {
+    /// Accepts the connections of a pod from now on. Its tunnels wait for its certificate.
+    ///
+    /// # Errors
+    ///
+    /// No connection is served: the workers cannot accept.
+    fn serve(&self, pod: PodToServe) -> BoxFuture<'static, Result<Box<dyn ServedPod>, PodError>>;
+}
+
+/// A pod for the data plane.
+#[derive(Debug)]
+pub(crate) struct PodToServe {
+    /// The settings of the pod.
+    pub(crate) settings: Arc<Settings>,
+    /// The interception settings, which may change.
+    pub(crate) interception: watch::Receiver<InterceptionSettings>,
+    /// The pod's network namespace, for the sockets of its connections.
+    pub(crate) access: NamespaceAccess,
+    pub(crate) listeners: Listeners<Kind>,
+}
+
+/// A pod whose connections are served. Dropping it closes its listeners, and its tunnels as their
+/// last streams end.
+pub(crate) trait ServedPod: fmt::Debug + Send + Sync {
+    /// Detects the test connections of this pod.
+    fn arrivals(&self) -> Arc<dyn Arrivals>;
+
+    /// The state of the certificate that its tunnels use.
+    fn certificate(&self) -> CertificateState;
+
+    /// Closes the listeners; tunnels take no new streams.
+    fn stop_accepting(&self) -> BoxFuture<'_, ()>;
+
+    /// Waits until `deadline` for the end of the connections, and terminates the rest. Returns how
+    /// many. Cancel-safe until the deadline.
+    fn drain(&self, deadline: Duration) -> BoxFuture<'_, usize>;
+
+    /// Terminates the connections that are left, and closes the tunnels and sockets. The data plane
+    /// does not hold the pod's namespace then.
+    fn close(&self) -> BoxFuture<'_, ()>;
+}
+
+/// The state of a pod's certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CertificateState {
+    /// It is valid, or the pod needs none.
+    Valid,
+    /// The first one is not issued yet.
+    Awaited,
+    Expired,
+}

@@ -1,0 +1,97 @@
+//! The data plane of this process: its workers serve the pods.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+
+use crate::node::Node;
+use crate::node::data_plane::{CertificateState, DataPlane, PodToServe, ServedPod};
+use crate::node::identities::Identities;
+use crate::node::pod::Pod;
+use crate::node::pod_error::PodError;
+use crate::node::workers::Workers;
+use crate::rules::self_test::Arrivals;
+use crate::traffic::drain::drain;
+
+/// The workers of this process. Clones share them.
+#[derive(Debug, Clone)]
+pub(crate) struct InProcess {
+    pub(crate) node: Arc<Node>,
+    pub(crate) workers: Workers,
+    /// `None` without certificates: HBONE is off.
+    pub(crate) identities: Option<Arc<Identities>>,
+}
+
+impl DataPlane for InProcess {
+    fn serve(&self, pod: PodToServe) -> BoxFuture<'static, Result<Box<dyn ServedPod>, PodError>> {
+        let this = self.clone();
+        Box::pin(async move { this.open(pod).await })
+    }
+}
+
+impl InProcess {
+    async fn open(self, pod: PodToServe) -> Result<Box<dyn ServedPod>, PodError> {
+        let PodToServe { settings, interception, access, listeners } = pod;
+        let identities = self.identities.as_ref();
+        let credentials =
+            identities.map(|identities| identities.lease_awaited(&settings.workload.spiffe_id));
+        let pod = Pod::open(&self.node, &settings, &access, credentials, interception).await?;
+        let served = LocalPod { pod: Arc::new(pod), workers: self.workers };
+        let added = served.workers.add_listeners(&served.pod, listeners.into_kinds()).await;
+        if let Err(error) = added {
+            served.stop_accepting().await;
+            served.close().await;
+            return Err(PodError::Accept(error));
+        }
+        Ok(Box::new(served))
+    }
+}
+
+/// A pod that the workers of this process serve.
+#[derive(Debug)]
+struct LocalPod {
+    pod: Arc<Pod>,
+    workers: Workers,
+}
+
+impl ServedPod for LocalPod {
+    fn arrivals(&self) -> Arc<dyn Arrivals> {
+        Arc::new(self.pod.self_test.clone())
+    }
+
+    fn certificate(&self) -> CertificateState {
+        let Some(lease) = &self.pod.credentials else { return CertificateState::Valid };
+        match lease.is_expired() {
+            Some(false) => CertificateState::Valid,
+            Some(true) => CertificateState::Expired,
+            None => CertificateState::Awaited,
+        }
+    }
+
+    fn stop_accepting(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            self.workers.remove_listeners(self.pod.id).await;
+            self.pod.closing.cancel();
+        })
+    }
+
+    fn drain(&self, deadline: Duration) -> BoxFuture<'_, usize> {
+        Box::pin(drain(&self.pod.connections, deadline))
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            drain(&self.pod.connections, Duration::ZERO).await;
+            self.pod.sockets.close();
+            self.workers.close_tunnels(&self.pod).await;
+        })
+    }
+}
+
+impl Drop for LocalPod {
+    fn drop(&mut self) {
+        self.pod.closing.cancel();
+        self.pod.sockets.close();
+    }
+}
