@@ -38,8 +38,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run a demonstration: two pods in new namespaces with real HTTP through the tunnel. Needs no
-    /// root
+    /// Run a demonstration: pods in new namespaces with real HTTP through the tunnel. Needs no root
     Demo(demo::Arguments),
     /// Run a proxy for the current network namespace (a sidecar container, a VM)
     Run(run::Arguments),

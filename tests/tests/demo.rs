@@ -1,4 +1,4 @@
-//! Tests of `underpass demo`: as root, without privileges, and left running.
+//! Tests of `underpass demo` and `demo --node`: as root, without privileges, and left running.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::os::unix::fs::PermissionsExt as _;
@@ -16,13 +16,14 @@ async fn run(command: &mut Command) -> Output {
     within("the command ends", output).await.expect("it runs")
 }
 
-fn assert_proven(output: &Output) {
+/// Every point of a demonstration with `count` points must hold.
+fn assert_proven(output: &Output, count: usize) {
     let said = String::from_utf8_lossy(&output.stdout);
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{said}{error}");
     let points =
         |mark: &str| said.lines().filter(|line| line.trim_start().starts_with(mark)).count();
-    assert_eq!((points("✓"), points("✗")), (6, 0), "{said}{error}");
+    assert_eq!((points("✓"), points("✗")), (count, 0), "{said}{error}");
 }
 
 #[tokio::test]
@@ -30,11 +31,19 @@ async fn demo_proves_every_point() {
     if skipped() {
         return;
     }
-    assert_proven(&run(Command::new(binary()).arg("demo")).await);
+    assert_proven(&run(Command::new(binary()).arg("demo")).await, 6);
 }
 
 #[tokio::test]
-async fn demo_proves_every_point_without_root() {
+async fn node_demo_proves_every_point() {
+    if skipped() {
+        return;
+    }
+    assert_proven(&run(Command::new(binary()).args(["demo", "--node"])).await, 8);
+}
+
+#[tokio::test]
+async fn demos_prove_every_point_without_root() {
     // An unprivileged caller has covered this case in the previous test.
     if skipped() || !geteuid().is_root() {
         return;
@@ -47,9 +56,15 @@ async fn demo_proves_every_point_without_root() {
     // file, and the kernel would refuse to execute it (ETXTBSY).
     assert!(run(Command::new("cp").arg(binary()).arg(&program)).await.status.success());
     let unprivileged = ["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"];
-    let output = run(Command::new("setpriv").args(unprivileged).arg(&program).arg("demo")).await;
+    let mut outputs = Vec::new();
+    for (demo, points) in [(&["demo"][..], 6), (&["demo", "--node"], 8)] {
+        let mut command = Command::new("setpriv");
+        outputs.push((run(command.args(unprivileged).arg(&program).args(demo)).await, points));
+    }
     std::fs::remove_dir_all(&folder).expect("removed");
-    assert_proven(&output);
+    for (output, points) in &outputs {
+        assert_proven(output, *points);
+    }
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use std::os::fd::AsFd as _;
 
 use ipnet::IpNet;
 use nlink::netlink::addr::{Ipv4Address, Ipv6Address};
-use nlink::netlink::link::VethLink;
+use nlink::netlink::link::{BridgeLink, VethLink};
 use nlink::netlink::namespace;
 use nlink::netlink::route::{Ipv4Route, Ipv6Route};
 use nlink::netlink::{Connection, Route};
@@ -83,6 +83,34 @@ impl Namespace {
         gateway: IpAddr,
     ) -> Result<(), InterceptionError> {
         self.wired(async |rtnetlink| add_route(rtnetlink, destination, gateway).await).await
+    }
+
+    /// Creates a bridge that is up. It forwards between its ports at once, without a delay for
+    /// learning the topology.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`], also if the kernel has no bridges.
+    pub async fn add_bridge(&self, name: &str) -> Result<(), InterceptionError> {
+        let bridge = BridgeLink::new(name).stp(false).forward_delay_ms(0);
+        self.wired(async |rtnetlink| {
+            rtnetlink.add_link(bridge).await?;
+            rtnetlink.set_link_up(name).await
+        })
+        .await
+    }
+
+    /// Makes an interface a port of a bridge in the same namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`].
+    pub async fn add_bridge_port(
+        &self,
+        bridge: &str,
+        interface: &str,
+    ) -> Result<(), InterceptionError> {
+        self.wired(async |rtnetlink| rtnetlink.set_link_master(interface, bridge).await).await
     }
 
     /// Runs netlink requests in the namespace.

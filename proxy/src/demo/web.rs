@@ -5,9 +5,18 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
+use tokio::time::Instant;
 use underpass_interception::Namespace;
 
 use super::STEP_TIMEOUT;
+use super::evidence::Exchange;
+
+/// Sends one GET request from `pod`, and measures it.
+pub(super) fn exchange(pod: &Namespace, server: SocketAddr, token: &str) -> Exchange {
+    let began = Instant::now();
+    let response = get(pod, server, "/", token);
+    Exchange { response, took: began.elapsed() }
+}
 
 /// Sends one GET request from `pod` and returns the entire response.
 pub(super) fn get(

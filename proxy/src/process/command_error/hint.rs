@@ -50,7 +50,7 @@ impl Hint for DemoError {
         match self {
             Self::Sandbox(error) | Self::Namespace { source: error, .. } => error.hint(),
             Self::Certificates(error) => error.hint(),
-            Self::Io { .. } | Self::Proxy { .. } | Self::Disproved => None,
+            Self::Io { .. } | Self::Proxy { .. } | Self::Daemon { .. } | Self::Disproved => None,
         }
     }
 }

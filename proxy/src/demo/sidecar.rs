@@ -1,0 +1,121 @@
+//! The demonstration of `underpass run`: two pods with a proxy each, and a host without one.
+
+pub(super) mod stage;
+
+use http::HeaderMap;
+use underpass_hbone::{ClientSettings, ConnectRequest, Connector, HboneError};
+use underpass_interception::Namespace;
+
+use super::evidence::{Exchange, Point, counted, read_counters, wire};
+use super::setup::{HBONE_PORT, HTTP_PORT};
+use super::{DemoError, STEP_TIMEOUT, web};
+use stage::Stage;
+
+pub(super) const TITLE: &str = "pod client ── proxy ══ mutual TLS ══ proxy ── pod server";
+
+/// Makes one request and verifies every property of it.
+pub(super) async fn prove(stage: &Stage) -> Result<Vec<Point>, DemoError> {
+    let mut capture = stage.capture()?;
+    let server = stage.server_address(HTTP_PORT);
+    let exchange = web::exchange(&stage.client, server, stage.token());
+    let frames = capture.drain().map_err(DemoError::io("read the capture"))?;
+    let stranger = stranger(stage).await?;
+    Ok(vec![
+        response(stage, &exchange),
+        source_kept(stage, &exchange),
+        wire(&frames, stage.token()),
+        identities(stage),
+        caught(stage).await?,
+        stranger,
+    ])
+}
+
+fn response(stage: &Stage, exchange: &Exchange) -> Point {
+    Point {
+        subject: "response",
+        seen: exchange.summary(),
+        holds: exchange.succeeded(stage.token()),
+    }
+}
+
+fn source_kept(stage: &Stage, exchange: &Exchange) -> Point {
+    let source = exchange.source();
+    let seen = source.map_or_else(|| "no address".to_owned(), |source| source.to_string());
+    Point {
+        subject: "source",
+        seen: format!("the server saw the client itself: {seen}"),
+        holds: source.is_some_and(|source| source.ip() == stage.client_ip()),
+    }
+}
+
+/// Both proxies must have counted one connection between the two authenticated identities.
+fn identities(stage: &Stage) -> Point {
+    let (source, destination) = stage.identities();
+    Point {
+        subject: "identities",
+        seen: format!("{source} → {destination}, counted by both proxies"),
+        holds: counted(&stage.client, "source", source, destination)
+            && counted(&stage.server, "destination", source, destination),
+    }
+}
+
+/// The rules that the request must have matched, with one connection each. The rule of the mark
+/// counts packets.
+async fn caught(stage: &Stage) -> Result<Point, DemoError> {
+    let mut seen = Vec::new();
+    let mut holds = true;
+    let expected: [(&Namespace, &str, &[&str]); 2] = [
+        (&stage.client, "client", &["capture-outbound"]),
+        (&stage.server, "server", &["hbone-in", "own-pod", "return-to-proxy"]),
+    ];
+    for (namespace, pod, rules) in expected {
+        let counters = read_counters(namespace).await?;
+        let moved = |rule: &str| counters.iter().find(|c| c.id == rule).map_or(0, |c| c.packets);
+        let moves: Vec<String> =
+            rules.iter().map(|rule| format!("{rule} {}", moved(rule))).collect();
+        holds &= rules.iter().all(|rule| moved(rule) > 0);
+        seen.push(format!("{pod}: {}", moves.join(", ")));
+    }
+    Ok(Point { subject: "rules moved", seen: seen.join("; "), holds })
+}
+
+/// The handshake of a client without a certificate must fail before it reaches the application.
+async fn stranger(stage: &Stage) -> Result<Point, DemoError> {
+    let address = stage.server_address_for_stranger(HBONE_PORT);
+    let stream = stage
+        .stranger
+        .run(|| std::net::TcpStream::connect_timeout(&address, STEP_TIMEOUT))
+        .map_err(DemoError::namespace("enter pod stranger"))?;
+    let connected = stream.and_then(|stream| {
+        stream.set_nonblocking(true)?;
+        tokio::net::TcpStream::from_std(stream)
+    });
+    let stream = connected.map_err(DemoError::io("connect as a stranger"))?;
+    let (refused, said) = match ask_without_certificate(stage, stream).await {
+        Err(error) => (matches!(error, HboneError::CertificateRefused { .. }), error.to_string()),
+        Ok(()) => (false, "it was let in".to_owned()),
+    };
+    let requests = stage.requests();
+    Ok(Point {
+        subject: "stranger",
+        seen: format!(
+            "without a certificate: {said} ({requests} request reached the server in all)"
+        ),
+        holds: refused && requests == 1,
+    })
+}
+
+async fn ask_without_certificate(
+    stage: &Stage,
+    stream: tokio::net::TcpStream,
+) -> Result<(), HboneError> {
+    let (_, server) = stage.identities();
+    let credentials = stage.client_credentials().clone().fixed();
+    let connector = Connector::anonymous(credentials, ClientSettings::default());
+    let address = stage.server_address_for_stranger(HBONE_PORT);
+    let tunnel =
+        connector.open(stream, address, std::slice::from_ref(server), STEP_TIMEOUT).await?;
+    let authority = stage.server_address_for_stranger(HTTP_PORT).to_string();
+    let request = ConnectRequest { authority, headers: HeaderMap::new() };
+    tunnel.connect(request, STEP_TIMEOUT).await.map(drop)
+}
