@@ -1,9 +1,5 @@
 //! Evidence that the demonstrations collect: responses, captured packets, metrics, rules.
 
-use std::io;
-use std::net::SocketAddr;
-use std::time::Duration;
-
 use underpass_config::SpiffeId;
 use underpass_interception::{
     Namespace, NamespaceAccess, NamespaceThread, RuleCounter, TcpSegment, counters,
@@ -18,40 +14,6 @@ pub(super) struct Point {
     pub(super) subject: &'static str,
     pub(super) seen: String,
     pub(super) holds: bool,
-}
-
-/// An HTTP exchange: the response or the error, and its duration.
-pub(super) struct Exchange {
-    pub(super) response: io::Result<String>,
-    pub(super) took: Duration,
-}
-
-impl Exchange {
-    /// The status, the first line of the body and the duration, or the error.
-    pub(super) fn summary(&self) -> String {
-        match &self.response {
-            Ok(text) => {
-                let status = text.lines().next().unwrap_or_default();
-                let greeting =
-                    text.lines().find(|line| line.starts_with("hello")).unwrap_or_default();
-                format!("{status}, \"{greeting}\", after {:.1} ms", self.took.as_secs_f64() * 1e3)
-            }
-            Err(error) => error.to_string(),
-        }
-    }
-
-    /// Whether the server received and returned `token`.
-    pub(super) fn succeeded(&self, token: &str) -> bool {
-        self.response.as_ref().is_ok_and(|text| {
-            text.lines().next().is_some_and(|status| status.contains("200")) && text.contains(token)
-        })
-    }
-
-    /// The client's address that the server reports.
-    pub(super) fn source(&self) -> Option<SocketAddr> {
-        let text = self.response.as_ref().ok()?;
-        text.lines().find_map(|line| line.strip_prefix("you are "))?.parse().ok()
-    }
 }
 
 /// The captured packets must contain TLS to the HBONE port, and no plaintext of the request.

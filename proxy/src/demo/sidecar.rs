@@ -6,9 +6,10 @@ use http::HeaderMap;
 use underpass_hbone::{ClientSettings, ConnectRequest, Connector, HboneError};
 use underpass_interception::Namespace;
 
-use super::evidence::{Exchange, Point, counted, read_counters, wire};
+use super::evidence::{Point, counted, read_counters, wire};
 use super::setup::{HBONE_PORT, HTTP_PORT};
-use super::{DemoError, STEP_TIMEOUT, web};
+use super::web::{self, Exchange};
+use super::{DemoError, STEP_TIMEOUT};
 use stage::Stage;
 
 pub(super) const TITLE: &str = "pod client ── proxy ══ mutual TLS ══ proxy ── pod server";

@@ -4,12 +4,46 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
 
 use tokio::time::Instant;
 use underpass_interception::Namespace;
 
 use super::STEP_TIMEOUT;
-use super::evidence::Exchange;
+
+/// An HTTP exchange: the response or the error, and its duration.
+pub(super) struct Exchange {
+    pub(super) response: io::Result<String>,
+    pub(super) took: Duration,
+}
+
+impl Exchange {
+    /// The status, the first line of the body and the duration, or the error.
+    pub(super) fn summary(&self) -> String {
+        match &self.response {
+            Ok(text) => {
+                let status = text.lines().next().unwrap_or_default();
+                let greeting =
+                    text.lines().find(|line| line.starts_with("hello")).unwrap_or_default();
+                format!("{status}, \"{greeting}\", after {:.1} ms", self.took.as_secs_f64() * 1e3)
+            }
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// Whether the server received and returned `token`.
+    pub(super) fn succeeded(&self, token: &str) -> bool {
+        self.response.as_ref().is_ok_and(|text| {
+            text.lines().next().is_some_and(|status| status.contains("200")) && text.contains(token)
+        })
+    }
+
+    /// The client's address that the server reports.
+    pub(super) fn source(&self) -> Option<SocketAddr> {
+        let text = self.response.as_ref().ok()?;
+        text.lines().find_map(|line| line.strip_prefix("you are "))?.parse().ok()
+    }
+}
 
 /// Sends one GET request from `pod`, and measures it.
 pub(super) fn exchange(pod: &Namespace, server: SocketAddr, token: &str) -> Exchange {

@@ -16,11 +16,10 @@ use underpass_config::SpiffeId;
 use underpass_hbone::CertificateAuthority;
 use underpass_interception::{Namespace, PacketCapture, Sandbox, sandbox_folder};
 
-use crate::demo::evidence::Exchange;
 use crate::demo::setup::{
     self, FOLDER, HTTP_PORT, METRICS_PORT, connect, create_namespace, enter_command, start_proxy,
 };
-use crate::demo::web::{self, Server};
+use crate::demo::web::{self, Exchange, Server};
 use crate::demo::{DemoError, STEP_TIMEOUT};
 use crate::spawn::ChildProxy;
 
